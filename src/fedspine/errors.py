@@ -1,0 +1,30 @@
+"""The one error a user should see: what was expected, what came, what to do, in a single line."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class BadInput(ValueError):
+    """Input that the program cannot use; its text is one line, printed by the CLI, which then exits with code 2."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`, or None where nothing comes near.
+
+    >>> nearest("fedspin", ["fedlora", "fedspine"])
+    'fedspine'
+    """
+    matches = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> BadInput:
+    """The error for a name that is not one of `known`, with the nearest valid one.
+
+    >>> str(unknown("method", "fedspin", ["fedspine", "fedlora"]))
+    "unknown method 'fedspin'; did you mean 'fedspine'? known: fedlora, fedspine"
+    """
+    known = sorted(known)
+    guess = nearest(name, known)
+    hint = f"; did you mean {guess!r}?" if guess else ";"
+    return BadInput(f"unknown {what} {name!r}{hint} known: {', '.join(known)}")
