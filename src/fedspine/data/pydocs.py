@@ -6,36 +6,112 @@ and no download, and on Python 3.11 holds about ten thousand rows.
 """
 
 import ast
-import inspect
 import re
 import sysconfig
+import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+
+from fedspine.errors import BadInput
 
 SHORTEST, LONGEST = 40, 400  # characters of a paragraph
 
+# Parts of a path that are left out: tests and demonstrations, packages installed later, and packages that newer Pythons
+# no longer have, as the modules absent from TOPICS, so that the set changes little from one Python to the next.
+LEFT_OUT = frozenset(("site-packages", "test", "tests", "idle_test", "turtledemo", "lib2to3", "distutils", "ensurepip"))
+
+# Top-level module names of each topic; the order of the topics is the order of the labels.
 TOPICS: dict[str, tuple[str, ...]] = {
-    "interface": ("tkinter", "idlelib", "turtle", "turtledemo", "curses", "cmd", "argparse", "optparse", "getopt",
-                  "getpass", "rlcompleter", "webbrowser", "pydoc", "tty", "pty", "sre_constants"),
-    "network": ("http", "urllib", "email", "xmlrpc", "wsgiref", "socket", "socketserver", "ssl", "ftplib", "poplib",
-                "imaplib", "smtplib", "smtpd", "nntplib", "telnetlib", "ipaddress", "cgi", "cgitb", "mailbox",
-                "mailcap", "netrc", "uuid", "base64", "quopri", "uu", "mimetypes", "asynchat", "asyncore"),
-    "language": ("ast", "inspect", "importlib", "lib2to3", "types", "typing", "dis", "code", "codeop", "abc",
-                 "dataclasses", "contextlib", "functools", "enum", "copy", "copyreg", "weakref", "tokenize", "token",
-                 "symtable", "pkgutil", "runpy", "compileall", "py_compile", "pyclbr", "opcode", "keyword", "modulefinder",
-                 "zipimport", "imp", "site", "warnings", "traceback", "linecache", "reprlib", "operator", "_py_abc",
-                 "distutils", "ensurepip", "venv", "sysconfig", "platform", "ctypes", "__future__", "pickletools",
-                 "zipapp", "bdb", "pdb", "collections", "_collections_abc"),
-    "concurrency": ("asyncio", "multiprocessing", "concurrent", "threading", "_threading_local", "queue", "subprocess",
-                    "sched", "selectors", "signal", "contextvars", "_weakrefset"),
-    "testing": ("unittest", "doctest", "trace", "tracemalloc", "timeit", "profile", "cProfile", "pstats", "logging",
-                "test"),
-    "text": ("re", "sre_compile", "sre_parse", "string", "textwrap", "json", "csv", "html", "xml", "difflib", "gettext",
-             "locale", "encodings", "codecs", "stringprep", "configparser", "plistlib", "pprint", "shlex", "fnmatch",
-             "tomllib", "tabnanny", "sgmllib", "formatter", "_markupbase", "_strptime", "chunk"),
-    "files": ("os", "posixpath", "ntpath", "genericpath", "pathlib", "shutil", "zipfile", "tarfile", "gzip", "bz2",
-              "lzma", "tempfile", "glob", "io", "_pyio", "sqlite3", "dbm", "pickle", "shelve", "filecmp", "fileinput",
-              "stat", "aifc", "wave", "sunau", "sndhdr", "imghdr", "_compression", "xdrlib", "pipes", "crypt", "msilib"),
-    "numbers": ("decimal", "_pydecimal", "fractions", "numbers", "statistics", "random", "datetime", "_pydatetime",
-                "calendar", "colorsys", "heapq", "bisect", "hashlib", "hmac", "secrets", "zoneinfo", "struct", "nturl2path"),
-}
+    "interface": (
+        "tkinter", "idlelib", "turtle", "curses", "cmd", "argparse", "optparse", "getopt", "getpass",
+        "rlcompleter", "webbrowser", "pydoc", "tty", "pty",
+    ),
+    "network": (
+        "http", "urllib", "email", "xmlrpc", "wsgiref", "socket", "socketserver", "ssl", "ftplib", "poplib",
+        "imaplib", "smtplib", "ipaddress", "mailbox", "netrc", "uuid", "base64", "quopri", "mimetypes",
+    ),
+    "language": (
+        "ast", "inspect", "importlib", "types", "typing", "dis", "code", "codeop", "abc", "dataclasses",
+        "contextlib", "functools", "enum", "copy", "copyreg", "weakref", "tokenize", "token", "symtable",
+        "pkgutil", "runpy", "compileall", "py_compile", "pyclbr", "opcode", "keyword", "modulefinder",
+        "zipimport", "site", "warnings", "traceback", "linecache", "reprlib", "operator", "_py_abc", "venv",
+        "sysconfig", "platform", "ctypes", "__future__", "pickletools", "zipapp", "bdb", "pdb", "collections",
+        "_collections_abc",
+    ),
+    "concurrency": (
+        "asyncio", "multiprocessing", "concurrent", "threading", "_threading_local", "queue", "subprocess",
+        "sched", "selectors", "signal", "contextvars", "_weakrefset",
+    ),
+    "testing": (
+        "unittest", "doctest", "trace", "tracemalloc", "timeit", "profile", "cProfile", "pstats", "logging",
+    ),
+    "text": (
+        "re", "string", "textwrap", "json", "csv", "html", "xml", "difflib", "gettext", "locale", "encodings",
+        "codecs", "stringprep", "configparser", "plistlib", "pprint", "shlex", "fnmatch", "tomllib", "tabnanny",
+        "_markupbase", "_strptime",
+    ),
+    "files": (
+        "os", "posixpath", "ntpath", "genericpath", "pathlib", "shutil", "zipfile", "tarfile", "gzip", "bz2",
+        "lzma", "tempfile", "glob", "io", "_pyio", "sqlite3", "dbm", "pickle", "shelve", "filecmp", "fileinput",
+        "stat", "wave", "_compression",
+    ),
+    "numbers": (
+        "decimal", "_pydecimal", "fractions", "numbers", "statistics", "random", "datetime", "_pydatetime",
+        "calendar", "colorsys", "heapq", "bisect", "hashlib", "hmac", "secrets", "zoneinfo", "struct",
+        "nturl2path",
+    ),
+}  # fmt: skip
+
+
+def read() -> list[tuple[str, str, str]]:
+    """Every distinct paragraph of the standard library as (text, topic, file), in the order of the sorted file paths.
+
+    `file` is the path below the standard library with forward slashes. A paragraph that several files share belongs to
+    the first of them. Raises BadInput where the interpreter came without the sources of its library.
+
+    >>> text, topic, file = read()[0]
+    >>> topic in TOPICS and file.endswith(".py")
+    True
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    topic_of = {module: topic for topic, modules in TOPICS.items() for module in modules}
+    rows: dict[str, tuple[str, str, str]] = {}
+    for path in _sources(library, topic_of):
+        file = path.relative_to(library)
+        topic = topic_of[_module(file)]
+        for text in _paragraphs(path.read_bytes()):
+            rows.setdefault(text, (text, topic, file.as_posix()))
+    if not rows:
+        raise BadInput(
+            f"expected the Python sources of the standard library in {library} for pydoc-topics, found none; "
+            "run a Python that was installed with its sources, or name another data set"
+        )
+    return list(rows.values())
+
+
+def _sources(library: Path, topic_of: dict[str, str]) -> Iterator[Path]:
+    # Only what has a topic is walked: the packages installed below the library can be many times its own size.
+    for top in sorted(library.glob("*"), key=lambda path: path.name):
+        if _module(Path(top.name)) not in topic_of:
+            continue
+        found = [top] if top.suffix == ".py" else sorted(top.rglob("*.py"), key=lambda path: path.parts)
+        yield from (path for path in found if LEFT_OUT.isdisjoint(path.relative_to(library).parts))
+
+
+def _module(file: Path) -> str:
+    return file.parts[0].removesuffix(".py")
+
+
+def _paragraphs(source: bytes) -> Iterator[str]:
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    tree = ast.Module(body=[], type_ignores=[])
+    with warnings.catch_warnings(), suppress(SyntaxError, ValueError, RecursionError):
+        warnings.simplefilter("ignore")  # old escapes in the library's own strings are no concern of the user
+        tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, documented):
+            for paragraph in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
+                text = " ".join(paragraph.split())
+                if SHORTEST <= len(text) <= LONGEST:
+                    yield text

@@ -1,0 +1,47 @@
+"""Data sets of the Hugging Face Hub, through the optional package `datasets` (`pip install 'fedspine[hub]'`)."""
+
+import json
+
+import pyarrow as pa
+
+from fedspine.data.files import one_line, split_of
+from fedspine.errors import BadInput
+
+
+def read(name: str, label: str) -> dict[str, pa.Table]:
+    """The tables of the data set `name` by split: "train", and "test" or "validation" where they exist.
+
+    `name` is a Hub id, with a configuration after a colon where the data set has several (`nyu-mll/glue:sst2`), or a
+    local folder that `datasets` can load. The class names of the column `label` become the schema metadata
+    `label_names`. Raises BadInput without the package, without the data set, or without a training split.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise BadInput(
+            f"reading {name!r} from the Hugging Face Hub needs the package datasets: pip install 'fedspine[hub]'"
+        ) from error
+    identifier, _, configuration = name.partition(":")
+    try:
+        loaded = datasets.load_dataset(identifier, configuration or None)
+    except Exception as error:  # the loader passes on whatever its network, file and builder libraries raise
+        raise BadInput(
+            f"the Hugging Face Hub does not give {name!r}: {one_line(error)}; "
+            "check the name and the network, and name a configuration after a colon, as in 'nyu-mll/glue:sst2'"
+        ) from error
+    splits = {split_of(split): part for split, part in loaded.items() if split == "train" or split in _TESTS}
+    if "train" not in splits:
+        raise BadInput(
+            f"expected a split 'train' in {name!r} of the Hugging Face Hub, found {', '.join(map(str, loaded))}; "
+            "name another data set or configuration"
+        )
+    return {split: _table(part, label) for split, part in splits.items()}
+
+
+_TESTS = ("test", "validation", "dev")
+
+
+def _table(part, label: str) -> pa.Table:
+    table = part.with_format("arrow")[:]
+    names = getattr(part.features.get(label), "names", None)
+    return table if names is None else table.replace_schema_metadata({"label_names": json.dumps(names)})

@@ -1,0 +1,115 @@
+"""The device's side of an exchange: what a piece of work sees, and how it is served.
+
+Serving is a pure function of (order, data, memory, seed). So it may run in this process, in a worker process, fused
+with other devices, or on another machine, and gives the same bytes.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import numpy as np
+
+from fedspine.message import pack, unpack
+
+if TYPE_CHECKING:
+    from fedspine.lm.base import Base
+    from fedspine.task import Examples
+
+DeviceId: TypeAlias = str
+O = TypeVar("O")  # what the server orders
+R = TypeVar("R")  # what a device returns
+
+
+@dataclass
+class Device:
+    """One device as its work sees it.
+
+    `memory` holds messages that outlive the exchange; `rng` is seeded from the run's seed, the device and the number
+    of asks it has served.
+    """
+
+    id: DeviceId
+    data: "Examples"
+    base: "Base"
+    memory: dict[str, Any]
+    rng: np.random.Generator
+    flops: float = field(default=0.0, init=False)
+    launches: int = field(default=0, init=False)
+    peak_memory_bytes: int = field(default=0, init=False)
+
+    def spend(self, *, flops: float = 0.0, memory_bytes: int = 0, launches: int = 0) -> None:
+        """Account for work: floating-point operations, the memory needed at once, layers launched one by one."""
+        self.flops += flops
+        self.launches += launches
+        self.peak_memory_bytes = max(self.peak_memory_bytes, memory_bytes)
+
+
+Work: TypeAlias = Callable[[Device, O], R]
+
+
+def on_device(work: Work[O, R]) -> Work[O, R]:
+    """Mark a module-level function `(Device, Order) -> Result` as work that a fleet may send to devices by name."""
+    if "." in work.__qualname__:
+        raise TypeError(f"{work.__qualname__} must be defined at the top of its module, so that a device can find it")
+    work.__on_device__ = True  # type: ignore[attr-defined]
+    return work
+
+
+def name_of(work: Work[Any, Any]) -> str:
+    """The name by which a device finds this work: `module:function`."""
+    if not getattr(work, "__on_device__", False):
+        raise TypeError(f"{work!r} is not work for a device; decorate it with @on_device")
+    return f"{work.__module__}:{work.__qualname__}"
+
+
+def find_work(name: str) -> Work[Any, Any]:
+    """The work called `module:function`; raises LookupError where there is none."""
+    module, _, function = name.partition(":")
+    work = getattr(importlib.import_module(module), function, None)
+    if not getattr(work, "__on_device__", False):
+        raise LookupError(f"{name} is no work for a device")
+    return work  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One ask of one device, complete: everything that its result may depend on, but for the data and the base."""
+
+    device: DeviceId
+    index: int  # of the device in the fleet; its share of the data
+    work: str
+    order: bytes
+    memory: bytes | None
+    seed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a call gave: the packed result and memory, and what the work spent."""
+
+    result: bytes
+    memory: bytes
+    flops: float
+    launches: int
+    peak_memory_bytes: int
+
+
+def serve(call: Call, base: "Base", data: "Examples") -> Served:
+    """Do the work of `call` on `data`, the device's own rows."""
+    device = Device(
+        id=call.device,
+        data=data,
+        base=base,
+        memory=unpack(call.memory) if call.memory is not None else {},
+        rng=np.random.default_rng(call.seed),
+    )
+    result = find_work(call.work)(device, unpack(call.order))
+    return Served(
+        result=pack(result).payload,
+        memory=pack(device.memory).payload,
+        flops=device.flops,
+        launches=device.launches,
+        peak_memory_bytes=device.peak_memory_bytes,
+    )

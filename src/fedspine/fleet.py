@@ -1,0 +1,81 @@
+"""The server's side of an exchange: the one seam between a method and whatever carries its messages."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import Any, Generic, Protocol, TypeVar
+
+from fedspine.device import DeviceId, O, R, Work
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a device declares: never its true speed, which a method has to find out."""
+
+    id: DeviceId
+    site: str
+    examples: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one exchange cost; `seconds` from the order's dispatch to the reply's arrival."""
+
+    bytes_down: int
+    bytes_up: int
+    flops: float
+    peak_memory_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Reply(Generic[R]):
+    device: DeviceId
+    value: R
+    cost: Cost
+
+
+class Fleet(Protocol):
+    """Devices, reached by asking. A simulated and a real fleet look the same to a method."""
+
+    @property
+    def devices(self) -> tuple[Profile, ...]: ...
+
+    @property
+    def now(self) -> float:
+        """Seconds, simulated or wall; never goes back."""
+        ...
+
+    def ask(self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf) -> list[Reply[R]]:
+        """Send every order and wait; devices that are lost or later than `within` seconds are absent.
+
+        Replies come in the order of `orders`. A mapping may build its orders when they are read.
+        """
+        ...
+
+    def send(self, work: Work[O, R], orders: Mapping[DeviceId, O]) -> None:
+        """Send orders and do not wait; their replies come from `next`."""
+        ...
+
+    def next(self) -> Reply[Any]:
+        """The reply that arrives first of all that are under way; raises Idle when none will."""
+        ...
+
+    def only(self, ids: Iterable[DeviceId]) -> "Fleet":
+        """The part of the fleet with these devices, on the same clock."""
+        ...
+
+    def together(self, job: Callable[[str, "Fleet"], T], groups: Mapping[str, Iterable[DeviceId]]) -> dict[str, T]:
+        """Run `job(name, part)` for every group side by side in time; the clock moves on by the longest."""
+        ...
+
+    def note(self, **values: Any) -> None:
+        """A method's remark, to the records."""
+        ...
+
+
+class Idle(LookupError):
+    """`next` was called while no reply is under way."""

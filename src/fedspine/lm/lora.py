@@ -1,0 +1,95 @@
+"""LoRA: the adapted linear layer, fresh and resized factors, and the algebra of products of unequal rank.
+
+An adapter holds two factors per site, named as PEFT names them: `<path>.lora_A` [rank, columns] and
+`<path>.lora_B` [rows, rank]. The effective weight is W + scale * B @ A (Hu et al. 2021, arXiv:2106.09685).
+"""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fedspine.lm.anatomy import Site
+from fedspine.message import Tensors
+
+
+def a_name(path: str) -> str:
+    return f"{path}.lora_A"
+
+
+def b_name(path: str) -> str:
+    return f"{path}.lora_B"
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer whose weight is frozen or trained, with an optional low-rank adapter in fp32.
+
+    The product runs in the weight's own precision; input of another one is converted, so that a bf16 backbone can
+    feed an fp32 task head.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.put(weight, bias)
+
+    def put(
+        self,
+        weight: Float[Tensor, "rows columns"],
+        bias: Float[Tensor, " rows"] | None,
+        a: Float[Tensor, "rank columns"] | None = None,
+        b: Float[Tensor, "rows rank"] | None = None,
+        scale: float = 0.0,
+    ) -> None:
+        """Replace everything this layer holds; nothing is copied."""
+        self.weight, self.bias, self.a, self.b, self.scale = weight, bias, a, b, scale
+
+    def forward(self, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
+        x = x.to(self.weight.dtype)
+        if self.a is None or self.b is None:
+            return nn.functional.linear(x, self.weight, self.bias)
+        return _Adapted.apply(x, self.weight, self.bias, self.a, self.b, self.scale)
+
+
+class _Adapted(torch.autograd.Function):
+    """One node for x W^T + b + scale (x A^T) B^T, so that no product is computed twice and little is stored."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scale):  # type: ignore[no-untyped-def]
+        flat = x.reshape(-1, x.shape[-1])
+        a_low, b_low = a.to(x.dtype), (scale * b).to(x.dtype)
+        narrow = flat @ a_low.T
+        out = torch.mm(flat, weight.T) if bias is None else torch.addmm(bias, flat, weight.T)
+        out.addmm_(narrow, b_low.T)
+        ctx.save_for_backward(flat, weight, a_low, b_low, narrow)
+        ctx.scale, ctx.shape = scale, x.shape
+        return out.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        flat, weight, a_low, b_low, narrow = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_narrow = grad @ b_low
+        grad_a = (grad_narrow.T @ flat).float()
+        grad_b = (grad.T @ narrow).float().mul_(ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.mm(grad, weight).addmm_(grad_narrow, a_low).view(ctx.shape)
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+def fresh_a(rng: np.random.Generator, rank: int, columns: int) -> Float[Tensor, "rank columns"]:
+    """Rows for an A factor, uniform with Kaiming's bound 1/sqrt(columns), as PEFT starts them."""
+    bound = 1 / math.sqrt(columns)
+    return torch.from_numpy(rng.uniform(-bound, bound, (rank, columns)).astype(np.float32))
+
+
+def fresh(sites: Iterable[Site], rank: int, rng: np.random.Generator) -> Tensors:
+    """An adapter of `rank` on every site that changes nothing yet: A random, B zero."""
+    adapter: Tensors = {}
+    for site in sites:
+        adapter[a_name(site.path)] = fresh_a(rng, rank, site.columns)
+        adapter[b_name(site.path)] = torch.zeros(site.rows, rank)
+    return adapter

@@ -1,0 +1,125 @@
+"""Which units a model still has, and what that means for the weights of every site: slices, never masks."""
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fedspine.lm.anatomy import Anatomy, Site
+from fedspine.lm.lora import a_name, b_name
+from fedspine.message import Tensors, message
+from fedspine.planning.sparsity import counts, layer_targets
+
+HEAD_FLOOR, CHANNEL_FLOOR = 2, 0.25  # never fewer heads, never a smaller share of the channels, if it can be helped
+
+
+@message
+class Structure:
+    """The heads and channels that are kept, layer by layer, in terms of the unpruned model's units."""
+
+    heads: Bool[Tensor, "layers heads"]
+    channels: Bool[Tensor, "layers channels"]
+
+
+def full(anatomy: Anatomy) -> Structure:
+    """The unpruned structure."""
+    return Structure(
+        heads=torch.ones(anatomy.layers, anatomy.heads, dtype=torch.bool),
+        channels=torch.ones(anatomy.layers, anatomy.channels, dtype=torch.bool),
+    )
+
+
+def is_full(structure: Structure) -> bool:
+    return bool(structure.heads.all() and structure.channels.all())
+
+
+def sparsity(anatomy: Anatomy, structure: Structure) -> float:
+    """Share of the blocks' linear weights that is gone, 0 to 1."""
+    shape = anatomy.shape
+    kept = int(structure.heads.sum()) * shape.head_parameters + int(structure.channels.sum()) * shape.channel_parameters
+    return 1 - kept / anatomy.parameters
+
+
+def kept_rows(site: Site, structure: Structure) -> Int[Tensor, " kept"] | None:
+    """Indices of the rows of this site's weight that are kept, None where no row is ever cut."""
+    return _kept(site, structure) if site.row_units else None
+
+
+def kept_columns(site: Site, structure: Structure) -> Int[Tensor, " kept"] | None:
+    """Indices of the columns of this site's weight that are kept, None where no column is ever cut."""
+    return _kept(site, structure) if site.column_units else None
+
+
+def _kept(site: Site, structure: Structure) -> Int[Tensor, " kept"]:
+    units = structure.heads if "heads" in (site.row_units, site.column_units) else structure.channels
+    return units[site.layer].repeat_interleave(site.per_unit).nonzero().squeeze(1)
+
+
+def cut(tensor: Tensor, index: Int[Tensor, " kept"] | None, dim: int) -> Tensor:
+    """The kept slices of `tensor` along `dim`; the tensor itself where nothing is cut."""
+    if index is None or len(index) == tensor.shape[dim]:
+        return tensor
+    return tensor.index_select(dim, index)
+
+
+def cut_adapter(adapter: Tensors, sites: tuple[Site, ...], structure: Structure, within: Structure | None = None) -> Tensors:
+    """The adapter of the sub-model `structure`, cut from one of the sub-model `within` (default: the full model)."""
+    sliced: Tensors = {}
+    for site in sites:
+        a, b = adapter[a_name(site.path)], adapter[b_name(site.path)]
+        sliced[a_name(site.path)] = cut(a, _position(kept_columns, site, structure, within), 1)
+        sliced[b_name(site.path)] = cut(b, _position(kept_rows, site, structure, within), 0)
+    return sliced
+
+
+def _position(kept, site: Site, structure: Structure, within: Structure | None) -> Int[Tensor, " kept"] | None:  # type: ignore[no-untyped-def]
+    index = kept(site, structure)
+    if index is None or within is None:
+        return index
+    return torch.searchsorted(kept(site, within), index)
+
+
+def shrink(
+    anatomy: Anatomy,
+    structure: Structure,
+    scores: tuple[Float[Tensor, "layers heads"], Float[Tensor, "layers channels"]],
+    *,
+    reached: float,
+    target: float,
+    protect: bool = True,
+) -> Structure:
+    """Drop the least important units of every layer, until the model's sparsity is `reached` on its way to `target`.
+
+    Already dropped units stay dropped; ties go to the lower index. Layers that `protected` names keep everything and
+    the others take their share. At `reached == target` the sparsity is exact to the units' grain. Source: FedSpine
+    (reconstructed), section 2.3.
+    """
+    first, last = protected(anatomy) if protect else (0, 0)
+    finals = layer_targets(anatomy.layers, target, protect_first=first, protect_last=last)
+    heads, channels = structure.heads.clone(), structure.channels.clone()
+    for layer, final in enumerate(finals):
+        if final == 0:
+            continue
+        dropped = (int((~heads[layer]).sum()), int((~channels[layer]).sum()))
+        wanted = counts(
+            anatomy.shape,
+            final * reached / target,
+            target=final,
+            dropped=dropped,
+            keep_heads=HEAD_FLOOR,
+            keep_channels=CHANNEL_FLOOR,
+        )
+        _drop(heads[layer], scores[0][layer], wanted[0])
+        _drop(channels[layer], scores[1][layer], wanted[1])
+    return Structure(heads=heads, channels=channels)
+
+
+def protected(anatomy: Anatomy) -> tuple[int, int]:
+    """How many first and last layers a decoder keeps whole: a tenth and one, as LoRAPrune does; none in encoders."""
+    return (int(0.1 * anatomy.layers), 1) if anatomy.decoder and anatomy.layers > 1 else (0, 0)
+
+
+def _drop(kept: Bool[Tensor, " units"], scores: Float[Tensor, " units"], wanted: int) -> None:
+    """Mark the `wanted` least important units as dropped, in place of a row that the caller owns."""
+    order = np.lexsort((np.arange(len(kept)), scores.numpy(), kept.numpy()))  # dropped ones first, then by score
+    kept[torch.from_numpy(order[:wanted].copy())] = False

@@ -1,0 +1,174 @@
+"""What may cross the wire, and the one codec that gives traffic, checkpoints and equality tests.
+
+A message is a frozen, keyword-only dataclass. It is packed as one safetensors file whose metadata holds the JSON of
+everything that is not a tensor; never a pickle. Fields may be None, bool, int, float, str, tuples, dicts with string
+keys, torch tensors, numpy arrays and other messages. Boolean tensors travel as bits.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, dataclass_transform
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+Tensors: TypeAlias = "dict[str, torch.Tensor]"  # by parameter name
+T = TypeVar("T")
+
+_REGISTRY: dict[str, type] = {}  # filled at import time only: the names that may be decoded
+
+
+class NotAMessage(ValueError):
+    """Bytes or a value that the codec refuses; the text says where and why."""
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def message(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen keyword-only dataclass and register its name for decoding.
+
+    >>> @message
+    ... class Hello:
+    ...     name: str
+    >>> unpack(pack(Hello(name="x")))
+    Hello(name='x')
+    """
+    made = dataclass(frozen=True, kw_only=True, eq=False)(cls)
+    known = _REGISTRY.setdefault(cls.__name__, made)
+    if (known.__module__, known.__qualname__) != (made.__module__, made.__qualname__):
+        raise TypeError(f"two messages are called {cls.__name__}: {known.__module__} and {made.__module__}")
+    _REGISTRY[cls.__name__] = made
+    return made
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An encoded value; `bytes` is what every fleet charges for it."""
+
+    payload: bytes
+
+    @property
+    def bytes(self) -> int:
+        return len(self.payload)
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.payload).hexdigest()
+
+
+def pack(value: Any) -> Packed:
+    """Encode a message, or a tuple or dict of what messages may hold.
+
+    Raises NotAMessage for anything else, naming the place inside the value.
+    """
+    import torch
+    from safetensors.torch import save
+
+    tensors: Tensors = {}
+
+    def keep(tensor: "torch.Tensor") -> str:
+        name = f"{len(tensors):05d}"
+        # a copy, since safetensors refuses tensors that share storage
+        tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return name
+
+    tree = _encode(value, keep, "value")
+    return Packed(save(tensors, {"fedspine": json.dumps(tree, separators=(",", ":"))}))
+
+
+def unpack(packed: Packed | bytes) -> Any:
+    """Decode what `pack` made; raises NotAMessage for bytes that are not such a file or name an unknown message."""
+    from safetensors.torch import load
+
+    payload = packed.payload if isinstance(packed, Packed) else packed
+    try:
+        length = int.from_bytes(payload[:8], "little")
+        header = json.loads(payload[8 : 8 + length])
+        tree = json.loads(header["__metadata__"]["fedspine"])
+        tensors = load(payload)
+    except Exception as error:
+        raise NotAMessage(f"not a packed message: {error}") from None
+    return _decode(tree, tensors)
+
+
+def _encode(value: Any, keep: Callable[["torch.Tensor"], str], where: str) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.integer | np.floating):
+        return value.item()
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(item, keep, f"{where}[{i}]") for i, item in enumerate(value)]}
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise NotAMessage(f"{where}: dict keys must be strings")
+        return {"dict": {key: _encode(item, keep, f"{where}[{key!r}]") for key, item in value.items()}}
+    if isinstance(value, np.ndarray) or _is_tensor(value):
+        return _encode_array(value, keep)
+    name = type(value).__name__
+    if _REGISTRY.get(name) is type(value):
+        return {
+            "message": name,
+            "fields": {f.name: _encode(getattr(value, f.name), keep, f"{where}.{f.name}") for f in fields(value)},
+        }
+    raise NotAMessage(f"{where}: {type(value).__name__} cannot cross the wire; use a @message, tensor, tuple or dict")
+
+
+def _encode_array(value: Any, keep: Callable[["torch.Tensor"], str]) -> dict[str, Any]:
+    import torch
+
+    kind = "tensor" if _is_tensor(value) else "array"
+    array = value if kind == "tensor" else torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
+    if array.dtype is torch.bool:
+        bits = torch.from_numpy(np.packbits(array.cpu().numpy().reshape(-1)))
+        return {kind: keep(bits), "bits": list(array.shape)}
+    return {kind: keep(array)}
+
+
+def _is_tensor(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _decode(tree: Any, tensors: Tensors) -> Any:
+    match tree:
+        case {"tuple": items}:
+            return tuple(_decode(item, tensors) for item in items)
+        case {"dict": items}:
+            return {key: _decode(item, tensors) for key, item in items.items()}
+        case {"tensor": name, **rest}:
+            return _decode_array(tensors, name, rest)
+        case {"array": name, **rest}:
+            return _decode_array(tensors, name, rest).numpy()
+        case {"message": name, "fields": values}:
+            return _decode_message(name, values, tensors)
+        case dict() | list():
+            raise NotAMessage(f"unknown node {str(tree)[:60]!r}")
+    return tree
+
+
+def _decode_array(tensors: Tensors, name: str, rest: dict[str, Any]) -> "torch.Tensor":
+    import torch
+
+    if name not in tensors:
+        raise NotAMessage(f"tensor {name!r} is missing")
+    # a copy of its own: aligned as torch aligns, so that arithmetic does not depend on where the bytes lay
+    tensor = tensors[name].clone()
+    if "bits" not in rest:
+        return tensor
+    shape = rest["bits"]
+    bits = np.unpackbits(tensor.numpy(), count=int(np.prod(shape, dtype=np.int64)))
+    return torch.from_numpy(bits.astype(bool).reshape(shape))
+
+
+def _decode_message(name: str, values: dict[str, Any], tensors: Tensors) -> Any:
+    cls = _REGISTRY.get(name)
+    if cls is None:
+        raise NotAMessage(f"unknown message {name!r}")
+    expected = {f.name for f in fields(cls)}
+    if set(values) != expected:
+        raise NotAMessage(f"{name} has the fields {sorted(expected)}, but {sorted(values)} came")
+    return cls(**{key: _decode(item, tensors) for key, item in values.items()})

@@ -1,0 +1,80 @@
+"""The task that a run solves: a base model, encoded examples and what is measured on them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedspine.lm.base import Base
+
+Kind: TypeAlias = Literal["classification", "pair", "causal-lm"]
+IGNORED = -100  # a label position that no loss counts
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised rows, one after another in flat arrays: row i is `ids[offsets[i]:offsets[i + 1]]`."""
+
+    ids: np.ndarray  # int32 [tokens]
+    offsets: np.ndarray  # int64 [rows + 1]
+    labels: np.ndarray | None  # int64 [rows]; None: the next token is the label
+    segments: np.ndarray | None  # uint8 [tokens], which text of a pair a token belongs to
+    padding: int  # the token id that fills short rows
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.diff(self.offsets)
+
+    def take(self, rows: np.ndarray) -> "Examples":
+        """These rows, in this order."""
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        index = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Examples(
+            ids=self.ids[index],
+            offsets=offsets,
+            labels=None if self.labels is None else self.labels[rows],
+            segments=None if self.segments is None else self.segments[index],
+            padding=self.padding,
+        )
+
+    def batch(self, rows: Sequence[int] | np.ndarray) -> dict[str, "torch.Tensor"]:
+        """Model inputs for these rows, padded to the longest of them; `labels` as the loss wants them."""
+        import torch
+
+        lengths = self.lengths[rows]
+        inside = np.arange(lengths.max())[None, :] < lengths[:, None]
+        index = np.where(inside, self.offsets[rows][:, None] + np.arange(lengths.max())[None, :], 0)
+        ids = np.where(inside, self.ids[index], self.padding).astype(np.int64)
+        inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(inside.astype(np.int64))}
+        if self.segments is not None:
+            inputs["token_type_ids"] = torch.from_numpy(np.where(inside, self.segments[index], 0).astype(np.int64))
+        labels = np.where(inside, ids, IGNORED) if self.labels is None else self.labels[rows]
+        return inputs | {"labels": torch.from_numpy(labels)}
+
+    def batches_by_length(self, size: int) -> Iterator[np.ndarray]:
+        """All rows once, in batches of rows of like length, so that little is padded."""
+        order = np.argsort(self.lengths, kind="stable")
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything a method may know before the first round."""
+
+    kind: Kind
+    base: "Base"
+    train: Examples
+    test: Examples
+    label_names: tuple[str, ...]
+    max_tokens: int
+    rounds: int

@@ -1,0 +1,38 @@
+"""Pure functions over `Tensors`, dictionaries of tensors by parameter name."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from fedspine.message import Tensors
+
+
+def half(tensors: Tensors) -> Tensors:
+    """The same tensors in fp16, as they cross the wire."""
+    return {name: tensor.half() for name, tensor in tensors.items()}
+
+
+def single(tensors: Tensors) -> Tensors:
+    """The same tensors in fp32, as they are trained."""
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def average(weighted: Iterable[tuple[float, Mapping[str, torch.Tensor]]]) -> Tensors:
+    """The weighted mean of dictionaries with equal names and shapes; raises ValueError for none.
+
+    >>> average([(1, {"x": torch.tensor([0.0])}), (3, {"x": torch.tensor([4.0])})])
+    {'x': tensor([3.])}
+    """
+    total, sums = 0.0, {}
+    for weight, tensors in weighted:
+        total += weight
+        for name, tensor in tensors.items():
+            sums[name] = sums[name] + weight * tensor.float() if name in sums else weight * tensor.float()
+    if total <= 0:
+        raise ValueError("an average needs at least one positive weight")
+    return {name: tensor / total for name, tensor in sums.items()}
+
+
+def finite(tensors: Tensors) -> bool:
+    """Whether no entry is NaN or infinite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
