@@ -137,6 +137,27 @@ def test_a_single_file_of_any_name_in_a_folder_is_the_data(tmp_path):
     assert len(load(str(tmp_path), kind="classification").train.texts) == 16
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_a_text_may_be_longer_than_a_megabyte(tmp_path, suffix):
+    rows = [{"text": "one book\n" * 300_000}, {"text": "a note"}] * 2
+    write(tmp_path / f"train{suffix}", rows)
+    write(tmp_path / f"test{suffix}", rows[1:2])
+    assert load(str(tmp_path), kind="causal-lm").train.texts == tuple(row["text"] for row in rows)
+
+
+def test_a_file_larger_than_a_block_keeps_its_texts_of_many_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_LARGEST_BLOCK", 100)
+    write(tmp_path / "train.csv", ROWS)
+    write(tmp_path / "test.csv", ROWS)
+    assert load(str(tmp_path), kind="causal-lm").train.texts == tuple(row["text"] for row in ROWS)
+
+
+def test_a_partition_by_label_leaves_the_order_of_the_labels(tmp_path):
+    data = load(str(write(tmp_path / "rows.csv", labelled([9, 10] * 10))), kind="classification", group="label")
+    assert data.label_names == ("9", "10")
+    assert set(data.train.columns["label"]) == {"9", "10"}
+
+
 def test_types_are_not_guessed_from_the_first_megabyte_alone(tmp_path):
     rows = labelled([n % 2 for n in range(6000)]) + labelled(["maybe"] * 2)
     for row in rows:
@@ -250,7 +271,7 @@ def test_two_formats_of_one_split(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"text": "txet"}, "the text column 'txet' in the train set, found the columns text, label, by; did you mean 'text'?"),
+        ({"text": "txet"}, "the text column 'txet' in the train set, found the columns text, label, by; did you mean"),
         ({"label": "lable"}, "the label column 'lable'"),
         ({"kind": "pair"}, "the pair column 'text2'"),
         ({"kind": "pair", "pair": "hypothesis"}, "the pair column 'hypothesis'"),

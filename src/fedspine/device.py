@@ -37,12 +37,14 @@ class Device:
     rng: np.random.Generator
     flops: float = field(default=0.0, init=False)
     launches: int = field(default=0, init=False)
+    samples: int = field(default=0, init=False)
     peak_memory_bytes: int = field(default=0, init=False)
 
-    def spend(self, *, flops: float = 0.0, memory_bytes: int = 0, launches: int = 0) -> None:
-        """Account for work: floating-point operations, the memory needed at once, layers launched one by one."""
+    def spend(self, *, flops: float = 0.0, memory_bytes: int = 0, launches: int = 0, samples: int = 0) -> None:
+        """Account for work: floating-point operations, memory needed at once, layers launched, rows trained on."""
         self.flops += flops
         self.launches += launches
+        self.samples += samples
         self.peak_memory_bytes = max(self.peak_memory_bytes, memory_bytes)
 
 
@@ -93,6 +95,7 @@ class Served:
     memory: bytes
     flops: float
     launches: int
+    samples: int
     peak_memory_bytes: int
 
 
@@ -111,5 +114,6 @@ def serve(call: Call, base: "Base", data: "Examples") -> Served:
         memory=pack(device.memory).payload,
         flops=device.flops,
         launches=device.launches,
+        samples=device.samples,
         peak_memory_bytes=device.peak_memory_bytes,
     )

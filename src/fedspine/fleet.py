@@ -72,6 +72,10 @@ class Fleet(Protocol):
         """Run `job(name, part)` for every group side by side in time; the clock moves on by the longest."""
         ...
 
+    def wait(self, seconds: float) -> None:
+        """Let this much time pass."""
+        ...
+
     def note(self, **values: Any) -> None:
         """A method's remark, to the records."""
         ...
@@ -79,3 +83,7 @@ class Fleet(Protocol):
 
 class Idle(LookupError):
     """`next` was called while no reply is under way."""
+
+
+class AllLost(RuntimeError):
+    """A round got no reply that can be used, so the run cannot go on; its last state is saved."""

@@ -1,18 +1,20 @@
 """The methods and how they are found: each is a frozen dataclass whose fields are its hyper-parameters."""
 
 import importlib
+import math
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from fedspine.device import DeviceId
+from fedspine.device import DeviceId, R
 from fedspine.errors import unknown
-from fedspine.fleet import Fleet
+from fedspine.fleet import AllLost, Fleet, Reply
+from fedspine.tensors import finite
 
 if TYPE_CHECKING:
-    from fedspine.lm.model import Model
+    from fedspine.lm.base import Model
     from fedspine.task import Task
 
 S = TypeVar("S")
@@ -36,6 +38,29 @@ class Method(Protocol[S]):
     def deploy(self, state: S, device: DeviceId | None = None) -> "Model":
         """The model that `device` will run, or the one for everybody."""
         ...
+
+    def unpruned(self, state: S) -> "Model":
+        """What was learnt, on the whole base: the yardstick for what pruning costs."""
+        ...
+
+
+def usable(replies: Sequence[Reply[R]], fleet: Fleet) -> list[Reply[R]]:
+    """The replies whose `loss`, adapter and head are finite; the others are noted and left out of the round.
+
+    Raises AllLost where none is left.
+    """
+    good = []
+    for reply in replies:
+        result = reply.value
+        if not math.isfinite(result.loss):
+            fleet.note(device=reply.device, left_out=f"loss is {result.loss}")
+        elif not (finite(result.adapter) and finite(result.head)):
+            fleet.note(device=reply.device, left_out="weights are not finite")
+        else:
+            good.append(reply)
+    if not good:
+        raise AllLost(f"of {len(fleet.devices)} devices asked, {len(replies)} replied and none can be used")
+    return good
 
 
 _METHODS: dict[str, type] = {}  # filled at import time only

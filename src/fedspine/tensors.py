@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-import torch
+from torch import Tensor, isfinite
 
 from fedspine.message import Tensors
 
@@ -17,9 +17,10 @@ def single(tensors: Tensors) -> Tensors:
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 
-def average(weighted: Iterable[tuple[float, Mapping[str, torch.Tensor]]]) -> Tensors:
+def average(weighted: Iterable[tuple[float, Mapping[str, Tensor]]]) -> Tensors:
     """The weighted mean of dictionaries with equal names and shapes; raises ValueError for none.
 
+    >>> import torch
     >>> average([(1, {"x": torch.tensor([0.0])}), (3, {"x": torch.tensor([4.0])})])
     {'x': tensor([3.])}
     """
@@ -35,4 +36,4 @@ def average(weighted: Iterable[tuple[float, Mapping[str, torch.Tensor]]]) -> Ten
 
 def finite(tensors: Tensors) -> bool:
     """Whether no entry is NaN or infinite."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+    return all(bool(isfinite(tensor).all()) for tensor in tensors.values())

@@ -128,7 +128,6 @@ def _separated(delimiter: str) -> Callable[[Path, Sequence[str]], pa.Table]:
     def read_separated(path: Path, strings: Sequence[str]) -> pa.Table:
         return pyarrow.csv.read_csv(
             path,
-            # One block: the types are inferred from the first block only, and a later one may contradict it.
             read_options=pyarrow.csv.ReadOptions(block_size=_one_block(path.stat().st_size)),
             parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
             convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(strings, pa.string())),
@@ -146,6 +145,7 @@ def _json(path: Path, strings: Sequence[str]) -> pa.Table:
 
 
 def _one_block(file_bytes: int) -> int:
+    # Arrow's own megabyte refuses the file where one row, a whole book say, is longer than that.
     return min(max(file_bytes, 1), _LARGEST_BLOCK)
 
 

@@ -57,7 +57,8 @@ def partition(
     column, by "natural" and "column:NAME". The same arguments give the same bytes. Raises BadInput where a device would
     be left without rows or the arguments do not fit the partition.
 
-    >>> [part.tolist() for part in partition("column:by", devices=2, rows=4, labels=None, groups="abba", alpha=1, seed=0)]
+    >>> parts = partition("column:by", devices=2, rows=4, labels=None, groups="abba", alpha=1, seed=0)
+    >>> [part.tolist() for part in parts]
     [[0, 3], [1, 2]]
     """
     column = column_of(how, natural="natural")
@@ -132,8 +133,8 @@ def _by_group(groups: Sequence[str], devices: int, how: str, rng: np.random.Gene
     index = {name: number for number, name in enumerate(dict.fromkeys(groups))}
     if len(index) < devices:
         raise BadInput(
-            f"partition {how!r} expects at least one group for each of {devices} devices, found {len(index)} groups, so "
-            f"a device would be left without rows; use at most {len(index)} devices or another partition"
+            f"partition {how!r} expects at least one group for each of {devices} devices, found {len(index)} groups, "
+            f"so a device would be left without rows; use at most {len(index)} devices or another partition"
         )
     group = np.fromiter((index[name] for name in groups), dtype=np.int64, count=len(groups))
     counts = np.bincount(group)

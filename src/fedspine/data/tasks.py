@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +17,8 @@ import pyarrow as pa
 from fedspine.data import files, hub, pydocs
 from fedspine.data.columns import Values, Wanted, checked
 from fedspine.errors import BadInput, nearest, unknown
+from fedspine.task import Kind
 
-Kind = Literal["classification", "pair", "causal-lm"]
 BUILT_IN = ("pydoc-topics",)
 _NATURAL = {"pydoc-topics": "file"}  # the columns that name a natural device
 TEST_FRACTION = 5  # one row in five is for testing where the data names no test rows
@@ -115,13 +115,15 @@ def _tables(data: str, wanted: Wanted, label: str) -> dict[str, pa.Table]:
     if data.startswith((".", "/", "~")) or path.is_absolute() or path.suffix.lower() in files.READERS:
         beside = [other.name for other in path.parent.glob("*")]
         raise BadInput(
-            f"expected a data file or folder at {data!r}, found nothing there; check the path{_meant(path.name, beside)}"
+            f"expected a data file or folder at {data!r}, found nothing there; "
+            f"check the path{_meant(path.name, beside)}"
         )
     try:
         return hub.read(data, label)
     except BadInput as error:
         raise BadInput(
-            f"{data!r} is not built in (known: {', '.join(BUILT_IN)}), not a path here, and {error}{_meant(data, BUILT_IN)}"
+            f"{data!r} is not built in (known: {', '.join(BUILT_IN)}), not a path here, "
+            f"and {error}{_meant(data, BUILT_IN)}"
         ) from error
 
 
@@ -152,7 +154,7 @@ def _hides_labels(table: pa.Table, label: str | None) -> bool:
 
 
 def _stated_names(table: pa.Table, label: str | None) -> tuple[str, ...]:
-    """The class names that the data itself gives: ours in `label_names`, or those which `datasets` writes to Parquet."""
+    """The class names that the data itself gives: `label_names`, or what `datasets` writes to Parquet."""
     metadata = table.schema.metadata or {}
     names = None
     with suppress(ValueError, KeyError, TypeError):  # metadata is anybody's; without names there the values are names

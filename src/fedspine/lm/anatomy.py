@@ -5,9 +5,11 @@ channel. Removing it removes rows of the projections that write it and columns o
 """
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
 
 from fedspine.errors import BadInput, nearest
+from fedspine.message import message
 from fedspine.planning.sparsity import LayerShape
 
 UnitKind: TypeAlias = Literal["heads", "channels"]
@@ -92,23 +94,32 @@ class Site:
     per_unit: int  # consecutive rows or columns of one unit
 
 
-@dataclass(frozen=True)
+@message
 class Anatomy:
     """The prunable part of one model: `layers` equal blocks of `heads` head units and `channels` channels."""
 
+    architecture: str  # transformers' model_type
+    prefix: str  # path of the backbone inside the model
     layers: int
     heads: int
     channels: int
     width: int  # of the residual stream, never pruned
     query_heads: int
     head_dim: int
-    decoder: bool
-    sites: tuple[Site, ...]
+
+    @property
+    def decoder(self) -> bool:
+        return unit_map(self.architecture).decoder
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """Every prunable linear layer, block by block."""
+        return tuple(site for layer in range(self.layers) for site in self._block(layer))
 
     @property
     def shape(self) -> LayerShape:
         """Units of one block and the parameters that go with each."""
-        block = [site for site in self.sites if site.layer == 0]
+        block = self._block(0)
         return LayerShape(
             heads=self.heads,
             channels=self.channels,
@@ -121,23 +132,29 @@ class Anatomy:
         """Weights of all prunable linear layers: what sparsity is counted on."""
         return self.layers * self.shape.parameters
 
+    def _block(self, layer: int) -> list[Site]:
+        names, width = unit_map(self.architecture), self.width
+        path = f"{self.prefix}.{names.layers}.{layer}."
+        queries = self.query_heads // self.heads * self.head_dim  # rows of one unit's query heads
+        rows = ((names.query, queries), (names.key, self.head_dim), (names.value, self.head_dim))
+        return [
+            *(Site(path + name, layer, self.heads * n, width, "heads", None, n) for name, n in rows),
+            Site(path + names.output, layer, width, self.heads * queries, None, "heads", queries),
+            *(Site(path + name, layer, self.channels, width, "channels", None, 1) for name in names.up),
+            Site(path + names.down, layer, width, self.channels, None, "channels", 1),
+        ]
 
-def anatomy_of(config: object, prefix: str) -> Anatomy:
+
+def anatomy_of(config: Any, prefix: str) -> Anatomy:
     """Read the anatomy from a transformers configuration; `prefix` is the path of the backbone inside the model."""
-    names = unit_map(config.model_type)  # type: ignore[attr-defined]
-    width = config.hidden_size  # type: ignore[attr-defined]
-    query_heads: int = config.num_attention_heads  # type: ignore[attr-defined]
-    heads: int = getattr(config, "num_key_value_heads", None) or query_heads
-    head_dim: int = getattr(config, "head_dim", None) or width // query_heads
-    channels: int = getattr(config, "intermediate_size", None) or config.hidden_dim  # type: ignore[attr-defined]
-    layers: int = config.num_hidden_layers  # type: ignore[attr-defined]
-    query_rows = query_heads // heads * head_dim
-    sites = []
-    for layer in range(layers):
-        path = f"{prefix}.{names.layers}.{layer}."
-        for name, per_unit in ((names.query, query_rows), (names.key, head_dim), (names.value, head_dim)):
-            sites.append(Site(path + name, layer, heads * per_unit, width, "heads", None, per_unit))
-        sites.append(Site(path + names.output, layer, width, heads * query_rows, None, "heads", query_rows))
-        sites += [Site(path + name, layer, channels, width, "channels", None, 1) for name in names.up]
-        sites.append(Site(path + names.down, layer, width, channels, None, "channels", 1))
-    return Anatomy(layers, heads, channels, width, query_heads, head_dim, names.decoder, tuple(sites))
+    unit_map(config.model_type)
+    return Anatomy(
+        architecture=config.model_type,
+        prefix=prefix,
+        layers=config.num_hidden_layers,
+        heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        channels=getattr(config, "intermediate_size", None) or config.hidden_dim,
+        width=config.hidden_size,
+        query_heads=config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    )

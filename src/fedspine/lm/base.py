@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedspine.lm.anatomy import Anatomy
@@ -97,3 +98,20 @@ class Base:
         weight, bias = self.weights[path]
         rows, columns = kept_rows(site, structure), kept_columns(site, structure)
         return cut(cut(weight, rows, 0), columns, 1), None if bias is None else cut(bias, rows, 0)
+
+
+def line_energy(base: Base) -> Tensors:
+    """Squared norms of the rows (or columns, where those are cut) of every site's unpruned weight, by path."""
+    return {
+        site.path: base.weights[site.path][0].float().square().sum(1 if site.row_units else 0)
+        for site in base.anatomy.sites
+    }
+
+
+def site_norms(anatomy: Anatomy, energy: Tensors, structure: Structure) -> Float[Tensor, " sites"]:
+    """Frobenius norm of every site's weight cut to `structure`, from `line_energy`."""
+    sums = []
+    for site in anatomy.sites:
+        kept = kept_rows(site, structure) if site.row_units else kept_columns(site, structure)
+        sums.append(energy[site.path][kept].sum())
+    return torch.stack(sums).sqrt()

@@ -3,13 +3,13 @@
 Source: FedSpine (reconstructed), section 2.2, after LoRAPrune (arXiv:2305.18403).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.structure import kept_columns, kept_rows
@@ -39,11 +39,8 @@ def score_units(base: Base, model: Model, criterion: Criterion = Criterion()) ->
     The gradient of W + scale * B @ A is estimated from those of A and B as gB @ A + B @ gA. Gradients must be those
     of the unscaled loss, before the optimiser's step.
     """
-    anatomy = base.anatomy
-    scores = Scores(
-        heads=torch.zeros(anatomy.layers, anatomy.heads), channels=torch.zeros(anatomy.layers, anatomy.channels)
-    )
-    for site in anatomy.sites:
+    scores = no_scores(base.anatomy)
+    for site in base.anatomy.sites:
         entries = _entries(base, model, site.path, criterion)
         by_line = entries.sum(1) if site.row_units else entries.sum(0)
         if criterion.normalise:
@@ -52,6 +49,13 @@ def score_units(base: Base, model: Model, criterion: Criterion = Criterion()) ->
         target = scores.heads if "heads" in (site.row_units, site.column_units) else scores.channels
         target[site.layer].index_add_(0, kept // site.per_unit, by_line)
     return scores
+
+
+def no_scores(anatomy: Anatomy) -> Scores:
+    """Zero for every unit."""
+    return Scores(
+        heads=torch.zeros(anatomy.layers, anatomy.heads), channels=torch.zeros(anatomy.layers, anatomy.channels)
+    )
 
 
 def _entries(base: Base, model: Model, path: str, criterion: Criterion) -> Float[Tensor, "rows columns"]:
@@ -69,15 +73,13 @@ def _entries(base: Base, model: Model, path: str, criterion: Criterion) -> Float
         return entries.square_() if criterion.square else entries.abs_()
 
 
-def smooth(before: Scores | None, now: Scores, keep: float) -> Scores:
+def smooth(before: Scores | None, now: Scores, keep: float) -> Scores | None:
     """The moving average of scores; `now` itself at the start, `before` where `now` holds a NaN.
 
     Units that score exactly zero were not there, so they keep their last value.
     """
     if not all(bool(torch.isfinite(score).all()) for score in (now.heads, now.channels)):
-        return before if before is not None else Scores(
-            heads=torch.zeros_like(now.heads), channels=torch.zeros_like(now.channels)
-        )
+        return before
     if before is None:
         return now
 

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedspine.lm.anatomy import Site
+from fedspine.errors import BadInput
+from fedspine.lm.anatomy import Anatomy, Site
 from fedspine.message import Tensors
 
 
@@ -93,3 +94,17 @@ def fresh(sites: Iterable[Site], rank: int, rng: np.random.Generator) -> Tensors
         adapter[a_name(site.path)] = fresh_a(rng, rank, site.columns)
         adapter[b_name(site.path)] = torch.zeros(site.rows, rank)
     return adapter
+
+
+def check_rank(field: str, ranks: Iterable[int], anatomy: Anatomy) -> None:
+    """Raise BadInput for a rank below 1 or above the smaller side of any site."""
+    narrowest = min(anatomy.sites, key=lambda site: min(site.rows, site.columns))
+    most = min(narrowest.rows, narrowest.columns)
+    for rank in ranks:
+        if not 1 <= rank <= most:
+            raise BadInput(f"{field} has rank {rank}, but {narrowest.path} is {most} wide; choose 1 to {most}")
+
+
+def cut_rank(adapter: Tensors, rank: int) -> Tensors:
+    """The first `rank` directions of every factor."""
+    return {name: factor[:rank] if name.endswith(".lora_A") else factor[:, :rank] for name, factor in adapter.items()}

@@ -86,7 +86,6 @@ def shrink(
     *,
     reached: float,
     target: float,
-    protect: bool = True,
 ) -> Structure:
     """Drop the least important units of every layer, until the model's sparsity is `reached` on its way to `target`.
 
@@ -94,7 +93,7 @@ def shrink(
     the others take their share. At `reached == target` the sparsity is exact to the units' grain. Source: FedSpine
     (reconstructed), section 2.3.
     """
-    first, last = protected(anatomy) if protect else (0, 0)
+    first, last = protected(anatomy)
     finals = layer_targets(anatomy.layers, target, protect_first=first, protect_last=last)
     heads, channels = structure.heads.clone(), structure.channels.clone()
     for layer, final in enumerate(finals):
@@ -103,7 +102,7 @@ def shrink(
         dropped = (int((~heads[layer]).sum()), int((~channels[layer]).sum()))
         wanted = counts(
             anatomy.shape,
-            final * reached / target,
+            final * (reached / target),
             target=final,
             dropped=dropped,
             keep_heads=HEAD_FLOOR,
@@ -112,6 +111,13 @@ def shrink(
         _drop(heads[layer], scores[0][layer], wanted[0])
         _drop(channels[layer], scores[1][layer], wanted[1])
     return Structure(heads=heads, channels=channels)
+
+
+def check_target(anatomy: Anatomy, target: float) -> None:
+    """Raise BadInput where no structure of this model has the sparsity `target`."""
+    first, last = protected(anatomy)
+    for final in set(layer_targets(anatomy.layers, target, protect_first=first, protect_last=last)):
+        counts(anatomy.shape, final, target=final, keep_heads=HEAD_FLOOR, keep_channels=CHANNEL_FLOOR)
 
 
 def protected(anatomy: Anatomy) -> tuple[int, int]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedspine.device import Device
+from fedspine.errors import BadInput
 from fedspine.lm.base import Model
 from fedspine.lm.cost import Extent, training_flops, training_memory_bytes
 from fedspine.lm.importance import Criterion, Scores, score_units, smooth
@@ -26,6 +28,36 @@ class Tuning:
     learning_rate: float
     weight_decay: float = 0.1
     clip: float = 1.0  # of the gradient's norm
+
+
+class TuningFields(Protocol):
+    """The hyper-parameters of local training that methods share."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    weight_decay: float
+
+
+def check_tuning(fields: TuningFields) -> None:
+    """Raise BadInput for training settings that cannot work."""
+    for name in ("steps", "batch"):
+        if getattr(fields, name) < 1:
+            raise BadInput(f"method.{name} is {getattr(fields, name)}, but at least 1 is needed")
+    if not fields.learning_rate > 0:
+        raise BadInput(f"method.learning_rate is {fields.learning_rate}, but a positive number is needed")
+    if fields.weight_decay < 0:
+        raise BadInput(f"method.weight_decay is {fields.weight_decay}, but it cannot be negative")
+
+
+def tuning_at(fields: TuningFields, round: int, rounds: int) -> Tuning:
+    """The settings of one round, counted from 0: the learning rate falls linearly to zero over the run."""
+    return Tuning(
+        steps=fields.steps,
+        batch=fields.batch,
+        learning_rate=fields.learning_rate * (1 - round / rounds),
+        weight_decay=fields.weight_decay,
+    )
 
 
 @message
@@ -113,6 +145,7 @@ def _account(device: Device, model: Model, extent: Extent, *, steps: int, batch:
     device.spend(
         flops=training_flops(anatomy, model.structure, rank, extent),
         launches=steps * anatomy.layers,
+        samples=steps * batch,
         memory_bytes=training_memory_bytes(
             anatomy, model.structure, rank=rank, embeddings=device.base.embeddings, batch=batch, tokens=longest
         ),

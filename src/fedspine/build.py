@@ -1,0 +1,152 @@
+"""From a recipe to a task and a fleet: load the data and the model, give every device its rows."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedspine.config import Recipe
+from fedspine.data import partition as partitions
+from fedspine.data.tasks import Dataset
+from fedspine.data.tasks import load as load_data
+from fedspine.errors import BadInput
+from fedspine.fleet import Fleet
+from fedspine.fleets.hardware import Hardware, fleet_mix
+from fedspine.fleets.lossy import Lossy
+from fedspine.fleets.simulated import SimulatedFleet, World, profiles
+from fedspine.fleets.workers import Workers, Workshop
+from fedspine.lm.encode import encode, owners
+from fedspine.lm.load import load as load_model
+from fedspine.records import Records
+from fedspine.store import Store
+from fedspine.task import Task
+
+ORDER, COHORT, START = 101, 102, 103  # purposes of random streams, so that they never meet
+
+
+@dataclass(frozen=True)
+class Built:
+    """Everything a run works on."""
+
+    task: Task
+    tokenizer: Any
+    shares: tuple[np.ndarray, ...]  # int64 row indices of the training set, by device
+    kinds: tuple[str, ...]
+
+
+def build(recipe: Recipe) -> Built:
+    """Load and check everything a run needs; raises BadInput before anything is spent."""
+    kinds = fleet_mix(recipe.fleet.mix, recipe.fleet.devices)
+    data = dataset(recipe)
+    task, tokenizer = build_task(recipe, data)
+    shares = share_out(recipe, data, tokenizer)
+    recipe.method.check(task)
+    return Built(task=task, tokenizer=tokenizer, shares=shares, kinds=tuple(kinds))
+
+
+def dataset(recipe: Recipe) -> Dataset:
+    section = recipe.task
+    group = recipe.fleet.partition.removeprefix("column:") if recipe.fleet.partition.startswith("column:") else None
+    return load_data(
+        section.data, kind=section.kind, text=section.text, pair=section.pair, label=section.label, group=group
+    )
+
+
+def build_task(recipe: Recipe, data: Dataset, precision: str | None = None) -> tuple[Task, Any]:
+    """The task in the recipe's precision or another, and the tokenizer."""
+    section = recipe.task
+    base, tokenizer = load_model(
+        section.model,
+        kind=section.kind,
+        classes=len(data.label_names),
+        precision=precision or recipe.run.precision,
+        layers=section.layers,
+    )
+    longest = getattr(base.config, "max_position_embeddings", section.max_tokens)
+    if section.max_tokens > longest:
+        raise BadInput(f"task.max_tokens is {section.max_tokens}, but {section.model} reads at most {longest}; lower it")
+    task = Task(
+        kind=section.kind,
+        base=base,
+        train=encode(tokenizer, data.train, section.kind, section.max_tokens),
+        test=encode(tokenizer, data.test, section.kind, section.max_tokens),
+        label_names=data.label_names,
+        max_tokens=section.max_tokens,
+        rounds=recipe.run.rounds,
+    )
+    return task, tokenizer
+
+
+def share_out(recipe: Recipe, data: Dataset, tokenizer: Any) -> tuple[np.ndarray, ...]:
+    """The rows of the encoded training set that each device holds."""
+    how = recipe.fleet.partition
+    if how == "auto":
+        how = "natural" if data.natural else ("iid" if data.train.labels is None else "dirichlet")
+    column = partitions.column_of(how, data.natural)
+    shares = partitions.partition(
+        how,
+        devices=recipe.fleet.devices,
+        rows=len(data.train.texts),
+        labels=data.train.labels,
+        groups=None if column is None else data.train.columns[column],
+        alpha=recipe.fleet.alpha,
+        seed=recipe.run.seed,
+    )
+    if recipe.task.kind != "causal-lm":
+        return tuple(shares)
+    owner = owners(tokenizer, data.train, recipe.task.max_tokens)
+    first = np.searchsorted(owner, np.arange(len(data.train.texts) + 1))
+    return tuple(np.concatenate([np.arange(first[row], first[row + 1]) for row in share]) for share in shares)
+
+
+def workers_for(recipe: Recipe, built: Built) -> Workers:
+    """The processes that serve asks and score models."""
+    test_rows = np.random.default_rng([recipe.run.seed, ORDER]).permutation(len(built.task.test))
+    count = recipe.run.workers or os.cpu_count() or 1
+    return Workers(Workshop(task=built.task, shares=built.shares, test_rows=test_rows), count)
+
+
+def simulate(recipe: Recipe, built: Built, workers: Workers, store: Store, records: Records) -> SimulatedFleet:
+    """The simulated fleet that the recipe describes."""
+    hardware = Hardware(seed=recipe.run.seed, kinds=built.kinds, spread=recipe.fleet.spread)
+    world = World(
+        seed=recipe.run.seed,
+        profiles=profiles(list(built.kinds), [len(share) for share in built.shares]),
+        hardware=hardware,
+        workers=workers,
+        store=store,
+        records=records,
+    )
+    return SimulatedFleet(world)
+
+
+def cohort(recipe: Recipe, round: int) -> np.ndarray:
+    """Indices of the devices that take part in a round, counted from 0.
+
+    Devices are drawn without replacement until each has had its turn, so all are asked equally often.
+    """
+    devices, wanted = recipe.fleet.devices, min(recipe.fleet.per_round, recipe.fleet.devices)
+    first = round * wanted
+    turn = first // devices
+    stream = np.concatenate([_turn(recipe.run.seed, k, devices, wanted) for k in (turn, turn + 1)])
+    return np.sort(stream[first - turn * devices :][:wanted])
+
+
+def _turn(seed: int, turn: int, devices: int, wanted: int) -> np.ndarray:
+    """One pass over all devices; those that end the last pass within the same round do not begin this one."""
+    order = np.random.default_rng([seed, COHORT, turn]).permutation(devices)
+    shared = turn * devices % wanted  # how many of the last pass share this pass's first round
+    if not turn or not shared:
+        return order
+    just_now = np.isin(order, _turn(seed, turn - 1, devices, wanted)[-shared:])
+    return np.concatenate([order[~just_now], order[just_now]])
+
+
+def around(recipe: Recipe, fleet: Fleet) -> Fleet:
+    """The fleet as the recipe's losses and delays let it through."""
+    if not (recipe.fleet.drop or recipe.fleet.delay_seconds):
+        return fleet
+    return Lossy(
+        fleet, drop=recipe.fleet.drop, delay_seconds=recipe.fleet.delay_seconds, seed=recipe.run.seed
+    )

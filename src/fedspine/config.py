@@ -1,0 +1,190 @@
+"""Recipes: TOML tables that name the task, the fleet, the method's fields and the run, with unknown keys refused."""
+
+import dataclasses
+import importlib.resources
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import tomli_w
+
+from fedspine.errors import BadInput, unknown
+from fedspine.method import find
+from fedspine.task import Kind
+
+
+class Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TaskSection(Section):
+    """What is learnt: a model, data, and how the data is read."""
+
+    model: str = "minilm"  # built-in name, folder, or Hub id
+    data: str = "pydoc-topics"  # built-in name, file, folder, or Hub id
+    kind: Kind = "classification"
+    text: str = "text"  # column of the text
+    pair: str | None = None  # column of the second text; naming one makes the kind "pair"
+    label: str = "label"  # column of the label
+    max_tokens: int = pydantic.Field(64, ge=4)
+    layers: int | None = pydantic.Field(None, ge=1)  # keep only the first blocks of the model
+
+
+class FleetSection(Section):
+    """Who learns: simulated devices, their kinds, and who holds which rows."""
+
+    devices: int = pydantic.Field(80, ge=1)
+    mix: dict[str, int] | None = None  # devices of each kind; default 30 TX2 : 40 NX : 10 AGX
+    partition: str = "auto"  # iid, dirichlet, natural, column:NAME; auto: natural, else dirichlet, else iid
+    alpha: float = pydantic.Field(1.0, gt=0)  # of the Dirichlet partition: small is skewed
+    per_round: int = pydantic.Field(10, ge=1)  # devices asked in a round
+    drop: float = pydantic.Field(0.0, ge=0, le=1)  # chance that an order or its reply is lost
+    delay_seconds: float = pydantic.Field(0.0, ge=0)  # mean extra delay of a reply
+    spread: float = pydantic.Field(1.0, ge=0)  # above 1 makes slow devices slower
+
+
+class RunSection(Section):
+    """How long, how exactly, and what is measured on the way."""
+
+    rounds: int = pydantic.Field(24, ge=1)
+    seed: int = pydantic.Field(0, ge=0)
+    precision: Literal["bf16", "fp32"] = "bf16"  # of the frozen base; what is trained is fp32
+    evaluate_every: int = pydantic.Field(4, ge=0)  # rounds; 0: only at the end
+    evaluate_rows: int = pydantic.Field(512, ge=1)  # test rows of a check on the way
+    evaluate_devices: int = pydantic.Field(4, ge=1)  # device models of a check on the way
+    final_devices: int = pydantic.Field(80, ge=1)  # device models scored on the whole test set at the end
+    workers: int = pydantic.Field(0, ge=0)  # processes; 0: one per core. Never changes a result
+
+
+SECTIONS: dict[str, type[Section]] = {"task": TaskSection, "fleet": FleetSection, "run": RunSection}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A complete, replayable description of a run; `method` is an instance of a registered method."""
+
+    task: TaskSection
+    fleet: FleetSection
+    method: Any
+    run: RunSection
+
+    def table(self) -> dict[str, dict[str, Any]]:
+        """As nested tables that TOML can hold; what is None is left out."""
+        sections = {name: getattr(self, name).model_dump(exclude_none=True) for name in SECTIONS}
+        fields = {field.name: getattr(self.method, field.name) for field in dataclasses.fields(self.method)}
+        method = {"name": self.method.name} | {
+            key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()
+        }
+        return {"task": sections["task"], "fleet": sections["fleet"], "method": method, "run": sections["run"]}
+
+    def toml(self) -> str:
+        return tomli_w.dumps(self.table())
+
+    def same_run(self, other: "Recipe") -> bool:
+        """Whether both describe the same results; the number of workers makes no difference."""
+        mine, theirs = self.table(), other.table()
+        mine["run"].pop("workers"), theirs["run"].pop("workers")
+        return mine == theirs
+
+
+def embedded() -> dict[str, Any]:
+    """The tables of the default job."""
+    return tomllib.loads(importlib.resources.files("fedspine.recipes").joinpath("default.toml").read_text())
+
+
+def load(path: Path | None, settings: list[str] | None = None, seed: int | None = None) -> Recipe:
+    """Read a recipe, or the embedded default job, with `section.key=value` settings and the seed laid over it."""
+    overlay = _settings(settings or [])
+    if seed is not None:
+        overlay.setdefault("run", {})["seed"] = seed
+    if path is None:
+        return recipe(_laid_over(_fitting(embedded(), overlay), overlay))
+    return recipe(_laid_over(_read(path), overlay))
+
+
+def recipe(tables: dict[str, Any]) -> Recipe:
+    """Check tables and build the recipe; raises BadInput with the nearest valid name for an unknown one."""
+    for name, table in tables.items():
+        if name not in {*SECTIONS, "method"}:
+            raise unknown("section", name, {*SECTIONS, "method"})
+        if not isinstance(table, dict):
+            raise BadInput(f"[{name}] must be a table of keys and values; {table!r} came")
+    sections = {name: _section(name, tables.get(name, {})) for name in SECTIONS}
+    task: Any = sections["task"]
+    if task.pair is not None and task.kind == "classification":
+        sections["task"] = task.model_copy(update={"kind": "pair"})
+    return Recipe(method=_method(dict(tables.get("method", {}))), **sections)  # type: ignore[arg-type]
+
+
+def _section(name: str, table: dict[str, Any]) -> Section:
+    cls = SECTIONS[name]
+    for key in table:
+        if key not in cls.model_fields:
+            raise unknown(f"key of [{name}]", key, cls.model_fields)
+    return _validated(name, pydantic.TypeAdapter(cls), table)
+
+
+def _method(table: dict[str, Any]) -> Any:
+    name = table.pop("name", "fedspine")
+    if not isinstance(name, str):
+        raise BadInput(f"method.name must be a name in quotes; {name!r} came")
+    cls = find(name)
+    known = {field.name for field in dataclasses.fields(cls)}
+    for key in table:
+        if key not in known:
+            raise unknown(f"key of [method] for {name}", key, known)
+    return _validated("method", pydantic.TypeAdapter(cls), table)
+
+
+def _validated(section: str, adapter: pydantic.TypeAdapter[Any], table: dict[str, Any]) -> Any:
+    try:
+        return adapter.validate_python(table)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BadInput(f"{section}.{where} is {first['input']!r}: {first['msg']}") from None
+
+
+def _settings(settings: list[str]) -> dict[str, dict[str, Any]]:
+    tables: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        section, dot, key = name.strip().partition(".")
+        if not (equals and dot and key):
+            raise BadInput(f"--set {setting!r} is not of the form section.key=value, such as run.rounds=10")
+        tables.setdefault(section, {})[key] = _value(value.strip())
+    return tables
+
+
+def _value(text: str) -> Any:
+    """What TOML makes of a value; anything else is text, so that quotes can be left out."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _fitting(defaults: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """The embedded job, without the method fields that another method chosen on the command line does not have."""
+    name = overlay.get("method", {}).get("name", defaults["method"]["name"])
+    if name == defaults["method"]["name"] or not isinstance(name, str):
+        return defaults
+    known = {field.name for field in dataclasses.fields(find(name))} | {"name"}
+    return defaults | {"method": {key: value for key, value in defaults["method"].items() if key in known}}
+
+
+def _laid_over(tables: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    return tables | {
+        name: {**tables[name], **table} if isinstance(tables.get(name), dict) else table
+        for name, table in overlay.items()
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise BadInput(f"recipe {path} does not exist; give a TOML file, or none for the embedded job") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadInput(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None

@@ -1,0 +1,64 @@
+"""What an exported folder says of itself: the `fedspine` entry of its `config.json`."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import get_args
+
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fedspine.errors import BadInput
+from fedspine.task import Kind
+
+FORMAT = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Card:
+    """The facts about an exported model that neither its weights nor a stock configuration hold."""
+
+    format: int
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]  # empty for language modelling
+    max_tokens: int
+    heads: tuple[int, ...]  # kept in each layer; with grouped queries, key/value heads
+    channels: tuple[int, ...]  # kept in each layer
+    sparsity: float  # share of the blocks' linear weights that is gone
+    merged: bool  # whether the adapter is inside the weights
+    stock: bool  # whether stock transformers loads the folder
+
+
+def read_card(folder: Path) -> Card:
+    """The card of an exported folder; raises BadInput where it is none, saying what to do."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is not a folder; give one that `fedspine export --format hf` wrote")
+    if not (folder / CONFIG).is_file():
+        raise BadInput(f"{folder} has no {CONFIG}, so it is no exported model; write one with `fedspine export`")
+    try:
+        entry = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("fedspine")
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadInput(f"{folder / CONFIG} cannot be read ({error}); export the model again") from None
+    if not isinstance(entry, dict):
+        raise BadInput(
+            f"{folder} is a model but not an export of fedspine ({CONFIG} has no `fedspine` entry); "
+            "fine-tune it in a run and `fedspine export` that"
+        )
+    if entry.get("format") != FORMAT:
+        raise BadInput(f"{folder} has export format {entry.get('format')!r}, this version reads {FORMAT}; export it again")
+    return _checked(folder, entry)
+
+
+def _checked(folder: Path, entry: dict[str, object]) -> Card:
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    types = {"heads": int, "channels": int, "labels": str}
+    lists = all(isinstance(i, kind) for key, kind in types.items() for i in values.get(key, ()))  # type: ignore[attr-defined]
+    if {field.name for field in fields(Card)} != set(values) or values["kind"] not in get_args(Kind) or not lists:
+        raise BadInput(f"the `fedspine` entry of {folder / CONFIG} is damaged; export the model again")
+    return Card(**values)  # type: ignore[arg-type]
+
+
+def stock_class(kind: Kind) -> type:
+    """The transformers class that builds models for this kind of task."""
+    return AutoModelForCausalLM if kind == "causal-lm" else AutoModelForSequenceClassification

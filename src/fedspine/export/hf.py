@@ -1,0 +1,181 @@
+"""Export to a folder in Hugging Face form: the adapter merged into physically smaller weights, no remote code.
+
+Parameters keep the names of the stock `transformers` class. Where the sizes that are left fit a stock configuration, it
+says so and `transformers` loads the folder as it is; else `fedspine.export.load` does, and `transformers` stops at the
+shapes. The `fedspine` entry of `config.json` holds what neither the weights nor a stock configuration say.
+"""
+
+import copy
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig
+from transformers.initialization import no_init_weights
+
+from fedspine.errors import BadInput
+from fedspine.export.card import CONFIG, FORMAT, WEIGHTS, Card, stock_class
+from fedspine.export.load import Loaded, load
+from fedspine.export.predict import Continued, Labelled, Prediction, predict
+from fedspine.lm.base import Base, Model
+from fedspine.lm.lora import a_name, b_name
+from fedspine.lm.structure import Structure, sparsity
+from fedspine.message import Tensors
+from fedspine.task import Kind
+
+__all__ = ["Continued", "Labelled", "Loaded", "Prediction", "export", "load", "merged_tensors", "predict"]
+
+def export(
+    base: Base,
+    model: Model,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    labels: tuple[str, ...],
+    kind: Kind,
+    max_tokens: int,
+    name: str,
+    merge: bool = True,
+) -> Path:
+    """Write `model` as a folder of its own: config.json, model.safetensors, the tokenizer, README.md.
+
+    The adapter is merged in fp32 as W + scale * B @ A; `merge=False` leaves it out, for use with an adapter that
+    `fedspine.export.peft` writes. The folder appears at once and complete. Raises BadInput where it exists already,
+    where the base is not fp32, or where `labels` are not those that the head was trained for.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise BadInput(f"{folder} exists already; choose a new folder, or remove it first")
+    if base.precision is not torch.float32:
+        raise BadInput(f"export needs the base in fp32, but it is in {base.precision}; load it with precision fp32")
+    expected = 0 if kind == "causal-lm" else base.config.num_labels
+    if len(labels) != expected:
+        raise BadInput(f"{len(labels)} labels came for a head of {expected}; pass the task's label_names")
+    tensors = merged_tensors(base, model, merge=merge)
+    config, stock = _config(base, model.structure, tensors, labels, kind)
+    card = Card(
+        format=FORMAT,
+        name=name,
+        kind=kind,
+        labels=tuple(labels),
+        max_tokens=max_tokens,
+        heads=tuple(model.structure.heads.sum(1).tolist()),
+        channels=tuple(model.structure.channels.sum(1).tolist()),
+        sparsity=sparsity(base.anatomy, model.structure),
+        merged=merge,
+        stock=stock,
+    )
+    _write(folder, config, card, tensors, tokenizer)
+    return folder
+
+
+def merged_tensors(base: Base, model: Model, *, merge: bool = True) -> Tensors:
+    """Every parameter of the exported model in fp32 by its stock name; a tied one once, under its first name."""
+    tensors = {name: parameter.detach() for name, parameter in base.skeleton.named_parameters()}
+    for site in base.anatomy.sites:
+        weight, bias = base.slice(site.path, model.structure)
+        a, b = model.adapter.get(a_name(site.path)), model.adapter.get(b_name(site.path))
+        if merge and a is not None and b is not None:
+            weight = torch.addmm(weight, b.detach().float(), a.detach().float(), alpha=model.scale)
+        tensors[f"{site.path}.weight"] = weight
+        if bias is not None:
+            tensors[f"{site.path}.bias"] = bias
+    tensors |= {name: tensor.detach() for name, tensor in model.head.items()}
+    # a copy of each: safetensors refuses views that share storage
+    return {name: tensor.float().clone().contiguous() for name, tensor in sorted(tensors.items())}
+
+
+def _config(
+    base: Base, structure: Structure, tensors: Tensors, labels: tuple[str, ...], kind: Kind
+) -> tuple[PreTrainedConfig, bool]:
+    """The configuration to write, and whether the stock class built from it has the shapes of `tensors`."""
+    original = copy.deepcopy(base.config)
+    original.architectures = [type(base.skeleton).__name__]
+    original.dtype = "float32"
+    original.use_cache = base.anatomy.decoder
+    if labels:
+        original.id2label = dict(enumerate(labels))
+        original.label2id = {label: index for index, label in enumerate(labels)}
+    uniform = _uniform(original, base, structure)
+    if uniform is not None and _fits(uniform, tensors, kind):
+        return uniform, True
+    return original, False
+
+
+def _uniform(config: PreTrainedConfig, base: Base, structure: Structure) -> PreTrainedConfig | None:
+    """The configuration with the sizes that are left in every layer; None where layers differ or none says it."""
+    heads, channels = set(structure.heads.sum(1).tolist()), set(structure.channels.sum(1).tolist())
+    if len(heads) > 1 or len(channels) > 1:
+        return None
+    (kept,) = heads
+    sizes = {"intermediate_size" if "intermediate_size" in config.to_dict() else "hidden_dim": channels.pop()}
+    if kept != base.anatomy.heads:
+        groups = base.anatomy.query_heads // base.anatomy.heads
+        sizes |= {"num_attention_heads": kept * groups, "num_key_value_heads": kept, "head_dim": base.anatomy.head_dim}
+    try:
+        return type(config).from_dict(config.to_dict() | sizes)
+    except Exception:  # noqa: BLE001 - configuration classes have checks of their own, such as heads that divide the width
+        return None
+
+
+def _fits(config: PreTrainedConfig, tensors: Tensors, kind: Kind) -> bool:
+    # asking the class itself is the only rule that holds for every architecture: BERT, for one, ignores `head_dim`
+    try:
+        with torch.device("meta"), no_init_weights():
+            module = stock_class(kind).from_config(config)
+    except Exception:  # noqa: BLE001 - whatever keeps the class from being built, it is not a stock model
+        return False
+    return {n: p.shape for n, p in module.named_parameters()} == {n: t.shape for n, t in tensors.items()}
+
+
+def _write(folder: Path, config: PreTrainedConfig, card: Card, tensors: Tensors, tokenizer: Any) -> None:
+    """Write a sibling folder and rename it, so that a broken export never carries the wanted name."""
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        settings = config.to_diff_dict() | {"fedspine": asdict(card)}
+        settings.pop("_name_or_path", None)  # a path of the machine that exports
+        (partial / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_file(tensors, partial / WEIGHTS, {"format": "pt"})
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(_readme(card, tensors), encoding="utf-8")
+        partial.rename(folder)
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be written: {error.strerror or error}; check the path and free space") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _readme(card: Card, tensors: Tensors) -> str:
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    auto = stock_class(card.kind).__name__
+    stock = (
+        f"Stock transformers loads it: `{auto}.from_pretrained(folder)`."
+        if card.stock
+        else "Its layers have sizes that no stock configuration can say, so `from_pretrained` refuses it."
+    )
+    adapter = "merged into the weights" if card.merged else "not in the weights; load it beside them with PEFT"
+    return f"""---
+library_name: transformers
+tags: [fedspine, federated-learning, structured-pruning]
+---
+# {card.name}
+
+Fine-tuned over many devices and pruned by fedspine; the adapter is {adapter}.
+
+| | |
+|---|---|
+| task | {card.kind}{": " + ", ".join(card.labels) if card.labels else ""} |
+| parameters | {parameters:,} |
+| share of the blocks' weights pruned | {card.sparsity:.1%} |
+| heads kept, by layer | {", ".join(map(str, card.heads))} |
+| channels kept, by layer | {", ".join(map(str, card.channels))} |
+| longest input, in tokens | {card.max_tokens} |
+
+Load it with `fedspine.export.load.load(folder)` or run `fedspine predict`. {stock}
+"""

@@ -1,0 +1,123 @@
+"""Load an exported folder: the stock class with linear layers of the stored sizes. No remote code, no pickle."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers.initialization import no_init_weights
+from transformers.utils import logging
+
+from fedspine.errors import BadInput
+from fedspine.export.card import WEIGHTS, Card, read_card, stock_class
+from fedspine.lm.anatomy import Site, anatomy_of
+from fedspine.task import Kind
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An exported model ready to run: a stock transformers module, in fp32, with plain linear layers."""
+
+    module: nn.Module
+    tokenizer: Any
+    kind: Kind
+    labels: tuple[str, ...]
+    max_tokens: int
+    sparsity: float
+    parameters: int
+    block_parameters: int  # of the prunable linear layers' weights, which sparsity is counted on
+
+
+def load(folder: str | Path) -> Loaded:
+    """The model that `fedspine.export.hf.export` wrote to `folder`.
+
+    Raises BadInput for a missing folder, one that is no export, and weights that are damaged or incomplete.
+    """
+    folder = Path(folder)
+    logging.set_verbosity_error()
+    card = read_card(folder)
+    config = _read(folder, AutoConfig)
+    tokenizer = _read(folder, AutoTokenizer)
+    module = _module(folder, card, config)
+    _fill(module, folder / WEIGHTS)
+    anatomy = anatomy_of(config, module.base_model_prefix)
+    return Loaded(
+        module=module.eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        kind=card.kind,
+        labels=card.labels,
+        max_tokens=card.max_tokens,
+        sparsity=card.sparsity,
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        block_parameters=sum(module.get_submodule(site.path).weight.numel() for site in anatomy.sites),
+    )
+
+
+def _read(folder: Path, auto: Any) -> Any:
+    try:
+        return auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # noqa: BLE001 - transformers raises many kinds
+        what = "configuration" if auto is AutoConfig else "tokenizer"
+        reason = " ".join(str(error).split())[:160]
+        raise BadInput(f"the {what} of {folder} cannot be read ({reason}); export the model again") from None
+
+
+def _module(folder: Path, card: Card, config: PreTrainedConfig) -> nn.Module:
+    """The stock class with empty parameters of the exported sizes."""
+    # nothing is drawn, so that loading touches only the memory of the weights that are kept
+    with no_init_weights():
+        module = stock_class(card.kind).from_config(config, dtype=torch.float32, trust_remote_code=False)
+        anatomy = anatomy_of(config, module.base_model_prefix)
+        if not len(card.heads) == len(card.channels) == anatomy.layers:
+            raise BadInput(f"{folder} lists the sizes of {len(card.heads)} layers of {anatomy.layers}; export the model again")
+        for site in anatomy.sites:
+            columns, rows = _sizes(site, card)
+            linear = module.get_submodule(site.path)
+            if linear.weight.shape != (rows, columns):
+                module.set_submodule(site.path, nn.Linear(columns, rows, bias=linear.bias is not None))
+    module.tie_weights()
+    return module
+
+
+def _sizes(site: Site, card: Card) -> tuple[int, int]:
+    """Columns and rows of one linear layer after pruning."""
+
+    def kept(units: str | None, whole: int) -> int:
+        match units:
+            case "heads":
+                return card.heads[site.layer] * site.per_unit
+            case "channels":
+                return card.channels[site.layer] * site.per_unit
+        return whole
+
+    return kept(site.column_units, site.columns), kept(site.row_units, site.rows)
+
+
+def _fill(module: nn.Module, path: Path) -> None:
+    """Copy the stored tensors into the module's parameters, each of which must be there in its own shape."""
+    parameters = dict(module.named_parameters())  # a tied parameter counts once, under its first name
+    try:
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            for problem in _problems({name: tuple(p.shape) for name, p in parameters.items()}, stored):
+                raise BadInput(f"{path} {problem}; export the model again")
+            for name, parameter in parameters.items():
+                parameter.copy_(file.get_tensor(name))
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing; export the model again") from None
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path} is damaged ({error}); export the model again") from None
+
+
+def _problems(expected: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    if missing := sorted(expected.keys() - stored.keys()):
+        yield f"lacks {len(missing)} of {len(expected)} tensors, {missing[0]} among them"
+    if surplus := sorted(stored.keys() - expected.keys()):
+        yield f"holds {len(surplus)} tensors that the model has no place for, {surplus[0]} among them"
+    for name in sorted(expected.keys() & stored.keys()):
+        if expected[name] != stored[name]:
+            yield f"holds {name} in shape {stored[name]}, but {expected[name]} was expected"

@@ -1,0 +1,288 @@
+"""The default fleet: any number of unequal devices on one machine, on a virtual clock.
+
+The work is real, only its duration is simulated: every order and result is packed and charged by its bytes, every
+operation by the truth in `hardware`, which methods cannot see. One process drives all devices over one frozen base.
+"""
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+import numpy as np
+
+from fedspine.device import Call, DeviceId, O, R, Served, Work, name_of
+from fedspine.errors import BadInput
+from fedspine.fleet import Cost, Fleet, Idle, Profile, Reply, T
+from fedspine.fleets.hardware import KINDS, Hardware, device_ids
+from fedspine.fleets.workers import Workers
+from fedspine.message import message, pack, unpack
+from fedspine.records import Records
+from fedspine.store import Store
+
+
+@message
+class Snapshot:
+    """What a simulated fleet needs to go on after a resume, apart from the devices' memories."""
+
+    now: float
+    asks: dict[str, int]  # served so far, by device
+    pending: tuple["Pending", ...]
+
+
+@message
+class Pending:
+    """A reply under way: it arrives at `due` on the virtual clock."""
+
+    due: float
+    number: int  # breaks ties in the order of sending
+    device: str
+    result: np.ndarray  # uint8, the packed reply
+    cost: dict[str, float]
+
+
+@dataclass
+class Totals:
+    """What the exchanges of one round add up to."""
+
+    exchanges: int = 0
+    lost: int = 0
+    samples: int = 0
+    waiting_seconds: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    peak_memory_bytes: int = 0
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+
+@dataclass
+class World:
+    """The one mutable thing behind all views of a fleet."""
+
+    seed: int
+    profiles: tuple[Profile, ...]
+    hardware: Hardware
+    workers: Workers
+    store: Store
+    records: Records
+    round: int = 0
+    asks: dict[DeviceId, int] = field(default_factory=dict)
+    memories: dict[DeviceId, str] = field(default_factory=dict)
+    pending: list[tuple[float, int, DeviceId, bytes, Cost]] = field(default_factory=list)
+    sent: int = 0
+    totals: Totals = field(default_factory=Totals)
+
+    def __post_init__(self) -> None:
+        self.index = {profile.id: i for i, profile in enumerate(self.profiles)}
+
+    def exchange(self, work: Work[Any, Any], orders: Mapping[DeviceId, Any]) -> Iterator[tuple[DeviceId, Served, Cost]]:
+        """Serve every order, yielding in their order; the clock is the caller's business."""
+        name, bytes_down = name_of(work), {}
+
+        def calls() -> Iterator[Call]:
+            for device in orders:
+                packed = pack(orders[device])
+                bytes_down[device] = packed.bytes
+                yield self._call(device, name, packed.payload)
+
+        for device, served in zip(orders, self.workers.run(calls()), strict=True):
+            asked = self.asks.get(device, 0)
+            timing = self.hardware.seconds(
+                self.index[device],
+                round=self.round,
+                ask=asked,
+                flops=served.flops,
+                launches=served.launches,
+                bytes_down=bytes_down[device],
+                bytes_up=len(served.result),
+            )
+            self.asks[device] = asked + 1
+            self.memories[device] = self.store.put_memory(device, asked + 1, served.memory)
+            yield device, served, Cost(
+                bytes_down=bytes_down[device],
+                bytes_up=len(served.result),
+                flops=served.flops,
+                peak_memory_bytes=served.peak_memory_bytes,
+                seconds=timing.total,
+            )
+
+    def _call(self, device: DeviceId, work: str, order: bytes) -> Call:
+        memory = self.memories.get(device)
+        index = self.index[device]
+        return Call(
+            device=device,
+            index=index,
+            work=work,
+            order=order,
+            memory=None if memory is None else self.store.get_memory(memory),
+            seed=(self.seed, index, self.asks.get(device, 0)),
+        )
+
+    def record(self, work: Work[Any, Any], device: DeviceId, started: float, cost: Cost, samples: int, lost: bool) -> None:
+        """Write one exchange down and add it to the round's totals."""
+        totals = self.totals
+        totals.exchanges += 1
+        totals.lost += lost
+        totals.samples += samples
+        totals.bytes_up += cost.bytes_up
+        totals.bytes_down += cost.bytes_down
+        totals.peak_memory_bytes = max(totals.peak_memory_bytes, cost.peak_memory_bytes)
+        self.records.write(
+            "exchange",
+            device=device,
+            kind=self.hardware.kinds[self.index[device]],
+            work=work.__name__,
+            started=started,
+            seconds=cost.seconds,
+            bytes_down=cost.bytes_down,
+            bytes_up=cost.bytes_up,
+            flops=cost.flops,
+            peak_memory_bytes=cost.peak_memory_bytes,
+            lost=lost,
+        )
+
+
+class SimulatedFleet:
+    """A view of the simulated devices: all of them, or a part, on a clock of its own or a shared one."""
+
+    def __init__(self, world: World, devices: tuple[Profile, ...] | None = None, clock: Clock | None = None) -> None:
+        self._world = world
+        self._devices = world.profiles if devices is None else devices
+        self._clock = clock or Clock()
+
+    @property
+    def devices(self) -> tuple[Profile, ...]:
+        return self._devices
+
+    @property
+    def now(self) -> float:
+        return self._clock.now
+
+    def ask(self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf) -> list[Reply[R]]:
+        self._check(orders)
+        started, replies, seconds = self.now, [], []
+        for device, served, cost in self._world.exchange(work, orders):
+            late = cost.seconds > within
+            self._world.record(work, device, started, cost, served.samples, late)
+            seconds.append(min(cost.seconds, within))
+            if not late:
+                replies.append(Reply(device=device, value=unpack(served.result), cost=cost))
+        if seconds:
+            self._clock.now += max(seconds)
+            self._world.totals.waiting_seconds += float(np.mean(max(seconds) - np.array(seconds)))
+        return replies
+
+    def send(self, work: Work[O, R], orders: Mapping[DeviceId, O]) -> None:
+        self._check(orders)
+        world = self._world
+        for device, served, cost in world.exchange(work, orders):
+            world.record(work, device, self.now, cost, served.samples, False)
+            heapq.heappush(world.pending, (self.now + cost.seconds, world.sent, device, served.result, cost))
+            world.sent += 1
+
+    def next(self) -> Reply[Any]:
+        mine = {profile.id for profile in self._devices}
+        due = min((entry for entry in self._world.pending if entry[2] in mine), default=None)
+        if due is None:
+            raise Idle("no reply is under way; send an order first")
+        self._world.pending.remove(due)
+        heapq.heapify(self._world.pending)
+        arrival, _, device, result, cost = due
+        self._clock.now = max(self.now, arrival)
+        return Reply(device=device, value=unpack(result), cost=cost)
+
+    def only(self, ids: Iterable[DeviceId]) -> "SimulatedFleet":
+        return SimulatedFleet(self._world, self._part(ids), self._clock)
+
+    def together(self, job: Callable[[str, Fleet], T], groups: Mapping[str, Iterable[DeviceId]]) -> dict[str, T]:
+        results, ends = {}, [self.now]
+        for name, ids in groups.items():
+            part = SimulatedFleet(self._world, self._part(ids), Clock(self.now))
+            results[name] = job(name, part)
+            ends.append(part.now)
+        self._clock.now = max(ends)
+        return results
+
+    def wait(self, seconds: float) -> None:
+        self._clock.now += seconds
+
+    def note(self, **values: Any) -> None:
+        self._world.records.write("note", now=self.now, values=values)
+
+    # what the run loop needs besides: rounds, and going on after a resume
+
+    def begin_round(self, round: int) -> Totals:
+        """Move the truth (modes, links) on to `round`; returns the totals that this round will fill."""
+        self._world.round = self._world.records.round = round
+        self._world.totals = Totals()
+        return self._world.totals
+
+    def end_round(self, wall_seconds: float) -> None:
+        """Write the round's totals down."""
+        totals = self._world.totals
+        self._world.records.write(
+            "round",
+            now=self.now,
+            devices=totals.exchanges,
+            lost=totals.lost,
+            waiting_seconds=totals.waiting_seconds,
+            bytes_up=totals.bytes_up,
+            bytes_down=totals.bytes_down,
+            wall_seconds=wall_seconds,
+        )
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(
+            now=self.now,
+            asks=dict(self._world.asks),
+            pending=tuple(
+                Pending(due=due, number=number, device=device, result=_as_array(result), cost=vars(cost))
+                for due, number, device, result, cost in self._world.pending
+            ),
+        )
+
+    def restore(self, snapshot: Snapshot, memories: Mapping[DeviceId, str]) -> None:
+        """Go on from a snapshot; the store must hold the memories it names."""
+        world = self._world
+        self._clock.now = snapshot.now
+        world.asks, world.memories = dict(snapshot.asks), dict(memories)
+        world.pending = [
+            (entry.due, entry.number, entry.device, entry.result.tobytes(), Cost(**entry.cost))
+            for entry in snapshot.pending
+        ]
+        world.sent = max((entry.number + 1 for entry in snapshot.pending), default=0)
+
+    @property
+    def memories(self) -> Mapping[DeviceId, str]:
+        """The file of every device's memory, for the store."""
+        return self._world.memories
+
+    def _part(self, ids: Iterable[DeviceId]) -> tuple[Profile, ...]:
+        wanted = set(ids)
+        self._check(wanted)
+        return tuple(profile for profile in self._devices if profile.id in wanted)
+
+    def _check(self, ids: Iterable[DeviceId]) -> None:
+        known = {profile.id for profile in self._devices}
+        strangers = [id for id in ids if id not in known]
+        if strangers:
+            raise LookupError(f"{strangers[0]} is not in this part of the fleet, which has {len(known)} devices")
+
+
+def _as_array(payload: bytes) -> np.ndarray:
+    return np.frombuffer(payload, np.uint8)
+
+
+def profiles(kinds: list[str], examples: list[int]) -> tuple[Profile, ...]:
+    """What simulated devices declare of themselves."""
+    if len(kinds) != len(examples):
+        raise BadInput(f"{len(kinds)} devices were expected to hold data, {len(examples)} do")
+    return tuple(
+        Profile(id=id, site="simulated", examples=rows, memory_bytes=KINDS[kind].memory_bytes)
+        for id, kind, rows in zip(device_ids(kinds), kinds, examples, strict=True)
+    )

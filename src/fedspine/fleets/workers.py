@@ -1,0 +1,145 @@
+"""Serving asks and scoring models, in this process or in worker processes: the same bytes either way.
+
+Workers are forked after the base and the data are loaded, so they share those pages; nothing is rebuilt per round.
+Every job runs on one thread, because the number of threads changes the order of floating-point sums.
+"""
+
+import multiprocessing
+import os
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from fedspine.device import Call, Served, serve
+from fedspine.lm.score import Score, score
+from fedspine.message import unpack
+from fedspine.task import Examples, Task
+
+PARENT_CHECK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """Score a packed model on the first `rows` rows of the test set, in the order that `Workshop.test_rows` fixes."""
+
+    model: bytes
+    rows: int
+
+
+class WorkerLost(RuntimeError):
+    """A worker process ended; the text says how."""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What every job needs: the task, each device's rows, and the fixed order of test rows for partial scoring."""
+
+    task: Task
+    shares: tuple[Any, ...]  # int64 row indices by device
+    test_rows: Any  # int64 [rows of the test set]
+
+    def do(self, job: Call | ScoreJob) -> Served | Score:
+        """Run one job on one thread."""
+        torch.set_num_threads(1)
+        match job:
+            case Call():
+                return serve(job, self.task.base, self.task.train.take(self.shares[job.index]))
+            case ScoreJob():
+                rows = self.test_rows[: job.rows]
+                return score(self.task.base, unpack(job.model), self.task.test.take(rows))
+
+
+class Workers:
+    """A pool of `count` worker processes; with 0 or 1, or where processes cannot be forked, this process works."""
+
+    def __init__(self, workshop: Workshop, count: int) -> None:
+        self._workshop = workshop
+        self._count = count if count > 1 and "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux" else 0
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+
+    def run(self, jobs: Iterable[Call | ScoreJob]) -> Iterator[Any]:
+        """The results in the order of `jobs`, which are read only as workers get free."""
+        if not self._count:
+            yield from map(self._workshop.do, jobs)
+            return
+        if not self._processes:
+            self._start()
+        yield from self._spread(iter(jobs))
+
+    def close(self) -> None:
+        """End the worker processes."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(timeout=2)
+            if process.is_alive():
+                process.kill()
+        self._pipes, self._processes = [], []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("fork")
+        for _ in range(self._count):
+            ours, theirs = context.Pipe()
+            inherited = [*self._pipes, ours]
+            process = context.Process(target=_work, args=(self._workshop, theirs, inherited, os.getpid()), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def _spread(self, jobs: Iterator[Call | ScoreJob]) -> Iterator[Any]:
+        idle, busy = deque(self._pipes), {}
+        results: dict[int, Any] = {}
+        sent = given = 0
+        more = True
+        while more or busy or results:
+            while more and idle:
+                job = next(jobs, None)
+                if job is None:
+                    more = False
+                    break
+                pipe = idle.popleft()
+                pipe.send(job)
+                busy[pipe] = sent
+                sent += 1
+            for pipe in wait(list(busy)) if busy else []:
+                results[busy.pop(pipe)] = self._take(pipe)
+                idle.append(pipe)
+            while given in results:
+                yield results.pop(given)
+                given += 1
+
+    def _take(self, pipe: Connection) -> Any:
+        try:
+            done, value = pipe.recv()
+        except (EOFError, ConnectionResetError):
+            raise WorkerLost("a worker process ended without a reply; it may have been killed for its memory") from None
+        if not done:
+            raise WorkerLost(f"a worker failed:\n{value}")
+        return value
+
+
+def _work(workshop: Workshop, pipe: Connection, inherited: list[Connection], parent: int) -> None:
+    for other in inherited:
+        other.close()
+    torch.set_num_threads(1)
+    while True:
+        while not pipe.poll(PARENT_CHECK_SECONDS):
+            if os.getppid() != parent:  # the run was killed
+                os._exit(1)
+        try:
+            job = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        try:
+            reply = (True, workshop.do(job))
+        except BaseException:
+            reply = (False, traceback.format_exc())
+        pipe.send(reply)

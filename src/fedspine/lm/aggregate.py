@@ -1,0 +1,203 @@
+"""Merging adapters of unequal rank and shape, and handing the result back out at any rank and shape.
+
+Two ways. Factor averaging is FedAvg of A and B with zero-padding, and plain FedAvg where all ranks are equal. The
+product space way, FedSpine's default here (section 3.1 of the reconstruction), averages what each device changed in
+W's own coordinates, entry by entry over the devices that still own the entry, and keeps the best rank-R factors of the
+sum. There a rank that few devices can carry is not diluted by the others, and nobody training changes nothing.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedspine.lm.anatomy import Anatomy, Site
+from fedspine.lm.lora import a_name, b_name, fresh_a
+from fedspine.lm.structure import Structure, cut, cut_adapter, kept_columns, kept_rows
+from fedspine.message import Tensors
+
+EXACT_BELOW = 96  # matrices with a side up to this are factored by a full SVD
+OVERSAMPLING, POWER_STEPS = 10, 4
+NEGLIGIBLE = 1e-6  # a singular value below this share of the largest is taken for zero
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one device got and gave: `sent` and `back` are adapters cut to `structure`, `weight` its say."""
+
+    sent: Tensors
+    back: Tensors
+    structure: Structure
+    weight: float
+
+
+def average_factors(anatomy: Anatomy, before: Tensors, contributions: Sequence[Contribution]) -> Tensors:
+    """FedAvg of A and of B, each padded with zeros to the largest rank and averaged entry by entry over owners.
+
+    An entry that no device owns keeps its value in `before`.
+    """
+    merged: Tensors = {}
+    for site in anatomy.sites:
+        for name, dim, kept in ((a_name(site.path), 1, kept_columns), (b_name(site.path), 0, kept_rows)):
+            total, weight = torch.zeros_like(before[name]), torch.zeros(before[name].shape[dim])
+            for part in contributions:
+                index = kept(site, part.structure)
+                index = torch.arange(len(weight)) if index is None else index
+                factor = _padded(part.back[name].float(), before[name].shape[1 - dim], 1 - dim)
+                total.index_add_(dim, index, part.weight * factor)
+                weight.index_add_(0, index, torch.full((len(index),), part.weight))
+            shape = (-1, 1) if dim == 0 else (1, -1)
+            owned = weight > 0
+            mean = total / torch.where(owned, weight, 1.0).view(shape)
+            merged[name] = torch.where(owned.view(shape), mean, before[name])
+    return merged
+
+
+def merge_changes(
+    anatomy: Anatomy, dense: Tensors, contributions: Sequence[Contribution]
+) -> Tensors:
+    """The dense change of every site's weight, by path and without the scale, after one round of contributions.
+
+    Each device's change is B'A' - BA; an entry moves by the weighted mean over the devices that own it, and stays
+    where none does.
+    """
+    merged: Tensors = {}
+    for site in anatomy.sites:
+        by_row = site.row_units is not None
+        total = torch.zeros(site.rows, site.columns)
+        weight = torch.zeros(site.rows if by_row else site.columns)
+        for part in contributions:
+            index = kept_rows(site, part.structure) if by_row else kept_columns(site, part.structure)
+            left, right = change_factors(part, site)
+            total.index_add_(0 if by_row else 1, index, (part.weight * left) @ right)
+            weight.index_add_(0, index, torch.full((len(index),), part.weight))
+        weight = torch.where(weight > 0, weight, 1.0)  # where nobody owns an entry, its total is zero anyway
+        merged[site.path] = dense[site.path] + total / (weight[:, None] if by_row else weight[None, :])
+    return merged
+
+
+def change_factors(
+    part: Contribution, site: Site
+) -> tuple[Float[Tensor, "rows ranks"], Float[Tensor, "ranks columns"]]:
+    """Factors of B'A' - BA, a device's own change of this site without the scale."""
+    a, b = a_name(site.path), b_name(site.path)
+    left = torch.cat([part.back[b].float(), -part.sent[b].float()], 1)
+    right = torch.cat([part.back[a].float(), part.sent[a].float()], 0)
+    return left, right
+
+
+def factor(anatomy: Anatomy, dense: Tensors, rank: int, before: Tensors, seed: int) -> Tensors:
+    """The best factors of `rank` for every dense change, with the singular values shared evenly between B and A.
+
+    Where the change has a lower rank, A gets fresh rows and B zeros, so that training can use them. `before`, the
+    last factors, starts the search for the new ones. Source: section 3.1; randomised SVD after Halko et al. 2011.
+    """
+    rng = np.random.default_rng(seed)
+    adapter: Tensors = {}
+    for site in anatomy.sites:
+        left, values, right = _truncated_svd(dense[site.path], rank, before[a_name(site.path)], rng)
+        used = values > NEGLIGIBLE * values.max().clamp_min(1e-30)
+        root = torch.where(used, values, 0.0).sqrt()
+        a, b = torch.zeros(rank, site.columns), torch.zeros(site.rows, rank)
+        a[: len(values)] = root[:, None] * right
+        b[:, : len(values)] = left * root
+        unused = torch.ones(rank, dtype=torch.bool)
+        unused[: len(values)] = ~used
+        a[unused] = fresh_a(rng, rank, site.columns)[unused]
+        adapter[a_name(site.path)], adapter[b_name(site.path)] = a, b
+    return adapter
+
+
+def hand_out(anatomy: Anatomy, adapter: Tensors, structure: Structure, rank: int) -> Tensors:
+    """The best adapter of `rank` for the sub-model `structure`, out of a wider one (section 3.2).
+
+    Thin decompositions of the cut factors give the SVD of their product at the cost of small square matrices. Nothing
+    is lost where `rank` is at least the adapter's.
+    """
+    sliced = cut_adapter(adapter, anatomy.sites, structure)
+    if rank >= sliced[a_name(anatomy.sites[0].path)].shape[0]:
+        return sliced
+    paths = [site.path for site in anatomy.sites]
+    # all sites share the small dimension, so their cores are decomposed in one batch
+    gram_b = torch.stack([(b := sliced[b_name(path)].double()).T @ b for path in paths])
+    gram_a = torch.stack([(a := sliced[a_name(path)].double()) @ a.T for path in paths])
+    root_b, inverse_b = _roots(gram_b)
+    root_a, inverse_a = _roots(gram_a)
+    left, values, right = torch.linalg.svd(root_b @ root_a)
+    root = values[:, :rank].sqrt()
+    to_b = inverse_b @ (left[:, :, :rank] * root[:, None, :])
+    to_a = (root[:, :, None] * right[:, :rank]) @ inverse_a
+    small: Tensors = {}
+    for i, path in enumerate(paths):
+        small[b_name(path)] = (sliced[b_name(path)].double() @ to_b[i]).float()
+        small[a_name(path)] = (to_a[i] @ sliced[a_name(path)].double()).float()
+        _revive(small, path, values[i, :rank], sliced[a_name(path)])
+    return small
+
+
+def change_spectra(anatomy: Anatomy, part: Contribution) -> Float[Tensor, "sites ranks"]:
+    """Singular values of B'A' - BA for every site, largest first, without the scale."""
+    gram_left, gram_right = [], []
+    for site in anatomy.sites:
+        left, right = change_factors(part, site)
+        gram_left.append(left.double().T @ left.double())
+        gram_right.append(right.double() @ right.double().T)
+    root, _ = _roots(torch.stack(gram_left))
+    squares = torch.linalg.eigvalsh(root @ torch.stack(gram_right) @ root)
+    return squares.clamp_min(0).sqrt().flip(1).float()
+
+
+def effective_rank(spectra: Float[Tensor, "sites ranks"]) -> float:
+    """exp of the entropy of each site's energy shares, averaged over sites; 0 where nothing changed."""
+    energy = spectra.double().square()
+    total = energy.sum(1)
+    shares = energy[total > 0] / total[total > 0, None]
+    if not len(shares):
+        return 0.0
+    entropy = -(shares * shares.clamp_min(1e-30).log()).sum(1)
+    return float(entropy.exp().mean())
+
+
+def _revive(small: Tensors, path: str, values: Float[Tensor, " rank"], rows: Float[Tensor, "wide columns"]) -> None:
+    """Give directions that carry nothing back the wide adapter's own rows, so that they can be trained."""
+    dead = values <= NEGLIGIBLE * values.max().clamp_min(1e-30)
+    if dead.any():
+        small[a_name(path)][dead] = rows[: len(values)][dead] if values.max() == 0 else rows[-int(dead.sum()) :]
+        small[b_name(path)][:, dead] = 0.0
+
+
+def _roots(gram: Float[Tensor, "sites n n"]) -> tuple[Tensor, Tensor]:
+    """Symmetric square roots of Gram matrices, and their pseudo-inverses."""
+    values, vectors = torch.linalg.eigh(gram)
+    values = values.clamp_min(0)
+    root = values.sqrt()
+    alive = values > 1e-14 * values.amax(1, keepdim=True).clamp_min(1e-300)
+    inverse = torch.where(alive, 1 / root.clamp_min(1e-150), 0.0)
+    transposed = vectors.transpose(1, 2)
+    return (vectors * root[:, None, :]) @ transposed, (vectors * inverse[:, None, :]) @ transposed
+
+
+def _truncated_svd(
+    matrix: Float[Tensor, "rows columns"], rank: int, guess: Float[Tensor, "rank columns"], rng: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    if min(matrix.shape) <= EXACT_BELOW:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return left[:, :rank], values[:rank], right[:rank]
+    extra = torch.from_numpy(rng.standard_normal((OVERSAMPLING, matrix.shape[1])).astype(np.float32))
+    basis = torch.linalg.qr(matrix @ torch.cat([guess, extra]).T).Q
+    for _ in range(POWER_STEPS):
+        basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
+    inner, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ inner[:, :rank], values[:rank], right[:rank]
+
+
+def _padded(factor: Tensor, size: int, dim: int) -> Tensor:
+    missing = size - factor.shape[dim]
+    if not missing:
+        return factor
+    shape = list(factor.shape)
+    shape[dim] = missing
+    return torch.cat([factor, torch.zeros(shape)], dim)

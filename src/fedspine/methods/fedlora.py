@@ -1,0 +1,112 @@
+"""FedLoRA: every device tunes one adapter of the same rank, and the server averages A and B (FedAvg).
+
+McMahan et al. 2017 (arXiv:1602.05629) on LoRA, Hu et al. 2021 (arXiv:2106.09685), as FedIT does (Zhang et al. 2023,
+arXiv:2305.05644). The simplest method here, and the reference that pruning methods are measured against.
+Departures: docs/methods/fedlora.md.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedspine.device import Device, DeviceId, on_device
+from fedspine.fleet import Fleet
+from fedspine.lm.anatomy import Anatomy
+from fedspine.lm.base import Model
+from fedspine.lm.lora import check_rank, fresh
+from fedspine.lm.structure import full
+from fedspine.lm.tune import Tuning, check_tuning, tune, tuning_at
+from fedspine.message import Tensors, message
+from fedspine.method import method, usable
+from fedspine.task import Task
+from fedspine.tensors import average, half, single
+
+
+@message
+class LoraOrder:
+    adapter: Tensors  # fp16
+    head: Tensors  # fp16
+    scale: float
+    tuning: Tuning
+
+
+@message
+class LoraResult:
+    adapter: Tensors  # fp16
+    head: Tensors  # fp16
+    loss: float  # mean over the last steps
+    examples: int
+
+
+@on_device
+def tune_adapter(device: Device, order: LoraOrder) -> LoraResult:
+    model = Model(
+        structure=full(device.base.anatomy), adapter=single(order.adapter), head=single(order.head), scale=order.scale
+    )
+    trace = tune(device, model, order.tuning)
+    return LoraResult(
+        adapter=half(trace.model.adapter),
+        head=half(trace.model.head),
+        loss=trace.loss,
+        examples=len(device.data),
+    )
+
+
+@message
+class LoraState:
+    round: int
+    rounds: int
+    anatomy: Anatomy
+    adapter: Tensors
+    head: Tensors
+
+
+@method("fedlora")
+@dataclass(frozen=True)
+class FedLora:
+    """FedAvg of LoRA factors at one rank."""
+
+    rank: int = 8
+    scale: float = 2.0  # alpha / rank
+    steps: int = 20  # optimiser steps of a device in a round
+    batch: int = 32  # rows of one step
+    learning_rate: float = 2e-4  # falls linearly to zero over the rounds
+    weight_decay: float = 0.1
+
+    def check(self, task: Task) -> None:
+        check_rank("method.rank", (self.rank,), task.base.anatomy)
+        check_tuning(self)
+
+    def start(self, task: Task, rng: np.random.Generator) -> LoraState:
+        anatomy = task.base.anatomy
+        return LoraState(
+            round=0,
+            rounds=task.rounds,
+            anatomy=anatomy,
+            adapter=fresh(anatomy.sites, self.rank, rng),
+            head=task.base.initial_head(rng),
+        )
+
+    def round(self, state: LoraState, fleet: Fleet) -> LoraState:
+        order = LoraOrder(
+            adapter=half(state.adapter),
+            head=half(state.head),
+            scale=self.scale,
+            tuning=tuning_at(self, state.round, state.rounds),
+        )
+        replies = usable(fleet.ask(tune_adapter, {device.id: order for device in fleet.devices}), fleet)
+        for reply in replies:
+            fleet.note(device=reply.device, rank=self.rank, sparsity=0.0, loss=reply.value.loss)
+        return LoraState(
+            round=state.round + 1,
+            rounds=state.rounds,
+            anatomy=state.anatomy,
+            adapter=average((r.value.examples, r.value.adapter) for r in replies),
+            head=average((r.value.examples, r.value.head) for r in replies),
+        )
+
+    def deploy(self, state: LoraState, device: DeviceId | None = None) -> Model:
+        return Model(structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=self.scale)
+
+    def unpruned(self, state: LoraState) -> Model:
+        return self.deploy(state)

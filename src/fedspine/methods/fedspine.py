@@ -1,0 +1,360 @@
+"""FedSpine: every device prunes and tunes in turns, at a pruning ratio and a LoRA rank that its own bandit picks.
+
+Yao et al. 2025, "Efficient Deployment of Large Language Models on Resource-constrained Devices", arXiv:2501.02438.
+A reconstruction: the paper's formulas are not public. What is the paper's and what is ours: docs/methods/fedspine.md.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from fedspine.device import Device, DeviceId, on_device
+from fedspine.errors import BadInput
+from fedspine.fleet import Fleet, Profile, Reply
+from fedspine.lm.aggregate import (
+    Contribution,
+    average_factors,
+    change_spectra,
+    effective_rank,
+    factor,
+    hand_out,
+    merge_changes,
+)
+from fedspine.lm.anatomy import Anatomy
+from fedspine.lm.base import Model, line_energy, site_norms
+from fedspine.lm.cost import training_memory_bytes
+from fedspine.lm.importance import Scores, no_scores, normalised, smooth
+from fedspine.lm.lora import check_rank, cut_rank, fresh
+from fedspine.lm.structure import Structure, check_target, cut_adapter, full, shrink, sparsity
+from fedspine.lm.tune import Scoring, Tuning, check_tuning, tune, tuning_at
+from fedspine.message import Tensors, message
+from fedspine.method import method, usable
+from fedspine.planning.bandit import Bandit, credit, reward, update_scale
+from fedspine.planning.choice import Limits, Plan, choose_plan, warm_up
+from fedspine.planning.sparsity import cubic_floor
+from fedspine.task import Task
+from fedspine.tensors import average, half, single
+
+USABLE_MEMORY = 0.8  # share of a device's memory that training may take
+FLEET_KEEP = 0.9  # of the fleet's average scores when a round's votes come in
+
+
+@message
+class SpineOrder:
+    adapter: Tensors  # fp16, cut to `structure`, of this round's rank
+    head: Tensors  # fp16
+    structure: Structure  # what the server knows the device to have
+    reached: float  # sparsity to prune to before tuning
+    target: float  # sparsity to end at
+    scale: float
+    tuning: Tuning
+    scoring: Scoring
+
+
+@message
+class SpineResult:
+    adapter: Tensors  # fp16, cut to `structure`
+    head: Tensors  # fp16
+    structure: Structure
+    scores: Scores  # fp16, each layer of unit norm; a dropped unit has zero
+    loss: float  # mean over the last steps
+    loss_before: float | None  # the same of this device's previous round
+    examples: int
+
+
+@on_device
+def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
+    anatomy, known = device.base.anatomy, device.memory.get("scores")
+    kept: Structure = device.memory.get("kept", order.structure)
+    if known is not None and order.reached > 0:  # nothing is pruned before its importance is known
+        kept = shrink(anatomy, kept, (known.heads, known.channels), reached=order.reached, target=order.target)
+    adapter = cut_adapter(single(order.adapter), anatomy.sites, kept, within=order.structure)
+    model = Model(structure=kept, adapter=adapter, head=single(order.head), scale=order.scale)
+    trace = tune(device, model, order.tuning, scoring=order.scoring, scores=known)
+    loss_before = device.memory.get("loss")
+    scores = trace.scores or no_scores(anatomy)
+    device.memory |= {"kept": kept, "scores": scores, "loss": trace.loss}
+    return SpineResult(
+        adapter=half(trace.model.adapter),
+        head=half(trace.model.head),
+        structure=kept,
+        scores=_ballot(scores, kept),
+        loss=trace.loss,
+        loss_before=loss_before,
+        examples=len(device.data),
+    )
+
+
+@message
+class SpineState:
+    round: int
+    rounds: int
+    seed: int
+    anatomy: Anatomy
+    line_energy: Tensors  # squared norms of the base's prunable rows or columns, by site
+    embeddings: int  # parameters outside the blocks, for the memory cap
+    max_tokens: int
+    dense: Tensors  # the change of every site's weight, without the scale
+    adapter: Tensors  # its best factors of the largest rank
+    head: Tensors
+    scores: Scores | None  # the fleet's average importance
+    structures: dict[str, Structure]  # of every device that has replied
+    reached: dict[str, float]  # the sparsity it was asked for
+    bandits: dict[str, Bandit]
+    gain_scale: float | None  # the usual size of a loss change
+
+
+@method("fedspine")
+@dataclass(frozen=True)
+class FedSpine:
+    """LoRA and structured pruning in turns, with a bandit per device; defaults as in the reconstruction."""
+
+    sparsity: float = 0.5  # share of the blocks' weights that every device gives up
+    ranks: tuple[int, ...] = (4, 8, 12, 16, 20, 24, 28, 32)
+    scale: float = 2.0  # alpha / rank, the same for all ranks
+    steps: int = 20  # optimiser steps of a device in a round
+    batch: int = 32
+    learning_rate: float = 2e-4  # falls linearly to zero over the rounds
+    weight_decay: float = 0.1
+    most_per_round: float = 0.05  # p_max: sparsity that a device may choose to gain in a round
+    warmup: float = 0.05  # t0, as a share of the rounds: nothing is pruned before
+    until: float = 0.7  # t1: everything is pruned after
+    floor: float = 0.8  # share of the cubic schedule that no device may stay below
+    explore: float = 0.1  # c of S-UCB
+    discount: float = 0.95  # lambda: what an old play still counts after a new one
+    split_at: float = 2.0  # plays at which a leaf of the bandit's tree is refined
+    deepest: int = 2  # of the tree: 16 cells
+    weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)  # of gain, progress, importance, lateness
+    score_every: int = 1  # steps between two updates of the importance
+    score_keep: float = 0.9  # of its moving average
+    score_square: bool = False
+    score_cross: float = 0.0  # eta
+    score_normalise: bool = False
+    aggregation: Literal["delta-product", "zeropad"] = "delta-product"
+
+    def check(self, task: Task) -> None:
+        if not 0 <= self.sparsity <= 0.95:
+            raise BadInput(f"method.sparsity is {self.sparsity}, but 0 to 0.95 was expected")
+        check_target(task.base.anatomy, self.sparsity)
+        if not self.ranks or list(self.ranks) != sorted(set(self.ranks)):
+            raise BadInput(f"method.ranks is {list(self.ranks)}, but rising ranks without repeats were expected")
+        check_rank("method.ranks", self.ranks, task.base.anatomy)
+        check_tuning(self)
+        cubic_floor(0, 1, self.sparsity, warmup=self.warmup, until=self.until, share=self.floor)
+
+    def start(self, task: Task, rng: np.random.Generator) -> SpineState:
+        anatomy = task.base.anatomy
+        return SpineState(
+            round=0,
+            rounds=task.rounds,
+            adapter=fresh(anatomy.sites, self.ranks[-1], rng),
+            head=task.base.initial_head(rng),
+            seed=int(rng.integers(2**31)),
+            anatomy=anatomy,
+            line_energy=line_energy(task.base),
+            embeddings=task.base.embeddings,
+            max_tokens=task.max_tokens,
+            dense={site.path: torch.zeros(site.rows, site.columns) for site in anatomy.sites},
+            scores=None,
+            structures={},
+            reached={},
+            bandits={},
+            gain_scale=None,
+        )
+
+    def round(self, state: SpineState, fleet: Fleet) -> SpineState:
+        plans = self._plans(state, fleet)
+        orders = {id: self._order(state, id, plan) for id, plan in plans.items()}
+        replies = usable(fleet.ask(prune_and_tune, orders), fleet)
+        parts = {r.device: _contribution(state.anatomy, orders[r.device], r.value) for r in replies}
+        dense, adapter = self._merge(state, list(parts.values()))
+        bandits, gain_scale = self._learn(state, fleet, plans, replies, parts)
+        return SpineState(
+            round=state.round + 1,
+            rounds=state.rounds,
+            seed=state.seed,
+            anatomy=state.anatomy,
+            line_energy=state.line_energy,
+            embeddings=state.embeddings,
+            max_tokens=state.max_tokens,
+            dense=dense,
+            adapter=adapter,
+            head=average((r.value.examples, r.value.head) for r in replies),
+            scores=_tally(state.scores, replies),
+            structures=state.structures | {r.device: r.value.structure for r in replies},
+            reached=state.reached | {r.device: plans[r.device].reached for r in replies},
+            bandits=state.bandits | bandits,
+            gain_scale=gain_scale,
+        )
+
+    def deploy(self, state: SpineState, device: DeviceId | None = None) -> Model:
+        """The device's own structure, or for None the one that the fleet's average scores give, with the common adapter.
+
+        Whoever is behind the schedule, because it was not asked lately, is pruned to it by the fleet's scores.
+        """
+        structure = state.structures.get(device, full(state.anatomy)) if device else full(state.anatomy)
+        due = self.sparsity if state.round >= state.rounds else self._floor(state, state.round - 1)
+        behind = state.reached.get(device, 0.0) < due if device else due > 0
+        if behind and state.scores is not None:
+            scores = (state.scores.heads, state.scores.channels)
+            structure = shrink(state.anatomy, structure, scores, reached=due, target=self.sparsity)
+        adapter = cut_adapter(state.adapter, state.anatomy.sites, structure)
+        return Model(structure=structure, adapter=adapter, head=state.head, scale=self.scale)
+
+    def unpruned(self, state: SpineState) -> Model:
+        return Model(structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=self.scale)
+
+    def _floor(self, state: SpineState, round: int) -> float:
+        if round < 0 or self.sparsity == 0:
+            return 0.0
+        return cubic_floor(
+            round, state.rounds, self.sparsity, warmup=self.warmup, until=self.until, share=self.floor
+        )
+
+    def _plans(self, state: SpineState, fleet: Fleet) -> dict[DeviceId, Plan]:
+        """Every device's (sparsity, rank) for this round; one whose memory fits no rank is noted and not asked."""
+        plans = {}
+        for number, profile in enumerate(fleet.devices):
+            affordable = self._affordable(state, profile)
+            if not affordable:
+                fleet.note(device=profile.id, left_out="no rank fits its memory")
+                continue
+            limits = Limits(
+                reached=state.reached.get(profile.id, 0.0),
+                due=self._floor(state, state.round),
+                target=self.sparsity,
+                most_per_round=self.most_per_round,
+                ranks=self.ranks,
+                affordable=affordable,
+            )
+            rng = np.random.default_rng([state.seed, state.round, number])
+            if profile.id not in state.structures or state.round < self.warmup * state.rounds:
+                plans[profile.id] = warm_up(limits, rng)
+            else:
+                bandit = state.bandits.get(profile.id, Bandit())
+                plans[profile.id] = choose_plan(bandit, limits, explore=self.explore, rng=rng)
+        return plans
+
+    def _affordable(self, state: SpineState, profile: Profile) -> int:
+        """How many of the ranks fit the device's memory while it trains."""
+        structure = state.structures.get(profile.id, full(state.anatomy))
+        needed = (
+            training_memory_bytes(
+                state.anatomy,
+                structure,
+                rank=rank,
+                embeddings=state.embeddings,
+                batch=self.batch,
+                tokens=state.max_tokens,
+            )
+            for rank in self.ranks
+        )
+        return sum(bytes <= USABLE_MEMORY * profile.memory_bytes for bytes in needed)
+
+    def _order(self, state: SpineState, device: DeviceId, plan: Plan) -> SpineOrder:
+        structure = state.structures.get(device, full(state.anatomy))
+        if self.aggregation == "zeropad":
+            adapter = cut_rank(cut_adapter(state.adapter, state.anatomy.sites, structure), plan.rank)
+        else:
+            adapter = hand_out(state.anatomy, state.adapter, structure, plan.rank)
+        return SpineOrder(
+            adapter=half(adapter),
+            head=half(state.head),
+            structure=structure,
+            reached=plan.reached,
+            target=self.sparsity,
+            scale=self.scale,
+            tuning=tuning_at(self, state.round, state.rounds),
+            scoring=Scoring(
+                every=self.score_every,
+                keep=self.score_keep,
+                square=self.score_square,
+                cross=self.score_cross,
+                normalise=self.score_normalise,
+            ),
+        )
+
+    def _merge(self, state: SpineState, parts: list[Contribution]) -> tuple[Tensors, Tensors]:
+        if self.aggregation == "zeropad":
+            return state.dense, average_factors(state.anatomy, state.adapter, parts)
+        dense = merge_changes(state.anatomy, state.dense, parts)
+        seed = state.seed + state.round
+        return dense, factor(state.anatomy, dense, self.ranks[-1], state.adapter, seed)
+
+    def _learn(
+        self,
+        state: SpineState,
+        fleet: Fleet,
+        plans: Mapping[DeviceId, Plan],
+        replies: list[Reply[SpineResult]],
+        parts: Mapping[DeviceId, Contribution],
+    ) -> tuple[dict[str, Bandit], float | None]:
+        """The bandits of the devices that replied, credited for what they did."""
+        importance, breadth = {}, {}
+        for id, part in parts.items():
+            spectra = self.scale * change_spectra(state.anatomy, part)
+            norms = site_norms(state.anatomy, state.line_energy, part.structure)
+            importance[id] = float((spectra.norm(dim=1) / norms).mean())
+            breadth[id] = effective_rank(spectra)
+        largest = max(importance.values()) or 1.0
+        mean_seconds = float(np.mean([reply.cost.seconds for reply in replies]))
+        gains = {r.device: r.value.loss_before - r.value.loss for r in replies if r.value.loss_before is not None}
+        gain_scale = update_scale(state.gain_scale, gains.values())
+        bandits = {}
+        for reply in replies:
+            id, plan = reply.device, plans[reply.device]
+            earned = None
+            if plan.action is not None and id in gains and gain_scale is not None:
+                earned = reward(
+                    gain=gains[id],
+                    scale=gain_scale,
+                    progress=plan.progress,
+                    importance=importance[id] / largest,
+                    lateness=abs(reply.cost.seconds - mean_seconds) / mean_seconds,
+                    weights=self.weights,
+                )
+                bandits[id] = credit(
+                    state.bandits.get(id, Bandit()),
+                    *plan.action,
+                    earned,
+                    discount=self.discount,
+                    split_at=self.split_at,
+                    deepest=self.deepest,
+                )
+            fleet.note(
+                device=id,
+                rank=plan.rank,
+                sparsity=sparsity(state.anatomy, reply.value.structure),
+                loss=reply.value.loss,
+                reward=earned,
+                importance=importance[id],
+                effective_rank=breadth[id],
+            )
+        return bandits, gain_scale
+
+
+def _contribution(anatomy: Anatomy, order: SpineOrder, result: SpineResult) -> Contribution:
+    """What the device changed: its adapter against the one it was sent, both cut to what it kept."""
+    sent = cut_adapter(single(order.adapter), anatomy.sites, result.structure, within=order.structure)
+    return Contribution(
+        sent=sent, back=single(result.adapter), structure=result.structure, weight=float(result.examples)
+    )
+
+
+def _ballot(scores: Scores, kept: Structure) -> Scores:
+    """A device's scores as it sends them: of unit norm by layer, zero for what it has dropped, fp16."""
+    unit = normalised(Scores(heads=scores.heads * kept.heads, channels=scores.channels * kept.channels))
+    return Scores(heads=unit.heads.half(), channels=unit.channels.half())
+
+
+def _tally(before: Scores | None, replies: list[Reply[SpineResult]]) -> Scores:
+    """The fleet's average scores: a moving average over rounds of the mean over devices."""
+    ballots = [reply.value.scores for reply in replies]
+    mean = Scores(
+        heads=torch.stack([ballot.heads.float() for ballot in ballots]).mean(0),
+        channels=torch.stack([ballot.channels.float() for ballot in ballots]).mean(0),
+    )
+    return smooth(before, mean, FLEET_KEEP)

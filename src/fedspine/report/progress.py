@@ -1,0 +1,162 @@
+"""What a person sees while a run goes on. All of it goes to stderr, so that stdout stays clean for --json."""
+
+import sys
+from dataclasses import dataclass, replace
+from time import monotonic
+from typing import Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Column, Table
+
+from fedspine.report.tables import MISSING, bytes_text, decimal, percent, print_table, seconds_text
+
+SPEED_SECONDS = 3600.0  # rounds may take minutes; the estimate of the time left needs some of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Where a run is: `round` rounds are done, at `now` simulated seconds; bytes down and up since the start."""
+
+    round: int
+    now: float
+    accuracy: float | None = None
+    loss: float | None = None
+    sparsity: float | None = None
+    bytes_moved: int | None = None
+
+
+class Progress(Protocol):
+    """Told by a run how far it is. `close` may be called twice and must be called where a run fails."""
+
+    def stage(self, text: str) -> None:
+        """What is being done outside of rounds, such as loading a model."""
+        ...
+
+    def started(self, rounds: int, title: str, *, done: int = 0) -> None:
+        """The rounds begin; `done` of `rounds` were done before, where a run is resumed."""
+        ...
+
+    def round_done(self, standing: Standing) -> None:
+        """One more round is done."""
+        ...
+
+    def finished(self, table: Table) -> None:
+        """The run is over; shows its table and closes."""
+        ...
+
+    def close(self) -> None:
+        """Leave the terminal as it was found."""
+        ...
+
+
+def progress_for(json: bool) -> Progress:
+    """Silence where the caller wants JSON, a live bar on a terminal, otherwise a line per round."""
+    if json:
+        return Silent()
+    console = Console(stderr=True)
+    if console.is_terminal and not console.is_dumb_terminal:
+        return Live(console)
+    return Lines(sys.stderr)
+
+
+class Silent:
+    """Says nothing."""
+
+    def stage(self, text: str) -> None:
+        pass
+
+    def started(self, rounds: int, title: str, *, done: int = 0) -> None:
+        pass
+
+    def round_done(self, standing: Standing) -> None:
+        pass
+
+    def finished(self, table: Table) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Lines:
+    """One flushed line per event, for logs and pipes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.rounds, self.done, self.began = 0, 0, monotonic()
+
+    def stage(self, text: str) -> None:
+        self._say(text)
+
+    def started(self, rounds: int, title: str, *, done: int = 0) -> None:
+        self.rounds, self.done, self.began = rounds, done, monotonic()
+        self._say(f"{title}: {rounds} rounds" + (f", {done} of them done before" if done else ""))
+
+    def round_done(self, standing: Standing) -> None:
+        seconds_per_round = (monotonic() - self.began) / max(standing.round - self.done, 1)
+        left = seconds_per_round * (self.rounds - standing.round)
+        parts = (f"round {standing.round}/{self.rounds}", *_parts(standing), f"about {seconds_text(left)} left")
+        self._say("  ".join(parts))
+
+    def finished(self, table: Table) -> None:
+        print_table(table, self.stream)
+        self.stream.flush()
+
+    def close(self) -> None:
+        pass
+
+    def _say(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+
+class Live:
+    """One bar that is redrawn in place."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        # on a narrow terminal the bar gives way, since only it may wrap
+        self.bar = Bar(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=18),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[numbers]}", markup=False, style="cyan"),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+            console=console,
+            transient=True,
+            speed_estimate_period=SPEED_SECONDS,
+        )
+        self.task = self.bar.add_task("", total=None, numbers="")
+
+    def stage(self, text: str) -> None:
+        self.bar.start()
+        self.bar.update(self.task, description=text, refresh=True)
+
+    def started(self, rounds: int, title: str, *, done: int = 0) -> None:
+        self.bar.start()
+        # a reset task forgets the time that preparing took, which says nothing about rounds
+        self.bar.reset(self.task, total=rounds, completed=done, description=title)
+
+    def round_done(self, standing: Standing) -> None:
+        numbers = "  ".join(_parts(replace(standing, bytes_moved=None)))
+        self.bar.update(self.task, completed=standing.round, numbers=numbers, refresh=True)
+
+    def finished(self, table: Table) -> None:
+        self.close()
+        self.console.print(table)
+
+    def close(self) -> None:
+        self.bar.stop()
+
+
+def _parts(standing: Standing) -> list[str]:
+    """The numbers that are known, each with its name."""
+    judged = standing.accuracy is not None
+    named = (
+        ("accuracy", percent(standing.accuracy)) if judged else ("loss", decimal(standing.loss)),
+        ("sparsity", percent(standing.sparsity)),
+        ("simulated", seconds_text(standing.now)),
+        ("traffic", bytes_text(standing.bytes_moved)),
+    )
+    return [f"{name} {text}" for name, text in named if text != MISSING]

@@ -1,0 +1,157 @@
+"""What a run recorded, read back: the rows of records.jsonl as small dataclasses."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from fedspine.errors import BadInput
+
+UNKNOWN_CLASS = "unknown"
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One order and its result; `seconds` on the fleet's clock, `kind` the device's class."""
+
+    round: int
+    device: str
+    kind: str
+    seconds: float
+    bytes_down: int
+    bytes_up: int
+    peak_memory_bytes: int
+    lost: bool
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a method said about one device in one round; None where it did not say."""
+
+    round: int
+    device: str
+    rank: float | None
+    sparsity: float | None
+    left_out: str | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """Quality at `now`; accuracies are None for language modelling."""
+
+    round: int
+    now: float
+    accuracy: float | None
+    accuracy_global: float | None
+    loss: float | None
+    loss_global: float | None
+    sparsity: float | None
+
+
+@dataclass(frozen=True)
+class Round:
+    """A finished round; `waiting_seconds` is the mean over its devices of the time they had nothing to do."""
+
+    round: int
+    now: float
+    waiting_seconds: float
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A run's records by kind of row, in the order they were written."""
+
+    exchanges: tuple[Exchange, ...] = ()
+    notes: tuple[Note, ...] = ()
+    scores: tuple[Score, ...] = ()
+    rounds: tuple[Round, ...] = ()
+
+
+def read_rows(path: Path) -> Rows:
+    """The records of a run. A torn last line, as a killed run leaves it, is passed over; so are unknown rows and keys.
+
+    Raises BadInput for any other line that is not a JSON object with a "row".
+    """
+    found: dict[str, list[Any]] = {name: [] for name in READERS}
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name = row["row"]
+        except (ValueError, TypeError, KeyError) as error:
+            # a line that was finished ends in a newline, after which there is one more part
+            if number == len(lines):
+                break
+            raise BadInput(
+                f"a JSON object with 'row' was expected, line {number} of {path.name} is none; remove that line"
+            ) from error
+        if name in READERS and (read := READERS[name](row)) is not None:
+            found[name].append(read)
+    return Rows(*(tuple(rows) for rows in found.values()))
+
+
+def _exchange(row: Mapping[str, Any]) -> Exchange:
+    return Exchange(
+        round=_count(row, "round"),
+        device=str(row.get("device")),
+        kind=str(row.get("kind") or UNKNOWN_CLASS),
+        seconds=_number(row, "seconds") or 0.0,
+        bytes_down=_count(row, "bytes_down"),
+        bytes_up=_count(row, "bytes_up"),
+        peak_memory_bytes=_count(row, "peak_memory_bytes"),
+        lost=bool(row.get("lost")),
+    )
+
+
+def _note(row: Mapping[str, Any]) -> Note | None:
+    values = row.get("values") or {}
+    # a remark about the whole round is for those who read the records
+    if "device" not in values:
+        return None
+    left_out = values.get("left_out")
+    return Note(
+        round=_count(row, "round"),
+        device=str(values["device"]),
+        rank=_number(values, "rank"),
+        sparsity=_number(values, "sparsity"),
+        left_out=None if left_out is None else str(left_out),
+    )
+
+
+def _score(row: Mapping[str, Any]) -> Score:
+    return Score(
+        round=_count(row, "round"),
+        now=_number(row, "now") or 0.0,
+        accuracy=_number(row, "accuracy"),
+        accuracy_global=_number(row, "accuracy_global"),
+        loss=_number(row, "loss"),
+        loss_global=_number(row, "loss_global"),
+        sparsity=_number(row, "sparsity"),
+    )
+
+
+def _round(row: Mapping[str, Any]) -> Round:
+    return Round(_count(row, "round"), _number(row, "now") or 0.0, _number(row, "waiting_seconds") or 0.0)
+
+
+def _number(row: Mapping[str, Any], name: str) -> float | None:
+    """A finite number, or None: a plot has no place for nan, nor for a method's list of ranks."""
+    value = row.get(name)
+    return float(value) if isinstance(value, int | float) and isfinite(value) else None
+
+
+def _count(row: Mapping[str, Any], name: str) -> int:
+    return int(_number(row, name) or 0)
+
+
+# in the order of the fields of Rows
+READERS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "exchange": _exchange,
+    "note": _note,
+    "score": _score,
+    "round": _round,
+}

@@ -1,0 +1,170 @@
+"""How numbers read, everywhere: formats with their units, a run's headline numbers, and the table of a finished run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, TextIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+MISSING = "-"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One number a reader looks for first; `note` says what it means or how it splits."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+def percent(share: float | None) -> str:
+    """A share of one, in percent.
+
+    >>> percent(0.7112), percent(None)
+    ('71.1 %', '-')
+    """
+    return MISSING if _missing(share) else f"{100 * share:.1f} %"
+
+
+def points(difference: float | None) -> str:
+    """A difference of two shares, in percentage points and with its sign.
+
+    >>> points(0.71 - 0.723)
+    '-1.3 points'
+    """
+    # adding zero turns -0.0 into 0.0
+    return MISSING if _missing(difference) else f"{round(100 * difference, 1) + 0.0:+.1f} points"
+
+
+def decimal(value: float | None, digits: int = 3) -> str:
+    """A number without a unit, such as a loss.
+
+    >>> decimal(1.23456), decimal(float("nan"))
+    ('1.235', '-')
+    """
+    return MISSING if _missing(value) else f"{value:.{digits}f}"
+
+
+def bytes_text(count: float | None) -> str:
+    """Bytes in decimal units.
+
+    >>> bytes_text(512), bytes_text(999_960), bytes_text(22_700_000)
+    ('512 B', '1.0 MB', '22.7 MB')
+    """
+    if _missing(count):
+        return MISSING
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB", "TB"):
+        count /= 1000
+        # compared as it will be printed, so that 999,960 never reads as 1000.0 kB
+        if round(count, 1) < 1000:
+            break
+    return f"{count:.1f} {unit}"
+
+
+def seconds_text(seconds: float | None) -> str:
+    """Seconds in the units a person would say.
+
+    >>> seconds_text(0.351), seconds_text(12.34), seconds_text(125), seconds_text(3720), seconds_text(100_000)
+    ('0.35 s', '12.3 s', '2 min 05 s', '1 h 02 min', '1 d 3 h')
+    """
+    if _missing(seconds):
+        return MISSING
+    if round(seconds, 1) < 60:
+        return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes:02d} min"
+    return "{} d {} h".format(*divmod(hours, 24))
+
+
+def counted(count: int, thing: str) -> str:
+    """A count with its noun.
+
+    >>> counted(1, "round"), counted(20, "round")
+    ('1 round', '20 rounds')
+    """
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
+def headlines(summary: Mapping[str, Any]) -> list[Headline]:
+    """What a run comes to, in reading order; what the summary lacks is left out.
+
+    `waiting_seconds` is the sum over rounds of a device's mean wait, so its share of `simulated_seconds` is below one.
+    """
+    return [line for line in (*_quality(summary), *_price(summary)) if line.value != MISSING]
+
+
+def summary_line(summary: Mapping[str, Any]) -> str:
+    """What ran, in one line.
+
+    >>> summary_line({"method": "fedspine", "seed": 0, "rounds": 20, "devices": 80})
+    'fedspine, 20 rounds, 80 devices, seed 0'
+    """
+    parts = [str(summary.get("method") or "")]
+    parts += [counted(summary[name], name[:-1]) for name in ("rounds", "devices") if summary.get(name) is not None]
+    parts += [f"seed {summary['seed']}"] if summary.get("seed") is not None else []
+    return ", ".join(part for part in parts if part)
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """The headline numbers and the state's fingerprint, for the end of a run and for looking at it later."""
+    table = Table(title=Text(summary_line(summary)), title_justify="left", box=box.SIMPLE, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(style="dim")
+    for line in headlines(summary):
+        # Text, since a string would be read as markup
+        table.add_row(Text(line.label), Text(line.value), Text(line.note))
+    if summary.get("state_sha256"):
+        table.add_row("state", Text(str(summary["state_sha256"])[:12]), "sha256 of the final state, first 12 digits")
+    return table
+
+
+def print_table(table: Table, stream: TextIO) -> None:
+    """Write a table; plain text where `stream` is not a terminal."""
+    Console(file=stream).print(table)
+
+
+def _quality(summary: Mapping[str, Any]) -> list[Headline]:
+    name, form = ("accuracy", percent) if summary.get("accuracy") is not None else ("loss", decimal)
+    devices, common, dense = (summary.get(key) for key in (name, f"{name}_global", f"{name}_dense"))
+    gap = MISSING
+    if not (_missing(devices) or _missing(dense)):
+        gap = points(devices - dense) if name == "accuracy" else f"{devices - dense:+.3f}"
+    return [
+        Headline("Device models", form(devices), f"mean {name} of what devices run"),
+        Headline("Global model", form(common), f"{name} of the one shared model"),
+        Headline("Dense model", form(dense), f"{name} before anything is pruned"),
+        Headline("Gap to dense", gap, f"device models against dense, in {name}"),
+    ]
+
+
+def _price(summary: Mapping[str, Any]) -> list[Headline]:
+    get = summary.get
+    waiting, simulated, wall = get("waiting_seconds"), get("simulated_seconds"), get("wall_seconds")
+    share = None if waiting is None or not simulated else waiting / simulated
+    down, up = get("bytes_down"), get("bytes_up")
+    total = None if down is None or up is None else down + up
+    speed = get("samples_per_second")
+    return [
+        Headline("Sparsity", percent(get("sparsity")), "prunable parameters removed"),
+        Headline("Simulated time", seconds_text(simulated), "on the devices' virtual clock"),
+        Headline("Waiting share", percent(share), f"{seconds_text(waiting)} simulated, mean device"),
+        Headline("Traffic", bytes_text(total), f"{bytes_text(down)} down, {bytes_text(up)} up"),
+        Headline("Peak memory", bytes_text(get("peak_memory_bytes_simulated")), "simulated, of the fullest device"),
+        Headline("Wall time", seconds_text(wall), "" if _missing(speed) else f"{speed:,.0f} samples per wall second"),
+    ]
+
+
+def _missing(value: float | None) -> bool:
+    return value is None or not isfinite(value)
