@@ -1,18 +1,15 @@
-"""The report: what it reads, what it draws, the page as one file, how numbers read, and progress on stderr."""
+"""The report: what it reads, what it draws, and the page as one file."""
 
-import io
 import json
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from fedspine.errors import BadInput
-from fedspine.report import figures, progress, tables
+from fedspine.report import figures
 from fedspine.report.page import write_page
 from fedspine.report.rows import READERS, Rows, read_rows
 from fedspine.report.series import bands, device_classes, exchange_seconds, summary_so_far, traffic, troubles, waiting
@@ -299,83 +296,3 @@ def test_other_classes_get_colours_of_their_own() -> None:
     colours = figures.class_colours(["tx2", "pi5", "laptop"])
     assert colours["tx2"] == figures.CLASS_COLOURS["tx2"]
     assert len(set(colours.values())) == 3
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (tables.percent(0.7149), "71.5 %"),
-        (tables.percent(None), "-"),
-        (tables.points(-0.0131), "-1.3 points"),
-        (tables.points(-0.0001), "+0.0 points"),
-        (tables.decimal(float("inf")), "-"),
-        (tables.bytes_text(0), "0 B"),
-        (tables.bytes_text(999), "999 B"),
-        (tables.bytes_text(1_500), "1.5 kB"),
-        (tables.bytes_text(999_999), "1.0 MB"),
-        (tables.bytes_text(8_589_934_592), "8.6 GB"),
-        (tables.bytes_text(3.2e16), "32000.0 TB"),
-        (tables.seconds_text(0.004), "0.00 s"),
-        (tables.seconds_text(59.94), "59.9 s"),
-        (tables.seconds_text(59.96), "1 min 00 s"),
-        (tables.seconds_text(3599.6), "1 h 00 min"),
-        (tables.seconds_text(200_000), "2 d 7 h"),
-        (tables.seconds_text(float("nan")), "-"),
-    ],
-)
-def test_numbers_read(text: str, expected: str) -> None:
-    assert text == expected
-
-
-def test_the_table_is_plain_text_off_a_terminal() -> None:
-    out = io.StringIO()
-    tables.print_table(tables.summary_table(summary_of(generated(2)) | {"method": "[red]x[/red]"}), out)
-    assert "\x1b" not in out.getvalue()
-    for expected in ("[red]x[/red], 2 rounds", "Device models", "85.0 %", "Gap to dense", "abababababab"):
-        assert expected in out.getvalue()
-
-
-STANDING = progress.Standing(round=3, now=125.0, accuracy=0.71, sparsity=0.22, bytes_moved=1_500)
-
-
-def test_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = progress.progress_for(json=False)
-    shown.stage("loading the base")
-    shown.started(20, "fedspine", done=2)
-    shown.round_done(STANDING)
-    shown.round_done(replace(STANDING, round=4, accuracy=None, loss=1.5))
-    shown.finished(tables.summary_table(summary_of(generated(2))))
-    shown.close()
-    out, err = capsys.readouterr()
-    assert out == ""
-    stage, started, third, fourth, *table = err.splitlines()
-    assert (stage, started) == ("loading the base", "fedspine: 20 rounds, 2 of them done before")
-    assert third.startswith(
-        "round 3/20  accuracy 71.0 %  sparsity 22.0 %  simulated 2 min 05 s  traffic 1.5 kB  about "
-    )
-    assert "loss 1.500" in fourth
-    assert any("Device models" in line for line in table)
-
-
-def test_json_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = progress.progress_for(json=True)
-    shown.stage("loading")
-    shown.started(2, "fedspine")
-    shown.round_done(STANDING)
-    shown.finished(tables.summary_table({}))
-    shown.close()
-    assert capsys.readouterr() == ("", "")
-
-
-def test_a_terminal_gets_one_bar_and_its_cursor_back() -> None:
-    out = io.StringIO()
-    shown = progress.Live(Console(file=out, force_terminal=True, width=120))
-    shown.stage("loading the base")
-    shown.started(20, "fedspine", done=2)
-    shown.round_done(STANDING)
-    shown.close()
-    shown.close()
-    text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())
-    for expected in ("loading the base", "fedspine", "3/20", "accuracy 71.0 %  sparsity 22.0 %  simulated 2 min 05 s"):
-        assert expected in text
-    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")

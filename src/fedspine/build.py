@@ -12,7 +12,7 @@ from fedspine.data.tasks import Dataset
 from fedspine.data.tasks import load as load_data
 from fedspine.errors import BadInput
 from fedspine.fleet import Fleet
-from fedspine.fleets.hardware import Hardware, fleet_mix
+from fedspine.fleets.hardware import Hardware, device_ids, fleet_mix
 from fedspine.fleets.lossy import Lossy
 from fedspine.fleets.simulated import SimulatedFleet, World, profiles
 from fedspine.fleets.workers import Workers, Workshop
@@ -43,6 +43,11 @@ def build(recipe: Recipe) -> Built:
     shares = share_out(recipe, data, tokenizer)
     recipe.method.check(task)
     return Built(task=task, tokenizer=tokenizer, shares=shares, kinds=tuple(kinds))
+
+
+def identities(recipe: Recipe) -> list[str]:
+    """The ids of the recipe's devices."""
+    return device_ids(fleet_mix(recipe.fleet.mix, recipe.fleet.devices))
 
 
 def dataset(recipe: Recipe) -> Dataset:

@@ -103,6 +103,25 @@ def recipe_of(folder: Path) -> Recipe:
     return load(folder / RECIPE)
 
 
+def standing(folder: Path) -> dict[str, Any]:
+    """A finished run's summary, or what is known so far of one that is not."""
+    recipe = recipe_of(folder)
+    if (folder / SUMMARY).exists():
+        return json.loads((folder / SUMMARY).read_text())
+    saved = Store(folder / STATE).load()
+    known = {
+        "method": recipe.method.name,
+        "seed": recipe.run.seed,
+        "rounds": recipe.run.rounds,
+        "devices": recipe.fleet.devices,
+        "rounds_done": saved.round if saved else 0,
+    }
+    if saved is None:
+        return known
+    sums = {name: saved.state["sums"][name] for name in ("waiting_seconds", "bytes_up", "bytes_down")}
+    return known | sums | {"simulated_seconds": saved.fleet.now, "wall_seconds": saved.state["watch"]["before"]}
+
+
 def _difference(ours: Recipe, theirs: Recipe) -> str:
     for section, table in ours.table().items():
         other = theirs.table()[section]
@@ -133,7 +152,7 @@ def _run(recipe: Recipe, built: Built, workers: Workers, folder: Path, progress:
     torch.set_num_threads(1)  # sums must not depend on how many cores there are
     method, rounds = recipe.method, recipe.run.rounds
     store = Store(folder / STATE)
-    saved = store.load()
+    saved = store.open()
     records = Records(folder / RECORDS, saved.records if saved else 0)
     fleet = simulate(recipe, built, workers, store, records)
     sums, watch = Sums(), Stopwatch()

@@ -32,11 +32,10 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, saved: Saved) -> None:
         """Make `saved` the current state. Raises OSError, with the last state intact, where it cannot be written."""
-        name = f"round-{saved.round:06d}.safetensors"
+        name = _name(saved.round)
         payload = pack({"state": saved.state, "fleet": saved.fleet}).payload
         write_atomically(self._folder / name, payload)
         entry = {
@@ -46,7 +45,7 @@ class Store:
             "records": saved.records,
         }
         write_atomically(self._folder / CURRENT, json.dumps(entry).encode())
-        self.sweep({name, *saved.memories.values()})
+        self._sweep({name, *saved.memories.values()})
 
     def load(self) -> Saved | None:
         """The current state, None where no round was ever saved."""
@@ -55,7 +54,6 @@ class Store:
             return None
         entry = json.loads(path.read_text())
         kept = unpack((self._folder / entry["state"]).read_bytes())
-        self.sweep({entry["state"], *entry["memories"].values()})
         return Saved(
             round=entry["round"],
             state=kept["state"],
@@ -73,12 +71,22 @@ class Store:
     def get_memory(self, name: str) -> bytes:
         return (self._folder / name).read_bytes()
 
-    def sweep(self, keep: Iterable[str]) -> None:
-        """Remove what the current state does not name."""
+    def open(self) -> Saved | None:
+        """Make the folder ready for writing and return the current state; leftovers of a kill are removed."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        saved = self.load()
+        self._sweep({} if saved is None else {_name(saved.round), *saved.memories.values()})
+        return saved
+
+    def _sweep(self, keep: Iterable[str]) -> None:
         wanted = {*keep, CURRENT}
         for entry in os.scandir(self._folder):
             if entry.name not in wanted:
                 os.unlink(entry.path)
+
+
+def _name(round: int) -> str:
+    return f"round-{round:06d}.safetensors"
 
 
 def write_atomically(path: Path, payload: bytes, *, durable: bool = True) -> None:

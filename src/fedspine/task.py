@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Kind: TypeAlias = Literal["classification", "pair", "causal-lm"]
 IGNORED = -100  # a label position that no loss counts
+GRAIN = 8  # padded lengths are multiples of it: fewer shapes for kernels to be made for
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ class Examples:
         import torch
 
         lengths = self.lengths[rows]
-        inside = np.arange(lengths.max())[None, :] < lengths[:, None]
-        index = np.where(inside, self.offsets[rows][:, None] + np.arange(lengths.max())[None, :], 0)
+        places = np.arange(-(-lengths.max() // GRAIN) * GRAIN)[None, :]
+        inside = places < lengths[:, None]
+        index = np.where(inside, self.offsets[rows][:, None] + places, 0)
         ids = np.where(inside, self.ids[index], self.padding).astype(np.int64)
         inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(inside.astype(np.int64))}
         if self.segments is not None:

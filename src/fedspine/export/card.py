@@ -46,7 +46,8 @@ def read_card(folder: Path) -> Card:
             "fine-tune it in a run and `fedspine export` that"
         )
     if entry.get("format") != FORMAT:
-        raise BadInput(f"{folder} has export format {entry.get('format')!r}, this version reads {FORMAT}; export it again")
+        found = entry.get("format")
+        raise BadInput(f"{folder} has export format {found!r}, but this version reads {FORMAT}; export the model again")
     return _checked(folder, entry)
 
 

@@ -119,7 +119,7 @@ def _uniform(config: PreTrainedConfig, base: Base, structure: Structure) -> PreT
         sizes |= {"num_attention_heads": kept * groups, "num_key_value_heads": kept, "head_dim": base.anatomy.head_dim}
     try:
         return type(config).from_dict(config.to_dict() | sizes)
-    except Exception:  # noqa: BLE001 - configuration classes have checks of their own, such as heads that divide the width
+    except Exception:  # configuration classes have checks of their own, such as heads that must divide the width
         return None
 
 
@@ -128,7 +128,7 @@ def _fits(config: PreTrainedConfig, tensors: Tensors, kind: Kind) -> bool:
     try:
         with torch.device("meta"), no_init_weights():
             module = stock_class(kind).from_config(config)
-    except Exception:  # noqa: BLE001 - whatever keeps the class from being built, it is not a stock model
+    except Exception:  # whatever keeps the class from being built, it is no stock model
         return False
     return {n: p.shape for n, p in module.named_parameters()} == {n: t.shape for n, t in tensors.items()}
 
@@ -146,7 +146,8 @@ def _write(folder: Path, config: PreTrainedConfig, card: Card, tensors: Tensors,
         (partial / "README.md").write_text(_readme(card, tensors), encoding="utf-8")
         partial.rename(folder)
     except OSError as error:
-        raise BadInput(f"{folder} cannot be written: {error.strerror or error}; check the path and free space") from error
+        reason = error.strerror or error
+        raise BadInput(f"{folder} cannot be written: {reason}; check the path and the free space") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

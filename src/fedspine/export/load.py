@@ -60,7 +60,7 @@ def load(folder: str | Path) -> Loaded:
 def _read(folder: Path, auto: Any) -> Any:
     try:
         return auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # noqa: BLE001 - transformers raises many kinds
+    except Exception as error:  # transformers raises many kinds
         what = "configuration" if auto is AutoConfig else "tokenizer"
         reason = " ".join(str(error).split())[:160]
         raise BadInput(f"the {what} of {folder} cannot be read ({reason}); export the model again") from None
@@ -73,7 +73,8 @@ def _module(folder: Path, card: Card, config: PreTrainedConfig) -> nn.Module:
         module = stock_class(card.kind).from_config(config, dtype=torch.float32, trust_remote_code=False)
         anatomy = anatomy_of(config, module.base_model_prefix)
         if not len(card.heads) == len(card.channels) == anatomy.layers:
-            raise BadInput(f"{folder} lists the sizes of {len(card.heads)} layers of {anatomy.layers}; export the model again")
+            listed = len(card.heads)
+            raise BadInput(f"{folder} lists the sizes of {listed} layers of {anatomy.layers}; export the model again")
         for site in anatomy.sites:
             columns, rows = _sizes(site, card)
             linear = module.get_submodule(site.path)
@@ -101,11 +102,13 @@ def _fill(module: nn.Module, path: Path) -> None:
     """Copy the stored tensors into the module's parameters, each of which must be there in its own shape."""
     parameters = dict(module.named_parameters())  # a tied parameter counts once, under its first name
     try:
-        with safe_open(path, framework="pt") as file, torch.no_grad():
+        with safe_open(path, framework="pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            for problem in _problems({name: tuple(p.shape) for name, p in parameters.items()}, stored):
-                raise BadInput(f"{path} {problem}; export the model again")
-            for name, parameter in parameters.items():
+        for problem in _problems({name: tuple(p.shape) for name, p in parameters.items()}, stored):
+            raise BadInput(f"{path} {problem}; export the model again")
+        for name, parameter in parameters.items():
+            # opened for each tensor: one mapping for all would hold the whole file in memory beside the copies
+            with safe_open(path, framework="pt") as file, torch.no_grad():
                 parameter.copy_(file.get_tensor(name))
     except FileNotFoundError:
         raise BadInput(f"{path} is missing; export the model again") from None

@@ -30,7 +30,7 @@ MAX_TOKENS = 128
 SPREAD = 0.2  # of the weights: ten times the usual, so that logits differ visibly between inputs
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
-_WORDS = ("the", "and", "of", "to", "in", "is", "for", "on", "with", "at", "good", "bad", "not", "very", "small", "model")
+_WORDS = tuple("the and of to in is for on with at good bad not very small model".split())
 _MARKS = tuple(".,!?'-:;()")
 VOCABULARY = (*_SPECIAL, *_CHARACTERS, *(f"##{character}" for character in _CHARACTERS), *_WORDS, *_MARKS)
 _PAD, _CLS, _SEP = 0, 2, 3  # token ids; decoders take the last two to begin and to end a text
@@ -50,7 +50,12 @@ def _decoder(kind: type[PreTrainedConfig], layers: int, **more: int | None) -> P
 
 def _distilbert(layers: int, classes: int) -> PreTrainedConfig:
     return DistilBertConfig(
-        n_layers=layers, num_labels=classes, dim=WIDTH, n_heads=HEADS, hidden_dim=CHANNELS, max_position_embeddings=MAX_TOKENS
+        num_labels=classes,
+        n_layers=layers,
+        dim=WIDTH,
+        n_heads=HEADS,
+        hidden_dim=CHANNELS,
+        max_position_embeddings=MAX_TOKENS,
     )
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
-from fedspine.report.rows import Rows, Score
+from fedspine.report.rows import Rows
 from fedspine.report.series import Band, bands, exchange_seconds, has_accuracy, traffic, waiting
 from fedspine.report.tables import bytes_text, decimal, percent
 
@@ -93,13 +94,17 @@ def _quality(rows: Rows, summary: Mapping[str, Any]) -> Panel | None:
         return None
     name, form = ("accuracy", percent) if has_accuracy(rows, summary) else ("loss", decimal)
     figure, axes = _blank()
-    for label, key, colour in (("device models", name, DEVICES), ("global model", f"{name}_global", GLOBAL)):
+    # the wider line is drawn first, so that both are seen where they are one
+    for label, key, colour, width in (("devices", name, DEVICES, 3.6), ("global", f"{name}_global", GLOBAL, 1.6)):
         scores = [score for score in rows.scores if getattr(score, key) is not None]
         if scores:
-            _curve(axes, scores, key, colour, lambda value, label=label: f"{label} {form(value)}")
+            line = _curve(
+                axes, [score.now for score in scores], [getattr(score, key) for score in scores], colour, width
+            )
+            line.set_label(f"{label} {form(getattr(scores[-1], key))}")
     dense = summary.get(f"{name}_dense")
     if dense is not None:
-        axes.axhline(dense, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), label=f"dense model {form(dense)}")
+        axes.axhline(dense, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), label=f"dense {form(dense)}")
     axes.set(xlabel="simulated seconds", ylabel="accuracy" if name == "accuracy" else "loss (nats)")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
     axes.set_xlim(0, 1.04 * max(score.now for score in rows.scores) or 1)
@@ -107,18 +112,19 @@ def _quality(rows: Rows, summary: Mapping[str, Any]) -> Panel | None:
         _percent_ticks(axes)
     _legend(axes)
     caption = (
-        f"Each point is a score on the test rows at that simulated time; the ring marks the last, whose {name} the "
-        "legend repeats, and the dashed line is the model before pruning."
+        f"Mean {name} of the models that devices run and {name} of the global model, on the test rows; rings mark "
+        "the last scores, which the legend repeats, and the dashed line is the model before pruning."
     )
     return Panel("quality", f"{name.capitalize()} over simulated time", caption, figure)
 
 
-def _curve(axes: Axes, scores: list[Score], key: str, colour: str, label: Any) -> None:
-    times, values = [score.now for score in scores], [getattr(score, key) for score in scores]
-    axes.plot(times, values, color=colour, label=label(values[-1]), marker=_marker(values), zorder=3)
-    axes.plot(
-        times[-1], values[-1], "o", markersize=9, markerfacecolor="white", markeredgecolor=colour, markeredgewidth=2.2
-    )
+def _curve(axes: Axes, times: list[float], values: list[float], colour: str, width: float) -> Line2D:
+    """A line, which is returned, and a ring around its last point."""
+    style = {"linewidth": width, "marker": _marker(values), "markersize": width + 2.4}
+    (line,) = axes.plot(times, values, color=colour, **style)
+    ring = {"markersize": 7 + width, "markerfacecolor": "none", "markeredgecolor": colour, "markeredgewidth": 1.8}
+    axes.plot(times[-1], values[-1], "o", **ring)
+    return line
 
 
 def _sparsity(rows: Rows) -> Panel | None:
@@ -249,7 +255,7 @@ def class_colours(names: Iterable[str]) -> dict[str, str]:
 def _draw_bands(axes: Axes, found: Mapping[str, Band]) -> None:
     for name, colour in class_colours(found).items():
         band = found[name]
-        axes.fill_between(band.rounds, band.low, band.high, color=colour, alpha=0.14, linewidth=0)
+        axes.fill_between(band.rounds, band.low, band.high, color=colour, alpha=0.12, linewidth=0)
         axes.plot(band.rounds, band.mean, color=colour, label=name, marker=_marker(band.rounds))
     _round_ticks(axes, [number for band in found.values() for number in band.rounds])
     _legend(axes)

@@ -160,7 +160,7 @@ def _figures(rows: Rows, summary: Mapping[str, Any]) -> str:
 def _classes(rows: Rows) -> str:
     found = device_classes(rows)
     colours = figures.class_colours([line.kind for line in found])
-    head = ("Class", "Devices", "Final sparsity", "Mean rank", "Simulated time per exchange", "Down", "Up")
+    head = ("Class", "Devices", "Sparsity, last noted", "Mean rank", "Simulated time per exchange", "Down", "Up")
     return _table("Device classes", head, [_class_cells(line, colours[line.kind]) for line in found])
 
 

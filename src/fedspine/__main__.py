@@ -1,0 +1,5 @@
+"""`python -m fedspine` is `fedspine`."""
+
+from fedspine.cli import main
+
+main()

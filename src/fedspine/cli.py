@@ -1,0 +1,249 @@
+"""The command line: parsing and printing only. Bad input ends with one line on stderr and exit code 2."""
+
+import dataclasses
+import json as jsonlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import fedspine
+from fedspine.errors import BadInput, unknown
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Tune a pre-trained language model across many unequal devices, prune it while it tunes, and give each device "
+    "a small model of its own. Start with: fedspine run",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `fedspine run` made.")]
+ModelFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `fedspine export` made.")]
+
+
+def main() -> None:
+    """Run the command line; every expected failure becomes one line and exit code 2."""
+    try:
+        app(prog_name="fedspine", standalone_mode=True)
+    except BadInput as error:
+        _fail(str(error))
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as error:
+        from fedspine.run import Stopped
+
+        if not isinstance(error, Stopped):
+            raise
+        _fail(str(error))
+
+
+def _fail(line: str) -> None:
+    print(f"fedspine: {' '.join(line.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def about(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        print(fedspine.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        Optional[Path], typer.Argument(metavar="[RECIPE.toml]", help="What to run; default: the embedded job.")
+    ] = None,
+    settings: Annotated[
+        Optional[list[str]],
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one value of the recipe; may be repeated."),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option(help="New folder for results; default: runs/METHOD-N.")] = None,
+    resume: Annotated[Optional[Path], typer.Option(help="Go on with the run in this folder.")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Short for --set run.seed=N.")] = None,
+    json: Json = False,
+) -> None:
+    """Fine-tune and prune across a simulated fleet; without a recipe, the embedded job (80 devices, MiniLM)."""
+    from fedspine import config
+    from fedspine.report.progress import progress_for
+    from fedspine.report.tables import summary_table
+    from fedspine.run import new_run
+    from fedspine.run import resume as go_on
+
+    progress = progress_for(json)
+    if resume is not None:
+        if out is not None:
+            raise BadInput("--resume goes on in its own folder, so --out has no place beside it; leave one of them out")
+        folder = resume
+        summary = go_on(resume, progress, _wanted(recipe, settings, seed, resume))
+    else:
+        wanted = config.load(recipe, settings, seed)
+        folder = out or _free_folder(wanted.method.name)
+        summary = new_run(wanted, folder, progress)
+    if json:
+        print(jsonlib.dumps(summary))
+        return
+    progress.finished(summary_table(summary))
+    print(f"report: {folder / 'report.html'}")
+
+
+def _wanted(recipe: Path | None, settings: list[str] | None, seed: int | None, folder: Path) -> Any:
+    """The recipe that a resume was asked for, laid over the folder's own unless a file was named."""
+    from fedspine import config
+    from fedspine.run import RECIPE, recipe_of
+
+    if recipe is None and not settings and seed is None:
+        return None
+    recipe_of(folder)
+    return config.load(recipe or folder / RECIPE, settings, seed)
+
+
+def _free_folder(method: str) -> Path:
+    number = 1
+    while (folder := Path("runs") / f"{method}-{number}").exists():
+        number += 1
+    return folder
+
+
+@app.command()
+def methods(json: Json = False) -> None:
+    """List the methods and their settings."""
+    from fedspine.method import all_methods
+
+    found = {
+        name: {
+            "what": (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0],
+            "settings": {field.name: _plain(field.default) for field in dataclasses.fields(cls)},
+        }
+        for name, cls in all_methods().items()
+    }
+    if json:
+        print(jsonlib.dumps(found))
+        return
+    for name, entry in found.items():
+        settings = "\n".join(f"{key} = {jsonlib.dumps(value)}" for key, value in entry["settings"].items())
+        _table(name, [("", entry["what"]), ("settings", settings)])
+
+
+@app.command()
+def devices(json: Json = False) -> None:
+    """List the kinds of simulated devices and the default mix."""
+    from fedspine.fleets.hardware import DEFAULT_MIX, GROUP_MBPS, KINDS, UTILISATION
+
+    found = {
+        kind.name: {
+            "default_count": DEFAULT_MIX[kind.name],
+            "memory_bytes": kind.memory_bytes,
+            "peak_tflops_by_mode": list(kind.peaks_tflops),
+        }
+        for kind in KINDS.values()
+    }
+    if json:
+        print(jsonlib.dumps({"kinds": found, "link_mbps": list(GROUP_MBPS), "utilisation": UTILISATION}))
+        return
+    table = Table("kind", "of 80", "memory", "fp16 peak by power mode, TFLOP/s", title="simulated devices")
+    for name, kind in found.items():
+        peaks = ", ".join(f"{peak:g}" for peak in kind["peak_tflops_by_mode"])
+        table.add_row(name, str(kind["default_count"]), f"{kind['memory_bytes'] / 2**30:.0f} GiB", peaks)
+    Console().print(table)
+    print(f"links: four Wi-Fi groups of mean {', '.join(f'{mbps:g}' for mbps in GROUP_MBPS)} Mb/s")
+
+
+@app.command()
+def show(folder: RunFolder, json: Json = False) -> None:
+    """Show a run's summary, or how far it is."""
+    from fedspine.report.tables import print_table, summary_table
+    from fedspine.run import standing
+
+    found = standing(folder)
+    if json:
+        print(jsonlib.dumps(found))
+        return
+    print_table(summary_table(found), sys.stdout)
+    if "state_sha256" not in found:
+        print(f"not finished: {found['rounds_done']} of {found['rounds']} rounds; go on with: fedspine run --resume {folder}")
+
+
+@app.command()
+def export(
+    folder: RunFolder,
+    to: Annotated[Path, typer.Option(help="New folder for the model.")],
+    device: Annotated[str, typer.Option(help="A device's id, `global`, or `dense` (unpruned).")] = "global",
+    format: Annotated[str, typer.Option(help="hf (a merged model) or peft (base name and adapter).")] = "hf",
+    json: Json = False,
+) -> None:
+    """Write one deployed model of a run to a folder: merged, physically smaller, ready for predict and bench."""
+    from fedspine.export.of_run import export_model
+
+    found = export_model(folder, device=device, format=format, to=to)
+    if json:
+        print(jsonlib.dumps(found))
+        return
+    _table(f"exported to {to}", [(key, str(value)) for key, value in found.items()])
+
+
+@app.command()
+def predict(
+    folder: ModelFolder,
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Texts to label or to continue.")],
+    pair: Annotated[
+        Optional[list[str]], typer.Option(help="Second text of each pair, in order; for models of text pairs.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Label texts, or continue them, with an exported model."""
+    from fedspine.export.hf import load
+    from fedspine.export.predict import predict as ask
+
+    found = [dataclasses.asdict(prediction) for prediction in ask(load(folder), texts, pair)]
+    if json:
+        print(jsonlib.dumps({"predictions": found}))
+        return
+    table = Table("text", *found[0])
+    for text, entry in zip(texts, found, strict=True):
+        table.add_row(escape(text), *(f"{v:.3f}" if isinstance(v, float) else escape(str(v)) for v in entry.values()))
+    Console().print(table)
+
+
+@app.command()
+def bench(
+    folder: ModelFolder,
+    against: Annotated[
+        Optional[Path], typer.Option(metavar="DIR", help="Another exported model, measured in turns with the first.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens in a row.", min=1)] = 64,
+    threads: Annotated[int, typer.Option(help="Processor threads.", min=1)] = 1,
+    json: Json = False,
+) -> None:
+    """Measure an exported model on this machine: latency at batch 1 and 32, file size, peak memory, parameters."""
+    from fedspine.export import bench as benches
+    from fedspine.report.tables import bench_table
+
+    if against is None:
+        found = {"model": dataclasses.asdict(benches.bench(folder, tokens=tokens, threads=threads))}
+    else:
+        found = benches.compare(folder, against, tokens=tokens, threads=threads).table()
+    if json:
+        print(jsonlib.dumps(found))
+        return
+    Console().print(bench_table(found))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> None:
+    table = Table(title=escape(title), show_header=False, title_justify="left")
+    for key, value in rows:
+        table.add_row(escape(key), escape(value))
+    Console().print(table)

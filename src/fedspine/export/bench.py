@@ -1,0 +1,185 @@
+"""What an exported model costs to run on this machine: latency, file size, peak memory, parameters. All measured.
+
+Latency is that of one forward pass over random token ids without padding, after a warm-up, in fp32 on the CPU. Two
+models are timed in turns, call by call, so that whatever else the machine does meets both.
+"""
+
+import gc
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedspine.errors import BadInput
+from fedspine.export.card import WEIGHTS
+from fedspine.export.load import Loaded, load
+
+CALLS = {1: 8, 32: 1}  # batch size: calls in one repeat, more of the short ones
+WARM_UP = 2  # calls before the first that counts
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What one model costs; `latency_seconds` by batch size, at `tokens` per row on `threads` threads."""
+
+    latency_seconds: dict[int, float]  # median over repeats
+    file_bytes: int  # of the weights
+    peak_memory_bytes: int  # of a fresh process that loads and runs this one model, libraries included
+    parameters: int
+    block_parameters: int  # of the blocks' linear weights, which sparsity is counted on
+    tokens: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models timed in turns; every ratio is `model` over `against`, so less than 1 is a gain."""
+
+    model: Bench
+    against: Bench
+    latency_ratio: dict[int, float]  # median of the ratios of neighbouring calls, by batch size
+
+    def table(self) -> dict[str, Any]:
+        """Both models and the ratios, as plain data."""
+        ratio = {
+            "latency": self.latency_ratio,
+            "block_parameters": self.block_ratio,
+            "parameters": self.model.parameters / self.against.parameters,
+            "file_bytes": self.file_ratio,
+            "peak_memory_bytes": self.memory_ratio,
+        }
+        return {"model": asdict(self.model), "against": asdict(self.against), "ratio": ratio}
+
+    @property
+    def block_ratio(self) -> float:
+        """Linear weights in the blocks."""
+        return self.model.block_parameters / self.against.block_parameters
+
+    @property
+    def file_ratio(self) -> float:
+        return self.model.file_bytes / self.against.file_bytes
+
+    @property
+    def memory_ratio(self) -> float:
+        """Peak memory; the libraries' own share is in both and pulls it towards 1."""
+        return self.model.peak_memory_bytes / self.against.peak_memory_bytes
+
+
+def bench(folder: str | Path, *, tokens: int = 64, threads: int = 1, repeats: int = 7) -> Bench:
+    """Measure the exported model in `folder`.
+
+    One thread is the default because it is what a small device has, and what other processes on a shared machine
+    disturb least. Raises BadInput for a folder that cannot be loaded and for more tokens than it has positions.
+    """
+    model = load(folder)
+    seconds = _seconds([model], tokens=tokens, threads=threads, repeats=repeats)
+    return _bench(folder, model, {batch: calls[0] for batch, calls in seconds.items()}, tokens, threads)
+
+
+def compare(
+    folder: str | Path, against: str | Path, *, tokens: int = 64, threads: int = 1, repeats: int = 7
+) -> Comparison:
+    """Measure two exported models side by side in one process; raises what `bench` raises."""
+    models = [load(folder), load(against)]
+    seconds = _seconds(models, tokens=tokens, threads=threads, repeats=repeats)
+    first, second = (
+        _bench(path, model, {batch: calls[index] for batch, calls in seconds.items()}, tokens, threads)
+        for index, (path, model) in enumerate(zip((folder, against), models, strict=True))
+    )
+    ratios = {
+        batch: median(mine / other for mine, other in zip(*calls, strict=True)) for batch, calls in seconds.items()
+    }
+    return Comparison(model=first, against=second, latency_ratio=ratios)
+
+
+def _bench(folder: str | Path, model: Loaded, seconds: dict[int, list[float]], tokens: int, threads: int) -> Bench:
+    return Bench(
+        latency_seconds={batch: median(calls) for batch, calls in seconds.items()},
+        file_bytes=(Path(folder) / WEIGHTS).stat().st_size,
+        peak_memory_bytes=peak_memory_bytes(folder, tokens=tokens, threads=threads),
+        parameters=model.parameters,
+        block_parameters=model.block_parameters,
+        tokens=tokens,
+        threads=threads,
+    )
+
+
+def _seconds(models: Sequence[Loaded], *, tokens: int, threads: int, repeats: int) -> dict[int, list[list[float]]]:
+    """Seconds of every call, by batch size and model, the models taking turns."""
+    seconds: dict[int, list[list[float]]] = {batch: [[] for _ in models] for batch in CALLS}
+    inputs = {batch: [random_ids(model, batch, tokens) for model in models] for batch in CALLS}
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    gc.collect()
+    gc.disable()  # a collection in the middle of one call would be charged to that model
+    try:
+        for batch in CALLS:
+            for index, model in enumerate(models):
+                for _ in range(WARM_UP):
+                    _call(model, inputs[batch][index], tokens)
+        for batch in (batch for _ in range(repeats) for batch in CALLS):
+            for _ in range(CALLS[batch]):
+                for index, model in enumerate(models):
+                    seconds[batch][index].append(_call(model, inputs[batch][index], tokens))
+    finally:
+        gc.enable()
+        torch.set_num_threads(threads_before)
+    return seconds
+
+
+def _call(model: Loaded, ids: Tensor, tokens: int) -> float:
+    with torch.inference_mode():
+        start = time.perf_counter()
+        try:
+            model.module(input_ids=ids)
+        except IndexError:
+            room = model.module.config.max_position_embeddings
+            raise BadInput(f"{tokens} tokens are more than the {room} positions of this model; lower tokens") from None
+        return time.perf_counter() - start
+
+
+def random_ids(model: Loaded, batch: int, tokens: int) -> Tensor:
+    """Token ids int64 [batch, tokens], the same at every call; none is special, so none counts as padding."""
+    usual = np.setdiff1d(np.arange(model.module.config.vocab_size), model.tokenizer.all_special_ids)
+    return torch.from_numpy(np.random.default_rng(0).choice(usual, (batch, tokens)))
+
+
+def peak_memory_bytes(folder: str | Path, *, tokens: int = 64, threads: int = 1) -> int:
+    """Peak resident memory of a fresh process that loads this model and runs every batch size once."""
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "fedspine.export.bench", str(folder), str(tokens), str(threads)]
+    done = subprocess.run(command, env=os.environ | path, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"measuring memory failed: {done.stderr.strip()[-300:]}")
+    return int(done.stdout.split()[-1])
+
+
+def _own_peak_bytes() -> int:
+    # ru_maxrss starts from the parent's peak where the parent started this process, so Linux's own count is taken
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+
+
+def _main(folder: str, tokens: str, threads: str) -> None:
+    torch.set_num_threads(int(threads))
+    model = load(folder)
+    for batch in CALLS:
+        _call(model, random_ids(model, batch, int(tokens)), int(tokens))
+    print(_own_peak_bytes())
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,84 @@
+"""From a run's folder to a model: rebuild the base in fp32, deploy from the last saved state, write it down."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedspine.build import build_task, dataset, identities
+from fedspine.config import Recipe
+from fedspine.errors import BadInput, unknown
+from fedspine.export import hf
+from fedspine.lm.base import Model
+from fedspine.lm.structure import sparsity
+from fedspine.run import STATE, recipe_of
+from fedspine.store import Store
+from fedspine.task import Task
+
+FORMATS = ("hf", "peft")
+GLOBAL, DENSE = "global", "dense"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run's recipe and last saved state, with its task in fp32."""
+
+    recipe: Recipe
+    task: Task
+    tokenizer: Any
+    state: Any
+
+    def model(self, device: str) -> Model:
+        """The deployed model of a device, of everybody (`global`), or the unpruned one (`dense`)."""
+        method = self.recipe.method
+        match device:
+            case "global":
+                return method.deploy(self.state)
+            case "dense":
+                return method.unpruned(self.state)
+        known = identities(self.recipe)
+        if device not in known:
+            raise unknown("device", device, [GLOBAL, DENSE, *known])
+        return method.deploy(self.state, device)
+
+
+def open_run(folder: Path) -> Opened:
+    """Open the folder of a run; raises BadInput for one that is no run or has not saved a round yet."""
+    recipe = recipe_of(folder)
+    saved = Store(folder / STATE).load()
+    if saved is None:
+        raise BadInput(f"{folder} has not finished its first round, so there is no model yet; resume it first")
+    task, tokenizer = build_task(recipe, dataset(recipe), precision="fp32")
+    return Opened(recipe=recipe, task=task, tokenizer=tokenizer, state=saved.state["method"])
+
+
+def export_model(folder: Path, *, device: str, format: str, to: Path) -> dict[str, Any]:
+    """Write one model of the run in `folder` to the new folder `to`; returns what it is."""
+    if format not in FORMATS:
+        raise unknown("export format", format, FORMATS)
+    if to.exists():
+        raise BadInput(f"{to} exists already; name a new folder with --to")
+    opened = open_run(folder)
+    model = opened.model(device)
+    name = f"{opened.recipe.method.name} {device}"
+    if format == "peft":
+        from fedspine.export.peft import write_adapter
+
+        write_adapter(to, model, opened.task.base, opened.recipe.task.model)
+    else:
+        hf.export(
+            opened.task.base,
+            model,
+            opened.tokenizer,
+            to,
+            labels=opened.task.label_names,
+            kind=opened.task.kind,
+            max_tokens=opened.task.max_tokens,
+            name=name,
+        )
+    return {
+        "device": device,
+        "format": format,
+        "folder": str(to),
+        "sparsity": sparsity(opened.task.base.anatomy, model.structure),
+        "bytes": sum(file.stat().st_size for file in to.rglob("*") if file.is_file()),
+    }

