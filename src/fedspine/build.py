@@ -68,7 +68,7 @@ def build_task(recipe: Recipe, data: Dataset, precision: str | None = None) -> t
         precision=precision or recipe.run.precision,
         layers=section.layers,
     )
-    longest = getattr(base.config, "max_position_embeddings", section.max_tokens)
+    longest = min(getattr(base.config, "max_position_embeddings", section.max_tokens), tokenizer.model_max_length)
     if section.max_tokens > longest:
         raise BadInput(f"task.max_tokens is {section.max_tokens}, but {section.model} reads at most {longest}; lower it")
     task = Task(

@@ -52,7 +52,8 @@ class Examples:
         import torch
 
         lengths = self.lengths[rows]
-        places = np.arange(-(-lengths.max() // GRAIN) * GRAIN)[None, :]
+        # never beyond the longest row there is, which the model is known to have positions for
+        places = np.arange(min(-(-lengths.max() // GRAIN) * GRAIN, self.lengths.max()))[None, :]
         inside = places < lengths[:, None]
         index = np.where(inside, self.offsets[rows][:, None] + places, 0)
         ids = np.where(inside, self.ids[index], self.padding).astype(np.int64)

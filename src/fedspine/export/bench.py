@@ -125,31 +125,35 @@ def _seconds(models: Sequence[Loaded], *, tokens: int, threads: int, repeats: in
         for batch in CALLS:
             for index, model in enumerate(models):
                 for _ in range(WARM_UP):
-                    _call(model, inputs[batch][index], tokens)
+                    _call(model, inputs[batch][index])
         for batch in (batch for _ in range(repeats) for batch in CALLS):
             for _ in range(CALLS[batch]):
                 for index, model in enumerate(models):
-                    seconds[batch][index].append(_call(model, inputs[batch][index], tokens))
+                    seconds[batch][index].append(_call(model, inputs[batch][index]))
     finally:
         gc.enable()
         torch.set_num_threads(threads_before)
     return seconds
 
 
-def _call(model: Loaded, ids: Tensor, tokens: int) -> float:
+def _call(model: Loaded, ids: Tensor) -> float:
     with torch.inference_mode():
         start = time.perf_counter()
-        try:
-            model.module(input_ids=ids)
-        except IndexError:
-            room = model.module.config.max_position_embeddings
-            raise BadInput(f"{tokens} tokens are more than the {room} positions of this model; lower tokens") from None
+        model.module(input_ids=ids)
         return time.perf_counter() - start
 
 
 def random_ids(model: Loaded, batch: int, tokens: int) -> Tensor:
-    """Token ids int64 [batch, tokens], the same at every call; none is special, so none counts as padding."""
-    usual = np.setdiff1d(np.arange(model.module.config.vocab_size), model.tokenizer.all_special_ids)
+    """Token ids int64 [batch, tokens], the same at every call; none is special, so none counts as padding.
+
+    Raises BadInput for more tokens than the model has positions.
+    """
+    config = model.module.config
+    # RoBERTa counts positions from the one after its padding id on
+    room = config.max_position_embeddings - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
+    if tokens > room:
+        raise BadInput(f"{tokens} tokens are more than the {room} positions of this model; lower tokens")
+    usual = np.setdiff1d(np.arange(config.vocab_size), model.tokenizer.all_special_ids)
     return torch.from_numpy(np.random.default_rng(0).choice(usual, (batch, tokens)))
 
 
@@ -177,7 +181,7 @@ def _main(folder: str, tokens: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     model = load(folder)
     for batch in CALLS:
-        _call(model, random_ids(model, batch, int(tokens)), int(tokens))
+        _call(model, random_ids(model, batch, int(tokens)))
     print(_own_peak_bytes())
 
 

@@ -30,7 +30,7 @@ MAX_TOKENS = 128
 SPREAD = 0.2  # of the weights: ten times the usual, so that logits differ visibly between inputs
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
-_WORDS = tuple("the and of to in is for on with at good bad not very small model".split())
+_WORDS = ("the", "and", "of", "to", "in", "is", "for", "on", "with", "at", "good", "bad", "not", "very", "small")
 _MARKS = tuple(".,!?'-:;()")
 VOCABULARY = (*_SPECIAL, *_CHARACTERS, *(f"##{character}" for character in _CHARACTERS), *_WORDS, *_MARKS)
 _PAD, _CLS, _SEP = 0, 2, 3  # token ids; decoders take the last two to begin and to end a text
@@ -76,15 +76,15 @@ DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 def write_tiny(folder: str | Path, model_type: str, *, classes: int = 3, layers: int = 2, seed: int = 0) -> Path:
     """Write a random model of this architecture with its tokenizer to `folder`; the same seed gives the same bytes.
 
-    Width 32, 64 channels, 4 heads (decoders: 4 query heads on 2 key/value heads), 102 tokens, fp32. Encoders carry a
+    Width 32, 64 channels, 4 heads (decoders: 4 query heads on 2 key/value heads), 101 tokens, fp32. Encoders carry a
     classifier of `classes` labels, decoders a language-modelling head. Raises BadInput for another `model_type`.
 
     >>> import tempfile
     >>> from fedspine.lm.load import load
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     base, tokenizer = load(str(write_tiny(folder, "bert")), kind="classification", classes=3)
-    >>> base.anatomy.heads, base.anatomy.channels, tokenizer.tokenize("good model!")
-    (4, 64, ['good', 'model', '!'])
+    >>> base.anatomy.heads, base.anatomy.channels, tokenizer.tokenize("good, not bad!")
+    (4, 64, ['good', ',', 'not', 'bad', '!'])
     """
     if model_type not in _CONFIGS:
         raise unknown("tiny model", model_type, _CONFIGS)

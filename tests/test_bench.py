@@ -1,0 +1,77 @@
+"""The benchmark's numbers: what can be derived is derived, what is measured is checked for its order only."""
+
+import pytest
+import torch
+from tiny_models import LABELS, minilm, model_on, tiny
+
+from fedspine.errors import BadInput
+from fedspine.export.bench import CALLS, bench, compare, peak_memory_bytes, random_ids
+from fedspine.export.hf import export, load
+
+OPTIONS = {"kind": "classification", "max_tokens": 64, "name": "toy"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tiny BERT whole and with 2 of 4 heads and 32 of 64 channels in each layer."""
+    folder = tmp_path_factory.mktemp("bench")
+    base, tokenizer = tiny(folder, "bert")
+    for name, model in (("whole", model_on(base)), ("half", model_on(base, [2, 2], [32, 32]))):
+        export(base, model, tokenizer, folder / name, labels=LABELS, **OPTIONS)
+    return folder / "whole", folder / "half"
+
+
+def test_bench_of_one(folders):
+    whole, _ = folders
+    threads = torch.get_num_threads()
+    found = bench(whole, tokens=8, repeats=2)
+    assert torch.get_num_threads() == threads
+    # 2 layers of 4 projections of 32 x 32 and 2 of 32 x 64
+    assert found.block_parameters == 2 * (4 * 32 * 32 + 2 * 32 * 64)
+    assert found.file_bytes == (whole / "model.safetensors").stat().st_size
+    assert 4 * found.parameters < found.file_bytes < 4 * found.parameters + 20_000  # fp32 and a header
+    assert set(found.latency_seconds) == {1, 32}
+    assert all(0 < seconds < 10 for seconds in found.latency_seconds.values())
+    assert found.peak_memory_bytes > found.file_bytes
+
+
+def test_two_side_by_side(folders):
+    whole, half = folders
+    found = compare(half, whole, tokens=8, repeats=2)
+    assert found.block_ratio == 0.5
+    assert found.file_ratio == half.joinpath("model.safetensors").stat().st_size / found.against.file_bytes < 1
+    assert set(found.latency_ratio) == set(CALLS)
+    assert 0.5 < found.memory_ratio < 1.5  # tiny models: nearly all of it is libraries
+
+
+def test_peak_memory_is_that_of_the_child(folders):
+    # 600 MB held by this process must not show in a process that it starts
+    held = torch.ones(150_000_000)
+    before = peak_memory_bytes(folders[0], tokens=8)
+    del held
+    after = peak_memory_bytes(folders[0], tokens=8)
+    assert abs(before - after) < 100e6
+
+
+@pytest.mark.parametrize(("name", "room"), [("bert", 130), ("roberta", 129), ("llama", 128)])
+def test_more_tokens_than_positions_are_refused(tmp_path, name, room):
+    base, tokenizer = tiny(tmp_path, name)
+    export(base, model_on(base), tokenizer, tmp_path / "e", labels=LABELS, **OPTIONS)
+    with pytest.raises(BadInput, match=f"1000 tokens are more than the {room} positions"):
+        bench(tmp_path / "e", tokens=1000, repeats=1)
+    model = load(tmp_path / "e")
+    with torch.inference_mode():
+        assert model.module(input_ids=random_ids(model, 1, room)).logits.shape == (1, 3)
+
+
+@pytest.mark.slow
+def test_half_of_minilm_takes_at_most_055_of_its_time(tmp_path):
+    base, tokenizer = minilm()
+    labels = tuple("abcdefgh")
+    for name, model in (("whole", model_on(base)), ("half", model_on(base, [6] * 6, [768] * 6))):
+        export(base, model, tokenizer, tmp_path / name, labels=labels, **OPTIONS)
+    found = compare(tmp_path / "half", tmp_path / "whole")
+    assert found.block_ratio == 0.5
+    assert found.file_ratio < 0.8
+    assert found.memory_ratio < 1
+    assert all(ratio <= 0.55 for ratio in found.latency_ratio.values()), found.latency_ratio
