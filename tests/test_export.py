@@ -235,3 +235,19 @@ def test_refusals_of_damaged_exports(tmp_path):
     config.write_text("{")
     with pytest.raises(BadInput, match="cannot be read"):
         load(folder)
+
+
+def test_a_path_that_cannot_be_is_refused(tmp_path):
+    base, tokenizer = tiny(tmp_path, "bert")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="cannot be written"):
+        export(
+            base,
+            model_on(base),
+            tokenizer,
+            tmp_path / "file" / "e",
+            labels=LABELS,
+            kind="classification",
+            max_tokens=64,
+            name="toy",
+        )

@@ -1,5 +1,6 @@
 """From a recipe to a task and a fleet: load the data and the model, give every device its rows."""
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -108,8 +109,13 @@ def share_out(recipe: Recipe, data: Dataset, tokenizer: Any) -> tuple[np.ndarray
 def workers_for(recipe: Recipe, built: Built) -> Workers:
     """The processes that serve asks and score models."""
     test_rows = np.random.default_rng([recipe.run.seed, ORDER]).permutation(len(built.task.test))
-    count = recipe.run.workers or os.cpu_count() or 1
+    count = recipe.run.workers or _cores()
     return Workers(Workshop(task=built.task, shares=built.shares, test_rows=test_rows), count)
+
+
+def _cores() -> int:
+    """The cores that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def simulate(recipe: Recipe, built: Built, workers: Workers, store: Store, records: Records) -> SimulatedFleet:
@@ -127,25 +133,16 @@ def simulate(recipe: Recipe, built: Built, workers: Workers, store: Store, recor
 
 
 def cohort(recipe: Recipe, round: int) -> np.ndarray:
-    """Indices of the devices that take part in a round, counted from 0.
+    """Indices of the devices that take part in a round, counted from 0, in ascending order.
 
-    Devices are drawn without replacement until each has had its turn, so all are asked equally often.
+    Devices take turns in a random order, which is drawn again as soon as all have had equally many turns. So none is
+    asked twice in a round, and at any time none was asked more than once oftener than another.
     """
     devices, wanted = recipe.fleet.devices, min(recipe.fleet.per_round, recipe.fleet.devices)
-    first = round * wanted
-    turn = first // devices
-    stream = np.concatenate([_turn(recipe.run.seed, k, devices, wanted) for k in (turn, turn + 1)])
-    return np.sort(stream[first - turn * devices :][:wanted])
-
-
-def _turn(seed: int, turn: int, devices: int, wanted: int) -> np.ndarray:
-    """One pass over all devices; those that end the last pass within the same round do not begin this one."""
-    order = np.random.default_rng([seed, COHORT, turn]).permutation(devices)
-    shared = turn * devices % wanted  # how many of the last pass share this pass's first round
-    if not turn or not shared:
-        return order
-    just_now = np.isin(order, _turn(seed, turn - 1, devices, wanted)[-shared:])
-    return np.concatenate([order[~just_now], order[just_now]])
+    period = devices // math.gcd(devices, wanted)  # rounds until all have had equally many turns
+    order = np.random.default_rng([recipe.run.seed, COHORT, round // period]).permutation(devices)
+    places = np.arange(wanted) + round % period * wanted
+    return np.sort(order[places % devices])
 
 
 def around(recipe: Recipe, fleet: Fleet) -> Fleet:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import json as jsonlib
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import fedspine
-from fedspine.errors import BadInput, unknown
+from fedspine.errors import BadInput
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,19 +35,13 @@ def main() -> None:
         app(prog_name="fedspine", standalone_mode=True)
     except BadInput as error:
         _fail(str(error))
-    except BrokenPipeError:
-        sys.exit(1)
-    except Exception as error:
-        from fedspine.run import Stopped
-
-        if not isinstance(error, Stopped):
-            raise
+    except OSError as error:  # a full disk, a folder that cannot be read
         _fail(str(error))
 
 
-def _fail(line: str) -> None:
+def _fail(line: str, exit_code: int = 2) -> NoReturn:
     print(f"fedspine: {' '.join(line.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(exit_code)
 
 
 @app.callback(invoke_without_command=True)
@@ -73,22 +68,18 @@ def run(
     json: Json = False,
 ) -> None:
     """Fine-tune and prune across a simulated fleet; without a recipe, the embedded job (80 devices, MiniLM)."""
-    from fedspine import config
+    # oneDNN keeps what it compiled for each shape; its default of 1024 shapes takes hundreds of megabytes a process.
+    # Set before torch is imported, because it is read once.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     from fedspine.report.progress import progress_for
     from fedspine.report.tables import summary_table
-    from fedspine.run import new_run
-    from fedspine.run import resume as go_on
+    from fedspine.run import Stopped
 
     progress = progress_for(json)
-    if resume is not None:
-        if out is not None:
-            raise BadInput("--resume goes on in its own folder, so --out has no place beside it; leave one of them out")
-        folder = resume
-        summary = go_on(resume, progress, _wanted(recipe, settings, seed, resume))
-    else:
-        wanted = config.load(recipe, settings, seed)
-        folder = out or _free_folder(wanted.method.name)
-        summary = new_run(wanted, folder, progress)
+    try:
+        folder, summary = _run(recipe, settings or [], out, resume, seed, progress)
+    except Stopped as stopped:
+        _fail(str(stopped), stopped.exit_code)
     if json:
         print(jsonlib.dumps(summary))
         return
@@ -96,6 +87,7 @@ def run(
     print(f"report: {folder / 'report.html'}")
 
 
+def _run(
 def _wanted(recipe: Path | None, settings: list[str] | None, seed: int | None, folder: Path) -> Any:
     """The recipe that a resume was asked for, laid over the folder's own unless a file was named."""
     from fedspine import config

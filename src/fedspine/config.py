@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.resources
+import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +17,7 @@ from fedspine.task import Kind
 
 
 class Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class TaskSection(Section):
@@ -81,16 +83,37 @@ class Recipe:
     def toml(self) -> str:
         return tomli_w.dumps(self.table())
 
-    def same_run(self, other: "Recipe") -> bool:
-        """Whether both describe the same results; the number of workers makes no difference."""
-        mine, theirs = self.table(), other.table()
-        mine["run"].pop("workers"), theirs["run"].pop("workers")
-        return mine == theirs
+    @property
+    def results(self) -> dict[str, dict[str, Any]]:
+        """The tables without what makes no difference to the results, the number of workers."""
+        tables = self.table()
+        tables["run"].pop("workers")
+        return tables
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for two recipes exactly when they describe the same results."""
+        return json.dumps(self.results, sort_keys=True)
+
+    def difference(self, other: "Recipe") -> str | None:
+        """What makes the results of the other recipe differ, in words; None for nothing."""
+        theirs = other.results
+        for section, table in self.results.items():
+            for key in {**table, **theirs[section]}:
+                if table.get(key) != theirs[section].get(key):
+                    return f"{section}.{key} is {table.get(key)!r} there, {theirs[section].get(key)!r} here"
+        return None
+
+
+HINTS = {  # by pydantic's type of error
+    "tuple_type": ", a list in brackets such as [4, 8]",
+    "dict_type": ", a table in braces such as {tx2 = 2, nx = 1}",
+}
 
 
 def embedded() -> dict[str, Any]:
     """The tables of the default job."""
-    return tomllib.loads(importlib.resources.files("fedspine.recipes").joinpath("default.toml").read_text())
+    return tomllib.loads(importlib.resources.files("fedspine.recipes").joinpath("default.toml").read_text(encoding="utf-8"))
 
 
 def load(path: Path | None, settings: list[str] | None = None, seed: int | None = None) -> Recipe:
@@ -139,11 +162,16 @@ def _method(table: dict[str, Any]) -> Any:
 
 def _validated(section: str, adapter: pydantic.TypeAdapter[Any], table: dict[str, Any]) -> Any:
     try:
-        return adapter.validate_python(table)
+        made = adapter.validate_python(table)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise BadInput(f"{section}.{where} is {first['input']!r}: {first['msg']}") from None
+        hint = HINTS.get(first["type"], "")
+        raise BadInput(f"{section}.{where} is {first['input']!r}: {first['msg']}{hint}") from None
+    for key, value in table.items():
+        if isinstance(value, float) and not math.isfinite(value):  # which fields of a dataclass let pass
+            raise BadInput(f"{section}.{key} is {value}: a finite number was expected")
+    return made
 
 
 def _settings(settings: list[str]) -> dict[str, dict[str, Any]]:
@@ -183,7 +211,7 @@ def _laid_over(tables: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"recipe {path} does not exist; give a TOML file, or none for the embedded job") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

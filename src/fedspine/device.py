@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedspine.task import Examples
 
 DeviceId: TypeAlias = str
-O = TypeVar("O")  # what the server orders
+O = TypeVar("O")  # noqa: E741 - what the server orders
 R = TypeVar("R")  # what a device returns
 
 

@@ -92,7 +92,12 @@ def unpack(packed: Packed | bytes) -> Any:
         tensors = load(payload)
     except Exception as error:
         raise NotAMessage(f"not a packed message: {error}") from None
-    return _decode(tree, tensors)
+    try:
+        return _decode(tree, tensors)
+    except NotAMessage:
+        raise
+    except Exception as error:
+        raise NotAMessage(f"not a packed message: {error}") from None
 
 
 def _encode(value: Any, keep: Callable[["torch.Tensor"], str], where: str) -> Any:
@@ -107,7 +112,7 @@ def _encode(value: Any, keep: Callable[["torch.Tensor"], str], where: str) -> An
             raise NotAMessage(f"{where}: dict keys must be strings")
         return {"dict": {key: _encode(item, keep, f"{where}[{key!r}]") for key, item in value.items()}}
     if isinstance(value, np.ndarray) or _is_tensor(value):
-        return _encode_array(value, keep)
+        return _encode_array(value, keep, where)
     name = type(value).__name__
     if _REGISTRY.get(name) is type(value):
         return {
@@ -117,11 +122,15 @@ def _encode(value: Any, keep: Callable[["torch.Tensor"], str], where: str) -> An
     raise NotAMessage(f"{where}: {type(value).__name__} cannot cross the wire; use a @message, tensor, tuple or dict")
 
 
-def _encode_array(value: Any, keep: Callable[["torch.Tensor"], str]) -> dict[str, Any]:
+def _encode_array(value: Any, keep: Callable[["torch.Tensor"], str], where: str) -> dict[str, Any]:
     import torch
 
     kind = "tensor" if _is_tensor(value) else "array"
-    array = value if kind == "tensor" else torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
+    try:
+        # writable, since torch warns of arrays that are not
+        array = value if kind == "tensor" else torch.from_numpy(np.require(value, requirements=("C", "W")))
+    except (TypeError, ValueError):
+        raise NotAMessage(f"{where}: arrays of {value.dtype} cannot cross the wire") from None
     if array.dtype is torch.bool:
         bits = torch.from_numpy(np.packbits(array.cpu().numpy().reshape(-1)))
         return {kind: keep(bits), "bits": list(array.shape)}

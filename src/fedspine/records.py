@@ -6,20 +6,27 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fedspine.errors import BadInput
+
 
 class Records:
-    """An append-only file of rows; `position` is a byte offset to which a resumed run cuts it back."""
+    """An append-only file of rows; `position` is a byte offset to which a resumed run cuts it back.
+
+    Raises BadInput for a file shorter than that.
+    """
 
     def __init__(self, path: Path, position: int = 0) -> None:
         path.touch()
+        if path.stat().st_size < position:
+            raise BadInput(f"{path} has lost rows: {position} bytes were expected at least; restore it from a copy")
         self._file = open(path, "r+b")  # noqa: SIM115 - held for the whole run
         self._file.truncate(position)
         self._file.seek(position)
         self.round = 0
 
     def write(self, row: str, **values: Any) -> None:
-        """Append one row of this kind; values that are not finite become null, as JSON has no name for them."""
-        line = json.dumps({"row": row, "round": self.round, **_clean(values)})
+        """Append one row of this kind."""
+        line = json.dumps({"row": row, "round": self.round, **plain(values)})
         self._file.write(line.encode() + b"\n")
 
     def flush(self) -> int:
@@ -33,9 +40,9 @@ class Records:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All complete rows; a torn last line is left out."""
+    """All complete rows as they were written; a torn last line is left out."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -43,12 +50,17 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _clean(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value with null in place of every number that is not finite, for which JSON has no name.
+
+    >>> plain({"loss": float("nan"), "ranks": (4, 8)})
+    {'loss': None, 'ranks': [4, 8]}
+    """
     match value:
         case float():
             return value if math.isfinite(value) else None
         case dict():
-            return {key: _clean(item) for key, item in value.items()}
+            return {key: plain(item) for key, item in value.items()}
         case list() | tuple():
-            return [_clean(item) for item in value]
+            return [plain(item) for item in value]
     return value

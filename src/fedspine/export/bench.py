@@ -126,8 +126,9 @@ def _seconds(models: Sequence[Loaded], *, tokens: int, threads: int, repeats: in
             for index, model in enumerate(models):
                 for _ in range(WARM_UP):
                     _call(model, inputs[batch][index])
-        for batch in (batch for _ in range(repeats) for batch in CALLS):
-            for _ in range(CALLS[batch]):
+        # one batch size after the other: a large batch would leave the caches cold for the small one
+        for batch, calls in CALLS.items():
+            for _ in range(repeats * calls):
                 for index, model in enumerate(models):
                     seconds[batch][index].append(_call(model, inputs[batch][index]))
     finally:

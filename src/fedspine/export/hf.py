@@ -49,13 +49,7 @@ def export(
     where the base is not fp32, or where `labels` are not those that the head was trained for.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise BadInput(f"{folder} exists already; choose a new folder, or remove it first")
-    if base.precision is not torch.float32:
-        raise BadInput(f"export needs the base in fp32, but it is in {base.precision}; load it with precision fp32")
-    expected = 0 if kind == "causal-lm" else base.config.num_labels
-    if len(labels) != expected:
-        raise BadInput(f"{len(labels)} labels came for a head of {expected}; pass the task's label_names")
+    _check(base, folder, labels, kind)
     tensors = merged_tensors(base, model, merge=merge)
     config, stock = _config(base, model.structure, tensors, labels, kind)
     card = Card(
@@ -72,6 +66,16 @@ def export(
     )
     _write(folder, config, card, tensors, tokenizer)
     return folder
+
+
+def _check(base: Base, folder: Path, labels: tuple[str, ...], kind: Kind) -> None:
+    if folder.exists():
+        raise BadInput(f"{folder} exists already; choose a new folder, or remove it first")
+    if base.precision is not torch.float32:
+        raise BadInput(f"export needs the base in fp32, but it is in {base.precision}; load it with precision fp32")
+    expected = 0 if kind == "causal-lm" else base.config.num_labels
+    if len(labels) != expected:
+        raise BadInput(f"{len(labels)} labels came for a head of {expected}; pass the task's label_names")
 
 
 def merged_tensors(base: Base, model: Model, *, merge: bool = True) -> Tensors:
@@ -136,8 +140,8 @@ def _fits(config: PreTrainedConfig, tensors: Tensors, kind: Kind) -> bool:
 def _write(folder: Path, config: PreTrainedConfig, card: Card, tensors: Tensors, tokenizer: Any) -> None:
     """Write a sibling folder and rename it, so that a broken export never carries the wanted name."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         settings = config.to_diff_dict() | {"fedspine": asdict(card)}
         settings.pop("_name_or_path", None)  # a path of the machine that exports
         (partial / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

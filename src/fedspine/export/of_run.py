@@ -10,7 +10,7 @@ from fedspine.errors import BadInput, unknown
 from fedspine.export import hf
 from fedspine.lm.base import Model
 from fedspine.lm.structure import sparsity
-from fedspine.run import STATE, recipe_of
+from fedspine.folder import STATE, recipe_of
 from fedspine.store import Store
 from fedspine.task import Task
 
@@ -30,15 +30,9 @@ class Opened:
     def model(self, device: str) -> Model:
         """The deployed model of a device, of everybody (`global`), or the unpruned one (`dense`)."""
         method = self.recipe.method
-        match device:
-            case "global":
-                return method.deploy(self.state)
-            case "dense":
-                return method.unpruned(self.state)
-        known = identities(self.recipe)
-        if device not in known:
-            raise unknown("device", device, [GLOBAL, DENSE, *known])
-        return method.deploy(self.state, device)
+        if device == DENSE:
+            return method.unpruned(self.state)
+        return method.deploy(self.state, None if device == GLOBAL else device)
 
 
 def open_run(folder: Path) -> Opened:
@@ -52,11 +46,17 @@ def open_run(folder: Path) -> Opened:
 
 
 def export_model(folder: Path, *, device: str, format: str, to: Path) -> dict[str, Any]:
-    """Write one model of the run in `folder` to the new folder `to`; returns what it is."""
+    """Write one model of the run in `folder` to the new folder `to`; returns what it is.
+
+    Raises BadInput for an unknown format or device, a folder that is no run, and one that exists where `to` should be.
+    """
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
     if to.exists():
         raise BadInput(f"{to} exists already; name a new folder with --to")
+    known = [GLOBAL, DENSE, *identities(recipe_of(folder))]
+    if device not in known:
+        raise unknown("device", device, known)
     opened = open_run(folder)
     model = opened.model(device)
     name = f"{opened.recipe.method.name} {device}"

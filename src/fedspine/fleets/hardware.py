@@ -67,7 +67,9 @@ class Hardware:
     Raises BadInput for an unknown kind, an empty fleet or a negative spread or jitter.
 
     >>> fleet = Hardware(seed=0, kinds=("tx2", "agx"))
-    >>> slow, fast = (fleet.seconds(i, round=0, ask=0, flops=3e12, launches=0, bytes_down=0, bytes_up=0) for i in (0, 1))
+    >>> slow, fast = (
+    ...     fleet.seconds(i, round=0, ask=0, flops=3e12, launches=0, bytes_down=0, bytes_up=0) for i in (0, 1)
+    ... )
     >>> slow.compute > fast.compute > slow.up == 0
     True
     """

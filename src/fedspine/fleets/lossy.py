@@ -1,26 +1,31 @@
 """A fleet around a fleet that loses devices and delays replies, to see how a method copes."""
 
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from math import inf
 from typing import Any
 
 import numpy as np
 
 from fedspine.device import DeviceId, O, R, Work
-from fedspine.fleet import Cost, Fleet, Profile, Reply, T
+from fedspine.fleet import Fleet, Profile, Reply, T
 
 
 class Lossy:
     """Each order is lost with probability `drop`, half of the time before it arrives and half after the work is done.
 
-    `delay_seconds` is the mean of an exponential delay that every reply gets on top. What is lost follows from `seed`
-    and the fleet's clock alone, so a resumed run loses the same replies.
+    `delay_seconds` is the mean of an exponential delay that every reply to `ask` gets on top; those to `send` come in
+    the fleet's own order. What is lost follows from `seed`, the fleet's clock and what this wrapper asked before: a
+    wrapper made anew for a round loses the same replies after a resume.
     """
 
     def __init__(self, fleet: Fleet, *, drop: float = 0.0, delay_seconds: float = 0.0, seed: int = 0) -> None:
         if not 0 <= drop <= 1 or delay_seconds < 0:
             raise ValueError(f"0 <= drop <= 1 and delay_seconds >= 0 were expected, {drop} and {delay_seconds} came")
         self._fleet, self._drop, self._delay, self._seed = fleet, drop, delay_seconds, seed
+        self._draws: Counter[DeviceId] = Counter()  # shared by all parts, so that asking again is another chance
 
     @property
     def devices(self) -> tuple[Profile, ...]:
@@ -31,32 +36,35 @@ class Lossy:
         return self._fleet.now
 
     def ask(self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf) -> list[Reply[R]]:
-        rng, ids = self._rng(), list(orders)
-        lost, before = rng.random(len(ids)) < self._drop, rng.random(len(ids)) < 0.5
-        delays = rng.exponential(self._delay, len(ids)) if self._delay else np.zeros(len(ids))
-        reached = {id: orders[id] for id, gone in zip(ids, lost & before, strict=True) if not gone}
-        silent = {id for id, gone in zip(ids, lost, strict=True) if gone}
+        luck = {id: self._luck(id) for id in orders}
+        on_the_way = {id for id, (chance, _) in luck.items() if chance < self._drop / 2}
+        silent = {id for id, (chance, _) in luck.items() if chance < self._drop}
         for id in sorted(silent):
             self.note(device=id, left_out="lost")
-        delay_of = dict(zip(ids, delays, strict=True))
         started = self._fleet.now
         replies = [
-            _later(reply, delay_of[reply.device])
-            for reply in self._fleet.ask(work, reached, within=within)
+            _later(reply, self._delay * luck[reply.device][1])
+            for reply in self._fleet.ask(work, _Without(orders, on_the_way), within=within)
             if reply.device not in silent
         ]
-        punctual = [reply for reply in replies if reply.cost.seconds <= within]
-        # everybody who answers late, or never, is waited for until the time is up
-        end = max((reply.cost.seconds for reply in replies), default=0.0)
-        self._fleet.wait(max(0.0, min(end, within) - (self._fleet.now - started)))
-        return punctual
+        # whoever is lost, or too late, is waited for until the time is up; without a limit a loss is known at once
+        ends = [min(reply.cost.seconds, within) for reply in replies] + [within] * (bool(silent) and within < inf)
+        self._fleet.wait(max(0.0, max(ends, default=0.0) - (self._fleet.now - started)))
+        return [reply for reply in replies if reply.cost.seconds <= within]
 
     def send(self, work: Work[O, R], orders: Mapping[DeviceId, O]) -> None:
-        kept = self._rng().random(len(orders)) >= self._drop
-        self._fleet.send(work, {id: orders[id] for id, keep in zip(orders, kept, strict=True) if keep})
+        lost = {id for id in orders if self._luck(id)[0] < self._drop / 2}
+        for id in sorted(lost):
+            self.note(device=id, left_out="lost")
+        self._fleet.send(work, _Without(orders, lost))
 
     def next(self) -> Reply[Any]:
-        return self._fleet.next()
+        while True:
+            reply = self._fleet.next()
+            # of the orders that arrived, so many that half of all losses happen here
+            if self._luck(reply.device)[0] >= self._drop / (2 - self._drop):
+                return reply
+            self.note(device=reply.device, left_out="lost")
 
     def only(self, ids: Iterable[DeviceId]) -> "Lossy":
         return self._around(self._fleet.only(ids))
@@ -71,13 +79,34 @@ class Lossy:
         self._fleet.note(**values)
 
     def _around(self, fleet: Fleet) -> "Lossy":
-        return Lossy(fleet, drop=self._drop, delay_seconds=self._delay, seed=self._seed)
+        part = Lossy(fleet, drop=self._drop, delay_seconds=self._delay, seed=self._seed)
+        part._draws = self._draws
+        return part
 
-    def _rng(self) -> np.random.Generator:
-        return np.random.default_rng([self._seed, *np.float64(self.now).tobytes()])
+    def _luck(self, device: DeviceId) -> tuple[float, float]:
+        """A uniform and a unit exponential draw for one exchange, whatever the others draw."""
+        self._draws[device] += 1
+        key = [self._seed, zlib.crc32(device.encode()), self._draws[device], *np.float64(self.now).tobytes()]
+        rng = np.random.default_rng(key)
+        return float(rng.random()), float(rng.exponential())
+
+
+class _Without(Mapping[DeviceId, O]):
+    """Orders without some devices, still built only when they are read."""
+
+    def __init__(self, orders: Mapping[DeviceId, O], without: set[DeviceId]) -> None:
+        self._orders = orders
+        self._ids = [id for id in orders if id not in without]
+
+    def __getitem__(self, device: DeviceId) -> O:
+        return self._orders[device]
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
 
 
 def _later(reply: Reply[R], seconds: float) -> Reply[R]:
-    cost = reply.cost
-    late = Cost(cost.bytes_down, cost.bytes_up, cost.flops, cost.peak_memory_bytes, cost.seconds + float(seconds))
-    return Reply(device=reply.device, value=reply.value, cost=late)
+    return replace(reply, cost=replace(reply.cost, seconds=reply.cost.seconds + seconds))

@@ -4,7 +4,6 @@ The work is real, only its duration is simulated: every order and result is pack
 operation by the truth in `hardware`, which methods cannot see. One process drives all devices over one frozen base.
 """
 
-import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf
@@ -103,12 +102,16 @@ class World:
             )
             self.asks[device] = asked + 1
             self.memories[device] = self.store.put_memory(device, asked + 1, served.memory)
-            yield device, served, Cost(
-                bytes_down=bytes_down[device],
-                bytes_up=len(served.result),
-                flops=served.flops,
-                peak_memory_bytes=served.peak_memory_bytes,
-                seconds=timing.total,
+            yield (
+                device,
+                served,
+                Cost(
+                    bytes_down=bytes_down[device],
+                    bytes_up=len(served.result),
+                    flops=served.flops,
+                    peak_memory_bytes=served.peak_memory_bytes,
+                    seconds=timing.total,
+                ),
             )
 
     def _call(self, device: DeviceId, work: str, order: bytes) -> Call:
@@ -123,7 +126,9 @@ class World:
             seed=(self.seed, index, self.asks.get(device, 0)),
         )
 
-    def record(self, work: Work[Any, Any], device: DeviceId, started: float, cost: Cost, samples: int, lost: bool) -> None:
+    def record(
+        self, work: Work[Any, Any], device: DeviceId, started: float, cost: Cost, samples: int, lost: bool
+    ) -> None:
         """Write one exchange down and add it to the round's totals."""
         totals = self.totals
         totals.exchanges += 1
@@ -182,7 +187,7 @@ class SimulatedFleet:
         world = self._world
         for device, served, cost in world.exchange(work, orders):
             world.record(work, device, self.now, cost, served.samples, False)
-            heapq.heappush(world.pending, (self.now + cost.seconds, world.sent, device, served.result, cost))
+            world.pending.append((self.now + cost.seconds, world.sent, device, served.result, cost))
             world.sent += 1
 
     def next(self) -> Reply[Any]:
@@ -191,7 +196,6 @@ class SimulatedFleet:
         if due is None:
             raise Idle("no reply is under way; send an order first")
         self._world.pending.remove(due)
-        heapq.heapify(self._world.pending)
         arrival, _, device, result, cost = due
         self._clock.now = max(self.now, arrival)
         return Reply(device=device, value=unpack(result), cost=cost)

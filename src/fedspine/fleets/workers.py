@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from fedspine.device import Call, Served, serve
 from fedspine.lm.score import Score, score
 from fedspine.message import unpack
-from fedspine.task import Examples, Task
+from fedspine.task import Task
 
 PARENT_CHECK_SECONDS = 1.0
 
@@ -60,7 +60,9 @@ class Workers:
 
     def __init__(self, workshop: Workshop, count: int) -> None:
         self._workshop = workshop
-        self._count = count if count > 1 and "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux" else 0
+        self._count = (
+            count if count > 1 and "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux" else 0
+        )
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
 
@@ -106,7 +108,7 @@ class Workers:
                     more = False
                     break
                 pipe = idle.popleft()
-                pipe.send(job)
+                self._give(pipe, job)
                 busy[pipe] = sent
                 sent += 1
             for pipe in wait(list(busy)) if busy else []:
@@ -115,6 +117,12 @@ class Workers:
             while given in results:
                 yield results.pop(given)
                 given += 1
+
+    def _give(self, pipe: Connection, job: Call | ScoreJob) -> None:
+        try:
+            pipe.send(job)
+        except (BrokenPipeError, ConnectionResetError):
+            raise WorkerLost("a worker process ended between two jobs; it may have been killed") from None
 
     def _take(self, pipe: Connection) -> Any:
         try:

@@ -6,7 +6,7 @@ W's own coordinates, entry by entry over the devices that still own the entry, a
 sum. There a rank that few devices can carry is not diluted by the others, and nobody training changes nothing.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedspine.lm.anatomy import Anatomy, Site
 from fedspine.lm.lora import a_name, b_name, fresh_a
-from fedspine.lm.structure import Structure, cut, cut_adapter, kept_columns, kept_rows
+from fedspine.lm.structure import Structure, cut_adapter, kept_columns, kept_rows
 from fedspine.message import Tensors
 
 EXACT_BELOW = 96  # matrices with a side up to this are factored by a full SVD
@@ -56,9 +56,7 @@ def average_factors(anatomy: Anatomy, before: Tensors, contributions: Sequence[C
     return merged
 
 
-def merge_changes(
-    anatomy: Anatomy, dense: Tensors, contributions: Sequence[Contribution]
-) -> Tensors:
+def merge_changes(anatomy: Anatomy, dense: Tensors, contributions: Sequence[Contribution]) -> Tensors:
     """The dense change of every site's weight, by path and without the scale, after one round of contributions.
 
     Each device's change is B'A' - BA; an entry moves by the weighted mean over the devices that own it, and stays

@@ -32,9 +32,7 @@ def owners(tokenizer: Any, rows: Rows, max_tokens: int) -> np.ndarray:
     return np.repeat(np.arange(len(lengths)), windows)
 
 
-def _flat(
-    ids: list[list[int]], labels: np.ndarray | None, segments: list[list[int]] | None, padding: int
-) -> Examples:
+def _flat(ids: list[list[int]], labels: np.ndarray | None, segments: list[list[int]] | None, padding: int) -> Examples:
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
     return Examples(
         ids=np.fromiter((i for row in ids for i in row), np.int32, int(offsets[-1])),

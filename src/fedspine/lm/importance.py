@@ -3,6 +3,7 @@
 Source: FedSpine (reconstructed), section 2.2, after LoRAPrune (arXiv:2305.18403).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
-from fedspine.lm.structure import kept_columns, kept_rows
+from fedspine.lm.structure import Structure, kept_columns, kept_rows
 from fedspine.message import message
+
+FLEET_KEEP = 0.9  # of the fleet's average when a round's ballots come in
 
 
 @message
@@ -96,3 +99,22 @@ def normalised(scores: Scores) -> Scores:
         return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
     return Scores(heads=unit(scores.heads), channels=unit(scores.channels))
+
+
+def ballot(scores: Scores, kept: Structure) -> Scores:
+    """A device's scores as it sends them: of unit norm by layer, zero for what it has dropped, fp16."""
+    unit = normalised(Scores(heads=scores.heads * kept.heads, channels=scores.channels * kept.channels))
+    return Scores(heads=unit.heads.half(), channels=unit.channels.half())
+
+
+def tally(before: Scores | None, ballots: Sequence[Scores]) -> Scores:
+    """The fleet's average: a moving average over rounds of their mean, in which a dropped unit is zero."""
+
+    def mix(old: Tensor | None, votes: list[Tensor]) -> Tensor:
+        mean = torch.stack(votes).float().mean(0)
+        return mean if old is None else FLEET_KEEP * old + (1 - FLEET_KEEP) * mean
+
+    return Scores(
+        heads=mix(before.heads if before else None, [vote.heads for vote in ballots]),
+        channels=mix(before.channels if before else None, [vote.channels for vote in ballots]),
+    )

@@ -44,7 +44,9 @@ def load(
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     config.pad_token_id = tokenizer.pad_token_id
     if kind == "causal-lm" and not unit_map(config.model_type).decoder:
-        raise BadInput(f"{name} is an encoder ({config.model_type}) and cannot continue texts; take a decoder for kind causal-lm")
+        raise BadInput(
+            f"{name} is an encoder ({config.model_type}) and cannot continue texts; take a decoder for kind causal-lm"
+        )
     return _base(name, source, config, classes if kind != "causal-lm" else 0, precision), tokenizer
 
 
@@ -56,7 +58,13 @@ def _base(name: str, source: str, config: Any, classes: int, precision: str) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module, info = _read(
-            name, auto.from_pretrained, source, config=config, dtype=torch.float32, output_loading_info=True, attn_implementation="eager",
+            name,
+            auto.from_pretrained,
+            source,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            attn_implementation="eager",
             ignore_mismatched_sizes=True,
         )
     fresh = {key.removesuffix(".weight") for key in info["missing_keys"]} | {
@@ -65,7 +73,9 @@ def _base(name: str, source: str, config: Any, classes: int, precision: str) -> 
     anatomy = anatomy_of(module.config, module.base_model_prefix)
     lost = fresh & {site.path for site in anatomy.sites}
     if lost:
-        raise BadInput(f"{name} has no weights for {len(lost)} layers, {min(lost)} among them; take a complete checkpoint")
+        raise BadInput(
+            f"{name} has no weights for {len(lost)} layers, {min(lost)} among them; take a complete checkpoint"
+        )
     head = _head(module, fresh) if classes else ()
     return Base(module, anatomy, head, PRECISIONS[precision])
 
@@ -117,4 +127,6 @@ def _read(name: str, reader: Any, source: str, **options: Any) -> Any:
         near = nearest(name, BUILT_IN)
         known = f"built in: {', '.join(BUILT_IN)}" + (f" (did you mean {near!r}?)" if near and near != name else "")
         reason = " ".join(str(error).split())[:160]
-        raise BadInput(f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}); {known}, or a local folder, or a Hub id") from None
+        raise BadInput(
+            f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}); {known}, or a local folder, or a Hub id"
+        ) from None

@@ -62,7 +62,9 @@ def cut(tensor: Tensor, index: Int[Tensor, " kept"] | None, dim: int) -> Tensor:
     return tensor.index_select(dim, index)
 
 
-def cut_adapter(adapter: Tensors, sites: tuple[Site, ...], structure: Structure, within: Structure | None = None) -> Tensors:
+def cut_adapter(
+    adapter: Tensors, sites: tuple[Site, ...], structure: Structure, within: Structure | None = None
+) -> Tensors:
     """The adapter of the sub-model `structure`, cut from one of the sub-model `within` (default: the full model)."""
     sliced: Tensors = {}
     for site in sites:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ class Tuning:
     clip: float = 1.0  # of the gradient's norm
 
 
+@runtime_checkable
 class TuningFields(Protocol):
     """The hyper-parameters of local training that methods share."""
 
@@ -96,9 +97,7 @@ def tune(
     trained = Model(structure=model.structure, adapter=adapter, head=head, scale=model.scale)
     module = device.base.fit(trained)
     parameters = [*adapter.values(), *head.values()]
-    optimiser = torch.optim.AdamW(
-        parameters, lr=tuning.learning_rate, weight_decay=tuning.weight_decay, fused=True
-    )
+    optimiser = torch.optim.AdamW(parameters, lr=tuning.learning_rate, weight_decay=tuning.weight_decay, fused=True)
     losses: list[float] = []
     tokens = squared = longest = 0
     for step, rows in enumerate(batches(device.data, tuning, device.rng)):

@@ -6,6 +6,7 @@ Departures: docs/methods/fedlora.md.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -72,6 +73,11 @@ class FedLora:
     batch: int = 32  # rows of one step
     learning_rate: float = 2e-4  # falls linearly to zero over the rounds
     weight_decay: float = 0.1
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        return cls(rank=4, steps=8, batch=16, learning_rate=2e-2)
 
     def check(self, task: Task) -> None:
         check_rank("method.rank", (self.rank,), task.base.anatomy)

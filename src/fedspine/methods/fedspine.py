@@ -5,8 +5,9 @@ A reconstruction: the paper's formulas are not public. What is the paper's and w
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from math import inf, isfinite
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from fedspine.lm.aggregate import (
 from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Model, line_energy, site_norms
 from fedspine.lm.cost import training_memory_bytes
-from fedspine.lm.importance import Scores, no_scores, normalised, smooth
+from fedspine.lm.importance import Scores, ballot, no_scores, tally
 from fedspine.lm.lora import check_rank, cut_rank, fresh
 from fedspine.lm.structure import Structure, check_target, cut_adapter, full, shrink, sparsity
 from fedspine.lm.tune import Scoring, Tuning, check_tuning, tune, tuning_at
@@ -39,7 +40,6 @@ from fedspine.task import Task
 from fedspine.tensors import average, half, single
 
 USABLE_MEMORY = 0.8  # share of a device's memory that training may take
-FLEET_KEEP = 0.9  # of the fleet's average scores when a round's votes come in
 
 
 @message
@@ -75,13 +75,14 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
     model = Model(structure=kept, adapter=adapter, head=single(order.head), scale=order.scale)
     trace = tune(device, model, order.tuning, scoring=order.scoring, scores=known)
     loss_before = device.memory.get("loss")
-    scores = trace.scores or no_scores(anatomy)
-    device.memory |= {"kept": kept, "scores": scores, "loss": trace.loss}
+    device.memory |= {"kept": kept, "scores": trace.scores}
+    if isfinite(trace.loss):
+        device.memory["loss"] = trace.loss
     return SpineResult(
         adapter=half(trace.model.adapter),
         head=half(trace.model.head),
         structure=kept,
-        scores=_ballot(scores, kept),
+        scores=ballot(trace.scores or no_scores(anatomy), kept),
         loss=trace.loss,
         loss_before=loss_before,
         examples=len(device.data),
@@ -105,6 +106,17 @@ class SpineState:
     reached: dict[str, float]  # the sparsity it was asked for
     bandits: dict[str, Bandit]
     gain_scale: float | None  # the usual size of a loss change
+
+
+_RANGES = {  # what the fields that no other function checks may be
+    "most_per_round": (1e-3, 1),
+    "explore": (0, inf),
+    "discount": (0, 1),
+    "split_at": (0, inf),
+    "deepest": (1, 10),
+    "score_every": (1, inf),
+    "score_keep": (0, 1),
+}
 
 
 @method("fedspine")
@@ -135,6 +147,11 @@ class FedSpine:
     score_normalise: bool = False
     aggregation: Literal["delta-product", "zeropad"] = "delta-product"
 
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        return cls(ranks=(2, 4, 8), steps=8, batch=16, learning_rate=2e-2, warmup=0.1, until=0.6)
+
     def check(self, task: Task) -> None:
         if not 0 <= self.sparsity <= 0.95:
             raise BadInput(f"method.sparsity is {self.sparsity}, but 0 to 0.95 was expected")
@@ -144,6 +161,13 @@ class FedSpine:
         check_rank("method.ranks", self.ranks, task.base.anatomy)
         check_tuning(self)
         cubic_floor(0, 1, self.sparsity, warmup=self.warmup, until=self.until, share=self.floor)
+        for name, (low, high) in _RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise BadInput(f"method.{name} is {getattr(self, name)}, but {low} to {high} was expected")
+        if min(self.weights) < 0 or not any(self.weights[:3]):
+            raise BadInput(
+                f"method.weights is {list(self.weights)}, but none below 0 and a first three above 0 were expected"
+            )
 
     def start(self, task: Task, rng: np.random.Generator) -> SpineState:
         anatomy = task.base.anatomy
@@ -172,18 +196,13 @@ class FedSpine:
         parts = {r.device: _contribution(state.anatomy, orders[r.device], r.value) for r in replies}
         dense, adapter = self._merge(state, list(parts.values()))
         bandits, gain_scale = self._learn(state, fleet, plans, replies, parts)
-        return SpineState(
+        return replace(
+            state,
             round=state.round + 1,
-            rounds=state.rounds,
-            seed=state.seed,
-            anatomy=state.anatomy,
-            line_energy=state.line_energy,
-            embeddings=state.embeddings,
-            max_tokens=state.max_tokens,
             dense=dense,
             adapter=adapter,
             head=average((r.value.examples, r.value.head) for r in replies),
-            scores=_tally(state.scores, replies),
+            scores=tally(state.scores, [r.value.scores for r in replies]),
             structures=state.structures | {r.device: r.value.structure for r in replies},
             reached=state.reached | {r.device: plans[r.device].reached for r in replies},
             bandits=state.bandits | bandits,
@@ -191,7 +210,7 @@ class FedSpine:
         )
 
     def deploy(self, state: SpineState, device: DeviceId | None = None) -> Model:
-        """The device's own structure, or for None the one that the fleet's average scores give, with the common adapter.
+        """The device's own structure, or for None the one that the fleet's average scores give; the common adapter.
 
         Whoever is behind the schedule, because it was not asked lately, is pruned to it by the fleet's scores.
         """
@@ -210,9 +229,7 @@ class FedSpine:
     def _floor(self, state: SpineState, round: int) -> float:
         if round < 0 or self.sparsity == 0:
             return 0.0
-        return cubic_floor(
-            round, state.rounds, self.sparsity, warmup=self.warmup, until=self.until, share=self.floor
-        )
+        return cubic_floor(round, state.rounds, self.sparsity, warmup=self.warmup, until=self.until, share=self.floor)
 
     def _plans(self, state: SpineState, fleet: Fleet) -> dict[DeviceId, Plan]:
         """Every device's (sparsity, rank) for this round; one whose memory fits no rank is noted and not asked."""
@@ -293,26 +310,22 @@ class FedSpine:
         parts: Mapping[DeviceId, Contribution],
     ) -> tuple[dict[str, Bandit], float | None]:
         """The bandits of the devices that replied, credited for what they did."""
-        importance, breadth = {}, {}
-        for id, part in parts.items():
-            spectra = self.scale * change_spectra(state.anatomy, part)
-            norms = site_norms(state.anatomy, state.line_energy, part.structure)
-            importance[id] = float((spectra.norm(dim=1) / norms).mean())
-            breadth[id] = effective_rank(spectra)
-        largest = max(importance.values()) or 1.0
+        effects = {id: self._effect(state, part) for id, part in parts.items()}
+        largest = max(importance for importance, _ in effects.values()) or 1.0
         mean_seconds = float(np.mean([reply.cost.seconds for reply in replies]))
         gains = {r.device: r.value.loss_before - r.value.loss for r in replies if r.value.loss_before is not None}
         gain_scale = update_scale(state.gain_scale, gains.values())
         bandits = {}
         for reply in replies:
             id, plan = reply.device, plans[reply.device]
+            importance, breadth = effects[id]
             earned = None
             if plan.action is not None and id in gains and gain_scale is not None:
                 earned = reward(
                     gain=gains[id],
                     scale=gain_scale,
                     progress=plan.progress,
-                    importance=importance[id] / largest,
+                    importance=importance / largest,
                     lateness=abs(reply.cost.seconds - mean_seconds) / mean_seconds,
                     weights=self.weights,
                 )
@@ -330,10 +343,16 @@ class FedSpine:
                 sparsity=sparsity(state.anatomy, reply.value.structure),
                 loss=reply.value.loss,
                 reward=earned,
-                importance=importance[id],
-                effective_rank=breadth[id],
+                importance=importance,
+                effective_rank=breadth,
             )
         return bandits, gain_scale
+
+    def _effect(self, state: SpineState, part: Contribution) -> tuple[float, float]:
+        """How large a device's change is against its weights, and over how many directions it spreads (section 3.3)."""
+        spectra = self.scale * change_spectra(state.anatomy, part)
+        norms = site_norms(state.anatomy, state.line_energy, part.structure)
+        return float((spectra.norm(dim=1) / norms).mean()), effective_rank(spectra)
 
 
 def _contribution(anatomy: Anatomy, order: SpineOrder, result: SpineResult) -> Contribution:
@@ -342,19 +361,3 @@ def _contribution(anatomy: Anatomy, order: SpineOrder, result: SpineResult) -> C
     return Contribution(
         sent=sent, back=single(result.adapter), structure=result.structure, weight=float(result.examples)
     )
-
-
-def _ballot(scores: Scores, kept: Structure) -> Scores:
-    """A device's scores as it sends them: of unit norm by layer, zero for what it has dropped, fp16."""
-    unit = normalised(Scores(heads=scores.heads * kept.heads, channels=scores.channels * kept.channels))
-    return Scores(heads=unit.heads.half(), channels=unit.channels.half())
-
-
-def _tally(before: Scores | None, replies: list[Reply[SpineResult]]) -> Scores:
-    """The fleet's average scores: a moving average over rounds of the mean over devices."""
-    ballots = [reply.value.scores for reply in replies]
-    mean = Scores(
-        heads=torch.stack([ballot.heads.float() for ballot in ballots]).mean(0),
-        channels=torch.stack([ballot.channels.float() for ballot in ballots]).mean(0),
-    )
-    return smooth(before, mean, FLEET_KEEP)

@@ -1,0 +1,66 @@
+"""A run's folder: what is in it, how it begins, and what it says of its run."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fedspine.config import Recipe, load
+from fedspine.errors import BadInput
+from fedspine.store import Store, write_atomically
+
+RECIPE, RECORDS, SUMMARY, STATE, FAILURE = "recipe.toml", "records.jsonl", "summary.json", "state", "failure.txt"
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe of a run's folder; raises BadInput for a folder that is no run."""
+    if not ((folder / RECIPE).is_file() and (folder / STATE).is_dir()):
+        what = f"has no {RECIPE} and {STATE}/" if folder.exists() else "does not exist"
+        raise BadInput(f"{folder} is not the folder of a run (it {what}); name one that `fedspine run` made")
+    return load(folder / RECIPE)
+
+
+def standing(folder: Path) -> dict[str, Any]:
+    """A finished run's summary, or what is known so far of one that is not."""
+    recipe, summary = recipe_of(folder), summary_of(folder)
+    if summary is not None:
+        return summary
+    saved = Store(folder / STATE).load()
+    known = {
+        "method": recipe.method.name,
+        "seed": recipe.run.seed,
+        "rounds": recipe.run.rounds,
+        "devices": recipe.fleet.devices,
+        "rounds_done": saved.round if saved else 0,
+    }
+    if saved is None:
+        return known
+    sums = {name: saved.state["sums"][name] for name in ("waiting_seconds", "bytes_up", "bytes_down")}
+    return known | sums | {"simulated_seconds": saved.fleet.now, "wall_seconds": saved.state["watch"]["before"]}
+
+
+def summary_of(folder: Path) -> dict[str, Any] | None:
+    """The summary of a finished run, None where it is not finished; raises BadInput where the file is damaged."""
+    try:
+        return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise BadInput(f"{folder / SUMMARY} is damaged ({error}); remove it and resume the run") from None
+
+
+def make(folder: Path, recipe: Recipe) -> None:
+    """Make a run's folder, which appears at once with its recipe, so that a kill on the way leaves none behind.
+
+    Raises BadInput where it cannot be made.
+    """
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        (partial / STATE).mkdir(parents=True)
+        write_atomically(partial / RECIPE, recipe.toml().encode())
+        partial.rename(folder)
+    except OSError as error:
+        raise BadInput(f"output folder {folder} cannot be made ({error.strerror}); choose another with --out") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

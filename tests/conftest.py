@@ -1,0 +1,56 @@
+"""Fixtures for all tests; shapes in the annotations of `fedspine.lm` and `fedspine.tensors` are checked at run time."""
+
+import jaxtyping
+
+# before fedspine is imported; elsewhere annotations name protocols and forward references that cannot be checked
+jaxtyping.install_import_hook(["fedspine.lm", "fedspine.tensors"], "beartype.beartype")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from toy import Lab, toy_task  # noqa: E402
+
+from fedspine.lm.load import load  # noqa: E402
+from fedspine.lm.tiny import write_tiny  # noqa: E402
+
+torch.set_num_threads(1)  # sums must not depend on how many cores there are
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """Folder of a tiny random model by its architecture; written once."""
+    root = tmp_path_factory.mktemp("tiny")
+    written = {}
+
+    def folder(model_type):
+        if model_type not in written:
+            written[model_type] = write_tiny(root / model_type, model_type)
+        return written[model_type]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def task(tiny_folder):
+    """The toy classification task on the tiny BERT, five rounds of it."""
+    base, tokenizer = load(str(tiny_folder("bert")), kind="classification", classes=3)
+    return toy_task(base, tokenizer, rounds=5)
+
+
+@pytest.fixture(scope="session")
+def decoder(tiny_folder):
+    """A tiny Llama for language modelling, with its tokenizer."""
+    return load(str(tiny_folder("llama")), kind="causal-lm")
+
+
+@pytest.fixture
+def lab(task, tmp_path):
+    """A function that builds a simulated fleet over the toy task, closed after the test."""
+    built = []
+
+    def make(name="lab", **settings):
+        built.append(Lab(task, tmp_path / name, **settings))
+        return built[-1]
+
+    yield make
+    for each in built:
+        each.close()

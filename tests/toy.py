@@ -1,0 +1,142 @@
+"""A toy task that a tiny model can learn, a simulated fleet over it, and a fleet that listens in."""
+
+import json
+
+import numpy as np
+
+from fedspine.data.tasks import Rows
+from fedspine.fleets.hardware import Hardware
+from fedspine.fleets.simulated import SimulatedFleet, World, profiles
+from fedspine.fleets.workers import Workers, Workshop
+from fedspine.lm.encode import encode
+from fedspine.message import pack
+from fedspine.records import Records
+from fedspine.store import Saved, Store
+from fedspine.task import Task
+
+KINDS = ("tx2", "tx2", "nx", "nx", "agx")
+CLASS_WORDS = (("good", "the", "to"), ("bad", "of", "for"), ("small", "and", "on"))
+NOISE = ("in", "is", "with", "at", "not", "very", "cab", "dig", "27")
+TRAIN_ROWS, TEST_ROWS, MAX_TOKENS = 300, 90, 16
+
+
+def toy_rows(rows, seed):
+    """Short texts of three words of their class among four others, classes in equal parts."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(rows) % len(CLASS_WORDS)
+    texts = []
+    for label in labels:
+        words = [*rng.choice(CLASS_WORDS[label], 3), *rng.choice(NOISE, 4)]
+        texts.append(" ".join(rng.permutation(words)))
+    return Rows(texts=tuple(texts), pairs=None, labels=labels, columns={})
+
+
+def toy_task(base, tokenizer, *, rounds, kind="classification"):
+    """Telling the three classes apart, or continuing their texts."""
+    train, test = (
+        encode(tokenizer, toy_rows(rows, seed), kind, MAX_TOKENS) for rows, seed in ((TRAIN_ROWS, 0), (TEST_ROWS, 1))
+    )
+    names = () if kind == "causal-lm" else ("good", "bad", "small")
+    return Task(
+        kind=kind, base=base, train=train, test=test, label_names=names, max_tokens=MAX_TOKENS, rounds=rounds
+    )
+
+
+class Lab:
+    """A simulated fleet of `kinds` in `folder`, and what belongs to it; an existing folder is gone on with."""
+
+    def __init__(self, task, folder, *, kinds=KINDS, workers=0, seed=0, jitter=0.05):
+        order = np.random.default_rng(7).permutation(len(task.train))
+        self.task, self.seed = task, seed
+        self.shares = tuple(np.sort(part) for part in np.array_split(order, len(kinds)))
+        folder.mkdir(exist_ok=True)
+        self.store = Store(folder / "state")
+        self.saved = self.store.open()
+        self.records_path = folder / "records.jsonl"
+        self.records = Records(self.records_path, self.saved.records if self.saved else 0)
+        self.workers = Workers(Workshop(task=task, shares=self.shares, test_rows=np.arange(TEST_ROWS)), workers)
+        world = World(
+            seed=seed,
+            profiles=profiles(list(kinds), [len(share) for share in self.shares]),
+            hardware=Hardware(seed=seed, kinds=tuple(kinds), compute_jitter=jitter),
+            workers=self.workers,
+            store=self.store,
+            records=self.records,
+        )
+        self.fleet = SimulatedFleet(world)
+        if self.saved:
+            self.fleet.restore(self.saved.fleet, self.saved.memories)
+
+    def run(self, method, *, rounds=None, around=lambda fleet: fleet):
+        """The state after `rounds` rounds of `method` (default: all of the task's), from the saved state if there is one."""
+        rng = np.random.default_rng([self.seed, 1])
+        state = self.saved.state if self.saved else method.start(self.task, rng)
+        for round in range(state.round, self.task.rounds if rounds is None else rounds):
+            self.fleet.begin_round(round)
+            state = method.round(state, around(self.fleet))
+            self.fleet.end_round(0.0)
+        return state
+
+    def save(self, state):
+        """Put everything on disk, as the run loop does after a round."""
+        self.store.save(
+            Saved(
+                round=state.round,
+                state=state,
+                fleet=self.fleet.snapshot(),
+                memories=self.fleet.memories,
+                records=self.records.flush(),
+            )
+        )
+
+    def rows(self, kind):
+        """The records of this kind so far."""
+        self.records.flush()
+        rows = map(json.loads, self.records_path.read_text().splitlines())
+        return [row for row in rows if row["row"] == kind]
+
+    @property
+    def ids(self):
+        return [profile.id for profile in self.fleet.devices]
+
+    def close(self):
+        self.workers.close()
+        self.records.close()
+        self.store.close()
+
+
+class Spy:
+    """A fleet that hears everything, and changes orders and replies if it is told to; None keeps a reply back."""
+
+    def __init__(self, fleet, *, order=lambda id, order: order, reply=lambda reply: reply):
+        self._fleet, self._order, self._reply = fleet, order, reply
+        self.orders, self.results, self.clock = [], [], [fleet.now]
+
+    @property
+    def devices(self):
+        return self._fleet.devices
+
+    @property
+    def now(self):
+        self.clock.append(self._fleet.now)
+        return self._fleet.now
+
+    def ask(self, work, orders, *, within=float("inf")):
+        sent = {id: self._order(id, order) for id, order in orders.items()}
+        self.orders += list(sent.items())
+        replies = self._fleet.ask(work, sent, within=within)
+        self.results += [(reply.device, reply.value) for reply in replies]
+        self.clock.append(self._fleet.now)
+        return [changed for reply in replies if (changed := self._reply(reply)) is not None]
+
+    def note(self, **values):
+        self.clock.append(self._fleet.now)
+        self._fleet.note(**values)
+
+    def __getattr__(self, name):
+        raise NotImplementedError(f"no method needs {name} yet; teach the spy to listen to it")
+
+
+def bits(value):
+    """What makes two states the same: their packed bytes."""
+    return pack(value).sha256
