@@ -37,28 +37,29 @@ def toy_task(base, tokenizer, *, rounds, kind="classification"):
         encode(tokenizer, toy_rows(rows, seed), kind, MAX_TOKENS) for rows, seed in ((TRAIN_ROWS, 0), (TEST_ROWS, 1))
     )
     names = () if kind == "causal-lm" else ("good", "bad", "small")
-    return Task(
-        kind=kind, base=base, train=train, test=test, label_names=names, max_tokens=MAX_TOKENS, rounds=rounds
-    )
+    return Task(kind=kind, base=base, train=train, test=test, label_names=names, max_tokens=MAX_TOKENS, rounds=rounds)
 
 
 class Lab:
     """A simulated fleet of `kinds` in `folder`, and what belongs to it; an existing folder is gone on with."""
 
-    def __init__(self, task, folder, *, kinds=KINDS, workers=0, seed=0, jitter=0.05):
+    def __init__(self, task, folder, *, kinds=KINDS, workers=0, seed=0):
         order = np.random.default_rng(7).permutation(len(task.train))
         self.task, self.seed = task, seed
-        self.shares = tuple(np.sort(part) for part in np.array_split(order, len(kinds)))
+        sizes = np.arange(4, 4 + len(kinds))  # unequal, so that weights matter
+        cuts = len(order) * np.cumsum(sizes)[:-1] // sizes.sum()
+        self.shares = tuple(np.sort(part) for part in np.split(order, cuts))
         folder.mkdir(exist_ok=True)
         self.store = Store(folder / "state")
         self.saved = self.store.open()
         self.records_path = folder / "records.jsonl"
         self.records = Records(self.records_path, self.saved.records if self.saved else 0)
         self.workers = Workers(Workshop(task=task, shares=self.shares, test_rows=np.arange(TEST_ROWS)), workers)
+        self.hardware = Hardware(seed=seed, kinds=tuple(kinds))
         world = World(
             seed=seed,
             profiles=profiles(list(kinds), [len(share) for share in self.shares]),
-            hardware=Hardware(seed=seed, kinds=tuple(kinds), compute_jitter=jitter),
+            hardware=self.hardware,
             workers=self.workers,
             store=self.store,
             records=self.records,
@@ -68,7 +69,7 @@ class Lab:
             self.fleet.restore(self.saved.fleet, self.saved.memories)
 
     def run(self, method, *, rounds=None, around=lambda fleet: fleet):
-        """The state after `rounds` rounds of `method` (default: all of the task's), from the saved state if there is one."""
+        """The state after `rounds` rounds (default: all of the task's), from the saved state if there is one."""
         rng = np.random.default_rng([self.seed, 1])
         state = self.saved.state if self.saved else method.start(self.task, rng)
         for round in range(state.round, self.task.rounds if rounds is None else rounds):

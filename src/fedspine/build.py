@@ -30,6 +30,7 @@ ORDER, COHORT, START = 101, 102, 103  # purposes of random streams, so that they
 class Built:
     """Everything a run works on."""
 
+    recipe: Recipe
     task: Task
     tokenizer: Any
     shares: tuple[np.ndarray, ...]  # int64 row indices of the training set, by device
@@ -43,7 +44,7 @@ def build(recipe: Recipe) -> Built:
     task, tokenizer = build_task(recipe, data)
     shares = share_out(recipe, data, tokenizer)
     recipe.method.check(task)
-    return Built(task=task, tokenizer=tokenizer, shares=shares, kinds=tuple(kinds))
+    return Built(recipe=recipe, task=task, tokenizer=tokenizer, shares=shares, kinds=tuple(kinds))
 
 
 def identities(recipe: Recipe) -> list[str]:
@@ -71,7 +72,9 @@ def build_task(recipe: Recipe, data: Dataset, precision: str | None = None) -> t
     )
     longest = min(getattr(base.config, "max_position_embeddings", section.max_tokens), tokenizer.model_max_length)
     if section.max_tokens > longest:
-        raise BadInput(f"task.max_tokens is {section.max_tokens}, but {section.model} reads at most {longest}; lower it")
+        raise BadInput(
+            f"task.max_tokens is {section.max_tokens}, but {section.model} reads at most {longest}; lower it"
+        )
     task = Task(
         kind=section.kind,
         base=base,
@@ -106,8 +109,9 @@ def share_out(recipe: Recipe, data: Dataset, tokenizer: Any) -> tuple[np.ndarray
     return tuple(np.concatenate([np.arange(first[row], first[row + 1]) for row in share]) for share in shares)
 
 
-def workers_for(recipe: Recipe, built: Built) -> Workers:
+def workers_for(built: Built) -> Workers:
     """The processes that serve asks and score models."""
+    recipe = built.recipe
     test_rows = np.random.default_rng([recipe.run.seed, ORDER]).permutation(len(built.task.test))
     count = recipe.run.workers or _cores()
     return Workers(Workshop(task=built.task, shares=built.shares, test_rows=test_rows), count)
@@ -118,8 +122,9 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def simulate(recipe: Recipe, built: Built, workers: Workers, store: Store, records: Records) -> SimulatedFleet:
+def simulate(built: Built, workers: Workers, store: Store, records: Records) -> SimulatedFleet:
     """The simulated fleet that the recipe describes."""
+    recipe = built.recipe
     hardware = Hardware(seed=recipe.run.seed, kinds=built.kinds, spread=recipe.fleet.spread)
     world = World(
         seed=recipe.run.seed,
@@ -149,6 +154,4 @@ def around(recipe: Recipe, fleet: Fleet) -> Fleet:
     """The fleet as the recipe's losses and delays let it through."""
     if not (recipe.fleet.drop or recipe.fleet.delay_seconds):
         return fleet
-    return Lossy(
-        fleet, drop=recipe.fleet.drop, delay_seconds=recipe.fleet.delay_seconds, seed=recipe.run.seed
-    )
+    return Lossy(fleet, drop=recipe.fleet.drop, delay_seconds=recipe.fleet.delay_seconds, seed=recipe.run.seed)

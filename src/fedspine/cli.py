@@ -5,7 +5,7 @@ import json as jsonlib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -56,30 +56,41 @@ def about(
 @app.command()
 def run(
     recipe: Annotated[
-        Optional[Path], typer.Argument(metavar="[RECIPE.toml]", help="What to run; default: the embedded job.")
+        Path | None, typer.Argument(metavar="[RECIPE.toml]", help="What to run; default: the embedded job.")
     ] = None,
     settings: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one value of the recipe; may be repeated."),
     ] = None,
-    out: Annotated[Optional[Path], typer.Option(help="New folder for results; default: runs/METHOD-N.")] = None,
-    resume: Annotated[Optional[Path], typer.Option(help="Go on with the run in this folder.")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Short for --set run.seed=N.")] = None,
+    out: Annotated[Path | None, typer.Option(help="New folder for results; default: runs/METHOD-N.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Short for --set run.seed=N.")] = None,
     json: Json = False,
 ) -> None:
     """Fine-tune and prune across a simulated fleet; without a recipe, the embedded job (80 devices, MiniLM)."""
     # oneDNN keeps what it compiled for each shape; its default of 1024 shapes takes hundreds of megabytes a process.
     # Set before torch is imported, because it is read once.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    from fedspine import config
     from fedspine.report.progress import progress_for
     from fedspine.report.tables import summary_table
-    from fedspine.run import Stopped
+    from fedspine.run import Stopped, new_run
+    from fedspine.run import resume as go_on
 
+    if resume is not None and out is not None:
+        raise BadInput("--resume goes on in its own folder, so --out has no place beside it; leave one of them out")
     progress = progress_for(json)
     try:
-        folder, summary = _run(recipe, settings or [], out, resume, seed, progress)
+        if resume is None:
+            wanted = config.load(recipe, settings, seed)
+            folder = out or _free_folder(wanted.method.name)
+            summary = new_run(wanted, folder, progress)
+        else:
+            folder, summary = resume, go_on(resume, progress, _wanted(recipe, settings, seed, resume))
     except Stopped as stopped:
         _fail(str(stopped), stopped.exit_code)
+    except KeyboardInterrupt:  # before the first round
+        _fail("interrupted", exit_code=130)
     if json:
         print(jsonlib.dumps(summary))
         return
@@ -87,11 +98,10 @@ def run(
     print(f"report: {folder / 'report.html'}")
 
 
-def _run(
 def _wanted(recipe: Path | None, settings: list[str] | None, seed: int | None, folder: Path) -> Any:
     """The recipe that a resume was asked for, laid over the folder's own unless a file was named."""
     from fedspine import config
-    from fedspine.run import RECIPE, recipe_of
+    from fedspine.folder import RECIPE, recipe_of
 
     if recipe is None and not settings and seed is None:
         return None
@@ -153,8 +163,8 @@ def devices(json: Json = False) -> None:
 @app.command()
 def show(folder: RunFolder, json: Json = False) -> None:
     """Show a run's summary, or how far it is."""
+    from fedspine.folder import standing
     from fedspine.report.tables import print_table, summary_table
-    from fedspine.run import standing
 
     found = standing(folder)
     if json:
@@ -162,7 +172,10 @@ def show(folder: RunFolder, json: Json = False) -> None:
         return
     print_table(summary_table(found), sys.stdout)
     if "state_sha256" not in found:
-        print(f"not finished: {found['rounds_done']} of {found['rounds']} rounds; go on with: fedspine run --resume {folder}")
+        print(
+            f"not finished: {found['rounds_done']} of {found['rounds']} rounds; "
+            f"go on with: fedspine run --resume {folder}"
+        )
 
 
 @app.command()
@@ -188,17 +201,18 @@ def predict(
     folder: ModelFolder,
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Texts to label or to continue.")],
     pair: Annotated[
-        Optional[list[str]], typer.Option(help="Second text of each pair, in order; for models of text pairs.")
+        list[str] | None, typer.Option(help="Second text of each pair, in order; for models of text pairs.")
     ] = None,
     json: Json = False,
 ) -> None:
     """Label texts, or continue them, with an exported model."""
     from fedspine.export.hf import load
     from fedspine.export.predict import predict as ask
+    from fedspine.records import plain
 
     found = [dataclasses.asdict(prediction) for prediction in ask(load(folder), texts, pair)]
     if json:
-        print(jsonlib.dumps({"predictions": found}))
+        print(jsonlib.dumps(plain({"predictions": found})))
         return
     table = Table("text", *found[0])
     for text, entry in zip(texts, found, strict=True):
@@ -210,7 +224,7 @@ def predict(
 def bench(
     folder: ModelFolder,
     against: Annotated[
-        Optional[Path], typer.Option(metavar="DIR", help="Another exported model, measured in turns with the first.")
+        Path | None, typer.Option(metavar="DIR", help="Another exported model, measured in turns with the first.")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens in a row.", min=1)] = 64,
     threads: Annotated[int, typer.Option(help="Processor threads.", min=1)] = 1,

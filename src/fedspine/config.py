@@ -113,7 +113,9 @@ HINTS = {  # by pydantic's type of error
 
 def embedded() -> dict[str, Any]:
     """The tables of the default job."""
-    return tomllib.loads(importlib.resources.files("fedspine.recipes").joinpath("default.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(
+        importlib.resources.files("fedspine.recipes").joinpath("default.toml").read_text(encoding="utf-8")
+    )
 
 
 def load(path: Path | None, settings: list[str] | None = None, seed: int | None = None) -> Recipe:

@@ -39,17 +39,6 @@ class Records:
         self._file.close()
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """All complete rows as they were written; a torn last line is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
 def plain(value: Any) -> Any:
     """The value with null in place of every number that is not finite, for which JSON has no name.
 

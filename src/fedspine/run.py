@@ -22,8 +22,10 @@ from fedspine.message import pack
 from fedspine.records import Records, plain
 from fedspine.report.page import REPORT, write_page
 from fedspine.report.progress import Progress, Standing
+from fedspine.report.tables import counted
 from fedspine.scoring import Deployment, marks, spread_out
 from fedspine.store import Saved, Store, write_atomically
+
 
 class Stopped(RuntimeError):
     """A run that cannot go on, with its last good state saved; the text is one line."""
@@ -68,12 +70,15 @@ class Stopwatch:
 class Job:
     """What a run works with, the same from its first round to its last."""
 
-    recipe: Recipe
     built: Built
     workers: Workers
     store: Store
     records: Records
     fleet: SimulatedFleet
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.built.recipe
 
 
 @dataclass
@@ -97,7 +102,7 @@ def new_run(recipe: Recipe, folder: Path, progress: Progress) -> dict[str, Any]:
         progress.stage("loading model and data")
         built = build(recipe)
         make(folder, recipe)
-        return _guarded(recipe, built, folder, progress)
+        return _guarded(built, folder, progress)
     finally:
         progress.close()
 
@@ -114,19 +119,19 @@ def resume(folder: Path, progress: Progress, wanted: Recipe | None = None) -> di
     try:
         if summary is None:
             progress.stage("loading model and data")
-            return _guarded(wanted or recipe, build(recipe), folder, progress)
+            return _guarded(build(wanted or recipe), folder, progress)
         if not (folder / REPORT).exists():  # killed between the two
-            write_page(folder)
+            _wrap_up(folder)
         return summary
     finally:
         progress.close()
 
 
-def _guarded(recipe: Recipe, built: Built, folder: Path, progress: Progress) -> dict[str, Any]:
+def _guarded(built: Built, folder: Path, progress: Progress) -> dict[str, Any]:
     """Run, and turn whatever ends a run early into one line; the last saved round stays as it is."""
-    store, workers = Store(folder / STATE), workers_for(recipe, built)
+    store, workers = Store(folder / STATE), workers_for(built)
     try:
-        return _run(recipe, built, workers, store, folder, progress)
+        return _run(built, workers, store, folder, progress)
     except BadInput:
         raise
     except KeyboardInterrupt:
@@ -149,18 +154,17 @@ def _guarded(recipe: Recipe, built: Built, folder: Path, progress: Progress) -> 
 
 def _kept(store: Store, folder: Path) -> str:
     rounds = store.rounds()
-    kept = f"the first {rounds} rounds are saved" if rounds else "no round is saved yet"
+    kept = f"{counted(rounds, 'round')} saved" if rounds else "no round is saved yet"
     return f"{kept}; go on with: fedspine run --resume {folder}"
 
 
-def _run(
-    recipe: Recipe, built: Built, workers: Workers, store: Store, folder: Path, progress: Progress
-) -> dict[str, Any]:
+def _run(built: Built, workers: Workers, store: Store, folder: Path, progress: Progress) -> dict[str, Any]:
     torch.set_num_threads(1)  # sums must not depend on how many cores there are
     saved = store.open()
     records = Records(folder / RECORDS, saved.records if saved else 0)
     try:
-        job = Job(recipe, built, workers, store, records, simulate(recipe, built, workers, store, records))
+        job = Job(built, workers, store, records, simulate(built, workers, store, records))
+        recipe = built.recipe
         point = _begun(job) if saved is None else _restored(job, saved)
         title = f"{recipe.method.name}: {recipe.task.model} on {recipe.task.data}, {recipe.fleet.devices} devices"
         progress.started(recipe.run.rounds, title, done=point.round)
@@ -170,9 +174,13 @@ def _run(
     finally:
         records.close()
     write_atomically(folder / SUMMARY, json.dumps(summary, indent=1).encode())
+    _wrap_up(folder)
+    return summary
+
+
+def _wrap_up(folder: Path) -> None:
     write_page(folder)
     (folder / FAILURE).unlink(missing_ok=True)  # of an earlier attempt
-    return summary
 
 
 def _begun(job: Job) -> Point:

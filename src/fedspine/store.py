@@ -19,7 +19,7 @@ CURRENT, LOCK = "current.json", "lock"
 
 @dataclass(frozen=True)
 class Saved:
-    """Everything needed to go on: the method's state after `round` rounds, the fleet's snapshot, the records' length."""
+    """What is needed to go on: the method's state after `round` rounds, the fleet's snapshot, the records' length."""
 
     round: int
     state: Any
@@ -138,7 +138,9 @@ def _locked(path: Path) -> BinaryIO:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by worker processes
     except (BlockingIOError, PermissionError):
         file.close()
-        raise BadInput(f"another process is working on the run in {path.parent.parent}; wait for it or end it") from None
+        raise BadInput(
+            f"another process is working on the run in {path.parent.parent}; wait for it or end it"
+        ) from None
     except (ImportError, OSError):  # no locks on this system, or on this file system: the user has to take care
         pass
     return file

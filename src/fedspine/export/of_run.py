@@ -6,11 +6,11 @@ from typing import Any
 
 from fedspine.build import build_task, dataset, identities
 from fedspine.config import Recipe
-from fedspine.errors import BadInput, unknown
+from fedspine.errors import BadInput, nearest, unknown
 from fedspine.export import hf
+from fedspine.folder import STATE, recipe_of
 from fedspine.lm.base import Model
 from fedspine.lm.structure import sparsity
-from fedspine.folder import STATE, recipe_of
 from fedspine.store import Store
 from fedspine.task import Task
 
@@ -54,9 +54,7 @@ def export_model(folder: Path, *, device: str, format: str, to: Path) -> dict[st
         raise unknown("export format", format, FORMATS)
     if to.exists():
         raise BadInput(f"{to} exists already; name a new folder with --to")
-    known = [GLOBAL, DENSE, *identities(recipe_of(folder))]
-    if device not in known:
-        raise unknown("device", device, known)
+    _check_device(device, identities(recipe_of(folder)))
     opened = open_run(folder)
     model = opened.model(device)
     name = f"{opened.recipe.method.name} {device}"
@@ -82,3 +80,10 @@ def export_model(folder: Path, *, device: str, format: str, to: Path) -> dict[st
         "sparsity": sparsity(opened.task.base.anatomy, model.structure),
         "bytes": sum(file.stat().st_size for file in to.rglob("*") if file.is_file()),
     }
+
+
+def _check_device(device: str, ids: list[str]) -> None:
+    if device not in (GLOBAL, DENSE, *ids):
+        guess = nearest(device, (GLOBAL, DENSE, *ids))
+        hint = f"; did you mean {guess!r}?" if guess else ";"
+        raise BadInput(f"unknown device {device!r}{hint} known: {GLOBAL}, {DENSE}, and {ids[0]} to {ids[-1]}")

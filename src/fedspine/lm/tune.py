@@ -25,7 +25,8 @@ class Tuning:
 
     steps: int
     batch: int
-    learning_rate: float
+    learning_rate: float  # of the adapter
+    head_learning_rate: float | None = None  # of the task head, None: as the adapter
     weight_decay: float = 0.1
     clip: float = 1.0  # of the gradient's norm
 
@@ -37,6 +38,7 @@ class TuningFields(Protocol):
     steps: int
     batch: int
     learning_rate: float
+    head_speed: float
     weight_decay: float
 
 
@@ -45,18 +47,21 @@ def check_tuning(fields: TuningFields) -> None:
     for name in ("steps", "batch"):
         if getattr(fields, name) < 1:
             raise BadInput(f"method.{name} is {getattr(fields, name)}, but at least 1 is needed")
-    if not fields.learning_rate > 0:
-        raise BadInput(f"method.learning_rate is {fields.learning_rate}, but a positive number is needed")
+    for name in ("learning_rate", "head_speed"):
+        if not getattr(fields, name) > 0:
+            raise BadInput(f"method.{name} is {getattr(fields, name)}, but a positive number is needed")
     if fields.weight_decay < 0:
         raise BadInput(f"method.weight_decay is {fields.weight_decay}, but it cannot be negative")
 
 
 def tuning_at(fields: TuningFields, round: int, rounds: int) -> Tuning:
-    """The settings of one round, counted from 0: the learning rate falls linearly to zero over the run."""
+    """The settings of one round, counted from 0: learning rates fall linearly to zero over the run."""
+    learning_rate = fields.learning_rate * (1 - round / rounds)
     return Tuning(
         steps=fields.steps,
         batch=fields.batch,
-        learning_rate=fields.learning_rate * (1 - round / rounds),
+        learning_rate=learning_rate,
+        head_learning_rate=learning_rate * fields.head_speed,
         weight_decay=fields.weight_decay,
     )
 
@@ -97,7 +102,11 @@ def tune(
     trained = Model(structure=model.structure, adapter=adapter, head=head, scale=model.scale)
     module = device.base.fit(trained)
     parameters = [*adapter.values(), *head.values()]
-    optimiser = torch.optim.AdamW(parameters, lr=tuning.learning_rate, weight_decay=tuning.weight_decay, fused=True)
+    groups = [
+        {"params": list(adapter.values()), "lr": tuning.learning_rate},
+        {"params": list(head.values()), "lr": tuning.head_learning_rate or tuning.learning_rate},
+    ]
+    optimiser = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=tuning.weight_decay, fused=True)
     losses: list[float] = []
     tokens = squared = longest = 0
     for step, rows in enumerate(batches(device.data, tuning, device.rng)):

@@ -72,6 +72,7 @@ class FedLora:
     steps: int = 20  # optimiser steps of a device in a round
     batch: int = 32  # rows of one step
     learning_rate: float = 2e-4  # falls linearly to zero over the rounds
+    head_speed: float = 1.0  # the task head's learning rate over the adapter's
     weight_decay: float = 0.1
 
     @classmethod

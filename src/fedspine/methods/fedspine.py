@@ -130,6 +130,7 @@ class FedSpine:
     steps: int = 20  # optimiser steps of a device in a round
     batch: int = 32
     learning_rate: float = 2e-4  # falls linearly to zero over the rounds
+    head_speed: float = 1.0  # the task head's learning rate over the adapter's
     weight_decay: float = 0.1
     most_per_round: float = 0.05  # p_max: sparsity that a device may choose to gain in a round
     warmup: float = 0.05  # t0, as a share of the rounds: nothing is pruned before

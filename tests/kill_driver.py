@@ -1,0 +1,179 @@
+"""A process that imports everything once and then forks runs that are killed, which costs a fraction of starting each.
+
+Each line of stdin is a JSON object with the arguments of a run and a plan; the answer is one line with what became of
+it. A plan is a list of attempts on one folder: the first is a new run, those that find the folder resume it. An
+attempt may be struck
+- at a call of a function of `os`, before or after it does its work: killed, or failed with an error number,
+- from outside, by a signal so many seconds after its folder is there,
+- at a job of a worker, which ends its process or raises,
+- by a limit on the bytes of a file.
+One that is `slow` takes so many seconds longer for each job.
+A plan with `every` is repeated with call 1, 2, ... of its first attempt until that attempt is not struck any more.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from fedspine import cli, run
+from fedspine.build import build
+from fedspine.config import load
+from fedspine.fleets.workers import Workshop
+from fedspine.report.page import REPORT
+
+POLL_SECONDS = 0.001
+GONE_SECONDS = 5.0  # within which a killed run's workers must have ended
+
+
+def main():
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads before the forks
+    torch.set_num_threads(1)
+    warm = False
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if not warm:
+            build(load(None, asked["arguments"][1::2]))  # what loading imports late is imported here
+            warm = True
+        print(json.dumps(list(carry_out_all(asked["arguments"], asked["plan"]))), flush=True)
+
+
+def carry_out_all(arguments, plan):
+    if not plan.get("every"):
+        yield carry_out(arguments, plan["folder"], plan["attempts"])
+        return
+    first, *rest = plan["attempts"]
+    call, struck = 0, True
+    while struck:
+        call += 1
+        found = carry_out(arguments, f"{plan['folder']}-{call}", [first | {"call": call}, *rest])
+        struck = found["ends"][0]["code"] != 0
+        yield found
+
+
+def carry_out(arguments, folder, attempts):
+    """How each attempt ended, what it said, and the workers that outlived a kill."""
+    folder, ends, orphans = Path(folder), [], []
+    for attempt in attempts:
+        said = folder.with_name(folder.name + ".stderr")
+        resumes, started = folder.exists(), time.monotonic()
+        child = fork(["--resume", str(folder)] if resumes else [*arguments, "--out", str(folder)], attempt, said)
+        workers = strike_from_outside(child, folder, attempt) if "seconds" in attempt else []
+        _, status = os.waitpid(child, 0)
+        code, seconds = os.waitstatus_to_exitcode(status), time.monotonic() - started
+        orphans += alive(workers)
+        ends.append({"code": code, "seconds": seconds, "resumes": resumes, "said": said.read_text().splitlines()})
+    return {"folder": str(folder), "ends": ends, "orphans": orphans}
+
+
+def fork(arguments, attempt, said):
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        os.setsid()  # so that a signal can be sent to the run and its workers alone, as Ctrl-C does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        prepare(attempt)
+        sys.argv = ["fedspine", "run", *arguments, "--json"]
+        cli.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        os._exit(code)
+
+
+def prepare(attempt):
+    if not attempt.get("report"):  # which takes longer than all the rest
+        run.write_page = lambda folder: (folder / REPORT).write_text("a report")
+    if "file_bytes" in attempt:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (attempt["file_bytes"], resource.RLIM_INFINITY))
+    if "function" in attempt:
+        strike_at(attempt)
+    if "job" in attempt:
+        strike_worker(attempt["job"], attempt["how"])
+    if "slow" in attempt:
+        slow_down(attempt["slow"])
+
+
+def strike_at(attempt):
+    """Kill this process, or raise OSError, at the given call of a function of `os`."""
+    whole, count = getattr(os, attempt["function"]), 0
+
+    def counted(*values, **options):
+        nonlocal count
+        count += 1
+        if count == attempt["call"] and attempt["when"] == "before":
+            strike(attempt.get("error"))
+        result = whole(*values, **options)
+        if count == attempt["call"] and attempt["when"] == "after":
+            strike(attempt.get("error"))
+        return result
+
+    setattr(os, attempt["function"], counted)
+
+
+def strike(error):
+    if error is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise OSError(error, os.strerror(error))
+
+
+def strike_worker(job, how):
+    whole, count = Workshop.do, 0
+
+    def counted(self, *values):
+        nonlocal count
+        count += 1
+        if count == job and how == "exit":
+            os._exit(1)
+        if count == job:
+            raise MemoryError("no room for 8 exabytes")
+        return whole(self, *values)
+
+    Workshop.do = counted
+
+
+def slow_down(seconds):
+    whole = Workshop.do
+    Workshop.do = lambda self, job: (time.sleep(seconds), whole(self, job))[1]
+
+
+def strike_from_outside(child, folder, attempt):
+    """Send a signal to a run this long after its folder is there; returns the workers that it had."""
+    process = psutil.Process(child)
+    while not folder.exists() and running(process):
+        time.sleep(POLL_SECONDS)
+    time.sleep(attempt["seconds"])
+    workers = process.children(recursive=True)
+    if attempt.get("signal") == "INT":
+        os.killpg(child, signal.SIGINT)
+    else:
+        os.kill(child, signal.SIGKILL)
+    return workers
+
+
+def alive(workers):
+    deadline = time.monotonic() + GONE_SECONDS
+    while (left := [worker.pid for worker in workers if running(worker)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def running(process):
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+if __name__ == "__main__":
+    main()

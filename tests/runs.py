@@ -1,0 +1,81 @@
+"""Tiny jobs for the tests of whole runs, and what a run left behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedspine import cli
+
+SOURCE = Path(__file__).parents[1] / "src"
+CLASS_WORDS = {"kind": ("good", "the", "very"), "unkind": ("bad", "not", "small")}
+NOISE = ("in", "is", "with", "at", "cab", "dig", "27")
+WALL = {"wall_seconds", "samples_per_second"}  # what a clock on the wall measured, which no two runs share
+
+
+def write_csv(path, rows=80, labels=tuple(CLASS_WORDS)):
+    """A CSV file of short texts of two classes, which a tiny model can tell apart."""
+    rng = np.random.default_rng(0)
+    lines = ["text,label"]
+    for row in range(rows):
+        label = labels[row % len(labels)]
+        lines.append(f"{' '.join([*rng.choice(CLASS_WORDS[label], 3), *rng.choice(NOISE, 3)])},{label}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def tiny_job(model, data, **changed):
+    """Arguments of `fedspine run` for two rounds of two of three devices; `changed` as section__key=value."""
+    settings = {
+        "task.model": model,
+        "task.data": data,
+        "fleet.devices": 3,
+        "fleet.per_round": 2,
+        "run.rounds": 2,
+        "run.workers": 1,
+        "method.steps": 2,
+        "method.ranks": [2, 4],
+    } | {key.replace("__", ".", 1): value for key, value in changed.items()}
+    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+def in_process(monkeypatch, capsys, *arguments):
+    """Run the command line in this process: its exit code, stdout, and the lines of stderr."""
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # which a run sets for its own process
+    monkeypatch.setattr(sys, "argv", ["fedspine", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr()
+    return end.value.code or 0, said.out, said.err.splitlines()
+
+
+def fedspine(*arguments, **options):
+    """Run the command line in a process of its own; its output is captured."""
+    return python("-m", "fedspine", *map(str, arguments), **options)
+
+
+def python(*arguments, **options):
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), **options)
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+
+
+def summary_of(folder):
+    return json.loads((Path(folder) / "summary.json").read_text())
+
+
+def records_of(folder):
+    """All rows, without what was measured on the wall."""
+    rows = [json.loads(line) for line in (Path(folder) / "records.jsonl").read_text().splitlines()]
+    return [without_wall(row) for row in rows]
+
+
+def without_wall(row):
+    return {key: value for key, value in row.items() if key not in WALL}

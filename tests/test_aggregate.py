@@ -1,0 +1,285 @@
+"""Laws of merging adapters of unequal rank and shape, and of handing the result back out."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedspine.lm.aggregate import (
+    EXACT_BELOW,
+    Contribution,
+    average_factors,
+    change_factors,
+    change_spectra,
+    effective_rank,
+    factor,
+    hand_out,
+    merge_changes,
+)
+from fedspine.lm.anatomy import Anatomy
+from fedspine.lm.lora import a_name, b_name, cut_rank, fresh
+from fedspine.lm.structure import Structure, cut_adapter, full, kept_columns, kept_rows
+
+LARGEST = 8
+# grouped queries, so that heads have rows of two sizes
+ANATOMY = Anatomy(
+    architecture="llama", prefix="model", layers=2, heads=2, channels=12, width=16, query_heads=4, head_dim=4
+)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def normal(rng, *shape):
+    return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+
+
+def adapter_of(rng, rank, anatomy=ANATOMY):
+    """Random factors, B no longer zero."""
+    made = fresh(anatomy.sites, rank, rng)
+    return {name: normal(rng, *tensor.shape) if name.endswith("lora_B") else tensor for name, tensor in made.items()}
+
+
+def product(adapter, path):
+    return adapter[b_name(path)] @ adapter[a_name(path)]
+
+
+def products(adapter, anatomy=ANATOMY):
+    return {site.path: product(adapter, site.path) for site in anatomy.sites}
+
+
+def structure_of(rng, anatomy=ANATOMY):
+    """Random units, at least one head and one channel of each layer."""
+
+    def some(units):
+        kept = torch.from_numpy(rng.random((anatomy.layers, units)) < 0.6)
+        kept[torch.arange(anatomy.layers), torch.from_numpy(rng.integers(units, size=anatomy.layers))] = True
+        return kept
+
+    return Structure(heads=some(anatomy.heads), channels=some(anatomy.channels))
+
+
+def contribution(rng, adapter, structure, rank, weight, *, trained=True):
+    """A device that got the best adapter of its rank, and changed it if it trained."""
+    sent = hand_out(ANATOMY, adapter, structure, rank)
+    back = {name: tensor + 0.1 * normal(rng, *tensor.shape) for name, tensor in sent.items()} if trained else sent
+    return Contribution(sent=sent, back=back, structure=structure, weight=weight)
+
+
+def fleet(rng, adapter, *, devices=5, trained=True):
+    return [
+        contribution(rng, adapter, structure_of(rng), int(rng.integers(1, LARGEST + 1)), 1.0 + i, trained=trained)
+        for i in range(devices)
+    ]
+
+
+def close(ours, theirs, digits=5):
+    """Equal to so many digits of the largest entry."""
+    for path, expected in theirs.items():
+        torch.testing.assert_close(
+            ours[path], expected, rtol=0, atol=10.0**-digits * max(float(expected.abs().max()), 1e-6)
+        )
+
+
+@settings(deadline=None, max_examples=15)
+@given(seeds)
+def test_nobody_training_changes_nothing_over_five_rounds(seed):
+    rng = np.random.default_rng(seed)
+    adapter = adapter_of(rng, LARGEST)
+    start = dense = products(adapter)
+    for round in range(5):
+        dense = merge_changes(ANATOMY, dense, fleet(rng, adapter, trained=False))
+        adapter = factor(ANATOMY, dense, LARGEST, adapter, seed=round)
+    # float error: 16 products of rank 8 against rank 8, each rounded by 2^-24, five times: 5e-6 of the largest entry
+    close(dense, start)
+    close(products(adapter), start)
+
+
+def test_delta_keeps_the_tail_that_zero_padding_loses():
+    # Section 3.1: ten devices of rank 2, ten of rank 8, five rounds in which nobody trains.
+    rng = np.random.default_rng(0)
+    start = factor(ANATOMY, products(adapter_of(rng, LARGEST)), LARGEST, adapter_of(rng, LARGEST), seed=0)
+    ranks, everything = [2] * 10 + [8] * 10, full(ANATOMY)
+
+    def tail(adapter):
+        return sum(float(torch.linalg.svdvals(m)[2:].square().sum()) for m in products(adapter).values())
+
+    delta, padded, dense = start, start, products(start)
+    for round in range(5):
+        parts = [contribution(rng, delta, everything, rank, 1.0, trained=False) for rank in ranks]
+        dense = merge_changes(ANATOMY, dense, parts)
+        delta = factor(ANATOMY, dense, LARGEST, delta, seed=round)
+        cuts = [cut_rank(padded, rank) for rank in ranks]
+        padded = average_factors(ANATOMY, padded, [Contribution(cut, cut, everything, 1.0) for cut in cuts])
+    assert tail(delta) / tail(start) == pytest.approx(1.0, abs=1e-4)
+    # half of the devices send zeros for the tails of A and of B: each round halves both, and energy is squared
+    assert tail(padded) / tail(start) == pytest.approx((0.5 * 0.5) ** (2 * 5), rel=1e-3)
+
+
+@settings(deadline=None, max_examples=15)
+@given(seeds)
+def test_an_entry_moves_by_the_mean_of_its_owners_and_else_stays(seed):
+    rng = np.random.default_rng(seed)
+    adapter = adapter_of(rng, LARGEST)
+    dense, parts = products(adapter), fleet(rng, adapter, devices=3)
+    merged = merge_changes(ANATOMY, dense, parts)
+    for site in ANATOMY.sites:
+        total, weight = torch.zeros_like(dense[site.path]), torch.zeros_like(dense[site.path])
+        for part in parts:
+            rows, columns = kept_rows(site, part.structure), kept_columns(site, part.structure)
+            rows = torch.arange(site.rows) if rows is None else rows
+            columns = torch.arange(site.columns) if columns is None else columns
+            change = product(part.back, site.path) - product(part.sent, site.path)
+            total[rows[:, None], columns] += part.weight * change
+            weight[rows[:, None], columns] += part.weight
+        expected = dense[site.path] + total / weight.clamp_min(1)
+        assert torch.equal(merged[site.path][weight == 0], dense[site.path][weight == 0])
+        torch.testing.assert_close(merged[site.path], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_what_one_device_owns_moves_by_its_full_change():
+    rng = np.random.default_rng(1)
+    adapter, everything = adapter_of(rng, LARGEST), full(ANATOMY)
+    few = Structure(heads=everything.heads.clone(), channels=everything.channels.clone())
+    few.channels[0, 5] = False
+    owner = contribution(rng, adapter, everything, LARGEST, 1.0)
+    others = [contribution(rng, adapter, few, LARGEST, 100.0) for _ in range(3)]
+    merged, dense = merge_changes(ANATOMY, products(adapter), [owner, *others]), products(adapter)
+    for path, where in (("model.layers.0.mlp.up_proj", (5,)), ("model.layers.0.mlp.down_proj", (slice(None), 5))):
+        change = product(owner.back, path) - product(owner.sent, path)
+        torch.testing.assert_close((merged[path] - dense[path])[where], change[where], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("merge", [merge_changes, average_factors])
+def test_the_order_of_devices_does_not_matter(merge):
+    rng = np.random.default_rng(2)
+    adapter = adapter_of(rng, LARGEST)
+    parts = fleet(rng, adapter)
+    before = products(adapter) if merge is merge_changes else adapter
+    close(merge(ANATOMY, before, parts[::-1]), merge(ANATOMY, before, parts), digits=6)
+
+
+def test_factors_that_no_device_owns_stay():
+    rng = np.random.default_rng(3)
+    adapter, everything = adapter_of(rng, LARGEST), full(ANATOMY)
+    without = Structure(heads=everything.heads.clone(), channels=everything.channels.clone())
+    without.heads[1, 0] = False
+    sent = cut_adapter(adapter, ANATOMY.sites, without)
+    back = {name: tensor + 1.0 for name, tensor in sent.items()}
+    merged = average_factors(ANATOMY, adapter, [Contribution(sent, back, without, w) for w in (1.0, 2.0)])
+    name = b_name("model.layers.1.self_attn.k_proj")
+    assert torch.equal(merged[name][:4], adapter[name][:4])
+    torch.testing.assert_close(merged[name][4:], adapter[name][4:] + 1.0)
+
+
+@settings(deadline=None, max_examples=25)
+@given(seeds, st.integers(1, LARGEST))
+def test_handing_out_is_optimal(seed, rank):
+    rng = np.random.default_rng(seed)
+    adapter, structure = adapter_of(rng, LARGEST), structure_of(rng)
+    wide = cut_adapter(adapter, ANATOMY.sites, structure)
+    small, plain = hand_out(ANATOMY, adapter, structure, rank), cut_rank(wide, rank)
+    for path, whole in products(wide).items():
+        # Eckart and Young: no matrix of this rank is nearer than the tail of the singular values
+        best = torch.linalg.svdvals(whole.double())[rank:].norm()
+        size = float(whole.norm())
+        left = float((product(small, path) - whole).norm())
+        assert small[a_name(path)].shape[0] == small[b_name(path)].shape[1] == rank
+        assert left == pytest.approx(float(best), abs=1e-5 * size)
+        assert left <= float((product(plain, path) - whole).norm()) + 1e-5 * size
+
+
+def test_handing_out_a_poor_adapter_revives_what_is_dead():
+    rng = np.random.default_rng(4)
+    poor = adapter_of(rng, LARGEST)
+    for site in ANATOMY.sites:
+        poor[b_name(site.path)][:, 2:] = 0.0  # rank 2 in a room for 8
+    small = hand_out(ANATOMY, poor, full(ANATOMY), 4)
+    close(products(small), products(poor))
+    for site in ANATOMY.sites:
+        a, b = small[a_name(site.path)], small[b_name(site.path)]
+        assert bool((b[:, 2:] == 0).all())
+        assert bool((a[2:].norm(dim=1) > 1e-3).all())
+
+
+@settings(deadline=None, max_examples=10)
+@given(seeds, st.booleans())
+def test_factors_are_the_best_of_their_rank_and_balanced(seed, large):
+    rng = np.random.default_rng(seed)
+    side = EXACT_BELOW + 24 if large else 16
+    anatomy = Anatomy(
+        architecture="bert",
+        prefix="bert",
+        layers=1,
+        heads=2,
+        channels=side,
+        width=side,
+        query_heads=2,
+        head_dim=side // 2,
+    )
+    # a spectrum that falls by 0.7 a step, as trained changes do: randomised SVD needs a gap
+    values = 0.7 ** torch.arange(side)
+    dense = {
+        site.path: torch.linalg.qr(normal(rng, side, side)).Q * values @ torch.linalg.qr(normal(rng, side, side)).Q.T
+        for site in anatomy.sites
+    }
+    adapter = factor(anatomy, dense, LARGEST, fresh(anatomy.sites, LARGEST, rng), seed=0)
+    for path, matrix in dense.items():
+        best = float(torch.linalg.svdvals(matrix.double())[LARGEST:].norm())
+        assert float((product(adapter, path) - matrix).norm()) <= best * (1 + 1e-3)
+        a, b = adapter[a_name(path)], adapter[b_name(path)]
+        torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a.norm(dim=1).square(), values[:LARGEST], rtol=1e-3, atol=0)
+
+
+def test_directions_that_carry_nothing_get_fresh_rows():
+    rng = np.random.default_rng(5)
+    dense = products(cut_rank(adapter_of(rng, LARGEST), 3))
+    adapter = factor(ANATOMY, dense, LARGEST, fresh(ANATOMY.sites, LARGEST, rng), seed=0)
+    close(products(adapter), dense)
+    for site in ANATOMY.sites:
+        a, b = adapter[a_name(site.path)], adapter[b_name(site.path)]
+        bound = 1 / math.sqrt(site.columns)
+        assert bool((b[:, 3:] == 0).all())
+        assert bool((a[3:].abs() <= bound).all())
+        assert bool((a[3:].abs().amax(1) > 0).all())
+
+
+def test_growing_the_rank_leaves_the_function():
+    rng = np.random.default_rng(6)
+    adapter = adapter_of(rng, 3)
+    grown = factor(ANATOMY, products(adapter), LARGEST, fresh(ANATOMY.sites, LARGEST, rng), seed=1)
+    close(products(hand_out(ANATOMY, grown, full(ANATOMY), 6)), products(adapter))
+
+
+@settings(deadline=None, max_examples=15)
+@given(seeds, st.integers(1, LARGEST))
+def test_spectra_are_those_of_the_dense_change(seed, rank):
+    rng = np.random.default_rng(seed)
+    part = contribution(rng, adapter_of(rng, LARGEST), structure_of(rng), rank, 1.0)
+    spectra = change_spectra(ANATOMY, part)
+    for row, site in zip(spectra, ANATOMY.sites, strict=True):
+        left, right = change_factors(part, site)
+        expected = torch.linalg.svdvals(left.double() @ right.double())[: 2 * rank]
+        size = float(expected[0])
+        # squares are decomposed, so a value is good to the root of the precision of doubles, 1.5e-8 of the largest,
+        # times what adds up over the sums
+        torch.testing.assert_close(row[: len(expected)].double(), expected, rtol=0, atol=1e-6 * size)
+        assert bool((row[len(expected) :] <= 1e-6 * size).all())
+
+
+@pytest.mark.parametrize(
+    ("spectra", "expected"),
+    [
+        ([[1.0, 0.0, 0.0]], 1.0),
+        ([[2.0, 2.0, 2.0]], 3.0),
+        ([[1.0, 0.0], [3.0, 3.0]], 1.5),  # a mean over sites
+        ([[0.0, 0.0], [5.0, 5.0]], 2.0),  # a site that did not change has no rank
+        ([[0.0, 0.0]], 0.0),
+        # shares 0.8 and 0.2 of the energy: exp(-0.8 ln 0.8 - 0.2 ln 0.2)
+        ([[2.0, 1.0]], math.exp(-0.8 * math.log(0.8) - 0.2 * math.log(0.2))),
+    ],
+)
+def test_effective_rank(spectra, expected):
+    assert effective_rank(torch.tensor(spectra)) == pytest.approx(expected)

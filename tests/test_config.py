@@ -1,0 +1,49 @@
+"""Recipes: what is written is what is read, and when two describe the same results."""
+
+import pytest
+
+from fedspine import config
+from fedspine.errors import BadInput
+from fedspine.method import all_methods
+
+
+@pytest.mark.parametrize("method", all_methods())
+def test_a_recipe_survives_its_file(method, tmp_path) -> None:
+    settings = [f"method.name={method}", "fleet.mix={tx2=2, nx=2}", "fleet.devices=4", "task.pair=second", "run.seed=3"]
+    recipe = config.load(None, settings)
+    (tmp_path / "recipe.toml").write_text(recipe.toml())
+    assert config.load(tmp_path / "recipe.toml") == recipe
+    assert recipe.fleet.mix == {"tx2": 2, "nx": 2}
+    assert recipe.task.kind == "pair"
+
+
+def test_settings_are_laid_over_a_file_and_the_seed_over_both(tmp_path) -> None:
+    (tmp_path / "recipe.toml").write_text("[run]\nrounds = 7\nseed = 1\n[fleet]\ndevices = 9\n")
+    recipe = config.load(
+        tmp_path / "recipe.toml", ["run.seed=2", "fleet.devices = 5", "task.data=./my rows.csv"], seed=4
+    )
+    assert (recipe.run.rounds, recipe.run.seed, recipe.fleet.devices) == (7, 4, 5)
+    assert recipe.task.data == "./my rows.csv"
+
+
+def test_another_method_leaves_out_what_it_does_not_have() -> None:
+    assert config.load(None, ["method.name=fedlora"]).method.name == "fedlora"
+
+
+def test_workers_make_no_difference_and_anything_else_does() -> None:
+    recipe = config.load(None)
+    other = config.load(None, ["run.workers=3"])
+    assert recipe.difference(other) is None
+    assert recipe.fingerprint == other.fingerprint
+    other = config.load(None, ["method.steps=3"])
+    assert recipe.difference(other) == f"method.steps is {recipe.method.steps} there, 3 here"
+    assert recipe.fingerprint != other.fingerprint
+    other = config.load(None, ["fleet.mix={tx2=80}"])
+    assert recipe.difference(other) == "fleet.mix is None there, {'tx2': 80} here"
+
+
+@pytest.mark.parametrize("text", ["method = 3", "[task]\nmodel = 5", "[method]\nname = 5", "[[run]]\nrounds = 3"])
+def test_wrong_types_in_a_file(text, tmp_path) -> None:
+    (tmp_path / "recipe.toml").write_text(text)
+    with pytest.raises(BadInput):
+        config.load(tmp_path / "recipe.toml")

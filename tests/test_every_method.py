@@ -1,0 +1,180 @@
+"""One table over every registered method: what each of them must do, whatever it is."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from toy import TEST_ROWS, Spy, bits
+
+from fedspine.fleet import AllLost
+from fedspine.fleets.lossy import Lossy
+from fedspine.lm.score import score
+from fedspine.message import pack, unpack
+from fedspine.method import all_methods
+
+METHODS = all_methods()
+SOME = 3  # rounds of the task's five, enough to prune, merge and prune again
+pytestmark = pytest.mark.parametrize("name", sorted(METHODS))
+
+
+@pytest.fixture(scope="module")
+def whole_runs():
+    """The packed state of an undisturbed start of a run with seed 0, by method: what many tests compare with."""
+    return {}
+
+
+@pytest.fixture
+def whole(name, lab, whole_runs):
+    if name not in whole_runs:
+        whole_runs[name] = bits(lab("whole").run(METHODS[name].toy(), rounds=SOME))
+    return whole_runs[name]
+
+
+def nan(value):
+    """The message with a first head tensor of NaN."""
+    first = next(iter(value.head))
+    return replace(value, head=value.head | {first: torch.full_like(value.head[first], math.nan)})
+
+
+def test_its_settings_suit_the_toy_task(name, task):
+    METHODS[name].toy().check(task)
+
+
+def test_improves_on_the_toy_task(name, lab, task):
+    # A model that knows nothing of the text cannot get below ln 3 nats on classes of equal size, and its accuracy is a
+    # mean of 90 draws at 1/3: standard error sqrt(1/3 * 2/3 / 90) = 0.050, and four of them above is no luck.
+    method, bench = METHODS[name].toy(), lab()
+    start = method.start(task, np.random.default_rng(0))
+    state = bench.run(method)
+    before = score(task.base, method.deploy(start), task.test)
+    luck = 1 / 3 + 4 * math.sqrt(1 / 3 * 2 / 3 / TEST_ROWS)
+    for model in [method.deploy(state, id) for id in (None, *bench.ids)] + [method.unpruned(state)]:
+        after = score(task.base, model, task.test)
+        assert after.mean_loss < min(before.mean_loss, math.log(3))
+        assert after.accuracy > luck
+
+
+def test_same_seed_same_bits(name, lab, whole):
+    assert bits(lab().run(METHODS[name].toy(), rounds=SOME)) == whole
+
+
+def test_another_seed_gives_other_bits(name, lab, whole):
+    assert bits(lab(seed=1).run(METHODS[name].toy(), rounds=SOME)) != whole
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_give_the_same_bits(name, lab, whole, workers):
+    assert bits(lab(workers=workers).run(METHODS[name].toy(), rounds=SOME)) == whole
+
+
+def test_resumed_equals_uninterrupted(name, lab, whole):
+    method, first = METHODS[name].toy(), lab("killed")
+    first.save(first.run(method, rounds=1))
+    first.run(method, rounds=2)  # a round that was never saved, whose memories and rows must be forgotten
+    first.close()
+    second = lab("killed")
+    assert second.saved.round == 1
+    assert bits(second.run(method, rounds=SOME)) == whole
+
+
+def test_rounds_change_no_state_in_place(name, lab):
+    method, bench = METHODS[name].toy(), lab()
+    state = bench.run(method, rounds=1)
+    before = bits(state)
+    bench.fleet.begin_round(1)
+    method.round(state, bench.fleet)
+    assert bits(state) == before
+
+
+def test_messages_round_trip(name, lab):
+    bench, spies = lab(), []
+    state = bench.run(METHODS[name].toy(), rounds=2, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    exchanged = [value for spy in spies for _, value in spy.orders + spy.results]
+    assert len(exchanged) >= 2 * len(bench.ids)
+    for value in [state, *exchanged]:
+        again = unpack(pack(value))
+        assert type(again) is type(value)
+        assert pack(again).payload == pack(value).payload
+
+
+def test_recorded_bytes_are_the_bytes_packed(name, lab):
+    bench, spies = lab(), []
+    bench.run(METHODS[name].toy(), rounds=2, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    rows = bench.rows("exchange")
+    down = [(id, pack(order).bytes) for spy in spies for id, order in spy.orders]
+    up = [(id, pack(result).bytes) for spy in spies for id, result in spy.results]
+    assert [(row["device"], row["bytes_down"]) for row in rows] == down
+    assert [(row["device"], row["bytes_up"]) for row in rows] == up
+    totals = bench.rows("round")
+    assert sum(row["bytes_down"] for row in totals) == sum(size for _, size in down)
+    assert sum(row["bytes_up"] for row in totals) == sum(size for _, size in up)
+
+
+def test_the_clock_never_goes_back(name, lab):
+    bench, spies = lab(), []
+    bench.run(METHODS[name].toy(), rounds=SOME, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    clock = [now for spy in spies for now in spy.clock]
+    assert clock == sorted(clock)
+    ends = [row["now"] for row in bench.rows("round")]
+    assert all(later > earlier for earlier, later in zip([0.0, *ends], ends, strict=False))
+
+
+def test_loses_devices_and_goes_on(name, lab, task):
+    method, bench = METHODS[name].toy(), lab()
+    state = bench.run(method, around=lambda fleet: Lossy(fleet, drop=0.3, delay_seconds=0.1))
+    lost = [row for row in bench.rows("note") if row["values"].get("left_out") == "lost"]
+    asked = task.rounds * len(bench.ids)
+    # 30 % of 25 orders, give or take three standard errors of sqrt(0.3 * 0.7 / 25) = 0.092
+    assert asked * (0.3 - 3 * 0.092) < len(lost) < asked * (0.3 + 3 * 0.092)
+    assert state.round == task.rounds
+    assert score(task.base, method.deploy(state), task.test).mean_loss < math.log(3)
+
+
+def test_all_devices_lost_ends_the_run_in_so_many_words(name, lab):
+    with pytest.raises(AllLost, match="5 devices asked, 0 replied"):
+        lab().run(METHODS[name].toy(), around=lambda fleet: Lossy(fleet, drop=1.0))
+
+
+@pytest.mark.parametrize("broken", [nan, lambda value: replace(value, loss=math.nan)], ids=["weights", "loss"])
+def test_a_device_that_is_not_finite_is_noted_and_left_out(name, lab, broken):
+    def breaking(reply):
+        return replace(reply, value=broken(reply.value)) if reply.device == "nx-02" else reply
+
+    def silencing(reply):
+        return None if reply.device == "nx-02" else reply
+
+    method, bad, silent = METHODS[name].toy(), lab("bad"), lab("silent")
+    with_it = bad.run(method, rounds=2, around=lambda fleet: Spy(fleet, reply=breaking))
+    without = silent.run(method, rounds=2, around=lambda fleet: Spy(fleet, reply=silencing))
+    assert bits(with_it) == bits(without)
+    notes = [row["values"] for row in bad.rows("note") if "left_out" in row["values"]]
+    assert [(note["device"], "finite" in note["left_out"] or "nan" in note["left_out"]) for note in notes] == [
+        ("nx-02", True)
+    ] * 2
+
+
+def test_a_device_recovers_from_a_loss_that_was_not_finite(name, lab):
+    rounds = []
+
+    def poison(id, order):
+        return nan(order) if id == "nx-02" and len(rounds) <= 2 else order
+
+    method, bench = METHODS[name].toy(), lab()
+    state = bench.run(method, rounds=4, around=lambda fleet: rounds.append(0) or Spy(fleet, order=poison))
+    left_out = [row["round"] for row in bench.rows("note") if "left_out" in row["values"]]
+    assert left_out == [0, 1]
+    assert math.isfinite(score(bench.task.base, method.deploy(state, "nx-02"), bench.task.test).mean_loss)
+
+
+def test_deploys_a_model_for_every_device(name, lab, task):
+    method, bench = METHODS[name].toy(), lab()
+    inputs = task.test.batch(np.arange(8))
+    inputs.pop("labels")
+    for state in (method.start(task, np.random.default_rng(0)), bench.run(method, rounds=2)):
+        models = [method.deploy(state, id) for id in (None, *bench.ids, "never-asked")] + [method.unpruned(state)]
+        for model in models:
+            logits = task.base.fit(model)(**inputs).logits
+            assert logits.shape == (8, 3)
+            assert bool(torch.isfinite(logits).all())

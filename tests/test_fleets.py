@@ -1,0 +1,467 @@
+"""All that a fleet promises, on the simulated one; the wrapper that loses and delays; the pool of workers."""
+
+import math
+import os
+import signal
+import time
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from toy import bits
+
+from fedspine.device import find_work, name_of, on_device
+from fedspine.errors import BadInput
+from fedspine.fleet import Idle
+from fedspine.fleets.lossy import Lossy
+from fedspine.fleets.simulated import profiles
+from fedspine.fleets.workers import WorkerLost
+from fedspine.message import message, pack
+
+TERA = 1e12
+
+
+@message
+class Job:
+    flops: float = TERA
+    load: str = ""
+
+
+@message
+class Done:
+    device: str
+    times: int  # this device has served, by its own memory
+    draw: float
+    rows: int
+
+
+@on_device
+def do(device, job):
+    """Count in memory, draw, and take as long as the job says."""
+    times = device.memory.get("times", 0) + 1
+    device.memory["times"] = times
+    device.spend(flops=job.flops, launches=1, samples=3, memory_bytes=1000 * times)
+    return Done(device=device.id, times=times, draw=float(device.rng.random()), rows=len(device.data))
+
+
+@on_device
+def fail(device, job):
+    raise RuntimeError("the work itself is broken")
+
+
+@on_device
+def die(device, job):
+    """End the worker process, as the kernel does when memory is short."""
+    if device.id == "nx-02":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return do(device, job)
+
+
+class Lazy(Mapping):
+    """Orders that are built when they are read, and remember that."""
+
+    def __init__(self, ids):
+        self.ids, self.read = list(ids), []
+
+    def __getitem__(self, id):
+        self.read.append(id)
+        return Job()
+
+    def __iter__(self):
+        return iter(self.ids)
+
+    def __len__(self):
+        return len(self.ids)
+
+
+def everyone(fleet, job=None):
+    return {device.id: job or Job() for device in fleet.devices}
+
+
+# ask
+
+
+def test_ask_answers_in_the_order_of_the_orders(lab):
+    bench = lab()
+    ids = bench.ids[::-1]
+    replies = bench.fleet.ask(do, {id: Job() for id in ids})
+    assert [reply.device for reply in replies] == [reply.value.device for reply in replies] == ids
+    assert {reply.device: reply.value.rows for reply in replies} == {
+        profile.id: profile.examples for profile in bench.fleet.devices
+    }
+
+
+def test_ask_moves_the_clock_by_the_slowest(lab):
+    fleet = lab().fleet
+    first = fleet.ask(do, everyone(fleet))
+    assert fleet.now == max(reply.cost.seconds for reply in first)
+    second = fleet.ask(do, everyone(fleet))
+    assert fleet.now == max(r.cost.seconds for r in first) + max(r.cost.seconds for r in second)
+    assert fleet.ask(do, {}) == []
+
+
+def test_seconds_are_those_of_the_hardware(lab):
+    bench = lab()
+    for ask in range(2):
+        for index, reply in enumerate(bench.fleet.ask(do, everyone(bench.fleet))):
+            timing = bench.hardware.seconds(
+                index,
+                round=0,
+                ask=ask,
+                flops=TERA,
+                launches=1,
+                bytes_down=pack(Job()).bytes,
+                bytes_up=reply.cost.bytes_up,
+            )
+            assert reply.cost.seconds == timing.total
+            assert reply.cost.bytes_down == pack(Job()).bytes
+            assert reply.cost.bytes_up == pack(reply.value).bytes
+            assert (reply.cost.flops, reply.cost.peak_memory_bytes) == (TERA, 1000 * (ask + 1))
+
+
+def test_orders_are_built_as_they_are_served(lab):
+    bench = lab()
+    orders = Lazy(bench.ids)
+    bench.fleet.ask(do, orders)
+    assert orders.read == bench.ids  # each once, in order
+
+
+def test_memory_and_randomness_belong_to_the_device_and_its_asks(lab):
+    def draws(name, rounds):
+        fleet = lab(name).fleet
+        return [[(r.value.times, r.value.draw) for r in fleet.ask(do, orders(fleet))] for orders in rounds]
+
+    both = draws("both", [everyone, everyone])
+    assert [[times for times, _ in replies] for replies in both] == [[1] * 5, [2] * 5]
+    assert len({draw for replies in both for _, draw in replies}) == 10
+    # whoever else is asked, and in which order, makes no difference
+    alone = draws("alone", [lambda fleet: {"nx-03": Job()}, lambda fleet: dict(reversed(everyone(fleet).items()))])
+    assert alone[0] == [both[0][3]]
+    assert alone[1][1] == both[1][3]
+    assert alone[1][0] == both[0][4]
+
+
+def test_late_replies_are_absent_and_charged(lab):
+    bench = lab()
+    jobs = everyone(bench.fleet) | {"nx-02": Job(flops=1e6 * TERA)}
+    replies = bench.fleet.ask(do, jobs, within=20.0)
+    assert [reply.device for reply in replies] == [id for id in bench.ids if id != "nx-02"]
+    assert bench.fleet.now == 20.0
+    rows = {row["device"]: row for row in bench.rows("exchange")}
+    assert rows["nx-02"]["lost"]
+    assert rows["nx-02"]["bytes_down"] == pack(jobs["nx-02"]).bytes
+    assert rows["nx-02"]["bytes_up"] == rows["nx-03"]["bytes_up"] > 0
+    assert not any(rows[reply.device]["lost"] for reply in replies)
+    # it did the work all the same
+    assert [r.value.times for r in bench.fleet.ask(do, {"nx-02": Job()})] == [2]
+
+
+def test_within_is_a_limit_and_no_delay(lab):
+    fleet = lab().fleet
+    replies = fleet.ask(do, everyone(fleet), within=1e6)
+    assert len(replies) == 5
+    assert fleet.now == max(reply.cost.seconds for reply in replies)
+
+
+def test_a_device_is_unknown(lab):
+    fleet = lab().fleet
+    for reach in (lambda: fleet.ask(do, {"nx-99": Job()}), lambda: fleet.send(do, {"nx-99": Job()})):
+        with pytest.raises(LookupError, match="nx-99 is not in this part of the fleet, which has 5 devices"):
+            reach()
+    with pytest.raises(LookupError, match="nx-99"):
+        fleet.only(["nx-02", "nx-99"])
+
+
+def test_only_marked_work_is_served(lab):
+    with pytest.raises(TypeError, match="decorate it with @on_device"):
+        lab().fleet.ask(print, {"nx-02": Job()})
+    with pytest.raises(LookupError, match="os:system is no work"):
+        find_work("os:system")
+    with pytest.raises(TypeError, match="at the top of its module"):
+        on_device(lambda device, job: job)
+    assert find_work(name_of(do)) is do
+
+
+# send and next
+
+
+def test_replies_arrive_one_by_one_in_order_of_time(lab):
+    bench = lab()
+    bench.fleet.send(do, everyone(bench.fleet))
+    assert bench.fleet.now == 0.0
+    arrivals = []
+    for _ in bench.ids:
+        reply = bench.fleet.next()
+        arrivals.append(reply.device)
+        assert bench.fleet.now == reply.cost.seconds
+    assert sorted(arrivals) == sorted(bench.ids)
+    assert arrivals != bench.ids, "the slow TX2 come first in the fleet, so arrival must differ"
+    with pytest.raises(Idle, match="send an order first"):
+        bench.fleet.next()
+
+
+def test_a_reply_that_waited_does_not_turn_the_clock_back(lab):
+    fleet = lab().fleet
+    fleet.send(do, {"agx-04": Job()})
+    fleet.wait(1000.0)
+    assert fleet.next().device == "agx-04"
+    assert fleet.now == 1000.0
+
+
+def test_next_is_for_the_part_that_asks(lab):
+    fleet = lab().fleet
+    fleet.send(do, everyone(fleet))
+    part = fleet.only(["tx2-00"])
+    assert part.next().device == "tx2-00"
+    with pytest.raises(Idle):
+        part.next()
+    assert fleet.next().device != "tx2-00"
+
+
+# parts
+
+
+def test_a_part_has_the_same_clock(lab):
+    fleet = lab().fleet
+    part = fleet.only(["nx-03", "tx2-00"])
+    assert [profile.id for profile in part.devices] == ["tx2-00", "nx-03"]
+    part.ask(do, everyone(part))
+    assert part.now == fleet.now > 0
+    with pytest.raises(LookupError, match="agx-04"):
+        part.ask(do, {"agx-04": Job()})
+
+
+def test_groups_run_side_by_side(lab):
+    fleet = lab().fleet
+    fleet.wait(5.0)
+    seen = {}
+
+    def job(name, part):
+        started = part.now
+        for _ in range({"slow": 3, "fast": 1}[name]):
+            part.ask(do, everyone(part))
+        seen[name] = (started, part.now - started)
+        return len(part.devices)
+
+    sizes = fleet.together(job, {"slow": ["tx2-00", "tx2-01"], "fast": ["agx-04"]})
+    assert sizes == {"slow": 2, "fast": 1}
+    assert seen["slow"][0] == seen["fast"][0] == 5.0
+    assert seen["slow"][1] > seen["fast"][1]
+    assert fleet.now == pytest.approx(5.0 + seen["slow"][1])
+    before = fleet.now
+    assert fleet.together(job, {}) == {}
+    assert fleet.now == before
+
+
+def test_notes_and_waiting(lab):
+    bench = lab()
+    bench.fleet.wait(2.5)
+    bench.fleet.only(["nx-02"]).note(device="nx-02", loss=math.nan, ranks=(1, 2))
+    (row,) = bench.rows("note")
+    assert row == {
+        "row": "note",
+        "round": 0,
+        "now": 2.5,
+        "values": {"device": "nx-02", "loss": None, "ranks": [1, 2]},
+    }
+
+
+def test_a_round_adds_up(lab):
+    bench = lab()
+    totals = bench.fleet.begin_round(4)
+    replies = bench.fleet.ask(do, everyone(bench.fleet), within=1e6)
+    bench.fleet.end_round(0.5)
+    (row,) = bench.rows("round")
+    seconds = [reply.cost.seconds for reply in replies]
+    assert row["round"] == 4
+    assert (row["devices"], row["lost"], totals.samples, totals.peak_memory_bytes) == (5, 0, 15, 1000)
+    assert row["waiting_seconds"] == pytest.approx(max(seconds) - np.mean(seconds))
+    assert row["bytes_up"] == sum(reply.cost.bytes_up for reply in replies)
+    assert row["bytes_down"] == sum(reply.cost.bytes_down for reply in replies)
+
+
+def test_data_must_be_there_for_every_device():
+    with pytest.raises(BadInput, match="2 devices were expected to hold data, 1 do"):
+        profiles(["nx", "nx"], [3])
+
+
+# going on after a kill
+
+
+def test_the_future_after_a_snapshot_is_the_same(lab):
+    def future(fleet):
+        events = [(fleet.next(), fleet.now) for _ in range(2)]
+        fleet.send(do, {"tx2-01": Job()})
+        events += [(fleet.next(), fleet.now) for _ in range(2)]
+        events += [(reply, fleet.now) for reply in fleet.ask(do, everyone(fleet))]
+        return [(reply.device, bits(reply.value), vars(reply.cost), now) for reply, now in events]
+
+    first = lab("killed")
+    first.fleet.ask(do, everyone(first.fleet))
+    first.fleet.send(do, {id: Job() for id in ("tx2-00", "nx-02", "nx-03", "agx-04")})
+    first.fleet.next()
+    first.save(Once(round=1))
+    expected = future(first.fleet)
+    first.close()
+    second = lab("killed")
+    assert second.saved.state.round == 1
+    assert len(second.saved.fleet.pending) == 3
+    assert future(second.fleet) == expected
+
+
+@message
+class Once:
+    """The least state that a store keeps."""
+
+    round: int
+
+
+# losses and delays
+
+
+def lossy(bench, **settings):
+    return Lossy(bench.fleet, **settings)
+
+
+def test_losses_are_absent_and_noted(lab):
+    bench = lab()
+    fleet = lossy(bench, drop=0.5, seed=1)
+    asked = answered = 0
+    for _ in range(12):
+        asked += len(bench.ids)
+        answered += len(fleet.ask(do, everyone(fleet)))
+    notes = [row["values"] for row in bench.rows("note")]
+    assert len(notes) == asked - answered
+    assert all(note["left_out"] == "lost" and note["device"] in bench.ids for note in notes)
+    # a fair coin 60 times: 30 with a standard error of sqrt(60)/2 = 3.9; four of them
+    assert abs(answered - 30) < 4 * 3.9
+    # half of the losses come before the order arrives, so the work was done more often than was heard of
+    served = len(bench.rows("exchange"))
+    assert answered < served < asked
+
+
+def test_losses_follow_the_seed_and_the_time(lab):
+    def heard(name, seed):
+        fleet = lossy(lab(name), drop=0.5, seed=seed)
+        return [[reply.device for reply in fleet.ask(do, everyone(fleet))] for _ in range(4)]
+
+    first = heard("first", 1)
+    assert first == heard("again", 1) != heard("other", 2)
+    assert len({tuple(devices) for devices in first}) > 1
+
+
+def test_asking_again_is_another_chance_even_if_no_time_passed(lab):
+    fleet = lossy(lab(), drop=0.9)
+    # 200 tries at one in ten: silence for ever has probability 0.9^200 < 1e-9, unless nothing is drawn anew
+    assert any(fleet.ask(do, {"nx-02": Job()}) for _ in range(200))
+
+
+def test_groups_lose_independently(lab):
+    fleet, lost = lossy(lab(), drop=0.5), []
+    for _ in range(8):
+        heard = fleet.together(
+            lambda name, part: bool(part.ask(do, everyone(part))), {"one": ["nx-02"], "other": ["nx-03"]}
+        )
+        lost.append(heard["one"] == heard["other"])
+    assert 0 < sum(lost) < 8
+
+
+def test_delays_come_on_top(lab):
+    plain, late = lab("plain").fleet, lossy(lab("late"), delay_seconds=50.0)
+    first, second = plain.ask(do, everyone(plain)), late.ask(do, everyone(late))
+    extra = [b.cost.seconds - a.cost.seconds for a, b in zip(first, second, strict=True)]
+    assert min(extra) > 0
+    assert len(set(extra)) == 5
+    # the mean of five exponentials: 50 with a standard error of 22, never a tenth
+    assert np.mean(extra) > 5
+    assert late.now == pytest.approx(max(reply.cost.seconds for reply in second))
+
+
+def test_delays_make_late(lab):
+    fleet = lossy(lab(), delay_seconds=1e6)
+    assert fleet.ask(do, everyone(fleet), within=50.0) == []
+    assert fleet.now == pytest.approx(50.0)
+
+
+def test_whoever_is_lost_is_waited_for_until_the_time_is_up(lab):
+    patient, hurried = lossy(lab("patient"), drop=1.0), lossy(lab("hurried"), drop=1.0)
+    assert hurried.ask(do, everyone(hurried), within=30.0) == []
+    assert hurried.now == pytest.approx(30.0)
+    assert patient.ask(do, everyone(patient)) == []
+    assert math.isfinite(patient.now)
+
+
+def test_sent_orders_are_lost_too(lab):
+    bench = lab()
+    fleet = lossy(bench, drop=0.5, seed=2)
+    heard = 0
+    for _ in range(12):
+        fleet.send(do, everyone(fleet))
+        try:
+            while fleet.next():
+                heard += 1
+        except Idle:
+            pass
+    assert abs(heard - 30) < 4 * 3.9  # as for ask
+    assert len(bench.rows("note")) == 60 - heard
+    assert heard < len(bench.rows("exchange")) < 60
+
+
+def test_a_lossy_fleet_is_a_fleet(lab):
+    bench = lab()
+    fleet = lossy(bench, drop=0.0)
+    assert fleet.devices == bench.fleet.devices
+    part = fleet.only(["nx-02"])
+    assert isinstance(part, Lossy)
+    part.wait(3.0)
+    assert fleet.now == part.now == 3.0
+    orders = Lazy(bench.ids)
+    fleet.ask(do, orders)
+    assert orders.read == bench.ids
+    for settings in ({"drop": 1.5}, {"drop": -0.1}, {"delay_seconds": -1.0}):
+        with pytest.raises(ValueError, match="0 <= drop <= 1"):
+            lossy(bench, **settings)
+
+
+# worker processes
+
+
+def test_workers_give_what_this_process_gives(lab):
+    alone, two = lab("alone").fleet, lab("two", workers=2).fleet
+    for _ in range(2):
+        first, second = (fleet.ask(do, everyone(fleet)) for fleet in (alone, two))
+        assert [(r.device, bits(r.value), r.cost) for r in first] == [(r.device, bits(r.value), r.cost) for r in second]
+
+
+def test_a_worker_that_dies_at_work_is_no_hang(lab):
+    fleet = lab(workers=2).fleet
+    with pytest.raises(WorkerLost, match="ended without a reply"):
+        fleet.ask(die, everyone(fleet))
+
+
+def test_a_worker_that_died_in_between_is_no_hang(lab):
+    bench = lab(workers=2)
+    bench.fleet.ask(do, everyone(bench.fleet))
+    for process in bench.workers._processes:
+        process.kill()
+        process.join()
+    with pytest.raises(WorkerLost, match="ended"):
+        bench.fleet.ask(do, everyone(bench.fleet))
+
+
+def test_a_failure_in_a_worker_says_what_failed(lab):
+    fleet = lab(workers=2).fleet
+    with pytest.raises(WorkerLost, match="the work itself is broken"):
+        fleet.ask(fail, everyone(fleet))
+    with pytest.raises(RuntimeError, match="the work itself is broken"):
+        lab("here").fleet.ask(fail, {"nx-02": Job()})
+
+
+def test_workers_end_when_they_are_closed(lab):
+    bench = lab(workers=2)
+    bench.fleet.ask(do, everyone(bench.fleet))
+    processes = list(bench.workers._processes)
+    started = time.monotonic()
+    bench.workers.close()
+    assert not any(process.is_alive() for process in processes)
+    assert time.monotonic() - started < 4.0  # none had to be waited for until its time was up

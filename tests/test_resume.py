@@ -1,0 +1,171 @@
+"""Runs that are killed, interrupted or out of room go on to the same end, bit for bit. See kill_driver.py."""
+
+import errno
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import environment, records_of, summary_of, tiny_job, without_wall, write_csv
+
+DRIVER = Path(__file__).parent / "kill_driver.py"
+ENOUGH: dict = {}  # an attempt that nothing disturbs
+
+
+@pytest.fixture(scope="module")
+def job(tiny_folder, tmp_path_factory):
+    """A function that carries out plans on the same tiny job, and the folder of its undisturbed run."""
+    root = tmp_path_factory.mktemp("killed")
+    data = write_csv(root / "rows.csv")
+    command = [sys.executable, str(DRIVER)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+    ) as driver:
+
+        def carry_out(folder, *attempts, every=False, **changed):
+            arguments = tiny_job(tiny_folder("bert"), data, run__evaluate_every=1, **changed)
+            plan = {"folder": str(root / folder), "attempts": attempts, "every": every}
+            driver.stdin.write(json.dumps({"arguments": arguments, "plan": plan}) + "\n")
+            driver.stdin.flush()
+            return json.loads(driver.stdout.readline())
+
+        (whole,) = carry_out("whole", {"report": True})
+        assert whole["ends"][0]["code"] == 0, whole
+        yield carry_out, whole["folder"]
+        driver.stdin.close()
+
+
+def assert_same(folder, whole):
+    """The run in `folder` ended as the one that nothing disturbed, and left nothing half-written."""
+    assert without_wall(summary_of(folder)) == without_wall(summary_of(whole))
+    assert records_of(folder) == records_of(whole)
+    names = {path.name for path in Path(folder).iterdir()}
+    assert names == {path.name for path in Path(whole).iterdir()}
+    assert {p.name for p in (Path(folder) / "state").iterdir()} == {p.name for p in (Path(whole) / "state").iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_change_nothing(job, workers) -> None:
+    carry_out, whole = job
+    (plan,) = carry_out(f"workers-{workers}", ENOUGH, run__workers=workers)
+    assert plan["ends"][0]["code"] == 0, plan
+    assert_same(plan["folder"], whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("function", "when"), [("replace", "before"), ("replace", "after"), ("fsync", "before")])
+def test_killed_at_every_write(job, function, when) -> None:
+    """Killed at the first, second, ... file that is written, renamed, until the run ends before its turn."""
+    carry_out, whole = job
+    *killed, unharmed = carry_out(f"{function}-{when}", {"function": function, "when": when}, ENOUGH, every=True)
+    # a round writes two memories, the state and its name; there is a recipe before and a summary after
+    assert len(killed) >= 1 + 2 * 4 + 1
+    for number, plan in enumerate(killed):
+        first, last = plan["ends"]
+        assert (first["code"], last["code"]) == (-9, 0), plan
+        assert last["resumes"] or number == 0  # only the first kill comes before the folder is there
+        assert_same(plan["folder"], whole)
+    assert unharmed["ends"][0]["code"] == 0
+
+
+@pytest.mark.slow
+def test_killed_while_old_files_are_removed(job) -> None:
+    carry_out, whole = job
+    *killed, _ = carry_out("unlink", {"function": "unlink", "when": "before"}, ENOUGH, every=True)
+    assert len(killed) >= 2  # the state of the first round, and the memory of a device that is asked again
+    for plan in killed:
+        assert [end["code"] for end in plan["ends"]] == [-9, 0]
+        assert_same(plan["folder"], whole)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(job) -> None:
+    """At least twenty kills of runs with two workers, several of them on the same run; no worker outlives its run."""
+    carry_out, whole = job
+    rng, kills = random.Random(20), 0
+    for number in range(7):
+        delays = [rng.uniform(0, 0.4) for _ in range(4)]
+        struck = [{"seconds": seconds, "slow": 0.03} for seconds in delays]
+        (plan,) = carry_out(f"random-{number}", *struck, ENOUGH, run__workers=2)
+        kills += sum(end["code"] == -9 for end in plan["ends"])
+        assert plan["orphans"] == []
+        assert [line for end in plan["ends"] for line in end["said"]] == []
+        assert plan["ends"][-1]["code"] == 0
+        assert_same(plan["folder"], whole)
+    assert kills >= 20
+
+
+@pytest.mark.slow
+def test_full_disk_at_every_write(job) -> None:
+    carry_out, whole = job
+    struck = {"function": "fsync", "when": "before", "error": errno.ENOSPC}
+    *full, _ = carry_out("full", struck, ENOUGH, every=True)
+    assert len(full) >= 1 + 2 * 5 + 2  # as above, and the records once a round and at the end
+    for plan in full:
+        first, last = plan["ends"]
+        assert (first["code"], last["code"]) == (2, 0), plan
+        (line,) = first["said"]
+        assert line.startswith("fedspine: ")
+        assert "No space left on device" in line
+        assert_same(plan["folder"], whole)
+
+
+@pytest.mark.slow
+def test_file_that_may_not_grow(job) -> None:
+    """The system's own limit on the size of files, which the second round's state passes by a byte."""
+    carry_out, whole = job
+    bytes = (Path(whole) / "state" / "round-000002.safetensors").stat().st_size - 1
+    (plan,) = carry_out("limit", {"file_bytes": bytes}, ENOUGH)
+    first, last = plan["ends"]
+    assert (first["code"], last["code"]) == (2, 0), plan
+    (line,) = first["said"]
+    assert "File too large; 1 round saved" in line
+    assert line.endswith(f"fedspine run --resume {plan['folder']}")
+    assert_same(plan["folder"], whole)
+
+
+@pytest.mark.slow
+def test_report_without_room(job) -> None:
+    """A run that had no room for its last file is finished by resuming it."""
+    carry_out, _ = job
+    struck = {"function": "replace", "call": 11, "when": "before", "error": errno.ENOSPC, "report": True}
+    (plan,) = carry_out("report", struck, {"report": True})
+    first, last = plan["ends"]
+    assert (first["code"], last["code"]) == (2, 0), plan
+    (line,) = first["said"]
+    assert "2 rounds saved" in line
+    assert (Path(plan["folder"]) / "report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.05, 0.15, 0.25])
+def test_interrupted(job, seconds) -> None:
+    """Ctrl-C reaches the workers too: one line, exit code 130, and nothing is lost."""
+    carry_out, whole = job
+    struck = {"seconds": seconds, "signal": "INT", "slow": 0.1}
+    (plan,) = carry_out(f"interrupt-{seconds}", struck, ENOUGH, run__workers=2)
+    first, last = plan["ends"]
+    assert (first["code"], last["code"]) == (130, 0), plan
+    (line,) = first["said"]
+    assert line.startswith("fedspine: interrupted; ")
+    assert plan["orphans"] == []
+    assert_same(plan["folder"], whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "workers", "says"),
+    [("exit", 2, "worker"), ("raise", 2, "no room for 8 exabytes"), ("raise", 1, "no room for 8 exabytes")],
+)
+def test_worker_that_fails(job, how, workers, says) -> None:
+    carry_out, whole = job
+    (plan,) = carry_out(f"worker-{how}-{workers}", {"job": 2, "how": how}, ENOUGH, run__workers=workers)
+    first, last = plan["ends"]
+    assert (first["code"], last["code"]) == (2, 0), plan
+    (line,) = first["said"]
+    assert says in line
+    assert f"--resume {plan['folder']}" in line
+    assert_same(plan["folder"], whole)
