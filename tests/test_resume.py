@@ -141,7 +141,7 @@ def test_report_without_room(job) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.05, 0.15, 0.25])
+@pytest.mark.parametrize("seconds", [0.02, 0.1, 0.25])
 def test_interrupted(job, seconds) -> None:
     """Ctrl-C reaches the workers too: one line, exit code 130, and nothing is lost."""
     carry_out, whole = job

@@ -6,10 +6,13 @@ Every job runs on one thread, because the number of threads changes the order of
 
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -86,15 +89,19 @@ class Workers:
         self._pipes, self._processes = [], []
 
     def _start(self) -> None:
+        with _interrupts_put_off():
+            for _ in range(self._count):
+                self._fork()
+
+    def _fork(self) -> None:
         context = multiprocessing.get_context("fork")
-        for _ in range(self._count):
-            ours, theirs = context.Pipe()
-            inherited = [*self._pipes, ours]
-            process = context.Process(target=_work, args=(self._workshop, theirs, inherited, os.getpid()), daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        ours, theirs = context.Pipe()
+        inherited = [*self._pipes, ours]
+        process = context.Process(target=_work, args=(self._workshop, theirs, inherited, os.getpid()), daemon=True)
+        process.start()
+        theirs.close()
+        self._pipes.append(ours)
+        self._processes.append(process)
 
     def _spread(self, jobs: Iterator[Call | ScoreJob]) -> Iterator[Any]:
         idle, busy = deque(self._pipes), {}
@@ -144,10 +151,32 @@ def _work(workshop: Workshop, pipe: Connection, inherited: list[Connection], par
                 os._exit(1)
         try:
             job = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             os._exit(0)
         try:
             reply = (True, workshop.do(job))
         except BaseException:
             reply = (False, traceback.format_exc())
-        pipe.send(reply)
+        try:
+            pipe.send(reply)
+        except OSError:  # the run ended meanwhile
+            os._exit(1)
+
+
+@contextmanager
+def _interrupts_put_off() -> Iterator[None]:
+    """Hold Ctrl-C back until the end: callbacks that libraries run at a fork would swallow it.
+
+    The forked workers keep ignoring it: it is for the run, which ends them.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone gets to see it
+        yield
+        return
+    pressed: list[bool] = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
