@@ -4,7 +4,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,11 @@ class Method(Protocol[S]):
 
     The state is a message; `round` returns a new one and changes nothing in place.
     """
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds; the tests of every method use them."""
+        ...
 
     def check(self, task: "Task") -> None:
         """Raise BadInput where these settings cannot work on this task, before anything is spent."""

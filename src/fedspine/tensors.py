@@ -17,7 +17,7 @@ def single(tensors: Tensors) -> Tensors:
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 
-def average(weighted: Iterable[tuple[float, Mapping[str, Tensor]]]) -> Tensors:
+def average(weighted: Iterable[tuple[int | float, Mapping[str, Tensor]]]) -> Tensors:
     """The weighted mean of dictionaries with equal names and shapes; raises ValueError for none.
 
     >>> import torch

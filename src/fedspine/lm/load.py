@@ -128,5 +128,6 @@ def _read(name: str, reader: Any, source: str, **options: Any) -> Any:
         known = f"built in: {', '.join(BUILT_IN)}" + (f" (did you mean {near!r}?)" if near and near != name else "")
         reason = " ".join(str(error).split())[:160]
         raise BadInput(
-            f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}); {known}, or a local folder, or a Hub id"
+            f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}); "
+            f"{known}, or a local folder, or a Hub id"
         ) from None

@@ -88,7 +88,8 @@ class Lines:
         self.rounds, self.done, self.began = 0, 0, monotonic()
 
     def stage(self, text: str) -> None:
-        self._say(text)
+        if self.rounds:  # nothing is said while loading, so that what is wrong with the input is the only line
+            self._say(text)
 
     def started(self, rounds: int, title: str, *, done: int = 0) -> None:
         self.rounds, self.done, self.began = rounds, done, monotonic()

@@ -1,0 +1,169 @@
+"""What FedSpine promises beyond what every method does: sparsity, memory limits, and what a device may have missed."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from toy import Spy
+
+from fedspine.device import Device
+from fedspine.errors import BadInput
+from fedspine.fleets.lossy import Lossy
+from fedspine.lm.cost import training_memory_bytes
+from fedspine.lm.lora import a_name, b_name
+from fedspine.lm.structure import cut_adapter, full, is_full, sparsity
+from fedspine.methods.fedspine import USABLE_MEMORY, FedSpine, SpineOrder, prune_and_tune
+from fedspine.planning.choice import Plan
+from fedspine.planning.sparsity import cubic_floor
+
+TOY = FedSpine.toy()
+
+
+@pytest.fixture
+def order(task):
+    """An order to prune to 0.3 on the way to 0.5, built by the method itself."""
+    state = TOY.start(task, np.random.default_rng(0))
+    return TOY._order(state, "d", Plan(reached=0.3, rank=4, action=None, progress=0.0))
+
+
+def device(task, memory):
+    return Device(id="d", data=task.train, base=task.base, memory=memory, rng=np.random.default_rng(0))
+
+
+def poisoned(order: SpineOrder):
+    return dataclasses.replace(order, head={name: tensor * math.nan for name, tensor in order.head.items()})
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.3])
+@pytest.mark.parametrize("target", [0.3, 0.5])
+def test_every_device_ends_at_the_target(lab, task, target, drop):
+    method, bench = dataclasses.replace(TOY, sparsity=target), lab()
+    state = bench.run(method, around=lambda fleet: Lossy(fleet, drop=drop))
+    for id in (None, *bench.ids, "never-asked"):
+        assert sparsity(task.base.anatomy, method.deploy(state, id).structure) == pytest.approx(target, abs=0.005)
+    assert is_full(method.unpruned(state).structure)
+
+
+def test_structures_only_shrink_and_follow_the_schedule(lab, task):
+    bench, spies = lab(), []
+    bench.run(TOY, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    last, reached = {}, {}
+    for round, spy in enumerate(spies):
+        for (id, sent), (_, result) in zip(spy.orders, spy.results, strict=True):
+            assert not bool((result.structure.channels & ~last.get(id, full(task.base.anatomy)).channels).any())
+            due = cubic_floor(round, task.rounds, 0.5, warmup=TOY.warmup, until=TOY.until, share=TOY.floor)
+            assert sent.reached >= max(reached.get(id, 0.0), due)
+            last[id], reached[id] = result.structure, sent.reached
+
+
+def test_nothing_is_pruned_before_its_importance_is_known(task, order):
+    first = device(task, {})
+    assert math.isnan(prune_and_tune(first, poisoned(order)).loss)
+    second = device(task, first.memory)
+    assert is_full(prune_and_tune(second, order).structure)  # that round gave no scores, and this one its first
+    third = device(task, second.memory)
+    assert sparsity(task.base.anatomy, prune_and_tune(third, order).structure) == pytest.approx(0.3, abs=0.02)
+
+
+def test_what_a_lost_reply_pruned_stays_pruned(task, order):
+    one = device(task, {})
+    prune_and_tune(one, order)  # learns its importance
+    further = dataclasses.replace(order, reached=0.5)
+    lost = prune_and_tune(one, further)  # which the server never hears of: it goes on from the full structure
+    heard = prune_and_tune(one, order)
+    assert torch.equal(heard.structure.heads, lost.structure.heads)
+    assert torch.equal(heard.structure.channels, lost.structure.channels)
+    assert {name: tensor.shape for name, tensor in heard.adapter.items()} == {
+        name: tensor.shape for name, tensor in lost.adapter.items()
+    }
+
+
+def test_a_device_reports_the_loss_of_its_last_good_round(task, order):
+    one = device(task, {})
+    good = prune_and_tune(one, order)
+    assert good.loss_before is None
+    assert prune_and_tune(one, poisoned(order)).loss_before == good.loss
+    assert prune_and_tune(one, order).loss_before == good.loss
+
+
+def test_devices_get_the_best_adapter_of_their_rank(lab, task):
+    state = lab().run(TOY, rounds=4)
+    id, structure = next(iter(state.structures.items()))
+    rank = 2
+    sent = TOY._order(state, id, Plan(reached=0.5, rank=rank, action=None, progress=0.0)).adapter
+    wide = cut_adapter(state.adapter, task.base.anatomy.sites, structure)
+    for site in task.base.anatomy.sites:
+        a, b = a_name(site.path), b_name(site.path)
+        whole = (wide[b] @ wide[a]).double()
+        best = float(torch.linalg.svdvals(whole)[rank:].norm())
+        left = float((sent[b].double() @ sent[a].double() - whole).norm())
+        # the wire's fp16 is off by 2^-11 of each factor
+        assert left <= best + 2 * 2**-11 * float(sent[b].double().norm() * sent[a].double().norm())
+
+
+class Small(Spy):
+    """A fleet whose first device has only so much memory, and whose second has none to speak of."""
+
+    memory_bytes = 0
+
+    @property
+    def devices(self):
+        first, second, *others = self._fleet.devices
+        shrunk = (
+            dataclasses.replace(first, memory_bytes=self.memory_bytes),
+            dataclasses.replace(second, memory_bytes=1),
+        )
+        return (*shrunk, *others)
+
+
+def test_the_rank_fits_the_memory(lab, task):
+    bench, spies = lab(), []
+    needed = [
+        training_memory_bytes(
+            task.base.anatomy,
+            full(task.base.anatomy),
+            rank=rank,
+            embeddings=task.base.embeddings,
+            batch=TOY.batch,
+            tokens=task.max_tokens,
+        )
+        for rank in TOY.ranks
+    ]
+    Small.memory_bytes = math.ceil(needed[0] / USABLE_MEMORY)  # the smallest rank fits, the next does not
+    assert USABLE_MEMORY * Small.memory_bytes < needed[1]
+    method = dataclasses.replace(TOY, sparsity=0.0)
+    bench.run(method, rounds=3, around=lambda fleet: spies.append(Small(fleet)) or spies[-1])
+    ranks, first = {id: set() for id in bench.ids}, a_name(task.base.anatomy.sites[0].path)
+    for id, sent in (each for spy in spies for each in spy.orders):
+        ranks[id].add(sent.adapter[first].shape[0])
+    assert ranks["tx2-00"] == {TOY.ranks[0]}
+    assert ranks["tx2-01"] == set()
+    assert max(set.union(*ranks.values())) > TOY.ranks[0]
+    left_out = [row["values"] for row in bench.rows("note") if "left_out" in row["values"]]
+    assert left_out == [{"device": "tx2-01", "left_out": "no rank fits its memory"}] * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"sparsity": -0.1}, "sparsity is -0.1, but 0 to 0.95"),
+        ({"sparsity": 0.96}, "sparsity is 0.96, but 0 to 0.95"),
+        ({"sparsity": 0.95}, "lower the target"),
+        ({"ranks": ()}, "rising ranks without repeats"),
+        ({"ranks": (8, 4)}, "rising ranks without repeats"),
+        ({"ranks": (4, 64)}, "has rank 64, but .* is 32 wide; choose 1 to 32"),
+        ({"ranks": (0, 4)}, "has rank 0"),
+        ({"warmup": 0.8}, "warmup < until"),
+        ({"most_per_round": 0.0}, "most_per_round is 0.0"),
+        ({"score_every": 0}, "score_every is 0"),
+        ({"discount": 1.5}, "discount is 1.5"),
+        ({"weights": (0.0, 0.0, 0.0, 1.0)}, "weights"),
+        ({"weights": (1.0, -1.0, 1.0, 1.0)}, "weights"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(task, settings, complaint):
+    with pytest.raises(BadInput, match=complaint):
+        dataclasses.replace(TOY, **settings).check(task)
