@@ -51,16 +51,17 @@ STANDING = progress.Standing(round=3, now=125.0, accuracy=0.71, sparsity=0.22, b
 
 def test_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     shown = progress.progress_for(json=False)
-    shown.stage("loading the base")
+    shown.stage("loading the base")  # not said, so that an error while loading is the only line
     shown.started(20, "fedspine", done=2)
+    shown.stage("scoring")
     shown.round_done(STANDING)
     shown.round_done(replace(STANDING, round=4, accuracy=None, loss=1.5))
     shown.finished(tables.summary_table(SUMMARY))
     shown.close()
     out, err = capsys.readouterr()
     assert out == ""
-    stage, started, third, fourth, *table = err.splitlines()
-    assert (stage, started) == ("loading the base", "fedspine: 20 rounds, 2 of them done before")
+    started, stage, third, fourth, *table = err.splitlines()
+    assert (started, stage) == ("fedspine: 20 rounds, 2 of them done before", "scoring")
     assert third.startswith(
         "round 3/20  accuracy 71.0 %  sparsity 22.0 %  simulated 2 min 05 s  traffic 1.5 kB  about "
     )

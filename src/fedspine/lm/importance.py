@@ -103,8 +103,20 @@ def normalised(scores: Scores) -> Scores:
 
 def ballot(scores: Scores, kept: Structure) -> Scores:
     """A device's scores as it sends them: of unit norm by layer, zero for what it has dropped, fp16."""
-    unit = normalised(Scores(heads=scores.heads * kept.heads, channels=scores.channels * kept.channels))
-    return Scores(heads=unit.heads.half(), channels=unit.channels.half())
+    return on_wire(normalised(Scores(heads=scores.heads * kept.heads, channels=scores.channels * kept.channels)))
+
+
+def on_wire(scores: Scores) -> Scores:
+    """The same scores in fp16."""
+    return Scores(heads=scores.heads.half(), channels=scores.channels.half())
+
+
+def mixed(own: Scores, fleet: Scores, say: float) -> Scores:
+    """A device's scores and the fleet's, each layer of unit norm, the fleet's with weight `say`."""
+    own, fleet = normalised(own), normalised(Scores(heads=fleet.heads.float(), channels=fleet.channels.float()))
+    return Scores(
+        heads=(1 - say) * own.heads + say * fleet.heads, channels=(1 - say) * own.channels + say * fleet.channels
+    )
 
 
 def tally(before: Scores | None, ballots: Sequence[Scores]) -> Scores:

@@ -28,8 +28,10 @@ class Score:
 
 
 def score(base: Base, model: Model, data: Examples, *, batch: int = 64) -> Score:
-    """Score `model` on all rows of `data`."""
-    return score_module(base.fit(model), data, batch=batch)
+    """Score `model`, merged as it would be deployed, on all rows of `data`."""
+    with torch.no_grad():
+        module = base.fit(model, merge=True)
+    return score_module(module, data, batch=batch)
 
 
 def score_module(module: nn.Module, data: Examples, *, batch: int = 64) -> Score:

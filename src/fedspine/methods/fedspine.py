@@ -27,7 +27,7 @@ from fedspine.lm.aggregate import (
 from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Model, line_energy, site_norms
 from fedspine.lm.cost import training_memory_bytes
-from fedspine.lm.importance import Scores, ballot, no_scores, tally
+from fedspine.lm.importance import ballot, mixed, no_scores, on_wire, Scores, tally
 from fedspine.lm.lora import check_rank, cut_rank, fresh
 from fedspine.lm.structure import Structure, check_target, cut_adapter, full, shrink, sparsity
 from fedspine.lm.tune import Scoring, Tuning, check_tuning, tune, tuning_at
@@ -47,6 +47,8 @@ class SpineOrder:
     adapter: Tensors  # fp16, cut to `structure`, of this round's rank
     head: Tensors  # fp16
     structure: Structure  # what the server knows the device to have
+    scores: Scores | None  # fp16, the fleet's average importance, where it has a say
+    fleet_say: float  # of those scores in what goes, 0 to 1
     reached: float  # sparsity to prune to before tuning
     target: float  # sparsity to end at
     scale: float
@@ -70,7 +72,8 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
     anatomy, known = device.base.anatomy, device.memory.get("scores")
     kept: Structure = device.memory.get("kept", order.structure)
     if known is not None and order.reached > 0:  # nothing is pruned before its importance is known
-        kept = shrink(anatomy, kept, (known.heads, known.channels), reached=order.reached, target=order.target)
+        votes = known if order.scores is None else mixed(known, order.scores, order.fleet_say)
+        kept = shrink(anatomy, kept, (votes.heads, votes.channels), reached=order.reached, target=order.target)
     adapter = cut_adapter(single(order.adapter), anatomy.sites, kept, within=order.structure)
     model = Model(structure=kept, adapter=adapter, head=single(order.head), scale=order.scale)
     trace = tune(device, model, order.tuning, scoring=order.scoring, scores=known)
@@ -146,6 +149,7 @@ class FedSpine:
     score_square: bool = False
     score_cross: float = 0.0  # eta
     score_normalise: bool = False
+    fleet_say: float = 0.0  # of the fleet's average importance in what a device drops; 0 is the reconstruction's choice
     aggregation: Literal["delta-product", "zeropad"] = "delta-product"
 
     @classmethod
@@ -159,6 +163,8 @@ class FedSpine:
         check_target(task.base.anatomy, self.sparsity)
         if not self.ranks or list(self.ranks) != sorted(set(self.ranks)):
             raise BadInput(f"method.ranks is {list(self.ranks)}, but rising ranks without repeats were expected")
+        if not 0 <= self.fleet_say <= 1:
+            raise BadInput(f"method.fleet_say is {self.fleet_say}, but a share from 0 to 1 was expected")
         check_rank("method.ranks", self.ranks, task.base.anatomy)
         check_tuning(self)
         cubic_floor(0, 1, self.sparsity, warmup=self.warmup, until=self.until, share=self.floor)
@@ -282,6 +288,8 @@ class FedSpine:
             adapter=half(adapter),
             head=half(state.head),
             structure=structure,
+            scores=on_wire(state.scores) if self.fleet_say and state.scores else None,
+            fleet_say=self.fleet_say,
             reached=plan.reached,
             target=self.sparsity,
             scale=self.scale,
