@@ -127,7 +127,9 @@ def spread(group: list[dict[str, Any]], name: str, factor: float, digits: int) -
 
 
 def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
+    ).stdout.strip()
 
 
 def processor() -> str:

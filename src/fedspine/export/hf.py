@@ -30,6 +30,7 @@ from fedspine.task import Kind
 
 __all__ = ["Continued", "Labelled", "Loaded", "Prediction", "export", "load", "merged_tensors", "predict"]
 
+
 def export(
     base: Base,
     model: Model,

@@ -176,8 +176,13 @@ def bench_table(found: Mapping[str, Any]) -> Table:
     title = f"measured on {counted(model['threads'], 'thread')}, {model['tokens']} tokens a row"
     table = Table("", "model", *(("against", "ratio") if against else ()), title=title, title_justify="left")
     for batch in model["latency_seconds"]:
-        _bench_row(table, f"latency, batch {batch}", found, lambda b, n=batch: seconds_text(b["latency_seconds"][n]),
-                   ratios.get("latency", {}).get(batch))
+        _bench_row(
+            table,
+            f"latency, batch {batch}",
+            found,
+            lambda b, n=batch: seconds_text(b["latency_seconds"][n]),
+            ratios.get("latency", {}).get(batch),
+        )
     for label, key, text in (
         ("weights in the blocks", "block_parameters", "{:,}".format),
         ("parameters in all", "parameters", "{:,}".format),
