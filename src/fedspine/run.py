@@ -280,7 +280,7 @@ def _summary(job: Job, point: Point) -> dict[str, Any]:
             "bytes_down": sums.bytes_down,
             "peak_memory_bytes_simulated": sums.peak_memory_bytes,
             "exchanges": sums.exchanges,
-            "exchanges_lost": sums.lost,
+            "replies_late": sums.lost,
             "wall_seconds": watch.total,
             "samples_per_second": sums.samples / watch.training if watch.training else 0.0,
             "state_sha256": pack(point.state).sha256,

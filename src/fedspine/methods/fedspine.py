@@ -27,7 +27,7 @@ from fedspine.lm.aggregate import (
 from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Model, line_energy, site_norms
 from fedspine.lm.cost import training_memory_bytes
-from fedspine.lm.importance import ballot, mixed, no_scores, on_wire, Scores, tally
+from fedspine.lm.importance import Scores, ballot, mixed, no_scores, on_wire, tally
 from fedspine.lm.lora import check_rank, cut_rank, fresh
 from fedspine.lm.structure import Structure, check_target, cut_adapter, full, shrink, sparsity
 from fedspine.lm.tune import Scoring, Tuning, check_tuning, tune, tuning_at

@@ -113,7 +113,7 @@ def _quality(rows: Rows, summary: Mapping[str, Any]) -> Panel | None:
     _legend(axes)
     caption = (
         f"Mean {name} of the models that devices run and {name} of the global model, on the test rows; rings mark "
-        "the last scores, which the legend repeats, and the dashed line is the model before pruning."
+        "the last scores, which the legend repeats, and the dashed line is the same adapter on the unpruned base."
     )
     return Panel("quality", f"{name.capitalize()} over simulated time", caption, figure)
 

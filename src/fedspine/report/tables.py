@@ -60,7 +60,7 @@ def bytes_text(count: float | None) -> str:
         return MISSING
     if count < 1000:
         return f"{count:.0f} B"
-    for unit in ("kB", "MB", "GB", "TB"):
+    for unit in ("kB", "MB", "GB", "TB"):  # noqa: B007 - the last one tried is the unit
         count /= 1000
         # compared as it will be printed, so that 999,960 never reads as 1000.0 kB
         if round(count, 1) < 1000:
@@ -144,7 +144,7 @@ def _quality(summary: Mapping[str, Any]) -> list[Headline]:
     return [
         Headline("Device models", form(devices), f"mean {name} of what devices run"),
         Headline("Global model", form(common), f"{name} of the one shared model"),
-        Headline("Dense model", form(dense), f"{name} before anything is pruned"),
+        Headline("Dense model", form(dense), f"{name} of the same adapter on the unpruned base"),
         Headline("Gap to dense", gap, f"device models against dense, in {name}"),
     ]
 
