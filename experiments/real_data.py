@@ -27,17 +27,17 @@ RESULTS = HERE / "results" / "real_data.jsonl"
 TABLE = HERE / "results" / "real_data.md"
 DENSE = ["method.name=fedlora", "method.rank=8"]
 PLAN: dict[str, dict[str, list[str]]] = {  # recipe: variants by name, each a list of settings laid over the recipe
-    "pydoc_topics": {"FedLoRA": DENSE, "FedSpine 0.5": []},
-    "ag_news": {"FedLoRA": DENSE, "FedSpine 0.5": []},
     "trec6": {"FedLoRA": DENSE, "FedSpine 0.5": []},
+    "ag_news": {"FedLoRA": DENSE, "FedSpine 0.5": []},
     "mrpc": {"FedLoRA": DENSE, "FedSpine 0.5": []},
+    "pydoc_topics": {"FedSpine 0.5": [], "FedLoRA": DENSE},
     "tinystories": {
         "FedLoRA": DENSE,
         "FedSpine 0.3": ["method.sparsity=0.3"],
         "FedSpine 0.5": ["method.sparsity=0.5"],
     },
 }
-SPINE_ONLY = ("sparsity", "ranks", "score_every")  # fields that FedLoRA does not have
+SPINE_ONLY = ("sparsity", "ranks", "fleet_say", "until", "score_every")  # fields that FedLoRA does not have
 
 
 def main() -> None:

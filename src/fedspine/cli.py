@@ -226,7 +226,7 @@ def bench(
     against: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Another exported model, measured in turns with the first.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens in a row.", min=1)] = 64,
+    tokens: Annotated[int, typer.Option(help="Tokens in a row.", min=1)] = 128,
     threads: Annotated[int, typer.Option(help="Processor threads.", min=1)] = 1,
     json: Json = False,
 ) -> None:

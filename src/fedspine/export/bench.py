@@ -74,7 +74,7 @@ class Comparison:
         return self.model.peak_memory_bytes / self.against.peak_memory_bytes
 
 
-def bench(folder: str | Path, *, tokens: int = 64, threads: int = 1, repeats: int = 7) -> Bench:
+def bench(folder: str | Path, *, tokens: int = 128, threads: int = 1, repeats: int = 7) -> Bench:
     """Measure the exported model in `folder`.
 
     One thread is the default because it is what a small device has, and what other processes on a shared machine
@@ -86,7 +86,7 @@ def bench(folder: str | Path, *, tokens: int = 64, threads: int = 1, repeats: in
 
 
 def compare(
-    folder: str | Path, against: str | Path, *, tokens: int = 64, threads: int = 1, repeats: int = 7
+    folder: str | Path, against: str | Path, *, tokens: int = 128, threads: int = 1, repeats: int = 7
 ) -> Comparison:
     """Measure two exported models side by side in one process; raises what `bench` raises."""
     models = [load(folder), load(against)]
@@ -158,7 +158,7 @@ def random_ids(model: Loaded, batch: int, tokens: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(0).choice(usual, (batch, tokens)))
 
 
-def peak_memory_bytes(folder: str | Path, *, tokens: int = 64, threads: int = 1) -> int:
+def peak_memory_bytes(folder: str | Path, *, tokens: int = 128, threads: int = 1) -> int:
     """Peak resident memory of a fresh process that loads this model and runs every batch size once."""
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "fedspine.export.bench", str(folder), str(tokens), str(threads)]

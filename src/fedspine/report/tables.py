@@ -180,7 +180,7 @@ def bench_table(found: Mapping[str, Any]) -> Table:
             table,
             f"latency, batch {batch}",
             found,
-            lambda b, n=batch: seconds_text(b["latency_seconds"][n]),
+            lambda b, n=batch: f"{1e3 * b['latency_seconds'][n]:.1f} ms",
             ratios.get("latency", {}).get(batch),
         )
     for label, key, text in (
