@@ -91,7 +91,7 @@ def share_out(recipe: Recipe, data: Dataset, tokenizer: Any) -> tuple[np.ndarray
     """The rows of the encoded training set that each device holds."""
     how = recipe.fleet.partition
     if how == "auto":
-        how = "natural" if data.natural else ("iid" if data.train.labels is None else "dirichlet")
+        how = "iid" if data.train.labels is None else "dirichlet"
     column = partitions.column_of(how, data.natural)
     shares = partitions.partition(
         how,

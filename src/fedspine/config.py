@@ -38,7 +38,7 @@ class FleetSection(Section):
 
     devices: int = pydantic.Field(80, ge=1)
     mix: dict[str, int] | None = None  # devices of each kind; default 30 TX2 : 40 NX : 10 AGX
-    partition: str = "auto"  # iid, dirichlet, natural, column:NAME; auto: natural, else dirichlet, else iid
+    partition: str = "auto"  # iid, dirichlet, natural, column:NAME; auto: dirichlet, without labels iid
     alpha: float = pydantic.Field(1.0, gt=0)  # of the Dirichlet partition: small is skewed
     per_round: int = pydantic.Field(10, ge=1)  # devices asked in a round
     drop: float = pydantic.Field(0.0, ge=0, le=1)  # chance that an order or its reply is lost

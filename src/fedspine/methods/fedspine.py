@@ -4,7 +4,6 @@ Yao et al. 2025, "Efficient Deployment of Large Language Models on Resource-cons
 A reconstruction: the paper's formulas are not public. What is the paper's and what is ours: docs/methods/fedspine.md.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf, isfinite
 from typing import Literal, Self
@@ -33,8 +32,8 @@ from fedspine.lm.structure import Structure, check_target, cut_adapter, full, sh
 from fedspine.lm.tune import Scoring, Tuning, check_tuning, tune, tuning_at
 from fedspine.message import Tensors, message
 from fedspine.method import method, usable
-from fedspine.planning.bandit import Bandit, credit, reward, update_scale
-from fedspine.planning.choice import Limits, Plan, choose_plan, warm_up
+from fedspine.planning.bandit import Bandit
+from fedspine.planning.choice import Learning, Limits, Outcome, Plan, choose_plan, learn, rewards, warm_up
 from fedspine.planning.sparsity import cubic_floor
 from fedspine.task import Task
 from fedspine.tensors import average, half, single
@@ -202,7 +201,10 @@ class FedSpine:
         replies = usable(fleet.ask(prune_and_tune, orders), fleet)
         parts = {r.device: _contribution(state.anatomy, orders[r.device], r.value) for r in replies}
         dense, adapter = self._merge(state, list(parts.values()))
-        bandits, gain_scale = self._learn(state, fleet, plans, replies, parts)
+        outcomes = {r.device: self._outcome(state, plans[r.device], r, parts[r.device]) for r in replies}
+        earned, gain_scale = rewards(outcomes, state.gain_scale, self.weights)
+        for reply in replies:
+            _note(state.anatomy, fleet, reply, outcomes[reply.device], earned.get(reply.device))
         return replace(
             state,
             round=state.round + 1,
@@ -211,8 +213,9 @@ class FedSpine:
             head=average((r.value.examples, r.value.head) for r in replies),
             scores=tally(state.scores, [r.value.scores for r in replies]),
             structures=state.structures | {r.device: r.value.structure for r in replies},
-            reached=state.reached | {r.device: plans[r.device].reached for r in replies},
-            bandits=state.bandits | bandits,
+            reached=state.reached | {id: outcome.plan.reached for id, outcome in outcomes.items()},
+            bandits=state.bandits
+            | learn(state.bandits, outcomes, earned, Learning(self.discount, self.split_at, self.deepest)),
             gain_scale=gain_scale,
         )
 
@@ -310,58 +313,18 @@ class FedSpine:
         seed = state.seed + state.round
         return dense, factor(state.anatomy, dense, self.ranks[-1], state.adapter, seed)
 
-    def _learn(
-        self,
-        state: SpineState,
-        fleet: Fleet,
-        plans: Mapping[DeviceId, Plan],
-        replies: list[Reply[SpineResult]],
-        parts: Mapping[DeviceId, Contribution],
-    ) -> tuple[dict[str, Bandit], float | None]:
-        """The bandits of the devices that replied, credited for what they did."""
-        effects = {id: self._effect(state, part) for id, part in parts.items()}
-        largest = max(importance for importance, _ in effects.values()) or 1.0
-        mean_seconds = float(np.mean([reply.cost.seconds for reply in replies]))
-        gains = {r.device: r.value.loss_before - r.value.loss for r in replies if r.value.loss_before is not None}
-        gain_scale = update_scale(state.gain_scale, gains.values())
-        bandits = {}
-        for reply in replies:
-            id, plan = reply.device, plans[reply.device]
-            importance, breadth = effects[id]
-            earned = None
-            if plan.action is not None and id in gains and gain_scale is not None:
-                earned = reward(
-                    gain=gains[id],
-                    scale=gain_scale,
-                    progress=plan.progress,
-                    importance=importance / largest,
-                    lateness=abs(reply.cost.seconds - mean_seconds) / mean_seconds,
-                    weights=self.weights,
-                )
-                bandits[id] = credit(
-                    state.bandits.get(id, Bandit()),
-                    *plan.action,
-                    earned,
-                    discount=self.discount,
-                    split_at=self.split_at,
-                    deepest=self.deepest,
-                )
-            fleet.note(
-                device=id,
-                rank=plan.rank,
-                sparsity=sparsity(state.anatomy, reply.value.structure),
-                loss=reply.value.loss,
-                reward=earned,
-                importance=importance,
-                effective_rank=breadth,
-            )
-        return bandits, gain_scale
-
-    def _effect(self, state: SpineState, part: Contribution) -> tuple[float, float]:
-        """How large a device's change is against its weights, and over how many directions it spreads (section 3.3)."""
+    def _outcome(self, state: SpineState, plan: Plan, reply: Reply[SpineResult], part: Contribution) -> Outcome:
+        """What came of a plan; the size of a change is measured as section 3.3 says."""
         spectra = self.scale * change_spectra(state.anatomy, part)
         norms = site_norms(state.anatomy, state.line_energy, part.structure)
-        return float((spectra.norm(dim=1) / norms).mean()), effective_rank(spectra)
+        before = reply.value.loss_before
+        return Outcome(
+            plan=plan,
+            seconds=reply.cost.seconds,
+            gain=None if before is None else before - reply.value.loss,
+            importance=float((spectra.norm(dim=1) / norms).mean()),
+            effective_rank=effective_rank(spectra),
+        )
 
 
 def _contribution(anatomy: Anatomy, order: SpineOrder, result: SpineResult) -> Contribution:
@@ -369,4 +332,16 @@ def _contribution(anatomy: Anatomy, order: SpineOrder, result: SpineResult) -> C
     sent = cut_adapter(single(order.adapter), anatomy.sites, result.structure, within=order.structure)
     return Contribution(
         sent=sent, back=single(result.adapter), structure=result.structure, weight=float(result.examples)
+    )
+
+
+def _note(anatomy: Anatomy, fleet: Fleet, reply: Reply[SpineResult], outcome: Outcome, earned: float | None) -> None:
+    fleet.note(
+        device=reply.device,
+        rank=outcome.plan.rank,
+        sparsity=sparsity(anatomy, reply.value.structure),
+        loss=reply.value.loss,
+        reward=earned,
+        importance=outcome.importance,
+        effective_rank=outcome.effective_rank,
     )

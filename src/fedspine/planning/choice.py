@@ -3,12 +3,12 @@
 FedSpine (reconstructed), sections 2.4 and 4.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from fedspine.planning.bandit import Bandit, choose
+from fedspine.planning.bandit import Bandit, choose, credit, reward, update_scale
 
 NOTHING_LEFT = 1e-9
 
@@ -60,3 +60,66 @@ def choose_plan(bandit: Bandit, limits: Limits, *, explore: float, rng: np.rando
         action=(u, v),
         progress=min(1.0, gain / limits.most_per_round),
     )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a plan took and brought: seconds, the drop in loss (None while unknown), the adapter's change.
+
+    `importance` is the size of that change against the weights, `effective_rank` over how many directions it spreads.
+    """
+
+    plan: Plan
+    seconds: float
+    gain: float | None
+    importance: float
+    effective_rank: float
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How bandits learn: the constants of `credit`."""
+
+    discount: float
+    split_at: float
+    deepest: int
+
+
+def rewards(
+    outcomes: Mapping[str, Outcome], gain_scale: float | None, weights: tuple[float, float, float, float]
+) -> tuple[dict[str, float], float | None]:
+    """The reward of every device that chose and whose gain is known, and the new scale of gains (section 4)."""
+    mean_seconds = float(np.mean([outcome.seconds for outcome in outcomes.values()]))
+    largest = max(outcome.importance for outcome in outcomes.values()) or 1.0
+    gains = {id: outcome.gain for id, outcome in outcomes.items() if outcome.gain is not None}
+    gain_scale = update_scale(gain_scale, gains.values())
+    earned = {
+        id: reward(
+            gain=gain,
+            scale=gain_scale,
+            progress=outcomes[id].plan.progress,
+            importance=outcomes[id].importance / largest,
+            lateness=abs(outcomes[id].seconds - mean_seconds) / mean_seconds,
+            weights=weights,
+        )
+        for id, gain in gains.items()
+        if outcomes[id].plan.action is not None and gain_scale is not None
+    }
+    return earned, gain_scale
+
+
+def learn(
+    bandits: Mapping[str, Bandit], outcomes: Mapping[str, Outcome], earned: Mapping[str, float], how: Learning
+) -> dict[str, Bandit]:
+    """The bandits of the devices that earned a reward, credited for what they did."""
+    return {
+        id: credit(
+            bandits.get(id, Bandit()),
+            *outcomes[id].plan.action,
+            value,
+            discount=how.discount,
+            split_at=how.split_at,
+            deepest=how.deepest,
+        )
+        for id, value in earned.items()
+    }
