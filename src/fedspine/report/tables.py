@@ -144,7 +144,7 @@ def _quality(summary: Mapping[str, Any]) -> list[Headline]:
     return [
         Headline("Device models", form(devices), f"mean {name} of what devices run"),
         Headline("Global model", form(common), f"{name} of the one shared model"),
-        Headline("Dense model", form(dense), f"{name} of the same adapter on the unpruned base"),
+        Headline("Dense model", form(dense), "unpruned base, same adapter"),
         Headline("Gap to dense", gap, f"device models against dense, in {name}"),
     ]
 
