@@ -30,7 +30,7 @@ PLAN: dict[str, dict[str, list[str]]] = {  # recipe: variants by name, each a li
     "trec6": {"FedLoRA": DENSE, "FedSpine 0.5": []},
     "ag_news": {"FedLoRA": DENSE, "FedSpine 0.5": []},
     "mrpc": {"FedLoRA": DENSE, "FedSpine 0.5": []},
-    "pydoc_topics": {"FedSpine 0.5": [], "FedLoRA": DENSE},
+    "pydoc_topics": {"FedSpine 0.5": ["run.final_devices=16"], "FedLoRA": DENSE},
     "tinystories": {
         "FedLoRA": DENSE,
         "FedSpine 0.3": ["method.sparsity=0.3"],
@@ -45,12 +45,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds ag_news, trec6, mrpc, tinystories")
     parser.add_argument("--models", type=Path, required=True, help="folder that holds stories260k")
     parser.add_argument("--only", nargs="*", choices=list(PLAN), default=list(PLAN))
+    parser.add_argument("--variants", nargs="*", help="only variants whose name starts with one of these")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     arguments = parser.parse_args()
     RESULTS.parent.mkdir(exist_ok=True)
     for seed in arguments.seeds:
         for name in arguments.only:
             for variant, settings in PLAN[name].items():
+                if arguments.variants and not variant.startswith(tuple(arguments.variants)):
+                    continue
                 if (name, variant, seed) not in {(row["recipe"], row["variant"], row["seed"]) for row in rows()}:
                     one(name, variant, settings, seed, arguments)
                     TABLE.write_text(table(rows()))
