@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 
 import pytest
 from runs import fedspine, in_process, python, records_of, summary_of, tiny_job, write_csv
@@ -190,6 +191,16 @@ def test_resume_of_a_finished_run_prints_its_summary(place, command) -> None:
     assert code == 0
     assert summary_of(place / "run")["state_sha256"][:12] in "".join(lines)
     assert "report.html" in out
+
+
+def test_show_of_an_unfinished_run(place, tmp_path) -> None:
+    shutil.copytree(place / "run", tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    done = fedspine("show", tmp_path / "run", "--json")  # in a process of its own, which has not run anything
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["rounds_done"] == found["rounds"] == 2
+    assert found["bytes_up"] == summary_of(place / "run")["bytes_up"]
 
 
 @pytest.mark.parametrize("words", ["methods", "devices", "show {place}/run", "predict {place}/model good not"])

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.utils import logging
 
 from fedspine.data import files, hub, pydocs
 from fedspine.data.tasks import load
@@ -360,7 +361,9 @@ def test_a_name_that_is_nowhere_says_so_three_times(monkeypatch):
         raise ConnectionError("no network\nhere")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    logging.set_verbosity_warning()
     said = refused("pydoc-topic")
+    assert logging.get_verbosity() == logging.ERROR  # else every further try is a line on stderr
     assert "is not built in (known: pydoc-topics), not a path here" in said
     assert "the Hugging Face Hub does not give 'pydoc-topic': no network here" in said
     assert "did you mean 'pydoc-topics'?" in said

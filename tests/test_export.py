@@ -95,6 +95,22 @@ def test_real_stories_comes_back_and_writes(tmp_path):
     assert found.continuation.startswith(", there was a little girl named Lily. She loved to play outside")
 
 
+def test_tied_embeddings_are_stock(tmp_path):
+    source = write_tiny(tmp_path / "tied", "llama")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tensors = load_file(source / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    base, tokenizer = load_base(str(source), kind="causal-lm")
+    model = model_on(base, [1, 1], [24, 24])
+    export(base, model, tokenizer, tmp_path / "out", labels=(), kind="causal-lm", max_tokens=64, name="toy")
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    assert entry(tmp_path / "out")["stock"] is True
+    expected = logits(base.fit(model), tokenizer)
+    torch.testing.assert_close(logits(stock(tmp_path / "out", "causal-lm"), tokenizer), expected, atol=1e-4, rtol=0)
+
+
 def test_heads_that_do_not_divide_the_width_are_not_stock(tmp_path):
     base, tokenizer = stories()  # width 64; 3 of 4 key/value heads leave 6 query heads
     model = model_on(base, [3] * 5, [100] * 5)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from huggingface_hub.utils import logging
 from tiny_models import KINDS, labels_for, logits, minilm, model_on, stories, tiny
 from torch import nn
 from transformers import AutoModelForSequenceClassification
@@ -121,6 +122,13 @@ def test_a_folder_of_an_unknown_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(BadInput, match="architecture 'gpt2' has no unit map"):
         load(str(tmp_path), kind="causal-lm")
+
+
+def test_loading_is_silent(tmp_path):
+    # the Hub's library warns each time that it tries again, and bad input is to end in one line
+    logging.set_verbosity_warning()
+    load(str(write_tiny(tmp_path, "bert")), kind="classification", classes=3)
+    assert logging.get_verbosity() == logging.ERROR
 
 
 def test_an_unknown_tiny_model_is_refused(tmp_path):

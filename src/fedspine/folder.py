@@ -23,6 +23,8 @@ def recipe_of(folder: Path) -> Recipe:
 
 def standing(folder: Path) -> dict[str, Any]:
     """A finished run's summary, or what is known so far of one that is not."""
+    from fedspine.fleets import simulated  # noqa: F401 - the messages in a saved state are known once it is imported
+
     recipe, summary = recipe_of(folder), summary_of(folder)
     if summary is not None:
         return summary

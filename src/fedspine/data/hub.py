@@ -17,10 +17,12 @@ def read(name: str, label: str) -> dict[str, pa.Table]:
     """
     try:
         import datasets
+        from huggingface_hub.utils import logging
     except ImportError as error:
         raise BadInput(
             f"reading {name!r} from the Hugging Face Hub needs the package datasets: pip install 'fedspine[hub]'"
         ) from error
+    logging.set_verbosity_error()  # not a line for each time that it tries again
     identifier, _, configuration = name.partition(":")
     try:
         loaded = datasets.load_dataset(identifier, configuration or None)

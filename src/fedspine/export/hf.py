@@ -133,6 +133,7 @@ def _fits(config: PreTrainedConfig, tensors: Tensors, kind: Kind) -> bool:
     try:
         with torch.device("meta"), no_init_weights():
             module = stock_class(kind).from_config(config)
+            module.tie_weights()  # a step of the initialisation that was left out
     except Exception:  # whatever keeps the class from being built, it is no stock model
         return False
     return {n: p.shape for n, p in module.named_parameters()} == {n: t.shape for n, t in tensors.items()}

@@ -151,7 +151,7 @@ def layer_targets(layers: int, target: float, *, protect_first: int = 0, protect
     if not 0 <= needed <= 0.999:
         raise BadInput(
             f"a mean sparsity of {target} needs {needed:.3f} in the {pruned} of {layers} layers that are not protected; "
-            "lower the target or protect fewer layers"
+            "lower the target"
         )
     return [0.0] * protect_first + [needed] * pruned + [0.0] * protect_last
 
