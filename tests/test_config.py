@@ -47,3 +47,22 @@ def test_wrong_types_in_a_file(text, tmp_path) -> None:
     (tmp_path / "recipe.toml").write_text(text)
     with pytest.raises(BadInput):
         config.load(tmp_path / "recipe.toml")
+
+
+@pytest.mark.parametrize(
+    ("setting", "near"),
+    [("run.precision=bf61", "bf16"), ("task.kind=pairs", "pair"), ("method.aggregation=zeropda", "zeropad")],
+)
+def test_a_choice_names_the_nearest(setting: str, near: str) -> None:
+    with pytest.raises(BadInput, match=f"did you mean '{near}'"):
+        load(None, [setting])
+
+
+def test_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\n")
+    monkeypatch.chdir(tmp_path)
+    here = load(None, ["task.data=rows.csv"])
+    assert here.task.data == str(tmp_path / "rows.csv")
+    assert here.task.model == "minilm"
+    monkeypatch.chdir("/")
+    assert load(None, [f"task.data={tmp_path / 'rows.csv'}"]).difference(here) is None

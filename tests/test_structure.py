@@ -15,11 +15,11 @@ from fedspine.lm.structure import (
     Structure,
     check_target,
     cut_adapter,
+    final_targets,
     full,
     is_full,
     kept_columns,
     kept_rows,
-    protected,
     shrink,
     sparsity,
 )
@@ -113,8 +113,11 @@ def test_ties_go_to_the_lower_index():
 
 
 def test_decoders_keep_their_first_tenth_and_their_last_layer():
-    assert protected(DECODER) == (2, 1)
-    assert protected(ROBERTA) == (0, 0)
+    thin = 0.3 * DECODER.layers / (DECODER.layers - 3)
+    assert final_targets(DECODER, 0.3) == [0.0, 0.0, *[thin] * (DECODER.layers - 3), 0.0]
+    assert final_targets(ROBERTA, 0.3) == [0.3] * ROBERTA.layers
+    # what the others could not carry without going below their floors, all carry
+    assert final_targets(DECODER, 0.74) == [0.74] * DECODER.layers
     end = shrink(DECODER, full(DECODER), random_scores(DECODER, 0), reached=0.4, target=0.4)
     whole = end.heads.all(1) & end.channels.all(1)
     assert whole.tolist() == [True] * 2 + [False] * 17 + [True]

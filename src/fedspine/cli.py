@@ -67,7 +67,14 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Short for --set run.seed=N.")] = None,
     json: Json = False,
 ) -> None:
-    """Fine-tune and prune across a simulated fleet; without a recipe, the embedded job (80 devices, MiniLM)."""
+    """Fine-tune and prune across a simulated fleet; without a recipe, the embedded job (80 devices, MiniLM).
+
+    A recipe has the tables [task], [fleet], [method] and [run]; docs/recipes.md lists all keys.
+
+    fedspine run --set method.sparsity=0.3 --set run.rounds=16
+
+    fedspine run --set task.data=reviews.csv --set task.text=review --set task.label=stars
+    """
     # oneDNN keeps what it compiled for each shape; its default of 1024 shapes takes hundreds of megabytes a process.
     # Set before torch is imported, because it is read once.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")

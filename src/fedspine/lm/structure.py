@@ -1,5 +1,7 @@
 """Which units a model still has, and what that means for the weights of every site: slices, never masks."""
 
+from math import ceil
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
@@ -91,12 +93,11 @@ def shrink(
 ) -> Structure:
     """Drop the least important units of every layer, until the model's sparsity is `reached` on its way to `target`.
 
-    Already dropped units stay dropped; ties go to the lower index. Layers that `protected` names keep everything and
-    the others take their share. At `reached == target` the sparsity is exact to the units' grain. Source: FedSpine
+    Already dropped units stay dropped; ties go to the lower index. Layers that `final_targets` protects keep everything
+    and the others take their share. At `reached == target` the sparsity is exact to the units' grain. Source: FedSpine
     (reconstructed), section 2.3.
     """
-    first, last = protected(anatomy)
-    finals = layer_targets(anatomy.layers, target, protect_first=first, protect_last=last)
+    finals = final_targets(anatomy, target)
     heads, channels = structure.heads.clone(), structure.channels.clone()
     for layer, final in enumerate(finals):
         if final == 0:
@@ -117,14 +118,24 @@ def shrink(
 
 def check_target(anatomy: Anatomy, target: float) -> None:
     """Raise BadInput where no structure of this model has the sparsity `target`."""
-    first, last = protected(anatomy)
-    for final in set(layer_targets(anatomy.layers, target, protect_first=first, protect_last=last)):
+    for final in set(final_targets(anatomy, target)):
         counts(anatomy.shape, final, target=final, keep_heads=HEAD_FLOOR, keep_channels=CHANNEL_FLOOR)
 
 
-def protected(anatomy: Anatomy) -> tuple[int, int]:
-    """How many first and last layers a decoder keeps whole: a tenth and one, as LoRAPrune does; none in encoders."""
-    return (int(0.1 * anatomy.layers), 1) if anatomy.decoder and anatomy.layers > 1 else (0, 0)
+def final_targets(anatomy: Anatomy, target: float) -> list[float]:
+    """What every layer gives up in the end, so that the model gives up `target`.
+
+    Encoders: the same everywhere. Decoders keep the first tenth of their layers and the last one whole, as LoRAPrune
+    does, as long as the others can then keep their own floors; else fewer layers are protected, the first ones first.
+    """
+    shape = anatomy.shape
+    floors = shape.sparsity(shape.heads - HEAD_FLOOR, shape.channels - ceil(CHANNEL_FLOOR * shape.channels))
+    choices = ((int(0.1 * anatomy.layers), 1), (0, 1)) if anatomy.decoder else ()
+    for first, last in choices:
+        pruned = anatomy.layers - first - last
+        if pruned > 0 and target * anatomy.layers / pruned <= floors:
+            return layer_targets(anatomy.layers, target, protect_first=first, protect_last=last)
+    return [target] * anatomy.layers
 
 
 def _drop(kept: Bool[Tensor, " units"], scores: Float[Tensor, " units"], wanted: int) -> None:

@@ -39,6 +39,7 @@ class TuningFields(Protocol):
     batch: int
     learning_rate: float
     head_speed: float
+    scale: float
     weight_decay: float
 
 
@@ -47,7 +48,7 @@ def check_tuning(fields: TuningFields) -> None:
     for name in ("steps", "batch"):
         if getattr(fields, name) < 1:
             raise BadInput(f"method.{name} is {getattr(fields, name)}, but at least 1 is needed")
-    for name in ("learning_rate", "head_speed"):
+    for name in ("learning_rate", "head_speed", "scale"):
         if not getattr(fields, name) > 0:
             raise BadInput(f"method.{name} is {getattr(fields, name)}, but a positive number is needed")
     if fields.weight_decay < 0:

@@ -13,7 +13,7 @@ import torch
 
 from fedspine.device import Device, DeviceId, on_device
 from fedspine.errors import BadInput
-from fedspine.fleet import Fleet, Profile, Reply
+from fedspine.fleet import AllLost, Fleet, Profile, Reply
 from fedspine.lm.aggregate import (
     Contribution,
     average_factors,
@@ -197,6 +197,10 @@ class FedSpine:
 
     def round(self, state: SpineState, fleet: Fleet) -> SpineState:
         plans = self._plans(state, fleet)
+        if not plans:
+            raise AllLost(
+                "no device has the memory to train at any rank; lower method.batch, method.ranks or task.max_tokens"
+            )
         orders = {id: self._order(state, id, plan) for id, plan in plans.items()}
         replies = usable(fleet.ask(prune_and_tune, orders), fleet)
         parts = {r.device: _contribution(state.anatomy, orders[r.device], r.value) for r in replies}
