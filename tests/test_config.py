@@ -1,5 +1,7 @@
 """Recipes: what is written is what is read, and when two describe the same results."""
 
+from pathlib import Path
+
 import pytest
 
 from fedspine import config
@@ -55,14 +57,14 @@ def test_wrong_types_in_a_file(text, tmp_path) -> None:
 )
 def test_a_choice_names_the_nearest(setting: str, near: str) -> None:
     with pytest.raises(BadInput, match=f"did you mean '{near}'"):
-        load(None, [setting])
+        config.load(None, [setting])
 
 
 def test_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rows.csv").write_text("text,label\n")
     monkeypatch.chdir(tmp_path)
-    here = load(None, ["task.data=rows.csv"])
+    here = config.load(None, ["task.data=rows.csv"])
     assert here.task.data == str(tmp_path / "rows.csv")
     assert here.task.model == "minilm"
     monkeypatch.chdir("/")
-    assert load(None, [f"task.data={tmp_path / 'rows.csv'}"]).difference(here) is None
+    assert config.load(None, [f"task.data={tmp_path / 'rows.csv'}"]).difference(here) is None
