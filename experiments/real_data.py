@@ -65,7 +65,9 @@ def one(name: str, variant: str, settings: list[str], seed: int, arguments: argp
     print(f"{name}, {variant}, seed {seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         summary = new_run(recipe, Path(folder) / "run", progress_for(json=False))
-    row = {"recipe": name, "variant": variant, "commit": commit(), "loss_before": loss_before(recipe), **summary}
+    named = {"recipe": name, "variant": variant, "commit": commit(), "loss_before": loss_before(recipe)}
+    # where data and model lay says nothing of the result
+    row = summary | named | {"data": name, "model": Path(recipe.task.model).name}
     with RESULTS.open("a") as file:
         file.write(json.dumps(row) + "\n")
 

@@ -117,9 +117,10 @@ def test_full_disk_at_every_write(job) -> None:
 
 @pytest.mark.slow
 def test_file_that_may_not_grow(job) -> None:
-    """The system's own limit on the size of files, which the second round's state passes by a byte."""
+    """The system's own limit on the size of files, which the second round's state passes and the first's does not."""
     carry_out, whole = job
-    bytes = (Path(whole) / "state" / "round-000002.safetensors").stat().st_size - 1
+    # the wall seconds in a state take a few bytes more or less in every run; a second round adds hundreds
+    bytes = (Path(whole) / "state" / "round-000002.safetensors").stat().st_size - 100
     (plan,) = carry_out("limit", {"file_bytes": bytes}, ENOUGH)
     first, last = plan["ends"]
     assert (first["code"], last["code"]) == (2, 0), plan

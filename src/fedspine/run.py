@@ -36,24 +36,6 @@ class Stopped(RuntimeError):
 
 
 @dataclass
-class Sums:
-    """What a run adds up over its rounds; kept with the state."""
-
-    waiting_seconds: float = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    samples: int = 0
-    exchanges: int = 0
-    lost: int = 0
-    peak_memory_bytes: int = 0
-
-    def add(self, totals: Totals) -> None:
-        for name in ("waiting_seconds", "bytes_up", "bytes_down", "samples", "exchanges", "lost"):
-            setattr(self, name, getattr(self, name) + getattr(totals, name))
-        self.peak_memory_bytes = max(self.peak_memory_bytes, totals.peak_memory_bytes)
-
-
-@dataclass
 class Stopwatch:
     """Wall seconds of this run, those before a resume included."""
 
@@ -87,7 +69,7 @@ class Point:
 
     round: int
     state: Any
-    sums: Sums = field(default_factory=Sums)
+    sums: Totals = field(default_factory=Totals)
     watch: Stopwatch = field(default_factory=Stopwatch)
 
 
@@ -196,7 +178,7 @@ def _restored(job: Job, saved: Saved) -> Point:
     return Point(
         round=saved.round,
         state=saved.state["method"],
-        sums=Sums(**saved.state["sums"]),
+        sums=Totals(**saved.state["sums"]),
         watch=Stopwatch(**saved.state["watch"]),
     )
 

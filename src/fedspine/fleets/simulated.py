@@ -43,7 +43,7 @@ class Pending:
 
 @dataclass
 class Totals:
-    """What the exchanges of one round add up to."""
+    """What the exchanges of a round add up to, or of a run."""
 
     exchanges: int = 0
     lost: int = 0
@@ -52,6 +52,12 @@ class Totals:
     bytes_up: int = 0
     bytes_down: int = 0
     peak_memory_bytes: int = 0
+
+    def add(self, other: "Totals") -> None:
+        """Take the totals of one more round or exchange in."""
+        for name in ("exchanges", "lost", "samples", "waiting_seconds", "bytes_up", "bytes_down"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.peak_memory_bytes = max(self.peak_memory_bytes, other.peak_memory_bytes)
 
 
 @dataclass
@@ -130,13 +136,16 @@ class World:
         self, work: Work[Any, Any], device: DeviceId, started: float, cost: Cost, samples: int, lost: bool
     ) -> None:
         """Write one exchange down and add it to the round's totals."""
-        totals = self.totals
-        totals.exchanges += 1
-        totals.lost += lost
-        totals.samples += samples
-        totals.bytes_up += cost.bytes_up
-        totals.bytes_down += cost.bytes_down
-        totals.peak_memory_bytes = max(totals.peak_memory_bytes, cost.peak_memory_bytes)
+        self.totals.add(
+            Totals(
+                exchanges=1,
+                lost=int(lost),
+                samples=samples,
+                bytes_up=cost.bytes_up,
+                bytes_down=cost.bytes_down,
+                peak_memory_bytes=cost.peak_memory_bytes,
+            )
+        )
         self.records.write(
             "exchange",
             device=device,
