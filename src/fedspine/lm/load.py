@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import logging
 
 from fedspine.errors import BadInput, nearest
+from fedspine.lm import attention
 from fedspine.lm.anatomy import anatomy_of, unit_map
 from fedspine.lm.base import Base, HeadLayer
 from fedspine.task import BUILT_IN_MODELS, Kind
@@ -65,7 +66,7 @@ def _base(name: str, source: str, config: Any, classes: int, precision: str) -> 
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
-            attn_implementation="eager",
+            attn_implementation=attention.NAME,
             ignore_mismatched_sizes=True,
         )
     fresh = {key.removesuffix(".weight") for key in info["missing_keys"]} | {

@@ -74,7 +74,7 @@ class _Adapted(torch.autograd.Function):
         grad = grad.reshape(-1, grad.shape[-1])
         grad_narrow = grad @ b_low
         grad_a = (grad_narrow.T @ flat).float()
-        grad_b = (grad.T @ narrow).float().mul_(ctx.scale)
+        grad_b = (narrow.T @ grad).T.float().mul_(ctx.scale)  # in this order: few rows, many columns
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.mm(grad, weight).addmm_(grad_narrow, a_low).view(ctx.shape)

@@ -1,0 +1,63 @@
+"""Attention for short sequences on a CPU: one autograd node, batched products, and the softmax in fp32.
+
+At 24 to 64 tokens PyTorch's fused attention loses to batched products there, its backward pass above all, and its
+bf16 softmax to the fp32 one (a factor of 3 below 64 tokens); see benchmarks/results/simulator.md.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+NAME = "fedspine"
+VECTOR = 32  # numbers below which the backward pass of a bf16 softmax is not vectorised
+
+
+def attention(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads tokens size"],
+    key: Float[Tensor, "batch key_heads tokens size"],
+    value: Float[Tensor, "batch key_heads tokens size"],
+    attention_mask: Float[Tensor, "batch #heads tokens tokens"] | None,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[Float[Tensor, "batch tokens heads size"], None]:
+    """Softmax attention as transformers wants it; key and value heads are shared where there are fewer of them."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = _Attention.apply(query, key, value, attention_mask, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(scaling * Q K^T + mask) V."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, scaling):  # type: ignore[no-untyped-def]
+        scores = query @ key.transpose(2, 3)
+        if mask is None:
+            scores = scores.float().mul_(scaling)
+        else:
+            scores = torch.add(mask.float(), scores, alpha=scaling)
+        weights = scores.softmax(-1).to(value.dtype)
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.scaling = scaling
+        return weights @ value
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        query, key, value, weights = ctx.saved_tensors
+        grad_value = weights.transpose(2, 3) @ grad
+        grad_weights = grad @ value.transpose(2, 3)
+        if weights.shape[-1] < VECTOR:
+            grad_weights, weights = grad_weights.float(), weights.float()
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        grad_scores = grad_scores.mul_(ctx.scaling).to(query.dtype)
+        return grad_scores @ key, grad_scores.transpose(2, 3) @ query, grad_value, None, None
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, eager_mask)
