@@ -21,7 +21,7 @@ from fedspine.lm.cost import Extent, adapter_width, training_flops, training_mem
 from fedspine.lm.lora import AdaptedLinear, fresh
 from fedspine.lm.score import score
 from fedspine.lm.structure import Structure, full, shrink, sparsity
-from fedspine.lm.tune import Tuning, batches, check_tuning, loss_of, tune, tuning_at
+from fedspine.lm.tune import Tuning, batches, check_tuning, losses_of, tune, tuning_at
 from fedspine.methods.fedlora import FedLora
 
 MIB = 2**20
@@ -164,8 +164,8 @@ def test_padding_is_no_token_to_predict(decoder):
     module = task.base.fit(model_on(task.base))
     order = np.argsort(task.test.lengths)
     short, long = int(order[0]), int(order[-1])
-    alone = [loss_of(module, task.test.batch([row])) * (task.test.lengths[row] - 1) for row in (short, long)]
-    together = loss_of(module, task.test.batch([short, long])) * (task.test.lengths[[short, long]] - 1).sum()
+    alone = [losses_of(module, task.test.batch([row]), 1) * (task.test.lengths[row] - 1) for row in (short, long)]
+    together = losses_of(module, task.test.batch([short, long]), 1) * (task.test.lengths[[short, long]] - 1).sum()
     torch.testing.assert_close(together, sum(alone), rtol=1e-5, atol=0)
 
 

@@ -43,7 +43,7 @@ def toy_task(base, tokenizer, *, rounds, kind="classification"):
 class Lab:
     """A simulated fleet of `kinds` in `folder`, and what belongs to it; an existing folder is gone on with."""
 
-    def __init__(self, task, folder, *, kinds=KINDS, workers=0, seed=0):
+    def __init__(self, task, folder, *, kinds=KINDS, workers=0, together=1, seed=0):
         order = np.random.default_rng(7).permutation(len(task.train))
         self.task, self.seed = task, seed
         sizes = np.arange(4, 4 + len(kinds))  # unequal, so that weights matter
@@ -54,7 +54,9 @@ class Lab:
         self.saved = self.store.open()
         self.records_path = folder / "records.jsonl"
         self.records = Records(self.records_path, self.saved.records if self.saved else 0)
-        self.workers = Workers(Workshop(task=task, shares=self.shares, test_rows=np.arange(TEST_ROWS)), workers)
+        self.workers = Workers(
+            Workshop(task=task, shares=self.shares, test_rows=np.arange(TEST_ROWS)), workers, together
+        )
         self.hardware = Hardware(seed=seed, kinds=tuple(kinds))
         world = World(
             seed=seed,

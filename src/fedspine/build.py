@@ -3,9 +3,11 @@
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedspine.config import Recipe
 from fedspine.data import partition as partitions
@@ -19,10 +21,12 @@ from fedspine.fleets.simulated import SimulatedFleet, World, profiles
 from fedspine.fleets.workers import Workers, Workshop
 from fedspine.lm.encode import encode, owners
 from fedspine.lm.load import load as load_model
+from fedspine.lm.prefix import Prefixes
 from fedspine.records import Records
 from fedspine.store import Store
 from fedspine.task import Task
 
+GPU_TOGETHER = 32  # devices that are trained in one batched pass where nothing else is said
 ORDER, COHORT, START = 101, 102, 103  # purposes of random streams, so that they never meet
 
 
@@ -40,8 +44,10 @@ class Built:
 def build(recipe: Recipe) -> Built:
     """Load and check everything a run needs; raises BadInput before anything is spent."""
     kinds = fleet_mix(recipe.fleet.mix, recipe.fleet.devices)
+    computing = _computing(recipe.run.device)
     data = dataset(recipe)
     task, tokenizer = build_task(recipe, data)
+    task.base.to(computing)
     shares = share_out(recipe, data, tokenizer)
     recipe.method.check(task)
     return Built(recipe=recipe, task=task, tokenizer=tokenizer, shares=shares, kinds=tuple(kinds))
@@ -83,6 +89,7 @@ def build_task(recipe: Recipe, data: Dataset, precision: str | None = None) -> t
         label_names=data.label_names,
         max_tokens=section.max_tokens,
         rounds=recipe.run.rounds,
+        turns=recipe.run.rounds * min(1.0, recipe.fleet.per_round / recipe.fleet.devices),
     )
     return task, tokenizer
 
@@ -109,15 +116,24 @@ def share_out(recipe: Recipe, data: Dataset, tokenizer: Any) -> tuple[np.ndarray
     return tuple(np.concatenate([np.arange(first[row], first[row + 1]) for row in share]) for share in shares)
 
 
-def workers_for(built: Built) -> Workers:
-    """The processes that serve asks and score models."""
-    recipe = built.recipe
-    test_rows = np.random.default_rng([recipe.run.seed, ORDER]).permutation(len(built.task.test))
-    count = recipe.run.workers or _cores()
-    return Workers(Workshop(task=built.task, shares=built.shares, test_rows=test_rows), count)
+def workers_for(built: Built, cache: Path) -> Workers:
+    """The processes that serve asks and score models; `cache` is a folder for what they need not compute again."""
+    run, task = built.recipe.run, built.task
+    test_rows = np.random.default_rng([run.seed, ORDER]).permutation(len(task.test))
+    workshop = Workshop(task=task, shares=built.shares, test_rows=test_rows, prefixes=Prefixes(cache))
+    if task.base.device.type == "cuda":  # which a forked process could not use
+        return Workers(workshop, 0, run.together or GPU_TOGETHER)
+    return Workers(workshop, run.workers or cores(), run.together or 1)
 
 
-def _cores() -> int:
+def _computing(device: str) -> torch.device:
+    """What computes; raises BadInput for a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput('run.device is "cuda", but PyTorch sees no GPU here; choose "cpu" or "auto"')
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def cores() -> int:
     """The cores that this process may use, which can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

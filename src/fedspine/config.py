@@ -58,6 +58,8 @@ class RunSection(Section):
     evaluate_devices: int = pydantic.Field(4, ge=1)  # device models of a check on the way
     final_devices: int = pydantic.Field(80, ge=1)  # device models scored on the whole test set at the end
     workers: int = pydantic.Field(0, ge=0)  # processes; 0: one per core. Never changes a result
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # what computes; auto: a GPU where there is one
+    together: int = pydantic.Field(0, ge=0)  # devices trained in one batched pass; 0: 1 on a CPU, 32 on a GPU
 
 
 SECTIONS: dict[str, type[Section]] = {"task": TaskSection, "fleet": FleetSection, "run": RunSection}
@@ -125,11 +127,11 @@ def load(path: Path | None, settings: list[str] | None = None, seed: int | None 
     if seed is not None:
         overlay.setdefault("run", {})["seed"] = seed
     if path is None:
-        return _anchored(recipe(_laid_over(_fitting(embedded(), overlay), overlay)))
-    return _anchored(recipe(_laid_over(_read(path), overlay)))
+        return anchored(recipe(_laid_over(_fitting(embedded(), overlay), overlay)))
+    return anchored(recipe(_laid_over(_read(path), overlay)))
 
 
-def _anchored(recipe: Recipe) -> Recipe:
+def anchored(recipe: Recipe) -> Recipe:
     """The recipe with local paths made absolute, so that a run can be resumed and exported from any folder."""
     task = recipe.task
     local = {

@@ -15,6 +15,7 @@ from fedspine.message import pack, unpack
 
 if TYPE_CHECKING:
     from fedspine.lm.base import Base
+    from fedspine.lm.prefix import Prefixes
     from fedspine.task import Examples
 
 DeviceId: TypeAlias = str
@@ -35,6 +36,8 @@ class Device:
     base: "Base"
     memory: dict[str, Any]
     rng: np.random.Generator
+    prefixes: "Prefixes | None" = None  # where activations of the frozen blocks may be kept
+    trainer: Callable[[Any], Any] | None = None  # trains this device together with others; None: on its own
     flops: float = field(default=0.0, init=False)
     launches: int = field(default=0, init=False)
     samples: int = field(default=0, init=False)
@@ -99,7 +102,13 @@ class Served:
     peak_memory_bytes: int
 
 
-def serve(call: Call, base: "Base", data: "Examples") -> Served:
+def serve(
+    call: Call,
+    base: "Base",
+    data: "Examples",
+    prefixes: "Prefixes | None" = None,
+    trainer: Callable[[Any], Any] | None = None,
+) -> Served:
     """Do the work of `call` on `data`, the device's own rows."""
     device = Device(
         id=call.device,
@@ -107,6 +116,8 @@ def serve(call: Call, base: "Base", data: "Examples") -> Served:
         base=base,
         memory=unpack(call.memory) if call.memory is not None else {},
         rng=np.random.default_rng(call.seed),
+        prefixes=prefixes,
+        trainer=trainer,
     )
     result = find_work(call.work)(device, unpack(call.order))
     return Served(

@@ -11,6 +11,7 @@ from fedspine.errors import BadInput
 from fedspine.store import Store, write_atomically
 
 RECIPE, RECORDS, SUMMARY, STATE, FAILURE = "recipe.toml", "records.jsonl", "summary.json", "state", "failure.txt"
+CACHE = "cache"  # what a run need not compute again; gone when it ends
 
 
 def recipe_of(folder: Path) -> Recipe:

@@ -1,6 +1,7 @@
 """The loop: start, round, score, record, save; killed at any moment it goes on from the last saved round."""
 
 import json
+import shutil
 import time
 import traceback
 from contextlib import suppress
@@ -17,8 +18,9 @@ from fedspine.errors import BadInput
 from fedspine.fleet import AllLost
 from fedspine.fleets.simulated import SimulatedFleet, Totals
 from fedspine.fleets.workers import Workers
-from fedspine.folder import FAILURE, RECORDS, STATE, SUMMARY, make, recipe_of, summary_of
+from fedspine.folder import CACHE, FAILURE, RECORDS, STATE, SUMMARY, make, recipe_of, summary_of
 from fedspine.message import pack
+from fedspine.process import keep_freed_memory
 from fedspine.records import Records, plain
 from fedspine.report.page import REPORT, write_page
 from fedspine.report.progress import Progress, Standing
@@ -111,7 +113,7 @@ def resume(folder: Path, progress: Progress, wanted: Recipe | None = None) -> di
 
 def _guarded(built: Built, folder: Path, progress: Progress) -> dict[str, Any]:
     """Run, and turn whatever ends a run early into one line; the last saved round stays as it is."""
-    store, workers = Store(folder / STATE), workers_for(built)
+    store, workers = Store(folder / STATE), workers_for(built, folder / CACHE)
     try:
         return _run(built, workers, store, folder, progress)
     except BadInput:
@@ -132,6 +134,7 @@ def _guarded(built: Built, folder: Path, progress: Progress) -> dict[str, Any]:
     finally:
         store.close()
         workers.close()
+        shutil.rmtree(folder / CACHE, ignore_errors=True)
 
 
 def _kept(store: Store, folder: Path) -> str:
@@ -142,6 +145,7 @@ def _kept(store: Store, folder: Path) -> str:
 
 def _run(built: Built, workers: Workers, store: Store, folder: Path, progress: Progress) -> dict[str, Any]:
     torch.set_num_threads(1)  # sums must not depend on how many cores there are
+    keep_freed_memory()
     saved = store.open()
     records = Records(folder / RECORDS, saved.records if saved else 0)
     try:

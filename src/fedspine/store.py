@@ -41,7 +41,7 @@ class Store:
         Raises BadInput where another process has it open.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self._folder / LOCK)
+        self._lock = lock(self._folder / LOCK, f"the run in {self._folder.parent}")
         saved = self.load()
         self._sweep({} if saved is None else {_name(saved.round), *saved.memories.values()})
         return saved
@@ -129,18 +129,19 @@ def _name(round: int) -> str:
     return f"round-{round:06d}.safetensors"
 
 
-def _locked(path: Path) -> BinaryIO:
-    """An open file that no other process can lock; however this process ends, the lock ends with it."""
-    file = open(path, "wb")  # noqa: SIM115 - held for the whole run
+def lock(path: Path, what: str) -> BinaryIO:
+    """An open file that no other process can lock; however this process ends, the lock ends with it.
+
+    Raises BadInput, which names `what` is being worked on, where another process holds it.
+    """
+    file = open(path, "wb")  # noqa: SIM115 - held for as long as the work takes
     try:
         import fcntl
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by worker processes
     except (BlockingIOError, PermissionError):
         file.close()
-        raise BadInput(
-            f"another process is working on the run in {path.parent.parent}; wait for it or end it"
-        ) from None
+        raise BadInput(f"another process is working on {what}; wait for it or end it") from None
     except (ImportError, OSError):  # no locks on this system, or on this file system: the user has to take care
         pass
     return file

@@ -49,15 +49,22 @@ class Examples:
             padding=self.padding,
         )
 
-    def batch(self, rows: Sequence[int] | np.ndarray) -> dict[str, "torch.Tensor"]:
-        """Model inputs for these rows, padded to the longest of them; `labels` as the loss wants them."""
+    def width(self, rows: Sequence[int] | np.ndarray) -> int:
+        """Tokens to which these rows are padded; never beyond the longest row there is, which the model can read."""
+        lengths = self.lengths[rows]
+        return int(min(-(-lengths.max() // GRAIN) * GRAIN, self.lengths.max()))
+
+    def places(self, rows: Sequence[int] | np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where each token of these rows lies in the flat arrays, and which are tokens at all: both [rows, width]."""
+        columns = np.arange(width)[None, :]
+        inside = columns < self.lengths[rows][:, None]
+        return np.where(inside, self.offsets[rows][:, None] + columns, 0), inside
+
+    def batch(self, rows: Sequence[int] | np.ndarray, width: int | None = None) -> dict[str, "torch.Tensor"]:
+        """Model inputs for these rows, padded to `width` (default: their own); `labels` as the loss wants them."""
         import torch
 
-        lengths = self.lengths[rows]
-        # never beyond the longest row there is, which the model is known to have positions for
-        places = np.arange(min(-(-lengths.max() // GRAIN) * GRAIN, self.lengths.max()))[None, :]
-        inside = places < lengths[:, None]
-        index = np.where(inside, self.offsets[rows][:, None] + places, 0)
+        index, inside = self.places(rows, self.width(rows) if width is None else width)
         ids = np.where(inside, self.ids[index], self.padding).astype(np.int64)
         inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(inside.astype(np.int64))}
         if self.segments is not None:
@@ -83,3 +90,4 @@ class Task:
     label_names: tuple[str, ...]
     max_tokens: int
     rounds: int
+    turns: float = 1.0  # how often a device trains in the whole run, on average

@@ -1,8 +1,8 @@
 """Pure functions over `Tensors`, dictionaries of tensors by parameter name."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from torch import Tensor, isfinite
+from torch import Tensor, device, isfinite
 
 from fedspine.message import Tensors
 
@@ -15,6 +15,26 @@ def half(tensors: Tensors) -> Tensors:
 def single(tensors: Tensors) -> Tensors:
     """The same tensors in fp32, as they are trained."""
     return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def moved(tensors: Tensors, to: device) -> Tensors:
+    """The same tensors on another device."""
+    return {name: tensor.to(to) for name, tensor in tensors.items()}
+
+
+def padded(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of the same number of dimensions, stacked along a new first one, with zeros after the smaller ones.
+
+    >>> import torch
+    >>> padded([torch.ones(1), torch.ones(2)])
+    tensor([[1., 0.],
+            [1., 1.]])
+    """
+    shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
+    stacked = tensors[0].new_zeros(len(tensors), *shape)
+    for place, tensor in zip(stacked, tensors, strict=True):
+        place[tuple(slice(size) for size in tensor.shape)] = tensor
+    return stacked
 
 
 def average(weighted: Iterable[tuple[int | float, Mapping[str, Tensor]]]) -> Tensors:

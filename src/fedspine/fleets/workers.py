@@ -15,16 +15,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from fedspine.device import Call, Served, serve
+from fedspine.fleets.together import serve_together
+from fedspine.lm.prefix import Prefixes
 from fedspine.lm.score import Score, score
 from fedspine.message import unpack
 from fedspine.task import Task
 
 PARENT_CHECK_SECONDS = 1.0
+
+
+Job: TypeAlias = "list[Call] | ScoreJob"
 
 
 @dataclass(frozen=True)
@@ -46,23 +51,28 @@ class Workshop:
     task: Task
     shares: tuple[Any, ...]  # int64 row indices by device
     test_rows: Any  # int64 [rows of the test set]
+    prefixes: Prefixes | None = None
 
-    def do(self, job: Call | ScoreJob) -> Served | Score:
-        """Run one job on one thread."""
+    def do(self, job: Job) -> list[Served] | Score:
+        """Run one job on one thread; several calls in one job are served together."""
         torch.set_num_threads(1)
-        match job:
-            case Call():
-                return serve(job, self.task.base, self.task.train.take(self.shares[job.index]))
-            case ScoreJob():
-                rows = self.test_rows[: job.rows]
-                return score(self.task.base, unpack(job.model), self.task.test.take(rows))
+        if isinstance(job, ScoreJob):
+            rows = self.test_rows[: job.rows]
+            return score(self.task.base, unpack(job.model), self.task.test.take(rows))
+        data = [self.task.train.take(self.shares[call.index]) for call in job]
+        if len(job) == 1:
+            return [serve(job[0], self.task.base, data[0], self.prefixes)]
+        return serve_together(job, self.task.base, data, self.prefixes)
 
 
 class Workers:
-    """A pool of `count` worker processes; with 0 or 1, or where processes cannot be forked, this process works."""
+    """A pool of `count` worker processes; with 0 or 1, or where processes cannot be forked, this process works.
 
-    def __init__(self, workshop: Workshop, count: int) -> None:
-        self._workshop = workshop
+    Up to `together` calls are served in one batched pass.
+    """
+
+    def __init__(self, workshop: Workshop, count: int, together: int = 1) -> None:
+        self._workshop, self._together = workshop, together
         self._count = (
             count if count > 1 and "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux" else 0
         )
@@ -71,12 +81,11 @@ class Workers:
 
     def run(self, jobs: Iterable[Call | ScoreJob]) -> Iterator[Any]:
         """The results in the order of `jobs`, which are read only as workers get free."""
-        if not self._count:
-            yield from map(self._workshop.do, jobs)
-            return
-        if not self._processes:
+        bundles = _bundled(jobs, self._together)
+        if self._count and not self._processes:
             self._start()
-        yield from self._spread(iter(jobs))
+        for result in self._spread(bundles) if self._count else map(self._workshop.do, bundles):
+            yield from result if isinstance(result, list) else (result,)
 
     def close(self) -> None:
         """End the worker processes."""
@@ -103,7 +112,7 @@ class Workers:
         self._pipes.append(ours)
         self._processes.append(process)
 
-    def _spread(self, jobs: Iterator[Call | ScoreJob]) -> Iterator[Any]:
+    def _spread(self, jobs: Iterator[Job]) -> Iterator[Any]:
         idle, busy = deque(self._pipes), {}
         results: dict[int, Any] = {}
         sent = given = 0
@@ -125,7 +134,7 @@ class Workers:
                 yield results.pop(given)
                 given += 1
 
-    def _give(self, pipe: Connection, job: Call | ScoreJob) -> None:
+    def _give(self, pipe: Connection, job: Job) -> None:
         try:
             pipe.send(job)
         except (BrokenPipeError, ConnectionResetError):
@@ -139,6 +148,21 @@ class Workers:
         if not done:
             raise WorkerLost(f"a worker failed:\n{value}")
         return value
+
+
+def _bundled(jobs: Iterable[Call | ScoreJob], most: int) -> Iterator[Job]:
+    """The jobs in their order, with up to `most` consecutive calls in one."""
+    calls: list[Call] = []
+    for job in jobs:
+        if isinstance(job, Call):
+            calls.append(job)
+        if calls and (len(calls) == most or isinstance(job, ScoreJob)):
+            yield calls
+            calls = []
+        if isinstance(job, ScoreJob):
+            yield job
+    if calls:
+        yield calls
 
 
 def _work(workshop: Workshop, pipe: Connection, inherited: list[Connection], parent: int) -> None:

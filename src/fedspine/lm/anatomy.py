@@ -17,8 +17,9 @@ UnitKind: TypeAlias = Literal["heads", "channels"]
 
 @dataclass(frozen=True)
 class UnitMap:
-    """How one architecture names the linear layers of its blocks, below the block list `layers` of its backbone."""
+    """How one architecture names the parts of its backbone: the embeddings, the block list, a block's linear layers."""
 
+    embeddings: str
     layers: str
     query: str
     key: str
@@ -30,6 +31,7 @@ class UnitMap:
 
 
 _BERT = UnitMap(
+    embeddings="embeddings",
     layers="encoder.layer",
     query="attention.self.query",
     key="attention.self.key",
@@ -39,6 +41,7 @@ _BERT = UnitMap(
     down="output.dense",
 )
 _DISTILBERT = UnitMap(
+    embeddings="embeddings",
     layers="transformer.layer",
     query="attention.q_lin",
     key="attention.k_lin",
@@ -48,6 +51,7 @@ _DISTILBERT = UnitMap(
     down="ffn.lin2",
 )
 _LLAMA = UnitMap(
+    embeddings="embed_tokens",
     layers="layers",
     query="self_attn.q_proj",
     key="self_attn.k_proj",

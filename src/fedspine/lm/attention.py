@@ -19,7 +19,7 @@ def attention(
     query: Float[Tensor, "batch heads tokens size"],
     key: Float[Tensor, "batch key_heads tokens size"],
     value: Float[Tensor, "batch key_heads tokens size"],
-    attention_mask: Float[Tensor, "batch #heads tokens tokens"] | None,
+    attention_mask: Float[Tensor, "#batch #heads tokens tokens"] | None,
     scaling: float | None = None,
     **_: object,
 ) -> tuple[Float[Tensor, "batch tokens heads size"], None]:
@@ -38,10 +38,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, mask, scaling):  # type: ignore[no-untyped-def]
         scores = query @ key.transpose(2, 3)
-        if mask is None:
-            scores = scores.float().mul_(scaling)
-        else:
-            scores = torch.add(mask.float(), scores, alpha=scaling)
+        scores = scores.float().mul_(scaling) if mask is None else torch.add(mask.float(), scores, alpha=scaling)
         weights = scores.softmax(-1).to(value.dtype)
         ctx.save_for_backward(query, key, value, weights)
         ctx.scaling = scaling

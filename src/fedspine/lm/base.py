@@ -4,17 +4,23 @@
 adapter and task head into that skeleton, which costs a few milliseconds instead of building a module.
 """
 
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedspine.lm.anatomy import Anatomy
+from fedspine.lm.anatomy import Anatomy, Site, unit_map
 from fedspine.lm.lora import AdaptedLinear, a_name, b_name
 from fedspine.lm.structure import Structure, cut, kept_columns, kept_rows
 from fedspine.message import Tensors, message
+from fedspine.tensors import moved, padded
+
+SLICED = 2  # structures whose slices are kept: what is trained, and what was scored in between
 
 
 @message
@@ -28,6 +34,10 @@ class Model:
     adapter: Tensors
     head: Tensors
     scale: float
+
+    def to(self, device: torch.device) -> "Model":
+        """The same model with its tensors on another device; a structure is always on the CPU."""
+        return replace(self, adapter=moved(self.adapter, device), head=moved(self.head, device))
 
 
 @dataclass(frozen=True)
@@ -54,14 +64,20 @@ class Base:
         self.skeleton = module.eval().requires_grad_(False).to(precision)
         self.config = module.config
         self.config.use_cache = False  # nothing here generates token by token
-        self._sites = {site.path: site for site in anatomy.sites}
         self.weights: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._linears: dict[str, AdaptedLinear] = {}
+        self._slices: OrderedDict[bytes, dict[str, tuple[Tensor, Tensor | None]]] = OrderedDict()
         for site in anatomy.sites:
             linear = module.get_submodule(site.path)
             self.weights[site.path] = (linear.weight.data, None if linear.bias is None else linear.bias.data)
-            module.set_submodule(site.path, AdaptedLinear(*self.weights[site.path]))
+            self._linears[site.path] = AdaptedLinear(*self.weights[site.path])
         for layer in head:
-            module.set_submodule(layer.path, AdaptedLinear(layer.weight, layer.bias))
+            self._linears[layer.path] = AdaptedLinear(layer.weight, layer.bias)
+        for path, linear in self._linears.items():
+            module.set_submodule(path, linear)
+        backbone, names = module.get_submodule(anatomy.prefix), unit_map(anatomy.architecture)
+        self._embeddings = backbone.get_submodule(names.embeddings)
+        self._blocks = list(backbone.get_submodule(names.layers))
         # what is left are embeddings and norms: all that neither pruning nor the head's training touches
         self.embeddings = sum(parameter.numel() for parameter in module.parameters())
 
@@ -78,36 +94,132 @@ class Base:
                 tensors[f"{layer.path}.bias"] = torch.zeros_like(layer.bias) if layer.fresh else layer.bias.clone()
         return tensors
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.skeleton.parameters()).device
+
+    def to(self, device: torch.device) -> None:
+        """Compute on `device` from now on; the task head's initial weights stay where they are."""
+        self.skeleton.to(device)
+        self.weights = {
+            path: (weight.to(device), None if bias is None else bias.to(device))
+            for path, (weight, bias) in self.weights.items()
+        }
+        self._slices.clear()
+
     def fit(self, model: Model, *, merge: bool = False) -> nn.Module:
         """The module that computes `model`; it is valid until the next call.
 
         The tensors of the adapter and the head are used as they are, so gradients reach them if they ask for it; with
         `merge` the adapter is added to the weights instead, as a deployed model has it, which runs faster.
         """
+        slices = self._sliced(model.structure)
         for site in self.anatomy.sites:
-            weight, bias = self.slice(site.path, model.structure)
+            weight, bias = slices[site.path]
             a, b = model.adapter.get(a_name(site.path)), model.adapter.get(b_name(site.path))
             if merge and a is not None and b is not None:
                 weight = torch.addmm(weight.float(), b.float(), a.float(), alpha=model.scale).to(weight.dtype)
                 a = b = None
-            self.skeleton.get_submodule(site.path).put(weight, bias, a, b, model.scale)
+            self._linears[site.path].put(weight, bias, a, b, model.scale)
+        return self._with_head(model.head)
+
+    def fit_stack(self, structures: Sequence[Structure], adapter: Tensors, head: Tensors, scale: float) -> nn.Module:
+        """The module that computes several models in one pass, until the next call; the first dimension of its inputs
+        counts the rows of all of them, one model after another.
+
+        `adapter` and `head` are stacked along a first dimension, with zeros where a model is smaller than the largest.
+        Models of the same structure share the base's weights.
+        """
+        slices = [self._sliced(structure) for structure in structures]
+        shared = all(each is slices[0] for each in slices)
+        for site in self.anatomy.sites:
+            weight, bias = slices[0][site.path]
+            if not shared:
+                weight = padded([each[site.path][0] for each in slices])
+                bias = None if bias is None else padded([each[site.path][1] for each in slices])
+            a, b = adapter.get(a_name(site.path)), adapter.get(b_name(site.path))
+            self._linears[site.path].put(weight, bias, a, b, scale)
+        return self._with_head(head)
+
+    def _with_head(self, head: Tensors) -> nn.Module:
         for layer in self.head:
-            weight, bias = model.head[f"{layer.path}.weight"], model.head.get(f"{layer.path}.bias")
-            self.skeleton.get_submodule(layer.path).put(weight, bias)
+            weight, bias = head[f"{layer.path}.weight"], head.get(f"{layer.path}.bias")
+            self._linears[layer.path].put(weight, bias)
+        self._place(self._embeddings, list(self._blocks))
         return self.skeleton
+
+    def below(self, layer: int, inputs: Tensors) -> Float[Tensor, "rows tokens width"]:
+        """What enters block `layer` of the model that was last fitted, which must be fitted again afterwards."""
+        tap = _Tap()
+        self._place(self._embeddings, [*self._blocks[:layer], tap, *[_Passing()] * (len(self._blocks) - layer - 1)])
+        with torch.no_grad():
+            self.skeleton.get_submodule(self.anatomy.prefix)(**inputs)
+        return tap.seen
+
+    def start_at(self, layer: int) -> "Entry":
+        """Let the model that was last fitted start at block `layer`, with what its entry is given."""
+        entry = Entry()
+        self._place(entry, [_Passing()] * layer + self._blocks[layer:])
+        return entry
+
+    def _place(self, embeddings: nn.Module, blocks: list[nn.Module]) -> None:
+        backbone = self.skeleton.get_submodule(self.anatomy.prefix)
+        names = unit_map(self.anatomy.architecture)
+        setattr(backbone, names.embeddings, embeddings)
+        places = backbone.get_submodule(names.layers)
+        for i, block in enumerate(blocks):
+            places[i] = block
 
     def slice(self, path: str, structure: Structure) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of one site, physically cut to `structure`."""
-        site = self._sites[path]
-        weight, bias = self.weights[path]
+        return self._sliced(structure)[path]
+
+    def _sliced(self, structure: Structure) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Weight and bias of every site cut to `structure`; those of the last few structures are kept."""
+        key = structure.heads.numpy().tobytes() + structure.channels.numpy().tobytes()
+        slices = self._slices.pop(key, None) or {site.path: self._cut(site, structure) for site in self.anatomy.sites}
+        self._slices[key] = slices
+        while len(self._slices) > SLICED:
+            self._slices.popitem(last=False)
+        return slices
+
+    def _cut(self, site: Site, structure: Structure) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self.weights[site.path]
         rows, columns = kept_rows(site, structure), kept_columns(site, structure)
         return cut(cut(weight, rows, 0), columns, 1), None if bias is None else cut(bias, rows, 0)
+
+
+class Entry(nn.Module):
+    """Stands for the embeddings: gives what it holds instead of looking tokens up."""
+
+    hidden: Tensor
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.hidden
+
+
+class _Passing(nn.Module):
+    """Stands for a block that is not computed."""
+
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden
+
+
+class _Tap(_Passing):
+    """Keeps what comes by."""
+
+    seen: Tensor
+
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        self.seen = hidden
+        return hidden
 
 
 def line_energy(base: Base) -> Tensors:
     """Squared norms of the rows (or columns, where those are cut) of every site's unpruned weight, by path."""
     return {
-        site.path: base.weights[site.path][0].float().square().sum(1 if site.row_units else 0)
+        site.path: base.weights[site.path][0].float().square().sum(1 if site.row_units else 0).cpu()
         for site in base.anatomy.sites
     }
 

@@ -20,35 +20,48 @@ class Extent:
     squared_tokens: int
 
 
-def adapter_width(anatomy: Anatomy, structure: Structure) -> int:
-    """Parameters of an adapter per unit of rank: kept rows plus kept columns, over all sites."""
+def adapter_width(anatomy: Anatomy, structure: Structure, first: int = 0) -> int:
+    """Parameters of an adapter per unit of rank: kept rows plus kept columns, over all sites from block `first` on."""
     total = 0
     for site in anatomy.sites:
+        if site.layer < first:
+            continue
         rows, columns = kept_rows(site, structure), kept_columns(site, structure)
         total += site.rows if rows is None else len(rows)
         total += site.columns if columns is None else len(columns)
     return total
 
 
-def training_flops(anatomy: Anatomy, structure: Structure, rank: int, extent: Extent) -> float:
-    """Operations to train an adapter of `rank` over this much text."""
+def training_flops(anatomy: Anatomy, structure: Structure, rank: int, extent: Extent, first: int = 0) -> float:
+    """Operations to train an adapter of `rank` over this much text, on the blocks from `first` on.
+
+    The blocks below take a forward pass only.
+    """
     kept = 1 - sparsity(anatomy, structure)
-    per_token = 4 * anatomy.parameters * kept + 6 * rank * adapter_width(anatomy, structure)
-    attention = 12 * anatomy.layers * anatomy.width * kept * extent.squared_tokens
+    above = anatomy.parameters * kept - _parameters_below(anatomy, structure, first)
+    per_token = 2 * anatomy.parameters * kept + 2 * above + 6 * rank * adapter_width(anatomy, structure, first)
+    layers = 4 * anatomy.layers + 8 * (anatomy.layers - first)
+    attention = layers * anatomy.width * kept * extent.squared_tokens
     return extent.tokens * per_token + attention
 
 
+def _parameters_below(anatomy: Anatomy, structure: Structure, layer: int) -> int:
+    heads, channels = int(structure.heads[:layer].sum()), int(structure.channels[:layer].sum())
+    return heads * anatomy.shape.head_parameters + channels * anatomy.shape.channel_parameters
+
+
 def training_memory_bytes(
-    anatomy: Anatomy, structure: Structure, *, rank: int, embeddings: int, batch: int, tokens: int
+    anatomy: Anatomy, structure: Structure, *, rank: int, embeddings: int, batch: int, tokens: int, first: int = 0
 ) -> int:
     """Peak memory of one training step: a 16-bit base, fp32 adapter with gradient and two moments, activations.
 
+    The adapter sits on the blocks from `first` on; nothing below is kept for a backward pass.
     `embeddings` counts the parameters outside the blocks. Activations take 10 bytes per token and unit of width that
     pruning cannot cut, 24 that it can, and the attention scores; scoring units takes three fp32 matrices.
     """
     kept = 1 - sparsity(anatomy, structure)
     weights = HALF * (embeddings + anatomy.parameters * kept)
-    adapter = 4 * SINGLE * rank * adapter_width(anatomy, structure)
+    adapter = 4 * SINGLE * rank * adapter_width(anatomy, structure, first)
     per_layer = batch * tokens * anatomy.width * (10 + 24 * kept) + 5 * batch * tokens**2 * anatomy.query_heads * kept
     scoring = 3 * SINGLE * max(site.rows * site.columns for site in anatomy.sites)
-    return int(weights + adapter + anatomy.layers * per_layer + scoring)
+    return int(weights + adapter + (anatomy.layers - first) * per_layer + scoring)

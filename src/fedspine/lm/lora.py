@@ -29,7 +29,9 @@ class AdaptedLinear(nn.Module):
     """A linear layer whose weight is frozen or trained, with an optional low-rank adapter in fp32.
 
     The product runs in the weight's own precision; input of another one is converted, so that a bf16 backbone can
-    feed an fp32 task head.
+    feed an fp32 task head. Several models are run in one pass by stacking: a leading dimension `models` on the factors,
+    and on the weight and bias unless they share them. The input's first dimension then counts the rows of all models,
+    one model after another.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -38,10 +40,10 @@ class AdaptedLinear(nn.Module):
 
     def put(
         self,
-        weight: Float[Tensor, "rows columns"],
-        bias: Float[Tensor, " rows"] | None,
-        a: Float[Tensor, "rank columns"] | None = None,
-        b: Float[Tensor, "rows rank"] | None = None,
+        weight: Float[Tensor, "*models rows columns"],
+        bias: Float[Tensor, "*models rows"] | None,
+        a: Float[Tensor, "*models rank columns"] | None = None,
+        b: Float[Tensor, "*models rows rank"] | None = None,
         scale: float = 0.0,
     ) -> None:
         """Replace everything this layer holds; nothing is copied."""
@@ -49,9 +51,12 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
         x = x.to(self.weight.dtype)
-        if self.a is None or self.b is None:
+        if self.a is not None and self.b is not None:
+            return _Adapted.apply(x, self.weight, self.bias, self.a, self.b, self.scale)
+        if self.weight.dim() == 2:
             return nn.functional.linear(x, self.weight, self.bias)
-        return _Adapted.apply(x, self.weight, self.bias, self.a, self.b, self.scale)
+        out = _product(x.reshape(len(self.weight), -1, x.shape[-1]), self.weight, self.bias)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
 
 class _Adapted(torch.autograd.Function):
@@ -59,26 +64,42 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale):  # type: ignore[no-untyped-def]
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(*a.shape[:-2], -1, x.shape[-1])
         a_low, b_low = a.to(x.dtype), (scale * b).to(x.dtype)
-        narrow = flat @ a_low.T
-        out = torch.mm(flat, weight.T) if bias is None else torch.addmm(bias, flat, weight.T)
-        out.addmm_(narrow, b_low.T)
+        narrow = flat @ a_low.mT
+        out = _add_product(_product(flat, weight, bias), narrow, b_low.mT)
         ctx.save_for_backward(flat, weight, a_low, b_low, narrow)
         ctx.scale, ctx.shape = scale, x.shape
-        return out.view(*x.shape[:-1], weight.shape[0])
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         flat, weight, a_low, b_low, narrow = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])
+        grad = grad.reshape(*a_low.shape[:-2], -1, grad.shape[-1])
         grad_narrow = grad @ b_low
-        grad_a = (grad_narrow.T @ flat).float()
-        grad_b = (narrow.T @ grad).T.float().mul_(ctx.scale)  # in this order: few rows, many columns
+        grad_a = (grad_narrow.mT @ flat).float()
+        grad_b = (narrow.mT @ grad).mT.float().mul_(ctx.scale)  # in this order: few rows, many columns
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad, weight).addmm_(grad_narrow, a_low).view(ctx.shape)
+            grad_x = _add_product(_product(grad, weight.mT, None), grad_narrow, a_low).view(ctx.shape)
         return grad_x, None, None, grad_a, grad_b, None
+
+
+def _product(
+    x: Float[Tensor, "*models n columns"],
+    weight: Float[Tensor, "*#models rows columns"],
+    bias: Float[Tensor, "*#models rows"] | None,
+) -> Float[Tensor, "*models n rows"]:
+    """x W^T + b; a weight that all models share makes one product of all their rows."""
+    if weight.dim() == 3:
+        return x @ weight.mT if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
+    flat = x.reshape(-1, x.shape[-1])
+    out = torch.mm(flat, weight.T) if bias is None else torch.addmm(bias, flat, weight.T)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return out.addmm_(left, right) if out.dim() == 2 else out.baddbmm_(left, right)
 
 
 def fresh_a(rng: np.random.Generator, rank: int, columns: int) -> Float[Tensor, "rank columns"]:

@@ -7,6 +7,7 @@ from torch import nn
 
 from fedspine.lm.base import Base, Model
 from fedspine.task import IGNORED, Examples
+from fedspine.tensors import moved
 
 
 @dataclass(frozen=True)
@@ -27,19 +28,20 @@ class Score:
         return self.loss / self.count
 
 
-def score(base: Base, model: Model, data: Examples, *, batch: int = 64) -> Score:
+def score(base: Base, model: Model, data: Examples, *, batch: int = 32) -> Score:
     """Score `model`, merged as it would be deployed, on all rows of `data`."""
     with torch.no_grad():
-        module = base.fit(model, merge=True)
+        module = base.fit(model.to(base.device), merge=True)
     return score_module(module, data, batch=batch)
 
 
-def score_module(module: nn.Module, data: Examples, *, batch: int = 64) -> Score:
+def score_module(module: nn.Module, data: Examples, *, batch: int = 32) -> Score:
     """Score anything that maps a batch of inputs to logits as transformers models do."""
     loss, correct, count = 0.0, 0, 0
+    device = next(module.parameters()).device
     with torch.inference_mode():
         for rows in data.batches_by_length(batch):
-            inputs = data.batch(rows)
+            inputs = moved(data.batch(rows), device)
             labels = inputs.pop("labels")
             logits = module(**inputs).logits.float()
             if labels.dim() == 2:

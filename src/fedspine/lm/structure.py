@@ -61,7 +61,7 @@ def cut(tensor: Tensor, index: Int[Tensor, " kept"] | None, dim: int) -> Tensor:
     """The kept slices of `tensor` along `dim`; the tensor itself where nothing is cut."""
     if index is None or len(index) == tensor.shape[dim]:
         return tensor
-    return tensor.index_select(dim, index)
+    return tensor.index_select(dim, index.to(tensor.device))
 
 
 def cut_adapter(

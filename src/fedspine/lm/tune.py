@@ -1,11 +1,12 @@
 """Local training: the adapter and the task head on one device's rows, a fresh optimiser each time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedspine.device import Device
@@ -13,8 +14,11 @@ from fedspine.errors import BadInput
 from fedspine.lm.base import Model
 from fedspine.lm.cost import Extent, training_flops, training_memory_bytes
 from fedspine.lm.importance import Criterion, Scores, score_units, smooth
-from fedspine.message import message
+from fedspine.lm.leaves import Leaves
+from fedspine.lm.prefix import activations, first_block, key_of
+from fedspine.message import Tensors, message
 from fedspine.task import IGNORED, Examples
+from fedspine.tensors import moved
 
 LAST = 5  # steps whose mean loss stands for where training ended
 
@@ -29,6 +33,7 @@ class Tuning:
     head_learning_rate: float | None = None  # of the task head, None: as the adapter
     weight_decay: float = 0.1
     clip: float = 1.0  # of the gradient's norm
+    turns: float = 1.0  # how often the device trains in the whole run, on average
 
 
 @runtime_checkable
@@ -55,7 +60,7 @@ def check_tuning(fields: TuningFields) -> None:
         raise BadInput(f"method.weight_decay is {fields.weight_decay}, but it cannot be negative")
 
 
-def tuning_at(fields: TuningFields, round: int, rounds: int) -> Tuning:
+def tuning_at(fields: TuningFields, round: int, rounds: int, turns: float = 1.0) -> Tuning:
     """The settings of one round, counted from 0: learning rates fall linearly to zero over the run."""
     learning_rate = fields.learning_rate * (1 - round / rounds)
     return Tuning(
@@ -64,6 +69,7 @@ def tuning_at(fields: TuningFields, round: int, rounds: int) -> Tuning:
         learning_rate=learning_rate,
         head_learning_rate=learning_rate * fields.head_speed,
         weight_decay=fields.weight_decay,
+        turns=turns,
     )
 
 
@@ -83,6 +89,23 @@ class Scoring:
 
 
 @dataclass(frozen=True)
+class Request:
+    """One device's training of `model`; `scores` is the importance followed so far."""
+
+    device: Device
+    model: Model
+    tuning: Tuning
+    scoring: Scoring | None = None
+    scores: Scores | None = None
+    penalty: Callable[[Tensors], Tensor] | None = None  # of the adapter, added to what is minimised
+
+    @property
+    def reuses(self) -> bool:
+        """Whether each of the device's rows is trained on often enough to keep what enters the lowest trained block."""
+        return len(self.device.data) < self.tuning.turns * self.tuning.steps * self.tuning.batch
+
+
+@dataclass(frozen=True)
 class Trace:
     """What training gave: the tuned model, the mean loss of the last steps, the importance if it was followed."""
 
@@ -92,50 +115,97 @@ class Trace:
 
 
 def tune(
-    device: Device, model: Model, tuning: Tuning, *, scoring: Scoring | None = None, scores: Scores | None = None
+    device: Device,
+    model: Model,
+    tuning: Tuning,
+    *,
+    scoring: Scoring | None = None,
+    scores: Scores | None = None,
+    penalty: Callable[[Tensors], Tensor] | None = None,
 ) -> Trace:
     """Train `model` for `tuning.steps` optimiser steps on the device's rows.
 
-    A loss that is not finite ends training at once and is returned as it is; the server leaves such a reply out.
+    `penalty` of the adapter is added to what is minimised, not to the loss that is returned. A loss that is not finite
+    ends training at once and is returned as it is; the server leaves such a reply out.
     """
-    adapter = {name: tensor.detach().clone().requires_grad_() for name, tensor in model.adapter.items()}
-    head = {name: tensor.detach().clone().requires_grad_() for name, tensor in model.head.items()}
-    trained = Model(structure=model.structure, adapter=adapter, head=head, scale=model.scale)
-    module = device.base.fit(trained)
-    parameters = [*adapter.values(), *head.values()]
-    groups = [
-        {"params": list(adapter.values()), "lr": tuning.learning_rate},
-        {"params": list(head.values()), "lr": tuning.head_learning_rate or tuning.learning_rate},
-    ]
-    optimiser = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=tuning.weight_decay, fused=True)
-    losses: list[float] = []
-    tokens = squared = longest = 0
-    for step, rows in enumerate(batches(device.data, tuning, device.rng)):
-        inputs = device.data.batch(rows)
-        count, length = inputs["input_ids"].shape
-        tokens, squared, longest = tokens + count * length, squared + count * length**2, max(longest, length)
-        loss = loss_of(module, inputs)
-        losses.append(float(loss.detach()))
-        if not np.isfinite(losses[-1]):
+    request = Request(device, model, tuning, scoring, scores, penalty)
+    return train([request])[0] if device.trainer is None else device.trainer(request)
+
+
+def train(requests: Sequence[Request]) -> list[Trace]:
+    """Train the models of all requests in one pass each step; they must agree in all but device, sizes and weights.
+
+    Together or one after another gives the same but for rounding: sums run over other shapes.
+    """
+    lead, alone = requests[0], len(requests) == 1
+    base, tuning, scoring = lead.device.base, lead.tuning, lead.scoring
+    first = first_block(base.anatomy, lead.model)
+    prefixes = [_prefix(request, first) for request in requests]
+    leaves = Leaves(base, [request.model for request in requests])
+    module = leaves.fit()
+    entry = base.start_at(first) if prefixes[0] is not None else None
+    optimiser = _optimiser(leaves, tuning)
+    scores = [request.scores for request in requests]
+    losses: list[Float[Tensor, " models"]] = []
+    extents = [Extents() for _ in requests]
+    for step, rows in enumerate(zip(*(batches(r.device.data, tuning, r.device.rng) for r in requests), strict=True)):
+        inputs, width = _joined(requests, rows, extents)
+        if entry is not None:
+            entry.hidden = torch.cat([_taken(r, p, i, width) for r, p, i in zip(requests, prefixes, rows, strict=True)])
+        loss = losses_of(module, inputs, len(requests))
+        losses.append(loss.detach())
+        if alone and not torch.isfinite(loss):
             break
-        loss.backward()
+        penalties = [r.penalty(leaves.adapter_of(i)) for i, r in enumerate(requests) if r.penalty is not None]
+        sum(penalties, start=loss.sum()).backward()
         if scoring is not None and step % scoring.every == 0:
-            scores = smooth(scores, score_units(device.base, trained, scoring.criterion), scoring.keep)
-        nn.utils.clip_grad_norm_(parameters, tuning.clip)
+            for i, before in enumerate(scores):
+                now = score_units(base, leaves.with_gradients(i), scoring.criterion)
+                scores[i] = smooth(before, now, scoring.keep)
+        leaves.clip(tuning.clip)
         optimiser.step()
         optimiser.zero_grad()
-    _account(device, trained, Extent(tokens, squared), steps=len(losses), batch=tuning.batch, longest=longest)
-    tuned = Model(structure=model.structure, adapter=_detached(adapter), head=_detached(head), scale=model.scale)
-    return Trace(model=tuned, loss=float(np.mean(losses[-LAST:])), scores=scores)
+    history = torch.stack(losses, 1).tolist()
+    for request, extent in zip(requests, extents, strict=True):
+        _account(request, extent, first)
+    return [Trace(leaves.model(i), _ended(history[i]), scores[i]) for i in range(len(requests))]
 
 
-def loss_of(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy: per row for classification, per predicted token for language modelling."""
+def _optimiser(leaves: Leaves, tuning: Tuning) -> torch.optim.Optimizer:
+    groups = [
+        {"params": list(leaves.adapter.values()), "lr": tuning.learning_rate},
+        {"params": list(leaves.head.values()), "lr": tuning.head_learning_rate or tuning.learning_rate},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=tuning.weight_decay, fused=True)
+
+
+def _ended(losses: list[float]) -> float:
+    """The mean of the last losses, or the first that is not finite."""
+    return next((loss for loss in losses if not np.isfinite(loss)), float(np.mean(losses[-LAST:])))
+
+
+def _prefix(request: Request, first: int) -> Tensor | None:
+    """What enters the lowest trained block for all of the device's rows, where that pays."""
+    device = request.device
+    if first == 0 or not request.reuses:
+        return None
+
+    def make() -> Tensor:
+        return activations(device.base, request.model, device.data, first)
+
+    if device.prefixes is None:
+        return make()
+    return device.prefixes.get(key_of(device.id, first, request.model.structure), make)
+
+
+def losses_of(module: nn.Module, inputs: Tensors, models: int) -> Float[Tensor, " models"]:
+    """Mean cross-entropy of each model's rows: per row for classification, per predicted token for language models."""
     labels = inputs["labels"]
     logits = module(**{name: value for name, value in inputs.items() if name != "labels"}).logits
     if labels.dim() == 2:
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    return nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED)
+    losses = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+    return losses.view(models, -1).sum(1) / (labels != IGNORED).view(models, -1).sum(1)
 
 
 def batches(data: Examples, tuning: Tuning, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -148,15 +218,56 @@ def batches(data: Examples, tuning: Tuning, rng: np.random.Generator) -> Iterato
         yield by_length[start : start + tuning.batch]
 
 
-def _account(device: Device, model: Model, extent: Extent, *, steps: int, batch: int, longest: int) -> None:
-    anatomy = device.base.anatomy
-    rank = rank_of(model)
+@dataclass
+class Extents:
+    """How much text one device trained on: batches, padded tokens, squared lengths, the longest row."""
+
+    steps: int = 0
+    tokens: int = 0
+    squared: int = 0
+    longest: int = 0
+
+    def add(self, rows: int, width: int) -> None:
+        """Count one more batch."""
+        self.steps += 1
+        self.tokens += rows * width
+        self.squared += rows * width**2
+        self.longest = max(self.longest, width)
+
+
+def _joined(requests: Sequence[Request], rows: Sequence[np.ndarray], extents: Sequence[Extents]) -> tuple[Tensors, int]:
+    """One step's inputs of all devices, one after another, and their padded length."""
+    widths = [request.device.data.width(chosen) for request, chosen in zip(requests, rows, strict=True)]
+    for extent, chosen, width in zip(extents, rows, widths, strict=True):
+        extent.add(len(chosen), width)
+    parts = [r.device.data.batch(chosen, max(widths)) for r, chosen in zip(requests, rows, strict=True)]
+    inputs = parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return moved(inputs, requests[0].device.base.device), max(widths)
+
+
+def _taken(request: Request, prefix: Tensor, rows: np.ndarray, width: int) -> Float[Tensor, "rows width hidden"]:
+    """These rows' activations, padded with zeros."""
+    index, inside = request.device.data.places(rows, width)
+    device = request.device.base.device
+    hidden = prefix[torch.from_numpy(index)].to(device)
+    return hidden.mul_(torch.from_numpy(inside).to(device)[:, :, None])
+
+
+def _account(request: Request, extent: Extents, first: int) -> None:
+    device, model, batch = request.device, request.model, request.tuning.batch
+    anatomy, rank = device.base.anatomy, rank_of(model)
     device.spend(
-        flops=training_flops(anatomy, model.structure, rank, extent),
-        launches=steps * anatomy.layers,
-        samples=steps * batch,
+        flops=training_flops(anatomy, model.structure, rank, Extent(extent.tokens, extent.squared), first),
+        launches=extent.steps * anatomy.layers,
+        samples=extent.steps * batch,
         memory_bytes=training_memory_bytes(
-            anatomy, model.structure, rank=rank, embeddings=device.base.embeddings, batch=batch, tokens=longest
+            anatomy,
+            model.structure,
+            rank=rank,
+            embeddings=device.base.embeddings,
+            batch=batch,
+            tokens=extent.longest,
+            first=first,
         ),
     )
 
@@ -164,7 +275,3 @@ def _account(device: Device, model: Model, extent: Extent, *, steps: int, batch:
 def rank_of(model: Model) -> int:
     """The largest rank of the model's adapter, 0 without one."""
     return max((tensor.shape[0] for name, tensor in model.adapter.items() if name.endswith(".lora_A")), default=0)
-
-
-def _detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach() for name, tensor in tensors.items()}

@@ -5,12 +5,13 @@ arXiv:2305.05644). The simplest method here, and the reference that pruning meth
 Departures: docs/methods/fedlora.md.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
 
 from fedspine.device import Device, DeviceId, on_device
+from fedspine.errors import BadInput
 from fedspine.fleet import Fleet
 from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Model
@@ -57,6 +58,7 @@ def tune_adapter(device: Device, order: LoraOrder) -> LoraResult:
 class LoraState:
     round: int
     rounds: int
+    turns: float  # of a device in the whole run, on average
     anatomy: Anatomy
     adapter: Tensors
     head: Tensors
@@ -71,6 +73,7 @@ class FedLora:
     scale: float = 2.0  # alpha / rank
     steps: int = 20  # optimiser steps of a device in a round
     batch: int = 32  # rows of one step
+    depth: int = 0  # blocks that have an adapter, counted from the top; 0: all of them
     learning_rate: float = 2e-4  # falls linearly to zero over the rounds
     head_speed: float = 1.0  # the task head's learning rate over the adapter's
     weight_decay: float = 0.1
@@ -82,15 +85,22 @@ class FedLora:
 
     def check(self, task: Task) -> None:
         check_rank("method.rank", (self.rank,), task.base.anatomy)
+        if not 0 <= self.depth <= task.base.anatomy.layers:
+            raise BadInput(
+                f"method.depth is {self.depth}, but the model has {task.base.anatomy.layers} blocks; "
+                "choose as many or fewer, 0 for all"
+            )
         check_tuning(self)
 
     def start(self, task: Task, rng: np.random.Generator) -> LoraState:
         anatomy = task.base.anatomy
+        depth = self.depth or anatomy.layers
         return LoraState(
             round=0,
             rounds=task.rounds,
             anatomy=anatomy,
-            adapter=fresh(anatomy.sites, self.rank, rng),
+            turns=task.turns,
+            adapter=fresh((s for s in anatomy.sites if s.layer >= anatomy.layers - depth), self.rank, rng),
             head=task.base.initial_head(rng),
         )
 
@@ -99,15 +109,14 @@ class FedLora:
             adapter=half(state.adapter),
             head=half(state.head),
             scale=self.scale,
-            tuning=tuning_at(self, state.round, state.rounds),
+            tuning=tuning_at(self, state.round, state.rounds, state.turns),
         )
         replies = usable(fleet.ask(tune_adapter, {device.id: order for device in fleet.devices}), fleet)
         for reply in replies:
             fleet.note(device=reply.device, rank=self.rank, sparsity=0.0, loss=reply.value.loss)
-        return LoraState(
+        return replace(
+            state,
             round=state.round + 1,
-            rounds=state.rounds,
-            anatomy=state.anatomy,
             adapter=average((r.value.examples, r.value.adapter) for r in replies),
             head=average((r.value.examples, r.value.head) for r in replies),
         )

@@ -1,0 +1,48 @@
+"""How long a sweep still takes, from how long the cells took that are finished."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """A cell that is not finished: `round` of `rounds` are saved, `began` of them before its process started.
+
+    `seconds` is the wall time of its process so far, None where it has none.
+    """
+
+    label: str
+    round: int
+    rounds: int
+    began: int = 0
+    seconds: float | None = None
+
+
+def seconds_left(ahead: Sequence[Ahead], finished: Mapping[str, Sequence[float]], jobs: int) -> float | None:
+    """Wall seconds until all cells are finished, `jobs` at a time; None where nothing is known yet.
+
+    `finished` has the wall seconds of the finished cells by label. A cell takes what the median cell of its label
+    took, which no outlier moves; without one, what the median of all took, and before any is finished what the
+    running cells take at their pace.
+
+    >>> seconds_left([Ahead("a", 0, 10), Ahead("a", 5, 10), Ahead("b", 0, 10)], {"a": [60, 100, 9000]}, jobs=2)
+    125.0
+    """
+    paces = [pace for cell in ahead if (pace := _at_its_pace(cell)) is not None]
+    everything = [seconds for label in finished.values() for seconds in label] or paces
+    if not ahead or not everything:
+        return None if ahead else 0.0
+    lefts = [_left(cell, median(finished.get(cell.label) or everything)) for cell in ahead]
+    return max(sum(lefts) / jobs, *lefts)
+
+
+def _left(cell: Ahead, whole: float) -> float:
+    return whole * (1 - cell.round / cell.rounds)
+
+
+def _at_its_pace(cell: Ahead) -> float | None:
+    """The wall seconds of the whole cell at the pace of the rounds done so far; loading counts as a part of them."""
+    if cell.seconds is None or cell.round <= cell.began:
+        return None
+    return cell.seconds * cell.rounds / (cell.round - cell.began)

@@ -1,0 +1,487 @@
+"""Sweeps: what a file comes to, what is refused before anything runs, and that nothing is lost, mixed or repeated."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from rich.console import Console
+from runs import environment, in_process, records_of, summary_of, without_wall, write_csv
+
+from fedspine import config
+from fedspine.errors import BadInput
+from fedspine.method import all_methods
+from fedspine.report import sweeps
+from fedspine.report.progress import Silent
+from fedspine.run import new_run
+from fedspine.sweep.folder import SweepFolder, held
+from fedspine.sweep.left import Ahead, seconds_left
+from fedspine.sweep.names import distinct
+from fedspine.sweep.plan import plan
+from fedspine.sweep.work import look, reason_of
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+GONE_SECONDS = 10.0  # within which the processes of a killed sweep must have ended
+
+GOOD = """
+seeds = [0, 1]
+[task]
+model = "./bert"
+data = "rows.csv"
+[fleet]
+devices = 3
+per_round = 2
+[run]
+rounds = 2
+evaluate_every = 0
+[method]
+steps = 2
+[methods.fedspine]
+ranks = [2, 4]
+[methods.lora]
+name = "fedlora"
+rank = 2
+"""
+
+
+@pytest.fixture
+def place(tiny_folder, tmp_path, monkeypatch):
+    """The current folder, with a tiny model and data in it."""
+    (tmp_path / "bert").symlink_to(tiny_folder("bert"))
+    write_csv(tmp_path / "rows.csv")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    return lambda *arguments: in_process(monkeypatch, capsys, *arguments)
+
+
+def planned(text):
+    Path("sweep.toml").write_text(text)
+    return plan(Path("sweep.toml"))
+
+
+# --- what a file comes to ---
+
+
+def test_every_method_meets_every_setting_and_seed(place):
+    cells = planned(GOOD + '[grid]\n"fleet.alpha" = [1.0, 0.1]\n')
+    assert [(cell.label, cell.settings["fleet.alpha"], cell.seed) for cell in cells] == [
+        (label, alpha, seed) for seed in (0, 1) for alpha in (1.0, 0.1) for label in ("fedspine", "lora")
+    ]  # so that a sweep that is cut short has all methods of its first seeds
+    cell = cells[3]
+    assert cell.name == "lora--alpha=0.1--seed=0"
+    assert cell.settings == {"fleet.alpha": 0.1}
+    assert (cell.recipe.method.name, cell.recipe.method.rank, cell.recipe.method.steps) == ("fedlora", 2, 2)
+    assert (cell.recipe.fleet.alpha, cell.recipe.run.seed, cell.recipe.run.rounds) == (0.1, 0, 2)
+    assert cell.recipe.task.data == str(place / "rows.csv")  # as in a recipe: seen from where the command runs
+
+
+def test_dotted_keys_need_no_quotes(place):
+    assert planned(GOOD + "[grid]\nfleet.alpha = [1.0, 0.1]") == planned(GOOD + '[grid]\n"fleet.alpha" = [1.0, 0.1]')
+
+
+def test_a_recipe_with_seeds_is_a_sweep(place):
+    cells = planned('seeds = [3, 4]\n[method]\nname = "fedlora"\nrank = 2\n')
+    assert [cell.name for cell in cells] == ["fedlora--seed=3", "fedlora--seed=4"]
+    assert {cell.recipe.method.rank for cell in cells} == {2}
+    (cell,) = planned("[run]\nseed = 5\n")
+    assert (cell.label, cell.seed, cell.recipe.run.seed) == ("fedspine", 5, 5)
+
+
+def test_a_name_may_be_shared_or_be_the_label(place):
+    cells = planned('[method]\nname = "fedlora"\nscale = 1.0\n[methods.a]\n[methods.fedspine]\nname = "fedspine"\n')
+    assert [(cell.label, cell.recipe.method.name) for cell in cells] == [("a", "fedlora"), ("fedspine", "fedspine")]
+    assert {cell.recipe.method.scale for cell in cells} == {1.0}
+    (cell,) = planned("[methods.fedlora]")
+    assert (cell.label, cell.recipe.method.name) == ("fedlora", "fedlora")
+
+
+def test_named_data_may_set_several_keys(place):
+    write_csv(place / "pairs.csv")
+    data = '[data.one]\n[data.two]\ntask.data = "pairs.csv"\ntask.max_tokens = 16\nrun.rounds = 5\nmethod.batch = 4\n'
+    cells = planned(GOOD + data)
+    assert [cell.settings for cell in cells[:4]] == [{"data": name} for name in ("one", "one", "two", "two")]
+    assert cells[0].recipe.task.data == str(place / "rows.csv")
+    two = cells[3].recipe
+    assert (two.task.data, two.task.max_tokens, two.run.rounds) == (str(place / "pairs.csv"), 16, 5)
+    assert two.method.batch == 4
+    assert cells[3].name == "lora--two--seed=0"
+
+
+def test_a_grid_under_a_method_is_its_own(place):
+    cells = planned(GOOD.replace("rank = 2", "") + "[methods.lora.grid]\nrank = [2, 4]\nscale = [1.0]\n")
+    assert [cell.label for cell in cells[:3]] == ["fedspine", "lora rank=2 scale=1.0", "lora rank=4 scale=1.0"]
+    assert [cell.recipe.method.rank for cell in cells[1:3]] == [2, 4]
+    assert {json.dumps(cell.settings) for cell in cells} == {"{}"}  # what all methods share, and nothing else
+
+
+def test_folders_names_stay_apart():
+    names = distinct(["a b, seed=0", "A-b, seed=0", "../c, seed=0", "x" * 300, "x" * 301])
+    assert len({name.casefold() for name in names}) == len(names)
+    assert all(re.fullmatch(r"[\w=+][\w=.+-]*", name) and len(name) < 140 for name in names)
+
+
+BAD = {  # what is added to the good file, or another file, and what the line must say
+    "part": ("[gird]\n", ["part of a sweep 'gird'", "did you mean 'grid'"]),
+    "key": ("[grid]\nfleet.alhpa = [1.0]\n", ["key in [grid] 'fleet.alhpa'", "did you mean 'fleet.alpha'"]),
+    "section": ("[grid]\nfleeet.alpha = [1.0]\n", ["section in [grid] 'fleeet'", "did you mean 'fleet'"]),
+    "no section": ("[grid]\nalpha = [1.0]\n", ["[grid] names 'alpha'", '"fleet.alpha"']),
+    "field": ("[grid]\nmethod.learning_rat = [1.0]\n", ["'learning_rat'", "did you mean 'learning_rate'"]),
+    "field of one": ("[grid]\nmethod.sparsity = [0.5]\n", ["lora has no such field", "[methods.LABEL.grid]"]),
+    "own field": ("sparsty = 0.5\n", ["lora, seed=0", "key of [method] for fedlora 'sparsty'"]),
+    "own grid": ("[methods.lora.grid]\nranks = [1]\n", ["[methods.lora.grid] 'ranks'", "did you mean 'rank'"]),
+    "own grid again": ("[methods.lora.grid]\nrank = [1]\n", ["rank is set in [methods.lora] and", "keep one"]),
+    "method": ('[methods.x]\nname = "fedlra"\n', ["methods.x: unknown method 'fedlra'", "did you mean 'fedlora'"]),
+    "label alone": ("[methods.fedspin]\n", ["methods.fedspin: unknown method", "did you mean 'fedspine'"]),
+    "name": ("[methods.x]\nname = 3\n", ["methods.x: name is 3"]),
+    "data": ('[data.x]\ntask.dat = "y"\n', ["key in [data.x] 'task.dat'", "did you mean 'task.data'"]),
+    "data twice": ('[data.x]\ntask.data = "rows.csv"\n[grid]\ntask.data = ["rows.csv"]\n', ["keep one of the two"]),
+    "field twice": ("steps = 3\n[grid]\nmethod.steps = [1]\n", ["steps is set in [methods.lora] and in [grid]"]),
+    "no file": ('[data.x]\ntask.data = "../no/rows"\n', ["x, seed=0", "task.data is '../no/rows'", "check the path"]),
+    "no table": ('[data.x]\ntask.data = "rwos.csv"\n', ["task.data is 'rwos.csv'", "nothing is there"]),
+    "value": ("[grid]\nfleet.alpha = [-1.0]\n", ["alpha=-1.0", "fleet.alpha is -1.0", "greater than 0"]),
+    "no list": ("[grid]\nfleet.alpha = 1.0\n", ["fleet.alpha in [grid] is 1.0", "such as [1.0]"]),
+    "empty": ("[grid]\nfleet.alpha = []\n", ["fleet.alpha in [grid] is an empty list", "at least one"]),
+    "twice": ("[grid]\nfleet.alpha = [1.0, 0.1, 1.0]\n", ["holds 1.0 twice"]),
+    "seed in the grid": ("[grid]\nrun.seed = [1]\n", ["[grid] cannot set run.seed", "seeds = [0, 1, 2]"]),
+    "workers": ("[grid]\nrun.workers = [1]\n", ["cannot set run.workers", "--jobs"]),
+    "names in the grid": ('[grid]\nmethod.name = ["fedlora"]\n', ["method.name", "[methods.LABEL]"]),
+    "no table of data": ("[data]\nx = 3\n", ["[data.x] must be a table"]),
+    "broken": ("[grid\n", ["cannot be read"]),
+}
+OTHER = {
+    "no seeds": ("seeds = []", ["seeds is an empty list"]),
+    "one seed": ("seeds = 3", ["seeds is 3", "[3]"]),
+    "negative seed": ("seeds = [-1]", ["seeds holds -1"]),
+    "seed twice": ("seeds = [1]\n[run]\nseed = 1", ["both seeds and run.seed"]),
+    "no methods": ("[methods]", ["[methods] is empty"]),
+    "same again": ("[methods.fedlora.grid]\nscale = [1, 2]\n[methods.'fedlora scale=1']\nname = 'fedlora'", ["same"]),
+    "methods no table": ("methods = 3", ["[methods] must be a table"]),
+}
+
+
+@pytest.mark.parametrize("name", [*BAD, *OTHER])
+def test_a_bad_file_ends_in_one_line_before_anything_runs(place, command, name):
+    text, says = (GOOD + BAD[name][0], BAD[name][1]) if name in BAD else OTHER[name]
+    Path("bad.toml").write_text(text)
+    before = set(os.listdir(place))
+    code, out, lines = command("sweep", "bad.toml", "--json")
+    assert (code, out) == (2, "")
+    (line,) = lines
+    assert line.startswith("fedspine: bad.toml: ")
+    for words in says:
+        assert words in line
+    assert set(os.listdir(place)) == before
+
+
+@pytest.mark.parametrize("words", ["no.toml", "sweep.toml --out rows.csv", "sweep.toml --out full"])
+def test_bad_places(place, command, words):
+    Path("sweep.toml").write_text(GOOD)
+    Path("full").mkdir()
+    Path("full/mine.txt").write_text("mine")
+    code, out, (line,) = command("sweep", *words.split())
+    assert (code, out) == (2, "")
+    assert words.split()[-1] in line
+    assert os.listdir("full") == ["mine.txt"]
+
+
+@pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*.toml")), ids=lambda file: file.name)
+def test_the_sweeps_of_the_experiments_can_be_run(file, monkeypatch):
+    """Where the data sets lie beside the repository; recipes are no sweeps and are left out."""
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    text = file.read_text()
+    if "seeds = " not in text:
+        pytest.skip("a recipe")
+    if not Path("../shared/data").is_dir():
+        pytest.skip("the data sets are not beside the repository, in shared/data")
+    cells = plan(file)
+    assert {cell.seed for cell in cells} >= {0, 1, 2}
+    assert {cell.recipe.method.name for cell in cells} <= set(all_methods())
+
+
+# --- what is shown ---
+
+
+def test_time_left():
+    finished = {"a": [100.0, 100.0, 100.0, 9000.0], "b": [10.0]}
+    assert seconds_left([], finished, 1) == 0
+    assert seconds_left([Ahead("a", 0, 4)], {}, 1) is None
+    # nothing is finished: 2 of 8 rounds took 30 s, so all take 120 s, of which 90 s are left, and 120 s of the other
+    assert seconds_left([Ahead("a", 3, 8, began=1, seconds=30.0), Ahead("b", 0, 4)], {}, 1) == 120 * 5 / 8 + 120
+    # the median of its own label, three quarters of it left; the other of its own
+    assert seconds_left([Ahead("a", 1, 4), Ahead("b", 0, 4)], finished, 1) == 75 + 10
+    # never less than the longest of what runs side by side
+    assert seconds_left([Ahead("a", 1, 4), Ahead("b", 0, 4)], finished, 8) == 75
+
+
+OUTLOOK = sweeps.Outlook(
+    cells=12, done=3, failed=1, seconds_left=125.0, at_work=(sweeps.AtWork("lora--seed=1", 5, 24),)
+)
+
+
+def test_lines_go_to_stderr(capsys):
+    shown = sweeps.Lines(sys.stderr)
+    shown.update(OUTLOOK)
+    shown.update(OUTLOOK)  # within the same minute
+    shown.ended("fedspine--seed=1", "accuracy 71.0 %, 12.3 s", OUTLOOK)
+    shown.close()
+    told = "3 of 12 cells done, 1 failed, about 2 min 05 s left"
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        f"{told}; lora--seed=1 5/24",
+        f"fedspine--seed=1: accuracy 71.0 %, 12.3 s; {told}",
+    ]
+
+
+def test_a_terminal_gets_one_display_and_its_cursor_back():
+    out = io.StringIO()
+    shown = sweeps.Live(Console(file=out, force_terminal=True, width=120))
+    shown.update(OUTLOOK)
+    shown.bar.refresh()
+    shown.ended("fedspine[x]", "failed: no [red]room[/red]", OUTLOOK)
+    shown.close()
+    shown.close()
+    text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())
+    for expected in ("4/12", "1 failed, about 2 min 05 s left", "lora--seed=1", "5/24", "rounds"):
+        assert expected in text
+    assert "fedspine[x]: failed: no [red]room[/red]" in text
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+
+
+def test_help(command):
+    code, out, _ = command("sweep", "--help")
+    assert code == 0
+    for option in ("--jobs", "--out", "--list", "--retry", "--json"):
+        assert option in out
+
+
+def test_list_runs_nothing(place, command):
+    Path("sweep.toml").write_text(GOOD)
+    before = set(os.listdir(place))
+    code, out, lines = command("sweep", "sweep.toml", "--list")
+    assert (code, lines) == (0, [])
+    assert out.count("open") == 4 + 1
+    code, out, _ = command("sweep", "sweep.toml", "--list", "--json")
+    found = json.loads(out)
+    assert (found["open"], found["done"], len(found["cells"])) == (4, 0, 4)
+    assert set(os.listdir(place)) == before
+
+
+# --- what is run ---
+
+
+def start(*arguments):
+    """A sweep in a process of its own, and session, so that Ctrl-C can be sent to all of it."""
+    whole = [sys.executable, "-m", "fedspine", "sweep", *arguments]
+    return subprocess.Popen(
+        whole, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+    )
+
+
+def wait_for(true, process, seconds=120.0):
+    """Wait until something is true or the process has ended; returns whether it came true."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        if true():
+            return True
+        time.sleep(0.01)
+    return bool(true())
+
+
+def left_alive(processes):
+    return psutil.wait_procs(processes, timeout=GONE_SECONDS)[1]
+
+
+def stamps(folder):
+    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def assert_as_alone(cell, folder, tmp_path):
+    """The cell's run ended as the same recipe does by itself."""
+    run = folder / "cells" / cell.name
+    alone = tmp_path / "alone" / cell.name
+    alone.parent.mkdir(exist_ok=True)
+    recipe = config.load(run / "recipe.toml", ["run.workers=1"])
+    new_run(recipe, alone, Silent())
+    assert without_wall(summary_of(run)) == without_wall(summary_of(alone))
+    assert records_of(run) == records_of(alone)
+
+
+@pytest.mark.slow
+def test_a_sweep_from_its_start_to_its_end(place, command, tmp_path):
+    """One cell fails and is put right; the others are done, and never again."""
+    write_csv(place / "few.csv", rows=2)  # of which none can be set aside for testing
+    text = GOOD.replace("[0, 1]", "[0]") + '[data.rows]\n[data.few]\ntask.data = "few.csv"\n'
+    Path("sweep.toml").write_text(text.replace("[methods.fedspine]\nranks = [2, 4]\n", ""))
+    good, bad = cells = plan(Path("sweep.toml"))
+    folder = place / "sweeps" / "sweep"
+
+    code, out, lines = command("sweep", "sweep.toml", "--jobs", "2")
+    assert code == 1
+    assert "2 cells in sweeps/sweep: 1 done, 1 failed" in out
+    assert any(line.startswith(f"{bad.name}: failed: ") for line in lines)
+    told = json.loads((folder / "cells" / good.name / "cell.json").read_text())
+    assert told == {"label": "lora", "settings": {"data": "rows"}, "seed": 0}
+    assert_as_alone(good, folder, tmp_path)
+
+    before = stamps(folder / "cells")
+    code, out, _ = command("sweep", "sweep.toml", "--json")
+    found = json.loads(out)
+    assert (code, found["done"], found["failed"]) == (1, 1, 1)
+    assert "rows" in found["cells"][1]["reason"] and "\n" not in found["cells"][1]["reason"]
+    assert stamps(folder / "cells") == before
+
+    write_csv(place / "few.csv")
+    code, out, _ = command("sweep", "sweep.toml", "--json", "--retry")
+    assert (code, json.loads(out)["done"]) == (0, 2)
+    assert {path: stamp for path, stamp in stamps(folder / "cells").items() if good.name in str(path)} == {
+        path: stamp for path, stamp in before.items() if good.name in str(path)
+    }
+    assert not list((folder / "failed").iterdir())
+    assert [standing.status for standing in look(Path("sweep.toml"), None).standings] == ["done"] * len(cells)
+
+    # another version of the file is refused where the same cell means another run, and told of where it lacks one
+    Path("sweep.toml").write_text(Path("sweep.toml").read_text().replace("rounds = 2", "rounds = 3"))
+    code, out, (line,) = command("sweep", "sweep.toml", "--json")
+    assert (code, out) == (2, "")
+    assert "run.rounds is 2 there, 3 here" in line and "--out" in line
+    Path("sweep.toml").write_text(
+        Path("sweep.toml").read_text().replace("rounds = 3", "rounds = 2").split("[data.few")[0]
+    )
+    code, out, _ = command("sweep", "sweep.toml")
+    assert code == 0
+    assert f"1 run there that the file does not describe: {bad.name}" in out
+
+
+MOMENTS = {  # when a sweep is killed: what must be there, somewhere in its folder
+    "its first cell begins": "cells/*/cell.json",
+    "a round is saved": "cells/*/state/current.json",
+    "a cell is scored": "cells/*/summary.json",
+    "two cells are scored": "cells/*[12]/summary.json",
+}
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on(place, tmp_path):
+    Path("sweep.toml").write_text(
+        GOOD.replace("[0, 1]", "[0, 1, 2]")
+        .replace("rounds = 2", "rounds = 30")
+        .replace("[methods.fedspine]\nranks = [2, 4]", "")
+    )
+    cells, folder = plan(Path("sweep.toml")), place / "out"
+    kills, seen = 0, set()
+    for number, (moment, pattern) in enumerate(MOMENTS.items()):
+        sweep = start("sweep.toml", "--out", "out", "--json", *(["--jobs", "2"] if number % 2 else []))
+        if not wait_for(lambda pattern=pattern: list(folder.glob(pattern)), sweep):
+            raise AssertionError(f"{moment} never came: {sweep.communicate()}")
+        children = psutil.Process(sweep.pid).children(recursive=True) if sweep.poll() is None else []
+        sweep.kill()
+        sweep.communicate()
+        kills += sweep.returncode == -signal.SIGKILL
+        assert left_alive(children) == []
+        standings = look(Path("sweep.toml"), folder).standings
+        seen |= {standing.status for standing in standings}
+        done = {
+            standing.cell.name: stamps(folder / "cells" / standing.cell.name)
+            for standing in standings
+            if standing.status == "done"
+        }
+    assert kills >= 3
+    assert seen >= {"open", "half-done"}
+    assert "failed" not in seen
+
+    sweep = start("sweep.toml", "--out", "out", "--json")
+    out, err = sweep.communicate()
+    assert (sweep.returncode, err) == (0, "")
+    assert json.loads(out)["done"] == len(cells)
+    for name, before in done.items():
+        assert stamps(folder / "cells" / name) == before  # what was done is not touched again
+    for cell in cells:
+        assert_as_alone(cell, folder, tmp_path)
+
+
+@pytest.mark.slow
+def test_interrupted_and_two_at_once(place, command):
+    Path("sweep.toml").write_text(GOOD.replace("rounds = 2", "rounds = 5000"))
+    sweep = start("sweep.toml", "--jobs", "2")
+    folder = Path("sweeps/sweep")
+    assert wait_for(lambda: len(list(folder.glob("cells/*/state/current.json"))) == 2, sweep), sweep.communicate()
+
+    code, out, (line,) = command("sweep", "sweep.toml", "--json")  # a second one, meanwhile
+    assert (code, out) == (2, "")
+    assert "another process is working on the sweep in sweeps/sweep" in line
+    code, out, _ = command("sweep", "sweep.toml", "--list", "--json")
+    found = json.loads(out)
+    assert (code, found["running"], found["open"]) == (0, 2, 2)
+    assert all(0 < cell["rounds_done"] < 5000 for cell in found["cells"] if cell["status"] == "running")
+
+    children = psutil.Process(sweep.pid).children(recursive=True)
+    os.killpg(sweep.pid, signal.SIGINT)
+    out, err = sweep.communicate()
+    assert (sweep.returncode, out) == (130, "")
+    *_, line = err.splitlines()
+    assert line == "fedspine: interrupted; 0 of 4 cells done; go on with: fedspine sweep sweep.toml --jobs 2"
+    assert left_alive(children) == []
+    statuses = [standing.status for standing in look(Path("sweep.toml"), None).standings]
+    assert sorted(statuses) == ["half-done", "half-done", "open", "open"]
+
+
+@pytest.mark.slow
+def test_a_run_that_somebody_else_works_on_is_waited_for(place, command):
+    """As where a killed sweep's run outlives it, on systems that cannot end it."""
+    Path("sweep.toml").write_text(GOOD.replace("[0, 1]", "[0]").replace("[methods.fedspine]\nranks = [2, 4]\n", ""))
+    (cell,) = plan(Path("sweep.toml"))
+    sweep = SweepFolder(Path("sweeps/sweep"))
+    sweep.open(Path("sweep.toml"))
+    run = sweep.prepare(cell)
+    sweep.close()
+    code = "import sys, time; from pathlib import Path; from fedspine.store import lock\n"
+    code += "held = lock(Path(sys.argv[1]), 'it'); print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, run / "state" / "lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment(),
+    )
+    assert holder.stdout.readline() == b"held\n"
+    waiting = start("sweep.toml", "--json")
+    assert wait_for(lambda: held(Path("sweeps/sweep/lock")), waiting), waiting.communicate()
+    time.sleep(2)  # in which it would have begun
+    assert not Path("sweeps/sweep/running.json").exists()
+    holder.communicate(b"")
+    out, err = waiting.communicate()
+    assert (waiting.returncode, err) == (0, "")
+    assert json.loads(out)["done"] == 1
+
+
+def test_a_killed_run_is_named_in_one_line(place):
+    assert reason_of(-9, "") == "its process was ended by SIGKILL, perhaps for its memory"
+    assert reason_of(2, "a warning\nfedspine: no room\n") == "no room"
+    assert reason_of(1, "Traceback\n\nKeyError: 3\n") == "KeyError: 3"
+    assert reason_of(7, "") == "its process ended with exit code 7"
+
+
+def test_what_a_killed_sweep_left_behind(place):
+    """Who runs what is only told by a sweep that is at work; a leftover of a killed one says nothing."""
+    cells = planned(GOOD)
+    sweep = SweepFolder(Path("out"))
+    sweep.open(Path("sweep.toml"))
+    sweep.prepare(cells[0])
+    sweep.fail(cells[1], "no room", "all that was said")
+    sweep.tell_running(cells[:1])
+    sweep.close()
+    found = [standing.status for standing in look(Path("sweep.toml"), Path("out")).standings]
+    assert found == ["open", "failed", "open", "open"]
+    with pytest.raises(BadInput, match="no sweep's folder"):
+        SweepFolder(Path("out/cells")).check(cells)

@@ -1,0 +1,185 @@
+"""Several devices trained in one batched pass: the same as one after another but for rounding, whatever their sizes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from toy import Lab, bits, toy_task
+
+from fedspine.device import Call, Device, name_of, on_device, serve
+from fedspine.fleets.together import serve_together
+from fedspine.lm.base import Model
+from fedspine.lm.importance import Scores
+from fedspine.lm.lora import fresh
+from fedspine.lm.structure import Structure, cut_adapter, full, shrink
+from fedspine.lm.tune import Scoring, Tuning, tune
+from fedspine.message import Tensors, message, pack, unpack
+from fedspine.methods.fedlora import FedLora
+from fedspine.methods.fedspine import FedSpine
+
+TUNING = Tuning(steps=6, batch=8, learning_rate=1e-2, head_learning_rate=2e-2)
+
+
+@message
+class Job:
+    model: Model
+    tuning: Tuning
+    scoring: Scoring | None
+
+
+@message
+class Done:
+    adapter: Tensors
+    head: Tensors
+    loss: float
+    scores: Scores | None
+
+
+@on_device
+def train_once(device: Device, job: Job) -> Done:
+    trace = tune(device, job.model, job.tuning, scoring=job.scoring)
+    return Done(adapter=trace.model.adapter, head=trace.model.head, loss=trace.loss, scores=trace.scores)
+
+
+@on_device
+def train_twice(device: Device, job: Job) -> Done:
+    again = tune(device, job.model, job.tuning).model
+    return train_once(device, dataclasses.replace(job, model=again))
+
+
+@on_device
+def fail(device: Device, job: Job) -> Done:
+    raise ArithmeticError(f"{device.id} cannot")
+
+
+def models(base, ranks, targets):
+    """Models of these ranks and sparsities, with adapters that already do something."""
+    anatomy, rng = base.anatomy, np.random.default_rng(0)
+    head = base.initial_head(rng)
+    for rank, target in zip(ranks, targets, strict=True):
+        structure = full(anatomy)
+        if target:
+            scores = tuple(torch.rand(kept.shape) for kept in (structure.heads, structure.channels))
+            structure = shrink(anatomy, structure, scores, reached=target, target=target)
+        adapter = {name: t + 0.01 if name.endswith("B") else t for name, t in fresh(anatomy.sites, rank, rng).items()}
+        yield Model(structure=structure, adapter=cut_adapter(adapter, anatomy.sites, structure), head=head, scale=2.0)
+
+
+def calls(task, models, work=train_once, tuning=TUNING, scoring=None):
+    """A call for each model, on devices that hold different rows."""
+    shares = np.array_split(np.random.default_rng(3).permutation(len(task.train)), 5)
+    for i, model in enumerate(models):
+        order = pack(Job(model=model, tuning=tuning, scoring=scoring)).payload
+        call = Call(device=f"d{i}", index=i, work=name_of(work), order=order, memory=None, seed=(1, i))
+        yield call, task.train.take(shares[i])
+
+
+def both_ways(task, jobs):
+    """What each call gives on its own and together with the others: pairs of `Served`."""
+    jobs = list(jobs)
+    alone = [serve(call, task.base, data) for call, data in jobs]
+    return zip(alone, serve_together([call for call, _ in jobs], task.base, [data for _, data in jobs]), strict=True)
+
+
+def assert_alike(alone, together):
+    first, second = unpack(alone.result), unpack(together.result)
+    for name, tensor in (first.adapter | first.head).items():
+        # AdamW divides a gradient by its own size: rounding of one near zero moves an entry by a learning rate
+        other = (second.adapter | second.head)[name]
+        assert tensor.shape == other.shape
+        difference = (tensor - other).abs()
+        assert float(difference.mean()) < 1e-5 and float(difference.max()) < TUNING.learning_rate, name
+    assert second.loss == pytest.approx(first.loss, rel=1e-5)
+    costs = ("flops", "launches", "samples", "peak_memory_bytes")
+    assert [getattr(alone, cost) for cost in costs] == [getattr(together, cost) for cost in costs]
+
+
+@pytest.mark.parametrize("kind", ["classification", "causal-lm"])
+@pytest.mark.parametrize(
+    ("ranks", "targets"),
+    [((4, 4, 4), (0, 0, 0)), ((2, 4, 3), (0, 0, 0)), ((4, 4, 4), (0.5, 0, 0.3)), ((2, 4, 1), (0.5, 0.5, 0.0))],
+    ids=["equal", "ranks", "structures", "both"],
+)
+def test_together_is_one_after_another(task, decoder, kind, ranks, targets):
+    task = task if kind == "classification" else toy_task(*decoder, rounds=1, kind=kind)
+    for alone, together in both_ways(task, calls(task, models(task.base, ranks, targets))):
+        assert_alike(alone, together)
+
+
+def test_importance_is_followed_together(task):
+    jobs = calls(task, models(task.base, (4, 4, 2), (0, 0.5, 0.3)), scoring=Scoring(every=2))
+    for alone, together in both_ways(task, jobs):
+        assert_alike(alone, together)
+        first, second = unpack(alone.result).scores, unpack(together.result).scores
+        torch.testing.assert_close(first.heads, second.heads, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(first.channels, second.channels, rtol=1e-3, atol=1e-6)
+
+
+def test_work_may_train_more_than_once_and_in_groups(task):
+    slow = dataclasses.replace(TUNING, learning_rate=1e-3)
+    some = list(calls(task, list(models(task.base, (4,) * 4, (0,) * 4)), work=train_twice))
+    others = list(calls(task, list(models(task.base, (4,) * 4, (0,) * 4)), tuning=slow))
+    for alone, together in both_ways(task, [some[0], others[1], some[2], others[3]]):
+        assert_alike(alone, together)
+
+
+def test_one_that_diverges_leaves_the_others_alone(task):
+    good, bad, other = models(task.base, (4, 4, 4), (0, 0, 0))
+    broken = dataclasses.replace(bad, head={name: t * float("nan") for name, t in bad.head.items()})
+    (first, second, third) = both_ways(task, calls(task, [good, broken, other]))
+    assert_alike(*first)
+    assert_alike(*third)
+    assert np.isnan(unpack(second[1].result).loss)
+
+
+def test_a_failure_is_the_failure_of_all(task):
+    jobs = [*calls(task, models(task.base, (4,), (0,))), *calls(task, models(task.base, (4,), (0,)), work=fail)]
+    with pytest.raises(ArithmeticError, match="d0 cannot"):
+        serve_together([call for call, _ in jobs], task.base, [data for _, data in jobs])
+
+
+@pytest.mark.parametrize("method", [FedLora.toy(), FedSpine.toy()], ids=["fedlora", "fedspine"])
+def test_a_run_together_has_the_same_bits_for_any_number_of_workers(task, tmp_path, method):
+    states = []
+    for workers in (0, 2):
+        lab = Lab(task, tmp_path / str(workers), workers=workers, together=3)
+        try:
+            states.append(bits(lab.run(method, rounds=3)))
+        finally:
+            lab.close()
+    assert states[0] == states[1]
+
+
+def test_a_padded_unit_stays_zero(task):
+    from fedspine.lm.leaves import Leaves
+    from fedspine.lm.tune import losses_of
+
+    small, whole = models(task.base, (2, 4), (0.5, 0))
+    leaves = Leaves(task.base, [small, whole])
+    rows = np.arange(4)
+    inputs = {name: torch.cat([tensor, tensor]) for name, tensor in task.train.batch(rows).items()}
+    losses_of(leaves.fit(), inputs, 2).sum().backward()
+    for name, tensor in leaves.adapter.items():
+        outside = torch.ones_like(tensor[0], dtype=torch.bool)
+        outside[tuple(slice(size) for size in small.adapter[name].shape)] = False
+        assert not tensor.grad[0][outside].any(), name
+        assert tensor.grad[0].any() and tensor.grad[1].any(), name
+
+
+def test_structures_need_not_nest(task):
+    anatomy = task.base.anatomy
+    left, right = full(anatomy), full(anatomy)
+    left = Structure(heads=left.heads.clone(), channels=left.channels.clone())
+    right = Structure(heads=right.heads.clone(), channels=right.channels.clone())
+    left.channels[:, ::2] = False
+    right.channels[:, 1::2] = False
+    left.heads[:, 0] = False
+    right.heads[:, -1] = False
+    rng = np.random.default_rng(0)
+    adapter, head = fresh(anatomy.sites, 3, rng), task.base.initial_head(rng)
+    pair = [
+        Model(structure=s, adapter=cut_adapter(adapter, anatomy.sites, s), head=head, scale=2.0) for s in (left, right)
+    ]
+    for alone, together in both_ways(task, calls(task, pair)):
+        assert_alike(alone, together)
