@@ -1,6 +1,11 @@
 """Fixtures for all tests; shapes in the annotations of `fedspine.lm` and `fedspine.tensors` are checked at run time."""
 
+import os
+import tempfile
+
 import jaxtyping
+
+os.environ["FEDSPINE_CACHE"] = tempfile.mkdtemp(prefix="fedspine-cache-")  # never the user's own
 
 # before fedspine is imported; elsewhere annotations name protocols and forward references that cannot be checked
 jaxtyping.install_import_hook(["fedspine.lm", "fedspine.tensors"], "beartype.beartype")

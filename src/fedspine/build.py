@@ -19,12 +19,12 @@ from fedspine.fleets.hardware import Hardware, device_ids, fleet_mix
 from fedspine.fleets.lossy import Lossy
 from fedspine.fleets.simulated import SimulatedFleet, World, profiles
 from fedspine.fleets.workers import Workers, Workshop
-from fedspine.lm.encode import encode, owners
 from fedspine.lm.load import load as load_model
 from fedspine.lm.prefix import Prefixes
+from fedspine.lm.tokens import tokens
 from fedspine.records import Records
 from fedspine.store import Store
-from fedspine.task import Task
+from fedspine.task import Examples, Task
 
 GPU_TOGETHER = 32  # devices that are trained in one batched pass where nothing else is said
 ORDER, COHORT, START = 101, 102, 103  # purposes of random streams, so that they never meet
@@ -48,7 +48,7 @@ def build(recipe: Recipe) -> Built:
     data = dataset(recipe)
     task, tokenizer = build_task(recipe, data)
     task.base.to(computing)
-    shares = share_out(recipe, data, tokenizer)
+    shares = share_out(recipe, data, task.train)
     recipe.method.check(task)
     return Built(recipe=recipe, task=task, tokenizer=tokenizer, shares=shares, kinds=tuple(kinds))
 
@@ -84,8 +84,8 @@ def build_task(recipe: Recipe, data: Dataset, precision: str | None = None) -> t
     task = Task(
         kind=section.kind,
         base=base,
-        train=encode(tokenizer, data.train, section.kind, section.max_tokens),
-        test=encode(tokenizer, data.test, section.kind, section.max_tokens),
+        train=tokens(tokenizer, data.train, section.kind, section.max_tokens),
+        test=tokens(tokenizer, data.test, section.kind, section.max_tokens),
         label_names=data.label_names,
         max_tokens=section.max_tokens,
         rounds=recipe.run.rounds,
@@ -94,8 +94,8 @@ def build_task(recipe: Recipe, data: Dataset, precision: str | None = None) -> t
     return task, tokenizer
 
 
-def share_out(recipe: Recipe, data: Dataset, tokenizer: Any) -> tuple[np.ndarray, ...]:
-    """The rows of the encoded training set that each device holds."""
+def share_out(recipe: Recipe, data: Dataset, train: Examples) -> tuple[np.ndarray, ...]:
+    """The rows of the encoded training set `train` that each device holds."""
     how = recipe.fleet.partition
     if how == "auto":
         how = "iid" if data.train.labels is None else "dirichlet"
@@ -109,10 +109,9 @@ def share_out(recipe: Recipe, data: Dataset, tokenizer: Any) -> tuple[np.ndarray
         alpha=recipe.fleet.alpha,
         seed=recipe.run.seed,
     )
-    if recipe.task.kind != "causal-lm":
+    if train.sources is None:
         return tuple(shares)
-    owner = owners(tokenizer, data.train, recipe.task.max_tokens)
-    first = np.searchsorted(owner, np.arange(len(data.train.texts) + 1))
+    first = np.searchsorted(train.sources, np.arange(len(data.train.texts) + 1))
     return tuple(np.concatenate([np.arange(first[row], first[row + 1]) for row in share]) for share in shares)
 
 

@@ -27,6 +27,7 @@ class Examples:
     labels: np.ndarray | None  # int64 [rows]; None: the next token is the label
     segments: np.ndarray | None  # uint8 [tokens], which text of a pair a token belongs to
     padding: int  # the token id that fills short rows
+    sources: np.ndarray | None = None  # int64 [rows], the text each row was cut from; None: every text is one row
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -47,6 +48,7 @@ class Examples:
             labels=None if self.labels is None else self.labels[rows],
             segments=None if self.segments is None else self.segments[index],
             padding=self.padding,
+            sources=None if self.sources is None else self.sources[rows],
         )
 
     def width(self, rows: Sequence[int] | np.ndarray) -> int:

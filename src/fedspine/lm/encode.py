@@ -1,5 +1,6 @@
 """Texts to token ids: cut at `max_tokens` for classification, in consecutive windows for language modelling."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,24 +13,17 @@ def encode(tokenizer: Any, rows: Rows, kind: Kind, max_tokens: int) -> Examples:
     """Tokenise a split once; every row has at most `max_tokens` tokens, special ones included."""
     texts = list(rows.texts)
     if kind == "causal-lm":
-        windows = [
-            ids[start : start + max_tokens]
-            for ids in tokenizer(texts, verbose=False)["input_ids"]
-            for start in range(0, len(ids), max_tokens)
-            if len(ids) - start > 1 or start == 0  # a lone token at the end has nothing to predict
-        ]
-        return _flat(windows, None, None, tokenizer.pad_token_id)
+        windows, sources = [], []
+        for text, ids in enumerate(tokenizer(texts, verbose=False)["input_ids"]):
+            # a lone token at the end has nothing to predict
+            starts = [start for start in range(0, len(ids), max_tokens) if len(ids) - start > 1 or start == 0]
+            windows += [ids[start : start + max_tokens] for start in starts]
+            sources += [text] * len(starts)
+        return replace(_flat(windows, None, None, tokenizer.pad_token_id), sources=np.array(sources, np.int64))
     pairs = None if rows.pairs is None else list(rows.pairs)
     coded = tokenizer(texts, pairs, truncation=True, max_length=max_tokens)
     segments = coded.get("token_type_ids") if pairs is not None else None
     return _flat(coded["input_ids"], rows.labels, segments, tokenizer.pad_token_id)
-
-
-def owners(tokenizer: Any, rows: Rows, max_tokens: int) -> np.ndarray:
-    """For language modelling, the row that each window of `encode` came from: int64 [windows]."""
-    lengths = [len(ids) for ids in tokenizer(list(rows.texts), verbose=False)["input_ids"]]
-    windows = [max(1, (n - 2) // max_tokens + 1) for n in lengths]
-    return np.repeat(np.arange(len(lengths)), windows)
 
 
 def _flat(ids: list[list[int]], labels: np.ndarray | None, segments: list[list[int]] | None, padding: int) -> Examples:
