@@ -12,11 +12,13 @@ from fedspine.lm.aggregate import (
     EXACT_BELOW,
     Contribution,
     average_factors,
+    by_norm,
     change_factors,
     change_spectra,
     effective_rank,
     factor,
     hand_out,
+    mean_product,
     merge_changes,
 )
 from fedspine.lm.anatomy import Anatomy
@@ -96,7 +98,7 @@ def test_nobody_training_changes_nothing_over_five_rounds(seed):
     close(products(adapter), start)
 
 
-def test_delta_keeps_the_tail_that_zero_padding_loses():
+def test_delta_keeps_the_tail_that_zero_padding_and_product_averaging_lose():
     # Section 3.1: ten devices of rank 2, ten of rank 8, five rounds in which nobody trains.
     rng = np.random.default_rng(0)
     start = factor(ANATOMY, products(adapter_of(rng, LARGEST)), LARGEST, adapter_of(rng, LARGEST), seed=0)
@@ -105,16 +107,20 @@ def test_delta_keeps_the_tail_that_zero_padding_loses():
     def tail(adapter):
         return sum(float(torch.linalg.svdvals(m)[2:].square().sum()) for m in products(adapter).values())
 
-    delta, padded, dense = start, start, products(start)
+    delta, padded, mean, dense = start, start, start, products(start)
     for round in range(5):
         parts = [contribution(rng, delta, everything, rank, 1.0, trained=False) for rank in ranks]
         dense = merge_changes(ANATOMY, dense, parts)
         delta = factor(ANATOMY, dense, LARGEST, delta, seed=round)
         cuts = [cut_rank(padded, rank) for rank in ranks]
         padded = average_factors(ANATOMY, padded, [Contribution(cut, cut, everything, 1.0) for cut in cuts])
+        parts = [contribution(rng, mean, everything, rank, 1.0, trained=False) for rank in ranks]
+        mean = factor(ANATOMY, mean_product(ANATOMY, dense, parts), LARGEST, mean, seed=round)
     assert tail(delta) / tail(start) == pytest.approx(1.0, abs=1e-4)
     # half of the devices send zeros for the tails of A and of B: each round halves both, and energy is squared
     assert tail(padded) / tail(start) == pytest.approx((0.5 * 0.5) ** (2 * 5), rel=1e-3)
+    # half of the products lack the tail: each round halves it
+    assert tail(mean) / tail(start) == pytest.approx(0.5 ** (2 * 5), rel=1e-3)
 
 
 @settings(deadline=None, max_examples=15)
@@ -151,12 +157,63 @@ def test_what_one_device_owns_moves_by_its_full_change():
         torch.testing.assert_close((merged[path] - dense[path])[where], change[where], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("merge", [merge_changes, average_factors])
+@settings(deadline=None, max_examples=15)
+@given(seeds)
+def test_a_mean_of_products_is_that_of_an_entrys_owners_and_else_what_was_before(seed):
+    rng = np.random.default_rng(seed)
+    adapter = adapter_of(rng, LARGEST)
+    before, parts = products(adapter_of(rng, LARGEST)), fleet(rng, adapter, devices=3)
+    merged = mean_product(ANATOMY, before, parts)
+    for site in ANATOMY.sites:
+        total, weight = torch.zeros(site.rows, site.columns), torch.zeros(site.rows, site.columns)
+        for part in parts:
+            rows, columns = kept_rows(site, part.structure), kept_columns(site, part.structure)
+            rows = torch.arange(site.rows) if rows is None else rows
+            columns = torch.arange(site.columns) if columns is None else columns
+            total[rows[:, None], columns] += part.weight * product(part.back, site.path)
+            weight[rows[:, None], columns] += part.weight
+        expected = torch.where(weight > 0, total / weight.clamp_min(1), before[site.path])
+        assert torch.equal(merged[site.path][weight == 0], before[site.path][weight == 0])
+        torch.testing.assert_close(merged[site.path], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_where_nothing_is_cut_a_mean_of_products_is_the_mean_of_changes():
+    # DW + mean(B'A' - BA) = mean(B'A') where every device was sent DW itself
+    rng = np.random.default_rng(7)
+    adapter, everything = adapter_of(rng, LARGEST), full(ANATOMY)
+    parts = [contribution(rng, adapter, everything, LARGEST, 1.0 + i) for i in range(3)]
+    dense = products(adapter)
+    nothing = {path: torch.zeros_like(matrix) for path, matrix in dense.items()}
+    close(mean_product(ANATOMY, nothing, parts), merge_changes(ANATOMY, dense, parts))
+
+
+@settings(deadline=None, max_examples=15)
+@given(seeds)
+def test_weights_by_norm_are_in_proportion_to_all_products_together(seed):
+    rng = np.random.default_rng(seed)
+    parts = fleet(rng, adapter_of(rng, LARGEST), devices=3)
+    weighed = by_norm(parts)
+    norms = [torch.cat([m.double().flatten() for m in products(part.back).values()]).norm() for part in parts]
+    for part, old, norm in zip(weighed, parts, norms, strict=True):
+        # norms agree to the precision of fp32 products, summed in another order
+        assert part.weight == pytest.approx(float(norm / sum(norms)), rel=1e-5)
+        assert (part.sent, part.back, part.structure) == (old.sent, old.back, old.structure)
+
+
+def test_weights_by_norm_are_equal_where_nobody_has_learnt_anything():
+    rng = np.random.default_rng(8)
+    untrained = fresh(ANATOMY.sites, LARGEST, rng)
+    parts = [Contribution(untrained, untrained, full(ANATOMY), weight) for weight in (1.0, 5.0)]
+    assert [part.weight for part in by_norm(parts)] == [0.5, 0.5]
+    assert by_norm([]) == []
+
+
+@pytest.mark.parametrize("merge", [merge_changes, average_factors, mean_product])
 def test_the_order_of_devices_does_not_matter(merge):
     rng = np.random.default_rng(2)
     adapter = adapter_of(rng, LARGEST)
     parts = fleet(rng, adapter)
-    before = products(adapter) if merge is merge_changes else adapter
+    before = adapter if merge is average_factors else products(adapter)
     close(merge(ANATOMY, before, parts[::-1]), merge(ANATOMY, before, parts), digits=6)
 
 
@@ -171,6 +228,22 @@ def test_factors_that_no_device_owns_stay():
     name = b_name("model.layers.1.self_attn.k_proj")
     assert torch.equal(merged[name][:4], adapter[name][:4])
     torch.testing.assert_close(merged[name][4:], adapter[name][4:] + 1.0)
+
+
+def test_directions_beyond_every_devices_rank_stay():
+    rng = np.random.default_rng(9)
+    adapter, everything = adapter_of(rng, LARGEST), full(ANATOMY)
+    parts = []
+    for rank in (2, 5):
+        sent = cut_rank(adapter, rank)
+        parts.append(Contribution(sent, {name: 2 * factor for name, factor in sent.items()}, everything, 1.0))
+    merged = average_factors(ANATOMY, adapter, parts)
+    for site in ANATOMY.sites:
+        a, b = merged[a_name(site.path)], merged[b_name(site.path)].T
+        for factor_now, factor_then in ((a, adapter[a_name(site.path)]), (b, adapter[b_name(site.path)].T)):
+            assert torch.equal(factor_now[5:], factor_then[5:])
+            torch.testing.assert_close(factor_now[2:5], factor_then[2:5])  # the mean of 2 and 0 times the old
+            torch.testing.assert_close(factor_now[:2], 2 * factor_then[:2])
 
 
 @settings(deadline=None, max_examples=25)

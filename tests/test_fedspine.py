@@ -12,10 +12,11 @@ from fedspine.device import Device
 from fedspine.errors import BadInput
 from fedspine.fleets.lossy import Lossy
 from fedspine.lm.cost import training_memory_bytes
+from fedspine.lm.forecast import USABLE_MEMORY
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.structure import cut_adapter, full, is_full, sparsity
-from fedspine.methods.fedspine import USABLE_MEMORY, FedSpine, SpineOrder, prune_and_tune
-from fedspine.planning.choice import Plan
+from fedspine.methods.fedspine import FedSpine, SpineOrder, prune_and_tune
+from fedspine.planning.plan import Plan
 from fedspine.planning.sparsity import cubic_floor
 
 TOY = FedSpine.toy()

@@ -1,6 +1,7 @@
 """Importance of units: against a dense computation, its moving average, and what removing a unit really does."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,19 @@ from torch import nn
 
 from fedspine.device import Device
 from fedspine.lm.base import Model
-from fedspine.lm.importance import Criterion, Scores, ballot, normalised, score_units, smooth, tally
+from fedspine.lm.importance import (
+    Criterion,
+    Scores,
+    ballot,
+    magnitude_scores,
+    mixed,
+    normalised,
+    on_wire,
+    random_scores,
+    score_units,
+    smooth,
+    tally,
+)
 from fedspine.lm.lora import a_name, b_name, fresh
 from fedspine.lm.score import score
 from fedspine.lm.structure import Structure, cut_adapter, full, kept_columns, kept_rows
@@ -80,6 +93,59 @@ def test_scores_are_those_of_the_formula(task, decoder, architecture, cut, crite
     assert bool(((ours.channels > 0) == model.structure.channels).all())
 
 
+def units_of(site, kind):
+    """Whether this site's rows or columns belong to units of this kind."""
+    return kind in (site.row_units, site.column_units)
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "pruned"])
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_magnitudes_are_norms_of_all_that_goes_with_a_unit(task, decoder, architecture, cut):
+    base = task.base if architecture == "bert" else decoder[0]
+    anatomy = base.anatomy
+    model = trainable(base, np.random.default_rng(0), partly(anatomy) if cut else full(anatomy))
+    found = magnitude_scores(base, model)
+    for kind, scores, kept in (
+        ("heads", found.heads, model.structure.heads),
+        ("channels", found.channels, model.structure.channels),
+    ):
+        for layer, unit in np.ndindex(tuple(scores.shape)):
+            if not kept[layer, unit]:
+                assert scores[layer, unit] == 0
+                continue
+            place, entries = int(kept[layer, :unit].sum()), []
+            for site in (site for site in anatomy.sites if site.layer == layer and units_of(site, kind)):
+                weight = base.slice(site.path, model.structure)[0].double()
+                a, b = model.adapter[a_name(site.path)].double(), model.adapter[b_name(site.path)].double()
+                lines = slice(place * site.per_unit, (place + 1) * site.per_unit)
+                effective = (weight + SCALE * b @ a).detach()
+                entries.append((effective[lines] if site.row_units else effective[:, lines]).flatten())
+            assert float(scores[layer, unit]) == pytest.approx(float(torch.cat(entries).norm()), rel=1e-5)
+
+
+def test_magnitudes_need_no_adapter_and_change_nothing(task):
+    rng = np.random.default_rng(0)
+    bare = Model(structure=full(task.base.anatomy), adapter={}, head=task.base.initial_head(rng), scale=SCALE)
+    zero = replace(bare, adapter=fresh(task.base.anatomy.sites, 2, rng))  # whose B is zero
+    before = {path: weight.clone() for path, (weight, _) in task.base.weights.items()}
+    torch.testing.assert_close(magnitude_scores(task.base, bare).heads, magnitude_scores(task.base, zero).heads)
+    assert all(torch.equal(task.base.weights[path][0], weight) for path, weight in before.items())
+
+
+def test_chance_is_uniform_over_what_is_kept_and_repeats(task):
+    anatomy = task.base.anatomy
+    structure = partly(anatomy)
+    first, again, other = (random_scores(anatomy, structure, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first.channels, again.channels)
+    assert not torch.equal(first.channels, other.channels)
+    assert torch.equal(first.heads > 0, structure.heads)
+    assert torch.equal(first.channels > 0, structure.channels)
+    kept = first.channels[structure.channels]
+    # the mean of n uniform draws has standard error sqrt(1/12/n)
+    assert float(kept.mean()) == pytest.approx(0.5, abs=4 * math.sqrt(1 / 12 / len(kept)))
+    assert 0 < float(kept.min()) < float(kept.max()) <= 1
+
+
 def test_the_gradient_estimate_is_that_of_autograd():
     # dL/dB = s G A^T and dL/dA = s B^T G with G = dL/dW, so gB A + B gA = s (G A^T A + B B^T G): against torch's own G.
     rng = np.random.default_rng(1)
@@ -124,6 +190,16 @@ def test_ballots_have_unit_norm_and_no_vote_for_what_is_gone():
     assert vote.heads.tolist() == [[pytest.approx(0.6, abs=1e-3), pytest.approx(0.8, abs=1e-3), 0.0]]
     assert vote.channels.tolist() == [[1.0, 0.0]]
     assert normalised(scores([[0.0, 0.0]])).heads.tolist() == [[0.0, 0.0]]
+
+
+def test_mixing_weighs_scores_of_unit_norm_whatever_their_precision():
+    own, fleet = scores([[3.0, 4.0]], [[2.0, 0.0]]), scores([[0.0, 9.0]], [[0.0, 5.0]])
+    for say, heads in ((0.0, [0.6, 0.8]), (0.25, [0.45, 0.85]), (1.0, [0.0, 1.0])):
+        found = mixed(own, on_wire(fleet), say)
+        assert found.heads.dtype is torch.float32
+        assert found.heads.tolist() == [[pytest.approx(value) for value in heads]]
+        assert found.channels.tolist() == [[pytest.approx(1 - say), pytest.approx(say)]]
+    assert torch.equal(mixed(on_wire(own), on_wire(fleet), 0.25).heads, mixed(own, fleet, 0.25).heads)
 
 
 def test_a_tally_is_a_moving_average_in_which_gone_counts_as_nothing():

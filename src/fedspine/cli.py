@@ -124,6 +124,40 @@ def _free_folder(method: str) -> Path:
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="Methods, settings, data and seeds to run.")],
+    jobs: Annotated[int, typer.Option(help="Runs at once, which share the cores.", min=1)] = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder of the sweep; default: sweeps/NAME OF THE FILE.")] = None,
+    only_list: Annotated[bool, typer.Option("--list", help="Say what is done; run nothing.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Try again what failed before.")] = False,
+    json: Json = False,
+) -> None:
+    """Run every method under every setting, data set and seed of a file; what is done already is not run again.
+
+    docs/sweeps.md explains the file. Exit code 1: at least one run has failed, and the others are done.
+    """
+    from fedspine.report.sweeps import print_overview, sweep_progress_for
+    from fedspine.run import Stopped
+    from fedspine.sweep.work import carry_out, listed, look
+
+    try:
+        if only_list:
+            found = look(file, out)
+        else:
+            found = carry_out(file, out, jobs=jobs, retry=retry, progress=lambda: sweep_progress_for(json))
+    except Stopped as stopped:
+        _fail(str(stopped), stopped.exit_code)
+    except KeyboardInterrupt:  # before the first cell
+        _fail("interrupted", exit_code=130)
+    if json:
+        print(jsonlib.dumps(found.table()))
+    else:
+        print_overview(listed(found), found.folder, found.strangers, everything=only_list)
+    if found.counts["failed"] and not only_list:
+        raise typer.Exit(1)
+
+
+@app.command()
 def methods(json: Json = False) -> None:
     """List the methods and their settings."""
     from fedspine.method import all_methods
@@ -183,6 +217,37 @@ def show(folder: RunFolder, json: Json = False) -> None:
             f"not finished: {found['rounds_done']} of {found['rounds']} rounds; "
             f"go on with: fedspine run --resume {folder}"
         )
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="RUN...", help="Folders of runs, or of a sweep.", show_default=False)
+    ] = None,
+    target: Annotated[
+        str, typer.Option(metavar="auto|X", help="Accuracy (0.7 or 70%) or loss that runs are timed to.")
+    ] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder for page, table and plots; default: runs/compare-N.")] = None,
+    latency: Annotated[bool, typer.Option(help="Measure the deployed models on this machine.")] = True,
+    json: Json = False,
+) -> None:
+    """Compare methods over seeds: quality, time and bytes to a target, waiting, memory, latency; docs/compare.md."""
+    from fedspine.compare import write
+    from fedspine.compare.found import find
+    from fedspine.compare.terminal import show
+    from fedspine.report.progress import progress_for
+
+    progress = progress_for(json)
+    try:
+        found = find(runs or [], target=target, latency=latency, progress=progress)
+    finally:
+        progress.close()
+    page = write.write(found, out or _free_folder("compare"))
+    if json:
+        print(jsonlib.dumps(found.table() | {"page": str(page)}))
+        return
+    show(found)
+    print(f"page: {page}")
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from fedspine.device import DeviceId, O, R, Work
 
@@ -78,6 +78,17 @@ class Fleet(Protocol):
 
     def note(self, **values: Any) -> None:
         """A method's remark, to the records."""
+        ...
+
+
+@runtime_checkable
+class Foresight(Protocol):
+    """What a simulated fleet can do besides: tell the truth about hardware, to a control that knows everything."""
+
+    def foresee(
+        self, device: DeviceId, *, flops: float, launches: float, bytes_down: int, bytes_up: int
+    ) -> float | None:
+        """Seconds that the device's next exchange would take if it cost this much; None where it cannot be known."""
         ...
 
 

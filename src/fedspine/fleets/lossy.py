@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedspine.device import DeviceId, O, R, Work
-from fedspine.fleet import Fleet, Profile, Reply, T
+from fedspine.fleet import Fleet, Foresight, Profile, Reply, T
 
 
 class Lossy:
@@ -77,6 +77,15 @@ class Lossy:
 
     def note(self, **values: Any) -> None:
         self._fleet.note(**values)
+
+    def foresee(
+        self, device: DeviceId, *, flops: float, launches: float, bytes_down: int, bytes_up: int
+    ) -> float | None:
+        """As the fleet foresees it, plus the mean delay; None where the fleet cannot."""
+        if not isinstance(self._fleet, Foresight):
+            return None
+        seconds = self._fleet.foresee(device, flops=flops, launches=launches, bytes_down=bytes_down, bytes_up=bytes_up)
+        return None if seconds is None else seconds + self._delay
 
     def _around(self, fleet: Fleet) -> "Lossy":
         part = Lossy(fleet, drop=self._drop, delay_seconds=self._delay, seed=self._seed)

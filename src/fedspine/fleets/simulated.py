@@ -14,7 +14,7 @@ import numpy as np
 from fedspine.device import Call, DeviceId, O, R, Served, Work, name_of
 from fedspine.errors import BadInput
 from fedspine.fleet import Cost, Fleet, Idle, Profile, Reply, T
-from fedspine.fleets.hardware import KINDS, Hardware, device_ids
+from fedspine.fleets.hardware import KINDS, Hardware, Timing, device_ids
 from fedspine.fleets.workers import Workers
 from fedspine.message import message, pack, unpack
 from fedspine.records import Records
@@ -97,10 +97,8 @@ class World:
 
         for device, served in zip(orders, self.workers.run(calls()), strict=True):
             asked = self.asks.get(device, 0)
-            timing = self.hardware.seconds(
-                self.index[device],
-                round=self.round,
-                ask=asked,
+            timing = self.next_timing(
+                device,
                 flops=served.flops,
                 launches=served.launches,
                 bytes_down=bytes_down[device],
@@ -119,6 +117,11 @@ class World:
                     seconds=timing.total,
                 ),
             )
+
+    def next_timing(self, device: DeviceId, **cost: Any) -> Timing:
+        """How long the next exchange of this `cost` takes a device."""
+        asked = self.asks.get(device, 0)
+        return self.hardware.seconds(self.index[device], round=self.round, ask=asked, **cost)
 
     def _call(self, device: DeviceId, work: str, order: bytes) -> Call:
         memory = self.memories.get(device)
@@ -226,6 +229,14 @@ class SimulatedFleet:
 
     def note(self, **values: Any) -> None:
         self._world.records.write("note", now=self.now, values=values)
+
+    def foresee(
+        self, device: DeviceId, *, flops: float, launches: float, bytes_down: int, bytes_up: int
+    ) -> float | None:
+        """The truth, for the oracle among the controls: seconds of the device's next exchange of this cost."""
+        self._check((device,))
+        spent = {"flops": flops, "launches": launches, "bytes_down": bytes_down, "bytes_up": bytes_up}
+        return self._world.next_timing(device, **spent).total
 
     # what the run loop needs besides: rounds, and going on after a resume
 

@@ -1,13 +1,14 @@
 """Merging adapters of unequal rank and shape, and handing the result back out at any rank and shape.
 
-Two ways. Factor averaging is FedAvg of A and B with zero-padding, and plain FedAvg where all ranks are equal. The
-product space way, FedSpine's default here (section 3.1 of the reconstruction), averages what each device changed in
-W's own coordinates, entry by entry over the devices that still own the entry, and keeps the best rank-R factors of the
-sum. There a rank that few devices can carry is not diluted by the others, and nobody training changes nothing.
+Three ways. Factor averaging is FedAvg of A and B with zero-padding, and plain FedAvg where all ranks are equal; HetLoRA
+does it with weights `by_norm`. Product averaging, FlexLoRA's, takes the mean of the products B A. The way of FedSpine here
+(section 3.1 of the reconstruction) takes the mean of what each device *changed* in W's own coordinates. The last two go
+entry by entry over the devices that still own the entry and keep the best rank-R factors of the sum; only in the last is
+a rank that few devices can carry not diluted by the others, and does nobody training change nothing.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from fedspine.message import Tensors
 
 EXACT_BELOW = 96  # matrices with a side up to this are factored by a full SVD
 OVERSAMPLING, POWER_STEPS = 10, 4
+A_SUFFIX = a_name("")
 NEGLIGIBLE = 1e-6  # a singular value below this share of the largest is taken for zero
 
 
@@ -35,24 +37,63 @@ class Contribution:
 
 
 def average_factors(anatomy: Anatomy, before: Tensors, contributions: Sequence[Contribution]) -> Tensors:
-    """FedAvg of A and of B, each padded with zeros to the largest rank and averaged entry by entry over owners.
+    """FedAvg of A and of B, each padded with zeros to the largest rank that came and averaged entry by entry over owners.
 
-    An entry that no device owns keeps its value in `before`.
+    An entry that no device owns keeps its value in `before`, and so does a direction beyond every device's rank: zeros in
+    both factors could never be trained again.
     """
     merged: Tensors = {}
     for site in anatomy.sites:
         for name, dim, kept in ((a_name(site.path), 1, kept_columns), (b_name(site.path), 0, kept_rows)):
             total, weight = torch.zeros_like(before[name]), torch.zeros(before[name].shape[dim])
+            ranks = before[name].shape[1 - dim]
             for part in contributions:
                 index = kept(site, part.structure)
                 index = torch.arange(len(weight)) if index is None else index
-                factor = _padded(part.back[name].float(), before[name].shape[1 - dim], 1 - dim)
+                factor = _padded(part.back[name].float(), ranks, 1 - dim)
                 total.index_add_(dim, index, part.weight * factor)
                 weight.index_add_(0, index, torch.full((len(index),), part.weight))
-            shape = (-1, 1) if dim == 0 else (1, -1)
-            owned = weight > 0
-            mean = total / torch.where(owned, weight, 1.0).view(shape)
-            merged[name] = torch.where(owned.view(shape), mean, before[name])
+            held = torch.arange(ranks) < max(part.back[name].shape[1 - dim] for part in contributions)
+            lines, directions = ((-1, 1), (1, -1)) if dim == 0 else ((1, -1), (-1, 1))
+            owned = (weight > 0).view(lines) & held.view(directions)
+            mean = total / torch.where(weight > 0, weight, 1.0).view(lines)
+            merged[name] = torch.where(owned, mean, before[name])
+    return merged
+
+
+def by_norm(contributions: Sequence[Contribution]) -> list[Contribution]:
+    """The same contributions, each with a weight proportional to ||B A||_F of what came back, over all sites at once.
+
+    Weights sum to 1 and replace the old ones; they are equal where no device has learnt anything. Source: HetLoRA, Cho
+    et al. 2024 (arXiv:2401.06432), which weighs by the norm and not by rows.
+    """
+    norms = [product_norm(part.back) for part in contributions]
+    total = sum(norms)
+    shares = [norm / total if total > 0 else 1 / len(norms) for norm in norms]
+    return [replace(part, weight=share) for part, share in zip(contributions, shares, strict=True)]
+
+
+def product_norm(adapter: Tensors) -> float:
+    """||B A||_F of all sites together, without the scale; from Gram matrices, so no product is formed."""
+    squares = 0.0
+    for name, factor in adapter.items():
+        if name.endswith(A_SUFFIX):
+            a, b = factor.double(), adapter[b_name(name.removesuffix(A_SUFFIX))].double()
+            squares += float(((b.T @ b) * (a @ a.T)).sum())  # the trace of (B A)^T (B A), reordered
+    return max(squares, 0.0) ** 0.5
+
+
+def mean_product(anatomy: Anatomy, before: Tensors, contributions: Sequence[Contribution]) -> Tensors:
+    """FlexLoRA's aggregate: the weighted mean of the devices' products B A, dense, by path and without the scale.
+
+    An entry is the mean over the devices that own it and keeps its value in `before`, of the same form, where none does.
+    Source: Bai et al. 2024 (arXiv:2402.11505), whose devices own everything.
+    """
+    merged: Tensors = {}
+    for site in anatomy.sites:
+        total, weight = _sum_over_owners(site, contributions, _back_factors)
+        mean = total / torch.where(weight > 0, weight, 1.0)
+        merged[site.path] = torch.where(weight > 0, mean, before[site.path])
     return merged
 
 
@@ -64,16 +105,9 @@ def merge_changes(anatomy: Anatomy, dense: Tensors, contributions: Sequence[Cont
     """
     merged: Tensors = {}
     for site in anatomy.sites:
-        by_row = site.row_units is not None
-        total = torch.zeros(site.rows, site.columns)
-        weight = torch.zeros(site.rows if by_row else site.columns)
-        for part in contributions:
-            index = kept_rows(site, part.structure) if by_row else kept_columns(site, part.structure)
-            left, right = change_factors(part, site)
-            total.index_add_(0 if by_row else 1, index, (part.weight * left) @ right)
-            weight.index_add_(0, index, torch.full((len(index),), part.weight))
-        weight = torch.where(weight > 0, weight, 1.0)  # where nobody owns an entry, its total is zero anyway
-        merged[site.path] = dense[site.path] + total / (weight[:, None] if by_row else weight[None, :])
+        total, weight = _sum_over_owners(site, contributions, change_factors)
+        # where nobody owns an entry, its total is zero anyway
+        merged[site.path] = dense[site.path] + total / torch.where(weight > 0, weight, 1.0)
     return merged
 
 
@@ -157,6 +191,30 @@ def effective_rank(spectra: Float[Tensor, "sites ranks"]) -> float:
         return 0.0
     entropy = -(shares * shares.clamp_min(1e-30).log()).sum(1)
     return float(entropy.exp().mean())
+
+
+def _back_factors(part: Contribution, site: Site) -> tuple[Tensor, Tensor]:
+    return part.back[b_name(site.path)].float(), part.back[a_name(site.path)].float()
+
+
+def _sum_over_owners(
+    site: Site,
+    contributions: Sequence[Contribution],
+    factors: Callable[[Contribution, Site], tuple[Tensor, Tensor]],
+) -> tuple[Float[Tensor, "rows columns"], Tensor]:
+    """The weighted sum of the products of `factors` over the devices, and the weight of each entry's owners.
+
+    The weight has a row or a column for every one of the site's that can be cut, and broadcasts over the sum.
+    """
+    by_row = site.row_units is not None
+    total = torch.zeros(site.rows, site.columns)
+    weight = torch.zeros(site.rows if by_row else site.columns)
+    for part in contributions:
+        index = kept_rows(site, part.structure) if by_row else kept_columns(site, part.structure)
+        left, right = factors(part, site)
+        total.index_add_(0 if by_row else 1, index, (part.weight * left) @ right)
+        weight.index_add_(0, index, torch.full((len(index),), part.weight))
+    return total, weight[:, None] if by_row else weight[None, :]
 
 
 def _revive(small: Tensors, path: str, values: Float[Tensor, " rank"], rows: Float[Tensor, "wide columns"]) -> None:

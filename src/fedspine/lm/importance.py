@@ -1,16 +1,17 @@
 """How much each head and channel matters, read off the gradients that LoRA training produces anyway.
 
-Source: FedSpine (reconstructed), section 2.2, after LoRAPrune (arXiv:2305.18403).
+Source: FedSpine (reconstructed), section 2.2, after LoRAPrune (arXiv:2305.18403). Magnitude and chance are its controls.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fedspine.lm.anatomy import Anatomy
+from fedspine.lm.anatomy import Anatomy, Site
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.structure import Structure, kept_columns, kept_rows
@@ -48,10 +49,29 @@ def score_units(base: Base, model: Model, criterion: Criterion = Criterion()) ->
         by_line = entries.sum(1) if site.row_units else entries.sum(0)
         if criterion.normalise:
             by_line = by_line / by_line.norm().clamp_min(1e-12)
-        kept = kept_rows(site, model.structure) if site.row_units else kept_columns(site, model.structure)
-        target = scores.heads if "heads" in (site.row_units, site.column_units) else scores.channels
-        target[site.layer].index_add_(0, kept // site.per_unit, by_line)
+        _add_lines(scores, site, model.structure, by_line)
     return scores
+
+
+def magnitude_scores(base: Base, model: Model) -> Scores:
+    """L2 norm of the entries of W + scale * B @ A that leave with every kept unit; zero for dropped ones.
+
+    It takes no gradient and no data. Biases do not count, as they do not in a model's sparsity.
+    """
+    energy = no_scores(base.anatomy)
+    for site in base.anatomy.sites:
+        entries = _effective(base, model, site.path).square_()
+        _add_lines(energy, site, model.structure, entries.sum(1) if site.row_units else entries.sum(0))
+    return Scores(heads=energy.heads.sqrt_(), channels=energy.channels.sqrt_())
+
+
+def random_scores(anatomy: Anatomy, structure: Structure, rng: np.random.Generator) -> Scores:
+    """A uniform draw from (0, 1] for every kept unit, zero for dropped ones: the control that knows nothing."""
+
+    def draw(kept: Bool[Tensor, "layers units"]) -> Float[Tensor, "layers units"]:
+        return torch.from_numpy((1 - rng.random(kept.shape)).astype(np.float32)) * kept
+
+    return Scores(heads=draw(structure.heads), channels=draw(structure.channels))
 
 
 def no_scores(anatomy: Anatomy) -> Scores:
@@ -61,18 +81,33 @@ def no_scores(anatomy: Anatomy) -> Scores:
     )
 
 
+def _add_lines(scores: Scores, site: Site, structure: Structure, by_line: Float[Tensor, " kept"]) -> None:
+    """Add the scores of a site's kept rows or columns to those of their units, in place."""
+    kept = kept_rows(site, structure) if site.row_units else kept_columns(site, structure)
+    target = scores.heads if "heads" in (site.row_units, site.column_units) else scores.channels
+    target[site.layer].index_add_(0, kept // site.per_unit, by_line)
+
+
+def _effective(base: Base, model: Model, path: str) -> Float[Tensor, "rows columns"]:
+    """W + scale * B @ A of one site in fp32, cut to the model's structure; the caller's own tensor."""
+    weight, _ = base.slice(path, model.structure)
+    a, b = model.adapter.get(a_name(path)), model.adapter.get(b_name(path))
+    if a is None or b is None:
+        return weight.to(torch.float32, copy=True)
+    with torch.no_grad():
+        return torch.addmm(weight.float(), b.float(), a.float(), alpha=model.scale)
+
+
 def _entries(base: Base, model: Model, path: str, criterion: Criterion) -> Float[Tensor, "rows columns"]:
     a, b = model.adapter[a_name(path)], model.adapter[b_name(path)]
     grad_a, grad_b = a.grad, b.grad
     if grad_a is None or grad_b is None:
         raise ValueError(f"{path} has no gradients; score units after a backward pass")
-    weight, _ = base.slice(path, model.structure)
     with torch.no_grad():
         gradient = torch.cat([grad_b, b], 1) @ torch.cat([a, grad_a], 0)
         if criterion.cross:
             gradient -= criterion.cross * (grad_b @ grad_a)
-        effective = torch.addmm(weight.float(), b, a, alpha=model.scale)
-        entries = gradient.mul_(effective)
+        entries = gradient.mul_(_effective(base, model, path))
         return entries.square_() if criterion.square else entries.abs_()
 
 
@@ -111,9 +146,14 @@ def on_wire(scores: Scores) -> Scores:
     return Scores(heads=scores.heads.half(), channels=scores.channels.half())
 
 
+def off_wire(scores: Scores) -> Scores:
+    """The same scores in fp32."""
+    return Scores(heads=scores.heads.float(), channels=scores.channels.float())
+
+
 def mixed(own: Scores, fleet: Scores, say: float) -> Scores:
     """A device's scores and the fleet's, each layer of unit norm, the fleet's with weight `say`."""
-    own, fleet = normalised(own), normalised(Scores(heads=fleet.heads.float(), channels=fleet.channels.float()))
+    own, fleet = normalised(off_wire(own)), normalised(off_wire(fleet))
     return Scores(
         heads=(1 - say) * own.heads + say * fleet.heads, channels=(1 - say) * own.channels + say * fleet.channels
     )

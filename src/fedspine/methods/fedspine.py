@@ -4,7 +4,9 @@ Yao et al. 2025, "Efficient Deployment of Large Language Models on Resource-cons
 A reconstruction: the paper's formulas are not public. What is the paper's and what is ours: docs/methods/fedspine.md.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import inf, isfinite
 from typing import Literal, Self
 
@@ -13,32 +15,27 @@ import torch
 
 from fedspine.device import Device, DeviceId, on_device
 from fedspine.errors import BadInput
-from fedspine.fleet import AllLost, Fleet, Profile, Reply
-from fedspine.lm.aggregate import (
-    Contribution,
-    average_factors,
-    change_spectra,
-    effective_rank,
-    factor,
-    hand_out,
-    merge_changes,
-)
+from fedspine.fleet import AllLost, Fleet, Foresight, Profile, Reply
+from fedspine.lm.aggregate import Contribution
 from fedspine.lm.anatomy import Anatomy
-from fedspine.lm.base import Model, line_energy, site_norms
-from fedspine.lm.cost import training_memory_bytes
+from fedspine.lm.base import Model, line_energy
+from fedspine.lm.cost import Extent, training_flops
+from fedspine.lm.criteria import Importance, importance_of, tune_and_score
+from fedspine.lm.forecast import Frame, forecast, frame, ranks_that_fit
 from fedspine.lm.importance import Scores, ballot, mixed, no_scores, on_wire, tally
-from fedspine.lm.lora import check_rank, cut_rank, fresh
+from fedspine.lm.lora import check_rank, fresh
+from fedspine.lm.merge import Aggregation, change, merge, share
 from fedspine.lm.structure import Structure, check_target, cut_adapter, full, shrink, sparsity
-from fedspine.lm.tune import Scoring, Tuning, check_tuning, tune, tuning_at
+from fedspine.lm.tune import Tuning, check_tuning, tuning_at
 from fedspine.message import Tensors, message
 from fedspine.method import method, usable
 from fedspine.planning.bandit import Bandit
-from fedspine.planning.choice import Learning, Limits, Outcome, Plan, choose_plan, learn, rewards, warm_up
-from fedspine.planning.sparsity import cubic_floor
+from fedspine.planning.choice import check_choice, check_ranges, due, plan_round
+from fedspine.planning.outcome import Outcome, learn, rewards
+from fedspine.planning.plan import Plan
+from fedspine.planning.pupil import Pupil, pupil
 from fedspine.task import Task
 from fedspine.tensors import average, half, single
-
-USABLE_MEMORY = 0.8  # share of a device's memory that training may take
 
 
 @message
@@ -52,7 +49,7 @@ class SpineOrder:
     target: float  # sparsity to end at
     scale: float
     tuning: Tuning
-    scoring: Scoring
+    scoring: Importance
 
 
 @message
@@ -75,7 +72,7 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
         kept = shrink(anatomy, kept, (votes.heads, votes.channels), reached=order.reached, target=order.target)
     adapter = cut_adapter(single(order.adapter), anatomy.sites, kept, within=order.structure)
     model = Model(structure=kept, adapter=adapter, head=single(order.head), scale=order.scale)
-    trace = tune(device, model, order.tuning, scoring=order.scoring, scores=known)
+    trace = tune_and_score(device, model, order.tuning, order.scoring, known)
     loss_before = device.memory.get("loss")
     device.memory |= {"kept": kept, "scores": trace.scores}
     if isfinite(trace.loss):
@@ -106,19 +103,11 @@ class SpineState:
     scores: Scores | None  # the fleet's average importance
     structures: dict[str, Structure]  # of every device that has replied
     reached: dict[str, float]  # the sparsity it was asked for
-    bandits: dict[str, Bandit]
+    bandits: dict[str, Bandit | Pupil]  # more than a bandit where a setting follows times
     gain_scale: float | None  # the usual size of a loss change
 
 
-_RANGES = {  # what the fields that no other function checks may be
-    "most_per_round": (1e-3, 1),
-    "explore": (0, inf),
-    "discount": (0, 1),
-    "split_at": (0, inf),
-    "deepest": (1, 10),
-    "score_every": (1, inf),
-    "score_keep": (0, 1),
-}
+_RANGES = {"sparsity": (0, 0.95), "fleet_say": (0, 1), "score_every": (1, inf), "score_keep": (0, 1)}
 
 
 @method("fedspine")
@@ -138,18 +127,28 @@ class FedSpine:
     warmup: float = 0.05  # t0, as a share of the rounds: nothing is pruned before
     until: float = 0.7  # t1: everything is pruned after
     floor: float = 0.8  # share of the cubic schedule that no device may stay below
+    choice: Literal["bandit", "random", "fixed", "oracle", "deadline"] = "bandit"  # of pruning and rank
+    fixed_ratio: float = 0.5  # of "fixed": share of most_per_round, 0: as the schedule demands
+    fixed_rank: int = 8  # of "fixed"
+    patience: float = 0.0  # of "oracle" and "deadline": 0 ends the round as soon as can be, 1 hurries nobody
+    caution: float = 0.3  # of "deadline": by how much a predicted time may be too short
     explore: float = 0.1  # c of S-UCB
+    lipschitz: float = 0.0  # nu of S-UCB: a bonus for coarse leaves
+    lipschitz_decay: float = 0.5  # rho: what is left of it in a leaf's child
+    pooled: float = 0.0  # kappa: plays that a bandit borrows in each leaf from devices as fast; 0 learns alone
     discount: float = 0.95  # lambda: what an old play still counts after a new one
     split_at: float = 2.0  # plays at which a leaf of the bandit's tree is refined
     deepest: int = 2  # of the tree: 16 cells
+    reward: Literal["bounded", "ratio"] = "bounded"  # "ratio" is FedMP's
     weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)  # of gain, progress, importance, lateness
+    importance: Literal["gradient", "magnitude", "random"] = "gradient"  # what a unit's importance is read from
     score_every: int = 1  # steps between two updates of the importance
     score_keep: float = 0.9  # of its moving average
     score_square: bool = False
     score_cross: float = 0.0  # eta
     score_normalise: bool = False
     fleet_say: float = 0.0  # of the fleet's average importance in what a device drops; 0 is the reconstruction's choice
-    aggregation: Literal["delta-product", "zeropad"] = "delta-product"
+    aggregation: Aggregation = "delta-product"
 
     @classmethod
     def toy(cls) -> Self:
@@ -157,23 +156,13 @@ class FedSpine:
         return cls(ranks=(2, 4, 8), steps=8, batch=16, learning_rate=2e-2, warmup=0.1, until=0.6)
 
     def check(self, task: Task) -> None:
-        if not 0 <= self.sparsity <= 0.95:
-            raise BadInput(f"method.sparsity is {self.sparsity}, but 0 to 0.95 was expected")
+        check_ranges(self, _RANGES)
         check_target(task.base.anatomy, self.sparsity)
         if not self.ranks or list(self.ranks) != sorted(set(self.ranks)):
             raise BadInput(f"method.ranks is {list(self.ranks)}, but rising ranks without repeats were expected")
-        if not 0 <= self.fleet_say <= 1:
-            raise BadInput(f"method.fleet_say is {self.fleet_say}, but a share from 0 to 1 was expected")
         check_rank("method.ranks", self.ranks, task.base.anatomy)
         check_tuning(self)
-        cubic_floor(0, 1, self.sparsity, warmup=self.warmup, until=self.until, share=self.floor)
-        for name, (low, high) in _RANGES.items():
-            if not low <= getattr(self, name) <= high:
-                raise BadInput(f"method.{name} is {getattr(self, name)}, but {low} to {high} was expected")
-        if min(self.weights) < 0 or not any(self.weights[:3]):
-            raise BadInput(
-                f"method.weights is {list(self.weights)}, but none below 0 and a first three above 0 were expected"
-            )
+        check_choice(self)
 
     def start(self, task: Task, rng: np.random.Generator) -> SpineState:
         anatomy = task.base.anatomy
@@ -204,9 +193,16 @@ class FedSpine:
         orders = {id: self._order(state, id, plan) for id, plan in plans.items()}
         replies = usable(fleet.ask(prune_and_tune, orders), fleet)
         parts = {r.device: _contribution(state.anatomy, orders[r.device], r.value) for r in replies}
-        dense, adapter = self._merge(state, list(parts.values()))
+        dense, adapter = merge(
+            self.aggregation,
+            state.anatomy,
+            (state.dense, state.adapter),
+            list(parts.values()),
+            rank=self.ranks[-1],
+            seed=state.seed + state.round,
+        )
         outcomes = {r.device: self._outcome(state, plans[r.device], r, parts[r.device]) for r in replies}
-        earned, gain_scale = rewards(outcomes, state.gain_scale, self.weights)
+        earned, gain_scale = rewards(self, outcomes, state.gain_scale)
         for reply in replies:
             _note(state.anatomy, fleet, reply, outcomes[reply.device], earned.get(reply.device))
         return replace(
@@ -218,8 +214,7 @@ class FedSpine:
             scores=tally(state.scores, [r.value.scores for r in replies]),
             structures=state.structures | {r.device: r.value.structure for r in replies},
             reached=state.reached | {id: outcome.plan.reached for id, outcome in outcomes.items()},
-            bandits=state.bandits
-            | learn(state.bandits, outcomes, earned, Learning(self.discount, self.split_at, self.deepest)),
+            bandits=state.bandits | learn(self, state.bandits, outcomes, earned),
             gain_scale=gain_scale,
         )
 
@@ -229,70 +224,61 @@ class FedSpine:
         Whoever is behind the schedule, because it was not asked lately, is pruned to it by the fleet's scores.
         """
         structure = state.structures.get(device, full(state.anatomy)) if device else full(state.anatomy)
-        due = self.sparsity if state.round >= state.rounds else self._floor(state, state.round - 1)
-        behind = state.reached.get(device, 0.0) < due if device else due > 0
+        floor = self.sparsity if state.round >= state.rounds else due(self, state.round - 1, state.rounds)
+        behind = state.reached.get(device, 0.0) < floor if device else floor > 0
         if behind and state.scores is not None:
             scores = (state.scores.heads, state.scores.channels)
-            structure = shrink(state.anatomy, structure, scores, reached=due, target=self.sparsity)
+            structure = shrink(state.anatomy, structure, scores, reached=floor, target=self.sparsity)
         adapter = cut_adapter(state.adapter, state.anatomy.sites, structure)
         return Model(structure=structure, adapter=adapter, head=state.head, scale=self.scale)
 
     def unpruned(self, state: SpineState) -> Model:
         return Model(structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=self.scale)
 
-    def _floor(self, state: SpineState, round: int) -> float:
-        if round < 0 or self.sparsity == 0:
-            return 0.0
-        return cubic_floor(round, state.rounds, self.sparsity, warmup=self.warmup, until=self.until, share=self.floor)
-
     def _plans(self, state: SpineState, fleet: Fleet) -> dict[DeviceId, Plan]:
         """Every device's (sparsity, rank) for this round; one whose memory fits no rank is noted and not asked."""
-        plans = {}
-        for number, profile in enumerate(fleet.devices):
-            affordable = self._affordable(state, profile)
-            if not affordable:
-                fleet.note(device=profile.id, left_out="no rank fits its memory")
-                continue
-            limits = Limits(
-                reached=state.reached.get(profile.id, 0.0),
-                due=self._floor(state, state.round),
-                target=self.sparsity,
-                most_per_round=self.most_per_round,
-                ranks=self.ranks,
-                affordable=affordable,
-            )
-            rng = np.random.default_rng([state.seed, state.round, number])
-            if profile.id not in state.structures or state.round < self.warmup * state.rounds:
-                plans[profile.id] = warm_up(limits, rng)
-            else:
-                bandit = state.bandits.get(profile.id, Bandit())
-                plans[profile.id] = choose_plan(bandit, limits, explore=self.explore, rng=rng)
-        return plans
+        affordable = {profile.id: self._affordable(state, profile) for profile in fleet.devices}
+        for device in (device for device, ranks in affordable.items() if not ranks):
+            fleet.note(device=device, left_out="no rank fits its memory")
+        frame = cache(lambda: self._frame(state))  # of which only the oracle knows
+        return plan_round(self, state, affordable, lambda *plan: self._foresee(state, fleet, frame(), *plan))
 
     def _affordable(self, state: SpineState, profile: Profile) -> int:
         """How many of the ranks fit the device's memory while it trains."""
-        structure = state.structures.get(profile.id, full(state.anatomy))
-        needed = (
-            training_memory_bytes(
-                state.anatomy,
-                structure,
-                rank=rank,
-                embeddings=state.embeddings,
-                batch=self.batch,
-                tokens=state.max_tokens,
-            )
-            for rank in self.ranks
+        return ranks_that_fit(
+            state.anatomy,
+            state.structures.get(profile.id, full(state.anatomy)),
+            self.ranks,
+            memory_bytes=profile.memory_bytes,
+            embeddings=state.embeddings,
+            batch=self.batch,
+            tokens=state.max_tokens,
         )
-        return sum(bytes <= USABLE_MEMORY * profile.memory_bytes for bytes in needed)
+
+    def _frame(self, state: SpineState) -> Frame:
+        order = self._order(state, "", Plan(0.0, self.ranks[0], None, 0.0))
+        return frame(state.anatomy, order, order.adapter, extent=self._extent(state), steps=self.steps)
+
+    def _extent(self, state: SpineState) -> Extent:
+        """What a round reads if all texts are of full length."""
+        rows = self.steps * self.batch
+        return Extent(tokens=rows * state.max_tokens, squared_tokens=rows * state.max_tokens**2)
+
+    def _foresee(
+        self, state: SpineState, fleet: Fleet, frame: Frame, device: DeviceId, reached: float, ranks: Sequence[int]
+    ) -> list[float]:
+        """True seconds of a device's round at each rank, from a fleet that knows them."""
+        structure, load = state.structures.get(device, full(state.anatomy)), pupil(state.bandits, device).load
+        costs = forecast(state.anatomy, structure, frame, reached=reached, target=self.sparsity, ranks=ranks, load=load)
+        seconds = [fleet.foresee(device, **vars(cost)) if isinstance(fleet, Foresight) else None for cost in costs]
+        if None in seconds:
+            raise BadInput("method.choice is oracle, but only a simulated fleet knows times; choose another")
+        return seconds
 
     def _order(self, state: SpineState, device: DeviceId, plan: Plan) -> SpineOrder:
         structure = state.structures.get(device, full(state.anatomy))
-        if self.aggregation == "zeropad":
-            adapter = cut_rank(cut_adapter(state.adapter, state.anatomy.sites, structure), plan.rank)
-        else:
-            adapter = hand_out(state.anatomy, state.adapter, structure, plan.rank)
         return SpineOrder(
-            adapter=half(adapter),
+            adapter=half(share(self.aggregation, state.anatomy, state.adapter, structure, plan.rank)),
             head=half(state.head),
             structure=structure,
             scores=on_wire(state.scores) if self.fleet_say and state.scores else None,
@@ -301,33 +287,23 @@ class FedSpine:
             target=self.sparsity,
             scale=self.scale,
             tuning=tuning_at(self, state.round, state.rounds),
-            scoring=Scoring(
-                every=self.score_every,
-                keep=self.score_keep,
-                square=self.score_square,
-                cross=self.score_cross,
-                normalise=self.score_normalise,
-            ),
+            scoring=importance_of(self),
         )
-
-    def _merge(self, state: SpineState, parts: list[Contribution]) -> tuple[Tensors, Tensors]:
-        if self.aggregation == "zeropad":
-            return state.dense, average_factors(state.anatomy, state.adapter, parts)
-        dense = merge_changes(state.anatomy, state.dense, parts)
-        seed = state.seed + state.round
-        return dense, factor(state.anatomy, dense, self.ranks[-1], state.adapter, seed)
 
     def _outcome(self, state: SpineState, plan: Plan, reply: Reply[SpineResult], part: Contribution) -> Outcome:
         """What came of a plan; the size of a change is measured as section 3.3 says."""
-        spectra = self.scale * change_spectra(state.anatomy, part)
-        norms = site_norms(state.anatomy, state.line_energy, part.structure)
-        before = reply.value.loss_before
+        importance, directions = change(state.anatomy, state.line_energy, part, self.scale)
+        before, load = reply.value.loss_before, 1.0
+        if self.choice == "oracle":
+            whole = training_flops(state.anatomy, reply.value.structure, plan.rank, self._extent(state))
+            load = reply.cost.flops / whole
         return Outcome(
             plan=plan,
             seconds=reply.cost.seconds,
             gain=None if before is None else before - reply.value.loss,
-            importance=float((spectra.norm(dim=1) / norms).mean()),
-            effective_rank=effective_rank(spectra),
+            importance=importance,
+            effective_rank=directions,
+            load=load,
         )
 
 

@@ -5,7 +5,7 @@ ICDE 2022) in two dimensions, the discount that of D-UCB (arXiv 0805.3415), the 
 (2011). The caller gives u and v their meaning: u a share of the pruning still allowed this round, v a rank.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import field
 from math import isfinite, tanh
 
@@ -19,6 +19,7 @@ U0, V0, SIDE, DEPTH, N, S = range(6)  # lower corner, side length, depth, discou
 
 WHOLE = ((0.0, 1.0), (0.0, 1.0))
 FRESH_PLAYS = 1e-3  # a leaf with fewer discounted plays counts as never played
+SMALLEST_GAP = 1e-3  # of the ratio reward, as a share of the mean time
 
 
 def _quadrants() -> Leaves:
@@ -124,6 +125,28 @@ def bands(bandit: Bandit) -> Leaves:
     return np.column_stack([np.zeros_like(low), low, side, -np.log2(side), share @ leaves[:, N], share @ leaves[:, S]])
 
 
+def pooled(bandit: Bandit, others: Sequence[Bandit], plays: float) -> Bandit:
+    """The bandit with every leaf drawn towards what `others` earned there, as if it had seen so many more plays of it.
+
+    A leaf takes up at most as many plays as the others made in it; evidence of a leaf of theirs that it only overlaps
+    counts by area, the assumption by which a split hands down quarters. For choosing only: credit goes to the bandit
+    itself. Source: the option `pooled` of FedSpine (reconstructed), section 4, where `plays` is kappa.
+
+    >>> taught = pooled(Bandit(), [credit(Bandit(), 0.7, 0.2, 0.5)] * 3, 2)
+    >>> taught.leaves[:, N], taught.leaves[:, S]
+    (array([0., 0., 2., 0.]), array([0., 0., 1., 0.]))
+    """
+    if not others:
+        return bandit
+    leaves, theirs = bandit.leaves.copy(), np.concatenate([other.leaves for other in others])
+    share = _overlap(leaves, theirs, U0) * _overlap(leaves, theirs, V0) / theirs[:, SIDE] ** 2  # [leaves, theirs]
+    made, earned = share @ theirs[:, N], share @ theirs[:, S]
+    borrowed = np.where(made < FRESH_PLAYS, 0.0, np.minimum(made, plays))
+    leaves[:, S] += borrowed * earned / np.maximum(made, FRESH_PLAYS)
+    leaves[:, N] += borrowed
+    return Bandit(leaves=leaves)
+
+
 def reward(
     *,
     gain: float,
@@ -153,6 +176,22 @@ def reward(
     merits = (quality, min(max(progress, 0.0), 1.0), min(max(importance, 0.0), 1.0))
     merit = sum(w * m for w, m in zip(weights, merits, strict=False)) / sum(weights[:3])
     return min(merit, 1.0) / (1 + weights[3] * lateness)  # the mean of three ones may exceed 1 by rounding
+
+
+def ratio_reward(*, gain: float, seconds: float, mean_seconds: float) -> float:
+    """FedMP's reward (ICDE 2022): the drop in loss over the distance from the mean time, in nats per second.
+
+    Kept to be compared with. It is unbounded: a device close to the mean time earns whatever its loss did, many times
+    over, and as a loss rises right after a pruning, the best-timed pruning is punished most. So that one device alone
+    earns something finite, the distance counts as at least a thousandth of the mean.
+    Raises ValueError for a gain that is not finite, or a mean that is not positive.
+
+    >>> ratio_reward(gain=0.5, seconds=12.0, mean_seconds=10.0)
+    0.25
+    """
+    if not (isfinite(gain) and isfinite(seconds) and isfinite(mean_seconds) and mean_seconds > 0):
+        raise ValueError(f"finite values and a positive mean were expected, {gain=} {seconds=} {mean_seconds=} came")
+    return gain / max(abs(seconds - mean_seconds), SMALLEST_GAP * mean_seconds)
 
 
 def update_scale(scale: float | None, gains: Iterable[float], *, keep: float = 0.9) -> float | None:
@@ -195,6 +234,13 @@ def _meets(start: NDArray[np.float64], side: NDArray[np.float64], low: float, hi
     """Which intervals hold a point of [low, high]; they are half-open, but those that end at 1 contain it."""
     end = start + side  # exact: sides are powers of two
     return (start <= high) & ((end > low) | (end == 1))
+
+
+def _overlap(leaves: Leaves, theirs: Leaves, start: int) -> NDArray[np.float64]:
+    """The length that sides along U0 or V0 have in common, [leaves, theirs]."""
+    low = np.maximum(leaves[:, None, start], theirs[None, :, start])
+    high = np.minimum((leaves[:, start] + leaves[:, SIDE])[:, None], theirs[:, start] + theirs[:, SIDE])
+    return np.maximum(high - low, 0.0)
 
 
 def _check_window(within: tuple[tuple[float, float], tuple[float, float]]) -> None:

@@ -1,125 +1,188 @@
-"""One device's plan for a round: from the schedule and its bandit to a sparsity and a rank, and back to its credit.
+"""A round's plans: who chooses, the bandit or what it is compared with, and what each needs to know.
 
-FedSpine (reconstructed), sections 2.4 and 4.
+FedSpine (reconstructed), section 4. The paper's choice is the bandit's; the others are its controls (`random`, `fixed`,
+`oracle`), and `deadline`, which chooses for the round's barrier: the moment at which the last device is done.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from fedspine.planning.bandit import Bandit, choose, credit, reward, update_scale
-
-NOTHING_LEFT = 1e-9
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a device is to do: prune to `reached`, tune at `rank`.
-
-    `action` is the point of the unit square its bandit is credited for, None while nothing was chosen; `progress` the
-    sparsity gained over the most that a round allows, 0 once the target is reached.
-    """
-
-    reached: float
-    rank: int
-    action: tuple[float, float] | None
-    progress: float
+from fedspine.errors import BadInput
+from fedspine.planning.bandit import pooled
+from fedspine.planning.pace import predicted
+from fedspine.planning.plan import (
+    Foresee,
+    Limits,
+    Plan,
+    choose_plan,
+    fixed_plan,
+    plans_for_barrier,
+    random_plan,
+    warm_up,
+)
+from fedspine.planning.pupil import Learnt, alike, paces, pupil
+from fedspine.planning.sparsity import cubic_floor
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What binds a plan: sparsity so far, the least due this round, the target, and the affordable ranks, rising."""
+class ChoiceFields(Protocol):
+    """The settings of a method that say how it chooses; what they mean is said where the method is."""
 
-    reached: float
-    due: float
-    target: float
+    choice: Literal["bandit", "random", "fixed", "oracle", "deadline"]
+    sparsity: float
+    ranks: tuple[int, ...]
+    warmup: float
+    until: float
+    floor: float
     most_per_round: float
-    ranks: Sequence[int]
-    affordable: int  # how many of `ranks`, at least one
-
-
-def warm_up(limits: Limits, rng: np.random.Generator) -> Plan:
-    """No pruning, since no importance is known yet, and any rank, so that its time becomes known."""
-    return Plan(limits.reached, limits.ranks[int(rng.integers(limits.affordable))], None, 0.0)
-
-
-def choose_plan(bandit: Bandit, limits: Limits, *, explore: float, rng: np.random.Generator) -> Plan:
-    """The bandit's choice among what the schedule and the memory allow."""
-    left, due = limits.target - limits.reached, limits.due - limits.reached
-    frozen = left <= NOTHING_LEFT
-    most = min(limits.most_per_round, left)
-    lowest = 0.0 if frozen else min(max(due / most, 0.0), 1.0)
-    last = len(limits.ranks) - 1
-    highest = min((limits.affordable - 0.5) / last, 1.0) if last else 1.0
-    u, v = choose(bandit, explore=explore, frozen_ratio=frozen, within=((lowest, 1.0), (0.0, highest)), rng=rng)
-    gain = 0.0 if frozen else max(u * most, due)
-    return Plan(
-        reached=min(limits.reached + gain, limits.target),
-        rank=limits.ranks[min(round(v * last), limits.affordable - 1)],
-        action=(u, v),
-        progress=min(1.0, gain / limits.most_per_round),
-    )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a plan took and brought: seconds, the drop in loss (None while unknown), the adapter's change.
-
-    `importance` is the size of that change against the weights, `effective_rank` over how many directions it spreads.
-    """
-
-    plan: Plan
-    seconds: float
-    gain: float | None
-    importance: float
-    effective_rank: float
-
-
-@dataclass(frozen=True)
-class Learning:
-    """How bandits learn: the constants of `credit`."""
-
+    fixed_ratio: float
+    fixed_rank: int
+    patience: float
+    caution: float
+    explore: float
+    lipschitz: float
+    lipschitz_decay: float
+    pooled: float
     discount: float
     split_at: float
     deepest: int
+    weights: tuple[float, float, float, float]
+    reward: Literal["bounded", "ratio"]
 
 
-def rewards(
-    outcomes: Mapping[str, Outcome], gain_scale: float | None, weights: tuple[float, float, float, float]
-) -> tuple[dict[str, float], float | None]:
-    """The reward of every device that chose and whose gain is known, and the new scale of gains (section 4)."""
-    mean_seconds = float(np.mean([outcome.seconds for outcome in outcomes.values()]))
-    largest = max(outcome.importance for outcome in outcomes.values()) or 1.0
-    gains = {id: outcome.gain for id, outcome in outcomes.items() if outcome.gain is not None}
-    gain_scale = update_scale(gain_scale, gains.values())
-    earned = {
-        id: reward(
-            gain=gain,
-            scale=gain_scale,
-            progress=outcomes[id].plan.progress,
-            importance=outcomes[id].importance / largest,
-            lateness=abs(outcomes[id].seconds - mean_seconds) / mean_seconds,
-            weights=weights,
+class Standing(Protocol):
+    """What the state of a method says of its devices before a round."""
+
+    round: int
+    rounds: int
+    seed: int
+    structures: Mapping[str, Any]  # of every device that has replied
+    reached: Mapping[str, float]
+    bandits: Learnt
+
+
+_RANGES = {  # what the fields may be
+    "most_per_round": (1e-3, 1),
+    "fixed_ratio": (0, 1),
+    "patience": (0, 1),
+    "caution": (0, inf),
+    "explore": (0, inf),
+    "lipschitz": (0, inf),
+    "lipschitz_decay": (0, 1),
+    "pooled": (0, inf),
+    "discount": (0, 1),
+    "split_at": (0, inf),
+    "deepest": (1, 10),
+}
+
+
+def check_ranges(fields: object, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raise BadInput for a field that is not in its range, or is no number."""
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(fields, name) <= high:
+            raise BadInput(f"method.{name} is {getattr(fields, name)}, but {low} to {high} was expected")
+
+
+def check_choice(fields: ChoiceFields) -> None:
+    """Raise BadInput for settings of the choice that cannot work."""
+    check_ranges(fields, _RANGES)
+    cubic_floor(0, 1, fields.sparsity, warmup=fields.warmup, until=fields.until, share=fields.floor)
+    if fields.choice == "fixed" and fields.fixed_rank not in fields.ranks:
+        raise BadInput(
+            f"method.fixed_rank is {fields.fixed_rank}, but one of method.ranks was expected: {fields.ranks}"
         )
-        for id, gain in gains.items()
-        if outcomes[id].plan.action is not None and gain_scale is not None
-    }
-    return earned, gain_scale
-
-
-def learn(
-    bandits: Mapping[str, Bandit], outcomes: Mapping[str, Outcome], earned: Mapping[str, float], how: Learning
-) -> dict[str, Bandit]:
-    """The bandits of the devices that earned a reward, credited for what they did."""
-    return {
-        id: credit(
-            bandits.get(id, Bandit()),
-            *outcomes[id].plan.action,
-            value,
-            discount=how.discount,
-            split_at=how.split_at,
-            deepest=how.deepest,
+    if min(fields.weights) < 0 or not any(fields.weights[:3]):
+        raise BadInput(
+            f"method.weights is {list(fields.weights)}, but none below 0 and a first three above 0 were expected"
         )
-        for id, value in earned.items()
-    }
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A device's turn to be planned: its limits, and whether it only warms up: nothing is known of its units yet."""
+
+    limits: Limits
+    warm: bool
+    rng: np.random.Generator
+
+
+def due(how: ChoiceFields, round: int, rounds: int) -> float:
+    """The sparsity below which no device may stay in a round, counted from 0; 0 before the first."""
+    if round < 0 or how.sparsity == 0:
+        return 0.0
+    return cubic_floor(round, rounds, how.sparsity, warmup=how.warmup, until=how.until, share=how.floor)
+
+
+def plan_round(
+    how: ChoiceFields, standing: Standing, affordable: Mapping[str, int], foresee: Foresee
+) -> dict[str, Plan]:
+    """The plan of every device that can afford a rank; `affordable` says how many, for all whose turn it is.
+
+    Only the oracle looks at what `foresee` tells.
+    """
+    turns, learnt = _turns(how, standing, affordable), standing.bandits
+    cold = {device: turn for device, turn in turns.items() if not turn.warm}
+    match how.choice:
+        case "bandit":
+            group = alike(learnt) if how.pooled else {}
+            plans = {id: _by_bandit(how, learnt, group.get(id, ()), id, turn) for id, turn in cold.items()}
+        case "random":
+            plans = {id: random_plan(turn.limits, turn.rng) for id, turn in cold.items()}
+        case "fixed":  # also in the warm-up, whose ranks are mixed to learn from
+            return {id: fixed_plan(_warmed(turn), how.fixed_ratio, how.fixed_rank) for id, turn in turns.items()}
+        case "oracle":
+            return plans_for_barrier({id: _warmed(turn) for id, turn in turns.items()}, foresee, how.patience)
+        case "deadline":  # random ranks until the first times are known
+            limits = {id: _warmed(turn) for id, turn in turns.items() if learnt}
+            plans = plans_for_barrier(limits, _by_pace(how, learnt, limits), how.patience, how.caution)
+    return {id: plans[id] if id in plans else warm_up(turn.limits, turn.rng) for id, turn in turns.items()}
+
+
+def _turns(how: ChoiceFields, standing: Standing, affordable: Mapping[str, int]) -> dict[str, Turn]:
+    turns = {}
+    for number, (device, ranks) in enumerate(affordable.items()):
+        limits = Limits(
+            reached=standing.reached.get(device, 0.0),
+            due=due(how, standing.round, standing.rounds),
+            target=how.sparsity,
+            most_per_round=how.most_per_round,
+            ranks=how.ranks,
+            affordable=ranks,
+        )
+        warm = device not in standing.structures or standing.round < how.warmup * standing.rounds
+        if ranks:
+            rng = np.random.default_rng([standing.seed, standing.round, number])
+            turns[device] = Turn(limits, warm, rng)
+    return turns
+
+
+def _by_bandit(how: ChoiceFields, learnt: Learnt, group: Sequence[str], id: str, turn: Turn) -> Plan:
+    others = [pupil(learnt, other).bandit for other in group]
+    return choose_plan(
+        pooled(pupil(learnt, id).bandit, others, how.pooled),
+        turn.limits,
+        explore=how.explore,
+        lipschitz=how.lipschitz,
+        lipschitz_decay=how.lipschitz_decay,
+        rng=turn.rng,
+    )
+
+
+def _by_pace(how: ChoiceFields, learnt: Learnt, devices: Iterable[str]) -> Foresee:
+    known = paces(learnt, devices)
+
+    def foresee(device: str, reached: float, ranks: Sequence[int]) -> list[float]:
+        return [predicted(known[device], sparsity=reached, rank=rank / how.ranks[-1]) for rank in ranks]
+
+    return foresee
+
+
+def _warmed(turn: Turn) -> Limits:
+    """The limits of a turn, with nothing left to prune where the device only warms up."""
+    limits = turn.limits
+    if not turn.warm:
+        return limits
+    return Limits(limits.reached, 0.0, limits.reached, limits.most_per_round, limits.ranks, limits.affordable)

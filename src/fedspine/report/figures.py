@@ -1,71 +1,41 @@
-"""The report's figures. The only file that knows matplotlib: its object interface and no pyplot, so no global state."""
+"""The figures of a run's report, each drawn where the run has data for it."""
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from io import StringIO
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
-
+from fedspine.report.drawing import (
+    FAINT,
+    FEW_ROUNDS,
+    INK,
+    Axes,
+    Panel,
+    blank,
+    byte_ticks,
+    canvas,
+    count_ticks,
+    curve,
+    legend,
+    marker,
+    number_ticks,
+    percent_ticks,
+    round_ticks,
+    styled,
+)
 from fedspine.report.rows import Rows
 from fedspine.report.series import Band, bands, exchange_seconds, has_accuracy, traffic, waiting
 from fedspine.report.tables import bytes_text, decimal, percent
 
-INK, FAINT, GRID = "#334155", "#94a3b8", "#e8ecf1"
 DEVICES, GLOBAL = "#7c3aed", "#0891b2"
 DOWN, UP = "#475569", "#e11d48"
 IDLE, BUSY = "#f59e0b", "#dbe2ea"
 CLASS_COLOURS = {"tx2": "#2563eb", "nx": "#ea8a0c", "agx": "#0d9f6e"}
 OTHER_COLOURS = ("#c026d3", "#0ea5e9", "#be123c", "#78716c", "#4d7c0f")
-SIZE_INCHES = (5.6, 3.5)  # at 72 units an inch the text is legible on a telephone and not loud on a desk
-FEW_ROUNDS = 40  # up to here every round gets its own mark
 WIDE_RANGE = 10  # classes whose medians differ more are compared on a logarithmic axis
-
-STYLE: Mapping[str, Any] = {
-    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's own font
-    "svg.hashsalt": "fedspine",  # the same figure gives the same bytes
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 4,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-}
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A figure with its title and one sentence that tells how to read it; `name` is unique on the page."""
-
-    name: str
-    title: str
-    caption: str
-    figure: Figure
 
 
 def panels(rows: Rows, summary: Mapping[str, Any]) -> list[Panel]:
     """The figures that this run has data for, in reading order."""
-    with matplotlib.rc_context(STYLE):
+    with styled():
         drawn = (
             _quality(rows, summary),
             _exchange_seconds(rows),
@@ -77,28 +47,16 @@ def panels(rows: Rows, summary: Mapping[str, Any]) -> list[Panel]:
     return [panel for panel in drawn if panel is not None]
 
 
-def svg(panel: Panel) -> str:
-    """The figure as an <svg> element to be put into a page: no XML header, no metadata, ids of its own."""
-    out = StringIO()
-    with matplotlib.rc_context(STYLE):
-        panel.figure.savefig(out, format="svg", transparent=True)
-    text = out.getvalue()
-    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    # figures share a page, and matplotlib counts from figure_1 in each
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{panel.name}-", text)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{panel.title}" ', 1).rstrip()
-
-
 def _quality(rows: Rows, summary: Mapping[str, Any]) -> Panel | None:
     if not rows.scores:
         return None
     name, form = ("accuracy", percent) if has_accuracy(rows, summary) else ("loss", decimal)
-    figure, axes = _blank()
+    figure, axes = blank()
     # the wider line is drawn first, so that both are seen where they are one
     for label, key, colour, width in (("devices", name, DEVICES, 3.6), ("global", f"{name}_global", GLOBAL, 1.6)):
         scores = [score for score in rows.scores if getattr(score, key) is not None]
         if scores:
-            line = _curve(
+            line = curve(
                 axes, [score.now for score in scores], [getattr(score, key) for score in scores], colour, width
             )
             line.set_label(f"{label} {form(getattr(scores[-1], key))}")
@@ -106,11 +64,11 @@ def _quality(rows: Rows, summary: Mapping[str, Any]) -> Panel | None:
     if dense is not None:
         axes.axhline(dense, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), label=f"dense {form(dense)}")
     axes.set(xlabel="simulated seconds", ylabel="accuracy" if name == "accuracy" else "loss (nats)")
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+    number_ticks(axes)
     axes.set_xlim(0, 1.04 * max(score.now for score in rows.scores) or 1)
     if name == "accuracy":
-        _percent_ticks(axes)
-    _legend(axes)
+        percent_ticks(axes)
+    legend(axes)
     caption = (
         f"Mean {name} of the models that devices run and {name} of the global model, on the test rows; rings mark "
         "the last scores, which the legend repeats, and the dashed line is the same adapter on the unpruned base."
@@ -118,25 +76,16 @@ def _quality(rows: Rows, summary: Mapping[str, Any]) -> Panel | None:
     return Panel("quality", f"{name.capitalize()} over simulated time", caption, figure)
 
 
-def _curve(axes: Axes, times: list[float], values: list[float], colour: str, width: float) -> Line2D:
-    """A line, which is returned, and a ring around its last point."""
-    style = {"linewidth": width, "marker": _marker(values), "markersize": width + 2.4}
-    (line,) = axes.plot(times, values, color=colour, **style)
-    ring = {"markersize": 7 + width, "markerfacecolor": "none", "markeredgecolor": colour, "markeredgewidth": 1.8}
-    axes.plot(times[-1], values[-1], "o", **ring)
-    return line
-
-
 def _sparsity(rows: Rows) -> Panel | None:
     found = bands(rows, lambda note: note.sparsity)
     # a method that prunes nothing has nothing to show
     if not any(band.high.any() for band in found.values()):
         return None
-    figure, axes = _blank()
+    figure, axes = blank()
     _draw_bands(axes, found)
     axes.set(xlabel="round", ylabel="sparsity")
     axes.set_ylim(bottom=0)
-    _percent_ticks(axes)
+    percent_ticks(axes)
     caption = (
         "Share of prunable parameters removed: the line is the mean of the class's devices in that round, "
         "the band reaches from the least to the most pruned."
@@ -149,11 +98,11 @@ def _rank(rows: Rows) -> Panel | None:
     # one rank everywhere is a number for the table, not a picture
     if len({value for band in found.values() for value in (*band.low, *band.high)}) < 2:
         return None
-    figure, axes = _blank()
+    figure, axes = blank()
     _draw_bands(axes, found)
     axes.set(xlabel="round", ylabel="LoRA rank")
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    count_ticks(axes.yaxis)
     caption = (
         "LoRA rank that devices trained with: the line is the class's mean in that round, "
         "the band reaches from the lowest to the highest."
@@ -165,7 +114,7 @@ def _exchange_seconds(rows: Rows) -> Panel | None:
     found = exchange_seconds(rows)
     if not found:
         return None
-    figure, axes = _blank()
+    figure, axes = blank()
     colours = class_colours(found)
     boxes = axes.boxplot(
         [*found.values()],
@@ -184,10 +133,9 @@ def _exchange_seconds(rows: Rows) -> Panel | None:
     medians = [float(line.get_xdata()[0]) for line in boxes["medians"]]
     if min(medians) > 0 and max(medians) / min(medians) > WIDE_RANGE:
         axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+    number_ticks(axes)
     axes.set(xlabel="simulated seconds per exchange")
     axes.grid(visible=False, axis="y")
     axes.invert_yaxis()
@@ -202,7 +150,7 @@ def _waiting(rows: Rows) -> Panel | None:
     found = waiting(rows)
     if not found.seconds.any():
         return None
-    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    figure = canvas()
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     busy = (found.lengths - found.seconds).clip(min=0)
     width = 0.75 if len(found.rounds) <= FEW_ROUNDS else 1.0
@@ -210,15 +158,15 @@ def _waiting(rows: Rows) -> Panel | None:
     top.bar(found.rounds, found.seconds, width, bottom=busy, color=IDLE, label="mean device waiting")
     top.set(ylabel="simulated seconds")
     total = found.seconds.sum() / max(found.lengths.sum(), 1e-9)
-    bottom.plot(found.rounds, found.shares, color=IDLE, marker=_marker(found.rounds))
+    bottom.plot(found.rounds, found.shares, color=IDLE, marker=marker(found.rounds))
     bottom.axhline(total, color=INK, linewidth=1, linestyle=(0, (5, 3)), label=f"whole run {percent(total)}")
     bottom.set(xlabel="round", ylabel="waiting share")
     bottom.set_ylim(0, max(1.25 * found.shares.max(), 0.05))
     for axes in (top, bottom):
         axes.grid(visible=False, axis="x")
-        _legend(axes)
-    _percent_ticks(bottom, 3)
-    _round_ticks(bottom, found.rounds)
+        legend(axes)
+    percent_ticks(bottom, 3)
+    round_ticks(bottom, found.rounds)
     caption = (
         "A bar is one round, as long as its slowest device; the orange part is what the mean device spent waiting for "
         "it, and below is the same as a share."
@@ -230,17 +178,15 @@ def _traffic(rows: Rows) -> Panel | None:
     found = traffic(rows)
     if not len(found.rounds):
         return None
-    figure, axes = _blank()
+    figure, axes = blank()
     for label, sums, colour in (("down to devices", found.down, DOWN), ("up to the server", found.up, UP)):
         text = f"{label} {bytes_text(sums[-1])}"
-        axes.plot(found.rounds, sums, color=colour, label=text, marker=_marker(sums))
+        axes.plot(found.rounds, sums, color=colour, label=text, marker=marker(sums))
     axes.set(xlabel="round", ylabel="bytes since the start")
     axes.set_ylim(0, 1.06 * max(found.down[-1], found.up[-1]) or 1)
-    # without steps of 2.5, which the one decimal of bytes_text would round
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: "0" if not value else bytes_text(value)))
-    _round_ticks(axes, found.rounds)
-    _legend(axes)
+    byte_ticks(axes.yaxis)
+    round_ticks(axes, found.rounds)
+    legend(axes)
     caption = "Bytes of all devices together since the start, as packed; a steeper line is a costlier round."
     return Panel("traffic", "Traffic", caption, figure)
 
@@ -256,32 +202,6 @@ def _draw_bands(axes: Axes, found: Mapping[str, Band]) -> None:
     for name, colour in class_colours(found).items():
         band = found[name]
         axes.fill_between(band.rounds, band.low, band.high, color=colour, alpha=0.12, linewidth=0)
-        axes.plot(band.rounds, band.mean, color=colour, label=name, marker=_marker(band.rounds))
-    _round_ticks(axes, [number for band in found.values() for number in band.rounds])
-    _legend(axes)
-
-
-def _blank() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-    return figure, figure.subplots()
-
-
-def _legend(axes: Axes) -> None:
-    """Above the axes, where no data is."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2, borderpad=0, handlelength=1.4)
-
-
-def _marker(points: Any) -> str:
-    return "o" if len(points) <= FEW_ROUNDS else ""
-
-
-def _percent_ticks(axes: Axes, most: int = 6) -> None:
-    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-    axes.yaxis.set_major_locator(MaxNLocator(most, steps=(1, 2, 5, 10)))
-
-
-def _round_ticks(axes: Axes, rounds: Iterable[float]) -> None:
-    rounds = list(rounds)
-    margin = max(0.7, 0.02 * len(set(rounds)))
-    axes.set_xlim(min(rounds) - margin, max(rounds) + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, steps=(1, 2, 5, 10), min_n_ticks=1))
+        axes.plot(band.rounds, band.mean, color=colour, label=name, marker=marker(band.rounds))
+    round_ticks(axes, [number for band in found.values() for number in band.rounds])
+    legend(axes)

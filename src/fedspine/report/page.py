@@ -9,7 +9,8 @@ from string import Template
 from typing import Any
 
 from fedspine.errors import BadInput
-from fedspine.report import figures
+from fedspine.report import drawing, figures
+from fedspine.report.drawing import Panel
 from fedspine.report.rows import Rows, read_rows
 from fedspine.report.series import DeviceClass, device_classes, summary_so_far, troubles
 from fedspine.report.tables import (
@@ -46,7 +47,7 @@ $body
 <p>$footer</p>
 </footer>
 </main>
-</body>
+$script</body>
 </html>
 """)
 
@@ -127,6 +128,7 @@ def page(title: str, rows: Rows, summary: Mapping[str, Any] | None, recipe: str)
         what=escape(summary_line(numbers)),
         body="\n".join(part for part in (*body, _recipe(recipe)) if part),
         footer=escape(_footer(numbers)),
+        script="",
     )
 
 
@@ -145,16 +147,21 @@ def _cards(lines: Iterable[Headline]) -> str:
         f'<dd class="note">{escape(line.note)}</dd></div>'
         for line in lines
     ]
-    return _joined('<dl class="cards">', cards, "</dl>") if cards else ""
+    return joined('<dl class="cards">', cards, "</dl>") if cards else ""
 
 
 def _figures(rows: Rows, summary: Mapping[str, Any]) -> str:
+    return gallery("Figures", figures.panels(rows, summary))
+
+
+def gallery(title: str, panels: Iterable[Panel]) -> str:
+    """Figures side by side under a heading; nothing where there are none."""
     drawn = [
-        f'<figure><h3>{escape(panel.title)}</h3><div class="plot">{figures.svg(panel)}</div>'
+        f'<figure><h3>{escape(panel.title)}</h3><div class="plot">{drawing.svg(panel)}</div>'
         f"<figcaption>{escape(panel.caption)}</figcaption></figure>"
-        for panel in figures.panels(rows, summary)
+        for panel in panels
     ]
-    return _joined('<h2>Figures</h2>\n<div class="figures">', drawn, "</div>") if drawn else ""
+    return joined(f'<h2>{escape(title)}</h2>\n<div class="figures">', drawn, "</div>") if drawn else ""
 
 
 def _classes(rows: Rows) -> str:
@@ -197,10 +204,11 @@ def _table(title: str, head: Iterable[str], lines: list[list[str]]) -> str:
         return ""
     names = "".join(f'<th scope="col"{" class=text" * (name in TEXTS)}>{escape(name)}</th>' for name in head)
     opening = f'<h2>{escape(title)}</h2>\n<div class="table"><table><thead><tr>{names}</tr></thead><tbody>'
-    return _joined(opening, (f"<tr>{''.join(cells)}</tr>" for cells in lines), "</tbody></table></div>")
+    return joined(opening, (f"<tr>{''.join(cells)}</tr>" for cells in lines), "</tbody></table></div>")
 
 
-def _joined(opening: str, parts: Iterable[str], closing: str) -> str:
+def joined(opening: str, parts: Iterable[str], closing: str) -> str:
+    """Parts of a page, one a line, between an opening and a closing."""
     return "\n".join((opening, *parts, closing))
 
 

@@ -39,7 +39,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Score:
-    """Quality at `now`; accuracies are None for language modelling."""
+    """Quality at `now`; accuracies are None for language modelling. Only the `final` one is of all test rows."""
 
     round: int
     now: float
@@ -48,6 +48,7 @@ class Score:
     loss: float | None
     loss_global: float | None
     sparsity: float | None
+    final: bool
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def _score(row: Mapping[str, Any]) -> Score:
         loss=_number(row, "loss"),
         loss_global=_number(row, "loss_global"),
         sparsity=_number(row, "sparsity"),
+        final=bool(row.get("final")),
     )
 
 

@@ -1,0 +1,70 @@
+"""What the importance of a device's units is read from while it tunes: gradients, weights, or chance."""
+
+from dataclasses import replace
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
+
+from fedspine.device import Device
+from fedspine.lm.base import Model
+from fedspine.lm.importance import Scores, magnitude_scores, random_scores, smooth
+from fedspine.lm.tune import Scoring, Trace, Tuning, tune
+from fedspine.message import message
+
+
+@message
+class ByMagnitude:
+    """Units matter as their weights are large."""
+
+
+@message
+class AtRandom:
+    """Units matter by chance: the control that knows nothing."""
+
+
+Importance: TypeAlias = Scoring | ByMagnitude | AtRandom  # a scoring reads it from gradients
+
+
+@runtime_checkable
+class ImportanceFields(Protocol):
+    """The hyper-parameters that say what importance is read from."""
+
+    importance: Literal["gradient", "magnitude", "random"]
+    score_every: int
+    score_keep: float
+    score_square: bool
+    score_cross: float
+    score_normalise: bool
+
+
+def importance_of(fields: ImportanceFields) -> Importance:
+    """The importance as it is ordered from a device."""
+    match fields.importance:
+        case "magnitude":
+            return ByMagnitude()
+        case "random":
+            return AtRandom()
+        case "gradient":
+            return Scoring(
+                every=fields.score_every,
+                keep=fields.score_keep,
+                square=fields.score_square,
+                cross=fields.score_cross,
+                normalise=fields.score_normalise,
+            )
+
+
+def tune_and_score(device: Device, model: Model, tuning: Tuning, how: Importance, known: Scores | None) -> Trace:
+    """`tune`, whose trace holds the importance of the units after it.
+
+    Gradients are followed while it trains, on top of what is `known`. Weights and chance are asked once, after it, and
+    what was known stays only for units that are gone, and where a weight is not finite.
+    """
+    match how:
+        case Scoring() as scoring:
+            return tune(device, model, tuning, scoring=scoring, scores=known)
+        case ByMagnitude():
+            trace = tune(device, model, tuning)
+            now = magnitude_scores(device.base, trace.model)
+        case AtRandom():
+            trace = tune(device, model, tuning)
+            now = random_scores(device.base.anatomy, model.structure, device.rng)
+    return replace(trace, scores=smooth(known, now, 0.0))

@@ -1,0 +1,94 @@
+"""What a round would take of a device at a sparsity and rank it has not been given yet, as far as shapes tell."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedspine.lm.anatomy import Anatomy
+from fedspine.lm.cost import HALF, Extent, adapter_width, training_flops, training_memory_bytes
+from fedspine.lm.importance import no_scores
+from fedspine.lm.structure import Structure, shrink
+from fedspine.message import Tensors, pack
+
+USABLE_MEMORY = 0.8  # share of a device's memory that training may take
+
+
+def ranks_that_fit(
+    anatomy: Anatomy,
+    structure: Structure,
+    ranks: Sequence[int],
+    *,
+    memory_bytes: int,
+    embeddings: int,
+    batch: int,
+    tokens: int,
+) -> int:
+    """How many of the rising `ranks` a device of this memory can train at; the other settings as in `lm/cost.py`."""
+    shapes = {"embeddings": embeddings, "batch": batch, "tokens": tokens}
+    needed = (training_memory_bytes(anatomy, structure, rank=rank, **shapes) for rank in ranks)
+    return sum(bytes <= USABLE_MEMORY * memory_bytes for bytes in needed)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What the cost of a round has in common for all plans: the text it reads, and the bytes beside the adapter."""
+
+    extent: Extent
+    launches: int
+    bytes_down: int
+    bytes_up: int
+
+
+def frame(anatomy: Anatomy, order: Any, adapter: Tensors, *, extent: Extent, steps: int) -> Frame:
+    """Measured on an order as it is sent, with `adapter` in it.
+
+    The result is taken to hold as much beside its adapter, and the scores of all units, which is right to a kilobyte
+    where the order holds none.
+    """
+    beside = pack(order).bytes - HALF * sum(tensor.numel() for tensor in adapter.values())
+    return Frame(
+        extent=extent,
+        launches=steps * anatomy.layers,
+        bytes_down=beside,
+        bytes_up=beside + HALF * anatomy.layers * (anatomy.heads + anatomy.channels),
+    )
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What one exchange costs."""
+
+    flops: float
+    launches: int
+    bytes_down: int
+    bytes_up: int
+
+
+def forecast(
+    anatomy: Anatomy,
+    structure: Structure,
+    frame: Frame,
+    *,
+    reached: float,
+    target: float,
+    ranks: Sequence[int],
+    load: float = 1.0,
+) -> list[Spending]:
+    """The cost at each rank for a device that has `structure`, prunes to `reached` on the way to `target` and tunes.
+
+    `load` is what the device reads, as a share of `frame.extent`. The adapter comes down cut to the
+    structure and goes up cut to what is left. How many units go does not depend on their importance, so none is needed.
+    """
+    units = no_scores(anatomy)
+    votes = (units.heads, units.channels)
+    left = shrink(anatomy, structure, votes, reached=reached, target=target) if reached > 0 else structure
+    before, after = adapter_width(anatomy, structure), adapter_width(anatomy, left)
+    return [
+        Spending(
+            flops=load * training_flops(anatomy, left, rank, frame.extent),
+            launches=frame.launches,
+            bytes_down=frame.bytes_down + HALF * rank * before,
+            bytes_up=frame.bytes_up + HALF * rank * after,
+        )
+        for rank in ranks
+    ]

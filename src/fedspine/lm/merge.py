@@ -1,0 +1,69 @@
+"""FedSpine's server: from contributions to the common adapter, from it to a device's, and how much a device changed.
+
+`delta-product` is the reconstruction's way (sections 3.1 to 3.3); the others replace it to be compared with: plain
+zero-padding, HetLoRA's weights, FlexLoRA's mean of products. Sources: `lm/aggregate.py`.
+"""
+
+from typing import Literal, TypeAlias
+
+from fedspine.lm.aggregate import (
+    Contribution,
+    average_factors,
+    by_norm,
+    change_spectra,
+    effective_rank,
+    factor,
+    hand_out,
+    mean_product,
+    merge_changes,
+)
+from fedspine.lm.anatomy import Anatomy
+from fedspine.lm.base import site_norms
+from fedspine.lm.lora import cut_rank
+from fedspine.lm.structure import Structure, cut_adapter
+from fedspine.message import Tensors
+
+Aggregation: TypeAlias = Literal["delta-product", "zeropad", "hetlora", "flexlora"]
+
+
+def merge(
+    how: Aggregation,
+    anatomy: Anatomy,
+    before: tuple[Tensors, Tensors],
+    parts: list[Contribution],
+    *,
+    rank: int,
+    seed: int,
+) -> tuple[Tensors, Tensors]:
+    """The dense change of every weight, without the scale, and the adapter of `rank`, from both `before`.
+
+    The two ways that average factors leave the dense change alone.
+    """
+    dense, adapter = before
+    match how:
+        case "zeropad":
+            return dense, average_factors(anatomy, adapter, parts)
+        case "hetlora":
+            return dense, average_factors(anatomy, adapter, by_norm(parts))
+        case "flexlora":
+            dense = mean_product(anatomy, dense, parts)
+        case "delta-product":
+            dense = merge_changes(anatomy, dense, parts)
+    return dense, factor(anatomy, dense, rank, adapter, seed)
+
+
+def share(how: Aggregation, anatomy: Anatomy, adapter: Tensors, structure: Structure, rank: int) -> Tensors:
+    """A device's adapter: the first directions where factors are averaged, the best ones where products are."""
+    if how in ("zeropad", "hetlora"):
+        return cut_rank(cut_adapter(adapter, anatomy.sites, structure), rank)
+    return hand_out(anatomy, adapter, structure, rank)
+
+
+def change(anatomy: Anatomy, energy: Tensors, part: Contribution, scale: float) -> tuple[float, float]:
+    """How much a device changed, over the weights it owns, and over how many directions (section 3.3).
+
+    `energy` holds the base's squared norms by line, as `line_energy` gives them.
+    """
+    spectra = scale * change_spectra(anatomy, part)
+    norms = site_norms(anatomy, energy, part.structure)
+    return float((spectra.norm(dim=1) / norms).mean()), effective_rank(spectra)

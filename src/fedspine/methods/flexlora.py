@@ -1,0 +1,130 @@
+"""FlexLoRA: devices tune at ranks of their own; the server averages their products and hands out the best of each rank.
+
+Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources",
+NeurIPS, arXiv:2402.11505. A device's work is that of FedLoRA. Departures: docs/methods/flexlora.md.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+
+from fedspine.device import DeviceId
+from fedspine.errors import BadInput
+from fedspine.fleet import Fleet
+from fedspine.lm.aggregate import Contribution, factor, mean_product
+from fedspine.lm.anatomy import Anatomy
+from fedspine.lm.base import Model
+from fedspine.lm.lora import check_rank, cut_rank, fresh
+from fedspine.lm.structure import full
+from fedspine.lm.tune import check_tuning, tuning_at
+from fedspine.message import Tensors, message
+from fedspine.method import method, usable
+from fedspine.methods.fedlora import LoraOrder, LoraResult, tune_adapter
+from fedspine.planning.ranks import RankRule, check_rank_fields, rank_of_device
+from fedspine.task import Task
+from fedspine.tensors import average, half, single
+
+
+@message
+class FlexLoraState:
+    round: int
+    rounds: int
+    seed: int
+    anatomy: Anatomy
+    adapter: Tensors  # of the largest rank, its directions in the order of what they carry
+    head: Tensors
+    ranks: dict[str, int]  # of every device that has replied
+
+
+@method("flexlora")
+@dataclass(frozen=True)
+class FlexLora:
+    """LoRA at ranks that differ between devices, averaged as products and truncated by their SVD."""
+
+    ranks: tuple[int, ...] = (4, 8, 12, 16, 20, 24, 28, 32)  # that a device may have
+    rank_by: RankRule = "memory"  # declared, or "random"
+    largest_rank_gib: float = 32.0  # declared memory that earns the largest rank; less earns its share
+    scale: float = 2.0  # of the adapter that the server keeps, and of every device's
+    alpha: float = 0.0  # above 0 a device of rank r trains at scale alpha / r instead, as in the released code with 16
+    steps: int = 20  # optimiser steps of a device in a round
+    batch: int = 32  # rows of one step
+    learning_rate: float = 2e-4  # falls linearly to zero over the rounds
+    head_speed: float = 1.0  # the task head's learning rate over the adapter's
+    weight_decay: float = 0.1
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        return cls(ranks=(2, 4, 8), rank_by="random", steps=8, batch=16, learning_rate=2e-2)
+
+    def check(self, task: Task) -> None:
+        check_rank_fields(self)
+        check_rank("method.ranks", self.ranks, task.base.anatomy)
+        check_tuning(self)
+        if not self.alpha >= 0:
+            raise BadInput(f"method.alpha is {self.alpha}, but a positive number, or 0 for one scale, was expected")
+
+    def start(self, task: Task, rng: np.random.Generator) -> FlexLoraState:
+        anatomy = task.base.anatomy
+        return FlexLoraState(
+            round=0,
+            rounds=task.rounds,
+            anatomy=anatomy,
+            adapter=fresh(anatomy.sites, self.ranks[-1], rng),
+            head=task.base.initial_head(rng),
+            seed=int(rng.integers(2**31)),
+            ranks={},
+        )
+
+    def round(self, state: FlexLoraState, fleet: Fleet) -> FlexLoraState:
+        ranks = {p.id: rank_of_device(self, p.id, p.memory_bytes, state.seed) for p in fleet.devices}
+        by_rank = {rank: self._order(state, rank) for rank in set(ranks.values())}
+        replies = usable(fleet.ask(tune_adapter, {id: by_rank[rank] for id, rank in ranks.items()}), fleet)
+        for reply in replies:
+            fleet.note(device=reply.device, rank=ranks[reply.device], sparsity=0.0, loss=reply.value.loss)
+        return FlexLoraState(
+            round=state.round + 1,
+            rounds=state.rounds,
+            seed=state.seed,
+            anatomy=state.anatomy,
+            adapter=self._merge(state, [(by_rank[ranks[r.device]], r.value) for r in replies]),
+            head=average((r.value.examples, r.value.head) for r in replies),
+            ranks=state.ranks | {r.device: ranks[r.device] for r in replies},
+        )
+
+    def deploy(self, state: FlexLoraState, device: DeviceId | None = None) -> Model:
+        """The best adapter of the device's rank; the largest for everybody, and for a device that never replied."""
+        rank = state.ranks.get(device, self.ranks[-1]) if device else self.ranks[-1]
+        adapter = cut_rank(state.adapter, rank)
+        return Model(structure=full(state.anatomy), adapter=adapter, head=state.head, scale=self.scale)
+
+    def unpruned(self, state: FlexLoraState) -> Model:
+        return self.deploy(state)
+
+    def _order(self, state: FlexLoraState, rank: int) -> LoraOrder:
+        scale = self.alpha / rank if self.alpha else self.scale
+        # the first directions are the best approximation of their rank, since `factor` orders them
+        adapter = _scaled(cut_rank(state.adapter, rank), self.scale / scale)
+        return LoraOrder(
+            adapter=half(adapter),
+            head=half(state.head),
+            scale=scale,
+            tuning=tuning_at(self, state.round, state.rounds),
+        )
+
+    def _merge(self, state: FlexLoraState, exchanges: list[tuple[LoraOrder, LoraResult]]) -> Tensors:
+        """The best factors of the mean over devices of scale_i / scale * B_i A_i, weighted by rows."""
+        everything, parts = full(state.anatomy), []
+        for order, result in exchanges:
+            sent, back = (_scaled(single(each.adapter), order.scale / self.scale) for each in (order, result))
+            parts.append(Contribution(sent, back, everything, float(result.examples)))
+        nothing = {site.path: torch.zeros(site.rows, site.columns) for site in state.anatomy.sites}
+        dense = mean_product(state.anatomy, nothing, parts)
+        return factor(state.anatomy, dense, self.ranks[-1], state.adapter, state.seed + state.round)
+
+
+def _scaled(adapter: Tensors, by: float) -> Tensors:
+    """The adapter with its products multiplied, all of it in B."""
+    return {name: by * factor if name.endswith(".lora_B") else factor for name, factor in adapter.items()}

@@ -1,0 +1,193 @@
+"""HetLoRA: devices tune at ranks of their own and may give up rank; the server pads with zeros and weighs by norm.
+
+Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", EMNLP,
+arXiv:2401.06432. Nothing is pruned but rank. Departures: docs/methods/hetlora.md.
+"""
+
+from dataclasses import dataclass
+from math import floor
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedspine.device import Device, DeviceId, on_device
+from fedspine.errors import BadInput
+from fedspine.fleet import Fleet, Profile
+from fedspine.lm.aggregate import Contribution, average_factors, by_norm
+from fedspine.lm.anatomy import Anatomy
+from fedspine.lm.base import Model
+from fedspine.lm.lora import a_name, b_name, check_rank, cut_rank, fresh
+from fedspine.lm.structure import full
+from fedspine.lm.tune import Tuning, check_tuning, tune, tuning_at
+from fedspine.message import Tensors, message
+from fedspine.method import method, usable
+from fedspine.planning.ranks import RankRule, check_rank_fields, rank_of_device
+from fedspine.task import Task
+from fedspine.tensors import average, half, single
+
+TINY = 1e-9  # 0.7 of 10 directions are seven, whatever the last bit says
+
+
+@message
+class HetLoraOrder:
+    adapter: Tensors  # fp16, the first directions of the common one
+    head: Tensors  # fp16
+    scale: float
+    rank: int
+    shrunk: int  # the rank to give way to; the directions beyond are the tail
+    penalty: float  # lambda, on the tail
+    tuning: Tuning
+
+
+@message
+class HetLoraResult:
+    adapter: Tensors  # fp16
+    head: Tensors  # fp16
+    rank: int  # that was kept
+    loss: float  # mean over the last steps, without the penalty
+    examples: int
+
+
+@on_device
+def tune_and_shrink(device: Device, order: HetLoraOrder) -> HetLoraResult:
+    anatomy, sent = device.base.anatomy, single(order.adapter)
+    model = Model(structure=full(anatomy), adapter=sent, head=single(order.head), scale=order.scale)
+    pressed = order.penalty > 0 and order.shrunk < order.rank
+    penalty = (lambda factors: order.penalty * tail(anatomy, factors, order.shrunk)) if pressed else None
+    trace = tune(device, model, order.tuning, penalty=penalty)
+    before, after = tail(anatomy, sent, order.shrunk), tail(anatomy, trace.model.adapter, order.shrunk)
+    rank = order.shrunk if after < before else order.rank
+    return HetLoraResult(
+        adapter=half(cut_rank(trace.model.adapter, rank)),
+        head=half(trace.model.head),
+        rank=rank,
+        loss=trace.loss,
+        examples=len(device.data),
+    )
+
+
+def tail(anatomy: Anatomy, adapter: Tensors, start: int) -> Tensor:
+    """||B[:, start:]|| ||A[start:]||, summed over sites: a bound on what the last directions add; 0 without any."""
+    products = [
+        torch.linalg.vector_norm(adapter[b_name(site.path)][:, start:])
+        * torch.linalg.vector_norm(adapter[a_name(site.path)][start:])
+        for site in anatomy.sites
+    ]
+    return torch.stack(products).sum()
+
+
+@message
+class HetLoraState:
+    round: int
+    rounds: int
+    seed: int
+    anatomy: Anatomy
+    adapter: Tensors  # of the largest rank
+    head: Tensors
+    ranks: dict[str, int]  # of every device that has replied
+
+
+@method("hetlora")
+@dataclass(frozen=True)
+class HetLora:
+    """LoRA at ranks that differ between devices, zero-padded and averaged by norm."""
+
+    ranks: tuple[int, ...] = (
+        4,
+        8,
+        12,
+        16,
+        20,
+        24,
+        28,
+        32,
+    )  # that a device may start at; it never shrinks below the first
+    rank_by: RankRule = "memory"  # declared, or "random"
+    largest_rank_gib: float = 32.0  # declared memory that earns the largest rank; less earns its share
+    scale: float = 2.0  # alpha / rank, the same for all ranks
+    penalty: float = 1e-3  # lambda: weight of the tail's norm in the loss
+    decay: float = 0.99  # gamma: share of its rank that a device keeps when it shrinks; 1: never
+    weigh_by: Literal["norm", "examples"] = "norm"  # what a device's say in the adapter is
+    steps: int = 20  # optimiser steps of a device in a round
+    batch: int = 32  # rows of one step
+    learning_rate: float = 2e-4  # falls linearly to zero over the rounds
+    head_speed: float = 1.0  # the task head's learning rate over the adapter's
+    weight_decay: float = 0.1
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        return cls(ranks=(2, 4, 8), rank_by="random", steps=8, batch=16, learning_rate=2e-2)
+
+    def check(self, task: Task) -> None:
+        check_rank_fields(self)
+        check_rank("method.ranks", self.ranks, task.base.anatomy)
+        check_tuning(self)
+        if not self.penalty >= 0:
+            raise BadInput(f"method.penalty is {self.penalty}, but it cannot be negative")
+        if not 0 < self.decay <= 1:
+            raise BadInput(f"method.decay is {self.decay}, but a share above 0 and up to 1 was expected")
+
+    def start(self, task: Task, rng: np.random.Generator) -> HetLoraState:
+        anatomy = task.base.anatomy
+        return HetLoraState(
+            round=0,
+            rounds=task.rounds,
+            anatomy=anatomy,
+            adapter=fresh(anatomy.sites, self.ranks[-1], rng),
+            head=task.base.initial_head(rng),
+            seed=int(rng.integers(2**31)),
+            ranks={},
+        )
+
+    def round(self, state: HetLoraState, fleet: Fleet) -> HetLoraState:
+        orders = self._orders(state, fleet.devices)
+        replies = usable(fleet.ask(tune_and_shrink, orders), fleet)
+        for reply in replies:
+            rank, kept = orders[reply.device].rank, reply.value.rank
+            fleet.note(device=reply.device, rank=rank, kept=kept, sparsity=0.0, loss=reply.value.loss)
+        return HetLoraState(
+            round=state.round + 1,
+            rounds=state.rounds,
+            seed=state.seed,
+            anatomy=state.anatomy,
+            adapter=self._merge(state, [(orders[r.device], r.value) for r in replies]),
+            head=average((r.value.examples, r.value.head) for r in replies),
+            ranks=state.ranks | {r.device: r.value.rank for r in replies},
+        )
+
+    def deploy(self, state: HetLoraState, device: DeviceId | None = None) -> Model:
+        """The common adapter cut to the device's rank; whole for everybody, and for a device that never replied."""
+        rank = state.ranks.get(device, self.ranks[-1]) if device else self.ranks[-1]
+        adapter = cut_rank(state.adapter, rank)
+        return Model(structure=full(state.anatomy), adapter=adapter, head=state.head, scale=self.scale)
+
+    def unpruned(self, state: HetLoraState) -> Model:
+        return self.deploy(state)
+
+    def _merge(self, state: HetLoraState, exchanges: list[tuple[HetLoraOrder, HetLoraResult]]) -> Tensors:
+        everything = full(state.anatomy)
+        parts = [
+            Contribution(single(order.adapter), single(result.adapter), everything, float(result.examples))
+            for order, result in exchanges
+        ]
+        return average_factors(state.anatomy, state.adapter, by_norm(parts) if self.weigh_by == "norm" else parts)
+
+    def _orders(self, state: HetLoraState, devices: tuple[Profile, ...]) -> dict[DeviceId, HetLoraOrder]:
+        head, tuning = half(state.head), tuning_at(self, state.round, state.rounds)
+        orders = {}
+        for profile in devices:
+            given = rank_of_device(self, profile.id, profile.memory_bytes, state.seed)
+            rank = state.ranks.get(profile.id, given)
+            orders[profile.id] = HetLoraOrder(
+                adapter=half(cut_rank(state.adapter, rank)),
+                head=head,
+                scale=self.scale,
+                rank=rank,
+                shrunk=max(floor(self.decay * rank + TINY), self.ranks[0]),
+                penalty=self.penalty,
+                tuning=tuning,
+            )
+        return orders

@@ -1,0 +1,85 @@
+"""LoRAPrune with FedLoRA: every device prunes on one cubic schedule, by importance read from its LoRA gradients.
+
+Zhang et al. 2023, "LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning", arXiv:2305.18403
+(Findings of ACL 2024), a method for one machine, put under FedAvg of the adapters. It is FedSpine without a choice of
+when to prune and at which rank to tune. Departures: docs/methods/loraprune.md.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from fedspine.device import DeviceId
+from fedspine.fleet import Fleet
+from fedspine.lm.base import Model
+from fedspine.lm.tune import Scoring
+from fedspine.method import method
+from fedspine.methods.scheduled import (
+    SCORE_RANGES,
+    PruningState,
+    begin,
+    check_pruning,
+    cubic,
+    cubic_reached,
+    dense,
+    deployed,
+    prune_and_average,
+)
+from fedspine.planning.choice import check_ranges
+from fedspine.task import Task
+
+
+@method("loraprune")
+@dataclass(frozen=True)
+class LoraPrune:
+    """FedAvg of LoRA factors at one rank, pruned by LoRA gradients on a fixed schedule."""
+
+    sparsity: float = 0.5  # share of the blocks' weights that every device gives up
+    rank: int = 8
+    scale: float = 2.0  # alpha / rank
+    steps: int = 20  # optimiser steps of a device in a round
+    batch: int = 32  # rows of one step
+    learning_rate: float = 2e-4  # falls linearly to zero over the rounds
+    head_speed: float = 1.0  # the task head's learning rate over the adapter's
+    weight_decay: float = 0.1
+    warmup: float = 0.05  # as a share of the rounds: nothing is pruned before
+    until: float = 0.7  # everything is pruned after
+    score_every: int = 1  # steps between two updates of the importance
+    score_keep: float = 0.9  # of its moving average
+    score_square: bool = False  # the paper squares, its released code does not
+    score_cross: float = 0.0  # eta: 1 in the released code
+    score_normalise: bool = False  # true in the released code
+    fleet_say: float = 0.0  # of the fleet's average importance in what a device drops
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        return cls(rank=4, steps=8, batch=16, learning_rate=2e-2, warmup=0.1, until=0.6)
+
+    def check(self, task: Task) -> None:
+        check_pruning(self, task)
+        check_ranges(self, SCORE_RANGES)
+        cubic(self, 0, 1)
+
+    def start(self, task: Task, rng: np.random.Generator) -> PruningState:
+        return begin(self, task, rng)
+
+    def round(self, state: PruningState, fleet: Fleet) -> PruningState:
+        due = cubic(self, state.round, state.rounds)
+        scoring = Scoring(
+            every=self.score_every,
+            keep=self.score_keep,
+            square=self.score_square,
+            cross=self.score_cross,
+            normalise=self.score_normalise,
+        )
+        after, _ = prune_and_average(self, state, fleet, reached=due, scoring=scoring)
+        return after
+
+    def deploy(self, state: PruningState, device: DeviceId | None = None) -> Model:
+        """The device's own structure; whoever is behind the schedule is pruned to it by the fleet's average scores."""
+        return deployed(self, state, device, due=cubic_reached(self, state), votes=state.scores)
+
+    def unpruned(self, state: PruningState) -> Model:
+        return dense(self, state)

@@ -1,0 +1,69 @@
+"""Magnitude pruning with FedLoRA: every device prunes on one cubic schedule the units whose weights are small.
+
+Gradual magnitude pruning, Zhu & Gupta 2017 (arXiv:1710.01878), of whole heads and channels, after Li et al. 2016 (arXiv:
+1608.08710) who drop whole filters by norm; under FedAvg of LoRA factors. Departures: docs/methods/magnitude.md.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from fedspine.device import DeviceId
+from fedspine.fleet import Fleet
+from fedspine.lm.base import Model
+from fedspine.lm.criteria import ByMagnitude
+from fedspine.method import method
+from fedspine.methods.scheduled import (
+    PruningState,
+    begin,
+    check_pruning,
+    cubic,
+    cubic_reached,
+    dense,
+    deployed,
+    prune_and_average,
+)
+from fedspine.task import Task
+
+
+@method("magnitude")
+@dataclass(frozen=True)
+class Magnitude:
+    """FedAvg of LoRA factors at one rank, pruned by the size of the tuned weights on a fixed schedule."""
+
+    sparsity: float = 0.5  # share of the blocks' weights that every device gives up
+    rank: int = 8
+    scale: float = 2.0  # alpha / rank
+    steps: int = 20  # optimiser steps of a device in a round
+    batch: int = 32  # rows of one step
+    learning_rate: float = 2e-4  # falls linearly to zero over the rounds
+    head_speed: float = 1.0  # the task head's learning rate over the adapter's
+    weight_decay: float = 0.1
+    warmup: float = 0.05  # as a share of the rounds: nothing is pruned before
+    until: float = 0.7  # everything is pruned after
+    fleet_say: float = 0.0  # of the fleet's average importance in what a device drops
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        return cls(rank=4, steps=8, batch=16, learning_rate=2e-2, warmup=0.1, until=0.6)
+
+    def check(self, task: Task) -> None:
+        check_pruning(self, task)
+        cubic(self, 0, 1)
+
+    def start(self, task: Task, rng: np.random.Generator) -> PruningState:
+        return begin(self, task, rng)
+
+    def round(self, state: PruningState, fleet: Fleet) -> PruningState:
+        due = cubic(self, state.round, state.rounds)
+        after, _ = prune_and_average(self, state, fleet, reached=due, scoring=ByMagnitude())
+        return after
+
+    def deploy(self, state: PruningState, device: DeviceId | None = None) -> Model:
+        """The device's own structure; whoever is behind the schedule is pruned to it by the fleet's average scores."""
+        return deployed(self, state, device, due=cubic_reached(self, state), votes=state.scores)
+
+    def unpruned(self, state: PruningState) -> Model:
+        return dense(self, state)

@@ -1,0 +1,98 @@
+"""Prune after training: FedLoRA on the whole model, which every device prunes once, by what it saw while training.
+
+The control without a paper of its own that each published comparison runs: train, prune, deploy. The criterion is
+LoRAPrune's (Zhang et al. 2023, arXiv:2305.18403). Departures and choices: docs/methods/prune_after.md.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import numpy as np
+
+from fedspine.device import DeviceId
+from fedspine.errors import BadInput
+from fedspine.fleet import Fleet
+from fedspine.lm.base import Model
+from fedspine.lm.criteria import importance_of
+from fedspine.lm.importance import Scores, mixed
+from fedspine.message import message
+from fedspine.method import method
+from fedspine.methods.scheduled import (
+    SCORE_RANGES,
+    PruningState,
+    begin,
+    check_pruning,
+    dense,
+    deployed,
+    prune_and_average,
+)
+from fedspine.planning.choice import check_ranges
+from fedspine.task import Task
+
+
+@message
+class AfterState:
+    training: PruningState
+    ballots: dict[str, Scores]  # fp16, each device's own importance as it last sent it
+
+    @property
+    def round(self) -> int:
+        return self.training.round
+
+
+@method("prune_after")
+@dataclass(frozen=True)
+class PruneAfter:
+    """FedAvg of LoRA factors at one rank on the whole model, pruned when it is deployed."""
+
+    sparsity: float = 0.5  # share of the blocks' weights that every device gives up
+    rank: int = 8
+    scale: float = 2.0  # alpha / rank
+    steps: int = 20  # optimiser steps of a device in a round
+    batch: int = 32  # rows of one step
+    learning_rate: float = 2e-4  # falls linearly to zero over the rounds
+    head_speed: float = 1.0  # the task head's learning rate over the adapter's
+    weight_decay: float = 0.1
+    recover: int = 0  # last rounds in which devices tune what they have pruned
+    importance: Literal["gradient", "magnitude", "random"] = "gradient"  # what a unit's importance is read from
+    score_every: int = 1  # steps between two updates of the importance
+    score_keep: float = 0.9  # of its moving average
+    score_square: bool = False
+    score_cross: float = 0.0  # eta
+    score_normalise: bool = False
+    fleet_say: float = 0.0  # of the fleet's average importance in what a device drops
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        # a model so small does not survive more without recovery
+        return cls(sparsity=0.15, rank=4, steps=8, batch=16, learning_rate=2e-2)
+
+    def check(self, task: Task) -> None:
+        check_pruning(self, task)
+        check_ranges(self, SCORE_RANGES)
+        if not 0 <= self.recover < task.rounds:
+            raise BadInput(
+                f"method.recover is {self.recover}, but 0 to {task.rounds - 1} was expected: "
+                "at least one of run.rounds must come before the pruning"
+            )
+
+    def start(self, task: Task, rng: np.random.Generator) -> AfterState:
+        return AfterState(training=begin(self, task, rng), ballots={})
+
+    def round(self, state: AfterState, fleet: Fleet) -> AfterState:
+        training = state.training
+        over = training.round >= training.rounds - self.recover
+        reached = self.sparsity if over else 0.0
+        after, replies = prune_and_average(self, training, fleet, reached=reached, scoring=importance_of(self))
+        return AfterState(training=after, ballots=state.ballots | {r.device: r.value.scores for r in replies})
+
+    def deploy(self, state: AfterState, device: DeviceId | None = None) -> Model:
+        """What the device would run if training ended now: pruned to the target, by its own scores where it has any."""
+        votes = state.training.scores
+        if device in state.ballots and votes is not None:
+            votes = mixed(state.ballots[device], votes, self.fleet_say)
+        return deployed(self, state.training, device, due=self.sparsity, votes=votes)
+
+    def unpruned(self, state: AfterState) -> Model:
+        return dense(self, state.training)

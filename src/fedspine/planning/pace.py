@@ -1,0 +1,72 @@
+"""How long a device takes, learnt from nothing but the times it reported.
+
+The option `rls` of FedSpine (reconstructed), section 4: seconds = a * (1 - sparsity) + b * rank + c is fitted to each
+device by recursive least squares with forgetting. In information form, that is a sum of outer products, so that
+devices can be added up: a device with few rounds behind it is taken to be like the fleet.
+"""
+
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Evidence = NDArray[np.float64]  # [3, 4]: discounted sums of features x features and features x seconds
+
+FEATURES = 3  # 1 - sparsity, rank over the largest, 1
+LIKE_THE_FLEET = 0.1  # plays' worth of the fleet's coefficients in each device's
+# A fleet that has only ever run unpruned cannot tell a from c; so small a weight shares its time out evenly.
+UNDECIDED = 1e-6
+
+
+def no_evidence() -> Evidence:
+    return np.zeros((FEATURES, FEATURES + 1))
+
+
+def observe(evidence: Evidence, *, sparsity: float, rank: float, seconds: float, discount: float) -> Evidence:
+    """The evidence after one more round, the older ones discounted; `rank` is a share of the largest.
+
+    Raises ValueError for a time that is not finite.
+
+    >>> observe(no_evidence(), sparsity=0.5, rank=1.0, seconds=4.0, discount=0.9)[0].tolist()
+    [0.25, 0.5, 0.5, 2.0]
+    """
+    if not np.isfinite(seconds):
+        raise ValueError(f"finite seconds were expected, {seconds} came")
+    x = _features(sparsity, rank)
+    return discount * evidence + np.outer(x, [*x, seconds])
+
+
+def coefficients(own: Evidence, fleet: Evidence) -> NDArray[np.float64]:
+    """a, b and c of a device, none of them negative, from its own evidence and the sum over the fleet's.
+
+    What the device's own rounds leave open is filled by the fleet's coefficients, times how much slower or faster the
+    device was in them.
+    """
+    undecided = UNDECIDED * max(np.trace(fleet[:, :FEATURES]), 1.0) * np.eye(FEATURES)
+    common = _least_squares(fleet[:, :FEATURES] + undecided, fleet[:, FEATURES])
+    expected = common @ own[:, :FEATURES] @ common  # of its squared times, if it were as fast as the fleet
+    pace = common @ own[:, FEATURES] / expected if expected > 0 else 1.0
+    prior = LIKE_THE_FLEET * np.eye(FEATURES)
+    return _least_squares(own[:, :FEATURES] + prior, own[:, FEATURES] + prior @ (pace * common))
+
+
+def predicted(coefficients: NDArray[np.float64], *, sparsity: float, rank: float) -> float:
+    """Seconds of a round at a sparsity and a share of the largest rank."""
+    return float(_features(sparsity, rank) @ coefficients)
+
+
+def _features(sparsity: float, rank: float) -> NDArray[np.float64]:
+    return np.array([1 - sparsity, rank, 1.0])
+
+
+def _least_squares(gram: NDArray[np.float64], moment: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Least squares without negative coefficients: no device gets faster by more work. Tries every set of zeros."""
+    best, lowest = np.zeros(FEATURES), 0.0
+    for size in range(1, FEATURES + 1):
+        for used in map(list, combinations(range(FEATURES), size)):
+            trial = np.zeros(FEATURES)
+            trial[used] = np.linalg.solve(gram[np.ix_(used, used)], moment[used])
+            error = trial @ gram @ trial - 2 * moment @ trial
+            if trial.min() >= 0 and error < lowest:
+                best, lowest = trial, error
+    return best

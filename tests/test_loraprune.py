@@ -1,0 +1,101 @@
+"""LoRAPrune with FedLoRA: FedLoRA without pruning, FedSpine without choices, and one schedule for every device."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from toy import Spy, bits
+
+from fedspine.errors import BadInput
+from fedspine.fleets.lossy import Lossy
+from fedspine.lm.structure import full, is_full, sparsity
+from fedspine.methods.fedlora import FedLora
+from fedspine.methods.fedspine import FedSpine
+from fedspine.methods.loraprune import LoraPrune
+from fedspine.planning.sparsity import cubic_floor
+
+TOY = LoraPrune.toy()
+SHARED = {"steps": TOY.steps, "batch": TOY.batch, "learning_rate": TOY.learning_rate}
+
+
+def test_without_pruning_it_is_fedlora(lab):
+    pruned = lab("loraprune").run(dataclasses.replace(TOY, sparsity=0.0), rounds=3)
+    plain = lab("lora").run(FedLora(rank=TOY.rank, **SHARED), rounds=3)
+    assert bits(pruned.adapter) == bits(plain.adapter)
+    assert bits(pruned.head) == bits(plain.head)
+
+
+@pytest.mark.parametrize("fleet_say", [0.0, 0.5])
+def test_it_is_fedspine_on_the_cubic_at_one_rank(lab, fleet_say):
+    spine = FedSpine(
+        ranks=(TOY.rank,),
+        fixed_rank=TOY.rank,
+        choice="fixed",
+        fixed_ratio=0.0,  # as the schedule demands
+        floor=1.0,
+        aggregation="zeropad",
+        warmup=TOY.warmup,
+        until=TOY.until,
+        fleet_say=fleet_say,
+        **SHARED,
+    )
+    method, first, second = dataclasses.replace(TOY, fleet_say=fleet_say), lab("loraprune"), lab("spine")
+    ours, theirs = first.run(method), second.run(spine)
+    for id in (None, *first.ids, "never-asked"):
+        assert bits(method.deploy(ours, id)) == bits(spine.deploy(theirs, id))
+        assert not is_full(method.deploy(ours, id).structure)
+    assert bits(method.unpruned(ours)) == bits(spine.unpruned(theirs))
+
+
+def test_importance_settings_reach_the_devices(lab):
+    plain = lab("plain").run(TOY)
+    squared = lab("squared").run(dataclasses.replace(TOY, score_square=True, score_normalise=True, score_cross=1.0))
+    assert bits(plain.structures) != bits(squared.structures)
+
+
+def test_every_device_is_asked_for_the_sparsity_of_the_schedule(lab, task):
+    bench, spies = lab(), []
+    bench.run(TOY, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    last = {}
+    for round, spy in enumerate(spies):
+        due = cubic_floor(round, task.rounds, TOY.sparsity, warmup=TOY.warmup, until=TOY.until, share=1.0)
+        assert {order.reached for _, order in spy.orders} == {due if round else 0.0}
+        for id, result in spy.results:
+            assert not bool((result.structure.channels & ~last.get(id, full(task.base.anatomy)).channels).any())
+            last[id] = result.structure
+    assert len({bits(structure) for structure in last.values()}) > 1  # each prunes by what it saw itself
+
+
+@pytest.mark.parametrize(("target", "drop"), [(0.3, 0.3), (0.5, 0.0)])
+def test_every_device_ends_at_the_target(lab, task, target, drop):
+    method, bench = dataclasses.replace(TOY, sparsity=target), lab()
+    state = bench.run(method, around=lambda fleet: Lossy(fleet, drop=drop))
+    for id in (None, *bench.ids, "never-asked"):
+        assert sparsity(task.base.anatomy, method.deploy(state, id).structure) == pytest.approx(target, abs=0.005)
+    assert is_full(method.unpruned(state).structure)
+
+
+def test_nothing_is_pruned_at_the_start(task):
+    state = TOY.start(task, np.random.default_rng(0))
+    assert is_full(TOY.deploy(state).structure)
+    assert is_full(TOY.deploy(state, "nx-02").structure)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"sparsity": 0.96}, "sparsity is 0.96, but 0 to 0.95"),
+        ({"sparsity": math.nan}, "sparsity is nan"),
+        ({"sparsity": 0.95}, "lower the target"),
+        ({"rank": 64}, "has rank 64, but .* is 32 wide; choose 1 to 32"),
+        ({"fleet_say": -0.5}, "fleet_say is -0.5, but 0 to 1"),
+        ({"warmup": 0.8}, "warmup < until"),
+        ({"score_every": 0}, "score_every is 0"),
+        ({"score_keep": 1.5}, "score_keep is 1.5, but 0 to 1"),
+        ({"steps": 0}, "steps is 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(task, settings, complaint):
+    with pytest.raises(BadInput, match=complaint):
+        dataclasses.replace(TOY, **settings).check(task)

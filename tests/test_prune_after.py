@@ -1,0 +1,94 @@
+"""Prune after training: FedLoRA to the last bit, then every device pruned once by its own scores."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from toy import Spy, bits
+
+from fedspine.errors import BadInput
+from fedspine.lm.structure import cut_adapter, full, is_full, shrink, sparsity
+from fedspine.methods.fedlora import FedLora
+from fedspine.methods.prune_after import PruneAfter
+
+TOY = dataclasses.replace(PruneAfter.toy(), sparsity=0.5)
+LORA = FedLora(rank=TOY.rank, steps=TOY.steps, batch=TOY.batch, learning_rate=TOY.learning_rate)
+
+
+def test_it_trains_as_fedlora_does(lab):
+    ours, theirs = lab("after").run(TOY), lab("lora").run(LORA)
+    assert bits(TOY.unpruned(ours)) == bits(LORA.unpruned(theirs))
+
+
+def test_without_pruning_it_is_fedlora(lab):
+    method, bench = dataclasses.replace(TOY, sparsity=0.0), lab("after")
+    ours, theirs = bench.run(method, rounds=3), lab("lora").run(LORA, rounds=3)
+    for id in (None, *bench.ids, "never-asked"):
+        assert bits(method.deploy(ours, id)) == bits(LORA.deploy(theirs, id))
+
+
+def test_each_device_is_pruned_once_by_the_scores_it_sent_last(lab, task):
+    bench, spies, anatomy = lab(), [], task.base.anatomy
+    state = bench.run(TOY, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    assert all(is_full(result.structure) for spy in spies for _, result in spy.results)
+    found = set()
+    for id, result in spies[-1].results:
+        votes = (result.scores.heads, result.scores.channels)
+        structure = shrink(anatomy, full(anatomy), votes, reached=TOY.sparsity, target=TOY.sparsity)
+        model = TOY.deploy(state, id)
+        assert torch.equal(model.structure.heads, structure.heads)
+        assert torch.equal(model.structure.channels, structure.channels)
+        assert bits(model.adapter) == bits(cut_adapter(TOY.unpruned(state).adapter, anatomy.sites, structure))
+        found.add(bits(structure))
+    assert len(found) > 1
+
+
+def test_what_is_deployed_is_pruned_to_the_target_at_any_time(lab, task):
+    bench, anatomy = lab(), task.base.anatomy
+    assert is_full(TOY.deploy(TOY.start(task, np.random.default_rng(0))).structure)  # nothing is known yet
+    state = bench.run(TOY, rounds=1)
+    for id in (None, *bench.ids, "never-asked"):
+        assert sparsity(anatomy, TOY.deploy(state, id).structure) == pytest.approx(TOY.sparsity, abs=0.005)
+    assert is_full(TOY.unpruned(state).structure)
+
+
+def test_the_fleet_decides_for_all_where_it_has_all_the_say(lab):
+    method, bench = dataclasses.replace(TOY, fleet_say=1.0), lab()
+    state = bench.run(method, rounds=2)
+    assert len({bits(method.deploy(state, id)) for id in (None, *bench.ids)}) == 1
+
+
+def test_the_last_rounds_tune_what_is_pruned(lab, task):
+    method, bench, spies = dataclasses.replace(TOY, recover=2), lab(), []
+    state = bench.run(method, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    for round, spy in enumerate(spies):
+        recovering = round >= task.rounds - 2
+        expected = pytest.approx(TOY.sparsity, abs=0.005) if recovering else 0.0
+        assert [sparsity(task.base.anatomy, result.structure) for _, result in spy.results] == [expected] * 5
+    for id, result in spies[-1].results:
+        assert bits(method.deploy(state, id).structure) == bits(result.structure)
+
+
+def test_importance_can_be_magnitude_or_chance(lab):
+    structures = {
+        bits(method.deploy(lab(importance).run(method, rounds=2), "nx-02").structure)
+        for importance in ("gradient", "magnitude", "random")
+        for method in [dataclasses.replace(TOY, importance=importance)]
+    }
+    assert len(structures) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"sparsity": 0.95}, "lower the target"),
+        ({"recover": 5}, "recover is 5, but 0 to 4 was expected"),
+        ({"recover": -1}, "recover is -1, but 0 to 4"),
+        ({"score_every": 0}, "score_every is 0"),
+        ({"fleet_say": 1.5}, "fleet_say is 1.5"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(task, settings, complaint):
+    with pytest.raises(BadInput, match=complaint):
+        dataclasses.replace(TOY, **settings).check(task)
