@@ -16,12 +16,13 @@ ARROWS = {
     "message": set(),
     "device": {"message"},
     "fleet": {"device"},
+    "process": set(),
     "task": set(),
     "tensors": {"message"},
     "method": {"device", "errors", "fleet", "tensors", "methods"},  # methods: found by name, when asked for
     "planning": {"errors", "message"},
     "data": {"errors", "task"},
-    "lm": {"data", "device", "errors", "message", "planning", "task", "tensors"},
+    "lm": {"data", "device", "errors", "message", "planning", "process", "task", "tensors"},
     "methods": {"planning", "lm"} | KERNEL,
     "records": {"errors"},
     "store": {"errors", "message"},
@@ -32,7 +33,7 @@ ARROWS = {
     "__init__": set(),
 }
 # the rest puts the parts together: it may import all of them, and no part above may import it
-TOGETHER = {"build", "cli", "compare", "export", "folder", "process", "run", "scoring", "sweep", "__main__"}
+TOGETHER = {"build", "cli", "compare", "export", "folder", "run", "scoring", "sweep", "__main__"}
 
 
 def part_of(path):

@@ -1,7 +1,6 @@
 """From a recipe to a task and a fleet: load the data and the model, give every device its rows."""
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from fedspine.fleets.workers import Workers, Workshop
 from fedspine.lm.load import load as load_model
 from fedspine.lm.prefix import Prefixes
 from fedspine.lm.tokens import tokens
+from fedspine.process import cores
 from fedspine.records import Records
 from fedspine.store import Store
 from fedspine.task import Examples, Task
@@ -130,11 +130,6 @@ def _computing(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput('run.device is "cuda", but PyTorch sees no GPU here; choose "cpu" or "auto"')
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def cores() -> int:
-    """The cores that this process may use, which can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def simulate(built: Built, workers: Workers, store: Store, records: Records) -> SimulatedFleet:

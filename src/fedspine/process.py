@@ -1,7 +1,14 @@
-"""What a process that trains or scores sets up once."""
+"""What a process that trains, scores or aggregates does with its memory and its cores."""
 
 import ctypes
+import os
 import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's names for mallopt
 _KEPT = 512 << 20  # bytes of freed memory that the process keeps
@@ -20,3 +27,20 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_TRIM_THRESHOLD, _KEPT)
         mallopt(_MMAP_THRESHOLD, _LARGE)
+
+
+def cores() -> int:
+    """The cores that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def spread(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """The function's values in the order of `items`, worked out by as many threads as there are cores.
+
+    Each works with one of PyTorch's threads, so the values do not depend on how many there are. The threads end with
+    the call: none is left when processes are forked.
+    """
+    import torch
+
+    with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        return list(threads.map(function, items))

@@ -19,9 +19,10 @@ from fedspine.lm.anatomy import Anatomy, Site
 from fedspine.lm.lora import a_name, b_name, fresh_a
 from fedspine.lm.structure import Structure, cut_adapter, kept_columns, kept_rows
 from fedspine.message import Tensors
+from fedspine.process import spread
 
 EXACT_BELOW = 96  # matrices with a side up to this are factored by a full SVD
-OVERSAMPLING, POWER_STEPS = 10, 4
+OVERSAMPLING, POWER_STEPS = 10, 2
 A_SUFFIX = a_name("")
 NEGLIGIBLE = 1e-6  # a singular value below this share of the largest is taken for zero
 
@@ -89,12 +90,12 @@ def mean_product(anatomy: Anatomy, before: Tensors, contributions: Sequence[Cont
     An entry is the mean over the devices that own it and keeps its value in `before`, of the same form, where none does.
     Source: Bai et al. 2024 (arXiv:2402.11505), whose devices own everything.
     """
-    merged: Tensors = {}
-    for site in anatomy.sites:
+
+    def mean(site: Site) -> Tensor:
         total, weight = _sum_over_owners(site, contributions, _back_factors)
-        mean = total / torch.where(weight > 0, weight, 1.0)
-        merged[site.path] = torch.where(weight > 0, mean, before[site.path])
-    return merged
+        return torch.where(weight > 0, total / torch.where(weight > 0, weight, 1.0), before[site.path])
+
+    return _by_site(anatomy, mean)
 
 
 def merge_changes(anatomy: Anatomy, dense: Tensors, contributions: Sequence[Contribution]) -> Tensors:
@@ -103,12 +104,13 @@ def merge_changes(anatomy: Anatomy, dense: Tensors, contributions: Sequence[Cont
     Each device's change is B'A' - BA; an entry moves by the weighted mean over the devices that own it, and stays
     where none does.
     """
-    merged: Tensors = {}
-    for site in anatomy.sites:
+
+    def moved(site: Site) -> Tensor:
         total, weight = _sum_over_owners(site, contributions, change_factors)
         # where nobody owns an entry, its total is zero anyway
-        merged[site.path] = dense[site.path] + total / torch.where(weight > 0, weight, 1.0)
-    return merged
+        return dense[site.path] + total / torch.where(weight > 0, weight, 1.0)
+
+    return _by_site(anatomy, moved)
 
 
 def change_factors(
@@ -127,9 +129,10 @@ def factor(anatomy: Anatomy, dense: Tensors, rank: int, before: Tensors, seed: i
     Where the change has a lower rank, A gets fresh rows and B zeros, so that training can use them. `before`, the
     last factors, starts the search for the new ones. Source: section 3.1; randomised SVD after Halko et al. 2011.
     """
-    rng = np.random.default_rng(seed)
-    adapter: Tensors = {}
-    for site in anatomy.sites:
+    rngs = np.random.default_rng(seed).spawn(len(anatomy.sites))
+
+    def factors(part: tuple[Site, np.random.Generator]) -> Tensors:
+        site, rng = part
         left, values, right = _truncated_svd(dense[site.path], rank, before[a_name(site.path)], rng)
         used = values > NEGLIGIBLE * values.max().clamp_min(1e-30)
         root = torch.where(used, values, 0.0).sqrt()
@@ -139,8 +142,10 @@ def factor(anatomy: Anatomy, dense: Tensors, rank: int, before: Tensors, seed: i
         unused = torch.ones(rank, dtype=torch.bool)
         unused[: len(values)] = ~used
         a[unused] = fresh_a(rng, rank, site.columns)[unused]
-        adapter[a_name(site.path)], adapter[b_name(site.path)] = a, b
-    return adapter
+        return {a_name(site.path): a, b_name(site.path): b}
+
+    pairs = spread(factors, zip(anatomy.sites, rngs, strict=True))
+    return {name: tensor for pair in pairs for name, tensor in pair.items()}
 
 
 def hand_out(anatomy: Anatomy, adapter: Tensors, structure: Structure, rank: int) -> Tensors:
@@ -191,6 +196,10 @@ def effective_rank(spectra: Float[Tensor, "sites ranks"]) -> float:
         return 0.0
     entropy = -(shares * shares.clamp_min(1e-30).log()).sum(1)
     return float(entropy.exp().mean())
+
+
+def _by_site(anatomy: Anatomy, function: Callable[[Site], Tensor]) -> Tensors:
+    return dict(zip((site.path for site in anatomy.sites), spread(function, anatomy.sites), strict=True))
 
 
 def _back_factors(part: Contribution, site: Site) -> tuple[Tensor, Tensor]:

@@ -171,6 +171,10 @@ class Base:
         for i, block in enumerate(blocks):
             places[i] = block
 
+    def fitted_weights(self) -> Tensors:
+        """The weights of all sites, by path, as they were last fitted: stacked where several models were."""
+        return {site.path: self._linears[site.path].weight for site in self.anatomy.sites}
+
     def slice(self, path: str, structure: Structure) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of one site, physically cut to `structure`."""
         return self._sliced(structure)[path]

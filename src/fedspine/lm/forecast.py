@@ -25,7 +25,8 @@ def ranks_that_fit(
 ) -> int:
     """How many of the rising `ranks` a device of this memory can train at; the other settings as in `lm/cost.py`."""
     shapes = {"embeddings": embeddings, "batch": batch, "tokens": tokens}
-    needed = (training_memory_bytes(anatomy, structure, rank=rank, **shapes) for rank in ranks)
+    without, one = (training_memory_bytes(anatomy, structure, rank=rank, **shapes) for rank in (0, 1))
+    needed = (without + rank * (one - without) for rank in ranks)  # an adapter's memory is proportional to its rank
     return sum(bytes <= USABLE_MEMORY * memory_bytes for bytes in needed)
 
 

@@ -15,7 +15,7 @@ from fedspine.lm.anatomy import Anatomy, Site
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.structure import Structure, kept_columns, kept_rows
-from fedspine.message import message
+from fedspine.message import Tensors, message
 
 FLEET_KEEP = 0.9  # of the fleet's average when a round's ballots come in
 
@@ -43,13 +43,35 @@ def score_units(base: Base, model: Model, criterion: Criterion = Criterion()) ->
     The gradient of W + scale * B @ A is estimated from those of A and B as gB @ A + B @ gA. Gradients must be those
     of the unscaled loss, before the optimiser's step.
     """
-    scores = no_scores(base.anatomy)
-    for site in base.anatomy.sites:
-        entries = _entries(base, model, site.path, criterion)
-        by_line = entries.sum(1) if site.row_units else entries.sum(0)
+    weights = {site.path: base.slice(site.path, model.structure)[0] for site in base.anatomy.sites}
+    return score_stack(base.anatomy, [model.structure], weights, model.adapter, model.scale, criterion)[0]
+
+
+def score_stack(
+    anatomy: Anatomy,
+    structures: Sequence[Structure],
+    weights: Tensors,
+    adapter: Tensors,
+    scale: float,
+    criterion: Criterion,
+) -> list[Scores]:
+    """`score_units` of several models at once.
+
+    `weights` by path and `adapter` are stacked along a first dimension, but weights that all models share; of one model
+    they are as they are. Padding lies behind what a model has.
+    """
+    lines = []
+    for site in anatomy.sites:
+        entries = _entries(weights[site.path], adapter, site.path, scale, criterion)
+        by_line = entries.sum(-1) if site.row_units else entries.sum(-2)
         if criterion.normalise:
-            by_line = by_line / by_line.norm().clamp_min(1e-12)
-        _add_lines(scores, site, model.structure, by_line)
+            by_line = by_line / by_line.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        lines.append(by_line.view(len(structures), -1))
+    by_site = torch.cat(lines, 1).cpu().split([line.shape[1] for line in lines], 1)  # one transfer from a GPU
+    scores = [no_scores(anatomy) for _ in structures]
+    for site, by_line in zip(anatomy.sites, by_site, strict=True):
+        for i, structure in enumerate(structures):
+            _add_lines(scores[i], site, structure, by_line[i])
     return scores
 
 
@@ -81,16 +103,16 @@ def no_scores(anatomy: Anatomy) -> Scores:
     )
 
 
-def _add_lines(scores: Scores, site: Site, structure: Structure, by_line: Float[Tensor, " kept"]) -> None:
-    """Add the scores of a site's kept rows or columns to those of their units, in place."""
+def _add_lines(scores: Scores, site: Site, structure: Structure, by_line: Float[Tensor, " lines"]) -> None:
+    """Add the scores of a site's kept rows or columns, which come first, to those of their units, in place."""
     kept = kept_rows(site, structure) if site.row_units else kept_columns(site, structure)
     target = scores.heads if "heads" in (site.row_units, site.column_units) else scores.channels
-    target[site.layer].index_add_(0, kept // site.per_unit, by_line)
+    target[site.layer].index_add_(0, kept // site.per_unit, by_line[: len(kept)])
 
 
 def _effective(base: Base, model: Model, path: str) -> Float[Tensor, "rows columns"]:
     """W + scale * B @ A of one site in fp32, cut to the model's structure; the caller's own tensor."""
-    weight, _ = base.slice(path, model.structure)
+    weight = base.slice(path, model.structure)[0].cpu()
     a, b = model.adapter.get(a_name(path)), model.adapter.get(b_name(path))
     if a is None or b is None:
         return weight.to(torch.float32, copy=True)
@@ -98,16 +120,18 @@ def _effective(base: Base, model: Model, path: str) -> Float[Tensor, "rows colum
         return torch.addmm(weight.float(), b.float(), a.float(), alpha=model.scale)
 
 
-def _entries(base: Base, model: Model, path: str, criterion: Criterion) -> Float[Tensor, "rows columns"]:
-    a, b = model.adapter[a_name(path)], model.adapter[b_name(path)]
+def _entries(
+    weight: Tensor, adapter: Tensors, path: str, scale: float, criterion: Criterion
+) -> Float[Tensor, "*models rows columns"]:
+    a, b = adapter[a_name(path)], adapter[b_name(path)]
     grad_a, grad_b = a.grad, b.grad
     if grad_a is None or grad_b is None:
         raise ValueError(f"{path} has no gradients; score units after a backward pass")
     with torch.no_grad():
-        gradient = torch.cat([grad_b, b], 1) @ torch.cat([a, grad_a], 0)
+        gradient = torch.cat([grad_b, b], -1) @ torch.cat([a, grad_a], -2)
         if criterion.cross:
             gradient -= criterion.cross * (grad_b @ grad_a)
-        entries = gradient.mul_(_effective(base, model, path))
+        entries = gradient.mul_((b @ a).mul_(scale).add_(weight))
         return entries.square_() if criterion.square else entries.abs_()
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fedspine.lm.base import Base, Model
+from fedspine.lm.importance import Criterion, Scores, score_stack
 from fedspine.message import Tensors
 from fedspine.tensors import padded
 
@@ -62,12 +63,11 @@ class Leaves:
         lead = self._models[i]
         return {name: self._own(i, tensor, lead.adapter[name]) for name, tensor in self.adapter.items()}
 
-    def with_gradients(self, i: int) -> Model:
-        """Model i as `model` gives it, its adapter with the gradients of the last backward pass."""
-        model = self.model(i)
-        for name, tensor in model.adapter.items():
-            tensor.grad = self._own(i, self.adapter[name].grad, tensor).cpu()
-        return model
+    def importance(self, criterion: Criterion) -> list[Scores]:
+        """Each model's importance after a backward pass, while the base is fitted to these models."""
+        structures = [model.structure for model in self._models]
+        weights = self._base.fitted_weights()
+        return score_stack(self._base.anatomy, structures, weights, self.adapter, self._models[0].scale, criterion)
 
     def _joined(self, of_models: list[Tensors]) -> Tensors:
         joined = {}

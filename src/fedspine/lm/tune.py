@@ -13,7 +13,7 @@ from fedspine.device import Device
 from fedspine.errors import BadInput
 from fedspine.lm.base import Model
 from fedspine.lm.cost import Extent, training_flops, training_memory_bytes
-from fedspine.lm.importance import Criterion, Scores, score_units, smooth
+from fedspine.lm.importance import Criterion, Scores, smooth
 from fedspine.lm.leaves import Leaves
 from fedspine.lm.prefix import activations, first_block, key_of
 from fedspine.message import Tensors, message
@@ -159,9 +159,8 @@ def train(requests: Sequence[Request]) -> list[Trace]:
         penalties = [r.penalty(leaves.adapter_of(i)) for i, r in enumerate(requests) if r.penalty is not None]
         sum(penalties, start=loss.sum()).backward()
         if scoring is not None and step % scoring.every == 0:
-            for i, before in enumerate(scores):
-                now = score_units(base, leaves.with_gradients(i), scoring.criterion)
-                scores[i] = smooth(before, now, scoring.keep)
+            found = leaves.importance(scoring.criterion)
+            scores = [smooth(before, now, scoring.keep) for before, now in zip(scores, found, strict=True)]
         leaves.clip(tuning.clip)
         optimiser.step()
         optimiser.zero_grad()

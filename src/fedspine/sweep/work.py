@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from fedspine.build import cores
 from fedspine.folder import STATE
+from fedspine.process import cores
 from fedspine.report.sweeps import AtWork, Listed, Outlook, SweepProgress
 from fedspine.report.tables import counted, decimal, percent, seconds_text
 from fedspine.run import Stopped
