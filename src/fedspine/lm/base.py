@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedspine.lm.anatomy import Anatomy, Site, unit_map
 from fedspine.lm.lora import AdaptedLinear, a_name, b_name
-from fedspine.lm.structure import Structure, cut, kept_columns, kept_rows
+from fedspine.lm.structure import Structure, cut, is_full, kept_columns, kept_rows
 from fedspine.message import Tensors, message
 from fedspine.tensors import moved, padded
 
@@ -181,6 +181,8 @@ class Base:
 
     def _sliced(self, structure: Structure) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Weight and bias of every site cut to `structure`; those of the last few structures are kept."""
+        if is_full(structure):
+            return self.weights
         key = structure.heads.numpy().tobytes() + structure.channels.numpy().tobytes()
         slices = self._slices.pop(key, None) or {site.path: self._cut(site, structure) for site in self.anatomy.sites}
         self._slices[key] = slices
