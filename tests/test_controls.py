@@ -19,7 +19,8 @@ from fedspine.lm.forecast import forecast
 from fedspine.lm.importance import magnitude_scores
 from fedspine.lm.score import score
 from fedspine.lm.structure import full, sparsity
-from fedspine.methods.fedspine import FedSpine, prune_and_tune
+from fedspine.methods.fedspine import FedSpine
+from fedspine.methods.pruning import prune_and_tune
 from fedspine.planning.bandit import DEPTH, SIDE, U0, V0, Bandit, N, S, choose, credit, pooled
 from fedspine.planning.outcome import Outcome, learn, rewards
 from fedspine.planning.pace import LIKE_THE_FLEET, coefficients, no_evidence, observe, predicted

@@ -15,7 +15,8 @@ from fedspine.lm.cost import training_memory_bytes
 from fedspine.lm.forecast import USABLE_MEMORY
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.structure import cut_adapter, full, is_full, sparsity
-from fedspine.methods.fedspine import FedSpine, SpineOrder, prune_and_tune
+from fedspine.methods.fedspine import FedSpine
+from fedspine.methods.pruning import SpineOrder, prune_and_tune
 from fedspine.planning.plan import Plan
 from fedspine.planning.sparsity import cubic_floor
 

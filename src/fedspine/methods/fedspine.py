@@ -7,85 +7,36 @@ A reconstruction: the paper's formulas are not public. What is the paper's and w
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from math import inf, isfinite
+from math import inf
 from typing import Literal, Self
 
 import numpy as np
 import torch
 
-from fedspine.device import Device, DeviceId, on_device
+from fedspine.device import DeviceId
 from fedspine.errors import BadInput
 from fedspine.fleet import AllLost, Fleet, Foresight, Profile, Reply
 from fedspine.lm.aggregate import Contribution
 from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Model, line_energy
 from fedspine.lm.cost import Extent, training_flops
-from fedspine.lm.criteria import Importance, importance_of, tune_and_score
+from fedspine.lm.criteria import importance_of
 from fedspine.lm.forecast import Frame, forecast, frame, ranks_that_fit
-from fedspine.lm.importance import Scores, ballot, mixed, no_scores, on_wire, tally
+from fedspine.lm.importance import Scores, on_wire, tally
 from fedspine.lm.lora import check_rank, fresh
 from fedspine.lm.merge import Aggregation, change, merge, share
-from fedspine.lm.structure import Structure, check_target, cut_adapter, full, shrink, sparsity
-from fedspine.lm.tune import Tuning, check_tuning, tuning_at
+from fedspine.lm.structure import Structure, check_target, full, sparsity
+from fedspine.lm.tune import check_tuning, tuning_at
 from fedspine.message import Tensors, message
 from fedspine.method import method, usable
+from fedspine.methods.pruning import SpineOrder, SpineResult, contribution, deployed, prune_and_tune
 from fedspine.planning.bandit import Bandit
 from fedspine.planning.choice import check_choice, check_ranges, due, plan_round
 from fedspine.planning.outcome import Outcome, learn, rewards
 from fedspine.planning.plan import Plan
 from fedspine.planning.pupil import Pupil, pupil
 from fedspine.task import Task
-from fedspine.tensors import average, half, single
-
-
-@message
-class SpineOrder:
-    adapter: Tensors  # fp16, cut to `structure`, of this round's rank
-    head: Tensors  # fp16
-    structure: Structure  # what the server knows the device to have
-    scores: Scores | None  # fp16, the fleet's average importance, where it has a say
-    fleet_say: float  # of those scores in what goes, 0 to 1
-    reached: float  # sparsity to prune to before tuning
-    target: float  # sparsity to end at
-    scale: float
-    tuning: Tuning
-    scoring: Importance
-
-
-@message
-class SpineResult:
-    adapter: Tensors  # fp16, cut to `structure`
-    head: Tensors  # fp16
-    structure: Structure
-    scores: Scores  # fp16, each layer of unit norm; a dropped unit has zero
-    loss: float  # mean over the last steps
-    loss_before: float | None  # the same of this device's previous round
-    examples: int
-
-
-@on_device
-def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
-    anatomy, known = device.base.anatomy, device.memory.get("scores")
-    kept: Structure = device.memory.get("kept", order.structure)
-    if known is not None and order.reached > 0:  # nothing is pruned before its importance is known
-        votes = known if order.scores is None else mixed(known, order.scores, order.fleet_say)
-        kept = shrink(anatomy, kept, (votes.heads, votes.channels), reached=order.reached, target=order.target)
-    adapter = cut_adapter(single(order.adapter), anatomy.sites, kept, within=order.structure)
-    model = Model(structure=kept, adapter=adapter, head=single(order.head), scale=order.scale)
-    trace = tune_and_score(device, model, order.tuning, order.scoring, known)
-    loss_before = device.memory.get("loss")
-    device.memory |= {"kept": kept, "scores": trace.scores}
-    if isfinite(trace.loss):
-        device.memory["loss"] = trace.loss
-    return SpineResult(
-        adapter=half(trace.model.adapter),
-        head=half(trace.model.head),
-        structure=kept,
-        scores=ballot(trace.scores or no_scores(anatomy), kept),
-        loss=trace.loss,
-        loss_before=loss_before,
-        examples=len(device.data),
-    )
+from fedspine.tensors import average, half
 
 
 @message
@@ -192,7 +143,7 @@ class FedSpine:
             )
         orders = {id: self._order(state, id, plan) for id, plan in plans.items()}
         replies = usable(fleet.ask(prune_and_tune, orders), fleet)
-        parts = {r.device: _contribution(state.anatomy, orders[r.device], r.value) for r in replies}
+        parts = {r.device: contribution(state.anatomy, orders[r.device], r.value) for r in replies}
         dense, adapter = merge(
             self.aggregation,
             state.anatomy,
@@ -223,14 +174,8 @@ class FedSpine:
 
         Whoever is behind the schedule, because it was not asked lately, is pruned to it by the fleet's scores.
         """
-        structure = state.structures.get(device, full(state.anatomy)) if device else full(state.anatomy)
         floor = self.sparsity if state.round >= state.rounds else due(self, state.round - 1, state.rounds)
-        behind = state.reached.get(device, 0.0) < floor if device else floor > 0
-        if behind and state.scores is not None:
-            scores = (state.scores.heads, state.scores.channels)
-            structure = shrink(state.anatomy, structure, scores, reached=floor, target=self.sparsity)
-        adapter = cut_adapter(state.adapter, state.anatomy.sites, structure)
-        return Model(structure=structure, adapter=adapter, head=state.head, scale=self.scale)
+        return deployed(self, state, device, due=floor, votes=state.scores)
 
     def unpruned(self, state: SpineState) -> Model:
         return Model(structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=self.scale)
@@ -305,14 +250,6 @@ class FedSpine:
             effective_rank=directions,
             load=load,
         )
-
-
-def _contribution(anatomy: Anatomy, order: SpineOrder, result: SpineResult) -> Contribution:
-    """What the device changed: its adapter against the one it was sent, both cut to what it kept."""
-    sent = cut_adapter(single(order.adapter), anatomy.sites, result.structure, within=order.structure)
-    return Contribution(
-        sent=sent, back=single(result.adapter), structure=result.structure, weight=float(result.examples)
-    )
 
 
 def _note(anatomy: Anatomy, fleet: Fleet, reply: Reply[SpineResult], outcome: Outcome, earned: float | None) -> None:

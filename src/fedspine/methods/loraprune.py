@@ -15,6 +15,7 @@ from fedspine.fleet import Fleet
 from fedspine.lm.base import Model
 from fedspine.lm.tune import Scoring
 from fedspine.method import method
+from fedspine.methods.pruning import deployed
 from fedspine.methods.scheduled import (
     SCORE_RANGES,
     PruningState,
@@ -23,7 +24,6 @@ from fedspine.methods.scheduled import (
     cubic,
     cubic_reached,
     dense,
-    deployed,
     prune_and_average,
 )
 from fedspine.planning.choice import check_ranges

@@ -14,6 +14,7 @@ from fedspine.fleet import Fleet
 from fedspine.lm.base import Model
 from fedspine.lm.criteria import ByMagnitude
 from fedspine.method import method
+from fedspine.methods.pruning import deployed
 from fedspine.methods.scheduled import (
     PruningState,
     begin,
@@ -21,7 +22,6 @@ from fedspine.methods.scheduled import (
     cubic,
     cubic_reached,
     dense,
-    deployed,
     prune_and_average,
 )
 from fedspine.task import Task

@@ -17,13 +17,13 @@ from fedspine.lm.criteria import importance_of
 from fedspine.lm.importance import Scores, mixed
 from fedspine.message import message
 from fedspine.method import method
+from fedspine.methods.pruning import deployed
 from fedspine.methods.scheduled import (
     SCORE_RANGES,
     PruningState,
     begin,
     check_pruning,
     dense,
-    deployed,
     prune_and_average,
 )
 from fedspine.planning.choice import check_ranges

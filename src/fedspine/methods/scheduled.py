@@ -13,21 +13,21 @@ import numpy as np
 
 from fedspine.device import DeviceId
 from fedspine.fleet import Fleet, Reply
-from fedspine.lm.aggregate import Contribution, average_factors
+from fedspine.lm.aggregate import average_factors
 from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Model
 from fedspine.lm.criteria import Importance
 from fedspine.lm.importance import Scores, on_wire, tally
 from fedspine.lm.lora import check_rank, fresh
-from fedspine.lm.structure import Structure, check_target, cut_adapter, full, shrink, sparsity
+from fedspine.lm.structure import Structure, check_target, cut_adapter, full, sparsity
 from fedspine.lm.tune import TuningFields, check_tuning, tuning_at
 from fedspine.message import Tensors, message
 from fedspine.method import usable
-from fedspine.methods.fedspine import SpineOrder, SpineResult, prune_and_tune
+from fedspine.methods.pruning import SpineOrder, SpineResult, contribution, prune_and_tune
 from fedspine.planning.choice import check_ranges
 from fedspine.planning.sparsity import cubic_floor
 from fedspine.task import Task
-from fedspine.tensors import average, half, single
+from fedspine.tensors import average, half
 
 _RANGES = {"sparsity": (0, 0.95), "fleet_say": (0, 1)}
 SCORE_RANGES = {"score_every": (1, inf), "score_keep": (0, 1)}  # of fields that only some have
@@ -105,7 +105,7 @@ def prune_and_average(
     """
     orders = {profile.id: _order(fields, state, profile.id, reached, scoring) for profile in fleet.devices}
     replies = usable(fleet.ask(prune_and_tune, orders), fleet)
-    parts = [_contribution(state.anatomy, orders[reply.device], reply.value) for reply in replies]
+    parts = [contribution(state.anatomy, orders[reply.device], reply.value) for reply in replies]
     for reply in replies:
         kept = sparsity(state.anatomy, reply.value.structure)
         fleet.note(device=reply.device, rank=fields.rank, sparsity=kept, loss=reply.value.loss)
@@ -119,23 +119,6 @@ def prune_and_average(
         reached=state.reached | {reply.device: orders[reply.device].reached for reply in replies},
     )
     return after, replies
-
-
-def deployed(
-    fields: PruningFields, state: PruningState, device: DeviceId | None, *, due: float, votes: Scores | None
-) -> Model:
-    """The device's own structure, pruned by `votes` where it is behind `due`, and the common adapter cut to it.
-
-    None stands for everybody: the whole model, pruned by `votes`.
-    """
-    whole = full(state.anatomy)
-    structure = state.structures.get(device, whole) if device else whole
-    behind = due > (state.reached.get(device, 0.0) if device else 0.0)
-    if behind and votes is not None:
-        scores = (votes.heads, votes.channels)
-        structure = shrink(state.anatomy, structure, scores, reached=due, target=fields.sparsity)
-    adapter = cut_adapter(state.adapter, state.anatomy.sites, structure)
-    return Model(structure=structure, adapter=adapter, head=state.head, scale=fields.scale)
 
 
 def dense(fields: PruningFields, state: PruningState) -> Model:
@@ -161,8 +144,3 @@ def _order(
         tuning=tuning_at(fields, state.round, state.rounds),
         scoring=scoring,
     )
-
-
-def _contribution(anatomy: Anatomy, order: SpineOrder, result: SpineResult) -> Contribution:
-    sent = cut_adapter(single(order.adapter), anatomy.sites, result.structure, within=order.structure)
-    return Contribution(sent, single(result.adapter), result.structure, float(result.examples))
