@@ -9,10 +9,11 @@ import torch
 from toy import bits, toy_task
 
 from fedspine.device import Device
+from fedspine.lm import prefix as module
 from fedspine.lm.base import Base, Model
 from fedspine.lm.load import load
 from fedspine.lm.lora import fresh
-from fedspine.lm.prefix import Prefixes, activations, first_block
+from fedspine.lm.prefix import Prefixes, activations, first_block, storable
 from fedspine.lm.structure import full
 from fedspine.lm.tune import Tuning, tune
 from fedspine.methods.fedlora import FedLora
@@ -93,11 +94,24 @@ def test_a_full_disk_costs_time_only(task, tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_damaged_file_is_computed_anew(task, tmp_path):
+def test_a_nearly_full_disk_is_left_to_others(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "RESERVE", 1 << 60)
+    tune(device_on(task, Prefixes(tmp_path / "cache")), top_model(task.base), TUNING)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_nothing_is_kept_of_data_too_large_for_the_disk(task, monkeypatch):
+    assert storable(task.base, task.train)
+    monkeypatch.setattr(module, "MOST_BYTES", 1000)
+    assert not storable(task.base, task.train)
+
+
+@pytest.mark.parametrize("cut", [0, 200])
+def test_a_damaged_file_is_computed_anew(task, tmp_path, cut):
     prefixes = Prefixes(tmp_path / "cache")
     expected = tune(device_on(task, prefixes), top_model(task.base), TUNING)
     (file,) = (tmp_path / "cache").iterdir()
-    file.write_bytes(file.read_bytes()[:200])
+    file.write_bytes(file.read_bytes()[:cut])
     assert bits(tune(device_on(task, prefixes), top_model(task.base), TUNING).model) == bits(expected.model)
 
 

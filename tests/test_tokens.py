@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -89,11 +90,62 @@ def test_a_damaged_or_half_gone_folder_is_made_anew(cache, tokenizer):
         lambda: (folder / "ids.npy").unlink(),
         lambda: np.save(folder / "ids.npy", np.arange(3)),
         lambda: (folder / "examples.json").write_text("{"),
+        lambda: (folder / "examples.json").write_text("[]"),
+        lambda: (folder / "labels.npy").unlink(),
+        lambda: (folder / "ids.npy").write_bytes(b""),
+        lambda: (folder / "ids.npy").write_bytes((folder / "ids.npy").read_bytes()[:-8] + bytes(8)),
         lambda: shutil.rmtree(folder),
     ):
         damage()
         assert_same(tokens(tokenizer, rows, "classification", 6), expected)
         assert [path.name for path in cache.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize(
+    "change", [{"pad_token": "[UNK]"}, {"truncation_side": "left"}, {"model_input_names": ["input_ids"]}], ids=str
+)
+def test_another_tokenizer_of_the_same_words_has_its_own(cache, tiny_folder, change):
+    rows = toy_rows(20, 0)
+    for changed in ({}, change):
+        tokenizer = load(str(tiny_folder("bert")), kind="classification", classes=3)[1]
+        for name, value in changed.items():
+            setattr(tokenizer, name, value)
+        assert_same(tokens(tokenizer, rows, "classification", 4), encode(tokenizer, rows, "classification", 4))
+
+
+def test_without_a_home_nothing_is_stored(monkeypatch, tokenizer):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FEDSPINE_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(module.Path, "home", nobody)
+    rows = toy_rows(20, 0)
+    assert_same(tokens(tokenizer, rows, "classification", 6), encode(tokenizer, rows, "classification", 6))
+
+
+def test_processes_that_store_the_same_at_once_never_see_half_of_it(cache, tokenizer):
+    rows = pairs(toy_rows(20, 0))
+    expected = encode(tokenizer, rows, "pair", 6)
+    stop, wrong = threading.Event(), []
+
+    def spoil():
+        while not stop.is_set():
+            for folder in list(cache.glob("[0-9a-f]*")) if cache.exists() else []:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    vandal = threading.Thread(target=spoil)
+    vandal.start()
+    try:
+        for _ in range(60):
+            found = tokens(tokenizer, rows, "pair", 6)
+            wrong += [
+                f for f in ("ids", "labels", "segments") if not np.array_equal(getattr(found, f), getattr(expected, f))
+            ]
+    finally:
+        stop.set()
+        vandal.join()
+    assert not wrong
 
 
 def test_without_a_place_to_store_nothing_is_lost(tmp_path, monkeypatch, tokenizer):

@@ -216,5 +216,6 @@ def _tables(settings: Settings, folder: Path, precision: str, workers: int, meth
             "evaluate_every": 0,
             "final_devices": 1,
             "workers": workers,
+            "device": "cpu",  # as for all contenders
         },
     }

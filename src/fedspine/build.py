@@ -19,7 +19,7 @@ from fedspine.fleets.lossy import Lossy
 from fedspine.fleets.simulated import SimulatedFleet, World, profiles
 from fedspine.fleets.workers import Workers, Workshop
 from fedspine.lm.load import load as load_model
-from fedspine.lm.prefix import Prefixes
+from fedspine.lm.prefix import Prefixes, storable
 from fedspine.lm.tokens import tokens
 from fedspine.process import cores
 from fedspine.records import Records
@@ -81,15 +81,18 @@ def build_task(recipe: Recipe, data: Dataset, precision: str | None = None) -> t
         raise BadInput(
             f"task.max_tokens is {section.max_tokens}, but {section.model} reads at most {longest}; lower it"
         )
+    train = tokens(tokenizer, data.train, section.kind, section.max_tokens)
     task = Task(
         kind=section.kind,
         base=base,
-        train=tokens(tokenizer, data.train, section.kind, section.max_tokens),
+        train=train,
         test=tokens(tokenizer, data.test, section.kind, section.max_tokens),
         label_names=data.label_names,
         max_tokens=section.max_tokens,
         rounds=recipe.run.rounds,
-        turns=recipe.run.rounds * min(1.0, recipe.fleet.per_round / recipe.fleet.devices),
+        turns=recipe.run.rounds * min(1.0, recipe.fleet.per_round / recipe.fleet.devices)
+        if storable(base, train)
+        else 0.0,
     )
     return task, tokenizer
 

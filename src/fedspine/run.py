@@ -177,6 +177,11 @@ def _begun(job: Job) -> Point:
 def _restored(job: Job, saved: Saved) -> Point:
     if saved.state["recipe"] != job.recipe.fingerprint:
         raise BadInput("the recipe of this run was changed after it began; undo the change, or start a new run")
+    if saved.state["computing"] != job.workers.computing:
+        raise BadInput(
+            f"this run was computed by {saved.state['computing']}, here it would be by {job.workers.computing}, which rounds "
+            "otherwise; resume it where it began, or start a new run"
+        )
     job.fleet.restore(saved.fleet, saved.memories)
     job.records.round = saved.round - 1  # of which the final score is written, where no round is left
     return Point(
@@ -209,6 +214,7 @@ def _rounds(job: Job, point: Point, progress: Progress) -> None:
             "sums": vars(sums),
             "watch": {"training": watch.training, "before": watch.total},
             "recipe": job.recipe.fingerprint,
+            "computing": job.workers.computing,
         }
         fleet = job.fleet
         job.store.save(Saved(point.round, state, fleet.snapshot(), fleet.memories, job.records.flush()))
@@ -268,6 +274,7 @@ def _summary(job: Job, point: Point) -> dict[str, Any]:
             "peak_memory_bytes_simulated": sums.peak_memory_bytes,
             "exchanges": sums.exchanges,
             "replies_late": sums.lost,
+            "computing": job.workers.computing,
             "wall_seconds": watch.total,
             "samples_per_second": sums.samples / watch.training if watch.training else 0.0,
             "state_sha256": pack(point.state).sha256,

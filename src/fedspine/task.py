@@ -92,4 +92,4 @@ class Task:
     label_names: tuple[str, ...]
     max_tokens: int
     rounds: int
-    turns: float = 1.0  # how often a device trains in the whole run, on average
+    turns: float = 1.0  # how often a device trains in the whole run, on average; 0: nothing is worth keeping for it

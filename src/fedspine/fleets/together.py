@@ -6,6 +6,7 @@ done. Once all wait, those whose training agrees are trained together. So the or
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple
 from queue import SimpleQueue
 from typing import Any
 
@@ -22,7 +23,18 @@ def serve_together(
     calls: Sequence[Call], base: Base, shares: Iterable[Examples], prefixes: Prefixes | None = None
 ) -> list[Served]:
     """What `serve` gives for each call, but for rounding: sums run over other shapes."""
-    asks = [_Ask(call, base, data, prefixes) for call, data in zip(calls, shares, strict=True)]
+    asks: list[_Ask] = []
+    try:
+        for call, data in zip(calls, shares, strict=True):
+            asks.append(_Ask(call, base, data, prefixes))
+        return _served(asks)
+    except BaseException:
+        for ask in asks:
+            ask.give_up()
+        raise
+
+
+def _served(asks: list["_Ask"]) -> list[Served]:
     while waiting := [ask for ask in asks if isinstance(ask.said, Request)]:
         groups: dict[Any, list[_Ask]] = {}
         for ask in waiting:
@@ -37,8 +49,8 @@ def _kind(request: Request) -> Any:
     """What must be equal for requests to be trained in one pass."""
     model = request.model
     return (
-        request.tuning,
-        request.scoring,
+        astuple(request.tuning),
+        None if request.scoring is None else astuple(request.scoring),
         model.scale,
         tuple(sorted(model.adapter)),
         tuple((name, tuple(tensor.shape)) for name, tensor in sorted(model.head.items())),
@@ -52,7 +64,7 @@ class _Ask:
     said: Request | Served
 
     def __init__(self, call: Call, base: Base, data: Examples, prefixes: Prefixes | None) -> None:
-        self._answers: SimpleQueue[Trace] = SimpleQueue()
+        self._answers: SimpleQueue[Trace | None] = SimpleQueue()
         self._sayings: SimpleQueue[Request | Served | BaseException] = SimpleQueue()
 
         def work() -> Served:
@@ -67,6 +79,10 @@ class _Ask:
         self._answers.put(trace)
         self._listen()
 
+    def give_up(self) -> None:
+        """Let the thread end, if it still waits."""
+        self._answers.put(None)
+
     def _run(self, work: Callable[[], Served]) -> None:
         try:
             self._sayings.put(work())
@@ -75,7 +91,10 @@ class _Ask:
 
     def _trained(self, request: Request) -> Trace:
         self._sayings.put(request)
-        return self._answers.get()
+        trace = self._answers.get()
+        if trace is None:
+            raise RuntimeError("another device's work failed, so this one was given up")
+        return trace
 
     def _listen(self) -> None:
         said = self._sayings.get()

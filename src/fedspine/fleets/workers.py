@@ -79,6 +79,11 @@ class Workers:
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
 
+    @property
+    def computing(self) -> str:
+        """What the last bits of results depend on, beside the recipe: cpu or cuda, and how many devices in one pass."""
+        return f"{self._workshop.task.base.device.type}, {self._together} in one pass"
+
     def run(self, jobs: Iterable[Call | ScoreJob]) -> Iterator[Any]:
         """The results in the order of `jobs`, which are read only as workers get free."""
         bundles = _bundled(jobs, self._together)

@@ -40,10 +40,10 @@ class AdaptedLinear(nn.Module):
 
     def put(
         self,
-        weight: Float[Tensor, "*models rows columns"],
-        bias: Float[Tensor, "*models rows"] | None,
-        a: Float[Tensor, "*models rank columns"] | None = None,
-        b: Float[Tensor, "*models rows rank"] | None = None,
+        weight: Float[Tensor, "*#models rows columns"],
+        bias: Float[Tensor, "*#models rows"] | None,
+        a: Float[Tensor, "*#models rank columns"] | None = None,
+        b: Float[Tensor, "*#models rows rank"] | None = None,
         scale: float = 0.0,
     ) -> None:
         """Replace everything this layer holds; nothing is copied."""

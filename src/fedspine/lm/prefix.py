@@ -7,6 +7,7 @@ one, and whether something is stored never changes a result.
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from fedspine.tensors import moved
 
 BATCH = 32  # rows of one forward pass
 MOST_BYTES = 8 << 30  # on disk
+RESERVE = 1 << 30  # bytes of the disk that are left for others, the run's own state among them
 
 
 class Prefixes:
@@ -39,7 +41,7 @@ class Prefixes:
     def get(self, key: str, make: Callable[[], Tensor]) -> Tensor:
         """What is stored as `key`, memory-mapped; else what `make` returns, which is stored where it can be."""
         path = self._folder / f"{key}.npy"
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, EOFError):
             return _as_tensor(np.load(path, mmap_mode="c"))  # "c": never written back, but torch wants it writable
         made = make()
         with suppress(OSError):
@@ -50,6 +52,8 @@ class Prefixes:
         if array.nbytes > self._most:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(self._folder).free < array.nbytes + RESERVE:
+            return
         self._make_room(array.nbytes)
         partial = path.with_suffix(f".{os.getpid()}.part")
         try:
@@ -70,6 +74,11 @@ class Prefixes:
                 return
             Path(path).unlink(missing_ok=True)
             excess -= size
+
+
+def storable(base: Base, data: Examples) -> bool:
+    """Whether the activations of all of `data` fit on the disk's share, so that none makes way before it is used."""
+    return len(data.ids) * base.anatomy.width * base.precision.itemsize <= MOST_BYTES
 
 
 def first_block(anatomy: Anatomy, model: Model) -> int:

@@ -21,7 +21,10 @@ from fedspine.data.tasks import Rows
 from fedspine.lm.encode import encode
 from fedspine.task import Examples, Kind
 
-FORMAT = "1"  # changes whenever the same input gives other tokens
+ABOUT = "examples.json"
+FORMAT = "2"  # changes whenever the same input gives other tokens
+_UNUSABLE = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError)  # the last: there is no home
+_SETTINGS = ("pad_token_id", "padding_side", "truncation_side", "model_input_names")  # beside the tokenizer proper
 KEPT = 32  # folders; the ones not used for longest make way
 
 
@@ -30,14 +33,12 @@ def tokens(tokenizer: Any, rows: Rows, kind: Kind, max_tokens: int) -> Examples:
     key = _key(tokenizer, rows, kind, max_tokens)
     if key is None:
         return encode(tokenizer, rows, kind, max_tokens)
-    folder = home() / "tokens" / key
-    try:
-        return _opened(folder)
-    except (OSError, ValueError, KeyError):
-        examples = encode(tokenizer, rows, kind, max_tokens)
-    with suppress(OSError, ValueError, KeyError):
-        _store(examples, folder)
-        return _opened(folder)
+    with suppress(*_UNUSABLE):
+        return _opened(home() / "tokens" / key)
+    examples = encode(tokenizer, rows, kind, max_tokens)
+    with suppress(*_UNUSABLE):
+        _store(examples, home() / "tokens" / key)
+        return _opened(home() / "tokens" / key)
     return examples
 
 
@@ -56,7 +57,8 @@ def _key(tokenizer: Any, rows: Rows, kind: Kind, max_tokens: int) -> str | None:
     written = json.loads(backend.to_str())
     written |= {"truncation": None, "padding": None}  # what the last call left behind
     digest = hashlib.sha256()
-    for part in (FORMAT, type(tokenizer).__name__, json.dumps(written), kind, str(max_tokens), *_texts(rows)):
+    settings = [getattr(tokenizer, name, None) for name in _SETTINGS]
+    for part in (FORMAT, json.dumps([settings, written]), kind, str(max_tokens), *_texts(rows)):
         encoded = part.encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     digest.update(b"" if rows.labels is None else np.ascontiguousarray(rows.labels, np.int64).tobytes())
@@ -74,30 +76,37 @@ def _store(examples: Examples, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
     try:
-        for name, array in _arrays(examples):
+        arrays = dict(_arrays(examples))
+        for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array)
-        (partial / "examples.json").write_text(json.dumps({"padding": examples.padding}))
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        about = {"padding": examples.padding, "arrays": {name: _digest(array) for name, array in arrays.items()}}
+        (partial / ABOUT).write_text(json.dumps(about))
+        if folder.exists():  # damaged, or just stored by another process; nobody may see it half removed
+            os.rename(folder, partial / "before")
         os.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(folder / "before", ignore_errors=True)
     there = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     for old in there[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def _opened(folder: Path) -> Examples:
-    padding = json.loads((folder / "examples.json").read_text())["padding"]
-    names = [field.name for field in fields(Examples) if field.name != "padding"]
-    arrays = {name: _mapped(folder / f"{name}.npy") for name in names}
-    if arrays["ids"] is None or arrays["offsets"] is None or len(arrays["ids"]) != int(arrays["offsets"][-1]):
-        raise ValueError(f"{folder} is damaged")
-    os.utime(folder)
-    return Examples(padding=padding, **arrays)
+    """Raises one of _UNUSABLE for a folder that is not there, not whole or not what was stored."""
+    about = json.loads((folder / ABOUT).read_text())
+    arrays = {}
+    for name, digest in about["arrays"].items():
+        arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray)
+        if _digest(arrays[name]) != digest:
+            raise ValueError(f"{folder / name} is damaged")
+    with suppress(OSError):  # of others, which we may only read
+        os.utime(folder)
+    return Examples(**{"labels": None, "segments": None, "padding": about["padding"]} | arrays)
 
 
-def _mapped(path: Path) -> np.ndarray | None:
-    return np.load(path, mmap_mode="r").view(np.ndarray) if path.exists() else None
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
 
 
 def _arrays(examples: Examples) -> Iterator[tuple[str, np.ndarray]]:

@@ -147,9 +147,9 @@ def train(requests: Sequence[Request]) -> list[Trace]:
     optimiser = _optimiser(leaves, tuning)
     scores = [request.scores for request in requests]
     losses: list[Float[Tensor, " models"]] = []
-    extents = [Extents() for _ in requests]
+    widths: list[list[int]] = [[] for _ in requests]  # to which each device pads each of its batches
     for step, rows in enumerate(zip(*(batches(r.device.data, tuning, r.device.rng) for r in requests), strict=True)):
-        inputs, width = _joined(requests, rows, extents)
+        inputs, width = _joined(requests, rows, widths)
         if entry is not None:
             entry.hidden = torch.cat([_taken(r, p, i, width) for r, p, i in zip(requests, prefixes, rows, strict=True)])
         loss = losses_of(module, inputs, len(requests))
@@ -165,8 +165,8 @@ def train(requests: Sequence[Request]) -> list[Trace]:
         optimiser.step()
         optimiser.zero_grad()
     history = torch.stack(losses, 1).tolist()
-    for request, extent in zip(requests, extents, strict=True):
-        _account(request, extent, first)
+    for request, padded, seen in zip(requests, widths, history, strict=True):
+        _account(request, padded[: _steps(seen)], first)
     return [Trace(leaves.model(i), _ended(history[i]), scores[i]) for i in range(len(requests))]
 
 
@@ -176,6 +176,11 @@ def _optimiser(leaves: Leaves, tuning: Tuning) -> torch.optim.Optimizer:
         {"params": list(leaves.head.values()), "lr": tuning.head_learning_rate or tuning.learning_rate},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=tuning.weight_decay, fused=True)
+
+
+def _steps(losses: list[float]) -> int:
+    """Steps until training ended: all, or up to the first loss that is not finite."""
+    return next((step + 1 for step, loss in enumerate(losses) if not np.isfinite(loss)), len(losses))
 
 
 def _ended(losses: list[float]) -> float:
@@ -217,31 +222,16 @@ def batches(data: Examples, tuning: Tuning, rng: np.random.Generator) -> Iterato
         yield by_length[start : start + tuning.batch]
 
 
-@dataclass
-class Extents:
-    """How much text one device trained on: batches, padded tokens, squared lengths, the longest row."""
-
-    steps: int = 0
-    tokens: int = 0
-    squared: int = 0
-    longest: int = 0
-
-    def add(self, rows: int, width: int) -> None:
-        """Count one more batch."""
-        self.steps += 1
-        self.tokens += rows * width
-        self.squared += rows * width**2
-        self.longest = max(self.longest, width)
-
-
-def _joined(requests: Sequence[Request], rows: Sequence[np.ndarray], extents: Sequence[Extents]) -> tuple[Tensors, int]:
-    """One step's inputs of all devices, one after another, and their padded length."""
-    widths = [request.device.data.width(chosen) for request, chosen in zip(requests, rows, strict=True)]
-    for extent, chosen, width in zip(extents, rows, widths, strict=True):
-        extent.add(len(chosen), width)
-    parts = [r.device.data.batch(chosen, max(widths)) for r, chosen in zip(requests, rows, strict=True)]
+def _joined(
+    requests: Sequence[Request], rows: Sequence[np.ndarray], widths: Sequence[list[int]]
+) -> tuple[Tensors, int]:
+    """One step's inputs of all devices, one after another, and their common padded length; each one's own is noted."""
+    for request, chosen, seen in zip(requests, rows, widths, strict=True):
+        seen.append(request.device.data.width(chosen))
+    width = max(seen[-1] for seen in widths)
+    parts = [request.device.data.batch(chosen, width) for request, chosen in zip(requests, rows, strict=True)]
     inputs = parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return moved(inputs, requests[0].device.base.device), max(widths)
+    return moved(inputs, requests[0].device.base.device), width
 
 
 def _taken(request: Request, prefix: Tensor, rows: np.ndarray, width: int) -> Float[Tensor, "rows width hidden"]:
@@ -252,20 +242,21 @@ def _taken(request: Request, prefix: Tensor, rows: np.ndarray, width: int) -> Fl
     return hidden.mul_(torch.from_numpy(inside).to(device)[:, :, None])
 
 
-def _account(request: Request, extent: Extents, first: int) -> None:
+def _account(request: Request, widths: list[int], first: int) -> None:
     device, model, batch = request.device, request.model, request.tuning.batch
     anatomy, rank = device.base.anatomy, rank_of(model)
+    extent = Extent(tokens=batch * sum(widths), squared_tokens=batch * sum(width**2 for width in widths))
     device.spend(
-        flops=training_flops(anatomy, model.structure, rank, Extent(extent.tokens, extent.squared), first),
-        launches=extent.steps * anatomy.layers,
-        samples=extent.steps * batch,
+        flops=training_flops(anatomy, model.structure, rank, extent, first),
+        launches=len(widths) * anatomy.layers,
+        samples=len(widths) * batch,
         memory_bytes=training_memory_bytes(
             anatomy,
             model.structure,
             rank=rank,
             embeddings=device.base.embeddings,
             batch=batch,
-            tokens=extent.longest,
+            tokens=max(widths),
             first=first,
         ),
     )

@@ -87,8 +87,8 @@ class FedLora:
         check_rank("method.rank", (self.rank,), task.base.anatomy)
         if not 0 <= self.depth <= task.base.anatomy.layers:
             raise BadInput(
-                f"method.depth is {self.depth}, but the model has {task.base.anatomy.layers} blocks; "
-                "choose as many or fewer, 0 for all"
+                f"method.depth is {self.depth}, but 0 to {task.base.anatomy.layers} blocks of this model can be "
+                "adapted; 0 means all"
             )
         check_tuning(self)
 
