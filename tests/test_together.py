@@ -1,8 +1,8 @@
 """Several devices trained in one batched pass: the same as one after another but for rounding, whatever their sizes."""
 
-import dataclasses
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,15 +12,19 @@ from toy import Lab, bits, toy_task
 from fedspine.device import Call, Device, name_of, on_device, serve
 from fedspine.fleets import together as module
 from fedspine.fleets.together import serve_together
+from fedspine.fleets.workers import ScoreJob, Workshop
 from fedspine.lm.base import Model
 from fedspine.lm.importance import Scores
 from fedspine.lm.leaves import Leaves
 from fedspine.lm.lora import fresh
+from fedspine.lm.score import score, score_together
 from fedspine.lm.structure import Structure, cut_adapter, full, shrink
 from fedspine.lm.tune import Scoring, Tuning, losses_of, train, tune
 from fedspine.message import Tensors, message, pack, unpack
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine import FedSpine
+from fedspine.methods.hetlora import HetLora
+from fedspine.scoring import Deployment, marks
 
 TUNING = Tuning(steps=6, batch=8, learning_rate=1e-2, head_learning_rate=2e-2)
 
@@ -49,7 +53,7 @@ def train_once(device: Device, job: Training) -> Trained:
 @on_device
 def train_twice(device: Device, job: Training) -> Trained:
     again = tune(device, job.model, job.tuning).model
-    return train_once(device, dataclasses.replace(job, model=again))
+    return train_once(device, replace(job, model=again))
 
 
 @on_device
@@ -169,8 +173,8 @@ def test_importance_is_followed_together(task):
 
 
 def test_work_may_train_more_than_once_and_in_groups(task, sizes):
-    slow = dataclasses.replace(TUNING, learning_rate=1e-3, head_learning_rate=1e-3)
-    slower = dataclasses.replace(slow, learning_rate=5e-4)
+    slow = replace(TUNING, learning_rate=1e-3, head_learning_rate=1e-3)
+    slower = replace(slow, learning_rate=5e-4)
     some = list(calls(task, list(models(task.base, (4,) * 4, (0,) * 4)), work=train_twice, tuning=slower))
     others = list(calls(task, list(models(task.base, (4,) * 4, (0,) * 4)), tuning=slow))
     for each in both_ways(task, [some[0], others[1], some[2], others[3]]):
@@ -180,7 +184,7 @@ def test_work_may_train_more_than_once_and_in_groups(task, sizes):
 
 def test_one_that_diverges_leaves_the_others_alone(task):
     good, bad, other = models(task.base, (4, 4, 4), (0, 0, 0))
-    broken = dataclasses.replace(bad, head={name: t * float("nan") for name, t in bad.head.items()})
+    broken = replace(bad, head={name: t * float("nan") for name, t in bad.head.items()})
     first, (_, alone, together), third = both_ways(task, calls(task, [good, broken, other]))
     assert_alike(*first)
     assert_alike(*third)
@@ -241,3 +245,40 @@ def test_structures_need_not_nest(task):
     ]
     for each in both_ways(task, calls(task, pair)):
         assert_alike(*each)
+
+
+@pytest.mark.parametrize("kind", ["classification", "causal-lm"])
+def test_scores_together_are_those_alone(task, decoder, kind):
+    task = task if kind == "classification" else toy_task(*decoder, rounds=1, kind=kind)
+    structure = next(models(task.base, (2,), (0.5,))).structure
+    wide = list(models(task.base, (2, 4, 3), (0, 0, 0)))
+    sites = task.base.anatomy.sites
+    trio = [replace(m, structure=structure, adapter=cut_adapter(m.adapter, sites, structure)) for m in wide]
+    trio[1] = replace(trio[1], head={name: tensor + 0.1 for name, tensor in trio[1].head.items()})
+    for model, found in zip(trio, score_together(task.base, trio, task.test), strict=True):
+        alone = score(task.base, model, task.test)
+        assert found.mean_loss == pytest.approx(alone.mean_loss, rel=1e-4)
+        assert (found.count, found.correct) == (alone.count, pytest.approx(alone.correct, abs=1))
+
+
+def test_marks_are_the_same_for_models_scored_together(task, tmp_path, monkeypatch):
+    asked = []
+    do = Workshop.do
+    monkeypatch.setattr(
+        Workshop,
+        "do",
+        lambda self, job: (isinstance(job, ScoreJob) and asked.append(len(job.models)), do(self, job))[1],
+    )
+    found = []
+    for together in (1, 3):
+        lab = Lab(task, tmp_path / str(together), together=together)
+        try:
+            method = HetLora.toy()
+            state = method.start(task, np.random.default_rng(0))
+            state = method.round(state, lab.fleet)
+            found.append(marks(Deployment(method, state, tuple(lab.ids)), task, lab.workers, 60))
+        finally:
+            lab.close()
+    first, second = found
+    assert max(asked) > 1
+    assert second == {key: pytest.approx(value, rel=1e-2) for key, value in first.items()}

@@ -44,19 +44,28 @@ def marks(deployment: Deployment, task: Task, workers: Workers, rows: int) -> di
     """Accuracy and loss on `rows` test rows: the mean over the devices' models, everybody's and the unpruned one's."""
     sparsities: list[float] = []
     names: list[str] = []  # the digest of each model in turn; equal models are scored once
+    scored: list[str] = []  # the digests in the order of scoring
 
     def jobs() -> Iterator[ScoreJob]:
-        seen: set[str] = set()
+        alike: dict[Any, dict[str, bytes]] = {}  # models of one structure, which wait to be scored in one pass
         for model in deployment.models():
             packed = pack(model)
             sparsities.append(sparsity(task.base.anatomy, model.structure))
             names.append(packed.sha256)
-            if packed.sha256 not in seen:
-                seen.add(packed.sha256)
-                yield ScoreJob(model=packed.payload, rows=rows)
+            if packed.sha256 in names[:-1]:
+                continue
+            waiting = alike.setdefault(_shape(model), {})
+            waiting[packed.sha256] = packed.payload
+            if len(waiting) == workers.together:
+                yield job(alike.pop(_shape(model)))
+        yield from map(job, alike.values())
+
+    def job(models: dict[str, bytes]) -> ScoreJob:
+        scored.extend(models)
+        return ScoreJob(models=tuple(models.values()), rows=rows)
 
     scores = list(workers.run(jobs()))
-    by_name = dict(zip(dict.fromkeys(names), scores, strict=True))
+    by_name = dict(zip(scored, scores, strict=True))
     unpruned, common, *devices = (by_name[name] for name in names)
     found = {
         "devices": len(devices),
@@ -73,3 +82,9 @@ def marks(deployment: Deployment, task: Task, workers: Workers, rows: int) -> di
         "accuracy_global": common.accuracy,
         "accuracy_dense": unpruned.accuracy,
     }
+
+
+def _shape(model: Model) -> Any:
+    """What models that are scored in one pass must share."""
+    kept = model.structure.heads.numpy().tobytes() + model.structure.channels.numpy().tobytes()
+    return kept, tuple(sorted(model.adapter)), tuple(sorted(model.head)), model.scale

@@ -22,7 +22,7 @@ import torch
 from fedspine.device import Call, Served, serve
 from fedspine.fleets.together import serve_together
 from fedspine.lm.prefix import Prefixes
-from fedspine.lm.score import Score, score
+from fedspine.lm.score import Score, score, score_together
 from fedspine.message import unpack
 from fedspine.task import Task
 
@@ -34,9 +34,12 @@ Job: TypeAlias = "list[Call] | ScoreJob"
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """Score a packed model on the first `rows` rows of the test set, in the order that `Workshop.test_rows` fixes."""
+    """Score packed models on the first `rows` rows of the test set, in the order that `Workshop.test_rows` fixes.
 
-    model: bytes
+    Several must be of one structure and are scored in one pass.
+    """
+
+    models: tuple[bytes, ...]
     rows: int
 
 
@@ -53,12 +56,15 @@ class Workshop:
     test_rows: Any  # int64 [rows of the test set]
     prefixes: Prefixes | None = None
 
-    def do(self, job: Job) -> list[Served] | Score:
-        """Run one job on one thread; several calls in one job are served together."""
+    def do(self, job: Job) -> list[Served] | list[Score]:
+        """Run one job on one thread; several calls or models in one job are worked on together."""
         torch.set_num_threads(1)
         if isinstance(job, ScoreJob):
-            rows = self.test_rows[: job.rows]
-            return score(self.task.base, unpack(job.model), self.task.test.take(rows))
+            test = self.task.test.take(self.test_rows[: job.rows])
+            models = [unpack(model) for model in job.models]
+            if len(models) == 1:
+                return [score(self.task.base, models[0], test)]
+            return score_together(self.task.base, models, test)
         data = [self.task.train.take(self.shares[call.index]) for call in job]
         if len(job) == 1:
             return [serve(job[0], self.task.base, data[0], self.prefixes)]
@@ -72,7 +78,7 @@ class Workers:
     """
 
     def __init__(self, workshop: Workshop, count: int, together: int = 1) -> None:
-        self._workshop, self._together = workshop, together
+        self._workshop, self.together = workshop, together
         self._count = (
             count if count > 1 and "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux" else 0
         )
@@ -82,15 +88,15 @@ class Workers:
     @property
     def computing(self) -> str:
         """What the last bits of results depend on, beside the recipe: cpu or cuda, and how many devices in one pass."""
-        return f"{self._workshop.task.base.device.type}, {self._together} in one pass"
+        return f"{self._workshop.task.base.device.type}, {self.together} in one pass"
 
     def run(self, jobs: Iterable[Call | ScoreJob]) -> Iterator[Any]:
         """The results in the order of `jobs`, which are read only as workers get free."""
-        bundles = _bundled(jobs, self._together)
+        bundles = _bundled(jobs, self.together)
         if self._count and not self._processes:
             self._start()
         for result in self._spread(bundles) if self._count else map(self._workshop.do, bundles):
-            yield from result if isinstance(result, list) else (result,)
+            yield from result
 
     def close(self) -> None:
         """End the worker processes."""

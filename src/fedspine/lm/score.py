@@ -1,13 +1,15 @@
 """How good a model is on given rows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
 from fedspine.lm.base import Base, Model
 from fedspine.task import IGNORED, Examples
-from fedspine.tensors import moved
+from fedspine.tensors import moved, padded
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,42 @@ def score(base: Base, model: Model, data: Examples, *, batch: int = 32) -> Score
     return score_module(module, data, batch=batch)
 
 
+def score_together(base: Base, models: Sequence[Model], data: Examples, *, batch: int = 32) -> list[Score]:
+    """`score` of several models of one structure, each batch in one pass through all of them.
+
+    They share the base's weights, so their adapters stay apart from these instead of being merged: the same but for
+    rounding.
+    """
+    lead = models[0]
+    adapter, head = (
+        {name: padded([getattr(model, part)[name] for model in models]).to(base.device) for name in getattr(lead, part)}
+        for part in ("adapter", "head")
+    )
+    with torch.no_grad():
+        module = base.fit_stack([model.structure for model in models], adapter, head, lead.scale)
+    return _scores(module, data, batch, len(models))
+
+
 def score_module(module: nn.Module, data: Examples, *, batch: int = 32) -> Score:
     """Score anything that maps a batch of inputs to logits as transformers models do."""
-    loss, correct, count = 0.0, 0, 0
+    return _scores(module, data, batch, 1)[0]
+
+
+def _scores(module: nn.Module, data: Examples, batch: int, models: int) -> list[Score]:
+    """Of each model that `module` computes, whose inputs hold the rows of one model after another."""
+    loss, correct, count = np.zeros(models), np.zeros(models, np.int64), 0
     device = next(module.parameters()).device
     with torch.inference_mode():
         for rows in data.batches_by_length(batch):
             inputs = moved(data.batch(rows), device)
             labels = inputs.pop("labels")
-            logits = module(**inputs).logits.float()
+            inputs = {name: tensor.repeat(models, 1) for name, tensor in inputs.items()}
+            logits = module(**inputs).logits.float().unflatten(0, (models, -1))
             if labels.dim() == 2:
-                logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+                logits, labels = logits[:, :, :-1].flatten(1, 2), labels[:, 1:].flatten()
             valid = labels != IGNORED
-            loss += float(nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
-            correct += int((logits.argmax(-1) == labels)[valid].sum())
+            for i, own in enumerate(logits):
+                loss[i] += float(nn.functional.cross_entropy(own, labels, ignore_index=IGNORED, reduction="sum"))
+                correct[i] += int((own.argmax(-1) == labels)[valid].sum())
             count += int(valid.sum())
-    return Score(loss=loss, correct=correct, count=count)
+    return [Score(loss=float(loss[i]), correct=int(correct[i]), count=count) for i in range(models)]
