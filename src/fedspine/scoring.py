@@ -9,7 +9,7 @@ import numpy as np
 from fedspine.device import DeviceId
 from fedspine.fleets.workers import ScoreJob, Workers
 from fedspine.lm.base import Model
-from fedspine.lm.structure import sparsity
+from fedspine.lm.structure import key_of, sparsity
 from fedspine.message import pack
 from fedspine.task import Task
 
@@ -50,14 +50,16 @@ def marks(deployment: Deployment, task: Task, workers: Workers, rows: int) -> di
         alike: dict[Any, dict[str, bytes]] = {}  # models of one structure, which wait to be scored in one pass
         for model in deployment.models():
             packed = pack(model)
+            name, shape = packed.sha256, _shape(model)
+            known = name in names
             sparsities.append(sparsity(task.base.anatomy, model.structure))
-            names.append(packed.sha256)
-            if packed.sha256 in names[:-1]:
+            names.append(name)
+            if known:
                 continue
-            waiting = alike.setdefault(_shape(model), {})
-            waiting[packed.sha256] = packed.payload
+            waiting = alike.setdefault(shape, {})
+            waiting[name] = packed.payload
             if len(waiting) == workers.together:
-                yield job(alike.pop(_shape(model)))
+                yield job(alike.pop(shape))
         yield from map(job, alike.values())
 
     def job(models: dict[str, bytes]) -> ScoreJob:
@@ -86,5 +88,4 @@ def marks(deployment: Deployment, task: Task, workers: Workers, rows: int) -> di
 
 def _shape(model: Model) -> Any:
     """What models that are scored in one pass must share."""
-    kept = model.structure.heads.numpy().tobytes() + model.structure.channels.numpy().tobytes()
-    return kept, tuple(sorted(model.adapter)), tuple(sorted(model.head)), model.scale
+    return key_of(model.structure), tuple(sorted(model.adapter)), tuple(sorted(model.head)), model.scale

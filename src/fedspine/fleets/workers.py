@@ -27,8 +27,6 @@ from fedspine.message import unpack
 from fedspine.task import Task
 
 PARENT_CHECK_SECONDS = 1.0
-
-
 Job: TypeAlias = "list[Call] | ScoreJob"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedspine.lm.anatomy import Anatomy, Site, unit_map
 from fedspine.lm.lora import AdaptedLinear, a_name, b_name
-from fedspine.lm.structure import Structure, cut, is_full, kept_columns, kept_rows
+from fedspine.lm.structure import Structure, cut, is_full, kept_columns, kept_rows, key_of
 from fedspine.message import Tensors, message
 from fedspine.tensors import moved, padded
 
@@ -183,7 +183,7 @@ class Base:
         """Weight and bias of every site cut to `structure`; those of the last few structures are kept."""
         if is_full(structure):
             return self.weights
-        key = structure.heads.numpy().tobytes() + structure.channels.numpy().tobytes()
+        key = key_of(structure)
         slices = self._slices.pop(key, None) or {site.path: self._cut(site, structure) for site in self.anatomy.sites}
         self._slices[key] = slices
         while len(self._slices) > SLICED:

@@ -24,15 +24,32 @@ Importance: TypeAlias = Scoring | ByMagnitude | AtRandom  # a scoring reads it f
 
 
 @runtime_checkable
-class ImportanceFields(Protocol):
-    """The hyper-parameters that say what importance is read from."""
+class ScoringFields(Protocol):
+    """The hyper-parameters of importance that is read from gradients."""
 
-    importance: Literal["gradient", "magnitude", "random"]
     score_every: int
     score_keep: float
     score_square: bool
     score_cross: float
     score_normalise: bool
+
+
+@runtime_checkable
+class ImportanceFields(ScoringFields, Protocol):
+    """The hyper-parameters that say what importance is read from."""
+
+    importance: Literal["gradient", "magnitude", "random"]
+
+
+def by_gradient(fields: ScoringFields) -> Scoring:
+    """Importance from gradients, as the fields want it followed."""
+    return Scoring(
+        every=fields.score_every,
+        keep=fields.score_keep,
+        square=fields.score_square,
+        cross=fields.score_cross,
+        normalise=fields.score_normalise,
+    )
 
 
 def importance_of(fields: ImportanceFields) -> Importance:
@@ -43,13 +60,7 @@ def importance_of(fields: ImportanceFields) -> Importance:
         case "random":
             return AtRandom()
         case "gradient":
-            return Scoring(
-                every=fields.score_every,
-                keep=fields.score_keep,
-                square=fields.score_square,
-                cross=fields.score_cross,
-                normalise=fields.score_normalise,
-            )
+            return by_gradient(fields)
 
 
 def tune_and_score(device: Device, model: Model, tuning: Tuning, how: Importance, known: Scores | None) -> Trace:

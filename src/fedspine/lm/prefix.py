@@ -20,7 +20,7 @@ from torch import Tensor
 from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name
-from fedspine.lm.structure import Structure
+from fedspine.lm.structure import Structure, key_of
 from fedspine.task import Examples
 from fedspine.tensors import moved
 
@@ -86,10 +86,9 @@ def first_block(anatomy: Anatomy, model: Model) -> int:
     return min((site.layer for site in anatomy.sites if a_name(site.path) in model.adapter), default=anatomy.layers)
 
 
-def key_of(device: str, first: int, structure: Structure) -> str:
+def name_of(device: str, first: int, structure: Structure) -> str:
     """The name of a device's activations below block `first` of this structure."""
-    below = structure.heads[:first].numpy().tobytes() + structure.channels[:first].numpy().tobytes()
-    return f"{device}-{first}-{hashlib.sha256(below).hexdigest()[:16]}"
+    return f"{device}-{first}-{hashlib.sha256(key_of(structure, first)).hexdigest()[:16]}"
 
 
 def activations(base: Base, model: Model, data: Examples, first: int) -> Float[Tensor, "tokens width"]:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from fedspine.lm.base import Base, Model
+from fedspine.lm.leaves import Leaves
 from fedspine.task import IGNORED, Examples
-from fedspine.tensors import moved, padded
+from fedspine.tensors import moved
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,7 @@ def score_together(base: Base, models: Sequence[Model], data: Examples, *, batch
     They share the base's weights, so their adapters stay apart from these instead of being merged: the same but for
     rounding.
     """
-    lead = models[0]
-    adapter, head = (
-        {name: padded([getattr(model, part)[name] for model in models]).to(base.device) for name in getattr(lead, part)}
-        for part in ("adapter", "head")
-    )
-    with torch.no_grad():
-        module = base.fit_stack([model.structure for model in models], adapter, head, lead.scale)
-    return _scores(module, data, batch, len(models))
+    return _scores(Leaves(base, models).fit(), data, batch, len(models))
 
 
 def score_module(module: nn.Module, data: Examples, *, batch: int = 32) -> Score:

@@ -31,6 +31,11 @@ def full(anatomy: Anatomy) -> Structure:
     )
 
 
+def key_of(structure: Structure, layers: int | None = None) -> bytes:
+    """The same for two structures exactly when they keep the same units in their first `layers` layers (default: all)."""
+    return structure.heads[:layers].numpy().tobytes() + structure.channels[:layers].numpy().tobytes()
+
+
 def is_full(structure: Structure) -> bool:
     return bool(structure.heads.all() and structure.channels.all())
 

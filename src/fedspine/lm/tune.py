@@ -15,7 +15,7 @@ from fedspine.lm.base import Model
 from fedspine.lm.cost import Extent, training_flops, training_memory_bytes
 from fedspine.lm.importance import Criterion, Scores, smooth
 from fedspine.lm.leaves import Leaves
-from fedspine.lm.prefix import activations, first_block, key_of
+from fedspine.lm.prefix import activations, first_block, name_of
 from fedspine.message import Tensors, message
 from fedspine.task import IGNORED, Examples
 from fedspine.tensors import moved
@@ -167,7 +167,7 @@ def train(requests: Sequence[Request]) -> list[Trace]:
     history = torch.stack(losses, 1).tolist()
     for request, padded, seen in zip(requests, widths, history, strict=True):
         _account(request, padded[: _steps(seen)], first)
-    return [Trace(leaves.model(i), _ended(history[i]), scores[i]) for i in range(len(requests))]
+    return [Trace(leaves.model(i), _ended(seen), scores[i]) for i, seen in enumerate(history)]
 
 
 def _optimiser(leaves: Leaves, tuning: Tuning) -> torch.optim.Optimizer:
@@ -184,8 +184,8 @@ def _steps(losses: list[float]) -> int:
 
 
 def _ended(losses: list[float]) -> float:
-    """The mean of the last losses, or the first that is not finite."""
-    return next((loss for loss in losses if not np.isfinite(loss)), float(np.mean(losses[-LAST:])))
+    """The mean of the last losses before training ended, which is not finite where one of them is not."""
+    return float(np.mean(losses[: _steps(losses)][-LAST:]))
 
 
 def _prefix(request: Request, first: int) -> Tensor | None:
@@ -199,7 +199,7 @@ def _prefix(request: Request, first: int) -> Tensor | None:
 
     if device.prefixes is None:
         return make()
-    return device.prefixes.get(key_of(device.id, first, request.model.structure), make)
+    return device.prefixes.get(name_of(device.id, first, request.model.structure), make)
 
 
 def losses_of(module: nn.Module, inputs: Tensors, models: int) -> Float[Tensor, " models"]:

@@ -35,6 +35,7 @@ from fedspine.planning.choice import check_choice, check_ranges, due, plan_round
 from fedspine.planning.outcome import Outcome, learn, rewards
 from fedspine.planning.plan import Plan
 from fedspine.planning.pupil import Pupil, pupil
+from fedspine.planning.ranks import check_rising
 from fedspine.task import Task
 from fedspine.tensors import average, half
 
@@ -109,8 +110,7 @@ class FedSpine:
     def check(self, task: Task) -> None:
         check_ranges(self, _RANGES)
         check_target(task.base.anatomy, self.sparsity)
-        if not self.ranks or list(self.ranks) != sorted(set(self.ranks)):
-            raise BadInput(f"method.ranks is {list(self.ranks)}, but rising ranks without repeats were expected")
+        check_rising(self.ranks)
         check_rank("method.ranks", self.ranks, task.base.anatomy)
         check_tuning(self)
         check_choice(self)

@@ -4,7 +4,7 @@ Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogen
 NeurIPS, arXiv:2402.11505. A device's work is that of FedLoRA. Departures: docs/methods/flexlora.md.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -84,11 +84,9 @@ class FlexLora:
         replies = usable(fleet.ask(tune_adapter, {id: by_rank[rank] for id, rank in ranks.items()}), fleet)
         for reply in replies:
             fleet.note(device=reply.device, rank=ranks[reply.device], sparsity=0.0, loss=reply.value.loss)
-        return FlexLoraState(
+        return replace(
+            state,
             round=state.round + 1,
-            rounds=state.rounds,
-            seed=state.seed,
-            anatomy=state.anatomy,
             adapter=self._merge(state, [(by_rank[ranks[r.device]], r.value) for r in replies]),
             head=average((r.value.examples, r.value.head) for r in replies),
             ranks=state.ranks | {r.device: ranks[r.device] for r in replies},

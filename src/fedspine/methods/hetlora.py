@@ -4,7 +4,7 @@ Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foun
 arXiv:2401.06432. Nothing is pruned but rank. Departures: docs/methods/hetlora.md.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
 from typing import Literal, Self
 
@@ -94,16 +94,7 @@ class HetLoraState:
 class HetLora:
     """LoRA at ranks that differ between devices, zero-padded and averaged by norm."""
 
-    ranks: tuple[int, ...] = (
-        4,
-        8,
-        12,
-        16,
-        20,
-        24,
-        28,
-        32,
-    )  # that a device may start at; it never shrinks below the first
+    ranks: tuple[int, ...] = (4, 8, 12, 16, 20, 24, 28, 32)  # to start at; none shrinks below the first
     rank_by: RankRule = "memory"  # declared, or "random"
     largest_rank_gib: float = 32.0  # declared memory that earns the largest rank; less earns its share
     scale: float = 2.0  # alpha / rank, the same for all ranks
@@ -148,11 +139,9 @@ class HetLora:
         for reply in replies:
             rank, kept = orders[reply.device].rank, reply.value.rank
             fleet.note(device=reply.device, rank=rank, kept=kept, sparsity=0.0, loss=reply.value.loss)
-        return HetLoraState(
+        return replace(
+            state,
             round=state.round + 1,
-            rounds=state.rounds,
-            seed=state.seed,
-            anatomy=state.anatomy,
             adapter=self._merge(state, [(orders[r.device], r.value) for r in replies]),
             head=average((r.value.examples, r.value.head) for r in replies),
             ranks=state.ranks | {r.device: r.value.rank for r in replies},

@@ -13,7 +13,7 @@ import numpy as np
 from fedspine.device import DeviceId
 from fedspine.fleet import Fleet
 from fedspine.lm.base import Model
-from fedspine.lm.tune import Scoring
+from fedspine.lm.criteria import by_gradient
 from fedspine.method import method
 from fedspine.methods.pruning import deployed
 from fedspine.methods.scheduled import (
@@ -67,14 +67,7 @@ class LoraPrune:
 
     def round(self, state: PruningState, fleet: Fleet) -> PruningState:
         due = cubic(self, state.round, state.rounds)
-        scoring = Scoring(
-            every=self.score_every,
-            keep=self.score_keep,
-            square=self.score_square,
-            cross=self.score_cross,
-            normalise=self.score_normalise,
-        )
-        after, _ = prune_and_average(self, state, fleet, reached=due, scoring=scoring)
+        after, _ = prune_and_average(self, state, fleet, reached=due, scoring=by_gradient(self))
         return after
 
     def deploy(self, state: PruningState, device: DeviceId | None = None) -> Model:
