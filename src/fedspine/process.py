@@ -18,8 +18,8 @@ _LARGE = 32 << 20  # bytes from which a block is mapped on its own; glibc allows
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks, which the next step needs again, instead of returning them to the kernel.
 
-    Every product makes blocks of some megabytes. Getting their pages anew each time took a third of the time of
-    scoring. Elsewhere than on Linux with glibc nothing happens.
+    Every product makes blocks of some megabytes. Getting their pages anew each time took 28 % of scoring 64 rows of 64
+    tokens at a time; with 32 rows it makes no difference. Elsewhere than on Linux with glibc nothing happens.
     """
     if sys.platform != "linux":
         return

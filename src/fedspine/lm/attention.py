@@ -1,7 +1,7 @@
 """Attention for short sequences on a CPU: one autograd node, batched products, and the softmax in fp32.
 
-Measured in bf16 on one AVX-512 core, 16 rows of 56 tokens, 12 heads of 32: the softmax takes 1.3 ms, through fp32 0.5;
-PyTorch's fused attention takes 2.4 ms forward, batched products with this softmax 0.9, and its backward pass is slower still.
+Measured in bf16 on one AVX-512 core, 16 rows of 56 tokens, 12 heads of 32: the softmax takes 1.4 ms, through fp32 0.5;
+this attention 1.0 ms forward and 2.3 both ways, PyTorch's fused one 2.6 and 21.
 """
 
 import torch
