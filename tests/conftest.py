@@ -12,10 +12,16 @@ jaxtyping.install_import_hook(["fedspine.lm", "fedspine.tensors"], "beartype.bea
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from toy import Lab, toy_task  # noqa: E402
 
 from fedspine.lm.load import load  # noqa: E402
 from fedspine.lm.tiny import write_tiny  # noqa: E402
+
+# the same cases every time; `pytest --hypothesis-profile=search` draws new ones, and ten times as many
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("search", max_examples=1000, deadline=None)
+settings.load_profile("same")
 
 torch.set_num_threads(1)  # sums must not depend on how many cores there are
 

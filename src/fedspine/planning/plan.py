@@ -153,8 +153,9 @@ def _plan_at(limits: Limits, u: float, index: int) -> Plan:
 
 def _plan(limits: Limits, u: float, v: float, index: int) -> Plan:
     gain = 0.0 if limits.frozen else max(u * limits.most, limits.due - limits.reached)
+    reached = max(limits.reached + gain, limits.due)  # the sum is rounded, but the schedule binds exactly
     return Plan(
-        reached=min(limits.reached + gain, limits.target),
+        reached=min(reached, limits.target),
         rank=limits.ranks[index],
         action=(u, v),
         progress=min(1.0, gain / limits.most_per_round),
