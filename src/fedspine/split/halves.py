@@ -1,0 +1,89 @@
+"""A model cut in two: the bottom runs on devices, the top on the server; features go up, their gradients come down.
+
+What split methods know of a model. `Base.split` gives it for transformers (trainable: LoRA and the task head), `Net.split`
+for convolutional nets (trainable: everything), so that one method file serves both.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fedspine.message import Tensors, message
+
+
+@message
+class Features:
+    """What a bottom gives for some rows, or the gradient of a loss with respect to it.
+
+    `values` is [rows, ...]: [rows, tokens, width] for text, [rows, channels, ...] for arrays. `mask`, bool
+    [rows, tokens], says what is a token and not padding; None where all rows are of one shape.
+    """
+
+    values: Tensor
+    mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a top says of some rows: `total` is each row's summed loss, `counted` how many labels that sums over."""
+
+    total: Float[Tensor, " rows"]
+    counted: Int[Tensor, " rows"]
+
+    @property
+    def mean(self) -> Float[Tensor, ""]:
+        """The loss that is minimised: the mean over all labels of all rows."""
+        return self.total.sum() / self.counted.sum()
+
+
+class Halves(Protocol):
+    """One model cut at one place. Weights are handed in; nothing is kept between calls.
+
+    Gradients reach every tensor of `weights` that asks for one. `seed` fixes what is drawn (dropout); with None the half
+    computes as a deployed model does.
+    """
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        """Names of weights that are averaged but not trained, such as batch norm's; `bottom` and `top` update those
+        handed in, in place, where a seed is given."""
+        ...
+
+    def start(self, rng: np.random.Generator) -> tuple[Tensors, Tensors]:
+        """The bottom's and the top's weights to start from: all that training changes."""
+        ...
+
+    def bottom(self, weights: Tensors, inputs: Tensors, *, seed: int | None) -> Features:
+        """The features of a batch as `Examples.batch` or `Arrays.batch` gives it; labels in it are ignored."""
+        ...
+
+    def top(self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None) -> Losses:
+        """What the top loses on these features; `labels` as the batch has them, padded to the features' tokens."""
+        ...
+
+    def join(self, bottom: Tensors, top: Tensors) -> Any:
+        """Both halves as one model that can be deployed, scored and saved."""
+        ...
+
+    def flops(self, half: str, rows: int, tokens: int) -> float:
+        """Floating-point operations of a forward and a backward pass of "bottom" or "top"; `tokens` is the padded
+        length of text, 1 for arrays."""
+        ...
+
+    def memory_bytes(self, half: str, rows: int, tokens: int) -> int:
+        """Memory that training "bottom" or "top" needs at once."""
+        ...
+
+    def launches(self, half: str) -> int:
+        """Layers or blocks of a half, each of which costs a device a start-up time."""
+        ...
+
+    def feature_shape(self, tokens: int) -> tuple[int, ...]:
+        """Shape of one row's features."""
+        ...
