@@ -39,6 +39,7 @@ SETTINGS = {
     "ratio": {"reward": "ratio"},
     "magnitude": {"importance": "magnitude"},
     "chance": {"importance": "random"},
+    "blend": {"importance": "blend"},
     "hetlora": {"aggregation": "hetlora"},
     "flexlora": {"aggregation": "flexlora"},
 }
@@ -504,7 +505,7 @@ def test_random_importance_is_the_devices_own_draw(task):
     assert not torch.equal(same.memory["scores"].channels, other.memory["scores"].channels)
 
 
-@pytest.mark.parametrize("importance", ["magnitude", "random"])
+@pytest.mark.parametrize("importance", ["magnitude", "random", "activation", "gate", "blend"])
 def test_importance_does_not_touch_what_is_trained(task, importance):
     plain, other = (prune_and_tune(device(task, {}), order(task, importance=how)) for how in ("gradient", importance))
     assert bits(plain.adapter) == bits(other.adapter) and bits(plain.head) == bits(other.head)

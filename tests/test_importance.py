@@ -10,6 +10,7 @@ from torch import nn
 
 from fedspine.device import Device
 from fedspine.lm.base import Model
+from fedspine.lm.follow import Scoring
 from fedspine.lm.importance import (
     Criterion,
     Scores,
@@ -26,7 +27,7 @@ from fedspine.lm.importance import (
 from fedspine.lm.lora import a_name, b_name, fresh
 from fedspine.lm.score import score
 from fedspine.lm.structure import Structure, cut_adapter, full, kept_columns, kept_rows
-from fedspine.lm.tune import Scoring, Tuning, tune
+from fedspine.lm.tune import Tuning, tune
 
 SCALE = 2.0
 

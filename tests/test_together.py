@@ -14,12 +14,13 @@ from fedspine.fleets import together as module
 from fedspine.fleets.together import serve_together
 from fedspine.fleets.workers import ScoreJob, Workshop
 from fedspine.lm.base import Model
+from fedspine.lm.follow import Scoring
 from fedspine.lm.importance import Scores
 from fedspine.lm.leaves import Leaves
 from fedspine.lm.lora import fresh
 from fedspine.lm.score import score, score_together
 from fedspine.lm.structure import Structure, cut_adapter, full, shrink
-from fedspine.lm.tune import Scoring, Tuning, losses_of, train, tune
+from fedspine.lm.tune import Tuning, losses_of, train, tune
 from fedspine.message import Tensors, message, pack, unpack
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine import FedSpine
@@ -162,8 +163,9 @@ def test_gradients_together_are_those_alone(task, decoder, kind):
         assert apart**0.5 < 1e-5 * size**0.5
 
 
-def test_importance_is_followed_together(task):
-    jobs = calls(task, models(task.base, (4, 4, 2), (0, 0.5, 0.3)), scoring=Scoring(every=2))
+@pytest.mark.parametrize("of", ["gradient", "blend"])
+def test_importance_is_followed_together(task, of):
+    jobs = calls(task, models(task.base, (4, 4, 2), (0, 0.5, 0.3)), scoring=Scoring(of=of, every=2))
     for call, alone, together in both_ways(task, jobs):
         assert_alike(call, alone, together)
         first, second = unpack(alone.result).scores, unpack(together.result).scores

@@ -1,12 +1,13 @@
-"""What the importance of a device's units is read from while it tunes: gradients, weights, or chance."""
+"""What the importance of a device's units is read from while it tunes: gradients, activations, weights, or chance."""
 
 from dataclasses import replace
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from fedspine.device import Device
 from fedspine.lm.base import Model
+from fedspine.lm.follow import Scoring, Source
 from fedspine.lm.importance import Scores, magnitude_scores, random_scores, smooth
-from fedspine.lm.tune import Scoring, Trace, Tuning, tune
+from fedspine.lm.tune import Trace, Tuning, tune
 from fedspine.message import message
 
 
@@ -20,7 +21,7 @@ class AtRandom:
     """Units matter by chance: the control that knows nothing."""
 
 
-Importance: TypeAlias = Scoring | ByMagnitude | AtRandom  # a scoring reads it from gradients
+Importance: TypeAlias = Scoring | ByMagnitude | AtRandom  # a scoring follows it while the model trains
 
 
 @runtime_checkable
@@ -38,7 +39,7 @@ class ScoringFields(Protocol):
 class ImportanceFields(ScoringFields, Protocol):
     """The hyper-parameters that say what importance is read from."""
 
-    importance: Literal["gradient", "magnitude", "random"]
+    importance: Source | Literal["magnitude", "random"]
 
 
 def by_gradient(fields: ScoringFields) -> Scoring:
@@ -61,13 +62,15 @@ def importance_of(fields: ImportanceFields) -> Importance:
             return AtRandom()
         case "gradient":
             return by_gradient(fields)
+        case source:
+            return Scoring(of=source, every=fields.score_every, keep=fields.score_keep)
 
 
 def tune_and_score(device: Device, model: Model, tuning: Tuning, how: Importance, known: Scores | None) -> Trace:
     """`tune`, whose trace holds the importance of the units after it.
 
-    Gradients are followed while it trains, on top of what is `known`. Weights and chance are asked once, after it, and
-    what was known stays only for units that are gone, and where a weight is not finite.
+    Gradients and activations are followed while it trains, on top of what is `known`. Weights and chance are asked
+    once, after it, and what was known stays only for units that are gone, and where a weight is not finite.
     """
     match how:
         case Scoring() as scoring:

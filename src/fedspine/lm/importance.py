@@ -75,6 +75,20 @@ def score_stack(
     return scores
 
 
+def unit_roots(anatomy: Anatomy, structure: Structure, lines: Tensors) -> Scores:
+    """The root of the sum over each kept unit's columns, by path of the sites whose columns are units; each layer of unit
+    norm, dropped units zero."""
+    sums = no_scores(anatomy)
+    for site in (site for site in anatomy.sites if site.column_units):
+        _add_lines(sums, site, structure, lines[site.path].cpu())
+    return normalised(Scores(heads=sums.heads.sqrt_(), channels=sums.channels.sqrt_()))
+
+
+def geometric_mean(one: Scores, other: Scores) -> Scores:
+    """The geometric mean of two importances, unit by unit."""
+    return Scores(heads=(one.heads * other.heads).sqrt_(), channels=(one.channels * other.channels).sqrt_())
+
+
 def magnitude_scores(base: Base, model: Model) -> Scores:
     """L2 norm of the entries of W + scale * B @ A that leave with every kept unit; zero for dropped ones.
 

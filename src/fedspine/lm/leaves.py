@@ -1,12 +1,14 @@
 """What an optimiser trains: the adapter and head of one model, or of several stacked to be trained in one pass."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from fedspine.lm.anatomy import Site
 from fedspine.lm.base import Base, Model
-from fedspine.lm.importance import Criterion, Scores, score_stack
+from fedspine.lm.importance import Criterion, Scores, score_stack, unit_roots
+from fedspine.lm.lora import a_name, b_name
 from fedspine.message import Tensors
 from fedspine.tensors import padded
 
@@ -68,6 +70,33 @@ class Leaves:
         structures = [model.structure for model in self._models]
         weights = self._base.fitted_weights()
         return score_stack(self._base.anatomy, structures, weights, self.adapter, self._models[0].scale, criterion)
+
+    def importance_by_output(self, squares: Tensors) -> list[Scores]:
+        """Each model's importance by what its units add to the output of their layers; `squares` by path of the
+        `readers`, [models, columns], is the mean square of what entered each column in a forward pass."""
+        weights = self._base.fitted_weights()
+        lines = {}
+        with torch.no_grad():
+            for site, _ in self.readers():
+                a, b = self.adapter[a_name(site.path)], self.adapter[b_name(site.path)]
+                effective = (b @ a).mul_(self._models[0].scale).add_(weights[site.path])
+                lines[site.path] = effective.square_().sum(-2) * squares[site.path]
+        return self.importance_by_gate(lines)
+
+    def importance_by_gate(self, lines: Tensors) -> list[Scores]:
+        """Each model's importance, where a unit's is the root of the sum of its columns' `lines`, by path of the
+        `readers`, [models, columns]; each layer is scaled to unit norm."""
+        anatomy = self._base.anatomy
+        return [
+            unit_roots(anatomy, m.structure, {p: line[i] for p, line in lines.items()})
+            for i, m in enumerate(self._models)
+        ]
+
+    def readers(self) -> Iterator[tuple[Site, nn.Module]]:
+        """The layers that read what units give, and so the sites whose columns are units."""
+        for site in self._base.anatomy.sites:
+            if site.column_units:
+                yield site, self._base.skeleton.get_submodule(site.path)
 
     def _joined(self, of_models: list[Tensors]) -> Tensors:
         joined = {}

@@ -13,7 +13,8 @@ from fedspine.device import Device
 from fedspine.errors import BadInput
 from fedspine.lm.base import Model
 from fedspine.lm.cost import Extent, training_flops, training_memory_bytes
-from fedspine.lm.importance import Criterion, Scores, smooth
+from fedspine.lm.follow import Following, Scoring
+from fedspine.lm.importance import Scores
 from fedspine.lm.leaves import Leaves
 from fedspine.lm.prefix import activations, first_block, name_of
 from fedspine.message import Tensors, message
@@ -73,21 +74,6 @@ def tuning_at(fields: TuningFields, round: int, rounds: int, turns: float = 1.0)
     )
 
 
-@message
-class Scoring:
-    """Whether and how unit importance is followed while training."""
-
-    every: int = 1  # steps
-    keep: float = 0.9  # share of the old average at each update
-    square: bool = False
-    cross: float = 0.0
-    normalise: bool = False
-
-    @property
-    def criterion(self) -> Criterion:
-        return Criterion(square=self.square, cross=self.cross, normalise=self.normalise)
-
-
 @dataclass(frozen=True)
 class Request:
     """One device's training of `model`; `scores` is the importance followed so far."""
@@ -145,29 +131,31 @@ def train(requests: Sequence[Request]) -> list[Trace]:
     module = leaves.fit()
     entry = base.start_at(first) if prefixes[0] is not None else None
     optimiser = _optimiser(leaves, tuning)
-    scores = [request.scores for request in requests]
     losses: list[Float[Tensor, " models"]] = []
     widths: list[list[int]] = [[] for _ in requests]  # to which each device pads each of its batches
-    for step, rows in enumerate(zip(*(batches(r.device.data, tuning, r.device.rng) for r in requests), strict=True)):
-        inputs, width = _joined(requests, rows, widths)
-        if entry is not None:
-            entry.hidden = torch.cat([_taken(r, p, i, width) for r, p, i in zip(requests, prefixes, rows, strict=True)])
-        loss = losses_of(module, inputs, len(requests))
-        losses.append(loss.detach())
-        if alone and not torch.isfinite(loss):
-            break
-        penalties = [r.penalty(leaves.adapter_of(i)) for i, r in enumerate(requests) if r.penalty is not None]
-        sum(penalties, start=loss.sum()).backward()
-        if scoring is not None and step % scoring.every == 0:
-            found = leaves.importance(scoring.criterion)
-            scores = [smooth(before, now, scoring.keep) for before, now in zip(scores, found, strict=True)]
-        leaves.clip(tuning.clip)
-        optimiser.step()
-        optimiser.zero_grad()
+    with Following(leaves, scoring, [request.scores for request in requests]) as following:
+        for step, rows in enumerate(
+            zip(*(batches(r.device.data, tuning, r.device.rng) for r in requests), strict=True)
+        ):
+            inputs, width = _joined(requests, rows, widths)
+            if entry is not None:
+                parts = zip(requests, prefixes, rows, strict=True)
+                entry.hidden = torch.cat([_taken(r, prefix, chosen, width) for r, prefix, chosen in parts])
+            following.listen(step, inputs["attention_mask"])
+            loss = losses_of(module, inputs, len(requests))
+            losses.append(loss.detach())
+            if alone and not torch.isfinite(loss):
+                break
+            penalties = [r.penalty(leaves.adapter_of(i)) for i, r in enumerate(requests) if r.penalty is not None]
+            sum(penalties, start=loss.sum()).backward()
+            following.update(step)
+            leaves.clip(tuning.clip)
+            optimiser.step()
+            optimiser.zero_grad()
     history = torch.stack(losses, 1).tolist()
     for request, padded, seen in zip(requests, widths, history, strict=True):
         _account(request, padded[: _steps(seen)], first)
-    return [Trace(leaves.model(i), _ended(seen), scores[i]) for i, seen in enumerate(history)]
+    return [Trace(leaves.model(i), _ended(seen), following.scores[i]) for i, seen in enumerate(history)]
 
 
 def _optimiser(leaves: Leaves, tuning: Tuning) -> torch.optim.Optimizer:

@@ -21,6 +21,7 @@ from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Model, line_energy
 from fedspine.lm.cost import Extent, training_flops
 from fedspine.lm.criteria import importance_of
+from fedspine.lm.follow import Source
 from fedspine.lm.forecast import Frame, forecast, frame, ranks_that_fit
 from fedspine.lm.importance import Scores, on_wire, tally
 from fedspine.lm.lora import check_rank, fresh
@@ -93,7 +94,7 @@ class FedSpine:
     deepest: int = 2  # of the tree: 16 cells
     reward: Literal["bounded", "ratio"] = "bounded"  # "ratio" is FedMP's
     weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)  # of gain, progress, importance, lateness
-    importance: Literal["gradient", "magnitude", "random"] = "gradient"  # what a unit's importance is read from
+    importance: Source | Literal["magnitude", "random"] = "gradient"  # what a unit's importance is read from
     score_every: int = 1  # steps between two updates of the importance
     score_keep: float = 0.9  # of its moving average
     score_square: bool = False
