@@ -14,7 +14,7 @@ from fedspine.errors import BadInput
 
 def split(how="iid", *, devices=4, rows=40, labels=None, groups=None, alpha=1.0, seed=0):
     """`partition` with small defaults; labels and groups are made where the partition needs them."""
-    if how == "dirichlet" and labels is None:
+    if how.startswith(("dirichlet", "dominant")) and labels is None:
         labels = np.arange(rows) % 5
     return partition(how, devices=devices, rows=rows, labels=labels, groups=groups, alpha=alpha, seed=seed)
 
@@ -27,7 +27,7 @@ def counts(parts):
 def cases(draw):
     rows = draw(st.integers(1, 200))
     devices = draw(st.integers(1, rows))
-    how = draw(st.sampled_from(["iid", "dirichlet", "natural", "column:author"]))
+    how = draw(st.sampled_from(["iid", "dirichlet", "p:10", "dominant:0.8", "natural", "column:author"]))
     labels = np.array(draw(st.lists(st.integers(0, 4), min_size=rows, max_size=rows)))
     # The first rows name every group once, so that there are never fewer groups than devices.
     names = [str(row) for row in range(devices)]
@@ -102,6 +102,34 @@ def test_label_skew_grows_as_alpha_falls():
     assert entropy[2] < 0.5 * np.log(8)
 
 
+@pytest.mark.parametrize("level", [0, 1, 2, 4, 5, 10])
+def test_level_p_is_alpha_turned_over(level):
+    labels = np.arange(400) % 5
+    parts = split(f"p:{level}", devices=8, rows=400, labels=labels, alpha=7.0)
+    same = split("dirichlet" if level else "iid", devices=8, rows=400, labels=labels, alpha=1 / max(level, 1))
+    assert [part.tolist() for part in parts] == [part.tolist() for part in same]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.8])
+def test_a_dominant_class_is_on_its_device(share):
+    labels = np.arange(1000) % 10  # 100 rows of each class, on 10 devices as in the authors' code
+    parts = split(f"dominant:{share}", devices=10, rows=1000, labels=labels)
+    held = np.stack([np.bincount(labels[part], minlength=10) for part in parts])
+    others = 100 * (1 - share) / 9
+    assert np.abs(np.diag(held) - 100 * share).max() <= 1
+    assert np.abs(held - np.diag(np.diag(held)) - others * (1 - np.eye(10))).max() <= 1
+
+
+def test_dominant_classes_go_round_and_round():
+    labels = np.arange(600) % 3
+    twice = split("dominant:0.8", devices=6, rows=600, labels=labels)  # two devices share 0.8 of 200 rows
+    held = np.stack([np.bincount(labels[part], minlength=3) for part in twice])
+    assert np.abs(held[[0, 3], 0] - 80).max() <= 1 and np.abs(held[[1, 2, 4, 5], 0] - 10).max() <= 1
+    few = split("dominant:1", devices=2, rows=600, labels=labels)  # class 2 is the first device's again
+    assert [len(part) for part in few] == [400, 200]
+    assert len(split("dominant:0.5", devices=1, rows=600, labels=labels)[0]) == 600
+
+
 def test_a_column_keeps_groups_whole_and_balances_greedily():
     groups = list("aaaaabbbbcccdde")
     parts = split("column:by", devices=3, rows=15, groups=groups)
@@ -142,6 +170,13 @@ def test_ten_thousand_devices_in_seconds(how, alpha):
         ({"how": "column:by", "groups": ["a"] * 3}, "each of 40 rows, came 3"),
         ({"how": "natural"}, "each of 40 rows, came none"),
         ({"how": "dirichlett"}, "did you mean 'dirichlet'?"),
+        ({"how": "p:-1"}, "partition 'p:-1' expects a number of at least 0 after 'p:'"),
+        ({"how": "p:nan"}, "expects a number of at least 0"),
+        ({"how": "p:"}, "say for example 'p:10'"),
+        ({"how": "p:1"}, "partition 'p:1' expects labels"),
+        ({"how": "dominant:1.1"}, "at least 0 and at most 1 after 'dominant:'"),
+        ({"how": "dominant:most"}, "say for example 'dominant:0.8'"),
+        ({"how": "dominant:0.8", "labels": np.zeros(3)}, "each of 40 rows, came 3"),
     ],
 )
 def test_refuses_what_would_leave_a_device_without_rows(case, said):
@@ -161,11 +196,14 @@ def test_the_column_of_a_partition():
     assert column_of("dirichlet", None) is None
     assert column_of("natural", "file") == "file"
     assert column_of("column:a:b", None) == "a:b"
+    assert column_of("p:10", "file") is None and column_of("dominant:0.8", "file") is None
 
 
 @pytest.mark.parametrize("how", ["column:", "column", "natural:file", "", "random"])
 def test_an_unknown_partition_names_the_known_ones(how):
-    with pytest.raises(BadInput, match="unknown partition .* known: column:NAME, dirichlet, iid, natural"):
+    with pytest.raises(
+        BadInput, match="unknown .* known: column:NAME, dirichlet, dominant:SHARE, iid, natural, p:LEVEL"
+    ):
         column_of(how, "file")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fedspine.config import Recipe
+from fedspine.data import arrays
 from fedspine.data import partition as partitions
 from fedspine.data.tasks import Dataset
 from fedspine.data.tasks import load as load_data
@@ -21,10 +22,12 @@ from fedspine.fleets.workers import Workers, Workshop
 from fedspine.lm.load import load as load_model
 from fedspine.lm.prefix import Prefixes, storable
 from fedspine.lm.tokens import tokens
+from fedspine.method import all_methods
+from fedspine.nets.load import load as load_net
 from fedspine.process import cores
 from fedspine.records import Records
 from fedspine.store import Store
-from fedspine.task import Examples, Task
+from fedspine.task import NETS, Arrays, Data, Task
 
 GPU_TOGETHER = 32  # devices that are trained in one batched pass where nothing else is said
 ORDER, COHORT, START = 101, 102, 103  # purposes of random streams, so that they never meet
@@ -41,14 +44,18 @@ class Built:
     kinds: tuple[str, ...]
 
 
-def build(recipe: Recipe) -> Built:
-    """Load and check everything a run needs; raises BadInput before anything is spent."""
+def build(recipe: Recipe, *, here: bool = True) -> Built:
+    """Load and check everything a run needs; raises BadInput before anything is spent.
+
+    Unless the devices' rows are `here`, in the recipe's data, only what is needed to judge their models is read from it.
+    """
+    _check_family(recipe)
     kinds = fleet_mix(recipe.fleet.mix, recipe.fleet.devices)
     computing = _computing(recipe.run.device)
     data = dataset(recipe)
     task, tokenizer = build_task(recipe, data)
     task.base.to(computing)
-    shares = share_out(recipe, data, task.train)
+    shares = share_out(recipe, data, task.train) if here else ()
     recipe.method.check(task)
     return Built(recipe=recipe, task=task, tokenizer=tokenizer, shares=shares, kinds=tuple(kinds))
 
@@ -58,9 +65,28 @@ def identities(recipe: Recipe) -> list[str]:
     return device_ids(fleet_mix(recipe.fleet.mix, recipe.fleet.devices))
 
 
+def _check_family(recipe: Recipe) -> None:
+    """Raise BadInput for a method that does not know the kind of model it is given."""
+    family = "net" if recipe.task.kind == "array" else "transformer"
+    if family not in recipe.method.models:
+        able = ", ".join(name for name, method in all_methods().items() if family in method.models)
+        raise BadInput(
+            f"method {recipe.method.name!r} cannot train {recipe.task.model!r}, a {family}; choose one of {able}, or "
+            "another task.model"
+        )
+
+
 def dataset(recipe: Recipe) -> Dataset:
+    """The data set that the recipe names; raises BadInput where it cannot be found, read or used."""
     section = recipe.task
     group = recipe.fleet.partition.removeprefix("column:") if recipe.fleet.partition.startswith("column:") else None
+    if section.kind == "array":
+        return arrays.load(section.data, group=group)
+    if arrays.is_arrays(section.data):
+        raise BadInput(
+            f"{section.data!r} holds arrays, which {section.model!r} cannot read; set task.model to one of "
+            f"{', '.join(NETS)}"
+        )
     return load_data(
         section.data, kind=section.kind, text=section.text, pair=section.pair, label=section.label, group=group
     )
@@ -69,6 +95,8 @@ def dataset(recipe: Recipe) -> Dataset:
 def build_task(recipe: Recipe, data: Dataset, precision: str | None = None) -> tuple[Task, Any]:
     """The task in the recipe's precision or another, and the tokenizer."""
     section = recipe.task
+    if section.kind == "array":
+        return _array_task(recipe, data), None
     base, tokenizer = load_model(
         section.model,
         kind=section.kind,
@@ -97,7 +125,22 @@ def build_task(recipe: Recipe, data: Dataset, precision: str | None = None) -> t
     return task, tokenizer
 
 
-def share_out(recipe: Recipe, data: Dataset, train: Examples) -> tuple[np.ndarray, ...]:
+def _array_task(recipe: Recipe, data: Dataset) -> Task:
+    splits = [(rows.x, rows.labels) for rows in (data.train, data.test)]
+    net, train, test = load_net(recipe.task.model, *splits, classes=len(data.label_names))
+    return Task(
+        kind="array",
+        base=net,
+        train=train,
+        test=test,
+        label_names=data.label_names,
+        max_tokens=1,
+        rounds=recipe.run.rounds,
+        turns=0.0,
+    )
+
+
+def share_out(recipe: Recipe, data: Dataset, train: Data) -> tuple[np.ndarray, ...]:
     """The rows of the encoded training set `train` that each device holds."""
     how = recipe.fleet.partition
     if how == "auto":
@@ -106,15 +149,15 @@ def share_out(recipe: Recipe, data: Dataset, train: Examples) -> tuple[np.ndarra
     shares = partitions.partition(
         how,
         devices=recipe.fleet.devices,
-        rows=len(data.train.texts),
+        rows=len(data.train),
         labels=data.train.labels,
         groups=None if column is None else data.train.columns[column],
         alpha=recipe.fleet.alpha,
         seed=recipe.run.seed,
     )
-    if train.sources is None:
+    if isinstance(train, Arrays) or train.sources is None:
         return tuple(shares)
-    first = np.searchsorted(train.sources, np.arange(len(data.train.texts) + 1))
+    first = np.searchsorted(train.sources, np.arange(len(data.train) + 1))
     return tuple(np.concatenate([np.arange(first[row], first[row + 1]) for row in share]) for share in shares)
 
 
@@ -150,13 +193,16 @@ def simulate(built: Built, workers: Workers, store: Store, records: Records) -> 
     return SimulatedFleet(world)
 
 
-def cohort(recipe: Recipe, round: int) -> np.ndarray:
+def cohort(recipe: Recipe, round: int, devices: int | None = None) -> np.ndarray:
     """Indices of the devices that take part in a round, counted from 0, in ascending order.
+
+    There are as many `devices` as the recipe says, unless a fleet has grown since.
 
     Devices take turns in a random order, which is drawn again as soon as all have had equally many turns. So none is
     asked twice in a round, and at any time none was asked more than once oftener than another.
     """
-    devices, wanted = recipe.fleet.devices, min(recipe.fleet.per_round, recipe.fleet.devices)
+    devices = devices or recipe.fleet.devices
+    wanted = min(recipe.fleet.per_round, devices)
     period = devices // math.gcd(devices, wanted)  # rounds until all have had equally many turns
     order = np.random.default_rng([recipe.run.seed, COHORT, round // period]).permutation(devices)
     places = np.arange(wanted) + round % period * wanted

@@ -3,8 +3,6 @@
 import dataclasses
 import importlib.resources
 import json
-import math
-import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -12,19 +10,17 @@ from typing import Any, Literal
 import pydantic
 import tomli_w
 
+from fedspine import strict
 from fedspine.errors import BadInput, unknown
 from fedspine.method import find
-from fedspine.task import BUILT_IN_DATA, BUILT_IN_MODELS, Kind
-
-
-class Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+from fedspine.strict import Section
+from fedspine.task import BUILT_IN_DATA, BUILT_IN_MODELS, NETS, Kind
 
 
 class TaskSection(Section):
     """What is learnt: a model, data, and how the data is read."""
 
-    model: str = "minilm"  # built-in name, folder, or Hub id
+    model: str = "minilm"  # built-in name, folder, or Hub id; a net makes the kind "array"
     data: str = "pydoc-topics"  # built-in name, file, folder, or Hub id
     kind: Kind = "classification"
     text: str = "text"  # column of the text
@@ -39,7 +35,7 @@ class FleetSection(Section):
 
     devices: int = pydantic.Field(80, ge=1)
     mix: dict[str, int] | None = None  # devices of each kind; default 30 TX2 : 40 NX : 10 AGX
-    partition: str = "auto"  # iid, dirichlet, natural, column:NAME; auto: dirichlet, without labels iid
+    partition: str = "auto"  # iid, dirichlet, p:LEVEL, dominant:SHARE, natural, column:NAME; docs/recipes.md
     alpha: float = pydantic.Field(1.0, gt=0)  # of the Dirichlet partition: small is skewed
     per_round: int = pydantic.Field(10, ge=1)  # devices asked in a round
     drop: float = pydantic.Field(0.0, ge=0, le=1)  # chance that an order or its reply is lost
@@ -108,12 +104,6 @@ class Recipe:
         return None
 
 
-HINTS = {  # by pydantic's type of error
-    "tuple_type": ", a list in brackets such as [4, 8]",
-    "dict_type": ", a table in braces such as {tx2 = 2, nx = 1}",
-}
-
-
 def embedded() -> dict[str, Any]:
     """The tables of the default job."""
     return tomllib.loads(
@@ -128,7 +118,9 @@ def load(path: Path | None, settings: list[str] | None = None, seed: int | None 
         overlay.setdefault("run", {})["seed"] = seed
     if path is None:
         return anchored(recipe(_laid_over(_fitting(embedded(), overlay), overlay)))
-    return anchored(recipe(_laid_over(_read(path), overlay)))
+    return anchored(
+        recipe(_laid_over(strict.read_toml(path, "recipe", "give a TOML file, or none for the embedded job"), overlay))
+    )
 
 
 def anchored(recipe: Recipe) -> Recipe:
@@ -136,7 +128,10 @@ def anchored(recipe: Recipe) -> Recipe:
     task = recipe.task
     local = {
         key: str(Path(name).expanduser().resolve())
-        for key, name, built_in in (("model", task.model, BUILT_IN_MODELS), ("data", task.data, BUILT_IN_DATA))
+        for key, name, built_in in (
+            ("model", task.model, (*BUILT_IN_MODELS, *NETS)),
+            ("data", task.data, BUILT_IN_DATA),
+        )
         if name not in built_in and Path(name).expanduser().exists()
     }
     return dataclasses.replace(recipe, task=task.model_copy(update=local))
@@ -149,19 +144,29 @@ def recipe(tables: dict[str, Any]) -> Recipe:
             raise unknown("section", name, {*SECTIONS, "method"})
         if not isinstance(table, dict):
             raise BadInput(f"[{name}] must be a table of keys and values; {table!r} came")
-    sections = {name: _section(name, tables.get(name, {})) for name in SECTIONS}
+    sections = {name: strict.section(name, cls, tables.get(name, {})) for name, cls in SECTIONS.items()}
     task: Any = sections["task"]
     if task.pair is not None and task.kind == "classification":
         sections["task"] = task.model_copy(update={"kind": "pair"})
+    if task.model in NETS or task.kind == "array":
+        sections["task"] = _of_arrays(task)
     return Recipe(method=_method(dict(tables.get("method", {}))), **sections)  # type: ignore[arg-type]
 
 
-def _section(name: str, table: dict[str, Any]) -> Section:
-    cls = SECTIONS[name]
-    for key in table:
-        if key not in cls.model_fields:
-            raise unknown(f"key of [{name}]", key, cls.model_fields)
-    return _validated(name, pydantic.TypeAdapter(cls), table)
+def _of_arrays(task: TaskSection) -> TaskSection:
+    """The section with kind "array"; raises BadInput where something in it is for texts."""
+    if task.model not in NETS:
+        raise BadInput(
+            f'task.kind is "array", which {task.model!r} cannot read; set task.model to one of {", ".join(NETS)}'
+        )
+    if "kind" in task.model_fields_set and task.kind != "array":
+        raise BadInput(
+            f'{task.model!r} is a net for arrays, but task.kind is {task.kind!r}; leave task.kind out, or say "array"'
+        )
+    for key in ("text", "pair", "label", "layers"):
+        if getattr(task, key) != TaskSection.model_fields[key].default:
+            raise BadInput(f"task.{key} is for texts, but {task.model!r} is a net for arrays; leave it out")
+    return task.model_copy(update={"kind": "array"})
 
 
 def _method(table: dict[str, Any]) -> Any:
@@ -169,28 +174,8 @@ def _method(table: dict[str, Any]) -> Any:
     if not isinstance(name, str):
         raise BadInput(f"method.name must be a name in quotes; {name!r} came")
     cls = find(name)
-    known = {field.name for field in dataclasses.fields(cls)}
-    for key in table:
-        if key not in known:
-            raise unknown(f"key of [method] for {name}", key, known)
-    return _validated("method", pydantic.TypeAdapter(cls), table)
-
-
-def _validated(section: str, adapter: pydantic.TypeAdapter[Any], table: dict[str, Any]) -> Any:
-    try:
-        made = adapter.validate_python(table)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "literal_error":
-            choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
-            raise unknown(f"{section}.{where}", str(first["input"]), choices) from None
-        hint = HINTS.get(first["type"], "")
-        raise BadInput(f"{section}.{where} is {first['input']!r}: {first['msg']}{hint}") from None
-    for key, value in table.items():
-        if isinstance(value, float) and not math.isfinite(value):  # which fields of a dataclass let pass
-            raise BadInput(f"{section}.{key} is {value}: a finite number was expected")
-    return made
+    strict.known_keys(f"key of [method] for {name}", table, (field.name for field in dataclasses.fields(cls)))
+    return strict.validated("method", pydantic.TypeAdapter(cls), table)
 
 
 def _settings(settings: list[str]) -> dict[str, dict[str, Any]]:
@@ -226,12 +211,3 @@ def _laid_over(tables: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any
         name: {**tables[name], **table} if isinstance(tables.get(name), dict) else table
         for name, table in overlay.items()
     }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"recipe {path} does not exist; give a TOML file, or none for the embedded job") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadInput(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None

@@ -11,7 +11,7 @@ import numpy as np
 from fedspine.device import DeviceId, R
 from fedspine.errors import unknown
 from fedspine.fleet import AllLost, Fleet, Reply
-from fedspine.tensors import finite
+from fedspine.tensors import finite, is_tensors
 
 if TYPE_CHECKING:
     from fedspine.lm.base import Model
@@ -50,7 +50,7 @@ class Method(Protocol[S]):
 
 
 def usable(replies: Sequence[Reply[R]], fleet: Fleet) -> list[Reply[R]]:
-    """The replies whose `loss`, adapter and head are finite; the others are noted and left out of the round.
+    """The replies whose `loss` and all named tensors are finite; the others are noted and left out of the round.
 
     Raises AllLost where none is left.
     """
@@ -59,7 +59,7 @@ def usable(replies: Sequence[Reply[R]], fleet: Fleet) -> list[Reply[R]]:
         result = reply.value
         if not math.isfinite(result.loss):
             fleet.note(device=reply.device, left_out=f"loss is {result.loss}")
-        elif not (finite(result.adapter) and finite(result.head)):
+        elif not all(finite(value) for value in vars(result).values() if is_tensors(value)):
             fleet.note(device=reply.device, left_out="weights are not finite")
         else:
             good.append(reply)
@@ -72,11 +72,17 @@ _METHODS: dict[str, type] = {}  # filled at import time only
 
 
 def method(name: str) -> Callable[[type[T]], type[T]]:
-    """Register a method class under the name that recipes use."""
+    """Register a method class under the name that recipes use.
+
+    A method that can train nets on arrays says so by `models: ClassVar = ("transformer", "net")`; the others know
+    transformers only, and a recipe that gives them a net is refused.
+    """
 
     def register(cls: type[T]) -> type[T]:
         _METHODS[name] = cls
         cls.name = name  # type: ignore[attr-defined]
+        if "models" not in vars(cls):
+            cls.models = ("transformer",)  # type: ignore[attr-defined]
         return cls
 
     return register

@@ -11,6 +11,7 @@ from fedspine.fleets.workers import ScoreJob, Workers
 from fedspine.lm.base import Model
 from fedspine.lm.structure import key_of, sparsity
 from fedspine.message import pack
+from fedspine.nets.net import NetModel
 from fedspine.task import Task
 
 
@@ -22,7 +23,7 @@ class Deployment:
     state: Any
     devices: tuple[DeviceId, ...]
 
-    def models(self) -> Iterator[Model]:
+    def models(self) -> Iterator[Model | NetModel]:
         """The unpruned model, everybody's, then each device's, made one at a time."""
         yield self.method.unpruned(self.state)
         yield self.method.deploy(self.state)
@@ -52,7 +53,7 @@ def marks(deployment: Deployment, task: Task, workers: Workers, rows: int) -> di
             packed = pack(model)
             name, shape = packed.sha256, _shape(model)
             known = name in names
-            sparsities.append(sparsity(task.base.anatomy, model.structure))
+            sparsities.append(0.0 if isinstance(model, NetModel) else sparsity(task.base.anatomy, model.structure))
             names.append(name)
             if known:
                 continue
@@ -86,6 +87,8 @@ def marks(deployment: Deployment, task: Task, workers: Workers, rows: int) -> di
     }
 
 
-def _shape(model: Model) -> Any:
+def _shape(model: Model | NetModel) -> Any:
     """What models that are scored in one pass must share."""
+    if isinstance(model, NetModel):
+        return model.net
     return key_of(model.structure), tuple(sorted(model.adapter)), tuple(sorted(model.head)), model.scale

@@ -10,9 +10,11 @@ if TYPE_CHECKING:
     import torch
 
     from fedspine.lm.base import Base
+    from fedspine.nets.net import Net
 
-Kind: TypeAlias = Literal["classification", "pair", "causal-lm"]
+Kind: TypeAlias = Literal["classification", "pair", "causal-lm", "array"]
 BUILT_IN_MODELS = ("minilm",)
+NETS = ("alexnet", "alexnet-small", "cnn-h", "cnn-s", "vgg16", "vgg-small")  # models of arrays
 BUILT_IN_DATA = ("pydoc-topics",)
 IGNORED = -100  # a label position that no loss counts
 GRAIN = 8  # padded lengths are multiples of it: fewer shapes for kernels to be made for
@@ -82,14 +84,58 @@ class Examples:
 
 
 @dataclass(frozen=True)
+class Arrays:
+    """Rows of numbers, all of one shape: pictures, sensor windows, sounds.
+
+    uint8 values go from 0 to 255 and stand for 0 to 1; float32 values are what a net reads.
+    """
+
+    x: np.ndarray  # uint8 or float32 [rows, channels, ...]
+    labels: np.ndarray  # int64 [rows]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """1 for each row: what `Examples` call tokens, so that batches are cut the same way."""
+        return np.ones(len(self), np.int64)
+
+    def take(self, rows: np.ndarray) -> "Arrays":
+        """These rows, in this order."""
+        return Arrays(x=self.x[rows], labels=self.labels[rows])
+
+    def width(self, rows: Sequence[int] | np.ndarray) -> int:
+        """1, whatever the rows: nothing is padded."""
+        return 1
+
+    def batch(self, rows: Sequence[int] | np.ndarray, width: int | None = None) -> dict[str, "torch.Tensor"]:
+        """`inputs`, float32 [rows, channels, ...], and `labels`, int64 [rows]; `width` makes no difference."""
+        import torch
+
+        inputs = torch.from_numpy(self.x[rows])
+        if inputs.dtype is torch.uint8:
+            inputs = inputs.float() / 255
+        return {"inputs": inputs, "labels": torch.from_numpy(self.labels[rows])}
+
+    def batches_by_length(self, size: int) -> Iterator[np.ndarray]:
+        """All rows once, in their order."""
+        for start in range(0, len(self), size):
+            yield np.arange(start, min(start + size, len(self)))
+
+
+Data: TypeAlias = Examples | Arrays
+
+
+@dataclass(frozen=True)
 class Task:
     """Everything a method may know before the first round."""
 
     kind: Kind
-    base: "Base"
-    train: Examples
-    test: Examples
+    base: "Base | Net"
+    train: Data
+    test: Data
     label_names: tuple[str, ...]
-    max_tokens: int
+    max_tokens: int  # 1 for arrays
     rounds: int
     turns: float = 1.0  # how often a device trains in the whole run, on average; 0: nothing is worth keeping for it

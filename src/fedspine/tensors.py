@@ -54,6 +54,11 @@ def average(weighted: Iterable[tuple[int | float, Mapping[str, Tensor]]]) -> Ten
     return {name: tensor / total for name, tensor in sums.items()}
 
 
+def is_tensors(value: object) -> bool:
+    """Whether this is a dictionary of nothing but tensors, an empty one included."""
+    return isinstance(value, dict) and all(isinstance(entry, Tensor) for entry in value.values())
+
+
 def finite(tensors: Tensors) -> bool:
     """Whether no entry is NaN or infinite."""
     return all(bool(isfinite(tensor).all()) for tensor in tensors.values())

@@ -1,17 +1,19 @@
 """Which rows each device holds: equal shares, label skew, or whole groups of a column.
 
 Label skew follows Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
-Classification", 2019 (arXiv:1909.06335), in its common form: every class is divided by its own Dirichlet draw.
+Classification", 2019 (arXiv:1909.06335), in its common form: every class is divided by its own Dirichlet draw. The
+levels p and the dominant classes are those of MergeSFL (arXiv:2311.13348; p is alpha turned over, as its code's values
+of alpha suggest).
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from fedspine.errors import BadInput, unknown
 
-KNOWN = ("iid", "dirichlet", "natural", "column:NAME")
+KNOWN = ("iid", "dirichlet", "natural", "column:NAME", "p:LEVEL", "dominant:SHARE")
 DRAWS = 50  # tries for a Dirichlet division in which every device has `FEWEST` rows
 FEWEST = 2  # rows of a device, where the rows are enough for it
 _STREAM = 0x7061  # keeps these draws apart from others of the same seed
@@ -38,6 +40,9 @@ def column_of(how: str, natural: str | None) -> str | None:
             return natural
         case ("column", ":", name) if name:
             return name
+        case ("p" | "dominant", ":", _):
+            _number_in(how)
+            return None
     raise unknown("partition", how, KNOWN)
 
 
@@ -53,9 +58,11 @@ def partition(
 ) -> list[np.ndarray]:
     """The row indices of each device (int64, ascending); every row is on exactly one device and no device is empty.
 
-    `labels` [rows] is needed by "dirichlet", whose skew grows as `alpha` falls; `groups` [rows], the values of the
-    column, by "natural" and "column:NAME". The same arguments give the same bytes. Raises BadInput where a device would
-    be left without rows or the arguments do not fit the partition.
+    `labels` [rows] is needed by "dirichlet", whose skew grows as `alpha` falls, by "p:LEVEL", which is "dirichlet" with
+    alpha = 1 / LEVEL ("p:0" is "iid"), and by "dominant:SHARE", where the devices whose number is that of a class,
+    counted round and round, hold this share of the class together and the others the rest. `groups` [rows], the values
+    of the column, is needed by "natural" and "column:NAME". The same arguments give the same bytes. Raises BadInput
+    where a device would be left without rows or the arguments do not fit the partition.
 
     >>> parts = partition("column:by", devices=2, rows=4, labels=None, groups="abba", alpha=1, seed=0)
     >>> [part.tolist() for part in parts]
@@ -73,8 +80,11 @@ def partition(
             came = "none" if groups is None else len(groups)
             raise BadInput(f"partition {how!r} expects a value of its column for each of {rows} rows, came {came}")
         owner = _by_group(groups, devices, how, rng)
-    elif how == "dirichlet":
-        owner = _by_label(_checked(labels, rows, alpha), devices, alpha, rng)
+    elif how.startswith("dominant:"):
+        owner = _by_label(_checked(labels, rows, how), devices, _dominant(_number_in(how), devices), rng)
+    elif how == "dirichlet" or (how.startswith("p:") and _number_in(how) > 0):
+        alpha = alpha if how == "dirichlet" else 1 / _number_in(how)
+        owner = _by_label(_checked(labels, rows, how), devices, _dirichlet(alpha, devices, rng), rng)
     else:
         owner = rng.permutation(np.arange(rows) % devices)
     return _rows_of(owner, devices)
@@ -85,27 +95,61 @@ def _rows_of(owner: np.ndarray, devices: int) -> list[np.ndarray]:
     return np.split(order, np.cumsum(np.bincount(owner, minlength=devices))[:-1])
 
 
-def _checked(labels: np.ndarray | None, rows: int, alpha: float) -> np.ndarray:
+def _checked(labels: np.ndarray | None, rows: int, how: str) -> np.ndarray:
     if labels is None:
-        raise BadInput(
-            "partition 'dirichlet' expects labels, this task has none; use 'iid', 'natural' or 'column:NAME'"
-        )
+        raise BadInput(f"partition {how!r} expects labels, this task has none; use 'iid', 'natural' or 'column:NAME'")
     if len(labels) != rows:
-        raise BadInput(f"partition 'dirichlet' expects a label for each of {rows} rows, came {len(labels)}")
+        raise BadInput(f"partition {how!r} expects a label for each of {rows} rows, came {len(labels)}")
+    return np.asarray(labels)
+
+
+def _number_in(how: str) -> float:
+    """The level in "p:LEVEL", at least 0, or the share in "dominant:SHARE", 0 to 1."""
+    name, _, text = how.partition(":")
+    most, example = {"p": (np.inf, "p:10"), "dominant": (1.0, "dominant:0.8")}[name]
+    try:
+        number = float(text)
+    except ValueError:
+        number = np.nan
+    if not 0 <= number <= most or number == np.inf:
+        raise BadInput(
+            f"partition {how!r} expects a number of at least 0{' and at most 1' * (most == 1)} after {name + ':'!r}; "
+            f"say for example {example!r}"
+        )
+    return number
+
+
+Shares = Callable[[int, int], np.ndarray]  # from a class and the number of classes: what each device gets of it
+
+
+def _dirichlet(alpha: float, devices: int, rng: np.random.Generator) -> Shares:
     if not 0 < alpha < np.inf:
         raise BadInput(
             f"partition 'dirichlet' expects alpha above 0, came {alpha}; 0.1 is strong skew, 100 next to none"
         )
-    return np.asarray(labels)
+    return lambda _class, _classes: rng.dirichlet(np.full(devices, alpha))
 
 
-def _by_label(labels: np.ndarray, devices: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
+def _dominant(share: float, devices: int) -> Shares:
+    def of_class(number: int, classes: int) -> np.ndarray:
+        # as many classes as devices is the authors' case; with fewer classes several devices share a class's part
+        theirs = (
+            np.arange(devices) % classes == number if devices >= classes else np.arange(devices) == number % devices
+        )
+        if theirs.all():
+            return np.full(devices, 1 / devices)
+        return np.where(theirs, share / theirs.sum(), (1 - share) / (~theirs).sum())
+
+    return of_class
+
+
+def _by_label(labels: np.ndarray, devices: int, shares: Shares, rng: np.random.Generator) -> np.ndarray:
     fewest = min(FEWEST, len(labels) // devices)
     classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     owner = np.empty(len(labels), dtype=np.int64)
     for _ in range(DRAWS):
-        for of_class in classes:
-            share = np.cumsum(rng.dirichlet(np.full(devices, alpha)))
+        for number, of_class in enumerate(classes):
+            share = np.cumsum(shares(number, len(classes)))
             # The middle of each row's slice of [0, 1) decides, which rounds the shares to whole rows.
             middles = (np.arange(len(of_class)) + 0.5) / len(of_class)
             owner[rng.permutation(of_class)] = np.minimum(np.searchsorted(share, middles), devices - 1)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,9 @@ from fedspine.data import files, hub, pydocs
 from fedspine.data.columns import Values, Wanted, checked
 from fedspine.errors import BadInput, nearest, unknown
 from fedspine.task import BUILT_IN_DATA, Kind
+
+if TYPE_CHECKING:
+    from fedspine.data.arrays import ArrayRows
 
 _NATURAL = {"pydoc-topics": "file"}  # the columns that name a natural device
 TEST_FRACTION = 5  # one row in five is for testing where the data names no test rows
@@ -37,6 +40,9 @@ class Rows:
     labels: np.ndarray | None
     columns: Mapping[str, Sequence[str]]
 
+    def __len__(self) -> int:
+        return len(self.texts)
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -46,8 +52,8 @@ class Dataset:
     """
 
     name: str
-    train: Rows
-    test: Rows
+    train: "Rows | ArrayRows"
+    test: "Rows | ArrayRows"
     label_names: tuple[str, ...]
     natural: str | None
 
@@ -83,6 +89,52 @@ def load(
         label_names=names,
         natural=_NATURAL.get(data),
     )
+
+
+def load_stated(
+    data: str,
+    *,
+    kind: Kind,
+    label_names: Sequence[str],
+    text: str = "text",
+    pair: str | None = None,
+    label: str = "label",
+    spelled: Mapping[str, str] | None = None,
+) -> Rows:
+    """All training rows of `data`, whose labels index `label_names`, the classes that somebody else states.
+
+    For a site that holds a part of a federated task: it may lack classes, so its own values cannot number them. A value
+    means the class that `spelled` gives it, else the one that the data's own class names give a number, else the class
+    of its name; so the rows get the numbers that `load` gives them in a data set with all classes. Nothing is held out
+    for testing. Raises BadInput as `load` does, and for a value that is none of the classes.
+    """
+    wanted = _wanted(data, kind, text, pair, label, None)
+    table = _tables(data, wanted, label)["train"]
+    rows = checked(table, wanted, "train")
+    own = _stated_names(table, wanted.label)
+    code: dict[str, int] = {}
+    for value in dict.fromkeys(rows.labels or ()):
+        if (name := _stated_class(value, own, spelled or {}, label_names)) is None:
+            raise BadInput(
+                f"expected only the classes {', '.join(map(repr, label_names))} in column {label!r}, found {value!r}; "
+                "say which class it means, or remove such rows"
+            )
+        code[str(value)] = list(label_names).index(name)
+    return _coded(rows, code, label)
+
+
+def _stated_class(
+    value: int | bool | str, own: Sequence[str], spelled: Mapping[str, str], known: Sequence[str]
+) -> str | None:
+    """The class that a value means, or None where it is none of those known."""
+    names = [str(value)]
+    if isinstance(value, bool):  # a file with yet other values than true and false holds these as text
+        names.append(str(value).lower())
+    if str(value) in spelled:
+        names = [spelled[str(value)]]
+    elif type(value) is int and 0 <= value < len(own):
+        names.insert(0, own[value])
+    return next((name for name in names if name in known), None)
 
 
 def _wanted(data: str, kind: Kind, text: str, pair: str | None, label: str, group: str | None) -> Wanted:
@@ -168,20 +220,28 @@ def _stated_names(table: pa.Table, label: str | None) -> tuple[str, ...]:
 
 
 def _held_out(rows: Values) -> tuple[Values, Values]:
-    """A random fifth of the rows for testing, less those of a class that would have no row left to learn from."""
-    order = np.random.default_rng(_SPLIT_SEED).permutation(len(rows.texts))
+    kept, held = held_out(rows.labels, len(rows.texts))
+    return rows.take(kept), rows.take(held)
+
+
+def held_out(labels: Sequence[Any] | np.ndarray | None, rows: int) -> tuple[list[int], list[int]]:
+    """The rows to learn from, and a random fifth for testing, less those of a class that would have no row to learn from.
+
+    Both ascending. Raises BadInput where one of them would be empty.
+    """
+    order = np.random.default_rng(_SPLIT_SEED).permutation(rows)
     count = max(1, len(order) // TEST_FRACTION)
     held, kept = order[:count].tolist(), order[count:].tolist()
-    if rows.labels is not None:
-        learned = {rows.labels[row] for row in kept}
-        kept += [row for row in held if rows.labels[row] not in learned]
-        held = [row for row in held if rows.labels[row] in learned]
+    if labels is not None:
+        learned = {labels[row] for row in kept}
+        kept += [row for row in held if labels[row] not in learned]
+        held = [row for row in held if labels[row] in learned]
     if not kept or not held:
         raise BadInput(
             f"expected enough rows to set a fifth aside for testing, found {len(order)}; "
             "give more rows, or a test file of their own"
         )
-    return rows.take(sorted(kept)), rows.take(sorted(held))
+    return sorted(kept), sorted(held)
 
 
 def _classes(values: list | None, stated: Sequence[str], label: str) -> tuple[tuple[str, ...], dict[str, int]]:

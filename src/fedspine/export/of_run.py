@@ -8,10 +8,11 @@ from fedspine.build import build_task, dataset, identities
 from fedspine.config import Recipe
 from fedspine.errors import BadInput, nearest, unknown
 from fedspine.export import hf
-from fedspine.folder import STATE, recipe_of
+from fedspine.fleets import party, simulated  # noqa: F401 - which makes the messages in a saved state known
+from fedspine.folder import FLEET, STATE, recipe_of
 from fedspine.lm.base import Model
 from fedspine.lm.structure import sparsity
-from fedspine.store import Store
+from fedspine.store import Saved, Store
 from fedspine.task import Task
 
 FORMATS = ("hf", "peft")
@@ -38,9 +39,11 @@ class Opened:
 def open_run(folder: Path) -> Opened:
     """Open the folder of a run; raises BadInput for one that is no run or has not saved a round yet."""
     recipe = recipe_of(folder)
-    saved = Store(folder / STATE).load()
-    if saved is None:
-        raise BadInput(f"{folder} has not finished its first round, so there is no model yet; resume it first")
+    if recipe.task.kind == "array":
+        raise BadInput(
+            f"{folder} trained {recipe.task.model!r}, a net on arrays; only transformers can be exported so far"
+        )
+    saved = _saved(folder)
     task, tokenizer = build_task(recipe, dataset(recipe), precision="fp32")
     return Opened(recipe=recipe, task=task, tokenizer=tokenizer, state=saved.state["method"])
 
@@ -54,7 +57,7 @@ def export_model(folder: Path, *, device: str, format: str, to: Path) -> dict[st
         raise unknown("export format", format, FORMATS)
     if to.exists():
         raise BadInput(f"{to} exists already; name a new folder with --to")
-    _check_device(device, identities(recipe_of(folder)))
+    _check_device(device, _ids(folder))
     opened = open_run(folder)
     model = opened.model(device)
     name = f"{opened.recipe.method.name} {device}"
@@ -80,6 +83,21 @@ def export_model(folder: Path, *, device: str, format: str, to: Path) -> dict[st
         "sparsity": sparsity(opened.task.base.anatomy, model.structure),
         "bytes": sum(file.stat().st_size for file in to.rglob("*") if file.is_file()),
     }
+
+
+def _saved(folder: Path) -> Saved:
+    saved = Store(folder / STATE).load()
+    if saved is None:
+        raise BadInput(f"{folder} has not finished its first round, so there is no model yet; resume it first")
+    return saved
+
+
+def _ids(folder: Path) -> list[str]:
+    """The run's devices: simulated ones by the recipe, of a real fleet the sites that took part."""
+    recipe = recipe_of(folder)
+    if not (folder / FLEET).exists():
+        return identities(recipe)
+    return [site.name for site in _saved(folder).fleet.sites]
 
 
 def _check_device(device: str, ids: list[str]) -> None:

@@ -49,16 +49,22 @@ def home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedspine"
 
 
-def _key(tokenizer: Any, rows: Rows, kind: Kind, max_tokens: int) -> str | None:
-    """A digest of all that the tokens depend on; None for a tokenizer that cannot be written down."""
+def written(tokenizer: Any) -> list[Any] | None:
+    """All that a tokenizer does to a text, as JSON can hold it; None for one that cannot be written down."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
-    written = json.loads(backend.to_str())
-    written |= {"truncation": None, "padding": None}  # what the last call left behind
+    lasting = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # what the last call left behind
+    return [[getattr(tokenizer, name, None) for name in _SETTINGS], lasting]
+
+
+def _key(tokenizer: Any, rows: Rows, kind: Kind, max_tokens: int) -> str | None:
+    """A digest of all that the tokens depend on; None for a tokenizer that cannot be written down."""
+    settings = written(tokenizer)
+    if settings is None:
+        return None
     digest = hashlib.sha256()
-    settings = [getattr(tokenizer, name, None) for name in _SETTINGS]
-    for part in (FORMAT, json.dumps([settings, written]), kind, str(max_tokens), *_texts(rows)):
+    for part in (FORMAT, json.dumps(settings), kind, str(max_tokens), *_texts(rows)):
         encoded = part.encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     digest.update(b"" if rows.labels is None else np.ascontiguousarray(rows.labels, np.int64).tobytes())

@@ -1,0 +1,228 @@
+"""Arrays as a data set: pictures, sensor windows or sounds with a label each, read and checked once.
+
+Data is an `.npz` file with `x`, `y` and, if wished, `label_names`; a folder with `train.npz` and `test.npz`; or a folder
+with one sub-folder per class (`fedspine.data.class_folders`). Nothing pickled is ever read. Whatever is wrong is found
+here, as one `BadInput`, so nothing after this checks values or labels again; what a net can read, the net says.
+"""
+
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedspine.data import class_folders
+from fedspine.data.files import one_line, split_of
+from fedspine.data.tasks import Dataset, held_out
+from fedspine.errors import BadInput
+from fedspine.task import BUILT_IN_DATA
+
+HOW = "np.savez(path, x=..., y=...)"
+
+
+@dataclass(frozen=True)
+class ArrayRows:
+    """One split: `x` uint8 or float32 [rows, ...], `labels` int64 [rows]; `columns` as strings, for a partition."""
+
+    x: np.ndarray
+    labels: np.ndarray
+    columns: Mapping[str, Sequence[str]]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@dataclass(frozen=True)
+class Raw:
+    """One split as it was found at `where`: nothing is checked yet."""
+
+    where: str
+    x: np.ndarray
+    y: np.ndarray
+    names: tuple[str, ...]  # of the classes, where the data states them
+    columns: Mapping[str, np.ndarray]
+
+
+def is_arrays(data: str) -> bool:
+    """Whether the data named `data` can only be arrays: an `.npz` file, or a folder of such.
+
+    >>> is_arrays("pydoc-topics")
+    False
+    """
+    path = Path(os.path.expanduser(data))
+    if not path.is_dir():
+        return path.suffix.lower() == ".npz"
+    return bool(_npz_files(path)) or class_folders.is_one(path)
+
+
+def load(data: str, *, group: str | None = None) -> Dataset:
+    """The arrays at the path `data`; `group` names one more array, [rows], to keep for a partition.
+
+    Where there are no test rows, a random fifth with a fixed seed is taken from the training rows. Floats come back as
+    float32 and may be of any scale, uint8 as it is. Raises BadInput for data that cannot be found, read or used.
+    """
+    splits = {split: _checked(raw, group) for split, raw in _splits(data, group).items()}
+    train, test = splits["train"], splits.get("test", splits.get("validation"))
+    names, code = _classes(train)
+    rows = _coded(train, code)
+    if test is None:
+        kept, held = held_out(rows.labels, len(rows))
+        of_train, of_test = _taken(rows, kept), _taken(rows, held)
+    else:
+        _same_kind(train, test)
+        of_train, of_test = rows, _coded(test, code)
+    return Dataset(name=data, train=of_train, test=of_test, label_names=names, natural=None)
+
+
+# --- finding and reading ---
+
+
+def _splits(data: str, group: str | None) -> dict[str, Raw]:
+    if data in BUILT_IN_DATA:
+        raise BadInput(f"{data!r} is text, but a net reads arrays; name an .npz file or a folder as task.data")
+    path = Path(os.path.expanduser(data))
+    if not os.path.exists(path):
+        raise BadInput(f"expected arrays at {data!r}, found nothing there; name an .npz file or a folder as task.data")
+    if path.is_file():
+        if path.suffix.lower() != ".npz":
+            raise BadInput(f"expected an .npz file or a folder of arrays, came {path.name!r}; write it with {HOW}")
+        return {"train": _read(path, group)}
+    files = _npz_files(path)
+    if files:
+        return {split: _read(file, group) for split, file in _by_split(path, files).items()}
+    return {
+        split: Raw(where=str(folder), x=x, y=y, names=(), columns={})
+        for split, folder, x, y in class_folders.read(path)
+    }
+
+
+def _npz_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("[!.]*.npz") if path.is_file())
+
+
+def _by_split(folder: Path, files: list[Path]) -> dict[str, Path]:
+    splits = {split: file for file in files if (split := split_of(file.stem))}
+    if not splits and len(files) == 1:
+        return {"train": files[0]}
+    if "train" not in splits:
+        raise BadInput(
+            f"expected train.npz in the folder {str(folder)!r}, found {', '.join(file.name for file in files[:8])}; "
+            "name the training file train.npz, or name one file"
+        )
+    return splits
+
+
+def _read(path: Path, group: str | None) -> Raw:
+    try:
+        with path.open("rb") as opened:  # which numpy leaves open where it stumbles
+            file = np.load(opened, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise BadInput(f"expected several arrays in {str(path)!r}, found one; write it with {HOW}")
+            missing = [name for name in ("x", "y", *([group] if group else [])) if name not in file.files]
+            if missing:
+                raise BadInput(
+                    f"expected an array {missing[0]!r} in {path.name}, found {', '.join(file.files) or 'none'}; "
+                    f"write it with {HOW}"
+                )
+            names = file["label_names"] if "label_names" in file.files else np.array([], str)
+            columns = {group: file[group]} if group else {}
+            return Raw(where=path.name, x=file["x"], y=file["y"], names=_names(path.name, names), columns=columns)
+    except BadInput:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadInput(
+            f"cannot read {str(path)!r} as arrays: {one_line(error)}; write it again with {HOW}, without objects"
+        ) from error
+
+
+def _names(where: str, names: np.ndarray) -> tuple[str, ...]:
+    found = tuple(map(str, names.tolist())) if names.ndim == 1 else ()
+    if names.ndim != 1 or (names.dtype.kind != "U" and found) or len(set(found)) < len(found):
+        raise BadInput(f"expected label_names of {where} to be a list of different texts, came {one_line(names)}")
+    return found
+
+
+# --- checking ---
+
+
+def _checked(raw: Raw, group: str | None) -> Raw:
+    x, y, where = raw.x, raw.y, raw.where
+    if x.ndim not in (2, 3, 4) or 0 in x.shape:
+        raise BadInput(
+            f"expected x of {where} to be [rows, ...] with 1 to 3 dimensions a row and none of them empty, "
+            f"came shape {list(x.shape)}; reshape it"
+        )
+    if x.dtype.kind not in "fiu":
+        raise BadInput(f"expected numbers in x of {where}, came {x.dtype}; convert it to uint8 or float32")
+    if y.ndim != 1:
+        raise BadInput(f"expected one label for each row in y of {where}, came shape {list(y.shape)}; give classes")
+    for name, values in {"y": y, **raw.columns}.items():
+        if values.shape != (len(x),):
+            raise BadInput(
+                f"expected {name} of {where} to be as long as x, {len(x)} rows, came shape {list(values.shape)}; "
+                "the rows of one of them are missing"
+            )
+    if y.dtype.kind not in "iuUb":
+        raise BadInput(f"expected whole numbers or texts as labels in y of {where}, came {y.dtype}; convert them")
+    if y.dtype.kind == "i" and y.min() < 0:
+        row = int(np.argmin(y))
+        raise BadInput(f"expected labels of at least 0 in y of {where}, row {row} has {y[row]}; correct or remove it")
+    return Raw(where, _finite(x, where), y.astype(np.int64) if y.dtype.kind in "bu" else y, raw.names, raw.columns)
+
+
+def _finite(x: np.ndarray, where: str) -> np.ndarray:
+    """The values as uint8, or as float32 where they are anything else."""
+    if x.dtype == np.uint8:
+        return x
+    with np.errstate(over="ignore"):
+        single = x.astype(np.float32)
+    bad = ~np.isfinite(single).reshape(len(x), -1).all(1)
+    if bad.any():
+        raise BadInput(
+            f"expected finite numbers in x of {where}, {int(bad.sum())} rows hold NaN or infinity, the first is row "
+            f"{int(np.argmax(bad))}; correct or remove them"
+        )
+    return single
+
+
+def _same_kind(train: Raw, test: Raw) -> None:
+    if train.x.shape[1:] != test.x.shape[1:] or train.x.dtype != test.x.dtype:
+        raise BadInput(
+            f"expected x of {test.where} to be like that of {train.where}, rows of {list(train.x.shape[1:])} {train.x.dtype}, "
+            f"came {list(test.x.shape[1:])} {test.x.dtype}; write both the same way"
+        )
+
+
+def _classes(train: Raw) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The class names, and the class of every label, written as a string."""
+    distinct = np.unique(train.y).tolist()
+    if len(distinct) < 2:
+        raise BadInput(f"expected at least 2 classes in y of {train.where}, found only {distinct[0]!r}; add another")
+    names = tuple(map(str, distinct))
+    if not train.names:
+        return names, {name: index for index, name in enumerate(names)}
+    if train.y.dtype.kind == "U":
+        return train.names, {name: index for index, name in enumerate(train.names)}
+    return train.names, {str(index): index for index in range(len(train.names))}
+
+
+def _coded(raw: Raw, code: Mapping[str, int]) -> ArrayRows:
+    values, inverse = np.unique(raw.y, return_inverse=True)
+    unknown = [value for value in values.tolist() if str(value) not in code]
+    if unknown:
+        known = ", ".join(list(code)[:12])
+        raise BadInput(
+            f"expected only labels of the training rows or of label_names in y of {raw.where} ({known}), "
+            f"found {unknown[0]!r}; correct the labels, or name the class"
+        )
+    labels = np.array([code[str(value)] for value in values.tolist()], np.int64)[inverse.reshape(-1)]
+    columns = {name: tuple(map(str, column.tolist())) for name, column in raw.columns.items()}
+    return ArrayRows(x=raw.x, labels=labels, columns=columns)
+
+
+def _taken(rows: ArrayRows, index: np.ndarray) -> ArrayRows:
+    columns = {name: tuple(values[i] for i in index) for name, values in rows.columns.items()}
+    return ArrayRows(x=rows.x[index], labels=rows.labels[index], columns=columns)

@@ -1,0 +1,143 @@
+"""A folder with one sub-folder per class, of pictures, arrays or sounds: what many data sets come as.
+
+`cat/1.png dog/2.png`, or the same below `train/` and `test/`. Pictures are PNG or JPEG, arrays `.npy`, sounds `.wav`.
+"""
+
+import wave
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fedspine.data.files import SPLITS, one_line
+from fedspine.errors import BadInput
+
+WIDTHS = {1: np.dtype("u1"), 2: np.dtype("<i2"), 4: np.dtype("<i4")}  # bytes of a sample in a sound
+
+
+def is_one(folder: Path) -> bool:
+    """Whether there are readable files one level down, or two below a split."""
+    return any(_files(sub) or any(_files(deeper) for deeper in _folders(sub)) for sub in _folders(folder))
+
+
+def read(folder: Path) -> Iterator[tuple[str, Path, np.ndarray, np.ndarray]]:
+    """Each split's name and folder, its rows [rows, ...] and the names of their classes [rows].
+
+    All files are of one format. Pictures and arrays must be of one size; sounds are cut, or filled with silence at the
+    end, to the most common length of the training sounds. Raises BadInput for files that cannot be read or do not fit
+    together.
+    """
+    splits = {SPLITS[sub.name.lower()]: sub for sub in _folders(folder) if sub.name.lower() in SPLITS}
+    if "train" not in splits:
+        splits = {"train": folder}
+    length = None
+    for split in sorted(splits, key=lambda name: name != "train"):
+        files = [(file, sub.name) for sub in _folders(splits[split]) for file in _files(sub)]
+        reader = _reader(splits[split], [file for file, _ in files])
+        rows = _pictures([file for file, _ in files]) if reader is _picture else [reader(file) for file, _ in files]
+        if reader is _sound:
+            _one_rate([file for file, _ in files])
+            length = length or Counter(row.shape[-1] for row in rows).most_common(1)[0][0]
+            rows = [_fitted(row, length) for row in rows]
+        _alike(rows, [file for file, _ in files])
+        yield split, splits[split], np.stack(rows), np.array([name for _, name in files])
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("[!.]*") if path.is_dir())
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("[!.]*") if path.is_file() and path.suffix.lower() in READERS)
+
+
+def _reader(folder: Path, files: list[Path]) -> Callable[[Path], np.ndarray]:
+    found = {READERS[file.suffix.lower()] for file in files}
+    if len(found) != 1:
+        kinds = ", ".join(sorted({file.suffix.lower() for file in files})) or "none"
+        raise BadInput(
+            f"expected files of one format ({', '.join(READERS)}) in a sub-folder per class of {str(folder)!r}, "
+            f"found {kinds}; keep one format, or name an .npz file"
+        )
+    return found.pop()
+
+
+def _alike(rows: list[np.ndarray], files: list[Path]) -> None:
+    for row, file in zip(rows, files, strict=True):
+        if row.shape != rows[0].shape or row.dtype != rows[0].dtype:
+            raise BadInput(
+                f"expected all rows to be like {files[0]}, {list(rows[0].shape)} {rows[0].dtype}, "
+                f"came {list(row.shape)} {row.dtype} in {file}; bring them to one size and type"
+            )
+
+
+# --- formats ---
+
+
+def _pictures(paths: list[Path]) -> list[np.ndarray]:
+    """All with one channel where none has colour, else all with three."""
+    read = [_picture(path) for path in paths]
+    if all(len(picture) == 1 for picture in read):
+        return read
+    return [np.broadcast_to(picture, (3, *picture.shape[1:])) for picture in read]
+
+
+def _picture(path: Path) -> np.ndarray:
+    """uint8 [3, height, width] in colour, or [1, height, width]; what is transparent is dropped."""
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as picture:
+            grey = picture.mode in GREY
+            values = np.asarray(picture.convert("L" if grey else "RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadInput(f"cannot read {str(path)!r} as a picture: {one_line(error)}; repair or remove it") from error
+    return values[None] if grey else values.transpose(2, 0, 1)
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise BadInput(f"cannot read {str(path)!r} as an array: {one_line(error)}; repair or remove it") from error
+    return found
+
+
+def _sound(path: Path) -> np.ndarray:
+    """float32 [channels, samples], from -1 to 1."""
+    try:
+        with wave.open(str(path), "rb") as file:
+            width, channels = file.getsampwidth(), file.getnchannels()
+            frames = file.readframes(file.getnframes())
+    except (OSError, EOFError, wave.Error) as error:
+        raise BadInput(f"cannot read {str(path)!r} as a sound: {one_line(error)}; repair or remove it") from error
+    if width not in WIDTHS:
+        raise BadInput(f"expected 8, 16 or 32 bits a sample, came {8 * width} in {path}; convert it to 16 bits")
+    values = np.frombuffer(frames, WIDTHS[width]).astype(np.float32)
+    middle, largest = (128, 128) if width == 1 else (0, 2 ** (8 * width - 1))
+    return ((values - middle) / largest).reshape(-1, channels).T
+
+
+def _one_rate(paths: list[Path]) -> None:
+    rates = {}
+    for path in paths:
+        with wave.open(str(path), "rb") as file:
+            rates.setdefault(file.getframerate(), path)
+    if len(rates) > 1:
+        came = ", ".join(f"{rate} in {path}" for rate, path in list(rates.items())[:2])
+        raise BadInput(f"expected sounds of one sampling rate, came {came}; convert them to one")
+
+
+def _fitted(sound: np.ndarray, length: int) -> np.ndarray:
+    """The sound cut to `length` samples, or with silence after it."""
+    return np.pad(sound[:, :length], ((0, 0), (0, max(0, length - sound.shape[1]))))
+
+
+GREY = ("1", "L", "LA")  # modes of pictures without colour
+READERS: dict[str, Callable[[Path], np.ndarray]] = {
+    ".png": _picture,
+    ".jpg": _picture,
+    ".jpeg": _picture,
+    ".npy": _array,
+    ".wav": _sound,
+}

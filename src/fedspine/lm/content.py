@@ -1,0 +1,34 @@
+"""What a base model is, in one digest: two machines compare it before a run, wherever each found the model."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+from fedspine.lm.base import Base
+from fedspine.lm.tokens import written
+from fedspine.message import pack
+
+
+def content_sha256(base: Base, tokenizer: Any) -> str:
+    """A digest of the architecture, the weights in the base's precision and the tokenizer.
+
+    Layers that the checkpoint did not hold are left out, since a method draws them anew from its own seed.
+    """
+    digest = hashlib.sha256()
+    digest.update(pack(base.anatomy).payload)
+    digest.update(json.dumps(written(tokenizer), sort_keys=True).encode("utf-8", "surrogatepass"))
+    fresh = {f"{layer.path}.{part}" for layer in base.head if layer.fresh for part in ("weight", "bias")}
+    tensors = dict(base.skeleton.state_dict())
+    for path, (weight, bias) in base.weights.items():
+        tensors |= {f"{path}.weight": weight} | ({} if bias is None else {f"{path}.bias": bias})
+    for layer in base.head:
+        tensors |= {f"{layer.path}.weight": layer.weight} | (
+            {} if layer.bias is None else {f"{layer.path}.bias": layer.bias}
+        )
+    for name in sorted(tensors.keys() - fresh):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.view(torch.uint8).numpy()) if tensor.dim() else tensor.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,210 @@
+"""A convolutional net for one task: its shape and its halves; the weights come with every call.
+
+What `Base` is for transformers. Here nothing is frozen: all weights are trained, averaged and sent.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedspine.errors import BadInput
+from fedspine.message import Tensors, message
+from fedspine.nets.models import Shape, blocks_of, design_of
+from fedspine.split.halves import Features, Losses
+from fedspine.tensors import moved
+
+SINGLE = 4  # bytes of an fp32 number
+
+
+@message
+class NetModel:
+    """What a device runs: all weights of a net by name, `block1.conv.weight`, and batch norm's statistics among them."""
+
+    net: str
+    weights: Tensors
+
+    def to(self, device: torch.device) -> "NetModel":
+        """The same model with its tensors on another device."""
+        return NetModel(net=self.net, weights=moved(self.weights, device))
+
+
+class Net:
+    """The net called `name` for rows of `shape` [channels, ...] and this many classes, computing on `device`.
+
+    Raises BadInput for an unknown net, or rows that it cannot read.
+    """
+
+    def __init__(self, name: str, shape: Shape, classes: int) -> None:
+        self.name, self.shape, self.classes = name, tuple(shape), classes
+        self.device = torch.device("cpu")
+        with torch.device("meta"):  # weights come with every call, so none are kept here
+            self.blocks = nn.Sequential(blocks_of(name, self.shape, classes))
+        self._halves: dict[int, NetHalves] = {}
+
+    @property
+    def default_cut(self) -> int:
+        """Blocks of the bottom half, where nothing else is said."""
+        return design_of(self.name).cut
+
+    def to(self, device: torch.device) -> None:
+        """Compute on `device` from now on."""
+        self.device = device
+
+    def split(self, cut: int, *, rank: int = 0, scale: float = 1.0) -> "NetHalves":
+        """The halves with the first `cut` blocks in the bottom one; raises BadInput for a cut outside the net.
+
+        `rank` and `scale` are for models that train adapters and make no difference here.
+        """
+        if not 1 <= cut < len(self.blocks):
+            raise BadInput(
+                f"the cut is after block {cut}, but {self.name} has {len(self.blocks)} blocks and each half needs one; "
+                f"choose 1 to {len(self.blocks) - 1}"
+            )
+        if cut not in self._halves:
+            self._halves[cut] = NetHalves(self, cut)
+        return self._halves[cut]
+
+    def start(self, rng: np.random.Generator) -> Tensors:
+        """Fresh weights as torch draws them, but for AlexNet; the same for the same state of `rng`.
+
+        With torch's own, AlexNet learns nothing in its first few hundred steps of plain SGD; with He's, CNN-H does not.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(rng.integers(2**63)))
+            module = nn.Sequential(blocks_of(self.name, self.shape, self.classes))
+            if design_of(self.name).he:
+                _draw_as_he(module)
+        return module.state_dict()
+
+    def logits(self, weights: Tensors, inputs: Tensor) -> Tensor:
+        """What the net with these weights says of [rows, ...]: [rows, classes], computed as a deployed model does."""
+        return functional_call(self.blocks.eval(), weights, (inputs,), strict=True)
+
+
+class NetHalves:
+    """A net cut after its first `cut` blocks: `Halves` for arrays. Not to be called by several threads at once."""
+
+    def __init__(self, net: Net, cut: int) -> None:
+        self._net = net
+        blocks = list(net.blocks.named_children())
+        self._bottom, self._top = _sequence(blocks[:cut]), _sequence(blocks[cut:])
+        self._middle, self._ending = _sequence(blocks[cut:-1]), _sequence(blocks[-1:])
+        self.statistics = frozenset(name for name, _ in net.blocks.named_buffers())
+        parts = (self._bottom, self._top, self._middle, self._ending)
+        self._names = {part: tuple(part.state_dict()) for part in parts}
+        self.ends = frozenset(self._names[self._ending])  # the classifier, which draws nothing
+        row = torch.empty(1, *net.shape, device="meta")
+        self._costs = {"bottom": _Cost(self._bottom, row, first=True)}
+        self._costs["top"] = _Cost(self._top, self._costs["bottom"].output, first=False)
+
+    def start(self, rng: np.random.Generator) -> tuple[Tensors, Tensors]:
+        """Fresh weights of the bottom and the top; together the same wherever the cut is."""
+        weights = self._net.start(rng)
+        return self._of(self._bottom, weights), self._of(self._top, weights)
+
+    def bottom(self, weights: Tensors, inputs: Tensors, *, seed: int | None) -> Features:
+        """The features [rows, channels, ...] of a batch of `Arrays`."""
+        return Features(values=self._run(self._bottom, weights, inputs["inputs"], seed))
+
+    def top(self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None) -> Losses:
+        """The cross-entropy of each row, in nats."""
+        return self.ending(weights, self.middle(weights, features, seed=seed), labels, seed=seed)
+
+    def middle(self, weights: Tensors, features: Features, *, seed: int | None) -> Features:
+        """What enters the classifier, the last block."""
+        return Features(values=self._run(self._middle, weights, features.values, seed))
+
+    def ending(self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None) -> Losses:
+        """The cross-entropy of each row after the classifier, in nats."""
+        logits = self._run(self._ending, weights, features.values, seed)
+        total = nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="none")
+        return Losses(total=total, counted=torch.ones_like(labels, device=logits.device))
+
+    def _run(self, half: nn.Sequential, weights: Tensors, inputs: Tensor, seed: int | None) -> Tensor:
+        half.train(seed is not None)
+        there = self._of(half, weights)
+        here = moved(there, self._net.device)
+        with _drawing(seed, self._net.device):
+            out = functional_call(half, here, (inputs.to(self._net.device),), strict=True)
+        if seed is not None:
+            for name in self.statistics & there.keys():
+                if there[name] is not here[name]:  # a copy on a GPU was updated
+                    there[name].copy_(here[name])
+        return out
+
+    def _of(self, half: nn.Sequential, weights: Tensors) -> Tensors:
+        """Those of the weights that a half or a part of it computes with."""
+        return {name: weights[name] for name in self._names[half]}
+
+    def join(self, bottom: Tensors, top: Tensors) -> NetModel:
+        """Both halves as one model."""
+        return NetModel(net=self._net.name, weights={**bottom, **top})
+
+    def parts(self, model: NetModel) -> tuple[Tensors, Tensors]:
+        """The bottom and the top of a model that was cut anywhere."""
+        return self._of(self._bottom, model.weights), self._of(self._top, model.weights)
+
+    def flops(self, half: str, rows: int, tokens: int = 1) -> float:
+        """Operations of convolutions and linear layers, forward and backward; the data itself gets no gradient."""
+        return float(self._costs[half].flops * rows)
+
+    def memory_bytes(self, half: str, rows: int, tokens: int = 1) -> int:
+        """Weights with their gradients, and what every layer gives with its gradient, all in fp32."""
+        cost = self._costs[half]
+        return 2 * SINGLE * (cost.weights + rows * cost.values)
+
+    def launches(self, half: str) -> int:
+        """Blocks of a half."""
+        return len(self._bottom if half == "bottom" else self._top)
+
+    def feature_shape(self, tokens: int = 1) -> Shape:
+        """Shape of one row's features."""
+        return tuple(self._costs["bottom"].output.shape[1:])
+
+
+class _Cost:
+    """What one row costs in a half: operations, numbers that its layers give, and its weights; computed on no device."""
+
+    def __init__(self, half: nn.Sequential, row: Tensor, *, first: bool) -> None:
+        given: list[int] = [row.numel()]
+        leaves = [module for module in half.modules() if not list(module.children())]
+        hooks = [leaf.register_forward_hook(lambda _m, _i, out: given.append(out.numel())) for leaf in leaves]
+        with FlopCounterMode(display=False) as counter:
+            out = half.eval()(row.detach().requires_grad_(not first))
+            out.sum().backward()
+        for hook in hooks:
+            hook.remove()
+        for parameter in half.parameters():
+            parameter.grad = None
+        self.flops, self.values, self.output = counter.get_total_flops(), sum(given), out.detach()
+        self.weights = sum(tensor.numel() for tensor in half.state_dict().values())
+
+
+def _draw_as_he(module: nn.Sequential) -> None:
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    for layer in layers:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="linear" if layer is layers[-1] else "relu")
+        nn.init.zeros_(layer.bias)
+
+
+def _sequence(blocks: Sequence[tuple[str, nn.Module]]) -> nn.Sequential:
+    made = nn.Sequential()
+    for name, block in blocks:
+        made.add_module(name, block)
+    return made
+
+
+@contextmanager
+def _drawing(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Where what is drawn (dropout) follows from `seed` alone, and torch's own generators are left as they were."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,276 @@
+"""Nets in halves: sizes of the papers, cuts that change nothing, what dropout and batch norm draw and keep."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from array_toy import array_task, bars, waves
+from torch import nn
+
+from fedspine.errors import BadInput
+from fedspine.message import pack, unpack
+from fedspine.nets.load import load
+from fedspine.nets.models import BatchNorm
+from fedspine.nets.net import Net
+from fedspine.nets.score import score_nets
+from fedspine.split.halves import Features
+
+SMALL = {
+    "cnn-h": (2, 16),
+    "cnn-s": (1, 6848),
+    "alexnet": (1, 8, 8),
+    "alexnet-small": (1, 8, 8),
+    "vgg16": (3, 32, 32),
+    "vgg-small": (3, 8, 8),
+}
+QUICK = ("cnn-h", "cnn-s", "alexnet-small", "vgg-small")
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def batch_for(net, rows=4, seed=0):
+    inputs = rng(seed).standard_normal((rows, *net.shape)).astype(np.float32)
+    labels = torch.arange(rows) % net.classes
+    return {"inputs": torch.from_numpy(inputs), "labels": labels}
+
+
+def copies(weights, halves):
+    """Weights that ask for gradients, and statistics that may be changed."""
+    return {name: w.clone().requires_grad_(name not in halves.statistics) for name, w in weights.items()}
+
+
+def losses(halves, bottom, top, batch, seed):
+    return halves.top(top, halves.bottom(bottom, batch, seed=seed), batch["labels"], seed=seed)
+
+
+def linear(inputs, outputs):
+    return inputs * outputs + outputs
+
+
+def conv(inputs, outputs, kernel=9):
+    return linear(inputs * kernel, outputs)
+
+
+# section 4 of the reconstruction: feature shapes, and the weights counted layer by layer; 4 numbers a channel of a norm
+PAPER = {
+    "cnn-h": ((9, 128), 6, (32, 32, 2), conv(1, 12) + conv(12, 32), conv(32, 64) + linear(4096, 1024) + linear(1024, 6)),
+    "cnn-s": (
+        (1, 16000), 35, (64, 14),
+        conv(1, 32, 80) + conv(32, 32, 3) + conv(32, 64, 3) + 4 * (32 + 32 + 64),
+        conv(64, 64, 3) + 4 * 64 + linear(64, 35),
+    ),
+    "alexnet": (
+        (3, 32, 32), 10, (256, 4, 4),
+        conv(3, 64) + conv(64, 192) + conv(192, 384) + conv(384, 256) + conv(256, 256),
+        linear(4096, 4096) + linear(4096, 4096) + linear(4096, 10),
+    ),
+    "vgg16": (
+        (3, 144, 144), 100, (512, 5, 5),
+        conv(3, 64) + conv(64, 64) + conv(64, 128) + conv(128, 128) + conv(128, 256) + 2 * conv(256, 256)
+        + conv(256, 512) + 5 * conv(512, 512) + 4 * (2 * 64 + 2 * 128 + 3 * 256 + 6 * 512),
+        linear(12800, 4096) + linear(4096, 4096) + linear(4096, 100),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_sizes_at_the_default_cut_are_those_of_the_paper(name):
+    shape, classes, features, below, above = PAPER[name]
+    net = Net(name, shape, classes)
+    halves = net.split(net.default_cut)
+    assert halves.feature_shape(1) == features
+    state = net.blocks.state_dict()
+    first = [f"block{i}." for i in range(1, net.default_cut + 1)]
+    bottom = sum(t.numel() for n, t in state.items() if n.startswith(tuple(first)))
+    assert (bottom, sum(t.numel() for t in state.values()) - bottom) == (below, above)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_cut_anywhere_computes_the_whole(name):
+    net = Net(name, SMALL[name], 3)
+    batch, whole = batch_for(net), net.start(rng())
+    logits = net.logits(whole, batch["inputs"])
+    expected = nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+    for cut in range(1, len(net.blocks)):
+        halves = net.split(cut)
+        bottom, top = halves.start(rng())
+        assert not bottom.keys() & top.keys()
+        assert pack({**bottom, **top}).sha256 == pack({n: whole[n] for n in [*bottom, *top]}).sha256
+        found = losses(halves, bottom, top, batch, None)
+        assert torch.allclose(found.total, expected, atol=1e-5)
+        assert found.counted.tolist() == [1] * 4
+        features = halves.bottom(bottom, batch, seed=None)
+        assert tuple(features.values.shape) == (4, *halves.feature_shape(1))
+        by_parts = halves.ending(top, halves.middle(top, features, seed=7), batch["labels"], seed=7)
+        assert torch.equal(by_parts.total, halves.top(top, features, batch["labels"], seed=7).total)
+        assert halves.ends <= top.keys()
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_gradient_sent_back_is_the_gradient_of_the_whole(name):
+    net = Net(name, SMALL[name], 3)
+    halves, batch = net.split(net.default_cut), batch_for(net)
+    bottom, top = (copies(part, halves) for part in halves.start(rng()))
+    losses(halves, bottom, top, batch, 5).mean.backward()
+    below, above = (copies(part, halves) for part in halves.start(rng()))
+    features = halves.bottom(below, batch, seed=5)
+    arrived = Features(values=features.values.detach().requires_grad_())
+    halves.top(above, arrived, batch["labels"], seed=5).mean.backward()
+    features.values.backward(arrived.values.grad)
+    for name_, tensor in {**bottom, **top}.items():
+        again = {**below, **above}[name_]
+        assert torch.equal(again if tensor.grad is None else again.grad, tensor if tensor.grad is None else tensor.grad)
+
+
+def test_a_model_is_taken_apart_at_another_cut():
+    net = Net("cnn-h", (2, 16), 3)
+    model = net.split(2).join(*net.split(2).start(rng()))
+    bottom, top = net.split(4).parts(model)
+    assert sorted({**bottom, **top}) == sorted(model.weights)
+    assert {name.split(".")[0] for name in bottom} == {f"block{i}" for i in (1, 2, 3, 4)}
+
+
+def test_dropout_follows_from_its_seed_alone():
+    net = Net("cnn-h", (2, 16), 3)
+    halves, batch = net.split(2), batch_for(net)
+    bottom, top = halves.start(rng())
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    first = losses(halves, bottom, top, batch, 3).total
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(losses(halves, bottom, top, batch, 3).total, first)
+    assert not torch.equal(losses(halves, bottom, top, batch, 4).total, first)
+    assert torch.equal(losses(halves, bottom, top, batch, None).total, losses(halves, bottom, top, batch, None).total)
+
+
+@pytest.mark.parametrize(("cls", "shape"), [(nn.BatchNorm1d, (5, 3, 4)), (nn.BatchNorm2d, (5, 3, 4, 2))])
+def test_batch_norm_is_torchs(cls, shape):
+    ours, theirs = BatchNorm(3), cls(3)
+    for step in range(3):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(step)) * 2 + 1
+        assert torch.equal(ours.train()(x), theirs.train()(x))
+    assert torch.equal(ours.running_var, theirs.running_var)
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
+def test_batch_norm_of_one_value_uses_what_it_knows():
+    norm = BatchNorm(3).train()
+    x = torch.tensor([[[1.0], [2.0], [3.0]]])  # one row, one place
+    assert torch.allclose(norm(x), x / np.sqrt(1 + 1e-5))  # by mean 0 and variance 1, as they start
+    assert norm.running_mean.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_statistics_move_in_place_and_only_in_training():
+    net = Net("vgg-small", (3, 8, 8), 3)
+    halves, batch = net.split(4), batch_for(net)
+    bottom, _ = halves.start(rng())
+    name = "block1.norm.running_mean"
+    assert name in halves.statistics
+    halves.bottom(bottom, batch, seed=None)
+    assert not bottom[name].any()
+    conv_out = nn.functional.conv2d(
+        batch["inputs"], bottom["block1.conv.weight"], bottom["block1.conv.bias"], padding=1
+    )
+    halves.bottom(bottom, batch, seed=1)
+    assert torch.allclose(bottom[name], 0.1 * conv_out.mean((0, 2, 3)), atol=1e-6)  # momentum 0.1 from 0
+    assert not any(t.requires_grad for t in bottom.values())
+
+
+def test_costs_are_those_counted_by_hand():
+    halves = Net("cnn-h", (9, 128), 6).split(2)
+    # 2 operations a product: forward and weights' gradient, and the gradient of what came in, but of the data itself
+    first, second = 128 * 9 * 12 * 9, 64 * 4 * 32 * 12 * 9
+    assert halves.flops("bottom", 3, 1) == 3 * (4 * first + 6 * second)
+    third, linears = 32 * 2 * 64 * 32 * 9, 4096 * 1024 + 1024 * 6
+    assert halves.flops("top", 1, 1) == 6 * (third + linears)
+    assert (halves.launches("bottom"), halves.launches("top")) == (2, 3)
+    per_row = halves.memory_bytes("bottom", 2, 1) - halves.memory_bytes("bottom", 1, 1)
+    # the row, its picture, and after each of both convolutions, relus and poolings; fp32, with gradients
+    numbers = 2 * 1152 + 2 * 12 * 1152 + 12 * 64 * 4 + 2 * 32 * 64 * 4 + 32 * 32 * 2
+    assert per_row == 8 * numbers
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("cnn-h", (1, 4)), ("cnn-h", (3, 50)), ("cnn-s", (2, 6848)), ("alexnet-small", (3, 31, 17)), ("vgg-small", (4, 8, 9)),
+     ("vgg-small", (1, 28, 28)), ("alexnet-small", (1, 8, 8))],
+)  # fmt: skip
+def test_nets_take_the_shape_that_comes(name, shape):
+    net = Net(name, shape, 4)
+    weights = net.start(rng())
+    assert net.logits(weights, batch_for(net, 2)["inputs"]).shape == (2, 4)
+    halves = net.split(net.default_cut)  # one row in training, as a slow device may have it
+    bottom, top = halves.start(rng())
+    assert torch.isfinite(losses(halves, bottom, top, batch_for(net, 1), 0).total).all()
+
+
+def test_models_of_144_pixels_need_no_weights_to_be_planned():
+    net = Net("vgg16", (3, 144, 144), 100)
+    assert all(tensor.is_meta for tensor in net.blocks.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: Net("cnn", (9, 128), 6), "unknown net for arrays 'cnn'; did you mean 'cnn-"),
+        (lambda: Net("cnn-h", (1, 28, 28), 6), "reads rows of [channels, time], rows of shape [1, 28, 28] came"),
+        (lambda: Net("alexnet", (9, 128), 6), "reads rows of [channels, height, width]"),
+        (lambda: Net("cnn-h", (9, 3), 6), "needs at least 4 samples in time"),
+        (lambda: Net("cnn-s", (1, 6847), 6), "needs at least 6848 samples in time"),
+        (lambda: Net("vgg-small", (3, 7, 99), 6), "needs at least 8 pixels each way"),
+        (lambda: Net("cnn-h", (9, 128), 6).split(0), "the cut is after block 0, but cnn-h has 5 blocks"),
+        (lambda: Net("cnn-h", (9, 128), 6).split(5), "choose 1 to 4"),
+        (lambda: load("cnn-h", waves(4, 0, channels=20), waves(4, 1, channels=20), 3), "rows of shape [20, 16] came"),
+        (lambda: load("alexnet-small", waves(4, 0), waves(4, 1), 3), "8 pixels each way, rows of shape [1, 2, 16]"),
+        (lambda: load("vgg-small", bars(4, 0, channels=2), bars(4, 1, channels=2), 3), "1, 3 or 4 channels"),
+    ],
+)
+def test_bad_input_is_one_clear_line(call, said):
+    with pytest.raises(BadInput) as error:
+        call()
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_floats_are_standardised_by_the_training_rows():
+    x, labels = waves(50, 0)
+    scaled = x * np.array([3.0, 0.0], np.float32)[None, :, None] + 7
+    _, train, test = load("cnn-h", (scaled, labels), (scaled[:5] + 1, labels[:5]), 3)
+    assert np.allclose(train.x.mean((0, 2)), 0, atol=1e-5)
+    assert np.allclose(train.x.std((0, 2)), [1, 0], atol=1e-5)  # a channel that never changes stays at zero
+    deviation = scaled[:, 0].std()
+    assert np.allclose(test.x[:, 0] - train.x[:5, 0], 1 / deviation, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_are_put_channels_first_and_scaled(channels):
+    x, labels = bars(6, 0, channels=channels)
+    _, train, _ = load("vgg-small", (x, labels), (x, labels), 3)
+    batch = train.batch([4, 1])
+    assert batch["inputs"].shape == (2, channels, 8, 8) and batch["inputs"].dtype is torch.float32
+    assert torch.allclose(batch["inputs"][1, -1] * 255, torch.from_numpy(x[1].reshape(8, 8, -1)[..., -1]).float())
+    assert batch["labels"].tolist() == [1, 1]
+    assert len(train.take(np.array([0, 2]))) == 2
+
+
+def test_scores_are_sums_over_all_rows():
+    task = array_task()
+    model = task.base.split(2).join(*task.base.split(2).start(rng()))
+    (found,) = score_nets(task.base, [model], task.test)
+    logits = task.base.logits(model.weights, torch.from_numpy(task.test.x))
+    expected = nn.functional.cross_entropy(logits, torch.from_numpy(task.test.labels))
+    assert found.count == 90
+    assert found.correct == int((logits.argmax(1).numpy() == task.test.labels).sum())
+    assert found.mean_loss == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_model_survives_the_wire():
+    net = Net("cnn-h", (2, 16), 3)
+    model = net.split(2).join(*net.split(2).start(rng()))
+    again = unpack(pack(model))
+    assert again.net == "cnn-h" and pack(again).payload == pack(model).payload
+    assert pack(replace(model, net="other")).payload != pack(model).payload
