@@ -102,21 +102,26 @@ def test_ask_moves_the_clock_by_the_slowest(lab):
 
 def test_seconds_are_those_of_the_hardware(lab):
     bench = lab()
-    for ask in range(2):
-        for index, reply in enumerate(bench.fleet.ask(do, everyone(bench.fleet))):
-            timing = bench.hardware.seconds(
-                index,
-                round=0,
-                ask=ask,
-                flops=TERA,
-                launches=1,
-                bytes_down=pack(Job()).bytes,
-                bytes_up=reply.cost.bytes_up,
-            )
-            assert reply.cost.seconds == timing.total
-            assert reply.cost.bytes_down == pack(Job()).bytes
-            assert reply.cost.bytes_up == pack(reply.value).bytes
-            assert (reply.cost.flops, reply.cost.peak_memory_bytes) == (TERA, 1000 * (ask + 1))
+    links = []
+    for round in range(2):
+        bench.fleet.begin_round(round)
+        for ask in range(2):  # a device's link is drawn once a round, by what it had served before
+            for index, reply in enumerate(bench.fleet.ask(do, everyone(bench.fleet))):
+                timing = bench.hardware.seconds(
+                    index,
+                    round=round,
+                    ask=2 * round,
+                    flops=TERA,
+                    launches=1,
+                    bytes_down=pack(Job()).bytes,
+                    bytes_up=reply.cost.bytes_up,
+                )
+                assert reply.cost.seconds == timing.total
+                assert reply.cost.bytes_down == pack(Job()).bytes
+                assert reply.cost.bytes_up == pack(reply.value).bytes
+                assert (reply.cost.flops, reply.cost.peak_memory_bytes) == (TERA, 1000 * (2 * round + ask + 1))
+            links.append(timing.up)
+    assert links[0] == links[1] != links[2] == links[3]
 
 
 def test_orders_are_built_as_they_are_served(lab):

@@ -120,6 +120,10 @@ class Spy:
         return self._fleet.devices
 
     @property
+    def base(self):
+        return self._fleet.base
+
+    @property
     def now(self):
         self.clock.append(self._fleet.now)
         return self._fleet.now

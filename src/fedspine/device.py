@@ -16,7 +16,8 @@ from fedspine.message import pack, unpack
 if TYPE_CHECKING:
     from fedspine.lm.base import Base
     from fedspine.lm.prefix import Prefixes
-    from fedspine.task import Examples
+    from fedspine.nets.net import Net
+    from fedspine.task import Data
 
 DeviceId: TypeAlias = str
 O = TypeVar("O")  # noqa: E741 - what the server orders
@@ -32,16 +33,25 @@ class Device:
     """
 
     id: DeviceId
-    data: "Examples"
-    base: "Base"
+    data: "Data"
+    base: "Base | Net"
     memory: dict[str, Any]
     rng: np.random.Generator
     prefixes: "Prefixes | None" = None  # where activations of the frozen blocks may be kept
     trainer: Callable[[Any], Any] | None = None  # trains this device together with others; None: on its own
+    kept: Any = None  # what the last ask of this round kept, where this process still has it
     flops: float = field(default=0.0, init=False)
     launches: int = field(default=0, init=False)
     samples: int = field(default=0, init=False)
     peak_memory_bytes: int = field(default=0, init=False)
+    keeping: "Kept | None" = field(default=None, init=False)
+
+    def keep(self, value: Any, bytes: int) -> None:
+        """Hold on to `value`, about so large, for this device's next ask in this round.
+
+        Only to save time: it may be gone by then, and the result must have the same bytes without it.
+        """
+        self.keeping = Kept(value, bytes)
 
     def spend(self, *, flops: float = 0.0, memory_bytes: int = 0, launches: int = 0, samples: int = 0) -> None:
         """Account for work: floating-point operations, memory needed at once, layers launched, rows trained on."""
@@ -49,6 +59,41 @@ class Device:
         self.launches += launches
         self.samples += samples
         self.peak_memory_bytes = max(self.peak_memory_bytes, memory_bytes)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a device's work kept, and its size."""
+
+    value: Any
+    bytes: int
+
+
+class Scratch:
+    """What one process keeps between the asks of a round, up to `most_bytes`: never more than a way to save time.
+
+    It is given back only to a device whose memory has the very bytes that its last ask here returned.
+    """
+
+    def __init__(self, most_bytes: int = 2 << 30) -> None:
+        self._most = most_bytes
+        self._round: int | None = None
+        self._entries: dict[DeviceId, tuple[bytes, dict[str, Any], Kept]] = {}
+
+    def take(self, call: "Call") -> tuple[dict[str, Any], Any] | None:
+        """The memory and what was kept for this call's device, once."""
+        if call.round != self._round:  # whoever vanished in an earlier round will not come for its own
+            self._round = call.round
+            self._entries.clear()
+        entry = self._entries.pop(call.device, None)
+        return None if entry is None or entry[0] != call.memory else (entry[1], entry[2].value)
+
+    def put(self, device: DeviceId, payload: bytes, memory: dict[str, Any], kept: Kept) -> bool:
+        """Keep it where there is room. Others never make way: in turns, each would go just before it is needed."""
+        if kept.bytes + sum(other.bytes for _, _, other in self._entries.values()) > self._most:
+            return False
+        self._entries[device] = (payload, memory, kept)
+        return True
 
 
 Work: TypeAlias = Callable[[Device, O], R]
@@ -88,6 +133,7 @@ class Call:
     order: bytes
     memory: bytes | None
     seed: tuple[int, ...]
+    round: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,31 +146,43 @@ class Served:
     launches: int
     samples: int
     peak_memory_bytes: int
+    kept: bool = False  # whether the process holds something for the device's next ask
 
 
 def serve(
     call: Call,
-    base: "Base",
-    data: "Examples",
+    base: "Base | Net",
+    data: "Data",
     prefixes: "Prefixes | None" = None,
     trainer: Callable[[Any], Any] | None = None,
+    scratch: Scratch | None = None,
 ) -> Served:
-    """Do the work of `call` on `data`, the device's own rows."""
+    """Do the work of `call` on `data`, the device's own rows; what is in `scratch` changes no byte of the result."""
+    found = None if scratch is None else scratch.take(call)
+    memory, kept = (unpack(call.memory) if call.memory is not None else {}, None) if found is None else found
     device = Device(
         id=call.device,
         data=data,
         base=base,
-        memory=unpack(call.memory) if call.memory is not None else {},
+        memory=memory,
         rng=np.random.default_rng(call.seed),
         prefixes=prefixes,
         trainer=trainer,
+        kept=kept,
     )
     result = find_work(call.work)(device, unpack(call.order))
+    remembered = pack(device.memory).payload
+    keeps = (
+        scratch is not None
+        and device.keeping is not None
+        and scratch.put(device.id, remembered, device.memory, device.keeping)
+    )
     return Served(
         result=pack(result).payload,
-        memory=pack(device.memory).payload,
+        memory=remembered,
         flops=device.flops,
         launches=device.launches,
         samples=device.samples,
         peak_memory_bytes=device.peak_memory_bytes,
+        kept=keeps,
     )

@@ -49,6 +49,11 @@ class Fleet(Protocol):
         """Seconds, simulated or wall; never goes back."""
         ...
 
+    @property
+    def base(self) -> Any:
+        """The frozen base (for arrays: the net), which the server has too: for methods that compute a part there."""
+        ...
+
     def ask(self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf) -> list[Reply[R]]:
         """Send every order and wait; devices that are lost or later than `within` seconds are absent.
 

@@ -99,13 +99,14 @@ class Hardware:
         return 1e12 * self._best_tflops * (peak / self._best_tflops) ** self.spread
 
     def bandwidth_mbps(self, device: int, *, round: int, ask: int) -> float:
-        """Bandwidth of one exchange in Mb/s, the same down and up: log-normal about its group's mean, in [1, 30]."""
+        """Bandwidth of a round's exchanges in Mb/s, the same down and up: log-normal about its group's mean, in [1, 30]."""
         return self._exchange(device, round, ask)[0]
 
     def seconds(
         self, device: int, *, round: int, ask: int, flops: float, launches: float, bytes_down: int, bytes_up: int
     ) -> Timing:
-        """How long the `ask`-th exchange of a round takes a device; one launch is one layer in one training step."""
+        """How long an exchange of a round takes a device that had served `ask` before the round; one launch is one layer
+        in one training step."""
         mbps, jitter = self._exchange(device, round, ask)
         bytes_per_second = mbps * 1e6 / 8
         compute = flops / (UTILISATION * self.peak_flops(device, round)) * jitter + launches * LAUNCH_SECONDS

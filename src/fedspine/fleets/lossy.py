@@ -35,6 +35,10 @@ class Lossy:
     def now(self) -> float:
         return self._fleet.now
 
+    @property
+    def base(self) -> Any:
+        return self._fleet.base
+
     def ask(self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf) -> list[Reply[R]]:
         luck = {id: self._luck(id) for id in orders}
         on_the_way = {id for id, (chance, _) in luck.items() if chance < self._drop / 2}

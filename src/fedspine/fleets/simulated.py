@@ -15,6 +15,7 @@ from fedspine.device import Call, DeviceId, O, R, Served, Work, name_of
 from fedspine.errors import BadInput
 from fedspine.fleet import Cost, Fleet, Idle, Profile, Reply, T
 from fedspine.fleets.hardware import KINDS, Hardware, Timing, device_ids
+from fedspine.fleets.rounds import Totals
 from fedspine.fleets.workers import Workers
 from fedspine.message import message, pack, unpack
 from fedspine.records import Records
@@ -42,25 +43,6 @@ class Pending:
 
 
 @dataclass
-class Totals:
-    """What the exchanges of a round add up to, or of a run."""
-
-    exchanges: int = 0
-    lost: int = 0
-    samples: int = 0
-    waiting_seconds: float = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    peak_memory_bytes: int = 0
-
-    def add(self, other: "Totals") -> None:
-        """Take the totals of one more round or exchange in."""
-        for name in ("exchanges", "lost", "samples", "waiting_seconds", "bytes_up", "bytes_down"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.peak_memory_bytes = max(self.peak_memory_bytes, other.peak_memory_bytes)
-
-
-@dataclass
 class Clock:
     now: float = 0.0
 
@@ -77,7 +59,9 @@ class World:
     records: Records
     round: int = 0
     asks: dict[DeviceId, int] = field(default_factory=dict)
-    memories: dict[DeviceId, str] = field(default_factory=dict)
+    before: dict[DeviceId, int] = field(default_factory=dict)  # asks served before this round
+    memories: dict[DeviceId, str] = field(default_factory=dict)  # files, as of the last save
+    changed: dict[DeviceId, bytes] = field(default_factory=dict)  # memories of the devices asked since
     pending: list[tuple[float, int, DeviceId, bytes, Cost]] = field(default_factory=list)
     sent: int = 0
     totals: Totals = field(default_factory=Totals)
@@ -105,7 +89,7 @@ class World:
                 bytes_up=len(served.result),
             )
             self.asks[device] = asked + 1
-            self.memories[device] = self.store.put_memory(device, asked + 1, served.memory)
+            self.changed[device] = served.memory
             yield (
                 device,
                 served,
@@ -119,21 +103,34 @@ class World:
             )
 
     def next_timing(self, device: DeviceId, **cost: Any) -> Timing:
-        """How long the next exchange of this `cost` takes a device."""
-        asked = self.asks.get(device, 0)
+        """How long the next exchange of this `cost` takes a device; its link and its pace stay the same for a round."""
+        asked = self.before.get(device, 0)
         return self.hardware.seconds(self.index[device], round=self.round, ask=asked, **cost)
 
     def _call(self, device: DeviceId, work: str, order: bytes) -> Call:
-        memory = self.memories.get(device)
         index = self.index[device]
         return Call(
             device=device,
             index=index,
             work=work,
             order=order,
-            memory=None if memory is None else self.store.get_memory(memory),
+            memory=self._memory(device),
             seed=(self.seed, index, self.asks.get(device, 0)),
+            round=self.round,
         )
+
+    def _memory(self, device: DeviceId) -> bytes | None:
+        """What a device keeps between asks: a round may ask it forty times, so only what a round ends with is written."""
+        if device in self.changed:
+            return self.changed[device]
+        file = self.memories.get(device)
+        return None if file is None else self.store.get_memory(file)
+
+    def keep_memories(self) -> None:
+        """Write the memories that changed since the last save; they count from the next one on."""
+        for device, payload in self.changed.items():
+            self.memories[device] = self.store.put_memory(device, self.asks[device], payload)
+        self.changed.clear()
 
     def record(
         self, work: Work[Any, Any], device: DeviceId, started: float, cost: Cost, samples: int, lost: bool
@@ -179,6 +176,10 @@ class SimulatedFleet:
     @property
     def now(self) -> float:
         return self._clock.now
+
+    @property
+    def base(self) -> Any:
+        return self._world.workers.base
 
     def ask(self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf) -> list[Reply[R]]:
         self._check(orders)
@@ -238,12 +239,14 @@ class SimulatedFleet:
         spent = {"flops": flops, "launches": launches, "bytes_down": bytes_down, "bytes_up": bytes_up}
         return self._world.next_timing(device, **spent).total
 
-    # what the run loop needs besides: rounds, and going on after a resume
+    # what the run loop needs besides: see `fedspine.fleets.rounds`
+
+    clock = "simulated"
 
     def begin_round(self, round: int) -> Totals:
         """Move the truth (modes, links) on to `round`; returns the totals that this round will fill."""
         self._world.round = self._world.records.round = round
-        self._world.totals = Totals()
+        self._world.totals, self._world.before = Totals(), dict(self._world.asks)
         return self._world.totals
 
     def end_round(self, wall_seconds: float) -> None:
@@ -274,7 +277,7 @@ class SimulatedFleet:
         """Go on from a snapshot; the store must hold the memories it names."""
         world = self._world
         self._clock.now = snapshot.now
-        world.asks, world.memories = dict(snapshot.asks), dict(memories)
+        world.asks, world.memories, world.changed = dict(snapshot.asks), dict(memories), {}
         world.pending = [
             (entry.due, entry.number, entry.device, entry.result.tobytes(), Cost(**entry.cost))
             for entry in snapshot.pending
@@ -283,7 +286,8 @@ class SimulatedFleet:
 
     @property
     def memories(self) -> Mapping[DeviceId, str]:
-        """The file of every device's memory, for the store."""
+        """The file of every device's memory, for the store; what changed since the last save is written first."""
+        self._world.keep_memories()
         return self._world.memories
 
     def _part(self, ids: Iterable[DeviceId]) -> tuple[Profile, ...]:

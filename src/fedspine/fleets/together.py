@@ -12,21 +12,26 @@ from typing import Any
 
 import torch
 
-from fedspine.device import Call, Served, serve
+from fedspine.device import Call, Scratch, Served, serve
 from fedspine.lm.base import Base
 from fedspine.lm.prefix import Prefixes
 from fedspine.lm.tune import Request, Trace, train
-from fedspine.task import Examples
+from fedspine.nets.net import Net
+from fedspine.task import Data
 
 
 def serve_together(
-    calls: Sequence[Call], base: Base, shares: Iterable[Examples], prefixes: Prefixes | None = None
+    calls: Sequence[Call],
+    base: Base | Net,
+    shares: Iterable[Data],
+    prefixes: Prefixes | None = None,
+    scratch: Scratch | None = None,
 ) -> list[Served]:
     """What `serve` gives for each call, but for rounding: sums run over other shapes."""
     asks: list[_Ask] = []
     try:
         for call, data in zip(calls, shares, strict=True):
-            asks.append(_Ask(call, base, data, prefixes))
+            asks.append(_Ask(call, base, data, prefixes, scratch))
         return _served(asks)
     except BaseException:
         for ask in asks:
@@ -63,13 +68,15 @@ class _Ask:
 
     said: Request | Served
 
-    def __init__(self, call: Call, base: Base, data: Examples, prefixes: Prefixes | None) -> None:
+    def __init__(
+        self, call: Call, base: Base | Net, data: Data, prefixes: Prefixes | None, scratch: Scratch | None
+    ) -> None:
         self._answers: SimpleQueue[Trace | None] = SimpleQueue()
         self._sayings: SimpleQueue[Request | Served | BaseException] = SimpleQueue()
 
         def work() -> Served:
             torch.set_num_threads(1)  # which is a thread's own setting
-            return serve(call, base, data, prefixes, self._trained)
+            return serve(call, base, data, prefixes, self._trained, scratch)
 
         threading.Thread(target=self._run, args=(work,), daemon=True).start()
         self._listen()

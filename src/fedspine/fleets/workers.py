@@ -13,18 +13,21 @@ import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeAlias
 
 import torch
 
-from fedspine.device import Call, Served, serve
+from fedspine.device import Call, Scratch, Served, serve
 from fedspine.fleets.together import serve_together
+from fedspine.lm.base import Base
 from fedspine.lm.prefix import Prefixes
 from fedspine.lm.score import Score, score, score_together
 from fedspine.message import unpack
-from fedspine.task import Task
+from fedspine.nets.net import Net
+from fedspine.nets.score import score_nets
+from fedspine.task import Data, Task
 
 PARENT_CHECK_SECONDS = 1.0
 Job: TypeAlias = "list[Call] | ScoreJob"
@@ -53,20 +56,27 @@ class Workshop:
     shares: tuple[Any, ...]  # int64 row indices by device
     test_rows: Any  # int64 [rows of the test set]
     prefixes: Prefixes | None = None
+    scratch: Scratch = field(default_factory=Scratch)  # each worker process fills its own
 
     def do(self, job: Job) -> list[Served] | list[Score]:
         """Run one job on one thread; several calls or models in one job are worked on together."""
         torch.set_num_threads(1)
         if isinstance(job, ScoreJob):
             test = self.task.test.take(self.test_rows[: job.rows])
-            models = [unpack(model) for model in job.models]
-            if len(models) == 1:
-                return [score(self.task.base, models[0], test)]
-            return score_together(self.task.base, models, test)
+            return _scores(self.task.base, [unpack(model) for model in job.models], test)
         data = [self.task.train.take(self.shares[call.index]) for call in job]
         if len(job) == 1:
-            return [serve(job[0], self.task.base, data[0], self.prefixes)]
-        return serve_together(job, self.task.base, data, self.prefixes)
+            return [serve(job[0], self.task.base, data[0], self.prefixes, scratch=self.scratch)]
+        return serve_together(job, self.task.base, data, self.prefixes, self.scratch)
+
+
+def _scores(base: Base | Net, models: list[Any], test: Data) -> list[Score]:
+    match base:
+        case Net():
+            return score_nets(base, models, test)
+        case _ if len(models) == 1:
+            return [score(base, models[0], test)]
+    return score_together(base, models, test)
 
 
 class Workers:
@@ -82,6 +92,12 @@ class Workers:
         )
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
+        self._homes: dict[int, Connection] = {}  # by device: the worker that keeps something for its next ask
+
+    @property
+    def base(self) -> Any:
+        """What all jobs compute with."""
+        return self._workshop.task.base
 
     @property
     def computing(self) -> str:
@@ -104,7 +120,7 @@ class Workers:
             process.join(timeout=2)
             if process.is_alive():
                 process.kill()
-        self._pipes, self._processes = [], []
+        self._pipes, self._processes, self._homes = [], [], {}
 
     def _start(self) -> None:
         with _interrupts_put_off():
@@ -123,25 +139,53 @@ class Workers:
 
     def _spread(self, jobs: Iterator[Job]) -> Iterator[Any]:
         idle, busy = deque(self._pipes), {}
+        waiting: dict[Connection, deque[tuple[int, Job]]] = {pipe: deque() for pipe in self._pipes}
         results: dict[int, Any] = {}
-        sent = given = 0
-        more = True
-        while more or busy or results:
-            while more and idle:
-                job = next(jobs, None)
-                if job is None:
-                    more = False
-                    break
+        numbered, given = enumerate(jobs), 0
+        while True:
+            for _ in range(len(idle)):
                 pipe = idle.popleft()
-                self._give(pipe, job)
-                busy[pipe] = sent
-                sent += 1
-            for pipe in wait(list(busy)) if busy else []:
-                results[busy.pop(pipe)] = self._take(pipe)
+                found = self._job_for(pipe, waiting, numbered)
+                if found is None:
+                    idle.append(pipe)
+                else:
+                    number, job = found
+                    self._give(pipe, job)
+                    busy[pipe] = (number, job)
+            if not busy:
+                return
+            for pipe in wait(list(busy)):
+                number, job = busy.pop(pipe)
+                results[number] = self._take(pipe)
+                self._settle(pipe, job, results[number])
                 idle.append(pipe)
             while given in results:
                 yield results.pop(given)
                 given += 1
+
+    def _job_for(
+        self,
+        pipe: Connection,
+        waiting: dict[Connection, deque[tuple[int, Job]]],
+        numbered: Iterator[tuple[int, Job]],
+    ) -> tuple[int, Job] | None:
+        """The next job for an idle worker: one that waits for it, else the first that waits for no other."""
+        if waiting[pipe]:
+            return waiting[pipe].popleft()
+        for number, job in numbered:
+            home = self._homes.get(job[0].index, pipe) if isinstance(job, list) else pipe
+            if home is pipe:
+                return number, job
+            waiting[home].append((number, job))
+        return None
+
+    def _settle(self, pipe: Connection, job: Job, served: list[Any]) -> None:
+        """Remember who keeps what: a device goes on where its work was left."""
+        for call, result in zip(job, served, strict=True) if isinstance(job, list) else ():
+            if result.kept:
+                self._homes[call.index] = pipe
+            else:
+                self._homes.pop(call.index, None)
 
     def _give(self, pipe: Connection, job: Job) -> None:
         try:

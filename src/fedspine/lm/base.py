@@ -7,7 +7,7 @@ adapter and task head into that skeleton, which costs a few milliseconds instead
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from fedspine.lm.lora import AdaptedLinear, a_name, b_name
 from fedspine.lm.structure import Structure, cut, is_full, kept_columns, kept_rows, key_of
 from fedspine.message import Tensors, message
 from fedspine.tensors import moved, padded
+
+if TYPE_CHECKING:
+    from fedspine.lm.split import TextHalves
 
 SLICED = 2  # structures whose slices are kept: what is trained, and what was scored in between
 
@@ -66,6 +69,7 @@ class Base:
         self.config.use_cache = False  # nothing here generates token by token
         self.weights: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._linears: dict[str, AdaptedLinear] = {}
+        self._halves: dict[tuple[int, int, float], TextHalves] = {}
         self._slices: OrderedDict[bytes, dict[str, tuple[Tensor, Tensor | None]]] = OrderedDict()
         for site in anatomy.sites:
             linear = module.get_submodule(site.path)
@@ -97,7 +101,7 @@ class Base:
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        return next(self.skeleton.parameters()).device
+        return next(self._embeddings.parameters()).device  # the skeleton may stand without any at the moment
 
     def to(self, device: torch.device) -> None:
         """Compute on `device` from now on; the task head's initial weights stay where they are."""
@@ -151,15 +155,48 @@ class Base:
 
     def below(self, layer: int, inputs: Tensors) -> Float[Tensor, "rows tokens width"]:
         """What enters block `layer` of the model that was last fitted, which must be fitted again afterwards."""
-        tap = _Tap()
-        self._place(self._embeddings, [*self._blocks[:layer], tap, *[_Passing()] * (len(self._blocks) - layer - 1)])
         with torch.no_grad():
+            return self.through(0, layer, inputs)
+
+    def through(
+        self, first: int, last: int, inputs: Tensors, hidden: Float[Tensor, "rows tokens width"] | None = None
+    ) -> Float[Tensor, "rows tokens width"]:
+        """What leaves the blocks from `first` to before `last` of the model that was last fitted, which must be fitted
+        again afterwards; `hidden` enters them, or None for what the embeddings make of `inputs`.
+
+        Gradients reach all that asks for them.
+        """
+        if first == last and hidden is not None:
+            return hidden
+        embeddings = self._embeddings if hidden is None else Entry(hidden)
+        tap = _Tap()
+        blocks = [_Passing()] * first + self._blocks[first:last] + [tap] + [_Passing()] * len(self._blocks)
+        self._place(embeddings, blocks[: len(self._blocks)])
+        watch = None if last < len(self._blocks) else self._blocks[-1].register_forward_hook(tap.watch)
+        try:
             self.skeleton.get_submodule(self.anatomy.prefix)(**inputs)
+        finally:
+            if watch is not None:
+                watch.remove()
         return tap.seen
+
+    @property
+    def default_cut(self) -> int:
+        """Blocks on a device in split learning where nothing else is said: 2 of 12, and at least 1."""
+        return max(1, self.anatomy.layers // 6)
+
+    def split(self, cut: int, *, rank: int = 8, scale: float = 2.0) -> "TextHalves":
+        """The halves with the embeddings and the first `cut` blocks in the bottom one; BadInput for a cut outside."""
+        from fedspine.lm.split import TextHalves
+
+        key = (cut, rank, scale)
+        if key not in self._halves:
+            self._halves[key] = TextHalves(self, cut, rank, scale)
+        return self._halves[key]
 
     def start_at(self, layer: int) -> "Entry":
         """Let the model that was last fitted start at block `layer`, with what its entry is given."""
-        entry = Entry()
+        entry = Entry(torch.empty(0))
         self._place(entry, [_Passing()] * layer + self._blocks[layer:])
         return entry
 
@@ -199,7 +236,9 @@ class Base:
 class Entry(nn.Module):
     """Stands for the embeddings: gives what it holds instead of looking tokens up."""
 
-    hidden: Tensor
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
 
     def forward(self, *_: Any, **__: Any) -> Tensor:
         return self.hidden
@@ -220,6 +259,10 @@ class _Tap(_Passing):
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         self.seen = hidden
         return hidden
+
+    def watch(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what the last block gives; a hook, since nothing comes after it."""
+        self.seen = output
 
 
 def line_energy(base: Base) -> Tensors:

@@ -42,6 +42,22 @@ class Losses:
         return self.total.sum() / self.counted.sum()
 
 
+class Splittable(Protocol):
+    """A model that can be cut in two: what a fleet's `base` is for split methods."""
+
+    @property
+    def default_cut(self) -> int:
+        """Blocks of the bottom half where nothing else is said."""
+        ...
+
+    def split(self, cut: int, *, rank: int = 8, scale: float = 2.0) -> "Halves":
+        """The halves with the first `cut` blocks in the bottom one; BadInput for a cut outside the model.
+
+        `rank` and `scale` are those of the adapters, where the model trains adapters.
+        """
+        ...
+
+
 class Halves(Protocol):
     """One model cut at one place. Weights are handed in; nothing is kept between calls.
 
@@ -69,6 +85,25 @@ class Halves(Protocol):
 
     def join(self, bottom: Tensors, top: Tensors) -> Any:
         """Both halves as one model that can be deployed, scored and saved."""
+        ...
+
+    def parts(self, model: Any) -> tuple[Tensors, Tensors]:
+        """The bottom and the top of a model that `join` made, here or at another cut."""
+        ...
+
+    # U-shaped: labels stay on the devices, and so does the last part of the top
+
+    @property
+    def ends(self) -> frozenset[str]:
+        """Names of the top's weights that `ending` computes with; `middle` computes with the others."""
+        ...
+
+    def middle(self, weights: Tensors, features: Features, *, seed: int | None) -> Features:
+        """What enters the last part of the top."""
+        ...
+
+    def ending(self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None) -> Losses:
+        """What the last part of the top loses: `top` is `ending` after `middle`."""
         ...
 
     def flops(self, half: str, rows: int, tokens: int) -> float:

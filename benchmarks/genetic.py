@@ -1,0 +1,94 @@
+"""How near the fleet's labels the genetic search comes, and how long it takes: `python benchmarks/genetic.py`.
+
+80 devices of a Dirichlet partition into ten classes, AlexNet's features (16 KB a row) over links of 1 to 30 Mb/s, a budget
+of 400 rows an iteration, batches up to 64: the prototype of the reconstruction. Random selection: as many devices,
+drawn at random, repaired to the same budget by dropping some at random.
+"""
+
+import os
+import platform
+import time
+
+import numpy as np
+
+from fedspine.planning.genetic import Search, fitness, select
+from fedspine.planning.regulate import regulate, waiting_share
+from fedspine.planning.split_plan import Candidates, SplitLimits, plan_split
+
+DEVICES, CLASSES, ROWS = 80, 10, 50_000
+FEATURE_BYTES, BUDGET_ROWS, LARGEST = 16_384, 400, 64
+SEEDS, DRAWS = 10, 50  # fleets for each skew, random selections for each fleet
+LIMITS = SplitLimits(
+    largest_batch=LARGEST, feature_bytes=FEATURE_BYTES, budget_bytes=BUDGET_ROWS * FEATURE_BYTES, fewest=5, most=25
+)
+
+
+def candidates(delta: float, rng: np.random.Generator) -> Candidates:
+    """A fleet whose label shares follow Dirichlet(delta) over devices for each class, and unequal costs of a row."""
+    rows = np.stack([rng.multinomial(ROWS // CLASSES, rng.dirichlet(np.full(DEVICES, delta))) for _ in range(CLASSES)])
+    held = rows.T[rows.sum(axis=0) > 0].astype(float)
+    compute = rng.uniform(0.1, 1.0, len(held)) * 1e-2
+    transfer = 2 * FEATURE_BYTES * 8 / (1e6 * rng.uniform(1, 30, len(held)))
+    return Candidates(
+        cost=compute + transfer,
+        labels=held / held.sum(axis=1, keepdims=True),
+        most=held.sum(axis=1).astype(int),
+        rounds=rng.integers(0, 5, len(held)),
+    )
+
+
+def at_random(search: Search, size: int, rng: np.random.Generator) -> float:
+    """The divergence of `size` workers drawn at random, fewer where the budget is too small for them."""
+    drawn = rng.permutation(len(search.batches))[:size]
+    drawn = drawn[np.cumsum(search.batches[drawn]) <= search.budget_rows]
+    members = np.zeros((1, len(search.batches)), bool)
+    members[0, drawn] = True
+    return float(fitness(search, members)[0])
+
+
+def fleet(delta: float, seed: int) -> list[float]:
+    """Of one fleet: devices chosen, milliseconds, divergences, waiting shares and seconds of an iteration."""
+    rng = np.random.default_rng([seed, int(100 * delta)])
+    workers = candidates(delta, rng)
+    batches = regulate(workers.cost, LARGEST, np.minimum(workers.most, LARGEST))
+    search = Search(batches, workers.labels, workers.rounds, BUDGET_ROWS, LIMITS.fewest, LIMITS.most)
+    started = time.perf_counter()
+    chosen = select(search, rng)
+    searched = time.perf_counter()
+    plan = plan_split(workers, LIMITS, rng)
+    planned = time.perf_counter()
+    members = np.isin(np.arange(len(batches)), chosen)[None]
+    even = np.full(len(plan.chosen), plan.rows / len(plan.chosen)) * workers.cost[plan.chosen]
+    return [
+        len(chosen),
+        1e3 * (searched - started),
+        1e3 * (planned - searched),
+        float(np.mean([at_random(search, len(chosen), rng) for _ in range(DRAWS)])),
+        float(fitness(search, members)[0]),
+        plan.divergence,
+        waiting_share(even),
+        plan.waiting,
+        even.max(),
+        float((plan.batches * workers.cost[plan.chosen]).max()),
+    ]
+
+
+def main() -> None:
+    print(f"Means of {SEEDS} fleets of {DEVICES} devices; KL in nats; random: {DRAWS} draws of as many devices each.")
+    print(f"One of {os.cpu_count()} cores, numpy {np.__version__}, Python {platform.python_version()}.\n")
+    print(
+        "| delta | devices | search, ms | whole plan, ms | KL random | KL search | KL plan "
+        "| waiting share, even batches | as planned | seconds of an iteration, even | as planned |"
+    )
+    print("|" + "---|" * 11)
+    slowest = 0.0
+    for delta in (1.0, 0.25, 0.1):
+        found = np.array([fleet(delta, seed) for seed in range(SEEDS)])
+        slowest = max(slowest, found[:, 1].max())
+        cells = zip((1, 1, 1, 3, 4, 4, 2, 2, 2, 2), found.mean(axis=0), strict=True)
+        print(f"| {delta} | " + " | ".join(f"{mean:.{digits}f}" for digits, mean in cells) + " |")
+    print(f"\nslowest search: {slowest:.0f} ms")
+
+
+if __name__ == "__main__":
+    main()

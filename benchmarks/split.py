@@ -1,0 +1,160 @@
+"""What a round of split learning costs beside the bare work in it: `python benchmarks/split.py --help`.
+
+Both do the same forward and backward passes of the same rows, with the same halves, on one thread: ours through the
+fleet, with messages, memories, the control and a save at the end; bare in a plain loop. They take turns, round by round,
+so that whatever else the machine does meets both. The goal of a run of 80 devices for 40 steps is 1.3.
+"""
+
+import argparse
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedspine.build import build, simulate
+from fedspine.config import load
+from fedspine.fleet import Fleet
+from fedspine.fleets.simulated import SimulatedFleet
+from fedspine.fleets.workers import Workers, Workshop
+from fedspine.methods.mergesfl import MergeSflState
+from fedspine.process import keep_freed_memory
+from fedspine.records import Records
+from fedspine.split.device import Begin, rows_at
+from fedspine.split.server import Part, merged_features
+from fedspine.store import Saved, Store
+
+
+@dataclass
+class Heard:
+    """A fleet that remembers what devices were told to begin with, and how often each had been asked by then."""
+
+    fleet: Fleet
+    asks: dict[str, int]
+    orders: dict[str, tuple[Begin, int]] = field(default_factory=dict)
+
+    def ask(self, work: Any, orders: Any, **limits: Any) -> Any:
+        for id, order in orders.items():
+            if isinstance(order, Begin):
+                self.orders[id] = order, self.asks.get(id, 0)
+            self.asks[id] = self.asks.get(id, 0) + 1
+        return self.fleet.ask(work, orders, **limits)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.fleet, name)
+
+
+@dataclass
+class Bench:
+    """A run under way, and what it takes to repeat its work bare."""
+
+    built: Any
+    fleet: SimulatedFleet
+    store: Store
+    records: Records
+    asks: dict[str, int] = field(default_factory=dict)
+
+    def round(self, state: MergeSflState) -> tuple[MergeSflState, float, Heard]:
+        """One round of ours, as a run has it: the next state, seconds of this process, and what devices were told."""
+        heard = Heard(self.fleet, self.asks)
+        started = time.process_time()
+        self.fleet.begin_round(state.round)
+        after = self.built.recipe.method.round(state, heard)
+        self.fleet.end_round(0.0)
+        saved = Saved(after.round, after, self.fleet.snapshot(), self.fleet.memories, self.records.flush())
+        self.store.save(saved)
+        return after, time.process_time() - started, heard
+
+    def bare(self, state: MergeSflState, heard: Heard) -> tuple[float, int]:
+        """The passes of that round in a plain loop: seconds of this process, and rows."""
+        built, rows, started = self.built, 0, time.process_time()
+        (some, _), *_ = heard.orders.values()
+        halves = some.cutting.of(built.task.base)
+        bottom, top = halves.parts(state.model)
+        top = _leaves(top, halves.statistics)
+        own = {id: _leaves(bottom, halves.statistics) for id in heard.orders}
+        for step in range(built.recipe.method.steps):
+            sent = []
+            for id, (order, asks) in heard.orders.items():
+                inputs = self._inputs(id, order, asks, step)
+                sent.append((id, halves.bottom(own[id], inputs, seed=0), inputs["labels"]))
+                rows += len(inputs["labels"])
+            parts = [Part(device=id, features=features, labels=labels) for id, features, labels in sent]
+            features = merged_features(parts)  # with their graphs: one backward pass goes through all
+            halves.top(top, features, torch.cat([labels for *_, labels in sent]), seed=0).mean.backward()
+            for leaf in [*top.values(), *(leaf for weights in own.values() for leaf in weights.values())]:
+                leaf.grad = None
+        return time.process_time() - started, rows
+
+    def _inputs(self, id: str, order: Begin, asks: int, step: int) -> dict[str, torch.Tensor]:
+        index = [profile.id for profile in self.fleet.devices].index(id)
+        seed = int(np.random.default_rng((self.built.recipe.run.seed, index, asks)).integers(2**31))
+        data = self.built.task.train.take(self.built.shares[index])
+        return data.batch(rows_at(len(data), order.batch, seed, step))
+
+
+def _leaves(weights: dict[str, torch.Tensor], still: frozenset[str]) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone().requires_grad_(name not in still) for name, tensor in weights.items()}
+
+
+def main() -> None:
+    arguments = _arguments()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    settings = [f"task.{key}={value}" for key, value in (("model", arguments.model), ("data", arguments.data)) if value]
+    settings += [
+        "method.name=mergesfl",
+        f"method.steps={arguments.steps}",
+        f"method.batch={arguments.batch}",
+        f"method.fewest={arguments.devices}",
+        f"method.most={arguments.devices}",
+        f"method.budget_rows={arguments.devices * arguments.batch}",
+        f"method.precision={arguments.precision}",
+        f"fleet.devices={arguments.devices}",
+        f"fleet.per_round={arguments.devices}",
+        f"run.rounds={arguments.rounds + 1}",
+        *arguments.set,
+    ]
+    built = build(load(None, settings))
+    with tempfile.TemporaryDirectory() as folder:
+        _measure(built, Path(folder), arguments.rounds)
+
+
+def _measure(built: Any, folder: Path, rounds: int) -> None:
+    store, records = Store(folder / "state"), Records(folder / "records.jsonl")
+    store.open()
+    workshop = Workshop(task=built.task, shares=built.shares, test_rows=np.arange(1))
+    bench = Bench(built, simulate(built, Workers(workshop, 0), store, records), store, records)
+    state = built.recipe.method.start(built.task, np.random.default_rng(0))
+    print("| round | rows | ours, s | bare, s | ratio |\n|---|---|---|---|---|")
+    ratios = []
+    for round in range(rounds + 1):  # the first one loads kernels and is not counted
+        before = state
+        state, ours, heard = bench.round(state)
+        bare, rows = bench.bare(before, heard)
+        if round:
+            ratios.append(ours / bare)
+            print(f"| {round} | {rows} | {ours:.2f} | {bare:.2f} | {ours / bare:.3f} |", flush=True)
+    print(f"\nmedian {np.median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
+    records.close()
+    store.close()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", help="default: the embedded job's")
+    parser.add_argument("--data", help="default: the embedded job's")
+    parser.add_argument("--precision", default="fp16")
+    parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="further settings")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""What the run loop needs of a fleet besides asking: rounds, and going on after a resume."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fedspine.device import DeviceId
+from fedspine.fleet import Fleet
+
+
+@dataclass
+class Totals:
+    """What the exchanges of a round add up to, or of a run."""
+
+    exchanges: int = 0
+    lost: int = 0
+    samples: int = 0
+    waiting_seconds: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    peak_memory_bytes: int = 0
+
+    def add(self, other: "Totals") -> None:
+        """Take the totals of one more round or exchange in."""
+        for name in ("exchanges", "lost", "samples", "waiting_seconds", "bytes_up", "bytes_down"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.peak_memory_bytes = max(self.peak_memory_bytes, other.peak_memory_bytes)
+
+
+class RoundFleet(Fleet, Protocol):
+    """A whole fleet as a run drives it, simulated or real."""
+
+    @property
+    def clock(self) -> str:
+        """What `now` counts: "simulated" seconds, or "fleet" seconds, which are wall seconds between real machines."""
+        ...
+
+    def begin_round(self, round: int) -> Totals:
+        """Get ready for `round`; returns the totals that it will fill."""
+        ...
+
+    def end_round(self, wall_seconds: float) -> None:
+        """Write the round's totals down."""
+        ...
+
+    def snapshot(self) -> Any:
+        """A message that holds all that the fleet needs to go on after a resume, but for `memories`."""
+        ...
+
+    def restore(self, snapshot: Any, memories: Mapping[DeviceId, str]) -> None:
+        """Go on from a snapshot; the store must hold the memories it names."""
+        ...
+
+    @property
+    def memories(self) -> Mapping[DeviceId, str]:
+        """The file in the store of every device's memory; none where devices keep their own."""
+        ...

@@ -1,0 +1,114 @@
+"""FedAvg: every device trains the whole model for some steps, and the server averages what they send.
+
+McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data" (arXiv:1602.05629): the
+baseline of split learning without a split. Departures: docs/methods/fedavg.md.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+
+from fedspine.device import Device, DeviceId, on_device
+from fedspine.fleet import Fleet
+from fedspine.message import Tensors, message
+from fedspine.method import method, usable
+from fedspine.methods.whole import (
+    Training,
+    check_whole,
+    cutting_of,
+    model_of,
+    train_whole,
+    training_at,
+    weights_of,
+    wired,
+    with_memory,
+)
+from fedspine.task import Task
+from fedspine.tensors import average
+
+
+@message
+class AverageOrder:
+    weights: Tensors  # all that is trained: of a transformer LoRA and the task head, of a net everything
+    training: Training
+    precision: str  # of the weights sent back
+
+
+@message
+class AverageResult:
+    weights: Tensors
+    loss: float  # mean over the last steps
+    examples: int
+
+
+@on_device
+def train_and_send(device: Device, order: AverageOrder) -> AverageResult:
+    lesson = train_whole(device, order.weights, order.training)
+    return AverageResult(
+        weights=wired(lesson.weights, order.precision),  # type: ignore[arg-type]
+        loss=lesson.ended,
+        examples=len(device.data),
+    )
+
+
+@message
+class AverageState:
+    round: int
+    rounds: int
+    max_tokens: int
+    model: Any
+
+
+@method("fedavg")
+@dataclass(frozen=True)
+class FedAvg:
+    """Whole models trained on devices and averaged by their rows; defaults as in MergeSFL's code."""
+
+    models: ClassVar[tuple[str, ...]] = ("transformer", "net")
+
+    steps: int = 42  # optimiser steps of a device in a round
+    batch: int = 64  # rows of one step
+    optimiser: Literal["sgd", "adamw"] = "sgd"  # fresh in every round, without momentum
+    learning_rate: float = 0.1
+    decay: float = 0.993  # of the learning rate, each round; 0: it falls linearly to zero
+    lowest: float = 0.005  # learning rate that decay does not go below
+    weight_decay: float = 0.0
+    clip: float = 0.0  # of the gradient's norm; 0: never
+    rank: int = 8  # of the adapters of a transformer
+    scale: float = 2.0  # alpha / rank of them
+    precision: Literal["fp32", "fp16"] = "fp32"  # of weights on the wire
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        return cls(steps=8, batch=16, optimiser="adamw", learning_rate=2e-2, rank=4, clip=1.0)
+
+    def check(self, task: Task) -> None:
+        check_whole(self, task)
+
+    def start(self, task: Task, rng: np.random.Generator) -> AverageState:
+        halves = cutting_of(self, task.base).of(task.base)
+        return AverageState(
+            round=0, rounds=task.rounds, max_tokens=task.max_tokens, model=halves.join(*halves.start(rng))
+        )
+
+    def round(self, state: AverageState, fleet: Fleet) -> AverageState:
+        halves = cutting_of(self, fleet.base).of(fleet.base)
+        order = AverageOrder(
+            weights=wired(weights_of(halves, state.model), self.precision),
+            training=training_at(self, fleet.base, state.round, state.rounds),
+            precision=self.precision,
+        )
+        able = with_memory(fleet, halves, self.batch, state.max_tokens)
+        replies = usable(fleet.ask(train_and_send, {device.id: order for device in able}), fleet)
+        for reply in replies:
+            fleet.note(device=reply.device, loss=reply.value.loss)
+        weights = average((reply.value.examples, reply.value.weights) for reply in replies)
+        return replace(state, round=state.round + 1, model=model_of(halves, state.model, weights))
+
+    def deploy(self, state: AverageState, device: DeviceId | None = None) -> Any:
+        return state.model
+
+    def unpruned(self, state: AverageState) -> Any:
+        return state.model

@@ -1,0 +1,205 @@
+"""LocFedMix-SL: a local reconstruction loss on devices, and mixup of different devices' features on the server.
+
+Oh, Park, Vepakomma, Baek, Raskar, Bennis and Kim 2022, "LocFedMix-SL: Localize, Federate, and Mix for Improved
+Scalability, Convergence, and Latency in Split Learning", WWW. Departures: docs/methods/locfedmix.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fedspine.device import Device, DeviceId, on_device
+from fedspine.errors import BadInput
+from fedspine.fleet import Fleet
+from fedspine.message import Tensors, message
+from fedspine.method import method
+from fedspine.methods.reconstruction import DecodedCutting, bare, decoder
+from fedspine.methods.splitting import (
+    MODEL_CUT,
+    Opened,
+    averaged,
+    check_split,
+    cutting_of,
+    first_state,
+    noted,
+    opened,
+    rooms,
+    rows_of,
+)
+from fedspine.split.device import HELD, Begin, Ended, Forwarded, Local, Step, begun, ended, stepped
+from fedspine.split.halves import Features, Halves
+from fedspine.split.rounds import Works, play
+from fedspine.split.server import Extra, Part, Weighted
+from fedspine.split.wire import Precision
+from fedspine.task import IGNORED, Task
+
+MIXING = 501  # the purpose of this random stream
+
+
+@message
+class ReadingOrder:
+    """Begin, with the decoder's weights beside the bottom's."""
+
+    begin: Begin
+    width: int  # of the decoder inside
+    weight: float  # of the reconstruction loss
+
+    @property
+    def precision(self) -> str:
+        return self.begin.precision
+
+
+@on_device
+def begin_reading(device: Device, order: ReadingOrder) -> Forwarded:
+    cutting = DecodedCutting(cutting=order.begin.cutting, width=order.width, weight=order.weight)
+    return begun(device, replace(order.begin, cutting=cutting), reading(device, cutting))
+
+
+@on_device
+def step_reading(device: Device, order: Step) -> Forwarded:
+    return stepped(device, order, reading(device, device.memory[HELD].order.cutting))
+
+
+@on_device
+def end_reading(device: Device, order: Step) -> Ended:
+    return ended(device, order, reading(device, device.memory[HELD].order.cutting))
+
+
+def reading(device: Device, cutting: DecodedCutting) -> Local:
+    """The reconstruction loss, weighted."""
+    decoded = cutting.of(device.base)
+    return lambda weights, features, inputs: cutting.weight * decoded.loss(weights, features, inputs)
+
+
+def mixup(halves: Halves, shares: Mapping[DeviceId, float], alpha: float) -> Extra:
+    """Every device's features mixed with another one's, lam ~ Beta(alpha, alpha), weighed by the device's share; Eq. 5, 6.
+
+    The features are leaves without gradients, so that nothing of this loss leaves the server.
+    """
+
+    def loss(weights: Tensors, parts: Sequence[Part], seed: int) -> Tensor:
+        rng, losses = np.random.default_rng([seed, MIXING]), [torch.zeros(())]
+        whole = sum(shares[part.device] for part in parts)
+        for place, part in enumerate(parts):
+            if len(parts) > 1:
+                other = parts[(place + int(rng.integers(1, len(parts)))) % len(parts)]
+                lam = float(rng.beta(alpha, alpha))
+                features, own, theirs = blended(part, other, lam)
+                mixed = lam * halves.top(weights, features, own, seed=seed).mean
+                mixed = mixed + (1 - lam) * halves.top(weights, features, theirs, seed=seed).mean
+                losses.append(shares[part.device] / whole * mixed.cpu())
+        return torch.stack(losses).sum()
+
+    return loss
+
+
+def blended(one: Part, other: Part, lam: float) -> tuple[Features, Tensor, Tensor]:
+    """lam times the features of one device and 1 - lam times another's, row by row, with the labels of both.
+
+    As many rows as both have; texts as long as the longer row, with zeros where the shorter one has ended.
+    """
+    rows = min(len(one.features), len(other.features))
+    masks = [part.features.mask for part in (one, other)]
+    values = [part.features.values[:rows] for part in (one, other)]
+    labels = [part.labels[:rows] for part in (one, other)]
+    if masks[0] is None or masks[1] is None:
+        return Features(values=lam * values[0] + (1 - lam) * values[1]), labels[0], labels[1]
+    width = max(mask.shape[1] for mask in masks if mask is not None)
+    longer = [pad(each, (0, 0, 0, width - each.shape[1])) for each in values]
+    inside = [pad(mask[:rows], (0, width - mask.shape[1])) for mask in masks if mask is not None]
+    if labels[0].dim() == 2:
+        labels = [pad(each, (0, width - each.shape[1]), value=IGNORED) for each in labels]
+    mixed = Features(values=lam * longer[0] + (1 - lam) * longer[1], mask=inside[0] | inside[1])
+    return mixed, labels[0], labels[1]
+
+
+@message
+class LocFedMixState:
+    round: int
+    rounds: int
+    seed: int
+    longest: int  # tokens of a text, 1 for arrays
+    model: Any  # as `Halves.join` gives it
+    decoder: Tensors  # of all devices, on the devices only while they train
+
+
+@method("locfedmix")
+@dataclass(frozen=True)
+class LocFedMix:
+    """Split learning in which devices keep what features say of inputs, and the server sees mixtures of devices."""
+
+    models: ClassVar[tuple[str, ...]] = ("transformer", "net")
+    reconstruction: float = 1.0  # weight of the decoder's loss in a device's; 0: nothing is read back
+    decoder_width: int = 16  # channels of the decoder inside
+    mixup: float = 1.0  # alpha of the Beta distribution of lam; 0: nothing is mixed
+    cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
+    rank: int = 8  # of the adapters; nets train all weights
+    scale: float = 2.0  # alpha / rank
+    steps: int = 20  # tau: iterations of a round, one optimiser step in each half
+    batch: int = 32  # rows of a device in one of them
+    optimiser: Literal["sgd", "adamw"] = "adamw"
+    learning_rate: float = 2e-4
+    decay: float = 0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
+    lowest: float = 0.0  # below which it does not fall
+    weight_decay: float = 0.1
+    clip: float = 1.0  # of the gradient's norm in each half; 0: never
+    precision: Precision = "fp16"  # of features and gradients on the wire
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        return cls(cut=1, rank=4, steps=3, batch=16, learning_rate=2e-2)
+
+    def check(self, task: Task) -> None:
+        check_split(self, task)
+        for name in ("reconstruction", "mixup"):
+            if not 0 <= getattr(self, name) < np.inf:
+                raise BadInput(f"method.{name} is {getattr(self, name)}, but it cannot be negative or infinite")
+        if self.decoder_width < 1:
+            raise BadInput(f"method.decoder_width is {self.decoder_width}, but at least 1 is needed")
+
+    def start(self, task: Task, rng: np.random.Generator) -> LocFedMixState:
+        first = first_state(self, task, rng)
+        decoded = self._cutting(task.base).of(task.base)
+        return LocFedMixState(**vars(first), decoder=decoded.start(rng))
+
+    def round(self, state: LocFedMixState, fleet: Fleet) -> LocFedMixState:
+        now, rows = opened(self, state, fleet), rows_of(fleet)
+        extra = mixup(now.halves, rows, self.mixup) if self.mixup else None
+        top = Weighted(now.halves, now.top, now.optimising, rows, gradients=bool(now.bottom), extra=extra)
+        if self.reconstruction and now.bottom:  # a bottom that is frozen cannot be helped by reading back
+            orders, works = self._reading(now, state, fleet), Works(begin_reading, step_reading, end_reading)
+        else:
+            batches = rooms(fleet, now.halves, self.batch, state.longest)
+            orders, works = {device: now.begin(batch) for device, batch in batches.items()}, Works()
+        played = play(fleet, orders, self.steps, top, now.seed, works)
+        noted(fleet, played)
+        weights = averaged(played.bottoms, rows)
+        return replace(
+            state,
+            round=state.round + 1,
+            model=now.halves.join(bare(weights), top.finish(rows)),
+            decoder=state.decoder | decoder(weights),
+        )
+
+    def deploy(self, state: LocFedMixState, device: DeviceId | None = None) -> Any:
+        return state.model
+
+    def unpruned(self, state: LocFedMixState) -> Any:
+        return state.model
+
+    def _reading(self, now: Opened, state: LocFedMixState, fleet: Fleet) -> dict[DeviceId, ReadingOrder]:
+        batches = rooms(fleet, self._cutting(fleet.base).of(fleet.base), self.batch, state.longest)
+        weights = now.bottom | state.decoder
+        return {
+            device: ReadingOrder(begin=now.begin(batch, weights), width=self.decoder_width, weight=self.reconstruction)
+            for device, batch in batches.items()
+        }
+
+    def _cutting(self, base: Any) -> DecodedCutting:
+        return DecodedCutting(cutting=cutting_of(self, base), width=self.decoder_width, weight=self.reconstruction)

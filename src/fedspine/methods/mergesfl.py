@@ -1,0 +1,265 @@
+"""MergeSFL: split learning in which the server trains one top on all devices' features merged into one batch.
+
+Liao, Xu, Xu, Yao, Wang and Qiao 2024, "MergeSFL: Split Federated Learning with Feature Merging and Batch Size
+Regulation", ICDE (arXiv:2311.13348). Batches are regulated to the devices' pace, devices chosen for the labels that the
+merged batch will hold. Departures, and what it becomes for transformers with LoRA: docs/methods/mergesfl.md.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+
+from fedspine.device import Device, DeviceId, on_device
+from fedspine.errors import BadInput
+from fedspine.fleet import AllLost, Fleet, Profile
+from fedspine.message import message
+from fedspine.method import method
+from fedspine.methods.splitting import (
+    MODEL_CUT,
+    Opened,
+    averaged,
+    check_split,
+    cutting_of,
+    first_state,
+    noted,
+    opened,
+)
+from fedspine.planning.labels import distribution
+from fedspine.planning.regulate import rows_that_fit
+from fedspine.planning.split_plan import Candidates, Selection, SplitControl, SplitLimits, plan_split
+from fedspine.planning.workers import WorkerState, costs, observed, took_part
+from fedspine.split.body import MergedBody, play_around
+from fedspine.split.device import Begin
+from fedspine.split.halves import Halves
+from fedspine.split.rounds import Played, play
+from fedspine.split.server import Copies, InTurn, Merged, ServerStep
+from fedspine.split.wire import Precision, row_bytes
+from fedspine.task import Task
+
+FULL_BATCHES = 10  # that the server takes in one iteration, where no budget is set
+LENGTHS = 10  # buckets of text length, which stand for labels where there are none
+PLANNING, SERVER = 601, 602  # purposes of random streams
+
+
+@message
+class Look:
+    """Say what labels you hold."""
+
+    classes: int  # 0: the task has none, so count lengths, up to `longest` tokens
+    longest: int
+
+
+@message
+class Looked:
+    shares: np.ndarray  # float64 [classes]: V_i
+
+
+@on_device
+def look(device: Device, order: Look) -> Looked:
+    if order.classes:
+        return Looked(shares=distribution(device.data.labels, order.classes))
+    buckets = np.minimum(device.data.lengths * LENGTHS // (order.longest + 1), LENGTHS - 1)
+    return Looked(shares=distribution(buckets, LENGTHS))
+
+
+@message
+class MergeSflState:
+    round: int
+    rounds: int
+    seed: int
+    model: Any  # as `Halves.join` gives it
+    classes: int
+    longest: int  # tokens of a text, 1 for arrays
+    labels: dict[str, np.ndarray]  # V_i of the devices that were ever asked
+    workers: dict[str, WorkerState]  # of the devices that ever completed a round
+
+
+@method("mergesfl")
+@dataclass(frozen=True)
+class MergeSfl:
+    """One top, one step per iteration on the merged features; the control is the paper's, each part can be left out."""
+
+    models: ClassVar = ("transformer", "net")
+    cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
+    rank: int = 8  # of the adapters; nets train all weights
+    scale: float = 2.0  # alpha / rank
+    steps: int = 20  # tau: iterations of a round, one optimiser step in each half
+    batch: int = 32  # D: rows of the fastest device in one of them
+    fewest: int = 5  # m_min: devices of a round
+    most: int = 20  # m_max
+    budget_rows: int = 0  # features that the server takes in one iteration; 0: ten full batches
+    budget_bytes: float = 0.0  # the same in bytes, if above 0
+    divergence: float = 0.05  # eps: nats between the merged labels and the fleet's
+    keep: float = 0.8  # a: share of the old average when a device's pace is measured again
+    merging: Literal["merged", "in-turn", "copies"] = "merged"  # without: a step per device, or averaged tops
+    selection: Selection = "genetic"  # or "random"
+    regulate: bool = True  # batches in proportion to pace; else equal ones
+    fine_tune: bool = True  # batches for the labels' sake
+    rescale: bool = True  # gradients as of a device's own mean loss
+    bottom_weights: Literal["batch", "uniform"] = "batch"
+    lr_scaling: Literal["none", "linear"] = "none"  # a device's rate in proportion to its batch
+    labels_stay: bool = False  # U-shape: labels and the task head stay on the devices
+    optimiser: Literal["sgd", "adamw"] = "adamw"
+    learning_rate: float = 2e-4
+    decay: float = 0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
+    lowest: float = 0.0  # below which it does not fall
+    weight_decay: float = 0.1
+    clip: float = 1.0  # of the gradient's norm in each half; 0: never
+    precision: Precision = "fp16"  # of features and gradients on the wire
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        return cls(cut=1, rank=4, steps=4, batch=16, learning_rate=2e-2)
+
+    def check(self, task: Task) -> None:
+        check_split(self, task)
+        if self.batch > len(task.train):
+            raise BadInput(f"method.batch is {self.batch}, but all devices together hold {len(task.train)} rows")
+        if min(self.budget_rows, self.budget_bytes) < 0 or not 0 <= self.keep < 1:
+            raise BadInput(
+                "method.budget_rows and budget_bytes of at least 0 and method.keep from 0 to below 1 were expected, "
+                f"{self.budget_rows}, {self.budget_bytes} and {self.keep} came"
+            )
+        if self.labels_stay and self.merging != "merged":
+            raise BadInput(f"method.labels_stay needs merged features; method.merging is {self.merging!r}")
+        self._limits(cutting_of(self, task.base).of(task.base), task.max_tokens)
+
+    def start(self, task: Task, rng: np.random.Generator) -> MergeSflState:
+        return MergeSflState(
+            **vars(first_state(self, task, rng)),
+            classes=len(task.label_names),
+            labels={},
+            workers={},
+        )
+
+    def round(self, state: MergeSflState, fleet: Fleet) -> MergeSflState:
+        now = opened(self, state, fleet)
+        labels = self._labels(state, fleet)
+        batches = self._planned(replace(state, labels=labels), now, fleet)
+        orders = {device: self._order(now, rows) for device, rows in batches.items()}
+        played, top = self._played(now, fleet, orders)
+        noted(fleet, played)
+        fleet.note(loss=played.loss, stayed=len(played.bottoms))
+        weights = self._weights(played)
+        return replace(
+            state,
+            round=state.round + 1,
+            model=now.halves.join(averaged(played.bottoms, weights), top),
+            labels=labels,
+            workers=state.workers | self._measured(state, played),
+        )
+
+    def deploy(self, state: MergeSflState, device: DeviceId | None = None) -> Any:
+        return state.model
+
+    def unpruned(self, state: MergeSflState) -> Any:
+        return state.model
+
+    # --- the control ---
+
+    def _labels(self, state: MergeSflState, fleet: Fleet) -> dict[str, np.ndarray]:
+        """V_i of all devices known, those asked now for the first time among them."""
+        if self.labels_stay:  # then nobody may know them: all count as alike
+            return state.labels | {profile.id: np.ones(1) for profile in fleet.devices}
+        unknown = [profile.id for profile in fleet.devices if profile.id not in state.labels]
+        order = Look(classes=state.classes, longest=state.longest)
+        replies = fleet.ask(look, dict.fromkeys(unknown, order)) if unknown else []
+        labels = state.labels | {reply.device: reply.value.shares for reply in replies}
+        if not any(profile.id in labels for profile in fleet.devices):
+            raise AllLost(f"of {len(unknown)} devices asked, {len(replies)} replied and none can be used")
+        return labels
+
+    def _planned(self, state: MergeSflState, now: Opened, fleet: Fleet) -> dict[DeviceId, int]:
+        """Which devices take part, and with how many rows in each iteration."""
+        rooms = {profile.id: self._room(profile, state, now.halves) for profile in fleet.devices}
+        for device in (device for device, rows in rooms.items() if not rows):
+            fleet.note(device=device, left_out="one row does not fit its memory")
+        able = [device for device, rows in rooms.items() if rows and device in state.labels]
+        if not able:
+            raise AllLost(f"of {len(rooms)} devices none has the memory for one row of the bottom; choose a lower cut")
+        known = [state.workers.get(device) for device in able]
+        paces = costs(known)
+        # everybody waits for one that is slower than thought, nobody for one that is faster
+        paces[[worker is None for worker in known]] = paces.max()
+        candidates = Candidates(
+            cost=paces,
+            labels=np.stack([state.labels[device] for device in able]),
+            most=np.array([rooms[device] for device in able]),
+            rounds=np.array([0 if worker is None else worker.rounds for worker in known]),
+        )
+        control = SplitControl(select=self.selection, regulate=self.regulate, tune=self.fine_tune)
+        limits = self._limits(now.halves, state.longest)
+        plan = plan_split(candidates, limits, np.random.default_rng([now.seed, PLANNING]), control)
+        fleet.note(merged_kl=plan.divergence, merged_rows=plan.rows, waiting_planned=plan.waiting)
+        return {able[i]: int(rows) for i, rows in zip(plan.chosen, plan.batches, strict=True)}
+
+    def _limits(self, halves: Halves, longest: int) -> SplitLimits:
+        feature_bytes = row_bytes(halves.feature_shape(longest), self.precision)
+        rows = self.budget_rows or FULL_BATCHES * self.batch
+        return SplitLimits(
+            largest_batch=self.batch,
+            fewest=self.fewest,
+            most=self.most,
+            feature_bytes=feature_bytes,
+            budget_bytes=self.budget_bytes or rows * feature_bytes,
+            divergence=self.divergence,
+        )
+
+    def _room(self, profile: Profile, state: MergeSflState, halves: Halves) -> int:
+        """Rows that a device's data and memory allow in a batch, 0 where not even one fits."""
+        at_most = min(self.batch, profile.examples)
+        return rows_that_fit(
+            lambda rows: halves.memory_bytes("bottom", rows, state.longest), profile.memory_bytes, at_most
+        )
+
+    def _measured(self, state: MergeSflState, played: Played) -> dict[str, WorkerState]:
+        """The pace of the devices that stayed to the end, whose round counts."""
+        return {
+            device: took_part(observed(state.workers.get(device), compute_seconds=progress.row_seconds, keep=self.keep))
+            for device, progress in played.progress.items()
+        }
+
+    # --- the training ---
+
+    def _order(self, now: Opened, rows: int) -> Begin:
+        order = now.begin(rows)
+        if self.lr_scaling == "none":
+            return order
+        scaled = replace(order.optimising, learning_rate=order.optimising.learning_rate * rows / self.batch)
+        return replace(order, optimising=scaled)
+
+    def _played(self, now: Opened, fleet: Fleet, orders: Mapping[DeviceId, Begin]) -> tuple[Played, Any]:
+        """The round, and the top that came of it."""
+        if self.labels_stay:
+            return self._played_around(now, fleet, orders)
+        server = self._server(now)
+        played = play(fleet, orders, self.steps, server, now.seed)
+        return played, server.finish(self._weights(played))
+
+    def _played_around(self, now: Opened, fleet: Fleet, orders: Mapping[DeviceId, Begin]) -> tuple[Played, Any]:
+        """The U-shape: the server trains the middle, each device its own copy of the end."""
+        ending = {name: tensor for name, tensor in now.top.items() if name in now.halves.ends}
+        orders = {device: now.with_ending(order, ending) for device, order in orders.items()}
+        body = {name: tensor for name, tensor in now.top.items() if name not in ending}
+        server = MergedBody(now.halves, body, now.optimising, rescale=self.rescale, gradients=bool(now.bottom))
+        played = play_around(fleet, orders, self.steps, server, now.seed)
+        return played, server.finish() | averaged(played.endings, self._weights(played))
+
+    def _server(self, now: Opened) -> ServerStep:
+        gradients = bool(now.bottom)
+        match self.merging:
+            case "merged":
+                return Merged(now.halves, now.top, now.optimising, rescale=self.rescale, gradients=gradients)
+            case "in-turn":
+                return InTurn(now.halves, now.top, now.optimising, gradients=gradients)
+            case "copies":
+                return Copies(now.halves, now.top, now.optimising, every_iteration=True, gradients=gradients)
+
+    def _weights(self, played: Played) -> dict[DeviceId, float]:
+        """How much each bottom counts: by the labels it was trained on, d_i/Q of Eq. 17, or all alike."""
+        if self.bottom_weights == "uniform":
+            return dict.fromkeys(played.progress, 1.0)
+        return {device: float(progress.counted) for device, progress in played.progress.items()}

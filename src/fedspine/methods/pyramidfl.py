@@ -1,0 +1,259 @@
+"""PyramidFL: the server asks useful and fast devices, those with time left train more, and small updates are thinned out.
+
+Li et al. 2022, "PyramidFL: A Fine-grained Client Selection Framework for Efficient Federated Learning", MobiCom 2022
+(10.1145/3495243.3517017), as reconstructed in section 13 of the MergeSFL notes. Departures: docs/methods/pyramidfl.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+
+from fedspine.device import Device, DeviceId, on_device
+from fedspine.errors import BadInput
+from fedspine.fleet import Fleet, Profile, Reply
+from fedspine.message import Tensors, message
+from fedspine.method import method, usable
+from fedspine.methods.whole import (
+    Training,
+    check_whole,
+    cutting_of,
+    model_of,
+    train_whole,
+    training_at,
+    weights_of,
+    with_memory,
+)
+from fedspine.planning import pace
+from fedspine.planning.oort import Seen, Selecting, dropped, select, steps_with_slack
+from fedspine.task import Task
+from fedspine.tensors import average, single
+
+MEMORY = 0.9  # what an old time still counts after a new one
+CHOICE = 1  # the purpose of a random stream
+
+
+@message
+class PyramidOrder:
+    weights: Tensors  # all that is trained, fp32
+    training: Training
+    drop: float  # share of each tensor of the update that stays on the device
+
+
+@message
+class PyramidResult:
+    update: Tensors  # fp32, of each tensor's change the entries that `kept` names, one after another
+    seed: int  # of `kept`
+    loss: float  # mean over the last steps
+    reward: float  # rows times the root of the mean squared loss
+    norm: float  # of the whole change
+    examples: int
+
+
+@on_device
+def train_and_thin(device: Device, order: PyramidOrder) -> PyramidResult:
+    before = single(order.weights)
+    lesson = train_whole(device, before, order.training)
+    change = {name: lesson.weights[name] - tensor for name, tensor in before.items()}
+    seed = int(device.rng.integers(2**31))
+    losses = np.concatenate(lesson.losses)
+    return PyramidResult(
+        update={name: tensor[kept(seed, name, tensor, order.drop)] for name, tensor in change.items()},
+        seed=seed,
+        loss=lesson.ended,
+        reward=len(device.data) * float(np.sqrt(np.mean(losses**2))),
+        norm=float(torch.stack([tensor.square().sum() for tensor in change.values()]).sum().sqrt()),
+        examples=len(device.data),
+    )
+
+
+def kept(seed: int, name: str, tensor: torch.Tensor, drop: float) -> torch.Tensor:
+    """Which entries of a tensor are sent, bool of its shape: each with the chance 1 - `drop`."""
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *name.encode()])))
+    return torch.from_numpy(rng.random(tuple(tensor.shape), dtype=np.float32) >= drop)
+
+
+def whole_update(result: PyramidResult, like: Tensors, drop: float) -> Tensors:
+    """The change as the server knows it, with zeros for what was not sent."""
+    change = {}
+    for name, tensor in like.items():
+        change[name] = torch.zeros_like(tensor)
+        change[name][kept(result.seed, name, tensor, drop)] = result.update[name]
+    return change
+
+
+@message
+class PyramidState:
+    round: int
+    rounds: int
+    seed: int
+    max_tokens: int
+    model: Any
+    seen: dict[str, Seen]  # of every device that has replied
+    times: dict[str, np.ndarray]  # what its rounds took, as `planning.pace` keeps it
+
+
+@method("pyramidfl")
+@dataclass(frozen=True)
+class PyramidFL:
+    """Selection by loss and speed, more work where there is slack, thinner updates where they are small."""
+
+    models: ClassVar[tuple[str, ...]] = ("transformer", "net")
+
+    participants: int = 10  # devices of a round, chosen from those that the fleet offers
+    explore: float = 0.9  # share of them that was never asked, in the first round
+    explore_keep: float = 0.95  # what is left of that share, each round
+    explore_least: float = 0.2
+    cut_off: float = 0.7  # devices below this share of the last chosen one's score are not considered
+    reward_clip: float = 0.95  # quantile of the rewards above which they count alike
+    patience: float = 0.5  # quantile of the devices' times above which a device counts as slow
+    penalty: float = 2.0  # power by which longer times count
+    slack: bool = True  # whether fast devices train more
+    drop_least: float = 0.1  # of the update with the largest norm: what is left out of each tensor
+    drop_most: float = 0.5  # of the one with the smallest
+    steps: int = 42  # optimiser steps of a device in a round, without slack
+    batch: int = 64  # rows of one step
+    optimiser: Literal["sgd", "adamw"] = "sgd"  # fresh in every round, without momentum
+    learning_rate: float = 0.1
+    decay: float = 0.993  # of the learning rate, each round; 0: it falls linearly to zero
+    lowest: float = 0.005  # learning rate that decay does not go below
+    weight_decay: float = 0.0
+    clip: float = 0.0  # of the gradient's norm; 0: never
+    rank: int = 8  # of the adapters of a transformer
+    scale: float = 2.0  # alpha / rank of them
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        return cls(steps=8, batch=16, optimiser="adamw", learning_rate=2e-2, rank=4, clip=1.0)
+
+    def check(self, task: Task) -> None:
+        check_whole(self, task)
+        if self.participants < 1:
+            raise BadInput(f"method.participants is {self.participants}, but at least 1 is needed")
+        for name in ("explore", "explore_keep", "explore_least", "cut_off", "reward_clip", "patience"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInput(f"method.{name} is {getattr(self, name)}, but a share from 0 to 1 was expected")
+        if self.penalty < 0:
+            raise BadInput(f"method.penalty is {self.penalty}, but it cannot be negative")
+        if not 0 <= self.drop_least <= self.drop_most < 1:
+            raise BadInput(
+                f"method.drop_least and drop_most are {self.drop_least} and {self.drop_most}, but they must rise, from 0 "
+                "to below 1"
+            )
+
+    def start(self, task: Task, rng: np.random.Generator) -> PyramidState:
+        halves = cutting_of(self, task.base).of(task.base)
+        return PyramidState(
+            round=0,
+            rounds=task.rounds,
+            max_tokens=task.max_tokens,
+            model=halves.join(*halves.start(rng)),  # before the seed, so that it is FedAvg's
+            seed=int(rng.integers(2**31)),
+            seen={},
+            times={},
+        )
+
+    def round(self, state: PyramidState, fleet: Fleet) -> PyramidState:
+        halves = cutting_of(self, fleet.base).of(fleet.base)
+        weights = single(weights_of(halves, state.model))
+        able = with_memory(fleet, halves, self.batch, state.max_tokens)
+        orders = self._orders(state, self._chosen(state, able), weights, fleet.base)
+        replies = usable(fleet.ask(train_and_thin, orders), fleet)
+        for reply in replies:
+            order = orders[reply.device]
+            fleet.note(device=reply.device, loss=reply.value.loss, steps=order.training.steps, dropped=order.drop)
+        change = average(
+            (reply.value.examples, whole_update(reply.value, weights, orders[reply.device].drop)) for reply in replies
+        )
+        return replace(
+            state,
+            round=state.round + 1,
+            model=model_of(halves, state.model, {name: tensor + change[name] for name, tensor in weights.items()}),
+            seen=state.seen | {reply.device: _seen(reply, state.round + 1) for reply in replies},
+            times=state.times | {reply.device: self._timed(state, reply, orders[reply.device]) for reply in replies},
+        )
+
+    def deploy(self, state: PyramidState, device: DeviceId | None = None) -> Any:
+        return state.model
+
+    def unpruned(self, state: PyramidState) -> Any:
+        return state.model
+
+    # --- who does what ---
+
+    def _chosen(self, state: PyramidState, able: Sequence[Profile]) -> list[Profile]:
+        forecast = Forecast(state.times)
+        names = select(
+            {device.id: device.examples for device in able},
+            state.seen,
+            {device: forecast.seconds(device, work=1.0, drop=self.drop_least) for device in state.seen},
+            state.round + 1,
+            Selecting(
+                participants=self.participants,
+                explore=self.explore,
+                explore_keep=self.explore_keep,
+                explore_least=self.explore_least,
+                cut_off=self.cut_off,
+                clip=self.reward_clip,
+                patience=self.patience,
+                penalty=self.penalty,
+            ),
+            np.random.default_rng([state.seed, CHOICE, state.round]),
+        )
+        return [device for device in able if device.id in names]
+
+    def _orders(
+        self, state: PyramidState, chosen: Sequence[Profile], weights: Tensors, base: Any
+    ) -> dict[DeviceId, PyramidOrder]:
+        usual, forecast = training_at(self, base, state.round, state.rounds), Forecast(state.times)
+        norms = [state.seen[device.id].norm if device.id in state.seen else None for device in chosen]
+        drops = dropped(norms, self.drop_least, self.drop_most)
+        seconds = [forecast.seconds(device.id, work=1.0, drop=drop) for device, drop in zip(chosen, drops, strict=True)]
+        orders = {}
+        for device, drop, needed in zip(chosen, drops, seconds, strict=True):
+            steps = self.steps
+            if self.slack:
+                passes = -(-device.examples // self.batch)
+                taken = forecast.work_seconds(device.id) * passes / self.steps
+                steps = steps_with_slack(self.steps, max(seconds) - needed, taken, passes)
+            orders[device.id] = PyramidOrder(weights=weights, training=replace(usual, steps=steps), drop=drop)
+        return orders
+
+    def _timed(self, state: PyramidState, reply: Reply[PyramidResult], order: PyramidOrder) -> np.ndarray:
+        before = state.times.get(reply.device, pace.no_evidence())
+        work, traffic = order.training.steps / self.steps, _traffic(order.drop)
+        return pace.observe(before, sparsity=1 - work, rank=traffic, seconds=reply.cost.seconds, discount=MEMORY)
+
+
+def _seen(reply: Reply[PyramidResult], round: int) -> Seen:
+    return Seen(reward=reply.value.reward, norm=reply.value.norm, round=round)
+
+
+def _traffic(drop: float) -> float:
+    """Bytes of an exchange over those of one that drops nothing."""
+    return 1 - drop / 2
+
+
+class Forecast:
+    """What a round will take each device: seconds = a * work + b * traffic + c, as `planning.pace` fits it to its times.
+
+    Pace's features are there for others to fill: `1 - sparsity` is the work here, in usual rounds, and `rank` the traffic.
+    """
+
+    def __init__(self, times: Mapping[str, np.ndarray]) -> None:
+        self._times = times
+        self._fleet = sum(times.values(), pace.no_evidence())
+
+    def seconds(self, device: DeviceId, *, work: float, drop: float) -> float:
+        """Of a round of `work` usual rounds' steps; 0 where nothing is known of any device."""
+        return pace.predicted(self._of(device), sparsity=1 - work, rank=_traffic(drop))
+
+    def work_seconds(self, device: DeviceId) -> float:
+        """Of a usual round's steps alone."""
+        return float(self._of(device)[0])
+
+    def _of(self, device: DeviceId) -> np.ndarray:
+        return pace.coefficients(self._times.get(device, pace.no_evidence()), self._fleet)

@@ -1,0 +1,177 @@
+"""Training a whole model on a device, for methods without a half on the server: both halves of a cut, one after another.
+
+So one method file serves transformers, where LoRA and the task head are trained, and nets, where everything is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+import torch
+
+from fedspine.device import Device
+from fedspine.errors import BadInput
+from fedspine.fleet import AllLost, Fleet, Profile
+from fedspine.lm.base import Base
+from fedspine.lm.lora import check_rank
+from fedspine.message import Tensors, message
+from fedspine.split.device import Cutting, rows_at
+from fedspine.split.halves import Halves
+from fedspine.split.trained import Optimising, Trained, check_optimising, learning_rate_at
+from fedspine.task import Task
+from fedspine.tensors import half, moved, single
+
+LAST = 5  # steps whose mean loss stands for where training ended
+Wire: TypeAlias = Literal["fp32", "fp16"]
+
+
+class WholeFields(Protocol):
+    """The hyper-parameters of training whole models that methods share."""
+
+    rank: int
+    scale: float
+    steps: int
+    batch: int
+    optimiser: Literal["sgd", "adamw"]
+    learning_rate: float
+    decay: float
+    lowest: float
+    weight_decay: float
+    clip: float
+
+
+@message
+class Training:
+    """How a device trains a whole model in one round."""
+
+    cutting: Cutting
+    optimising: Optimising
+    steps: int
+    batch: int  # rows of a step; all of the data where there are fewer
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What training gave: all weights by name, and every row's loss at each step before it was trained on."""
+
+    weights: Tensors
+    losses: tuple[np.ndarray, ...]  # one for each step, [rows]
+
+    @property
+    def ended(self) -> float:
+        """The mean of the last steps' mean losses, in nats; not finite where one of them is not."""
+        return float(np.mean([losses.mean() for losses in self.losses[-LAST:]]))
+
+
+def train_whole(device: Device, weights: Tensors, training: Training) -> Lesson:
+    """Train all weights of a model together; a loss that is not finite ends training at once and is in the lesson."""
+    base = device.base
+    halves = training.cutting.of(base)
+    under = Trained(moved(single(weights), base.device), training.optimising, halves.statistics)
+    seed, losses, tokens = int(device.rng.integers(2**31)), [], []
+    for step in range(training.steps):
+        rows = rows_at(len(device.data), training.batch, seed, step)
+        batch = device.data.batch(rows)
+        drawn = [int(part) for part in np.random.SeedSequence([seed, step]).generate_state(2)]
+        features = halves.bottom(under.weights, batch, seed=drawn[0])
+        found = halves.top(under.weights, features, batch["labels"], seed=drawn[1])
+        losses.append((found.total / found.counted.clamp(min=1)).detach().cpu().double().numpy())
+        tokens.append(1 if features.mask is None else features.mask.shape[1])
+        loss = found.mean
+        if not torch.isfinite(loss):
+            break
+        loss.backward()
+        under.step()
+    _account(device, halves, [len(rows) for rows in losses], tokens)
+    return Lesson(weights=moved(under.now(), torch.device("cpu")), losses=tuple(losses))
+
+
+def _account(device: Device, halves: Halves, rows: Sequence[int], tokens: Sequence[int]) -> None:
+    both = ("bottom", "top")
+    device.spend(
+        flops=sum(halves.flops(part, count, width) for count, width in zip(rows, tokens, strict=True) for part in both),
+        launches=len(rows) * sum(halves.launches(part) for part in both),
+        samples=sum(rows),
+        memory_bytes=memory_bytes(halves, max(rows), max(tokens)),
+    )
+
+
+def memory_bytes(halves: Halves, rows: int, tokens: int) -> int:
+    """What training both halves in one step needs."""
+    return sum(halves.memory_bytes(part, rows, tokens) for part in ("bottom", "top"))
+
+
+# --- the server's part ---
+
+
+def check_whole(fields: WholeFields, task: Task) -> None:
+    """Raise BadInput for settings of training whole models that cannot work."""
+    for name in ("steps", "batch", "rank"):
+        if getattr(fields, name) < 1:
+            raise BadInput(f"method.{name} is {getattr(fields, name)}, but at least 1 is needed")
+    for name in ("scale", "learning_rate"):  # which `lowest` would hide
+        if not getattr(fields, name) > 0:
+            raise BadInput(f"method.{name} is {getattr(fields, name)}, but a positive number is needed")
+    if fields.batch > len(task.train):
+        raise BadInput(
+            f"method.batch is {fields.batch}, but all devices together hold {len(task.train)} rows; lower it"
+        )
+    if isinstance(task.base, Base):
+        check_rank("method.rank", (fields.rank,), task.base.anatomy)
+    for name in ("decay", "lowest"):
+        if not 0 <= getattr(fields, name) <= 1:
+            raise BadInput(f"method.{name} is {getattr(fields, name)}, but 0 to 1 was expected")
+    check_optimising(training_at(fields, task.base, 0, 1).optimising)
+    cutting_of(fields, task.base).of(task.base)
+
+
+def cutting_of(fields: WholeFields, base: Any) -> Cutting:
+    """Where a whole model is cut to be computed in two calls, which makes no difference to what is learnt."""
+    return Cutting(cut=base.default_cut, rank=fields.rank, scale=fields.scale)
+
+
+def training_at(fields: WholeFields, base: Any, round: int, rounds: int) -> Training:
+    """The settings of one round, counted from 0."""
+    return Training(
+        cutting=cutting_of(fields, base),
+        optimising=Optimising(
+            kind=fields.optimiser,
+            learning_rate=learning_rate_at(fields.learning_rate, round, rounds, fields.decay, fields.lowest),
+            weight_decay=fields.weight_decay,
+            clip=fields.clip,
+        ),
+        steps=fields.steps,
+        batch=fields.batch,
+    )
+
+
+def weights_of(halves: Halves, model: Any) -> Tensors:
+    """All that training changes of a model, by name."""
+    bottom, top = halves.parts(model)
+    return {**bottom, **top}
+
+
+def model_of(halves: Halves, like: Any, weights: Tensors) -> Any:
+    """The model with these weights; `like` is one of the same names."""
+    bottom, top = halves.parts(like)
+    return halves.join({name: weights[name] for name in bottom}, {name: weights[name] for name in top})
+
+
+def wired(weights: Tensors, wire: Wire) -> Tensors:
+    """Weights as they are sent."""
+    return half(weights) if wire == "fp16" else weights
+
+
+def with_memory(fleet: Fleet, halves: Halves, batch: int, tokens: int) -> tuple[Profile, ...]:
+    """The devices that have the memory to train; the others are noted. Raises AllLost where none has."""
+    able = []
+    for device in fleet.devices:
+        needed = memory_bytes(halves, min(batch, device.examples), tokens)
+        if needed <= device.memory_bytes:
+            able.append(device)
+        else:
+            fleet.note(device=device.id, left_out=f"{needed} bytes are needed, it has {device.memory_bytes}")
+    if not able:
+        raise AllLost("no device has the memory to train this model; lower method.batch or take a smaller task.model")
+    return tuple(able)

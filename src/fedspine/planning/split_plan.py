@@ -1,0 +1,183 @@
+"""A round's plan in split learning: which devices take part, and with how many rows in every iteration.
+
+MergeSFL (Liao et al. 2024, arXiv:2311.13348), its control module as reconstructed: batches regulated to the devices'
+pace, devices chosen for the labels of the merged batch, batches scaled up to what the server can take, and tuned to
+bring those labels nearer. The paper scales after tuning; here the tuning comes last, so that nothing moves the labels
+after it, and batches are rounded once. Where the paper's solver is not published, ours is named.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from fedspine.errors import BadInput
+from fedspine.planning.genetic import Search, any_workers, select
+from fedspine.planning.labels import divergence, merged, reference
+from fedspine.planning.regulate import regulate, scaled_up, waiting_share
+
+Selection: TypeAlias = Literal["genetic", "random"]
+PER_NAT = 1000.0  # what a nat of divergence beyond the limit weighs against a whole round's waiting
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The devices that may take part in a round, one entry each; raises ValueError for arrays that do not fit together."""
+
+    cost: Float[np.ndarray, " workers"]  # seconds that one row takes, compute and transfer; above 0
+    labels: Float[np.ndarray, "workers classes"]  # V_i: the share of each class in a device's rows
+    most: Int[np.ndarray, " workers"]  # rows that its data and its memory allow in one batch, at least 1
+    rounds: Int[np.ndarray, " workers"]  # K: in which it has taken part
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.cost), len(self.labels), len(self.most), len(self.rounds)}
+        if len(lengths) != 1 or lengths == {0}:
+            raise ValueError(f"one entry for each of at least one device was expected, {sorted(lengths)} came")
+        if not (self.cost.min() > 0 and np.isfinite(self.cost).all() and self.most.min() >= 1):
+            raise ValueError("finite costs above 0 and at least one row for each device were expected")
+        if self.labels.ndim != 2 or not np.allclose(self.labels.sum(axis=1), 1) or self.labels.min() < 0:
+            raise ValueError("shares of classes that sum to 1 for each device were expected")
+
+
+@dataclass(frozen=True)
+class SplitLimits:
+    """What binds every plan; raises BadInput for limits that no plan can meet."""
+
+    largest_batch: int = 64  # D: rows of the fastest device
+    fewest: int = 5  # m_min: devices of a round; fewer only where the budget has no room for them
+    most: int = 20  # m_max
+    feature_bytes: float = 1.0  # c: what one row's features take on the wire
+    budget_bytes: float = 640.0  # B: what the server can take in one iteration
+    divergence: float = 0.05  # eps: nats from the fleet's labels above which batches are tuned
+
+    def __post_init__(self) -> None:
+        if self.largest_batch < 1:
+            raise BadInput(f"the largest batch is {self.largest_batch}, but at least 1 row is needed")
+        if not 1 <= self.fewest <= self.most:
+            raise BadInput(
+                f"between {self.fewest} and {self.most} devices a round were asked for, but at least 1 is needed, and "
+                "no more as the fewest than as the most"
+            )
+        if not (self.feature_bytes > 0 and self.budget_rows >= 1):
+            raise BadInput(
+                f"the bandwidth budget is {self.budget_bytes:.0f} bytes an iteration, but one row's features take "
+                f"{self.feature_bytes:.0f}; raise the budget"
+            )
+        if not self.divergence >= 0:
+            raise BadInput(f"the divergence limit is {self.divergence}, but it cannot be negative")
+
+    @property
+    def budget_rows(self) -> int:
+        """Rows that the server can take in one iteration."""
+        return int(self.budget_bytes // self.feature_bytes)
+
+
+@dataclass(frozen=True)
+class SplitControl:
+    """Which parts of the control are on: all of them in MergeSFL, fewer in its ablations."""
+
+    select: Selection = "genetic"  # "random": devices whatever their labels
+    regulate: bool = True  # False: equal batches, about as large in all, which are not tuned either
+    tune: bool = True  # False: batches are not changed for the labels' sake
+    population: int = 20
+    generations: int = 20
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """What a round is to be, and what is expected of it."""
+
+    chosen: Int[np.ndarray, " chosen"]  # places among the candidates, ascending
+    batches: Int[np.ndarray, " chosen"]  # rows of each in every iteration
+    divergence: float  # nats of the merged labels from the fleet's; above the limit where nothing better was found
+    waiting: float  # share of an iteration that devices are expected to wait, on average
+
+    @property
+    def rows(self) -> int:
+        """Q: rows of the merged batch."""
+        return int(self.batches.sum())
+
+
+def plan_split(
+    workers: Candidates,
+    limits: SplitLimits,
+    rng: np.random.Generator,
+    control: SplitControl = SplitControl(),
+) -> SplitPlan:
+    """Choose devices and batches (Eq. 9 to 14); same arguments and generator, same plan.
+
+    The merged batch always fits the budget, no batch exceeds `limits.largest_batch` or the device's `most`, and all
+    have at least one row. Rounds of those chosen are not counted here, but when they complete one.
+
+    >>> alike = Candidates(np.ones(4), np.full((4, 2), 0.5), np.full(4, 100), np.zeros(4, int))
+    >>> plan = plan_split(alike, SplitLimits(largest_batch=8, fewest=4, most=4), np.random.default_rng(0))
+    >>> plan.chosen.tolist(), plan.batches.tolist(), plan.divergence, plan.waiting
+    ([0, 1, 2, 3], [8, 8, 8, 8], 0.0, 0.0)
+    """
+    most = np.minimum(workers.most, min(limits.largest_batch, limits.budget_rows))
+    batches = regulate(workers.cost, limits.largest_batch, most)
+    if not control.regulate:
+        batches = np.minimum(max(1, round(batches.mean())), most)
+    search = Search(batches, workers.labels, workers.rounds, limits.budget_rows, limits.fewest, limits.most)
+    match control.select:
+        case "genetic":
+            chosen = select(search, rng, population=control.population, generations=control.generations)
+        case "random":
+            chosen = any_workers(search, rng)
+    goal = Goal(workers.cost[chosen], workers.labels[chosen], reference(workers.labels), most[chosen], limits)
+    if control.regulate:
+        batches = scaled_up(goal.cost, limits.largest_batch, goal.most, limits.budget_rows, workers.cost.min())
+    else:
+        batches = np.minimum(min(limits.largest_batch, limits.budget_rows // len(chosen)), goal.most)
+    if control.regulate and control.tune:
+        batches = tuned(goal, batches)
+    return SplitPlan(
+        chosen=chosen,
+        batches=batches,
+        divergence=float(goal.divergence(batches)),
+        waiting=waiting_share(batches * goal.cost),
+    )
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the batches of the chosen devices are tuned for, and within."""
+
+    cost: Float[np.ndarray, " chosen"]
+    labels: Float[np.ndarray, "chosen classes"]
+    reference: Float[np.ndarray, " classes"]
+    most: Int[np.ndarray, " chosen"]
+    limits: SplitLimits
+
+    def divergence(self, batches: np.ndarray) -> np.ndarray:
+        """Of one plan or of many, [..., chosen]."""
+        return divergence(merged(batches, self.labels), self.reference)
+
+
+def tuned(goal: Goal, start: Int[np.ndarray, " chosen"]) -> Int[np.ndarray, " chosen"]:
+    """Batches whose merged labels keep the limit on divergence, with as little more waiting as a search by single rows finds.
+
+    In place of the paper's Lagrange dual (Eq. 14), ours: of all changes of one batch by one row, the best one, while there
+    is one that improves. Unchanged where `start` keeps the limit.
+    """
+    longest = (start * goal.cost).max()
+
+    def score(plans: np.ndarray) -> np.ndarray:
+        moved = (np.abs(plans - start) * goal.cost).mean(axis=-1) / longest
+        return PER_NAT * np.maximum(goal.divergence(plans) - goal.limits.divergence, 0) + moved
+
+    steps = np.concatenate([np.eye(len(start), dtype=np.int64), -np.eye(len(start), dtype=np.int64)])
+    batches, best = start, float(score(start))
+    while best > 0:
+        plans = batches + steps
+        plans = plans[
+            ((plans >= 1) & (plans <= goal.most)).all(axis=1) & (plans.sum(axis=1) <= goal.limits.budget_rows)
+        ]
+        if not len(plans):
+            break
+        scores = score(plans)
+        if scores.min() >= best:
+            break
+        batches, best = plans[scores.argmin()], float(scores.min())
+    return batches

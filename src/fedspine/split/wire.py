@@ -1,0 +1,98 @@
+"""Features and their gradients as they cross the wire: without padding, in fp32, fp16 or int8.
+
+Section 12 of the MergeSFL reconstruction: the split pays in bytes, so bytes are what this file saves. int8 is symmetric
+with one step per token (per row for arrays); fp16 has one power of two per message, because gradients are far below
+fp16's normal numbers. What is not finite stays so, for the server to see.
+"""
+
+import math
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fedspine.message import message
+from fedspine.split.halves import Features
+
+Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
+BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "int8": 1}  # of one number
+STEPS = 127  # of int8 on each side of zero
+LARGEST_EXPONENT = 15  # values are brought below 2^15, fp16 holds those below 2^16
+SMALL = 2**15  # labels below it fit int16
+
+
+@message
+class Wired:
+    """Features [rows, ...], or only the tokens of [rows, tokens, width], one after another."""
+
+    values: Tensor  # fp32, fp16 or int8 [tokens, width] or [rows, ...]
+    scale: Tensor | None  # fp32: what to multiply with, [1] for fp16, one for each of `values` for int8
+    mask: Tensor | None  # bool [rows, tokens] where `values` holds tokens; None for arrays, and on the way back
+
+
+def wired(features: Features, precision: Precision) -> Wired:
+    """Features as they are sent."""
+    values = features.values.detach().float()
+    flat = values if features.mask is None else values[features.mask.to(values.device)]
+    return _rounded(flat, precision, features.mask)
+
+
+def unwired(sent: Wired, mask: Tensor | None = None) -> Features:
+    """Features as they arrive, in fp32, with zeros as padding; `mask` says where the tokens of a gradient belong."""
+    values = sent.values.float()
+    if sent.scale is not None:
+        values = values * sent.scale.view(-1, *[1] * (values.dim() - 1))
+    mask = sent.mask if sent.mask is not None else mask
+    if mask is None:
+        return Features(values=values)
+    mask = mask.to(values.device)
+    padded = values.new_zeros(*mask.shape, *values.shape[1:])
+    padded[mask] = values
+    return Features(values=padded, mask=mask)
+
+
+def gradient_wired(gradient: Features, precision: Precision) -> Wired:
+    """A gradient as it is sent: the device knows which tokens it sent."""
+    sent = wired(gradient, precision)
+    return Wired(values=sent.values, scale=sent.scale, mask=None)
+
+
+def row_bytes(shape: tuple[int, ...], precision: Precision) -> int:
+    """Bytes of one row's features of this shape, [tokens, width] for text; the mask's bits and the header apart.
+
+    >>> row_bytes((128, 768), "fp16"), row_bytes((128, 768), "int8"), row_bytes((256, 4, 4), "fp32")
+    (196608, 98816, 16384)
+    """
+    scales = 4 * (shape[0] if len(shape) == 2 else 1) if precision == "int8" else 0
+    return math.prod(shape) * BYTES[precision] + scales
+
+
+def labels_wired(labels: Tensor) -> Tensor:
+    """Labels as they are sent, [rows] or [rows, tokens]: in int16 where they fit, as in the authors' count of bytes."""
+    return labels.to(torch.int16 if int(labels.max()) < SMALL else torch.int32)
+
+
+def labels_unwired(sent: Tensor) -> Tensor:
+    """Labels as a loss wants them."""
+    return sent.long()
+
+
+def _rounded(flat: Tensor, precision: Precision, mask: Tensor | None) -> Wired:
+    match precision:
+        case "fp32":
+            return Wired(values=flat, scale=None, mask=mask)
+        case "fp16":
+            # a power of two, so that nothing but the rounding to fp16 is lost
+            exponent = math.frexp(_finite_or(float(flat.abs().max()), 1.0))[1]
+            scale = 2.0 ** max(exponent - LARGEST_EXPONENT, -126)
+            return Wired(values=(flat / scale).half(), scale=flat.new_full((1,), scale), mask=mask)
+        case "int8":
+            # per token or row; a row of zeros keeps them at any step
+            scale = flat.flatten(1).abs().amax(1) / STEPS
+            steps = torch.where(scale > 0, scale, 1.0).view(-1, *[1] * (flat.dim() - 1))
+            values = (flat / steps).nan_to_num().round().to(torch.int8)
+            return Wired(values=values, scale=scale, mask=mask)
+
+
+def _finite_or(value: float, otherwise: float) -> float:
+    return value if math.isfinite(value) else otherwise

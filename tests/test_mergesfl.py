@@ -1,0 +1,352 @@
+"""MergeSFL as a whole: what it must equal, what its control does with devices and labels, and what it refuses."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from toy import KINDS, Lab, Spy, bits, toy_task
+
+from fedspine.errors import BadInput
+from fedspine.fleet import AllLost
+from fedspine.lm.lora import b_name
+from fedspine.lm.tune import losses_of
+from fedspine.methods.mergesfl import MergeSfl
+from fedspine.split.device import rows_at
+
+# plain SGD on what is sent unrounded, so that the split can be compared with no split
+PLAIN = MergeSfl(
+    cut=1,
+    rank=4,
+    steps=1,
+    batch=16,
+    optimiser="sgd",
+    learning_rate=0.3,
+    decay=1.0,
+    weight_decay=0.0,
+    clip=0.0,
+    precision="fp32",
+    budget_rows=80,
+)
+EPS = 2.0**-24  # half a unit in the last place of fp32, relative
+
+
+def run(bench, method, rounds=1):
+    """The state after some rounds, and all orders of batches by round: what each device was told to take."""
+    spies = []
+    state = bench.run(method, rounds=rounds, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    batches = [{id: order.batch for id, order in spy.orders if type(order).__name__ == "Begin"} for spy in spies]
+    return state, batches
+
+
+def started(method, bench):
+    """Both halves' weights at the start, as a lab's run makes them."""
+    return method.start(bench.task, np.random.default_rng([bench.seed, 1])).model
+
+
+def batch_of(bench, id, batch, asks, step):
+    """The inputs that a device takes at a step of a round that began with its ask number `asks`."""
+    index = bench.ids.index(id)
+    seed = int(np.random.default_rng((bench.seed, index, asks)).integers(2**31))
+    data = bench.task.train.take(bench.shares[index])
+    return data.batch(rows_at(len(data), batch, seed, step), int(data.lengths.max()))
+
+
+def trained(model):
+    """Copies of all that is trained, which want gradients."""
+    return {name: tensor.clone().requires_grad_() for name, tensor in {**model.adapter, **model.head}.items()}
+
+
+def centralised(bench, start, batches, *, steps=1, asks=1, rate=0.3):
+    """What SGD makes of the unsplit model on the union of all devices' batches."""
+    base, weights = bench.task.base, trained(start)
+    for step in range(steps):
+        parts = [batch_of(bench, id, batch, asks, step) for id, batch in batches.items()]
+        width = max(part["input_ids"].shape[1] for part in parts)
+        inputs = {name: torch.cat([_padded(name, part[name], width) for part in parts]) for name in parts[0]}
+        adapter = {name: weights[name] for name in start.adapter}
+        head = {name: weights[name] for name in start.head}
+        module = base.fit(dataclasses.replace(start, adapter=adapter, head=head))
+        losses_of(module, inputs, 1).sum().backward()
+        with torch.no_grad():
+            for leaf in weights.values():
+                leaf -= rate * leaf.grad
+                leaf.grad = None
+    return weights
+
+
+def _padded(name, tensor, width):
+    if tensor.dim() == 1:
+        return tensor
+    filling = -100 if name == "labels" else 0
+    return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=filling)
+
+
+def assert_same_step(found, expected, start, *, off=2e-5):
+    """Both moved the weights alike, but for rounding: sums of some 64 to 1000 products, one after another in 2 blocks.
+
+    A sum of n terms is off by sqrt(n) roundings of 2^-24 at most times the terms' size, here 32 of them, and the chain
+    from the loss to the first block has some ten such sums: 2e-5 of the largest entry. The weights themselves are
+    rounded 8 times: by both updates, and in an average of five by a product, four additions and a division.
+    """
+    after, before = {**found.adapter, **found.head}, {**start.adapter, **start.head}
+    moved = 0
+    for name, leaf in expected.items():
+        step = leaf.detach() - before[name]
+        moved += int(step.abs().max() > 0)
+        allowed = off * step.abs().max() + 8 * EPS * before[name].abs().max()
+        assert bool((after[name] - leaf.detach()).abs().max() <= allowed), name
+    assert moved >= len(expected) // 2  # an A factor gets no gradient while its B is zero
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_one_merged_step_is_one_centralised_step(lab, cut):
+    bench, method = lab(), dataclasses.replace(PLAIN, cut=cut)
+    start = started(method, bench)
+    state, (batches,) = run(bench, method)
+    assert len(batches) == len(KINDS)
+    assert_same_step(state.model, centralised(bench, start, batches), start)
+
+
+def test_so_it_is_with_unequal_batches(lab):
+    """In the second round batches follow the devices' pace; Eq. 17 weighs bottoms by them."""
+    bench = lab()
+    first = bench.run(PLAIN, rounds=1)
+    spy = Spy(bench.fleet)
+    bench.fleet.begin_round(1)
+    state = PLAIN.round(first, spy)
+    batches = {id: order.batch for id, order in spy.orders if type(order).__name__ == "Begin"}
+    assert len(set(batches.values())) > 2
+    # the first round's asks: the look, begin, end
+    assert_same_step(state.model, centralised(bench, first.model, batches, asks=3), first.model)
+
+
+def test_with_one_device_it_is_unsplit_sgd(lab):
+    bench, method = lab(kinds=("agx",)), dataclasses.replace(PLAIN, steps=4)
+    start = started(method, bench)
+    state, (batches,) = run(bench, method)
+    assert batches == {"agx-00": 16}
+    assert_same_step(state.model, centralised(bench, start, batches, steps=4), start, off=8e-5)  # of four steps
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_with_labels_that_stay_it_is_the_same_step(lab, cut):
+    """The head's gradient is averaged by batches, so the U-shape makes the same step as long as all start alike."""
+    bench, method = lab(), dataclasses.replace(PLAIN, labels_stay=True, cut=cut)
+    start = started(method, bench)
+    spies = []
+    state = bench.run(method, rounds=1, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    batches = {id: order.batch for id, order in spies[0].orders if type(order).__name__ == "Begin"}
+    assert_same_step(state.model, centralised(bench, start, batches, asks=0), start)  # there was no look
+    assert {getattr(value, "labels", None) for _, value in spies[0].results} == {None}
+
+
+def test_with_labels_that_stay_one_device_learns_as_unsplit(lab):
+    bench, method = lab(kinds=("agx",)), dataclasses.replace(PLAIN, steps=3, labels_stay=True)
+    start = started(method, bench)
+    state = bench.run(method, rounds=1)
+    expected = centralised(bench, start, {"agx-00": 16}, steps=3, asks=0)
+    assert_same_step(state.model, expected, start, off=6e-5)  # of three steps
+
+
+@pytest.fixture
+def lm_lab(decoder, tmp_path):
+    """A fleet that continues texts, on the tiny Llama."""
+    bench = Lab(toy_task(*decoder, rounds=2, kind="causal-lm"), tmp_path / "lm")
+    yield bench
+    bench.close()
+
+
+@pytest.mark.parametrize("labels_stay", [False, True])
+def test_language_models_count_tokens(lm_lab, labels_stay):
+    """Dispatch and averages go by labels counted, so that unequal texts still make one centralised step."""
+    bench = lm_lab
+    method = dataclasses.replace(PLAIN, learning_rate=0.1, labels_stay=labels_stay)
+    method.check(bench.task)
+    start = started(method, bench)
+    state, (batches,) = run(bench, method)
+    expected = centralised(bench, start, batches, asks=0 if labels_stay else 1, rate=0.1)
+    assert_same_step(state.model, expected, start)
+    if not labels_stay:
+        counted = {id: tuple(shares) for id, shares in state.labels.items()}
+        assert len(set(counted.values())) > 1  # lengths stand for labels
+        assert all(math.isclose(sum(shares), 1) for shares in counted.values())
+
+
+def test_linear_rates_with_uniform_weights_go_the_same_way(lab):
+    """Section 5 (b): eta d_i / D with plain averages is the centralised step of the bottom, shorter by Q / (D m)."""
+    plain = lab("plain")
+    first = plain.run(PLAIN, rounds=1)  # after which paces are known, and B factors are not zero
+    halves = plain.task.base.split(1, rank=4)
+    found = {}
+    for name, changed in (("a", {}), ("b", {"lr_scaling": "linear", "bottom_weights": "uniform"})):
+        bench = lab(name)
+        bench.run(PLAIN, rounds=1)
+        spy = Spy(bench.fleet)
+        bench.fleet.begin_round(1)
+        after = dataclasses.replace(PLAIN, **changed).round(first, spy)
+        batches = [order.batch for _, order in spy.orders if type(order).__name__ == "Begin"]
+        before = halves.parts(first.model)[0]
+        found[name] = {id: tensor - before[id] for id, tensor in halves.parts(after.model)[0].items()}
+    shorter = sum(batches) / (PLAIN.batch * len(batches))
+    assert shorter < 0.9
+    for name, step in found["a"].items():
+        # rounding as in assert_same_step, in both; no weight is above 0.2
+        allowed = 4e-5 * step.abs().max() + 16 * EPS * 0.2
+        assert bool((found["b"][name] - shorter * step).abs().max() <= allowed), name
+        assert step.abs().max() > 0
+
+
+def test_without_rescale_bottoms_move_by_their_share(lab):
+    halves = lab("x").task.base.split(1, rank=4)
+    steps = {}
+    for name, rescale in (("with", True), ("without", False)):
+        bench = lab(name)
+        method = dataclasses.replace(PLAIN, rescale=rescale)
+        start = halves.parts(started(method, bench))[0]
+        state, (batches,) = run(bench, method)
+        steps[name] = {id: tensor - start[id] for id, tensor in halves.parts(state.model)[0].items()}
+    assert set(batches.values()) == {16}
+    for name, step in steps["with"].items():
+        allowed = 4e-5 * step.abs().max() + 16 * EPS * 0.2  # as above
+        assert bool((steps["without"][name] - step / 5).abs().max() <= allowed)
+    assert max(step.abs().max() for step in steps["with"].values()) > 1e-3
+
+
+# --- the control ---
+
+
+def test_batches_follow_the_pace_that_was_measured(lab):
+    bench, method = lab(), dataclasses.replace(MergeSfl.toy(), batch=32, budget_rows=1000)
+    state, (first, second) = run(bench, method, rounds=2)
+    assert set(first.values()) == {32}  # nothing is known yet, so all count as alike
+    measured = {}
+    for row in bench.rows("exchange"):
+        if row["round"] == 0 and row["work"] == "step":
+            measured.setdefault(row["device"], []).append(row["seconds"] / first[row["device"]])
+    costs = {id: np.mean(seconds) for id, seconds in measured.items()}
+    fastest = min(costs, key=costs.get)
+    assert second[fastest] == 32
+    # Eq. 9 leaves nobody slower than the fastest at D, but for one row at least
+    for id, batch in second.items():
+        assert batch == 1 or batch * costs[id] <= 32 * costs[fastest] * (1 + 1e-9), id
+    (note,) = [row["values"] for row in bench.rows("note") if row["round"] == 1 and "merged_kl" in row["values"]]
+    assert note["merged_rows"] == sum(second.values())
+    assert 0 <= note["waiting_planned"] < 0.3
+    assert all(worker.rounds == 2 for worker in state.workers.values())
+
+
+def test_without_regulation_batches_are_equal(lab):
+    _, (_, second) = run(lab(), dataclasses.replace(MergeSfl.toy(), regulate=False), rounds=2)
+    assert len(set(second.values())) == 1
+
+
+def test_it_chooses_devices_for_their_labels(lab):
+    """Of a fleet whose devices hold one class each it takes all classes."""
+    bench = lab(kinds=("nx",) * 9)
+    labels = bench.task.train.labels
+    of_class = [np.flatnonzero(labels == i) for i in range(3)]
+    shares = tuple(of_class[i % 3][:20] for i in range(9))
+    bench.shares = shares
+    workshop = bench.workers._workshop
+    bench.workers._workshop = dataclasses.replace(workshop, shares=shares)
+    method = dataclasses.replace(MergeSfl.toy(), fewest=3, most=3, steps=1)
+    state, (batches,) = run(bench, method)
+    assert {bench.ids.index(id) % 3 for id in batches} == {0, 1, 2}
+    (note,) = [row["values"] for row in bench.rows("note") if "merged_kl" in row["values"]]
+    assert note["merged_kl"] < 1e-12
+    assert len(state.labels) == 9
+    assert set(state.workers) == set(batches)  # only they took part
+
+
+def test_labels_are_asked_for_once(lab):
+    bench = lab()
+    bench.run(MergeSfl.toy(), rounds=2)
+    looks = [row["round"] for row in bench.rows("exchange") if row["work"] == "look"]
+    assert looks == [0] * len(bench.ids)
+
+
+def test_a_device_without_memory_for_a_row_is_left_out(lab):
+    bench = lab()
+    halves = bench.task.base.split(1, rank=4)
+    needs = [halves.memory_bytes("bottom", rows, bench.task.max_tokens) for rows in (1, 7)]
+    small = {bench.ids[0]: needs[0] - 1, bench.ids[1]: needs[1]}
+
+    class Narrow(Spy):
+        @property
+        def devices(self):
+            return tuple(
+                dataclasses.replace(profile, memory_bytes=small.get(profile.id, profile.memory_bytes))
+                for profile in self._fleet.devices
+            )
+
+    spies = []
+    bench.run(MergeSfl.toy(), rounds=1, around=lambda fleet: spies.append(Narrow(fleet)) or spies[-1])
+    batches = {id: order.batch for id, order in spies[0].orders if type(order).__name__ == "Begin"}
+    assert bench.ids[0] not in batches
+    assert batches[bench.ids[1]] == 7
+    notes = [row["values"] for row in bench.rows("note") if "left_out" in row["values"]]
+    assert notes == [{"device": bench.ids[0], "left_out": "one row does not fit its memory"}]
+    small |= dict.fromkeys(bench.ids, 1)
+    with pytest.raises(AllLost, match="none has the memory"):
+        lab("none").run(MergeSfl.toy(), rounds=1, around=Narrow)
+
+
+def test_a_batch_is_never_larger_than_a_devices_data(lab):
+    _, (batches,) = run(lab("some"), dataclasses.replace(MergeSfl.toy(), batch=60, steps=1))
+    assert list(batches.values()) == [40, 50, 60, 60, 60]  # they hold 40, 50, 60, 70 and 80 rows
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"merging": "in-turn"},
+        {"merging": "copies"},
+        {"selection": "random"},
+        {"fine_tune": False},
+        {"bottom_weights": "uniform"},
+        {"precision": "int8"},
+        {"labels_stay": True},
+        {"optimiser": "sgd", "learning_rate": 0.3, "decay": 0.9, "lowest": 0.1},
+        {"cut": 0},
+    ],
+    ids=lambda changed: "-".join(f"{key}-{value}" for key, value in changed.items()),
+)
+def test_every_variant_learns_something_else(lab, task, changed):
+    plain = dataclasses.replace(MergeSfl.toy(), fewest=2, steps=2, batch=60)  # more than two of the devices hold
+    method = dataclasses.replace(plain, **changed)
+    method.check(task)
+    state = lab("changed").run(method, rounds=1)
+    other = lab("toy").run(plain, rounds=1)
+    assert all(torch.isfinite(tensor).all() for tensor in state.model.adapter.values())
+    moved = [
+        tensor.abs().max() for name, tensor in state.model.adapter.items() if name == b_name(name[: -len(".lora_B")])
+    ]
+    assert max(moved) > 0
+    if changed != {"fine_tune": False}:  # these devices' labels are near the fleet's, so there is nothing to tune
+        assert bits(state.model) != bits(other.model)
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"cut": 3}, "after block 3, but this model has 2 blocks"),
+        ({"cut": -2}, "after block -2"),
+        ({"budget_bytes": 1000.0}, "budget is 1000 bytes an iteration, but one row's features take 1024"),
+        ({"batch": 301}, "hold 300 rows"),
+        ({"batch": 0}, "at least 1"),
+        ({"steps": 0}, "at least 1"),
+        ({"budget_rows": -1}, "budget_rows"),
+        ({"keep": 1.0}, "keep"),
+        ({"fewest": 6, "most": 5}, "devices a round"),
+        ({"divergence": -0.1}, "negative"),
+        ({"labels_stay": True, "merging": "copies"}, "needs merged features"),
+        ({"rank": 100}, "rank"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_work_is_refused_before_the_first_round(task, changed, match):
+    with pytest.raises(BadInput, match=match):
+        dataclasses.replace(MergeSfl.toy(), **changed).check(task)
