@@ -12,6 +12,7 @@ jaxtyping.install_import_hook(["fedspine.lm", "fedspine.tensors"], "beartype.bea
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from flare_federation import federation, place  # noqa: E402, F401
 from hypothesis import settings  # noqa: E402
 from toy import Lab, toy_task  # noqa: E402
 

@@ -13,6 +13,8 @@ KERNEL = {"errors", "message", "device", "fleet", "task", "tensors", "method"}
 # what each part may import from fedspine; a part is a folder, or a file beside them
 ARROWS = {
     "errors": set(),
+    "schema": set(),
+    "strict": {"errors"},
     "message": set(),
     "device": {"message"},
     "fleet": {"device"},
@@ -22,18 +24,23 @@ ARROWS = {
     "method": {"device", "errors", "fleet", "tensors", "methods"},  # methods: found by name, when asked for
     "planning": {"errors", "message"},
     "data": {"errors", "task"},
-    "lm": {"data", "device", "errors", "message", "planning", "process", "task", "tensors"},
-    "methods": {"planning", "lm"} | KERNEL,
+    "lm": {"data", "device", "errors", "message", "planning", "process", "split", "task", "tensors"},
+    "split": {"device", "errors", "fleet", "message", "task", "tensors"},
+    "nets": {"errors", "lm", "message", "split", "task", "tensors"},
+    "methods": {"planning", "lm", "nets", "split"} | KERNEL,
     "records": {"errors"},
     "store": {"errors", "message"},
-    "fleets": {"lm", "records", "store"} | KERNEL - {"method"},
+    "fleets": {"data", "lm", "nets", "process", "records", "schema", "store", "strict"} | KERNEL,
     "recipes": set(),
-    "config": {"errors", "method", "recipes", "task"},
+    "config": {"errors", "method", "recipes", "strict", "task"},
     "report": {"errors"},
     "__init__": set(),
 }
 # the rest puts the parts together: it may import all of them, and no part above may import it
-TOGETHER = {"build", "cli", "compare", "export", "folder", "run", "scoring", "sweep", "__main__"}
+TOGETHER = {
+    *("build", "cli", "compare", "export", "fleet_cli", "fleet_demo", "folder", "run", "scoring", "sweep", "venue"),
+    "__main__",
+}
 
 
 def part_of(path):

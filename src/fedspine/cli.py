@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import fedspine
+from fedspine import fleet_cli
 from fedspine.errors import BadInput
 
 app = typer.Typer(
@@ -23,6 +24,8 @@ app = typer.Typer(
     help="Tune a pre-trained language model across many unequal devices, prune it while it tunes, and give each device "
     "a small model of its own. Start with: fedspine run",
 )
+
+app.add_typer(fleet_cli.app, name="fleet")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `fedspine run` made.")]
@@ -65,6 +68,12 @@ def run(
     out: Annotated[Path | None, typer.Option(help="New folder for results; default: runs/METHOD-N.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set run.seed=N.")] = None,
+    fleet: Annotated[
+        Path | None, typer.Option(metavar="KIT", help="Run at the sites of a real fleet; KIT is the operator's.")
+    ] = None,
+    sites: Annotated[int, typer.Option(help="With --fleet: begin when so many sites are connected.", min=1)] = 1,
+    quorum: Annotated[int, typer.Option(help="With --fleet: stop where fewer sites reply.", min=1)] = 1,
+    within: Annotated[float, typer.Option(help="With --fleet: seconds that a site has for one order.", min=1)] = 600.0,
     json: Json = False,
 ) -> None:
     """Fine-tune and prune across a simulated fleet; without a recipe, the embedded job (80 devices, MiniLM).
@@ -91,9 +100,10 @@ def run(
         if resume is None:
             wanted = config.load(recipe, settings, seed)
             folder = out or _free_folder(wanted.method.name)
-            summary = new_run(wanted, folder, progress)
+            summary = new_run(wanted, folder, progress, _venue(fleet, sites, quorum, within))
         else:
-            folder, summary = resume, go_on(resume, progress, _wanted(recipe, settings, seed, resume))
+            folder, wanted = resume, _wanted(recipe, settings, seed, resume)
+            summary = go_on(resume, progress, wanted, _venue(fleet, sites, quorum, within))
     except Stopped as stopped:
         _fail(str(stopped), stopped.exit_code)
     except KeyboardInterrupt:  # before the first round
@@ -103,6 +113,14 @@ def run(
         return
     progress.finished(summary_table(summary))
     print(f"report: {folder / 'report.html'}")
+
+
+def _venue(kit: Path | None, sites: int, quorum: int, within: float) -> Any:
+    """The sites that the user named, None for simulated devices."""
+    from fedspine.fleets.party import Patience
+    from fedspine.venue import RealSites
+
+    return None if kit is None else RealSites(kit, Patience(sites=max(sites, quorum), quorum=quorum, within=within))
 
 
 def _wanted(recipe: Path | None, settings: list[str] | None, seed: int | None, folder: Path) -> Any:

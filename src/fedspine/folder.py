@@ -11,6 +11,7 @@ from fedspine.errors import BadInput
 from fedspine.store import Store, write_atomically
 
 RECIPE, RECORDS, SUMMARY, STATE, FAILURE = "recipe.toml", "records.jsonl", "summary.json", "state", "failure.txt"
+FLEET = "fleet.json"  # of a run at real sites: how to reach them
 CACHE = "cache"  # what a run need not compute again; gone when it ends
 
 
@@ -24,7 +25,7 @@ def recipe_of(folder: Path) -> Recipe:
 
 def standing(folder: Path) -> dict[str, Any]:
     """A finished run's summary, or what is known so far of one that is not."""
-    from fedspine.fleets import simulated  # noqa: F401 - the messages in a saved state are known once it is imported
+    from fedspine.fleets import party, simulated  # noqa: F401 - which makes the messages in a saved state known
 
     recipe, summary = recipe_of(folder), summary_of(folder)
     if summary is not None:
@@ -40,7 +41,8 @@ def standing(folder: Path) -> dict[str, Any]:
     if saved is None:
         return known
     sums = {name: saved.state["sums"][name] for name in ("waiting_seconds", "bytes_up", "bytes_down")}
-    return known | sums | {"simulated_seconds": saved.fleet.now, "wall_seconds": saved.state["watch"]["before"]}
+    clock = "fleet" if (folder / FLEET).exists() else "simulated"
+    return known | sums | {f"{clock}_seconds": saved.fleet.now, "wall_seconds": saved.state["watch"]["before"]}
 
 
 def summary_of(folder: Path) -> dict[str, Any] | None:

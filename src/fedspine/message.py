@@ -7,6 +7,7 @@ keys, torch tensors, numpy arrays and other messages. Boolean tensors travel as 
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -169,7 +170,10 @@ def _decode_array(tensors: Tensors, name: str, rest: dict[str, Any]) -> "torch.T
     if "bits" not in rest:
         return tensor
     shape = rest["bits"]
-    bits = np.unpackbits(tensor.numpy(), count=int(np.prod(shape, dtype=np.int64)))
+    count = math.prod(shape)
+    if min(shape, default=0) < 0 or not 0 <= 8 * tensor.numel() - count < 8:  # else a few bytes could claim any size
+        raise NotAMessage(f"{tensor.numel()} bytes of bits cannot be of shape {str(shape)[:60]}")
+    bits = np.unpackbits(tensor.numpy(), count=count)
     return torch.from_numpy(bits.astype(bool).reshape(shape))
 
 

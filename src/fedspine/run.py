@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedspine.build import START, Built, around, build, cohort, simulate, workers_for
+from fedspine.build import START, Built, around, cohort, workers_for
 from fedspine.config import Recipe
 from fedspine.errors import BadInput
 from fedspine.fleet import AllLost
-from fedspine.fleets.simulated import SimulatedFleet, Totals
+from fedspine.fleets.rounds import RoundFleet, Totals
 from fedspine.fleets.workers import Workers
 from fedspine.folder import CACHE, FAILURE, RECORDS, STATE, SUMMARY, make, recipe_of, summary_of
 from fedspine.message import pack
@@ -27,6 +27,7 @@ from fedspine.report.progress import Progress, Standing
 from fedspine.report.tables import counted
 from fedspine.scoring import Deployment, marks, spread_out
 from fedspine.store import Saved, Store, write_atomically
+from fedspine.venue import RealSites, Simulation, Venue, venue_of
 
 
 class Stopped(RuntimeError):
@@ -58,7 +59,7 @@ class Job:
     workers: Workers
     store: Store
     records: Records
-    fleet: SimulatedFleet
+    fleet: RoundFleet
 
     @property
     def recipe(self) -> Recipe:
@@ -75,25 +76,34 @@ class Point:
     watch: Stopwatch = field(default_factory=Stopwatch)
 
 
-def new_run(recipe: Recipe, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Run a recipe into a new folder; returns the summary.
+def new_run(recipe: Recipe, folder: Path, progress: Progress, venue: Venue | None = None) -> dict[str, Any]:
+    """Run a recipe into a new folder, on simulated devices unless a venue is named; returns the summary.
 
     Raises BadInput for bad input, before the folder is made; Stopped where the run cannot go on.
     """
     if folder.exists():
         raise BadInput(f"output folder {folder} exists; choose another with --out, or go on with --resume {folder}")
+    venue = venue or Simulation()
     try:
         progress.stage("loading model and data")
-        built = build(recipe)
-        make(folder, recipe)
-        return _guarded(built, folder, progress)
+        built = venue.build(venue.fitted(recipe))
+        make(folder, built.recipe)
+        venue.remember(folder)
+        return _guarded(built, venue, folder, progress)
     finally:
+        venue.close()
         progress.close()
 
 
-def resume(folder: Path, progress: Progress, wanted: Recipe | None = None) -> dict[str, Any]:
-    """Go on with the run in `folder`; `wanted` is the recipe that the user named, which must be the folder's."""
-    recipe = recipe_of(folder)
+def resume(
+    folder: Path, progress: Progress, wanted: Recipe | None = None, sites: RealSites | None = None
+) -> dict[str, Any]:
+    """Go on with the run in `folder`; `wanted` is the recipe that the user named, which must be the folder's.
+
+    `sites` are needed only where a run at real sites is to reach them in another way than it began.
+    """
+    recipe, venue = recipe_of(folder), venue_of(folder, sites)
+    wanted = wanted and venue.fitted(wanted, begun=recipe)
     if wanted is not None and (difference := recipe.difference(wanted)):
         raise BadInput(
             f"the recipe differs from that of {folder}: {difference}; "
@@ -103,19 +113,20 @@ def resume(folder: Path, progress: Progress, wanted: Recipe | None = None) -> di
     try:
         if summary is None:
             progress.stage("loading model and data")
-            return _guarded(build(wanted or recipe), folder, progress)
+            return _guarded(venue.build(wanted or recipe), venue, folder, progress)
         if not (folder / REPORT).exists():  # killed between the two
             _wrap_up(folder)
         return summary
     finally:
+        venue.close()
         progress.close()
 
 
-def _guarded(built: Built, folder: Path, progress: Progress) -> dict[str, Any]:
+def _guarded(built: Built, venue: Venue, folder: Path, progress: Progress) -> dict[str, Any]:
     """Run, and turn whatever ends a run early into one line; the last saved round stays as it is."""
     store, workers = Store(folder / STATE), workers_for(built, folder / CACHE)
     try:
-        return _run(built, workers, store, folder, progress)
+        return _run(built, venue, workers, store, folder, progress)
     except BadInput:
         raise
     except KeyboardInterrupt:
@@ -143,13 +154,15 @@ def _kept(store: Store, folder: Path) -> str:
     return f"{kept}; go on with: fedspine run --resume {folder}"
 
 
-def _run(built: Built, workers: Workers, store: Store, folder: Path, progress: Progress) -> dict[str, Any]:
+def _run(
+    built: Built, venue: Venue, workers: Workers, store: Store, folder: Path, progress: Progress
+) -> dict[str, Any]:
     torch.set_num_threads(1)  # sums must not depend on how many cores there are
     keep_freed_memory()
     saved = store.open()
     records = Records(folder / RECORDS, saved.records if saved else 0)
     try:
-        job = Job(built, workers, store, records, simulate(built, workers, store, records))
+        job = Job(built, workers, store, records, venue.fleet(built, workers, store, records))
         recipe = built.recipe
         point = _begun(job) if saved is None else _restored(job, saved)
         title = f"{recipe.method.name}: {recipe.task.model} on {recipe.task.data}, {recipe.fleet.devices} devices"
@@ -203,6 +216,7 @@ def _rounds(job: Job, point: Point, progress: Progress) -> None:
             Standing(
                 round=point.round,
                 now=job.fleet.now,
+                clock=job.fleet.clock,
                 accuracy=found.get("accuracy"),
                 loss=found.get("loss"),
                 sparsity=found.get("sparsity"),
@@ -224,7 +238,7 @@ def _one_round(job: Job, point: Point) -> None:
     started = time.monotonic()
     totals = job.fleet.begin_round(point.round)
     everyone = job.fleet.devices
-    part = job.fleet.only(everyone[i].id for i in cohort(job.recipe, point.round))
+    part = job.fleet.only(everyone[i].id for i in cohort(job.recipe, point.round, len(everyone)))
     point.state = job.recipe.method.round(point.state, around(job.recipe, part))
     seconds = time.monotonic() - started
     point.watch.training += seconds
@@ -267,7 +281,7 @@ def _summary(job: Job, point: Point) -> dict[str, Any]:
             "devices_scored": found.pop("devices"),
             "test_rows": rows,
             **found,
-            "simulated_seconds": job.fleet.now,
+            f"{job.fleet.clock}_seconds": job.fleet.now,
             "waiting_seconds": sums.waiting_seconds,
             "bytes_up": sums.bytes_up,
             "bytes_down": sums.bytes_down,

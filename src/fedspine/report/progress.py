@@ -17,7 +17,7 @@ SPEED_SECONDS = 3600.0  # rounds may take minutes; the estimate of the time left
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """Where a run is: `round` rounds are done, at `now` simulated seconds; bytes down and up since the start."""
+    """Where a run is: `round` rounds are done, at `now` seconds of `clock`; bytes down and up since the start."""
 
     round: int
     now: float
@@ -25,6 +25,7 @@ class Standing:
     loss: float | None = None
     sparsity: float | None = None
     bytes_moved: int | None = None
+    clock: str = "simulated"  # or "fleet": wall seconds between real machines
 
 
 class Progress(Protocol):
@@ -157,7 +158,7 @@ def _parts(standing: Standing) -> list[str]:
     named = (
         ("accuracy", percent(standing.accuracy)) if judged else ("loss", decimal(standing.loss)),
         ("sparsity", percent(standing.sparsity)),
-        ("simulated", seconds_text(standing.now)),
+        (standing.clock, seconds_text(standing.now)),
         ("traffic", bytes_text(standing.bytes_moved)),
     )
     return [f"{name} {text}" for name, text in named if text != MISSING]

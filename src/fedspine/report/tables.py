@@ -151,15 +151,19 @@ def _quality(summary: Mapping[str, Any]) -> list[Headline]:
 
 def _price(summary: Mapping[str, Any]) -> list[Headline]:
     get = summary.get
-    waiting, simulated, wall = get("waiting_seconds"), get("simulated_seconds"), get("wall_seconds")
-    share = None if waiting is None or not simulated else waiting / simulated
+    waiting, wall = get("waiting_seconds"), get("wall_seconds")
+    real = get("fleet_seconds") is not None
+    seconds, clock = (get("fleet_seconds"), "measured") if real else (get("simulated_seconds"), "simulated")
+    share = None if waiting is None or not seconds else waiting / seconds
     down, up = get("bytes_down"), get("bytes_up")
     total = None if down is None or up is None else down + up
     speed = get("samples_per_second")
     return [
         Headline("Sparsity", percent(get("sparsity")), "prunable parameters removed"),
-        Headline("Simulated time", seconds_text(simulated), "on the devices' virtual clock"),
-        Headline("Waiting share", percent(share), f"{seconds_text(waiting)} simulated, mean device"),
+        Headline("Fleet time", seconds_text(seconds), "on the wall, between real machines")
+        if real
+        else Headline("Simulated time", seconds_text(seconds), "on the devices' virtual clock"),
+        Headline("Waiting share", percent(share), f"{seconds_text(waiting)} {clock}, mean device"),
         Headline("Traffic", bytes_text(total), f"{bytes_text(down)} down, {bytes_text(up)} up"),
         Headline("Peak memory", bytes_text(get("peak_memory_bytes_simulated")), "simulated, of the fullest device"),
         Headline("Wall time", seconds_text(wall), "" if _missing(speed) else f"{speed:,.0f} samples per wall second"),

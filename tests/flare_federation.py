@@ -1,0 +1,91 @@
+"""A federation for tests on this machine: a server and three sites with the toy task's rows, as real as on several."""
+
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tomli_w
+from toy import CLASS_WORDS, MAX_TOKENS, TEST_ROWS, TRAIN_ROWS, toy_rows
+
+from fedspine.data.tasks import Rows
+from fedspine.fleet_demo import Federation, free_port, running
+from fedspine.fleets.provision import Kits, Project, create, write_site_file
+
+SITES = ("east", "north", "west")
+NAMES = tuple(words[0] for words in CLASS_WORDS)  # of the classes, as a site's file spells them
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with kits, each site's rows in them, and the data of the one who runs."""
+
+    folder: Path
+    kits: Kits
+    shares: dict[str, np.ndarray]  # the row indices of the toy task by site
+    recipe: dict[str, dict]  # tables to run, to be completed
+
+
+def labelled(rows):
+    return pa.table({"text": rows.texts, "label": [NAMES[label] for label in rows.labels]})
+
+
+def shared_out(rows, sites=SITES):
+    """Unequal shares, so that weights matter; no row twice."""
+    order = np.random.default_rng(7).permutation(rows)
+    sizes = np.arange(4, 4 + len(sites))
+    cuts = rows * np.cumsum(sizes)[:-1] // sizes.sum()
+    return {site: np.sort(part) for site, part in zip(sites, np.split(order, cuts), strict=True)}
+
+
+def make_place(folder, model, sites=SITES, *, model_name="tiny", **site_tables):
+    """Kits and rows in `folder`; `site_tables` are further tables of every site's file."""
+    train = toy_rows(TRAIN_ROWS, 0)
+    made = create(Project(name="toys", host="127.0.0.1", port=free_port(), sites=tuple(sites)), folder / "kits")
+    shares = shared_out(TRAIN_ROWS, sites)
+    for site, share in shares.items():
+        rows = Rows(texts=tuple(train.texts[i] for i in share), pairs=None, labels=train.labels[share], columns={})
+        pq.write_table(labelled(rows), made.folder / site / "rows.parquet")
+        tables = {"data": {"path": "rows.parquet"}, "models": {model_name: str(model)}} | site_tables
+        write_site_file(made.folder / site, name=site, **tables)
+    (folder / "data").mkdir()
+    pq.write_table(labelled(train), folder / "data" / "train.parquet")
+    pq.write_table(labelled(toy_rows(TEST_ROWS, 1)), folder / "data" / "test.parquet")
+    named = folder / model_name  # a folder of models is known to sites by its last part
+    shutil.copytree(model, named)  # not a link, which a recipe would follow to another name
+    task = {"model": str(named), "data": str(folder / "data"), "max_tokens": MAX_TOKENS}
+    recipe = {"task": task, "fleet": {"devices": len(sites), "per_round": len(sites)}}
+    return Place(folder, made, shares, recipe)
+
+
+def write_recipe(place, path, **tables):
+    """A recipe over the place's data with these tables laid over it."""
+    path.write_text(
+        tomli_w.dumps({name: place.recipe.get(name, {}) | tables.get(name, {}) for name in {*place.recipe, *tables}})
+    )
+    return path
+
+
+@contextmanager
+def federation_of(place) -> "Federation":
+    """The place's server and sites, connected."""
+    with running(place.kits) as federation:
+        yield federation
+
+
+@pytest.fixture(scope="session")
+def place(tiny_folder, tmp_path_factory):
+    """The one place that tests share."""
+    pytest.importorskip("nvflare", reason="a fleet of real machines needs the extra `flare`")
+    return make_place(tmp_path_factory.mktemp("federation"), tiny_folder("bert"))
+
+
+@pytest.fixture(scope="session")
+def federation(place):
+    """Server and sites of the shared place; a test that stops one of them starts it again."""
+    with federation_of(place) as running_now:
+        yield running_now

@@ -1,0 +1,455 @@
+"""A fleet of sites: what it does with replies that are lost, broken or hostile, and that it gives what simulation gives.
+
+The sites' side is in this process, behind a link that fails on command; everything else is real. The same over NVIDIA
+FLARE, between processes that are killed: test_federation.py.
+"""
+
+import json
+import os
+import shutil
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from flare_federation import MAX_TOKENS, NAMES, SITES, make_place
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy import Lab, bits, toy_task
+
+from fedspine.device import find_work, name_of
+from fedspine.fleet import AllLost, Idle
+from fedspine.fleets.desk import open_desk, works_of
+from fedspine.fleets.flare import FlareFleet
+from fedspine.fleets.party import Party, Patience, RelayLost
+from fedspine.fleets.resident import MOST_BYTES
+from fedspine.fleets.terms import Terms
+from fedspine.fleets.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder, as_array, decoded
+from fedspine.lm.content import content_sha256
+from fedspine.lm.load import load
+from fedspine.message import NotAMessage, message, pack, unpack
+from fedspine.method import all_methods, find
+from fedspine.methods.fedlora import LoraOrder, LoraResult, tune_adapter
+from fedspine.records import Records
+from fedspine.schema import conforms, work_kinds
+
+RUN = "0123456789abcdef" * 2
+
+
+class LocalLink:
+    """Sites in this process. `faults` says by site what becomes of the next exchanges: an outcome, or a reply changed."""
+
+    def __init__(self, desks):
+        self.desks, self.faults = desks, {}
+        self.relay, self.sites = "relay-0", tuple(sorted(desks))
+        self.heard = []  # (site, what was asked), pings as None
+        self.gone = 0  # exchanges for which the relay is lost
+
+    def connected(self):
+        return tuple(sorted(self.desks))
+
+    def exchange(self, site, payload, seconds):
+        assert seconds > 0
+        if self.gone:
+            self.gone -= 1
+            raise RelayLost("gone")
+        asked = decoded(payload, Opening, SiteOrder)
+        self.heard.append((site, asked))
+        if isinstance(asked, SiteOrder) and self.faults.get(site):
+            fault = self.faults[site].pop(0)
+            return (fault, b"") if isinstance(fault, str) else ("done", fault(self.desks[site].answer(payload)))
+        return "done", self.desks[site].answer(payload)
+
+    def ping(self, site, seconds):
+        self.heard.append((site, None))
+        return site in self.desks
+
+    def mend(self, broken, give_up):
+        if broken == self.relay:
+            self.relay += "'"
+            self.sites = tuple(sorted(self.desks))
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def ground(tiny_folder, tmp_path_factory):
+    """Three sites' folders with the toy task's rows, and the model."""
+    return make_place(tmp_path_factory.mktemp("ground"), tiny_folder("bert"))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder):
+    return load(str(tiny_folder("bert")), kind="classification", classes=len(NAMES))
+
+
+class Sites:
+    """A party over local sites, its records, and the fleet."""
+
+    def __init__(self, ground, model, folder, method="fedlora", **patience):
+        base, tokenizer = model
+        self.link = LocalLink({site: open_desk(ground.kits.folder / site) for site in SITES})
+        self.path = folder / "records.jsonl"
+        terms = Terms(
+            method=method,
+            kind="classification",
+            model="tiny",
+            model_sha256=content_sha256(base, tokenizer),
+            layers=None,
+            precision="fp32",
+            max_tokens=MAX_TOKENS,
+            label_names=NAMES,
+        )
+        self.party = Party(
+            link=self.link, base=base, terms=terms, seed=0, run=os.urandom(16).hex(), patience=Patience(**patience)
+        )
+        self.fleet = FlareFleet(self.party)
+        assert self.fleet.join() == {}
+        self.party.records = Records(self.path)
+        self.task = toy_task(base, tokenizer, rounds=4)
+
+    def notes(self):
+        import json
+
+        self.party.records.flush()
+        rows = map(json.loads, self.path.read_text().splitlines())
+        return [row["values"] for row in rows if row["row"] == "note" and "rank" not in row["values"]]
+
+    def run(self, method, rounds, state=None):
+        state = state or method.start(self.task, np.random.default_rng([0, 1]))
+        for round in range(state.round, rounds):
+            self.fleet.begin_round(round)
+            state = method.round(state, self.fleet)
+            self.fleet.end_round(0.0)
+        return state
+
+    def orders(self):
+        """The first orders of FedLoRA."""
+        sent = {}
+        method = find("fedlora").toy()
+
+        class Listener:
+            devices = self.fleet.devices
+
+            def ask(self, work, orders, **_):
+                sent.update(orders)
+                raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            method.round(method.start(self.task, np.random.default_rng(0)), Listener())
+        return sent
+
+    def close(self):
+        self.party.records.close()
+        for member in self.party.members.values():
+            member.line.shutdown()
+
+
+@pytest.fixture
+def sites(ground, model, tmp_path):
+    made = []
+
+    def make(**settings):
+        made.append(Sites(ground, model, tmp_path, **settings))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def simulated(ground, model, folder, method, rounds):
+    """The state of the same run on simulated devices that hold the same rows."""
+    lab = Lab(toy_task(*model, rounds=4), folder / "simulated", kinds=("nx",) * 3)
+    lab.shares = tuple(ground.shares[site] for site in SITES)
+    lab.workers._workshop = replace(lab.workers._workshop, shares=lab.shares)
+    try:
+        return lab.run(method, rounds=rounds)
+    finally:
+        lab.close()
+
+
+def test_it_gives_the_bits_of_the_simulated_fleet(ground, model, sites, tmp_path):
+    method = find("fedlora").toy()
+    assert bits(sites().run(method, 3)) == bits(simulated(ground, model, tmp_path, method, 3))
+
+
+# --- what is lost ---
+
+
+@pytest.mark.parametrize("outcome", ["died", "late", "unreachable", "refused", "nonsense"])
+def test_a_lost_site_is_noted_pinged_and_asked_again_as_if_it_had_not_been_asked(sites, outcome):
+    here, method = sites(), find("fedlora").toy()
+    here.link.faults["north"] = [outcome]
+    state = here.run(method, 2)
+    assert [note["device"] for note in here.notes()] == ["north"]
+    assert here.notes()[0]["left_out"]
+    north = [asked for site, asked in here.link.heard if site == "north" and not isinstance(asked, Opening)]
+    assert north[1] is None  # pinged before it got work again
+    assert [(order.version, order.seed) for order in north if order] == [(1, (0, 1, 0)), (1, (0, 1, 0))]
+    assert state.round == 2
+
+
+def _not_finite(payload):
+    reply = unpack(payload)
+    result = unpack(reply.result.tobytes())
+    spoilt = replace(result, adapter={name: tensor * float("nan") for name, tensor in result.adapter.items()})
+    return pack(replace(reply, result=as_array(pack(spoilt).payload))).payload
+
+
+def _reshaped(payload):
+    reply = unpack(payload)
+    result = unpack(reply.result.tobytes())
+    spoilt = replace(result, adapter={name: tensor[:1] for name, tensor in result.adapter.items()})
+    return pack(replace(reply, result=as_array(pack(spoilt).payload))).payload
+
+
+def _another_type(payload):
+    return pack(replace(unpack(payload), result=as_array(pack(NotDone(why="work failed")).payload))).payload
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (_not_finite, "not finite"),
+        (_reshaped, "was expected"),
+        (_another_type, "LoraResult was expected, NotDone"),
+        (lambda payload: payload[:-7], "cannot be read"),
+        (lambda payload: b"", "cannot be read"),
+        (lambda payload: pack(Opened(examples=1, memory_bytes=1)).payload, "cannot be read"),
+    ],
+)
+def test_a_reply_that_cannot_be_used_is_noted_and_the_round_goes_on_without_it(
+    ground, model, sites, tmp_path, fault, words
+):
+    here, method = sites(), find("fedlora").toy()
+    here.link.faults["west"] = [fault]
+    state = here.run(method, 1)
+    assert any(words in str(note["left_out"]) for note in here.notes())
+    assert torch.isfinite(torch.cat([tensor.flatten() for tensor in state.adapter.values()])).all()
+    assert here.run(method, 2, state).round == 2
+
+
+def test_fewer_replies_than_the_quorum_stop_the_run(sites):
+    here, method = sites(quorum=2), find("fedlora").toy()
+    here.link.faults = {"east": ["died"]}
+    state = here.run(method, 1)
+    here.link.faults = {"east": ["died"], "west": ["late"]}
+    with pytest.raises(AllLost, match="of 3 sites asked 1 replied, 2 are the quorum"):
+        here.run(method, 2, state)
+
+
+def test_a_run_waits_for_its_quorum_no_longer_than_its_patience(sites):
+    here, method = sites(quorum=3, outage=0.5), find("fedlora").toy()
+    del here.link.desks["east"]
+    here.party.members["east"].missed = True
+    with pytest.raises(AllLost, match="2 sites answer, 3 are the quorum"):
+        here.run(method, 1)
+
+
+def test_a_relay_that_is_lost_is_replaced_and_the_orders_are_sent_again(ground, model, sites, tmp_path):
+    here, method = sites(), find("fedlora").toy()
+    state = here.run(method, 1)
+    here.link.gone = 2  # of three orders
+    state = here.run(method, 3, state)
+    assert here.link.relay != "relay-0"
+    assert here.notes()
+    assert all(list(note) == ["relay"] for note in here.notes())
+    assert bits(state) == bits(simulated(ground, model, tmp_path, method, 3))
+
+
+def test_a_worker_that_was_replaced_is_opened_again_within_the_ask(ground, model, sites, tmp_path):
+    here, method = sites(), find("fedlora").toy()
+    state = here.run(method, 1)
+    here.link.desks["north"] = open_desk(ground.kits.folder / "north")
+    assert bits(here.run(method, 3, state)) == bits(simulated(ground, model, tmp_path, method, 3))
+
+
+def test_a_site_that_lost_its_memory_starts_anew_and_that_is_noted(ground, sites):
+    here, method = sites(method="fedspine"), replace(find("fedspine").toy(), choice="fixed")
+    state = here.run(method, 2)
+    shutil.rmtree(ground.kits.folder / "west" / "memory" / here.party.run)
+    (ground.kits.folder / "west" / "memory" / here.party.run).mkdir()
+    assert here.run(method, 4, state).round == 4
+    assert {"device": "west", "memory": "lost; it starts anew"} in here.notes()
+
+
+def test_a_site_that_joins_later_takes_part_from_the_next_round_on(ground, sites):
+    here, method = sites(), find("fedlora").toy()
+    late = here.link.desks.pop("west")
+    del here.party.members["west"]
+    here.link.sites = ("east", "north")
+    state = here.run(method, 1)
+    here.link.desks["west"] = late
+    here.run(method, 2, state)
+    assert [profile.id for profile in here.fleet.devices] == ["east", "north", "west"]
+    assert here.party.members["west"].asks == 1
+
+
+# --- asking in other ways ---
+
+
+def test_replies_that_were_sent_for_come_as_they_arrive(sites):
+    here = sites()
+    orders = here.orders()
+    here.link.faults["north"] = ["died"]
+    here.fleet.begin_round(0)
+    here.fleet.send(tune_adapter, orders)
+    first = here.fleet.only(["west"]).next()
+    assert first.device == "west"
+    assert here.fleet.next().device == "east"
+    with pytest.raises(Idle):
+        here.fleet.next()
+
+
+def test_a_part_does_not_reach_beyond_itself_and_groups_run_side_by_side(sites):
+    here = sites()
+    orders = here.orders()
+    part = here.fleet.only(["north", "east"])
+    assert [profile.id for profile in part.devices] == ["east", "north"]
+    with pytest.raises(LookupError):
+        part.ask(tune_adapter, {"west": orders["west"]})
+    meeting = threading.Barrier(2, timeout=60)
+
+    def job(name, group):
+        meeting.wait()
+        return [reply.device for reply in group.ask(tune_adapter, {p.id: orders[p.id] for p in group.devices})]
+
+    here.fleet.begin_round(0)
+    assert here.fleet.together(job, {"a": ["west"], "b": ["east", "north"]}) == {"a": ["west"], "b": ["east", "north"]}
+
+
+def test_a_fleet_goes_on_from_its_snapshot(ground, model, sites, tmp_path):
+    method = find("fedlora").toy()
+    here = sites()
+    state = here.run(method, 2)
+    kept = unpack(pack(here.fleet.snapshot()))
+    here.run(method, 3, state)  # which a kill undoes
+    again = sites()
+    again.fleet.restore(kept, {})
+    assert bits(again.run(method, 4, state)) == bits(simulated(ground, model, tmp_path, method, 4))
+    assert again.fleet.now > kept.now
+
+
+def test_orders_under_way_are_sent_again_after_a_resume(sites):
+    here = sites()
+    here.fleet.begin_round(0)
+    here.fleet.send(tune_adapter, here.orders())
+    expected = {}
+    taken = here.fleet.next()
+    expected[taken.device] = None
+    kept = unpack(pack(here.fleet.snapshot()))
+    again = sites()
+    again.fleet.restore(kept, {})
+    rest = {again.fleet.next().device, again.fleet.next().device}
+    assert rest | {taken.device} == set(SITES)
+
+
+# --- what is decoded ---
+
+
+def test_every_work_and_message_declares_types_that_can_be_checked():
+    for name in all_methods():
+        for work in works_of(name):
+            assert len(work_kinds(find_work(work))) == 2
+
+
+@pytest.fixture(scope="module")
+def payloads(ground, model, tmp_path_factory):
+    here = Sites(ground, model, tmp_path_factory.mktemp("payloads"))
+    order = here.orders()["east"]
+    asked = SiteOrder(
+        run=here.party.run,
+        work=name_of(tune_adapter),
+        order=as_array(pack(order).payload),
+        seed=(0, 0, 0),
+        round=0,
+        memory=None,
+        version=1,
+        needed=(),
+    )
+    reply = here.link.desks["east"].answer(pack(asked).payload)
+    here.close()
+    sent = [pack(value).payload for value in (asked, Opening(run=here.party.run, terms=here.party.terms), order)]
+    return [*sent, reply, unpack(reply).result.tobytes(), pack(NotDone(why="refused", told="no")).payload]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(2**70),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(("tuple", "dict", "tensor", "array", "bits", "message", "fields", "00000")),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=6,
+)
+KINDS = (Opening, SiteOrder, Opened, SiteAnswer, NotDone, LoraOrder, LoraResult)
+
+
+@settings(max_examples=450)  # each of them spoils six payloads in four ways: 10,800 cases
+@given(
+    places=st.lists(st.tuples(st.integers(0, 600), st.integers(0, 255)), min_size=1, max_size=6),
+    share=st.floats(0, 1, exclude_max=True),
+    junk=st.binary(min_size=1, max_size=64),
+    path=st.lists(st.integers(0, 7), min_size=1, max_size=4),
+    value=JSON,
+)
+def test_whatever_bytes_come_a_message_of_the_expected_type_is_read_or_none(payloads, places, share, junk, path, value):
+    for payload in payloads:
+        changed = bytearray(payload)
+        for place, byte in places:
+            changed[place % len(changed)] = byte
+        cut, longer = payload[: int(share * len(payload))], junk + payload[int(share * 64) :]
+        for spoilt in (bytes(changed), cut, longer, _regrown(payload, path, value)):
+            try:
+                read = decoded(spoilt, *KINDS)
+            except NotAMessage:
+                continue
+            assert any(type(read) is kind and conforms(read, kind) for kind in KINDS)
+
+
+def _regrown(payload, path, value):
+    """The payload with another value in its tree, where the path leads."""
+    length = int.from_bytes(payload[:8], "little")
+    header = json.loads(payload[8 : 8 + length])
+    node = tree = json.loads(header["__metadata__"]["fedspine"])
+    for step in path:
+        parent, keys = node, list(node) if isinstance(node, dict) else range(len(node))
+        key = keys[step % len(keys)]
+        node = parent[key]
+        if not isinstance(node, dict | list) or not node:
+            break
+    parent[key] = value
+    return _packed_anew(payload, header, json.dumps(tree))
+
+
+def _packed_anew(payload, header, tree):
+    header["__metadata__"]["fedspine"] = tree
+    head = json.dumps(header).encode()
+    return len(head).to_bytes(8, "little") + head + payload[8 + int.from_bytes(payload[:8], "little") :]
+
+
+def test_what_is_too_large_is_not_read():
+    with pytest.raises(NotAMessage, match=f"at most {MOST_BYTES}"):
+        decoded(bytes(MOST_BYTES + 1), Opened)
+
+
+@message
+class Bits:
+    mask: torch.Tensor
+
+
+def test_few_bytes_cannot_claim_many_bits():
+    import json
+
+    payload = pack(Bits(mask=torch.ones(3, 3, dtype=torch.bool))).payload
+    for shape in ([2**40], [-3, -3], [1], [3, 3, 2]):
+        header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
+        claimed = header["__metadata__"]["fedspine"].replace("[3,3]", json.dumps(shape))
+        with pytest.raises(NotAMessage, match="cannot be of shape"):
+            unpack(_packed_anew(payload, header, claimed))

@@ -1,0 +1,303 @@
+"""The resident worker: what it may serve, what it keeps, and what is left when it dies, hangs or talks nonsense."""
+
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from flare_federation import MAX_TOKENS, NAMES, labelled
+from runs import python
+from toy import toy_rows
+
+import fedspine.methods.fedlora as fedlora
+from fedspine.device import Call, name_of, serve
+from fedspine.errors import BadInput
+from fedspine.fleets.desk import MEMORY, RUNS_KEPT, open_desk, works_of
+from fedspine.fleets.fitting import misfit
+from fedspine.fleets.provision import write_site_file
+from fedspine.fleets.resident import LOG, Resident
+from fedspine.fleets.site import load_site, open_site
+from fedspine.fleets.terms import Terms
+from fedspine.fleets.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder, as_array, decoded
+from fedspine.lm.content import content_sha256
+from fedspine.lm.load import load
+from fedspine.message import pack
+from fedspine.methods.pruning import prune_and_tune
+
+RUN = "0123456789abcdef" * 2
+SECONDS = 120.0  # for a worker to come up and work, on a machine that is busy
+
+
+@pytest.fixture(scope="module")
+def kit(tiny_folder, tmp_path_factory):
+    """The folder of a site with a few rows of the toy task."""
+    folder = tmp_path_factory.mktemp("site")
+    pq.write_table(labelled(toy_rows(40, 0)), folder / "rows.parquet")
+    write_site_file(folder, name="east", data={"path": "rows.parquet"}, models={"tiny": str(tiny_folder("bert"))})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def terms(tiny_folder):
+    base, tokenizer = load(str(tiny_folder("bert")), kind="classification", classes=len(NAMES))
+    return Terms(
+        method="fedlora",
+        kind="classification",
+        model="tiny",
+        model_sha256=content_sha256(base, tokenizer),
+        layers=None,
+        precision="fp32",
+        max_tokens=MAX_TOKENS,
+        label_names=NAMES,
+    )
+
+
+@pytest.fixture(scope="module")
+def order(task):
+    """A real order of FedLoRA, as its first round sends it."""
+    method = fedlora.FedLora.toy()
+    state = method.start(task, np.random.default_rng(0))
+    sent = {}
+
+    class Listener:
+        devices = ()
+
+        def ask(self, work, orders, **_):
+            sent.update(orders)
+            raise StopIteration
+
+    Listener.devices = (type("Profile", (), {"id": "east"}),)
+    with pytest.raises(StopIteration):
+        method.round(state, Listener())
+    return sent["east"]
+
+
+def asked(order, *, run=RUN, work=fedlora.tune_adapter, seed=(0, 0, 0), memory=None, version=1, needed=()):
+    named = work if isinstance(work, str) else name_of(work)
+    payload = order if isinstance(order, bytes) else pack(order).payload
+    return SiteOrder(
+        run=run, work=named, order=as_array(payload), seed=seed, round=0, memory=memory, version=version, needed=needed
+    )
+
+
+def told(resident, message, seconds=SECONDS):
+    """The outcome of an exchange and the decoded reply."""
+    outcome, reply = resident.exchange(pack(message).payload, seconds)
+    return outcome, decoded(reply, Opened, SiteAnswer, NotDone) if outcome == "done" else None
+
+
+def answer(desk, message):
+    return decoded(desk.answer(pack(message).payload), Opened, SiteAnswer, NotDone)
+
+
+@pytest.fixture
+def desk(kit, terms):
+    """The worker's own side, in this process, with the run open."""
+    made = open_desk(kit)
+    assert isinstance(answer(made, Opening(run=RUN, terms=terms)), Opened)
+    return made
+
+
+@pytest.fixture(scope="module")
+def supervised(kit):
+    """One worker after the other, since each takes seconds to come up."""
+    made = Resident(kit)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def resident(supervised, terms):
+    """The present worker, with the run open."""
+    assert told(supervised, Opening(run=RUN, terms=terms))[1].examples == 40
+    return supervised
+
+
+# --- what it serves ---
+
+
+def test_a_reply_has_the_bytes_of_the_same_call_here(desk, order, kit, terms):
+    came = answer(desk, asked(order))
+    holding = open_site(load_site(kit), terms)
+    call = Call("east", 0, name_of(fedlora.tune_adapter), pack(order).payload, None, (0, 0, 0))
+    here = serve(call, holding.base, holding.examples)
+    assert came.result.tobytes() == here.result
+    assert (came.samples, came.flops) == (here.samples, here.flops)
+
+
+def test_an_ask_may_be_repeated_and_works_from_the_memory_it_names(desk, order):
+    first, again = (answer(desk, asked(order, version=5)) for _ in range(2))
+    assert first.result.tobytes() == again.result.tobytes()
+    later = answer(desk, asked(order, memory=5, version=6, seed=(0, 0, 1)))
+    assert later.result.tobytes() != first.result.tobytes()
+    assert isinstance(later, SiteAnswer)
+
+
+def test_memory_that_nobody_needs_any_more_goes(desk, order, kit):
+    def versions():
+        return sorted(int(path.stem) for path in (kit / MEMORY / RUN).iterdir())
+
+    answer(desk, asked(order, version=11))
+    answer(desk, asked(order, memory=11, version=12, needed=(11,)))
+    assert versions() == [11, 12]
+    answer(desk, asked(order, memory=12, version=13, needed=(11, 12)))
+    assert versions() == [11, 12, 13]
+    answer(desk, asked(order, memory=13, version=14))
+    assert versions() == [13, 14]
+
+
+def test_old_runs_make_way(desk, kit, terms):
+    for number in range(RUNS_KEPT + 3):
+        answer(desk, Opening(run=f"{number:032x}", terms=terms))
+    kept = {path.name for path in (kit / MEMORY).iterdir()}
+    assert len(kept) == RUNS_KEPT
+    assert f"{RUNS_KEPT + 2:032x}" in kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"memory": 77}, "memory lost"),
+        ({"run": "f" * 32}, "not opened"),
+        ({"run": "../" + "f" * 29}, "bad order"),
+        ({"work": "os:system"}, "work not allowed"),
+        ({"work": prune_and_tune}, "work not allowed"),  # of a method that this run does not use
+        ({"work": "fedspine.methods.fedlora:fresh"}, "work not allowed"),
+        ({"version": "1"}, "bad order"),
+        ({"seed": (0.5,)}, "bad order"),
+    ],
+)
+def test_what_a_run_may_not_ask_is_refused_in_fixed_words(desk, order, changes, why):
+    reply = answer(desk, asked(order, **changes))
+    assert (reply.why, reply.told) == (why, "")
+
+
+def test_an_order_of_another_type_is_refused(desk, order):
+    other = fedlora.LoraResult(adapter=order.adapter, head=order.head, loss=0.0, examples=1)
+    assert answer(desk, asked(other)).why == "bad order"
+    assert answer(desk, asked(replace(order, scale="2"))).why == "bad order"
+    assert answer(desk, asked(b"not safetensors")).why == "bad order"
+
+
+def test_work_that_fails_is_told_without_its_reason(desk, order, capfd):
+    broken = replace(order, adapter={name: tensor[:, :3] for name, tensor in order.adapter.items()})
+    assert pack(answer(desk, asked(broken))).payload == pack(NotDone(why="work failed")).payload
+    assert "Traceback" in capfd.readouterr().err  # which is the site's own log
+
+
+def test_a_site_refuses_by_its_own_file(kit, terms):
+    desk = open_desk(kit)
+    for changes, words in (
+        ({"model": "another"}, "does not allow this model"),
+        ({"method": "nonesuch"}, "does not allow this method"),
+        ({"model_sha256": "0" * 64}, "other content"),
+        ({"label_names": ("good", "bad", "middling")}, "data does not fit"),
+    ):
+        reply = answer(desk, Opening(run=RUN, terms=replace(terms, **changes)))
+        assert reply.why == "refused"
+        assert words in reply.told
+        assert str(kit) not in reply.told
+
+
+def test_works_of_a_method_are_its_own_and_those_it_builds_on():
+    assert works_of("fedlora") == {name_of(fedlora.tune_adapter)}
+    assert works_of("flexlora") == works_of("fedlora")
+    assert works_of("fedspine") == {name_of(prune_and_tune)}
+    assert not works_of("fedspine") & works_of("mergesfl")
+    with pytest.raises(BadInput):
+        works_of("../fedlora")
+
+
+# --- when it dies ---
+
+
+def test_a_worker_that_is_killed_at_work_is_a_missing_reply_and_its_memory_stays(resident, order, terms):
+    assert isinstance(told(resident, asked(order, version=21))[1], SiteAnswer)
+    expected = told(resident, asked(order, memory=21, version=22))[1].result.tobytes()
+    long = replace(order, tuning=replace(order.tuning, steps=100_000))
+    before = resident.pid
+    threading.Timer(1.0, os.kill, (before, signal.SIGKILL)).start()
+    assert told(resident, asked(long, memory=21, version=22)) == ("died", None)
+    assert resident.pid != before
+    assert told(resident, asked(order, memory=21, version=22))[1].why == "not opened"
+    assert isinstance(told(resident, Opening(run=RUN, terms=terms))[1], Opened)
+    assert told(resident, asked(order, memory=21, version=22))[1].result.tobytes() == expected
+
+
+def test_a_worker_that_dies_with_nothing_to_do_costs_nothing(resident, terms):
+    os.kill(resident.pid, signal.SIGKILL)
+    time.sleep(0.2)
+    assert isinstance(told(resident, Opening(run=RUN, terms=terms))[1], Opened)
+
+
+def test_a_worker_that_hangs_is_killed_in_time_and_replaced(resident, order, terms):
+    os.kill(resident.pid, signal.SIGSTOP)
+    hung, began = resident.pid, time.monotonic()
+    assert told(resident, asked(order), seconds=1.0) == ("late", None)
+    assert time.monotonic() - began < 5.0
+    assert resident.pid != hung
+    with pytest.raises(ProcessLookupError):
+        os.kill(hung, 0)
+    assert isinstance(told(resident, Opening(run=RUN, terms=terms))[1], Opened)
+
+
+def test_whoever_comes_while_it_works_waits_for_its_turn_no_longer_than_allowed(resident, order):
+    long = replace(order, tuning=replace(order.tuning, steps=100_000))
+    first = threading.Thread(target=told, args=(resident, asked(long), 3.0))
+    first.start()
+    time.sleep(0.3)
+    busy = resident.pid
+    assert told(resident, asked(order), seconds=0.5) == ("late", None)
+    assert resident.pid == busy  # it was not on this message
+    first.join()
+
+
+def test_a_worker_ends_with_its_supervisor(kit, terms):
+    lines = (
+        "import os, pathlib, fedspine.fleets.resident as r",
+        f"print(r.Resident(pathlib.Path({str(kit)!r})).pid, flush=True)",
+        "os._exit(0)",
+    )
+    pid = int(python("-c", "\n".join(lines)).stdout)
+    end = time.monotonic() + 60
+    while _alive(pid) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not _alive(pid)
+
+
+def test_a_site_file_that_cannot_be_read_is_told_in_its_log(tmp_path):
+    (tmp_path / "fedspine-site.toml").write_text("name = ")
+    resident = Resident(tmp_path)
+    assert resident.exchange(b"anything", SECONDS) == ("died", b"")
+    resident.close()
+    assert "fedspine-site.toml cannot be read" in (tmp_path / LOG).read_text()
+
+
+# --- what the run makes of a reply ---
+
+
+def test_a_result_must_have_the_shapes_of_its_order(task, order):
+    def result(**changes):
+        return fedlora.LoraResult(
+            **{"adapter": order.adapter, "head": order.head, "loss": 0.0, "examples": 3} | changes
+        )
+
+    anatomy = task.base.anatomy
+    first = next(iter(order.adapter))
+    assert misfit(result(), order, anatomy) is None
+    assert "shape" not in misfit(result(adapter=order.adapter | {first: order.adapter[first][:1]}), order, anatomy)
+    assert misfit(result(adapter={k: v for k, v in order.adapter.items() if k != first}), order, anatomy)
+    assert misfit(result(head={k: v[..., :1] for k, v in order.head.items()}), order, anatomy)
+    assert misfit(result(adapter={k: v.float() for k, v in order.adapter.items()}), order, anatomy)
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
