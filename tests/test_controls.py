@@ -39,7 +39,7 @@ SETTINGS = {
     "ratio": {"reward": "ratio"},
     "magnitude": {"importance": "magnitude"},
     "chance": {"importance": "random"},
-    "blend": {"importance": "blend"},
+    "default": {"choice": "deadline", "importance": "blend", "aggregation": "zeropad"},
     "hetlora": {"aggregation": "hetlora"},
     "flexlora": {"aggregation": "flexlora"},
 }
@@ -53,7 +53,7 @@ def toy(**settings) -> FedSpine:
 # laws of every method, for every setting
 
 
-@pytest.mark.parametrize("name", ["random", "fixed", "oracle", "deadline", "pooled", "chance"])
+@pytest.mark.parametrize("name", ["random", "fixed", "oracle", "default", "pooled", "chance"])
 def test_resumed_equals_uninterrupted(name, lab):
     method, first = toy(**SETTINGS[name]), lab("killed")
     first.save(first.run(method, rounds=2))
@@ -71,7 +71,14 @@ def test_learns_prunes_and_survives_losses(name, lab, task):
     model = method.deploy(state, bench.ids[0])
     assert sparsity(task.base.anatomy, model.structure) == pytest.approx(0.5, abs=0.005)
     assert score(task.base, model, task.test).mean_loss < math.log(3)  # of one that knows nothing
-    learns = {"random": set(), "fixed": set(), "oracle": {Pupil}, "deadline": {Pupil}, "pooled": {Pupil}}
+    learns = {
+        "random": set(),
+        "fixed": set(),
+        "oracle": {Pupil},
+        "deadline": {Pupil},
+        "default": {Pupil},
+        "pooled": {Pupil},
+    }
     assert {type(each) for each in state.bandits.values()} == learns.get(name, {Bandit})
 
 

@@ -34,6 +34,7 @@ def test_it_is_fedspine_on_the_cubic_at_one_rank(lab, fleet_say):
         choice="fixed",
         fixed_ratio=0.0,  # as the schedule demands
         floor=1.0,
+        importance="gradient",
         aggregation="zeropad",
         warmup=TOY.warmup,
         until=TOY.until,

@@ -1,0 +1,91 @@
+"""What a unit's importance should be read from: one model, tuned whole, pruned once by each criterion, then tuned on.
+
+No federation: all rows in one place, so that nothing but the criterion differs. Prints a table and appends its rows to
+`results/importance.jsonl`.
+
+    python experiments/importance.py --data DATA --sets pydoc-topics trec6 --seeds 0 1 2
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedspine import config
+from fedspine.build import build
+from fedspine.device import Device
+from fedspine.lm.base import Model
+from fedspine.lm.follow import Scoring
+from fedspine.lm.importance import Scores, magnitude_scores, random_scores
+from fedspine.lm.lora import fresh
+from fedspine.lm.score import score
+from fedspine.lm.structure import cut_adapter, full, shrink
+from fedspine.lm.tune import Tuning, tune
+from fedspine.task import Task
+
+RESULTS = Path(__file__).parent / "results" / "importance.jsonl"
+FOLLOWED = ("gradient", "activation", "gate", "blend")
+SPARSITIES = (0.5, 0.75, 0.9)
+TUNING = Tuning(steps=400, batch=16, learning_rate=1.5e-3, head_learning_rate=4.5e-3)
+LISTENING = 30  # steps in which importance is read, at a tenth of the learning rate
+RECOVERY = 60  # steps after pruning, at half of it
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--data", type=Path, help="folder that holds the sets which are not built in")
+    arguments.add_argument("--sets", nargs="+", default=["pydoc-topics"])
+    arguments.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    chosen = arguments.parse_args()
+    torch.set_num_threads(1)
+    for name in chosen.sets:
+        data = name if name == "pydoc-topics" else str(chosen.data / name)
+        for seed in chosen.seeds:
+            for row in compared(data, seed):
+                row = {"data": name, "seed": seed, **row}
+                print(json.dumps(row), flush=True)
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+def compared(data: str, seed: int):
+    """A row for the whole model, and one for each sparsity and criterion."""
+    settings = [f"task.data={data}", "task.layers=3", "task.max_tokens=32", "method.name=fedlora", f"run.seed={seed}"]
+    task = build(config.load(None, settings)).task
+    anatomy, rng = task.base.anatomy, np.random.default_rng(seed)
+    adapter = fresh(anatomy.sites, 8, rng)
+    start = Model(structure=full(anatomy), adapter=adapter, head=task.base.initial_head(rng), scale=2.0)
+    whole = tune(_all_rows(task, seed), start, TUNING).model
+    yield {"criterion": "none", "sparsity": 0.0, "accuracy": score(task.base, whole, task.test).accuracy}
+    known = {of: _heard(task, whole, of, seed) for of in FOLLOWED}
+    known["magnitude"] = magnitude_scores(task.base, whole)
+    known["random"] = random_scores(anatomy, full(anatomy), np.random.default_rng(seed))
+    again = replace(TUNING, steps=RECOVERY, learning_rate=7.5e-4, head_learning_rate=2.25e-3)
+    for sparsity in SPARSITIES:
+        for criterion, scores in known.items():
+            pair = (scores.heads, scores.channels)
+            structure = shrink(anatomy, full(anatomy), pair, reached=sparsity, target=sparsity)
+            pruned = replace(whole, structure=structure, adapter=cut_adapter(whole.adapter, anatomy.sites, structure))
+            at_once = score(task.base, pruned, task.test).accuracy
+            tuned = tune(_all_rows(task, seed), pruned, again).model
+            recovered = score(task.base, tuned, task.test).accuracy
+            yield {"criterion": criterion, "sparsity": sparsity, "at_once": at_once, "accuracy": recovered}
+
+
+def _heard(task: Task, model: Model, of: str, seed: int) -> Scores:
+    """Importance followed over a few slow steps, whose training is thrown away."""
+    slow = replace(TUNING, steps=LISTENING, learning_rate=1.5e-4, head_learning_rate=4.5e-4)
+    scores = tune(_all_rows(task, seed), model, slow, scoring=Scoring(of=of)).scores
+    assert scores is not None
+    return scores
+
+
+def _all_rows(task: Task, seed: int) -> Device:
+    return Device(id="all", data=task.train, base=task.base, memory={}, rng=np.random.default_rng(seed))
+
+
+if __name__ == "__main__":
+    main()
