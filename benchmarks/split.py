@@ -23,7 +23,8 @@ from fedspine.fleets.workers import Workers, Workshop
 from fedspine.methods.mergesfl import MergeSflState
 from fedspine.process import keep_freed_memory
 from fedspine.records import Records
-from fedspine.split.device import Begin, rows_at
+from fedspine.split.batches import rows_at
+from fedspine.split.device import Begin
 from fedspine.split.server import Part, merged_features
 from fedspine.store import Saved, Store
 
@@ -107,6 +108,7 @@ def main() -> None:
     settings = [f"task.{key}={value}" for key, value in (("model", arguments.model), ("data", arguments.data)) if value]
     settings += [
         "method.name=mergesfl",
+        "method.regulate_within=false",  # so that the first order says what is repeated bare
         f"method.steps={arguments.steps}",
         f"method.batch={arguments.batch}",
         f"method.fewest={arguments.devices}",

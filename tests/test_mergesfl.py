@@ -13,7 +13,7 @@ from fedspine.fleet import AllLost
 from fedspine.lm.lora import b_name
 from fedspine.lm.tune import losses_of
 from fedspine.methods.mergesfl import MergeSfl
-from fedspine.split.device import rows_at
+from fedspine.split.batches import rows_at, rows_from
 
 # plain SGD on what is sent unrounded, so that the split can be compared with no split
 PLAIN = MergeSfl(
@@ -218,7 +218,8 @@ def test_without_rescale_bottoms_move_by_their_share(lab):
 
 
 def test_batches_follow_the_pace_that_was_measured(lab):
-    bench, method = lab(), dataclasses.replace(MergeSfl.toy(), batch=32, budget_rows=1000)
+    bench = lab()
+    method = dataclasses.replace(MergeSfl.toy(), batch=32, budget_rows=1000, regulate_within=False)
     state, (first, second) = run(bench, method, rounds=2)
     assert set(first.values()) == {32}  # nothing is known yet, so all count as alike
     measured = {}
@@ -235,6 +236,134 @@ def test_batches_follow_the_pace_that_was_measured(lab):
     assert note["merged_rows"] == sum(second.values())
     assert 0 <= note["waiting_planned"] < 0.3
     assert all(worker.rounds == 2 for worker in state.workers.values())
+
+
+def test_without_regulation_within_batches_stay_as_planned(lab):
+    """The paper's form: one size for a round, in messages of before, and the bits of one that is never asked again."""
+    fixed = dataclasses.replace(MergeSfl.toy(), regulate_within=False)
+    spies = []
+    state = lab("fixed").run(fixed, rounds=2, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    assert {type(order).__name__ for spy in spies for _, order in spy.orders} == {"Look", "Begin", "Step"}
+    assert state.fixed_seconds == 0
+    both = dataclasses.replace(fixed, regulate=False)  # equal batches are not regulated again either
+    within = dataclasses.replace(both, regulate_within=True)
+    assert bits(lab("equal").run(both, rounds=2)) == bits(lab("within").run(within, rounds=2))
+
+
+UNEQUAL = ("tx2", "tx2", "tx2", "nx", "nx", "nx", "agx", "agx")
+
+
+def waiting_shares(bench, method, rounds):
+    """The share of each round's time that the mean device waited."""
+    shares, state = [], method.start(bench.task, np.random.default_rng(0))
+    for round in range(rounds):
+        before, totals = bench.fleet.now, bench.fleet.begin_round(round)
+        state = method.round(state, bench.fleet)
+        bench.fleet.end_round(0.0)
+        shares.append(totals.waiting_seconds / (bench.fleet.now - before))
+    return shares
+
+
+def test_devices_wait_less_where_batches_follow_the_round(lab):
+    """Links and paces are new in every round, so a plan by the rounds before makes all wait for whoever is slower now."""
+    method = dataclasses.replace(MergeSfl.toy(), batch=36, steps=16, precision="fp32", budget_rows=400)
+    within = waiting_shares(lab("within", kinds=UNEQUAL), method, 3)
+    fixed = waiting_shares(lab("fixed", kinds=UNEQUAL), dataclasses.replace(method, regulate_within=False), 3)
+    assert all(new < old for new, old in zip(within, fixed, strict=True))
+    assert np.mean(within) < np.mean(fixed) / 2
+
+
+def resized(bench, method, rounds=1):
+    """The state after some rounds, and each device's batches by iteration of the last one."""
+    spies = []
+    state = bench.run(method, rounds=rounds, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    batches = {}
+    for id, order in spies[-1].orders:
+        match type(order).__name__:
+            case "Begin" | "Resized":
+                batches.setdefault(id, []).append(order.batch)
+            case "Step":
+                batches[id].append(batches[id][-1])
+    return state, {id: own[: method.steps] for id, own in batches.items()}
+
+
+@pytest.mark.parametrize("labels_stay", [False, True])
+def test_batches_that_change_still_make_the_merged_steps(lab, labels_stay):
+    """Three iterations by hand: one graph through all bottoms and the top, Q/d on gradients, sums of rows as weights."""
+    bench = lab("x")
+    method = dataclasses.replace(PLAIN, steps=3, batch=32, labels_stay=labels_stay)
+    halves = bench.task.base.split(1, rank=4)
+    start = started(method, bench)
+    state, batches = resized(bench, method)
+    assert len({rows for own in batches.values() for rows in own}) > 3
+    assert any(len(set(own)) > 1 for own in batches.values())
+    bottom, top = (leaves(part) for part in halves.parts(start))
+    ends = {id: leaves({name: top[name] for name in halves.ends}) for id in batches} if labels_stay else {}
+    bottoms = {id: leaves(bottom) for id in batches}
+    for step in range(3):
+        total = dict.fromkeys(batches, 0)
+        rows = {id: own[step] for id, own in batches.items()}
+        for id, own in bottoms.items():
+            taken = sum(batches[id][:step])
+            inputs = rows_of(bench, id, rows[id], 0 if labels_stay else 1, taken)
+            features = halves.bottom(own, inputs, seed=None)
+            total[id] = halves.top(top | ends.get(id, {}), features, inputs["labels"], seed=None).total.sum()
+        (sum(total.values()) / sum(rows.values())).backward()
+        scales = [(top, 1.0)]
+        scales += [(own[id], sum(rows.values()) / rows[id]) for own in (bottoms, ends) for id in own]
+        descend(scales)
+    counts = {id: sum(own) for id, own in batches.items()}
+    mean = lambda each: {  # noqa: E731
+        name: sum(counts[id] * own[name] for id, own in each.items()) / sum(counts.values())
+        for name in next(iter(each.values()))
+    }
+    expected = mean(bottoms) | {name: leaf for name, leaf in top.items() if not ends or name not in halves.ends}
+    expected |= mean(ends) if ends else {}
+    assert_same_step(state.model, expected, start, off=6e-5)  # of three steps
+
+
+def leaves(weights):
+    return {name: tensor.detach().clone().requires_grad_() for name, tensor in weights.items()}
+
+
+def descend(scales, rate=0.3):
+    """A step of SGD of all these weights, each with its own factor on the gradient."""
+    with torch.no_grad():
+        for weights, scale in scales:
+            for leaf in weights.values():
+                if leaf.grad is not None:
+                    leaf -= rate * scale * leaf.grad
+                    leaf.grad = None
+
+
+def rows_of(bench, id, batch, asks, taken):
+    """As `batch_of`, for batches of different sizes: the rows after `taken` ones."""
+    index = bench.ids.index(id)
+    seed = int(np.random.default_rng((bench.seed, index, asks)).integers(2**31))
+    data = bench.task.train.take(bench.shares[index])
+    return data.batch(rows_from(len(data), batch, seed, taken))
+
+
+def test_a_rate_that_follows_the_batch_does_so_within_a_round(lab):
+    method = dataclasses.replace(MergeSfl.toy(), steps=3, batch=32, lr_scaling="linear", bottom_weights="uniform")
+    spies = []
+    lab("x").run(method, rounds=1, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    orders = [order for _, order in spies[0].orders if type(order).__name__ == "Resized"]
+    assert any(order.optimising for order in orders)
+    for order in orders:
+        if order.optimising is not None:
+            assert order.optimising.learning_rate == pytest.approx(method.learning_rate * order.batch / 32)
+
+
+def test_regulated_within_a_resumed_run_is_the_uninterrupted_one(lab):
+    method = dataclasses.replace(MergeSfl.toy(), batch=32)
+    whole = lab("whole").run(method, rounds=3)
+    first = lab("parts")
+    first.save(first.run(method, rounds=1))
+    first.close()
+    again = lab("parts")
+    assert again.saved.state.fixed_seconds > 0
+    assert bits(again.run(method, rounds=3)) == bits(whole)
 
 
 def test_without_regulation_batches_are_equal(lab):

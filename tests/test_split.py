@@ -17,7 +17,8 @@ from fedspine.lm.lora import b_name
 from fedspine.lm.tune import losses_of
 from fedspine.message import message, pack
 from fedspine.nets.net import Net
-from fedspine.split.device import HELD, Begin, Cutting, Step, begin, ended, rows_at
+from fedspine.split.batches import rows_at
+from fedspine.split.device import HELD, Begin, Cutting, Step, begin, ended
 from fedspine.split.halves import Features
 from fedspine.split.rounds import play
 from fedspine.split.server import Copies, InTurn, Merged, Part, merged, parted

@@ -14,6 +14,7 @@ from fedspine.planning.genetic import Search, any_workers, fitness, founders, se
 from fedspine.planning.labels import distribution, divergence, merged, reference
 from fedspine.planning.regulate import regulate, rows_that_fit, scaled_up
 from fedspine.planning.split_plan import Candidates, SplitControl, SplitLimits, plan_split
+from fedspine.planning.within import PART, SHORTER, fitted, levelled
 from fedspine.planning.workers import WorkerState, costs, observed, priorities, took_part
 
 ROUNDING = 1e-9
@@ -160,6 +161,59 @@ def test_rows_that_fit_are_the_most_that_fit(memory, fixed, each, at_most):
     rows = rows_that_fit(lambda rows: fixed + each * rows, memory, at_most)
     fitting = [n for n in range(1, at_most + 1) if fixed + each * n <= memory]
     assert rows == max(fitting, default=0)
+
+
+# batches regulated again within a round
+
+
+@given(st.integers(0, 1000), st.integers(1, 20), st.floats(0.0, 0.02))
+def test_what_exchanges_cost_is_found_from_loads_that_vary(seed, devices, fixed):
+    rng = np.random.default_rng(seed)
+    each = rng.uniform(1e-3, 3e-2, devices)
+    loads = [rng.integers(1, 40, 5).astype(float) + np.arange(5) for _ in range(devices)]
+    exact, found = fitted(loads, [fixed + load * own for load, own in zip(loads, each, strict=True)], usual=fixed)
+    shortest = min(float((fixed + load * own).min()) for load, own in zip(loads, each, strict=True))
+    if fixed <= PART * shortest:
+        assert exact == pytest.approx(fixed, rel=1e-6, abs=1e-12)
+        assert found == pytest.approx(each, rel=1e-6)
+    assert 0 <= exact <= PART * shortest and found.min() > 0
+
+
+def test_where_loads_do_not_vary_the_fixed_part_is_the_one_known_before():
+    loads = [np.array([4.0, 4.0]), np.array([2.0, 2.0])]
+    fixed, each = fitted(loads, [np.array([3.0, 3.0]), np.array([2.0, 2.0])], usual=1.0)
+    assert fixed == pytest.approx(1.0)
+    assert each == pytest.approx([0.5, 0.5])
+
+
+@given(problems(), st.floats(0.0, 0.1))
+def test_levelled_batches_keep_the_limits_and_nearly_the_longest_iteration(problem, fixed):
+    workers, limits = problem
+    budget = max(limits.budget_rows, len(workers.cost))
+    batches = levelled(workers.cost, fixed, limits.largest_batch, workers.most, budget)
+    most = np.minimum(workers.most, limits.largest_batch)
+    assert batches.min() >= 1 and (batches <= most).all() and batches.sum() <= budget
+    longest = scaled_up(workers.cost, limits.largest_batch, workers.most, budget, 1e-9)
+    free = batches < most  # one at its own cap is done before
+    if free.all():
+        reached = (longest * workers.cost)[longest > 1].max(initial=0)
+        assert fixed + (batches * workers.cost).max() >= SHORTER * (fixed + reached) * (1 - ROUNDING)
+    paced = batches > 1  # one row may take longer than the iteration
+    ends = (batches * workers.cost)[paced].max(initial=0)
+    assert ((batches + 1) * workers.cost > ends * (1 - ROUNDING))[free].all()  # none has time for one more
+
+
+def test_levelling_trades_a_little_length_for_waiting():
+    # 8 rows of 1 s are 8 s, of which 2 of 3.5 s leave one idle; 7 rows and 2 are both done after 7 s
+    assert regulate(np.array([1.0, 3.5]), 8, np.array([8, 8])).tolist() == [8, 2]
+    assert levelled(np.array([1.0, 3.5]), 0.0, 8, np.array([8, 8]), 100).tolist() == [7, 2]
+    # but no more than a quarter of it: both would be done after 5 s, where 8 s are allowed
+    assert levelled(np.array([1.0, 5.0]), 0.0, 8, np.array([8, 8]), 100).tolist() == [6, 1]
+
+
+def test_where_one_row_takes_longest_the_others_use_the_time():
+    assert levelled(np.array([1.0, 20.0]), 0.0, 8, np.array([8, 8]), 100).tolist() == [8, 1]
+    assert levelled(np.array([1.0, 2.0, 20.0]), 0.0, 8, np.array([8, 8, 8]), 100).tolist() == [8, 8, 1]
 
 
 # labels

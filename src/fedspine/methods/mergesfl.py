@@ -13,9 +13,10 @@ import numpy as np
 
 from fedspine.device import Device, DeviceId, on_device
 from fedspine.errors import BadInput
-from fedspine.fleet import AllLost, Fleet, Profile
+from fedspine.fleet import AllLost, Fleet
 from fedspine.message import message
 from fedspine.method import method
+from fedspine.methods.regulating import Regulating, paces
 from fedspine.methods.splitting import (
     MODEL_CUT,
     Opened,
@@ -25,16 +26,17 @@ from fedspine.methods.splitting import (
     first_state,
     noted,
     opened,
+    rooms,
 )
-from fedspine.planning.labels import distribution
-from fedspine.planning.regulate import rows_that_fit
+from fedspine.planning.labels import distribution, reference
 from fedspine.planning.split_plan import Candidates, Selection, SplitControl, SplitLimits, plan_split
 from fedspine.planning.workers import WorkerState, costs, observed, took_part
 from fedspine.split.body import MergedBody, play_around
 from fedspine.split.device import Begin
 from fedspine.split.halves import Halves
-from fedspine.split.rounds import Played, play
+from fedspine.split.rounds import Played, Resizing, play
 from fedspine.split.server import Copies, InTurn, Merged, ServerStep
+from fedspine.split.trained import Optimising
 from fedspine.split.wire import Precision, row_bytes
 from fedspine.task import Task
 
@@ -74,6 +76,15 @@ class MergeSflState:
     longest: int  # tokens of a text, 1 for arrays
     labels: dict[str, np.ndarray]  # V_i of the devices that were ever asked
     workers: dict[str, WorkerState]  # of the devices that ever completed a round
+    fixed_seconds: float = 0.0  # of an exchange beside its rows', as the last round showed it
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A round's batches, and how they are planned again within it, if they are."""
+
+    batches: Mapping[DeviceId, int]
+    again: Resizing | None
 
 
 @method("mergesfl")
@@ -96,6 +107,7 @@ class MergeSfl:
     merging: Literal["merged", "in-turn", "copies"] = "merged"  # without: a step per device, or averaged tops
     selection: Selection = "genetic"  # or "random"
     regulate: bool = True  # batches in proportion to pace; else equal ones
+    regulate_within: bool = True  # and again within a round, to the pace it shows; else once before it, as in the paper
     fine_tune: bool = True  # batches for the labels' sake
     rescale: bool = True  # gradients as of a device's own mean loss
     bottom_weights: Literal["batch", "uniform"] = "batch"
@@ -138,18 +150,17 @@ class MergeSfl:
     def round(self, state: MergeSflState, fleet: Fleet) -> MergeSflState:
         now = opened(self, state, fleet)
         labels = self._labels(state, fleet)
-        batches = self._planned(replace(state, labels=labels), now, fleet)
-        orders = {device: self._order(now, rows) for device, rows in batches.items()}
-        played, top = self._played(now, fleet, orders)
+        plan = self._planned(replace(state, labels=labels), now, fleet)
+        orders = {device: self._order(now, rows) for device, rows in plan.batches.items()}
+        played, top = self._played(now, fleet, orders, plan.again)
         noted(fleet, played)
         fleet.note(loss=played.loss, stayed=len(played.bottoms))
         weights = self._weights(played)
         return replace(
-            state,
+            self._measured(state, played),
             round=state.round + 1,
             model=now.halves.join(averaged(played.bottoms, weights), top),
             labels=labels,
-            workers=state.workers | self._measured(state, played),
         )
 
     def deploy(self, state: MergeSflState, device: DeviceId | None = None) -> Any:
@@ -172,29 +183,41 @@ class MergeSfl:
             raise AllLost(f"of {len(unknown)} devices asked, {len(replies)} replied and none can be used")
         return labels
 
-    def _planned(self, state: MergeSflState, now: Opened, fleet: Fleet) -> dict[DeviceId, int]:
+    def _planned(self, state: MergeSflState, now: Opened, fleet: Fleet) -> Planned:
         """Which devices take part, and with how many rows in each iteration."""
-        rooms = {profile.id: self._room(profile, state, now.halves) for profile in fleet.devices}
-        for device in (device for device, rows in rooms.items() if not rows):
-            fleet.note(device=device, left_out="one row does not fit its memory")
-        able = [device for device, rows in rooms.items() if rows and device in state.labels]
+        room = rooms(fleet, now.halves, self.batch, state.longest)
+        able = [device for device in room if device in state.labels]
         if not able:
-            raise AllLost(f"of {len(rooms)} devices none has the memory for one row of the bottom; choose a lower cut")
+            raise AllLost(f"of {len(room)} devices with memory for a row none has said what labels it holds")
         known = [state.workers.get(device) for device in able]
-        paces = costs(known)
+        cost = costs(known)
         # everybody waits for one that is slower than thought, nobody for one that is faster
-        paces[[worker is None for worker in known]] = paces.max()
+        cost[[worker is None for worker in known]] = cost.max()
         candidates = Candidates(
-            cost=paces,
+            cost=cost,
             labels=np.stack([state.labels[device] for device in able]),
-            most=np.array([rooms[device] for device in able]),
+            most=np.array([room[device] for device in able]),
             rounds=np.array([0 if worker is None else worker.rounds for worker in known]),
+            fixed=state.fixed_seconds if self._within else None,
         )
         control = SplitControl(select=self.selection, regulate=self.regulate, tune=self.fine_tune)
         limits = self._limits(now.halves, state.longest)
         plan = plan_split(candidates, limits, np.random.default_rng([now.seed, PLANNING]), control)
-        fleet.note(merged_kl=plan.divergence, merged_rows=plan.rows, waiting_planned=plan.waiting)
-        return {able[i]: int(rows) for i, rows in zip(plan.chosen, plan.batches, strict=True)}
+        waiting = {"waiting_planned": plan.waiting} if self.regulate else {}  # else no pace is known
+        fleet.note(merged_kl=plan.divergence, merged_rows=plan.rows, **waiting)
+        devices = [able[i] for i in plan.chosen]
+        again = Regulating(
+            devices=devices,
+            labels=candidates.labels[plan.chosen],
+            reference=reference(candidates.labels),
+            most=candidates.most[plan.chosen],
+            limits=limits,
+            tune=self.fine_tune,
+            fixed=state.fixed_seconds,
+            optimising=lambda rows: self._optimising(now, rows),
+        )
+        batches = dict(zip(devices, plan.batches.tolist(), strict=True))
+        return Planned(batches, again if self._within else None)
 
     def _limits(self, halves: Halves, longest: int) -> SplitLimits:
         feature_bytes = row_bytes(halves.feature_shape(longest), self.precision)
@@ -208,44 +231,54 @@ class MergeSfl:
             divergence=self.divergence,
         )
 
-    def _room(self, profile: Profile, state: MergeSflState, halves: Halves) -> int:
-        """Rows that a device's data and memory allow in a batch, 0 where not even one fits."""
-        at_most = min(self.batch, profile.examples)
-        return rows_that_fit(
-            lambda rows: halves.memory_bytes("bottom", rows, state.longest), profile.memory_bytes, at_most
-        )
+    @property
+    def _within(self) -> bool:
+        return self.regulate and self.regulate_within
 
-    def _measured(self, state: MergeSflState, played: Played) -> dict[str, WorkerState]:
-        """The pace of the devices that stayed to the end, whose round counts."""
-        return {
-            device: took_part(observed(state.workers.get(device), compute_seconds=progress.row_seconds, keep=self.keep))
-            for device, progress in played.progress.items()
+    def _measured(self, state: MergeSflState, played: Played) -> MergeSflState:
+        """The state with the pace of the devices that stayed to the end, whose round counts."""
+        progress, fixed = played.progress, state.fixed_seconds
+        # paces that nothing uses stay out of the state, which a clock would else make another one each time
+        cost = [own.row_seconds if self.regulate else 1.0 for own in progress.values()]
+        if self._within:
+            found = paces(list(progress.values()), fixed, ended=True)
+            cost, fixed = found.cost.tolist(), found.fixed
+        measured = {
+            device: took_part(observed(state.workers.get(device), compute_seconds=own, keep=self.keep))
+            for device, own in zip(progress, cost, strict=True)
         }
+        return replace(state, workers=state.workers | measured, fixed_seconds=fixed)
 
     # --- the training ---
 
     def _order(self, now: Opened, rows: int) -> Begin:
-        order = now.begin(rows)
-        if self.lr_scaling == "none":
-            return order
-        scaled = replace(order.optimising, learning_rate=order.optimising.learning_rate * rows / self.batch)
-        return replace(order, optimising=scaled)
+        return replace(now.begin(rows), optimising=self._optimising(now, rows))
 
-    def _played(self, now: Opened, fleet: Fleet, orders: Mapping[DeviceId, Begin]) -> tuple[Played, Any]:
+    def _optimising(self, now: Opened, rows: int) -> Optimising:
+        """How a bottom is trained with batches of so many rows."""
+        if self.lr_scaling == "none":
+            return now.optimising
+        return replace(now.optimising, learning_rate=now.optimising.learning_rate * rows / self.batch)
+
+    def _played(
+        self, now: Opened, fleet: Fleet, orders: Mapping[DeviceId, Begin], again: Resizing | None
+    ) -> tuple[Played, Any]:
         """The round, and the top that came of it."""
         if self.labels_stay:
-            return self._played_around(now, fleet, orders)
+            return self._played_around(now, fleet, orders, again)
         server = self._server(now)
-        played = play(fleet, orders, self.steps, server, now.seed)
+        played = play(fleet, orders, self.steps, server, now.seed, resizing=again)
         return played, server.finish(self._weights(played))
 
-    def _played_around(self, now: Opened, fleet: Fleet, orders: Mapping[DeviceId, Begin]) -> tuple[Played, Any]:
+    def _played_around(
+        self, now: Opened, fleet: Fleet, orders: Mapping[DeviceId, Begin], again: Resizing | None
+    ) -> tuple[Played, Any]:
         """The U-shape: the server trains the middle, each device its own copy of the end."""
         ending = {name: tensor for name, tensor in now.top.items() if name in now.halves.ends}
         orders = {device: now.with_ending(order, ending) for device, order in orders.items()}
         body = {name: tensor for name, tensor in now.top.items() if name not in ending}
         server = MergedBody(now.halves, body, now.optimising, rescale=self.rescale, gradients=bool(now.bottom))
-        played = play_around(fleet, orders, self.steps, server, now.seed)
+        played = play_around(fleet, orders, self.steps, server, now.seed, again)
         return played, server.finish() | averaged(played.endings, self._weights(played))
 
     def _server(self, now: Opened) -> ServerStep:

@@ -16,7 +16,8 @@ from fedspine.fleet import AllLost, Fleet, Profile
 from fedspine.lm.base import Base
 from fedspine.lm.lora import check_rank
 from fedspine.message import Tensors, message
-from fedspine.split.device import Cutting, rows_at
+from fedspine.split.batches import rows_at
+from fedspine.split.device import Cutting
 from fedspine.split.halves import Halves
 from fedspine.split.trained import Optimising, Trained, check_optimising, learning_rate_at
 from fedspine.task import Task

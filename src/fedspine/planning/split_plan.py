@@ -16,6 +16,7 @@ from fedspine.errors import BadInput
 from fedspine.planning.genetic import Search, any_workers, select
 from fedspine.planning.labels import divergence, merged, reference
 from fedspine.planning.regulate import regulate, scaled_up, waiting_share
+from fedspine.planning.within import levelled
 
 Selection: TypeAlias = Literal["genetic", "random"]
 PER_NAT = 1000.0  # what a nat of divergence beyond the limit weighs against a whole round's waiting
@@ -29,6 +30,8 @@ class Candidates:
     labels: Float[np.ndarray, "workers classes"]  # V_i: the share of each class in a device's rows
     most: Int[np.ndarray, " workers"]  # rows that its data and its memory allow in one batch, at least 1
     rounds: Int[np.ndarray, " workers"]  # K: in which it has taken part
+    # seconds of an iteration beside its rows', with which batches are levelled; None: Eq. 9, which knows of no such cost
+    fixed: float | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(self.cost), len(self.labels), len(self.most), len(self.rounds)}
@@ -36,6 +39,8 @@ class Candidates:
             raise ValueError(f"one entry for each of at least one device was expected, {sorted(lengths)} came")
         if not (self.cost.min() > 0 and np.isfinite(self.cost).all() and self.most.min() >= 1):
             raise ValueError("finite costs above 0 and at least one row for each device were expected")
+        if self.fixed is not None and not 0 <= self.fixed < np.inf:
+            raise ValueError("a finite fixed cost of at least 0 was expected")
         if self.labels.ndim != 2 or not np.allclose(self.labels.sum(axis=1), 1) or self.labels.min() < 0:
             raise ValueError("shares of classes that sum to 1 for each device were expected")
 
@@ -116,27 +121,38 @@ def plan_split(
     ([0, 1, 2, 3], [8, 8, 8, 8], 0.0, 0.0)
     """
     most = np.minimum(workers.most, min(limits.largest_batch, limits.budget_rows))
-    batches = regulate(workers.cost, limits.largest_batch, most)
-    if not control.regulate:
-        batches = np.minimum(max(1, round(batches.mean())), most)
+    if workers.fixed is None:
+        batches = regulate(workers.cost, limits.largest_batch, most)
+    else:
+        batches = levelled(workers.cost, workers.fixed, limits.largest_batch, most, int(most.sum()))
+    if not control.regulate:  # such that the most devices that may be chosen fit the budget, whatever their paces
+        batches = np.minimum(max(1, limits.budget_rows // min(limits.most, len(most))), most)
     search = Search(batches, workers.labels, workers.rounds, limits.budget_rows, limits.fewest, limits.most)
     match control.select:
         case "genetic":
             chosen = select(search, rng, population=control.population, generations=control.generations)
         case "random":
             chosen = any_workers(search, rng)
-    goal = Goal(workers.cost[chosen], workers.labels[chosen], reference(workers.labels), most[chosen], limits)
-    if control.regulate:
-        batches = scaled_up(goal.cost, limits.largest_batch, goal.most, limits.budget_rows, workers.cost.min())
-    else:
+    goal = Goal(
+        cost=workers.cost[chosen],
+        labels=workers.labels[chosen],
+        reference=reference(workers.labels),
+        most=most[chosen],
+        limits=limits,
+        fixed=workers.fixed or 0.0,
+    )
+    if not control.regulate:
         batches = np.minimum(min(limits.largest_batch, limits.budget_rows // len(chosen)), goal.most)
-    if control.regulate and control.tune:
-        batches = tuned(goal, batches)
+    elif workers.fixed is not None:
+        batches = planned_again(goal, tune=control.tune)
+    else:
+        batches = scaled_up(goal.cost, limits.largest_batch, goal.most, limits.budget_rows, workers.cost.min())
+        batches = tuned(goal, batches) if control.tune else batches
     return SplitPlan(
         chosen=chosen,
         batches=batches,
         divergence=float(goal.divergence(batches)),
-        waiting=waiting_share(batches * goal.cost),
+        waiting=waiting_share(goal.seconds(batches)),
     )
 
 
@@ -149,10 +165,21 @@ class Goal:
     reference: Float[np.ndarray, " classes"]
     most: Int[np.ndarray, " chosen"]
     limits: SplitLimits
+    fixed: float = 0.0  # seconds of an iteration beside its rows'
+
+    def seconds(self, batches: np.ndarray) -> np.ndarray:
+        """How long each device is expected to take for an iteration."""
+        return self.fixed + batches * self.cost
 
     def divergence(self, batches: np.ndarray) -> np.ndarray:
         """Of one plan or of many, [..., chosen]."""
         return divergence(merged(batches, self.labels), self.reference)
+
+
+def planned_again(goal: Goal, *, tune: bool = True) -> Int[np.ndarray, " chosen"]:
+    """Batches of devices already chosen, from what is known of their paces by now: levelled, and tuned if wanted."""
+    batches = levelled(goal.cost, goal.fixed, goal.limits.largest_batch, goal.most, goal.limits.budget_rows)
+    return tuned(goal, batches) if tune else batches
 
 
 def tuned(goal: Goal, start: Int[np.ndarray, " chosen"]) -> Int[np.ndarray, " chosen"]:
@@ -161,7 +188,7 @@ def tuned(goal: Goal, start: Int[np.ndarray, " chosen"]) -> Int[np.ndarray, " ch
     In place of the paper's Lagrange dual (Eq. 14), ours: of all changes of one batch by one row, the best one, while there
     is one that improves. Unchanged where `start` keeps the limit.
     """
-    longest = (start * goal.cost).max()
+    longest = goal.seconds(start).max()
 
     def score(plans: np.ndarray) -> np.ndarray:
         moved = (np.abs(plans - start) * goal.cost).mean(axis=-1) / longest

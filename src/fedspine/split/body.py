@@ -17,7 +17,7 @@ from fedspine.fleet import Fleet, Reply
 from fedspine.message import Tensors
 from fedspine.split.device import Answer, Answered, Begin, Forwarded, answer, begin, end, step
 from fedspine.split.halves import Features, Halves
-from fedspine.split.rounds import Game, Played, sound_features, sound_gradient, sound_weights
+from fedspine.split.rounds import Game, Played, Resizing, sound_features, sound_gradient, sound_weights
 from fedspine.split.server import Outcome, Part, merged_features, parted
 from fedspine.split.trained import Optimising, Trained
 from fedspine.split.wire import gradient_wired, unwired
@@ -87,7 +87,12 @@ class MergedBody:
 
 
 def play_around(
-    fleet: Fleet, orders: Mapping[DeviceId, Begin], iterations: int, server: MergedBody, seed: int
+    fleet: Fleet,
+    orders: Mapping[DeviceId, Begin],
+    iterations: int,
+    server: MergedBody,
+    seed: int,
+    resizing: Resizing | None = None,
 ) -> Played:
     """One round of these devices, as `play`; raises AllLost where no device is left."""
     game = Game(fleet, orders, seed)
@@ -99,7 +104,7 @@ def play_around(
         outcome = server.step(under_way, {reply.device: reply.value for reply in answered})
         gradients = game.counted(parts, outcome)
         if iteration + 1 < iterations:
-            forwarded = game.asked(step, gradients, sound_features)
+            forwarded = game.forwarded(step, gradients, iteration + 1, resizing)
     return game.over(game.asked(end, gradients, sound_weights))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedspine.device import Device, on_device
 from fedspine.message import Tensors, message
+from fedspine.split.batches import rows_from
 from fedspine.split.halves import Features, Halves, Splittable
 from fedspine.split.trained import Optimising, Trained
 from fedspine.split.wire import Precision, Wired, gradient_wired, labels_wired, unwired, wired
@@ -63,6 +64,15 @@ class Step:
 
 
 @message
+class Resized:
+    """A step, and how many rows the batches after it have."""
+
+    step: Step
+    batch: int
+    optimising: Optimising | None = None  # from now on, where it changes with the batch
+
+
+@message
 class Forwarded:
     """A batch's features, and its labels unless they stay."""
 
@@ -103,6 +113,7 @@ class Held:
     order: Begin  # without weights
     seed: int  # of the round's rows and of what is drawn
     iteration: int  # of the batch under way
+    taken: int = 0  # rows of the batches before it
     ending: "Tensors | None" = None
     ending_moments: "Tensors | None" = None
 
@@ -127,6 +138,18 @@ def begin(device: Device, order: Begin) -> Forwarded:
 @on_device
 def step(device: Device, order: Step) -> Forwarded:
     return stepped(device, order)
+
+
+@on_device
+def resize(device: Device, order: Resized) -> Forwarded:
+    live = resumed(device, None)
+    _apply(device, live, order.step)
+    held, bottom = _next(live), live.bottom
+    optimising = order.optimising or held.order.optimising
+    if order.optimising is not None:
+        bottom = Trained(bottom.now(), optimising, live.halves.statistics, bottom.moments())
+    held = replace(held, order=replace(held.order, batch=order.batch, optimising=optimising))
+    return _forward(device, live.halves, held, bottom, None)
 
 
 @on_device
@@ -178,8 +201,7 @@ def stepped(device: Device, order: Step, local: Local | None = None) -> Forwarde
     """Do what `step` does."""
     live = resumed(device, local)
     _apply(device, live, order)
-    held = replace(live.held, iteration=live.held.iteration + 1)
-    return _forward(device, live.halves, held, live.bottom, local)
+    return _forward(device, live.halves, _next(live), live.bottom, local)
 
 
 def ended(device: Device, order: Step, local: Local | None = None) -> Ended:
@@ -218,7 +240,7 @@ def _forward(device: Device, halves: Halves, held: Held, bottom: Trained, local:
 
 
 def _live(device: Device, halves: Halves, held: Held, bottom: Trained, weights: Tensors, local: Local | None) -> Live:
-    rows = rows_at(len(device.data), held.order.batch, held.seed, held.iteration)
+    rows = rows_from(len(device.data), held.order.batch, held.seed, held.taken)
     inputs = device.data.batch(rows)
     features = halves.bottom(weights, inputs, seed=_drawing(held))
     own = None if local is None else local(weights, features, inputs)
@@ -241,25 +263,17 @@ def _apply(device: Device, live: Live, order: Step) -> None:
     )
 
 
+def _next(live: Live) -> Held:
+    """What is held of the next batch, whose rows follow those of the one under way."""
+    return replace(live.held, iteration=live.held.iteration + 1, taken=live.held.taken + len(live.features))
+
+
 def _remember(device: Device, live: Live) -> None:
     live.held = replace(live.held, weights=live.bottom.now(), moments=live.bottom.moments())
     device.memory[HELD] = live.held
     rows, tokens = len(live.features), _tokens(live.features)
     needs = live.halves.memory_bytes
     device.keep(live, max(0, needs("bottom", rows, tokens) - needs("bottom", 0, tokens)))
-
-
-def rows_at(there: int, batch: int, seed: int, iteration: int) -> np.ndarray:
-    """The rows of one batch: pass after pass over all rows, each in an order of its own.
-
-    >>> sorted([*rows_at(4, 2, 0, 0), *rows_at(4, 2, 0, 1)]), len(rows_at(4, 9, 0, 5))
-    ([0, 1, 2, 3], 4)
-    """
-    batch = min(batch, there)
-    first, last = iteration * batch // there, ((iteration + 1) * batch - 1) // there
-    passes = [np.random.default_rng([seed, number]).permutation(there) for number in range(first, last + 1)]
-    start = iteration * batch - first * there
-    return np.concatenate(passes)[start : start + batch]
 
 
 def _drawing(held: Held) -> int:

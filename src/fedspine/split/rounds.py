@@ -7,15 +7,15 @@ with the others, and it is not asked again until the next round; what its exchan
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from fedspine.device import DeviceId, Work
-from fedspine.fleet import AllLost, Fleet, Reply
+from fedspine.fleet import AllLost, Cost, Fleet, Reply
 from fedspine.message import Tensors
 from fedspine.split import device as on_devices
-from fedspine.split.device import Answered, Begin, Ended, Forwarded, Step
+from fedspine.split.device import Answered, Begin, Ended, Forwarded, Resized, Step
 from fedspine.split.server import Outcome, Part, ServerStep
 from fedspine.split.wire import Wired, gradient_wired, labels_unwired, unwired
 from fedspine.tensors import finite, single
@@ -34,10 +34,19 @@ class Works:
 class Progress:
     """What became of one device in a round."""
 
-    batch: int = 0  # rows of an iteration
+    rows: list[int] = field(default_factory=list)  # of each iteration
     counted: int = 0  # labels over all iterations
     losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)  # of each exchange, the first with the weights among them
+    costs: list[Cost] = field(default_factory=list)  # of each exchange, the first with the weights among them
+
+    @property
+    def seconds(self) -> list[float]:
+        return [cost.seconds for cost in self.costs]
+
+    @property
+    def batch(self) -> int:
+        """Rows of the last iteration."""
+        return self.rows[-1]
 
     @property
     def row_seconds(self) -> float:
@@ -46,7 +55,14 @@ class Progress:
         Of the exchanges between the first and the last, which also carry weights, if there are any.
         """
         inner = self.seconds[1:-1]
-        return (float(np.mean(inner)) if inner else sum(self.seconds)) / self.batch
+        return (float(np.mean(inner)) if inner else sum(self.seconds)) / float(np.mean(self.rows))
+
+
+# what devices are told after so many iterations if their batches are to change, from what became of them and the steps
+# that they would be told; None: batches stay as they are
+Resizing: TypeAlias = Callable[
+    [int, Mapping[DeviceId, Progress], Mapping[DeviceId, Step]], Mapping[DeviceId, Resized] | None
+]
 
 
 @dataclass(frozen=True)
@@ -71,10 +87,12 @@ def play(
     server: ServerStep,
     seed: int,
     works: Works = Works(),
+    resizing: Resizing | None = None,
 ) -> Played:
     """One round of these devices: `iterations` steps of the top and of every bottom.
 
-    Raises AllLost where no device is left.
+    `resizing` may change batches between iterations; it is for devices without a loss of their own. Raises AllLost
+    where no device is left.
     """
     game = Game(fleet, orders, seed)
     forwarded = game.asked(works.begin, orders, sound_features)
@@ -82,7 +100,7 @@ def play(
         parts = [part_of(reply) for reply in forwarded]
         gradients = game.counted(parts, server.step(parts, game.seed_of(iteration)))
         if iteration + 1 < iterations:
-            forwarded = game.asked(works.step, gradients, sound_features)
+            forwarded = game.forwarded(works.step, gradients, iteration + 1, resizing)
     return game.over(game.asked(works.end, gradients, sound_weights))
 
 
@@ -104,7 +122,7 @@ class Game:
         """The replies without a flaw; others are noted and left out for the rest of the round."""
         replies = self._fleet.ask(work, orders)
         for reply in replies:
-            self._progress[reply.device].seconds.append(reply.cost.seconds)
+            self._progress[reply.device].costs.append(reply.cost)
         flaws = {reply.device: flaw(reply.value) for reply in replies}
         for device, found in flaws.items():
             if found is not None:
@@ -113,6 +131,19 @@ class Game:
         if not sound:
             raise AllLost(f"of {len(orders)} devices asked, {len(replies)} replied and none can be used")
         return sound
+
+    def forwarded(
+        self,
+        step: Work[Step, Forwarded],
+        told: Mapping[DeviceId, Step],
+        done: int,
+        resizing: Resizing | None,
+    ) -> list[Reply[Forwarded]]:
+        """The next features after `done` iterations, from batches as before or of other sizes."""
+        resized = resizing and resizing(done, {device: self._progress[device] for device in told}, told)
+        if resized:
+            return self.asked(on_devices.resize, resized, sound_features)
+        return self.asked(step, told, sound_features)
 
     def counted(self, parts: Sequence[Part], outcome: Outcome) -> dict[DeviceId, Step]:
         """Write an iteration of the server down; returns what each device that is still in it is told."""
@@ -127,7 +158,7 @@ class Game:
 
     def _count(self, part: Part, outcome: Outcome) -> None:
         progress = self._progress[part.device]
-        progress.batch = len(part.features)
+        progress.rows.append(len(part.features))
         progress.counted += outcome.counted[part.device]
         progress.losses.append(outcome.losses[part.device])
 
