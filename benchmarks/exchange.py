@@ -42,7 +42,7 @@ def main() -> None:
         ours = _fedspine(Path(folder), options.exchanges, options.repeats, options.scheme)
         between = os.getloadavg()[0]
         flower = None if options.flower is None else _flower(Path(folder), options.flower, options.exchanges)
-    found = {"scheme": options.scheme, "load": [load, between], "ours": ours, "flower": flower}
+    found = {"scheme": options.scheme, "load": [load, between], "nice": os.nice(0), "ours": ours, "flower": flower}
     kept = HERE / "results" / "exchange.json"
     before = [] if options.fresh or not kept.exists() else json.loads(kept.read_text(encoding="utf-8"))
     # through JSON, so that what was read and what was just measured have the same keys
@@ -170,7 +170,7 @@ def _process(command: list[object], log: Path) -> Iterator[None]:
 def _table(entries: list[dict[str, Any]], exchanges: int) -> str:
     """All calls so far: the machine may have been busy with other things in some of them."""
     calls = "; ".join(
-        f"{entry['scheme']}, load {entry['load'][0]:.1f} to {entry['load'][1]:.1f}: "
+        f"{entry['scheme']}, load {entry['load'][0]:.1f} to {entry['load'][1]:.1f}, nice {entry.get('nice', 0)}: "
         + ", ".join(
             f"{int(size) // 1000} KB {' '.join(f'{1000 * statistics.median(run[size]):.0f}' for run in entry['ours'])} ms"
             for size in entry["ours"][0]
@@ -187,10 +187,14 @@ def _table(entries: list[dict[str, Any]], exchanges: int) -> str:
         "|---|---|---|---|",
     ]
     for size in map(str, SIZES):
-        best = min(statistics.median(run[size]) for entry in entries for run in entry["ours"])
+        best, scheme = min(
+            (statistics.median(run[size]), entry["scheme"]) for entry in entries for run in entry["ours"]
+        )
         theirs = [statistics.median(entry["flower"][size]) for entry in entries if (entry["flower"] or {}).get(size)]
         named = f"{min(theirs):.2f} s" if theirs else "not measured"
-        lines.append(f"| {int(size) // 1000} KB | {1000 * best:.0f} ms | {1000 * GOALS[int(size)]:.0f} ms | {named} |")
+        lines.append(
+            f"| {int(size) // 1000} KB | {1000 * best:.0f} ms ({scheme}) | {1000 * GOALS[int(size)]:.0f} ms | {named} |"
+        )
     return "\n".join([*lines, "", f"Every run: {calls}."]) + "\n"
 
 

@@ -373,6 +373,11 @@ def test_a_damaged_summary(command, tmp_path):
         refused(command(folder), ["summary.json", word, "remove it"])
 
 
+def test_a_run_at_real_sites(command, tmp_path):
+    folder = made_run(tmp_path / "run", fleet_seconds=10.0)
+    refused(command(folder), ["run ran at the sites of a real fleet", "leave it out"])
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"label": "a"}', '{"label": "a", "settings": 3}'])
 def test_a_damaged_cell(tmp_path, text):
     made_cell(tmp_path, "a", "a")

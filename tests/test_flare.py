@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +23,8 @@ from fedspine.device import find_work, name_of
 from fedspine.fleet import AllLost, Idle
 from fedspine.fleets.desk import open_desk, works_of
 from fedspine.fleets.flare import FlareFleet
-from fedspine.fleets.party import Party, Patience, RelayLost
+from fedspine.fleets.members import Patience, RelayLost
+from fedspine.fleets.party import Party
 from fedspine.fleets.resident import MOST_BYTES
 from fedspine.fleets.terms import Terms
 from fedspine.fleets.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder, as_array, decoded
@@ -258,6 +260,27 @@ def test_a_relay_that_is_lost_is_replaced_and_the_orders_are_sent_again(ground, 
     assert here.notes()
     assert all(list(note) == ["relay"] for note in here.notes())
     assert bits(state) == bits(simulated(ground, model, tmp_path, method, 3))
+
+
+def test_the_new_workers_of_a_new_relay_may_come_up_slower_than_an_order_may_take(sites, ground, monkeypatch):
+    here, method = sites(within=2.0), find("fedlora").toy()
+    state, mend, exchange = here.run(method, 1), here.link.mend, here.link.exchange
+
+    def mended(broken, give_up):
+        if broken == here.link.relay:
+            here.link.desks = {site: open_desk(ground.kits.folder / site) for site in SITES}
+        mend(broken, give_up)
+
+    def slowly(site, payload, seconds):
+        if isinstance(decoded(payload, Opening, SiteOrder), Opening):
+            time.sleep(2.5)
+        return exchange(site, payload, seconds)
+
+    monkeypatch.setattr(here.link, "mend", mended)
+    monkeypatch.setattr(here.link, "exchange", slowly)
+    here.link.gone = 3
+    here.run(method, 2, state)
+    assert {key for note in here.notes() for key in note} == {"relay"}  # and nobody was left out
 
 
 def test_a_worker_that_was_replaced_is_opened_again_within_the_ask(ground, model, sites, tmp_path):

@@ -240,6 +240,12 @@ def test_bad_input_is_one_line(made, tmp_path):
     assert "is the kit of a site" in refused("status", "--kit", made / "north")
 
 
+def test_a_net_cannot_be_trained_at_sites(made):
+    done = fedspine("run", "--set", "task.model=cnn-h", "--set", "task.data=rows", "--fleet", made / "admin")
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done
+    assert "'cnn-h' is a net for arrays, but the sites of a fleet hold texts" in done.stderr
+
+
 # --- the demo's data ---
 
 

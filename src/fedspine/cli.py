@@ -117,7 +117,7 @@ def run(
 
 def _venue(kit: Path | None, sites: int, quorum: int, within: float) -> Any:
     """The sites that the user named, None for simulated devices."""
-    from fedspine.fleets.party import Patience
+    from fedspine.fleets.members import Patience
     from fedspine.venue import RealSites
 
     return None if kit is None else RealSites(kit, Patience(sites=max(sites, quorum), quorum=quorum, within=within))

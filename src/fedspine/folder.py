@@ -25,7 +25,7 @@ def recipe_of(folder: Path) -> Recipe:
 
 def standing(folder: Path) -> dict[str, Any]:
     """A finished run's summary, or what is known so far of one that is not."""
-    from fedspine.fleets import party, simulated  # noqa: F401 - which makes the messages in a saved state known
+    from fedspine.fleets import members, simulated  # noqa: F401 - which makes the messages in a saved state known
 
     recipe, summary = recipe_of(folder), summary_of(folder)
     if summary is not None:

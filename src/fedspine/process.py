@@ -29,6 +29,14 @@ def keep_freed_memory() -> None:
         mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
+def keeping_freed_memory() -> dict[str, str]:
+    """The same, as the environment of processes that are yet to start.
+
+    Of an exchange of 4 MB over NVIDIA FLARE a fifth to a third of all processor time went into getting pages anew.
+    """
+    return {"MALLOC_TRIM_THRESHOLD_": str(_KEPT), "MALLOC_MMAP_THRESHOLD_": str(_LARGE)}
+
+
 def cores() -> int:
     """The cores that this process may use, which can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from fedspine.build import Built, build, simulate
 from fedspine.config import Recipe
 from fedspine.errors import BadInput
-from fedspine.fleets.party import Party, Patience
+from fedspine.fleets.members import Patience
+from fedspine.fleets.party import Party
 from fedspine.fleets.rounds import RoundFleet
 from fedspine.fleets.terms import Terms, model_name
 from fedspine.fleets.workers import Workers
@@ -70,6 +71,11 @@ class RealSites:
 
     def fitted(self, recipe: Recipe, *, begun: Recipe | None = None) -> Recipe:
         """As many devices as there are sites, of whom each keeps its own rows; connects where that is not done."""
+        if recipe.task.kind == "array":
+            raise BadInput(
+                f"task.model {recipe.task.model!r} is a net for arrays, but the sites of a fleet hold texts; leave --fleet "
+                "out to run on simulated devices, or choose a model for texts"
+            )
         devices = len(self._connected().sites) if begun is None else begun.fleet.devices
         changed = {
             "devices": devices,
@@ -90,7 +96,7 @@ class RealSites:
         self._party = Party(
             link=self._connected(),
             base=built.task.base,
-            terms=_terms(built),
+            terms=terms_of(built),
             seed=recipe.run.seed,
             run=secrets.token_hex(16),
             patience=self.patience,
@@ -144,7 +150,8 @@ def venue_of(folder: Path, named: RealSites | None = None) -> Venue:
     return named or RealSites(kit, patience)
 
 
-def _terms(built: Built) -> Terms:
+def terms_of(built: Built) -> Terms:
+    """What a site has to know of a run to take part in it."""
     section, task = built.recipe.task, built.task
     return Terms(
         method=built.recipe.method.name,

@@ -106,6 +106,11 @@ def _run(folder: Path) -> Run | LeftOut:
     recipe, summary = recipe_of(folder), summary_of(folder)
     if summary is None:
         return LeftOut(str(folder), _failure(folder) or "not finished")
+    if "fleet_seconds" in summary:
+        raise BadInput(
+            f"{folder} ran at the sites of a real fleet, whose seconds on the wall cannot stand beside simulated ones; "
+            f"leave it out, and look at it with: fedspine show {folder}"
+        )
     if lacking := [key for key in NEEDED if key not in summary]:
         raise BadInput(f"{folder / SUMMARY} lacks {lacking[0]!r}; remove it and resume the run to have it written anew")
     label, settings = cell.get("label"), cell.get("settings")

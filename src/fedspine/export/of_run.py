@@ -8,7 +8,7 @@ from fedspine.build import build_task, dataset, identities
 from fedspine.config import Recipe
 from fedspine.errors import BadInput, nearest, unknown
 from fedspine.export import hf
-from fedspine.fleets import party, simulated  # noqa: F401 - which makes the messages in a saved state known
+from fedspine.fleets import members, simulated  # noqa: F401 - which makes the messages in a saved state known
 from fedspine.folder import FLEET, STATE, recipe_of
 from fedspine.lm.base import Model
 from fedspine.lm.structure import sparsity

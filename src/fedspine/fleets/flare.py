@@ -15,7 +15,8 @@ import torch
 
 from fedspine.device import DeviceId, O, R, Work, find_work, name_of
 from fedspine.fleet import AllLost, Cost, Fleet, Idle, Profile, Reply, T
-from fedspine.fleets.party import Came, Deadline, FlareSnapshot, Member, Party, Pending, RelayLost, Sent, SiteStanding
+from fedspine.fleets.members import Came, Deadline, FlareSnapshot, Member, Pending, RelayLost, Sent, SiteStanding
+from fedspine.fleets.party import Party
 from fedspine.fleets.rounds import Totals
 from fedspine.fleets.wire import Opened
 

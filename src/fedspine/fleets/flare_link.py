@@ -25,7 +25,7 @@ from nvflare.fuel.flare_api.flare_api import Session
 from fedspine.errors import BadInput
 from fedspine.fleets.flare_app import ASK, CHANNEL, GRACE_SECONDS, LEAVE, SECRET, UNREACHABLE, Relay, SiteApp
 from fedspine.fleets.kit import OVER, kit_at, logged_in
-from fedspine.fleets.party import RelayLost
+from fedspine.fleets.members import RelayLost
 
 JOB = "fedspine"
 HELLO_SECONDS = 2.0  # for a sign of life of the relay
@@ -90,18 +90,19 @@ class Link:
     def mend(self, broken: str | None, give_up: Callable[[], bool]) -> None:
         """Replace the relay `broken`, unless another thread has done so; raises RelayLost when `give_up` says so."""
         with self._mending:
-            if self._job != broken or self._closed.is_set():
+            if self._job != broken:
                 return None
-            while True:
+            while not self._closed.is_set():
                 try:
                     return self._start_relay()
                 except RelayLost:
                     if give_up():
                         raise
                     self._closed.wait(2.0)
+            raise RelayLost("the run has ended")
 
     def close(self) -> None:
-        """End the relay's job and log out."""
+        """End the relay's job and log out; whoever waits for a reply hears that the relay is lost."""
         self._closed.set()
         try:
             if self._job is not None:
@@ -109,6 +110,7 @@ class Link:
         except RelayLost:
             pass
         finally:
+            self._lost.trigger("the run has ended")
             self._session.close()
 
     def _start_relay(self) -> None:
@@ -121,7 +123,7 @@ class Link:
             raise RelayLost(f"no job can be started: {' '.join(str(error).split())}") from error
         self._job, self._secret, self._lost = job, secret, Signal()
         end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end:
+        while time.monotonic() < end and not self._closed.is_set():
             try:
                 self._sites = tuple(self._asked(ASK, HELLO_SECONDS)["sites"])
                 return

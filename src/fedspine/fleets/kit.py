@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import socket
 import ssl
 import subprocess
@@ -18,6 +19,7 @@ from typing import IO, Any, Literal
 
 from fedspine.errors import BadInput, unknown
 from fedspine.fleets.site import SITE_FILE, load_site
+from fedspine.process import keeping_freed_memory
 from fedspine.task import BUILT_IN_DATA
 
 ADMIN_KIT = "admin"  # folder of the operator's kit
@@ -162,7 +164,13 @@ def serve(kit: Kit, log: IO[bytes]) -> int:
     own_storage(kit)
     failures: list[float] = []
     while True:
-        process = subprocess.Popen(kit.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            kit.command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | keeping_freed_memory(),  # of messages of some megabytes, several copies each
+        )
         try:
             code = process.wait()
         finally:  # of a signal, too

@@ -8,153 +8,27 @@ run leaves nothing half done, and the same seed gives the same state as the simu
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from fedspine.device import DeviceId, Work, name_of
-from fedspine.fleet import Cost, Profile
+from fedspine.fleet import Cost
 from fedspine.fleets.fitting import misfit
+from fedspine.fleets.members import Came, Deadline, Link, Member, Patience, Pending, RelayLost
 from fedspine.fleets.rounds import Totals
 from fedspine.fleets.terms import Terms
 from fedspine.fleets.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder, as_array, decoded
-from fedspine.message import NotAMessage, message, pack
+from fedspine.message import NotAMessage, pack
 from fedspine.records import Records
 from fedspine.schema import work_kinds
 
 PING_SECONDS = 5.0
+READY_SECONDS = 120.0  # for a site to start a worker, and for that to load model and rows
 KIND = "site"  # in the records, where simulated devices have their kind
-
-
-class RelayLost(ConnectionError):
-    """What passes messages on does not answer: its job, the server, or the way there is gone."""
-
-
-class Link(Protocol):
-    """The way to the sites; see `fedspine.fleets.flare_link`. May be used from many threads."""
-
-    @property
-    def relay(self) -> str | None:
-        """Names what passes messages on at present; None where nothing does."""
-        ...
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """Whom the present relay reaches."""
-        ...
-
-    def connected(self) -> tuple[str, ...]:
-        """Whom a new relay would reach."""
-        ...
-
-    def exchange(self, site: str, payload: bytes, seconds: float) -> tuple[str, bytes]:
-        """An outcome, "done" or what went wrong, and the reply; raises RelayLost."""
-        ...
-
-    def ping(self, site: str, seconds: float) -> bool:
-        """Whether the site answers; raises RelayLost."""
-        ...
-
-    def mend(self, broken: str | None, give_up: Callable[[], bool]) -> None:
-        """Replace the relay `broken`, unless that was done; raises RelayLost when `give_up` says so."""
-        ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How a run bears with its sites."""
-
-    sites: int = 1  # that a new run waits for
-    quorum: int = 1  # with fewer replies to an ask the run stops, and can be resumed
-    within: float = 600.0  # seconds of an ask for which the method sets no limit
-    outage: float = 300.0  # seconds that the run waits for a quorum of sites, or for the server
-
-
-@message
-class SiteStanding:
-    """What is known of one site: `memory` is the version of its last reply's memory, None where it has none."""
-
-    name: str
-    examples: int
-    memory_bytes: int
-    asks: int
-    memory: int | None
-
-
-@message
-class Sent:
-    """An order that was sent and whose reply was not taken; without a reply it is sent again after a resume."""
-
-    device: str
-    work: str
-    order: Any
-    value: Any  # the result, where it has come
-    cost: dict[str, float] | None
-
-
-@message
-class FlareSnapshot:
-    """What a fleet of sites needs to go on after a resume; the sites keep their memory under the name of the run."""
-
-    run: str
-    now: float
-    sites: tuple[SiteStanding, ...]  # in the order of joining, which numbers them
-    pending: tuple[Sent, ...]
-
-
-@dataclass
-class Member:
-    """One site: only its own thread and, between asks, the run's thread change it."""
-
-    name: str
-    examples: int
-    memory_bytes: int
-    asks: int = 0
-    memory: int | None = None
-    saved: tuple[int, ...] = ()  # versions that the last two snapshots name
-    missed: bool = False
-    line: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))  # its orders, one after another
-
-    @property
-    def profile(self) -> Profile:
-        return Profile(id=self.name, site=self.name, examples=self.examples, memory_bytes=self.memory_bytes)
-
-
-class Deadline:
-    """When the time of an order is up; it moves on where the way to the site was lost meanwhile."""
-
-    def __init__(self, seconds: float) -> None:
-        self.at = time.monotonic() + seconds
-
-    @property
-    def left(self) -> float:
-        """Seconds until then."""
-        return self.at - time.monotonic()
-
-
-@dataclass(frozen=True)
-class Came:
-    """What became of one order: a value, or why there is none."""
-
-    cost: Cost
-    value: Any = None
-    samples: int = 0
-    missing: str | None = None
-
-
-@dataclass(eq=False)
-class Pending:
-    """An order under way that nobody waits for yet."""
-
-    device: DeviceId
-    work: Work[Any, Any]
-    order: Any
-    started: float
-    came: Future[Came]
 
 
 @dataclass
@@ -185,7 +59,7 @@ class Party:
         end = Deadline(min(within, self.patience.within))
         return self.members[device].line.submit(self._carried_out, self.members[device], work, order, end)
 
-    def _carried_out(self, member: Member, work: Work[Any, Any], order: Any, end: "Deadline") -> Came:
+    def _carried_out(self, member: Member, work: Work[Any, Any], order: Any, end: Deadline) -> Came:
         torch.set_num_threads(1)
         began, payload = time.monotonic(), pack(order).payload
         try:
@@ -196,7 +70,7 @@ class Party:
         spent = came if isinstance(came, tuple) else (None, None)
         return _came(spent, came if isinstance(came, str) else None, len(payload), time.monotonic() - began)
 
-    def _asked(self, member: Member, work: Work[Any, Any], payload: bytes, order: Any, end: "Deadline") -> Any:
+    def _asked(self, member: Member, work: Work[Any, Any], payload: bytes, order: Any, end: Deadline) -> Any:
         """The result and the site's answer, or in words why there is none."""
         if member.missed and not self.reached(member, end):
             return "does not answer"
@@ -239,20 +113,20 @@ class Party:
         member.memory = member.asks
         return value, reply
 
-    def reached(self, member: Member, end: "Deadline") -> bool:
+    def reached(self, member: Member, end: Deadline) -> bool:
         """A cheap question before work is sent to a site that missed."""
-        return self._persistently(lambda left: self.link.ping(member.name, min(PING_SECONDS, left)), end)
+        return self._persistently(member.name, lambda left: self.link.ping(member.name, min(PING_SECONDS, left)), end)
 
-    def open(self, site: str, end: "Deadline") -> Opened | str:
+    def open(self, site: str, end: Deadline) -> Opened | str:
         """Have a site take part; else in words why it does not."""
         asked = Opening(run=self.run, terms=self.terms)
         reply = self.exchange(site, asked, end, Opened, NotDone)
         return (reply.told or reply.why) if isinstance(reply, NotDone) else reply
 
-    def exchange(self, site: str, asked: Any, end: "Deadline", *kinds: type) -> Any:
+    def exchange(self, site: str, asked: Any, end: Deadline, *kinds: type) -> Any:
         """A site's reply of one of these types, or in words why there is none; raises TimeoutError, RelayLost."""
         payload = pack(asked).payload
-        outcome, reply = self._persistently(lambda left: self.link.exchange(site, payload, left), end)
+        outcome, reply = self._persistently(site, lambda left: self.link.exchange(site, payload, left), end)
         if outcome != "done":
             return OUTCOMES.get(outcome, OUTCOMES["unreachable"])
         try:
@@ -260,7 +134,7 @@ class Party:
         except NotAMessage as error:
             return f"its reply cannot be read: {error}"
 
-    def _persistently(self, attempt: Callable[[float], Any], end: "Deadline") -> Any:
+    def _persistently(self, site: str, attempt: Callable[[float], Any], end: Deadline) -> Any:
         """Try again with a new relay while there is time: every message may be sent twice."""
         while True:
             left, relay = end.left, self.link.relay
@@ -270,9 +144,15 @@ class Party:
                 return attempt(left)
             except RelayLost:
                 outage = Deadline(self.patience.outage)
-                self.link.mend(relay, lambda: outage.left <= 0)
-                end.at = time.monotonic() + left  # what was lost with the relay is not the site's
+                self.link.mend(relay, lambda until=outage: until.left <= 0)
                 self._tell_of_loss(relay)
+                self._made_ready(site)
+                end.at = time.monotonic() + left  # what was lost with the relay is not the site's
+
+    def _made_ready(self, site: str) -> None:
+        """Have a site take part under a new relay, for which it first starts a new worker."""
+        with suppress(RelayLost):  # then whoever tries again finds out
+            self.link.exchange(site, pack(Opening(run=self.run, terms=self.terms)).payload, READY_SECONDS)
 
     @staticmethod
     def already(came: Came) -> "Future[Came]":

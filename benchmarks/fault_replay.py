@@ -1,0 +1,91 @@
+"""A run over real sites once more, in one process: the same rows, without exactly the replies that were lost.
+
+What a run's state must be follows from its recipe, its sites' rows, and which replies it got. So a replay that lacks the
+same replies must end in the same bits, whatever died while the run was under way.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import fedspine.methods
+from fedspine.build import START, build, cohort
+from fedspine.fleets.desk import Desk
+from fedspine.fleets.flare import FlareFleet
+from fedspine.fleets.members import Patience
+from fedspine.fleets.party import Party
+from fedspine.fleets.site import load_site
+from fedspine.fleets.wire import Opening, SiteOrder, decoded
+from fedspine.folder import recipe_of
+from fedspine.message import pack
+from fedspine.records import Records
+from fedspine.venue import terms_of
+
+fedspine.methods.__path__.append(str(Path(__file__).parent / "exchange_site" / "methods"))
+SPOIL = "FEDSPINE_SPOIL"  # as in exchange_site/methods/brittle.py
+RUN = "0" * 32
+
+
+class Replay:
+    """Sites in this process that fail where those of the run did."""
+
+    def __init__(self, desks: dict[str, Desk], lost: set[tuple[int, str]], spoilt: set[tuple[int, str]]) -> None:
+        self._desks, self._lost, self._spoilt = desks, lost, spoilt
+        self.relay, self.sites = "replay", tuple(desks)
+
+    def connected(self) -> tuple[str, ...]:
+        return self.sites
+
+    def exchange(self, site: str, payload: bytes, seconds: float) -> tuple[str, bytes]:
+        asked = decoded(payload, Opening, SiteOrder)
+        if isinstance(asked, SiteOrder) and (asked.round, site) in self._lost:
+            return "died", b""
+        said = Path(os.environ[SPOIL]) / site
+        if isinstance(asked, SiteOrder) and (asked.round, site) in self._spoilt:
+            said.write_text("nan")
+        reply = self._desks[site].answer(payload)
+        said.unlink(missing_ok=True)
+        return "done", reply
+
+    def ping(self, site: str, seconds: float) -> bool:
+        return True
+
+    def mend(self, broken: str | None, give_up: Callable[[], bool]) -> None:
+        raise AssertionError("a replay loses no relay")
+
+    def close(self) -> None:
+        pass
+
+
+def replayed(out: Path, kits: Path, scratch: Path) -> str:
+    """The sha256 of the state that the run in `out` should have ended with."""
+    rows = [json.loads(line) for line in (out / "records.jsonl").read_text(encoding="utf-8").splitlines()]
+    lost = {(row["round"], row["device"]) for row in rows if row["row"] == "exchange" and row["lost"]}
+    notes = [row for row in rows if row["row"] == "note"]
+    spoilt = {
+        (row["round"], row["values"]["device"])
+        for row in notes
+        if "not finite" in str(row["values"].get("left_out")) or "loss is" in str(row["values"].get("left_out"))
+    }
+    recipe = recipe_of(out)
+    built = build(recipe, here=False)
+    shutil.rmtree(scratch, ignore_errors=True)
+    sites = sorted({row["device"] for row in rows if row["row"] == "exchange"})
+    desks = {site: Desk(load_site(kits / site), scratch / site) for site in sites}
+    link, method = Replay(desks, lost, spoilt), recipe.method
+    party = Party(link, built.task.base, terms_of(built), recipe.run.seed, RUN, Patience())
+    fleet = FlareFleet(party)
+    assert fleet.join() == {}
+    party.records = Records(scratch / "records.jsonl")
+    state = method.start(built.task, np.random.default_rng([recipe.run.seed, START]))
+    for round in range(recipe.run.rounds):
+        fleet.begin_round(round)
+        everyone = fleet.devices
+        part = fleet.only(everyone[i].id for i in cohort(recipe, round, len(everyone)))
+        state = method.round(state, part)
+    party.records.close()
+    return pack(state).sha256

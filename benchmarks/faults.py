@@ -1,0 +1,369 @@
+"""What a fleet of real processes does when something fails: each fault several times, beside what should come of it.
+
+`python benchmarks/faults.py` starts a server and three sites over NVIDIA FLARE on this machine, one of them in a network of
+its own where that can be made (Linux, as root). A run of FedLoRA on a tiny model is under way when the fault happens, at a
+random round and site. Afterwards the run is replayed in this process, over the same rows, without exactly those replies
+that its records call lost: the state must have the same sha256. Writes results/faults.md.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fault_replay
+import psutil
+import tomli_w
+
+from fedspine.fleet_demo import Federation, free_port, wait_until_connected
+from fedspine.fleets import kit as kits
+from fedspine.fleets.provision import Project, create, write_site_file
+from fedspine.lm.tiny import write_tiny
+
+HERE = Path(__file__).parent
+SITES = ("east", "north", "west")
+AWAY, NAMESPACE, LINK = "north", "fedspine-faults", "fsfault"  # the site behind a link that can be cut
+CUT_SECONDS = 30.0
+METHOD = {"name": "brittle", "rank": 4, "steps": 12, "batch": 16, "learning_rate": 2e-2}
+WITHIN = 15.0  # seconds of an order
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--times", type=int, default=5, help="how often each fault happens")
+    parser.add_argument("--only", nargs="+", choices=list(FAULTS), default=list(FAULTS), help="these faults alone")
+    parser.add_argument("--seed", type=int, default=0, help="of the rounds and sites that are hit")
+    parser.add_argument("--no-write", dest="write", action="store_false", help="only print")
+    options = parser.parse_args()
+    found: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as folder, ground(Path(folder)) as place:
+        for name in options.only:
+            if name == "network cut 30 s" and not place.separate:
+                print(f"{name}: not tried, since no network namespace can be made here", flush=True)
+                continue
+            draw = random.Random(f"{options.seed} {name}")
+            found[name] = [tried(place, name, draw, number) for number in range(options.times)]
+            if options.write:
+                _write(found)
+    print(table(found))
+
+
+def _write(found: dict[str, list[dict[str, Any]]]) -> None:
+    """Put what was found in place of what earlier calls found of the same faults."""
+    kept = HERE / "results" / "faults.json"
+    known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    all_of_them = {name: (known | found)[name] for name in FAULTS if name in known | found}
+    kept.write_text(json.dumps(all_of_them, indent=1) + "\n", encoding="utf-8")
+    kept.with_suffix(".md").write_text(table(all_of_them), encoding="utf-8")
+
+
+# --- the fleet ---
+
+
+@dataclass
+class Place:
+    """Kits with rows in them, and the processes that were started from them."""
+
+    folder: Path
+    separate: bool  # whether one site has a network of its own
+    processes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
+
+    @property
+    def kits(self) -> Path:
+        return self.folder / "kits"
+
+    def start(self, name: str) -> None:
+        """Start the server or a site, as its owner would."""
+        command = [sys.executable, "-m", "fedspine", "fleet", "start", name, "--kit", str(self.kits / name)]
+        prefix = ["ip", "netns", "exec", NAMESPACE] if self.separate and name == AWAY else []
+        with open(self.kits / name / "start.log", "ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [*prefix, *command], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+
+    def kill(self, name: str) -> None:
+        """Kill a site and whatever it started, at once."""
+        hit(family(str(self.kits / name)))
+        self.processes[name].wait()
+
+    def close(self) -> None:
+        for process in self.processes.values():
+            kits.end(process)
+
+
+@contextmanager
+def ground(folder: Path) -> Iterator[Place]:
+    """A connected fleet, ended after."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(HERE / "exchange_site"), os.environ.get("PYTHONPATH")])
+    )
+    os.environ[fault_replay.SPOIL] = str(folder / "spoil")
+    (folder / "spoil").mkdir()
+    with ExitStack() as stack:
+        host = stack.enter_context(network())
+        model, place = write_tiny(folder / "tiny", "bert"), Place(folder, host != "127.0.0.1")
+        made = create(Project(name="faults", host=host, port=free_port(), sites=SITES), place.kits)
+        draw = random.Random(1)
+        for number, site in enumerate(SITES):
+            (made.folder / site / "rows.csv").write_text(rows(draw, 60 + 20 * number))
+            write_site_file(made.folder / site, name=site, data={"path": "rows.csv"}, models={"tiny": str(model)})
+        (folder / "data.csv").write_text(rows(draw, 60))
+        stack.callback(place.close)
+        for name in ("server", *SITES):
+            place.start(name)
+        wait_until_connected(Federation(made.folder, made.folder / kits.ADMIN_KIT, SITES, place.processes))
+        yield place
+
+
+def rows(draw: random.Random, count: int) -> str:
+    """Lines of a CSV file of two kinds of texts."""
+    words = {"fine": ("good", "the", "very"), "fault": ("bad", "not", "small")}
+    lines = [
+        f"{' '.join(draw.choices(words[kind], k=3) + draw.choices(['in', 'is', 'with', 'at'], k=3))},{kind}"
+        for kind, _ in zip(itertools.cycle(words), range(count), strict=False)
+    ]
+    return "\n".join(["text,label", *lines]) + "\n"
+
+
+@contextmanager
+def network() -> Iterator[str]:
+    """A second network namespace and a cable to it; yields the address by which both reach the server."""
+    made = [
+        f"netns add {NAMESPACE}",
+        f"link add {LINK}0 type veth peer name {LINK}1",
+        f"link set {LINK}1 netns {NAMESPACE}",
+        f"addr add 10.77.9.1/24 dev {LINK}0",
+        f"link set {LINK}0 up",
+        f"-n {NAMESPACE} addr add 10.77.9.2/24 dev {LINK}1",
+        f"-n {NAMESPACE} link set {LINK}1 up",
+        f"-n {NAMESPACE} link set lo up",
+    ]
+    try:
+        for line in made:
+            subprocess.run(["ip", *line.split()], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        yield "127.0.0.1"
+        return
+    try:
+        yield "10.77.9.1"
+    finally:
+        subprocess.run(["ip", "link", "del", f"{LINK}0"], check=False, capture_output=True)
+        subprocess.run(["ip", "netns", "del", NAMESPACE], check=False, capture_output=True)
+
+
+def family(*words: str) -> list[int]:
+    """Processes whose command lines hold all of these words."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = " ".join(process.info["cmdline"] or ())
+        if process.pid != os.getpid() and all(word in line for word in words):
+            found.append(process.pid)
+    return found
+
+
+def hit(pids: list[int], number: int = signal.SIGKILL) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+# --- a run with one fault in it ---
+
+
+@dataclass
+class Going:
+    """A run in a process of its own."""
+
+    out: Path
+    process: "subprocess.Popen[bytes]"
+
+    def saved(self) -> int:
+        """Rounds that the records hold."""
+        return sum(row["row"] == "round" for row in self.records())
+
+    def records(self) -> list[dict[str, Any]]:
+        path = self.out / "records.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half written
+
+    def past(self, round: int) -> None:
+        """Return once so many rounds are done."""
+        self.until(lambda: self.saved() >= round, 180)
+
+    def until(self, come: Callable[[], bool], seconds: float) -> None:
+        """Return once it has come, the run ended, or the time is over."""
+        end = time.monotonic() + seconds
+        while not come() and self.process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+
+    def told(self, words: str) -> bool:
+        """Whether a note of the records says these words."""
+        return any(words in json.dumps(row["values"]) for row in self.records() if row["row"] == "note")
+
+
+def begun(place: Place, number: str, rounds: int, pause: float) -> Going:
+    recipe = place.folder / f"{number}.toml"
+    tables = {
+        "task": {"model": str(place.folder / "tiny"), "data": str(place.folder / "data.csv"), "max_tokens": 16},
+        "fleet": {"per_round": len(SITES)},
+        "method": METHOD | {"pause": pause},
+        "run": {"rounds": rounds, "evaluate_every": 0, "precision": "fp32"},
+    }
+    recipe.write_text(tomli_w.dumps(tables))
+    out = place.folder / f"run-{number}"
+    more = ["--fleet", place.kits / kits.ADMIN_KIT, "--sites", len(SITES), "--within", WITHIN, "--out", out, "--json"]
+    return Going(out, command(place, out, "run", recipe, *more))
+
+
+def command(place: Place, out: Path, *arguments: Any) -> "subprocess.Popen[bytes]":
+    with open(out.with_suffix(".log"), "ab") as log:
+        return subprocess.Popen([sys.executable, "-m", "fedspine", *map(str, arguments)], stdout=log, stderr=log)
+
+
+def tried(place: Place, name: str, draw: random.Random, number: int) -> dict[str, Any]:
+    """One fault in one run: what became of both."""
+    fault = FAULTS[name]
+    site = AWAY if name == "network cut 30 s" else draw.choice(SITES)
+    began = time.monotonic()
+    run = begun(place, f"{name.replace(' ', '-')}-{number}", fault.rounds, fault.pause)
+    run.past(draw.randint(2, 6))
+    fault.happens(place, run, site)
+    try:
+        code: Any = run.process.wait(300)
+    except subprocess.TimeoutExpired:
+        code = "none"
+        hit([run.process.pid])
+    records = run.records()
+    lost = [(row["round"], row["device"]) for row in records if row["row"] == "exchange" and row["lost"]]
+    answered = [
+        row["round"] for row in records if row["row"] == "exchange" and row["device"] == site and not row["lost"]
+    ]
+    state = None
+    if code == 0:
+        state = json.loads((run.out / "summary.json").read_text())["state_sha256"]
+    outcome = {
+        "site": site,
+        "exit": code,
+        "rounds": run.saved(),
+        "seconds": round(time.monotonic() - began, 1),
+        "lost": len(lost),
+        "reported": fault.words is None or run.told(fault.words),
+        "back": bool(answered) and max(answered) == fault.rounds - 1,
+        "same_state": state is not None and state == fault_replay.replayed(run.out, place.kits, place.folder / "again"),
+        "load": round(os.getloadavg()[0], 1),
+    }
+    print(f"{name}: {outcome}", flush=True)
+    if code != 0:
+        print(run.out.with_suffix(".log").read_text()[-600:], flush=True)
+        shutil.copytree(run.out, Path(tempfile.mkdtemp()) / run.out.name)
+    return outcome
+
+
+# --- the faults ---
+
+
+def worker_killed(place: Place, run: Going, site: str) -> None:
+    """Until it was hit at work, of which the records tell."""
+    end = time.monotonic() + 60
+    while not run.told(FAULTS["worker killed in training"].words or "") and time.monotonic() < end:
+        hit(family("fedspine.fleets.resident", str(place.kits / site)))
+        run.past(run.saved() + 1)
+
+
+def site_killed(place: Place, run: Going, site: str) -> None:
+    place.kill(site)
+    time.sleep(random.random() * 3)
+    place.start(site)
+
+
+def job_killed(place: Place, run: Going, site: str) -> None:
+    hit(family("runner_process", str(place.kits / "server")))
+
+
+def run_killed(place: Place, run: Going, site: str) -> None:
+    hit([run.process.pid])
+    run.process.wait()
+    run.process = command(place, run.out, "run", "--resume", run.out, "--json")
+
+
+def site_hangs(place: Place, run: Going, site: str) -> None:
+    hit(family("fedspine.fleets.resident", str(place.kits / site)), signal.SIGSTOP)
+
+
+def spoils(kind: str) -> Callable[[Place, Going, str], None]:
+    def happens(place: Place, run: Going, site: str) -> None:
+        said = place.folder / "spoil" / site
+        said.write_text(kind)
+        run.past(run.saved() + 2)
+        said.unlink()
+
+    return happens
+
+
+def network_cut(place: Place, run: Going, site: str) -> None:
+    subprocess.run(["ip", "link", "set", f"{LINK}0", "down"], check=True)
+    time.sleep(CUT_SECONDS)
+    subprocess.run(["ip", "link", "set", f"{LINK}0", "up"], check=True)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to a run, what its records must say of it, and how long the run is."""
+
+    happens: Callable[[Place, Going, str], None]
+    words: str | None  # None: nothing is lost, so there is nothing to report
+    rounds: int = 20
+    pause: float = 0.2  # seconds between rounds
+
+
+FAULTS = {
+    "worker killed in training": Fault(worker_killed, "its worker ended"),
+    "site killed and started again": Fault(site_killed, "does not answer", 50, 0.8),
+    "server job killed": Fault(job_killed, "relay"),
+    "run killed and resumed": Fault(run_killed, None),
+    "site hangs": Fault(site_hangs, "did not reply in time", 25, 0.5),
+    "reply with NaN": Fault(spoils("nan"), "not finite"),
+    "reply with wrong shapes": Fault(spoils("shapes"), "was expected"),
+    "network cut 30 s": Fault(network_cut, "does not answer", 50, 1.0),
+}
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
+    lines = [
+        "# What fails, and what becomes of the run",
+        "",
+        "`python benchmarks/faults.py`: a server and three sites on one machine, one of them in a network of its own; FedLoRA "
+        "on a tiny model. *Right state*: the state's sha256 is that of a replay in one process that lacks exactly the replies "
+        "that the records call lost.",
+        "",
+        "| fault | tried | run ended well | reported | site took part to the end | right state | replies lost | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, tries in found.items():
+        counts = [
+            sum(bool(one[key]) if key != "exit" else one[key] == 0 for one in tries)
+            for key in ("exit", "reported", "back", "same_state")
+        ]
+        lost, seconds = ([one[key] for one in tries] for key in ("lost", "seconds"))
+        reported = "nothing lost" if FAULTS[name].words is None else str(counts[1])
+        lines.append(
+            f"| {name} | {len(tries)} | {counts[0]} | {reported} | {counts[2]} | {counts[3]} "
+            f"| {min(lost)} to {max(lost)} | {min(seconds):.0f} to {max(seconds):.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
