@@ -35,9 +35,7 @@ def test_fedspine_without_pruning_at_one_rank_is_fedlora(lab, rank):
     [{"choice": "random"}, {"choice": "fixed"}, {"choice": "oracle"}, {"choice": "deadline"}, {"pooled": 1.0}],
 )
 def test_with_one_rank_and_nothing_to_prune_there_is_no_choice(lab, settings):
-    method = FedSpine(
-        sparsity=0.0, ranks=(4,), choice="bandit", fixed_rank=4, steps=4, batch=16, learning_rate=2e-2
-    )
+    method = FedSpine(sparsity=0.0, ranks=(4,), choice="bandit", fixed_rank=4, steps=4, batch=16, learning_rate=2e-2)
     plain, other = lab("plain"), lab("other")
     first, second = plain.run(method, rounds=2), other.run(dataclasses.replace(method, **settings), rounds=2)
     assert bits(dataclasses.replace(first, bandits={})) == bits(dataclasses.replace(second, bandits={}))

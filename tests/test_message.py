@@ -192,7 +192,7 @@ def changed(payload, edit):
         (lambda tree: tree | {"fields": 3}, "not a packed message"),
         (lambda tree: {"call": "os.system"}, "unknown node"),
         (lambda tree: [tree], "unknown node"),
-        (lambda tree: {"tensor": "00000", "bits": [-3]}, "not a packed message"),
+        (lambda tree: {"tensor": "00000", "bits": [-3]}, "3 bytes of bits cannot be of shape"),
     ],
 )
 def test_a_tree_that_pack_never_makes_is_refused(edit, reason):

@@ -31,7 +31,7 @@ TUNING = Tuning(steps=6, batch=8, learning_rate=1e-2, head_learning_rate=2e-2)
 
 
 @message
-class Training:
+class Exercise:
     model: Model
     tuning: Tuning
     scoring: Scoring | None
@@ -46,19 +46,19 @@ class Trained:
 
 
 @on_device
-def train_once(device: Device, job: Training) -> Trained:
+def train_once(device: Device, job: Exercise) -> Trained:
     trace = tune(device, job.model, job.tuning, scoring=job.scoring)
     return Trained(adapter=trace.model.adapter, head=trace.model.head, loss=trace.loss, scores=trace.scores)
 
 
 @on_device
-def train_twice(device: Device, job: Training) -> Trained:
+def train_twice(device: Device, job: Exercise) -> Trained:
     again = tune(device, job.model, job.tuning).model
     return train_once(device, replace(job, model=again))
 
 
 @on_device
-def fail(device: Device, job: Training) -> Trained:
+def fail(device: Device, job: Exercise) -> Trained:
     raise ArithmeticError(f"{device.id} cannot")
 
 
@@ -79,7 +79,7 @@ def calls(task, models, work=train_once, tuning=TUNING, scoring=None):
     """A call for each model, on devices that hold different rows."""
     shares = np.array_split(np.random.default_rng(3).permutation(len(task.train)), 5)
     for i, model in enumerate(models):
-        order = pack(Training(model=model, tuning=tuning, scoring=scoring)).payload
+        order = pack(Exercise(model=model, tuning=tuning, scoring=scoring)).payload
         call = Call(device=f"d{i}", index=i, work=name_of(work), order=order, memory=None, seed=(1, i))
         yield call, task.train.take(shares[i])
 
