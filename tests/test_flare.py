@@ -9,6 +9,7 @@ import os
 import shutil
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -47,6 +48,9 @@ class LocalLink:
         self.relay, self.sites = "relay-0", tuple(sorted(desks))
         self.heard = []  # (site, what was asked), pings as None
         self.gone = 0  # exchanges for which the relay is lost
+        self._loading = (
+            threading.Lock()
+        )  # each site is a process of its own, and threads cannot load models side by side
 
     def connected(self):
         return tuple(sorted(self.desks))
@@ -61,7 +65,8 @@ class LocalLink:
         if isinstance(asked, SiteOrder) and self.faults.get(site):
             fault = self.faults[site].pop(0)
             return (fault, b"") if isinstance(fault, str) else ("done", fault(self.desks[site].answer(payload)))
-        return "done", self.desks[site].answer(payload)
+        with self._loading if isinstance(asked, Opening) else nullcontext():
+            return "done", self.desks[site].answer(payload)
 
     def ping(self, site, seconds):
         self.heard.append((site, None))
