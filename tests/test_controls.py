@@ -39,7 +39,7 @@ SETTINGS = {
     "ratio": {"reward": "ratio"},
     "magnitude": {"importance": "magnitude"},
     "chance": {"importance": "random"},
-    "default": {"choice": "deadline", "importance": "blend", "aggregation": "zeropad"},
+    "default": {"choice": "deadline", "importance": "blend"},
     "hetlora": {"aggregation": "hetlora"},
     "flexlora": {"aggregation": "flexlora"},
 }

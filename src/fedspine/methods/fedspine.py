@@ -68,8 +68,7 @@ _RANGES = {"sparsity": (0, 0.95), "fleet_say": (0, 1), "score_every": (1, inf), 
 class FedSpine:
     """LoRA and structured pruning in turns, at a pruning ratio and a rank of each device's own.
 
-    The paper's form is choice "bandit", importance "gradient" and aggregation "delta-product"; the defaults are what was
-    measured to be better.
+    The paper's form is choice "bandit" and importance "gradient"; the defaults are what was measured to be quicker and better.
     """
 
     sparsity: float = 0.5  # share of the blocks' weights that every device gives up
@@ -105,13 +104,13 @@ class FedSpine:
     score_cross: float = 0.0  # eta
     score_normalise: bool = False
     fleet_say: float = 0.0  # of the fleet's average importance in what a device drops; 0 is the reconstruction's choice
-    aggregation: Aggregation = "zeropad"
+    aggregation: Aggregation = "delta-product"
 
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds, in the paper's form."""
         shared = {"steps": 8, "batch": 16, "learning_rate": 2e-2, "warmup": 0.1, "until": 0.6}
-        return cls(ranks=(2, 4, 8), choice="bandit", importance="gradient", aggregation="delta-product", **shared)
+        return cls(ranks=(2, 4, 8), choice="bandit", importance="gradient", **shared)
 
     def check(self, task: Task) -> None:
         check_ranges(self, _RANGES)
