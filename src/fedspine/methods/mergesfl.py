@@ -7,7 +7,7 @@ merged batch will hold. Departures, and what it becomes for transformers with Lo
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -18,26 +18,26 @@ from fedspine.message import message
 from fedspine.method import method
 from fedspine.methods.regulating import Regulating, paces
 from fedspine.methods.splitting import (
-    MODEL_CUT,
     Opened,
+    SplitMethod,
+    SplitState,
     averaged,
-    check_split,
     cutting_of,
-    first_state,
     noted,
     opened,
+    paced,
     rooms,
 )
 from fedspine.planning.labels import distribution, reference
 from fedspine.planning.split_plan import Candidates, Selection, SplitControl, SplitLimits, plan_split
-from fedspine.planning.workers import WorkerState, costs, observed, took_part
+from fedspine.planning.workers import WorkerState, costs
 from fedspine.split.body import MergedBody, play_around
 from fedspine.split.device import Begin
 from fedspine.split.halves import Halves
 from fedspine.split.rounds import Played, Resizing, play
 from fedspine.split.server import Copies, InTurn, Merged, ServerStep
 from fedspine.split.trained import Optimising
-from fedspine.split.wire import Precision, row_bytes
+from fedspine.split.wire import row_bytes
 from fedspine.task import Task
 
 FULL_BATCHES = 10  # that the server takes in one iteration, where no budget is set
@@ -67,13 +67,8 @@ def look(device: Device, order: Look) -> Looked:
 
 
 @message
-class MergeSflState:
-    round: int
-    rounds: int
-    seed: int
-    model: Any  # as `Halves.join` gives it
+class MergeSflState(SplitState):
     classes: int
-    longest: int  # tokens of a text, 1 for arrays
     labels: dict[str, np.ndarray]  # V_i of the devices that were ever asked
     workers: dict[str, WorkerState]  # of the devices that ever completed a round
     fixed_seconds: float = 0.0  # of an exchange beside its rows', as the last round showed it
@@ -89,15 +84,9 @@ class Planned:
 
 @method("mergesfl")
 @dataclass(frozen=True)
-class MergeSfl:
+class MergeSfl(SplitMethod):
     """One top, one step per iteration on the merged features; the control is the paper's, each part can be left out."""
 
-    models: ClassVar = ("transformer", "net")
-    cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
-    rank: int = 8  # of the adapters; nets train all weights
-    scale: float = 2.0  # alpha / rank
-    steps: int = 20  # tau: iterations of a round, one optimiser step in each half
-    batch: int = 32  # D: rows of the fastest device in one of them
     fewest: int = 5  # m_min: devices of a round
     most: int = 20  # m_max
     budget_rows: int = 0  # features that the server takes in one iteration; 0: ten full batches
@@ -113,13 +102,6 @@ class MergeSfl:
     bottom_weights: Literal["batch", "uniform"] = "batch"
     lr_scaling: Literal["none", "linear"] = "none"  # a device's rate in proportion to its batch
     labels_stay: bool = False  # U-shape: labels and the task head stay on the devices
-    optimiser: Literal["sgd", "adamw"] = "adamw"
-    learning_rate: float = 2e-4
-    decay: float = 0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
-    lowest: float = 0.0  # below which it does not fall
-    weight_decay: float = 0.1
-    clip: float = 1.0  # of the gradient's norm in each half; 0: never
-    precision: Precision = "fp16"  # of features and gradients on the wire
 
     @classmethod
     def toy(cls) -> Self:
@@ -127,9 +109,7 @@ class MergeSfl:
         return cls(cut=1, rank=4, steps=4, batch=16, learning_rate=2e-2)
 
     def check(self, task: Task) -> None:
-        check_split(self, task)
-        if self.batch > len(task.train):
-            raise BadInput(f"method.batch is {self.batch}, but all devices together hold {len(task.train)} rows")
+        super().check(task)
         if min(self.budget_rows, self.budget_bytes) < 0 or not 0 <= self.keep < 1:
             raise BadInput(
                 "method.budget_rows and budget_bytes of at least 0 and method.keep from 0 to below 1 were expected, "
@@ -141,7 +121,7 @@ class MergeSfl:
 
     def start(self, task: Task, rng: np.random.Generator) -> MergeSflState:
         return MergeSflState(
-            **vars(first_state(self, task, rng)),
+            **vars(super().start(task, rng)),
             classes=len(task.label_names),
             labels={},
             workers={},
@@ -162,12 +142,6 @@ class MergeSfl:
             model=now.halves.join(averaged(played.bottoms, weights), top),
             labels=labels,
         )
-
-    def deploy(self, state: MergeSflState, device: DeviceId | None = None) -> Any:
-        return state.model
-
-    def unpruned(self, state: MergeSflState) -> Any:
-        return state.model
 
     # --- the control ---
 
@@ -243,10 +217,7 @@ class MergeSfl:
         if self._within:
             found = paces(list(progress.values()), fixed, ended=True)
             cost, fixed = found.cost.tolist(), found.fixed
-        measured = {
-            device: took_part(observed(state.workers.get(device), compute_seconds=own, keep=self.keep))
-            for device, own in zip(progress, cost, strict=True)
-        }
+        measured = paced(state.workers, dict(zip(progress, cost, strict=True)), self.keep)
         return replace(state, workers=state.workers | measured, fixed_seconds=fixed)
 
     # --- the training ---

@@ -6,43 +6,26 @@ bottoms are weighed; all else is alike, and alike in MergeSFL, so that a compari
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 
 from fedspine.device import DeviceId
-from fedspine.errors import BadInput, unknown
+from fedspine.errors import unknown
 from fedspine.fleet import AllLost, Fleet
-from fedspine.lm.base import Base
-from fedspine.lm.lora import check_rank
 from fedspine.message import Tensors, message
+from fedspine.methods.halved import check_halves, optimising_at
 from fedspine.planning.regulate import rows_that_fit
+from fedspine.planning.workers import WorkerState, observed, took_part
 from fedspine.split.device import Begin, Cutting
 from fedspine.split.halves import Halves
 from fedspine.split.rounds import Played
-from fedspine.split.trained import Optimising, check_optimising, learning_rate_at
+from fedspine.split.trained import Optimising
 from fedspine.split.wire import BYTES, Precision
 from fedspine.task import Task
 from fedspine.tensors import average, half
 
 MODEL_CUT = -1  # of `cut`: where the model says
-
-
-class SplitFields(Protocol):
-    """The settings that split methods share; MergeSFL's have the same names and defaults."""
-
-    cut: int
-    rank: int
-    scale: float
-    steps: int
-    batch: int
-    optimiser: Literal["sgd", "adamw"]
-    learning_rate: float
-    decay: float
-    lowest: float
-    weight_decay: float
-    clip: float
-    precision: Precision
 
 
 class Bottom(Protocol):
@@ -62,47 +45,56 @@ class SplitState:
     model: Any  # as `Halves.join` gives it
 
 
-def check_split(fields: SplitFields, task: Task) -> None:
-    """Raise BadInput for settings that cannot work on this task."""
-    for name in ("steps", "batch", "rank"):
-        if getattr(fields, name) < 1:
-            raise BadInput(f"method.{name} is {getattr(fields, name)}, but at least 1 is needed")
-    for name in ("decay", "lowest"):
-        if not 0 <= getattr(fields, name) <= 1:
-            raise BadInput(f"method.{name} is {getattr(fields, name)}, but 0 to 1 was expected")
-    if not fields.scale > 0:
-        raise BadInput(f"method.scale is {fields.scale}, but a positive number is needed")
-    if fields.precision not in BYTES:
-        raise unknown("method.precision", fields.precision, BYTES)
-    if fields.batch > len(task.train):
-        raise BadInput(f"method.batch is {fields.batch}, but all devices together hold {len(task.train)} rows")
-    check_optimising(optimising_at(fields, 0, 1))
-    if isinstance(task.base, Base):
-        check_rank("method.rank", (fields.rank,), task.base.anatomy)
-    cutting_of(fields, task.base).of(task.base)
+@dataclass(frozen=True)
+class SplitMethod:
+    """The settings and the ends of a method that trains a model in two halves; a round is each method's own."""
+
+    models: ClassVar[tuple[str, ...]] = ("transformer", "net")
+    cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
+    rank: int = 8  # of the adapters; nets train all weights
+    scale: float = 2.0  # alpha / rank
+    steps: int = 20  # tau: iterations of a round, one optimiser step in each half
+    batch: int = 32  # rows of a device in one of them, of the fastest where they differ
+    optimiser: Literal["sgd", "adamw"] = "adamw"
+    learning_rate: float = 2e-4
+    decay: float = 0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
+    lowest: float = 0.0  # below which it does not fall
+    weight_decay: float = 0.1
+    clip: float = 1.0  # of the gradient's norm in each half; 0: never
+    precision: Precision = "fp16"  # of features and gradients on the wire
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        return cls(cut=1, rank=4, steps=3, batch=16, learning_rate=2e-2)
+
+    def check(self, task: Task) -> None:
+        check_halves(self, task)
+        if self.precision not in BYTES:
+            raise unknown("method.precision", self.precision, BYTES)
+        cutting_of(self, task.base).of(task.base)
+
+    def start(self, task: Task, rng: np.random.Generator) -> SplitState:
+        halves = cutting_of(self, task.base).of(task.base)
+        return SplitState(
+            round=0,
+            rounds=task.rounds,
+            longest=task.max_tokens,
+            model=halves.join(*halves.start(rng)),
+            seed=int(rng.integers(2**31)),
+        )
+
+    def deploy(self, state: SplitState, device: DeviceId | None = None) -> Any:
+        return state.model
+
+    def unpruned(self, state: SplitState) -> Any:
+        return state.model
 
 
-def cutting_of(fields: SplitFields, base: Any) -> Cutting:
+def cutting_of(method: SplitMethod, base: Any) -> Cutting:
     """Where the model is cut."""
-    cut = base.default_cut if fields.cut == MODEL_CUT else fields.cut
-    return Cutting(cut=cut, rank=fields.rank, scale=fields.scale)
-
-
-def optimising_at(fields: SplitFields, round: int, rounds: int) -> Optimising:
-    """How both halves are trained in a round, counted from 0."""
-    rate = learning_rate_at(fields.learning_rate, round, rounds, fields.decay, fields.lowest)
-    return Optimising(kind=fields.optimiser, learning_rate=rate, weight_decay=fields.weight_decay, clip=fields.clip)
-
-
-def first_state(fields: SplitFields, task: Task, rng: np.random.Generator) -> SplitState:
-    halves = cutting_of(fields, task.base).of(task.base)
-    return SplitState(
-        round=0,
-        rounds=task.rounds,
-        longest=task.max_tokens,
-        model=halves.join(*halves.start(rng)),
-        seed=int(rng.integers(2**31)),
-    )
+    cut = base.default_cut if method.cut == MODEL_CUT else method.cut
+    return Cutting(cut=cut, rank=method.rank, scale=method.scale)
 
 
 @dataclass(frozen=True)
@@ -134,19 +126,29 @@ class Opened:
         return replace(order, ending=sent, ending_optimising=self.optimising)
 
 
-def opened(fields: SplitFields, state: SplitState, fleet: Fleet) -> Opened:
-    cutting = cutting_of(fields, fleet.base)
+def opened(method: SplitMethod, state: SplitState, fleet: Fleet) -> Opened:
+    cutting = cutting_of(method, fleet.base)
     halves = cutting.of(fleet.base)
     bottom, top = halves.parts(state.model)
     return Opened(
         halves=halves,
         cutting=cutting,
-        optimising=optimising_at(fields, state.round, state.rounds),
+        optimising=optimising_at(method, state.round, state.rounds),
         bottom=bottom,
         top=top,
         seed=int(np.random.SeedSequence([state.seed, state.round]).generate_state(1)[0]),
-        precision=fields.precision,
+        precision=method.precision,
     )
+
+
+def paced(
+    known: Mapping[DeviceId, WorkerState], costs: Mapping[DeviceId, float], keep: float
+) -> dict[DeviceId, WorkerState]:
+    """The devices whose round counts, with the seconds a row that they took in it; `keep` is the old average's share."""
+    return {
+        device: took_part(observed(known.get(device), compute_seconds=cost, keep=keep))
+        for device, cost in costs.items()
+    }
 
 
 def rows_of(fleet: Fleet) -> dict[DeviceId, int]:

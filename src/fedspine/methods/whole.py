@@ -5,41 +5,24 @@ So one method file serves transformers, where LoRA and the task head are trained
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 
 from fedspine.device import Device
-from fedspine.errors import BadInput
 from fedspine.fleet import AllLost, Fleet, Profile
-from fedspine.lm.base import Base
-from fedspine.lm.lora import check_rank
 from fedspine.message import Tensors, message
+from fedspine.methods.halved import HalvedFields, check_halves, optimising_at
 from fedspine.split.batches import rows_at
 from fedspine.split.device import Cutting
 from fedspine.split.halves import Halves
-from fedspine.split.trained import Optimising, Trained, check_optimising, learning_rate_at
+from fedspine.split.trained import Optimising, Trained
 from fedspine.task import Task
 from fedspine.tensors import half, moved, single
 
 LAST = 5  # steps whose mean loss stands for where training ended
 Wire: TypeAlias = Literal["fp32", "fp16"]
-
-
-class WholeFields(Protocol):
-    """The hyper-parameters of training whole models that methods share."""
-
-    rank: int
-    scale: float
-    steps: int
-    batch: int
-    optimiser: Literal["sgd", "adamw"]
-    learning_rate: float
-    decay: float
-    lowest: float
-    weight_decay: float
-    clip: float
 
 
 @message
@@ -106,42 +89,22 @@ def memory_bytes(halves: Halves, rows: int, tokens: int) -> int:
 # --- the server's part ---
 
 
-def check_whole(fields: WholeFields, task: Task) -> None:
+def check_whole(fields: HalvedFields, task: Task) -> None:
     """Raise BadInput for settings of training whole models that cannot work."""
-    for name in ("steps", "batch", "rank"):
-        if getattr(fields, name) < 1:
-            raise BadInput(f"method.{name} is {getattr(fields, name)}, but at least 1 is needed")
-    for name in ("scale", "learning_rate"):  # which `lowest` would hide
-        if not getattr(fields, name) > 0:
-            raise BadInput(f"method.{name} is {getattr(fields, name)}, but a positive number is needed")
-    if fields.batch > len(task.train):
-        raise BadInput(
-            f"method.batch is {fields.batch}, but all devices together hold {len(task.train)} rows; lower it"
-        )
-    if isinstance(task.base, Base):
-        check_rank("method.rank", (fields.rank,), task.base.anatomy)
-    for name in ("decay", "lowest"):
-        if not 0 <= getattr(fields, name) <= 1:
-            raise BadInput(f"method.{name} is {getattr(fields, name)}, but 0 to 1 was expected")
-    check_optimising(training_at(fields, task.base, 0, 1).optimising)
+    check_halves(fields, task)
     cutting_of(fields, task.base).of(task.base)
 
 
-def cutting_of(fields: WholeFields, base: Any) -> Cutting:
+def cutting_of(fields: HalvedFields, base: Any) -> Cutting:
     """Where a whole model is cut to be computed in two calls, which makes no difference to what is learnt."""
     return Cutting(cut=base.default_cut, rank=fields.rank, scale=fields.scale)
 
 
-def training_at(fields: WholeFields, base: Any, round: int, rounds: int) -> Training:
+def training_at(fields: HalvedFields, base: Any, round: int, rounds: int) -> Training:
     """The settings of one round, counted from 0."""
     return Training(
         cutting=cutting_of(fields, base),
-        optimising=Optimising(
-            kind=fields.optimiser,
-            learning_rate=learning_rate_at(fields.learning_rate, round, rounds, fields.decay, fields.lowest),
-            weight_decay=fields.weight_decay,
-            clip=fields.clip,
-        ),
+        optimising=optimising_at(fields, round, rounds),
         steps=fields.steps,
         batch=fields.batch,
     )
