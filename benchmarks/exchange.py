@@ -59,7 +59,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--exchanges", type=int, default=30, help="of each size, in each repeat")
     parser.add_argument("--repeats", type=int, default=3, help="runs of ours; the best median counts")
     parser.add_argument("--flower", type=Path, help="interpreter that has flwr; without it ours alone is measured")
-    parser.add_argument("--scheme", default="grpc", choices=["grpc", "tcp", "http"], help="how ours goes over the wire")
+    parser.add_argument("--scheme", default="tcp", choices=["tcp", "grpc", "http"], help="how ours goes over the wire")
     parser.add_argument("--fresh", action="store_true", help="forget what earlier calls measured")
     parser.add_argument("--no-write", dest="write", action="store_false", help="only print")
     return parser.parse_args()

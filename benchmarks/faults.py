@@ -3,11 +3,10 @@
 `python benchmarks/faults.py` starts a server and three sites over NVIDIA FLARE on this machine, one of them in a network of
 its own where that can be made (Linux, as root). A run of FedLoRA on a tiny model is under way when the fault happens, at a
 random round and site. Afterwards the run is replayed in this process, over the same rows, without exactly those replies
-that its records call lost: the state must have the same sha256. Writes results/faults.md.
+that its records call lost: the state must have the same sha256. Writes results/faults.md; exit code 1 where one ended ill.
 """
 
 import argparse
-import itertools
 import json
 import os
 import random
@@ -17,30 +16,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fault_replay
-import psutil
 import tomli_w
+from fault_ground import AWAY, HERE, SITES, Place, cut, family, ground, hit
 
-from fedspine.fleet_demo import Federation, free_port, wait_until_connected
 from fedspine.fleets import kit as kits
-from fedspine.fleets.provision import Project, create, write_site_file
-from fedspine.lm.tiny import write_tiny
 
-HERE = Path(__file__).parent
-SITES = ("east", "north", "west")
-AWAY, NAMESPACE, LINK = "north", "fedspine-faults", "fsfault"  # the site behind a link that can be cut
+CUT = "network cut 30 s"
 CUT_SECONDS = 30.0
 METHOD = {"name": "brittle", "rank": 4, "steps": 12, "batch": 16, "learning_rate": 2e-2}
 WITHIN = 15.0  # seconds of an order
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=5, help="how often each fault happens")
     parser.add_argument("--only", nargs="+", choices=list(FAULTS), default=list(FAULTS), help="these faults alone")
@@ -50,7 +43,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder, ground(Path(folder)) as place:
         for name in options.only:
-            if name == "network cut 30 s" and not place.separate:
+            if name == CUT and not place.separate:
                 print(f"{name}: not tried, since no network namespace can be made here", flush=True)
                 continue
             draw = random.Random(f"{options.seed} {name}")
@@ -58,6 +51,12 @@ def main() -> None:
             if options.write:
                 _write(found)
     print(table(found))
+    return 0 if all(as_it_should(one) for tries in found.values() for one in tries) else 1
+
+
+def as_it_should(outcome: dict[str, Any]) -> bool:
+    """Whether the run ended well, told of the fault, had the site back, and is in the right state."""
+    return outcome["exit"] == 0 and outcome["reported"] and outcome["back"] and outcome["same_state"]
 
 
 def _write(found: dict[str, list[dict[str, Any]]]) -> None:
@@ -67,116 +66,6 @@ def _write(found: dict[str, list[dict[str, Any]]]) -> None:
     all_of_them = {name: (known | found)[name] for name in FAULTS if name in known | found}
     kept.write_text(json.dumps(all_of_them, indent=1) + "\n", encoding="utf-8")
     kept.with_suffix(".md").write_text(table(all_of_them), encoding="utf-8")
-
-
-# --- the fleet ---
-
-
-@dataclass
-class Place:
-    """Kits with rows in them, and the processes that were started from them."""
-
-    folder: Path
-    separate: bool  # whether one site has a network of its own
-    processes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
-
-    @property
-    def kits(self) -> Path:
-        return self.folder / "kits"
-
-    def start(self, name: str) -> None:
-        """Start the server or a site, as its owner would."""
-        command = [sys.executable, "-m", "fedspine", "fleet", "start", name, "--kit", str(self.kits / name)]
-        prefix = ["ip", "netns", "exec", NAMESPACE] if self.separate and name == AWAY else []
-        with open(self.kits / name / "start.log", "ab") as log:
-            self.processes[name] = subprocess.Popen(
-                [*prefix, *command], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
-            )
-
-    def kill(self, name: str) -> None:
-        """Kill a site and whatever it started, at once."""
-        hit(family(str(self.kits / name)))
-        self.processes[name].wait()
-
-    def close(self) -> None:
-        for process in self.processes.values():
-            kits.end(process)
-
-
-@contextmanager
-def ground(folder: Path) -> Iterator[Place]:
-    """A connected fleet, ended after."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(HERE / "exchange_site"), os.environ.get("PYTHONPATH")])
-    )
-    os.environ[fault_replay.SPOIL] = str(folder / "spoil")
-    (folder / "spoil").mkdir()
-    with ExitStack() as stack:
-        host = stack.enter_context(network())
-        model, place = write_tiny(folder / "tiny", "bert"), Place(folder, host != "127.0.0.1")
-        made = create(Project(name="faults", host=host, port=free_port(), sites=SITES), place.kits)
-        draw = random.Random(1)
-        for number, site in enumerate(SITES):
-            (made.folder / site / "rows.csv").write_text(rows(draw, 60 + 20 * number))
-            write_site_file(made.folder / site, name=site, data={"path": "rows.csv"}, models={"tiny": str(model)})
-        (folder / "data.csv").write_text(rows(draw, 60))
-        stack.callback(place.close)
-        for name in ("server", *SITES):
-            place.start(name)
-        wait_until_connected(Federation(made.folder, made.folder / kits.ADMIN_KIT, SITES, place.processes))
-        yield place
-
-
-def rows(draw: random.Random, count: int) -> str:
-    """Lines of a CSV file of two kinds of texts."""
-    words = {"fine": ("good", "the", "very"), "fault": ("bad", "not", "small")}
-    lines = [
-        f"{' '.join(draw.choices(words[kind], k=3) + draw.choices(['in', 'is', 'with', 'at'], k=3))},{kind}"
-        for kind, _ in zip(itertools.cycle(words), range(count), strict=False)
-    ]
-    return "\n".join(["text,label", *lines]) + "\n"
-
-
-@contextmanager
-def network() -> Iterator[str]:
-    """A second network namespace and a cable to it; yields the address by which both reach the server."""
-    made = [
-        f"netns add {NAMESPACE}",
-        f"link add {LINK}0 type veth peer name {LINK}1",
-        f"link set {LINK}1 netns {NAMESPACE}",
-        f"addr add 10.77.9.1/24 dev {LINK}0",
-        f"link set {LINK}0 up",
-        f"-n {NAMESPACE} addr add 10.77.9.2/24 dev {LINK}1",
-        f"-n {NAMESPACE} link set {LINK}1 up",
-        f"-n {NAMESPACE} link set lo up",
-    ]
-    try:
-        for line in made:
-            subprocess.run(["ip", *line.split()], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        yield "127.0.0.1"
-        return
-    try:
-        yield "10.77.9.1"
-    finally:
-        subprocess.run(["ip", "link", "del", f"{LINK}0"], check=False, capture_output=True)
-        subprocess.run(["ip", "netns", "del", NAMESPACE], check=False, capture_output=True)
-
-
-def family(*words: str) -> list[int]:
-    """Processes whose command lines hold all of these words."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or ())
-        if process.pid != os.getpid() and all(word in line for word in words):
-            found.append(process.pid)
-    return found
-
-
-def hit(pids: list[int], number: int = signal.SIGKILL) -> None:
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
 
 
 # --- a run with one fault in it ---
@@ -235,7 +124,7 @@ def command(place: Place, out: Path, *arguments: Any) -> "subprocess.Popen[bytes
 def tried(place: Place, name: str, draw: random.Random, number: int) -> dict[str, Any]:
     """One fault in one run: what became of both."""
     fault = FAULTS[name]
-    site = AWAY if name == "network cut 30 s" else draw.choice(SITES)
+    site = AWAY if name == CUT else draw.choice(SITES)
     began = time.monotonic()
     run = begun(place, f"{name.replace(' ', '-')}-{number}", fault.rounds, fault.pause)
     run.past(draw.randint(2, 6))
@@ -313,9 +202,9 @@ def spoils(kind: str) -> Callable[[Place, Going, str], None]:
 
 
 def network_cut(place: Place, run: Going, site: str) -> None:
-    subprocess.run(["ip", "link", "set", f"{LINK}0", "down"], check=True)
+    cut(down=True)
     time.sleep(CUT_SECONDS)
-    subprocess.run(["ip", "link", "set", f"{LINK}0", "up"], check=True)
+    cut(down=False)
 
 
 @dataclass(frozen=True)
@@ -336,7 +225,7 @@ FAULTS = {
     "site hangs": Fault(site_hangs, "did not reply in time", 25, 0.5),
     "reply with NaN": Fault(spoils("nan"), "not finite"),
     "reply with wrong shapes": Fault(spoils("shapes"), "was expected"),
-    "network cut 30 s": Fault(network_cut, "does not answer", 50, 1.0),
+    CUT: Fault(network_cut, "does not answer", 50, 1.0),
 }
 
 
@@ -366,4 +255,4 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -44,7 +44,7 @@ class Project(Section):
     sites: tuple[str, ...] = pydantic.Field(min_length=1)
     also: tuple[str, ...] = ()  # further names and addresses of the server that its certificate is to hold
     operator: str = "operator@fedspine.org"  # who runs, in the form of an e-mail address; nothing is sent to it
-    scheme: Literal["grpc", "tcp", "http"] = "grpc"
+    scheme: Literal["grpc", "tcp", "http"] = "tcp"  # of the connections, all of them mutual TLS
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,18 @@
+"""A network that is cut under a run, by the script that tries every fault several times."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FAULTS = Path(__file__).parent.parent / "benchmarks" / "faults.py"
+
+
+@pytest.mark.slow
+def test_a_network_that_is_cut_for_30_seconds_costs_replies_and_nothing_else():
+    command = [sys.executable, FAULTS, "--only", "network cut 30 s", "--times", "1", "--no-write"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if "not tried" in done.stdout:
+        pytest.skip("no network namespace can be made here; it takes Linux and root")
+    assert done.returncode == 0, done.stdout + done.stderr
