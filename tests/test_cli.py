@@ -72,6 +72,8 @@ BAD_RUNS = {  # what to change in the good job, and what the line must say
     "high sparsity": ({"method__sparsity": 0.96}, ["0.96", "0 to 0.95"]),
     "low sparsity": ({"method__sparsity": -0.1}, ["-0.1", "0 to 0.95"]),
     "steps": ({"method__steps": 0}, ["method.steps is 0", "at least 1"]),
+    "yes for a number": ({"method__steps": "true"}, ["method.steps is True", "integer"]),
+    "part of a step": ({"method__steps": 2.0}, ["method.steps is 2.0", "integer"]),
     "no file": ({"task__data": "{place}/rwos.csv"}, ["rwos.csv", "did you mean 'rows.csv'"]),
     "torn file": ({"task__data": "{place}/torn.parquet"}, ["cannot read", "torn.parquet"]),
     "text column": ({"task__text": "texts"}, ["text column 'texts'", "text, label"]),

@@ -175,7 +175,7 @@ def _method(table: dict[str, Any]) -> Any:
         raise BadInput(f"method.name must be a name in quotes; {name!r} came")
     cls = find(name)
     strict.known_keys(f"key of [method] for {name}", table, (field.name for field in dataclasses.fields(cls)))
-    return strict.validated("method", pydantic.TypeAdapter(cls), table)
+    return strict.validated("method", pydantic.TypeAdapter(cls), table, by_json=True)
 
 
 def _settings(settings: list[str]) -> dict[str, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Tables that people write by hand, in TOML, checked strictly: nothing is converted, nothing unknown is passed over."""
 
+import json
 import math
 import re
 import tomllib
@@ -47,10 +48,16 @@ def known_keys(what: str, table: Iterable[str], known: Iterable[str]) -> None:
             raise unknown(what, key, known)
 
 
-def validated(section: str, adapter: pydantic.TypeAdapter[Any], table: Any) -> Any:
-    """What the adapter makes of a table, or of an instance; whatever it refuses is one line that names the key."""
+def validated(section: str, adapter: pydantic.TypeAdapter[Any], table: Any, *, by_json: bool = False) -> Any:
+    """What the adapter makes of a table, or of an instance; whatever it refuses is one line that names the key.
+
+    `by_json` is for plain dataclasses, which pydantic takes strictly from JSON alone.
+    """
     try:
-        made = adapter.validate_python(table)
+        if by_json:
+            made = adapter.validate_json(json.dumps(table, default=str), strict=True)
+        else:
+            made = adapter.validate_python(table)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join([section, *(str(part) for part in first["loc"])])
