@@ -81,7 +81,7 @@ def method(name: str) -> Callable[[type[T]], type[T]]:
     def register(cls: type[T]) -> type[T]:
         _METHODS[name] = cls
         cls.name = name  # type: ignore[attr-defined]
-        if not hasattr(cls, "models"):
+        if "models" not in vars(cls):
             cls.models = ("transformer",)  # type: ignore[attr-defined]
         return cls
 

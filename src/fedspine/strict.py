@@ -54,10 +54,11 @@ def validated(section: str, adapter: pydantic.TypeAdapter[Any], table: Any, *, b
     `by_json` is for plain dataclasses, which pydantic takes strictly from JSON alone.
     """
     try:
-        if by_json:
-            made = adapter.validate_json(json.dumps(table, default=str), strict=True)
-        else:
-            made = adapter.validate_python(table)
+        made = (
+            adapter.validate_json(json.dumps(table, default=str), strict=True)
+            if by_json
+            else adapter.validate_python(table)
+        )
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join([section, *(str(part) for part in first["loc"])])

@@ -7,6 +7,7 @@ copy of the top, and the copies are averaged. Departures: docs/methods/adasfl.md
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -16,9 +17,10 @@ from fedspine.fleet import Fleet
 from fedspine.message import message
 from fedspine.method import method
 from fedspine.methods.splitting import (
-    SplitMethod,
-    SplitState,
+    MODEL_CUT,
     averaged,
+    check_split,
+    first_state,
     noted,
     opened,
     paced,
@@ -28,11 +30,17 @@ from fedspine.planning.regulate import regulate
 from fedspine.planning.workers import WorkerState, costs
 from fedspine.split.rounds import play
 from fedspine.split.server import Copies
+from fedspine.split.wire import Precision
 from fedspine.task import Task
 
 
 @message
-class AdaSflState(SplitState):
+class AdaSflState:
+    round: int
+    rounds: int
+    seed: int
+    longest: int  # tokens of a text, 1 for arrays
+    model: Any  # as `Halves.join` gives it
     workers: dict[str, WorkerState]  # every device that completed a round
     loss: float | None  # of the last round
     first_loss: float | None  # of the first one
@@ -40,15 +48,34 @@ class AdaSflState(SplitState):
 
 @method("adasfl")
 @dataclass(frozen=True)
-class AdaSfl(SplitMethod):
+class AdaSfl:
     """Split learning with batches that suit the devices' pace and rounds that suit the loss."""
+
+    models: ClassVar[tuple[str, ...]] = ("transformer", "net")
 
     fewest: float = 0.5  # of `steps`: the shortest round
     most: float = 3.0  # of `steps`: the longest one; both 1: all rounds are alike
     keep: float = 0.8  # of a device's old pace at each measurement
+    cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
+    rank: int = 8  # of the adapters; nets train all weights
+    scale: float = 2.0  # alpha / rank
+    steps: int = 20  # tau: iterations of the first round, one optimiser step in each half
+    batch: int = 32  # rows of the fastest device in one of them
+    optimiser: Literal["sgd", "adamw"] = "adamw"
+    learning_rate: float = 2e-4
+    decay: float = 0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
+    lowest: float = 0.0  # below which it does not fall
+    weight_decay: float = 0.1
+    clip: float = 1.0  # of the gradient's norm in each half; 0: never
+    precision: Precision = "fp16"  # of features and gradients on the wire
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        return cls(cut=1, rank=4, steps=3, batch=16, learning_rate=2e-2)
 
     def check(self, task: Task) -> None:
-        super().check(task)
+        check_split(self, task)
         if not 0 < self.fewest <= 1 <= self.most < np.inf:
             raise BadInput(
                 f"method.fewest and method.most are {self.fewest} and {self.most}, but shares of method.steps were "
@@ -58,7 +85,7 @@ class AdaSfl(SplitMethod):
             raise BadInput(f"method.keep is {self.keep}, but 0 to below 1 was expected")
 
     def start(self, task: Task, rng: np.random.Generator) -> AdaSflState:
-        first = super().start(task, rng)
+        first = first_state(self, task, rng)
         return AdaSflState(**vars(first), workers={}, loss=None, first_loss=None)
 
     def round(self, state: AdaSflState, fleet: Fleet) -> AdaSflState:
@@ -78,6 +105,12 @@ class AdaSfl(SplitMethod):
             loss=played.loss,
             first_loss=played.loss if state.first_loss is None else state.first_loss,
         )
+
+    def deploy(self, state: AdaSflState, device: DeviceId | None = None) -> Any:
+        return state.model
+
+    def unpruned(self, state: AdaSflState) -> Any:
+        return state.model
 
     def _batches(self, state: AdaSflState, most: Mapping[DeviceId, int]) -> dict[DeviceId, int]:
         """The largest batch for the fastest device, and for the others what they manage meanwhile."""

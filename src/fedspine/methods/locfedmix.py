@@ -6,7 +6,7 @@ Scalability, Convergence, and Latency in Split Learning", WWW. Departures: docs/
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -20,11 +20,12 @@ from fedspine.message import Tensors, message
 from fedspine.method import method
 from fedspine.methods.reconstruction import DecodedCutting, bare, decoder
 from fedspine.methods.splitting import (
+    MODEL_CUT,
     Opened,
-    SplitMethod,
-    SplitState,
     averaged,
+    check_split,
     cutting_of,
+    first_state,
     noted,
     opened,
     rooms,
@@ -34,6 +35,7 @@ from fedspine.split.device import HELD, Begin, Ended, Forwarded, Local, Step, be
 from fedspine.split.halves import Features, Halves
 from fedspine.split.rounds import Works, play
 from fedspine.split.server import Extra, Part, Weighted
+from fedspine.split.wire import Precision
 from fedspine.task import IGNORED, Task
 
 MIXING = 501  # the purpose of this random stream
@@ -117,21 +119,44 @@ def blended(one: Part, other: Part, lam: float) -> tuple[Features, Tensor, Tenso
 
 
 @message
-class LocFedMixState(SplitState):
+class LocFedMixState:
+    round: int
+    rounds: int
+    seed: int
+    longest: int  # tokens of a text, 1 for arrays
+    model: Any  # as `Halves.join` gives it
     decoder: Tensors  # of all devices, on the devices only while they train
 
 
 @method("locfedmix")
 @dataclass(frozen=True)
-class LocFedMix(SplitMethod):
+class LocFedMix:
     """Split learning in which devices keep what features say of inputs, and the server sees mixtures of devices."""
 
+    models: ClassVar[tuple[str, ...]] = ("transformer", "net")
     reconstruction: float = 1.0  # weight of the decoder's loss in a device's; 0: nothing is read back
     decoder_width: int = 16  # channels of the decoder inside
     mixup: float = 1.0  # alpha of the Beta distribution of lam; 0: nothing is mixed
+    cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
+    rank: int = 8  # of the adapters; nets train all weights
+    scale: float = 2.0  # alpha / rank
+    steps: int = 20  # tau: iterations of a round, one optimiser step in each half
+    batch: int = 32  # rows of a device in one of them
+    optimiser: Literal["sgd", "adamw"] = "adamw"
+    learning_rate: float = 2e-4
+    decay: float = 0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
+    lowest: float = 0.0  # below which it does not fall
+    weight_decay: float = 0.1
+    clip: float = 1.0  # of the gradient's norm in each half; 0: never
+    precision: Precision = "fp16"  # of features and gradients on the wire
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        return cls(cut=1, rank=4, steps=3, batch=16, learning_rate=2e-2)
 
     def check(self, task: Task) -> None:
-        super().check(task)
+        check_split(self, task)
         for name in ("reconstruction", "mixup"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise BadInput(f"method.{name} is {getattr(self, name)}, but it cannot be negative or infinite")
@@ -139,7 +164,7 @@ class LocFedMix(SplitMethod):
             raise BadInput(f"method.decoder_width is {self.decoder_width}, but at least 1 is needed")
 
     def start(self, task: Task, rng: np.random.Generator) -> LocFedMixState:
-        first = super().start(task, rng)
+        first = first_state(self, task, rng)
         decoded = self._cutting(task.base).of(task.base)
         return LocFedMixState(**vars(first), decoder=decoded.start(rng))
 
@@ -161,6 +186,12 @@ class LocFedMix(SplitMethod):
             model=now.halves.join(bare(weights), top.finish(rows)),
             decoder=state.decoder | decoder(weights),
         )
+
+    def deploy(self, state: LocFedMixState, device: DeviceId | None = None) -> Any:
+        return state.model
+
+    def unpruned(self, state: LocFedMixState) -> Any:
+        return state.model
 
     def _reading(self, now: Opened, state: LocFedMixState, fleet: Fleet) -> dict[DeviceId, ReadingOrder]:
         batches = rooms(fleet, self._cutting(fleet.base).of(fleet.base), self.batch, state.longest)

@@ -7,7 +7,7 @@ merged batch will hold. Departures, and what it becomes for transformers with Lo
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -18,11 +18,12 @@ from fedspine.message import message
 from fedspine.method import method
 from fedspine.methods.regulating import Regulating, paces
 from fedspine.methods.splitting import (
+    MODEL_CUT,
     Opened,
-    SplitMethod,
-    SplitState,
     averaged,
+    check_split,
     cutting_of,
+    first_state,
     noted,
     opened,
     paced,
@@ -37,7 +38,7 @@ from fedspine.split.halves import Halves
 from fedspine.split.rounds import Played, Resizing, play
 from fedspine.split.server import Copies, InTurn, Merged, ServerStep
 from fedspine.split.trained import Optimising
-from fedspine.split.wire import row_bytes
+from fedspine.split.wire import Precision, row_bytes
 from fedspine.task import Task
 
 FULL_BATCHES = 10  # that the server takes in one iteration, where no budget is set
@@ -67,8 +68,13 @@ def look(device: Device, order: Look) -> Looked:
 
 
 @message
-class MergeSflState(SplitState):
+class MergeSflState:
+    round: int
+    rounds: int
+    seed: int
+    model: Any  # as `Halves.join` gives it
     classes: int
+    longest: int  # tokens of a text, 1 for arrays
     labels: dict[str, np.ndarray]  # V_i of the devices that were ever asked
     workers: dict[str, WorkerState]  # of the devices that ever completed a round
     fixed_seconds: float = 0.0  # of an exchange beside its rows', as the last round showed it
@@ -84,9 +90,15 @@ class Planned:
 
 @method("mergesfl")
 @dataclass(frozen=True)
-class MergeSfl(SplitMethod):
+class MergeSfl:
     """One top, one step per iteration on the merged features; the control is the paper's, each part can be left out."""
 
+    models: ClassVar = ("transformer", "net")
+    cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
+    rank: int = 8  # of the adapters; nets train all weights
+    scale: float = 2.0  # alpha / rank
+    steps: int = 20  # tau: iterations of a round, one optimiser step in each half
+    batch: int = 32  # D: rows of the fastest device in one of them
     fewest: int = 5  # m_min: devices of a round
     most: int = 20  # m_max
     budget_rows: int = 0  # features that the server takes in one iteration; 0: ten full batches
@@ -102,6 +114,13 @@ class MergeSfl(SplitMethod):
     bottom_weights: Literal["batch", "uniform"] = "batch"
     lr_scaling: Literal["none", "linear"] = "none"  # a device's rate in proportion to its batch
     labels_stay: bool = False  # U-shape: labels and the task head stay on the devices
+    optimiser: Literal["sgd", "adamw"] = "adamw"
+    learning_rate: float = 2e-4
+    decay: float = 0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
+    lowest: float = 0.0  # below which it does not fall
+    weight_decay: float = 0.1
+    clip: float = 1.0  # of the gradient's norm in each half; 0: never
+    precision: Precision = "fp16"  # of features and gradients on the wire
 
     @classmethod
     def toy(cls) -> Self:
@@ -109,7 +128,7 @@ class MergeSfl(SplitMethod):
         return cls(cut=1, rank=4, steps=4, batch=16, learning_rate=2e-2)
 
     def check(self, task: Task) -> None:
-        super().check(task)
+        check_split(self, task)
         if min(self.budget_rows, self.budget_bytes) < 0 or not 0 <= self.keep < 1:
             raise BadInput(
                 "method.budget_rows and budget_bytes of at least 0 and method.keep from 0 to below 1 were expected, "
@@ -121,7 +140,7 @@ class MergeSfl(SplitMethod):
 
     def start(self, task: Task, rng: np.random.Generator) -> MergeSflState:
         return MergeSflState(
-            **vars(super().start(task, rng)),
+            **vars(first_state(self, task, rng)),
             classes=len(task.label_names),
             labels={},
             workers={},
@@ -142,6 +161,12 @@ class MergeSfl(SplitMethod):
             model=now.halves.join(averaged(played.bottoms, weights), top),
             labels=labels,
         )
+
+    def deploy(self, state: MergeSflState, device: DeviceId | None = None) -> Any:
+        return state.model
+
+    def unpruned(self, state: MergeSflState) -> Any:
+        return state.model
 
     # --- the control ---
 

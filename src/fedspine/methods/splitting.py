@@ -6,7 +6,7 @@ bottoms are weighed; all else is alike, and alike in MergeSFL, so that a compari
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from fedspine.device import DeviceId
 from fedspine.errors import unknown
 from fedspine.fleet import AllLost, Fleet
 from fedspine.message import Tensors, message
-from fedspine.methods.halved import check_halves, optimising_at
+from fedspine.methods.halved import HalvedFields, check_halves, optimising_at
 from fedspine.planning.regulate import rows_that_fit
 from fedspine.planning.workers import WorkerState, observed, took_part
 from fedspine.split.device import Begin, Cutting
@@ -26,6 +26,13 @@ from fedspine.task import Task
 from fedspine.tensors import average, half
 
 MODEL_CUT = -1  # of `cut`: where the model says
+
+
+class SplitFields(HalvedFields, Protocol):
+    """The settings that split methods share; MergeSFL's have the same names and defaults."""
+
+    cut: int
+    precision: Precision
 
 
 class Bottom(Protocol):
@@ -45,56 +52,29 @@ class SplitState:
     model: Any  # as `Halves.join` gives it
 
 
-@dataclass(frozen=True)
-class SplitMethod:
-    """The settings and the ends of a method that trains a model in two halves; a round is each method's own."""
-
-    models: ClassVar[tuple[str, ...]] = ("transformer", "net")
-    cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
-    rank: int = 8  # of the adapters; nets train all weights
-    scale: float = 2.0  # alpha / rank
-    steps: int = 20  # tau: iterations of a round, one optimiser step in each half
-    batch: int = 32  # rows of a device in one of them, of the fastest where they differ
-    optimiser: Literal["sgd", "adamw"] = "adamw"
-    learning_rate: float = 2e-4
-    decay: float = 0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
-    lowest: float = 0.0  # below which it does not fall
-    weight_decay: float = 0.1
-    clip: float = 1.0  # of the gradient's norm in each half; 0: never
-    precision: Precision = "fp16"  # of features and gradients on the wire
-
-    @classmethod
-    def toy(cls) -> Self:
-        """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(cut=1, rank=4, steps=3, batch=16, learning_rate=2e-2)
-
-    def check(self, task: Task) -> None:
-        check_halves(self, task)
-        if self.precision not in BYTES:
-            raise unknown("method.precision", self.precision, BYTES)
-        cutting_of(self, task.base).of(task.base)
-
-    def start(self, task: Task, rng: np.random.Generator) -> SplitState:
-        halves = cutting_of(self, task.base).of(task.base)
-        return SplitState(
-            round=0,
-            rounds=task.rounds,
-            longest=task.max_tokens,
-            model=halves.join(*halves.start(rng)),
-            seed=int(rng.integers(2**31)),
-        )
-
-    def deploy(self, state: SplitState, device: DeviceId | None = None) -> Any:
-        return state.model
-
-    def unpruned(self, state: SplitState) -> Any:
-        return state.model
+def check_split(fields: SplitFields, task: Task) -> None:
+    """Raise BadInput for settings that cannot work on this task."""
+    check_halves(fields, task)
+    if fields.precision not in BYTES:
+        raise unknown("method.precision", fields.precision, BYTES)
+    cutting_of(fields, task.base).of(task.base)
 
 
-def cutting_of(method: SplitMethod, base: Any) -> Cutting:
+def cutting_of(fields: SplitFields, base: Any) -> Cutting:
     """Where the model is cut."""
-    cut = base.default_cut if method.cut == MODEL_CUT else method.cut
-    return Cutting(cut=cut, rank=method.rank, scale=method.scale)
+    cut = base.default_cut if fields.cut == MODEL_CUT else fields.cut
+    return Cutting(cut=cut, rank=fields.rank, scale=fields.scale)
+
+
+def first_state(fields: SplitFields, task: Task, rng: np.random.Generator) -> SplitState:
+    halves = cutting_of(fields, task.base).of(task.base)
+    return SplitState(
+        round=0,
+        rounds=task.rounds,
+        longest=task.max_tokens,
+        model=halves.join(*halves.start(rng)),
+        seed=int(rng.integers(2**31)),
+    )
 
 
 @dataclass(frozen=True)
@@ -126,18 +106,18 @@ class Opened:
         return replace(order, ending=sent, ending_optimising=self.optimising)
 
 
-def opened(method: SplitMethod, state: SplitState, fleet: Fleet) -> Opened:
-    cutting = cutting_of(method, fleet.base)
+def opened(fields: SplitFields, state: SplitState, fleet: Fleet) -> Opened:
+    cutting = cutting_of(fields, fleet.base)
     halves = cutting.of(fleet.base)
     bottom, top = halves.parts(state.model)
     return Opened(
         halves=halves,
         cutting=cutting,
-        optimising=optimising_at(method, state.round, state.rounds),
+        optimising=optimising_at(fields, state.round, state.rounds),
         bottom=bottom,
         top=top,
         seed=int(np.random.SeedSequence([state.seed, state.round]).generate_state(1)[0]),
-        precision=method.precision,
+        precision=fields.precision,
     )
 
 
