@@ -42,6 +42,7 @@ SETTINGS = {
     "default": {"choice": "deadline", "importance": "blend"},
     "hetlora": {"aggregation": "hetlora"},
     "flexlora": {"aggregation": "flexlora"},
+    "enough": {"enough": 0.6},
 }
 UNEQUAL = ("tx2", "tx2", "tx2", "agx", "agx")
 
@@ -53,7 +54,7 @@ def toy(**settings) -> FedSpine:
 # laws of every method, for every setting
 
 
-@pytest.mark.parametrize("name", ["random", "fixed", "oracle", "default", "pooled", "chance"])
+@pytest.mark.parametrize("name", ["random", "fixed", "oracle", "default", "pooled", "chance", "enough"])
 def test_resumed_equals_uninterrupted(name, lab):
     method, first = toy(**SETTINGS[name]), lab("killed")
     first.save(first.run(method, rounds=2))
@@ -560,3 +561,22 @@ def test_hetlora_weighs_by_norm(lab):
 def test_settings_that_cannot_work_are_refused(task, settings, complaint):
     with pytest.raises(BadInput, match=complaint):
         toy(**settings).check(task)
+
+
+# --- rounds that do not wait for everybody ---
+
+
+@pytest.mark.parametrize("enough", [1.0, 0.7, 0.4])
+def test_a_round_ends_when_enough_replies_are_there(lab, enough):
+    """As long as the slowest of those it waits for; the late ones are merged in a later round, each once."""
+    here = lab(f"enough-{enough}")
+    state = here.run(toy(enough=enough), rounds=6)
+    spent = here.rows("exchange")
+    ends = [row["now"] for row in here.rows("round")]
+    began = [0.0, *ends[:-1]]
+    for round, (start, end) in enumerate(zip(began, ends, strict=True)):
+        asked = sorted(row["seconds"] for row in spent if row["round"] == round)
+        assert end - start == pytest.approx(asked[math.ceil(enough * len(asked)) - 1])
+    merged = [(note["values"]["device"], note["round"]) for note in here.rows("note") if "reward" in note["values"]]
+    assert len(merged) + len(state.late) == len(spent)
+    assert bool(state.late) == (enough < 1)

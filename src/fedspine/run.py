@@ -238,7 +238,7 @@ def _one_round(job: Job, point: Point) -> None:
     started = time.monotonic()
     totals = job.fleet.begin_round(point.round)
     everyone = job.fleet.devices
-    part = job.fleet.only(everyone[i].id for i in cohort(job.recipe, point.round, len(everyone)))
+    part = job.fleet.cohort(everyone[i].id for i in cohort(job.recipe, point.round, len(everyone)))
     point.state = job.recipe.method.round(point.state, around(job.recipe, part))
     seconds = time.monotonic() - started
     point.watch.training += seconds

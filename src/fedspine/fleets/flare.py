@@ -29,8 +29,8 @@ class FlareFleet:
 
     clock = "fleet"
 
-    def __init__(self, party: Party, ids: tuple[DeviceId, ...] | None = None) -> None:
-        self._party, self._ids = party, ids
+    def __init__(self, party: Party, ids: tuple[DeviceId, ...] | None = None, *, hears_all: bool = False) -> None:
+        self._party, self._ids, self._hears_all = party, ids, hears_all or ids is None
 
     @property
     def devices(self) -> tuple[Profile, ...]:
@@ -70,7 +70,7 @@ class FlareFleet:
     def next(self) -> Reply[Any]:
         party = self._party
         mine = {profile.id for profile in self.devices}
-        while waiting := [entry for entry in party.pending if entry.device in mine]:
+        while waiting := [entry for entry in party.pending if self._hears_all or entry.device in mine]:
             done, _ = wait([entry.came for entry in waiting], return_when=FIRST_COMPLETED)
             entry = next(entry for entry in waiting if entry.came in done)
             party.pending.remove(entry)
@@ -81,9 +81,7 @@ class FlareFleet:
         raise Idle("no reply is under way; send an order first")
 
     def only(self, ids: Iterable[DeviceId]) -> "FlareFleet":
-        wanted = set(ids)
-        self._check(wanted)
-        return FlareFleet(self._party, tuple(profile.id for profile in self.devices if profile.id in wanted))
+        return FlareFleet(self._party, self._part(ids))
 
     def together(self, job: Callable[[str, Fleet], T], groups: Mapping[str, Iterable[DeviceId]]) -> dict[str, T]:
         parts = {name: self.only(ids) for name, ids in groups.items()}
@@ -98,6 +96,9 @@ class FlareFleet:
         self._party.note(**values)
 
     # what the run loop needs besides: see `fedspine.fleets.rounds`
+
+    def cohort(self, ids: Iterable[DeviceId]) -> "FlareFleet":
+        return FlareFleet(self._party, self._part(ids), hears_all=True)
 
     def begin_round(self, round: int) -> Totals:
         party = self._party
@@ -201,6 +202,11 @@ class FlareFleet:
             return
         came = Came(Cost(**entry.cost), entry.value)
         party.pending.append(Pending(entry.device, work, entry.order, self.now, party.already(came)))
+
+    def _part(self, ids: Iterable[DeviceId]) -> tuple[DeviceId, ...]:
+        wanted = set(ids)
+        self._check(wanted)
+        return tuple(profile.id for profile in self.devices if profile.id in wanted)
 
     def _check(self, ids: Iterable[DeviceId]) -> None:
         known = {profile.id for profile in self.devices}

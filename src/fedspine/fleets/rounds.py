@@ -1,6 +1,6 @@
 """What the run loop needs of a fleet besides asking: rounds, and going on after a resume."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,6 +33,10 @@ class RoundFleet(Fleet, Protocol):
     @property
     def clock(self) -> str:
         """What `now` counts: "simulated" seconds, or "fleet" seconds, which are wall seconds between real machines."""
+        ...
+
+    def cohort(self, ids: Iterable[DeviceId]) -> Fleet:
+        """The part of the fleet that a round asks. Unlike that of `only`, its `next` hears whoever has a reply under way."""
         ...
 
     def begin_round(self, round: int) -> Totals:

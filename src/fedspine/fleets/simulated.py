@@ -65,6 +65,7 @@ class World:
     pending: list[tuple[float, int, DeviceId, bytes, Cost]] = field(default_factory=list)
     sent: int = 0
     totals: Totals = field(default_factory=Totals)
+    arrivals: list[float] = field(default_factory=list)  # of the replies that were sent for in this round
 
     def __post_init__(self) -> None:
         self.index = {profile.id: i for i, profile in enumerate(self.profiles)}
@@ -164,9 +165,16 @@ class World:
 class SimulatedFleet:
     """A view of the simulated devices: all of them, or a part, on a clock of its own or a shared one."""
 
-    def __init__(self, world: World, devices: tuple[Profile, ...] | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        world: World,
+        devices: tuple[Profile, ...] | None = None,
+        clock: Clock | None = None,
+        hears: tuple[Profile, ...] | None = None,
+    ) -> None:
         self._world = world
         self._devices = world.profiles if devices is None else devices
+        self._hears = self._devices if hears is None else hears
         self._clock = clock or Clock()
 
     @property
@@ -201,10 +209,11 @@ class SimulatedFleet:
         for device, served, cost in world.exchange(work, orders):
             world.record(work, device, self.now, cost, served.samples, False)
             world.pending.append((self.now + cost.seconds, world.sent, device, served.result, cost))
+            world.arrivals.append(self.now + cost.seconds)
             world.sent += 1
 
     def next(self) -> Reply[Any]:
-        mine = {profile.id for profile in self._devices}
+        mine = {profile.id for profile in self._hears}
         due = min((entry for entry in self._world.pending if entry[2] in mine), default=None)
         if due is None:
             raise Idle("no reply is under way; send an order first")
@@ -243,15 +252,20 @@ class SimulatedFleet:
 
     clock = "simulated"
 
+    def cohort(self, ids: Iterable[DeviceId]) -> "SimulatedFleet":
+        return SimulatedFleet(self._world, self._part(ids), self._clock, hears=self._devices)
+
     def begin_round(self, round: int) -> Totals:
         """Move the truth (modes, links) on to `round`; returns the totals that this round will fill."""
         self._world.round = self._world.records.round = round
-        self._world.totals, self._world.before = Totals(), dict(self._world.asks)
+        self._world.totals, self._world.before, self._world.arrivals = Totals(), dict(self._world.asks), []
         return self._world.totals
 
     def end_round(self, wall_seconds: float) -> None:
         """Write the round's totals down."""
         totals = self._world.totals
+        if arrivals := self._world.arrivals:  # whoever replied waits for the round's end, whoever is late does not
+            totals.waiting_seconds += float(np.mean(np.maximum(self.now - np.array(arrivals), 0.0)))
         self._world.records.write(
             "round",
             now=self.now,

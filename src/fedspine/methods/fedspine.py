@@ -4,10 +4,11 @@ Yao et al. 2025, "Efficient Deployment of Large Language Models on Resource-cons
 A reconstruction: the paper's formulas are not public. What is the paper's and what is ours: docs/methods/fedspine.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
-from math import inf
+from math import ceil, inf
 from typing import Literal, Self
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from fedspine.device import DeviceId
 from fedspine.errors import BadInput
-from fedspine.fleet import AllLost, Fleet, Foresight, Profile, Reply
+from fedspine.fleet import AllLost, Fleet, Foresight, Idle, Profile, Reply
 from fedspine.lm.aggregate import Contribution
 from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Model, line_energy
@@ -42,6 +43,14 @@ from fedspine.tensors import average, half
 
 
 @message
+class UnderWay:
+    """An order whose reply has not come."""
+
+    order: SpineOrder
+    rank: int
+
+
+@message
 class SpineState:
     round: int
     rounds: int
@@ -58,9 +67,17 @@ class SpineState:
     reached: dict[str, float]  # the sparsity it was asked for
     bandits: dict[str, Bandit | Pupil]  # more than a bandit where a setting follows times
     gain_scale: float | None  # the usual size of a loss change
+    late: dict[str, UnderWay]  # what rounds did not wait for
 
 
-_RANGES = {"sparsity": (0, 0.95), "fleet_say": (0, 1), "score_every": (1, inf), "score_keep": (0, 1)}
+GIVEN_UP = 3  # rounds after which a late reply is not waited for, and its device may be asked again
+_RANGES = {
+    "sparsity": (0, 0.95),
+    "fleet_say": (0, 1),
+    "score_every": (1, inf),
+    "score_keep": (0, 1),
+    "enough": (0.01, 1),
+}
 
 
 @method("fedspine")
@@ -105,6 +122,7 @@ class FedSpine:
     score_normalise: bool = False
     fleet_say: float = 0.0  # of the fleet's average importance in what a device drops; 0 is the reconstruction's choice
     aggregation: Aggregation = "delta-product"
+    enough: float = 1.0  # share of a round's replies that it waits for; the others are merged in the round they come in
 
     @classmethod
     def toy(cls) -> Self:
@@ -138,17 +156,20 @@ class FedSpine:
             reached={},
             bandits={},
             gain_scale=None,
+            late={},
         )
 
     def round(self, state: SpineState, fleet: Fleet) -> SpineState:
         plans = self._plans(state, fleet)
-        if not plans:
+        asked = {id: UnderWay(order=self._order(state, id, plan), rank=plan.rank) for id, plan in plans.items()}
+        sent = _hoped_for(state) | asked
+        if not sent:
             raise AllLost(
                 "no device has the memory to train at any rank; lower method.batch, method.ranks or task.max_tokens"
             )
-        orders = {id: self._order(state, id, plan) for id, plan in plans.items()}
-        replies = usable(fleet.ask(prune_and_tune, orders), fleet)
-        parts = {r.device: contribution(state.anatomy, orders[r.device], r.value) for r in replies}
+        came = self._gathered(fleet, sent, asked)
+        replies = usable(came, fleet)
+        parts = {r.device: contribution(state.anatomy, sent[r.device].order, r.value) for r in replies}
         dense, adapter = merge(
             self.aggregation,
             state.anatomy,
@@ -157,6 +178,7 @@ class FedSpine:
             rank=self.ranks[-1],
             seed=state.seed + state.round,
         )
+        plans = {id: _late_plan(late) for id, late in sent.items()} | plans
         outcomes = {r.device: self._outcome(state, plans[r.device], r, parts[r.device]) for r in replies}
         earned, gain_scale = rewards(self, outcomes, state.gain_scale)
         for reply in replies:
@@ -166,12 +188,13 @@ class FedSpine:
             round=state.round + 1,
             dense=dense,
             adapter=adapter,
-            head=average((r.value.examples, r.value.head) for r in replies),
+            head=average((r.value.examples, _head(state, sent[r.device].order, r.value)) for r in replies),
             scores=tally(state.scores, [r.value.scores for r in replies]),
             structures=state.structures | {r.device: r.value.structure for r in replies},
             reached=state.reached | {id: outcome.plan.reached for id, outcome in outcomes.items()},
             bandits=state.bandits | learn(self, state.bandits, outcomes, earned),
             gain_scale=gain_scale,
+            late={id: each for id, each in sent.items() if id not in {r.device for r in came} and self.enough < 1},
         )
 
     def deploy(self, state: SpineState, device: DeviceId | None = None) -> Model:
@@ -185,9 +208,30 @@ class FedSpine:
     def unpruned(self, state: SpineState) -> Model:
         return Model(structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=self.scale)
 
+    def _gathered(
+        self, fleet: Fleet, sent: Mapping[DeviceId, UnderWay], asked: Mapping[DeviceId, UnderWay]
+    ) -> list[Reply[SpineResult]]:
+        """Enough of the replies of those asked now, or where nobody is of all; and what came of earlier rounds meanwhile."""
+        orders = {id: each.order for id, each in asked.items()}
+        if self.enough == 1:
+            return fleet.ask(prune_and_tune, orders)
+        fleet.send(prune_and_tune, orders)
+        came, counted = [], asked or sent
+        with suppress(Idle):  # too many were lost
+            while sum(reply.device in counted for reply in came) < ceil(self.enough * len(counted)):
+                reply = fleet.next()
+                if reply.device in sent and reply.value.round == sent[reply.device].order.round:
+                    came.append(reply)
+                else:
+                    fleet.note(device=reply.device, left_out="its reply came too late")
+        return came
+
     def _plans(self, state: SpineState, fleet: Fleet) -> dict[DeviceId, Plan]:
         """Every device's (sparsity, rank) for this round; one whose memory fits no rank is noted and not asked."""
-        affordable = {profile.id: self._affordable(state, profile) for profile in fleet.devices}
+        busy = _hoped_for(state)
+        affordable = {
+            profile.id: self._affordable(state, profile) for profile in fleet.devices if profile.id not in busy
+        }
         for device in (device for device, ranks in affordable.items() if not ranks):
             fleet.note(device=device, left_out="no rank fits its memory")
         frame = cache(lambda: self._frame(state))  # of which only the oracle knows
@@ -228,6 +272,7 @@ class FedSpine:
     def _order(self, state: SpineState, device: DeviceId, plan: Plan) -> SpineOrder:
         structure = state.structures.get(device, full(state.anatomy))
         return SpineOrder(
+            round=state.round,
             adapter=half(share(self.aggregation, state.anatomy, state.adapter, structure, plan.rank)),
             head=half(state.head),
             structure=structure,
@@ -255,6 +300,23 @@ class FedSpine:
             effective_rank=directions,
             load=load,
         )
+
+
+def _hoped_for(state: SpineState) -> dict[DeviceId, UnderWay]:
+    """The late orders whose replies may still come."""
+    return {id: late for id, late in state.late.items() if state.round - late.order.round < GIVEN_UP}
+
+
+def _head(state: SpineState, order: SpineOrder, result: SpineResult) -> Tensors:
+    """A device's head; of a late one its change since, on today's."""
+    if order.round == state.round:
+        return result.head
+    return {name: state.head[name] + came.float() - order.head[name].float() for name, came in result.head.items()}
+
+
+def _late_plan(late: UnderWay) -> Plan:
+    """What is left of a plan when its reply is late: nobody is credited for it."""
+    return Plan(reached=late.order.reached, rank=late.rank, action=None, progress=0.0)
 
 
 def _note(anatomy: Anatomy, fleet: Fleet, reply: Reply[SpineResult], outcome: Outcome, earned: float | None) -> None:

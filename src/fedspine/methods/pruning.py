@@ -20,6 +20,7 @@ from fedspine.tensors import half, single
 
 @message
 class SpineOrder:
+    round: int  # comes back with the result, which may be late
     adapter: Tensors  # fp16, cut to `structure`, of this round's rank
     head: Tensors  # fp16
     structure: Structure  # what the server knows the device to have
@@ -34,6 +35,7 @@ class SpineOrder:
 
 @message
 class SpineResult:
+    round: int  # the order's
     adapter: Tensors  # fp16, cut to `structure`
     head: Tensors  # fp16
     structure: Structure
@@ -58,6 +60,7 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
     if isfinite(trace.loss):
         device.memory["loss"] = trace.loss
     return SpineResult(
+        round=order.round,
         adapter=half(trace.model.adapter),
         head=half(trace.model.head),
         structure=kept,

@@ -133,6 +133,7 @@ def _order(
     reached = reached if device in state.structures else 0.0  # nothing is pruned before its importance is known
     advised = reached > 0 and fields.fleet_say > 0 and state.scores is not None
     return SpineOrder(
+        round=state.round,
         adapter=half(cut_adapter(state.adapter, state.anatomy.sites, structure)),
         head=half(state.head),
         structure=structure,
