@@ -242,8 +242,8 @@ def _one_round(job: Job, point: Point) -> None:
     point.state = job.recipe.method.round(point.state, around(job.recipe, part))
     seconds = time.monotonic() - started
     point.watch.training += seconds
-    point.sums.add(totals)
     job.fleet.end_round(seconds)
+    point.sums.add(totals)
     point.round += 1
 
 
