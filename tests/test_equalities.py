@@ -23,7 +23,9 @@ WIDTH = 32  # of the tiny model: a rank at which nothing is truncated
 def test_fedspine_without_pruning_at_one_rank_is_fedlora(lab, rank):
     toy = FedLora.toy()
     shared = {"steps": toy.steps, "batch": toy.batch, "learning_rate": toy.learning_rate}
-    spine = lab("spine").run(FedSpine(sparsity=0.0, ranks=(rank,), aggregation="zeropad", **shared), rounds=3)
+    spine = lab("spine").run(
+        FedSpine(sparsity=0.0, enough=1.0, ranks=(rank,), aggregation="zeropad", **shared), rounds=3
+    )
     lora = lab("lora").run(FedLora(rank=rank, **shared), rounds=3)
     assert list(spine.adapter) == list(lora.adapter)
     assert bits(spine.adapter) == bits(lora.adapter)
@@ -35,7 +37,9 @@ def test_fedspine_without_pruning_at_one_rank_is_fedlora(lab, rank):
     [{"choice": "random"}, {"choice": "fixed"}, {"choice": "oracle"}, {"choice": "deadline"}, {"pooled": 1.0}],
 )
 def test_with_one_rank_and_nothing_to_prune_there_is_no_choice(lab, settings):
-    method = FedSpine(sparsity=0.0, ranks=(4,), choice="bandit", fixed_rank=4, steps=4, batch=16, learning_rate=2e-2)
+    method = FedSpine(
+        sparsity=0.0, enough=1.0, ranks=(4,), choice="bandit", fixed_rank=4, steps=4, batch=16, learning_rate=2e-2
+    )
     plain, other = lab("plain"), lab("other")
     first, second = plain.run(method, rounds=2), other.run(dataclasses.replace(method, **settings), rounds=2)
     assert bits(dataclasses.replace(first, bandits={})) == bits(dataclasses.replace(second, bandits={}))
@@ -43,7 +47,7 @@ def test_with_one_rank_and_nothing_to_prune_there_is_no_choice(lab, settings):
 
 
 def test_one_device_at_full_rank_is_local_training(lab, task):
-    method = FedSpine(sparsity=0.0, ranks=(WIDTH,), steps=8, batch=16, learning_rate=2e-3)
+    method = FedSpine(sparsity=0.0, enough=1.0, ranks=(WIDTH,), steps=8, batch=16, learning_rate=2e-3)
     bench, spies = lab(kinds=("agx",)), []
     start = method.start(task, np.random.default_rng([0, 1]))
     state = bench.run(method, rounds=1, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])

@@ -61,7 +61,7 @@ def rows(folder, kind):
 
 LORA = {"name": "fedlora", "rank": 4, "steps": 4, "batch": 8, "learning_rate": 2e-2}
 # what FedSpine's bandit earns depends on measured seconds, a fixed choice does not
-SPINE = {"name": "fedspine", "choice": "fixed", "ranks": [2, 4], "fixed_rank": 4, "steps": 4, "batch": 8}
+SPINE = {"name": "fedspine", "choice": "fixed", "enough": 1.0, "ranks": [2, 4], "fixed_rank": 4, "steps": 4, "batch": 8}
 # batches follow measured seconds, equal ones do not
 MERGE = {"name": "mergesfl", "cut": 1, "rank": 4, "steps": 4, "batch": 8, "regulate": False}
 

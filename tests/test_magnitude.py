@@ -29,6 +29,7 @@ def test_it_is_fedspine_by_magnitude_on_the_cubic_at_one_rank(lab):
         ranks=(TOY.rank,),
         fixed_rank=TOY.rank,
         choice="fixed",
+        enough=1.0,
         fixed_ratio=0.0,  # as the schedule demands
         floor=1.0,
         importance="magnitude",
