@@ -332,6 +332,25 @@ def test_replies_that_were_sent_for_come_as_they_arrive(sites):
         here.fleet.next()
 
 
+def test_a_cohort_hears_whoever_has_a_reply_under_way(sites):
+    here = sites()
+    here.fleet.begin_round(0)
+    here.fleet.send(tune_adapter, here.orders())
+    cohort = here.fleet.cohort(["west"])
+    assert [profile.id for profile in cohort.devices] == ["west"]
+    assert {cohort.next().device for _ in SITES} == set(SITES)
+
+
+def test_a_round_need_not_wait_for_every_site(sites):
+    here = sites(method="fedspine")
+    method = replace(find("fedspine").toy(), choice="fixed", fixed_rank=4, enough=0.6)
+    state = here.run(method, 4)
+    assert set(state.structures) == set(SITES)  # whoever was late was merged later
+    assert len(state.late) <= 1
+    orders = sum(isinstance(asked, SiteOrder) for _, asked in here.link.heard)
+    assert 2 * len(SITES) <= orders < 4 * len(SITES)  # who is late is not asked
+
+
 def test_a_part_does_not_reach_beyond_itself_and_groups_run_side_by_side(sites):
     here = sites()
     orders = here.orders()

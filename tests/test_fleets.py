@@ -223,6 +223,16 @@ def test_next_is_for_the_part_that_asks(lab):
     assert fleet.next().device != "tx2-00"
 
 
+def test_a_cohort_hears_whoever_has_a_reply_under_way(lab):
+    fleet = lab().fleet
+    fleet.cohort(["tx2-00"]).send(do, {"tx2-00": Job()})
+    cohort = fleet.cohort(["nx-03"])
+    assert [profile.id for profile in cohort.devices] == ["nx-03"]
+    with pytest.raises(LookupError, match="tx2-00"):
+        cohort.send(do, {"tx2-00": Job()})
+    assert cohort.next().device == "tx2-00"
+
+
 # parts
 
 
