@@ -351,6 +351,13 @@ def test_a_round_need_not_wait_for_every_site(sites):
     assert 2 * len(SITES) <= orders < 4 * len(SITES)  # who is late is not asked
 
 
+def test_a_round_that_does_not_wait_for_all_needs_the_quorum_too(sites):
+    here = sites(method="fedspine", quorum=2)
+    here.link.faults = {"east": ["died"], "north": ["died"]}
+    with pytest.raises(AllLost, match="of 3 sites asked 1 replied, 2 are the quorum"):
+        here.run(replace(find("fedspine").toy(), enough=0.6), 1)
+
+
 def test_a_part_does_not_reach_beyond_itself_and_groups_run_side_by_side(sites):
     here = sites()
     orders = here.orders()

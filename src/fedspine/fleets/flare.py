@@ -5,7 +5,7 @@ NVFlare has to do with it in `flare_link` on this side and `flare_app` on the ot
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from math import inf
 from typing import Any
@@ -56,8 +56,7 @@ class FlareFleet:
         for id, one in came.items():
             party.record(work.__name__, id, started, one)
         replies = [Reply(device=id, value=one.value, cost=one.cost) for id, one in came.items() if one.missing is None]
-        if len(replies) < min(party.patience.quorum, len(came)):
-            raise AllLost(f"of {len(came)} sites asked {len(replies)} replied, {party.patience.quorum} are the quorum")
+        self._check_quorum(came.values())
         return replies
 
     def send(self, work: Work[O, R], orders: Mapping[DeviceId, O]) -> None:
@@ -65,7 +64,9 @@ class FlareFleet:
         party = self._party
         for id in orders:
             order = orders[id]
-            party.pending.append(Pending(id, work, order, self.now, party.dispatch(id, work, order, inf)))
+            entry = Pending(id, work, order, self.now, party.dispatch(id, work, order, inf))
+            party.pending.append(entry)
+            party.sent.append(entry)
 
     def next(self) -> Reply[Any]:
         party = self._party
@@ -78,6 +79,8 @@ class FlareFleet:
             party.record(entry.work.__name__, entry.device, entry.started, came)
             if came.missing is None:
                 return Reply(device=entry.device, value=came.value, cost=came.cost)
+        came = [entry.came.result() for entry in party.sent if self._hears_all or entry.device in mine]
+        self._check_quorum(came)
         raise Idle("no reply is under way; send an order first")
 
     def only(self, ids: Iterable[DeviceId]) -> "FlareFleet":
@@ -103,7 +106,7 @@ class FlareFleet:
     def begin_round(self, round: int) -> Totals:
         party = self._party
         party.round = party.records.round = round
-        party.totals = Totals()
+        party.totals, party.sent = Totals(), []
         self._gather()
         return party.totals
 
@@ -202,6 +205,11 @@ class FlareFleet:
             return
         came = Came(Cost(**entry.cost), entry.value)
         party.pending.append(Pending(entry.device, work, entry.order, self.now, party.already(came)))
+
+    def _check_quorum(self, came: Collection[Came]) -> None:
+        replied, quorum = sum(one.missing is None for one in came), self._party.patience.quorum
+        if replied < min(quorum, len(came)):
+            raise AllLost(f"of {len(came)} sites asked {replied} replied, {quorum} are the quorum")
 
     def _part(self, ids: Iterable[DeviceId]) -> tuple[DeviceId, ...]:
         wanted = set(ids)

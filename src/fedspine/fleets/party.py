@@ -44,6 +44,7 @@ class Party:
     records: Records | None = None  # of the run, which begins after its sites were asked to take part
     members: dict[DeviceId, Member] = field(default_factory=dict)
     pending: list[Pending] = field(default_factory=list)
+    sent: list[Pending] = field(default_factory=list)  # of them those of this round, replied or not
     round: int = 0
     totals: Totals = field(default_factory=Totals)
     lost_relay: str | None = None  # the last one

@@ -4,11 +4,10 @@ Yao et al. 2025, "Efficient Deployment of Large Language Models on Resource-cons
 A reconstruction: the paper's formulas are not public. What is the paper's and what is ours: docs/methods/fedspine.md.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from math import ceil, inf
+from math import inf
 from typing import Literal, Self
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 
 from fedspine.device import DeviceId
 from fedspine.errors import BadInput
-from fedspine.fleet import AllLost, Fleet, Foresight, Idle, Profile, Reply
+from fedspine.fleet import AllLost, Fleet, Foresight, Profile, Reply
 from fedspine.lm.aggregate import Contribution
 from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Model, line_energy
@@ -31,7 +30,8 @@ from fedspine.lm.structure import Structure, check_target, full, sparsity
 from fedspine.lm.tune import check_tuning, tuning_at
 from fedspine.message import Tensors, message
 from fedspine.method import method, usable
-from fedspine.methods.pruning import SpineOrder, SpineResult, contribution, deployed, prune_and_tune
+from fedspine.methods.late import UnderWay, gathered, head_today, hoped_for, late_plan
+from fedspine.methods.pruning import SpineOrder, SpineResult, contribution, deployed
 from fedspine.planning.bandit import Bandit
 from fedspine.planning.choice import check_choice, check_ranges, due, plan_round
 from fedspine.planning.outcome import Outcome, learn, rewards
@@ -40,14 +40,6 @@ from fedspine.planning.pupil import Pupil, pupil
 from fedspine.planning.ranks import check_rising
 from fedspine.task import Task
 from fedspine.tensors import average, half
-
-
-@message
-class UnderWay:
-    """An order whose reply has not come."""
-
-    order: SpineOrder
-    rank: int
 
 
 @message
@@ -70,7 +62,6 @@ class SpineState:
     late: dict[str, UnderWay]  # what rounds did not wait for
 
 
-GIVEN_UP = 3  # rounds after which a late reply is not waited for, and its device may be asked again
 _RANGES = {
     "sparsity": (0, 0.95),
     "fleet_say": (0, 1),
@@ -162,12 +153,13 @@ class FedSpine:
     def round(self, state: SpineState, fleet: Fleet) -> SpineState:
         plans = self._plans(state, fleet)
         asked = {id: UnderWay(order=self._order(state, id, plan), rank=plan.rank) for id, plan in plans.items()}
-        sent = _hoped_for(state) | asked
+        busy = hoped_for(state.late, state.round)
+        sent = busy | asked
         if not sent:
             raise AllLost(
                 "no device has the memory to train at any rank; lower method.batch, method.ranks or task.max_tokens"
             )
-        came = self._gathered(fleet, sent, asked)
+        came = gathered(fleet, busy, asked, self.enough)
         replies = usable(came, fleet)
         parts = {r.device: contribution(state.anatomy, sent[r.device].order, r.value) for r in replies}
         dense, adapter = merge(
@@ -178,7 +170,7 @@ class FedSpine:
             rank=self.ranks[-1],
             seed=state.seed + state.round,
         )
-        plans = {id: _late_plan(late) for id, late in sent.items()} | plans
+        plans = {id: late_plan(late) for id, late in busy.items()} | plans
         outcomes = {r.device: self._outcome(state, plans[r.device], r, parts[r.device]) for r in replies}
         earned, gain_scale = rewards(self, outcomes, state.gain_scale)
         for reply in replies:
@@ -188,7 +180,9 @@ class FedSpine:
             round=state.round + 1,
             dense=dense,
             adapter=adapter,
-            head=average((r.value.examples, _head(state, sent[r.device].order, r.value)) for r in replies),
+            head=average(
+                (r.value.examples, head_today(state.head, state.round, sent[r.device].order, r.value)) for r in replies
+            ),
             scores=tally(state.scores, [r.value.scores for r in replies]),
             structures=state.structures | {r.device: r.value.structure for r in replies},
             reached=state.reached | {id: outcome.plan.reached for id, outcome in outcomes.items()},
@@ -208,27 +202,9 @@ class FedSpine:
     def unpruned(self, state: SpineState) -> Model:
         return Model(structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=self.scale)
 
-    def _gathered(
-        self, fleet: Fleet, sent: Mapping[DeviceId, UnderWay], asked: Mapping[DeviceId, UnderWay]
-    ) -> list[Reply[SpineResult]]:
-        """Enough of the replies of those asked now, or where nobody is of all; and what came of earlier rounds meanwhile."""
-        orders = {id: each.order for id, each in asked.items()}
-        if self.enough == 1:
-            return fleet.ask(prune_and_tune, orders)
-        fleet.send(prune_and_tune, orders)
-        came, counted = [], asked or sent
-        with suppress(Idle):  # too many were lost
-            while sum(reply.device in counted for reply in came) < ceil(self.enough * len(counted)):
-                reply = fleet.next()
-                if reply.device in sent and reply.value.round == sent[reply.device].order.round:
-                    came.append(reply)
-                else:
-                    fleet.note(device=reply.device, left_out="its reply came too late")
-        return came
-
     def _plans(self, state: SpineState, fleet: Fleet) -> dict[DeviceId, Plan]:
         """Every device's (sparsity, rank) for this round; one whose memory fits no rank is noted and not asked."""
-        busy = _hoped_for(state)
+        busy = hoped_for(state.late, state.round)
         affordable = {
             profile.id: self._affordable(state, profile) for profile in fleet.devices if profile.id not in busy
         }
@@ -300,23 +276,6 @@ class FedSpine:
             effective_rank=directions,
             load=load,
         )
-
-
-def _hoped_for(state: SpineState) -> dict[DeviceId, UnderWay]:
-    """The late orders whose replies may still come."""
-    return {id: late for id, late in state.late.items() if state.round - late.order.round < GIVEN_UP}
-
-
-def _head(state: SpineState, order: SpineOrder, result: SpineResult) -> Tensors:
-    """A device's head; of a late one its change since, on today's."""
-    if order.round == state.round:
-        return result.head
-    return {name: state.head[name] + came.float() - order.head[name].float() for name, came in result.head.items()}
-
-
-def _late_plan(late: UnderWay) -> Plan:
-    """What is left of a plan when its reply is late: nobody is credited for it."""
-    return Plan(reached=late.order.reached, rank=late.rank, action=None, progress=0.0)
 
 
 def _note(anatomy: Anatomy, fleet: Fleet, reply: Reply[SpineResult], outcome: Outcome, earned: float | None) -> None:
