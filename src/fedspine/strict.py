@@ -51,7 +51,7 @@ def known_keys(what: str, table: Iterable[str], known: Iterable[str]) -> None:
 def validated(section: str, adapter: pydantic.TypeAdapter[Any], table: Any, *, by_json: bool = False) -> Any:
     """What the adapter makes of a table, or of an instance; whatever it refuses is one line that names the key.
 
-    `by_json` is for plain dataclasses, which pydantic takes strictly from JSON alone.
+    `by_json` is for plain dataclasses, which pydantic takes strictly from JSON alone; there TOML's dates become text.
     """
     try:
         made = (

@@ -70,8 +70,7 @@ class FlareFleet:
 
     def next(self) -> Reply[Any]:
         party = self._party
-        mine = {profile.id for profile in self.devices}
-        while waiting := [entry for entry in party.pending if self._hears_all or entry.device in mine]:
+        while waiting := self._heard(party.pending):
             done, _ = wait([entry.came for entry in waiting], return_when=FIRST_COMPLETED)
             entry = next(entry for entry in waiting if entry.came in done)
             party.pending.remove(entry)
@@ -79,8 +78,7 @@ class FlareFleet:
             party.record(entry.work.__name__, entry.device, entry.started, came)
             if came.missing is None:
                 return Reply(device=entry.device, value=came.value, cost=came.cost)
-        came = [entry.came.result() for entry in party.sent if self._hears_all or entry.device in mine]
-        self._check_quorum(came)
+        self._check_quorum([entry.came.result() for entry in self._heard(party.sent)])
         raise Idle("no reply is under way; send an order first")
 
     def only(self, ids: Iterable[DeviceId]) -> "FlareFleet":
@@ -205,6 +203,10 @@ class FlareFleet:
             return
         came = Came(Cost(**entry.cost), entry.value)
         party.pending.append(Pending(entry.device, work, entry.order, self.now, party.already(came)))
+
+    def _heard(self, entries: Iterable[Pending]) -> list[Pending]:
+        mine = {profile.id for profile in self.devices}
+        return [entry for entry in entries if self._hears_all or entry.device in mine]
 
     def _check_quorum(self, came: Collection[Came]) -> None:
         replied, quorum = sum(one.missing is None for one in came), self._party.patience.quorum

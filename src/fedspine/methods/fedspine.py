@@ -4,7 +4,7 @@ Yao et al. 2025, "Efficient Deployment of Large Language Models on Resource-cons
 A reconstruction: the paper's formulas are not public. What is the paper's and what is ours: docs/methods/fedspine.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import inf
@@ -30,7 +30,7 @@ from fedspine.lm.structure import Structure, check_target, full, sparsity
 from fedspine.lm.tune import check_tuning, tuning_at
 from fedspine.message import Tensors, message
 from fedspine.method import method, usable
-from fedspine.methods.late import UnderWay, gathered, head_today, hoped_for, late_plan
+from fedspine.methods.late import UnderWay, gathered, head_today, hoped_for, late_plan, still_late
 from fedspine.methods.pruning import SpineOrder, SpineResult, contribution, deployed
 from fedspine.planning.bandit import Bandit
 from fedspine.planning.choice import check_choice, check_ranges, due, plan_round
@@ -151,15 +151,15 @@ class FedSpine:
         )
 
     def round(self, state: SpineState, fleet: Fleet) -> SpineState:
-        plans = self._plans(state, fleet)
-        asked = {id: UnderWay(order=self._order(state, id, plan), rank=plan.rank) for id, plan in plans.items()}
         busy = hoped_for(state.late, state.round)
+        plans = self._plans(state, fleet, busy)
+        asked = {id: UnderWay(order=self._order(state, id, plan), rank=plan.rank) for id, plan in plans.items()}
         sent = busy | asked
         if not sent:
             raise AllLost(
                 "no device has the memory to train at any rank; lower method.batch, method.ranks or task.max_tokens"
             )
-        came = gathered(fleet, busy, asked, self.enough)
+        came = gathered(fleet, sent, asked, self.enough)
         replies = usable(came, fleet)
         parts = {r.device: contribution(state.anatomy, sent[r.device].order, r.value) for r in replies}
         dense, adapter = merge(
@@ -188,7 +188,7 @@ class FedSpine:
             reached=state.reached | {id: outcome.plan.reached for id, outcome in outcomes.items()},
             bandits=state.bandits | learn(self, state.bandits, outcomes, earned),
             gain_scale=gain_scale,
-            late={id: each for id, each in sent.items() if id not in {r.device for r in came} and self.enough < 1},
+            late=still_late(sent, came, self.enough),
         )
 
     def deploy(self, state: SpineState, device: DeviceId | None = None) -> Model:
@@ -202,9 +202,8 @@ class FedSpine:
     def unpruned(self, state: SpineState) -> Model:
         return Model(structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=self.scale)
 
-    def _plans(self, state: SpineState, fleet: Fleet) -> dict[DeviceId, Plan]:
-        """Every device's (sparsity, rank) for this round; one whose memory fits no rank is noted and not asked."""
-        busy = hoped_for(state.late, state.round)
+    def _plans(self, state: SpineState, fleet: Fleet, busy: Container[DeviceId]) -> dict[DeviceId, Plan]:
+        """Every free device's (sparsity, rank) for this round; one whose memory fits no rank is noted and not asked."""
         affordable = {
             profile.id: self._affordable(state, profile) for profile in fleet.devices if profile.id not in busy
         }

@@ -1,6 +1,6 @@
 """Rounds that do not wait for everybody: orders under way, and what becomes of replies that come later; no method."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from math import ceil
 
@@ -27,15 +27,15 @@ def hoped_for(late: Mapping[DeviceId, UnderWay], round: int) -> dict[DeviceId, U
 
 
 def gathered(
-    fleet: Fleet, busy: Mapping[DeviceId, UnderWay], asked: Mapping[DeviceId, UnderWay], enough: float
+    fleet: Fleet, sent: Mapping[DeviceId, UnderWay], asked: Mapping[DeviceId, UnderWay], enough: float
 ) -> list[Reply[SpineResult]]:
-    """Replies of a share `enough` of those asked now (or where nobody is, of the busy), and what came of these meanwhile."""
+    """Replies of a share `enough` of those asked now (of all, where nobody is), and what came of the others in `sent`."""
     orders = {id: each.order for id, each in asked.items()}
     if enough == 1:
         return fleet.ask(prune_and_tune, orders)
     fleet.send(prune_and_tune, orders)
     came: list[Reply[SpineResult]] = []
-    sent, counted = {**busy, **asked}, asked or busy
+    counted = asked or sent
     with suppress(Idle):  # too many were lost
         while sum(reply.device in counted for reply in came) < ceil(enough * len(counted)):
             reply = fleet.next()
@@ -44,6 +44,14 @@ def gathered(
             else:
                 fleet.note(device=reply.device, left_out="its reply came too late")
     return came
+
+
+def still_late(
+    sent: Mapping[DeviceId, UnderWay], came: Sequence[Reply[SpineResult]], enough: float
+) -> dict[DeviceId, UnderWay]:
+    """The orders without a reply, which may still come; a round that waits for all knows them to be lost."""
+    replied = {reply.device for reply in came}
+    return {id: each for id, each in sent.items() if id not in replied} if enough < 1 else {}
 
 
 def head_today(head: Tensors, round: int, order: SpineOrder, result: SpineResult) -> Tensors:
