@@ -141,3 +141,16 @@ def test_memory_does_not_grow_with_the_number_of_devices(tiny_folder, tmp_path) 
         peaks[devices] = int(done.stderr.split()[-1])
         assert summary_of(tmp_path / str(devices))["devices_scored"] == min(devices, 80)
     assert peaks[1000] <= 1.3 * peaks[10]
+
+
+def test_a_run_of_limited_time_begins_no_round_after_it(job, command, tmp_path) -> None:
+    """Two rounds where the second one begins in time, and one where the limit is what the first one took."""
+    command("run", *job(run__rounds=2), "--out", tmp_path / "whole", "--json")
+    first, second = (row["now"] for row in records_of(tmp_path / "whole") if row["row"] == "round")
+    for name, seconds, rounds, now in (("one", first, 1, first), ("two", 1.01 * first, 2, second)):
+        _, _, lines = command("run", *job(run__rounds=9, run__seconds=seconds), "--out", tmp_path / name)
+        summary = summary_of(tmp_path / name)
+        assert (summary["rounds"], summary["simulated_seconds"]) == (rounds, now)
+        assert any(f"round {rounds}/{rounds}" in line for line in lines)
+    code, _, (line,) = command("run", *job(run__seconds=-1.0), "--out", tmp_path / "none", "--json")
+    assert code == 2 and "run.seconds" in line

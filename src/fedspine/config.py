@@ -47,6 +47,7 @@ class RunSection(Section):
     """How long, how exactly, and what is measured on the way."""
 
     rounds: int = pydantic.Field(24, ge=1)
+    seconds: float = pydantic.Field(0.0, ge=0)  # of the fleet's clock after which no round begins; 0: no limit
     seed: int = pydantic.Field(0, ge=0)
     precision: Literal["bf16", "fp32"] = "bf16"  # of the frozen base; what is trained is fp32
     evaluate_every: int = pydantic.Field(4, ge=0)  # rounds; 0: only at the end

@@ -65,7 +65,7 @@ def _trace(standing: Standing, along: Along, number: int) -> Trace:
     ends: Mapping[Along, OverSeeds] = {
         "seconds": standing.simulated_seconds,
         "bytes": standing.bytes,
-        "rounds": OverSeeds({run.seed: float(run.recipe.run.rounds) for run in runs}),
+        "rounds": OverSeeds({run.seed: float(run.summary["rounds"]) for run in runs}),
     }
     final, end = standing.final, ends[along].mean
     return Trace(

@@ -21,6 +21,7 @@ class Standing:
 
     round: int
     now: float
+    rounds: int | None = None  # that there will be, as far as can be told; None: as was said at the start
     accuracy: float | None = None
     loss: float | None = None
     sparsity: float | None = None
@@ -97,6 +98,7 @@ class Lines:
         self._say(f"{title}: {rounds} rounds" + (f", {done} of them done before" if done else ""))
 
     def round_done(self, standing: Standing) -> None:
+        self.rounds = standing.rounds or self.rounds
         seconds_per_round = (monotonic() - self.began) / max(standing.round - self.done, 1)
         left = seconds_per_round * (self.rounds - standing.round)
         parts = (f"round {standing.round}/{self.rounds}", *_parts(standing), f"about {seconds_text(left)} left")
@@ -142,7 +144,8 @@ class Live:
 
     def round_done(self, standing: Standing) -> None:
         numbers = "  ".join(_parts(replace(standing, bytes_moved=None)))
-        self.bar.update(self.task, completed=standing.round, numbers=numbers, refresh=True)
+        total = {} if standing.rounds is None else {"total": standing.rounds}
+        self.bar.update(self.task, completed=standing.round, numbers=numbers, refresh=True, **total)
 
     def finished(self, table: Table) -> None:
         self.close()

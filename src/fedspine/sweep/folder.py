@@ -150,7 +150,7 @@ class SweepFolder:
         run, reason = self.run_of(cell), self._reason(cell)
         summary = summary_of(run)
         if summary is not None and (run / REPORT).exists():  # without it, the run was killed between the two
-            return Standing(cell, "done", cell.recipe.run.rounds, summary=summary)
+            return Standing(cell, "done", summary["rounds"], summary=summary)
         rounds = self.rounds_done(cell)
         if cell.name in running:
             return Standing(cell, "running", rounds)
