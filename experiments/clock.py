@@ -1,13 +1,15 @@
 """Only the clock: how long the rounds of FedSpine's choices take on the 80 simulated devices; nothing is trained.
 
-Shapes are those of MiniLM's first 3 layers, texts of 20 tokens, and a task head of 300 kB that goes both ways. What a choice
-earns is made up (a higher rank lowers the loss a little), so only times can be read here.
+Two jobs: MiniLM's first 3 layers on texts of 20 tokens, 10 devices a round, where links decide; and RoBERTa-base on texts of
+128 tokens, all devices in every round, as in the paper, where computing does. The task head goes both ways. What a choice earns is made up (a
+higher rank lowers the loss a little), so only times can be read here.
 
-    python experiments/clock.py --seeds 0 1 2 3
+    python experiments/clock.py --job minilm --seeds 0 1 2 3
+    python experiments/clock.py --job roberta --seeds 0 1 2 3
 """
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,42 +25,69 @@ from fedspine.methods.fedspine import FedSpine
 from fedspine.planning.choice import plan_round
 from fedspine.planning.outcome import Outcome, learn, rewards
 
-ROUNDS, PER_ROUND, LAYERS, TOKENS, HEAD_BYTES = 32, 10, 3, 20, 310_000
-CHOICES: tuple[dict[str, Any], ...] = (
-    {"choice": "bandit"},
-    {"choice": "random"},
-    *({"choice": "fixed", "fixed_rank": rank, "fixed_ratio": 0.0} for rank in (4, 8, 16)),
-    {"choice": "oracle"},
-    *({"choice": "deadline", "caution": caution} for caution in (0.3, 1.0, 2.0)),
-)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is run: the model's shapes, how long its texts are, and who takes part how often."""
+
+    method: FedSpine
+    rounds: int
+    per_round: int
+    layers: int
+    width: int
+    channels: int
+    tokens: int
+    head_bytes: int
+
+
+JOBS = {
+    "minilm": Job(FedSpine(ranks=(4, 8, 12, 16), steps=10, batch=16), 32, 10, 3, 384, 1536, 20, 310_000),
+    "roberta": Job(FedSpine(), 50, 80, 12, 768, 3072, 128, 1_180_000),
+}
+
+
+def choices(ranks: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
+    """The bandit and what it is compared with."""
+    fixed = (ranks[0], ranks[1], ranks[len(ranks) // 2 - 1], ranks[-1])
+    return (
+        {"choice": "bandit"},
+        {"choice": "bandit", "pooled": 1.0},
+        {"choice": "random"},
+        *({"choice": "fixed", "fixed_rank": rank, "fixed_ratio": 0.0} for rank in dict.fromkeys(fixed)),
+        {"choice": "fixed", "fixed_rank": ranks[0], "fixed_ratio": 1.0},
+        {"choice": "oracle"},
+        *({"choice": "deadline", "caution": caution} for caution in (0.3, 1.0, 2.0)),
+    )
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
-    seeds = arguments.parse_args().seeds
+    arguments.add_argument("--job", choices=list(JOBS), default="minilm")
+    wanted = arguments.parse_args()
+    seeds, job = wanted.seeds, JOBS[wanted.job]
     print("| choice | seconds | waiting share | mean rank |\n|---|---|---|---|")
-    for settings in CHOICES:
-        method = replace(FedSpine(ranks=(4, 8, 12, 16), steps=10, batch=16), **settings)
-        found = np.array([simulated(method, seed) for seed in seeds])
+    for settings in choices(job.method.ranks):
+        found = np.array([simulated(job, replace(job.method, **settings), seed) for seed in seeds])
         mean, spread = found.mean(0), found.std(0, ddof=1) if len(seeds) > 1 else found[0] * 0
         said = ", ".join(f"{key} = {value}" for key, value in settings.items())
         print(f"| {said} | {mean[0]:.0f} ± {spread[0]:.0f} | {mean[1]:.2f} | {mean[2]:.1f} |", flush=True)
 
 
-def simulated(method: FedSpine, seed: int) -> tuple[float, float, float]:
+def simulated(job: Job, method: FedSpine, seed: int) -> tuple[float, float, float]:
     """Seconds of a run, the share of them that devices wait, and the mean rank."""
-    shape = {"num_hidden_layers": LAYERS, "num_attention_heads": 12, "intermediate_size": 1536, "hidden_size": 384}
-    anatomy = anatomy_of(SimpleNamespace(model_type="bert", **shape), "bert")
+    sizes = {"num_hidden_layers": job.layers, "intermediate_size": job.channels, "hidden_size": job.width}
+    anatomy = anatomy_of(SimpleNamespace(model_type="bert", num_attention_heads=12, **sizes), "bert")
     kinds = fleet_mix(None, 80)
     ids, hardware = device_ids(kinds), Hardware(seed=seed, kinds=tuple(kinds))
     rows = method.steps * method.batch
-    frame = Frame(Extent(rows * TOKENS, rows * TOKENS**2), method.steps * LAYERS, HEAD_BYTES, HEAD_BYTES)
-    state = SimpleNamespace(rounds=ROUNDS, seed=seed, structures={}, reached={}, bandits={})
+    frame = Frame(Extent(rows * job.tokens, rows * job.tokens**2), method.steps * job.layers, job.head_bytes, job.head_bytes)
+    state = SimpleNamespace(rounds=job.rounds, seed=seed, structures={}, reached={}, bandits={})
     rng, units, gain_scale = np.random.default_rng(seed), no_scores(anatomy), None
-    turns = np.concatenate([rng.permutation(80) for _ in range(ROUNDS * PER_ROUND // 80 + 1)])
+    turns = np.concatenate([rng.permutation(80) for _ in range(job.rounds * job.per_round // 80 + 1)])
     asked, now, waiting, ranks = dict.fromkeys(ids, 0), 0.0, 0.0, []
-    for round in range(ROUNDS):
+    for round in range(job.rounds):
         state.round = round
 
         def foresee(id: str, reached: float, wanted: Any, round: int = round) -> list[float]:
@@ -67,7 +96,7 @@ def simulated(method: FedSpine, seed: int) -> tuple[float, float, float]:
             place = ids.index(id)
             return [hardware.seconds(place, round=round, ask=asked[id], **vars(cost)).total for cost in costs]
 
-        chosen = [ids[i] for i in sorted(turns[round * PER_ROUND : (round + 1) * PER_ROUND])]
+        chosen = [ids[i] for i in sorted(turns[round * job.per_round : (round + 1) * job.per_round])]
         plans = plan_round(method, state, dict.fromkeys(chosen, len(method.ranks)), foresee)
         outcomes = {}
         for id, plan in plans.items():

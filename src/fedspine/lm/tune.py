@@ -21,6 +21,7 @@ from fedspine.message import Tensors, message
 from fedspine.task import IGNORED, Examples
 from fedspine.tensors import moved
 
+UNSEEN = 0.5  # rows as which a class without any counts in a device's label shares
 LAST = 5  # steps whose mean loss stands for where training ended
 
 
@@ -35,6 +36,7 @@ class Tuning:
     weight_decay: float = 0.1
     clip: float = 1.0  # of the gradient's norm
     turns: float = 1.0  # how often the device trains in the whole run, on average
+    logit_adjustment: float = 0.0  # tau: how much of the device's own label shares its loss takes out
 
 
 @runtime_checkable
@@ -131,6 +133,7 @@ def train(requests: Sequence[Request]) -> list[Trace]:
     module = leaves.fit()
     entry = base.start_at(first) if prefixes[0] is not None else None
     optimiser = _optimiser(leaves, tuning)
+    shift = _shift(requests)
     losses: list[Float[Tensor, " models"]] = []
     widths: list[list[int]] = [[] for _ in requests]  # to which each device pads each of its batches
     with Following(leaves, scoring, [request.scores for request in requests]) as following:
@@ -142,7 +145,7 @@ def train(requests: Sequence[Request]) -> list[Trace]:
                 parts = zip(requests, prefixes, rows, strict=True)
                 entry.hidden = torch.cat([_taken(r, prefix, chosen, width) for r, prefix, chosen in parts])
             following.listen(step, inputs["attention_mask"])
-            loss = losses_of(module, inputs, len(requests))
+            loss = losses_of(module, inputs, len(requests), shift)
             losses.append(loss.detach())
             if alone and not torch.isfinite(loss):
                 break
@@ -190,12 +193,35 @@ def _prefix(request: Request, first: int) -> Tensor | None:
     return device.prefixes.get(name_of(device.id, first, request.model.structure), make)
 
 
-def losses_of(module: nn.Module, inputs: Tensors, models: int) -> Float[Tensor, " models"]:
-    """Mean cross-entropy of each model's rows: per row for classification, per predicted token for language models."""
+def _shift(requests: Sequence[Request]) -> Float[Tensor, "models classes"] | None:
+    """What is added to each model's logits in training: tau times the log of its device's label shares.
+
+    So that a device with one class in ten rows of it does not teach the model that the class is rare. None where nothing
+    is added, and for language models. Source: logit adjustment, Menon et al. 2021 (arXiv:2007.07314), on devices as in
+    FedLC, Zhang et al. 2022 (arXiv:2209.00189), whose margin has another form.
+    """
+    lead = requests[0]
+    tau, classes = lead.tuning.logit_adjustment, lead.device.base.config.num_labels
+    if not tau or lead.device.data.labels is None:
+        return None
+    counts = np.stack([np.bincount(request.device.data.labels, minlength=classes) for request in requests])
+    shares = np.maximum(counts, UNSEEN) / np.maximum(counts, UNSEEN).sum(1, keepdims=True)
+    return torch.from_numpy(tau * np.log(shares)).float().to(lead.device.base.device)
+
+
+def losses_of(
+    module: nn.Module, inputs: Tensors, models: int, shift: Float[Tensor, "models classes"] | None = None
+) -> Float[Tensor, " models"]:
+    """Mean cross-entropy of each model's rows: per row for classification, per predicted token for language models.
+
+    `shift` is added to the logits of each model's rows.
+    """
     labels = inputs["labels"]
     logits = module(**{name: value for name, value in inputs.items() if name != "labels"}).logits
     if labels.dim() == 2:
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    if shift is not None:
+        logits = logits.float() + shift.repeat_interleave(len(logits) // models, 0)
     losses = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
     return losses.view(models, -1).sum(1) / (labels != IGNORED).view(models, -1).sum(1)
 

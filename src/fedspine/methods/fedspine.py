@@ -65,6 +65,7 @@ class SpineState:
 _RANGES = {
     "sparsity": (0, 0.95),
     "fleet_say": (0, 1),
+    "logit_adjustment": (0, inf),
     "score_every": (1, inf),
     "score_keep": (0, 1),
     "enough": (0.01, 1),
@@ -87,6 +88,7 @@ class FedSpine:
     learning_rate: float = 2e-4  # falls linearly to zero over the rounds
     head_speed: float = 1.0  # the task head's learning rate over the adapter's
     weight_decay: float = 0.1
+    logit_adjustment: float = 0.0  # tau: how much of a device's own label shares its loss takes out
     most_per_round: float = 0.05  # p_max: sparsity that a device may choose to gain in a round
     warmup: float = 0.05  # t0, as a share of the rounds: nothing is pruned before
     until: float = 0.7  # t1: everything is pruned after
@@ -256,7 +258,7 @@ class FedSpine:
             reached=plan.reached,
             target=self.sparsity,
             scale=self.scale,
-            tuning=tuning_at(self, state.round, state.rounds),
+            tuning=replace(tuning_at(self, state.round, state.rounds), logit_adjustment=self.logit_adjustment),
             scoring=importance_of(self),
         )
 
