@@ -163,6 +163,13 @@ def test_gradients_together_are_those_alone(task, decoder, kind):
         assert apart**0.5 < 1e-5 * size**0.5
 
 
+def test_together_each_takes_its_own_label_shares_out(task, sizes):
+    adjusting = replace(TUNING, logit_adjustment=1.0)
+    for each in both_ways(task, calls(task, models(task.base, (4, 4, 2), (0, 0.5, 0)), tuning=adjusting)):
+        assert_alike(*each)
+    assert sizes == [3]
+
+
 @pytest.mark.parametrize("of", ["gradient", "blend"])
 def test_importance_is_followed_together(task, of):
     jobs = calls(task, models(task.base, (4, 4, 2), (0, 0.5, 0.3)), scoring=Scoring(of=of, every=2))
