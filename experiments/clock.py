@@ -1,8 +1,8 @@
 """Only the clock: how long the rounds of FedSpine's choices take on the 80 simulated devices; nothing is trained.
 
 Two jobs: MiniLM's first 3 layers on texts of 20 tokens, 10 devices a round, where links decide; and RoBERTa-base on texts of
-128 tokens, all devices in every round, as in the paper, where computing does. The task head goes both ways. What a choice earns is made up (a
-higher rank lowers the loss a little), so only times can be read here.
+128 tokens, all devices in every round, as in the paper, where computing does. The task head goes both ways. What a choice
+earns is made up (a higher rank lowers the loss a little), so only times can be read here.
 
     python experiments/clock.py --job minilm --seeds 0 1 2 3
     python experiments/clock.py --job roberta --seeds 0 1 2 3
@@ -24,7 +24,6 @@ from fedspine.lm.structure import full, shrink
 from fedspine.methods.fedspine import FedSpine
 from fedspine.planning.choice import plan_round
 from fedspine.planning.outcome import Outcome, learn, rewards
-
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,9 @@ def simulated(job: Job, method: FedSpine, seed: int) -> tuple[float, float, floa
     kinds = fleet_mix(None, 80)
     ids, hardware = device_ids(kinds), Hardware(seed=seed, kinds=tuple(kinds))
     rows = method.steps * method.batch
-    frame = Frame(Extent(rows * job.tokens, rows * job.tokens**2), method.steps * job.layers, job.head_bytes, job.head_bytes)
+    frame = Frame(
+        Extent(rows * job.tokens, rows * job.tokens**2), method.steps * job.layers, job.head_bytes, job.head_bytes
+    )
     state = SimpleNamespace(rounds=job.rounds, seed=seed, structures={}, reached={}, bandits={})
     rng, units, gain_scale = np.random.default_rng(seed), no_scores(anatomy), None
     turns = np.concatenate([rng.permutation(80) for _ in range(job.rounds * job.per_round // 80 + 1)])

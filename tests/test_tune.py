@@ -159,31 +159,18 @@ def test_a_loss_that_is_not_finite_ends_training(task):
     assert device.launches == task.base.anatomy.layers
 
 
-def test_a_device_does_not_teach_how_rare_its_classes_are(task):
-    """The first loss with logit adjustment, by hand: cross-entropy of logits + tau log(label shares) of its rows."""
-    few = task.train.take(np.flatnonzero(task.train.labels != 2)[:20])  # none of class 2, which counts as half a row
-    device = Device(id="d", data=few, base=task.base, memory={}, rng=np.random.default_rng(0))
-    model, tuning = model_on(task.base), Tuning(steps=1, batch=20, learning_rate=1e-2, logit_adjustment=0.7)
+def test_a_shift_is_added_to_the_logits_in_training(task):
+    """The first loss by hand: cross-entropy of logits and shift; what is scored afterwards knows of no shift."""
+    shift = torch.tensor([0.4, -0.7, 0.1])
+    device, model = device_on(task), model_on(task.base)
+    rows = next(batches(task.train, Tuning(steps=1, batch=20, learning_rate=1.0), np.random.default_rng(0)))
+    inputs = task.train.batch(rows)
     with torch.no_grad():
-        inputs = few.batch(np.arange(20))
         logits = task.base.fit(model)(**{k: v for k, v in inputs.items() if k != "labels"}).logits.double()
-    counts = np.array([(few.labels == 0).sum(), (few.labels == 1).sum(), 0.5])
-    shifted = logits + 0.7 * torch.from_numpy(np.log(counts / counts.sum()))
+    shifted = logits + shift
     expected = (shifted.logsumexp(1) - shifted[range(20), inputs["labels"]]).mean()
-    assert tune(device, model, tuning).loss == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_logit_adjustment_changes_nothing_where_classes_are_alike(task, decoder):
-    same = np.concatenate([np.flatnonzero(task.train.labels == label)[:6] for label in range(3)])
-    assert len(same) == 18
-    story = toy_task(*decoder, rounds=1, kind="causal-lm")  # language models have no labels to be skewed
-    for each, data in ((task, task.train.take(same)), (story, story.train)):
-        traces = []
-        for tau in (0.0, 1.0):
-            device = Device(id="d", data=data, base=each.base, memory={}, rng=np.random.default_rng(0))
-            tuning = Tuning(steps=4, batch=8, learning_rate=1e-2, logit_adjustment=tau)
-            traces.append(tune(device, model_on(each.base), tuning))
-        assert traces[0].loss == pytest.approx(traces[1].loss, rel=1e-5)
+    trace = tune(device, model, Tuning(steps=1, batch=20, learning_rate=1e-2), shift=shift)
+    assert trace.loss == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_padding_is_no_token_to_predict(decoder):

@@ -21,7 +21,6 @@ from fedspine.message import Tensors, message
 from fedspine.task import IGNORED, Examples
 from fedspine.tensors import moved
 
-UNSEEN = 0.5  # rows as which a class without any counts in a device's label shares
 LAST = 5  # steps whose mean loss stands for where training ended
 
 
@@ -36,7 +35,6 @@ class Tuning:
     weight_decay: float = 0.1
     clip: float = 1.0  # of the gradient's norm
     turns: float = 1.0  # how often the device trains in the whole run, on average
-    logit_adjustment: float = 0.0  # tau: how much of the device's own label shares its loss takes out
 
 
 @runtime_checkable
@@ -86,6 +84,7 @@ class Request:
     scoring: Scoring | None = None
     scores: Scores | None = None
     penalty: Callable[[Tensors], Tensor] | None = None  # of the adapter, added to what is minimised
+    shift: Float[Tensor, " classes"] | None = None  # added to the logits in training
 
     @property
     def reuses(self) -> bool:
@@ -110,13 +109,14 @@ def tune(
     scoring: Scoring | None = None,
     scores: Scores | None = None,
     penalty: Callable[[Tensors], Tensor] | None = None,
+    shift: Float[Tensor, " classes"] | None = None,
 ) -> Trace:
     """Train `model` for `tuning.steps` optimiser steps on the device's rows.
 
-    `penalty` of the adapter is added to what is minimised, not to the loss that is returned. A loss that is not finite
-    ends training at once and is returned as it is; the server leaves such a reply out.
+    `shift` is added to its logits meanwhile, and `penalty` of the adapter to what is minimised, but not to the loss that is
+    returned. A loss that is not finite ends training at once and is returned as it is; the server leaves such a reply out.
     """
-    request = Request(device, model, tuning, scoring, scores, penalty)
+    request = Request(device, model, tuning, scoring, scores, penalty, shift)
     return train([request])[0] if device.trainer is None else device.trainer(request)
 
 
@@ -133,7 +133,7 @@ def train(requests: Sequence[Request]) -> list[Trace]:
     module = leaves.fit()
     entry = base.start_at(first) if prefixes[0] is not None else None
     optimiser = _optimiser(leaves, tuning)
-    shift = _shift(requests)
+    shift = _shifts(requests)
     losses: list[Float[Tensor, " models"]] = []
     widths: list[list[int]] = [[] for _ in requests]  # to which each device pads each of its batches
     with Following(leaves, scoring, [request.scores for request in requests]) as following:
@@ -193,20 +193,14 @@ def _prefix(request: Request, first: int) -> Tensor | None:
     return device.prefixes.get(name_of(device.id, first, request.model.structure), make)
 
 
-def _shift(requests: Sequence[Request]) -> Float[Tensor, "models classes"] | None:
-    """What is added to each model's logits in training: tau times the log of its device's label shares.
-
-    So that a device with one class in ten rows of it does not teach the model that the class is rare. None where nothing
-    is added, and for language models. Source: logit adjustment, Menon et al. 2021 (arXiv:2007.07314), on devices as in
-    FedLC, Zhang et al. 2022 (arXiv:2209.00189), whose margin has another form.
-    """
-    lead = requests[0]
-    tau, classes = lead.tuning.logit_adjustment, lead.device.base.config.num_labels
-    if not tau or lead.device.data.labels is None:
+def _shifts(requests: Sequence[Request]) -> Float[Tensor, "models classes"] | None:
+    """What is added to the logits of each model, None where nothing is."""
+    shifts = [request.shift for request in requests]
+    known = next((shift for shift in shifts if shift is not None), None)
+    if known is None:
         return None
-    counts = np.stack([np.bincount(request.device.data.labels, minlength=classes) for request in requests])
-    shares = np.maximum(counts, UNSEEN) / np.maximum(counts, UNSEEN).sum(1, keepdims=True)
-    return torch.from_numpy(tau * np.log(shares)).float().to(lead.device.base.device)
+    stacked = torch.stack([torch.zeros_like(known) if shift is None else shift for shift in shifts])
+    return stacked.to(requests[0].device.base.device)
 
 
 def losses_of(

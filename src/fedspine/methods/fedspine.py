@@ -12,6 +12,7 @@ from typing import Literal, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedspine.device import DeviceId
 from fedspine.errors import BadInput
@@ -24,13 +25,13 @@ from fedspine.lm.criteria import importance_of
 from fedspine.lm.follow import Source
 from fedspine.lm.forecast import Frame, forecast, frame, ranks_that_fit
 from fedspine.lm.importance import Scores, on_wire, tally
+from fedspine.lm.labels import Adjusting, added
 from fedspine.lm.lora import check_rank, fresh
 from fedspine.lm.merge import Aggregation, change, merge, share
 from fedspine.lm.structure import Structure, check_target, full, sparsity
 from fedspine.lm.tune import check_tuning, tuning_at
 from fedspine.message import Tensors, message
 from fedspine.method import method, usable
-from fedspine.methods.averaging import Common, mean_over_rounds
 from fedspine.methods.late import UnderWay, gathered, head_today, hoped_for, late_plan, still_late
 from fedspine.methods.pruning import SpineOrder, SpineResult, contribution, deployed
 from fedspine.planning.bandit import Bandit
@@ -61,14 +62,13 @@ class SpineState:
     bandits: dict[str, Bandit | Pupil]  # more than a bandit where a setting follows times
     gain_scale: float | None  # the usual size of a loss change
     late: dict[str, UnderWay]  # what rounds did not wait for
-    mean: Common | None = None  # of the last rounds' models, where that is deployed
+    labels: Tensor | None = None  # rows of each class over all replies, where logits are adjusted
 
 
 _RANGES = {
     "sparsity": (0, 0.95),
     "fleet_say": (0, 1),
     "logit_adjustment": (0, inf),
-    "averaging": (0, 0.99),
     "score_every": (1, inf),
     "score_keep": (0, 1),
     "enough": (0.01, 1),
@@ -91,7 +91,7 @@ class FedSpine:
     learning_rate: float = 2e-4  # falls linearly to zero over the rounds
     head_speed: float = 1.0  # the task head's learning rate over the adapter's
     weight_decay: float = 0.1
-    logit_adjustment: float = 0.0  # tau: how much of a device's own label shares its loss takes out
+    logit_adjustment: float = 0.0  # tau: how much of the skew of a device's labels its loss takes out
     most_per_round: float = 0.05  # p_max: sparsity that a device may choose to gain in a round
     warmup: float = 0.05  # t0, as a share of the rounds: nothing is pruned before
     until: float = 0.7  # t1: everything is pruned after
@@ -118,7 +118,6 @@ class FedSpine:
     score_normalise: bool = False
     fleet_say: float = 0.0  # of the fleet's average importance in what a device drops; 0 is the reconstruction's choice
     aggregation: Aggregation = "delta-product"
-    averaging: float = 0.0  # what is left, a round later, of a round's say in the mean that is deployed; 0: the last model
     enough: float = 0.7  # share of a round's replies that it waits for; the others are merged in the round they come in
 
     @classmethod
@@ -177,9 +176,6 @@ class FedSpine:
             seed=state.seed + state.round,
         )
         plans = {id: late_plan(late) for id, late in busy.items()} | plans
-        head = average(
-            (r.value.examples, head_today(state.head, state.round, sent[r.device].order, r.value)) for r in replies
-        )
         outcomes = {r.device: self._outcome(state, plans[r.device], r, parts[r.device]) for r in replies}
         earned, gain_scale = rewards(self, outcomes, state.gain_scale)
         for reply in replies:
@@ -189,14 +185,16 @@ class FedSpine:
             round=state.round + 1,
             dense=dense,
             adapter=adapter,
-            head=head,
+            head=average(
+                (r.value.examples, head_today(state.head, state.round, sent[r.device].order, r.value)) for r in replies
+            ),
             scores=tally(state.scores, [r.value.scores for r in replies]),
             structures=state.structures | {r.device: r.value.structure for r in replies},
             reached=state.reached | {id: outcome.plan.reached for id, outcome in outcomes.items()},
             bandits=state.bandits | learn(self, state.bandits, outcomes, earned),
             gain_scale=gain_scale,
             late=still_late(sent, came, self.enough),
-            mean=self._mean(state, Common(dense=dense, adapter=adapter, head=head)) if self.averaging else None,
+            labels=added(state.labels, [r.value.labels for r in replies]),
         )
 
     def deploy(self, state: SpineState, device: DeviceId | None = None) -> Model:
@@ -205,22 +203,10 @@ class FedSpine:
         Whoever is behind the schedule, because it was not asked lately, is pruned to it by the fleet's scores.
         """
         floor = self.sparsity if state.round >= state.rounds else due(self, state.round - 1, state.rounds)
-        return deployed(self, _as_deployed(state), device, due=floor, votes=state.scores)
+        return deployed(self, state, device, due=floor, votes=state.scores)
 
     def unpruned(self, state: SpineState) -> Model:
-        common = _as_deployed(state)
-        return Model(structure=full(state.anatomy), adapter=common.adapter, head=common.head, scale=self.scale)
-
-    def _mean(self, state: SpineState, now: Common) -> Common:
-        return mean_over_rounds(
-            self.aggregation,
-            state.anatomy,
-            state.mean,
-            now,
-            round=state.round,
-            keep=self.averaging,
-            seed=state.seed + state.round,
-        )
+        return Model(structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=self.scale)
 
     def _plans(self, state: SpineState, fleet: Fleet, busy: Container[DeviceId]) -> dict[DeviceId, Plan]:
         """Every free device's (sparsity, rank) for this round; one whose memory fits no rank is noted and not asked."""
@@ -276,8 +262,9 @@ class FedSpine:
             reached=plan.reached,
             target=self.sparsity,
             scale=self.scale,
-            tuning=replace(tuning_at(self, state.round, state.rounds), logit_adjustment=self.logit_adjustment),
+            tuning=tuning_at(self, state.round, state.rounds),
             scoring=importance_of(self),
+            adjusting=Adjusting(tau=self.logit_adjustment, fleet=state.labels) if self.logit_adjustment else None,
         )
 
     def _outcome(self, state: SpineState, plan: Plan, reply: Reply[SpineResult], part: Contribution) -> Outcome:
@@ -295,11 +282,6 @@ class FedSpine:
             effective_rank=directions,
             load=load,
         )
-
-
-def _as_deployed(state: SpineState) -> SpineState:
-    """The state with the mean over rounds in place of the last round's model, where there is one."""
-    return state if state.mean is None else replace(state, adapter=state.mean.adapter, head=state.mean.head)
 
 
 def _note(anatomy: Anatomy, fleet: Fleet, reply: Reply[SpineResult], outcome: Outcome, earned: float | None) -> None:
