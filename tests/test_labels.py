@@ -6,15 +6,10 @@ import numpy as np
 import pytest
 import torch
 from test_tune import device_on
-from toy import Lab, toy_task
+from toy import toy_task
 
 from fedspine.lm.labels import UNSEEN, Adjusting, added, label_counts, logit_shift
 from fedspine.methods.fedspine import FedSpine
-
-
-@pytest.fixture
-def task(encoder):
-    return toy_task(*encoder, rounds=3)
 
 
 def test_counts_are_those_of_the_labels(task, decoder):
@@ -44,18 +39,17 @@ def test_nothing_is_added_before_the_fleet_is_known():
 
 def test_counts_add_up_over_those_who_told():
     assert added(None, [None, None]) is None
-    assert added(torch.tensor([1.0, 0.0]), [None, torch.tensor([2.0, 5.0])]).tolist() == [3.0, 5.0]
+    known = torch.tensor([1.0, 0.0])
+    assert added(known, [None, torch.tensor([2.0, 5.0])]).tolist() == [3.0, 5.0]
+    for odd in ([1.0, 1.0, 1.0], [-1.0, 2.0], [float("nan"), 1.0]):
+        assert added(known, [torch.tensor(odd)]).tolist() == [1.0, 0.0]
 
 
-def test_the_fleet_learns_its_labels_and_without_adjustment_nobody_tells(task, tmp_path):
+def test_the_fleet_learns_its_labels_and_without_adjustment_nobody_tells(lab):
     states = {}
     for tau in (0.0, 1.0):
-        lab = Lab(task, tmp_path / str(tau))
-        try:
-            states[tau] = lab.run(dataclasses.replace(FedSpine.toy(), logit_adjustment=tau), rounds=3)
-            rows = sum(len(share) for share in lab.shares)
-        finally:
-            lab.close()
+        bench = lab(str(tau))
+        states[tau] = bench.run(dataclasses.replace(FedSpine.toy(), logit_adjustment=tau), rounds=3)
     assert states[0.0].labels is None
-    assert float(states[1.0].labels.sum()) == 3 * rows  # all devices tell in each round
+    assert float(states[1.0].labels.sum()) == 3 * sum(map(len, bench.shares))  # all devices tell in each round
     assert any(not torch.equal(head, states[1.0].head[name]) for name, head in states[0.0].head.items())

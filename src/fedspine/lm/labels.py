@@ -46,9 +46,12 @@ def logit_shift(own: Float[Tensor, " classes"] | None, adjusting: Adjusting | No
 
 
 def added(before: Float[Tensor, " classes"] | None, counts: Sequence[Tensor | None]) -> Tensor | None:
-    """The fleet's rows of each class with those of more replies; None where none has told."""
-    told = [each for each in (before, *counts) if each is not None]
-    return torch.stack(told).sum(0) if told else None
+    """The fleet's rows of each class with those of more replies; None where none has told.
+
+    What is no count, or of other classes than the first one heard, is left out.
+    """
+    told = [each for each in (before, *counts) if each is not None and bool((each >= 0).all() & each.isfinite().all())]
+    return torch.stack([each for each in told if each.shape == told[0].shape]).sum(0) if told else None
 
 
 def _shares(counts: Float[Tensor, " classes"]) -> Float[Tensor, " classes"]:
