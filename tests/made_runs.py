@@ -28,7 +28,7 @@ def made_run(folder, *, method="fedlora", seed=0, curve=(0.4, 0.6, 0.7), seconds
         score = {"row": "score", "round": round, "now": seconds * (round + 1), "final": round == rounds - 1}
         rows.append(score | ({"loss": value} if language else {"accuracy": value, "loss": 2 - (value or 0)}))
     (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    summary = {"method": method, "seed": seed, "test_rows": 500, "sparsity": 0.5, "loss": 1.0}
+    summary = {"method": method, "seed": seed, "rounds": rounds, "test_rows": 500, "sparsity": 0.5, "loss": 1.0}
     summary |= {"loss" if language else "accuracy": curve[-1], "simulated_seconds": seconds * rounds}
     summary |= {"waiting_seconds": 0.3 * seconds * rounds, "bytes_up": ROUND_BYTES * rounds // 2}
     summary |= {"bytes_down": ROUND_BYTES * rounds // 2, "peak_memory_bytes_simulated": 50_000_000}

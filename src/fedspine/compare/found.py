@@ -113,7 +113,7 @@ def _pair_table(comparison: Comparison, pair: Pair) -> dict[str, Any]:
         found = getattr(pair, name)
         return None if found is None else asdict(found) | {"beyond_noise": found.beyond_noise}
 
-    names = ("final", "speed_up", "bytes_saving", "waiting_share", "memory_ratio")
+    names = ("final", "speed_up", "bytes_saving", "shorter_run", "waiting_share", "memory_ratio")
     return {
         "first": pair.first,
         "second": pair.second,

@@ -100,8 +100,8 @@ class Pair:
     """Two methods over their common seeds, `first` against `second`; None where there is nothing to compare.
 
     `final`, `waiting_share` are differences, first minus second. The others are ratios: `speed_up` is the second's
-    seconds to target over the first's, `bytes_saving` the same of bytes, so above 1 is good for the first;
-    `memory_ratio` is the first's over the second's.
+    seconds to target over the first's, `bytes_saving` the same of bytes, `shorter_run` of the seconds of whole runs, so above
+    1 is good for the first; `memory_ratio` is the first's over the second's.
     """
 
     first: str
@@ -110,6 +110,7 @@ class Pair:
     final: Interval | None
     speed_up: Interval | None
     bytes_saving: Interval | None
+    shorter_run: Interval | None
     waiting_share: Interval | None
     memory_ratio: Interval | None
 
@@ -240,6 +241,7 @@ def _pair(first: Standing, second: Standing) -> Pair:
         final=difference(lambda s: s.final),
         speed_up=ratio(lambda s: s.seconds_to_target, over_first=True),
         bytes_saving=ratio(lambda s: s.bytes_to_target, over_first=True),
+        shorter_run=ratio(lambda s: s.simulated_seconds, over_first=True),
         waiting_share=difference(lambda s: s.waiting_share),
         memory_ratio=ratio(lambda s: s.peak_memory_bytes, over_first=False),
     )

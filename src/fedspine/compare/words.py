@@ -138,6 +138,7 @@ def methods_sheet(comparison: Comparison, latencies: Mapping[str, Latency]) -> S
         ("Sparsity", "prunable parameters removed"),
         ("Time to target", "simulated seconds"),
         ("Bytes to target", "down and up, all devices"),
+        ("Whole run", "simulated seconds"),
         ("Waiting", "of the simulated time, mean asked device"),
         ("Peak memory", "simulated, fullest device"),
     ]
@@ -156,6 +157,7 @@ def _cells(comparison: Comparison, standing: Standing) -> tuple[Cell, ...]:
         Cell(percent(standing.sparsity.mean), standing.sparsity.mean),
         Cell(missed or seconds_spread(standing.seconds_to_target), standing.seconds_to_target.mean),
         Cell(missed or bytes_spread(standing.bytes_to_target), standing.bytes_to_target.mean),
+        Cell(seconds_spread(standing.simulated_seconds), standing.simulated_seconds.mean),
         Cell(shares_text(standing.waiting_share), standing.waiting_share.mean),
         Cell(bytes_spread(standing.peak_memory_bytes), standing.peak_memory_bytes.mean),
     )
@@ -179,6 +181,7 @@ def pairs_sheet(comparison: Comparison) -> Sheet:
         (name.capitalize(), f"first minus second, {'points' if accuracy else 'nats'}"),
         ("Speed-up", "of the first, simulated time to target"),
         ("Fewer bytes", "of the first, to target"),
+        ("Shorter run", "of the first, second's whole run over its own"),
         ("Waiting", "first minus second, points"),
         ("Memory", "first over second"),
     )
@@ -189,6 +192,7 @@ def pairs_sheet(comparison: Comparison) -> Sheet:
             _interval_cell(pair.final, _hundredths if accuracy else _signed),
             _interval_cell(pair.speed_up, _times),
             _interval_cell(pair.bytes_saving, _times),
+            _interval_cell(pair.shorter_run, _times),
             _interval_cell(pair.waiting_share, _hundredths),
             _interval_cell(pair.memory_ratio, _times),
         )
