@@ -42,25 +42,29 @@ def main() -> None:
     chosen = arguments.parse_args()
     torch.set_num_threads(1)
     for name in chosen.sets:
-        data = name if name == "pydoc-topics" else str(chosen.data / name)
         for seed in chosen.seeds:
-            for row in compared(data, seed):
+            for row in compared(task_of(name, chosen.data, seed), seed):
                 row = {"data": name, "seed": seed, **row}
                 print(json.dumps(row), flush=True)
                 with RESULTS.open("a") as file:
                     file.write(json.dumps(row) + "\n")
 
 
-def compared(data: str, seed: int):
-    """A row for the whole model, and one for each sparsity and criterion."""
+def task_of(name: str, folder: Path | None, seed: int) -> Task:
+    """Three layers of MiniLM on a built-in set or one in the folder, texts of 32 tokens."""
+    data = name if folder is None or not (folder / name).exists() else str(folder / name)
     settings = [f"task.data={data}", "task.layers=3", "task.max_tokens=32", "method.name=fedlora", f"run.seed={seed}"]
-    task = build(config.load(None, settings)).task
+    return build(config.load(None, settings)).task
+
+
+def compared(task: Task, seed: int):
+    """A row for the whole model, and one for each sparsity and criterion."""
     anatomy, rng = task.base.anatomy, np.random.default_rng(seed)
     adapter = fresh(anatomy.sites, 8, rng)
     start = Model(structure=full(anatomy), adapter=adapter, head=task.base.initial_head(rng), scale=2.0)
-    whole = tune(_all_rows(task, seed), start, TUNING).model
+    whole = tune(all_rows(task, seed), start, TUNING).model
     yield {"criterion": "none", "sparsity": 0.0, "accuracy": score(task.base, whole, task.test).accuracy}
-    known = {of: _heard(task, whole, of, seed) for of in FOLLOWED}
+    known = {of: followed(task, whole, of, seed) for of in FOLLOWED}
     known["magnitude"] = magnitude_scores(task.base, whole)
     known["random"] = random_scores(anatomy, full(anatomy), np.random.default_rng(seed))
     again = replace(TUNING, steps=RECOVERY, learning_rate=7.5e-4, head_learning_rate=2.25e-3)
@@ -70,20 +74,20 @@ def compared(data: str, seed: int):
             structure = shrink(anatomy, full(anatomy), pair, reached=sparsity, target=sparsity)
             pruned = replace(whole, structure=structure, adapter=cut_adapter(whole.adapter, anatomy.sites, structure))
             at_once = score(task.base, pruned, task.test).accuracy
-            tuned = tune(_all_rows(task, seed), pruned, again).model
+            tuned = tune(all_rows(task, seed), pruned, again).model
             recovered = score(task.base, tuned, task.test).accuracy
             yield {"criterion": criterion, "sparsity": sparsity, "at_once": at_once, "accuracy": recovered}
 
 
-def _heard(task: Task, model: Model, of: str, seed: int) -> Scores:
+def followed(task: Task, model: Model, of: str, seed: int) -> Scores:
     """Importance followed over a few slow steps, whose training is thrown away."""
     slow = replace(TUNING, steps=LISTENING, learning_rate=1.5e-4, head_learning_rate=4.5e-4)
-    scores = tune(_all_rows(task, seed), model, slow, scoring=Scoring(of=of)).scores
+    scores = tune(all_rows(task, seed), model, slow, scoring=Scoring(of=of)).scores
     assert scores is not None
     return scores
 
 
-def _all_rows(task: Task, seed: int) -> Device:
+def all_rows(task: Task, seed: int) -> Device:
     return Device(id="all", data=task.train, base=task.base, memory={}, rng=np.random.default_rng(seed))
 
 
