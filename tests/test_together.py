@@ -16,7 +16,6 @@ from fedspine.fleets.workers import ScoreJob, Workshop
 from fedspine.lm.base import Model
 from fedspine.lm.follow import Scoring
 from fedspine.lm.importance import Scores
-from fedspine.lm.labels import Adjusting, label_counts, logit_shift
 from fedspine.lm.leaves import Leaves
 from fedspine.lm.lora import fresh
 from fedspine.lm.score import score, score_together
@@ -56,14 +55,6 @@ def train_once(device: Device, job: Exercise) -> Trained:
 def train_twice(device: Device, job: Exercise) -> Trained:
     again = tune(device, job.model, job.tuning).model
     return train_once(device, replace(job, model=again))
-
-
-@on_device
-def train_shifted(device: Device, job: Exercise) -> Trained:
-    """Each device but the last adds something of its own to its logits."""
-    shift = None if device.id == "d2" else logit_shift(label_counts(device), Adjusting(tau=1.0, fleet=torch.ones(3)))
-    trace = tune(device, job.model, job.tuning, shift=shift)
-    return Trained(adapter=trace.model.adapter, head=trace.model.head, loss=trace.loss, scores=trace.scores)
 
 
 @on_device
@@ -170,12 +161,6 @@ def test_gradients_together_are_those_alone(task, decoder, kind):
             apart += (own - leaf.grad).square().sum().item()
             size += leaf.grad.square().sum().item()
         assert apart**0.5 < 1e-5 * size**0.5
-
-
-def test_together_each_has_its_own_shift(task, sizes):
-    for each in both_ways(task, calls(task, models(task.base, (4, 4, 2), (0, 0.5, 0)), work=train_shifted)):
-        assert_alike(*each)
-    assert sizes == [3]
 
 
 @pytest.mark.parametrize("of", ["gradient", "blend"])

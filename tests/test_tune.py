@@ -159,20 +159,6 @@ def test_a_loss_that_is_not_finite_ends_training(task):
     assert device.launches == task.base.anatomy.layers
 
 
-def test_a_shift_is_added_to_the_logits_in_training(task):
-    """The first loss by hand: cross-entropy of logits and shift; what is scored afterwards knows of no shift."""
-    shift = torch.tensor([0.4, -0.7, 0.1])
-    device, model = device_on(task), model_on(task.base)
-    rows = next(batches(task.train, Tuning(steps=1, batch=20, learning_rate=1.0), np.random.default_rng(0)))
-    inputs = task.train.batch(rows)
-    with torch.no_grad():
-        logits = task.base.fit(model)(**{k: v for k, v in inputs.items() if k != "labels"}).logits.double()
-    shifted = logits + shift
-    expected = (shifted.logsumexp(1) - shifted[range(20), inputs["labels"]]).mean()
-    trace = tune(device, model, Tuning(steps=1, batch=20, learning_rate=1e-2), shift=shift)
-    assert trace.loss == pytest.approx(float(expected), rel=1e-5)
-
-
 def test_padding_is_no_token_to_predict(decoder):
     task = toy_task(*decoder, rounds=1, kind="causal-lm")
     module = task.base.fit(model_on(task.base))

@@ -3,9 +3,6 @@
 from dataclasses import replace
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
-from jaxtyping import Float
-from torch import Tensor
-
 from fedspine.device import Device
 from fedspine.lm.base import Model
 from fedspine.lm.follow import Scoring, Source
@@ -69,14 +66,7 @@ def importance_of(fields: ImportanceFields) -> Importance:
             return Scoring(of=source, every=fields.score_every, keep=fields.score_keep)
 
 
-def tune_and_score(
-    device: Device,
-    model: Model,
-    tuning: Tuning,
-    how: Importance,
-    known: Scores | None,
-    shift: Float[Tensor, " classes"] | None = None,
-) -> Trace:
+def tune_and_score(device: Device, model: Model, tuning: Tuning, how: Importance, known: Scores | None) -> Trace:
     """`tune`, whose trace holds the importance of the units after it.
 
     Gradients and activations are followed while it trains, on top of what is `known`. Weights and chance are asked
@@ -84,11 +74,11 @@ def tune_and_score(
     """
     match how:
         case Scoring() as scoring:
-            return tune(device, model, tuning, scoring=scoring, scores=known, shift=shift)
+            return tune(device, model, tuning, scoring=scoring, scores=known)
         case ByMagnitude():
-            trace = tune(device, model, tuning, shift=shift)
+            trace = tune(device, model, tuning)
             now = magnitude_scores(device.base, trace.model)
         case AtRandom():
-            trace = tune(device, model, tuning, shift=shift)
+            trace = tune(device, model, tuning)
             now = random_scores(device.base.anatomy, model.structure, device.rng)
     return replace(trace, scores=smooth(known, now, 0.0))

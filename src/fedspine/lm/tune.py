@@ -84,7 +84,6 @@ class Request:
     scoring: Scoring | None = None
     scores: Scores | None = None
     penalty: Callable[[Tensors], Tensor] | None = None  # of the adapter, added to what is minimised
-    shift: Float[Tensor, " classes"] | None = None  # added to the logits in training
 
     @property
     def reuses(self) -> bool:
@@ -109,14 +108,13 @@ def tune(
     scoring: Scoring | None = None,
     scores: Scores | None = None,
     penalty: Callable[[Tensors], Tensor] | None = None,
-    shift: Float[Tensor, " classes"] | None = None,
 ) -> Trace:
     """Train `model` for `tuning.steps` optimiser steps on the device's rows.
 
-    `shift` is added to its logits meanwhile, and `penalty` of the adapter to what is minimised, but not to the loss that is
-    returned. A loss that is not finite ends training at once and is returned as it is; the server leaves such a reply out.
+    `penalty` of the adapter is added to what is minimised, not to the loss that is returned. A loss that is not finite
+    ends training at once and is returned as it is; the server leaves such a reply out.
     """
-    request = Request(device, model, tuning, scoring, scores, penalty, shift)
+    request = Request(device, model, tuning, scoring, scores, penalty)
     return train([request])[0] if device.trainer is None else device.trainer(request)
 
 
@@ -133,7 +131,6 @@ def train(requests: Sequence[Request]) -> list[Trace]:
     module = leaves.fit()
     entry = base.start_at(first) if prefixes[0] is not None else None
     optimiser = _optimiser(leaves, tuning)
-    shift = _shifts(requests)
     losses: list[Float[Tensor, " models"]] = []
     widths: list[list[int]] = [[] for _ in requests]  # to which each device pads each of its batches
     with Following(leaves, scoring, [request.scores for request in requests]) as following:
@@ -145,7 +142,7 @@ def train(requests: Sequence[Request]) -> list[Trace]:
                 parts = zip(requests, prefixes, rows, strict=True)
                 entry.hidden = torch.cat([_taken(r, prefix, chosen, width) for r, prefix, chosen in parts])
             following.listen(step, inputs["attention_mask"])
-            loss = losses_of(module, inputs, len(requests), shift)
+            loss = losses_of(module, inputs, len(requests))
             losses.append(loss.detach())
             if alone and not torch.isfinite(loss):
                 break
@@ -193,29 +190,12 @@ def _prefix(request: Request, first: int) -> Tensor | None:
     return device.prefixes.get(name_of(device.id, first, request.model.structure), make)
 
 
-def _shifts(requests: Sequence[Request]) -> Float[Tensor, "models classes"] | None:
-    """What is added to the logits of each model, None where nothing is."""
-    shifts = [request.shift for request in requests]
-    known = next((shift for shift in shifts if shift is not None), None)
-    if known is None:
-        return None
-    stacked = torch.stack([torch.zeros_like(known) if shift is None else shift for shift in shifts])
-    return stacked.to(requests[0].device.base.device)
-
-
-def losses_of(
-    module: nn.Module, inputs: Tensors, models: int, shift: Float[Tensor, "models classes"] | None = None
-) -> Float[Tensor, " models"]:
-    """Mean cross-entropy of each model's rows: per row for classification, per predicted token for language models.
-
-    `shift` is added to the logits of each model's rows.
-    """
+def losses_of(module: nn.Module, inputs: Tensors, models: int) -> Float[Tensor, " models"]:
+    """Mean cross-entropy of each model's rows: per row for classification, per predicted token for language models."""
     labels = inputs["labels"]
     logits = module(**{name: value for name, value in inputs.items() if name != "labels"}).logits
     if labels.dim() == 2:
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    if shift is not None:
-        logits = logits.float() + shift.repeat_interleave(len(logits) // models, 0)
     losses = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
     return losses.view(models, -1).sum(1) / (labels != IGNORED).view(models, -1).sum(1)
 

@@ -12,7 +12,6 @@ from typing import Literal, Self
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedspine.device import DeviceId
 from fedspine.errors import BadInput
@@ -25,7 +24,6 @@ from fedspine.lm.criteria import importance_of
 from fedspine.lm.follow import Source
 from fedspine.lm.forecast import Frame, forecast, frame, ranks_that_fit
 from fedspine.lm.importance import Scores, on_wire, tally
-from fedspine.lm.labels import Adjusting, added
 from fedspine.lm.lora import check_rank, fresh
 from fedspine.lm.merge import Aggregation, change, merge, share
 from fedspine.lm.structure import Structure, check_target, full, sparsity
@@ -62,13 +60,11 @@ class SpineState:
     bandits: dict[str, Bandit | Pupil]  # more than a bandit where a setting follows times
     gain_scale: float | None  # the usual size of a loss change
     late: dict[str, UnderWay]  # what rounds did not wait for
-    labels: Tensor | None = None  # rows of each class over all replies, where logits are adjusted
 
 
 _RANGES = {
     "sparsity": (0, 0.95),
     "fleet_say": (0, 1),
-    "logit_adjustment": (0, inf),
     "score_every": (1, inf),
     "score_keep": (0, 1),
     "enough": (0.01, 1),
@@ -91,7 +87,6 @@ class FedSpine:
     learning_rate: float = 2e-4  # falls linearly to zero over the rounds
     head_speed: float = 1.0  # the task head's learning rate over the adapter's
     weight_decay: float = 0.1
-    logit_adjustment: float = 0.0  # tau: how much of the skew of a device's labels its loss takes out
     most_per_round: float = 0.05  # p_max: sparsity that a device may choose to gain in a round
     warmup: float = 0.05  # t0, as a share of the rounds: nothing is pruned before
     until: float = 0.7  # t1: everything is pruned after
@@ -194,7 +189,6 @@ class FedSpine:
             bandits=state.bandits | learn(self, state.bandits, outcomes, earned),
             gain_scale=gain_scale,
             late=still_late(sent, came, self.enough),
-            labels=added(state.labels, [r.value.labels for r in replies]),
         )
 
     def deploy(self, state: SpineState, device: DeviceId | None = None) -> Model:
@@ -264,7 +258,6 @@ class FedSpine:
             scale=self.scale,
             tuning=tuning_at(self, state.round, state.rounds),
             scoring=importance_of(self),
-            adjusting=Adjusting(tau=self.logit_adjustment, fleet=state.labels) if self.logit_adjustment else None,
         )
 
     def _outcome(self, state: SpineState, plan: Plan, reply: Reply[SpineResult], part: Contribution) -> Outcome:

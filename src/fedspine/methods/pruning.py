@@ -6,15 +6,12 @@ What the server decides (how far, at which rank, how adapters are merged) is eac
 from math import isfinite
 from typing import Protocol
 
-from torch import Tensor
-
 from fedspine.device import Device, DeviceId, on_device
 from fedspine.lm.aggregate import Contribution
 from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Model
 from fedspine.lm.criteria import Importance, tune_and_score
 from fedspine.lm.importance import Scores, ballot, mixed, no_scores
-from fedspine.lm.labels import Adjusting, label_counts, logit_shift
 from fedspine.lm.structure import Structure, cut_adapter, full, shrink
 from fedspine.lm.tune import Tuning
 from fedspine.message import Tensors, message
@@ -34,7 +31,6 @@ class SpineOrder:
     scale: float
     tuning: Tuning
     scoring: Importance
-    adjusting: Adjusting | None = None  # of logits, where a device's labels are not the fleet's
 
 
 @message
@@ -47,7 +43,6 @@ class SpineResult:
     loss: float  # mean over the last steps
     loss_before: float | None  # the same of this device's previous round
     examples: int
-    labels: Tensor | None = None  # rows of each class, where logits are adjusted; only their sum over devices is used
 
 
 @on_device
@@ -59,9 +54,7 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
         kept = shrink(anatomy, kept, (votes.heads, votes.channels), reached=order.reached, target=order.target)
     adapter = cut_adapter(single(order.adapter), anatomy.sites, kept, within=order.structure)
     model = Model(structure=kept, adapter=adapter, head=single(order.head), scale=order.scale)
-    labels = None if order.adjusting is None else label_counts(device)
-    shift = logit_shift(labels, order.adjusting)
-    trace = tune_and_score(device, model, order.tuning, order.scoring, known, shift)
+    trace = tune_and_score(device, model, order.tuning, order.scoring, known)
     loss_before = device.memory.get("loss")
     device.memory |= {"kept": kept, "scores": trace.scores}
     if isfinite(trace.loss):
@@ -75,7 +68,6 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
         loss=trace.loss,
         loss_before=loss_before,
         examples=len(device.data),
-        labels=labels,
     )
 
 
