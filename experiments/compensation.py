@@ -9,66 +9,48 @@ No federation. Prints a table's rows and appends them to `results/compensation.j
     python experiments/compensation.py --data DATA --sets trec6 --seeds 0 1 2
 """
 
-import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from importance import RECOVERY, TUNING, all_rows, followed, task_of
+from importance import AGAIN, SPARSITIES, all_rows, followed, measured, tuned_whole
 from jaxtyping import Float
 from torch import Tensor
 
 from fedspine.lm.base import Base, Model
-from fedspine.lm.lora import a_name, b_name, fresh
+from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.score import score
 from fedspine.lm.structure import Structure, cut_adapter, full, kept_columns, shrink
 from fedspine.lm.tune import tune
 from fedspine.task import Examples, Task
 
 RESULTS = Path(__file__).parent / "results" / "compensation.jsonl"
-SPARSITIES = (0.5, 0.75, 0.9)
 ALL, ONE_DEVICE = 1500, 80  # rows that inputs are read from
 WAYS = (("none", 0, 0.0), ("mean", ONE_DEVICE, 0.0), ("fitted", ONE_DEVICE, 0.03), ("fitted", ALL, 0.01))
 Slices = dict[str, tuple[Tensor, Tensor | None]]
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--data", type=Path, help="folder that holds the sets which are not built in")
-    arguments.add_argument("--sets", nargs="+", default=["pydoc-topics"])
-    arguments.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    chosen = arguments.parse_args()
-    torch.set_num_threads(1)
-    for name in chosen.sets:
-        for seed in chosen.seeds:
-            for row in compared(task_of(name, chosen.data, seed), seed):
-                row = {"data": name, "seed": seed, **row}
-                print(json.dumps(row), flush=True)
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+    measured(__doc__, RESULTS, compared)
 
 
 def compared(task: Task, seed: int):
     """A row for the whole model, and one for each sparsity and way."""
     anatomy, rng = task.base.anatomy, np.random.default_rng(seed)
-    adapter = fresh(anatomy.sites, 8, rng)
-    start = Model(structure=full(anatomy), adapter=adapter, head=task.base.initial_head(rng), scale=2.0)
-    whole = tune(all_rows(task, seed), start, TUNING).model
+    whole = tuned_whole(task, rng, seed)
     yield {"way": "unpruned", "sparsity": 0.0, "accuracy": score(task.base, whole, task.test).accuracy}
     scores = followed(task, whole, "blend", seed)
     order = rng.permutation(len(task.train))
     moments = {rows: second_moments(task.base, whole, task.train, order[:rows]) for rows in (ONE_DEVICE, ALL)}
-    again = replace(TUNING, steps=RECOVERY, learning_rate=7.5e-4, head_learning_rate=2.25e-3)
     for sparsity in SPARSITIES:
         structure = shrink(anatomy, full(anatomy), (scores.heads, scores.channels), reached=sparsity, target=sparsity)
         pruned = replace(whole, structure=structure, adapter=cut_adapter(whole.adapter, anatomy.sites, structure))
         for way, rows, ridge in WAYS:
             base = task.base if way == "none" else Compensated(task.base, whole, structure, moments[rows], ridge, way)
             at_once = score(base, pruned, task.test).accuracy
-            tuned = tune(replace(all_rows(task, seed), base=base), pruned, again).model
+            tuned = tune(replace(all_rows(task, seed), base=base), pruned, AGAIN).model
             recovered = score(base, tuned, task.test).accuracy
             yield {"way": way, "rows": rows, "sparsity": sparsity, "at_once": at_once, "accuracy": recovered}
 

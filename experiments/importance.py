@@ -8,8 +8,10 @@ No federation: all rows in one place, so that nothing but the criterion differs.
 
 import argparse
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +33,16 @@ FOLLOWED = ("gradient", "activation", "gate", "blend")
 SPARSITIES = (0.5, 0.75, 0.9)
 TUNING = Tuning(steps=400, batch=16, learning_rate=1.5e-3, head_learning_rate=4.5e-3)
 LISTENING = 30  # steps in which importance is read, at a tenth of the learning rate
-RECOVERY = 60  # steps after pruning, at half of it
+AGAIN = replace(TUNING, steps=60, learning_rate=7.5e-4, head_learning_rate=2.25e-3)  # after pruning
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    measured(__doc__, RESULTS, compared)
+
+
+def measured(doc: str, results: Path, compared: Callable[[Task, int], Iterable[dict[str, Any]]]) -> None:
+    """Print and append the rows that `compared` gives for every set and seed on the command line."""
+    arguments = argparse.ArgumentParser(description=doc.splitlines()[0])
     arguments.add_argument("--data", type=Path, help="folder that holds the sets which are not built in")
     arguments.add_argument("--sets", nargs="+", default=["pydoc-topics"])
     arguments.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -46,7 +53,7 @@ def main() -> None:
             for row in compared(task_of(name, chosen.data, seed), seed):
                 row = {"data": name, "seed": seed, **row}
                 print(json.dumps(row), flush=True)
-                with RESULTS.open("a") as file:
+                with results.open("a") as file:
                     file.write(json.dumps(row) + "\n")
 
 
@@ -60,23 +67,28 @@ def task_of(name: str, folder: Path | None, seed: int) -> Task:
 def compared(task: Task, seed: int):
     """A row for the whole model, and one for each sparsity and criterion."""
     anatomy, rng = task.base.anatomy, np.random.default_rng(seed)
-    adapter = fresh(anatomy.sites, 8, rng)
-    start = Model(structure=full(anatomy), adapter=adapter, head=task.base.initial_head(rng), scale=2.0)
-    whole = tune(all_rows(task, seed), start, TUNING).model
+    whole = tuned_whole(task, rng, seed)
     yield {"criterion": "none", "sparsity": 0.0, "accuracy": score(task.base, whole, task.test).accuracy}
     known = {of: followed(task, whole, of, seed) for of in FOLLOWED}
     known["magnitude"] = magnitude_scores(task.base, whole)
     known["random"] = random_scores(anatomy, full(anatomy), np.random.default_rng(seed))
-    again = replace(TUNING, steps=RECOVERY, learning_rate=7.5e-4, head_learning_rate=2.25e-3)
     for sparsity in SPARSITIES:
         for criterion, scores in known.items():
             pair = (scores.heads, scores.channels)
             structure = shrink(anatomy, full(anatomy), pair, reached=sparsity, target=sparsity)
             pruned = replace(whole, structure=structure, adapter=cut_adapter(whole.adapter, anatomy.sites, structure))
             at_once = score(task.base, pruned, task.test).accuracy
-            tuned = tune(all_rows(task, seed), pruned, again).model
+            tuned = tune(all_rows(task, seed), pruned, AGAIN).model
             recovered = score(task.base, tuned, task.test).accuracy
             yield {"criterion": criterion, "sparsity": sparsity, "at_once": at_once, "accuracy": recovered}
+
+
+def tuned_whole(task: Task, rng: np.random.Generator, seed: int) -> Model:
+    """The unpruned model with an adapter of rank 8 and a head, tuned on all rows."""
+    anatomy = task.base.anatomy
+    adapter = fresh(anatomy.sites, 8, rng)
+    start = Model(structure=full(anatomy), adapter=adapter, head=task.base.initial_head(rng), scale=2.0)
+    return tune(all_rows(task, seed), start, TUNING).model
 
 
 def followed(task: Task, model: Model, of: str, seed: int) -> Scores:
