@@ -43,6 +43,8 @@ from fedspine.task import Task
 
 FULL_BATCHES = 10  # that the server takes in one iteration, where no budget is set
 LENGTHS = 10  # buckets of text length, which stand for labels where there are none
+PROBE = 4  # of a round's first batches, by which its links become known, this part is enough
+PROBED = 8  # iterations of a round from which it is worth it
 PLANNING, SERVER = 601, 602  # purposes of random streams
 
 
@@ -107,6 +109,7 @@ class MergeSfl:
     keep: float = 0.8  # a: share of the old average when a device's pace is measured again
     merging: Literal["merged", "in-turn", "copies"] = "merged"  # without: a step per device, or averaged tops
     selection: Selection = "genetic"  # or "random"
+    weigh_waiting: bool = True  # of choices alike in labels the one that waits least; else for labels alone, as in the paper
     regulate: bool = True  # batches in proportion to pace; else equal ones
     regulate_within: bool = True  # and again within a round, to the pace it shows; else once before it, as in the paper
     fine_tune: bool = True  # batches for the labels' sake
@@ -198,6 +201,7 @@ class MergeSfl:
             most=np.array([room[device] for device in able]),
             rounds=np.array([0 if worker is None else worker.rounds for worker in known]),
             fixed=state.fixed_seconds if self._within else None,
+            weights=cost * self._weights_in_rows(now, state.longest) if self.regulate and self.weigh_waiting else None,
         )
         control = SplitControl(select=self.selection, regulate=self.regulate, tune=self.fine_tune)
         limits = self._limits(now.halves, state.longest)
@@ -215,8 +219,16 @@ class MergeSfl:
             fixed=state.fixed_seconds,
             optimising=lambda rows: self._optimising(now, rows),
         )
-        batches = dict(zip(devices, plan.batches.tolist(), strict=True))
-        return Planned(batches, again if self._within else None)
+        rows = plan.batches
+        if self._within and self.steps >= PROBED:
+            rows = np.maximum(rows // PROBE, 1)
+        return Planned(dict(zip(devices, rows.tolist(), strict=True)), again if self._within else None)
+
+    def _weights_in_rows(self, now: Opened, longest: int) -> float:
+        """As many rows' features and gradients in an iteration are the bytes of a bottom, to the device and back."""
+        weights = sum(tensor.numel() for tensor in now.bottom.values()) * (4 if self.precision == "fp32" else 2)
+        feature_bytes = row_bytes(now.halves.feature_shape(longest), self.precision)
+        return weights / feature_bytes / self.steps
 
     def _limits(self, halves: Halves, longest: int) -> SplitLimits:
         feature_bytes = row_bytes(halves.feature_shape(longest), self.precision)

@@ -28,6 +28,9 @@ class Search:
     budget_rows: int  # that the server can take in one iteration
     fewest: int  # workers of a round, m_min
     most: int  # m_max
+    # seconds of a round of each worker, by the kinds of exchange after which all wait for the slowest; None: not weighed
+    seconds: Float[np.ndarray, "kinds workers"] | None = None
+    enough: float = 0.0  # nats of divergence below which, where seconds are weighed, a choice is as good as any other
 
     @property
     def reachable(self) -> int:
@@ -41,7 +44,8 @@ def select(
 ) -> Int[np.ndarray, " chosen"]:
     """Workers whose merged labels are nearest the fleet's, ascending; never worse than the fittest of `founders`.
 
-    Fitness: the divergence, then the bandwidth left unused, then the workers' numbers, all the smaller the better. The
+    Fitness: the divergence, then the bandwidth left unused, then the workers' numbers, all the smaller the better. With
+    seconds (ours), of the divergence only what is above `enough`, and then the share of the round that workers wait. The
     fittest individual always survives.
     """
     members = founders(search, rng, population)
@@ -74,6 +78,14 @@ def fitness(search: Search, members: Members) -> Float[np.ndarray, " individuals
     return divergence(merged(members * search.batches, search.labels), reference(search.labels))
 
 
+def waiting(search: Search, members: Members) -> Float[np.ndarray, " individuals"]:
+    """The share of the round that the mean member waits for the slowest one; 0 where seconds are not weighed."""
+    if search.seconds is None:
+        return np.zeros(len(members))
+    longest = np.where(members[:, None], search.seconds, 0.0).max(axis=2).sum(axis=1)
+    return 1 - members @ search.seconds.sum(axis=0) / (members.sum(axis=1) * longest)
+
+
 def _drawn(search: Search, keys: Float[np.ndarray, "individuals workers"], rng: np.random.Generator) -> Members:
     """For each individual a random number of workers, those with the highest keys, repaired."""
     individuals, workers = keys.shape
@@ -96,7 +108,10 @@ def _smallest(search: Search) -> Bool[np.ndarray, " workers"]:
 def _ranked(search: Search, members: Members) -> Int[np.ndarray, " individuals"]:
     """Individuals from the fittest on."""
     unused = search.budget_rows - members @ search.batches
-    return np.lexsort((*~members.T[::-1], unused, fitness(search, members)))
+    apart = fitness(search, members)
+    if search.seconds is not None:
+        apart = np.maximum(apart - search.enough, 0.0)
+    return np.lexsort((*~members.T[::-1], unused, waiting(search, members), apart))
 
 
 def _children(parents: Members, rng: np.random.Generator) -> Members:

@@ -19,7 +19,9 @@ from fedspine.planning.regulate import regulate, scaled_up, waiting_share
 from fedspine.planning.within import levelled
 
 Selection: TypeAlias = Literal["genetic", "random"]
-PER_NAT = 1000.0  # what a nat of divergence beyond the limit weighs against a whole round's waiting
+ROUNDING = 1e-9  # nats
+FREE = 1e-4  # of an iteration: waiting that counts as none
+ROOM = 0.5  # of the limit on divergence that a choice of devices may use up, so that batches need little tuning
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class Candidates:
     rounds: Int[np.ndarray, " workers"]  # K: in which it has taken part
     # seconds of an iteration beside its rows', with which batches are levelled; None: Eq. 9, which knows of no such cost
     fixed: float | None = None
+    # seconds that a round's exchange of weights takes each, shared out over the iterations; None: devices are chosen
+    # for their labels alone, as in the paper
+    weights: Float[np.ndarray, " workers"] | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(self.cost), len(self.labels), len(self.most), len(self.rounds)}
@@ -127,7 +132,18 @@ def plan_split(
         batches = levelled(workers.cost, workers.fixed, limits.largest_batch, most, int(most.sum()))
     if not control.regulate:  # such that the most devices that may be chosen fit the budget, whatever their paces
         batches = np.minimum(max(1, limits.budget_rows // min(limits.most, len(most))), most)
-    search = Search(batches, workers.labels, workers.rounds, limits.budget_rows, limits.fewest, limits.most)
+    search = Search(
+        batches,
+        workers.labels,
+        workers.rounds,
+        limits.budget_rows,
+        limits.fewest,
+        limits.most,
+        seconds=None
+        if workers.weights is None
+        else np.stack([workers.weights, (workers.fixed or 0.0) + batches * workers.cost]),
+        enough=ROOM * limits.divergence,
+    )
     match control.select:
         case "genetic":
             chosen = select(search, rng, population=control.population, generations=control.generations)
@@ -182,29 +198,33 @@ def planned_again(goal: Goal, *, tune: bool = True) -> Int[np.ndarray, " chosen"
     return tuned(goal, batches) if tune else batches
 
 
+def _idle(goal: Goal, batches: np.ndarray) -> np.ndarray:
+    """Seconds of an iteration that the mean device waits, of one plan or of many."""
+    seconds = goal.seconds(batches)
+    return seconds.max(axis=-1) - seconds.mean(axis=-1)
+
+
 def tuned(goal: Goal, start: Int[np.ndarray, " chosen"]) -> Int[np.ndarray, " chosen"]:
     """Batches whose merged labels keep the limit on divergence, with as little more waiting as a search by single rows finds.
 
-    In place of the paper's Lagrange dual (Eq. 14), ours: of all changes of one batch by one row, the best one, while there
-    is one that improves. Unchanged where `start` keeps the limit.
+    In place of the paper's Lagrange dual (Eq. 14), ours: of all changes of one batch by one row, the one that brings the
+    labels nearest for the waiting that it adds, until they keep the limit or no change helps. Unchanged where `start`
+    keeps the limit.
     """
-    longest = goal.seconds(start).max()
-
-    def score(plans: np.ndarray) -> np.ndarray:
-        moved = (np.abs(plans - start) * goal.cost).mean(axis=-1) / longest
-        return PER_NAT * np.maximum(goal.divergence(plans) - goal.limits.divergence, 0) + moved
-
     steps = np.concatenate([np.eye(len(start), dtype=np.int64), -np.eye(len(start), dtype=np.int64)])
-    batches, best = start, float(score(start))
-    while best > 0:
+    longest = goal.seconds(start).max()
+    batches, apart, idle = start, float(goal.divergence(start)), _idle(goal, start)
+    while apart > goal.limits.divergence + ROUNDING:
         plans = batches + steps
         plans = plans[
             ((plans >= 1) & (plans <= goal.most)).all(axis=1) & (plans.sum(axis=1) <= goal.limits.budget_rows)
         ]
+        nearer = apart - goal.divergence(plans)
+        plans, nearer = plans[nearer > 0], nearer[nearer > 0]
         if not len(plans):
             break
-        scores = score(plans)
-        if scores.min() >= best:
-            break
-        batches, best = plans[scores.argmin()], float(scores.min())
+        # the most divergence for the waiting; a change that costs none, or a hair, is as good as free
+        price = np.maximum((_idle(goal, plans) - idle) / longest, FREE)
+        batches = plans[(nearer / price).argmax()]
+        apart, idle = float(goal.divergence(batches)), _idle(goal, batches)
     return batches

@@ -20,6 +20,7 @@ ELSEWHERE = {  # what a cell's place in the sweep settles, and where it is writt
     "run.workers": "give --jobs, which shares the cores out",
     "method.name": "give every method a table of its own: [methods.LABEL]",
 }
+OWN = ("fleet.per_round",)  # what [methods.LABEL] may set besides fields: how many devices a method is offered to choose from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ class _Method:
     label: str
     table: dict[str, Any]
     own: frozenset[str] = frozenset()
+    overlay: Settings = dataclasses.field(default_factory=dict)  # laid over the recipe, for this method alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +118,23 @@ def _methods(tables: dict[str, Any]) -> list[_Method]:
     named = _table(tables, "methods")
     if not named:
         raise BadInput("[methods] is empty; add a table [methods.LABEL] for each method")
-    own = {label: _table(named, label, "methods.") for label in named}
-    found = [_Method(label, {"name": label} | common | table, frozenset(table)) for label, table in own.items()]
+    found = []
+    for label in named:
+        table, overlay = _parted(label, _table(named, label, "methods."))
+        found.append(_Method(label, {"name": label} | common | table, frozenset(table), overlay))
     for key in common.keys() - {"name"}:
         _check_field(key, found, "[method]")
     return found
+
+
+def _parted(label: str, table: dict[str, Any]) -> tuple[dict[str, Any], Settings]:
+    """The method's fields, and what else its table sets of the recipe."""
+    fields = {key: value for key, value in table.items() if key.partition(".")[0] not in SECTIONS}
+    overlay = _dotted({key: value for key, value in table.items() if key not in fields})
+    for key in overlay:
+        if key not in OWN:
+            raise unknown(f"key beside the fields of [methods.{label}]", key, OWN)
+    return fields, overlay
 
 
 def _variants(method: _Method) -> list[_Method]:
@@ -136,7 +150,7 @@ def _variants(method: _Method) -> list[_Method]:
     variants = []
     for point in _points(axes):
         label = " ".join([method.label, *(f"{key}={text_of(value)}" for key, value in point.items())])
-        variants.append(_Method(label, table | point))
+        variants.append(_Method(label, table | point, overlay=method.overlay))
     return variants
 
 
@@ -169,6 +183,8 @@ def _check_key(key: str, where: str, methods: list[_Method]) -> None:
             raise BadInput(f"{name} is set in [methods.{twice[0]}] and in {where}; keep one of the two")
     elif section not in SECTIONS:
         raise unknown(f"section in {where}", section, {*SECTIONS, "method"})
+    elif twice := [method.label for method in methods if key in method.overlay]:
+        raise BadInput(f"{key} is set in [methods.{twice[0]}] and in {where}; keep one of the two")
     elif name not in SECTIONS[section].model_fields:
         raise unknown(f"key in {where}", key, [f"{section}.{known}" for known in SECTIONS[section].model_fields])
 
@@ -201,7 +217,7 @@ def _fields(method: _Method) -> set[str]:
 
 def _cell(tables: dict[str, Any], method: _Method, condition: _Condition, seed: int) -> Cell:
     laid = {section: dict(_table(tables, section)) for section in SECTIONS} | {"method": dict(method.table)}
-    for key, value in (condition.overlay | {"run.seed": seed}).items():
+    for key, value in (condition.overlay | method.overlay | {"run.seed": seed}).items():
         section, _, name = key.partition(".")
         laid[section][name] = value
     name = name_of(method.label, condition.settings, seed)
