@@ -13,6 +13,7 @@ from fedspine.fleet import AllLost
 from fedspine.lm.lora import b_name
 from fedspine.lm.tune import losses_of
 from fedspine.methods.mergesfl import MergeSfl
+from fedspine.planning.within import SHORTER
 from fedspine.split.batches import rows_at, rows_from
 
 # plain SGD on what is sent unrounded, so that the split can be compared with no split
@@ -285,6 +286,15 @@ def resized(bench, method, rounds=1):
             case "Step":
                 batches[id].append(batches[id][-1])
     return state, {id: own[: method.steps] for id, own in batches.items()}
+
+
+@pytest.mark.parametrize(("steps", "within", "first"), [(8, True, 4), (7, True, 16), (8, False, 16)])
+def test_a_long_round_begins_with_a_part_of_its_batches(lab, steps, within, first):
+    """By them the round's links become known, for which few rows do; the next batches are whole ones."""
+    method = dataclasses.replace(MergeSfl.toy(), steps=steps, regulate_within=within, budget_rows=1000)
+    _, batches = resized(lab(), method)
+    assert {own[0] for own in batches.values()} == {first}
+    assert max(own[1] for own in batches.values()) >= SHORTER * 16
 
 
 @pytest.mark.parametrize("labels_stay", [False, True])

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from fedspine.errors import BadInput
 from fedspine.message import pack, unpack
-from fedspine.planning.genetic import Search, any_workers, fitness, founders, select
+from fedspine.planning.genetic import Search, any_workers, fitness, founders, select, waiting
 from fedspine.planning.labels import distribution, divergence, merged, reference
 from fedspine.planning.regulate import regulate, rows_that_fit, scaled_up
-from fedspine.planning.split_plan import Candidates, SplitControl, SplitLimits, plan_split
+from fedspine.planning.split_plan import Candidates, Goal, SplitControl, SplitLimits, plan_split, tuned
 from fedspine.planning.within import PART, SHORTER, fitted, levelled
 from fedspine.planning.workers import WorkerState, costs, observed, priorities, took_part
 
@@ -299,6 +299,30 @@ def test_the_search_beats_random_selection_of_equal_size(seed, delta):
     assert fitness(search, mine[None])[0] < fitness(search, members).min()
 
 
+def test_waiting_by_hand():
+    """Three members wait after both kinds of exchange: 3 and 0 s, 0 and 4 s, 2 and 4 s, of 3 + 6 in all."""
+    seconds = np.array([[1.0, 4.0, 2.0, 9.0], [6.0, 2.0, 2.0, 9.0]])
+    search = Search(np.ones(4, int), np.ones((4, 1)), np.zeros(4, int), 4, 1, 4, seconds=seconds)
+    members = np.array([[True, True, True, False], [False, False, True, False]])
+    idle = [(3 + 0 + 2 + 0 + 4 + 4) / 3 / (4 + 6), 0.0]
+    assert waiting(search, members) == pytest.approx(idle)
+    assert waiting(replace(search, seconds=None), members).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_of_choices_alike_in_labels_it_takes_one_that_waits_little(seed):
+    workers = fleet(80, seed=seed)
+    search = search_of(workers, SplitLimits())
+    seconds = np.stack([workers.cost * 10, search.batches * workers.cost])
+    weighed = replace(search, seconds=seconds, enough=0.05)
+    both = np.zeros((2, 80), bool)
+    for row, each in zip(both, (search, weighed), strict=True):
+        row[select(each, np.random.default_rng(seed))] = True
+    assert fitness(search, both).max() <= 0.05
+    idle = waiting(weighed, both)
+    assert idle[1] < idle[0]
+
+
 def test_the_same_generator_gives_the_same_plan_and_another_one_another():
     workers = fleet(80)
     plans = [plan_split(workers, SplitLimits(), np.random.default_rng(seed)) for seed in (1, 1, 2)]
@@ -370,6 +394,16 @@ def test_tuning_brings_the_labels_within_the_limit_at_the_price_of_waiting():
     assert held.waiting > free.waiting
     loose = plan_split(workers, replace(limits, divergence=10.0), np.random.default_rng(0))
     assert loose.batches.tolist() == free.batches.tolist()  # nothing to tune
+
+
+def test_tuning_takes_rows_away_where_more_of_others_would_make_all_wait():
+    """Two devices hold one class, a third the other one: fewer rows of the two make one wait, more of the third both."""
+    labels = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    goal = Goal(np.ones(3), labels, np.array([0.5, 0.5]), np.full(3, 64), SplitLimits(divergence=0.01))
+    start = np.array([8, 8, 8])
+    batches = tuned(goal, start)
+    assert goal.divergence(start) > 0.05 and goal.divergence(batches) <= 0.01
+    assert batches[2] == 8 and batches.max() == 8
 
 
 def test_regulated_batches_cut_the_waiting_of_equal_ones():

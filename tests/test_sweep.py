@@ -125,6 +125,13 @@ def test_a_grid_under_a_method_is_its_own(place):
     assert {json.dumps(cell.settings) for cell in cells} == {"{}"}  # what all methods share, and nothing else
 
 
+def test_a_method_may_be_offered_more_devices(place):
+    cells = planned(GOOD + "fleet.per_round = 3\n")
+    offered = {cell.label: cell.recipe.fleet.per_round for cell in cells}
+    assert offered == {"fedspine": 2, "lora": 3}
+    assert {json.dumps(cell.settings) for cell in cells} == {"{}"}
+
+
 def test_folders_names_stay_apart():
     names = distinct(["a b, seed=0", "A-b, seed=0", "../c, seed=0", "x" * 300, "x" * 301])
     assert len({name.casefold() for name in names}) == len(names)
@@ -147,6 +154,14 @@ BAD = {  # what is added to the good file, or another file, and what the line mu
     "data": ('[data.x]\ntask.dat = "y"\n', ["key in [data.x] 'task.dat'", "did you mean 'task.data'"]),
     "data twice": ('[data.x]\ntask.data = "rows.csv"\n[grid]\ntask.data = ["rows.csv"]\n', ["keep one of the two"]),
     "field twice": ("steps = 3\n[grid]\nmethod.steps = [1]\n", ["steps is set in [methods.lora] and in [grid]"]),
+    "own and grid": (
+        "fleet.per_round = 3\n[grid]\nfleet.per_round = [2]\n",
+        ["fleet.per_round is set in [methods.lora]"],
+    ),
+    "not its own": (
+        "fleet.alpha = 3.0\n",
+        ["key beside the fields of [methods.lora]", "fleet.alpha", "fleet.per_round"],
+    ),
     "no file": ('[data.x]\ntask.data = "../no/rows"\n', ["x, seed=0", "task.data is '../no/rows'", "check the path"]),
     "no table": ('[data.x]\ntask.data = "rwos.csv"\n', ["task.data is 'rwos.csv'", "nothing is there"]),
     "value": ("[grid]\nfleet.alpha = [-1.0]\n", ["alpha=-1.0", "fleet.alpha is -1.0", "greater than 0"]),
@@ -282,11 +297,18 @@ def test_list_runs_nothing(place, command):
 
 
 def start(*arguments):
-    """A sweep in a process of its own, and session, so that Ctrl-C can be sent to all of it."""
+    """A sweep in a process of its own, and session, so that Ctrl-C can be sent to all of it.
+
+    Tests that a shell runs in the background are deaf to Ctrl-C, and so would be what they start.
+    """
     whole = [sys.executable, "-m", "fedspine", "sweep", *arguments]
-    return subprocess.Popen(
-        whole, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(), start_new_session=True
-    )
+    hearing = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            whole, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, hearing)
 
 
 def wait_for(true, process, seconds=120.0):

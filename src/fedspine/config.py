@@ -4,6 +4,7 @@ import dataclasses
 import importlib.resources
 import json
 import tomllib
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +58,18 @@ class RunSection(Section):
     workers: int = pydantic.Field(0, ge=0)  # processes; 0: one per core. Never changes a result
     device: Literal["auto", "cpu", "cuda"] = "auto"  # what computes; auto: a GPU where there is one
     together: int = pydantic.Field(0, ge=0)  # devices trained in one batched pass; 0: 1 on a CPU, 32 on a GPU
+
+    def over(self, round: int, now: float) -> bool:
+        """Whether no round is left after so many, or no time for one."""
+        return round >= self.rounds or 0 < self.seconds <= now
+
+    def expected_rounds(self, round: int, now: float) -> int:
+        """How many rounds there will be: all, or as many as fit the time if they take what `round` of them took."""
+        if self.over(round, now):
+            return round
+        if not self.seconds or not now:
+            return self.rounds
+        return min(self.rounds, max(round + 1, ceil(round * self.seconds / now)))
 
 
 SECTIONS: dict[str, type[Section]] = {"task": TaskSection, "fleet": FleetSection, "run": RunSection}

@@ -6,7 +6,6 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass, field
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -209,14 +208,15 @@ def _restored(job: Job, saved: Saved) -> Point:
 def _rounds(job: Job, point: Point, progress: Progress) -> None:
     """Everything that is left to do, saved round by round."""
     found: dict[str, Any] = {}
-    while not _over(job, point):
+    run = job.recipe.run
+    while not run.over(point.round, job.fleet.now):
         _one_round(job, point)
         found = _check(job, point) or found
         sums, watch = point.sums, point.watch
         progress.round_done(
             Standing(
                 round=point.round,
-                rounds=_expected(job, point),
+                rounds=run.expected_rounds(point.round, job.fleet.now),
                 now=job.fleet.now,
                 clock=job.fleet.clock,
                 accuracy=found.get("accuracy"),
@@ -236,22 +236,6 @@ def _rounds(job: Job, point: Point, progress: Progress) -> None:
         job.store.save(Saved(point.round, state, fleet.snapshot(), fleet.memories, job.records.flush()))
 
 
-def _over(job: Job, point: Point) -> bool:
-    """Whether no round is left, or no time for one."""
-    run = job.recipe.run
-    return point.round >= run.rounds or 0 < run.seconds <= job.fleet.now
-
-
-def _expected(job: Job, point: Point) -> int:
-    """How many rounds there will be: all, or as many as fit the time if they take what they took so far."""
-    run, now = job.recipe.run, job.fleet.now
-    if _over(job, point):
-        return point.round
-    if not run.seconds or not now:
-        return run.rounds
-    return min(run.rounds, max(point.round + 1, ceil(point.round * run.seconds / now)))
-
-
 def _one_round(job: Job, point: Point) -> None:
     started = time.monotonic()
     totals = job.fleet.begin_round(point.round)
@@ -268,7 +252,7 @@ def _one_round(job: Job, point: Point) -> None:
 def _check(job: Job, point: Point) -> dict[str, Any] | None:
     """Score a few models on some of the test rows, off the clock, where it is due."""
     run = job.recipe.run
-    if not run.evaluate_every or point.round % run.evaluate_every or _over(job, point):
+    if not run.evaluate_every or point.round % run.evaluate_every or run.over(point.round, job.fleet.now):
         return None
     rows = min(run.evaluate_rows, len(job.built.task.test))
     return _score(job, point, rows, run.evaluate_devices, final=False)

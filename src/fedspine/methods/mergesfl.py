@@ -109,7 +109,9 @@ class MergeSfl:
     keep: float = 0.8  # a: share of the old average when a device's pace is measured again
     merging: Literal["merged", "in-turn", "copies"] = "merged"  # without: a step per device, or averaged tops
     selection: Selection = "genetic"  # or "random"
-    weigh_waiting: bool = True  # of choices alike in labels the one that waits least; else for labels alone, as in the paper
+    weigh_waiting: bool = (
+        True  # of choices alike in labels the one that waits least; else for labels alone, as in the paper
+    )
     regulate: bool = True  # batches in proportion to pace; else equal ones
     regulate_within: bool = True  # and again within a round, to the pace it shows; else once before it, as in the paper
     fine_tune: bool = True  # batches for the labels' sake
