@@ -43,6 +43,7 @@ from fedspine.task import Task
 
 FULL_BATCHES = 10  # that the server takes in one iteration, where no budget is set
 LENGTHS = 10  # buckets of text length, which stand for labels where there are none
+GENERATIONS = 80  # of the search that weighs waiting: a few devices that wait are left only after more than the usual 20
 PROBE = 4  # of a round's first batches, by which its links become known, this part is enough
 PROBED = 8  # iterations of a round from which it is worth it
 PLANNING, SERVER = 601, 602  # purposes of random streams
@@ -206,6 +207,8 @@ class MergeSfl:
             weights=cost * self._weights_in_rows(now, state.longest) if self.regulate and self.weigh_waiting else None,
         )
         control = SplitControl(select=self.selection, regulate=self.regulate, tune=self.fine_tune)
+        if candidates.weights is not None:
+            control = replace(control, generations=GENERATIONS)
         limits = self._limits(now.halves, state.longest)
         plan = plan_split(candidates, limits, np.random.default_rng([now.seed, PLANNING]), control)
         waiting = {"waiting_planned": plan.waiting} if self.regulate else {}  # else no pace is known
