@@ -43,7 +43,7 @@ from fedspine.task import Task
 
 FULL_BATCHES = 10  # that the server takes in one iteration, where no budget is set
 LENGTHS = 10  # buckets of text length, which stand for labels where there are none
-GENERATIONS = 80  # of the search that weighs waiting: a few devices that wait are left only after more than the usual 20
+GENERATIONS = 80  # of the search that weighs waiting: after the usual 20 a few devices that wait are left
 PROBE = 4  # of a round's first batches, by which its links become known, this part is enough
 PROBED = 8  # iterations of a round from which it is worth it
 PLANNING, SERVER = 601, 602  # purposes of random streams
