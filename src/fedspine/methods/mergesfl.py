@@ -111,7 +111,7 @@ class MergeSfl:
     merging: Literal["merged", "in-turn", "copies"] = "merged"  # without: a step per device, or averaged tops
     selection: Selection = "genetic"  # or "random"
     weigh_waiting: bool = (
-        True  # of choices alike in labels the one that waits least; else for labels alone, as in the paper
+        True  # of choices alike in labels the one that waits least; else labels alone, as in the paper
     )
     regulate: bool = True  # batches in proportion to pace; else equal ones
     regulate_within: bool = True  # and again within a round, to the pace it shows; else once before it, as in the paper
@@ -204,10 +204,10 @@ class MergeSfl:
             most=np.array([room[device] for device in able]),
             rounds=np.array([0 if worker is None else worker.rounds for worker in known]),
             fixed=state.fixed_seconds if self._within else None,
-            weights=cost * self._weights_in_rows(now, state.longest) if self.regulate and self.weigh_waiting else None,
         )
         control = SplitControl(select=self.selection, regulate=self.regulate, tune=self.fine_tune)
-        if candidates.weights is not None:
+        if self.regulate and self.weigh_waiting:
+            candidates = replace(candidates, weights=cost * self._weights_in_rows(now, state.longest))
             control = replace(control, generations=GENERATIONS)
         limits = self._limits(now.halves, state.longest)
         plan = plan_split(candidates, limits, np.random.default_rng([now.seed, PLANNING]), control)

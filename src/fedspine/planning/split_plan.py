@@ -6,7 +6,7 @@ bring those labels nearer. The paper scales after tuning; here the tuning comes 
 after it, and batches are rounded once. Where the paper's solver is not published, ours is named.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -132,18 +132,10 @@ def plan_split(
         batches = levelled(workers.cost, workers.fixed, limits.largest_batch, most, int(most.sum()))
     if not control.regulate:  # such that the most devices that may be chosen fit the budget, whatever their paces
         batches = np.minimum(max(1, limits.budget_rows // min(limits.most, len(most))), most)
-    search = Search(
-        batches,
-        workers.labels,
-        workers.rounds,
-        limits.budget_rows,
-        limits.fewest,
-        limits.most,
-        seconds=None
-        if workers.weights is None
-        else np.stack([workers.weights, (workers.fixed or 0.0) + batches * workers.cost]),
-        enough=ROOM * limits.divergence,
-    )
+    search = Search(batches, workers.labels, workers.rounds, limits.budget_rows, limits.fewest, limits.most)
+    if workers.weights is not None:
+        seconds = np.stack([workers.weights, (workers.fixed or 0.0) + batches * workers.cost])
+        search = replace(search, seconds=seconds, enough=ROOM * limits.divergence)
     match control.select:
         case "genetic":
             chosen = select(search, rng, population=control.population, generations=control.generations)
@@ -220,7 +212,7 @@ def tuned(goal: Goal, start: Int[np.ndarray, " chosen"]) -> Int[np.ndarray, " ch
             ((plans >= 1) & (plans <= goal.most)).all(axis=1) & (plans.sum(axis=1) <= goal.limits.budget_rows)
         ]
         nearer = apart - goal.divergence(plans)
-        plans, nearer = plans[nearer > 0], nearer[nearer > 0]
+        plans, nearer = plans[nearer > ROUNDING], nearer[nearer > ROUNDING]
         if not len(plans):
             break
         # the most divergence for the waiting; a change that costs none, or a hair, is as good as free

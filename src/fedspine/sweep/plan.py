@@ -20,9 +20,7 @@ ELSEWHERE = {  # what a cell's place in the sweep settles, and where it is writt
     "run.workers": "give --jobs, which shares the cores out",
     "method.name": "give every method a table of its own: [methods.LABEL]",
 }
-OWN = (
-    "fleet.per_round",
-)  # what [methods.LABEL] may set besides fields: how many devices a method is offered to choose from
+OWN = ("fleet.per_round",)  # what [methods.LABEL] may set besides fields: how many devices a method may choose from
 
 
 @dataclasses.dataclass(frozen=True)
