@@ -281,6 +281,15 @@ def test_a_sweep_is_one_comparison_for_each_setting(compare, tmp_path):
     assert {"1-accuracy-over-seconds.svg", "2-final-accuracy.svg"} <= figures
 
 
+def test_a_method_that_was_offered_more_devices_stays_in_the_comparison(compare, tmp_path):
+    folder = tmp_path / "sweep"
+    for label, method, offered in (("ours", "fedspine", 4), ("theirs", "fedlora", 2)):
+        own = {"method": method, "seed": 0, "settings": (f"fleet.per_round={offered}",)}
+        made_cell(folder, label, label, {"data": "rows"}, **own)
+    (found,) = compare(folder)["comparisons"]
+    assert [method["name"] for method in found["methods"]] == ["ours", "theirs"]
+
+
 def test_cells_named_one_by_one_have_to_be_one_comparison(compare, command, tmp_path):
     sweep = made_sweep(tmp_path / "sweep")
     (found,) = compare(*sorted((sweep / "cells").glob("*-0.1-*")))["comparisons"]

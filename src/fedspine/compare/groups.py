@@ -17,6 +17,9 @@ CLOCK = {"fleet.spread", "fleet.drop", "fleet.delay_seconds"}
 MODEL = {"task.model", "task.layers"}  # a smaller model is a fair rival where runs are named one by one
 CHECKS = {"run.evaluate_every", "run.evaluate_rows", "run.evaluate_devices", "run.final_devices"}
 TOLD = {"data", "task.data", "task.model", "task.layers", "fleet.devices", "fleet.alpha"}  # in every title
+OFFERED = (
+    "fleet.per_round"  # of how many devices a method may choose; in a sweep a method's own where no setting says it
+)
 MEASURED = {"test_rows": "test rows", "classes": "number of classes"}  # of the summary: what the data came to
 
 
@@ -48,7 +51,10 @@ def grouped(selection: Selection) -> tuple[Group, ...]:
         return (_group(selection.runs, titles=[]),)
     by_setting: dict[str, list[Run]] = defaultdict(list)
     for run in selection.runs:
-        key = {"settings": run.settings, "basis": basis(run), "model": _part(run.recipe, MODEL)}
+        common = {
+            name: value for name, value in basis(run).items() if name != OFFERED
+        }  # where varied, settings have it
+        key = {"settings": run.settings, "basis": common, "model": _part(run.recipe, MODEL)}
         by_setting[json.dumps(key, sort_keys=True)].append(run)
     settings = [dict(runs[0].settings or {}) for runs in by_setting.values()]
     several = [key for key in _keys(settings) if len({json.dumps(one.get(key)) for one in settings}) > 1]
