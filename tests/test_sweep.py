@@ -215,12 +215,12 @@ SWEEPS = [file for file in sorted(EXPERIMENTS.glob("*.toml")) if "seeds = " in f
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.name)
 def test_the_sweeps_of_the_experiments_can_be_run(file, monkeypatch):
-    """Where the data sets lie beside the repository."""
+    """Where the data sets lie beside the repository; a seed that settings were chosen with is not among those measured."""
     monkeypatch.chdir(EXPERIMENTS.parent)
     if not Path("../shared/data").is_dir():
         pytest.skip("the data sets are not beside the repository, in shared/data")
     cells = plan(file)
-    assert {cell.seed for cell in cells} >= {0, 1, 2}
+    assert len({cell.seed for cell in cells}) >= 3
     assert {cell.recipe.method.name for cell in cells} <= set(all_methods())
 
 
