@@ -300,7 +300,7 @@ def test_the_search_beats_random_selection_of_equal_size(seed, delta):
 
 
 def test_waiting_by_hand():
-    """Three members wait after both kinds of exchange: 3 and 0 s, 0 and 4 s, 2 and 4 s, of 3 + 6 in all."""
+    """Three members wait after both kinds of exchange: 3 and 0 s, 0 and 4 s, 2 and 4 s, of 4 + 6 in all."""
     seconds = np.array([[1.0, 4.0, 2.0, 9.0], [6.0, 2.0, 2.0, 9.0]])
     search = Search(np.ones(4, int), np.ones((4, 1)), np.zeros(4, int), 4, 1, 4, seconds=seconds)
     members = np.array([[True, True, True, False], [False, False, True, False]])

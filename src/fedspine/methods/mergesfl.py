@@ -205,11 +205,13 @@ class MergeSfl:
             rounds=np.array([0 if worker is None else worker.rounds for worker in known]),
             fixed=state.fixed_seconds if self._within else None,
         )
+        limits = self._limits(now.halves, state.longest)
         control = SplitControl(select=self.selection, regulate=self.regulate, tune=self.fine_tune)
         if self.regulate and self.weigh_waiting:
-            candidates = replace(candidates, weights=cost * self._weights_in_rows(now, state.longest))
+            # a row sends features up and their gradient down, as a round sends a bottom down and up
+            weights = sum(tensor.nbytes for tensor in now.begin(1).weights.values())
+            candidates = replace(candidates, weights=cost * (weights / limits.feature_bytes / self.steps))
             control = replace(control, generations=GENERATIONS)
-        limits = self._limits(now.halves, state.longest)
         plan = plan_split(candidates, limits, np.random.default_rng([now.seed, PLANNING]), control)
         waiting = {"waiting_planned": plan.waiting} if self.regulate else {}  # else no pace is known
         fleet.note(merged_kl=plan.divergence, merged_rows=plan.rows, **waiting)
@@ -228,12 +230,6 @@ class MergeSfl:
         if self._within and self.steps >= PROBED:
             rows = np.maximum(rows // PROBE, 1)
         return Planned(dict(zip(devices, rows.tolist(), strict=True)), again if self._within else None)
-
-    def _weights_in_rows(self, now: Opened, longest: int) -> float:
-        """As many rows' features and gradients in an iteration are the bytes of a bottom, to the device and back."""
-        weights = sum(tensor.numel() for tensor in now.bottom.values()) * (4 if self.precision == "fp32" else 2)
-        feature_bytes = row_bytes(now.halves.feature_shape(longest), self.precision)
-        return weights / feature_bytes / self.steps
 
     def _limits(self, halves: Halves, longest: int) -> SplitLimits:
         feature_bytes = row_bytes(halves.feature_shape(longest), self.precision)
