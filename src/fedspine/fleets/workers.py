@@ -56,7 +56,9 @@ class Workshop:
     shares: tuple[Any, ...]  # int64 row indices by device
     test_rows: Any  # int64 [rows of the test set]
     prefixes: Prefixes | None = None
-    scratch: Scratch = field(default_factory=Scratch)  # each worker process fills its own
+    # each worker process fills its own
+    scratch: Scratch = field(default_factory=Scratch)
+    taken: dict[int, Data] = field(default_factory=dict)  # the rows of devices asked so far, each once: one copy at most
 
     def do(self, job: Job) -> list[Served] | list[Score]:
         """Run one job on one thread; several calls or models in one job are worked on together."""
@@ -64,10 +66,16 @@ class Workshop:
         if isinstance(job, ScoreJob):
             test = self.task.test.take(self.test_rows[: job.rows])
             return _scores(self.task.base, [unpack(model) for model in job.models], test)
-        data = [self.task.train.take(self.shares[call.index]) for call in job]
+        data = [self._data(call.index) for call in job]
         if len(job) == 1:
             return [serve(job[0], self.task.base, data[0], self.prefixes, scratch=self.scratch)]
         return serve_together(job, self.task.base, data, self.prefixes, self.scratch)
+
+    def _data(self, index: int) -> Data:
+        """A device's own rows."""
+        if index not in self.taken:
+            self.taken[index] = self.task.train.take(self.shares[index])
+        return self.taken[index]
 
 
 def _scores(base: Base | Net, models: list[Any], test: Data) -> list[Score]:
