@@ -116,7 +116,7 @@ class Hardware:
     def link_groups(self) -> tuple[int, ...]:
         """Each device's Wi-Fi group: drawn once, independent of kind, in groups whose sizes differ by one at most."""
         groups = np.arange(len(self.kinds)) % len(GROUP_MBPS)
-        return tuple(self._rng(LINKS).permutation(groups).tolist())
+        return tuple(np.random.default_rng([self.seed, LINKS]).permutation(groups).tolist())
 
     @cached_property
     def _best_tflops(self) -> float:
@@ -128,9 +128,6 @@ class Hardware:
         # shifted so that the mean, not the median, is the group's
         mbps = GROUP_MBPS[self.link_groups[device]] * exp(LINK_SIGMA * link - LINK_SIGMA**2 / 2)
         return min(max(mbps, LOWEST_MBPS), HIGHEST_MBPS), exp(self.compute_jitter * compute)
-
-    def _rng(self, purpose: int, *where: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, purpose, *where])
 
 
 # draws are kept, since seeding is what they cost, and a round of split learning wants the same ones forty times
