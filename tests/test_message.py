@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from fedspine.message import NotAMessage, Packed, message, pack, unpack
 
@@ -142,6 +143,16 @@ def test_sharing_does_not_survive_the_wire():
     first, second = unpack(pack((shared, shared[1:])))
     first[1] = 9.0
     assert second.tolist() == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype is not torch.bool])
+def test_packed_bytes_are_those_of_safetensors_own_way_from_torch(dtype):
+    whole = torch.arange(24).to(dtype).view(2, 3, 4)
+    views = (whole, whole[:, 1:], whole.transpose(0, 2), whole[:0], whole[0, 0, 0], whole[:1].expand(3, 3, 4))
+    packed = pack(views).payload
+    header = json.loads(packed[8 : 8 + int.from_bytes(packed[:8], "little")])
+    copies = {f"{i:05d}": view.clone(memory_format=torch.contiguous_format) for i, view in enumerate(views)}
+    assert packed == save(copies, header["__metadata__"])
 
 
 def test_gradients_stay_behind():

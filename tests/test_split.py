@@ -380,7 +380,7 @@ def test_what_is_kept_counts_only_for_the_memory_it_belongs_to():
     assert scratch.take(call()) == ({"x": 1}, "graph")
     assert scratch.take(call()) is None  # once
     for other in (call(memory=b"another"), call(round=1)):
-        scratch.put("d", b"m", {}, Kept("graph", 1))
+        assert scratch.put("d", b"m", {}, Kept("graph", 10))  # what was taken or is of no use makes room
         assert scratch.take(other) is None
 
 
