@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedspine.errors import BadInput
 from fedspine.message import pack, unpack
-from fedspine.planning.genetic import Search, any_workers, fitness, founders, select, waiting
+from fedspine.planning.genetic import Search, any_workers, fitness, founders, seconds_lost, select
 from fedspine.planning.labels import distribution, divergence, merged, reference
 from fedspine.planning.regulate import regulate, rows_that_fit, scaled_up
 from fedspine.planning.split_plan import Candidates, Goal, SplitControl, SplitLimits, plan_split, tuned
@@ -299,18 +299,18 @@ def test_the_search_beats_random_selection_of_equal_size(seed, delta):
     assert fitness(search, mine[None])[0] < fitness(search, members).min()
 
 
-def test_waiting_by_hand():
+def test_seconds_lost_by_hand():
     """Three members wait after both kinds of exchange: 3 and 0 s, 0 and 4 s, 2 and 4 s, of 4 + 6 in all."""
     seconds = np.array([[1.0, 4.0, 2.0, 9.0], [6.0, 2.0, 2.0, 9.0]])
     search = Search(np.ones(4, int), np.ones((4, 1)), np.zeros(4, int), 4, 1, 4, seconds=seconds)
     members = np.array([[True, True, True, False], [False, False, True, False]])
-    idle = [(3 + 0 + 2 + 0 + 4 + 4) / 3 / (4 + 6), 0.0]
-    assert waiting(search, members) == pytest.approx(idle)
-    assert waiting(replace(search, seconds=None), members).tolist() == [0, 0]
+    lost = [4 + 6 + (3 + 0 + 2 + 0 + 4 + 4) / 3, 2 + 2]
+    assert seconds_lost(search, members) == pytest.approx(lost)
+    assert seconds_lost(replace(search, seconds=None), members).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_of_choices_alike_in_labels_it_takes_one_that_waits_little(seed):
+def test_of_choices_alike_in_labels_it_takes_one_that_loses_little_time(seed):
     workers = fleet(80, seed=seed)
     search = search_of(workers, SplitLimits())
     seconds = np.stack([workers.cost * 10, search.batches * workers.cost])
@@ -319,8 +319,18 @@ def test_of_choices_alike_in_labels_it_takes_one_that_waits_little(seed):
     for row, each in zip(both, (search, weighed), strict=True):
         row[select(each, np.random.default_rng(seed))] = True
     assert fitness(search, both).max() <= 0.05
-    idle = waiting(weighed, both)
-    assert idle[1] < idle[0]
+    lost = seconds_lost(weighed, both)
+    assert lost[1] < lost[0]
+
+
+def test_slow_links_are_left_out_where_labels_do_not_need_them():
+    """Half of the fleet takes ten times as long for the weights, and every worker has the same labels."""
+    slow = np.arange(40) % 2
+    seconds = np.stack([1.0 + 9.0 * slow, np.ones(40)])
+    search = Search(np.ones(40, int), np.ones((40, 1)), np.zeros(40, int), 40, 5, 20, seconds=seconds)
+    for seed in range(5):
+        chosen = select(search, np.random.default_rng(seed), generations=80)
+        assert not slow[chosen].any()
 
 
 def test_the_same_generator_gives_the_same_plan_and_another_one_another():

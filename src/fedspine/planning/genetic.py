@@ -13,7 +13,8 @@ from fedspine.planning.labels import divergence, merged, reference
 from fedspine.planning.workers import priorities
 
 TOURNAMENT = 3  # individuals of which the fittest becomes a parent
-FLIP = 0.05  # chance that a bit of a child flips
+FLIP = 0.02  # chance that a bit of a child flips
+REACH = 0.4  # where seconds are weighed, the first founder is drawn from this share of the workers, those with the fastest links
 
 Members = Bool[np.ndarray, "individuals workers"]
 
@@ -28,7 +29,8 @@ class Search:
     budget_rows: int  # that the server can take in one iteration
     fewest: int  # workers of a round, m_min
     most: int  # m_max
-    # seconds of a round of each worker, by the kinds of exchange after which all wait for the slowest; None: not weighed
+    # seconds of a round of each worker, by the kinds of exchange after which all wait for the slowest, that of weights first;
+    # None: not weighed
     seconds: Float[np.ndarray, "kinds workers"] | None = None
     enough: float = 0.0  # nats of divergence below which, where seconds are weighed, a choice is as good as any other
 
@@ -45,8 +47,8 @@ def select(
     """Workers whose merged labels are nearest the fleet's, ascending; never worse than the fittest of `founders`.
 
     Fitness: the divergence, then the bandwidth left unused, then the workers' numbers, all the smaller the better. With
-    seconds (ours), of the divergence only what is above `enough`, and then the share of the round that workers wait. The
-    fittest individual always survives.
+    seconds (ours), of the divergence only what is above `enough`, and then the `seconds_lost`. The fittest individual always
+    survives.
     """
     members = founders(search, rng, population)
     for _ in range(generations):
@@ -60,11 +62,15 @@ def select(
 def founders(search: Search, rng: np.random.Generator, population: int) -> Members:
     """The first individuals: random sizes, workers drawn by `priorities` without replacement, repaired.
 
-    This is the only place where priorities pull; the fitness does not know them.
+    This is the only place where priorities pull; the fitness does not know them. With seconds, each individual is drawn from
+    more workers than the one before, up to all: the slowest links cost only together, so single flips do not get rid of them.
     """
     workers = len(search.batches)
     # the largest of log(weight) + Gumbel noise are a draw without replacement with these weights
     keys = np.log(priorities(search.rounds)) + rng.gumbel(size=(population, workers))
+    if search.seconds is not None:
+        places = search.seconds[0].argsort(kind="stable").argsort()  # from the fastest link on
+        keys[places >= workers * np.linspace(REACH, 1, population)[:, None]] = -np.inf
     return _drawn(search, keys, rng)
 
 
@@ -78,12 +84,16 @@ def fitness(search: Search, members: Members) -> Float[np.ndarray, " individuals
     return divergence(merged(members * search.batches, search.labels), reference(search.labels))
 
 
-def waiting(search: Search, members: Members) -> Float[np.ndarray, " individuals"]:
-    """The share of the round that the mean member waits for the slowest one; 0 where seconds are not weighed."""
+def seconds_lost(search: Search, members: Members) -> Float[np.ndarray, " individuals"]:
+    """The seconds of the round and those that the mean member waits in it, summed; 0 where seconds are not weighed.
+
+    The share of waiting alone would be small among workers that are all slow.
+    """
     if search.seconds is None:
         return np.zeros(len(members))
     longest = np.where(members[:, None], search.seconds, 0.0).max(axis=2).sum(axis=1)
-    return 1 - members @ search.seconds.sum(axis=0) / (members.sum(axis=1) * longest)
+    busy = members @ search.seconds.sum(axis=0) / members.sum(axis=1)
+    return longest + (longest - busy)
 
 
 def _drawn(search: Search, keys: Float[np.ndarray, "individuals workers"], rng: np.random.Generator) -> Members:
@@ -111,7 +121,7 @@ def _ranked(search: Search, members: Members) -> Int[np.ndarray, " individuals"]
     apart = fitness(search, members)
     if search.seconds is not None:
         apart = np.maximum(apart - search.enough, 0.0)
-    return np.lexsort((*~members.T[::-1], unused, waiting(search, members), apart))
+    return np.lexsort((*~members.T[::-1], unused, seconds_lost(search, members), apart))
 
 
 def _children(parents: Members, rng: np.random.Generator) -> Members:
