@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedspine.methods.mergesfl import GENERATIONS
+from fedspine.methods.mergesfl import GENERATIONS, POPULATION
 from fedspine.planning.genetic import Search, fitness, select
 from fedspine.planning.regulate import regulate, waiting_share
 from fedspine.planning.split_plan import Candidates, SplitControl, SplitLimits, plan_split
@@ -20,7 +20,7 @@ from fedspine.planning.split_plan import Candidates, SplitControl, SplitLimits, 
 DEVICES, CLASSES, ROWS = 80, 10, 50_000
 FEATURE_BYTES, BUDGET_ROWS, LARGEST = 16_384, 400, 64
 WEIGHTS = 1.0  # rows of an iteration that the exchange of weights is worth
-LONGER = SplitControl(generations=GENERATIONS)
+LONGER = SplitControl(population=POPULATION, generations=GENERATIONS)
 SEEDS, DRAWS = 10, 50  # fleets for each skew, random selections for each fleet
 LIMITS = SplitLimits(
     largest_batch=LARGEST, feature_bytes=FEATURE_BYTES, budget_bytes=BUDGET_ROWS * FEATURE_BYTES, fewest=5, most=25

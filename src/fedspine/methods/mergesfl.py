@@ -43,7 +43,7 @@ from fedspine.task import Task
 
 FULL_BATCHES = 10  # that the server takes in one iteration, where no budget is set
 LENGTHS = 10  # buckets of text length, which stand for labels where there are none
-GENERATIONS = 80  # of the search that weighs waiting: after the usual 20 a few devices that wait are left
+POPULATION, GENERATIONS = 50, 80  # of the search that weighs waiting: the usual 20 and 20 leave a few devices that wait
 PROBE = 4  # of a round's first batches, by which its links become known, this part is enough
 PROBED = 8  # iterations of a round from which it is worth it
 PLANNING, SERVER = 601, 602  # purposes of random streams
@@ -211,7 +211,7 @@ class MergeSfl:
             # a row sends features up and their gradient down, as a round sends a bottom down and up
             weights = sum(tensor.nbytes for tensor in now.begin(1).weights.values())
             candidates = replace(candidates, weights=cost * (weights / limits.feature_bytes / self.steps))
-            control = replace(control, generations=GENERATIONS)
+            control = replace(control, population=POPULATION, generations=GENERATIONS)
         plan = plan_split(candidates, limits, np.random.default_rng([now.seed, PLANNING]), control)
         waiting = {"waiting_planned": plan.waiting} if self.regulate else {}  # else no pace is known
         fleet.note(merged_kl=plan.divergence, merged_rows=plan.rows, **waiting)

@@ -14,7 +14,7 @@ from fedspine.planning.workers import priorities
 
 TOURNAMENT = 3  # individuals of which the fittest becomes a parent
 FLIP = 0.02  # chance that a bit of a child flips
-REACH = 0.4  # where seconds are weighed, the first founder is drawn from this share of the workers, those with the fastest links
+REACH = 0.4  # where seconds are weighed: the share of the workers, fastest links first, that the first founder is drawn from
 
 Members = Bool[np.ndarray, "individuals workers"]
 
