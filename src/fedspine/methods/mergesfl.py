@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from fedspine.device import Device, DeviceId, on_device
+from fedspine.device import DeviceId
 from fedspine.errors import BadInput
 from fedspine.fleet import AllLost, Fleet
 from fedspine.message import message
@@ -29,12 +29,13 @@ from fedspine.methods.splitting import (
     paced,
     rooms,
 )
-from fedspine.planning.labels import distribution, reference
+from fedspine.planning.labels import reference
 from fedspine.planning.split_plan import Candidates, Selection, SplitControl, SplitLimits, plan_split
 from fedspine.planning.workers import WorkerState, costs
 from fedspine.split.body import MergedBody, play_around
 from fedspine.split.device import Begin
 from fedspine.split.halves import Halves
+from fedspine.split.look import Look, look
 from fedspine.split.rounds import Played, Resizing, play
 from fedspine.split.server import Copies, InTurn, Merged, ServerStep
 from fedspine.split.trained import Optimising
@@ -42,32 +43,10 @@ from fedspine.split.wire import Precision, row_bytes
 from fedspine.task import Task
 
 FULL_BATCHES = 10  # that the server takes in one iteration, where no budget is set
-LENGTHS = 10  # buckets of text length, which stand for labels where there are none
 POPULATION, GENERATIONS = 50, 80  # of the search that weighs waiting: the usual 20 and 20 leave a few devices that wait
 PROBE = 4  # of a round's first batches, by which its links become known, this part is enough
 PROBED = 8  # iterations of a round from which it is worth it
 PLANNING, SERVER = 601, 602  # purposes of random streams
-
-
-@message
-class Look:
-    """Say what labels you hold."""
-
-    classes: int  # 0: the task has none, so count lengths, up to `longest` tokens
-    longest: int
-
-
-@message
-class Looked:
-    shares: np.ndarray  # float64 [classes]: V_i
-
-
-@on_device
-def look(device: Device, order: Look) -> Looked:
-    if order.classes:
-        return Looked(shares=distribution(device.data.labels, order.classes))
-    buckets = np.minimum(device.data.lengths * LENGTHS // (order.longest + 1), LENGTHS - 1)
-    return Looked(shares=distribution(buckets, LENGTHS))
 
 
 @message
