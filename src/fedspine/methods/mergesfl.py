@@ -16,6 +16,7 @@ from fedspine.errors import BadInput
 from fedspine.fleet import AllLost, Fleet
 from fedspine.message import message
 from fedspine.method import method
+from fedspine.methods.looking import Look, look
 from fedspine.methods.regulating import Regulating, paces
 from fedspine.methods.splitting import (
     MODEL_CUT,
@@ -35,7 +36,6 @@ from fedspine.planning.workers import WorkerState, costs
 from fedspine.split.body import MergedBody, play_around
 from fedspine.split.device import Begin
 from fedspine.split.halves import Halves
-from fedspine.split.look import Look, look
 from fedspine.split.rounds import Played, Resizing, play
 from fedspine.split.server import Copies, InTurn, Merged, ServerStep
 from fedspine.split.trained import Optimising
