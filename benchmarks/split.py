@@ -27,6 +27,7 @@ from fedspine.split.batches import rows_at
 from fedspine.split.device import Begin
 from fedspine.split.server import Part, merged_features
 from fedspine.store import Saved, Store
+from fedspine.task import Data
 
 
 @dataclass
@@ -71,18 +72,18 @@ class Bench:
 
     def bare(self, state: MergeSflState, heard: Heard) -> tuple[float, int]:
         """The passes of that round in a plain loop: seconds of this process, and rows."""
-        built, rows, started = self.built, 0, time.process_time()
+        built, rows, given = self.built, 0, {id: self._given(id, asks) for id, (_, asks) in heard.orders.items()}
+        started = time.process_time()
         (some, _), *_ = heard.orders.values()
         halves = some.cutting.of(built.task.base)
         bottom, top = halves.parts(state.model)
         top = _leaves(top, halves.statistics)
         own = {id: _leaves(bottom, halves.statistics) for id in heard.orders}
-        data = {id: built.task.train.take(built.shares[self._index(id)]) for id in heard.orders}
         for step in range(built.recipe.method.steps):
             sent = []
-            for id, (order, asks) in heard.orders.items():
-                seed = int(np.random.default_rng((built.recipe.run.seed, self._index(id), asks)).integers(2**31))
-                inputs = data[id].batch(rows_at(len(data[id]), order.batch, seed, step))
+            for id, (order, _) in heard.orders.items():
+                data, seed = given[id]
+                inputs = data.batch(rows_at(len(data), order.batch, seed, step))
                 sent.append((id, halves.bottom(own[id], inputs, seed=0), inputs["labels"]))
                 rows += len(inputs["labels"])
             parts = [Part(device=id, features=features, labels=labels) for id, features, labels in sent]
@@ -92,8 +93,11 @@ class Bench:
                 leaf.grad = None
         return time.process_time() - started, rows
 
-    def _index(self, id: str) -> int:
-        return [profile.id for profile in self.fleet.devices].index(id)
+    def _given(self, id: str, asks: int) -> tuple[Data, int]:
+        """A device's rows, and the seed of their order in that round."""
+        index = [profile.id for profile in self.fleet.devices].index(id)
+        seed = int(np.random.default_rng((self.built.recipe.run.seed, index, asks)).integers(2**31))
+        return self.built.task.train.take(self.built.shares[index]), seed
 
 
 def _leaves(weights: dict[str, torch.Tensor], still: frozenset[str]) -> dict[str, torch.Tensor]:
