@@ -12,121 +12,93 @@ checks on the way and the final one count.
 
 import argparse
 import json
-import tomllib
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from fedspine.compare.numbers import waiting_share
+from fedspine.compare.runs import Run, select
+
 STEPS = ("step", "resize", "answer")  # how the names of works begin whose exchanges carry no weights
-
-
-@dataclass(frozen=True)
-class Run:
-    """One finished cell of a sweep."""
-
-    folder: Path
-
-    @cached_property
-    def cell(self) -> dict[str, Any]:
-        return json.loads((self.folder / "cell.json").read_text())
-
-    @cached_property
-    def summary(self) -> dict[str, Any]:
-        return json.loads((self.folder / "summary.json").read_text())
-
-    @cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "records.jsonl").read_text().splitlines()]
-
-    @property
-    def scores(self) -> list[tuple[float, float]]:
-        """Simulated seconds and accuracy of all checks."""
-        return [(row["now"], row["accuracy"]) for row in self.rows if row["row"] == "score"]
-
-    @property
-    def in_time(self) -> float:
-        """The accuracy of the last check before the time that the recipe gives; 0 where there is none."""
-        limit = tomllib.loads((self.folder / "recipe.toml").read_text())["run"]["seconds"]
-        return max(((now, accuracy) for now, accuracy in self.scores if now <= limit), default=(0.0, 0.0))[1]
-
-    @property
-    def waiting(self) -> tuple[float, float]:
-        """The share of the time that the mean device waits: in all exchanges, and in those of features alone."""
-        taken, waited = np.zeros(2), np.zeros(2)
-        exchanges = (row for row in self.rows if row["row"] == "exchange")
-        for (_, _, work), asked in groupby(exchanges, lambda row: (row["round"], row["started"], row["work"])):
-            seconds = np.array([row["seconds"] for row in asked])
-            counts = np.array([True, work.startswith(STEPS)])
-            taken += counts * seconds.max()
-            waited += counts * (seconds.max() - seconds.mean())
-        shares = np.divide(waited, taken, out=np.full(2, np.nan), where=taken > 0)
-        return float(shares[0]), float(shares[1])
-
-    def seconds_to(self, accuracy: float) -> float:
-        """Simulated seconds to the first check that is as good; nan where none is."""
-        return min((now for now, reached in self.scores if reached >= accuracy), default=np.nan)
-
-    @property
-    def best(self) -> float:
-        return max(accuracy for _, accuracy in self.scores)
+HEADS = (
+    "method",
+    "final accuracy, %",
+    "in time, %",
+    "rounds",
+    "waiting",
+    "in steps",
+    "traffic, MB",
+    "seconds to own best",
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path)
     groups: dict[str, dict[str, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
-    for file in sorted(parser.parse_args().sweep.glob("cells/*/summary.json")):
-        cell = (run := Run(file.parent)).cell
-        groups[", ".join(map(str, cell["settings"].values()))][cell["label"]][cell["seed"]] = run
+    for run in select([parser.parse_args().sweep]).runs:
+        groups[", ".join(map(str, (run.settings or {}).values()))][str(run.label)][run.seed] = run
     for title, methods in groups.items():
-        first, *others = sorted(
-            methods, key=lambda label: -_mean(run.summary["accuracy"] for run in methods[label].values())
-        )
-        heads = (
-            "method",
-            "final accuracy, %",
-            "in time, %",
-            "rounds",
-            "waiting",
-            "in steps",
-            "traffic, MB",
-            "seconds to own best",
-        )
+        accuracy = {
+            label: np.mean([run.summary["accuracy"] for run in runs.values()]) for label, runs in methods.items()
+        }
+        first, *others = sorted(methods, key=accuracy.__getitem__, reverse=True)
         print(f"\n**{title}**\n")
-        print("| " + " | ".join(heads) + f", over those of {first} |")
-        print("|" + "---|" * len(heads))
+        print("| " + " | ".join(HEADS) + f", over those of {first} |")
+        print("|" + "---|" * len(HEADS))
         for label in (first, *others):
             print("| " + " | ".join([label, *_cells(methods[label], {} if label == first else methods[first])]) + " |")
 
 
-def _cells(runs: dict[int, Run], rivals: dict[int, Run]) -> Iterable[str]:
+def _cells(runs: Mapping[int, Run], rivals: Mapping[int, Run]) -> Iterable[str]:
     summaries = [run.summary for run in runs.values()]
     yield _spread((100 * one["accuracy"] for one in summaries), 1)
-    yield _spread((100 * run.in_time for run in runs.values()), 1)
+    yield _spread((100 * _in_time(run) for run in runs.values()), 1)
     yield _spread((one["rounds"] for one in summaries), 0)
-    for shares in zip(*(run.waiting for run in runs.values()), strict=True):
-        yield "" if np.isnan(shares).any() else _spread(shares, 3)
+    yield _spread((waiting_share(run) for run in runs.values()), 3)
+    yield _spread((_waiting_in_steps(run) for run in runs.values()), 3)
     yield _spread(((one["bytes_up"] + one["bytes_down"]) / 1e6 for one in summaries), 0)
-    ratios = [
-        runs[seed].seconds_to(runs[seed].best) / rivals[seed].seconds_to(runs[seed].best)
-        for seed in runs
-        if seed in rivals
-    ]
+    ratios = [_to_best_of(run, run) / _to_best_of(run, rivals[seed]) for seed, run in runs.items() if seed in rivals]
     yield ", ".join("never" if np.isnan(ratio) else f"{ratio:.2f}" for ratio in ratios)
 
 
-def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
+def _scores(run: Run) -> list[tuple[float, float]]:
+    """Simulated seconds and accuracy of all checks, the final one last."""
+    final = run.summary["simulated_seconds"], run.summary["accuracy"]
+    return [*zip(run.curve.seconds.tolist(), run.curve.quality.tolist(), strict=True), final]
 
 
-def _spread(values: Iterable[float], digits: int) -> str:
+def _in_time(run: Run) -> float:
+    """The accuracy of the last check before the time that the recipe gives; 0 where there is none."""
+    return next((accuracy for now, accuracy in reversed(_scores(run)) if now <= run.recipe.run.seconds), 0.0)
+
+
+def _to_best_of(run: Run, other: Run) -> float:
+    """Simulated seconds of `other` to the best accuracy of `run`; nan where it never gets there."""
+    best = max(accuracy for _, accuracy in _scores(run))
+    return min((now for now, accuracy in _scores(other) if accuracy >= best), default=np.nan)
+
+
+def _waiting_in_steps(run: Run) -> float:
+    """The share of the time of exchanges without weights that the mean device waits; nan where there are none."""
+    rows = map(json.loads, (run.folder / "records.jsonl").read_text().splitlines())
+    steps = (row for row in rows if row["row"] == "exchange" and row["work"].startswith(STEPS))
+    taken = waited = 0.0
+    for _, asked in groupby(steps, lambda row: (row["round"], row["started"], row["work"])):
+        seconds = np.array([row["seconds"] for row in asked])
+        taken += seconds.max()
+        waited += seconds.max() - seconds.mean()
+    return waited / taken if taken else np.nan
+
+
+def _spread(values: Iterable[float | None], digits: int) -> str:
+    """Mean and standard deviation; nothing where a value is missing."""
     found = np.array(list(values), float)
+    if np.isnan(found).any():
+        return ""
     spread = f" ± {found.std(ddof=1):.{digits}f}" if len(found) > 1 else ""
     return f"{found.mean():,.{digits}f}{spread}"
 
