@@ -58,9 +58,8 @@ class Workshop:
     prefixes: Prefixes | None = None
     # each worker process fills its own
     scratch: Scratch = field(default_factory=Scratch)
-    taken: dict[int, Data] = field(
-        default_factory=dict
-    )  # the rows of devices asked so far, each once: one copy at most
+    # the rows of devices asked so far, one copy at most; not of another workshop, whose task or shares may differ
+    taken: dict[int, Data] = field(default_factory=dict, init=False)
 
     def do(self, job: Job) -> list[Served] | list[Score]:
         """Run one job on one thread; several calls or models in one job are worked on together."""
