@@ -12,6 +12,7 @@ from fedspine.errors import BadInput
 from fedspine.fleet import AllLost
 from fedspine.lm.lora import b_name
 from fedspine.lm.tune import losses_of
+from fedspine.methods.looking import calibrating
 from fedspine.methods.mergesfl import MergeSfl
 from fedspine.planning.within import SHORTER
 from fedspine.split.batches import rows_at, rows_from
@@ -29,6 +30,8 @@ PLAIN = MergeSfl(
     clip=0.0,
     precision="fp32",
     budget_rows=80,
+    calibrate=0.0,
+    bottom_rate=1.0,
 )
 EPS = 2.0**-24  # half a unit in the last place of fp32, relative
 
@@ -362,7 +365,35 @@ def test_a_rate_that_follows_the_batch_does_so_within_a_round(lab):
     assert any(order.optimising for order in orders)
     for order in orders:
         if order.optimising is not None:
-            assert order.optimising.learning_rate == pytest.approx(method.learning_rate * order.batch / 32)
+            rate = method.learning_rate * method.bottom_rate * order.batch / 32
+            assert order.optimising.learning_rate == pytest.approx(rate)
+
+
+def test_the_rate_of_bottoms_scales_their_step(lab):
+    """Plain SGD: a quarter of the rate is a quarter of the step; the top's is the same."""
+    before = started(PLAIN, lab("start"))
+    whole, _ = run(lab("whole"), dataclasses.replace(PLAIN, cut=2))
+    quarter, _ = run(lab("quarter"), dataclasses.replace(PLAIN, cut=2, bottom_rate=0.25))
+    for name, tensor in before.adapter.items():  # with cut = 2 all adapters are in the bottom, the head is the top
+        step = whole.model.adapter[name] - tensor
+        allowed = 8 * EPS * tensor.abs().max()
+        # a quarter is exact, so only the sums with the weights round
+        assert bool(
+            (quarter.model.adapter[name] - tensor - 0.25 * step).abs().max() <= allowed + 8 * EPS * step.abs().max()
+        )
+    assert bits(whole.model.head) == bits(quarter.model.head)
+    assert bits(whole.model.adapter) != bits(quarter.model.adapter)
+
+
+def test_calibration_takes_off_what_a_devices_labels_tell():
+    """Nothing for a device whose labels are the fleet's, whatever those are."""
+    alike = calibrating({"a": np.array([0.25, 0.75]), "b": np.array([0.25, 0.75])}, 0.9)
+    assert alike["a"].tolist() == alike["b"].tolist() == pytest.approx([0.0, 0.0])
+    missing = calibrating({"a": np.array([0.5, 0.5, 0.0]), "b": np.array([0.5, 0.5, 0.0])}, 0.9)
+    assert missing["a"].tolist() == pytest.approx([0.0, 0.0, 0.0])  # a class that nobody holds
+    skewed = calibrating({"a": np.array([1.0, 0.0]), "b": np.array([0.0, 1.0])}, 0.95)
+    assert skewed["a"].tolist() == pytest.approx([math.log(1.95), math.log(0.05)])
+    assert skewed["b"].tolist() == pytest.approx([math.log(0.05), math.log(1.95)])
 
 
 def test_regulated_within_a_resumed_run_is_the_uninterrupted_one(lab):
@@ -449,6 +480,8 @@ def test_a_batch_is_never_larger_than_a_devices_data(lab):
         {"labels_stay": True},
         {"optimiser": "sgd", "learning_rate": 0.3, "decay": 0.9, "lowest": 0.1},
         {"cut": 0},
+        {"calibrate": 0.0},
+        {"bottom_rate": 1.0},
     ],
     ids=lambda changed: "-".join(f"{key}-{value}" for key, value in changed.items()),
 )
@@ -483,6 +516,8 @@ def test_every_variant_learns_something_else(lab, task, changed):
         ({"labels_stay": True, "merging": "copies"}, "needs merged features"),
         ({"rank": 100}, "rank"),
         ({"learning_rate": 0.0}, "learning_rate"),
+        ({"calibrate": 1.0}, "calibrate from 0 to below 1"),
+        ({"bottom_rate": 0.0}, "bottom_rate above 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

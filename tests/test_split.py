@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -205,6 +206,33 @@ def test_dispatch_rescales_the_slices_of_one_gradient(task):
         found, expected = (outcome.gradients[part.device].values for outcome in (rescaled, plain))
         torch.testing.assert_close(share * found, expected, rtol=4 * EPS, atol=0)  # two products on the way
         assert expected.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["merged", "in-turn", "copies"])
+def test_shifts_change_the_gradients_of_features_and_nothing_else(task, kind):
+    """Each device gets what autograd makes of the shifted loss; the top learns as without."""
+    halves, _, (bottom, top) = halves_and_weights(task.base, 1)
+    parts = parts_of(task, halves, bottom)
+    classes = len(task.label_names)
+    shifts = {part.device: torch.linspace(-3, number, classes) for number, part in enumerate(parts)}
+    make = {"merged": Merged, "in-turn": InTurn, "copies": partial(Copies, every_iteration=False)}[kind]
+    shifted, plain = make(halves, top, SGD, shifts=shifts), make(halves, top, SGD)
+    found, other = shifted.step(parts, 0), plain.step(parts, 0)
+    even = dict.fromkeys(shifts, 1.0)
+    assert bits(shifted.finish(even)) == bits(plain.finish(even))
+    assert found.losses == other.losses
+    if kind == "in-turn":  # where the second device's gradient is that of a top which has moved
+        return
+    for part in parts:
+        values = part.features.values.clone().requires_grad_()
+        entered = Features(values=values, mask=part.features.mask)
+        rows = shifts[part.device].expand(len(values), -1)
+        losses = halves.top(top, entered, part.labels, seed=None, shifts=rows)
+        losses.shifted.mean().backward()
+        # merged batches are padded further and summed in another order: as in the test of padding, and back again
+        allowed = 2 * 64 * 20 * EPS * values.grad.abs().max()
+        assert bool((found.gradients[part.device].values - values.grad).abs().max() <= allowed)
+        assert not torch.allclose(found.gradients[part.device].values, other.gradients[part.device].values)
 
 
 def test_with_one_device_all_strategies_are_one(task):

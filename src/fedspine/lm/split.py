@@ -18,7 +18,7 @@ from fedspine.lm.cost import HALF, Extent, training_flops, training_memory_bytes
 from fedspine.lm.lora import a_name, b_name, fresh
 from fedspine.lm.structure import full
 from fedspine.message import Tensors
-from fedspine.split.halves import Features, Losses
+from fedspine.split.halves import Features, Losses, shifted_losses
 from fedspine.task import IGNORED
 from fedspine.tensors import moved
 
@@ -71,9 +71,11 @@ class TextHalves:
         inputs = moved({name: tensor for name, tensor in inputs.items() if name != "labels"}, self._base.device)
         return Features(values=self._base.through(0, self._cut, inputs), mask=inputs["attention_mask"].bool())
 
-    def top(self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None) -> Losses:
+    def top(
+        self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None, shifts: Tensor | None = None
+    ) -> Losses:
         """Cross-entropy in nats, of each row's class or of all its next tokens."""
-        return self._loss(self._cut, weights, features, labels)
+        return self._loss(self._cut, weights, features, labels, shifts)
 
     def middle(self, weights: Tensors, features: Features, *, seed: int | None) -> Features:
         """The hidden states that leave the last block."""
@@ -137,7 +139,9 @@ class TextHalves:
         model = Model(structure=self._structure, adapter=adapter, head=head, scale=self._scale)
         return self._base.fit(model.to(self._base.device))
 
-    def _loss(self, first: int, weights: Tensors, features: Features, labels: Tensor) -> Losses:
+    def _loss(
+        self, first: int, weights: Tensors, features: Features, labels: Tensor, shifts: Tensor | None = None
+    ) -> Losses:
         module = self._fit(weights)
         self._base.start_at(first).hidden = self._hidden(features)
         logits = module(**self._inputs(features)).logits
@@ -148,7 +152,11 @@ class TextHalves:
             logits.float().movedim(-1, 1), labels, ignore_index=IGNORED, reduction="none"
         )
         rows = len(labels)
-        return Losses(total=losses.reshape(rows, -1).sum(1), counted=(labels != IGNORED).reshape(rows, -1).sum(1))
+        return Losses(
+            total=losses.reshape(rows, -1).sum(1),
+            counted=(labels != IGNORED).reshape(rows, -1).sum(1),
+            shifted=shifted_losses(logits, labels, shifts),
+        )
 
     def _hidden(self, features: Features) -> Tensor:
         return features.values.to(self._base.device, self._base.precision)

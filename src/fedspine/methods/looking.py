@@ -1,10 +1,13 @@
-"""What labels a device holds, which the server asks once, to choose devices by them."""
+"""What labels a device holds, which the server asks once, to choose devices by them and to calibrate their gradients."""
+
+from collections.abc import Mapping
 
 import numpy as np
+import torch
 
-from fedspine.device import Device, on_device
-from fedspine.message import message
-from fedspine.planning.labels import distribution
+from fedspine.device import Device, DeviceId, on_device
+from fedspine.message import Tensors, message
+from fedspine.planning.labels import distribution, own_labels, reference
 
 LENGTHS = 10  # buckets of text length, which stand for labels where there are none
 
@@ -28,3 +31,12 @@ def look(device: Device, order: Look) -> Looked:
         return Looked(shares=distribution(device.data.labels, order.classes))
     buckets = np.minimum(device.data.lengths * LENGTHS // (order.longest + 1), LENGTHS - 1)
     return Looked(shares=distribution(buckets, LENGTHS))
+
+
+def calibrating(labels: Mapping[DeviceId, np.ndarray], share: float) -> Tensors:
+    """By device, what to add to the logits of its rows, fp32 [classes], so that features gain nothing by whose they are.
+
+    `share` of what its labels tell is taken off, from 0 to below 1.
+    """
+    known = np.stack(list(labels.values()))
+    return dict(zip(labels, torch.from_numpy(own_labels(known, reference(known), share)).float(), strict=True))

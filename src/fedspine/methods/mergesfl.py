@@ -16,7 +16,7 @@ from fedspine.errors import BadInput
 from fedspine.fleet import AllLost, Fleet
 from fedspine.message import message
 from fedspine.method import method
-from fedspine.methods.looking import Look, look
+from fedspine.methods.looking import Look, calibrating, look
 from fedspine.methods.regulating import Regulating, paces
 from fedspine.methods.splitting import (
     MODEL_CUT,
@@ -37,7 +37,7 @@ from fedspine.split.body import MergedBody, play_around
 from fedspine.split.device import Begin
 from fedspine.split.halves import Halves
 from fedspine.split.rounds import Played, Resizing, play
-from fedspine.split.server import Copies, InTurn, Merged, ServerStep
+from fedspine.split.server import Copies, InTurn, Merged, ServerStep, Shifts
 from fedspine.split.trained import Optimising
 from fedspine.split.wire import Precision, row_bytes
 from fedspine.task import Task
@@ -96,11 +96,13 @@ class MergeSfl:
     regulate_within: bool = True  # and again within a round, to the pace it shows; else once before it, as in the paper
     fine_tune: bool = True  # batches for the labels' sake
     rescale: bool = True  # gradients as of a device's own mean loss
+    calibrate: float = 0.95  # share of what tells which labels a device holds that bottoms do not learn; 0 in the paper
     bottom_weights: Literal["batch", "uniform"] = "batch"
     lr_scaling: Literal["none", "linear"] = "none"  # a device's rate in proportion to its batch
     labels_stay: bool = False  # U-shape: labels and the task head stay on the devices
     optimiser: Literal["sgd", "adamw"] = "adamw"
     learning_rate: float = 2e-4
+    bottom_rate: float = 0.5  # share of the rate that bottoms are trained with; 1 in the paper
     decay: float = 0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
     lowest: float = 0.0  # below which it does not fall
     weight_decay: float = 0.1
@@ -121,6 +123,11 @@ class MergeSfl:
             )
         if self.labels_stay and self.merging != "merged":
             raise BadInput(f"method.labels_stay needs merged features; method.merging is {self.merging!r}")
+        if not 0 <= self.calibrate < 1 or not self.bottom_rate > 0:
+            raise BadInput(
+                "method.calibrate from 0 to below 1 and a method.bottom_rate above 0 were expected, "
+                f"{self.calibrate} and {self.bottom_rate} came"
+            )
         self._limits(cutting_of(self, task.base).of(task.base), task.max_tokens)
 
     def start(self, task: Task, rng: np.random.Generator) -> MergeSflState:
@@ -136,7 +143,9 @@ class MergeSfl:
         labels = self._labels(state, fleet)
         plan = self._planned(replace(state, labels=labels), now, fleet)
         orders = {device: self._order(now, rows) for device, rows in plan.batches.items()}
-        played, top = self._played(now, fleet, orders, plan.again)
+        classes = state.classes and not self.labels_stay  # else what is known of devices is not what labels they hold
+        shifts = calibrating(labels, self.calibrate) if self.calibrate and classes else None
+        played, top = self._played(now, fleet, orders, plan.again, shifts)
         noted(fleet, played)
         fleet.note(loss=played.loss, stayed=len(played.bottoms))
         weights = self._weights(played)
@@ -244,17 +253,16 @@ class MergeSfl:
 
     def _optimising(self, now: Opened, rows: int) -> Optimising:
         """How a bottom is trained with batches of so many rows."""
-        if self.lr_scaling == "none":
-            return now.optimising
-        return replace(now.optimising, learning_rate=now.optimising.learning_rate * rows / self.batch)
+        share = self.bottom_rate * (rows / self.batch if self.lr_scaling == "linear" else 1.0)
+        return replace(now.optimising, learning_rate=now.optimising.learning_rate * share)
 
     def _played(
-        self, now: Opened, fleet: Fleet, orders: Mapping[DeviceId, Begin], again: Resizing | None
+        self, now: Opened, fleet: Fleet, orders: Mapping[DeviceId, Begin], again: Resizing | None, shifts: Shifts
     ) -> tuple[Played, Any]:
         """The round, and the top that came of it."""
         if self.labels_stay:
             return self._played_around(now, fleet, orders, again)
-        server = self._server(now)
+        server = self._server(now, shifts)
         played = play(fleet, orders, self.steps, server, now.seed, resizing=again)
         return played, server.finish(self._weights(played))
 
@@ -269,15 +277,15 @@ class MergeSfl:
         played = play_around(fleet, orders, self.steps, server, now.seed, again)
         return played, server.finish() | averaged(played.endings, self._weights(played))
 
-    def _server(self, now: Opened) -> ServerStep:
-        gradients = bool(now.bottom)
+    def _server(self, now: Opened, shifts: Shifts) -> ServerStep:
+        given = {"gradients": bool(now.bottom), "shifts": shifts}
         match self.merging:
             case "merged":
-                return Merged(now.halves, now.top, now.optimising, rescale=self.rescale, gradients=gradients)
+                return Merged(now.halves, now.top, now.optimising, rescale=self.rescale, **given)
             case "in-turn":
-                return InTurn(now.halves, now.top, now.optimising, gradients=gradients)
+                return InTurn(now.halves, now.top, now.optimising, **given)
             case "copies":
-                return Copies(now.halves, now.top, now.optimising, every_iteration=True, gradients=gradients)
+                return Copies(now.halves, now.top, now.optimising, every_iteration=True, **given)
 
     def _weights(self, played: Played) -> dict[DeviceId, float]:
         """How much each bottom counts: by the labels it was trained on, d_i/Q of Eq. 17, or all alike."""

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedspine.errors import BadInput
 from fedspine.message import Tensors, message
 from fedspine.nets.models import Shape, blocks_of, design_of
-from fedspine.split.halves import Features, Losses
+from fedspine.split.halves import Features, Losses, shifted_losses
 from fedspine.tensors import moved
 
 SINGLE = 4  # bytes of an fp32 number
@@ -111,9 +111,11 @@ class NetHalves:
         """The features [rows, channels, ...] of a batch of `Arrays`."""
         return Features(values=self._run(self._bottom, weights, inputs["inputs"], seed))
 
-    def top(self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None) -> Losses:
+    def top(
+        self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None, shifts: Tensor | None = None
+    ) -> Losses:
         """The cross-entropy of each row, in nats."""
-        return self.ending(weights, self.middle(weights, features, seed=seed), labels, seed=seed)
+        return self._losses(weights, self.middle(weights, features, seed=seed), labels, seed, shifts)
 
     def middle(self, weights: Tensors, features: Features, *, seed: int | None) -> Features:
         """What enters the classifier, the last block."""
@@ -121,9 +123,18 @@ class NetHalves:
 
     def ending(self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None) -> Losses:
         """The cross-entropy of each row after the classifier, in nats."""
+        return self._losses(weights, features, labels, seed, None)
+
+    def _losses(
+        self, weights: Tensors, features: Features, labels: Tensor, seed: int | None, shifts: Tensor | None
+    ) -> Losses:
         logits = self._run(self._ending, weights, features.values, seed)
-        total = nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="none")
-        return Losses(total=total, counted=torch.ones_like(labels, device=logits.device))
+        labels = labels.to(logits.device)
+        return Losses(
+            total=nn.functional.cross_entropy(logits, labels, reduction="none"),
+            counted=torch.ones_like(labels),
+            shifted=shifted_losses(logits, labels, shifts),
+        )
 
     def _run(self, half: nn.Sequential, weights: Tensors, inputs: Tensor, seed: int | None) -> Tensor:
         half.train(seed is not None)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from fedspine.message import Tensors, message
 
@@ -31,15 +32,30 @@ class Features:
 
 @dataclass(frozen=True)
 class Losses:
-    """What a top says of some rows: `total` is each row's summed loss, `counted` how many labels that sums over."""
+    """What a top says of some rows: `total` is each row's summed loss, `counted` how many labels that sums over.
+
+    `shifted` is what `total` would be with the shifts that were asked for added to the scores.
+    """
 
     total: Float[Tensor, " rows"]
     counted: Int[Tensor, " rows"]
+    shifted: Float[Tensor, " rows"] | None = None
 
     @property
     def mean(self) -> Float[Tensor, ""]:
         """The loss that is minimised: the mean over all labels of all rows."""
         return self.total.sum() / self.counted.sum()
+
+
+def shifted_losses(
+    logits: Float[Tensor, "rows classes"],
+    labels: Int[Tensor, " rows"],
+    shifts: Float[Tensor, "rows classes"] | None,
+) -> Float[Tensor, " rows"] | None:
+    """The cross-entropy of each row with `shifts` added to its logits, in nats; None where no shifts are asked for."""
+    if shifts is None:
+        return None
+    return cross_entropy(logits.float() + shifts.to(logits.device), labels, reduction="none")
 
 
 class Splittable(Protocol):
@@ -79,8 +95,19 @@ class Halves(Protocol):
         """The features of a batch as `Examples.batch` or `Arrays.batch` gives it; labels in it are ignored."""
         ...
 
-    def top(self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None) -> Losses:
-        """What the top loses on these features; `labels` as the batch has them, padded to the features' tokens."""
+    def top(
+        self,
+        weights: Tensors,
+        features: Features,
+        labels: Tensor,
+        *,
+        seed: int | None,
+        shifts: Float[Tensor, "rows classes"] | None = None,
+    ) -> Losses:
+        """What the top loses on these features; `labels` as the batch has them, padded to the features' tokens.
+
+        `shifts`, for classes only, asks what it would lose with them added to its scores.
+        """
         ...
 
     def join(self, bottom: Tensors, top: Tensors) -> Any:

@@ -3,6 +3,8 @@
 Merged: one step on all of them (MergeSFL). Weighted: one step on the sum of the devices' own losses (LocFedMix-SL).
 In turn: one step per device on one top, in random order (SplitFed V2), or always the same (SplitLoRA).
 Copies: a top for each device, averaged after every iteration (AdaSFL) or at the round's end (SplitFed V1).
+With `shifts`, by device [classes], a device's gradient is that of its loss with them added to its rows' logits; the top
+learns from the plain loss all the same.
 A device whose loss is not finite is left out of the iteration, and says so in the outcome.
 """
 
@@ -56,6 +58,7 @@ class ServerStep(Protocol):
 
 # a loss of the server's own on what came, whose gradient stays with the top: (weights, parts, seed) -> loss
 Extra: TypeAlias = Callable[[Tensors, Sequence[Part], int], Tensor]
+Shifts: TypeAlias = "Mapping[DeviceId, Tensor] | None"
 
 
 class Merged:
@@ -73,15 +76,16 @@ class Merged:
         *,
         rescale: bool = True,
         gradients: bool = True,
+        shifts: Shifts = None,
     ) -> None:
-        self._halves, self._rescale, self._gradients = halves, rescale, gradients
+        self._halves, self._rescale, self._gradients, self._shifts = halves, rescale, gradients, shifts
         self._top = Trained(top, optimising, halves.statistics)
 
     def step(self, parts: Sequence[Part], seed: int) -> Outcome:
         outcome = Outcome()
         while parts:
             before = self._top.statistics()
-            values, losses = _forward(self._halves, self._top.weights, parts, seed, self._gradients)
+            values, losses = _forward(self._halves, self._top.weights, parts, seed, self._gradients, self._shifts)
             found = _by_part(losses, parts)
             broken = {part.device for part, (loss, _) in zip(parts, found, strict=True) if not np.isfinite(loss)}
             if not broken:
@@ -91,10 +95,10 @@ class Merged:
             parts = [part for part in parts if part.device not in broken]
         if not parts:
             return outcome
-        _backward(losses.mean, [values, *self._top.leaves])
+        gradient = _learnt(losses, values, self._top.leaves)
         self._top.step()
         labels = int(losses.counted.sum())
-        gradients = parted(values.grad, parts) if self._gradients else [None] * len(parts)
+        gradients = parted(gradient, parts) if self._gradients else [None] * len(parts)
         for part, gradient, (own, counted) in zip(parts, gradients, found, strict=True):
             if gradient is not None and self._rescale:
                 gradient = Features(values=gradient.values * (labels / counted), mask=gradient.mask)
@@ -109,16 +113,23 @@ class InTurn:
     """One step of one top per device, in an order drawn from the iteration's seed, or in theirs if not `shuffled`."""
 
     def __init__(
-        self, halves: Halves, top: Tensors, optimising: Optimising, *, gradients: bool = True, shuffled: bool = True
+        self,
+        halves: Halves,
+        top: Tensors,
+        optimising: Optimising,
+        *,
+        gradients: bool = True,
+        shuffled: bool = True,
+        shifts: Shifts = None,
     ) -> None:
-        self._halves, self._gradients, self._shuffled = halves, gradients, shuffled
+        self._halves, self._gradients, self._shuffled, self._shifts = halves, gradients, shuffled, shifts
         self._top = Trained(top, optimising, halves.statistics)
 
     def step(self, parts: Sequence[Part], seed: int) -> Outcome:
         outcome = Outcome()
         places = np.random.default_rng(seed).permutation(len(parts)) if self._shuffled else range(len(parts))
         for i in places:
-            _alone(self._halves, self._top, parts[i], seed, self._gradients, outcome)
+            _alone(self._halves, self._top, parts[i], seed, self._gradients, outcome, self._shifts)
         return outcome
 
     def finish(self, weights: Mapping[DeviceId, float]) -> Tensors:
@@ -191,9 +202,10 @@ class Copies:
         *,
         every_iteration: bool,
         gradients: bool = True,
+        shifts: Shifts = None,
     ) -> None:
         self._halves, self._start, self._optimising = halves, top, optimising
-        self._every_iteration, self._gradients = every_iteration, gradients
+        self._every_iteration, self._gradients, self._shifts = every_iteration, gradients, shifts
         self._copies: dict[DeviceId, Trained] = {}
 
     def step(self, parts: Sequence[Part], seed: int) -> Outcome:
@@ -201,7 +213,8 @@ class Copies:
         for part in parts:
             if part.device not in self._copies:
                 self._copies[part.device] = Trained(self._start, self._optimising, self._halves.statistics)
-            _alone(self._halves, self._copies[part.device], part, seed, self._gradients, outcome)
+            top = self._copies[part.device]
+            _alone(self._halves, top, part, seed, self._gradients, outcome, self._shifts)
         if self._every_iteration and outcome.losses:
             self._start = average((1, self._copies[device].now()) for device in outcome.losses)
             self._copies.clear()
@@ -249,17 +262,31 @@ def parted(values: Tensor | None, parts: Sequence[Part]) -> list[Features | None
 
 
 def _forward(
-    halves: Halves, weights: Tensors, parts: Sequence[Part], seed: int, gradients: bool
+    halves: Halves, weights: Tensors, parts: Sequence[Part], seed: int, gradients: bool, shifts: Shifts = None
 ) -> tuple[Tensor, Losses]:
     """The merged features, as a leaf that gets a gradient if it is wanted, and their losses."""
     features, labels = merged(parts)
     values = features.values.detach().requires_grad_(gradients)
-    return values, halves.top(weights, Features(values=values, mask=features.mask), labels, seed=seed)
+    entered = Features(values=values, mask=features.mask)
+    if shifts is None or not gradients:
+        return values, halves.top(weights, entered, labels, seed=seed)
+    rows = torch.cat([shifts[part.device].expand(len(part.features), -1) for part in parts])
+    return values, halves.top(weights, entered, labels, seed=seed, shifts=rows)
 
 
 def _backward(loss: Tensor, leaves: Sequence[Tensor]) -> None:
     if any(leaf.requires_grad for leaf in leaves):  # a frozen top of features that nobody trains has nothing to learn
         loss.backward()
+
+
+def _learnt(losses: Losses, values: Tensor, leaves: Sequence[Tensor]) -> Tensor | None:
+    """Give the top's `leaves` their gradients; the features' own is returned, None if it is not wanted."""
+    if losses.shifted is None:
+        _backward(losses.mean, [values, *leaves])
+        return values.grad
+    losses.mean.backward(inputs=list(leaves), retain_graph=True)
+    (gradient,) = torch.autograd.grad(losses.shifted.sum() / losses.counted.sum(), values)
+    return gradient
 
 
 def _by_part(losses: Losses, parts: Sequence[Part]) -> list[tuple[float, int]]:
@@ -270,18 +297,20 @@ def _by_part(losses: Losses, parts: Sequence[Part]) -> list[tuple[float, int]]:
     return [(float(total) / max(count, 1), count) for total, count in zip(totals, counts, strict=True)]
 
 
-def _alone(halves: Halves, top: Trained, part: Part, seed: int, gradients: bool, outcome: Outcome) -> None:
+def _alone(
+    halves: Halves, top: Trained, part: Part, seed: int, gradients: bool, outcome: Outcome, shifts: Shifts = None
+) -> None:
     """One step of a top on one device's features."""
     before = top.statistics()
-    values, losses = _forward(halves, top.weights, [part], seed, gradients)
+    values, losses = _forward(halves, top.weights, [part], seed, gradients, shifts)
     ((loss, counted),) = _by_part(losses, [part])
     if not np.isfinite(loss):
         top.forget(before)
         outcome.left_out[part.device] = "loss is not finite"
         return
-    _backward(losses.mean, [values, *top.leaves])
+    found = _learnt(losses, values, top.leaves)
     top.step()
-    (gradient,) = parted(values.grad, [part])
+    (gradient,) = parted(found, [part])
     _put(outcome, part, gradient, loss, counted)
 
 
