@@ -102,7 +102,7 @@ class MergeSfl:
     labels_stay: bool = False  # U-shape: labels and the task head stay on the devices
     optimiser: Literal["sgd", "adamw"] = "adamw"
     learning_rate: float = 2e-4
-    bottom_rate: float = 0.5  # share of the rate that bottoms are trained with; 1 in the paper
+    bottom_rate: float = 0.4  # share of the rate that bottoms are trained with; 1 in the paper
     decay: float = 0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
     lowest: float = 0.0  # below which it does not fall
     weight_decay: float = 0.1
