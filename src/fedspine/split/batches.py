@@ -1,5 +1,7 @@
 """Which rows of a device make up its batches within a round."""
 
+from functools import lru_cache
+
 import numpy as np
 
 
@@ -20,6 +22,11 @@ def rows_from(there: int, batch: int, seed: int, taken: int) -> np.ndarray:
     """
     batch = min(batch, there)
     first, last = taken // there, (taken + batch - 1) // there
-    passes = [np.random.default_rng([seed, number]).permutation(there) for number in range(first, last + 1)]
     start = taken - first * there
-    return np.concatenate(passes)[start : start + batch]
+    return np.concatenate([_pass(there, seed, number) for number in range(first, last + 1)])[start : start + batch]
+
+
+@lru_cache(maxsize=256)  # a round asks for many batches of the same few passes
+def _pass(there: int, seed: int, number: int) -> np.ndarray:
+    """All rows in the order of one pass."""
+    return np.random.default_rng([seed, number]).permutation(there)
