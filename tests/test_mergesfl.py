@@ -524,3 +524,25 @@ def test_every_variant_learns_something_else(lab, task, changed):
 def test_what_cannot_work_is_refused_before_the_first_round(task, changed, match):
     with pytest.raises(BadInput, match=match):
         dataclasses.replace(MergeSfl.toy(), **changed).check(task)
+
+
+def test_what_is_deployed_is_the_mean_of_all_rounds_models(lab):
+    """Against weights worked out by hand: after t rounds the newest counts 4 / (t + 3) (Shamir and Zhang 2013, eta = 3)."""
+    counts = [[1], [0.2, 0.8], [0.2 / 3, 0.8 / 3, 2 / 3]]
+    bench, models = lab("averaged"), []
+    method, alone = MergeSfl.toy(), dataclasses.replace(MergeSfl.toy(), average=False)
+    state = method.start(bench.task, np.random.default_rng(0))
+    for round, weights in enumerate(counts):
+        bench.fleet.begin_round(round)
+        state = method.round(state, bench.fleet)
+        models.append(state.model)
+        deployed = method.deploy(state)
+        for name, tensor in deployed.adapter.items():
+            expected = sum(weight * model.adapter[name] for weight, model in zip(weights, models, strict=True))
+            torch.testing.assert_close(tensor, expected, rtol=8 * EPS, atol=8 * EPS)
+        assert (bits(deployed.head) == bits(state.model.head)) == (round == 0)
+        bench.fleet.end_round(0.0)
+    bench = lab("alone")
+    bench.fleet.begin_round(0)
+    state = alone.round(alone.start(bench.task, np.random.default_rng(0)), bench.fleet)
+    assert alone.deploy(state) is state.model

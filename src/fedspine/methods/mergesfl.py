@@ -29,6 +29,7 @@ from fedspine.methods.splitting import (
     opened,
     paced,
     rooms,
+    with_newest,
 )
 from fedspine.planning.labels import reference
 from fedspine.planning.split_plan import Candidates, Selection, SplitControl, SplitLimits, plan_split
@@ -55,6 +56,7 @@ class MergeSflState:
     rounds: int
     seed: int
     model: Any  # as `Halves.join` gives it
+    mean: Any  # of the models of all rounds, if they are averaged; else the same
     classes: int
     longest: int  # tokens of a text, 1 for arrays
     labels: dict[str, np.ndarray]  # V_i of the devices that were ever asked
@@ -99,6 +101,7 @@ class MergeSfl:
     calibrate: float = 0.95  # share of what tells which labels a device holds that bottoms do not learn; 0 in the paper
     bottom_weights: Literal["batch", "uniform"] = "batch"
     lr_scaling: Literal["none", "linear"] = "none"  # a device's rate in proportion to its batch
+    average: bool = True  # deploy the mean of the rounds' models; else the last round's, as in the paper
     labels_stay: bool = False  # U-shape: labels and the task head stay on the devices
     optimiser: Literal["sgd", "adamw"] = "adamw"
     learning_rate: float = 2e-4
@@ -131,8 +134,10 @@ class MergeSfl:
         self._limits(cutting_of(self, task.base).of(task.base), task.max_tokens)
 
     def start(self, task: Task, rng: np.random.Generator) -> MergeSflState:
+        first = first_state(self, task, rng)
         return MergeSflState(
-            **vars(first_state(self, task, rng)),
+            **vars(first),
+            mean=first.model,
             classes=len(task.label_names),
             labels={},
             workers={},
@@ -148,19 +153,20 @@ class MergeSfl:
         played, top = self._played(now, fleet, orders, plan.again, shifts)
         noted(fleet, played)
         fleet.note(loss=played.loss, stayed=len(played.bottoms))
-        weights = self._weights(played)
+        model = now.halves.join(averaged(played.bottoms, self._weights(played)), top)
         return replace(
             self._measured(state, played),
             round=state.round + 1,
-            model=now.halves.join(averaged(played.bottoms, weights), top),
+            model=model,
+            mean=with_newest(now.halves, state.mean, model, state.round + 1) if self.average else model,
             labels=labels,
         )
 
     def deploy(self, state: MergeSflState, device: DeviceId | None = None) -> Any:
-        return state.model
+        return state.mean
 
     def unpruned(self, state: MergeSflState) -> Any:
-        return state.model
+        return state.mean
 
     # --- the control ---
 

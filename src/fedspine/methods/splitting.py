@@ -26,6 +26,7 @@ from fedspine.task import Task
 from fedspine.tensors import average, half
 
 MODEL_CUT = -1  # of `cut`: where the model says
+LATER = 3  # how much more the later rounds count in a mean of all
 
 
 class SplitFields(HalvedFields, Protocol):
@@ -159,6 +160,17 @@ def rooms(fleet: Fleet, bottom: Bottom, batch: int, longest: int) -> dict[Device
 def averaged(bottoms: Mapping[DeviceId, Tensors], weights: Mapping[DeviceId, float]) -> Tensors:
     """The weighted mean of the bottoms of the devices that stayed to the end."""
     return average((weights[device], bottom) for device, bottom in bottoms.items())
+
+
+def with_newest(halves: Halves, mean: Any, newest: Any, rounds: int) -> Any:
+    """The mean of the models of `rounds` rounds, from that of the rounds before and the newest.
+
+    Later ones count more: polynomial-decay averaging of Shamir and Zhang 2013 (arXiv:1212.1824). The first round's model is
+    its own mean, after 5 rounds the newest counts a half, after 25 a seventh.
+    """
+    share = (LATER + 1) / (rounds + LATER)
+    pairs = zip(halves.parts(mean), halves.parts(newest), strict=True)
+    return halves.join(*(average([(1 - share, before), (share, now)]) for before, now in pairs))
 
 
 def noted(fleet: Fleet, played: Played) -> None:
