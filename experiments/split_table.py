@@ -72,8 +72,8 @@ def _scores(run: Run) -> list[tuple[float, float]]:
 
 
 def _in_time(run: Run) -> float:
-    """The accuracy of the last check before the time that the recipe gives; 0 where there is none."""
-    return next((accuracy for now, accuracy in reversed(_scores(run)) if now <= run.recipe.run.seconds), 0.0)
+    """The accuracy of the last check before the time that the recipe gives; nan where there is none."""
+    return next((accuracy for now, accuracy in reversed(_scores(run)) if now <= run.recipe.run.seconds), np.nan)
 
 
 def _to_best_of(run: Run, other: Run) -> float:
