@@ -477,7 +477,7 @@ def test_a_grid_of_one_curve_is_the_curve():
 
 def test_many_methods_are_told_apart(compare, tmp_path):
     for number in range(9):
-        made_cell(tmp_path / "s", f"m{number}", f"method {number}", settings=(f"method.rank={number + 1}",))
+        made_cell(tmp_path / "s", f"m{number}", f"method {number} of 9", settings=(f"method.rank={number + 1}",))
     compare(tmp_path / "s")
     html = (tmp_path / "compared" / "compare.html").read_text()
     assert "28 other pairs" in html  # of 36, those of the best method are told at once
@@ -486,6 +486,11 @@ def test_many_methods_are_told_apart(compare, tmp_path):
     lines = [line for line in axes.lines if line.get_label().startswith("method")]
     looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}
     assert len(looks) == 9
+    ends = {(end.lines[0].get_color(), end.lines[0].get_marker()) for end in axes.containers}
+    assert len(ends) == 9  # the last scores have no dashes
+    figure = axes.figure
+    figure.draw_without_rendering()
+    assert figure.legends[0].get_window_extent().x1 <= figure.bbox.x1
 
 
 # --- the deployed model, measured ---

@@ -23,6 +23,7 @@ from fedspine.report.tables import bytes_text
 INK, FAINT, GRID = "#334155", "#94a3b8", "#e8ecf1"
 SIZE_INCHES = (5.6, 3.5)  # at 72 units an inch the text is legible on a telephone and not loud on a desk
 LEGEND_LETTERS, LEGEND_ROW_INCHES = 80, 0.2  # that fit beside each other under a figure; height of a row
+LEGEND_HANDLE_LETTERS = 10  # as wide as a line's sample and the spaces around it
 FEW_ROUNDS = 40  # up to here every round gets its own mark
 
 STYLE: Mapping[str, Any] = {
@@ -115,7 +116,7 @@ def legend_below(figure: Figure, axes: Axes) -> None:
     handles, names = axes.get_legend_handles_labels()
     if not names:
         return
-    columns = max(1, min(4, len(names), LEGEND_LETTERS // (max(map(len, names)) + 6)))
+    columns = max(1, min(4, len(names), LEGEND_LETTERS // (max(map(len, names)) + LEGEND_HANDLE_LETTERS)))
     rows = -(-len(names) // columns)
     figure.set_size_inches(SIZE_INCHES[0], SIZE_INCHES[1] + LEGEND_ROW_INCHES * rows)
     figure.legend(handles, names, loc="outside lower left", ncols=columns, borderpad=0, handlelength=2.6)

@@ -69,6 +69,11 @@ def colour_of(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
+def mark_of(number: int) -> str:
+    """The mark of the method with this number; the second one of a colour has another."""
+    return MARKS[(number + number // len(COLOURS)) % len(MARKS)]
+
+
 def trace_panel(
     name: str, quality: Quality, caption: str, traces: Sequence[Trace], along: Along, target: float | None
 ) -> Panel:
@@ -102,7 +107,7 @@ def gap_panel(name: str, quality: Quality, caption: str, best: str, gaps: Sequen
             if gap.low is not None and gap.high is not None:
                 axes.plot([scale * gap.low, scale * gap.high], [row, row], color=colour, linewidth=2.2)
             if gap.mean is not None:
-                axes.plot(scale * gap.mean, row, MARKS[gap.number % len(MARKS)], color=colour, markersize=8)
+                axes.plot(scale * gap.mean, row, mark_of(gap.number), color=colour, markersize=8)
         axes.set_yticks(range(len(gaps)), [shortened(gap.name) for gap in gaps])
         axes.set_ylim(len(gaps) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
@@ -122,7 +127,7 @@ def shortened(name: str) -> str:
 def _draw(axes: Axes, trace: Trace, *, steps: bool) -> None:
     colour = colour_of(trace.number)
     again = trace.number // len(COLOURS)  # more methods than colours: the dashes move on by one
-    dash, mark = DASHES[(trace.number + again) % len(DASHES)], MARKS[trace.number % len(MARKS)]
+    dash, mark = DASHES[(trace.number + again) % len(DASHES)], mark_of(trace.number)
     if trace.low is not None and trace.high is not None:
         step = "post" if steps else None
         axes.fill_between(trace.xs, trace.low, trace.high, step=step, color=colour, alpha=0.1, linewidth=0)
