@@ -7,7 +7,7 @@ import torch
 
 from fedspine.device import Device, DeviceId, on_device
 from fedspine.message import Tensors, message
-from fedspine.planning.labels import distribution, own_labels, reference
+from fedspine.planning.labels import distribution, label_shifts, reference
 
 LENGTHS = 10  # buckets of text length, which stand for labels where there are none
 
@@ -39,4 +39,4 @@ def calibrating(labels: Mapping[DeviceId, np.ndarray], share: float) -> Tensors:
     `share` of what its labels tell is taken off, from 0 to below 1.
     """
     known = np.stack(list(labels.values()))
-    return dict(zip(labels, torch.from_numpy(own_labels(known, reference(known), share)).float(), strict=True))
+    return dict(zip(labels, torch.from_numpy(label_shifts(known, reference(known), share)).float(), strict=True))
