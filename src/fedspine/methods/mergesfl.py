@@ -148,9 +148,8 @@ class MergeSfl:
         labels = self._labels(state, fleet)
         plan = self._planned(replace(state, labels=labels), now, fleet)
         orders = {device: self._order(now, rows) for device, rows in plan.batches.items()}
-        told = (
-            state.classes > 0 and not self.labels_stay
-        )  # else `labels` says nothing of the classes that a device holds
+        # otherwise `labels` says nothing of the classes that a device holds
+        told = state.classes > 0 and not self.labels_stay
         shifts = calibrating(labels, self.calibrate) if self.calibrate and told else None
         played, top = self._played(now, fleet, orders, plan.again, shifts)
         noted(fleet, played)
