@@ -15,7 +15,7 @@ from fedspine.lm.tune import losses_of
 from fedspine.methods.looking import calibrating
 from fedspine.methods.mergesfl import MergeSfl
 from fedspine.planning.within import SHORTER
-from fedspine.split.batches import rows_at, rows_from
+from fedspine.split.batches import drawn, rows_at
 
 # plain SGD on what is sent unrounded, so that the split can be compared with no split
 PLAIN = MergeSfl(
@@ -30,6 +30,7 @@ PLAIN = MergeSfl(
     clip=0.0,
     precision="fp32",
     budget_rows=80,
+    fill_tokens=False,
     calibrate=0.0,
     bottom_rate=1.0,
 )
@@ -294,20 +295,24 @@ def resized(bench, method, rounds=1):
 @pytest.mark.parametrize(("steps", "within", "first"), [(8, True, 4), (7, True, 16), (8, False, 16)])
 def test_a_long_round_begins_with_a_part_of_its_batches(lab, steps, within, first):
     """By them the round's links become known, for which few rows do; the next batches are whole ones."""
-    method = dataclasses.replace(MergeSfl.toy(), steps=steps, regulate_within=within, budget_rows=1000)
+    method = dataclasses.replace(
+        MergeSfl.toy(), steps=steps, regulate_within=within, budget_rows=1000, fill_tokens=False
+    )
     _, batches = resized(lab(), method)
     assert {own[0] for own in batches.values()} == {first}
     assert max(own[1] for own in batches.values()) >= SHORTER * 16
 
 
-@pytest.mark.parametrize("labels_stay", [False, True])
-def test_batches_that_change_still_make_the_merged_steps(lab, labels_stay):
+@pytest.mark.parametrize(("labels_stay", "fill_tokens"), [(False, False), (True, False), (False, True)])
+def test_batches_that_change_still_make_the_merged_steps(lab, labels_stay, fill_tokens):
     """Three iterations by hand: one graph through all bottoms and the top, Q/d on gradients, sums of rows as weights."""
     bench = lab("x")
-    method = dataclasses.replace(PLAIN, steps=3, batch=32, labels_stay=labels_stay)
+    method = dataclasses.replace(PLAIN, steps=3, batch=32, labels_stay=labels_stay, fill_tokens=fill_tokens)
     halves = bench.task.base.split(1, rank=4)
     start = started(method, bench)
     state, batches = resized(bench, method)
+    inputs = {id: batches_of(bench, id, own, asks=0 if labels_stay else 1) for id, own in batches.items()}
+    batches = {id: [len(batch["labels"]) for batch in own] for id, own in inputs.items()}
     assert len({rows for own in batches.values() for rows in own}) > 3
     assert any(len(set(own)) > 1 for own in batches.values())
     bottom, top = (leaves(part) for part in halves.parts(start))
@@ -317,10 +322,9 @@ def test_batches_that_change_still_make_the_merged_steps(lab, labels_stay):
         total = dict.fromkeys(batches, 0)
         rows = {id: own[step] for id, own in batches.items()}
         for id, own in bottoms.items():
-            taken = sum(batches[id][:step])
-            inputs = rows_of(bench, id, rows[id], 0 if labels_stay else 1, taken)
-            features = halves.bottom(own, inputs, seed=None)
-            total[id] = halves.top(top | ends.get(id, {}), features, inputs["labels"], seed=None).total.sum()
+            batch = inputs[id][step]
+            features = halves.bottom(own, batch, seed=None)
+            total[id] = halves.top(top | ends.get(id, {}), features, batch["labels"], seed=None).total.sum()
         (sum(total.values()) / sum(rows.values())).backward()
         scales = [(top, 1.0)]
         scales += [(own[id], sum(rows.values()) / rows[id]) for own in (bottoms, ends) for id in own]
@@ -349,16 +353,40 @@ def descend(scales, rate=0.3):
                     leaf.grad = None
 
 
-def rows_of(bench, id, batch, asks, taken):
-    """As `batch_of`, for batches of different sizes: the rows after `taken` ones."""
+def batches_of(bench, id, sizes, asks):
+    """As `batch_of`, for batches of different sizes, in rows or tokens."""
     index = bench.ids.index(id)
     seed = int(np.random.default_rng((bench.seed, index, asks)).integers(2**31))
     data = bench.task.train.take(bench.shares[index])
-    return data.batch(rows_from(len(data), batch, seed, taken))
+    found = [drawn(data.lengths, sizes[0], seed)]
+    for size in sizes[1:]:
+        found.append(drawn(data.lengths, size, seed, found[-1].taken, found[-1].left))
+    return [data.batch(batch.rows) for batch in found]
+
+
+def test_texts_take_as_many_tokens_as_they_are_told_and_devices_wait_less(lab):
+    """Few rows of unequal length take now more time, now less; filled to a number of tokens they take the same."""
+    method = dataclasses.replace(MergeSfl.toy(), steps=16, batch=12, precision="fp32")
+    spies = []
+    lab("spied", kinds=UNEQUAL).run(method, rounds=1, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    told = {}
+    for (id, order), (_, result) in zip(spies[0].orders, spies[0].results, strict=True):
+        if type(order).__name__ == "Resized":
+            told[id] = order.batch
+        if id in told and type(result).__name__ == "Forwarded":
+            tokens, rows = int(result.features.mask.sum()), len(result.features.mask)
+            assert rows <= told[id].rows
+            assert tokens <= told[id].tokens or rows == 1
+    assert len(told) == len(UNEQUAL)
+    filled = waiting_shares(lab("filled", kinds=UNEQUAL), method, 3)
+    rows = waiting_shares(lab("rows", kinds=UNEQUAL), dataclasses.replace(method, fill_tokens=False), 3)
+    print(filled, rows)
+    assert np.mean(filled) < np.mean(rows)
 
 
 def test_a_rate_that_follows_the_batch_does_so_within_a_round(lab):
     method = dataclasses.replace(MergeSfl.toy(), steps=3, batch=32, lr_scaling="linear", bottom_weights="uniform")
+    method = dataclasses.replace(method, fill_tokens=False)
     spies = []
     lab("x").run(method, rounds=1, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
     orders = [order for _, order in spies[0].orders if type(order).__name__ == "Resized"]

@@ -8,6 +8,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import model_on, tiny
 from toy import Lab, Spy, bits, toy_task
 
@@ -18,7 +20,7 @@ from fedspine.lm.lora import b_name
 from fedspine.lm.tune import losses_of
 from fedspine.message import message, pack
 from fedspine.nets.net import Net
-from fedspine.split.batches import rows_at
+from fedspine.split.batches import Budget, drawn, rows_at, rows_from
 from fedspine.split.device import HELD, Begin, Cutting, Step, begin, ended
 from fedspine.split.halves import Features
 from fedspine.split.rounds import play
@@ -40,6 +42,56 @@ def text(rows=5, tokens=7, width=4, seed=0, spread=1.0):
     lengths = np.append(rng.integers(1, tokens, rows - 1), tokens)
     mask = torch.from_numpy(np.arange(tokens)[None] < lengths[:, None])
     return Features(values=values * mask[:, :, None], mask=mask)
+
+
+# --- batches ---
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60),
+    sizes=st.lists(
+        st.integers(1, 70) | st.builds(Budget, tokens=st.integers(1, 200), rows=st.integers(1, 40)), max_size=9
+    ),
+    seed=st.integers(0, 9),
+)
+def test_batches_of_rows_and_of_tokens_take_every_row_of_a_pass_once(lengths, sizes, seed):
+    """What was drawn and what is in line still are the passes so far, whatever the batches; tokens are never exceeded."""
+    lengths, used, taken, left = np.array(lengths), [], 0, np.empty(0, np.int64)
+    for size in sizes:
+        batch = drawn(lengths, size, seed, taken, left)
+        again = drawn(lengths, size, seed, taken, left)
+        assert batch.rows.tolist() == again.rows.tolist()
+        used, taken, left = used + batch.rows.tolist(), batch.taken, batch.left
+        if isinstance(size, int):
+            assert len(batch.rows) == min(size, len(lengths))
+        else:
+            assert 1 <= len(batch.rows) <= size.rows
+            assert lengths[batch.rows].sum() <= size.tokens or len(batch.rows) == 1
+    passes = [row for start in range(taken) for row in rows_from(len(lengths), 1, seed, start).tolist()]
+    assert sorted(used + left.tolist()) == sorted(passes)
+
+
+def test_batches_of_rows_are_the_passes_in_their_order():
+    taken, left, found = 0, (), []
+    for size in (3, 5, 2, 9):
+        batch = drawn(np.full(7, 4), size, 1, taken, left)
+        taken, left = batch.taken, batch.left
+        found.append(batch.rows.tolist())
+    starts = [0, 3, 8, 10]
+    sizes = [3, 5, 2, 7]
+    assert found == [rows_from(7, size, 1, start).tolist() for size, start in zip(sizes, starts, strict=True)]
+
+
+def test_a_batch_of_tokens_is_nearly_full():
+    """No row that is next in line would have fitted besides, and few tokens are left over."""
+    rng = np.random.default_rng(0)
+    lengths, taken, left, over = rng.integers(4, 20, 100), 0, (), []
+    for _ in range(30):
+        batch = drawn(lengths, Budget(tokens=60, rows=40), 0, taken, left)
+        taken, left = batch.taken, batch.left
+        over.append(60 - lengths[batch.rows].sum())
+        assert lengths[left[:8]].min() > over[-1]
+    assert np.mean(over) < 2
 
 
 # --- the wire ---

@@ -46,6 +46,7 @@ from fedspine.task import Task
 FULL_BATCHES = 10  # that the server takes in one iteration, where no budget is set
 POPULATION, GENERATIONS = 50, 80  # of the search that weighs waiting: the usual 20 and 20 leave a few devices that wait
 PROBE = 4  # of a round's first batches, by which its links become known, this part is enough
+SHORT = 2  # times as many rows as usual a batch of short texts may have
 PROBED = 8  # iterations of a round from which it is worth it
 PLANNING, SERVER = 601, 602  # purposes of random streams
 
@@ -91,11 +92,10 @@ class MergeSfl:
     keep: float = 0.8  # a: share of the old average when a device's pace is measured again
     merging: Literal["merged", "in-turn", "copies"] = "merged"  # without: a step per device, or averaged tops
     selection: Selection = "genetic"  # or "random"
-    weigh_waiting: bool = (
-        True  # of choices alike in labels the one that waits least; else labels alone, as in the paper
-    )
+    weigh_waiting: bool = True  # of choices alike in labels what waits least; else labels alone, as in the paper
     regulate: bool = True  # batches in proportion to pace; else equal ones
     regulate_within: bool = True  # and again within a round, to the pace it shows; else once before it, as in the paper
+    fill_tokens: bool = True  # then texts' batches are so many tokens, whatever the rows; else so many rows
     fine_tune: bool = True  # batches for the labels' sake
     rescale: bool = True  # gradients as of a device's own mean loss
     calibrate: float = 0.95  # share of what tells which labels a device holds that bottoms do not learn; 0 in the paper
@@ -135,13 +135,7 @@ class MergeSfl:
 
     def start(self, task: Task, rng: np.random.Generator) -> MergeSflState:
         first = first_state(self, task, rng)
-        return MergeSflState(
-            **vars(first),
-            mean=first.model,
-            classes=len(task.label_names),
-            labels={},
-            workers={},
-        )
+        return MergeSflState(**vars(first), mean=first.model, classes=len(task.label_names), labels={}, workers={})
 
     def round(self, state: MergeSflState, fleet: Fleet) -> MergeSflState:
         now = opened(self, state, fleet)
@@ -185,7 +179,7 @@ class MergeSfl:
 
     def _planned(self, state: MergeSflState, now: Opened, fleet: Fleet) -> Planned:
         """Which devices take part, and with how many rows in each iteration."""
-        room = rooms(fleet, now.halves, self.batch, state.longest)
+        room = rooms(fleet, now.halves, SHORT * self.batch, state.longest)
         able = [device for device in room if device in state.labels]
         if not able:
             raise AllLost(f"of {len(room)} devices with memory for a row none has said what labels it holds")
@@ -196,7 +190,7 @@ class MergeSfl:
         candidates = Candidates(
             cost=cost,
             labels=np.stack([state.labels[device] for device in able]),
-            most=np.array([room[device] for device in able]),
+            most=np.minimum([room[device] for device in able], self.batch),
             rounds=np.array([0 if worker is None else worker.rounds for worker in known]),
             fixed=state.fixed_seconds if self._within else None,
         )
@@ -211,6 +205,8 @@ class MergeSfl:
         waiting = {"waiting_planned": plan.waiting} if self.regulate else {}  # else no pace is known
         fleet.note(merged_kl=plan.divergence, merged_rows=plan.rows, **waiting)
         devices = [able[i] for i in plan.chosen]
+        # in the U-shape an exchange says too little of what a token takes
+        by_tokens = self.fill_tokens and state.longest > 1 and not self.labels_stay
         again = Regulating(
             devices=devices,
             labels=candidates.labels[plan.chosen],
@@ -220,6 +216,8 @@ class MergeSfl:
             tune=self.fine_tune,
             fixed=state.fixed_seconds,
             optimising=lambda rows: self._optimising(now, rows),
+            room=np.array([room[device] for device in devices]) if by_tokens else None,
+            token_bytes=limits.feature_bytes / state.longest,
         )
         rows = plan.batches
         if self._within and self.steps >= PROBED:

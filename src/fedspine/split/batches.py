@@ -1,8 +1,74 @@
-"""Which rows of a device make up its batches within a round."""
+"""Which rows of a device make up its batches within a round: so many, or as many as fill a number of tokens."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+
+from fedspine.message import message
+
+AHEAD = 16  # rows next in line among which the last ones of a batch of tokens are chosen
+OPEN = (
+    3.0  # rows of mean length that fit such a batch yet when the choice begins; before, rows come as they are in line
+)
+
+
+@message
+class Budget:
+    """Batches of as many rows as fill `tokens` nearly, one at least and `rows` at most. Ours."""
+
+    tokens: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A batch, and what fixes the next one."""
+
+    rows: np.ndarray  # int64 [rows]
+    taken: int  # rows of the passes, one after another, that were in line so far
+    left: np.ndarray  # int64 [rows]: those of them that are still in line, the first ones first
+
+
+def drawn(lengths: np.ndarray, batch: int | Budget, seed: int, taken: int = 0, left: Sequence[int] = ()) -> Drawn:
+    """The batch that comes next of rows with so many tokens each.
+
+    >>> first = drawn(np.full(5, 4), 3, seed=0)
+    >>> second = drawn(np.full(5, 4), Budget(tokens=9, rows=4), 0, first.taken, first.left)
+    >>> len(first.rows), sorted({*first.rows.tolist(), *second.rows.tolist()}), len(second.left)
+    (3, [0, 1, 2, 3, 4], 3)
+    """
+    there = len(lengths)
+    wanted = min(batch if isinstance(batch, int) else batch.rows + AHEAD, there)
+    fresh = max(0, wanted - len(left))
+    line = np.concatenate([np.asarray(left, np.int64), rows_from(there, fresh, seed, taken)])
+    if isinstance(batch, int):
+        return Drawn(rows=line[:wanted], taken=taken + fresh, left=line[wanted:])
+    places = filling(lengths[line], batch.tokens, batch.rows)
+    return Drawn(rows=line[places], taken=taken + fresh, left=np.delete(line, places))
+
+
+def filling(lengths: np.ndarray, tokens: int, most: int) -> list[int]:
+    """Places of the rows in line that together have no more than `tokens`, and nearly as many.
+
+    Rows come in their order as long as many fit, then the longest that fits of the `AHEAD` that are next. Where none fits
+    at all, the shortest of those: a row longer than `tokens` waits until only such rows are left there.
+
+    >>> filling(np.array([5, 9, 4, 7, 5, 3]), 20, 9), filling(np.array([9, 8]), 5, 9)
+    ([0, 1, 4], [1])
+    """
+    line, picked, open_ = list(range(len(lengths))), [], float(tokens)
+    plenty = OPEN * lengths.mean()
+    while len(picked) < most:
+        fit = [place for place in line[:AHEAD] if lengths[place] <= open_]
+        if not fit:
+            break
+        place = fit[0] if open_ > plenty else max(fit, key=lambda place: lengths[place])
+        picked.append(place)
+        line.remove(place)
+        open_ -= lengths[place]
+    return picked or [int(lengths[:AHEAD].argmin())]
 
 
 def rows_at(there: int, batch: int, seed: int, iteration: int) -> np.ndarray:
@@ -23,6 +89,8 @@ def rows_from(there: int, batch: int, seed: int, taken: int) -> np.ndarray:
     batch = min(batch, there)
     first, last = taken // there, (taken + batch - 1) // there
     start = taken - first * there
+    if not batch:
+        return np.empty(0, np.int64)
     return np.concatenate([_pass(there, seed, number) for number in range(first, last + 1)])[start : start + batch]
 
 

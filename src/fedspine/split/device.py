@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedspine.device import Device, on_device
 from fedspine.message import Tensors, message
-from fedspine.split.batches import rows_from
+from fedspine.split.batches import Budget, drawn
 from fedspine.split.halves import Features, Halves, Splittable
 from fedspine.split.trained import Optimising, Trained
 from fedspine.split.wire import Precision, Wired, gradient_wired, labels_wired, unwired, wired
@@ -65,10 +65,10 @@ class Step:
 
 @message
 class Resized:
-    """A step, and how many rows the batches after it have."""
+    """A step, and how many rows the batches after it have, or tokens."""
 
     step: Step
-    batch: int
+    batch: int | Budget
     optimising: Optimising | None = None  # from now on, where it changes with the batch
 
 
@@ -111,9 +111,12 @@ class Held:
     weights: Tensors
     moments: Tensors
     order: Begin  # without weights
+    batch: int | Budget  # of the batches that follow
     seed: int  # of the round's rows and of what is drawn
     iteration: int  # of the batch under way
-    taken: int = 0  # rows of the batches before it
+    rows: np.ndarray  # int64: that batch
+    taken: int  # with `left`, what fixes the next one, as `Drawn` says
+    left: np.ndarray
     ending: "Tensors | None" = None
     ending_moments: "Tensors | None" = None
 
@@ -144,12 +147,12 @@ def step(device: Device, order: Step) -> Forwarded:
 def resize(device: Device, order: Resized) -> Forwarded:
     live = resumed(device, None)
     _apply(device, live, order.step)
-    held, bottom = _next(live), live.bottom
+    held, bottom = replace(live.held, batch=order.batch), live.bottom
     optimising = order.optimising or held.order.optimising
     if order.optimising is not None:
         bottom = Trained(bottom.now(), optimising, live.halves.statistics, bottom.moments())
-    held = replace(held, order=replace(held.order, batch=order.batch, optimising=optimising))
-    return _forward(device, live.halves, held, bottom, None)
+    held = replace(held, order=replace(held.order, optimising=optimising))
+    return _forward(device, live.halves, _next(device, held), bottom, None)
 
 
 @on_device
@@ -185,12 +188,18 @@ def answer(device: Device, order: Answer) -> Answered:
 def begun(device: Device, order: Begin, local: Local | None = None) -> Forwarded:
     """Do what `begin` does; `local` must be the same function in all asks of a round."""
     halves = order.cutting.of(device.base)
+    seed = int(device.rng.integers(2**31))
+    first = drawn(device.data.lengths, order.batch, seed)
     held = Held(
         weights={},
         moments={},
         order=replace(order, weights={}, ending=None),
-        seed=int(device.rng.integers(2**31)),
+        batch=order.batch,
+        seed=seed,
         iteration=0,
+        rows=first.rows,
+        taken=first.taken,
+        left=first.left,
         ending=None if order.ending is None else single(order.ending),
     )
     bottom = Trained(single(order.weights), order.optimising, halves.statistics)
@@ -201,7 +210,7 @@ def stepped(device: Device, order: Step, local: Local | None = None) -> Forwarde
     """Do what `step` does."""
     live = resumed(device, local)
     _apply(device, live, order)
-    return _forward(device, live.halves, _next(live), live.bottom, local)
+    return _forward(device, live.halves, _next(device, live.held), live.bottom, local)
 
 
 def ended(device: Device, order: Step, local: Local | None = None) -> Ended:
@@ -240,8 +249,7 @@ def _forward(device: Device, halves: Halves, held: Held, bottom: Trained, local:
 
 
 def _live(device: Device, halves: Halves, held: Held, bottom: Trained, weights: Tensors, local: Local | None) -> Live:
-    rows = rows_from(len(device.data), held.order.batch, held.seed, held.taken)
-    inputs = device.data.batch(rows)
+    inputs = device.data.batch(held.rows)
     features = halves.bottom(weights, inputs, seed=_drawing(held))
     own = None if local is None else local(weights, features, inputs)
     return Live(halves, held, bottom, features, inputs["labels"], own)
@@ -263,9 +271,10 @@ def _apply(device: Device, live: Live, order: Step) -> None:
     )
 
 
-def _next(live: Live) -> Held:
-    """What is held of the next batch, whose rows follow those of the one under way."""
-    return replace(live.held, iteration=live.held.iteration + 1, taken=live.held.taken + len(live.features))
+def _next(device: Device, held: Held) -> Held:
+    """What is held of the batch after the one under way."""
+    following = drawn(device.data.lengths, held.batch, held.seed, held.taken, held.left)
+    return replace(held, iteration=held.iteration + 1, rows=following.rows, taken=following.taken, left=following.left)
 
 
 def _remember(device: Device, live: Live) -> None:

@@ -29,6 +29,11 @@ class Features:
     def __len__(self) -> int:
         return len(self.values)
 
+    @property
+    def tokens(self) -> int:
+        """Of all rows, without padding; 1 for each row of arrays."""
+        return len(self) if self.mask is None else int(self.mask.sum())
+
 
 @dataclass(frozen=True)
 class Losses:

@@ -35,6 +35,7 @@ class Progress:
     """What became of one device in a round."""
 
     rows: list[int] = field(default_factory=list)  # of each iteration
+    tokens: list[int] = field(default_factory=list)  # 1 for each row of arrays
     counted: int = 0  # labels over all iterations
     losses: list[float] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)  # of each exchange, the first with the weights among them
@@ -159,6 +160,7 @@ class Game:
     def _count(self, part: Part, outcome: Outcome) -> None:
         progress = self._progress[part.device]
         progress.rows.append(len(part.features))
+        progress.tokens.append(part.features.tokens)
         progress.counted += outcome.counted[part.device]
         progress.losses.append(outcome.losses[part.device])
 
