@@ -1,9 +1,9 @@
 """What a round of split learning costs beside the bare work in it: `python benchmarks/split.py --help`.
 
 Both do the same forward and backward passes of the same rows, with the same halves, on one thread: ours through the
-fleet, with messages, memories, the control and a save at the end; bare in a plain loop. The second backward pass of the
-top that `method.calibrate` needs is ours alone, so it counts as cost; 0 leaves it out. They take turns, round by round,
-so that whatever else the machine does meets both. The goal of a run of 80 devices for 40 steps is 1.3.
+fleet, with messages, memories, the control and a save at the end; bare in a plain loop. What `method.calibrate` adds to
+the top's backward pass is ours alone, so it counts as cost. They take turns, round by round, so that whatever else the
+machine does meets both. The goal of a run of 80 devices for 40 steps is 1.3.
 """
 
 import argparse

@@ -22,6 +22,9 @@ Tensors: TypeAlias = "dict[str, torch.Tensor]"  # by parameter name
 T = TypeVar("T")
 
 _REGISTRY: dict[str, type] = {}  # filled at import time only: the names that may be decoded
+_FIELDS: dict[type, tuple[str, ...]] = {}  # of every message
+_PLAIN = (bool, int, float, str)  # go into the JSON as they are, and so does None
+_JSON = json.JSONEncoder(separators=(",", ":"))  # one for all: making it takes as long as a small message
 
 
 class NotAMessage(ValueError):
@@ -43,6 +46,7 @@ def message(cls: type[T]) -> type[T]:
     if (known.__module__, known.__qualname__) != (made.__module__, made.__qualname__):
         raise TypeError(f"two messages are called {cls.__name__}: {known.__module__} and {made.__module__}")
     _REGISTRY[cls.__name__] = made
+    _FIELDS[made] = tuple(field.name for field in fields(made))
     return made
 
 
@@ -86,7 +90,7 @@ def pack(value: Any) -> Packed:
         )
         for name, tensor in tensors.items()
     }
-    return Packed(bytes(serialize(specs, metadata={"fedspine": json.dumps(tree, separators=(",", ":"))})))
+    return Packed(bytes(serialize(specs, metadata={"fedspine": _JSON.encode(tree)})))
 
 
 def unpack(packed: Packed | bytes) -> Any:
@@ -110,7 +114,7 @@ def unpack(packed: Packed | bytes) -> Any:
 
 
 def _encode(value: Any, keep: Callable[["torch.Tensor"], str], where: str) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, _PLAIN):
         return value
     if isinstance(value, np.integer | np.floating):
         return value.item()
@@ -126,7 +130,9 @@ def _encode(value: Any, keep: Callable[["torch.Tensor"], str], where: str) -> An
     if _REGISTRY.get(name) is type(value):
         return {
             "message": name,
-            "fields": {f.name: _encode(getattr(value, f.name), keep, f"{where}.{f.name}") for f in fields(value)},
+            "fields": {
+                field: _encode(getattr(value, field), keep, f"{where}.{field}") for field in _FIELDS[type(value)]
+            },
         }
     raise NotAMessage(f"{where}: {type(value).__name__} cannot cross the wire; use a @message, tensor, tuple or dict")
 
@@ -152,6 +158,8 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _decode(tree: Any, tensors: Tensors) -> Any:
+    if tree is None or isinstance(tree, _PLAIN):
+        return tree
     match tree:
         case {"tuple": items}:
             return tuple(_decode(item, tensors) for item in items)
@@ -163,9 +171,7 @@ def _decode(tree: Any, tensors: Tensors) -> Any:
             return _decode_array(tensors, name, rest).numpy()
         case {"message": name, "fields": values}:
             return _decode_message(name, values, tensors)
-        case dict() | list():
-            raise NotAMessage(f"unknown node {str(tree)[:60]!r}")
-    return tree
+    raise NotAMessage(f"unknown node {str(tree)[:60]!r}")
 
 
 def _decode_array(tensors: Tensors, name: str, rest: dict[str, Any]) -> "torch.Tensor":
@@ -189,7 +195,6 @@ def _decode_message(name: str, values: dict[str, Any], tensors: Tensors) -> Any:
     cls = _REGISTRY.get(name)
     if cls is None:
         raise NotAMessage(f"unknown message {name!r}")
-    expected = {f.name for f in fields(cls)}
-    if set(values) != expected:
-        raise NotAMessage(f"{name} has the fields {sorted(expected)}, but {sorted(values)} came")
+    if values.keys() != set(_FIELDS[cls]):
+        raise NotAMessage(f"{name} has the fields {sorted(_FIELDS[cls])}, but {sorted(values)} came")
     return cls(**{key: _decode(item, tensors) for key, item in values.items()})

@@ -39,6 +39,7 @@ class TextHalves:
         names = [(site.layer, name(site.path)) for site in base.anatomy.sites for name in (a_name, b_name)]
         self._factors = [name for _, name in names]
         self._below = frozenset(name for layer, name in names if layer < cut)
+        self.entry = frozenset(name for layer, name in names if layer == cut)
         anatomies = {"bottom": replace(base.anatomy, layers=cut), "top": replace(base.anatomy, layers=layers - cut)}
         self._halves: dict[str, Anatomy] = anatomies
         # an exchange asks for costs several times, always the same few

@@ -92,6 +92,11 @@ class Halves(Protocol):
         handed in, in place, where a seed is given."""
         ...
 
+    @property
+    def entry(self) -> frozenset[str]:
+        """Names of the top's weights that its first block trains; none where there is no block below the task head."""
+        ...
+
     def start(self, rng: np.random.Generator) -> tuple[Tensors, Tensors]:
         """The bottom's and the top's weights to start from: all that training changes."""
         ...

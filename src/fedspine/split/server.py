@@ -3,8 +3,8 @@
 Merged: one step on all of them (MergeSFL). Weighted: one step on the sum of the devices' own losses (LocFedMix-SL).
 In turn: one step per device on one top, in random order (SplitFed V2), or always the same (SplitLoRA).
 Copies: a top for each device, averaged after every iteration (AdaSFL) or at the round's end (SplitFed V1).
-With `shifts`, by device [classes], a device's gradient is that of its loss with them added to its rows' logits; the top
-learns from the plain loss all the same.
+With `shifts`, by device [classes], a device's gradient is that of its loss with them added to its rows' logits, and so is
+that of the top's first block; the rest of the top learns from the plain loss.
 A device whose loss is not finite is left out of the iteration, and says so in the outcome.
 """
 
@@ -95,7 +95,7 @@ class Merged:
             parts = [part for part in parts if part.device not in broken]
         if not parts:
             return outcome
-        gradient = _learnt(losses, values, self._top.leaves)
+        gradient = _learnt(self._halves, losses, values, self._top)
         self._top.step()
         labels = int(losses.counted.sum())
         gradients = parted(gradient, parts) if self._gradients else [None] * len(parts)
@@ -279,14 +279,16 @@ def _backward(loss: Tensor, leaves: Sequence[Tensor]) -> None:
         loss.backward()
 
 
-def _learnt(losses: Losses, values: Tensor, leaves: Sequence[Tensor]) -> Tensor | None:
-    """Give the top's `leaves` their gradients; the features' own is returned, None if it is not wanted."""
+def _learnt(halves: Halves, losses: Losses, values: Tensor, top: Trained) -> Tensor | None:
+    """Give the top's leaves their gradients; the features' own is returned, None if it is not wanted."""
     if losses.shifted is None:
-        _backward(losses.mean, [values, *leaves])
+        _backward(losses.mean, [values, *top.leaves])
         return values.grad
-    losses.mean.backward(inputs=list(leaves), retain_graph=True)
-    (gradient,) = torch.autograd.grad(losses.shifted.sum() / losses.counted.sum(), values)
-    return gradient
+    # the first block goes with the features: the plain gradient need not be carried down to it, as costly as a pass
+    entry = [top.weights[name] for name in halves.entry]
+    losses.mean.backward(inputs=[leaf for name, leaf in top.named() if name not in halves.entry], retain_graph=True)
+    (losses.shifted.sum() / losses.counted.sum()).backward(inputs=[values, *entry])
+    return values.grad
 
 
 def _by_part(losses: Losses, parts: Sequence[Part]) -> list[tuple[float, int]]:
@@ -308,7 +310,7 @@ def _alone(
         top.forget(before)
         outcome.left_out[part.device] = "loss is not finite"
         return
-    found = _learnt(losses, values, top.leaves)
+    found = _learnt(halves, losses, values, top)
     top.step()
     (gradient,) = parted(found, [part])
     _put(outcome, part, gradient, loss, counted)

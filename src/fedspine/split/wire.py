@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedspine.message import message
 from fedspine.split.halves import Features
+from fedspine.tensors import extremes
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "int8": 1}  # of one number
@@ -83,7 +84,7 @@ def _rounded(flat: Tensor, precision: Precision, mask: Tensor | None) -> Wired:
             return Wired(values=flat, scale=None, mask=mask)
         case "fp16":
             # a power of two, so that nothing but the rounding to fp16 is lost
-            exponent = math.frexp(_finite_or(float(flat.abs().max()), 1.0))[1]
+            exponent = math.frexp(_finite_or(max(map(abs, extremes(flat))), 1.0))[1]
             scale = 2.0 ** max(exponent - LARGEST_EXPONENT, -126)
             return Wired(values=(flat / scale).half(), scale=flat.new_full((1,), scale), mask=mask)
         case "int8":
