@@ -9,9 +9,7 @@ import numpy as np
 from fedspine.message import message
 
 AHEAD = 16  # rows next in line among which the last ones of a batch of tokens are chosen
-OPEN = (
-    3.0  # rows of mean length that fit such a batch yet when the choice begins; before, rows come as they are in line
-)
+FREELY = 3.0  # rows of mean length for which there is room yet, as long as rows come just as they are in line
 
 
 @message
@@ -58,16 +56,16 @@ def filling(lengths: np.ndarray, tokens: int, most: int) -> list[int]:
     >>> filling(np.array([5, 9, 4, 7, 5, 3]), 20, 9), filling(np.array([9, 8]), 5, 9)
     ([0, 1, 4], [1])
     """
-    line, picked, open_ = list(range(len(lengths))), [], float(tokens)
-    plenty = OPEN * lengths.mean()
+    line, picked, spare = list(range(len(lengths))), [], tokens
+    plenty = FREELY * lengths.mean()
     while len(picked) < most:
-        fit = [place for place in line[:AHEAD] if lengths[place] <= open_]
+        fit = [place for place in line[:AHEAD] if lengths[place] <= spare]
         if not fit:
             break
-        place = fit[0] if open_ > plenty else max(fit, key=lambda place: lengths[place])
+        place = fit[0] if spare > plenty else max(fit, key=lambda place: lengths[place])
         picked.append(place)
         line.remove(place)
-        open_ -= lengths[place]
+        spare -= lengths[place]
     return picked or [int(lengths[:AHEAD].argmin())]
 
 
