@@ -98,10 +98,13 @@ class NetHalves:
         parts = (self._bottom, self._top, self._middle, self._ending)
         self._names = {part: tuple(part.state_dict()) for part in parts}
         self.ends = frozenset(self._names[self._ending])  # the classifier, which draws nothing
-        self.entry = frozenset(_sequence(blocks[cut : cut + 1]).state_dict()) - self.ends - self.statistics
         row = torch.empty(1, *net.shape, device="meta")
         self._costs = {"bottom": _Cost(self._bottom, row, first=True)}
-        self._costs["top"] = _Cost(self._top, self._costs["bottom"].output, first=False)
+        features = self._costs["bottom"].output
+        self._costs["top"] = _Cost(self._top, features, first=False)
+        first = _sequence(blocks[cut : cut + 1])
+        makes_features = first.eval()(features).dim() > 2  # a convolution; what is flat already classifies
+        self.entry = frozenset(first.state_dict()) - self.statistics if makes_features else frozenset()
 
     def start(self, rng: np.random.Generator) -> tuple[Tensors, Tensors]:
         """Fresh weights of the bottom and the top; together the same wherever the cut is."""

@@ -94,7 +94,8 @@ class Halves(Protocol):
 
     @property
     def entry(self) -> frozenset[str]:
-        """Names of the top's weights that its first block trains; none where there is no block below the task head."""
+        """Names of the weights that the top's first block trains, if it still makes features: a transformer's block or
+        a convolution. None where the top only classifies."""
         ...
 
     def start(self, rng: np.random.Generator) -> tuple[Tensors, Tensors]:

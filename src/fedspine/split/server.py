@@ -4,7 +4,7 @@ Merged: one step on all of them (MergeSFL). Weighted: one step on the sum of the
 In turn: one step per device on one top, in random order (SplitFed V2), or always the same (SplitLoRA).
 Copies: a top for each device, averaged after every iteration (AdaSFL) or at the round's end (SplitFed V1).
 With `shifts`, by device [classes], a device's gradient is that of its loss with them added to its rows' logits, and so is
-that of the top's first block; the rest of the top learns from the plain loss.
+that of the top's first block, where it still makes features; the rest of the top learns from the plain loss.
 A device whose loss is not finite is left out of the iteration, and says so in the outcome.
 """
 
@@ -284,7 +284,7 @@ def _learnt(halves: Halves, losses: Losses, values: Tensor, top: Trained) -> Ten
     if losses.shifted is None:
         _backward(losses.mean, [values, *top.leaves])
         return values.grad
-    # the first block goes with the features: the plain gradient need not be carried down to it, as costly as a pass
+    # a first block that makes features goes with them: to carry the plain gradient down to it is as costly as a pass
     entry = [top.weights[name] for name in halves.entry]
     losses.mean.backward(inputs=[leaf for name, leaf in top.named() if name not in halves.entry], retain_graph=True)
     (losses.shifted.sum() / losses.counted.sum()).backward(inputs=[values, *entry])
