@@ -12,9 +12,11 @@ from fedspine.errors import BadInput
 from fedspine.message import pack, unpack
 from fedspine.nets.load import load
 from fedspine.nets.models import BatchNorm
-from fedspine.nets.net import Net
+from fedspine.nets.net import Net, NetModel
 from fedspine.nets.score import score_nets
 from fedspine.split.halves import Features
+from fedspine.split.server import Merged, Part
+from fedspine.split.trained import Optimising
 
 SMALL = {
     "cnn-h": (2, 16),
@@ -107,6 +109,31 @@ def test_a_cut_anywhere_computes_the_whole(name):
         by_parts = halves.ending(top, halves.middle(top, features, seed=7), batch["labels"], seed=7)
         assert torch.equal(by_parts.total, halves.top(top, features, batch["labels"], seed=7).total)
         assert halves.ends <= top.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"), [("cnn-h", "block3."), ("cnn-s", "block4."), ("alexnet-small", None), ("vgg-small", "block5.")]
+)
+def test_a_first_block_of_the_top_that_makes_features_learns_as_they_do(name, entry):
+    """With shifts, convolutions learn from the shifted loss and what is fully connected from the plain one."""
+    net = Net(name, SMALL[name], 3)
+    halves, batch = net.split(net.default_cut), batch_for(net)
+    assert (
+        halves.entry
+        == {n for n in halves.parts(net_model(net))[1] if entry and n.startswith(entry)} - halves.statistics
+    )
+    bottom, top = halves.start(rng())
+    part = Part(device="d", features=halves.bottom(bottom, batch, seed=5), labels=batch["labels"])
+    sgd = Optimising(kind="sgd", learning_rate=0.5)
+    plain, shifted = Merged(halves, top, sgd), Merged(halves, top, sgd, shifts={"d": torch.tensor([0.0, 2.0, -1.0])})
+    sent, calibrated = (server.step([part], 5).gradients["d"].values for server in (plain, shifted))
+    assert not torch.allclose(sent, calibrated)
+    before, after = plain.finish({"d": 1.0}), shifted.finish({"d": 1.0})
+    assert {n for n in top if not torch.equal(before[n], after[n])} == halves.entry
+
+
+def net_model(net):
+    return NetModel(net=net.name, weights=net.start(rng()))
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -100,10 +100,9 @@ class NetHalves:
         self.ends = frozenset(self._names[self._ending])  # the classifier, which draws nothing
         row = torch.empty(1, *net.shape, device="meta")
         self._costs = {"bottom": _Cost(self._bottom, row, first=True)}
-        features = self._costs["bottom"].output
-        self._costs["top"] = _Cost(self._top, features, first=False)
+        self._costs["top"] = _Cost(self._top, self._costs["bottom"].output, first=False)
         first = _sequence(blocks[cut : cut + 1])
-        makes_features = first.eval()(features).dim() > 2  # a convolution; what is flat already classifies
+        makes_features = any(isinstance(layer, nn.Conv1d | nn.Conv2d) for layer in first.modules())
         self.entry = frozenset(first.state_dict()) - self.statistics if makes_features else frozenset()
 
     def start(self, rng: np.random.Generator) -> tuple[Tensors, Tensors]:
