@@ -378,9 +378,8 @@ def test_texts_take_as_many_tokens_as_they_are_told_and_devices_wait_less(lab):
             assert rows <= told[id].rows
             assert tokens <= told[id].tokens or rows == 1
     assert len(told) == len(UNEQUAL)
-    filled = waiting_shares(lab("filled", kinds=UNEQUAL), method, 3)
-    rows = waiting_shares(lab("rows", kinds=UNEQUAL), dataclasses.replace(method, fill_tokens=False), 3)
-    print(filled, rows)
+    filled = waiting_shares(lab("filled", kinds=UNEQUAL), method, 2)
+    rows = waiting_shares(lab("rows", kinds=UNEQUAL), dataclasses.replace(method, fill_tokens=False), 2)
     assert np.mean(filled) < np.mean(rows)
 
 
