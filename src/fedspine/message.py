@@ -24,7 +24,7 @@ T = TypeVar("T")
 _REGISTRY: dict[str, type] = {}  # filled at import time only: the names that may be decoded
 _FIELDS: dict[type, tuple[str, ...]] = {}  # of every message
 _PLAIN = (bool, int, float, str)  # go into the JSON as they are, and so does None
-_JSON = json.JSONEncoder(separators=(",", ":"))  # one for all: making it takes as long as a small message
+_JSON = json.JSONEncoder(separators=(",", ":"))  # json.dumps would make one for each message
 
 
 class NotAMessage(ValueError):

@@ -85,10 +85,10 @@ def rows_from(there: int, batch: int, seed: int, taken: int) -> np.ndarray:
     [0, 1, 2, 3]
     """
     batch = min(batch, there)
-    first, last = taken // there, (taken + batch - 1) // there
-    start = taken - first * there
     if not batch:
         return np.empty(0, np.int64)
+    first, last = taken // there, (taken + batch - 1) // there
+    start = taken - first * there
     return np.concatenate([_pass(there, seed, number) for number in range(first, last + 1)])[start : start + batch]
 
 

@@ -49,7 +49,7 @@ class Begin:
 
     weights: Tensors  # of the bottom: fp32 with features in fp32, else fp16
     cutting: Cutting
-    batch: int
+    batch: int | Budget
     optimising: Optimising
     precision: str  # of features and gradients
     ending: "Tensors | None" = None  # U-shape: the last part of the top, which stays here with the labels
@@ -111,7 +111,6 @@ class Held:
     weights: Tensors
     moments: Tensors
     order: Begin  # without weights
-    batch: int | Budget  # of the batches that follow
     seed: int  # of the round's rows and of what is drawn
     iteration: int  # of the batch under way
     rows: np.ndarray  # int64: that batch
@@ -147,11 +146,11 @@ def step(device: Device, order: Step) -> Forwarded:
 def resize(device: Device, order: Resized) -> Forwarded:
     live = resumed(device, None)
     _apply(device, live, order.step)
-    held, bottom = replace(live.held, batch=order.batch), live.bottom
+    held, bottom = live.held, live.bottom
     optimising = order.optimising or held.order.optimising
     if order.optimising is not None:
         bottom = Trained(bottom.now(), optimising, live.halves.statistics, bottom.moments())
-    held = replace(held, order=replace(held.order, optimising=optimising))
+    held = replace(held, order=replace(held.order, batch=order.batch, optimising=optimising))
     return _forward(device, live.halves, _next(device, held), bottom, None)
 
 
@@ -194,7 +193,6 @@ def begun(device: Device, order: Begin, local: Local | None = None) -> Forwarded
         weights={},
         moments={},
         order=replace(order, weights={}, ending=None),
-        batch=order.batch,
         seed=seed,
         iteration=0,
         rows=first.rows,
@@ -273,7 +271,7 @@ def _apply(device: Device, live: Live, order: Step) -> None:
 
 def _next(device: Device, held: Held) -> Held:
     """What is held of the batch after the one under way."""
-    following = drawn(device.data.lengths, held.batch, held.seed, held.taken, held.left)
+    following = drawn(device.data.lengths, held.order.batch, held.seed, held.taken, held.left)
     return replace(held, iteration=held.iteration + 1, rows=following.rows, taken=following.taken, left=following.left)
 
 

@@ -286,7 +286,8 @@ def _learnt(halves: Halves, losses: Losses, values: Tensor, top: Trained) -> Ten
         return values.grad
     # a first block that makes features goes with them: to carry the plain gradient down to it is as costly as a pass
     entry = [top.weights[name] for name in halves.entry]
-    losses.mean.backward(inputs=[leaf for name, leaf in top.named() if name not in halves.entry], retain_graph=True)
+    above = [leaf for name, leaf in top.weights.items() if leaf.requires_grad and name not in halves.entry]
+    losses.mean.backward(inputs=above, retain_graph=True)
     (losses.shifted.sum() / losses.counted.sum()).backward(inputs=[values, *entry])
     return values.grad
 

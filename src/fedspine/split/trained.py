@@ -1,6 +1,5 @@
 """Half of a model under training: its weights, and an optimiser whose state can be sent, kept and taken up again."""
 
-from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
 import torch
@@ -57,10 +56,6 @@ class Trained:
     def leaves(self) -> list[Tensor]:
         """What is trained."""
         return list(self._leaves.values())
-
-    def named(self) -> Iterable[tuple[str, Tensor]]:
-        """What is trained, by name."""
-        return self._leaves.items()
 
     def step(self) -> None:
         """One optimiser step with the gradients that have come; they are forgotten."""
