@@ -295,6 +295,27 @@ def test_a_round_adds_up(lab):
     assert row["bytes_down"] == sum(reply.cost.bytes_down for reply in replies)
 
 
+def test_devices_that_are_sent_orders_wait_until_the_next_one_or_the_rounds_end(lab):
+    bench = lab()
+    totals = bench.fleet.begin_round(0)
+    fleet = bench.fleet.only(["tx2-00", "agx-04"])
+    fleet.send(do, everyone(fleet))
+    fast, slow = fleet.next(), fleet.next()
+    assert (fast.device, slow.device) == ("agx-04", "tx2-00")
+    bench.fleet.wait(2.0)
+    (again,) = fleet.ask(do, {"tx2-00": Job()})  # the other one waits for it, as for all that comes after
+    bench.fleet.wait(3.0)
+    fleet.send(do, {"agx-04": Job()})
+    ended = bench.fleet.now  # before what was sent last arrives: nobody knows of its end
+    bench.fleet.end_round(0.0)
+    of_fast = ended - fast.cost.seconds
+    of_slow = ended - slow.cost.seconds - again.cost.seconds
+    assert totals.waiting_seconds == pytest.approx((of_fast + of_slow) / 2)
+    later = bench.fleet.begin_round(1)
+    bench.fleet.end_round(0.0)
+    assert later.waiting_seconds == 0
+
+
 def test_data_must_be_there_for_every_device():
     with pytest.raises(BadInput, match="2 devices were expected to hold data, 1 do"):
         profiles(["nx", "nx"], [3])

@@ -16,6 +16,7 @@ from fedspine.methods.looking import calibrating
 from fedspine.methods.mergesfl import MergeSfl
 from fedspine.planning.within import SHORTER
 from fedspine.split.batches import drawn, rows_at
+from fedspine.split.device import Ended, Forwarded
 
 # plain SGD on what is sent unrounded, so that the split can be compared with no split
 PLAIN = MergeSfl(
@@ -282,21 +283,26 @@ def resized(bench, method, rounds=1):
     """The state after some rounds, and each device's batches by iteration of the last one."""
     spies = []
     state = bench.run(method, rounds=rounds, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    return state, sizes_of(spies[-1].orders)
+
+
+def sizes_of(orders):
+    """Each device's batches by iteration, as it was told in a round."""
     batches = {}
-    for id, order in spies[-1].orders:
+    for id, order in orders:
         match type(order).__name__:
             case "Begin" | "Resized":
                 batches.setdefault(id, []).append(order.batch)
             case "Step":
                 batches[id].append(batches[id][-1])
-    return state, {id: own[: method.steps] for id, own in batches.items()}
+    return {id: own[:-1] for id, own in batches.items()}  # the last step ends the round
 
 
 @pytest.mark.parametrize(("steps", "within", "first"), [(8, True, 4), (7, True, 16), (8, False, 16)])
 def test_a_long_round_begins_with_a_part_of_its_batches(lab, steps, within, first):
     """By them the round's links become known, for which few rows do; the next batches are whole ones."""
     method = dataclasses.replace(
-        MergeSfl.toy(), steps=steps, regulate_within=within, budget_rows=1000, fill_tokens=False
+        MergeSfl.toy(), steps=steps, regulate_within=within, budget_rows=1000, fill_tokens=False, join_late=False
     )
     _, batches = resized(lab(), method)
     assert {own[0] for own in batches.values()} == {first}
@@ -315,28 +321,111 @@ def test_batches_that_change_still_make_the_merged_steps(lab, labels_stay, fill_
     batches = {id: [len(batch["labels"]) for batch in own] for id, own in inputs.items()}
     assert len({rows for own in batches.values() for rows in own}) > 3
     assert any(len(set(own)) > 1 for own in batches.values())
+    expected = by_hand(halves, start, inputs, dict.fromkeys(batches, 0), steps=3, labels_stay=labels_stay)
+    assert_same_step(state.model, expected, start, off=6e-5)  # of three steps
+
+
+class Watch(Spy):
+    """Knows after how many iterations each device's first features were merged."""
+
+    def __init__(self, fleet):
+        super().__init__(fleet)
+        self.iterations, self.joined, self.early = 0, {}, set()
+
+    def ask(self, work, orders, **limits):
+        self._hear(work, orders)
+        return super().ask(work, orders, **limits)
+
+    def send(self, work, orders):
+        self._hear(work, orders)
+        if work.__name__ == "end" and self.iterations < 7:
+            self.early |= set(orders)
+        super().send(work, orders)
+
+    def _hear(self, work, orders):
+        if work.__name__ in ("step", "resize", "end"):
+            for id in orders:
+                self.joined.setdefault(id, self.iterations)
+        self.iterations += work.__name__ in ("step", "resize")
+
+
+def test_devices_that_join_late_and_leave_early_still_make_the_merged_steps(lab):
+    """By hand, as above, with the devices that are in it in each iteration."""
+    bench = lab("x", kinds=UNEQUAL)
+    method = dataclasses.replace(PLAIN, steps=8, batch=32, learning_rate=0.1, budget_rows=400)
+    watches = []
+    state = bench.run(method, rounds=1, around=lambda fleet: watches.append(Watch(fleet)) or watches[-1])
+    (watch,) = watches
+    assert len(set(watch.joined.values())) > 1
+    assert watch.early
+    sizes = sizes_of(watch.orders)
+    inputs = {id: batches_of(bench, id, own, asks=1) for id, own in sizes.items()}
+    expected = by_hand(
+        bench.task.base.split(1, rank=4),
+        started(method, bench),
+        inputs,
+        watch.joined,
+        steps=8,
+        rate=method.learning_rate,
+    )
+    assert_same_step(state.model, expected, started(method, bench), off=1.6e-4)  # of eight steps
+    assert {len(own) for own in inputs.values()} == {len(own) for own in sizes.values()} != {8}
+
+
+def test_devices_wait_less_where_slow_links_join_late(lab):
+    method = dataclasses.replace(MergeSfl.toy(), steps=16, batch=12, precision="fp32", rank=32)
+    late = waiting_shares(lab("late", kinds=UNEQUAL), method, 2)
+    together = waiting_shares(lab("together", kinds=UNEQUAL), dataclasses.replace(method, join_late=False), 2)
+    assert np.mean(late) < np.mean(together)
+
+
+@pytest.mark.parametrize("lost", ["begin", "step", "end"])
+def test_a_device_that_is_lost_while_the_others_go_on_is_not_waited_for(lab, lost):
+    """Its orders and replies are heard of no more, and the bottoms of the others count."""
+    bench = lab("x", kinds=UNEQUAL)
+    method = dataclasses.replace(PLAIN, steps=8, batch=32, learning_rate=0.1, budget_rows=400)
+    watches = []
+    bench.run(method, rounds=1, around=lambda fleet: watches.append(Watch(fleet)) or watches[-1])
+    first, *_, last = sorted(watches[0].joined, key=watches[0].joined.get)
+    gone = {"begin": last, "step": first, "end": min(watches[0].early)}[lost]
+
+    class Losing(Watch):
+        def next(self):
+            reply = super().next()
+            came = [value for id, value in self.results if id == gone]
+            first = sum(isinstance(value, Forwarded) for value in came) == 1
+            kept = {"begin": Forwarded, "end": Ended, "step": Forwarded}[lost]
+            lose = reply.device == gone and isinstance(reply.value, kept) and first == (lost == "begin")
+            return self.next() if lose else reply
+
+    spies = []
+    state = lab("y", kinds=UNEQUAL).run(method, rounds=1, around=lambda fleet: spies.append(Losing(fleet)) or spies[-1])
+    assert set(state.workers) == set(watches[0].joined) - {gone}
+    assert state.round == 1
+
+
+def by_hand(halves, start, inputs, joined, steps, labels_stay=False, rate=0.3):
+    """The model after so many merged steps of these devices' batches, each from the iteration on in which it joined."""
     bottom, top = (leaves(part) for part in halves.parts(start))
-    ends = {id: leaves({name: top[name] for name in halves.ends}) for id in batches} if labels_stay else {}
-    bottoms = {id: leaves(bottom) for id in batches}
-    for step in range(3):
-        total = dict.fromkeys(batches, 0)
-        rows = {id: own[step] for id, own in batches.items()}
-        for id, own in bottoms.items():
-            batch = inputs[id][step]
-            features = halves.bottom(own, batch, seed=None)
+    ends = {id: leaves({name: top[name] for name in halves.ends}) for id in inputs} if labels_stay else {}
+    bottoms = {id: leaves(bottom) for id in inputs}
+    for step in range(steps):
+        batches = {id: own[step - joined[id]] for id, own in inputs.items() if 0 <= step - joined[id] < len(own)}
+        rows, total = {id: len(batch["labels"]) for id, batch in batches.items()}, {}
+        for id, batch in batches.items():
+            features = halves.bottom(bottoms[id], batch, seed=None)
             total[id] = halves.top(top | ends.get(id, {}), features, batch["labels"], seed=None).total.sum()
         (sum(total.values()) / sum(rows.values())).backward()
         scales = [(top, 1.0)]
-        scales += [(own[id], sum(rows.values()) / rows[id]) for own in (bottoms, ends) for id in own]
-        descend(scales)
-    counts = {id: sum(own) for id, own in batches.items()}
+        scales += [(own[id], sum(rows.values()) / rows[id]) for own in (bottoms, ends) for id in rows if own]
+        descend(scales, rate)
+    counts = {id: sum(len(batch["labels"]) for batch in own) for id, own in inputs.items()}
     mean = lambda each: {  # noqa: E731
         name: sum(counts[id] * own[name] for id, own in each.items()) / sum(counts.values())
         for name in next(iter(each.values()))
     }
     expected = mean(bottoms) | {name: leaf for name, leaf in top.items() if not ends or name not in halves.ends}
-    expected |= mean(ends) if ends else {}
-    assert_same_step(state.model, expected, start, off=6e-5)  # of three steps
+    return expected | (mean(ends) if ends else {})
 
 
 def leaves(weights):
@@ -366,7 +455,7 @@ def batches_of(bench, id, sizes, asks):
 
 def test_texts_take_as_many_tokens_as_they_are_told_and_devices_wait_less(lab):
     """Few rows of unequal length take now more time, now less; filled to a number of tokens they take the same."""
-    method = dataclasses.replace(MergeSfl.toy(), steps=16, batch=12, precision="fp32")
+    method = dataclasses.replace(MergeSfl.toy(), steps=16, batch=12, precision="fp32", join_late=False)
     spies = []
     lab("spied", kinds=UNEQUAL).run(method, rounds=1, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
     told = {}

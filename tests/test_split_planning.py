@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from fedspine.errors import BadInput
 from fedspine.message import pack, unpack
@@ -14,7 +15,7 @@ from fedspine.planning.genetic import Search, any_workers, fitness, founders, se
 from fedspine.planning.labels import distribution, divergence, merged, reference
 from fedspine.planning.regulate import regulate, rows_that_fit, scaled_up
 from fedspine.planning.split_plan import Candidates, Goal, SplitControl, SplitLimits, plan_split, tuned
-from fedspine.planning.within import PART, SHORTER, fitted, levelled
+from fedspine.planning.within import PART, SHORTER, early, fitted, levelled
 from fedspine.planning.workers import WorkerState, costs, observed, priorities, took_part
 
 ROUNDING = 1e-9
@@ -214,6 +215,30 @@ def test_levelling_trades_a_little_length_for_waiting():
 def test_where_one_row_takes_longest_the_others_use_the_time():
     assert levelled(np.array([1.0, 20.0]), 0.0, 8, np.array([8, 8]), 100).tolist() == [8, 1]
     assert levelled(np.array([1.0, 2.0, 20.0]), 0.0, 8, np.array([8, 8, 8]), 100).tolist() == [8, 8, 1]
+
+
+@given(
+    ends=arrays(float, st.integers(1, 30), elements=st.floats(0.01, 100.0)),
+    step=st.floats(0.01, 10.0),
+    enough=st.sampled_from([0.25, 0.5, 1.0]),
+)
+def test_workers_leave_so_early_that_all_are_done_at_the_same_time(ends, step, enough):
+    before = early(ends, step, enough)
+    last = before == 0
+    assert last.sum() >= enough * len(ends)
+    end = ends[last].max()
+    done = ends - before * step
+    assert (done <= end + step * ROUNDING).all()
+    # none goes a whole step too early
+    assert (done[~last] > end - step * (1 + ROUNDING)).all()
+    assert (
+        end + np.mean(end - done) <= ends.max() + np.mean(ends.max() - ends) + ROUNDING
+    )  # never worse than all at once
+
+
+def test_nobody_leaves_early_where_a_step_is_longer_than_what_links_differ_by():
+    assert early(np.array([1.0, 1.3, 1.1]), 10.0, 0.5).tolist() == [0, 0, 0]
+    assert early(np.array([1.0]), 0.1, 0.5).tolist() == [0]
 
 
 # labels

@@ -136,6 +136,19 @@ class Spy:
         self.clock.append(self._fleet.now)
         return [changed for reply in replies if (changed := self._reply(reply)) is not None]
 
+    def send(self, work, orders):
+        sent = {id: self._order(id, order) for id, order in orders.items()}
+        self.orders += list(sent.items())
+        self._fleet.send(work, sent)
+
+    def next(self):
+        while True:
+            reply = self._fleet.next()
+            self.results.append((reply.device, reply.value))
+            self.clock.append(self._fleet.now)
+            if (changed := self._reply(reply)) is not None:
+                return changed
+
     def note(self, **values):
         self.clock.append(self._fleet.now)
         self._fleet.note(**values)

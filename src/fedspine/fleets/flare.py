@@ -17,7 +17,7 @@ from fedspine.device import DeviceId, O, R, Work, find_work, name_of
 from fedspine.fleet import AllLost, Cost, Fleet, Idle, Profile, Reply, T
 from fedspine.fleets.members import Came, Deadline, FlareSnapshot, Member, Pending, RelayLost, Sent, SiteStanding
 from fedspine.fleets.party import Party
-from fedspine.fleets.rounds import Totals
+from fedspine.fleets.rounds import Totals, Waits
 from fedspine.fleets.wire import Opened
 
 OPEN_SECONDS = 600.0  # for a site to load model and rows
@@ -55,6 +55,8 @@ class FlareFleet:
             party.totals.waiting_seconds += float(np.mean(max(seconds) - np.array(seconds))) if seconds else 0.0
         for id, one in came.items():
             party.record(work.__name__, id, started, one)
+            if id in party.waits.since:
+                party.waits.busy(id, started, self.now)
         replies = [Reply(device=id, value=one.value, cost=one.cost) for id, one in came.items() if one.missing is None]
         self._check_quorum(came.values())
         return replies
@@ -66,7 +68,7 @@ class FlareFleet:
             order = orders[id]
             entry = Pending(id, work, order, self.now, party.dispatch(id, work, order, inf))
             party.pending.append(entry)
-            party.sent.append(entry)
+            party.sent[id] = entry
 
     def next(self) -> Reply[Any]:
         party = self._party
@@ -76,9 +78,10 @@ class FlareFleet:
             party.pending.remove(entry)
             came = entry.came.result()
             party.record(entry.work.__name__, entry.device, entry.started, came)
+            party.waits.busy(entry.device, entry.started, entry.started + came.cost.seconds)
             if came.missing is None:
                 return Reply(device=entry.device, value=came.value, cost=came.cost)
-        self._check_quorum([entry.came.result() for entry in self._heard(party.sent)])
+        self._check_quorum([entry.came.result() for entry in self._heard(party.sent.values())])
         raise Idle("no reply is under way; send an order first")
 
     def only(self, ids: Iterable[DeviceId]) -> "FlareFleet":
@@ -104,12 +107,13 @@ class FlareFleet:
     def begin_round(self, round: int) -> Totals:
         party = self._party
         party.round = party.records.round = round
-        party.totals, party.sent = Totals(), []
+        party.totals, party.sent, party.waits = Totals(), {}, Waits()
         self._gather()
         return party.totals
 
     def end_round(self, wall_seconds: float) -> None:
         totals = self._party.totals
+        totals.waiting_seconds += self._party.waits.mean(self.now)
         self._party.records.write(
             "round",
             now=self.now,

@@ -19,7 +19,7 @@ from fedspine.device import DeviceId, Work, name_of
 from fedspine.fleet import Cost
 from fedspine.fleets.fitting import misfit
 from fedspine.fleets.members import Came, Deadline, Link, Member, Patience, Pending, RelayLost
-from fedspine.fleets.rounds import Totals
+from fedspine.fleets.rounds import Totals, Waits
 from fedspine.fleets.terms import Terms
 from fedspine.fleets.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder, as_array, decoded
 from fedspine.message import NotAMessage, pack
@@ -44,7 +44,10 @@ class Party:
     records: Records | None = None  # of the run, which begins after its sites were asked to take part
     members: dict[DeviceId, Member] = field(default_factory=dict)
     pending: list[Pending] = field(default_factory=list)
-    sent: list[Pending] = field(default_factory=list)  # of them those of this round, replied or not
+    sent: dict[DeviceId, Pending] = field(
+        default_factory=dict
+    )  # the last one of each device in this round, replied or not
+    waits: Waits = field(default_factory=Waits)  # of this round
     round: int = 0
     totals: Totals = field(default_factory=Totals)
     lost_relay: str | None = None  # the last one

@@ -1,7 +1,7 @@
 """What the run loop needs of a fleet besides asking: rounds, and going on after a resume."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedspine.device import DeviceId
@@ -25,6 +25,24 @@ class Totals:
         for name in ("exchanges", "lost", "samples", "waiting_seconds", "bytes_up", "bytes_down"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.peak_memory_bytes = max(self.peak_memory_bytes, other.peak_memory_bytes)
+
+
+@dataclass
+class Waits:
+    """How long devices have nothing to do in a round, of those to which orders are sent; `ask` knows its own at once."""
+
+    since: dict[DeviceId, float] = field(default_factory=dict)  # the end of each one's last exchange
+    seconds: float = 0.0  # of all devices
+
+    def busy(self, device: DeviceId, start: float, end: float) -> None:
+        """A device has an exchange from here to there."""
+        self.seconds += max(0.0, start - self.since.get(device, start))
+        self.since[device] = end
+
+    def mean(self, now: float) -> float:
+        """Seconds of the mean device until now, the round's end; one whose reply is late waits for nobody."""
+        waiting = self.seconds + sum(max(0.0, now - since) for since in self.since.values())
+        return waiting / max(1, len(self.since))
 
 
 class RoundFleet(Fleet, Protocol):

@@ -15,7 +15,7 @@ from fedspine.device import Call, DeviceId, O, R, Served, Work, name_of
 from fedspine.errors import BadInput
 from fedspine.fleet import Cost, Fleet, Idle, Profile, Reply, T
 from fedspine.fleets.hardware import KINDS, Hardware, Timing, device_ids
-from fedspine.fleets.rounds import Totals
+from fedspine.fleets.rounds import Totals, Waits
 from fedspine.fleets.workers import Workers
 from fedspine.message import message, pack, unpack
 from fedspine.records import Records
@@ -65,7 +65,7 @@ class World:
     pending: list[tuple[float, int, DeviceId, bytes, Cost]] = field(default_factory=list)
     sent: int = 0
     totals: Totals = field(default_factory=Totals)
-    arrivals: list[float] = field(default_factory=list)  # of the replies that were sent for in this round
+    waits: Waits = field(default_factory=Waits)  # of the devices to which orders were sent in this round
 
     def __post_init__(self) -> None:
         self.index = {profile.id: i for i, profile in enumerate(self.profiles)}
@@ -201,6 +201,8 @@ class SimulatedFleet:
         if seconds:
             self._clock.now += max(seconds)
             self._world.totals.waiting_seconds += float(np.mean(max(seconds) - np.array(seconds)))
+        for device in self._world.waits.since.keys() & orders.keys():
+            self._world.waits.busy(device, started, self.now)
         return replies
 
     def send(self, work: Work[O, R], orders: Mapping[DeviceId, O]) -> None:
@@ -208,8 +210,8 @@ class SimulatedFleet:
         world = self._world
         for device, served, cost in world.exchange(work, orders):
             world.record(work, device, self.now, cost, served.samples, False)
+            world.waits.busy(device, self.now, self.now + cost.seconds)
             world.pending.append((self.now + cost.seconds, world.sent, device, served.result, cost))
-            world.arrivals.append(self.now + cost.seconds)
             world.sent += 1
 
     def next(self) -> Reply[Any]:
@@ -258,14 +260,13 @@ class SimulatedFleet:
     def begin_round(self, round: int) -> Totals:
         """Move the truth (modes, links) on to `round`; returns the totals that this round will fill."""
         self._world.round = self._world.records.round = round
-        self._world.totals, self._world.before, self._world.arrivals = Totals(), dict(self._world.asks), []
+        self._world.totals, self._world.before, self._world.waits = Totals(), dict(self._world.asks), Waits()
         return self._world.totals
 
     def end_round(self, wall_seconds: float) -> None:
         """Write the round's totals down."""
         totals = self._world.totals
-        if arrivals := self._world.arrivals:  # whoever replied waits for the round's end, whoever is late does not
-            totals.waiting_seconds += float(np.mean(np.maximum(self.now - np.array(arrivals), 0.0)))
+        totals.waiting_seconds += self._world.waits.mean(self.now)
         self._world.records.write(
             "round",
             now=self.now,

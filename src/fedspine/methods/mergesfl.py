@@ -17,7 +17,7 @@ from fedspine.fleet import AllLost, Fleet
 from fedspine.message import message
 from fedspine.method import method
 from fedspine.methods.looking import Look, calibrating, look
-from fedspine.methods.regulating import Regulating, paces
+from fedspine.methods.regulating import Planned, Regulating, paces
 from fedspine.methods.splitting import (
     MODEL_CUT,
     Opened,
@@ -37,7 +37,7 @@ from fedspine.planning.workers import WorkerState, costs
 from fedspine.split.body import MergedBody, play_around
 from fedspine.split.device import Begin
 from fedspine.split.halves import Halves
-from fedspine.split.rounds import Played, Resizing, play
+from fedspine.split.rounds import Played, play
 from fedspine.split.server import Copies, InTurn, Merged, ServerStep, Shifts
 from fedspine.split.trained import Optimising
 from fedspine.split.wire import Precision, row_bytes
@@ -65,14 +65,6 @@ class MergeSflState:
     fixed_seconds: float = 0.0  # of an exchange beside its rows', as the last round showed it
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A round's batches, and how they are planned again within it, if they are."""
-
-    batches: Mapping[DeviceId, int]
-    again: Resizing | None
-
-
 @method("mergesfl")
 @dataclass(frozen=True)
 class MergeSfl:
@@ -96,6 +88,7 @@ class MergeSfl:
     regulate: bool = True  # batches in proportion to pace; else equal ones
     regulate_within: bool = True  # and again within a round, to the pace it shows; else once before it, as in the paper
     fill_tokens: bool = True  # then texts' batches are so many tokens, whatever the rows; else so many rows
+    join_late: bool = True  # and devices with slow links begin later and end earlier; else all at once, as in the paper
     fine_tune: bool = True  # batches for the labels' sake
     rescale: bool = True  # gradients as of a device's own mean loss
     calibrate: float = 0.95  # share of what tells which labels a device holds that bottoms do not learn; 0 in the paper
@@ -185,8 +178,8 @@ class MergeSfl:
             raise AllLost(f"of {len(room)} devices with memory for a row none has said what labels it holds")
         known = [state.workers.get(device) for device in able]
         cost = costs(known)
-        # everybody waits for one that is slower than thought, nobody for one that is faster
-        cost[[worker is None for worker in known]] = cost.max()
+        if not self._within:  # everybody waits for one that is slower than thought, nobody for one that is faster
+            cost[[worker is None for worker in known]] = cost.max()
         candidates = Candidates(
             cost=cost,
             labels=np.stack([state.labels[device] for device in able]),
@@ -196,9 +189,9 @@ class MergeSfl:
         )
         limits = self._limits(now.halves, state.longest)
         control = SplitControl(select=self.selection, regulate=self.regulate, tune=self.fine_tune)
+        weights = sum(tensor.nbytes for tensor in now.begin(1).weights.values())
         if self.regulate and self.weigh_waiting:
             # a row sends features up and their gradient down, as a round sends a bottom down and up
-            weights = sum(tensor.nbytes for tensor in now.begin(1).weights.values())
             candidates = replace(candidates, weights=cost * (weights / limits.feature_bytes / self.steps))
             control = replace(control, population=POPULATION, generations=GENERATIONS)
         plan = plan_split(candidates, limits, np.random.default_rng([now.seed, PLANNING]), control)
@@ -215,6 +208,9 @@ class MergeSfl:
             limits=limits,
             tune=self.fine_tune,
             fixed=state.fixed_seconds,
+            steps=self.steps,
+            weight_bytes=weights,
+            late=self.join_late and self.steps >= PROBED,
             optimising=lambda rows: self._optimising(now, rows),
             room=np.array([room[device] for device in devices]) if by_tokens else None,
             token_bytes=limits.feature_bytes / state.longest,
@@ -262,17 +258,17 @@ class MergeSfl:
         return replace(now.optimising, learning_rate=now.optimising.learning_rate * share)
 
     def _played(
-        self, now: Opened, fleet: Fleet, orders: Mapping[DeviceId, Begin], again: Resizing | None, shifts: Shifts
+        self, now: Opened, fleet: Fleet, orders: Mapping[DeviceId, Begin], again: Regulating | None, shifts: Shifts
     ) -> tuple[Played, Any]:
         """The round, and the top that came of it."""
         if self.labels_stay:
             return self._played_around(now, fleet, orders, again)
         server = self._server(now, shifts)
-        played = play(fleet, orders, self.steps, server, now.seed, resizing=again)
+        played = play(fleet, orders, self.steps, server, now.seed, resizing=again, loosely=again and again.loosely)
         return played, server.finish(self._weights(played))
 
     def _played_around(
-        self, now: Opened, fleet: Fleet, orders: Mapping[DeviceId, Begin], again: Resizing | None
+        self, now: Opened, fleet: Fleet, orders: Mapping[DeviceId, Begin], again: Regulating | None
     ) -> tuple[Played, Any]:
         """The U-shape: the server trains the middle, each device its own copy of the end."""
         ending = {name: tensor for name, tensor in now.top.items() if name in now.halves.ends}

@@ -1,12 +1,13 @@
 """MergeSFL's batches regulated again within a round, from the times that the round's own exchanges took. Ours.
 
 A device's link and pace differ from those of the rounds before, by which a round is planned. After 1, 2, 4, 8 and so on
-iterations all that were heard so far say how long the next ones will take; `planning/within.py` has the arithmetic.
+iterations, and when a device joins late, all that were heard so far say how long the next ones will take, and when a device
+has to leave to be done with the others; `planning/within.py` has the arithmetic.
 Texts are of unequal length, so a few rows take now more, now less; their batches are then as many tokens as there is time
 for, not as many rows.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +16,14 @@ from jaxtyping import Float, Int
 from fedspine.device import DeviceId
 from fedspine.fleet import Cost
 from fedspine.planning.split_plan import Goal, SplitLimits, planned_again
-from fedspine.planning.within import fitted
+from fedspine.planning.within import early, fitted
 from fedspine.split.batches import Budget
 from fedspine.split.device import Resized, Step
-from fedspine.split.rounds import Progress
+from fedspine.split.rounds import Loosely, Progress
 from fedspine.split.trained import Optimising
 
 USUAL_ROWS = 8  # as which the fleet's bytes per row count beside a device's own
+ENOUGH = 0.5  # share of the devices with which a round starts, and ends, where the others may come later and go earlier
 SHORTEST = 1e-9  # seconds of an exchange, so that none is free
 
 
@@ -45,6 +47,9 @@ class Regulating:
     limits: SplitLimits
     tune: bool
     fixed: float  # seconds of an exchange beside its rows', as known before the round
+    steps: int  # of the round
+    weight_bytes: int  # of the bottom
+    late: bool  # whether devices may begin and end at times of their own
     optimising: Callable[[int], Optimising]  # for a batch of so many rows
     # texts: rows that data and memory allow beyond `most`, where they are short; None: batches of rows, not of tokens
     room: Int[np.ndarray, " devices"] | None = None
@@ -54,7 +59,8 @@ class Regulating:
         self, done: int, progress: Mapping[DeviceId, Progress], told: Mapping[DeviceId, Step]
     ) -> Mapping[DeviceId, Resized] | None:
         """What devices are told after `done` iterations: their steps, and the batches that follow; None: as before."""
-        if done & (done - 1):
+        joined = done > 1 and any(len(progress[device].rows) == 1 for device in told)
+        if done & (done - 1) and not joined:
             return None
         devices = [device for device in self.devices if device in told]
         places = [self.devices.index(device) for device in devices]
@@ -77,6 +83,23 @@ class Regulating:
             for device, batch, own in zip(devices, batches, rows.tolist(), strict=True)
         }
 
+    @property
+    def loosely(self) -> Loosely | None:
+        """How devices begin and end at times of their own, if they may."""
+        return Loosely(ENOUGH, self._leaving) if self.late else None
+
+    def _leaving(self, done: int, progress: Mapping[DeviceId, Progress]) -> Collection[DeviceId]:
+        """Who ends the round now, after `done` iterations, since its link needs that long for the bottom."""
+        if 2 * done < self.steps:
+            return ()
+        own = list(progress.values())
+        found = paces(own, self.fixed)
+        rows = np.array([each.batch for each in own])
+        # the last gradient goes down, the bottom up
+        ends = found.fixed + found.cost * (rows / 2 + self.weight_bytes / found.row_bytes)
+        before = early(ends, max(each.costs[-1].seconds for each in own), ENOUGH)
+        return [device for device, steps in zip(progress, before, strict=True) if steps >= self.steps - done]
+
     def _budgets(
         self, rows: np.ndarray, longest: float, found: Paces, headers: np.ndarray, room: np.ndarray
     ) -> list[Budget]:
@@ -93,6 +116,14 @@ class Regulating:
         return None if same else optimising
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A round's batches, and how they are planned again within it, if they are."""
+
+    batches: Mapping[DeviceId, int]
+    again: Regulating | None
+
+
 def paces(progress: Sequence[Progress], fixed: float, *, ended: bool = False) -> Paces:
     """The paces that a round's exchanges show so far, or over the whole of it; one entry for each device.
 
@@ -100,17 +131,26 @@ def paces(progress: Sequence[Progress], fixed: float, *, ended: bool = False) ->
     weights among them and no backward pass: it counts only until there are others. `fixed` as `fitted` has it.
     """
     inner = [own.costs[1:-1] if ended else own.costs[1:] for own in progress]
-    if all(inner):
-        loads = [_bytes(costs) for costs in inner]
-        sent = np.array([load.sum() for load in loads])
-        rows = np.array([len(load) * np.mean(own.rows) for load, own in zip(loads, progress, strict=True)])
-        per_row = (sent + USUAL_ROWS * sent.sum() / rows.sum()) / (rows + USUAL_ROWS)
-        fixed, each = fitted(loads, [_seconds(costs) for costs in inner], fixed)
-        return Paces(fixed, each * per_row, per_row)
-    first = [own.costs[:1] for own in progress]
-    _, each = fitted([_bytes(costs) for costs in first], [_seconds(costs) for costs in first])
-    per_row = np.array([2 * own.costs[0].bytes_up / own.rows[0] for own in progress])  # back and forth
-    return Paces(fixed, each * per_row, per_row)
+    heard = [costs or own.costs[:1] for costs, own in zip(inner, progress, strict=True)]
+    loads, seconds = [_bytes(costs) for costs in heard], [_seconds(costs) for costs in heard]
+    row_bytes = _row_bytes(progress, inner)
+    if any(inner):
+        fixed, each = fitted(loads, seconds, fixed)
+    else:
+        _, each = fitted(loads, seconds)
+    return Paces(fixed, each * row_bytes, row_bytes)
+
+
+def _row_bytes(progress: Sequence[Progress], inner: Sequence[Sequence[Cost]]) -> Float[np.ndarray, " devices"]:
+    """Bytes of a row of each device both ways: of its exchanges without weights, nearer to the fleet's mean the fewer rows."""
+    exchanges = np.maximum([len(costs) for costs in inner], 1)
+    rows = exchanges * np.array([np.mean(own.rows) for own in progress])
+    # of the first exchange only what went up were features; their gradient is as large
+    pairs = zip(inner, progress, strict=True)
+    sent = np.array([_bytes(costs).sum() if costs else 2 * own.costs[0].bytes_up for costs, own in pairs])
+    if not any(inner):
+        return sent / rows
+    return (sent + USUAL_ROWS * sent.sum() / rows.sum()) / (rows + USUAL_ROWS)
 
 
 def _header(progress: Progress, token_bytes: float) -> float:

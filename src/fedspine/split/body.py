@@ -17,7 +17,7 @@ from fedspine.fleet import Fleet, Reply
 from fedspine.message import Tensors
 from fedspine.split.device import Answer, Answered, Begin, Forwarded, answer, begin, end, step
 from fedspine.split.halves import Features, Halves
-from fedspine.split.rounds import Game, Played, Resizing, sound_features, sound_gradient, sound_weights
+from fedspine.split.rounds import Game, Played, Resizing
 from fedspine.split.server import Outcome, Part, merged_features, parted
 from fedspine.split.trained import Optimising, Trained
 from fedspine.split.wire import gradient_wired, unwired
@@ -96,16 +96,16 @@ def play_around(
 ) -> Played:
     """One round of these devices, as `play`; raises AllLost where no device is left."""
     game = Game(fleet, orders, seed)
-    forwarded = game.asked(begin, orders, sound_features)
+    forwarded = game.asked(begin, orders)
     for iteration in range(iterations):
         parts = [_part(reply) for reply in forwarded]
         under_way = server.forward(parts, game.seed_of(iteration))
-        answered = game.asked(answer, _told(under_way, orders), sound_gradient)
+        answered = game.asked(answer, _told(under_way, orders))
         outcome = server.step(under_way, {reply.device: reply.value for reply in answered})
         gradients = game.counted(parts, outcome)
         if iteration + 1 < iterations:
             forwarded = game.forwarded(step, gradients, iteration + 1, resizing)
-    return game.over(game.asked(end, gradients, sound_weights))
+    return game.over(end, gradients)
 
 
 def _part(reply: Reply[Forwarded]) -> Part:

@@ -5,14 +5,14 @@ with the others, and it is not asked again until the next round; what its exchan
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from fedspine.device import DeviceId, Work
-from fedspine.fleet import AllLost, Cost, Fleet, Reply
+from fedspine.fleet import AllLost, Cost, Fleet, Idle, Reply
 from fedspine.message import Tensors
 from fedspine.split import device as on_devices
 from fedspine.split.device import Answered, Begin, Ended, Forwarded, Resized, Step
@@ -67,6 +67,14 @@ Resizing: TypeAlias = Callable[
 
 
 @dataclass(frozen=True)
+class Loosely:
+    """How devices begin and end a round at times of their own, while the others go on. Ours."""
+
+    enough: float  # share of the devices with whose first features the round starts; others join when theirs come
+    leaving: Callable[[int, Mapping[DeviceId, Progress]], Collection[DeviceId]]  # of these after so many iterations
+
+
+@dataclass(frozen=True)
 class Played:
     """How a round ended: the bottoms of the devices that stayed to the end, and how each of them fared."""
 
@@ -89,20 +97,25 @@ def play(
     seed: int,
     works: Works = Works(),
     resizing: Resizing | None = None,
+    loosely: Loosely | None = None,
 ) -> Played:
     """One round of these devices: `iterations` steps of the top and of every bottom.
 
-    `resizing` may change batches between iterations; it is for devices without a loss of their own. Raises AllLost
-    where no device is left.
+    `resizing` may change batches between iterations; it is for devices without a loss of their own. With `loosely` some
+    bottoms make fewer steps. Raises AllLost where no device is left.
     """
     game = Game(fleet, orders, seed)
-    forwarded = game.asked(works.begin, orders, sound_features)
+    forwarded = game.asked(works.begin, orders, loosely.enough if loosely else 1.0)
     for iteration in range(iterations):
         parts = [part_of(reply) for reply in forwarded]
-        gradients = game.counted(parts, server.step(parts, game.seed_of(iteration)))
+        told = game.counted(parts, server.step(parts, game.seed_of(iteration)))
         if iteration + 1 < iterations:
-            forwarded = game.forwarded(works.step, gradients, iteration + 1, resizing)
-    return game.over(game.asked(works.end, gradients, sound_weights))
+            if loosely:
+                told = game.without(loosely.leaving(iteration + 1, game.progress_of(told)), told, works.end)
+            forwarded = game.forwarded(works.step, told, iteration + 1, resizing)
+        if not forwarded:  # whoever is left has ended
+            return game.over(works.end, {})
+    return game.over(works.end, told)
 
 
 class Game:
@@ -110,28 +123,41 @@ class Game:
 
     def __init__(self, fleet: Fleet, orders: Mapping[DeviceId, Any], seed: int) -> None:
         self._fleet, self._seed = fleet, seed
+        self._places = {device: place for place, device in enumerate(orders)}
         self._precisions = {device: order.precision for device, order in orders.items()}
         self._progress = {device: Progress() for device in orders}
+        self._under_way: set[DeviceId] = set()  # while the others went on
+        self._ended: list[Reply[Ended]] = []
 
     def seed_of(self, iteration: int) -> int:
         """What fixes all that the server draws in an iteration."""
         return int(np.random.SeedSequence([self._seed, iteration]).generate_state(1)[0])
 
-    def asked(
-        self, work: Work[Any, Any], orders: Mapping[DeviceId, Any], flaw: Callable[[Any], str | None]
-    ) -> list[Reply[Any]]:
-        """The replies without a flaw; others are noted and left out for the rest of the round."""
-        replies = self._fleet.ask(work, orders)
-        for reply in replies:
-            self._progress[reply.device].costs.append(reply.cost)
-        flaws = {reply.device: flaw(reply.value) for reply in replies}
-        for device, found in flaws.items():
-            if found is not None:
-                self._fleet.note(device=device, left_out=found)
-        sound = [reply for reply in replies if flaws[reply.device] is None]
-        if not sound:
+    def progress_of(self, devices: Collection[DeviceId]) -> dict[DeviceId, Progress]:
+        """What became of these devices so far."""
+        return {device: self._progress[device] for device in devices}
+
+    def asked(self, work: Work[Any, Any], orders: Mapping[DeviceId, Any], enough: float = 1.0) -> list[Reply[Any]]:
+        """The replies without a flaw of a share `enough` of these devices, and of others that came meanwhile.
+
+        Devices whose replies have one are noted and left out for the rest of the round. Raises AllLost where nobody is left.
+        """
+        if enough == 1 and not self._under_way:
+            replies = self._fleet.ask(work, orders)
+        else:
+            self._send(work, orders)
+            replies = self._heard(orders, math.ceil(enough * len(orders)))
+        usable = self._usable(replies)
+        if not usable and not self._ended:
             raise AllLost(f"of {len(orders)} devices asked, {len(replies)} replied and none can be used")
-        return sound
+        return usable
+
+    def without(
+        self, leaving: Collection[DeviceId], told: Mapping[DeviceId, Step], end: Work[Step, Ended]
+    ) -> dict[DeviceId, Step]:
+        """What those are told that go on; the others are sent what ends the round for them."""
+        self._send(end, {device: told[device] for device in leaving})
+        return {device: own for device, own in told.items() if device not in leaving}
 
     def forwarded(
         self,
@@ -141,10 +167,37 @@ class Game:
         resizing: Resizing | None,
     ) -> list[Reply[Forwarded]]:
         """The next features after `done` iterations, from batches as before or of other sizes."""
-        resized = resizing and resizing(done, {device: self._progress[device] for device in told}, told)
-        if resized:
-            return self.asked(on_devices.resize, resized, sound_features)
-        return self.asked(step, told, sound_features)
+        resized = resizing and resizing(done, self.progress_of(told), told)
+        replies = self.asked(on_devices.resize, resized) if resized else self.asked(step, told)
+        self._ended += [reply for reply in replies if isinstance(reply.value, Ended)]
+        return [reply for reply in replies if isinstance(reply.value, Forwarded)]
+
+    def _send(self, work: Work[Any, Any], orders: Mapping[DeviceId, Any]) -> None:
+        self._fleet.send(work, orders)
+        self._under_way.update(orders)
+
+    def _heard(self, wanted: Collection[DeviceId], enough: int) -> list[Reply[Any]]:
+        """What comes until so many of the devices wanted have replied, or no reply is under way any more."""
+        replies: list[Reply[Any]] = []
+        while sum(reply.device in wanted for reply in replies) < enough:
+            try:
+                reply = self._fleet.next()
+            except Idle:  # some were lost
+                self._under_way.clear()
+                break
+            if reply.device in self._under_way:
+                self._under_way.remove(reply.device)
+                replies.append(reply)
+        return sorted(replies, key=lambda reply: self._places[reply.device])
+
+    def _usable(self, replies: Sequence[Reply[Any]]) -> list[Reply[Any]]:
+        for reply in replies:
+            self._progress[reply.device].costs.append(reply.cost)
+        flaws = {reply.device: flaw(reply.value) for reply in replies}
+        for device, found in flaws.items():
+            if found is not None:
+                self._fleet.note(device=device, left_out=found)
+        return [reply for reply in replies if flaws[reply.device] is None]
 
     def counted(self, parts: Sequence[Part], outcome: Outcome) -> dict[DeviceId, Step]:
         """Write an iteration of the server down; returns what each device that is still in it is told."""
@@ -171,12 +224,22 @@ class Game:
             told[device] = Step(gradient=None if gradient is None else gradient_wired(gradient, precision))
         return told
 
-    def over(self, ended: Sequence[Reply[Ended]]) -> Played:
+    def over(self, end: Work[Step, Ended], told: Mapping[DeviceId, Step]) -> Played:
+        """How the round ended: these devices are asked for their bottoms, and whoever is under way is waited for."""
+        replies = self.asked(end, told) if told else []
+        replies += self._usable(self._heard(self._progress, len(self._under_way)))
+        for reply in replies:
+            if isinstance(reply.value, Forwarded):
+                self._fleet.note(device=reply.device, left_out="its first features came after the last step")
+        ended = self._ended + [reply for reply in replies if isinstance(reply.value, Ended)]
+        if not ended:
+            raise AllLost(f"of {len(self._progress)} devices none is left at the round's end")
+        ended.sort(key=lambda reply: self._places[reply.device])
         endings = {reply.device: single(reply.value.ending) for reply in ended if reply.value.ending is not None}
         return Played(
             bottoms={reply.device: single(reply.value.weights) for reply in ended},
             endings=endings,
-            progress={reply.device: self._progress[reply.device] for reply in ended},
+            progress=self.progress_of([reply.device for reply in ended]),
         )
 
 
@@ -186,19 +249,14 @@ def part_of(reply: Reply[Forwarded]) -> Part:
     return Part(device=reply.device, features=unwired(reply.value.features), labels=labels_unwired(reply.value.labels))
 
 
-def sound_features(value: Forwarded) -> str | None:
-    """What is wrong with the features that came, None where nothing is."""
-    return None if _sound(value.features) else "features are not finite"
-
-
-def sound_weights(value: Ended) -> str | None:
-    """What is wrong with the weights that came, None where nothing is."""
-    sound = finite(value.weights) and (value.ending is None or finite(value.ending))
-    return None if sound else "weights are not finite"
-
-
-def sound_gradient(value: Answered) -> str | None:
-    """What is wrong with a device's answer in the U-shape."""
+def flaw(value: Forwarded | Answered | Ended) -> str | None:
+    """What is wrong with what came from a device, None where nothing is."""
+    match value:
+        case Ended():
+            sound = finite(value.weights) and (value.ending is None or finite(value.ending))
+            return None if sound else "weights are not finite"
+        case Forwarded():
+            return None if _sound(value.features) else "features are not finite"
     if not math.isfinite(value.loss):
         return f"loss is {value.loss}"
     return None if _sound(value.gradient) else "its gradient is not finite"
