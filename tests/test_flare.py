@@ -358,6 +358,28 @@ def test_a_round_that_does_not_wait_for_all_needs_the_quorum_too(sites):
         here.run(replace(find("fedspine").toy(), enough=0.6), 1)
 
 
+def test_in_split_learning_a_slow_site_joins_late_and_one_that_dies_is_not_waited_for(sites):
+    def slowly(reply):
+        time.sleep(1.0)
+        return reply
+
+    here = sites(method="mergesfl")
+    here.link.faults = {"east": [lambda reply: reply, slowly], "north": [lambda reply: reply] * 4 + ["died"]}
+    method = replace(find("mergesfl").toy(), steps=30, fewest=3, budget_rows=100)
+    state = here.run(method, 1)
+    assert set(state.workers) == {"east", "west"}
+    here.party.records.flush()
+    rows = [json.loads(line) for line in here.path.read_text().splitlines()]
+    exchanges = {
+        site: [row["work"] for row in rows if row["row"] == "exchange" and row["device"] == site] for site in SITES
+    }
+    assert all(works[:2] == ["look", "begin"] for works in exchanges.values())
+    assert exchanges["east"][-1] == exchanges["west"][-1] == "end"
+    assert len(exchanges["east"]) < len(exchanges["west"]) == 32  # look, begin, 29 steps, end
+    (round,) = [row for row in rows if row["row"] == "round"]
+    assert 0 < round["waiting_seconds"] < round["now"]
+
+
 def test_a_part_does_not_reach_beyond_itself_and_groups_run_side_by_side(sites):
     here = sites()
     orders = here.orders()

@@ -15,7 +15,9 @@ from toy import Lab, Spy, bits, toy_task
 
 from fedspine.device import Call, Device, Kept, Scratch, on_device, serve
 from fedspine.errors import BadInput
+from fedspine.export.hf import merged_tensors
 from fedspine.fleet import AllLost
+from fedspine.lm.content import content_sha256
 from fedspine.lm.lora import b_name
 from fedspine.lm.tune import losses_of
 from fedspine.message import message, pack
@@ -369,6 +371,21 @@ def test_settings_of_optimisers_that_cannot_work_are_refused():
     with pytest.raises(BadInput, match="choose sgd or adamw"):
         Trained({}, Optimising(kind="lion", learning_rate=1.0))
     assert [learning_rate_at(0.1, round, 4) for round in (0, 2)] == [0.1, 0.05]
+
+
+def test_a_model_that_was_last_computed_in_part_is_still_whole(task):
+    """What it is digested and exported as does not depend on what it did last."""
+    base, data = task.base, task.train.take(np.arange(4))
+    halves = base.split(1, rank=4)
+    bottom, top = halves.start(np.random.default_rng(0))
+    base.fit(halves.join(bottom, top))
+    before, content = merged_tensors(base, halves.join(bottom, top)), content_sha256(base, None)
+    batch = data.batch(np.arange(4))
+    halves.top(top, halves.bottom(bottom, batch, seed=None), batch["labels"], seed=None)
+    after = merged_tensors(base, halves.join(bottom, top))
+    assert content_sha256(base, None) == content
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 # --- a round ---

@@ -81,7 +81,7 @@ def _check(base: Base, folder: Path, labels: tuple[str, ...], kind: Kind) -> Non
 
 def merged_tensors(base: Base, model: Model, *, merge: bool = True) -> Tensors:
     """Every parameter of the exported model in fp32 by its stock name; a tied one once, under its first name."""
-    tensors = {name: parameter.detach() for name, parameter in base.skeleton.named_parameters()}
+    tensors = {name: parameter.detach() for name, parameter in base.whole_skeleton().named_parameters()}
     for site in base.anatomy.sites:
         weight, bias = base.slice(site.path, model.structure)
         a, b = model.adapter.get(a_name(site.path)), model.adapter.get(b_name(site.path))

@@ -146,12 +146,16 @@ class Base:
             self._linears[site.path].put(weight, bias, a, b, scale)
         return self._with_head(head)
 
+    def whole_skeleton(self) -> nn.Module:
+        """The skeleton with all its parts, some of which may be out of place after `through` and `start_at`."""
+        self._place(self._embeddings, list(self._blocks))
+        return self.skeleton
+
     def _with_head(self, head: Tensors) -> nn.Module:
         for layer in self.head:
             weight, bias = head[f"{layer.path}.weight"], head.get(f"{layer.path}.bias")
             self._linears[layer.path].put(weight, bias)
-        self._place(self._embeddings, list(self._blocks))
-        return self.skeleton
+        return self.whole_skeleton()
 
     def below(self, layer: int, inputs: Tensors) -> Float[Tensor, "rows tokens width"]:
         """What enters block `layer` of the model that was last fitted, which must be fitted again afterwards."""

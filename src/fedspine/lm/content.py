@@ -20,7 +20,7 @@ def content_sha256(base: Base, tokenizer: Any) -> str:
     digest.update(pack(base.anatomy).payload)
     digest.update(json.dumps(written(tokenizer), sort_keys=True).encode("utf-8", "surrogatepass"))
     fresh = {f"{layer.path}.{part}" for layer in base.head if layer.fresh for part in ("weight", "bias")}
-    tensors = dict(base.skeleton.state_dict())
+    tensors = dict(base.whole_skeleton().state_dict())
     for path, (weight, bias) in base.weights.items():
         tensors |= {f"{path}.weight": weight} | ({} if bias is None else {f"{path}.bias": bias})
     for layer in base.head:
