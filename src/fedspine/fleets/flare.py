@@ -78,8 +78,8 @@ class FlareFleet:
             party.pending.remove(entry)
             came = entry.came.result()
             party.record(entry.work.__name__, entry.device, entry.started, came)
-            party.waits.busy(entry.device, entry.started, entry.started + came.cost.seconds)
             if came.missing is None:
+                party.waits.busy(entry.device, entry.started, entry.started + came.cost.seconds)
                 return Reply(device=entry.device, value=came.value, cost=came.cost)
         self._check_quorum([entry.came.result() for entry in self._heard(party.sent.values())])
         raise Idle("no reply is under way; send an order first")

@@ -45,9 +45,7 @@ from fedspine.task import Task
 
 FULL_BATCHES = 10  # that the server takes in one iteration, where no budget is set
 POPULATION, GENERATIONS = 50, 80  # of the search that weighs waiting: the usual 20 and 20 leave a few devices that wait
-PROBE = 4  # of a round's first batches, by which its links become known, this part is enough
 SHORT = 2  # times as many rows as usual a batch of short texts may have
-PROBED = 8  # iterations of a round from which it is worth it
 PLANNING, SERVER = 601, 602  # purposes of random streams
 
 
@@ -210,14 +208,12 @@ class MergeSfl:
             fixed=state.fixed_seconds,
             steps=self.steps,
             weight_bytes=weights,
-            late=self.join_late and self.steps >= PROBED,
+            late=self.join_late,
             optimising=lambda rows: self._optimising(now, rows),
             room=np.array([room[device] for device in devices]) if by_tokens else None,
             token_bytes=limits.feature_bytes / state.longest,
         )
-        rows = plan.batches
-        if self._within and self.steps >= PROBED:
-            rows = np.maximum(rows // PROBE, 1)
+        rows = again.first(plan.batches) if self._within else plan.batches
         return Planned(dict(zip(devices, rows.tolist(), strict=True)), again if self._within else None)
 
     def _limits(self, halves: Halves, longest: int) -> SplitLimits:

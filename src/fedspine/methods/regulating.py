@@ -9,6 +9,7 @@ for, not as many rows.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -23,6 +24,9 @@ from fedspine.split.rounds import Loosely, Progress
 from fedspine.split.trained import Optimising
 
 USUAL_ROWS = 8  # as which the fleet's bytes per row count beside a device's own
+PROBE = 4  # of a round's first batches, by which its links become known, this part is enough
+HALF = 2  # and of the second ones, which rest on one exchange of weights and features, this part
+PROBED = 8  # iterations of a round from which it is worth it
 ENOUGH = 0.5  # share of the devices with which a round starts, and ends, where the others may come later and go earlier
 SHORTEST = 1e-9  # seconds of an exchange, so that none is free
 
@@ -74,6 +78,8 @@ class Regulating:
             fixed=found.fixed,
         )
         rows = planned_again(goal, tune=self.tune)
+        if done == 1:
+            rows = self._part(rows, HALF)
         batches: list[int | Budget] = rows.tolist()
         if self.room is not None:
             headers = np.array([_header(progress[device], self.token_bytes) for device in devices])
@@ -83,10 +89,17 @@ class Regulating:
             for device, batch, own in zip(devices, batches, rows.tolist(), strict=True)
         }
 
+    def first(self, rows: Int[np.ndarray, " devices"]) -> Int[np.ndarray, " devices"]:
+        """What a round begins with where these are the batches planned."""
+        return self._part(rows, PROBE)
+
+    def _part(self, rows: np.ndarray, part: int) -> np.ndarray:
+        return np.maximum(rows // part, 1) if self.steps >= PROBED else rows
+
     @property
     def loosely(self) -> Loosely | None:
         """How devices begin and end at times of their own, if they may."""
-        return Loosely(ENOUGH, self._leaving) if self.late else None
+        return Loosely(ENOUGH, self._leaving) if self.late and self.steps >= PROBED else None
 
     def _leaving(self, done: int, progress: Mapping[DeviceId, Progress]) -> Collection[DeviceId]:
         """Who ends the round now, after `done` iterations, since its link needs that long for the bottom."""
@@ -97,7 +110,7 @@ class Regulating:
         rows = np.array([each.batch for each in own])
         # the last gradient goes down, the bottom up
         ends = found.fixed + found.cost * (rows / 2 + self.weight_bytes / found.row_bytes)
-        before = early(ends, max(each.costs[-1].seconds for each in own), ENOUGH)
+        before = early(ends, max(each.costs[-1].seconds for each in own), ceil(ENOUGH * len(self.devices)))
         return [device for device, steps in zip(progress, before, strict=True) if steps >= self.steps - done]
 
     def _budgets(

@@ -5,7 +5,6 @@ rows. The model: seconds of an exchange = fixed + each * load, one `fixed` for t
 """
 
 from collections.abc import Sequence
-from math import ceil
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -94,16 +93,16 @@ def levelled(
     return min(trials, key=waiting)
 
 
-def early(ends: Float[np.ndarray, " workers"], step: float, enough: float) -> Int[np.ndarray, " workers"]:
+def early(ends: Float[np.ndarray, " workers"], step: float, least: int) -> Int[np.ndarray, " workers"]:
     """How many steps before the others workers leave a round that it takes them `ends` seconds to end.
 
-    At least a share `enough` of them stays to the last step. A step takes `step` seconds. Of all lengths that the round may
-    then have, the one is chosen that takes the least time together with what the mean worker waits.
+    `least` of them stay to the last step, or all if they are fewer. A step takes `step` seconds. Of all lengths that the
+    round may then have, the one is chosen that takes the least time together with what the mean worker waits.
 
-    >>> early(np.array([1.0, 1.0, 1.2, 4.1]), step=1.0, enough=0.5).tolist()
+    >>> early(np.array([1.0, 1.0, 1.2, 4.1]), step=1.0, least=2).tolist()
     [0, 0, 0, 3]
     """
-    longest = np.sort(ends)[max(0, ceil(enough * len(ends)) - 1) :]  # ends of the last step's workers
+    longest = np.sort(ends)[min(least, len(ends)) - 1 :]  # ends of the last step's workers
     steps = np.maximum(np.ceil((ends - longest[:, None]) / step - 1e-9), 0).astype(np.int64)
     waiting = longest[:, None] + steps * step - ends
     return steps[np.argmin(longest + waiting.mean(axis=1))]

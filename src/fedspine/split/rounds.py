@@ -84,7 +84,7 @@ class Played:
 
     @property
     def loss(self) -> float:
-        """The mean over all labels of the last iteration's losses."""
+        """The mean over all labels of the losses of each device's last iteration."""
         each = [(p.counted, p.losses[-1]) for p in self.progress.values()]
         return sum(counted * loss for counted, loss in each) / sum(counted for counted, _ in each)
 
