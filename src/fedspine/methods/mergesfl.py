@@ -260,7 +260,7 @@ class MergeSfl:
         if self.labels_stay:
             return self._played_around(now, fleet, orders, again)
         server = self._server(now, shifts)
-        played = play(fleet, orders, self.steps, server, now.seed, resizing=again, loosely=again and again.loosely)
+        played = play(fleet, orders, self.steps, server, now.seed, resizing=again, staggered=again and again.staggered)
         return played, server.finish(self._weights(played))
 
     def _played_around(

@@ -20,7 +20,7 @@ from fedspine.planning.split_plan import Goal, SplitLimits, planned_again
 from fedspine.planning.within import early, fitted
 from fedspine.split.batches import Budget
 from fedspine.split.device import Resized, Step
-from fedspine.split.rounds import Loosely, Progress
+from fedspine.split.rounds import Staggered, Progress
 from fedspine.split.trained import Optimising
 
 USUAL_ROWS = 8  # as which the fleet's bytes per row count beside a device's own
@@ -97,9 +97,9 @@ class Regulating:
         return np.maximum(rows // part, 1) if self.steps >= PROBED else rows
 
     @property
-    def loosely(self) -> Loosely | None:
+    def staggered(self) -> Staggered | None:
         """How devices begin and end at times of their own, if they may."""
-        return Loosely(ENOUGH, self._leaving) if self.late and self.steps >= PROBED else None
+        return Staggered(ENOUGH, self._leaving) if self.late and self.steps >= PROBED else None
 
     def _leaving(self, done: int, progress: Mapping[DeviceId, Progress]) -> Collection[DeviceId]:
         """Who ends the round now, after `done` iterations, since its link needs that long for the bottom."""

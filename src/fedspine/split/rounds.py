@@ -67,7 +67,7 @@ Resizing: TypeAlias = Callable[
 
 
 @dataclass(frozen=True)
-class Loosely:
+class Staggered:
     """How devices begin and end a round at times of their own, while the others go on. Ours."""
 
     enough: float  # share of the devices with whose first features the round starts; others join when theirs come
@@ -97,21 +97,21 @@ def play(
     seed: int,
     works: Works = Works(),
     resizing: Resizing | None = None,
-    loosely: Loosely | None = None,
+    staggered: Staggered | None = None,
 ) -> Played:
     """One round of these devices: `iterations` steps of the top and of every bottom.
 
-    `resizing` may change batches between iterations; it is for devices without a loss of their own. With `loosely` some
+    `resizing` may change batches between iterations; it is for devices without a loss of their own. With `staggered` some
     bottoms make fewer steps. Raises AllLost where no device is left.
     """
     game = Game(fleet, orders, seed)
-    forwarded = game.asked(works.begin, orders, loosely.enough if loosely else 1.0)
+    forwarded = game.asked(works.begin, orders, staggered.enough if staggered else 1.0)
     for iteration in range(iterations):
         parts = [part_of(reply) for reply in forwarded]
         told = game.counted(parts, server.step(parts, game.seed_of(iteration)))
         if iteration + 1 < iterations:
-            if loosely:
-                told = game.without(loosely.leaving(iteration + 1, game.progress_of(told)), told, works.end)
+            if staggered:
+                told = game.without(staggered.leaving(iteration + 1, game.progress_of(told)), told, works.end)
             forwarded = game.forwarded(works.step, told, iteration + 1, resizing)
         if not forwarded:  # whoever is left has ended
             return game.over(works.end, {})
