@@ -20,7 +20,7 @@ from fedspine.planning.split_plan import Goal, SplitLimits, planned_again
 from fedspine.planning.within import early, fitted
 from fedspine.split.batches import Budget
 from fedspine.split.device import Resized, Step
-from fedspine.split.rounds import Staggered, Progress
+from fedspine.split.rounds import Progress, Staggered
 from fedspine.split.trained import Optimising
 
 USUAL_ROWS = 8  # as which the fleet's bytes per row count beside a device's own
