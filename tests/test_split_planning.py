@@ -1,6 +1,5 @@
 """MergeSFL's control: paces, regulated batches, label divergence, the genetic search, and the whole plan."""
 
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -364,14 +363,6 @@ def test_the_same_generator_gives_the_same_plan_and_another_one_another():
     assert plans[0].chosen.tolist() == plans[1].chosen.tolist()
     assert plans[0].batches.tolist() == plans[1].batches.tolist()
     assert plans[0].chosen.tolist() != plans[2].chosen.tolist()
-
-
-def test_a_plan_for_80_workers_takes_a_fraction_of_the_time_allowed():
-    workers, limits = fleet(80), SplitLimits()
-    plan_split(workers, limits, np.random.default_rng(0))
-    started = time.process_time()
-    plan_split(workers, limits, np.random.default_rng(0))
-    assert time.process_time() - started < 0.2
 
 
 def test_random_selection_keeps_the_limits_too():
