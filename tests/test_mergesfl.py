@@ -326,6 +326,10 @@ def test_batches_that_change_still_make_the_merged_steps(lab, labels_stay, fill_
     assert_same_step(state.model, expected, start, off=6e-5)  # of three steps
 
 
+# a bottom that is heavy beside a batch's features
+STAGGERED = dataclasses.replace(PLAIN, steps=8, batch=32, rank=32, learning_rate=0.1, budget_rows=400)
+
+
 class Watch(Spy):
     """Knows after how many iterations each device's first features were merged."""
 
@@ -353,24 +357,31 @@ class Watch(Spy):
 def test_devices_that_join_late_and_leave_early_still_make_the_merged_steps(lab):
     """By hand, as above, with the devices that are in it in each iteration."""
     bench = lab("x", kinds=UNEQUAL)
-    method = dataclasses.replace(PLAIN, steps=8, batch=32, learning_rate=0.1, budget_rows=400)
     watches = []
-    state = bench.run(method, rounds=1, around=lambda fleet: watches.append(Watch(fleet)) or watches[-1])
+    state = bench.run(STAGGERED, rounds=1, around=lambda fleet: watches.append(Watch(fleet)) or watches[-1])
     (watch,) = watches
     assert len(set(watch.joined.values())) > 1
     assert watch.early
     sizes = sizes_of(watch.orders)
     inputs = {id: batches_of(bench, id, own, asks=1) for id, own in sizes.items()}
     expected = by_hand(
-        bench.task.base.split(1, rank=4),
-        started(method, bench),
+        bench.task.base.split(1, rank=STAGGERED.rank),
+        started(STAGGERED, bench),
         inputs,
         watch.joined,
         steps=8,
-        rate=method.learning_rate,
+        rate=STAGGERED.learning_rate,
     )
-    assert_same_step(state.model, expected, started(method, bench), off=1.6e-4)  # of eight steps
+    assert_same_step(state.model, expected, started(STAGGERED, bench), off=1.6e-4)  # of eight steps
     assert {len(own) for own in inputs.values()} == {len(own) for own in sizes.values()} != {8}
+
+
+def test_where_a_bottom_is_light_nobody_joins_late(lab):
+    watches = []
+    around = lambda fleet: watches.append(Watch(fleet)) or watches[-1]  # noqa: E731
+    lab("x", kinds=UNEQUAL).run(dataclasses.replace(STAGGERED, rank=2), rounds=1, around=around)
+    assert set(watches[0].joined.values()) == {0}
+    assert not watches[0].early
 
 
 def test_devices_wait_less_where_slow_links_join_late(lab):
@@ -384,9 +395,8 @@ def test_devices_wait_less_where_slow_links_join_late(lab):
 def test_a_device_that_is_lost_while_the_others_go_on_is_not_waited_for(lab, lost):
     """Its orders and replies are heard of no more, and the bottoms of the others count."""
     bench = lab("x", kinds=UNEQUAL)
-    method = dataclasses.replace(PLAIN, steps=8, batch=32, learning_rate=0.1, budget_rows=400)
     watches = []
-    bench.run(method, rounds=1, around=lambda fleet: watches.append(Watch(fleet)) or watches[-1])
+    bench.run(STAGGERED, rounds=1, around=lambda fleet: watches.append(Watch(fleet)) or watches[-1])
     first, *_, last = sorted(watches[0].joined, key=watches[0].joined.get)
     gone = {"begin": last, "step": first, "end": min(watches[0].early)}[lost]
 
@@ -400,7 +410,9 @@ def test_a_device_that_is_lost_while_the_others_go_on_is_not_waited_for(lab, los
             return self.next() if lose else reply
 
     spies = []
-    state = lab("y", kinds=UNEQUAL).run(method, rounds=1, around=lambda fleet: spies.append(Losing(fleet)) or spies[-1])
+    state = lab("y", kinds=UNEQUAL).run(
+        STAGGERED, rounds=1, around=lambda fleet: spies.append(Losing(fleet)) or spies[-1]
+    )
     assert set(state.workers) == set(watches[0].joined) - {gone}
     assert state.round == 1
 
