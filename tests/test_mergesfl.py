@@ -557,6 +557,9 @@ def test_it_chooses_devices_for_their_labels(lab):
     assert note["merged_kl"] < 1e-12
     assert len(state.labels) == 9
     assert set(state.workers) == set(batches)  # only they took part
+    run(bench, dataclasses.replace(method, fewest=1, most=1, steps=9))
+    merged = [row["values"]["round_kl"] for row in bench.rows("note") if "round_kl" in row["values"]]
+    assert merged == [pytest.approx(0, abs=1e-12), pytest.approx(math.log(3))]  # all classes, and one of three
 
 
 def test_labels_are_asked_for_once(lab):

@@ -31,7 +31,7 @@ from fedspine.methods.splitting import (
     rooms,
     with_newest,
 )
-from fedspine.planning.labels import reference
+from fedspine.planning.labels import divergence, merged, reference
 from fedspine.planning.split_plan import Candidates, Selection, SplitControl, SplitLimits, plan_split
 from fedspine.planning.workers import WorkerState, costs
 from fedspine.split.body import MergedBody, play_around
@@ -139,7 +139,7 @@ class MergeSfl:
         shifts = calibrating(labels, self.calibrate) if self.calibrate and told else None
         played, top = self._played(now, fleet, orders, plan.again, shifts)
         noted(fleet, played)
-        fleet.note(loss=played.loss, stayed=len(played.bottoms))
+        fleet.note(loss=played.loss, stayed=len(played.bottoms), round_kl=self._apart(labels, fleet, played))
         model = now.halves.join(averaged(played.bottoms, self._weights(played)), top)
         return replace(
             self._measured(state, played),
@@ -243,6 +243,13 @@ class MergeSfl:
             cost, fixed = found.cost.tolist(), found.fixed
         measured = paced(state.workers, dict(zip(progress, cost, strict=True)), self.keep)
         return replace(state, workers=state.workers | measured, fixed_seconds=fixed)
+
+    def _apart(self, labels: Mapping[DeviceId, np.ndarray], fleet: Fleet, played: Played) -> float:
+        """Nats between the labels of all that was merged in the round and the fleet's."""
+        counted = np.array([own.counted for own in played.progress.values()])
+        of_round = merged(counted, np.stack([labels[device] for device in played.progress]))
+        everywhere = [labels[profile.id] for profile in fleet.devices if profile.id in labels]
+        return float(divergence(of_round, reference(np.stack(everywhere))))
 
     # --- the training ---
 

@@ -234,7 +234,8 @@ class Game:
         ended = self._ended + [reply for reply in replies if isinstance(reply.value, Ended)]
         if not ended:
             raise AllLost(f"of {len(self._progress)} devices none is left at the round's end")
-        ended.sort(key=lambda reply: self._places[reply.device])
+        if self._ended:  # else they are in the order in which they were told
+            ended.sort(key=lambda reply: self._places[reply.device])
         endings = {reply.device: single(reply.value.ending) for reply in ended if reply.value.ending is not None}
         return Played(
             bottoms={reply.device: single(reply.value.weights) for reply in ended},
