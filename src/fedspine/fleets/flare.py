@@ -55,8 +55,7 @@ class FlareFleet:
             party.totals.waiting_seconds += float(np.mean(max(seconds) - np.array(seconds))) if seconds else 0.0
         for id, one in came.items():
             party.record(work.__name__, id, started, one)
-            if id in party.waits.since:
-                party.waits.busy(id, started, self.now)
+        party.waits.asked(orders, started, self.now)
         replies = [Reply(device=id, value=one.value, cost=one.cost) for id, one in came.items() if one.missing is None]
         self._check_quorum(came.values())
         return replies

@@ -44,9 +44,7 @@ class Party:
     records: Records | None = None  # of the run, which begins after its sites were asked to take part
     members: dict[DeviceId, Member] = field(default_factory=dict)
     pending: list[Pending] = field(default_factory=list)
-    sent: dict[DeviceId, Pending] = field(
-        default_factory=dict
-    )  # the last one of each device in this round, replied or not
+    sent: dict[DeviceId, Pending] = field(default_factory=dict)  # the last order of each device in this round
     waits: Waits = field(default_factory=Waits)  # of this round
     round: int = 0
     totals: Totals = field(default_factory=Totals)

@@ -39,6 +39,12 @@ class Waits:
         self.seconds += max(0.0, start - self.since.get(device, start))
         self.since[device] = end
 
+    def asked(self, devices: Iterable[DeviceId], start: float, end: float) -> None:
+        """Devices are asked together; those to which nothing was sent in this round are left out."""
+        for device in devices:  # in their order, since sums in another one are not the same to the bit
+            if device in self.since:
+                self.busy(device, start, end)
+
     def mean(self, now: float) -> float:
         """Seconds of the mean device until now, the round's end; one whose reply is late waits for nobody."""
         waiting = self.seconds + sum(max(0.0, now - since) for since in self.since.values())

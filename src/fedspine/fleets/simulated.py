@@ -201,8 +201,7 @@ class SimulatedFleet:
         if seconds:
             self._clock.now += max(seconds)
             self._world.totals.waiting_seconds += float(np.mean(max(seconds) - np.array(seconds)))
-        for device in self._world.waits.since.keys() & orders.keys():
-            self._world.waits.busy(device, started, self.now)
+        self._world.waits.asked(orders, started, self.now)
         return replies
 
     def send(self, work: Work[O, R], orders: Mapping[DeviceId, O]) -> None:

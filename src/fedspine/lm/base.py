@@ -147,7 +147,7 @@ class Base:
         return self._with_head(head)
 
     def whole_skeleton(self) -> nn.Module:
-        """The skeleton with all its parts, some of which may be out of place after `through` and `start_at`."""
+        """The skeleton with all its parts put back, some of which `through` and `start_at` take out."""
         self._place(self._embeddings, list(self._blocks))
         return self.skeleton
 

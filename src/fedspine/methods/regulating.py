@@ -24,8 +24,8 @@ from fedspine.split.rounds import Progress, Staggered
 from fedspine.split.trained import Optimising
 
 USUAL_ROWS = 8  # as which the fleet's bytes per row count beside a device's own
-PROBE = 4  # of a round's first batches, by which its links become known, this part is enough
-HALF = 2  # and of the second ones, which rest on one exchange of weights and features, this part
+FIRST = 4  # divides a round's first batches: so few rows are enough for its links to become known
+SECOND = 2  # divides its second ones, since they rest on one exchange of weights and features
 PROBED = 8  # iterations of a round from which it is worth it
 ENOUGH = 0.5  # share of the devices with which a round starts, and ends, where the others may come later and go earlier
 SHORTEST = 1e-9  # seconds of an exchange, so that none is free
@@ -79,7 +79,7 @@ class Regulating:
         )
         rows = planned_again(goal, tune=self.tune)
         if done == 1:
-            rows = self._part(rows, HALF)
+            rows = self._part(rows, SECOND)
         batches: list[int | Budget] = rows.tolist()
         if self.room is not None:
             headers = np.array([_header(progress[device], self.token_bytes) for device in devices])
@@ -91,10 +91,10 @@ class Regulating:
 
     def first(self, rows: Int[np.ndarray, " devices"]) -> Int[np.ndarray, " devices"]:
         """What a round begins with where these are the batches planned."""
-        return self._part(rows, PROBE)
+        return self._part(rows, FIRST)
 
-    def _part(self, rows: np.ndarray, part: int) -> np.ndarray:
-        return np.maximum(rows // part, 1) if self.steps >= PROBED else rows
+    def _part(self, rows: np.ndarray, divisor: int) -> np.ndarray:
+        return np.maximum(rows // divisor, 1) if self.steps >= PROBED else rows
 
     @property
     def staggered(self) -> Staggered | None:
@@ -141,7 +141,7 @@ def paces(progress: Sequence[Progress], fixed: float, *, ended: bool = False) ->
     """The paces that a round's exchanges show so far, or over the whole of it; one entry for each device.
 
     Exchanges are compared by their bytes, which the server knows and which count a text's tokens. The first one has
-    weights among them and no backward pass: it counts only until there are others. `fixed` as `fitted` has it.
+    weights among them and no backward pass: it counts only where a device has no others yet. `fixed` as `fitted` has it.
     """
     inner = [own.costs[1:-1] if ended else own.costs[1:] for own in progress]
     heard = [costs or own.costs[:1] for costs, own in zip(inner, progress, strict=True)]
