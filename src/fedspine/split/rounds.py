@@ -226,6 +226,7 @@ class Game:
 
     def over(self, end: Work[Step, Ended], told: Mapping[DeviceId, Step]) -> Played:
         """How the round ended: these devices are asked for their bottoms, and whoever is under way is waited for."""
+        together = not (self._ended or self._under_way)
         replies = self.asked(end, told) if told else []
         replies += self._usable(self._heard(self._progress, len(self._under_way)))
         for reply in replies:
@@ -234,7 +235,7 @@ class Game:
         ended = self._ended + [reply for reply in replies if isinstance(reply.value, Ended)]
         if not ended:
             raise AllLost(f"of {len(self._progress)} devices none is left at the round's end")
-        if self._ended:  # else they are in the order in which they were told
+        if not together:  # whoever left early goes among the others, whose order is that in which they were told
             ended.sort(key=lambda reply: self._places[reply.device])
         endings = {reply.device: single(reply.value.ending) for reply in ended if reply.value.ending is not None}
         return Played(
