@@ -41,12 +41,25 @@ def main() -> None:
         for name, structure in (("half", half), ("whole", whole)):
             model = Model(structure=structure, adapter={}, head=head, scale=1.0)
             target = Path(folder) / name
-            export(base, model, tokenizer, target, labels=LABELS, kind="classification", max_tokens=128, name=name)
+            export(
+                base,
+                model,
+                tokenizer,
+                target,
+                labels=LABELS,
+                kind="classification",
+                max_tokens=128,
+                name=name,
+            )
         for threads in sorted({1, os.cpu_count() or 1}):
             for tokens in (32, 64, 128):
-                found = compare(Path(folder) / "half", Path(folder) / "whole", tokens=tokens, threads=threads)
+                found = compare(
+                    Path(folder) / "half", Path(folder) / "whole", tokens=tokens, threads=threads
+                )
                 for batch, ratio in found.latency_ratio.items():
-                    times = (1e3 * side.latency_seconds[batch] for side in (found.model, found.against))
+                    times = (
+                        1e3 * side.latency_seconds[batch] for side in (found.model, found.against)
+                    )
                     cells = " | ".join(f"{time:.1f}" for time in times)
                     lines.append(f"| {threads} | {tokens} | {batch} | {cells} | {ratio:.3f} |")
     text = "\n".join(lines) + "\n"

@@ -41,10 +41,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ours = _fedspine(Path(folder), options.exchanges, options.repeats, options.scheme)
         between = os.getloadavg()[0]
-        flower = None if options.flower is None else _flower(Path(folder), options.flower, options.exchanges)
-    found = {"scheme": options.scheme, "load": [load, between], "nice": os.nice(0), "ours": ours, "flower": flower}
+        flower = (
+            None
+            if options.flower is None
+            else _flower(Path(folder), options.flower, options.exchanges)
+        )
+    found = {
+        "scheme": options.scheme,
+        "load": [load, between],
+        "nice": os.nice(0),
+        "ours": ours,
+        "flower": flower,
+    }
     kept = HERE / "results" / "exchange.json"
-    before = [] if options.fresh or not kept.exists() else json.loads(kept.read_text(encoding="utf-8"))
+    before = (
+        [] if options.fresh or not kept.exists() else json.loads(kept.read_text(encoding="utf-8"))
+    )
     # through JSON, so that what was read and what was just measured have the same keys
     entries = [*before, json.loads(json.dumps(found))]
     text = _table(entries, options.exchanges)
@@ -57,9 +69,18 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--exchanges", type=int, default=30, help="of each size, in each repeat")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of ours; the best median counts")
-    parser.add_argument("--flower", type=Path, help="interpreter that has flwr; without it ours alone is measured")
-    parser.add_argument("--scheme", default="tcp", choices=["tcp", "grpc", "http"], help="how ours goes over the wire")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="runs of ours; the best median counts"
+    )
+    parser.add_argument(
+        "--flower", type=Path, help="interpreter that has flwr; without it ours alone is measured"
+    )
+    parser.add_argument(
+        "--scheme",
+        default="tcp",
+        choices=["tcp", "grpc", "http"],
+        help="how ours goes over the wire",
+    )
     parser.add_argument("--fresh", action="store_true", help="forget what earlier calls measured")
     parser.add_argument("--no-write", dest="write", action="store_false", help="only print")
     return parser.parse_args()
@@ -74,11 +95,15 @@ def _fedspine(folder: Path, exchanges: int, repeats: int, scheme: str) -> list[S
         filter(None, [str(HERE / "exchange_site"), os.environ.get("PYTHONPATH")])
     )
     model = write_tiny(folder / "tiny", "bert")
-    project = Project(name="exchange", host="127.0.0.1", port=free_port(), sites=SITES, scheme=scheme)
+    project = Project(
+        name="exchange", host="127.0.0.1", port=free_port(), sites=SITES, scheme=scheme
+    )
     made = create(project, folder / "kits")
     for site in SITES:
         (made.folder / site / "rows.csv").write_text(ROWS)
-        write_site_file(made.folder / site, name=site, data={"path": "rows.csv"}, models={"tiny": str(model)})
+        write_site_file(
+            made.folder / site, name=site, data={"path": "rows.csv"}, models={"tiny": str(model)}
+        )
     (folder / "data.csv").write_text(ROWS)
     recipe = folder / "recipe.toml"
     recipe.write_text(
@@ -92,13 +117,19 @@ def _fedspine(folder: Path, exchanges: int, repeats: int, scheme: str) -> list[S
         )
     )
     with running(made) as federation:
-        return [_one_run(recipe, federation.admin, folder / f"run-{number}") for number in range(repeats)]
+        return [
+            _one_run(recipe, federation.admin, folder / f"run-{number}")
+            for number in range(repeats)
+        ]
 
 
 def _one_run(recipe: Path, admin: Path, out: Path) -> Seconds:
     arguments = ["run", recipe, "--fleet", admin, "--sites", len(SITES), "--out", out, "--json"]
     subprocess.run(
-        [sys.executable, "-m", "fedspine", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL, timeout=600
+        [sys.executable, "-m", "fedspine", *map(str, arguments)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        timeout=600,
     )
     rows = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
     found: Seconds = {size: [] for size in SIZES}
@@ -119,7 +150,11 @@ def _flower(folder: Path, python: Path, exchanges: int) -> Seconds:
     )
     into = home / "seconds.json"
     app = shutil.copytree(HERE / "peers" / "flower_exchange", home / "app")
-    os.environ |= {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    os.environ |= {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+    }
     os.environ.pop("PYTHONPATH", None)
     # so that the processes it starts find each other
     os.environ["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
@@ -128,14 +163,23 @@ def _flower(folder: Path, python: Path, exchanges: int) -> Seconds:
     link += ["--disable-runtime-dependency-installation"]
     with _process(link, home / "superlink.log"):
         time.sleep(5)
-        node = [binaries / "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}", "--host", "127.0.0.1"]
+        node = [
+            binaries / "flower-supernode",
+            "--insecure",
+            "--superlink",
+            f"127.0.0.1:{port}",
+            "--host",
+            "127.0.0.1",
+        ]
         with (
             _process([*node, "--port", free_port()], home / "a.log"),
             _process([*node, "--port", free_port()], home / "b.log"),
         ):
             time.sleep(5)
             config = f'exchanges={exchanges} into="{into}" sizes="{",".join(map(str, SIZES))}"'
-            subprocess.run([binaries / "flwr", "run", str(app), "lo", "--run-config", config], check=True)
+            subprocess.run(
+                [binaries / "flwr", "run", str(app), "lo", "--run-config", config], check=True
+            )
             return _when_complete(into, exchanges)
 
 
@@ -148,7 +192,9 @@ def _when_complete(into: Path, exchanges: int) -> Seconds:
         time.sleep(2)
         if into.exists():
             try:
-                found = {int(size): seconds for size, seconds in json.loads(into.read_text()).items()}
+                found = {
+                    int(size): seconds for size, seconds in json.loads(into.read_text()).items()
+                }
             except ValueError:  # half written
                 continue
     return found
@@ -157,7 +203,9 @@ def _when_complete(into: Path, exchanges: int) -> Seconds:
 @contextmanager
 def _process(command: list[object], log: Path) -> Iterator[None]:
     with open(log, "wb") as file:
-        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=file, stderr=file, start_new_session=True
+        )
     try:
         yield
     finally:
@@ -188,9 +236,15 @@ def _table(entries: list[dict[str, Any]], exchanges: int) -> str:
     ]
     for size in map(str, SIZES):
         best, scheme = min(
-            (statistics.median(run[size]), entry["scheme"]) for entry in entries for run in entry["ours"]
+            (statistics.median(run[size]), entry["scheme"])
+            for entry in entries
+            for run in entry["ours"]
         )
-        theirs = [statistics.median(entry["flower"][size]) for entry in entries if (entry["flower"] or {}).get(size)]
+        theirs = [
+            statistics.median(entry["flower"][size])
+            for entry in entries
+            if (entry["flower"] or {}).get(size)
+        ]
         named = f"{min(theirs):.2f} s" if theirs else "not measured"
         lines.append(
             f"| {int(size) // 1000} KB | {1000 * best:.0f} ms ({scheme}) | {1000 * GOALS[int(size)]:.0f} ms | {named} |"

@@ -21,7 +21,11 @@ from fedspine.lm.tiny import write_tiny
 
 HERE = Path(__file__).parent
 SITES = ("east", "north", "west")
-AWAY, NAMESPACE, LINK = "north", "fedspine-faults", "fsfault"  # the site behind a link that can be cut
+AWAY, NAMESPACE, LINK = (
+    "north",
+    "fedspine-faults",
+    "fsfault",
+)  # the site behind a link that can be cut
 
 
 @dataclass
@@ -38,11 +42,24 @@ class Place:
 
     def start(self, name: str) -> None:
         """Start the server or a site, as its owner would."""
-        command = [sys.executable, "-m", "fedspine", "fleet", "start", name, "--kit", str(self.kits / name)]
+        command = [
+            sys.executable,
+            "-m",
+            "fedspine",
+            "fleet",
+            "start",
+            name,
+            "--kit",
+            str(self.kits / name),
+        ]
         prefix = ["ip", "netns", "exec", NAMESPACE] if self.separate and name == AWAY else []
         with open(self.kits / name / "start.log", "ab") as log:
             self.processes[name] = subprocess.Popen(
-                [*prefix, *command], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+                [*prefix, *command],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
 
     def kill(self, name: str) -> None:
@@ -70,12 +87,19 @@ def ground(folder: Path) -> Iterator[Place]:
         draw = random.Random(1)
         for number, site in enumerate(SITES):
             (made.folder / site / "rows.csv").write_text(rows(draw, 60 + 20 * number))
-            write_site_file(made.folder / site, name=site, data={"path": "rows.csv"}, models={"tiny": str(model)})
+            write_site_file(
+                made.folder / site,
+                name=site,
+                data={"path": "rows.csv"},
+                models={"tiny": str(model)},
+            )
         (folder / "data.csv").write_text(rows(draw, 60))
         stack.callback(place.close)
         for name in ("server", *SITES):
             place.start(name)
-        wait_until_connected(Federation(made.folder, made.folder / kits.ADMIN_KIT, SITES, place.processes))
+        wait_until_connected(
+            Federation(made.folder, made.folder / kits.ADMIN_KIT, SITES, place.processes)
+        )
         yield place
 
 

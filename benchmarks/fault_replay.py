@@ -33,7 +33,9 @@ RUN = "0" * 32
 class Replay:
     """Sites in this process that fail where those of the run did."""
 
-    def __init__(self, desks: dict[str, Desk], lost: set[tuple[int, str]], spoilt: set[tuple[int, str]]) -> None:
+    def __init__(
+        self, desks: dict[str, Desk], lost: set[tuple[int, str]], spoilt: set[tuple[int, str]]
+    ) -> None:
         self._desks, self._lost, self._spoilt = desks, lost, spoilt
         self.relay, self.sites = "replay", tuple(desks)
 
@@ -63,13 +65,19 @@ class Replay:
 
 def replayed(out: Path, kits: Path, scratch: Path) -> str:
     """The sha256 of the state that the run in `out` should have ended with."""
-    rows = [json.loads(line) for line in (out / "records.jsonl").read_text(encoding="utf-8").splitlines()]
-    lost = {(row["round"], row["device"]) for row in rows if row["row"] == "exchange" and row["lost"]}
+    rows = [
+        json.loads(line)
+        for line in (out / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    lost = {
+        (row["round"], row["device"]) for row in rows if row["row"] == "exchange" and row["lost"]
+    }
     notes = [row for row in rows if row["row"] == "note"]
     spoilt = {
         (row["round"], row["values"]["device"])
         for row in notes
-        if "not finite" in str(row["values"].get("left_out")) or "loss is" in str(row["values"].get("left_out"))
+        if "not finite" in str(row["values"].get("left_out"))
+        or "loss is" in str(row["values"].get("left_out"))
     }
     recipe = recipe_of(out)
     built = build(recipe, here=False)

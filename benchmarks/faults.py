@@ -36,7 +36,9 @@ WITHIN = 15.0  # seconds of an order
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=5, help="how often each fault happens")
-    parser.add_argument("--only", nargs="+", choices=list(FAULTS), default=list(FAULTS), help="these faults alone")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(FAULTS), default=list(FAULTS), help="these faults alone"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the rounds and sites that are hit")
     parser.add_argument("--no-write", dest="write", action="store_false", help="only print")
     options = parser.parse_args()
@@ -56,7 +58,9 @@ def main() -> int:
 
 def as_it_should(outcome: dict[str, Any]) -> bool:
     """Whether the run ended well, told of the fault, had the site back, and is in the right state."""
-    return outcome["exit"] == 0 and outcome["reported"] and outcome["back"] and outcome["same_state"]
+    return (
+        outcome["exit"] == 0 and outcome["reported"] and outcome["back"] and outcome["same_state"]
+    )
 
 
 def _write(found: dict[str, list[dict[str, Any]]]) -> None:
@@ -85,7 +89,9 @@ class Going:
     def records(self) -> list[dict[str, Any]]:
         path = self.out / "records.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half written
+        return [
+            json.loads(line) for line in lines if line.endswith("\n")
+        ]  # the last may be half written
 
     def past(self, round: int) -> None:
         """Return once so many rounds are done."""
@@ -99,26 +105,44 @@ class Going:
 
     def told(self, words: str) -> bool:
         """Whether a note of the records says these words."""
-        return any(words in json.dumps(row["values"]) for row in self.records() if row["row"] == "note")
+        return any(
+            words in json.dumps(row["values"]) for row in self.records() if row["row"] == "note"
+        )
 
 
 def begun(place: Place, number: str, rounds: int, pause: float) -> Going:
     recipe = place.folder / f"{number}.toml"
     tables = {
-        "task": {"model": str(place.folder / "tiny"), "data": str(place.folder / "data.csv"), "max_tokens": 16},
+        "task": {
+            "model": str(place.folder / "tiny"),
+            "data": str(place.folder / "data.csv"),
+            "max_tokens": 16,
+        },
         "fleet": {"per_round": len(SITES)},
         "method": METHOD | {"pause": pause},
         "run": {"rounds": rounds, "evaluate_every": 0, "precision": "fp32"},
     }
     recipe.write_text(tomli_w.dumps(tables))
     out = place.folder / f"run-{number}"
-    more = ["--fleet", place.kits / kits.ADMIN_KIT, "--sites", len(SITES), "--within", WITHIN, "--out", out, "--json"]
+    more = [
+        "--fleet",
+        place.kits / kits.ADMIN_KIT,
+        "--sites",
+        len(SITES),
+        "--within",
+        WITHIN,
+        "--out",
+        out,
+        "--json",
+    ]
     return Going(out, command(place, out, "run", recipe, *more))
 
 
 def command(place: Place, out: Path, *arguments: Any) -> "subprocess.Popen[bytes]":
     with open(out.with_suffix(".log"), "ab") as log:
-        return subprocess.Popen([sys.executable, "-m", "fedspine", *map(str, arguments)], stdout=log, stderr=log)
+        return subprocess.Popen(
+            [sys.executable, "-m", "fedspine", *map(str, arguments)], stdout=log, stderr=log
+        )
 
 
 def tried(place: Place, name: str, draw: random.Random, number: int) -> dict[str, Any]:
@@ -135,9 +159,13 @@ def tried(place: Place, name: str, draw: random.Random, number: int) -> dict[str
         code = "none"
         hit([run.process.pid])
     records = run.records()
-    lost = [(row["round"], row["device"]) for row in records if row["row"] == "exchange" and row["lost"]]
+    lost = [
+        (row["round"], row["device"]) for row in records if row["row"] == "exchange" and row["lost"]
+    ]
     answered = [
-        row["round"] for row in records if row["row"] == "exchange" and row["device"] == site and not row["lost"]
+        row["round"]
+        for row in records
+        if row["row"] == "exchange" and row["device"] == site and not row["lost"]
     ]
     state = None
     if code == 0:
@@ -150,7 +178,8 @@ def tried(place: Place, name: str, draw: random.Random, number: int) -> dict[str
         "lost": len(lost),
         "reported": fault.words is None or run.told(fault.words),
         "back": bool(answered) and max(answered) == fault.rounds - 1,
-        "same_state": state is not None and state == fault_replay.replayed(run.out, place.kits, place.folder / "again"),
+        "same_state": state is not None
+        and state == fault_replay.replayed(run.out, place.kits, place.folder / "again"),
         "load": round(os.getloadavg()[0], 1),
     }
     print(f"{name}: {outcome}", flush=True)

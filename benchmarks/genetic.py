@@ -23,13 +23,22 @@ WEIGHTS = 1.0  # rows of an iteration that the exchange of weights is worth
 LONGER = SplitControl(population=POPULATION, generations=GENERATIONS)
 SEEDS, DRAWS = 10, 50  # fleets for each skew, random selections for each fleet
 LIMITS = SplitLimits(
-    largest_batch=LARGEST, feature_bytes=FEATURE_BYTES, budget_bytes=BUDGET_ROWS * FEATURE_BYTES, fewest=5, most=25
+    largest_batch=LARGEST,
+    feature_bytes=FEATURE_BYTES,
+    budget_bytes=BUDGET_ROWS * FEATURE_BYTES,
+    fewest=5,
+    most=25,
 )
 
 
 def candidates(delta: float, rng: np.random.Generator) -> Candidates:
     """A fleet whose label shares follow Dirichlet(delta) over devices for each class, and unequal costs of a row."""
-    rows = np.stack([rng.multinomial(ROWS // CLASSES, rng.dirichlet(np.full(DEVICES, delta))) for _ in range(CLASSES)])
+    rows = np.stack(
+        [
+            rng.multinomial(ROWS // CLASSES, rng.dirichlet(np.full(DEVICES, delta)))
+            for _ in range(CLASSES)
+        ]
+    )
     held = rows.T[rows.sum(axis=0) > 0].astype(float)
     compute = rng.uniform(0.1, 1.0, len(held)) * 1e-2
     transfer = 2 * FEATURE_BYTES * 8 / (1e6 * rng.uniform(1, 30, len(held)))
@@ -55,7 +64,9 @@ def fleet(delta: float, seed: int) -> list[float]:
     rng = np.random.default_rng([seed, int(100 * delta)])
     workers = candidates(delta, rng)
     batches = regulate(workers.cost, LARGEST, np.minimum(workers.most, LARGEST))
-    search = Search(batches, workers.labels, workers.rounds, BUDGET_ROWS, LIMITS.fewest, LIMITS.most)
+    search = Search(
+        batches, workers.labels, workers.rounds, BUDGET_ROWS, LIMITS.fewest, LIMITS.most
+    )
     started = time.perf_counter()
     chosen = select(search, rng)
     searched = time.perf_counter()
@@ -83,8 +94,12 @@ def fleet(delta: float, seed: int) -> list[float]:
 
 
 def main() -> None:
-    print(f"Means of {SEEDS} fleets of {DEVICES} devices; KL in nats; random: {DRAWS} draws of as many devices each.")
-    print(f"One of {os.cpu_count()} cores, numpy {np.__version__}, Python {platform.python_version()}.\n")
+    print(
+        f"Means of {SEEDS} fleets of {DEVICES} devices; KL in nats; random: {DRAWS} draws of as many devices each."
+    )
+    print(
+        f"One of {os.cpu_count()} cores, numpy {np.__version__}, Python {platform.python_version()}.\n"
+    )
     print(
         "| delta | devices | search, ms | whole plan, ms | KL random | KL search | KL plan "
         "| waiting share, even batches | as planned | seconds of an iteration, even | as planned "

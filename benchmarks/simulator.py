@@ -46,12 +46,18 @@ class Contender:
 
 AS_WRITTEN = Way("fp32", "fixed", "sdpa")
 EQUAL = Way("bf16", "bucketed", "sdpa")
-BEST = Way("bf16", "bucketed", "eager")  # the fastest found for peers; sdpa is slow on a CPU in bf16
+BEST = Way(
+    "bf16", "bucketed", "eager"
+)  # the fastest found for peers; sdpa is slow on a CPU in bf16
 PEERS = {
     "fedspine": Contender("fedspine, bf16", "ours", ("bf16",)),
-    "flower": Contender("Flower as its users write it: fp32, padded to the full length", "flower", (AS_WRITTEN,)),
+    "flower": Contender(
+        "Flower as its users write it: fp32, padded to the full length", "flower", (AS_WRITTEN,)
+    ),
     "flower-best": Contender("Flower, bf16, our batches, eager attention", "flower", (BEST,)),
-    "flower-equal": Contender("Flower, bf16, our batches, sdpa attention", "flower", (EQUAL,), once=True),
+    "flower-equal": Contender(
+        "Flower, bf16, our batches, sdpa attention", "flower", (EQUAL,), once=True
+    ),
     "pfl": Contender("pfl, bf16, our batches, eager attention", "pfl_users", (BEST,), once=True),
     "bare": Contender(
         "bare PyTorch, PEFT, bf16, our batches, eager attention; 2 processes",
@@ -82,13 +88,17 @@ SPINE = {
 PRUNED_ROUNDS = 2
 PRUNED = {
     "fedlora": Contender("FedLoRA", "ours", ("bf16",), {}, EVERYONE, once=True),
-    "pruned": Contender("FedSpine, sparsity 0.5 once pruned", "ours", ("bf16",), SPINE, EVERYONE, once=True),
+    "pruned": Contender(
+        "FedSpine, sparsity 0.5 once pruned", "ours", ("bf16",), SPINE, EVERYONE, once=True
+    ),
 }
 MANY = 10_000
 FEW_ROUNDS = {"partition": "iid", "rounds": 3}
 FLEETS = {
     "devices": Contender("as above", "ours", ("bf16",), {}, FEW_ROUNDS, once=True),
-    "devices-many": Contender("many", "ours", ("bf16",), {}, FEW_ROUNDS | {"devices": MANY}, once=True),
+    "devices-many": Contender(
+        "many", "ours", ("bf16",), {}, FEW_ROUNDS | {"devices": MANY}, once=True
+    ),
 }
 CONTENDERS = {**PEERS, **PRUNED, **FLEETS}
 
@@ -109,19 +119,31 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3, help="how many, counted from 0")
-    parser.add_argument("--every-seed", action="store_true", help="all peers with every seed, twice as long")
-    parser.add_argument("--contenders", nargs="*", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument(
+        "--every-seed", action="store_true", help="all peers with every seed, twice as long"
+    )
+    parser.add_argument(
+        "--contenders", nargs="*", choices=list(CONTENDERS), default=list(CONTENDERS)
+    )
     parser.add_argument("--devices", type=int, default=MANY, help="of the large fleet")
     parser.add_argument("--data", default=str(BESIDE) if BESIDE.exists() else "pydoc-topics")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     parser.add_argument("--test-rows", type=int, default=1500)
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder to write into")
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything: does it work?")
     parser.add_argument(
-        "--only", choices=[*CONTENDERS, "ceiling", "operations"], help="one contender, on --work, into --out"
+        "--results", type=Path, default=HERE / "results", help="folder to write into"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of everything: does it work?"
+    )
+    parser.add_argument(
+        "--only",
+        choices=[*CONTENDERS, "ceiling", "operations"],
+        help="one contender, on --work, into --out",
     )
     parser.add_argument("--work", type=Path, help="folder with prepared work")
     parser.add_argument("--out", type=Path, help="JSON file")
@@ -182,7 +204,9 @@ def _settings(arguments: argparse.Namespace, seed: int) -> Settings:
     return replace(settings, rounds=2, steps=2) if arguments.quick else settings
 
 
-def _turn(arguments: argparse.Namespace, data: Dataset, settings: Settings, folder: Path) -> dict[str, Any]:
+def _turn(
+    arguments: argparse.Namespace, data: Dataset, settings: Settings, folder: Path
+) -> dict[str, Any]:
     """Every contender once, with one seed; what does not depend on the seed in the first turn only."""
     common = prepare(folder / "common", data, settings, arguments.test_rows)
     found: dict[str, Any] = {"ceiling": _apart("ceiling", common)}
@@ -195,7 +219,9 @@ def _turn(arguments: argparse.Namespace, data: Dataset, settings: Settings, fold
             continue
         work = common
         if contender.work:
-            changes = contender.work | ({"devices": arguments.devices} if name == "devices-many" else {})
+            changes = contender.work | (
+                {"devices": arguments.devices} if name == "devices-many" else {}
+            )
             work = prepare(folder / name, data, replace(settings, **changes), arguments.test_rows)
         found[name] = _apart(name, work) | {"devices": work.settings.devices}
     return found
@@ -207,7 +233,16 @@ def _apart(name: str, work: Work) -> dict[str, Any]:
 
     print(f"seed {work.settings.seed}: {name}", end=" ", file=sys.stderr, flush=True)
     out, log = work.folder / f"{name}.json", work.folder / f"{name}.log"
-    command = [sys.executable, __file__, "--only", name, "--work", str(work.folder), "--out", str(out)]
+    command = [
+        sys.executable,
+        __file__,
+        "--only",
+        name,
+        "--work",
+        str(work.folder),
+        "--out",
+        str(out),
+    ]
     began, peak = time.time(), 0
     with log.open("wb") as lines:
         environment = os.environ | {"BENCHMARK_SPAWNED": str(began)}

@@ -45,7 +45,9 @@ class Row:
         return self.samples_per_round / median(self.seconds)
 
 
-def write(results: dict[str, Any], contenders: dict[str, Any], groups: dict[str, list[str]], folder: Path) -> None:
+def write(
+    results: dict[str, Any], contenders: dict[str, Any], groups: dict[str, list[str]], folder: Path
+) -> None:
     """Write simulator.json, .md and .png into `folder`; `groups` are the names in each of the three tables."""
     results = {**_where(), **results}
     folder.mkdir(exist_ok=True)
@@ -104,7 +106,9 @@ def _where() -> dict[str, Any]:
     """Commit, date, versions and hardware."""
 
     def git(*command: str) -> str:
-        return subprocess.run(["git", *command], capture_output=True, text=True, cwd=HERE).stdout.strip()
+        return subprocess.run(
+            ["git", *command], capture_output=True, text=True, cwd=HERE
+        ).stdout.strip()
 
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -113,7 +117,9 @@ def _where() -> dict[str, Any]:
     cpu = platform.processor()
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+        cpu = (
+            next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+        )
     changed = " with changes" if git("status", "--porcelain", "--", "../src", ".") else ""
     return {
         "commit": git("rev-parse", "--short", "HEAD") + changed,
@@ -128,7 +134,9 @@ def _where() -> dict[str, Any]:
 
 def _head(results: dict[str, Any]) -> list[str]:
     settings, turns = results["settings"], results["turns"]
-    ceilings = {name: median(turn["ceiling"][name] for turn in turns) / 1e9 for name in ("fp32", "bf16")}
+    ceilings = {
+        name: median(turn["ceiling"][name] for turn in turns) / 1e9 for name in ("fp32", "bf16")
+    }
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     return [
         "# The simulator against its peers",
@@ -201,7 +209,9 @@ def _ratios(rows: dict[str, Row]) -> list[str]:
     return [*lines, ""]
 
 
-def _pruned_table(results: dict[str, Any], contenders: dict[str, Any], names: list[str]) -> list[str]:
+def _pruned_table(
+    results: dict[str, Any], contenders: dict[str, Any], names: list[str]
+) -> list[str]:
     found = {name: runs[0] for name in names if (runs := _runs(name, results))}
     if len(found) < len(names):
         return []
@@ -215,7 +225,9 @@ def _pruned_table(results: dict[str, Any], contenders: dict[str, Any], names: li
     for name, run in found.items():
         passes = median(run["passes"][-last:]) / run["processes"]
         seconds = median(run["rounds"][-last:])
-        lines.append(f"| {contenders[name].what} | {run['notes']['sparsity']:.3f} | {seconds:.2f} | {passes:.2f} |")
+        lines.append(
+            f"| {contenders[name].what} | {run['notes']['sparsity']:.3f} | {seconds:.2f} | {passes:.2f} |"
+        )
     return [*lines, ""]
 
 
@@ -230,12 +242,16 @@ def _fleet_table(results: dict[str, Any], names: list[str]) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for run in found.values():
-        outside = median(s - p / run["processes"] for s, p in zip(run["rounds"], run["passes"], strict=True))
+        outside = median(
+            s - p / run["processes"] for s, p in zip(run["rounds"], run["passes"], strict=True)
+        )
         lines.append(
             f"| {run['devices']:,} | {run['notes']['start_seconds']:.1f} | {run['peak_memory_bytes'] / GIB:.2f} "
             f"| {median(run['rounds']):.2f} | {outside:.2f} |"
         )
-    note = "Start is from the call of the program to the first round: imports, model, data, partition."
+    note = (
+        "Start is from the call of the program to the first round: imports, model, data, partition."
+    )
     return [*lines, "", note, ""]
 
 
@@ -261,7 +277,12 @@ def _accuracy(found: list[float]) -> str:
 def _plot(rows: list[Row], path: Path) -> None:
     shown = sorted(rows, key=lambda row: row.speed)
     figure, (left, right) = plt.subplots(
-        1, 2, sharey=True, figsize=(10, 0.5 * len(shown) + 1.4), width_ratios=(3, 1), layout="constrained"
+        1,
+        2,
+        sharey=True,
+        figsize=(10, 0.5 * len(shown) + 1.4),
+        width_ratios=(3, 1),
+        layout="constrained",
     )
     names = [fill(row.what, 36) for row in shown]
     colours = ["#c04b2d" if row.name.startswith("fedspine") else "#7a8ca0" for row in shown]
@@ -270,7 +291,9 @@ def _plot(rows: list[Row], path: Path) -> None:
     left.set(xlabel="samples per second", xlim=(0, 1.12 * shown[-1].speed))
     for place, (row, colour) in enumerate(zip(shown, colours, strict=True)):
         spread = stdev(row.accuracies) if len(row.accuracies) > 1 else 0.0
-        right.errorbar(100 * fmean(row.accuracies), place, xerr=100 * spread, fmt="o", color=colour, capsize=3)
+        right.errorbar(
+            100 * fmean(row.accuracies), place, xerr=100 * spread, fmt="o", color=colour, capsize=3
+        )
     right.set_xlabel("accuracy, %")
     right.margins(x=0.2)
     for axes in (left, right):

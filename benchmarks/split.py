@@ -67,13 +67,19 @@ class Bench:
         self.fleet.begin_round(state.round)
         after = self.built.recipe.method.round(state, heard)
         self.fleet.end_round(0.0)
-        saved = Saved(after.round, after, self.fleet.snapshot(), self.fleet.memories, self.records.flush())
+        saved = Saved(
+            after.round, after, self.fleet.snapshot(), self.fleet.memories, self.records.flush()
+        )
         self.store.save(saved)
         return after, time.process_time() - started, heard
 
     def bare(self, state: MergeSflState, heard: Heard) -> tuple[float, int]:
         """The passes of that round in a plain loop: seconds of this process, and rows."""
-        built, rows, given = self.built, 0, {id: self._given(id, asks) for id, (_, asks) in heard.orders.items()}
+        built, rows, given = (
+            self.built,
+            0,
+            {id: self._given(id, asks) for id, (_, asks) in heard.orders.items()},
+        )
         started = time.process_time()
         (some, _), *_ = heard.orders.values()
         halves = some.cutting.of(built.task.base)
@@ -87,10 +93,19 @@ class Bench:
                 inputs = data.batch(rows_at(len(data), order.batch, seed, step))
                 sent.append((id, halves.bottom(own[id], inputs, seed=0), inputs["labels"]))
                 rows += len(inputs["labels"])
-            parts = [Part(device=id, features=features, labels=labels) for id, features, labels in sent]
-            features = merged_features(parts)  # with their graphs: one backward pass goes through all
-            halves.top(top, features, torch.cat([labels for *_, labels in sent]), seed=0).mean.backward()
-            for leaf in [*top.values(), *(leaf for weights in own.values() for leaf in weights.values())]:
+            parts = [
+                Part(device=id, features=features, labels=labels) for id, features, labels in sent
+            ]
+            features = merged_features(
+                parts
+            )  # with their graphs: one backward pass goes through all
+            halves.top(
+                top, features, torch.cat([labels for *_, labels in sent]), seed=0
+            ).mean.backward()
+            for leaf in [
+                *top.values(),
+                *(leaf for weights in own.values() for leaf in weights.values()),
+            ]:
                 leaf.grad = None
         return time.process_time() - started, rows
 
@@ -102,14 +117,20 @@ class Bench:
 
 
 def _leaves(weights: dict[str, torch.Tensor], still: frozenset[str]) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone().requires_grad_(name not in still) for name, tensor in weights.items()}
+    return {
+        name: tensor.clone().requires_grad_(name not in still) for name, tensor in weights.items()
+    }
 
 
 def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(1)
     keep_freed_memory()
-    settings = [f"task.{key}={value}" for key, value in (("model", arguments.model), ("data", arguments.data)) if value]
+    settings = [
+        f"task.{key}={value}"
+        for key, value in (("model", arguments.model), ("data", arguments.data))
+        if value
+    ]
     settings += [
         "method.name=mergesfl",
         "method.regulate_within=false",  # so that the first order says what is repeated bare
@@ -150,7 +171,9 @@ def _measure(built: Any, folder: Path, rounds: int) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--devices", type=int, default=80)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)
@@ -158,7 +181,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="default: the embedded job's")
     parser.add_argument("--data", help="default: the embedded job's")
     parser.add_argument("--precision", default="fp16")
-    parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="further settings")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="further settings"
+    )
     return parser.parse_args()
 
 

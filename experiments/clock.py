@@ -41,7 +41,9 @@ class Job:
 
 
 JOBS = {
-    "minilm": Job(FedSpine(ranks=(4, 8, 12, 16), steps=10, batch=16), 32, 10, 3, 384, 1536, 20, 310_000),
+    "minilm": Job(
+        FedSpine(ranks=(4, 8, 12, 16), steps=10, batch=16), 32, 10, 3, 384, 1536, 20, 310_000
+    ),
     "roberta": Job(FedSpine(), 50, 80, 12, 768, 3072, 128, 1_180_000),
 }
 
@@ -53,7 +55,10 @@ def choices(ranks: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
         {"choice": "bandit"},
         {"choice": "bandit", "pooled": 1.0},
         {"choice": "random"},
-        *({"choice": "fixed", "fixed_rank": rank, "fixed_ratio": 0.0} for rank in dict.fromkeys(fixed)),
+        *(
+            {"choice": "fixed", "fixed_rank": rank, "fixed_ratio": 0.0}
+            for rank in dict.fromkeys(fixed)
+        ),
         {"choice": "fixed", "fixed_rank": ranks[0], "fixed_ratio": 1.0},
         {"choice": "oracle"},
         *({"choice": "deadline", "caution": caution} for caution in (0.3, 1.0, 2.0)),
@@ -71,43 +76,70 @@ def main() -> None:
         found = np.array([simulated(job, replace(job.method, **settings), seed) for seed in seeds])
         mean, spread = found.mean(0), found.std(0, ddof=1) if len(seeds) > 1 else found[0] * 0
         said = ", ".join(f"{key} = {value}" for key, value in settings.items())
-        print(f"| {said} | {mean[0]:.0f} ± {spread[0]:.0f} | {mean[1]:.2f} | {mean[2]:.1f} |", flush=True)
+        print(
+            f"| {said} | {mean[0]:.0f} ± {spread[0]:.0f} | {mean[1]:.2f} | {mean[2]:.1f} |",
+            flush=True,
+        )
 
 
 def simulated(job: Job, method: FedSpine, seed: int) -> tuple[float, float, float]:
     """Seconds of a run, the share of them that devices wait, and the mean rank."""
-    sizes = {"num_hidden_layers": job.layers, "intermediate_size": job.channels, "hidden_size": job.width}
-    anatomy = anatomy_of(SimpleNamespace(model_type="bert", num_attention_heads=12, **sizes), "bert")
+    sizes = {
+        "num_hidden_layers": job.layers,
+        "intermediate_size": job.channels,
+        "hidden_size": job.width,
+    }
+    anatomy = anatomy_of(
+        SimpleNamespace(model_type="bert", num_attention_heads=12, **sizes), "bert"
+    )
     kinds = fleet_mix(None, 80)
     ids, hardware = device_ids(kinds), Hardware(seed=seed, kinds=tuple(kinds))
     rows = method.steps * method.batch
     frame = Frame(
-        Extent(rows * job.tokens, rows * job.tokens**2), method.steps * job.layers, job.head_bytes, job.head_bytes
+        Extent(rows * job.tokens, rows * job.tokens**2),
+        method.steps * job.layers,
+        job.head_bytes,
+        job.head_bytes,
     )
     state = SimpleNamespace(rounds=job.rounds, seed=seed, structures={}, reached={}, bandits={})
     rng, units, gain_scale = np.random.default_rng(seed), no_scores(anatomy), None
-    turns = np.concatenate([rng.permutation(80) for _ in range(job.rounds * job.per_round // 80 + 1)])
+    turns = np.concatenate(
+        [rng.permutation(80) for _ in range(job.rounds * job.per_round // 80 + 1)]
+    )
     asked, now, waiting, ranks = dict.fromkeys(ids, 0), 0.0, 0.0, []
     for round in range(job.rounds):
         state.round = round
 
         def foresee(id: str, reached: float, wanted: Any, round: int = round) -> list[float]:
             structure = state.structures.get(id, full(anatomy))
-            costs = forecast(anatomy, structure, frame, reached=reached, target=method.sparsity, ranks=wanted)
+            costs = forecast(
+                anatomy, structure, frame, reached=reached, target=method.sparsity, ranks=wanted
+            )
             place = ids.index(id)
-            return [hardware.seconds(place, round=round, ask=asked[id], **vars(cost)).total for cost in costs]
+            return [
+                hardware.seconds(place, round=round, ask=asked[id], **vars(cost)).total
+                for cost in costs
+            ]
 
-        chosen = [ids[i] for i in sorted(turns[round * job.per_round : (round + 1) * job.per_round])]
+        chosen = [
+            ids[i] for i in sorted(turns[round * job.per_round : (round + 1) * job.per_round])
+        ]
         plans = plan_round(method, state, dict.fromkeys(chosen, len(method.ranks)), foresee)
         outcomes = {}
         for id, plan in plans.items():
             seconds = foresee(id, plan.reached, [plan.rank])[0]
-            gain = 0.05 * np.log(plan.rank) / 3 - 0.02 * plan.progress + 0.03 * rng.standard_normal()
-            outcomes[id] = Outcome(plan, seconds, gain, importance=plan.rank**0.5, effective_rank=1.0)
+            gain = (
+                0.05 * np.log(plan.rank) / 3 - 0.02 * plan.progress + 0.03 * rng.standard_normal()
+            )
+            outcomes[id] = Outcome(
+                plan, seconds, gain, importance=plan.rank**0.5, effective_rank=1.0
+            )
             before = state.structures.get(id, full(anatomy))
             if plan.reached > 0:
                 votes = (units.heads, units.channels)
-                before = shrink(anatomy, before, votes, reached=plan.reached, target=method.sparsity)
+                before = shrink(
+                    anatomy, before, votes, reached=plan.reached, target=method.sparsity
+                )
             state.structures[id] = before
             asked[id] += 1
             ranks.append(plan.rank)

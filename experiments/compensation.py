@@ -28,7 +28,12 @@ from fedspine.task import Examples, Task
 
 RESULTS = Path(__file__).parent / "results" / "compensation.jsonl"
 ALL, ONE_DEVICE = 1500, 80  # rows that inputs are read from
-WAYS = (("none", 0, 0.0), ("mean", ONE_DEVICE, 0.0), ("fitted", ONE_DEVICE, 0.03), ("fitted", ALL, 0.01))
+WAYS = (
+    ("none", 0, 0.0),
+    ("mean", ONE_DEVICE, 0.0),
+    ("fitted", ONE_DEVICE, 0.03),
+    ("fitted", ALL, 0.01),
+)
 Slices = dict[str, tuple[Tensor, Tensor | None]]
 
 
@@ -40,35 +45,75 @@ def compared(task: Task, seed: int):
     """A row for the whole model, and one for each sparsity and way."""
     anatomy, rng = task.base.anatomy, np.random.default_rng(seed)
     whole = tuned_whole(task, rng, seed)
-    yield {"way": "unpruned", "sparsity": 0.0, "accuracy": score(task.base, whole, task.test).accuracy}
+    yield {
+        "way": "unpruned",
+        "sparsity": 0.0,
+        "accuracy": score(task.base, whole, task.test).accuracy,
+    }
     scores = followed(task, whole, "blend", seed)
     order = rng.permutation(len(task.train))
-    moments = {rows: second_moments(task.base, whole, task.train, order[:rows]) for rows in (ONE_DEVICE, ALL)}
+    moments = {
+        rows: second_moments(task.base, whole, task.train, order[:rows])
+        for rows in (ONE_DEVICE, ALL)
+    }
     for sparsity in SPARSITIES:
-        structure = shrink(anatomy, full(anatomy), (scores.heads, scores.channels), reached=sparsity, target=sparsity)
-        pruned = replace(whole, structure=structure, adapter=cut_adapter(whole.adapter, anatomy.sites, structure))
+        structure = shrink(
+            anatomy,
+            full(anatomy),
+            (scores.heads, scores.channels),
+            reached=sparsity,
+            target=sparsity,
+        )
+        pruned = replace(
+            whole, structure=structure, adapter=cut_adapter(whole.adapter, anatomy.sites, structure)
+        )
         for way, rows, ridge in WAYS:
-            base = task.base if way == "none" else Compensated(task.base, whole, structure, moments[rows], ridge, way)
+            base = (
+                task.base
+                if way == "none"
+                else Compensated(task.base, whole, structure, moments[rows], ridge, way)
+            )
             at_once = score(base, pruned, task.test).accuracy
             tuned = tune(replace(all_rows(task, seed), base=base), pruned, AGAIN).model
             recovered = score(base, tuned, task.test).accuracy
-            yield {"way": way, "rows": rows, "sparsity": sparsity, "at_once": at_once, "accuracy": recovered}
+            yield {
+                "way": way,
+                "rows": rows,
+                "sparsity": sparsity,
+                "at_once": at_once,
+                "accuracy": recovered,
+            }
 
 
 class Compensated:
     """A base whose slices of one structure are compensated; everything else is the base's own."""
 
     def __init__(
-        self, base: Base, whole: Model, structure: Structure, moments: dict[str, Tensor], ridge: float, way: str
+        self,
+        base: Base,
+        whole: Model,
+        structure: Structure,
+        moments: dict[str, Tensor],
+        ridge: float,
+        way: str,
     ) -> None:
         self._base = base
-        self._slices: Slices = {site.path: base.slice(site.path, structure) for site in base.anatomy.sites}
+        self._slices: Slices = {
+            site.path: base.slice(site.path, structure) for site in base.anatomy.sites
+        }
         for site in base.anatomy.sites:
             if site.column_units:
                 weight = base.weights[site.path][0].float()
-                weight = weight + whole.scale * whole.adapter[b_name(site.path)] @ whole.adapter[a_name(site.path)]
+                weight = (
+                    weight
+                    + whole.scale
+                    * whole.adapter[b_name(site.path)]
+                    @ whole.adapter[a_name(site.path)]
+                )
                 kept = kept_columns(site, structure)
-                found = compensation(weight, kept, moments[site.path], ridge if way == "fitted" else None)
+                found = compensation(
+                    weight, kept, moments[site.path], ridge if way == "fitted" else None
+                )
                 self._slices[site.path] = tuple(
                     (old.float() + change).to(old.dtype)
                     for old, change in zip(self._slices[site.path], found, strict=True)
@@ -86,7 +131,9 @@ class Compensated:
             self._base._sliced = original
 
 
-def second_moments(base: Base, model: Model, data: Examples, rows: np.ndarray) -> dict[str, Float[Tensor, "n n"]]:
+def second_moments(
+    base: Base, model: Model, data: Examples, rows: np.ndarray
+) -> dict[str, Float[Tensor, "n n"]]:
     """Mean of z z^T over tokens, z the inputs of an output projection and a one behind them, by path."""
     sums: dict[str, Tensor] = {}
     module, counted = base.fit(model), torch.tensor([])
@@ -96,7 +143,9 @@ def second_moments(base: Base, model: Model, data: Examples, rows: np.ndarray) -
         sums[path] = sums.get(path, 0) + tokens.T @ tokens
 
     ears = [
-        module.get_submodule(site.path).register_forward_pre_hook(lambda _, args, path=site.path: hear(path, args[0]))
+        module.get_submodule(site.path).register_forward_pre_hook(
+            lambda _, args, path=site.path: hear(path, args[0])
+        )
         for site in base.anatomy.sites
         if site.column_units
     ]
@@ -111,7 +160,10 @@ def second_moments(base: Base, model: Model, data: Examples, rows: np.ndarray) -
 
 
 def compensation(
-    weight: Float[Tensor, "rows columns"], kept: Tensor, moments: Float[Tensor, "n n"], ridge: float | None
+    weight: Float[Tensor, "rows columns"],
+    kept: Tensor,
+    moments: Float[Tensor, "n n"],
+    ridge: float | None,
 ) -> tuple[Float[Tensor, "rows kept"], Float[Tensor, " rows"]]:
     """What is added to the kept columns and to the bias; without a `ridge` the mean goes into the bias alone."""
     gone = torch.ones(weight.shape[1], dtype=torch.bool)

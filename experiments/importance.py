@@ -40,10 +40,14 @@ def main() -> None:
     measured(__doc__, RESULTS, compared)
 
 
-def measured(doc: str, results: Path, compared: Callable[[Task, int], Iterable[dict[str, Any]]]) -> None:
+def measured(
+    doc: str, results: Path, compared: Callable[[Task, int], Iterable[dict[str, Any]]]
+) -> None:
     """Print and append the rows that `compared` gives for every set and seed on the command line."""
     arguments = argparse.ArgumentParser(description=doc.splitlines()[0])
-    arguments.add_argument("--data", type=Path, help="folder that holds the sets which are not built in")
+    arguments.add_argument(
+        "--data", type=Path, help="folder that holds the sets which are not built in"
+    )
     arguments.add_argument("--sets", nargs="+", default=["pydoc-topics"])
     arguments.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     chosen = arguments.parse_args()
@@ -60,7 +64,13 @@ def measured(doc: str, results: Path, compared: Callable[[Task, int], Iterable[d
 def task_of(name: str, folder: Path | None, seed: int) -> Task:
     """Three layers of MiniLM on a built-in set or one in the folder, texts of 32 tokens."""
     data = name if folder is None or not (folder / name).exists() else str(folder / name)
-    settings = [f"task.data={data}", "task.layers=3", "task.max_tokens=32", "method.name=fedlora", f"run.seed={seed}"]
+    settings = [
+        f"task.data={data}",
+        "task.layers=3",
+        "task.max_tokens=32",
+        "method.name=fedlora",
+        f"run.seed={seed}",
+    ]
     return build(config.load(None, settings)).task
 
 
@@ -68,7 +78,11 @@ def compared(task: Task, seed: int):
     """A row for the whole model, and one for each sparsity and criterion."""
     anatomy, rng = task.base.anatomy, np.random.default_rng(seed)
     whole = tuned_whole(task, rng, seed)
-    yield {"criterion": "none", "sparsity": 0.0, "accuracy": score(task.base, whole, task.test).accuracy}
+    yield {
+        "criterion": "none",
+        "sparsity": 0.0,
+        "accuracy": score(task.base, whole, task.test).accuracy,
+    }
     known = {of: followed(task, whole, of, seed) for of in FOLLOWED}
     known["magnitude"] = magnitude_scores(task.base, whole)
     known["random"] = random_scores(anatomy, full(anatomy), np.random.default_rng(seed))
@@ -76,18 +90,29 @@ def compared(task: Task, seed: int):
         for criterion, scores in known.items():
             pair = (scores.heads, scores.channels)
             structure = shrink(anatomy, full(anatomy), pair, reached=sparsity, target=sparsity)
-            pruned = replace(whole, structure=structure, adapter=cut_adapter(whole.adapter, anatomy.sites, structure))
+            pruned = replace(
+                whole,
+                structure=structure,
+                adapter=cut_adapter(whole.adapter, anatomy.sites, structure),
+            )
             at_once = score(task.base, pruned, task.test).accuracy
             tuned = tune(all_rows(task, seed), pruned, AGAIN).model
             recovered = score(task.base, tuned, task.test).accuracy
-            yield {"criterion": criterion, "sparsity": sparsity, "at_once": at_once, "accuracy": recovered}
+            yield {
+                "criterion": criterion,
+                "sparsity": sparsity,
+                "at_once": at_once,
+                "accuracy": recovered,
+            }
 
 
 def tuned_whole(task: Task, rng: np.random.Generator, seed: int) -> Model:
     """The unpruned model with an adapter of rank 8 and a head, tuned on all rows."""
     anatomy = task.base.anatomy
     adapter = fresh(anatomy.sites, 8, rng)
-    start = Model(structure=full(anatomy), adapter=adapter, head=task.base.initial_head(rng), scale=2.0)
+    start = Model(
+        structure=full(anatomy), adapter=adapter, head=task.base.initial_head(rng), scale=2.0
+    )
     return tune(all_rows(task, seed), start, TUNING).model
 
 
@@ -100,7 +125,9 @@ def followed(task: Task, model: Model, of: str, seed: int) -> Scores:
 
 
 def all_rows(task: Task, seed: int) -> Device:
-    return Device(id="all", data=task.train, base=task.base, memory={}, rng=np.random.default_rng(seed))
+    return Device(
+        id="all", data=task.train, base=task.base, memory={}, rng=np.random.default_rng(seed)
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "real_data.jsonl"
 TABLE = HERE / "results" / "real_data.md"
 DENSE = ["method.name=fedlora", "method.rank=8"]
-PLAN: dict[str, dict[str, list[str]]] = {  # recipe: variants by name, each a list of settings laid over the recipe
+PLAN: dict[
+    str, dict[str, list[str]]
+] = {  # recipe: variants by name, each a list of settings laid over the recipe
     "trec6": {"FedLoRA": DENSE, "FedSpine 0.5": []},
     "ag_news": {"FedLoRA": DENSE, "FedSpine 0.5": []},
     "mrpc": {"FedLoRA": DENSE, "FedSpine 0.5": []},
@@ -37,15 +39,28 @@ PLAN: dict[str, dict[str, list[str]]] = {  # recipe: variants by name, each a li
         "FedSpine 0.5": ["method.sparsity=0.5"],
     },
 }
-SPINE_ONLY = ("sparsity", "ranks", "fleet_say", "until", "score_every")  # fields that FedLoRA does not have
+SPINE_ONLY = (
+    "sparsity",
+    "ranks",
+    "fleet_say",
+    "until",
+    "score_every",
+)  # fields that FedLoRA does not have
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder that holds ag_news, trec6, mrpc, tinystories")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder that holds ag_news, trec6, mrpc, tinystories",
+    )
     parser.add_argument("--models", type=Path, required=True, help="folder that holds stories260k")
     parser.add_argument("--only", nargs="*", choices=list(PLAN), default=list(PLAN))
-    parser.add_argument("--variants", nargs="*", help="only variants whose name starts with one of these")
+    parser.add_argument(
+        "--variants", nargs="*", help="only variants whose name starts with one of these"
+    )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     arguments = parser.parse_args()
     RESULTS.parent.mkdir(exist_ok=True)
@@ -54,18 +69,27 @@ def main() -> None:
             for variant, settings in PLAN[name].items():
                 if arguments.variants and not variant.startswith(tuple(arguments.variants)):
                     continue
-                if (name, variant, seed) not in {(row["recipe"], row["variant"], row["seed"]) for row in rows()}:
+                if (name, variant, seed) not in {
+                    (row["recipe"], row["variant"], row["seed"]) for row in rows()
+                }:
                     one(name, variant, settings, seed, arguments)
                     TABLE.write_text(table(rows()))
 
 
-def one(name: str, variant: str, settings: list[str], seed: int, arguments: argparse.Namespace) -> None:
+def one(
+    name: str, variant: str, settings: list[str], seed: int, arguments: argparse.Namespace
+) -> None:
     """Run one recipe in one variant and append its summary."""
     recipe = recipe_for(name, settings, seed, arguments)
     print(f"{name}, {variant}, seed {seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         summary = new_run(recipe, Path(folder) / "run", progress_for(json=False))
-    named = {"recipe": name, "variant": variant, "commit": commit(), "loss_before": loss_before(recipe)}
+    named = {
+        "recipe": name,
+        "variant": variant,
+        "commit": commit(),
+        "loss_before": loss_before(recipe),
+    }
     # where data and model lay says nothing of the result
     row = summary | named | {"data": name, "model": Path(recipe.task.model).name}
     with RESULTS.open("a") as file:
@@ -97,7 +121,9 @@ def loss_before(recipe: Any) -> float:
 
 
 def rows() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return (
+        [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    )
 
 
 def table(found: list[dict[str, Any]]) -> str:
@@ -114,8 +140,14 @@ def table(found: list[dict[str, Any]]) -> str:
     for key in dict.fromkeys((row["recipe"], row["variant"]) for row in found):
         group = [row for row in found if (row["recipe"], row["variant"]) == key]
         language = group[0]["kind"] == "causal-lm"
-        marks = ("loss", "loss_global", "loss_dense") if language else ("accuracy", "accuracy_global", "accuracy_dense")
-        cells = [spread(group, mark, 1 if language else 100, 3 if language else 1) for mark in marks]
+        marks = (
+            ("loss", "loss_global", "loss_dense")
+            if language
+            else ("accuracy", "accuracy_global", "accuracy_dense")
+        )
+        cells = [
+            spread(group, mark, 1 if language else 100, 3 if language else 1) for mark in marks
+        ]
         before = spread(group, "loss_before", 1, 3) if language else "-"
         lines.append(
             f"| {key[0]} | {key[1]} | {', '.join(str(row['seed']) for row in group)} | {spread(group, 'sparsity', 1, 3)} "
@@ -138,7 +170,9 @@ def commit() -> str:
 
 
 def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+    for line in (
+        Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    ):
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.machine()

@@ -22,7 +22,11 @@ import numpy as np
 from fedspine.compare.numbers import waiting_share
 from fedspine.compare.runs import Run, select
 
-STEPS = ("step", "resize", "answer")  # how the names of works begin whose exchanges carry no weights
+STEPS = (
+    "step",
+    "resize",
+    "answer",
+)  # how the names of works begin whose exchanges carry no weights
 HEADS = (
     "method",
     "final accuracy, %",
@@ -36,21 +40,30 @@ HEADS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sweep", type=Path)
     groups: dict[str, dict[str, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
     for run in select([parser.parse_args().sweep]).runs:
         groups[", ".join(map(str, (run.settings or {}).values()))][str(run.label)][run.seed] = run
     for title, methods in groups.items():
         accuracy = {
-            label: np.mean([run.summary["accuracy"] for run in runs.values()]) for label, runs in methods.items()
+            label: np.mean([run.summary["accuracy"] for run in runs.values()])
+            for label, runs in methods.items()
         }
         first, *others = sorted(methods, key=accuracy.__getitem__, reverse=True)
         print(f"\n**{title}**\n")
         print("| " + " | ".join(HEADS) + f", over those of {first} |")
         print("|" + "---|" * len(HEADS))
         for label in (first, *others):
-            print("| " + " | ".join([label, *_cells(methods[label], {} if label == first else methods[first])]) + " |")
+            print(
+                "| "
+                + " | ".join(
+                    [label, *_cells(methods[label], {} if label == first else methods[first])]
+                )
+                + " |"
+            )
 
 
 def _cells(runs: Mapping[int, Run], rivals: Mapping[int, Run]) -> Iterable[str]:
@@ -61,7 +74,11 @@ def _cells(runs: Mapping[int, Run], rivals: Mapping[int, Run]) -> Iterable[str]:
     yield _spread((waiting_share(run) for run in runs.values()), 3)
     yield _spread((_waiting_in_steps(run) for run in runs.values()), 3)
     yield _spread(((one["bytes_up"] + one["bytes_down"]) / 1e6 for one in summaries), 0)
-    ratios = [_to_best_of(run, run) / _to_best_of(run, rivals[seed]) for seed, run in runs.items() if seed in rivals]
+    ratios = [
+        _to_best_of(run, run) / _to_best_of(run, rivals[seed])
+        for seed, run in runs.items()
+        if seed in rivals
+    ]
     yield ", ".join("never" if np.isnan(ratio) else f"{ratio:.2f}" for ratio in ratios)
 
 
@@ -73,7 +90,10 @@ def _scores(run: Run) -> list[tuple[float, float]]:
 
 def _in_time(run: Run) -> float:
     """The accuracy of the last check before the time that the recipe gives; nan where there is none."""
-    return next((accuracy for now, accuracy in reversed(_scores(run)) if now <= run.recipe.run.seconds), np.nan)
+    return next(
+        (accuracy for now, accuracy in reversed(_scores(run)) if now <= run.recipe.run.seconds),
+        np.nan,
+    )
 
 
 def _to_best_of(run: Run, other: Run) -> float:

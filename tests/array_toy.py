@@ -14,7 +14,9 @@ def waves(rows, seed, *, channels=2, samples=16):
     labels = np.arange(rows) % len(CLASSES)
     times = np.arange(samples) / samples
     angle = 2 * np.pi * ((labels + 1)[:, None, None] * times + rng.random((rows, channels, 1)))
-    return (np.sin(angle) + 0.3 * rng.standard_normal((rows, channels, samples))).astype(np.float32), labels
+    return (np.sin(angle) + 0.3 * rng.standard_normal((rows, channels, samples))).astype(
+        np.float32
+    ), labels
 
 
 def bars(rows, seed, *, side=8, channels=1):
@@ -24,12 +26,21 @@ def bars(rows, seed, *, side=8, channels=1):
     pictures = rng.integers(0, 60, (rows, side, side, channels))
     for picture, label in zip(pictures, labels, strict=True):
         picture[label * side // 3 : label * side // 3 + 2] += 150
-    return pictures.astype(np.uint8).squeeze(3) if channels == 1 else pictures.astype(np.uint8), labels
+    return pictures.astype(np.uint8).squeeze(3) if channels == 1 else pictures.astype(
+        np.uint8
+    ), labels
 
 
 def array_task(net="cnn-h", *, make=waves, rounds=5, train=240, test=90):
     """Telling three kinds of arrays apart."""
     base, rows, others = load(net, make(train, 0), make(test, 1), len(CLASSES))
     return Task(
-        kind="array", base=base, train=rows, test=others, label_names=CLASSES, max_tokens=1, rounds=rounds, turns=0.0
+        kind="array",
+        base=base,
+        train=rows,
+        test=others,
+        label_names=CLASSES,
+        max_tokens=1,
+        rounds=rounds,
+        turns=0.0,
     )

@@ -12,8 +12,19 @@ from contextlib import suppress
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUIET = (  # nothing of the browser's own on the network, so that a request that is seen is the page's
-    *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync", "--disable-extensions", "--remote-debugging-pipe"),
+    *(
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+    ),
+    *(
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-extensions",
+        "--remote-debugging-pipe",
+    ),
 )
 PATIENCE_SECONDS = 60
 
@@ -36,18 +47,28 @@ class Browser:
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (their_read, their_write)]
         pipes = [(os.POSIX_SPAWN_DUP2, end, fd) for end, fd in zip(ends, (3, 4), strict=True)]
         command = [installed(), *QUIET, f"--user-data-dir={profile}", "about:blank"]
-        self._process = os.posix_spawn(command[0], command, os.environ, file_actions=[*silence, *pipes], setpgroup=0)
+        self._process = os.posix_spawn(
+            command[0], command, os.environ, file_actions=[*silence, *pipes], setpgroup=0
+        )
         for end in (their_read, their_write, *ends):
             os.close(end)
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = None
-        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Network", "Runtime", "Log"):
             self._call(f"{domain}.enable")
 
     def open(self, address, width=1200, height=900):
         """Open a page in a window of this size and wait until it is loaded."""
-        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self._call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         self._call("Page.navigate", url=address)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while self.run("document.readyState + location.href") != f"complete{address}":
@@ -55,7 +76,9 @@ class Browser:
 
     def run(self, script):
         """The value of an expression in the page."""
-        answer = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        answer = self._call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
@@ -68,7 +91,14 @@ class Browser:
             f" return [box.x + box.width / 2, box.y + box.height / 2]; }})()"
         )
         for kind in ("mousePressed", "mouseReleased"):
-            self._call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
+            self._call(
+                "Input.dispatchMouseEvent",
+                type=kind,
+                x=box[0],
+                y=box[1],
+                button="left",
+                clickCount=1,
+            )
 
     def screenshot(self, path):
         """Write the whole page to a PNG file."""

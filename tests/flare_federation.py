@@ -45,12 +45,23 @@ def shared_out(rows, sites=SITES):
 def make_place(folder, model, sites=SITES, *, model_name="tiny", **site_tables):
     """Kits and rows in `folder`; `site_tables` are further tables of every site's file."""
     train = toy_rows(TRAIN_ROWS, 0)
-    made = create(Project(name="toys", host="127.0.0.1", port=free_port(), sites=tuple(sites)), folder / "kits")
+    made = create(
+        Project(name="toys", host="127.0.0.1", port=free_port(), sites=tuple(sites)),
+        folder / "kits",
+    )
     shares = shared_out(TRAIN_ROWS, sites)
     for site, share in shares.items():
-        rows = Rows(texts=tuple(train.texts[i] for i in share), pairs=None, labels=train.labels[share], columns={})
+        rows = Rows(
+            texts=tuple(train.texts[i] for i in share),
+            pairs=None,
+            labels=train.labels[share],
+            columns={},
+        )
         pq.write_table(labelled(rows), made.folder / site / "rows.parquet")
-        tables = {"data": {"path": "rows.parquet"}, "models": {model_name: str(model)}} | site_tables
+        tables = {
+            "data": {"path": "rows.parquet"},
+            "models": {model_name: str(model)},
+        } | site_tables
         write_site_file(made.folder / site, name=site, **tables)
     (folder / "data").mkdir()
     pq.write_table(labelled(train), folder / "data" / "train.parquet")
@@ -65,7 +76,12 @@ def make_place(folder, model, sites=SITES, *, model_name="tiny", **site_tables):
 def write_recipe(place, path, **tables):
     """A recipe over the place's data with these tables laid over it."""
     path.write_text(
-        tomli_w.dumps({name: place.recipe.get(name, {}) | tables.get(name, {}) for name in {*place.recipe, *tables}})
+        tomli_w.dumps(
+            {
+                name: place.recipe.get(name, {}) | tables.get(name, {})
+                for name in {*place.recipe, *tables}
+            }
+        )
     )
     return path
 

@@ -39,7 +39,9 @@ def main():
     for line in sys.stdin:
         asked = json.loads(line)
         if not warm:
-            build(load(None, asked["arguments"][1::2]))  # what loading imports late is imported here
+            build(
+                load(None, asked["arguments"][1::2])
+            )  # what loading imports late is imported here
             warm = True
         print(json.dumps(list(carry_out_all(asked["arguments"], asked["plan"]))), flush=True)
 
@@ -63,12 +65,23 @@ def carry_out(arguments, folder, attempts):
     for attempt in attempts:
         said = folder.with_name(folder.name + ".stderr")
         resumes, started = folder.exists(), time.monotonic()
-        child = fork(["--resume", str(folder)] if resumes else [*arguments, "--out", str(folder)], attempt, said)
+        child = fork(
+            ["--resume", str(folder)] if resumes else [*arguments, "--out", str(folder)],
+            attempt,
+            said,
+        )
         workers = strike_from_outside(child, folder, attempt) if "seconds" in attempt else []
         _, status = os.waitpid(child, 0)
         code, seconds = os.waitstatus_to_exitcode(status), time.monotonic() - started
         orphans += alive(workers)
-        ends.append({"code": code, "seconds": seconds, "resumes": resumes, "said": said.read_text().splitlines()})
+        ends.append(
+            {
+                "code": code,
+                "seconds": seconds,
+                "resumes": resumes,
+                "said": said.read_text().splitlines(),
+            }
+        )
     return {"folder": str(folder), "ends": ends, "orphans": orphans}
 
 
@@ -163,7 +176,9 @@ def strike_from_outside(child, folder, attempt):
 
 def alive(workers):
     deadline = time.monotonic() + GONE_SECONDS
-    while (left := [worker.pid for worker in workers if running(worker)]) and time.monotonic() < deadline:
+    while (
+        left := [worker.pid for worker in workers if running(worker)]
+    ) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
 

@@ -14,7 +14,10 @@ from fedspine import cli
 SOURCE = Path(__file__).parents[1] / "src"
 CLASS_WORDS = {"kind": ("good", "the", "very"), "unkind": ("bad", "not", "small")}
 NOISE = ("in", "is", "with", "at", "cab", "dig", "27")
-WALL = {"wall_seconds", "samples_per_second"}  # what a clock on the wall measured, which no two runs share
+WALL = {
+    "wall_seconds",
+    "samples_per_second",
+}  # what a clock on the wall measured, which no two runs share
 
 
 def write_csv(path, rows=80, labels=tuple(CLASS_WORDS)):
@@ -23,7 +26,9 @@ def write_csv(path, rows=80, labels=tuple(CLASS_WORDS)):
     lines = ["text,label"]
     for row in range(rows):
         label = labels[row % len(labels)]
-        lines.append(f"{' '.join([*rng.choice(CLASS_WORDS[label], 3), *rng.choice(NOISE, 3)])},{label}")
+        lines.append(
+            f"{' '.join([*rng.choice(CLASS_WORDS[label], 3), *rng.choice(NOISE, 3)])},{label}"
+        )
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -45,7 +50,9 @@ def tiny_job(model, data, **changed):
 
 def in_process(monkeypatch, capsys, *arguments):
     """Run the command line in this process: its exit code, stdout, and the lines of stderr."""
-    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # which a run sets for its own process
+    monkeypatch.setenv(
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"
+    )  # which a run sets for its own process
     monkeypatch.setattr(sys, "argv", ["fedspine", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         cli.main()

@@ -28,7 +28,14 @@ from fedspine.lm.structure import Structure, cut_adapter, full, kept_columns, ke
 LARGEST = 8
 # grouped queries, so that heads have rows of two sizes
 ANATOMY = Anatomy(
-    architecture="llama", prefix="model", layers=2, heads=2, channels=12, width=16, query_heads=4, head_dim=4
+    architecture="llama",
+    prefix="model",
+    layers=2,
+    heads=2,
+    channels=12,
+    width=16,
+    query_heads=4,
+    head_dim=4,
 )
 seeds = st.integers(0, 2**32 - 1)
 
@@ -40,7 +47,10 @@ def normal(rng, *shape):
 def adapter_of(rng, rank, anatomy=ANATOMY):
     """Random factors, B no longer zero."""
     made = fresh(anatomy.sites, rank, rng)
-    return {name: normal(rng, *tensor.shape) if name.endswith("lora_B") else tensor for name, tensor in made.items()}
+    return {
+        name: normal(rng, *tensor.shape) if name.endswith("lora_B") else tensor
+        for name, tensor in made.items()
+    }
 
 
 def product(adapter, path):
@@ -56,7 +66,9 @@ def structure_of(rng, anatomy=ANATOMY):
 
     def some(units):
         kept = torch.from_numpy(rng.random((anatomy.layers, units)) < 0.6)
-        kept[torch.arange(anatomy.layers), torch.from_numpy(rng.integers(units, size=anatomy.layers))] = True
+        kept[
+            torch.arange(anatomy.layers), torch.from_numpy(rng.integers(units, size=anatomy.layers))
+        ] = True
         return kept
 
     return Structure(heads=some(anatomy.heads), channels=some(anatomy.channels))
@@ -65,13 +77,24 @@ def structure_of(rng, anatomy=ANATOMY):
 def contribution(rng, adapter, structure, rank, weight, *, trained=True):
     """A device that got the best adapter of its rank, and changed it if it trained."""
     sent = hand_out(ANATOMY, adapter, structure, rank)
-    back = {name: tensor + 0.1 * normal(rng, *tensor.shape) for name, tensor in sent.items()} if trained else sent
+    back = (
+        {name: tensor + 0.1 * normal(rng, *tensor.shape) for name, tensor in sent.items()}
+        if trained
+        else sent
+    )
     return Contribution(sent=sent, back=back, structure=structure, weight=weight)
 
 
 def fleet(rng, adapter, *, devices=5, trained=True):
     return [
-        contribution(rng, adapter, structure_of(rng), int(rng.integers(1, LARGEST + 1)), 1.0 + i, trained=trained)
+        contribution(
+            rng,
+            adapter,
+            structure_of(rng),
+            int(rng.integers(1, LARGEST + 1)),
+            1.0 + i,
+            trained=trained,
+        )
         for i in range(devices)
     ]
 
@@ -80,7 +103,10 @@ def close(ours, theirs, digits=5):
     """Equal to so many digits of the largest entry."""
     for path, expected in theirs.items():
         torch.testing.assert_close(
-            ours[path], expected, rtol=0, atol=10.0**-digits * max(float(expected.abs().max()), 1e-6)
+            ours[path],
+            expected,
+            rtol=0,
+            atol=10.0**-digits * max(float(expected.abs().max()), 1e-6),
         )
 
 
@@ -101,11 +127,15 @@ def test_nobody_training_changes_nothing_over_five_rounds(seed):
 def test_delta_keeps_the_tail_that_zero_padding_and_product_averaging_lose():
     # Section 3.1: ten devices of rank 2, ten of rank 8, five rounds in which nobody trains.
     rng = np.random.default_rng(0)
-    start = factor(ANATOMY, products(adapter_of(rng, LARGEST)), LARGEST, adapter_of(rng, LARGEST), seed=0)
+    start = factor(
+        ANATOMY, products(adapter_of(rng, LARGEST)), LARGEST, adapter_of(rng, LARGEST), seed=0
+    )
     ranks, everything = [2] * 10 + [8] * 10, full(ANATOMY)
 
     def tail(adapter):
-        return sum(float(torch.linalg.svdvals(m)[2:].square().sum()) for m in products(adapter).values())
+        return sum(
+            float(torch.linalg.svdvals(m)[2:].square().sum()) for m in products(adapter).values()
+        )
 
     delta, padded, mean, dense = start, start, start, products(start)
     for round in range(5):
@@ -113,7 +143,9 @@ def test_delta_keeps_the_tail_that_zero_padding_and_product_averaging_lose():
         dense = merge_changes(ANATOMY, dense, parts)
         delta = factor(ANATOMY, dense, LARGEST, delta, seed=round)
         cuts = [cut_rank(padded, rank) for rank in ranks]
-        padded = average_factors(ANATOMY, padded, [Contribution(cut, cut, everything, 1.0) for cut in cuts])
+        padded = average_factors(
+            ANATOMY, padded, [Contribution(cut, cut, everything, 1.0) for cut in cuts]
+        )
         parts = [contribution(rng, mean, everything, rank, 1.0, trained=False) for rank in ranks]
         mean = factor(ANATOMY, mean_product(ANATOMY, dense, parts), LARGEST, mean, seed=round)
     assert tail(delta) / tail(start) == pytest.approx(1.0, abs=1e-4)
@@ -141,7 +173,9 @@ def test_an_entry_moves_by_the_mean_of_its_owners_and_else_stays(seed):
             weight[rows[:, None], columns] += part.weight
         expected = dense[site.path] + total / weight.clamp_min(1)
         assert torch.equal(merged[site.path][weight == 0], dense[site.path][weight == 0])
-        torch.testing.assert_close(merged[site.path], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(
+            merged[site.path], expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+        )
 
 
 def test_what_one_device_owns_moves_by_its_full_change():
@@ -152,9 +186,14 @@ def test_what_one_device_owns_moves_by_its_full_change():
     owner = contribution(rng, adapter, everything, LARGEST, 1.0)
     others = [contribution(rng, adapter, few, LARGEST, 100.0) for _ in range(3)]
     merged, dense = merge_changes(ANATOMY, products(adapter), [owner, *others]), products(adapter)
-    for path, where in (("model.layers.0.mlp.up_proj", (5,)), ("model.layers.0.mlp.down_proj", (slice(None), 5))):
+    for path, where in (
+        ("model.layers.0.mlp.up_proj", (5,)),
+        ("model.layers.0.mlp.down_proj", (slice(None), 5)),
+    ):
         change = product(owner.back, path) - product(owner.sent, path)
-        torch.testing.assert_close((merged[path] - dense[path])[where], change[where], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            (merged[path] - dense[path])[where], change[where], rtol=1e-4, atol=1e-5
+        )
 
 
 @settings(deadline=None, max_examples=15)
@@ -174,7 +213,9 @@ def test_a_mean_of_products_is_that_of_an_entrys_owners_and_else_what_was_before
             weight[rows[:, None], columns] += part.weight
         expected = torch.where(weight > 0, total / weight.clamp_min(1), before[site.path])
         assert torch.equal(merged[site.path][weight == 0], before[site.path][weight == 0])
-        torch.testing.assert_close(merged[site.path], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(
+            merged[site.path], expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+        )
 
 
 def test_where_nothing_is_cut_a_mean_of_products_is_the_mean_of_changes():
@@ -193,7 +234,10 @@ def test_weights_by_norm_are_in_proportion_to_all_products_together(seed):
     rng = np.random.default_rng(seed)
     parts = fleet(rng, adapter_of(rng, LARGEST), devices=3)
     weighed = by_norm(parts)
-    norms = [torch.cat([m.double().flatten() for m in products(part.back).values()]).norm() for part in parts]
+    norms = [
+        torch.cat([m.double().flatten() for m in products(part.back).values()]).norm()
+        for part in parts
+    ]
     for part, old, norm in zip(weighed, parts, norms, strict=True):
         # norms agree to the precision of fp32 products, summed in another order
         assert part.weight == pytest.approx(float(norm / sum(norms)), rel=1e-5)
@@ -224,7 +268,9 @@ def test_factors_that_no_device_owns_stay():
     without.heads[1, 0] = False
     sent = cut_adapter(adapter, ANATOMY.sites, without)
     back = {name: tensor + 1.0 for name, tensor in sent.items()}
-    merged = average_factors(ANATOMY, adapter, [Contribution(sent, back, without, w) for w in (1.0, 2.0)])
+    merged = average_factors(
+        ANATOMY, adapter, [Contribution(sent, back, without, w) for w in (1.0, 2.0)]
+    )
     name = b_name("model.layers.1.self_attn.k_proj")
     assert torch.equal(merged[name][:4], adapter[name][:4])
     torch.testing.assert_close(merged[name][4:], adapter[name][4:] + 1.0)
@@ -236,13 +282,20 @@ def test_directions_beyond_every_devices_rank_stay():
     parts = []
     for rank in (2, 5):
         sent = cut_rank(adapter, rank)
-        parts.append(Contribution(sent, {name: 2 * factor for name, factor in sent.items()}, everything, 1.0))
+        parts.append(
+            Contribution(sent, {name: 2 * factor for name, factor in sent.items()}, everything, 1.0)
+        )
     merged = average_factors(ANATOMY, adapter, parts)
     for site in ANATOMY.sites:
         a, b = merged[a_name(site.path)], merged[b_name(site.path)].T
-        for factor_now, factor_then in ((a, adapter[a_name(site.path)]), (b, adapter[b_name(site.path)].T)):
+        for factor_now, factor_then in (
+            (a, adapter[a_name(site.path)]),
+            (b, adapter[b_name(site.path)].T),
+        ):
             assert torch.equal(factor_now[5:], factor_then[5:])
-            torch.testing.assert_close(factor_now[2:5], factor_then[2:5])  # the mean of 2 and 0 times the old
+            torch.testing.assert_close(
+                factor_now[2:5], factor_then[2:5]
+            )  # the mean of 2 and 0 times the old
             torch.testing.assert_close(factor_now[:2], 2 * factor_then[:2])
 
 
@@ -294,7 +347,9 @@ def test_factors_are_the_best_of_their_rank_and_balanced(seed, large):
     # a spectrum that falls by 0.7 a step, as trained changes do: randomised SVD needs a gap
     values = 0.7 ** torch.arange(side)
     dense = {
-        site.path: torch.linalg.qr(normal(rng, side, side)).Q * values @ torch.linalg.qr(normal(rng, side, side)).Q.T
+        site.path: torch.linalg.qr(normal(rng, side, side)).Q
+        * values
+        @ torch.linalg.qr(normal(rng, side, side)).Q.T
         for site in anatomy.sites
     }
     adapter = factor(anatomy, dense, LARGEST, fresh(anatomy.sites, LARGEST, rng), seed=0)
@@ -338,7 +393,9 @@ def test_spectra_are_those_of_the_dense_change(seed, rank):
         size = float(expected[0])
         # squares are decomposed, so a value is good to the root of the precision of doubles, 1.5e-8 of the largest,
         # times what adds up over the sums
-        torch.testing.assert_close(row[: len(expected)].double(), expected, rtol=0, atol=1e-6 * size)
+        torch.testing.assert_close(
+            row[: len(expected)].double(), expected, rtol=0, atol=1e-6 * size
+        )
         assert bool((row[len(expected) :] <= 1e-6 * size).all())
 
 

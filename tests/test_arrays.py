@@ -65,7 +65,13 @@ def test_a_folder_names_its_splits_and_columns_go_by_name(tmp_path):
 def test_texts_are_labels_too(tmp_path):
     data = load(npz(tmp_path / "a.npz", y=np.array(["up", "down"] * 10)))
     assert data.label_names == ("down", "up")
-    stated = load(npz(tmp_path / "b.npz", y=np.array(["up", "down"] * 10), label_names=np.array(["up", "down", "off"])))
+    stated = load(
+        npz(
+            tmp_path / "b.npz",
+            y=np.array(["up", "down"] * 10),
+            label_names=np.array(["up", "down", "off"]),
+        )
+    )
     assert stated.label_names == ("up", "down", "off")
 
 
@@ -74,15 +80,21 @@ def test_numbers_of_any_kind_are_read(tmp_path, dtype):
     x = (np.arange(ROWS * 12).reshape(ROWS, 3, 4) % 200).astype(dtype)
     data = load(npz(tmp_path / "a.npz", x=x))
     assert data.train.x.dtype == (np.uint8 if dtype == np.uint8 else np.float32)
-    assert sorted(np.concatenate([data.train.x, data.test.x]).reshape(ROWS, -1)[:, 0]) == sorted(x[:, 0, 0])
+    assert sorted(np.concatenate([data.train.x, data.test.x]).reshape(ROWS, -1)[:, 0]) == sorted(
+        x[:, 0, 0]
+    )
 
 
-@pytest.mark.parametrize(("mode", "suffix", "shape"), [("RGB", "png", (3, 9, 8)), ("L", "jpg", (1, 9, 8))])
+@pytest.mark.parametrize(
+    ("mode", "suffix", "shape"), [("RGB", "png", (3, 9, 8)), ("L", "jpg", (1, 9, 8))]
+)
 def test_a_folder_of_pictures_per_class(tmp_path, mode, suffix, shape):
     for name, shade in (("day", 200), ("night", 30)):
         (tmp_path / name).mkdir()
         for i in range(5):
-            Image.new(mode, (8, 9), (shade,) * 3 if mode == "RGB" else shade).save(tmp_path / name / f"{i}.{suffix}")
+            Image.new(mode, (8, 9), (shade,) * 3 if mode == "RGB" else shade).save(
+                tmp_path / name / f"{i}.{suffix}"
+            )
     (tmp_path / "notes.txt").write_text("made for a test")
     data = load(str(tmp_path))
     assert is_arrays(str(tmp_path))
@@ -106,7 +118,9 @@ def test_sounds_are_brought_to_the_usual_length(tmp_path, width):
         for name in ("no", "yes"):
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(count):
-                values = np.full(100 - 40 * (i == 3) + 20 * (i == 1 and split == "test"), 64, np.uint8)
+                values = np.full(
+                    100 - 40 * (i == 3) + 20 * (i == 1 and split == "test"), 64, np.uint8
+                )
                 if width > 1:
                     values = values.astype(f"<i{width}") << (8 * width - 8)
                 sound(tmp_path / split / name / f"{i}.wav", values, width=width)
@@ -137,17 +151,29 @@ BAD = {
     "x of five": ({"x": np.zeros((ROWS, 1, 1, 1, 1))}, "came shape [20, 1, 1, 1, 1]"),
     "empty rows": ({"x": np.zeros((ROWS, 0))}, "none of them empty"),
     "no rows": ({"x": np.zeros((0, 3)), "y": np.zeros(0, int)}, "came shape [0, 3]"),
-    "complex x": ({"x": np.zeros((ROWS, 3), complex)}, "expected numbers in x of a.npz, came complex128"),
+    "complex x": (
+        {"x": np.zeros((ROWS, 3), complex)},
+        "expected numbers in x of a.npz, came complex128",
+    ),
     "nan": ({"x": NAN}, "2 rows hold NaN or infinity, the first is row 4"),
     "infinity": ({"x": np.where(np.isnan(NAN), np.inf, NAN)}, "the first is row 4"),
     "too large": ({"x": np.full((ROWS, 3), 1e300)}, "20 rows hold NaN or infinity"),
     "short y": ({"y": np.zeros(19, int)}, "as long as x, 20 rows, came shape [19]"),
-    "one-hot y": ({"y": np.eye(ROWS, dtype=int)}, "one label for each row in y of a.npz, came shape [20, 20]"),
-    "floats as y": ({"y": np.zeros(ROWS)}, "whole numbers or texts as labels in y of a.npz, came float64"),
+    "one-hot y": (
+        {"y": np.eye(ROWS, dtype=int)},
+        "one label for each row in y of a.npz, came shape [20, 20]",
+    ),
+    "floats as y": (
+        {"y": np.zeros(ROWS)},
+        "whole numbers or texts as labels in y of a.npz, came float64",
+    ),
     "negative y": ({"y": np.arange(ROWS) - 3}, "labels of at least 0 in y of a.npz, row 0 has -3"),
     "one class": ({"y": np.zeros(ROWS, int)}, "at least 2 classes in y of a.npz, found only 0"),
     "beyond the names": ({"y": np.arange(ROWS), "label_names": np.array(["a", "b"])}, "found 2"),
-    "names of numbers": ({"label_names": np.array([1, 2])}, "label_names of a.npz to be a list of different texts"),
+    "names of numbers": (
+        {"label_names": np.array([1, 2])},
+        "label_names of a.npz to be a list of different texts",
+    ),
     "equal names": ({"label_names": np.array(["a", "a"])}, "a list of different texts"),
 }
 
@@ -245,7 +271,11 @@ def test_bad_folders_are_one_clear_line(tmp_path, make, said):
 def test_a_single_array_or_no_array_file_is_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros(3))
     (tmp_path / "b.npz").write_bytes((tmp_path / "a.npy").read_bytes())
-    for name, said in (("a.npy", "an .npz file or a folder"), ("b.npz", "found one"), ("c.npz", "found nothing there")):
+    for name, said in (
+        ("a.npy", "an .npz file or a folder"),
+        ("b.npz", "found one"),
+        ("c.npz", "found nothing there"),
+    ):
         with pytest.raises(BadInput, match=said):
             load(str(tmp_path / name))
     with pytest.raises(BadInput, match="an array 'who' in d.npz, found x, y"):
@@ -257,7 +287,14 @@ def test_a_single_array_or_no_array_file_is_refused(tmp_path):
 
 def recipe(data, *settings):
     return config.load(
-        None, ["task.model=cnn-h", f"task.data={data}", "fleet.devices=4", "method.name=fedavg", *settings]
+        None,
+        [
+            "task.model=cnn-h",
+            f"task.data={data}",
+            "fleet.devices=4",
+            "method.name=fedavg",
+            *settings,
+        ],
     )
 
 
@@ -280,11 +317,17 @@ def test_a_recipe_of_arrays_is_built(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["task.kind=classification"], "'cnn-h' is a net for arrays, but task.kind is 'classification'"),
+        (
+            ["task.kind=classification"],
+            "'cnn-h' is a net for arrays, but task.kind is 'classification'",
+        ),
         (["task.pair=second"], "task.pair is for texts"),
         (["task.text=review"], "task.text is for texts"),
         (["task.layers=2"], "task.layers is for texts"),
-        (["task.model=minilm", "task.kind=array"], "which 'minilm' cannot read; set task.model to one of alexnet"),
+        (
+            ["task.model=minilm", "task.kind=array"],
+            "which 'minilm' cannot read; set task.model to one of alexnet",
+        ),
         (["task.model=minilm"], "holds arrays, which 'minilm' cannot read"),
         (["task.model=alexnet"], "alexnet needs at least 8 pixels each way"),
         (["task.data=pydoc-topics"], "'pydoc-topics' is text, but a net reads arrays"),
@@ -300,15 +343,22 @@ def test_a_recipe_that_cannot_work_is_one_clear_line(tmp_path, settings, said):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", [name for name, cls in all_methods().items() if "net" not in cls.models])
+@pytest.mark.parametrize(
+    "name", [name for name, cls in all_methods().items() if "net" not in cls.models]
+)
 def test_a_method_for_transformers_refuses_a_net_at_once(tmp_path, name):
-    with pytest.raises(BadInput, match=f"method '{name}' cannot train 'cnn-h', a net; choose one of .*fedavg"):
+    with pytest.raises(
+        BadInput, match=f"method '{name}' cannot train 'cnn-h', a net; choose one of .*fedavg"
+    ):
         build(recipe(tmp_path / "never-read.npz", f"method.name={name}"))
 
 
 @pytest.mark.parametrize(
     ("net", "name", "shape", "classes"),
-    [("cnn-h", "uci_har", (7352, 9, 128), 6), ("alexnet-small", "fashion_mnist", (30000, 1, 28, 28), 10)],
+    [
+        ("cnn-h", "uci_har", (7352, 9, 128), 6),
+        ("alexnet-small", "fashion_mnist", (30000, 1, 28, 28), 10),
+    ],
 )
 def test_real_arrays_are_read(net, name, shape, classes):
     if not (SHARED / name).is_dir():

@@ -65,7 +65,9 @@ def test_finds_the_best_cell_again_after_a_switch(seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_finds_the_best_band_once_the_ratio_is_frozen(seed):
     hit = hits(lambda number: (0, 2), seed=seed, frozen_ratio=True)
-    assert hit[-ROUNDS // 3 :].mean() > 0.25 + 4 * np.sqrt(0.25 * 0.75 / (ROUNDS / 3))  # random plays one band of four
+    assert hit[-ROUNDS // 3 :].mean() > 0.25 + 4 * np.sqrt(
+        0.25 * 0.75 / (ROUNDS / 3)
+    )  # random plays one band of four
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -130,10 +132,14 @@ def test_bands_tile_v_and_keep_the_evidence(history):
     assert bars[:, [N, S]].sum(axis=0) == pytest.approx(bandit.leaves[:, [N, S]].sum(axis=0))
 
 
-@given(plays, st.tuples(units, units).map(sorted), st.tuples(units, units).map(sorted), st.booleans())
+@given(
+    plays, st.tuples(units, units).map(sorted), st.tuples(units, units).map(sorted), st.booleans()
+)
 def test_choices_stay_within(history, u_range, v_range, frozen):
     bandit, rng = trained(history), np.random.default_rng(0)
-    u, v = choose(bandit, explore=0.1, within=(tuple(u_range), tuple(v_range)), frozen_ratio=frozen, rng=rng)
+    u, v = choose(
+        bandit, explore=0.1, within=(tuple(u_range), tuple(v_range)), frozen_ratio=frozen, rng=rng
+    )
     assert v_range[0] <= v <= v_range[1]
     assert u == 0.0 if frozen else u_range[0] <= u <= u_range[1]
 
@@ -149,15 +155,29 @@ def test_credit_leaves_the_old_state_alone_and_travels():
 def test_the_lipschitz_term_favours_coarse_leaves(lipschitz, coarse):
     # equal means: 1 play in each quadrant, then one is split; its children are uncertain, so they win without the term
     bandit = trained(
-        [(0.2, 0.2, 0.5), (0.2, 0.7, 0.5), (0.7, 0.2, 0.5), (0.7, 0.7, 0.5), (0.7, 0.7, 0.5)], split_at=1.5
+        [(0.2, 0.2, 0.5), (0.2, 0.7, 0.5), (0.7, 0.2, 0.5), (0.7, 0.7, 0.5), (0.7, 0.7, 0.5)],
+        split_at=1.5,
     )
     u, v = choose(bandit, explore=0.1, lipschitz=lipschitz, rng=np.random.default_rng(0))
     assert ((u >= 0.5 and v >= 0.5) is not coarse) and len(bandit.leaves) == 7
 
 
-@given(finite, st.floats(0, 1e6), units, units, st.floats(0, 1e6), st.tuples(*[st.floats(0.01, 10)] * 4))
+@given(
+    finite,
+    st.floats(0, 1e6),
+    units,
+    units,
+    st.floats(0, 1e6),
+    st.tuples(*[st.floats(0.01, 10)] * 4),
+)
 def test_rewards_are_bounded(gain, scale, progress, importance, lateness, weights):
-    made = {"scale": scale, "progress": progress, "importance": importance, "lateness": lateness, "weights": weights}
+    made = {
+        "scale": scale,
+        "progress": progress,
+        "importance": importance,
+        "lateness": lateness,
+        "weights": weights,
+    }
     assert 0 <= reward(gain=gain, **made) <= 1
     assert reward(gain=gain, **made) <= reward(gain=gain + 1, **made)
     assert reward(gain=gain, **made) >= reward(gain=gain, **{**made, "lateness": lateness + 1})
@@ -167,7 +187,10 @@ def test_reward_by_hand():
     # q = (1 + tanh(1)) / 2 = 0.88080 where the gain is twice the scale; (0.88080 + 0.5 + 1) / 3 / (1 + 0.25)
     value = reward(gain=0.2, scale=0.099, progress=0.5, importance=1.0, lateness=0.25)
     assert value == pytest.approx(0.634879, abs=1e-6)
-    assert reward(gain=-9.0, scale=0.1, progress=1, importance=1, lateness=0, weights=(0, 1, 1, 1)) == 1.0
+    assert (
+        reward(gain=-9.0, scale=0.1, progress=1, importance=1, lateness=0, weights=(0, 1, 1, 1))
+        == 1.0
+    )
 
 
 @pytest.mark.parametrize("bad", ["gain", "scale", "progress", "importance", "lateness"])

@@ -29,7 +29,9 @@ def test_bench_of_one(folders):
     # 2 layers of 4 projections of 32 x 32 and 2 of 32 x 64
     assert found.block_parameters == 2 * (4 * 32 * 32 + 2 * 32 * 64)
     assert found.file_bytes == (whole / "model.safetensors").stat().st_size
-    assert 4 * found.parameters < found.file_bytes < 4 * found.parameters + 20_000  # fp32 and a header
+    assert (
+        4 * found.parameters < found.file_bytes < 4 * found.parameters + 20_000
+    )  # fp32 and a header
     assert set(found.latency_seconds) == {1, 32}
     assert all(0 < seconds < 10 for seconds in found.latency_seconds.values())
     assert found.peak_memory_bytes > found.file_bytes
@@ -39,7 +41,11 @@ def test_two_side_by_side(folders):
     whole, half = folders
     found = compare(half, whole, tokens=8, repeats=2)
     assert found.block_ratio == 0.5
-    assert found.file_ratio == half.joinpath("model.safetensors").stat().st_size / found.against.file_bytes < 1
+    assert (
+        found.file_ratio
+        == half.joinpath("model.safetensors").stat().st_size / found.against.file_bytes
+        < 1
+    )
     assert set(found.latency_ratio) == set(CALLS)
     assert 0.5 < found.memory_ratio < 1.5  # tiny models: nearly all of it is libraries
 

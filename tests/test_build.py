@@ -29,7 +29,10 @@ def test_everybody_is_asked_equally_often(devices, per_round, rounds) -> None:
 
 
 def test_turns_differ_by_seed_and_from_pass_to_pass() -> None:
-    passes = [np.stack([cohort(recipe_for(80, 10, seed), round) for round in range(16)]) for seed in (0, 1)]
+    passes = [
+        np.stack([cohort(recipe_for(80, 10, seed), round) for round in range(16)])
+        for seed in (0, 1)
+    ]
     assert (passes[0] != passes[1]).any()
     assert (passes[0][:8] != passes[0][8:]).any()
 

@@ -9,8 +9,23 @@ import pytest
 from runs import fedspine, in_process, python, records_of, summary_of, tiny_job, write_csv
 
 PROMISED = {
-    *("method", "seed", "rounds", "devices", "accuracy", "accuracy_global", "accuracy_dense", "sparsity"),
-    *("simulated_seconds", "waiting_seconds", "bytes_up", "bytes_down", "peak_memory_bytes_simulated"),
+    *(
+        "method",
+        "seed",
+        "rounds",
+        "devices",
+        "accuracy",
+        "accuracy_global",
+        "accuracy_dense",
+        "sparsity",
+    ),
+    *(
+        "simulated_seconds",
+        "waiting_seconds",
+        "bytes_up",
+        "bytes_down",
+        "peak_memory_bytes_simulated",
+    ),
     *("wall_seconds", "samples_per_second", "state_sha256"),
 }
 
@@ -41,7 +56,9 @@ def place(tiny_folder, tmp_path_factory):
     (root / "strange" / "test.csv").write_text("text,label\nodd,c\n")
     (root / "broken.toml").write_text("[task\n")
     (root / "other.toml").write_text("[run]\nrounds = 3\n")
-    done = fedspine("run", *tiny_job(root / "bert", root / "rows.csv"), "--out", root / "run", "--json")
+    done = fedspine(
+        "run", *tiny_job(root / "bert", root / "rows.csv"), "--out", root / "run", "--json"
+    )
     assert done.returncode == 0, done.stderr
     done = fedspine("export", root / "run", "--to", root / "model")
     assert done.returncode == 0, done.stderr
@@ -52,17 +69,35 @@ BAD_RUNS = {  # what to change in the good job, and what the line must say
     "section": ({"taks__model": "x"}, ["section 'taks'", "did you mean 'task'"]),
     "key": ({"run__round": 3}, ["key of [run] 'round'", "did you mean 'rounds'"]),
     "method": ({"method__name": "fedspin"}, ["method 'fedspin'", "did you mean 'fedspine'"]),
-    "field": ({"method__sparsty": 0.5}, ["key of [method] for fedspine 'sparsty'", "did you mean 'sparsity'"]),
-    "field of another": ({"method__name": "fedlora"}, ["key of [method] for fedlora 'ranks'", "did you mean 'rank'"]),
+    "field": (
+        {"method__sparsty": 0.5},
+        ["key of [method] for fedspine 'sparsty'", "did you mean 'sparsity'"],
+    ),
+    "field of another": (
+        {"method__name": "fedlora"},
+        ["key of [method] for fedlora 'ranks'", "did you mean 'rank'"],
+    ),
     "device kind": ({"fleet__mix": "{tx22=1, nx=2}"}, ["device kind 'tx22'", "did you mean 'tx2'"]),
     "mix": ({"fleet__mix": "{tx2=1, nx=1}"}, ["sum to 3 devices"]),
     "mix of one": ({"fleet__mix": 3}, ["fleet.mix is 3", "a table in braces"]),
-    "partition": ({"fleet__partition": "dirichlett"}, ["partition 'dirichlett'", "did you mean 'dirichlet'"]),
+    "partition": (
+        {"fleet__partition": "dirichlett"},
+        ["partition 'dirichlett'", "did you mean 'dirichlet'"],
+    ),
     "alpha": ({"fleet__alpha": 0}, ["fleet.alpha is 0", "greater than 0"]),
     "not finite": ({"fleet__spread": "inf"}, ["fleet.spread is inf", "finite"]),
-    "field not finite": ({"method__learning_rate": "nan"}, ["method.learning_rate is nan", "finite"]),
-    "kind of task": ({"task__kind": "clasification"}, ["unknown task.kind 'clasification'", "'classification'"]),
-    "precision": ({"run__precision": "bf61"}, ["unknown run.precision 'bf61'; did you mean 'bf16'", "'bf16'"]),
+    "field not finite": (
+        {"method__learning_rate": "nan"},
+        ["method.learning_rate is nan", "finite"],
+    ),
+    "kind of task": (
+        {"task__kind": "clasification"},
+        ["unknown task.kind 'clasification'", "'classification'"],
+    ),
+    "precision": (
+        {"run__precision": "bf61"},
+        ["unknown run.precision 'bf61'; did you mean 'bf16'", "'bf16'"],
+    ),
     "rounds": ({"run__rounds": "abc"}, ["run.rounds is 'abc'", "integer"]),
     "no rounds": ({"run__rounds": 0}, ["run.rounds is 0", "greater than or equal to 1"]),
     "nothing": ({"run__rounds": ""}, ["run.rounds is ''", "integer"]),
@@ -77,16 +112,28 @@ BAD_RUNS = {  # what to change in the good job, and what the line must say
     "no file": ({"task__data": "{place}/rwos.csv"}, ["rwos.csv", "did you mean 'rows.csv'"]),
     "torn file": ({"task__data": "{place}/torn.parquet"}, ["cannot read", "torn.parquet"]),
     "text column": ({"task__text": "texts"}, ["text column 'texts'", "text, label"]),
-    "label column": ({"task__label": "lable"}, ["label column 'lable'", "text, label", "did you mean 'label'"]),
+    "label column": (
+        {"task__label": "lable"},
+        ["label column 'lable'", "text, label", "did you mean 'label'"],
+    ),
     "strange label": ({"task__data": "{place}/strange"}, ["'c'", "test set"]),
     "one class": ({"task__data": "{place}/one.csv"}, ["at least 2 classes", "'kind'"]),
-    "few rows": ({"task__data": "{place}/few.csv", "fleet__devices": 9}, ["between 1 and 8 devices", "came 9"]),
+    "few rows": (
+        {"task__data": "{place}/few.csv", "fleet__devices": 9},
+        ["between 1 and 8 devices", "came 9"],
+    ),
     "no rows": (
         {"task__data": "{place}/by.csv", "fleet__partition": "column:by"},
         ["a device would be left without rows", "at most 2 devices"],
     ),
-    "empty text": ({"task__data": "{place}/empty.csv"}, ["empty in the train set", "the first in row 2"]),
-    "no unit map": ({"task__model": "{place}/gpt2"}, ["'gpt2' has no unit map", "bert, roberta", "llama"]),
+    "empty text": (
+        {"task__data": "{place}/empty.csv"},
+        ["empty in the train set", "the first in row 2"],
+    ),
+    "no unit map": (
+        {"task__model": "{place}/gpt2"},
+        ["'gpt2' has no unit map", "bert, roberta", "llama"],
+    ),
     "encoder": ({"task__kind": "causal-lm"}, ["encoder", "take a decoder"]),
     "no model": ({"task__model": "{place}/bret"}, ["bret", "folder"]),
     "no model folder": ({"task__model": "{place}/strange"}, ["no config.json"]),
@@ -118,16 +165,34 @@ BAD_COMMANDS = {  # arguments, and what the line must say
     "setting without a value": ("run --set run.rounds", ["section.key=value"]),
     "negative seed": ("run --seed -1", ["run.seed is -1"]),
     "output folder that exists": ("run --out {place}/run", ["run exists", "--resume"]),
-    "resume what is not there": ("run --resume {place}/no", ["not the folder of a run", "does not exist"]),
+    "resume what is not there": (
+        "run --resume {place}/no",
+        ["not the folder of a run", "does not exist"],
+    ),
     "resume no run": ("run --resume {place}/strange", ["not the folder of a run", "recipe.toml"]),
     "resume into a folder": ("run --resume {place}/run --out {place}/x", ["--out has no place"]),
-    "resume another seed": ("run --resume {place}/run --seed 5", ["recipe differs", "run.seed is 0 there, 5 here"]),
-    "resume other rounds": ("run --resume {place}/run --set run.rounds=9", ["run.rounds is 2 there, 9 here"]),
-    "resume another recipe": ("run {place}/other.toml --resume {place}/run", ["recipe differs", "task.model"]),
+    "resume another seed": (
+        "run --resume {place}/run --seed 5",
+        ["recipe differs", "run.seed is 0 there, 5 here"],
+    ),
+    "resume other rounds": (
+        "run --resume {place}/run --set run.rounds=9",
+        ["run.rounds is 2 there, 9 here"],
+    ),
+    "resume another recipe": (
+        "run {place}/other.toml --resume {place}/run",
+        ["recipe differs", "task.model"],
+    ),
     "show no run": ("show {place}/strange", ["not the folder of a run"]),
     "export no run": ("export {place}/strange --to {place}/x", ["not the folder of a run"]),
-    "format": ("export {place}/run --format hff --to {place}/x", ["export format 'hff'", "did you mean 'hf'"]),
-    "device": ("export {place}/run --device nx-3 --to {place}/x", ["unknown device 'nx-3'", "did you mean 'nx-0"]),
+    "format": (
+        "export {place}/run --format hff --to {place}/x",
+        ["export format 'hff'", "did you mean 'hf'"],
+    ),
+    "device": (
+        "export {place}/run --device nx-3 --to {place}/x",
+        ["unknown device 'nx-3'", "did you mean 'nx-0"],
+    ),
     "export to what exists": ("export {place}/run --to {place}/model", ["exists already"]),
     "predict without a model": ("predict {place}/run good", ["{place}/run"]),
     "predict in no folder": ("predict {place}/x good", ["{place}/x"]),
@@ -153,7 +218,15 @@ def test_bad_command(place, command, name) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    ["run --nonsense", "run --seed x", "nonsense", "show", "export DIR", "predict DIR", "bench DIR --tokens 0"],
+    [
+        "run --nonsense",
+        "run --seed x",
+        "nonsense",
+        "show",
+        "export DIR",
+        "predict DIR",
+        "bench DIR --tokens 0",
+    ],
 )
 def test_wrong_usage(command, words) -> None:
     code, out, lines = command(*words.split())
@@ -175,12 +248,19 @@ def test_errors_of_a_process(place) -> None:
 def test_summary(place) -> None:
     summary = summary_of(place / "run")
     assert set(summary) >= PROMISED
-    assert (summary["method"], summary["rounds"], summary["devices"], summary["seed"]) == ("fedspine", 2, 3, 0)
+    assert (summary["method"], summary["rounds"], summary["devices"], summary["seed"]) == (
+        "fedspine",
+        2,
+        3,
+        0,
+    )
     exchanges = [row for row in records_of(place / "run") if row["row"] == "exchange"]
     assert len(exchanges) == 2 * 2
     for name in ("bytes_up", "bytes_down"):
         assert summary[name] == sum(row[name] for row in exchanges) > 0
-    assert summary["peak_memory_bytes_simulated"] == max(row["peak_memory_bytes"] for row in exchanges)
+    assert summary["peak_memory_bytes_simulated"] == max(
+        row["peak_memory_bytes"] for row in exchanges
+    )
 
 
 def test_resume_of_a_finished_run_prints_its_summary(place, command) -> None:
@@ -189,7 +269,9 @@ def test_resume_of_a_finished_run_prints_its_summary(place, command) -> None:
     assert code == 0
     assert json.loads(out) == summary_of(place / "run")
     assert {path: path.stat().st_mtime_ns for path in (place / "run").rglob("*")} == before
-    code, out, lines = command("run", "--resume", place / "run", "--seed", "0", "--set", "run.workers=7")
+    code, out, lines = command(
+        "run", "--resume", place / "run", "--seed", "0", "--set", "run.workers=7"
+    )
     assert code == 0
     assert summary_of(place / "run")["state_sha256"][:12] in "".join(lines)
     assert "report.html" in out
@@ -198,14 +280,18 @@ def test_resume_of_a_finished_run_prints_its_summary(place, command) -> None:
 def test_show_of_an_unfinished_run(place, tmp_path) -> None:
     shutil.copytree(place / "run", tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
-    done = fedspine("show", tmp_path / "run", "--json")  # in a process of its own, which has not run anything
+    done = fedspine(
+        "show", tmp_path / "run", "--json"
+    )  # in a process of its own, which has not run anything
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert found["rounds_done"] == found["rounds"] == 2
     assert found["bytes_up"] == summary_of(place / "run")["bytes_up"]
 
 
-@pytest.mark.parametrize("words", ["methods", "devices", "show {place}/run", "predict {place}/model good not"])
+@pytest.mark.parametrize(
+    "words", ["methods", "devices", "show {place}/run", "predict {place}/model good not"]
+)
 def test_json_and_tables(place, command, words) -> None:
     code, out, lines = command(*words.format(place=place).split(), "--json")
     assert (code, lines) == (0, [])
@@ -217,7 +303,9 @@ def test_json_and_tables(place, command, words) -> None:
 
 
 def test_export_says_what_it_wrote(place, command) -> None:
-    code, out, lines = command("export", place / "run", "--device", "nx-01", "--to", place / "nx", "--json")
+    code, out, lines = command(
+        "export", place / "run", "--device", "nx-01", "--to", place / "nx", "--json"
+    )
     assert (code, lines) == (0, [])
     found = json.loads(out)
     assert found["sparsity"] == pytest.approx(summary_of(place / "run")["sparsity"], abs=0.005)
@@ -226,7 +314,9 @@ def test_export_says_what_it_wrote(place, command) -> None:
 
 @pytest.mark.slow
 def test_bench(place, command) -> None:
-    code, out, lines = command("bench", place / "model", "--against", place / "model", "--tokens", "8", "--json")
+    code, out, lines = command(
+        "bench", place / "model", "--against", place / "model", "--tokens", "8", "--json"
+    )
     assert (code, lines) == (0, [])
     found = json.loads(out)
     assert set(found["model"]["latency_seconds"]) == {"1", "32"}
@@ -234,11 +324,21 @@ def test_bench(place, command) -> None:
 
 
 def test_mix_on_the_command_line(place, command) -> None:
-    job = tiny_job(place / "bert", place / "rows.csv", fleet__mix="{agx=2, tx2=1}", fleet__per_round=9, run__rounds=1)
+    job = tiny_job(
+        place / "bert",
+        place / "rows.csv",
+        fleet__mix="{agx=2, tx2=1}",
+        fleet__per_round=9,
+        run__rounds=1,
+    )
     code, _, _ = command("run", *job, "--out", place / "mixed", "--json")
     assert code == 0
     asked = [row["device"] for row in records_of(place / "mixed") if row["row"] == "exchange"]
-    assert asked == ["agx-00", "agx-01", "tx2-02"]  # all of them, since nine are more than there are
+    assert asked == [
+        "agx-00",
+        "agx-01",
+        "tx2-02",
+    ]  # all of them, since nine are more than there are
 
 
 def test_help(command) -> None:

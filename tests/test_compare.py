@@ -31,7 +31,9 @@ def compare(command, tmp_path):
 
     def run(*arguments):
         out = "" if "--out" in arguments else tmp_path / "compared"
-        code, out, lines = command(*arguments, "--no-latency", "--json", *(["--out", out] if out else []))
+        code, out, lines = command(
+            *arguments, "--no-latency", "--json", *(["--out", out] if out else [])
+        )
         assert (code, lines) == (0, [])
         return json.loads(out)
 
@@ -43,10 +45,18 @@ def two_methods(tmp_path, seeds=(0, 1, 2)):
     folders = []
     for seed in seeds:
         top = 0.7 + 0.02 * seed
-        folders.append(made_run(tmp_path / f"lora-{seed}", seed=seed, curve=(0.4, 0.6, top), seconds=10 + seed))
+        folders.append(
+            made_run(tmp_path / f"lora-{seed}", seed=seed, curve=(0.4, 0.6, top), seconds=10 + seed)
+        )
         lower = top - 0.01 * (seed + 1)
         folders.append(
-            made_run(tmp_path / f"spine-{seed}", method="fedspine", seed=seed, curve=(0.4, lower, lower), seconds=8)
+            made_run(
+                tmp_path / f"spine-{seed}",
+                method="fedspine",
+                seed=seed,
+                curve=(0.4, lower, lower),
+                seconds=8,
+            )
         )
     return folders
 
@@ -56,16 +66,22 @@ def two_methods(tmp_path, seeds=(0, 1, 2)):
 
 @pytest.mark.parametrize("probability", [0.6, 0.9, 0.975, 0.999])
 def test_t_of_one_and_two_degrees_has_a_closed_form(probability):
-    assert t_quantile(probability, 1) == pytest.approx(math.tan(math.pi * (probability - 0.5)), rel=1e-12)
+    assert t_quantile(probability, 1) == pytest.approx(
+        math.tan(math.pi * (probability - 0.5)), rel=1e-12
+    )
     share = 2 * probability - 1  # F(t) = (1 + t / sqrt(2 + t^2)) / 2, solved for t
-    assert t_quantile(probability, 2) == pytest.approx(share * math.sqrt(2 / (1 - share**2)), rel=1e-12)
+    assert t_quantile(probability, 2) == pytest.approx(
+        share * math.sqrt(2 / (1 - share**2)), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 8, 13, 30])
 def test_t_is_the_integral_of_its_density(degrees):
     top = 2.5
     xs, step = np.linspace(0, top, 20_001, retstep=True)
-    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
+    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(
+        degrees * math.pi
+    )
     density = scale * (1 + xs**2 / degrees) ** (-(degrees + 1) / 2)
     integral = step * (density.sum() - (density[0] + density[-1]) / 2)
     assert t_probability(top, degrees) == pytest.approx(0.5 + integral, abs=1e-8)
@@ -127,8 +143,12 @@ def test_numbers_by_hand(compare, tmp_path):
     assert pair["speed_up"]["mean"] == pytest.approx(16 / (30 * 33 * 36) ** (1 / 3))
     assert pair["speed_up"]["beyond_noise"] is True
     assert pair["bytes_saving"]["mean"] == pytest.approx(2 / 3)
-    assert pair["shorter_run"]["mean"] == pytest.approx(8 / (10 * 11 * 12) ** (1 / 3))  # equally many rounds
-    assert pair["verdict"].startswith("fedlora is 2.0 points more accurate than fedspine (95 % interval -0.5 to +4.5")
+    assert pair["shorter_run"]["mean"] == pytest.approx(
+        8 / (10 * 11 * 12) ** (1 / 3)
+    )  # equally many rounds
+    assert pair["verdict"].startswith(
+        "fedlora is 2.0 points more accurate than fedspine (95 % interval -0.5 to +4.5"
+    )
     assert "within the seeds' noise. It reaches the target 2.06 times slower" in pair["verdict"]
     assert pair["verdict"].endswith("beyond the noise.")
 
@@ -151,7 +171,10 @@ def test_a_target_is_a_share_or_a_percentage(compare, tmp_path, text):
 @pytest.mark.parametrize("text", ["fast", "0", "-1", "101", "nan", "inf", ""])
 def test_a_bad_target(command, tmp_path, text):
     made_run(tmp_path / "run")
-    refused(command(tmp_path / "run", "--target", text, "--out", tmp_path / "new"), ["--target", "0.7 or 70%"])
+    refused(
+        command(tmp_path / "run", "--target", text, "--out", tmp_path / "new"),
+        ["--target", "0.7 or 70%"],
+    )
     assert not (tmp_path / "new").exists()
 
 
@@ -185,8 +208,13 @@ def test_one_seed_has_no_interval(compare, tmp_path):
 
 
 def test_only_common_seeds_are_paired(compare, tmp_path):
-    folders = [made_run(tmp_path / f"lora-{seed}", seed=seed, curve=(0.5, 0.6 + 0.1 * seed)) for seed in (0, 1, 2)]
-    folders += [made_run(tmp_path / f"spine-{seed}", method="fedspine", seed=seed) for seed in (1, 5)]
+    folders = [
+        made_run(tmp_path / f"lora-{seed}", seed=seed, curve=(0.5, 0.6 + 0.1 * seed))
+        for seed in (0, 1, 2)
+    ]
+    folders += [
+        made_run(tmp_path / f"spine-{seed}", method="fedspine", seed=seed) for seed in (1, 5)
+    ]
     (found,) = compare(*folders)["comparisons"]
     (pair,) = found["differences"]
     assert (pair["seeds"], pair["final"]["n"]) == ([1], 1)
@@ -197,13 +225,17 @@ def test_only_common_seeds_are_paired(compare, tmp_path):
 
 
 def test_without_checks_there_is_no_target(compare, tmp_path):
-    folders = [made_run(tmp_path / name, method=name, curve=(None, None), accuracy=0.7) for name in METHODS]
+    folders = [
+        made_run(tmp_path / name, method=name, curve=(None, None), accuracy=0.7) for name in METHODS
+    ]
     for asked in ("auto", "0.6"):
         found = compare(*folders, "--target", asked)["comparisons"][0]
         assert found["target"]["value"] is None
         assert found["differences"][0]["speed_up"] is None
         assert "reaches" not in found["differences"][0]["verdict"]
-    assert "No accuracy was checked on the way" in (tmp_path / "compared" / "compare.md").read_text()
+    assert (
+        "No accuracy was checked on the way" in (tmp_path / "compared" / "compare.md").read_text()
+    )
 
 
 METHODS = ("fedlora", "fedspine")
@@ -212,7 +244,13 @@ LANGUAGE = ("task.kind='causal-lm'",)
 
 def test_language_models_are_compared_by_their_loss(compare, tmp_path):
     folders = [
-        made_run(tmp_path / f"{name}-{seed}", method=name, seed=seed, curve=(2.0, low + seed / 100), settings=LANGUAGE)
+        made_run(
+            tmp_path / f"{name}-{seed}",
+            method=name,
+            seed=seed,
+            curve=(2.0, low + seed / 100),
+            settings=LANGUAGE,
+        )
         for name, low in zip(METHODS, (1.5, 1.4), strict=True)
         for seed in (0, 1)
     ]
@@ -221,14 +259,19 @@ def test_language_models_are_compared_by_their_loss(compare, tmp_path):
     assert [method["name"] for method in found["methods"]] == ["fedspine", "fedlora"]
     assert found["target"]["best_of_all"] == 1.51  # the worst of the lowest
     assert found["target"]["value"] == pytest.approx(1.515)
-    assert found["differences"][0]["verdict"].startswith("fedspine has a loss 0.100 nats lower than fedlora")
+    assert found["differences"][0]["verdict"].startswith(
+        "fedspine has a loss 0.100 nats lower than fedlora"
+    )
     (found,) = compare(*folders, "--target", "1.45")["comparisons"]
     assert [method["seeds_that_reach_the_target"] for method in found["methods"]] == [2, 0]
     assert "loss (nats)" in (tmp_path / "compared" / "loss-over-seconds.svg").read_text()
 
 
 def test_a_run_that_diverged_is_not_left_out(compare, tmp_path):
-    folders = [made_run(tmp_path / f"{seed}", seed=seed, settings=LANGUAGE, curve=(2.0, 1.5)) for seed in (0, 1)]
+    folders = [
+        made_run(tmp_path / f"{seed}", seed=seed, settings=LANGUAGE, curve=(2.0, 1.5))
+        for seed in (0, 1)
+    ]
     lost = made_run(tmp_path / "lost", method="fedspine", settings=LANGUAGE, curve=(2.0, None))
     (found,) = compare(*folders, lost)["comparisons"]
     last = found["methods"][-1]
@@ -294,7 +337,10 @@ def test_cells_named_one_by_one_have_to_be_one_comparison(compare, command, tmp_
     sweep = made_sweep(tmp_path / "sweep")
     (found,) = compare(*sorted((sweep / "cells").glob("*-0.1-*")))["comparisons"]
     assert [method["name"] for method in found["methods"]] == ["ours", "theirs"]
-    refused(command(*(sweep / "cells").iterdir(), "--out", tmp_path / "x"), ["devices differ", "fleet.alpha"])
+    refused(
+        command(*(sweep / "cells").iterdir(), "--out", tmp_path / "x"),
+        ["devices differ", "fleet.alpha"],
+    )
 
 
 def test_what_is_not_finished_is_named_and_left_out(compare, tmp_path):
@@ -313,7 +359,10 @@ def test_what_is_not_finished_is_named_and_left_out(compare, tmp_path):
         "theirs-0.1-1": "failed: all devices were lost",
         "ours-1.0-1": "not begun",
     }
-    assert [[m["seeds"] for m in each["methods"]] for each in found["comparisons"]] == [[[1], [0]], [[0], [0, 1]]]
+    assert [[m["seeds"] for m in each["methods"]] for each in found["comparisons"]] == [
+        [[1], [0]],
+        [[0], [0, 1]],
+    ]
     for name in ("compare.html", "compare.md"):
         assert "theirs-0.1-1" in (tmp_path / "compared" / name).read_text()
 
@@ -332,14 +381,26 @@ def refused(said, words):
 
 
 INCOMPARABLE = {  # what the second run has, and what the line must say
-    "data": ({"settings": ("task.data='rows.csv'",)}, ["their data differ", "task.data", "rows.csv"]),
+    "data": (
+        {"settings": ("task.data='rows.csv'",)},
+        ["their data differ", "task.data", "rows.csv"],
+    ),
     "label": ({"settings": ("task.label='kind'",)}, ["their data differ", "task.label"]),
     "kind": ({"settings": LANGUAGE}, ["their data differ", "task.kind"]),
-    "devices": ({"settings": ("fleet.devices=16",)}, ["their devices differ", "fleet.devices is 80", "16"]),
-    "partition": ({"settings": ("fleet.alpha=0.1",)}, ["their devices differ", "fleet.alpha is 1.0", "0.1"]),
+    "devices": (
+        {"settings": ("fleet.devices=16",)},
+        ["their devices differ", "fleet.devices is 80", "16"],
+    ),
+    "partition": (
+        {"settings": ("fleet.alpha=0.1",)},
+        ["their devices differ", "fleet.alpha is 1.0", "0.1"],
+    ),
     "clock": ({"settings": ("fleet.spread=3.0",)}, ["their clocks differ", "fleet.spread"]),
     "losses": ({"settings": ("fleet.drop=0.1",)}, ["their clocks differ", "fleet.drop"]),
-    "checks": ({"settings": ("run.evaluate_rows=64",)}, ["scored differently", "run.evaluate_rows is 512"]),
+    "checks": (
+        {"settings": ("run.evaluate_rows=64",)},
+        ["scored differently", "run.evaluate_rows is 512"],
+    ),
     "test rows": ({"test_rows": 400}, ["their data differ", "test rows is 500", "400"]),
     "classes": ({"classes": 6}, ["their data differ", "number of classes is 8", "6"]),
 }
@@ -350,7 +411,10 @@ def test_runs_that_cannot_be_compared(command, tmp_path, name):
     other, says = INCOMPARABLE[name]
     one = made_run(tmp_path / "one", classes=8)
     two = made_run(tmp_path / "two", method="fedspine", **{"classes": 8} | other)
-    refused(command(one, two, "--out", tmp_path / "new", "--json"), ["cannot be compared", str(one), str(two), *says])
+    refused(
+        command(one, two, "--out", tmp_path / "new", "--json"),
+        ["cannot be compared", str(one), str(two), *says],
+    )
     assert not (tmp_path / "new").exists()
 
 
@@ -399,7 +463,9 @@ def test_a_damaged_cell(tmp_path, text):
 def test_an_output_folder_that_cannot_be(command, tmp_path):
     made_run(tmp_path / "run")
     (tmp_path / "file").write_text("mine")
-    refused(command(tmp_path / "run", "--no-latency", "--out", tmp_path / "file"), ["file", "--out"])
+    refused(
+        command(tmp_path / "run", "--no-latency", "--out", tmp_path / "file"), ["file", "--out"]
+    )
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -457,17 +523,23 @@ def test_without_out_a_free_folder_is_taken(command, tmp_path, monkeypatch):
 
 def test_curves_show_the_mean_and_its_band(tmp_path):
     found = find(two_methods(tmp_path), target="auto", latency=False, progress=Silent())
-    over_rounds = next(panel for panel in found.sections[0].panels if panel.name == "accuracy-over-rounds")
+    over_rounds = next(
+        panel for panel in found.sections[0].panels if panel.name == "accuracy-over-rounds"
+    )
     axes = over_rounds.figure.axes[0]
     lora = next(line for line in axes.lines if line.get_label() == "fedlora")
     np.testing.assert_allclose(lora.get_xydata(), [[1, 0.4], [2, 0.6], [3, 0.72]])
     band = axes.collections[0].get_paths()[0].vertices
     assert band[:, 1].max() == pytest.approx(0.74)  # 0.72 and one standard deviation, 0.02
-    over_time = next(panel for panel in found.sections[0].panels if panel.name == "accuracy-over-seconds")
+    over_time = next(
+        panel for panel in found.sections[0].panels if panel.name == "accuracy-over-seconds"
+    )
     lora = next(line for line in over_time.figure.axes[0].lines if line.get_label() == "fedlora")
     # checks at 10, 20, 30 s; 11, 22, 33 s; 12, 24, 36 s: the grid begins when all have one
     assert lora.get_xdata().tolist() == [12, 20, 22, 24, 30, 33, 36]
-    np.testing.assert_allclose(lora.get_ydata()[[0, 1, 4]], [0.4, (0.6 + 0.4 + 0.4) / 3, (0.7 + 0.6 + 0.6) / 3])
+    np.testing.assert_allclose(
+        lora.get_ydata()[[0, 1, 4]], [0.4, (0.6 + 0.4 + 0.4) / 3, (0.7 + 0.6 + 0.6) / 3]
+    )
 
 
 def test_a_grid_of_one_curve_is_the_curve():
@@ -477,7 +549,12 @@ def test_a_grid_of_one_curve_is_the_curve():
 
 def test_many_methods_are_told_apart(compare, tmp_path):
     for number in range(9):
-        made_cell(tmp_path / "s", f"m{number}", f"method {number} of 9", settings=(f"method.rank={number + 1}",))
+        made_cell(
+            tmp_path / "s",
+            f"m{number}",
+            f"method {number} of 9",
+            settings=(f"method.rank={number + 1}",),
+        )
     compare(tmp_path / "s")
     html = (tmp_path / "compared" / "compare.html").read_text()
     assert "28 other pairs" in html  # of 36, those of the best method are told at once
@@ -534,7 +611,9 @@ def test_latency_is_measured_once(real_runs, command, tmp_path, monkeypatch):
 
 
 def test_without_its_data_a_model_has_no_latency(real_runs, command, tmp_path):
-    shutil.copytree(real_runs / "fedlora", tmp_path / "run", ignore=shutil.ignore_patterns("latency.json"))
+    shutil.copytree(
+        real_runs / "fedlora", tmp_path / "run", ignore=shutil.ignore_patterns("latency.json")
+    )
     recipe = tmp_path / "run" / "recipe.toml"
     recipe.write_text(recipe.read_text().replace("rows.csv", "gone.csv"))
     code, out, lines = command(tmp_path / "run", "--json", "--out", tmp_path / "new")

@@ -22,7 +22,10 @@ def address(tmp_path_factory):
         for place, (label, best) in enumerate(METHODS.items()):
             for seed in (0, 1):
                 made = {"method": "fedlora", "seed": seed, "seconds": 10.0 + 5 * place}
-                made |= {"curve": (0.3, best - 0.05, best + seed / 100), "settings": (f"fleet.alpha={alpha}",)}
+                made |= {
+                    "curve": (0.3, best - 0.05, best + seed / 100),
+                    "settings": (f"fleet.alpha={alpha}",),
+                }
                 made_cell(root, f"{alpha}-{place}-{seed}", label, {"fleet.alpha": alpha}, **made)
     found = find([root], target="0.45", latency=False, progress=Silent())
     return write(found, root / "out").as_uri()
@@ -37,14 +40,18 @@ def browser(tmp_path_factory):
 
 def rows(browser):
     """The first column of the first table, from top to bottom."""
-    return browser.run('[...document.querySelector("table.sort").tBodies[0].rows].map(row => row.cells[0].innerText)')
+    return browser.run(
+        '[...document.querySelector("table.sort").tBodies[0].rows].map(row => row.cells[0].innerText)'
+    )
 
 
 def test_it_opens_and_fetches_nothing(browser, address):
     before = len(browser.requests)
     browser.open(address)
     assert "Comparison" in browser.run("document.title")
-    assert browser.run('document.querySelectorAll("ul.verdicts li").length') == 12  # 6 pairs in each of two settings
+    assert (
+        browser.run('document.querySelectorAll("ul.verdicts li").length') == 12
+    )  # 6 pairs in each of two settings
     browser.run("new Promise(done => setTimeout(done, 500))")  # what would come late comes now
     assert browser.requests[before:] == [address]
     assert browser.run('performance.getEntriesByType("resource").length') == 0
@@ -55,7 +62,9 @@ def test_a_request_would_be_seen(browser, address):
     """The check above can fail: a page that fetches is caught."""
     browser.open(address)
     before = len(browser.requests)
-    browser.run('new Promise(done => { const i = new Image(); i.onerror = done; i.src = "http://127.0.0.1:9/x.png" })')
+    browser.run(
+        'new Promise(done => { const i = new Image(); i.onerror = done; i.src = "http://127.0.0.1:9/x.png" })'
+    )
     assert browser.requests[before:] == ["http://127.0.0.1:9/x.png"]
     browser.complaints.clear()
 
@@ -86,16 +95,25 @@ def test_the_table_sorts(browser, address):
     browser.open(address)
     ours, theirs, late, last = METHODS
     assert rows(browser) == [ours, theirs, last, late]  # by final accuracy, the best first
-    browser.click("table.sort th:nth-child(5) button")  # time to target, upwards: rounds last 10, 15 and 25 s
+    browser.click(
+        "table.sort th:nth-child(5) button"
+    )  # time to target, upwards: rounds last 10, 15 and 25 s
     assert rows(browser) == [ours, theirs, last, late]
-    assert browser.run('document.querySelector("table.sort th:nth-child(5)").ariaSort') == "ascending"
+    assert (
+        browser.run('document.querySelector("table.sort th:nth-child(5)").ariaSort') == "ascending"
+    )
     browser.click("table.sort th:nth-child(5) button")
     assert rows(browser) == [last, theirs, ours, late]  # what never reaches it stays last
     browser.click("table.sort th:nth-child(2) button")
     assert rows(browser) == [late, last, theirs, ours]
     browser.click("table.sort th:nth-child(1) button")
     assert rows(browser) == [late, ours, theirs, last]
-    assert browser.run('document.querySelectorAll("table.sort")[0].querySelectorAll("th[aria-sort]").length') == 1
+    assert (
+        browser.run(
+            'document.querySelectorAll("table.sort")[0].querySelectorAll("th[aria-sort]").length'
+        )
+        == 1
+    )
     other = '[...document.querySelectorAll("table.sort")[2].tBodies[0].rows].map(row => row.cells[0].innerText)'
     assert browser.run(other)[0] == ours  # a table of its own is not touched
     assert browser.complaints == []

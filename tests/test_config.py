@@ -11,7 +11,13 @@ from fedspine.method import all_methods
 
 @pytest.mark.parametrize("method", all_methods())
 def test_a_recipe_survives_its_file(method, tmp_path) -> None:
-    settings = [f"method.name={method}", "fleet.mix={tx2=2, nx=2}", "fleet.devices=4", "task.pair=second", "run.seed=3"]
+    settings = [
+        f"method.name={method}",
+        "fleet.mix={tx2=2, nx=2}",
+        "fleet.devices=4",
+        "task.pair=second",
+        "run.seed=3",
+    ]
     recipe = config.load(None, settings)
     (tmp_path / "recipe.toml").write_text(recipe.toml())
     assert config.load(tmp_path / "recipe.toml") == recipe
@@ -22,7 +28,9 @@ def test_a_recipe_survives_its_file(method, tmp_path) -> None:
 def test_settings_are_laid_over_a_file_and_the_seed_over_both(tmp_path) -> None:
     (tmp_path / "recipe.toml").write_text("[run]\nrounds = 7\nseed = 1\n[fleet]\ndevices = 9\n")
     recipe = config.load(
-        tmp_path / "recipe.toml", ["run.seed=2", "fleet.devices = 5", "task.data=./my rows.csv"], seed=4
+        tmp_path / "recipe.toml",
+        ["run.seed=2", "fleet.devices = 5", "task.data=./my rows.csv"],
+        seed=4,
     )
     assert (recipe.run.rounds, recipe.run.seed, recipe.fleet.devices) == (7, 4, 5)
     assert recipe.task.data == "./my rows.csv"
@@ -44,7 +52,9 @@ def test_workers_make_no_difference_and_anything_else_does() -> None:
     assert recipe.difference(other) == "fleet.mix is None there, {'tx2': 80} here"
 
 
-@pytest.mark.parametrize("text", ["method = 3", "[task]\nmodel = 5", "[method]\nname = 5", "[[run]]\nrounds = 3"])
+@pytest.mark.parametrize(
+    "text", ["method = 3", "[task]\nmodel = 5", "[method]\nname = 5", "[[run]]\nrounds = 3"]
+)
 def test_wrong_types_in_a_file(text, tmp_path) -> None:
     (tmp_path / "recipe.toml").write_text(text)
     with pytest.raises(BadInput):
@@ -53,7 +63,11 @@ def test_wrong_types_in_a_file(text, tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "near"),
-    [("run.precision=bf61", "bf16"), ("task.kind=pairs", "pair"), ("method.aggregation=zeropda", "zeropad")],
+    [
+        ("run.precision=bf61", "bf16"),
+        ("task.kind=pairs", "pair"),
+        ("method.aggregation=zeropda", "zeropad"),
+    ],
 )
 def test_a_choice_names_the_nearest(setting: str, near: str) -> None:
     with pytest.raises(BadInput, match=f"did you mean '{near}'"):

@@ -24,7 +24,14 @@ from fedspine.methods.pruning import prune_and_tune
 from fedspine.planning.bandit import DEPTH, SIDE, U0, V0, Bandit, N, S, choose, credit, pooled
 from fedspine.planning.outcome import Outcome, learn, rewards
 from fedspine.planning.pace import LIKE_THE_FLEET, coefficients, no_evidence, observe, predicted
-from fedspine.planning.plan import Limits, Plan, choose_plan, fixed_plan, plans_for_barrier, random_plan
+from fedspine.planning.plan import (
+    Limits,
+    Plan,
+    choose_plan,
+    fixed_plan,
+    plans_for_barrier,
+    random_plan,
+)
 from fedspine.planning.pupil import Pupil, alike, paces, pupil
 
 TOY = FedSpine.toy()
@@ -54,7 +61,9 @@ def toy(**settings) -> FedSpine:
 # laws of every method, for every setting
 
 
-@pytest.mark.parametrize("name", ["random", "fixed", "oracle", "default", "pooled", "chance", "enough"])
+@pytest.mark.parametrize(
+    "name", ["random", "fixed", "oracle", "default", "pooled", "chance", "enough"]
+)
 def test_resumed_equals_uninterrupted(name, lab):
     method, first = toy(**SETTINGS[name]), lab("killed")
     first.save(first.run(method, rounds=2))
@@ -86,7 +95,9 @@ def test_learns_prunes_and_survives_losses(name, lab, task):
 # who chooses
 
 limits = st.builds(
-    lambda reached, due, most, affordable: Limits(reached, due, 0.5, most, (2, 4, 8, 16), affordable),
+    lambda reached, due, most, affordable: Limits(
+        reached, due, 0.5, most, (2, 4, 8, 16), affordable
+    ),
     st.floats(0, 0.5),
     st.floats(0, 0.5),
     st.floats(0.001, 1),
@@ -97,9 +108,16 @@ limits = st.builds(
 @given(limits, st.integers(0, 99), st.floats(0, 1), st.sampled_from([2, 4, 8, 16]))
 def test_every_plan_keeps_to_schedule_and_memory(limits, seed, ratio, rank):
     rng = np.random.default_rng(seed)
-    slow = plans_for_barrier({"d": limits}, lambda id, reached, ranks: [1 - reached + r for r in ranks])["d"]
+    slow = plans_for_barrier(
+        {"d": limits}, lambda id, reached, ranks: [1 - reached + r for r in ranks]
+    )["d"]
     fixed = fixed_plan(limits, ratio, rank)
-    for plan in (random_plan(limits, rng), fixed, choose_plan(Bandit(), limits, explore=0.1, rng=rng), slow):
+    for plan in (
+        random_plan(limits, rng),
+        fixed,
+        choose_plan(Bandit(), limits, explore=0.1, rng=rng),
+        slow,
+    ):
         assert max(limits.reached, min(limits.due, 0.5)) <= plan.reached <= 0.5
         gain, due = plan.reached - limits.reached, limits.due - limits.reached
         assert gain <= max(limits.most_per_round, due) + 1e-12
@@ -123,7 +141,9 @@ def test_fixed_prunes_by_its_share_until_nothing_is_left():
         reached = plan.reached
         path.append(reached)
     assert path == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.12])
-    assert fixed_plan(Limits(0.1, 0.12, 0.5, 0.05, (4, 8), 2), 0.0, 4).reached == pytest.approx(0.12)
+    assert fixed_plan(Limits(0.1, 0.12, 0.5, 0.05, (4, 8), 2), 0.0, 4).reached == pytest.approx(
+        0.12
+    )
     assert fixed_plan(Limits(0.1, 0.05, 0.5, 0.05, (4, 8), 2), 0.0, 4).reached == 0.1
 
 
@@ -140,33 +160,57 @@ def test_the_lipschitz_term_reaches_the_choice(lipschitz):
         bandit = credit(bandit, u, v, 0.5, split_at=1.5)
     limits, rng = Limits(0.0, 0.0, 0.5, 0.05, (4, 8, 12, 16), 4), np.random.default_rng(0)
     u, v = choose_plan(bandit, limits, explore=0.1, lipschitz=lipschitz, rng=rng).action
-    assert (u >= 0.5 and v >= 0.5) == (lipschitz == 0)  # the refined quadrant is uncertain, but fine
+    assert (u >= 0.5 and v >= 0.5) == (
+        lipschitz == 0
+    )  # the refined quadrant is uncertain, but fine
 
 
 @pytest.mark.parametrize(
     ("settings", "ignored"),
     [
-        ({}, {"fixed_ratio": 0.9, "fixed_rank": 2, "patience": 0.7, "caution": 0.9, "lipschitz_decay": 0.1}),
-        ({"choice": "random"}, {"explore": 0.9, "weights": (0.0, 1.0, 3.0, 0.0), "discount": 0.5, "pooled": 1.0}),
+        (
+            {},
+            {
+                "fixed_ratio": 0.9,
+                "fixed_rank": 2,
+                "patience": 0.7,
+                "caution": 0.9,
+                "lipschitz_decay": 0.1,
+            },
+        ),
+        (
+            {"choice": "random"},
+            {"explore": 0.9, "weights": (0.0, 1.0, 3.0, 0.0), "discount": 0.5, "pooled": 1.0},
+        ),
         ({"choice": "fixed"}, {"explore": 0.9, "patience": 0.7, "deepest": 3}),
         ({"choice": "oracle"}, {"caution": 0.9, "weights": (0.0, 1.0, 3.0, 0.0), "fixed_rank": 2}),
         ({"importance": "magnitude"}, {"score_every": 3, "score_keep": 0.1, "score_square": True}),
     ],
 )
 def test_settings_of_another_choice_change_nothing(lab, settings, ignored):
-    one, other = (lab(name).run(toy(**settings, **more), rounds=SOME) for name, more in (("a", {}), ("b", ignored)))
+    one, other = (
+        lab(name).run(toy(**settings, **more), rounds=SOME)
+        for name, more in (("a", {}), ("b", ignored))
+    )
     assert bits(one) == bits(other)
 
 
 # the barrier
 
 
-@given(st.lists(st.lists(st.floats(0.1, 9), min_size=6, max_size=6), min_size=1, max_size=5), st.floats(0, 1))
+@given(
+    st.lists(st.lists(st.floats(0.1, 9), min_size=6, max_size=6), min_size=1, max_size=5),
+    st.floats(0, 1),
+)
 def test_plans_end_by_the_barrier_at_the_largest_rank(times, patience):
-    times = {str(i): np.array(table).reshape(2, 3) for i, table in enumerate(times)}  # [least or most pruning, ranks]
+    times = {
+        str(i): np.array(table).reshape(2, 3) for i, table in enumerate(times)
+    }  # [least or most pruning, ranks]
     limits = {id: Limits(0.0, 0.0, 0.5, 0.05, (2, 4, 8), 3) for id in times}
 
-    def foresee(id, reached, ranks):  # the most pruning at once, or none: in between as if there was none
+    def foresee(
+        id, reached, ranks
+    ):  # the most pruning at once, or none: in between as if there was none
         return list(times[id][int(reached == 0.05)])
 
     earliest = max(table.min() for table in times.values())
@@ -186,10 +230,16 @@ def test_caution_never_raises_a_rank():
     def foresee(id, reached, ranks):
         return [(3.0 if id == "slow" else 1.0) * (1 - reached + 0.2 * rank) for rank in ranks]
 
-    ranks = {caution: plans_for_barrier(limits, foresee, 0.0, caution)["fast"].rank for caution in (0.0, 0.9, 9.0)}
+    ranks = {
+        caution: plans_for_barrier(limits, foresee, 0.0, caution)["fast"].rank
+        for caution in (0.0, 0.9, 9.0)
+    }
     # by hand: the slow one ends at 3 * (0.95 + 0.4) = 4.05; rank 8 takes 2.55, rank 4 with 0.05 pruned 1.75
     assert ranks == {0.0: 8, 0.9: 4, 9.0: 2}
-    assert plans_for_barrier(limits, foresee, 0.0, 9.0)["slow"] == plans_for_barrier(limits, foresee)["slow"]
+    assert (
+        plans_for_barrier(limits, foresee, 0.0, 9.0)["slow"]
+        == plans_for_barrier(limits, foresee)["slow"]
+    )
 
 
 def waiting_share(bench) -> float:
@@ -224,7 +274,11 @@ def test_the_oracle_knows_what_a_plan_will_cost(lab, task):
     bench.fleet.begin_round(3)
     after = method.round(state, spies.append(Seer(bench.fleet)) or spies[0])
     rows = {row["device"]: row for row in bench.rows("exchange") if row["round"] == 3}
-    ranks = {row["values"]["device"]: row["values"]["rank"] for row in bench.rows("note") if row["round"] == 3}
+    ranks = {
+        row["values"]["device"]: row["values"]["rank"]
+        for row in bench.rows("note")
+        if row["round"] == 3
+    }
     for id, order in spies[0].orders:
         (cost,) = forecast(
             state.anatomy,
@@ -236,7 +290,9 @@ def test_the_oracle_knows_what_a_plan_will_cost(lab, task):
             load=pupil(state.bandits, id).load,
         )
         row = rows[id]
-        assert abs(cost.bytes_down - row["bytes_down"]) < 100  # numbers of more or fewer digits in the header
+        assert (
+            abs(cost.bytes_down - row["bytes_down"]) < 100
+        )  # numbers of more or fewer digits in the header
         assert abs(cost.bytes_up - row["bytes_up"]) < 1000
         # only how long this round's texts are is not known before
         read = pupil(after.bandits, id).load / pupil(state.bandits, id).load
@@ -254,13 +310,20 @@ class Blind:
     """A fleet of which nobody knows the truth."""
 
     def __init__(self, fleet):
-        self.devices, self.note, self.now, self.wait = fleet.devices, fleet.note, fleet.now, fleet.wait
+        self.devices, self.note, self.now, self.wait = (
+            fleet.devices,
+            fleet.note,
+            fleet.now,
+            fleet.wait,
+        )
 
     def ask(self, work, orders, **limits):
         raise AssertionError("nothing may be asked")
 
 
-@pytest.mark.parametrize("around", [Blind, lambda fleet: Lossy(Blind(fleet))], ids=["blind", "lossy"])
+@pytest.mark.parametrize(
+    "around", [Blind, lambda fleet: Lossy(Blind(fleet))], ids=["blind", "lossy"]
+)
 def test_an_oracle_needs_a_fleet_that_foresees(lab, around):
     with pytest.raises(BadInput, match="choice is oracle, but only a simulated fleet"):
         lab().run(toy(choice="oracle"), around=around)
@@ -275,14 +338,20 @@ def test_losses_let_the_truth_through_with_their_mean_delay(lab):
 
 # times learnt from reports
 
-TRUE = {"a": (1.0, 3.0, 0.5), "b": (4.0, 1.0, 0.2), "c": (2.0, 9.0, 1.0)}  # seconds per 1 - sparsity, rank, round
+TRUE = {
+    "a": (1.0, 3.0, 0.5),
+    "b": (4.0, 1.0, 0.2),
+    "c": (2.0, 9.0, 1.0),
+}  # seconds per 1 - sparsity, rank, round
 
 
 def reports(device, plays, discount=1.0, noise=0.0):
     rng, evidence = np.random.default_rng([len(device), ord(device)]), no_evidence()
     for _ in range(plays):
         s, r = rng.uniform(0, 0.5), rng.choice([0.25, 0.5, 0.75, 1.0])
-        seconds = predicted(np.array(TRUE[device]), sparsity=s, rank=r) * math.exp(noise * rng.standard_normal())
+        seconds = predicted(np.array(TRUE[device]), sparsity=s, rank=r) * math.exp(
+            noise * rng.standard_normal()
+        )
         evidence = observe(evidence, sparsity=s, rank=r, seconds=seconds, discount=discount)
     return evidence
 
@@ -304,7 +373,9 @@ def test_known_coefficients_are_recovered():
 def test_a_device_alone_is_fitted_exactly_and_follows_a_change():
     evidence = reports("a", 50)
     assert coefficients(evidence, evidence) == pytest.approx(TRUE["a"], rel=1e-3)
-    for turn in range(80):  # from then on everything takes four times as long, at any of these plans
+    for turn in range(
+        80
+    ):  # from then on everything takes four times as long, at any of these plans
         s, r = 0.1 * (turn % 5), 0.25 * (1 + turn % 4)
         seconds = 4 * predicted(np.array(TRUE["a"]), sparsity=s, rank=r)
         evidence = observe(evidence, sparsity=s, rank=r, seconds=seconds, discount=0.9)
@@ -317,7 +388,11 @@ def test_an_unknown_device_is_like_the_fleet_and_a_slow_one_slow_at_every_rank()
     fleet = sum(each.evidence for each in learnt.values())
     common = coefficients(fleet, fleet)
     slow = observe(
-        no_evidence(), sparsity=0.0, rank=0.25, seconds=5 * predicted(common, sparsity=0.0, rank=0.25), discount=1.0
+        no_evidence(),
+        sparsity=0.0,
+        rank=0.25,
+        seconds=5 * predicted(common, sparsity=0.0, rank=0.25),
+        discount=1.0,
     )
     assert paces(learnt, ["new"])["new"] == pytest.approx(common, rel=1e-3)
     found = coefficients(slow, fleet)
@@ -346,14 +421,23 @@ def test_the_deadline_sees_nothing_but_reported_times(lab):
 
     def slower(reply):
         times = 10 if reply.device == "agx-04" else 1
-        return dataclasses.replace(reply, cost=dataclasses.replace(reply.cost, seconds=times * reply.cost.seconds))
+        return dataclasses.replace(
+            reply, cost=dataclasses.replace(reply.cost, seconds=times * reply.cost.seconds)
+        )
 
     ranks = {}
     for name, change in (("as-is", lambda reply: reply), ("slow", slower)):
         bench = lab(name)
-        bench.run(toy(choice="deadline", caution=0.0), around=lambda fleet, change=change: Spy(fleet, reply=change))
+        bench.run(
+            toy(choice="deadline", caution=0.0),
+            around=lambda fleet, change=change: Spy(fleet, reply=change),
+        )
         # from the third round on: how much of a first time was the rank's, nobody can tell
-        notes = [row for row in bench.rows("note") if row["round"] > 1 and row["values"]["device"] == "agx-04"]
+        notes = [
+            row
+            for row in bench.rows("note")
+            if row["round"] > 1 and row["values"]["device"] == "agx-04"
+        ]
         ranks[name] = [row["values"]["rank"] for row in notes]
     assert max(ranks["slow"]) < max(ranks["as-is"]) == TOY.ranks[-1]
 
@@ -395,7 +479,9 @@ def earned_by_nine(plays, seed) -> float:
         for i, bandit in enumerate(before):
             u, v = choose(pooled(bandit, before[:i] + before[i + 1 :], plays), explore=0.1, rng=rng)
             earned.append(0.8 if (int(4 * u), int(4 * v)) == best else 0.4)
-            bandits[i] = credit(bandit, u, v, float(np.clip(earned[-1] + 0.1 * rng.standard_normal(), 0, 1)))
+            bandits[i] = credit(
+                bandit, u, v, float(np.clip(earned[-1] + 0.1 * rng.standard_normal(), 0, 1))
+            )
     return float(np.mean(earned))
 
 
@@ -410,9 +496,18 @@ def test_devices_are_alike_in_speed():
         seconds = {"a": 1.0, "b": 1.2, "c": 4.0, "d": 4.1, "e": 9.0, "f": 9.9}[device]
         evidence = no_evidence()
         for rank in (0.25, 0.5, 1.0):
-            evidence = observe(evidence, sparsity=0.1 * number, rank=rank, seconds=seconds, discount=1.0)
+            evidence = observe(
+                evidence, sparsity=0.1 * number, rank=rank, seconds=seconds, discount=1.0
+            )
         learnt[device] = Pupil(evidence=evidence)
-    assert alike(learnt) == {"a": ("b",), "b": ("a",), "c": ("d",), "d": ("c",), "e": ("f",), "f": ("e",)}
+    assert alike(learnt) == {
+        "a": ("b",),
+        "b": ("a",),
+        "c": ("d",),
+        "d": ("c",),
+        "e": ("f",),
+        "f": ("e",),
+    }
     assert alike({}) == {}
     assert alike({"x": Bandit()}) == {"x": ()}
 
@@ -442,12 +537,16 @@ def test_a_reward_term_of_weight_zero_is_off(off, task):
     def earned(how, settings):
         changed = {
             **BASE,
-            "a": outcome(**{**{"seconds": 1.0, "gain": 0.2, "importance": 0.5, "progress": 0.5}, **settings}),
+            "a": outcome(
+                **{**{"seconds": 1.0, "gain": 0.2, "importance": 0.5, "progress": 0.5}, **settings}
+            ),
         }
         return rewards(how, changed, 0.1)[0]["a"]
 
     for term, settings in enumerate(MERITS.values()):
-        if term == 0:  # with the fleet's usual gain held, which is a median that the change must not move
+        if (
+            term == 0
+        ):  # with the fleet's usual gain held, which is a median that the change must not move
             settings = {"gain": 0.1000001}
         same = earned(toy(weights=weights), settings) == earned(toy(weights=weights), {})
         assert same == (term == off), (term, off)
@@ -455,9 +554,13 @@ def test_a_reward_term_of_weight_zero_is_off(off, task):
 
 def test_the_ratio_reward_by_hand():
     earned, _ = rewards(toy(reward="ratio"), BASE, 0.1)
-    assert earned == pytest.approx({"a": 0.2 / 1.0, "b": -0.1 / 1.0})  # both one second from the mean of two
+    assert earned == pytest.approx(
+        {"a": 0.2 / 1.0, "b": -0.1 / 1.0}
+    )  # both one second from the mean of two
     alone, _ = rewards(toy(reward="ratio"), {"a": BASE["a"]}, 0.1)
-    assert alone == pytest.approx({"a": 0.2 / 0.001})  # at the mean, taken for a thousandth of it away
+    assert alone == pytest.approx(
+        {"a": 0.2 / 0.001}
+    )  # at the mean, taken for a thousandth of it away
     after = learn(toy(reward="ratio"), {}, BASE, earned)
     assert after["a"].leaves[:, S].sum() == pytest.approx(0.2)
 
@@ -480,7 +583,9 @@ def order(task, **settings):
 
 
 def device(task, memory, seed=0):
-    return Device(id="d", data=task.train, base=task.base, memory=memory, rng=np.random.default_rng(seed))
+    return Device(
+        id="d", data=task.train, base=task.base, memory=memory, rng=np.random.default_rng(seed)
+    )
 
 
 def test_magnitude_importance_drops_the_smallest_weights(task):
@@ -491,12 +596,20 @@ def test_magnitude_importance_drops_the_smallest_weights(task):
     # what it knows are the norms of its tuned weights; the result holds their adapter in fp16, off by 2^-11 of each factor
     assert known.heads.shape == first.scores.heads.shape
     again = prune_and_tune(one, sent)
-    for kept, scores in ((again.structure.heads, known.heads), (again.structure.channels, known.channels)):
+    for kept, scores in (
+        (again.structure.heads, known.heads),
+        (again.structure.channels, known.channels),
+    ):
         for row, values in zip(kept, scores, strict=True):
             if not row.all():
                 assert values[~row].max() <= values[row].min()
-    dense = magnitude_scores(task.base, dataclasses.replace(_start_model(task), structure=full(task.base.anatomy)))
-    assert torch.corrcoef(torch.stack([dense.channels.flatten(), known.channels.flatten()]))[0, 1] > 0.5
+    dense = magnitude_scores(
+        task.base, dataclasses.replace(_start_model(task), structure=full(task.base.anatomy))
+    )
+    assert (
+        torch.corrcoef(torch.stack([dense.channels.flatten(), known.channels.flatten()]))[0, 1]
+        > 0.5
+    )
 
 
 def _start_model(task):
@@ -515,13 +628,19 @@ def test_random_importance_is_the_devices_own_draw(task):
 
 @pytest.mark.parametrize("importance", ["magnitude", "random", "activation", "gate", "blend"])
 def test_importance_does_not_touch_what_is_trained(task, importance):
-    plain, other = (prune_and_tune(device(task, {}), order(task, importance=how)) for how in ("gradient", importance))
+    plain, other = (
+        prune_and_tune(device(task, {}), order(task, importance=how))
+        for how in ("gradient", importance)
+    )
     assert bits(plain.adapter) == bits(other.adapter) and bits(plain.head) == bits(other.head)
     assert not torch.equal(plain.scores.channels, other.scores.channels)
 
 
 def test_one_device_makes_weights_meaningless(lab):
-    runs = [lab(how, kinds=("agx",)).run(toy(aggregation=how), rounds=2) for how in ("zeropad", "hetlora")]
+    runs = [
+        lab(how, kinds=("agx",)).run(toy(aggregation=how), rounds=2)
+        for how in ("zeropad", "hetlora")
+    ]
     for name, tensor in runs[0].adapter.items():
         # a weighted mean of one value is x * w / w: two roundings, and the next round trains from there
         torch.testing.assert_close(runs[1].adapter[name], tensor, rtol=1e-3, atol=1e-4)
@@ -531,16 +650,23 @@ def test_the_first_mean_of_changes_is_the_mean_of_products(lab):
     """B starts at zero, so what a device changed is what it has; a round later it is not."""
     for rounds, same in ((1, True), (2, False)):
         runs = [
-            lab(f"{how}-{rounds}").run(toy(aggregation=how), rounds=rounds) for how in ("delta-product", "flexlora")
+            lab(f"{how}-{rounds}").run(toy(aggregation=how), rounds=rounds)
+            for how in ("delta-product", "flexlora")
         ]
         assert (
-            all(torch.allclose(runs[0].dense[path], runs[1].dense[path], atol=1e-6) for path in runs[0].dense) == same
+            all(
+                torch.allclose(runs[0].dense[path], runs[1].dense[path], atol=1e-6)
+                for path in runs[0].dense
+            )
+            == same
         )
 
 
 def test_hetlora_weighs_by_norm(lab):
     runs = {how: lab(how).run(toy(aggregation=how), rounds=2) for how in ("zeropad", "hetlora")}
-    assert bits(runs["zeropad"].head) != bits(runs["hetlora"].head)  # the second round starts from another adapter
+    assert bits(runs["zeropad"].head) != bits(
+        runs["hetlora"].head
+    )  # the second round starts from another adapter
     assert bits(runs["zeropad"].adapter) != bits(runs["hetlora"].adapter)
     assert bits(runs["zeropad"].dense) == bits(runs["hetlora"].dense)  # which neither uses
 
@@ -548,7 +674,10 @@ def test_hetlora_weighs_by_norm(lab):
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"choice": "fixed", "fixed_rank": 5}, "fixed_rank is 5, but one of method.ranks was expected"),
+        (
+            {"choice": "fixed", "fixed_rank": 5},
+            "fixed_rank is 5, but one of method.ranks was expected",
+        ),
         ({"fixed_ratio": 1.5}, "fixed_ratio is 1.5, but 0 to 1"),
         ({"patience": -0.1}, "patience is -0.1, but 0 to 1"),
         ({"caution": -0.1}, "caution is -0.1"),
@@ -577,6 +706,10 @@ def test_a_round_ends_when_enough_replies_are_there(lab, enough):
     for round, (start, end) in enumerate(zip(began, ends, strict=True)):
         asked = sorted(row["seconds"] for row in spent if row["round"] == round)
         assert end - start == pytest.approx(asked[math.ceil(enough * len(asked)) - 1])
-    merged = [(note["values"]["device"], note["round"]) for note in here.rows("note") if "reward" in note["values"]]
+    merged = [
+        (note["values"]["device"], note["round"])
+        for note in here.rows("note")
+        if "reward" in note["values"]
+    ]
     assert len(merged) + len(state.late) == len(spent)
     assert bool(state.late) == (enough < 1)

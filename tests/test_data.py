@@ -18,7 +18,11 @@ from fedspine.errors import BadInput
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ROWS = [
-    {"text": f"row {n}, “quoted”\nsecond line", "label": "odd" if n % 2 else "even", "by": f"00{n % 3}"}
+    {
+        "text": f"row {n}, “quoted”\nsecond line",
+        "label": "odd" if n % 2 else "even",
+        "by": f"00{n % 3}",
+    }
     for n in range(20)
 ]
 
@@ -31,7 +35,9 @@ def write(path, rows):
             pq.write_table(pa.Table.from_pylist(rows), path)
         case ".csv" | ".tsv":
             with path.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(rows[0]), delimiter="," if path.suffix == ".csv" else "\t")
+                writer = csv.DictWriter(
+                    file, list(rows[0]), delimiter="," if path.suffix == ".csv" else "\t"
+                )
                 writer.writeheader()
                 writer.writerows(rows)
         case ".json":
@@ -43,7 +49,8 @@ def write(path, rows):
 
 def labelled(labels, **columns):
     return [
-        {"text": f"text {n}", "label": label} | {name: values[n] for name, values in columns.items()}
+        {"text": f"text {n}", "label": label}
+        | {name: values[n] for name, values in columns.items()}
         for n, label in enumerate(labels)
     ]
 
@@ -67,7 +74,9 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix):
     assert data.label_names == ("even", "odd")
     assert data.train.labels.dtype == np.int64
     assert data.train.labels.tolist() == [n % 2 for n in range(20)]
-    assert data.train.columns["by"] == tuple(row["by"] for row in ROWS)  # "001" stays text in CSV too
+    assert data.train.columns["by"] == tuple(
+        row["by"] for row in ROWS
+    )  # "001" stays text in CSV too
     assert data.test.texts == data.train.texts[:4]
     assert data.natural is None and data.train.pairs is None
 
@@ -86,12 +95,18 @@ def test_a_single_file_gives_a_fifth_for_testing_always_the_same(tmp_path):
     assert once.test.texts == again.test.texts
     assert once.test.texts != tuple(f"text {n}" for n in range(10))
     assert set(once.train.texts).isdisjoint(once.test.texts)
-    of = dict(zip(once.train.texts + once.test.texts, [*once.train.labels, *once.test.labels], strict=True))
+    of = dict(
+        zip(
+            once.train.texts + once.test.texts, [*once.train.labels, *once.test.labels], strict=True
+        )
+    )
     assert all(of[f"text {n}"] == n % 2 for n in range(50))
 
 
 def test_a_class_of_one_row_stays_in_the_train_set(tmp_path):
-    path = write(tmp_path / "rows.jsonl", labelled([f"rare {n}" for n in range(30)] + ["a", "b"] * 30))
+    path = write(
+        tmp_path / "rows.jsonl", labelled([f"rare {n}" for n in range(30)] + ["a", "b"] * 30)
+    )
     data = load(str(path), kind="classification")
     assert {data.label_names[label] for label in data.test.labels} == {"a", "b"}
     assert len(set(data.train.labels.tolist())) == len(data.label_names) == 32
@@ -154,7 +169,11 @@ def test_a_file_larger_than_a_block_keeps_its_texts_of_many_lines(tmp_path, monk
 
 
 def test_a_partition_by_label_leaves_the_order_of_the_labels(tmp_path):
-    data = load(str(write(tmp_path / "rows.csv", labelled([9, 10] * 10))), kind="classification", group="label")
+    data = load(
+        str(write(tmp_path / "rows.csv", labelled([9, 10] * 10))),
+        kind="classification",
+        group="label",
+    )
     assert data.label_names == ("9", "10")
     assert set(data.train.columns["label"]) == {"9", "10"}
 
@@ -184,16 +203,24 @@ def test_bool_labels(tmp_path, suffix):
 
 
 def test_whole_floats_are_labels_and_fractions_are_not(tmp_path):
-    assert load(str(write(tmp_path / "a.csv", labelled([1.0, 2.0] * 9))), kind="classification").label_names == (
+    assert load(
+        str(write(tmp_path / "a.csv", labelled([1.0, 2.0] * 9))), kind="classification"
+    ).label_names == (
         "1",
         "2",
     )
-    assert "found 2.5; name a label column" in refused(write(tmp_path / "b.csv", labelled([1.0, 2.5] * 9)))
+    assert "found 2.5; name a label column" in refused(
+        write(tmp_path / "b.csv", labelled([1.0, 2.5] * 9))
+    )
 
 
 def test_strings_stored_as_a_dictionary_are_strings(tmp_path):
-    table = pa.table({"text": pa.array(["a", "b"] * 9).dictionary_encode(), "label": ["x", "y"] * 9})
-    pq.write_table(table.set_column(1, "label", table["label"].dictionary_encode()), tmp_path / "rows.parquet")
+    table = pa.table(
+        {"text": pa.array(["a", "b"] * 9).dictionary_encode(), "label": ["x", "y"] * 9}
+    )
+    pq.write_table(
+        table.set_column(1, "label", table["label"].dictionary_encode()), tmp_path / "rows.parquet"
+    )
     assert load(str(tmp_path), kind="classification").label_names == ("x", "y")
 
 
@@ -201,7 +228,9 @@ def test_strings_stored_as_a_dictionary_are_strings(tmp_path):
     ("names", "expected"), [(["no", "yes", "maybe"], ("no", "yes", "maybe")), (["no"], ("0", "1"))]
 )
 def test_stated_label_names_hold_where_the_labels_lie_in_their_range(tmp_path, names, expected):
-    table = pa.Table.from_pylist(labelled([0, 1] * 10)).replace_schema_metadata({"label_names": json.dumps(names)})
+    table = pa.Table.from_pylist(labelled([0, 1] * 10)).replace_schema_metadata(
+        {"label_names": json.dumps(names)}
+    )
     pq.write_table(table, tmp_path / "train.parquet")
     data = load(str(tmp_path), kind="classification")
     assert data.label_names == expected
@@ -210,7 +239,10 @@ def test_stated_label_names_hold_where_the_labels_lie_in_their_range(tmp_path, n
 
 def test_metadata_that_is_no_list_of_names_is_passed_over(tmp_path):
     table = pa.Table.from_pylist(labelled([0, 1] * 10))
-    pq.write_table(table.replace_schema_metadata({"label_names": "{", "huggingface": "[]"}), tmp_path / "train.parquet")
+    pq.write_table(
+        table.replace_schema_metadata({"label_names": "{", "huggingface": "[]"}),
+        tmp_path / "train.parquet",
+    )
     assert load(str(tmp_path), kind="classification").label_names == ("0", "1")
 
 
@@ -222,7 +254,9 @@ def test_a_missing_file_names_the_one_beside_it(tmp_path):
     assert "did you mean 'reviews.csv'?" in refused(tmp_path / "revews.csv")
 
 
-@pytest.mark.parametrize("name", ["./nothing", "nothing.parquet", "~/nothing/of/this/name", "/nothing/of/this/name"])
+@pytest.mark.parametrize(
+    "name", ["./nothing", "nothing.parquet", "~/nothing/of/this/name", "/nothing/of/this/name"]
+)
 def test_what_looks_like_a_path_is_not_looked_for_on_the_hub(monkeypatch, name):
     monkeypatch.setattr(hub, "read", lambda *_: pytest.fail("asked the Hub"))
     assert "found nothing there" in refused(name)
@@ -249,7 +283,9 @@ def test_a_broken_file_is_refused_by_name(tmp_path, suffix, content):
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_text_that_is_not_utf8_is_refused(tmp_path, suffix):
     path = tmp_path / f"rows{suffix}"
-    path.write_bytes(b"text,label\n\xff\xfea,1\n" if suffix == ".csv" else b'{"text": "\xff\xfe", "label": 1}\n')
+    path.write_bytes(
+        b"text,label\n\xff\xfea,1\n" if suffix == ".csv" else b'{"text": "\xff\xfe", "label": 1}\n'
+    )
     assert "cannot read" in refused(path)
 
 
@@ -316,7 +352,8 @@ def test_empty_texts_are_counted_and_the_first_is_named(tmp_path, empty, suffix,
     write(tmp_path / f"test{suffix}", rows)
     said = refused(tmp_path, kind="pair")
     assert (
-        f"expected a text in column '{column}' of every row, found 2 empty in the test set, the first in row 4" in said
+        f"expected a text in column '{column}' of every row, found 2 empty in the test set, the first in row 4"
+        in said
     )
 
 
@@ -348,14 +385,18 @@ def test_no_rows(tmp_path):
 
 
 def test_too_few_rows_to_hold_some_out(tmp_path):
-    assert "expected enough rows to set a fifth aside" in refused(write(tmp_path / "rows.csv", labelled(["a", "b"])))
+    assert "expected enough rows to set a fifth aside" in refused(
+        write(tmp_path / "rows.csv", labelled(["a", "b"]))
+    )
 
 
 # --- the Hub ---
 
 
 def test_a_name_that_is_nowhere_says_so_three_times(monkeypatch):
-    datasets = pytest.importorskip("datasets", reason="the package datasets (extra hub) is not installed")
+    datasets = pytest.importorskip(
+        "datasets", reason="the package datasets (extra hub) is not installed"
+    )
 
     def unreachable(*_):
         raise ConnectionError("no network\nhere")
@@ -377,7 +418,9 @@ def test_without_the_package_the_command_to_install_it_is_named(monkeypatch):
 @pytest.fixture
 def datasets(monkeypatch, tmp_path):
     """The package, with its cache in the test's own folder."""
-    package = pytest.importorskip("datasets", reason="the package datasets (extra hub) is not installed")
+    package = pytest.importorskip(
+        "datasets", reason="the package datasets (extra hub) is not installed"
+    )
     monkeypatch.setattr(package.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return package
 
@@ -391,7 +434,9 @@ def test_the_hub_reader_reads_a_folder_of_csv(datasets, tmp_path):
 
 
 def test_class_labels_of_the_hub_become_label_names(datasets, monkeypatch):
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
     part = datasets.Dataset.from_list(labelled([1, 0, 1, 0]), features=features)
     asked = []
 
@@ -407,7 +452,9 @@ def test_class_labels_of_the_hub_become_label_names(datasets, monkeypatch):
 
 
 def test_parquet_files_written_by_datasets_keep_their_class_names(datasets, tmp_path):
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
     path = tmp_path / "rows" / "data" / "train-00000-of-00001.parquet"
     path.parent.mkdir(parents=True)
     datasets.Dataset.from_list(labelled([1, 0] * 9), features=features).to_parquet(str(path))
@@ -460,7 +507,9 @@ def test_an_interpreter_without_sources_is_refused(monkeypatch, tmp_path):
 def test_broken_sources_are_passed_over(monkeypatch, tmp_path):
     (tmp_path / "cmd.py").write_bytes(b"def broken(:\n")
     (tmp_path / "json").mkdir()
-    (tmp_path / "json" / "tool.py").write_text(f'"""{"word " * 20}\n\n  short\n\n{"other " * 10}"""\n')
+    (tmp_path / "json" / "tool.py").write_text(
+        f'"""{"word " * 20}\n\n  short\n\n{"other " * 10}"""\n'
+    )
     (tmp_path / "unmapped.py").write_text(f'"""{"word " * 20}"""\n')
     monkeypatch.setattr(pydocs.sysconfig, "get_path", lambda _: str(tmp_path))
     expected = [("word " * 20, "text", "json/tool.py"), ("other " * 10, "text", "json/tool.py")]
@@ -477,7 +526,10 @@ def test_pydoc_topics_as_a_task(paragraphs):
     assert len(data.train.texts) + len(data.test.texts) == len(paragraphs)
     topic_of = {text: topic for text, topic, _ in paragraphs}
     file_of = {text: file for text, _, file in paragraphs}
-    assert all(data.label_names[n] == topic_of[t] for t, n in zip(data.train.texts, data.train.labels, strict=True))
+    assert all(
+        data.label_names[n] == topic_of[t]
+        for t, n in zip(data.train.texts, data.train.labels, strict=True)
+    )
     assert data.train.columns["file"] == tuple(file_of[text] for text in data.train.texts)
 
 

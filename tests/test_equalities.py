@@ -34,27 +34,49 @@ def test_fedspine_without_pruning_at_one_rank_is_fedlora(lab, rank):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"choice": "random"}, {"choice": "fixed"}, {"choice": "oracle"}, {"choice": "deadline"}, {"pooled": 1.0}],
+    [
+        {"choice": "random"},
+        {"choice": "fixed"},
+        {"choice": "oracle"},
+        {"choice": "deadline"},
+        {"pooled": 1.0},
+    ],
 )
 def test_with_one_rank_and_nothing_to_prune_there_is_no_choice(lab, settings):
     method = FedSpine(
-        sparsity=0.0, enough=1.0, ranks=(4,), choice="bandit", fixed_rank=4, steps=4, batch=16, learning_rate=2e-2
+        sparsity=0.0,
+        enough=1.0,
+        ranks=(4,),
+        choice="bandit",
+        fixed_rank=4,
+        steps=4,
+        batch=16,
+        learning_rate=2e-2,
     )
     plain, other = lab("plain"), lab("other")
-    first, second = plain.run(method, rounds=2), other.run(dataclasses.replace(method, **settings), rounds=2)
-    assert bits(dataclasses.replace(first, bandits={})) == bits(dataclasses.replace(second, bandits={}))
+    first, second = (
+        plain.run(method, rounds=2),
+        other.run(dataclasses.replace(method, **settings), rounds=2),
+    )
+    assert bits(dataclasses.replace(first, bandits={})) == bits(
+        dataclasses.replace(second, bandits={})
+    )
     assert plain.fleet.now == other.fleet.now
 
 
 def test_one_device_at_full_rank_is_local_training(lab, task):
-    method = FedSpine(sparsity=0.0, enough=1.0, ranks=(WIDTH,), steps=8, batch=16, learning_rate=2e-3)
+    method = FedSpine(
+        sparsity=0.0, enough=1.0, ranks=(WIDTH,), steps=8, batch=16, learning_rate=2e-3
+    )
     bench, spies = lab(kinds=("agx",)), []
     start = method.start(task, np.random.default_rng([0, 1]))
     state = bench.run(method, rounds=1, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
 
     # the same training, without a fleet: a device's generator is seeded with (run, device, asks served)
     rows = task.train.take(bench.shares[0])
-    device = Device(id="agx-00", data=rows, base=task.base, memory={}, rng=np.random.default_rng((0, 0, 0)))
+    device = Device(
+        id="agx-00", data=rows, base=task.base, memory={}, rng=np.random.default_rng((0, 0, 0))
+    )
     sent = Model(
         structure=full(task.base.anatomy),
         adapter=single(half(start.adapter)),
@@ -64,7 +86,9 @@ def test_one_device_at_full_rank_is_local_training(lab, task):
     local = tune(device, sent, tuning_at(method, 0, task.rounds)).model
     for site in task.base.anatomy.sites:
         a, b = local.adapter[a_name(site.path)].double(), local.adapter[b_name(site.path)].double()
-        merged = state.adapter[b_name(site.path)].double() @ state.adapter[a_name(site.path)].double()
+        merged = (
+            state.adapter[b_name(site.path)].double() @ state.adapter[a_name(site.path)].double()
+        )
         # Only the wire rounds: an entry of fp16 is off by half a unit in the last place, 2^-11 of it, or by 2^-25 where
         # it is below the normal numbers. So |d(BA)| <= |dB| |A| + |B| |dA|, with 1 % for second-order terms, and what
         # fp32 SVD and products add: some 32 roundings of 2^-24 of the largest entry.
@@ -81,7 +105,9 @@ def test_a_lossy_fleet_that_loses_nothing_is_the_fleet(lab):
     method = FedSpine.toy()
     plain, around = lab("plain"), lab("around")
     first = plain.run(method, rounds=3)
-    second = around.run(method, rounds=3, around=lambda fleet: Lossy(fleet, drop=0.0, delay_seconds=0.0, seed=5))
+    second = around.run(
+        method, rounds=3, around=lambda fleet: Lossy(fleet, drop=0.0, delay_seconds=0.0, seed=5)
+    )
     assert bits(first) == bits(second)
     assert plain.fleet.now == around.fleet.now
     assert plain.rows("exchange") == around.rows("exchange")
@@ -93,7 +119,9 @@ def test_together_with_one_group_is_ask(lab):
 
         def ask(self, work, orders, **limits):
             everybody = {"all": list(orders)}
-            return self._fleet.together(lambda name, part: part.ask(work, orders, **limits), everybody)["all"]
+            return self._fleet.together(
+                lambda name, part: part.ask(work, orders, **limits), everybody
+            )["all"]
 
     method = FedSpine.toy()
     plain, grouped = lab("plain"), lab("grouped")

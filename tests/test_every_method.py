@@ -89,7 +89,9 @@ def test_worker_processes_give_the_same_bits(name, lab, whole, workers):
 def test_resumed_equals_uninterrupted(name, lab, whole):
     method, first = METHODS[name].toy(), lab("killed")
     first.save(first.run(method, rounds=1))
-    first.run(method, rounds=2)  # a round that was never saved, whose memories and rows must be forgotten
+    first.run(
+        method, rounds=2
+    )  # a round that was never saved, whose memories and rows must be forgotten
     first.close()
     second = lab("killed")
     assert second.saved.round == 1
@@ -107,7 +109,9 @@ def test_rounds_change_no_state_in_place(name, lab):
 
 def test_messages_round_trip(name, lab):
     bench, spies = lab(), []
-    state = bench.run(METHODS[name].toy(), rounds=2, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    state = bench.run(
+        METHODS[name].toy(), rounds=2, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1]
+    )
     exchanged = [value for spy in spies for _, value in spy.orders + spy.results]
     assert len(exchanged) >= 2 * len(bench.ids)
     for value in [state, *exchanged]:
@@ -118,7 +122,9 @@ def test_messages_round_trip(name, lab):
 
 def test_recorded_bytes_are_the_bytes_packed(name, lab):
     bench, spies = lab(), []
-    bench.run(METHODS[name].toy(), rounds=2, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    bench.run(
+        METHODS[name].toy(), rounds=2, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1]
+    )
     rows = bench.rows("exchange")
     down = [(id, pack(order).bytes) for spy in spies for id, order in spy.orders]
     up = [(id, pack(result).bytes) for spy in spies for id, result in spy.results]
@@ -131,7 +137,9 @@ def test_recorded_bytes_are_the_bytes_packed(name, lab):
 
 def test_the_clock_never_goes_back(name, lab):
     bench, spies = lab(), []
-    bench.run(METHODS[name].toy(), rounds=SOME, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    bench.run(
+        METHODS[name].toy(), rounds=SOME, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1]
+    )
     clock = [now for spy in spies for now in spy.clock]
     assert clock == sorted(clock)
     ends = [row["now"] for row in bench.rows("round")]
@@ -141,7 +149,9 @@ def test_the_clock_never_goes_back(name, lab):
 def test_loses_devices_and_goes_on(name, lab, task):
     method, bench, calm = METHODS[name].toy(), lab(), lab("calm")
     calm.run(method, rounds=1)
-    exchanges = len(calm.rows("exchange")) // len(calm.ids)  # of a device in a round, of which 30 % shall be lost
+    exchanges = len(calm.rows("exchange")) // len(
+        calm.ids
+    )  # of a device in a round, of which 30 % shall be lost
     drop = 1 - (1 - 0.3) ** (1 / exchanges)
     state = bench.run(method, around=lambda fleet: Lossy(fleet, drop=drop, delay_seconds=0.1))
     lost = [row for row in bench.rows("note") if row["values"].get("left_out") == "lost"]
@@ -171,9 +181,10 @@ def test_a_device_that_is_not_finite_is_noted_and_left_out(name, lab, broken):
     without = silent.run(method, rounds=2, around=lambda fleet: Spy(fleet, reply=silencing))
     assert bits(with_it) == bits(without)
     notes = [row["values"] for row in bad.rows("note") if "left_out" in row["values"]]
-    assert [(note["device"], "finite" in note["left_out"] or "nan" in note["left_out"]) for note in notes] == [
-        ("nx-02", True)
-    ] * 2
+    assert [
+        (note["device"], "finite" in note["left_out"] or "nan" in note["left_out"])
+        for note in notes
+    ] == [("nx-02", True)] * 2
 
 
 def test_a_device_recovers_from_a_loss_that_was_not_finite(name, lab):
@@ -183,10 +194,14 @@ def test_a_device_recovers_from_a_loss_that_was_not_finite(name, lab):
         return nan(order) if id == "nx-02" and len(rounds) <= 2 else order
 
     method, bench = METHODS[name].toy(), lab()
-    state = bench.run(method, rounds=4, around=lambda fleet: rounds.append(0) or Spy(fleet, order=poison))
+    state = bench.run(
+        method, rounds=4, around=lambda fleet: rounds.append(0) or Spy(fleet, order=poison)
+    )
     left_out = [row["round"] for row in bench.rows("note") if "left_out" in row["values"]]
     assert left_out == [0, 1]
-    assert math.isfinite(score(bench.task.base, method.deploy(state, "nx-02"), bench.task.test).mean_loss)
+    assert math.isfinite(
+        score(bench.task.base, method.deploy(state, "nx-02"), bench.task.test).mean_loss
+    )
 
 
 def test_deploys_a_model_for_every_device(name, lab, task):
@@ -194,7 +209,9 @@ def test_deploys_a_model_for_every_device(name, lab, task):
     inputs = task.test.batch(np.arange(8))
     inputs.pop("labels")
     for state in (method.start(task, np.random.default_rng(0)), bench.run(method, rounds=2)):
-        models = [method.deploy(state, id) for id in (None, *bench.ids, "never-asked")] + [method.unpruned(state)]
+        models = [method.deploy(state, id) for id in (None, *bench.ids, "never-asked")] + [
+            method.unpruned(state)
+        ]
         for model in models:
             logits = task.base.fit(model)(**inputs).logits
             assert logits.shape == (8, 3)

@@ -31,7 +31,17 @@ def exported(folder, name, kind, size, **options):
     shares, channels = SIZES[size]
     model = model_on(base, [int(share * base.anatomy.heads) for share in shares], list(channels))
     out = folder / "export"
-    export(base, model, tokenizer, out, labels=labels_for(kind), kind=kind, max_tokens=64, name="toy", **options)
+    export(
+        base,
+        model,
+        tokenizer,
+        out,
+        labels=labels_for(kind),
+        kind=kind,
+        max_tokens=64,
+        name="toy",
+        **options,
+    )
     return base, tokenizer, model, out
 
 
@@ -53,14 +63,20 @@ def test_logits_come_back(tmp_path, name, kind, size):
     torch.testing.assert_close(logits(loaded.module, loaded.tokenizer), expected, atol=1e-4, rtol=0)
     assert loaded.sparsity == pytest.approx(sparsity(base.anatomy, model.structure))
     assert 1 - loaded.block_parameters / base.anatomy.parameters == pytest.approx(loaded.sparsity)
-    assert loaded.parameters == sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
-    assert {type(layer) for layer in loaded.module.modules() if "Linear" in type(layer).__name__} == {torch.nn.Linear}
+    assert loaded.parameters == sum(
+        tensor.numel() for tensor in load_file(folder / "model.safetensors").values()
+    )
+    assert {
+        type(layer) for layer in loaded.module.modules() if "Linear" in type(layer).__name__
+    } == {torch.nn.Linear}
 
     # BERT and its like have no configuration for fewer heads of the same size; unequal layers have none anywhere
     expressible = size in ("full", "channels") or (size == "equal" and base.anatomy.decoder)
     assert entry(folder)["stock"] is expressible
     if expressible:
-        torch.testing.assert_close(logits(stock(folder, kind), tokenizer), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            logits(stock(folder, kind), tokenizer), expected, atol=1e-4, rtol=0
+        )
     else:
         with pytest.raises(RuntimeError, match=r"(?i)mismatch"):
             stock(folder, kind)
@@ -71,7 +87,14 @@ def test_real_minilm_comes_back(tmp_path):
     model = model_on(base, [6] * 6, [768] * 6, rank=8)
     labels = tuple("abcdefgh")
     folder = export(
-        base, model, tokenizer, tmp_path / "e", labels=labels, kind="classification", max_tokens=64, name="m"
+        base,
+        model,
+        tokenizer,
+        tmp_path / "e",
+        labels=labels,
+        kind="classification",
+        max_tokens=64,
+        name="m",
     )
     loaded = load(folder)
     expected = logits(base.fit(model), tokenizer)
@@ -84,15 +107,35 @@ def test_real_minilm_comes_back(tmp_path):
 def test_real_stories_comes_back_and_writes(tmp_path):
     base, tokenizer = stories()
     model = model_on(base, [4, 3, 4, 2, 4], [172, 100, 172, 80, 172], rank=2)
-    folder = export(base, model, tokenizer, tmp_path / "e", labels=(), kind="causal-lm", max_tokens=128, name="s")
+    folder = export(
+        base,
+        model,
+        tokenizer,
+        tmp_path / "e",
+        labels=(),
+        kind="causal-lm",
+        max_tokens=128,
+        name="s",
+    )
     loaded = load(folder)
     expected = logits(base.fit(model), tokenizer)
     torch.testing.assert_close(logits(loaded.module, loaded.tokenizer), expected, atol=1e-4, rtol=0)
     untouched = model_on(base)
     untouched = type(model)(structure=untouched.structure, adapter={}, head={}, scale=1.0)
-    export(base, untouched, tokenizer, tmp_path / "full", labels=(), kind="causal-lm", max_tokens=128, name="s")
+    export(
+        base,
+        untouched,
+        tokenizer,
+        tmp_path / "full",
+        labels=(),
+        kind="causal-lm",
+        max_tokens=128,
+        name="s",
+    )
     (found,) = predict(load(tmp_path / "full"), ["Once upon a time"])
-    assert found.continuation.startswith(", there was a little girl named Lily. She loved to play outside")
+    assert found.continuation.startswith(
+        ", there was a little girl named Lily. She loved to play outside"
+    )
 
 
 def test_tied_embeddings_are_stock(tmp_path):
@@ -104,17 +147,37 @@ def test_tied_embeddings_are_stock(tmp_path):
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     base, tokenizer = load_base(str(source), kind="causal-lm")
     model = model_on(base, [1, 1], [24, 24])
-    export(base, model, tokenizer, tmp_path / "out", labels=(), kind="causal-lm", max_tokens=64, name="toy")
+    export(
+        base,
+        model,
+        tokenizer,
+        tmp_path / "out",
+        labels=(),
+        kind="causal-lm",
+        max_tokens=64,
+        name="toy",
+    )
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
     assert entry(tmp_path / "out")["stock"] is True
     expected = logits(base.fit(model), tokenizer)
-    torch.testing.assert_close(logits(stock(tmp_path / "out", "causal-lm"), tokenizer), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        logits(stock(tmp_path / "out", "causal-lm"), tokenizer), expected, atol=1e-4, rtol=0
+    )
 
 
 def test_heads_that_do_not_divide_the_width_are_not_stock(tmp_path):
     base, tokenizer = stories()  # width 64; 3 of 4 key/value heads leave 6 query heads
     model = model_on(base, [3] * 5, [100] * 5)
-    folder = export(base, model, tokenizer, tmp_path / "e", labels=(), kind="causal-lm", max_tokens=128, name="s")
+    folder = export(
+        base,
+        model,
+        tokenizer,
+        tmp_path / "e",
+        labels=(),
+        kind="causal-lm",
+        max_tokens=128,
+        name="s",
+    )
     assert entry(folder)["stock"] is False
     expected = logits(base.fit(model), tokenizer)
     torch.testing.assert_close(logits(load(folder).module, tokenizer), expected, atol=1e-4, rtol=0)
@@ -125,14 +188,21 @@ def test_generation_with_a_cache_equals_none(tmp_path, name):
     _, tokenizer, _, folder = exported(tmp_path, name, "causal-lm", "unequal")
     loaded = load(folder)
     ids = tokenizer(["the good model"], return_tensors="pt")["input_ids"]
-    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    options = {
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "attention_mask": torch.ones_like(ids),
+    }
     cached, plain = (loaded.module.generate(ids, use_cache=use, **options) for use in (True, False))
     assert cached.tolist() == plain.tolist()
     assert cached.shape[1] > ids.shape[1]
 
 
 def test_without_the_adapter(tmp_path):
-    base, tokenizer, model, folder = exported(tmp_path, "bert", "classification", "unequal", merge=False)
+    base, tokenizer, model, folder = exported(
+        tmp_path, "bert", "classification", "unequal", merge=False
+    )
     bare = type(model)(structure=model.structure, adapter={}, head=model.head, scale=1.0)
     expected = logits(base.fit(bare), tokenizer)
     torch.testing.assert_close(logits(load(folder).module, tokenizer), expected, atol=1e-5, rtol=0)
@@ -144,7 +214,9 @@ def test_labels_and_their_probabilities(tmp_path):
     found = predict(load(folder), TEXTS)
     for text, one in zip(TEXTS, found, strict=True):
         alone = logits(base.fit(model), tokenizer, [text])[0].softmax(-1)
-        assert one == Labelled(LABELS[int(alone.argmax())], pytest.approx(float(alone.max()), abs=1e-4))
+        assert one == Labelled(
+            LABELS[int(alone.argmax())], pytest.approx(float(alone.max()), abs=1e-4)
+        )
     config = AutoConfig.from_pretrained(folder)
     assert config.id2label == dict(enumerate(LABELS))
     assert config.architectures == ["RobertaForSequenceClassification"]
@@ -153,7 +225,16 @@ def test_labels_and_their_probabilities(tmp_path):
 def test_pairs(tmp_path):
     base, tokenizer = tiny(tmp_path, "bert")
     model = model_on(base, [2, 4], [24, 30])
-    export(base, model, tokenizer, tmp_path / "e", labels=LABELS, kind="pair", max_tokens=64, name="toy")
+    export(
+        base,
+        model,
+        tokenizer,
+        tmp_path / "e",
+        labels=LABELS,
+        kind="pair",
+        max_tokens=64,
+        name="toy",
+    )
     loaded = load(tmp_path / "e")
     inputs = tokenizer(["a small one"], ["the bad"], return_tensors="pt")
     with torch.inference_mode():
@@ -183,14 +264,32 @@ def test_continuations(tmp_path):
 def test_a_folder_is_never_overwritten_and_nothing_is_left_behind(tmp_path):
     base, tokenizer, model, folder = exported(tmp_path, "bert", "classification", "full")
     with pytest.raises(BadInput, match="exists already"):
-        export(base, model, tokenizer, folder, labels=LABELS, kind="classification", max_tokens=64, name="toy")
+        export(
+            base,
+            model,
+            tokenizer,
+            folder,
+            labels=LABELS,
+            kind="classification",
+            max_tokens=64,
+            name="toy",
+        )
 
     class Broken:
         def save_pretrained(self, folder):
             raise OSError(28, "No space left on device")
 
     with pytest.raises(BadInput, match="No space left"):
-        export(base, model, Broken(), tmp_path / "f", labels=LABELS, kind="classification", max_tokens=64, name="toy")
+        export(
+            base,
+            model,
+            Broken(),
+            tmp_path / "f",
+            labels=LABELS,
+            kind="classification",
+            max_tokens=64,
+            name="toy",
+        )
     assert {path.name for path in tmp_path.iterdir()} == {"export", "tiny-bert"}
     assert str(tmp_path) not in "".join(path.read_text() for path in folder.glob("*.json"))
 
@@ -227,7 +326,9 @@ def test_refusals_of_damaged_exports(tmp_path):
     weights.write_bytes(good[: len(good) // 2])
     with pytest.raises(BadInput, match="damaged"):
         load(folder)
-    save_file({name: tensor for name, tensor in tensors.items() if name != "classifier.bias"}, weights)
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != "classifier.bias"}, weights
+    )
     with pytest.raises(BadInput, match=r"lacks 1 of \d+ tensors, classifier\.bias"):
         load(folder)
     save_file(tensors | {"extra": torch.zeros(1)}, weights)

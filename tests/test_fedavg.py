@@ -53,7 +53,9 @@ def test_one_full_step_everywhere_is_one_step_on_all_rows(lab, task):
     halves, weights = weights_of(start.model, task)
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
     batch = task.train.batch(np.arange(len(task.train)))
-    halves.top(leaves, halves.bottom(leaves, batch, seed=0), batch["labels"], seed=0).mean.backward()
+    halves.top(
+        leaves, halves.bottom(leaves, batch, seed=0), batch["labels"], seed=0
+    ).mean.backward()
     _, after = weights_of(bench.run(method, rounds=1).model, task)
     moved = 0.0
     for name, tensor in leaves.items():
@@ -65,7 +67,9 @@ def test_one_full_step_everywhere_is_one_step_on_all_rows(lab, task):
 def test_learns_arrays_and_every_process_gives_the_same_bytes(bench, waves_task):
     state = bench().run(on_arrays())
     before = on_arrays().start(waves_task, np.random.default_rng(0)).model
-    (fresh,), (learnt,) = (score_nets(waves_task.base, [model], waves_task.test) for model in (before, state.model))
+    (fresh,), (learnt,) = (
+        score_nets(waves_task.base, [model], waves_task.test) for model in (before, state.model)
+    )
     luck = 1 / 3 + 4 * np.sqrt(1 / 3 * 2 / 3 / TEST_ROWS)
     assert learnt.accuracy > luck and learnt.mean_loss < fresh.mean_loss
     two = bench("two", workers=2)
@@ -90,9 +94,13 @@ def test_statistics_of_batch_norm_are_averaged_and_not_trained(bench):
     after = lab.run(method).model.weights
     mean = "block1.norm.running_mean"
     expected = torch.zeros_like(start[mean])
-    for share in lab.shares:  # at so small a rate weights stay as they are, so the first layer gives what it gave
+    for share in (
+        lab.shares
+    ):  # at so small a rate weights stay as they are, so the first layer gives what it gave
         x = torch.from_numpy(task.train.x[share]).float() / 255
-        out = torch.nn.functional.conv2d(x, start["block1.conv.weight"], start["block1.conv.bias"], padding=1)
+        out = torch.nn.functional.conv2d(
+            x, start["block1.conv.weight"], start["block1.conv.bias"], padding=1
+        )
         expected += len(share) / 60 * 0.1 * out.mean((0, 2, 3))
     assert torch.allclose(after[mean], expected, atol=1e-5) and expected.abs().max() > 1e-2
 
@@ -104,21 +112,32 @@ def test_an_exchange_costs_the_weights_and_little_else(bench, waves_task):
     halved = bench("halved")
     halved.run(on_arrays(precision="fp16"), rounds=1)
     for row, other in zip(lab.rows("exchange"), halved.rows("exchange"), strict=True):
-        assert 0 < row["bytes_down"] - 4 * numbers < 4000 and 0 < row["bytes_up"] - 4 * numbers < 4000
+        assert (
+            0 < row["bytes_down"] - 4 * numbers < 4000 and 0 < row["bytes_up"] - 4 * numbers < 4000
+        )
         assert 0 < other["bytes_up"] - 2 * numbers < 4000
     halves, rows = waves_task.base.split(2), 12 * 16
     assert row["flops"] == halves.flops("bottom", rows, 1) + halves.flops("top", rows, 1)
-    assert row["peak_memory_bytes"] == halves.memory_bytes("bottom", 16, 1) + halves.memory_bytes("top", 16, 1)
+    assert row["peak_memory_bytes"] == halves.memory_bytes("bottom", 16, 1) + halves.memory_bytes(
+        "top", 16, 1
+    )
 
 
 def test_devices_without_the_memory_are_left_out(bench, waves_task):
     lab, method = bench(), on_arrays()
     state = method.start(waves_task, np.random.default_rng(0))
-    profiles = [replace(p, memory_bytes=1000) if p.id.startswith("tx2") else p for p in lab.fleet.devices]
+    profiles = [
+        replace(p, memory_bytes=1000) if p.id.startswith("tx2") else p for p in lab.fleet.devices
+    ]
     method.round(state, SimulatedFleet(lab.fleet._world, tuple(profiles)))
     assert [row["device"] for row in lab.rows("exchange")] == ["nx-02", "nx-03", "agx-04"]
-    assert [row["values"]["device"] for row in lab.rows("note") if "needed" in str(row)] == ["tx2-00", "tx2-01"]
-    nobody = SimulatedFleet(lab.fleet._world, tuple(replace(p, memory_bytes=1000) for p in profiles))
+    assert [row["values"]["device"] for row in lab.rows("note") if "needed" in str(row)] == [
+        "tx2-00",
+        "tx2-01",
+    ]
+    nobody = SimulatedFleet(
+        lab.fleet._world, tuple(replace(p, memory_bytes=1000) for p in profiles)
+    )
     with pytest.raises(AllLost, match=r"lower method.batch or take a smaller task.model"):
         method.round(state, nobody)
 

@@ -25,7 +25,17 @@ RUN = {"precision": "fp32", "evaluate_every": 0}
 
 def over_flare(federation, recipe, folder, *more):
     """Arguments of a run at the federation's sites."""
-    return ["run", str(recipe), "--fleet", str(federation.admin), "--sites", "3", "--out", str(folder), *more]
+    return [
+        "run",
+        str(recipe),
+        "--fleet",
+        str(federation.admin),
+        "--sites",
+        "3",
+        "--out",
+        str(folder),
+        *more,
+    ]
 
 
 def simulated(place, recipe, folder):
@@ -33,9 +43,13 @@ def simulated(place, recipe, folder):
     recipe = load(recipe)
     task, _ = build_task(recipe, dataset(recipe))
     lab = Lab(task, folder, kinds=("nx",) * 3)
-    lab.workers._workshop = replace(lab.workers._workshop, shares=tuple(place.shares[site] for site in SITES))
+    lab.workers._workshop = replace(
+        lab.workers._workshop, shares=tuple(place.shares[site] for site in SITES)
+    )
     world = lab.fleet._world
-    world.profiles = tuple(replace(one, id=site) for one, site in zip(world.profiles, SITES, strict=True))
+    world.profiles = tuple(
+        replace(one, id=site) for one, site in zip(world.profiles, SITES, strict=True)
+    )
     world.__post_init__()
     lab.fleet = type(lab.fleet)(world)
     try:
@@ -55,13 +69,23 @@ def summary(folder):
 def rows(folder, kind):
     path = folder / "records.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a run under way may be writing the last
+    whole = [
+        json.loads(line) for line in lines if line.endswith("\n")
+    ]  # a run under way may be writing the last
     return [line for line in whole if line["row"] == kind]
 
 
 LORA = {"name": "fedlora", "rank": 4, "steps": 4, "batch": 8, "learning_rate": 2e-2}
 # what FedSpine's bandit earns depends on measured seconds, a fixed choice does not
-SPINE = {"name": "fedspine", "choice": "fixed", "enough": 1.0, "ranks": [2, 4], "fixed_rank": 4, "steps": 4, "batch": 8}
+SPINE = {
+    "name": "fedspine",
+    "choice": "fixed",
+    "enough": 1.0,
+    "ranks": [2, 4],
+    "fixed_rank": 4,
+    "steps": 4,
+    "batch": 8,
+}
 # batches follow measured seconds, equal ones do not
 MERGE = {"name": "mergesfl", "cut": 1, "rank": 4, "steps": 4, "batch": 8, "regulate": False}
 
@@ -104,7 +128,9 @@ class Going:
         self.folder = folder
         self.log = open(folder.with_suffix(".log"), "w")  # noqa: SIM115 - closed by `end`
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fedspine", *map(str, arguments)], stdout=self.log, stderr=self.log
+            [sys.executable, "-m", "fedspine", *map(str, arguments)],
+            stdout=self.log,
+            stderr=self.log,
         )
 
     def __enter__(self):
@@ -134,15 +160,23 @@ class Going:
 
     def answered(self, site, round):
         """Whether the site answered in this round or later."""
-        replies = [row for row in rows(self.folder, "exchange") if row["device"] == site and not row["lost"]]
+        replies = [
+            row
+            for row in rows(self.folder, "exchange")
+            if row["device"] == site and not row["lost"]
+        ]
         return any(row["round"] >= round for row in replies)
 
 
 def test_whatever_dies_is_reported_and_takes_part_again(place, federation, tmp_path):
     """One run: a worker is killed at work, the server's job is killed, a site is killed and started again."""
     kits = federation.folder
-    recipe = write_recipe(place, tmp_path / "recipe.toml", method=LORA | {"steps": 40}, run=RUN | {"rounds": 2000})
-    with Going(over_flare(federation, recipe, tmp_path / "run", "--within", "20"), tmp_path / "run") as run:
+    recipe = write_recipe(
+        place, tmp_path / "recipe.toml", method=LORA | {"steps": 40}, run=RUN | {"rounds": 2000}
+    )
+    with Going(
+        over_flare(federation, recipe, tmp_path / "run", "--within", "20"), tmp_path / "run"
+    ) as run:
         run.past(1)
         run.until(lambda: killed_at_work(run, kits / "west"))
         lost_in, site = run.told("its worker ended")[-1]
@@ -150,7 +184,13 @@ def test_whatever_dies_is_reported_and_takes_part_again(place, federation, tmp_p
         run.until(lambda: run.answered("west", lost_in + 1))
         hit(family(["runner_process", kits / "server"]))
         run.until(lambda: run.told("another took its place"))
-        hit([pid for pid in family([kits / "east"]) if "fleet start" not in " ".join(psutil.Process(pid).cmdline())])
+        hit(
+            [
+                pid
+                for pid in family([kits / "east"])
+                if "fleet start" not in " ".join(psutil.Process(pid).cmdline())
+            ]
+        )
         run.until(lambda: run.told("does not answer"))
         lost_in, site = run.told("does not answer")[0]
         assert site == "east"
@@ -180,4 +220,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_state(place, federation, tmp_p
     done = fedspine("run", "--resume", tmp_path / "run")  # the folder knows its fleet
     assert done.returncode == 0, done.stderr
     assert "of them done before" in done.stderr + done.stdout
-    assert summary(tmp_path / "run")["state_sha256"] == pack(simulated(place, recipe, tmp_path / "simulated")).sha256
+    assert (
+        summary(tmp_path / "run")["state_sha256"]
+        == pack(simulated(place, recipe, tmp_path / "simulated")).sha256
+    )

@@ -31,11 +31,15 @@ def order(task):
 
 
 def device(task, memory):
-    return Device(id="d", data=task.train, base=task.base, memory=memory, rng=np.random.default_rng(0))
+    return Device(
+        id="d", data=task.train, base=task.base, memory=memory, rng=np.random.default_rng(0)
+    )
 
 
 def poisoned(order: SpineOrder):
-    return dataclasses.replace(order, head={name: tensor * math.nan for name, tensor in order.head.items()})
+    return dataclasses.replace(
+        order, head={name: tensor * math.nan for name, tensor in order.head.items()}
+    )
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.3])
@@ -44,7 +48,9 @@ def test_every_device_ends_at_the_target(lab, task, target, drop):
     method, bench = dataclasses.replace(TOY, sparsity=target), lab()
     state = bench.run(method, around=lambda fleet: Lossy(fleet, drop=drop))
     for id in (None, *bench.ids, "never-asked"):
-        assert sparsity(task.base.anatomy, method.deploy(state, id).structure) == pytest.approx(target, abs=0.005)
+        assert sparsity(task.base.anatomy, method.deploy(state, id).structure) == pytest.approx(
+            target, abs=0.005
+        )
     assert is_full(method.unpruned(state).structure)
 
 
@@ -54,8 +60,12 @@ def test_structures_only_shrink_and_follow_the_schedule(lab, task):
     last, reached = {}, {}
     for round, spy in enumerate(spies):
         for (id, sent), (_, result) in zip(spy.orders, spy.results, strict=True):
-            assert not bool((result.structure.channels & ~last.get(id, full(task.base.anatomy)).channels).any())
-            due = cubic_floor(round, task.rounds, 0.5, warmup=TOY.warmup, until=TOY.until, share=TOY.floor)
+            assert not bool(
+                (result.structure.channels & ~last.get(id, full(task.base.anatomy)).channels).any()
+            )
+            due = cubic_floor(
+                round, task.rounds, 0.5, warmup=TOY.warmup, until=TOY.until, share=TOY.floor
+            )
             assert sent.reached >= max(reached.get(id, 0.0), due)
             last[id], reached[id] = result.structure, sent.reached
 
@@ -64,16 +74,22 @@ def test_nothing_is_pruned_before_its_importance_is_known(task, order):
     first = device(task, {})
     assert math.isnan(prune_and_tune(first, poisoned(order)).loss)
     second = device(task, first.memory)
-    assert is_full(prune_and_tune(second, order).structure)  # that round gave no scores, and this one its first
+    assert is_full(
+        prune_and_tune(second, order).structure
+    )  # that round gave no scores, and this one its first
     third = device(task, second.memory)
-    assert sparsity(task.base.anatomy, prune_and_tune(third, order).structure) == pytest.approx(0.3, abs=0.02)
+    assert sparsity(task.base.anatomy, prune_and_tune(third, order).structure) == pytest.approx(
+        0.3, abs=0.02
+    )
 
 
 def test_what_a_lost_reply_pruned_stays_pruned(task, order):
     one = device(task, {})
     prune_and_tune(one, order)  # learns its importance
     further = dataclasses.replace(order, reached=0.5)
-    lost = prune_and_tune(one, further)  # which the server never hears of: it goes on from the full structure
+    lost = prune_and_tune(
+        one, further
+    )  # which the server never hears of: it goes on from the full structure
     heard = prune_and_tune(one, order)
     assert torch.equal(heard.structure.heads, lost.structure.heads)
     assert torch.equal(heard.structure.channels, lost.structure.channels)
@@ -133,7 +149,9 @@ def test_the_rank_fits_the_memory(lab, task):
         )
         for rank in TOY.ranks
     ]
-    Small.memory_bytes = math.ceil(needed[0] / USABLE_MEMORY)  # the smallest rank fits, the next does not
+    Small.memory_bytes = math.ceil(
+        needed[0] / USABLE_MEMORY
+    )  # the smallest rank fits, the next does not
     assert USABLE_MEMORY * Small.memory_bytes < needed[1]
     method = dataclasses.replace(TOY, sparsity=0.0)
     bench.run(method, rounds=3, around=lambda fleet: spies.append(Small(fleet)) or spies[-1])

@@ -64,7 +64,11 @@ class LocalLink:
         self.heard.append((site, asked))
         if isinstance(asked, SiteOrder) and self.faults.get(site):
             fault = self.faults[site].pop(0)
-            return (fault, b"") if isinstance(fault, str) else ("done", fault(self.desks[site].answer(payload)))
+            return (
+                (fault, b"")
+                if isinstance(fault, str)
+                else ("done", fault(self.desks[site].answer(payload)))
+            )
         with self._loading if isinstance(asked, Opening) else nullcontext():
             return "done", self.desks[site].answer(payload)
 
@@ -110,7 +114,12 @@ class Sites:
             label_names=NAMES,
         )
         self.party = Party(
-            link=self.link, base=base, terms=terms, seed=0, run=os.urandom(16).hex(), patience=Patience(**patience)
+            link=self.link,
+            base=base,
+            terms=terms,
+            seed=0,
+            run=os.urandom(16).hex(),
+            patience=Patience(**patience),
         )
         self.fleet = FlareFleet(self.party)
         assert self.fleet.join() == {}
@@ -122,7 +131,9 @@ class Sites:
 
         self.party.records.flush()
         rows = map(json.loads, self.path.read_text().splitlines())
-        return [row["values"] for row in rows if row["row"] == "note" and "rank" not in row["values"]]
+        return [
+            row["values"] for row in rows if row["row"] == "note" and "rank" not in row["values"]
+        ]
 
     def run(self, method, rounds, state=None):
         state = state or method.start(self.task, np.random.default_rng([0, 1]))
@@ -193,16 +204,25 @@ def test_a_lost_site_is_noted_pinged_and_asked_again_as_if_it_had_not_been_asked
     state = here.run(method, 2)
     assert [note["device"] for note in here.notes()] == ["north"]
     assert here.notes()[0]["left_out"]
-    north = [asked for site, asked in here.link.heard if site == "north" and not isinstance(asked, Opening)]
+    north = [
+        asked
+        for site, asked in here.link.heard
+        if site == "north" and not isinstance(asked, Opening)
+    ]
     assert north[1] is None  # pinged before it got work again
-    assert [(order.version, order.seed) for order in north if order] == [(1, (0, 1, 0)), (1, (0, 1, 0))]
+    assert [(order.version, order.seed) for order in north if order] == [
+        (1, (0, 1, 0)),
+        (1, (0, 1, 0)),
+    ]
     assert state.round == 2
 
 
 def _not_finite(payload):
     reply = unpack(payload)
     result = unpack(reply.result.tobytes())
-    spoilt = replace(result, adapter={name: tensor * float("nan") for name, tensor in result.adapter.items()})
+    spoilt = replace(
+        result, adapter={name: tensor * float("nan") for name, tensor in result.adapter.items()}
+    )
     return pack(replace(reply, result=as_array(pack(spoilt).payload))).payload
 
 
@@ -214,7 +234,9 @@ def _reshaped(payload):
 
 
 def _another_type(payload):
-    return pack(replace(unpack(payload), result=as_array(pack(NotDone(why="work failed")).payload))).payload
+    return pack(
+        replace(unpack(payload), result=as_array(pack(NotDone(why="work failed")).payload))
+    ).payload
 
 
 @pytest.mark.parametrize(
@@ -256,7 +278,9 @@ def test_a_run_waits_for_its_quorum_no_longer_than_its_patience(sites):
         here.run(method, 1)
 
 
-def test_a_relay_that_is_lost_is_replaced_and_the_orders_are_sent_again(ground, model, sites, tmp_path):
+def test_a_relay_that_is_lost_is_replaced_and_the_orders_are_sent_again(
+    ground, model, sites, tmp_path
+):
     here, method = sites(), find("fedlora").toy()
     state = here.run(method, 1)
     here.link.gone = 2  # of three orders
@@ -267,7 +291,9 @@ def test_a_relay_that_is_lost_is_replaced_and_the_orders_are_sent_again(ground, 
     assert bits(state) == bits(simulated(ground, model, tmp_path, method, 3))
 
 
-def test_the_new_workers_of_a_new_relay_may_come_up_slower_than_an_order_may_take(sites, ground, monkeypatch):
+def test_the_new_workers_of_a_new_relay_may_come_up_slower_than_an_order_may_take(
+    sites, ground, monkeypatch
+):
     here, method = sites(within=2.0), find("fedlora").toy()
     state, mend, exchange = here.run(method, 1), here.link.mend, here.link.exchange
 
@@ -364,14 +390,18 @@ def test_in_split_learning_a_slow_site_joins_late_and_one_that_dies_is_not_waite
         return reply
 
     here = sites(method="mergesfl")
-    here.link.faults = {"east": [lambda reply: reply, slowly], "north": [lambda reply: reply] * 4 + ["died"]}
+    here.link.faults = {
+        "east": [lambda reply: reply, slowly],
+        "north": [lambda reply: reply] * 4 + ["died"],
+    }
     method = replace(find("mergesfl").toy(), steps=30, fewest=3, budget_rows=100, rank=64)
     state = here.run(method, 1)
     assert set(state.workers) == {"east", "west"}
     here.party.records.flush()
     rows = [json.loads(line) for line in here.path.read_text().splitlines()]
     exchanges = {
-        site: [row["work"] for row in rows if row["row"] == "exchange" and row["device"] == site] for site in SITES
+        site: [row["work"] for row in rows if row["row"] == "exchange" and row["device"] == site]
+        for site in SITES
     }
     assert all(works[:2] == ["look", "begin"] for works in exchanges.values())
     assert exchanges["east"][-1] == exchanges["west"][-1] == "end"
@@ -391,10 +421,16 @@ def test_a_part_does_not_reach_beyond_itself_and_groups_run_side_by_side(sites):
 
     def job(name, group):
         meeting.wait()
-        return [reply.device for reply in group.ask(tune_adapter, {p.id: orders[p.id] for p in group.devices})]
+        return [
+            reply.device
+            for reply in group.ask(tune_adapter, {p.id: orders[p.id] for p in group.devices})
+        ]
 
     here.fleet.begin_round(0)
-    assert here.fleet.together(job, {"a": ["west"], "b": ["east", "north"]}) == {"a": ["west"], "b": ["east", "north"]}
+    assert here.fleet.together(job, {"a": ["west"], "b": ["east", "north"]}) == {
+        "a": ["west"],
+        "b": ["east", "north"],
+    }
 
 
 def test_a_fleet_goes_on_from_its_snapshot(ground, model, sites, tmp_path):
@@ -448,8 +484,16 @@ def payloads(ground, model, tmp_path_factory):
     )
     reply = here.link.desks["east"].answer(pack(asked).payload)
     here.close()
-    sent = [pack(value).payload for value in (asked, Opening(run=here.party.run, terms=here.party.terms), order)]
-    return [*sent, reply, unpack(reply).result.tobytes(), pack(NotDone(why="refused", told="no")).payload]
+    sent = [
+        pack(value).payload
+        for value in (asked, Opening(run=here.party.run, terms=here.party.terms), order)
+    ]
+    return [
+        *sent,
+        reply,
+        unpack(reply).result.tobytes(),
+        pack(NotDone(why="refused", told="no")).payload,
+    ]
 
 
 JSON = st.recursive(
@@ -457,7 +501,9 @@ JSON = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(("tuple", "dict", "tensor", "array", "bits", "message", "fields", "00000")),
+            st.sampled_from(
+                ("tuple", "dict", "tensor", "array", "bits", "message", "fields", "00000")
+            ),
             inner,
             max_size=3,
         )
@@ -475,7 +521,9 @@ KINDS = (Opening, SiteOrder, Opened, SiteAnswer, NotDone, LoraOrder, LoraResult)
     path=st.lists(st.integers(0, 7), min_size=1, max_size=4),
     value=JSON,
 )
-def test_whatever_bytes_come_a_message_of_the_expected_type_is_read_or_none(payloads, places, share, junk, path, value):
+def test_whatever_bytes_come_a_message_of_the_expected_type_is_read_or_none(
+    payloads, places, share, junk, path, value
+):
     for payload in payloads:
         changed = bytearray(payload)
         for place, byte in places:
@@ -507,7 +555,11 @@ def _regrown(payload, path, value):
 def _packed_anew(payload, header, tree):
     header["__metadata__"]["fedspine"] = tree
     head = json.dumps(header).encode()
-    return len(head).to_bytes(8, "little") + head + payload[8 + int.from_bytes(payload[:8], "little") :]
+    return (
+        len(head).to_bytes(8, "little")
+        + head
+        + payload[8 + int.from_bytes(payload[:8], "little") :]
+    )
 
 
 def test_what_is_too_large_is_not_read():

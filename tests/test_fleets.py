@@ -41,7 +41,9 @@ def do(device, job):
     times = device.memory.get("times", 0) + 1
     device.memory["times"] = times
     device.spend(flops=job.flops, launches=1, samples=3, memory_bytes=1000 * times)
-    return Done(device=device.id, times=times, draw=float(device.rng.random()), rows=len(device.data))
+    return Done(
+        device=device.id, times=times, draw=float(device.rng.random()), rows=len(device.data)
+    )
 
 
 @on_device
@@ -119,7 +121,10 @@ def test_seconds_are_those_of_the_hardware(lab):
                 assert reply.cost.seconds == timing.total
                 assert reply.cost.bytes_down == pack(Job()).bytes
                 assert reply.cost.bytes_up == pack(reply.value).bytes
-                assert (reply.cost.flops, reply.cost.peak_memory_bytes) == (TERA, 1000 * (2 * round + ask + 1))
+                assert (reply.cost.flops, reply.cost.peak_memory_bytes) == (
+                    TERA,
+                    1000 * (2 * round + ask + 1),
+                )
             links.append(timing.up)
     assert links[0] == links[1] != links[2] == links[3]
 
@@ -134,13 +139,19 @@ def test_orders_are_built_as_they_are_served(lab):
 def test_memory_and_randomness_belong_to_the_device_and_its_asks(lab):
     def draws(name, rounds):
         fleet = lab(name).fleet
-        return [[(r.value.times, r.value.draw) for r in fleet.ask(do, orders(fleet))] for orders in rounds]
+        return [
+            [(r.value.times, r.value.draw) for r in fleet.ask(do, orders(fleet))]
+            for orders in rounds
+        ]
 
     both = draws("both", [everyone, everyone])
     assert [[times for times, _ in replies] for replies in both] == [[1] * 5, [2] * 5]
     assert len({draw for replies in both for _, draw in replies}) == 10
     # whoever else is asked, and in which order, makes no difference
-    alone = draws("alone", [lambda fleet: {"nx-03": Job()}, lambda fleet: dict(reversed(everyone(fleet).items()))])
+    alone = draws(
+        "alone",
+        [lambda fleet: {"nx-03": Job()}, lambda fleet: dict(reversed(everyone(fleet).items()))],
+    )
     assert alone[0] == [both[0][3]]
     assert alone[1][1] == both[1][3]
     assert alone[1][0] == both[0][4]
@@ -170,8 +181,13 @@ def test_within_is_a_limit_and_no_delay(lab):
 
 def test_a_device_is_unknown(lab):
     fleet = lab().fleet
-    for reach in (lambda: fleet.ask(do, {"nx-99": Job()}), lambda: fleet.send(do, {"nx-99": Job()})):
-        with pytest.raises(LookupError, match="nx-99 is not in this part of the fleet, which has 5 devices"):
+    for reach in (
+        lambda: fleet.ask(do, {"nx-99": Job()}),
+        lambda: fleet.send(do, {"nx-99": Job()}),
+    ):
+        with pytest.raises(
+            LookupError, match="nx-99 is not in this part of the fleet, which has 5 devices"
+        ):
             reach()
     with pytest.raises(LookupError, match="nx-99"):
         fleet.only(["nx-02", "nx-99"])
@@ -289,7 +305,12 @@ def test_a_round_adds_up(lab):
     (row,) = bench.rows("round")
     seconds = [reply.cost.seconds for reply in replies]
     assert row["round"] == 4
-    assert (row["devices"], row["lost"], totals.samples, totals.peak_memory_bytes) == (5, 0, 15, 1000)
+    assert (row["devices"], row["lost"], totals.samples, totals.peak_memory_bytes) == (
+        5,
+        0,
+        15,
+        1000,
+    )
     assert row["waiting_seconds"] == pytest.approx(max(seconds) - np.mean(seconds))
     assert row["bytes_up"] == sum(reply.cost.bytes_up for reply in replies)
     assert row["bytes_down"] == sum(reply.cost.bytes_down for reply in replies)
@@ -303,7 +324,9 @@ def test_devices_that_are_sent_orders_wait_until_the_next_one_or_the_rounds_end(
     fast, slow = fleet.next(), fleet.next()
     assert (fast.device, slow.device) == ("agx-04", "tx2-00")
     bench.fleet.wait(2.0)
-    (again,) = fleet.ask(do, {"tx2-00": Job()})  # the other one waits for it, as for all that comes after
+    (again,) = fleet.ask(
+        do, {"tx2-00": Job()}
+    )  # the other one waits for it, as for all that comes after
     bench.fleet.wait(3.0)
     fleet.send(do, {"agx-04": Job()})
     ended = bench.fleet.now  # before what was sent last arrives: nobody knows of its end
@@ -396,7 +419,8 @@ def test_groups_lose_independently(lab):
     fleet, lost = lossy(lab(), drop=0.5), []
     for _ in range(8):
         heard = fleet.together(
-            lambda name, part: bool(part.ask(do, everyone(part))), {"one": ["nx-02"], "other": ["nx-03"]}
+            lambda name, part: bool(part.ask(do, everyone(part))),
+            {"one": ["nx-02"], "other": ["nx-03"]},
         )
         lost.append(heard["one"] == heard["other"])
     assert 0 < sum(lost) < 8
@@ -466,7 +490,9 @@ def test_workers_give_what_this_process_gives(lab):
     alone, two = lab("alone").fleet, lab("two", workers=2).fleet
     for _ in range(2):
         first, second = (fleet.ask(do, everyone(fleet)) for fleet in (alone, two))
-        assert [(r.device, bits(r.value), r.cost) for r in first] == [(r.device, bits(r.value), r.cost) for r in second]
+        assert [(r.device, bits(r.value), r.cost) for r in first] == [
+            (r.device, bits(r.value), r.cost) for r in second
+        ]
 
 
 def test_a_worker_that_dies_at_work_is_no_hang(lab):

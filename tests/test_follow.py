@@ -27,7 +27,9 @@ def model_of(base, *, cut):
         structure.channels[1, [3, 9]] = False
     adapter = fresh(base.anatomy.sites, 3, rng)
     for name in (name for name in adapter if name.endswith("lora_B")):
-        adapter[name] = torch.from_numpy(rng.normal(0, 0.1, tuple(adapter[name].shape)).astype(np.float32))
+        adapter[name] = torch.from_numpy(
+            rng.normal(0, 0.1, tuple(adapter[name].shape)).astype(np.float32)
+        )
     adapter = cut_adapter(adapter, base.anatomy.sites, structure)
     return Model(structure=structure, adapter=adapter, head=base.initial_head(rng), scale=2.0)
 
@@ -114,14 +116,19 @@ def test_activation_is_what_a_unit_adds_to_its_layers_output(task, cut):
     for site, unit, columns in units_of(task.base.anatomy, model.structure):
         product = model.adapter[b_name(site.path)] @ model.adapter[a_name(site.path)]
         weight = task.base.slice(site.path, model.structure)[0] + model.scale * product
-        added = [torch.outer(entered[site.path][:, c], weight[:, c]).square().sum() for c in columns.tolist()]
+        added = [
+            torch.outer(entered[site.path][:, c], weight[:, c]).square().sum()
+            for c in columns.tolist()
+        ]
         expected[site, unit] = torch.stack(added).sum().sqrt()
     same_within_layers(scores, expected)
 
 
 def test_a_blend_is_the_geometric_mean_of_both(task):
     model = model_of(task.base, cut=True)
-    gate, activation, blend = (followed(task, model, of)[0] for of in ("gate", "activation", "blend"))
+    gate, activation, blend = (
+        followed(task, model, of)[0] for of in ("gate", "activation", "blend")
+    )
     wanted = geometric_mean(activation, gate)
     torch.testing.assert_close(blend.heads, wanted.heads)
     torch.testing.assert_close(blend.channels, wanted.channels)
@@ -137,18 +144,28 @@ def test_following_changes_nothing_that_is_trained(task, decoder, kind, of):
     tuning = Tuning(steps=3, batch=4, learning_rate=1e-3)
 
     def tuned(scoring):
-        device = Device(id="d", data=job.train, base=job.base, memory={}, rng=np.random.default_rng(0))
+        device = Device(
+            id="d", data=job.train, base=job.base, memory={}, rng=np.random.default_rng(0)
+        )
         rng = np.random.default_rng(1)
         whole = full(job.base.anatomy)
         start = Model(
-            structure=whole, adapter=fresh(job.base.anatomy.sites, 2, rng), head=job.base.initial_head(rng), scale=2.0
+            structure=whole,
+            adapter=fresh(job.base.anatomy.sites, 2, rng),
+            head=job.base.initial_head(rng),
+            scale=2.0,
         )
         return tune(device, start, tuning, scoring=scoring)
 
     plain, with_ears = tuned(None), tuned(Scoring(of=of, every=2))
-    assert all(torch.equal(plain.model.adapter[name], tensor) for name, tensor in with_ears.model.adapter.items())
+    assert all(
+        torch.equal(plain.model.adapter[name], tensor)
+        for name, tensor in with_ears.model.adapter.items()
+    )
     assert with_ears.scores is not None
-    assert bool((with_ears.scores.channels > 0).any()) and bool(torch.isfinite(with_ears.scores.heads).all())
+    assert bool((with_ears.scores.channels > 0).any()) and bool(
+        torch.isfinite(with_ears.scores.heads).all()
+    )
     linears = [job.base.skeleton.get_submodule(site.path) for site in job.base.anatomy.sites]
     assert not any(linear._forward_pre_hooks for linear in linears)  # nobody listens any more
 
@@ -161,10 +178,17 @@ def test_ears_are_taken_off_when_training_fails(task):
 
 
 def test_only_due_steps_are_heard(task):
-    device = Device(id="d", data=task.train, base=task.base, memory={}, rng=np.random.default_rng(0))
+    device = Device(
+        id="d", data=task.train, base=task.base, memory={}, rng=np.random.default_rng(0)
+    )
     model, tuning = model_of(task.base, cut=False), Tuning(steps=4, batch=4, learning_rate=1e-3)
     every, first = (
-        tune(replace(device, rng=np.random.default_rng(0)), model, tuning, scoring=Scoring(of="gate", every=n)).scores
+        tune(
+            replace(device, rng=np.random.default_rng(0)),
+            model,
+            tuning,
+            scoring=Scoring(of="gate", every=n),
+        ).scores
         for n in (1, 4)
     )
     once = tune(
@@ -173,4 +197,6 @@ def test_only_due_steps_are_heard(task):
         replace(tuning, steps=4),
         scoring=Scoring(of="gate", every=9),
     ).scores
-    assert torch.equal(first.channels, once.channels) and not torch.equal(every.channels, first.channels)
+    assert torch.equal(first.channels, once.channels) and not torch.equal(
+        every.channels, first.channels
+    )

@@ -20,13 +20,21 @@ fleets = st.builds(
 )
 
 
-def roberta(fleet: Hardware, device: int, *, sparsity: float = 0.0, rank: int = 16, round: int = 0) -> Timing:
+def roberta(
+    fleet: Hardware, device: int, *, sparsity: float = 0.0, rank: int = 16, round: int = 0
+) -> Timing:
     """A round of RoBERTa-base without attention scores; LoRA in fp16 is all that travels and shrinks by 1 - s/2."""
     lora = rank * LORA_PARAMETERS_PER_RANK * (1 - sparsity / 2)
     flops = STEPS * BATCH * LENGTH * (4 * BLOCK_PARAMETERS * (1 - sparsity) + 6 * lora)
     size = whole(2 * lora)
     return fleet.seconds(
-        device, round=round, ask=0, flops=flops, launches=STEPS * LAYERS, bytes_down=size, bytes_up=size
+        device,
+        round=round,
+        ask=0,
+        flops=flops,
+        launches=STEPS * LAYERS,
+        bytes_down=size,
+        bytes_up=size,
     )
 
 
@@ -35,7 +43,8 @@ def whole(number: float) -> int:
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "makespan", "mean", "waiting"), [(0.0, 138, 60, 79), (0.3, 102, 44, 58), (0.5, 78, 34, 44)]
+    ("sparsity", "makespan", "mean", "waiting"),
+    [(0.0, 138, 60, 79), (0.3, 102, 44, 58), (0.5, 78, 34, 44)],
 )
 def test_reference_table(sparsity, makespan, mean, waiting):
     # The reading that reproduces it: Monte-Carlo over fleets; one bandwidth per exchange, down and up; its mean (not its
@@ -47,11 +56,15 @@ def test_reference_table(sparsity, makespan, mean, waiting):
     totals = np.array(
         [
             [roberta(fleet, device, sparsity=sparsity).total for device in range(80)]
-            for fleet in (Hardware(seed=seed, kinds=kinds, compute_jitter=0.0) for seed in range(400))
+            for fleet in (
+                Hardware(seed=seed, kinds=kinds, compute_jitter=0.0) for seed in range(400)
+            )
         ]
     )
     longest, average = totals.max(axis=1).mean(), totals.mean()
-    assert [longest, average, longest - average] == pytest.approx([makespan, mean, waiting], rel=0.03)
+    assert [longest, average, longest - average] == pytest.approx(
+        [makespan, mean, waiting], rel=0.03
+    )
 
 
 @given(fleets, st.data())
@@ -81,7 +94,9 @@ def test_equal_seeds_draw_equally_whatever_came_before(fleet):
 
 def test_seeds_rounds_asks_and_devices_draw_differently():
     fleet = Hardware(seed=1, kinds=("nx",) * 8)
-    draws = [fleet.bandwidth_mbps(d, round=r, ask=a) for d in (0, 1) for r in (0, 1) for a in (0, 1)]
+    draws = [
+        fleet.bandwidth_mbps(d, round=r, ask=a) for d in (0, 1) for r in (0, 1) for a in (0, 1)
+    ]
     draws.append(Hardware(seed=2, kinds=("nx",) * 8).bandwidth_mbps(0, round=0, ask=0))
     assert len(set(draws)) == 9
 
@@ -99,14 +114,19 @@ def test_group_means_and_compute_median():
     # relative deviation 0.307 leave 0.5 %, of which 4 are allowed; the median of exp(0.05 z) is 1 within 4 * 0.1 %
     fleet = Hardware(seed=4, kinds=("tx2",) * 4)
     device = fleet.link_groups.index(3)
-    assert np.mean([fleet.bandwidth_mbps(device, round=r, ask=0) for r in range(4000)]) == pytest.approx(4, rel=0.02)
+    assert np.mean(
+        [fleet.bandwidth_mbps(device, round=r, ask=0) for r in range(4000)]
+    ) == pytest.approx(4, rel=0.02)
     seconds = [
-        fleet.seconds(0, round=0, ask=a, flops=1e12, launches=0, bytes_down=0, bytes_up=0).compute for a in range(4000)
+        fleet.seconds(0, round=0, ask=a, flops=1e12, launches=0, bytes_down=0, bytes_up=0).compute
+        for a in range(4000)
     ]
     assert np.median(seconds) == pytest.approx(1e12 / (0.3 * fleet.peak_flops(0, 0)), rel=0.004)
 
 
-@pytest.mark.parametrize(("spread", "ratio"), [(0.0, 1.0), (1.0, 11.28 / 0.87), (1.8, (11.28 / 0.87) ** 1.8)])
+@pytest.mark.parametrize(
+    ("spread", "ratio"), [(0.0, 1.0), (1.0, 11.28 / 0.87), (1.8, (11.28 / 0.87) ** 1.8)]
+)
 def test_spread_stretches_slowness_and_keeps_the_best(spread, ratio):
     fleet = Hardware(seed=5, kinds=("agx",) * 40 + ("tx2",) * 40, spread=spread)
     peaks = [fleet.peak_flops(device, 0) for device in range(80)]
@@ -149,7 +169,9 @@ def test_impossible_mixes_are_refused(mix, devices, says):
         fleet_mix(mix, devices)
 
 
-@pytest.mark.parametrize("wrong", [{"kinds": ()}, {"kinds": ("tx9",)}, {"spread": -1.0}, {"compute_jitter": -0.1}])
+@pytest.mark.parametrize(
+    "wrong", [{"kinds": ()}, {"kinds": ("tx9",)}, {"spread": -1.0}, {"compute_jitter": -0.1}]
+)
 def test_impossible_fleets_are_refused(wrong):
     with pytest.raises(BadInput):
         Hardware(**{"seed": 0, "kinds": ("tx2",), **wrong})

@@ -52,7 +52,9 @@ def order_of(task, adapter, method, *, shrunk):
         adapter=half(adapter),
         head=half(task.base.initial_head(np.random.default_rng(4))),
         scale=method.scale,
-        rank=rank_of(Model(structure=full(task.base.anatomy), adapter=adapter, head={}, scale=method.scale)),
+        rank=rank_of(
+            Model(structure=full(task.base.anatomy), adapter=adapter, head={}, scale=method.scale)
+        ),
         shrunk=shrunk,
         penalty=method.penalty,
         tuning=tuning_at(method, 0, 5),
@@ -60,7 +62,13 @@ def order_of(task, adapter, method, *, shrunk):
 
 
 def device_of(task):
-    return Device(id="x", data=task.train.take(np.arange(60)), base=task.base, memory={}, rng=np.random.default_rng(5))
+    return Device(
+        id="x",
+        data=task.train.take(np.arange(60)),
+        base=task.base,
+        memory={},
+        rng=np.random.default_rng(5),
+    )
 
 
 @pytest.mark.parametrize("rank", [3, 8])
@@ -122,7 +130,12 @@ def test_factors_are_averaged_by_the_norm_of_their_product(lab, task):
 
     def norm(result):
         squares = (
-            (result.adapter[b_name(site.path)].double() @ result.adapter[a_name(site.path)].double()).square().sum()
+            (
+                result.adapter[b_name(site.path)].double()
+                @ result.adapter[a_name(site.path)].double()
+            )
+            .square()
+            .sum()
             for site in task.base.anatomy.sites
         )
         return float(sum(squares)) ** 0.5
@@ -134,7 +147,9 @@ def test_factors_are_averaged_by_the_norm_of_their_product(lab, task):
         for result in results:
             expected[:, : result.rank] += norm(result) / total * result.adapter[name].double()
         # five terms in fp32, each rounded by 2^-24 a few times
-        torch.testing.assert_close(state.adapter[name][:, :largest].double(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            state.adapter[name][:, :largest].double(), expected, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_the_tail_is_the_product_of_its_norms(task):
@@ -149,13 +164,21 @@ def test_the_tail_is_the_product_of_its_norms(task):
 
 def test_a_tail_that_shrinks_is_given_up_and_one_that_grows_is_kept(task):
     small = dataclasses.replace(TOY, penalty=100.0)  # so that the tail falls whatever the text says
-    given_up = tune_and_shrink(device_of(task), order_of(task, trained_adapter(task, 6), small, shrunk=4))
+    given_up = tune_and_shrink(
+        device_of(task), order_of(task, trained_adapter(task, 6), small, shrunk=4)
+    )
     assert given_up.rank == 4
-    assert {tensor.shape[0] for name, tensor in given_up.adapter.items() if name.endswith("lora_A")} == {4}
-    untrained = fresh(task.base.anatomy.sites, 6, np.random.default_rng(0))  # its tail is zero and can only grow
+    assert {
+        tensor.shape[0] for name, tensor in given_up.adapter.items() if name.endswith("lora_A")
+    } == {4}
+    untrained = fresh(
+        task.base.anatomy.sites, 6, np.random.default_rng(0)
+    )  # its tail is zero and can only grow
     kept = tune_and_shrink(device_of(task), order_of(task, untrained, TOY, shrunk=4))
     assert kept.rank == 6
-    assert {tensor.shape[1] for name, tensor in kept.adapter.items() if name.endswith("lora_B")} == {6}
+    assert {
+        tensor.shape[1] for name, tensor in kept.adapter.items() if name.endswith("lora_B")
+    } == {6}
 
 
 def test_the_penalty_presses_the_tail_and_is_no_part_of_the_loss_reported(task):
@@ -165,7 +188,10 @@ def test_the_penalty_presses_the_tail_and_is_no_part_of_the_loss_reported(task):
     for penalty in (0.0, 10.0):
         order = order_of(task, adapter, dataclasses.replace(one_step, penalty=penalty), shrunk=4)
         model = Model(
-            structure=full(anatomy), adapter=single(order.adapter), head=single(order.head), scale=order.scale
+            structure=full(anatomy),
+            adapter=single(order.adapter),
+            head=single(order.head),
+            scale=order.scale,
         )
         pressure = (lambda factors, by=penalty: by * tail(anatomy, factors, 4)) if penalty else None
         results[penalty] = tune(device_of(task), model, order.tuning, penalty=pressure)
@@ -180,15 +206,27 @@ def test_the_penalty_presses_the_tail_and_is_no_part_of_the_loss_reported(task):
 def test_each_device_is_pressed_by_its_own_tail_when_several_train_together(task):
     method = dataclasses.replace(TOY, penalty=1.0)
     tails = {0: (6, 4), 1: (3, 2), 2: (5, 5)}  # rank, and what it would shrink to
-    orders = [order_of(task, trained_adapter(task, rank), method, shrunk=shrunk) for rank, shrunk in tails.values()]
+    orders = [
+        order_of(task, trained_adapter(task, rank), method, shrunk=shrunk)
+        for rank, shrunk in tails.values()
+    ]
     calls = [
-        Call(device=f"d{i}", index=i, work=name_of(tune_and_shrink), order=pack(o).payload, memory=None, seed=(1, i))
+        Call(
+            device=f"d{i}",
+            index=i,
+            work=name_of(tune_and_shrink),
+            order=pack(o).payload,
+            memory=None,
+            seed=(1, i),
+        )
         for i, o in enumerate(orders)
     ]
     shares = [task.train.take(np.arange(40 * i, 40 * i + 40)) for i in tails]
     alone = [serve(call, task.base, rows) for call, rows in zip(calls, shares, strict=True)]
     together = serve_together(calls, task.base, shares)
-    for first, second in ((unpack(a.result), unpack(b.result)) for a, b in zip(alone, together, strict=True)):
+    for first, second in (
+        (unpack(a.result), unpack(b.result)) for a, b in zip(alone, together, strict=True)
+    ):
         assert first.rank == second.rank
         for name, tensor in first.adapter.items():
             # AdamW divides a gradient by its own size: rounding of one near zero moves an entry by a learning rate
@@ -198,20 +236,26 @@ def test_each_device_is_pressed_by_its_own_tail_when_several_train_together(task
 
 def test_the_server_remembers_who_gave_up_rank(lab):
     bench, spies = lab(), []
-    method = dataclasses.replace(TOY, penalty=100.0, decay=0.75, ranks=(2, 8), largest_rank_gib=8.0, rank_by="memory")
+    method = dataclasses.replace(
+        TOY, penalty=100.0, decay=0.75, ranks=(2, 8), largest_rank_gib=8.0, rank_by="memory"
+    )
     state = bench.run(method, rounds=5, around=listening(spies))
     ranks = {id: [order.rank for who, order in orders_of(spies) if who == id] for id in bench.ids}
     # everybody starts at 8; a B of zeros cannot shrink, so the first round keeps it; then 6, 4 (3/4 of 6 is 4.5), 3
     assert ranks == {id: [8, 8, 6, 4, 3] for id in bench.ids}
     assert set(state.ranks.values()) == {2}
-    assert all(order.shrunk == max(math.floor(0.75 * order.rank), 2) for _, order in orders_of(spies))
+    assert all(
+        order.shrunk == max(math.floor(0.75 * order.rank), 2) for _, order in orders_of(spies)
+    )
     for id in bench.ids:
         assert rank_of(method.deploy(state, id)) == 2
     assert rank_of(method.unpruned(state)) == 8
 
 
 def test_without_decay_nobody_gives_up_rank(lab):
-    method = dataclasses.replace(TOY, penalty=100.0, decay=1.0, ranks=(2, 8), largest_rank_gib=8.0, rank_by="memory")
+    method = dataclasses.replace(
+        TOY, penalty=100.0, decay=1.0, ranks=(2, 8), largest_rank_gib=8.0, rank_by="memory"
+    )
     state = lab().run(method, rounds=3)
     assert set(state.ranks.values()) == {8}
 

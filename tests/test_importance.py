@@ -41,7 +41,9 @@ def trainable(base, rng, structure):
     adapter = fresh(base.anatomy.sites, 3, rng)
     for name in adapter:
         if name.endswith("lora_B"):
-            adapter[name] = torch.from_numpy(rng.normal(0, 0.1, tuple(adapter[name].shape)).astype(np.float32))
+            adapter[name] = torch.from_numpy(
+                rng.normal(0, 0.1, tuple(adapter[name].shape)).astype(np.float32)
+            )
     adapter = cut_adapter(adapter, base.anatomy.sites, structure)
     adapter = {name: tensor.clone().requires_grad_() for name, tensor in adapter.items()}
     return Model(structure=structure, adapter=adapter, head=base.initial_head(rng), scale=SCALE)
@@ -59,7 +61,8 @@ def dense_scores(base, model, criterion):
     """The same scores, written down unit by unit from the formula of the specification."""
     anatomy = base.anatomy
     found = Scores(
-        heads=torch.zeros(anatomy.layers, anatomy.heads), channels=torch.zeros(anatomy.layers, anatomy.channels)
+        heads=torch.zeros(anatomy.layers, anatomy.heads),
+        channels=torch.zeros(anatomy.layers, anatomy.channels),
     )
     for site in anatomy.sites:
         a, b = model.adapter[a_name(site.path)], model.adapter[b_name(site.path)]
@@ -69,14 +72,20 @@ def dense_scores(base, model, criterion):
         lines = entries.sum(1) if site.row_units else entries.sum(0)
         if criterion.normalise:
             lines = lines / lines.norm()
-        kept = kept_rows(site, model.structure) if site.row_units else kept_columns(site, model.structure)
+        kept = (
+            kept_rows(site, model.structure)
+            if site.row_units
+            else kept_columns(site, model.structure)
+        )
         units = found.heads if "heads" in (site.row_units, site.column_units) else found.channels
         for line, value in zip(kept.tolist(), lines.tolist(), strict=True):
             units[site.layer, line // site.per_unit] += value
     return found
 
 
-@pytest.mark.parametrize("criterion", [Criterion(), Criterion(square=True, cross=0.7), Criterion(normalise=True)])
+@pytest.mark.parametrize(
+    "criterion", [Criterion(), Criterion(square=True, cross=0.7), Criterion(normalise=True)]
+)
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "pruned"])
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_scores_are_those_of_the_formula(task, decoder, architecture, cut, criterion):
@@ -115,28 +124,43 @@ def test_magnitudes_are_norms_of_all_that_goes_with_a_unit(task, decoder, archit
                 assert scores[layer, unit] == 0
                 continue
             place, entries = int(kept[layer, :unit].sum()), []
-            for site in (site for site in anatomy.sites if site.layer == layer and units_of(site, kind)):
+            for site in (
+                site for site in anatomy.sites if site.layer == layer and units_of(site, kind)
+            ):
                 weight = base.slice(site.path, model.structure)[0].double()
-                a, b = model.adapter[a_name(site.path)].double(), model.adapter[b_name(site.path)].double()
+                a, b = (
+                    model.adapter[a_name(site.path)].double(),
+                    model.adapter[b_name(site.path)].double(),
+                )
                 lines = slice(place * site.per_unit, (place + 1) * site.per_unit)
                 effective = (weight + SCALE * b @ a).detach()
-                entries.append((effective[lines] if site.row_units else effective[:, lines]).flatten())
-            assert float(scores[layer, unit]) == pytest.approx(float(torch.cat(entries).norm()), rel=1e-5)
+                entries.append(
+                    (effective[lines] if site.row_units else effective[:, lines]).flatten()
+                )
+            assert float(scores[layer, unit]) == pytest.approx(
+                float(torch.cat(entries).norm()), rel=1e-5
+            )
 
 
 def test_magnitudes_need_no_adapter_and_change_nothing(task):
     rng = np.random.default_rng(0)
-    bare = Model(structure=full(task.base.anatomy), adapter={}, head=task.base.initial_head(rng), scale=SCALE)
+    bare = Model(
+        structure=full(task.base.anatomy), adapter={}, head=task.base.initial_head(rng), scale=SCALE
+    )
     zero = replace(bare, adapter=fresh(task.base.anatomy.sites, 2, rng))  # whose B is zero
     before = {path: weight.clone() for path, (weight, _) in task.base.weights.items()}
-    torch.testing.assert_close(magnitude_scores(task.base, bare).heads, magnitude_scores(task.base, zero).heads)
+    torch.testing.assert_close(
+        magnitude_scores(task.base, bare).heads, magnitude_scores(task.base, zero).heads
+    )
     assert all(torch.equal(task.base.weights[path][0], weight) for path, weight in before.items())
 
 
 def test_chance_is_uniform_over_what_is_kept_and_repeats(task):
     anatomy = task.base.anatomy
     structure = partly(anatomy)
-    first, again, other = (random_scores(anatomy, structure, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    first, again, other = (
+        random_scores(anatomy, structure, np.random.default_rng(seed)) for seed in (0, 0, 1)
+    )
     assert torch.equal(first.channels, again.channels)
     assert not torch.equal(first.channels, other.channels)
     assert torch.equal(first.heads > 0, structure.heads)
@@ -150,19 +174,25 @@ def test_chance_is_uniform_over_what_is_kept_and_repeats(task):
 def test_the_gradient_estimate_is_that_of_autograd():
     # dL/dB = s G A^T and dL/dA = s B^T G with G = dL/dW, so gB A + B gA = s (G A^T A + B B^T G): against torch's own G.
     rng = np.random.default_rng(1)
-    weight, a, b, x = (torch.from_numpy(rng.standard_normal(shape)) for shape in ((5, 7), (2, 7), (5, 2), (11, 7)))
+    weight, a, b, x = (
+        torch.from_numpy(rng.standard_normal(shape)) for shape in ((5, 7), (2, 7), (5, 2), (11, 7))
+    )
     effective = (weight + SCALE * b @ a).requires_grad_()
     nn.functional.linear(x, effective).square().sum().backward()
     gradient = effective.grad
     a.requires_grad_(), b.requires_grad_()
     nn.functional.linear(x, weight + SCALE * b @ a).square().sum().backward()
     with torch.no_grad():
-        torch.testing.assert_close(b.grad @ a + b @ a.grad, SCALE * (gradient @ a.T @ a + b @ b.T @ gradient))
+        torch.testing.assert_close(
+            b.grad @ a + b @ a.grad, SCALE * (gradient @ a.T @ a + b @ b.T @ gradient)
+        )
 
 
 def test_scoring_needs_gradients(task):
     with pytest.raises(ValueError, match="no gradients; score units after a backward pass"):
-        score_units(task.base, trainable(task.base, np.random.default_rng(0), full(task.base.anatomy)))
+        score_units(
+            task.base, trainable(task.base, np.random.default_rng(0), full(task.base.anatomy))
+        )
 
 
 def test_the_average_moves_by_a_tenth():
@@ -185,10 +215,14 @@ def test_a_dropped_unit_keeps_its_last_score():
 
 
 def test_ballots_have_unit_norm_and_no_vote_for_what_is_gone():
-    kept = Structure(heads=torch.tensor([[True, True, False]]), channels=torch.tensor([[True, False]]))
+    kept = Structure(
+        heads=torch.tensor([[True, True, False]]), channels=torch.tensor([[True, False]])
+    )
     vote = ballot(scores([[3.0, 4.0, 100.0]], [[7.0, 1.0]]), kept)
     assert vote.heads.dtype is vote.channels.dtype is torch.float16
-    assert vote.heads.tolist() == [[pytest.approx(0.6, abs=1e-3), pytest.approx(0.8, abs=1e-3), 0.0]]
+    assert vote.heads.tolist() == [
+        [pytest.approx(0.6, abs=1e-3), pytest.approx(0.8, abs=1e-3), 0.0]
+    ]
     assert vote.channels.tolist() == [[1.0, 0.0]]
     assert normalised(scores([[0.0, 0.0]])).heads.tolist() == [[0.0, 0.0]]
 
@@ -200,7 +234,9 @@ def test_mixing_weighs_scores_of_unit_norm_whatever_their_precision():
         assert found.heads.dtype is torch.float32
         assert found.heads.tolist() == [[pytest.approx(value) for value in heads]]
         assert found.channels.tolist() == [[pytest.approx(1 - say), pytest.approx(say)]]
-    assert torch.equal(mixed(on_wire(own), on_wire(fleet), 0.25).heads, mixed(own, fleet, 0.25).heads)
+    assert torch.equal(
+        mixed(on_wire(own), on_wire(fleet), 0.25).heads, mixed(own, fleet, 0.25).heads
+    )
 
 
 def test_a_tally_is_a_moving_average_in_which_gone_counts_as_nothing():
@@ -217,7 +253,10 @@ def test_importance_foretells_what_removal_costs(task):
     rng = np.random.default_rng(2)
     anatomy = task.base.anatomy
     model = Model(
-        structure=full(anatomy), adapter=fresh(anatomy.sites, 4, rng), head=task.base.initial_head(rng), scale=SCALE
+        structure=full(anatomy),
+        adapter=fresh(anatomy.sites, 4, rng),
+        head=task.base.initial_head(rng),
+        scale=SCALE,
     )
     device = Device(id="d", data=task.train, base=task.base, memory={}, rng=rng)
     for _ in range(2):
@@ -252,14 +291,21 @@ def traced(task, **settings):
         scale=SCALE,
     )
     device = Device(id="d", data=task.train, base=task.base, memory={}, rng=rng)
-    tuning = Tuning(**{"steps": 4, "batch": 8, "learning_rate": 1e-2, "clip": settings.pop("clip", 1.0)})
+    tuning = Tuning(
+        **{"steps": 4, "batch": 8, "learning_rate": 1e-2, "clip": settings.pop("clip", 1.0)}
+    )
     return tune(device, model, tuning, **settings)
 
 
 def test_scores_follow_training_without_changing_it(task):
-    plain, followed, seldom = (traced(task, scoring=scoring) for scoring in (None, Scoring(), Scoring(every=3)))
+    plain, followed, seldom = (
+        traced(task, scoring=scoring) for scoring in (None, Scoring(), Scoring(every=3))
+    )
     assert plain.scores is None
-    assert all(torch.equal(plain.model.adapter[name], tensor) for name, tensor in followed.model.adapter.items())
+    assert all(
+        torch.equal(plain.model.adapter[name], tensor)
+        for name, tensor in followed.model.adapter.items()
+    )
     assert not torch.equal(followed.scores.heads, seldom.scores.heads)
 
 

@@ -21,10 +21,26 @@ ARROWS = {
     "process": set(),
     "task": set(),
     "tensors": {"message"},
-    "method": {"device", "errors", "fleet", "tensors", "methods"},  # methods: found by name, when asked for
+    "method": {
+        "device",
+        "errors",
+        "fleet",
+        "tensors",
+        "methods",
+    },  # methods: found by name, when asked for
     "planning": {"errors", "message"},
     "data": {"errors", "task"},
-    "lm": {"data", "device", "errors", "message", "planning", "process", "split", "task", "tensors"},
+    "lm": {
+        "data",
+        "device",
+        "errors",
+        "message",
+        "planning",
+        "process",
+        "split",
+        "task",
+        "tensors",
+    },
     "split": {"device", "errors", "fleet", "message", "task", "tensors"},
     "nets": {"errors", "lm", "message", "split", "task", "tensors"},
     "methods": {"planning", "lm", "nets", "split"} | KERNEL,
@@ -38,7 +54,19 @@ ARROWS = {
 }
 # the rest puts the parts together: it may import all of them, and no part above may import it
 TOGETHER = {
-    *("build", "cli", "compare", "export", "fleet_cli", "fleet_demo", "folder", "run", "scoring", "sweep", "venue"),
+    *(
+        "build",
+        "cli",
+        "compare",
+        "export",
+        "fleet_cli",
+        "fleet_demo",
+        "folder",
+        "run",
+        "scoring",
+        "sweep",
+        "venue",
+    ),
     "__main__",
 }
 
@@ -75,7 +103,10 @@ def importers(package):
     return {
         str(path.relative_to(SOURCE))
         for path in FILES
-        if any(name == package or name.startswith(package + ".") for name in imports(path, types_too=True))
+        if any(
+            name == package or name.startswith(package + ".")
+            for name in imports(path, types_too=True)
+        )
     }
 
 
@@ -93,7 +124,9 @@ def test_the_arrows_have_no_circle():
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in FILES if part_of(path) in ARROWS], ids=lambda path: str(path.relative_to(SOURCE))
+    "path",
+    [path for path in FILES if part_of(path) in ARROWS],
+    ids=lambda path: str(path.relative_to(SOURCE)),
 )
 def test_imports_follow_the_arrows(path):
     own = {name.split(".")[1] for name in imports(path) if name.startswith("fedspine.")}
@@ -114,7 +147,12 @@ def test_planning_never_imports_models():
 def test_methods_know_no_fleet_export_or_report():
     for path in (SOURCE / "methods").rglob("*.py"):
         used = {".".join(name.split(".")[:2]) for name in imports(path, types_too=True)}
-        assert not used & {"fedspine.fleets", "fedspine.export", "fedspine.report", "fedspine.run"}, path
+        assert not used & {
+            "fedspine.fleets",
+            "fedspine.export",
+            "fedspine.report",
+            "fedspine.run",
+        }, path
 
 
 def test_nothing_is_unpickled():
@@ -122,7 +160,11 @@ def test_nothing_is_unpickled():
     for package in ("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"):
         assert importers(package) == set()
     for path in FILES:
-        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+        calls = {
+            ast.unparse(node.func)
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call)
+        }
         assert not calls & {"torch.load", "torch.save", "eval", "exec", "__import__"}, path
 
 

@@ -30,18 +30,25 @@ def zeroed(base, model):
     adapter = {}
     for site in base.anatomy.sites:
         rows, columns = kept_rows(site, model.structure), kept_columns(site, model.structure)
-        adapter[a_name(site.path)] = spread(model.adapter[a_name(site.path)], columns, 1, site.columns)
+        adapter[a_name(site.path)] = spread(
+            model.adapter[a_name(site.path)], columns, 1, site.columns
+        )
         adapter[b_name(site.path)] = spread(model.adapter[b_name(site.path)], rows, 0, site.rows)
         weight, bias = base.slice(site.path, model.structure)
         weight = spread(spread(weight, columns, 1, site.columns), rows, 0, site.rows)
-        base.weights[site.path] = (weight, None if bias is None else spread(bias, rows, 0, site.rows))
+        base.weights[site.path] = (
+            weight,
+            None if bias is None else spread(bias, rows, 0, site.rows),
+        )
     return Model(structure=full(base.anatomy), adapter=adapter, head=model.head, scale=model.scale)
 
 
 @pytest.mark.parametrize("name", [*ENCODERS, *DECODERS])
 def test_anatomy_counts_the_weights_of_the_module(tmp_path, name):
     base, _ = tiny(tmp_path, name)
-    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / f"tiny-{name}", num_labels=3)
+    stock = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / f"tiny-{name}", num_labels=3
+    )
     backbone = stock.base_model
     inside = {
         f"{stock.base_model_prefix}.{path}": child.weight
@@ -69,7 +76,9 @@ def test_pruning_and_the_adapter_change_the_logits(tmp_path, name):
     base, tokenizer = tiny(tmp_path, name)
     whole, cut = model_on(base), model_on(base, channels=[40, 17])
     bare = Model(structure=whole.structure, adapter={}, head=whole.head, scale=1.0)
-    first, second, third = (logits(base.fit(model), tokenizer).clone() for model in (whole, cut, bare))
+    first, second, third = (
+        logits(base.fit(model), tokenizer).clone() for model in (whole, cut, bare)
+    )
     assert (first - second).abs().max() > 1e-2
     assert (first - third).abs().max() > 1e-2
     assert 0 < sparsity(base.anatomy, cut.structure) < 1
@@ -101,13 +110,20 @@ def test_stories_sliced_equals_zeroed():
 
 def test_fewer_layers(tmp_path):
     for name in (*ENCODERS, *DECODERS):
-        base, tokenizer = load(str(write_tiny(tmp_path / name, name)), kind="classification", classes=3, layers=1)
+        base, tokenizer = load(
+            str(write_tiny(tmp_path / name, name)), kind="classification", classes=3, layers=1
+        )
         assert base.anatomy.layers == 1
-        assert logits(base.fit(model_on(base)), tokenizer).shape == (3, len(labels_for("classification")))
+        assert logits(base.fit(model_on(base)), tokenizer).shape == (
+            3,
+            len(labels_for("classification")),
+        )
 
 
 def test_same_seed_same_bytes(tmp_path):
-    first, second, other = (write_tiny(tmp_path / str(i), "bert", seed=seed) for i, seed in enumerate((0, 0, 1)))
+    first, second, other = (
+        write_tiny(tmp_path / str(i), "bert", seed=seed) for i, seed in enumerate((0, 0, 1))
+    )
     files = [(folder / "model.safetensors").read_bytes() for folder in (first, second, other)]
     assert files[0] == files[1] != files[2]
 

@@ -42,7 +42,11 @@ def test_it_is_fedspine_on_the_cubic_at_one_rank(lab, fleet_say):
         fleet_say=fleet_say,
         **SHARED,
     )
-    method, first, second = dataclasses.replace(TOY, fleet_say=fleet_say), lab("loraprune"), lab("spine")
+    method, first, second = (
+        dataclasses.replace(TOY, fleet_say=fleet_say),
+        lab("loraprune"),
+        lab("spine"),
+    )
     ours, theirs = first.run(method), second.run(spine)
     for id in (None, *first.ids, "never-asked"):
         assert bits(method.deploy(ours, id)) == bits(spine.deploy(theirs, id))
@@ -52,7 +56,9 @@ def test_it_is_fedspine_on_the_cubic_at_one_rank(lab, fleet_say):
 
 def test_importance_settings_reach_the_devices(lab):
     plain = lab("plain").run(TOY)
-    squared = lab("squared").run(dataclasses.replace(TOY, score_square=True, score_normalise=True, score_cross=1.0))
+    squared = lab("squared").run(
+        dataclasses.replace(TOY, score_square=True, score_normalise=True, score_cross=1.0)
+    )
     assert bits(plain.structures) != bits(squared.structures)
 
 
@@ -61,12 +67,18 @@ def test_every_device_is_asked_for_the_sparsity_of_the_schedule(lab, task):
     bench.run(TOY, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
     last = {}
     for round, spy in enumerate(spies):
-        due = cubic_floor(round, task.rounds, TOY.sparsity, warmup=TOY.warmup, until=TOY.until, share=1.0)
+        due = cubic_floor(
+            round, task.rounds, TOY.sparsity, warmup=TOY.warmup, until=TOY.until, share=1.0
+        )
         assert {order.reached for _, order in spy.orders} == {due if round else 0.0}
         for id, result in spy.results:
-            assert not bool((result.structure.channels & ~last.get(id, full(task.base.anatomy)).channels).any())
+            assert not bool(
+                (result.structure.channels & ~last.get(id, full(task.base.anatomy)).channels).any()
+            )
             last[id] = result.structure
-    assert len({bits(structure) for structure in last.values()}) > 1  # each prunes by what it saw itself
+    assert (
+        len({bits(structure) for structure in last.values()}) > 1
+    )  # each prunes by what it saw itself
 
 
 @pytest.mark.parametrize(("target", "drop"), [(0.3, 0.3), (0.5, 0.0)])
@@ -74,7 +86,9 @@ def test_every_device_ends_at_the_target(lab, task, target, drop):
     method, bench = dataclasses.replace(TOY, sparsity=target), lab()
     state = bench.run(method, around=lambda fleet: Lossy(fleet, drop=drop))
     for id in (None, *bench.ids, "never-asked"):
-        assert sparsity(task.base.anatomy, method.deploy(state, id).structure) == pytest.approx(target, abs=0.005)
+        assert sparsity(task.base.anatomy, method.deploy(state, id).structure) == pytest.approx(
+            target, abs=0.005
+        )
     assert is_full(method.unpruned(state).structure)
 
 

@@ -41,8 +41,13 @@ EPS = 2.0**-24  # half a unit in the last place of fp32, relative
 def run(bench, method, rounds=1):
     """The state after some rounds, and all orders of batches by round: what each device was told to take."""
     spies = []
-    state = bench.run(method, rounds=rounds, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
-    batches = [{id: order.batch for id, order in spy.orders if type(order).__name__ == "Begin"} for spy in spies]
+    state = bench.run(
+        method, rounds=rounds, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1]
+    )
+    batches = [
+        {id: order.batch for id, order in spy.orders if type(order).__name__ == "Begin"}
+        for spy in spies
+    ]
     return state, batches
 
 
@@ -61,7 +66,10 @@ def batch_of(bench, id, batch, asks, step):
 
 def trained(model):
     """Copies of all that is trained, which want gradients."""
-    return {name: tensor.clone().requires_grad_() for name, tensor in {**model.adapter, **model.head}.items()}
+    return {
+        name: tensor.clone().requires_grad_()
+        for name, tensor in {**model.adapter, **model.head}.items()
+    }
 
 
 def centralised(bench, start, batches, *, steps=1, asks=1, rate=0.3):
@@ -70,7 +78,10 @@ def centralised(bench, start, batches, *, steps=1, asks=1, rate=0.3):
     for step in range(steps):
         parts = [batch_of(bench, id, batch, asks, step) for id, batch in batches.items()]
         width = max(part["input_ids"].shape[1] for part in parts)
-        inputs = {name: torch.cat([_padded(name, part[name], width) for part in parts]) for name in parts[0]}
+        inputs = {
+            name: torch.cat([_padded(name, part[name], width) for part in parts])
+            for name in parts[0]
+        }
         adapter = {name: weights[name] for name in start.adapter}
         head = {name: weights[name] for name in start.head}
         module = base.fit(dataclasses.replace(start, adapter=adapter, head=head))
@@ -133,7 +144,9 @@ def test_with_one_device_it_is_unsplit_sgd(lab):
     start = started(method, bench)
     state, (batches,) = run(bench, method)
     assert batches == {"agx-00": 16}
-    assert_same_step(state.model, centralised(bench, start, batches, steps=4), start, off=8e-5)  # of four steps
+    assert_same_step(
+        state.model, centralised(bench, start, batches, steps=4), start, off=8e-5
+    )  # of four steps
 
 
 @pytest.mark.parametrize("cut", [1, 2])
@@ -144,7 +157,9 @@ def test_with_labels_that_stay_it_is_the_same_step(lab, cut):
     spies = []
     state = bench.run(method, rounds=1, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
     batches = {id: order.batch for id, order in spies[0].orders if type(order).__name__ == "Begin"}
-    assert_same_step(state.model, centralised(bench, start, batches, asks=0), start)  # there was no look
+    assert_same_step(
+        state.model, centralised(bench, start, batches, asks=0), start
+    )  # there was no look
     assert {getattr(value, "labels", None) for _, value in spies[0].results} == {None}
 
 
@@ -194,7 +209,9 @@ def test_linear_rates_with_uniform_weights_go_the_same_way(lab):
         after = dataclasses.replace(PLAIN, **changed).round(first, spy)
         batches = [order.batch for _, order in spy.orders if type(order).__name__ == "Begin"]
         before = halves.parts(first.model)[0]
-        found[name] = {id: tensor - before[id] for id, tensor in halves.parts(after.model)[0].items()}
+        found[name] = {
+            id: tensor - before[id] for id, tensor in halves.parts(after.model)[0].items()
+        }
     shorter = sum(batches) / (PLAIN.batch * len(batches))
     assert shorter < 0.9
     for name, step in found["a"].items():
@@ -212,7 +229,9 @@ def test_without_rescale_bottoms_move_by_their_share(lab):
         method = dataclasses.replace(PLAIN, rescale=rescale)
         start = halves.parts(started(method, bench))[0]
         state, (batches,) = run(bench, method)
-        steps[name] = {id: tensor - start[id] for id, tensor in halves.parts(state.model)[0].items()}
+        steps[name] = {
+            id: tensor - start[id] for id, tensor in halves.parts(state.model)[0].items()
+        }
     assert set(batches.values()) == {16}
     for name, step in steps["with"].items():
         allowed = 4e-5 * step.abs().max() + 16 * EPS * 0.2  # as above
@@ -238,7 +257,11 @@ def test_batches_follow_the_pace_that_was_measured(lab):
     # Eq. 9 leaves nobody slower than the fastest at D, but for one row at least
     for id, batch in second.items():
         assert batch == 1 or batch * costs[id] <= 32 * costs[fastest] * (1 + 1e-9), id
-    (note,) = [row["values"] for row in bench.rows("note") if row["round"] == 1 and "merged_kl" in row["values"]]
+    (note,) = [
+        row["values"]
+        for row in bench.rows("note")
+        if row["round"] == 1 and "merged_kl" in row["values"]
+    ]
     assert note["merged_rows"] == sum(second.values())
     assert 0 <= note["waiting_planned"] < 0.3
     assert all(worker.rounds == 2 for worker in state.workers.values())
@@ -248,10 +271,18 @@ def test_without_regulation_within_batches_stay_as_planned(lab):
     """The paper's form: one size for a round, in messages of before, and the bits of one that is never asked again."""
     fixed = dataclasses.replace(MergeSfl.toy(), regulate_within=False)
     spies = []
-    state = lab("fixed").run(fixed, rounds=2, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
-    assert {type(order).__name__ for spy in spies for _, order in spy.orders} == {"Look", "Begin", "Step"}
+    state = lab("fixed").run(
+        fixed, rounds=2, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1]
+    )
+    assert {type(order).__name__ for spy in spies for _, order in spy.orders} == {
+        "Look",
+        "Begin",
+        "Step",
+    }
     assert state.fixed_seconds == 0
-    both = dataclasses.replace(fixed, regulate=False)  # equal batches are not regulated again either
+    both = dataclasses.replace(
+        fixed, regulate=False
+    )  # equal batches are not regulated again either
     within = dataclasses.replace(both, regulate_within=True)
     assert bits(lab("equal").run(both, rounds=2)) == bits(lab("within").run(within, rounds=2))
 
@@ -272,9 +303,13 @@ def waiting_shares(bench, method, rounds):
 
 def test_devices_wait_less_where_batches_follow_the_round(lab):
     """Links and paces are new in every round, so a plan by the rounds before makes all wait for whoever is slower now."""
-    method = dataclasses.replace(MergeSfl.toy(), batch=36, steps=16, precision="fp32", budget_rows=400)
+    method = dataclasses.replace(
+        MergeSfl.toy(), batch=36, steps=16, precision="fp32", budget_rows=400
+    )
     within = waiting_shares(lab("within", kinds=UNEQUAL), method, 3)
-    fixed = waiting_shares(lab("fixed", kinds=UNEQUAL), dataclasses.replace(method, regulate_within=False), 3)
+    fixed = waiting_shares(
+        lab("fixed", kinds=UNEQUAL), dataclasses.replace(method, regulate_within=False), 3
+    )
     assert all(new < old for new, old in zip(within, fixed, strict=True))
     assert np.mean(within) < np.mean(fixed) / 2
 
@@ -282,7 +317,9 @@ def test_devices_wait_less_where_batches_follow_the_round(lab):
 def resized(bench, method, rounds=1):
     """The state after some rounds, and each device's batches by iteration of the last one."""
     spies = []
-    state = bench.run(method, rounds=rounds, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    state = bench.run(
+        method, rounds=rounds, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1]
+    )
     return state, sizes_of(spies[-1].orders)
 
 
@@ -298,11 +335,18 @@ def sizes_of(orders):
     return {id: own[:-1] for id, own in batches.items()}  # the last step ends the round
 
 
-@pytest.mark.parametrize(("steps", "within", "first"), [(8, True, 4), (7, True, 16), (8, False, 16)])
+@pytest.mark.parametrize(
+    ("steps", "within", "first"), [(8, True, 4), (7, True, 16), (8, False, 16)]
+)
 def test_a_long_round_begins_with_a_part_of_its_batches(lab, steps, within, first):
     """By them the round's links become known, for which few rows do; the next batches are halves, then whole ones."""
     method = dataclasses.replace(
-        MergeSfl.toy(), steps=steps, regulate_within=within, budget_rows=1000, fill_tokens=False, join_late=False
+        MergeSfl.toy(),
+        steps=steps,
+        regulate_within=within,
+        budget_rows=1000,
+        fill_tokens=False,
+        join_late=False,
     )
     _, batches = resized(lab(), method)
     assert {own[0] for own in batches.values()} == {first}
@@ -310,24 +354,34 @@ def test_a_long_round_begins_with_a_part_of_its_batches(lab, steps, within, firs
     assert max(own[2] for own in batches.values()) >= SHORTER * 16
 
 
-@pytest.mark.parametrize(("labels_stay", "fill_tokens"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("labels_stay", "fill_tokens"), [(False, False), (True, False), (False, True)]
+)
 def test_batches_that_change_still_make_the_merged_steps(lab, labels_stay, fill_tokens):
     """Three iterations by hand: one graph through all bottoms and the top, Q/d on gradients, sums of rows as weights."""
     bench = lab("x")
-    method = dataclasses.replace(PLAIN, steps=3, batch=32, labels_stay=labels_stay, fill_tokens=fill_tokens)
+    method = dataclasses.replace(
+        PLAIN, steps=3, batch=32, labels_stay=labels_stay, fill_tokens=fill_tokens
+    )
     halves = bench.task.base.split(1, rank=4)
     start = started(method, bench)
     state, batches = resized(bench, method)
-    inputs = {id: batches_of(bench, id, own, asks=0 if labels_stay else 1) for id, own in batches.items()}
+    inputs = {
+        id: batches_of(bench, id, own, asks=0 if labels_stay else 1) for id, own in batches.items()
+    }
     batches = {id: [len(batch["labels"]) for batch in own] for id, own in inputs.items()}
     assert len({rows for own in batches.values() for rows in own}) > 3
     assert any(len(set(own)) > 1 for own in batches.values())
-    expected = by_hand(halves, start, inputs, dict.fromkeys(batches, 0), steps=3, labels_stay=labels_stay)
+    expected = by_hand(
+        halves, start, inputs, dict.fromkeys(batches, 0), steps=3, labels_stay=labels_stay
+    )
     assert_same_step(state.model, expected, start, off=6e-5)  # of three steps
 
 
 # a bottom that is heavy beside a batch's features
-STAGGERED = dataclasses.replace(PLAIN, steps=8, batch=32, rank=32, learning_rate=0.1, budget_rows=400)
+STAGGERED = dataclasses.replace(
+    PLAIN, steps=8, batch=32, rank=32, learning_rate=0.1, budget_rows=400
+)
 
 
 class Watch(Spy):
@@ -358,7 +412,9 @@ def test_devices_that_join_late_and_leave_early_still_make_the_merged_steps(lab)
     """By hand, as above, with the devices that are in it in each iteration."""
     bench = lab("x", kinds=UNEQUAL)
     watches = []
-    state = bench.run(STAGGERED, rounds=1, around=lambda fleet: watches.append(Watch(fleet)) or watches[-1])
+    state = bench.run(
+        STAGGERED, rounds=1, around=lambda fleet: watches.append(Watch(fleet)) or watches[-1]
+    )
     (watch,) = watches
     assert len(set(watch.joined.values())) > 1
     assert watch.early
@@ -387,7 +443,9 @@ def test_where_a_bottom_is_light_nobody_joins_late(lab):
 def test_devices_wait_less_where_slow_links_join_late(lab):
     method = dataclasses.replace(MergeSfl.toy(), steps=16, batch=12, precision="fp32", rank=32)
     late = waiting_shares(lab("late", kinds=UNEQUAL), method, 2)
-    together = waiting_shares(lab("together", kinds=UNEQUAL), dataclasses.replace(method, join_late=False), 2)
+    together = waiting_shares(
+        lab("together", kinds=UNEQUAL), dataclasses.replace(method, join_late=False), 2
+    )
     assert np.mean(late) < np.mean(together)
 
 
@@ -406,7 +464,11 @@ def test_a_device_that_is_lost_while_the_others_go_on_is_not_waited_for(lab, los
             came = [value for id, value in self.results if id == gone]
             first = sum(isinstance(value, Forwarded) for value in came) == 1
             kept = {"begin": Forwarded, "end": Ended, "step": Forwarded}[lost]
-            lose = reply.device == gone and isinstance(reply.value, kept) and first == (lost == "begin")
+            lose = (
+                reply.device == gone
+                and isinstance(reply.value, kept)
+                and first == (lost == "begin")
+            )
             return self.next() if lose else reply
 
     spies = []
@@ -420,24 +482,41 @@ def test_a_device_that_is_lost_while_the_others_go_on_is_not_waited_for(lab, los
 def by_hand(halves, start, inputs, joined, steps, labels_stay=False, rate=0.3):
     """The model after so many merged steps of these devices' batches, each from the iteration on in which it joined."""
     bottom, top = (leaves(part) for part in halves.parts(start))
-    ends = {id: leaves({name: top[name] for name in halves.ends}) for id in inputs} if labels_stay else {}
+    ends = (
+        {id: leaves({name: top[name] for name in halves.ends}) for id in inputs}
+        if labels_stay
+        else {}
+    )
     bottoms = {id: leaves(bottom) for id in inputs}
     for step in range(steps):
-        batches = {id: own[step - joined[id]] for id, own in inputs.items() if 0 <= step - joined[id] < len(own)}
+        batches = {
+            id: own[step - joined[id]]
+            for id, own in inputs.items()
+            if 0 <= step - joined[id] < len(own)
+        }
         rows, total = {id: len(batch["labels"]) for id, batch in batches.items()}, {}
         for id, batch in batches.items():
             features = halves.bottom(bottoms[id], batch, seed=None)
-            total[id] = halves.top(top | ends.get(id, {}), features, batch["labels"], seed=None).total.sum()
+            total[id] = halves.top(
+                top | ends.get(id, {}), features, batch["labels"], seed=None
+            ).total.sum()
         (sum(total.values()) / sum(rows.values())).backward()
         scales = [(top, 1.0)]
-        scales += [(own[id], sum(rows.values()) / rows[id]) for own in (bottoms, ends) for id in rows if own]
+        scales += [
+            (own[id], sum(rows.values()) / rows[id])
+            for own in (bottoms, ends)
+            for id in rows
+            if own
+        ]
         descend(scales, rate)
     counts = {id: sum(len(batch["labels"]) for batch in own) for id, own in inputs.items()}
     mean = lambda each: {  # noqa: E731
         name: sum(counts[id] * own[name] for id, own in each.items()) / sum(counts.values())
         for name in next(iter(each.values()))
     }
-    expected = mean(bottoms) | {name: leaf for name, leaf in top.items() if not ends or name not in halves.ends}
+    expected = mean(bottoms) | {
+        name: leaf for name, leaf in top.items() if not ends or name not in halves.ends
+    }
     return expected | (mean(ends) if ends else {})
 
 
@@ -468,9 +547,13 @@ def batches_of(bench, id, sizes, asks):
 
 def test_texts_take_as_many_tokens_as_they_are_told_and_devices_wait_less(lab):
     """Few rows of unequal length take now more time, now less; filled to a number of tokens they take the same."""
-    method = dataclasses.replace(MergeSfl.toy(), steps=16, batch=12, precision="fp32", join_late=False)
+    method = dataclasses.replace(
+        MergeSfl.toy(), steps=16, batch=12, precision="fp32", join_late=False
+    )
     spies = []
-    lab("spied", kinds=UNEQUAL).run(method, rounds=1, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    lab("spied", kinds=UNEQUAL).run(
+        method, rounds=1, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1]
+    )
     told = {}
     for (id, order), (_, result) in zip(spies[0].orders, spies[0].results, strict=True):
         if type(order).__name__ == "Resized":
@@ -481,12 +564,16 @@ def test_texts_take_as_many_tokens_as_they_are_told_and_devices_wait_less(lab):
             assert tokens <= told[id].tokens or rows == 1
     assert len(told) == len(UNEQUAL)
     filled = waiting_shares(lab("filled", kinds=UNEQUAL), method, 2)
-    rows = waiting_shares(lab("rows", kinds=UNEQUAL), dataclasses.replace(method, fill_tokens=False), 2)
+    rows = waiting_shares(
+        lab("rows", kinds=UNEQUAL), dataclasses.replace(method, fill_tokens=False), 2
+    )
     assert np.mean(filled) < np.mean(rows)
 
 
 def test_a_rate_that_follows_the_batch_does_so_within_a_round(lab):
-    method = dataclasses.replace(MergeSfl.toy(), steps=3, batch=32, lr_scaling="linear", bottom_weights="uniform")
+    method = dataclasses.replace(
+        MergeSfl.toy(), steps=3, batch=32, lr_scaling="linear", bottom_weights="uniform"
+    )
     method = dataclasses.replace(method, fill_tokens=False)
     spies = []
     lab("x").run(method, rounds=1, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
@@ -503,12 +590,16 @@ def test_the_rate_of_bottoms_scales_their_step(lab):
     before = started(PLAIN, lab("start"))
     whole, _ = run(lab("whole"), dataclasses.replace(PLAIN, cut=2))
     quarter, _ = run(lab("quarter"), dataclasses.replace(PLAIN, cut=2, bottom_rate=0.25))
-    for name, tensor in before.adapter.items():  # with cut = 2 all adapters are in the bottom, the head is the top
+    for (
+        name,
+        tensor,
+    ) in before.adapter.items():  # with cut = 2 all adapters are in the bottom, the head is the top
         step = whole.model.adapter[name] - tensor
         allowed = 8 * EPS * tensor.abs().max()
         # a quarter is exact, so only the sums with the weights round
         assert bool(
-            (quarter.model.adapter[name] - tensor - 0.25 * step).abs().max() <= allowed + 8 * EPS * step.abs().max()
+            (quarter.model.adapter[name] - tensor - 0.25 * step).abs().max()
+            <= allowed + 8 * EPS * step.abs().max()
         )
     assert bits(whole.model.head) == bits(quarter.model.head)
     assert bits(whole.model.adapter) != bits(quarter.model.adapter)
@@ -558,8 +649,13 @@ def test_it_chooses_devices_for_their_labels(lab):
     assert len(state.labels) == 9
     assert set(state.workers) == set(batches)  # only they took part
     run(bench, dataclasses.replace(method, fewest=1, most=1, steps=9))
-    merged = [row["values"]["round_kl"] for row in bench.rows("note") if "round_kl" in row["values"]]
-    assert merged == [pytest.approx(0, abs=1e-12), pytest.approx(math.log(3))]  # all classes, and one of three
+    merged = [
+        row["values"]["round_kl"] for row in bench.rows("note") if "round_kl" in row["values"]
+    ]
+    assert merged == [
+        pytest.approx(0, abs=1e-12),
+        pytest.approx(math.log(3)),
+    ]  # all classes, and one of three
 
 
 def test_labels_are_asked_for_once(lab):
@@ -579,12 +675,16 @@ def test_a_device_without_memory_for_a_row_is_left_out(lab):
         @property
         def devices(self):
             return tuple(
-                dataclasses.replace(profile, memory_bytes=small.get(profile.id, profile.memory_bytes))
+                dataclasses.replace(
+                    profile, memory_bytes=small.get(profile.id, profile.memory_bytes)
+                )
                 for profile in self._fleet.devices
             )
 
     spies = []
-    bench.run(MergeSfl.toy(), rounds=1, around=lambda fleet: spies.append(Narrow(fleet)) or spies[-1])
+    bench.run(
+        MergeSfl.toy(), rounds=1, around=lambda fleet: spies.append(Narrow(fleet)) or spies[-1]
+    )
     batches = {id: order.batch for id, order in spies[0].orders if type(order).__name__ == "Begin"}
     assert bench.ids[0] not in batches
     assert batches[bench.ids[1]] == 7
@@ -618,17 +718,23 @@ def test_a_batch_is_never_larger_than_a_devices_data(lab):
     ids=lambda changed: "-".join(f"{key}-{value}" for key, value in changed.items()),
 )
 def test_every_variant_learns_something_else(lab, task, changed):
-    plain = dataclasses.replace(MergeSfl.toy(), fewest=2, steps=2, batch=60)  # more than two of the devices hold
+    plain = dataclasses.replace(
+        MergeSfl.toy(), fewest=2, steps=2, batch=60
+    )  # more than two of the devices hold
     method = dataclasses.replace(plain, **changed)
     method.check(task)
     state = lab("changed").run(method, rounds=1)
     other = lab("toy").run(plain, rounds=1)
     assert all(torch.isfinite(tensor).all() for tensor in state.model.adapter.values())
     moved = [
-        tensor.abs().max() for name, tensor in state.model.adapter.items() if name == b_name(name[: -len(".lora_B")])
+        tensor.abs().max()
+        for name, tensor in state.model.adapter.items()
+        if name == b_name(name[: -len(".lora_B")])
     ]
     assert max(moved) > 0
-    if changed != {"fine_tune": False}:  # these devices' labels are near the fleet's, so there is nothing to tune
+    if changed != {
+        "fine_tune": False
+    }:  # these devices' labels are near the fleet's, so there is nothing to tune
         assert bits(state.model) != bits(other.model)
 
 
@@ -637,7 +743,10 @@ def test_every_variant_learns_something_else(lab, task, changed):
     [
         ({"cut": 3}, "after block 3, but this model has 2 blocks"),
         ({"cut": -2}, "after block -2"),
-        ({"budget_bytes": 1000.0}, "budget is 1000 bytes an iteration, but one row's features take 1024"),
+        (
+            {"budget_bytes": 1000.0},
+            "budget is 1000 bytes an iteration, but one row's features take 1024",
+        ),
         ({"batch": 301}, "hold 300 rows"),
         ({"batch": 0}, "at least 1"),
         ({"steps": 0}, "at least 1"),
@@ -670,7 +779,9 @@ def test_what_is_deployed_is_the_mean_of_all_rounds_models(lab):
         models.append(state.model)
         deployed = method.deploy(state)
         for name, tensor in deployed.adapter.items():
-            expected = sum(weight * model.adapter[name] for weight, model in zip(weights, models, strict=True))
+            expected = sum(
+                weight * model.adapter[name] for weight, model in zip(weights, models, strict=True)
+            )
             torch.testing.assert_close(tensor, expected, rtol=8 * EPS, atol=8 * EPS)
         assert (bits(deployed.head) == bits(state.model.head)) == (round == 0)
         bench.fleet.end_round(0.0)

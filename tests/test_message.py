@@ -46,7 +46,11 @@ def tensors(draw):
     dtype, shape = draw(st.sampled_from(DTYPES)), draw(shapes)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     if dtype is torch.bool:
-        made = torch.from_numpy(rng.random(shape) < 0.5) if shape else torch.tensor(bool(rng.random() < 0.5))
+        made = (
+            torch.from_numpy(rng.random(shape) < 0.5)
+            if shape
+            else torch.tensor(bool(rng.random() < 0.5))
+        )
     else:
         made = torch.frombuffer(bytearray(rng.bytes(8 * max(1, math.prod(shape)))), dtype=dtype)
         made = made[: math.prod(shape)].reshape(shape)
@@ -55,7 +59,9 @@ def tensors(draw):
 
 @st.composite
 def arrays(draw):
-    dtype = draw(st.sampled_from([np.float64, np.float32, np.float16, np.int64, np.uint8, np.bool_]))
+    dtype = draw(
+        st.sampled_from([np.float64, np.float32, np.float16, np.int64, np.uint8, np.bool_])
+    )
     made = np.asarray(np.random.default_rng(0).integers(0, 2, draw(shapes))).astype(dtype)
     made.setflags(write=draw(st.booleans()))
     return made
@@ -67,7 +73,9 @@ values = st.recursive(
     lambda inner: st.one_of(
         st.lists(inner, max_size=3).map(tuple),
         st.dictionaries(
-            st.text(max_size=8) | st.sampled_from(["tuple", "dict", "tensor", "message"]), inner, max_size=3
+            st.text(max_size=8) | st.sampled_from(["tuple", "dict", "tensor", "message"]),
+            inner,
+            max_size=3,
         ),
         st.builds(Leaf, name=st.text(max_size=3), value=inner),
         st.builds(Pair, left=inner, right=inner),
@@ -134,7 +142,10 @@ def test_bytes_are_the_length_of_what_travels():
 
 
 def test_booleans_travel_as_bits():
-    many, none = pack(torch.ones(80_000, dtype=torch.bool)).bytes, pack(torch.ones(0, dtype=torch.bool)).bytes
+    many, none = (
+        pack(torch.ones(80_000, dtype=torch.bool)).bytes,
+        pack(torch.ones(0, dtype=torch.bool)).bytes,
+    )
     assert 10_000 <= many - none < 10_100
 
 
@@ -148,10 +159,20 @@ def test_sharing_does_not_survive_the_wire():
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype is not torch.bool])
 def test_packed_bytes_are_those_of_safetensors_own_way_from_torch(dtype):
     whole = torch.arange(24).to(dtype).view(2, 3, 4)
-    views = (whole, whole[:, 1:], whole.transpose(0, 2), whole[:0], whole[0, 0, 0], whole[:1].expand(3, 3, 4))
+    views = (
+        whole,
+        whole[:, 1:],
+        whole.transpose(0, 2),
+        whole[:0],
+        whole[0, 0, 0],
+        whole[:1].expand(3, 3, 4),
+    )
     packed = pack(views).payload
     header = json.loads(packed[8 : 8 + int.from_bytes(packed[:8], "little")])
-    copies = {f"{i:05d}": view.clone(memory_format=torch.contiguous_format) for i, view in enumerate(views)}
+    copies = {
+        f"{i:05d}": view.clone(memory_format=torch.contiguous_format)
+        for i, view in enumerate(views)
+    }
     assert packed == save(copies, header["__metadata__"])
 
 
@@ -188,7 +209,9 @@ def changed(payload, edit):
     """The payload with its tree edited, its tensors as they were."""
     length = int.from_bytes(payload[:8], "little")
     header = json.loads(payload[8 : 8 + length])
-    header["__metadata__"]["fedspine"] = json.dumps(edit(json.loads(header["__metadata__"]["fedspine"])))
+    header["__metadata__"]["fedspine"] = json.dumps(
+        edit(json.loads(header["__metadata__"]["fedspine"]))
+    )
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + payload[8 + length :]
 
@@ -197,9 +220,15 @@ def changed(payload, edit):
     ("edit", "reason"),
     [
         (lambda tree: tree | {"message": "Stranger"}, "unknown message 'Stranger'"),
-        (lambda tree: tree | {"fields": {"name": "x"}}, r"has the fields \['name', 'value'\], but \['name'\] came"),
+        (
+            lambda tree: tree | {"fields": {"name": "x"}},
+            r"has the fields \['name', 'value'\], but \['name'\] came",
+        ),
         (lambda tree: tree | {"fields": tree["fields"] | {"more": 1}}, "but .*'more'.* came"),
-        (lambda tree: tree | {"fields": {"name": "x", "value": {"tensor": "00009"}}}, "tensor '00009' is missing"),
+        (
+            lambda tree: tree | {"fields": {"name": "x", "value": {"tensor": "00009"}}},
+            "tensor '00009' is missing",
+        ),
         (lambda tree: tree | {"fields": 3}, "not a packed message"),
         (lambda tree: {"call": "os.system"}, "unknown node"),
         (lambda tree: [tree], "unknown node"),
@@ -224,7 +253,9 @@ def test_torn_bytes_are_refused(data):
 @settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_flipped_bytes_give_a_value_or_are_refused(data):
-    payload = bytearray(pack(Pair(left=torch.arange(9.0), right=torch.ones(9, dtype=torch.bool))).payload)
+    payload = bytearray(
+        pack(Pair(left=torch.arange(9.0), right=torch.ones(9, dtype=torch.bool))).payload
+    )
     payload[data.draw(st.integers(0, len(payload) - 1))] ^= data.draw(st.integers(1, 255))
     try:
         unpack(bytes(payload))

@@ -41,7 +41,9 @@ def batch_for(net, rows=4, seed=0):
 
 def copies(weights, halves):
     """Weights that ask for gradients, and statistics that may be changed."""
-    return {name: w.clone().requires_grad_(name not in halves.statistics) for name, w in weights.items()}
+    return {
+        name: w.clone().requires_grad_(name not in halves.statistics) for name, w in weights.items()
+    }
 
 
 def losses(halves, bottom, top, batch, seed):
@@ -112,7 +114,8 @@ def test_a_cut_anywhere_computes_the_whole(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "entry"), [("cnn-h", "block3."), ("cnn-s", "block4."), ("alexnet-small", None), ("vgg-small", "block5.")]
+    ("name", "entry"),
+    [("cnn-h", "block3."), ("cnn-s", "block4."), ("alexnet-small", None), ("vgg-small", "block5.")],
 )
 def test_a_first_block_of_the_top_that_makes_features_learns_as_they_do(name, entry):
     """With shifts, convolutions learn from the shifted loss and what is fully connected from the plain one."""
@@ -120,12 +123,16 @@ def test_a_first_block_of_the_top_that_makes_features_learns_as_they_do(name, en
     halves, batch = net.split(net.default_cut), batch_for(net)
     assert (
         halves.entry
-        == {n for n in halves.parts(net_model(net))[1] if entry and n.startswith(entry)} - halves.statistics
+        == {n for n in halves.parts(net_model(net))[1] if entry and n.startswith(entry)}
+        - halves.statistics
     )
     bottom, top = halves.start(rng())
     part = Part(device="d", features=halves.bottom(bottom, batch, seed=5), labels=batch["labels"])
     sgd = Optimising(kind="sgd", learning_rate=0.5)
-    plain, shifted = Merged(halves, top, sgd), Merged(halves, top, sgd, shifts={"d": torch.tensor([0.0, 2.0, -1.0])})
+    plain, shifted = (
+        Merged(halves, top, sgd),
+        Merged(halves, top, sgd, shifts={"d": torch.tensor([0.0, 2.0, -1.0])}),
+    )
     sent, calibrated = (server.step([part], 5).gradients["d"].values for server in (plain, shifted))
     assert not torch.allclose(sent, calibrated)
     before, after = plain.finish({"d": 1.0}), shifted.finish({"d": 1.0})
@@ -149,7 +156,10 @@ def test_a_gradient_sent_back_is_the_gradient_of_the_whole(name):
     features.values.backward(arrived.values.grad)
     for name_, tensor in {**bottom, **top}.items():
         again = {**below, **above}[name_]
-        assert torch.equal(again if tensor.grad is None else again.grad, tensor if tensor.grad is None else tensor.grad)
+        assert torch.equal(
+            again if tensor.grad is None else again.grad,
+            tensor if tensor.grad is None else tensor.grad,
+        )
 
 
 def test_a_model_is_taken_apart_at_another_cut():
@@ -171,10 +181,15 @@ def test_dropout_follows_from_its_seed_alone():
     torch.manual_seed(2)
     assert torch.equal(losses(halves, bottom, top, batch, 3).total, first)
     assert not torch.equal(losses(halves, bottom, top, batch, 4).total, first)
-    assert torch.equal(losses(halves, bottom, top, batch, None).total, losses(halves, bottom, top, batch, None).total)
+    assert torch.equal(
+        losses(halves, bottom, top, batch, None).total,
+        losses(halves, bottom, top, batch, None).total,
+    )
 
 
-@pytest.mark.parametrize(("cls", "shape"), [(nn.BatchNorm1d, (5, 3, 4)), (nn.BatchNorm2d, (5, 3, 4, 2))])
+@pytest.mark.parametrize(
+    ("cls", "shape"), [(nn.BatchNorm1d, (5, 3, 4)), (nn.BatchNorm2d, (5, 3, 4, 2))]
+)
 def test_batch_norm_is_torchs(cls, shape):
     ours, theirs = BatchNorm(3), cls(3)
     for step in range(3):
@@ -203,7 +218,9 @@ def test_statistics_move_in_place_and_only_in_training():
         batch["inputs"], bottom["block1.conv.weight"], bottom["block1.conv.bias"], padding=1
     )
     halves.bottom(bottom, batch, seed=1)
-    assert torch.allclose(bottom[name], 0.1 * conv_out.mean((0, 2, 3)), atol=1e-6)  # momentum 0.1 from 0
+    assert torch.allclose(
+        bottom[name], 0.1 * conv_out.mean((0, 2, 3)), atol=1e-6
+    )  # momentum 0.1 from 0
     assert not any(t.requires_grad for t in bottom.values())
 
 
@@ -244,16 +261,31 @@ def test_models_of_144_pixels_need_no_weights_to_be_planned():
     ("call", "said"),
     [
         (lambda: Net("cnn", (9, 128), 6), "unknown net for arrays 'cnn'; did you mean 'cnn-"),
-        (lambda: Net("cnn-h", (1, 28, 28), 6), "reads rows of [channels, time], rows of shape [1, 28, 28] came"),
+        (
+            lambda: Net("cnn-h", (1, 28, 28), 6),
+            "reads rows of [channels, time], rows of shape [1, 28, 28] came",
+        ),
         (lambda: Net("alexnet", (9, 128), 6), "reads rows of [channels, height, width]"),
         (lambda: Net("cnn-h", (9, 3), 6), "needs at least 4 samples in time"),
         (lambda: Net("cnn-s", (1, 6847), 6), "needs at least 6848 samples in time"),
         (lambda: Net("vgg-small", (3, 7, 99), 6), "needs at least 8 pixels each way"),
-        (lambda: Net("cnn-h", (9, 128), 6).split(0), "the cut is after block 0, but cnn-h has 5 blocks"),
+        (
+            lambda: Net("cnn-h", (9, 128), 6).split(0),
+            "the cut is after block 0, but cnn-h has 5 blocks",
+        ),
         (lambda: Net("cnn-h", (9, 128), 6).split(5), "choose 1 to 4"),
-        (lambda: load("cnn-h", waves(4, 0, channels=20), waves(4, 1, channels=20), 3), "rows of shape [20, 16] came"),
-        (lambda: load("alexnet-small", waves(4, 0), waves(4, 1), 3), "8 pixels each way, rows of shape [1, 2, 16]"),
-        (lambda: load("vgg-small", bars(4, 0, channels=2), bars(4, 1, channels=2), 3), "1, 3 or 4 channels"),
+        (
+            lambda: load("cnn-h", waves(4, 0, channels=20), waves(4, 1, channels=20), 3),
+            "rows of shape [20, 16] came",
+        ),
+        (
+            lambda: load("alexnet-small", waves(4, 0), waves(4, 1), 3),
+            "8 pixels each way, rows of shape [1, 2, 16]",
+        ),
+        (
+            lambda: load("vgg-small", bars(4, 0, channels=2), bars(4, 1, channels=2), 3),
+            "1, 3 or 4 channels",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line(call, said):
@@ -268,7 +300,9 @@ def test_floats_are_standardised_by_the_training_rows():
     scaled = x * np.array([3.0, 0.0], np.float32)[None, :, None] + 7
     _, train, test = load("cnn-h", (scaled, labels), (scaled[:5] + 1, labels[:5]), 3)
     assert np.allclose(train.x.mean((0, 2)), 0, atol=1e-5)
-    assert np.allclose(train.x.std((0, 2)), [1, 0], atol=1e-5)  # a channel that never changes stays at zero
+    assert np.allclose(
+        train.x.std((0, 2)), [1, 0], atol=1e-5
+    )  # a channel that never changes stays at zero
     deviation = scaled[:, 0].std()
     assert np.allclose(test.x[:, 0] - train.x[:5, 0], 1 / deviation, atol=1e-4)
 
@@ -279,7 +313,9 @@ def test_pictures_are_put_channels_first_and_scaled(channels):
     _, train, _ = load("vgg-small", (x, labels), (x, labels), 3)
     batch = train.batch([4, 1])
     assert batch["inputs"].shape == (2, channels, 8, 8) and batch["inputs"].dtype is torch.float32
-    assert torch.allclose(batch["inputs"][1, -1] * 255, torch.from_numpy(x[1].reshape(8, 8, -1)[..., -1]).float())
+    assert torch.allclose(
+        batch["inputs"][1, -1] * 255, torch.from_numpy(x[1].reshape(8, 8, -1)[..., -1]).float()
+    )
     assert batch["labels"].tolist() == [1, 1]
     assert len(train.take(np.array([0, 2]))) == 2
 

@@ -16,7 +16,9 @@ def split(how="iid", *, devices=4, rows=40, labels=None, groups=None, alpha=1.0,
     """`partition` with small defaults; labels and groups are made where the partition needs them."""
     if how.startswith(("dirichlet", "dominant")) and labels is None:
         labels = np.arange(rows) % 5
-    return partition(how, devices=devices, rows=rows, labels=labels, groups=groups, alpha=alpha, seed=seed)
+    return partition(
+        how, devices=devices, rows=rows, labels=labels, groups=groups, alpha=alpha, seed=seed
+    )
 
 
 def counts(parts):
@@ -27,11 +29,15 @@ def counts(parts):
 def cases(draw):
     rows = draw(st.integers(1, 200))
     devices = draw(st.integers(1, rows))
-    how = draw(st.sampled_from(["iid", "dirichlet", "p:10", "dominant:0.8", "natural", "column:author"]))
+    how = draw(
+        st.sampled_from(["iid", "dirichlet", "p:10", "dominant:0.8", "natural", "column:author"])
+    )
     labels = np.array(draw(st.lists(st.integers(0, 4), min_size=rows, max_size=rows)))
     # The first rows name every group once, so that there are never fewer groups than devices.
     names = [str(row) for row in range(devices)]
-    groups = names + draw(st.lists(st.sampled_from(names), min_size=rows - devices, max_size=rows - devices))
+    groups = names + draw(
+        st.lists(st.sampled_from(names), min_size=rows - devices, max_size=rows - devices)
+    )
     alpha = draw(st.sampled_from([1e-9, 0.01, 0.1, 1.0, 100.0]))
     return {
         "how": how,
@@ -76,7 +82,9 @@ def test_iid_shares_differ_by_one_row_at_most(rows, devices):
 @given(st.integers(1, 120), st.integers(1, 60), st.sampled_from([1e-9, 0.1, 10.0]))
 def test_dirichlet_leaves_two_rows_on_every_device_where_there_are_enough(rows, devices, alpha):
     devices = min(rows, devices)
-    assert min(counts(split("dirichlet", rows=rows, devices=devices, alpha=alpha))) >= min(2, rows // devices)
+    assert min(counts(split("dirichlet", rows=rows, devices=devices, alpha=alpha))) >= min(
+        2, rows // devices
+    )
 
 
 def mean_entropy(parts, labels):
@@ -106,7 +114,9 @@ def test_label_skew_grows_as_alpha_falls():
 def test_level_p_is_alpha_turned_over(level):
     labels = np.arange(400) % 5
     parts = split(f"p:{level}", devices=8, rows=400, labels=labels, alpha=7.0)
-    same = split("dirichlet" if level else "iid", devices=8, rows=400, labels=labels, alpha=1 / max(level, 1))
+    same = split(
+        "dirichlet" if level else "iid", devices=8, rows=400, labels=labels, alpha=1 / max(level, 1)
+    )
     assert [part.tolist() for part in parts] == [part.tolist() for part in same]
 
 
@@ -122,10 +132,14 @@ def test_a_dominant_class_is_on_its_device(share):
 
 def test_dominant_classes_go_round_and_round():
     labels = np.arange(600) % 3
-    twice = split("dominant:0.8", devices=6, rows=600, labels=labels)  # two devices share 0.8 of 200 rows
+    twice = split(
+        "dominant:0.8", devices=6, rows=600, labels=labels
+    )  # two devices share 0.8 of 200 rows
     held = np.stack([np.bincount(labels[part], minlength=3) for part in twice])
     assert np.abs(held[[0, 3], 0] - 80).max() <= 1 and np.abs(held[[1, 2, 4, 5], 0] - 10).max() <= 1
-    few = split("dominant:1", devices=2, rows=600, labels=labels)  # class 2 is the first device's again
+    few = split(
+        "dominant:1", devices=2, rows=600, labels=labels
+    )  # class 2 is the first device's again
     assert [len(part) for part in few] == [400, 200]
     assert len(split("dominant:0.5", devices=1, rows=600, labels=labels)[0]) == 600
 
@@ -202,7 +216,8 @@ def test_the_column_of_a_partition():
 @pytest.mark.parametrize("how", ["column:", "column", "natural:file", "", "random"])
 def test_an_unknown_partition_names_the_known_ones(how):
     with pytest.raises(
-        BadInput, match="unknown .* known: column:NAME, dirichlet, dominant:SHARE, iid, natural, p:LEVEL"
+        BadInput,
+        match="unknown .* known: column:NAME, dirichlet, dominant:SHARE, iid, natural, p:LEVEL",
     ):
         column_of(how, "file")
 

@@ -63,7 +63,9 @@ def test_peft_computes_what_we_write(tmp_path, name, kind, equal):
     model = model_on(base) if equal else unequal_ranks(base, model_on(base))
     expected = logits(base.fit(model), tokenizer).clone()
     write_adapter(tmp_path / "adapter", model, base, str(tmp_path / f"tiny-{name}"))
-    found = logits(with_peft(stock(tmp_path / f"tiny-{name}", kind), tmp_path / "adapter"), tokenizer)
+    found = logits(
+        with_peft(stock(tmp_path / f"tiny-{name}", kind), tmp_path / "adapter"), tokenizer
+    )
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     back = read_adapter(tmp_path / "adapter", base)
     assert is_full(back.structure)
@@ -92,7 +94,9 @@ def test_we_compute_what_peft_writes(tmp_path, name, kind, rslora):
     module.save_pretrained(tmp_path / "adapter")
     model = read_adapter(tmp_path / "adapter", base)
     assert set(model.adapter) == {name(path) for path in values for name in (a_name, b_name)}
-    torch.testing.assert_close(logits(base.fit(model), tokenizer), logits(module, tokenizer), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits(base.fit(model), tokenizer), logits(module, tokenizer), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_real_minilm(tmp_path):
@@ -103,7 +107,9 @@ def test_real_minilm(tmp_path):
     expected = logits(base.fit(model), tokenizer).clone()
     write_adapter(tmp_path, model, base, locate("minilm"))
     module = AutoModelForSequenceClassification.from_pretrained(locate("minilm"), num_labels=8)
-    torch.testing.assert_close(logits(with_peft(module, tmp_path), tokenizer), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits(with_peft(module, tmp_path), tokenizer), expected, atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -126,7 +132,10 @@ def test_a_head_that_the_adapter_lacks_is_the_checkpoints(tmp_path):
     base, _ = tiny(tmp_path, "bert")
     model = model_on(base)
     write_adapter(tmp_path / "a", model, base, "toy")
-    tensors = {name: tensor.clone() for name, tensor in load_file(tmp_path / "a" / "adapter_model.safetensors").items()}
+    tensors = {
+        name: tensor.clone()
+        for name, tensor in load_file(tmp_path / "a" / "adapter_model.safetensors").items()
+    }
     del tensors["base_model.model.bert.pooler.dense.weight"]
     save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
     same(read_adapter(tmp_path / "a", base).head, model.head)
@@ -146,7 +155,12 @@ def test_a_model_without_adapter_is_refused(tmp_path):
     base, _ = tiny(tmp_path, "bert")
     model = model_on(base)
     with pytest.raises(BadInput, match="no adapter to write"):
-        write_adapter(tmp_path, Model(structure=model.structure, adapter={}, head=model.head, scale=1.0), base, "toy")
+        write_adapter(
+            tmp_path,
+            Model(structure=model.structure, adapter={}, head=model.head, scale=1.0),
+            base,
+            "toy",
+        )
 
 
 @pytest.mark.parametrize(
@@ -197,7 +211,9 @@ def test_a_fresh_head_must_come_with_the_adapter(tmp_path):
     base, _ = tiny(tmp_path, "llama")  # whose checkpoint has no classifier
     write_adapter(tmp_path / "a", model_on(base), base, "toy")
     weights = tmp_path / "a" / "adapter_model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(weights).items() if "score" not in name}
+    tensors = {
+        name: tensor.clone() for name, tensor in load_file(weights).items() if "score" not in name
+    }
     save_file(tensors, weights)
     with pytest.raises(BadInput, match=r"score\.weight; save the adapter with its task head"):
         read_adapter(tmp_path / "a", base)

@@ -27,11 +27,23 @@ def top_model(base, depth=1):
     """A model with an adapter on the last `depth` blocks."""
     rng = np.random.default_rng(0)
     sites = [site for site in base.anatomy.sites if site.layer >= base.anatomy.layers - depth]
-    return Model(structure=full(base.anatomy), adapter=fresh(sites, 3, rng), head=base.initial_head(rng), scale=2.0)
+    return Model(
+        structure=full(base.anatomy),
+        adapter=fresh(sites, 3, rng),
+        head=base.initial_head(rng),
+        scale=2.0,
+    )
 
 
 def device_on(task, prefixes=None):
-    return Device(id="d", data=task.train, base=task.base, memory={}, rng=np.random.default_rng(0), prefixes=prefixes)
+    return Device(
+        id="d",
+        data=task.train,
+        base=task.base,
+        memory={},
+        rng=np.random.default_rng(0),
+        prefixes=prefixes,
+    )
 
 
 @pytest.fixture
@@ -50,7 +62,9 @@ def test_training_above_kept_activations_is_training(tiny_folder, architecture):
     model = top_model(base)
     assert first_block(base.anatomy, model) == base.anatomy.layers - 1
     short = dataclasses.replace(TUNING, steps=20)
-    kept, plain = (tune(device_on(task), model, t) for t in (short, dataclasses.replace(short, turns=0.0)))
+    kept, plain = (
+        tune(device_on(task), model, t) for t in (short, dataclasses.replace(short, turns=0.0))
+    )
     assert kept.loss == pytest.approx(plain.loss, rel=1e-4)
     for name, tensor in kept.model.adapter.items():
         assert float((tensor - plain.model.adapter[name]).abs().mean()) < 1e-4, name
@@ -66,7 +80,9 @@ def test_kept_in_a_file_or_computed_anew_the_bits_are_the_same(task, tmp_path, p
     assert bits(first.model) == bits(again.model) == bits(anew.model)
 
 
-def test_nothing_is_kept_where_rows_are_seldom_used_or_every_block_is_trained(task, tmp_path, passes):
+def test_nothing_is_kept_where_rows_are_seldom_used_or_every_block_is_trained(
+    task, tmp_path, passes
+):
     prefixes = Prefixes(tmp_path / "cache")
     tune(device_on(task, prefixes), top_model(task.base), NEVER)
     tune(device_on(task, prefixes), top_model(task.base, depth=task.base.anatomy.layers), TUNING)
@@ -112,7 +128,9 @@ def test_a_damaged_file_is_computed_anew(task, tmp_path, cut):
     expected = tune(device_on(task, prefixes), top_model(task.base), TUNING)
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(file.read_bytes()[:cut])
-    assert bits(tune(device_on(task, prefixes), top_model(task.base), TUNING).model) == bits(expected.model)
+    assert bits(tune(device_on(task, prefixes), top_model(task.base), TUNING).model) == bits(
+        expected.model
+    )
 
 
 def test_the_folder_stays_within_its_bound(tmp_path):
@@ -138,7 +156,9 @@ def test_activations_are_what_enters_the_block(task):
     rows = np.array([3, 8, 40])
     module = task.base.fit(model)
     seen = []
-    hook = module.bert.encoder.layer[1].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    hook = module.bert.encoder.layer[1].register_forward_pre_hook(
+        lambda _, given: seen.append(given[0])
+    )
     module(**{name: value for name, value in task.train.batch(rows).items() if name != "labels"})
     hook.remove()
     for row, hidden in zip(rows, seen[0], strict=True):

@@ -9,7 +9,13 @@ from rich.console import Console
 
 from fedspine.report import progress, tables
 
-SUMMARY = {"rounds": 2, "devices": 1, "accuracy": 0.8, "accuracy_dense": 0.85, "state_sha256": "ab" * 32}
+SUMMARY = {
+    "rounds": 2,
+    "devices": 1,
+    "accuracy": 0.8,
+    "accuracy_dense": 0.85,
+    "state_sha256": "ab" * 32,
+}
 
 
 @pytest.mark.parametrize(
@@ -42,7 +48,13 @@ def test_the_table_is_plain_text_off_a_terminal() -> None:
     out = io.StringIO()
     tables.print_table(tables.summary_table(SUMMARY | {"method": "[red]x[/red]"}), out)
     assert "\x1b" not in out.getvalue()
-    for expected in ("[red]x[/red], 2 rounds", "Device models", "85.0 %", "Gap to dense", "abababababab"):
+    for expected in (
+        "[red]x[/red], 2 rounds",
+        "Device models",
+        "85.0 %",
+        "Gap to dense",
+        "abababababab",
+    ):
         assert expected in out.getvalue()
 
 
@@ -88,6 +100,11 @@ def test_a_terminal_gets_one_bar_and_its_cursor_back() -> None:
     shown.close()
     shown.close()
     text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())
-    for expected in ("loading the base", "fedspine", "3/20", "accuracy 71.0 %  sparsity 22.0 %  simulated 2 min 05 s"):
+    for expected in (
+        "loading the base",
+        "fedspine",
+        "3/20",
+        "accuracy 71.0 %  sparsity 22.0 %  simulated 2 min 05 s",
+    ):
         assert expected in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")

@@ -27,7 +27,10 @@ from fedspine.fleets.site import load_site
 
 
 def project(**changes):
-    return Project(**{"name": "clinic", "host": "127.0.0.1", "port": 8002, "sites": ("north", "south")} | changes)
+    return Project(
+        **{"name": "clinic", "host": "127.0.0.1", "port": 8002, "sites": ("north", "south")}
+        | changes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,9 @@ def foreign(tmp_path_factory):
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 # --- the project file ---
@@ -57,15 +62,24 @@ def contents(folder):
     [
         ('name = "a"\nhost = "h"', "project.sites is missing"),
         ('name = "a"\nhost = "h"\nsites = []', "project.sites is ()"),
-        ('name = "a"\nhost = "h"\nsites = "b"', "project.sites is 'b': Input should be a valid tuple"),
+        (
+            'name = "a"\nhost = "h"\nsites = "b"',
+            "project.sites is 'b': Input should be a valid tuple",
+        ),
         ('name = "a"\nhost = "h"\nsites = ["b c"]', "'b c' cannot be the name of a site"),
         ('name = "a"\nhost = "h"\nsites = ["server"]', "'server' cannot be the name of a site"),
         ('name = "a"\nhost = "h"\nsites = ["b", "B"]', "names 'b' twice"),
         ('name = "../a"\nhost = "h"\nsites = ["b"]', "'../a' cannot be the name"),
         ('name = "a"\nhost = "h:80"\nsites = ["b"]', "'h:80' is no host name or IPv4 address"),
         ('name = "a"\nhost = "h"\nport = 0\nsites = ["b"]', "project.port is 0"),
-        ('name = "a"\nhost = "h"\noperator = "me"\nsites = ["b"]', "the form of an e-mail address was expected"),
-        ('name = "a"\nhots = "h"\nsites = ["b"]', "unknown key of a project 'hots'; did you mean 'host'?"),
+        (
+            'name = "a"\nhost = "h"\noperator = "me"\nsites = ["b"]',
+            "the form of an e-mail address was expected",
+        ),
+        (
+            'name = "a"\nhots = "h"\nsites = ["b"]',
+            "unknown key of a project 'hots'; did you mean 'host'?",
+        ),
         ('name = "a"\nhost = "h"\nsites = ["b"]\nscheme = "udp"', "unknown project.scheme 'udp'"),
         ("name =", "cannot be read"),
     ],
@@ -82,7 +96,14 @@ def test_what_a_project_cannot_be(tmp_path, text, line):
 
 
 def test_kits_are_made_for_all_and_their_keys_are_private(made):
-    assert {path.name for path in made.iterdir()} == {"server", "north", "south", "admin", AUTHORITY, "project.toml"}
+    assert {path.name for path in made.iterdir()} == {
+        "server",
+        "north",
+        "south",
+        "admin",
+        AUTHORITY,
+        "project.toml",
+    }
     for key in [*made.rglob("*.key"), *(made / AUTHORITY).rglob("cert.json")]:
         assert stat.S_IMODE(key.stat().st_mode) == 0o600, key
     for name in ("server", "north", "admin", AUTHORITY):
@@ -97,17 +118,30 @@ def test_kits_are_made_for_all_and_their_keys_are_private(made):
 
 
 def test_kits_demand_mutual_tls_and_allow_fedspines_application_only(made):
-    for name, file in (("server", "fed_server.json"), ("north", "fed_client.json"), ("admin", "fed_admin.json")):
+    for name, file in (
+        ("server", "fed_server.json"),
+        ("north", "fed_client.json"),
+        ("admin", "fed_admin.json"),
+    ):
         assert '"connection_security": "mtls"' in (made / name / "startup" / file).read_text()
     for name in ("server", "south"):
         resources = json.loads((made / name / "local" / "resources.json").read_text())
         assert resources["class_list_enforcement_mode"] == "enforce"
-        assert not [path for path in resources["class_allow_list"] if path.startswith("nvflare.app")]
+        assert not [
+            path for path in resources["class_allow_list"] if path.startswith("nvflare.app")
+        ]
         assert "streamer" not in json.dumps(resources["components"])
-        rights = json.loads((made / name / "local" / "authorization.json").read_text())["permissions"]
+        rights = json.loads((made / name / "local" / "authorization.json").read_text())[
+            "permissions"
+        ]
         assert list(rights) == ["project_admin"]
-        assert rights["project_admin"]["byoc"] == rights["project_admin"]["shell_commands"] == "none"
-    assert json.loads((made / "south" / "local" / "resources.json").read_text())["allow_log_streaming"] is False
+        assert (
+            rights["project_admin"]["byoc"] == rights["project_admin"]["shell_commands"] == "none"
+        )
+    assert (
+        json.loads((made / "south" / "local" / "resources.json").read_text())["allow_log_streaming"]
+        is False
+    )
 
 
 def test_a_site_that_is_added_gets_its_kit_and_the_others_keep_theirs(tmp_path):
@@ -128,7 +162,9 @@ def test_kits_are_not_mixed_with_anything_else(tmp_path):
     with pytest.raises(BadInput, match="holds something else"):
         create(project(), tmp_path / "full")
     create(project(), tmp_path / "kits")
-    with pytest.raises(BadInput, match="made with host = '127.0.0.1', the project now says 'other'"):
+    with pytest.raises(
+        BadInput, match="made with host = '127.0.0.1', the project now says 'other'"
+    ):
         create(project(host="other"), tmp_path / "kits")
 
 
@@ -169,7 +205,9 @@ def listener(made, tmp_path):
         open_socket.listen()
 
         def serve(kit):
-            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(kit / "startup" / "rootCA.pem"))
+            context = ssl.create_default_context(
+                ssl.Purpose.CLIENT_AUTH, cafile=str(kit / "startup" / "rootCA.pem")
+            )
             context.load_cert_chain(kit / "startup" / "server.crt", kit / "startup" / "server.key")
             context.verify_mode = ssl.CERT_REQUIRED
             threading.Thread(target=answer, args=(context,), daemon=True).start()
@@ -181,7 +219,11 @@ def listener(made, tmp_path):
                     plain, _ = open_socket.accept()
                 except OSError:
                     return
-                with plain, suppress(OSError), context.wrap_socket(plain, server_side=True) as secure:
+                with (
+                    plain,
+                    suppress(OSError),
+                    context.wrap_socket(plain, server_side=True) as secure,
+                ):
                     secure.recv(1)
 
         yield serve
@@ -196,7 +238,10 @@ def at_port(folder, port, to):
 
 
 def test_a_kit_meets_its_own_server(made, listener, tmp_path):
-    assert kits.check_reach(at_port(made / "north", listener(made / "server"), tmp_path / "north")) is None
+    assert (
+        kits.check_reach(at_port(made / "north", listener(made / "server"), tmp_path / "north"))
+        is None
+    )
 
 
 def test_a_kit_refuses_a_server_of_others(made, foreign, listener, tmp_path):
@@ -206,13 +251,17 @@ def test_a_kit_refuses_a_server_of_others(made, foreign, listener, tmp_path):
 
 def test_a_server_refuses_a_kit_of_others_even_if_that_trusts_it(made, foreign, listener, tmp_path):
     stranger = at_port(foreign / "north", listener(made / "server"), tmp_path / "north")
-    shutil.copy(made / "server" / "startup" / "rootCA.pem", stranger.folder / "startup" / "rootCA.pem")
+    shutil.copy(
+        made / "server" / "startup" / "rootCA.pem", stranger.folder / "startup" / "rootCA.pem"
+    )
     with pytest.raises(BadInput, match="refuses this kit's certificate"):
         kits.check_reach(stranger)
 
 
 def test_a_server_that_is_not_there_is_waited_for(made, tmp_path):
-    assert "does not answer" in kits.check_reach(at_port(made / "north", free_port(), tmp_path / "north"))
+    assert "does not answer" in kits.check_reach(
+        at_port(made / "north", free_port(), tmp_path / "north")
+    )
 
 
 def test_the_same_kit_is_not_started_twice(made):
@@ -235,13 +284,19 @@ def refused(*arguments, **options):
 def test_bad_input_is_one_line(made, tmp_path):
     assert "project file" in refused("create", tmp_path / "absent.toml")
     assert "is no start-up kit" in refused("start", "north", "--kit", tmp_path)
-    assert "is the kit of 'north'; 'south' was asked for" in refused("start", "south", "--kit", made / "north")
-    assert "which does not exist; set data.path" in refused("start", "north", "--kit", made / "north")
+    assert "is the kit of 'north'; 'south' was asked for" in refused(
+        "start", "south", "--kit", made / "north"
+    )
+    assert "which does not exist; set data.path" in refused(
+        "start", "north", "--kit", made / "north"
+    )
     assert "is the kit of a site" in refused("status", "--kit", made / "north")
 
 
 def test_a_net_cannot_be_trained_at_sites(made):
-    done = fedspine("run", "--set", "task.model=cnn-h", "--set", "task.data=rows", "--fleet", made / "admin")
+    done = fedspine(
+        "run", "--set", "task.model=cnn-h", "--set", "task.data=rows", "--fleet", made / "admin"
+    )
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done
     assert "'cnn-h' is a net for arrays, but the sites of a fleet hold texts" in done.stderr
 
@@ -253,12 +308,16 @@ def test_the_demo_gives_every_row_to_one_site_and_none_of_the_test_rows(tmp_path
     recipe = fleet_demo.demo_recipe(3)
     data = dataset(recipe)
     shares = fleet_demo.share_out(data, ("a", "b", "c"))
-    assert sorted(text for rows in shares.values() for text in rows.texts) == sorted(data.train.texts)
+    assert sorted(text for rows in shares.values() for text in rows.texts) == sorted(
+        data.train.texts
+    )
     assert not set(data.test.texts) & {text for rows in shares.values() for text in rows.texts}
     write = tmp_path / "a"
     write.mkdir()
     fleet_demo.give_rows(write, "a", shares["a"], data)
-    read = load_stated(load_site(write).data.path, kind="classification", label_names=data.label_names)
+    read = load_stated(
+        load_site(write).data.path, kind="classification", label_names=data.label_names
+    )
     assert read.texts == shares["a"].texts and read.labels.tolist() == shares["a"].labels.tolist()
 
 
@@ -294,17 +353,27 @@ def test_who_is_connected_is_told(federation):
 def test_a_kit_that_was_not_provisioned_is_let_in_nowhere(federation, tmp_path):
     """Neither by our command, which says why, nor by FLARE's own client without our check."""
     port = kit_at(federation.admin).port
-    create(project(name="toys", port=port, sites=("stranger", *federation.sites)), tmp_path / "kits")
+    create(
+        project(name="toys", port=port, sites=("stranger", *federation.sites)), tmp_path / "kits"
+    )
     for name in ("stranger", federation.sites[0]):
         write_site_file(tmp_path / "kits" / name, name=name, data={"path": "pydoc-topics"})
-        assert "does not belong to this kit" in refused("start", name, "--kit", tmp_path / "kits" / name)
+        assert "does not belong to this kit" in refused(
+            "start", name, "--kit", tmp_path / "kits" / name
+        )
     assert "does not belong to this kit" in refused("status", "--kit", tmp_path / "kits" / "admin")
     stranger = kit_at(tmp_path / "kits" / "stranger")
-    shutil.copy(federation.admin / "startup" / "rootCA.pem", stranger.folder / "startup" / "rootCA.pem")
+    shutil.copy(
+        federation.admin / "startup" / "rootCA.pem", stranger.folder / "startup" / "rootCA.pem"
+    )
     with open(tmp_path / "log", "wb") as log:
-        process = subprocess.Popen(stranger.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            stranger.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
-        wait_for(lambda: b"ObjectStreamer.Abort" in (tmp_path / "log").read_bytes())  # the last line before it connects
+        wait_for(
+            lambda: b"ObjectStreamer.Abort" in (tmp_path / "log").read_bytes()
+        )  # the last line before it connects
         time.sleep(5)  # within which any of the federation's own sites is in
         assert b"registered client" not in (tmp_path / "log").read_bytes()
         assert [site["name"] for site in standing(federation)["sites"]] == list(federation.sites)
@@ -323,7 +392,9 @@ def test_a_job_that_brings_code_is_not_run(federation, tmp_path):
     assert list(tmp_path.rglob("custom/*.py"))
     with kits.session(kit_at(federation.admin)) as session:
         job = session.submit_job(str(tmp_path / "intruder"))
-        ended = wait_for(lambda: (state := str(session.get_job_status(job))).startswith(kits.OVER) and state)
+        ended = wait_for(
+            lambda: (state := str(session.get_job_status(job))).startswith(kits.OVER) and state
+        )
     assert ended == "FINISHED:FAILED_TO_RUN"
     log = federation.folder / "server" / "log.txt"
     wait_for(lambda: "BYOC not permitted" in log.read_text())
@@ -349,10 +420,16 @@ def test_a_site_that_dies_is_started_again(federation):
         return found[0] if found and found[0].status() != psutil.STATUS_ZOMBIE else None
 
     def log():
-        return (federation.folder / "west" / "console.log").read_text().count("Successfully registered client:west")
+        return (
+            (federation.folder / "west" / "console.log")
+            .read_text()
+            .count("Successfully registered client:west")
+        )
 
     dead, times = child(), log()
     dead.kill()
     wait_for(lambda: log() > times)
     assert child().pid != dead.pid
-    wait_for(lambda: [site["name"] for site in standing(federation)["sites"]] == list(federation.sites))
+    wait_for(
+        lambda: [site["name"] for site in standing(federation)["sites"]] == list(federation.sites)
+    )

@@ -39,17 +39,23 @@ def test_each_device_is_pruned_once_by_the_scores_it_sent_last(lab, task):
         model = TOY.deploy(state, id)
         assert torch.equal(model.structure.heads, structure.heads)
         assert torch.equal(model.structure.channels, structure.channels)
-        assert bits(model.adapter) == bits(cut_adapter(TOY.unpruned(state).adapter, anatomy.sites, structure))
+        assert bits(model.adapter) == bits(
+            cut_adapter(TOY.unpruned(state).adapter, anatomy.sites, structure)
+        )
         found.add(bits(structure))
     assert len(found) > 1
 
 
 def test_what_is_deployed_is_pruned_to_the_target_at_any_time(lab, task):
     bench, anatomy = lab(), task.base.anatomy
-    assert is_full(TOY.deploy(TOY.start(task, np.random.default_rng(0))).structure)  # nothing is known yet
+    assert is_full(
+        TOY.deploy(TOY.start(task, np.random.default_rng(0))).structure
+    )  # nothing is known yet
     state = bench.run(TOY, rounds=1)
     for id in (None, *bench.ids, "never-asked"):
-        assert sparsity(anatomy, TOY.deploy(state, id).structure) == pytest.approx(TOY.sparsity, abs=0.005)
+        assert sparsity(anatomy, TOY.deploy(state, id).structure) == pytest.approx(
+            TOY.sparsity, abs=0.005
+        )
     assert is_full(TOY.unpruned(state).structure)
 
 
@@ -65,7 +71,9 @@ def test_the_last_rounds_tune_what_is_pruned(lab, task):
     for round, spy in enumerate(spies):
         recovering = round >= task.rounds - 2
         expected = pytest.approx(TOY.sparsity, abs=0.005) if recovering else 0.0
-        assert [sparsity(task.base.anatomy, result.structure) for _, result in spy.results] == [expected] * 5
+        assert [sparsity(task.base.anatomy, result.structure) for _, result in spy.results] == [
+            expected
+        ] * 5
     for id, result in spies[-1].results:
         assert bits(method.deploy(state, id).structure) == bits(result.structure)
 

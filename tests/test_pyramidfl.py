@@ -15,10 +15,25 @@ from fedspine.methods.fedavg import FedAvg
 from fedspine.methods.pyramidfl import Forecast, PyramidFL, kept, whole_update
 from fedspine.nets.score import score_nets
 from fedspine.planning import pace
-from fedspine.planning.oort import MOST_MORE, Seen, Selecting, dropped, scores, select, steps_with_slack
+from fedspine.planning.oort import (
+    MOST_MORE,
+    Seen,
+    Selecting,
+    dropped,
+    scores,
+    select,
+    steps_with_slack,
+)
 
 USUAL = Selecting(
-    participants=4, explore=0.9, explore_keep=0.95, explore_least=0.2, cut_off=0.7, clip=0.95, patience=0.5, penalty=2.0
+    participants=4,
+    explore=0.9,
+    explore_keep=0.95,
+    explore_least=0.2,
+    cut_off=0.7,
+    clip=0.95,
+    patience=0.5,
+    penalty=2.0,
 )
 
 
@@ -41,7 +56,9 @@ def bench(waves_task, tmp_path):
 
 
 def on_arrays(**changes):
-    return PyramidFL(**({"steps": 6, "batch": 16, "learning_rate": 0.3, "participants": 5} | changes))
+    return PyramidFL(
+        **({"steps": 6, "batch": 16, "learning_rate": 0.3, "participants": 5} | changes)
+    )
 
 
 # --- planning ---
@@ -77,16 +94,27 @@ def test_high_loss_wins_unless_it_is_slow():
     usual, high, high_and_slow = scores(seen, np.array([1.0, 1.0, 4.0]), 3, USUAL)
     assert high > usual
     assert high_and_slow == pytest.approx(high / 16)  # four times the preferred time, squared
-    late, early = scores([Seen(reward=1.0, norm=1.0, round=r) for r in (9, 2)], np.ones(2), 10, USUAL)
-    assert early - late == pytest.approx(np.sqrt(0.1 * np.log(10) / 2) - np.sqrt(0.1 * np.log(10) / 9))
+    late, early = scores(
+        [Seen(reward=1.0, norm=1.0, round=r) for r in (9, 2)], np.ones(2), 10, USUAL
+    )
+    assert early - late == pytest.approx(
+        np.sqrt(0.1 * np.log(10) / 2) - np.sqrt(0.1 * np.log(10) / 9)
+    )
 
 
 def test_only_those_above_the_cut_off_are_drawn():
     examples = dict.fromkeys("abcd", 10)
-    seen = {name: Seen(reward=r, norm=1.0, round=1) for name, r in zip("abcd", (9.0, 8.9, 8.8, 0.0), strict=True)}
+    seen = {
+        name: Seen(reward=r, norm=1.0, round=1)
+        for name, r in zip("abcd", (9.0, 8.9, 8.8, 0.0), strict=True)
+    }
     exploit = replace(USUAL, participants=2, explore=0.0, explore_least=0.0, clip=1.0)
     drawn = [
-        tuple(select(examples, seen, dict.fromkeys("abcd", 1.0), 2, exploit, np.random.default_rng(seed)))
+        tuple(
+            select(
+                examples, seen, dict.fromkeys("abcd", 1.0), 2, exploit, np.random.default_rng(seed)
+            )
+        )
         for seed in range(40)
     ]
     assert set(drawn) == {("a", "b"), ("a", "c"), ("b", "c")}
@@ -95,8 +123,12 @@ def test_only_those_above_the_cut_off_are_drawn():
 def test_slack_becomes_whole_passes_and_has_a_limit():
     assert steps_with_slack(10, slack_seconds=0.0, pass_seconds=1.0, pass_steps=3) == 10
     assert steps_with_slack(10, slack_seconds=2.9, pass_seconds=1.0, pass_steps=3) == 16
-    assert steps_with_slack(10, slack_seconds=1e9, pass_seconds=1.0, pass_steps=3) == 10 * (1 + MOST_MORE)
-    assert steps_with_slack(10, slack_seconds=9.0, pass_seconds=0.0, pass_steps=3) == 10  # nobody knows yet
+    assert steps_with_slack(10, slack_seconds=1e9, pass_seconds=1.0, pass_steps=3) == 10 * (
+        1 + MOST_MORE
+    )
+    assert (
+        steps_with_slack(10, slack_seconds=9.0, pass_seconds=0.0, pass_steps=3) == 10
+    )  # nobody knows yet
 
 
 def test_the_smallest_update_leaves_out_most():
@@ -135,7 +167,9 @@ def test_asks_as_many_as_it_says_and_everybody_in_the_end(bench):
     state = lab.run(on_arrays(participants=2, slack=False), rounds=4)
     rows = lab.rows("exchange")
     assert [sum(row["round"] == round for row in rows) for round in range(4)] == [2, 2, 2, 2]
-    assert {row["device"] for row in rows[:4]} == set(list(state.seen)[:4])  # the first two rounds: nobody twice
+    assert {row["device"] for row in rows[:4]} == set(
+        list(state.seen)[:4]
+    )  # the first two rounds: nobody twice
     assert len({row["device"] for row in rows}) == 5
 
 
@@ -173,7 +207,9 @@ def test_a_thinned_update_weighs_less_and_is_put_back_where_it_was(bench, waves_
         whole = whole_update(results[id], orders[id].weights, drop)
         for name, tensor in whole.items():
             inside = kept(results[id].seed, name, tensor, drop)
-            assert torch.equal(tensor[inside], results[id].update[name]) and not tensor[~inside].any()
+            assert (
+                torch.equal(tensor[inside], results[id].update[name]) and not tensor[~inside].any()
+            )
 
 
 def test_a_forecast_tells_work_from_traffic():
@@ -181,13 +217,17 @@ def test_a_forecast_tells_work_from_traffic():
         evidence = pace.no_evidence()
         for work, drop in points:
             seconds = 4 * work + 2 * (1 - drop / 2)
-            evidence = pace.observe(evidence, sparsity=1 - work, rank=1 - drop / 2, seconds=seconds, discount=1.0)
+            evidence = pace.observe(
+                evidence, sparsity=1 - work, rank=1 - drop / 2, seconds=seconds, discount=1.0
+            )
         return evidence
 
     forecast = Forecast({"known": timed((1, 0.1), (3, 0.5), (2, 0.3), (1, 0.5)) * 50})
     assert forecast.seconds("known", work=2.0, drop=0.0) == pytest.approx(10.0, rel=0.02)
     assert forecast.work_seconds("known") == pytest.approx(4.0, rel=0.02)
-    assert forecast.seconds("new", work=2.0, drop=0.0) == pytest.approx(10.0, rel=0.05)  # like the fleet
+    assert forecast.seconds("new", work=2.0, drop=0.0) == pytest.approx(
+        10.0, rel=0.05
+    )  # like the fleet
     assert Forecast({}).seconds("new", work=1.0, drop=0.0) == 0.0
 
 

@@ -12,12 +12,24 @@ from fedspine.errors import BadInput
 from fedspine.report import figures
 from fedspine.report.page import write_page
 from fedspine.report.rows import READERS, Rows, read_rows
-from fedspine.report.series import bands, device_classes, exchange_seconds, summary_so_far, traffic, troubles, waiting
+from fedspine.report.series import (
+    bands,
+    device_classes,
+    exchange_seconds,
+    summary_so_far,
+    traffic,
+    troubles,
+    waiting,
+)
 
 ROUNDS = 20
 SECONDS = {"tx2": 9.0, "nx": 4.0, "agx": 2.0}  # of an exchange before anything is pruned
 RANKS = {"tx2": 6, "nx": 12, "agx": 16}
-DEVICES = [f"{kind}-{number:02d}" for kind, count in (("tx2", 4), ("nx", 5), ("agx", 1)) for number in range(count)]
+DEVICES = [
+    f"{kind}-{number:02d}"
+    for kind, count in (("tx2", 4), ("nx", 5), ("agx", 1))
+    for number in range(count)
+]
 LOST = ("nx-01", 7)
 RECIPE = '[task]\ndata = "pydoc-topics"\nlabel = "<b>x</b>"\n\n[fleet]\ndevices = 10\n\n[method]\n\n[run]\nseed = 0\n'
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -32,7 +44,14 @@ def exchanges(round: int, rng: np.random.Generator, start: float) -> list[dict]:
         seconds = SECONDS[kind] * max(0.5, 1 - 0.025 * round) * float(rng.lognormal(0, 0.12))
         down, up = 400_000 - 3_000 * round, 0 if lost else 390_000 - 3_000 * round
         rows.append(
-            {"row": "exchange", "round": round, "device": device, "kind": kind, "work": "prune_and_tune", "lost": lost}
+            {
+                "row": "exchange",
+                "round": round,
+                "device": device,
+                "kind": kind,
+                "work": "prune_and_tune",
+                "lost": lost,
+            }
             | {"bytes_down": down, "bytes_up": up, "flops": 1e12, "peak_memory_bytes": 900_000_000}
             | {"started": start, "seconds": seconds}
         )
@@ -54,30 +73,66 @@ def generated(rounds: int = ROUNDS, *, language: bool = False, prunes: bool = Tr
             values |= {"sparsity": sparsity, "reward": 0.6} if prunes else {}
             rows.append({"row": "note", "round": round, "values": values})
         done = 1 - float(np.exp(-(round + 1) / 5))
-        quality = {"accuracy": 0.12 + 0.72 * done, "accuracy_global": 0.12 + 0.7 * done} if not language else {}
+        quality = (
+            {"accuracy": 0.12 + 0.72 * done, "accuracy_global": 0.12 + 0.7 * done}
+            if not language
+            else {}
+        )
         rows.append(
-            {"row": "score", "round": round, "now": now, "loss": 4.1 - done, "final": round == rounds - 1}
+            {
+                "row": "score",
+                "round": round,
+                "now": now,
+                "loss": 4.1 - done,
+                "final": round == rounds - 1,
+            }
             | {"sparsity": min(0.5, 0.03 * round), "devices": 10, "unheard_of": None}
             | quality
         )
         waited = float(np.mean(times.max() - times))
-        rows.append({"row": "round", "round": round, "now": now, "devices": 10, "waiting_seconds": waited})
-    rows.append({"row": "note", "round": 3, "values": {"device": "tx2-01", "left_out": "loss is <nan>"}})
-    return [*rows, {"row": "note", "round": 3, "values": {"clusters": 2}}, {"row": "of a later version"}]
+        rows.append(
+            {"row": "round", "round": round, "now": now, "devices": 10, "waiting_seconds": waited}
+        )
+    rows.append(
+        {"row": "note", "round": 3, "values": {"device": "tx2-01", "left_out": "loss is <nan>"}}
+    )
+    return [
+        *rows,
+        {"row": "note", "round": 3, "values": {"clusters": 2}},
+        {"row": "of a later version"},
+    ]
 
 
 def summary_of(rows: list[dict], *, language: bool = False) -> dict:
     scores = [row for row in rows if row["row"] == "score"]
     waits = [row["waiting_seconds"] for row in rows if row["row"] == "round"]
-    found = {"method": "fedspine", "seed": 0, "rounds": len(waits), "devices": len(DEVICES), "sparsity": 0.5}
+    found = {
+        "method": "fedspine",
+        "seed": 0,
+        "rounds": len(waits),
+        "devices": len(DEVICES),
+        "sparsity": 0.5,
+    }
     found |= {"loss": scores[-1]["loss"], "loss_global": 3.2, "loss_dense": 3.0} if scores else {}
     if scores and not language:
-        found |= {"accuracy": scores[-1]["accuracy"], "accuracy_global": 0.81, "accuracy_dense": 0.85}
+        found |= {
+            "accuracy": scores[-1]["accuracy"],
+            "accuracy_global": 0.81,
+            "accuracy_dense": 0.85,
+        }
     else:
         found |= {"accuracy": None, "accuracy_global": None, "accuracy_dense": None}
     found |= {"simulated_seconds": 150.0, "waiting_seconds": sum(waits), "bytes_up": 50_000_000}
-    found |= {"bytes_down": 60_000_000, "peak_memory_bytes_simulated": 900_000_000, "wall_seconds": 95.0}
-    return found | {"samples_per_second": 137.0, "state_sha256": "ab" * 32, "kind": "classification"}
+    found |= {
+        "bytes_down": 60_000_000,
+        "peak_memory_bytes_simulated": 900_000_000,
+        "wall_seconds": 95.0,
+    }
+    return found | {
+        "samples_per_second": 137.0,
+        "state_sha256": "ab" * 32,
+        "kind": "classification",
+    }
 
 
 def write_run(folder: Path, rows: list[dict], summary: dict | None) -> Path:
@@ -98,7 +153,9 @@ def run(tmp_path: Path) -> Path:
 
 def drawn(folder: Path) -> dict[str, figures.Panel]:
     summary = json.loads((folder / "summary.json").read_text())
-    return {panel.name: panel for panel in figures.panels(read_rows(folder / "records.jsonl"), summary)}
+    return {
+        panel.name: panel for panel in figures.panels(read_rows(folder / "records.jsonl"), summary)
+    }
 
 
 class Balance(HTMLParser):
@@ -140,7 +197,16 @@ def test_the_page_is_one_file_that_fetches_nothing(run: Path) -> None:
     assert path == run / "report.html"
     assert {path.name for path in run.iterdir()} - before == {"report.html"}
     html = re.sub(r'\bxmlns(:\w+)?="[^"]*"', "", path.read_text())
-    for forbidden in ("http://", "https://", "<script", "<link", "@import", "<?xml", "<!DOCTYPE svg", "src="):
+    for forbidden in (
+        "http://",
+        "https://",
+        "<script",
+        "<link",
+        "@import",
+        "<?xml",
+        "<!DOCTYPE svg",
+        "src=",
+    ):
         assert forbidden not in html
     assert html.count("<svg") == 6
 
@@ -157,7 +223,15 @@ def test_the_page_says_the_headline_numbers(run: Path) -> None:
     text = parsed(write_page(run).read_text()).text
     accuracy = json.loads((run / "summary.json").read_text())["accuracy"]
     gap = f"{100 * (accuracy - 0.85):+.1f} points"
-    for expected in (f"{100 * accuracy:.1f} %", "81.0 %", "85.0 %", gap, "2 min 30 s", "110.0 MB", "1 min 35 s"):
+    for expected in (
+        f"{100 * accuracy:.1f} %",
+        "81.0 %",
+        "85.0 %",
+        gap,
+        "2 min 30 s",
+        "110.0 MB",
+        "1 min 35 s",
+    ):
         assert expected in text
 
 
@@ -170,13 +244,18 @@ def test_writing_twice_gives_the_same_bytes(run: Path) -> None:
     ("rows", "names"),
     [
         ([], set()),
-        ([row for row in generated() if row["row"] != "score"], {"seconds", "sparsity", "rank", "waiting", "traffic"}),
+        (
+            [row for row in generated() if row["row"] != "score"],
+            {"seconds", "sparsity", "rank", "waiting", "traffic"},
+        ),
         (generated(1), {"quality", "seconds", "rank", "waiting", "traffic"}),
         (generated(2, prunes=False), {"quality", "seconds", "waiting", "traffic"}),
     ],
     ids=["empty", "without scores", "one round", "without pruning"],
 )
-def test_a_figure_is_there_when_its_data_is(tmp_path: Path, rows: list[dict], names: set[str]) -> None:
+def test_a_figure_is_there_when_its_data_is(
+    tmp_path: Path, rows: list[dict], names: set[str]
+) -> None:
     run = write_run(tmp_path / "run", rows, summary_of(rows))
     parsed(write_page(run).read_text())
     assert set(drawn(run)) == names
@@ -272,19 +351,46 @@ def test_what_was_lost_costs_no_time_and_is_named(run: Path) -> None:
 def test_classes_by_hand() -> None:
     rows = Rows(
         exchanges=tuple(
-            read_one({"row": "exchange", "round": number, "device": device, "kind": "nx", "seconds": seconds})
+            read_one(
+                {
+                    "row": "exchange",
+                    "round": number,
+                    "device": device,
+                    "kind": "nx",
+                    "seconds": seconds,
+                }
+            )
             for number, device, seconds in ((0, "a", 1.0), (1, "a", 2.0), (0, "b", 6.0))
         ),
         notes=tuple(
-            read_one({"row": "note", "round": number, "values": {"device": device, "sparsity": sparsity, "rank": rank}})
-            for number, device, sparsity, rank in ((0, "a", 0.1, 4), (1, "a", 0.3, 8), (0, "b", 0.5, 12))
+            read_one(
+                {
+                    "row": "note",
+                    "round": number,
+                    "values": {"device": device, "sparsity": sparsity, "rank": rank},
+                }
+            )
+            for number, device, sparsity, rank in (
+                (0, "a", 0.1, 4),
+                (1, "a", 0.3, 8),
+                (0, "b", 0.5, 12),
+            )
         ),
     )
     (line,) = device_classes(rows)
     # last sparsities 0.3 and 0.5; ranks 4, 8, 12; seconds 1, 2, 6
-    assert (line.devices, line.sparsity, line.rank, line.seconds) == (2, pytest.approx(0.4), 8.0, 3.0)
+    assert (line.devices, line.sparsity, line.rank, line.seconds) == (
+        2,
+        pytest.approx(0.4),
+        8.0,
+        3.0,
+    )
     band = bands(rows, lambda note: note.sparsity)["nx"]
-    assert (band.mean.tolist(), band.low.tolist(), band.high.tolist()) == ([0.3, 0.3], [0.1, 0.3], [0.5, 0.3])
+    assert (band.mean.tolist(), band.low.tolist(), band.high.tolist()) == (
+        [0.3, 0.3],
+        [0.1, 0.3],
+        [0.5, 0.3],
+    )
     assert summary_so_far(rows)["devices"] == 2
 
 

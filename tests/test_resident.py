@@ -38,7 +38,12 @@ def kit(tiny_folder, tmp_path_factory):
     """The folder of a site with a few rows of the toy task."""
     folder = tmp_path_factory.mktemp("site")
     pq.write_table(labelled(toy_rows(40, 0)), folder / "rows.parquet")
-    write_site_file(folder, name="east", data={"path": "rows.parquet"}, models={"tiny": str(tiny_folder("bert"))})
+    write_site_file(
+        folder,
+        name="east",
+        data={"path": "rows.parquet"},
+        models={"tiny": str(tiny_folder("bert"))},
+    )
     return folder
 
 
@@ -77,11 +82,20 @@ def order(task):
     return sent["east"]
 
 
-def asked(order, *, run=RUN, work=fedlora.tune_adapter, seed=(0, 0, 0), memory=None, version=1, needed=()):
+def asked(
+    order, *, run=RUN, work=fedlora.tune_adapter, seed=(0, 0, 0), memory=None, version=1, needed=()
+):
     named = work if isinstance(work, str) else name_of(work)
     payload = order if isinstance(order, bytes) else pack(order).payload
     return SiteOrder(
-        run=run, work=named, order=as_array(payload), seed=seed, round=0, memory=memory, version=version, needed=needed
+        run=run,
+        work=named,
+        order=as_array(payload),
+        seed=seed,
+        round=0,
+        memory=memory,
+        version=version,
+        needed=needed,
     )
 
 
@@ -216,7 +230,9 @@ def test_works_of_a_method_are_its_own_and_those_it_builds_on():
 # --- when it dies ---
 
 
-def test_a_worker_that_is_killed_at_work_is_a_missing_reply_and_its_memory_stays(resident, order, terms):
+def test_a_worker_that_is_killed_at_work_is_a_missing_reply_and_its_memory_stays(
+    resident, order, terms
+):
     assert isinstance(told(resident, asked(order, version=21))[1], SiteAnswer)
     expected = told(resident, asked(order, memory=21, version=22))[1].result.tobytes()
     long = replace(order, tuning=replace(order.tuning, steps=100_000))
@@ -290,8 +306,12 @@ def test_a_result_must_have_the_shapes_of_its_order(task, order):
     anatomy = task.base.anatomy
     first = next(iter(order.adapter))
     assert misfit(result(), order, anatomy) is None
-    assert "shape" not in misfit(result(adapter=order.adapter | {first: order.adapter[first][:1]}), order, anatomy)
-    assert misfit(result(adapter={k: v for k, v in order.adapter.items() if k != first}), order, anatomy)
+    assert "shape" not in misfit(
+        result(adapter=order.adapter | {first: order.adapter[first][:1]}), order, anatomy
+    )
+    assert misfit(
+        result(adapter={k: v for k, v in order.adapter.items() if k != first}), order, anatomy
+    )
     assert misfit(result(head={k: v[..., :1] for k, v in order.head.items()}), order, anatomy)
     assert misfit(result(adapter={k: v.float() for k, v in order.adapter.items()}), order, anatomy)
 

@@ -43,7 +43,9 @@ def assert_same(folder, whole):
     assert records_of(folder) == records_of(whole)
     names = {path.name for path in Path(folder).iterdir()}
     assert names == {path.name for path in Path(whole).iterdir()}
-    assert {p.name for p in (Path(folder) / "state").iterdir()} == {p.name for p in (Path(whole) / "state").iterdir()}
+    assert {p.name for p in (Path(folder) / "state").iterdir()} == {
+        p.name for p in (Path(whole) / "state").iterdir()
+    }
 
 
 @pytest.mark.slow
@@ -56,17 +58,23 @@ def test_workers_change_nothing(job, workers) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("function", "when"), [("replace", "before"), ("replace", "after"), ("fsync", "before")])
+@pytest.mark.parametrize(
+    ("function", "when"), [("replace", "before"), ("replace", "after"), ("fsync", "before")]
+)
 def test_killed_at_every_write(job, function, when) -> None:
     """Killed at the first, second, ... file that is written, renamed, until the run ends before its turn."""
     carry_out, whole = job
-    *killed, unharmed = carry_out(f"{function}-{when}", {"function": function, "when": when}, ENOUGH, every=True)
+    *killed, unharmed = carry_out(
+        f"{function}-{when}", {"function": function, "when": when}, ENOUGH, every=True
+    )
     # a round writes two memories, the state and its name; there is a recipe before and a summary after
     assert len(killed) >= 1 + 2 * 4 + 1
     for number, plan in enumerate(killed):
         first, last = plan["ends"]
         assert (first["code"], last["code"]) == (-9, 0), plan
-        assert last["resumes"] or number == 0  # only the first kill comes before the folder is there
+        assert (
+            last["resumes"] or number == 0
+        )  # only the first kill comes before the folder is there
         assert_same(plan["folder"], whole)
     assert unharmed["ends"][0]["code"] == 0
 
@@ -75,7 +83,9 @@ def test_killed_at_every_write(job, function, when) -> None:
 def test_killed_while_old_files_are_removed(job) -> None:
     carry_out, whole = job
     *killed, _ = carry_out("unlink", {"function": "unlink", "when": "before"}, ENOUGH, every=True)
-    assert len(killed) >= 2  # the state of the first round, and the memory of a device that is asked again
+    assert (
+        len(killed) >= 2
+    )  # the state of the first round, and the memory of a device that is asked again
     for plan in killed:
         assert [end["code"] for end in plan["ends"]] == [-9, 0]
         assert_same(plan["folder"], whole)
@@ -134,7 +144,13 @@ def test_file_that_may_not_grow(job) -> None:
 def test_report_without_room(job) -> None:
     """A run that had no room for its last file is finished by resuming it."""
     carry_out, _ = job
-    struck = {"function": "replace", "call": 11, "when": "before", "error": errno.ENOSPC, "report": True}
+    struck = {
+        "function": "replace",
+        "call": 11,
+        "when": "before",
+        "error": errno.ENOSPC,
+        "report": True,
+    }
     (plan,) = carry_out("report", struck, {"report": True})
     first, last = plan["ends"]
     assert (first["code"], last["code"]) == (2, 0), plan
@@ -161,11 +177,17 @@ def test_interrupted(job, seconds) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "workers", "says"),
-    [("exit", 2, "worker"), ("raise", 2, "no room for 8 exabytes"), ("raise", 1, "no room for 8 exabytes")],
+    [
+        ("exit", 2, "worker"),
+        ("raise", 2, "no room for 8 exabytes"),
+        ("raise", 1, "no room for 8 exabytes"),
+    ],
 )
 def test_worker_that_fails(job, how, workers, says) -> None:
     carry_out, whole = job
-    (plan,) = carry_out(f"worker-{how}-{workers}", {"job": 2, "how": how}, ENOUGH, run__workers=workers)
+    (plan,) = carry_out(
+        f"worker-{how}-{workers}", {"job": 2, "how": how}, ENOUGH, run__workers=workers
+    )
     first, last = plan["ends"]
     assert (first["code"], last["code"]) == (2, 0), plan
     (line,) = first["said"]

@@ -36,7 +36,9 @@ def test_a_device_whose_loss_is_no_number_is_left_out(job, command, tmp_path, mo
     code, _, lines = command("run", *job(fleet__per_round=3), "--out", tmp_path / "run", "--json")
     assert (code, lines) == (0, [])
     notes = [row for row in records_of(tmp_path / "run") if row["row"] == "note"]
-    left_out = [(row["round"], row["values"]["device"]) for row in notes if "left_out" in row["values"]]
+    left_out = [
+        (row["round"], row["values"]["device"]) for row in notes if "left_out" in row["values"]
+    ]
     assert left_out == [(0, "nx-01"), (1, "nx-01")]
     assert math.isfinite(summary_of(tmp_path / "run")["loss"])
     assert "nx-01" in (tmp_path / "run" / "report.html").read_text()
@@ -146,9 +148,13 @@ def test_memory_does_not_grow_with_the_number_of_devices(tiny_folder, tmp_path) 
 def test_a_run_of_limited_time_begins_no_round_after_it(job, command, tmp_path) -> None:
     """Two rounds where the second one begins in time, and one where the limit is what the first one took."""
     command("run", *job(run__rounds=4), "--out", tmp_path / "whole", "--json")
-    first, second, *_ = (row["now"] for row in records_of(tmp_path / "whole") if row["row"] == "round")
+    first, second, *_ = (
+        row["now"] for row in records_of(tmp_path / "whole") if row["row"] == "round"
+    )
     for name, seconds, rounds, now in (("one", first, 1, first), ("two", 1.01 * first, 2, second)):
-        _, _, lines = command("run", *job(run__rounds=4, run__seconds=seconds), "--out", tmp_path / name)
+        _, _, lines = command(
+            "run", *job(run__rounds=4, run__seconds=seconds), "--out", tmp_path / name
+        )
         summary = summary_of(tmp_path / name)
         assert (summary["rounds"], summary["simulated_seconds"]) == (rounds, now)
         assert any(f"round {rounds}/{rounds}" in line for line in lines)

@@ -21,7 +21,10 @@ from fedspine.lm.load import load as load_model
 from fedspine.lm.tokens import tokens
 from fedspine.message import pack, unpack
 
-ROWS = [{"text": f"row {n} of the good words", "label": ("no", "maybe", "yes")[n % 3]} for n in range(60)]
+ROWS = [
+    {"text": f"row {n} of the good words", "label": ("no", "maybe", "yes")[n % 3]}
+    for n in range(60)
+]
 NAMES = ("maybe", "no", "yes")
 
 
@@ -85,10 +88,25 @@ def test_a_site_file_is_read_with_its_paths_absolute(tmp_path):
     (folder / "models" / "here").mkdir(parents=True)
     site = load_site(folder)
     assert site == load_site(folder / "fedspine-site.toml")
-    assert (site.name, site.data.path, site.data.labels) == ("a", str(folder / "rows.parquet"), {"0": "no"})
-    assert site.models == {"minilm": "minilm", "org/name": str(folder / "models" / "here"), "hub": "org/hub"}
-    assert (site.memory_bytes, site.allow.methods, site.allow.fewest_rows) == (2_000_000_000, ("fedlora",), 3)
-    assert site.environment["FEDSPINE_CACHE"] == str(folder / "kept") and site.environment["OMP_NUM_THREADS"] == "2"
+    assert (site.name, site.data.path, site.data.labels) == (
+        "a",
+        str(folder / "rows.parquet"),
+        {"0": "no"},
+    )
+    assert site.models == {
+        "minilm": "minilm",
+        "org/name": str(folder / "models" / "here"),
+        "hub": "org/hub",
+    }
+    assert (site.memory_bytes, site.allow.methods, site.allow.fewest_rows) == (
+        2_000_000_000,
+        ("fedlora",),
+        3,
+    )
+    assert (
+        site.environment["FEDSPINE_CACHE"] == str(folder / "kept")
+        and site.environment["OMP_NUM_THREADS"] == "2"
+    )
 
 
 def test_a_short_site_file_allows_the_built_in_model_and_the_machines_memory(tmp_path):
@@ -105,11 +123,31 @@ def test_a_short_site_file_allows_the_built_in_model_and_the_machines_memory(tmp
         ('name = "a b"', "", "", "'a b' cannot be the name of a site"),
         ('name = "server"', "", "", "'server' cannot be the name of a site"),
         ('name = "a"', 'txt = "x"', "", "unknown key of [data] 'txt'; did you mean 'text'?"),
-        ('name = "a"', "", "[limit]\nthreads = 2", "unknown part of a site file 'limit'; did you mean 'limits'?"),
+        (
+            'name = "a"',
+            "",
+            "[limit]\nthreads = 2",
+            "unknown part of a site file 'limit'; did you mean 'limits'?",
+        ),
         ('name = "a"\nlimits = 3', "", "", "[limits] must be a table of keys and values; 3 came"),
-        ('name = "a"', "", "[limits]\nthreads = 0", "limits.threads is 0: Input should be greater than or equal to 1"),
-        ('name = "a"', "", '[allow]\nkinds = ["pairs"]', "unknown allow.kinds.0 'pairs'; did you mean 'pair'?"),
-        ('name = "a"', "", '[allow]\nmethods = "fedlora"', "allow.methods is 'fedlora': Input should be a valid tuple"),
+        (
+            'name = "a"',
+            "",
+            "[limits]\nthreads = 0",
+            "limits.threads is 0: Input should be greater than or equal to 1",
+        ),
+        (
+            'name = "a"',
+            "",
+            '[allow]\nkinds = ["pairs"]',
+            "unknown allow.kinds.0 'pairs'; did you mean 'pair'?",
+        ),
+        (
+            'name = "a"',
+            "",
+            '[allow]\nmethods = "fedlora"',
+            "allow.methods is 'fedlora': Input should be a valid tuple",
+        ),
         ('name = "a"', "", "[models]\nx = 3", "site.models.x is 3: Input should be a valid string"),
     ],
 )
@@ -145,8 +183,13 @@ VALUES = {
 @pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
 @pytest.mark.parametrize("named", [False, True], ids=["plain", "with names"])
 @settings(max_examples=20)
-@given(order=st.permutations(range(30)), cuts=st.lists(st.integers(1, 29), min_size=2, max_size=2, unique=True))
-def test_sites_number_classes_as_a_simulation_does(tmp_path_factory, tokenizer, values, named, order, cuts):
+@given(
+    order=st.permutations(range(30)),
+    cuts=st.lists(st.integers(1, 29), min_size=2, max_size=2, unique=True),
+)
+def test_sites_number_classes_as_a_simulation_does(
+    tmp_path_factory, tokenizer, values, named, order, cuts
+):
     folder = tmp_path_factory.mktemp("federation")
     # sorted by label before it is cut, so that sites lack classes
     rows = [{"text": f"row {n}", "label": values[n * len(values) // 30]} for n in range(30)]
@@ -173,9 +216,13 @@ def table_of(rows, names):
 
 
 def test_a_site_without_class_names_says_which_number_means_which(tmp_path, tokenizer):
-    rows = [row | {"label": NAMES.index(row["label"]) + 1} for row in ROWS]  # counted from 1, as some do
+    rows = [
+        row | {"label": NAMES.index(row["label"]) + 1} for row in ROWS
+    ]  # counted from 1, as some do
     folder = written(tmp_path, rows)
-    with pytest.raises(BadInput, match="expected only the classes 'maybe', 'no', 'yes' in column 'label', found 2"):
+    with pytest.raises(
+        BadInput, match="expected only the classes 'maybe', 'no', 'yes' in column 'label', found 2"
+    ):
         site_examples(load_site(folder), terms(), tokenizer)
     folder = written(tmp_path, rows, data='labels = {1 = "maybe", 2 = "no", 3 = "yes"}')
     labels = site_examples(load_site(folder), terms(), tokenizer).labels
@@ -186,7 +233,9 @@ def test_a_csv_of_true_and_false_fits_a_task_that_has_more_classes(tmp_path, tok
     folder = written(tmp_path, data="").parent / tmp_path.name
     (folder / "rows.csv").write_text("text,label\n" + "good row,true\nbad row,false\n" * 6)
     (folder / "fedspine-site.toml").write_text('name = "a"\n[data]\npath = "rows.csv"\n')
-    examples = site_examples(load_site(folder), terms(label_names=("false", "true", "unknown")), tokenizer)
+    examples = site_examples(
+        load_site(folder), terms(label_names=("false", "true", "unknown")), tokenizer
+    )
     assert examples.labels.tolist() == [1, 0] * 6
 
 
@@ -215,7 +264,12 @@ def test_a_site_opens_what_the_terms_ask_for(tmp_path, tiny_folder, stated):
         ("", {"model": "other"}, "model", "the model 'other' is not among what [models]"),
         ("", {"model": "../other"}, "model", "the model '../other' is not among what [models]"),
         ('[allow]\nkinds = ["pair"]', {}, "task", "the kind of task 'classification' is not among"),
-        ('[allow]\nmethods = ["fedspine"]', {}, "method", "the method 'fedlora' is not among what allow.methods"),
+        (
+            '[allow]\nmethods = ["fedspine"]',
+            {},
+            "method",
+            "the method 'fedlora' is not among what allow.methods",
+        ),
         ("[allow]\nfewest_rows = 61", {}, "rows", "has 60 rows and answers about 61 at least"),
         ("", {"model_sha256": "1" * 64}, "content", "has content"),
         ("", {"precision": "bf16"}, "content", "has content"),
@@ -230,7 +284,9 @@ def test_a_site_opens_what_the_terms_ask_for(tmp_path, tiny_folder, stated):
         ("", {"label_names": ["no", "yes"]}, "terms", "terms.label_names is"),
     ],
 )
-def test_a_site_refuses_what_its_file_does_not_allow(tmp_path, tiny_folder, stated, more, changes, why, line):
+def test_a_site_refuses_what_its_file_does_not_allow(
+    tmp_path, tiny_folder, stated, more, changes, why, line
+):
     site = load_site(written(tmp_path, more=f'[models]\ntiny = "{tiny_folder("bert")}"\n{more}'))
     found = refusal(site, dataclasses.replace(stated, **changes))
     assert found.why == why and line in str(found)
@@ -243,7 +299,9 @@ def test_a_refusal_tells_the_server_nothing_of_the_site(tmp_path, tiny_folder, s
     assert "patients" in str(found) and "patients" not in found.told and "secret" not in found.told
 
 
-def test_the_content_of_a_model_does_not_depend_on_where_it_lies_but_on_all_it_holds(tmp_path, tiny_folder):
+def test_the_content_of_a_model_does_not_depend_on_where_it_lies_but_on_all_it_holds(
+    tmp_path, tiny_folder
+):
     copy = shutil.copytree(tiny_folder("bert"), tmp_path / "copy")
 
     def content(folder, **options):

@@ -5,15 +5,32 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fedspine.errors import BadInput
-from fedspine.planning.sparsity import LayerShape, counts, cubic_floor, final_counts, highest, layer_targets
+from fedspine.planning.sparsity import (
+    LayerShape,
+    counts,
+    cubic_floor,
+    final_counts,
+    highest,
+    layer_targets,
+)
 
 MINILM = LayerShape(heads=12, channels=1536, head_parameters=49_152, channel_parameters=768)
 ROBERTA = LayerShape(heads=12, channels=3072, head_parameters=196_608, channel_parameters=1536)
 STORIES = LayerShape(heads=4, channels=172, head_parameters=3072, channel_parameters=192)
-LLAMA_7B = LayerShape(heads=32, channels=11_008, head_parameters=2_097_152, channel_parameters=12_288)
+LLAMA_7B = LayerShape(
+    heads=32, channels=11_008, head_parameters=2_097_152, channel_parameters=12_288
+)
 # a key-value unit: 7 query heads in q and o, one key and one value head, each 64 x 896
-QWEN2 = LayerShape(heads=2, channels=4864, head_parameters=(2 * 7 + 2) * 64 * 896, channel_parameters=3 * 896)
-MODELS = {"minilm": MINILM, "roberta": ROBERTA, "stories": STORIES, "llama-7b": LLAMA_7B, "qwen2": QWEN2}
+QWEN2 = LayerShape(
+    heads=2, channels=4864, head_parameters=(2 * 7 + 2) * 64 * 896, channel_parameters=3 * 896
+)
+MODELS = {
+    "minilm": MINILM,
+    "roberta": ROBERTA,
+    "stories": STORIES,
+    "llama-7b": LLAMA_7B,
+    "qwen2": QWEN2,
+}
 
 shapes = st.builds(
     LayerShape,
@@ -72,7 +89,10 @@ def test_any_path_rises_to_the_final_counts(shape, target, parts):
 @given(shapes, st.floats(0, 1))
 def test_floors_give_way_only_when_they_must(shape, target):
     heads, channels = reachable(shape, target)
-    floor_heads, floor_channels = max(shape.heads - 2, 0), shape.channels - max(-(-shape.channels // 4), 1)
+    floor_heads, floor_channels = (
+        max(shape.heads - 2, 0),
+        shape.channels - max(-(-shape.channels // 4), 1),
+    )
     if channels > floor_channels:
         with_floors = shape.sparsity(min(heads, floor_heads), floor_channels)
         assert target - with_floors > tolerance(shape) - 1e-7
@@ -136,15 +156,22 @@ def test_cubic_floor_by_hand():
     assert cubic_floor(0, 1, 0.5) == 0.0
 
 
-@given(st.integers(2, 300), st.floats(0, 0.99), st.floats(0, 0.4), st.floats(0.5, 1), st.floats(0, 1))
+@given(
+    st.integers(2, 300), st.floats(0, 0.99), st.floats(0, 0.4), st.floats(0.5, 1), st.floats(0, 1)
+)
 def test_cubic_floor_rises_from_nothing_to_the_target(rounds, target, warmup, until, share):
-    path = [cubic_floor(r, rounds, target, warmup=warmup, until=until, share=share) for r in range(rounds)]
+    path = [
+        cubic_floor(r, rounds, target, warmup=warmup, until=until, share=share)
+        for r in range(rounds)
+    ]
     assert path == sorted(path) and path[0] == 0.0 and path[-1] == target
     assert all(value == 0.0 for r, value in enumerate(path[:-1]) if r < warmup * rounds)
     assert all(value == target for r, value in enumerate(path) if r >= until * rounds)
 
 
-@pytest.mark.parametrize("wrong", [{"warmup": 0.7}, {"until": 1.1}, {"warmup": -0.1}, {"share": 1.1}, {"target": 1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"warmup": 0.7}, {"until": 1.1}, {"warmup": -0.1}, {"share": 1.1}, {"target": 1.0}]
+)
 def test_impossible_schedules_are_refused(wrong):
     with pytest.raises(BadInput):
         cubic_floor(3, 10, **{"target": 0.5, **wrong})

@@ -28,7 +28,14 @@ from fedspine.split.halves import Features
 from fedspine.split.rounds import play
 from fedspine.split.server import Copies, InTurn, Merged, Part, merged, parted
 from fedspine.split.trained import Optimising, Trained, check_optimising, learning_rate_at
-from fedspine.split.wire import gradient_wired, labels_unwired, labels_wired, row_bytes, unwired, wired
+from fedspine.split.wire import (
+    gradient_wired,
+    labels_unwired,
+    labels_wired,
+    row_bytes,
+    unwired,
+    wired,
+)
 from fedspine.task import Arrays, Task
 from fedspine.tensors import average
 
@@ -52,7 +59,8 @@ def text(rows=5, tokens=7, width=4, seed=0, spread=1.0):
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60),
     sizes=st.lists(
-        st.integers(1, 70) | st.builds(Budget, tokens=st.integers(1, 200), rows=st.integers(1, 40)), max_size=9
+        st.integers(1, 70) | st.builds(Budget, tokens=st.integers(1, 200), rows=st.integers(1, 40)),
+        max_size=9,
     ),
     seed=st.integers(0, 9),
 )
@@ -69,7 +77,9 @@ def test_batches_of_rows_and_of_tokens_take_every_row_of_a_pass_once(lengths, si
         else:
             assert 1 <= len(batch.rows) <= size.rows
             assert lengths[batch.rows].sum() <= size.tokens or len(batch.rows) == 1
-    passes = [row for start in range(taken) for row in rows_from(len(lengths), 1, seed, start).tolist()]
+    passes = [
+        row for start in range(taken) for row in rows_from(len(lengths), 1, seed, start).tolist()
+    ]
     assert sorted(used + left.tolist()) == sorted(passes)
 
 
@@ -81,7 +91,9 @@ def test_batches_of_rows_are_the_passes_in_their_order():
         found.append(batch.rows.tolist())
     starts = [0, 3, 8, 10]
     sizes = [3, 5, 2, 7]
-    assert found == [rows_from(7, size, 1, start).tolist() for size, start in zip(sizes, starts, strict=True)]
+    assert found == [
+        rows_from(7, size, 1, start).tolist() for size, start in zip(sizes, starts, strict=True)
+    ]
 
 
 def test_a_batch_of_tokens_is_nearly_full():
@@ -108,7 +120,9 @@ def test_features_come_back_as_precisely_as_they_are_sent(spread):
     # fp16 keeps 11 bits of normal numbers; the largest is brought to 2^14 or more, so those below 2^-14 of 1 are
     # 2^-28 of the largest, and are off by half a step of 2^-24 of 1
     off = (found.values - features.values).abs()
-    assert bool((off <= features.values.abs() * 2**-11 + features.values.abs().max() * 2**-39).all())
+    assert bool(
+        (off <= features.values.abs() * 2**-11 + features.values.abs().max() * 2**-39).all()
+    )
     found = unwired(wired(features, "int8"))
     step = features.values.abs().amax(-1, keepdim=True) / 127
     assert bool(((found.values - features.values).abs() <= step * (0.5 + 1e-5)).all())
@@ -118,11 +132,17 @@ def test_no_padding_is_sent():
     features = text()
     tokens = int(features.mask.sum())
     assert tokens < features.mask.numel()
-    sizes = {name: (sent := wired(features, name)).values.numel() * sent.values.itemsize for name in ("fp32", "fp16")}
+    sizes = {
+        name: (sent := wired(features, name)).values.numel() * sent.values.itemsize
+        for name in ("fp32", "fp16")
+    }
     assert sizes == {"fp32": 16 * tokens, "fp16": 8 * tokens}
     small = wired(features, "int8")
     assert (small.values.numel(), small.scale.numel()) == (4 * tokens, tokens)
-    assert unwired(dataclasses.replace(small, mask=None), features.mask).values.shape == features.values.shape
+    assert (
+        unwired(dataclasses.replace(small, mask=None), features.mask).values.shape
+        == features.values.shape
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
@@ -164,7 +184,12 @@ def halves_and_weights(base, cut):
 
 @pytest.mark.parametrize(
     ("kind", "model_type"),
-    [("classification", "bert"), ("classification", "distilbert"), ("classification", "llama"), ("causal-lm", "qwen2")],
+    [
+        ("classification", "bert"),
+        ("classification", "distilbert"),
+        ("classification", "llama"),
+        ("causal-lm", "qwen2"),
+    ],
 )
 def test_the_two_halves_are_the_model(tmp_path, kind, model_type):
     base, tokenizer = tiny(tmp_path, model_type, kind)
@@ -173,14 +198,23 @@ def test_the_two_halves_are_the_model(tmp_path, kind, model_type):
     for cut in range(base.anatomy.layers + 1):
         halves, model, weights = halves_and_weights(base, cut)
         assert bits(halves.join(*weights)) == bits(model)
-        leaves = [{name: tensor.clone().requires_grad_() for name, tensor in half.items()} for half in weights]
+        leaves = [
+            {name: tensor.clone().requires_grad_() for name, tensor in half.items()}
+            for half in weights
+        ]
         features = halves.bottom(leaves[0], inputs, seed=None)
         losses = halves.top(leaves[1], features, inputs["labels"], seed=None)
         losses.mean.backward()
-        again = halves.ending(weights[1], halves.middle(weights[1], features, seed=None), inputs["labels"], seed=None)
+        again = halves.ending(
+            weights[1], halves.middle(weights[1], features, seed=None), inputs["labels"], seed=None
+        )
         torch.testing.assert_close(again.total, losses.total)
 
-        whole = {name: tensor.clone().requires_grad_() for half in weights for name, tensor in half.items()}
+        whole = {
+            name: tensor.clone().requires_grad_()
+            for half in weights
+            for name, tensor in half.items()
+        }
         module = base.fit(halves.join(whole, {}))
         loss = losses_of(module, inputs, 1).sum()
         loss.backward()
@@ -208,7 +242,11 @@ def test_what_a_half_costs_adds_up(task):
     assert cost(0, "top") == whole
     assert tuple(a + b for a, b in zip(cost(1, "bottom"), cost(1, "top"), strict=True)) == whole
     halves = task.base.split(1, rank=4)
-    assert halves.memory_bytes("bottom", 16, 16) > halves.memory_bytes("bottom", 8, 16) > 2 * task.base.embeddings
+    assert (
+        halves.memory_bytes("bottom", 16, 16)
+        > halves.memory_bytes("bottom", 8, 16)
+        > 2 * task.base.embeddings
+    )
 
 
 # --- the server ---
@@ -237,7 +275,9 @@ def test_padding_does_not_change_the_loss(task, decoder):
         together = halves.top(top, *merged(parts), seed=None)
         alone = [halves.top(top, part.features, part.labels, seed=None) for part in parts]
         # other shapes sum in another order: some 64 terms at each of 20 products one after another
-        torch.testing.assert_close(together.total, torch.cat([own.total for own in alone]), rtol=64 * 20 * EPS, atol=0)
+        torch.testing.assert_close(
+            together.total, torch.cat([own.total for own in alone]), rtol=64 * 20 * EPS, atol=0
+        )
         assert torch.equal(together.counted, torch.cat([own.counted for own in alone]))
 
 
@@ -258,12 +298,16 @@ def test_dispatch_rescales_the_slices_of_one_gradient(task):
     for part in parts:
         share = len(part.features) / rows  # d_i / Q
         found, expected = (outcome.gradients[part.device].values for outcome in (rescaled, plain))
-        torch.testing.assert_close(share * found, expected, rtol=4 * EPS, atol=0)  # two products on the way
+        torch.testing.assert_close(
+            share * found, expected, rtol=4 * EPS, atol=0
+        )  # two products on the way
         assert expected.abs().max() > 0
 
 
 @pytest.mark.parametrize("kind", ["merged", "in-turn", "copies"])
-def test_shifts_change_what_features_and_the_first_block_of_the_top_learn_and_nothing_else(task, kind):
+def test_shifts_change_what_features_and_the_first_block_of_the_top_learn_and_nothing_else(
+    task, kind
+):
     """Both get what autograd makes of the shifted loss; the rest of the top learns as without."""
     halves, _, (bottom, top) = halves_and_weights(task.base, 1)
     parts = parts_of(task, halves, bottom)
@@ -271,14 +315,18 @@ def test_shifts_change_what_features_and_the_first_block_of_the_top_learn_and_no
     shifts = {part.device: torch.linspace(-3, number, classes) for number, part in enumerate(parts)}
     if kind == "in-turn":  # the second device meets a top that has moved
         parts = parts[:1]
-    make = {"merged": Merged, "in-turn": InTurn, "copies": partial(Copies, every_iteration=False)}[kind]
+    make = {"merged": Merged, "in-turn": InTurn, "copies": partial(Copies, every_iteration=False)}[
+        kind
+    ]
     shifted, plain = make(halves, top, SGD, shifts=shifts), make(halves, top, SGD)
     found, other = shifted.step(parts, 0), plain.step(parts, 0)
     even = dict.fromkeys((part.device for part in parts), 1.0)
     after, without = shifted.finish(even), plain.finish(even)
     rest = top.keys() - halves.entry
     assert rest
-    assert bits({name: after[name] for name in rest}) == bits({name: without[name] for name in rest})
+    assert bits({name: after[name] for name in rest}) == bits(
+        {name: without[name] for name in rest}
+    )
     assert found.losses == other.losses
     labels = sum(len(part.labels) for part in parts)
     moved = {name: torch.zeros_like(tensor) for name, tensor in top.items()}
@@ -291,7 +339,9 @@ def test_shifts_change_what_features_and_the_first_block_of_the_top_learn_and_no
         # merged batches are padded further and summed in another order: as in the test of padding, and back again
         allowed = 2 * 64 * 20 * EPS * values.grad.abs().max()
         assert bool((found.gradients[part.device].values - values.grad).abs().max() <= allowed)
-        assert not torch.allclose(found.gradients[part.device].values, other.gradients[part.device].values)
+        assert not torch.allclose(
+            found.gradients[part.device].values, other.gradients[part.device].values
+        )
         share = 1 / len(parts) if kind == "copies" else len(part.labels) / labels
         for name, leaf in leaves.items():
             moved[name] += share * leaf.grad
@@ -312,7 +362,10 @@ def test_with_one_device_all_strategies_are_one(task):
         Copies(halves, top, ADAMW, every_iteration=True),
     ]
     outcomes = [server.step([part], 0) for server in servers]
-    found = {bits({name: tensor.float() for name, tensor in server.finish({"d0": 1.0}).items()}) for server in servers}
+    found = {
+        bits({name: tensor.float() for name, tensor in server.finish({"d0": 1.0}).items()})
+        for server in servers
+    }
     assert len(found) == 1
     assert len({bits(outcome.gradients["d0"]) for outcome in outcomes}) == 1
 
@@ -330,14 +383,17 @@ def test_copies_average_what_each_device_would_make_of_the_top(task):
     copies = Copies(halves, top, SGD, every_iteration=False)
     for seed in range(2):
         copies.step(parts, seed)
-    assert bits(copies.finish(weights)) == bits(average((weights[id], own) for id, own in alone.items()))
+    assert bits(copies.finish(weights)) == bits(
+        average((weights[id], own) for id, own in alone.items())
+    )
 
 
 def test_a_loss_that_is_not_finite_leaves_the_iteration_to_the_others(task):
     halves, _, (bottom, top) = halves_and_weights(task.base, 1)
     parts = parts_of(task, halves, bottom)
     huge = dataclasses.replace(
-        parts[1], features=Features(values=parts[1].features.values * 1e30, mask=parts[1].features.mask)
+        parts[1],
+        features=Features(values=parts[1].features.values * 1e30, mask=parts[1].features.mask),
     )
     for server in (Merged, InTurn):
         bad, without = server(halves, top, SGD), server(halves, top, SGD)
@@ -392,7 +448,14 @@ def test_a_model_that_was_last_computed_in_part_is_still_whole(task):
 
 
 def whole_round(
-    bench, *, batches=(7, 4, 16, 9, 12), steps=3, optimising=ADAMW, precision="fp16", server=Merged, round=0
+    bench,
+    *,
+    batches=(7, 4, 16, 9, 12),
+    steps=3,
+    optimising=ADAMW,
+    precision="fp16",
+    server=Merged,
+    round=0,
 ):
     """Both halves after one round of all devices, and how it went."""
     base = bench.fleet.base
@@ -401,7 +464,11 @@ def whole_round(
     made = server(halves, top, optimising)
     orders = {
         id: Begin(
-            weights=bottom, cutting=Cutting(cut=1, rank=4), batch=batch, optimising=optimising, precision=precision
+            weights=bottom,
+            cutting=Cutting(cut=1, rank=4),
+            batch=batch,
+            optimising=optimising,
+            precision=precision,
         )
         for id, batch in zip(bench.ids, batches, strict=False)
     }
@@ -430,14 +497,18 @@ def pictures(rows=40):
     data = Arrays(x=rng.normal(size=(rows, 3, 8, 8)).astype(np.float32), labels=np.arange(rows) % 3)
     net = Net("vgg-small", (3, 8, 8), 3)
     names = ("a", "b", "c")
-    return Task(kind="array", base=net, train=data, test=data, label_names=names, max_tokens=1, rounds=2)
+    return Task(
+        kind="array", base=net, train=data, test=data, label_names=names, max_tokens=1, rounds=2
+    )
 
 
 def test_it_does_so_with_batch_norm_and_dropout(tmp_path):
     results = []
     for name in ("kept", "again"):
         bench = Lab(pictures(), tmp_path / name, kinds=("tx2", "nx"))
-        result, _ = whole_round(without_graphs(bench) if name == "again" else bench, optimising=SGD, steps=2)
+        result, _ = whole_round(
+            without_graphs(bench) if name == "again" else bench, optimising=SGD, steps=2
+        )
         results.append(bits(result))
         bench.close()
     assert results[0] == results[1]
@@ -466,7 +537,10 @@ def whereabouts(device: Device, order: Step) -> Whereabouts:
 def test_a_device_goes_on_where_its_work_was_left(lab):
     bench = lab(workers=2)
     asked = [
-        {r.device: r.value for r in bench.fleet.ask(whereabouts, dict.fromkeys(bench.ids, Step(gradient=None)))}
+        {
+            r.device: r.value
+            for r in bench.fleet.ask(whereabouts, dict.fromkeys(bench.ids, Step(gradient=None)))
+        }
         for _ in range(3)
     ]
     for id in bench.ids:
@@ -490,7 +564,9 @@ def test_what_is_kept_counts_only_for_the_memory_it_belongs_to():
     assert scratch.take(call()) == ({"x": 1}, "graph")
     assert scratch.take(call()) is None  # once
     for other in (call(memory=b"another"), call(round=1)):
-        assert scratch.put("d", b"m", {}, Kept("graph", 10))  # what was taken or is of no use makes room
+        assert scratch.put(
+            "d", b"m", {}, Kept("graph", 10)
+        )  # what was taken or is of no use makes room
         assert scratch.take(other) is None
 
 
@@ -513,7 +589,9 @@ def test_a_device_that_vanishes_leaves_the_merge_and_is_not_asked_again(lab):
 
         def ask(self, work, orders, **limits):
             replies = super().ask(work, orders, **limits)
-            return [reply for reply in replies if not (reply.device == gone and work.__name__ == "step")]
+            return [
+                reply for reply in replies if not (reply.device == gone and work.__name__ == "step")
+            ]
 
     gone, fleet = bench.ids[1], bench.fleet
     bench.fleet.begin_round(0)
@@ -532,7 +610,9 @@ def test_when_all_vanish_the_round_ends_in_so_many_words(lab):
     bench = lab()
     halves = bench.fleet.base.split(1, rank=4)
     bottom, top = halves.start(np.random.default_rng(0))
-    order = Begin(weights=bottom, cutting=Cutting(cut=1, rank=4), batch=2, optimising=SGD, precision="fp32")
+    order = Begin(
+        weights=bottom, cutting=Cutting(cut=1, rank=4), batch=2, optimising=SGD, precision="fp32"
+    )
     silent = Spy(bench.fleet, reply=lambda reply: None)
     with pytest.raises(AllLost, match="of 5 devices asked, 0 replied"):
         play(silent, dict.fromkeys(bench.ids, order), 2, Merged(halves, top, SGD), seed=0)
@@ -552,7 +632,13 @@ def test_the_ledger_is_what_one_computes_by_hand(lab, precision, number):
     halves = bench.fleet.base.split(1, rank=4)
     bottom, top = halves.start(np.random.default_rng(0))
     weights = bottom if number == 4 else {name: tensor.half() for name, tensor in bottom.items()}
-    order = Begin(weights=weights, cutting=Cutting(cut=1, rank=4), batch=batch, optimising=SGD, precision=precision)
+    order = Begin(
+        weights=weights,
+        cutting=Cutting(cut=1, rank=4),
+        batch=batch,
+        optimising=SGD,
+        precision=precision,
+    )
     id = bench.ids[0]
     play(spy, {id: order}, steps, Merged(halves, top, SGD), seed=0)
 
@@ -565,9 +651,10 @@ def test_the_ledger_is_what_one_computes_by_hand(lab, precision, number):
     masks = [-(-batch * data.width(chosen) // 8) for chosen in rows]  # bits
     scale = 4 if number == 2 else 0
     down = [adapter] + [width * number * count + scale for count in tokens]
-    up = [width * number * count + scale + mask + 2 * batch for count, mask in zip(tokens, masks, strict=True)] + [
-        adapter
-    ]
+    up = [
+        width * number * count + scale + mask + 2 * batch
+        for count, mask in zip(tokens, masks, strict=True)
+    ] + [adapter]
     assert [body_bytes(order) for _, order in spy.orders] == down
     assert [body_bytes(result) for _, result in spy.results] == up
 
@@ -577,7 +664,9 @@ def test_gradients_of_a_device_are_for_the_batch_it_sent(lab, task):
     halves = task.base.split(1, rank=4)
     bottom, _ = halves.start(np.random.default_rng(0))
     data = task.train.take(np.arange(20))
-    order = Begin(weights=bottom, cutting=Cutting(cut=1, rank=4), batch=5, optimising=SGD, precision="fp32")
+    order = Begin(
+        weights=bottom, cutting=Cutting(cut=1, rank=4), batch=5, optimising=SGD, precision="fp32"
+    )
     device = Device(id="d", data=data, base=task.base, memory={}, rng=np.random.default_rng(3))
     sent = unwired(begin(device, order).features)
     rows = rows_at(20, 5, device.memory[HELD].seed, 0)
@@ -589,9 +678,13 @@ def test_gradients_of_a_device_are_for_the_batch_it_sent(lab, task):
     back = gradient_wired(Features(values=gradient, mask=sent.mask), "fp32")
     after = ended(device, Step(gradient=back))
     for name, leaf in leaves.items():
-        torch.testing.assert_close(after.weights[name], leaf.detach() - 0.5 * leaf.grad, rtol=4 * EPS, atol=0)
+        torch.testing.assert_close(
+            after.weights[name], leaf.detach() - 0.5 * leaf.grad, rtol=4 * EPS, atol=0
+        )
     assert any(
-        leaf.grad.abs().max() > 0 for name, leaf in leaves.items() if name == b_name(name.removesuffix(".lora_B"))
+        leaf.grad.abs().max() > 0
+        for name, leaf in leaves.items()
+        if name == b_name(name.removesuffix(".lora_B"))
     )
     assert device.memory == {}
 
@@ -599,9 +692,16 @@ def test_gradients_of_a_device_are_for_the_batch_it_sent(lab, task):
 def test_serving_without_scratch_is_the_same(task):
     halves = task.base.split(1, rank=4)
     bottom, _ = halves.start(np.random.default_rng(0))
-    order = Begin(weights=bottom, cutting=Cutting(cut=1, rank=4), batch=5, optimising=SGD, precision="fp32")
+    order = Begin(
+        weights=bottom, cutting=Cutting(cut=1, rank=4), batch=5, optimising=SGD, precision="fp32"
+    )
     call = Call(
-        device="d", index=0, work="fedspine.split.device:begin", order=pack(order).payload, memory=None, seed=(0, 0, 0)
+        device="d",
+        index=0,
+        work="fedspine.split.device:begin",
+        order=pack(order).payload,
+        memory=None,
+        seed=(0, 0, 0),
     )
     data, scratch = task.train.take(np.arange(20)), Scratch()
     kept, plain = serve(call, task.base, data, scratch=scratch), serve(call, task.base, data)

@@ -51,7 +51,11 @@ OFF = 64 * EPS
 def run(bench, method, rounds=1, **listening):
     """The state after some rounds and what a spy heard in each."""
     spies = []
-    state = bench.run(method, rounds=rounds, around=lambda fleet: spies.append(Spy(fleet, **listening)) or spies[-1])
+    state = bench.run(
+        method,
+        rounds=rounds,
+        around=lambda fleet: spies.append(Spy(fleet, **listening)) or spies[-1],
+    )
     return state, spies
 
 
@@ -92,7 +96,9 @@ def assert_same_model(found, expected, *, off):
         one, other = getattr(found, part), getattr(expected, part)
         assert one.keys() == other.keys()
         for name, tensor in other.items():
-            torch.testing.assert_close(one[name], tensor, rtol=0, atol=off * float(tensor.abs().max()), msg=name)
+            torch.testing.assert_close(
+                one[name], tensor, rtol=0, atol=off * float(tensor.abs().max()), msg=name
+            )
 
 
 # --- what they reduce to ---
@@ -113,9 +119,13 @@ def test_with_one_device_all_baselines_are_one(lab):
         LocFedMix(**PLAIN, reconstruction=0.0),  # nobody to mix with
         SplitLora(**PLAIN, average_every=100),
     )
-    expected, *others = (run(lab(type(method).__name__, kinds=("agx",)), method)[0].model for method in methods)
+    expected, *others = (
+        run(lab(type(method).__name__, kinds=("agx",)), method)[0].model for method in methods
+    )
     for model in others:
-        assert_same_model(model, expected, off=4 * EPS)  # a mean of one: times its weight, over its weight
+        assert_same_model(
+            model, expected, off=4 * EPS
+        )  # a mean of one: times its weight, over its weight
 
 
 def test_weighed_by_their_rows_separate_passes_are_the_merged_step(task, halves):
@@ -133,7 +143,9 @@ def test_weighed_by_their_rows_separate_passes_are_the_merged_step(task, halves)
     for name, tensor in servers[1].finish({}).items():
         step = float((tensor - top[name]).abs().max())
         moved = max(moved, step)
-        torch.testing.assert_close(servers[0].finish({})[name], tensor, rtol=0, atol=20 * OFF * step + EPS)
+        torch.testing.assert_close(
+            servers[0].finish({})[name], tensor, rtol=0, atol=20 * OFF * step + EPS
+        )
     assert moved > 0
 
 
@@ -147,14 +159,17 @@ def test_averaging_copies_after_each_step_of_sgd_is_one_step_on_the_mean_loss(ta
             server.step(parts, seed)
     one, other = (server.finish(alike) for server in servers)
     for name, tensor in other.items():
-        torch.testing.assert_close(one[name], tensor, rtol=20 * OFF, atol=20 * OFF * float(tensor.abs().max()))
+        torch.testing.assert_close(
+            one[name], tensor, rtol=20 * OFF, atol=20 * OFF * float(tensor.abs().max())
+        )
 
 
 def test_a_loss_that_is_not_finite_leaves_the_weighted_sum(task, halves):
     made, bottom, top = halves
     parts = server_parts(task, made, bottom)
     huge = dataclasses.replace(
-        parts[1], features=dataclasses.replace(parts[1].features, values=parts[1].features.values * 1e30)
+        parts[1],
+        features=dataclasses.replace(parts[1].features, values=parts[1].features.values * 1e30),
     )
     shares = {"d0": 1.0, "d1": 5.0, "d2": 2.0}
     bad, without = Weighted(made, top, SGD, shares), Weighted(made, top, SGD, shares)
@@ -172,7 +187,10 @@ def test_mixup_teaches_the_top_alone(task, halves):
     made, bottom, top = halves
     parts = server_parts(task, made, bottom)
     shares = {"d0": 1.0, "d1": 3.0, "d2": 2.0}
-    plain, mixing = Weighted(made, top, SGD, shares), Weighted(made, top, SGD, shares, extra=mixup(made, shares, 1.0))
+    plain, mixing = (
+        Weighted(made, top, SGD, shares),
+        Weighted(made, top, SGD, shares, extra=mixup(made, shares, 1.0)),
+    )
     one, other = plain.step(parts, 0), mixing.step(parts, 0)
     assert bits(one.gradients) == bits(other.gradients)
     assert one.losses == other.losses
@@ -191,8 +209,13 @@ def test_the_mixed_loss_by_hand(task, halves):
     mean += second.values[:4] / 2
     mask = second.mask[:4].clone()
     mask[:, : first.values.shape[1]] |= first.mask
-    each = [made.top(top, Features(values=mean, mask=mask), part.labels[:4], seed=None).mean for part in parts]
-    assert float(loss) == pytest.approx(float(sum(each)) / 2, rel=1e-5)  # of lam, which is 1/2 to 1e-6
+    each = [
+        made.top(top, Features(values=mean, mask=mask), part.labels[:4], seed=None).mean
+        for part in parts
+    ]
+    assert float(loss) == pytest.approx(
+        float(sum(each)) / 2, rel=1e-5
+    )  # of lam, which is 1/2 to 1e-6
 
 
 def test_nobody_is_mixed_with_himself(task, halves):
@@ -200,14 +223,18 @@ def test_nobody_is_mixed_with_himself(task, halves):
     parts = server_parts(task, made, bottom)
     assert float(mixup(made, {"d0": 1.0}, 1.0)(top, parts[:1], 0)) == 0
     # a device whose features are all the same rows would otherwise lose exactly its own loss
-    seen = {float(mixup(made, dict.fromkeys(("d0", "d1"), 1.0), 1.0)(top, parts[:2], seed)) for seed in range(5)}
+    seen = {
+        float(mixup(made, dict.fromkeys(("d0", "d1"), 1.0), 1.0)(top, parts[:2], seed))
+        for seed in range(5)
+    }
     assert len(seen) == 5
 
 
 def test_blending_keeps_what_only_one_device_has():
     short = Features(values=torch.ones(2, 2, 3), mask=torch.tensor([[True, True], [True, False]]))
     long = Features(
-        values=torch.full((3, 4, 3), 5.0), mask=torch.tensor([[True] * 4, [True, False, False, False]] * 2)[:3]
+        values=torch.full((3, 4, 3), 5.0),
+        mask=torch.tensor([[True] * 4, [True, False, False, False]] * 2)[:3],
     )
     parts = [
         Part(device=id, features=f, labels=torch.zeros(f.mask.shape, dtype=torch.long))
@@ -220,7 +247,11 @@ def test_blending_keeps_what_only_one_device_has():
     assert own.tolist() == [[0, 0, IGNORED, IGNORED]] * 2
     assert theirs.tolist() == [[0] * 4] * 2
     arrays = [
-        Part(device=id, features=Features(values=torch.full((rows, 1, 2), value)), labels=torch.arange(rows))
+        Part(
+            device=id,
+            features=Features(values=torch.full((rows, 1, 2), value)),
+            labels=torch.arange(rows),
+        )
         for id, rows, value in (("a", 3, 1.0), ("b", 2, 3.0))
     ]
     mixed, own, theirs = blended(*arrays, 0.25)
@@ -255,7 +286,9 @@ def test_a_decoder_that_reads_nothing_loses_the_mean_square(task, halves):
     nothing[OUT_BIAS] += 2.0
     data = waves(6, 0)
     cut = net.split(1)
-    features, inputs = features_and_inputs(data, cut, cut.start(np.random.default_rng(0))[0], np.arange(6))
+    features, inputs = features_and_inputs(
+        data, cut, cut.start(np.random.default_rng(0))[0], np.arange(6)
+    )
     assert float(decoded.loss(nothing, features, inputs)) == pytest.approx(
         float(np.square(data.x - 2).mean()), rel=1e-5
     )
@@ -269,14 +302,19 @@ def test_padding_is_not_read_back(task, halves):
     widths = int(task.train.lengths[short].max()), longest
     assert widths[0] < widths[1]
     found = [
-        float(decoded.loss(weights, *features_and_inputs(task.train, made, bottom, short, width=width)))
+        float(
+            decoded.loss(
+                weights, *features_and_inputs(task.train, made, bottom, short, width=width)
+            )
+        )
         for width in widths
     ]
     assert found[0] == pytest.approx(found[1], rel=100 * OFF)
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "cut"), [("cnn-h", (3, 16), 2), ("vgg-small", (3, 8, 8), 2), ("cnn-h", (3, 16), 3)]
+    ("name", "shape", "cut"),
+    [("cnn-h", (3, 16), 2), ("vgg-small", (3, 8, 8), 2), ("cnn-h", (3, 16), 3)],
 )
 def test_decoders_learn_to_read_arrays(name, shape, cut):
     net = Net(name, shape, 3)
@@ -306,7 +344,9 @@ def test_reading_back_changes_what_devices_learn_and_its_decoder_too(lab):
     start = method.start(lab("start").task, np.random.default_rng([0, 1]))
     assert bits(blind.decoder) == bits(start.decoder)
     for name, tensor in start.decoder.items():
-        assert float((reading.decoder[name] - tensor).abs().max()) > 1e-3 * float(tensor.abs().max())
+        assert float((reading.decoder[name] - tensor).abs().max()) > 1e-3 * float(
+            tensor.abs().max()
+        )
     assert bits(reading.model) != bits(blind.model)
     sent = next(iter(orders_of(spies[1], ReadingOrder).values()))[0]
     assert sent.begin.weights.keys() >= DECODER
@@ -416,7 +456,9 @@ def test_in_splitfed_v1_a_vanished_device_leaves_no_trace(lab):
 
         return losing
 
-    late, never = (run(lab(f"after-{n}"), SplitFedV1(**PLAIN), reply=silent_after(n))[0] for n in (3, 0))
+    late, never = (
+        run(lab(f"after-{n}"), SplitFedV1(**PLAIN), reply=silent_after(n))[0] for n in (3, 0)
+    )
     assert bits(late.model) == bits(never.model)
 
 
@@ -429,7 +471,9 @@ def test_any_block_boundary_will_do(lab, method, cut):
 
 @pytest.mark.parametrize("method", BASELINES)
 def test_language_models_learn_split(decoder, tmp_path, method):
-    bench = Lab(toy_task(*decoder, rounds=2, kind="causal-lm"), tmp_path / "lm", kinds=("tx2", "agx"))
+    bench = Lab(
+        toy_task(*decoder, rounds=2, kind="causal-lm"), tmp_path / "lm", kinds=("tx2", "agx")
+    )
     state, _ = run(bench, dataclasses.replace(method.toy(), steps=2), rounds=2)
     losses = [row["values"]["loss"] for row in bench.rows("note") if "loss" in row["values"]]
     assert losses[-1] < losses[0]
@@ -484,9 +528,13 @@ def test_a_device_without_memory_for_a_row_is_left_out(lab):
             )
 
     bench, spies = lab(), []
-    bench.run(SplitFedV2.toy(), rounds=1, around=lambda fleet: spies.append(Small(fleet)) or spies[-1])
+    bench.run(
+        SplitFedV2.toy(), rounds=1, around=lambda fleet: spies.append(Small(fleet)) or spies[-1]
+    )
     assert "nx-02" not in {id for id, _ in spies[0].orders}
-    assert [row["values"]["device"] for row in bench.rows("note") if "left_out" in row["values"]] == ["nx-02"]
+    assert [
+        row["values"]["device"] for row in bench.rows("note") if "left_out" in row["values"]
+    ] == ["nx-02"]
 
     class Tiny(Spy):
         @property
@@ -514,7 +562,15 @@ def waves(rows, seed, classes=3):
 def test_nets_learn_split(tmp_path, method):
     train, test = waves(300, 0), waves(90, 1)
     net = Net("cnn-h", (3, 16), 3)
-    task = Task(kind="array", base=net, train=train, test=test, label_names=("a", "b", "c"), max_tokens=1, rounds=5)
+    task = Task(
+        kind="array",
+        base=net,
+        train=train,
+        test=test,
+        label_names=("a", "b", "c"),
+        max_tokens=1,
+        rounds=5,
+    )
     bench = Lab(task, tmp_path / "net", kinds=("tx2", "nx", "agx"))
     made = method(steps=5, batch=16, learning_rate=2e-3)
     made.check(task)
@@ -531,7 +587,15 @@ def test_statistics_of_batch_norm_are_averaged_with_the_weights(tmp_path, method
     rng = np.random.default_rng(0)
     data = Arrays(x=rng.normal(1, 1, (60, 3, 8, 8)).astype(np.float32), labels=np.arange(60) % 3)
     net = Net("vgg-small", (3, 8, 8), 3)
-    task = Task(kind="array", base=net, train=data, test=data, label_names=("a", "b", "c"), max_tokens=1, rounds=2)
+    task = Task(
+        kind="array",
+        base=net,
+        train=data,
+        test=data,
+        label_names=("a", "b", "c"),
+        max_tokens=1,
+        rounds=2,
+    )
     bench = Lab(task, tmp_path / "net", kinds=("tx2", "nx"))
     made = method(steps=2, batch=8)
     before, state = made.start(task, np.random.default_rng([0, 1])), bench.run(made, rounds=1)
@@ -539,7 +603,9 @@ def test_statistics_of_batch_norm_are_averaged_with_the_weights(tmp_path, method
     assert statistics
     for name in statistics:
         after = state.model.weights[name]
-        assert bool(torch.isfinite(after).all()) and not torch.equal(after, before.model.weights[name])
+        assert bool(torch.isfinite(after).all()) and not torch.equal(
+            after, before.model.weights[name]
+        )
     bench.close()
 
 

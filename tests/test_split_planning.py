@@ -13,7 +13,14 @@ from fedspine.message import pack, unpack
 from fedspine.planning.genetic import Search, any_workers, fitness, founders, seconds_lost, select
 from fedspine.planning.labels import distribution, divergence, merged, reference
 from fedspine.planning.regulate import regulate, rows_that_fit, scaled_up
-from fedspine.planning.split_plan import Candidates, Goal, SplitControl, SplitLimits, plan_split, tuned
+from fedspine.planning.split_plan import (
+    Candidates,
+    Goal,
+    SplitControl,
+    SplitLimits,
+    plan_split,
+    tuned,
+)
 from fedspine.planning.within import PART, SHORTER, early, fitted, levelled
 from fedspine.planning.workers import WorkerState, costs, observed, priorities, took_part
 
@@ -57,7 +64,9 @@ def search_of(workers, limits):
     """What `plan_split` searches in."""
     most = np.minimum(workers.most, min(limits.largest_batch, limits.budget_rows))
     batches = regulate(workers.cost, limits.largest_batch, most)
-    return Search(batches, workers.labels, workers.rounds, limits.budget_rows, limits.fewest, limits.most)
+    return Search(
+        batches, workers.labels, workers.rounds, limits.budget_rows, limits.fewest, limits.most
+    )
 
 
 # paces
@@ -78,7 +87,9 @@ def test_a_workers_state_is_a_message_and_counts_completed_rounds():
     assert observed(again, compute_seconds=0.1).rounds == 2
 
 
-@pytest.mark.parametrize("times", [(-1.0, 2.0), (np.nan, 0.0), (np.inf, 0.0), (0.0, 0.0), (1.0, -0.1)])
+@pytest.mark.parametrize(
+    "times", [(-1.0, 2.0), (np.nan, 0.0), (np.inf, 0.0), (0.0, 0.0), (1.0, -0.1)]
+)
 def test_times_that_cannot_be_are_refused(times):
     with pytest.raises(ValueError, match="finite seconds per row"):
         observed(None, compute_seconds=times[0], transfer_seconds=times[1])
@@ -113,9 +124,13 @@ def test_nobody_keeps_the_fastest_waiting(problem):
     fastest = workers.cost.argmin()
     assert batches[fastest] == limits.largest_batch
     assert batches.min() >= 1
-    in_time = batches * workers.cost <= limits.largest_batch * workers.cost[fastest] * (1 + ROUNDING)
+    in_time = batches * workers.cost <= limits.largest_batch * workers.cost[fastest] * (
+        1 + ROUNDING
+    )
     assert (in_time | (batches == 1)).all()
-    one_more = (batches + 1) * workers.cost > limits.largest_batch * workers.cost[fastest] * (1 - ROUNDING)
+    one_more = (batches + 1) * workers.cost > limits.largest_batch * workers.cost[fastest] * (
+        1 - ROUNDING
+    )
     assert one_more.all()  # and none could take a row more
     capped = regulate(workers.cost, limits.largest_batch, workers.most)
     assert (capped == np.minimum(batches, workers.most)).all()
@@ -127,7 +142,9 @@ def test_equal_workers_get_equal_batches_at_any_pace(cost, largest, workers):
     assert (batches == largest).all()
 
 
-@given(st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=12), st.integers(1, 40), st.integers(0, 400))
+@given(
+    st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=12), st.integers(1, 40), st.integers(0, 400)
+)
 def test_scaling_up_takes_the_longest_iteration_within_both_caps(cost, largest, more):
     cost, pace = np.array(cost), 1e-3
     everything = np.full(len(cost), 10**6)
@@ -137,7 +154,9 @@ def test_scaling_up_takes_the_longest_iteration_within_both_caps(cost, largest, 
     assert (grown >= start).all() and grown.sum() <= budget
     assert grown.max() <= largest
     longest = largest * cost.min()  # the fastest one is at its largest batch
-    ends = [(rows, each) for rows in range(1, largest + 1) for each in cost if rows * each <= longest]
+    ends = [
+        (rows, each) for rows in range(1, largest + 1) for each in cost if rows * each <= longest
+    ]
     trials = [regulate(cost, rows, everything, each) for rows, each in ends]
     assert grown.sum() >= max((trial.sum() for trial in trials if trial.sum() <= budget), default=0)
     paced = grown > 1  # a single row may take longer than all of another worker's
@@ -171,7 +190,9 @@ def test_what_exchanges_cost_is_found_from_loads_that_vary(seed, devices, fixed)
     rng = np.random.default_rng(seed)
     each = rng.uniform(1e-3, 3e-2, devices)
     loads = [rng.integers(1, 40, 5).astype(float) + np.arange(5) for _ in range(devices)]
-    exact, found = fitted(loads, [fixed + load * own for load, own in zip(loads, each, strict=True)], usual=fixed)
+    exact, found = fitted(
+        loads, [fixed + load * own for load, own in zip(loads, each, strict=True)], usual=fixed
+    )
     shortest = min(float((fixed + load * own).min()) for load, own in zip(loads, each, strict=True))
     if fixed <= PART * shortest:
         assert exact == pytest.approx(fixed, rel=1e-6, abs=1e-12)
@@ -197,10 +218,14 @@ def test_levelled_batches_keep_the_limits_and_nearly_the_longest_iteration(probl
     free = batches < most  # one at its own cap is done before
     if free.all():
         reached = (longest * workers.cost)[longest > 1].max(initial=0)
-        assert fixed + (batches * workers.cost).max() >= SHORTER * (fixed + reached) * (1 - ROUNDING)
+        assert fixed + (batches * workers.cost).max() >= SHORTER * (fixed + reached) * (
+            1 - ROUNDING
+        )
     paced = batches > 1  # one row may take longer than the iteration
     ends = (batches * workers.cost)[paced].max(initial=0)
-    assert ((batches + 1) * workers.cost > ends * (1 - ROUNDING))[free].all()  # none has time for one more
+    assert ((batches + 1) * workers.cost > ends * (1 - ROUNDING))[
+        free
+    ].all()  # none has time for one more
 
 
 def test_levelling_trades_a_little_length_for_waiting():
@@ -213,7 +238,11 @@ def test_levelling_trades_a_little_length_for_waiting():
 
 def test_where_one_row_takes_longest_the_others_use_the_time():
     assert levelled(np.array([1.0, 20.0]), 0.0, 8, np.array([8, 8]), 100).tolist() == [8, 1]
-    assert levelled(np.array([1.0, 2.0, 20.0]), 0.0, 8, np.array([8, 8, 8]), 100).tolist() == [8, 8, 1]
+    assert levelled(np.array([1.0, 2.0, 20.0]), 0.0, 8, np.array([8, 8, 8]), 100).tolist() == [
+        8,
+        8,
+        1,
+    ]
 
 
 @given(
@@ -292,7 +321,9 @@ def test_the_search_is_never_worse_than_its_founders_and_keeps_the_limits(proble
 
 
 def test_a_budget_for_few_of_the_chosen_keeps_those_whose_turn_it_is():
-    search = Search(np.full(4, 10), np.eye(4), np.array([3, 0, 9, 1]), budget_rows=20, fewest=2, most=4)
+    search = Search(
+        np.full(4, 10), np.eye(4), np.array([3, 0, 9, 1]), budget_rows=20, fewest=2, most=4
+    )
     for members in founders(replace(search, fewest=4), np.random.default_rng(0), 20):
         assert members.sum() == 2  # only two of ten rows fit into twenty
     everyone = replace(search, budget_rows=40, fewest=4)
@@ -301,7 +332,9 @@ def test_a_budget_for_few_of_the_chosen_keeps_those_whose_turn_it_is():
 
 def test_rarely_used_workers_found_more_individuals():
     rounds = np.array([0] * 10 + [9] * 10)  # ten times the weight of each worker in the first half
-    search = Search(np.ones(20, int), np.full((20, 1), 1.0), rounds, budget_rows=20, fewest=1, most=4)
+    search = Search(
+        np.ones(20, int), np.full((20, 1), 1.0), rounds, budget_rows=20, fewest=1, most=4
+    )
     members = founders(search, np.random.default_rng(0), 2000)
     rare, usual = members[:, :10].mean(), members[:, 10:].mean()
     assert rare > 4 * usual
@@ -351,7 +384,9 @@ def test_slow_links_are_left_out_where_labels_do_not_need_them():
     """Half of the fleet takes ten times as long for the weights, and every worker has the same labels."""
     slow = np.arange(40) % 2
     seconds = np.stack([1.0 + 9.0 * slow, np.ones(40)])
-    search = Search(np.ones(40, int), np.ones((40, 1)), np.zeros(40, int), 40, 5, 20, seconds=seconds)
+    search = Search(
+        np.ones(40, int), np.ones((40, 1)), np.zeros(40, int), 40, 5, 20, seconds=seconds
+    )
     for seed in range(5):
         chosen = select(search, np.random.default_rng(seed), generations=80)
         assert not slow[chosen].any()
@@ -402,7 +437,9 @@ def test_equal_devices_with_equal_labels_get_equal_batches(workers, largest, see
         most=np.full(workers, 1000),
         rounds=np.zeros(workers, int),
     )
-    limits = SplitLimits(largest_batch=largest, fewest=workers, most=workers, budget_bytes=float(workers * largest))
+    limits = SplitLimits(
+        largest_batch=largest, fewest=workers, most=workers, budget_bytes=float(workers * largest)
+    )
     plan = plan_split(alike, limits, np.random.default_rng(seed))
     assert plan.chosen.tolist() == list(range(workers))
     assert plan.batches.tolist() == [largest] * workers
@@ -425,7 +462,9 @@ def test_tuning_brings_the_labels_within_the_limit_at_the_price_of_waiting():
 def test_tuning_takes_rows_away_where_more_of_others_would_make_all_wait():
     """Two devices hold one class, a third the other one: fewer rows of the two make one wait, more of the third both."""
     labels = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    goal = Goal(np.ones(3), labels, np.array([0.5, 0.5]), np.full(3, 64), SplitLimits(divergence=0.01))
+    goal = Goal(
+        np.ones(3), labels, np.array([0.5, 0.5]), np.full(3, 64), SplitLimits(divergence=0.01)
+    )
     start = np.array([8, 8, 8])
     batches = tuned(goal, start)
     assert goal.divergence(start) > 0.05 and goal.divergence(batches) <= 0.01
@@ -438,7 +477,9 @@ def test_regulated_batches_cut_the_waiting_of_equal_ones():
     regulated = plan_split(workers, limits, np.random.default_rng(0))
     equal = plan_split(workers, limits, np.random.default_rng(0), SplitControl(regulate=False))
     assert len(set(equal.batches.tolist())) == 1
-    assert equal.waiting > 0.4  # costs are spread evenly from 1 to 30: the mean waits half of the slowest one's time
+    assert (
+        equal.waiting > 0.4
+    )  # costs are spread evenly from 1 to 30: the mean waits half of the slowest one's time
     assert regulated.waiting < 0.1
 
 
@@ -448,7 +489,10 @@ def test_regulated_batches_cut_the_waiting_of_equal_ones():
         ({"largest_batch": 0}, "largest batch is 0"),
         ({"fewest": 0}, "between 0 and 20"),
         ({"fewest": 9, "most": 8}, "between 9 and 8"),
-        ({"feature_bytes": 1000.0, "budget_bytes": 999.0}, "999 bytes an iteration, but one row's features take 1000"),
+        (
+            {"feature_bytes": 1000.0, "budget_bytes": 999.0},
+            "999 bytes an iteration, but one row's features take 1000",
+        ),
         ({"feature_bytes": 0.0}, "raise the budget"),
         ({"divergence": -0.1}, "cannot be negative"),
         ({"divergence": float("nan")}, "cannot be negative"),

@@ -12,7 +12,13 @@ from fedspine.store import Saved, Store, write_atomically
 
 
 def saved(round, **memories):
-    return Saved(round=round, state={"weights": np.arange(round)}, fleet=None, memories=memories, records=17 * round)
+    return Saved(
+        round=round,
+        state={"weights": np.arange(round)},
+        fleet=None,
+        memories=memories,
+        records=17 * round,
+    )
 
 
 @pytest.fixture
@@ -30,8 +36,13 @@ def store(tmp_path):
 def test_what_is_saved_comes_back_and_nothing_else_stays(store, tmp_path) -> None:
     found = store.load()
     assert (found.round, found.records, found.state["weights"].tolist()) == (2, 34, [0, 1])
-    assert {id: store.get_memory(name) for id, name in found.memories.items()} == {"a": b"two", "b": b"one"}
-    assert len(os.listdir(tmp_path / "state")) == 2 + 1 + 2  # memories, one state, its name and the lock
+    assert {id: store.get_memory(name) for id, name in found.memories.items()} == {
+        "a": b"two",
+        "b": b"one",
+    }
+    assert (
+        len(os.listdir(tmp_path / "state")) == 2 + 1 + 2
+    )  # memories, one state, its name and the lock
 
 
 def test_leftovers_are_swept(store, tmp_path) -> None:

@@ -24,15 +24,45 @@ from fedspine.lm.structure import (
     sparsity,
 )
 
-TINY = Anatomy(architecture="bert", prefix="bert", layers=2, heads=4, channels=64, width=32, query_heads=4, head_dim=8)
+TINY = Anatomy(
+    architecture="bert",
+    prefix="bert",
+    layers=2,
+    heads=4,
+    channels=64,
+    width=32,
+    query_heads=4,
+    head_dim=8,
+)
 MINILM = Anatomy(
-    architecture="bert", prefix="bert", layers=6, heads=12, channels=1536, width=384, query_heads=12, head_dim=32
+    architecture="bert",
+    prefix="bert",
+    layers=6,
+    heads=12,
+    channels=1536,
+    width=384,
+    query_heads=12,
+    head_dim=32,
 )
 ROBERTA = Anatomy(
-    architecture="roberta", prefix="roberta", layers=12, heads=12, channels=3072, width=768, query_heads=12, head_dim=64
+    architecture="roberta",
+    prefix="roberta",
+    layers=12,
+    heads=12,
+    channels=3072,
+    width=768,
+    query_heads=12,
+    head_dim=64,
 )
 DECODER = Anatomy(
-    architecture="llama", prefix="model", layers=20, heads=8, channels=256, width=128, query_heads=16, head_dim=8
+    architecture="llama",
+    prefix="model",
+    layers=20,
+    heads=8,
+    channels=256,
+    width=128,
+    query_heads=16,
+    head_dim=8,
 )
 targets = st.floats(0.05, 0.7)
 
@@ -56,7 +86,9 @@ def path_to(anatomy, target, seed):
     structures = [full(anatomy)]
     for reached in [*np.sort(rng.random(4)) * target, target]:
         scores = random_scores(anatomy, rng.integers(2**32))
-        structures.append(shrink(anatomy, structures[-1], scores, reached=float(reached), target=target))
+        structures.append(
+            shrink(anatomy, structures[-1], scores, reached=float(reached), target=target)
+        )
     return structures
 
 
@@ -71,7 +103,9 @@ def test_any_path_ends_at_the_target_and_nothing_grows_back(anatomy, target, see
 
 
 @pytest.mark.parametrize("target", [0.3, 0.5])
-@pytest.mark.parametrize("anatomy", [MINILM, ROBERTA, DECODER], ids=["minilm", "roberta", "decoder"])
+@pytest.mark.parametrize(
+    "anatomy", [MINILM, ROBERTA, DECODER], ids=["minilm", "roberta", "decoder"]
+)
 def test_models_end_within_a_quarter_percent(anatomy, target):
     end = shrink(anatomy, full(anatomy), random_scores(anatomy, 0), reached=target, target=target)
     assert abs(sparsity(anatomy, end) - target) <= 0.0025
@@ -134,7 +168,8 @@ def adapter_of(anatomy, rank=3):
     rng = np.random.default_rng(0)
     adapter = fresh(anatomy.sites, rank, rng)
     return {
-        name: torch.from_numpy(rng.standard_normal(tuple(t.shape)).astype(np.float32)) for name, t in adapter.items()
+        name: torch.from_numpy(rng.standard_normal(tuple(t.shape)).astype(np.float32))
+        for name, t in adapter.items()
     }
 
 
@@ -144,7 +179,9 @@ def test_cutting_twice_is_cutting_once(anatomy, seed):
     _, *middle, end = path_to(anatomy, 0.6, seed)
     adapter, within = adapter_of(anatomy), middle[seed % len(middle)]
     once = cut_adapter(adapter, anatomy.sites, end)
-    twice = cut_adapter(cut_adapter(adapter, anatomy.sites, within), anatomy.sites, end, within=within)
+    twice = cut_adapter(
+        cut_adapter(adapter, anatomy.sites, within), anatomy.sites, end, within=within
+    )
     assert list(once) == list(twice)
     assert all(torch.equal(once[name], twice[name]) for name in once)
     assert sum(t.numel() for t in once.values()) < sum(t.numel() for t in adapter.values())
@@ -162,4 +199,6 @@ def test_an_adapter_is_cut_where_its_weight_is():
         dense = dense if columns is None else dense[:, columns]
         torch.testing.assert_close(cut[b_name(site.path)] @ cut[a_name(site.path)], dense)
     gone = "bert.encoder.layer.1.attention.self.query"
-    assert torch.equal(cut[b_name(gone)], torch.cat([adapter[b_name(gone)][:16], adapter[b_name(gone)][24:]]))
+    assert torch.equal(
+        cut[b_name(gone)], torch.cat([adapter[b_name(gone)][:16], adapter[b_name(gone)][24:]])
+    )

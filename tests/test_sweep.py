@@ -76,18 +76,29 @@ def planned(text):
 def test_every_method_meets_every_setting_and_seed(place):
     cells = planned(GOOD + '[grid]\n"fleet.alpha" = [1.0, 0.1]\n')
     assert [(cell.label, cell.settings["fleet.alpha"], cell.seed) for cell in cells] == [
-        (label, alpha, seed) for seed in (0, 1) for alpha in (1.0, 0.1) for label in ("fedspine", "lora")
+        (label, alpha, seed)
+        for seed in (0, 1)
+        for alpha in (1.0, 0.1)
+        for label in ("fedspine", "lora")
     ]  # so that a sweep that is cut short has all methods of its first seeds
     cell = cells[3]
     assert cell.name == "lora--alpha=0.1--seed=0"
     assert cell.settings == {"fleet.alpha": 0.1}
-    assert (cell.recipe.method.name, cell.recipe.method.rank, cell.recipe.method.steps) == ("fedlora", 2, 2)
+    assert (cell.recipe.method.name, cell.recipe.method.rank, cell.recipe.method.steps) == (
+        "fedlora",
+        2,
+        2,
+    )
     assert (cell.recipe.fleet.alpha, cell.recipe.run.seed, cell.recipe.run.rounds) == (0.1, 0, 2)
-    assert cell.recipe.task.data == str(place / "rows.csv")  # as in a recipe: seen from where the command runs
+    assert cell.recipe.task.data == str(
+        place / "rows.csv"
+    )  # as in a recipe: seen from where the command runs
 
 
 def test_dotted_keys_need_no_quotes(place):
-    assert planned(GOOD + "[grid]\nfleet.alpha = [1.0, 0.1]") == planned(GOOD + '[grid]\n"fleet.alpha" = [1.0, 0.1]')
+    assert planned(GOOD + "[grid]\nfleet.alpha = [1.0, 0.1]") == planned(
+        GOOD + '[grid]\n"fleet.alpha" = [1.0, 0.1]'
+    )
 
 
 def test_a_recipe_with_seeds_is_a_sweep(place):
@@ -99,8 +110,13 @@ def test_a_recipe_with_seeds_is_a_sweep(place):
 
 
 def test_a_name_may_be_shared_or_be_the_label(place):
-    cells = planned('[method]\nname = "fedlora"\nscale = 1.0\n[methods.a]\n[methods.fedspine]\nname = "fedspine"\n')
-    assert [(cell.label, cell.recipe.method.name) for cell in cells] == [("a", "fedlora"), ("fedspine", "fedspine")]
+    cells = planned(
+        '[method]\nname = "fedlora"\nscale = 1.0\n[methods.a]\n[methods.fedspine]\nname = "fedspine"\n'
+    )
+    assert [(cell.label, cell.recipe.method.name) for cell in cells] == [
+        ("a", "fedlora"),
+        ("fedspine", "fedspine"),
+    ]
     assert {cell.recipe.method.scale for cell in cells} == {1.0}
     (cell,) = planned("[methods.fedlora]")
     assert (cell.label, cell.recipe.method.name) == ("fedlora", "fedlora")
@@ -110,7 +126,9 @@ def test_named_data_may_set_several_keys(place):
     write_csv(place / "pairs.csv")
     data = '[data.one]\n[data.two]\ntask.data = "pairs.csv"\ntask.max_tokens = 16\nrun.rounds = 5\nmethod.batch = 4\n'
     cells = planned(GOOD + data)
-    assert [cell.settings for cell in cells[:4]] == [{"data": name} for name in ("one", "one", "two", "two")]
+    assert [cell.settings for cell in cells[:4]] == [
+        {"data": name} for name in ("one", "one", "two", "two")
+    ]
     assert cells[0].recipe.task.data == str(place / "rows.csv")
     two = cells[3].recipe
     assert (two.task.data, two.task.max_tokens, two.run.rounds) == (str(place / "pairs.csv"), 16, 5)
@@ -119,10 +137,18 @@ def test_named_data_may_set_several_keys(place):
 
 
 def test_a_grid_under_a_method_is_its_own(place):
-    cells = planned(GOOD.replace("rank = 2", "") + "[methods.lora.grid]\nrank = [2, 4]\nscale = [1.0]\n")
-    assert [cell.label for cell in cells[:3]] == ["fedspine", "lora rank=2 scale=1.0", "lora rank=4 scale=1.0"]
+    cells = planned(
+        GOOD.replace("rank = 2", "") + "[methods.lora.grid]\nrank = [2, 4]\nscale = [1.0]\n"
+    )
+    assert [cell.label for cell in cells[:3]] == [
+        "fedspine",
+        "lora rank=2 scale=1.0",
+        "lora rank=4 scale=1.0",
+    ]
     assert [cell.recipe.method.rank for cell in cells[1:3]] == [2, 4]
-    assert {json.dumps(cell.settings) for cell in cells} == {"{}"}  # what all methods share, and nothing else
+    assert {json.dumps(cell.settings) for cell in cells} == {
+        "{}"
+    }  # what all methods share, and nothing else
 
 
 def test_a_method_may_be_offered_more_devices(place):
@@ -140,20 +166,53 @@ def test_folders_names_stay_apart():
 
 BAD = {  # what is added to the good file, or another file, and what the line must say
     "part": ("[gird]\n", ["part of a sweep 'gird'", "did you mean 'grid'"]),
-    "key": ("[grid]\nfleet.alhpa = [1.0]\n", ["key in [grid] 'fleet.alhpa'", "did you mean 'fleet.alpha'"]),
-    "section": ("[grid]\nfleeet.alpha = [1.0]\n", ["section in [grid] 'fleeet'", "did you mean 'fleet'"]),
+    "key": (
+        "[grid]\nfleet.alhpa = [1.0]\n",
+        ["key in [grid] 'fleet.alhpa'", "did you mean 'fleet.alpha'"],
+    ),
+    "section": (
+        "[grid]\nfleeet.alpha = [1.0]\n",
+        ["section in [grid] 'fleeet'", "did you mean 'fleet'"],
+    ),
     "no section": ("[grid]\nalpha = [1.0]\n", ["[grid] names 'alpha'", '"fleet.alpha"']),
-    "field": ("[grid]\nmethod.learning_rat = [1.0]\n", ["'learning_rat'", "did you mean 'learning_rate'"]),
-    "field of one": ("[grid]\nmethod.sparsity = [0.5]\n", ["lora has no such field", "[methods.LABEL.grid]"]),
+    "field": (
+        "[grid]\nmethod.learning_rat = [1.0]\n",
+        ["'learning_rat'", "did you mean 'learning_rate'"],
+    ),
+    "field of one": (
+        "[grid]\nmethod.sparsity = [0.5]\n",
+        ["lora has no such field", "[methods.LABEL.grid]"],
+    ),
     "own field": ("sparsty = 0.5\n", ["lora, seed=0", "key of [method] for fedlora 'sparsty'"]),
-    "own grid": ("[methods.lora.grid]\nranks = [1]\n", ["[methods.lora.grid] 'ranks'", "did you mean 'rank'"]),
-    "own grid again": ("[methods.lora.grid]\nrank = [1]\n", ["rank is set in [methods.lora] and", "keep one"]),
-    "method": ('[methods.x]\nname = "fedlra"\n', ["methods.x: unknown method 'fedlra'", "did you mean 'fedlora'"]),
-    "label alone": ("[methods.fedspin]\n", ["methods.fedspin: unknown method", "did you mean 'fedspine'"]),
+    "own grid": (
+        "[methods.lora.grid]\nranks = [1]\n",
+        ["[methods.lora.grid] 'ranks'", "did you mean 'rank'"],
+    ),
+    "own grid again": (
+        "[methods.lora.grid]\nrank = [1]\n",
+        ["rank is set in [methods.lora] and", "keep one"],
+    ),
+    "method": (
+        '[methods.x]\nname = "fedlra"\n',
+        ["methods.x: unknown method 'fedlra'", "did you mean 'fedlora'"],
+    ),
+    "label alone": (
+        "[methods.fedspin]\n",
+        ["methods.fedspin: unknown method", "did you mean 'fedspine'"],
+    ),
     "name": ("[methods.x]\nname = 3\n", ["methods.x: name is 3"]),
-    "data": ('[data.x]\ntask.dat = "y"\n', ["key in [data.x] 'task.dat'", "did you mean 'task.data'"]),
-    "data twice": ('[data.x]\ntask.data = "rows.csv"\n[grid]\ntask.data = ["rows.csv"]\n', ["keep one of the two"]),
-    "field twice": ("steps = 3\n[grid]\nmethod.steps = [1]\n", ["steps is set in [methods.lora] and in [grid]"]),
+    "data": (
+        '[data.x]\ntask.dat = "y"\n',
+        ["key in [data.x] 'task.dat'", "did you mean 'task.data'"],
+    ),
+    "data twice": (
+        '[data.x]\ntask.data = "rows.csv"\n[grid]\ntask.data = ["rows.csv"]\n',
+        ["keep one of the two"],
+    ),
+    "field twice": (
+        "steps = 3\n[grid]\nmethod.steps = [1]\n",
+        ["steps is set in [methods.lora] and in [grid]"],
+    ),
     "own and grid": (
         "fleet.per_round = 3\n[grid]\nfleet.per_round = [2]\n",
         ["fleet.per_round is set in [methods.lora]"],
@@ -162,15 +221,33 @@ BAD = {  # what is added to the good file, or another file, and what the line mu
         "fleet.alpha = 3.0\n",
         ["key beside the fields of [methods.lora]", "fleet.alpha", "fleet.per_round"],
     ),
-    "no file": ('[data.x]\ntask.data = "../no/rows"\n', ["x, seed=0", "task.data is '../no/rows'", "check the path"]),
-    "no table": ('[data.x]\ntask.data = "rwos.csv"\n', ["task.data is 'rwos.csv'", "nothing is there"]),
-    "value": ("[grid]\nfleet.alpha = [-1.0]\n", ["alpha=-1.0", "fleet.alpha is -1.0", "greater than 0"]),
+    "no file": (
+        '[data.x]\ntask.data = "../no/rows"\n',
+        ["x, seed=0", "task.data is '../no/rows'", "check the path"],
+    ),
+    "no table": (
+        '[data.x]\ntask.data = "rwos.csv"\n',
+        ["task.data is 'rwos.csv'", "nothing is there"],
+    ),
+    "value": (
+        "[grid]\nfleet.alpha = [-1.0]\n",
+        ["alpha=-1.0", "fleet.alpha is -1.0", "greater than 0"],
+    ),
     "no list": ("[grid]\nfleet.alpha = 1.0\n", ["fleet.alpha in [grid] is 1.0", "such as [1.0]"]),
-    "empty": ("[grid]\nfleet.alpha = []\n", ["fleet.alpha in [grid] is an empty list", "at least one"]),
+    "empty": (
+        "[grid]\nfleet.alpha = []\n",
+        ["fleet.alpha in [grid] is an empty list", "at least one"],
+    ),
     "twice": ("[grid]\nfleet.alpha = [1.0, 0.1, 1.0]\n", ["holds 1.0 twice"]),
-    "seed in the grid": ("[grid]\nrun.seed = [1]\n", ["[grid] cannot set run.seed", "seeds = [0, 1, 2]"]),
+    "seed in the grid": (
+        "[grid]\nrun.seed = [1]\n",
+        ["[grid] cannot set run.seed", "seeds = [0, 1, 2]"],
+    ),
     "workers": ("[grid]\nrun.workers = [1]\n", ["cannot set run.workers", "--jobs"]),
-    "names in the grid": ('[grid]\nmethod.name = ["fedlora"]\n', ["method.name", "[methods.LABEL]"]),
+    "names in the grid": (
+        '[grid]\nmethod.name = ["fedlora"]\n',
+        ["method.name", "[methods.LABEL]"],
+    ),
     "no table of data": ("[data]\nx = 3\n", ["[data.x] must be a table"]),
     "broken": ("[grid\n", ["cannot be read"]),
 }
@@ -180,7 +257,10 @@ OTHER = {
     "negative seed": ("seeds = [-1]", ["seeds holds -1"]),
     "seed twice": ("seeds = [1]\n[run]\nseed = 1", ["both seeds and run.seed"]),
     "no methods": ("[methods]", ["[methods] is empty"]),
-    "same again": ("[methods.fedlora.grid]\nscale = [1, 2]\n[methods.'fedlora scale=1']\nname = 'fedlora'", ["same"]),
+    "same again": (
+        "[methods.fedlora.grid]\nscale = [1, 2]\n[methods.'fedlora scale=1']\nname = 'fedlora'",
+        ["same"],
+    ),
     "methods no table": ("methods = 3", ["[methods] must be a table"]),
 }
 
@@ -210,7 +290,9 @@ def test_bad_places(place, command, words):
     assert os.listdir("full") == ["mine.txt"]
 
 
-SWEEPS = [file for file in sorted(EXPERIMENTS.glob("*.toml")) if "seeds = " in file.read_text()]  # others are recipes
+SWEEPS = [
+    file for file in sorted(EXPERIMENTS.glob("*.toml")) if "seeds = " in file.read_text()
+]  # others are recipes
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.name)
@@ -232,7 +314,10 @@ def test_time_left():
     assert seconds_left([], finished, 1) == 0
     assert seconds_left([Ahead("a", 0, 4)], {}, 1) is None
     # nothing is finished: 2 of 8 rounds took 30 s, so all take 120 s, of which 90 s are left, and 120 s of the other
-    assert seconds_left([Ahead("a", 3, 8, began=1, seconds=30.0), Ahead("b", 0, 4)], {}, 1) == 120 * 5 / 8 + 120
+    assert (
+        seconds_left([Ahead("a", 3, 8, began=1, seconds=30.0), Ahead("b", 0, 4)], {}, 1)
+        == 120 * 5 / 8 + 120
+    )
     # the median of its own label, three quarters of it left; the other of its own
     assert seconds_left([Ahead("a", 1, 4), Ahead("b", 0, 4)], finished, 1) == 75 + 10
     # never less than the longest of what runs side by side
@@ -305,7 +390,12 @@ def start(*arguments):
     hearing = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return subprocess.Popen(
-            whole, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+            whole,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            start_new_session=True,
         )
     finally:
         signal.signal(signal.SIGINT, hearing)
@@ -367,14 +457,18 @@ def test_a_sweep_from_its_start_to_its_end(place, command, tmp_path):
     write_csv(place / "few.csv")
     code, out, _ = command("sweep", "sweep.toml", "--json", "--retry")
     assert (code, json.loads(out)["done"]) == (0, 2)
-    assert {path: stamp for path, stamp in stamps(folder / "cells").items() if good.name in str(path)} == {
-        path: stamp for path, stamp in before.items() if good.name in str(path)
-    }
+    assert {
+        path: stamp for path, stamp in stamps(folder / "cells").items() if good.name in str(path)
+    } == {path: stamp for path, stamp in before.items() if good.name in str(path)}
     assert not list((folder / "failed").iterdir())
-    assert [standing.status for standing in look(Path("sweep.toml"), None).standings] == ["done"] * len(cells)
+    assert [standing.status for standing in look(Path("sweep.toml"), None).standings] == [
+        "done"
+    ] * len(cells)
 
     # another version of the file is refused where the same cell means another run, and told of where it lacks one
-    Path("sweep.toml").write_text(Path("sweep.toml").read_text().replace("rounds = 2", "rounds = 3"))
+    Path("sweep.toml").write_text(
+        Path("sweep.toml").read_text().replace("rounds = 2", "rounds = 3")
+    )
     code, out, (line,) = command("sweep", "sweep.toml", "--json")
     assert (code, out) == (2, "")
     assert "run.rounds is 2 there, 3 here" in line and "--out" in line
@@ -404,10 +498,14 @@ def test_killed_at_any_moment_it_goes_on(place, tmp_path):
     cells, folder = plan(Path("sweep.toml")), place / "out"
     kills, seen = 0, set()
     for number, (moment, pattern) in enumerate(MOMENTS.items()):
-        sweep = start("sweep.toml", "--out", "out", "--json", *(["--jobs", "2"] if number % 2 else []))
+        sweep = start(
+            "sweep.toml", "--out", "out", "--json", *(["--jobs", "2"] if number % 2 else [])
+        )
         if not wait_for(lambda pattern=pattern: list(folder.glob(pattern)), sweep):
             raise AssertionError(f"{moment} never came: {sweep.communicate()}")
-        children = psutil.Process(sweep.pid).children(recursive=True) if sweep.poll() is None else []
+        children = (
+            psutil.Process(sweep.pid).children(recursive=True) if sweep.poll() is None else []
+        )
         sweep.kill()
         sweep.communicate()
         kills += sweep.returncode == -signal.SIGKILL
@@ -438,7 +536,9 @@ def test_interrupted_and_two_at_once(place, command):
     Path("sweep.toml").write_text(GOOD.replace("rounds = 2", "rounds = 5000"))
     sweep = start("sweep.toml", "--jobs", "2")
     folder = Path("sweeps/sweep")
-    assert wait_for(lambda: len(list(folder.glob("cells/*/state/current.json"))) == 2, sweep), sweep.communicate()
+    assert wait_for(lambda: len(list(folder.glob("cells/*/state/current.json"))) == 2, sweep), (
+        sweep.communicate()
+    )
 
     code, out, (line,) = command("sweep", "sweep.toml", "--json")  # a second one, meanwhile
     assert (code, out) == (2, "")
@@ -446,14 +546,19 @@ def test_interrupted_and_two_at_once(place, command):
     code, out, _ = command("sweep", "sweep.toml", "--list", "--json")
     found = json.loads(out)
     assert (code, found["running"], found["open"]) == (0, 2, 2)
-    assert all(0 < cell["rounds_done"] < 5000 for cell in found["cells"] if cell["status"] == "running")
+    assert all(
+        0 < cell["rounds_done"] < 5000 for cell in found["cells"] if cell["status"] == "running"
+    )
 
     children = psutil.Process(sweep.pid).children(recursive=True)
     os.killpg(sweep.pid, signal.SIGINT)
     out, err = sweep.communicate()
     assert (sweep.returncode, out) == (130, "")
     *_, line = err.splitlines()
-    assert line == "fedspine: interrupted; 0 of 4 cells done; go on with: fedspine sweep sweep.toml --jobs 2"
+    assert (
+        line
+        == "fedspine: interrupted; 0 of 4 cells done; go on with: fedspine sweep sweep.toml --jobs 2"
+    )
     assert left_alive(children) == []
     statuses = [standing.status for standing in look(Path("sweep.toml"), None).standings]
     assert sorted(statuses) == ["half-done", "half-done", "open", "open"]
@@ -462,7 +567,9 @@ def test_interrupted_and_two_at_once(place, command):
 @pytest.mark.slow
 def test_a_run_that_somebody_else_works_on_is_waited_for(place, command):
     """As where a killed sweep's run outlives it, on systems that cannot end it."""
-    Path("sweep.toml").write_text(GOOD.replace("[0, 1]", "[0]").replace("[methods.fedspine]\nranks = [2, 4]\n", ""))
+    Path("sweep.toml").write_text(
+        GOOD.replace("[0, 1]", "[0]").replace("[methods.fedspine]\nranks = [2, 4]\n", "")
+    )
     (cell,) = plan(Path("sweep.toml"))
     sweep = SweepFolder(Path("sweeps/sweep"))
     sweep.open(Path("sweep.toml"))

@@ -48,7 +48,9 @@ class Trained:
 @on_device
 def train_once(device: Device, job: Exercise) -> Trained:
     trace = tune(device, job.model, job.tuning, scoring=job.scoring)
-    return Trained(adapter=trace.model.adapter, head=trace.model.head, loss=trace.loss, scores=trace.scores)
+    return Trained(
+        adapter=trace.model.adapter, head=trace.model.head, loss=trace.loss, scores=trace.scores
+    )
 
 
 @on_device
@@ -71,8 +73,16 @@ def models(base, ranks, targets):
         if target:
             scores = tuple(torch.rand(kept.shape) for kept in (structure.heads, structure.channels))
             structure = shrink(anatomy, structure, scores, reached=target, target=target)
-        adapter = {name: t + 0.01 if name.endswith("B") else t for name, t in fresh(anatomy.sites, rank, rng).items()}
-        yield Model(structure=structure, adapter=cut_adapter(adapter, anatomy.sites, structure), head=head, scale=2.0)
+        adapter = {
+            name: t + 0.01 if name.endswith("B") else t
+            for name, t in fresh(anatomy.sites, rank, rng).items()
+        }
+        yield Model(
+            structure=structure,
+            adapter=cut_adapter(adapter, anatomy.sites, structure),
+            head=head,
+            scale=2.0,
+        )
 
 
 def calls(task, models, work=train_once, tuning=TUNING, scoring=None):
@@ -80,7 +90,9 @@ def calls(task, models, work=train_once, tuning=TUNING, scoring=None):
     shares = np.array_split(np.random.default_rng(3).permutation(len(task.train)), 5)
     for i, model in enumerate(models):
         order = pack(Exercise(model=model, tuning=tuning, scoring=scoring)).payload
-        call = Call(device=f"d{i}", index=i, work=name_of(work), order=order, memory=None, seed=(1, i))
+        call = Call(
+            device=f"d{i}", index=i, work=name_of(work), order=order, memory=None, seed=(1, i)
+        )
         yield call, task.train.take(shares[i])
 
 
@@ -122,14 +134,21 @@ def costs(served):
 def sizes(monkeypatch):
     """How many models were trained in each pass."""
     seen = []
-    monkeypatch.setattr(module, "train", lambda requests: (seen.append(len(requests)), train(requests))[1])
+    monkeypatch.setattr(
+        module, "train", lambda requests: (seen.append(len(requests)), train(requests))[1]
+    )
     return seen
 
 
 @pytest.mark.parametrize("kind", ["classification", "causal-lm"])
 @pytest.mark.parametrize(
     ("ranks", "targets"),
-    [((4, 4, 4), (0, 0, 0)), ((2, 4, 3), (0, 0, 0)), ((4, 4, 4), (0.5, 0, 0.3)), ((2, 4, 1), (0.5, 0.5, 0.0))],
+    [
+        ((4, 4, 4), (0, 0, 0)),
+        ((2, 4, 3), (0, 0, 0)),
+        ((4, 4, 4), (0.5, 0, 0.3)),
+        ((2, 4, 1), (0.5, 0.5, 0.0)),
+    ],
     ids=["equal", "ranks", "structures", "both"],
 )
 def test_together_is_one_after_another(task, decoder, sizes, kind, ranks, targets):
@@ -155,9 +174,13 @@ def test_gradients_together_are_those_alone(task, decoder, kind):
         loss = losses_of(single.fit(), inputs, 1)
         loss.sum().backward()
         assert losses[i].item() == pytest.approx(loss.item(), rel=1e-5)
-        apart = size = 0.0  # over all tensors: some have a gradient of zero, of which only rounding is left
+        apart = size = (
+            0.0  # over all tensors: some have a gradient of zero, of which only rounding is left
+        )
         for name, leaf in (single.adapter | single.head).items():
-            own = (stacked.adapter | stacked.head)[name].grad[i][tuple(slice(size) for size in leaf.shape)]
+            own = (stacked.adapter | stacked.head)[name].grad[i][
+                tuple(slice(size) for size in leaf.shape)
+            ]
             apart += (own - leaf.grad).square().sum().item()
             size += leaf.grad.square().sum().item()
         assert apart**0.5 < 1e-5 * size**0.5
@@ -177,7 +200,9 @@ def test_importance_is_followed_together(task, of):
 def test_work_may_train_more_than_once_and_in_groups(task, sizes):
     slow = replace(TUNING, learning_rate=1e-3, head_learning_rate=1e-3)
     slower = replace(slow, learning_rate=5e-4)
-    some = list(calls(task, list(models(task.base, (4,) * 4, (0,) * 4)), work=train_twice, tuning=slower))
+    some = list(
+        calls(task, list(models(task.base, (4,) * 4, (0,) * 4)), work=train_twice, tuning=slower)
+    )
     others = list(calls(task, list(models(task.base, (4,) * 4, (0,) * 4)), tuning=slow))
     for each in both_ways(task, [some[0], others[1], some[2], others[3]]):
         assert_alike(*each)
@@ -196,7 +221,10 @@ def test_one_that_diverges_leaves_the_others_alone(task):
 
 
 def test_a_failure_is_the_failure_of_all(task):
-    jobs = [*calls(task, models(task.base, (4,), (0,))), *calls(task, models(task.base, (4,), (0,)), work=fail)]
+    jobs = [
+        *calls(task, models(task.base, (4,), (0,))),
+        *calls(task, models(task.base, (4,), (0,)), work=fail),
+    ]
     before = threading.active_count()
     with pytest.raises(ArithmeticError, match="d0 cannot"):
         serve_together([call for call, _ in jobs], task.base, [data for _, data in jobs])
@@ -243,7 +271,8 @@ def test_structures_need_not_nest(task):
     rng = np.random.default_rng(0)
     adapter, head = fresh(anatomy.sites, 3, rng), task.base.initial_head(rng)
     pair = [
-        Model(structure=s, adapter=cut_adapter(adapter, anatomy.sites, s), head=head, scale=2.0) for s in (left, right)
+        Model(structure=s, adapter=cut_adapter(adapter, anatomy.sites, s), head=head, scale=2.0)
+        for s in (left, right)
     ]
     for each in both_ways(task, calls(task, pair)):
         assert_alike(*each)
@@ -255,7 +284,10 @@ def test_scores_together_are_those_alone(task, decoder, kind):
     structure = next(models(task.base, (2,), (0.5,))).structure
     wide = list(models(task.base, (2, 4, 3), (0, 0, 0)))
     sites = task.base.anatomy.sites
-    trio = [replace(m, structure=structure, adapter=cut_adapter(m.adapter, sites, structure)) for m in wide]
+    trio = [
+        replace(m, structure=structure, adapter=cut_adapter(m.adapter, sites, structure))
+        for m in wide
+    ]
     trio[1] = replace(trio[1], head={name: tensor + 0.1 for name, tensor in trio[1].head.items()})
     for model, found in zip(trio, score_together(task.base, trio, task.test), strict=True):
         alone = score(task.base, model, task.test)
@@ -269,7 +301,10 @@ def test_marks_are_the_same_for_models_scored_together(task, tmp_path, monkeypat
     monkeypatch.setattr(
         Workshop,
         "do",
-        lambda self, job: (isinstance(job, ScoreJob) and asked.append(len(job.models)), do(self, job))[1],
+        lambda self, job: (
+            isinstance(job, ScoreJob) and asked.append(len(job.models)),
+            do(self, job),
+        )[1],
     )
     found = []
     for together in (1, 3):

@@ -30,14 +30,18 @@ def tokenizer(tiny_folder):
 def made(monkeypatch):
     """Counts how often texts are tokenised."""
     counted = []
-    monkeypatch.setattr(module, "encode", lambda *arguments: (counted.append(1), encode(*arguments))[1])
+    monkeypatch.setattr(
+        module, "encode", lambda *arguments: (counted.append(1), encode(*arguments))[1]
+    )
     return counted
 
 
 def assert_same(first, second):
     for field in dataclasses.fields(Examples):
         mine, theirs = getattr(first, field.name), getattr(second, field.name)
-        assert np.array_equal(mine, theirs) if isinstance(mine, np.ndarray) else mine == theirs, field.name
+        assert np.array_equal(mine, theirs) if isinstance(mine, np.ndarray) else mine == theirs, (
+            field.name
+        )
 
 
 def pairs(rows):
@@ -82,7 +86,9 @@ def test_whatever_changes_tokens_is_stored_for_itself(cache, tokenizer, tiny_fol
 
 def test_a_damaged_or_half_gone_folder_is_made_anew(cache, tokenizer):
     rows = toy_rows(20, 0)
-    expected = encode(tokenizer, rows, "classification", 6)  # a mapped one would be damaged with its file
+    expected = encode(
+        tokenizer, rows, "classification", 6
+    )  # a mapped one would be damaged with its file
     tokens(tokenizer, rows, "classification", 6)
     (folder,) = cache.iterdir()
     for damage in (
@@ -102,7 +108,9 @@ def test_a_damaged_or_half_gone_folder_is_made_anew(cache, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "change", [{"pad_token": "[UNK]"}, {"truncation_side": "left"}, {"model_input_names": ["input_ids"]}], ids=str
+    "change",
+    [{"pad_token": "[UNK]"}, {"truncation_side": "left"}, {"model_input_names": ["input_ids"]}],
+    ids=str,
 )
 def test_another_tokenizer_of_the_same_words_has_its_own(cache, tiny_folder, change):
     rows = toy_rows(20, 0)
@@ -110,7 +118,10 @@ def test_another_tokenizer_of_the_same_words_has_its_own(cache, tiny_folder, cha
         tokenizer = load(str(tiny_folder("bert")), kind="classification", classes=3)[1]
         for name, value in changed.items():
             setattr(tokenizer, name, value)
-        assert_same(tokens(tokenizer, rows, "classification", 4), encode(tokenizer, rows, "classification", 4))
+        assert_same(
+            tokens(tokenizer, rows, "classification", 4),
+            encode(tokenizer, rows, "classification", 4),
+        )
 
 
 def test_without_a_home_nothing_is_stored(monkeypatch, tokenizer):
@@ -121,7 +132,9 @@ def test_without_a_home_nothing_is_stored(monkeypatch, tokenizer):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(module.Path, "home", nobody)
     rows = toy_rows(20, 0)
-    assert_same(tokens(tokenizer, rows, "classification", 6), encode(tokenizer, rows, "classification", 6))
+    assert_same(
+        tokens(tokenizer, rows, "classification", 6), encode(tokenizer, rows, "classification", 6)
+    )
 
 
 def test_processes_that_store_the_same_at_once_never_see_half_of_it(cache, tokenizer):
@@ -140,7 +153,9 @@ def test_processes_that_store_the_same_at_once_never_see_half_of_it(cache, token
         for _ in range(60):
             found = tokens(tokenizer, rows, "pair", 6)
             wrong += [
-                f for f in ("ids", "labels", "segments") if not np.array_equal(getattr(found, f), getattr(expected, f))
+                f
+                for f in ("ids", "labels", "segments")
+                if not np.array_equal(getattr(found, f), getattr(expected, f))
             ]
     finally:
         stop.set()
@@ -152,7 +167,9 @@ def test_without_a_place_to_store_nothing_is_lost(tmp_path, monkeypatch, tokeniz
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FEDSPINE_CACHE", str(tmp_path / "file"))
     rows = toy_rows(20, 0)
-    assert_same(tokens(tokenizer, rows, "classification", 6), encode(tokenizer, rows, "classification", 6))
+    assert_same(
+        tokens(tokenizer, rows, "classification", 6), encode(tokenizer, rows, "classification", 6)
+    )
 
 
 def test_the_oldest_make_way(cache, tokenizer, monkeypatch):

@@ -48,8 +48,12 @@ def merged(stock, model):
     """The stock module with the head, and the adapter added to its weights."""
     stock.load_state_dict(model.head, strict=False)
     with torch.no_grad():
-        for path in {name.removesuffix(".lora_A") for name in model.adapter if name.endswith(".lora_A")}:
-            stock.get_submodule(path).weight += model.scale * model.adapter[b_name(path)] @ model.adapter[a_name(path)]
+        for path in {
+            name.removesuffix(".lora_A") for name in model.adapter if name.endswith(".lora_A")
+        }:
+            stock.get_submodule(path).weight += (
+                model.scale * model.adapter[b_name(path)] @ model.adapter[a_name(path)]
+            )
     return stock
 
 
@@ -72,12 +76,21 @@ def prune(stock, anatomy, structure, monkeypatch):
             verbose=False,
         )
     heads, channels = ROOTS[anatomy.architecture]
-    blocks = stock.base_model.get_submodule("encoder.layer" if anatomy.architecture == "bert" else "layers")
+    blocks = stock.base_model.get_submodule(
+        "encoder.layer" if anatomy.architecture == "bert" else "layers"
+    )
     of_one_head = anatomy.query_heads // anatomy.heads * anatomy.head_dim
     groups = []
     for layer, block in enumerate(blocks):
-        for path, kept, lines in ((heads, structure.heads, of_one_head), (channels, structure.channels, 1)):
-            gone = [u * lines + i for u in (~kept[layer]).nonzero().flatten().tolist() for i in range(lines)]
+        for path, kept, lines in (
+            (heads, structure.heads, of_one_head),
+            (channels, structure.channels, 1),
+        ):
+            gone = [
+                u * lines + i
+                for u in (~kept[layer]).nonzero().flatten().tolist()
+                for i in range(lines)
+            ]
             if gone:
                 root = block.get_submodule(path)
                 groups.append(graph.get_pruning_group(root, tp.prune_linear_out_channels, gone))
@@ -124,7 +137,9 @@ def test_tiny_models(tmp_path, monkeypatch, architecture, target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_stories(monkeypatch, target):
     base, tokenizer = stories()
-    stock = AutoModelForCausalLM.from_pretrained(STORIES, attn_implementation="eager", dtype=torch.float32)
+    stock = AutoModelForCausalLM.from_pretrained(
+        STORIES, attn_implementation="eager", dtype=torch.float32
+    )
     agree(base, tokenizer, stock, target, monkeypatch)
 
 

@@ -26,7 +26,14 @@ from fedspine.methods.fedlora import FedLora
 
 MIB = 2**20
 ROBERTA = Anatomy(
-    architecture="roberta", prefix="roberta", layers=12, heads=12, channels=3072, width=768, query_heads=12, head_dim=64
+    architecture="roberta",
+    prefix="roberta",
+    layers=12,
+    heads=12,
+    channels=3072,
+    width=768,
+    query_heads=12,
+    head_dim=64,
 )
 ROBERTA_EMBEDDINGS = 50_265 * 768 + 514 * 768 + 768 + 2 * 768  # words, positions, segment, norm
 
@@ -46,12 +53,17 @@ def model_on(base, rank=4, seed=0):
     rng = np.random.default_rng(seed)
     anatomy = base.anatomy
     return Model(
-        structure=full(anatomy), adapter=fresh(anatomy.sites, rank, rng), head=base.initial_head(rng), scale=2.0
+        structure=full(anatomy),
+        adapter=fresh(anatomy.sites, rank, rng),
+        head=base.initial_head(rng),
+        scale=2.0,
     )
 
 
 def device_on(task, seed=0):
-    return Device(id="d", data=task.train, base=task.base, memory={}, rng=np.random.default_rng(seed))
+    return Device(
+        id="d", data=task.train, base=task.base, memory={}, rng=np.random.default_rng(seed)
+    )
 
 
 # the adapted layer
@@ -124,7 +136,9 @@ def test_a_layer_without_adapter_is_linear():
 
 def test_same_seed_same_bits_and_another_seed_others(task):
     tuning = Tuning(steps=4, batch=8, learning_rate=1e-2)
-    first, second, other = (tune(device_on(task, seed), model_on(task.base), tuning) for seed in (0, 0, 1))
+    first, second, other = (
+        tune(device_on(task, seed), model_on(task.base), tuning) for seed in (0, 0, 1)
+    )
     assert bits(first.model) == bits(second.model)
     assert first.loss == second.loss
     assert bits(first.model) != bits(other.model)
@@ -135,7 +149,9 @@ def test_training_leaves_the_given_model_alone(task):
     before = bits(model)
     tune(device_on(task), model, Tuning(steps=2, batch=8, learning_rate=1e-2))
     assert bits(model) == before
-    assert not any(tensor.requires_grad for tensor in (*model.adapter.values(), *model.head.values()))
+    assert not any(
+        tensor.requires_grad for tensor in (*model.adapter.values(), *model.head.values())
+    )
 
 
 @pytest.mark.parametrize("kind", ["classification", "causal-lm"])
@@ -151,7 +167,9 @@ def test_training_lowers_the_loss(task, decoder, kind):
 def test_a_loss_that_is_not_finite_ends_training(task):
     model = model_on(task.base)
     name = next(iter(model.head))
-    broken = dataclasses.replace(model, head=model.head | {name: torch.full_like(model.head[name], math.nan)})
+    broken = dataclasses.replace(
+        model, head=model.head | {name: torch.full_like(model.head[name], math.nan)}
+    )
     device = device_on(task)
     trace = tune(device, broken, Tuning(steps=7, batch=8, learning_rate=1e-2))
     assert math.isnan(trace.loss)
@@ -164,8 +182,14 @@ def test_padding_is_no_token_to_predict(decoder):
     module = task.base.fit(model_on(task.base))
     order = np.argsort(task.test.lengths)
     short, long = int(order[0]), int(order[-1])
-    alone = [losses_of(module, task.test.batch([row]), 1) * (task.test.lengths[row] - 1) for row in (short, long)]
-    together = losses_of(module, task.test.batch([short, long]), 1) * (task.test.lengths[[short, long]] - 1).sum()
+    alone = [
+        losses_of(module, task.test.batch([row]), 1) * (task.test.lengths[row] - 1)
+        for row in (short, long)
+    ]
+    together = (
+        losses_of(module, task.test.batch([short, long]), 1)
+        * (task.test.lengths[[short, long]] - 1).sum()
+    )
     torch.testing.assert_close(together, sum(alone), rtol=1e-5, atol=0)
 
 
@@ -191,7 +215,9 @@ def test_the_learning_rates_fall_linearly():
 def test_the_head_learns_at_its_own_rate(task):
     # the first step of AdamW is the learning rate in size, whatever the gradient; decay off
     model = model_on(task.base)
-    tuning = Tuning(steps=1, batch=16, learning_rate=1e-3, head_learning_rate=1e-2, weight_decay=0.0)
+    tuning = Tuning(
+        steps=1, batch=16, learning_rate=1e-3, head_learning_rate=1e-2, weight_decay=0.0
+    )
     tuned = tune(device_on(task), model, tuning).model
 
     def steps(before, after):
@@ -203,7 +229,13 @@ def test_the_head_learns_at_its_own_rate(task):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("steps", 0), ("batch", 0), ("learning_rate", 0.0), ("head_speed", 0.0), ("weight_decay", -0.1)],
+    [
+        ("steps", 0),
+        ("batch", 0),
+        ("learning_rate", 0.0),
+        ("head_speed", 0.0),
+        ("weight_decay", -0.1),
+    ],
 )
 def test_settings_that_cannot_work_are_refused(field, value):
     with pytest.raises(BadInput, match=f"method.{field} is {value}"):
@@ -216,12 +248,18 @@ def test_settings_that_cannot_work_are_refused(field, value):
 def test_accounted_operations_are_those_that_run(task):
     device, model, rank, batch = device_on(task), model_on(task.base), 4, 8
 
-    def addmm(out, left, right, **_):  # shapes; torch counts this product only where it is not in place
+    def addmm(
+        out, left, right, **_
+    ):  # shapes; torch counts this product only where it is not in place
         return 2 * left[0] * left[1] * right[1]
 
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm}) as counter:
         tune(device, model, Tuning(steps=1, batch=batch, learning_rate=1e-2))
-    rows = next(batches(task.train, Tuning(steps=1, batch=batch, learning_rate=1.0), np.random.default_rng(0)))
+    rows = next(
+        batches(
+            task.train, Tuning(steps=1, batch=batch, learning_rate=1.0), np.random.default_rng(0)
+        )
+    )
     tokens = task.train.batch(rows)["input_ids"].numel()
     # The estimate leaves out the head: pooler 32x32 and classifier 3x32, 6 operations a weight on one token of a row.
     # It counts gradients that nobody asks for: those of the embeddings, through q, k and v of the first layer.
@@ -235,7 +273,9 @@ def test_operations_follow_the_specification():
     rows, length = 20 * 32, 128
     extent = Extent(tokens=rows * length, squared_tokens=rows * length**2)
     dense = training_flops(ROBERTA, full(ROBERTA), 16, extent)
-    assert dense == rows * (length * (4 * 12 * 7_077_888 + 6 * 16 * 12 * 13_824) + 12 * 12 * length**2 * 768)
+    assert dense == rows * (
+        length * (4 * 12 * 7_077_888 + 6 * 16 * 12 * 13_824) + 12 * 12 * length**2 * 768
+    )
     half = training_flops(ROBERTA, cut_to(ROBERTA, 0.5), 16, extent)
     # half of the rows of q, k, v and fc1, of the columns of o and fc2
     sides = 12 * (4 * (384 + 768) + 2 * (1536 + 768))
@@ -256,7 +296,9 @@ def test_memory_is_that_of_the_specification(target, expected):
     # 1 - s/2 of the adapter where the slices leave less. With these three put right it must agree to its rounding of
     # half a MiB, and to what the grain of whole channels shifts.
     structure, rank = cut_to(ROBERTA, target), 16
-    ours = training_memory_bytes(ROBERTA, structure, rank=rank, embeddings=ROBERTA_EMBEDDINGS, batch=32, tokens=128)
+    ours = training_memory_bytes(
+        ROBERTA, structure, rank=rank, embeddings=ROBERTA_EMBEDDINGS, batch=32, tokens=128
+    )
     scoring = 3 * 4 * 768 * 3072
     head = 2 * (768 * 768 + 768)
     adapter = 16 * rank * ((1 - target / 2) * 12 * 13_824 - adapter_width(ROBERTA, structure))
@@ -273,7 +315,9 @@ def test_time_falls_with_sparsity_and_grows_with_rank(device):
         structure = cut_to(ROBERTA, target)
         wire = 2 * rank * adapter_width(ROBERTA, structure)
         flops = training_flops(ROBERTA, structure, rank, extent)
-        return fleet.seconds(device, round=0, ask=0, flops=flops, launches=240, bytes_down=wire, bytes_up=wire).total
+        return fleet.seconds(
+            device, round=0, ask=0, flops=flops, launches=240, bytes_down=wire, bytes_up=wire
+        ).total
 
     by_sparsity = [seconds(target, 16) for target in (0.0, 0.1, 0.3, 0.5, 0.7)]
     assert by_sparsity == sorted(by_sparsity, reverse=True)
@@ -285,7 +329,13 @@ def test_time_falls_with_sparsity_and_grows_with_rank(device):
 
 def test_memory_grows_with_rank_and_falls_with_sparsity():
     def needed(structure: Structure, rank: int) -> int:
-        return training_memory_bytes(ROBERTA, structure, rank=rank, embeddings=0, batch=32, tokens=128)
+        return training_memory_bytes(
+            ROBERTA, structure, rank=rank, embeddings=0, batch=32, tokens=128
+        )
 
     assert needed(full(ROBERTA), 32) - needed(full(ROBERTA), 16) == 16 * 16 * 12 * 13_824
-    assert needed(cut_to(ROBERTA, 0.5), 16) < needed(cut_to(ROBERTA, 0.3), 16) < needed(full(ROBERTA), 16)
+    assert (
+        needed(cut_to(ROBERTA, 0.5), 16)
+        < needed(cut_to(ROBERTA, 0.3), 16)
+        < needed(full(ROBERTA), 16)
+    )

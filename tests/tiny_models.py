@@ -15,14 +15,18 @@ from fedspine.lm.structure import Structure, cut_adapter
 from fedspine.lm.tiny import DECODERS, ENCODERS, write_tiny
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
-KINDS = [(name, "classification") for name in (*ENCODERS, *DECODERS)] + [(name, "causal-lm") for name in DECODERS]
+KINDS = [(name, "classification") for name in (*ENCODERS, *DECODERS)] + [
+    (name, "causal-lm") for name in DECODERS
+]
 LABELS = ("red", "green", "blue")
 TEXTS = ["a good model of 12 words", "bad", "the very small one, not for you!"]
 
 
 def tiny(folder, model_type, kind="classification"):
     """Base and tokenizer of a tiny random model written below `folder`."""
-    return load(str(write_tiny(folder / f"tiny-{model_type}", model_type)), kind=kind, classes=len(LABELS))
+    return load(
+        str(write_tiny(folder / f"tiny-{model_type}", model_type)), kind=kind, classes=len(LABELS)
+    )
 
 
 @functools.cache
@@ -58,14 +62,23 @@ def model_on(base: Base, heads=None, channels=None, *, rank=3, seed=0) -> Model:
     anatomy, rng = base.anatomy, np.random.default_rng(seed)
     structure = Structure(
         heads=pick(anatomy.layers, anatomy.heads, heads or [anatomy.heads] * anatomy.layers, rng),
-        channels=pick(anatomy.layers, anatomy.channels, channels or [anatomy.channels] * anatomy.layers, rng),
+        channels=pick(
+            anatomy.layers, anatomy.channels, channels or [anatomy.channels] * anatomy.layers, rng
+        ),
     )
     adapter = fresh(anatomy.sites, rank, rng)
     for name, factor in adapter.items():
         if name.endswith("lora_B"):  # which starts at zero, so that nothing would be seen of it
-            adapter[name] = torch.from_numpy(rng.normal(0, 0.05, tuple(factor.shape)).astype(np.float32))
+            adapter[name] = torch.from_numpy(
+                rng.normal(0, 0.05, tuple(factor.shape)).astype(np.float32)
+            )
     head = base.initial_head(rng)
-    return Model(structure=structure, adapter=cut_adapter(adapter, anatomy.sites, structure), head=head, scale=2.0)
+    return Model(
+        structure=structure,
+        adapter=cut_adapter(adapter, anatomy.sites, structure),
+        head=head,
+        scale=2.0,
+    )
 
 
 def logits(module, tokenizer, texts=TEXTS):

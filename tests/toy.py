@@ -34,10 +34,19 @@ def toy_rows(rows, seed):
 def toy_task(base, tokenizer, *, rounds, kind="classification"):
     """Telling the three classes apart, or continuing their texts."""
     train, test = (
-        encode(tokenizer, toy_rows(rows, seed), kind, MAX_TOKENS) for rows, seed in ((TRAIN_ROWS, 0), (TEST_ROWS, 1))
+        encode(tokenizer, toy_rows(rows, seed), kind, MAX_TOKENS)
+        for rows, seed in ((TRAIN_ROWS, 0), (TEST_ROWS, 1))
     )
     names = () if kind == "causal-lm" else ("good", "bad", "small")
-    return Task(kind=kind, base=base, train=train, test=test, label_names=names, max_tokens=MAX_TOKENS, rounds=rounds)
+    return Task(
+        kind=kind,
+        base=base,
+        train=train,
+        test=test,
+        label_names=names,
+        max_tokens=MAX_TOKENS,
+        rounds=rounds,
+    )
 
 
 class Lab:
@@ -55,7 +64,9 @@ class Lab:
         self.records_path = folder / "records.jsonl"
         self.records = Records(self.records_path, self.saved.records if self.saved else 0)
         self.workers = Workers(
-            Workshop(task=task, shares=self.shares, test_rows=np.arange(TEST_ROWS)), workers, together
+            Workshop(task=task, shares=self.shares, test_rows=np.arange(TEST_ROWS)),
+            workers,
+            together,
         )
         self.hardware = Hardware(seed=seed, kinds=tuple(kinds))
         world = World(

@@ -11,10 +11,22 @@ from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 
-os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+os.environ |= {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
@@ -29,20 +41,28 @@ client = ClientApp()
 def _learner(message: Message) -> Learner:
     torch.set_num_threads(1)
     config = message.content["config"]
-    return learner(Path(config["folder"]), Way(config["precision"], config["padding"], config["attention"]))
+    return learner(
+        Path(config["folder"]), Way(config["precision"], config["padding"], config["attention"])
+    )
 
 
 @client.query()
 def who(message: Message, context: Context) -> Message:
     """Load the model, so that no round has to, and say which device this is."""
     _learner(message)
-    return Message(RecordDict({"who": ConfigRecord({"device": context.node_config["partition-id"]})}), reply_to=message)
+    return Message(
+        RecordDict({"who": ConfigRecord({"device": context.node_config["partition-id"]})}),
+        reply_to=message,
+    )
 
 
 @client.train()
 def train(message: Message, context: Context) -> Message:
     mine = _learner(message)
-    device, number = context.node_config["partition-id"], message.content["config"]["server-round"] - 1
+    device, number = (
+        context.node_config["partition-id"],
+        message.content["config"]["server-round"] - 1,
+    )
     asked = dict(mine.work.plan[number])[device]
     tensors = message.content["arrays"].to_torch_state_dict()
     tuned = mine.tune(tensors, device, asked, number)
@@ -67,7 +87,10 @@ class Cohorts(FedAvg):
         config["server-round"] = server_round
         record = RecordDict({"arrays": arrays, "config": config})
         chosen = [self.nodes[device] for device, _ in self.plan[server_round - 1]]
-        return [Message(content=record, message_type=MessageType.TRAIN, dst_node_id=node) for node in chosen]
+        return [
+            Message(content=record, message_type=MessageType.TRAIN, dst_node_id=node)
+            for node in chosen
+        ]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -112,7 +135,10 @@ def _nodes(grid: Grid, devices: int, config: ConfigRecord) -> dict[int, int]:
     """The node id of each device, asked of the nodes themselves."""
     while len(ids := list(grid.get_node_ids())) < devices:
         pass
-    asks = [Message(RecordDict({"config": config}), dst_node_id=node, message_type=MessageType.QUERY) for node in ids]
+    asks = [
+        Message(RecordDict({"config": config}), dst_node_id=node, message_type=MessageType.QUERY)
+        for node in ids
+    ]
     replies = list(grid.send_and_receive(asks))
     if any(reply.has_error() for reply in replies):
         raise RuntimeError(next(reply.error.reason for reply in replies if reply.has_error()))

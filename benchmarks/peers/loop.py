@@ -32,7 +32,9 @@ CLIP = 1.0
 
 
 Arrays: TypeAlias = dict[str, np.ndarray]
-Ask: TypeAlias = tuple[Arrays, int, int, int]  # what to start from, round, device, how often it was asked before
+Ask: TypeAlias = tuple[
+    Arrays, int, int, int
+]  # what to start from, round, device, how often it was asked before
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Learner:
         )
         self.work, self.way = work, way
         self.module = get_peft_model(base, adapters).eval()
-        self.trained = {_name(name): p for name, p in self.module.named_parameters() if p.requires_grad}
+        self.trained = {
+            _name(name): p for name, p in self.module.named_parameters() if p.requires_grad
+        }
         for parameter in self.trained.values():
             parameter.data = parameter.data.float()
         self.put(work.initial())
@@ -71,7 +75,9 @@ class Learner:
     def put(self, tensors: dict[str, Tensor]) -> None:
         """Set adapter and head; names must be exactly those of this model."""
         if tensors.keys() != self.trained.keys():
-            raise KeyError(f"{len(self.trained)} trained tensors here, {len(tensors)} came, named otherwise")
+            raise KeyError(
+                f"{len(self.trained)} trained tensors here, {len(tensors)} came, named otherwise"
+            )
         for name, tensor in tensors.items():
             self.trained[name].data.copy_(tensor)
 
@@ -82,20 +88,26 @@ class Learner:
         return nn.functional.cross_entropy(logits.float(), labels)
 
     def casting(self) -> AbstractContextManager:
-        return torch.autocast("cpu", torch.bfloat16) if self.way.precision == "bf16" else nullcontext()
+        return (
+            torch.autocast("cpu", torch.bfloat16) if self.way.precision == "bf16" else nullcontext()
+        )
 
     def tune(self, tensors: dict[str, Tensor], device: int, asked: int, round: int) -> Tuned:
         """Train on one device's batches from `tensors`, with a fresh AdamW."""
         started = perf_counter()
         self.put(tensors)
         parameters, tuning = list(self.trained.values()), self.work.tuning(round)
-        optimiser = torch.optim.AdamW(parameters, lr=tuning.learning_rate, weight_decay=tuning.weight_decay, fused=True)
+        optimiser = torch.optim.AdamW(
+            parameters, lr=tuning.learning_rate, weight_decay=tuning.weight_decay, fused=True
+        )
         for inputs in self.work.inputs(device, asked, round, self.way.padding):
             self.loss(**inputs).backward()
             nn.utils.clip_grad_norm_(parameters, CLIP)
             optimiser.step()
             optimiser.zero_grad()
-        tuned = {name: parameter.detach().clone().numpy() for name, parameter in self.trained.items()}
+        tuned = {
+            name: parameter.detach().clone().numpy() for name, parameter in self.trained.items()
+        }
         return Tuned(tuned, len(self.work.shares[device]), perf_counter() - started)
 
     def accuracy(self, tensors: dict[str, Tensor]) -> float:
@@ -132,7 +144,9 @@ def run(work: Work, way: Way, *, processes: int, threads: int) -> Outcome:
         return _rounds(work, way, processes, partial(pool.map, ask))
 
 
-def _rounds(work: Work, way: Way, processes: int, each: Callable[[Iterable[Ask]], Iterable[Tuned]]) -> Outcome:
+def _rounds(
+    work: Work, way: Way, processes: int, each: Callable[[Iterable[Ask]], Iterable[Tuned]]
+) -> Outcome:
     arrays, seconds, passes = _arrays(work.initial()), [], []
     for number, chosen in enumerate(work.plan):
         started = perf_counter()

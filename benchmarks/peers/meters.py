@@ -26,7 +26,9 @@ SIDE = 2048  # of the square matrices whose product is the ceiling
 CEILING_SECONDS = 2.0
 COUNTED_DEVICES = 1
 PR_SET_CHILD_SUBREAPER = 36
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch's counter leaves out
+FLASH = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+)  # which torch's counter leaves out
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
@@ -138,7 +140,9 @@ def _our_operations(work: Work, asks: list[tuple[int, int, int]]) -> tuple[float
     names = work.initial()
     head = {name: tensor for name, tensor in names.items() if ".lora_" not in name}
     adapter = {name: tensor for name, tensor in names.items() if ".lora_" in name}
-    model = Model(structure=full(base.anatomy), adapter=adapter, head=head, scale=work.settings.scale)
+    model = Model(
+        structure=full(base.anatomy), adapter=adapter, head=head, scale=work.settings.scale
+    )
     counter, formula = _counter(), 0.0
     for index, asked, number in asks:
         data = work.train.take(work.shares[index])
@@ -146,8 +150,12 @@ def _our_operations(work: Work, asks: list[tuple[int, int, int]]) -> tuple[float
         device = Device(id=str(index), data=data, base=base, memory={}, rng=rng)
         with counter:
             tune(device, model, work.tuning(number))
-        shapes = [inputs["input_ids"].shape for inputs in work.inputs(index, asked, number, "bucketed")]
-        extent = Extent(sum(rows * tokens for rows, tokens in shapes), sum(rows * n**2 for rows, n in shapes))
+        shapes = [
+            inputs["input_ids"].shape for inputs in work.inputs(index, asked, number, "bucketed")
+        ]
+        extent = Extent(
+            sum(rows * tokens for rows, tokens in shapes), sum(rows * n**2 for rows, n in shapes)
+        )
         formula += training_flops(base.anatomy, model.structure, work.settings.rank, extent)
     return counter.get_total_flops(), formula
 
@@ -158,7 +166,9 @@ def _tokens(work: Work, asks: list[tuple[int, int, int]], padding: Padding) -> i
 
 
 def _counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping={FLASH: _flash, FLASH_BACKWARD: _flash_backward})
+    return FlopCounterMode(
+        display=False, custom_mapping={FLASH: _flash, FLASH_BACKWARD: _flash_backward}
+    )
 
 
 def _flash(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

@@ -16,7 +16,9 @@ from fedspine.report.progress import Silent
 from fedspine.run import new_run
 from peers.work import Outcome, Precision, Work
 
-SPAWNED = "BENCHMARK_SPAWNED"  # environment: when this process was asked for, seconds since the epoch
+SPAWNED = (
+    "BENCHMARK_SPAWNED"  # environment: when this process was asked for, seconds since the epoch
+)
 
 
 class Watch(Silent):
@@ -44,7 +46,9 @@ def run(work: Work, precision: Precision, **method: Any) -> Outcome:
     workers = len(os.sched_getaffinity(0))
     watch = Watch(_timed_training())
     with tempfile.TemporaryDirectory() as folder:
-        summary = new_run(work.recipe(precision=precision, workers=workers, **method), Path(folder) / "run", watch)
+        summary = new_run(
+            work.recipe(precision=precision, workers=workers, **method), Path(folder) / "run", watch
+        )
         sparsities = _sparsities(Path(folder) / "run" / "records.jsonl")
     start = watch.started_at - float(os.environ.get(SPAWNED, watch.started_at))
     return Outcome(
@@ -52,7 +56,9 @@ def run(work: Work, precision: Precision, **method: Any) -> Outcome:
         passes=_differences(watch.passes),
         processes=workers,
         accuracy=summary["accuracy_global"],
-        notes={"start_seconds": start, "sparsity": sparsities[-1]} if sparsities else {"start_seconds": start},
+        notes={"start_seconds": start, "sparsity": sparsities[-1]}
+        if sparsities
+        else {"start_seconds": start},
     )
 
 

@@ -27,7 +27,9 @@ def run(work: Work, way: Way) -> Outcome:
         sys.exit()
     os.environ |= {RANK: "0", ADDRESSES: ",".join([f"127.0.0.1:{_free_port()}"] * cores)}
     again = [sys.executable, *sys.orig_argv[1:]]
-    helpers = [subprocess.Popen(again, env=os.environ | {RANK: str(rank)}) for rank in range(1, cores)]
+    helpers = [
+        subprocess.Popen(again, env=os.environ | {RANK: str(rank)}) for rank in range(1, cores)
+    ]
     outcome = _run(work, way, cores)
     for helper in helpers:
         helper.wait()
@@ -66,7 +68,9 @@ def _run(work: Work, way: Way, processes: int) -> Outcome:
 
         def get_next_central_contexts(self, *arguments: Any) -> Any:
             contexts, model, metrics = super().get_next_central_contexts(*arguments)
-            plain = contexts and tuple(dataclasses.replace(one, do_evaluation=False) for one in contexts)
+            plain = contexts and tuple(
+                dataclasses.replace(one, do_evaluation=False) for one in contexts
+            )
             return plain, model, metrics
 
     class Pace(HyperParam, TrainingProcessCallback):
@@ -117,7 +121,9 @@ def _run(work: Work, way: Way, processes: int) -> Outcome:
     )
     tensors = {name: parameter.detach().clone() for name, parameter in mine.trained.items()}
     rounds = [after - before for before, after in pairwise(times)]
-    return Outcome(rounds, None, processes, mine.accuracy(tensors) if os.environ[RANK] == "0" else None)
+    return Outcome(
+        rounds, None, processes, mine.accuracy(tensors) if os.environ[RANK] == "0" else None
+    )
 
 
 class _Module(torch.nn.Module):

@@ -118,7 +118,9 @@ class Work:
     def _schedule(self) -> dict[str, Any]:
         return json.loads((self.folder / "schedule.json").read_text())
 
-    def inputs(self, device: int, asked: int, round: int, padding: Padding) -> Iterator[dict[str, Tensor]]:
+    def inputs(
+        self, device: int, asked: int, round: int, padding: Padding
+    ) -> Iterator[dict[str, Tensor]]:
         """The batches of one device: the rows that fedspine draws, in its order, or shuffled and all of full length."""
         data, tuning = self.train.take(self.shares[device]), self.tuning(round)
         rng = np.random.default_rng((self.settings.seed, device, asked))
@@ -128,7 +130,9 @@ class Work:
             return
         shuffled = rng.permutation(np.concatenate(drawn))
         for start in range(0, len(shuffled), tuning.batch):
-            yield _lengthened(data.batch(shuffled[start : start + tuning.batch]), self.settings.max_tokens, data)
+            yield _lengthened(
+                data.batch(shuffled[start : start + tuning.batch]), self.settings.max_tokens, data
+            )
 
     def _examples(self, split: str) -> Examples:
         def part(name: str) -> np.ndarray:
@@ -136,7 +140,9 @@ class Work:
 
         padding = int(np.load(self.folder / "padding.npy"))
         offsets, labels = np.array(part("offsets")), np.array(part("labels"))
-        return Examples(ids=part("ids"), offsets=offsets, labels=labels, segments=None, padding=padding)
+        return Examples(
+            ids=part("ids"), offsets=offsets, labels=labels, segments=None, padding=padding
+        )
 
 
 def _lengthened(inputs: dict[str, Tensor], tokens: int, data: Examples) -> dict[str, Tensor]:
@@ -155,7 +161,9 @@ def prepare(folder: Path, data: Dataset, settings: Settings, test_rows: int) -> 
     tested = np.sort(rng.permutation(len(data.test.texts))[:test_rows])
     (folder / "data").mkdir()
     rows = len(data.train.texts)
-    trained = np.resize(np.arange(rows), max(rows, settings.devices))  # repeated where devices would go without
+    trained = np.resize(
+        np.arange(rows), max(rows, settings.devices)
+    )  # repeated where devices would go without
     _write(folder / "data" / "train.parquet", data.train, trained, data.label_names)
     _write(folder / "data" / "test.parquet", data.test, tested, data.label_names)
     (folder / "settings.json").write_text(json.dumps(asdict(settings)))
@@ -168,10 +176,15 @@ def prepare(folder: Path, data: Dataset, settings: Settings, test_rows: int) -> 
     np.save(folder / "padding.npy", built.task.train.padding)
     np.save(folder / "rows.npy", np.concatenate(built.shares))
     np.save(folder / "ends.npy", np.cumsum([len(share) for share in built.shares]))
-    (folder / "schedule.json").write_text(json.dumps({"classes": len(data.label_names), **_schedule(built.recipe)}))
+    (folder / "schedule.json").write_text(
+        json.dumps({"classes": len(data.label_names), **_schedule(built.recipe)})
+    )
     state = built.recipe.method.start(built.task, np.random.default_rng([settings.seed, START]))
     tensors = {**state.adapter, **state.head}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "initial.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "initial.safetensors",
+    )
     return work
 
 
@@ -192,9 +205,15 @@ def _write(path: Path, rows: Rows, chosen: np.ndarray, names: tuple[str, ...]) -
     pq.write_table(table.replace_schema_metadata({"label_names": json.dumps(names)}), path)
 
 
-def _tables(settings: Settings, folder: Path, precision: str, workers: int, method: dict[str, Any]) -> dict[str, Any]:
+def _tables(
+    settings: Settings, folder: Path, precision: str, workers: int, method: dict[str, Any]
+) -> dict[str, Any]:
     return {
-        "task": {"model": "minilm", "data": str(folder / "data"), "max_tokens": settings.max_tokens},
+        "task": {
+            "model": "minilm",
+            "data": str(folder / "data"),
+            "max_tokens": settings.max_tokens,
+        },
         "fleet": {
             "devices": settings.devices,
             "per_round": settings.per_round,

@@ -79,7 +79,11 @@ def _check_family(recipe: Recipe) -> None:
 def dataset(recipe: Recipe) -> Dataset:
     """The data set that the recipe names; raises BadInput where it cannot be found, read or used."""
     section = recipe.task
-    group = recipe.fleet.partition.removeprefix("column:") if recipe.fleet.partition.startswith("column:") else None
+    group = (
+        recipe.fleet.partition.removeprefix("column:")
+        if recipe.fleet.partition.startswith("column:")
+        else None
+    )
     if section.kind == "array":
         return arrays.load(section.data, group=group)
     if arrays.is_arrays(section.data):
@@ -88,7 +92,12 @@ def dataset(recipe: Recipe) -> Dataset:
             f"{', '.join(NETS)}"
         )
     return load_data(
-        section.data, kind=section.kind, text=section.text, pair=section.pair, label=section.label, group=group
+        section.data,
+        kind=section.kind,
+        text=section.text,
+        pair=section.pair,
+        label=section.label,
+        group=group,
     )
 
 
@@ -104,7 +113,10 @@ def build_task(recipe: Recipe, data: Dataset, precision: str | None = None) -> t
         precision=precision or recipe.run.precision,
         layers=section.layers,
     )
-    longest = min(getattr(base.config, "max_position_embeddings", section.max_tokens), tokenizer.model_max_length)
+    longest = min(
+        getattr(base.config, "max_position_embeddings", section.max_tokens),
+        tokenizer.model_max_length,
+    )
     if section.max_tokens > longest:
         raise BadInput(
             f"task.max_tokens is {section.max_tokens}, but {section.model} reads at most {longest}; lower it"
@@ -158,14 +170,18 @@ def share_out(recipe: Recipe, data: Dataset, train: Data) -> tuple[np.ndarray, .
     if isinstance(train, Arrays) or train.sources is None:
         return tuple(shares)
     first = np.searchsorted(train.sources, np.arange(len(data.train) + 1))
-    return tuple(np.concatenate([np.arange(first[row], first[row + 1]) for row in share]) for share in shares)
+    return tuple(
+        np.concatenate([np.arange(first[row], first[row + 1]) for row in share]) for share in shares
+    )
 
 
 def workers_for(built: Built, cache: Path) -> Workers:
     """The processes that serve asks and score models; `cache` is a folder for what they need not compute again."""
     run, task = built.recipe.run, built.task
     test_rows = np.random.default_rng([run.seed, ORDER]).permutation(len(task.test))
-    workshop = Workshop(task=task, shares=built.shares, test_rows=test_rows, prefixes=Prefixes(cache))
+    workshop = Workshop(
+        task=task, shares=built.shares, test_rows=test_rows, prefixes=Prefixes(cache)
+    )
     if task.base.device.type == "cuda":  # which a forked process could not use
         return Workers(workshop, 0, run.together or GPU_TOGETHER)
     return Workers(workshop, run.workers or cores(), run.together or 1)
@@ -213,4 +229,9 @@ def around(recipe: Recipe, fleet: Fleet) -> Fleet:
     """The fleet as the recipe's losses and delays let it through."""
     if not (recipe.fleet.drop or recipe.fleet.delay_seconds):
         return fleet
-    return Lossy(fleet, drop=recipe.fleet.drop, delay_seconds=recipe.fleet.delay_seconds, seed=recipe.run.seed)
+    return Lossy(
+        fleet,
+        drop=recipe.fleet.drop,
+        delay_seconds=recipe.fleet.delay_seconds,
+        seed=recipe.run.seed,
+    )

@@ -29,7 +29,9 @@ app.add_typer(fleet_cli.app, name="fleet")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `fedspine run` made.")]
-ModelFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `fedspine export` made.")]
+ModelFolder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Folder that `fedspine export` made.")
+]
 
 
 def main() -> None:
@@ -49,7 +51,9 @@ def _fail(line: str, exit_code: int = 2) -> NoReturn:
 
 @app.callback(invoke_without_command=True)
 def about(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.")
+    ] = False,
 ) -> None:
     if version:
         print(fedspine.__version__)
@@ -59,21 +63,37 @@ def about(
 @app.command()
 def run(
     recipe: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE.toml]", help="What to run; default: the embedded job.")
+        Path | None,
+        typer.Argument(metavar="[RECIPE.toml]", help="What to run; default: the embedded job."),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one value of the recipe; may be repeated."),
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="Change one value of the recipe; may be repeated.",
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="New folder for results; default: runs/METHOD-N.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for results; default: runs/METHOD-N.")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set run.seed=N.")] = None,
     fleet: Annotated[
-        Path | None, typer.Option(metavar="KIT", help="Run at the sites of a real fleet; KIT is the operator's.")
+        Path | None,
+        typer.Option(
+            metavar="KIT", help="Run at the sites of a real fleet; KIT is the operator's."
+        ),
     ] = None,
-    sites: Annotated[int, typer.Option(help="With --fleet: begin when so many sites are connected.", min=1)] = 1,
-    quorum: Annotated[int, typer.Option(help="With --fleet: stop where fewer sites reply.", min=1)] = 1,
-    within: Annotated[float, typer.Option(help="With --fleet: seconds that a site has for one order.", min=1)] = 600.0,
+    sites: Annotated[
+        int, typer.Option(help="With --fleet: begin when so many sites are connected.", min=1)
+    ] = 1,
+    quorum: Annotated[
+        int, typer.Option(help="With --fleet: stop where fewer sites reply.", min=1)
+    ] = 1,
+    within: Annotated[
+        float, typer.Option(help="With --fleet: seconds that a site has for one order.", min=1)
+    ] = 600.0,
     json: Json = False,
 ) -> None:
     """Fine-tune and prune across a simulated fleet; without a recipe, the embedded job (80 devices, MiniLM).
@@ -94,7 +114,9 @@ def run(
     from fedspine.run import resume as go_on
 
     if resume is not None and out is not None:
-        raise BadInput("--resume goes on in its own folder, so --out has no place beside it; leave one of them out")
+        raise BadInput(
+            "--resume goes on in its own folder, so --out has no place beside it; leave one of them out"
+        )
     progress = progress_for(json)
     try:
         if resume is None:
@@ -120,7 +142,11 @@ def _venue(kit: Path | None, sites: int, quorum: int, within: float) -> Any:
     from fedspine.fleets.members import Patience
     from fedspine.venue import RealSites
 
-    return None if kit is None else RealSites(kit, Patience(sites=max(sites, quorum), quorum=quorum, within=within))
+    return (
+        None
+        if kit is None
+        else RealSites(kit, Patience(sites=max(sites, quorum), quorum=quorum, within=within))
+    )
 
 
 def _wanted(recipe: Path | None, settings: list[str] | None, seed: int | None, folder: Path) -> Any:
@@ -143,10 +169,16 @@ def _free_folder(method: str) -> Path:
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="Methods, settings, data and seeds to run.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.toml", help="Methods, settings, data and seeds to run.")
+    ],
     jobs: Annotated[int, typer.Option(help="Runs at once, which share the cores.", min=1)] = 1,
-    out: Annotated[Path | None, typer.Option(help="Folder of the sweep; default: sweeps/NAME OF THE FILE.")] = None,
-    only_list: Annotated[bool, typer.Option("--list", help="Say what is done; run nothing.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the sweep; default: sweeps/NAME OF THE FILE.")
+    ] = None,
+    only_list: Annotated[
+        bool, typer.Option("--list", help="Say what is done; run nothing.")
+    ] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Try again what failed before.")] = False,
     json: Json = False,
 ) -> None:
@@ -162,7 +194,9 @@ def sweep(
         if only_list:
             found = look(file, out)
         else:
-            found = carry_out(file, out, jobs=jobs, retry=retry, progress=lambda: sweep_progress_for(json))
+            found = carry_out(
+                file, out, jobs=jobs, retry=retry, progress=lambda: sweep_progress_for(json)
+            )
     except Stopped as stopped:
         _fail(str(stopped), stopped.exit_code)
     except KeyboardInterrupt:  # before the first cell
@@ -191,7 +225,9 @@ def methods(json: Json = False) -> None:
         print(jsonlib.dumps(found))
         return
     for name, entry in found.items():
-        settings = "\n".join(f"{key} = {jsonlib.dumps(value)}" for key, value in entry["settings"].items())
+        settings = "\n".join(
+            f"{key} = {jsonlib.dumps(value)}" for key, value in entry["settings"].items()
+        )
         _table(name, [("", entry["what"]), ("settings", settings)])
 
 
@@ -209,12 +245,20 @@ def devices(json: Json = False) -> None:
         for kind in KINDS.values()
     }
     if json:
-        print(jsonlib.dumps({"kinds": found, "link_mbps": list(GROUP_MBPS), "utilisation": UTILISATION}))
+        print(
+            jsonlib.dumps(
+                {"kinds": found, "link_mbps": list(GROUP_MBPS), "utilisation": UTILISATION}
+            )
+        )
         return
-    table = Table("kind", "of 80", "memory", "fp16 peak by power mode, TFLOP/s", title="simulated devices")
+    table = Table(
+        "kind", "of 80", "memory", "fp16 peak by power mode, TFLOP/s", title="simulated devices"
+    )
     for name, kind in found.items():
         peaks = ", ".join(f"{peak:g}" for peak in kind["peak_tflops_by_mode"])
-        table.add_row(name, str(kind["default_count"]), f"{kind['memory_bytes'] / 2**30:.0f} GiB", peaks)
+        table.add_row(
+            name, str(kind["default_count"]), f"{kind['memory_bytes'] / 2**30:.0f} GiB", peaks
+        )
     Console().print(table)
     print(f"links: four Wi-Fi groups of mean {', '.join(f'{mbps:g}' for mbps in GROUP_MBPS)} Mb/s")
 
@@ -240,13 +284,23 @@ def show(folder: RunFolder, json: Json = False) -> None:
 @app.command()
 def compare(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="RUN...", help="Folders of runs, or of a sweep.", show_default=False)
+        list[Path] | None,
+        typer.Argument(
+            metavar="RUN...", help="Folders of runs, or of a sweep.", show_default=False
+        ),
     ] = None,
     target: Annotated[
-        str, typer.Option(metavar="auto|X", help="Accuracy (0.7 or 70%) or loss that runs are timed to.")
+        str,
+        typer.Option(
+            metavar="auto|X", help="Accuracy (0.7 or 70%) or loss that runs are timed to."
+        ),
     ] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Folder for page, table and plots; default: runs/compare-N.")] = None,
-    latency: Annotated[bool, typer.Option(help="Measure the deployed models on this machine.")] = True,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for page, table and plots; default: runs/compare-N.")
+    ] = None,
+    latency: Annotated[
+        bool, typer.Option(help="Measure the deployed models on this machine.")
+    ] = True,
     json: Json = False,
 ) -> None:
     """Compare methods over seeds: quality, time and bytes to a target, waiting, memory, latency; docs/compare.md."""
@@ -272,8 +326,12 @@ def compare(
 def export(
     folder: RunFolder,
     to: Annotated[Path, typer.Option(help="New folder for the model.")],
-    device: Annotated[str, typer.Option(help="A device's id, `global`, or `dense` (unpruned).")] = "global",
-    format: Annotated[str, typer.Option(help="hf (a merged model) or peft (base name and adapter).")] = "hf",
+    device: Annotated[
+        str, typer.Option(help="A device's id, `global`, or `dense` (unpruned).")
+    ] = "global",
+    format: Annotated[
+        str, typer.Option(help="hf (a merged model) or peft (base name and adapter).")
+    ] = "hf",
     json: Json = False,
 ) -> None:
     """Write one deployed model of a run to a folder: merged, physically smaller, ready for predict and bench."""
@@ -289,9 +347,12 @@ def export(
 @app.command()
 def predict(
     folder: ModelFolder,
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Texts to label or to continue.")],
+    texts: Annotated[
+        list[str], typer.Argument(metavar="TEXT...", help="Texts to label or to continue.")
+    ],
     pair: Annotated[
-        list[str] | None, typer.Option(help="Second text of each pair, in order; for models of text pairs.")
+        list[str] | None,
+        typer.Option(help="Second text of each pair, in order; for models of text pairs."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -306,7 +367,10 @@ def predict(
         return
     table = Table("text", *found[0])
     for text, entry in zip(texts, found, strict=True):
-        table.add_row(escape(text), *(f"{v:.3f}" if isinstance(v, float) else escape(str(v)) for v in entry.values()))
+        table.add_row(
+            escape(text),
+            *(f"{v:.3f}" if isinstance(v, float) else escape(str(v)) for v in entry.values()),
+        )
     Console().print(table)
 
 
@@ -314,7 +378,10 @@ def predict(
 def bench(
     folder: ModelFolder,
     against: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Another exported model, measured in turns with the first.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Another exported model, measured in turns with the first."
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens in a row.", min=1)] = 128,
     threads: Annotated[int, typer.Option(help="Processor threads.", min=1)] = 1,

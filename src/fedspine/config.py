@@ -36,7 +36,9 @@ class FleetSection(Section):
 
     devices: int = pydantic.Field(80, ge=1)
     mix: dict[str, int] | None = None  # devices of each kind; default 30 TX2 : 40 NX : 10 AGX
-    partition: str = "auto"  # iid, dirichlet, p:LEVEL, dominant:SHARE, natural, column:NAME; docs/recipes.md
+    partition: str = (
+        "auto"  # iid, dirichlet, p:LEVEL, dominant:SHARE, natural, column:NAME; docs/recipes.md
+    )
     alpha: float = pydantic.Field(1.0, gt=0)  # of the Dirichlet partition: small is skewed
     per_round: int = pydantic.Field(10, ge=1)  # devices asked in a round
     drop: float = pydantic.Field(0.0, ge=0, le=1)  # chance that an order or its reply is lost
@@ -48,16 +50,22 @@ class RunSection(Section):
     """How long, how exactly, and what is measured on the way."""
 
     rounds: int = pydantic.Field(24, ge=1)
-    seconds: float = pydantic.Field(0.0, ge=0)  # of the fleet's clock after which no round begins; 0: no limit
+    seconds: float = pydantic.Field(
+        0.0, ge=0
+    )  # of the fleet's clock after which no round begins; 0: no limit
     seed: int = pydantic.Field(0, ge=0)
     precision: Literal["bf16", "fp32"] = "bf16"  # of the frozen base; what is trained is fp32
     evaluate_every: int = pydantic.Field(4, ge=0)  # rounds; 0: only at the end
     evaluate_rows: int = pydantic.Field(512, ge=1)  # test rows of a check on the way
     evaluate_devices: int = pydantic.Field(4, ge=1)  # device models of a check on the way
-    final_devices: int = pydantic.Field(80, ge=1)  # device models scored on the whole test set at the end
+    final_devices: int = pydantic.Field(
+        80, ge=1
+    )  # device models scored on the whole test set at the end
     workers: int = pydantic.Field(0, ge=0)  # processes; 0: one per core. Never changes a result
     device: Literal["auto", "cpu", "cuda"] = "auto"  # what computes; auto: a GPU where there is one
-    together: int = pydantic.Field(0, ge=0)  # devices trained in one batched pass; 0: 1 on a CPU, 32 on a GPU
+    together: int = pydantic.Field(
+        0, ge=0
+    )  # devices trained in one batched pass; 0: 1 on a CPU, 32 on a GPU
 
     def over(self, round: int, now: float) -> bool:
         """Whether no round is left after so many, or no time for one."""
@@ -87,11 +95,19 @@ class Recipe:
     def table(self) -> dict[str, dict[str, Any]]:
         """As nested tables that TOML can hold; what is None is left out."""
         sections = {name: getattr(self, name).model_dump(exclude_none=True) for name in SECTIONS}
-        fields = {field.name: getattr(self.method, field.name) for field in dataclasses.fields(self.method)}
+        fields = {
+            field.name: getattr(self.method, field.name)
+            for field in dataclasses.fields(self.method)
+        }
         method = {"name": self.method.name} | {
             key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()
         }
-        return {"task": sections["task"], "fleet": sections["fleet"], "method": method, "run": sections["run"]}
+        return {
+            "task": sections["task"],
+            "fleet": sections["fleet"],
+            "method": method,
+            "run": sections["run"],
+        }
 
     def toml(self) -> str:
         return tomli_w.dumps(self.table())
@@ -121,7 +137,9 @@ class Recipe:
 def embedded() -> dict[str, Any]:
     """The tables of the default job."""
     return tomllib.loads(
-        importlib.resources.files("fedspine.recipes").joinpath("default.toml").read_text(encoding="utf-8")
+        importlib.resources.files("fedspine.recipes")
+        .joinpath("default.toml")
+        .read_text(encoding="utf-8")
     )
 
 
@@ -133,7 +151,12 @@ def load(path: Path | None, settings: list[str] | None = None, seed: int | None 
     if path is None:
         return anchored(recipe(_laid_over(_fitting(embedded(), overlay), overlay)))
     return anchored(
-        recipe(_laid_over(strict.read_toml(path, "recipe", "give a TOML file, or none for the embedded job"), overlay))
+        recipe(
+            _laid_over(
+                strict.read_toml(path, "recipe", "give a TOML file, or none for the embedded job"),
+                overlay,
+            )
+        )
     )
 
 
@@ -158,7 +181,9 @@ def recipe(tables: dict[str, Any]) -> Recipe:
             raise unknown("section", name, {*SECTIONS, "method"})
         if not isinstance(table, dict):
             raise BadInput(f"[{name}] must be a table of keys and values; {table!r} came")
-    sections = {name: strict.section(name, cls, tables.get(name, {})) for name, cls in SECTIONS.items()}
+    sections = {
+        name: strict.section(name, cls, tables.get(name, {})) for name, cls in SECTIONS.items()
+    }
     task: Any = sections["task"]
     if task.pair is not None and task.kind == "classification":
         sections["task"] = task.model_copy(update={"kind": "pair"})
@@ -179,7 +204,9 @@ def _of_arrays(task: TaskSection) -> TaskSection:
         )
     for key in ("text", "pair", "label", "layers"):
         if getattr(task, key) != TaskSection.model_fields[key].default:
-            raise BadInput(f"task.{key} is for texts, but {task.model!r} is a net for arrays; leave it out")
+            raise BadInput(
+                f"task.{key} is for texts, but {task.model!r} is a net for arrays; leave it out"
+            )
     return task.model_copy(update={"kind": "array"})
 
 
@@ -188,7 +215,9 @@ def _method(table: dict[str, Any]) -> Any:
     if not isinstance(name, str):
         raise BadInput(f"method.name must be a name in quotes; {name!r} came")
     cls = find(name)
-    strict.known_keys(f"key of [method] for {name}", table, (field.name for field in dataclasses.fields(cls)))
+    strict.known_keys(
+        f"key of [method] for {name}", table, (field.name for field in dataclasses.fields(cls))
+    )
     return strict.validated("method", pydantic.TypeAdapter(cls), table, by_json=True)
 
 
@@ -198,7 +227,9 @@ def _settings(settings: list[str]) -> dict[str, dict[str, Any]]:
         name, equals, value = setting.partition("=")
         section, dot, key = name.strip().partition(".")
         if not (equals and dot and key):
-            raise BadInput(f"--set {setting!r} is not of the form section.key=value, such as run.rounds=10")
+            raise BadInput(
+                f"--set {setting!r} is not of the form section.key=value, such as run.rounds=10"
+            )
         tables.setdefault(section, {})[key] = _value(value.strip())
     return tables
 
@@ -217,7 +248,9 @@ def _fitting(defaults: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any
     if name == defaults["method"]["name"] or not isinstance(name, str):
         return defaults
     known = {field.name for field in dataclasses.fields(find(name))} | {"name"}
-    return defaults | {"method": {key: value for key, value in defaults["method"].items() if key in known}}
+    return defaults | {
+        "method": {key: value for key, value in defaults["method"].items() if key in known}
+    }
 
 
 def _laid_over(tables: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:

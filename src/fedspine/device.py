@@ -38,7 +38,9 @@ class Device:
     memory: dict[str, Any]
     rng: np.random.Generator
     prefixes: "Prefixes | None" = None  # where activations of the frozen blocks may be kept
-    trainer: Callable[[Any], Any] | None = None  # trains this device together with others; None: on its own
+    trainer: Callable[[Any], Any] | None = (
+        None  # trains this device together with others; None: on its own
+    )
     kept: Any = None  # what the last ask of this round kept, where this process still has it
     flops: float = field(default=0.0, init=False)
     launches: int = field(default=0, init=False)
@@ -53,7 +55,9 @@ class Device:
         """
         self.keeping = Kept(value, bytes)
 
-    def spend(self, *, flops: float = 0.0, memory_bytes: int = 0, launches: int = 0, samples: int = 0) -> None:
+    def spend(
+        self, *, flops: float = 0.0, memory_bytes: int = 0, launches: int = 0, samples: int = 0
+    ) -> None:
         """Account for work: floating-point operations, memory needed at once, layers launched, rows trained on."""
         self.flops += flops
         self.launches += launches
@@ -83,7 +87,9 @@ class Scratch:
 
     def take(self, call: "Call") -> tuple[dict[str, Any], Any] | None:
         """The memory and what was kept for this call's device, once."""
-        if call.round != self._round:  # whoever vanished in an earlier round will not come for its own
+        if (
+            call.round != self._round
+        ):  # whoever vanished in an earlier round will not come for its own
             self._round = call.round
             self._entries.clear()
             self._bytes = 0
@@ -109,7 +115,9 @@ Work: TypeAlias = Callable[[Device, O], R]
 def on_device(work: Work[O, R]) -> Work[O, R]:
     """Mark a module-level function `(Device, Order) -> Result` as work that a fleet may send to devices by name."""
     if "." in work.__qualname__:
-        raise TypeError(f"{work.__qualname__} must be defined at the top of its module, so that a device can find it")
+        raise TypeError(
+            f"{work.__qualname__} must be defined at the top of its module, so that a device can find it"
+        )
     work.__on_device__ = True  # type: ignore[attr-defined]
     return work
 
@@ -166,7 +174,9 @@ def serve(
 ) -> Served:
     """Do the work of `call` on `data`, the device's own rows; what is in `scratch` changes no byte of the result."""
     found = None if scratch is None else scratch.take(call)
-    memory, kept = (unpack(call.memory) if call.memory is not None else {}, None) if found is None else found
+    memory, kept = (
+        (unpack(call.memory) if call.memory is not None else {}, None) if found is None else found
+    )
     device = Device(
         id=call.device,
         data=data,

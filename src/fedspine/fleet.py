@@ -54,7 +54,9 @@ class Fleet(Protocol):
         """The frozen base (for arrays: the net), which the server has too: for methods that compute a part there."""
         ...
 
-    def ask(self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf) -> list[Reply[R]]:
+    def ask(
+        self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf
+    ) -> list[Reply[R]]:
         """Send every order and wait; devices that are lost or later than `within` seconds are absent.
 
         Replies come in the order of `orders`. A mapping may build its orders when they are read.
@@ -73,7 +75,9 @@ class Fleet(Protocol):
         """The part of the fleet with these devices, on the same clock."""
         ...
 
-    def together(self, job: Callable[[str, "Fleet"], T], groups: Mapping[str, Iterable[DeviceId]]) -> dict[str, T]:
+    def together(
+        self, job: Callable[[str, "Fleet"], T], groups: Mapping[str, Iterable[DeviceId]]
+    ) -> dict[str, T]:
         """Run `job(name, part)` for every group side by side in time; the clock moves on by the longest."""
         ...
 

@@ -27,9 +27,12 @@ CONSOLE_LOG = "console.log"  # in a kit: what its process prints
 
 @app.command()
 def create(
-    project: Annotated[Path, typer.Argument(metavar="PROJECT.toml", help="Name, host and sites of the fleet.")],
+    project: Annotated[
+        Path, typer.Argument(metavar="PROJECT.toml", help="Name, host and sites of the fleet.")
+    ],
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for the kits; default: NAME, beside the file.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for the kits; default: NAME, beside the file."),
     ] = None,
 ) -> None:
     """Make certificates and start-up kits: one for the server, one for each site, and one for the operator.
@@ -53,7 +56,9 @@ def create(
 @app.command()
 def start(
     name: Annotated[str, typer.Argument(metavar="server|SITE", help="Whose process to run.")],
-    kit: Annotated[Path | None, typer.Option(metavar="DIR", help="Its kit; default: the folder of that name.")] = None,
+    kit: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Its kit; default: the folder of that name.")
+    ] = None,
 ) -> None:
     """Run the server or a site, here and until Ctrl-C or `fedspine fleet stop`; what dies is started again."""
     from fedspine.fleets import kit as kits
@@ -75,7 +80,10 @@ def start(
     elif code == 0:
         print(f"{name} was stopped by the operator")
     else:
-        print(f"fedspine: {name} ended {kits.TRIES} times within minutes; {log} says why", file=sys.stderr)
+        print(
+            f"fedspine: {name} ended {kits.TRIES} times within minutes; {log} says why",
+            file=sys.stderr,
+        )
         raise typer.Exit(1)
 
 
@@ -116,7 +124,9 @@ def stop(
 @app.command()
 def demo(
     sites: Annotated[int, typer.Option(help="Sites on this machine.", min=2, max=16)] = 3,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="New folder; default: runs/fleet-demo-N.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="New folder; default: runs/fleet-demo-N.")
+    ] = None,
 ) -> None:
     """All of it on this machine: share the embedded data over sites, make kits, start, run FedLoRA, stop."""
     from fedspine.fleet_demo import demo as run_demo

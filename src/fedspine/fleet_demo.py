@@ -54,16 +54,28 @@ def demo(sites: int, out: Path | None) -> int:
     names = tuple(f"site-{number + 1}" for number in range(sites))
     recipe = demo_recipe(sites)
     print(f"1. kits for a server, {sites} sites and you: {folder / 'kits'}", flush=True)
-    made = create(Project(name="demo", host="127.0.0.1", port=free_port(), sites=names), folder / "kits")
+    made = create(
+        Project(name="demo", host="127.0.0.1", port=free_port(), sites=names), folder / "kits"
+    )
     print("2. each site gets its own part of the embedded data, unequal and skewed", flush=True)
     data = dataset(recipe)
     for name, rows in share_out(data, names).items():
         give_rows(made.folder / name, name, rows, data)
         print(f"   {name}: {len(rows.texts)} texts, a file in its own folder")
     (folder / "recipe.toml").write_text(recipe.toml(), encoding="utf-8")
-    print("3. server and sites start, each a process of its own; all traffic is mutual TLS", flush=True)
+    print(
+        "3. server and sites start, each a process of its own; all traffic is mutual TLS",
+        flush=True,
+    )
     with running(made) as federation:
-        command = ["run", str(folder / "recipe.toml"), "--fleet", str(federation.admin), "--out", str(folder / "run")]
+        command = [
+            "run",
+            str(folder / "recipe.toml"),
+            "--fleet",
+            str(federation.admin),
+            "--out",
+            str(folder / "run"),
+        ]
         print(f"4. fedspine {' '.join(command)}", flush=True)
         code = subprocess.run([sys.executable, "-m", "fedspine", *command], check=False).returncode
         print("5. stopping server and sites", flush=True)
@@ -80,7 +92,13 @@ def share_out(data: Dataset, names: tuple[str, ...], seed: int = 0) -> dict[str,
     """The training rows of each site: every row at one of them, classes in unequal parts."""
     train = data.train
     shares = partition(
-        "dirichlet", devices=len(names), rows=len(train), labels=train.labels, groups=None, alpha=ALPHA, seed=seed
+        "dirichlet",
+        devices=len(names),
+        rows=len(train),
+        labels=train.labels,
+        groups=None,
+        alpha=ALPHA,
+        seed=seed,
     )
     return {name: _rows(train, share) for name, share in zip(names, shares, strict=True)}
 
@@ -95,7 +113,9 @@ def give_rows(folder: Path, name: str, rows: Rows, data: Dataset) -> None:
 @contextmanager
 def running(made: Kits) -> Iterator[Federation]:
     """The server and all sites of these kits, started as `fedspine fleet start` would, connected, and ended after."""
-    names = tuple(name for name in (*made.made, *made.kept) if name not in ("server", kits.ADMIN_KIT))
+    names = tuple(
+        name for name in (*made.made, *made.kept) if name not in ("server", kits.ADMIN_KIT)
+    )
     processes: dict[str, subprocess.Popen[bytes]] = {}
     with ExitStack() as stack:
         for name in ("server", *names):
@@ -134,10 +154,14 @@ def wait_until_connected(federation: Federation, seconds: float = UP_SECONDS) ->
 def _refuse_ended(federation: Federation, end: float) -> None:
     for name, process in federation.processes.items():
         if process.poll() is not None:
-            log = (federation.folder / name / "start.log").read_text(encoding="utf-8", errors="replace")
+            log = (federation.folder / name / "start.log").read_text(
+                encoding="utf-8", errors="replace"
+            )
             raise BadInput(f"{name} ended: {(log.strip().splitlines() or ['it said nothing'])[-1]}")
     if time.monotonic() > end:
-        raise BadInput(f"not all of {', '.join(federation.sites)} are connected; see the logs in {federation.folder}")
+        raise BadInput(
+            f"not all of {', '.join(federation.sites)} are connected; see the logs in {federation.folder}"
+        )
 
 
 def _rows(train: Rows, share: np.ndarray) -> Rows:

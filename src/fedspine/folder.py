@@ -10,7 +10,13 @@ from fedspine.config import Recipe, load
 from fedspine.errors import BadInput
 from fedspine.store import Store, write_atomically
 
-RECIPE, RECORDS, SUMMARY, STATE, FAILURE = "recipe.toml", "records.jsonl", "summary.json", "state", "failure.txt"
+RECIPE, RECORDS, SUMMARY, STATE, FAILURE = (
+    "recipe.toml",
+    "records.jsonl",
+    "summary.json",
+    "state",
+    "failure.txt",
+)
 FLEET = "fleet.json"  # of a run at real sites: how to reach them
 CACHE = "cache"  # what a run need not compute again; gone when it ends
 
@@ -19,7 +25,9 @@ def recipe_of(folder: Path) -> Recipe:
     """The recipe of a run's folder; raises BadInput for a folder that is no run."""
     if not ((folder / RECIPE).is_file() and (folder / STATE).is_dir()):
         what = f"has no {RECIPE} and {STATE}/" if folder.exists() else "does not exist"
-        raise BadInput(f"{folder} is not the folder of a run (it {what}); name one that `fedspine run` made")
+        raise BadInput(
+            f"{folder} is not the folder of a run (it {what}); name one that `fedspine run` made"
+        )
     return load(folder / RECIPE)
 
 
@@ -40,9 +48,15 @@ def standing(folder: Path) -> dict[str, Any]:
     }
     if saved is None:
         return known
-    sums = {name: saved.state["sums"][name] for name in ("waiting_seconds", "bytes_up", "bytes_down")}
+    sums = {
+        name: saved.state["sums"][name] for name in ("waiting_seconds", "bytes_up", "bytes_down")
+    }
     clock = "fleet" if (folder / FLEET).exists() else "simulated"
-    return known | sums | {f"{clock}_seconds": saved.fleet.now, "wall_seconds": saved.state["watch"]["before"]}
+    return (
+        known
+        | sums
+        | {f"{clock}_seconds": saved.fleet.now, "wall_seconds": saved.state["watch"]["before"]}
+    )
 
 
 def summary_of(folder: Path) -> dict[str, Any] | None:
@@ -52,7 +66,9 @@ def summary_of(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise BadInput(f"{folder / SUMMARY} is damaged ({error}); remove it and resume the run") from None
+        raise BadInput(
+            f"{folder / SUMMARY} is damaged ({error}); remove it and resume the run"
+        ) from None
 
 
 def make(folder: Path, recipe: Recipe) -> None:
@@ -66,6 +82,8 @@ def make(folder: Path, recipe: Recipe) -> None:
         write_atomically(partial / RECIPE, recipe.toml().encode())
         partial.rename(folder)
     except OSError as error:
-        raise BadInput(f"output folder {folder} cannot be made ({error.strerror}); choose another with --out") from None
+        raise BadInput(
+            f"output folder {folder} cannot be made ({error.strerror}); choose another with --out"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -44,7 +44,9 @@ def message(cls: type[T]) -> type[T]:
     made = dataclass(frozen=True, kw_only=True, eq=False)(cls)
     known = _REGISTRY.setdefault(cls.__name__, made)
     if (known.__module__, known.__qualname__) != (made.__module__, made.__qualname__):
-        raise TypeError(f"two messages are called {cls.__name__}: {known.__module__} and {made.__module__}")
+        raise TypeError(
+            f"two messages are called {cls.__name__}: {known.__module__} and {made.__module__}"
+        )
     _REGISTRY[cls.__name__] = made
     _FIELDS[made] = tuple(field.name for field in fields(made))
     return made
@@ -123,7 +125,9 @@ def _encode(value: Any, keep: Callable[["torch.Tensor"], str], where: str) -> An
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
             raise NotAMessage(f"{where}: dict keys must be strings")
-        return {"dict": {key: _encode(item, keep, f"{where}[{key!r}]") for key, item in value.items()}}
+        return {
+            "dict": {key: _encode(item, keep, f"{where}[{key!r}]") for key, item in value.items()}
+        }
     if isinstance(value, np.ndarray) or _is_tensor(value):
         return _encode_array(value, keep, where)
     name = type(value).__name__
@@ -131,10 +135,13 @@ def _encode(value: Any, keep: Callable[["torch.Tensor"], str], where: str) -> An
         return {
             "message": name,
             "fields": {
-                field: _encode(getattr(value, field), keep, f"{where}.{field}") for field in _FIELDS[type(value)]
+                field: _encode(getattr(value, field), keep, f"{where}.{field}")
+                for field in _FIELDS[type(value)]
             },
         }
-    raise NotAMessage(f"{where}: {type(value).__name__} cannot cross the wire; use a @message, tensor, tuple or dict")
+    raise NotAMessage(
+        f"{where}: {type(value).__name__} cannot cross the wire; use a @message, tensor, tuple or dict"
+    )
 
 
 def _encode_array(value: Any, keep: Callable[["torch.Tensor"], str], where: str) -> dict[str, Any]:
@@ -143,7 +150,11 @@ def _encode_array(value: Any, keep: Callable[["torch.Tensor"], str], where: str)
     kind = "tensor" if _is_tensor(value) else "array"
     try:
         # writable, since torch warns of arrays that are not
-        array = value if kind == "tensor" else torch.from_numpy(np.require(value, requirements=("C", "W")))
+        array = (
+            value
+            if kind == "tensor"
+            else torch.from_numpy(np.require(value, requirements=("C", "W")))
+        )
     except (TypeError, ValueError):
         raise NotAMessage(f"{where}: arrays of {value.dtype} cannot cross the wire") from None
     if array.dtype is torch.bool:
@@ -185,7 +196,9 @@ def _decode_array(tensors: Tensors, name: str, rest: dict[str, Any]) -> "torch.T
         return tensor
     shape = rest["bits"]
     count = math.prod(shape)
-    if min(shape, default=0) < 0 or not 0 <= 8 * tensor.numel() - count < 8:  # else a few bytes could claim any size
+    if (
+        min(shape, default=0) < 0 or not 0 <= 8 * tensor.numel() - count < 8
+    ):  # else a few bytes could claim any size
         raise NotAMessage(f"{tensor.numel()} bytes of bits cannot be of shape {str(shape)[:60]}")
     bits = np.unpackbits(tensor.numpy(), count=count)
     return torch.from_numpy(bits.astype(bool).reshape(shape))
@@ -196,5 +209,7 @@ def _decode_message(name: str, values: dict[str, Any], tensors: Tensors) -> Any:
     if cls is None:
         raise NotAMessage(f"unknown message {name!r}")
     if values.keys() != set(_FIELDS[cls]):
-        raise NotAMessage(f"{name} has the fields {sorted(_FIELDS[cls])}, but {sorted(values)} came")
+        raise NotAMessage(
+            f"{name} has the fields {sorted(_FIELDS[cls])}, but {sorted(values)} came"
+        )
     return cls(**{key: _decode(item, tensors) for key, item in values.items()})

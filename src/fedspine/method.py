@@ -64,7 +64,9 @@ def usable(replies: Sequence[Reply[R]], fleet: Fleet) -> list[Reply[R]]:
         else:
             good.append(reply)
     if not good:
-        raise AllLost(f"of {len(fleet.devices)} devices asked, {len(replies)} replied and none can be used")
+        raise AllLost(
+            f"of {len(fleet.devices)} devices asked, {len(replies)} replied and none can be used"
+        )
     return good
 
 

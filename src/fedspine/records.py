@@ -18,7 +18,9 @@ class Records:
     def __init__(self, path: Path, position: int = 0) -> None:
         path.touch()
         if path.stat().st_size < position:
-            raise BadInput(f"{path} has lost rows: {position} bytes were expected at least; restore it from a copy")
+            raise BadInput(
+                f"{path} has lost rows: {position} bytes were expected at least; restore it from a copy"
+            )
         self._file = open(path, "r+b")  # noqa: SIM115 - held for the whole run
         self._file.truncate(position)
         self._file.seek(position)

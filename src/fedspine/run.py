@@ -76,13 +76,17 @@ class Point:
     watch: Stopwatch = field(default_factory=Stopwatch)
 
 
-def new_run(recipe: Recipe, folder: Path, progress: Progress, venue: Venue | None = None) -> dict[str, Any]:
+def new_run(
+    recipe: Recipe, folder: Path, progress: Progress, venue: Venue | None = None
+) -> dict[str, Any]:
     """Run a recipe into a new folder, on simulated devices unless a venue is named; returns the summary.
 
     Raises BadInput for bad input, before the folder is made; Stopped where the run cannot go on.
     """
     if folder.exists():
-        raise BadInput(f"output folder {folder} exists; choose another with --out, or go on with --resume {folder}")
+        raise BadInput(
+            f"output folder {folder} exists; choose another with --out, or go on with --resume {folder}"
+        )
     venue = venue or Simulation()
     try:
         progress.stage("loading model and data")
@@ -134,10 +138,14 @@ def _guarded(built: Built, venue: Venue, folder: Path, progress: Progress) -> di
     except AllLost as error:
         raise Stopped(f"{error}; {_kept(store, folder)}") from None
     except OSError as error:
-        raise Stopped(f"{error.filename or folder}: {error.strerror or error}; {_kept(store, folder)}") from error
+        raise Stopped(
+            f"{error.filename or folder}: {error.strerror or error}; {_kept(store, folder)}"
+        ) from error
     except Exception as error:
         with suppress(OSError):
-            (folder / FAILURE).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            (folder / FAILURE).write_text(
+                "".join(traceback.format_exception(error)), encoding="utf-8"
+            )
         lines = str(error).strip().splitlines() or [""]
         what = " ".join(dict.fromkeys((lines[0], lines[-1])))  # of a worker's traceback, its cause
         where = f"details are in {folder / FAILURE}"
@@ -189,14 +197,18 @@ def _begun(job: Job) -> Point:
 
 def _restored(job: Job, saved: Saved) -> Point:
     if saved.state["recipe"] != job.recipe.fingerprint:
-        raise BadInput("the recipe of this run was changed after it began; undo the change, or start a new run")
+        raise BadInput(
+            "the recipe of this run was changed after it began; undo the change, or start a new run"
+        )
     if saved.state["computing"] != job.workers.computing:
         raise BadInput(
             f"this run was computed by {saved.state['computing']}, here it would be by {job.workers.computing}, which rounds "
             "otherwise; resume it where it began, or start a new run"
         )
     job.fleet.restore(saved.fleet, saved.memories)
-    job.records.round = saved.round - 1  # of which the final score is written, where no round is left
+    job.records.round = (
+        saved.round - 1
+    )  # of which the final score is written, where no round is left
     return Point(
         round=saved.round,
         state=saved.state["method"],
@@ -233,7 +245,9 @@ def _rounds(job: Job, point: Point, progress: Progress) -> None:
             "computing": job.workers.computing,
         }
         fleet = job.fleet
-        job.store.save(Saved(point.round, state, fleet.snapshot(), fleet.memories, job.records.flush()))
+        job.store.save(
+            Saved(point.round, state, fleet.snapshot(), fleet.memories, job.records.flush())
+        )
 
 
 def _one_round(job: Job, point: Point) -> None:
@@ -252,7 +266,11 @@ def _one_round(job: Job, point: Point) -> None:
 def _check(job: Job, point: Point) -> dict[str, Any] | None:
     """Score a few models on some of the test rows, off the clock, where it is due."""
     run = job.recipe.run
-    if not run.evaluate_every or point.round % run.evaluate_every or run.over(point.round, job.fleet.now):
+    if (
+        not run.evaluate_every
+        or point.round % run.evaluate_every
+        or run.over(point.round, job.fleet.now)
+    ):
         return None
     rows = min(run.evaluate_rows, len(job.built.task.test))
     return _score(job, point, rows, run.evaluate_devices, final=False)
@@ -260,7 +278,9 @@ def _check(job: Job, point: Point) -> dict[str, Any] | None:
 
 def _score(job: Job, point: Point, rows: int, devices: int, *, final: bool) -> dict[str, Any]:
     chosen = spread_out(tuple(profile.id for profile in job.fleet.devices), devices)
-    found = marks(Deployment(job.recipe.method, point.state, chosen), job.built.task, job.workers, rows)
+    found = marks(
+        Deployment(job.recipe.method, point.state, chosen), job.built.task, job.workers, rows
+    )
     job.records.write("score", now=job.fleet.now, final=final, **found)
     return found
 

@@ -72,4 +72,6 @@ def _hints(annotated: Any) -> dict[str, Any]:
     import torch
 
     # an alias that is a string cannot stand in a union
-    return typing.get_type_hints(annotated, localns={"torch": torch, "np": np, "Tensors": dict[str, torch.Tensor]})
+    return typing.get_type_hints(
+        annotated, localns={"torch": torch, "np": np, "Tensors": dict[str, torch.Tensor]}
+    )

@@ -48,12 +48,16 @@ def marks(deployment: Deployment, task: Task, workers: Workers, rows: int) -> di
     scored: list[str] = []  # the digests in the order of scoring
 
     def jobs() -> Iterator[ScoreJob]:
-        alike: dict[Any, dict[str, bytes]] = {}  # models of one structure, which wait to be scored in one pass
+        alike: dict[
+            Any, dict[str, bytes]
+        ] = {}  # models of one structure, which wait to be scored in one pass
         for model in deployment.models():
             packed = pack(model)
             name, shape = packed.sha256, _shape(model)
             known = name in names
-            sparsities.append(0.0 if isinstance(model, NetModel) else sparsity(task.base.anatomy, model.structure))
+            sparsities.append(
+                0.0 if isinstance(model, NetModel) else sparsity(task.base.anatomy, model.structure)
+            )
             names.append(name)
             if known:
                 continue
@@ -91,4 +95,9 @@ def _shape(model: Model | NetModel) -> Any:
     """What models that are scored in one pass must share."""
     if isinstance(model, NetModel):
         return model.net
-    return key_of(model.structure), tuple(sorted(model.adapter)), tuple(sorted(model.head)), model.scale
+    return (
+        key_of(model.structure),
+        tuple(sorted(model.adapter)),
+        tuple(sorted(model.head)),
+        model.scale,
+    )

@@ -116,7 +116,9 @@ class Store:
             raise self._damaged(f"{CURRENT}: {error}") from None
 
     def _damaged(self, why: str) -> BadInput:
-        return BadInput(f"the state in {self._folder} is damaged ({why}); restore it from a copy, or start a new run")
+        return BadInput(
+            f"the state in {self._folder} is damaged ({why}); restore it from a copy, or start a new run"
+        )
 
     def _sweep(self, keep: Iterable[str]) -> None:
         wanted = {*keep, CURRENT, LOCK}
@@ -138,11 +140,16 @@ def lock(path: Path, what: str) -> BinaryIO:
     try:
         import fcntl
 
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by worker processes
+        fcntl.lockf(
+            file, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # unlike flock, not inherited by worker processes
     except (BlockingIOError, PermissionError):
         file.close()
         raise BadInput(f"another process is working on {what}; wait for it or end it") from None
-    except (ImportError, OSError):  # no locks on this system, or on this file system: the user has to take care
+    except (
+        ImportError,
+        OSError,
+    ):  # no locks on this system, or on this file system: the user has to take care
         pass
     return file
 

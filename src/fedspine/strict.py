@@ -21,7 +21,9 @@ HINTS = {  # by pydantic's type of error
 class Section(pydantic.BaseModel):
     """A table whose keys are the fields of the class."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False
+    )
 
 
 def read_toml(path: Path, what: str, instead: str) -> dict[str, Any]:
@@ -48,7 +50,9 @@ def known_keys(what: str, table: Iterable[str], known: Iterable[str]) -> None:
             raise unknown(what, key, known)
 
 
-def validated(section: str, adapter: pydantic.TypeAdapter[Any], table: Any, *, by_json: bool = False) -> Any:
+def validated(
+    section: str, adapter: pydantic.TypeAdapter[Any], table: Any, *, by_json: bool = False
+) -> Any:
     """What the adapter makes of a table, or of an instance; whatever it refuses is one line that names the key.
 
     `by_json` is for plain dataclasses, which pydantic takes strictly from JSON alone; there TOML's dates become text.
@@ -70,6 +74,8 @@ def validated(section: str, adapter: pydantic.TypeAdapter[Any], table: Any, *, b
         hint = HINTS.get(first["type"], "")
         raise BadInput(f"{where} is {first['input']!r}: {first['msg']}{hint}") from None
     for key, value in table.items() if isinstance(table, dict) else ():
-        if isinstance(value, float) and not math.isfinite(value):  # which fields of a dataclass let pass
+        if isinstance(value, float) and not math.isfinite(
+            value
+        ):  # which fields of a dataclass let pass
             raise BadInput(f"{section}.{key} is {value}: a finite number was expected")
     return made

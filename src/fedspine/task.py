@@ -29,7 +29,9 @@ class Examples:
     labels: np.ndarray | None  # int64 [rows]; None: the next token is the label
     segments: np.ndarray | None  # uint8 [tokens], which text of a pair a token belongs to
     padding: int  # the token id that fills short rows
-    sources: np.ndarray | None = None  # int64 [rows], the text each row was cut from; None: every text is one row
+    sources: np.ndarray | None = (
+        None  # int64 [rows], the text each row was cut from; None: every text is one row
+    )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -64,15 +66,22 @@ class Examples:
         inside = columns < self.lengths[rows][:, None]
         return np.where(inside, self.offsets[rows][:, None] + columns, 0), inside
 
-    def batch(self, rows: Sequence[int] | np.ndarray, width: int | None = None) -> dict[str, "torch.Tensor"]:
+    def batch(
+        self, rows: Sequence[int] | np.ndarray, width: int | None = None
+    ) -> dict[str, "torch.Tensor"]:
         """Model inputs for these rows, padded to `width` (default: their own); `labels` as the loss wants them."""
         import torch
 
         index, inside = self.places(rows, self.width(rows) if width is None else width)
         ids = np.where(inside, self.ids[index], self.padding).astype(np.int64)
-        inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(inside.astype(np.int64))}
+        inputs = {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(inside.astype(np.int64)),
+        }
         if self.segments is not None:
-            inputs["token_type_ids"] = torch.from_numpy(np.where(inside, self.segments[index], 0).astype(np.int64))
+            inputs["token_type_ids"] = torch.from_numpy(
+                np.where(inside, self.segments[index], 0).astype(np.int64)
+            )
         labels = np.where(inside, ids, IGNORED) if self.labels is None else self.labels[rows]
         return inputs | {"labels": torch.from_numpy(labels)}
 
@@ -109,7 +118,9 @@ class Arrays:
         """1, whatever the rows: nothing is padded."""
         return 1
 
-    def batch(self, rows: Sequence[int] | np.ndarray, width: int | None = None) -> dict[str, "torch.Tensor"]:
+    def batch(
+        self, rows: Sequence[int] | np.ndarray, width: int | None = None
+    ) -> dict[str, "torch.Tensor"]:
         """`inputs`, float32 [rows, channels, ...], and `labels`, int64 [rows]; `width` makes no difference."""
         import torch
 

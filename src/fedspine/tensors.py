@@ -49,7 +49,9 @@ def average(weighted: Iterable[tuple[int | float, Mapping[str, Tensor]]]) -> Ten
     for weight, tensors in weighted:
         total += weight
         for name, tensor in tensors.items():
-            sums[name] = sums[name] + weight * tensor.float() if name in sums else weight * tensor.float()
+            sums[name] = (
+                sums[name] + weight * tensor.float() if name in sums else weight * tensor.float()
+            )
     if total <= 0:
         raise ValueError("an average needs at least one positive weight")
     return {name: tensor / total for name, tensor in sums.items()}
@@ -63,7 +65,12 @@ def is_tensors(value: object) -> bool:
 def finite(tensors: Tensors) -> bool:
     """Whether no entry is NaN or infinite."""
     # both show in the extremes, which take one pass and no memory
-    return all(math.isfinite(end) for tensor in tensors.values() if tensor.numel() for end in extremes(tensor))
+    return all(
+        math.isfinite(end)
+        for tensor in tensors.values()
+        if tensor.numel()
+        for end in extremes(tensor)
+    )
 
 
 def extremes(tensor: Tensor) -> tuple[float, float]:

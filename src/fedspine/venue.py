@@ -32,7 +32,9 @@ class Venue(Protocol):
         """Load and check everything; raises BadInput before the run's folder is made."""
         ...
 
-    def fleet(self, built: Built, workers: Workers, store: Store, records: Records) -> RoundFleet: ...
+    def fleet(
+        self, built: Built, workers: Workers, store: Store, records: Records
+    ) -> RoundFleet: ...
 
     def remember(self, folder: Path) -> None:
         """Write into the run's folder what a resume has to know of this place."""
@@ -86,7 +88,9 @@ class RealSites:
         return replace(
             recipe,
             fleet=recipe.fleet.model_copy(update=changed),
-            run=recipe.run.model_copy(update={"workers": 1}),  # processes cannot be forked beside a connection
+            run=recipe.run.model_copy(
+                update={"workers": 1}
+            ),  # processes cannot be forked beside a connection
         )
 
     def build(self, recipe: Recipe) -> Built:
@@ -131,7 +135,9 @@ class RealSites:
             from fedspine.fleets.flare_link import Link
 
             self._link = Link(self.kit, self.patience.quorum)
-            self._link.wait_for(max(self.patience.sites, self.patience.quorum), self.patience.outage)
+            self._link.wait_for(
+                max(self.patience.sites, self.patience.quorum), self.patience.outage
+            )
         return self._link
 
 
@@ -140,13 +146,20 @@ def venue_of(folder: Path, named: RealSites | None = None) -> Venue:
     path = folder / FLEET
     if not path.exists():
         if named is not None:
-            raise BadInput(f"the run in {folder} is simulated, so no sites can go on with it; leave --fleet out")
+            raise BadInput(
+                f"the run in {folder} is simulated, so no sites can go on with it; leave --fleet out"
+            )
         return Simulation()
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-        kit, patience = Path(said.pop("kit")), Patience(**said | {"sites": said["quorum"]})  # the others may come later
+        kit, patience = (
+            Path(said.pop("kit")),
+            Patience(**said | {"sites": said["quorum"]}),
+        )  # the others may come later
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is damaged ({error}); name the operator's kit with --fleet") from None
+        raise BadInput(
+            f"{path} is damaged ({error}); name the operator's kit with --fleet"
+        ) from None
     return named or RealSites(kit, patience)
 
 

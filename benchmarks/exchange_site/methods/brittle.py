@@ -12,7 +12,9 @@ from fedspine.fleet import Fleet
 from fedspine.method import method
 from fedspine.methods.fedlora import FedLora, LoraOrder, LoraResult, LoraState, tune_adapter
 
-SPOIL = "FEDSPINE_SPOIL"  # environment: a folder with a file for each site that is to spoil its replies
+SPOIL = (
+    "FEDSPINE_SPOIL"  # environment: a folder with a file for each site that is to spoil its replies
+)
 
 
 @on_device
@@ -21,9 +23,14 @@ def tune_or_spoil(device: Device, order: LoraOrder) -> LoraResult:
     said = Path(os.environ[SPOIL]) / device.id
     match said.read_text() if said.exists() else "":
         case "nan":
-            return replace(result, adapter={name: tensor * float("nan") for name, tensor in result.adapter.items()})
+            return replace(
+                result,
+                adapter={name: tensor * float("nan") for name, tensor in result.adapter.items()},
+            )
         case "shapes":
-            return replace(result, adapter={name: tensor[:1] for name, tensor in result.adapter.items()})
+            return replace(
+                result, adapter={name: tensor[:1] for name, tensor in result.adapter.items()}
+            )
     return result
 
 

@@ -63,9 +63,14 @@ class EchoMethod:
             for number in range(-WARM_UP, self.exchanges):
                 numbers = torch.rand(size // 4)
                 began = perf_counter()
-                replies = fleet.ask(echo, {device.id: EchoOrder(numbers=numbers) for device in fleet.devices})
+                replies = fleet.ask(
+                    echo, {device.id: EchoOrder(numbers=numbers) for device in fleet.devices}
+                )
                 seconds = perf_counter() - began
-                if not all(torch.equal(reply.value.numbers, numbers) for reply in replies) or len(replies) < 2:
+                if (
+                    not all(torch.equal(reply.value.numbers, numbers) for reply in replies)
+                    or len(replies) < 2
+                ):
                     raise AllLost(f"{len(replies)} sites returned what they were sent")
                 if number >= 0:
                     fleet.note(size=size, seconds=seconds)

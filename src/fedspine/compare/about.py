@@ -6,7 +6,12 @@ from fedspine.report.tables import counted
 
 def about(found: Found) -> list[str]:
     """The remarks that hold for these comparisons, one a line."""
-    runs = [run for section in found.sections for s in section.comparison.standings for run in s.method.runs.values()]
+    runs = [
+        run
+        for section in found.sections
+        for s in section.comparison.standings
+        for run in s.method.runs.values()
+    ]
     fleets = [run.recipe.fleet for run in runs]
     lines = [
         "Final scores are of the models that devices run, on all test rows, the mean over the device models scored. "
@@ -18,7 +23,8 @@ def about(found: Found) -> list[str]:
         "Intervals are paired over common seeds: Student's t on the seeds' differences, on their logarithms for ratios. "
         "They speak of the seeds that were run, not of other data or devices." + _many_pairs(found),
         "Waiting is what the mean asked device waits for the slowest of its round, summed over rounds, over the "
-        "simulated time." + _unseen_waiting(any(fleet.drop or fleet.delay_seconds for fleet in fleets)),
+        "simulated time."
+        + _unseen_waiting(any(fleet.drop or fleet.delay_seconds for fleet in fleets)),
     ]
     return [*lines, *_latency(found), *found.notes]
 

@@ -28,7 +28,10 @@ def panels(comparison: Comparison, numbers: Mapping[str, int], prefix: str) -> l
             f"{prefix}{quality}-over-{along}",
             quality,
             f"{CAPTIONS[along]}; {SHOWN}",
-            [_trace(standing, along, numbers[standing.method.name]) for standing in comparison.standings],
+            [
+                _trace(standing, along, numbers[standing.method.name])
+                for standing in comparison.standings
+            ],
             along,
             comparison.target.value,
         )
@@ -41,17 +44,19 @@ def _gaps(comparison: Comparison, numbers: Mapping[str, int], prefix: str) -> Pa
     """Every other method against the best, as its pairs tell it."""
     best, *others = comparison.standings
     quality, gaps = comparison.quality.name, []
-    for other, pair in zip(others, comparison.pairs, strict=False):  # the pairs of the best method come first
+    for other, pair in zip(
+        others, comparison.pairs, strict=False
+    ):  # the pairs of the best method come first
         name = other.method.name
         found = [(other.final.values[seed], best.final.values[seed]) for seed in pair.seeds]
         seeds = [mine - its for mine, its in found if mine is not None and its is not None]
         # a pair is the best minus the other, which turns the interval round
-        mean, low, high = (pair.final.mean, pair.final.high, pair.final.low) if pair.final else (None, None, None)
+        mean, low, high = (
+            (pair.final.mean, pair.final.high, pair.final.low) if pair.final else (None, None, None)
+        )
         turned = [None if value is None else -value for value in (mean, low, high)]
         gaps.append(Gap(name, numbers[name], seeds, *turned))
-    caption = (
-        "Faint dots are common seeds, large marks their mean, lines its 95 % interval: where a line crosses 0, the "
-    )
+    caption = "Faint dots are common seeds, large marks their mean, lines its 95 % interval: where a line crosses 0, the "
     caption += "difference is within the seeds' noise."
     return gap_panel(f"{prefix}final-{quality}", quality, caption, best.method.name, gaps)
 
@@ -59,7 +64,9 @@ def _gaps(comparison: Comparison, numbers: Mapping[str, int], prefix: str) -> Pa
 def _trace(standing: Standing, along: Along, number: int) -> Trace:
     runs = [*standing.method.runs.values()]
     drawn = [run.curve for run in runs if len(run.curve.quality)]
-    xs, values = on_a_grid([getattr(curve, along) for curve in drawn], [curve.quality for curve in drawn])
+    xs, values = on_a_grid(
+        [getattr(curve, along) for curve in drawn], [curve.quality for curve in drawn]
+    )
     mean = values.mean(axis=0) if drawn else xs
     band = values.std(axis=0, ddof=1) if len(values) > 1 else None
     ends: Mapping[Along, OverSeeds] = {
@@ -93,5 +100,8 @@ def on_a_grid(costs: Sequence[Floats], values: Sequence[Floats]) -> tuple[Floats
         return np.empty(0), np.empty((0, 0))
     grid = np.unique(np.concatenate(costs))
     grid = grid[grid >= max(cost[0] for cost in costs)]
-    steps = [found[np.searchsorted(cost, grid, side="right") - 1] for cost, found in zip(costs, values, strict=True)]
+    steps = [
+        found[np.searchsorted(cost, grid, side="right") - 1]
+        for cost, found in zip(costs, values, strict=True)
+    ]
     return grid, np.stack(steps)

@@ -61,7 +61,9 @@ def find(paths: Iterable[Path], *, target: str, latency: bool, progress: Progres
     for place, (group, comparison) in enumerate(zip(groups, comparisons, strict=True)):
         latencies = _latencies(group, progress, notes) if latency else {}
         prefix = f"{place + 1}-" if len(groups) > 1 else ""
-        sections.append(Section(comparison, latencies, tuple(curves.panels(comparison, numbers, prefix))))
+        sections.append(
+            Section(comparison, latencies, tuple(curves.panels(comparison, numbers, prefix)))
+        )
     return Found(tuple(sections), selection.left_out, tuple(notes), numbers, len(selection.runs))
 
 
@@ -83,7 +85,9 @@ def _section_table(section: Section) -> dict[str, Any]:
         "measure": comparison.quality.name,
         "higher_is_better": comparison.quality.higher_is_better,
         "target": asdict(comparison.target) | {"checks": comparison.checks},
-        "methods": [_standing_table(standing, section.latencies) for standing in comparison.standings],
+        "methods": [
+            _standing_table(standing, section.latencies) for standing in comparison.standings
+        ],
         "differences": [_pair_table(comparison, pair) for pair in comparison.pairs],
     }
 

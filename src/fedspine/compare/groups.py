@@ -14,13 +14,24 @@ from fedspine.report.tables import counted
 from fedspine.task import Kind
 
 CLOCK = {"fleet.spread", "fleet.drop", "fleet.delay_seconds"}
-MODEL = {"task.model", "task.layers"}  # a smaller model is a fair rival where runs are named one by one
+MODEL = {
+    "task.model",
+    "task.layers",
+}  # a smaller model is a fair rival where runs are named one by one
 CHECKS = {"run.evaluate_every", "run.evaluate_rows", "run.evaluate_devices", "run.final_devices"}
-TOLD = {"data", "task.data", "task.model", "task.layers", "fleet.devices", "fleet.alpha"}  # in every title
-OFFERED = (
-    "fleet.per_round"  # of how many devices a method may choose; in a sweep a method's own where no setting says it
-)
-MEASURED = {"test_rows": "test rows", "classes": "number of classes"}  # of the summary: what the data came to
+TOLD = {
+    "data",
+    "task.data",
+    "task.model",
+    "task.layers",
+    "fleet.devices",
+    "fleet.alpha",
+}  # in every title
+OFFERED = "fleet.per_round"  # of how many devices a method may choose; in a sweep a method's own where no setting says it
+MEASURED = {
+    "test_rows": "test rows",
+    "classes": "number of classes",
+}  # of the summary: what the data came to
 
 
 @dataclass(frozen=True)
@@ -57,25 +68,35 @@ def grouped(selection: Selection) -> tuple[Group, ...]:
         key = {"settings": run.settings, "basis": common, "model": _part(run.recipe, MODEL)}
         by_setting[json.dumps(key, sort_keys=True)].append(run)
     settings = [dict(runs[0].settings or {}) for runs in by_setting.values()]
-    several = [key for key in _keys(settings) if len({json.dumps(one.get(key)) for one in settings}) > 1]
+    several = [
+        key for key in _keys(settings) if len({json.dumps(one.get(key)) for one in settings}) > 1
+    ]
     return tuple(_group(runs, titles=several) for runs in by_setting.values())
 
 
 def basis(run: Run) -> dict[str, Any]:
     """What two runs must have in common to be compared: data, devices, clock, checks, and what the data came to."""
     flat = flattened(run.recipe)
-    language = run.recipe.task.kind == "causal-lm"  # where a token of another model is another unit of loss
+    language = (
+        run.recipe.task.kind == "causal-lm"
+    )  # where a token of another model is another unit of loss
     found = {
         key: value
         for key, value in flat.items()
-        if key in CHECKS or key.startswith("fleet.") or (key.startswith("task.") and (language or key not in MODEL))
+        if key in CHECKS
+        or key.startswith("fleet.")
+        or (key.startswith("task.") and (language or key not in MODEL))
     }
     return found | {key: run.summary[key] for key in MEASURED if key in run.summary}
 
 
 def flattened(recipe: Recipe) -> dict[str, Any]:
     """The recipe by dotted key, without what makes no difference to the results."""
-    return {f"{section}.{key}": value for section, table in recipe.results.items() for key, value in table.items()}
+    return {
+        f"{section}.{key}": value
+        for section, table in recipe.results.items()
+        for key, value in table.items()
+    }
 
 
 def _check_comparable(runs: Iterable[Run]) -> None:
@@ -106,7 +127,9 @@ def _group(runs: Iterable[Run], titles: list[str]) -> Group:
     runs = list(runs)
     recipe, settings = runs[0].recipe, runs[0].settings or {}
     extra = [
-        f"{key.rpartition('.')[2]} {_text(settings[key])}" for key in titles if key in settings and key not in TOLD
+        f"{key.rpartition('.')[2]} {_text(settings[key])}"
+        for key in titles
+        if key in settings and key not in TOLD
     ]
     return Group(_title(recipe, extra), recipe.task.kind, _methods(runs))
 
@@ -136,14 +159,17 @@ def _methods(runs: Iterable[Run]) -> tuple[Method, ...]:
         seeds[run.seed] = run
     found = [(name, dict(sorted(seeds.items()))) for (name, _), seeds in alike.items()]
     return tuple(
-        Method(_name(name, seeds, [theirs for other, theirs in found if other == name]), seeds) for name, seeds in found
+        Method(_name(name, seeds, [theirs for other, theirs in found if other == name]), seeds)
+        for name, seeds in found
     )
 
 
 def _name(name: str, seeds: Mapping[int, Run], namesakes: list[Mapping[int, Run]]) -> str:
     tables = [_without_seed(next(iter(theirs.values())).recipe) for theirs in namesakes]
     own = _without_seed(next(iter(seeds.values())).recipe)
-    differing = [key for key in _keys(tables) if len({json.dumps(table.get(key)) for table in tables}) > 1]
+    differing = [
+        key for key in _keys(tables) if len({json.dumps(table.get(key)) for table in tables}) > 1
+    ]
     words = [f"{key.rpartition('.')[2]}={_text(own[key])}" for key in differing if key in own]
     return " ".join([name, *words])
 

@@ -62,7 +62,9 @@ def t_quantile(probability: float, degrees: int) -> float:
     while t_probability(high, degrees) < probability:
         high *= 2
     while (middle := (low + high) / 2) not in (low, high):
-        low, high = (middle, high) if t_probability(middle, degrees) < probability else (low, middle)
+        low, high = (
+            (middle, high) if t_probability(middle, degrees) < probability else (low, middle)
+        )
     return high
 
 

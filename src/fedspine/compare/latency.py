@@ -46,7 +46,9 @@ def latency_of(method: Method) -> Latency:
         return kept
     found = _measured(run)
     with suppress(OSError):  # a folder that cannot be written is measured anew every time
-        write_atomically(run.folder / KEPT, json.dumps(_mark(run) | dataclasses.asdict(found)).encode())
+        write_atomically(
+            run.folder / KEPT, json.dumps(_mark(run) | dataclasses.asdict(found)).encode()
+        )
     return found
 
 
@@ -84,7 +86,9 @@ def _kept(run: Run) -> Latency | None:
         fields = {field.name: kept[field.name] for field in dataclasses.fields(Latency)}
     except (OSError, ValueError, KeyError, AttributeError):
         return None
-    return Latency(**fields | {"seconds_by_batch": {int(n): s for n, s in kept["seconds_by_batch"].items()}})
+    return Latency(
+        **fields | {"seconds_by_batch": {int(n): s for n, s in kept["seconds_by_batch"].items()}}
+    )
 
 
 def _measured(run: Run) -> Latency:
@@ -97,7 +101,9 @@ def _measured(run: Run) -> Latency:
             export_model(run.folder, device=device, format="hf", to=Path(place) / "model")
             found = bench(Path(place) / "model", tokens=tokens, threads=THREADS, repeats=REPEATS)
         except OSError as error:
-            raise BadInput(f"the model of {run.folder} cannot be measured ({error.strerror or error})") from None
+            raise BadInput(
+                f"the model of {run.folder} cannot be measured ({error.strerror or error})"
+            ) from None
     return Latency(
         seed=run.seed,
         device=device,

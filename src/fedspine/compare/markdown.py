@@ -22,8 +22,16 @@ def _section(section: Section, file_of: Callable[[str], str]) -> list[str]:
     verdicts = [verdict(comparison, pair) for pair in comparison.pairs]
     lines = [f"## {escaped(comparison.title)}", ""]
     lines += [f"- {escaped(each.text)}" for each in verdicts]
-    lines += ["", escaped(target_line(comparison)), "", *_table(methods_sheet(comparison, section.latencies))]
-    lines += ["", *(f"![{escaped(panel.title)}]({file_of(panel.name)})" for panel in section.panels)]
+    lines += [
+        "",
+        escaped(target_line(comparison)),
+        "",
+        *_table(methods_sheet(comparison, section.latencies)),
+    ]
+    lines += [
+        "",
+        *(f"![{escaped(panel.title)}]({file_of(panel.name)})" for panel in section.panels),
+    ]
     return [*lines, "", *_table(pairs_sheet(comparison))] if comparison.pairs else lines
 
 

@@ -133,7 +133,10 @@ def compared(group: Group, target: str = "auto") -> Comparison:
     wanted = target_of(group, quality, target)
     standings = [_standing(method, quality, wanted) for method in group.methods]
     worst = -np.inf if quality.higher_is_better else np.inf
-    standings.sort(key=lambda s: worst if s.final.mean is None else s.final.mean, reverse=quality.higher_is_better)
+    standings.sort(
+        key=lambda s: worst if s.final.mean is None else s.final.mean,
+        reverse=quality.higher_is_better,
+    )
     run = next(iter(group.methods[0].runs.values())).recipe.run
     every = (
         "never"
@@ -159,7 +162,9 @@ def target_of(group: Group, quality: Quality, text: str) -> Target:
         margin = -MARGIN_POINTS if quality.higher_is_better else MARGIN_NATS
         return Target(None if best is None else best + margin, "auto", best)
     asked = _parsed(text, quality)
-    checked = any(len(run.curve.quality) for method in group.methods for run in method.runs.values())
+    checked = any(
+        len(run.curve.quality) for method in group.methods for run in method.runs.values()
+    )
     return Target(asked if checked else None, text, best)
 
 
@@ -171,8 +176,14 @@ def _parsed(text: str, quality: Quality) -> float:
         value = float("nan")
     if quality is ACCURACY and (text.endswith("%") or value > 1):
         value /= 100
-    if not (0 < value <= 1 if quality is ACCURACY else 0 < value < np.inf and not text.endswith("%")):
-        wanted = "an accuracy such as 0.7 or 70%" if quality is ACCURACY else "a loss in nats above 0, such as 1.5"
+    if not (
+        0 < value <= 1 if quality is ACCURACY else 0 < value < np.inf and not text.endswith("%")
+    ):
+        wanted = (
+            "an accuracy such as 0.7 or 70%"
+            if quality is ACCURACY
+            else "a loss in nats above 0, such as 1.5"
+        )
         raise BadInput(f"--target is {text!r}; auto or {wanted} was expected")
     return value
 
@@ -222,7 +233,9 @@ def _pair(first: Standing, second: Standing) -> Pair:
     def both(number: Callable[[Standing], OverSeeds]) -> list[tuple[float, float]] | None:
         """The two numbers of every common seed; None unless all are there, so that no seed is left out in silence."""
         found = [(number(first).values[seed], number(second).values[seed]) for seed in seeds]
-        return [(a, b) for a, b in found if a is not None and b is not None] if _whole(found) else None
+        return (
+            [(a, b) for a, b in found if a is not None and b is not None] if _whole(found) else None
+        )
 
     def difference(number: Callable[[Standing], OverSeeds]) -> Interval | None:
         found = both(number)

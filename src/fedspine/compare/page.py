@@ -75,23 +75,41 @@ for (const table of document.querySelectorAll("table.sort")) table.tHead.addEven
 
 def page(found: Found) -> str:
     """The page as text."""
-    body = (_warning(found), _contents(found), *(_section(found, section) for section in found.sections), _about(found))
-    methods = {standing.method.name for section in found.sections for standing in section.comparison.standings}
+    body = (
+        _warning(found),
+        _contents(found),
+        *(_section(found, section) for section in found.sections),
+        _about(found),
+    )
+    methods = {
+        standing.method.name
+        for section in found.sections
+        for standing in section.comparison.standings
+    }
     what = f"{counted(len(methods), 'method')}, {counted(found.runs, 'finished run')}, seeds {_seeds(found)}"
     if len(found.sections) > 1:
         what += f", {len(found.sections)} settings"
     return PAGE.substitute(
-        title="Comparison" if len(found.sections) > 1 else escape(found.sections[0].comparison.title),
+        title="Comparison"
+        if len(found.sections) > 1
+        else escape(found.sections[0].comparison.title),
         style=STYLE + LOOK,
         what=escape(what),
         body="\n".join(part for part in body if part),
-        footer=escape(f"fedspine {fedspine.__version__}. Simulated numbers come from a model of the devices."),
+        footer=escape(
+            f"fedspine {fedspine.__version__}. Simulated numbers come from a model of the devices."
+        ),
         script=SORT,
     )
 
 
 def _seeds(found: Found) -> str:
-    every = {seed for section in found.sections for each in section.comparison.standings for seed in each.final.values}
+    every = {
+        seed
+        for section in found.sections
+        for each in section.comparison.standings
+        for seed in each.final.values
+    }
     return ", ".join(map(str, sorted(every)))
 
 
@@ -115,7 +133,9 @@ def _contents(found: Found) -> str:
 def _section(found: Found, section: Section) -> str:
     comparison, number = section.comparison, found.sections.index(section)
     several = len(found.sections) > 1
-    heading = f'<h2 class="part" id="part-{number}">{escape(comparison.title)}</h2>' if several else ""
+    heading = (
+        f'<h2 class="part" id="part-{number}">{escape(comparison.title)}</h2>' if several else ""
+    )
     parts = (
         heading,
         _verdicts(comparison),
@@ -131,7 +151,11 @@ def _verdicts(comparison: Comparison) -> str:
     if not comparison.pairs:
         return '<p class="warn">One method alone: there is nothing to compare it with.</p>'
     first, rest = (
-        joined('<ul class="verdicts">', [_verdict(verdict(comparison, pair)) for pair in pairs], "</ul>")
+        joined(
+            '<ul class="verdicts">',
+            [_verdict(verdict(comparison, pair)) for pair in pairs],
+            "</ul>",
+        )
         if pairs
         else ""
         for pairs in told_first(comparison)
@@ -160,8 +184,16 @@ def _cell(cell: Cell, colours: Mapping[str, int]) -> str:
     if cell.value is None:
         return f'<td class="missing">{escape(cell.text)}</td>'
     number = colours.get(cell.value) if isinstance(cell.value, str) else None
-    dot = "" if number is None else f'<span class="dot" style="background:{colour_of(number)}"></span>'
-    worth = "" if cell.badge is None else f'<br><span class="badge {BADGES.get(cell.badge, "")}">{cell.badge}</span>'
+    dot = (
+        ""
+        if number is None
+        else f'<span class="dot" style="background:{colour_of(number)}"></span>'
+    )
+    worth = (
+        ""
+        if cell.badge is None
+        else f'<br><span class="badge {BADGES.get(cell.badge, "")}">{cell.badge}</span>'
+    )
     return f'<td data-value="{escape(str(cell.value))}">{dot}{escape(cell.text)}{worth}</td>'
 
 

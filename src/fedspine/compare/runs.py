@@ -112,10 +112,19 @@ def _run(folder: Path) -> Run | LeftOut:
             f"leave it out, and look at it with: fedspine show {folder}"
         )
     if lacking := [key for key in NEEDED if key not in summary]:
-        raise BadInput(f"{folder / SUMMARY} lacks {lacking[0]!r}; remove it and resume the run to have it written anew")
+        raise BadInput(
+            f"{folder / SUMMARY} lacks {lacking[0]!r}; remove it and resume the run to have it written anew"
+        )
     label, settings = cell.get("label"), cell.get("settings")
     rows = read_rows(folder / RECORDS)
-    return Run(folder, label, settings, recipe, summary, curve_of(rows, language=recipe.task.kind == "causal-lm"))
+    return Run(
+        folder,
+        label,
+        settings,
+        recipe,
+        summary,
+        curve_of(rows, language=recipe.task.kind == "causal-lm"),
+    )
 
 
 def _cell(folder: Path) -> dict[str, Any]:
@@ -126,13 +135,21 @@ def _cell(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{folder / CELL} is damaged ({error}); restore it, or leave this run out") from None
+        raise BadInput(
+            f"{folder / CELL} is damaged ({error}); restore it, or leave this run out"
+        ) from None
 
 
 def _failure(folder: Path) -> str | None:
     """Why a sweep's cell failed, in one line."""
-    file = folder.parents[1] / FAILED / f"{folder.name}.txt" if folder.parent.name == CELLS else None
-    return f"failed: {file.read_text('utf-8').partition(chr(10))[0]}" if file is not None and file.is_file() else None
+    file = (
+        folder.parents[1] / FAILED / f"{folder.name}.txt" if folder.parent.name == CELLS else None
+    )
+    return (
+        f"failed: {file.read_text('utf-8').partition(chr(10))[0]}"
+        if file is not None and file.is_file()
+        else None
+    )
 
 
 def curve_of(rows: Rows, *, language: bool) -> Curve:
@@ -141,7 +158,9 @@ def curve_of(rows: Rows, *, language: bool) -> Curve:
     The final score is none of them, because it is measured on all test rows. A check that is not finite is left out.
     """
     checks = [
-        (score.round, score.now, score.loss if language else score.accuracy) for score in rows.scores if not score.final
+        (score.round, score.now, score.loss if language else score.accuracy)
+        for score in rows.scores
+        if not score.final
     ]
     checks = [check for check in checks if check[2] is not None]
     rounds, seconds, quality = np.array(checks, dtype=np.float64).reshape(-1, 3).T

@@ -23,7 +23,11 @@ def show(found: Found) -> None:
         comparison = section.comparison
         sheet = methods_sheet(comparison, section.latencies)
         table = Table(
-            title=Text(comparison.title), title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False
+            title=Text(comparison.title),
+            title_justify="left",
+            box=box.SIMPLE,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
         )
         for number, (head, _) in enumerate(sheet.head):
             table.add_column(head, justify="right" if number else "left")

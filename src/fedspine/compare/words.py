@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from fedspine.compare.intervals import Interval
 from fedspine.compare.latency import Latency
 from fedspine.compare.numbers import ACCURACY, Comparison, OverSeeds, Pair, Quality, Standing
-from fedspine.report.tables import MISSING, bytes_text, counted, decimal, percent, points, seconds_text
+from fedspine.report.tables import (
+    MISSING,
+    bytes_text,
+    counted,
+    decimal,
+    percent,
+    points,
+    seconds_text,
+)
 
 BEYOND, WITHIN, ONE_SEED = "beyond noise", "within noise", "one seed"
 MANY_PAIRS = 6
@@ -44,7 +52,11 @@ def target_line(comparison: Comparison) -> str:
     if target.value is None:
         return f"No {quality.name} was checked on the way in every run, so there is no time to a target."
     checks = f"Checks on the way: {comparison.checks}."
-    margin = "0.5 points below the best accuracy" if quality is ACCURACY else "0.005 nats above the lowest loss"
+    margin = (
+        "0.5 points below the best accuracy"
+        if quality is ACCURACY
+        else "0.005 nats above the lowest loss"
+    )
     why = f"{margin} that every run reaches" if target.how == "auto" else "as asked for"
     return f"Target: {quality.name} {value_text(quality, target.value)} in a check on the way, {why}. {checks}"
 
@@ -98,7 +110,9 @@ def _worth(interval: Interval, form: Callable[[float], str]) -> str:
         return "in the one common seed: no interval, so this may be noise."
     says = "beyond" if interval.beyond_noise else "within"
     low, high = form(interval.low), form(interval.high)
-    return f"(95 % interval {low} to {high}, {counted(interval.n, 'seed')}): {says} the seeds' noise."
+    return (
+        f"(95 % interval {low} to {high}, {counted(interval.n, 'seed')}): {says} the seeds' noise."
+    )
 
 
 def _speed_words(comparison: Comparison, pair: Pair) -> str:
@@ -107,9 +121,13 @@ def _speed_words(comparison: Comparison, pair: Pair) -> str:
         return ""
     if speed is None:
         short = [
-            s for s in comparison.standings if s.method.name in (pair.first, pair.second) and s.reached < s.final.n
+            s
+            for s in comparison.standings
+            if s.method.name in (pair.first, pair.second) and s.reached < s.final.n
         ]
-        who = " and ".join(f"{s.method.name} reaches the target in {reached_text(s)}" for s in short)
+        who = " and ".join(
+            f"{s.method.name} reaches the target in {reached_text(s)}" for s in short
+        )
         return f"No speed-up is given: {who}." if short else ""
     faster = speed.mean >= 1
     says = f"It reaches the target {max(speed.mean, 1 / speed.mean):.2f} times {'faster' if faster else 'slower'}"
@@ -143,13 +161,22 @@ def methods_sheet(comparison: Comparison, latencies: Mapping[str, Latency]) -> S
         ("Peak memory", "simulated, fullest device"),
     ]
     head += [("Latency", "measured, batch 1, 1 thread")] if latencies else []
-    rows = [(*_cells(comparison, each), *_latency_cell(each, latencies)) for each in comparison.standings]
+    rows = [
+        (*_cells(comparison, each), *_latency_cell(each, latencies))
+        for each in comparison.standings
+    ]
     return Sheet(tuple(head), tuple(rows))
 
 
 def _cells(comparison: Comparison, standing: Standing) -> tuple[Cell, ...]:
-    final = shares_text if comparison.quality is ACCURACY else (lambda numbers: spread_text(numbers, 3))
-    missed = None if standing.reached == standing.final.n or comparison.target.value is None else reached_text(standing)
+    final = (
+        shares_text if comparison.quality is ACCURACY else (lambda numbers: spread_text(numbers, 3))
+    )
+    missed = (
+        None
+        if standing.reached == standing.final.n or comparison.target.value is None
+        else reached_text(standing)
+    )
     return (
         Cell(standing.method.name, standing.method.name),
         Cell(final(standing.final), standing.final.mean),
@@ -252,7 +279,9 @@ def bytes_spread(numbers: OverSeeds) -> str:
 def _seeds_text(comparison: Comparison, standing: Standing) -> str:
     """How many, and which where not all methods have the same."""
     alike = all(set(each.method.runs) == set(standing.method.runs) for each in comparison.standings)
-    return f"{standing.final.n}" + ("" if alike else f" ({', '.join(map(str, standing.method.runs))})")
+    return f"{standing.final.n}" + (
+        "" if alike else f" ({', '.join(map(str, standing.method.runs))})"
+    )
 
 
 def _hundredths(share: float) -> str:

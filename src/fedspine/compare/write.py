@@ -22,7 +22,9 @@ def write(found: Found, out: Path) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"output folder {out} cannot be made ({error.strerror}); choose another with --out") from None
+        raise BadInput(
+            f"output folder {out} cannot be made ({error.strerror}); choose another with --out"
+        ) from None
     for section in found.sections:
         for panel in section.panels:
             write_atomically(out / _file(panel.name), svg(panel, background=True).encode())

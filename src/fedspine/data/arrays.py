@@ -82,13 +82,19 @@ def load(data: str, *, group: str | None = None) -> Dataset:
 
 def _splits(data: str, group: str | None) -> dict[str, Raw]:
     if data in BUILT_IN_DATA:
-        raise BadInput(f"{data!r} is text, but a net reads arrays; name an .npz file or a folder as task.data")
+        raise BadInput(
+            f"{data!r} is text, but a net reads arrays; name an .npz file or a folder as task.data"
+        )
     path = Path(os.path.expanduser(data))
     if not os.path.exists(path):
-        raise BadInput(f"expected arrays at {data!r}, found nothing there; name an .npz file or a folder as task.data")
+        raise BadInput(
+            f"expected arrays at {data!r}, found nothing there; name an .npz file or a folder as task.data"
+        )
     if path.is_file():
         if path.suffix.lower() != ".npz":
-            raise BadInput(f"expected an .npz file or a folder of arrays, came {path.name!r}; write it with {HOW}")
+            raise BadInput(
+                f"expected an .npz file or a folder of arrays, came {path.name!r}; write it with {HOW}"
+            )
         return {"train": _read(path, group)}
     files = _npz_files(path)
     if files:
@@ -120,8 +126,12 @@ def _read(path: Path, group: str | None) -> Raw:
         with path.open("rb") as opened:  # which numpy leaves open where it stumbles
             file = np.load(opened, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
-                raise BadInput(f"expected several arrays in {str(path)!r}, found one; write it with {HOW}")
-            missing = [name for name in ("x", "y", *([group] if group else [])) if name not in file.files]
+                raise BadInput(
+                    f"expected several arrays in {str(path)!r}, found one; write it with {HOW}"
+                )
+            missing = [
+                name for name in ("x", "y", *([group] if group else [])) if name not in file.files
+            ]
             if missing:
                 raise BadInput(
                     f"expected an array {missing[0]!r} in {path.name}, found {', '.join(file.files) or 'none'}; "
@@ -129,7 +139,13 @@ def _read(path: Path, group: str | None) -> Raw:
                 )
             names = file["label_names"] if "label_names" in file.files else np.array([], str)
             columns = {group: file[group]} if group else {}
-            return Raw(where=path.name, x=file["x"], y=file["y"], names=_names(path.name, names), columns=columns)
+            return Raw(
+                where=path.name,
+                x=file["x"],
+                y=file["y"],
+                names=_names(path.name, names),
+                columns=columns,
+            )
     except BadInput:
         raise
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
@@ -141,7 +157,9 @@ def _read(path: Path, group: str | None) -> Raw:
 def _names(where: str, names: np.ndarray) -> tuple[str, ...]:
     found = tuple(map(str, names.tolist())) if names.ndim == 1 else ()
     if names.ndim != 1 or (names.dtype.kind != "U" and found) or len(set(found)) < len(found):
-        raise BadInput(f"expected label_names of {where} to be a list of different texts, came {one_line(names)}")
+        raise BadInput(
+            f"expected label_names of {where} to be a list of different texts, came {one_line(names)}"
+        )
     return found
 
 
@@ -156,9 +174,13 @@ def _checked(raw: Raw, group: str | None) -> Raw:
             f"came shape {list(x.shape)}; reshape it"
         )
     if x.dtype.kind not in "fiu":
-        raise BadInput(f"expected numbers in x of {where}, came {x.dtype}; convert it to uint8 or float32")
+        raise BadInput(
+            f"expected numbers in x of {where}, came {x.dtype}; convert it to uint8 or float32"
+        )
     if y.ndim != 1:
-        raise BadInput(f"expected one label for each row in y of {where}, came shape {list(y.shape)}; give classes")
+        raise BadInput(
+            f"expected one label for each row in y of {where}, came shape {list(y.shape)}; give classes"
+        )
     for name, values in {"y": y, **raw.columns}.items():
         if values.shape != (len(x),):
             raise BadInput(
@@ -166,11 +188,21 @@ def _checked(raw: Raw, group: str | None) -> Raw:
                 "the rows of one of them are missing"
             )
     if y.dtype.kind not in "iuUb":
-        raise BadInput(f"expected whole numbers or texts as labels in y of {where}, came {y.dtype}; convert them")
+        raise BadInput(
+            f"expected whole numbers or texts as labels in y of {where}, came {y.dtype}; convert them"
+        )
     if y.dtype.kind == "i" and y.min() < 0:
         row = int(np.argmin(y))
-        raise BadInput(f"expected labels of at least 0 in y of {where}, row {row} has {y[row]}; correct or remove it")
-    return Raw(where, _finite(x, where), y.astype(np.int64) if y.dtype.kind in "bu" else y, raw.names, raw.columns)
+        raise BadInput(
+            f"expected labels of at least 0 in y of {where}, row {row} has {y[row]}; correct or remove it"
+        )
+    return Raw(
+        where,
+        _finite(x, where),
+        y.astype(np.int64) if y.dtype.kind in "bu" else y,
+        raw.names,
+        raw.columns,
+    )
 
 
 def _finite(x: np.ndarray, where: str) -> np.ndarray:
@@ -200,7 +232,9 @@ def _classes(train: Raw) -> tuple[tuple[str, ...], dict[str, int]]:
     """The class names, and the class of every label, written as a string."""
     distinct = np.unique(train.y).tolist()
     if len(distinct) < 2:
-        raise BadInput(f"expected at least 2 classes in y of {train.where}, found only {distinct[0]!r}; add another")
+        raise BadInput(
+            f"expected at least 2 classes in y of {train.where}, found only {distinct[0]!r}; add another"
+        )
     names = tuple(map(str, distinct))
     if not train.names:
         return names, {name: index for index, name in enumerate(names)}
@@ -218,7 +252,9 @@ def _coded(raw: Raw, code: Mapping[str, int]) -> ArrayRows:
             f"expected only labels of the training rows or of label_names in y of {raw.where} ({known}), "
             f"found {unknown[0]!r}; correct the labels, or name the class"
         )
-    labels = np.array([code[str(value)] for value in values.tolist()], np.int64)[inverse.reshape(-1)]
+    labels = np.array([code[str(value)] for value in values.tolist()], np.int64)[
+        inverse.reshape(-1)
+    ]
     columns = {name: tuple(map(str, column.tolist())) for name, column in raw.columns.items()}
     return ArrayRows(x=raw.x, labels=labels, columns=columns)
 

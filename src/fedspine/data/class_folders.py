@@ -19,7 +19,9 @@ WIDTHS = {1: np.dtype("u1"), 2: np.dtype("<i2"), 4: np.dtype("<i4")}  # bytes of
 
 def is_one(folder: Path) -> bool:
     """Whether there are readable files one level down, or two below a split."""
-    return any(_files(sub) or any(_files(deeper) for deeper in _folders(sub)) for sub in _folders(folder))
+    return any(
+        _files(sub) or any(_files(deeper) for deeper in _folders(sub)) for sub in _folders(folder)
+    )
 
 
 def read(folder: Path) -> Iterator[tuple[str, Path, np.ndarray, np.ndarray]]:
@@ -29,14 +31,20 @@ def read(folder: Path) -> Iterator[tuple[str, Path, np.ndarray, np.ndarray]]:
     end, to the most common length of the training sounds. Raises BadInput for files that cannot be read or do not fit
     together.
     """
-    splits = {SPLITS[sub.name.lower()]: sub for sub in _folders(folder) if sub.name.lower() in SPLITS}
+    splits = {
+        SPLITS[sub.name.lower()]: sub for sub in _folders(folder) if sub.name.lower() in SPLITS
+    }
     if "train" not in splits:
         splits = {"train": folder}
     length = None
     for split in sorted(splits, key=lambda name: name != "train"):
         files = [(file, sub.name) for sub in _folders(splits[split]) for file in _files(sub)]
         reader = _reader(splits[split], [file for file, _ in files])
-        rows = _pictures([file for file, _ in files]) if reader is _picture else [reader(file) for file, _ in files]
+        rows = (
+            _pictures([file for file, _ in files])
+            if reader is _picture
+            else [reader(file) for file, _ in files]
+        )
         if reader is _sound:
             _one_rate([file for file, _ in files])
             length = length or Counter(row.shape[-1] for row in rows).most_common(1)[0][0]
@@ -50,7 +58,9 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("[!.]*") if path.is_file() and path.suffix.lower() in READERS)
+    return sorted(
+        path for path in folder.glob("[!.]*") if path.is_file() and path.suffix.lower() in READERS
+    )
 
 
 def _reader(folder: Path, files: list[Path]) -> Callable[[Path], np.ndarray]:
@@ -91,7 +101,9 @@ def _picture(path: Path) -> np.ndarray:
             grey = picture.mode in GREY
             values = np.asarray(picture.convert("L" if grey else "RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadInput(f"cannot read {str(path)!r} as a picture: {one_line(error)}; repair or remove it") from error
+        raise BadInput(
+            f"cannot read {str(path)!r} as a picture: {one_line(error)}; repair or remove it"
+        ) from error
     return values[None] if grey else values.transpose(2, 0, 1)
 
 
@@ -99,7 +111,9 @@ def _array(path: Path) -> np.ndarray:
     try:
         found = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise BadInput(f"cannot read {str(path)!r} as an array: {one_line(error)}; repair or remove it") from error
+        raise BadInput(
+            f"cannot read {str(path)!r} as an array: {one_line(error)}; repair or remove it"
+        ) from error
     return found
 
 
@@ -110,9 +124,13 @@ def _sound(path: Path) -> np.ndarray:
             width, channels = file.getsampwidth(), file.getnchannels()
             frames = file.readframes(file.getnframes())
     except (OSError, EOFError, wave.Error) as error:
-        raise BadInput(f"cannot read {str(path)!r} as a sound: {one_line(error)}; repair or remove it") from error
+        raise BadInput(
+            f"cannot read {str(path)!r} as a sound: {one_line(error)}; repair or remove it"
+        ) from error
     if width not in WIDTHS:
-        raise BadInput(f"expected 8, 16 or 32 bits a sample, came {8 * width} in {path}; convert it to 16 bits")
+        raise BadInput(
+            f"expected 8, 16 or 32 bits a sample, came {8 * width} in {path}; convert it to 16 bits"
+        )
     values = np.frombuffer(frames, WIDTHS[width]).astype(np.float32)
     middle, largest = (128, 128) if width == 1 else (0, 2 ** (8 * width - 1))
     return ((values - middle) / largest).reshape(-1, channels).T

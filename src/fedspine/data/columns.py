@@ -48,8 +48,17 @@ def checked(table: pa.Table, wanted: Wanted, split: str) -> Values:
     label (null and white space count as empty).
     """
     # Only a partition reads the other columns, and only training rows are partitioned.
-    others = wanted.others if split == "train" else [name for name in wanted.others if name in table.schema.names]
-    needed = (("text", wanted.text), ("pair", wanted.pair), ("label", wanted.label), *(("group", o) for o in others))
+    others = (
+        wanted.others
+        if split == "train"
+        else [name for name in wanted.others if name in table.schema.names]
+    )
+    needed = (
+        ("text", wanted.text),
+        ("pair", wanted.pair),
+        ("label", wanted.label),
+        *(("group", o) for o in others),
+    )
     for role, name in needed:
         if name is not None and table.schema.names.count(name) != 1:
             raise _no_column(role, name, table.schema.names, split)
@@ -67,10 +76,18 @@ def checked(table: pa.Table, wanted: Wanted, split: str) -> Values:
 def _no_column(role: str, name: str, columns: list[str], split: str) -> BadInput:
     here = ", ".join(_short(column) for column in columns[:20])
     if name in columns:
-        return BadInput(f"expected one column {name!r} in the {split} set, found several ({here}); rename all but one")
+        return BadInput(
+            f"expected one column {name!r} in the {split} set, found several ({here}); rename all but one"
+        )
     guess = nearest(name, columns)
-    hint = f"did you mean {_short(guess)!r}?" if guess else f"name the {role} column, or give the file a header"
-    return BadInput(f"expected the {role} column {name!r} in the {split} set, found the columns {here}; {hint}")
+    hint = (
+        f"did you mean {_short(guess)!r}?"
+        if guess
+        else f"name the {role} column, or give the file a header"
+    )
+    return BadInput(
+        f"expected the {role} column {name!r} in the {split} set, found the columns {here}; {hint}"
+    )
 
 
 def _short(column: str) -> str:
@@ -108,12 +125,16 @@ def _labels(table: pa.Table, name: str, split: str) -> list:
         return values
     # Other tools write whole numbers as floats once a single value was missing on the way.
     if broken := next((value for value in values if not float(value).is_integer()), None):
-        raise BadInput(f"expected classes in column {name!r} of the {split} set, found {broken}; name a label column")
+        raise BadInput(
+            f"expected classes in column {name!r} of the {split} set, found {broken}; name a label column"
+        )
     return [int(value) for value in values]
 
 
 def _is_absent(value: float | str | None) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
+    return (
+        value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
+    )
 
 
 def _group_names(table: pa.Table, name: str, split: str) -> list[str]:
@@ -136,4 +157,6 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )

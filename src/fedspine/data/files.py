@@ -74,7 +74,9 @@ def _in_folder(folder: Path) -> dict[str, list[Path]]:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("[!.]*") if path.is_file() and path.suffix.lower() in READERS)
+    return sorted(
+        path for path in folder.glob("[!.]*") if path.is_file() and path.suffix.lower() in READERS
+    )
 
 
 def _of_one_split(split: str, paths: list[Path]) -> list[Path]:
@@ -84,8 +86,12 @@ def _of_one_split(split: str, paths: list[Path]) -> list[Path]:
     shards = [match for path in chosen if (match := _SHARD.search(path.stem))]
     names = ", ".join(path.name for path in chosen[:8])
     if exact[1:] or len({path.suffix.lower() for path in chosen}) > 1:
-        raise BadInput(f"expected one file or one set of shards for the {split} split, found {names}; keep one of them")
-    if shards and (len(shards) < len(chosen) or any(int(match[2]) != len(chosen) for match in shards)):
+        raise BadInput(
+            f"expected one file or one set of shards for the {split} split, found {names}; keep one of them"
+        )
+    if shards and (
+        len(shards) < len(chosen) or any(int(match[2]) != len(chosen) for match in shards)
+    ):
         raise BadInput(
             f"expected all {int(shards[0][2])} shards of the {split} split and nothing else, "
             f"found {len(chosen)} files ({names}); fetch what is missing and remove the rest"
@@ -102,7 +108,12 @@ def _table(paths: list[Path], strings: Sequence[str]) -> pa.Table:
         try:
             table = READERS[suffix](path, strings)
             table.validate(full=True)  # not every reader checks that strings are UTF-8
-        except (OSError, ValueError, KeyError, NotImplementedError) as error:  # pyarrow's own errors are among these
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            NotImplementedError,
+        ) as error:  # pyarrow's own errors are among these
             raise BadInput(
                 f"cannot read {str(path)!r} as {suffix[1:]}: {one_line(error)}; repair the file or write it again"
             ) from error
@@ -130,7 +141,9 @@ def _separated(delimiter: str) -> Callable[[Path, Sequence[str]], pa.Table]:
             path,
             read_options=pyarrow.csv.ReadOptions(block_size=_one_block(path.stat().st_size)),
             parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(strings, pa.string())),
+            convert_options=pyarrow.csv.ConvertOptions(
+                column_types=dict.fromkeys(strings, pa.string())
+            ),
         )
 
     return read_separated

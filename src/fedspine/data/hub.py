@@ -26,12 +26,18 @@ def read(name: str, label: str) -> dict[str, pa.Table]:
     identifier, _, configuration = name.partition(":")
     try:
         loaded = datasets.load_dataset(identifier, configuration or None)
-    except Exception as error:  # the loader passes on whatever its network, file and builder libraries raise
+    except (
+        Exception
+    ) as error:  # the loader passes on whatever its network, file and builder libraries raise
         raise BadInput(
             f"the Hugging Face Hub does not give {name!r}: {one_line(error)}; "
             "check the name and the network, and name a configuration after a colon, as in 'nyu-mll/glue:sst2'"
         ) from error
-    splits = {split_of(split): part for split, part in loaded.items() if split == "train" or split in _TESTS}
+    splits = {
+        split_of(split): part
+        for split, part in loaded.items()
+        if split == "train" or split in _TESTS
+    }
     if "train" not in splits:
         raise BadInput(
             f"expected a split 'train' in {name!r} of the Hugging Face Hub, found {', '.join(map(str, loaded))}; "
@@ -46,4 +52,8 @@ _TESTS = ("test", "validation", "dev")
 def _table(part, label: str) -> pa.Table:
     table = part.with_format("arrow")[:]
     names = getattr(part.features.get(label), "names", None)
-    return table if names is None else table.replace_schema_metadata({"label_names": json.dumps(names)})
+    return (
+        table
+        if names is None
+        else table.replace_schema_metadata({"label_names": json.dumps(names)})
+    )

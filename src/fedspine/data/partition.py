@@ -78,13 +78,19 @@ def partition(
     if column is not None:
         if groups is None or len(groups) != rows:
             came = "none" if groups is None else len(groups)
-            raise BadInput(f"partition {how!r} expects a value of its column for each of {rows} rows, came {came}")
+            raise BadInput(
+                f"partition {how!r} expects a value of its column for each of {rows} rows, came {came}"
+            )
         owner = _by_group(groups, devices, how, rng)
     elif how.startswith("dominant:"):
-        owner = _by_label(_checked(labels, rows, how), devices, _dominant(_number_in(how), devices), rng)
+        owner = _by_label(
+            _checked(labels, rows, how), devices, _dominant(_number_in(how), devices), rng
+        )
     elif how == "dirichlet" or (how.startswith("p:") and _number_in(how) > 0):
         alpha = alpha if how == "dirichlet" else 1 / _number_in(how)
-        owner = _by_label(_checked(labels, rows, how), devices, _dirichlet(alpha, devices, rng), rng)
+        owner = _by_label(
+            _checked(labels, rows, how), devices, _dirichlet(alpha, devices, rng), rng
+        )
     else:
         owner = rng.permutation(np.arange(rows) % devices)
     return _rows_of(owner, devices)
@@ -97,9 +103,13 @@ def _rows_of(owner: np.ndarray, devices: int) -> list[np.ndarray]:
 
 def _checked(labels: np.ndarray | None, rows: int, how: str) -> np.ndarray:
     if labels is None:
-        raise BadInput(f"partition {how!r} expects labels, this task has none; use 'iid', 'natural' or 'column:NAME'")
+        raise BadInput(
+            f"partition {how!r} expects labels, this task has none; use 'iid', 'natural' or 'column:NAME'"
+        )
     if len(labels) != rows:
-        raise BadInput(f"partition {how!r} expects a label for each of {rows} rows, came {len(labels)}")
+        raise BadInput(
+            f"partition {how!r} expects a label for each of {rows} rows, came {len(labels)}"
+        )
     return np.asarray(labels)
 
 
@@ -119,7 +129,9 @@ def _number_in(how: str) -> float:
     return number
 
 
-Shares = Callable[[int, int], np.ndarray]  # from a class and the number of classes: what each device gets of it
+Shares = Callable[
+    [int, int], np.ndarray
+]  # from a class and the number of classes: what each device gets of it
 
 
 def _dirichlet(alpha: float, devices: int, rng: np.random.Generator) -> Shares:
@@ -134,7 +146,9 @@ def _dominant(share: float, devices: int) -> Shares:
     def of_class(number: int, classes: int) -> np.ndarray:
         # as many classes as devices is the authors' case; with fewer classes several devices share a class's part
         theirs = (
-            np.arange(devices) % classes == number if devices >= classes else np.arange(devices) == number % devices
+            np.arange(devices) % classes == number
+            if devices >= classes
+            else np.arange(devices) == number % devices
         )
         if theirs.all():
             return np.full(devices, 1 / devices)
@@ -143,7 +157,9 @@ def _dominant(share: float, devices: int) -> Shares:
     return of_class
 
 
-def _by_label(labels: np.ndarray, devices: int, shares: Shares, rng: np.random.Generator) -> np.ndarray:
+def _by_label(
+    labels: np.ndarray, devices: int, shares: Shares, rng: np.random.Generator
+) -> np.ndarray:
     fewest = min(FEWEST, len(labels) // devices)
     classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     owner = np.empty(len(labels), dtype=np.int64)
@@ -152,7 +168,9 @@ def _by_label(labels: np.ndarray, devices: int, shares: Shares, rng: np.random.G
             share = np.cumsum(shares(number, len(classes)))
             # The middle of each row's slice of [0, 1) decides, which rounds the shares to whole rows.
             middles = (np.arange(len(of_class)) + 0.5) / len(of_class)
-            owner[rng.permutation(of_class)] = np.minimum(np.searchsorted(share, middles), devices - 1)
+            owner[rng.permutation(of_class)] = np.minimum(
+                np.searchsorted(share, middles), devices - 1
+            )
         if np.bincount(owner, minlength=devices).min() >= fewest:
             return owner
     return _fed(owner, devices, fewest, rng)
@@ -173,7 +191,9 @@ def _fed(owner: np.ndarray, devices: int, fewest: int, rng: np.random.Generator)
     return fed
 
 
-def _by_group(groups: Sequence[str], devices: int, how: str, rng: np.random.Generator) -> np.ndarray:
+def _by_group(
+    groups: Sequence[str], devices: int, how: str, rng: np.random.Generator
+) -> np.ndarray:
     index = {name: number for number, name in enumerate(dict.fromkeys(groups))}
     if len(index) < devices:
         raise BadInput(

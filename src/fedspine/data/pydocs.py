@@ -19,7 +19,18 @@ SHORTEST, LONGEST = 40, 400  # characters of a paragraph
 
 # Parts of a path that are left out: tests and demonstrations, packages installed later, and packages that newer Pythons
 # no longer have, as the modules absent from TOPICS, so that the set changes little from one Python to the next.
-LEFT_OUT = frozenset(("site-packages", "test", "tests", "idle_test", "turtledemo", "lib2to3", "distutils", "ensurepip"))
+LEFT_OUT = frozenset(
+    (
+        "site-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "turtledemo",
+        "lib2to3",
+        "distutils",
+        "ensurepip",
+    )
+)
 
 # Top-level module names of each topic; the order of the topics is the order of the labels.
 TOPICS: dict[str, tuple[str, ...]] = {
@@ -95,7 +106,9 @@ def _sources(library: Path, topic_of: dict[str, str]) -> Iterator[Path]:
     for top in sorted(library.glob("*"), key=lambda path: path.name):
         if _module(Path(top.name)) not in topic_of:
             continue
-        found = [top] if top.suffix == ".py" else sorted(top.rglob("*.py"), key=lambda path: path.parts)
+        found = (
+            [top] if top.suffix == ".py" else sorted(top.rglob("*.py"), key=lambda path: path.parts)
+        )
         yield from (path for path in found if LEFT_OUT.isdisjoint(path.relative_to(library).parts))
 
 
@@ -107,7 +120,9 @@ def _paragraphs(source: bytes) -> Iterator[str]:
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     tree = ast.Module(body=[], type_ignores=[])
     with warnings.catch_warnings(), suppress(SyntaxError, ValueError, RecursionError):
-        warnings.simplefilter("ignore")  # old escapes in the library's own strings are no concern of the user
+        warnings.simplefilter(
+            "ignore"
+        )  # old escapes in the library's own strings are no concern of the user
         tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, documented):

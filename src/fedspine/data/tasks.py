@@ -80,7 +80,9 @@ def load(
     wanted = _wanted(data, kind, text, pair, label, group)
     table, test_table = _train_and_test(_tables(data, wanted, label), wanted)
     train = checked(table, wanted, "train")
-    train, test = _held_out(train) if test_table is None else (train, checked(test_table, wanted, "test"))
+    train, test = (
+        _held_out(train) if test_table is None else (train, checked(test_table, wanted, "test"))
+    )
     names, code = _classes(train.labels, _stated_names(table, wanted.label), label)
     return Dataset(
         name=data,
@@ -128,7 +130,9 @@ def _stated_class(
 ) -> str | None:
     """The class that a value means, or None where it is none of those known."""
     names = [str(value)]
-    if isinstance(value, bool):  # a file with yet other values than true and false holds these as text
+    if isinstance(
+        value, bool
+    ):  # a file with yet other values than true and false holds these as text
         names.append(str(value).lower())
     if str(value) in spelled:
         names = [spelled[str(value)]]
@@ -137,11 +141,15 @@ def _stated_class(
     return next((name for name in names if name in known), None)
 
 
-def _wanted(data: str, kind: Kind, text: str, pair: str | None, label: str, group: str | None) -> Wanted:
+def _wanted(
+    data: str, kind: Kind, text: str, pair: str | None, label: str, group: str | None
+) -> Wanted:
     if kind not in get_args(Kind):
         raise unknown("kind of task", kind, get_args(Kind))
     if pair is not None and kind != "pair":
-        raise BadInput(f"expected no pair column for kind {kind!r}, came {pair!r}; set kind 'pair' or leave it out")
+        raise BadInput(
+            f"expected no pair column for kind {kind!r}, came {pair!r}; set kind 'pair' or leave it out"
+        )
     others = tuple(dict.fromkeys(name for name in (group, _NATURAL.get(data)) if name is not None))
     return Wanted(
         text=text,
@@ -158,12 +166,22 @@ def _tables(data: str, wanted: Wanted, label: str) -> dict[str, pa.Table]:
     if data in BUILT_IN_DATA:
         return {"train": _pydoc_topics()}
     if not data.strip():
-        raise BadInput(f"expected the name of a data set, came {data!r}; name {BUILT_IN_DATA[0]!r}, a path or a Hub id")
+        raise BadInput(
+            f"expected the name of a data set, came {data!r}; name {BUILT_IN_DATA[0]!r}, a path or a Hub id"
+        )
     path = Path(os.path.expanduser(data))
-    if os.path.exists(path):  # which, unlike Path.exists, takes a name that no file can have for an absent one
-        strings = [name for name in (wanted.text, wanted.pair, *wanted.others) if name not in (None, label)]
+    if os.path.exists(
+        path
+    ):  # which, unlike Path.exists, takes a name that no file can have for an absent one
+        strings = [
+            name for name in (wanted.text, wanted.pair, *wanted.others) if name not in (None, label)
+        ]
         return files.read(path, strings)
-    if data.startswith((".", "/", "~")) or path.is_absolute() or path.suffix.lower() in files.READERS:
+    if (
+        data.startswith((".", "/", "~"))
+        or path.is_absolute()
+        or path.suffix.lower() in files.READERS
+    ):
         beside = [other.name for other in path.parent.glob("*")]
         raise BadInput(
             f"expected a data file or folder at {data!r}, found nothing there; "
@@ -186,11 +204,15 @@ def _meant(name: str, known: Sequence[str]) -> str:
 def _pydoc_topics() -> pa.Table:
     topics = list(pydocs.TOPICS)
     texts, names, origins = zip(*pydocs.read(), strict=True)
-    table = pa.table({"text": texts, "label": [topics.index(name) for name in names], "file": origins})
+    table = pa.table(
+        {"text": texts, "label": [topics.index(name) for name in names], "file": origins}
+    )
     return table.replace_schema_metadata({"label_names": json.dumps(topics)})
 
 
-def _train_and_test(splits: Mapping[str, pa.Table], wanted: Wanted) -> tuple[pa.Table, pa.Table | None]:
+def _train_and_test(
+    splits: Mapping[str, pa.Table], wanted: Wanted
+) -> tuple[pa.Table, pa.Table | None]:
     for name in ("test", "validation"):
         if name in splits and not _hides_labels(splits[name], wanted.label):
             return splits["train"], splits[name]
@@ -199,7 +221,11 @@ def _train_and_test(splits: Mapping[str, pa.Table], wanted: Wanted) -> tuple[pa.
 
 def _hides_labels(table: pa.Table, label: str | None) -> bool:
     # Test sets of public contests come with -1 for every label; the validation set is then the one to test on.
-    if label is None or table.schema.names.count(label) != 1 or not pa.types.is_integer(table.schema.field(label).type):
+    if (
+        label is None
+        or table.schema.names.count(label) != 1
+        or not pa.types.is_integer(table.schema.field(label).type)
+    ):
         return False
     return set(table[label].to_pylist()) == {-1}
 
@@ -208,7 +234,9 @@ def _stated_names(table: pa.Table, label: str | None) -> tuple[str, ...]:
     """The class names that the data itself gives: `label_names`, or what `datasets` writes to Parquet."""
     metadata = table.schema.metadata or {}
     names = None
-    with suppress(ValueError, KeyError, TypeError):  # metadata is anybody's; without names there the values are names
+    with suppress(
+        ValueError, KeyError, TypeError
+    ):  # metadata is anybody's; without names there the values are names
         names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
     with suppress(ValueError, KeyError):
         names = json.loads(metadata[b"label_names"])
@@ -244,7 +272,9 @@ def held_out(labels: Sequence[Any] | np.ndarray | None, rows: int) -> tuple[list
     return sorted(kept), sorted(held)
 
 
-def _classes(values: list | None, stated: Sequence[str], label: str) -> tuple[tuple[str, ...], dict[str, int]]:
+def _classes(
+    values: list | None, stated: Sequence[str], label: str
+) -> tuple[tuple[str, ...], dict[str, int]]:
     """The class names, and the class of every value of the train set, written as a string."""
     if values is None:
         return (), {}
@@ -271,4 +301,9 @@ def _coded(rows: Values, code: Mapping[str, int], label: str) -> Rows:
             )
         labels = np.array([code[str(value)] for value in rows.labels], dtype=np.int64)
     pairs = None if rows.pairs is None else tuple(rows.pairs)
-    return Rows(tuple(rows.texts), pairs, labels, {name: tuple(values) for name, values in rows.columns.items()})
+    return Rows(
+        tuple(rows.texts),
+        pairs,
+        labels,
+        {name: tuple(values) for name, values in rows.columns.items()},
+    )

@@ -33,7 +33,9 @@ class Bench:
 
     latency_seconds: dict[int, float]  # median over repeats
     file_bytes: int  # of the weights
-    peak_memory_bytes: int  # of a fresh process that loads and runs this one model, libraries included
+    peak_memory_bytes: (
+        int  # of a fresh process that loads and runs this one model, libraries included
+    )
     parameters: int
     block_parameters: int  # of the blocks' linear weights, which sparsity is counted on
     tokens: int
@@ -82,26 +84,38 @@ def bench(folder: str | Path, *, tokens: int = 128, threads: int = 1, repeats: i
     """
     model = load(folder)
     seconds = _seconds([model], tokens=tokens, threads=threads, repeats=repeats)
-    return _bench(folder, model, {batch: calls[0] for batch, calls in seconds.items()}, tokens, threads)
+    return _bench(
+        folder, model, {batch: calls[0] for batch, calls in seconds.items()}, tokens, threads
+    )
 
 
 def compare(
-    folder: str | Path, against: str | Path, *, tokens: int = 128, threads: int = 1, repeats: int = 7
+    folder: str | Path,
+    against: str | Path,
+    *,
+    tokens: int = 128,
+    threads: int = 1,
+    repeats: int = 7,
 ) -> Comparison:
     """Measure two exported models side by side in one process; raises what `bench` raises."""
     models = [load(folder), load(against)]
     seconds = _seconds(models, tokens=tokens, threads=threads, repeats=repeats)
     first, second = (
-        _bench(path, model, {batch: calls[index] for batch, calls in seconds.items()}, tokens, threads)
+        _bench(
+            path, model, {batch: calls[index] for batch, calls in seconds.items()}, tokens, threads
+        )
         for index, (path, model) in enumerate(zip((folder, against), models, strict=True))
     )
     ratios = {
-        batch: median(mine / other for mine, other in zip(*calls, strict=True)) for batch, calls in seconds.items()
+        batch: median(mine / other for mine, other in zip(*calls, strict=True))
+        for batch, calls in seconds.items()
     }
     return Comparison(model=first, against=second, latency_ratio=ratios)
 
 
-def _bench(folder: str | Path, model: Loaded, seconds: dict[int, list[float]], tokens: int, threads: int) -> Bench:
+def _bench(
+    folder: str | Path, model: Loaded, seconds: dict[int, list[float]], tokens: int, threads: int
+) -> Bench:
     return Bench(
         latency_seconds={batch: median(calls) for batch, calls in seconds.items()},
         file_bytes=(Path(folder) / WEIGHTS).stat().st_size,
@@ -113,7 +127,9 @@ def _bench(folder: str | Path, model: Loaded, seconds: dict[int, list[float]], t
     )
 
 
-def _seconds(models: Sequence[Loaded], *, tokens: int, threads: int, repeats: int) -> dict[int, list[list[float]]]:
+def _seconds(
+    models: Sequence[Loaded], *, tokens: int, threads: int, repeats: int
+) -> dict[int, list[list[float]]]:
     """Seconds of every call, by batch size and model, the models taking turns."""
     seconds: dict[int, list[list[float]]] = {batch: [[] for _ in models] for batch in CALLS}
     inputs = {batch: [random_ids(model, batch, tokens) for model in models] for batch in CALLS}
@@ -151,9 +167,13 @@ def random_ids(model: Loaded, batch: int, tokens: int) -> Tensor:
     """
     config = model.module.config
     # RoBERTa counts positions from the one after its padding id on
-    room = config.max_position_embeddings - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
+    room = config.max_position_embeddings - (
+        config.pad_token_id + 1 if "roberta" in config.model_type else 0
+    )
     if tokens > room:
-        raise BadInput(f"{tokens} tokens are more than the {room} positions of this model; lower tokens")
+        raise BadInput(
+            f"{tokens} tokens are more than the {room} positions of this model; lower tokens"
+        )
     usual = np.setdiff1d(np.arange(config.vocab_size), model.tokenizer.all_special_ids)
     return torch.from_numpy(np.random.default_rng(0).choice(usual, (batch, tokens)))
 
@@ -161,8 +181,17 @@ def random_ids(model: Loaded, batch: int, tokens: int) -> Tensor:
 def peak_memory_bytes(folder: str | Path, *, tokens: int = 128, threads: int = 1) -> int:
     """Peak resident memory of a fresh process that loads this model and runs every batch size once."""
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-m", "fedspine.export.bench", str(folder), str(tokens), str(threads)]
-    done = subprocess.run(command, env=os.environ | path, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "fedspine.export.bench",
+        str(folder),
+        str(tokens),
+        str(threads),
+    ]
+    done = subprocess.run(
+        command, env=os.environ | path, capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise RuntimeError(f"measuring memory failed: {done.stderr.strip()[-300:]}")
     return int(done.stdout.split()[-1])
@@ -172,7 +201,11 @@ def _own_peak_bytes() -> int:
     # ru_maxrss starts from the parent's peak where the parent started this process, so Linux's own count is taken
     status = Path("/proc/self/status")
     if status.exists():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return next(
+            int(line.split()[1]) * 1024
+            for line in status.read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS

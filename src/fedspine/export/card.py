@@ -33,13 +33,19 @@ class Card:
 def read_card(folder: Path) -> Card:
     """The card of an exported folder; raises BadInput where it is none, saying what to do."""
     if not folder.is_dir():
-        raise BadInput(f"{folder} is not a folder; give one that `fedspine export --format hf` wrote")
+        raise BadInput(
+            f"{folder} is not a folder; give one that `fedspine export --format hf` wrote"
+        )
     if not (folder / CONFIG).is_file():
-        raise BadInput(f"{folder} has no {CONFIG}, so it is no exported model; write one with `fedspine export`")
+        raise BadInput(
+            f"{folder} has no {CONFIG}, so it is no exported model; write one with `fedspine export`"
+        )
     try:
         entry = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("fedspine")
     except (OSError, ValueError, AttributeError) as error:
-        raise BadInput(f"{folder / CONFIG} cannot be read ({error}); export the model again") from None
+        raise BadInput(
+            f"{folder / CONFIG} cannot be read ({error}); export the model again"
+        ) from None
     if not isinstance(entry, dict):
         raise BadInput(
             f"{folder} is a model but not an export of fedspine ({CONFIG} has no `fedspine` entry); "
@@ -47,16 +53,26 @@ def read_card(folder: Path) -> Card:
         )
     if entry.get("format") != FORMAT:
         found = entry.get("format")
-        raise BadInput(f"{folder} has export format {found!r}, but this version reads {FORMAT}; export the model again")
+        raise BadInput(
+            f"{folder} has export format {found!r}, but this version reads {FORMAT}; export the model again"
+        )
     return _checked(folder, entry)
 
 
 def _checked(folder: Path, entry: dict[str, object]) -> Card:
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    values = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
+    }
     types = {"heads": int, "channels": int, "labels": str}
     lists = all(isinstance(i, kind) for key, kind in types.items() for i in values.get(key, ()))  # type: ignore[attr-defined]
-    if {field.name for field in fields(Card)} != set(values) or values["kind"] not in get_args(Kind) or not lists:
-        raise BadInput(f"the `fedspine` entry of {folder / CONFIG} is damaged; export the model again")
+    if (
+        {field.name for field in fields(Card)} != set(values)
+        or values["kind"] not in get_args(Kind)
+        or not lists
+    ):
+        raise BadInput(
+            f"the `fedspine` entry of {folder / CONFIG} is damaged; export the model again"
+        )
     return Card(**values)  # type: ignore[arg-type]
 
 

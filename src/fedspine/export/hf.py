@@ -28,7 +28,16 @@ from fedspine.lm.structure import Structure, sparsity
 from fedspine.message import Tensors
 from fedspine.task import Kind
 
-__all__ = ["Continued", "Labelled", "Loaded", "Prediction", "export", "load", "merged_tensors", "predict"]
+__all__ = [
+    "Continued",
+    "Labelled",
+    "Loaded",
+    "Prediction",
+    "export",
+    "load",
+    "merged_tensors",
+    "predict",
+]
 
 
 def export(
@@ -73,15 +82,21 @@ def _check(base: Base, folder: Path, labels: tuple[str, ...], kind: Kind) -> Non
     if folder.exists():
         raise BadInput(f"{folder} exists already; choose a new folder, or remove it first")
     if base.precision is not torch.float32:
-        raise BadInput(f"export needs the base in fp32, but it is in {base.precision}; load it with precision fp32")
+        raise BadInput(
+            f"export needs the base in fp32, but it is in {base.precision}; load it with precision fp32"
+        )
     expected = 0 if kind == "causal-lm" else base.config.num_labels
     if len(labels) != expected:
-        raise BadInput(f"{len(labels)} labels came for a head of {expected}; pass the task's label_names")
+        raise BadInput(
+            f"{len(labels)} labels came for a head of {expected}; pass the task's label_names"
+        )
 
 
 def merged_tensors(base: Base, model: Model, *, merge: bool = True) -> Tensors:
     """Every parameter of the exported model in fp32 by its stock name; a tied one once, under its first name."""
-    tensors = {name: parameter.detach() for name, parameter in base.whole_skeleton().named_parameters()}
+    tensors = {
+        name: parameter.detach() for name, parameter in base.whole_skeleton().named_parameters()
+    }
     for site in base.anatomy.sites:
         weight, bias = base.slice(site.path, model.structure)
         a, b = model.adapter.get(a_name(site.path)), model.adapter.get(b_name(site.path))
@@ -118,13 +133,23 @@ def _uniform(config: PreTrainedConfig, base: Base, structure: Structure) -> PreT
     if len(heads) > 1 or len(channels) > 1:
         return None
     (kept,) = heads
-    sizes = {"intermediate_size" if "intermediate_size" in config.to_dict() else "hidden_dim": channels.pop()}
+    sizes = {
+        "intermediate_size"
+        if "intermediate_size" in config.to_dict()
+        else "hidden_dim": channels.pop()
+    }
     if kept != base.anatomy.heads:
         groups = base.anatomy.query_heads // base.anatomy.heads
-        sizes |= {"num_attention_heads": kept * groups, "num_key_value_heads": kept, "head_dim": base.anatomy.head_dim}
+        sizes |= {
+            "num_attention_heads": kept * groups,
+            "num_key_value_heads": kept,
+            "head_dim": base.anatomy.head_dim,
+        }
     try:
         return type(config).from_dict(config.to_dict() | sizes)
-    except Exception:  # configuration classes have checks of their own, such as heads that must divide the width
+    except (
+        Exception
+    ):  # configuration classes have checks of their own, such as heads that must divide the width
         return None
 
 
@@ -136,24 +161,32 @@ def _fits(config: PreTrainedConfig, tensors: Tensors, kind: Kind) -> bool:
             module.tie_weights()  # a step of the initialisation that was left out
     except Exception:  # whatever keeps the class from being built, it is no stock model
         return False
-    return {n: p.shape for n, p in module.named_parameters()} == {n: t.shape for n, t in tensors.items()}
+    return {n: p.shape for n, p in module.named_parameters()} == {
+        n: t.shape for n, t in tensors.items()
+    }
 
 
-def _write(folder: Path, config: PreTrainedConfig, card: Card, tensors: Tensors, tokenizer: Any) -> None:
+def _write(
+    folder: Path, config: PreTrainedConfig, card: Card, tensors: Tensors, tokenizer: Any
+) -> None:
     """Write a sibling folder and rename it, so that a broken export never carries the wanted name."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
         settings = config.to_diff_dict() | {"fedspine": asdict(card)}
         settings.pop("_name_or_path", None)  # a path of the machine that exports
-        (partial / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (partial / CONFIG).write_text(
+            json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
         save_file(tensors, partial / WEIGHTS, {"format": "pt"})
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(_readme(card, tensors), encoding="utf-8")
         partial.rename(folder)
     except OSError as error:
         reason = error.strerror or error
-        raise BadInput(f"{folder} cannot be written: {reason}; check the path and the free space") from error
+        raise BadInput(
+            f"{folder} cannot be written: {reason}; check the path and the free space"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -166,7 +199,11 @@ def _readme(card: Card, tensors: Tensors) -> str:
         if card.stock
         else "Its layers have sizes that no stock configuration can say, so `from_pretrained` refuses it."
     )
-    adapter = "merged into the weights" if card.merged else "not in the weights; load it beside them with PEFT"
+    adapter = (
+        "merged into the weights"
+        if card.merged
+        else "not in the weights; load it beside them with PEFT"
+    )
     return f"""---
 library_name: transformers
 tags: [fedspine, federated-learning, structured-pruning]

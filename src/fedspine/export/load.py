@@ -53,7 +53,9 @@ def load(folder: str | Path) -> Loaded:
         max_tokens=card.max_tokens,
         sparsity=card.sparsity,
         parameters=sum(parameter.numel() for parameter in module.parameters()),
-        block_parameters=sum(module.get_submodule(site.path).weight.numel() for site in anatomy.sites),
+        block_parameters=sum(
+            module.get_submodule(site.path).weight.numel() for site in anatomy.sites
+        ),
     )
 
 
@@ -63,23 +65,31 @@ def _read(folder: Path, auto: Any) -> Any:
     except Exception as error:  # transformers raises many kinds
         what = "configuration" if auto is AutoConfig else "tokenizer"
         reason = " ".join(str(error).split())[:160]
-        raise BadInput(f"the {what} of {folder} cannot be read ({reason}); export the model again") from None
+        raise BadInput(
+            f"the {what} of {folder} cannot be read ({reason}); export the model again"
+        ) from None
 
 
 def _module(folder: Path, card: Card, config: PreTrainedConfig) -> nn.Module:
     """The stock class with empty parameters of the exported sizes."""
     # nothing is drawn, so that loading touches only the memory of the weights that are kept
     with no_init_weights():
-        module = stock_class(card.kind).from_config(config, dtype=torch.float32, trust_remote_code=False)
+        module = stock_class(card.kind).from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
         anatomy = anatomy_of(config, module.base_model_prefix)
         if not len(card.heads) == len(card.channels) == anatomy.layers:
             listed = len(card.heads)
-            raise BadInput(f"{folder} lists the sizes of {listed} layers of {anatomy.layers}; export the model again")
+            raise BadInput(
+                f"{folder} lists the sizes of {listed} layers of {anatomy.layers}; export the model again"
+            )
         for site in anatomy.sites:
             columns, rows = _sizes(site, card)
             linear = module.get_submodule(site.path)
             if linear.weight.shape != (rows, columns):
-                module.set_submodule(site.path, nn.Linear(columns, rows, bias=linear.bias is not None))
+                module.set_submodule(
+                    site.path, nn.Linear(columns, rows, bias=linear.bias is not None)
+                )
     module.tie_weights()
     return module
 
@@ -100,7 +110,9 @@ def _sizes(site: Site, card: Card) -> tuple[int, int]:
 
 def _fill(module: nn.Module, path: Path) -> None:
     """Copy the stored tensors into the module's parameters, each of which must be there in its own shape."""
-    parameters = dict(module.named_parameters())  # a tied parameter counts once, under its first name
+    parameters = dict(
+        module.named_parameters()
+    )  # a tied parameter counts once, under its first name
     try:
         with safe_open(path, framework="pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -116,7 +128,9 @@ def _fill(module: nn.Module, path: Path) -> None:
         raise BadInput(f"{path} is damaged ({error}); export the model again") from None
 
 
-def _problems(expected: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]) -> Iterator[str]:
+def _problems(
+    expected: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]
+) -> Iterator[str]:
     if missing := sorted(expected.keys() - stored.keys()):
         yield f"lacks {len(missing)} of {len(expected)} tensors, {missing[0]} among them"
     if surplus := sorted(stored.keys() - expected.keys()):

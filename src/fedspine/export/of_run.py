@@ -88,7 +88,9 @@ def export_model(folder: Path, *, device: str, format: str, to: Path) -> dict[st
 def _saved(folder: Path) -> Saved:
     saved = Store(folder / STATE).load()
     if saved is None:
-        raise BadInput(f"{folder} has not finished its first round, so there is no model yet; resume it first")
+        raise BadInput(
+            f"{folder} has not finished its first round, so there is no model yet; resume it first"
+        )
     return saved
 
 
@@ -104,4 +106,6 @@ def _check_device(device: str, ids: list[str]) -> None:
     if device not in (GLOBAL, DENSE, *ids):
         guess = nearest(device, (GLOBAL, DENSE, *ids))
         hint = f"; did you mean {guess!r}?" if guess else ";"
-        raise BadInput(f"unknown device {device!r}{hint} known: {GLOBAL}, {DENSE}, and {ids[0]} to {ids[-1]}")
+        raise BadInput(
+            f"unknown device {device!r}{hint} known: {GLOBAL}, {DENSE}, and {ids[0]} to {ids[-1]}"
+        )

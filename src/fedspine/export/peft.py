@@ -27,7 +27,11 @@ try:
 except ModuleNotFoundError:
     raise BadInput("PEFT adapters need the package peft; install fedspine[peft]") from None
 
-CONFIG, WEIGHTS, STRUCTURE = "adapter_config.json", "adapter_model.safetensors", "fedspine_structure.safetensors"
+CONFIG, WEIGHTS, STRUCTURE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "fedspine_structure.safetensors",
+)
 PREFIX = "base_model.model."
 
 
@@ -37,7 +41,11 @@ def write_adapter(folder: str | Path, model: Model, base: Base, base_name: str) 
     Modules of different rank are written with PEFT's rank and alpha patterns. Raises BadInput for a model without an
     adapter.
     """
-    ranks = {path: len(model.adapter[a_name(path)]) for path in _paths(base) if a_name(path) in model.adapter}
+    ranks = {
+        path: len(model.adapter[a_name(path)])
+        for path in _paths(base)
+        if a_name(path) in model.adapter
+    }
     if not ranks:
         raise BadInput("this model has no adapter to write; export it with `--format hf` instead")
     tensors = {}
@@ -48,12 +56,19 @@ def write_adapter(folder: str | Path, model: Model, base: Base, base_name: str) 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # a copy of each: safetensors refuses views that share storage
-    tensors = {name: tensor.detach().float().clone().contiguous() for name, tensor in sorted(tensors.items())}
+    tensors = {
+        name: tensor.detach().float().clone().contiguous()
+        for name, tensor in sorted(tensors.items())
+    }
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     settings = _lora_config(model, base, base_name, ranks).to_dict()
     # PEFT keeps names in sets, whose order differs from process to process
-    settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    settings = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()
+    }
+    (folder / CONFIG).write_text(
+        json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
     if is_full(model.structure):
         (folder / STRUCTURE).unlink(missing_ok=True)
     else:
@@ -95,9 +110,14 @@ def read_adapter(folder: str | Path, base: Base) -> Model:
     settings = _settings(folder)
     try:
         # a copy of each: a mapped file that is written again would take the process down
-        tensors = {name.removeprefix(PREFIX): t.float().clone() for name, t in load_file(folder / WEIGHTS).items()}
+        tensors = {
+            name.removeprefix(PREFIX): t.float().clone()
+            for name, t in load_file(folder / WEIGHTS).items()
+        }
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"{folder / WEIGHTS} cannot be read ({error}); save the adapter again, as safetensors") from None
+        raise BadInput(
+            f"{folder / WEIGHTS} cannot be read ({error}); save the adapter again, as safetensors"
+        ) from None
     structure = _structure(folder, base)
     head = _head(folder, base, tensors)
     scale = _scale(settings, settings.r, settings.lora_alpha) or 1.0
@@ -125,7 +145,9 @@ def _settings(folder: Path) -> LoraConfig:
         kind = entries.get("peft_type")
         settings = LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise BadInput(f"{folder / CONFIG} cannot be read ({error}); give a folder that PEFT saved") from None
+        raise BadInput(
+            f"{folder / CONFIG} cannot be read ({error}); give a folder that PEFT saved"
+        ) from None
     if settings is None:
         raise BadInput(f"{folder} holds an adapter of type {kind!r}, but only LORA can be read")
     if settings.use_dora or settings.bias != "none":
@@ -143,11 +165,16 @@ def _structure(folder: Path, base: Base) -> Structure:
     except (OSError, NotAMessage) as error:
         raise BadInput(f"{path} cannot be read ({error}); save the adapter again") from None
     whole = full(base.anatomy)
-    if not isinstance(structure, Structure) or (structure.heads.shape, structure.channels.shape) != (
+    if not isinstance(structure, Structure) or (
+        structure.heads.shape,
+        structure.channels.shape,
+    ) != (
         whole.heads.shape,
         whole.channels.shape,
     ):
-        raise BadInput(f"{path} is for another base model; take the one that the adapter was made for")
+        raise BadInput(
+            f"{path} is for another base model; take the one that the adapter was made for"
+        )
     return structure
 
 
@@ -161,16 +188,25 @@ def _head(folder: Path, base: Base, tensors: Tensors) -> Tensors:
             if own is None:
                 continue
             if found is None and layer.fresh:
-                raise BadInput(f"neither {folder} nor the base model has {name}; save the adapter with its task head")
+                raise BadInput(
+                    f"neither {folder} nor the base model has {name}; save the adapter with its task head"
+                )
             if found is not None and found.shape != own.shape:
-                raise BadInput(f"{folder} has {name} in shape {tuple(found.shape)}, the task needs {tuple(own.shape)}")
+                raise BadInput(
+                    f"{folder} has {name} in shape {tuple(found.shape)}, the task needs {tuple(own.shape)}"
+                )
             head[name] = own.clone() if found is None else found
     return head
 
 
-def _check_shapes(folder: Path, site: Site, structure: Structure, a: torch.Tensor, b: torch.Tensor) -> None:
+def _check_shapes(
+    folder: Path, site: Site, structure: Structure, a: torch.Tensor, b: torch.Tensor
+) -> None:
     rows, columns = kept_rows(site, structure), kept_columns(site, structure)
-    expected = (site.rows if rows is None else len(rows), site.columns if columns is None else len(columns))
+    expected = (
+        site.rows if rows is None else len(rows),
+        site.columns if columns is None else len(columns),
+    )
     if (b.shape[0], a.shape[1]) != expected or a.shape[0] != b.shape[1]:
         raise BadInput(
             f"{folder} adapts {site.path} as a layer of {b.shape[0]} x {a.shape[1]}, but the base has "
@@ -184,7 +220,10 @@ def _scale(settings: LoraConfig, rank: int, alpha: float) -> float:
 
 def _pattern(pattern: dict[str, float] | None, path: str, usual: float) -> float:
     """The value of the first entry whose key, a regular expression, matches the end of the path."""
-    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", path)), usual)
+    return next(
+        (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", path)),
+        usual,
+    )
 
 
 def _paths(base: Base) -> list[str]:

@@ -37,7 +37,9 @@ class Continued:
 Prediction: TypeAlias = Labelled | Continued
 
 
-def predict(loaded: Loaded, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Prediction]:
+def predict(
+    loaded: Loaded, texts: Sequence[str], pairs: Sequence[str] | None = None
+) -> list[Prediction]:
     """One prediction for each text, in order; `pairs` holds the second texts, for kind pair only.
 
     A text longer than the model's `max_tokens` is cut for a label, and read in windows for a loss; a continuation
@@ -45,9 +47,13 @@ def predict(loaded: Loaded, texts: Sequence[str], pairs: Sequence[str] | None = 
     """
     if (pairs is not None) != (loaded.kind == "pair"):
         have, want = ("pairs", "single texts") if pairs is not None else ("single texts", "pairs")
-        raise BadInput(f"{have} came, but this model of kind {loaded.kind} reads {want}; give it those")
+        raise BadInput(
+            f"{have} came, but this model of kind {loaded.kind} reads {want}; give it those"
+        )
     if pairs is not None and len(pairs) != len(texts):
-        raise BadInput(f"{len(texts)} texts and {len(pairs)} second texts came; give one second text for each text")
+        raise BadInput(
+            f"{len(texts)} texts and {len(pairs)} second texts came; give one second text for each text"
+        )
     if not texts:
         return []
     if loaded.kind == "causal-lm":
@@ -61,7 +67,9 @@ def _encoded(loaded: Loaded, texts: Sequence[str], pairs: Sequence[str] | None) 
     examples = encode(loaded.tokenizer, rows, loaded.kind, loaded.max_tokens)
     for index, length in enumerate(examples.lengths):
         if length == 0:
-            raise BadInput(f"text {index + 1} is empty for this model's tokenizer; give it at least one word")
+            raise BadInput(
+                f"text {index + 1} is empty for this model's tokenizer; give it at least one word"
+            )
     return examples
 
 
@@ -72,7 +80,9 @@ def _labelled(loaded: Loaded, examples: Examples) -> list[Prediction]:
             inputs = examples.batch(rows)
             del inputs["labels"]
             best = loaded.module(**inputs).logits.softmax(-1).max(-1)
-            for row, probability, index in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
+            for row, probability, index in zip(
+                rows, best.values.tolist(), best.indices.tolist(), strict=True
+            ):
                 found[row] = Labelled(loaded.labels[index], probability)
     return [one for one in found if one is not None]
 

@@ -21,7 +21,16 @@ from fedspine.device import Call, Scratch, Served, find_work, name_of, serve
 from fedspine.errors import BadInput
 from fedspine.fleets.site import Holding, Site, load_site, open_site
 from fedspine.fleets.terms import Refused
-from fedspine.fleets.wire import RUN, NotDone, Opened, Opening, SiteAnswer, SiteOrder, as_array, decoded
+from fedspine.fleets.wire import (
+    RUN,
+    NotDone,
+    Opened,
+    Opening,
+    SiteAnswer,
+    SiteOrder,
+    as_array,
+    decoded,
+)
 from fedspine.lm.prefix import Prefixes
 from fedspine.message import NotAMessage, pack
 from fedspine.method import find
@@ -75,7 +84,11 @@ class Desk:
     def _take_part(self, asked: Opening) -> Opened:
         works = works_of(asked.terms.method)
         terms, here = pack(asked.terms).sha256, self._open
-        holding = here.holding if here is not None and here.terms == terms else open_site(self._site, asked.terms)
+        holding = (
+            here.holding
+            if here is not None and here.terms == terms
+            else open_site(self._site, asked.terms)
+        )
         holding.base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         for folder, kept in ((MEMORY, RUNS_KEPT), (PREFIXES, 1)):
             _make_way(self._folder / folder / asked.run, kept)
@@ -119,13 +132,17 @@ class Desk:
             round=asked.round,
         )
         prefixes = Prefixes(self._folder / PREFIXES / here.run)
-        return serve(call, here.holding.base, here.holding.examples, prefixes, scratch=self._scratch)
+        return serve(
+            call, here.holding.base, here.holding.examples, prefixes, scratch=self._scratch
+        )
 
     def _version(self, run: str, version: int) -> Path:
         return self._folder / MEMORY / run / f"{version:09d}.safetensors"
 
     def _sweep(self, asked: SiteOrder) -> None:
-        wanted = {self._version(asked.run, v) for v in (asked.version, *asked.needed) if v is not None}
+        wanted = {
+            self._version(asked.run, v) for v in (asked.version, *asked.needed) if v is not None
+        }
         if asked.memory is not None:
             wanted.add(self._version(asked.run, asked.memory))
         for path in (self._folder / MEMORY / asked.run).iterdir():
@@ -138,8 +155,12 @@ def open_desk(folder: Path) -> Desk:
     site = load_site(folder)
     os.environ.update(site.environment)
     torch.set_num_threads(site.limits.threads)
-    if site.limits.memory_bytes is not None:  # beyond which an allocation fails, instead of the machine
-        resource.setrlimit(resource.RLIMIT_DATA, (site.limits.memory_bytes, site.limits.memory_bytes))
+    if (
+        site.limits.memory_bytes is not None
+    ):  # beyond which an allocation fails, instead of the machine
+        resource.setrlimit(
+            resource.RLIMIT_DATA, (site.limits.memory_bytes, site.limits.memory_bytes)
+        )
     keep_freed_memory()
     return Desk(site, folder)
 
@@ -166,8 +187,17 @@ def works_of(method: str) -> frozenset[str]:
     while left:
         module = left.pop()
         seen.add(module)
-        left += [other for other in map(_home, vars(module).values()) if other is not None and other not in seen]
-    works = [value for module in seen for value in vars(module).values() if getattr(value, "__on_device__", False)]
+        left += [
+            other
+            for other in map(_home, vars(module).values())
+            if other is not None and other not in seen
+        ]
+    works = [
+        value
+        for module in seen
+        for value in vars(module).values()
+        if getattr(value, "__on_device__", False)
+    ]
     return frozenset(name_of(work) for work in works)
 
 

@@ -9,7 +9,13 @@ from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.structure import Structure, cut_adapter
 from fedspine.tensors import single
 
-_UNUSABLE = (ValueError, TypeError, KeyError, IndexError, RuntimeError)  # what cutting by a wrong structure raises
+_UNUSABLE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    RuntimeError,
+)  # what cutting by a wrong structure raises
 
 
 def misfit(result: Any, order: Any, anatomy: Anatomy | None) -> str | None:
@@ -20,7 +26,10 @@ def misfit(result: Any, order: Any, anatomy: Anatomy | None) -> str | None:
     """
     known = {field.name for field in fields(order)}
     for field in fields(result):
-        came, sent = getattr(result, field.name), getattr(order, field.name) if field.name in known else None
+        came, sent = (
+            getattr(result, field.name),
+            getattr(order, field.name) if field.name in known else None,
+        )
         if not (_tensors(came) and _tensors(sent)):
             continue
         if field.name == "adapter" and anatomy is not None:
@@ -54,4 +63,8 @@ def _first_difference(came: Any, sent: Any) -> str | None:
 
 
 def _tensors(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(item, torch.Tensor) for item in value.values())
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(item, torch.Tensor) for item in value.values())
+    )

@@ -15,7 +15,16 @@ import torch
 
 from fedspine.device import DeviceId, O, R, Work, find_work, name_of
 from fedspine.fleet import AllLost, Cost, Fleet, Idle, Profile, Reply, T
-from fedspine.fleets.members import Came, Deadline, FlareSnapshot, Member, Pending, RelayLost, Sent, SiteStanding
+from fedspine.fleets.members import (
+    Came,
+    Deadline,
+    FlareSnapshot,
+    Member,
+    Pending,
+    RelayLost,
+    Sent,
+    SiteStanding,
+)
 from fedspine.fleets.party import Party
 from fedspine.fleets.rounds import Totals, Waits
 from fedspine.fleets.wire import Opened
@@ -29,7 +38,9 @@ class FlareFleet:
 
     clock = "fleet"
 
-    def __init__(self, party: Party, ids: tuple[DeviceId, ...] | None = None, *, hears_all: bool = False) -> None:
+    def __init__(
+        self, party: Party, ids: tuple[DeviceId, ...] | None = None, *, hears_all: bool = False
+    ) -> None:
         self._party, self._ids, self._hears_all = party, ids, hears_all or ids is None
 
     @property
@@ -45,18 +56,26 @@ class FlareFleet:
     def base(self) -> Any:
         return self._party.base
 
-    def ask(self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf) -> list[Reply[R]]:
+    def ask(
+        self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf
+    ) -> list[Reply[R]]:
         self._check(orders)
         party, started = self._party, self.now
         under_way = {id: party.dispatch(id, work, orders[id], within) for id in orders}
         came = {id: future.result() for id, future in under_way.items()}
         seconds = [one.cost.seconds for one in came.values()]
         with party.lock:
-            party.totals.waiting_seconds += float(np.mean(max(seconds) - np.array(seconds))) if seconds else 0.0
+            party.totals.waiting_seconds += (
+                float(np.mean(max(seconds) - np.array(seconds))) if seconds else 0.0
+            )
         for id, one in came.items():
             party.record(work.__name__, id, started, one)
         party.waits.asked(orders, started, self.now)
-        replies = [Reply(device=id, value=one.value, cost=one.cost) for id, one in came.items() if one.missing is None]
+        replies = [
+            Reply(device=id, value=one.value, cost=one.cost)
+            for id, one in came.items()
+            if one.missing is None
+        ]
         self._check_quorum(came.values())
         return replies
 
@@ -86,9 +105,13 @@ class FlareFleet:
     def only(self, ids: Iterable[DeviceId]) -> "FlareFleet":
         return FlareFleet(self._party, self._part(ids))
 
-    def together(self, job: Callable[[str, Fleet], T], groups: Mapping[str, Iterable[DeviceId]]) -> dict[str, T]:
+    def together(
+        self, job: Callable[[str, Fleet], T], groups: Mapping[str, Iterable[DeviceId]]
+    ) -> dict[str, T]:
         parts = {name: self.only(ids) for name, ids in groups.items()}
-        with ThreadPoolExecutor(max(1, len(parts)), initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        with ThreadPoolExecutor(
+            max(1, len(parts)), initializer=torch.set_num_threads, initargs=(1,)
+        ) as threads:
             running = {name: threads.submit(job, name, part) for name, part in parts.items()}
             return {name: future.result() for name, future in running.items()}
 
@@ -141,7 +164,9 @@ class FlareFleet:
         party.run, party.began = snapshot.run, time.monotonic() - snapshot.now
         party.members = {}
         for one in snapshot.sites:
-            member = here.pop(one.name, None) or Member(one.name, one.examples, one.memory_bytes, missed=True)
+            member = here.pop(one.name, None) or Member(
+                one.name, one.examples, one.memory_bytes, missed=True
+            )
             member.asks, member.memory, member.saved = one.asks, one.memory, (one.memory or 0,)
             party.members[one.name] = member
         party.members |= here
@@ -171,7 +196,11 @@ class FlareFleet:
         while True:
             if self._somebody_waits():
                 self._reconnect(end)
-            here = [name for name in party.link.sites if name in party.members and not party.members[name].missed]
+            here = [
+                name
+                for name in party.link.sites
+                if name in party.members and not party.members[name].missed
+            ]
             if len(here) >= min(party.patience.quorum, len(party.members)):
                 return
             if time.monotonic() > end:
@@ -205,7 +234,9 @@ class FlareFleet:
             self.send(work, {entry.device: entry.order})
             return
         came = Came(Cost(**entry.cost), entry.value)
-        party.pending.append(Pending(entry.device, work, entry.order, self.now, party.already(came)))
+        party.pending.append(
+            Pending(entry.device, work, entry.order, self.now, party.already(came))
+        )
 
     def _heard(self, entries: Iterable[Pending]) -> list[Pending]:
         mine = {profile.id for profile in self.devices}
@@ -225,7 +256,9 @@ class FlareFleet:
         known = {profile.id for profile in self.devices}
         strangers = [id for id in ids if id not in known]
         if strangers:
-            raise LookupError(f"{strangers[0]} is not in this part of the fleet, which has {len(known)} devices")
+            raise LookupError(
+                f"{strangers[0]} is not in this part of the fleet, which has {len(known)} devices"
+            )
 
 
 def _opened(party: Party, site: str) -> Opened | str:

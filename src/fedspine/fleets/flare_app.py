@@ -98,4 +98,6 @@ class Relay:
         except CollabCallError:
             pass
         self._heard = time.monotonic()
-        return new_cell_message({}, {"outcome": outcome, "reply": reply, "seconds": time.monotonic() - began})
+        return new_cell_message(
+            {}, {"outcome": outcome, "reply": reply, "seconds": time.monotonic() - began}
+        )

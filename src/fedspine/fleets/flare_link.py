@@ -23,7 +23,16 @@ from nvflare.fuel.f3.cellnet.utils import new_cell_message
 from nvflare.fuel.flare_api.flare_api import Session
 
 from fedspine.errors import BadInput
-from fedspine.fleets.flare_app import ASK, CHANNEL, GRACE_SECONDS, LEAVE, SECRET, UNREACHABLE, Relay, SiteApp
+from fedspine.fleets.flare_app import (
+    ASK,
+    CHANNEL,
+    GRACE_SECONDS,
+    LEAVE,
+    SECRET,
+    UNREACHABLE,
+    Relay,
+    SiteApp,
+)
 from fedspine.fleets.kit import OVER, kit_at, logged_in
 from fedspine.fleets.members import RelayLost
 
@@ -39,7 +48,9 @@ class Link:
     """A logged-in admin and a running relay; may be used from many threads."""
 
     def __init__(self, kit: Path, fewest: int) -> None:
-        logging.getLogger("nvflare").setLevel(logging.CRITICAL)  # losses are told by the fleet, in the records
+        logging.getLogger("nvflare").setLevel(
+            logging.CRITICAL
+        )  # losses are told by the fleet, in the records
         self._kit, self._fewest = kit, fewest
         self._session = _logged_in(kit)
         self._job: str | None = None
@@ -63,15 +74,23 @@ class Link:
             clients = self._session.get_connected_client_list()
         except Exception:  # whatever an unreachable server raises: the next call tries again
             return ()
-        last = max((client.last_connect_time for client in clients), default=0.0)  # by the server's clock
-        return tuple(sorted(client.name for client in clients if last - client.last_connect_time < FRESH_SECONDS))
+        last = max(
+            (client.last_connect_time for client in clients), default=0.0
+        )  # by the server's clock
+        return tuple(
+            sorted(
+                client.name for client in clients if last - client.last_connect_time < FRESH_SECONDS
+            )
+        )
 
     def wait_for(self, sites: int, seconds: float) -> None:
         """Start the first relay as soon as so many sites are connected; raises BadInput after `seconds`."""
         end = time.monotonic() + seconds
         while len(here := self.connected()) < sites:
             if time.monotonic() > end:
-                raise BadInput(f"{len(here)} sites are connected, {sites} are needed; start them, or ask for fewer")
+                raise BadInput(
+                    f"{len(here)} sites are connected, {sites} are needed; start them, or ask for fewer"
+                )
             time.sleep(1.0)
         try:
             self.mend(None, lambda: True)
@@ -80,7 +99,9 @@ class Link:
 
     def exchange(self, site: str, payload: bytes, seconds: float) -> tuple[str, bytes]:
         """An outcome of `fedspine.fleets.resident`, or "unreachable", and the reply; raises RelayLost."""
-        reply = self._asked(ASK, seconds + 2 * GRACE_SECONDS, site=site, payload=payload, seconds=float(seconds))
+        reply = self._asked(
+            ASK, seconds + 2 * GRACE_SECONDS, site=site, payload=payload, seconds=float(seconds)
+        )
         return reply.get("outcome", UNREACHABLE), reply.get("reply") or b""
 
     def ping(self, site: str, seconds: float) -> bool:
@@ -170,7 +191,9 @@ class Link:
             abort_signal=self._lost,
         )
         if reply.get_header(MessageHeaderKey.RETURN_CODE, ReturnCode.OK) != ReturnCode.OK:
-            raise RelayLost(f"the relay does not answer ({reply.get_header(MessageHeaderKey.RETURN_CODE)})")
+            raise RelayLost(
+                f"the relay does not answer ({reply.get_header(MessageHeaderKey.RETURN_CODE)})"
+            )
         if not isinstance(reply.payload, dict):
             raise RelayLost("the relay answered nothing that can be read")
         return reply.payload
@@ -201,8 +224,12 @@ def _submitted(session: Session, secret: str, fewest: int) -> str:
     recipe = CollabRecipe(JOB, server=Relay(), client=SiteApp(), min_clients=fewest)
     recipe.set_server_prop(SECRET, secret)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a secret in a job: it is this relay's alone, and only the server gets it
+        warnings.simplefilter(
+            "ignore"
+        )  # of a secret in a job: it is this relay's alone, and only the server gets it
         recipe.export(folder)
-        for code in Path(folder).rglob("custom"):  # a site runs what is installed there, and need not allow more
+        for code in Path(folder).rglob(
+            "custom"
+        ):  # a site runs what is installed there, and need not allow more
             shutil.rmtree(code)
         return session.submit_job(str(Path(folder) / JOB))

@@ -16,9 +16,16 @@ import numpy as np
 from fedspine.errors import BadInput, unknown
 
 UTILISATION = 0.30  # of the peak (MFU)
-LAUNCH_SECONDS = 1 / 120  # of one layer in one training step: RoBERTa-base's 12 layers x 20 steps cost 2 s
+LAUNCH_SECONDS = (
+    1 / 120
+)  # of one layer in one training step: RoBERTa-base's 12 layers x 20 steps cost 2 s
 ROUNDS_PER_MODE = 20
-GROUP_MBPS = (22.0, 14.0, 8.0, 4.0)  # mean bandwidth of the Wi-Fi groups at 2, 8, 14 and 20 m, in Mb/s
+GROUP_MBPS = (
+    22.0,
+    14.0,
+    8.0,
+    4.0,
+)  # mean bandwidth of the Wi-Fi groups at 2, 8, 14 and 20 m, in Mb/s
 LOWEST_MBPS, HIGHEST_MBPS = 1.0, 30.0
 LINK_SIGMA = 0.3  # of the logarithm
 
@@ -103,13 +110,24 @@ class Hardware:
         return self._exchange(device, round, ask)[0]
 
     def seconds(
-        self, device: int, *, round: int, ask: int, flops: float, launches: float, bytes_down: int, bytes_up: int
+        self,
+        device: int,
+        *,
+        round: int,
+        ask: int,
+        flops: float,
+        launches: float,
+        bytes_down: int,
+        bytes_up: int,
     ) -> Timing:
         """How long an exchange of a round takes a device that had served `ask` before the round; one launch is one layer
         in one training step."""
         mbps, jitter = self._exchange(device, round, ask)
         bytes_per_second = mbps * 1e6 / 8
-        compute = flops / (UTILISATION * self.peak_flops(device, round)) * jitter + launches * LAUNCH_SECONDS
+        compute = (
+            flops / (UTILISATION * self.peak_flops(device, round)) * jitter
+            + launches * LAUNCH_SECONDS
+        )
         return Timing(bytes_down / bytes_per_second, compute, bytes_up / bytes_per_second)
 
     @cached_property

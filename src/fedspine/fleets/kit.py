@@ -75,18 +75,29 @@ def kit_at(folder: Path, role: str | None = None) -> Kit:
         path = folder / "startup" / file
         if path.is_file():
             if role is not None and found != role:
-                raise BadInput(f"{folder} is the kit of a {found}, the kit of a {role} was expected")
+                raise BadInput(
+                    f"{folder} is the kit of a {found}, the kit of a {role} was expected"
+                )
             try:
                 return _read(folder.resolve(), found, json.loads(path.read_text(encoding="utf-8")))
             except (OSError, ValueError, KeyError, IndexError, TypeError):
-                raise BadInput(f"the kit {folder} is damaged ({path.name} cannot be read); copy it anew") from None
+                raise BadInput(
+                    f"the kit {folder} is damaged ({path.name} cannot be read); copy it anew"
+                ) from None
     raise BadInput(f"{folder} is no start-up kit; name a folder that `fedspine fleet create` made")
 
 
 def _read(folder: Path, role: str, settings: dict[str, Any]) -> Kit:
     if role == "admin":
         admin = settings["admin"]
-        return Kit(folder, "admin", admin["username"], admin["project_name"], admin["host"], int(admin["port"]))
+        return Kit(
+            folder,
+            "admin",
+            admin["username"],
+            admin["project_name"],
+            admin["host"],
+            int(admin["port"]),
+        )
     first = settings["servers"][0]
     host, _, port = first["service"]["target"].rpartition(":")
     if role == "server":
@@ -107,7 +118,9 @@ def check_site(kit: Kit) -> None:
     local = site.data.path not in BUILT_IN_DATA and Path(site.data.path).is_absolute()
     looks_local = local or Path(site.data.path).suffix != ""
     if looks_local and not Path(site.data.path).exists():
-        raise BadInput(f"{kit.folder / SITE_FILE} names the data {site.data.path}, which does not exist; set data.path")
+        raise BadInput(
+            f"{kit.folder / SITE_FILE} names the data {site.data.path}, which does not exist; set data.path"
+        )
 
 
 def check_reach(kit: Kit) -> str | None:
@@ -152,7 +165,9 @@ def only_one(kit: Kit) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BadInput(f"{kit.name} is already running from {kit.folder}; stop that first") from None
+            raise BadInput(
+                f"{kit.name} is already running from {kit.folder}; stop that first"
+            ) from None
         yield
 
 
@@ -169,7 +184,8 @@ def serve(kit: Kit, log: IO[bytes]) -> int:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ | keeping_freed_memory(),  # of messages of some megabytes, several copies each
+            env=os.environ
+            | keeping_freed_memory(),  # of messages of some megabytes, several copies each
         )
         try:
             code = process.wait()
@@ -190,7 +206,9 @@ def own_storage(kit: Kit) -> None:
     if kit.role != "server":
         return
     resources = json.loads(path.read_text(encoding="utf-8"))
-    resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(kit.folder / "storage" / "snapshots")
+    resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(
+        kit.folder / "storage" / "snapshots"
+    )
     for part in resources["components"]:
         if part["id"] == "job_manager":
             part["args"]["uri_root"] = str(kit.folder / "storage" / "jobs")
@@ -231,10 +249,14 @@ def logged_in(kit: Kit, timeout: float = LOGIN_SECONDS) -> Any:
         raise BadInput(f"{problem}; start the server, or check the network and its firewall")
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
-    logging.getLogger("nvflare").setLevel(logging.CRITICAL)  # what fails is told by whoever asked for it
+    logging.getLogger("nvflare").setLevel(
+        logging.CRITICAL
+    )  # what fails is told by whoever asked for it
     try:
         with redirect_stdout(io.StringIO()):  # it announces itself
-            return new_secure_session(kit.name, str(kit.folder), timeout=timeout, auto_login_max_tries=1)
+            return new_secure_session(
+                kit.name, str(kit.folder), timeout=timeout, auto_login_max_tries=1
+            )
     except Exception as error:  # FLARE's own, which have no common type
         raise BadInput(
             f"the server at {kit.host}:{kit.port} lets nobody in with {kit.folder}: {' '.join(str(error).split())}"
@@ -262,7 +284,10 @@ def standing(session: Any) -> dict[str, Any]:
             {"name": client.name, "last_heard_of": time.ctime(client.last_connect_time)}
             for client in sorted(info.client_info, key=lambda client: client.name)
         ],
-        "jobs": [{"id": job["job_id"], "status": job["status"], "submitted": job["submit_time"]} for job in jobs],
+        "jobs": [
+            {"id": job["job_id"], "status": job["status"], "submitted": job["submit_time"]}
+            for job in jobs
+        ],
     }
 
 

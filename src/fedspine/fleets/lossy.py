@@ -21,11 +21,17 @@ class Lossy:
     wrapper made anew for a round loses the same replies after a resume.
     """
 
-    def __init__(self, fleet: Fleet, *, drop: float = 0.0, delay_seconds: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self, fleet: Fleet, *, drop: float = 0.0, delay_seconds: float = 0.0, seed: int = 0
+    ) -> None:
         if not 0 <= drop <= 1 or delay_seconds < 0:
-            raise ValueError(f"0 <= drop <= 1 and delay_seconds >= 0 were expected, {drop} and {delay_seconds} came")
+            raise ValueError(
+                f"0 <= drop <= 1 and delay_seconds >= 0 were expected, {drop} and {delay_seconds} came"
+            )
         self._fleet, self._drop, self._delay, self._seed = fleet, drop, delay_seconds, seed
-        self._draws: Counter[DeviceId] = Counter()  # shared by all parts, so that asking again is another chance
+        self._draws: Counter[DeviceId] = (
+            Counter()
+        )  # shared by all parts, so that asking again is another chance
 
     @property
     def devices(self) -> tuple[Profile, ...]:
@@ -39,7 +45,9 @@ class Lossy:
     def base(self) -> Any:
         return self._fleet.base
 
-    def ask(self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf) -> list[Reply[R]]:
+    def ask(
+        self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf
+    ) -> list[Reply[R]]:
         luck = {id: self._luck(id) for id in orders}
         on_the_way = {id for id, (chance, _) in luck.items() if chance < self._drop / 2}
         silent = {id for id, (chance, _) in luck.items() if chance < self._drop}
@@ -52,7 +60,9 @@ class Lossy:
             if reply.device not in silent
         ]
         # whoever is lost, or too late, is waited for until the time is up; without a limit a loss is known at once
-        ends = [min(reply.cost.seconds, within) for reply in replies] + [within] * (bool(silent) and within < inf)
+        ends = [min(reply.cost.seconds, within) for reply in replies] + [within] * (
+            bool(silent) and within < inf
+        )
         self._fleet.wait(max(0.0, max(ends, default=0.0) - (self._fleet.now - started)))
         return [reply for reply in replies if reply.cost.seconds <= within]
 
@@ -73,7 +83,9 @@ class Lossy:
     def only(self, ids: Iterable[DeviceId]) -> "Lossy":
         return self._around(self._fleet.only(ids))
 
-    def together(self, job: Callable[[str, Fleet], T], groups: Mapping[str, Iterable[DeviceId]]) -> dict[str, T]:
+    def together(
+        self, job: Callable[[str, Fleet], T], groups: Mapping[str, Iterable[DeviceId]]
+    ) -> dict[str, T]:
         return self._fleet.together(lambda name, part: job(name, self._around(part)), groups)
 
     def wait(self, seconds: float) -> None:
@@ -88,7 +100,9 @@ class Lossy:
         """As the fleet foresees it, plus the mean delay; None where the fleet cannot."""
         if not isinstance(self._fleet, Foresight):
             return None
-        seconds = self._fleet.foresee(device, flops=flops, launches=launches, bytes_down=bytes_down, bytes_up=bytes_up)
+        seconds = self._fleet.foresee(
+            device, flops=flops, launches=launches, bytes_down=bytes_down, bytes_up=bytes_up
+        )
         return None if seconds is None else seconds + self._delay
 
     def _around(self, fleet: Fleet) -> "Lossy":
@@ -99,7 +113,12 @@ class Lossy:
     def _luck(self, device: DeviceId) -> tuple[float, float]:
         """A uniform and a unit exponential draw for one exchange, whatever the others draw."""
         self._draws[device] += 1
-        key = [self._seed, zlib.crc32(device.encode()), self._draws[device], *np.float64(self.now).tobytes()]
+        key = [
+            self._seed,
+            zlib.crc32(device.encode()),
+            self._draws[device],
+            *np.float64(self.now).tobytes(),
+        ]
         rng = np.random.default_rng(key)
         return float(rng.random()), float(rng.exponential())
 

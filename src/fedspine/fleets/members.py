@@ -100,11 +100,15 @@ class Member:
     memory: int | None = None
     saved: tuple[int, ...] = ()  # versions that the last two snapshots name
     missed: bool = False
-    line: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))  # its orders, one after another
+    line: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1)
+    )  # its orders, one after another
 
     @property
     def profile(self) -> Profile:
-        return Profile(id=self.name, site=self.name, examples=self.examples, memory_bytes=self.memory_bytes)
+        return Profile(
+            id=self.name, site=self.name, examples=self.examples, memory_bytes=self.memory_bytes
+        )
 
 
 class Deadline:

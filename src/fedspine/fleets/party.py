@@ -41,10 +41,14 @@ class Party:
     seed: int
     run: str
     patience: Patience
-    records: Records | None = None  # of the run, which begins after its sites were asked to take part
+    records: Records | None = (
+        None  # of the run, which begins after its sites were asked to take part
+    )
     members: dict[DeviceId, Member] = field(default_factory=dict)
     pending: list[Pending] = field(default_factory=list)
-    sent: dict[DeviceId, Pending] = field(default_factory=dict)  # the last order of each device in this round
+    sent: dict[DeviceId, Pending] = field(
+        default_factory=dict
+    )  # the last order of each device in this round
     waits: Waits = field(default_factory=Waits)  # of this round
     round: int = 0
     totals: Totals = field(default_factory=Totals)
@@ -56,10 +60,14 @@ class Party:
     def now(self) -> float:
         return time.monotonic() - self.began
 
-    def dispatch(self, device: DeviceId, work: Work[Any, Any], order: Any, within: float) -> Future[Came]:
+    def dispatch(
+        self, device: DeviceId, work: Work[Any, Any], order: Any, within: float
+    ) -> Future[Came]:
         """Put an order into its site's line; it is given at most `within` seconds from now."""
         end = Deadline(min(within, self.patience.within))
-        return self.members[device].line.submit(self._carried_out, self.members[device], work, order, end)
+        return self.members[device].line.submit(
+            self._carried_out, self.members[device], work, order, end
+        )
 
     def _carried_out(self, member: Member, work: Work[Any, Any], order: Any, end: Deadline) -> Came:
         torch.set_num_threads(1)
@@ -70,9 +78,13 @@ class Party:
             came = str(error)
         member.missed = isinstance(came, str)
         spent = came if isinstance(came, tuple) else (None, None)
-        return _came(spent, came if isinstance(came, str) else None, len(payload), time.monotonic() - began)
+        return _came(
+            spent, came if isinstance(came, str) else None, len(payload), time.monotonic() - began
+        )
 
-    def _asked(self, member: Member, work: Work[Any, Any], payload: bytes, order: Any, end: Deadline) -> Any:
+    def _asked(
+        self, member: Member, work: Work[Any, Any], payload: bytes, order: Any, end: Deadline
+    ) -> Any:
         """The result and the site's answer, or in words why there is none."""
         if member.missed and not self.reached(member, end):
             return "does not answer"
@@ -117,7 +129,9 @@ class Party:
 
     def reached(self, member: Member, end: Deadline) -> bool:
         """A cheap question before work is sent to a site that missed."""
-        return self._persistently(member.name, lambda left: self.link.ping(member.name, min(PING_SECONDS, left)), end)
+        return self._persistently(
+            member.name, lambda left: self.link.ping(member.name, min(PING_SECONDS, left)), end
+        )
 
     def open(self, site: str, end: Deadline) -> Opened | str:
         """Have a site take part; else in words why it does not."""
@@ -128,7 +142,9 @@ class Party:
     def exchange(self, site: str, asked: Any, end: Deadline, *kinds: type) -> Any:
         """A site's reply of one of these types, or in words why there is none; raises TimeoutError, RelayLost."""
         payload = pack(asked).payload
-        outcome, reply = self._persistently(site, lambda left: self.link.exchange(site, payload, left), end)
+        outcome, reply = self._persistently(
+            site, lambda left: self.link.exchange(site, payload, left), end
+        )
         if outcome != "done":
             return OUTCOMES.get(outcome, OUTCOMES["unreachable"])
         try:
@@ -154,7 +170,9 @@ class Party:
     def _made_ready(self, site: str) -> None:
         """Have a site take part under a new relay, for which it first starts a new worker."""
         with suppress(RelayLost):  # then whoever tries again finds out
-            self.link.exchange(site, pack(Opening(run=self.run, terms=self.terms)).payload, READY_SECONDS)
+            self.link.exchange(
+                site, pack(Opening(run=self.run, terms=self.terms)).payload, READY_SECONDS
+            )
 
     @staticmethod
     def already(came: Came) -> "Future[Came]":
@@ -183,7 +201,13 @@ class Party:
         with self.lock:
             self.totals.add(found)
             self.records.write(
-                "exchange", device=device, kind=KIND, work=work, started=started, **vars(cost), lost=lost
+                "exchange",
+                device=device,
+                kind=KIND,
+                work=work,
+                started=started,
+                **vars(cost),
+                lost=lost,
             )
         if lost:
             self.note(device=device, left_out=came.missing)

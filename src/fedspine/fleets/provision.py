@@ -40,10 +40,16 @@ class Project(Section):
 
     name: str
     host: str  # of the server, as sites and operator reach it: a name or an IPv4 address
-    port: int = pydantic.Field(8002, ge=1, le=65535)  # the only one that has to be open, on the server
+    port: int = pydantic.Field(
+        8002, ge=1, le=65535
+    )  # the only one that has to be open, on the server
     sites: tuple[str, ...] = pydantic.Field(min_length=1)
-    also: tuple[str, ...] = ()  # further names and addresses of the server that its certificate is to hold
-    operator: str = "operator@fedspine.org"  # who runs, in the form of an e-mail address; nothing is sent to it
+    also: tuple[
+        str, ...
+    ] = ()  # further names and addresses of the server that its certificate is to hold
+    operator: str = (
+        "operator@fedspine.org"  # who runs, in the form of an e-mail address; nothing is sent to it
+    )
     scheme: Literal["grpc", "tcp", "http"] = "tcp"  # of the connections, all of them mutual TLS
 
 
@@ -59,11 +65,15 @@ class Kits:
 def load_project(path: Path) -> Project:
     """The project that a file describes; raises BadInput for what no project can be."""
     table = read_toml(
-        path, "project file", 'write one with name, host and sites = ["a", "b"]; see docs/real-devices.md'
+        path,
+        "project file",
+        'write one with name, host and sites = ["a", "b"]; see docs/real-devices.md',
     )
     try:
         known_keys("key of a project", table, Project.model_fields)
-        lists = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+        lists = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in table.items()
+        }
         project = validated("project", pydantic.TypeAdapter(Project), lists)
         _check(project)
     except BadInput as error:
@@ -114,9 +124,13 @@ def _check(project: Project) -> None:
         raise BadInput(f"project.sites names {twice!r} twice; give every site a name of its own")
     for host in (project.host, *project.also):
         if name_check(host, "host_name")[0]:
-            raise BadInput(f"{host!r} is no host name or IPv4 address; give one by which sites reach the server")
+            raise BadInput(
+                f"{host!r} is no host name or IPv4 address; give one by which sites reach the server"
+            )
     if name_check(project.operator, "admin")[0]:
-        raise BadInput(f"project.operator is {project.operator!r}: the form of an e-mail address was expected")
+        raise BadInput(
+            f"project.operator is {project.operator!r}: the form of an e-mail address was expected"
+        )
 
 
 def _check_folder(project: Project, folder: Path) -> None:
@@ -164,7 +178,9 @@ def _provisioned(project: Project, authority: Path) -> Path:
         CertBuilder(),
     ]
     made = FlareProject(project.name, "", participants, {"api_version": 4})
-    context = Provisioner(str(authority), builders).provision(made, logger=logging.getLogger(__name__))
+    context = Provisioner(str(authority), builders).provision(
+        made, logger=logging.getLogger(__name__)
+    )
     if context.get(CtxKey.BUILD_ERROR):
         raise BadInput(f"NVIDIA FLARE could not make the kits: {context.get(CtxKey.ERRORS)}")
     (authority / project.name / "state" / "cert.json").chmod(0o600)
@@ -178,11 +194,17 @@ def _narrow(kit: Path, name: str) -> None:
     local = kit / "local"
     resources = json.loads((local / "resources.json.default").read_text(encoding="utf-8"))
     resources["class_allow_list"] = APPLICATION
-    resources["components"] = [part for part in resources["components"] if part["id"] != "site_log_streamer"]
+    resources["components"] = [
+        part for part in resources["components"] if part["id"] != "site_log_streamer"
+    ]
     resources["allow_log_streaming"] = False
     (local / "resources.json").write_text(json.dumps(resources, indent=1), encoding="utf-8")
     rights = {"format_version": "1.0", "permissions": {"project_admin": OPERATOR}}
     (local / "authorization.json").write_text(json.dumps(rights, indent=1), encoding="utf-8")
     if name != "server":
-        text = importlib.resources.files("fedspine.recipes").joinpath(SITE_FILE).read_text(encoding="utf-8")
+        text = (
+            importlib.resources.files("fedspine.recipes")
+            .joinpath(SITE_FILE)
+            .read_text(encoding="utf-8")
+        )
         (kit / SITE_FILE).write_text(text.replace('"SITE"', json.dumps(name)), encoding="utf-8")

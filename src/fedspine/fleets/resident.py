@@ -45,7 +45,9 @@ class Resident:
         if not self._turn.acquire(timeout=seconds):
             return "late", b""
         try:
-            if self._process.poll() is not None:  # while it had nothing to do, so that nothing is lost
+            if (
+                self._process.poll() is not None
+            ):  # while it had nothing to do, so that nothing is lost
                 self._restart()
             if not self._ready(end):
                 return "late", b""
@@ -85,10 +87,21 @@ class Resident:
     def _start(self) -> None:
         self._up, self._started = False, time.monotonic()
         self._socket, theirs = socket.socketpair()
-        command = [sys.executable, "-m", __name__, str(self._folder), str(theirs.fileno()), str(os.getpid())]
+        command = [
+            sys.executable,
+            "-m",
+            __name__,
+            str(self._folder),
+            str(theirs.fileno()),
+            str(os.getpid()),
+        ]
         with theirs, open(self._folder / LOG, "ab") as log:
             self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
 
 

@@ -31,7 +31,9 @@ class Totals:
 class Waits:
     """How long devices have nothing to do in a round, of those to which orders are sent; `ask` knows its own at once."""
 
-    since: dict[DeviceId, float] = field(default_factory=dict)  # the end of each one's last exchange
+    since: dict[DeviceId, float] = field(
+        default_factory=dict
+    )  # the end of each one's last exchange
     seconds: float = 0.0  # of all devices
 
     def busy(self, device: DeviceId, start: float, end: float) -> None:
@@ -41,7 +43,9 @@ class Waits:
 
     def asked(self, devices: Iterable[DeviceId], start: float, end: float) -> None:
         """Devices are asked together; those to which nothing was sent in this round are left out."""
-        for device in devices:  # in their order, since sums in another one are not the same to the bit
+        for (
+            device
+        ) in devices:  # in their order, since sums in another one are not the same to the bit
             if device in self.since:
                 self.busy(device, start, end)
 

@@ -61,16 +61,22 @@ class World:
     asks: dict[DeviceId, int] = field(default_factory=dict)
     before: dict[DeviceId, int] = field(default_factory=dict)  # asks served before this round
     memories: dict[DeviceId, str] = field(default_factory=dict)  # files, as of the last save
-    changed: dict[DeviceId, bytes] = field(default_factory=dict)  # memories of the devices asked since
+    changed: dict[DeviceId, bytes] = field(
+        default_factory=dict
+    )  # memories of the devices asked since
     pending: list[tuple[float, int, DeviceId, bytes, Cost]] = field(default_factory=list)
     sent: int = 0
     totals: Totals = field(default_factory=Totals)
-    waits: Waits = field(default_factory=Waits)  # of the devices to which orders were sent in this round
+    waits: Waits = field(
+        default_factory=Waits
+    )  # of the devices to which orders were sent in this round
 
     def __post_init__(self) -> None:
         self.index = {profile.id: i for i, profile in enumerate(self.profiles)}
 
-    def exchange(self, work: Work[Any, Any], orders: Mapping[DeviceId, Any]) -> Iterator[tuple[DeviceId, Served, Cost]]:
+    def exchange(
+        self, work: Work[Any, Any], orders: Mapping[DeviceId, Any]
+    ) -> Iterator[tuple[DeviceId, Served, Cost]]:
         """Serve every order, yielding in their order; the clock is the caller's business."""
         name, bytes_down = name_of(work), {}
 
@@ -134,7 +140,13 @@ class World:
         self.changed.clear()
 
     def record(
-        self, work: Work[Any, Any], device: DeviceId, started: float, cost: Cost, samples: int, lost: bool
+        self,
+        work: Work[Any, Any],
+        device: DeviceId,
+        started: float,
+        cost: Cost,
+        samples: int,
+        lost: bool,
     ) -> None:
         """Write one exchange down and add it to the round's totals."""
         self.totals.add(
@@ -189,7 +201,9 @@ class SimulatedFleet:
     def base(self) -> Any:
         return self._world.workers.base
 
-    def ask(self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf) -> list[Reply[R]]:
+    def ask(
+        self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf
+    ) -> list[Reply[R]]:
         self._check(orders)
         started, replies, seconds = self.now, [], []
         for device, served, cost in self._world.exchange(work, orders):
@@ -226,7 +240,9 @@ class SimulatedFleet:
     def only(self, ids: Iterable[DeviceId]) -> "SimulatedFleet":
         return SimulatedFleet(self._world, self._part(ids), self._clock)
 
-    def together(self, job: Callable[[str, Fleet], T], groups: Mapping[str, Iterable[DeviceId]]) -> dict[str, T]:
+    def together(
+        self, job: Callable[[str, Fleet], T], groups: Mapping[str, Iterable[DeviceId]]
+    ) -> dict[str, T]:
         results, ends = {}, [self.now]
         for name, ids in groups.items():
             part = SimulatedFleet(self._world, self._part(ids), Clock(self.now))
@@ -246,7 +262,12 @@ class SimulatedFleet:
     ) -> float | None:
         """The truth, for the oracle among the controls: seconds of the device's next exchange of this cost."""
         self._check((device,))
-        spent = {"flops": flops, "launches": launches, "bytes_down": bytes_down, "bytes_up": bytes_up}
+        spent = {
+            "flops": flops,
+            "launches": launches,
+            "bytes_down": bytes_down,
+            "bytes_up": bytes_up,
+        }
         return self._world.next_timing(device, **spent).total
 
     # what the run loop needs besides: see `fedspine.fleets.rounds`
@@ -259,7 +280,11 @@ class SimulatedFleet:
     def begin_round(self, round: int) -> Totals:
         """Move the truth (modes, links) on to `round`; returns the totals that this round will fill."""
         self._world.round = self._world.records.round = round
-        self._world.totals, self._world.before, self._world.waits = Totals(), dict(self._world.asks), Waits()
+        self._world.totals, self._world.before, self._world.waits = (
+            Totals(),
+            dict(self._world.asks),
+            Waits(),
+        )
         return self._world.totals
 
     def end_round(self, wall_seconds: float) -> None:
@@ -282,7 +307,9 @@ class SimulatedFleet:
             now=self.now,
             asks=dict(self._world.asks),
             pending=tuple(
-                Pending(due=due, number=number, device=device, result=_as_array(result), cost=vars(cost))
+                Pending(
+                    due=due, number=number, device=device, result=_as_array(result), cost=vars(cost)
+                )
                 for due, number, device, result, cost in self._world.pending
             ),
         )
@@ -313,7 +340,9 @@ class SimulatedFleet:
         known = {profile.id for profile in self._devices}
         strangers = [id for id in ids if id not in known]
         if strangers:
-            raise LookupError(f"{strangers[0]} is not in this part of the fleet, which has {len(known)} devices")
+            raise LookupError(
+                f"{strangers[0]} is not in this part of the fleet, which has {len(known)} devices"
+            )
 
 
 def _as_array(payload: bytes) -> np.ndarray:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from fedspine.lm.base import Base
 
 SITE_FILE = "fedspine-site.toml"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")  # of a site: it stands in certificates and addresses
+NAME = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}"
+)  # of a site: it stands in certificates and addresses
 RESERVED = {"server", "admin", "all"}
 FEWEST_ROWS = 10
 
@@ -33,7 +35,9 @@ class DataSection(Section):
     text: str = "text"
     pair: str = "text2"  # read for pairs of texts only
     label: str = "label"
-    labels: dict[str, str] = pydantic.Field({})  # a value of the label column: the class that it means
+    labels: dict[str, str] = pydantic.Field(
+        {}
+    )  # a value of the label column: the class that it means
 
 
 class LimitsSection(Section):
@@ -48,7 +52,9 @@ class AllowSection(Section):
 
     kinds: tuple[Kind, ...] | None = None
     methods: tuple[str, ...] | None = None
-    fewest_rows: int = pydantic.Field(FEWEST_ROWS, ge=1)  # with fewer, what it answers could tell of a single row
+    fewest_rows: int = pydantic.Field(
+        FEWEST_ROWS, ge=1
+    )  # with fewer, what it answers could tell of a single row
 
 
 class CachesSection(Section):
@@ -85,7 +91,9 @@ class Site:
     def environment(self) -> dict[str, str]:
         """What the process that works for the site must find in its environment when it starts."""
         threads = {"OMP_NUM_THREADS": str(self.limits.threads), "TOKENIZERS_PARALLELISM": "false"}
-        return threads | ({} if self.caches.folder is None else {"FEDSPINE_CACHE": self.caches.folder})
+        return threads | (
+            {} if self.caches.folder is None else {"FEDSPINE_CACHE": self.caches.folder}
+        )
 
     def check(self, terms: Terms) -> None:
         """Raise Refused where the site's file does not allow what the terms say; nothing is read or loaded."""
@@ -95,9 +103,13 @@ class Site:
         if terms.model not in self.models:
             raise Refused(self._not_allowed("model", terms.model, self.models, "[models]"), "model")
         if allow.kinds is not None and terms.kind not in allow.kinds:
-            raise Refused(self._not_allowed("kind of task", terms.kind, allow.kinds, "allow.kinds"), "task")
+            raise Refused(
+                self._not_allowed("kind of task", terms.kind, allow.kinds, "allow.kinds"), "task"
+            )
         if allow.methods is not None and terms.method not in allow.methods:
-            raise Refused(self._not_allowed("method", terms.method, allow.methods, "allow.methods"), "method")
+            raise Refused(
+                self._not_allowed("method", terms.method, allow.methods, "allow.methods"), "method"
+            )
 
     def _not_allowed(self, what: str, came: str, known: Any, where: str) -> str:
         return (
@@ -121,7 +133,11 @@ def load_site(path: Path) -> Site:
     Raises BadInput for a file that cannot be read, an unknown or missing key, and a value that cannot be.
     """
     path = path / SITE_FILE if path.is_dir() else path
-    tables = read_toml(path, "site file", f"write one as docs/real-devices.md says, or name the folder of {SITE_FILE}")
+    tables = read_toml(
+        path,
+        "site file",
+        f"write one as docs/real-devices.md says, or name the folder of {SITE_FILE}",
+    )
     try:
         return _site(tables, path.expanduser().resolve().parent)
     except BadInput as error:
@@ -130,7 +146,9 @@ def load_site(path: Path) -> Site:
 
 def open_site(site: Site, terms: Terms) -> Holding:
     """Check the terms, then load model and rows; raises Refused for whatever keeps the site from taking part."""
-    from fedspine.lm.content import content_sha256  # torch, which reading a site's file does without
+    from fedspine.lm.content import (
+        content_sha256,
+    )  # torch, which reading a site's file does without
     from fedspine.lm.load import load as load_model
 
     site.check(terms)
@@ -149,7 +167,9 @@ def open_site(site: Site, terms: Terms) -> Holding:
             "content",
         )
     with refusing("data"):
-        return Holding(base=base, tokenizer=tokenizer, examples=site_examples(site, terms, tokenizer))
+        return Holding(
+            base=base, tokenizer=tokenizer, examples=site_examples(site, terms, tokenizer)
+        )
 
 
 def site_examples(site: Site, terms: Terms, tokenizer: Any) -> Examples:
@@ -195,7 +215,9 @@ def _site(tables: dict[str, Any], folder: Path) -> Site:
     known_keys("part of a site file", tables, {"name", "models", *SECTIONS})
     tables = {"models": {name: name for name in BUILT_IN_MODELS}, "data": {}} | tables
     top = validated(
-        "site", pydantic.TypeAdapter(_Top), {key: tables[key] for key in ("name", "models") if key in tables}
+        "site",
+        pydantic.TypeAdapter(_Top),
+        {key: tables[key] for key in ("name", "models") if key in tables},
     )
     check_name(top.name)
     sections = {}
@@ -203,16 +225,21 @@ def _site(tables: dict[str, Any], folder: Path) -> Site:
         table = tables.get(key, {})
         if not isinstance(table, dict):
             raise BadInput(f"[{key}] must be a table of keys and values; {table!r} came")
-        sections[key] = section(key, cls, {name: tuple(v) if isinstance(v, list) else v for name, v in table.items()})
+        sections[key] = section(
+            key, cls, {name: tuple(v) if isinstance(v, list) else v for name, v in table.items()}
+        )
     data, caches = sections["data"], sections["caches"]
     path = data.path if data.path in BUILT_IN_DATA else _local(data.path, folder)
     return Site(
         name=top.name,
         models={
-            name: where if where in BUILT_IN_MODELS else _local(where, folder) for name, where in top.models.items()
+            name: where if where in BUILT_IN_MODELS else _local(where, folder)
+            for name, where in top.models.items()
         },
         data=data.model_copy(update={"path": path}),
-        caches=caches.model_copy(update={"folder": caches.folder and str((folder / _home(caches.folder)).resolve())}),
+        caches=caches.model_copy(
+            update={"folder": caches.folder and str((folder / _home(caches.folder)).resolve())}
+        ),
         limits=sections["limits"],
         allow=sections["allow"],
     )

@@ -69,7 +69,9 @@ class Terms:
     def check(self) -> None:
         """Raise BadInput for values that no run can have."""
         validated("terms", pydantic.TypeAdapter(Terms), self)
-        if (self.kind == "causal-lm") != (not self.label_names) or len(set(self.label_names)) < len(self.label_names):
+        if (self.kind == "causal-lm") != (not self.label_names) or len(set(self.label_names)) < len(
+            self.label_names
+        ):
             raise BadInput(
                 f"terms.label_names are {self.label_names!r}: distinct names were expected for classes, none for causal-lm"
             )
@@ -83,4 +85,8 @@ def model_name(name: str) -> str:
     >>> model_name("BAAI/bge-small-en"), model_name("/srv/models/bge-small")
     ('BAAI/bge-small-en', 'bge-small')
     """
-    return name if name in BUILT_IN_MODELS or not Path(name).expanduser().is_absolute() else Path(name).name
+    return (
+        name
+        if name in BUILT_IN_MODELS or not Path(name).expanduser().is_absolute()
+        else Path(name).name
+    )

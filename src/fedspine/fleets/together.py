@@ -69,7 +69,12 @@ class _Ask:
     said: Request | Served
 
     def __init__(
-        self, call: Call, base: Base | Net, data: Data, prefixes: Prefixes | None, scratch: Scratch | None
+        self,
+        call: Call,
+        base: Base | Net,
+        data: Data,
+        prefixes: Prefixes | None,
+        scratch: Scratch | None,
     ) -> None:
         self._answers: SimpleQueue[Trace | None] = SimpleQueue()
         self._sayings: SimpleQueue[Request | Served | BaseException] = SimpleQueue()

@@ -14,9 +14,13 @@ from fedspine.fleets.terms import Terms
 from fedspine.message import NotAMessage, message, unpack
 from fedspine.schema import conforms
 
-RUN = re.compile(r"[0-9a-f]{32}")  # names a run's folder on a site, so it can name nothing else there
+RUN = re.compile(
+    r"[0-9a-f]{32}"
+)  # names a run's folder on a site, so it can name nothing else there
 
-Why: TypeAlias = Literal["not opened", "bad order", "work not allowed", "memory lost", "work failed", "refused"]
+Why: TypeAlias = Literal[
+    "not opened", "bad order", "work not allowed", "memory lost", "work failed", "refused"
+]
 
 
 @message
@@ -82,7 +86,9 @@ def decoded(payload: bytes, *kinds: Any) -> Any:
     value = unpack(payload)
     if not any(conforms(value, kind) for kind in kinds):
         names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
-        raise NotAMessage(f"{names} was expected, {type(value).__name__} with other fields or types came")
+        raise NotAMessage(
+            f"{names} was expected, {type(value).__name__} with other fields or types came"
+        )
     return value
 
 

@@ -97,11 +97,17 @@ class Workers:
     def __init__(self, workshop: Workshop, count: int, together: int = 1) -> None:
         self._workshop, self.together = workshop, together
         self._count = (
-            count if count > 1 and "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux" else 0
+            count
+            if count > 1
+            and "fork" in multiprocessing.get_all_start_methods()
+            and sys.platform == "linux"
+            else 0
         )
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
-        self._homes: dict[int, Connection] = {}  # by device: the worker that keeps something for its next ask
+        self._homes: dict[
+            int, Connection
+        ] = {}  # by device: the worker that keeps something for its next ask
 
     @property
     def base(self) -> Any:
@@ -140,7 +146,9 @@ class Workers:
         context = multiprocessing.get_context("fork")
         ours, theirs = context.Pipe()
         inherited = [*self._pipes, ours]
-        process = context.Process(target=_work, args=(self._workshop, theirs, inherited, os.getpid()), daemon=True)
+        process = context.Process(
+            target=_work, args=(self._workshop, theirs, inherited, os.getpid()), daemon=True
+        )
         process.start()
         theirs.close()
         self._pipes.append(ours)
@@ -200,13 +208,17 @@ class Workers:
         try:
             pipe.send(job)
         except (BrokenPipeError, ConnectionResetError):
-            raise WorkerLost("a worker process ended between two jobs; it may have been killed") from None
+            raise WorkerLost(
+                "a worker process ended between two jobs; it may have been killed"
+            ) from None
 
     def _take(self, pipe: Connection) -> Any:
         try:
             done, value = pipe.recv()
         except (EOFError, ConnectionResetError):
-            raise WorkerLost("a worker process ended without a reply; it may have been killed for its memory") from None
+            raise WorkerLost(
+                "a worker process ended without a reply; it may have been killed for its memory"
+            ) from None
         if not done:
             raise WorkerLost(f"a worker failed:\n{value}")
         return value

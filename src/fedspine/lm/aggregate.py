@@ -37,7 +37,9 @@ class Contribution:
     weight: float
 
 
-def average_factors(anatomy: Anatomy, before: Tensors, contributions: Sequence[Contribution]) -> Tensors:
+def average_factors(
+    anatomy: Anatomy, before: Tensors, contributions: Sequence[Contribution]
+) -> Tensors:
     """FedAvg of A and of B, each padded with zeros to the largest rank that came and averaged entry by entry over owners.
 
     An entry that no device owns keeps its value in `before`, and so does a direction beyond every device's rank: zeros in
@@ -45,7 +47,10 @@ def average_factors(anatomy: Anatomy, before: Tensors, contributions: Sequence[C
     """
     merged: Tensors = {}
     for site in anatomy.sites:
-        for name, dim, kept in ((a_name(site.path), 1, kept_columns), (b_name(site.path), 0, kept_rows)):
+        for name, dim, kept in (
+            (a_name(site.path), 1, kept_columns),
+            (b_name(site.path), 0, kept_rows),
+        ):
             total, weight = torch.zeros_like(before[name]), torch.zeros(before[name].shape[dim])
             ranks = before[name].shape[1 - dim]
             for part in contributions:
@@ -54,7 +59,9 @@ def average_factors(anatomy: Anatomy, before: Tensors, contributions: Sequence[C
                 factor = _padded(part.back[name].float(), ranks, 1 - dim)
                 total.index_add_(dim, index, part.weight * factor)
                 weight.index_add_(0, index, torch.full((len(index),), part.weight))
-            held = torch.arange(ranks) < max(part.back[name].shape[1 - dim] for part in contributions)
+            held = torch.arange(ranks) < max(
+                part.back[name].shape[1 - dim] for part in contributions
+            )
             lines, directions = ((-1, 1), (1, -1)) if dim == 0 else ((1, -1), (-1, 1))
             owned = (weight > 0).view(lines) & held.view(directions)
             mean = total / torch.where(weight > 0, weight, 1.0).view(lines)
@@ -84,7 +91,9 @@ def product_norm(adapter: Tensors) -> float:
     return max(squares, 0.0) ** 0.5
 
 
-def mean_product(anatomy: Anatomy, before: Tensors, contributions: Sequence[Contribution]) -> Tensors:
+def mean_product(
+    anatomy: Anatomy, before: Tensors, contributions: Sequence[Contribution]
+) -> Tensors:
     """FlexLoRA's aggregate: the weighted mean of the devices' products B A, dense, by path and without the scale.
 
     An entry is the mean over the devices that own it and keeps its value in `before`, of the same form, where none does.
@@ -93,12 +102,16 @@ def mean_product(anatomy: Anatomy, before: Tensors, contributions: Sequence[Cont
 
     def mean(site: Site) -> Tensor:
         total, weight = _sum_over_owners(site, contributions, _back_factors)
-        return torch.where(weight > 0, total / torch.where(weight > 0, weight, 1.0), before[site.path])
+        return torch.where(
+            weight > 0, total / torch.where(weight > 0, weight, 1.0), before[site.path]
+        )
 
     return _by_site(anatomy, mean)
 
 
-def merge_changes(anatomy: Anatomy, dense: Tensors, contributions: Sequence[Contribution]) -> Tensors:
+def merge_changes(
+    anatomy: Anatomy, dense: Tensors, contributions: Sequence[Contribution]
+) -> Tensors:
     """The dense change of every site's weight, by path and without the scale, after one round of contributions.
 
     Each device's change is B'A' - BA; an entry moves by the weighted mean over the devices that own it, and stays
@@ -199,7 +212,9 @@ def effective_rank(spectra: Float[Tensor, "sites ranks"]) -> float:
 
 
 def _by_site(anatomy: Anatomy, function: Callable[[Site], Tensor]) -> Tensors:
-    return dict(zip((site.path for site in anatomy.sites), spread(function, anatomy.sites), strict=True))
+    return dict(
+        zip((site.path for site in anatomy.sites), spread(function, anatomy.sites), strict=True)
+    )
 
 
 def _back_factors(part: Contribution, site: Site) -> tuple[Tensor, Tensor]:
@@ -226,11 +241,15 @@ def _sum_over_owners(
     return total, weight[:, None] if by_row else weight[None, :]
 
 
-def _revive(small: Tensors, path: str, values: Float[Tensor, " rank"], rows: Float[Tensor, "wide columns"]) -> None:
+def _revive(
+    small: Tensors, path: str, values: Float[Tensor, " rank"], rows: Float[Tensor, "wide columns"]
+) -> None:
     """Give directions that carry nothing back the wide adapter's own rows, so that they can be trained."""
     dead = values <= NEGLIGIBLE * values.max().clamp_min(1e-30)
     if dead.any():
-        small[a_name(path)][dead] = rows[: len(values)][dead] if values.max() == 0 else rows[-int(dead.sum()) :]
+        small[a_name(path)][dead] = (
+            rows[: len(values)][dead] if values.max() == 0 else rows[-int(dead.sum()) :]
+        )
         small[b_name(path)][:, dead] = 0.0
 
 
@@ -246,12 +265,17 @@ def _roots(gram: Float[Tensor, "sites n n"]) -> tuple[Tensor, Tensor]:
 
 
 def _truncated_svd(
-    matrix: Float[Tensor, "rows columns"], rank: int, guess: Float[Tensor, "rank columns"], rng: np.random.Generator
+    matrix: Float[Tensor, "rows columns"],
+    rank: int,
+    guess: Float[Tensor, "rank columns"],
+    rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if min(matrix.shape) <= EXACT_BELOW:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         return left[:, :rank], values[:rank], right[:rank]
-    extra = torch.from_numpy(rng.standard_normal((OVERSAMPLING, matrix.shape[1])).astype(np.float32))
+    extra = torch.from_numpy(
+        rng.standard_normal((OVERSAMPLING, matrix.shape[1])).astype(np.float32)
+    )
     basis = torch.linalg.qr(matrix @ torch.cat([guess, extra]).T).Q
     for _ in range(POWER_STEPS):
         basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q

@@ -127,8 +127,12 @@ class Anatomy:
         return LayerShape(
             heads=self.heads,
             channels=self.channels,
-            head_parameters=sum(s.per_unit * self.width for s in block if "heads" in (s.row_units, s.column_units)),
-            channel_parameters=sum(self.width for s in block if "channels" in (s.row_units, s.column_units)),
+            head_parameters=sum(
+                s.per_unit * self.width for s in block if "heads" in (s.row_units, s.column_units)
+            ),
+            channel_parameters=sum(
+                self.width for s in block if "channels" in (s.row_units, s.column_units)
+            ),
         )
 
     @property
@@ -142,9 +146,15 @@ class Anatomy:
         queries = self.query_heads // self.heads * self.head_dim  # rows of one unit's query heads
         rows = ((names.query, queries), (names.key, self.head_dim), (names.value, self.head_dim))
         return [
-            *(Site(path + name, layer, self.heads * n, width, "heads", None, n) for name, n in rows),
+            *(
+                Site(path + name, layer, self.heads * n, width, "heads", None, n)
+                for name, n in rows
+            ),
             Site(path + names.output, layer, width, self.heads * queries, None, "heads", queries),
-            *(Site(path + name, layer, self.channels, width, "channels", None, 1) for name in names.up),
+            *(
+                Site(path + name, layer, self.channels, width, "channels", None, 1)
+                for name in names.up
+            ),
             Site(path + names.down, layer, width, self.channels, None, "channels", 1),
         ]
 
@@ -160,5 +170,6 @@ def anatomy_of(config: Any, prefix: str) -> Anatomy:
         channels=getattr(config, "intermediate_size", None) or config.hidden_dim,
         width=config.hidden_size,
         query_heads=config.num_attention_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads,
     )

@@ -38,7 +38,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, mask, scaling):  # type: ignore[no-untyped-def]
         scores = query @ key.transpose(2, 3)
-        scores = scores.float().mul_(scaling) if mask is None else torch.add(mask.float(), scores, alpha=scaling)
+        scores = (
+            scores.float().mul_(scaling)
+            if mask is None
+            else torch.add(mask.float(), scores, alpha=scaling)
+        )
         weights = scores.softmax(-1).to(value.dtype)
         ctx.save_for_backward(query, key, value, weights)
         ctx.scaling = scaling

@@ -73,7 +73,10 @@ class Base:
         self._slices: OrderedDict[bytes, dict[str, tuple[Tensor, Tensor | None]]] = OrderedDict()
         for site in anatomy.sites:
             linear = module.get_submodule(site.path)
-            self.weights[site.path] = (linear.weight.data, None if linear.bias is None else linear.bias.data)
+            self.weights[site.path] = (
+                linear.weight.data,
+                None if linear.bias is None else linear.bias.data,
+            )
             self._linears[site.path] = AdaptedLinear(*self.weights[site.path])
         for layer in head:
             self._linears[layer.path] = AdaptedLinear(layer.weight, layer.bias)
@@ -92,16 +95,22 @@ class Base:
         for layer in self.head:
             weight = layer.weight
             if layer.fresh:
-                weight = torch.from_numpy(rng.normal(0, spread, tuple(weight.shape)).astype(np.float32))
+                weight = torch.from_numpy(
+                    rng.normal(0, spread, tuple(weight.shape)).astype(np.float32)
+                )
             tensors[f"{layer.path}.weight"] = weight.clone()
             if layer.bias is not None:
-                tensors[f"{layer.path}.bias"] = torch.zeros_like(layer.bias) if layer.fresh else layer.bias.clone()
+                tensors[f"{layer.path}.bias"] = (
+                    torch.zeros_like(layer.bias) if layer.fresh else layer.bias.clone()
+                )
         return tensors
 
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        return next(self._embeddings.parameters()).device  # the skeleton may stand without any at the moment
+        return next(
+            self._embeddings.parameters()
+        ).device  # the skeleton may stand without any at the moment
 
     def to(self, device: torch.device) -> None:
         """Compute on `device` from now on; the task head's initial weights stay where they are."""
@@ -123,12 +132,16 @@ class Base:
             weight, bias = slices[site.path]
             a, b = model.adapter.get(a_name(site.path)), model.adapter.get(b_name(site.path))
             if merge and a is not None and b is not None:
-                weight = torch.addmm(weight.float(), b.float(), a.float(), alpha=model.scale).to(weight.dtype)
+                weight = torch.addmm(weight.float(), b.float(), a.float(), alpha=model.scale).to(
+                    weight.dtype
+                )
                 a = b = None
             self._linears[site.path].put(weight, bias, a, b, model.scale)
         return self._with_head(model.head)
 
-    def fit_stack(self, structures: Sequence[Structure], adapter: Tensors, head: Tensors, scale: float) -> nn.Module:
+    def fit_stack(
+        self, structures: Sequence[Structure], adapter: Tensors, head: Tensors, scale: float
+    ) -> nn.Module:
         """The module that computes several models in one pass, until the next call; the first dimension of its inputs
         counts the rows of all of them, one model after another.
 
@@ -163,7 +176,11 @@ class Base:
             return self.through(0, layer, inputs)
 
     def through(
-        self, first: int, last: int, inputs: Tensors, hidden: Float[Tensor, "rows tokens width"] | None = None
+        self,
+        first: int,
+        last: int,
+        inputs: Tensors,
+        hidden: Float[Tensor, "rows tokens width"] | None = None,
     ) -> Float[Tensor, "rows tokens width"]:
         """What leaves the blocks from `first` to before `last` of the model that was last fitted, which must be fitted
         again afterwards; `hidden` enters them, or None for what the embeddings make of `inputs`.
@@ -174,9 +191,16 @@ class Base:
             return hidden
         embeddings = self._embeddings if hidden is None else Entry(hidden)
         tap = _Tap()
-        blocks = [_Passing()] * first + self._blocks[first:last] + [tap] + [_Passing()] * len(self._blocks)
+        blocks = (
+            [_Passing()] * first
+            + self._blocks[first:last]
+            + [tap]
+            + [_Passing()] * len(self._blocks)
+        )
         self._place(embeddings, blocks[: len(self._blocks)])
-        watch = None if last < len(self._blocks) else self._blocks[-1].register_forward_hook(tap.watch)
+        watch = (
+            None if last < len(self._blocks) else self._blocks[-1].register_forward_hook(tap.watch)
+        )
         try:
             self.skeleton.get_submodule(self.anatomy.prefix)(**inputs)
         finally:
@@ -225,7 +249,9 @@ class Base:
         if is_full(structure):
             return self.weights
         key = key_of(structure)
-        slices = self._slices.pop(key, None) or {site.path: self._cut(site, structure) for site in self.anatomy.sites}
+        slices = self._slices.pop(key, None) or {
+            site.path: self._cut(site, structure) for site in self.anatomy.sites
+        }
         self._slices[key] = slices
         while len(self._slices) > SLICED:
             self._slices.popitem(last=False)

@@ -19,7 +19,9 @@ def content_sha256(base: Base, tokenizer: Any) -> str:
     digest = hashlib.sha256()
     digest.update(pack(base.anatomy).payload)
     digest.update(json.dumps(written(tokenizer), sort_keys=True).encode("utf-8", "surrogatepass"))
-    fresh = {f"{layer.path}.{part}" for layer in base.head if layer.fresh for part in ("weight", "bias")}
+    fresh = {
+        f"{layer.path}.{part}" for layer in base.head if layer.fresh for part in ("weight", "bias")
+    }
     tensors = dict(base.whole_skeleton().state_dict())
     for path, (weight, bias) in base.weights.items():
         tensors |= {f"{path}.weight": weight} | ({} if bias is None else {f"{path}.bias": bias})
@@ -30,5 +32,9 @@ def content_sha256(base: Base, tokenizer: Any) -> str:
     for name in sorted(tensors.keys() - fresh):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.view(torch.uint8).numpy()) if tensor.dim() else tensor.numpy().tobytes())
+        digest.update(
+            memoryview(tensor.view(torch.uint8).numpy())
+            if tensor.dim()
+            else tensor.numpy().tobytes()
+        )
     return digest.hexdigest()

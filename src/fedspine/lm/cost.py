@@ -32,14 +32,20 @@ def adapter_width(anatomy: Anatomy, structure: Structure, first: int = 0) -> int
     return total
 
 
-def training_flops(anatomy: Anatomy, structure: Structure, rank: int, extent: Extent, first: int = 0) -> float:
+def training_flops(
+    anatomy: Anatomy, structure: Structure, rank: int, extent: Extent, first: int = 0
+) -> float:
     """Operations to train an adapter of `rank` over this much text, on the blocks from `first` on.
 
     The blocks below take a forward pass only.
     """
     kept = 1 - sparsity(anatomy, structure)
     above = anatomy.parameters * kept - _parameters_below(anatomy, structure, first)
-    per_token = 2 * anatomy.parameters * kept + 2 * above + 6 * rank * adapter_width(anatomy, structure, first)
+    per_token = (
+        2 * anatomy.parameters * kept
+        + 2 * above
+        + 6 * rank * adapter_width(anatomy, structure, first)
+    )
     layers = 4 * anatomy.layers + 8 * (anatomy.layers - first)
     attention = layers * anatomy.width * kept * extent.squared_tokens
     return extent.tokens * per_token + attention
@@ -51,7 +57,14 @@ def _parameters_below(anatomy: Anatomy, structure: Structure, layer: int) -> int
 
 
 def training_memory_bytes(
-    anatomy: Anatomy, structure: Structure, *, rank: int, embeddings: int, batch: int, tokens: int, first: int = 0
+    anatomy: Anatomy,
+    structure: Structure,
+    *,
+    rank: int,
+    embeddings: int,
+    batch: int,
+    tokens: int,
+    first: int = 0,
 ) -> int:
     """Peak memory of one training step: a 16-bit base, fp32 adapter with gradient and two moments, activations.
 
@@ -62,6 +75,9 @@ def training_memory_bytes(
     kept = 1 - sparsity(anatomy, structure)
     weights = HALF * (embeddings + anatomy.parameters * kept)
     adapter = 4 * SINGLE * rank * adapter_width(anatomy, structure, first)
-    per_layer = batch * tokens * anatomy.width * (10 + 24 * kept) + 5 * batch * tokens**2 * anatomy.query_heads * kept
+    per_layer = (
+        batch * tokens * anatomy.width * (10 + 24 * kept)
+        + 5 * batch * tokens**2 * anatomy.query_heads * kept
+    )
     scoring = 3 * SINGLE * max(site.rows * site.columns for site in anatomy.sites)
     return int(weights + adapter + (anatomy.layers - first) * per_layer + scoring)

@@ -21,7 +21,9 @@ class AtRandom:
     """Units matter by chance: the control that knows nothing."""
 
 
-Importance: TypeAlias = Scoring | ByMagnitude | AtRandom  # a scoring follows it while the model trains
+Importance: TypeAlias = (
+    Scoring | ByMagnitude | AtRandom
+)  # a scoring follows it while the model trains
 
 
 @runtime_checkable
@@ -66,7 +68,9 @@ def importance_of(fields: ImportanceFields) -> Importance:
             return Scoring(of=source, every=fields.score_every, keep=fields.score_keep)
 
 
-def tune_and_score(device: Device, model: Model, tuning: Tuning, how: Importance, known: Scores | None) -> Trace:
+def tune_and_score(
+    device: Device, model: Model, tuning: Tuning, how: Importance, known: Scores | None
+) -> Trace:
     """`tune`, whose trace holds the importance of the units after it.
 
     Gradients and activations are followed while it trains, on top of what is `known`. Weights and chance are asked

@@ -45,7 +45,9 @@ class Following:
     def __init__(self, leaves: Leaves, scoring: Scoring | None, known: list[Scores | None]) -> None:
         self.scores = known
         self._leaves, self._scoring = leaves, scoring
-        self._weights: Float[Tensor, "models 1 tokens"] | None = None  # of each token in a mean; None: not listening
+        self._weights: Float[Tensor, "models 1 tokens"] | None = (
+            None  # of each token in a mean; None: not listening
+        )
         self._squares: Tensors = {}  # [models, columns] by path: the mean square of what enters a column
         self._gates: Tensors = {}  # [models, columns] by path: the sum over rows of a gate's squared gradient
         self._ears: list[Any] = []
@@ -54,13 +56,20 @@ class Following:
         if self._scoring is not None and self._scoring.of != "gradient":
             for site, linear in self._leaves.readers():
 
-                def hear(_: Any, args: tuple[Tensor], path: str = site.path, width: int = site.per_unit) -> None:
+                def hear(
+                    _: Any, args: tuple[Tensor], path: str = site.path, width: int = site.per_unit
+                ) -> None:
                     self._hear(path, args[0], width)
 
                 self._ears.append(linear.register_forward_pre_hook(hear))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         for ear in self._ears:
             ear.remove()
 
@@ -90,7 +99,9 @@ class Following:
                 )
                 found = [geometric_mean(one, other) for one, other in pairs]
         keep = self._scoring.keep
-        self.scores = [smooth(before, now, keep) for before, now in zip(self.scores, found, strict=True)]
+        self.scores = [
+            smooth(before, now, keep) for before, now in zip(self.scores, found, strict=True)
+        ]
 
     def _due(self, step: int) -> bool:
         return self._scoring is not None and step % self._scoring.every == 0

@@ -25,8 +25,12 @@ def ranks_that_fit(
 ) -> int:
     """How many of the rising `ranks` a device of this memory can train at; the other settings as in `lm/cost.py`."""
     shapes = {"embeddings": embeddings, "batch": batch, "tokens": tokens}
-    without, one = (training_memory_bytes(anatomy, structure, rank=rank, **shapes) for rank in (0, 1))
-    needed = (without + rank * (one - without) for rank in ranks)  # an adapter's memory is proportional to its rank
+    without, one = (
+        training_memory_bytes(anatomy, structure, rank=rank, **shapes) for rank in (0, 1)
+    )
+    needed = (
+        without + rank * (one - without) for rank in ranks
+    )  # an adapter's memory is proportional to its rank
     return sum(bytes <= USABLE_MEMORY * memory_bytes for bytes in needed)
 
 
@@ -82,7 +86,11 @@ def forecast(
     """
     units = no_scores(anatomy)
     votes = (units.heads, units.channels)
-    left = shrink(anatomy, structure, votes, reached=reached, target=target) if reached > 0 else structure
+    left = (
+        shrink(anatomy, structure, votes, reached=reached, target=target)
+        if reached > 0
+        else structure
+    )
     before, after = adapter_width(anatomy, structure), adapter_width(anatomy, left)
     return [
         Spending(

@@ -44,7 +44,9 @@ def score_units(base: Base, model: Model, criterion: Criterion = Criterion()) ->
     of the unscaled loss, before the optimiser's step.
     """
     weights = {site.path: base.slice(site.path, model.structure)[0] for site in base.anatomy.sites}
-    return score_stack(base.anatomy, [model.structure], weights, model.adapter, model.scale, criterion)[0]
+    return score_stack(
+        base.anatomy, [model.structure], weights, model.adapter, model.scale, criterion
+    )[0]
 
 
 def score_stack(
@@ -67,7 +69,9 @@ def score_stack(
         if criterion.normalise:
             by_line = by_line / by_line.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         lines.append(by_line.view(len(structures), -1))
-    by_site = torch.cat(lines, 1).cpu().split([line.shape[1] for line in lines], 1)  # one transfer from a GPU
+    by_site = (
+        torch.cat(lines, 1).cpu().split([line.shape[1] for line in lines], 1)
+    )  # one transfer from a GPU
     scores = [no_scores(anatomy) for _ in structures]
     for site, by_line in zip(anatomy.sites, by_site, strict=True):
         for i, structure in enumerate(structures):
@@ -86,7 +90,9 @@ def unit_roots(anatomy: Anatomy, structure: Structure, lines: Tensors) -> Scores
 
 def geometric_mean(one: Scores, other: Scores) -> Scores:
     """The geometric mean of two importances, unit by unit."""
-    return Scores(heads=(one.heads * other.heads).sqrt_(), channels=(one.channels * other.channels).sqrt_())
+    return Scores(
+        heads=(one.heads * other.heads).sqrt_(), channels=(one.channels * other.channels).sqrt_()
+    )
 
 
 def magnitude_scores(base: Base, model: Model) -> Scores:
@@ -97,7 +103,9 @@ def magnitude_scores(base: Base, model: Model) -> Scores:
     energy = no_scores(base.anatomy)
     for site in base.anatomy.sites:
         entries = _effective(base, model, site.path).square_()
-        _add_lines(energy, site, model.structure, entries.sum(1) if site.row_units else entries.sum(0))
+        _add_lines(
+            energy, site, model.structure, entries.sum(1) if site.row_units else entries.sum(0)
+        )
     return Scores(heads=energy.heads.sqrt_(), channels=energy.channels.sqrt_())
 
 
@@ -113,11 +121,14 @@ def random_scores(anatomy: Anatomy, structure: Structure, rng: np.random.Generat
 def no_scores(anatomy: Anatomy) -> Scores:
     """Zero for every unit."""
     return Scores(
-        heads=torch.zeros(anatomy.layers, anatomy.heads), channels=torch.zeros(anatomy.layers, anatomy.channels)
+        heads=torch.zeros(anatomy.layers, anatomy.heads),
+        channels=torch.zeros(anatomy.layers, anatomy.channels),
     )
 
 
-def _add_lines(scores: Scores, site: Site, structure: Structure, by_line: Float[Tensor, " lines"]) -> None:
+def _add_lines(
+    scores: Scores, site: Site, structure: Structure, by_line: Float[Tensor, " lines"]
+) -> None:
     """Add the scores of a site's kept rows or columns, which come first, to those of their units, in place."""
     kept = kept_rows(site, structure) if site.row_units else kept_columns(site, structure)
     target = scores.heads if "heads" in (site.row_units, site.column_units) else scores.channels
@@ -176,7 +187,11 @@ def normalised(scores: Scores) -> Scores:
 
 def ballot(scores: Scores, kept: Structure) -> Scores:
     """A device's scores as it sends them: of unit norm by layer, zero for what it has dropped, fp16."""
-    return on_wire(normalised(Scores(heads=scores.heads * kept.heads, channels=scores.channels * kept.channels)))
+    return on_wire(
+        normalised(
+            Scores(heads=scores.heads * kept.heads, channels=scores.channels * kept.channels)
+        )
+    )
 
 
 def on_wire(scores: Scores) -> Scores:
@@ -193,7 +208,8 @@ def mixed(own: Scores, fleet: Scores, say: float) -> Scores:
     """A device's scores and the fleet's, each layer of unit norm, the fleet's with weight `say`."""
     own, fleet = normalised(off_wire(own)), normalised(off_wire(fleet))
     return Scores(
-        heads=(1 - say) * own.heads + say * fleet.heads, channels=(1 - say) * own.channels + say * fleet.channels
+        heads=(1 - say) * own.heads + say * fleet.heads,
+        channels=(1 - say) * own.channels + say * fleet.channels,
     )
 
 

@@ -35,9 +35,13 @@ class Leaves:
         lead = self._models[0]
         if len(self._models) == 1:
             return self._base.fit(
-                Model(structure=lead.structure, adapter=self.adapter, head=self.head, scale=lead.scale)
+                Model(
+                    structure=lead.structure, adapter=self.adapter, head=self.head, scale=lead.scale
+                )
             )
-        return self._base.fit_stack([m.structure for m in self._models], self.adapter, self.head, lead.scale)
+        return self._base.fit_stack(
+            [m.structure for m in self._models], self.adapter, self.head, lead.scale
+        )
 
     def clip(self, most: float) -> None:
         """Scale each model's gradient down to the norm `most` where it is larger."""
@@ -56,20 +60,27 @@ class Leaves:
         return Model(
             structure=lead.structure,
             adapter={name: tensor.detach().cpu() for name, tensor in self.adapter_of(i).items()},
-            head={name: self._own(i, tensor, lead.head[name]).detach().cpu() for name, tensor in self.head.items()},
+            head={
+                name: self._own(i, tensor, lead.head[name]).detach().cpu()
+                for name, tensor in self.head.items()
+            },
             scale=lead.scale,
         )
 
     def adapter_of(self, i: int) -> Tensors:
         """Model i's adapter in its own shapes, as part of the graph: what is computed of it gives gradients."""
         lead = self._models[i]
-        return {name: self._own(i, tensor, lead.adapter[name]) for name, tensor in self.adapter.items()}
+        return {
+            name: self._own(i, tensor, lead.adapter[name]) for name, tensor in self.adapter.items()
+        }
 
     def importance(self, criterion: Criterion) -> list[Scores]:
         """Each model's importance after a backward pass, while the base is fitted to these models."""
         structures = [model.structure for model in self._models]
         weights = self._base.fitted_weights()
-        return score_stack(self._base.anatomy, structures, weights, self.adapter, self._models[0].scale, criterion)
+        return score_stack(
+            self._base.anatomy, structures, weights, self.adapter, self._models[0].scale, criterion
+        )
 
     def importance_by_output(self, squares: Tensors) -> list[Scores]:
         """Each model's importance by what its units add to the output of their layers; `squares` by path of the
@@ -107,4 +118,8 @@ class Leaves:
         return joined
 
     def _own(self, i: int, tensor: Tensor, like: Tensor) -> Tensor:
-        return tensor if len(self._models) == 1 else tensor[i][tuple(slice(size) for size in like.shape)]
+        return (
+            tensor
+            if len(self._models) == 1
+            else tensor[i][tuple(slice(size) for size in like.shape)]
+        )

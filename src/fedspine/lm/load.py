@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.utils import logging
 
 from fedspine.errors import BadInput, nearest
@@ -39,7 +44,9 @@ def load(
     unit_map(config.model_type)
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
-            raise BadInput(f"task.layers is {layers}, but {name} has 1 to {config.num_hidden_layers}; lower it")
+            raise BadInput(
+                f"task.layers is {layers}, but {name} has 1 to {config.num_hidden_layers}; lower it"
+            )
         config.num_hidden_layers = layers
     tokenizer = _read(name, AutoTokenizer.from_pretrained, source)
     if tokenizer.pad_token_id is None:
@@ -70,7 +77,8 @@ def _base(name: str, source: str, config: Any, classes: int, precision: str) -> 
             ignore_mismatched_sizes=True,
         )
     fresh = {key.removesuffix(".weight") for key in info["missing_keys"]} | {
-        (key[0] if isinstance(key, tuple) else key).removesuffix(".weight") for key in info["mismatched_keys"]
+        (key[0] if isinstance(key, tuple) else key).removesuffix(".weight")
+        for key in info["mismatched_keys"]
     }
     anatomy = anatomy_of(module.config, module.base_model_prefix)
     lost = fresh & {site.path for site in anatomy.sites}
@@ -101,10 +109,14 @@ def locate(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise BadInput(f"{name} has no config.json, so it is no model folder; give one that transformers can load")
+            raise BadInput(
+                f"{name} has no config.json, so it is no model folder; give one that transformers can load"
+            )
         return str(path)
     if path.exists() or name.startswith((".", "/", "~")):
-        raise BadInput(f"{name} is not a folder; a local model is a folder with config.json and model.safetensors")
+        raise BadInput(
+            f"{name} is not a folder; a local model is a folder with config.json and model.safetensors"
+        )
     return name
 
 
@@ -115,7 +127,9 @@ def _minilm() -> str:
     folder = Path(spec.submodule_search_locations[0]) / "model"
     found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if found != MINILM_SHA256:
-        raise BadInput(f"minilm in {folder} has sha256 {found[:12]}..., expected {MINILM_SHA256[:12]}...; reinstall it")
+        raise BadInput(
+            f"minilm in {folder} has sha256 {found[:12]}..., expected {MINILM_SHA256[:12]}...; reinstall it"
+        )
     return str(folder)
 
 

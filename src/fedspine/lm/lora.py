@@ -78,10 +78,14 @@ class _Adapted(torch.autograd.Function):
         grad = grad.reshape(*a_low.shape[:-2], -1, grad.shape[-1])
         grad_narrow = grad @ b_low
         grad_a = (grad_narrow.mT @ flat).float()
-        grad_b = (narrow.mT @ grad).mT.float().mul_(ctx.scale)  # in this order: few rows, many columns
+        grad_b = (
+            (narrow.mT @ grad).mT.float().mul_(ctx.scale)
+        )  # in this order: few rows, many columns
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _add_product(_product(grad, weight.mT, None), grad_narrow, a_low).view(ctx.shape)
+            grad_x = _add_product(_product(grad, weight.mT, None), grad_narrow, a_low).view(
+                ctx.shape
+            )
         return grad_x, None, None, grad_a, grad_b, None
 
 
@@ -123,9 +127,14 @@ def check_rank(field: str, ranks: Iterable[int], anatomy: Anatomy) -> None:
     most = min(narrowest.rows, narrowest.columns)
     for rank in ranks:
         if not 1 <= rank <= most:
-            raise BadInput(f"{field} has rank {rank}, but {narrowest.path} is {most} wide; choose 1 to {most}")
+            raise BadInput(
+                f"{field} has rank {rank}, but {narrowest.path} is {most} wide; choose 1 to {most}"
+            )
 
 
 def cut_rank(adapter: Tensors, rank: int) -> Tensors:
     """The first `rank` directions of every factor."""
-    return {name: factor[:rank] if name.endswith(".lora_A") else factor[:, :rank] for name, factor in adapter.items()}
+    return {
+        name: factor[:rank] if name.endswith(".lora_A") else factor[:, :rank]
+        for name, factor in adapter.items()
+    }

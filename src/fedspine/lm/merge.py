@@ -52,14 +52,18 @@ def merge(
     return dense, factor(anatomy, dense, rank, adapter, seed)
 
 
-def share(how: Aggregation, anatomy: Anatomy, adapter: Tensors, structure: Structure, rank: int) -> Tensors:
+def share(
+    how: Aggregation, anatomy: Anatomy, adapter: Tensors, structure: Structure, rank: int
+) -> Tensors:
     """A device's adapter: the first directions where factors are averaged, the best ones where products are."""
     if how in ("zeropad", "hetlora"):
         return cut_rank(cut_adapter(adapter, anatomy.sites, structure), rank)
     return hand_out(anatomy, adapter, structure, rank)
 
 
-def change(anatomy: Anatomy, energy: Tensors, part: Contribution, scale: float) -> tuple[float, float]:
+def change(
+    anatomy: Anatomy, energy: Tensors, part: Contribution, scale: float
+) -> tuple[float, float]:
     """How much a device changed, over the weights it owns, and over how many directions (section 3.3).
 
     `energy` holds the base's squared norms by line, as `line_energy` gives them.

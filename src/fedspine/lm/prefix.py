@@ -42,7 +42,9 @@ class Prefixes:
         """What is stored as `key`, memory-mapped; else what `make` returns, which is stored where it can be."""
         path = self._folder / f"{key}.npy"
         with suppress(OSError, ValueError, EOFError):
-            return _as_tensor(np.load(path, mmap_mode="c"))  # "c": never written back, but torch wants it writable
+            return _as_tensor(
+                np.load(path, mmap_mode="c")
+            )  # "c": never written back, but torch wants it writable
         made = make()
         with suppress(OSError):
             self._store(path, _as_array(made))
@@ -66,7 +68,8 @@ class Prefixes:
 
     def _make_room(self, needed: int) -> None:
         there = sorted(
-            (entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in os.scandir(self._folder)
+            (entry.stat().st_mtime_ns, entry.stat().st_size, entry.path)
+            for entry in os.scandir(self._folder)
         )
         excess = sum(size for _, size, _ in there) + needed - self._most
         for _, size, path in there:
@@ -83,7 +86,10 @@ def storable(base: Base, data: Examples) -> bool:
 
 def first_block(anatomy: Anatomy, model: Model) -> int:
     """The lowest block with an adapter, the number of blocks where there is none."""
-    return min((site.layer for site in anatomy.sites if a_name(site.path) in model.adapter), default=anatomy.layers)
+    return min(
+        (site.layer for site in anatomy.sites if a_name(site.path) in model.adapter),
+        default=anatomy.layers,
+    )
 
 
 def name_of(device: str, first: int, structure: Structure) -> str:
@@ -91,7 +97,9 @@ def name_of(device: str, first: int, structure: Structure) -> str:
     return f"{device}-{first}-{hashlib.sha256(key_of(structure, first)).hexdigest()[:16]}"
 
 
-def activations(base: Base, model: Model, data: Examples, first: int) -> Float[Tensor, "tokens width"]:
+def activations(
+    base: Base, model: Model, data: Examples, first: int
+) -> Float[Tensor, "tokens width"]:
     """What enters block `first` for every token of `data`, in the order of its flat arrays, on the base's device."""
     base.fit(model.to(base.device))
     out = torch.empty(len(data.ids), base.anatomy.width, dtype=base.precision, device=base.device)

@@ -38,7 +38,9 @@ def score(base: Base, model: Model, data: Examples, *, batch: int = 32) -> Score
     return score_module(module, data, batch=batch)
 
 
-def score_together(base: Base, models: Sequence[Model], data: Examples, *, batch: int = 32) -> list[Score]:
+def score_together(
+    base: Base, models: Sequence[Model], data: Examples, *, batch: int = 32
+) -> list[Score]:
     """`score` of several models of one structure, each batch in one pass through all of them.
 
     They share the base's weights, so their adapters stay apart from these instead of being merged: the same but for
@@ -66,7 +68,9 @@ def _scores(module: nn.Module, data: Examples, batch: int, models: int) -> list[
                 logits, labels = logits[:, :, :-1].flatten(1, 2), labels[:, 1:].flatten()
             valid = labels != IGNORED
             for i, own in enumerate(logits):
-                loss[i] += float(nn.functional.cross_entropy(own, labels, ignore_index=IGNORED, reduction="sum"))
+                loss[i] += float(
+                    nn.functional.cross_entropy(own, labels, ignore_index=IGNORED, reduction="sum")
+                )
                 correct[i] += int((own.argmax(-1) == labels)[valid].sum())
             count += int(valid.sum())
     return [Score(loss=float(loss[i]), correct=int(correct[i]), count=count) for i in range(models)]

@@ -33,14 +33,23 @@ class TextHalves:
     def __init__(self, base: Base, cut: int, rank: int, scale: float) -> None:
         layers = base.anatomy.layers
         if not 0 <= cut <= layers:
-            raise BadInput(f"the cut is after block {cut}, but this model has {layers} blocks; choose 0 to {layers}")
+            raise BadInput(
+                f"the cut is after block {cut}, but this model has {layers} blocks; choose 0 to {layers}"
+            )
         self._base, self._cut, self._rank, self._scale = base, cut, rank, scale
         self._structure = full(base.anatomy)
-        names = [(site.layer, name(site.path)) for site in base.anatomy.sites for name in (a_name, b_name)]
+        names = [
+            (site.layer, name(site.path))
+            for site in base.anatomy.sites
+            for name in (a_name, b_name)
+        ]
         self._factors = [name for _, name in names]
         self._below = frozenset(name for layer, name in names if layer < cut)
         self.entry = frozenset(name for layer, name in names if layer == cut)
-        anatomies = {"bottom": replace(base.anatomy, layers=cut), "top": replace(base.anatomy, layers=layers - cut)}
+        anatomies = {
+            "bottom": replace(base.anatomy, layers=cut),
+            "top": replace(base.anatomy, layers=layers - cut),
+        }
         self._halves: dict[str, Anatomy] = anatomies
         # an exchange asks for costs several times, always the same few
         self.flops, self.memory_bytes = cache(self.flops), cache(self.memory_bytes)  # type: ignore[method-assign]
@@ -69,11 +78,21 @@ class TextHalves:
     def bottom(self, weights: Tensors, inputs: Tensors, *, seed: int | None) -> Features:
         """The hidden states [rows, tokens, width] that enter block `cut`."""
         self._fit(weights)
-        inputs = moved({name: tensor for name, tensor in inputs.items() if name != "labels"}, self._base.device)
-        return Features(values=self._base.through(0, self._cut, inputs), mask=inputs["attention_mask"].bool())
+        inputs = moved(
+            {name: tensor for name, tensor in inputs.items() if name != "labels"}, self._base.device
+        )
+        return Features(
+            values=self._base.through(0, self._cut, inputs), mask=inputs["attention_mask"].bool()
+        )
 
     def top(
-        self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None, shifts: Tensor | None = None
+        self,
+        weights: Tensors,
+        features: Features,
+        labels: Tensor,
+        *,
+        seed: int | None,
+        shifts: Tensor | None = None,
     ) -> Losses:
         """Cross-entropy in nats, of each row's class or of all its next tokens."""
         return self._loss(self._cut, weights, features, labels, shifts)
@@ -86,7 +105,9 @@ class TextHalves:
         )
         return Features(values=values, mask=features.mask)
 
-    def ending(self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None) -> Losses:
+    def ending(
+        self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None
+    ) -> Losses:
         """As `top`, of what left the last block."""
         return self._loss(self._base.anatomy.layers, weights, features, labels)
 
@@ -118,7 +139,12 @@ class TextHalves:
         if not anatomy.layers:
             return HALF * embeddings
         return training_memory_bytes(
-            anatomy, full(anatomy), rank=self._rank, embeddings=embeddings, batch=rows, tokens=tokens
+            anatomy,
+            full(anatomy),
+            rank=self._rank,
+            embeddings=embeddings,
+            batch=rows,
+            tokens=tokens,
         )
 
     def launches(self, half: str) -> int:
@@ -141,7 +167,12 @@ class TextHalves:
         return self._base.fit(model.to(self._base.device))
 
     def _loss(
-        self, first: int, weights: Tensors, features: Features, labels: Tensor, shifts: Tensor | None = None
+        self,
+        first: int,
+        weights: Tensors,
+        features: Features,
+        labels: Tensor,
+        shifts: Tensor | None = None,
     ) -> Losses:
         module = self._fit(weights)
         self._base.start_at(first).hidden = self._hidden(features)

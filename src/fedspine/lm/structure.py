@@ -12,7 +12,10 @@ from fedspine.lm.lora import a_name, b_name
 from fedspine.message import Tensors, message
 from fedspine.planning.sparsity import counts, layer_targets
 
-HEAD_FLOOR, CHANNEL_FLOOR = 2, 0.25  # never fewer heads, never a smaller share of the channels, if it can be helped
+HEAD_FLOOR, CHANNEL_FLOOR = (
+    2,
+    0.25,
+)  # never fewer heads, never a smaller share of the channels, if it can be helped
 
 
 @message
@@ -33,7 +36,9 @@ def full(anatomy: Anatomy) -> Structure:
 
 def key_of(structure: Structure, layers: int | None = None) -> bytes:
     """The same for two structures exactly when they keep the same units in their first `layers` layers (default: all)."""
-    return structure.heads[:layers].numpy().tobytes() + structure.channels[:layers].numpy().tobytes()
+    return (
+        structure.heads[:layers].numpy().tobytes() + structure.channels[:layers].numpy().tobytes()
+    )
 
 
 def is_full(structure: Structure) -> bool:
@@ -43,7 +48,10 @@ def is_full(structure: Structure) -> bool:
 def sparsity(anatomy: Anatomy, structure: Structure) -> float:
     """Share of the blocks' linear weights that is gone, 0 to 1."""
     shape = anatomy.shape
-    kept = int(structure.heads.sum()) * shape.head_parameters + int(structure.channels.sum()) * shape.channel_parameters
+    kept = (
+        int(structure.heads.sum()) * shape.head_parameters
+        + int(structure.channels.sum()) * shape.channel_parameters
+    )
     return 1 - kept / anatomy.parameters
 
 
@@ -58,7 +66,9 @@ def kept_columns(site: Site, structure: Structure) -> Int[Tensor, " kept"] | Non
 
 
 def _kept(site: Site, structure: Structure) -> Int[Tensor, " kept"]:
-    units = structure.heads if "heads" in (site.row_units, site.column_units) else structure.channels
+    units = (
+        structure.heads if "heads" in (site.row_units, site.column_units) else structure.channels
+    )
     return units[site.layer].repeat_interleave(site.per_unit).nonzero().squeeze(1)
 
 
@@ -81,7 +91,9 @@ def cut_adapter(
     return sliced
 
 
-def _position(kept, site: Site, structure: Structure, within: Structure | None) -> Int[Tensor, " kept"] | None:  # type: ignore[no-untyped-def]
+def _position(
+    kept, site: Site, structure: Structure, within: Structure | None
+) -> Int[Tensor, " kept"] | None:  # type: ignore[no-untyped-def]
     index = kept(site, structure)
     if index is None or within is None:
         return index
@@ -124,7 +136,9 @@ def shrink(
 def check_target(anatomy: Anatomy, target: float) -> None:
     """Raise BadInput where no structure of this model has the sparsity `target`."""
     for final in set(final_targets(anatomy, target)):
-        counts(anatomy.shape, final, target=final, keep_heads=HEAD_FLOOR, keep_channels=CHANNEL_FLOOR)
+        counts(
+            anatomy.shape, final, target=final, keep_heads=HEAD_FLOOR, keep_channels=CHANNEL_FLOOR
+        )
 
 
 def final_targets(anatomy: Anatomy, target: float) -> list[float]:
@@ -134,7 +148,9 @@ def final_targets(anatomy: Anatomy, target: float) -> list[float]:
     does, as long as the others can then keep their own floors; else fewer layers are protected, the first ones first.
     """
     shape = anatomy.shape
-    floors = shape.sparsity(shape.heads - HEAD_FLOOR, shape.channels - ceil(CHANNEL_FLOOR * shape.channels))
+    floors = shape.sparsity(
+        shape.heads - HEAD_FLOOR, shape.channels - ceil(CHANNEL_FLOOR * shape.channels)
+    )
     choices = ((int(0.1 * anatomy.layers), 1), (0, 1)) if anatomy.decoder else ()
     for first, last in choices:
         pruned = anatomy.layers - first - last
@@ -145,5 +161,7 @@ def final_targets(anatomy: Anatomy, target: float) -> list[float]:
 
 def _drop(kept: Bool[Tensor, " units"], scores: Float[Tensor, " units"], wanted: int) -> None:
     """Mark the `wanted` least important units as dropped, in place of a row that the caller owns."""
-    order = np.lexsort((np.arange(len(kept)), scores.numpy(), kept.numpy()))  # dropped ones first, then by score
+    order = np.lexsort(
+        (np.arange(len(kept)), scores.numpy(), kept.numpy())
+    )  # dropped ones first, then by score
     kept[torch.from_numpy(order[:wanted].copy())] = False

@@ -30,9 +30,31 @@ MAX_TOKENS = 128
 SPREAD = 0.2  # of the weights: ten times the usual, so that logits differ visibly between inputs
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
-_WORDS = ("the", "and", "of", "to", "in", "is", "for", "on", "with", "at", "good", "bad", "not", "very", "small")
+_WORDS = (
+    "the",
+    "and",
+    "of",
+    "to",
+    "in",
+    "is",
+    "for",
+    "on",
+    "with",
+    "at",
+    "good",
+    "bad",
+    "not",
+    "very",
+    "small",
+)
 _MARKS = tuple(".,!?'-:;()")
-VOCABULARY = (*_SPECIAL, *_CHARACTERS, *(f"##{character}" for character in _CHARACTERS), *_WORDS, *_MARKS)
+VOCABULARY = (
+    *_SPECIAL,
+    *_CHARACTERS,
+    *(f"##{character}" for character in _CHARACTERS),
+    *_WORDS,
+    *_MARKS,
+)
 _PAD, _CLS, _SEP = 0, 2, 3  # token ids; decoders take the last two to begin and to end a text
 
 _ENCODER = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": CHANNELS}
@@ -41,7 +63,12 @@ _DECODER = _ENCODER | {"num_key_value_heads": KEY_HEADS}
 
 def _encoder(kind: type[PreTrainedConfig], layers: int, classes: int) -> PreTrainedConfig:
     # RoBERTa counts positions from the padding id on, so it needs a few more of them
-    return kind(num_hidden_layers=layers, num_labels=classes, max_position_embeddings=MAX_TOKENS + 2, **_ENCODER)
+    return kind(
+        num_hidden_layers=layers,
+        num_labels=classes,
+        max_position_embeddings=MAX_TOKENS + 2,
+        **_ENCODER,
+    )
 
 
 def _decoder(kind: type[PreTrainedConfig], layers: int, **more: int | None) -> PreTrainedConfig:
@@ -73,7 +100,9 @@ ENCODERS = ("bert", "roberta", "distilbert")
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def write_tiny(folder: str | Path, model_type: str, *, classes: int = 3, layers: int = 2, seed: int = 0) -> Path:
+def write_tiny(
+    folder: str | Path, model_type: str, *, classes: int = 3, layers: int = 2, seed: int = 0
+) -> Path:
     """Write a random model of this architecture with its tokenizer to `folder`; the same seed gives the same bytes.
 
     Width 32, 64 channels, 4 heads (decoders: 4 query heads on 2 key/value heads), 101 tokens, fp32. Encoders carry a
@@ -97,11 +126,15 @@ def write_tiny(folder: str | Path, model_type: str, *, classes: int = 3, layers:
         module = auto.from_config(config)
         with torch.no_grad():
             for parameter in module.parameters():
-                if parameter.dim() == 1:  # biases start at zero and norms at one, which would hide a wrong slice
+                if (
+                    parameter.dim() == 1
+                ):  # biases start at zero and norms at one, which would hide a wrong slice
                     parameter.add_(SPREAD * torch.randn_like(parameter))
     logging.disable_progress_bar()
     module.save_pretrained(folder)
-    _tokenizer(encoder=model_type in ENCODERS, segments=model_type == "bert").save_pretrained(folder)
+    _tokenizer(encoder=model_type in ENCODERS, segments=model_type == "bert").save_pretrained(
+        folder
+    )
     return Path(folder)
 
 
@@ -126,5 +159,9 @@ def _tokenizer(*, encoder: bool, segments: bool) -> PreTrainedTokenizerFast:
         bos_token=None if encoder else "[CLS]",
         eos_token=None if encoder else "[SEP]",
         model_max_length=MAX_TOKENS,
-        model_input_names=["input_ids", *(["token_type_ids"] if segments else []), "attention_mask"],
+        model_input_names=[
+            "input_ids",
+            *(["token_type_ids"] if segments else []),
+            "attention_mask",
+        ],
     )

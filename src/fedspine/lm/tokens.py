@@ -23,8 +23,20 @@ from fedspine.task import Examples, Kind
 
 ABOUT = "examples.json"
 FORMAT = "2"  # changes whenever the same input gives other tokens
-_UNUSABLE = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError)  # the last: there is no home
-_SETTINGS = ("pad_token_id", "padding_side", "truncation_side", "model_input_names")  # beside the tokenizer proper
+_UNUSABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    RuntimeError,
+)  # the last: there is no home
+_SETTINGS = (
+    "pad_token_id",
+    "padding_side",
+    "truncation_side",
+    "model_input_names",
+)  # beside the tokenizer proper
 KEPT = 32  # folders; the ones not used for longest make way
 
 
@@ -54,7 +66,10 @@ def written(tokenizer: Any) -> list[Any] | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
-    lasting = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # what the last call left behind
+    lasting = json.loads(backend.to_str()) | {
+        "truncation": None,
+        "padding": None,
+    }  # what the last call left behind
     return [[getattr(tokenizer, name, None) for name in _SETTINGS], lasting]
 
 
@@ -67,7 +82,9 @@ def _key(tokenizer: Any, rows: Rows, kind: Kind, max_tokens: int) -> str | None:
     for part in (FORMAT, json.dumps(settings), kind, str(max_tokens), *_texts(rows)):
         encoded = part.encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    digest.update(b"" if rows.labels is None else np.ascontiguousarray(rows.labels, np.int64).tobytes())
+    digest.update(
+        b"" if rows.labels is None else np.ascontiguousarray(rows.labels, np.int64).tobytes()
+    )
     return digest.hexdigest()[:32]
 
 
@@ -85,9 +102,14 @@ def _store(examples: Examples, folder: Path) -> None:
         arrays = dict(_arrays(examples))
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array)
-        about = {"padding": examples.padding, "arrays": {name: _digest(array) for name, array in arrays.items()}}
+        about = {
+            "padding": examples.padding,
+            "arrays": {name: _digest(array) for name, array in arrays.items()},
+        }
         (partial / ABOUT).write_text(json.dumps(about))
-        if folder.exists():  # damaged, or just stored by another process; nobody may see it half removed
+        if (
+            folder.exists()
+        ):  # damaged, or just stored by another process; nobody may see it half removed
             os.rename(folder, partial / "before")
         os.rename(partial, folder)
     finally:

@@ -56,7 +56,9 @@ def check_tuning(fields: TuningFields) -> None:
             raise BadInput(f"method.{name} is {getattr(fields, name)}, but at least 1 is needed")
     for name in ("learning_rate", "head_speed", "scale"):
         if not getattr(fields, name) > 0:
-            raise BadInput(f"method.{name} is {getattr(fields, name)}, but a positive number is needed")
+            raise BadInput(
+                f"method.{name} is {getattr(fields, name)}, but a positive number is needed"
+            )
     if fields.weight_decay < 0:
         raise BadInput(f"method.weight_decay is {fields.weight_decay}, but it cannot be negative")
 
@@ -132,7 +134,9 @@ def train(requests: Sequence[Request]) -> list[Trace]:
     entry = base.start_at(first) if prefixes[0] is not None else None
     optimiser = _optimiser(leaves, tuning)
     losses: list[Float[Tensor, " models"]] = []
-    widths: list[list[int]] = [[] for _ in requests]  # to which each device pads each of its batches
+    widths: list[list[int]] = [
+        [] for _ in requests
+    ]  # to which each device pads each of its batches
     with Following(leaves, scoring, [request.scores for request in requests]) as following:
         for step, rows in enumerate(
             zip(*(batches(r.device.data, tuning, r.device.rng) for r in requests), strict=True)
@@ -140,13 +144,19 @@ def train(requests: Sequence[Request]) -> list[Trace]:
             inputs, width = _joined(requests, rows, widths)
             if entry is not None:
                 parts = zip(requests, prefixes, rows, strict=True)
-                entry.hidden = torch.cat([_taken(r, prefix, chosen, width) for r, prefix, chosen in parts])
+                entry.hidden = torch.cat(
+                    [_taken(r, prefix, chosen, width) for r, prefix, chosen in parts]
+                )
             following.listen(step, inputs["attention_mask"])
             loss = losses_of(module, inputs, len(requests))
             losses.append(loss.detach())
             if alone and not torch.isfinite(loss):
                 break
-            penalties = [r.penalty(leaves.adapter_of(i)) for i, r in enumerate(requests) if r.penalty is not None]
+            penalties = [
+                r.penalty(leaves.adapter_of(i))
+                for i, r in enumerate(requests)
+                if r.penalty is not None
+            ]
             sum(penalties, start=loss.sum()).backward()
             following.update(step)
             leaves.clip(tuning.clip)
@@ -155,20 +165,29 @@ def train(requests: Sequence[Request]) -> list[Trace]:
     history = torch.stack(losses, 1).tolist()
     for request, padded, seen in zip(requests, widths, history, strict=True):
         _account(request, padded[: _steps(seen)], first)
-    return [Trace(leaves.model(i), _ended(seen), following.scores[i]) for i, seen in enumerate(history)]
+    return [
+        Trace(leaves.model(i), _ended(seen), following.scores[i]) for i, seen in enumerate(history)
+    ]
 
 
 def _optimiser(leaves: Leaves, tuning: Tuning) -> torch.optim.Optimizer:
     groups = [
         {"params": list(leaves.adapter.values()), "lr": tuning.learning_rate},
-        {"params": list(leaves.head.values()), "lr": tuning.head_learning_rate or tuning.learning_rate},
+        {
+            "params": list(leaves.head.values()),
+            "lr": tuning.head_learning_rate or tuning.learning_rate,
+        },
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=tuning.weight_decay, fused=True)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], weight_decay=tuning.weight_decay, fused=True
+    )
 
 
 def _steps(losses: list[float]) -> int:
     """Steps until training ended: all, or up to the first loss that is not finite."""
-    return next((step + 1 for step, loss in enumerate(losses) if not np.isfinite(loss)), len(losses))
+    return next(
+        (step + 1 for step, loss in enumerate(losses) if not np.isfinite(loss)), len(losses)
+    )
 
 
 def _ended(losses: list[float]) -> float:
@@ -196,7 +215,9 @@ def losses_of(module: nn.Module, inputs: Tensors, models: int) -> Float[Tensor, 
     logits = module(**{name: value for name, value in inputs.items() if name != "labels"}).logits
     if labels.dim() == 2:
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    losses = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+    losses = nn.functional.cross_entropy(
+        logits.float(), labels, ignore_index=IGNORED, reduction="none"
+    )
     return losses.view(models, -1).sum(1) / (labels != IGNORED).view(models, -1).sum(1)
 
 
@@ -217,12 +238,21 @@ def _joined(
     for request, chosen, seen in zip(requests, rows, widths, strict=True):
         seen.append(request.device.data.width(chosen))
     width = max(seen[-1] for seen in widths)
-    parts = [request.device.data.batch(chosen, width) for request, chosen in zip(requests, rows, strict=True)]
-    inputs = parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    parts = [
+        request.device.data.batch(chosen, width)
+        for request, chosen in zip(requests, rows, strict=True)
+    ]
+    inputs = (
+        parts[0]
+        if len(parts) == 1
+        else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    )
     return moved(inputs, requests[0].device.base.device), width
 
 
-def _taken(request: Request, prefix: Tensor, rows: np.ndarray, width: int) -> Float[Tensor, "rows width hidden"]:
+def _taken(
+    request: Request, prefix: Tensor, rows: np.ndarray, width: int
+) -> Float[Tensor, "rows width hidden"]:
     """These rows' activations, padded with zeros."""
     index, inside = request.device.data.places(rows, width)
     device = request.device.base.device
@@ -233,7 +263,9 @@ def _taken(request: Request, prefix: Tensor, rows: np.ndarray, width: int) -> Fl
 def _account(request: Request, widths: list[int], first: int) -> None:
     device, model, batch = request.device, request.model, request.tuning.batch
     anatomy, rank = device.base.anatomy, rank_of(model)
-    extent = Extent(tokens=batch * sum(widths), squared_tokens=batch * sum(width**2 for width in widths))
+    extent = Extent(
+        tokens=batch * sum(widths), squared_tokens=batch * sum(width**2 for width in widths)
+    )
     device.spend(
         flops=training_flops(anatomy, model.structure, rank, extent, first),
         launches=len(widths) * anatomy.layers,
@@ -252,4 +284,7 @@ def _account(request: Request, widths: list[int], first: int) -> None:
 
 def rank_of(model: Model) -> int:
     """The largest rank of the model's adapter, 0 without one."""
-    return max((tensor.shape[0] for name, tensor in model.adapter.items() if name.endswith(".lora_A")), default=0)
+    return max(
+        (tensor.shape[0] for name, tensor in model.adapter.items() if name.endswith(".lora_A")),
+        default=0,
+    )

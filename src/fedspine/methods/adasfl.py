@@ -63,7 +63,9 @@ class AdaSfl:
     batch: int = 32  # rows of the fastest device in one of them
     optimiser: Literal["sgd", "adamw"] = "adamw"
     learning_rate: float = 2e-4
-    decay: float = 0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
+    decay: float = (
+        0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
+    )
     lowest: float = 0.0  # below which it does not fall
     weight_decay: float = 0.1
     clip: float = 1.0  # of the gradient's norm in each half; 0: never
@@ -91,7 +93,9 @@ class AdaSfl:
     def round(self, state: AdaSflState, fleet: Fleet) -> AdaSflState:
         now = opened(self, state, fleet)
         batches = self._batches(state, rooms(fleet, now.halves, self.batch, state.longest))
-        top = Copies(now.halves, now.top, now.optimising, every_iteration=True, gradients=bool(now.bottom))
+        top = Copies(
+            now.halves, now.top, now.optimising, every_iteration=True, gradients=bool(now.bottom)
+        )
         orders = {device: now.begin(batch) for device, batch in batches.items()}
         played = play(fleet, orders, self._steps(state), top, now.seed)
         noted(fleet, played)

@@ -30,7 +30,9 @@ from fedspine.tensors import average
 
 @message
 class AverageOrder:
-    weights: Tensors  # all that is trained: of a transformer LoRA and the task head, of a net everything
+    weights: (
+        Tensors  # all that is trained: of a transformer LoRA and the task head, of a net everything
+    )
     training: Training
     precision: str  # of the weights sent back
 
@@ -90,7 +92,10 @@ class FedAvg:
     def start(self, task: Task, rng: np.random.Generator) -> AverageState:
         halves = cutting_of(self, task.base).of(task.base)
         return AverageState(
-            round=0, rounds=task.rounds, max_tokens=task.max_tokens, model=halves.join(*halves.start(rng))
+            round=0,
+            rounds=task.rounds,
+            max_tokens=task.max_tokens,
+            model=halves.join(*halves.start(rng)),
         )
 
     def round(self, state: AverageState, fleet: Fleet) -> AverageState:

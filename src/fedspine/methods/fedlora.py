@@ -43,7 +43,10 @@ class LoraResult:
 @on_device
 def tune_adapter(device: Device, order: LoraOrder) -> LoraResult:
     model = Model(
-        structure=full(device.base.anatomy), adapter=single(order.adapter), head=single(order.head), scale=order.scale
+        structure=full(device.base.anatomy),
+        adapter=single(order.adapter),
+        head=single(order.head),
+        scale=order.scale,
     )
     trace = tune(device, model, order.tuning)
     return LoraResult(
@@ -100,7 +103,9 @@ class FedLora:
             rounds=task.rounds,
             anatomy=anatomy,
             turns=task.turns,
-            adapter=fresh((s for s in anatomy.sites if s.layer >= anatomy.layers - depth), self.rank, rng),
+            adapter=fresh(
+                (s for s in anatomy.sites if s.layer >= anatomy.layers - depth), self.rank, rng
+            ),
             head=task.base.initial_head(rng),
         )
 
@@ -111,7 +116,9 @@ class FedLora:
             scale=self.scale,
             tuning=tuning_at(self, state.round, state.rounds, state.turns),
         )
-        replies = usable(fleet.ask(tune_adapter, {device.id: order for device in fleet.devices}), fleet)
+        replies = usable(
+            fleet.ask(tune_adapter, {device.id: order for device in fleet.devices}), fleet
+        )
         for reply in replies:
             fleet.note(device=reply.device, rank=self.rank, sparsity=0.0, loss=reply.value.loss)
         return replace(
@@ -122,7 +129,9 @@ class FedLora:
         )
 
     def deploy(self, state: LoraState, device: DeviceId | None = None) -> Model:
-        return Model(structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=self.scale)
+        return Model(
+            structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=self.scale
+        )
 
     def unpruned(self, state: LoraState) -> Model:
         return self.deploy(state)

@@ -91,21 +91,34 @@ class FedSpine:
     warmup: float = 0.05  # t0, as a share of the rounds: nothing is pruned before
     until: float = 0.7  # t1: everything is pruned after
     floor: float = 0.8  # share of the cubic schedule that no device may stay below
-    choice: Literal["bandit", "random", "fixed", "oracle", "deadline"] = "deadline"  # of pruning and rank
+    choice: Literal["bandit", "random", "fixed", "oracle", "deadline"] = (
+        "deadline"  # of pruning and rank
+    )
     fixed_ratio: float = 0.5  # of "fixed": share of most_per_round, 0: as the schedule demands
     fixed_rank: int = 8  # of "fixed"
-    patience: float = 0.0  # of "oracle" and "deadline": 0 ends the round as soon as can be, 1 hurries nobody
+    patience: float = (
+        0.0  # of "oracle" and "deadline": 0 ends the round as soon as can be, 1 hurries nobody
+    )
     caution: float = 0.3  # of "deadline": by how much a predicted time may be too short
     explore: float = 0.1  # c of S-UCB
     lipschitz: float = 0.0  # nu of S-UCB: a bonus for coarse leaves
     lipschitz_decay: float = 0.5  # rho: what is left of it in a leaf's child
-    pooled: float = 0.0  # kappa: plays that a bandit borrows in each leaf from devices as fast; 0 learns alone
+    pooled: float = (
+        0.0  # kappa: plays that a bandit borrows in each leaf from devices as fast; 0 learns alone
+    )
     discount: float = 0.95  # lambda: what an old play still counts after a new one
     split_at: float = 2.0  # plays at which a leaf of the bandit's tree is refined
     deepest: int = 2  # of the tree: 16 cells
     reward: Literal["bounded", "ratio"] = "bounded"  # "ratio" is FedMP's
-    weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)  # of gain, progress, importance, lateness
-    importance: Source | Literal["magnitude", "random"] = "blend"  # what a unit's importance is read from
+    weights: tuple[float, float, float, float] = (
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+    )  # of gain, progress, importance, lateness
+    importance: Source | Literal["magnitude", "random"] = (
+        "blend"  # what a unit's importance is read from
+    )
     score_every: int = 1  # steps between two updates of the importance
     score_keep: float = 0.9  # of its moving average
     score_square: bool = False
@@ -153,7 +166,10 @@ class FedSpine:
     def round(self, state: SpineState, fleet: Fleet) -> SpineState:
         busy = hoped_for(state.late, state.round)
         plans = self._plans(state, fleet, busy)
-        asked = {id: UnderWay(order=self._order(state, id, plan), rank=plan.rank) for id, plan in plans.items()}
+        asked = {
+            id: UnderWay(order=self._order(state, id, plan), rank=plan.rank)
+            for id, plan in plans.items()
+        }
         sent = busy | asked
         if not sent:
             raise AllLost(
@@ -161,7 +177,9 @@ class FedSpine:
             )
         came = gathered(fleet, sent, asked, self.enough)
         replies = usable(came, fleet)
-        parts = {r.device: contribution(state.anatomy, sent[r.device].order, r.value) for r in replies}
+        parts = {
+            r.device: contribution(state.anatomy, sent[r.device].order, r.value) for r in replies
+        }
         dense, adapter = merge(
             self.aggregation,
             state.anatomy,
@@ -171,7 +189,9 @@ class FedSpine:
             seed=state.seed + state.round,
         )
         plans = {id: late_plan(late) for id, late in busy.items()} | plans
-        outcomes = {r.device: self._outcome(state, plans[r.device], r, parts[r.device]) for r in replies}
+        outcomes = {
+            r.device: self._outcome(state, plans[r.device], r, parts[r.device]) for r in replies
+        }
         earned, gain_scale = rewards(self, outcomes, state.gain_scale)
         for reply in replies:
             _note(state.anatomy, fleet, reply, outcomes[reply.device], earned.get(reply.device))
@@ -181,7 +201,11 @@ class FedSpine:
             dense=dense,
             adapter=adapter,
             head=average(
-                (r.value.examples, head_today(state.head, state.round, sent[r.device].order, r.value)) for r in replies
+                (
+                    r.value.examples,
+                    head_today(state.head, state.round, sent[r.device].order, r.value),
+                )
+                for r in replies
             ),
             scores=tally(state.scores, [r.value.scores for r in replies]),
             structures=state.structures | {r.device: r.value.structure for r in replies},
@@ -196,21 +220,33 @@ class FedSpine:
 
         Whoever is behind the schedule, because it was not asked lately, is pruned to it by the fleet's scores.
         """
-        floor = self.sparsity if state.round >= state.rounds else due(self, state.round - 1, state.rounds)
+        floor = (
+            self.sparsity
+            if state.round >= state.rounds
+            else due(self, state.round - 1, state.rounds)
+        )
         return deployed(self, state, device, due=floor, votes=state.scores)
 
     def unpruned(self, state: SpineState) -> Model:
-        return Model(structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=self.scale)
+        return Model(
+            structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=self.scale
+        )
 
-    def _plans(self, state: SpineState, fleet: Fleet, busy: Container[DeviceId]) -> dict[DeviceId, Plan]:
+    def _plans(
+        self, state: SpineState, fleet: Fleet, busy: Container[DeviceId]
+    ) -> dict[DeviceId, Plan]:
         """Every free device's (sparsity, rank) for this round; one whose memory fits no rank is noted and not asked."""
         affordable = {
-            profile.id: self._affordable(state, profile) for profile in fleet.devices if profile.id not in busy
+            profile.id: self._affordable(state, profile)
+            for profile in fleet.devices
+            if profile.id not in busy
         }
         for device in (device for device, ranks in affordable.items() if not ranks):
             fleet.note(device=device, left_out="no rank fits its memory")
         frame = cache(lambda: self._frame(state))  # of which only the oracle knows
-        return plan_round(self, state, affordable, lambda *plan: self._foresee(state, fleet, frame(), *plan))
+        return plan_round(
+            self, state, affordable, lambda *plan: self._foresee(state, fleet, frame(), *plan)
+        )
 
     def _affordable(self, state: SpineState, profile: Profile) -> int:
         """How many of the ranks fit the device's memory while it trains."""
@@ -226,7 +262,9 @@ class FedSpine:
 
     def _frame(self, state: SpineState) -> Frame:
         order = self._order(state, "", Plan(0.0, self.ranks[0], None, 0.0))
-        return frame(state.anatomy, order, order.adapter, extent=self._extent(state), steps=self.steps)
+        return frame(
+            state.anatomy, order, order.adapter, extent=self._extent(state), steps=self.steps
+        )
 
     def _extent(self, state: SpineState) -> Extent:
         """What a round reads if all texts are of full length."""
@@ -234,21 +272,45 @@ class FedSpine:
         return Extent(tokens=rows * state.max_tokens, squared_tokens=rows * state.max_tokens**2)
 
     def _foresee(
-        self, state: SpineState, fleet: Fleet, frame: Frame, device: DeviceId, reached: float, ranks: Sequence[int]
+        self,
+        state: SpineState,
+        fleet: Fleet,
+        frame: Frame,
+        device: DeviceId,
+        reached: float,
+        ranks: Sequence[int],
     ) -> list[float]:
         """True seconds of a device's round at each rank, from a fleet that knows them."""
-        structure, load = state.structures.get(device, full(state.anatomy)), pupil(state.bandits, device).load
-        costs = forecast(state.anatomy, structure, frame, reached=reached, target=self.sparsity, ranks=ranks, load=load)
-        seconds = [fleet.foresee(device, **vars(cost)) if isinstance(fleet, Foresight) else None for cost in costs]
+        structure, load = (
+            state.structures.get(device, full(state.anatomy)),
+            pupil(state.bandits, device).load,
+        )
+        costs = forecast(
+            state.anatomy,
+            structure,
+            frame,
+            reached=reached,
+            target=self.sparsity,
+            ranks=ranks,
+            load=load,
+        )
+        seconds = [
+            fleet.foresee(device, **vars(cost)) if isinstance(fleet, Foresight) else None
+            for cost in costs
+        ]
         if None in seconds:
-            raise BadInput("method.choice is oracle, but only a simulated fleet knows times; choose another")
+            raise BadInput(
+                "method.choice is oracle, but only a simulated fleet knows times; choose another"
+            )
         return seconds
 
     def _order(self, state: SpineState, device: DeviceId, plan: Plan) -> SpineOrder:
         structure = state.structures.get(device, full(state.anatomy))
         return SpineOrder(
             round=state.round,
-            adapter=half(share(self.aggregation, state.anatomy, state.adapter, structure, plan.rank)),
+            adapter=half(
+                share(self.aggregation, state.anatomy, state.adapter, structure, plan.rank)
+            ),
             head=half(state.head),
             structure=structure,
             scores=on_wire(state.scores) if self.fleet_say and state.scores else None,
@@ -260,12 +322,16 @@ class FedSpine:
             scoring=importance_of(self),
         )
 
-    def _outcome(self, state: SpineState, plan: Plan, reply: Reply[SpineResult], part: Contribution) -> Outcome:
+    def _outcome(
+        self, state: SpineState, plan: Plan, reply: Reply[SpineResult], part: Contribution
+    ) -> Outcome:
         """What came of a plan; the size of a change is measured as section 3.3 says."""
         importance, directions = change(state.anatomy, state.line_energy, part, self.scale)
         before, load = reply.value.loss_before, 1.0
         if self.choice == "oracle":
-            whole = training_flops(state.anatomy, reply.value.structure, plan.rank, self._extent(state))
+            whole = training_flops(
+                state.anatomy, reply.value.structure, plan.rank, self._extent(state)
+            )
             load = reply.cost.flops / whole
         return Outcome(
             plan=plan,
@@ -277,7 +343,13 @@ class FedSpine:
         )
 
 
-def _note(anatomy: Anatomy, fleet: Fleet, reply: Reply[SpineResult], outcome: Outcome, earned: float | None) -> None:
+def _note(
+    anatomy: Anatomy,
+    fleet: Fleet,
+    reply: Reply[SpineResult],
+    outcome: Outcome,
+    earned: float | None,
+) -> None:
     fleet.note(
         device=reply.device,
         rank=outcome.plan.rank,

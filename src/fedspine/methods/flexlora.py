@@ -45,7 +45,9 @@ class FlexLora:
 
     ranks: tuple[int, ...] = (4, 8, 12, 16, 20, 24, 28, 32)  # that a device may have
     rank_by: RankRule = "memory"  # declared, or "random"
-    largest_rank_gib: float = 32.0  # declared memory that earns the largest rank; less earns its share
+    largest_rank_gib: float = (
+        32.0  # declared memory that earns the largest rank; less earns its share
+    )
     scale: float = 2.0  # of the adapter that the server keeps, and of every device's
     alpha: float = 0.0  # above 0 a device of rank r trains at scale alpha / r instead, as in the released code with 16
     steps: int = 20  # optimiser steps of a device in a round
@@ -64,7 +66,9 @@ class FlexLora:
         check_rank("method.ranks", self.ranks, task.base.anatomy)
         check_tuning(self)
         if not self.alpha >= 0:
-            raise BadInput(f"method.alpha is {self.alpha}, but a positive number, or 0 for one scale, was expected")
+            raise BadInput(
+                f"method.alpha is {self.alpha}, but a positive number, or 0 for one scale, was expected"
+            )
 
     def start(self, task: Task, rng: np.random.Generator) -> FlexLoraState:
         anatomy = task.base.anatomy
@@ -79,11 +83,17 @@ class FlexLora:
         )
 
     def round(self, state: FlexLoraState, fleet: Fleet) -> FlexLoraState:
-        ranks = {p.id: rank_of_device(self, p.id, p.memory_bytes, state.seed) for p in fleet.devices}
+        ranks = {
+            p.id: rank_of_device(self, p.id, p.memory_bytes, state.seed) for p in fleet.devices
+        }
         by_rank = {rank: self._order(state, rank) for rank in set(ranks.values())}
-        replies = usable(fleet.ask(tune_adapter, {id: by_rank[rank] for id, rank in ranks.items()}), fleet)
+        replies = usable(
+            fleet.ask(tune_adapter, {id: by_rank[rank] for id, rank in ranks.items()}), fleet
+        )
         for reply in replies:
-            fleet.note(device=reply.device, rank=ranks[reply.device], sparsity=0.0, loss=reply.value.loss)
+            fleet.note(
+                device=reply.device, rank=ranks[reply.device], sparsity=0.0, loss=reply.value.loss
+            )
         return replace(
             state,
             round=state.round + 1,
@@ -96,7 +106,9 @@ class FlexLora:
         """The best adapter of the device's rank; the largest for everybody, and for a device that never replied."""
         rank = state.ranks.get(device, self.ranks[-1]) if device else self.ranks[-1]
         adapter = cut_rank(state.adapter, rank)
-        return Model(structure=full(state.anatomy), adapter=adapter, head=state.head, scale=self.scale)
+        return Model(
+            structure=full(state.anatomy), adapter=adapter, head=state.head, scale=self.scale
+        )
 
     def unpruned(self, state: FlexLoraState) -> Model:
         return self.deploy(state)
@@ -112,11 +124,15 @@ class FlexLora:
             tuning=tuning_at(self, state.round, state.rounds),
         )
 
-    def _merge(self, state: FlexLoraState, exchanges: list[tuple[LoraOrder, LoraResult]]) -> Tensors:
+    def _merge(
+        self, state: FlexLoraState, exchanges: list[tuple[LoraOrder, LoraResult]]
+    ) -> Tensors:
         """The best factors of the mean over devices of scale_i / scale * B_i A_i, weighted by rows."""
         everything, parts = full(state.anatomy), []
         for order, result in exchanges:
-            sent, back = (_scaled(single(each.adapter), order.scale / self.scale) for each in (order, result))
+            sent, back = (
+                _scaled(single(each.adapter), order.scale / self.scale) for each in (order, result)
+            )
             parts.append(Contribution(sent, back, everything, float(result.examples)))
         nothing = {site.path: torch.zeros(site.rows, site.columns) for site in state.anatomy.sites}
         dense = mean_product(state.anatomy, nothing, parts)
@@ -125,4 +141,7 @@ class FlexLora:
 
 def _scaled(adapter: Tensors, by: float) -> Tensors:
     """The adapter with its products multiplied, all of it in B."""
-    return {name: by * factor if name.endswith(".lora_B") else factor for name, factor in adapter.items()}
+    return {
+        name: by * factor if name.endswith(".lora_B") else factor
+        for name, factor in adapter.items()
+    }

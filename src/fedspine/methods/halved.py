@@ -31,7 +31,9 @@ def check_halves(fields: HalvedFields, task: Task) -> None:
             raise BadInput(f"method.{name} is {getattr(fields, name)}, but at least 1 is needed")
     for name in ("scale", "learning_rate"):  # which `lowest` would hide
         if not getattr(fields, name) > 0:
-            raise BadInput(f"method.{name} is {getattr(fields, name)}, but a positive number is needed")
+            raise BadInput(
+                f"method.{name} is {getattr(fields, name)}, but a positive number is needed"
+            )
     for name in ("decay", "lowest"):
         if not 0 <= getattr(fields, name) <= 1:
             raise BadInput(f"method.{name} is {getattr(fields, name)}, but 0 to 1 was expected")
@@ -47,4 +49,9 @@ def check_halves(fields: HalvedFields, task: Task) -> None:
 def optimising_at(fields: HalvedFields, round: int, rounds: int) -> Optimising:
     """How a half is trained in a round, counted from 0."""
     rate = learning_rate_at(fields.learning_rate, round, rounds, fields.decay, fields.lowest)
-    return Optimising(kind=fields.optimiser, learning_rate=rate, weight_decay=fields.weight_decay, clip=fields.clip)
+    return Optimising(
+        kind=fields.optimiser,
+        learning_rate=rate,
+        weight_decay=fields.weight_decay,
+        clip=fields.clip,
+    )

@@ -55,9 +55,14 @@ def tune_and_shrink(device: Device, order: HetLoraOrder) -> HetLoraResult:
     anatomy, sent = device.base.anatomy, single(order.adapter)
     model = Model(structure=full(anatomy), adapter=sent, head=single(order.head), scale=order.scale)
     pressed = order.penalty > 0 and order.shrunk < order.rank
-    penalty = (lambda factors: order.penalty * tail(anatomy, factors, order.shrunk)) if pressed else None
+    penalty = (
+        (lambda factors: order.penalty * tail(anatomy, factors, order.shrunk)) if pressed else None
+    )
     trace = tune(device, model, order.tuning, penalty=penalty)
-    before, after = tail(anatomy, sent, order.shrunk), tail(anatomy, trace.model.adapter, order.shrunk)
+    before, after = (
+        tail(anatomy, sent, order.shrunk),
+        tail(anatomy, trace.model.adapter, order.shrunk),
+    )
     rank = order.shrunk if after < before else order.rank
     return HetLoraResult(
         adapter=half(cut_rank(trace.model.adapter, rank)),
@@ -94,9 +99,20 @@ class HetLoraState:
 class HetLora:
     """LoRA at ranks that differ between devices, zero-padded and averaged by norm."""
 
-    ranks: tuple[int, ...] = (4, 8, 12, 16, 20, 24, 28, 32)  # to start at; none shrinks below the first
+    ranks: tuple[int, ...] = (
+        4,
+        8,
+        12,
+        16,
+        20,
+        24,
+        28,
+        32,
+    )  # to start at; none shrinks below the first
     rank_by: RankRule = "memory"  # declared, or "random"
-    largest_rank_gib: float = 32.0  # declared memory that earns the largest rank; less earns its share
+    largest_rank_gib: float = (
+        32.0  # declared memory that earns the largest rank; less earns its share
+    )
     scale: float = 2.0  # alpha / rank, the same for all ranks
     penalty: float = 1e-3  # lambda: weight of the tail's norm in the loss
     decay: float = 0.99  # gamma: share of its rank that a device keeps when it shrinks; 1: never
@@ -119,7 +135,9 @@ class HetLora:
         if not self.penalty >= 0:
             raise BadInput(f"method.penalty is {self.penalty}, but it cannot be negative")
         if not 0 < self.decay <= 1:
-            raise BadInput(f"method.decay is {self.decay}, but a share above 0 and up to 1 was expected")
+            raise BadInput(
+                f"method.decay is {self.decay}, but a share above 0 and up to 1 was expected"
+            )
 
     def start(self, task: Task, rng: np.random.Generator) -> HetLoraState:
         anatomy = task.base.anatomy
@@ -138,7 +156,9 @@ class HetLora:
         replies = usable(fleet.ask(tune_and_shrink, orders), fleet)
         for reply in replies:
             rank, kept = orders[reply.device].rank, reply.value.rank
-            fleet.note(device=reply.device, rank=rank, kept=kept, sparsity=0.0, loss=reply.value.loss)
+            fleet.note(
+                device=reply.device, rank=rank, kept=kept, sparsity=0.0, loss=reply.value.loss
+            )
         return replace(
             state,
             round=state.round + 1,
@@ -151,20 +171,30 @@ class HetLora:
         """The common adapter cut to the device's rank; whole for everybody, and for a device that never replied."""
         rank = state.ranks.get(device, self.ranks[-1]) if device else self.ranks[-1]
         adapter = cut_rank(state.adapter, rank)
-        return Model(structure=full(state.anatomy), adapter=adapter, head=state.head, scale=self.scale)
+        return Model(
+            structure=full(state.anatomy), adapter=adapter, head=state.head, scale=self.scale
+        )
 
     def unpruned(self, state: HetLoraState) -> Model:
         return self.deploy(state)
 
-    def _merge(self, state: HetLoraState, exchanges: list[tuple[HetLoraOrder, HetLoraResult]]) -> Tensors:
+    def _merge(
+        self, state: HetLoraState, exchanges: list[tuple[HetLoraOrder, HetLoraResult]]
+    ) -> Tensors:
         everything = full(state.anatomy)
         parts = [
-            Contribution(single(order.adapter), single(result.adapter), everything, float(result.examples))
+            Contribution(
+                single(order.adapter), single(result.adapter), everything, float(result.examples)
+            )
             for order, result in exchanges
         ]
-        return average_factors(state.anatomy, state.adapter, by_norm(parts) if self.weigh_by == "norm" else parts)
+        return average_factors(
+            state.anatomy, state.adapter, by_norm(parts) if self.weigh_by == "norm" else parts
+        )
 
-    def _orders(self, state: HetLoraState, devices: tuple[Profile, ...]) -> dict[DeviceId, HetLoraOrder]:
+    def _orders(
+        self, state: HetLoraState, devices: tuple[Profile, ...]
+    ) -> dict[DeviceId, HetLoraOrder]:
         head, tuning = half(state.head), tuning_at(self, state.round, state.rounds)
         orders = {}
         for profile in devices:

@@ -27,7 +27,10 @@ def hoped_for(late: Mapping[DeviceId, UnderWay], round: int) -> dict[DeviceId, U
 
 
 def gathered(
-    fleet: Fleet, sent: Mapping[DeviceId, UnderWay], asked: Mapping[DeviceId, UnderWay], enough: float
+    fleet: Fleet,
+    sent: Mapping[DeviceId, UnderWay],
+    asked: Mapping[DeviceId, UnderWay],
+    enough: float,
 ) -> list[Reply[SpineResult]]:
     """Replies of a share `enough` of those asked now (of all, where nobody is), and what came of the others in `sent`."""
     orders = {id: each.order for id, each in asked.items()}
@@ -58,7 +61,10 @@ def head_today(head: Tensors, round: int, order: SpineOrder, result: SpineResult
     """A device's head; of a late one what it changed, on today's `head`."""
     if order.round == round:
         return result.head
-    return {name: head[name] + came.float() - order.head[name].float() for name, came in result.head.items()}
+    return {
+        name: head[name] + came.float() - order.head[name].float()
+        for name, came in result.head.items()
+    }
 
 
 def late_plan(late: UnderWay) -> Plan:

@@ -73,7 +73,9 @@ def end_reading(device: Device, order: Step) -> Ended:
 def reading(device: Device, cutting: DecodedCutting) -> Local:
     """The reconstruction loss, weighted."""
     decoded = cutting.of(device.base)
-    return lambda weights, features, inputs: cutting.weight * decoded.loss(weights, features, inputs)
+    return lambda weights, features, inputs: (
+        cutting.weight * decoded.loss(weights, features, inputs)
+    )
 
 
 def mixup(halves: Halves, shares: Mapping[DeviceId, float], alpha: float) -> Extra:
@@ -134,7 +136,9 @@ class LocFedMix:
     """Split learning in which devices keep what features say of inputs, and the server sees mixtures of devices."""
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
-    reconstruction: float = 1.0  # weight of the decoder's loss in a device's; 0: nothing is read back
+    reconstruction: float = (
+        1.0  # weight of the decoder's loss in a device's; 0: nothing is read back
+    )
     decoder_width: int = 16  # channels of the decoder inside
     mixup: float = 1.0  # alpha of the Beta distribution of lam; 0: nothing is mixed
     cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
@@ -144,7 +148,9 @@ class LocFedMix:
     batch: int = 32  # rows of a device in one of them
     optimiser: Literal["sgd", "adamw"] = "adamw"
     learning_rate: float = 2e-4
-    decay: float = 0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
+    decay: float = (
+        0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
+    )
     lowest: float = 0.0  # below which it does not fall
     weight_decay: float = 0.1
     clip: float = 1.0  # of the gradient's norm in each half; 0: never
@@ -159,9 +165,13 @@ class LocFedMix:
         check_split(self, task)
         for name in ("reconstruction", "mixup"):
             if not 0 <= getattr(self, name) < np.inf:
-                raise BadInput(f"method.{name} is {getattr(self, name)}, but it cannot be negative or infinite")
+                raise BadInput(
+                    f"method.{name} is {getattr(self, name)}, but it cannot be negative or infinite"
+                )
         if self.decoder_width < 1:
-            raise BadInput(f"method.decoder_width is {self.decoder_width}, but at least 1 is needed")
+            raise BadInput(
+                f"method.decoder_width is {self.decoder_width}, but at least 1 is needed"
+            )
 
     def start(self, task: Task, rng: np.random.Generator) -> LocFedMixState:
         first = first_state(self, task, rng)
@@ -171,9 +181,16 @@ class LocFedMix:
     def round(self, state: LocFedMixState, fleet: Fleet) -> LocFedMixState:
         now, rows = opened(self, state, fleet), rows_of(fleet)
         extra = mixup(now.halves, rows, self.mixup) if self.mixup else None
-        top = Weighted(now.halves, now.top, now.optimising, rows, gradients=bool(now.bottom), extra=extra)
-        if self.reconstruction and now.bottom:  # a bottom that is frozen cannot be helped by reading back
-            orders, works = self._reading(now, state, fleet), Works(begin_reading, step_reading, end_reading)
+        top = Weighted(
+            now.halves, now.top, now.optimising, rows, gradients=bool(now.bottom), extra=extra
+        )
+        if (
+            self.reconstruction and now.bottom
+        ):  # a bottom that is frozen cannot be helped by reading back
+            orders, works = (
+                self._reading(now, state, fleet),
+                Works(begin_reading, step_reading, end_reading),
+            )
         else:
             batches = rooms(fleet, now.halves, self.batch, state.longest)
             orders, works = {device: now.begin(batch) for device, batch in batches.items()}, Works()
@@ -193,13 +210,21 @@ class LocFedMix:
     def unpruned(self, state: LocFedMixState) -> Any:
         return state.model
 
-    def _reading(self, now: Opened, state: LocFedMixState, fleet: Fleet) -> dict[DeviceId, ReadingOrder]:
+    def _reading(
+        self, now: Opened, state: LocFedMixState, fleet: Fleet
+    ) -> dict[DeviceId, ReadingOrder]:
         batches = rooms(fleet, self._cutting(fleet.base).of(fleet.base), self.batch, state.longest)
         weights = now.bottom | state.decoder
         return {
-            device: ReadingOrder(begin=now.begin(batch, weights), width=self.decoder_width, weight=self.reconstruction)
+            device: ReadingOrder(
+                begin=now.begin(batch, weights),
+                width=self.decoder_width,
+                weight=self.reconstruction,
+            )
             for device, batch in batches.items()
         }
 
     def _cutting(self, base: Any) -> DecodedCutting:
-        return DecodedCutting(cutting=cutting_of(self, base), width=self.decoder_width, weight=self.reconstruction)
+        return DecodedCutting(
+            cutting=cutting_of(self, base), width=self.decoder_width, weight=self.reconstruction
+        )

@@ -39,4 +39,10 @@ def calibrating(labels: Mapping[DeviceId, np.ndarray], share: float) -> Tensors:
     `share` of what its labels tell is taken off, from 0 to below 1.
     """
     known = np.stack(list(labels.values()))
-    return dict(zip(labels, torch.from_numpy(label_shifts(known, reference(known), share)).float(), strict=True))
+    return dict(
+        zip(
+            labels,
+            torch.from_numpy(label_shifts(known, reference(known), share)).float(),
+            strict=True,
+        )
+    )

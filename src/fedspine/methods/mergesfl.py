@@ -32,7 +32,13 @@ from fedspine.methods.splitting import (
     with_newest,
 )
 from fedspine.planning.labels import divergence, merged, reference
-from fedspine.planning.split_plan import Candidates, Selection, SplitControl, SplitLimits, plan_split
+from fedspine.planning.split_plan import (
+    Candidates,
+    Selection,
+    SplitControl,
+    SplitLimits,
+    plan_split,
+)
 from fedspine.planning.workers import WorkerState, costs
 from fedspine.split.body import MergedBody, play_around
 from fedspine.split.device import Begin
@@ -44,7 +50,10 @@ from fedspine.split.wire import Precision, row_bytes
 from fedspine.task import Task
 
 FULL_BATCHES = 10  # that the server takes in one iteration, where no budget is set
-POPULATION, GENERATIONS = 50, 80  # of the search that weighs waiting: the usual 20 and 20 leave a few devices that wait
+POPULATION, GENERATIONS = (
+    50,
+    80,
+)  # of the search that weighs waiting: the usual 20 and 20 leave a few devices that wait
 LIGHT = 0.25  # of what a batch's features take: where a bottom takes less, nobody has to begin a round late
 SHORT = 2  # times as many rows as usual a batch of short texts may have
 PLANNING, SERVER = 601, 602  # purposes of random streams
@@ -81,24 +90,36 @@ class MergeSfl:
     budget_bytes: float = 0.0  # the same in bytes, if above 0
     divergence: float = 0.05  # eps: nats between the merged labels and the fleet's
     keep: float = 0.8  # a: share of the old average when a device's pace is measured again
-    merging: Literal["merged", "in-turn", "copies"] = "merged"  # without: a step per device, or averaged tops
+    merging: Literal["merged", "in-turn", "copies"] = (
+        "merged"  # without: a step per device, or averaged tops
+    )
     selection: Selection = "genetic"  # or "random"
-    weigh_waiting: bool = True  # of choices alike in labels what waits least; else labels alone, as in the paper
+    weigh_waiting: bool = (
+        True  # of choices alike in labels what waits least; else labels alone, as in the paper
+    )
     regulate: bool = True  # batches in proportion to pace; else equal ones
-    regulate_within: bool = True  # and again within a round, to the pace it shows; else once before it, as in the paper
-    fill_tokens: bool = True  # then texts' batches are so many tokens, whatever the rows; else so many rows
+    regulate_within: bool = (
+        True  # and again within a round, to the pace it shows; else once before it, as in the paper
+    )
+    fill_tokens: bool = (
+        True  # then texts' batches are so many tokens, whatever the rows; else so many rows
+    )
     join_late: bool = True  # and devices with slow links begin later and end earlier; else all at once, as in the paper
     fine_tune: bool = True  # batches for the labels' sake
     rescale: bool = True  # gradients as of a device's own mean loss
     calibrate: float = 0.95  # share of what tells which labels a device holds that bottoms do not learn; 0 in the paper
     bottom_weights: Literal["batch", "uniform"] = "batch"
     lr_scaling: Literal["none", "linear"] = "none"  # a device's rate in proportion to its batch
-    average: bool = True  # deploy the mean of the rounds' models; else the last round's, as in the paper
+    average: bool = (
+        True  # deploy the mean of the rounds' models; else the last round's, as in the paper
+    )
     labels_stay: bool = False  # U-shape: labels and the task head stay on the devices
     optimiser: Literal["sgd", "adamw"] = "adamw"
     learning_rate: float = 2e-4
     bottom_rate: float = 0.4  # share of the rate that bottoms are trained with; 1 in the paper
-    decay: float = 0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
+    decay: float = (
+        0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
+    )
     lowest: float = 0.0  # below which it does not fall
     weight_decay: float = 0.1
     clip: float = 1.0  # of the gradient's norm in each half; 0: never
@@ -117,7 +138,9 @@ class MergeSfl:
                 f"{self.budget_rows}, {self.budget_bytes} and {self.keep} came"
             )
         if self.labels_stay and self.merging != "merged":
-            raise BadInput(f"method.labels_stay needs merged features; method.merging is {self.merging!r}")
+            raise BadInput(
+                f"method.labels_stay needs merged features; method.merging is {self.merging!r}"
+            )
         if not 0 <= self.calibrate < 1 or not self.bottom_rate > 0:
             raise BadInput(
                 "method.calibrate from 0 to below 1 and a method.bottom_rate above 0 were expected, "
@@ -127,7 +150,9 @@ class MergeSfl:
 
     def start(self, task: Task, rng: np.random.Generator) -> MergeSflState:
         first = first_state(self, task, rng)
-        return MergeSflState(**vars(first), mean=first.model, classes=len(task.label_names), labels={}, workers={})
+        return MergeSflState(
+            **vars(first), mean=first.model, classes=len(task.label_names), labels={}, workers={}
+        )
 
     def round(self, state: MergeSflState, fleet: Fleet) -> MergeSflState:
         now = opened(self, state, fleet)
@@ -139,13 +164,19 @@ class MergeSfl:
         shifts = calibrating(labels, self.calibrate) if self.calibrate and told else None
         played, top = self._played(now, fleet, orders, plan.again, shifts)
         noted(fleet, played)
-        fleet.note(loss=played.loss, stayed=len(played.bottoms), round_kl=self._apart(labels, fleet, played))
+        fleet.note(
+            loss=played.loss,
+            stayed=len(played.bottoms),
+            round_kl=self._apart(labels, fleet, played),
+        )
         model = now.halves.join(averaged(played.bottoms, self._weights(played)), top)
         return replace(
             self._measured(state, played),
             round=state.round + 1,
             model=model,
-            mean=with_newest(now.halves, state.mean, model, state.round + 1) if self.average else model,
+            mean=with_newest(now.halves, state.mean, model, state.round + 1)
+            if self.average
+            else model,
             labels=labels,
         )
 
@@ -166,7 +197,9 @@ class MergeSfl:
         replies = fleet.ask(look, dict.fromkeys(unknown, order)) if unknown else []
         labels = state.labels | {reply.device: reply.value.shares for reply in replies}
         if not any(profile.id in labels for profile in fleet.devices):
-            raise AllLost(f"of {len(unknown)} devices asked, {len(replies)} replied and none can be used")
+            raise AllLost(
+                f"of {len(unknown)} devices asked, {len(replies)} replied and none can be used"
+            )
         return labels
 
     def _planned(self, state: MergeSflState, now: Opened, fleet: Fleet) -> Planned:
@@ -174,10 +207,14 @@ class MergeSfl:
         room = rooms(fleet, now.halves, SHORT * self.batch, state.longest)
         able = [device for device in room if device in state.labels]
         if not able:
-            raise AllLost(f"of {len(room)} devices with memory for a row none has said what labels it holds")
+            raise AllLost(
+                f"of {len(room)} devices with memory for a row none has said what labels it holds"
+            )
         known = [state.workers.get(device) for device in able]
         cost = costs(known)
-        if not self._within:  # everybody waits for one that is slower than thought, nobody for one that is faster
+        if (
+            not self._within
+        ):  # everybody waits for one that is slower than thought, nobody for one that is faster
             cost[[worker is None for worker in known]] = cost.max()
         candidates = Candidates(
             cost=cost,
@@ -191,10 +228,14 @@ class MergeSfl:
         weights = sum(tensor.nbytes for tensor in now.begin(1).weights.values())
         if self.regulate and self.weigh_waiting:
             # a row sends features up and their gradient down, as a round sends a bottom down and up
-            candidates = replace(candidates, weights=cost * (weights / limits.feature_bytes / self.steps))
+            candidates = replace(
+                candidates, weights=cost * (weights / limits.feature_bytes / self.steps)
+            )
             control = replace(control, population=POPULATION, generations=GENERATIONS)
         plan = plan_split(candidates, limits, np.random.default_rng([now.seed, PLANNING]), control)
-        waiting = {"waiting_planned": plan.waiting} if self.regulate else {}  # else no pace is known
+        waiting = (
+            {"waiting_planned": plan.waiting} if self.regulate else {}
+        )  # else no pace is known
         fleet.note(merged_kl=plan.divergence, merged_rows=plan.rows, **waiting)
         devices = [able[i] for i in plan.chosen]
         # in the U-shape an exchange says too little of what a token takes
@@ -215,7 +256,9 @@ class MergeSfl:
             token_bytes=limits.feature_bytes / state.longest,
         )
         rows = again.first(plan.batches) if self._within else plan.batches
-        return Planned(dict(zip(devices, rows.tolist(), strict=True)), again if self._within else None)
+        return Planned(
+            dict(zip(devices, rows.tolist(), strict=True)), again if self._within else None
+        )
 
     def _limits(self, halves: Halves, longest: int) -> SplitLimits:
         feature_bytes = row_bytes(halves.feature_shape(longest), self.precision)
@@ -262,13 +305,26 @@ class MergeSfl:
         return replace(now.optimising, learning_rate=now.optimising.learning_rate * share)
 
     def _played(
-        self, now: Opened, fleet: Fleet, orders: Mapping[DeviceId, Begin], again: Regulating | None, shifts: Shifts
+        self,
+        now: Opened,
+        fleet: Fleet,
+        orders: Mapping[DeviceId, Begin],
+        again: Regulating | None,
+        shifts: Shifts,
     ) -> tuple[Played, Any]:
         """The round, and the top that came of it."""
         if self.labels_stay:
             return self._played_around(now, fleet, orders, again)
         server = self._server(now, shifts)
-        played = play(fleet, orders, self.steps, server, now.seed, resizing=again, staggered=again and again.staggered)
+        played = play(
+            fleet,
+            orders,
+            self.steps,
+            server,
+            now.seed,
+            resizing=again,
+            staggered=again and again.staggered,
+        )
         return played, server.finish(self._weights(played))
 
     def _played_around(
@@ -278,7 +334,9 @@ class MergeSfl:
         ending = {name: tensor for name, tensor in now.top.items() if name in now.halves.ends}
         orders = {device: now.with_ending(order, ending) for device, order in orders.items()}
         body = {name: tensor for name, tensor in now.top.items() if name not in ending}
-        server = MergedBody(now.halves, body, now.optimising, rescale=self.rescale, gradients=bool(now.bottom))
+        server = MergedBody(
+            now.halves, body, now.optimising, rescale=self.rescale, gradients=bool(now.bottom)
+        )
         played = play_around(fleet, orders, self.steps, server, now.seed, again)
         return played, server.finish() | averaged(played.endings, self._weights(played))
 

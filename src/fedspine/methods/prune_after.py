@@ -54,7 +54,9 @@ class PruneAfter:
     head_speed: float = 1.0  # the task head's learning rate over the adapter's
     weight_decay: float = 0.1
     recover: int = 0  # last rounds in which devices tune what they have pruned
-    importance: Literal["gradient", "magnitude", "random"] = "gradient"  # what a unit's importance is read from
+    importance: Literal["gradient", "magnitude", "random"] = (
+        "gradient"  # what a unit's importance is read from
+    )
     score_every: int = 1  # steps between two updates of the importance
     score_keep: float = 0.9  # of its moving average
     score_square: bool = False
@@ -84,8 +86,12 @@ class PruneAfter:
         training = state.training
         over = training.round >= training.rounds - self.recover
         reached = self.sparsity if over else 0.0
-        after, replies = prune_and_average(self, training, fleet, reached=reached, scoring=importance_of(self))
-        return AfterState(training=after, ballots=state.ballots | {r.device: r.value.scores for r in replies})
+        after, replies = prune_and_average(
+            self, training, fleet, reached=reached, scoring=importance_of(self)
+        )
+        return AfterState(
+            training=after, ballots=state.ballots | {r.device: r.value.scores for r in replies}
+        )
 
     def deploy(self, state: AfterState, device: DeviceId | None = None) -> Model:
         """What the device would run if training ended now: pruned to the target, by its own scores where it has any."""

@@ -51,7 +51,9 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
     kept: Structure = device.memory.get("kept", order.structure)
     if known is not None and order.reached > 0:  # nothing is pruned before its importance is known
         votes = known if order.scores is None else mixed(known, order.scores, order.fleet_say)
-        kept = shrink(anatomy, kept, (votes.heads, votes.channels), reached=order.reached, target=order.target)
+        kept = shrink(
+            anatomy, kept, (votes.heads, votes.channels), reached=order.reached, target=order.target
+        )
     adapter = cut_adapter(single(order.adapter), anatomy.sites, kept, within=order.structure)
     model = Model(structure=kept, adapter=adapter, head=single(order.head), scale=order.scale)
     trace = tune_and_score(device, model, order.tuning, order.scoring, known)
@@ -88,7 +90,9 @@ class Tuned(Protocol):
     reached: dict[str, float]
 
 
-def deployed(fields: Deployed, state: Tuned, device: DeviceId | None, *, due: float, votes: Scores | None) -> Model:
+def deployed(
+    fields: Deployed, state: Tuned, device: DeviceId | None, *, due: float, votes: Scores | None
+) -> Model:
     """The device's own structure, pruned by `votes` where it is behind `due`, and the common adapter cut to it.
 
     None stands for everybody: the whole model, pruned by `votes`.
@@ -105,7 +109,12 @@ def deployed(fields: Deployed, state: Tuned, device: DeviceId | None, *, due: fl
 
 def contribution(anatomy: Anatomy, order: SpineOrder, result: SpineResult) -> Contribution:
     """What the device changed: its adapter against the one it was sent, both cut to what it kept."""
-    sent = cut_adapter(single(order.adapter), anatomy.sites, result.structure, within=order.structure)
+    sent = cut_adapter(
+        single(order.adapter), anatomy.sites, result.structure, within=order.structure
+    )
     return Contribution(
-        sent=sent, back=single(result.adapter), structure=result.structure, weight=float(result.examples)
+        sent=sent,
+        back=single(result.adapter),
+        structure=result.structure,
+        weight=float(result.examples),
     )

@@ -44,7 +44,9 @@ class PyramidOrder:
 
 @message
 class PyramidResult:
-    update: Tensors  # fp32, of each tensor's change the entries that `kept` names, one after another
+    update: (
+        Tensors  # fp32, of each tensor's change the entries that `kept` names, one after another
+    )
     seed: int  # of `kept`
     loss: float  # mean over the last steps
     reward: float  # rows times the root of the mean squared loss
@@ -60,7 +62,9 @@ def train_and_thin(device: Device, order: PyramidOrder) -> PyramidResult:
     seed = int(device.rng.integers(2**31))
     losses = np.concatenate(lesson.losses)
     return PyramidResult(
-        update={name: tensor[kept(seed, name, tensor, order.drop)] for name, tensor in change.items()},
+        update={
+            name: tensor[kept(seed, name, tensor, order.drop)] for name, tensor in change.items()
+        },
         seed=seed,
         loss=lesson.ended,
         reward=len(device.data) * float(np.sqrt(np.mean(losses**2))),
@@ -106,7 +110,9 @@ class PyramidFL:
     explore: float = 0.9  # share of them that was never asked, in the first round
     explore_keep: float = 0.95  # what is left of that share, each round
     explore_least: float = 0.2
-    cut_off: float = 0.7  # devices below this share of the last chosen one's score are not considered
+    cut_off: float = (
+        0.7  # devices below this share of the last chosen one's score are not considered
+    )
     reward_clip: float = 0.95  # quantile of the rewards above which they count alike
     patience: float = 0.5  # quantile of the devices' times above which a device counts as slow
     penalty: float = 2.0  # power by which longer times count
@@ -133,9 +139,18 @@ class PyramidFL:
         check_whole(self, task)
         if self.participants < 1:
             raise BadInput(f"method.participants is {self.participants}, but at least 1 is needed")
-        for name in ("explore", "explore_keep", "explore_least", "cut_off", "reward_clip", "patience"):
+        for name in (
+            "explore",
+            "explore_keep",
+            "explore_least",
+            "cut_off",
+            "reward_clip",
+            "patience",
+        ):
             if not 0 <= getattr(self, name) <= 1:
-                raise BadInput(f"method.{name} is {getattr(self, name)}, but a share from 0 to 1 was expected")
+                raise BadInput(
+                    f"method.{name} is {getattr(self, name)}, but a share from 0 to 1 was expected"
+                )
         if self.penalty < 0:
             raise BadInput(f"method.penalty is {self.penalty}, but it cannot be negative")
         if not 0 <= self.drop_least <= self.drop_most < 1:
@@ -164,16 +179,27 @@ class PyramidFL:
         replies = usable(fleet.ask(train_and_thin, orders), fleet)
         for reply in replies:
             order = orders[reply.device]
-            fleet.note(device=reply.device, loss=reply.value.loss, steps=order.training.steps, dropped=order.drop)
+            fleet.note(
+                device=reply.device,
+                loss=reply.value.loss,
+                steps=order.training.steps,
+                dropped=order.drop,
+            )
         change = average(
-            (reply.value.examples, whole_update(reply.value, weights, orders[reply.device].drop)) for reply in replies
+            (reply.value.examples, whole_update(reply.value, weights, orders[reply.device].drop))
+            for reply in replies
         )
         return replace(
             state,
             round=state.round + 1,
-            model=model_of(halves, state.model, {name: tensor + change[name] for name, tensor in weights.items()}),
+            model=model_of(
+                halves,
+                state.model,
+                {name: tensor + change[name] for name, tensor in weights.items()},
+            ),
             seen=state.seen | {reply.device: _seen(reply, state.round + 1) for reply in replies},
-            times=state.times | {reply.device: self._timed(state, reply, orders[reply.device]) for reply in replies},
+            times=state.times
+            | {reply.device: self._timed(state, reply, orders[reply.device]) for reply in replies},
         )
 
     def deploy(self, state: PyramidState, device: DeviceId | None = None) -> Any:
@@ -189,7 +215,10 @@ class PyramidFL:
         names = select(
             {device.id: device.examples for device in able},
             state.seen,
-            {device: forecast.seconds(device, work=1.0, drop=self.drop_least) for device in state.seen},
+            {
+                device: forecast.seconds(device, work=1.0, drop=self.drop_least)
+                for device in state.seen
+            },
             state.round + 1,
             Selecting(
                 participants=self.participants,
@@ -209,9 +238,14 @@ class PyramidFL:
         self, state: PyramidState, chosen: Sequence[Profile], weights: Tensors, base: Any
     ) -> dict[DeviceId, PyramidOrder]:
         usual, forecast = training_at(self, base, state.round, state.rounds), Forecast(state.times)
-        norms = [state.seen[device.id].norm if device.id in state.seen else None for device in chosen]
+        norms = [
+            state.seen[device.id].norm if device.id in state.seen else None for device in chosen
+        ]
         drops = dropped(norms, self.drop_least, self.drop_most)
-        seconds = [forecast.seconds(device.id, work=1.0, drop=drop) for device, drop in zip(chosen, drops, strict=True)]
+        seconds = [
+            forecast.seconds(device.id, work=1.0, drop=drop)
+            for device, drop in zip(chosen, drops, strict=True)
+        ]
         orders = {}
         for device, drop, needed in zip(chosen, drops, seconds, strict=True):
             steps = self.steps
@@ -219,13 +253,19 @@ class PyramidFL:
                 passes = -(-device.examples // self.batch)
                 taken = forecast.work_seconds(device.id) * passes / self.steps
                 steps = steps_with_slack(self.steps, max(seconds) - needed, taken, passes)
-            orders[device.id] = PyramidOrder(weights=weights, training=replace(usual, steps=steps), drop=drop)
+            orders[device.id] = PyramidOrder(
+                weights=weights, training=replace(usual, steps=steps), drop=drop
+            )
         return orders
 
-    def _timed(self, state: PyramidState, reply: Reply[PyramidResult], order: PyramidOrder) -> np.ndarray:
+    def _timed(
+        self, state: PyramidState, reply: Reply[PyramidResult], order: PyramidOrder
+    ) -> np.ndarray:
         before = state.times.get(reply.device, pace.no_evidence())
         work, traffic = order.training.steps / self.steps, _traffic(order.drop)
-        return pace.observe(before, sparsity=1 - work, rank=traffic, seconds=reply.cost.seconds, discount=MEMORY)
+        return pace.observe(
+            before, sparsity=1 - work, rank=traffic, seconds=reply.cost.seconds, discount=MEMORY
+        )
 
 
 def _seen(reply: Reply[PyramidResult], round: int) -> Seen:

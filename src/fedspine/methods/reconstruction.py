@@ -18,7 +18,12 @@ from fedspine.split.device import Cutting
 from fedspine.split.halves import Features, Halves
 from fedspine.tensors import moved
 
-INTO, INTO_BIAS, OUT, OUT_BIAS = "decoder.into.weight", "decoder.into.bias", "decoder.out.weight", "decoder.out.bias"
+INTO, INTO_BIAS, OUT, OUT_BIAS = (
+    "decoder.into.weight",
+    "decoder.into.bias",
+    "decoder.out.weight",
+    "decoder.out.bias",
+)
 DECODER = frozenset((INTO, INTO_BIAS, OUT, OUT_BIAS))
 KERNEL = 3  # of the last convolution, where inputs have places to be smoothed over
 
@@ -52,7 +57,9 @@ class Decoded:
                 self._aim, self._places = base.anatomy.width, ()
         shape = halves.feature_shape(1)
         # channels of the features; places that inputs have not (CNN-H looks at sensors side by side) count as channels
-        self._given = math.prod((shape[0], *shape[1 + len(self._places) :])) if self._places else shape[-1]
+        self._given = (
+            math.prod((shape[0], *shape[1 + len(self._places) :])) if self._places else shape[-1]
+        )
 
     @property
     def statistics(self) -> frozenset[str]:
@@ -89,10 +96,20 @@ class Decoded:
 
     def _read(self, weights: Tensors, values: Tensor) -> Tensor:
         places = len(self._places)
-        values = values[(..., *[None] * (places + 2 - values.dim()))]  # a cut among linear layers leaves no places
-        values = values.flatten(2 + places).movedim(-1, 2).flatten(1, 2) if values.dim() > 2 + places else values
-        inside = functional.relu(functional.linear(values.movedim(1, -1), weights[INTO], weights[INTO_BIAS]))
-        grown = functional.interpolate(inside.movedim(-1, 1), self._places, mode={1: "linear", 2: "bilinear"}[places])
+        values = values[
+            (..., *[None] * (places + 2 - values.dim()))
+        ]  # a cut among linear layers leaves no places
+        values = (
+            values.flatten(2 + places).movedim(-1, 2).flatten(1, 2)
+            if values.dim() > 2 + places
+            else values
+        )
+        inside = functional.relu(
+            functional.linear(values.movedim(1, -1), weights[INTO], weights[INTO_BIAS])
+        )
+        grown = functional.interpolate(
+            inside.movedim(-1, 1), self._places, mode={1: "linear", 2: "bilinear"}[places]
+        )
         convolve = {1: functional.conv1d, 2: functional.conv2d}[places]
         return convolve(grown, weights[OUT], weights[OUT_BIAS], padding=KERNEL // 2)
 
@@ -103,12 +120,16 @@ class Decoded:
         into = cells * self._given * self._width
         out = math.prod(self._places) * KERNEL ** len(self._places) if self._places else tokens
         # two for each product, thrice: forward, and backward to weights and to features
-        return self._halves.flops(half, rows, tokens) + 6.0 * rows * (into + out * self._width * self._aim)
+        return self._halves.flops(half, rows, tokens) + 6.0 * rows * (
+            into + out * self._width * self._aim
+        )
 
     def memory_bytes(self, half: str, rows: int, tokens: int) -> int:
         """Of the bottom with its decoder, whose activations and gradients are in fp32."""
         places = math.prod(self._places) if self._places else tokens
-        return self._halves.memory_bytes(half, rows, tokens) + 8 * rows * places * (self._width + self._aim)
+        return self._halves.memory_bytes(half, rows, tokens) + 8 * rows * places * (
+            self._width + self._aim
+        )
 
     def launches(self, half: str) -> int:
         """Blocks of the bottom, and one for the decoder."""

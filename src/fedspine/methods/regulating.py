@@ -37,7 +37,9 @@ class Paces:
 
     fixed: float
     cost: Float[np.ndarray, " devices"]
-    row_bytes: Float[np.ndarray, " devices"]  # both ways, with its part of what else an exchange sends
+    row_bytes: Float[
+        np.ndarray, " devices"
+    ]  # both ways, with its part of what else an exchange sends
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,15 @@ class Regulating:
         batches: list[int | Budget] = rows.tolist()
         if self.room is not None:
             headers = np.array([_header(progress[device], self.token_bytes) for device in devices])
-            batches = self._budgets(rows, goal.seconds(rows).max(), found, headers, self.room[places])
+            batches = self._budgets(
+                rows, goal.seconds(rows).max(), found, headers, self.room[places]
+            )
         return {
-            device: Resized(step=told[device], batch=batch, optimising=self._changed(progress[device].batch, own))
+            device: Resized(
+                step=told[device],
+                batch=batch,
+                optimising=self._changed(progress[device].batch, own),
+            )
             for device, batch, own in zip(devices, batches, rows.tolist(), strict=True)
         }
 
@@ -110,8 +118,14 @@ class Regulating:
         rows = np.array([each.batch for each in own])
         # the last gradient goes down, the bottom up
         ends = found.fixed + found.cost * (rows / 2 + self.weight_bytes / found.row_bytes)
-        before = early(ends, max(each.costs[-1].seconds for each in own), ceil(ENOUGH * len(self.devices)))
-        return [device for device, steps in zip(progress, before, strict=True) if steps >= self.steps - done]
+        before = early(
+            ends, max(each.costs[-1].seconds for each in own), ceil(ENOUGH * len(self.devices))
+        )
+        return [
+            device
+            for device, steps in zip(progress, before, strict=True)
+            if steps >= self.steps - done
+        ]
 
     def _budgets(
         self, rows: np.ndarray, longest: float, found: Paces, headers: np.ndarray, room: np.ndarray
@@ -120,7 +134,9 @@ class Regulating:
         exact = np.clip((longest - found.fixed) / found.cost, rows, rows + 1)
         tokens = np.maximum((exact * found.row_bytes - headers) / (2 * self.token_bytes), 1)
         tokens *= min(1.0, self.limits.budget_bytes / self.token_bytes / tokens.sum())
-        return [Budget(tokens=int(own), rows=int(most)) for own, most in zip(tokens, room, strict=True)]
+        return [
+            Budget(tokens=int(own), rows=int(most)) for own, most in zip(tokens, room, strict=True)
+        ]
 
     def _changed(self, before: int, now: int) -> Optimising | None:
         """How bottoms are trained from now on, None where that stays as it is."""
@@ -154,13 +170,17 @@ def paces(progress: Sequence[Progress], fixed: float, *, ended: bool = False) ->
     return Paces(fixed, each * row_bytes, row_bytes)
 
 
-def _row_bytes(progress: Sequence[Progress], inner: Sequence[Sequence[Cost]]) -> Float[np.ndarray, " devices"]:
+def _row_bytes(
+    progress: Sequence[Progress], inner: Sequence[Sequence[Cost]]
+) -> Float[np.ndarray, " devices"]:
     """Bytes of a row of each device both ways: of its exchanges without weights, nearer to the fleet's mean the fewer rows."""
     exchanges = np.maximum([len(costs) for costs in inner], 1)
     rows = exchanges * np.array([np.mean(own.rows) for own in progress])
     # of the first exchange only what went up were features; their gradient is as large
     pairs = zip(inner, progress, strict=True)
-    sent = np.array([_bytes(costs).sum() if costs else 2 * own.costs[0].bytes_up for costs, own in pairs])
+    sent = np.array(
+        [_bytes(costs).sum() if costs else 2 * own.costs[0].bytes_up for costs, own in pairs]
+    )
     if not any(inner):
         return sent / rows
     return (sent + USUAL_ROWS * sent.sum() / rows.sum()) / (rows + USUAL_ROWS)
@@ -174,7 +194,9 @@ def _header(progress: Progress, token_bytes: float) -> float:
     tokens = np.array(progress.tokens)
     if len(tokens) == 1:
         return max(0.0, 2 * (progress.costs[0].bytes_up - token_bytes * tokens[0]))
-    return max(0.0, float(np.mean(_bytes(progress.costs[1:]) - token_bytes * (tokens[1:] + tokens[:-1]))))
+    return max(
+        0.0, float(np.mean(_bytes(progress.costs[1:]) - token_bytes * (tokens[1:] + tokens[:-1])))
+    )
 
 
 def _bytes(costs: Sequence[Cost]) -> Float[np.ndarray, " exchanges"]:

@@ -88,12 +88,18 @@ def cubic(fields: CubicFields, round: int, rounds: int) -> float:
     """The sparsity of every device in `round`, counted from 0: cubic from the warm-up's end to `until`; 0 before 0."""
     if round < 0:
         return 0.0
-    return cubic_floor(round, rounds, fields.sparsity, warmup=fields.warmup, until=fields.until, share=1.0)
+    return cubic_floor(
+        round, rounds, fields.sparsity, warmup=fields.warmup, until=fields.until, share=1.0
+    )
 
 
 def cubic_reached(fields: CubicFields, state: PruningState) -> float:
     """The sparsity that the schedule had come to in the last round; the target after the last of all."""
-    return fields.sparsity if state.round >= state.rounds else cubic(fields, state.round - 1, state.rounds)
+    return (
+        fields.sparsity
+        if state.round >= state.rounds
+        else cubic(fields, state.round - 1, state.rounds)
+    )
 
 
 def prune_and_average(
@@ -103,7 +109,9 @@ def prune_and_average(
 
     A device prunes by its own importance, mixed with the fleet's by `fleet_say`; one never heard of has none yet.
     """
-    orders = {profile.id: _order(fields, state, profile.id, reached, scoring) for profile in fleet.devices}
+    orders = {
+        profile.id: _order(fields, state, profile.id, reached, scoring) for profile in fleet.devices
+    }
     replies = usable(fleet.ask(prune_and_tune, orders), fleet)
     parts = [contribution(state.anatomy, orders[reply.device], reply.value) for reply in replies]
     for reply in replies:
@@ -123,14 +131,22 @@ def prune_and_average(
 
 def dense(fields: PruningFields, state: PruningState) -> Model:
     """What was learnt, on the whole base."""
-    return Model(structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=fields.scale)
+    return Model(
+        structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=fields.scale
+    )
 
 
 def _order(
-    fields: PruningFields, state: PruningState, device: DeviceId, reached: float, scoring: Importance
+    fields: PruningFields,
+    state: PruningState,
+    device: DeviceId,
+    reached: float,
+    scoring: Importance,
 ) -> SpineOrder:
     structure = state.structures.get(device, full(state.anatomy))
-    reached = reached if device in state.structures else 0.0  # nothing is pruned before its importance is known
+    reached = (
+        reached if device in state.structures else 0.0
+    )  # nothing is pruned before its importance is known
     advised = reached > 0 and fields.fleet_say > 0 and state.scores is not None
     return SpineOrder(
         round=state.round,

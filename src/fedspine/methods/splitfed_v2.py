@@ -42,7 +42,9 @@ class SplitFedV2:
     batch: int = 32  # rows of a device in one of them
     optimiser: Literal["sgd", "adamw"] = "adamw"
     learning_rate: float = 2e-4
-    decay: float = 0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
+    decay: float = (
+        0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
+    )
     lowest: float = 0.0  # below which it does not fall
     weight_decay: float = 0.1
     clip: float = 1.0  # of the gradient's norm in each half; 0: never

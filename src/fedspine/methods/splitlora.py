@@ -34,15 +34,15 @@ from fedspine.task import Task
 class SplitLora:
     """Split learning of LoRA factors on one top that sees the devices in turn, with its authors' training settings."""
 
-    average_every: int = (
-        100  # iterations after which the devices' factors are averaged; at the latest at the round's end
-    )
+    average_every: int = 100  # iterations after which the devices' factors are averaged; at the latest at the round's end
     cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
     rank: int = 8  # of the adapters
     scale: float = 2.0  # alpha / rank
     steps: int = 20  # tau: iterations of a round, one optimiser step in each half for every device
     batch: int = 8  # rows of a device in one of them
-    optimiser: Literal["sgd", "adamw"] = "adamw"  # fresh on devices after each averaging, on the server in every round
+    optimiser: Literal["sgd", "adamw"] = (
+        "adamw"  # fresh on devices after each averaging, on the server in every round
+    )
     learning_rate: float = 2e-4
     decay: float = 0.0  # of the learning rate, each round; 0: it falls linearly to zero
     lowest: float = 0.0  # learning rate that decay does not go below
@@ -58,7 +58,9 @@ class SplitLora:
     def check(self, task: Task) -> None:
         check_split(self, task)
         if self.average_every < 1:
-            raise BadInput(f"method.average_every is {self.average_every}, but at least 1 iteration is needed")
+            raise BadInput(
+                f"method.average_every is {self.average_every}, but at least 1 iteration is needed"
+            )
 
     def start(self, task: Task, rng: np.random.Generator) -> SplitState:
         return first_state(self, task, rng)
@@ -66,14 +68,18 @@ class SplitLora:
     def round(self, state: SplitState, fleet: Fleet) -> SplitState:
         now = opened(self, state, fleet)
         batches = rooms(fleet, now.halves, self.batch, state.longest)
-        top = InTurn(now.halves, now.top, now.optimising, gradients=bool(now.bottom), shuffled=False)
+        top = InTurn(
+            now.halves, now.top, now.optimising, gradients=bool(now.bottom), shuffled=False
+        )
         bottom = now.bottom
         for first in range(0, self.steps, self.average_every):
             steps = min(self.average_every, self.steps - first)
             orders = {device: now.begin(batch, bottom) for device, batch in batches.items()}
             played = play(fleet, orders, steps, top, now.seed + first)
             noted(fleet, played)
-            batches = {device: batches[device] for device in played.bottoms}  # who vanished is back in the next round
+            batches = {
+                device: batches[device] for device in played.bottoms
+            }  # who vanished is back in the next round
             bottom = averaged(played.bottoms, dict.fromkeys(batches, 1))
         return replace(state, round=state.round + 1, model=now.halves.join(bottom, top.finish({})))
 

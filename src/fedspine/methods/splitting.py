@@ -153,7 +153,9 @@ def rooms(fleet: Fleet, bottom: Bottom, batch: int, longest: int) -> dict[Device
     for device in (device for device, rows in found.items() if not rows):
         fleet.note(device=device, left_out="one row does not fit its memory")
     if not any(found.values()):
-        raise AllLost(f"of {len(found)} devices none has the memory for one row of the bottom; choose a lower cut")
+        raise AllLost(
+            f"of {len(found)} devices none has the memory for one row of the bottom; choose a lower cut"
+        )
     return {device: rows for device, rows in found.items() if rows}
 
 

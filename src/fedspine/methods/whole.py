@@ -74,7 +74,11 @@ def train_whole(device: Device, weights: Tensors, training: Training) -> Lesson:
 def _account(device: Device, halves: Halves, rows: Sequence[int], tokens: Sequence[int]) -> None:
     both = ("bottom", "top")
     device.spend(
-        flops=sum(halves.flops(part, count, width) for count, width in zip(rows, tokens, strict=True) for part in both),
+        flops=sum(
+            halves.flops(part, count, width)
+            for count, width in zip(rows, tokens, strict=True)
+            for part in both
+        ),
         launches=len(rows) * sum(halves.launches(part) for part in both),
         samples=sum(rows),
         memory_bytes=memory_bytes(halves, max(rows), max(tokens)),
@@ -119,7 +123,9 @@ def weights_of(halves: Halves, model: Any) -> Tensors:
 def model_of(halves: Halves, like: Any, weights: Tensors) -> Any:
     """The model with these weights; `like` is one of the same names."""
     bottom, top = halves.parts(like)
-    return halves.join({name: weights[name] for name in bottom}, {name: weights[name] for name in top})
+    return halves.join(
+        {name: weights[name] for name in bottom}, {name: weights[name] for name in top}
+    )
 
 
 def wired(weights: Tensors, wire: Wire) -> Tensors:
@@ -135,7 +141,12 @@ def with_memory(fleet: Fleet, halves: Halves, batch: int, tokens: int) -> tuple[
         if needed <= device.memory_bytes:
             able.append(device)
         else:
-            fleet.note(device=device.id, left_out=f"{needed} bytes are needed, it has {device.memory_bytes}")
+            fleet.note(
+                device=device.id,
+                left_out=f"{needed} bytes are needed, it has {device.memory_bytes}",
+            )
     if not able:
-        raise AllLost("no device has the memory to train this model; lower method.batch or take a smaller task.model")
+        raise AllLost(
+            "no device has the memory to train this model; lower method.batch or take a smaller task.model"
+        )
     return tuple(able)

@@ -11,7 +11,10 @@ CHANNELS = (1, 3, 4)  # of a picture: grey, colour, colour and transparency
 
 
 def load(
-    name: str, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], classes: int
+    name: str,
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    classes: int,
 ) -> tuple[Net, Arrays, Arrays]:
     """The net called `name`, and both splits, rows [rows, ...] and labels [rows] each, as it reads them.
 

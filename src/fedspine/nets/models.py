@@ -30,7 +30,9 @@ class Design:
     layout: Layout
     blocks: Blocks
     cut: int  # blocks of the bottom half
-    he: bool = False  # whether weights start as He et al. 2015 (arXiv:1502.01852), larger than torch's own
+    he: bool = (
+        False  # whether weights start as He et al. 2015 (arXiv:1502.01852), larger than torch's own
+    )
 
 
 def design_of(name: str) -> Design:
@@ -47,7 +49,9 @@ def blocks_of(name: str, shape: Shape, classes: int) -> "OrderedDict[str, nn.Mod
     """
     design = design_of(name)
     _check(name, design.layout, shape)
-    return OrderedDict((f"block{i}", block) for i, block in enumerate(design.blocks(shape, classes), start=1))
+    return OrderedDict(
+        (f"block{i}", block) for i, block in enumerate(design.blocks(shape, classes), start=1)
+    )
 
 
 def _check(name: str, layout: Layout, shape: Shape) -> None:
@@ -59,7 +63,9 @@ def _check(name: str, layout: Layout, shape: Shape) -> None:
     short = {"series": LONG_ENOUGH.get(name, 1), "image": SMALLEST}[layout]
     if min(shape[1:]) < short:
         what = "samples in time" if layout == "series" else "pixels each way"
-        raise BadInput(f"{name} needs at least {short} {what}, rows of shape {list(shape)} came; choose another net")
+        raise BadInput(
+            f"{name} needs at least {short} {what}, rows of shape {list(shape)} came; choose another net"
+        )
 
 
 # --- blocks ---
@@ -78,7 +84,10 @@ class BatchNorm(nn.Module):
 
     def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.weight, self.bias = (
+            nn.Parameter(torch.ones(channels)),
+            nn.Parameter(torch.zeros(channels)),
+        )
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self.momentum, self.eps = momentum, eps
@@ -87,7 +96,14 @@ class BatchNorm(nn.Module):
         mean, variance = self.get_buffer("running_mean"), self.get_buffer("running_var")
         by_batch = self.training and x.numel() > x.shape[1]
         return nn.functional.batch_norm(
-            x, mean, variance, self.weight, self.bias, by_batch, self.momentum if by_batch else 0.0, self.eps
+            x,
+            mean,
+            variance,
+            self.weight,
+            self.bias,
+            by_batch,
+            self.momentum if by_batch else 0.0,
+            self.eps,
         )
 
 
@@ -105,7 +121,9 @@ class Mean(nn.Module):
         return x.flatten(2).mean(2)
 
 
-def _conv(inputs: int, outputs: int, *, norm: bool = False, pool: nn.Module | None = None) -> nn.Sequential:
+def _conv(
+    inputs: int, outputs: int, *, norm: bool = False, pool: nn.Module | None = None
+) -> nn.Sequential:
     """A 3 x 3 convolution that keeps the size, and what follows it."""
     layers: dict[str, nn.Module] = {"conv": nn.Conv2d(inputs, outputs, 3, padding=1)}
     if norm:
@@ -117,20 +135,32 @@ def _conv(inputs: int, outputs: int, *, norm: bool = False, pool: nn.Module | No
 
 
 def _hidden(inputs: int, outputs: int, dropout: float = 0.5) -> nn.Sequential:
-    return _named(flat=nn.Flatten(), linear=nn.Linear(inputs, outputs), relu=nn.ReLU(), dropout=nn.Dropout(dropout))
+    return _named(
+        flat=nn.Flatten(),
+        linear=nn.Linear(inputs, outputs),
+        relu=nn.ReLU(),
+        dropout=nn.Dropout(dropout),
+    )
 
 
 def _flat(blocks: Sequence[nn.Module], shape: Shape) -> int:
     """Numbers that the blocks give for one row; copies on no device say so, and nothing is computed."""
     with torch.no_grad():
-        return copy.deepcopy(nn.Sequential(*blocks)).to("meta").eval()(torch.empty(1, *shape, device="meta")).numel()
+        return (
+            copy.deepcopy(nn.Sequential(*blocks))
+            .to("meta")
+            .eval()(torch.empty(1, *shape, device="meta"))
+            .numel()
+        )
 
 
 # --- the nets ---
 
 
 def _cnn_h(shape: Shape, classes: int) -> list[nn.Module]:
-    def pool(width: int) -> nn.MaxPool2d:  # sensors of one or two channels have nothing left to pool over
+    def pool(
+        width: int,
+    ) -> nn.MaxPool2d:  # sensors of one or two channels have nothing left to pool over
         return nn.MaxPool2d((2, 2 if width > 1 else 1))
 
     first = _conv(1, 12, pool=pool(shape[0]))
@@ -157,7 +187,12 @@ def _alexnet(widths: tuple[int, int, int, int, int], hidden: int) -> Blocks:
         for i, outputs in enumerate(widths):
             convs.append(_conv(inputs, outputs, pool=nn.MaxPool2d(2) if i in (0, 1, 4) else None))
             inputs = outputs
-        return [*convs, _hidden(_flat(convs, shape), hidden), _hidden(hidden, hidden), nn.Linear(hidden, classes)]
+        return [
+            *convs,
+            _hidden(_flat(convs, shape), hidden),
+            _hidden(hidden, hidden),
+            nn.Linear(hidden, classes),
+        ]
 
     return blocks
 
@@ -171,7 +206,12 @@ def _vgg16(shape: Shape, classes: int) -> list[nn.Module]:
             pool = nn.MaxPool2d(2, padding=int(stage == 3)) if place + 1 == len(widths) else None
             convs.append(_conv(inputs, outputs, norm=True, pool=pool))
             inputs = outputs
-    return [*convs, _hidden(_flat(convs, shape), 4096), _hidden(4096, 4096), nn.Linear(4096, classes)]
+    return [
+        *convs,
+        _hidden(_flat(convs, shape), 4096),
+        _hidden(4096, 4096),
+        nn.Linear(4096, classes),
+    ]
 
 
 def _vgg_small(shape: Shape, classes: int) -> list[nn.Module]:
@@ -179,7 +219,9 @@ def _vgg_small(shape: Shape, classes: int) -> list[nn.Module]:
     for outputs, pooled in ((32, False), (32, True), (64, False), (64, True), (128, False)):
         convs.append(_conv(inputs, outputs, norm=True, pool=nn.MaxPool2d(2) if pooled else None))
         inputs = outputs
-    last = nn.Sequential(OrderedDict([*_conv(128, 128, norm=True).named_children(), ("mean", Mean())]))
+    last = nn.Sequential(
+        OrderedDict([*_conv(128, 128, norm=True).named_children(), ("mean", Mean())])
+    )
     return [*convs, last, nn.Linear(128, classes)]
 
 

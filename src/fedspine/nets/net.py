@@ -103,7 +103,9 @@ class NetHalves:
         self._costs["top"] = _Cost(self._top, self._costs["bottom"].output, first=False)
         first = _sequence(blocks[cut : cut + 1])
         makes_features = any(isinstance(layer, nn.Conv1d | nn.Conv2d) for layer in first.modules())
-        self.entry = frozenset(first.state_dict()) - self.statistics if makes_features else frozenset()
+        self.entry = (
+            frozenset(first.state_dict()) - self.statistics if makes_features else frozenset()
+        )
 
     def start(self, rng: np.random.Generator) -> tuple[Tensors, Tensors]:
         """Fresh weights of the bottom and the top; together the same wherever the cut is."""
@@ -115,21 +117,36 @@ class NetHalves:
         return Features(values=self._run(self._bottom, weights, inputs["inputs"], seed))
 
     def top(
-        self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None, shifts: Tensor | None = None
+        self,
+        weights: Tensors,
+        features: Features,
+        labels: Tensor,
+        *,
+        seed: int | None,
+        shifts: Tensor | None = None,
     ) -> Losses:
         """The cross-entropy of each row, in nats."""
-        return self._losses(weights, self.middle(weights, features, seed=seed), labels, seed, shifts)
+        return self._losses(
+            weights, self.middle(weights, features, seed=seed), labels, seed, shifts
+        )
 
     def middle(self, weights: Tensors, features: Features, *, seed: int | None) -> Features:
         """What enters the classifier, the last block."""
         return Features(values=self._run(self._middle, weights, features.values, seed))
 
-    def ending(self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None) -> Losses:
+    def ending(
+        self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None
+    ) -> Losses:
         """The cross-entropy of each row after the classifier, in nats."""
         return self._losses(weights, features, labels, seed, None)
 
     def _losses(
-        self, weights: Tensors, features: Features, labels: Tensor, seed: int | None, shifts: Tensor | None
+        self,
+        weights: Tensors,
+        features: Features,
+        labels: Tensor,
+        seed: int | None,
+        shifts: Tensor | None,
     ) -> Losses:
         logits = self._run(self._ending, weights, features.values, seed)
         labels = labels.to(logits.device)
@@ -139,7 +156,9 @@ class NetHalves:
             shifted=shifted_losses(logits, labels, shifts),
         )
 
-    def _run(self, half: nn.Sequential, weights: Tensors, inputs: Tensor, seed: int | None) -> Tensor:
+    def _run(
+        self, half: nn.Sequential, weights: Tensors, inputs: Tensor, seed: int | None
+    ) -> Tensor:
         half.train(seed is not None)
         there = self._of(half, weights)
         here = moved(there, self._net.device)
@@ -187,7 +206,10 @@ class _Cost:
     def __init__(self, half: nn.Sequential, row: Tensor, *, first: bool) -> None:
         given: list[int] = [row.numel()]
         leaves = [module for module in half.modules() if not list(module.children())]
-        hooks = [leaf.register_forward_hook(lambda _m, _i, out: given.append(out.numel())) for leaf in leaves]
+        hooks = [
+            leaf.register_forward_hook(lambda _m, _i, out: given.append(out.numel()))
+            for leaf in leaves
+        ]
         with FlopCounterMode(display=False) as counter:
             out = half.eval()(row.detach().requires_grad_(not first))
             out.sum().backward()
@@ -202,7 +224,9 @@ class _Cost:
 def _draw_as_he(module: nn.Sequential) -> None:
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     for layer in layers:
-        nn.init.kaiming_normal_(layer.weight, nonlinearity="linear" if layer is layers[-1] else "relu")
+        nn.init.kaiming_normal_(
+            layer.weight, nonlinearity="linear" if layer is layers[-1] else "relu"
+        )
         nn.init.zeros_(layer.bias)
 
 

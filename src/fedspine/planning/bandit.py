@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from fedspine.message import message
 
 Leaves = NDArray[np.float64]  # [leaves, 6]
-U0, V0, SIDE, DEPTH, N, S = range(6)  # lower corner, side length, depth, discounted plays, discounted sum of rewards
+U0, V0, SIDE, DEPTH, N, S = range(
+    6
+)  # lower corner, side length, depth, discounted plays, discounted sum of rewards
 
 WHOLE = ((0.0, 1.0), (0.0, 1.0))
 FRESH_PLAYS = 1e-3  # a leaf with fewer discounted plays counts as never played
@@ -62,7 +64,9 @@ def choose(
     (u_low, u_high), (v_low, v_high) = ((0.0, 0.0), within[1]) if frozen_ratio else within
     arms = bands(bandit) if frozen_ratio else bandit.leaves
     u_side = np.ones(len(arms)) if frozen_ratio else arms[:, SIDE]
-    inside = _meets(arms[:, U0], u_side, u_low, u_high) & _meets(arms[:, V0], arms[:, SIDE], v_low, v_high)
+    inside = _meets(arms[:, U0], u_side, u_low, u_high) & _meets(
+        arms[:, V0], arms[:, SIDE], v_low, v_high
+    )
     bound = np.where(inside, _bounds(arms, explore, lipschitz, shrink), -np.inf)
     best = rng.choice(np.flatnonzero(bound == bound.max()))
     u0, v0, side = arms[best, :3]
@@ -72,7 +76,14 @@ def choose(
 
 
 def credit(
-    bandit: Bandit, u: float, v: float, reward: float, *, discount: float = 0.95, split_at: float = 2, deepest: int = 2
+    bandit: Bandit,
+    u: float,
+    v: float,
+    reward: float,
+    *,
+    discount: float = 0.95,
+    split_at: float = 2,
+    deepest: int = 2,
 ) -> Bandit:
     """The bandit after the executed action (u, v) earned `reward`: all leaves discounted, its leaf credited, then refined.
 
@@ -84,7 +95,9 @@ def credit(
     array([0., 0., 1., 0.])
     """
     if not isfinite(reward):
-        raise ValueError(f"a finite reward was expected, {reward} came; leave devices without a measured loss out")
+        raise ValueError(
+            f"a finite reward was expected, {reward} came; leave devices without a measured loss out"
+        )
     hit = leaf_of(bandit, u, v)
     leaves = bandit.leaves.copy()
     leaves[:, (N, S)] *= discount
@@ -101,9 +114,13 @@ def leaf_of(bandit: Bandit, u: float, v: float) -> int:
     3
     """
     if not (0 <= u <= 1 and 0 <= v <= 1):
-        raise ValueError(f"an action in the unit square was expected, ({u}, {v}) came; clip it first")
+        raise ValueError(
+            f"an action in the unit square was expected, ({u}, {v}) came; clip it first"
+        )
     leaves = bandit.leaves
-    inside = _meets(leaves[:, U0], leaves[:, SIDE], u, u) & _meets(leaves[:, V0], leaves[:, SIDE], v, v)
+    inside = _meets(leaves[:, U0], leaves[:, SIDE], u, u) & _meets(
+        leaves[:, V0], leaves[:, SIDE], v, v
+    )
     return int(np.flatnonzero(inside)[0])
 
 
@@ -122,7 +139,9 @@ def bands(bandit: Bandit) -> Leaves:
     side = np.diff(np.append(low, 1.0))
     overlap = (leaves[:, V0] <= low[:, None]) & (low[:, None] < leaves[:, V0] + leaves[:, SIDE])
     share = overlap * side[:, None] / leaves[:, SIDE]  # [bands, leaves]
-    return np.column_stack([np.zeros_like(low), low, side, -np.log2(side), share @ leaves[:, N], share @ leaves[:, S]])
+    return np.column_stack(
+        [np.zeros_like(low), low, side, -np.log2(side), share @ leaves[:, N], share @ leaves[:, S]]
+    )
 
 
 def pooled(bandit: Bandit, others: Sequence[Bandit], plays: float) -> Bandit:
@@ -139,7 +158,9 @@ def pooled(bandit: Bandit, others: Sequence[Bandit], plays: float) -> Bandit:
     if not others:
         return bandit
     leaves, theirs = bandit.leaves.copy(), np.concatenate([other.leaves for other in others])
-    share = _overlap(leaves, theirs, U0) * _overlap(leaves, theirs, V0) / theirs[:, SIDE] ** 2  # [leaves, theirs]
+    share = (
+        _overlap(leaves, theirs, U0) * _overlap(leaves, theirs, V0) / theirs[:, SIDE] ** 2
+    )  # [leaves, theirs]
     made, earned = share @ theirs[:, N], share @ theirs[:, S]
     borrowed = np.where(made < FRESH_PLAYS, 0.0, np.minimum(made, plays))
     leaves[:, S] += borrowed * earned / np.maximum(made, FRESH_PLAYS)
@@ -167,7 +188,9 @@ def reward(
     0.25
     """
     if not all(map(isfinite, (gain, scale, progress, importance, lateness, *weights))):
-        raise ValueError(f"finite values were expected, {gain=} {scale=} {progress=} {importance=} {lateness=} came")
+        raise ValueError(
+            f"finite values were expected, {gain=} {scale=} {progress=} {importance=} {lateness=} came"
+        )
     if min(scale, lateness, *weights) < 0 or sum(weights[:3]) == 0:
         raise ValueError(
             f"{scale=}, {lateness=} and {weights=} must not be negative, nor the first three weights all 0"
@@ -175,7 +198,9 @@ def reward(
     quality = 0.5 * (1 + tanh(gain / (2 * (scale + 1e-3))))
     merits = (quality, min(max(progress, 0.0), 1.0), min(max(importance, 0.0), 1.0))
     merit = sum(w * m for w, m in zip(weights, merits, strict=False)) / sum(weights[:3])
-    return min(merit, 1.0) / (1 + weights[3] * lateness)  # the mean of three ones may exceed 1 by rounding
+    return min(merit, 1.0) / (
+        1 + weights[3] * lateness
+    )  # the mean of three ones may exceed 1 by rounding
 
 
 def ratio_reward(*, gain: float, seconds: float, mean_seconds: float) -> float:
@@ -190,7 +215,9 @@ def ratio_reward(*, gain: float, seconds: float, mean_seconds: float) -> float:
     0.25
     """
     if not (isfinite(gain) and isfinite(seconds) and isfinite(mean_seconds) and mean_seconds > 0):
-        raise ValueError(f"finite values and a positive mean were expected, {gain=} {seconds=} {mean_seconds=} came")
+        raise ValueError(
+            f"finite values and a positive mean were expected, {gain=} {seconds=} {mean_seconds=} came"
+        )
     return gain / max(abs(seconds - mean_seconds), SMALLEST_GAP * mean_seconds)
 
 
@@ -216,7 +243,11 @@ def update_scale(scale: float | None, gains: Iterable[float], *, keep: float = 0
 def _bounds(arms: Leaves, explore: float, lipschitz: float, shrink: float) -> NDArray[np.float64]:
     plays = np.maximum(arms[:, N], FRESH_PLAYS)
     total = max(arms[:, N].sum(), 1.01)  # the logarithm must stay positive
-    bound = arms[:, S] / plays + explore * np.sqrt(np.log(total) / plays) + lipschitz * shrink ** arms[:, DEPTH]
+    bound = (
+        arms[:, S] / plays
+        + explore * np.sqrt(np.log(total) / plays)
+        + lipschitz * shrink ** arms[:, DEPTH]
+    )
     return np.where(arms[:, N] < FRESH_PLAYS, np.inf, bound)
 
 
@@ -230,7 +261,9 @@ def _children(leaf: NDArray[np.float64]) -> Leaves:
     return children
 
 
-def _meets(start: NDArray[np.float64], side: NDArray[np.float64], low: float, high: float) -> NDArray[np.bool_]:
+def _meets(
+    start: NDArray[np.float64], side: NDArray[np.float64], low: float, high: float
+) -> NDArray[np.bool_]:
     """Which intervals hold a point of [low, high]; they are half-open, but those that end at 1 contain it."""
     end = start + side  # exact: sides are powers of two
     return (start <= high) & ((end > low) | (end == 1))
@@ -239,10 +272,14 @@ def _meets(start: NDArray[np.float64], side: NDArray[np.float64], low: float, hi
 def _overlap(leaves: Leaves, theirs: Leaves, start: int) -> NDArray[np.float64]:
     """The length that sides along U0 or V0 have in common, [leaves, theirs]."""
     low = np.maximum(leaves[:, None, start], theirs[None, :, start])
-    high = np.minimum((leaves[:, start] + leaves[:, SIDE])[:, None], theirs[:, start] + theirs[:, SIDE])
+    high = np.minimum(
+        (leaves[:, start] + leaves[:, SIDE])[:, None], theirs[:, start] + theirs[:, SIDE]
+    )
     return np.maximum(high - low, 0.0)
 
 
 def _check_window(within: tuple[tuple[float, float], tuple[float, float]]) -> None:
     if not all(0 <= low <= high <= 1 for low, high in within):
-        raise ValueError(f"((lowest u, highest u), (lowest v, highest v)) in [0, 1] was expected, {within} came")
+        raise ValueError(
+            f"((lowest u, highest u), (lowest v, highest v)) in [0, 1] was expected, {within} came"
+        )

@@ -83,7 +83,9 @@ def check_ranges(fields: object, ranges: Mapping[str, tuple[float, float]]) -> N
     """Raise BadInput for a field that is not in its range, or is no number."""
     for name, (low, high) in ranges.items():
         if not low <= getattr(fields, name) <= high:
-            raise BadInput(f"method.{name} is {getattr(fields, name)}, but {low} to {high} was expected")
+            raise BadInput(
+                f"method.{name} is {getattr(fields, name)}, but {low} to {high} was expected"
+            )
 
 
 def check_choice(fields: ChoiceFields) -> None:
@@ -113,7 +115,9 @@ def due(how: ChoiceFields, round: int, rounds: int) -> float:
     """The sparsity below which no device may stay in a round, counted from 0; 0 before the first."""
     if round < 0 or how.sparsity == 0:
         return 0.0
-    return cubic_floor(round, rounds, how.sparsity, warmup=how.warmup, until=how.until, share=how.floor)
+    return cubic_floor(
+        round, rounds, how.sparsity, warmup=how.warmup, until=how.until, share=how.floor
+    )
 
 
 def plan_round(
@@ -128,17 +132,30 @@ def plan_round(
     match how.choice:
         case "bandit":
             group = alike(learnt) if how.pooled else {}
-            plans = {id: _by_bandit(how, learnt, group.get(id, ()), id, turn) for id, turn in cold.items()}
+            plans = {
+                id: _by_bandit(how, learnt, group.get(id, ()), id, turn)
+                for id, turn in cold.items()
+            }
         case "random":
             plans = {id: random_plan(turn.limits, turn.rng) for id, turn in cold.items()}
         case "fixed":  # also in the warm-up, whose ranks are mixed to learn from
-            return {id: fixed_plan(_warmed(turn), how.fixed_ratio, how.fixed_rank) for id, turn in turns.items()}
+            return {
+                id: fixed_plan(_warmed(turn), how.fixed_ratio, how.fixed_rank)
+                for id, turn in turns.items()
+            }
         case "oracle":
-            return plans_for_barrier({id: _warmed(turn) for id, turn in turns.items()}, foresee, how.patience)
+            return plans_for_barrier(
+                {id: _warmed(turn) for id, turn in turns.items()}, foresee, how.patience
+            )
         case "deadline":  # random ranks until the first times are known
             limits = {id: _warmed(turn) for id, turn in turns.items() if learnt}
-            plans = plans_for_barrier(limits, _by_pace(how, learnt, limits), how.patience, how.caution)
-    return {id: plans[id] if id in plans else warm_up(turn.limits, turn.rng) for id, turn in turns.items()}
+            plans = plans_for_barrier(
+                limits, _by_pace(how, learnt, limits), how.patience, how.caution
+            )
+    return {
+        id: plans[id] if id in plans else warm_up(turn.limits, turn.rng)
+        for id, turn in turns.items()
+    }
 
 
 def _turns(how: ChoiceFields, standing: Standing, affordable: Mapping[str, int]) -> dict[str, Turn]:
@@ -159,7 +176,9 @@ def _turns(how: ChoiceFields, standing: Standing, affordable: Mapping[str, int])
     return turns
 
 
-def _by_bandit(how: ChoiceFields, learnt: Learnt, group: Sequence[str], id: str, turn: Turn) -> Plan:
+def _by_bandit(
+    how: ChoiceFields, learnt: Learnt, group: Sequence[str], id: str, turn: Turn
+) -> Plan:
     others = [pupil(learnt, other).bandit for other in group]
     return choose_plan(
         pooled(pupil(learnt, id).bandit, others, how.pooled),
@@ -175,7 +194,9 @@ def _by_pace(how: ChoiceFields, learnt: Learnt, devices: Iterable[str]) -> Fores
     known = paces(learnt, devices)
 
     def foresee(device: str, reached: float, ranks: Sequence[int]) -> list[float]:
-        return [predicted(known[device], sparsity=reached, rank=rank / how.ranks[-1]) for rank in ranks]
+        return [
+            predicted(known[device], sparsity=reached, rank=rank / how.ranks[-1]) for rank in ranks
+        ]
 
     return foresee
 
@@ -185,4 +206,6 @@ def _warmed(turn: Turn) -> Limits:
     limits = turn.limits
     if not turn.warm:
         return limits
-    return Limits(limits.reached, 0.0, limits.reached, limits.most_per_round, limits.ranks, limits.affordable)
+    return Limits(
+        limits.reached, 0.0, limits.reached, limits.most_per_round, limits.ranks, limits.affordable
+    )

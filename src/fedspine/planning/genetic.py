@@ -23,7 +23,9 @@ Members = Bool[np.ndarray, "individuals workers"]
 class Search:
     """What is searched in: the eligible workers and what binds a choice of them."""
 
-    batches: Int[np.ndarray, " workers"]  # rows of each one that is chosen, none above `budget_rows`
+    batches: Int[
+        np.ndarray, " workers"
+    ]  # rows of each one that is chosen, none above `budget_rows`
     labels: Float[np.ndarray, "workers classes"]  # V_i; rows sum to 1
     rounds: Int[np.ndarray, " workers"]  # K: in which each has taken part
     budget_rows: int  # that the server can take in one iteration
@@ -96,7 +98,9 @@ def seconds_lost(search: Search, members: Members) -> Float[np.ndarray, " indivi
     return longest + (longest - busy)
 
 
-def _drawn(search: Search, keys: Float[np.ndarray, "individuals workers"], rng: np.random.Generator) -> Members:
+def _drawn(
+    search: Search, keys: Float[np.ndarray, "individuals workers"], rng: np.random.Generator
+) -> Members:
     """For each individual a random number of workers, those with the highest keys, repaired."""
     individuals, workers = keys.shape
     highest = max(min(search.most, workers), search.reachable)
@@ -139,7 +143,9 @@ def _repaired(search: Search, members: Members) -> tuple[Members, Bool[np.ndarra
     Over the budget or the most: the workers whose turn it is least go first, of equals those with the larger batches. Under
     the fewest: those whose turn it is most come, if they fit.
     """
-    order = np.lexsort((search.batches, -priorities(search.rounds)))  # whom to keep, the first before the others
+    order = np.lexsort(
+        (search.batches, -priorities(search.rounds))
+    )  # whom to keep, the first before the others
     batches, members = search.batches[order], members[:, order]
     # dropping from the end until all fits keeps the longest beginning that fits
     fits = np.cumsum(members * batches, axis=1) <= search.budget_rows

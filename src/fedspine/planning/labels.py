@@ -36,7 +36,9 @@ def merged(
 
 
 def label_shifts(
-    labels: Float[np.ndarray, "workers classes"], reference: Float[np.ndarray, " classes"], share: float
+    labels: Float[np.ndarray, "workers classes"],
+    reference: Float[np.ndarray, " classes"],
+    share: float,
 ) -> Float[np.ndarray, "workers classes"]:
     """How much likelier each class is at a worker than in the fleet, in nats: log(V_i / Phi_0), of which `share` counts.
 

@@ -34,7 +34,9 @@ class Selecting:
     explore: float  # share of them that was never asked, in the first round
     explore_keep: float  # what is left of that share, each round
     explore_least: float
-    cut_off: float  # devices with less than this share of the last chosen one's score are not considered
+    cut_off: (
+        float  # devices with less than this share of the last chosen one's score are not considered
+    )
     clip: float  # quantile of the rewards above which they count alike
     patience: float  # quantile of the times that are not too long
     penalty: float  # power by which longer times count
@@ -87,13 +89,17 @@ def select(
     return [device for device in examples if device in taken]
 
 
-def _drawn(devices: Sequence[str], weights: Float[np.ndarray, " n"], count: int, rng: np.random.Generator) -> set[str]:
+def _drawn(
+    devices: Sequence[str], weights: Float[np.ndarray, " n"], count: int, rng: np.random.Generator
+) -> set[str]:
     """So many devices, the likelier the larger their weight; those without any come last."""
     if count == 0:
         return set()
     floor = max(float(weights.max()), 1.0) * 1e-9
     likely = np.maximum(weights, floor)
-    return set(rng.choice(np.array(devices), count, replace=False, p=likely / likely.sum()).tolist())
+    return set(
+        rng.choice(np.array(devices), count, replace=False, p=likely / likely.sum()).tolist()
+    )
 
 
 def steps_with_slack(steps: int, slack_seconds: float, pass_seconds: float, pass_steps: int) -> int:

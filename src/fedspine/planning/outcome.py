@@ -68,9 +68,19 @@ def learn(
         bandit, action = before.bandit, outcome.plan.action
         if how.choice == "bandit" and id in earned and action is not None:
             u, v = action
-            bandit = credit(bandit, u, v, earned[id], discount=how.discount, split_at=how.split_at, deepest=how.deepest)
+            bandit = credit(
+                bandit,
+                u,
+                v,
+                earned[id],
+                discount=how.discount,
+                split_at=how.split_at,
+                deepest=how.deepest,
+            )
         if follows_times(how):
-            known[id] = Pupil(bandit=bandit, evidence=_timed(how, before, outcome), load=outcome.load)
+            known[id] = Pupil(
+                bandit=bandit, evidence=_timed(how, before, outcome), load=outcome.load
+            )
         elif bandit is not before.bandit:
             known[id] = bandit
     return known

@@ -10,7 +10,9 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-Evidence = NDArray[np.float64]  # [3, 4]: discounted sums of features x features and features x seconds
+Evidence = NDArray[
+    np.float64
+]  # [3, 4]: discounted sums of features x features and features x seconds
 
 FEATURES = 3  # 1 - sparsity, rank over the largest, 1
 LIKE_THE_FLEET = 0.1  # plays' worth of the fleet's coefficients in each device's
@@ -22,7 +24,9 @@ def no_evidence() -> Evidence:
     return np.zeros((FEATURES, FEATURES + 1))
 
 
-def observe(evidence: Evidence, *, sparsity: float, rank: float, seconds: float, discount: float) -> Evidence:
+def observe(
+    evidence: Evidence, *, sparsity: float, rank: float, seconds: float, discount: float
+) -> Evidence:
     """The evidence after one more round, the older ones discounted; `rank` is a share of the largest.
 
     Raises ValueError for a time that is not finite.
@@ -44,7 +48,9 @@ def coefficients(own: Evidence, fleet: Evidence) -> NDArray[np.float64]:
     """
     undecided = UNDECIDED * max(np.trace(fleet[:, :FEATURES]), 1.0) * np.eye(FEATURES)
     common = _least_squares(fleet[:, :FEATURES] + undecided, fleet[:, FEATURES])
-    expected = common @ own[:, :FEATURES] @ common  # of its squared times, if it were as fast as the fleet
+    expected = (
+        common @ own[:, :FEATURES] @ common
+    )  # of its squared times, if it were as fast as the fleet
     pace = common @ own[:, FEATURES] / expected if expected > 0 else 1.0
     prior = LIKE_THE_FLEET * np.eye(FEATURES)
     return _least_squares(own[:, :FEATURES] + prior, own[:, FEATURES] + prior @ (pace * common))

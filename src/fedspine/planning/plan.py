@@ -107,7 +107,11 @@ def fixed_plan(limits: Limits, ratio: float, rank: int) -> Plan:
     >>> fixed_plan(limits, 0.5, 8)
     Plan(reached=0.125, rank=8, action=(0.5, 1.0), progress=0.5)
     """
-    u = 0.0 if limits.frozen else max(min(ratio * limits.most_per_round / limits.most, 1.0), limits.lowest)
+    u = (
+        0.0
+        if limits.frozen
+        else max(min(ratio * limits.most_per_round / limits.most, 1.0), limits.lowest)
+    )
     return _plan_at(limits, u, min(list(limits.ranks).index(rank), limits.affordable - 1))
 
 
@@ -122,16 +126,24 @@ def plans_for_barrier(
     have to fit even if they get longer by that share; a device that then has no plan left takes its fastest.
     """
     plans = {id: _menu(each) for id, each in limits.items()}
-    times = {id: np.array([foresee(id, row[0].reached, [p.rank for p in row]) for row in plans[id]]) for id in plans}
+    times = {
+        id: np.array([foresee(id, row[0].reached, [p.rank for p in row]) for row in plans[id]])
+        for id in plans
+    }
     if not times:
         return {}
     earliest = max(seconds.min() for seconds in times.values())
     unhurried = max(seconds[0, -1] for seconds in times.values())
     barrier = earliest + patience * max(unhurried - earliest, 0.0)
-    return {id: plans[id][row][column] for id, (row, column) in _fitting(times, barrier, caution).items()}
+    return {
+        id: plans[id][row][column]
+        for id, (row, column) in _fitting(times, barrier, caution).items()
+    }
 
 
-def _fitting(times: Mapping[str, NDArray[np.float64]], barrier: float, caution: float) -> dict[str, tuple[int, int]]:
+def _fitting(
+    times: Mapping[str, NDArray[np.float64]], barrier: float, caution: float
+) -> dict[str, tuple[int, int]]:
     """The largest rank (column) that ends by the barrier, and the least pruning (row) with which it does."""
     chosen = {}
     for id, seconds in times.items():
@@ -143,8 +155,12 @@ def _fitting(times: Mapping[str, NDArray[np.float64]], barrier: float, caution: 
 
 def _menu(limits: Limits) -> list[list[Plan]]:
     """Plans to compare, by rising sparsity and, within, by rising rank."""
-    shares = np.array([0.0]) if limits.frozen else np.unique(np.linspace(limits.lowest, 1.0, SHARES))
-    return [[_plan_at(limits, u, index) for index in range(limits.affordable)] for u in shares.tolist()]
+    shares = (
+        np.array([0.0]) if limits.frozen else np.unique(np.linspace(limits.lowest, 1.0, SHARES))
+    )
+    return [
+        [_plan_at(limits, u, index) for index in range(limits.affordable)] for u in shares.tolist()
+    ]
 
 
 def _plan_at(limits: Limits, u: float, index: int) -> Plan:
@@ -153,7 +169,9 @@ def _plan_at(limits: Limits, u: float, index: int) -> Plan:
 
 def _plan(limits: Limits, u: float, v: float, index: int) -> Plan:
     gain = 0.0 if limits.frozen else max(u * limits.most, limits.due - limits.reached)
-    reached = max(limits.reached + gain, limits.due)  # the sum is rounded, but the schedule binds exactly
+    reached = max(
+        limits.reached + gain, limits.due
+    )  # the sum is rounded, but the schedule binds exactly
     return Plan(
         reached=min(reached, limits.target),
         rank=limits.ranks[index],

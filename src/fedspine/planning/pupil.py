@@ -26,7 +26,9 @@ class Pupil:
     load: float = 1.0
 
 
-Learnt: TypeAlias = Mapping[str, Bandit | Pupil]  # by device; a bandit alone where no setting asks for more
+Learnt: TypeAlias = Mapping[
+    str, Bandit | Pupil
+]  # by device; a bandit alone where no setting asks for more
 
 
 def pupil(learnt: Learnt, device: str) -> Pupil:
@@ -47,7 +49,16 @@ def paces(learnt: Learnt, devices: Iterable[str]) -> dict[str, np.ndarray]:
 
 def alike(learnt: Learnt) -> dict[str, tuple[str, ...]]:
     """The other devices of every device's speed tercile, by the time each would take unpruned at half the largest rank."""
-    seconds = {device: predicted(pace, sparsity=0.0, rank=0.5) for device, pace in paces(learnt, learnt).items()}
+    seconds = {
+        device: predicted(pace, sparsity=0.0, rank=0.5)
+        for device, pace in paces(learnt, learnt).items()
+    }
     order = sorted(seconds, key=lambda device: (seconds[device], device))
-    groups = [[order[place] for place in part] for part in np.array_split(np.arange(len(order)), TERCILES)]
-    return {device: tuple(other for other in group if other != device) for group in groups for device in group}
+    groups = [
+        [order[place] for place in part] for part in np.array_split(np.arange(len(order)), TERCILES)
+    ]
+    return {
+        device: tuple(other for other in group if other != device)
+        for group in groups
+        for device in group
+    }

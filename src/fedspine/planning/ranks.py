@@ -31,13 +31,17 @@ def check_rank_fields(fields: RankFields) -> None:
     """Raise BadInput for ranks that do not rise, or for memory that is not positive."""
     check_rising(fields.ranks)
     if not fields.largest_rank_gib > 0:
-        raise BadInput(f"method.largest_rank_gib is {fields.largest_rank_gib}, but a positive number is needed")
+        raise BadInput(
+            f"method.largest_rank_gib is {fields.largest_rank_gib}, but a positive number is needed"
+        )
 
 
 def check_rising(ranks: tuple[int, ...]) -> None:
     """Raise BadInput for no ranks, or for ranks that do not rise."""
     if not ranks or list(ranks) != sorted(set(ranks)):
-        raise BadInput(f"method.ranks is {list(ranks)}, but rising ranks without repeats were expected")
+        raise BadInput(
+            f"method.ranks is {list(ranks)}, but rising ranks without repeats were expected"
+        )
 
 
 def rank_of_device(fields: RankFields, device: str, memory_bytes: int, seed: int) -> int:

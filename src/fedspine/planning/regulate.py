@@ -10,7 +10,10 @@ from jaxtyping import Float, Int
 
 
 def regulate(
-    cost: Float[np.ndarray, " workers"], largest: int, most: Int[np.ndarray, " workers"], pace: float | None = None
+    cost: Float[np.ndarray, " workers"],
+    largest: int,
+    most: Int[np.ndarray, " workers"],
+    pace: float | None = None,
 ) -> Int[np.ndarray, " workers"]:
     """Rows of each worker: as many as it manages while one that takes `pace` a row does `largest` (D) of them, Eq. 9.
 
@@ -42,7 +45,9 @@ def scaled_up(
     >>> scaled_up(np.array([1.0, 2.1]), 64, np.array([64, 64]), 30, pace=0.1).tolist()
     [20, 9]
     """
-    rows = np.tile(np.arange(1, largest + 1), len(cost))  # all iterations at whose very end some worker is done
+    rows = np.tile(
+        np.arange(1, largest + 1), len(cost)
+    )  # all iterations at whose very end some worker is done
     paces = np.repeat(cost, largest)
     longer = (rows * paces > largest * pace) & (rows * paces <= largest * cost.min())
     order = np.flatnonzero(longer)[np.argsort((rows * paces)[longer], kind="stable")]

@@ -37,7 +37,13 @@ class LayerShape:
 
 
 def cubic_floor(
-    round: int, rounds: int, target: float, *, warmup: float = 0.05, until: float = 0.7, share: float = 0.8
+    round: int,
+    rounds: int,
+    target: float,
+    *,
+    warmup: float = 0.05,
+    until: float = 0.7,
+    share: float = 0.8,
 ) -> float:
     """The least cumulative sparsity in `round`, counted from 0: 0, then share*target*(1-(1-x)^3), then the target.
 
@@ -48,9 +54,13 @@ def cubic_floor(
     [0.0, 0.0, 0.338, 0.4, 0.5]
     """
     if not 0 <= warmup < until <= 1:
-        raise BadInput(f"0 <= warmup < until <= 1 was expected, warmup {warmup} and until {until} came")
+        raise BadInput(
+            f"0 <= warmup < until <= 1 was expected, warmup {warmup} and until {until} came"
+        )
     if not (0 <= target < 1 and 0 <= share <= 1):
-        raise BadInput(f"target in [0, 1) and share in [0, 1] were expected, {target} and {share} came")
+        raise BadInput(
+            f"target in [0, 1) and share in [0, 1] were expected, {target} and {share} came"
+        )
     start, end = warmup * rounds, until * rounds
     if rounds > 1 and (round >= end - TINY or round >= rounds - 1):
         return target
@@ -79,8 +89,13 @@ def counts(
     ((2, 336), (6, 768))
     """
     heads_before, channels_before = dropped
-    heads_after, channels_after = final_counts(shape, target, keep_heads=keep_heads, keep_channels=keep_channels)
-    heads_after, channels_after = max(heads_after, heads_before), max(channels_after, channels_before)
+    heads_after, channels_after = final_counts(
+        shape, target, keep_heads=keep_heads, keep_channels=keep_channels
+    )
+    heads_after, channels_after = (
+        max(heads_after, heads_before),
+        max(channels_after, channels_before),
+    )
     if sparsity >= target:
         return heads_after, channels_after
     heads = _clip(floor(shape.heads * sparsity + TINY), heads_before, heads_after)
@@ -89,7 +104,9 @@ def counts(
         heads = _clip(round(_heads_for(shape, sparsity, channels_after)), heads_before, heads_after)
         return heads, channels_after
     if channels < channels_before:  # channels went ahead earlier, so fewer heads are due
-        heads = _clip(floor(_heads_for(shape, sparsity, channels_before) + TINY), heads_before, heads_after)
+        heads = _clip(
+            floor(_heads_for(shape, sparsity, channels_before) + TINY), heads_before, heads_after
+        )
         channels = _channels_for(shape, sparsity, heads)
     return heads, _clip(channels, channels_before, channels_after)
 
@@ -113,10 +130,18 @@ def final_counts(
             f"and {shape.channels} channels can reach, {target} came; lower the target"
         )
     heads = _clip(floor(shape.heads * target + TINY), 0, max(shape.heads - keep_heads, 0))
-    floored, bare = shape.channels - max(ceil(keep_channels * shape.channels), 1), shape.channels - 1
+    floored, bare = (
+        shape.channels - max(ceil(keep_channels * shape.channels), 1),
+        shape.channels - 1,
+    )
     missing = _heads_for(shape, target - _tolerance(shape), bare)
     more_heads = _clip(ceil(missing - TINY), heads, shape.heads - 1)
-    for dropped, most in ((heads, floored), (heads, bare), (more_heads, floored), (more_heads, bare)):
+    for dropped, most in (
+        (heads, floored),
+        (heads, bare),
+        (more_heads, floored),
+        (more_heads, bare),
+    ):
         channels = min(_channels_for(shape, target, dropped), most)
         if abs(shape.sparsity(dropped, channels) - target) <= _tolerance(shape):
             return dropped, channels
@@ -136,7 +161,9 @@ def highest(shape: LayerShape) -> float:
     return shape.sparsity(max(shape.heads - 1, 0), max(shape.channels - 1, 0))
 
 
-def layer_targets(layers: int, target: float, *, protect_first: int = 0, protect_last: int = 0) -> list[float]:
+def layer_targets(
+    layers: int, target: float, *, protect_first: int = 0, protect_last: int = 0
+) -> list[float]:
     """Each layer's target when some stay whole and the others, of equal size, make up for them.
 
     Raises BadInput where the others would have to lose more than 0.999.
@@ -146,7 +173,9 @@ def layer_targets(layers: int, target: float, *, protect_first: int = 0, protect
     """
     pruned = layers - protect_first - protect_last
     if min(protect_first, protect_last) < 0 or pruned < 0:
-        raise BadInput(f"{protect_first} first and {protect_last} last layers cannot be protected among {layers}")
+        raise BadInput(
+            f"{protect_first} first and {protect_last} last layers cannot be protected among {layers}"
+        )
     needed = target * layers / pruned if pruned else float(target > 0)
     if not 0 <= needed <= 0.999:
         raise BadInput(
@@ -167,12 +196,16 @@ def _channels_for(shape: LayerShape, sparsity: float, heads: int) -> int:
 
 
 def _heads_for(shape: LayerShape, sparsity: float, channels: int) -> float:
-    return (sparsity * shape.parameters - channels * shape.channel_parameters) / shape.head_parameters
+    return (
+        sparsity * shape.parameters - channels * shape.channel_parameters
+    ) / shape.head_parameters
 
 
 def _multiple(shape: LayerShape) -> int:
     """The largest multiple whose rounding, half of it at most, stays within the tolerance."""
-    fitting = (m for m in (8, 4, 2) if m * shape.channel_parameters / (2 * shape.parameters) <= TOLERANCE)
+    fitting = (
+        m for m in (8, 4, 2) if m * shape.channel_parameters / (2 * shape.parameters) <= TOLERANCE
+    )
     return next(fitting, 1)
 
 

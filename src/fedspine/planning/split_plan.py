@@ -30,7 +30,9 @@ class Candidates:
 
     cost: Float[np.ndarray, " workers"]  # seconds that one row takes, compute and transfer; above 0
     labels: Float[np.ndarray, "workers classes"]  # V_i: the share of each class in a device's rows
-    most: Int[np.ndarray, " workers"]  # rows that its data and its memory allow in one batch, at least 1
+    most: Int[
+        np.ndarray, " workers"
+    ]  # rows that its data and its memory allow in one batch, at least 1
     rounds: Int[np.ndarray, " workers"]  # K: in which it has taken part
     # seconds of an iteration beside its rows', with which batches are levelled; None: Eq. 9, which knows of no such cost
     fixed: float | None = None
@@ -41,12 +43,20 @@ class Candidates:
     def __post_init__(self) -> None:
         lengths = {len(self.cost), len(self.labels), len(self.most), len(self.rounds)}
         if len(lengths) != 1 or lengths == {0}:
-            raise ValueError(f"one entry for each of at least one device was expected, {sorted(lengths)} came")
+            raise ValueError(
+                f"one entry for each of at least one device was expected, {sorted(lengths)} came"
+            )
         if not (self.cost.min() > 0 and np.isfinite(self.cost).all() and self.most.min() >= 1):
-            raise ValueError("finite costs above 0 and at least one row for each device were expected")
+            raise ValueError(
+                "finite costs above 0 and at least one row for each device were expected"
+            )
         if self.fixed is not None and not 0 <= self.fixed < np.inf:
             raise ValueError("a finite fixed cost of at least 0 was expected")
-        if self.labels.ndim != 2 or not np.allclose(self.labels.sum(axis=1), 1) or self.labels.min() < 0:
+        if (
+            self.labels.ndim != 2
+            or not np.allclose(self.labels.sum(axis=1), 1)
+            or self.labels.min() < 0
+        ):
             raise ValueError("shares of classes that sum to 1 for each device were expected")
 
 
@@ -63,7 +73,9 @@ class SplitLimits:
 
     def __post_init__(self) -> None:
         if self.largest_batch < 1:
-            raise BadInput(f"the largest batch is {self.largest_batch}, but at least 1 row is needed")
+            raise BadInput(
+                f"the largest batch is {self.largest_batch}, but at least 1 row is needed"
+            )
         if not 1 <= self.fewest <= self.most:
             raise BadInput(
                 f"between {self.fewest} and {self.most} devices a round were asked for, but at least 1 is needed, and "
@@ -130,15 +142,21 @@ def plan_split(
         batches = regulate(workers.cost, limits.largest_batch, most)
     else:
         batches = levelled(workers.cost, workers.fixed, limits.largest_batch, most, int(most.sum()))
-    if not control.regulate:  # such that the most devices that may be chosen fit the budget, whatever their paces
+    if (
+        not control.regulate
+    ):  # such that the most devices that may be chosen fit the budget, whatever their paces
         batches = np.minimum(max(1, limits.budget_rows // min(limits.most, len(most))), most)
-    search = Search(batches, workers.labels, workers.rounds, limits.budget_rows, limits.fewest, limits.most)
+    search = Search(
+        batches, workers.labels, workers.rounds, limits.budget_rows, limits.fewest, limits.most
+    )
     if workers.weights is not None:
         seconds = np.stack([workers.weights, (workers.fixed or 0.0) + batches * workers.cost])
         search = replace(search, seconds=seconds, enough=ROOM * limits.divergence)
     match control.select:
         case "genetic":
-            chosen = select(search, rng, population=control.population, generations=control.generations)
+            chosen = select(
+                search, rng, population=control.population, generations=control.generations
+            )
         case "random":
             chosen = any_workers(search, rng)
     goal = Goal(
@@ -150,11 +168,15 @@ def plan_split(
         fixed=workers.fixed or 0.0,
     )
     if not control.regulate:
-        batches = np.minimum(min(limits.largest_batch, limits.budget_rows // len(chosen)), goal.most)
+        batches = np.minimum(
+            min(limits.largest_batch, limits.budget_rows // len(chosen)), goal.most
+        )
     elif workers.fixed is not None:
         batches = planned_again(goal, tune=control.tune)
     else:
-        batches = scaled_up(goal.cost, limits.largest_batch, goal.most, limits.budget_rows, workers.cost.min())
+        batches = scaled_up(
+            goal.cost, limits.largest_batch, goal.most, limits.budget_rows, workers.cost.min()
+        )
         batches = tuned(goal, batches) if control.tune else batches
     return SplitPlan(
         chosen=chosen,
@@ -186,7 +208,9 @@ class Goal:
 
 def planned_again(goal: Goal, *, tune: bool = True) -> Int[np.ndarray, " chosen"]:
     """Batches of devices already chosen, from what is known of their paces by now: levelled, and tuned if wanted."""
-    batches = levelled(goal.cost, goal.fixed, goal.limits.largest_batch, goal.most, goal.limits.budget_rows)
+    batches = levelled(
+        goal.cost, goal.fixed, goal.limits.largest_batch, goal.most, goal.limits.budget_rows
+    )
     return tuned(goal, batches) if tune else batches
 
 
@@ -203,13 +227,16 @@ def tuned(goal: Goal, start: Int[np.ndarray, " chosen"]) -> Int[np.ndarray, " ch
     labels nearest for the waiting that it adds, until they keep the limit or no change helps. Unchanged where `start`
     keeps the limit.
     """
-    steps = np.concatenate([np.eye(len(start), dtype=np.int64), -np.eye(len(start), dtype=np.int64)])
+    steps = np.concatenate(
+        [np.eye(len(start), dtype=np.int64), -np.eye(len(start), dtype=np.int64)]
+    )
     longest = goal.seconds(start).max()
     batches, apart, idle = start, float(goal.divergence(start)), _idle(goal, start)
     while apart > goal.limits.divergence + ROUNDING:
         plans = batches + steps
         plans = plans[
-            ((plans >= 1) & (plans <= goal.most)).all(axis=1) & (plans.sum(axis=1) <= goal.limits.budget_rows)
+            ((plans >= 1) & (plans <= goal.most)).all(axis=1)
+            & (plans.sum(axis=1) <= goal.limits.budget_rows)
         ]
         nearer = apart - goal.divergence(plans)
         plans, nearer = plans[nearer > ROUNDING], nearer[nearer > ROUNDING]

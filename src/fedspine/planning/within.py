@@ -44,7 +44,10 @@ def fitted(
     shortest = min(float(taken.min()) for taken in seconds)
     fixed = float(np.clip(towards / against, 0, PART * shortest))
     pairs = zip(loads, seconds, strict=True)
-    each = [(load * (taken - fixed) / taken**2).sum() / (load / taken).dot(load / taken) for load, taken in pairs]
+    each = [
+        (load * (taken - fixed) / taken**2).sum() / (load / taken).dot(load / taken)
+        for load, taken in pairs
+    ]
     return fixed, np.array(each)
 
 
@@ -75,7 +78,10 @@ def levelled(
     ends = np.unique(np.outer(cost, np.arange(1, largest + 1)))  # at which some worker is done
     # no longer than the fastest takes for D rows, unless the slowest takes longer for one
     ends = ends[ends <= max(largest * cost.min(), cost.max())]
-    low, high = 0, len(ends)  # sums never fall as iterations grow, and the first one has a row of each
+    low, high = (
+        0,
+        len(ends),
+    )  # sums never fall as iterations grow, and the first one has a row of each
     while high - low > 1:
         middle = (low + high) // 2
         if rows_within(ends[middle]).sum() <= budget_rows:
@@ -84,16 +90,22 @@ def levelled(
             high = middle
     ends = ends[: low + 1]
     ends = ends[fixed + ends >= SHORTER * (fixed + ends[-1])]
-    trials = [rows_within(end) for end in ends[:: -max(1, len(ends) // TRIALS)]]  # the longest first
+    trials = [
+        rows_within(end) for end in ends[:: -max(1, len(ends) // TRIALS)]
+    ]  # the longest first
 
     def waiting(rows: np.ndarray) -> float:
         seconds = fixed + rows * cost
-        return waiting_share(np.where(rows < most, seconds, seconds.max()))  # one at its own most could not do more
+        return waiting_share(
+            np.where(rows < most, seconds, seconds.max())
+        )  # one at its own most could not do more
 
     return min(trials, key=waiting)
 
 
-def early(ends: Float[np.ndarray, " workers"], step: float, least: int) -> Int[np.ndarray, " workers"]:
+def early(
+    ends: Float[np.ndarray, " workers"], step: float, least: int
+) -> Int[np.ndarray, " workers"]:
     """How many steps before the others workers leave a round that it takes them `ends` seconds to end.
 
     `least` of them stay to the last step, or all if they are fewer. A step takes `step` seconds. Of all lengths that the

@@ -31,7 +31,11 @@ class WorkerState:
 
 
 def observed(
-    before: WorkerState | None, *, compute_seconds: float, transfer_seconds: float = 0.0, keep: float = 0.8
+    before: WorkerState | None,
+    *,
+    compute_seconds: float,
+    transfer_seconds: float = 0.0,
+    keep: float = 0.8,
 ) -> WorkerState:
     """The state after one more measurement, in seconds per row: moving averages, Eq. 5 and 6.
 
@@ -42,7 +46,11 @@ def observed(
     >>> round(observed(first, compute_seconds=2.0).compute_seconds, 9)
     1.2
     """
-    if not (0 <= compute_seconds < np.inf and 0 <= transfer_seconds < np.inf and compute_seconds + transfer_seconds):
+    if not (
+        0 <= compute_seconds < np.inf
+        and 0 <= transfer_seconds < np.inf
+        and compute_seconds + transfer_seconds
+    ):
         raise ValueError(
             f"finite seconds per row were expected, none below 0, {compute_seconds} and {transfer_seconds} came"
         )

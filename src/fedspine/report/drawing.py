@@ -16,13 +16,25 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+    StrMethodFormatter,
+)
 
 from fedspine.report.tables import bytes_text
 
 INK, FAINT, GRID = "#334155", "#94a3b8", "#e8ecf1"
-SIZE_INCHES = (5.6, 3.5)  # at 72 units an inch the text is legible on a telephone and not loud on a desk
-LEGEND_LETTERS, LEGEND_ROW_INCHES = 80, 0.2  # that fit beside each other under a figure; height of a row
+SIZE_INCHES = (
+    5.6,
+    3.5,
+)  # at 72 units an inch the text is legible on a telephone and not loud on a desk
+LEGEND_LETTERS, LEGEND_ROW_INCHES = (
+    80,
+    0.2,
+)  # that fit beside each other under a figure; height of a row
 LEGEND_HANDLE_LETTERS = 10  # as wide as a line's sample and the spaces around it
 FEW_ROUNDS = 40  # up to here every round gets its own mark
 
@@ -90,7 +102,12 @@ def curve(axes: Axes, times: list[float], values: list[float], colour: str, widt
     """Draw a line, which is returned, and a ring around its last point."""
     style = {"linewidth": width, "marker": marker(values), "markersize": width + 2.4}
     (line,) = axes.plot(times, values, color=colour, **style)
-    ring = {"markersize": 7 + width, "markerfacecolor": "none", "markeredgecolor": colour, "markeredgewidth": 1.8}
+    ring = {
+        "markersize": 7 + width,
+        "markerfacecolor": "none",
+        "markeredgecolor": colour,
+        "markeredgewidth": 1.8,
+    }
     axes.plot(times[-1], values[-1], "o", **ring)
     return line
 
@@ -108,7 +125,14 @@ def blank() -> tuple[Figure, Axes]:
 
 def legend(axes: Axes) -> None:
     """Above the axes, where no data is."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2, borderpad=0, handlelength=1.4)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=4,
+        borderaxespad=0.2,
+        borderpad=0,
+        handlelength=1.4,
+    )
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
@@ -116,10 +140,14 @@ def legend_below(figure: Figure, axes: Axes) -> None:
     handles, names = axes.get_legend_handles_labels()
     if not names:
         return
-    columns = max(1, min(4, len(names), LEGEND_LETTERS // (max(map(len, names)) + LEGEND_HANDLE_LETTERS)))
+    columns = max(
+        1, min(4, len(names), LEGEND_LETTERS // (max(map(len, names)) + LEGEND_HANDLE_LETTERS))
+    )
     rows = -(-len(names) // columns)
     figure.set_size_inches(SIZE_INCHES[0], SIZE_INCHES[1] + LEGEND_ROW_INCHES * rows)
-    figure.legend(handles, names, loc="outside lower left", ncols=columns, borderpad=0, handlelength=2.6)
+    figure.legend(
+        handles, names, loc="outside lower left", ncols=columns, borderpad=0, handlelength=2.6
+    )
 
 
 def marker(points: Any) -> str:
@@ -148,7 +176,9 @@ def byte_ticks(axis: Any) -> None:
     """Bytes with their units along one axis."""
     # without steps of 2.5, which the one decimal of bytes_text would round
     axis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: "0" if not value else bytes_text(value)))
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: "0" if not value else bytes_text(value))
+    )
 
 
 def count_ticks(axis: Any, most: int = 6) -> None:

@@ -53,16 +53,25 @@ def _quality(rows: Rows, summary: Mapping[str, Any]) -> Panel | None:
     name, form = ("accuracy", percent) if has_accuracy(rows, summary) else ("loss", decimal)
     figure, axes = blank()
     # the wider line is drawn first, so that both are seen where they are one
-    for label, key, colour, width in (("devices", name, DEVICES, 3.6), ("global", f"{name}_global", GLOBAL, 1.6)):
+    for label, key, colour, width in (
+        ("devices", name, DEVICES, 3.6),
+        ("global", f"{name}_global", GLOBAL, 1.6),
+    ):
         scores = [score for score in rows.scores if getattr(score, key) is not None]
         if scores:
             line = curve(
-                axes, [score.now for score in scores], [getattr(score, key) for score in scores], colour, width
+                axes,
+                [score.now for score in scores],
+                [getattr(score, key) for score in scores],
+                colour,
+                width,
             )
             line.set_label(f"{label} {form(getattr(scores[-1], key))}")
     dense = summary.get(f"{name}_dense")
     if dense is not None:
-        axes.axhline(dense, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), label=f"dense {form(dense)}")
+        axes.axhline(
+            dense, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), label=f"dense {form(dense)}"
+        )
     axes.set(xlabel="simulated seconds", ylabel="accuracy" if name == "accuracy" else "loss (nats)")
     number_ticks(axes)
     axes.set_xlim(0, 1.04 * max(score.now for score in rows.scores) or 1)
@@ -155,11 +164,15 @@ def _waiting(rows: Rows) -> Panel | None:
     busy = (found.lengths - found.seconds).clip(min=0)
     width = 0.75 if len(found.rounds) <= FEW_ROUNDS else 1.0
     top.bar(found.rounds, busy, width, color=BUSY, label="mean device busy")
-    top.bar(found.rounds, found.seconds, width, bottom=busy, color=IDLE, label="mean device waiting")
+    top.bar(
+        found.rounds, found.seconds, width, bottom=busy, color=IDLE, label="mean device waiting"
+    )
     top.set(ylabel="simulated seconds")
     total = found.seconds.sum() / max(found.lengths.sum(), 1e-9)
     bottom.plot(found.rounds, found.shares, color=IDLE, marker=marker(found.rounds))
-    bottom.axhline(total, color=INK, linewidth=1, linestyle=(0, (5, 3)), label=f"whole run {percent(total)}")
+    bottom.axhline(
+        total, color=INK, linewidth=1, linestyle=(0, (5, 3)), label=f"whole run {percent(total)}"
+    )
     bottom.set(xlabel="round", ylabel="waiting share")
     bottom.set_ylim(0, max(1.25 * found.shares.max(), 0.05))
     for axes in (top, bottom):
@@ -179,7 +192,10 @@ def _traffic(rows: Rows) -> Panel | None:
     if not len(found.rounds):
         return None
     figure, axes = blank()
-    for label, sums, colour in (("down to devices", found.down, DOWN), ("up to the server", found.up, UP)):
+    for label, sums, colour in (
+        ("down to devices", found.down, DOWN),
+        ("up to the server", found.up, UP),
+    ):
         text = f"{label} {bytes_text(sums[-1])}"
         axes.plot(found.rounds, sums, color=colour, label=text, marker=marker(sums))
     axes.set(xlabel="round", ylabel="bytes since the start")
@@ -194,7 +210,9 @@ def _traffic(rows: Rows) -> Panel | None:
 def class_colours(names: Iterable[str]) -> dict[str, str]:
     """One colour per device class; the known classes keep theirs in every figure and every run."""
     others = sorted(name for name in names if name not in CLASS_COLOURS)
-    cycled = {name: OTHER_COLOURS[number % len(OTHER_COLOURS)] for number, name in enumerate(others)}
+    cycled = {
+        name: OTHER_COLOURS[number % len(OTHER_COLOURS)] for number, name in enumerate(others)
+    }
     return {name: CLASS_COLOURS.get(name) or cycled[name] for name in names}
 
 

@@ -107,10 +107,14 @@ def write_page(folder: Path) -> Path:
     """
     records, summary_file, recipe = folder / RECORDS, folder / SUMMARY, folder / RECIPE
     if not records.exists() and not summary_file.exists():
-        raise BadInput(f"a run's folder with {RECORDS} was expected, {folder} has none; name the folder of a run")
+        raise BadInput(
+            f"a run's folder with {RECORDS} was expected, {folder} has none; name the folder of a run"
+        )
     rows = read_rows(records) if records.exists() else Rows()
     summary = _read_summary(summary_file) if summary_file.exists() else None
-    text = page(folder.resolve().name, rows, summary, recipe.read_text("utf-8") if recipe.exists() else "")
+    text = page(
+        folder.resolve().name, rows, summary, recipe.read_text("utf-8") if recipe.exists() else ""
+    )
     part = folder / f".{REPORT}.part"
     part.write_text(text, "utf-8")
     os.replace(part, folder / REPORT)
@@ -119,9 +123,21 @@ def write_page(folder: Path) -> Path:
 
 def page(title: str, rows: Rows, summary: Mapping[str, Any] | None, recipe: str) -> str:
     """The page as text; a run without a `summary` is shown as unfinished, from its rows alone."""
-    numbers = summary_so_far(rows) | {name: value for name, value in (summary or {}).items() if value is not None}
-    unfinished = "" if summary else '<p class="warn">This run has not finished: what follows is its records so far.</p>'
-    body = (unfinished, _cards(headlines(numbers)), _figures(rows, numbers), _classes(rows), _troubles(rows))
+    numbers = summary_so_far(rows) | {
+        name: value for name, value in (summary or {}).items() if value is not None
+    }
+    unfinished = (
+        ""
+        if summary
+        else '<p class="warn">This run has not finished: what follows is its records so far.</p>'
+    )
+    body = (
+        unfinished,
+        _cards(headlines(numbers)),
+        _figures(rows, numbers),
+        _classes(rows),
+        _troubles(rows),
+    )
     return PAGE.substitute(
         title=escape(title),
         style=STYLE,
@@ -161,14 +177,26 @@ def gallery(title: str, panels: Iterable[Panel]) -> str:
         f"<figcaption>{escape(panel.caption)}</figcaption></figure>"
         for panel in panels
     ]
-    return joined(f'<h2>{escape(title)}</h2>\n<div class="figures">', drawn, "</div>") if drawn else ""
+    return (
+        joined(f'<h2>{escape(title)}</h2>\n<div class="figures">', drawn, "</div>") if drawn else ""
+    )
 
 
 def _classes(rows: Rows) -> str:
     found = device_classes(rows)
     colours = figures.class_colours([line.kind for line in found])
-    head = ("Class", "Devices", "Sparsity, last noted", "Mean rank", "Simulated time per exchange", "Down", "Up")
-    return _table("Device classes", head, [_class_cells(line, colours[line.kind]) for line in found])
+    head = (
+        "Class",
+        "Devices",
+        "Sparsity, last noted",
+        "Mean rank",
+        "Simulated time per exchange",
+        "Down",
+        "Up",
+    )
+    return _table(
+        "Device classes", head, [_class_cells(line, colours[line.kind]) for line in found]
+    )
 
 
 def _class_cells(line: DeviceClass, colour: str) -> list[str]:
@@ -202,9 +230,13 @@ def _table(title: str, head: Iterable[str], lines: list[list[str]]) -> str:
     """A table of cells that are HTML already; nothing where there are no lines."""
     if not lines:
         return ""
-    names = "".join(f'<th scope="col"{" class=text" * (name in TEXTS)}>{escape(name)}</th>' for name in head)
+    names = "".join(
+        f'<th scope="col"{" class=text" * (name in TEXTS)}>{escape(name)}</th>' for name in head
+    )
     opening = f'<h2>{escape(title)}</h2>\n<div class="table"><table><thead><tr>{names}</tr></thead><tbody>'
-    return joined(opening, (f"<tr>{''.join(cells)}</tr>" for cells in lines), "</tbody></table></div>")
+    return joined(
+        opening, (f"<tr>{''.join(cells)}</tr>" for cells in lines), "</tbody></table></div>"
+    )
 
 
 def joined(opening: str, parts: Iterable[str], closing: str) -> str:

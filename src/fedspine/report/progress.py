@@ -21,7 +21,9 @@ class Standing:
 
     round: int
     now: float
-    rounds: int | None = None  # that there will be, as far as can be told; None: as was said at the start
+    rounds: int | None = (
+        None  # that there will be, as far as can be told; None: as was said at the start
+    )
     accuracy: float | None = None
     loss: float | None = None
     sparsity: float | None = None
@@ -90,7 +92,9 @@ class Lines:
         self.rounds, self.done, self.began = 0, 0, monotonic()
 
     def stage(self, text: str) -> None:
-        if self.rounds:  # nothing is said while loading, so that what is wrong with the input is the only line
+        if (
+            self.rounds
+        ):  # nothing is said while loading, so that what is wrong with the input is the only line
             self._say(text)
 
     def started(self, rounds: int, title: str, *, done: int = 0) -> None:
@@ -101,7 +105,11 @@ class Lines:
         self.rounds = standing.rounds or self.rounds
         seconds_per_round = (monotonic() - self.began) / max(standing.round - self.done, 1)
         left = seconds_per_round * (self.rounds - standing.round)
-        parts = (f"round {standing.round}/{self.rounds}", *_parts(standing), f"about {seconds_text(left)} left")
+        parts = (
+            f"round {standing.round}/{self.rounds}",
+            *_parts(standing),
+            f"about {seconds_text(left)} left",
+        )
         self._say("  ".join(parts))
 
     def finished(self, table: Table) -> None:

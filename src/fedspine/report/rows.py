@@ -137,7 +137,9 @@ def _score(row: Mapping[str, Any]) -> Score:
 
 
 def _round(row: Mapping[str, Any]) -> Round:
-    return Round(_count(row, "round"), _number(row, "now") or 0.0, _number(row, "waiting_seconds") or 0.0)
+    return Round(
+        _count(row, "round"), _number(row, "now") or 0.0, _number(row, "waiting_seconds") or 0.0
+    )
 
 
 def _number(row: Mapping[str, Any], name: str) -> float | None:

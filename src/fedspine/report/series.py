@@ -34,7 +34,9 @@ class Waiting:
 
     @property
     def shares(self) -> Floats:
-        return np.divide(self.seconds, self.lengths, out=np.zeros_like(self.seconds), where=self.lengths > 0)
+        return np.divide(
+            self.seconds, self.lengths, out=np.zeros_like(self.seconds), where=self.lengths > 0
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class Trouble:
 
 def has_accuracy(rows: Rows, summary: Mapping[str, Any]) -> bool:
     """Whether the run is judged by accuracy; otherwise by loss."""
-    return summary.get("accuracy") is not None or any(score.accuracy is not None for score in rows.scores)
+    return summary.get("accuracy") is not None or any(
+        score.accuracy is not None for score in rows.scores
+    )
 
 
 def kinds(rows: Rows) -> dict[str, str]:
@@ -182,14 +186,20 @@ def summary_so_far(rows: Rows) -> dict[str, Any]:
     if rows.scores:
         last = rows.scores[-1]
         found |= {
-            name: getattr(last, name) for name in ("accuracy", "accuracy_global", "loss", "loss_global", "sparsity")
+            name: getattr(last, name)
+            for name in ("accuracy", "accuracy_global", "loss", "loss_global", "sparsity")
         }
     if rows.rounds:
-        found |= {"simulated_seconds": rows.rounds[-1].now, "waiting_seconds": float(waiting(rows).seconds.sum())}
+        found |= {
+            "simulated_seconds": rows.rounds[-1].now,
+            "waiting_seconds": float(waiting(rows).seconds.sum()),
+        }
     if rows.exchanges:
         found["bytes_down"] = sum(exchange.bytes_down for exchange in rows.exchanges)
         found["bytes_up"] = sum(exchange.bytes_up for exchange in rows.exchanges)
-        found["peak_memory_bytes_simulated"] = max(exchange.peak_memory_bytes for exchange in rows.exchanges)
+        found["peak_memory_bytes_simulated"] = max(
+            exchange.peak_memory_bytes for exchange in rows.exchanges
+        )
     return found
 
 
@@ -203,7 +213,9 @@ def _seconds(exchanges: Iterable[Exchange]) -> Floats:
 
 def _band(noted: Mapping[int, list[float]]) -> Band:
     rounds = sorted(noted)
-    mean, low, high = (_floats(of(noted[number]) for number in rounds) for of in (np.mean, min, max))
+    mean, low, high = (
+        _floats(of(noted[number]) for number in rounds) for of in (np.mean, min, max)
+    )
     return Band(_floats(rounds), mean, low, high)
 
 

@@ -32,7 +32,9 @@ class AtWork:
 
     @property
     def stage(self) -> str:
-        return "loading" if self.round == 0 else "scoring" if self.round == self.rounds else "rounds"
+        return (
+            "loading" if self.round == 0 else "scoring" if self.round == self.rounds else "rounds"
+        )
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ class Outlook:
     def words(self) -> str:
         failed = [f"{self.failed} failed"] if self.failed else []
         left = (
-            "time left not known yet" if self.seconds_left is None else f"about {seconds_text(self.seconds_left)} left"
+            "time left not known yet"
+            if self.seconds_left is None
+            else f"about {seconds_text(self.seconds_left)} left"
         )
         return ", ".join([f"{self.done} of {counted(self.cells, 'cell')} done", *failed, left])
 
@@ -132,10 +136,17 @@ class Live:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.bar = Bar(
-            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
+            TextColumn(
+                "{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1)
+            ),
             BarColumn(bar_width=18),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[words]}", markup=False, style="cyan", table_column=Column(no_wrap=True)),
+            TextColumn(
+                "{task.fields[words]}",
+                markup=False,
+                style="cyan",
+                table_column=Column(no_wrap=True),
+            ),
             console=console,
             transient=True,
         )
@@ -145,7 +156,11 @@ class Live:
     def update(self, outlook: Outlook) -> None:
         self.bar.start()
         failed = f"{outlook.failed} failed, " if outlook.failed else ""
-        left = "" if outlook.seconds_left is None else f"about {seconds_text(outlook.seconds_left)} left"
+        left = (
+            ""
+            if outlook.seconds_left is None
+            else f"about {seconds_text(outlook.seconds_left)} left"
+        )
         over = outlook.done + outlook.failed
         self.bar.update(self.total, total=outlook.cells, completed=over, words=failed + left)
         for name in self.tasks.keys() - {cell.name for cell in outlook.at_work}:
@@ -163,7 +178,9 @@ class Live:
         self.bar.stop()
 
 
-def print_overview(listed: Sequence[Listed], folder: Path, strangers: Sequence[str], *, everything: bool) -> None:
+def print_overview(
+    listed: Sequence[Listed], folder: Path, strangers: Sequence[str], *, everything: bool
+) -> None:
     """Every cell with its status, or only those that failed; then how many there are of each, and what to do next."""
     shown = [cell for cell in listed if everything or cell.status == "failed"]
     if shown:
@@ -172,17 +189,24 @@ def print_overview(listed: Sequence[Listed], folder: Path, strangers: Sequence[s
     told = ", ".join(f"{counts[status]} {status}" for status in STYLES if counts[status])
     print(f"{counted(len(listed), 'cell')} in {folder}: {told}")
     if counts["failed"]:
-        print(f"why in full: {folder / 'failed'}; the same command with --retry tries again what failed")
+        print(
+            f"why in full: {folder / 'failed'}; the same command with --retry tries again what failed"
+        )
     if counts["done"] == len(listed):
         print(f"what came of it: fedspine compare {folder}")
     if strangers:
-        print(f"{counted(len(strangers), 'run')} there that the file does not describe: {', '.join(strangers)}")
+        print(
+            f"{counted(len(strangers), 'run')} there that the file does not describe: {', '.join(strangers)}"
+        )
 
 
 def _table(listed: Sequence[Listed]) -> Table:
     table = Table("cell", "status", "rounds", "result", box=box.SIMPLE)
     for cell in listed:
         table.add_row(
-            Text(cell.name), Text(cell.status, STYLES[cell.status]), f"{cell.round}/{cell.rounds}", Text(cell.remark)
+            Text(cell.name),
+            Text(cell.status, STYLES[cell.status]),
+            f"{cell.round}/{cell.rounds}",
+            Text(cell.remark),
         )
     return table

@@ -111,14 +111,20 @@ def summary_line(summary: Mapping[str, Any]) -> str:
     'fedspine, 20 rounds, 80 devices, seed 0'
     """
     parts = [str(summary.get("method") or "")]
-    parts += [counted(summary[name], name[:-1]) for name in ("rounds", "devices") if summary.get(name) is not None]
+    parts += [
+        counted(summary[name], name[:-1])
+        for name in ("rounds", "devices")
+        if summary.get(name) is not None
+    ]
     parts += [f"seed {summary['seed']}"] if summary.get("seed") is not None else []
     return ", ".join(part for part in parts if part)
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """The headline numbers and the state's fingerprint, for the end of a run and for looking at it later."""
-    table = Table(title=Text(summary_line(summary)), title_justify="left", box=box.SIMPLE, show_header=False)
+    table = Table(
+        title=Text(summary_line(summary)), title_justify="left", box=box.SIMPLE, show_header=False
+    )
     table.add_column(style="bold", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(style="dim")
@@ -126,7 +132,11 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         # Text, since a string would be read as markup
         table.add_row(Text(line.label), Text(line.value), Text(line.note))
     if summary.get("state_sha256"):
-        table.add_row("state", Text(str(summary["state_sha256"])[:12]), "sha256 of the final state, first 12 digits")
+        table.add_row(
+            "state",
+            Text(str(summary["state_sha256"])[:12]),
+            "sha256 of the final state, first 12 digits",
+        )
     return table
 
 
@@ -153,7 +163,9 @@ def _price(summary: Mapping[str, Any]) -> list[Headline]:
     get = summary.get
     waiting, wall = get("waiting_seconds"), get("wall_seconds")
     real = get("fleet_seconds") is not None
-    seconds, clock = (get("fleet_seconds"), "measured") if real else (get("simulated_seconds"), "simulated")
+    seconds, clock = (
+        (get("fleet_seconds"), "measured") if real else (get("simulated_seconds"), "simulated")
+    )
     share = None if waiting is None or not seconds else waiting / seconds
     down, up = get("bytes_down"), get("bytes_up")
     total = None if down is None or up is None else down + up
@@ -165,8 +177,16 @@ def _price(summary: Mapping[str, Any]) -> list[Headline]:
         else Headline("Simulated time", seconds_text(seconds), "on the devices' virtual clock"),
         Headline("Waiting share", percent(share), f"{seconds_text(waiting)} {clock}, mean device"),
         Headline("Traffic", bytes_text(total), f"{bytes_text(down)} down, {bytes_text(up)} up"),
-        Headline("Peak memory", bytes_text(get("peak_memory_bytes_simulated")), "simulated, of the fullest device"),
-        Headline("Wall time", seconds_text(wall), "" if _missing(speed) else f"{speed:,.0f} samples per wall second"),
+        Headline(
+            "Peak memory",
+            bytes_text(get("peak_memory_bytes_simulated")),
+            "simulated, of the fullest device",
+        ),
+        Headline(
+            "Wall time",
+            seconds_text(wall),
+            "" if _missing(speed) else f"{speed:,.0f} samples per wall second",
+        ),
     ]
 
 
@@ -178,7 +198,9 @@ def bench_table(found: Mapping[str, Any]) -> Table:
     """Measured costs of one model, or of two side by side with their ratios."""
     model, against, ratios = found["model"], found.get("against"), found.get("ratio", {})
     title = f"measured on {counted(model['threads'], 'thread')}, {model['tokens']} tokens a row"
-    table = Table("", "model", *(("against", "ratio") if against else ()), title=title, title_justify="left")
+    table = Table(
+        "", "model", *(("against", "ratio") if against else ()), title=title, title_justify="left"
+    )
     for batch in model["latency_seconds"]:
         _bench_row(
             table,
@@ -198,7 +220,11 @@ def bench_table(found: Mapping[str, Any]) -> Table:
 
 
 def _bench_row(
-    table: Table, label: str, found: Mapping[str, Any], text: Callable[[Mapping[str, Any]], str], ratio: float | None
+    table: Table,
+    label: str,
+    found: Mapping[str, Any],
+    text: Callable[[Mapping[str, Any]], str],
+    ratio: float | None,
 ) -> None:
     cells = [text(found["model"])]
     if found.get("against"):

@@ -75,7 +75,12 @@ def mark_of(number: int) -> str:
 
 
 def trace_panel(
-    name: str, quality: Quality, caption: str, traces: Sequence[Trace], along: Along, target: float | None
+    name: str,
+    quality: Quality,
+    caption: str,
+    traces: Sequence[Trace],
+    along: Along,
+    target: float | None,
 ) -> Panel:
     """Quality along one cost, with the target as a dotted line where there is one."""
     with styled():
@@ -84,7 +89,9 @@ def trace_panel(
             _draw(axes, trace, steps=along != "rounds")
         if target is not None:
             axes.axhline(target, color=INK, linewidth=1, linestyle=(0, (2, 2)), label="target")
-        axes.set(xlabel=LABELS[along], ylabel="accuracy" if quality == "accuracy" else "loss (nats)")
+        axes.set(
+            xlabel=LABELS[along], ylabel="accuracy" if quality == "accuracy" else "loss (nats)"
+        )
         _ticks(axes, traces, along)
         if quality == "accuracy":
             percent_ticks(axes)
@@ -102,16 +109,24 @@ def gap_panel(name: str, quality: Quality, caption: str, best: str, gaps: Sequen
         for row, gap in enumerate(gaps):
             colour = colour_of(gap.number)
             axes.plot(
-                [scale * seed for seed in gap.seeds], [row + 0.22] * len(gap.seeds), "o", color=colour, alpha=0.35
+                [scale * seed for seed in gap.seeds],
+                [row + 0.22] * len(gap.seeds),
+                "o",
+                color=colour,
+                alpha=0.35,
             )
             if gap.low is not None and gap.high is not None:
-                axes.plot([scale * gap.low, scale * gap.high], [row, row], color=colour, linewidth=2.2)
+                axes.plot(
+                    [scale * gap.low, scale * gap.high], [row, row], color=colour, linewidth=2.2
+                )
             if gap.mean is not None:
                 axes.plot(scale * gap.mean, row, mark_of(gap.number), color=colour, markersize=8)
         axes.set_yticks(range(len(gaps)), [shortened(gap.name) for gap in gaps])
         axes.set_ylim(len(gaps) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
-        axes.set(xlabel=f"{quality} minus that of {shortened(best)}, {'points' if scale > 1 else 'nats'}")
+        axes.set(
+            xlabel=f"{quality} minus that of {shortened(best)}, {'points' if scale > 1 else 'nats'}"
+        )
     return Panel(name, f"Final {quality} against {best}", caption, figure)
 
 
@@ -130,14 +145,24 @@ def _draw(axes: Axes, trace: Trace, *, steps: bool) -> None:
     dash, mark = DASHES[(trace.number + again) % len(DASHES)], mark_of(trace.number)
     if trace.low is not None and trace.high is not None:
         step = "post" if steps else None
-        axes.fill_between(trace.xs, trace.low, trace.high, step=step, color=colour, alpha=0.1, linewidth=0)
+        axes.fill_between(
+            trace.xs, trace.low, trace.high, step=step, color=colour, alpha=0.1, linewidth=0
+        )
     style = {"drawstyle": "steps-post" if steps else "default", "marker": mark}
     style |= {"markevery": max(1, len(trace.xs) // FEW_MARKS)}
-    label = f" {trace.name}" if trace.name.startswith("_") else trace.name  # which would be left out of the legend
+    label = (
+        f" {trace.name}" if trace.name.startswith("_") else trace.name
+    )  # which would be left out of the legend
     axes.plot(trace.xs, trace.mean, color=colour, linestyle=dash, label=label, **style)
     if trace.end is not None:
         x, y, spread = trace.end
-        ring = {"markersize": 8, "markerfacecolor": "white", "markeredgewidth": 1.8, "elinewidth": 1.4, "zorder": 3}
+        ring = {
+            "markersize": 8,
+            "markerfacecolor": "white",
+            "markeredgewidth": 1.8,
+            "elinewidth": 1.4,
+            "zorder": 3,
+        }
         axes.errorbar(x, y, yerr=spread, fmt=mark, color=colour, markeredgecolor=colour, **ring)
 
 

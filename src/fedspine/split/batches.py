@@ -29,7 +29,9 @@ class Drawn:
     left: np.ndarray  # int64 [rows]: those of them that are still in line, the first ones first
 
 
-def drawn(lengths: np.ndarray, batch: int | Budget, seed: int, taken: int = 0, left: Sequence[int] = ()) -> Drawn:
+def drawn(
+    lengths: np.ndarray, batch: int | Budget, seed: int, taken: int = 0, left: Sequence[int] = ()
+) -> Drawn:
     """The batch that comes next of rows with so many tokens each.
 
     >>> first = drawn(np.full(5, 4), 3, seed=0)
@@ -89,7 +91,9 @@ def rows_from(there: int, batch: int, seed: int, taken: int) -> np.ndarray:
         return np.empty(0, np.int64)
     first, last = taken // there, (taken + batch - 1) // there
     start = taken - first * there
-    return np.concatenate([_pass(there, seed, number) for number in range(first, last + 1)])[start : start + batch]
+    return np.concatenate([_pass(there, seed, number) for number in range(first, last + 1)])[
+        start : start + batch
+    ]
 
 
 @lru_cache(maxsize=256)  # a round asks for many batches of the same few passes

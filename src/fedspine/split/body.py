@@ -34,7 +34,9 @@ class UnderWay:
     def of_devices(self) -> dict[DeviceId, Features]:
         """What left the middle, by device."""
         each = parted(self.left.values.detach(), self.parts)
-        return {part.device: own for part, own in zip(self.parts, each, strict=True) if own is not None}
+        return {
+            part.device: own for part, own in zip(self.parts, each, strict=True) if own is not None
+        }
 
 
 class MergedBody:
@@ -56,7 +58,9 @@ class MergedBody:
         """All features as one batch through the middle."""
         features = merged_features(parts)
         entered = features.values.detach().requires_grad_(self._gradients)
-        left = self._halves.middle(self._body.weights, Features(values=entered, mask=features.mask), seed=seed)
+        left = self._halves.middle(
+            self._body.weights, Features(values=entered, mask=features.mask), seed=seed
+        )
         return UnderWay(parts, entered, left)
 
     def step(self, under_way: UnderWay, answers: Mapping[DeviceId, Answered]) -> Outcome:
@@ -80,10 +84,16 @@ class MergedBody:
         """The middle at the round's end."""
         return self._body.now()
 
-    def _put(self, outcome: Outcome, device: DeviceId, own: Features | None, said: Answered, labels: int) -> None:
+    def _put(
+        self, outcome: Outcome, device: DeviceId, own: Features | None, said: Answered, labels: int
+    ) -> None:
         if own is not None and self._rescale:
             own = Features(values=own.values * (labels / said.counted), mask=own.mask)
-        outcome.gradients[device], outcome.losses[device], outcome.counted[device] = own, said.loss, said.counted
+        outcome.gradients[device], outcome.losses[device], outcome.counted[device] = (
+            own,
+            said.loss,
+            said.counted,
+        )
 
 
 def play_around(

@@ -24,7 +24,9 @@ from fedspine.split.wire import Precision, Wired, gradient_wired, labels_wired, 
 from fedspine.tensors import half, single
 
 HELD = "split"  # the name in a device's memory
-FORWARD = 1 / 3  # of the operations of a training step; the backward pass takes the rest, when its gradient comes
+FORWARD = (
+    1 / 3
+)  # of the operations of a training step; the backward pass takes the rest, when its gradient comes
 
 # a loss of the device's own, of (its weights, its features, the batch), which is added to what the server's gradient says
 Local: TypeAlias = Callable[[Tensors, Features, Tensors], Tensor]
@@ -52,7 +54,9 @@ class Begin:
     batch: int | Budget
     optimising: Optimising
     precision: str  # of features and gradients
-    ending: "Tensors | None" = None  # U-shape: the last part of the top, which stays here with the labels
+    ending: "Tensors | None" = (
+        None  # U-shape: the last part of the top, which stays here with the labels
+    )
     ending_optimising: Optimising | None = None
 
 
@@ -165,7 +169,9 @@ def answer(device: Device, order: Answer) -> Answered:
     held = live.held
     assert held.ending is not None
     assert held.order.ending_optimising is not None
-    ending = Trained(held.ending, held.order.ending_optimising, live.halves.statistics, held.ending_moments)
+    ending = Trained(
+        held.ending, held.order.ending_optimising, live.halves.statistics, held.ending_moments
+    )
     arrived = unwired(order.features, live.features.mask)
     values = arrived.values.requires_grad_()
     entered = Features(values=values, mask=arrived.mask)
@@ -178,7 +184,9 @@ def answer(device: Device, order: Answer) -> Answered:
     live.held = replace(held, ending=ending.now(), ending_moments=ending.moments())
     _remember(device, live)
     sent = gradient_wired(Features(values=gradient, mask=arrived.mask), _precision(held))
-    return Answered(gradient=sent, loss=float(losses.mean.detach()), counted=int(losses.counted.sum()))
+    return Answered(
+        gradient=sent, loss=float(losses.mean.detach()), counted=int(losses.counted.sum())
+    )
 
 
 # --- the same with a loss of the device's own, for methods that have one ---
@@ -232,7 +240,9 @@ def resumed(device: Device, local: Local | None) -> Live:
     return _live(device, halves, held, bottom, bottom.without_statistics(), local)
 
 
-def _forward(device: Device, halves: Halves, held: Held, bottom: Trained, local: Local | None) -> Forwarded:
+def _forward(
+    device: Device, halves: Halves, held: Held, bottom: Trained, local: Local | None
+) -> Forwarded:
     """The next batch's features, remembered together with the state that gave them."""
     live = _live(device, halves, held, bottom, bottom.weights, local)
     _remember(device, live)
@@ -246,7 +256,14 @@ def _forward(device: Device, halves: Halves, held: Held, bottom: Trained, local:
     return Forwarded(features=wired(live.features, _precision(held)), labels=labels)
 
 
-def _live(device: Device, halves: Halves, held: Held, bottom: Trained, weights: Tensors, local: Local | None) -> Live:
+def _live(
+    device: Device,
+    halves: Halves,
+    held: Held,
+    bottom: Trained,
+    weights: Tensors,
+    local: Local | None,
+) -> Live:
     inputs = device.data.batch(held.rows)
     features = halves.bottom(weights, inputs, seed=_drawing(held))
     own = None if local is None else local(weights, features, inputs)
@@ -265,14 +282,21 @@ def _apply(device: Device, live: Live, order: Step) -> None:
         live.bottom.step()
     rows, tokens = len(live.features), _tokens(live.features)
     device.spend(
-        flops=(1 - FORWARD) * live.halves.flops("bottom", rows, tokens), launches=live.halves.launches("bottom")
+        flops=(1 - FORWARD) * live.halves.flops("bottom", rows, tokens),
+        launches=live.halves.launches("bottom"),
     )
 
 
 def _next(device: Device, held: Held) -> Held:
     """What is held of the batch after the one under way."""
     following = drawn(device.data.lengths, held.order.batch, held.seed, held.taken, held.left)
-    return replace(held, iteration=held.iteration + 1, rows=following.rows, taken=following.taken, left=following.left)
+    return replace(
+        held,
+        iteration=held.iteration + 1,
+        rows=following.rows,
+        taken=following.taken,
+        left=following.left,
+    )
 
 
 def _remember(device: Device, live: Live) -> None:

@@ -140,7 +140,9 @@ class Halves(Protocol):
         """What enters the last part of the top."""
         ...
 
-    def ending(self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None) -> Losses:
+    def ending(
+        self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None
+    ) -> Losses:
         """What the last part of the top loses: `top` is `ending` after `middle`."""
         ...
 

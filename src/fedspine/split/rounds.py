@@ -38,7 +38,9 @@ class Progress:
     tokens: list[int] = field(default_factory=list)  # 1 for each row of arrays
     counted: int = 0  # labels over all iterations
     losses: list[float] = field(default_factory=list)
-    costs: list[Cost] = field(default_factory=list)  # of each exchange, the first with the weights among them
+    costs: list[Cost] = field(
+        default_factory=list
+    )  # of each exchange, the first with the weights among them
 
     @property
     def seconds(self) -> list[float]:
@@ -71,7 +73,9 @@ class Staggered:
     """How devices begin and end a round at times of their own, while the others go on. Ours."""
 
     enough: float  # share of the devices with whose first features the round starts; others join when theirs come
-    leaving: Callable[[int, Mapping[DeviceId, Progress]], Collection[DeviceId]]  # of these after so many iterations
+    leaving: Callable[
+        [int, Mapping[DeviceId, Progress]], Collection[DeviceId]
+    ]  # of these after so many iterations
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,9 @@ def play(
         told = game.counted(parts, server.step(parts, game.seed_of(iteration)))
         if iteration + 1 < iterations:
             if staggered:
-                told = game.without(staggered.leaving(iteration + 1, game.progress_of(told)), told, works.end)
+                told = game.without(
+                    staggered.leaving(iteration + 1, game.progress_of(told)), told, works.end
+                )
             forwarded = game.forwarded(works.step, told, iteration + 1, resizing)
         if not forwarded:  # whoever is left has ended
             return game.over(works.end, {})
@@ -137,7 +143,9 @@ class Game:
         """What became of these devices so far."""
         return {device: self._progress[device] for device in devices}
 
-    def asked(self, work: Work[Any, Any], orders: Mapping[DeviceId, Any], enough: float = 1.0) -> list[Reply[Any]]:
+    def asked(
+        self, work: Work[Any, Any], orders: Mapping[DeviceId, Any], enough: float = 1.0
+    ) -> list[Reply[Any]]:
         """The replies without a flaw of a share `enough` of these devices, and of others that came meanwhile.
 
         Devices whose replies have one are noted and left out for the rest of the round. Raises AllLost where nobody is left.
@@ -149,7 +157,9 @@ class Game:
             replies = self._heard(orders, math.ceil(enough * len(orders)))
         usable = self._usable(replies)
         if not usable and not self._ended:
-            raise AllLost(f"of {len(orders)} devices asked, {len(replies)} replied and none can be used")
+            raise AllLost(
+                f"of {len(orders)} devices asked, {len(replies)} replied and none can be used"
+            )
         return usable
 
     def without(
@@ -221,7 +231,9 @@ class Game:
         told = {}
         for device, gradient in outcome.gradients.items():
             precision = self._precisions[device]
-            told[device] = Step(gradient=None if gradient is None else gradient_wired(gradient, precision))
+            told[device] = Step(
+                gradient=None if gradient is None else gradient_wired(gradient, precision)
+            )
         return told
 
     def over(self, end: Work[Step, Ended], told: Mapping[DeviceId, Step]) -> Played:
@@ -231,13 +243,21 @@ class Game:
         replies += self._usable(self._heard(self._progress, len(self._under_way)))
         for reply in replies:
             if isinstance(reply.value, Forwarded):
-                self._fleet.note(device=reply.device, left_out="its first features came after the last step")
+                self._fleet.note(
+                    device=reply.device, left_out="its first features came after the last step"
+                )
         ended = self._ended + [reply for reply in replies if isinstance(reply.value, Ended)]
         if not ended:
             raise AllLost(f"of {len(self._progress)} devices none is left at the round's end")
-        if not together:  # whoever left early goes among the others, whose order is that in which they were told
+        if (
+            not together
+        ):  # whoever left early goes among the others, whose order is that in which they were told
             ended.sort(key=lambda reply: self._places[reply.device])
-        endings = {reply.device: single(reply.value.ending) for reply in ended if reply.value.ending is not None}
+        endings = {
+            reply.device: single(reply.value.ending)
+            for reply in ended
+            if reply.value.ending is not None
+        }
         return Played(
             bottoms={reply.device: single(reply.value.weights) for reply in ended},
             endings=endings,
@@ -248,7 +268,11 @@ class Game:
 def part_of(reply: Reply[Forwarded]) -> Part:
     """What the server makes of a device's features."""
     assert reply.value.labels is not None
-    return Part(device=reply.device, features=unwired(reply.value.features), labels=labels_unwired(reply.value.labels))
+    return Part(
+        device=reply.device,
+        features=unwired(reply.value.features),
+        labels=labels_unwired(reply.value.labels),
+    )
 
 
 def flaw(value: Forwarded | Answered | Ended) -> str | None:
@@ -265,4 +289,8 @@ def flaw(value: Forwarded | Answered | Ended) -> str | None:
 
 
 def _sound(sent: Wired) -> bool:
-    return finite({"values": sent.values} if sent.scale is None else {"values": sent.values, "scale": sent.scale})
+    return finite(
+        {"values": sent.values}
+        if sent.scale is None
+        else {"values": sent.values, "scale": sent.scale}
+    )

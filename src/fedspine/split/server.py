@@ -78,16 +78,27 @@ class Merged:
         gradients: bool = True,
         shifts: Shifts = None,
     ) -> None:
-        self._halves, self._rescale, self._gradients, self._shifts = halves, rescale, gradients, shifts
+        self._halves, self._rescale, self._gradients, self._shifts = (
+            halves,
+            rescale,
+            gradients,
+            shifts,
+        )
         self._top = Trained(top, optimising, halves.statistics)
 
     def step(self, parts: Sequence[Part], seed: int) -> Outcome:
         outcome = Outcome()
         while parts:
             before = self._top.statistics()
-            values, losses = _forward(self._halves, self._top.weights, parts, seed, self._gradients, self._shifts)
+            values, losses = _forward(
+                self._halves, self._top.weights, parts, seed, self._gradients, self._shifts
+            )
             found = _by_part(losses, parts)
-            broken = {part.device for part, (loss, _) in zip(parts, found, strict=True) if not np.isfinite(loss)}
+            broken = {
+                part.device
+                for part, (loss, _) in zip(parts, found, strict=True)
+                if not np.isfinite(loss)
+            }
             if not broken:
                 break
             self._top.forget(before)
@@ -122,12 +133,21 @@ class InTurn:
         shuffled: bool = True,
         shifts: Shifts = None,
     ) -> None:
-        self._halves, self._gradients, self._shuffled, self._shifts = halves, gradients, shuffled, shifts
+        self._halves, self._gradients, self._shuffled, self._shifts = (
+            halves,
+            gradients,
+            shuffled,
+            shifts,
+        )
         self._top = Trained(top, optimising, halves.statistics)
 
     def step(self, parts: Sequence[Part], seed: int) -> Outcome:
         outcome = Outcome()
-        places = np.random.default_rng(seed).permutation(len(parts)) if self._shuffled else range(len(parts))
+        places = (
+            np.random.default_rng(seed).permutation(len(parts))
+            if self._shuffled
+            else range(len(parts))
+        )
         for i in places:
             _alone(self._halves, self._top, parts[i], seed, self._gradients, outcome, self._shifts)
         return outcome
@@ -160,7 +180,9 @@ class Weighted:
         outcome, sound = Outcome(), []
         for part in parts:
             before = self._top.statistics()
-            values, losses = _forward(self._halves, self._top.weights, [part], seed, self._gradients)
+            values, losses = _forward(
+                self._halves, self._top.weights, [part], seed, self._gradients
+            )
             ((loss, counted),) = _by_part(losses, [part])
             if np.isfinite(loss):
                 sound.append((part, values, losses.mean, loss, counted))
@@ -170,9 +192,13 @@ class Weighted:
         if not sound:
             return outcome
         whole = sum(self._shares[part.device] for part, *_ in sound)
-        loss = torch.stack([self._shares[part.device] / whole * mean for part, _, mean, *_ in sound]).sum()
+        loss = torch.stack(
+            [self._shares[part.device] / whole * mean for part, _, mean, *_ in sound]
+        ).sum()
         if self._extra is not None:
-            loss = loss + self._extra(self._top.without_statistics(), [part for part, *_ in sound], seed)
+            loss = loss + self._extra(
+                self._top.without_statistics(), [part for part, *_ in sound], seed
+            )
         _backward(loss, [*(values for _, values, *_ in sound), *self._top.leaves])
         self._top.step()
         for part, values, _, own, counted in sound:
@@ -212,7 +238,9 @@ class Copies:
         outcome = Outcome()
         for part in parts:
             if part.device not in self._copies:
-                self._copies[part.device] = Trained(self._start, self._optimising, self._halves.statistics)
+                self._copies[part.device] = Trained(
+                    self._start, self._optimising, self._halves.statistics
+                )
             top = self._copies[part.device]
             _alone(self._halves, top, part, seed, self._gradients, outcome, self._shifts)
         if self._every_iteration and outcome.losses:
@@ -262,7 +290,12 @@ def parted(values: Tensor | None, parts: Sequence[Part]) -> list[Features | None
 
 
 def _forward(
-    halves: Halves, weights: Tensors, parts: Sequence[Part], seed: int, gradients: bool, shifts: Shifts = None
+    halves: Halves,
+    weights: Tensors,
+    parts: Sequence[Part],
+    seed: int,
+    gradients: bool,
+    shifts: Shifts = None,
 ) -> tuple[Tensor, Losses]:
     """The merged features, as a leaf that gets a gradient if it is wanted, and their losses."""
     features, labels = merged(parts)
@@ -275,7 +308,9 @@ def _forward(
 
 
 def _backward(loss: Tensor, leaves: Sequence[Tensor]) -> None:
-    if any(leaf.requires_grad for leaf in leaves):  # a frozen top of features that nobody trains has nothing to learn
+    if any(
+        leaf.requires_grad for leaf in leaves
+    ):  # a frozen top of features that nobody trains has nothing to learn
         loss.backward()
 
 
@@ -286,7 +321,11 @@ def _learnt(halves: Halves, losses: Losses, values: Tensor, top: Trained) -> Ten
         return values.grad
     # a first block that makes features goes with them: to carry the plain gradient down to it is as costly as a pass
     entry = [top.weights[name] for name in halves.entry]
-    above = [leaf for name, leaf in top.weights.items() if leaf.requires_grad and name not in halves.entry]
+    above = [
+        leaf
+        for name, leaf in top.weights.items()
+        if leaf.requires_grad and name not in halves.entry
+    ]
     losses.mean.backward(inputs=above, retain_graph=True)
     (losses.shifted.sum() / losses.counted.sum()).backward(inputs=[values, *entry])
     return values.grad
@@ -297,11 +336,19 @@ def _by_part(losses: Losses, parts: Sequence[Part]) -> list[tuple[float, int]]:
     sizes = [len(part.features) for part in parts]
     totals = [own.sum() for own in losses.total.detach().split(sizes)]
     counts = [int(own.sum()) for own in losses.counted.split(sizes)]
-    return [(float(total) / max(count, 1), count) for total, count in zip(totals, counts, strict=True)]
+    return [
+        (float(total) / max(count, 1), count) for total, count in zip(totals, counts, strict=True)
+    ]
 
 
 def _alone(
-    halves: Halves, top: Trained, part: Part, seed: int, gradients: bool, outcome: Outcome, shifts: Shifts = None
+    halves: Halves,
+    top: Trained,
+    part: Part,
+    seed: int,
+    gradients: bool,
+    outcome: Outcome,
+    shifts: Shifts = None,
 ) -> None:
     """One step of a top on one device's features."""
     before = top.statistics()
@@ -317,7 +364,9 @@ def _alone(
     _put(outcome, part, gradient, loss, counted)
 
 
-def _put(outcome: Outcome, part: Part, gradient: Features | None, loss: float, counted: int) -> None:
+def _put(
+    outcome: Outcome, part: Part, gradient: Features | None, loss: float, counted: int
+) -> None:
     outcome.gradients[part.device] = gradient
     outcome.losses[part.device] = loss
     outcome.counted[part.device] = counted

@@ -24,10 +24,14 @@ class Optimising:
 def check_optimising(optimising: Optimising) -> None:
     """Raise BadInput for settings that cannot work."""
     if not optimising.learning_rate > 0:
-        raise BadInput(f"method.learning_rate is {optimising.learning_rate}, but a positive number is needed")
+        raise BadInput(
+            f"method.learning_rate is {optimising.learning_rate}, but a positive number is needed"
+        )
     for name in ("weight_decay", "clip"):
         if getattr(optimising, name) < 0:
-            raise BadInput(f"method.{name} is {getattr(optimising, name)}, but it cannot be negative")
+            raise BadInput(
+                f"method.{name} is {getattr(optimising, name)}, but it cannot be negative"
+            )
 
 
 class Trained:
@@ -44,9 +48,12 @@ class Trained:
         moments: "Tensors | None" = None,
     ) -> None:
         self.weights: Tensors = {
-            name: tensor.detach().clone().requires_grad_(name not in still) for name, tensor in weights.items()
+            name: tensor.detach().clone().requires_grad_(name not in still)
+            for name, tensor in weights.items()
         }
-        self._leaves = {name: tensor for name, tensor in self.weights.items() if tensor.requires_grad}
+        self._leaves = {
+            name: tensor for name, tensor in self.weights.items() if tensor.requires_grad
+        }
         self._clip = optimising.clip
         self._optimiser = _optimiser(list(self._leaves.values()), optimising)
         for key, joined in (moments or {}).items():
@@ -80,12 +87,18 @@ class Trained:
     def _take_up(self, key: str, joined: Tensor) -> None:
         leaves = self._leaves.values()
         scalar = key == "step"  # which AdamW counts for each weight
-        for leaf, own in zip(leaves, joined.split([1 if scalar else leaf.numel() for leaf in leaves]), strict=True):
+        for leaf, own in zip(
+            leaves, joined.split([1 if scalar else leaf.numel() for leaf in leaves]), strict=True
+        ):
             self._optimiser.state[leaf][key] = own.clone().view(() if scalar else leaf.shape)
 
     def statistics(self) -> Tensors:
         """Copies of the weights that are only carried along."""
-        return {name: tensor.clone() for name, tensor in self.weights.items() if not tensor.requires_grad}
+        return {
+            name: tensor.clone()
+            for name, tensor in self.weights.items()
+            if not tensor.requires_grad
+        }
 
     def forget(self, before: Tensors) -> None:
         """Put statistics back to what they were before a forward pass that does not count."""
@@ -94,7 +107,10 @@ class Trained:
 
     def without_statistics(self) -> Tensors:
         """The weights, with copies of those that are only carried along: a forward pass again must not move them again."""
-        return {name: leaf if leaf.requires_grad else leaf.clone() for name, leaf in self.weights.items()}
+        return {
+            name: leaf if leaf.requires_grad else leaf.clone()
+            for name, leaf in self.weights.items()
+        }
 
 
 def _optimiser(leaves: list[Tensor], optimising: Optimising) -> torch.optim.Optimizer:
@@ -105,11 +121,15 @@ def _optimiser(leaves: list[Tensor], optimising: Optimising) -> torch.optim.Opti
         case "sgd":
             return torch.optim.SGD(leaves, lr=optimising.learning_rate, weight_decay=decay)
         case "adamw":
-            return torch.optim.AdamW(leaves, lr=optimising.learning_rate, weight_decay=decay, fused=True)
+            return torch.optim.AdamW(
+                leaves, lr=optimising.learning_rate, weight_decay=decay, fused=True
+            )
     raise BadInput(f"method.optimiser is {optimising.kind!r}; choose sgd or adamw")
 
 
-def learning_rate_at(start: float, round: int, rounds: int, decay: float = 0.0, lowest: float = 0.0) -> float:
+def learning_rate_at(
+    start: float, round: int, rounds: int, decay: float = 0.0, lowest: float = 0.0
+) -> float:
     """The rate of a round, counted from 0: times `decay` each round, not below `lowest`; 0 lets it fall linearly to zero.
 
     >>> learning_rate_at(0.1, 0, 10, 0.993), learning_rate_at(0.1, 5, 10), learning_rate_at(0.1, 9999, 10, 0.993, 0.005)

@@ -27,8 +27,12 @@ class Wired:
     """Features [rows, ...], or only the tokens of [rows, tokens, width], one after another."""
 
     values: Tensor  # fp32, fp16 or int8 [tokens, width] or [rows, ...]
-    scale: Tensor | None  # fp32: what to multiply with, [1] for fp16, one for each of `values` for int8
-    mask: Tensor | None  # bool [rows, tokens] where `values` holds tokens; None for arrays, and on the way back
+    scale: (
+        Tensor | None
+    )  # fp32: what to multiply with, [1] for fp16, one for each of `values` for int8
+    mask: (
+        Tensor | None
+    )  # bool [rows, tokens] where `values` holds tokens; None for arrays, and on the way back
 
 
 def wired(features: Features, precision: Precision) -> Wired:

@@ -59,12 +59,20 @@ class Overview:
     @property
     def counts(self) -> dict[Status, int]:
         """How many cells have each status."""
-        return {status: sum(each.status == status for each in self.standings) for status in get_args(Status)}
+        return {
+            status: sum(each.status == status for each in self.standings)
+            for status in get_args(Status)
+        }
 
     def table(self) -> dict[str, Any]:
         """As JSON can hold it."""
         cells = [standing.table() for standing in self.standings]
-        return {"folder": str(self.folder), **self.counts, "cells": cells, "strangers": list(self.strangers)}
+        return {
+            "folder": str(self.folder),
+            **self.counts,
+            "cells": cells,
+            "strangers": list(self.strangers),
+        }
 
 
 class SweepFolder:
@@ -81,7 +89,9 @@ class SweepFolder:
     def check(self, cells: Sequence[Cell]) -> None:
         """Raise BadInput where the folder is something else, or holds runs of another recipe under the cells' names."""
         if self.path.is_file() or (self.path.is_dir() and not self._is_ours()):
-            raise BadInput(f"{self.path} exists and is no sweep's folder (it has no {FILE}); choose another with --out")
+            raise BadInput(
+                f"{self.path} exists and is no sweep's folder (it has no {FILE}); choose another with --out"
+            )
         for cell in cells:
             run = self.run_of(cell)
             if run.exists() and (difference := recipe_of(run).difference(cell.recipe)):
@@ -149,7 +159,9 @@ class SweepFolder:
     def _standing(self, cell: Cell, running: Sequence[str]) -> Standing:
         run, reason = self.run_of(cell), self._reason(cell)
         summary = summary_of(run)
-        if summary is not None and (run / REPORT).exists():  # without it, the run was killed between the two
+        if (
+            summary is not None and (run / REPORT).exists()
+        ):  # without it, the run was killed between the two
             return Standing(cell, "done", summary["rounds"], summary=summary)
         rounds = self.rounds_done(cell)
         if cell.name in running:

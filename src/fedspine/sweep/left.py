@@ -19,7 +19,9 @@ class Ahead:
     seconds: float | None = None
 
 
-def seconds_left(ahead: Sequence[Ahead], finished: Mapping[str, Sequence[float]], jobs: int) -> float | None:
+def seconds_left(
+    ahead: Sequence[Ahead], finished: Mapping[str, Sequence[float]], jobs: int
+) -> float | None:
     """Wall seconds until all cells are finished, `jobs` at a time; None where nothing is known yet.
 
     `finished` has the wall seconds of the finished cells by label. A cell takes what the median cell of its label

@@ -20,7 +20,9 @@ ELSEWHERE = {  # what a cell's place in the sweep settles, and where it is writt
     "run.workers": "give --jobs, which shares the cores out",
     "method.name": "give every method a table of its own: [methods.LABEL]",
 }
-OWN = ("fleet.per_round",)  # what [methods.LABEL] may set besides fields: how many devices a method may choose from
+OWN = (
+    "fleet.per_round",
+)  # what [methods.LABEL] may set besides fields: how many devices a method may choose from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,9 @@ class _Method:
     label: str
     table: dict[str, Any]
     own: frozenset[str] = frozenset()
-    overlay: Settings = dataclasses.field(default_factory=dict)  # laid over the recipe, for this method alone
+    overlay: Settings = dataclasses.field(
+        default_factory=dict
+    )  # laid over the recipe, for this method alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +90,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BadInput("there is no such file; name the TOML file of a sweep (docs/sweeps.md)") from None
+        raise BadInput(
+            "there is no such file; name the TOML file of a sweep (docs/sweeps.md)"
+        ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadInput(f"it cannot be read: {' '.join(str(error).split())}") from None
 
@@ -146,10 +152,14 @@ def _variants(method: _Method) -> list[_Method]:
         if key not in _fields(method):
             raise unknown(f"field in {where}", key, _fields(method))
         if key in method.own:
-            raise BadInput(f"{key} is set in [methods.{method.label}] and in {where}; keep one of the two")
+            raise BadInput(
+                f"{key} is set in [methods.{method.label}] and in {where}; keep one of the two"
+            )
     variants = []
     for point in _points(axes):
-        label = " ".join([method.label, *(f"{key}={text_of(value)}" for key, value in point.items())])
+        label = " ".join(
+            [method.label, *(f"{key}={text_of(value)}" for key, value in point.items())]
+        )
         variants.append(_Method(label, table | point, overlay=method.overlay))
     return variants
 
@@ -159,34 +169,49 @@ def _conditions(tables: dict[str, Any], methods: list[_Method]) -> list[_Conditi
     axes = _axes(_table(tables, "grid"), "[grid]")
     named = _table(tables, "data")
     data = {label: _dotted(_table(named, label, "data.")) for label in named}
-    for where, keys in {"[grid]": axes, **{f"[data.{label}]": overlay for label, overlay in data.items()}}.items():
+    for where, keys in {
+        "[grid]": axes,
+        **{f"[data.{label}]": overlay for label, overlay in data.items()},
+    }.items():
         for key in keys:
             _check_key(key, where, methods)
     for label, overlay in data.items():
         if twice := overlay.keys() & axes.keys():
-            raise BadInput(f"{min(twice)} is set in [data.{label}] and in [grid]; keep one of the two")
+            raise BadInput(
+                f"{min(twice)} is set in [data.{label}] and in [grid]; keep one of the two"
+            )
     if not data:
         return [_Condition(point, point) for point in _points(axes)]
     points = itertools.product(data.items(), _points(axes))
-    return [_Condition(overlay | point, {"data": label} | point) for (label, overlay), point in points]
+    return [
+        _Condition(overlay | point, {"data": label} | point) for (label, overlay), point in points
+    ]
 
 
 def _check_key(key: str, where: str, methods: list[_Method]) -> None:
     section, dot, name = key.partition(".")
     if not (dot and name):
-        raise BadInput(f'{where} names {key!r}; a section and a key were expected, such as "fleet.alpha"')
+        raise BadInput(
+            f'{where} names {key!r}; a section and a key were expected, such as "fleet.alpha"'
+        )
     if key in ELSEWHERE:
         raise BadInput(f"{where} cannot set {key}; {ELSEWHERE[key]}")
     if section == "method":
         _check_field(name, methods, where)
         if twice := [method.label for method in methods if name in method.own]:
-            raise BadInput(f"{name} is set in [methods.{twice[0]}] and in {where}; keep one of the two")
+            raise BadInput(
+                f"{name} is set in [methods.{twice[0]}] and in {where}; keep one of the two"
+            )
     elif section not in SECTIONS:
         raise unknown(f"section in {where}", section, {*SECTIONS, "method"})
     elif twice := [method.label for method in methods if key in method.overlay]:
         raise BadInput(f"{key} is set in [methods.{twice[0]}] and in {where}; keep one of the two")
     elif name not in SECTIONS[section].model_fields:
-        raise unknown(f"key in {where}", key, [f"{section}.{known}" for known in SECTIONS[section].model_fields])
+        raise unknown(
+            f"key in {where}",
+            key,
+            [f"{section}.{known}" for known in SECTIONS[section].model_fields],
+        )
 
 
 def _check_field(key: str, methods: list[_Method], where: str) -> None:
@@ -205,7 +230,9 @@ def _check_field(key: str, methods: list[_Method], where: str) -> None:
 def _fields(method: _Method) -> set[str]:
     name = method.table.get("name", "fedspine")
     if not isinstance(name, str):
-        raise BadInput(f"methods.{method.label}: name is {name!r}; the name of a method in quotes was expected")
+        raise BadInput(
+            f"methods.{method.label}: name is {name!r}; the name of a method in quotes was expected"
+        )
     try:
         return {field.name for field in dataclasses.fields(find(name))}
     except BadInput as error:
@@ -216,7 +243,9 @@ def _fields(method: _Method) -> set[str]:
 
 
 def _cell(tables: dict[str, Any], method: _Method, condition: _Condition, seed: int) -> Cell:
-    laid = {section: dict(_table(tables, section)) for section in SECTIONS} | {"method": dict(method.table)}
+    laid = {section: dict(_table(tables, section)) for section in SECTIONS} | {
+        "method": dict(method.table)
+    }
     for key, value in (condition.overlay | method.overlay | {"run.seed": seed}).items():
         section, _, name = key.partition(".")
         laid[section][name] = value
@@ -226,7 +255,9 @@ def _cell(tables: dict[str, Any], method: _Method, condition: _Condition, seed: 
         _check_paths(recipe)
     except BadInput as error:
         raise BadInput(f"{name}: {error}") from None
-    return Cell(name=name, label=method.label, settings=condition.settings, seed=seed, recipe=recipe)
+    return Cell(
+        name=name, label=method.label, settings=condition.settings, seed=seed, recipe=recipe
+    )
 
 
 def _check_paths(recipe: Recipe) -> None:
@@ -249,7 +280,9 @@ def _refuse_repetition(cells: list[Cell]) -> None:
         for what in (cell.name, (cell.label, cell.recipe.fingerprint)):
             other = seen.setdefault(what, cell)
             if other is not cell:
-                raise BadInput(f"({other.name}) and ({cell.name}) are the same run; leave one of them out")
+                raise BadInput(
+                    f"({other.name}) and ({cell.name}) are the same run; leave one of them out"
+                )
 
 
 # --- small helpers ---
@@ -281,9 +314,13 @@ def _axes(table: dict[str, Any], where: str) -> dict[str, list[Any]]:
 
 def _values(what: str, values: Any) -> list[Any]:
     if not isinstance(values, list):
-        raise BadInput(f"{what} is {values!r}; a list of values in brackets was expected, such as [{values!r}]")
+        raise BadInput(
+            f"{what} is {values!r}; a list of values in brackets was expected, such as [{values!r}]"
+        )
     if not values:
-        raise BadInput(f"{what} is an empty list, which leaves nothing to run; give at least one value")
+        raise BadInput(
+            f"{what} is an empty list, which leaves nothing to run; give at least one value"
+        )
     for place, value in enumerate(values):
         if value in values[:place]:
             raise BadInput(f"{what} holds {value!r} twice; leave one out")

@@ -47,13 +47,20 @@ class Work:
     """The cells of a sweep on their way; `jobs` is how many run at once."""
 
     def __init__(
-        self, folder: SweepFolder, standings: Sequence[Standing], jobs: int, retry: bool, progress: SweepProgress
+        self,
+        folder: SweepFolder,
+        standings: Sequence[Standing],
+        jobs: int,
+        retry: bool,
+        progress: SweepProgress,
     ) -> None:
         self._folder, self._slots, self._progress = folder, jobs, progress
         self._cells = len(standings)
         again = ("open", "half-done", "failed") if retry else ("open", "half-done")
         self._todo = [standing.cell for standing in standings if standing.status in again]
-        self._rounds = {standing.cell.name: standing.rounds_done for standing in standings}  # before anything is run
+        self._rounds = {
+            standing.cell.name: standing.rounds_done for standing in standings
+        }  # before anything is run
         self._jobs: list[Job] = []
         self._seconds: dict[str, list[float]] = defaultdict(list)  # of finished cells, by label
         for standing in standings:
@@ -84,7 +91,10 @@ class Work:
 
     def _next(self) -> Cell | None:
         """The next cell whose run nobody else is working on, such as what a killed sweep left behind."""
-        return next((cell for cell in self._todo if not held(self._folder.run_of(cell) / STATE / LOCK)), None)
+        return next(
+            (cell for cell in self._todo if not held(self._folder.run_of(cell) / STATE / LOCK)),
+            None,
+        )
 
     def _start(self, cell: Cell) -> Job:
         run = self._folder.prepare(cell)
@@ -126,17 +136,27 @@ class Work:
     def _outlook(self) -> Outlook:
         rounds = {job.cell.name: self._folder.rounds_done(job.cell) for job in self._jobs}
         ahead = [
-            Ahead(job.cell.label, rounds[job.cell.name], job.cell.recipe.run.rounds, job.began, job.seconds)
+            Ahead(
+                job.cell.label,
+                rounds[job.cell.name],
+                job.cell.recipe.run.rounds,
+                job.began,
+                job.seconds,
+            )
             for job in self._jobs
         ]
-        ahead += [Ahead(cell.label, self._rounds[cell.name], cell.recipe.run.rounds) for cell in self._todo]
+        ahead += [
+            Ahead(cell.label, self._rounds[cell.name], cell.recipe.run.rounds)
+            for cell in self._todo
+        ]
         return Outlook(
             cells=self._cells,
             done=self._done,
             failed=self._failed,
             seconds_left=seconds_left(ahead, self._seconds, self._slots),
             at_work=tuple(
-                AtWork(job.cell.name, rounds[job.cell.name], job.cell.recipe.run.rounds) for job in self._jobs
+                AtWork(job.cell.name, rounds[job.cell.name], job.cell.recipe.run.rounds)
+                for job in self._jobs
             ),
         )
 
@@ -197,9 +217,14 @@ def carry_out(
         return folder.overview(cells)
     except KeyboardInterrupt:
         done = sum(standing.status == "done" for standing in folder.standings(cells))
-        again = f"fedspine sweep {file}" + (f" --jobs {jobs}" if jobs > 1 else "") + (f" --out {path}" if path else "")
+        again = (
+            f"fedspine sweep {file}"
+            + (f" --jobs {jobs}" if jobs > 1 else "")
+            + (f" --out {path}" if path else "")
+        )
         raise Stopped(
-            f"interrupted; {done} of {counted(len(cells), 'cell')} done; go on with: {again}", exit_code=INTERRUPTED
+            f"interrupted; {done} of {counted(len(cells), 'cell')} done; go on with: {again}",
+            exit_code=INTERRUPTED,
         ) from None
     finally:
         folder.close()
@@ -215,7 +240,9 @@ def reason_of(code: int, said: str) -> str:
     """Why a process failed, in one line: what the command line said, or how it ended."""
     if code < 0:
         name = signal.Signals(-code).name
-        return f"its process was ended by {name}" + (", perhaps for its memory" if name == "SIGKILL" else "")
+        return f"its process was ended by {name}" + (
+            ", perhaps for its memory" if name == "SIGKILL" else ""
+        )
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     told = [line.removeprefix("fedspine: ") for line in lines if line.startswith("fedspine: ")]
     return (told or lines or [f"its process ended with exit code {code}"])[-1]

@@ -31,12 +31,19 @@ def main(grid: Grid, context: Context) -> None:
             numbers = rng.random(int(size) // 4, dtype=np.float32)
             began = perf_counter()
             record = RecordDict({"numbers": ArrayRecord({"x": Array(numbers)})})
-            asks = [Message(content=record, message_type=MessageType.QUERY, dst_node_id=node) for node in nodes]
+            asks = [
+                Message(content=record, message_type=MessageType.QUERY, dst_node_id=node)
+                for node in nodes
+            ]
             replies = list(grid.send_and_receive(asks))
             took = perf_counter() - began
             for reply in replies:
-                if reply.has_error() or not np.array_equal(reply.content["numbers"]["x"].numpy(), numbers):
+                if reply.has_error() or not np.array_equal(
+                    reply.content["numbers"]["x"].numpy(), numbers
+                ):
                     raise RuntimeError("a node did not return what it was sent")
             if number >= 0:
                 seconds[size].append(took)
-            Path(str(config["into"])).write_text(json.dumps(seconds))  # what there is, if time runs out
+            Path(str(config["into"])).write_text(
+                json.dumps(seconds)
+            )  # what there is, if time runs out
