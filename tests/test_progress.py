@@ -58,7 +58,9 @@ def test_the_table_is_plain_text_off_a_terminal() -> None:
         assert expected in out.getvalue()
 
 
-STANDING = progress.Standing(round=3, now=125.0, accuracy=0.71, sparsity=0.22, bytes_moved=1_500)
+STANDING = progress.Standing(
+    round=3, now=125.0, accuracy=0.71, sparsity=0.22, bytes_moved=1_500, seconds_left=287.4
+)
 
 
 def test_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,11 +76,28 @@ def test_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert out == ""
     started, stage, third, fourth, *table = err.splitlines()
     assert (started, stage) == ("fedspine: 20 rounds, 2 of them done before", "scoring")
-    assert third.startswith(
-        "round 3/20  accuracy 71.0 %  sparsity 22.0 %  simulated 2 min 05 s  traffic 1.5 kB  about "
+    assert third == (
+        "round 3/20  accuracy 71.0 %  sparsity 22.0 %  simulated 2 min 05 s  traffic 1.5 kB"
+        "  about 4 min 47 s left"
     )
     assert "loss 1.500" in fourth
     assert any("Device models" in line for line in table)
+
+
+def test_scoring_says_its_first_and_last_model_and_little_between(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shown = progress.progress_for(json=False)
+    shown.say("precision fp32")
+    shown.started(1, "fedspine")
+    for done in range(11):
+        shown.scored(done, 10, 2.0 * (10 - done) if done else None)
+    assert capsys.readouterr().err.splitlines() == [
+        "precision fp32",
+        "fedspine: 1 rounds",
+        "scored 0 of 10 deployed models",
+        "scored 10 of 10 deployed models  about 1 s left",
+    ]
 
 
 def test_json_is_silent(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,9 @@ from fedspine.fleets.lossy import Lossy
 from fedspine.fleets.simulated import SimulatedFleet, World, profiles
 from fedspine.fleets.workers import Workers, Workshop
 from fedspine.lm.load import load as load_model
+from fedspine.lm.load import pooling_for
+from fedspine.lm.pooling import READOUTS
+from fedspine.lm.precision import choose
 from fedspine.lm.prefix import Prefixes, storable
 from fedspine.lm.tokens import tokens
 from fedspine.method import all_methods
@@ -58,6 +61,25 @@ def build(recipe: Recipe, *, here: bool = True) -> Built:
     shares = share_out(recipe, data, task.train) if here else ()
     recipe.method.check(task)
     return Built(recipe=recipe, task=task, tokenizer=tokenizer, shares=shares, kinds=tuple(kinds))
+
+
+def settled(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """The recipe with what it leaves to the machine and the model decided, and a line about each decision.
+
+    Raises BadInput for a model that cannot be found and for a GPU that is not there.
+    """
+    choices: dict[str, dict[str, Any]] = {}
+    lines = []
+    if recipe.task.kind == "array":
+        choices["run"] = {"precision": "fp32"}  # nets know no other
+    elif precision := choose(recipe.run.precision, _computing(recipe.run.device)):
+        choices["run"] = {"precision": precision.precision}
+        lines.append(precision.line)
+    if ("task", "pooling") in recipe.open_choices:
+        pooling = pooling_for(recipe.task.model)
+        choices["task"] = {"pooling": pooling}
+        lines.append(f"readout: {READOUTS[pooling]}")
+    return recipe.choosing(choices), lines
 
 
 def identities(recipe: Recipe) -> list[str]:
@@ -112,6 +134,7 @@ def build_task(recipe: Recipe, data: Dataset, precision: str | None = None) -> t
         classes=len(data.label_names),
         precision=precision or recipe.run.precision,
         layers=section.layers,
+        pooling=section.pooling,
     )
     longest = min(
         getattr(base.config, "max_position_embeddings", section.max_tokens),

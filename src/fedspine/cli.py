@@ -104,9 +104,7 @@ def run(
 
     fedspine run --set task.data=reviews.csv --set task.text=review --set task.label=stars
     """
-    # oneDNN keeps what it compiled for each shape; its default of 1024 shapes takes hundreds of megabytes a process.
-    # Set before torch is imported, because it is read once.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    _prepare_torch()
     from fedspine import config
     from fedspine.report.progress import progress_for
     from fedspine.report.tables import summary_table
@@ -135,6 +133,12 @@ def run(
         return
     progress.finished(summary_table(summary))
     print(f"report: {folder / 'report.html'}")
+
+
+def _prepare_torch() -> None:
+    # oneDNN keeps what it compiled for each shape; its default of 1024 shapes takes hundreds of megabytes a process.
+    # Set before torch is imported, because it is read once.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 def _venue(kit: Path | None, sites: int, quorum: int, within: float) -> Any:
@@ -264,8 +268,36 @@ def devices(json: Json = False) -> None:
 
 
 @app.command()
-def show(folder: RunFolder, json: Json = False) -> None:
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for results; default: runs/demo-N.")
+    ] = None,
+) -> None:
+    """A first look in half a minute: a small run from data to report, an exported model, and what it answers."""
+    _prepare_torch()
+    from fedspine import demo as first_look
+    from fedspine.run import Stopped
+
+    try:
+        first_look.demo(out or _free_folder("demo"))
+    except Stopped as stopped:
+        _fail(str(stopped), stopped.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", exit_code=130)
+
+
+@app.command()
+def show(
+    folder: RunFolder,
+    everyone: Annotated[
+        bool, typer.Option("--all", help="Score every device's model on the test set and show it.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Show a run's summary, or how far it is."""
+    if everyone:
+        _show_everyone(folder, json)
+        return
     from fedspine.folder import standing
     from fedspine.report.tables import print_table, summary_table
 
@@ -279,6 +311,23 @@ def show(folder: RunFolder, json: Json = False) -> None:
             f"not finished: {found['rounds_done']} of {found['rounds']} rounds; "
             f"go on with: fedspine run --resume {folder}"
         )
+
+
+def _show_everyone(folder: Path, json: bool) -> None:
+    _prepare_torch()
+    from fedspine.device_scores import device_scores
+    from fedspine.report.progress import progress_for
+    from fedspine.report.tables import device_table
+
+    progress = progress_for(json)
+    try:
+        found = device_scores(folder, progress)
+    finally:
+        progress.close()
+    if json:
+        print(jsonlib.dumps({"devices": found}))
+        return
+    Console().print(device_table(found))
 
 
 @app.command()

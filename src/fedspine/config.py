@@ -29,6 +29,9 @@ class TaskSection(Section):
     label: str = "label"  # column of the label
     max_tokens: int = pydantic.Field(64, ge=4)
     layers: int | None = pydantic.Field(None, ge=1)  # keep only the first blocks of the model
+    pooling: Literal["auto", "mean", "cls"] = (
+        "auto"  # what a classifier reads; auto: as the model was made for
+    )
 
 
 class FleetSection(Section):
@@ -54,18 +57,23 @@ class RunSection(Section):
         0.0, ge=0
     )  # of the fleet's clock after which no round begins; 0: no limit
     seed: int = pydantic.Field(0, ge=0)
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the frozen base; what is trained is fp32
+    precision: Literal["auto", "bf16", "fp32"] = (
+        "auto"  # of the frozen base; auto: the faster one here
+    )
     evaluate_every: int = pydantic.Field(4, ge=0)  # rounds; 0: only at the end
     evaluate_rows: int = pydantic.Field(512, ge=1)  # test rows of a check on the way
     evaluate_devices: int = pydantic.Field(4, ge=1)  # device models of a check on the way
-    final_devices: int = pydantic.Field(
-        80, ge=1
-    )  # device models scored on the whole test set at the end
+    final_devices: int = pydantic.Field(8, ge=1)  # device models scored at the end
+    final_rows: int = pydantic.Field(0, ge=0)  # test rows of the end; 0: all
     workers: int = pydantic.Field(0, ge=0)  # processes; 0: one per core. Never changes a result
     device: Literal["auto", "cpu", "cuda"] = "auto"  # what computes; auto: a GPU where there is one
     together: int = pydantic.Field(
         0, ge=0
     )  # devices trained in one batched pass; 0: 1 on a CPU, 32 on a GPU
+
+    def final_rows_of(self, rows: int) -> int:
+        """Of a test set of so many rows, those that are scored at the end."""
+        return min(self.final_rows or rows, rows)
 
     def over(self, round: int, now: float) -> bool:
         """Whether no round is left after so many, or no time for one."""
@@ -124,6 +132,25 @@ class Recipe:
         """The same for two recipes exactly when they describe the same results."""
         return json.dumps(self.results, sort_keys=True)
 
+    @property
+    def open_choices(self) -> list[tuple[str, str]]:
+        """Section and key of what the recipe leaves to the machine or the model, which a run decides as it begins."""
+        reads_out = self.task.kind in ("classification", "pair")
+        chosen = [("run", "precision"), *([("task", "pooling")] if reads_out else [])]
+        return [(s, key) for s, key in chosen if getattr(getattr(self, s), key) == "auto"]
+
+    def settled_as(self, begun: "Recipe") -> "Recipe":
+        """The recipe with what it leaves open as a run that began with `begun` has decided it."""
+        choices: dict[str, dict[str, Any]] = {}
+        for section, key in self.open_choices:
+            choices.setdefault(section, {})[key] = getattr(getattr(begun, section), key)
+        return self.choosing(choices)
+
+    def choosing(self, choices: dict[str, dict[str, Any]]) -> "Recipe":
+        """The recipe with these values of its sections."""
+        sections = {name: getattr(self, name).model_copy(update=of) for name, of in choices.items()}
+        return dataclasses.replace(self, **sections)
+
     def difference(self, other: "Recipe") -> str | None:
         """What makes the results of the other recipe differ, in words; None for nothing."""
         theirs = other.results
@@ -134,11 +161,11 @@ class Recipe:
         return None
 
 
-def embedded() -> dict[str, Any]:
-    """The tables of the default job."""
+def embedded(name: str = "default") -> dict[str, Any]:
+    """The tables of the default job, or of another recipe that comes with the package."""
     return tomllib.loads(
         importlib.resources.files("fedspine.recipes")
-        .joinpath("default.toml")
+        .joinpath(f"{name}.toml")
         .read_text(encoding="utf-8")
     )
 

@@ -18,6 +18,7 @@ RECIPE, RECORDS, SUMMARY, STATE, FAILURE = (
     "failure.txt",
 )
 FLEET = "fleet.json"  # of a run at real sites: how to reach them
+DEVICE_SCORES = "device_scores.json"  # of every device's model, where somebody asked for them
 CACHE = "cache"  # what a run need not compute again; gone when it ends
 
 

@@ -4,7 +4,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -47,6 +47,22 @@ class Method(Protocol[S]):
     def unpruned(self, state: S) -> "Model":
         """What was learnt, on the whole base: the yardstick for what pruning costs."""
         ...
+
+
+@runtime_checkable
+class Prunes(Protocol):
+    """A method that prunes on a schedule, which tells how much cheaper later rounds are."""
+
+    def planned_sparsity(self, round: int, rounds: int) -> float:
+        """The least sparsity of a device's model in `round` of `rounds`, counted from 0."""
+        ...
+
+
+def planned_sparsities(method: Any, rounds: int) -> list[float]:
+    """The sparsity planned for each of `rounds` rounds, 0 for a method that does not prune."""
+    if not isinstance(method, Prunes):
+        return [0.0] * rounds
+    return [method.planned_sparsity(round, rounds) for round in range(rounds)]
 
 
 def usable(replies: Sequence[Reply[R]], fleet: Fleet) -> list[Reply[R]]:

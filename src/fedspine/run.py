@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,20 +13,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedspine.build import START, Built, around, cohort, workers_for
+from fedspine.build import START, Built, around, cohort, settled, workers_for
 from fedspine.config import Recipe
 from fedspine.errors import BadInput
+from fedspine.eta import Estimate, Plan
 from fedspine.fleet import AllLost
 from fedspine.fleets.rounds import RoundFleet, Totals
 from fedspine.fleets.workers import Workers
-from fedspine.folder import CACHE, FAILURE, RECORDS, STATE, SUMMARY, make, recipe_of, summary_of
+from fedspine.folder import (
+    CACHE,
+    FAILURE,
+    RECIPE,
+    RECORDS,
+    STATE,
+    SUMMARY,
+    make,
+    recipe_of,
+    summary_of,
+)
 from fedspine.message import pack
+from fedspine.method import planned_sparsities
 from fedspine.process import keep_freed_memory
 from fedspine.records import Records, plain
 from fedspine.report.page import REPORT, write_page
 from fedspine.report.progress import Progress, Standing
 from fedspine.report.tables import counted
-from fedspine.scoring import Deployment, marks, spread_out
+from fedspine.scoring import Deployment, marks, score_models, spread_out
 from fedspine.store import Saved, Store, write_atomically
 from fedspine.venue import RealSites, Simulation, Venue, venue_of
 
@@ -90,7 +103,7 @@ def new_run(
     venue = venue or Simulation()
     try:
         progress.stage("loading model and data")
-        built = venue.build(venue.fitted(recipe))
+        built = venue.build(venue.fitted(_settled(recipe, progress)))
         make(folder, built.recipe)
         venue.remember(folder)
         return _guarded(built, venue, folder, progress)
@@ -107,7 +120,7 @@ def resume(
     `sites` are needed only where a run at real sites is to reach them in another way than it began.
     """
     recipe, venue = recipe_of(folder), venue_of(folder, sites)
-    wanted = wanted and venue.fitted(wanted, begun=recipe)
+    wanted = wanted and venue.fitted(wanted.settled_as(recipe), begun=recipe)
     if wanted is not None and (difference := recipe.difference(wanted)):
         raise BadInput(
             f"the recipe differs from that of {folder}: {difference}; "
@@ -117,6 +130,9 @@ def resume(
     try:
         if summary is None:
             progress.stage("loading model and data")
+            if recipe.open_choices:  # a sweep made the folder, and nothing was run in it yet
+                wanted = recipe = _settled(recipe, progress)
+                write_atomically(folder / RECIPE, recipe.toml().encode())
             return _guarded(venue.build(wanted or recipe), venue, folder, progress)
         if not (folder / REPORT).exists():  # killed between the two
             _wrap_up(folder)
@@ -124,6 +140,14 @@ def resume(
     finally:
         venue.close()
         progress.close()
+
+
+def _settled(recipe: Recipe, progress: Progress) -> Recipe:
+    """The recipe with everything decided that it left to this machine and to the model; says what was."""
+    recipe, lines = settled(recipe)
+    for line in lines:
+        progress.say(line)
+    return recipe
 
 
 def _guarded(built: Built, venue: Venue, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -177,7 +201,7 @@ def _run(
         progress.started(recipe.run.rounds, title, done=point.round)
         _rounds(job, point, progress)
         progress.stage("scoring the deployed models")
-        summary = _summary(job, point)
+        summary = _summary(job, point, progress)
     finally:
         records.close()
     write_atomically(folder / SUMMARY, json.dumps(summary, indent=1).encode())
@@ -221,14 +245,21 @@ def _rounds(job: Job, point: Point, progress: Progress) -> None:
     """Everything that is left to do, saved round by round."""
     found: dict[str, Any] = {}
     run = job.recipe.run
+    sparsities = planned_sparsities(job.recipe.method, run.rounds)
+    estimate = Estimate(Plan.of(run, sparsities, len(job.fleet.devices), len(job.built.task.test)))
     while not run.over(point.round, job.fleet.now):
-        _one_round(job, point)
-        found = _check(job, point) or found
+        estimate.saw_round(point.round, *_one_round(job, point))
+        begun = time.monotonic()
+        if checked := _check(job, point):
+            found = checked
+            estimate.saw_check(point.round, time.monotonic() - begun)
         sums, watch = point.sums, point.watch
+        rounds = run.expected_rounds(point.round, job.fleet.now)
         progress.round_done(
             Standing(
                 round=point.round,
-                rounds=run.expected_rounds(point.round, job.fleet.now),
+                rounds=rounds,
+                seconds_left=estimate.left(point.round, rounds),
                 now=job.fleet.now,
                 clock=job.fleet.clock,
                 accuracy=found.get("accuracy"),
@@ -250,7 +281,8 @@ def _rounds(job: Job, point: Point, progress: Progress) -> None:
         )
 
 
-def _one_round(job: Job, point: Point) -> None:
+def _one_round(job: Job, point: Point) -> tuple[float, int]:
+    """One round; returns its wall seconds and how many samples were trained on."""
     started = time.monotonic()
     totals = job.fleet.begin_round(point.round)
     everyone = job.fleet.devices
@@ -261,6 +293,7 @@ def _one_round(job: Job, point: Point) -> None:
     job.fleet.end_round(seconds)
     point.sums.add(totals)
     point.round += 1
+    return seconds, totals.samples
 
 
 def _check(job: Job, point: Point) -> dict[str, Any] | None:
@@ -276,19 +309,33 @@ def _check(job: Job, point: Point) -> dict[str, Any] | None:
     return _score(job, point, rows, run.evaluate_devices, final=False)
 
 
-def _score(job: Job, point: Point, rows: int, devices: int, *, final: bool) -> dict[str, Any]:
+def _score(
+    job: Job,
+    point: Point,
+    rows: int,
+    devices: int,
+    *,
+    final: bool,
+    told: Callable[[int, int], None] = lambda done, models: None,
+) -> dict[str, Any]:
     chosen = spread_out(tuple(profile.id for profile in job.fleet.devices), devices)
-    found = marks(
-        Deployment(job.recipe.method, point.state, chosen), job.built.task, job.workers, rows
-    )
+    deployment = Deployment(job.recipe.method, point.state, chosen)
+    scored = score_models(deployment, job.built.task, job.workers, rows, told)
+    found = marks(scored, job.built.task.kind)
     job.records.write("score", now=job.fleet.now, final=final, **found)
     return found
 
 
-def _summary(job: Job, point: Point) -> dict[str, Any]:
+def _summary(job: Job, point: Point, progress: Progress) -> dict[str, Any]:
     recipe, sums, watch = job.recipe, point.sums, point.watch
-    rows = len(job.built.task.test)
-    found = _score(job, point, rows, recipe.run.final_devices, final=True)
+    rows = recipe.run.final_rows_of(len(job.built.task.test))
+    begun = time.monotonic()
+
+    def told(done: int, models: int) -> None:
+        seconds = time.monotonic() - begun
+        progress.scored(done, models, seconds / done * (models - done) if done else None)
+
+    found = _score(job, point, rows, recipe.run.final_devices, final=True, told=told)
     job.records.flush()
     return plain(
         {

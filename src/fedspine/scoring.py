@@ -1,6 +1,6 @@
 """How good the models are that a run deploys: each device's own, the one for everybody, and the unpruned one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 from fedspine.device import DeviceId
 from fedspine.fleets.workers import ScoreJob, Workers
 from fedspine.lm.base import Model
+from fedspine.lm.score import Score
 from fedspine.lm.structure import key_of, sparsity
 from fedspine.message import pack
 from fedspine.nets.net import NetModel
@@ -31,6 +32,14 @@ class Deployment:
             yield self.method.deploy(self.state, id)
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A deployed model's score on the test rows, and the share of its prunable weights that is gone."""
+
+    score: Score
+    sparsity: float
+
+
 def spread_out(devices: tuple[DeviceId, ...], most: int) -> tuple[DeviceId, ...]:
     """At most `most` of the devices, evenly over their order, the first and the last among them.
 
@@ -41,16 +50,24 @@ def spread_out(devices: tuple[DeviceId, ...], most: int) -> tuple[DeviceId, ...]
     return tuple(devices[i] for i in np.linspace(0, len(devices) - 1, count).round().astype(int))
 
 
-def marks(deployment: Deployment, task: Task, workers: Workers, rows: int) -> dict[str, Any]:
-    """Accuracy and loss on `rows` test rows: the mean over the devices' models, everybody's and the unpruned one's."""
+def score_models(
+    deployment: Deployment,
+    task: Task,
+    workers: Workers,
+    rows: int,
+    told: Callable[[int, int], None] = lambda done, models: None,
+) -> list[Scored]:
+    """Every model of the deployment in its order, on the first `rows` rows of the shuffled test set.
+
+    Equal models are scored once. `told` hears how many of how many models have their score, as the workers get on.
+    """
     sparsities: list[float] = []
-    names: list[str] = []  # the digest of each model in turn; equal models are scored once
+    names: list[str] = []  # the digest of each model in turn
     scored: list[str] = []  # the digests in the order of scoring
 
     def jobs() -> Iterator[ScoreJob]:
-        alike: dict[
-            Any, dict[str, bytes]
-        ] = {}  # models of one structure, which wait to be scored in one pass
+        # models of one structure, which wait to be scored in one pass
+        alike: dict[Any, dict[str, bytes]] = {}
         for model in deployment.models():
             packed = pack(model)
             name, shape = packed.sha256, _shape(model)
@@ -71,17 +88,27 @@ def marks(deployment: Deployment, task: Task, workers: Workers, rows: int) -> di
         scored.extend(models)
         return ScoreJob(models=tuple(models.values()), rows=rows)
 
-    scores = list(workers.run(jobs()))
-    by_name = dict(zip(scored, scores, strict=True))
-    unpruned, common, *devices = (by_name[name] for name in names)
+    by_name: dict[str, Score] = {}
+    models = 2 + len(deployment.devices)
+    told(0, models)
+    for score in workers.run(jobs()):
+        by_name[scored[len(by_name)]] = score
+        told(sum(name in by_name for name in names), models)
+    told(models, models)
+    return [Scored(by_name[name], share) for name, share in zip(names, sparsities, strict=True)]
+
+
+def marks(scored: list[Scored], kind: str) -> dict[str, Any]:
+    """Accuracy and loss of what `score_models` gave: the mean over the devices, everybody's, the unpruned one's."""
+    unpruned, common, *devices = (each.score for each in scored)
     found = {
         "devices": len(devices),
-        "sparsity": float(np.mean(sparsities[2:])),
+        "sparsity": float(np.mean([each.sparsity for each in scored[2:]])),
         "loss": float(np.mean([score.mean_loss for score in devices])),
         "loss_global": common.mean_loss,
         "loss_dense": unpruned.mean_loss,
     }
-    if task.kind == "causal-lm":
+    if kind == "causal-lm":
         return found
     return found | {
         "accuracy": float(np.mean([score.accuracy for score in devices])),

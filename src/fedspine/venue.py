@@ -173,6 +173,7 @@ def terms_of(built: Built) -> Terms:
         model_sha256=content_sha256(task.base, built.tokenizer),
         layers=section.layers,
         precision=built.recipe.run.precision,
+        pooling=section.pooling,
         max_tokens=section.max_tokens,
         label_names=task.label_names,
     )

@@ -43,7 +43,7 @@ def open_run(folder: Path) -> Opened:
         raise BadInput(
             f"{folder} trained {recipe.task.model!r}, a net on arrays; only transformers can be exported so far"
         )
-    saved = _saved(folder)
+    saved = saved_state(folder)
     task, tokenizer = build_task(recipe, dataset(recipe), precision="fp32")
     return Opened(recipe=recipe, task=task, tokenizer=tokenizer, state=saved.state["method"])
 
@@ -57,7 +57,7 @@ def export_model(folder: Path, *, device: str, format: str, to: Path) -> dict[st
         raise unknown("export format", format, FORMATS)
     if to.exists():
         raise BadInput(f"{to} exists already; name a new folder with --to")
-    _check_device(device, _ids(folder))
+    _check_device(device, device_ids_of(folder))
     opened = open_run(folder)
     model = opened.model(device)
     name = f"{opened.recipe.method.name} {device}"
@@ -85,7 +85,7 @@ def export_model(folder: Path, *, device: str, format: str, to: Path) -> dict[st
     }
 
 
-def _saved(folder: Path) -> Saved:
+def saved_state(folder: Path) -> Saved:
     saved = Store(folder / STATE).load()
     if saved is None:
         raise BadInput(
@@ -94,12 +94,12 @@ def _saved(folder: Path) -> Saved:
     return saved
 
 
-def _ids(folder: Path) -> list[str]:
+def device_ids_of(folder: Path) -> list[str]:
     """The run's devices: simulated ones by the recipe, of a real fleet the sites that took part."""
     recipe = recipe_of(folder)
     if not (folder / FLEET).exists():
         return identities(recipe)
-    return [site.name for site in _saved(folder).fleet.sites]
+    return [site.name for site in saved_state(folder).fleet.sites]
 
 
 def _check_device(device: str, ids: list[str]) -> None:

@@ -159,6 +159,7 @@ def open_site(site: Site, terms: Terms) -> Holding:
             classes=len(terms.label_names),
             precision=terms.precision,
             layers=terms.layers,
+            pooling=terms.pooling,
         )
     if (found := content_sha256(base, tokenizer)) != terms.model_sha256:
         raise Refused(

@@ -63,6 +63,7 @@ class Terms:
     model_sha256: str  # `content_sha256` of the server's
     layers: int | None  # only the first blocks of the model; None: all
     precision: Literal["bf16", "fp32"]
+    pooling: Literal["auto", "mean", "cls"]  # what a classifier reads
     max_tokens: int
     label_names: tuple[str, ...]  # in the order of their numbers; empty for language modelling
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedspine.lm.anatomy import Anatomy, Site, unit_map
 from fedspine.lm.lora import AdaptedLinear, a_name, b_name
+from fedspine.lm.pooling import MeanPooled, Pooling
 from fedspine.lm.structure import Structure, cut, is_full, kept_columns, kept_rows, key_of
 from fedspine.message import Tensors, message
 from fedspine.tensors import moved, padded
@@ -62,8 +63,10 @@ class Base:
         anatomy: Anatomy,
         head: tuple[HeadLayer, ...],
         precision: torch.dtype,
+        pooling: Pooling | None = None,
     ) -> None:
         self.anatomy, self.head, self.precision = anatomy, head, precision
+        self.pooling = pooling  # None: the model has no task head, or reads as its class does
         self.skeleton = module.eval().requires_grad_(False).to(precision)
         self.config = module.config
         self.config.use_cache = False  # nothing here generates token by token
@@ -82,6 +85,7 @@ class Base:
             self._linears[layer.path] = AdaptedLinear(layer.weight, layer.bias)
         for path, linear in self._linears.items():
             module.set_submodule(path, linear)
+        self._readout = MeanPooled(module) if pooling == "mean" else module
         backbone, names = module.get_submodule(anatomy.prefix), unit_map(anatomy.architecture)
         self._embeddings = backbone.get_submodule(names.embeddings)
         self._blocks = list(backbone.get_submodule(names.layers))
@@ -168,7 +172,8 @@ class Base:
         for layer in self.head:
             weight, bias = head[f"{layer.path}.weight"], head.get(f"{layer.path}.bias")
             self._linears[layer.path].put(weight, bias)
-        return self.whole_skeleton()
+        self.whole_skeleton()
+        return self._readout
 
     def below(self, layer: int, inputs: Tensors) -> Float[Tensor, "rows tokens width"]:
         """What enters block `layer` of the model that was last fitted, which must be fitted again afterwards."""

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
@@ -11,7 +11,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
 )
 from transformers.utils import logging
@@ -20,6 +19,7 @@ from fedspine.errors import BadInput, nearest
 from fedspine.lm import attention
 from fedspine.lm.anatomy import anatomy_of, unit_map
 from fedspine.lm.base import Base, HeadLayer
+from fedspine.lm.pooling import CLASSES, Pooling, pooling_of
 from fedspine.task import BUILT_IN_MODELS, Kind
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -29,12 +29,18 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load(
-    name: str, *, kind: Kind, classes: int = 0, precision: str = "fp32", layers: int | None = None
+    name: str,
+    *,
+    kind: Kind,
+    classes: int = 0,
+    precision: str = "fp32",
+    layers: int | None = None,
+    pooling: Pooling | Literal["auto"] = "auto",
 ) -> tuple[Base, Any]:
     """The base model `name` for this kind of task, and its tokenizer.
 
-    `layers` keeps only the first blocks. Raises BadInput for a model that cannot be found or read, or whose
-    architecture has no unit map.
+    `layers` keeps only the first blocks; `pooling` is how a classifier reads them, "auto" as the model was made for.
+    Raises BadInput for a model that cannot be found or read, or whose architecture has no unit map.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -56,13 +62,21 @@ def load(
         raise BadInput(
             f"{name} is an encoder ({config.model_type}) and cannot continue texts; take a decoder for kind causal-lm"
         )
-    return _base(name, source, config, classes if kind != "causal-lm" else 0, precision), tokenizer
-
-
-def _base(name: str, source: str, config: Any, classes: int, precision: str) -> Base:
-    auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
-    if classes:
+    readout: Pooling | None = None
+    if kind != "causal-lm":
+        readout = pooling_of(source, config) if pooling == "auto" else pooling
         config.num_labels = classes
+    return _base(name, source, config, readout, precision), tokenizer
+
+
+def pooling_for(name: str) -> Pooling:
+    """What the model `name` was made for; raises BadInput for a model that cannot be found or read."""
+    source = locate(name)
+    return pooling_of(source, _read(name, AutoConfig.from_pretrained, source))
+
+
+def _base(name: str, source: str, config: Any, pooling: Pooling | None, precision: str) -> Base:
+    auto = AutoModelForCausalLM if pooling is None else CLASSES[pooling]
     # new weights are drawn by the method from its own seed; this only keeps torch's generator out of it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -86,8 +100,8 @@ def _base(name: str, source: str, config: Any, classes: int, precision: str) -> 
         raise BadInput(
             f"{name} has no weights for {len(lost)} layers, {min(lost)} among them; take a complete checkpoint"
         )
-    head = _head(module, fresh) if classes else ()
-    return Base(module, anatomy, head, PRECISIONS[precision])
+    head = () if pooling is None else _head(module, fresh)
+    return Base(module, anatomy, head, PRECISIONS[precision], pooling)
 
 
 def _head(module: nn.Module, fresh: set[str]) -> tuple[HeadLayer, ...]:

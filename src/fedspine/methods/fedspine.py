@@ -227,6 +227,9 @@ class FedSpine:
         )
         return deployed(self, state, device, due=floor, votes=state.scores)
 
+    def planned_sparsity(self, round: int, rounds: int) -> float:
+        return due(self, round, rounds)
+
     def unpruned(self, state: SpineState) -> Model:
         return Model(
             structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=self.scale

@@ -70,6 +70,9 @@ class LoraPrune:
         after, _ = prune_and_average(self, state, fleet, reached=due, scoring=by_gradient(self))
         return after
 
+    def planned_sparsity(self, round: int, rounds: int) -> float:
+        return cubic(self, round, rounds)
+
     def deploy(self, state: PruningState, device: DeviceId | None = None) -> Model:
         """The device's own structure; whoever is behind the schedule is pruned to it by the fleet's average scores."""
         return deployed(self, state, device, due=cubic_reached(self, state), votes=state.scores)

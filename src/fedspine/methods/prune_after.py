@@ -84,14 +84,16 @@ class PruneAfter:
 
     def round(self, state: AfterState, fleet: Fleet) -> AfterState:
         training = state.training
-        over = training.round >= training.rounds - self.recover
-        reached = self.sparsity if over else 0.0
+        reached = self.planned_sparsity(training.round, training.rounds)
         after, replies = prune_and_average(
             self, training, fleet, reached=reached, scoring=importance_of(self)
         )
         return AfterState(
             training=after, ballots=state.ballots | {r.device: r.value.scores for r in replies}
         )
+
+    def planned_sparsity(self, round: int, rounds: int) -> float:
+        return self.sparsity if round >= rounds - self.recover else 0.0
 
     def deploy(self, state: AfterState, device: DeviceId | None = None) -> Model:
         """What the device would run if training ended now: pruned to the target, by its own scores where it has any."""

@@ -6,13 +6,14 @@ from time import monotonic
 from typing import Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column, Table
+from rich.text import Text
 
 from fedspine.report.tables import MISSING, bytes_text, decimal, percent, print_table, seconds_text
 
-SPEED_SECONDS = 3600.0  # rounds may take minutes; the estimate of the time left needs some of them
+QUIET_SECONDS = 5.0  # between two lines about scoring
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class Standing:
     loss: float | None = None
     sparsity: float | None = None
     bytes_moved: int | None = None
+    seconds_left: float | None = None  # of wall time until the run's end
     clock: str = "simulated"  # or "fleet": wall seconds between real machines
 
 
@@ -38,8 +40,16 @@ class Progress(Protocol):
         """What is being done outside of rounds, such as loading a model."""
         ...
 
+    def say(self, line: str) -> None:
+        """A line that stays, such as what was chosen for the user."""
+        ...
+
     def started(self, rounds: int, title: str, *, done: int = 0) -> None:
         """The rounds begin; `done` of `rounds` were done before, where a run is resumed."""
+        ...
+
+    def scored(self, done: int, models: int, seconds_left: float | None) -> None:
+        """Of the deployed models that are scored at the end, so many are done."""
         ...
 
     def round_done(self, standing: Standing) -> None:
@@ -71,7 +81,13 @@ class Silent:
     def stage(self, text: str) -> None:
         pass
 
+    def say(self, line: str) -> None:
+        pass
+
     def started(self, rounds: int, title: str, *, done: int = 0) -> None:
+        pass
+
+    def scored(self, done: int, models: int, seconds_left: float | None) -> None:
         pass
 
     def round_done(self, standing: Standing) -> None:
@@ -89,7 +105,7 @@ class Lines:
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
-        self.rounds, self.done, self.began = 0, 0, monotonic()
+        self.rounds, self.said = 0, monotonic()
 
     def stage(self, text: str) -> None:
         if (
@@ -98,19 +114,21 @@ class Lines:
             self._say(text)
 
     def started(self, rounds: int, title: str, *, done: int = 0) -> None:
-        self.rounds, self.done, self.began = rounds, done, monotonic()
+        self.rounds = rounds
         self._say(f"{title}: {rounds} rounds" + (f", {done} of them done before" if done else ""))
 
     def round_done(self, standing: Standing) -> None:
         self.rounds = standing.rounds or self.rounds
-        seconds_per_round = (monotonic() - self.began) / max(standing.round - self.done, 1)
-        left = seconds_per_round * (self.rounds - standing.round)
-        parts = (
-            f"round {standing.round}/{self.rounds}",
-            *_parts(standing),
-            f"about {seconds_text(left)} left",
-        )
+        parts = (f"round {standing.round}/{self.rounds}", *_parts(standing), *_left(standing))
         self._say("  ".join(parts))
+
+    def say(self, line: str) -> None:
+        self._say(line)
+
+    def scored(self, done: int, models: int, seconds_left: float | None) -> None:
+        if done in (0, models) or monotonic() - self.said >= QUIET_SECONDS:
+            left = () if seconds_left is None else (f"about {time_left(seconds_left)} left",)
+            self._say("  ".join((f"scored {done} of {models} deployed models", *left)))
 
     def finished(self, table: Table) -> None:
         print_table(table, self.stream)
@@ -120,6 +138,7 @@ class Lines:
         pass
 
     def _say(self, text: str) -> None:
+        self.said = monotonic()
         print(text, file=self.stream, flush=True)
 
 
@@ -134,12 +153,14 @@ class Live:
             BarColumn(bar_width=18),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[numbers]}", markup=False, style="cyan"),
-            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[left]}", markup=False, table_column=Column(no_wrap=True)),
             console=console,
             transient=True,
-            speed_estimate_period=SPEED_SECONDS,
         )
-        self.task = self.bar.add_task("", total=None, numbers="")
+        self.task = self.bar.add_task("", total=None, numbers="", left="")
+
+    def say(self, line: str) -> None:
+        self.console.print(Text(line))
 
     def stage(self, text: str) -> None:
         self.bar.start()
@@ -153,7 +174,25 @@ class Live:
     def round_done(self, standing: Standing) -> None:
         numbers = "  ".join(_parts(replace(standing, bytes_moved=None)))
         total = {} if standing.rounds is None else {"total": standing.rounds}
-        self.bar.update(self.task, completed=standing.round, numbers=numbers, refresh=True, **total)
+        self.bar.update(
+            self.task,
+            completed=standing.round,
+            numbers=numbers,
+            left="  ".join(_left(standing)),
+            refresh=True,
+            **total,
+        )
+
+    def scored(self, done: int, models: int, seconds_left: float | None) -> None:
+        left = "" if seconds_left is None else f"about {time_left(seconds_left)} left"
+        self.bar.update(
+            self.task,
+            description="scoring the deployed models",
+            completed=done,
+            total=models,
+            left=left,
+            refresh=True,
+        )
 
     def finished(self, table: Table) -> None:
         self.close()
@@ -161,6 +200,23 @@ class Live:
 
     def close(self) -> None:
         self.bar.stop()
+
+
+def time_left(seconds: float) -> str:
+    """A time to wait, no more exact than it is known.
+
+    >>> time_left(0.2), time_left(48.3), time_left(287.4)
+    ('1 s', '48 s', '4 min 47 s')
+    """
+    seconds = max(1, round(seconds))
+    return f"{seconds} s" if seconds < 60 else seconds_text(seconds)
+
+
+def _left(standing: Standing) -> list[str]:
+    """When the run is expected to be done, where that is known."""
+    if standing.seconds_left is None:
+        return []
+    return [f"about {time_left(standing.seconds_left)} left"]
 
 
 def _parts(standing: Standing) -> list[str]:

@@ -152,11 +152,19 @@ def _quality(summary: Mapping[str, Any]) -> list[Headline]:
     if not (_missing(devices) or _missing(dense)):
         gap = points(devices - dense) if name == "accuracy" else f"{devices - dense:+.3f}"
     return [
-        Headline("Device models", form(devices), f"mean {name} of what devices run"),
+        Headline("Device models", form(devices), f"mean {name} of {_sample(summary)}"),
         Headline("Global model", form(common), f"{name} of the one shared model"),
         Headline("Dense model", form(dense), "unpruned base, same adapter"),
         Headline("Gap to dense", gap, f"device models against dense, in {name}"),
     ]
+
+
+def _sample(summary: Mapping[str, Any]) -> str:
+    """Which of the devices' models were scored."""
+    scored, devices = summary.get("devices_scored"), summary.get("devices")
+    if scored is None or devices is None or scored >= devices:
+        return "what devices run"
+    return f"{scored} of {devices} devices' models; all: fedspine show --all"
 
 
 def _price(summary: Mapping[str, Any]) -> list[Headline]:
@@ -192,6 +200,22 @@ def _price(summary: Mapping[str, Any]) -> list[Headline]:
 
 def _missing(value: float | None) -> bool:
     return value is None or not isfinite(value)
+
+
+def device_table(scores: Mapping[str, Mapping[str, float]]) -> Table:
+    """Every device's model, worst first, and their mean."""
+    judged = any("accuracy" in each for each in scores.values())
+    table = Table("device", *(("accuracy",) if judged else ()), "loss", "sparsity")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    names = ("accuracy", "loss", "sparsity") if judged else ("loss", "sparsity")
+    forms = {"accuracy": percent, "loss": decimal, "sparsity": percent}
+    for id in sorted(scores, key=lambda id: -scores[id]["loss"]):
+        table.add_row(Text(id), *(forms[name](scores[id][name]) for name in names))
+    table.add_section()
+    means = (forms[n](sum(each[n] for each in scores.values()) / len(scores)) for n in names)
+    table.add_row(f"mean of {counted(len(scores), 'device')}", *means)
+    return table
 
 
 def bench_table(found: Mapping[str, Any]) -> Table:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
+from fedspine.config import Recipe
 from fedspine.errors import BadInput
 from fedspine.folder import STATE, make, recipe_of, summary_of
 from fedspine.report.page import REPORT
@@ -94,7 +95,7 @@ class SweepFolder:
             )
         for cell in cells:
             run = self.run_of(cell)
-            if run.exists() and (difference := recipe_of(run).difference(cell.recipe)):
+            if run.exists() and (difference := _differs(recipe_of(run), cell.recipe)):
                 raise BadInput(
                     f"{run} was made from another version of the sweep's file: {difference}; undo the change, choose "
                     "a new folder with --out, or remove that run"
@@ -193,6 +194,10 @@ class SweepFolder:
         """Whether a sweep has begun here, or nothing has."""
         names = {path.name for path in self.path.iterdir()}
         return FILE in names or names <= {CELLS, FAILED, LOCK, f"{FILE}.part"}
+
+
+def _differs(begun: Recipe, wanted: Recipe) -> str | None:
+    return begun.difference(wanted.settled_as(begun))
 
 
 def held(path: Path) -> bool:

@@ -1,0 +1,131 @@
+"""What a classifier reads: the mean of the tokens or the model's own head, as the model was made for."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForTokenClassification
+
+from fedspine.lm.base import Model
+from fedspine.lm.load import load, pooling_for
+from fedspine.lm.lora import fresh
+from fedspine.lm.pooling import mean_of_tokens
+from fedspine.lm.score import score, score_together
+from fedspine.lm.structure import full
+from fedspine.task import Examples
+
+CLASSES = 3
+
+
+@pytest.fixture
+def encoder(tiny_folder, tmp_path):
+    """A function that writes a tiny encoder as a plain backbone, which has no task head of its own."""
+
+    def write(model_type="bert", pooling=None):
+        folder = tmp_path / f"{model_type}-{pooling}"
+        shutil.copytree(tiny_folder(model_type), folder)
+        AutoModel.from_pretrained(folder).save_pretrained(folder)
+        if pooling is not None:
+            (folder / "1_Pooling").mkdir()
+            said = {
+                f"pooling_mode_{name}": name == pooling for name in ("mean_tokens", "cls_token")
+            }
+            (folder / "1_Pooling" / "config.json").write_text(json.dumps(said))
+        return str(folder)
+
+    return write
+
+
+def examples(lengths=(3, 7, 5)):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(4, 100, sum(lengths)).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Examples(ids, offsets, np.array([0, 1, 2]), None, padding=0)
+
+
+def model_on(base, seed=0):
+    rng = np.random.default_rng(seed)
+    adapter = fresh(base.anatomy.sites, 2, rng)
+    adapter = {name: factor + 0.05 for name, factor in adapter.items()}
+    return Model(
+        structure=full(base.anatomy), adapter=adapter, head=base.initial_head(rng), scale=2.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "stated", "expected"),
+    [
+        ("bert", "mean_tokens", "mean"),
+        ("bert", "cls_token", "cls"),
+        ("bert", None, "mean"),
+        ("roberta", None, "mean"),
+        ("distilbert", None, "mean"),
+    ],
+)
+def test_a_model_is_read_as_it_was_made_for(encoder, model_type, stated, expected) -> None:
+    assert pooling_for(encoder(model_type, stated)) == expected
+
+
+def test_classifiers_and_decoders_keep_their_own_head(tiny_folder) -> None:
+    assert pooling_for(str(tiny_folder("bert"))) == "cls"
+    assert pooling_for(str(tiny_folder("llama"))) == "cls"
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "llama", "qwen3"])
+def test_the_head_is_one_linear_layer_over_the_mean_of_the_true_tokens(
+    tiny_folder, model_type
+) -> None:
+    """Logits by hand from the stock backbone, row by row without padding."""
+    folder = str(tiny_folder(model_type))
+    base, _ = load(folder, kind="classification", classes=CLASSES, pooling="mean")
+    head = base.initial_head(np.random.default_rng(1))
+    (weight, bias) = (next(t for t in head.values() if t.dim() == d) for d in (2, 1))
+    assert sum(t.numel() for t in head.values()) == CLASSES * (base.anatomy.width + 1)
+    data = examples()
+    module = base.fit(Model(structure=full(base.anatomy), adapter={}, head=head, scale=1.0))
+    inputs = data.batch(np.arange(3))
+    inputs.pop("labels")
+    with torch.no_grad():
+        found = module(**inputs).logits
+        stock = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+        for row in range(3):
+            ids = torch.from_numpy(data.ids[data.offsets[row] : data.offsets[row + 1]]).long()
+            mean = stock(input_ids=ids[None]).last_hidden_state[0].mean(0)
+            # sums of at most 32 products in fp32, of size 1: a few dozen roundings of 6e-8
+            torch.testing.assert_close(found[row], mean @ weight.T + bias, atol=1e-5, rtol=1e-5)
+
+
+def test_a_stock_token_classifier_has_the_same_logits(tiny_folder) -> None:
+    """The mean of token logits is the linear layer of the mean token: what makes exports stock models."""
+    folder = str(tiny_folder("bert"))
+    base, _ = load(folder, kind="classification", classes=CLASSES, pooling="mean")
+    stock = AutoModelForTokenClassification.from_pretrained(
+        folder, num_labels=CLASSES, dtype=torch.float32, ignore_mismatched_sizes=True
+    ).eval()
+    head = {f"classifier.{name}": p.detach() for name, p in stock.classifier.named_parameters()}
+    inputs = examples().batch(np.arange(3))
+    inputs.pop("labels")
+    with torch.no_grad():
+        ours = base.fit(Model(structure=full(base.anatomy), adapter={}, head=head, scale=1.0))
+        ours = ours(**inputs).logits
+        theirs = mean_of_tokens(stock(**inputs).logits, inputs["attention_mask"])
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_several_models_in_one_pass_are_read_alike(encoder) -> None:
+    base, _ = load(encoder(), kind="classification", classes=CLASSES)
+    models = [model_on(base, seed) for seed in (1, 2)]
+    together = score_together(base, models, examples())
+    for one, model in zip(together, models, strict=True):
+        alone = score(base, model, examples())
+        assert one.correct == alone.correct
+        # merged against unmerged products, in fp32
+        assert one.loss == pytest.approx(alone.loss, rel=1e-4)
+
+
+def test_a_row_of_no_token_is_no_division_by_zero() -> None:
+    values = torch.ones(2, 3, 4)
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
+    assert mean_of_tokens(values, mask).tolist() == [[1.0] * 4, [0.0] * 4]
