@@ -20,6 +20,7 @@ from fedspine.errors import BadInput, nearest
 from fedspine.lm import attention
 from fedspine.lm.anatomy import anatomy_of, unit_map
 from fedspine.lm.base import Base, HeadLayer
+from fedspine.lm.fits import check_complete, check_folder, check_tokenizer
 from fedspine.task import BUILT_IN_MODELS, Kind
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -48,9 +49,11 @@ def load(
                 f"task.layers is {layers}, but {name} has 1 to {config.num_hidden_layers}; lower it"
             )
         config.num_hidden_layers = layers
+    check_folder(name, source)
     tokenizer = _read(name, AutoTokenizer.from_pretrained, source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    check_tokenizer(name, tokenizer, config)
     config.pad_token_id = tokenizer.pad_token_id
     if kind == "causal-lm" and not unit_map(config.model_type).decoder:
         raise BadInput(
@@ -81,12 +84,9 @@ def _base(name: str, source: str, config: Any, classes: int, precision: str) -> 
         for key in info["mismatched_keys"]
     }
     anatomy = anatomy_of(module.config, module.base_model_prefix)
-    lost = fresh & {site.path for site in anatomy.sites}
-    if lost:
-        raise BadInput(
-            f"{name} has no weights for {len(lost)} layers, {min(lost)} among them; take a complete checkpoint"
-        )
     head = _head(module, fresh) if classes else ()
+    trained = {layer.path for layer in head}
+    check_complete(name, info["missing_keys"], info["mismatched_keys"], trained)
     return Base(module, anatomy, head, PRECISIONS[precision])
 
 
@@ -145,7 +145,9 @@ def _read(name: str, reader: Any, source: str, **options: Any) -> Any:
             f" (did you mean {near!r}?)" if near and near != name else ""
         )
         reason = " ".join(str(error).split())[:160]
+        advice = f"{known}, or a local folder, or a Hub id"
+        if Path(source).is_dir():
+            advice = "check its files, or copy the model again"
         raise BadInput(
-            f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}); "
-            f"{known}, or a local folder, or a Hub id"
+            f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}); {advice}"
         ) from None

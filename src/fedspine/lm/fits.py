@@ -1,0 +1,93 @@
+"""What must fit before a model is used: its tokenizer, its checkpoint and the length of its inputs.
+
+Libraries find out in the middle of a run, or never: `transformers` fills layers that a checkpoint lacks with random
+numbers. Each check raises BadInput with the numbers and what to do.
+"""
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from fedspine.errors import BadInput
+
+NAMED = 3  # entries of a tokenizer or layers of a checkpoint that a message lists
+# any of them makes a folder one with a tokenizer; slow and fast ones of all known architectures
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab*", "tekken.json", "*.tiktoken")
+
+
+def check_folder(name: str, source: str) -> None:
+    """Raise BadInput for a model folder without a tokenizer; a Hub id passes.
+
+    For some architectures `transformers` makes up a tokenizer of five special tokens.
+    """
+    folder = Path(source)
+    if folder.is_dir() and not any(list(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise BadInput(
+            f"{name} has no tokenizer: one of {', '.join(TOKENIZER_FILES)} was expected there; copy the files of the "
+            "model's tokenizer into the folder"
+        )
+
+
+def check_tokenizer(name: str, tokenizer: Any, config: Any) -> None:
+    """Raise BadInput where a text or its padding can become an id that the embedding has no row for.
+
+    An embedding with more rows than the tokenizer has entries is fine: many are rounded up.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if not set(vocabulary.values()) - set(tokenizer.all_special_ids):
+        raise BadInput(
+            f"the tokenizer of {name} has no entries but {len(vocabulary)} special ones; take a complete tokenizer"
+        )
+    rows = config.vocab_size
+    outside = sorted((id, entry) for entry, id in vocabulary.items() if id >= rows)
+    if outside:
+        which = ", ".join(f"{entry!r} with id {id}" for id, entry in outside[:NAMED])
+        raise BadInput(
+            f"the embedding of {name} has {rows} rows, too few for {len(outside)} of the {len(vocabulary)} entries of "
+            f"its tokenizer ({which}{', ...' if len(outside) > NAMED else ''}); take the tokenizer that the model was "
+            "trained with, or save the model after resize_token_embeddings(len(tokenizer))"
+        )
+    if tokenizer.pad_token_id is None:
+        raise BadInput(
+            f"the tokenizer of {name} has no padding, end or unknown token to fill short rows with; set its pad_token "
+            "to one of its entries and save it"
+        )
+
+
+def check_complete(
+    name: str, missing: Iterable[str], mismatched: Iterable[Any], trained: Collection[str]
+) -> None:
+    """Raise BadInput for a checkpoint that lacks weights other than those of the layers `trained` from scratch.
+
+    `missing` and `mismatched` are what `from_pretrained` reports: parameter names, and such with two shapes.
+    """
+    wrong = [entry for entry in mismatched if _layer(entry[0]) not in trained]
+    if wrong:
+        parameter, *shapes = wrong[0]
+        sizes = " and not ".join(str(tuple(shape)) for shape in shapes)
+        raise BadInput(
+            f"{name} has no weights for {len(wrong)} parameters in the sizes of its config.json, {parameter} "
+            f"({sizes}) among them; take config.json and weights of one model"
+        )
+    lost = sorted(key for key in missing if _layer(key) not in trained)
+    if lost:
+        raise BadInput(
+            f"{name} has no weights for {len(lost)} parameters, {', '.join(lost[:NAMED])} among them; take a complete "
+            "checkpoint for this kind of task"
+        )
+
+
+def longest_input(config: Any, tokenizer: Any) -> int:
+    """Tokens of the longest row that the model can read."""
+    return min(positions(config), tokenizer.model_max_length)
+
+
+def positions(config: Any) -> int:
+    """Tokens for which the model has positions."""
+    count = config.max_position_embeddings
+    # RoBERTa counts positions from the one after its padding id on
+    return count - (config.pad_token_id + 1) if "roberta" in config.model_type else count
+
+
+def _layer(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
