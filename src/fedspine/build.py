@@ -124,7 +124,7 @@ def build_task(recipe: Recipe, data: Dataset, precision: str | None = None) -> t
         kind=section.kind,
         base=base,
         train=train,
-        test=tokens(tokenizer, data.test, section.kind, section.max_tokens),
+        test=tokens(tokenizer, data.test, section.kind, section.max_tokens, scored=True),
         label_names=data.label_names,
         max_tokens=section.max_tokens,
         rounds=recipe.run.rounds,

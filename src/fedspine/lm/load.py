@@ -20,7 +20,7 @@ from fedspine.errors import BadInput, nearest
 from fedspine.lm import attention
 from fedspine.lm.anatomy import anatomy_of, unit_map
 from fedspine.lm.base import Base, HeadLayer
-from fedspine.lm.fits import check_complete, check_folder, check_tokenizer
+from fedspine.lm.fits import check_complete, check_folder, check_tokenizer, settle_end
 from fedspine.task import BUILT_IN_MODELS, Kind
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -59,7 +59,10 @@ def load(
         raise BadInput(
             f"{name} is an encoder ({config.model_type}) and cannot continue texts; take a decoder for kind causal-lm"
         )
-    return _base(name, source, config, classes if kind != "causal-lm" else 0, precision), tokenizer
+    base = _base(name, source, config, classes if kind != "causal-lm" else 0, precision)
+    if kind == "causal-lm":
+        settle_end(tokenizer, base.skeleton)
+    return base, tokenizer
 
 
 def _base(name: str, source: str, config: Any, classes: int, precision: str) -> Base:

@@ -289,7 +289,7 @@ class MergeSfl:
 
     def _apart(self, labels: Mapping[DeviceId, np.ndarray], fleet: Fleet, played: Played) -> float:
         """Nats between the labels of all that was merged in the round and the fleet's."""
-        counted = np.array([own.counted for own in played.progress.values()])
+        counted = np.array(list(played.counted.values()))
         of_round = merged(counted, np.stack([labels[device] for device in played.progress]))
         everywhere = [labels[profile.id] for profile in fleet.devices if profile.id in labels]
         return float(divergence(of_round, reference(np.stack(everywhere))))
@@ -354,4 +354,4 @@ class MergeSfl:
         """How much each bottom counts: by the labels it was trained on, d_i/Q of Eq. 17, or all alike."""
         if self.bottom_weights == "uniform":
             return dict.fromkeys(played.progress, 1.0)
-        return {device: float(progress.counted) for device, progress in played.progress.items()}
+        return {device: float(counted) for device, counted in played.counted.items()}

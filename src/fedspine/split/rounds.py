@@ -87,10 +87,17 @@ class Played:
     progress: dict[DeviceId, Progress]
 
     @property
+    def counted(self) -> dict[DeviceId, int]:
+        """Labels of each device over all iterations; 1 each where none counted, so that all weigh alike."""
+        each = {device: progress.counted for device, progress in self.progress.items()}
+        return each if any(each.values()) else dict.fromkeys(each, 1)
+
+    @property
     def loss(self) -> float:
         """The mean over all labels of the losses of each device's last iteration."""
-        each = [(p.counted, p.losses[-1]) for p in self.progress.values()]
-        return sum(counted * loss for counted, loss in each) / sum(counted for counted, _ in each)
+        weights = self.counted
+        weighed = sum(weights[device] * own.losses[-1] for device, own in self.progress.items())
+        return weighed / sum(weights.values())
 
 
 def play(
