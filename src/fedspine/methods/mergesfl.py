@@ -13,7 +13,7 @@ import numpy as np
 
 from fedspine.device import DeviceId
 from fedspine.errors import BadInput
-from fedspine.fleet import AllLost, Fleet
+from fedspine.fleet import AllLost, Fleet, none_left
 from fedspine.message import message
 from fedspine.method import method
 from fedspine.methods.looking import Look, calibrating, look
@@ -197,9 +197,7 @@ class MergeSfl:
         replies = fleet.ask(look, dict.fromkeys(unknown, order)) if unknown else []
         labels = state.labels | {reply.device: reply.value.shares for reply in replies}
         if not any(profile.id in labels for profile in fleet.devices):
-            raise AllLost(
-                f"of {len(unknown)} devices asked, {len(replies)} replied and none can be used"
-            )
+            raise none_left(len(unknown), [])
         return labels
 
     def _planned(self, state: MergeSflState, now: Opened, fleet: Fleet) -> Planned:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fedspine.device import Device
-from fedspine.fleet import AllLost, Fleet, Profile
+from fedspine.fleet import Fleet, NoMemory, Profile
 from fedspine.message import Tensors, message
 from fedspine.methods.halved import HalvedFields, check_halves, optimising_at
 from fedspine.split.batches import rows_at
@@ -142,7 +142,7 @@ def wired(weights: Tensors, wire: Wire) -> Tensors:
 
 
 def with_memory(fleet: Fleet, halves: Halves, batch: int, tokens: int) -> tuple[Profile, ...]:
-    """The devices that have the memory to train; the others are noted. Raises AllLost where none has."""
+    """The devices that have the memory to train; the others are noted. Raises NoMemory where none has."""
     able = []
     for device in fleet.devices:
         needed = memory_bytes(halves, min(batch, device.examples), tokens)
@@ -154,7 +154,7 @@ def with_memory(fleet: Fleet, halves: Halves, batch: int, tokens: int) -> tuple[
                 left_out=f"{needed} bytes are needed, it has {device.memory_bytes}",
             )
     if not able:
-        raise AllLost(
+        raise NoMemory(
             "no device has the memory to train this model; lower method.batch or take a smaller task.model"
         )
     return tuple(able)
