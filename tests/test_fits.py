@@ -68,7 +68,15 @@ def cut_short(folder):
     path.write_bytes(path.read_bytes()[:5000])
 
 
+def no_number(folder):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    next(tensor for name, tensor in weights.items() if "layer" in name)[0] = torch.nan
+    save_file(weights, path, {"format": "pt"})
+
+
 SPOILT = {
+    "weights that are no numbers": (no_number, ["not finite in 1 parameters", "is damaged"]),
     "a padding token was added": (
         tokenizer_with(lambda t: t.add_special_tokens({"pad_token": "<pad>"})),
         [f"{ROWS} rows", f"1 of the {ROWS + 1} entries", f"'<pad>' with id {ROWS}", "resize_token"],

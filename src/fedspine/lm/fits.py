@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedspine.errors import BadInput
+from fedspine.tensors import finite
 
 # of the norm: about 175 of the 512 rows of stories260k are within 4e-4 of that of its end token, the next one is a byte
 # that was seen a few times, at 0.012; rows that were trained are about 1 apart
@@ -82,6 +83,16 @@ def check_complete(
         raise BadInput(
             f"{name} has no weights for {len(lost)} parameters, {', '.join(lost[:NAMED])} among them; take a complete "
             "checkpoint for this kind of task"
+        )
+
+
+def check_finite(name: str, module: nn.Module) -> None:
+    """Raise BadInput for weights that hold a NaN or an infinity, with which no loss is finite at any learning rate."""
+    broken = [path for path, weight in module.named_parameters() if not finite({path: weight})]
+    if broken:
+        raise BadInput(
+            f"{name} has weights that are not finite in {len(broken)} parameters, {broken[0]} among them; the checkpoint "
+            "is damaged, copy the model again"
         )
 
 

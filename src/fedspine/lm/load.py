@@ -20,7 +20,7 @@ from fedspine.errors import BadInput, nearest
 from fedspine.lm import attention
 from fedspine.lm.anatomy import anatomy_of, unit_map
 from fedspine.lm.base import Base, HeadLayer
-from fedspine.lm.fits import check_complete, check_folder, check_tokenizer, settle_end
+from fedspine.lm.fits import check_complete, check_finite, check_folder, check_tokenizer, settle_end
 from fedspine.task import BUILT_IN_MODELS, Kind
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -90,6 +90,7 @@ def _base(name: str, source: str, config: Any, classes: int, precision: str) -> 
     head = _head(module, fresh) if classes else ()
     trained = {layer.path for layer in head}
     check_complete(name, info["missing_keys"], info["mismatched_keys"], trained)
+    check_finite(name, module)
     return Base(module, anatomy, head, PRECISIONS[precision])
 
 
