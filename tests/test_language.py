@@ -21,6 +21,7 @@ from fedspine.export.hf import export
 from fedspine.export.load import Loaded, load
 from fedspine.export.predict import _ends, predict
 from fedspine.lm.base import Model
+from fedspine.lm.content import content_sha256
 from fedspine.lm.encode import encode
 from fedspine.lm.fits import settle_end
 from fedspine.lm.load import load as load_base
@@ -189,13 +190,15 @@ def test_context_is_taken_and_stored_with_its_rows(tmp_path, monkeypatch, decode
 
 def test_another_end_is_stored_for_itself(tmp_path, monkeypatch, tiny_folder):
     monkeypatch.setenv("FEDSPINE_CACHE", str(tmp_path))
-    _, tokenizer = fresh_decoder(tiny_folder)
-    rows = of("good", "bad")
+    base, tokenizer = fresh_decoder(tiny_folder)
+    rows, content = of("good", "bad"), content_sha256(base, tokenizer)
     before = texts_of(tokens(tokenizer, rows, "causal-lm", 8))
     tokenizer.eos_token = "[UNK]"
     after = texts_of(tokens(tokenizer, rows, "causal-lm", 8))
     assert [row[:-1] for row in before] == [row[:-1] for row in after]
     assert {row[-1] for row in before} == {END} and {row[-1] for row in after} == {1}
+    # two machines that end texts otherwise do not hold the same model
+    assert content_sha256(base, tokenizer) != content
 
 
 # --- an end that is also the padding ---

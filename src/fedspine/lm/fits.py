@@ -88,7 +88,8 @@ def check_complete(
 
 def check_finite(name: str, module: nn.Module) -> None:
     """Raise BadInput for weights that hold a NaN or an infinity, with which no loss is finite at any learning rate."""
-    broken = [path for path, weight in module.named_parameters() if not finite({path: weight})]
+    weights = module.named_parameters()
+    broken = [path for path, weight in weights if not finite({path: weight.detach()})]
     if broken:
         raise BadInput(
             f"{name} has weights that are not finite in {len(broken)} parameters, {broken[0]} among them; the checkpoint "
