@@ -131,13 +131,6 @@ ADVICE = {  # the error, the recipe, whether devices are simulated, what is said
         ["lower method.learning_rate (1e9) and start a new run", NEW],
     ),
     "diverged at sites": (Diverged("x"), recipe(), False, ["method.learning_rate (0.0002)", NEW]),
-    "a fast head": (
-        Diverged("x"),
-        recipe(head_speed=50.0),
-        True,
-        ["method.learning_rate (0.0002) or method.head_speed (50)", NEW],
-    ),
-    "a slow head": (Diverged("x"), recipe(head_speed=1.0), True, ["(0.0002) and start", NEW]),
     "no memory on devices": (NoMemory("x"), recipe(), True, ["start a new run", NEW]),
     "lost by the recipe": (AllLost("x"), recipe(drop=1.0), True, ["lower fleet.drop (1)", NEW]),
     "lost": (AllLost("x"), recipe(), True, [RESUME]),

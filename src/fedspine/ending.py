@@ -20,7 +20,9 @@ def advice(
     anew = f"{saved}, but a resume would end the same way"
     match error:
         case Diverged():
-            return f"lower {_rates(recipe)} and start a new run; {anew}"
+            # all other rates of a method are multiples of this one
+            rate = _number(recipe.method.learning_rate)
+            return f"lower method.learning_rate ({rate}) and start a new run; {anew}"
         case NoMemory():
             return f"start a new run with that; {anew}"
         case AllLost() if simulated and recipe.fleet.drop:
@@ -34,16 +36,6 @@ def advice(
         case _ if not simulated:
             return resume
     return f"{anew}: change the recipe and start a new run"
-
-
-def _rates(recipe: Recipe) -> str:
-    """The settings that keep a loss finite when they are lowered, with their values."""
-    method = recipe.method
-    named = [f"method.learning_rate ({_number(method.learning_rate)})"]
-    # of a task head that learns faster than the rest
-    if getattr(method, "head_speed", 1.0) > 1:
-        named.append(f"method.head_speed ({_number(method.head_speed)})")
-    return " or ".join(named)
 
 
 def _of_machine(error: Exception) -> bool:
