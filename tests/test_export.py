@@ -253,7 +253,9 @@ def test_continuations(tmp_path):
 
     loaded = load(folder)
     found = predict(loaded, ["the good model", ""])
-    rows = encode(tokenizer, Rows(("the good model",), None, None, {}), "causal-lm", 64)
+    rows = encode(
+        tokenizer, Rows(("the good model",), None, None, {}), "causal-lm", 64, ended=False
+    )
     assert found[0].mean_loss == pytest.approx(score(base, model, rows).mean_loss, abs=1e-4)
     assert score_module(loaded.module, rows).count == len(rows.ids) - 1
     assert isinstance(found[1], Continued)

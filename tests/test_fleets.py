@@ -15,7 +15,7 @@ from fedspine.errors import BadInput
 from fedspine.fleet import Idle
 from fedspine.fleets.lossy import Lossy
 from fedspine.fleets.simulated import profiles
-from fedspine.fleets.workers import WorkerLost
+from fedspine.fleets.workers import WorkerLost, WorkFailed
 from fedspine.message import message, pack
 
 TERA = 1e12
@@ -513,8 +513,9 @@ def test_a_worker_that_died_in_between_is_no_hang(lab):
 
 def test_a_failure_in_a_worker_says_what_failed(lab):
     fleet = lab(workers=2).fleet
-    with pytest.raises(WorkerLost, match="the work itself is broken"):
+    with pytest.raises(WorkFailed, match="the work itself is broken") as caught:
         fleet.ask(fail, everyone(fleet))
+    assert not caught.value.of_machine
     with pytest.raises(RuntimeError, match="the work itself is broken"):
         lab("here").fleet.ask(fail, {"nx-02": Job()})
 

@@ -58,6 +58,7 @@ TOGETHER = {
         "build",
         "cli",
         "compare",
+        "ending",
         "export",
         "fleet_cli",
         "fleet_demo",

@@ -19,6 +19,7 @@ from fedspine.fleets.hardware import Hardware, device_ids, fleet_mix
 from fedspine.fleets.lossy import Lossy
 from fedspine.fleets.simulated import SimulatedFleet, World, profiles
 from fedspine.fleets.workers import Workers, Workshop
+from fedspine.lm.fits import longest_input
 from fedspine.lm.load import load as load_model
 from fedspine.lm.load import pooling_for
 from fedspine.lm.pooling import READOUTS
@@ -136,10 +137,7 @@ def build_task(recipe: Recipe, data: Dataset, precision: str | None = None) -> t
         layers=section.layers,
         pooling=section.pooling,
     )
-    longest = min(
-        getattr(base.config, "max_position_embeddings", section.max_tokens),
-        tokenizer.model_max_length,
-    )
+    longest = longest_input(base.config, tokenizer)
     if section.max_tokens > longest:
         raise BadInput(
             f"task.max_tokens is {section.max_tokens}, but {section.model} reads at most {longest}; lower it"
@@ -149,7 +147,7 @@ def build_task(recipe: Recipe, data: Dataset, precision: str | None = None) -> t
         kind=section.kind,
         base=base,
         train=train,
-        test=tokens(tokenizer, data.test, section.kind, section.max_tokens),
+        test=tokens(tokenizer, data.test, section.kind, section.max_tokens, scored=True),
         label_names=data.label_names,
         max_tokens=section.max_tokens,
         rounds=recipe.run.rounds,

@@ -8,6 +8,20 @@ class BadInput(ValueError):
     """Input that the program cannot use; its text is one line, printed by the CLI, which then exits with code 2."""
 
 
+def of_machine(error: BaseException) -> bool:
+    """Whether an error tells of the machine's memory or disk, and so need not come again; others follow from the input.
+
+    >>> of_machine(MemoryError()), of_machine(ZeroDivisionError())
+    (True, False)
+    """
+    # PyTorch raises its own kinds; a RuntimeError with this name in it is how a CPU has no memory left
+    return (
+        isinstance(error, MemoryError | OSError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like `name`, or None where nothing comes near.
 

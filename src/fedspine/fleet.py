@@ -1,6 +1,6 @@
 """The server's side of an exchange: the one seam between a method and whatever carries its messages."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
@@ -107,3 +107,31 @@ class Idle(LookupError):
 
 class AllLost(RuntimeError):
     """A round got no reply that can be used, so the run cannot go on; its last state is saved."""
+
+
+class Diverged(AllLost):
+    """All replies of a round hold numbers that are not finite: what training from the same state gives again."""
+
+
+class NoMemory(AllLost):
+    """None of a round's devices has the memory for its part, and none will have."""
+
+
+def none_left(asked: int, flaws: Sequence[str]) -> AllLost:
+    """The error for a round of so many devices in which every reply has a flaw, such as "loss is nan".
+
+    >>> str(none_left(2, ["loss is nan", "loss is nan"]))
+    'the training loss of all 2 devices is not finite (nan)'
+    """
+    if not flaws:
+        return AllLost(f"of {asked} devices asked, 0 replied")
+    who = f"all {asked} devices" if asked > 1 else "the one device asked"
+    if len(flaws) < asked:
+        who = f"all {len(flaws)} devices that replied, of {asked} asked,"
+    losses = [flaw.removeprefix("loss is ") for flaw in flaws if flaw.startswith("loss is ")]
+    if len(losses) == len(flaws):
+        values = ", ".join(sorted(set(losses) - {"not finite"}))
+        return Diverged(
+            f"the training loss of {who} is not finite" + (f" ({values})" if values else "")
+        )
+    return Diverged(f"what {who} sent is not finite ({', '.join(sorted(set(flaws)))})")

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedspine.device import DeviceId, R
 from fedspine.errors import unknown
-from fedspine.fleet import AllLost, Fleet, Reply
+from fedspine.fleet import Fleet, Reply, none_left
 from fedspine.tensors import finite, is_tensors
 
 if TYPE_CHECKING:
@@ -68,22 +68,27 @@ def planned_sparsities(method: Any, rounds: int) -> list[float]:
 def usable(replies: Sequence[Reply[R]], fleet: Fleet) -> list[Reply[R]]:
     """The replies whose `loss` and all named tensors are finite; the others are noted and left out of the round.
 
-    Raises AllLost where none is left.
+    Raises AllLost where none is left, Diverged where some came.
     """
-    good = []
+    good, flaws = [], []
     for reply in replies:
-        result = reply.value
-        if not math.isfinite(result.loss):
-            fleet.note(device=reply.device, left_out=f"loss is {result.loss}")
-        elif not all(finite(value) for value in vars(result).values() if is_tensors(value)):
-            fleet.note(device=reply.device, left_out="weights are not finite")
-        else:
+        found = _flaw(reply.value)
+        if found is None:
             good.append(reply)
+        else:
+            flaws.append(found)
+            fleet.note(device=reply.device, left_out=found)
     if not good:
-        raise AllLost(
-            f"of {len(fleet.devices)} devices asked, {len(replies)} replied and none can be used"
-        )
+        raise none_left(len(fleet.devices), flaws)
     return good
+
+
+def _flaw(result: Any) -> str | None:
+    """What is not finite in a result with a `loss`, None where nothing is."""
+    if not math.isfinite(result.loss):
+        return f"loss is {result.loss}"
+    sound = all(finite(value) for value in vars(result).values() if is_tensors(value))
+    return None if sound else "weights are not finite"
 
 
 _METHODS: dict[str, type] = {}  # filled at import time only

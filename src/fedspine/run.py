@@ -15,6 +15,7 @@ import torch
 
 from fedspine.build import START, Built, around, cohort, settled, workers_for
 from fedspine.config import Recipe
+from fedspine.ending import advice
 from fedspine.errors import BadInput
 from fedspine.eta import Estimate, Plan
 from fedspine.fleet import AllLost
@@ -160,7 +161,7 @@ def _guarded(built: Built, venue: Venue, folder: Path, progress: Progress) -> di
     except KeyboardInterrupt:
         raise Stopped(f"interrupted; {_kept(store, folder)}", exit_code=130) from None
     except AllLost as error:
-        raise Stopped(f"{error}; {_kept(store, folder)}") from None
+        raise Stopped(f"{error}; {_advice(error, built, venue, store, folder)}") from None
     except OSError as error:
         raise Stopped(
             f"{error.filename or folder}: {error.strerror or error}; {_kept(store, folder)}"
@@ -173,7 +174,8 @@ def _guarded(built: Built, venue: Venue, folder: Path, progress: Progress) -> di
         lines = str(error).strip().splitlines() or [""]
         what = " ".join(dict.fromkeys((lines[0], lines[-1])))  # of a worker's traceback, its cause
         where = f"details are in {folder / FAILURE}"
-        raise Stopped(f"{type(error).__name__}: {what}; {_kept(store, folder)}; {where}") from error
+        then = _advice(error, built, venue, store, folder)
+        raise Stopped(f"{type(error).__name__}: {what}; {then}; {where}") from error
     finally:
         store.close()
         workers.close()
@@ -181,9 +183,17 @@ def _guarded(built: Built, venue: Venue, folder: Path, progress: Progress) -> di
 
 
 def _kept(store: Store, folder: Path) -> str:
+    return f"{_saved(store)}; go on with: fedspine run --resume {folder}"
+
+
+def _saved(store: Store) -> str:
     rounds = store.rounds()
-    kept = f"{counted(rounds, 'round')} saved" if rounds else "no round is saved yet"
-    return f"{kept}; go on with: fedspine run --resume {folder}"
+    return f"{counted(rounds, 'round')} saved" if rounds else "no round is saved yet"
+
+
+def _advice(error: Exception, built: Built, venue: Venue, store: Store, folder: Path) -> str:
+    simulated = isinstance(venue, Simulation)
+    return advice(error, built.recipe, _saved(store), folder, simulated=simulated)
 
 
 def _run(

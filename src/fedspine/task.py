@@ -32,6 +32,8 @@ class Examples:
     sources: np.ndarray | None = (
         None  # int64 [rows], the text each row was cut from; None: every text is one row
     )
+    # int64 [rows], tokens at the start of each row that are read and not counted; None: all count
+    context: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -53,12 +55,21 @@ class Examples:
             segments=None if self.segments is None else self.segments[index],
             padding=self.padding,
             sources=None if self.sources is None else self.sources[rows],
+            context=None if self.context is None else self.context[rows],
         )
+
+    def predicted(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Labels of each of these rows that a loss counts: its class, or its tokens but the first and the context."""
+        if self.labels is not None:
+            return np.ones(len(rows), np.int64)
+        skipped = 1 if self.context is None else np.maximum(1, self.context[rows])
+        return np.maximum(0, self.lengths[rows] - skipped)
 
     def width(self, rows: Sequence[int] | np.ndarray) -> int:
         """Tokens to which these rows are padded; never beyond the longest row there is, which the model can read."""
         lengths = self.lengths[rows]
-        return int(min(-(-lengths.max() // GRAIN) * GRAIN, self.lengths.max()))
+        # at least 1: a text may have no token at all
+        return max(1, int(min(-(-lengths.max() // GRAIN) * GRAIN, self.lengths.max())))
 
     def places(self, rows: Sequence[int] | np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Where each token of these rows lies in the flat arrays, and which are tokens at all: both [rows, width]."""
@@ -69,7 +80,10 @@ class Examples:
     def batch(
         self, rows: Sequence[int] | np.ndarray, width: int | None = None
     ) -> dict[str, "torch.Tensor"]:
-        """Model inputs for these rows, padded to `width` (default: their own); `labels` as the loss wants them."""
+        """Model inputs for these rows, padded to `width` (default: their own); `labels` as the loss wants them.
+
+        What is padding goes by place: a padding id within a text, which may be its end token, is a label.
+        """
         import torch
 
         index, inside = self.places(rows, self.width(rows) if width is None else width)
@@ -82,7 +96,13 @@ class Examples:
             inputs["token_type_ids"] = torch.from_numpy(
                 np.where(inside, self.segments[index], 0).astype(np.int64)
             )
-        labels = np.where(inside, ids, IGNORED) if self.labels is None else self.labels[rows]
+        if self.labels is not None:
+            labels = self.labels[rows]
+        else:
+            counted = inside
+            if self.context is not None:
+                counted = inside & (np.arange(ids.shape[1]) >= self.context[rows][:, None])
+            labels = np.where(counted, ids, IGNORED)
         return inputs | {"labels": torch.from_numpy(labels)}
 
     def batches_by_length(self, size: int) -> Iterator[np.ndarray]:
@@ -113,6 +133,10 @@ class Arrays:
     def take(self, rows: np.ndarray) -> "Arrays":
         """These rows, in this order."""
         return Arrays(x=self.x[rows], labels=self.labels[rows])
+
+    def predicted(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """1 for each row: its class."""
+        return np.ones(len(rows), np.int64)
 
     def width(self, rows: Sequence[int] | np.ndarray) -> int:
         """1, whatever the rows: nothing is padded."""

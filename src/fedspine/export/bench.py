@@ -22,6 +22,7 @@ from torch import Tensor
 from fedspine.errors import BadInput
 from fedspine.export.card import WEIGHTS
 from fedspine.export.load import Loaded, load
+from fedspine.lm.fits import positions
 
 CALLS = {1: 8, 32: 1}  # batch size: calls in one repeat, more of the short ones
 WARM_UP = 2  # calls before the first that counts
@@ -166,10 +167,7 @@ def random_ids(model: Loaded, batch: int, tokens: int) -> Tensor:
     Raises BadInput for more tokens than the model has positions.
     """
     config = model.module.config
-    # RoBERTa counts positions from the one after its padding id on
-    room = config.max_position_embeddings - (
-        config.pad_token_id + 1 if "roberta" in config.model_type else 0
-    )
+    room = positions(config)
     if tokens > room:
         raise BadInput(
             f"{tokens} tokens are more than the {room} positions of this model; lower tokens"

@@ -1,16 +1,17 @@
 """Run an exported model on texts: a label with its probability, or a continuation with the loss of what was given."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
 import torch
 
 from fedspine.data.tasks import Rows
 from fedspine.errors import BadInput
 from fedspine.export.load import Loaded
 from fedspine.lm.encode import encode
+from fedspine.lm.fits import positions
 from fedspine.lm.score import score_module
 from fedspine.task import Examples
 
@@ -28,22 +29,31 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Continued:
-    """What the model would write next, and its mean loss in nats per token of the given text (NaN for one token)."""
+    """What the model would write next, and its mean loss in nats per token of the given text (NaN for one token).
+
+    `ended` says whether the model came to an end of its own, or was stopped after so many tokens.
+    """
 
     continuation: str
     mean_loss: float
+    ended: bool
 
 
 Prediction: TypeAlias = Labelled | Continued
 
 
 def predict(
-    loaded: Loaded, texts: Sequence[str], pairs: Sequence[str] | None = None
+    loaded: Loaded,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None = None,
+    *,
+    new_tokens: int = NEW_TOKENS,
 ) -> list[Prediction]:
     """One prediction for each text, in order; `pairs` holds the second texts, for kind pair only.
 
     A text longer than the model's `max_tokens` is cut for a label, and read in windows for a loss; a continuation
-    starts from its last tokens. Raises BadInput for missing, surplus or unequally many second texts.
+    starts from its last tokens and has at most `new_tokens`. A text that is to be continued has no end, so none counts
+    in its loss. Raises BadInput for missing, surplus or unequally many second texts.
     """
     if (pairs is not None) != (loaded.kind == "pair"):
         have, want = ("pairs", "single texts") if pairs is not None else ("single texts", "pairs")
@@ -57,14 +67,16 @@ def predict(
     if not texts:
         return []
     if loaded.kind == "causal-lm":
-        return [_continued(loaded, text) for text in texts]
+        return [_continued(loaded, text, new_tokens) for text in texts]
     return _labelled(loaded, _encoded(loaded, texts, pairs))
 
 
 def _encoded(loaded: Loaded, texts: Sequence[str], pairs: Sequence[str] | None) -> Examples:
     # as in training, so that a prediction is what the run measured
     rows = Rows(tuple(texts), None if pairs is None else tuple(pairs), None, {})
-    examples = encode(loaded.tokenizer, rows, loaded.kind, loaded.max_tokens)
+    examples = encode(
+        loaded.tokenizer, rows, loaded.kind, loaded.max_tokens, scored=True, ended=False
+    )
     for index, length in enumerate(examples.lengths):
         if length == 0:
             raise BadInput(
@@ -87,18 +99,41 @@ def _labelled(loaded: Loaded, examples: Examples) -> list[Prediction]:
     return [one for one in found if one is not None]
 
 
-def _continued(loaded: Loaded, text: str) -> Continued:
+def _continued(loaded: Loaded, text: str, new_tokens: int) -> Continued:
     examples = _encoded(loaded, [text], None)
     score = score_module(loaded.module, examples)
-    prompt = torch.from_numpy(examples.ids[-loaded.max_tokens :]).long()[None]
+    # beyond its positions the model has learnt nothing
+    room = max(1, positions(loaded.module.config) - new_tokens)
+    prompt = _last(examples, min(loaded.max_tokens, room))
+    ends = _ends(loaded)
     with torch.inference_mode():
         whole = loaded.module.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=NEW_TOKENS,
+            max_new_tokens=new_tokens,
             do_sample=False,
             use_cache=True,
             pad_token_id=loaded.tokenizer.pad_token_id,
+            eos_token_id=ends or None,
         )
-    continuation = loaded.tokenizer.decode(whole[0, prompt.shape[1] :], skip_special_tokens=True)
-    return Continued(continuation, score.mean_loss if score.count else math.nan)
+    written = whole[0, prompt.shape[1] :]
+    continuation = loaded.tokenizer.decode(written, skip_special_tokens=True)
+    return Continued(
+        continuation, score.mean_loss, ended=bool(set(written[-1:].tolist()) & set(ends))
+    )
+
+
+def _last(examples: Examples, most: int) -> torch.Tensor:
+    """The last tokens of the only text, at most so many: int64 [1, tokens]."""
+    # later windows repeat the end of the one before
+    skipped = np.zeros(len(examples), np.int64) if examples.context is None else examples.context
+    rows = zip(examples.offsets[:-1] + skipped, examples.offsets[1:], strict=True)
+    ids = np.concatenate([examples.ids[first:last] for first, last in rows])
+    return torch.from_numpy(ids[-most:]).long()[None]
+
+
+def _ends(loaded: Loaded) -> list[int]:
+    """The tokens at which a continuation is over: the tokenizer's end, and what the model's own settings add."""
+    stated = loaded.module.generation_config.eos_token_id
+    of_model = stated if isinstance(stated, list) else [stated]
+    return sorted({end for end in (loaded.tokenizer.eos_token_id, *of_model) if end is not None})

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import torch
 
 from fedspine.device import Call, Scratch, Served, serve
+from fedspine.errors import BadInput, of_machine
 from fedspine.fleets.together import serve_together
 from fedspine.lm.base import Base
 from fedspine.lm.prefix import Prefixes
@@ -46,6 +47,17 @@ class ScoreJob:
 
 class WorkerLost(RuntimeError):
     """A worker process ended; the text says how."""
+
+
+class WorkFailed(RuntimeError):
+    """Work raised an error in a worker process; the text is its traceback, `of_machine` as that function has it."""
+
+    def __init__(self, text: str, of_machine: bool) -> None:
+        super().__init__(text, of_machine)  # both, so that it can be sent between processes
+        self.of_machine = of_machine
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -214,13 +226,13 @@ class Workers:
 
     def _take(self, pipe: Connection) -> Any:
         try:
-            done, value = pipe.recv()
+            failure, value = pipe.recv()
         except (EOFError, ConnectionResetError):
             raise WorkerLost(
                 "a worker process ended without a reply; it may have been killed for its memory"
             ) from None
-        if not done:
-            raise WorkerLost(f"a worker failed:\n{value}")
+        if failure is not None:
+            raise failure
         return value
 
 
@@ -252,9 +264,12 @@ def _work(workshop: Workshop, pipe: Connection, inherited: list[Connection], par
         except (EOFError, OSError):
             os._exit(0)
         try:
-            reply = (True, workshop.do(job))
-        except BaseException:
-            reply = (False, traceback.format_exc())
+            reply = (None, workshop.do(job))
+        except BadInput as error:  # whose line is for the user, from wherever it comes
+            reply = (BadInput(str(error)), None)
+        except BaseException as error:
+            text = f"a worker failed:\n{traceback.format_exc()}"
+            reply = (WorkFailed(text, of_machine(error)), None)
         try:
             pipe.send(reply)
         except OSError:  # the run ended meanwhile

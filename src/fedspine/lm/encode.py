@@ -1,4 +1,9 @@
-"""Texts to token ids: cut at `max_tokens` for classification, in consecutive windows for language modelling."""
+"""Texts to token ids: cut at `max_tokens` for classification, in windows for language modelling.
+
+Windows as in the `transformers` guide "Perplexity of fixed-length models": plain slices of the token sequence, of which
+only the first begins with the text's own beginning. Windows to train on share one token, so that each token is
+predicted once; those to score share half a window, of which nothing is counted again.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -9,27 +14,62 @@ from fedspine.data.tasks import Rows
 from fedspine.task import Examples, Kind
 
 
-def encode(tokenizer: Any, rows: Rows, kind: Kind, max_tokens: int) -> Examples:
-    """Tokenise a split once; every row has at most `max_tokens` tokens, special ones included."""
+def encode(
+    tokenizer: Any,
+    rows: Rows,
+    kind: Kind,
+    max_tokens: int,
+    *,
+    scored: bool = False,
+    ended: bool = True,
+) -> Examples:
+    """Tokenise a split once; every row has at most `max_tokens` tokens, special ones included.
+
+    For language modelling each text is `ended` by the tokenizer's end token, where it has one, and rows that are only
+    `scored` begin with tokens of the window before (`Examples.context`).
+    """
     texts = list(rows.texts)
     if kind == "causal-lm":
-        windows, sources = [], []
-        for text, ids in enumerate(tokenizer(texts, verbose=False)["input_ids"]):
-            # a lone token at the end has nothing to predict
-            starts = [
-                start
-                for start in range(0, len(ids), max_tokens)
-                if len(ids) - start > 1 or start == 0
-            ]
-            windows += [ids[start : start + max_tokens] for start in starts]
-            sources += [text] * len(starts)
-        return replace(
-            _flat(windows, None, None, tokenizer.pad_token_id), sources=np.array(sources, np.int64)
-        )
+        coded = tokenizer(texts, verbose=False)["input_ids"]
+        whole = [_ended(ids, tokenizer.eos_token_id, ended) for ids in coded]
+        return _in_windows(whole, max_tokens, _overlap(max_tokens, scored), tokenizer.pad_token_id)
     pairs = None if rows.pairs is None else list(rows.pairs)
     coded = tokenizer(texts, pairs, truncation=True, max_length=max_tokens)
     segments = coded.get("token_type_ids") if pairs is not None else None
     return _flat(coded["input_ids"], rows.labels, segments, tokenizer.pad_token_id)
+
+
+def _ended(ids: list[int], end: int | None, ended: bool) -> list[int]:
+    """The tokens of a text with one end token, whether the tokenizer adds it or not, or with none."""
+    if end is None:
+        return ids
+    has = len(ids) > 1 and ids[-1] == end  # a lone one may be the token that begins texts
+    if ended:
+        return ids if has else [*ids, end]
+    return ids[:-1] if has else ids
+
+
+def _overlap(max_tokens: int, scored: bool) -> int:
+    """Tokens that a window shares with the one before."""
+    # the guide's stride of 512 at 1024 tokens: each token that counts has at least half a window before it
+    return max(1, max_tokens // 2) if scored else 1
+
+
+def _in_windows(texts: list[list[int]], max_tokens: int, overlap: int, padding: int) -> Examples:
+    """Windows of each text, each of which begins `max_tokens - overlap` tokens after the one before."""
+    windows, sources, context = [], [], []
+    for text, ids in enumerate(texts):
+        # the next one would hold nothing new
+        for start in range(0, max(1, len(ids) - overlap), max_tokens - overlap):
+            windows.append(ids[start : start + max_tokens])
+            sources.append(text)
+            context.append(overlap if start else 0)
+    return replace(
+        _flat(windows, None, None, padding),
+        sources=np.array(sources, np.int64),
+        # the first token of a row is never predicted, so one token of context is no matter
+        context=np.array(context, np.int64) if overlap > 1 else None,
+    )
 
 
 def _flat(

@@ -19,6 +19,7 @@ from fedspine.errors import BadInput, nearest
 from fedspine.lm import attention
 from fedspine.lm.anatomy import anatomy_of, unit_map
 from fedspine.lm.base import Base, HeadLayer
+from fedspine.lm.fits import check_complete, check_finite, check_folder, check_tokenizer, settle_end
 from fedspine.lm.pooling import CLASSES, Pooling, pooling_of
 from fedspine.task import BUILT_IN_MODELS, Kind
 
@@ -54,9 +55,11 @@ def load(
                 f"task.layers is {layers}, but {name} has 1 to {config.num_hidden_layers}; lower it"
             )
         config.num_hidden_layers = layers
+    check_folder(name, source)
     tokenizer = _read(name, AutoTokenizer.from_pretrained, source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    check_tokenizer(name, tokenizer, config)
     config.pad_token_id = tokenizer.pad_token_id
     if kind == "causal-lm" and not unit_map(config.model_type).decoder:
         raise BadInput(
@@ -66,7 +69,10 @@ def load(
     if kind != "causal-lm":
         readout = pooling_of(source, config) if pooling == "auto" else pooling
         config.num_labels = classes
-    return _base(name, source, config, readout, precision), tokenizer
+    base = _base(name, source, config, readout, precision)
+    if kind == "causal-lm":
+        settle_end(tokenizer, base.skeleton)
+    return base, tokenizer
 
 
 def pooling_for(name: str) -> Pooling:
@@ -95,12 +101,10 @@ def _base(name: str, source: str, config: Any, pooling: Pooling | None, precisio
         for key in info["mismatched_keys"]
     }
     anatomy = anatomy_of(module.config, module.base_model_prefix)
-    lost = fresh & {site.path for site in anatomy.sites}
-    if lost:
-        raise BadInput(
-            f"{name} has no weights for {len(lost)} layers, {min(lost)} among them; take a complete checkpoint"
-        )
     head = () if pooling is None else _head(module, fresh)
+    trained = {layer.path for layer in head}
+    check_complete(name, info["missing_keys"], info["mismatched_keys"], trained)
+    check_finite(name, module)
     return Base(module, anatomy, head, PRECISIONS[precision], pooling)
 
 
@@ -159,7 +163,9 @@ def _read(name: str, reader: Any, source: str, **options: Any) -> Any:
             f" (did you mean {near!r}?)" if near and near != name else ""
         )
         reason = " ".join(str(error).split())[:160]
+        advice = f"{known}, or a local folder, or a Hub id"
+        if Path(source).is_dir():
+            advice = "check its files, or copy the model again"
         raise BadInput(
-            f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}); "
-            f"{known}, or a local folder, or a Hub id"
+            f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}); {advice}"
         ) from None

@@ -1,5 +1,6 @@
 """How good a model is on given rows."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,12 +24,13 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        """Share of right labels, 0 to 1; for language modelling, of right next tokens."""
-        return self.correct / self.count
+        """Share of right labels, 0 to 1; for language modelling, of right next tokens. NaN where none counts."""
+        return self.correct / self.count if self.count else math.nan
 
     @property
     def mean_loss(self) -> float:
-        return self.loss / self.count
+        """Nats per label, the logarithm of the perplexity for language modelling; NaN where none counts."""
+        return self.loss / self.count if self.count else math.nan
 
 
 def score(base: Base, model: Model, data: Examples, *, batch: int = 32) -> Score:

@@ -185,8 +185,8 @@ class TextHalves:
         )
         rows = len(labels)
         return Losses(
-            total=losses.reshape(rows, -1).sum(1),
-            counted=(labels != IGNORED).reshape(rows, -1).sum(1),
+            total=losses.view(rows, labels[0].numel()).sum(1),
+            counted=(labels != IGNORED).view(rows, labels[0].numel()).sum(1),
             shifted=shifted_losses(logits, labels, shifts),
         )
 

@@ -22,7 +22,7 @@ from fedspine.lm.encode import encode
 from fedspine.task import Examples, Kind
 
 ABOUT = "examples.json"
-FORMAT = "2"  # changes whenever the same input gives other tokens
+FORMAT = "3"  # changes whenever the same input gives other tokens
 _UNUSABLE = (
     OSError,
     ValueError,
@@ -33,6 +33,7 @@ _UNUSABLE = (
 )  # the last: there is no home
 _SETTINGS = (
     "pad_token_id",
+    "eos_token_id",
     "padding_side",
     "truncation_side",
     "model_input_names",
@@ -40,14 +41,16 @@ _SETTINGS = (
 KEPT = 32  # folders; the ones not used for longest make way
 
 
-def tokens(tokenizer: Any, rows: Rows, kind: Kind, max_tokens: int) -> Examples:
+def tokens(
+    tokenizer: Any, rows: Rows, kind: Kind, max_tokens: int, *, scored: bool = False
+) -> Examples:
     """What `encode` gives, memory-mapped where it could be stored."""
-    key = _key(tokenizer, rows, kind, max_tokens)
+    key = _key(tokenizer, rows, kind, max_tokens, scored)
     if key is None:
-        return encode(tokenizer, rows, kind, max_tokens)
+        return encode(tokenizer, rows, kind, max_tokens, scored=scored)
     with suppress(*_UNUSABLE):
         return _opened(home() / "tokens" / key)
-    examples = encode(tokenizer, rows, kind, max_tokens)
+    examples = encode(tokenizer, rows, kind, max_tokens, scored=scored)
     with suppress(*_UNUSABLE):
         _store(examples, home() / "tokens" / key)
         return _opened(home() / "tokens" / key)
@@ -73,13 +76,15 @@ def written(tokenizer: Any) -> list[Any] | None:
     return [[getattr(tokenizer, name, None) for name in _SETTINGS], lasting]
 
 
-def _key(tokenizer: Any, rows: Rows, kind: Kind, max_tokens: int) -> str | None:
+def _key(tokenizer: Any, rows: Rows, kind: Kind, max_tokens: int, scored: bool) -> str | None:
     """A digest of all that the tokens depend on; None for a tokenizer that cannot be written down."""
     settings = written(tokenizer)
     if settings is None:
         return None
     digest = hashlib.sha256()
-    for part in (FORMAT, json.dumps(settings), kind, str(max_tokens), *_texts(rows)):
+    # rows with labels are the same whatever they are for
+    use = "scored" if scored and kind == "causal-lm" else "trained on"
+    for part in (FORMAT, json.dumps(settings), kind, str(max_tokens), use, *_texts(rows)):
         encoded = part.encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     digest.update(

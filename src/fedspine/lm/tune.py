@@ -134,14 +134,16 @@ def train(requests: Sequence[Request]) -> list[Trace]:
     entry = base.start_at(first) if prefixes[0] is not None else None
     optimiser = _optimiser(leaves, tuning)
     losses: list[Float[Tensor, " models"]] = []
-    widths: list[list[int]] = [
-        [] for _ in requests
-    ]  # to which each device pads each of its batches
+    # to which each device pads each of its batches, and the labels that count there
+    widths: list[list[int]] = [[] for _ in requests]
+    counts: list[list[int]] = [[] for _ in requests]
     with Following(leaves, scoring, [request.scores for request in requests]) as following:
         for step, rows in enumerate(
             zip(*(batches(r.device.data, tuning, r.device.rng) for r in requests), strict=True)
         ):
             inputs, width = _joined(requests, rows, widths)
+            for request, chosen, seen in zip(requests, rows, counts, strict=True):
+                seen.append(int(request.device.data.predicted(chosen).sum()))
             if entry is not None:
                 parts = zip(requests, prefixes, rows, strict=True)
                 entry.hidden = torch.cat(
@@ -166,7 +168,8 @@ def train(requests: Sequence[Request]) -> list[Trace]:
     for request, padded, seen in zip(requests, widths, history, strict=True):
         _account(request, padded[: _steps(seen)], first)
     return [
-        Trace(leaves.model(i), _ended(seen), following.scores[i]) for i, seen in enumerate(history)
+        Trace(leaves.model(i), _ended(seen, counts[i]), following.scores[i])
+        for i, seen in enumerate(history)
     ]
 
 
@@ -190,9 +193,14 @@ def _steps(losses: list[float]) -> int:
     )
 
 
-def _ended(losses: list[float]) -> float:
-    """The mean of the last losses before training ended, which is not finite where one of them is not."""
-    return float(np.mean(losses[: _steps(losses)][-LAST:]))
+def _ended(losses: list[float], counts: list[int]) -> float:
+    """The mean of the last losses before training ended, which is not finite where one of them is not.
+
+    Steps in which no label counted say nothing; 0 where there are no others.
+    """
+    steps = zip(losses[: _steps(losses)], counts, strict=False)
+    told = [loss for loss, counted in steps if counted or not np.isfinite(loss)]
+    return float(np.mean(told[-LAST:])) if told else 0.0
 
 
 def _prefix(request: Request, first: int) -> Tensor | None:
@@ -210,7 +218,10 @@ def _prefix(request: Request, first: int) -> Tensor | None:
 
 
 def losses_of(module: nn.Module, inputs: Tensors, models: int) -> Float[Tensor, " models"]:
-    """Mean cross-entropy of each model's rows: per row for classification, per predicted token for language models."""
+    """Mean cross-entropy of each model's rows: per row for classification, per predicted token for language models.
+
+    0 for a model of whose labels none counts, such as rows of one token.
+    """
     labels = inputs["labels"]
     logits = module(**{name: value for name, value in inputs.items() if name != "labels"}).logits
     if labels.dim() == 2:
@@ -218,7 +229,9 @@ def losses_of(module: nn.Module, inputs: Tensors, models: int) -> Float[Tensor, 
     losses = nn.functional.cross_entropy(
         logits.float(), labels, ignore_index=IGNORED, reduction="none"
     )
-    return losses.view(models, -1).sum(1) / (labels != IGNORED).view(models, -1).sum(1)
+    each = (models, len(labels) // models)
+    counted = (labels != IGNORED).view(each).sum(1)
+    return losses.view(each).sum(1) / counted.clamp(min=1)
 
 
 def batches(data: Examples, tuning: Tuning, rng: np.random.Generator) -> Iterator[np.ndarray]:

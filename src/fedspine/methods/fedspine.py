@@ -15,7 +15,7 @@ import torch
 
 from fedspine.device import DeviceId
 from fedspine.errors import BadInput
-from fedspine.fleet import AllLost, Fleet, Foresight, Profile, Reply
+from fedspine.fleet import Fleet, Foresight, NoMemory, Profile, Reply
 from fedspine.lm.aggregate import Contribution
 from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Model, line_energy
@@ -172,7 +172,7 @@ class FedSpine:
         }
         sent = busy | asked
         if not sent:
-            raise AllLost(
+            raise NoMemory(
                 "no device has the memory to train at any rank; lower method.batch, method.ranks or task.max_tokens"
             )
         came = gathered(fleet, sent, asked, self.enough)

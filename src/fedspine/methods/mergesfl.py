@@ -13,7 +13,7 @@ import numpy as np
 
 from fedspine.device import DeviceId
 from fedspine.errors import BadInput
-from fedspine.fleet import AllLost, Fleet
+from fedspine.fleet import AllLost, Fleet, none_left
 from fedspine.message import message
 from fedspine.method import method
 from fedspine.methods.looking import Look, calibrating, look
@@ -197,9 +197,7 @@ class MergeSfl:
         replies = fleet.ask(look, dict.fromkeys(unknown, order)) if unknown else []
         labels = state.labels | {reply.device: reply.value.shares for reply in replies}
         if not any(profile.id in labels for profile in fleet.devices):
-            raise AllLost(
-                f"of {len(unknown)} devices asked, {len(replies)} replied and none can be used"
-            )
+            raise none_left(len(unknown), [])
         return labels
 
     def _planned(self, state: MergeSflState, now: Opened, fleet: Fleet) -> Planned:
@@ -289,7 +287,7 @@ class MergeSfl:
 
     def _apart(self, labels: Mapping[DeviceId, np.ndarray], fleet: Fleet, played: Played) -> float:
         """Nats between the labels of all that was merged in the round and the fleet's."""
-        counted = np.array([own.counted for own in played.progress.values()])
+        counted = np.array(list(played.counted.values()))
         of_round = merged(counted, np.stack([labels[device] for device in played.progress]))
         everywhere = [labels[profile.id] for profile in fleet.devices if profile.id in labels]
         return float(divergence(of_round, reference(np.stack(everywhere))))
@@ -354,4 +352,4 @@ class MergeSfl:
         """How much each bottom counts: by the labels it was trained on, d_i/Q of Eq. 17, or all alike."""
         if self.bottom_weights == "uniform":
             return dict.fromkeys(played.progress, 1.0)
-        return {device: float(progress.counted) for device, progress in played.progress.items()}
+        return {device: float(counted) for device, counted in played.counted.items()}

@@ -61,13 +61,14 @@ def train_and_thin(device: Device, order: PyramidOrder) -> PyramidResult:
     change = {name: lesson.weights[name] - tensor for name, tensor in before.items()}
     seed = int(device.rng.integers(2**31))
     losses = np.concatenate(lesson.losses)
+    squared = float(np.mean(losses**2)) if len(losses) else 0.0  # no label counted
     return PyramidResult(
         update={
             name: tensor[kept(seed, name, tensor, order.drop)] for name, tensor in change.items()
         },
         seed=seed,
         loss=lesson.ended,
-        reward=len(device.data) * float(np.sqrt(np.mean(losses**2))),
+        reward=len(device.data) * float(np.sqrt(squared)),
         norm=float(torch.stack([tensor.square().sum() for tensor in change.values()]).sum().sqrt()),
         examples=len(device.data),
     )

@@ -12,7 +12,7 @@ import numpy as np
 
 from fedspine.device import DeviceId
 from fedspine.errors import unknown
-from fedspine.fleet import AllLost, Fleet
+from fedspine.fleet import Fleet, NoMemory
 from fedspine.message import Tensors, message
 from fedspine.methods.halved import HalvedFields, check_halves, optimising_at
 from fedspine.planning.regulate import rows_that_fit
@@ -140,7 +140,7 @@ def rows_of(fleet: Fleet) -> dict[DeviceId, int]:
 def rooms(fleet: Fleet, bottom: Bottom, batch: int, longest: int) -> dict[DeviceId, int]:
     """Rows of a batch, up to `batch`, that each device's data and memory allow, at `longest` tokens.
 
-    Devices that cannot hold one row are noted and left out. Raises AllLost where none can.
+    Devices that cannot hold one row are noted and left out. Raises NoMemory where none can.
     """
     found = {
         profile.id: rows_that_fit(
@@ -153,7 +153,7 @@ def rooms(fleet: Fleet, bottom: Bottom, batch: int, longest: int) -> dict[Device
     for device in (device for device, rows in found.items() if not rows):
         fleet.note(device=device, left_out="one row does not fit its memory")
     if not any(found.values()):
-        raise AllLost(
+        raise NoMemory(
             f"of {len(found)} devices none has the memory for one row of the bottom; choose a lower cut"
         )
     return {device: rows for device, rows in found.items() if rows}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fedspine.device import Device
-from fedspine.fleet import AllLost, Fleet, Profile
+from fedspine.fleet import Fleet, NoMemory, Profile
 from fedspine.message import Tensors, message
 from fedspine.methods.halved import HalvedFields, check_halves, optimising_at
 from fedspine.split.batches import rows_at
@@ -40,12 +40,16 @@ class Lesson:
     """What training gave: all weights by name, and every row's loss at each step before it was trained on."""
 
     weights: Tensors
-    losses: tuple[np.ndarray, ...]  # one for each step, [rows]
+    losses: tuple[np.ndarray, ...]  # one for each step, [rows of which a label counted]
 
     @property
     def ended(self) -> float:
-        """The mean of the last steps' mean losses, in nats; not finite where one of them is not."""
-        return float(np.mean([losses.mean() for losses in self.losses[-LAST:]]))
+        """The mean of the last steps' mean losses, in nats; not finite where one of them is not.
+
+        0 where no label counted.
+        """
+        told = [losses.mean() for losses in self.losses if len(losses)]
+        return float(np.mean(told[-LAST:])) if told else 0.0
 
 
 def train_whole(device: Device, weights: Tensors, training: Training) -> Lesson:
@@ -53,21 +57,25 @@ def train_whole(device: Device, weights: Tensors, training: Training) -> Lesson:
     base = device.base
     halves = training.cutting.of(base)
     under = Trained(moved(single(weights), base.device), training.optimising, halves.statistics)
-    seed, losses, tokens = int(device.rng.integers(2**31)), [], []
+    seed = int(device.rng.integers(2**31))
+    losses, sizes, tokens = [], [], []
     for step in range(training.steps):
         rows = rows_at(len(device.data), training.batch, seed, step)
         batch = device.data.batch(rows)
         drawn = [int(part) for part in np.random.SeedSequence([seed, step]).generate_state(2)]
         features = halves.bottom(under.weights, batch, seed=drawn[0])
         found = halves.top(under.weights, features, batch["labels"], seed=drawn[1])
-        losses.append((found.total / found.counted.clamp(min=1)).detach().cpu().double().numpy())
+        told = found.counted > 0
+        mean = (found.total[told] / found.counted[told]).detach()
+        losses.append(mean.cpu().double().numpy())
+        sizes.append(len(rows))
         tokens.append(1 if features.mask is None else features.mask.shape[1])
         loss = found.mean
         if not torch.isfinite(loss):
             break
         loss.backward()
         under.step()
-    _account(device, halves, [len(rows) for rows in losses], tokens)
+    _account(device, halves, sizes, tokens)
     return Lesson(weights=moved(under.now(), torch.device("cpu")), losses=tuple(losses))
 
 
@@ -134,7 +142,7 @@ def wired(weights: Tensors, wire: Wire) -> Tensors:
 
 
 def with_memory(fleet: Fleet, halves: Halves, batch: int, tokens: int) -> tuple[Profile, ...]:
-    """The devices that have the memory to train; the others are noted. Raises AllLost where none has."""
+    """The devices that have the memory to train; the others are noted. Raises NoMemory where none has."""
     able = []
     for device in fleet.devices:
         needed = memory_bytes(halves, min(batch, device.examples), tokens)
@@ -146,7 +154,7 @@ def with_memory(fleet: Fleet, halves: Halves, batch: int, tokens: int) -> tuple[
                 left_out=f"{needed} bytes are needed, it has {device.memory_bytes}",
             )
     if not able:
-        raise AllLost(
+        raise NoMemory(
             "no device has the memory to train this model; lower method.batch or take a smaller task.model"
         )
     return tuple(able)

@@ -65,7 +65,7 @@ class MergedBody:
 
     def step(self, under_way: UnderWay, answers: Mapping[DeviceId, Answered]) -> Outcome:
         """One step with the gradients that came back; the rows of devices that did not answer leave the mean."""
-        outcome, labels = Outcome(), sum(own.counted for own in answers.values())
+        outcome, labels = Outcome(), max(1, sum(own.counted for own in answers.values()))
         gradient = torch.zeros_like(under_way.left.values)
         for part, place in zip(under_way.parts, parted(gradient, under_way.parts), strict=True):
             if part.device in answers and place is not None:
@@ -88,7 +88,7 @@ class MergedBody:
         self, outcome: Outcome, device: DeviceId, own: Features | None, said: Answered, labels: int
     ) -> None:
         if own is not None and self._rescale:
-            own = Features(values=own.values * (labels / said.counted), mask=own.mask)
+            own = Features(values=own.values * (labels / max(said.counted, 1)), mask=own.mask)
         outcome.gradients[device], outcome.losses[device], outcome.counted[device] = (
             own,
             said.loss,

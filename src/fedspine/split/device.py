@@ -179,7 +179,7 @@ def answer(device: Device, order: Answer) -> Answered:
     # the server weighs all devices' labels alike, so it gets the sum's gradient; the own part learns from the own mean
     gradient, *rest = torch.autograd.grad(losses.total.sum(), [values, *ending.leaves])
     for leaf, found in zip(ending.leaves, rest, strict=True):
-        leaf.grad = found / losses.counted.sum()
+        leaf.grad = found / losses.labels
     ending.step()
     live.held = replace(held, ending=ending.now(), ending_moments=ending.moments())
     _remember(device, live)

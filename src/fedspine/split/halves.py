@@ -48,8 +48,13 @@ class Losses:
 
     @property
     def mean(self) -> Float[Tensor, ""]:
-        """The loss that is minimised: the mean over all labels of all rows."""
-        return self.total.sum() / self.counted.sum()
+        """The loss that is minimised: the mean over all labels of all rows; 0 where none counts."""
+        return self.total.sum() / self.labels
+
+    @property
+    def labels(self) -> Int[Tensor, ""]:
+        """How many labels the mean is over, and at least 1: where none counts, all sums are 0."""
+        return self.counted.sum().clamp(min=1)
 
 
 def shifted_losses(

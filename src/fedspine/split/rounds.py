@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fedspine.device import DeviceId, Work
-from fedspine.fleet import AllLost, Cost, Fleet, Idle, Reply
+from fedspine.fleet import AllLost, Cost, Fleet, Idle, Reply, none_left
 from fedspine.message import Tensors
 from fedspine.split import device as on_devices
 from fedspine.split.device import Answered, Begin, Ended, Forwarded, Resized, Step
@@ -87,10 +87,17 @@ class Played:
     progress: dict[DeviceId, Progress]
 
     @property
+    def counted(self) -> dict[DeviceId, int]:
+        """Labels of each device over all iterations; 1 each where none counted, so that all weigh alike."""
+        each = {device: progress.counted for device, progress in self.progress.items()}
+        return each if any(each.values()) else dict.fromkeys(each, 1)
+
+    @property
     def loss(self) -> float:
         """The mean over all labels of the losses of each device's last iteration."""
-        each = [(p.counted, p.losses[-1]) for p in self.progress.values()]
-        return sum(counted * loss for counted, loss in each) / sum(counted for counted, _ in each)
+        weights = self.counted
+        weighed = sum(weights[device] * own.losses[-1] for device, own in self.progress.items())
+        return weighed / sum(weights.values())
 
 
 def play(
@@ -155,11 +162,10 @@ class Game:
         else:
             self._send(work, orders)
             replies = self._heard(orders, math.ceil(enough * len(orders)))
-        usable = self._usable(replies)
+        flaws = self._flaws(replies)
+        usable = [reply for reply in replies if flaws[reply.device] is None]
         if not usable and not self._ended:
-            raise AllLost(
-                f"of {len(orders)} devices asked, {len(replies)} replied and none can be used"
-            )
+            raise none_left(len(orders), [flaw for flaw in flaws.values() if flaw is not None])
         return usable
 
     def without(
@@ -200,21 +206,22 @@ class Game:
                 replies.append(reply)
         return sorted(replies, key=lambda reply: self._places[reply.device])
 
-    def _usable(self, replies: Sequence[Reply[Any]]) -> list[Reply[Any]]:
+    def _flaws(self, replies: Sequence[Reply[Any]]) -> dict[DeviceId, str | None]:
+        """What is wrong with each reply, noted; its cost counts all the same."""
         for reply in replies:
             self._progress[reply.device].costs.append(reply.cost)
         flaws = {reply.device: flaw(reply.value) for reply in replies}
         for device, found in flaws.items():
             if found is not None:
                 self._fleet.note(device=device, left_out=found)
-        return [reply for reply in replies if flaws[reply.device] is None]
+        return flaws
 
     def counted(self, parts: Sequence[Part], outcome: Outcome) -> dict[DeviceId, Step]:
         """Write an iteration of the server down; returns what each device that is still in it is told."""
         for device, why in outcome.left_out.items():
             self._fleet.note(device=device, left_out=why)
         if not outcome.losses:
-            raise AllLost(f"of {len(parts)} devices' features none can be used")
+            raise none_left(len(parts), list(outcome.left_out.values()))
         for part in parts:
             if part.device in outcome.losses:
                 self._count(part, outcome)
@@ -240,7 +247,9 @@ class Game:
         """How the round ended: these devices are asked for their bottoms, and whoever is under way is waited for."""
         together = not (self._ended or self._under_way)
         replies = self.asked(end, told) if told else []
-        replies += self._usable(self._heard(self._progress, len(self._under_way)))
+        late = self._heard(self._progress, len(self._under_way))
+        flaws = self._flaws(late)
+        replies += [reply for reply in late if flaws[reply.device] is None]
         for reply in replies:
             if isinstance(reply.value, Forwarded):
                 self._fleet.note(

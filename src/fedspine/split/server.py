@@ -108,11 +108,12 @@ class Merged:
             return outcome
         gradient = _learnt(self._halves, losses, values, self._top)
         self._top.step()
-        labels = int(losses.counted.sum())
+        labels = int(losses.labels)
         gradients = parted(gradient, parts) if self._gradients else [None] * len(parts)
         for part, gradient, (own, counted) in zip(parts, gradients, found, strict=True):
             if gradient is not None and self._rescale:
-                gradient = Features(values=gradient.values * (labels / counted), mask=gradient.mask)
+                scaled = gradient.values * (labels / max(counted, 1))
+                gradient = Features(values=scaled, mask=gradient.mask)
             _put(outcome, part, gradient, own, counted)
         return outcome
 
@@ -327,7 +328,7 @@ def _learnt(halves: Halves, losses: Losses, values: Tensor, top: Trained) -> Ten
         if leaf.requires_grad and name not in halves.entry
     ]
     losses.mean.backward(inputs=above, retain_graph=True)
-    (losses.shifted.sum() / losses.counted.sum()).backward(inputs=[values, *entry])
+    (losses.shifted.sum() / losses.labels).backward(inputs=[values, *entry])
     return values.grad
 
 
