@@ -65,6 +65,7 @@ TOGETHER = {
         "run",
         "scoring",
         "sweep",
+        "task_record",
         "venue",
     ),
     "__main__",

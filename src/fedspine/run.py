@@ -18,7 +18,18 @@ from fedspine.errors import BadInput
 from fedspine.fleet import AllLost
 from fedspine.fleets.rounds import RoundFleet, Totals
 from fedspine.fleets.workers import Workers
-from fedspine.folder import CACHE, FAILURE, RECORDS, STATE, SUMMARY, make, recipe_of, summary_of
+from fedspine.folder import (
+    CACHE,
+    FAILURE,
+    RECORDS,
+    STATE,
+    SUMMARY,
+    check_age,
+    make,
+    recipe_of,
+    remember,
+    summary_of,
+)
 from fedspine.message import pack
 from fedspine.process import keep_freed_memory
 from fedspine.records import Records, plain
@@ -91,7 +102,7 @@ def new_run(
     try:
         progress.stage("loading model and data")
         built = venue.build(venue.fitted(recipe))
-        make(folder, built.recipe)
+        make(folder, built.recipe, built)
         venue.remember(folder)
         return _guarded(built, venue, folder, progress)
     finally:
@@ -117,7 +128,10 @@ def resume(
     try:
         if summary is None:
             progress.stage("loading model and data")
-            return _guarded(venue.build(wanted or recipe), venue, folder, progress)
+            check_age(folder)
+            built = venue.build(wanted or recipe, begun=folder)
+            remember(folder, built)
+            return _guarded(built, venue, folder, progress)
         if not (folder / REPORT).exists():  # killed between the two
             _wrap_up(folder)
         return summary
@@ -313,6 +327,8 @@ def _summary(job: Job, point: Point) -> dict[str, Any]:
             "computing": job.workers.computing,
             "wall_seconds": watch.total,
             "samples_per_second": sums.samples / watch.training if watch.training else 0.0,
+            "data_sha256": job.built.record.data_sha256,
+            "model_sha256": job.built.record.model_sha256,
             "state_sha256": pack(point.state).sha256,
         }
     )

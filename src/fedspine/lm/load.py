@@ -29,18 +29,26 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load(
-    name: str, *, kind: Kind, classes: int = 0, precision: str = "fp32", layers: int | None = None
+    name: str,
+    *,
+    kind: Kind,
+    classes: int = 0,
+    precision: str = "fp32",
+    layers: int | None = None,
+    kept: Path | None = None,
 ) -> tuple[Base, Any]:
     """The base model `name` for this kind of task, and its tokenizer.
 
-    `layers` keeps only the first blocks. Raises BadInput for a model that cannot be found or read, or whose
+    `layers` keeps only the first blocks. `kept` is a folder with the configuration and the tokenizer to use instead of
+    the model's own, such as a run's. Raises BadInput for a model that cannot be found or read, or whose
     architecture has no unit map.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # not a line for each time that it tries again
     source = locate(name)
-    config = _read(name, AutoConfig.from_pretrained, source)
+    described = source if kept is None else str(kept)
+    config = _read(name, AutoConfig.from_pretrained, described)
     unit_map(config.model_type)
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
@@ -48,7 +56,7 @@ def load(
                 f"task.layers is {layers}, but {name} has 1 to {config.num_hidden_layers}; lower it"
             )
         config.num_hidden_layers = layers
-    tokenizer = _read(name, AutoTokenizer.from_pretrained, source)
+    tokenizer = _read(name, AutoTokenizer.from_pretrained, described)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     config.pad_token_id = tokenizer.pad_token_id
