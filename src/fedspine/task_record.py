@@ -149,6 +149,9 @@ def _write_base(place: Path, base: "Base | Net", tokenizer: Any) -> None:
     partial = place.with_name(f".{place.name}.part")
     for leftover in (partial, place):  # of a kill; without `task.json` they count for nothing
         shutil.rmtree(leftover, ignore_errors=True)
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        backend.no_truncation()  # which the last call left behind, or its absence
+        backend.no_padding()
     try:
         partial.mkdir()
         base.config.save_pretrained(partial)
