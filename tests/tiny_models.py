@@ -81,6 +81,20 @@ def model_on(base: Base, heads=None, channels=None, *, rank=3, seed=0) -> Model:
     )
 
 
+def fp32_apart(base: Base, expected) -> float:
+    """How far two computations of the same fp32 logits may lie apart: what rounding comes to in each.
+
+    A sum of n products is off by at most n unit roundoffs of the sum of their sizes (Higham, Accuracy and Stability,
+    section 3.1). A block has six products in a row (values, attention, output, up, its gate, down), then comes the head; sizes are taken to
+    be at most those of the logits, since norms keep the residual stream near 1.
+    """
+    anatomy = base.anatomy
+    longest = max(anatomy.width, anatomy.channels)
+    products = 6 * anatomy.layers + 2
+    size = max(1.0, float(expected.abs().max()))
+    return 2 * products * longest * 2.0**-24 * size
+
+
 def logits(module, tokenizer, texts=TEXTS):
     """Logits for the texts as one padded batch, at the positions that hold a token."""
     inputs = tokenizer(texts, return_tensors="pt", padding=True)
