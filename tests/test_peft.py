@@ -1,7 +1,6 @@
 """Adapters against PEFT itself: what we write it computes alike, what it writes we compute alike."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import (
     KINDS,
     LABELS,
+    as_its_readme_says,
     fp32_apart,
     labels_for,
     logits,
@@ -234,15 +234,6 @@ def test_a_fresh_head_must_come_with_the_adapter(tmp_path):
 
 
 # --- whole folders, with stock tools only ---
-
-
-def as_its_readme_says(folder):
-    """The model and the tokenizer that the code in a folder's README.md loads."""
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    names = {}
-    exec(code.replace('"."', repr(str(folder))), names)
-    assert "fedspine" not in code
-    return names["model"], names["tokenizer"]
 
 
 def with_auto_peft(folder, kind):

@@ -10,15 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from array_toy import waves
 from runs import fedspine, in_process, summary_of, tiny_job, without_wall, write_csv
 from safetensors.torch import load_file, save_file
+from tiny_models import as_its_readme_says, fp32_apart
 from transformers import AutoConfig, AutoTokenizer
 
 from fedspine import config, task_record
 from fedspine.build import build
 from fedspine.data.tasks import Dataset, Rows
 from fedspine.errors import BadInput
+from fedspine.export.of_run import open_run
 from fedspine.folder import make, recipe_of
 from fedspine.lm.load import load
 from fedspine.lm.tiny import DECODERS, ENCODERS
@@ -191,6 +194,39 @@ def test_an_export_of_an_older_run_is_refused(place, command) -> None:
     assert code == 2
     assert "older version" in line
     assert str(place / "run" / "recipe.toml") in line
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of PEFT's
+def test_adapters_of_a_pruned_run(place, command) -> None:
+    """What fits no stock base is refused with all choices; the dense adapter loads with stock tools."""
+    pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+    export = ("export", place / "run", "--to", place / "x", "--format", "peft")
+    code, _, (line,) = command(*export)
+    assert code == 2
+    assert f"its adapter does not fit {place / 'bert'}; add --with-base" in line
+    assert "--device dense" in line
+    assert "--format hf" in line
+    code, _, (line,) = command(*export, "--with-base")  # a BERT with fewer heads
+    assert code == 2
+    assert "cannot be said in a stock configuration" in line
+    code, _, (line,) = command("export", place / "run", "--to", place / "x", "--with-base")
+    assert code == 2
+    assert "--with-base is for --format peft" in line
+    assert not (place / "x").exists()
+
+    (place / "rows.csv").unlink()
+    for more in ((), ("--with-base",)):
+        folder = exported(command, place, "--format", "peft", "--device", "dense", *more)
+        module, tokenizer = as_its_readme_says(folder)
+        with torch.inference_mode():
+            inputs = tokenizer("good the very in at 27", return_tensors="pt")
+            found = module(**inputs).logits
+            opened = open_run(place / "run")
+            expected = opened.base.fit(opened.model("dense"))(**inputs).logits
+        apart = fp32_apart(opened.base, expected)
+        torch.testing.assert_close(found, expected, atol=apart, rtol=0)
+        assert module.config.id2label == {0: "kind", 1: "unkind"}
+        assert "kind, unkind" in (folder / "README.md").read_text()
 
 
 # --- resume ---

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import re
 from pathlib import Path
 
 import numpy as np
@@ -84,9 +85,10 @@ def model_on(base: Base, heads=None, channels=None, *, rank=3, seed=0) -> Model:
 def fp32_apart(base: Base, expected) -> float:
     """How far two computations of the same fp32 logits may lie apart: what rounding comes to in each.
 
-    A sum of n products is off by at most n unit roundoffs of the sum of their sizes (Higham, Accuracy and Stability,
-    section 3.1). A block has six products in a row (values, attention, output, up, its gate, down), then comes the head; sizes are taken to
-    be at most those of the logits, since norms keep the residual stream near 1.
+    A sum of n products is off by at most n unit roundoffs of the sum of their sizes (Higham, Accuracy
+    and Stability, section 3.1). A block has six products in a row (values, attention, output, up,
+    its gate, down), then comes the head with its pooler. Sizes are taken to be at most those of the
+    logits, since norms keep the residual stream near 1.
     """
     anatomy = base.anatomy
     longest = max(anatomy.width, anatomy.channels)
@@ -101,3 +103,12 @@ def logits(module, tokenizer, texts=TEXTS):
     with torch.inference_mode():
         out = module(**inputs).logits
     return out[inputs["attention_mask"].bool()] if out.dim() == 3 else out
+
+
+def as_its_readme_says(folder):
+    """The model and the tokenizer that the code in a folder's README.md loads."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code.replace('"."', repr(str(folder))), names)
+    assert "fedspine" not in code
+    return names["model"], names["tokenizer"]

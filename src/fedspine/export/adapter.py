@@ -117,6 +117,7 @@ def _needed(base: Base, labels: tuple[str, ...]) -> dict[str, Any]:
         "id2label": dict(enumerate(labels)),
         "label2id": {label: index for index, label in enumerate(labels)},
         "pad_token_id": base.config.pad_token_id,
+        "ignore_mismatched_sizes": True,  # the base may come with a head for another task
     }
 
 
