@@ -1,4 +1,6 @@
-"""Exported folders: the same logits back, stock transformers where it can, predictions, every refusal."""
+"""Exported folders: the same logits back, stock transformers where it can, predictions, every
+refusal.
+"""
 
 import json
 import math
@@ -86,7 +88,8 @@ def test_logits_come_back(tmp_path, name, kind, size):
         type(layer) for layer in loaded.module.modules() if "Linear" in type(layer).__name__
     } == {torch.nn.Linear}
 
-    # BERT and its like have no configuration for fewer heads of the same size; unequal layers have none anywhere
+    # BERT and its like have no configuration for fewer heads of the same size; unequal layers have
+    # none anywhere
     expressible = size in ("full", "channels") or (size == "equal" and base.anatomy.decoder)
     assert entry(folder)["stock"] is expressible
     if expressible:

@@ -247,7 +247,9 @@ def with_auto_peft(folder, kind):
 
 
 def assert_stock(base, model, kind, loaded):
-    """What stock tools loaded computes what the run deployed, knows its classes, and would not without the adapter."""
+    """What stock tools loaded computes what the run deployed, knows its classes, and would not
+    without the adapter.
+    """
     module, tokenizer = loaded
     expected = logits(base.fit(model), tokenizer).clone()
     apart = fp32_apart(base, expected)
@@ -333,7 +335,8 @@ def test_tied_embeddings_stay_tied(tmp_path, channels):
     adapter = sum(tensor.numel() for tensor in model.adapter.values())
     parameters = sum(p.numel() for p in module.parameters())
     assert parameters == sum(t.numel() for t in stored.values()) + adapter
-    # 101 tokens, 2 layers: q and o of 32 x 32, k and v of 16 x 32, three of 32 x channels, and five norms of 32
+    # 101 tokens, 2 layers: q and o of 32 x 32, k and v of 16 x 32, three of 32 x channels, and five
+    # norms of 32
     assert parameters - adapter == (
         101 * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * (24 if channels else 64)) + 5 * 32
     )

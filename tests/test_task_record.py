@@ -1,4 +1,6 @@
-"""What a run means is in its folder: nothing that changes outside changes a run, and what cannot be is said."""
+"""What a run means is in its folder: nothing that changes outside changes a run, and what cannot be
+is said.
+"""
 
 import functools
 import json
@@ -30,13 +32,17 @@ from fedspine.lm.tokens import written
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """A function that runs a command in this process: its exit code, stdout, and the lines of stderr."""
+    """A function that runs a command in this process: its exit code, stdout, and the lines of
+    stderr.
+    """
     return functools.partial(in_process, monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")
 def made(tiny_folder, tmp_path_factory):
-    """A folder with a base `bert`, `rows.csv` and a finished `run` of them, and a copy of all; the run's summary."""
+    """A folder with a base `bert`, `rows.csv` and a finished `run` of them, and a copy of all; the
+    run's summary.
+    """
     root = tmp_path_factory.mktemp("made") / "place"
     shutil.copytree(tiny_folder("bert"), root / "bert")
     job = tiny_job(root / "bert", write_csv(root / "rows.csv"))
@@ -198,7 +204,9 @@ def test_an_export_of_an_older_run_is_refused(place, command) -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of PEFT's
 def test_adapters_of_a_pruned_run(place, command) -> None:
-    """What fits no stock base is refused with all choices; the dense adapter loads with stock tools."""
+    """What fits no stock base is refused with all choices; the dense adapter loads with stock
+    tools.
+    """
     pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
     export = ("export", place / "run", "--to", place / "x", "--format", "peft")
     code, _, (line,) = command(*export)
@@ -249,11 +257,13 @@ def another_base(place):
 CHANGES = {  # what happens to the files of a run, and what the line must say
     "classes renamed": (
         lambda place: rename(place / "rows.csv", unkind="AAA"),
-        "rows.csv has changed since the run in {run} began: the classes were kind, unkind, now they are AAA, kind",
+        "rows.csv has changed since the run in {run} began: the classes were kind, unkind, now "
+        "they are AAA, kind",
     ),
     "labels swapped": (
         swap_labels,
-        "rows.csv has changed since the run in {run} began: other labels in the train rows; other labels in the test rows",
+        "rows.csv has changed since the run in {run} began: other labels in the train rows; other "
+        "labels in the test rows",
     ),
     "a row edited": (edit_a_row, "other texts in the t"),
     "rows gone": (

@@ -1,4 +1,6 @@
-"""Tiny bases and pruned, adapted models on them, and the real models where they are on this machine."""
+"""Tiny bases and pruned, adapted models on them, and the real models where they are on this
+machine.
+"""
 
 import functools
 import importlib.util
@@ -40,7 +42,9 @@ def minilm():
 
 @functools.cache
 def stories():
-    """A Llama of 260 thousand parameters that has really been trained; skips the test where it is not there."""
+    """A Llama of 260 thousand parameters that has really been trained; skips the test where it is
+    not there.
+    """
     if not STORIES.is_dir():
         pytest.skip("stories260k is not beside the repository, in shared/models")
     return load(str(STORIES), kind="causal-lm")
@@ -59,7 +63,9 @@ def pick(rows, units, kept, rng):
 
 
 def model_on(base: Base, heads=None, channels=None, *, rank=3, seed=0) -> Model:
-    """A model with random factors A and B on every site that keeps `heads` and `channels` of each layer (None: all)."""
+    """A model with random factors A and B on every site that keeps `heads` and `channels` of each
+    layer (None: all).
+    """
     anatomy, rng = base.anatomy, np.random.default_rng(seed)
     structure = Structure(
         heads=pick(anatomy.layers, anatomy.heads, heads or [anatomy.heads] * anatomy.layers, rng),
@@ -83,12 +89,13 @@ def model_on(base: Base, heads=None, channels=None, *, rank=3, seed=0) -> Model:
 
 
 def fp32_apart(base: Base, expected) -> float:
-    """How far two computations of the same fp32 logits may lie apart: what rounding comes to in each.
+    """How far two computations of the same fp32 logits may lie apart: what rounding comes to in
+    each.
 
-    A sum of n products is off by at most n unit roundoffs of the sum of their sizes (Higham, Accuracy
-    and Stability, section 3.1). A block has six products in a row (values, attention, output, up,
-    its gate, down), then comes the head with its pooler. Sizes are taken to be at most those of the
-    logits, since norms keep the residual stream near 1.
+    A sum of n products is off by at most n unit roundoffs of the sum of their sizes (Higham,
+    Accuracy and Stability, section 3.1). A block has six products in a row (values, attention,
+    output, up, its gate, down), then comes the head with its pooler. Sizes are taken to be at most
+    those of the logits, since norms keep the residual stream near 1.
     """
     anatomy = base.anatomy
     longest = max(anatomy.width, anatomy.channels)

@@ -51,7 +51,8 @@ def build(recipe: Recipe, *, here: bool = True, begun: Path | None = None) -> Bu
     """Load and check everything a run needs; raises BadInput before anything is spent.
 
     Unless the devices' rows are `here`, in the recipe's data, only what is needed to judge their models is read from it.
-    `begun` is the folder of a run that is gone on with: it must have begun with the same data and base.
+    `begun` is the folder of a run that is gone on with: it must have begun with the same data and
+    base.
     """
     then = None if begun is None else task_record.read(begun)
     _check_family(recipe)
@@ -123,7 +124,7 @@ def dataset(recipe: Recipe) -> Dataset:
 
 
 def build_task(recipe: Recipe, data: Dataset, *, kept: Path | None = None) -> tuple[Task, Any]:
-    """The task and the tokenizer; `kept` is the folder with a run's own configuration and tokenizer."""
+    """The task and the tokenizer; `kept` is the folder with a run's own configuration of these."""
     section = recipe.task
     if section.kind == "array":
         return _array_task(recipe, data), None
@@ -155,7 +156,7 @@ def build_task(recipe: Recipe, data: Dataset, *, kept: Path | None = None) -> tu
 def load_base(
     recipe: Recipe, classes: int, *, precision: str | None = None, kept: Path | None = None
 ) -> tuple[Any, Any]:
-    """The recipe's transformer, in its precision or another, and the tokenizer; `kept` as for `build_task`."""
+    """The recipe's transformer, in its precision or another, and the tokenizer."""
     section = recipe.task
     return load_model(
         section.model,

@@ -66,7 +66,9 @@ def standing(folder: Path) -> dict[str, Any]:
 
 
 def summary_of(folder: Path) -> dict[str, Any] | None:
-    """The summary of a finished run, None where it is not finished; raises BadInput where the file is damaged."""
+    """The summary of a finished run, None where it is not finished; raises BadInput where the file
+    is damaged.
+    """
     try:
         return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -78,10 +80,11 @@ def summary_of(folder: Path) -> dict[str, Any] | None:
 
 
 def make(folder: Path, recipe: Recipe, built: "Built | None" = None) -> None:
-    """Make a run's folder, which appears at once with its recipe, so that a kill on the way leaves none behind.
+    """Make a run's folder, which appears at once with its recipe, so that a kill on the way leaves
+    none behind.
 
-    What the run means is kept in it, too, where it is `built` already; else `remember` does it before the first round.
-    Raises BadInput where it cannot be made.
+    What the run means is kept in it, too, where it is `built` already; else `remember` does it
+    before the first round. Raises BadInput where it cannot be made.
     """
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
@@ -99,12 +102,16 @@ def make(folder: Path, recipe: Recipe, built: "Built | None" = None) -> None:
 
 
 def remember(folder: Path, built: "Built") -> None:
-    """Keep what a run means in its folder, unless that is done; raises OSError where it cannot be written."""
+    """Keep what a run means in its folder, unless that is done; raises OSError where it cannot be
+    written.
+    """
     if task_record.read(folder) is None:
         task_record.write(folder, built.record, built.task.base, built.tokenizer)
 
 
 def check_age(folder: Path) -> None:
-    """Raise BadInput where rounds were saved by an older version, which did not keep what they mean."""
+    """Raise BadInput where rounds were saved by an older version, which did not keep what they
+    mean.
+    """
     if Store(folder / STATE).rounds():
         task_record.recorded(folder)

@@ -1,7 +1,8 @@
-"""What a run means, kept in its folder: classes, columns, preprocessing, and digests of the data and of the base.
+"""What a run means, kept in its folder: classes, preprocessing, digests of the data and the base.
 
-`task.json` holds the record; `base/` the base's configuration and its tokenizer, without weights. A run that is resumed
-or exported reads these, and takes nothing from outside but rows and weights whose digests are the recorded ones.
+`task.json` holds the record; `base/` the base's configuration and its tokenizer, without weights. A
+run that is resumed or exported reads these, and takes nothing from outside but rows and weights
+whose digests are the recorded ones.
 """
 
 import hashlib
@@ -35,7 +36,10 @@ SHOWN = 12  # characters of a digest in a message
 
 @dataclass(frozen=True)
 class Split:
-    """One split as it was read; `sha256` of each part by name: texts, pairs, labels, values, a partition's column."""
+    """One split as it was read.
+
+    `sha256` is that of each part, by name: texts, pairs, labels, values, a partition's column.
+    """
 
     rows: int
     sha256: dict[str, str]
@@ -136,9 +140,10 @@ def _strings_sha256(values: Sequence[str]) -> str:
 
 
 def write(folder: Path, record: TaskRecord, base: "Base | Net", tokenizer: Any) -> None:
-    """Keep a run's record, and its base's configuration and tokenizer, in its folder; `task.json` comes last.
+    """Keep a run's record, and its base's configuration and tokenizer, in its folder.
 
-    Raises OSError where they cannot be written.
+    `task.json` comes last, so that it vouches for the rest. Raises OSError where they cannot be
+    written.
     """
     if tokenizer is not None:
         _write_base(folder / BASE, base, tokenizer)
@@ -169,7 +174,7 @@ def _write_base(place: Path, base: "Base | Net", tokenizer: Any) -> None:
 
 
 def read(folder: Path) -> TaskRecord | None:
-    """The record in a run's folder, None where there is none; raises BadInput where it cannot be read."""
+    """The record in a run's folder, None where there is none; BadInput where it cannot be read."""
     path = folder / TASK
     try:
         told = path.read_bytes()
@@ -182,17 +187,19 @@ def read(folder: Path) -> TaskRecord | None:
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from None
     raise BadInput(
-        f"{path} has format {found!r}, but this version reads {FORMAT}; use the version of fedspine that wrote it"
+        f"{path} has format {found!r}, but this version reads {FORMAT}; use the version of "
+        "fedspine that wrote it"
     )
 
 
 def recorded(folder: Path) -> TaskRecord:
-    """The record in a run's folder; raises BadInput where there is none, since an older version began it."""
+    """The record in a run's folder; BadInput where an older version began it, which kept none."""
     record = read(folder)
     if record is None:
         raise BadInput(
-            f"{folder} was begun by an older version of fedspine, which did not keep what its classes and base are "
-            f"(it has no {TASK}), so it cannot be trusted to mean the same today; run its {folder / 'recipe.toml'} again"
+            f"{folder} was begun by an older version of fedspine, which did not keep what its "
+            f"classes and base are (it has no {TASK}), so it cannot be trusted to mean the same "
+            f"today; run its {folder / 'recipe.toml'} again"
         )
     return record
 
@@ -214,7 +221,7 @@ def _damaged(path: Path, why: object) -> BadInput:
 
 @contextmanager
 def needing(what: str, folder: Path | None) -> Iterator[None]:
-    """Whatever BadInput comes up is said to keep the run in `folder` from going on; as it is where none is resumed."""
+    """Say of any BadInput that it keeps the run in `folder` from going on, where one is resumed."""
     try:
         yield
     except BadInput as error:
@@ -226,25 +233,26 @@ def needing(what: str, folder: Path | None) -> Iterator[None]:
 
 
 def check_data(then: TaskRecord, now: TaskRecord, folder: Path) -> None:
-    """Raise BadInput, which says what changed, where the data is not what the run in `folder` began with."""
+    """Raise BadInput, which says what changed, where the run in `folder` began with other data."""
     if then.encoding != now.encoding:
         raise BadInput(
-            f"the run in {folder} was begun by a version of fedspine that makes other tokens of a text; go on with that "
-            "version, or start a new run"
+            f"the run in {folder} was begun by a version of fedspine that makes other tokens of a "
+            "text; go on with that version, or start a new run"
         )
     if changes := list(_changes(then, now)):
         raise BadInput(
-            f"{now.data} has changed since the run in {folder} began: {'; '.join(changes)}; put it back as it was, or "
-            "start a new run"
+            f"{now.data} has changed since the run in {folder} began: {'; '.join(changes)}; put "
+            "it back as it was, or start a new run"
         )
 
 
 def check_base(then: TaskRecord, found: str | None, where: str, folder: Path) -> None:
-    """Raise BadInput, which names both digests, where the base at `where` is not the one that the run was made with."""
+    """Raise BadInput, which names both digests, where the run in `folder` had another base."""
     if then.model_sha256 != found:
         raise BadInput(
-            f"{where} is not the base that the run in {folder} was made with: its weights have sha256 "
-            f"{str(found)[:SHOWN]}, those of the run had {str(then.model_sha256)[:SHOWN]}; take the base of the run"
+            f"{where} is not the base that the run in {folder} was made with: its weights have "
+            f"sha256 {str(found)[:SHOWN]}, those of the run had {str(then.model_sha256)[:SHOWN]}; "
+            "take the base of the run"
         )
 
 

@@ -131,8 +131,8 @@ def _check_same(runs: Iterable[Run], key: str, what: str) -> None:
     for run in told:
         if run.summary[key] != told[0].summary[key]:
             raise BadInput(
-                f"{what} was changed between the runs in {told[0].folder} and {run.folder}, which name the same; leave one "
-                "of them out, or run it again"
+                f"{what} was changed between the runs in {told[0].folder} and {run.folder}, which "
+                "name the same; leave one of them out, or run it again"
             )
 
 

@@ -1,7 +1,8 @@
-"""A PEFT adapter as a folder that stock tools load: adapter, tokenizer, README.md and, if wished, the base it fits.
+"""A PEFT adapter as a folder that stock tools load: adapter, tokenizer, README.md and, if wished,
+the base it fits.
 
-An adapter of an unpruned model fits the base that the run began with. One of a pruned model fits only that base cut to
-the same structure, which `with_base` writes to `base/` inside the folder.
+An adapter of an unpruned model fits the base that the run began with. One of a pruned model fits
+only that base cut to the same structure, which `with_base` writes to `base/` inside the folder.
 """
 
 import json
@@ -26,7 +27,9 @@ AUTO = {True: "AutoPeftModelForSequenceClassification", False: "AutoPeftModelFor
 
 @dataclass(frozen=True)
 class Origin:
-    """The base that a run began with: its folder or Hub id, and whether the run kept only its first blocks."""
+    """The base that a run began with: its folder or Hub id, and whether the run kept only its first
+    blocks.
+    """
 
     name: str
     cut: bool
@@ -50,9 +53,11 @@ def export_adapter(
     max_tokens: int,
     name: str,
 ) -> Path:
-    """Write the adapter and the task head of `model` to the new `folder`, which appears at once and complete.
+    """Write the adapter and the task head of `model` to the new `folder`, which appears at once and
+    complete.
 
-    Raises BadInput where the folder exists, and for an adapter that fits no model that stock tools could load.
+    Raises BadInput where the folder exists, and for an adapter that fits no model that stock tools
+    could load.
     """
     folder = Path(folder)
     _check(folder, model, origin, with_base)
@@ -88,13 +93,15 @@ def _check(folder: Path, model: Model, origin: Origin, with_base: bool) -> None:
         return
     if not is_full(model.structure):
         raise BadInput(
-            f"this model is pruned, so its adapter does not fit {origin.name}; add --with-base to write the pruned base, "
-            "too, or take --device dense for the adapter of the unpruned model, or --format hf for the merged one"
+            f"this model is pruned, so its adapter does not fit {origin.name}; add --with-base to "
+            "write the pruned base, too, or take --device dense for the adapter of the unpruned "
+            "model, or --format hf for the merged one"
         )
     if origin.cut:
         raise BadInput(
-            f"this run kept only the first blocks of {origin.name} (task.layers), so its adapter does not fit the whole; "
-            "add --with-base to write the base with these blocks, too, or take --format hf for the merged model"
+            f"this run kept only the first blocks of {origin.name} (task.layers), so its adapter "
+            "does not fit the whole; add --with-base to write the base with these blocks, too, "
+            "or take --format hf for the merged model"
         )
 
 
@@ -102,14 +109,17 @@ def _write_base(base: Base, model: Model, tokenizer: Any, place: Path, **about: 
     hf.export(base, model, tokenizer, place, merge=False, **about)
     if not read_card(place).stock:
         raise BadInput(
-            "the heads and channels that this model keeps cannot be said in a stock configuration, so PEFT could not load "
-            "such a base; take --device dense for the adapter of the unpruned model, or --format hf for the merged one, "
-            "which fedspine predict runs"
+            "the heads and channels that this model keeps cannot be said in a stock "
+            "configuration, so PEFT could not load such a base; take --device dense for the "
+            "adapter of the unpruned model, or --format hf for the merged one, which fedspine "
+            "predict runs"
         )
 
 
 def _needed(base: Base, labels: tuple[str, ...]) -> dict[str, Any]:
-    """What the base's own configuration does not say, and a user has to, in order to load the adapter onto it."""
+    """What the base's own configuration does not say, and a user has to, in order to load the
+    adapter onto it.
+    """
     if not labels:
         return {}
     return {
@@ -136,8 +146,8 @@ def _readme(
     options = "".join(f",\n    {key}={value!r}" for key, value in needed.items())
     moved = (
         f"""
-The base is in `{BASE}/`. `adapter_config.json` names it by its absolute path; where the folder was moved, set
-`base_model_name_or_path` there to its new place.
+The base is in `{BASE}/`. `adapter_config.json` names it by its absolute path; where the folder was
+moved, set `base_model_name_or_path` there to its new place.
 """
         if fits != origin.stock_name
         else ""
@@ -149,7 +159,8 @@ tags: [fedspine, federated-learning, lora]
 ---
 # {name}
 
-A LoRA adapter{" with its task head" if labels else ""}, fine-tuned over many devices by fedspine. It fits `{fits}`.
+A LoRA adapter{" with its task head" if labels else ""}, fine-tuned over many devices by fedspine.
+It fits `{fits}`.
 
 | | |
 |---|---|

@@ -1,7 +1,8 @@
-"""From a run's folder to a model: rebuild the base in fp32, deploy from the last saved state, write it down.
+"""From a run's folder to a model: rebuild the base in fp32, deploy from the last saved state, write
+it down.
 
-What the model means comes from the run; of the world outside only the base's weights are needed, which must be those
-that the run was made with.
+What the model means comes from the run; of the world outside only the base's weights are needed,
+which must be those that the run was made with.
 """
 
 from dataclasses import dataclass, replace
@@ -45,12 +46,14 @@ class Opened:
 def open_run(folder: Path, base: str | None = None) -> Opened:
     """Open the folder of a run, whose base is where it was, or at `base`.
 
-    Raises BadInput for a folder that is no run or has not saved a round yet, and for a base that is gone or another.
+    Raises BadInput for a folder that is no run or has not saved a round yet, and for a base that is
+    gone or another.
     """
     recipe = recipe_of(folder)
     if recipe.task.kind == "array":
         raise BadInput(
-            f"{folder} trained {recipe.task.model!r}, a net on arrays; only transformers can be exported so far"
+            f"{folder} trained {recipe.task.model!r}, a net on arrays; only transformers can be "
+            "exported so far"
         )
     saved, record = _saved(folder), task_record.recorded(folder)
     place = base or recipe.task.model
@@ -60,7 +63,8 @@ def open_run(folder: Path, base: str | None = None) -> Opened:
         loaded, tokenizer = load_base(placed, len(record.classes), precision="fp32", kept=kept)
     except BadInput as error:
         raise BadInput(
-            f"the base of {folder} cannot be loaded: {error}; where it lies elsewhere now, name that place with --base"
+            f"the base of {folder} cannot be loaded: {error}; where it lies elsewhere now, name "
+            "that place with --base"
         ) from None
     task_record.check_base(record, loaded.weights_sha256, place, folder)
     return Opened(recipe, record, loaded, tokenizer, saved.state["method"])
@@ -77,15 +81,16 @@ def export_model(
 ) -> dict[str, Any]:
     """Write one model of the run in `folder` to the new folder `to`; returns what it is.
 
-    `with_base` writes the model that a PEFT adapter fits beside it; `base` is where the run's base is now. Raises
-    BadInput for an unknown format or device, a folder that is no run, one that exists where `to` should be, and an
-    adapter that fits no model that stock tools could load.
+    `with_base` writes the model that a PEFT adapter fits beside it; `base` is where the run's base
+    is now. Raises BadInput for an unknown format or device, a folder that is no run, one that
+    exists where `to` should be, and an adapter that fits no model that stock tools could load.
     """
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
     if with_base and format != "peft":
         raise BadInput(
-            "--with-base is for --format peft; a model of --format hf holds its base already, so leave it out"
+            "--with-base is for --format peft; a model of --format hf holds its base already, so "
+            "leave it out"
         )
     if to.exists():
         raise BadInput(f"{to} exists already; name a new folder with --to")

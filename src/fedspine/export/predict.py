@@ -1,4 +1,6 @@
-"""Run an exported model on texts: a label with its probability, or a continuation with the loss of what was given."""
+"""Run an exported model on texts: a label with its probability, or a continuation with the loss of
+what was given.
+"""
 
 import math
 from collections.abc import Sequence
@@ -28,7 +30,9 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Continued:
-    """What the model would write next, and its mean loss in nats per token of the given text (NaN for one token)."""
+    """What the model would write next, and its mean loss in nats per token of the given text (NaN
+    for one token).
+    """
 
     continuation: str
     mean_loss: float
@@ -42,8 +46,9 @@ def predict(
 ) -> list[Prediction]:
     """One prediction for each text, in order; `pairs` holds the second texts, for kind pair only.
 
-    A text longer than the model's `max_tokens` is cut for a label, and read in windows for a loss; a continuation
-    starts from its last tokens. Raises BadInput for missing, surplus or unequally many second texts.
+    A text longer than the model's `max_tokens` is cut for a label, and read in windows for a loss;
+    a continuation starts from its last tokens. Raises BadInput for missing, surplus or unequally
+    many second texts.
     """
     if (pairs is not None) != (loaded.kind == "pair"):
         have, want = ("pairs", "single texts") if pairs is not None else ("single texts", "pairs")
@@ -52,7 +57,8 @@ def predict(
         )
     if pairs is not None and len(pairs) != len(texts):
         raise BadInput(
-            f"{len(texts)} texts and {len(pairs)} second texts came; give one second text for each text"
+            f"{len(texts)} texts and {len(pairs)} second texts came; give one second text for "
+            "each text"
         )
     if not texts:
         return []

@@ -55,9 +55,9 @@ class HeadLayer:
 
 
 class Base:
-    """A frozen transformer for one task, in one precision; `skeleton` must not be used but through `fit`.
+    """A frozen transformer for one task, in one precision.
 
-    `weights_sha256` is of the module as it came, so it is the same in every precision.
+    `skeleton` must not be used but through `fit`. `weights_sha256` is of the module as it came, so it is the same in every precision.
     """
 
     def __init__(
@@ -269,7 +269,7 @@ class Base:
 
 
 def _weights_sha256(module: nn.Module, head: tuple[HeadLayer, ...]) -> str:
-    """A digest of what the checkpoint holds; layers that it lacks are drawn anew by every method."""
+    """A digest of what the checkpoint holds; every method draws anew the layers that it lacks."""
     fresh = tuple(f"{layer.path}." for layer in head if layer.fresh)
     held = {name: p for name, p in module.named_parameters() if not name.startswith(fresh)}
     return tensors_sha256(held)

@@ -1,4 +1,4 @@
-"""A digest of weights as a checkpoint holds them, before they are cast to a run's precision or cut."""
+"""A digest of weights as a checkpoint holds them, before they are cast or cut."""
 
 import hashlib
 from collections.abc import Mapping

@@ -39,9 +39,9 @@ def load(
 ) -> tuple[Base, Any]:
     """The base model `name` for this kind of task, and its tokenizer.
 
-    `layers` keeps only the first blocks. `kept` is a folder with the configuration and the tokenizer to use instead of
-    the model's own, such as a run's. Raises BadInput for a model that cannot be found or read, or whose
-    architecture has no unit map.
+    `layers` keeps only the first blocks. `kept` is a folder with the configuration and the tokenizer
+    to use instead of the model's own, such as a run's. Raises BadInput for a model that cannot be
+    found or read, or whose architecture has no unit map.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
