@@ -102,16 +102,12 @@ def make(folder: Path, recipe: Recipe, built: "Built | None" = None) -> None:
 
 
 def remember(folder: Path, built: "Built") -> None:
-    """Keep what a run means in its folder, unless that is done; raises OSError where it cannot be
-    written.
-    """
+    """Keep what a run means in its folder, unless that is done; OSError where it cannot be."""
     if task_record.read(folder) is None:
         task_record.write(folder, built.record, built.task.base, built.tokenizer)
 
 
 def check_age(folder: Path) -> None:
-    """Raise BadInput where rounds were saved by an older version, which did not keep what they
-    mean.
-    """
+    """Raise BadInput where an older version saved rounds, which did not keep what they mean."""
     if Store(folder / STATE).rounds():
         task_record.recorded(folder)

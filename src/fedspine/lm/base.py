@@ -57,7 +57,8 @@ class HeadLayer:
 class Base:
     """A frozen transformer for one task, in one precision.
 
-    `skeleton` must not be used but through `fit`. `weights_sha256` is of the module as it came, so it is the same in every precision.
+    `skeleton` must not be used but through `fit`. `weights_sha256` is of the module as it came, so
+    it is the same in every precision.
     """
 
     def __init__(
