@@ -304,6 +304,14 @@ def test_an_adapter_loads_with_the_base_beside_it(tmp_path, name, kind, size):
     assert settings["base_model_name_or_path"] == str(folder / "base")
     assert_stock(base, model, kind, with_auto_peft(folder, kind))
     assert_stock(base, model, kind, as_its_readme_says(folder))
+    auto = AutoModelForCausalLM if kind == "causal-lm" else AutoModelForSequenceClassification
+    expected = logits(base.fit(model), tokenizer).clone()
+    torch.testing.assert_close(  # transformers finds the base by the adapter, too
+        logits(auto.from_pretrained(folder), tokenizer),
+        expected,
+        atol=fp32_apart(base, expected),
+        rtol=0,
+    )
     assert (folder / "base" / "README.md").is_file()
     assert is_full(read_adapter(folder, base).structure) is (size == "whole")
 

@@ -194,6 +194,14 @@ def test_a_base_that_moved(place, command) -> None:
     assert files(exported(command, place, "--base", place / "moved")) == before
 
 
+def test_a_recipe_that_was_edited_after_the_run_is_not_exported(place, command) -> None:
+    recipe = place / "run" / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("sparsity = 0.5", "sparsity = 0.25"))
+    code, _, (line,) = command("export", place / "run", "--to", place / "x")
+    assert code == 2
+    assert "recipe.toml was changed after the run: method.sparsity was 0.5" in line
+
+
 def test_an_export_of_an_older_run_is_refused(place, command) -> None:
     (place / "run" / "task.json").unlink()
     code, _, (line,) = command("export", place / "run", "--to", place / "x")

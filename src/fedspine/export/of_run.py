@@ -5,6 +5,7 @@ What the model means comes from the run; of the world outside only the base's we
 which must be those that the run was made with.
 """
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fedspine.config import Recipe
 from fedspine.errors import BadInput, nearest, unknown
 from fedspine.export import hf
 from fedspine.fleets import members, simulated  # noqa: F401 - which makes the messages in a saved state known
-from fedspine.folder import FLEET, STATE, recipe_of
+from fedspine.folder import FLEET, RECIPE, STATE, recipe_of
 from fedspine.lm.base import Base, Model
 from fedspine.lm.structure import sparsity
 from fedspine.store import Saved, Store
@@ -56,6 +57,7 @@ def open_run(folder: Path, base: str | None = None) -> Opened:
             "exported so far"
         )
     saved, record = _saved(folder), task_record.recorded(folder)
+    _check_unedited(folder, recipe, saved.state["recipe"])
     place = base or recipe.task.model
     kept = task_record.base_of(folder)
     try:
@@ -128,6 +130,22 @@ def _saved(folder: Path) -> Saved:
             f"{folder} has not finished its first round, so there is no model yet; resume it first"
         )
     return saved
+
+
+def _check_unedited(folder: Path, recipe: Recipe, then: str) -> None:
+    """Raise BadInput where the recipe is not what the saved state came of.
+
+    Keys that a later version added are not held against it; of data and base the digests count.
+    """
+    now = json.loads(recipe.fingerprint)
+    for section, table in json.loads(then).items():
+        for key, value in table.items():
+            moved = section == "task" and key in ("model", "data")
+            if not moved and now[section].get(key) != value:
+                raise BadInput(
+                    f"{folder / RECIPE} was changed after the run: {section}.{key} was {value!r}; "
+                    "undo the change"
+                )
 
 
 def _ids(folder: Path) -> list[str]:
