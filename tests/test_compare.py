@@ -13,6 +13,7 @@ from runs import fedspine, in_process, tiny_job, write_csv
 
 from fedspine.compare.curves import on_a_grid
 from fedspine.compare.found import find
+from fedspine.compare.groups import grouped
 from fedspine.compare.intervals import paired, paired_ratio, t_probability, t_quantile
 from fedspine.compare.runs import select
 from fedspine.errors import BadInput
@@ -610,14 +611,40 @@ def test_latency_is_measured_once(real_runs, command, tmp_path, monkeypatch):
     assert (code, again) == (0, out)
 
 
-def test_without_its_data_a_model_has_no_latency(real_runs, command, tmp_path):
+def test_without_its_base_a_model_has_no_latency(real_runs, command, tmp_path):
     shutil.copytree(
         real_runs / "fedlora", tmp_path / "run", ignore=shutil.ignore_patterns("latency.json")
     )
     recipe = tmp_path / "run" / "recipe.toml"
-    recipe.write_text(recipe.read_text().replace("rows.csv", "gone.csv"))
+    # its data may be gone
+    recipe.write_text(recipe.read_text().replace('/bert"', '/gone"').replace("rows.csv", "no.csv"))
     code, out, lines = command(tmp_path / "run", "--json", "--out", tmp_path / "new")
     assert (code, lines) == (0, [])
     found = json.loads(out)
     assert found["comparisons"][0]["methods"][0]["latency"] is None
-    assert "gone.csv" in found["notes"][0]
+    assert "/gone is not a folder" in found["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [({"data_sha256": "cd" * 32}, "their data differ"), ({"model_sha256": "cd" * 32}, "the base")],
+)
+def test_what_changed_under_the_same_name_is_not_compared(tmp_path, changed, says):
+    same = {"data_sha256": "ab" * 32, "model_sha256": "ab" * 32}
+    runs = [
+        made_run(tmp_path / "a", **same),
+        made_run(tmp_path / "b", seed=1, **same | changed),
+        made_run(tmp_path / "old", seed=2),  # which says nothing of either
+    ]
+    with pytest.raises(BadInput, match=says) as refused:
+        grouped(select(runs))
+    assert str(runs[0]) in str(refused.value)
+    assert str(runs[1]) in str(refused.value)
+    assert len(grouped(select(runs[::2]))[0].methods[0].runs) == 2
+
+
+def test_a_sweep_whose_data_changed_on_the_way_is_not_compared(tmp_path):
+    for seed, digest in enumerate(("ab", "ab", "cd")):
+        made_cell(tmp_path, f"a-{seed}", "a", seed=seed, data_sha256=digest * 32)
+    with pytest.raises(BadInput, match="the data pydoc-topics was changed between the runs in"):
+        grouped(select([tmp_path]))

@@ -1,4 +1,6 @@
-"""Exported folders: the same logits back, stock transformers where it can, predictions, every refusal."""
+"""Exported folders: the same logits back, stock transformers where it can, predictions, every
+refusal.
+"""
 
 import json
 import math
@@ -6,8 +8,24 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import KINDS, LABELS, TEXTS, labels_for, logits, minilm, model_on, stories, tiny
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from tiny_models import (
+    KINDS,
+    LABELS,
+    TEXTS,
+    fp32_apart,
+    labels_for,
+    logits,
+    minilm,
+    model_on,
+    stories,
+    tiny,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from fedspine.errors import BadInput
 from fedspine.export.hf import Continued, Labelled, export, load, predict
@@ -70,13 +88,18 @@ def test_logits_come_back(tmp_path, name, kind, size):
         type(layer) for layer in loaded.module.modules() if "Linear" in type(layer).__name__
     } == {torch.nn.Linear}
 
-    # BERT and its like have no configuration for fewer heads of the same size; unequal layers have none anywhere
+    # BERT and its like have no configuration for fewer heads of the same size; unequal layers have
+    # none anywhere
     expressible = size in ("full", "channels") or (size == "equal" and base.anatomy.decoder)
     assert entry(folder)["stock"] is expressible
     if expressible:
-        torch.testing.assert_close(
-            logits(stock(folder, kind), tokenizer), expected, atol=1e-4, rtol=0
-        )
+        module, own = stock(folder, kind), AutoTokenizer.from_pretrained(folder)
+        apart = fp32_apart(base, expected)
+        torch.testing.assert_close(logits(module, own), expected, atol=apart, rtol=0)
+        if kind != "causal-lm":
+            assert module.config.id2label == dict(enumerate(LABELS))
+            assert module.config.label2id == {name: i for i, name in enumerate(LABELS)}
+        assert "Stock transformers loads it" in (folder / "README.md").read_text()
     else:
         with pytest.raises(RuntimeError, match=r"(?i)mismatch"):
             stock(folder, kind)
@@ -157,11 +180,16 @@ def test_tied_embeddings_are_stock(tmp_path):
         max_tokens=64,
         name="toy",
     )
-    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    module = stock(tmp_path / "out", "causal-lm")
+    assert module.lm_head.weight is module.model.embed_tokens.weight
+    assert sum(p.numel() for p in module.parameters()) == sum(t.numel() for t in stored.values())
+    assert load(tmp_path / "out").parameters == sum(t.numel() for t in stored.values())
     assert entry(tmp_path / "out")["stock"] is True
     expected = logits(base.fit(model), tokenizer)
     torch.testing.assert_close(
-        logits(stock(tmp_path / "out", "causal-lm"), tokenizer), expected, atol=1e-4, rtol=0
+        logits(module, tokenizer), expected, atol=fp32_apart(base, expected), rtol=0
     )
 
 

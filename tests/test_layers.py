@@ -66,6 +66,7 @@ TOGETHER = {
         "run",
         "scoring",
         "sweep",
+        "task_record",
         "venue",
     ),
     "__main__",

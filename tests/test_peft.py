@@ -5,13 +5,27 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import LABELS, labels_for, logits, minilm, model_on, tiny
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from tiny_models import (
+    KINDS,
+    LABELS,
+    as_its_readme_says,
+    fp32_apart,
+    labels_for,
+    logits,
+    minilm,
+    model_on,
+    stories,
+    tiny,
+)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedspine.errors import BadInput
 from fedspine.export import hf
+from fedspine.export.adapter import Origin, export_adapter
 from fedspine.export.peft import read_adapter, write_adapter
 from fedspine.lm.base import Model
+from fedspine.lm.load import MINILM_HUB
+from fedspine.lm.load import load as load_base
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.structure import is_full
 
@@ -217,3 +231,188 @@ def test_a_fresh_head_must_come_with_the_adapter(tmp_path):
     save_file(tensors, weights)
     with pytest.raises(BadInput, match=r"score\.weight; save the adapter with its task head"):
         read_adapter(tmp_path / "a", base)
+
+
+# --- whole folders, with stock tools only ---
+
+
+def with_auto_peft(folder, kind):
+    """The same without a word of it: PEFT's own class for the task, and no options."""
+    auto = (
+        peft.AutoPeftModelForCausalLM
+        if kind == "causal-lm"
+        else peft.AutoPeftModelForSequenceClassification
+    )
+    return auto.from_pretrained(str(folder)).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def assert_stock(base, model, kind, loaded):
+    """What stock tools loaded computes what the run deployed, knows its classes, and would not
+    without the adapter.
+    """
+    module, tokenizer = loaded
+    expected = logits(base.fit(model), tokenizer).clone()
+    apart = fp32_apart(base, expected)
+    torch.testing.assert_close(logits(module, tokenizer), expected, atol=apart, rtol=0)
+    with module.disable_adapter():
+        assert (logits(module, tokenizer) - expected).abs().max() > 10 * apart
+    if kind != "causal-lm":
+        assert module.config.id2label == dict(enumerate(LABELS))
+        assert module.config.label2id == {label: index for index, label in enumerate(LABELS)}
+
+
+def written(tmp_path, base, model, tokenizer, kind, *, with_base, name="base", cut=False):
+    return export_adapter(
+        base,
+        model,
+        tokenizer,
+        tmp_path / "adapter",
+        origin=Origin(name, cut),
+        with_base=with_base,
+        labels=labels_for(kind),
+        kind=kind,
+        max_tokens=64,
+        name="toy",
+    )
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_an_unpruned_adapter_loads_onto_its_base(tmp_path, name, kind):
+    base, tokenizer = tiny(tmp_path, name, kind)
+    model = unequal_ranks(base, model_on(base))
+    place = str(tmp_path / f"tiny-{name}")
+    folder = written(tmp_path, base, model, tokenizer, kind, with_base=False, name=place)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == place
+    assert_stock(base, model, kind, as_its_readme_says(folder))
+    assert not (folder / "base").exists()
+
+
+@pytest.mark.parametrize("size", ["whole", "channels", "heads"])
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_an_adapter_loads_with_the_base_beside_it(tmp_path, name, kind, size):
+    base, tokenizer = tiny(tmp_path, name, kind)
+    heads = [1, 1] if size == "heads" else None
+    model = model_on(base, heads, None if size == "whole" else [24, 24])
+    if size == "heads" and not base.anatomy.decoder:  # whose configurations cannot say it
+        with pytest.raises(BadInput, match=r"stock configuration.*--device dense.*--format hf"):
+            written(tmp_path, base, model, tokenizer, kind, with_base=True)
+        assert {path.name for path in tmp_path.iterdir()} == {f"tiny-{name}"}
+        return
+    folder = written(tmp_path, base, model, tokenizer, kind, with_base=True)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(folder / "base")
+    assert_stock(base, model, kind, with_auto_peft(folder, kind))
+    assert_stock(base, model, kind, as_its_readme_says(folder))
+    auto = AutoModelForCausalLM if kind == "causal-lm" else AutoModelForSequenceClassification
+    expected = logits(base.fit(model), tokenizer).clone()
+    torch.testing.assert_close(  # transformers finds the base by the adapter, too
+        logits(auto.from_pretrained(folder), tokenizer),
+        expected,
+        atol=fp32_apart(base, expected),
+        rtol=0,
+    )
+    assert (folder / "base" / "README.md").is_file()
+    assert is_full(read_adapter(folder, base).structure) is (size == "whole")
+
+
+def tied(tmp_path):
+    """A tiny Llama whose output layer is its embedding."""
+    from fedspine.lm.tiny import write_tiny
+
+    source = write_tiny(tmp_path / "tied", "llama")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tensors = {name: t.clone() for name, t in load_file(source / "model.safetensors").items()}
+    del tensors["lm_head.weight"]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    return load_base(str(source), kind="causal-lm")
+
+
+@pytest.mark.parametrize("channels", [None, [24, 24]])
+def test_tied_embeddings_stay_tied(tmp_path, channels):
+    base, tokenizer = tied(tmp_path)
+    model = model_on(base, channels=channels)
+    folder = written(tmp_path, base, model, tokenizer, "causal-lm", with_base=True)
+    stored = load_file(folder / "base" / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    module, tokenizer = with_auto_peft(folder, "causal-lm")
+    assert_stock(base, model, "causal-lm", (module, tokenizer))
+    inner = module.get_base_model()
+    assert inner.lm_head.weight is inner.model.embed_tokens.weight
+    adapter = sum(tensor.numel() for tensor in model.adapter.values())
+    parameters = sum(p.numel() for p in module.parameters())
+    assert parameters == sum(t.numel() for t in stored.values()) + adapter
+    # 101 tokens, 2 layers: q and o of 32 x 32, k and v of 16 x 32, three of 32 x channels, and five
+    # norms of 32
+    assert parameters - adapter == (
+        101 * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * (24 if channels else 64)) + 5 * 32
+    )
+
+
+def test_the_real_stories_model_with_its_base(tmp_path):
+    """Tied too, with eight query heads on four of keys and values."""
+    base, tokenizer = stories()
+    model = model_on(base, [2] * 5, [100] * 5)
+    folder = written(tmp_path, base, model, tokenizer, "causal-lm", with_base=True)
+    assert_stock(base, model, "causal-lm", with_auto_peft(folder, "causal-lm"))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_unequal_layers_have_no_stock_base(tmp_path, name):
+    base, tokenizer = tiny(tmp_path, name)
+    model = model_on(base, channels=[24, 30])
+    for with_base, says in (
+        (True, "cannot be said in a stock configuration"),
+        (False, "is pruned"),
+    ):
+        with pytest.raises(BadInput, match=says) as refused:
+            written(tmp_path, base, model, tokenizer, "classification", with_base=with_base)
+        assert "--device dense" in str(refused.value)
+        assert "--format hf" in str(refused.value)
+        assert ("--with-base" in str(refused.value)) is not with_base
+    assert {path.name for path in tmp_path.iterdir()} == {f"tiny-{name}"}
+
+
+def test_a_run_of_the_first_blocks_needs_its_base(tmp_path):
+    tiny(tmp_path, "bert")
+    base, tokenizer = load_base(
+        str(tmp_path / "tiny-bert"), kind="classification", classes=3, layers=1
+    )
+    model = model_on(base)
+    with pytest.raises(BadInput, match=r"only the first blocks of base.*--with-base"):
+        written(tmp_path, base, model, tokenizer, "classification", with_base=False, cut=True)
+    folder = written(tmp_path, base, model, tokenizer, "classification", with_base=True, cut=True)
+    assert_stock(base, model, "classification", with_auto_peft(folder, "classification"))
+
+
+def test_minilm_is_named_as_stock_tools_know_it(tmp_path):
+    base, tokenizer = minilm()
+    model = model_on(base, rank=2)
+    options = {"with_base": False, "kind": "classification", "max_tokens": 64, "name": "toy"}
+    folder = export_adapter(
+        base,
+        model,
+        tokenizer,
+        tmp_path / "a",
+        origin=Origin("minilm", False),
+        labels=tuple("abcdefgh"),
+        **options,
+    )
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == MINILM_HUB
+
+
+def test_an_adapter_folder_appears_whole_or_not_at_all(tmp_path):
+    base, tokenizer = tiny(tmp_path, "bert")
+
+    class Broken:
+        def save_pretrained(self, folder):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(BadInput, match="No space left"):
+        written(tmp_path, base, model_on(base), Broken(), "classification", with_base=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny-bert"}
+    written(tmp_path, base, model_on(base), tokenizer, "classification", with_base=False)
+    with pytest.raises(BadInput, match="exists already"):
+        written(tmp_path, base, model_on(base), tokenizer, "classification", with_base=False)

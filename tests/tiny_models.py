@@ -1,7 +1,10 @@
-"""Tiny bases and pruned, adapted models on them, and the real models where they are on this machine."""
+"""Tiny bases and pruned, adapted models on them, and the real models where they are on this
+machine.
+"""
 
 import functools
 import importlib.util
+import re
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +42,9 @@ def minilm():
 
 @functools.cache
 def stories():
-    """A Llama of 260 thousand parameters that has really been trained; skips the test where it is not there."""
+    """A Llama of 260 thousand parameters that has really been trained; skips the test where it is
+    not there.
+    """
     if not STORIES.is_dir():
         pytest.skip("stories260k is not beside the repository, in shared/models")
     return load(str(STORIES), kind="causal-lm")
@@ -58,7 +63,9 @@ def pick(rows, units, kept, rng):
 
 
 def model_on(base: Base, heads=None, channels=None, *, rank=3, seed=0) -> Model:
-    """A model with random factors A and B on every site that keeps `heads` and `channels` of each layer (None: all)."""
+    """A model with random factors A and B on every site that keeps `heads` and `channels` of each
+    layer (None: all).
+    """
     anatomy, rng = base.anatomy, np.random.default_rng(seed)
     structure = Structure(
         heads=pick(anatomy.layers, anatomy.heads, heads or [anatomy.heads] * anatomy.layers, rng),
@@ -81,9 +88,34 @@ def model_on(base: Base, heads=None, channels=None, *, rank=3, seed=0) -> Model:
     )
 
 
+def fp32_apart(base: Base, expected) -> float:
+    """How far two computations of the same fp32 logits may lie apart: what rounding comes to in
+    each.
+
+    A sum of n products is off by at most n unit roundoffs of the sum of their sizes (Higham,
+    Accuracy and Stability, section 3.1). A block has six products in a row (values, attention,
+    output, up, its gate, down), then comes the head with its pooler. Sizes are taken to be at most
+    those of the logits, since norms keep the residual stream near 1.
+    """
+    anatomy = base.anatomy
+    longest = max(anatomy.width, anatomy.channels)
+    products = 6 * anatomy.layers + 2
+    size = max(1.0, float(expected.abs().max()))
+    return 2 * products * longest * 2.0**-24 * size
+
+
 def logits(module, tokenizer, texts=TEXTS):
     """Logits for the texts as one padded batch, at the positions that hold a token."""
     inputs = tokenizer(texts, return_tensors="pt", padding=True)
     with torch.inference_mode():
         out = module(**inputs).logits
     return out[inputs["attention_mask"].bool()] if out.dim() == 3 else out
+
+
+def as_its_readme_says(folder):
+    """The model and the tokenizer that the code in a folder's README.md loads."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code.replace('"."', repr(str(folder))), names)
+    assert "fedspine" not in code
+    return names["model"], names["tokenizer"]

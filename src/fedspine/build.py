@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedspine import task_record
 from fedspine.config import Recipe
 from fedspine.data import arrays
 from fedspine.data import partition as partitions
@@ -32,6 +33,7 @@ from fedspine.process import cores
 from fedspine.records import Records
 from fedspine.store import Store
 from fedspine.task import NETS, Arrays, Data, Task
+from fedspine.task_record import TaskRecord
 
 GPU_TOGETHER = 32  # devices that are trained in one batched pass where nothing else is said
 ORDER, COHORT, START = 101, 102, 103  # purposes of random streams, so that they never meet
@@ -46,22 +48,42 @@ class Built:
     tokenizer: Any
     shares: tuple[np.ndarray, ...]  # int64 row indices of the training set, by device
     kinds: tuple[str, ...]
+    record: TaskRecord
 
 
-def build(recipe: Recipe, *, here: bool = True) -> Built:
+def build(recipe: Recipe, *, here: bool = True, begun: Path | None = None) -> Built:
     """Load and check everything a run needs; raises BadInput before anything is spent.
 
     Unless the devices' rows are `here`, in the recipe's data, only what is needed to judge their models is read from it.
+    `begun` is the folder of a run that is gone on with: it must have begun with the same data and
+    base.
     """
+    then = None if begun is None else task_record.read(begun)
     _check_family(recipe)
     kinds = fleet_mix(recipe.fleet.mix, recipe.fleet.devices)
     computing = _computing(recipe.run.device)
-    data = dataset(recipe)
-    task, tokenizer = build_task(recipe, data)
+    with task_record.needing("data", begun):
+        data = dataset(recipe)
+    record = task_record.record_of(recipe, data, here=here)
+    if then is not None:
+        task_record.check_data(then, record, begun)
+    with task_record.needing("base", begun):
+        kept = None if then is None or then.encoding is None else task_record.base_of(begun)
+        task, tokenizer = build_task(recipe, data, kept=kept)
+    record = task_record.on_base(record, task.base)
+    if then is not None:
+        task_record.check_base(then, record.model_sha256, recipe.task.model, begun)
     task.base.to(computing)
     shares = share_out(recipe, data, task.train) if here else ()
     recipe.method.check(task)
-    return Built(recipe=recipe, task=task, tokenizer=tokenizer, shares=shares, kinds=tuple(kinds))
+    return Built(
+        recipe=recipe,
+        task=task,
+        tokenizer=tokenizer,
+        shares=shares,
+        kinds=tuple(kinds),
+        record=record,
+    )
 
 
 def settled(recipe: Recipe) -> tuple[Recipe, list[str]]:
@@ -124,19 +146,12 @@ def dataset(recipe: Recipe) -> Dataset:
     )
 
 
-def build_task(recipe: Recipe, data: Dataset, precision: str | None = None) -> tuple[Task, Any]:
-    """The task in the recipe's precision or another, and the tokenizer."""
+def build_task(recipe: Recipe, data: Dataset, *, kept: Path | None = None) -> tuple[Task, Any]:
+    """The task and the tokenizer; `kept` is the folder with a run's own configuration of these."""
     section = recipe.task
     if section.kind == "array":
         return _array_task(recipe, data), None
-    base, tokenizer = load_model(
-        section.model,
-        kind=section.kind,
-        classes=len(data.label_names),
-        precision=precision or recipe.run.precision,
-        layers=section.layers,
-        pooling=section.pooling,
-    )
+    base, tokenizer = load_base(recipe, len(data.label_names), kept=kept)
     longest = longest_input(base.config, tokenizer)
     if section.max_tokens > longest:
         raise BadInput(
@@ -156,6 +171,22 @@ def build_task(recipe: Recipe, data: Dataset, precision: str | None = None) -> t
         else 0.0,
     )
     return task, tokenizer
+
+
+def load_base(
+    recipe: Recipe, classes: int, *, precision: str | None = None, kept: Path | None = None
+) -> tuple[Any, Any]:
+    """The recipe's transformer, in its precision or another, and the tokenizer."""
+    section = recipe.task
+    return load_model(
+        section.model,
+        kind=section.kind,
+        classes=classes,
+        precision=precision or recipe.run.precision,
+        layers=section.layers,
+        pooling=section.pooling,
+        kept=kept,
+    )
 
 
 def _array_task(recipe: Recipe, data: Dataset) -> Task:

@@ -381,12 +381,24 @@ def export(
     format: Annotated[
         str, typer.Option(help="hf (a merged model) or peft (base name and adapter).")
     ] = "hf",
+    with_base: Annotated[
+        bool,
+        typer.Option(
+            "--with-base", help="With --format peft: write the model that the adapter fits, too."
+        ),
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Where the run's base is now; default: where it was for the run."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write one deployed model of a run to a folder: merged, physically smaller, ready for predict and bench."""
     from fedspine.export.of_run import export_model
 
-    found = export_model(folder, device=device, format=format, to=to)
+    found = export_model(
+        folder, device=device, format=format, to=to, with_base=with_base, base=base
+    )
     if json:
         print(jsonlib.dumps(found))
         return

@@ -4,11 +4,16 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedspine.config import Recipe, load
+from fedspine import strict, task_record
+from fedspine.config import Recipe
+from fedspine.config import recipe as checked
 from fedspine.errors import BadInput
 from fedspine.store import Store, write_atomically
+
+if TYPE_CHECKING:
+    from fedspine.build import Built
 
 RECIPE, RECORDS, SUMMARY, STATE, FAILURE = (
     "recipe.toml",
@@ -29,7 +34,8 @@ def recipe_of(folder: Path) -> Recipe:
         raise BadInput(
             f"{folder} is not the folder of a run (it {what}); name one that `fedspine run` made"
         )
-    return load(folder / RECIPE)
+    # as it was written: a folder that now happens to bear the name of a Hub id is not what it meant
+    return checked(strict.read_toml(folder / RECIPE, "recipe", "restore it from a copy"))
 
 
 def standing(folder: Path) -> dict[str, Any]:
@@ -61,7 +67,9 @@ def standing(folder: Path) -> dict[str, Any]:
 
 
 def summary_of(folder: Path) -> dict[str, Any] | None:
-    """The summary of a finished run, None where it is not finished; raises BadInput where the file is damaged."""
+    """The summary of a finished run, None where it is not finished; raises BadInput where the file
+    is damaged.
+    """
     try:
         return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -72,15 +80,19 @@ def summary_of(folder: Path) -> dict[str, Any] | None:
         ) from None
 
 
-def make(folder: Path, recipe: Recipe) -> None:
-    """Make a run's folder, which appears at once with its recipe, so that a kill on the way leaves none behind.
+def make(folder: Path, recipe: Recipe, built: "Built | None" = None) -> None:
+    """Make a run's folder, which appears at once with its recipe, so that a kill on the way leaves
+    none behind.
 
-    Raises BadInput where it cannot be made.
+    What the run means is kept in it, too, where it is `built` already; else `remember` does it
+    before the first round. Raises BadInput where it cannot be made.
     """
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         (partial / STATE).mkdir(parents=True)
         write_atomically(partial / RECIPE, recipe.toml().encode())
+        if built is not None:
+            task_record.write(partial, built.record, built.task.base, built.tokenizer)
         partial.rename(folder)
     except OSError as error:
         raise BadInput(
@@ -88,3 +100,15 @@ def make(folder: Path, recipe: Recipe) -> None:
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def remember(folder: Path, built: "Built") -> None:
+    """Keep what a run means in its folder, unless that is done; OSError where it cannot be."""
+    if task_record.read(folder) is None:
+        task_record.write(folder, built.record, built.task.base, built.tokenizer)
+
+
+def check_age(folder: Path) -> None:
+    """Raise BadInput where an older version saved rounds, which did not keep what they mean."""
+    if Store(folder / STATE).rounds():
+        task_record.recorded(folder)

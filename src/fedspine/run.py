@@ -28,8 +28,10 @@ from fedspine.folder import (
     RECORDS,
     STATE,
     SUMMARY,
+    check_age,
     make,
     recipe_of,
+    remember,
     summary_of,
 )
 from fedspine.message import pack
@@ -105,7 +107,7 @@ def new_run(
     try:
         progress.stage("loading model and data")
         built = venue.build(venue.fitted(_settled(recipe, progress)))
-        make(folder, built.recipe)
+        make(folder, built.recipe, built)
         venue.remember(folder)
         return _guarded(built, venue, folder, progress)
     finally:
@@ -131,10 +133,13 @@ def resume(
     try:
         if summary is None:
             progress.stage("loading model and data")
+            check_age(folder)
             if recipe.open_choices:  # a sweep made the folder, and nothing was run in it yet
-                wanted = recipe = _settled(recipe, progress)
-                write_atomically(folder / RECIPE, recipe.toml().encode())
-            return _guarded(venue.build(wanted or recipe), venue, folder, progress)
+                wanted = _settled(wanted or recipe, progress)
+                write_atomically(folder / RECIPE, wanted.toml().encode())
+            built = venue.build(wanted or recipe, begun=folder)
+            remember(folder, built)
+            return _guarded(built, venue, folder, progress)
         if not (folder / REPORT).exists():  # killed between the two
             _wrap_up(folder)
         return summary
@@ -370,6 +375,8 @@ def _summary(job: Job, point: Point, progress: Progress) -> dict[str, Any]:
             "computing": job.workers.computing,
             "wall_seconds": watch.total,
             "samples_per_second": sums.samples / watch.training if watch.training else 0.0,
+            "data_sha256": job.built.record.data_sha256,
+            "model_sha256": job.built.record.model_sha256,
             "state_sha256": pack(point.state).sha256,
         }
     )

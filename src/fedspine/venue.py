@@ -28,8 +28,11 @@ class Venue(Protocol):
         """The recipe as it runs here; `begun` is how a run that is gone on with began."""
         ...
 
-    def build(self, recipe: Recipe) -> Built:
-        """Load and check everything; raises BadInput before the run's folder is made."""
+    def build(self, recipe: Recipe, *, begun: Path | None = None) -> Built:
+        """Load and check everything; raises BadInput before the run's folder is made.
+
+        `begun` is the folder of a run that is gone on with.
+        """
         ...
 
     def fleet(
@@ -49,8 +52,8 @@ class Simulation:
     def fitted(self, recipe: Recipe, *, begun: Recipe | None = None) -> Recipe:
         return recipe
 
-    def build(self, recipe: Recipe) -> Built:
-        return build(recipe)
+    def build(self, recipe: Recipe, *, begun: Path | None = None) -> Built:
+        return build(recipe, begun=begun)
 
     def fleet(self, built: Built, workers: Workers, store: Store, records: Records) -> RoundFleet:
         return simulate(built, workers, store, records)
@@ -93,10 +96,10 @@ class RealSites:
             ),  # processes cannot be forked beside a connection
         )
 
-    def build(self, recipe: Recipe) -> Built:
+    def build(self, recipe: Recipe, *, begun: Path | None = None) -> Built:
         from fedspine.fleets.flare import FlareFleet
 
-        built = build(recipe, here=False)
+        built = build(recipe, here=False, begun=begun)
         self._party = Party(
             link=self._connected(),
             base=built.task.base,

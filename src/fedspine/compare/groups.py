@@ -28,9 +28,11 @@ TOLD = {
     "fleet.alpha",
 }  # in every title
 OFFERED = "fleet.per_round"  # of how many devices a method may choose; in a sweep a method's own where no setting says it
+CONTENT, WEIGHTS = "data_sha256", "model_sha256"  # of the summary: what was read from outside
 MEASURED = {
     "test_rows": "test rows",
     "classes": "number of classes",
+    CONTENT: "sha256 of the data",
 }  # of the summary: what the data came to
 
 
@@ -63,8 +65,8 @@ def grouped(selection: Selection) -> tuple[Group, ...]:
     by_setting: dict[str, list[Run]] = defaultdict(list)
     for run in selection.runs:
         common = {
-            name: value for name, value in basis(run).items() if name != OFFERED
-        }  # where varied, settings have it
+            name: value for name, value in basis(run).items() if name not in (OFFERED, CONTENT)
+        }  # where the first is varied, settings have it; the second is checked
         key = {"settings": run.settings, "basis": common, "model": _part(run.recipe, MODEL)}
         by_setting[json.dumps(key, sort_keys=True)].append(run)
     settings = [dict(runs[0].settings or {}) for runs in by_setting.values()]
@@ -123,8 +125,20 @@ def _aspect(key: str) -> str:
     return "their devices differ" if key.startswith("fleet.") else "their data differ"
 
 
+def _check_same(runs: Iterable[Run], key: str, what: str) -> None:
+    """Raise BadInput where `what` bears one name in the recipes but was not the same in these runs."""
+    told = [run for run in runs if run.summary.get(key)]
+    for run in told:
+        if run.summary[key] != told[0].summary[key]:
+            raise BadInput(
+                f"{what} was changed between the runs in {told[0].folder} and {run.folder}, which "
+                "name the same; leave one of them out, or run it again"
+            )
+
+
 def _group(runs: Iterable[Run], titles: list[str]) -> Group:
     runs = list(runs)
+    _check_same(runs, CONTENT, f"the data {runs[0].recipe.task.data}")
     recipe, settings = runs[0].recipe, runs[0].settings or {}
     extra = [
         f"{key.rpartition('.')[2]} {_text(settings[key])}"
@@ -157,6 +171,9 @@ def _methods(runs: Iterable[Run]) -> tuple[Method, ...]:
                 "leave one of them out"
             )
         seeds[run.seed] = run
+    for seeds in alike.values():
+        runs_of = list(seeds.values())
+        _check_same(runs_of, WEIGHTS, f"the base {runs_of[0].recipe.task.model}")
     found = [(name, dict(sorted(seeds.items()))) for (name, _), seeds in alike.items()]
     return tuple(
         Method(_name(name, seeds, [theirs for other, theirs in found if other == name]), seeds)

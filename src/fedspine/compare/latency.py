@@ -38,7 +38,7 @@ class Latency:
 def latency_of(method: Method) -> Latency:
     """The latency of the first seed's model; of all methods of a comparison the same device is taken.
 
-    Raises BadInput where the model cannot be exported, such as where its data is gone.
+    Raises BadInput where the model cannot be exported, such as where its base is gone.
     """
     run = next(iter(method.runs.values()))
     kept = _kept(run)

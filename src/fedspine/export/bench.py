@@ -1,7 +1,9 @@
-"""What an exported model costs to run on this machine: latency, file size, peak memory, parameters. All measured.
+"""What an exported model costs to run on this machine: latency, file size, peak memory, parameters.
+All measured.
 
-Latency is that of one forward pass over random token ids without padding, after a warm-up, in fp32 on the CPU. Two
-models are timed in turns, call by call, so that whatever else the machine does meets both.
+Latency is that of one forward pass over random token ids without padding, after a warm-up, in fp32
+on the CPU. Two models are timed in turns, call by call, so that whatever else the machine does
+meets both.
 """
 
 import gc
@@ -30,7 +32,9 @@ WARM_UP = 2  # calls before the first that counts
 
 @dataclass(frozen=True)
 class Bench:
-    """What one model costs; `latency_seconds` by batch size, at `tokens` per row on `threads` threads."""
+    """What one model costs; `latency_seconds` by batch size, at `tokens` per row on `threads`
+    threads.
+    """
 
     latency_seconds: dict[int, float]  # median over repeats
     file_bytes: int  # of the weights
@@ -80,8 +84,9 @@ class Comparison:
 def bench(folder: str | Path, *, tokens: int = 128, threads: int = 1, repeats: int = 7) -> Bench:
     """Measure the exported model in `folder`.
 
-    One thread is the default because it is what a small device has, and what other processes on a shared machine
-    disturb least. Raises BadInput for a folder that cannot be loaded and for more tokens than it has positions.
+    One thread is the default because it is what a small device has, and what other processes on a
+    shared machine disturb least. Raises BadInput for a folder that cannot be loaded and for more
+    tokens than it has positions.
     """
     model = load(folder)
     seconds = _seconds([model], tokens=tokens, threads=threads, repeats=repeats)
@@ -143,7 +148,8 @@ def _seconds(
             for index, model in enumerate(models):
                 for _ in range(WARM_UP):
                     _call(model, inputs[batch][index])
-        # one batch size after the other: a large batch would leave the caches cold for the small one
+        # one batch size after the other: a large batch would leave the caches cold for the small
+        # one
         for batch, calls in CALLS.items():
             for _ in range(repeats * calls):
                 for index, model in enumerate(models):
@@ -162,7 +168,8 @@ def _call(model: Loaded, ids: Tensor) -> float:
 
 
 def random_ids(model: Loaded, batch: int, tokens: int) -> Tensor:
-    """Token ids int64 [batch, tokens], the same at every call; none is special, so none counts as padding.
+    """Token ids int64 [batch, tokens], the same at every call; none is special, so none counts as
+    padding.
 
     Raises BadInput for more tokens than the model has positions.
     """
@@ -196,7 +203,8 @@ def peak_memory_bytes(folder: str | Path, *, tokens: int = 128, threads: int = 1
 
 
 def _own_peak_bytes() -> int:
-    # ru_maxrss starts from the parent's peak where the parent started this process, so Linux's own count is taken
+    # ru_maxrss starts from the parent's peak where the parent started this process, so Linux's own
+    # count is taken
     status = Path("/proc/self/status")
     if status.exists():
         return next(

@@ -38,7 +38,8 @@ def read_card(folder: Path) -> Card:
         )
     if not (folder / CONFIG).is_file():
         raise BadInput(
-            f"{folder} has no {CONFIG}, so it is no exported model; write one with `fedspine export`"
+            f"{folder} has no {CONFIG}, so it is no exported model; write one with `fedspine "
+            "export`"
         )
     try:
         entry = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("fedspine")
@@ -48,13 +49,14 @@ def read_card(folder: Path) -> Card:
         ) from None
     if not isinstance(entry, dict):
         raise BadInput(
-            f"{folder} is a model but not an export of fedspine ({CONFIG} has no `fedspine` entry); "
-            "fine-tune it in a run and `fedspine export` that"
+            f"{folder} is a model but not an export of fedspine ({CONFIG} has no `fedspine` "
+            "entry); fine-tune it in a run and `fedspine export` that"
         )
     if entry.get("format") != FORMAT:
         found = entry.get("format")
         raise BadInput(
-            f"{folder} has export format {found!r}, but this version reads {FORMAT}; export the model again"
+            f"{folder} has export format {found!r}, but this version reads {FORMAT}; export the "
+            "model again"
         )
     return _checked(folder, entry)
 

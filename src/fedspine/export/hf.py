@@ -1,8 +1,10 @@
-"""Export to a folder in Hugging Face form: the adapter merged into physically smaller weights, no remote code.
+"""Export to a folder in Hugging Face form: the adapter merged into physically smaller weights, no
+remote code.
 
-Parameters keep the names of the stock `transformers` class. Where the sizes that are left fit a stock configuration, it
-says so and `transformers` loads the folder as it is; else `fedspine.export.load` does, and `transformers` stops at the
-shapes. The `fedspine` entry of `config.json` holds what neither the weights nor a stock configuration say.
+Parameters keep the names of the stock `transformers` class. Where the sizes that are left fit a
+stock configuration, it says so and `transformers` loads the folder as it is; else
+`fedspine.export.load` does, and `transformers` stops at the shapes. The `fedspine` entry of
+`config.json` holds what neither the weights nor a stock configuration say.
 """
 
 import copy
@@ -52,11 +54,13 @@ def export(
     name: str,
     merge: bool = True,
 ) -> Path:
-    """Write `model` as a folder of its own: config.json, model.safetensors, the tokenizer, README.md.
+    """Write `model` as a folder of its own: config.json, model.safetensors, the tokenizer,
+    README.md.
 
-    The adapter is merged in fp32 as W + scale * B @ A; `merge=False` leaves it out, for use with an adapter that
-    `fedspine.export.peft` writes. The folder appears at once and complete. Raises BadInput where it exists already,
-    where the base is not fp32, or where `labels` are not those that the head was trained for.
+    The adapter is merged in fp32 as W + scale * B @ A; `merge=False` leaves it out, for use with an
+    adapter that `fedspine.export.peft` writes. The folder appears at once and complete. Raises
+    BadInput where it exists already, where the base is not fp32, or where `labels` are not those
+    that the head was trained for.
     """
     folder = Path(folder)
     _check(base, folder, labels, kind)
@@ -83,7 +87,8 @@ def _check(base: Base, folder: Path, labels: tuple[str, ...], kind: Kind) -> Non
         raise BadInput(f"{folder} exists already; choose a new folder, or remove it first")
     if base.precision is not torch.float32:
         raise BadInput(
-            f"export needs the base in fp32, but it is in {base.precision}; load it with precision fp32"
+            f"export needs the base in fp32, but it is in {base.precision}; load it with "
+            "precision fp32"
         )
     expected = 0 if kind == "causal-lm" else base.config.num_labels
     if len(labels) != expected:
@@ -93,7 +98,9 @@ def _check(base: Base, folder: Path, labels: tuple[str, ...], kind: Kind) -> Non
 
 
 def merged_tensors(base: Base, model: Model, *, merge: bool = True) -> Tensors:
-    """Every parameter of the exported model in fp32 by its stock name; a tied one once, under its first name."""
+    """Every parameter of the exported model in fp32 by its stock name; a tied one once, under its
+    first name.
+    """
     tensors = {
         name: parameter.detach() for name, parameter in base.whole_skeleton().named_parameters()
     }
@@ -113,7 +120,9 @@ def merged_tensors(base: Base, model: Model, *, merge: bool = True) -> Tensors:
 def _config(
     base: Base, structure: Structure, tensors: Tensors, labels: tuple[str, ...], kind: Kind
 ) -> tuple[PreTrainedConfig, bool]:
-    """The configuration to write, and whether the stock class built from it has the shapes of `tensors`."""
+    """The configuration to write, and whether the stock class built from it has the shapes of
+    `tensors`.
+    """
     original = copy.deepcopy(base.config)
     original.architectures = [type(base.skeleton).__name__]
     original.dtype = "float32"
@@ -128,7 +137,9 @@ def _config(
 
 
 def _uniform(config: PreTrainedConfig, base: Base, structure: Structure) -> PreTrainedConfig | None:
-    """The configuration with the sizes that are left in every layer; None where layers differ or none says it."""
+    """The configuration with the sizes that are left in every layer; None where layers differ or
+    none says it.
+    """
     heads, channels = set(structure.heads.sum(1).tolist()), set(structure.channels.sum(1).tolist())
     if len(heads) > 1 or len(channels) > 1:
         return None
@@ -154,7 +165,8 @@ def _uniform(config: PreTrainedConfig, base: Base, structure: Structure) -> PreT
 
 
 def _fits(config: PreTrainedConfig, tensors: Tensors, kind: Kind) -> bool:
-    # asking the class itself is the only rule that holds for every architecture: BERT, for one, ignores `head_dim`
+    # asking the class itself is the only rule that holds for every architecture: BERT, for one,
+    # ignores `head_dim`
     try:
         with torch.device("meta"), no_init_weights():
             module = stock_class(kind).from_config(config)

@@ -1,4 +1,6 @@
-"""Load an exported folder: the stock class with linear layers of the stored sizes. No remote code, no pickle."""
+"""Load an exported folder: the stock class with linear layers of the stored sizes. No remote code,
+no pickle.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +22,9 @@ from fedspine.task import Kind
 
 @dataclass(frozen=True)
 class Loaded:
-    """An exported model ready to run: a stock transformers module, in fp32, with plain linear layers."""
+    """An exported model ready to run: a stock transformers module, in fp32, with plain linear
+    layers.
+    """
 
     module: nn.Module
     tokenizer: Any
@@ -35,7 +39,8 @@ class Loaded:
 def load(folder: str | Path) -> Loaded:
     """The model that `fedspine.export.hf.export` wrote to `folder`.
 
-    Raises BadInput for a missing folder, one that is no export, and weights that are damaged or incomplete.
+    Raises BadInput for a missing folder, one that is no export, and weights that are damaged or
+    incomplete.
     """
     folder = Path(folder)
     logging.set_verbosity_error()
@@ -81,7 +86,8 @@ def _module(folder: Path, card: Card, config: PreTrainedConfig) -> nn.Module:
         if not len(card.heads) == len(card.channels) == anatomy.layers:
             listed = len(card.heads)
             raise BadInput(
-                f"{folder} lists the sizes of {listed} layers of {anatomy.layers}; export the model again"
+                f"{folder} lists the sizes of {listed} layers of {anatomy.layers}; export the "
+                "model again"
             )
         for site in anatomy.sites:
             columns, rows = _sizes(site, card)
@@ -109,7 +115,9 @@ def _sizes(site: Site, card: Card) -> tuple[int, int]:
 
 
 def _fill(module: nn.Module, path: Path) -> None:
-    """Copy the stored tensors into the module's parameters, each of which must be there in its own shape."""
+    """Copy the stored tensors into the module's parameters, each of which must be there in its own
+    shape.
+    """
     parameters = dict(
         module.named_parameters()
     )  # a tied parameter counts once, under its first name
@@ -119,7 +127,8 @@ def _fill(module: nn.Module, path: Path) -> None:
         for problem in _problems({name: tuple(p.shape) for name, p in parameters.items()}, stored):
             raise BadInput(f"{path} {problem}; export the model again")
         for name, parameter in parameters.items():
-            # opened for each tensor: one mapping for all would hold the whole file in memory beside the copies
+            # opened for each tensor: one mapping for all would hold the whole file in memory beside
+            # the copies
             with safe_open(path, framework="pt") as file, torch.no_grad():
                 parameter.copy_(file.get_tensor(name))
     except FileNotFoundError:

@@ -1,19 +1,26 @@
-"""From a run's folder to a model: rebuild the base in fp32, deploy from the last saved state, write it down."""
+"""From a run's folder to a model: rebuild the base in fp32, deploy from the last saved state, write
+it down.
 
-from dataclasses import dataclass
+What the model means comes from the run; of the world outside only the base's weights are needed,
+which must be those that the run was made with.
+"""
+
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedspine.build import build_task, dataset, identities
+from fedspine import task_record
+from fedspine.build import identities, load_base
 from fedspine.config import Recipe
 from fedspine.errors import BadInput, nearest, unknown
 from fedspine.export import hf
 from fedspine.fleets import members, simulated  # noqa: F401 - which makes the messages in a saved state known
-from fedspine.folder import FLEET, STATE, recipe_of
-from fedspine.lm.base import Model
+from fedspine.folder import FLEET, RECIPE, STATE, recipe_of
+from fedspine.lm.base import Base, Model
 from fedspine.lm.structure import sparsity
 from fedspine.store import Saved, Store
-from fedspine.task import Task
+from fedspine.task_record import TaskRecord
 
 FORMATS = ("hf", "peft")
 GLOBAL, DENSE = "global", "dense"
@@ -21,10 +28,11 @@ GLOBAL, DENSE = "global", "dense"
 
 @dataclass(frozen=True)
 class Opened:
-    """A run's recipe and last saved state, with its task in fp32."""
+    """A run's recipe, record and last saved state, with its base in fp32."""
 
     recipe: Recipe
-    task: Task
+    record: TaskRecord
+    base: Base
     tokenizer: Any
     state: Any
 
@@ -36,51 +44,81 @@ class Opened:
         return method.deploy(self.state, None if device == GLOBAL else device)
 
 
-def open_run(folder: Path) -> Opened:
-    """Open the folder of a run; raises BadInput for one that is no run or has not saved a round yet."""
+def open_run(folder: Path, base: str | None = None) -> Opened:
+    """Open the folder of a run, whose base is where it was, or at `base`.
+
+    Raises BadInput for a folder that is no run or has not saved a round yet, and for a base that is
+    gone or another.
+    """
     recipe = recipe_of(folder)
     if recipe.task.kind == "array":
         raise BadInput(
-            f"{folder} trained {recipe.task.model!r}, a net on arrays; only transformers can be exported so far"
+            f"{folder} trained {recipe.task.model!r}, a net on arrays; only transformers can be "
+            "exported so far"
         )
-    saved = saved_state(folder)
-    task, tokenizer = build_task(recipe, dataset(recipe), precision="fp32")
-    return Opened(recipe=recipe, task=task, tokenizer=tokenizer, state=saved.state["method"])
+    saved, record = saved_state(folder), task_record.recorded(folder)
+    _check_unedited(folder, recipe, saved.state["recipe"])
+    place = base or recipe.task.model
+    kept = task_record.base_of(folder)
+    try:
+        placed = replace(recipe, task=recipe.task.model_copy(update={"model": place}))
+        loaded, tokenizer = load_base(placed, len(record.classes), precision="fp32", kept=kept)
+    except BadInput as error:
+        raise BadInput(
+            f"the base of {folder} cannot be loaded: {error}; where it lies elsewhere now, name "
+            "that place with --base"
+        ) from None
+    task_record.check_base(record, loaded.weights_sha256, place, folder)
+    return Opened(recipe, record, loaded, tokenizer, saved.state["method"])
 
 
-def export_model(folder: Path, *, device: str, format: str, to: Path) -> dict[str, Any]:
+def export_model(
+    folder: Path,
+    *,
+    device: str,
+    format: str,
+    to: Path,
+    with_base: bool = False,
+    base: str | None = None,
+) -> dict[str, Any]:
     """Write one model of the run in `folder` to the new folder `to`; returns what it is.
 
-    Raises BadInput for an unknown format or device, a folder that is no run, and one that exists where `to` should be.
+    `with_base` writes the model that a PEFT adapter fits beside it; `base` is where the run's base
+    is now. Raises BadInput for an unknown format or device, a folder that is no run, one that
+    exists where `to` should be, and an adapter that fits no model that stock tools could load.
     """
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
+    if with_base and format != "peft":
+        raise BadInput(
+            "--with-base is for --format peft; a model of --format hf holds its base already, so "
+            "leave it out"
+        )
     if to.exists():
         raise BadInput(f"{to} exists already; name a new folder with --to")
     _check_device(device, device_ids_of(folder))
-    opened = open_run(folder)
-    model = opened.model(device)
-    name = f"{opened.recipe.method.name} {device}"
+    opened = open_run(folder, base)
+    model, record = opened.model(device), opened.record
+    about = {
+        "labels": record.classes,
+        "kind": record.kind,
+        "max_tokens": record.max_tokens,
+        "name": f"{opened.recipe.method.name} {device}",
+    }
     if format == "peft":
-        from fedspine.export.peft import write_adapter
+        from fedspine.export.adapter import Origin, export_adapter
 
-        write_adapter(to, model, opened.task.base, opened.recipe.task.model)
-    else:
-        hf.export(
-            opened.task.base,
-            model,
-            opened.tokenizer,
-            to,
-            labels=opened.task.label_names,
-            kind=opened.task.kind,
-            max_tokens=opened.task.max_tokens,
-            name=name,
+        origin = Origin(base or record.model, cut=record.layers is not None)
+        export_adapter(
+            opened.base, model, opened.tokenizer, to, origin=origin, with_base=with_base, **about
         )
+    else:
+        hf.export(opened.base, model, opened.tokenizer, to, **about)
     return {
         "device": device,
         "format": format,
         "folder": str(to),
-        "sparsity": sparsity(opened.task.base.anatomy, model.structure),
+        "sparsity": sparsity(opened.base.anatomy, model.structure),
         "bytes": sum(file.stat().st_size for file in to.rglob("*") if file.is_file()),
     }
 
@@ -92,6 +130,22 @@ def saved_state(folder: Path) -> Saved:
             f"{folder} has not finished its first round, so there is no model yet; resume it first"
         )
     return saved
+
+
+def _check_unedited(folder: Path, recipe: Recipe, then: str) -> None:
+    """Raise BadInput where the recipe is not what the saved state came of.
+
+    Keys that a later version added are not held against it; of data and base the digests count.
+    """
+    now = json.loads(recipe.fingerprint)
+    for section, table in json.loads(then).items():
+        for key, value in table.items():
+            moved = section == "task" and key in ("model", "data")
+            if not moved and now[section].get(key) != value:
+                raise BadInput(
+                    f"{folder / RECIPE} was changed after the run: {section}.{key} was {value!r}; "
+                    "undo the change"
+                )
 
 
 def device_ids_of(folder: Path) -> list[str]:

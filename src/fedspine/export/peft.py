@@ -1,8 +1,8 @@
 """Adapters as PEFT reads and writes them: `adapter_config.json` and `adapter_model.safetensors`.
 
-An adapter of an unpruned model fits the stock base model. One of a pruned model is cut to its structure and fits the
-module of an export that left the adapter out (`export(..., merge=False)`); `fedspine_structure.safetensors`, which PEFT
-ignores, says which units that structure keeps.
+An adapter of an unpruned model fits the stock base model. One of a pruned model is cut to its
+structure and fits the module of an export that left the adapter out (`export(..., merge=False)`);
+`fedspine_structure.safetensors`, which PEFT ignores, says which units that structure keeps.
 """
 
 import json
@@ -36,10 +36,11 @@ PREFIX = "base_model.model."
 
 
 def write_adapter(folder: str | Path, model: Model, base: Base, base_name: str) -> Path:
-    """Write the adapter and the task head of `model`; `base_name` is the folder or Hub id that PEFT loads it onto.
+    """Write the adapter and the task head of `model`; `base_name` is the folder or Hub id that PEFT
+    loads it onto.
 
-    Modules of different rank are written with PEFT's rank and alpha patterns. Raises BadInput for a model without an
-    adapter.
+    Modules of different rank are written with PEFT's rank and alpha patterns. Raises BadInput for a
+    model without an adapter.
     """
     ranks = {
         path: len(model.adapter[a_name(path)])
@@ -95,16 +96,19 @@ def _lora_config(model: Model, base: Base, base_name: str, ranks: dict[str, int]
 
 
 def _saved_module(layer: HeadLayer, base: Base) -> str:
-    # PEFT saves `classifier` of every text classifier as a whole, so its inner layers must not be named on their own
+    # PEFT saves `classifier` of every text classifier as a whole, so its inner layers must not be
+    # named on their own
     inside = layer.path.startswith(base.skeleton.base_model_prefix + ".")
     return layer.path if inside else layer.path.split(".")[0]
 
 
 def read_adapter(folder: str | Path, base: Base) -> Model:
-    """The model that an adapter folder describes on top of `base`; its structure is full unless the folder says.
+    """The model that an adapter folder describes on top of `base`; its structure is full unless the
+    folder says.
 
-    A part of the task head that the folder lacks is the checkpoint's. Raises BadInput for a folder or a kind of adapter
-    that cannot be read, modules that have no place in `base`, tensors of another shape, and a head that is nowhere.
+    A part of the task head that the folder lacks is the checkpoint's. Raises BadInput for a folder
+    or a kind of adapter that cannot be read, modules that have no place in `base`, tensors of
+    another shape, and a head that is nowhere.
     """
     folder = Path(folder)
     settings = _settings(folder)
@@ -133,8 +137,8 @@ def read_adapter(folder: str | Path, base: Base) -> Model:
         adapter[a_name(site.path)], adapter[b_name(site.path)] = a, b * (own / scale)
     if tensors:
         raise BadInput(
-            f"{folder} adapts {min(tensors)}, which is no attention or feed-forward layer of this model's blocks; "
-            "take the base model and the task that the adapter was made for"
+            f"{folder} adapts {min(tensors)}, which is no attention or feed-forward layer of this "
+            "model's blocks; take the base model and the task that the adapter was made for"
         )
     return Model(structure=structure, adapter=adapter, head=head, scale=scale)
 
@@ -189,11 +193,13 @@ def _head(folder: Path, base: Base, tensors: Tensors) -> Tensors:
                 continue
             if found is None and layer.fresh:
                 raise BadInput(
-                    f"neither {folder} nor the base model has {name}; save the adapter with its task head"
+                    f"neither {folder} nor the base model has {name}; save the adapter with its "
+                    "task head"
                 )
             if found is not None and found.shape != own.shape:
                 raise BadInput(
-                    f"{folder} has {name} in shape {tuple(found.shape)}, the task needs {tuple(own.shape)}"
+                    f"{folder} has {name} in shape {tuple(found.shape)}, the task needs "
+                    f"{tuple(own.shape)}"
                 )
             head[name] = own.clone() if found is None else found
     return head
@@ -209,8 +215,8 @@ def _check_shapes(
     )
     if (b.shape[0], a.shape[1]) != expected or a.shape[0] != b.shape[1]:
         raise BadInput(
-            f"{folder} adapts {site.path} as a layer of {b.shape[0]} x {a.shape[1]}, but the base has "
-            f"{expected[0]} x {expected[1]}; take the base model that the adapter was made for"
+            f"{folder} adapts {site.path} as a layer of {b.shape[0]} x {a.shape[1]}, but the base "
+            f"has {expected[0]} x {expected[1]}; take the base model that the adapter was made for"
         )
 
 

@@ -1,4 +1,6 @@
-"""Run an exported model on texts: a label with its probability, or a continuation with the loss of what was given."""
+"""Run an exported model on texts: a label with its probability, or a continuation with the loss of
+what was given.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +31,8 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Continued:
-    """What the model would write next, and its mean loss in nats per token of the given text (NaN for one token).
+    """What the model would write next, and its mean loss in nats per token of the given text (NaN
+    for one token).
 
     `ended` says whether the model came to an end of its own, or was stopped after so many tokens.
     """
@@ -51,9 +54,10 @@ def predict(
 ) -> list[Prediction]:
     """One prediction for each text, in order; `pairs` holds the second texts, for kind pair only.
 
-    A text longer than the model's `max_tokens` is cut for a label, and read in windows for a loss; a continuation
-    starts from its last tokens and has at most `new_tokens`. A text that is to be continued has no end, so none counts
-    in its loss. Raises BadInput for missing, surplus or unequally many second texts.
+    A text longer than the model's `max_tokens` is cut for a label, and read in windows for a loss;
+    a continuation starts from its last tokens and has at most `new_tokens`. A text that is to be
+    continued has no end, so none counts in its loss. Raises BadInput for missing, surplus or
+    unequally many second texts.
     """
     if (pairs is not None) != (loaded.kind == "pair"):
         have, want = ("pairs", "single texts") if pairs is not None else ("single texts", "pairs")
@@ -62,7 +66,8 @@ def predict(
         )
     if pairs is not None and len(pairs) != len(texts):
         raise BadInput(
-            f"{len(texts)} texts and {len(pairs)} second texts came; give one second text for each text"
+            f"{len(texts)} texts and {len(pairs)} second texts came; give one second text for "
+            "each text"
         )
     if not texts:
         return []

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedspine.lm.anatomy import Anatomy, Site, unit_map
+from fedspine.lm.digest import tensors_sha256
 from fedspine.lm.lora import AdaptedLinear, a_name, b_name
 from fedspine.lm.pooling import MeanPooled, Pooling
 from fedspine.lm.structure import Structure, cut, is_full, kept_columns, kept_rows, key_of
@@ -55,7 +56,11 @@ class HeadLayer:
 
 
 class Base:
-    """A frozen transformer for one task, in one precision; `skeleton` must not be used but through `fit`."""
+    """A frozen transformer for one task, in one precision.
+
+    `skeleton` must not be used but through `fit`. `weights_sha256` is of the module as it came, so
+    it is the same in every precision.
+    """
 
     def __init__(
         self,
@@ -67,6 +72,7 @@ class Base:
     ) -> None:
         self.anatomy, self.head, self.precision = anatomy, head, precision
         self.pooling = pooling  # None: the model has no task head, or reads as its class does
+        self.weights_sha256 = _weights_sha256(module, head)
         self.skeleton = module.eval().requires_grad_(False).to(precision)
         self.config = module.config
         self.config.use_cache = False  # nothing here generates token by token
@@ -266,6 +272,13 @@ class Base:
         weight, bias = self.weights[site.path]
         rows, columns = kept_rows(site, structure), kept_columns(site, structure)
         return cut(cut(weight, rows, 0), columns, 1), None if bias is None else cut(bias, rows, 0)
+
+
+def _weights_sha256(module: nn.Module, head: tuple[HeadLayer, ...]) -> str:
+    """A digest of what the checkpoint holds; every method draws anew the layers that it lacks."""
+    fresh = tuple(f"{layer.path}." for layer in head if layer.fresh)
+    held = {name: p for name, p in module.named_parameters() if not name.startswith(fresh)}
+    return tensors_sha256(held)
 
 
 class Entry(nn.Module):

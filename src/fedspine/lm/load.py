@@ -37,17 +37,21 @@ def load(
     precision: str = "fp32",
     layers: int | None = None,
     pooling: Pooling | Literal["auto"] = "auto",
+    kept: Path | None = None,
 ) -> tuple[Base, Any]:
     """The base model `name` for this kind of task, and its tokenizer.
 
-    `layers` keeps only the first blocks; `pooling` is how a classifier reads them, "auto" as the model was made for.
-    Raises BadInput for a model that cannot be found or read, or whose architecture has no unit map.
+    `layers` keeps only the first blocks; `pooling` is how a classifier reads them, "auto" as the
+    model was made for. `kept` is a folder with the configuration and the tokenizer to use instead
+    of the model's own, such as a run's. Raises BadInput for a model that cannot be found or read,
+    or whose architecture has no unit map.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # not a line for each time that it tries again
     source = locate(name)
-    config = _read(name, AutoConfig.from_pretrained, source)
+    described = source if kept is None else str(kept)
+    config = _read(name, AutoConfig.from_pretrained, described)
     unit_map(config.model_type)
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
@@ -55,8 +59,8 @@ def load(
                 f"task.layers is {layers}, but {name} has 1 to {config.num_hidden_layers}; lower it"
             )
         config.num_hidden_layers = layers
-    check_folder(name, source)
-    tokenizer = _read(name, AutoTokenizer.from_pretrained, source)
+    check_folder(name, described)
+    tokenizer = _read(name, AutoTokenizer.from_pretrained, described)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     check_tokenizer(name, tokenizer, config)

@@ -1,0 +1,182 @@
+"""A PEFT adapter as a folder that stock tools load: adapter, tokenizer, README.md and, if wished,
+the base it fits.
+
+An adapter of an unpruned model fits the base that the run began with. One of a pruned model fits
+only that base cut to the same structure, which `with_base` writes to `base/` inside the folder.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedspine.errors import BadInput
+from fedspine.export import hf
+from fedspine.export.card import read_card
+from fedspine.export.peft import write_adapter
+from fedspine.lm.base import Base, Model
+from fedspine.lm.load import MINILM_HUB
+from fedspine.lm.structure import is_full, sparsity
+from fedspine.task import Kind
+
+BASE = "base"
+AUTO = {True: "AutoPeftModelForSequenceClassification", False: "AutoPeftModelForCausalLM"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The base that a run began with: its folder or Hub id, and whether the run kept only its first
+    blocks.
+    """
+
+    name: str
+    cut: bool
+
+    @property
+    def stock_name(self) -> str:
+        """The name under which stock tools know it."""
+        return MINILM_HUB if self.name == "minilm" else self.name
+
+
+def export_adapter(
+    base: Base,
+    model: Model,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    origin: Origin,
+    with_base: bool,
+    labels: tuple[str, ...],
+    kind: Kind,
+    max_tokens: int,
+    name: str,
+) -> Path:
+    """Write the adapter and the task head of `model` to the new `folder`, which appears at once and
+    complete.
+
+    Raises BadInput where the folder exists, and for an adapter that fits no model that stock tools
+    could load.
+    """
+    folder = Path(folder)
+    _check(folder, model, origin, with_base)
+    about = {"labels": labels, "kind": kind, "max_tokens": max_tokens, "name": name}
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        fits = origin.stock_name
+        if with_base:
+            _write_base(base, model, tokenizer, partial / BASE, **about)
+            fits = str(folder.absolute() / BASE)
+        write_adapter(partial, model, base, fits)
+        tokenizer.save_pretrained(partial)
+        needed = {} if with_base else _needed(base, labels)
+        pruned = sparsity(base.anatomy, model.structure)
+        card = _readme(origin, fits, needed, pruned, **about)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        partial.rename(folder)
+    except OSError as error:
+        reason = error.strerror or error
+        raise BadInput(
+            f"{folder} cannot be written: {reason}; check the path and the free space"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _check(folder: Path, model: Model, origin: Origin, with_base: bool) -> None:
+    if folder.exists():
+        raise BadInput(f"{folder} exists already; choose a new folder, or remove it first")
+    if with_base:
+        return
+    if not is_full(model.structure):
+        raise BadInput(
+            f"this model is pruned, so its adapter does not fit {origin.name}; add --with-base to "
+            "write the pruned base, too, or take --device dense for the adapter of the unpruned "
+            "model, or --format hf for the merged one"
+        )
+    if origin.cut:
+        raise BadInput(
+            f"this run kept only the first blocks of {origin.name} (task.layers), so its adapter "
+            "does not fit the whole; add --with-base to write the base with these blocks, too, "
+            "or take --format hf for the merged model"
+        )
+
+
+def _write_base(base: Base, model: Model, tokenizer: Any, place: Path, **about: Any) -> None:
+    hf.export(base, model, tokenizer, place, merge=False, **about)
+    if not read_card(place).stock:
+        raise BadInput(
+            "the heads and channels that this model keeps cannot be said in a stock "
+            "configuration, so PEFT could not load such a base; take --device dense for the "
+            "adapter of the unpruned model, or --format hf for the merged one, which fedspine "
+            "predict runs"
+        )
+
+
+def _needed(base: Base, labels: tuple[str, ...]) -> dict[str, Any]:
+    """What the base's own configuration does not say, and a user has to, in order to load the
+    adapter onto it.
+    """
+    if not labels:
+        return {}
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+        "pad_token_id": base.config.pad_token_id,
+        "ignore_mismatched_sizes": True,  # the base may come with a head for another task
+    }
+
+
+def _readme(
+    origin: Origin,
+    fits: str,
+    needed: dict[str, Any],
+    pruned: float,
+    *,
+    labels: tuple[str, ...],
+    kind: Kind,
+    max_tokens: int,
+    name: str,
+) -> str:
+    auto = AUTO[bool(labels)]
+    options = "".join(f",\n    {key}={value!r}" for key, value in needed.items())
+    moved = (
+        f"""
+The base is in `{BASE}/`. `adapter_config.json` names it by its absolute path; where the folder was
+moved, set `base_model_name_or_path` there to its new place.
+"""
+        if fits != origin.stock_name
+        else ""
+    )
+    return f"""---
+library_name: peft
+base_model: {json.dumps(origin.stock_name)}
+tags: [fedspine, federated-learning, lora]
+---
+# {name}
+
+A LoRA adapter{" with its task head" if labels else ""}, fine-tuned over many devices by fedspine.
+It fits `{fits}`.
+
+| | |
+|---|---|
+| task | {kind}{": " + ", ".join(labels) if labels else ""} |
+| share of the blocks' weights pruned | {pruned:.1%} |
+| longest input, in tokens | {max_tokens} |
+
+```python
+from peft import {auto}
+from transformers import AutoTokenizer
+
+folder = "."  # this one
+model = {auto}.from_pretrained(
+    folder,
+    dtype="float32"{options},
+).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+{moved}"""
