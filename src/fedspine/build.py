@@ -98,6 +98,7 @@ def dataset(recipe: Recipe) -> Dataset:
         pair=section.pair,
         label=section.label,
         group=group,
+        encoding=section.encoding,
     )
 
 
