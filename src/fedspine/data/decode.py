@@ -51,7 +51,9 @@ def text_of(path: Path, encoding: str | None) -> str:
 
 def _check(encoding: str) -> None:
     try:
-        b"".decode(encoding)
+        b"    ".decode(encoding)  # nothing at all would be decoded without a look at the name
+    except UnicodeDecodeError:
+        return
     except LookupError:
         raise BadInput(
             f"task.encoding is {encoding!r}, which is no encoding of text; say for example "

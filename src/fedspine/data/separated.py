@@ -76,7 +76,8 @@ def _all_enclosed(
 def _enclosed(lines: list[str], first: int, separator: str) -> tuple[list[Numbered], list[str]]:
     """The header and all rows, where a quote at the beginning of a cell encloses it up to the next single quote.
 
-    A quote that is closed in the middle of a cell encloses nothing: its line is a row of its own and holds it as text.
+    A quote that nothing closes, or that is closed in the middle of a cell, encloses nothing: its line
+    is a row of its own and holds it as text, if it has as many cells as the header.
     """
     rows: list[Numbered] = []
     spaced = bool(re.search(re.escape(separator) + r" +\S", lines[first]))  # so may be the rows
@@ -97,15 +98,21 @@ def _enclosed(lines: list[str], first: int, separator: str) -> tuple[list[Number
                         several, spanned = several + 1, spanned + end - begin
                     begin = end
                 break
-            except csv.Error:
-                if start + reader.line_num >= len(lines) and _never_closed(lines, begin, settings):
+            except csv.Error as error:
+                width = len(rows[0][1]) if rows else None
+                row = _as_it_stands(lines[begin], settings, width)
+                torn = "unexpected end" in str(error)
+                if row is None or (torn and not any(map(str.strip, lines[begin + 1 :]))):
+                    swallowed = (len(lines) if torn else start + reader.line_num) - begin
+                    where = (
+                        "and nothing closes it" if torn else "and is closed in the middle of one"
+                    )
                     raise Unreadable(
-                        f"a quote in line {begin + 1} opens a value that nothing closes, so the "
-                        f"{counted(len(lines) - begin, 'line')} from there on would be one row",
+                        f"a quote opens a value in line {begin + 1} {where}, so that "
+                        f"{counted(swallowed, 'line')} would be one row",
                         "close the value, or write a quote in it twice",
                     ) from None
-                width = len(rows[0][1]) if rows else None
-                rows.append((begin + 1, _as_it_stands(lines[begin], settings, width)))
+                rows.append((begin + 1, row))
                 begin, unclosed = begin + 1, unclosed + 1
     _refuse_unequal(rows)
     notes = []
@@ -120,26 +127,20 @@ def _enclosed(lines: list[str], first: int, separator: str) -> tuple[list[Number
     return rows, notes
 
 
-def _never_closed(lines: list[str], begin: int, settings: dict) -> bool:
-    try:
-        list(csv.reader(lines[begin:], strict=True, **settings))
-    except csv.Error as error:
-        return "unexpected end" in str(error)
-    return False
-
-
-def _as_it_stands(line: str, settings: dict, width: int | None) -> list[str]:
-    """The cells of one line in which a quote is closed in the middle of a cell."""
+def _as_it_stands(line: str, settings: dict, width: int | None) -> list[str] | None:
+    """The cells of one line in which a quote encloses no whole cell; None where they do not fit the header."""
     tries = [{"quoting": csv.QUOTE_NONE}, {}]
     if '\\"' in line:
         tries.insert(0, {"escapechar": "\\", "doublequote": False, "strict": True})
-    found: list[list[str]] = []
     for more in tries:
         try:
-            found += csv.reader([line], **settings, **more)
+            row = next(csv.reader([line], **settings, **more), [])
         except csv.Error:
             continue
-    return next((row for row in found if width is None or len(row) == width), found[-1])
+        # with one column any line would fit
+        if width is None or len(row) == width > 1:
+            return row
+    return None
 
 
 def _first_unequal(rows: Sequence[Numbered]) -> Numbered | None:
