@@ -283,6 +283,11 @@ CELLS = {
         ["one\ntwo\n", 'a "b"'] * 6,
         says=("x.csv: 6 rows of several lines each, 18 in all, since quotes enclose them",),
     ),
+    "a quoted word in the only column": Case(
+        {"x.csv": "text\n" + '"Good" film\nfine\n' * 3},
+        texts=['"Good" film', "fine"] * 3,
+        options=LM,
+    ),
     "one such quote": Case(
         {"x.csv": csv(WORDS).replace("text 3", '"text 3')},
         AB,

@@ -99,17 +99,19 @@ def _enclosed(lines: list[str], first: int, separator: str) -> tuple[list[Number
                     begin = end
                 break
             except csv.Error as error:
+                torn = "unexpected end" in str(error)
+                merged = (len(lines) if torn else start + reader.line_num) - begin
                 width = len(rows[0][1]) if rows else None
                 row = _as_it_stands(lines[begin], settings, width)
-                torn = "unexpected end" in str(error)
-                if row is None or (torn and not any(map(str.strip, lines[begin + 1 :]))):
-                    swallowed = (len(lines) if torn else start + reader.line_num) - begin
+                # any line of text would fit a single column, and the last line may be cut off
+                unsure = width == 1 or (torn and not any(map(str.strip, lines[begin + 1 :])))
+                if row is None or (unsure and (torn or merged > 1)):
                     where = (
                         "and nothing closes it" if torn else "and is closed in the middle of one"
                     )
                     raise Unreadable(
                         f"a quote opens a value in line {begin + 1} {where}, so that "
-                        f"{counted(swallowed, 'line')} would be one row",
+                        f"{counted(merged, 'line')} would be one row",
                         "close the value, or write a quote in it twice",
                     ) from None
                 rows.append((begin + 1, row))
@@ -137,8 +139,7 @@ def _as_it_stands(line: str, settings: dict, width: int | None) -> list[str] | N
             row = next(csv.reader([line], **settings, **more), [])
         except csv.Error:
             continue
-        # with one column any line would fit
-        if width is None or len(row) == width > 1:
+        if width is None or len(row) == width:
             return row
     return None
 
