@@ -170,7 +170,7 @@ def anchored(recipe: Recipe) -> Recipe:
             ("model", task.model, (*BUILT_IN_MODELS, *NETS)),
             ("data", task.data, BUILT_IN_DATA),
         )
-        if name not in built_in and Path(name).expanduser().exists()
+        if name.strip() and name not in built_in and Path(name).expanduser().exists()
     }
     return dataclasses.replace(recipe, task=task.model_copy(update=local))
 

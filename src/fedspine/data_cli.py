@@ -14,6 +14,7 @@ from rich.text import Text
 
 from fedspine.errors import BadInput
 
+FILLS = "█▓▒░"  # tell classes apart where there are no colours
 COLOURS = ("blue", "green", "yellow", "magenta", "cyan", "red", "bright_black", "white")
 MEASURED = 10_000  # texts whose tokens are counted; of more than these, so many drawn at random
 LONGEST = 100  # texts with the most characters, which are counted in any case
@@ -65,6 +66,7 @@ def look(path: str, settings: list[str]) -> dict[str, Any]:
         not _is_set("task.model", settings) and is_arrays(recipe.task.data)
     )
     held = reading.array_dataset(recipe) if arrays else reading.dataset(recipe)
+    notes = list(remarks(held))
     found = {"data": path, "kind": "array" if arrays else recipe.task.kind} | overview(held)
     if arrays:
         found["arrays"] = {"shape": list(held.train.x.shape[1:]), "type": str(held.train.x.dtype)}
@@ -72,7 +74,12 @@ def look(path: str, settings: list[str]) -> dict[str, Any]:
         found["tokens"] = _tokens(recipe, held, stated=_is_set("task.model", settings))
     if any(setting.strip().startswith("fleet.") for setting in settings):
         found |= _devices(recipe, held)
-    return found | {"notes": list(remarks(held))}
+    elif len(held.train) < recipe.fleet.devices:
+        notes.append(
+            f"{len(held.train):,} training rows are too few for {recipe.fleet.devices} devices; "
+            "set fleet.devices to that many at most"
+        )
+    return found | {"notes": notes}
 
 
 def _is_set(key: str, settings: list[str]) -> bool:
@@ -213,8 +220,8 @@ def _class_table(classes: dict[str, int]) -> Table:
     table.columns[1].justify = "right"
     most = max(classes.values())
     for place, (name, count) in enumerate(list(classes.items())[:SHOWN]):
-        bar = "█" * max(round(WIDTH * count / most), count > 0)
-        table.add_row(escape(name), f"{count:,}", Text(bar, style=COLOURS[place % len(COLOURS)]))
+        bar = _part(place, max(round(WIDTH * count / most), count > 0))
+        table.add_row(escape(name), f"{count:,}", bar)
     if len(classes) > SHOWN:
         table.add_row(f"and {len(classes) - SHOWN:,} more", "", "")
     return table
@@ -258,8 +265,12 @@ def _device_table(found: dict[str, Any]) -> Table:
         for name, count in held.items():
             done += count
             end = round(WIDTH * done / most)
-            colour = COLOURS[(classes.index(name) if name else 0) % len(COLOURS)]
-            bar.append("█" * (end - drawn), style=colour)
+            bar.append_text(_part(classes.index(name) if name else 0, end - drawn))
             drawn = end
         table.add_row(escape(device["device"]), f"{device['rows']:,}", bar)
     return table
+
+
+def _part(place: int, length: int) -> Text:
+    """A part of a bar, in the colour and with the filling of the class at this place."""
+    return Text(FILLS[place % len(FILLS)] * length, style=COLOURS[place % len(COLOURS)])

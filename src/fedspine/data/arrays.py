@@ -15,7 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from fedspine.data import class_folders
+from fedspine.data.classes import look_alike, refuse_too_many
+from fedspine.data.columns import NO_LABEL
 from fedspine.data.files import one_line, split_of
+from fedspine.data.parts import listed
 from fedspine.data.tasks import Dataset, held_out
 from fedspine.errors import BadInput
 from fedspine.task import BUILT_IN_DATA
@@ -44,6 +47,7 @@ class Raw:
     y: np.ndarray
     names: tuple[str, ...]  # of the classes, where the data states them
     columns: Mapping[str, np.ndarray]
+    left_out: int = 0  # rows without a label, which are not among these
 
 
 def is_arrays(data: str) -> bool:
@@ -52,6 +56,8 @@ def is_arrays(data: str) -> bool:
     >>> is_arrays("pydoc-topics")
     False
     """
+    if not data.strip():  # which is the folder that we are in
+        return False
     path = Path(os.path.expanduser(data))
     if not path.is_dir():
         return path.suffix.lower() == ".npz"
@@ -61,8 +67,9 @@ def is_arrays(data: str) -> bool:
 def load(data: str, *, group: str | None = None) -> Dataset:
     """The arrays at the path `data`; `group` names one more array, [rows], to keep for a partition.
 
-    Where there are no test rows, a random fifth with a fixed seed is taken from the training rows. Floats come back as
-    float32 and may be of any scale, uint8 as it is. Raises BadInput for data that cannot be found, read or used.
+    Where there are no test rows, a random fifth with a fixed seed is taken from the training rows. Rows whose label is
+    NaN or an empty text are left out and counted. Floats come back as float32 and may be of any scale, uint8 as it is.
+    Raises BadInput for data that cannot be found, read or used.
     """
     splits = {split: _checked(raw, group) for split, raw in _splits(data, group).items()}
     train, test = splits["train"], splits.get("test", splits.get("validation"))
@@ -74,7 +81,16 @@ def load(data: str, *, group: str | None = None) -> Dataset:
     else:
         _same_kind(train, test)
         of_train, of_test = rows, _coded(test, code)
-    return Dataset(name=data, train=of_train, test=of_test, label_names=names, natural=None)
+    left = train.left_out + (0 if test is None else test.left_out)
+    return Dataset(
+        name=data,
+        train=of_train,
+        test=of_test,
+        label_names=names,
+        natural=None,
+        left_out={NO_LABEL: left} if left else {},
+        notes=tuple(look_alike(names)),
+    )
 
 
 # --- finding and reading ---
@@ -115,7 +131,7 @@ def _by_split(folder: Path, files: list[Path]) -> dict[str, Path]:
         return {"train": files[0]}
     if "train" not in splits:
         raise BadInput(
-            f"expected train.npz in the folder {str(folder)!r}, found {', '.join(file.name for file in files[:8])}; "
+            f"expected train.npz in the folder {str(folder)!r}, found {listed(file.name for file in files)}; "
             "name the training file train.npz, or name one file"
         )
     return splits
@@ -134,7 +150,7 @@ def _read(path: Path, group: str | None) -> Raw:
             ]
             if missing:
                 raise BadInput(
-                    f"expected an array {missing[0]!r} in {path.name}, found {', '.join(file.files) or 'none'}; "
+                    f"expected an array {missing[0]!r} in {path.name}, found {listed(file.files) or 'none'}; "
                     f"write it with {HOW}"
                 )
             names = file["label_names"] if "label_names" in file.files else np.array([], str)
@@ -187,21 +203,32 @@ def _checked(raw: Raw, group: str | None) -> Raw:
                 f"expected {name} of {where} to be as long as x, {len(x)} rows, came shape {list(values.shape)}; "
                 "the rows of one of them are missing"
             )
-    if y.dtype.kind not in "iuUb":
+    if y.dtype.kind not in "iuUbf":
         raise BadInput(
             f"expected whole numbers or texts as labels in y of {where}, came {y.dtype}; convert them"
         )
-    if y.dtype.kind == "i" and y.min() < 0:
-        row = int(np.argmin(y))
+    y = np.char.strip(y) if y.dtype.kind == "U" else y
+    has = {"f": lambda: ~np.isnan(y), "U": lambda: y != ""}.get(y.dtype.kind, lambda: y == y)()
+    if not has.any():
+        raise BadInput(f"expected labels in y of {where}, found none; fill them")
+    labels = y[has]
+    if y.dtype.kind == "f" and not np.all(labels == np.floor(labels)):
+        found = labels[labels != np.floor(labels)][0]
+        raise BadInput(
+            f"expected whole numbers or texts as labels in y of {where}, came {found}; convert them"
+        )
+    if y.dtype.kind in "if" and labels.min() < 0:
+        row = int(np.nanargmin(y))
         raise BadInput(
             f"expected labels of at least 0 in y of {where}, row {row} has {y[row]}; correct or remove it"
         )
     return Raw(
         where,
-        _finite(x, where),
-        y.astype(np.int64) if y.dtype.kind in "bu" else y,
+        _finite(x, where)[has],
+        labels.astype(np.int64) if y.dtype.kind in "buf" else labels,
         raw.names,
-        raw.columns,
+        {name: values[has] for name, values in raw.columns.items()},
+        int((~has).sum()),
     )
 
 
@@ -237,6 +264,7 @@ def _classes(train: Raw) -> tuple[tuple[str, ...], dict[str, int]]:
         )
     names = tuple(map(str, distinct))
     if not train.names:
+        refuse_too_many(len(distinct), len(train.y), f"y of {train.where}", "give classes")
         return names, {name: index for index, name in enumerate(names)}
     if train.y.dtype.kind == "U":
         return train.names, {name: index for index, name in enumerate(train.names)}
@@ -247,7 +275,7 @@ def _coded(raw: Raw, code: Mapping[str, int]) -> ArrayRows:
     values, inverse = np.unique(raw.y, return_inverse=True)
     unknown = [value for value in values.tolist() if str(value) not in code]
     if unknown:
-        known = ", ".join(list(code)[:12])
+        known = listed(code)
         raise BadInput(
             f"expected only labels of the training rows or of label_names in y of {raw.where} ({known}), "
             f"found {unknown[0]!r}; correct the labels, or name the class"

@@ -55,8 +55,12 @@ def _counts(data: Dataset, labels: np.ndarray | None) -> list[int]:
 
 
 def _contents(rows: Any) -> list[Hashable]:
-    """What makes two rows doubles; white space at the ends of texts does not count."""
+    """What makes two rows doubles; upper case and the amount of white space do not count in texts."""
     if isinstance(rows, Rows):
         pairs = rows.pairs or [""] * len(rows.texts)
-        return [(text.strip(), pair.strip()) for text, pair in zip(rows.texts, pairs, strict=True)]
+        return [(_same(text), _same(pair)) for text, pair in zip(rows.texts, pairs, strict=True)]
     return [hashlib.sha256(np.ascontiguousarray(x).tobytes()).digest() for x in rows.x]
+
+
+def _same(text: str) -> str:
+    return " ".join(text.split()).casefold()
