@@ -405,6 +405,11 @@ ENCODED = {
     "splits of gz": Case(
         {"train.csv.gz": gz(csv(WORDS)), "test.csv.gz": gz(csv(["a"]))}, {"a": 7, "b": 6}
     ),
+    "a compressed parquet": Case(
+        {"x.parquet.gz": gzip.compress(parquet(WORDS))},
+        refused="unknown file format of 'x.parquet.gz': '.gz'",
+        at="x.parquet.gz",
+    ),
     "a torn gz": Case({"x.csv.gz": gz(csv(WORDS * 100))[:-30]}, refused="x.csv.gz' as csv: "),
     "no gz": Case({"x.csv.gz": csv(WORDS)}, refused="x.csv.gz' as csv: "),
 }

@@ -87,6 +87,14 @@ def test_of_many_texts_some_are_drawn_and_the_longest_is_among_them(
     assert "of 50 texts drawn at random" in shown(found)
 
 
+def test_long_texts_are_measured_up_to_so_many_characters(tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.setattr(data_cli, "CHARACTERS", 100)
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + f"{'good ' * 10},a\n{'bad ' * 10},b\n" * 20)
+    tokens = data_cli.look(str(path), [f"task.model={tiny_folder('bert')}"])["tokens"]
+    assert tokens["texts"] == 2 and tokens["max"] == 12
+
+
 def test_doubles_are_counted_between_train_and_test(tmp_path, tiny_folder):
     (tmp_path / "train.csv").write_text("text,label\nThe good,a\nbad,b\n" + "other,a\n" * 3)
     (tmp_path / "test.csv").write_text("text,label\nthe  good,a\nbad,a\nnew,b\n")

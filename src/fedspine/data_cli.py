@@ -16,8 +16,9 @@ from fedspine.errors import BadInput
 
 FILLS = "█▓▒░"  # tell classes apart where there are no colours
 COLOURS = ("blue", "green", "yellow", "magenta", "cyan", "red", "bright_black", "white")
-MEASURED = 10_000  # texts whose tokens are counted; of more than these, so many drawn at random
+MEASURED = 5_000  # texts whose tokens are counted; of more than these, so many drawn at random
 LONGEST = 100  # texts with the most characters, which are counted in any case
+CHARACTERS = 4_000_000  # of either, so that a library of books takes seconds, too
 SHOWN = 24  # devices or classes in a picture
 WIDTH = 32  # characters of a bar
 _SAMPLE_SEED = 20260102
@@ -113,12 +114,12 @@ def _tokens(recipe: Any, held: Any, *, stated: bool) -> dict[str, Any] | None:
     tokenizer = _tokenizer(section)
     texts = [*held.train.texts, *held.test.texts]
     pairs = None if held.train.pairs is None else [*held.train.pairs, *held.test.pairs]
-    sizes = [len(t) + len(p) for t, p in zip(texts, pairs or [""] * len(texts), strict=True)]
-    drawn = np.arange(len(texts))
-    if len(texts) > MEASURED:
-        drawn = np.random.default_rng(_SAMPLE_SEED).choice(len(texts), MEASURED, replace=False)
-    lengths = _lengths(tokenizer, texts, pairs, drawn)
-    longest = _lengths(tokenizer, texts, pairs, np.argsort(sizes)[-LONGEST:])
+    beside = pairs or [""] * len(texts)
+    sizes = np.array([len(text) + len(pair) for text, pair in zip(texts, beside, strict=True)])
+    drawn = np.random.default_rng(_SAMPLE_SEED).permutation(len(texts))[:MEASURED]
+    lengths = _lengths(tokenizer, texts, pairs, _within(drawn, sizes))
+    by_size = np.argsort(sizes)[::-1][:LONGEST]
+    longest = _lengths(tokenizer, texts, pairs, _within(by_size, sizes))
     return {
         "model": section.model,
         "texts": len(lengths),
@@ -129,6 +130,11 @@ def _tokens(recipe: Any, held: Any, *, stated: bool) -> dict[str, Any] | None:
         "max_tokens": section.max_tokens,
         "cut": round(float((lengths > section.max_tokens).mean()), 4),
     }
+
+
+def _within(rows: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The first of these rows, as many as have CHARACTERS together, and at least one."""
+    return rows[: max(1, int((np.cumsum(sizes[rows]) <= CHARACTERS).sum()))]
 
 
 def _lengths(
@@ -231,7 +237,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
     """Lengths and doubles, in words."""
     lines = []
     if tokens := found.get("tokens"):
-        of = f"of {tokens['texts']:,} texts drawn at random" * (tokens["texts"] == MEASURED)
+        some = tokens["texts"] < sum(found["rows"].values())
+        of = f"of {tokens['texts']:,} texts drawn at random" * some
         lines.append(
             f"tokens of a text: median {tokens['median']:,}, 90 % up to {tokens['p90']:,}, 99 % up to "
             f"{tokens['p99']:,}, longest {tokens['max']:,} {of}".rstrip()

@@ -61,7 +61,8 @@ def _stated(splits: Sequence[Values], whole: bool) -> tuple[str, ...]:
 
 
 def _is_number_of(text: str, names: Sequence[str]) -> bool:
-    return bool(_DIGITS.fullmatch(text)) and int(text) < len(names)
+    short = len(text) <= len(str(len(names)))
+    return short and bool(_DIGITS.fullmatch(text)) and int(text) < len(names)
 
 
 def named(train: Values, labels: Sequence[str], column: str) -> tuple[str, ...]:
