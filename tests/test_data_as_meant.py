@@ -1,4 +1,6 @@
-"""One table of what people have: every input, and what is to be read from it, or what is to be said about it."""
+"""One table of what people have: every input, and what is to be read from it, or what is to be said
+about it.
+"""
 
 import bz2
 import gzip
@@ -20,7 +22,9 @@ TEXTS = [f"text {n}" for n in range(12)]
 
 @dataclass(frozen=True)
 class Case:
-    """Files by their path in a folder, and what becomes of them; `at` is the path to load, the folder by default."""
+    """Files by their path in a folder, and what becomes of them; `at` is the path to load, the
+    folder by default.
+    """
 
     files: dict
     classes: dict | None = None  # rows of each class, in the order of the classes
@@ -73,7 +77,7 @@ def arrow(table):
 
 
 def saved(labels, names=None, folder="", shards=1):
-    """What `save_to_disk` of `datasets` writes, which test_data_cli writes with the package itself."""
+    """What `save_to_disk` of `datasets` writes; test_data_cli writes it with the package itself."""
     parts = np.array_split(np.arange(len(labels)), shards)
     files = [f"data-{n:05}-of-{shards:05}.arrow" for n in range(shards)]
     feature = (
@@ -219,7 +223,8 @@ LABELS = {
         {"train.csv": csv(WORDS), "test.csv": csv(["", ""])},
         AB,
         says=(
-            "no row of the test set shows its label, so a fifth of the training rows is for testing",
+            "no row of the test set shows its label, so a fifth of the training rows is for "
+            "testing",
         ),
     ),
     "class names and their texts": Case(
@@ -239,7 +244,8 @@ LABELS = {
     ),
     "nearly so": Case(
         {"x.csv": csv([f"id {n // 2 * 2 if n < 80 else n}" for n in range(200)])},
-        refused="expected classes in column 'label', found 160 different labels in 200 rows; name another",
+        refused="expected classes in column 'label', found 160 different labels in 200 rows; name "
+        "another",
     ),
 }
 
@@ -301,11 +307,13 @@ CELLS = {
     "a quote in the only column": Case(
         {"x.csv": 'text\n"one\ntwo\n"three\n'},
         options=LM,
-        refused="as csv: a quote opens a value in line 2 and is closed in the middle of one, so that 3 lines would be one row",
+        refused="as csv: a quote opens a value in line 2 and is closed in the middle of one, so "
+        "that 3 lines would be one row",
     ),
     "a quote that nothing closes": Case(
         {"x.csv": csv(WORDS) + '"torn\nlast,b\n'},
-        refused="as csv: a quote opens a value in line 14 and nothing closes it, so that 2 lines would be one",
+        refused="as csv: a quote opens a value in line 14 and nothing closes it, so that 2 lines "
+        "would be one",
     ),
     "a row that is too long": Case(
         {"x.csv": csv(WORDS) + "one, two,a\n"},
@@ -346,7 +354,8 @@ CELLS = {
             .replace("\n", ",x\n")
             .replace("label ,x", "label ,label\u00a0")
         },
-        refused="expected one column 'label' in the train set, found several, which differ only in white space",
+        refused="expected one column 'label' in the train set, found several, which differ only "
+        "in white space",
     ),
     "windows line ends": Case({"x.csv": csv(WORDS).replace("\n", "\r\n")}, AB, TEXTS),
     "old line ends": Case({"x.csv": csv(WORDS).replace("\n", "\r")}, AB, TEXTS),
@@ -376,7 +385,8 @@ ENCODED = {
     ),
     "latin-1": Case(
         {"x.csv": csv(WORDS, texts=["café"] * 12).encode("latin-1")},
-        refused="as csv: byte 0xe9 in line 2 is not UTF-8; if it is text in another encoding, name that, such as "
+        refused="as csv: byte 0xe9 in line 2 is not UTF-8; if it is text in another encoding, "
+        "name that, such as "
         'task.encoding = "latin-1"',
     ),
     "latin-1, named": Case(
@@ -451,12 +461,14 @@ OBJECTS = {
     "an indented list": Case({"x.json": json.dumps(rows(WORDS), indent=2)}, AB, TEXTS),
     "an object of something else": Case(
         {"x.json": json.dumps({f"key {n}": n for n in range(200)} | {"deep": {"a": 1}}, indent=1)},
-        refused="found one object of key 0, key 1, key 2, key 3, key 4, key 5, key 6, key 7, key 8, key 9 and 191 more; "
+        refused="found one object of key 0, key 1, key 2, key 3, key 4, key 5, key 6, key 7, key "
+        "8, key 9 and 191 more; "
         'write it with df.to_json(path, orient="records", lines=True)',
     ),
     "too many columns to list": Case(
         {"x.jsonl": lines([{f"c{n}": 1 for n in range(200)}] * 9)},
-        refused="found the columns c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 and 190 more; name the text column",
+        refused="found the columns c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 and 190 more; name the "
+        "text column",
     ),
     "a broken line": Case(
         {"x.jsonl": lines(rows(WORDS)) + '{"text": \n'},
@@ -608,7 +620,8 @@ FOLDERS = {
     ),
     "files of no relation": Case(
         {f"file_{name}.csv": csv(WORDS) for name in "abcdefghijkl"},
-        refused="file_a.csv, file_b.csv, file_c.csv, file_d.csv, file_e.csv, file_f.csv, file_g.csv, file_h.csv, "
+        refused="file_a.csv, file_b.csv, file_c.csv, file_d.csv, file_e.csv, file_f.csv, "
+        "file_g.csv, file_h.csv, "
         "file_i.csv, file_j.csv and 2 more; name the training file train.*",
     ),
     "the split after the name": Case(
@@ -678,7 +691,9 @@ def test_the_limit_of_a_cell_is_that_of_before(tmp_path):
 
 
 def test_a_hundred_thousand_rows_are_read_in_no_time(tmp_path):
-    """Full AG News: 120,000 rows of some 240 characters, whose labels and texts are checked row by row."""
+    """Full AG News: 120,000 rows of some 240 characters, whose labels and texts are checked row by
+    row.
+    """
     import time
 
     texts = [f"{n} " + "word " * 47 for n in range(120_000)]

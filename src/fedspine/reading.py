@@ -1,4 +1,6 @@
-"""From a recipe to its data and to the rows of each device, without a model: what `run` and `data` have in common."""
+"""From a recipe to its data and to the rows of each device, without a model: what `run` and `data`
+have in common.
+"""
 
 import numpy as np
 
@@ -11,14 +13,15 @@ from fedspine.task import NETS
 
 
 def dataset(recipe: Recipe) -> Dataset:
-    """The data set that the recipe names; raises BadInput where it cannot be found, read or used."""
+    """The data set that the recipe names; raises BadInput where it cannot be found or used."""
     section = recipe.task
     group = _group(recipe)
     if section.kind == "array":
         return arrays.load(section.data, group=group)
     if arrays.is_arrays(section.data):
         raise BadInput(
-            f"{section.data!r} holds arrays, which {section.model!r} cannot read; set task.model to one of "
+            f"{section.data!r} holds arrays, which {section.model!r} cannot read; set task.model "
+            "to one of "
             f"{', '.join(NETS)}"
         )
     return load(

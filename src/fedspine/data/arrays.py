@@ -1,8 +1,10 @@
-"""Arrays as a data set: pictures, sensor windows or sounds with a label each, read and checked once.
+"""Arrays as a data set: pictures, sensor windows or sounds with a label each, read and checked
+once.
 
-Data is an `.npz` file with `x`, `y` and, if wished, `label_names`; a folder with `train.npz` and `test.npz`; or a folder
-with one sub-folder per class (`fedspine.data.class_folders`). Nothing pickled is ever read. Whatever is wrong is found
-here, as one `BadInput`, so nothing after this checks values or labels again; what a net can read, the net says.
+Data is an `.npz` file with `x`, `y` and, if wished, `label_names`; a folder with `train.npz` and
+`test.npz`; or a folder with one sub-folder per class (`fedspine.data.class_folders`). Nothing
+pickled is ever read. Whatever is wrong is found here, as one `BadInput`, so nothing after this
+checks values or labels again; what a net can read, the net says.
 """
 
 import os
@@ -28,7 +30,9 @@ HOW = "np.savez(path, x=..., y=...)"
 
 @dataclass(frozen=True)
 class ArrayRows:
-    """One split: `x` uint8 or float32 [rows, ...], `labels` int64 [rows]; `columns` as strings, for a partition."""
+    """One split: `x` uint8 or float32 [rows, ...], `labels` int64 [rows]; `columns` as strings, for
+    a partition.
+    """
 
     x: np.ndarray
     labels: np.ndarray
@@ -67,9 +71,10 @@ def is_arrays(data: str) -> bool:
 def load(data: str, *, group: str | None = None) -> Dataset:
     """The arrays at the path `data`; `group` names one more array, [rows], to keep for a partition.
 
-    Where there are no test rows, a random fifth with a fixed seed is taken from the training rows. Rows whose label is
-    NaN or an empty text are left out and counted. Floats come back as float32 and may be of any scale, uint8 as it is.
-    Raises BadInput for data that cannot be found, read or used.
+    Where there are no test rows, a random fifth with a fixed seed is taken from the training rows.
+    Rows whose label is NaN or an empty text are left out and counted. Floats come back as float32
+    and may be of any scale, uint8 as it is. Raises BadInput for data that cannot be found, read or
+    used.
     """
     splits = {split: _checked(raw, group) for split, raw in _splits(data, group).items()}
     train, test = splits["train"], splits.get("test", splits.get("validation"))
@@ -104,12 +109,14 @@ def _splits(data: str, group: str | None) -> dict[str, Raw]:
     path = Path(os.path.expanduser(data))
     if not os.path.exists(path):
         raise BadInput(
-            f"expected arrays at {data!r}, found nothing there; name an .npz file or a folder as task.data"
+            f"expected arrays at {data!r}, found nothing there; name an .npz file or a folder as "
+            "task.data"
         )
     if path.is_file():
         if path.suffix.lower() != ".npz":
             raise BadInput(
-                f"expected an .npz file or a folder of arrays, came {path.name!r}; write it with {HOW}"
+                f"expected an .npz file or a folder of arrays, came {path.name!r}; write it with "
+                f"{HOW}"
             )
         return {"train": _read(path, group)}
     files = _npz_files(path)
@@ -131,7 +138,8 @@ def _by_split(folder: Path, files: list[Path]) -> dict[str, Path]:
         return {"train": files[0]}
     if "train" not in splits:
         raise BadInput(
-            f"expected train.npz in the folder {str(folder)!r}, found {listed(file.name for file in files)}; "
+            f"expected train.npz in the folder {str(folder)!r}, found "
+            f"{listed(file.name for file in files)}; "
             "name the training file train.npz, or name one file"
         )
     return splits
@@ -150,7 +158,8 @@ def _read(path: Path, group: str | None) -> Raw:
             ]
             if missing:
                 raise BadInput(
-                    f"expected an array {missing[0]!r} in {path.name}, found {listed(file.files) or 'none'}; "
+                    f"expected an array {missing[0]!r} in {path.name}, found "
+                    f"{listed(file.files) or 'none'}; "
                     f"write it with {HOW}"
                 )
             names = file["label_names"] if "label_names" in file.files else np.array([], str)
@@ -166,7 +175,8 @@ def _read(path: Path, group: str | None) -> Raw:
         raise
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(
-            f"cannot read {str(path)!r} as arrays: {one_line(error)}; write it again with {HOW}, without objects"
+            f"cannot read {str(path)!r} as arrays: {one_line(error)}; write it again with {HOW}, "
+            "without objects"
         ) from error
 
 
@@ -174,7 +184,8 @@ def _names(where: str, names: np.ndarray) -> tuple[str, ...]:
     found = tuple(map(str, names.tolist())) if names.ndim == 1 else ()
     if names.ndim != 1 or (names.dtype.kind != "U" and found) or len(set(found)) < len(found):
         raise BadInput(
-            f"expected label_names of {where} to be a list of different texts, came {one_line(names)}"
+            f"expected label_names of {where} to be a list of different texts, came "
+            f"{one_line(names)}"
         )
     return found
 
@@ -186,7 +197,8 @@ def _checked(raw: Raw, group: str | None) -> Raw:
     x, y, where = raw.x, raw.y, raw.where
     if x.ndim not in (2, 3, 4) or 0 in x.shape:
         raise BadInput(
-            f"expected x of {where} to be [rows, ...] with 1 to 3 dimensions a row and none of them empty, "
+            f"expected x of {where} to be [rows, ...] with 1 to 3 dimensions a row and none of "
+            "them empty, "
             f"came shape {list(x.shape)}; reshape it"
         )
     if x.dtype.kind not in "fiu":
@@ -195,17 +207,20 @@ def _checked(raw: Raw, group: str | None) -> Raw:
         )
     if y.ndim != 1:
         raise BadInput(
-            f"expected one label for each row in y of {where}, came shape {list(y.shape)}; give classes"
+            f"expected one label for each row in y of {where}, came shape {list(y.shape)}; give "
+            "classes"
         )
     for name, values in {"y": y, **raw.columns}.items():
         if values.shape != (len(x),):
             raise BadInput(
-                f"expected {name} of {where} to be as long as x, {len(x)} rows, came shape {list(values.shape)}; "
+                f"expected {name} of {where} to be as long as x, {len(x)} rows, came shape "
+                f"{list(values.shape)}; "
                 "the rows of one of them are missing"
             )
     if y.dtype.kind not in "iuUbf":
         raise BadInput(
-            f"expected whole numbers or texts as labels in y of {where}, came {y.dtype}; convert them"
+            f"expected whole numbers or texts as labels in y of {where}, came {y.dtype}; convert "
+            "them"
         )
     y = np.char.strip(y) if y.dtype.kind == "U" else y
     has = {"f": lambda: ~np.isnan(y), "U": lambda: y != ""}.get(y.dtype.kind, lambda: y == y)()
@@ -220,7 +235,8 @@ def _checked(raw: Raw, group: str | None) -> Raw:
     if y.dtype.kind in "if" and labels.min() < 0:
         row = int(np.nanargmin(y))
         raise BadInput(
-            f"expected labels of at least 0 in y of {where}, row {row} has {y[row]}; correct or remove it"
+            f"expected labels of at least 0 in y of {where}, row {row} has {y[row]}; correct or "
+            "remove it"
         )
     return Raw(
         where,
@@ -241,7 +257,8 @@ def _finite(x: np.ndarray, where: str) -> np.ndarray:
     bad = ~np.isfinite(single).reshape(len(x), -1).all(1)
     if bad.any():
         raise BadInput(
-            f"expected finite numbers in x of {where}, {int(bad.sum())} rows hold NaN or infinity, the first is row "
+            f"expected finite numbers in x of {where}, {int(bad.sum())} rows hold NaN or infinity, "
+            "the first is row "
             f"{int(np.argmax(bad))}; correct or remove them"
         )
     return single
@@ -250,7 +267,8 @@ def _finite(x: np.ndarray, where: str) -> np.ndarray:
 def _same_kind(train: Raw, test: Raw) -> None:
     if train.x.shape[1:] != test.x.shape[1:] or train.x.dtype != test.x.dtype:
         raise BadInput(
-            f"expected x of {test.where} to be like that of {train.where}, rows of {list(train.x.shape[1:])} {train.x.dtype}, "
+            f"expected x of {test.where} to be like that of {train.where}, rows of "
+            f"{list(train.x.shape[1:])} {train.x.dtype}, "
             f"came {list(test.x.shape[1:])} {test.x.dtype}; write both the same way"
         )
 
@@ -260,7 +278,8 @@ def _classes(train: Raw) -> tuple[tuple[str, ...], dict[str, int]]:
     distinct = np.unique(train.y).tolist()
     if len(distinct) < 2:
         raise BadInput(
-            f"expected at least 2 classes in y of {train.where}, found only {distinct[0]!r}; add another"
+            f"expected at least 2 classes in y of {train.where}, found only {distinct[0]!r}; add "
+            "another"
         )
     names = tuple(map(str, distinct))
     if not train.names:
@@ -277,7 +296,8 @@ def _coded(raw: Raw, code: Mapping[str, int]) -> ArrayRows:
     if unknown:
         known = listed(code)
         raise BadInput(
-            f"expected only labels of the training rows or of label_names in y of {raw.where} ({known}), "
+            f"expected only labels of the training rows or of label_names in y of {raw.where} "
+            f"({known}), "
             f"found {unknown[0]!r}; correct the labels, or name the class"
         )
     labels = np.array([code[str(value)] for value in values.tolist()], np.int64)[

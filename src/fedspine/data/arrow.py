@@ -1,4 +1,6 @@
-"""Arrow tables as rows: Parquet, the Arrow files of `datasets`, and what the Hugging Face Hub gives."""
+"""Arrow tables as rows: Parquet, the Arrow files of `datasets`, and what the Hugging Face Hub
+gives.
+"""
 
 import json
 import textwrap
@@ -17,7 +19,8 @@ from fedspine.data.parts import Part, Pick
 
 def parquet(path: Path, pick: Pick) -> Part:
     """The picked columns of a Parquet file."""
-    # One file and not Arrow's data set reader, which would take folders named key=value for columns.
+    # One file and not Arrow's data set reader, which would take folders named key=value for
+    # columns.
     with pyarrow.parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
         wanted = {names[place] for place in pick(names).values()}
@@ -26,7 +29,9 @@ def parquet(path: Path, pick: Pick) -> Part:
 
 
 def ipc(path: Path, pick: Pick, features: Mapping[str, Any] | None = None) -> Part:
-    """The picked columns of an Arrow file or stream; `features` are those of `datasets`, where they lie beside it."""
+    """The picked columns of an Arrow file or stream; `features` are those of `datasets`, where they
+    lie beside it.
+    """
     with pa.memory_map(str(path)) as source:
         try:
             table = pyarrow.ipc.open_stream(source).read_all()
@@ -42,7 +47,9 @@ def part(
     names: Sequence[str] | None = None,
     features: Mapping[str, Any] | None = None,
 ) -> Part:
-    """The picked columns of a table; `names` are all those of its file, where it holds only some of them."""
+    """The picked columns of a table; `names` are all those of its file, where it holds only some of
+    them.
+    """
     names = table.schema.names if names is None else names
     metadata = table.schema.metadata or {}
     if features is None:
@@ -80,7 +87,9 @@ def _names(features: Any, column: str) -> Any:
 
 
 def _class_names(names: Any) -> tuple[str, ...]:
-    """The names, stripped of white space as all labels are; none where they are no list of different texts."""
+    """The names, stripped of white space as all labels are; none where they are no list of
+    different texts.
+    """
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return ()
     stripped = tuple(name.strip() for name in names)

@@ -1,9 +1,9 @@
 """Labels are texts, decided once over all splits; from texts to class names and their numbers.
 
-A whole number means its digits, or the class name that the data states for it; a number with nothing after its point
-is a whole one where all such labels are, as other tools write whole numbers as floats once a value was missing. True
-and false of formats with types are the texts `true` and `false`, or `True` and `False` where only these are among the
-other splits' texts.
+A whole number means its digits, or the class name that the data states for it; a number with
+nothing after its point is a whole one where all such labels are, as other tools write whole numbers
+as floats once a value was missing. True and false of formats with types are the texts `true` and
+`false`, or `True` and `False` where only these are among the other splits' texts.
 """
 
 import re
@@ -49,7 +49,9 @@ def texts(splits: Sequence[Values]) -> list[list[str]]:
 
 
 def _stated(splits: Sequence[Values], whole: bool) -> tuple[str, ...]:
-    """The class names that whole numbers stand for; none where a number is none of theirs, or there are no numbers."""
+    """The class names that whole numbers stand for; none where a number is none of theirs, or there
+    are no numbers.
+    """
     names = next((split.stated for split in splits if split.stated), ())
     numbers = [
         (value, split.stated or names)
@@ -66,15 +68,17 @@ def _is_number_of(text: str, names: Sequence[str]) -> bool:
 
 
 def named(train: Values, labels: Sequence[str], column: str) -> tuple[str, ...]:
-    """The class names in the order of their numbers: as the data states them, as numbers, or by the alphabet.
+    """The class names in the order of their numbers: as the data states them, as numbers, or by the
+    alphabet.
 
-    `labels` are those of the training rows, as texts. Raises BadInput for a single class, and for so many that the
-    column cannot be one of classes.
+    `labels` are those of the training rows, as texts. Raises BadInput for a single class, and for
+    so many that the column cannot be one of classes.
     """
     distinct = dict.fromkeys(labels)
     if len(distinct) < 2:
         raise BadInput(
-            f"expected at least 2 classes in column {column!r} of the train set, found only {labels[0]!r}; "
+            f"expected at least 2 classes in column {column!r} of the train set, found only "
+            f"{labels[0]!r}; "
             "give rows of another class, or name another label column"
         )
     refuse_too_many(len(distinct), len(labels), f"column {column!r}", "name another label column")
@@ -88,11 +92,13 @@ def refuse_too_many(classes: int, rows: int, where: str, do: str) -> None:
     """Raise BadInput where the labels of `where` cannot be classes, and say what to `do`."""
     if classes == rows and rows > FEW:
         raise BadInput(
-            f"expected classes in {where}, but each of the {rows:,} rows has a label of its own; {do}"
+            f"expected classes in {where}, but each of the {rows:,} rows has a label of its own; "
+            f"{do}"
         )
     if classes > max(FEW, rows / 2):
         raise BadInput(
-            f"expected classes in {where}, found {classes:,} different labels in {rows:,} rows; {do}"
+            f"expected classes in {where}, found {classes:,} different labels in {rows:,} rows; "
+            f"{do}"
         )
 
 
@@ -125,13 +131,17 @@ def look_alike(names: Iterable[str]) -> list[str]:
 
 
 def numbers(labels: Sequence[str], names: Sequence[str], column: str) -> list[int]:
-    """The number of each label of the test rows; raises BadInput for one that is no class of the training rows."""
+    """The number of each label of the test rows; raises BadInput for one that is no class of the
+    training rows.
+    """
     code = {name: number for number, name in enumerate(names)}
     unseen = [label for label in labels if label not in code]
     if unseen:
         raise BadInput(
-            f"expected only labels of the train set in the test set, found {unseen[0]!r} in column {column!r} of "
-            f"{counted(len(unseen), 'row')}; the train set has {listed(map(repr, names))}; add such rows to it, "
+            f"expected only labels of the train set in the test set, found {unseen[0]!r} in column "
+            f"{column!r} of "
+            f"{counted(len(unseen), 'row')}; the train set has {listed(map(repr, names))}; add "
+            "such rows to it, "
             "or remove them from the test set"
         )
     return [code[label] for label in labels]

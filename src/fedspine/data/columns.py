@@ -1,4 +1,6 @@
-"""From a part to checked values: which columns are read, which rows are left out, and what is refused in them."""
+"""From a part to checked values: which columns are read, which rows are left out, and what is
+refused in them.
+"""
 
 import textwrap
 from collections import Counter
@@ -16,7 +18,9 @@ UNSEEN = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060"))  # characters
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which columns are read as what; `label` is None for language modelling, `pair` unless there are pairs."""
+    """Which columns are read as what; `label` is None for language modelling, `pair` unless there
+    are pairs.
+    """
 
     text: str
     pair: str | None
@@ -26,10 +30,11 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Values:
-    """Rows before the labels have their numbers; `labels` holds texts, whole numbers, numbers, true and false.
+    """Rows before the labels have their numbers; `labels` holds texts, whole numbers, numbers, true
+    and false.
 
-    `left_out` counts the rows that are not among them, by reason; `stated` are the class names that a whole number
-    stands for.
+    `left_out` counts the rows that are not among them, by reason; `stated` are the class names that
+    a whole number stands for.
     """
 
     split: str
@@ -61,10 +66,11 @@ class Values:
 
 
 def picker(wanted: Wanted, split: str) -> Pick:
-    """What finds the wanted columns among those of a file; white space around a name makes no difference.
+    """What finds the wanted columns among those of a file; white space around a name makes no
+    difference.
 
-    It raises BadInput for a column that is absent or there several times. Where there is no column "text", language
-    modelling reads "messages", or "prompt" and "completion".
+    It raises BadInput for a column that is absent or there several times. Where there is no column
+    "text", language modelling reads "messages", or "prompt" and "completion".
     """
 
     def pick(names: Sequence[str]) -> dict[str, int]:
@@ -109,7 +115,8 @@ def _not_one(role: str, name: str, names: Sequence[str], split: str, places: lis
     if places:
         apart = "" if name in names else ", which differ only in white space"
         return BadInput(
-            f"expected one column {name!r} in the {split} set, found several{apart} ({here}); rename all but one"
+            f"expected one column {name!r} in the {split} set, found several{apart} ({here}); "
+            "rename all but one"
         )
     guess = nearest(name, names)
     if guess:
@@ -134,9 +141,9 @@ def _short(column: str) -> str:
 def checked(part: Part, wanted: Wanted, split: str, stated: Sequence[str] = ()) -> Values:
     """The wanted columns of `part`, the rows of the split named `split` ("train" or "test").
 
-    Rows without a text or a label are left out and counted; white space counts as no text. `stated` are class names
-    of another split, for one that states none. Raises BadInput for a column of another type, for no rows, and for a
-    missing value of a column that a partition reads.
+    Rows without a text or a label are left out and counted; white space counts as no text. `stated`
+    are class names of another split, for one that states none. Raises BadInput for a column of
+    another type, for no rows, and for a missing value of a column that a partition reads.
     """
     if part.rows == 0:
         raise BadInput(f"expected rows in the {split} set, found none; give a file that has rows")
@@ -157,7 +164,8 @@ def checked(part: Part, wanted: Wanted, split: str, stated: Sequence[str] = ()) 
     if not kept:
         reasons = " and ".join(f"{count:,} with {reason}" for reason, count in left_out.items())
         raise BadInput(
-            f"expected rows that can be learnt from in the {split} set, found {reasons}, and no other row; "
+            f"expected rows that can be learnt from in the {split} set, found {reasons}, and no "
+            "other row; "
             "fill them, or name other columns"
         )
     groups = {
@@ -175,13 +183,15 @@ def _bare_labels(found: Values, left_out: Counter[str]) -> Values:
     spaced = sum(isinstance(label, str) and label != label.strip() for label in labels or ())
     if labels is not None and spaced:
         labels = [label.strip() if isinstance(label, str) else label for label in labels]
-        said = f"{counted(spaced, 'label')} of the {found.split} set: white space around a label is no part of it"
+        of = f"{counted(spaced, 'label')} of the {found.split} set"
+        said = f"{of}: white space around a label is no part of it"
         notes = (*notes, said)
     return replace(found, labels=labels, notes=notes, left_out=left_out)
 
 
 def hidden(part: Part, label: str | None, known: Iterable[Any]) -> bool:
-    """Whether a split keeps its labels secret: all are missing, or -1, which is none of those `known`.
+    """Whether a split keeps its labels secret: all are missing, or -1, which is none of those
+    `known`.
 
     Test sets of public contests come so; the validation set is then the one to test on.
     """
@@ -192,7 +202,9 @@ def hidden(part: Part, label: str | None, known: Iterable[Any]) -> bool:
 
 
 def _strings(part: Part, name: str, split: str) -> list[str | None]:
-    """The texts of a column, None where there is none; numbers are texts where the file states no types."""
+    """The texts of a column, None where there is none; numbers are texts where the file states no
+    types.
+    """
     values = part.columns[name]
     if all(value is None or isinstance(value, str) for value in values):
         found = values
@@ -202,7 +214,8 @@ def _strings(part: Part, name: str, split: str) -> list[str | None]:
         else:
             kind = part.types.get(name) or _kind(values)
             raise BadInput(
-                f"expected strings in column {name!r} of the {split} set, found {kind}; name a text column"
+                f"expected strings in column {name!r} of the {split} set, found {kind}; name a "
+                "text column"
             )
     else:
         found = [None if _is_absent(value) else _written(value) for value in values]
@@ -222,7 +235,8 @@ def _labels(part: Part, name: str, split: str, stated: Sequence[str]) -> list[An
     if not all(isinstance(value, str | int | float | None) for value in values):
         kind = part.types.get(name) or _kind(values)
         raise BadInput(
-            f"expected texts, numbers or true/false in column {name!r} of the {split} set, found {kind}; "
+            f"expected texts, numbers or true/false in column {name!r} of the {split} set, found "
+            f"{kind}; "
             "name a label column"
         )
     return [None if _is_absent(value) or (stated and value == -1) else value for value in values]
@@ -246,7 +260,8 @@ def _group_names(values: list[Any], name: str, split: str) -> list[str]:
     absent = [row for row, value in enumerate(values, start=1) if value is None]
     if absent and split == "train":
         raise BadInput(
-            f"expected a group in column {name!r} of every row, found {len(absent)} empty in the {split} set, "
+            f"expected a group in column {name!r} of every row, found {len(absent)} empty in the "
+            f"{split} set, "
             f"the first in row {absent[0]} (counted from 1); fill or remove them"
         )
     return [str(value) for value in values]

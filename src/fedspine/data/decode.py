@@ -21,8 +21,9 @@ MARKS = (  # the longer one of two that begin alike goes first
 def text_of(path: Path, encoding: str | None) -> str:
     """The text of a file, which may be compressed, without its byte order mark.
 
-    It is UTF-8, or what its byte order mark says, or else in `encoding`. Raises BadInput for an unknown encoding,
-    Unreadable for bytes that are no text in it, OSError for a file that cannot be read.
+    It is UTF-8, or what its byte order mark says, or else in `encoding`. Raises BadInput for an
+    unknown encoding, Unreadable for bytes that are no text in it, OSError for a file that cannot be
+    read.
     """
     if encoding is not None:
         _check(encoding)

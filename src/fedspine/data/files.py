@@ -1,8 +1,9 @@
 """Local data files: one file, or a folder whose names say which split each file holds.
 
-A folder may hold one file per split (`train.csv`, `test.csv`), shards (`train-00000-of-00002.parquet`, `part-0.csv`),
-a folder per split (`train/*.parquet`), either of them one level down, as downloads from the Hugging Face Hub do, or
-what `save_to_disk` of `datasets` writes.
+A folder may hold one file per split (`train.csv`, `test.csv`), shards
+(`train-00000-of-00002.parquet`, `part-0.csv`), a folder per split (`train/*.parquet`), either of
+them one level down, as downloads from the Hugging Face Hub do, or what `save_to_disk` of `datasets`
+writes.
 """
 
 import json
@@ -28,10 +29,12 @@ ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.
 
 
 def source(path: Path, encoding: str | None = None) -> dict[str, Read]:
-    """A reader for each split at `path`, a file or folder: "train", and "test" or "validation" where they exist.
+    """A reader for each split at `path`, a file or folder: "train", and "test" or "validation"
+    where they exist.
 
-    A single file is all "train". `encoding` is that of text files which are not UTF-8. Raises BadInput for an unknown
-    format or a folder without training files; a reader raises it for a file that cannot be read.
+    A single file is all "train". `encoding` is that of text files which are not UTF-8. Raises
+    BadInput for an unknown format or a folder without training files; a reader raises it for a file
+    that cannot be read.
     """
     if path.is_dir() and (saved := _saved(path)):
         return saved
@@ -51,7 +54,8 @@ def split_of(name: str) -> str | None:
 
 
 def format_of(path: Path) -> str:
-    """The last suffix of a file's name without that of its compression, in lower case; "" without one.
+    """The last suffix of a file's name without that of its compression, in lower case; "" without
+    one.
 
     >>> format_of(Path("train.CSV.gz")), format_of(Path("rows.parquet"))
     ('.csv', '.parquet')
@@ -102,20 +106,24 @@ def _in_folder(folder: Path) -> dict[str, list[Path]]:
     if "train" not in splits:
         raise BadInput(
             f"expected a file train.* in the folder {str(folder)!r}, "
-            f"found {listed(path.name for path in found)}; name the training file train.*, or name one file"
+            f"found {listed(path.name for path in found)}; name the training file train.*, or name "
+            "one file"
         )
     return {split: _of_one_split(split, paths) for split, paths in splits.items()}
 
 
 def _folder_for_each_split(folder: Path) -> dict[str, list[Path]]:
-    """The files of train/, test/ and validation/, each of them all shards of its split; none without train/."""
+    """The files of train/, test/ and validation/, each of them all shards of its split; none
+    without train/.
+    """
     splits: dict[str, list[Path]] = {}
     for sub in _folders(folder):
         split = SPLITS.get(sub.name.lower())
         if split and (found := _data_files(sub)):
             if split in splits:
                 raise BadInput(
-                    f"expected one folder for the {split} split in {str(folder)!r}, found {splits[split][0].parent.name} "
+                    f"expected one folder for the {split} split in {str(folder)!r}, found "
+                    f"{splits[split][0].parent.name} "
                     f"and {sub.name}; keep one of them"
                 )
             splits[split] = found
@@ -164,14 +172,16 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _of_one_split(split: str, paths: list[Path]) -> list[Path]:
-    # A file named exactly after the split is the split: what lies beside it (train_old.csv) is something else.
+    # A file named exactly after the split is the split: what lies beside it (train_old.csv) is
+    # something else.
     exact = [path for path in paths if _stem(path).lower() in SPLITS]
     chosen = exact or paths
     shards = [match for path in chosen if (match := _SHARD.search(_stem(path)))]
     names = listed(path.name for path in chosen)
     if exact[1:] or len({format_of(path) for path in chosen}) > 1:
         raise BadInput(
-            f"expected one file or one set of shards for the {split} split, found {names}; keep one of them"
+            f"expected one file or one set of shards for the {split} split, found {names}; keep "
+            "one of them"
         )
     if shards and (
         len(shards) < len(chosen) or any(int(match[2]) != len(chosen) for match in shards)
@@ -187,7 +197,9 @@ def _of_one_split(split: str, paths: list[Path]) -> list[Path]:
 
 
 def _saved(folder: Path) -> dict[str, Read]:
-    """A reader for each split of a folder that `save_to_disk` of `datasets` wrote; none for any other folder."""
+    """A reader for each split of a folder that `save_to_disk` of `datasets` wrote; none for any
+    other folder.
+    """
     if (folder / "dataset_dict.json").is_file():
         named = _about(folder / "dataset_dict.json").get("splits")
         known = {split_of(str(name)): folder / str(name) for name in named or ()}
@@ -207,7 +219,8 @@ def _saved_split(folder: Path, pick: Pick) -> Part:
     state, info = _about(folder / "state.json"), _about(folder / "dataset_info.json")
     if state.get("_indices_data_files"):
         raise BadInput(
-            f"{str(folder)!r} names rows by an index of their own; call flatten_indices() before save_to_disk"
+            f"{str(folder)!r} names rows by an index of their own; call flatten_indices() before "
+            "save_to_disk"
         )
     try:
         files = [folder / entry["filename"] for entry in state["_data_files"]]
@@ -218,7 +231,8 @@ def _saved_split(folder: Path, pick: Pick) -> Part:
     if not files or (missing := [path.name for path in files if not path.is_file()]):
         names = listed(missing) if files else "any file"
         raise BadInput(
-            f"expected the files that state.json of {str(folder)!r} names, found no {names}; save the data again"
+            f"expected the files that state.json of {str(folder)!r} names, found no {names}; save "
+            "the data again"
         )
     return joined(
         [_readable(path, lambda path: arrow.ipc(path, pick, features), path) for path in files]

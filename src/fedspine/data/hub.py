@@ -1,4 +1,6 @@
-"""Data sets of the Hugging Face Hub, through the optional package `datasets` (`pip install 'fedspine[hub]'`)."""
+"""Data sets of the Hugging Face Hub, through the optional package `datasets` (`pip install
+'fedspine[hub]'`).
+"""
 
 from typing import Any
 
@@ -9,18 +11,20 @@ from fedspine.errors import BadInput
 
 
 def source(name: str) -> dict[str, Read]:
-    """A reader for each split of the data set `name`: "train", and "test" or "validation" where they exist.
+    """A reader for each split of the data set `name`: "train", and "test" or "validation" where
+    they exist.
 
-    `name` is a Hub id, with a configuration after a colon where the data set has several (`nyu-mll/glue:sst2`), or a
-    local folder that `datasets` can load. Raises BadInput without the package, without the data set, or without a
-    training split.
+    `name` is a Hub id, with a configuration after a colon where the data set has several
+    (`nyu-mll/glue:sst2`), or a local folder that `datasets` can load. Raises BadInput without the
+    package, without the data set, or without a training split.
     """
     try:
         import datasets
         from huggingface_hub.utils import logging
     except ImportError as error:
         raise BadInput(
-            f"reading {name!r} from the Hugging Face Hub needs the package datasets: pip install 'fedspine[hub]'"
+            f"reading {name!r} from the Hugging Face Hub needs the package datasets: pip install "
+            "'fedspine[hub]'"
         ) from error
     logging.set_verbosity_error()  # not a line for each time that it tries again
     identifier, _, configuration = name.partition(":")
@@ -31,7 +35,8 @@ def source(name: str) -> dict[str, Read]:
     ) as error:  # the loader passes on whatever its network, file and builder libraries raise
         raise BadInput(
             f"the Hugging Face Hub does not give {name!r}: {one_line(error)}; "
-            "check the name and the network, and name a configuration after a colon, as in 'nyu-mll/glue:sst2'"
+            "check the name and the network, and name a configuration after a colon, as in "
+            "'nyu-mll/glue:sst2'"
         ) from error
     splits = {
         split_of(split): part
@@ -40,7 +45,8 @@ def source(name: str) -> dict[str, Read]:
     }
     if "train" not in splits:
         raise BadInput(
-            f"expected a split 'train' in {name!r} of the Hugging Face Hub, found {listed(loaded)}; "
+            f"expected a split 'train' in {name!r} of the Hugging Face Hub, found "
+            f"{listed(loaded)}; "
             "name another data set or configuration"
         )
     return {split: _reader(part) for split, part in splits.items() if split is not None}

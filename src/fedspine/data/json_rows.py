@@ -1,4 +1,6 @@
-"""JSON as rows: one object a line, one list of objects, or the objects of columns that pandas writes."""
+"""JSON as rows: one object a line, one list of objects, or the objects of columns that pandas
+writes.
+"""
 
 import json
 import re
@@ -12,7 +14,9 @@ HOW = 'df.to_json(path, orient="records", lines=True)'
 
 
 def part(text: str, pick: Pick) -> Part:
-    """The picked values of every object; what an object lacks is None. Raises Unreadable for what holds no rows."""
+    """The picked values of every object; what an object lacks is None. Raises Unreadable for what
+    holds no rows.
+    """
     begin = text.lstrip()[:1]
     if not begin:
         raise Unreadable("it is empty", "give a file with rows")
@@ -63,7 +67,9 @@ def _of_object(found: Any, pick: Pick) -> Part:
 
 
 def _columns(found: Any) -> dict[str, Any] | None:
-    """The columns of what pandas writes, each a list, or an object by the same row names; None for anything else."""
+    """The columns of what pandas writes, each a list, or an object by the same row names; None for
+    anything else.
+    """
     if not isinstance(found, dict) or not found:
         return None
     if set(found) >= {"columns", "data"} and isinstance(found["data"], list):  # orient="split"
@@ -105,7 +111,9 @@ def _whole(text: str) -> Any:
 
 
 def _goes_on(line: str) -> bool:
-    """Whether an object begins in the line that goes on in the next; a row that is broken does not count."""
+    """Whether an object begins in the line that goes on in the next; a row that is broken does not
+    count.
+    """
     try:
         json.loads(line)
     except (json.JSONDecodeError, RecursionError):

@@ -15,7 +15,8 @@ def overview(data: Dataset) -> dict[str, Any]:
     A double is a test row whose text, or pair of texts, or array, is that of a training row.
 
     >>> train = Rows(("a", "b"), None, np.array([0, 1]), {})
-    >>> overview(Dataset("x.csv", train, Rows(("b",), None, np.array([1]), {}), ("no", "yes"), None))
+    >>> test = Rows(("b",), None, np.array([1]), {})
+    >>> overview(Dataset("x.csv", train, test, ("no", "yes"), None))
     {'rows': {'train': 2, 'test': 1}, 'left_out': {}, 'classes': {'no': 1, 'yes': 2}, 'doubles': 1}
     """
     learnt = set(_contents(data.train))
@@ -55,7 +56,7 @@ def _counts(data: Dataset, labels: np.ndarray | None) -> list[int]:
 
 
 def _contents(rows: Any) -> list[Hashable]:
-    """What makes two rows doubles; upper case and the amount of white space do not count in texts."""
+    """What makes two rows doubles; case and the amount of white space do not count in texts."""
     if isinstance(rows, Rows):
         pairs = rows.pairs or [""] * len(rows.texts)
         return [(_same(text), _same(pair)) for text, pair in zip(rows.texts, pairs, strict=True)]

@@ -16,8 +16,8 @@ MOST = 10  # names in a list of a message
 class Part:
     """Rows of a file or split: each of `columns` holds one value a row, None where it is missing.
 
-    `types` names the type of a column where the file states one, `stated` the class names that the whole numbers of a
-    column stand for. `notes` are one-line remarks for the user.
+    `types` names the type of a column where the file states one, `stated` the class names that the
+    whole numbers of a column stand for. `notes` are one-line remarks for the user.
     """
 
     columns: Mapping[str, list[Any]]
@@ -28,7 +28,9 @@ class Part:
 
 
 class Unreadable(ValueError):
-    """Why a file cannot be read, and what to do; whoever knows the file's name makes a BadInput of it."""
+    """Why a file cannot be read, and what to do; whoever knows the file's name makes a BadInput of
+    it.
+    """
 
     def __init__(self, reason: str, do: str) -> None:
         super().__init__(reason)
@@ -40,7 +42,9 @@ Read = Callable[[Pick], Part]
 
 
 def joined(parts: Sequence[Part]) -> Part:
-    """The rows of all parts, one after another; raises BadInput for shards that do not fit together."""
+    """The rows of all parts, one after another; raises BadInput for shards that do not fit
+    together.
+    """
     first = parts[0]
     if not parts[1:]:
         return first
@@ -53,7 +57,8 @@ def joined(parts: Sequence[Part]) -> Part:
         for name, names in part.stated.items():
             if names and stated.setdefault(name, names) != names:
                 raise BadInput(
-                    f"expected the same class names of column {name!r} in every shard, found {listed(stated[name])} "
+                    f"expected the same class names of column {name!r} in every shard, found "
+                    f"{listed(stated[name])} "
                     f"and {listed(names)}; write the shards again from one table"
                 )
     return Part(

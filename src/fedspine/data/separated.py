@@ -1,7 +1,7 @@
 """Texts of separated values: every cell is a string, and only an empty one is missing.
 
-Between commas or semicolons a quote encloses a value; between tabs it is text like any other character, unless the
-rows only fit the header with quotes that enclose values.
+Between commas or semicolons a quote encloses a value; between tabs it is text like any other
+character, unless the rows only fit the header with quotes that enclose values.
 """
 
 import csv
@@ -20,8 +20,9 @@ _CALLED = {",": "commas", ";": "semicolons", "\t": "tabs"}
 def part(text: str, suffix: str, pick: Pick) -> Part:
     """The picked columns of a text with a header; `suffix` is that of its format, ".csv" or ".tsv".
 
-    Separators are commas, semicolons or tabs, whichever the header has. Raises Unreadable for a text without a header,
-    for rows of another number of cells, and for a quote that is never closed, each with its line.
+    Separators are commas, semicolons or tabs, whichever the header has. Raises Unreadable for a
+    text without a header, for rows of another number of cells, and for a quote that is never
+    closed, each with its line.
     """
     lines = list(io.StringIO(text, newline=""))
     first = next((number for number, line in enumerate(lines) if line.strip()), None)
@@ -74,10 +75,11 @@ def _all_enclosed(
 
 
 def _enclosed(lines: list[str], first: int, separator: str) -> tuple[list[Numbered], list[str]]:
-    """The header and all rows, where a quote at the beginning of a cell encloses it up to the next single quote.
+    """The header and all rows, where a quote at the beginning of a cell encloses it up to the next
+    single quote.
 
-    A quote that nothing closes, or that is closed in the middle of a cell, encloses nothing: its line
-    is a row of its own and holds it as text, if it has as many cells as the header.
+    A quote that nothing closes, or that is closed in the middle of a cell, encloses nothing: its
+    line is a row of its own and holds it as text, if it has as many cells as the header.
     """
     rows: list[Numbered] = []
     spaced = bool(re.search(re.escape(separator) + r" +\S", lines[first]))  # so may be the rows
@@ -120,17 +122,21 @@ def _enclosed(lines: list[str], first: int, separator: str) -> tuple[list[Number
     notes = []
     if unclosed:
         notes.append(
-            f"a quote encloses no whole value in {counted(unclosed, 'line')}, so it is read as text there"
+            f"a quote encloses no whole value in {counted(unclosed, 'line')}, so it is read as "
+            "text there"
         )
     if several:
         notes.append(
-            f"{counted(several, 'row')} of several lines each, {spanned:,} in all, since quotes enclose them"
+            f"{counted(several, 'row')} of several lines each, {spanned:,} in all, since quotes "
+            "enclose them"
         )
     return rows, notes
 
 
 def _as_it_stands(line: str, settings: dict, width: int | None) -> list[str] | None:
-    """The cells of one line in which a quote encloses no whole cell; None where they do not fit the header."""
+    """The cells of one line in which a quote encloses no whole cell; None where they do not fit the
+    header.
+    """
     tries = [{"quoting": csv.QUOTE_NONE}, {}]
     if '\\"' in line:
         tries.insert(0, {"escapechar": "\\", "doublequote": False, "strict": True})

@@ -1,6 +1,8 @@
-"""A data set as the rest of the library sees it: texts, pairs and labels of a train and a test split, checked once.
+"""A data set as the rest of the library sees it: texts, pairs and labels of a train and a test
+split, checked once.
 
-Whatever is wrong with the data is found here, as one `BadInput`, so nothing after this checks texts or labels again.
+Whatever is wrong with the data is found here, as one `BadInput`, so nothing after this checks texts
+or labels again.
 """
 
 import os
@@ -28,10 +30,11 @@ _SPLIT_SEED = 20260101  # the same rows for everyone, whatever the seed of a run
 
 @dataclass(frozen=True)
 class Rows:
-    """One split: `texts` and, for pairs of sentences, `pairs` of the same length; `labels` int64 [rows].
+    """One split: `texts` and, for pairs of sentences, `pairs` of the same length; `labels` int64
+    [rows].
 
-    `pairs` is None without a second sentence, `labels` is None for language modelling. `columns` holds the columns a
-    partition may need, as strings.
+    `pairs` is None without a second sentence, `labels` is None for language modelling. `columns`
+    holds the columns a partition may need, as strings.
     """
 
     texts: tuple[str, ...]
@@ -45,10 +48,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A train and a test split with the same classes; `natural` is the column that names a natural device, if any.
+    """A train and a test split with the same classes; `natural` is the column that names a natural
+    device, if any.
 
-    A label is an index into `label_names`, which is empty for language modelling. `left_out` counts the rows of both
-    splits that are not in them, by reason; `remarks` says it with the other `notes` about how the data was read.
+    A label is an index into `label_names`, which is empty for language modelling. `left_out` counts
+    the rows of both splits that are not in them, by reason; `remarks` says it with the other
+    `notes` about how the data was read.
     """
 
     name: str
@@ -70,12 +75,13 @@ def load(
     group: str | None = None,
     encoding: str | None = None,
 ) -> Dataset:
-    """The data set named `data`: a built-in name, a local file or folder, or an id of the Hugging Face Hub.
+    """The data set named `data`: a built-in name, a local file or folder, or an id of the Hugging
+    Face Hub.
 
-    `text`, `pair` (for kind "pair", "text2" if not named) and `label` name columns; `group` names one more to keep in
-    `Rows.columns` for a partition. `encoding` is that of text files which are not UTF-8. Where the data has no test
-    rows, a random fifth with a fixed seed is taken from the training rows. Raises BadInput for data that cannot be
-    found, read or used, saying what to do.
+    `text`, `pair` (for kind "pair", "text2" if not named) and `label` name columns; `group` names
+    one more to keep in `Rows.columns` for a partition. `encoding` is that of text files which are
+    not UTF-8. Where the data has no test rows, a random fifth with a fixed seed is taken from the
+    training rows. Raises BadInput for data that cannot be found, read or used, saying what to do.
 
     >>> data = load("pydoc-topics", kind="classification")
     >>> data.label_names[:3], data.natural
@@ -110,7 +116,8 @@ def load(
 
 
 def remarks(data: Dataset) -> tuple[str, ...]:
-    """What a user should know about how the data was read, each in one line: the rows left out first.
+    """What a user should know about how the data was read, each in one line: the rows left out
+    first.
 
     >>> rows = Rows(("a",), None, None, {})
     >>> remarks(Dataset("x.csv", rows, rows, (), None, left_out={"no text": 1, "no label": 2}))
@@ -135,12 +142,14 @@ def load_stated(
     spelled: Mapping[str, str] | None = None,
     encoding: str | None = None,
 ) -> Rows:
-    """All training rows of `data`, whose labels index `label_names`, the classes that somebody else states.
+    """All training rows of `data`, whose labels index `label_names`, the classes that somebody else
+    states.
 
-    For a site that holds a part of a federated task: it may lack classes, so its own values cannot number them. A value
-    means the class that `spelled` gives it, else the one that the data's own class names give a number, else the class
-    of its name; so the rows get the numbers that `load` gives them in a data set with all classes. Nothing is held out
-    for testing. Raises BadInput as `load` does, and for a value that is none of the classes.
+    For a site that holds a part of a federated task: it may lack classes, so its own values cannot
+    number them. A value means the class that `spelled` gives it, else the one that the data's own
+    class names give a number, else the class of its name; so the rows get the numbers that `load`
+    gives them in a data set with all classes. Nothing is held out for testing. Raises BadInput as
+    `load` does, and for a value that is none of the classes.
     """
     wanted = _wanted(data, kind, text, pair, label, None)
     train = checked(_source(data, encoding)["train"](picker(wanted, "train")), wanted, "train")
@@ -154,7 +163,8 @@ def load_stated(
             name = _stated_class(value, spelling, spelled or {}, label_names)
             if name is None:
                 raise BadInput(
-                    f"expected only the classes {listed(map(repr, label_names))} in column {label!r}, found {value!r}; "
+                    f"expected only the classes {listed(map(repr, label_names))} in column "
+                    f"{label!r}, found {value!r}; "
                     "say which class it means, or remove such rows"
                 )
             known[key] = list(label_names).index(name)
@@ -165,7 +175,9 @@ def load_stated(
 def _stated_class(
     value: Any, spelling: str, spelled: Mapping[str, str], known: Sequence[str]
 ) -> str | None:
-    """The class that a value means, or None where it is none of those known; true and false in any case are alike."""
+    """The class that a value means, or None where it is none of those known; true and false in any
+    case are alike.
+    """
     written = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     names = [spelling, written]
     if written.lower() in ("true", "false"):
@@ -182,7 +194,8 @@ def _wanted(
         raise unknown("kind of task", kind, get_args(Kind))
     if pair is not None and kind != "pair":
         raise BadInput(
-            f"expected no pair column for kind {kind!r}, came {pair!r}; set kind 'pair' or leave it out"
+            f"expected no pair column for kind {kind!r}, came {pair!r}; set kind 'pair' or leave "
+            "it out"
         )
     others = tuple(dict.fromkeys(name for name in (group, _NATURAL.get(data)) if name is not None))
     return Wanted(
@@ -202,7 +215,8 @@ def _source(data: str, encoding: str | None) -> Mapping[str, Read]:
         return {"train": _pydoc_topics}
     if not data.strip():
         raise BadInput(
-            f"expected the name of a data set, came {data!r}; name {BUILT_IN_DATA[0]!r}, a path or a Hub id"
+            f"expected the name of a data set, came {data!r}; name {BUILT_IN_DATA[0]!r}, a path or "
+            "a Hub id"
         )
     path = Path(os.path.expanduser(data))
     if os.path.exists(
@@ -293,7 +307,8 @@ def _rows(values: Values, labels: Sequence[int] | None) -> Rows:
 
 
 def held_out(labels: Sequence[Any] | np.ndarray | None, rows: int) -> tuple[list[int], list[int]]:
-    """The rows to learn from, and a random fifth for testing, less those of a class that would have no row to learn from.
+    """The rows to learn from, and a random fifth for testing, less those of a class that would have
+    no row to learn from.
 
     Both ascending. Raises BadInput where one of them would be empty.
     """

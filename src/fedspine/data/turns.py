@@ -1,7 +1,8 @@
-"""Conversations as texts, for language modelling: `messages`, or `prompt` and `completion`, become one text a row.
+"""Conversations as texts, for language modelling: `messages`, or `prompt` and `completion`, become
+one text a row.
 
-A message is "role: content", and messages stand one a line. A completion follows its prompt directly, or after a line
-break where neither of them has white space there.
+A message is "role: content", and messages stand one a line. A completion follows its prompt
+directly, or after a line break where neither of them has white space there.
 """
 
 from collections.abc import Mapping, Sequence
