@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 from runs import in_process
 
@@ -157,6 +158,15 @@ def test_texts_to_continue_are_shown_without_a_decoder_and_measured_with_one(tmp
     assert found["tokens"]["texts"] == 10 and "read in windows of" in shown(found)
     with pytest.raises(BadInput, match="is an encoder"):
         data_cli.look(str(path), [*settings, f"task.model={tiny_folder('bert')}"])
+
+
+def test_pictures_beside_a_table_are_no_data(tmp_path, tiny_folder):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("text,label\n" + "good,a\nbad,b\n" * 5)
+    (tmp_path / "assets").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "assets" / "logo.png")
+    found = data_cli.look(str(tmp_path), [f"task.model={tiny_folder('bert')}"])
+    assert found["classes"] == {"a": 5, "b": 5}
 
 
 REFUSED = {

@@ -19,7 +19,7 @@ import numpy as np
 from fedspine.data import class_folders
 from fedspine.data.classes import look_alike, refuse_too_many
 from fedspine.data.columns import NO_LABEL
-from fedspine.data.files import one_line, split_of
+from fedspine.data.files import has_training_file, one_line, split_of
 from fedspine.data.parts import listed
 from fedspine.data.tasks import Dataset, held_out
 from fedspine.errors import BadInput
@@ -65,7 +65,10 @@ def is_arrays(data: str) -> bool:
     path = Path(os.path.expanduser(data))
     if not path.is_dir():
         return path.suffix.lower() == ".npz"
-    return bool(_npz_files(path)) or class_folders.is_one(path)
+    if _npz_files(path):
+        return True
+    # a download from the Hub may have pictures of its own beside its tables
+    return class_folders.is_one(path) and not has_training_file(path)
 
 
 def load(data: str, *, group: str | None = None) -> Dataset:

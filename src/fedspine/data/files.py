@@ -42,6 +42,14 @@ def source(path: Path, encoding: str | None = None) -> dict[str, Read]:
     return {split: partial(_shards, shards, encoding) for split, shards in files.items()}
 
 
+def has_training_file(folder: Path) -> bool:
+    """Whether a file or folder of rows is called after the training split, here or in `data/`."""
+    within = [path for sub in (folder, folder / "data") for path in _data_files(sub)]
+    return any(split_of(_stem(path)) == "train" for path in within) or bool(
+        _saved(folder) or _folder_for_each_split(folder)
+    )
+
+
 def split_of(name: str) -> str | None:
     """The split that a file or split name stands for, or None.
 
