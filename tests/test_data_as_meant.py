@@ -227,6 +227,11 @@ LABELS = {
             "testing",
         ),
     ),
+    "a test set of -1, as floats": Case(
+        {"train.parquet": parquet([0.0, 1.0] * 6), "test.parquet": parquet([-1.0, -1.0])},
+        {"0": 6, "1": 6},
+        says=("no row of the test set shows its label",),
+    ),
     "class names and their texts": Case(
         {
             "train.parquet": parquet([0, 1] * 5, ["pos", "neg"]),
@@ -337,6 +342,7 @@ CELLS = {
     "semicolons, as a spreadsheet says it": Case(
         {"x.csv": "sep=;\r\n" + csv(WORDS, ";")}, AB, TEXTS
     ),
+    "which says no more": Case({"x.csv": "sep=;\r\n"}, refused="as csv: it is empty"),
     "tabs in csv": Case(
         {"x.csv": csv(WORDS, "\t")}, AB, TEXTS, says=("x.csv: tabs separate its values",)
     ),

@@ -3,9 +3,8 @@
 import importlib.util
 import json as jsonlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -13,6 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fedspine.errors import BadInput
+
+if TYPE_CHECKING:  # help does not wait for it
+    import numpy as np
 
 FILLS = "█▓▒░"  # tell classes apart where there are no colours
 COLOURS = ("blue", "green", "yellow", "magenta", "cyan", "red", "bright_black", "white")
@@ -111,6 +113,8 @@ def _tokens(recipe: Any, held: Any, *, stated: bool) -> dict[str, Any] | None:
 
     None where nobody `stated` a model for language modelling, which the embedded job's cannot do.
     """
+    import numpy as np
+
     section = recipe.task
     if section.kind == "causal-lm" and not stated:
         return None
@@ -135,14 +139,16 @@ def _tokens(recipe: Any, held: Any, *, stated: bool) -> dict[str, Any] | None:
     }
 
 
-def _within(rows: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def _within(rows: "np.ndarray", sizes: "np.ndarray") -> "np.ndarray":
     """The first of these rows, as many as have CHARACTERS together, and at least one."""
-    return rows[: max(1, int((np.cumsum(sizes[rows]) <= CHARACTERS).sum()))]
+    return rows[: max(1, int((sizes[rows].cumsum() <= CHARACTERS).sum()))]
 
 
 def _lengths(
-    tokenizer: Any, texts: list[str], pairs: list[str] | None, rows: np.ndarray
-) -> np.ndarray:
+    tokenizer: Any, texts: list[str], pairs: list[str] | None, rows: "np.ndarray"
+) -> "np.ndarray":
+    import numpy as np
+
     coded = tokenizer(
         [texts[row] for row in rows],
         None if pairs is None else [pairs[row] for row in rows],
@@ -270,14 +276,15 @@ def _device_table(found: dict[str, Any]) -> Table:
     each class.
     """
     devices, classes = found["devices"], list(found["classes"])
-    places = np.unique(np.linspace(0, len(devices) - 1, min(SHOWN, len(devices))).round())
+    shown = min(SHOWN, len(devices))
+    places = [place * len(devices) // shown for place in range(shown)]
     title = f"{len(devices):,} devices, {found['partition']}"
     if len(places) < len(devices):
         title += f"; {len(places)} of them"
     table = Table("device", "rows", "classes", title=title, title_justify="left")
     table.columns[1].justify = "right"
     most = max(device["rows"] for device in devices)
-    for place in places.astype(int).tolist():
+    for place in places:
         device = devices[place]
         held = device["classes"] or {"": device["rows"]}
         bar, done, drawn = Text(), 0, 0

@@ -13,6 +13,7 @@ from fedspine.data.parts import MOST, Part, Pick, counted
 from fedspine.errors import BadInput, nearest
 
 NO_LABEL, NO_TEXT, NO_PAIR = "no label", "no text", "no second text"  # why a row is left out
+NONE = {"-1", "-1.0"}  # how contests write a label that they keep secret
 UNSEEN = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060"))  # characters without a width
 
 
@@ -198,7 +199,7 @@ def hidden(part: Part, label: str | None, known: Iterable[Any]) -> bool:
     if label is None or not part.rows:
         return False
     values = {str(value).strip() for value in part.columns[label] if not _is_absent(value)}
-    return not values or (values == {"-1"} and "-1" not in set(map(str, known)))
+    return not values or (values <= NONE and NONE.isdisjoint(map(str, known)))
 
 
 def _strings(part: Part, name: str, split: str) -> list[str | None]:

@@ -25,13 +25,13 @@ def part(text: str, suffix: str, pick: Pick) -> Part:
     closed, each with its line.
     """
     lines = list(io.StringIO(text, newline=""))
-    first = next((number for number, line in enumerate(lines) if line.strip()), None)
-    if first is None:
+    filled = [number for number, line in enumerate(lines) if line.strip()]
+    said = re.fullmatch(r"sep=(.)\s*", lines[filled[0]]) if filled else None  # as Excel has it
+    if len(filled) <= bool(said):
         raise Unreadable("it is empty", "give a file with rows")
-    separator = next((mark for mark in SEPARATORS[suffix] if mark in lines[first]), None)
-    if said := re.fullmatch(r"sep=(.)\s*", lines[first]):  # what Excel writes and reads
-        first, separator = first + 1, said[1]
-    separator = separator or SEPARATORS[suffix][0]
+    first = filled[bool(said)]
+    marks = (said[1],) if said else SEPARATORS[suffix]
+    separator = next((mark for mark in marks if mark in lines[first]), marks[0])
     numbered, notes = _rows(lines, first, separator)
     header = numbered[0][1] if numbered else []
     rows = [row for _, row in numbered[1:]]
