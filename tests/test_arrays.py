@@ -164,8 +164,8 @@ BAD = {
         "one label for each row in y of a.npz, came shape [20, 20]",
     ),
     "floats as y": (
-        {"y": np.zeros(ROWS)},
-        "whole numbers or texts as labels in y of a.npz, came float64",
+        {"y": np.arange(ROWS) / 2},
+        "whole numbers or texts as labels in y of a.npz, came 0.5",
     ),
     "negative y": ({"y": np.arange(ROWS) - 3}, "labels of at least 0 in y of a.npz, row 0 has -3"),
     "one class": ({"y": np.zeros(ROWS, int)}, "at least 2 classes in y of a.npz, found only 0"),
@@ -365,3 +365,30 @@ def test_real_arrays_are_read(net, name, shape, classes):
         pytest.skip(f"{name} is not beside the repository, in shared/data")
     task = build(recipe(SHARED / name, f"task.model={net}", "run.device=cpu")).task
     assert task.train.x.shape == shape and len(task.label_names) == classes
+
+
+def test_rows_without_a_label_are_left_out_and_counted(tmp_path):
+    """NaN among whole floats, as tools write them once a value was missing, and empty texts."""
+    x = np.arange(24 * 16, dtype=np.float32).reshape(24, 2, 8)
+    for name, y in (("f", [1.0, 2.0, np.nan]), ("u", ["1", " 2", ""])):
+        np.savez(tmp_path / f"{name}.npz", x=x, y=np.array(y * 8), by=np.arange(24))
+        data = load(str(tmp_path / f"{name}.npz"), group="by")
+        assert data.label_names == ("1", "2") and data.left_out == {"no label": 8}
+        assert (len(data.train), len(data.test)) == (13, 3)
+        kept = [int(row) for row in data.train.columns["by"]]
+        assert data.train.labels.tolist() == [row % 3 for row in kept]
+        assert (data.train.x == x[kept]).all()
+
+
+@pytest.mark.parametrize(
+    ("y", "said"),
+    [
+        (np.arange(24), "each of the 24 rows has a label of its own; give classes"),
+        (np.arange(24) / 2, "expected whole numbers or texts as labels in y of d.npz, came 0.5"),
+        (np.full(24, np.nan), "expected labels in y of d.npz, found none"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(tmp_path, y, said):
+    np.savez(tmp_path / "d.npz", x=np.zeros((24, 2, 8), np.float32), y=y)
+    with pytest.raises(BadInput, match=said):
+        load(str(tmp_path / "d.npz"))

@@ -48,7 +48,7 @@ def place(tiny_folder, tmp_path_factory):
     write_csv(root / "rows.csv")
     write_csv(root / "one.csv", labels=("kind",))
     write_csv(root / "few.csv", rows=10)
-    (root / "empty.csv").write_text("text,label\ngood,a\n ,b\n" + "fine,a\nbad,b\n" * 8)
+    (root / "torn.csv").write_text("text,label\n" + "fine,a\nbad,b\n" * 8 + '"good, a')
     (root / "by.csv").write_text("text,label,by\n" + "fine,a,x\nbad,b,y\n" * 8)
     (root / "torn.parquet").write_bytes(b"PAR1 and then nothing")
     (root / "strange").mkdir()
@@ -126,9 +126,9 @@ BAD_RUNS = {  # what to change in the good job, and what the line must say
         {"task__data": "{place}/by.csv", "fleet__partition": "column:by"},
         ["a device would be left without rows", "at most 2 devices"],
     ),
-    "empty text": (
-        {"task__data": "{place}/empty.csv"},
-        ["empty in the train set", "the first in row 2"],
+    "torn table": (
+        {"task__data": "{place}/torn.csv"},
+        ["a quote opens a value in line 18 and nothing closes it"],
     ),
     "no unit map": (
         {"task__model": "{place}/gpt2"},

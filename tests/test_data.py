@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub.utils import logging
 
 from fedspine.data import files, hub, pydocs
-from fedspine.data.tasks import load
+from fedspine.data.tasks import load, remarks
 from fedspine.errors import BadInput
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -129,7 +129,16 @@ def test_a_missing_shard_is_not_overlooked(tmp_path):
 def test_shards_of_different_columns_are_refused(tmp_path):
     write(tmp_path / "train-0.jsonl", [{"text": "a", "label": 1}])
     write(tmp_path / "train-1.jsonl", [{"text": "a", "label": [1]}])
-    assert "same columns in every shard" in refused(tmp_path)
+    assert "found a list; name a label column" in refused(tmp_path)
+
+
+def test_shards_whose_numbers_stand_for_other_classes_are_refused(tmp_path):
+    for shard, names in enumerate((["no", "yes"], ["yes", "no"])):
+        table = pa.Table.from_pylist(labelled([0, 1])).replace_schema_metadata(
+            {"label_names": json.dumps(names)}
+        )
+        pq.write_table(table, tmp_path / f"train-{shard}.parquet")
+    assert "expected the same class names of column 'label' in every shard" in refused(tmp_path)
 
 
 def test_the_test_file_goes_before_validation_and_an_exact_name_before_others(tmp_path):
@@ -155,17 +164,10 @@ def test_a_single_file_of_any_name_in_a_folder_is_the_data(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
 def test_a_text_may_be_longer_than_a_megabyte(tmp_path, suffix):
-    rows = [{"text": "one book\n" * 300_000}, {"text": "a note"}] * 2
+    rows = [{"text": "one book\n" * 300_000, "by": "a"}, {"text": "a note", "by": "b"}] * 2
     write(tmp_path / f"train{suffix}", rows)
     write(tmp_path / f"test{suffix}", rows[1:2])
     assert load(str(tmp_path), kind="causal-lm").train.texts == tuple(row["text"] for row in rows)
-
-
-def test_a_file_larger_than_a_block_keeps_its_texts_of_many_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_LARGEST_BLOCK", 100)
-    write(tmp_path / "train.csv", ROWS)
-    write(tmp_path / "test.csv", ROWS)
-    assert load(str(tmp_path), kind="causal-lm").train.texts == tuple(row["text"] for row in ROWS)
 
 
 def test_a_partition_by_label_leaves_the_order_of_the_labels(tmp_path):
@@ -196,22 +198,22 @@ def test_int_labels_without_names_sort_as_numbers(tmp_path):
     assert load(str(path), kind="classification").label_names == ("9", "10", "100")
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_bool_labels(tmp_path, suffix):
+@pytest.mark.parametrize(
+    ("suffix", "names"),
+    [(".csv", ("False", "True")), (".jsonl", ("false", "true")), (".parquet", ("false", "true"))],
+)
+def test_bool_labels(tmp_path, suffix, names):
+    """As they are written in CSV, here by Python; without a spelling of their own, as JSON has them."""
     path = write(tmp_path / f"rows{suffix}", labelled([True, False] * 10))
-    assert load(str(path), kind="classification").label_names == ("False", "True")
+    assert load(str(path), kind="classification").label_names == names
 
 
-def test_whole_floats_are_labels_and_fractions_are_not(tmp_path):
-    assert load(
-        str(write(tmp_path / "a.csv", labelled([1.0, 2.0] * 9))), kind="classification"
-    ).label_names == (
-        "1",
-        "2",
-    )
-    assert "found 2.5; name a label column" in refused(
-        write(tmp_path / "b.csv", labelled([1.0, 2.5] * 9))
-    )
+@pytest.mark.parametrize(
+    ("labels", "names"), [([1.0, 2.0], ("1", "2")), ([1.0, 2.5], ("1.0", "2.5"))]
+)
+def test_floats_are_whole_numbers_where_all_of_them_are(tmp_path, labels, names):
+    path = write(tmp_path / "rows.parquet", labelled(labels * 9))
+    assert load(str(path), kind="classification").label_names == names
 
 
 def test_strings_stored_as_a_dictionary_are_strings(tmp_path):
@@ -258,7 +260,7 @@ def test_a_missing_file_names_the_one_beside_it(tmp_path):
     "name", ["./nothing", "nothing.parquet", "~/nothing/of/this/name", "/nothing/of/this/name"]
 )
 def test_what_looks_like_a_path_is_not_looked_for_on_the_hub(monkeypatch, name):
-    monkeypatch.setattr(hub, "read", lambda *_: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(hub, "source", lambda *_: pytest.fail("asked the Hub"))
     assert "found nothing there" in refused(name)
 
 
@@ -277,7 +279,11 @@ def test_an_unknown_format_names_the_nearest(tmp_path):
 def test_a_broken_file_is_refused_by_name(tmp_path, suffix, content):
     path = tmp_path / f"rows{suffix}"
     path.write_bytes(content)
-    assert f"cannot read {str(path)!r} as {suffix[1:]}: " in refused(path)
+    said = refused(path)
+    if (suffix, content) == (".csv", b"[1, 2"):  # which is a header and nothing else
+        assert "found the columns [1, 2; name the text column" in said
+    else:
+        assert f"cannot read {str(path)!r} as {suffix[1:]}: " in said
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
@@ -345,23 +351,34 @@ def test_a_label_column_of_lists(tmp_path):
 @pytest.mark.parametrize("empty", ["", " \n\t", None])
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
 @pytest.mark.parametrize("column", ["text", "text2"])
-def test_empty_texts_are_counted_and_the_first_is_named(tmp_path, empty, suffix, column):
+def test_rows_with_an_empty_text_are_left_out_and_counted(tmp_path, empty, suffix, column):
     rows = labelled([0, 1] * 5, text2=["other"] * 10)
     rows[3][column] = rows[7][column] = empty
     write(tmp_path / f"train{suffix}", labelled([0, 1], text2=["a", "b"]))
     write(tmp_path / f"test{suffix}", rows)
-    said = refused(tmp_path, kind="pair")
-    assert (
-        f"expected a text in column '{column}' of every row, found 2 empty in the test set, the first in row 4"
-        in said
-    )
+    data = load(str(tmp_path), kind="pair")
+    reason = {"text": "no text", "text2": "no second text"}[column]
+    assert data.left_out == {reason: 2}
+    assert data.test.texts == tuple(row["text"] for n, row in enumerate(rows) if n not in (3, 7))
+    assert remarks(data)[0] == f"2 of 12 rows are left out: 2 with {reason}"
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
-@pytest.mark.parametrize("labels", [[1, 2, None], ["a", "b", None], [None] * 3])
-def test_null_labels_are_refused(tmp_path, suffix, labels):
-    said = refused(write(tmp_path / f"rows{suffix}", labelled(labels)))
-    assert f"found {labels.count(None)} empty in the train set" in said
+@pytest.mark.parametrize("labels", [[1, 2], ["a", "b"], [True, False]])
+def test_rows_without_a_label_are_left_out_and_counted(tmp_path, suffix, labels):
+    write(tmp_path / f"train{suffix}", labelled([*labels * 2, None, *labels, None]))
+    write(tmp_path / f"test{suffix}", labelled([None, *labels]))
+    data = load(str(tmp_path), kind="classification")
+    assert data.left_out == {"no label": 3}
+    assert data.train.texts == tuple(f"text {n}" for n in (0, 1, 2, 3, 5, 6))
+    assert data.test.texts == ("text 1", "text 2")
+    assert data.train.labels.tolist() == [*data.test.labels.tolist()] * 3
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_a_train_set_without_any_label_is_refused(tmp_path, suffix):
+    said = refused(write(tmp_path / f"rows{suffix}", labelled([None] * 3)))
+    assert "found 3 with no label, and no other row" in said
 
 
 def test_a_null_group_is_refused(tmp_path):
@@ -428,9 +445,12 @@ def datasets(monkeypatch, tmp_path):
 def test_the_hub_reader_reads_a_folder_of_csv(datasets, tmp_path):
     write(tmp_path / "rows" / "train.csv", ROWS)
     write(tmp_path / "rows" / "test.csv", ROWS[:4])
-    tables = hub.read(str(tmp_path / "rows"), "label")
-    assert {split: table.num_rows for split, table in tables.items()} == {"train": 20, "test": 4}
-    assert tables["train"]["text"].to_pylist() == [row["text"] for row in ROWS]
+    found = {
+        split: read(lambda names: {"text": names.index("text")})
+        for split, read in hub.source(str(tmp_path / "rows")).items()
+    }
+    assert {split: part.rows for split, part in found.items()} == {"train": 20, "test": 4}
+    assert found["train"].columns == {"text": [row["text"] for row in ROWS]}
 
 
 def test_class_labels_of_the_hub_become_label_names(datasets, monkeypatch):

@@ -10,10 +10,7 @@ import torch
 
 from fedspine import task_record
 from fedspine.config import Recipe
-from fedspine.data import arrays
-from fedspine.data import partition as partitions
 from fedspine.data.tasks import Dataset
-from fedspine.data.tasks import load as load_data
 from fedspine.errors import BadInput
 from fedspine.fleet import Fleet
 from fedspine.fleets.hardware import Hardware, device_ids, fleet_mix
@@ -30,9 +27,10 @@ from fedspine.lm.tokens import tokens
 from fedspine.method import all_methods
 from fedspine.nets.load import load as load_net
 from fedspine.process import cores
+from fedspine.reading import dataset, row_shares
 from fedspine.records import Records
 from fedspine.store import Store
-from fedspine.task import NETS, Arrays, Data, Task
+from fedspine.task import Arrays, Data, Task
 from fedspine.task_record import TaskRecord
 
 GPU_TOGETHER = 32  # devices that are trained in one batched pass where nothing else is said
@@ -121,31 +119,6 @@ def _check_family(recipe: Recipe) -> None:
         )
 
 
-def dataset(recipe: Recipe) -> Dataset:
-    """The data set that the recipe names; raises BadInput where it cannot be found, read or used."""
-    section = recipe.task
-    group = (
-        recipe.fleet.partition.removeprefix("column:")
-        if recipe.fleet.partition.startswith("column:")
-        else None
-    )
-    if section.kind == "array":
-        return arrays.load(section.data, group=group)
-    if arrays.is_arrays(section.data):
-        raise BadInput(
-            f"{section.data!r} holds arrays, which {section.model!r} cannot read; set task.model to one of "
-            f"{', '.join(NETS)}"
-        )
-    return load_data(
-        section.data,
-        kind=section.kind,
-        text=section.text,
-        pair=section.pair,
-        label=section.label,
-        group=group,
-    )
-
-
 def build_task(recipe: Recipe, data: Dataset, *, kept: Path | None = None) -> tuple[Task, Any]:
     """The task and the tokenizer; `kept` is the folder with a run's own configuration of these."""
     section = recipe.task
@@ -206,19 +179,7 @@ def _array_task(recipe: Recipe, data: Dataset) -> Task:
 
 def share_out(recipe: Recipe, data: Dataset, train: Data) -> tuple[np.ndarray, ...]:
     """The rows of the encoded training set `train` that each device holds."""
-    how = recipe.fleet.partition
-    if how == "auto":
-        how = "iid" if data.train.labels is None else "dirichlet"
-    column = partitions.column_of(how, data.natural)
-    shares = partitions.partition(
-        how,
-        devices=recipe.fleet.devices,
-        rows=len(data.train),
-        labels=data.train.labels,
-        groups=None if column is None else data.train.columns[column],
-        alpha=recipe.fleet.alpha,
-        seed=recipe.run.seed,
-    )
+    shares = row_shares(recipe, data)
     if isinstance(train, Arrays) or train.sources is None:
         return tuple(shares)
     first = np.searchsorted(train.sources, np.arange(len(data.train) + 1))

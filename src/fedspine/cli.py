@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import fedspine
-from fedspine import fleet_cli
+from fedspine import data_cli, fleet_cli
 from fedspine.errors import BadInput
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 
 app.add_typer(fleet_cli.app, name="fleet")
+app.command("data")(data_cli.data)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `fedspine run` made.")]

@@ -27,6 +27,7 @@ class TaskSection(Section):
     text: str = "text"  # column of the text
     pair: str | None = None  # column of the second text; naming one makes the kind "pair"
     label: str = "label"  # column of the label
+    encoding: str | None = None  # of text files which are not UTF-8, such as "latin-1"
     max_tokens: int = pydantic.Field(64, ge=4)
     layers: int | None = pydantic.Field(None, ge=1)  # keep only the first blocks of the model
     pooling: Literal["auto", "mean", "cls"] = (
@@ -196,7 +197,7 @@ def anchored(recipe: Recipe) -> Recipe:
             ("model", task.model, (*BUILT_IN_MODELS, *NETS)),
             ("data", task.data, BUILT_IN_DATA),
         )
-        if name not in built_in and Path(name).expanduser().exists()
+        if name.strip() and name not in built_in and Path(name).expanduser().exists()
     }
     return dataclasses.replace(recipe, task=task.model_copy(update=local))
 
@@ -229,7 +230,7 @@ def _of_arrays(task: TaskSection) -> TaskSection:
         raise BadInput(
             f'{task.model!r} is a net for arrays, but task.kind is {task.kind!r}; leave task.kind out, or say "array"'
         )
-    for key in ("text", "pair", "label", "layers"):
+    for key in ("text", "pair", "label", "encoding", "layers"):
         if getattr(task, key) != TaskSection.model_fields[key].default:
             raise BadInput(
                 f"task.{key} is for texts, but {task.model!r} is a net for arrays; leave it out"

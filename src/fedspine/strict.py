@@ -29,7 +29,7 @@ class Section(pydantic.BaseModel):
 def read_toml(path: Path, what: str, instead: str) -> dict[str, Any]:
     """The tables of a file; `what` it is and what to do `instead` where it does not exist are for the BadInput."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise BadInput(f"{what} {path} does not exist; {instead}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

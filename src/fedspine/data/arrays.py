@@ -1,8 +1,10 @@
-"""Arrays as a data set: pictures, sensor windows or sounds with a label each, read and checked once.
+"""Arrays as a data set: pictures, sensor windows or sounds with a label each, read and checked
+once.
 
-Data is an `.npz` file with `x`, `y` and, if wished, `label_names`; a folder with `train.npz` and `test.npz`; or a folder
-with one sub-folder per class (`fedspine.data.class_folders`). Nothing pickled is ever read. Whatever is wrong is found
-here, as one `BadInput`, so nothing after this checks values or labels again; what a net can read, the net says.
+Data is an `.npz` file with `x`, `y` and, if wished, `label_names`; a folder with `train.npz` and
+`test.npz`; or a folder with one sub-folder per class (`fedspine.data.class_folders`). Nothing
+pickled is ever read. Whatever is wrong is found here, as one `BadInput`, so nothing after this
+checks values or labels again; what a net can read, the net says.
 """
 
 import os
@@ -15,7 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from fedspine.data import class_folders
-from fedspine.data.files import one_line, split_of
+from fedspine.data.classes import look_alike, refuse_too_many
+from fedspine.data.columns import NO_LABEL
+from fedspine.data.files import has_training_file, one_line, split_of
+from fedspine.data.parts import listed
 from fedspine.data.tasks import Dataset, held_out
 from fedspine.errors import BadInput
 from fedspine.task import BUILT_IN_DATA
@@ -25,7 +30,9 @@ HOW = "np.savez(path, x=..., y=...)"
 
 @dataclass(frozen=True)
 class ArrayRows:
-    """One split: `x` uint8 or float32 [rows, ...], `labels` int64 [rows]; `columns` as strings, for a partition."""
+    """One split: `x` uint8 or float32 [rows, ...], `labels` int64 [rows]; `columns` as strings, for
+    a partition.
+    """
 
     x: np.ndarray
     labels: np.ndarray
@@ -44,6 +51,7 @@ class Raw:
     y: np.ndarray
     names: tuple[str, ...]  # of the classes, where the data states them
     columns: Mapping[str, np.ndarray]
+    left_out: int = 0  # rows without a label, which are not among these
 
 
 def is_arrays(data: str) -> bool:
@@ -52,17 +60,24 @@ def is_arrays(data: str) -> bool:
     >>> is_arrays("pydoc-topics")
     False
     """
+    if not data.strip():  # which is the folder that we are in
+        return False
     path = Path(os.path.expanduser(data))
     if not path.is_dir():
         return path.suffix.lower() == ".npz"
-    return bool(_npz_files(path)) or class_folders.is_one(path)
+    if _npz_files(path):
+        return True
+    # a download from the Hub may have pictures of its own beside its tables
+    return class_folders.is_one(path) and not has_training_file(path)
 
 
 def load(data: str, *, group: str | None = None) -> Dataset:
     """The arrays at the path `data`; `group` names one more array, [rows], to keep for a partition.
 
-    Where there are no test rows, a random fifth with a fixed seed is taken from the training rows. Floats come back as
-    float32 and may be of any scale, uint8 as it is. Raises BadInput for data that cannot be found, read or used.
+    Where there are no test rows, a random fifth with a fixed seed is taken from the training rows.
+    Rows whose label is NaN or an empty text are left out and counted. Floats come back as float32
+    and may be of any scale, uint8 as it is. Raises BadInput for data that cannot be found, read or
+    used.
     """
     splits = {split: _checked(raw, group) for split, raw in _splits(data, group).items()}
     train, test = splits["train"], splits.get("test", splits.get("validation"))
@@ -74,7 +89,16 @@ def load(data: str, *, group: str | None = None) -> Dataset:
     else:
         _same_kind(train, test)
         of_train, of_test = rows, _coded(test, code)
-    return Dataset(name=data, train=of_train, test=of_test, label_names=names, natural=None)
+    left = train.left_out + (0 if test is None else test.left_out)
+    return Dataset(
+        name=data,
+        train=of_train,
+        test=of_test,
+        label_names=names,
+        natural=None,
+        left_out={NO_LABEL: left} if left else {},
+        notes=tuple(look_alike(names)),
+    )
 
 
 # --- finding and reading ---
@@ -88,12 +112,14 @@ def _splits(data: str, group: str | None) -> dict[str, Raw]:
     path = Path(os.path.expanduser(data))
     if not os.path.exists(path):
         raise BadInput(
-            f"expected arrays at {data!r}, found nothing there; name an .npz file or a folder as task.data"
+            f"expected arrays at {data!r}, found nothing there; name an .npz file or a folder as "
+            "task.data"
         )
     if path.is_file():
         if path.suffix.lower() != ".npz":
             raise BadInput(
-                f"expected an .npz file or a folder of arrays, came {path.name!r}; write it with {HOW}"
+                f"expected an .npz file or a folder of arrays, came {path.name!r}; write it with "
+                f"{HOW}"
             )
         return {"train": _read(path, group)}
     files = _npz_files(path)
@@ -115,7 +141,8 @@ def _by_split(folder: Path, files: list[Path]) -> dict[str, Path]:
         return {"train": files[0]}
     if "train" not in splits:
         raise BadInput(
-            f"expected train.npz in the folder {str(folder)!r}, found {', '.join(file.name for file in files[:8])}; "
+            f"expected train.npz in the folder {str(folder)!r}, found "
+            f"{listed(file.name for file in files)}; "
             "name the training file train.npz, or name one file"
         )
     return splits
@@ -134,7 +161,8 @@ def _read(path: Path, group: str | None) -> Raw:
             ]
             if missing:
                 raise BadInput(
-                    f"expected an array {missing[0]!r} in {path.name}, found {', '.join(file.files) or 'none'}; "
+                    f"expected an array {missing[0]!r} in {path.name}, found "
+                    f"{listed(file.files) or 'none'}; "
                     f"write it with {HOW}"
                 )
             names = file["label_names"] if "label_names" in file.files else np.array([], str)
@@ -150,7 +178,8 @@ def _read(path: Path, group: str | None) -> Raw:
         raise
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(
-            f"cannot read {str(path)!r} as arrays: {one_line(error)}; write it again with {HOW}, without objects"
+            f"cannot read {str(path)!r} as arrays: {one_line(error)}; write it again with {HOW}, "
+            "without objects"
         ) from error
 
 
@@ -158,7 +187,8 @@ def _names(where: str, names: np.ndarray) -> tuple[str, ...]:
     found = tuple(map(str, names.tolist())) if names.ndim == 1 else ()
     if names.ndim != 1 or (names.dtype.kind != "U" and found) or len(set(found)) < len(found):
         raise BadInput(
-            f"expected label_names of {where} to be a list of different texts, came {one_line(names)}"
+            f"expected label_names of {where} to be a list of different texts, came "
+            f"{one_line(names)}"
         )
     return found
 
@@ -170,7 +200,8 @@ def _checked(raw: Raw, group: str | None) -> Raw:
     x, y, where = raw.x, raw.y, raw.where
     if x.ndim not in (2, 3, 4) or 0 in x.shape:
         raise BadInput(
-            f"expected x of {where} to be [rows, ...] with 1 to 3 dimensions a row and none of them empty, "
+            f"expected x of {where} to be [rows, ...] with 1 to 3 dimensions a row and none of "
+            "them empty, "
             f"came shape {list(x.shape)}; reshape it"
         )
     if x.dtype.kind not in "fiu":
@@ -179,29 +210,44 @@ def _checked(raw: Raw, group: str | None) -> Raw:
         )
     if y.ndim != 1:
         raise BadInput(
-            f"expected one label for each row in y of {where}, came shape {list(y.shape)}; give classes"
+            f"expected one label for each row in y of {where}, came shape {list(y.shape)}; give "
+            "classes"
         )
     for name, values in {"y": y, **raw.columns}.items():
         if values.shape != (len(x),):
             raise BadInput(
-                f"expected {name} of {where} to be as long as x, {len(x)} rows, came shape {list(values.shape)}; "
+                f"expected {name} of {where} to be as long as x, {len(x)} rows, came shape "
+                f"{list(values.shape)}; "
                 "the rows of one of them are missing"
             )
-    if y.dtype.kind not in "iuUb":
+    if y.dtype.kind not in "iuUbf":
         raise BadInput(
-            f"expected whole numbers or texts as labels in y of {where}, came {y.dtype}; convert them"
+            f"expected whole numbers or texts as labels in y of {where}, came {y.dtype}; convert "
+            "them"
         )
-    if y.dtype.kind == "i" and y.min() < 0:
-        row = int(np.argmin(y))
+    y = np.char.strip(y) if y.dtype.kind == "U" else y
+    has = {"f": lambda: ~np.isnan(y), "U": lambda: y != ""}.get(y.dtype.kind, lambda: y == y)()
+    if not has.any():
+        raise BadInput(f"expected labels in y of {where}, found none; fill them")
+    labels = y[has]
+    if y.dtype.kind == "f" and not np.all(labels == np.floor(labels)):
+        found = labels[labels != np.floor(labels)][0]
         raise BadInput(
-            f"expected labels of at least 0 in y of {where}, row {row} has {y[row]}; correct or remove it"
+            f"expected whole numbers or texts as labels in y of {where}, came {found}; convert them"
+        )
+    if y.dtype.kind in "if" and labels.min() < 0:
+        row = int(np.nanargmin(y))
+        raise BadInput(
+            f"expected labels of at least 0 in y of {where}, row {row} has {y[row]}; correct or "
+            "remove it"
         )
     return Raw(
         where,
-        _finite(x, where),
-        y.astype(np.int64) if y.dtype.kind in "bu" else y,
+        _finite(x, where)[has],
+        labels.astype(np.int64) if y.dtype.kind in "buf" else labels,
         raw.names,
-        raw.columns,
+        {name: values[has] for name, values in raw.columns.items()},
+        int((~has).sum()),
     )
 
 
@@ -214,7 +260,8 @@ def _finite(x: np.ndarray, where: str) -> np.ndarray:
     bad = ~np.isfinite(single).reshape(len(x), -1).all(1)
     if bad.any():
         raise BadInput(
-            f"expected finite numbers in x of {where}, {int(bad.sum())} rows hold NaN or infinity, the first is row "
+            f"expected finite numbers in x of {where}, {int(bad.sum())} rows hold NaN or infinity, "
+            "the first is row "
             f"{int(np.argmax(bad))}; correct or remove them"
         )
     return single
@@ -223,7 +270,8 @@ def _finite(x: np.ndarray, where: str) -> np.ndarray:
 def _same_kind(train: Raw, test: Raw) -> None:
     if train.x.shape[1:] != test.x.shape[1:] or train.x.dtype != test.x.dtype:
         raise BadInput(
-            f"expected x of {test.where} to be like that of {train.where}, rows of {list(train.x.shape[1:])} {train.x.dtype}, "
+            f"expected x of {test.where} to be like that of {train.where}, rows of "
+            f"{list(train.x.shape[1:])} {train.x.dtype}, "
             f"came {list(test.x.shape[1:])} {test.x.dtype}; write both the same way"
         )
 
@@ -233,10 +281,12 @@ def _classes(train: Raw) -> tuple[tuple[str, ...], dict[str, int]]:
     distinct = np.unique(train.y).tolist()
     if len(distinct) < 2:
         raise BadInput(
-            f"expected at least 2 classes in y of {train.where}, found only {distinct[0]!r}; add another"
+            f"expected at least 2 classes in y of {train.where}, found only {distinct[0]!r}; add "
+            "another"
         )
     names = tuple(map(str, distinct))
     if not train.names:
+        refuse_too_many(len(distinct), len(train.y), f"y of {train.where}", "give classes")
         return names, {name: index for index, name in enumerate(names)}
     if train.y.dtype.kind == "U":
         return train.names, {name: index for index, name in enumerate(train.names)}
@@ -247,9 +297,10 @@ def _coded(raw: Raw, code: Mapping[str, int]) -> ArrayRows:
     values, inverse = np.unique(raw.y, return_inverse=True)
     unknown = [value for value in values.tolist() if str(value) not in code]
     if unknown:
-        known = ", ".join(list(code)[:12])
+        known = listed(code)
         raise BadInput(
-            f"expected only labels of the training rows or of label_names in y of {raw.where} ({known}), "
+            f"expected only labels of the training rows or of label_names in y of {raw.where} "
+            f"({known}), "
             f"found {unknown[0]!r}; correct the labels, or name the class"
         )
     labels = np.array([code[str(value)] for value in values.tolist()], np.int64)[

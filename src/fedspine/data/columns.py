@@ -1,18 +1,27 @@
-"""From a table to checked values: which columns are read, and what is refused in them."""
+"""From a part to checked values: which columns are read, which rows are left out, and what is
+refused in them.
+"""
 
-import math
 import textwrap
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-import pyarrow as pa
-
+from fedspine.data import turns
+from fedspine.data.parts import MOST, Part, Pick, counted
 from fedspine.errors import BadInput, nearest
+
+NO_LABEL, NO_TEXT, NO_PAIR = "no label", "no text", "no second text"  # why a row is left out
+NONE = {"-1", "-1.0"}  # how contests write a label that they keep secret
+UNSEEN = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060"))  # characters without a width
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which columns are read as what; `label` is None for language modelling, `pair` unless there are pairs."""
+    """Which columns are read as what; `label` is None for language modelling, `pair` unless there
+    are pairs.
+    """
 
     text: str
     pair: str | None
@@ -22,13 +31,21 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Values:
-    """Rows before the labels have their numbers; `labels` holds ints, bools or strings."""
+    """Rows before the labels have their numbers; `labels` holds texts, whole numbers, numbers, true
+    and false.
+
+    `left_out` counts the rows that are not among them, by reason; `stated` are the class names that
+    a whole number stands for.
+    """
 
     split: str
     texts: list[str]
     pairs: list[str] | None
-    labels: list | None
+    labels: list[Any] | None
     columns: dict[str, list[str]]
+    left_out: Counter[str]
+    stated: tuple[str, ...]
+    notes: tuple[str, ...]
 
     def take(self, rows: Iterable[int]) -> "Values":
         """The same columns with only the given rows, in the given order."""
@@ -37,54 +54,78 @@ class Values:
             return None if values is None else [values[row] for row in chosen]
 
         chosen = list(rows)
-        columns = {name: pick(values) for name, values in self.columns.items()}
-        return Values(self.split, pick(self.texts), pick(self.pairs), pick(self.labels), columns)
-
-
-def checked(table: pa.Table, wanted: Wanted, split: str) -> Values:
-    """The wanted columns of `table`, the rows of the split named `split` ("train" or "test").
-
-    Raises BadInput for a column that is absent, twice there or of another type, for no rows, and for an empty text or
-    label (null and white space count as empty).
-    """
-    # Only a partition reads the other columns, and only training rows are partitioned.
-    others = (
-        wanted.others
-        if split == "train"
-        else [name for name in wanted.others if name in table.schema.names]
-    )
-    needed = (
-        ("text", wanted.text),
-        ("pair", wanted.pair),
-        ("label", wanted.label),
-        *(("group", o) for o in others),
-    )
-    for role, name in needed:
-        if name is not None and table.schema.names.count(name) != 1:
-            raise _no_column(role, name, table.schema.names, split)
-    if table.num_rows == 0:
-        raise BadInput(f"expected rows in the {split} set, found none; give a file that has rows")
-    return Values(
-        split,
-        _strings(table, wanted.text, split),
-        None if wanted.pair is None else _strings(table, wanted.pair, split),
-        None if wanted.label is None else _labels(table, wanted.label, split),
-        {name: _group_names(table, name, split) for name in others},
-    )
-
-
-def _no_column(role: str, name: str, columns: list[str], split: str) -> BadInput:
-    here = ", ".join(_short(column) for column in columns[:20])
-    if name in columns:
-        return BadInput(
-            f"expected one column {name!r} in the {split} set, found several ({here}); rename all but one"
+        return replace(
+            self,
+            texts=pick(self.texts),
+            pairs=pick(self.pairs),
+            labels=pick(self.labels),
+            columns={name: pick(values) for name, values in self.columns.items()},
         )
-    guess = nearest(name, columns)
-    hint = (
-        f"did you mean {_short(guess)!r}?"
-        if guess
-        else f"name the {role} column, or give the file a header"
-    )
+
+
+# --- which columns ---
+
+
+def picker(wanted: Wanted, split: str) -> Pick:
+    """What finds the wanted columns among those of a file; white space around a name makes no
+    difference.
+
+    It raises BadInput for a column that is absent or there several times. Where there is no column
+    "text", language modelling reads "messages", or "prompt" and "completion".
+    """
+
+    def pick(names: Sequence[str]) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for role, name in (
+            ("text", wanted.text),
+            ("pair", wanted.pair),
+            ("label", wanted.label),
+            *(("group", other) for other in wanted.others),
+        ):
+            if name is None:
+                continue
+            places = _places(name, names)
+            may_be_turns = role == "text" and wanted.label is None and name == "text"
+            if not places and may_be_turns and (of_turns := turns.columns(names)):
+                found |= {part: _places(part, names)[0] for part in of_turns}
+                continue
+            # Only a partition reads the other columns, and only training rows are partitioned.
+            if not places and role == "group" and split != "train":
+                continue
+            if len(places) != 1:
+                raise _not_one(role, name, names, split, places)
+            found[name] = places[0]
+        return found
+
+    return pick
+
+
+def _places(name: str, names: Sequence[str]) -> list[int]:
+    exact = [place for place, other in enumerate(names) if other == name]
+    alike = [place for place, other in enumerate(names) if _bare(other) == _bare(name)]
+    return exact or alike
+
+
+def _bare(name: str) -> str:
+    return name.translate(UNSEEN).strip()
+
+
+def _not_one(role: str, name: str, names: Sequence[str], split: str, places: list[int]) -> BadInput:
+    here = ", ".join(_short(column) for column in names[:MOST])
+    here += f" and {len(names) - MOST:,} more" if len(names) > MOST else ""
+    if places:
+        apart = "" if name in names else ", which differ only in white space"
+        return BadInput(
+            f"expected one column {name!r} in the {split} set, found several{apart} ({here}); "
+            "rename all but one"
+        )
+    guess = nearest(name, names)
+    if guess:
+        hint = f"did you mean {_short(guess)!r}?"
+    elif role == "label" and (turns.columns(names) or len(names) == 1):
+        hint = 'name the label column, or set task.kind = "causal-lm" for language modelling'
+    else:
+        hint = f"name the {role} column as task.{role}, or give the file a header"
     return BadInput(
         f"expected the {role} column {name!r} in the {split} set, found the columns {here}; {hint}"
     )
@@ -95,68 +136,133 @@ def _short(column: str) -> str:
     return textwrap.shorten(column, 40, placeholder="...")
 
 
-def _strings(table: pa.Table, name: str, split: str) -> list[str]:
-    column = _plain(table[name])
-    if not (_is_text(column.type) or pa.types.is_null(column.type)):
+# --- which rows ---
+
+
+def checked(part: Part, wanted: Wanted, split: str, stated: Sequence[str] = ()) -> Values:
+    """The wanted columns of `part`, the rows of the split named `split` ("train" or "test").
+
+    Rows without a text or a label are left out and counted; white space counts as no text. `stated`
+    are class names of another split, for one that states none. Raises BadInput for a column of
+    another type, for no rows, and for a missing value of a column that a partition reads.
+    """
+    if part.rows == 0:
+        raise BadInput(f"expected rows in the {split} set, found none; give a file that has rows")
+    names = part.stated.get(wanted.label or "", ()) or tuple(stated)
+    texts = _strings(part, wanted.text, split) if wanted.text in part.columns else turns.texts(part)
+    pairs = None if wanted.pair is None else _strings(part, wanted.pair, split)
+    labels = None if wanted.label is None else _labels(part, wanted.label, split, names)
+    kept, left_out = [], Counter[str]()
+    for row in range(part.rows):
+        if labels is not None and labels[row] is None:
+            left_out[NO_LABEL] += 1
+        elif texts[row] is None:
+            left_out[NO_TEXT] += 1
+        elif pairs is not None and pairs[row] is None:
+            left_out[NO_PAIR] += 1
+        else:
+            kept.append(row)
+    if not kept:
+        reasons = " and ".join(f"{count:,} with {reason}" for reason, count in left_out.items())
         raise BadInput(
-            f"expected strings in column {name!r} of the {split} set, found {column.type}; name a text column"
+            f"expected rows that can be learnt from in the {split} set, found {reasons}, and no "
+            "other row; "
+            "fill them, or name other columns"
         )
-    values = column.to_pylist()
-    empty = [row for row, value in enumerate(values, start=1) if value is None or not value.strip()]
-    if empty:
-        raise _missing("text", name, empty, split)
-    return values
+    groups = {
+        name: _group_names(part.columns[name], name, split)
+        for name in wanted.others
+        if name in part.columns
+    }
+    found = Values(split, texts, pairs, labels, groups, left_out, names, part.notes)
+    return _bare_labels(found.take(kept) if left_out else found, left_out)
 
 
-def _labels(table: pa.Table, name: str, split: str) -> list:
-    column = _plain(table[name])
-    kind = column.type
-    is_number = pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_floating(kind)
-    if not (is_number or _is_text(kind) or pa.types.is_null(kind)):
+def _bare_labels(found: Values, left_out: Counter[str]) -> Values:
+    """The values with labels without white space around them, and a remark where there was some."""
+    labels, notes = found.labels, found.notes
+    spaced = sum(isinstance(label, str) and label != label.strip() for label in labels or ())
+    if labels is not None and spaced:
+        labels = [label.strip() if isinstance(label, str) else label for label in labels]
+        of = f"{counted(spaced, 'label')} of the {found.split} set"
+        said = f"{of}: white space around a label is no part of it"
+        notes = (*notes, said)
+    return replace(found, labels=labels, notes=notes, left_out=left_out)
+
+
+def hidden(part: Part, label: str | None, known: Iterable[Any]) -> bool:
+    """Whether a split keeps its labels secret: all are missing, or -1, which is none of those
+    `known`.
+
+    Test sets of public contests come so; the validation set is then the one to test on.
+    """
+    if label is None or not part.rows:
+        return False
+    values = {str(value).strip() for value in part.columns[label] if not _is_absent(value)}
+    return not values or (values <= NONE and NONE.isdisjoint(map(str, known)))
+
+
+def _strings(part: Part, name: str, split: str) -> list[str | None]:
+    """The texts of a column, None where there is none; numbers are texts where the file states no
+    types.
+    """
+    values = part.columns[name]
+    if all(value is None or isinstance(value, str) for value in values):
+        found = values
+    elif name in part.types or not all(isinstance(v, str | int | float | None) for v in values):
+        if turns.are_messages(values):
+            found = turns.of_messages(values)
+        else:
+            kind = part.types.get(name) or _kind(values)
+            raise BadInput(
+                f"expected strings in column {name!r} of the {split} set, found {kind}; name a "
+                "text column"
+            )
+    else:
+        found = [None if _is_absent(value) else _written(value) for value in values]
+    found = [value if value is None or value.strip() else None for value in found]
+    try:
+        "".join(value for value in found if value).encode()
+    except UnicodeEncodeError as error:
         raise BadInput(
-            f"expected whole numbers, true/false or strings in column {name!r} of the {split} set, found {kind}; "
+            f"expected text in column {name!r} of the {split} set, found half of a character "
+            f"({error.object[error.start : error.start + 1]!r}); write the file again"
+        ) from None
+    return found
+
+
+def _labels(part: Part, name: str, split: str, stated: Sequence[str]) -> list[Any]:
+    values = part.columns[name]
+    if not all(isinstance(value, str | int | float | None) for value in values):
+        kind = part.types.get(name) or _kind(values)
+        raise BadInput(
+            f"expected texts, numbers or true/false in column {name!r} of the {split} set, found "
+            f"{kind}; "
             "name a label column"
         )
-    values = column.to_pylist()
-    absent = [row for row, value in enumerate(values, start=1) if _is_absent(value)]
-    if absent:
-        raise _missing("label", name, absent, split)
-    if not pa.types.is_floating(kind):
-        return values
-    # Other tools write whole numbers as floats once a single value was missing on the way.
-    if broken := next((value for value in values if not float(value).is_integer()), None):
-        raise BadInput(
-            f"expected classes in column {name!r} of the {split} set, found {broken}; name a label column"
-        )
-    return [int(value) for value in values]
+    return [None if _is_absent(value) or (stated and value == -1) else value for value in values]
 
 
-def _is_absent(value: float | str | None) -> bool:
-    return (
-        value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
-    )
+def _written(value: float | str) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _group_names(table: pa.Table, name: str, split: str) -> list[str]:
-    values = table[name].to_pylist()
+def _kind(values: Sequence[Any]) -> str:
+    """The kind of the first value that is neither text nor number, in words."""
+    other = next(value for value in values if not isinstance(value, str | int | float | None))
+    return {"list": "a list", "dict": "an object"}.get(type(other).__name__, type(other).__name__)
+
+
+def _is_absent(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _group_names(values: list[Any], name: str, split: str) -> list[str]:
     absent = [row for row, value in enumerate(values, start=1) if value is None]
     if absent and split == "train":
-        raise _missing("group", name, absent, split)
+        raise BadInput(
+            f"expected a group in column {name!r} of every row, found {len(absent)} empty in the "
+            f"{split} set, "
+            f"the first in row {absent[0]} (counted from 1); fill or remove them"
+        )
     return [str(value) for value in values]
-
-
-def _missing(what: str, name: str, rows: list[int], split: str) -> BadInput:
-    return BadInput(
-        f"expected a {what} in column {name!r} of every row, found {len(rows)} empty in the {split} set, "
-        f"the first in row {rows[0]} (counted from 1); fill or remove them"
-    )
-
-
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return (
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )

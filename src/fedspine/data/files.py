@@ -1,38 +1,53 @@
-"""Local data files as Arrow tables: one file, or a folder whose file names say which split they hold.
+"""Local data files: one file, or a folder whose names say which split each file holds.
 
-A folder may hold one file per split (`train.csv`, `test.csv`), shards (`train-00000-of-00002.parquet`), or either of
-them one level down in `data/`, as downloads from the Hugging Face Hub do.
+A folder may hold one file per split (`train.csv`, `test.csv`), shards
+(`train-00000-of-00002.parquet`, `part-0.csv`), a folder per split (`train/*.parquet`), either of
+them one level down, as downloads from the Hugging Face Hub do, or what `save_to_disk` of `datasets`
+writes.
 """
 
-import io
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
-
+from fedspine.data import arrow, json_rows, separated
+from fedspine.data.decode import COMPRESSED, text_of
+from fedspine.data.parts import Part, Pick, Read, Unreadable, joined, listed
 from fedspine.errors import BadInput, unknown
 
 SPLITS = {
     "train": "train", "training": "train", "test": "test",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
 }  # fmt: skip
-_LARGEST_BLOCK = 2**30  # bytes; Arrow counts them in 32 bits
 _SHARD = re.compile(r"-(\d+)-of-(\d+)$")
+_NUMBERED = re.compile(r"([a-z]*)[-_.]?\d+")  # part-00000-c000, 0000, data-00000-of-00002
+ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
-def read(path: Path, strings: Sequence[str]) -> dict[str, pa.Table]:
-    """The tables at `path`, an existing file or folder, by split: "train", and "test" or "validation" where they exist.
+def source(path: Path, encoding: str | None = None) -> dict[str, Read]:
+    """A reader for each split at `path`, a file or folder: "train", and "test" or "validation"
+    where they exist.
 
-    A single file is all "train". The columns named in `strings` are read as text even where a CSV file holds only
-    numbers in them. Raises BadInput for an unknown format, an unreadable file, or a folder without training files.
+    A single file is all "train". `encoding` is that of text files which are not UTF-8. Raises
+    BadInput for an unknown format or a folder without training files; a reader raises it for a file
+    that cannot be read.
     """
+    if path.is_dir() and (saved := _saved(path)):
+        return saved
     files = _in_folder(path) if path.is_dir() else {"train": [path]}
-    return {split: _table(shards, strings) for split, shards in files.items()}
+    return {split: partial(_shards, shards, encoding) for split, shards in files.items()}
+
+
+def has_training_file(folder: Path) -> bool:
+    """Whether a file or folder of rows is called after the training split, here or in `data/`."""
+    within = [path for sub in (folder, folder / "data") for path in _data_files(sub)]
+    return any(split_of(_stem(path)) == "train" for path in within) or bool(
+        _saved(folder) or _folder_for_each_split(folder)
+    )
 
 
 def split_of(name: str) -> str | None:
@@ -46,48 +61,135 @@ def split_of(name: str) -> str | None:
     return SPLITS.get(re.split(r"[-_.]", name.lower(), maxsplit=1)[0])
 
 
+def format_of(path: Path) -> str:
+    """The last suffix of a file's name without that of its compression, in lower case; "" without
+    one.
+
+    >>> format_of(Path("train.CSV.gz")), format_of(Path("rows.parquet"))
+    ('.csv', '.parquet')
+    """
+    return Path(_without_compression(path)).suffix.lower()
+
+
 def one_line(error: Exception) -> str:
     """The message of another library's error, in one line and at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
 
 
+def _without_compression(path: Path) -> str:
+    return path.stem if path.suffix.lower() in COMPRESSED else path.name
+
+
+def _stem(path: Path) -> str:
+    return Path(_without_compression(path)).stem
+
+
+# --- folders ---
+
+
 def _in_folder(folder: Path) -> dict[str, list[Path]]:
-    found = _data_files(folder) or _data_files(folder / "data")
+    if by_folder := _folder_for_each_split(folder):
+        return by_folder
+    found = _data_files(folder)
     if not found:
+        below = [sub for sub in _folders(folder) if _data_files(sub) or _folder_for_each_split(sub)]
+        named = [sub for sub in below if sub.name == "data"] or below
+        if len(named) == 1:
+            return _in_folder(named[0])
+        several = f"found {listed(f'{sub.name}/' for sub in below)}; name one of these folders"
         raise BadInput(
-            f"expected data files ({_formats()}) in the folder {str(folder)!r}, found none; "
-            "put train.* and test.* there, or name another folder"
+            f"expected data files ({_formats()}) in the folder {str(folder)!r}, "
+            + (
+                several
+                if below
+                else "found none; put train.* and test.* there, or name another folder"
+            )
         )
-    splits: dict[str, list[Path]] = {}
-    for path in found:
-        if split := split_of(path.stem):
-            splits.setdefault(split, []).append(path)
-    if not splits and len(found) == 1:
-        return {"train": found}
+    splits = _by_name(found, lambda path: split_of(_stem(path)))
+    if "train" not in splits:
+        splits = _by_name(found, _split_within) or splits
+    if not splits and (len(found) == 1 or _are_shards(found)):
+        return {"train": _of_one_split("train", found)}
     if "train" not in splits:
         raise BadInput(
             f"expected a file train.* in the folder {str(folder)!r}, "
-            f"found {', '.join(path.name for path in found[:8])}; name the training file train.*, or name one file"
+            f"found {listed(path.name for path in found)}; name the training file train.*, or name "
+            "one file"
         )
     return {split: _of_one_split(split, paths) for split, paths in splits.items()}
 
 
+def _folder_for_each_split(folder: Path) -> dict[str, list[Path]]:
+    """The files of train/, test/ and validation/, each of them all shards of its split; none
+    without train/.
+    """
+    splits: dict[str, list[Path]] = {}
+    for sub in _folders(folder):
+        split = SPLITS.get(sub.name.lower())
+        if split and (found := _data_files(sub)):
+            if split in splits:
+                raise BadInput(
+                    f"expected one folder for the {split} split in {str(folder)!r}, found "
+                    f"{splits[split][0].parent.name} "
+                    f"and {sub.name}; keep one of them"
+                )
+            splits[split] = found
+    if "train" not in splits:
+        return {}
+    return {split: _of_one_split(split, paths) for split, paths in splits.items()}
+
+
+def _by_name(found: list[Path], split: Callable[[Path], str | None]) -> dict[str, list[Path]]:
+    splits: dict[str, list[Path]] = {}
+    for path in found:
+        if name := split(path):
+            splits.setdefault(name, []).append(path)
+    return splits
+
+
+def _split_within(path: Path) -> str | None:
+    """The one split that any word of the name stands for: reviews_train."""
+    words = {SPLITS[word] for word in re.split(r"[-_.]", _stem(path).lower()) if word in SPLITS}
+    return words.pop() if len(words) == 1 else None
+
+
+def _are_shards(found: list[Path]) -> bool:
+    """Whether all names are one word, or none, with a number: part-0, part-1; 0000, 0001."""
+    matches = [_NUMBERED.match(_stem(path).lower()) for path in found]
+    return all(matches) and len({match[1] for match in matches if match}) == 1
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("[!._]*") if path.is_dir())
+
+
 def _data_files(folder: Path) -> list[Path]:
+    """In the order of their names, in which numbers count as numbers: part-2 before part-10."""
+    found = [
+        path
+        for path in folder.glob("[!._]*")
+        if path.is_file() and format_of(path) in READERS and path.name not in ABOUT
+    ]
     return sorted(
-        path for path in folder.glob("[!.]*") if path.is_file() and path.suffix.lower() in READERS
+        found,
+        key=lambda path: [
+            (len(n), n) if n.isdigit() else (0, n) for n in re.split(r"(\d+)", path.name)
+        ],
     )
 
 
 def _of_one_split(split: str, paths: list[Path]) -> list[Path]:
-    # A file named exactly after the split is the split: what lies beside it (train_old.csv) is something else.
-    exact = [path for path in paths if path.stem.lower() in SPLITS]
+    # A file named exactly after the split is the split: what lies beside it (train_old.csv) is
+    # something else.
+    exact = [path for path in paths if _stem(path).lower() in SPLITS]
     chosen = exact or paths
-    shards = [match for path in chosen if (match := _SHARD.search(path.stem))]
-    names = ", ".join(path.name for path in chosen[:8])
-    if exact[1:] or len({path.suffix.lower() for path in chosen}) > 1:
+    shards = [match for path in chosen if (match := _SHARD.search(_stem(path)))]
+    names = listed(path.name for path in chosen)
+    if exact[1:] or len({format_of(path) for path in chosen}) > 1:
         raise BadInput(
-            f"expected one file or one set of shards for the {split} split, found {names}; keep one of them"
+            f"expected one file or one set of shards for the {split} split, found {names}; keep "
+            "one of them"
         )
     if shards and (
         len(shards) < len(chosen) or any(int(match[2]) != len(chosen) for match in shards)
@@ -99,78 +201,117 @@ def _of_one_split(split: str, paths: list[Path]) -> list[Path]:
     return chosen
 
 
-def _table(paths: list[Path], strings: Sequence[str]) -> pa.Table:
-    tables = []
-    for path in paths:
-        suffix = path.suffix.lower()
-        if suffix not in READERS:
-            raise unknown(f"file format of {path.name!r}:", suffix, READERS)
-        try:
-            table = READERS[suffix](path, strings)
-            table.validate(full=True)  # not every reader checks that strings are UTF-8
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            NotImplementedError,
-        ) as error:  # pyarrow's own errors are among these
+# --- what `save_to_disk` writes ---
+
+
+def _saved(folder: Path) -> dict[str, Read]:
+    """A reader for each split of a folder that `save_to_disk` of `datasets` wrote; none for any
+    other folder.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        named = _about(folder / "dataset_dict.json").get("splits")
+        known = {split_of(str(name)): folder / str(name) for name in named or ()}
+        splits = {split: sub for split, sub in known.items() if split is not None}
+        if "train" not in splits:
             raise BadInput(
-                f"cannot read {str(path)!r} as {suffix[1:]}: {one_line(error)}; repair the file or write it again"
-            ) from error
-        tables.append(table)
-    if not tables[1:]:
-        return tables[0]
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException as error:
+                f"expected a split 'train' in {str(folder)!r}, found {listed(named or ['none'])}; "
+                "name the folder of one of them"
+            )
+        return {split: partial(_saved_split, sub) for split, sub in splits.items()}
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        return {"train": partial(_saved_split, folder)}
+    return {}
+
+
+def _saved_split(folder: Path, pick: Pick) -> Part:
+    state, info = _about(folder / "state.json"), _about(folder / "dataset_info.json")
+    if state.get("_indices_data_files"):
         raise BadInput(
-            f"expected the same columns in every shard, {paths[0].name} to {paths[-1].name}: {one_line(error)}; "
-            "write the shards again from one table"
+            f"{str(folder)!r} names rows by an index of their own; call flatten_indices() before "
+            "save_to_disk"
+        )
+    try:
+        files = [folder / entry["filename"] for entry in state["_data_files"]]
+    except (KeyError, TypeError):
+        files = []
+    features = info.get("features")
+    features = features if isinstance(features, Mapping) else {}
+    if not files or (missing := [path.name for path in files if not path.is_file()]):
+        names = listed(missing) if files else "any file"
+        raise BadInput(
+            f"expected the files that state.json of {str(folder)!r} names, found no {names}; save "
+            "the data again"
+        )
+    return joined(
+        [_readable(path, lambda path: arrow.ipc(path, pick, features), path) for path in files]
+    )
+
+
+def _about(path: Path) -> dict[str, Any]:
+    def read(path: Path) -> dict[str, Any]:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
+        return found
+
+    return _readable(path, read, path)
+
+
+# --- files ---
+
+
+def _shards(paths: list[Path], encoding: str | None, pick: Pick) -> Part:
+    return joined([_file(path, encoding, pick) for path in paths])
+
+
+def _file(path: Path, encoding: str | None, pick: Pick) -> Part:
+    form = format_of(path)
+    if form not in READERS or (form in BINARY and path.suffix.lower() in COMPRESSED):
+        raise unknown(f"file format of {path.name!r}:", path.suffix.lower(), READERS)
+    return _readable(path, READERS[form], path, encoding, pick)
+
+
+def _readable(path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return read(*arguments)
+    except BadInput:
+        raise
+    except Unreadable as error:
+        raise BadInput(
+            f"cannot read {str(path)!r} as {_format_name(path)}: {error}; {error.do}"
+        ) from None
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        # pyarrow's own errors are among these
+        raise BadInput(
+            f"cannot read {str(path)!r} as {_format_name(path)}: {one_line(error)}; "
+            "repair the file or write it again"
         ) from error
 
 
-def _parquet(path: Path, strings: Sequence[str]) -> pa.Table:
-    # One file and not Arrow's data set reader, which would take folders named key=value for columns.
-    with pyarrow.parquet.ParquetFile(path) as file:
-        return file.read()
+def _format_name(path: Path) -> str:
+    return format_of(path).removeprefix(".")
 
 
-def _separated(delimiter: str) -> Callable[[Path, Sequence[str]], pa.Table]:
-    def read_separated(path: Path, strings: Sequence[str]) -> pa.Table:
-        return pyarrow.csv.read_csv(
-            path,
-            read_options=pyarrow.csv.ReadOptions(block_size=_one_block(path.stat().st_size)),
-            parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(strings, pa.string())
-            ),
-        )
-
-    return read_separated
+def _separated(path: Path, encoding: str | None, pick: Pick) -> Part:
+    found = separated.part(text_of(path, encoding), format_of(path), pick)
+    return replace(found, notes=tuple(f"{path.name}: {note}" for note in found.notes))
 
 
-def _json(path: Path, strings: Sequence[str]) -> pa.Table:
-    data = path.read_bytes()
-    if data.lstrip()[:1] == b"[":  # one JSON list of objects instead of one object a line
-        data = "\n".join(json.dumps(row) for row in json.loads(data)).encode()
-    options = pyarrow.json.ReadOptions(block_size=_one_block(len(data)))
-    return pyarrow.json.read_json(io.BytesIO(data), read_options=options)
-
-
-def _one_block(file_bytes: int) -> int:
-    # Arrow's own megabyte refuses the file where one row, a whole book say, is longer than that.
-    return min(max(file_bytes, 1), _LARGEST_BLOCK)
+def _json(path: Path, encoding: str | None, pick: Pick) -> Part:
+    return json_rows.part(text_of(path, encoding), pick)
 
 
 def _formats() -> str:
     return ", ".join(sorted(READERS))
 
 
-READERS: dict[str, Callable[[Path, Sequence[str]], pa.Table]] = {
-    ".parquet": _parquet,
-    ".csv": _separated(","),
-    ".tsv": _separated("\t"),
+READERS: dict[str, Callable[[Path, str | None, Pick], Part]] = {
+    ".parquet": lambda path, _encoding, pick: arrow.parquet(path, pick),
+    ".arrow": lambda path, _encoding, pick: arrow.ipc(path, pick),
+    ".csv": _separated,
+    ".tsv": _separated,
     ".jsonl": _json,
     ".ndjson": _json,
     ".json": _json,
 }
+BINARY = (".parquet", ".arrow")

@@ -1,26 +1,30 @@
-"""Data sets of the Hugging Face Hub, through the optional package `datasets` (`pip install 'fedspine[hub]'`)."""
+"""Data sets of the Hugging Face Hub, through the optional package `datasets` (`pip install
+'fedspine[hub]'`).
+"""
 
-import json
+from typing import Any
 
-import pyarrow as pa
-
+from fedspine.data import arrow
 from fedspine.data.files import one_line, split_of
+from fedspine.data.parts import Part, Pick, Read, listed
 from fedspine.errors import BadInput
 
 
-def read(name: str, label: str) -> dict[str, pa.Table]:
-    """The tables of the data set `name` by split: "train", and "test" or "validation" where they exist.
+def source(name: str) -> dict[str, Read]:
+    """A reader for each split of the data set `name`: "train", and "test" or "validation" where
+    they exist.
 
-    `name` is a Hub id, with a configuration after a colon where the data set has several (`nyu-mll/glue:sst2`), or a
-    local folder that `datasets` can load. The class names of the column `label` become the schema metadata
-    `label_names`. Raises BadInput without the package, without the data set, or without a training split.
+    `name` is a Hub id, with a configuration after a colon where the data set has several
+    (`nyu-mll/glue:sst2`), or a local folder that `datasets` can load. Raises BadInput without the
+    package, without the data set, or without a training split.
     """
     try:
         import datasets
         from huggingface_hub.utils import logging
     except ImportError as error:
         raise BadInput(
-            f"reading {name!r} from the Hugging Face Hub needs the package datasets: pip install 'fedspine[hub]'"
+            f"reading {name!r} from the Hugging Face Hub needs the package datasets: pip install "
+            "'fedspine[hub]'"
         ) from error
     logging.set_verbosity_error()  # not a line for each time that it tries again
     identifier, _, configuration = name.partition(":")
@@ -31,7 +35,8 @@ def read(name: str, label: str) -> dict[str, pa.Table]:
     ) as error:  # the loader passes on whatever its network, file and builder libraries raise
         raise BadInput(
             f"the Hugging Face Hub does not give {name!r}: {one_line(error)}; "
-            "check the name and the network, and name a configuration after a colon, as in 'nyu-mll/glue:sst2'"
+            "check the name and the network, and name a configuration after a colon, as in "
+            "'nyu-mll/glue:sst2'"
         ) from error
     splits = {
         split_of(split): part
@@ -40,20 +45,22 @@ def read(name: str, label: str) -> dict[str, pa.Table]:
     }
     if "train" not in splits:
         raise BadInput(
-            f"expected a split 'train' in {name!r} of the Hugging Face Hub, found {', '.join(map(str, loaded))}; "
+            f"expected a split 'train' in {name!r} of the Hugging Face Hub, found "
+            f"{listed(loaded)}; "
             "name another data set or configuration"
         )
-    return {split: _table(part, label) for split, part in splits.items()}
+    return {split: _reader(part) for split, part in splits.items() if split is not None}
 
 
 _TESTS = ("test", "validation", "dev")
 
 
-def _table(part, label: str) -> pa.Table:
-    table = part.with_format("arrow")[:]
-    names = getattr(part.features.get(label), "names", None)
-    return (
-        table
-        if names is None
-        else table.replace_schema_metadata({"label_names": json.dumps(names)})
-    )
+def _reader(split: Any) -> Read:
+    def read(pick: Pick) -> Part:
+        names = {
+            column: {"names": getattr(feature, "names", None)}
+            for column, feature in split.features.items()
+        }
+        return arrow.part(split.with_format("arrow")[:], pick, features=names)
+
+    return read

@@ -1,21 +1,22 @@
-"""A data set as the rest of the library sees it: texts, pairs and labels of a train and a test split, checked once.
+"""A data set as the rest of the library sees it: texts, pairs and labels of a train and a test
+split, checked once.
 
-Whatever is wrong with the data is found here, as one `BadInput`, so nothing after this checks texts or labels again.
+Whatever is wrong with the data is found here, as one `BadInput`, so nothing after this checks texts
+or labels again.
 """
 
-import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
-import pyarrow as pa
 
-from fedspine.data import files, hub, pydocs
-from fedspine.data.columns import Values, Wanted, checked
+from fedspine.data import classes, files, hub, pydocs
+from fedspine.data.columns import Values, Wanted, checked, hidden, picker
+from fedspine.data.parts import Part, Pick, Read, listed
 from fedspine.errors import BadInput, nearest, unknown
 from fedspine.task import BUILT_IN_DATA, Kind
 
@@ -29,10 +30,11 @@ _SPLIT_SEED = 20260101  # the same rows for everyone, whatever the seed of a run
 
 @dataclass(frozen=True)
 class Rows:
-    """One split: `texts` and, for pairs of sentences, `pairs` of the same length; `labels` int64 [rows].
+    """One split: `texts` and, for pairs of sentences, `pairs` of the same length; `labels` int64
+    [rows].
 
-    `pairs` is None without a second sentence, `labels` is None for language modelling. `columns` holds the columns a
-    partition may need, as strings.
+    `pairs` is None without a second sentence, `labels` is None for language modelling. `columns`
+    holds the columns a partition may need, as strings.
     """
 
     texts: tuple[str, ...]
@@ -46,9 +48,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A train and a test split with the same classes; `natural` is the column that names a natural device, if any.
+    """A train and a test split with the same classes; `natural` is the column that names a natural
+    device, if any.
 
-    A label is an index into `label_names`, which is empty for language modelling.
+    A label is an index into `label_names`, which is empty for language modelling. `left_out` counts
+    the rows of both splits that are not in them, by reason; `remarks` says it with the other
+    `notes` about how the data was read.
     """
 
     name: str
@@ -56,6 +61,8 @@ class Dataset:
     test: "Rows | ArrayRows"
     label_names: tuple[str, ...]
     natural: str | None
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def load(
@@ -66,11 +73,14 @@ def load(
     pair: str | None = None,
     label: str = "label",
     group: str | None = None,
+    encoding: str | None = None,
 ) -> Dataset:
-    """The data set named `data`: a built-in name, a local file or folder, or an id of the Hugging Face Hub.
+    """The data set named `data`: a built-in name, a local file or folder, or an id of the Hugging
+    Face Hub.
 
-    `text`, `pair` (for kind "pair", "text2" if not named) and `label` name columns; `group` names one more to keep in
-    `Rows.columns` for a partition. Where the data has no test rows, a random fifth with a fixed seed is taken from the
+    `text`, `pair` (for kind "pair", "text2" if not named) and `label` name columns; `group` names
+    one more to keep in `Rows.columns` for a partition. `encoding` is that of text files which are
+    not UTF-8. Where the data has no test rows, a random fifth with a fixed seed is taken from the
     training rows. Raises BadInput for data that cannot be found, read or used, saying what to do.
 
     >>> data = load("pydoc-topics", kind="classification")
@@ -78,19 +88,47 @@ def load(
     (('interface', 'network', 'language'), 'file')
     """
     wanted = _wanted(data, kind, text, pair, label, group)
-    table, test_table = _train_and_test(_tables(data, wanted, label), wanted)
-    train = checked(table, wanted, "train")
-    train, test = (
-        _held_out(train) if test_table is None else (train, checked(test_table, wanted, "test"))
-    )
-    names, code = _classes(train.labels, _stated_names(table, wanted.label), label)
+    train, test, notes = _train_and_test(_source(data, encoding), wanted)
+    left_out = train.left_out + (test.left_out if test is not None else Counter())
+    splits = [train] if test is None else [train, test]
+    notes += [note for split in splits for note in split.notes]
+    if wanted.label is None:
+        names: tuple[str, ...] = ()
+        coded = [_rows(split, None) for split in splits]
+    else:
+        spelled = classes.texts(splits)
+        names = classes.named(train, spelled[0], label)
+        notes += classes.look_alike(names)
+        coded = [
+            _rows(split, classes.numbers(texts, names, label))
+            for split, texts in zip(splits, spelled, strict=True)
+        ]
+    of_train, of_test = coded if coded[1:] else _held_out(coded[0])
     return Dataset(
         name=data,
-        train=_coded(train, code, label),
-        test=_coded(test, code, label),
+        train=of_train,
+        test=of_test,
         label_names=names,
         natural=_NATURAL.get(data),
+        left_out=dict(left_out),
+        notes=tuple(notes),
     )
+
+
+def remarks(data: Dataset) -> tuple[str, ...]:
+    """What a user should know about how the data was read, each in one line: the rows left out
+    first.
+
+    >>> rows = Rows(("a",), None, None, {})
+    >>> remarks(Dataset("x.csv", rows, rows, (), None, left_out={"no text": 1, "no label": 2}))
+    ('3 of 5 rows are left out: 1 with no text, 2 with no label',)
+    """
+    left = sum(data.left_out.values())
+    if not left:
+        return data.notes
+    rows = len(data.train) + len(data.test) + left
+    reasons = ", ".join(f"{count:,} with {reason}" for reason, count in data.left_out.items())
+    return (f"{left:,} of {rows:,} rows are left out: {reasons}", *data.notes)
 
 
 def load_stated(
@@ -102,42 +140,50 @@ def load_stated(
     pair: str | None = None,
     label: str = "label",
     spelled: Mapping[str, str] | None = None,
+    encoding: str | None = None,
 ) -> Rows:
-    """All training rows of `data`, whose labels index `label_names`, the classes that somebody else states.
+    """All training rows of `data`, whose labels index `label_names`, the classes that somebody else
+    states.
 
-    For a site that holds a part of a federated task: it may lack classes, so its own values cannot number them. A value
-    means the class that `spelled` gives it, else the one that the data's own class names give a number, else the class
-    of its name; so the rows get the numbers that `load` gives them in a data set with all classes. Nothing is held out
-    for testing. Raises BadInput as `load` does, and for a value that is none of the classes.
+    For a site that holds a part of a federated task: it may lack classes, so its own values cannot
+    number them. A value means the class that `spelled` gives it, else the one that the data's own
+    class names give a number, else the class of its name; so the rows get the numbers that `load`
+    gives them in a data set with all classes. Nothing is held out for testing. Raises BadInput as
+    `load` does, and for a value that is none of the classes.
     """
     wanted = _wanted(data, kind, text, pair, label, None)
-    table = _tables(data, wanted, label)["train"]
-    rows = checked(table, wanted, "train")
-    own = _stated_names(table, wanted.label)
-    code: dict[str, int] = {}
-    for value in dict.fromkeys(rows.labels or ()):
-        if (name := _stated_class(value, own, spelled or {}, label_names)) is None:
-            raise BadInput(
-                f"expected only the classes {', '.join(map(repr, label_names))} in column {label!r}, found {value!r}; "
-                "say which class it means, or remove such rows"
-            )
-        code[str(value)] = list(label_names).index(name)
-    return _coded(rows, code, label)
+    train = checked(_source(data, encoding)["train"](picker(wanted, "train")), wanted, "train")
+    if train.labels is None:
+        return _rows(train, None)
+    numbers = []
+    known: dict[tuple[str, type], int] = {}
+    for value, spelling in zip(train.labels, classes.texts([train])[0], strict=True):
+        key = spelling, type(value)
+        if key not in known:
+            name = _stated_class(value, spelling, spelled or {}, label_names)
+            if name is None:
+                raise BadInput(
+                    f"expected only the classes {listed(map(repr, label_names))} in column "
+                    f"{label!r}, found {value!r}; "
+                    "say which class it means, or remove such rows"
+                )
+            known[key] = list(label_names).index(name)
+        numbers.append(known[key])
+    return _rows(train, numbers)
 
 
 def _stated_class(
-    value: int | bool | str, own: Sequence[str], spelled: Mapping[str, str], known: Sequence[str]
+    value: Any, spelling: str, spelled: Mapping[str, str], known: Sequence[str]
 ) -> str | None:
-    """The class that a value means, or None where it is none of those known."""
-    names = [str(value)]
-    if isinstance(
-        value, bool
-    ):  # a file with yet other values than true and false holds these as text
-        names.append(str(value).lower())
-    if str(value) in spelled:
-        names = [spelled[str(value)]]
-    elif type(value) is int and 0 <= value < len(own):
-        names.insert(0, own[value])
+    """The class that a value means, or None where it is none of those known; true and false in any
+    case are alike.
+    """
+    written = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    names = [spelling, written]
+    if written.lower() in ("true", "false"):
+        names += [written.capitalize(), written.lower()]
+    if stated := next((spelled[name] for name in (written, *names) if name in spelled), None):
+        names = [stated]
     return next((name for name in names if name in known), None)
 
 
@@ -148,7 +194,8 @@ def _wanted(
         raise unknown("kind of task", kind, get_args(Kind))
     if pair is not None and kind != "pair":
         raise BadInput(
-            f"expected no pair column for kind {kind!r}, came {pair!r}; set kind 'pair' or leave it out"
+            f"expected no pair column for kind {kind!r}, came {pair!r}; set kind 'pair' or leave "
+            "it out"
         )
     others = tuple(dict.fromkeys(name for name in (group, _NATURAL.get(data)) if name is not None))
     return Wanted(
@@ -162,25 +209,24 @@ def _wanted(
 # --- finding and reading ---
 
 
-def _tables(data: str, wanted: Wanted, label: str) -> dict[str, pa.Table]:
+def _source(data: str, encoding: str | None) -> Mapping[str, Read]:
+    """A reader for each split."""
     if data in BUILT_IN_DATA:
-        return {"train": _pydoc_topics()}
+        return {"train": _pydoc_topics}
     if not data.strip():
         raise BadInput(
-            f"expected the name of a data set, came {data!r}; name {BUILT_IN_DATA[0]!r}, a path or a Hub id"
+            f"expected the name of a data set, came {data!r}; name {BUILT_IN_DATA[0]!r}, a path or "
+            "a Hub id"
         )
     path = Path(os.path.expanduser(data))
     if os.path.exists(
         path
     ):  # which, unlike Path.exists, takes a name that no file can have for an absent one
-        strings = [
-            name for name in (wanted.text, wanted.pair, *wanted.others) if name not in (None, label)
-        ]
-        return files.read(path, strings)
+        return files.source(path, encoding)
     if (
         data.startswith((".", "/", "~"))
         or path.is_absolute()
-        or path.suffix.lower() in files.READERS
+        or files.format_of(path) in files.READERS
     ):
         beside = [other.name for other in path.parent.glob("*")]
         raise BadInput(
@@ -188,7 +234,7 @@ def _tables(data: str, wanted: Wanted, label: str) -> dict[str, pa.Table]:
             f"check the path{_meant(path.name, beside)}"
         )
     try:
-        return hub.read(data, label)
+        return hub.source(data)
     except BadInput as error:
         raise BadInput(
             f"{data!r} is not built in (known: {', '.join(BUILT_IN_DATA)}), not a path here, "
@@ -201,59 +247,68 @@ def _meant(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {guess!r}?" if guess else ""
 
 
-def _pydoc_topics() -> pa.Table:
-    topics = list(pydocs.TOPICS)
+def _pydoc_topics(pick: Pick) -> Part:
+    topics = tuple(pydocs.TOPICS)
     texts, names, origins = zip(*pydocs.read(), strict=True)
-    table = pa.table(
-        {"text": texts, "label": [topics.index(name) for name in names], "file": origins}
+    table = {"text": texts, "label": [topics.index(name) for name in names], "file": origins}
+    columns = list(table.items())
+    picked = {name: columns[place] for name, place in pick(list(table)).items()}
+    return Part(
+        columns={name: list(values) for name, (_, values) in picked.items()},
+        rows=len(texts),
+        stated={name: topics for name, (column, _) in picked.items() if column == "label"},
     )
-    return table.replace_schema_metadata({"label_names": json.dumps(topics)})
 
 
 def _train_and_test(
-    splits: Mapping[str, pa.Table], wanted: Wanted
-) -> tuple[pa.Table, pa.Table | None]:
+    source: Mapping[str, Read], wanted: Wanted
+) -> tuple[Values, Values | None, list[str]]:
+    """The checked splits, the second None where the data has none with labels; and remarks."""
+    notes = []
+    train = checked(source["train"](picker(wanted, "train")), wanted, "train")
     for name in ("test", "validation"):
-        if name in splits and not _hides_labels(splits[name], wanted.label):
-            return splits["train"], splits[name]
-    return splits["train"], None
-
-
-def _hides_labels(table: pa.Table, label: str | None) -> bool:
-    # Test sets of public contests come with -1 for every label; the validation set is then the one to test on.
-    if (
-        label is None
-        or table.schema.names.count(label) != 1
-        or not pa.types.is_integer(table.schema.field(label).type)
-    ):
-        return False
-    return set(table[label].to_pylist()) == {-1}
-
-
-def _stated_names(table: pa.Table, label: str | None) -> tuple[str, ...]:
-    """The class names that the data itself gives: `label_names`, or what `datasets` writes to Parquet."""
-    metadata = table.schema.metadata or {}
-    names = None
-    with suppress(
-        ValueError, KeyError, TypeError
-    ):  # metadata is anybody's; without names there the values are names
-        names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
-    with suppress(ValueError, KeyError):
-        names = json.loads(metadata[b"label_names"])
-    is_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return tuple(names) if is_names else ()
+        if name not in source:
+            continue
+        part = source[name](picker(wanted, "test"))
+        if not hidden(part, wanted.label, train.labels or ()):
+            return train, checked(part, wanted, "test", train.stated), notes
+        more = name == "test" and "validation" in source
+        instead = "the validation set" if more else "a fifth of the training rows"
+        notes.append(f"no row of the {name} set shows its label, so {instead} is for testing")
+    return train, None, notes
 
 
 # --- splitting and numbering ---
 
 
-def _held_out(rows: Values) -> tuple[Values, Values]:
-    kept, held = held_out(rows.labels, len(rows.texts))
-    return rows.take(kept), rows.take(held)
+def _held_out(rows: Rows) -> tuple[Rows, Rows]:
+    kept, held = held_out(rows.labels, len(rows))
+    return _taken(rows, kept), _taken(rows, held)
+
+
+def _taken(rows: Rows, index: Sequence[int]) -> Rows:
+    return Rows(
+        texts=tuple(rows.texts[row] for row in index),
+        pairs=None if rows.pairs is None else tuple(rows.pairs[row] for row in index),
+        labels=None if rows.labels is None else rows.labels[index],
+        columns={
+            name: tuple(values[row] for row in index) for name, values in rows.columns.items()
+        },
+    )
+
+
+def _rows(values: Values, labels: Sequence[int] | None) -> Rows:
+    return Rows(
+        tuple(values.texts),
+        None if values.pairs is None else tuple(values.pairs),
+        None if labels is None else np.array(labels, np.int64),
+        {name: tuple(column) for name, column in values.columns.items()},
+    )
 
 
 def held_out(labels: Sequence[Any] | np.ndarray | None, rows: int) -> tuple[list[int], list[int]]:
-    """The rows to learn from, and a random fifth for testing, less those of a class that would have no row to learn from.
+    """The rows to learn from, and a random fifth for testing, less those of a class that would have
+    no row to learn from.
 
     Both ascending. Raises BadInput where one of them would be empty.
     """
@@ -270,40 +325,3 @@ def held_out(labels: Sequence[Any] | np.ndarray | None, rows: int) -> tuple[list
             "give more rows, or a test file of their own"
         )
     return sorted(kept), sorted(held)
-
-
-def _classes(
-    values: list | None, stated: Sequence[str], label: str
-) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The class names, and the class of every value of the train set, written as a string."""
-    if values is None:
-        return (), {}
-    distinct = sorted(set(values))
-    if len(distinct) < 2:
-        raise BadInput(
-            f"expected at least 2 classes in column {label!r} of the train set, found only {distinct[0]!r}; "
-            "give rows of another class, or name another label column"
-        )
-    if all(type(value) is int and 0 <= value < len(stated) for value in distinct):
-        return tuple(stated), {str(value): value for value in distinct}
-    names = tuple(str(value) for value in distinct)
-    return names, {name: index for index, name in enumerate(names)}
-
-
-def _coded(rows: Values, code: Mapping[str, int], label: str) -> Rows:
-    labels = None
-    if rows.labels is not None:
-        unseen = [value for value in rows.labels if str(value) not in code]
-        if unseen:
-            raise BadInput(
-                f"expected only labels of the train set in the test set, found {unseen[0]!r} in column {label!r} of "
-                f"{len(unseen)} rows; add such rows to the train set, or remove them from the test set"
-            )
-        labels = np.array([code[str(value)] for value in rows.labels], dtype=np.int64)
-    pairs = None if rows.pairs is None else tuple(rows.pairs)
-    return Rows(
-        tuple(rows.texts),
-        pairs,
-        labels,
-        {name: tuple(values) for name, values in rows.columns.items()},
-    )

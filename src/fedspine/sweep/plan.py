@@ -88,7 +88,7 @@ def _plan(tables: dict[str, Any]) -> list[Cell]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise BadInput(
             "there is no such file; name the TOML file of a sweep (docs/sweeps.md)"

@@ -1,0 +1,133 @@
+"""JSON as rows: one object a line, one list of objects, or the objects of columns that pandas
+writes.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from fedspine.data.parts import Part, Pick, Unreadable, counted, listed
+from fedspine.errors import BadInput
+
+HOW = 'df.to_json(path, orient="records", lines=True)'
+
+
+def part(text: str, pick: Pick) -> Part:
+    """The picked values of every object; what an object lacks is None. Raises Unreadable for what
+    holds no rows.
+    """
+    begin = text.lstrip()[:1]
+    if not begin:
+        raise Unreadable("it is empty", "give a file with rows")
+    if begin == "[":
+        rows = _whole(text)
+    else:
+        lines = [line for line in text.split("\n") if line.strip()]
+        if _goes_on(lines[0]):
+            return _of_object(_whole(text), pick)
+        if not lines[1:] and (columns := _columns(_whole(text))):
+            return _of_object(columns, pick)
+        rows = _lines(text)
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise Unreadable(
+            f"expected one object for each row, found {_first_other(rows)}", f"write it with {HOW}"
+        )
+    return _of_rows(rows, pick)
+
+
+def _of_rows(rows: Sequence[dict[str, Any]], pick: Pick) -> Part:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: [row.get(names[place]) for row in rows] for name, place in pick(names).items()}
+    return Part(columns=columns, rows=len(rows))
+
+
+def _of_object(found: Any, pick: Pick) -> Part:
+    """The rows of one object: of columns, or of rows by their index, as pandas writes either."""
+    columns = _columns(found)
+    if columns is None:
+        keys = listed(found) if isinstance(found, dict) else type(found).__name__
+        raise Unreadable(f"expected rows, found one object of {keys}", f"write it with {HOW}")
+    values = list(columns.values())
+    if isinstance(values[0], list):
+        return _of_rows(
+            [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)], pick
+        )
+    inner = list(values[0])
+    try:
+        pick(list(columns))
+    except BadInput:
+        try:
+            pick(inner)
+        except BadInput:
+            pass
+        else:
+            return _of_rows(values, pick)  # orient="index"
+    return _of_rows([{name: of[row] for name, of in columns.items()} for row in inner], pick)
+
+
+def _columns(found: Any) -> dict[str, Any] | None:
+    """The columns of what pandas writes, each a list, or an object by the same row names; None for
+    anything else.
+    """
+    if not isinstance(found, dict) or not found:
+        return None
+    if set(found) >= {"columns", "data"} and isinstance(found["data"], list):  # orient="split"
+        try:
+            rows = list(zip(*found["data"], strict=True))
+            return {name: list(of) for name, of in zip(found["columns"], rows, strict=True)}
+        except (TypeError, ValueError):
+            return None
+    values = list(found.values())
+    if all(isinstance(value, dict) for value in values):
+        alike = values[0] and all(value.keys() == values[0].keys() for value in values)
+        return found if alike else None
+    if all(isinstance(value, list) for value in values):
+        # a list of objects is a conversation, a value of one row
+        alike = all(len(value) == len(values[0]) for value in values)
+        plain = not any(isinstance(item, dict) for value in values for item in value)
+        return found if alike and plain and values[0] else None
+    return None
+
+
+def _lines(text: str) -> list[Any]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise _broken(f"line {number}: {error}") from None
+    return rows
+
+
+def _whole(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _broken(str(error)) from None
+    except RecursionError:
+        raise _broken("it is nested too deeply") from None
+
+
+def _goes_on(line: str) -> bool:
+    """Whether an object begins in the line that goes on in the next; a row that is broken does not
+    count.
+    """
+    try:
+        json.loads(line)
+    except (json.JSONDecodeError, RecursionError):
+        return bool(re.fullmatch(r"\s*\{\s*(\"[^\"]*\"\s*:\s*[\[{]?\s*)?", line))
+    return False
+
+
+def _broken(reason: str) -> Unreadable:
+    return Unreadable(reason, f"repair the file or write it again with {HOW}")
+
+
+def _first_other(rows: Sequence[Any]) -> str:
+    kinds = {str: "a text", list: "a list", int: "a number", float: "a number"}
+    other = [row for row in rows if not isinstance(row, dict)]
+    if not other:
+        return "none"
+    return f"{kinds.get(type(other[0]), repr(other[0]))} in {counted(len(other), 'place')}"

@@ -1,0 +1,93 @@
+"""What every reader of a file hands on: the wanted columns, with values as the file types them."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedspine.errors import BadInput
+
+Pick = Callable[[Sequence[str]], Mapping[str, int]]
+"""From the names of all columns to where each wanted one stands, by the name it is wanted by."""
+
+MOST = 10  # names in a list of a message
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a file or split: each of `columns` holds one value a row, None where it is missing.
+
+    `types` names the type of a column where the file states one, `stated` the class names that the
+    whole numbers of a column stand for. `notes` are one-line remarks for the user.
+    """
+
+    columns: Mapping[str, list[Any]]
+    rows: int
+    types: Mapping[str, str] = field(default_factory=dict)
+    stated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Unreadable(ValueError):
+    """Why a file cannot be read, and what to do; whoever knows the file's name makes a BadInput of
+    it.
+    """
+
+    def __init__(self, reason: str, do: str) -> None:
+        super().__init__(reason)
+        self.do = do
+
+
+Read = Callable[[Pick], Part]
+"""Reads the columns that are picked."""
+
+
+def joined(parts: Sequence[Part]) -> Part:
+    """The rows of all parts, one after another; raises BadInput for shards that do not fit
+    together.
+    """
+    first = parts[0]
+    if not parts[1:]:
+        return first
+    if any(set(part.columns) != set(first.columns) for part in parts):
+        raise BadInput(
+            "expected the same columns in every shard; write the shards again from one table"
+        )
+    stated: dict[str, tuple[str, ...]] = {}
+    for part in parts:
+        for name, names in part.stated.items():
+            if names and stated.setdefault(name, names) != names:
+                raise BadInput(
+                    f"expected the same class names of column {name!r} in every shard, found "
+                    f"{listed(stated[name])} "
+                    f"and {listed(names)}; write the shards again from one table"
+                )
+    return Part(
+        columns={
+            name: [value for part in parts for value in part.columns[name]]
+            for name in first.columns
+        },
+        rows=sum(part.rows for part in parts),
+        types={name: kind for part in parts for name, kind in part.types.items()},
+        stated=stated,
+        notes=tuple(note for part in parts for note in part.notes),
+    )
+
+
+def listed(names: Iterable[Any], most: int = MOST) -> str:
+    """The first names of a list, in words.
+
+    >>> listed("abcd", most=2)
+    'a, b and 2 more'
+    """
+    known = [str(name) for name in names]
+    shown = ", ".join(known[:most])
+    return f"{shown} and {len(known) - most:,} more" if len(known) > most else shown
+
+
+def counted(number: int, what: str) -> str:
+    """A number and its noun.
+
+    >>> counted(1, "row"), counted(1200, "row")
+    ('1 row', '1,200 rows')
+    """
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,67 @@
+"""From a recipe to its data and to the rows of each device, without a model: what `run` and `data`
+have in common.
+"""
+
+import numpy as np
+
+from fedspine.config import Recipe
+from fedspine.data import arrays
+from fedspine.data import partition as partitions
+from fedspine.data.tasks import Dataset, load
+from fedspine.errors import BadInput
+from fedspine.task import NETS
+
+
+def dataset(recipe: Recipe) -> Dataset:
+    """The data set that the recipe names; raises BadInput where it cannot be found or used."""
+    section = recipe.task
+    group = _group(recipe)
+    if section.kind == "array":
+        return arrays.load(section.data, group=group)
+    if arrays.is_arrays(section.data):
+        raise BadInput(
+            f"{section.data!r} holds arrays, which {section.model!r} cannot read; set task.model "
+            "to one of "
+            f"{', '.join(NETS)}"
+        )
+    return load(
+        section.data,
+        kind=section.kind,
+        text=section.text,
+        pair=section.pair,
+        label=section.label,
+        group=group,
+        encoding=section.encoding,
+    )
+
+
+def array_dataset(recipe: Recipe) -> Dataset:
+    """The arrays that the recipe names as its data, whatever its model can read."""
+    return arrays.load(recipe.task.data, group=_group(recipe))
+
+
+def row_shares(recipe: Recipe, data: Dataset) -> list[np.ndarray]:
+    """The training rows that each device holds: int64 indices, ascending."""
+    how = partition_of(recipe, data)
+    column = partitions.column_of(how, data.natural)
+    return partitions.partition(
+        how,
+        devices=recipe.fleet.devices,
+        rows=len(data.train),
+        labels=data.train.labels,
+        groups=None if column is None else data.train.columns[column],
+        alpha=recipe.fleet.alpha,
+        seed=recipe.run.seed,
+    )
+
+
+def partition_of(recipe: Recipe, data: Dataset) -> str:
+    """The recipe's partition; where that is "auto", what it stands for."""
+    if recipe.fleet.partition != "auto":
+        return recipe.fleet.partition
+    return "iid" if data.train.labels is None else "dirichlet"
+
+
+def _group(recipe: Recipe) -> str | None:
+    how = recipe.fleet.partition
+    return how.removeprefix("column:") if how.startswith("column:") else None
