@@ -1,6 +1,7 @@
 """From a recipe to a task and a fleet: load the data and the model, give every device its rows."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from fedspine import task_record
 from fedspine.config import Recipe
-from fedspine.data.tasks import Dataset
+from fedspine.data.tasks import Dataset, remarks
 from fedspine.errors import BadInput
 from fedspine.fleet import Fleet
 from fedspine.fleets.hardware import Hardware, device_ids, fleet_mix
@@ -47,6 +48,8 @@ class Built:
     shares: tuple[np.ndarray, ...]  # int64 row indices of the training set, by device
     kinds: tuple[str, ...]
     record: TaskRecord
+    left_out: Mapping[str, int]  # rows of the data that are not used, by reason
+    remarks: tuple[str, ...]  # what a user should know about how the data was read, one line each
 
 
 def build(recipe: Recipe, *, here: bool = True, begun: Path | None = None) -> Built:
@@ -81,6 +84,8 @@ def build(recipe: Recipe, *, here: bool = True, begun: Path | None = None) -> Bu
         shares=shares,
         kinds=tuple(kinds),
         record=record,
+        left_out=data.left_out,
+        remarks=remarks(data),
     )
 
 

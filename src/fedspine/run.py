@@ -107,6 +107,8 @@ def new_run(
     try:
         progress.stage("loading model and data")
         built = venue.build(venue.fitted(_settled(recipe, progress)))
+        for remark in built.remarks:
+            progress.say(remark)
         make(folder, built.recipe, built)
         venue.remember(folder)
         return _guarded(built, venue, folder, progress)
@@ -364,6 +366,7 @@ def _summary(job: Job, point: Point, progress: Progress) -> dict[str, Any]:
             "devices": recipe.fleet.devices,
             "devices_scored": found.pop("devices"),
             "test_rows": rows,
+            "rows_left_out": dict(job.built.left_out),
             **found,
             f"{job.fleet.clock}_seconds": job.fleet.now,
             "waiting_seconds": sums.waiting_seconds,

@@ -18,11 +18,16 @@ from fedspine.export.card import read_card
 from fedspine.export.peft import write_adapter
 from fedspine.lm.base import Base, Model
 from fedspine.lm.load import MINILM_HUB
+from fedspine.lm.pooling import HOW, Pooling
 from fedspine.lm.structure import is_full, sparsity
 from fedspine.task import Kind
 
 BASE = "base"
-AUTO = {True: "AutoPeftModelForSequenceClassification", False: "AutoPeftModelForCausalLM"}
+AUTO: dict[Pooling | None, str] = {  # PEFT's class for each readout
+    "mean": "AutoPeftModelForTokenClassification",
+    "cls": "AutoPeftModelForSequenceClassification",
+    None: "AutoPeftModelForCausalLM",
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def export_adapter(
         tokenizer.save_pretrained(partial)
         needed = {} if with_base else _needed(base, labels)
         pruned = sparsity(base.anatomy, model.structure)
-        card = _readme(origin, fits, needed, pruned, **about)
+        card = _readme(origin, fits, needed, pruned, base.pooling, **about)
         (partial / "README.md").write_text(card, encoding="utf-8")
         partial.rename(folder)
     except OSError as error:
@@ -136,13 +141,15 @@ def _readme(
     fits: str,
     needed: dict[str, Any],
     pruned: float,
+    pooling: Pooling | None,
     *,
     labels: tuple[str, ...],
     kind: Kind,
     max_tokens: int,
     name: str,
 ) -> str:
-    auto = AUTO[bool(labels)]
+    auto = AUTO[pooling]
+    how = f"\n{HOW}\n" if pooling == "mean" else ""
     options = "".join(f",\n    {key}={value!r}" for key, value in needed.items())
     moved = (
         f"""
@@ -179,4 +186,4 @@ model = {auto}.from_pretrained(
 ).eval()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
-{moved}"""
+{how}{moved}"""

@@ -5,12 +5,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args
 
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
 from fedspine.errors import BadInput
+from fedspine.lm.pooling import Pooling
 from fedspine.task import Kind
 
-FORMAT = 1
+FORMAT = 2
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -22,6 +21,7 @@ class Card:
     name: str
     kind: Kind
     labels: tuple[str, ...]  # empty for language modelling
+    pooling: Pooling | None  # what a classifier reads; None for language modelling
     max_tokens: int
     heads: tuple[int, ...]  # kept in each layer; with grouped queries, key/value heads
     channels: tuple[int, ...]  # kept in each layer
@@ -76,8 +76,3 @@ def _checked(folder: Path, entry: dict[str, object]) -> Card:
             f"the `fedspine` entry of {folder / CONFIG} is damaged; export the model again"
         )
     return Card(**values)  # type: ignore[arg-type]
-
-
-def stock_class(kind: Kind) -> type:
-    """The transformers class that builds models for this kind of task."""
-    return AutoModelForCausalLM if kind == "causal-lm" else AutoModelForSequenceClassification

@@ -21,11 +21,12 @@ from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from fedspine.errors import BadInput
-from fedspine.export.card import CONFIG, FORMAT, WEIGHTS, Card, stock_class
+from fedspine.export.card import CONFIG, FORMAT, WEIGHTS, Card
 from fedspine.export.load import Loaded, load
 from fedspine.export.predict import Continued, Labelled, Prediction, predict
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
+from fedspine.lm.pooling import CLASSES, HOW, Pooling
 from fedspine.lm.structure import Structure, sparsity
 from fedspine.message import Tensors
 from fedspine.task import Kind
@@ -71,6 +72,7 @@ def export(
         name=name,
         kind=kind,
         labels=tuple(labels),
+        pooling=base.pooling,
         max_tokens=max_tokens,
         heads=tuple(model.structure.heads.sum(1).tolist()),
         channels=tuple(model.structure.channels.sum(1).tolist()),
@@ -131,7 +133,7 @@ def _config(
         original.id2label = dict(enumerate(labels))
         original.label2id = {label: index for index, label in enumerate(labels)}
     uniform = _uniform(original, base, structure)
-    if uniform is not None and _fits(uniform, tensors, kind):
+    if uniform is not None and _fits(uniform, tensors, base.pooling):
         return uniform, True
     return original, False
 
@@ -164,12 +166,12 @@ def _uniform(config: PreTrainedConfig, base: Base, structure: Structure) -> PreT
         return None
 
 
-def _fits(config: PreTrainedConfig, tensors: Tensors, kind: Kind) -> bool:
+def _fits(config: PreTrainedConfig, tensors: Tensors, pooling: Pooling | None) -> bool:
     # asking the class itself is the only rule that holds for every architecture: BERT, for one,
     # ignores `head_dim`
     try:
         with torch.device("meta"), no_init_weights():
-            module = stock_class(kind).from_config(config)
+            module = CLASSES[pooling].from_config(config)
             module.tie_weights()  # a step of the initialisation that was left out
     except Exception:  # whatever keeps the class from being built, it is no stock model
         return False
@@ -205,9 +207,10 @@ def _write(
 
 def _readme(card: Card, tensors: Tensors) -> str:
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    auto = stock_class(card.kind).__name__
+    auto = CLASSES[card.pooling].__name__
+    how = f" {HOW}" if card.pooling == "mean" else ""
     stock = (
-        f"Stock transformers loads it: `{auto}.from_pretrained(folder)`."
+        f"Stock transformers loads it: `{auto}.from_pretrained(folder)`.{how}"
         if card.stock
         else "Its layers have sizes that no stock configuration can say, so `from_pretrained` refuses it."
     )

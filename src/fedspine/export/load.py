@@ -15,8 +15,9 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from fedspine.errors import BadInput
-from fedspine.export.card import WEIGHTS, Card, read_card, stock_class
+from fedspine.export.card import WEIGHTS, Card, read_card
 from fedspine.lm.anatomy import Site, anatomy_of
+from fedspine.lm.pooling import CLASSES, reading
 from fedspine.task import Kind
 
 
@@ -51,7 +52,7 @@ def load(folder: str | Path) -> Loaded:
     _fill(module, folder / WEIGHTS)
     anatomy = anatomy_of(config, module.base_model_prefix)
     return Loaded(
-        module=module.eval().requires_grad_(False),
+        module=reading(module, card.pooling).eval().requires_grad_(False),
         tokenizer=tokenizer,
         kind=card.kind,
         labels=card.labels,
@@ -79,7 +80,7 @@ def _module(folder: Path, card: Card, config: PreTrainedConfig) -> nn.Module:
     """The stock class with empty parameters of the exported sizes."""
     # nothing is drawn, so that loading touches only the memory of the weights that are kept
     with no_init_weights():
-        module = stock_class(card.kind).from_config(
+        module = CLASSES[card.pooling].from_config(
             config, dtype=torch.float32, trust_remote_code=False
         )
         anatomy = anatomy_of(config, module.base_model_prefix)

@@ -33,6 +33,7 @@ CONFIG, WEIGHTS, STRUCTURE = (
     "fedspine_structure.safetensors",
 )
 PREFIX = "base_model.model."
+TASK_TYPES = {"mean": "TOKEN_CLS", "cls": "SEQ_CLS", None: "CAUSAL_LM"}  # of each readout
 
 
 def write_adapter(folder: str | Path, model: Model, base: Base, base_name: str) -> Path:
@@ -81,7 +82,7 @@ def _lora_config(model: Model, base: Base, base_name: str, ranks: dict[str, int]
     (usual, _), *_ = Counter(ranks.values()).most_common(1)
     unusual = {path: rank for path, rank in ranks.items() if rank != usual}
     return LoraConfig(
-        task_type="SEQ_CLS" if base.head else "CAUSAL_LM",
+        task_type=TASK_TYPES[base.pooling],
         base_model_name_or_path=base_name,
         inference_mode=True,
         r=usual,

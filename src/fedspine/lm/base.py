@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedspine.lm.anatomy import Anatomy, Site, unit_map
 from fedspine.lm.digest import tensors_sha256
 from fedspine.lm.lora import AdaptedLinear, a_name, b_name
-from fedspine.lm.pooling import MeanPooled, Pooling
+from fedspine.lm.pooling import Pooling, reading
 from fedspine.lm.structure import Structure, cut, is_full, kept_columns, kept_rows, key_of
 from fedspine.message import Tensors, message
 from fedspine.tensors import moved, padded
@@ -71,7 +71,7 @@ class Base:
         pooling: Pooling | None = None,
     ) -> None:
         self.anatomy, self.head, self.precision = anatomy, head, precision
-        self.pooling = pooling  # None: the model has no task head, or reads as its class does
+        self.pooling = pooling  # None: a language model, which has no task head
         self.weights_sha256 = _weights_sha256(module, head)
         self.skeleton = module.eval().requires_grad_(False).to(precision)
         self.config = module.config
@@ -91,7 +91,7 @@ class Base:
             self._linears[layer.path] = AdaptedLinear(layer.weight, layer.bias)
         for path, linear in self._linears.items():
             module.set_submodule(path, linear)
-        self._readout = MeanPooled(module) if pooling == "mean" else module
+        self._readout = reading(module, pooling)
         backbone, names = module.get_submodule(anatomy.prefix), unit_map(anatomy.architecture)
         self._embeddings = backbone.get_submodule(names.embeddings)
         self._blocks = list(backbone.get_submodule(names.layers))

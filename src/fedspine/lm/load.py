@@ -10,7 +10,6 @@ from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
 )
 from transformers.utils import logging
@@ -86,13 +85,12 @@ def pooling_for(name: str) -> Pooling:
 
 
 def _base(name: str, source: str, config: Any, pooling: Pooling | None, precision: str) -> Base:
-    auto = AutoModelForCausalLM if pooling is None else CLASSES[pooling]
     # new weights are drawn by the method from its own seed; this only keeps torch's generator out of it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module, info = _read(
             name,
-            auto.from_pretrained,
+            CLASSES[pooling].from_pretrained,
             source,
             config=config,
             dtype=torch.float32,

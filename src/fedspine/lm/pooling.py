@@ -11,7 +11,11 @@ from typing import Any, Literal, TypeAlias
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.hub import cached_file
 
@@ -19,15 +23,26 @@ from fedspine.lm.anatomy import unit_map
 
 Pooling: TypeAlias = Literal["mean", "cls"]
 
-CLASSES = {
+HOW = (
+    "The logits of a text are the mean of its tokens' logits: "
+    "`mask = inputs.attention_mask[..., None]; (logits * mask).sum(1) / mask.sum(1)`."
+)
+# the stock class of each; None: a language model, which has no task head
+CLASSES: dict[Pooling | None, Any] = {
     "mean": AutoModelForTokenClassification,
     "cls": AutoModelForSequenceClassification,
+    None: AutoModelForCausalLM,
 }
 READOUTS: dict[Pooling, str] = {
     "mean": "the mean of the tokens through one linear layer",
     "cls": "the model's own classification head",
 }
 SENTENCE_POOLING = "1_Pooling/config.json"  # of sentence-transformers
+
+
+def reading(module: nn.Module, pooling: Pooling | None) -> nn.Module:
+    """What computes the logits of rows with a module of the pooling's stock class."""
+    return MeanPooled(module) if pooling == "mean" else module
 
 
 class MeanPooled(nn.Module):
