@@ -6,8 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForTokenClassification
+from tiny_models import LABELS, TEXTS, as_its_readme_says, fp32_apart, logits
+from tiny_models import model_on as random_model
+from transformers import AutoModel, AutoModelForTokenClassification, AutoTokenizer
 
+from fedspine.export import hf
+from fedspine.export.adapter import Origin, export_adapter
 from fedspine.lm.base import Model
 from fedspine.lm.load import load, pooling_for
 from fedspine.lm.lora import fresh
@@ -129,3 +133,57 @@ def test_a_row_of_no_token_is_no_division_by_zero() -> None:
     values = torch.ones(2, 3, 4)
     mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
     assert mean_of_tokens(values, mask).tolist() == [[1.0] * 4, [0.0] * 4]
+
+
+ABOUT = {"labels": LABELS, "kind": "classification", "max_tokens": 64, "name": "toy"}
+
+
+def mean_logits(module, tokenizer):
+    """What the README of an export tells a user of stock tools to compute."""
+    inputs = tokenizer(TEXTS, return_tensors="pt", padding=True)
+    with torch.inference_mode():
+        return mean_of_tokens(module(**inputs).logits, inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "llama"])
+def test_a_stock_token_classifier_loads_an_export(tiny_folder, tmp_path, model_type) -> None:
+    folder = str(tiny_folder(model_type))
+    base, tokenizer = load(folder, kind="classification", classes=CLASSES, pooling="mean")
+    model = random_model(base, channels=[24, 24])
+    expected = logits(base.fit(model), tokenizer).clone()
+    apart = fp32_apart(base, expected)
+    made = hf.export(base, model, tokenizer, tmp_path / "made", **ABOUT)
+    stock = AutoModelForTokenClassification.from_pretrained(made).eval()
+    assert stock.config.id2label == dict(enumerate(LABELS))
+    found = mean_logits(stock, AutoTokenizer.from_pretrained(made))
+    torch.testing.assert_close(found, expected, atol=apart, rtol=0)
+    assert "(logits * mask).sum(1) / mask.sum(1)" in (made / "README.md").read_text()
+    ours = hf.load(made)
+    torch.testing.assert_close(logits(ours.module, ours.tokenizer), expected, atol=apart, rtol=0)
+    best = [LABELS[index] for index in expected.argmax(1).tolist()]
+    assert [each.label for each in hf.predict(ours, TEXTS)] == best
+
+
+# PEFT asks transformers for something by its old name
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("with_base", [False, True])
+def test_stock_peft_loads_an_adapter(tiny_folder, tmp_path, with_base) -> None:
+    pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+    place = str(tiny_folder("bert"))
+    base, tokenizer = load(place, kind="classification", classes=CLASSES, pooling="mean")
+    model = random_model(base, channels=[24, 24] if with_base else None)
+    made = export_adapter(
+        base,
+        model,
+        tokenizer,
+        tmp_path / "adapter",
+        origin=Origin(place, cut=False),
+        with_base=with_base,
+        **ABOUT,
+    )
+    expected = logits(base.fit(model), tokenizer).clone()
+    module, tokenizer = as_its_readme_says(made)
+    assert type(module).__name__ == "PeftModelForTokenClassification"
+    found = mean_logits(module, tokenizer)
+    torch.testing.assert_close(found, expected, atol=fp32_apart(base, expected), rtol=0)
+    assert module.config.id2label == dict(enumerate(LABELS))
