@@ -14,6 +14,7 @@ from fedspine.lm.base import Base, Model
 from fedspine.lm.load import load
 from fedspine.lm.lora import fresh
 from fedspine.lm.prefix import Prefixes, activations, first_block, storable
+from fedspine.lm.score import score
 from fedspine.lm.structure import full
 from fedspine.lm.tune import Tuning, tune
 from fedspine.methods.fedlora import FedLora
@@ -174,3 +175,29 @@ def test_depth_adapts_the_last_blocks_only(lab):
     assert state.adapter and all(f".{last}." in name for name in state.adapter)
     whole = lab("whole").run(FedLora.toy(), rounds=2)
     assert len(whole.adapter) == (last + 1) * len(state.adapter)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_models_on_one_frozen_prefix_are_scored_with_one_pass_through_it(
+    tiny_folder, tmp_path, passes, architecture, depth
+):
+    """The same scores to the last bit, and the blocks below the adapters computed for the first model only."""
+    base, tokenizer = load(str(tiny_folder(architecture)), kind="classification", classes=3)
+    data = toy_task(base, tokenizer, rounds=1).test
+    models = [top_model(base, depth), top_model(base, depth)]
+    models[1] = dataclasses.replace(
+        models[1], head={name: 1.5 * tensor for name, tensor in models[1].head.items()}
+    )
+    prefixes = Prefixes(tmp_path)
+    together = [score(base, model, data, prefixes=prefixes, rows="test") for model in models]
+    assert len(passes) == -(-len(data) // module.BATCH)
+    assert together == [score(base, model, data) for model in models]
+    assert together[0] != together[1]
+
+
+def test_a_model_with_adapters_on_all_blocks_is_scored_without_a_prefix(tiny_folder, tmp_path):
+    base, tokenizer = load(str(tiny_folder("bert")), kind="classification", classes=3)
+    data = toy_task(base, tokenizer, rounds=1).test
+    score(base, top_model(base, 2), data, prefixes=Prefixes(tmp_path), rows="test")
+    assert not list(tmp_path.iterdir())

@@ -78,7 +78,8 @@ class Workshop:
         torch.set_num_threads(1)
         if isinstance(job, ScoreJob):
             test = self.task.test.take(self.test_rows[: job.rows])
-            return _scores(self.task.base, [unpack(model) for model in job.models], test)
+            models = [unpack(model) for model in job.models]
+            return _scores(self.task.base, models, test, self.prefixes)
         data = [self._data(call.index) for call in job]
         if len(job) == 1:
             return [serve(job[0], self.task.base, data[0], self.prefixes, scratch=self.scratch)]
@@ -91,12 +92,15 @@ class Workshop:
         return self.taken[index]
 
 
-def _scores(base: Base | Net, models: list[Any], test: Data) -> list[Score]:
+def _scores(
+    base: Base | Net, models: list[Any], test: Data, prefixes: Prefixes | None
+) -> list[Score]:
     match base:
         case Net():
             return score_nets(base, models, test)
         case _ if len(models) == 1:
-            return [score(base, models[0], test)]
+            rows = f"test-{len(test)}"
+            return [score(base, models[0], test, prefixes=prefixes, rows=rows)]
     return score_together(base, models, test)
 
 

@@ -79,9 +79,11 @@ class Prefixes:
             excess -= size
 
 
-def storable(base: Base, data: Examples) -> bool:
+def storable(base: Base, data: Examples, most_bytes: int | None = None) -> bool:
     """Whether the activations of all of `data` fit on the disk's share, so that none makes way before it is used."""
-    return len(data.ids) * base.anatomy.width * base.precision.itemsize <= MOST_BYTES
+    return len(data.ids) * base.anatomy.width * base.precision.itemsize <= (
+        most_bytes or MOST_BYTES
+    )
 
 
 def first_block(anatomy: Anatomy, model: Model) -> int:
@@ -111,6 +113,19 @@ def activations(
         kept = torch.from_numpy(inside).to(base.device)
         out[torch.from_numpy(index[inside]).to(base.device)] = hidden[kept]
     return out
+
+
+def entering(
+    base: Base,
+    data: Examples,
+    stored: Float[Tensor, "tokens hidden"],
+    rows: np.ndarray,
+    width: int,
+) -> Float[Tensor, "rows padded hidden"]:
+    """These rows' stored activations on the base's device, padded to `width` with zeros."""
+    index, inside = data.places(rows, width)
+    hidden = stored[torch.from_numpy(index)].to(base.device)
+    return hidden.mul_(torch.from_numpy(inside).to(base.device)[:, :, None])
 
 
 def _as_array(tensor: Tensor) -> np.ndarray:

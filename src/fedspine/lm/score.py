@@ -1,7 +1,7 @@
 """How good a model is on given rows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +10,21 @@ from torch import nn
 
 from fedspine.lm.base import Base, Model
 from fedspine.lm.leaves import Leaves
+from fedspine.lm.prefix import (
+    BATCH,
+    Prefixes,
+    activations,
+    entering,
+    first_block,
+    name_of,
+    storable,
+)
 from fedspine.task import IGNORED, Examples
 from fedspine.tensors import moved
+
+MOST_SCORED_BYTES = (
+    1 << 30
+)  # of activations of test rows, which a process holds while it makes them
 
 
 @dataclass(frozen=True)
@@ -33,11 +46,40 @@ class Score:
         return self.loss / self.count if self.count else math.nan
 
 
-def score(base: Base, model: Model, data: Examples, *, batch: int = 32) -> Score:
-    """Score `model`, merged as it would be deployed, on all rows of `data`."""
+def score(
+    base: Base,
+    model: Model,
+    data: Examples,
+    *,
+    batch: int = BATCH,
+    prefixes: Prefixes | None = None,
+    rows: str = "",
+) -> Score:
+    """Score `model`, merged as it would be deployed, on all rows of `data`.
+
+    Models whose frozen blocks below the lowest adapter are the same share these blocks' activations, which
+    `prefixes` keeps; `rows` names the data there. A stored activation has the bytes of a new one.
+    """
+    first = first_block(base.anatomy, model)
+    stored = None
+    if (
+        prefixes is not None
+        and first
+        and batch == BATCH
+        and storable(base, data, MOST_SCORED_BYTES)
+    ):
+        key = name_of(rows, first, model.structure)
+        stored = prefixes.get(key, lambda: activations(base, model, data, first))
     with torch.no_grad():
         module = base.fit(model.to(base.device), merge=True)
-    return score_module(module, data, batch=batch)
+    if stored is None:
+        return score_module(module, data, batch=batch)
+    entry = base.start_at(first)
+
+    def enter(chosen: np.ndarray) -> None:
+        entry.hidden = entering(base, data, stored, chosen, data.width(chosen))
+
+    return _scores(module, data, batch, 1, enter)[0]
 
 
 def score_together(
@@ -56,14 +98,24 @@ def score_module(module: nn.Module, data: Examples, *, batch: int = 32) -> Score
     return _scores(module, data, batch, 1)[0]
 
 
-def _scores(module: nn.Module, data: Examples, batch: int, models: int) -> list[Score]:
-    """Of each model that `module` computes, whose inputs hold the rows of one model after another."""
+def _scores(
+    module: nn.Module,
+    data: Examples,
+    batch: int,
+    models: int,
+    enter: Callable[[np.ndarray], None] = lambda rows: None,
+) -> list[Score]:
+    """Of each model that `module` computes, whose inputs hold the rows of one model after another.
+
+    `enter` is told the rows of a batch before it is computed.
+    """
     loss, correct, count = np.zeros(models), np.zeros(models, np.int64), 0
     device = next(module.parameters()).device
     with torch.inference_mode():
         for rows in data.batches_by_length(batch):
             inputs = moved(data.batch(rows), device)
             labels = inputs.pop("labels")
+            enter(rows)
             inputs = {name: tensor.repeat(models, 1) for name, tensor in inputs.items()}
             logits = module(**inputs).logits.float().unflatten(0, (models, -1))
             if labels.dim() == 2:

@@ -16,7 +16,7 @@ from fedspine.lm.cost import Extent, training_flops, training_memory_bytes
 from fedspine.lm.follow import Following, Scoring
 from fedspine.lm.importance import Scores
 from fedspine.lm.leaves import Leaves
-from fedspine.lm.prefix import activations, first_block, name_of
+from fedspine.lm.prefix import activations, entering, first_block, name_of
 from fedspine.message import Tensors, message
 from fedspine.task import IGNORED, Examples
 from fedspine.tensors import moved
@@ -147,7 +147,10 @@ def train(requests: Sequence[Request]) -> list[Trace]:
             if entry is not None:
                 parts = zip(requests, prefixes, rows, strict=True)
                 entry.hidden = torch.cat(
-                    [_taken(r, prefix, chosen, width) for r, prefix, chosen in parts]
+                    [
+                        entering(base, r.device.data, stored, chosen, width)
+                        for r, stored, chosen in parts
+                    ]
                 )
             following.listen(step, inputs["attention_mask"])
             loss = losses_of(module, inputs, len(requests))
@@ -261,16 +264,6 @@ def _joined(
         else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     )
     return moved(inputs, requests[0].device.base.device), width
-
-
-def _taken(
-    request: Request, prefix: Tensor, rows: np.ndarray, width: int
-) -> Float[Tensor, "rows width hidden"]:
-    """These rows' activations, padded with zeros."""
-    index, inside = request.device.data.places(rows, width)
-    device = request.device.base.device
-    hidden = prefix[torch.from_numpy(index)].to(device)
-    return hidden.mul_(torch.from_numpy(inside).to(device)[:, :, None])
 
 
 def _account(request: Request, widths: list[int], first: int) -> None:
