@@ -14,7 +14,8 @@ from rich.table import Table
 
 import fedspine
 from fedspine import fleet_cli
-from fedspine.errors import BadInput
+from fedspine.errors import BadInput, Stopped
+from fedspine.process import ends_when_told
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,6 +41,8 @@ def main() -> None:
         app(prog_name="fedspine", standalone_mode=True)
     except BadInput as error:
         _fail(str(error))
+    except Stopped as stopped:
+        _fail(str(stopped), stopped.exit_code)
     except OSError as error:  # a full disk, a folder that cannot be read
         _fail(str(error))
 
@@ -61,6 +64,7 @@ def about(
 
 
 @app.command()
+@ends_when_told()
 def run(
     recipe: Annotated[
         Path | None,
@@ -110,7 +114,7 @@ def run(
     from fedspine import config
     from fedspine.report.progress import progress_for
     from fedspine.report.tables import summary_table
-    from fedspine.run import Stopped, new_run
+    from fedspine.run import new_run
     from fedspine.run import resume as go_on
 
     if resume is not None and out is not None:
@@ -118,18 +122,13 @@ def run(
             "--resume goes on in its own folder, so --out has no place beside it; leave one of them out"
         )
     progress = progress_for(json)
-    try:
-        if resume is None:
-            wanted = config.load(recipe, settings, seed)
-            folder = out or _free_folder(wanted.method.name)
-            summary = new_run(wanted, folder, progress, _venue(fleet, sites, quorum, within))
-        else:
-            folder, wanted = resume, _wanted(recipe, settings, seed, resume)
-            summary = go_on(resume, progress, wanted, _venue(fleet, sites, quorum, within))
-    except Stopped as stopped:
-        _fail(str(stopped), stopped.exit_code)
-    except KeyboardInterrupt:  # before the first round
-        _fail("interrupted", exit_code=130)
+    if resume is None:
+        wanted = config.load(recipe, settings, seed)
+        folder = out or _free_folder(wanted.method.name)
+        summary = new_run(wanted, folder, progress, _venue(fleet, sites, quorum, within))
+    else:
+        folder, wanted = resume, _wanted(recipe, settings, seed, resume)
+        summary = go_on(resume, progress, wanted, _venue(fleet, sites, quorum, within))
     if json:
         print(jsonlib.dumps(summary))
         return
@@ -168,6 +167,7 @@ def _free_folder(method: str) -> Path:
 
 
 @app.command()
+@ends_when_told()
 def sweep(
     file: Annotated[
         Path, typer.Argument(metavar="FILE.toml", help="Methods, settings, data and seeds to run.")
@@ -187,20 +187,14 @@ def sweep(
     docs/sweeps.md explains the file. Exit code 1: at least one run has failed, and the others are done.
     """
     from fedspine.report.sweeps import print_overview, sweep_progress_for
-    from fedspine.run import Stopped
     from fedspine.sweep.work import carry_out, listed, look
 
-    try:
-        if only_list:
-            found = look(file, out)
-        else:
-            found = carry_out(
-                file, out, jobs=jobs, retry=retry, progress=lambda: sweep_progress_for(json)
-            )
-    except Stopped as stopped:
-        _fail(str(stopped), stopped.exit_code)
-    except KeyboardInterrupt:  # before the first cell
-        _fail("interrupted", exit_code=130)
+    if only_list:
+        found = look(file, out)
+    else:
+        found = carry_out(
+            file, out, jobs=jobs, retry=retry, progress=lambda: sweep_progress_for(json)
+        )
     if json:
         print(jsonlib.dumps(found.table()))
     else:
@@ -282,6 +276,7 @@ def show(folder: RunFolder, json: Json = False) -> None:
 
 
 @app.command()
+@ends_when_told()
 def compare(
     runs: Annotated[
         list[Path] | None,
@@ -323,6 +318,7 @@ def compare(
 
 
 @app.command()
+@ends_when_told()
 def export(
     folder: RunFolder,
     to: Annotated[Path, typer.Option(help="New folder for the model.")],
@@ -345,6 +341,7 @@ def export(
 
 
 @app.command()
+@ends_when_told()
 def predict(
     folder: ModelFolder,
     texts: Annotated[
@@ -375,6 +372,7 @@ def predict(
 
 
 @app.command()
+@ends_when_told()
 def bench(
     folder: ModelFolder,
     against: Annotated[

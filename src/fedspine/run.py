@@ -14,13 +14,13 @@ import torch
 
 from fedspine.build import START, Built, around, cohort, workers_for
 from fedspine.config import Recipe
-from fedspine.errors import BadInput
+from fedspine.errors import BadInput, Stopped
 from fedspine.fleet import AllLost
 from fedspine.fleets.rounds import RoundFleet, Totals
 from fedspine.fleets.workers import Workers
 from fedspine.folder import CACHE, FAILURE, RECORDS, STATE, SUMMARY, make, recipe_of, summary_of
 from fedspine.message import pack
-from fedspine.process import keep_freed_memory
+from fedspine.process import farewell, keep_freed_memory
 from fedspine.records import Records, plain
 from fedspine.report.page import REPORT, write_page
 from fedspine.report.progress import Progress, Standing
@@ -28,14 +28,6 @@ from fedspine.report.tables import counted
 from fedspine.scoring import Deployment, marks, spread_out
 from fedspine.store import Saved, Store, write_atomically
 from fedspine.venue import RealSites, Simulation, Venue, venue_of
-
-
-class Stopped(RuntimeError):
-    """A run that cannot go on, with its last good state saved; the text is one line."""
-
-    def __init__(self, line: str, exit_code: int = 2) -> None:
-        super().__init__(line)
-        self.exit_code = exit_code
 
 
 @dataclass
@@ -133,8 +125,9 @@ def _guarded(built: Built, venue: Venue, folder: Path, progress: Progress) -> di
         return _run(built, venue, workers, store, folder, progress)
     except BadInput:
         raise
-    except KeyboardInterrupt:
-        raise Stopped(f"interrupted; {_kept(store, folder)}", exit_code=130) from None
+    except KeyboardInterrupt as told:
+        word, exit_code = farewell(told)
+        raise Stopped(f"{word}; {_kept(store, folder)}", exit_code) from None
     except AllLost as error:
         raise Stopped(f"{error}; {_kept(store, folder)}") from None
     except OSError as error:
