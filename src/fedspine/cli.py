@@ -1,6 +1,7 @@
 """The command line: parsing and printing only. Bad input ends with one line on stderr and exit code 2."""
 
 import dataclasses
+import difflib
 import json as jsonlib
 import os
 import sys
@@ -8,6 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+
+try:
+    from typer._click import exceptions as usage  # typer brings a copy of click
+except ImportError:  # which older versions need
+    from click import exceptions as usage
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -20,6 +26,7 @@ from fedspine.process import ends_when_told
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Tune a pre-trained language model across many unequal devices, prune it while it tunes, and give each device "
@@ -38,9 +45,14 @@ ModelFolder = Annotated[
 def main() -> None:
     """Run the command line; every expected failure becomes one line and exit code 2."""
     try:
-        app(prog_name="fedspine", standalone_mode=True)
+        _none_empty(sys.argv[1:])
+        sys.exit(app(prog_name="fedspine", standalone_mode=False))
     except BadInput as error:
         _fail(str(error))
+    except usage.UsageError as error:
+        _fail_usage(error)
+    except typer.Abort:
+        _fail("interrupted", exit_code=130)
     except Stopped as stopped:
         _fail(str(stopped), stopped.exit_code)
     except OSError as error:  # a full disk, a folder that cannot be read
@@ -50,6 +62,39 @@ def main() -> None:
 def _fail(line: str, exit_code: int = 2) -> NoReturn:
     print(f"fedspine: {' '.join(line.split())}", file=sys.stderr)
     sys.exit(exit_code)
+
+
+def _none_empty(arguments: list[str]) -> None:
+    """Raise BadInput for an argument without a character, which as a path would be the current folder."""
+    options = True  # until --
+    for number, argument in enumerate(arguments):
+        before = arguments[number - 1] if number else "fedspine"
+        if not argument.strip():
+            raise BadInput(
+                f"what comes after {before!r} is empty; give it a value, or leave it out"
+            )
+        if options and argument.startswith("--") and argument.endswith("="):
+            raise BadInput(f"{argument} has no value; give it one, or leave it out")
+        options = options and argument != "--"
+
+
+def _fail_usage(error: Any) -> NoReturn:
+    """One line for a command that cannot be parsed, help for one without arguments."""
+    if isinstance(error, getattr(usage, "NoArgsIsHelpError", ())):  # which older versions lack
+        error.show()
+        sys.exit(error.exit_code)
+    command = error.ctx.command_path if error.ctx else "fedspine"
+    if not isinstance(error, usage.NoSuchOption):
+        said = " ".join(error.format_message().split()).rstrip(".")
+        _fail(f"{said[:1].lower()}{said[1:]}; see: {command} --help", error.exit_code)
+    line = f"unknown option {error.option_name!r} of {command}"
+    if guess := difflib.get_close_matches(error.option_name, error.possibilities or (), 1, 0.7):
+        line += f"; did you mean {guess[0]!r}?"
+    if command.endswith(" predict"):
+        line += (
+            "; a text that begins with a dash comes after --, as in: fedspine predict DIR -- TEXT"
+        )
+    _fail(f"{line}; see: {command} --help", error.exit_code)
 
 
 @app.callback(invoke_without_command=True)
@@ -68,7 +113,7 @@ def about(
 def run(
     recipe: Annotated[
         Path | None,
-        typer.Argument(metavar="[RECIPE.toml]", help="What to run; default: the embedded job."),
+        typer.Argument(metavar="RECIPE.toml", help="What to run; default: the embedded job."),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -345,7 +390,11 @@ def export(
 def predict(
     folder: ModelFolder,
     texts: Annotated[
-        list[str], typer.Argument(metavar="TEXT...", help="Texts to label or to continue.")
+        list[str],
+        typer.Argument(
+            metavar="TEXT...",
+            help="Texts to label or to continue; -- before one that begins with a dash.",
+        ),
     ],
     pair: Annotated[
         list[str] | None,

@@ -111,7 +111,7 @@ def status(kit: Operator = Path("admin"), json: Json = False) -> None:
 
 @app.command()
 def stop(
-    name: Annotated[str, typer.Argument(metavar="[all|server|SITE]", help="What to stop.")] = "all",
+    name: Annotated[str, typer.Argument(metavar="all|server|SITE", help="What to stop.")] = "all",
     kit: Operator = Path("admin"),
 ) -> None:
     """Stop the whole fleet, the server, or one site, from wherever the operator's kit is."""
