@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
+from typing import ClassVar
 
 # what is first imported under the hook below is compiled again, so here comes what takes seconds
 import beartype.claw  # noqa: F401
@@ -34,22 +35,34 @@ settings.register_profile("search", max_examples=1000, deadline=None)
 settings.load_profile("same")
 
 FIRST_CALLS = 10  # of a function in a test, all checked
-EVERY = 31  # of the calls after those; a prime, so that it does not keep step with layers or batches
+EVERY = (
+    31  # of the calls after those; a prime, so that it does not keep step with layers or batches
+)
 
 
 class Sampling(type(jaxtyping.config)):
     """jaxtyping's configuration, which each annotated function reads at each call, with its checks switched off by turns."""
 
-    calls = Counter()  # in this test
+    calls: ClassVar[Counter] = Counter()  # in this test
 
     @property
     def jaxtyping_disable(self):
-        called = sys._getframe(1).f_locals.get("fn")  # of jaxtyping's wrapper, the function that it wraps
+        called = sys._getframe(1).f_locals.get(
+            "fn"
+        )  # of jaxtyping's wrapper, the function that it wraps
         self.calls[called] += 1
         return self.calls[called] > FIRST_CALLS and self.calls[called] % EVERY != 0
 
 
 jaxtyping.config.__class__ = Sampling
+
+
+# minutes each, so that two workers begin with them and neither is left with one at the end
+LONG = ("test_federation", "test_every_method", "test_controls", "test_sweep", "test_faults")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture(autouse=True)

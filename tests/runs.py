@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,16 @@ def tiny_job(model, data, **changed):
         | {key.replace("__", ".", 1): value for key, value in changed.items()}
     )
     return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+def carried_out(*arguments):
+    """Run the command line in this process, for fixtures of more than one test; it must end well."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(None), redirect_stderr(None):
+        patch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # which a run sets for its process
+        patch.setattr(sys, "argv", ["fedspine", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    assert not end.value.code, arguments
 
 
 def in_process(monkeypatch, capsys, *arguments):
