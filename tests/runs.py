@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +57,13 @@ def tiny_job(model, data, **changed):
 
 def carried_out(*arguments):
     """Run the command line in this process, for fixtures of more than one test; it must end well."""
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(None), redirect_stderr(None):
+    said = StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
         patch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # which a run sets for its process
         patch.setattr(sys, "argv", ["fedspine", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             cli.main()
-    assert not end.value.code, arguments
+    assert not end.value.code, said.getvalue()
 
 
 def in_process(monkeypatch, capsys, *arguments):
