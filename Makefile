@@ -21,7 +21,7 @@ demo: $(VENV)/.demo
 	$(FEDSPINE) predict $(RUN)/models/nx-30 "Return the number of seconds since the epoch as a float."
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -1,9 +1,20 @@
-"""Fixtures for all tests; shapes in the annotations of `fedspine.lm` and `fedspine.tensors` are checked at run time."""
+"""Fixtures for all tests; shapes in the annotations of `fedspine.lm` and `fedspine.tensors` are checked at run time.
+
+In each test the first calls of each function are checked, and then every so many-th: checking all of them took more
+than half of the time of a run of the toy task.
+"""
 
 import os
+import sys
 import tempfile
+from collections import Counter
+from typing import ClassVar
 
+# what is first imported under the hook below is compiled again, so here comes what takes seconds
+import beartype.claw  # noqa: F401
 import jaxtyping
+import torch
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel  # noqa: F401
 
 os.environ["FEDSPINE_CACHE"] = tempfile.mkdtemp(prefix="fedspine-cache-")  # never the user's own
 
@@ -11,7 +22,6 @@ os.environ["FEDSPINE_CACHE"] = tempfile.mkdtemp(prefix="fedspine-cache-")  # nev
 jaxtyping.install_import_hook(["fedspine.lm", "fedspine.tensors"], "beartype.beartype")
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from flare_federation import federation, place  # noqa: E402, F401
 from hypothesis import settings  # noqa: E402
 from toy import Lab, toy_task  # noqa: E402
@@ -23,6 +33,42 @@ from fedspine.lm.tiny import write_tiny  # noqa: E402
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", max_examples=1000, deadline=None)
 settings.load_profile("same")
+
+FIRST_CALLS = 10  # of a function in a test, all checked
+EVERY = (
+    31  # of the calls after those; a prime, so that it does not keep step with layers or batches
+)
+
+
+class Sampling(type(jaxtyping.config)):
+    """jaxtyping's configuration, which each annotated function reads at each call, with its checks switched off by turns."""
+
+    calls: ClassVar[Counter] = Counter()  # in this test
+
+    @property
+    def jaxtyping_disable(self):
+        called = sys._getframe(1).f_locals.get(
+            "fn"
+        )  # of jaxtyping's wrapper, the function that it wraps
+        self.calls[called] += 1
+        return self.calls[called] > FIRST_CALLS and self.calls[called] % EVERY != 0
+
+
+jaxtyping.config.__class__ = Sampling
+
+
+# minutes each, so that two workers begin with them and neither is left with one at the end
+LONG = ("test_federation", "test_every_method", "test_controls", "test_sweep", "test_faults")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
+@pytest.fixture(autouse=True)
+def _shapes_are_checked_anew():
+    Sampling.calls.clear()
+
 
 torch.set_num_threads(1)  # sums must not depend on how many cores there are
 

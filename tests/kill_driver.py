@@ -4,10 +4,10 @@ Each line of stdin is a JSON object with the arguments of a run and a plan; the 
 it. A plan is a list of attempts on one folder: the first is a new run, those that find the folder resume it. An
 attempt may be struck
 - at a call of a function of `os`, before or after it does its work: killed, or failed with an error number,
-- from outside, by a signal so many seconds after its folder is there,
+- from outside, by a signal (a name of BLOWS) so many seconds after its folder is there,
 - at a job of a worker, which ends its process or raises,
 - by a limit on the bytes of a file.
-One that is `slow` takes so many seconds longer for each job.
+One that is `slow` takes so many seconds longer for each job. One that is `deaf` ignores Ctrl-C, as under `nohup`.
 A plan with `every` is repeated with call 1, 2, ... of its first attempt until that attempt is not struck any more.
 """
 
@@ -30,11 +30,21 @@ from fedspine.report.page import REPORT
 
 POLL_SECONDS = 0.001
 GONE_SECONDS = 5.0  # within which a killed run's workers must have ended
+BLOWS = {  # what is sent to a run and its group
+    "KILL": lambda run: os.kill(run, signal.SIGKILL),
+    "INT": lambda run: os.killpg(run, signal.SIGINT),  # as a terminal does
+    "TERM": lambda run: os.kill(run, signal.SIGTERM),
+    # as `timeout` and service managers do
+    "TERM to all": lambda run: (os.kill(run, signal.SIGTERM), os.killpg(run, signal.SIGTERM)),
+}
 
 
 def main():
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads before the forks
     torch.set_num_threads(1)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # whatever the tests' own parent ignores
     warm = False
     for line in sys.stdin:
         asked = json.loads(line)
@@ -107,6 +117,8 @@ def fork(arguments, attempt, said):
 def prepare(attempt):
     if not attempt.get("report"):  # which takes longer than all the rest
         run.write_page = lambda folder: (folder / REPORT).write_text("a report")
+    if attempt.get("deaf"):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     if "file_bytes" in attempt:
         resource.setrlimit(resource.RLIMIT_FSIZE, (attempt["file_bytes"], resource.RLIM_INFINITY))
     if "function" in attempt:
@@ -167,10 +179,7 @@ def strike_from_outside(child, folder, attempt):
         time.sleep(POLL_SECONDS)
     time.sleep(attempt["seconds"])
     workers = process.children(recursive=True)
-    if attempt.get("signal") == "INT":
-        os.killpg(child, signal.SIGINT)
-    else:
-        os.kill(child, signal.SIGKILL)
+    BLOWS[attempt.get("signal", "KILL")](child)
     return workers
 
 

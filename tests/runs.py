@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +38,32 @@ def write_csv(path, rows=80, labels=tuple(CLASS_WORDS)):
 
 def tiny_job(model, data, **changed):
     """Arguments of `fedspine run` for two rounds of two of three devices; `changed` as section__key=value."""
-    settings = {
-        "task.model": model,
-        "task.data": data,
-        "fleet.devices": 3,
-        "fleet.per_round": 2,
-        "run.rounds": 2,
-        "run.workers": 1,
-        "method.steps": 2,
-        "method.ranks": [2, 4],
-    } | {key.replace("__", ".", 1): value for key, value in changed.items()}
+    settings = (
+        {
+            "task.model": model,
+            "task.data": data,
+            "fleet.devices": 3,
+            "fleet.per_round": 2,
+            "run.rounds": 2,
+            "run.workers": 1,
+            "run.precision": "fp32",  # bf16 takes ten times as long where the processor has no instructions for it
+            "method.steps": 2,
+            "method.ranks": [2, 4],
+        }
+        | {key.replace("__", ".", 1): value for key, value in changed.items()}
+    )
     return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+def carried_out(*arguments):
+    """Run the command line in this process, for fixtures of more than one test; it must end well."""
+    said = StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+        patch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # which a run sets for its process
+        patch.setattr(sys, "argv", ["fedspine", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    assert not end.value.code, said.getvalue()
 
 
 def in_process(monkeypatch, capsys, *arguments):
@@ -68,6 +86,29 @@ def fedspine(*arguments, **options):
 def python(*arguments, **options):
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment(), **options)
+
+
+@contextmanager
+def hearing_ctrl_c():
+    """What is started within hears Ctrl-C.
+
+    Tests that `nohup` or a shell's background job runs are deaf to it, and so would be what they start.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def deaf_to_ctrl_c():
+    """What is started within ignores Ctrl-C, as under `nohup`."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def environment():

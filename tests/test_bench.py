@@ -5,7 +5,7 @@ import torch
 from tiny_models import LABELS, minilm, model_on, tiny
 
 from fedspine.errors import BadInput
-from fedspine.export.bench import CALLS, bench, compare, peak_memory_bytes, random_ids
+from fedspine.export.bench import CALLS, bench, compare, random_ids
 from fedspine.export.hf import export, load
 
 OPTIONS = {"kind": "classification", "max_tokens": 64, "name": "toy"}
@@ -21,11 +21,25 @@ def folders(tmp_path_factory):
     return folder / "whole", folder / "half"
 
 
-def test_bench_of_one(folders):
+@pytest.fixture(scope="module")
+def one(folders):
+    """The whole one measured alone, by a process that holds 600 MB itself; and its threads before and after."""
+    held, threads = torch.ones(150_000_000), torch.get_num_threads()
+    found = bench(folders[0], tokens=8, repeats=2)
+    del held
+    return found, threads, torch.get_num_threads()
+
+
+@pytest.fixture(scope="module")
+def two(folders):
+    whole, half = folders
+    return compare(half, whole, tokens=8, repeats=2)
+
+
+def test_bench_of_one(folders, one):
     whole, _ = folders
-    threads = torch.get_num_threads()
-    found = bench(whole, tokens=8, repeats=2)
-    assert torch.get_num_threads() == threads
+    found, threads_before, threads_after = one
+    assert threads_before == threads_after
     # 2 layers of 4 projections of 32 x 32 and 2 of 32 x 64
     assert found.block_parameters == 2 * (4 * 32 * 32 + 2 * 32 * 64)
     assert found.file_bytes == (whole / "model.safetensors").stat().st_size
@@ -37,26 +51,21 @@ def test_bench_of_one(folders):
     assert found.peak_memory_bytes > found.file_bytes
 
 
-def test_two_side_by_side(folders):
-    whole, half = folders
-    found = compare(half, whole, tokens=8, repeats=2)
-    assert found.block_ratio == 0.5
+def test_two_side_by_side(folders, two):
+    _, half = folders
+    assert two.block_ratio == 0.5
     assert (
-        found.file_ratio
-        == half.joinpath("model.safetensors").stat().st_size / found.against.file_bytes
+        two.file_ratio
+        == half.joinpath("model.safetensors").stat().st_size / two.against.file_bytes
         < 1
     )
-    assert set(found.latency_ratio) == set(CALLS)
-    assert 0.5 < found.memory_ratio < 1.5  # tiny models: nearly all of it is libraries
+    assert set(two.latency_ratio) == set(CALLS)
+    assert 0.5 < two.memory_ratio < 1.5  # tiny models: nearly all of it is libraries
 
 
-def test_peak_memory_is_that_of_the_child(folders):
-    # 600 MB held by this process must not show in a process that it starts
-    held = torch.ones(150_000_000)
-    before = peak_memory_bytes(folders[0], tokens=8)
-    del held
-    after = peak_memory_bytes(folders[0], tokens=8)
-    assert abs(before - after) < 100e6
+def test_peak_memory_is_that_of_the_child(one, two):
+    """600 MB held by the measuring process must not show in the process that it starts."""
+    assert abs(one[0].peak_memory_bytes - two.against.peak_memory_bytes) < 100e6
 
 
 @pytest.mark.parametrize(("name", "room"), [("bert", 130), ("roberta", 129), ("llama", 128)])

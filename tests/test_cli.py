@@ -6,7 +6,19 @@ import os
 import shutil
 
 import pytest
-from runs import fedspine, in_process, python, records_of, summary_of, tiny_job, write_csv
+import typer
+from runs import (
+    carried_out,
+    fedspine,
+    in_process,
+    python,
+    records_of,
+    summary_of,
+    tiny_job,
+    write_csv,
+)
+
+from fedspine import cli
 
 PROMISED = {
     *(
@@ -56,12 +68,9 @@ def place(tiny_folder, tmp_path_factory):
     (root / "strange" / "test.csv").write_text("text,label\nodd,c\n")
     (root / "broken.toml").write_text("[task\n")
     (root / "other.toml").write_text("[run]\nrounds = 3\n")
-    done = fedspine(
-        "run", *tiny_job(root / "bert", root / "rows.csv"), "--out", root / "run", "--json"
-    )
-    assert done.returncode == 0, done.stderr
-    done = fedspine("export", root / "run", "--to", root / "model")
-    assert done.returncode == 0, done.stderr
+    job = tiny_job(root / "bert", root / "rows.csv")
+    carried_out("run", *job, "--out", root / "run", "--json")
+    carried_out("export", root / "run", "--to", root / "model", "--json")
     return root
 
 
@@ -100,7 +109,9 @@ BAD_RUNS = {  # what to change in the good job, and what the line must say
     ),
     "rounds": ({"run__rounds": "abc"}, ["run.rounds is 'abc'", "integer"]),
     "no rounds": ({"run__rounds": 0}, ["run.rounds is 0", "greater than or equal to 1"]),
-    "nothing": ({"run__rounds": ""}, ["run.rounds is ''", "integer"]),
+    "nothing": ({"run__rounds": ""}, ["run.rounds is empty; give it a value"]),
+    "no data": ({"task__data": ""}, ["task.data is empty; give it a value"]),
+    "no method": ({"method__name": ""}, ["unknown method ''", "known: adasfl"]),
     "one rank": ({"method__ranks": 8}, ["method.ranks is 8", "a list in brackets such as [4, 8]"]),
     "wide rank": ({"method__ranks": "[4, 33]"}, ["rank 33", "choose 1 to 32"]),
     "unsorted ranks": ({"method__ranks": "[4, 2]"}, ["method.ranks is [4, 2]", "rising"]),
@@ -216,33 +227,66 @@ def test_bad_command(place, command, name) -> None:
     assert set(os.listdir(place)) == before
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "run --nonsense",
-        "run --seed x",
-        "nonsense",
-        "show",
-        "export DIR",
-        "predict DIR",
-        "bench DIR --tokens 0",
-    ],
-)
-def test_wrong_usage(command, words) -> None:
-    code, out, lines = command(*words.split())
+DASH = "a text that begins with a dash comes after --, as in: fedspine predict DIR -- TEXT"
+WRONG_USAGE = {  # arguments, and what the line must say
+    "option": (["run", "--nonsense"], ["unknown option '--nonsense'", "fedspine run --help"]),
+    "misspelt option": (["run", "--sed", "1"], ["'--sed'", "did you mean '--seed'?"]),
+    "no number": (["run", "--seed", "x"], ["'--seed'", "integer", "fedspine run --help"]),
+    "command": (["nonsense"], ["no such command 'nonsense'", "fedspine --help"]),
+    "command of a fleet": (["fleet", "nonsense"], ["'nonsense'", "fedspine fleet --help"]),
+    "argument": (["show"], ["missing argument 'DIR'", "fedspine show --help"]),
+    "needed option": (["export", "DIR"], ["missing option '--to'"]),
+    "texts": (["predict", "DIR"], ["missing argument 'TEXT...'"]),
+    "low": (["bench", "DIR", "--tokens", "0"], ["'--tokens'"]),
+    "text with two dashes": (["predict", "DIR", "-- a text"], [DASH]),
+    "text with a dash": (["predict", "DIR", "-5 is cold"], [DASH]),
+    "no text": (["predict", "DIR", "good", ""], ["what comes after 'good' is empty"]),
+    "blank text": (["predict", "DIR", "--", " "], ["what comes after '--' is empty"]),
+    "no second text": (["predict", "DIR", "good", "--pair="], ["--pair= has no value"]),
+    "no folder": (["run", "--out", ""], ["what comes after '--out' is empty"]),
+    "no folder to go on": (["run", "--resume="], ["--resume= has no value"]),
+    "no run": (["show", ""], ["what comes after 'show' is empty"]),
+    "no setting": (["run", "--set", ""], ["what comes after '--set' is empty"]),
+    "no kit": (["fleet", "status", "--kit", ""], ["what comes after '--kit' is empty"]),
+    "nothing": ([""], ["what comes after 'fedspine' is empty"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_USAGE)
+def test_wrong_usage(command, name) -> None:
+    words, says = WRONG_USAGE[name]
+    code, out, lines = command(*words)
     assert (code, out) == (2, "")
-    assert lines
-    assert "Traceback" not in "".join(lines)
+    (line,) = lines
+    assert line.startswith("fedspine: ")
+    for each in says:
+        assert each in line
+
+
+def test_a_text_that_begins_with_a_dash(place, command) -> None:
+    """After -- every text is one, also where it looks like an option or has nothing behind its ="""
+    texts = ["-- a text", "-5", "--json", "--pair=", "good"]
+    code, out, lines = command("predict", place / "model", "--json", "--", *texts)
+    assert (code, lines) == (0, [])
+    assert len(json.loads(out)["predictions"]) == len(texts)
+
+
+@pytest.mark.parametrize("words", [[], ["fleet"]])
+def test_without_arguments_help_comes(command, words) -> None:
+    code, out, lines = command(*words)
+    assert (out, lines[0]) == (
+        "",
+        f"Usage: {' '.join(['fedspine', *words])} [OPTIONS] COMMAND [ARGS]...",
+    )
+    assert code == 2
 
 
 def test_errors_of_a_process(place) -> None:
     """What main() makes of errors is what a shell sees."""
-    job = tiny_job(place / "gpt2", place / "rows.csv")
-    done = fedspine("run", *job, "--out", place / "new")
+    done = fedspine("show", place / "bert")
     (line,) = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (2, "")
     assert line.startswith("fedspine: ")
-    assert not (place / "new").exists()
 
 
 def test_summary(place) -> None:
@@ -313,7 +357,9 @@ def test_export_says_what_it_wrote(place, command) -> None:
 
 
 @pytest.mark.slow
-def test_bench(place, command) -> None:
+def test_bench(place, command, monkeypatch) -> None:
+    # which costs a process for each model, and is tested in test_bench.py
+    monkeypatch.setattr("fedspine.export.bench.peak_memory_bytes", lambda *_, **__: 1)
     code, out, lines = command(
         "bench", place / "model", "--against", place / "model", "--tokens", "8", "--json"
     )
@@ -341,14 +387,32 @@ def test_mix_on_the_command_line(place, command) -> None:
     ]  # all of them, since nine are more than there are
 
 
-def test_help(command) -> None:
-    code, out, _ = command("--help")
-    assert code == 0
-    for name in ("run", "methods", "devices", "show", "export", "predict", "bench"):
-        assert name in out
-        code, own, _ = command(name, "--help")
-        assert code == 0
-        assert "--json" in own
+def commands(command, path=()):
+    """All commands, and the groups that they are in, each by the words that call it."""
+    yield path, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from commands(inner, (*path, name))
+
+
+COMMANDS = dict(commands(typer.main.get_command(cli.app)))
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_loses_nothing(command, words) -> None:
+    """What docstrings and options say is there to the letter: brackets are no markup. Only line breaks differ."""
+    code, out, lines = command(*words, "--help")
+    assert (code, lines) == (0, [])
+    asked = COMMANDS[words]
+    told = "".join(out.split())
+    for text in [asked.help, *(param.help for param in asked.params)]:
+        assert "".join(text.split()) in told
+
+
+def test_help_knows_all_commands() -> None:
+    named = {" ".join(words) for words in COMMANDS}
+    assert named >= {"run", "sweep", "methods", "devices", "show", "compare", "export", "predict"}
+    assert named >= {"bench", "fleet create", "fleet start", "fleet status", "fleet stop"}
+    assert "[task], [fleet], [method] and [run]" in COMMANDS[("run",)].help  # what markup would eat
 
 
 def test_help_does_not_wait_for_torch() -> None:

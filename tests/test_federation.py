@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 from flare_federation import SITES, write_recipe
-from runs import fedspine
+from runs import fedspine, hearing_ctrl_c
 from toy import Lab
 
 from fedspine.build import START, build_task, dataset
@@ -127,11 +127,12 @@ class Going:
     def __init__(self, arguments, folder):
         self.folder = folder
         self.log = open(folder.with_suffix(".log"), "w")  # noqa: SIM115 - closed by `end`
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "fedspine", *map(str, arguments)],
-            stdout=self.log,
-            stderr=self.log,
-        )
+        with hearing_ctrl_c():
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "fedspine", *map(str, arguments)],
+                stdout=self.log,
+                stderr=self.log,
+            )
 
     def __enter__(self):
         return self

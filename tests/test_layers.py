@@ -18,7 +18,7 @@ ARROWS = {
     "message": set(),
     "device": {"message"},
     "fleet": {"device"},
-    "process": set(),
+    "process": {"errors"},
     "task": set(),
     "tensors": {"message"},
     "method": {

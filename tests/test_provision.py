@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 
 import pytest
-from runs import fedspine
+from runs import fedspine, in_process
 
 pytest.importorskip("nvflare", reason="a fleet of real machines needs the extra `flare`")
 
@@ -275,13 +275,19 @@ def test_the_same_kit_is_not_started_twice(made):
 # --- the command line ---
 
 
-def refused(*arguments, **options):
-    done = fedspine("fleet", *arguments, **options)
-    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done
-    return done.stderr
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """A function that runs a command of `fedspine fleet` in this process, which is refused: its one line."""
+
+    def run(*arguments):
+        code, out, lines = in_process(monkeypatch, capsys, "fleet", *arguments)
+        assert (code, out, len(lines)) == (2, "", 1), (out, lines)
+        return lines[0]
+
+    return run
 
 
-def test_bad_input_is_one_line(made, tmp_path):
+def test_bad_input_is_one_line(made, tmp_path, refused):
     assert "project file" in refused("create", tmp_path / "absent.toml")
     assert "is no start-up kit" in refused("start", "north", "--kit", tmp_path)
     assert "is the kit of 'north'; 'south' was asked for" in refused(
@@ -293,12 +299,11 @@ def test_bad_input_is_one_line(made, tmp_path):
     assert "is the kit of a site" in refused("status", "--kit", made / "north")
 
 
-def test_a_net_cannot_be_trained_at_sites(made):
-    done = fedspine(
-        "run", "--set", "task.model=cnn-h", "--set", "task.data=rows", "--fleet", made / "admin"
-    )
-    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done
-    assert "'cnn-h' is a net for arrays, but the sites of a fleet hold texts" in done.stderr
+def test_a_net_cannot_be_trained_at_sites(made, monkeypatch, capsys):
+    words = ["--set", "task.model=cnn-h", "--set", "task.data=rows", "--fleet", made / "admin"]
+    code, out, (line,) = in_process(monkeypatch, capsys, "run", *words, "--json")
+    assert (code, out) == (2, "")
+    assert "'cnn-h' is a net for arrays, but the sites of a fleet hold texts" in line
 
 
 # --- the demo's data ---
@@ -321,7 +326,7 @@ def test_the_demo_gives_every_row_to_one_site_and_none_of_the_test_rows(tmp_path
     assert read.texts == shares["a"].texts and read.labels.tolist() == shares["a"].labels.tolist()
 
 
-def test_the_demo_takes_no_folder_that_exists(tmp_path):
+def test_the_demo_takes_no_folder_that_exists(tmp_path, refused):
     assert "exists; choose another folder with --out" in refused("demo", "--out", tmp_path)
 
 
@@ -350,7 +355,7 @@ def test_who_is_connected_is_told(federation):
 
 
 @pytest.mark.slow
-def test_a_kit_that_was_not_provisioned_is_let_in_nowhere(federation, tmp_path):
+def test_a_kit_that_was_not_provisioned_is_let_in_nowhere(federation, tmp_path, refused):
     """Neither by our command, which says why, nor by FLARE's own client without our check."""
     port = kit_at(federation.admin).port
     create(

@@ -13,7 +13,16 @@ from pathlib import Path
 import psutil
 import pytest
 from rich.console import Console
-from runs import environment, in_process, records_of, summary_of, without_wall, write_csv
+from runs import (
+    deaf_to_ctrl_c,
+    environment,
+    hearing_ctrl_c,
+    in_process,
+    records_of,
+    summary_of,
+    without_wall,
+    write_csv,
+)
 
 from fedspine import config
 from fedspine.errors import BadInput
@@ -25,7 +34,7 @@ from fedspine.sweep.folder import SweepFolder, held
 from fedspine.sweep.left import Ahead, seconds_left
 from fedspine.sweep.names import distinct
 from fedspine.sweep.plan import plan
-from fedspine.sweep.work import look, reason_of
+from fedspine.sweep.work import GOODBYE_SECONDS, look, reason_of
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 GONE_SECONDS = 10.0  # within which the processes of a killed sweep must have ended
@@ -41,6 +50,7 @@ per_round = 2
 [run]
 rounds = 2
 evaluate_every = 0
+precision = "fp32"
 [method]
 steps = 2
 [methods.fedspine]
@@ -381,14 +391,10 @@ def test_list_runs_nothing(place, command):
 # --- what is run ---
 
 
-def start(*arguments):
-    """A sweep in a process of its own, and session, so that Ctrl-C can be sent to all of it.
-
-    Tests that a shell runs in the background are deaf to Ctrl-C, and so would be what they start.
-    """
+def start(*arguments, hearing=hearing_ctrl_c):
+    """A sweep in a process of its own, and session, so that Ctrl-C can be sent to all of it."""
     whole = [sys.executable, "-m", "fedspine", "sweep", *arguments]
-    hearing = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    with hearing():
         return subprocess.Popen(
             whole,
             stderr=subprocess.PIPE,
@@ -397,8 +403,6 @@ def start(*arguments):
             env=environment(),
             start_new_session=True,
         )
-    finally:
-        signal.signal(signal.SIGINT, hearing)
 
 
 def wait_for(true, process, seconds=120.0):
@@ -562,6 +566,33 @@ def test_interrupted_and_two_at_once(place, command):
     assert left_alive(children) == []
     statuses = [standing.status for standing in look(Path("sweep.toml"), None).standings]
     assert sorted(statuses) == ["half-done", "half-done", "open", "open"]
+
+
+@pytest.mark.slow
+def test_a_sweep_that_ignores_ctrl_c_ends_when_it_is_told_to(place):
+    """As under `nohup`; its cells ignore Ctrl-C too, so it must not rely on that to end them."""
+    Path("sweep.toml").write_text(GOOD.replace("rounds = 2", "rounds = 5000"))
+    sweep = start("sweep.toml", hearing=deaf_to_ctrl_c)
+    folder = Path("sweeps/sweep")
+    assert wait_for(lambda: list(folder.glob("cells/*/state/current.json")), sweep), (
+        sweep.communicate()
+    )
+    (cell,) = psutil.Process(sweep.pid).children()
+    os.killpg(sweep.pid, signal.SIGINT)
+    cell.send_signal(signal.SIGINT)
+    time.sleep(0.5)  # within which both would have begun to end
+    assert sweep.poll() is None
+    assert cell.is_running()
+    asked = time.monotonic()
+    sweep.terminate()
+    out, err = sweep.communicate()
+    assert time.monotonic() - asked < GOODBYE_SECONDS  # the cell needed no kill
+    assert (sweep.returncode, out) == (143, "")
+    *_, line = err.splitlines()
+    assert line.startswith("fedspine: terminated; 0 of 4 cells done; go on with: fedspine sweep")
+    assert left_alive([cell]) == []
+    statuses = [standing.status for standing in look(Path("sweep.toml"), None).standings]
+    assert sorted(statuses) == ["half-done", "open", "open", "open"]
 
 
 @pytest.mark.slow

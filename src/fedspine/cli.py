@@ -1,6 +1,7 @@
 """The command line: parsing and printing only. Bad input ends with one line on stderr and exit code 2."""
 
 import dataclasses
+import difflib
 import json as jsonlib
 import os
 import sys
@@ -8,17 +9,24 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+
+try:
+    from typer._click import exceptions as usage  # typer brings a copy of click
+except ImportError:  # which older versions need
+    from click import exceptions as usage
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import fedspine
 from fedspine import data_cli, fleet_cli
-from fedspine.errors import BadInput
+from fedspine.errors import BadInput, Stopped
+from fedspine.process import ends_when_told
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Tune a pre-trained language model across many unequal devices, prune it while it tunes, and give each device "
@@ -38,9 +46,16 @@ ModelFolder = Annotated[
 def main() -> None:
     """Run the command line; every expected failure becomes one line and exit code 2."""
     try:
-        app(prog_name="fedspine", standalone_mode=True)
+        _none_empty(sys.argv[1:])
+        sys.exit(app(prog_name="fedspine", standalone_mode=False))
     except BadInput as error:
         _fail(str(error))
+    except usage.UsageError as error:
+        _fail_usage(error)
+    except typer.Abort:
+        _fail("interrupted", exit_code=130)
+    except Stopped as stopped:
+        _fail(str(stopped), stopped.exit_code)
     except OSError as error:  # a full disk, a folder that cannot be read
         _fail(str(error))
 
@@ -48,6 +63,39 @@ def main() -> None:
 def _fail(line: str, exit_code: int = 2) -> NoReturn:
     print(f"fedspine: {' '.join(line.split())}", file=sys.stderr)
     sys.exit(exit_code)
+
+
+def _none_empty(arguments: list[str]) -> None:
+    """Raise BadInput for an argument without a character, which as a path would be the current folder."""
+    options = True  # until --
+    for number, argument in enumerate(arguments):
+        before = arguments[number - 1] if number else "fedspine"
+        if not argument.strip():
+            raise BadInput(
+                f"what comes after {before!r} is empty; give it a value, or leave it out"
+            )
+        if options and argument.startswith("--") and argument.endswith("="):
+            raise BadInput(f"{argument} has no value; give it one, or leave it out")
+        options = options and argument != "--"
+
+
+def _fail_usage(error: Any) -> NoReturn:
+    """One line for a command that cannot be parsed, help for one without arguments."""
+    if isinstance(error, getattr(usage, "NoArgsIsHelpError", ())):  # which older versions lack
+        error.show()
+        sys.exit(error.exit_code)
+    command = error.ctx.command_path if error.ctx else "fedspine"
+    if not isinstance(error, usage.NoSuchOption):
+        said = " ".join(error.format_message().split()).rstrip(".")
+        _fail(f"{said[:1].lower()}{said[1:]}; see: {command} --help", error.exit_code)
+    line = f"unknown option {error.option_name!r} of {command}"
+    if guess := difflib.get_close_matches(error.option_name, error.possibilities or (), 1, 0.7):
+        line += f"; did you mean {guess[0]!r}?"
+    if command.endswith(" predict"):
+        line += (
+            "; a text that begins with a dash comes after --, as in: fedspine predict DIR -- TEXT"
+        )
+    _fail(f"{line}; see: {command} --help", error.exit_code)
 
 
 @app.callback(invoke_without_command=True)
@@ -62,10 +110,11 @@ def about(
 
 
 @app.command()
+@ends_when_told()
 def run(
     recipe: Annotated[
         Path | None,
-        typer.Argument(metavar="[RECIPE.toml]", help="What to run; default: the embedded job."),
+        typer.Argument(metavar="RECIPE.toml", help="What to run; default: the embedded job."),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -109,7 +158,7 @@ def run(
     from fedspine import config
     from fedspine.report.progress import progress_for
     from fedspine.report.tables import summary_table
-    from fedspine.run import Stopped, new_run
+    from fedspine.run import new_run
     from fedspine.run import resume as go_on
 
     if resume is not None and out is not None:
@@ -117,18 +166,13 @@ def run(
             "--resume goes on in its own folder, so --out has no place beside it; leave one of them out"
         )
     progress = progress_for(json)
-    try:
-        if resume is None:
-            wanted = config.load(recipe, settings, seed)
-            folder = out or _free_folder(wanted.method.name)
-            summary = new_run(wanted, folder, progress, _venue(fleet, sites, quorum, within))
-        else:
-            folder, wanted = resume, _wanted(recipe, settings, seed, resume)
-            summary = go_on(resume, progress, wanted, _venue(fleet, sites, quorum, within))
-    except Stopped as stopped:
-        _fail(str(stopped), stopped.exit_code)
-    except KeyboardInterrupt:  # before the first round
-        _fail("interrupted", exit_code=130)
+    if resume is None:
+        wanted = config.load(recipe, settings, seed)
+        folder = out or _free_folder(wanted.method.name)
+        summary = new_run(wanted, folder, progress, _venue(fleet, sites, quorum, within))
+    else:
+        folder, wanted = resume, _wanted(recipe, settings, seed, resume)
+        summary = go_on(resume, progress, wanted, _venue(fleet, sites, quorum, within))
     if json:
         print(jsonlib.dumps(summary))
         return
@@ -173,6 +217,7 @@ def _free_folder(method: str) -> Path:
 
 
 @app.command()
+@ends_when_told()
 def sweep(
     file: Annotated[
         Path, typer.Argument(metavar="FILE.toml", help="Methods, settings, data and seeds to run.")
@@ -192,20 +237,14 @@ def sweep(
     docs/sweeps.md explains the file. Exit code 1: at least one run has failed, and the others are done.
     """
     from fedspine.report.sweeps import print_overview, sweep_progress_for
-    from fedspine.run import Stopped
     from fedspine.sweep.work import carry_out, listed, look
 
-    try:
-        if only_list:
-            found = look(file, out)
-        else:
-            found = carry_out(
-                file, out, jobs=jobs, retry=retry, progress=lambda: sweep_progress_for(json)
-            )
-    except Stopped as stopped:
-        _fail(str(stopped), stopped.exit_code)
-    except KeyboardInterrupt:  # before the first cell
-        _fail("interrupted", exit_code=130)
+    if only_list:
+        found = look(file, out)
+    else:
+        found = carry_out(
+            file, out, jobs=jobs, retry=retry, progress=lambda: sweep_progress_for(json)
+        )
     if json:
         print(jsonlib.dumps(found.table()))
     else:
@@ -269,6 +308,7 @@ def devices(json: Json = False) -> None:
 
 
 @app.command()
+@ends_when_told()
 def demo(
     out: Annotated[
         Path | None, typer.Option(help="New folder for results; default: runs/demo-N.")
@@ -276,18 +316,13 @@ def demo(
 ) -> None:
     """A first look in half a minute: a small run from data to report, an exported model, and what it answers."""
     _prepare_torch()
-    from fedspine import demo as first_look
-    from fedspine.run import Stopped
+    from fedspine.demo import demo as first_look
 
-    try:
-        first_look.demo(out or _free_folder("demo"))
-    except Stopped as stopped:
-        _fail(str(stopped), stopped.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", exit_code=130)
+    first_look(out or _free_folder("demo"))
 
 
 @app.command()
+@ends_when_told()
 def show(
     folder: RunFolder,
     everyone: Annotated[
@@ -332,6 +367,7 @@ def _show_everyone(folder: Path, json: bool) -> None:
 
 
 @app.command()
+@ends_when_told()
 def compare(
     runs: Annotated[
         list[Path] | None,
@@ -373,6 +409,7 @@ def compare(
 
 
 @app.command()
+@ends_when_told()
 def export(
     folder: RunFolder,
     to: Annotated[Path, typer.Option(help="New folder for the model.")],
@@ -407,10 +444,15 @@ def export(
 
 
 @app.command()
+@ends_when_told()
 def predict(
     folder: ModelFolder,
     texts: Annotated[
-        list[str], typer.Argument(metavar="TEXT...", help="Texts to label or to continue.")
+        list[str],
+        typer.Argument(
+            metavar="TEXT...",
+            help="Texts to label or to continue; -- before one that begins with a dash.",
+        ),
     ],
     pair: Annotated[
         list[str] | None,
@@ -437,6 +479,7 @@ def predict(
 
 
 @app.command()
+@ends_when_told()
 def bench(
     folder: ModelFolder,
     against: Annotated[

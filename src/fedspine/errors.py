@@ -1,4 +1,4 @@
-"""The one error a user should see: what was expected, what came, what to do, in a single line."""
+"""The errors that a user sees, each a single line: bad input, and a command that ended early."""
 
 import difflib
 from collections.abc import Iterable
@@ -20,6 +20,14 @@ def of_machine(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or "DefaultCPUAllocator" in str(error)
     )
+
+
+class Stopped(RuntimeError):
+    """A command that cannot go on or was told to end, with its last good state saved; the text is one line."""
+
+    def __init__(self, line: str, exit_code: int = 2) -> None:
+        super().__init__(line)
+        self.exit_code = exit_code
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

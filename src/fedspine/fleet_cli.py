@@ -1,11 +1,11 @@
 """`fedspine fleet`: start-up kits, the processes of server and sites, and what a fleet of real machines is doing."""
 
 import json as jsonlib
-import signal
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedspine.errors import BadInput
+from fedspine.process import ends_on_sigterm, ends_when_told
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -72,10 +73,10 @@ def start(
         if problem := kits.check_reach(found):
             print(f"{problem}; the site tries until it does")
     log = found.folder / CONSOLE_LOG
-    with kits.only_one(found), open(log, "ab") as file, _stops_on_signals() as stopped:
+    with kits.only_one(found), open(log, "ab") as file, _until_told() as told:
         print(f"{name} runs; its log is {log}; stop it with Ctrl-C", flush=True)
         code = kits.serve(found, file)
-    if stopped:
+    if told:  # what a service is told to do is no failure
         print(f"{name} stopped")
     elif code == 0:
         print(f"{name} was stopped by the operator")
@@ -110,7 +111,7 @@ def status(kit: Operator = Path("admin"), json: Json = False) -> None:
 
 @app.command()
 def stop(
-    name: Annotated[str, typer.Argument(metavar="[all|server|SITE]", help="What to stop.")] = "all",
+    name: Annotated[str, typer.Argument(metavar="all|server|SITE", help="What to stop.")] = "all",
     kit: Operator = Path("admin"),
 ) -> None:
     """Stop the whole fleet, the server, or one site, from wherever the operator's kit is."""
@@ -122,6 +123,7 @@ def stop(
 
 
 @app.command()
+@ends_when_told()
 def demo(
     sites: Annotated[int, typer.Option(help="Sites on this machine.", min=2, max=16)] = 3,
     out: Annotated[
@@ -131,28 +133,15 @@ def demo(
     """All of it on this machine: share the embedded data over sites, make kits, start, run FedLoRA, stop."""
     from fedspine.fleet_demo import demo as run_demo
 
-    with _stops_on_signals() as stopped:
-        code = run_demo(sites, out)
-    if stopped:
-        print("fedspine: interrupted", file=sys.stderr)
-        raise typer.Exit(130)
-    raise typer.Exit(code)
+    raise typer.Exit(run_demo(sites, out))
 
 
 @contextmanager
-def _stops_on_signals() -> Any:
-    """Ctrl-C and a service manager's request both end the block; the list is then not empty."""
-    stopped: list[int] = []
-
-    def stop(number: int, frame: Any) -> None:
-        stopped.append(number)
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped
-    except KeyboardInterrupt:
-        pass
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _until_told() -> Iterator[list[KeyboardInterrupt]]:
+    """Ctrl-C and SIGTERM both end the block; the list is then not empty."""
+    told: list[KeyboardInterrupt] = []
+    with ends_on_sigterm():
+        try:
+            yield told
+        except KeyboardInterrupt as came:
+            told.append(came)

@@ -77,9 +77,21 @@ def demo(sites: int, out: Path | None) -> int:
             str(folder / "run"),
         ]
         print(f"4. fedspine {' '.join(command)}", flush=True)
-        code = subprocess.run([sys.executable, "-m", "fedspine", *command], check=False).returncode
+        code = _carried_out(command)
         print("5. stopping server and sites", flush=True)
     return code
+
+
+def _carried_out(command: list[str]) -> int:
+    """The exit code of a command in a process of its own, which ends with this one in good order."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedspine", *command],
+        start_new_session=True,  # Ctrl-C is for the demo, which ends its run
+    )
+    try:
+        return process.wait()
+    finally:
+        kits.end(process)
 
 
 def demo_recipe(sites: int, *settings: str) -> Recipe:

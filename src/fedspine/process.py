@@ -1,11 +1,18 @@
-"""What a process that trains, scores or aggregates does with its memory and its cores."""
+"""What a process that trains, scores or aggregates does with its memory, its cores and the signals that it gets."""
 
 import ctypes
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TypeVar
+
+from fedspine.errors import Stopped
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -13,6 +20,77 @@ R = TypeVar("R")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's names for mallopt
 _KEPT = 512 << 20  # bytes of freed memory that the process keeps
 _LARGE = 32 << 20  # bytes from which a block is mapped on its own; glibc allows no more
+_SAME_SECONDS = 1.0  # `timeout` sends its signal to a process and to its group: two that mean one
+
+SIGNALS_TO_END = (signal.SIGINT, signal.SIGTERM)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, from `kill`, a service manager or a batch system; it ends a command just as Ctrl-C does."""
+
+
+@contextmanager
+def ends_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise Terminated within the block; where the process ignores it, that stays so."""
+    with handling([signal.SIGTERM], _terminate()):
+        yield
+
+
+def _terminate() -> Callable[[int, FrameType | None], None]:
+    last = -_SAME_SECONDS
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last - before >= _SAME_SECONDS:
+            raise Terminated
+
+    return terminate
+
+
+@contextmanager
+def handling(
+    signals: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """Handle these signals by `handler` within the block, except those that the process ignores.
+
+    What `nohup` or a script's background job starts ignores SIGINT, and its user relies on that. Only the main thread
+    can handle signals; in another one nothing happens.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept = (signal.SIG_IGN, None)  # None: a handler that is not Python's
+    found = {number: signal.getsignal(number) for number in signals}
+    before: dict[signal.Signals, Any] = {n: had for n, had in found.items() if had not in kept}
+    try:
+        for number in before:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, had in before.items():
+            signal.signal(number, had)
+
+
+@contextmanager
+def ends_when_told() -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM within the block into Stopped: for commands, which end with one line."""
+    with ends_on_sigterm():
+        try:
+            yield
+        except KeyboardInterrupt as told:
+            raise Stopped(*farewell(told)) from None
+
+
+def farewell(told: KeyboardInterrupt) -> tuple[str, int]:
+    """What a command that was told to end says, and its exit code: 128 and the number of the signal.
+
+    >>> farewell(KeyboardInterrupt()), farewell(Terminated())
+    (('interrupted', 130), ('terminated', 143))
+    """
+    if isinstance(told, Terminated):
+        return "terminated", 128 + signal.SIGTERM
+    return "interrupted", 128 + signal.SIGINT
 
 
 def keep_freed_memory() -> None:

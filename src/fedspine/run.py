@@ -16,7 +16,7 @@ import torch
 from fedspine.build import START, Built, around, cohort, settled, workers_for
 from fedspine.config import Recipe
 from fedspine.ending import advice
-from fedspine.errors import BadInput
+from fedspine.errors import BadInput, Stopped
 from fedspine.eta import Estimate, Plan
 from fedspine.fleet import AllLost
 from fedspine.fleets.rounds import RoundFleet, Totals
@@ -36,7 +36,7 @@ from fedspine.folder import (
 )
 from fedspine.message import pack
 from fedspine.method import planned_sparsities
-from fedspine.process import keep_freed_memory
+from fedspine.process import farewell, keep_freed_memory
 from fedspine.records import Records, plain
 from fedspine.report.page import REPORT, write_page
 from fedspine.report.progress import Progress, Standing
@@ -44,14 +44,6 @@ from fedspine.report.tables import counted
 from fedspine.scoring import Deployment, marks, score_models, spread_out
 from fedspine.store import Saved, Store, write_atomically
 from fedspine.venue import RealSites, Simulation, Venue, venue_of
-
-
-class Stopped(RuntimeError):
-    """A run that cannot go on, with its last good state saved; the text is one line."""
-
-    def __init__(self, line: str, exit_code: int = 2) -> None:
-        super().__init__(line)
-        self.exit_code = exit_code
 
 
 @dataclass
@@ -165,8 +157,9 @@ def _guarded(built: Built, venue: Venue, folder: Path, progress: Progress) -> di
         return _run(built, venue, workers, store, folder, progress)
     except BadInput:
         raise
-    except KeyboardInterrupt:
-        raise Stopped(f"interrupted; {_kept(store, folder)}", exit_code=130) from None
+    except KeyboardInterrupt as told:
+        word, exit_code = farewell(told)
+        raise Stopped(f"{word}; {_kept(store, folder)}", exit_code) from None
     except AllLost as error:
         raise Stopped(f"{error}; {_advice(error, built, venue, store, folder)}") from None
     except OSError as error:

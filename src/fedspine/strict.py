@@ -57,6 +57,9 @@ def validated(
 
     `by_json` is for plain dataclasses, which pydantic takes strictly from JSON alone; there TOML's dates become text.
     """
+    for key, value in table.items() if isinstance(table, dict) else ():
+        if value == "":  # as of `--set task.data=`, which as a path would be the current folder
+            raise BadInput(f"{section}.{key} is empty; give it a value, or leave it out")
     try:
         made = (
             adapter.validate_json(json.dumps(table, default=str), strict=True)

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -28,6 +27,7 @@ from fedspine.lm.score import Score, score, score_together
 from fedspine.message import unpack
 from fedspine.nets.net import Net
 from fedspine.nets.score import score_nets
+from fedspine.process import SIGNALS_TO_END, handling
 from fedspine.task import Data, Task
 
 PARENT_CHECK_SECONDS = 1.0
@@ -154,7 +154,7 @@ class Workers:
         self._pipes, self._processes, self._homes = [], [], {}
 
     def _start(self) -> None:
-        with _interrupts_put_off():
+        with _signals_put_off():
             for _ in range(self._count):
                 self._fork()
 
@@ -281,19 +281,13 @@ def _work(workshop: Workshop, pipe: Connection, inherited: list[Connection], par
 
 
 @contextmanager
-def _interrupts_put_off() -> Iterator[None]:
-    """Hold Ctrl-C back until the end: callbacks that libraries run at a fork would swallow it.
+def _signals_put_off() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until the end: callbacks that libraries run at a fork would swallow them.
 
-    The forked workers keep ignoring it: it is for the run, which ends them.
+    The forked workers keep ignoring both: they are for the run, which ends its workers.
     """
-    if threading.current_thread() is not threading.main_thread():  # which alone gets to see it
+    came: list[int] = []
+    with handling(SIGNALS_TO_END, lambda number, _: came.append(number)):
         yield
-        return
-    pressed: list[bool] = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
+    for number in dict.fromkeys(came):
+        signal.raise_signal(number)

@@ -79,7 +79,7 @@ def score(
     def enter(chosen: np.ndarray) -> None:
         entry.hidden = entering(base, data, stored, chosen, data.width(chosen))
 
-    return _scores(module, data, batch, 1, enter)[0]
+    return _scores(module, data, batch, base.device, enter=enter)[0]
 
 
 def score_together(
@@ -90,19 +90,20 @@ def score_together(
     They share the base's weights, so their adapters stay apart from these instead of being merged: the same but for
     rounding.
     """
-    return _scores(Leaves(base, models).fit(), data, batch, len(models))
+    return _scores(Leaves(base, models).fit(), data, batch, base.device, len(models))
 
 
 def score_module(module: nn.Module, data: Examples, *, batch: int = 32) -> Score:
     """Score anything that maps a batch of inputs to logits as transformers models do."""
-    return _scores(module, data, batch, 1)[0]
+    return _scores(module, data, batch, next(module.parameters()).device)[0]
 
 
 def _scores(
     module: nn.Module,
     data: Examples,
     batch: int,
-    models: int,
+    device: torch.device,
+    models: int = 1,
     enter: Callable[[np.ndarray], None] = lambda rows: None,
 ) -> list[Score]:
     """Of each model that `module` computes, whose inputs hold the rows of one model after another.
@@ -110,7 +111,6 @@ def _scores(
     `enter` is told the rows of a batch before it is computed.
     """
     loss, correct, count = np.zeros(models), np.zeros(models, np.int64), 0
-    device = next(module.parameters()).device
     with torch.inference_mode():
         for rows in data.batches_by_length(batch):
             inputs = moved(data.batch(rows), device)

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from fedspine.errors import Stopped
 from fedspine.folder import STATE
-from fedspine.process import cores
+from fedspine.process import cores, farewell
 from fedspine.report.sweeps import AtWork, Listed, Outlook, SweepProgress
 from fedspine.report.tables import counted, decimal, percent, seconds_text
-from fedspine.run import Stopped
 from fedspine.store import LOCK
 from fedspine.sweep.folder import Overview, Standing, SweepFolder, held
 from fedspine.sweep.left import Ahead, seconds_left
@@ -25,7 +25,6 @@ from fedspine.sweep.plan import Cell, plan
 
 POLL_SECONDS = 0.2
 GOODBYE_SECONDS = 20.0  # within which an interrupted run ends by itself
-INTERRUPTED = 130  # the exit code after Ctrl-C
 
 
 @dataclass
@@ -108,7 +107,7 @@ class Work:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=said,
-            start_new_session=True,  # Ctrl-C is for the sweep, which passes it on
+            start_new_session=True,  # Ctrl-C is for the sweep, which ends its cells
         )
         return Job(cell, process, said, self._rounds[cell.name])
 
@@ -161,10 +160,13 @@ class Work:
         )
 
     def _end_all(self) -> None:
-        """End what is still running, first as Ctrl-C would, then for certain."""
+        """End what is still running, first in good order, then for certain.
+
+        Not by SIGINT, which a cell ignores where its sweep does.
+        """
         try:
             for job in self._jobs:
-                job.process.send_signal(signal.SIGINT)
+                job.process.terminate()
             deadline = time.monotonic() + GOODBYE_SECONDS
             for job in self._jobs:
                 with suppress(subprocess.TimeoutExpired):
@@ -207,7 +209,7 @@ def carry_out(
 ) -> Overview:
     """Run whatever of the sweep in `file` is not done yet in the folder `path`; failed cells only with `retry`.
 
-    Raises BadInput before anything is run, Stopped after Ctrl-C. `progress` is called when the first cell may start.
+    Raises BadInput before anything is run, Stopped after Ctrl-C or SIGTERM. `progress` is called when the first cell may start.
     """
     cells, folder = plan(file), SweepFolder(path or default_folder(file))
     folder.check(cells)
@@ -215,7 +217,8 @@ def carry_out(
     try:
         Work(folder, folder.standings(cells), jobs, retry, progress()).run()
         return folder.overview(cells)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as told:
+        word, exit_code = farewell(told)
         done = sum(standing.status == "done" for standing in folder.standings(cells))
         again = (
             f"fedspine sweep {file}"
@@ -223,8 +226,8 @@ def carry_out(
             + (f" --out {path}" if path else "")
         )
         raise Stopped(
-            f"interrupted; {done} of {counted(len(cells), 'cell')} done; go on with: {again}",
-            exit_code=INTERRUPTED,
+            f"{word}; {done} of {counted(len(cells), 'cell')} done; go on with: {again}",
+            exit_code,
         ) from None
     finally:
         folder.close()

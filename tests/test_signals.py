@@ -1,0 +1,124 @@
+"""Ctrl-C, SIGTERM and those who ignore Ctrl-C: whole runs are in kill_driver.py, here is also what handles the signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from runs import deaf_to_ctrl_c, environment, hearing_ctrl_c, python
+from test_resume import ENOUGH, assert_same, job  # noqa: F401
+
+from fedspine import process
+from fedspine.errors import Stopped
+from fedspine.process import Terminated, ends_on_sigterm, ends_when_told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("blow", "workers"), [("TERM", 1), ("TERM", 2), ("TERM to all", 1), ("TERM to all", 2)]
+)
+def test_a_run_that_is_told_to_end(job, blow, workers) -> None:  # noqa: F811
+    """One line, exit code 143, no worker is left, and the run goes on to the end that it would have had."""
+    carry_out, whole = job
+    struck = {"seconds": 0.1, "signal": blow, "slow": 0.1}
+    (plan,) = carry_out(f"told-{blow}-{workers}", struck, ENOUGH, run__workers=workers)
+    first, last = plan["ends"]
+    assert (first["code"], last["code"]) == (143, 0), plan
+    (line,) = first["said"]
+    assert line.startswith("fedspine: terminated; ")
+    assert line.endswith(f"go on with: fedspine run --resume {plan['folder']}")
+    assert plan["orphans"] == []
+    assert_same(plan["folder"], whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("blow", "code"), [("INT", 0), ("TERM to all", 143)])
+def test_a_run_under_nohup(job, blow, code) -> None:  # noqa: F811
+    """It goes on at Ctrl-C, workers included, and ends when it is told to."""
+    carry_out, whole = job
+    struck = {"seconds": 0.1, "signal": blow, "slow": 0.1, "deaf": True}
+    (plan,) = carry_out(f"deaf-{blow}", struck, ENOUGH, run__workers=2)
+    first, last = plan["ends"]
+    assert (first["code"], last["code"]) == (code, 0), plan
+    assert len(first["said"]) == (1 if code else 0)
+    assert plan["orphans"] == []
+    assert_same(plan["folder"], whole)
+
+
+def hit(number):
+    """A signal to this process, which has come when this returns."""
+    signal.raise_signal(number)
+
+
+def test_sigterm_interrupts_within_the_block_only():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated), ends_on_sigterm():
+        hit(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_two_that_come_together_are_one(monkeypatch):
+    """As `timeout` sends them; a later one does interrupt again, in case that the first was swallowed."""
+    now = [100.0]
+    monkeypatch.setattr(process.time, "monotonic", lambda: now[0])
+    with ends_on_sigterm():
+        with pytest.raises(Terminated):
+            hit(signal.SIGTERM)
+        now[0] += 0.9 * process._SAME_SECONDS
+        hit(signal.SIGTERM)
+        now[0] += process._SAME_SECONDS
+        with pytest.raises(Terminated):
+            hit(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("number", "word", "code"),
+    [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)],
+)
+def test_a_command_that_is_told_to_end(number, word, code):
+    with hearing_ctrl_c(), pytest.raises(Stopped, match=f"^{word}$") as end, ends_when_told():
+        hit(number)
+    assert end.value.exit_code == code
+
+
+def test_what_is_ignored_stays_ignored():
+    with deaf_to_ctrl_c(), process.handling(process.SIGNALS_TO_END, lambda *_: None):
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        hit(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("hearing", [hearing_ctrl_c, deaf_to_ctrl_c])
+def test_what_tests_start_hears_or_does_not(hearing):
+    """The helpers of the tests themselves, which hold where the parent of the tests is deaf, too."""
+    with hearing():
+        done = python(
+            "-c",
+            "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)",
+        )
+    assert done.stdout.strip() == str(hearing is hearing_ctrl_c)
+
+
+@pytest.mark.slow
+def test_told_to_end_while_it_loads(tmp_path):
+    """Before there is anything to save; also where the signal comes while modules are imported."""
+    child = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "fedspine", "run", "--out", tmp_path / "run"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=environment(),
+    )
+    while "torch._C" not in child.stderr.readline():  # torch is half imported
+        assert child.poll() is None
+    os.kill(child.pid, signal.SIGTERM)
+    begun = time.monotonic()
+    _, said = child.communicate()
+    assert child.returncode == 143
+    (line,) = [line for line in said.splitlines() if not line.startswith("import time:")]
+    assert line == "fedspine: terminated"
+    assert not (tmp_path / "run").exists()
+    assert time.monotonic() - begun < 20
