@@ -84,7 +84,7 @@ def test_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert any("Device models" in line for line in table)
 
 
-def test_scoring_says_its_first_and_last_model_and_little_between(
+def test_scoring_says_when_it_is_done_and_little_before(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     shown = progress.progress_for(json=False)
@@ -95,8 +95,7 @@ def test_scoring_says_its_first_and_last_model_and_little_between(
     assert capsys.readouterr().err.splitlines() == [
         "precision fp32",
         "fedspine: 1 rounds",
-        "scored 0 of 10 deployed models",
-        "scored 10 of 10 deployed models  about 1 s left",
+        "scored all 10 deployed models",
     ]
 
 

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedspine.build import identities
 from fedspine.config import embedded
 from fedspine.config import recipe as recipe_from
 from fedspine.export.hf import load, predict
@@ -26,12 +27,11 @@ BAR = 40  # characters of an accuracy of 100 %
 
 def demo(out: Path) -> None:
     """Run the small recipe into the new folder `out`, then show what it learnt and what one device's model answers."""
-    console = Console()
-    progress = progress_for(json=False)
-    summary = new_run(recipe_from(embedded("demo")), out, progress)
+    recipe, console, progress = recipe_from(embedded("demo")), Console(), progress_for(json=False)
+    summary = new_run(recipe, out, progress)
     progress.finished(summary_table(summary))
     console.print(curve(out))
-    device = "agx-7"
+    device = identities(recipe)[-1]
     folder = out / "models" / device
     found = export_model(out, device=device, format="hf", to=folder)
     table = Table("text", "topic", "probability", title=f"the model of device {device} answers")
@@ -54,7 +54,7 @@ def curve(folder: Path) -> Table:
         title="accuracy of the devices' pruned models", box=None, show_header=False, padding=(0, 1)
     )
     for row in read_rows(folder / RECORDS).scores:
-        share = row["accuracy"]
-        label = "at the end" if row["final"] else f"round {row['round'] + 1}"
-        table.add_row(label, Text("█" * round(share * BAR), style="cyan"), percent(share))
+        label = "at the end" if row.final else f"round {row.round + 1}"
+        bar = Text("█" * round((row.accuracy or 0.0) * BAR), style="cyan")
+        table.add_row(label, bar, percent(row.accuracy))
     return table

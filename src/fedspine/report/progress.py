@@ -126,9 +126,12 @@ class Lines:
         self._say(line)
 
     def scored(self, done: int, models: int, seconds_left: float | None) -> None:
-        if done in (0, models) or monotonic() - self.said >= QUIET_SECONDS:
-            left = () if seconds_left is None else (f"about {time_left(seconds_left)} left",)
-            self._say("  ".join((f"scored {done} of {models} deployed models", *left)))
+        if done == models:
+            self._say(f"scored all {models} deployed models")
+        elif seconds_left is not None and monotonic() - self.said >= QUIET_SECONDS:
+            self._say(
+                f"scored {done} of {models} deployed models  about {time_left(seconds_left)} left"
+            )
 
     def finished(self, table: Table) -> None:
         print_table(table, self.stream)
