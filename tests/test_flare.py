@@ -110,6 +110,7 @@ class Sites:
             model_sha256=content_sha256(base, tokenizer),
             layers=None,
             precision="fp32",
+            pooling="cls",
             max_tokens=MAX_TOKENS,
             label_names=NAMES,
         )

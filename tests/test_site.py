@@ -36,6 +36,7 @@ def terms(**changes):
         "model_sha256": "0" * 64,
         "layers": None,
         "precision": "fp32",
+        "pooling": "cls",
         "max_tokens": 16,
         "label_names": NAMES,
     }
@@ -323,3 +324,20 @@ def test_the_content_of_a_model_does_not_depend_on_where_it_lies_but_on_all_it_h
 def test_a_folder_is_known_to_sites_by_its_last_part_only():
     assert model_name("/home/someone/models/tiny") == "tiny"
     assert model_name("minilm") == "minilm" and model_name("org/name") == "org/name"
+
+
+def test_a_site_reads_its_own_encoding_and_its_log_says_what_is_left_out(
+    tmp_path, tokenizer, capsys
+):
+    folder = written(tmp_path, data='encoding = "latin-1"')
+    rows = [f"caf\u00e9 {number},{NAMES[number % 3]}" for number in range(12)]
+    text = "\n".join(["text,label", *rows, "nobody knows,", ""])
+    (folder / "rows.csv").write_bytes(text.encode("latin-1"))
+    site_file = folder / "fedspine-site.toml"
+    site_file.write_text(site_file.read_text().replace("rows.parquet", "rows.csv"))
+    examples = site_examples(load_site(folder), terms(), tokenizer)
+    assert len(examples) == 12
+    assert "1 of 13 rows are left out: 1 with no label" in capsys.readouterr().err
+    site_file.write_text(site_file.read_text().replace('encoding = "latin-1"', ""))
+    with pytest.raises(BadInput, match="encoding"):
+        site_examples(load_site(folder), terms(), tokenizer)

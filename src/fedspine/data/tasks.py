@@ -7,7 +7,7 @@ or labels again.
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -123,12 +123,15 @@ def remarks(data: Dataset) -> tuple[str, ...]:
     >>> remarks(Dataset("x.csv", rows, rows, (), None, left_out={"no text": 1, "no label": 2}))
     ('3 of 5 rows are left out: 1 with no text, 2 with no label',)
     """
-    left = sum(data.left_out.values())
+    return _remarks(len(data.train) + len(data.test), data.left_out, data.notes)
+
+
+def _remarks(kept: int, left_out: Mapping[str, int], notes: tuple[str, ...]) -> tuple[str, ...]:
+    left = sum(left_out.values())
     if not left:
-        return data.notes
-    rows = len(data.train) + len(data.test) + left
-    reasons = ", ".join(f"{count:,} with {reason}" for reason, count in data.left_out.items())
-    return (f"{left:,} of {rows:,} rows are left out: {reasons}", *data.notes)
+        return notes
+    reasons = ", ".join(f"{count:,} with {reason}" for reason, count in left_out.items())
+    return (f"{left:,} of {kept + left:,} rows are left out: {reasons}", *notes)
 
 
 def load_stated(
@@ -141,6 +144,7 @@ def load_stated(
     label: str = "label",
     spelled: Mapping[str, str] | None = None,
     encoding: str | None = None,
+    say: Callable[[str], None] = lambda remark: None,
 ) -> Rows:
     """All training rows of `data`, whose labels index `label_names`, the classes that somebody else
     states.
@@ -148,11 +152,14 @@ def load_stated(
     For a site that holds a part of a federated task: it may lack classes, so its own values cannot
     number them. A value means the class that `spelled` gives it, else the one that the data's own
     class names give a number, else the class of its name; so the rows get the numbers that `load`
-    gives them in a data set with all classes. Nothing is held out for testing. Raises BadInput as
-    `load` does, and for a value that is none of the classes.
+    gives them in a data set with all classes. Nothing is held out for testing. `say` hears what
+    `remarks` would tell of the rows. Raises BadInput as `load` does, and for a value that is none
+    of the classes.
     """
     wanted = _wanted(data, kind, text, pair, label, None)
     train = checked(_source(data, encoding)["train"](picker(wanted, "train")), wanted, "train")
+    for remark in _remarks(len(train.texts), train.left_out, train.notes):
+        say(remark)
     if train.labels is None:
         return _rows(train, None)
     numbers = []

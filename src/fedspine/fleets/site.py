@@ -6,6 +6,7 @@ loads its own rows and its own copy of the model.
 
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ class DataSection(Section):
     text: str = "text"
     pair: str = "text2"  # read for pairs of texts only
     label: str = "label"
+    encoding: str | None = None  # of text files that are not UTF-8
     labels: dict[str, str] = pydantic.Field(
         {}
     )  # a value of the label column: the class that it means
@@ -190,6 +192,8 @@ def site_examples(site: Site, terms: Terms, tokenizer: Any) -> Examples:
         pair=data.pair if terms.kind == "pair" else None,
         label=data.label,
         spelled=data.labels,
+        encoding=data.encoding,
+        say=lambda remark: print(f"{data.path}: {remark}", file=sys.stderr, flush=True),
     )
     if len(rows.texts) < site.allow.fewest_rows:
         raise Refused(
