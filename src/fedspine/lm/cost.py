@@ -51,6 +51,12 @@ def training_flops(
     return extent.tokens * per_token + attention
 
 
+def forward_flops(anatomy: Anatomy, extent: Extent) -> float:
+    """Operations to run this much text through the whole unpruned model, once and without a backward pass."""
+    attention = 4 * anatomy.layers * anatomy.width * extent.squared_tokens
+    return 2.0 * anatomy.parameters * extent.tokens + attention
+
+
 def _parameters_below(anatomy: Anatomy, structure: Structure, layer: int) -> int:
     heads, channels = int(structure.heads[:layer].sum()), int(structure.channels[:layer].sum())
     return heads * anatomy.shape.head_parameters + channels * anatomy.shape.channel_parameters

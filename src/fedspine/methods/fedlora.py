@@ -6,7 +6,7 @@ Departures: docs/methods/fedlora.md.
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from fedspine.lm.structure import full
 from fedspine.lm.tune import Tuning, check_tuning, tune, tuning_at
 from fedspine.message import Tensors, message
 from fedspine.method import method, usable
+from fedspine.methods.head_start import check_head_start, started
 from fedspine.task import Task
 from fedspine.tensors import average, half, single
 
@@ -80,6 +81,7 @@ class FedLora:
     learning_rate: float = 2e-4  # falls linearly to zero over the rounds
     head_speed: float = 1.0  # the task head's learning rate over the adapter's
     weight_decay: float = 0.1
+    head_start: Literal["random", "class-means"] = "random"  # what the task head begins as
 
     @classmethod
     def toy(cls) -> Self:
@@ -94,6 +96,7 @@ class FedLora:
                 "adapted; 0 means all"
             )
         check_tuning(self)
+        check_head_start(self, task)
 
     def start(self, task: Task, rng: np.random.Generator) -> LoraState:
         anatomy = task.base.anatomy
@@ -110,9 +113,12 @@ class FedLora:
         )
 
     def round(self, state: LoraState, fleet: Fleet) -> LoraState:
+        head = state.head
+        if state.round == 0:
+            head = started(self, head, fleet, rows=self.steps * self.batch)
         order = LoraOrder(
             adapter=half(state.adapter),
-            head=half(state.head),
+            head=half(head),
             scale=self.scale,
             tuning=tuning_at(self, state.round, state.rounds, state.turns),
         )

@@ -1,0 +1,155 @@
+"""A task head that starts from class means: the sums by hand, the classifier they give, and what it is worth."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from toy import Lab, Spy, toy_task
+from transformers import AutoModel
+
+from fedspine.errors import BadInput
+from fedspine.lm.load import load
+from fedspine.lm.score import score
+from fedspine.methods.fedlora import FedLora
+from fedspine.methods.fedspine import FedSpine
+from fedspine.methods.head_start import FEWEST, MARGIN, ClassSums, features, head_of
+
+HEAD = {"classifier.weight": torch.zeros(3, 32), "classifier.bias": torch.zeros(3)}
+
+
+@pytest.fixture(scope="module")
+def mean_task(tiny_folder):
+    """The toy task on the tiny BERT, whose classifier reads the mean of the tokens."""
+    base, tokenizer = load(
+        str(tiny_folder("bert")), kind="classification", classes=3, pooling="mean"
+    )
+    return toy_task(base, tokenizer, rounds=5)
+
+
+@pytest.fixture
+def lab_of(mean_task, tmp_path):
+    """A function that builds a fleet over the toy task, closed after the test."""
+    built = []
+
+    def make(name="lab"):
+        built.append(Lab(mean_task, tmp_path / name))
+        return built[-1]
+
+    yield make
+    for each in built:
+        each.close()
+
+
+@dataclasses.dataclass
+class Came:
+    """A reply, as far as its value counts."""
+
+    value: ClassSums
+
+
+def test_features_are_the_mean_of_the_true_tokens(mean_task, tiny_folder) -> None:
+    rows = np.array([0, 7, 11])
+    inputs = mean_task.train.batch(rows)
+    inputs.pop("labels")
+    found = features(mean_task.base, inputs)
+    stock = AutoModel.from_pretrained(tiny_folder("bert"), dtype=torch.float32).eval()
+    with torch.no_grad():
+        hidden = stock(**inputs).last_hidden_state
+    inside = inputs["attention_mask"].bool()
+    expected = torch.stack([h[m].mean(0) for h, m in zip(hidden, inside, strict=True)])
+    # two blocks of sums of at most 64 products each, of size 1: a few hundred roundings of 6e-8
+    torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", [FedLora, FedSpine])
+def test_devices_send_the_sums_of_their_own_classes(mean_task, lab_of, method) -> None:
+    lab = lab_of()
+    spy = Spy(lab.fleet)
+    method = dataclasses.replace(method.toy(), head_start="class-means")
+    state = method.start(mean_task, np.random.default_rng(0))
+    lab.fleet.begin_round(0)
+    method.round(state, spy)
+    sums = {id: value for id, value in spy.results if isinstance(value, ClassSums)}
+    assert list(sums) == lab.ids
+    for id, value in sums.items():
+        # no device has more rows than a round trains on, so all count
+        rows = lab.shares[lab.ids.index(id)]
+        inputs = mean_task.train.batch(rows)
+        labels = inputs.pop("labels")
+        by_hand = features(mean_task.base, inputs)
+        for label in range(3):
+            own = by_hand[labels == label]
+            assert value.counts[label] == len(own) >= FEWEST
+            # batches of other widths, and sums in another order
+            torch.testing.assert_close(value.sums[label], own.sum(0), atol=1e-4, rtol=1e-4)
+
+
+def test_a_later_round_asks_for_nothing_more(mean_task, lab_of) -> None:
+    lab = lab_of()
+    method = dataclasses.replace(FedLora.toy(), head_start="class-means")
+    lab.run(method, rounds=2)
+    asked = [row["work"] for row in lab.rows("exchange")]
+    devices = len(lab.ids)
+    assert asked == ["sum_by_class"] * devices + ["tune_adapter"] * 2 * devices
+
+
+def test_too_few_rows_of_a_class_say_nothing_of_it(mean_task, lab_of) -> None:
+    lab = lab_of()
+    labels = mean_task.train.labels
+    rare = np.flatnonzero(labels == 2)[: FEWEST - 1]
+    lab.shares[0][:] = np.resize(np.flatnonzero(labels == 0), len(lab.shares[0]))
+    lab.shares[0][: len(rare)] = rare
+    spy = Spy(lab.fleet.only(lab.ids[:1]))
+    method = dataclasses.replace(FedLora.toy(), head_start="class-means")
+    lab.fleet.begin_round(0)
+    method.round(method.start(mean_task, np.random.default_rng(0)), spy)
+    (value,) = (value for _, value in spy.results if isinstance(value, ClassSums))
+    assert value.counts.tolist() == [len(lab.shares[0]) - len(rare), 0, 0]
+    assert not value.sums[1:].any()
+
+
+def test_the_head_finds_the_nearest_mean() -> None:
+    rng = np.random.default_rng(0)
+    means = torch.from_numpy(rng.normal(size=(3, 32)).astype(np.float32))
+    counts = torch.tensor([10, 20, 30])
+    halves = [
+        Came(ClassSums(sums=means * counts[:, None] / 2, counts=counts // 2)) for _ in range(2)
+    ]
+    head = head_of(HEAD, halves)
+    weight, bias = head["classifier.weight"], head["classifier.bias"]
+    points = torch.from_numpy(rng.normal(size=(200, 32)).astype(np.float32))
+    nearest = torch.cdist(points, means).argmin(1)
+    assert torch.equal((points @ weight.T + bias).argmax(1), nearest)
+    mid = means.mean(0)
+    own = ((means - mid) * weight).sum(1)
+    assert float(own.mean()) == pytest.approx(MARGIN, rel=1e-5)
+
+
+def test_a_class_that_nobody_has_is_as_likely_as_the_mid() -> None:
+    means = torch.eye(3, 32)
+    counts = torch.tensor([4, 4, 0])
+    head = head_of(HEAD, [Came(ClassSums(sums=means * counts[:, None], counts=counts))])
+    assert not head["classifier.weight"][2].any() and head["classifier.bias"][2] == 0
+    nobody = ClassSums(sums=means * 0, counts=torch.tensor([4, 0, 0]))
+    assert head_of(HEAD, [Came(nobody)]) is HEAD
+
+
+def test_it_begins_where_a_random_head_does_not(mean_task, lab_of) -> None:
+    """Before anything is trained: a nearest-mean classifier on 300 rows beats chance, a third, beyond its noise."""
+    found = {}
+    for start in ("random", "class-means"):
+        lab = lab_of(start)
+        method = dataclasses.replace(FedLora.toy(), head_start=start, learning_rate=1e-9)
+        found[start] = score(
+            mean_task.base, method.deploy(lab.run(method, rounds=1)), mean_task.test
+        ).accuracy
+        # four standard errors of 90 rows at one in three: 0.2
+    assert found["class-means"] > 1 / 3 + 0.2 and found["class-means"] > found["random"]
+
+
+def test_another_readout_and_another_word_are_refused(task, mean_task) -> None:
+    with pytest.raises(BadInput, match='task.pooling = "mean"'):
+        FedLora(head_start="class-means").check(task)
+    with pytest.raises(BadInput, match="random or class-means was expected"):
+        FedSpine(head_start="zero").check(mean_task)
