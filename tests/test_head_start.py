@@ -85,9 +85,18 @@ def test_devices_send_the_sums_of_their_own_classes(mean_task, lab_of, method) -
             torch.testing.assert_close(value.sums[label], own.sum(0), atol=1e-4, rtol=1e-4)
 
 
+def test_auto_starts_at_random_where_the_head_has_layers_of_its_own(task, tmp_path) -> None:
+    lab = Lab(task, tmp_path / "lab")
+    method = dataclasses.replace(FedLora.toy(), head_start="auto")
+    method.check(task)
+    lab.run(method, rounds=1)
+    assert {row["work"] for row in lab.rows("exchange")} == {"tune_adapter"}
+    lab.close()
+
+
 def test_a_later_round_asks_for_nothing_more(mean_task, lab_of) -> None:
     lab = lab_of()
-    method = dataclasses.replace(FedLora.toy(), head_start="class-means")
+    method = dataclasses.replace(FedLora.toy(), head_start="auto")
     lab.run(method, rounds=2)
     asked = [row["work"] for row in lab.rows("exchange")]
     devices = len(lab.ids)
@@ -151,5 +160,5 @@ def test_it_begins_where_a_random_head_does_not(mean_task, lab_of) -> None:
 def test_another_readout_and_another_word_are_refused(task, mean_task) -> None:
     with pytest.raises(BadInput, match='task.pooling = "mean"'):
         FedLora(head_start="class-means").check(task)
-    with pytest.raises(BadInput, match="random or class-means was expected"):
+    with pytest.raises(BadInput, match="unknown method.head_start 'zero'"):
         FedSpine(head_start="zero").check(mean_task)

@@ -6,7 +6,7 @@ Departures: docs/methods/fedlora.md.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from fedspine.lm.structure import full
 from fedspine.lm.tune import Tuning, check_tuning, tune, tuning_at
 from fedspine.message import Tensors, message
 from fedspine.method import method, usable
-from fedspine.methods.head_start import check_head_start, started
+from fedspine.methods.head_start import Start, check_head_start, started
 from fedspine.task import Task
 from fedspine.tensors import average, half, single
 
@@ -81,7 +81,7 @@ class FedLora:
     learning_rate: float = 2e-4  # falls linearly to zero over the rounds
     head_speed: float = 1.0  # the task head's learning rate over the adapter's
     weight_decay: float = 0.1
-    head_start: Literal["random", "class-means"] = "random"  # what the task head begins as
+    head_start: Start = "random"  # what the task head begins as
 
     @classmethod
     def toy(cls) -> Self:

@@ -30,7 +30,7 @@ from fedspine.lm.structure import Structure, check_target, full, sparsity
 from fedspine.lm.tune import check_tuning, tuning_at
 from fedspine.message import Tensors, message
 from fedspine.method import method, usable
-from fedspine.methods.head_start import check_head_start, started
+from fedspine.methods.head_start import Start, check_head_start, started
 from fedspine.methods.late import UnderWay, gathered, head_today, hoped_for, late_plan, still_late
 from fedspine.methods.pruning import SpineOrder, SpineResult, contribution, deployed
 from fedspine.planning.bandit import Bandit
@@ -88,7 +88,7 @@ class FedSpine:
     learning_rate: float = 2e-4  # falls linearly to zero over the rounds
     head_speed: float = 1.0  # the task head's learning rate over the adapter's
     weight_decay: float = 0.1
-    head_start: Literal["random", "class-means"] = "random"  # what the task head begins as
+    head_start: Start = "random"  # what the task head begins as
     most_per_round: float = 0.05  # p_max: sparsity that a device may choose to gain in a round
     warmup: float = 0.05  # t0, as a share of the rounds: nothing is pruned before
     until: float = 0.7  # t1: everything is pruned after

@@ -8,14 +8,14 @@ arXiv:2302.09088).
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedspine.device import Device, on_device
-from fedspine.errors import BadInput
+from fedspine.errors import BadInput, unknown
 from fedspine.fleet import Fleet, Reply
 from fedspine.lm.base import Base, Model
 from fedspine.lm.cost import HALF, Extent, forward_flops
@@ -27,7 +27,7 @@ from fedspine.task import Task
 from fedspine.tensors import moved
 
 FEWEST = 3  # rows of a class on a device, below which it says nothing of the class
-MARGIN = 2.5  # mean logit of a class mean for its own class, less that of the mid of all; docs/methods/fedspine.md
+MARGIN = 1.25  # mean logit of a class mean for its own class over that of the mid; docs/methods/fedlora.md
 
 
 @message
@@ -41,18 +41,19 @@ class ClassSums:
     counts: Int[Tensor, " classes"]  # int64
 
 
+Start: TypeAlias = Literal["random", "class-means", "auto"]
+
+
 class HeadStart(Protocol):
     """The hyper-parameter of methods whose head may start from class means."""
 
-    head_start: str  # "random" or "class-means"
+    head_start: Start  # "auto": class means where the head can start from them
 
 
 def check_head_start(fields: HeadStart, task: Task) -> None:
     """Raise BadInput where the head is not one linear layer over the mean of the tokens."""
-    if fields.head_start not in ("random", "class-means"):
-        raise BadInput(
-            f"method.head_start is {fields.head_start!r}, but random or class-means was expected"
-        )
+    if fields.head_start not in get_args(Start):
+        raise unknown("method.head_start", fields.head_start, get_args(Start))
     if fields.head_start == "class-means" and getattr(task.base, "pooling", None) != "mean":
         raise BadInput(
             'method.head_start is "class-means", which needs a head over the mean of the tokens; '
@@ -62,10 +63,15 @@ def check_head_start(fields: HeadStart, task: Task) -> None:
 
 def started(fields: HeadStart, head: Tensors, fleet: Fleet, *, rows: int) -> Tensors:
     """The head that the first round begins with: `head` itself, or the one of the devices' class means."""
-    if fields.head_start == "random":
+    if fields.head_start == "random" or not _reads_the_mean(head):
         return head
     orders = {profile.id: MeansOrder(rows=rows) for profile in fleet.devices}
     return head_of(head, fleet.ask(sum_by_class, orders))
+
+
+def _reads_the_mean(head: Tensors) -> bool:
+    """Whether a head is one linear layer with a bias, which only readers of the mean of the tokens have."""
+    return len(head) == 2
 
 
 @on_device
