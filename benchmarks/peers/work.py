@@ -213,6 +213,7 @@ def _tables(
             "model": "minilm",
             "data": str(folder / "data"),
             "max_tokens": settings.max_tokens,
+            "pooling": "cls",  # the head that PEFT trains in the peers
         },
         "fleet": {
             "devices": settings.devices,
