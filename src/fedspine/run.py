@@ -98,9 +98,13 @@ def new_run(
     venue = venue or Simulation()
     try:
         progress.stage("loading model and data")
-        built = venue.build(venue.fitted(_settled(recipe, progress)))
-        for remark in built.remarks:
-            progress.say(remark)
+        recipe, decided = settled(recipe)
+        built = venue.build(venue.fitted(recipe))
+        for line in (
+            *decided,
+            *built.remarks,
+        ):  # said now, so that what is refused is the only line
+            progress.say(line)
         make(folder, built.recipe, built)
         venue.remember(folder)
         return _guarded(built, venue, folder, progress)
@@ -129,8 +133,10 @@ def resume(
             progress.stage("loading model and data")
             check_age(folder)
             if recipe.open_choices:  # a sweep made the folder, and nothing was run in it yet
-                wanted = _settled(wanted or recipe, progress)
+                wanted, decided = settled(wanted or recipe)
                 write_atomically(folder / RECIPE, wanted.toml().encode())
+                for line in decided:
+                    progress.say(line)
             built = venue.build(wanted or recipe, begun=folder)
             remember(folder, built)
             return _guarded(built, venue, folder, progress)
@@ -140,14 +146,6 @@ def resume(
     finally:
         venue.close()
         progress.close()
-
-
-def _settled(recipe: Recipe, progress: Progress) -> Recipe:
-    """The recipe with everything decided that it left to this machine and to the model; says what was."""
-    recipe, lines = settled(recipe)
-    for line in lines:
-        progress.say(line)
-    return recipe
 
 
 def _guarded(built: Built, venue: Venue, folder: Path, progress: Progress) -> dict[str, Any]:
