@@ -25,6 +25,13 @@ HERE = Path(__file__).parent
 BESIDE = HERE.parents[1] / "shared" / "data" / "ag_news"
 LOOK_SECONDS = 0.5  # between two looks at memory, at least
 LOOK_SHARE = 0.02  # of one core's time, at most: walking the pages of large processes takes long
+# what keeps the libraries to AVX2, as on a processor without AVX-512 and bf16
+AVX2 = {
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "DNNL_MAX_CPU_ISA": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
 LIMIT_SECONDS = 1200  # a contender that takes longer has hung
 
 
@@ -38,6 +45,7 @@ class Contender:
     more: dict[str, Any] = field(default_factory=dict)
     work: dict[str, Any] = field(default_factory=dict)  # what differs from the common work
     once: bool = False  # with the first seed only
+    avx2: bool = False  # as on a processor with no more than that
 
     @property
     def precision(self) -> str:
@@ -74,6 +82,25 @@ PEERS = {
         once=True,
     ),
     "fedspine-fp32": Contender("fedspine, fp32", "ours", ("fp32",), once=True),
+    "fedspine-avx2": Contender("AVX2: fedspine, fp32", "ours", ("fp32",), once=True, avx2=True),
+    "fedspine-bf16-avx2": Contender(
+        "AVX2: fedspine, bf16", "ours", ("bf16",), once=True, avx2=True
+    ),
+    "flower-avx2": Contender(
+        "AVX2: Flower as its users write it: fp32, padded to the full length",
+        "flower",
+        (AS_WRITTEN,),
+        once=True,
+        avx2=True,
+    ),
+    "bare-avx2": Contender(
+        "AVX2: bare PyTorch, PEFT, fp32, our batches, sdpa attention; 2 processes",
+        "loop",
+        (Way("fp32", "bucketed", "sdpa"),),
+        {"processes": 2, "threads": 1},
+        once=True,
+        avx2=True,
+    ),
 }
 EVERYONE = {"devices": 6, "per_round": 6, "rounds": 5}  # so that each device prunes in every round
 SPINE = {
@@ -209,7 +236,10 @@ def _turn(
 ) -> dict[str, Any]:
     """Every contender once, with one seed; what does not depend on the seed in the first turn only."""
     common = prepare(folder / "common", data, settings, arguments.test_rows)
-    found: dict[str, Any] = {"ceiling": _apart("ceiling", common)}
+    found: dict[str, Any] = {
+        "ceiling": _apart("ceiling", common),
+        "ceiling_avx2": _apart("ceiling", common, avx2=True),
+    }
     first = settings.seed == 0
     if first:
         found["operations"] = _apart("operations", common)
@@ -223,12 +253,15 @@ def _turn(
                 {"devices": arguments.devices} if name == "devices-many" else {}
             )
             work = prepare(folder / name, data, replace(settings, **changes), arguments.test_rows)
-        found[name] = _apart(name, work) | {"devices": work.settings.devices}
+        found[name] = _apart(name, work, contender.avx2) | {"devices": work.settings.devices}
     return found
 
 
-def _apart(name: str, work: Work) -> dict[str, Any]:
-    """Run `--only name` in a process of its own, and watch the memory of it and of all it starts."""
+def _apart(name: str, work: Work, avx2: bool = False) -> dict[str, Any]:
+    """Run `--only name` in a process of its own, and watch the memory of it and of all it starts.
+
+    With `avx2` the process computes as on a processor with no more than AVX2.
+    """
     from peers.meters import end, memory_bytes
 
     print(f"seed {work.settings.seed}: {name}", end=" ", file=sys.stderr, flush=True)
@@ -245,7 +278,7 @@ def _apart(name: str, work: Work) -> dict[str, Any]:
     ]
     began, peak = time.time(), 0
     with log.open("wb") as lines:
-        environment = os.environ | {"BENCHMARK_SPAWNED": str(began)}
+        environment = os.environ | {"BENCHMARK_SPAWNED": str(began)} | (AVX2 if avx2 else {})
         process = subprocess.Popen(command, stdout=lines, stderr=lines, env=environment)
         while process.poll() is None:
             looked = time.process_time()
