@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -160,8 +161,8 @@ def test_a_kill_in_a_round_changes_no_exchange(lab):
     costs = []
     for bench in (again, whole):
         bench.fleet.begin_round(1)
-        replies = sum((bench.fleet.ask(do, everyone(bench.fleet)) for _ in range(2)), [])
-        costs.append([(reply.device, reply.cost) for reply in replies])
+        replies = [bench.fleet.ask(do, everyone(bench.fleet)) for _ in range(2)]
+        costs.append([(reply.device, reply.cost) for reply in chain(*replies)])
     assert costs[0] == costs[1]
 
 
@@ -173,7 +174,7 @@ def test_every_exchange_pays_one_round_trip(lab):
     for bench in (near, far):
         bench.fleet.begin_round(0)
     without, charged = ([b.fleet.ask(do, everyone(b.fleet)) for _ in range(3)] for b in (near, far))
-    for before, after in zip(sum(without, []), sum(charged, []), strict=True):
+    for before, after in zip(chain(*without), chain(*charged), strict=True):
         more = after.cost.seconds - before.cost.seconds
         assert more == pytest.approx(trips[group[after.device]], rel=1e-12)
     assert far.fleet.now - near.fleet.now <= 3 * longest
