@@ -257,13 +257,24 @@ def test_the_oracle_waits_less_than_chance(lab, task):
     assert means["oracle"] > means["random"]  # not by making everything small
 
 
-def test_foreseen_seconds_are_those_that_the_exchange_takes(lab, task):
-    ran, asked = lab("ran"), lab("asked")
-    ran.run(TOY, rounds=1)
-    for row in ran.rows("exchange"):
+JITTER = {"compute_jitter": 0.05}
+
+
+def test_foreseen_seconds_are_those_that_the_exchange_takes_but_for_its_jitter(lab, task):
+    calm = {"link_jitter": 0.0, "compute_jitter": 0.0}
+    ran, jittered, asked = (
+        lab("ran", **calm),
+        lab("jittered", **calm | JITTER),
+        lab("asked", **calm),
+    )
+    for bench in (ran, jittered):
+        bench.run(TOY, rounds=1)
+    launches = TOY.steps * task.base.anatomy.layers
+    for row, other in zip(ran.rows("exchange"), jittered.rows("exchange"), strict=True):
         cost = {key: row[key] for key in ("flops", "bytes_down", "bytes_up")}
-        launches = TOY.steps * task.base.anatomy.layers
-        assert asked.fleet.foresee(row["device"], launches=launches, **cost) == row["seconds"]
+        known = asked.fleet.foresee(row["device"], launches=launches, **cost)
+        assert known == row["seconds"] != other["seconds"]
+        assert jittered.fleet.foresee(row["device"], launches=launches, **cost) == known
     with pytest.raises(LookupError, match="not in this part"):
         asked.fleet.only(["tx2-00"]).foresee("nx-02", flops=0, launches=0, bytes_down=0, bytes_up=0)
 

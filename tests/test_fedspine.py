@@ -12,6 +12,7 @@ from fedspine.device import Device
 from fedspine.errors import BadInput
 from fedspine.fleets.lossy import Lossy
 from fedspine.lm.cost import training_memory_bytes
+from fedspine.lm.criteria import importance_of, scoring_cost
 from fedspine.lm.forecast import USABLE_MEMORY
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.structure import cut_adapter, full, is_full, sparsity
@@ -146,6 +147,14 @@ def test_the_rank_fits_the_memory(lab, task):
             embeddings=task.base.embeddings,
             batch=TOY.batch,
             tokens=task.max_tokens,
+            scoring=scoring_cost(
+                importance_of(TOY),
+                task.base.anatomy,
+                full(task.base.anatomy),
+                rank=rank,
+                largest=TOY.batch * task.max_tokens,
+                steps=TOY.steps,
+            ),
         )
         for rank in TOY.ranks
     ]

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -104,15 +105,14 @@ def test_ask_moves_the_clock_by_the_slowest(lab):
 
 def test_seconds_are_those_of_the_hardware(lab):
     bench = lab()
-    links = []
     for round in range(2):
         bench.fleet.begin_round(round)
-        for ask in range(2):  # a device's link is drawn once a round, by what it had served before
+        for ask in range(2):
             for index, reply in enumerate(bench.fleet.ask(do, everyone(bench.fleet))):
                 timing = bench.hardware.seconds(
                     index,
                     round=round,
-                    ask=2 * round,
+                    ask=2 * round + ask,
                     flops=TERA,
                     launches=1,
                     bytes_down=pack(Job()).bytes,
@@ -125,8 +125,84 @@ def test_seconds_are_those_of_the_hardware(lab):
                     TERA,
                     1000 * (2 * round + ask + 1),
                 )
-            links.append(timing.up)
-    assert links[0] == links[1] != links[2] == links[3]
+
+
+def twenty(bench):
+    """Bytes up and seconds of twenty exchanges of one device in one round, on a slow link that meets no bound."""
+    device = bench.ids[bench.hardware.link_groups.index(3)]
+    bench.fleet.begin_round(0)
+    costs = [bench.fleet.ask(do, {device: Job()})[0].cost for _ in range(20)]
+    return [(cost.bytes_up, cost.seconds) for cost in costs]
+
+
+def test_every_exchange_has_a_link_and_a_pace_of_its_own(lab):
+    sizes = {size for size, _ in twenty(lab("sizes"))}  # which a draw's digits change by a few
+    assert len(sizes) < 5
+    for name, truth in (
+        ("both", {}),
+        ("link", {"compute_jitter": 0.0}),
+        ("pace", {"link_jitter": 0.0}),
+    ):
+        assert len({seconds for _, seconds in twenty(lab(name, **truth))}) == 20, name
+    calm = twenty(lab("calm", link_jitter=0.0, compute_jitter=0.0))
+    assert len(set(calm)) == len(sizes)  # equal bytes take equal seconds
+
+
+def test_a_kill_in_a_round_changes_no_exchange(lab):
+    killed, whole = lab("killed"), lab("whole")
+    for bench in (killed, whole):
+        bench.fleet.begin_round(0)
+        bench.fleet.ask(do, everyone(bench.fleet))
+    killed.save(Once(round=1))
+    killed.fleet.begin_round(1)
+    killed.fleet.ask(do, everyone(killed.fleet))  # which is forgotten
+    killed.close()
+    again = lab("killed")
+    costs = []
+    for bench in (again, whole):
+        bench.fleet.begin_round(1)
+        replies = [bench.fleet.ask(do, everyone(bench.fleet)) for _ in range(2)]
+        costs.append([(reply.device, reply.cost) for reply in chain(*replies)])
+    assert costs[0] == costs[1]
+
+
+def test_every_exchange_pays_one_round_trip(lab):
+    trips = (0.5, 1.0, 2.0, 4.0)  # of the four Wi-Fi groups; powers of two, so that sums are exact
+    near, far = lab("near"), lab("far", round_trip_seconds=trips)
+    group = dict(zip(far.ids, far.hardware.link_groups, strict=True))
+    longest = max(trips[each] for each in group.values())
+    for bench in (near, far):
+        bench.fleet.begin_round(0)
+    without, charged = ([b.fleet.ask(do, everyone(b.fleet)) for _ in range(3)] for b in (near, far))
+    for before, after in zip(chain(*without), chain(*charged), strict=True):
+        more = after.cost.seconds - before.cost.seconds
+        assert more == pytest.approx(trips[group[after.device]], rel=1e-12)
+    assert far.fleet.now - near.fleet.now <= 3 * longest
+    # and so does one that nobody waits for
+    for bench in (near, far):
+        bench.fleet.send(do, {"nx-03": Job()})
+    seconds = [bench.fleet.next().cost.seconds for bench in (near, far)]
+    assert seconds[1] - seconds[0] == pytest.approx(trips[group["nx-03"]], rel=1e-12)
+
+
+def test_without_jitter_and_round_trip_seconds_are_as_by_hand(lab):
+    bench = lab(kinds=("agx",), compute_jitter=0.0, link_jitter=0.0)
+    bench.fleet.begin_round(0)
+    (reply,) = bench.fleet.ask(do, everyone(bench.fleet))
+    peak = {0: 11.28, 1: 2.13, 2: 5.49, 3: 7.37, 4: 7.37, 5: 7.37, 6: 7.37, 7: 5.49}
+    # one TFLOP at 30 % of the mode's peak, one launch of 1/120 s, and what was packed at the link's mean of the round
+    seconds = 1 / (0.3 * peak[bench.hardware.mode(0, 0)]) + 1 / 120
+    mean = bench.hardware.mean_mbps(0, round=0)
+    bits = 8 * (pack(Job()).bytes + reply.cost.bytes_up)
+    assert reply.cost.seconds == pytest.approx(seconds + bits / (1e6 * mean), rel=1e-12)
+    foreseen = bench.fleet.foresee(
+        bench.ids[0],
+        flops=TERA,
+        launches=1,
+        bytes_down=pack(Job()).bytes,
+        bytes_up=reply.cost.bytes_up,
+    )
+    assert foreseen == reply.cost.seconds
 
 
 def test_orders_are_built_as_they_are_served(lab):

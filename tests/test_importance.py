@@ -28,6 +28,7 @@ from fedspine.lm.lora import a_name, b_name, fresh
 from fedspine.lm.score import score
 from fedspine.lm.structure import Structure, cut_adapter, full, kept_columns, kept_rows
 from fedspine.lm.tune import Tuning, tune
+from fedspine.message import pack, unpack
 
 SCALE = 2.0
 
@@ -195,11 +196,38 @@ def test_scoring_needs_gradients(task):
         )
 
 
-def test_the_average_moves_by_a_tenth():
-    assert smooth(None, scores([[3.0, 5.0]]), 0.9).heads.tolist() == [[3.0, 5.0]]
-    mixed = smooth(scores([[1.0, 2.0]], [[10.0]]), scores([[2.0, 4.0]], [[20.0]]), 0.9)
-    assert mixed.heads.tolist() == [[pytest.approx(1.1), pytest.approx(2.2)]]
-    assert mixed.channels.tolist() == [[pytest.approx(11.0)]]
+def test_the_average_has_no_bias_of_its_start():
+    first = scores([[3.0, 5.0]])
+    assert smooth(None, first, 0.9) is first and first.updates == 1
+    # by hand: Adam's 0.9 * (0.1 * 1) + 0.1 * 2 = 0.29, divided by 1 - 0.81, where an uncorrected average has 1.1
+    second = smooth(scores([[1.0, 2.0]], [[10.0]]), scores([[2.0, 4.0]], [[20.0]]), 0.9)
+    assert second.heads.tolist() == [[pytest.approx(0.29 / 0.19), pytest.approx(0.58 / 0.19)]]
+    assert second.channels.tolist() == [[pytest.approx(2.9 / 0.19)]]
+    # then 0.9 * 0.29 + 0.1 * 7 = 0.961, divided by 1 - 0.729
+    third = smooth(second, scores([[7.0, 7.0]], [[7.0]]), 0.9)
+    assert third.heads[0, 0].item() == pytest.approx(0.961 / 0.271)
+    assert (second.updates, third.updates) == (2, 3)
+    # what is not finite is no update
+    assert smooth(third, scores([[math.nan, 7.0]], [[7.0]]), 0.9).updates == 3
+
+
+@pytest.mark.parametrize(
+    ("keep", "weights"), [(0.0, [0.0, 0.0, 1.0]), (0.5, [1 / 7, 2 / 7, 4 / 7]), (1.0, [1 / 3] * 3)]
+)
+def test_updates_weigh_by_their_age_alone(keep, weights):
+    total = sum(weight * value for weight, value in zip(weights, (5.0, 11.0, 17.0), strict=True))
+    found = None
+    for value in (5.0, 11.0, 17.0):
+        found = smooth(found, scores([[value]]), keep)
+    assert found.heads.item() == pytest.approx(total)
+
+
+def test_a_kept_average_goes_on_with_its_count():
+    once = smooth(scores([[1.0]]), scores([[2.0]]), 0.9)
+    again = unpack(pack(once))
+    assert again.updates == 2
+    for before in (once, again):
+        assert smooth(before, scores([[7.0]]), 0.9).heads.item() == pytest.approx(0.961 / 0.271)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -211,7 +239,9 @@ def test_scores_that_are_not_finite_are_skipped(bad):
 
 
 def test_a_dropped_unit_keeps_its_last_score():
-    assert smooth(scores([[1.0, 2.0]]), scores([[0.0, 4.0]]), 0.5).heads.tolist() == [[1.0, 3.0]]
+    assert smooth(scores([[1.0, 2.0]]), scores([[0.0, 8.0]]), 0.5).heads.tolist() == [
+        [1.0, pytest.approx(6.0)]  # (2 + 2 * 8) / 3
+    ]
 
 
 def test_ballots_have_unit_norm_and_no_vote_for_what_is_gone():
@@ -243,7 +273,17 @@ def test_a_tally_is_a_moving_average_in_which_gone_counts_as_nothing():
     first = tally(None, [scores([[1.0, 0.0]]), scores([[0.0, 0.5]])])
     assert first.heads.tolist() == [[0.5, 0.25]]
     second = tally(first, [scores([[1.0, 0.0]])])
-    assert second.heads.tolist() == [[pytest.approx(0.9 * 0.5 + 0.1), pytest.approx(0.9 * 0.25)]]
+    # (0.9 * 0.5 + 1) / (0.9 + 1), and 0.9 * 0.25 / 1.9 for the unit that is gone
+    assert second.heads.tolist() == [[pytest.approx(1.45 / 1.9), pytest.approx(0.225 / 1.9)]]
+
+
+def test_no_round_of_a_tally_weighs_more_than_a_later_one():
+    # by hand: after nine rounds the first weighs 0.9^8 (1 - 0.9) / (1 - 0.9^9) = 0.0703, and not 0.9^8 = 0.43
+    found = None
+    for vote in [1.0] + [0.0] * 8:
+        found = tally(found, [scores([[vote]])])
+    assert found.heads.item() == pytest.approx(0.9**8 * 0.1 / (1 - 0.9**9))
+    assert found.updates == 9
 
 
 def test_importance_foretells_what_removal_costs(task):

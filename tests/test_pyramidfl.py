@@ -152,7 +152,8 @@ def test_with_everything_off_it_is_fedavg(bench):
 
 
 def test_learns_arrays_and_every_process_gives_the_same_bytes(bench, waves_task):
-    state = bench().run(on_arrays(participants=3))
+    # clipped, since steps follow times, and so large a rate diverges where they happen to be many
+    state = bench().run(on_arrays(participants=3, clip=1.0))
     (learnt,) = score_nets(waves_task.base, [state.model], waves_task.test)
     assert learnt.accuracy > 1 / 3 + 4 * np.sqrt(1 / 3 * 2 / 3 / TEST_ROWS)
     assert learnt.mean_loss < np.log(3)

@@ -50,9 +50,12 @@ def toy_task(base, tokenizer, *, rounds, kind="classification"):
 
 
 class Lab:
-    """A simulated fleet of `kinds` in `folder`, and what belongs to it; an existing folder is gone on with."""
+    """A simulated fleet of `kinds` in `folder`, and what belongs to it; an existing folder is gone on with.
 
-    def __init__(self, task, folder, *, kinds=KINDS, workers=0, together=1, seed=0):
+    `truth` is what `Hardware` is told besides, such as its jitter.
+    """
+
+    def __init__(self, task, folder, *, kinds=KINDS, workers=0, together=1, seed=0, **truth):
         order = np.random.default_rng(7).permutation(len(task.train))
         self.task, self.seed = task, seed
         sizes = np.arange(4, 4 + len(kinds))  # unequal, so that weights matter
@@ -68,7 +71,7 @@ class Lab:
             workers,
             together,
         )
-        self.hardware = Hardware(seed=seed, kinds=tuple(kinds))
+        self.hardware = Hardware(seed=seed, kinds=tuple(kinds), **truth)
         world = World(
             seed=seed,
             profiles=profiles(list(kinds), [len(share) for share in self.shares]),

@@ -215,7 +215,12 @@ def _computing(device: str) -> torch.device:
 def simulate(built: Built, workers: Workers, store: Store, records: Records) -> SimulatedFleet:
     """The simulated fleet that the recipe describes."""
     recipe = built.recipe
-    hardware = Hardware(seed=recipe.run.seed, kinds=built.kinds, spread=recipe.fleet.spread)
+    hardware = Hardware(
+        seed=recipe.run.seed,
+        kinds=built.kinds,
+        spread=recipe.fleet.spread,
+        round_trip_seconds=tuple(recipe.fleet.round_trip_seconds),
+    )
     world = World(
         seed=recipe.run.seed,
         profiles=profiles(list(built.kinds), [len(share) for share in built.shares]),

@@ -97,7 +97,10 @@ class Foresight(Protocol):
     def foresee(
         self, device: DeviceId, *, flops: float, launches: float, bytes_down: int, bytes_up: int
     ) -> float | None:
-        """Seconds that the device's next exchange would take if it cost this much; None where it cannot be known."""
+        """Seconds that an exchange of this cost takes the device in this round, but for what chance adds to one of them.
+
+        None where it cannot be known.
+        """
         ...
 
 

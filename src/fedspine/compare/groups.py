@@ -13,7 +13,7 @@ from fedspine.errors import BadInput
 from fedspine.report.tables import counted
 from fedspine.task import Kind
 
-CLOCK = {"fleet.spread", "fleet.drop", "fleet.delay_seconds"}
+CLOCK = {"fleet.spread", "fleet.drop", "fleet.delay_seconds", "fleet.round_trip_seconds"}
 MODEL = {
     "task.model",
     "task.layers",

@@ -2,7 +2,9 @@
 
 Section 5.1 of the FedSpine reconstruction: 30 Jetson TX2, 40 NX and 10 AGX by default. Peaks by power mode follow
 NVIDIA's mode tables; the modes that change every 20 rounds and the four Wi-Fi groups follow the 80-device papers of the
-same group. Every draw is a pure function of (seed, purpose, device, round, ask): nothing depends on the order of calls.
+same group. A link has a mean for each round, about which every exchange is drawn anew, and so is the factor on compute.
+Every draw is a pure function of (seed, purpose, device, round, number of the exchange): nothing depends on the order of
+calls.
 """
 
 from collections.abc import Mapping
@@ -27,9 +29,11 @@ GROUP_MBPS = (
     4.0,
 )  # mean bandwidth of the Wi-Fi groups at 2, 8, 14 and 20 m, in Mb/s
 LOWEST_MBPS, HIGHEST_MBPS = 1.0, 30.0
-LINK_SIGMA = 0.3  # of the logarithm
+LINK_SIGMA = 0.3  # of the logarithm of one exchange's bandwidth, over rounds and exchanges
+LINK_JITTER = LINK_SIGMA / 2**0.5  # of that within a round: half of the variance, ours
+NO_ROUND_TRIP = (0.0,) * len(GROUP_MBPS)
 
-LINKS, MODES, EXCHANGES = range(3)  # what randomness is for, so that the streams never meet
+LINKS, MODES, EXCHANGES, MEANS = range(4)  # what randomness is for, so that the streams never meet
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,11 @@ class Timing(NamedTuple):
     down: float
     compute: float
     up: float
+    round_trip: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.down + self.compute + self.up
+        return self.down + self.compute + self.up + self.round_trip
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,16 @@ class Hardware:
 
     spread stretches slowness: a peak becomes best * (peak/best)**spread, with the best peak of the fleet's kinds; 1.0
     gives a ratio of 13 between the fastest and the slowest mode of the default fleet, 1.8 about 100.
-    compute_jitter: sigma of the log-normal factor on compute, whose median is 1.
-    Raises BadInput for an unknown kind, an empty fleet or a negative spread or jitter.
+    compute_jitter: sigma of the log-normal factor on the compute of an exchange, whose median is 1.
+    link_jitter: the same of its bandwidth about the link's mean of the round, at most LINK_SIGMA; the variance that it
+    leaves of LINK_SIGMA's is the means' own about that of their group.
+    round_trip_seconds: of each Wi-Fi group, what every exchange takes besides.
+    Raises BadInput for an unknown kind, an empty fleet, or a spread, jitter or round trip out of its range.
 
     >>> fleet = Hardware(seed=0, kinds=("tx2", "agx"))
     >>> slow, fast = (
-    ...     fleet.seconds(i, round=0, ask=0, flops=3e12, launches=0, bytes_down=0, bytes_up=0) for i in (0, 1)
+    ...     fleet.seconds(i, round=0, ask=0, flops=3e12, launches=0, bytes_down=0, bytes_up=0)
+    ...     for i in (0, 1)
     ... )
     >>> slow.compute > fast.compute > slow.up == 0
     True
@@ -85,12 +94,23 @@ class Hardware:
     kinds: tuple[str, ...]
     spread: float = 1.0
     compute_jitter: float = 0.05
+    link_jitter: float = LINK_JITTER
+    round_trip_seconds: tuple[float, ...] = NO_ROUND_TRIP
 
     def __post_init__(self) -> None:
         if not self.kinds or min(self.spread, self.compute_jitter) < 0:
             raise BadInput(
                 "a device, spread >= 0 and compute_jitter >= 0 were expected, "
                 f"{len(self.kinds)} devices, {self.spread} and {self.compute_jitter} came"
+            )
+        if not 0 <= self.link_jitter <= LINK_SIGMA:
+            raise BadInput(
+                f"a link_jitter from 0 to {LINK_SIGMA} was expected, {self.link_jitter} came"
+            )
+        if len(self.round_trip_seconds) != len(GROUP_MBPS) or min(self.round_trip_seconds) < 0:
+            raise BadInput(
+                f"round_trip_seconds of at least 0 for each of {len(GROUP_MBPS)} Wi-Fi groups were expected, "
+                f"{self.round_trip_seconds} came"
             )
         for name in self.kinds:
             _kind(name)
@@ -105,30 +125,51 @@ class Hardware:
         peak = KINDS[self.kinds[device]].peaks_tflops[self.mode(device, round)]
         return 1e12 * self._best_tflops * (peak / self._best_tflops) ** self.spread
 
+    def mean_mbps(self, device: int, *, round: int) -> float:
+        """The mean bandwidth of a device's link in a round, in Mb/s: log-normal about its group's, in [1, 30]."""
+        (drawn,) = _normals(1, self.seed, MEANS, device, round)
+        sigma = max(0.0, LINK_SIGMA**2 - self.link_jitter**2) ** 0.5
+        return _about(GROUP_MBPS[self.link_groups[device]], sigma, drawn)
+
     def bandwidth_mbps(self, device: int, *, round: int, ask: int) -> float:
-        """Bandwidth of a round's exchanges in Mb/s, the same down and up: log-normal about its group's mean, in [1, 30]."""
-        return self._exchange(device, round, ask)[0]
+        """Bandwidth of one exchange in Mb/s, the same down and up: log-normal about the round's mean, in [1, 30]."""
+        link, _ = _normals(2, self.seed, EXCHANGES, device, round, ask)
+        return _about(self.mean_mbps(device, round=round), self.link_jitter, link)
 
     def seconds(
         self,
         device: int,
         *,
         round: int,
-        ask: int,
+        ask: int | None,
         flops: float,
         launches: float,
         bytes_down: int,
         bytes_up: int,
     ) -> Timing:
-        """How long an exchange of a round takes a device that had served `ask` before the round; one launch is one layer
-        in one training step."""
-        mbps, jitter = self._exchange(device, round, ask)
+        """How long an exchange takes a device that has served `ask` before it in the whole run.
+
+        None is an exchange on the round's mean link at the usual pace: what can be known of it before it takes place. One
+        launch is one layer in one training step.
+        """
+        if ask is None:
+            mbps, jitter = self.mean_mbps(device, round=round), 1.0
+        else:
+            mbps = self.bandwidth_mbps(device, round=round, ask=ask)
+            jitter = exp(
+                self.compute_jitter * _normals(2, self.seed, EXCHANGES, device, round, ask)[1]
+            )
         bytes_per_second = mbps * 1e6 / 8
         compute = (
             flops / (UTILISATION * self.peak_flops(device, round)) * jitter
             + launches * LAUNCH_SECONDS
         )
-        return Timing(bytes_down / bytes_per_second, compute, bytes_up / bytes_per_second)
+        return Timing(
+            down=bytes_down / bytes_per_second,
+            compute=compute,
+            up=bytes_up / bytes_per_second,
+            round_trip=self.round_trip_seconds[self.link_groups[device]],
+        )
 
     @cached_property
     def link_groups(self) -> tuple[int, ...]:
@@ -140,15 +181,13 @@ class Hardware:
     def _best_tflops(self) -> float:
         return max(max(KINDS[name].peaks_tflops) for name in self.kinds)
 
-    def _exchange(self, device: int, round: int, ask: int) -> tuple[float, float]:
-        """Bandwidth in Mb/s and the factor on compute."""
-        link, compute = _two_normals(self.seed, EXCHANGES, device, round, ask)
-        # shifted so that the mean, not the median, is the group's
-        mbps = GROUP_MBPS[self.link_groups[device]] * exp(LINK_SIGMA * link - LINK_SIGMA**2 / 2)
-        return min(max(mbps, LOWEST_MBPS), HIGHEST_MBPS), exp(self.compute_jitter * compute)
+
+def _about(mean: float, sigma: float, drawn: float) -> float:
+    """A bandwidth within its bounds; shifted so that the mean, not the median, is `mean`."""
+    return min(max(mean * exp(sigma * drawn - sigma**2 / 2), LOWEST_MBPS), HIGHEST_MBPS)
 
 
-# draws are kept, since seeding is what they cost, and a round of split learning wants the same ones forty times
+# draws are kept, since seeding is what they cost: a round's exchanges want one mode and one mean, an exchange its own twice
 
 
 @lru_cache(maxsize=4096)
@@ -157,9 +196,8 @@ def _one_of(count: int, *where: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _two_normals(*where: int) -> tuple[float, float]:
-    link, compute = np.random.default_rng(where).standard_normal(2).tolist()
-    return link, compute
+def _normals(count: int, *where: int) -> tuple[float, ...]:
+    return tuple(np.random.default_rng(where).standard_normal(count).tolist())
 
 
 def fleet_mix(mix: Mapping[str, int] | None, devices: int) -> list[str]:

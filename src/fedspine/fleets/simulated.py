@@ -59,7 +59,6 @@ class World:
     records: Records
     round: int = 0
     asks: dict[DeviceId, int] = field(default_factory=dict)
-    before: dict[DeviceId, int] = field(default_factory=dict)  # asks served before this round
     memories: dict[DeviceId, str] = field(default_factory=dict)  # files, as of the last save
     changed: dict[DeviceId, bytes] = field(
         default_factory=dict
@@ -88,8 +87,9 @@ class World:
 
         for device, served in zip(orders, self.workers.run(calls()), strict=True):
             asked = self.asks.get(device, 0)
-            timing = self.next_timing(
+            timing = self.timing(
                 device,
+                asked,
                 flops=served.flops,
                 launches=served.launches,
                 bytes_down=bytes_down[device],
@@ -109,10 +109,9 @@ class World:
                 ),
             )
 
-    def next_timing(self, device: DeviceId, **cost: Any) -> Timing:
-        """How long the next exchange of this `cost` takes a device; its link and its pace stay the same for a round."""
-        asked = self.before.get(device, 0)
-        return self.hardware.seconds(self.index[device], round=self.round, ask=asked, **cost)
+    def timing(self, device: DeviceId, ask: int | None, **cost: Any) -> Timing:
+        """How long an exchange of this `cost` takes a device, by how many it served before; None: on average."""
+        return self.hardware.seconds(self.index[device], round=self.round, ask=ask, **cost)
 
     def _call(self, device: DeviceId, work: str, order: bytes) -> Call:
         index = self.index[device]
@@ -260,7 +259,10 @@ class SimulatedFleet:
     def foresee(
         self, device: DeviceId, *, flops: float, launches: float, bytes_down: int, bytes_up: int
     ) -> float | None:
-        """The truth, for the oracle among the controls: seconds of the device's next exchange of this cost."""
+        """The truth, for the oracle among the controls: seconds of an exchange of this cost in this round.
+
+        It knows the power mode and the mean of the link, not the jitter of an exchange that is still to come.
+        """
         self._check((device,))
         spent = {
             "flops": flops,
@@ -268,7 +270,7 @@ class SimulatedFleet:
             "bytes_down": bytes_down,
             "bytes_up": bytes_up,
         }
-        return self._world.next_timing(device, **spent).total
+        return self._world.timing(device, None, **spent).total
 
     # what the run loop needs besides: see `fedspine.fleets.rounds`
 
@@ -280,11 +282,7 @@ class SimulatedFleet:
     def begin_round(self, round: int) -> Totals:
         """Move the truth (modes, links) on to `round`; returns the totals that this round will fill."""
         self._world.round = self._world.records.round = round
-        self._world.totals, self._world.before, self._world.waits = (
-            Totals(),
-            dict(self._world.asks),
-            Waits(),
-        )
+        self._world.totals, self._world.waits = Totals(), Waits()
         return self._world.totals
 
     def end_round(self, wall_seconds: float) -> None:

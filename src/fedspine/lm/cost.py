@@ -20,6 +20,18 @@ class Extent:
     squared_tokens: int
 
 
+@dataclass(frozen=True)
+class ScoringCost:
+    """What reading off the importance of units costs a device besides training; derived in `lm/scoring_cost.py`."""
+
+    flops: float = 0.0
+    bytes_beside: int = 0  # needed at once while a pass holds its activations
+    bytes_after: int = 0  # needed at once when they are gone
+
+
+NO_SCORING = ScoringCost()
+
+
 def adapter_width(anatomy: Anatomy, structure: Structure, first: int = 0) -> int:
     """Parameters of an adapter per unit of rank: kept rows plus kept columns, over all sites from block `first` on."""
     total = 0
@@ -71,12 +83,14 @@ def training_memory_bytes(
     batch: int,
     tokens: int,
     first: int = 0,
+    scoring: ScoringCost = NO_SCORING,
 ) -> int:
     """Peak memory of one training step: a 16-bit base, fp32 adapter with gradient and two moments, activations.
 
     The adapter sits on the blocks from `first` on; nothing below is kept for a backward pass.
     `embeddings` counts the parameters outside the blocks. Activations take 10 bytes per token and unit of width that
-    pruning cannot cut, 24 that it can, and the attention scores; scoring units takes three fp32 matrices.
+    pruning cannot cut, 24 that it can, and the attention scores. `scoring` is what a device that scores units needs
+    besides: some of it beside the activations, some when they are gone.
     """
     kept = 1 - sparsity(anatomy, structure)
     weights = HALF * (embeddings + anatomy.parameters * kept)
@@ -85,5 +99,5 @@ def training_memory_bytes(
         batch * tokens * anatomy.width * (10 + 24 * kept)
         + 5 * batch * tokens**2 * anatomy.query_heads * kept
     )
-    scoring = 3 * SINGLE * max(site.rows * site.columns for site in anatomy.sites)
-    return int(weights + adapter + (anatomy.layers - first) * per_layer + scoring)
+    activations = (anatomy.layers - first) * per_layer
+    return int(weights + adapter + max(activations + scoring.bytes_beside, scoring.bytes_after))

@@ -4,10 +4,14 @@ from dataclasses import replace
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from fedspine.device import Device
+from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Model
+from fedspine.lm.cost import NO_SCORING, ScoringCost, training_memory_bytes
 from fedspine.lm.follow import Scoring, Source
 from fedspine.lm.importance import Scores, magnitude_scores, random_scores, smooth
-from fedspine.lm.tune import Trace, Tuning, tune
+from fedspine.lm.scoring_cost import following_cost, magnitude_cost, updates
+from fedspine.lm.structure import Structure
+from fedspine.lm.tune import Trace, Tuning, rank_of, tune
 from fedspine.message import message
 
 
@@ -68,6 +72,39 @@ def importance_of(fields: ImportanceFields) -> Importance:
             return Scoring(of=source, every=fields.score_every, keep=fields.score_keep)
 
 
+def scoring_cost(
+    how: Importance,
+    anatomy: Anatomy,
+    structure: Structure,
+    *,
+    rank: int,
+    tokens: int | float = 0,
+    largest: int = 0,
+    steps: int = 0,
+) -> ScoringCost:
+    """What importance of this kind costs in a training of `steps` that reads `tokens` padded tokens, in equal batches.
+
+    `largest` is the padded tokens of the largest batch.
+    """
+    match how:
+        case Scoring() as scoring:
+            count = updates(scoring, steps)
+            read = tokens * count / max(1, steps)
+            return following_cost(
+                anatomy,
+                structure,
+                scoring,
+                rank=rank,
+                tokens=read,
+                largest=largest,
+                updates=count,
+            )
+        case ByMagnitude():
+            return magnitude_cost(anatomy, structure, rank)
+        case AtRandom():
+            return NO_SCORING
+
+
 def tune_and_score(
     device: Device, model: Model, tuning: Tuning, how: Importance, known: Scores | None
 ) -> Trace:
@@ -82,7 +119,26 @@ def tune_and_score(
         case ByMagnitude():
             trace = tune(device, model, tuning)
             now = magnitude_scores(device.base, trace.model)
+            _account(
+                device,
+                trace.model,
+                scoring_cost(how, device.base.anatomy, model.structure, rank=rank_of(model)),
+            )
         case AtRandom():
             trace = tune(device, model, tuning)
             now = random_scores(device.base.anatomy, model.structure, device.rng)
     return replace(trace, scores=smooth(known, now, 0.0))
+
+
+def _account(device: Device, model: Model, cost: ScoringCost) -> None:
+    """Charge what is computed once after training, when activations are gone but the adapter's moments are not yet."""
+    memory = training_memory_bytes(
+        device.base.anatomy,
+        model.structure,
+        rank=rank_of(model),
+        embeddings=device.base.embeddings,
+        batch=0,
+        tokens=0,
+        scoring=cost,
+    )
+    device.spend(flops=cost.flops, memory_bytes=memory)

@@ -6,6 +6,7 @@ from typing import Any
 
 from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.cost import HALF, Extent, adapter_width, training_flops, training_memory_bytes
+from fedspine.lm.criteria import Importance, scoring_cost
 from fedspine.lm.importance import no_scores
 from fedspine.lm.structure import Structure, shrink
 from fedspine.message import Tensors, pack
@@ -22,9 +23,12 @@ def ranks_that_fit(
     embeddings: int,
     batch: int,
     tokens: int,
+    scoring: Importance,
 ) -> int:
-    """How many of the rising `ranks` a device of this memory can train at; the other settings as in `lm/cost.py`."""
-    shapes = {"embeddings": embeddings, "batch": batch, "tokens": tokens}
+    """How many of the rising `ranks` a device of this memory can train and score at; the rest as in `lm/cost.py`."""
+    # no bytes of scoring depend on the rank, and one step's are those of any number
+    beside = scoring_cost(scoring, anatomy, structure, rank=1, largest=batch * tokens, steps=1)
+    shapes = {"embeddings": embeddings, "batch": batch, "tokens": tokens, "scoring": beside}
     without, one = (
         training_memory_bytes(anatomy, structure, rank=rank, **shapes) for rank in (0, 1)
     )
@@ -34,17 +38,40 @@ def ranks_that_fit(
     return sum(bytes <= USABLE_MEMORY * memory_bytes for bytes in needed)
 
 
+def round_flops(
+    anatomy: Anatomy,
+    structure: Structure,
+    rank: int,
+    extent: Extent,
+    steps: int,
+    scoring: Importance,
+) -> float:
+    """Operations to train and score in a round of `steps` that reads so much."""
+    scored = scoring_cost(scoring, anatomy, structure, rank=rank, tokens=extent.tokens, steps=steps)
+    return training_flops(anatomy, structure, rank, extent) + scored.flops
+
+
 @dataclass(frozen=True)
 class Frame:
     """What the cost of a round has in common for all plans: the text it reads, and the bytes beside the adapter."""
 
     extent: Extent
+    steps: int
+    scoring: Importance
     launches: int
     bytes_down: int
     bytes_up: int
 
 
-def frame(anatomy: Anatomy, order: Any, adapter: Tensors, *, extent: Extent, steps: int) -> Frame:
+def frame(
+    anatomy: Anatomy,
+    order: Any,
+    adapter: Tensors,
+    *,
+    extent: Extent,
+    steps: int,
+    scoring: Importance,
+) -> Frame:
     """Measured on an order as it is sent, with `adapter` in it.
 
     The result is taken to hold as much beside its adapter, and the scores of all units, which is right to a kilobyte
@@ -53,6 +80,8 @@ def frame(anatomy: Anatomy, order: Any, adapter: Tensors, *, extent: Extent, ste
     beside = pack(order).bytes - HALF * sum(tensor.numel() for tensor in adapter.values())
     return Frame(
         extent=extent,
+        steps=steps,
+        scoring=scoring,
         launches=steps * anatomy.layers,
         bytes_down=beside,
         bytes_up=beside + HALF * anatomy.layers * (anatomy.heads + anatomy.channels),
@@ -94,7 +123,7 @@ def forecast(
     before, after = adapter_width(anatomy, structure), adapter_width(anatomy, left)
     return [
         Spending(
-            flops=load * training_flops(anatomy, left, rank, frame.extent),
+            flops=load * round_flops(anatomy, left, rank, frame.extent, frame.steps, frame.scoring),
             launches=frame.launches,
             bytes_down=frame.bytes_down + HALF * rank * before,
             bytes_up=frame.bytes_up + HALF * rank * after,

@@ -26,6 +26,7 @@ class Scores:
 
     heads: Float[Tensor, "layers heads"]
     channels: Float[Tensor, "layers channels"]
+    updates: int = 1  # that went into a moving average
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,21 @@ def _entries(
         return entries.square_() if criterion.square else entries.abs_()
 
 
+def kept_share(keep: float, updates: int) -> float:
+    """What the average of so many updates keeps when one more comes in, the bias of its start corrected.
+
+    As Adam corrects it (Kingma & Ba 2014, arXiv:1412.6980, section 3): an average that begins at 0 and is divided by
+    1 - keep**n after n updates. The newest then weighs (1 - keep) / (1 - keep**n), a share 1/n for a keep of 1.
+
+    >>> kept_share(0.9, 1), kept_share(1.0, 3)
+    (0.4736842105263158, 0.75)
+    """
+    n = updates + 1
+    return 1 - 1 / n if keep == 1 else (keep - keep**n) / (1 - keep**n)
+
+
 def smooth(before: Scores | None, now: Scores, keep: float) -> Scores | None:
-    """The moving average of scores; `now` itself at the start, `before` where `now` holds a NaN.
+    """The moving average of scores without the bias of its start; `now` itself at the start, `before` where `now` holds a NaN.
 
     Units that score exactly zero were not there, so they keep their last value.
     """
@@ -169,11 +183,16 @@ def smooth(before: Scores | None, now: Scores, keep: float) -> Scores | None:
         return before
     if before is None:
         return now
+    old_share = kept_share(keep, before.updates)
 
     def mix(old: Tensor, new: Tensor) -> Tensor:
-        return torch.where(new == 0, old, keep * old + (1 - keep) * new)
+        return torch.where(new == 0, old, old_share * old + (1 - old_share) * new)
 
-    return Scores(heads=mix(before.heads, now.heads), channels=mix(before.channels, now.channels))
+    return Scores(
+        heads=mix(before.heads, now.heads),
+        channels=mix(before.channels, now.channels),
+        updates=before.updates + 1,
+    )
 
 
 def normalised(scores: Scores) -> Scores:
@@ -214,13 +233,19 @@ def mixed(own: Scores, fleet: Scores, say: float) -> Scores:
 
 
 def tally(before: Scores | None, ballots: Sequence[Scores]) -> Scores:
-    """The fleet's average: a moving average over rounds of their mean, in which a dropped unit is zero."""
+    """The fleet's average: a moving average over rounds of their mean, in which a dropped unit is zero.
+
+    It has no bias of its start: after n rounds the first weighs FLEET_KEEP**(n - 1) of the newest.
+    """
+    updates = before.updates + 1 if before else 1
+    old_share = kept_share(FLEET_KEEP, before.updates) if before else 0.0
 
     def mix(old: Tensor | None, votes: list[Tensor]) -> Tensor:
         mean = torch.stack(votes).float().mean(0)
-        return mean if old is None else FLEET_KEEP * old + (1 - FLEET_KEEP) * mean
+        return mean if old is None else old_share * old + (1 - old_share) * mean
 
     return Scores(
         heads=mix(before.heads if before else None, [vote.heads for vote in ballots]),
         channels=mix(before.channels if before else None, [vote.channels for vote in ballots]),
+        updates=updates,
     )

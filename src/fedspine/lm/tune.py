@@ -17,6 +17,7 @@ from fedspine.lm.follow import Following, Scoring
 from fedspine.lm.importance import Scores
 from fedspine.lm.leaves import Leaves
 from fedspine.lm.prefix import activations, entering, first_block, name_of
+from fedspine.lm.scoring_cost import following_cost
 from fedspine.message import Tensors, message
 from fedspine.task import IGNORED, Examples
 from fedspine.tensors import moved
@@ -272,8 +273,18 @@ def _account(request: Request, widths: list[int], first: int) -> None:
     extent = Extent(
         tokens=batch * sum(widths), squared_tokens=batch * sum(width**2 for width in widths)
     )
+    scored = widths[:: request.scoring.every] if request.scoring else []
+    scoring = following_cost(
+        anatomy,
+        model.structure,
+        request.scoring,
+        rank=rank,
+        tokens=batch * sum(scored),
+        largest=batch * max(scored, default=0),
+        updates=len(scored),
+    )
     device.spend(
-        flops=training_flops(anatomy, model.structure, rank, extent, first),
+        flops=training_flops(anatomy, model.structure, rank, extent, first) + scoring.flops,
         launches=len(widths) * anatomy.layers,
         samples=len(widths) * batch,
         memory_bytes=training_memory_bytes(
@@ -284,6 +295,7 @@ def _account(request: Request, widths: list[int], first: int) -> None:
             batch=batch,
             tokens=max(widths),
             first=first,
+            scoring=scoring,
         ),
     )
 

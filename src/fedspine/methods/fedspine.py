@@ -19,10 +19,10 @@ from fedspine.fleet import Fleet, Foresight, NoMemory, Profile, Reply
 from fedspine.lm.aggregate import Contribution
 from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Model, line_energy
-from fedspine.lm.cost import Extent, training_flops
+from fedspine.lm.cost import Extent
 from fedspine.lm.criteria import importance_of
 from fedspine.lm.follow import Source
-from fedspine.lm.forecast import Frame, forecast, frame, ranks_that_fit
+from fedspine.lm.forecast import Frame, forecast, frame, ranks_that_fit, round_flops
 from fedspine.lm.importance import Scores, on_wire, tally
 from fedspine.lm.lora import check_rank, fresh
 from fedspine.lm.merge import Aggregation, change, merge, share
@@ -267,12 +267,18 @@ class FedSpine:
             embeddings=state.embeddings,
             batch=self.batch,
             tokens=state.max_tokens,
+            scoring=importance_of(self),
         )
 
     def _frame(self, state: SpineState) -> Frame:
         order = self._order(state, "", Plan(0.0, self.ranks[0], None, 0.0))
         return frame(
-            state.anatomy, order, order.adapter, extent=self._extent(state), steps=self.steps
+            state.anatomy,
+            order,
+            order.adapter,
+            extent=self._extent(state),
+            steps=self.steps,
+            scoring=order.scoring,
         )
 
     def _extent(self, state: SpineState) -> Extent:
@@ -338,8 +344,13 @@ class FedSpine:
         importance, directions = change(state.anatomy, state.line_energy, part, self.scale)
         before, load = reply.value.loss_before, 1.0
         if self.choice == "oracle":
-            whole = training_flops(
-                state.anatomy, reply.value.structure, plan.rank, self._extent(state)
+            whole = round_flops(
+                state.anatomy,
+                reply.value.structure,
+                plan.rank,
+                self._extent(state),
+                self.steps,
+                importance_of(self),
             )
             load = reply.cost.flops / whole
         return Outcome(

@@ -1,0 +1,96 @@
+"""What scoring units costs a device that scores, by the source of the importance; one that does not score pays nothing.
+
+Counted as the code computes it, for a site's weight of R kept rows and C kept columns, an adapter of rank r and T padded
+tokens in an update: products with 2 operations for each multiplication and addition, and whole passes over a matrix with 1
+for each entry. Work on single rows, columns or units is left out: it is a thousandth of that. Bytes are of whole
+matrices, fp32 unless said otherwise.
+
+- "gradient" (`importance._entries`), at all sites, after the backward pass: [gB, B] [A; gA] takes 4 r R C, B A 2 r R C; to
+  scale it, add W, multiply both, take the absolute value or square and sum 5 R C. With `cross`, gB gA, its scaling and its
+  subtraction take 2 r R C + 2 R C more. It holds two R x C matrices at once, three with `cross`.
+- "activation" (`Leaves.importance_by_output`), at the sites that read units (attention output, feed-forward down): their
+  inputs are squared and averaged over tokens in the forward pass, 3 T C; after the backward pass B A takes 2 r R C, to
+  scale it, add W, square and sum 4 R C. It holds the fp32 input and its square, 8 T C bytes, beside the activations,
+  and one R x C matrix after them.
+- "gate" (`Following._hear`), at the same sites, in the backward pass: input times gradient, summed over tokens, 2 T C. It
+  holds the product in 16 bits and in fp32, 6 T C bytes, beside the activations.
+- "blend" is "activation" and "gate": their operations add up, and one follows the other, so the larger memory counts.
+- magnitude (`importance.magnitude_scores`), at all sites, once after training: as after "activation". It holds the fp32
+  weight and the sum of weight and product, two R x C matrices. Chance costs nothing.
+"""
+
+from collections.abc import Iterable
+
+from fedspine.lm.anatomy import Anatomy, Site
+from fedspine.lm.cost import NO_SCORING, SINGLE, ScoringCost
+from fedspine.lm.follow import Scoring
+from fedspine.lm.structure import Structure, kept_columns, kept_rows
+
+HEARD, GATED = 8, 6  # bytes for each number that enters a site which is heard or gated
+
+
+def updates(scoring: Scoring, steps: int) -> int:
+    """How often a training of so many steps updates the importance: in its first and then every so many steps."""
+    return -(-steps // scoring.every)
+
+
+def following_cost(
+    anatomy: Anatomy,
+    structure: Structure,
+    scoring: Scoring | None,
+    *,
+    rank: int,
+    tokens: int | float,
+    largest: int,
+    updates: int,
+) -> ScoringCost:
+    """The cost of following importance through so many `updates` over `tokens` padded tokens in all.
+
+    `largest` is the padded tokens of the largest batch. Nothing is followed without a `scoring`.
+    """
+    if scoring is None:
+        return NO_SCORING
+    sizes = [(site, *_kept(site, structure)) for site in anatomy.sites]
+    entries = sum(rows * columns for _, rows, columns in sizes)
+    matrix = SINGLE * max(rows * columns for _, rows, columns in sizes)
+    if scoring.of == "gradient":
+        each = 6 * rank + 5 + (2 * rank + 2 if scoring.cross else 0)
+        matrices = 3 if scoring.cross else 2
+        return ScoringCost(flops=float(updates * each * entries), bytes_after=matrices * matrix)
+    readers = [(rows, columns) for site, rows, columns in sizes if site.column_units]
+    heard = sum(columns for _, columns in readers)
+    widest = max(columns for _, columns in readers)
+    read = sum(rows * columns for rows, columns in readers)
+    by_output = tokens * 3 * heard + updates * (2 * rank + 4) * read
+    by_gate = tokens * 2 * heard
+    after = SINGLE * max(rows * columns for rows, columns in readers)
+    match scoring.of:
+        case "activation":
+            return ScoringCost(float(by_output), HEARD * largest * widest, after)
+        case "gate":
+            return ScoringCost(float(by_gate), GATED * largest * widest)
+    return ScoringCost(float(by_output + by_gate), HEARD * largest * widest, after)
+
+
+def magnitude_cost(anatomy: Anatomy, structure: Structure, rank: int) -> ScoringCost:
+    """The cost of reading importance off the weights once."""
+    sizes = list(_sizes(anatomy.sites, structure))
+    return ScoringCost(
+        flops=float((2 * rank + 4) * sum(sizes)), bytes_after=2 * SINGLE * max(sizes)
+    )
+
+
+def _sizes(sites: Iterable[Site], structure: Structure) -> Iterable[int]:
+    """Kept entries of each site's weight."""
+    for site in sites:
+        rows, columns = _kept(site, structure)
+        yield rows * columns
+
+
+def _kept(site: Site, structure: Structure) -> tuple[int, int]:
+    """Kept rows and columns of a site's weight."""
+    rows, columns = kept_rows(site, structure), kept_columns(site, structure)
+    return (
+        site.rows if rows is None else len(rows),
+        site.columns if columns is None else len(columns),
+    )
