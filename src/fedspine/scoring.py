@@ -90,11 +90,14 @@ def score_models(
 
     by_name: dict[str, Score] = {}
     models = 2 + len(deployment.devices)
-    told(0, models)
+    done = 0
+    told(done, models)
     for score in workers.run(jobs()):
         by_name[scored[len(by_name)]] = score
-        told(sum(name in by_name for name in names), models)
-    told(models, models)
+        done = sum(name in by_name for name in names)
+        told(done, models)
+    if done < models:  # what is left equals models that have their score
+        told(models, models)
     return [Scored(by_name[name], share) for name, share in zip(names, sparsities, strict=True)]
 
 
