@@ -19,6 +19,7 @@ CLASS_WORDS = {"kind": ("good", "the", "very"), "unkind": ("bad", "not", "small"
 NOISE = ("in", "is", "with", "at", "cab", "dig", "27")
 WALL = {
     "wall_seconds",
+    "server_wall_seconds",
     "samples_per_second",
 }  # what a clock on the wall measured, which no two runs share
 

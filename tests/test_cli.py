@@ -38,7 +38,7 @@ PROMISED = {
         "bytes_down",
         "peak_memory_bytes_simulated",
     ),
-    *("wall_seconds", "samples_per_second", "state_sha256"),
+    *("wall_seconds", "server_wall_seconds", "samples_per_second", "state_sha256"),
 }
 
 

@@ -144,6 +144,33 @@ def test_recorded_bytes_are_the_bytes_packed(heard):
     assert sum(row["bytes_up"] for row in totals) == sum(size for _, size in up)
 
 
+def test_what_is_trained_crosses_the_wire_in_fp16_by_default(name, lab):
+    method = METHODS[name]()
+    assert getattr(method, "precision", "fp16") == "fp16"
+    toy = METHODS[name].toy()
+    assert getattr(toy, "precision", "fp16") == "fp16"
+    bench, spies = lab(), []
+    bench.run(toy, rounds=1, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    seen = set()
+    for value in [value for spy in spies for _, value in spy.orders + spy.results]:
+        for tensor in floats(value):
+            if tensor.numel() > 1:  # else it is fp16's power of two for a message
+                seen.add(tensor.dtype)
+    assert seen == {torch.float16}
+
+
+def floats(value):
+    """All tensors of floats in a message."""
+    if torch.is_tensor(value):
+        return [value] if value.is_floating_point() else []
+    inside = value.values() if isinstance(value, dict) else []
+    if dataclasses.is_dataclass(value):
+        inside = vars(value).values()
+    elif isinstance(value, list | tuple):
+        inside = value
+    return [tensor for part in inside for tensor in floats(part)]
+
+
 def test_the_clock_never_goes_back(heard):
     _, spies, _, _, totals = heard
     clock = [now for spy in spies for now in spy.clock]

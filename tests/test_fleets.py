@@ -48,6 +48,13 @@ def do(device, job):
 
 
 @on_device
+def nap(device, job):
+    """As `do`, after 50 ms on the wall."""
+    time.sleep(0.05)
+    return do(device, job)
+
+
+@on_device
 def fail(device, job):
     raise RuntimeError("the work itself is broken")
 
@@ -413,6 +420,28 @@ def test_devices_that_are_sent_orders_wait_until_the_next_one_or_the_rounds_end(
     later = bench.fleet.begin_round(1)
     bench.fleet.end_round(0.0)
     assert later.waiting_seconds == 0
+
+
+def test_the_servers_own_time_is_shown_apart(lab):
+    class Slow(Lazy):
+        def __getitem__(self, id):
+            time.sleep(0.02)  # the server builds an order
+            return super().__getitem__(id)
+
+    bench = lab()
+    started = time.perf_counter()
+    totals = bench.fleet.begin_round(0)
+    bench.fleet.ask(nap, Slow(bench.ids))  # 0.1 s of orders, 0.25 s of naps
+    bench.fleet.send(nap, Slow(bench.ids))
+    time.sleep(0.1)
+    wall = time.perf_counter() - started
+    now = bench.fleet.now
+    bench.fleet.end_round(wall)
+    (row,) = bench.rows("round")
+    # twice 0.1 s of orders and 0.1 s between, of all but the 0.5 s in which devices nap
+    assert 0.3 <= row["server_wall_seconds"] <= row["wall_seconds"] - 0.5
+    assert totals.server_wall_seconds == row["server_wall_seconds"]
+    assert bench.fleet.now == now  # it is on no virtual clock
 
 
 def test_data_must_be_there_for_every_device():

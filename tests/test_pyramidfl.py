@@ -57,7 +57,10 @@ def bench(waves_task, tmp_path):
 
 def on_arrays(**changes):
     return PyramidFL(
-        **({"steps": 6, "batch": 16, "learning_rate": 0.3, "participants": 5} | changes)
+        **(
+            {"steps": 6, "batch": 16, "learning_rate": 0.3, "participants": 5, "precision": "fp32"}
+            | changes
+        )
     )
 
 
@@ -141,7 +144,7 @@ def test_the_smallest_update_leaves_out_most():
 
 
 def test_with_everything_off_it_is_fedavg(bench):
-    common = {"steps": 6, "batch": 16, "learning_rate": 0.3}
+    common = {"steps": 6, "batch": 16, "learning_rate": 0.3, "precision": "fp32"}
     method = PyramidFL(**common, participants=5, slack=False, drop_least=0.0, drop_most=0.0)
     other = bench("b").run(FedAvg(**common), rounds=1).model.weights
     start = bench("c").run(FedAvg(**common), rounds=0).model.weights
@@ -161,6 +164,19 @@ def test_learns_arrays_and_every_process_gives_the_same_bytes(bench, waves_task)
     assert bits(two.run(on_arrays(participants=3), rounds=2)) == bits(
         bench("one").run(on_arrays(participants=3), rounds=2)
     )
+
+
+def test_half_as_many_bytes_in_fp16(bench, waves_task):
+    costs = {}
+    for precision in ("fp32", "fp16"):
+        lab = bench(precision)
+        method = on_arrays(precision=precision, drop_least=0.0, drop_most=0.0)
+        state = lab.run(method, rounds=1)
+        numbers = sum(tensor.numel() for tensor in state.model.weights.values())
+        costs[precision] = [(row["bytes_down"], row["bytes_up"]) for row in lab.rows("exchange")]
+    for number, precision in ((4, "fp32"), (2, "fp16")):
+        for down, up in costs[precision]:
+            assert 0 < down - number * numbers < 4000 and 0 < up - number * numbers < 4000
 
 
 def test_asks_as_many_as_it_says_and_everybody_in_the_end(bench):

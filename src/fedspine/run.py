@@ -368,6 +368,7 @@ def _summary(job: Job, point: Point, progress: Progress) -> dict[str, Any]:
             "replies_late": sums.lost,
             "computing": job.workers.computing,
             "wall_seconds": watch.total,
+            "server_wall_seconds": sums.server_wall_seconds,
             "samples_per_second": sums.samples / watch.training if watch.training else 0.0,
             "data_sha256": job.built.record.data_sha256,
             "model_sha256": job.built.record.model_sha256,

@@ -26,7 +26,7 @@ from fedspine.fleets.members import (
     SiteStanding,
 )
 from fedspine.fleets.party import Party
-from fedspine.fleets.rounds import Totals, Waits
+from fedspine.fleets.rounds import Devices, Totals, Waits
 from fedspine.fleets.wire import Opened
 
 OPEN_SECONDS = 600.0  # for a site to load model and rows
@@ -62,7 +62,8 @@ class FlareFleet:
         self._check(orders)
         party, started = self._party, self.now
         under_way = {id: party.dispatch(id, work, orders[id], within) for id in orders}
-        came = {id: future.result() for id, future in under_way.items()}
+        with party.devices_wall.served():
+            came = {id: future.result() for id, future in under_way.items()}
         seconds = [one.cost.seconds for one in came.values()]
         with party.lock:
             party.totals.waiting_seconds += (
@@ -91,7 +92,8 @@ class FlareFleet:
     def next(self) -> Reply[Any]:
         party = self._party
         while waiting := self._heard(party.pending):
-            done, _ = wait([entry.came for entry in waiting], return_when=FIRST_COMPLETED)
+            with party.devices_wall.served():
+                done, _ = wait([entry.came for entry in waiting], return_when=FIRST_COMPLETED)
             entry = next(entry for entry in waiting if entry.came in done)
             party.pending.remove(entry)
             came = entry.came.result()
@@ -130,12 +132,14 @@ class FlareFleet:
         party = self._party
         party.round = party.records.round = round
         party.totals, party.sent, party.waits = Totals(), {}, Waits()
+        party.devices_wall = Devices()
         self._gather()
         return party.totals
 
     def end_round(self, wall_seconds: float) -> None:
         totals = self._party.totals
         totals.waiting_seconds += self._party.waits.mean(self.now)
+        totals.server_wall_seconds += max(0.0, wall_seconds - self._party.devices_wall.seconds)
         self._party.records.write(
             "round",
             now=self.now,
@@ -145,6 +149,7 @@ class FlareFleet:
             bytes_up=totals.bytes_up,
             bytes_down=totals.bytes_down,
             wall_seconds=wall_seconds,
+            server_wall_seconds=totals.server_wall_seconds,
         )
 
     def snapshot(self) -> FlareSnapshot:

@@ -19,7 +19,7 @@ from fedspine.device import DeviceId, Work, name_of
 from fedspine.fleet import Cost
 from fedspine.fleets.fitting import misfit
 from fedspine.fleets.members import Came, Deadline, Link, Member, Patience, Pending, RelayLost
-from fedspine.fleets.rounds import Totals, Waits
+from fedspine.fleets.rounds import Devices, Totals, Waits
 from fedspine.fleets.terms import Terms
 from fedspine.fleets.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder, as_array, decoded
 from fedspine.message import NotAMessage, pack
@@ -50,6 +50,7 @@ class Party:
         default_factory=dict
     )  # the last order of each device in this round
     waits: Waits = field(default_factory=Waits)  # of this round
+    devices_wall: Devices = field(default_factory=Devices)  # of this round
     round: int = 0
     totals: Totals = field(default_factory=Totals)
     lost_relay: str | None = None  # the last one

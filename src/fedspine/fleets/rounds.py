@@ -1,6 +1,8 @@
 """What the run loop needs of a fleet besides asking: rounds, and going on after a resume."""
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,12 +21,39 @@ class Totals:
     bytes_up: int = 0
     bytes_down: int = 0
     peak_memory_bytes: int = 0
+    server_wall_seconds: float = 0.0  # the method's own work, on no virtual clock
 
     def add(self, other: "Totals") -> None:
         """Take the totals of one more round or exchange in."""
-        for name in ("exchanges", "lost", "samples", "waiting_seconds", "bytes_up", "bytes_down"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in vars(self):
+            if name != "peak_memory_bytes":
+                setattr(self, name, getattr(self, name) + getattr(other, name))
         self.peak_memory_bytes = max(self.peak_memory_bytes, other.peak_memory_bytes)
+
+
+@dataclass
+class Devices:
+    """Wall seconds of a round in which devices were served or waited for; what is left of the round is the server's."""
+
+    seconds: float = 0.0
+
+    @contextmanager
+    def served(self) -> Iterator[None]:
+        """Count the time in it; orders that are built meanwhile are taken off with `not_theirs`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    @contextmanager
+    def not_theirs(self) -> Iterator[None]:
+        """Take the time in it off again."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds -= time.perf_counter() - started
 
 
 @dataclass

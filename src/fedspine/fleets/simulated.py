@@ -15,7 +15,7 @@ from fedspine.device import Call, DeviceId, O, R, Served, Work, name_of
 from fedspine.errors import BadInput
 from fedspine.fleet import Cost, Fleet, Idle, Profile, Reply, T
 from fedspine.fleets.hardware import KINDS, Hardware, Timing, device_ids
-from fedspine.fleets.rounds import Totals, Waits
+from fedspine.fleets.rounds import Devices, Totals, Waits
 from fedspine.fleets.workers import Workers
 from fedspine.message import message, pack, unpack
 from fedspine.records import Records
@@ -65,6 +65,7 @@ class World:
     )  # memories of the devices asked since
     pending: list[tuple[float, int, DeviceId, bytes, Cost]] = field(default_factory=list)
     sent: int = 0
+    devices_wall: Devices = field(default_factory=Devices)  # of this round
     totals: Totals = field(default_factory=Totals)
     waits: Waits = field(
         default_factory=Waits
@@ -81,7 +82,9 @@ class World:
 
         def calls() -> Iterator[Call]:
             for device in orders:
-                packed = pack(orders[device])
+                with self.devices_wall.not_theirs():  # which is built as it is read
+                    order = orders[device]
+                packed = pack(order)
                 bytes_down[device] = packed.bytes
                 yield self._call(device, name, packed.payload)
 
@@ -205,12 +208,13 @@ class SimulatedFleet:
     ) -> list[Reply[R]]:
         self._check(orders)
         started, replies, seconds = self.now, [], []
-        for device, served, cost in self._world.exchange(work, orders):
-            late = cost.seconds > within
-            self._world.record(work, device, started, cost, served.samples, late)
-            seconds.append(min(cost.seconds, within))
-            if not late:
-                replies.append(Reply(device=device, value=unpack(served.result), cost=cost))
+        with self._world.devices_wall.served():
+            for device, served, cost in self._world.exchange(work, orders):
+                late = cost.seconds > within
+                self._world.record(work, device, started, cost, served.samples, late)
+                seconds.append(min(cost.seconds, within))
+                if not late:
+                    replies.append(Reply(device=device, value=unpack(served.result), cost=cost))
         if seconds:
             self._clock.now += max(seconds)
             self._world.totals.waiting_seconds += float(np.mean(max(seconds) - np.array(seconds)))
@@ -220,11 +224,13 @@ class SimulatedFleet:
     def send(self, work: Work[O, R], orders: Mapping[DeviceId, O]) -> None:
         self._check(orders)
         world = self._world
-        for device, served, cost in world.exchange(work, orders):
-            world.record(work, device, self.now, cost, served.samples, False)
-            world.waits.busy(device, self.now, self.now + cost.seconds)
-            world.pending.append((self.now + cost.seconds, world.sent, device, served.result, cost))
-            world.sent += 1
+        with world.devices_wall.served():
+            for device, served, cost in world.exchange(work, orders):
+                world.record(work, device, self.now, cost, served.samples, False)
+                end = self.now + cost.seconds
+                world.waits.busy(device, self.now, end)
+                world.pending.append((end, world.sent, device, served.result, cost))
+                world.sent += 1
 
     def next(self) -> Reply[Any]:
         mine = {profile.id for profile in self._hears}
@@ -282,13 +288,18 @@ class SimulatedFleet:
     def begin_round(self, round: int) -> Totals:
         """Move the truth (modes, links) on to `round`; returns the totals that this round will fill."""
         self._world.round = self._world.records.round = round
-        self._world.totals, self._world.waits = Totals(), Waits()
+        self._world.totals, self._world.waits, self._world.devices_wall = (
+            Totals(),
+            Waits(),
+            Devices(),
+        )
         return self._world.totals
 
     def end_round(self, wall_seconds: float) -> None:
         """Write the round's totals down."""
         totals = self._world.totals
         totals.waiting_seconds += self._world.waits.mean(self.now)
+        totals.server_wall_seconds += max(0.0, wall_seconds - self._world.devices_wall.seconds)
         self._world.records.write(
             "round",
             now=self.now,
@@ -298,6 +309,7 @@ class SimulatedFleet:
             bytes_up=totals.bytes_up,
             bytes_down=totals.bytes_down,
             wall_seconds=wall_seconds,
+            server_wall_seconds=totals.server_wall_seconds,
         )
 
     def snapshot(self) -> Snapshot:

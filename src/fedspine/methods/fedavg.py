@@ -79,7 +79,7 @@ class FedAvg:
     clip: float = 0.0  # of the gradient's norm; 0: never
     rank: int = 8  # of the adapters of a transformer
     scale: float = 2.0  # alpha / rank of them
-    precision: Literal["fp32", "fp16"] = "fp32"  # of weights on the wire
+    precision: Literal["fp32", "fp16"] = "fp16"  # of weights on the wire
 
     @classmethod
     def toy(cls) -> Self:

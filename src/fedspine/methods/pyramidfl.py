@@ -24,6 +24,7 @@ from fedspine.methods.whole import (
     train_whole,
     training_at,
     weights_of,
+    wired,
     with_memory,
 )
 from fedspine.planning import pace
@@ -37,16 +38,15 @@ CHOICE = 1  # the purpose of a random stream
 
 @message
 class PyramidOrder:
-    weights: Tensors  # all that is trained, fp32
+    weights: Tensors  # all that is trained
     training: Training
+    precision: str  # of the update sent back
     drop: float  # share of each tensor of the update that stays on the device
 
 
 @message
 class PyramidResult:
-    update: (
-        Tensors  # fp32, of each tensor's change the entries that `kept` names, one after another
-    )
+    update: Tensors  # of each tensor's change the entries that `kept` names, one after another
     seed: int  # of `kept`
     loss: float  # mean over the last steps
     reward: float  # rows times the root of the mean squared loss
@@ -62,10 +62,9 @@ def train_and_thin(device: Device, order: PyramidOrder) -> PyramidResult:
     seed = int(device.rng.integers(2**31))
     losses = np.concatenate(lesson.losses)
     squared = float(np.mean(losses**2)) if len(losses) else 0.0  # no label counted
+    update = {name: tensor[kept(seed, name, tensor, order.drop)] for name, tensor in change.items()}
     return PyramidResult(
-        update={
-            name: tensor[kept(seed, name, tensor, order.drop)] for name, tensor in change.items()
-        },
+        update=wired(update, order.precision),  # type: ignore[arg-type]
         seed=seed,
         loss=lesson.ended,
         reward=len(device.data) * float(np.sqrt(squared)),
@@ -85,7 +84,7 @@ def whole_update(result: PyramidResult, like: Tensors, drop: float) -> Tensors:
     change = {}
     for name, tensor in like.items():
         change[name] = torch.zeros_like(tensor)
-        change[name][kept(result.seed, name, tensor, drop)] = result.update[name]
+        change[name][kept(result.seed, name, tensor, drop)] = result.update[name].float()
     return change
 
 
@@ -130,6 +129,7 @@ class PyramidFL:
     clip: float = 0.0  # of the gradient's norm; 0: never
     rank: int = 8  # of the adapters of a transformer
     scale: float = 2.0  # alpha / rank of them
+    precision: Literal["fp32", "fp16"] = "fp16"  # of weights and updates on the wire
 
     @classmethod
     def toy(cls) -> Self:
@@ -255,7 +255,10 @@ class PyramidFL:
                 taken = forecast.work_seconds(device.id) * passes / self.steps
                 steps = steps_with_slack(self.steps, max(seconds) - needed, taken, passes)
             orders[device.id] = PyramidOrder(
-                weights=weights, training=replace(usual, steps=steps), drop=drop
+                weights=wired(weights, self.precision),
+                training=replace(usual, steps=steps),
+                precision=self.precision,
+                drop=drop,
             )
         return orders
 
