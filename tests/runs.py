@@ -42,6 +42,7 @@ def tiny_job(model, data, **changed):
         "fleet.per_round": 2,
         "run.rounds": 2,
         "run.workers": 1,
+        "run.references": "false",
         "method.steps": 2,
         "method.ranks": [2, 4],
     } | {key.replace("__", ".", 1): value for key, value in changed.items()}

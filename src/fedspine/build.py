@@ -195,12 +195,16 @@ def share_out(recipe: Recipe, data: Dataset, train: Data) -> tuple[np.ndarray, .
     )
 
 
+def test_order(built: Built) -> np.ndarray:
+    """The order in which test rows are scored: a check takes the first ones."""
+    return np.random.default_rng([built.recipe.run.seed, ORDER]).permutation(len(built.task.test))
+
+
 def workers_for(built: Built, cache: Path) -> Workers:
     """The processes that serve asks and score models; `cache` is a folder for what they need not compute again."""
     run, task = built.recipe.run, built.task
-    test_rows = np.random.default_rng([run.seed, ORDER]).permutation(len(task.test))
     workshop = Workshop(
-        task=task, shares=built.shares, test_rows=test_rows, prefixes=Prefixes(cache)
+        task=task, shares=built.shares, test_rows=test_order(built), prefixes=Prefixes(cache)
     )
     if task.base.device.type == "cuda":  # which a forked process could not use
         return Workers(workshop, 0, run.together or GPU_TOGETHER)

@@ -71,6 +71,7 @@ class RunSection(Section):
     together: int = pydantic.Field(
         0, ge=0
     )  # devices trained in one batched pass; 0: 1 on a CPU, 32 on a GPU
+    references: bool = True  # whether simple yardsticks stand beside the results
 
     def final_rows_of(self, rows: int) -> int:
         """Of a test set of so many rows, those that are scored at the end."""
@@ -123,9 +124,10 @@ class Recipe:
 
     @property
     def results(self) -> dict[str, dict[str, Any]]:
-        """The tables without what makes no difference to the results, the number of workers."""
+        """The tables without what makes no difference to the results: workers and references."""
         tables = self.table()
-        tables["run"].pop("workers")
+        for name in ("workers", "references"):
+            tables["run"].pop(name)
         return tables
 
     @property
