@@ -192,7 +192,7 @@ BAD_COMMANDS = {  # arguments, and what the line must say
     ),
     "resume another recipe": (
         "run {place}/other.toml --resume {place}/run",
-        ["recipe differs", "task.model"],
+        ["recipe differs", "task.data"],
     ),
     "show no run": ("show {place}/strange", ["not the folder of a run"]),
     "export no run": ("export {place}/strange --to {place}/x", ["not the folder of a run"]),

@@ -79,6 +79,7 @@ def test_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     here = config.load(None, ["task.data=rows.csv"])
     assert here.task.data == str(tmp_path / "rows.csv")
-    assert here.task.model == "minilm"
+    assert here.task.model == "auto"  # the embedded job's model was chosen for its own data
+    assert config.load(None).task.model == "minilm"
     monkeypatch.chdir("/")
     assert config.load(None, [f"task.data={tmp_path / 'rows.csv'}"]).difference(here) is None

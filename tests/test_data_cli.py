@@ -140,7 +140,11 @@ def test_arrays_need_no_net_to_be_looked_at(command, tmp_path):
     code, out, _ = command("data", tmp_path / "x.npz", "--json", "--set", "fleet.devices=2")
     found = json.loads(out)
     assert code == 0 and found["kind"] == "array" and "tokens" not in found
-    assert found["arrays"] == {"shape": [9, 8], "type": "float32"}
+    assert found["arrays"] == {
+        "model": "alexnet-small",
+        "shape": [9, 8],
+        "type": "float32",
+    }
     assert found["classes"] == {"0": 10, "1": 10} and found["doubles"] == 4
     assert sum(device["rows"] for device in found["devices"]) == 16
     assert "a row is [9, 8] of float32" in shown(found)

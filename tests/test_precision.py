@@ -63,7 +63,9 @@ def test_a_run_writes_what_it_chose_and_goes_on_with_it(
             raise KeyboardInterrupt
 
     speed(0.2)
-    job = tiny_job(tiny_folder("bert"), write_csv(tmp_path / "rows.csv"))[1::2]
+    job = tiny_job(tiny_folder("bert"), write_csv(tmp_path / "rows.csv"), run__precision="auto")[
+        1::2
+    ]
     recipe = config.load(None, job)
     assert recipe.run.precision == "auto"
     for name, progress in (("whole", Silent()), ("killed", Interrupting())):
@@ -81,7 +83,9 @@ def test_a_run_writes_what_it_chose_and_goes_on_with_it(
 
 def test_the_choices_are_lines_on_stderr(speed, tiny_folder, tmp_path) -> None:
     speed(0.5)
-    job = tiny_job(tiny_folder("bert"), write_csv(tmp_path / "rows.csv"))[1::2]
+    job = tiny_job(tiny_folder("bert"), write_csv(tmp_path / "rows.csv"), run__precision="auto")[
+        1::2
+    ]
     recipe, lines = settled(config.load(None, job))
     assert (recipe.run.precision, recipe.task.pooling) == ("fp32", "cls")
     assert lines == [

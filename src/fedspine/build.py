@@ -28,7 +28,7 @@ from fedspine.lm.tokens import tokens
 from fedspine.method import all_methods
 from fedspine.nets.load import load as load_net
 from fedspine.process import cores
-from fedspine.reading import dataset, row_shares
+from fedspine.reading import dataset, modelled, row_shares
 from fedspine.records import Records
 from fedspine.store import Store
 from fedspine.task import Arrays, Data, Task
@@ -60,6 +60,7 @@ def build(recipe: Recipe, *, here: bool = True, begun: Path | None = None) -> Bu
     base.
     """
     then = None if begun is None else task_record.read(begun)
+    recipe, _ = modelled(recipe)
     _check_family(recipe)
     kinds = fleet_mix(recipe.fleet.mix, recipe.fleet.devices)
     computing = _computing(recipe.run.device)
@@ -90,12 +91,13 @@ def build(recipe: Recipe, *, here: bool = True, begun: Path | None = None) -> Bu
 
 
 def settled(recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """The recipe with what it leaves to the machine and the model decided, and a line about each decision.
+    """The recipe with what it leaves open decided, and a line about each decision.
 
-    Raises BadInput for a model that cannot be found and for a GPU that is not there.
+    Raises BadInput for a model that cannot be found or chosen, and for a GPU that is not there.
     """
+    recipe, line = modelled(recipe)
     choices: dict[str, dict[str, Any]] = {}
-    lines = []
+    lines = [] if line is None else [line]
     if recipe.task.kind == "array":
         choices["run"] = {"precision": "fp32"}  # nets know no other
     elif precision := choose(recipe.run.precision, _computing(recipe.run.device)):
@@ -193,12 +195,16 @@ def share_out(recipe: Recipe, data: Dataset, train: Data) -> tuple[np.ndarray, .
     )
 
 
+def test_order(built: Built) -> np.ndarray:
+    """The order in which test rows are scored: a check takes the first ones."""
+    return np.random.default_rng([built.recipe.run.seed, ORDER]).permutation(len(built.task.test))
+
+
 def workers_for(built: Built, cache: Path) -> Workers:
     """The processes that serve asks and score models; `cache` is a folder for what they need not compute again."""
     run, task = built.recipe.run, built.task
-    test_rows = np.random.default_rng([run.seed, ORDER]).permutation(len(task.test))
     workshop = Workshop(
-        task=task, shares=built.shares, test_rows=test_rows, prefixes=Prefixes(cache)
+        task=task, shares=built.shares, test_rows=test_order(built), prefixes=Prefixes(cache)
     )
     if task.base.device.type == "cuda":  # which a forked process could not use
         return Workers(workshop, 0, run.together or GPU_TOGETHER)

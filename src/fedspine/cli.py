@@ -342,6 +342,8 @@ def show(
         print(jsonlib.dumps(found))
         return
     print_table(summary_table(found), sys.stdout)
+    for line in found.get("warnings", ()):
+        print(f"warning: {line}")
     if "state_sha256" not in found:
         print(
             f"not finished: {found['rounds_done']} of {found['rounds']} rounds; "

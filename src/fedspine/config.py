@@ -15,13 +15,13 @@ from fedspine import strict
 from fedspine.errors import BadInput, unknown
 from fedspine.method import find
 from fedspine.strict import Section
-from fedspine.task import BUILT_IN_DATA, BUILT_IN_MODELS, NETS, Kind
+from fedspine.task import AUTO, BUILT_IN_DATA, BUILT_IN_MODELS, NETS, Kind
 
 
 class TaskSection(Section):
     """What is learnt: a model, data, and how the data is read."""
 
-    model: str = "minilm"  # built-in name, folder, or Hub id; a net makes the kind "array"
+    model: str = AUTO  # built-in name, folder, or Hub id; a net makes the kind "array"
     data: str = "pydoc-topics"  # built-in name, file, folder, or Hub id
     kind: Kind = "classification"
     text: str = "text"  # column of the text
@@ -84,6 +84,7 @@ class RunSection(Section):
     together: int = pydantic.Field(
         0, ge=0
     )  # devices trained in one batched pass; 0: 1 on a CPU, 32 on a GPU
+    references: bool = True  # whether simple yardsticks stand beside the results
 
     def final_rows_of(self, rows: int) -> int:
         """Of a test set of so many rows, those that are scored at the end."""
@@ -136,9 +137,10 @@ class Recipe:
 
     @property
     def results(self) -> dict[str, dict[str, Any]]:
-        """The tables without what makes no difference to the results, the number of workers."""
+        """The tables without what makes no difference to the results: workers and references."""
         tables = self.table()
-        tables["run"].pop("workers")
+        for name in ("workers", "references"):
+            tables["run"].pop(name)
         return tables
 
     @property
@@ -148,9 +150,13 @@ class Recipe:
 
     @property
     def open_choices(self) -> list[tuple[str, str]]:
-        """Section and key of what the recipe leaves to the machine or the model, which a run decides as it begins."""
+        """Section and key of what the recipe leaves to the machine, the data or the model.
+
+        A run decides it as it begins.
+        """
         reads_out = self.task.kind in ("classification", "pair")
-        chosen = [("run", "precision"), *([("task", "pooling")] if reads_out else [])]
+        chosen = [("run", "precision"), ("task", "model")]
+        chosen += [("task", "pooling")] if reads_out else []
         return [(s, key) for s, key in chosen if getattr(getattr(self, s), key) == "auto"]
 
     def settled_as(self, begun: "Recipe") -> "Recipe":
@@ -158,12 +164,19 @@ class Recipe:
         choices: dict[str, dict[str, Any]] = {}
         for section, key in self.open_choices:
             choices.setdefault(section, {})[key] = getattr(getattr(begun, section), key)
+        if "model" in choices.get("task", {}) and begun.task.kind == "array":
+            choices["task"]["kind"] = "array"  # which followed from the data
         return self.choosing(choices)
 
     def choosing(self, choices: dict[str, dict[str, Any]]) -> "Recipe":
         """The recipe with these values of its sections."""
         sections = {name: getattr(self, name).model_copy(update=of) for name, of in choices.items()}
         return dataclasses.replace(self, **sections)
+
+    def with_net(self, net: str) -> "Recipe":
+        """The recipe with this net for arrays; raises BadInput where something in it is for texts."""
+        task = _of_arrays(self.task, net)
+        return dataclasses.replace(self, task=task.model_copy(update={"model": net}))
 
     def difference(self, other: "Recipe") -> str | None:
         """What makes the results of the other recipe differ, in words; None for nothing."""
@@ -207,7 +220,7 @@ def anchored(recipe: Recipe) -> Recipe:
     local = {
         key: str(Path(name).expanduser().resolve())
         for key, name, built_in in (
-            ("model", task.model, (*BUILT_IN_MODELS, *NETS)),
+            ("model", task.model, (AUTO, *BUILT_IN_MODELS, *NETS)),
             ("data", task.data, BUILT_IN_DATA),
         )
         if name.strip() and name not in built_in and Path(name).expanduser().exists()
@@ -229,25 +242,27 @@ def recipe(tables: dict[str, Any]) -> Recipe:
     if task.pair is not None and task.kind == "classification":
         sections["task"] = task.model_copy(update={"kind": "pair"})
     if task.model in NETS or task.kind == "array":
-        sections["task"] = _of_arrays(task)
+        sections["task"] = _of_arrays(task, task.model)
     return Recipe(method=_method(dict(tables.get("method", {}))), **sections)  # type: ignore[arg-type]
 
 
-def _of_arrays(task: TaskSection) -> TaskSection:
+def _of_arrays(task: TaskSection, net: str) -> TaskSection:
     """The section with kind "array"; raises BadInput where something in it is for texts."""
-    if task.model not in NETS:
+    if net not in (AUTO, *NETS):
         raise BadInput(
-            f'task.kind is "array", which {task.model!r} cannot read; set task.model to one of {", ".join(NETS)}'
+            f'task.kind is "array", which {net!r} cannot read; set task.model to one of '
+            f'{", ".join(NETS)}, or to "auto"'
         )
-    if "kind" in task.model_fields_set and task.kind != "array":
+    reads = "arrays are read by a net" if net == AUTO else f"{net!r} is a net for arrays"
+    # of what "auto" finds, the default says nothing: a recipe that was written out has every key
+    fitting = ("array", "classification") if task.model == AUTO else ("array",)
+    if "kind" in task.model_fields_set and task.kind not in fitting:
         raise BadInput(
-            f'{task.model!r} is a net for arrays, but task.kind is {task.kind!r}; leave task.kind out, or say "array"'
+            f'{reads}, but task.kind is {task.kind!r}; leave task.kind out, or say "array"'
         )
     for key in ("text", "pair", "label", "encoding", "layers"):
         if getattr(task, key) != TaskSection.model_fields[key].default:
-            raise BadInput(
-                f"task.{key} is for texts, but {task.model!r} is a net for arrays; leave it out"
-            )
+            raise BadInput(f"task.{key} is for texts, but {reads}; leave it out")
     return task.model_copy(update={"kind": "array"})
 
 
@@ -284,7 +299,14 @@ def _value(text: str) -> Any:
 
 
 def _fitting(defaults: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
-    """The embedded job, without the method fields that another method chosen on the command line does not have."""
+    """The embedded job, without what was chosen for its own data and method and does not fit others.
+
+    Other data may need another model; another method may lack some of the fields.
+    """
+    named = overlay.get("task", {})
+    if "data" in named and "model" not in named:
+        task = {key: value for key, value in defaults["task"].items() if key != "model"}
+        defaults = defaults | {"task": task}
     name = overlay.get("method", {}).get("name", defaults["method"]["name"])
     if name == defaults["method"]["name"] or not isinstance(name, str):
         return defaults

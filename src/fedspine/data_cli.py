@@ -64,20 +64,21 @@ def look(path: str, settings: list[str]) -> dict[str, Any]:
     from fedspine.data.arrays import is_arrays
     from fedspine.data.overview import overview
     from fedspine.data.tasks import remarks
+    from fedspine.task import AUTO
 
     # JSON's strings are TOML's, but for the halves of characters that ASCII would need
     named = f"task.data={jsonlib.dumps(path, ensure_ascii=False)}"
     recipe = config.load(None, [*settings, named])
-    arrays = recipe.task.kind == "array" or (
-        not _is_set("task.model", settings) and is_arrays(recipe.task.data)
-    )
-    held = reading.array_dataset(recipe) if arrays else reading.dataset(recipe)
+    if recipe.task.kind != "causal-lm" or is_arrays(recipe.task.data):
+        recipe, _ = reading.modelled(recipe)
+    held = reading.dataset(recipe)
     notes = list(remarks(held))
-    found = {"data": path, "kind": "array" if arrays else recipe.task.kind} | overview(held)
-    if arrays:
-        found["arrays"] = {"shape": list(held.train.x.shape[1:]), "type": str(held.train.x.dtype)}
+    found = {"data": path, "kind": recipe.task.kind} | overview(held)
+    if recipe.task.kind == "array":
+        shape, type = list(held.train.x.shape[1:]), str(held.train.x.dtype)
+        found["arrays"] = {"model": recipe.task.model, "shape": shape, "type": type}
     else:
-        found["tokens"] = _tokens(recipe, held, stated=_is_set("task.model", settings))
+        found["tokens"] = None if recipe.task.model == AUTO else _tokens(recipe, held)
     if any(setting.strip().startswith("fleet.") for setting in settings):
         found |= _devices(recipe, held)
     elif len(held.train) < recipe.fleet.devices:
@@ -86,10 +87,6 @@ def look(path: str, settings: list[str]) -> dict[str, Any]:
             "set fleet.devices to that many at most"
         )
     return found | {"notes": notes}
-
-
-def _is_set(key: str, settings: list[str]) -> bool:
-    return any(setting.partition("=")[0].strip() == key for setting in settings)
 
 
 def _devices(recipe: Any, held: Any) -> dict[str, Any]:
@@ -108,16 +105,11 @@ def _devices(recipe: Any, held: Any) -> dict[str, Any]:
 # --- lengths in tokens ---
 
 
-def _tokens(recipe: Any, held: Any, *, stated: bool) -> dict[str, Any] | None:
-    """Lengths of the texts, special tokens included, and the share beyond `task.max_tokens`.
-
-    None where nobody `stated` a model for language modelling, which the embedded job's cannot do.
-    """
+def _tokens(recipe: Any, held: Any) -> dict[str, Any]:
+    """Lengths of the texts, special tokens included, and the share beyond `task.max_tokens`."""
     import numpy as np
 
     section = recipe.task
-    if section.kind == "causal-lm" and not stated:
-        return None
     tokenizer = _tokenizer(section)
     texts = [*held.train.texts, *held.test.texts]
     pairs = None if held.train.pairs is None else [*held.train.pairs, *held.test.pairs]
@@ -266,7 +258,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
     elif found["kind"] == "causal-lm":
         lines.append("name a decoder as task.model to see lengths in tokens")
     if arrays := found.get("arrays"):
-        lines.append(f"a row is {arrays['shape']} of {arrays['type']}")
+        lines.append(
+            f"a row is {arrays['shape']} of {arrays['type']}, read by the net {arrays['model']}"
+        )
     lines.append(f"{found['doubles']:,} test rows are training rows, too")
     return lines
 

@@ -9,7 +9,8 @@ from fedspine.data import arrays
 from fedspine.data import partition as partitions
 from fedspine.data.tasks import Dataset, load
 from fedspine.errors import BadInput
-from fedspine.task import NETS
+from fedspine.nets.choice import net_for
+from fedspine.task import AUTO, NETS
 
 
 def dataset(recipe: Recipe) -> Dataset:
@@ -21,8 +22,7 @@ def dataset(recipe: Recipe) -> Dataset:
     if arrays.is_arrays(section.data):
         raise BadInput(
             f"{section.data!r} holds arrays, which {section.model!r} cannot read; set task.model "
-            "to one of "
-            f"{', '.join(NETS)}"
+            f'to one of {", ".join(NETS)}, or to "auto"'
         )
     return load(
         section.data,
@@ -35,9 +35,26 @@ def dataset(recipe: Recipe) -> Dataset:
     )
 
 
-def array_dataset(recipe: Recipe) -> Dataset:
-    """The arrays that the recipe names as its data, whatever its model can read."""
-    return arrays.load(recipe.task.data, group=_group(recipe))
+def modelled(recipe: Recipe) -> tuple[Recipe, str | None]:
+    """The recipe with the model that `task.model = "auto"` stands for, and a line about the choice.
+
+    That is MiniLM for texts, and for arrays a net by the shape of their rows, which makes the kind
+    "array". Raises BadInput where no model can be chosen.
+    """
+    task = recipe.task
+    if task.model != AUTO:
+        return recipe, None
+    if task.kind == "array" or arrays.is_arrays(task.data):
+        recipe.with_net(AUTO)  # refuses what is for texts before anything is read
+        shape, type = arrays.row_of(task.data)
+        net = net_for(shape, bytes=type == np.uint8)
+        return recipe.with_net(net), f"model: {net}, for rows of shape {list(shape)}"
+    if task.kind == "causal-lm":
+        raise BadInput(
+            "a language model is to be tuned, and none is built in; name a decoder as task.model: a "
+            "Hub id such as HuggingFaceTB/SmolLM2-135M, or the folder of one"
+        )
+    return recipe.choosing({"task": {"model": "minilm"}}), "model: minilm, for texts"
 
 
 def row_shares(recipe: Recipe, data: Dataset) -> list[np.ndarray]:

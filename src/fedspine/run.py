@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedspine.build import START, Built, around, cohort, settled, workers_for
+from fedspine import references, task_record
+from fedspine.build import START, Built, around, cohort, settled, test_order, workers_for
 from fedspine.config import Recipe
+from fedspine.doubts import Seen, doubt, due
 from fedspine.ending import advice
 from fedspine.errors import BadInput, Stopped
 from fedspine.eta import Estimate, Plan
 from fedspine.fleet import AllLost
 from fedspine.fleets.rounds import RoundFleet, Totals
-from fedspine.fleets.workers import Workers
+from fedspine.fleets.workers import ScoreJob, Workers
 from fedspine.folder import (
     CACHE,
     FAILURE,
@@ -34,12 +36,16 @@ from fedspine.folder import (
     remember,
     summary_of,
 )
+from fedspine.lm.base import Model
+from fedspine.lm.structure import full
 from fedspine.message import pack
 from fedspine.method import planned_sparsities
 from fedspine.process import farewell, keep_freed_memory
+from fedspine.reading import dataset
 from fedspine.records import Records, plain
 from fedspine.report.page import REPORT, write_page
 from fedspine.report.progress import Progress, Standing
+from fedspine.report.rows import Rows, read_rows
 from fedspine.report.tables import counted
 from fedspine.scoring import Deployment, marks, score_models, spread_out
 from fedspine.store import Saved, Store, write_atomically
@@ -207,9 +213,16 @@ def _run(
         point = _begun(job) if saved is None else _restored(job, saved)
         title = f"{recipe.method.name}: {recipe.task.model} on {recipe.task.data}, {recipe.fleet.devices} devices"
         progress.started(recipe.run.rounds, title, done=point.round)
-        _rounds(job, point, progress)
+        _rounds(job, point, folder, progress)
         progress.stage("scoring the deployed models")
+        simulated = isinstance(venue, Simulation)
         summary = _summary(job, point, progress)
+        summary |= _references(job, folder, progress, simulated=simulated)
+        if lines := _last_doubts(job, point, folder):
+            summary["warnings"] = lines
+            for line in lines:
+                progress.say(f"warning: {line}")
+        job.records.flush()
     finally:
         records.close()
     write_atomically(folder / SUMMARY, json.dumps(summary, indent=1).encode())
@@ -249,7 +262,7 @@ def _restored(job: Job, saved: Saved) -> Point:
     )
 
 
-def _rounds(job: Job, point: Point, progress: Progress) -> None:
+def _rounds(job: Job, point: Point, folder: Path, progress: Progress) -> None:
     """Everything that is left to do, saved round by round."""
     found: dict[str, Any] = {}
     run = job.recipe.run
@@ -261,6 +274,9 @@ def _rounds(job: Job, point: Point, progress: Progress) -> None:
         if checked := _check(job, point):
             found = checked
             estimate.saw_check(point.round, time.monotonic() - begun)
+            if due(job.recipe, point.round) and (line := _doubt(job, point, folder)):
+                job.records.write("warning", line=line)
+                progress.say(f"warning: {line}")
         sums, watch = point.sums, point.watch
         rounds = run.expected_rounds(point.round, job.fleet.now)
         progress.round_done(
@@ -332,6 +348,68 @@ def _score(
     found = marks(scored, job.built.task.kind)
     job.records.write("score", now=job.fleet.now, final=final, **found)
     return found
+
+
+def _doubt(job: Job, point: Point, folder: Path) -> str | None:
+    """What is wrong with the run as its last score has it."""
+    run, task = job.recipe.run, job.built.task
+    rows = _recorded(job, folder)
+    final = bool(rows.scores) and rows.scores[-1].final
+    scored = run.final_rows_of(len(task.test)) if final else min(run.evaluate_rows, len(task.test))
+    seen = Seen(scored, _commonest(job, scored))
+    return doubt(job.recipe, rows, seen, point.round)
+
+
+def _last_doubts(job: Job, point: Point, folder: Path) -> list[str]:
+    """What was said of the run on its way, again, and what its last score says."""
+    said = [warned.line for warned in _recorded(job, folder).warnings]
+    if last := _doubt(job, point, folder):
+        job.records.write("warning", line=last)
+        return [*said, last]
+    return [f"{line} (in the end it was better)" for line in said]
+
+
+def _recorded(job: Job, folder: Path) -> Rows:
+    job.records.flush()
+    return read_rows(folder / RECORDS)
+
+
+def _commonest(job: Job, rows: int) -> float | None:
+    """The commonest class's share of the first `rows` test rows that are scored."""
+    labels = getattr(job.built.task.test, "labels", None)
+    return references.commonest_share(
+        None if labels is None else labels[test_order(job.built)[:rows]]
+    )
+
+
+def _references(job: Job, folder: Path, progress: Progress, *, simulated: bool) -> dict[str, float]:
+    """The yardsticks of the final score, off the clock; those of the training rows in simulation only."""
+    run, task = job.recipe.run, job.built.task
+    if not run.references:
+        return {}
+    scored = test_order(job.built)[: run.final_rows_of(len(task.test))]
+
+    def compute() -> dict[str, float]:
+        if task.kind == "causal-lm":
+            untuned = Model(structure=full(task.base.anatomy), adapter={}, head={}, scale=1.0)
+            (score,) = job.workers.run([ScoreJob((pack(untuned).payload,), len(scored))])
+            return plain({"reference_base": score.mean_loss})
+        found = {"reference_commonest": _commonest(job, len(scored))}
+        if simulated:
+            progress.stage("fitting a reference on the pooled rows")
+            name = "logistic" if task.kind == "array" else "tfidf"
+            try:
+                data = dataset(job.recipe)
+                now = task_record.record_of(job.recipe, data)
+                if now.data_sha256 != job.built.record.data_sha256:
+                    raise BadInput(f"{job.recipe.task.data} has changed since the run began")
+                value = references.classical(data.train, data.test, scored)
+                found[f"reference_{name}"] = value
+            except (BadInput, ImportError) as error:  # what is missing costs a line, not the run
+                progress.say(f"no reference beside the results: {error}")
+        return {key: value for key, value in found.items() if value is not None}
+
+    return references.kept(folder, compute)
 
 
 def _summary(job: Job, point: Point, progress: Progress) -> dict[str, Any]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Kind: TypeAlias = Literal["classification", "pair", "causal-lm", "array"]
 BUILT_IN_MODELS = ("minilm",)
+AUTO = "auto"  # the model is chosen for the data
 NETS = ("alexnet", "alexnet-small", "cnn-h", "cnn-s", "vgg16", "vgg-small")  # models of arrays
 BUILT_IN_DATA = ("pydoc-topics",)
 IGNORED = -100  # a label position that no loss counts

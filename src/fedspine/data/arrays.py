@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 
 from fedspine.data import class_folders
 from fedspine.data.classes import look_alike, refuse_too_many
@@ -99,6 +100,35 @@ def load(data: str, *, group: str | None = None) -> Dataset:
         left_out={NO_LABEL: left} if left else {},
         notes=tuple(look_alike(names)),
     )
+
+
+def row_of(data: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of one training row, from the files' headers where these tell it.
+
+    Raises BadInput for data that cannot be found or read.
+    """
+    path = Path(os.path.expanduser(data))
+    if path.is_file():
+        found = _header(path)
+    elif path.is_dir() and (files := _npz_files(path)):
+        found = _header(_by_split(path, files)["train"])
+    else:
+        found = class_folders.row_of(path) if path.is_dir() else None
+    if found is None:  # which says what is wrong, if anything is
+        x = load(data).train.x
+        return x.shape[1:], x.dtype
+    return found
+
+
+def _header(path: Path) -> tuple[tuple[int, ...], np.dtype] | None:
+    """Shape and type of one row of `x` in an .npz file; None where its header does not say."""
+    readers = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}
+    try:
+        with zipfile.ZipFile(path) as file, file.open("x.npy") as member:
+            shape, _, type = readers[read_magic(member)](member)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+    return (shape[1:], type) if len(shape) > 1 else None
 
 
 # --- finding and reading ---

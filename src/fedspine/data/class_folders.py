@@ -31,12 +31,7 @@ def read(folder: Path) -> Iterator[tuple[str, Path, np.ndarray, np.ndarray]]:
     end, to the most common length of the training sounds. Raises BadInput for files that cannot be read or do not fit
     together.
     """
-    splits = {
-        SPLITS[sub.name.lower()]: sub for sub in _folders(folder) if sub.name.lower() in SPLITS
-    }
-    if "train" not in splits:
-        splits = {"train": folder}
-    length = None
+    splits, length = _splits(folder), None
     for split in sorted(splits, key=lambda name: name != "train"):
         files = [(file, sub.name) for sub in _folders(splits[split]) for file in _files(sub)]
         reader = _reader(splits[split], [file for file, _ in files])
@@ -51,6 +46,37 @@ def read(folder: Path) -> Iterator[tuple[str, Path, np.ndarray, np.ndarray]]:
             rows = [_fitted(row, length) for row in rows]
         _alike(rows, [file for file, _ in files])
         yield split, splits[split], np.stack(rows), np.array([name for _, name in files])
+
+
+def row_of(folder: Path) -> tuple[tuple[int, ...], np.dtype] | None:
+    """Shape and type of the first training row, a sound at the most common length.
+
+    None where there is none. Raises BadInput where it cannot be read.
+    """
+    files = [file for sub in _folders(_splits(folder)["train"]) for file in _files(sub)]
+    if not files:
+        return None
+    row = READERS[files[0].suffix.lower()](files[0])
+    if files[0].suffix.lower() == ".wav":
+        row = _fitted(row, Counter(map(_samples, files)).most_common(1)[0][0])
+    return row.shape, row.dtype
+
+
+def _samples(path: Path) -> int | None:
+    """Samples of a sound, None for what is none."""
+    try:
+        with wave.open(str(path), "rb") as file:
+            return file.getnframes()
+    except (OSError, EOFError, wave.Error):
+        return None
+
+
+def _splits(folder: Path) -> dict[str, Path]:
+    """The folder of each split by its name; all of it is for training where none has a name."""
+    splits = {
+        SPLITS[sub.name.lower()]: sub for sub in _folders(folder) if sub.name.lower() in SPLITS
+    }
+    return splits if "train" in splits else {"train": folder}
 
 
 def _folders(folder: Path) -> list[Path]:

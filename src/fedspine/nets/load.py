@@ -3,11 +3,10 @@
 import numpy as np
 
 from fedspine.errors import BadInput
+from fedspine.nets.choice import CHANNELS
 from fedspine.nets.models import Layout, design_of
 from fedspine.nets.net import Net
 from fedspine.task import Arrays
-
-CHANNELS = (1, 3, 4)  # of a picture: grey, colour, colour and transparency
 
 
 def load(

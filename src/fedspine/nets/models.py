@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fedspine.errors import BadInput, unknown
+from fedspine.nets.choice import LONG_ENOUGH, SMALLEST
 
 Layout = Literal["series", "image"]  # rows of [channels, time], or of [channels, height, width]
 Shape = tuple[int, ...]
 Blocks = Callable[[Shape, int], Sequence[nn.Module]]  # from the shape of a row and the classes
-SMALLEST = 8  # height and width of a picture in pixels, from which three poolings leave something
 
 
 @dataclass(frozen=True)
@@ -233,5 +233,3 @@ DESIGNS: dict[str, Design] = {
     "vgg16": Design("image", _vgg16, cut=13),
     "vgg-small": Design("image", _vgg_small, cut=4),
 }
-# samples in time that leave one after all poolings: CNN-H halves twice, CNN-S takes 80 every 16 and quarters four times
-LONG_ENOUGH = {"cnn-h": 4, "cnn-s": ((((4 + 2) * 4 + 2) * 4 + 2) * 4 - 1) * 16 + 80}

@@ -23,10 +23,11 @@ from fedspine.report.drawing import (
 )
 from fedspine.report.rows import Rows
 from fedspine.report.series import Band, bands, exchange_seconds, has_accuracy, traffic, waiting
-from fedspine.report.tables import bytes_text, decimal, percent
+from fedspine.report.tables import bytes_text, decimal, percent, references
 
 DEVICES, GLOBAL = "#7c3aed", "#0891b2"
 DOWN, UP = "#475569", "#e11d48"
+REFERENCE, REFERENCE_STYLES = "#64748b", ((0, (1, 2)), (0, (4, 1.5, 1, 1.5)))
 IDLE, BUSY = "#f59e0b", "#dbe2ea"
 CLASS_COLOURS = {"tx2": "#2563eb", "nx": "#ea8a0c", "agx": "#0d9f6e"}
 OTHER_COLOURS = ("#c026d3", "#0ea5e9", "#be123c", "#78716c", "#4d7c0f")
@@ -72,6 +73,16 @@ def _quality(rows: Rows, summary: Mapping[str, Any]) -> Panel | None:
         axes.axhline(
             dense, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), label=f"dense {form(dense)}"
         )
+    drawn = references(summary)
+    for (what, _, value), style in zip(drawn, REFERENCE_STYLES, strict=False):
+        axes.axhline(
+            value,
+            color=REFERENCE,
+            linewidth=1.4,
+            linestyle=style,
+            label=f"{what} {form(value)}",
+            zorder=1,
+        )
     axes.set(xlabel="simulated seconds", ylabel="accuracy" if name == "accuracy" else "loss (nats)")
     number_ticks(axes)
     axes.set_xlim(0, 1.04 * max(score.now for score in rows.scores) or 1)
@@ -82,6 +93,8 @@ def _quality(rows: Rows, summary: Mapping[str, Any]) -> Panel | None:
         f"Mean {name} of the models that devices run and {name} of the global model, on the test rows; rings mark "
         "the last scores, which the legend repeats, and the dashed line is the same adapter on the unpruned base."
     )
+    if drawn:
+        caption += " Grey lines are references: what needs no federated training."
     return Panel("quality", f"{name.capitalize()} over simulated time", caption, figure)
 
 

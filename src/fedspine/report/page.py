@@ -133,6 +133,7 @@ def page(title: str, rows: Rows, summary: Mapping[str, Any] | None, recipe: str)
     )
     body = (
         unfinished,
+        *_warnings(rows, numbers),
         _cards(headlines(numbers)),
         _figures(rows, numbers),
         _classes(rows),
@@ -146,6 +147,12 @@ def page(title: str, rows: Rows, summary: Mapping[str, Any] | None, recipe: str)
         footer=escape(_footer(numbers)),
         script="",
     )
+
+
+def _warnings(rows: Rows, numbers: Mapping[str, Any]) -> list[str]:
+    """What was said of a run that does not learn, at its end or so far."""
+    lines = numbers.get("warnings") or [warned.line for warned in rows.warnings]
+    return [f'<p class="warn"><strong>Warning:</strong> {escape(line)}.</p>' for line in lines]
 
 
 def _read_summary(path: Path) -> dict[str, Any]:

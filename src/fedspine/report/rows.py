@@ -35,6 +35,7 @@ class Note:
     rank: float | None
     sparsity: float | None
     left_out: str | None
+    loss: float | None = None  # of its training
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,16 @@ class Score:
     loss_global: float | None
     sparsity: float | None
     final: bool
+    accuracy_dense: float | None = None  # of the unpruned model, as the next
+    loss_dense: float | None = None
+
+
+@dataclass(frozen=True)
+class Warned:
+    """What was said of a run that does not learn, in one line."""
+
+    round: int
+    line: str
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,7 @@ class Rows:
     notes: tuple[Note, ...] = ()
     scores: tuple[Score, ...] = ()
     rounds: tuple[Round, ...] = ()
+    warnings: tuple[Warned, ...] = ()
 
 
 def read_rows(path: Path) -> Rows:
@@ -120,6 +132,7 @@ def _note(row: Mapping[str, Any]) -> Note | None:
         rank=_number(values, "rank"),
         sparsity=_number(values, "sparsity"),
         left_out=None if left_out is None else str(left_out),
+        loss=_number(values, "loss"),
     )
 
 
@@ -133,6 +146,8 @@ def _score(row: Mapping[str, Any]) -> Score:
         loss_global=_number(row, "loss_global"),
         sparsity=_number(row, "sparsity"),
         final=bool(row.get("final")),
+        accuracy_dense=_number(row, "accuracy_dense"),
+        loss_dense=_number(row, "loss_dense"),
     )
 
 
@@ -140,6 +155,10 @@ def _round(row: Mapping[str, Any]) -> Round:
     return Round(
         _count(row, "round"), _number(row, "now") or 0.0, _number(row, "waiting_seconds") or 0.0
     )
+
+
+def _warned(row: Mapping[str, Any]) -> Warned:
+    return Warned(_count(row, "round"), str(row.get("line") or ""))
 
 
 def _number(row: Mapping[str, Any], name: str) -> float | None:
@@ -158,4 +177,5 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "note": _note,
     "score": _score,
     "round": _round,
+    "warning": _warned,
 }

@@ -11,6 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 MISSING = "-"
+REFERENCES = (  # key of the summary, name, what it is
+    ("reference_commonest", "Commonest class", "reference: always answering it"),
+    ("reference_tfidf", "TF-IDF", "reference: fitted on all rows"),
+    ("reference_logistic", "Logistic", "reference: fitted on all rows"),
+    ("reference_base", "Untuned base", "reference: loss before training"),
+)
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,16 @@ def _quality(summary: Mapping[str, Any]) -> list[Headline]:
         Headline("Global model", form(common), f"{name} of the one shared model"),
         Headline("Dense model", form(dense), "unpruned base, same adapter"),
         Headline("Gap to dense", gap, f"device models against dense, in {name}"),
+        *(Headline(what, form(value), note) for what, note, value in references(summary)),
+    ]
+
+
+def references(summary: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """Name, meaning and value of the yardsticks beside a run, which are no results of it."""
+    return [
+        (what, note, summary[key])
+        for key, what, note in REFERENCES
+        if not _missing(summary.get(key))
     ]
 
 

@@ -12,7 +12,7 @@ from fedspine.data.files import READERS
 from fedspine.errors import BadInput, unknown
 from fedspine.method import find
 from fedspine.sweep.names import Settings, distinct, name_of, text_of
-from fedspine.task import BUILT_IN_DATA, BUILT_IN_MODELS
+from fedspine.task import AUTO, BUILT_IN_DATA, BUILT_IN_MODELS
 
 KNOWN = {"seeds", *SECTIONS, "method", "methods", "data", "grid"}
 ELSEWHERE = {  # what a cell's place in the sweep settles, and where it is written instead
@@ -263,7 +263,7 @@ def _cell(tables: dict[str, Any], method: _Method, condition: _Condition, seed: 
 def _check_paths(recipe: Recipe) -> None:
     """A path that leads nowhere would fail every one of its cells, each after loading for seconds."""
     for key, name, built_in in (
-        ("model", recipe.task.model, BUILT_IN_MODELS),
+        ("model", recipe.task.model, (AUTO, *BUILT_IN_MODELS)),
         ("data", recipe.task.data, BUILT_IN_DATA),
     ):
         local = name.startswith((".", "/", "~")) or Path(name).suffix.lower() in READERS

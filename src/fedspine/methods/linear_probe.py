@@ -1,0 +1,112 @@
+"""Linear probing: the base is frozen, devices train the head alone, the server averages it (FedAvg).
+
+The control that shows what tuning the base is worth: probes of frozen features (Alain and Bengio
+2016, arXiv:1610.01644) under FedAvg, McMahan et al. 2017 (arXiv:1602.05629). Departures:
+docs/methods/linear_probe.md.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import numpy as np
+
+from fedspine.device import Device, DeviceId, on_device
+from fedspine.errors import BadInput
+from fedspine.fleet import Fleet
+from fedspine.lm.anatomy import Anatomy
+from fedspine.lm.base import Model
+from fedspine.lm.structure import full
+from fedspine.lm.tune import Tuning, check_tuning, tune, tuning_at
+from fedspine.message import Tensors, message
+from fedspine.method import method, usable
+from fedspine.task import Task
+from fedspine.tensors import average, half, single
+
+
+@message
+class ProbeOrder:
+    head: Tensors  # fp16
+    tuning: Tuning
+
+
+@message
+class ProbeResult:
+    head: Tensors  # fp16
+    loss: float  # mean over the last steps
+    examples: int
+
+
+@on_device
+def tune_head(device: Device, order: ProbeOrder) -> ProbeResult:
+    trace = tune(device, _probe(device.base.anatomy, single(order.head)), order.tuning)
+    return ProbeResult(head=half(trace.model.head), loss=trace.loss, examples=len(device.data))
+
+
+@message
+class ProbeState:
+    round: int
+    rounds: int
+    turns: float  # of a device in the whole run, on average
+    anatomy: Anatomy
+    head: Tensors
+
+
+@method("linear_probe")
+@dataclass(frozen=True)
+class LinearProbe:
+    """FedAvg of the task head over a frozen base."""
+
+    steps: int = 20  # optimiser steps of a device in a round
+    batch: int = 32  # rows of one step
+    learning_rate: float = 1e-2  # falls linearly to zero over the rounds
+    weight_decay: float = 0.1
+    # what other methods set for the adapter, which there is none of
+    head_speed: ClassVar[float] = 1.0
+    scale: ClassVar[float] = 1.0
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        return cls(steps=8, batch=16, learning_rate=3e-2)
+
+    def check(self, task: Task) -> None:
+        if not task.base.head:
+            raise BadInput(
+                "linear_probe trains the task head alone, and a language model has none; choose "
+                "another method, such as fedlora"
+            )
+        check_tuning(self)
+
+    def start(self, task: Task, rng: np.random.Generator) -> ProbeState:
+        return ProbeState(
+            round=0,
+            rounds=task.rounds,
+            turns=task.turns,
+            anatomy=task.base.anatomy,
+            head=task.base.initial_head(rng),
+        )
+
+    def round(self, state: ProbeState, fleet: Fleet) -> ProbeState:
+        order = ProbeOrder(
+            head=half(state.head), tuning=tuning_at(self, state.round, state.rounds, state.turns)
+        )
+        replies = usable(
+            fleet.ask(tune_head, {device.id: order for device in fleet.devices}), fleet
+        )
+        for reply in replies:
+            fleet.note(device=reply.device, rank=0, sparsity=0.0, loss=reply.value.loss)
+        return replace(
+            state,
+            round=state.round + 1,
+            head=average((r.value.examples, r.value.head) for r in replies),
+        )
+
+    def deploy(self, state: ProbeState, device: DeviceId | None = None) -> Model:
+        return _probe(state.anatomy, state.head)
+
+    def unpruned(self, state: ProbeState) -> Model:
+        return self.deploy(state)
+
+
+def _probe(anatomy: Anatomy, head: Tensors) -> Model:
+    return Model(structure=full(anatomy), adapter={}, head=head, scale=1.0)
