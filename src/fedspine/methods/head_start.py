@@ -1,9 +1,9 @@
 """A task head that starts from the class means of frozen features instead of at random.
 
-Before the first round the devices asked send, for each class, the sum of the features that enter the head and how many
-rows they come from; the server turns the means into a linear classifier, the nearest mean under one spherical
+Before the first round the devices asked send, for each class, the mean of the features that enter the head and how many
+rows it comes from; the server turns their means into a linear classifier, the nearest mean under one spherical
 covariance. It takes one forward pass over each device's rows and one small message. Prototypes as a head are those of
-prototypical networks (Snell et al. 2017, arXiv:1703.05175); their sums over clients are FedNCM's (Legate et al. 2023,
+prototypical networks (Snell et al. 2017, arXiv:1703.05175); class means over clients are FedNCM's (Legate et al. 2023,
 arXiv:2302.09088).
 """
 
@@ -24,7 +24,7 @@ from fedspine.lm.prefix import BATCH
 from fedspine.lm.structure import full
 from fedspine.message import Tensors, message
 from fedspine.task import Task
-from fedspine.tensors import moved
+from fedspine.tensors import half, moved, single
 
 FEWEST = 3  # rows of a class on a device, below which it says nothing of the class
 MARGIN = 1.25  # mean logit of a class mean for its own class over that of the mid; docs/methods/fedlora.md
@@ -36,9 +36,9 @@ class MeansOrder:
 
 
 @message
-class ClassSums:
-    sums: Float[Tensor, "classes width"]  # fp32, over the rows of a class; zeros where too few
-    counts: Int[Tensor, " classes"]  # int64
+class ClassMeans:
+    means: Tensors  # fp16 [classes, width] as "means": of the rows of a class, zeros where too few
+    counts: Int[Tensor, " classes"]  # int64, rows of a class, 0 where too few
 
 
 Start: TypeAlias = Literal["random", "class-means", "auto"]
@@ -66,7 +66,7 @@ def started(fields: HeadStart, head: Tensors, fleet: Fleet, *, rows: int) -> Ten
     if fields.head_start == "random" or not _reads_the_mean(head):
         return head
     orders = {profile.id: MeansOrder(rows=rows) for profile in fleet.devices}
-    return head_of(head, fleet.ask(sum_by_class, orders))
+    return head_of(head, fleet.ask(class_means, orders))
 
 
 def _reads_the_mean(head: Tensors) -> bool:
@@ -75,7 +75,7 @@ def _reads_the_mean(head: Tensors) -> bool:
 
 
 @on_device
-def sum_by_class(device: Device, order: MeansOrder) -> ClassSums:
+def class_means(device: Device, order: MeansOrder) -> ClassMeans:
     base, chosen = device.base, device.rng.permutation(len(device.data))[: order.rows]
     data = device.data.take(chosen)
     classes, width = base.head[0].weight.shape
@@ -95,7 +95,8 @@ def sum_by_class(device: Device, order: MeansOrder) -> ClassSums:
         memory_bytes=HALF * (base.embeddings + base.anatomy.parameters),
     )
     counts[counts < FEWEST] = 0
-    return ClassSums(sums=sums * (counts > 0)[:, None], counts=counts)
+    means = sums * (counts > 0)[:, None] / counts.clamp_min(1)[:, None]
+    return ClassMeans(means=half({"means": means}), counts=counts)
 
 
 def features(base: Base, inputs: Tensors) -> Float[Tensor, "rows width"]:
@@ -119,13 +120,15 @@ def features(base: Base, inputs: Tensors) -> Float[Tensor, "rows width"]:
         return mean_of_tokens(seen[0].float(), inputs["attention_mask"])
 
 
-def head_of(head: Tensors, replies: Sequence[Reply[ClassSums]]) -> Tensors:
+def head_of(head: Tensors, replies: Sequence[Reply[ClassMeans]]) -> Tensors:
     """The classifier of the nearest class mean in the shapes of `head`, a weight [classes, width] and a bias.
 
     A class of which nobody has rows is as likely as the mid of all; with fewer than two classes `head` stays.
     """
     counts = sum((reply.value.counts for reply in replies), torch.zeros(1, dtype=torch.int64))
-    sums = sum((reply.value.sums for reply in replies), torch.zeros(1))
+    sums = sum(
+        (single(r.value.means)["means"] * r.value.counts[:, None] for r in replies), torch.zeros(1)
+    )
     known = counts > 0
     if int(known.sum()) < 2:
         return head
