@@ -98,6 +98,7 @@ def _quality(rows: Rows, summary: Mapping[str, Any]) -> Panel | None:
         "the last scores, which the legend repeats, and the dashed line is the same adapter on the unpruned base."
     )
     if drawn:
+        axes.margins(y=0.09)  # room for a name above the highest line
         caption += " Grey lines are references: what needs no federated training."
     return Panel("quality", f"{name.capitalize()} over simulated time", caption, figure)
 
