@@ -168,7 +168,7 @@ def job(tiny_folder, tmp_path, rate, **changed):
 def test_a_good_run_says_nothing_and_stands_beside_its_references(tiny_folder, tmp_path) -> None:
     pytest.importorskip("sklearn")
     said = Saying()
-    summary = new_run(job(tiny_folder, tmp_path, 1e-2), tmp_path / "run", said)
+    summary = new_run(job(tiny_folder, tmp_path, 1e-2, run__rounds=8), tmp_path / "run", said)
     assert not said.warned and "warnings" not in summary
     assert 0.5 <= summary["reference_commonest"] < 0.65 and summary["reference_tfidf"] > 0.9
     shown = {line.label: line for line in headlines(summary)}

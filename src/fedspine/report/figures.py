@@ -75,13 +75,17 @@ def _quality(rows: Rows, summary: Mapping[str, Any]) -> Panel | None:
         )
     drawn = references(summary)
     for (what, _, value), style in zip(drawn, REFERENCE_STYLES, strict=False):
-        axes.axhline(
-            value,
+        axes.axhline(value, color=REFERENCE, linewidth=1.2, linestyle=style, zorder=1)
+        # beside its line and not in the legend, whose names are those of the run's own models
+        axes.annotate(
+            f"{what} {form(value)}",
+            (0.01, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 2),
+            textcoords="offset points",
             color=REFERENCE,
-            linewidth=1.4,
-            linestyle=style,
-            label=f"{what} {form(value)}",
-            zorder=1,
+            fontsize=8.5,
+            zorder=4,
         )
     axes.set(xlabel="simulated seconds", ylabel="accuracy" if name == "accuracy" else "loss (nats)")
     number_ticks(axes)
@@ -94,6 +98,7 @@ def _quality(rows: Rows, summary: Mapping[str, Any]) -> Panel | None:
         "the last scores, which the legend repeats, and the dashed line is the same adapter on the unpruned base."
     )
     if drawn:
+        axes.margins(y=0.09)  # room for a name above the highest line
         caption += " Grey lines are references: what needs no federated training."
     return Panel("quality", f"{name.capitalize()} over simulated time", caption, figure)
 
