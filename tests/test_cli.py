@@ -274,7 +274,8 @@ def test_a_text_that_begins_with_a_dash(place, command) -> None:
 @pytest.mark.parametrize("words", [[], ["fleet"]])
 def test_without_arguments_help_comes(command, words) -> None:
     code, out, lines = command(*words)
-    assert (out, lines[0]) == (
+    usage = lines[0].replace("[COMMAND]", "COMMAND")  # as older versions of typer write it
+    assert (out, usage) == (
         "",
         f"Usage: {' '.join(['fedspine', *words])} [OPTIONS] COMMAND [ARGS]...",
     )
@@ -404,7 +405,7 @@ def test_help_loses_nothing(command, words) -> None:
     assert (code, lines) == (0, [])
     asked = COMMANDS[words]
     told = "".join(out.split())
-    for text in [asked.help, *(param.help for param in asked.params)]:
+    for text in filter(None, [asked.help, *(param.help for param in asked.params)]):
         assert "".join(text.split()) in told
 
 
