@@ -62,12 +62,14 @@ TOGETHER = {
         "ending",
         "data_cli",
         "demo",
+        "doubts",
         "device_scores",
         "export",
         "fleet_cli",
         "fleet_demo",
         "folder",
         "reading",
+        "references",
         "run",
         "scoring",
         "sweep",
@@ -141,7 +143,16 @@ def test_imports_follow_the_arrows(path):
 
 
 def test_only_the_command_line_and_runs_draw_reports():
-    allowed = {"cli.py", "compare", "demo.py", "device_scores.py", "run.py", "report", "sweep"}
+    allowed = {
+        "cli.py",
+        "compare",
+        "demo.py",
+        "device_scores.py",
+        "doubts.py",
+        "run.py",
+        "report",
+        "sweep",
+    }
     assert {file.split("/")[0] for file in importers("fedspine.report")} <= allowed
 
 

@@ -15,6 +15,7 @@ from runs import python
 from toy import toy_rows
 
 import fedspine.methods.fedlora as fedlora
+import fedspine.methods.head_start as head_start
 from fedspine.device import Call, name_of, serve
 from fedspine.errors import BadInput
 from fedspine.fleets.desk import MEMORY, RUNS_KEPT, open_desk, works_of
@@ -220,7 +221,10 @@ def test_a_site_refuses_by_its_own_file(kit, terms):
 
 
 def test_works_of_a_method_are_its_own_and_those_it_builds_on():
-    assert works_of("fedlora") == {name_of(fedlora.tune_adapter)}
+    assert works_of("fedlora") == {
+        name_of(fedlora.tune_adapter),
+        name_of(head_start.class_means),
+    }
     assert works_of("flexlora") == works_of("fedlora")
     assert works_of("fedspine") == {name_of(prune_and_tune)}
     assert not works_of("fedspine") & works_of("mergesfl")

@@ -143,7 +143,7 @@ def test_memory_does_not_grow_with_the_number_of_devices(tiny_folder, tmp_path) 
         done = python("-c", PEAK, *arguments, "--out", tmp_path / str(devices))
         assert done.returncode == 0, done.stderr
         peaks[devices] = int(done.stderr.split()[-1])
-        assert summary_of(tmp_path / str(devices))["devices_scored"] == 8
+        assert summary_of(tmp_path / str(devices))["devices_scored"] == 4
     assert peaks[1000] <= 1.3 * peaks[10]
 
 

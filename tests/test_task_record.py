@@ -108,7 +108,7 @@ def test_a_run_keeps_what_it_means(place) -> None:
     record = task_record.recorded(place / "run")
     assert record.classes == ("kind", "unkind")
     assert record.columns == {"text": "text", "label": "label"}
-    assert (record.kind, record.max_tokens, record.layers) == ("classification", 32, None)
+    assert (record.kind, record.max_tokens, record.layers) == ("classification", 48, None)
     assert {name: split.rows for name, split in record.splits.items()} == {"train": 64, "test": 16}
     assert set(record.splits["test"].sha256) == {"texts", "labels"}
     base, tokenizer = load(str(place / "bert"), kind="classification", classes=2, precision="bf16")

@@ -25,7 +25,7 @@ from fedspine.message import Tensors, message, pack, unpack
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine import FedSpine
 from fedspine.methods.hetlora import HetLora
-from fedspine.scoring import Deployment, marks
+from fedspine.scoring import Deployment, marks, score_models
 
 TUNING = Tuning(steps=6, batch=8, learning_rate=1e-2, head_learning_rate=2e-2)
 
@@ -313,7 +313,8 @@ def test_marks_are_the_same_for_models_scored_together(task, tmp_path, monkeypat
             method = HetLora.toy()
             state = method.start(task, np.random.default_rng(0))
             state = method.round(state, lab.fleet)
-            found.append(marks(Deployment(method, state, tuple(lab.ids)), task, lab.workers, 60))
+            deployment = Deployment(method, state, tuple(lab.ids))
+            found.append(marks(score_models(deployment, task, lab.workers, 60), task.kind))
         finally:
             lab.close()
     first, second = found

@@ -167,8 +167,8 @@ def kept_share(keep: float, updates: int) -> float:
     As Adam corrects it (Kingma & Ba 2014, arXiv:1412.6980, section 3): an average that begins at 0 and is divided by
     1 - keep**n after n updates. The newest then weighs (1 - keep) / (1 - keep**n), a share 1/n for a keep of 1.
 
-    >>> kept_share(0.9, 1), kept_share(1.0, 3)
-    (0.4736842105263158, 0.75)
+    >>> round(kept_share(0.9, 1), 6), kept_share(1.0, 3)
+    (0.473684, 0.75)
     """
     n = updates + 1
     return 1 - 1 / n if keep == 1 else (keep - keep**n) / (1 - keep**n)
