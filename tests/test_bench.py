@@ -7,15 +7,18 @@ from tiny_models import LABELS, minilm, model_on, tiny
 from fedspine.errors import BadInput
 from fedspine.export.bench import CALLS, bench, compare, random_ids
 from fedspine.export.hf import export, load
+from fedspine.lm.load import load as load_base
+from fedspine.lm.tiny import write_tiny
 
 OPTIONS = {"kind": "classification", "max_tokens": 64, "name": "toy"}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A tiny BERT whole and with 2 of 4 heads and 32 of 64 channels in each layer."""
+    """A tiny BERT that reads the mean of its tokens, whole and with 2 of 4 heads and 32 of 64 channels in each layer."""
     folder = tmp_path_factory.mktemp("bench")
-    base, tokenizer = tiny(folder, "bert")
+    place = str(write_tiny(folder / "tiny", "bert"))
+    base, tokenizer = load_base(place, kind="classification", classes=3, pooling="mean")
     for name, model in (("whole", model_on(base)), ("half", model_on(base, [2, 2], [32, 32]))):
         export(base, model, tokenizer, folder / name, labels=LABELS, **OPTIONS)
     return folder / "whole", folder / "half"

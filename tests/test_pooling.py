@@ -129,6 +129,17 @@ def test_several_models_in_one_pass_are_read_alike(encoder) -> None:
         assert one.loss == pytest.approx(alone.loss, rel=1e-4)
 
 
+def test_without_a_mask_all_tokens_count(encoder) -> None:
+    base, _ = load(encoder(), kind="classification", classes=CLASSES)
+    module = base.fit(model_on(base))
+    ids = torch.full((2, 5), 7)
+    with torch.no_grad():
+        all_of_them = module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        # sums of five numbers, in another order
+        torch.testing.assert_close(module(input_ids=ids).logits, all_of_them, atol=1e-6, rtol=1e-6)
+    assert module.config.num_labels == CLASSES
+
+
 def test_a_row_of_no_token_is_no_division_by_zero() -> None:
     values = torch.ones(2, 3, 4)
     mask = torch.tensor([[1, 1, 0], [0, 0, 0]])

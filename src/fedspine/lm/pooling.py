@@ -50,13 +50,15 @@ class MeanPooled(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.config = module, module.config
 
     def forward(
-        self, attention_mask: Int[Tensor, "rows tokens"], **inputs: Any
+        self, attention_mask: Int[Tensor, "rows tokens"] | None = None, **inputs: Any
     ) -> SequenceClassifierOutput:
-        """`logits` fp32 [rows, classes]; a row of no token has zeros."""
+        """`logits` fp32 [rows, classes]; a row of no token has zeros. Without a mask all tokens count."""
         logits = self.module(attention_mask=attention_mask, **inputs).logits.float()
+        if attention_mask is None:
+            return SequenceClassifierOutput(logits=logits.mean(1))
         return SequenceClassifierOutput(logits=mean_of_tokens(logits, attention_mask))
 
 

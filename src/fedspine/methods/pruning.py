@@ -49,8 +49,10 @@ class SpineResult:
 def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
     anatomy, known = device.base.anatomy, device.memory.get("scores")
     kept: Structure = device.memory.get("kept", order.structure)
-    if known is not None and order.reached > 0:  # nothing is pruned before its importance is known
-        votes = known if order.scores is None else mixed(known, order.scores, order.fleet_say)
+    votes = known
+    if order.scores is not None:  # a newcomer has no scores of its own, so the fleet's are its own
+        votes = mixed(known or order.scores, order.scores, order.fleet_say)
+    if votes is not None and order.reached > 0:  # nothing is pruned before its importance is known
         kept = shrink(
             anatomy, kept, (votes.heads, votes.channels), reached=order.reached, target=order.target
         )

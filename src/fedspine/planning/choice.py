@@ -37,6 +37,7 @@ class ChoiceFields(Protocol):
     warmup: float
     until: float
     floor: float
+    fleet_say: float
     most_per_round: float
     fixed_ratio: float
     fixed_rank: int
@@ -60,6 +61,7 @@ class Standing(Protocol):
     rounds: int
     seed: int
     structures: Mapping[str, Any]  # of every device that has replied
+    scores: Any  # the fleet's average importance, None before the first replies
     reached: Mapping[str, float]
     bandits: Learnt
 
@@ -169,7 +171,8 @@ def _turns(how: ChoiceFields, standing: Standing, affordable: Mapping[str, int])
             ranks=how.ranks,
             affordable=ranks,
         )
-        warm = device not in standing.structures or standing.round < how.warmup * standing.rounds
+        known = device in standing.structures or (how.fleet_say > 0 and standing.scores is not None)
+        warm = not known or standing.round < how.warmup * standing.rounds
         if ranks:
             rng = np.random.default_rng([standing.seed, standing.round, number])
             turns[device] = Turn(limits, warm, rng)
