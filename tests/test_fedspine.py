@@ -196,3 +196,24 @@ def test_the_rank_fits_the_memory(lab, task):
 def test_settings_that_cannot_work_are_refused(task, settings, complaint):
     with pytest.raises(BadInput, match=complaint):
         dataclasses.replace(TOY, **settings).check(task)
+
+
+@pytest.mark.parametrize("say", [0.0, 0.9])
+def test_a_newcomer_prunes_by_the_fleets_scores_where_these_have_a_say(task, lab, say):
+    """Asked for the first time in the last round, when all others are at the target."""
+    bench = lab()
+    method = dataclasses.replace(FedSpine.toy(), fleet_say=say, choice="fixed", fixed_rank=4)
+    *others, newcomer = bench.ids
+    state = method.start(task, np.random.default_rng(0))
+    for round in range(task.rounds):
+        last = round == task.rounds - 1
+        bench.fleet.begin_round(round)
+        state = method.round(state, bench.fleet.only([newcomer] if last else others))
+        bench.fleet.end_round(0.0)
+    anatomy = task.base.anatomy
+    found = {id: sparsity(anatomy, structure) for id, structure in state.structures.items()}
+    # what is cut is counted in whole heads and channels, within 0.25 % of what was asked for
+    assert all(abs(found[id] - method.sparsity) < 0.0025 for id in others)
+    assert (found[newcomer] > 0) is (say > 0)
+    if say:
+        assert abs(found[newcomer] - method.sparsity) < 0.0025
