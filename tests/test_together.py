@@ -188,13 +188,18 @@ def test_gradients_together_are_those_alone(task, decoder, kind):
 
 @pytest.mark.parametrize("of", ["gradient", "blend"])
 def test_importance_is_followed_together(task, of):
-    jobs = calls(task, models(task.base, (4, 4, 2), (0, 0.5, 0.3)), scoring=Scoring(of=of, every=2))
-    for call, alone, together in both_ways(task, jobs):
-        assert_alike(call, alone, together)
+    # At a rate of next to nothing the weights stay where they are, so the scores are gradients
+    # and magnitudes of the same weights and differ by rounding alone; at the rate of the other
+    # tests AdamW turns that rounding into steps, which differ from one processor to the next.
+    still = replace(TUNING, learning_rate=1e-9, head_learning_rate=1e-9)
+    scoring = Scoring(of=of, every=2)
+    jobs = calls(task, models(task.base, (4, 4, 2), (0, 0.5, 0.3)), tuning=still, scoring=scoring)
+    for _, alone, together in both_ways(task, jobs):
         first, second = unpack(alone.result).scores, unpack(together.result).scores
         for mine, theirs in ((first.heads, second.heads), (first.channels, second.channels)):
-            assert float((mine - theirs).norm()) < 0.01 * float(mine.norm())
+            assert float((mine - theirs).norm()) < 1e-4 * float(mine.norm())
             assert torch.equal(mine == 0, theirs == 0)
+        assert costs(alone) == costs(together)
 
 
 def test_work_may_train_more_than_once_and_in_groups(task, sizes):
