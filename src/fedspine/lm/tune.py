@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -38,25 +37,24 @@ class Tuning:
     turns: float = 1.0  # how often the device trains in the whole run, on average
 
 
-@runtime_checkable
-class TuningFields(Protocol):
-    """The hyper-parameters of local training that methods share."""
+@dataclass(frozen=True, kw_only=True)
+class LocalTraining:
+    """The hyper-parameters of training on a device, which methods that tune an adapter share."""
 
-    steps: int
-    batch: int
-    learning_rate: float
-    head_speed: float
-    scale: float
-    weight_decay: float
+    steps: int = 20  # optimiser steps of a device in a round
+    batch: int = 32  # rows of one step
+    learning_rate: float = 2e-4  # of the adapter; falls linearly to zero over the rounds
+    head_speed: float = 1.0  # the task head's learning rate over the adapter's
+    weight_decay: float = 0.1
 
 
-def check_tuning(fields: TuningFields) -> None:
+def check_tuning(fields: LocalTraining) -> None:
     """Raise BadInput for training settings that cannot work."""
     for name in ("steps", "batch"):
         if getattr(fields, name) < 1:
             raise BadInput(f"method.{name} is {getattr(fields, name)}, but at least 1 is needed")
     for name in ("learning_rate", "head_speed", "scale"):
-        if not getattr(fields, name) > 0:
+        if not getattr(fields, name, 1.0) > 0:
             raise BadInput(
                 f"method.{name} is {getattr(fields, name)}, but a positive number is needed"
             )
@@ -64,7 +62,7 @@ def check_tuning(fields: TuningFields) -> None:
         raise BadInput(f"method.weight_decay is {fields.weight_decay}, but it cannot be negative")
 
 
-def tuning_at(fields: TuningFields, round: int, rounds: int, turns: float = 1.0) -> Tuning:
+def tuning_at(fields: LocalTraining, round: int, rounds: int, turns: float = 1.0) -> Tuning:
     """The settings of one round, counted from 0: learning rates fall linearly to zero over the run."""
     learning_rate = fields.learning_rate * (1 - round / rounds)
     return Tuning(

@@ -17,7 +17,7 @@ from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Model
 from fedspine.lm.lora import check_rank, fresh
 from fedspine.lm.structure import full
-from fedspine.lm.tune import Tuning, check_tuning, tune, tuning_at
+from fedspine.lm.tune import LocalTraining, Tuning, check_tuning, tune, tuning_at
 from fedspine.message import Tensors, message
 from fedspine.method import method, usable
 from fedspine.methods.head_start import Start, check_head_start, started
@@ -70,17 +70,12 @@ class LoraState:
 
 @method("fedlora")
 @dataclass(frozen=True)
-class FedLora:
+class FedLora(LocalTraining):
     """FedAvg of LoRA factors at one rank."""
 
     rank: int = 8
     scale: float = 2.0  # alpha / rank
-    steps: int = 20  # optimiser steps of a device in a round
-    batch: int = 32  # rows of one step
     depth: int = 0  # blocks that have an adapter, counted from the top; 0: all of them
-    learning_rate: float = 2e-4  # falls linearly to zero over the rounds
-    head_speed: float = 1.0  # the task head's learning rate over the adapter's
-    weight_decay: float = 0.1
     head_start: Start = "random"  # what the task head begins as
 
     @classmethod

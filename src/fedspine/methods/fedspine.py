@@ -27,7 +27,7 @@ from fedspine.lm.importance import Scores, on_wire, tally
 from fedspine.lm.lora import check_rank, fresh
 from fedspine.lm.merge import Aggregation, change, merge, share
 from fedspine.lm.structure import Structure, check_target, full, sparsity
-from fedspine.lm.tune import check_tuning, tuning_at
+from fedspine.lm.tune import LocalTraining, check_tuning, tuning_at
 from fedspine.message import Tensors, message
 from fedspine.method import method, usable
 from fedspine.methods.head_start import Start, check_head_start, started
@@ -74,7 +74,7 @@ _RANGES = {
 
 @method("fedspine")
 @dataclass(frozen=True)
-class FedSpine:
+class FedSpine(LocalTraining):
     """LoRA and structured pruning in turns, at a pruning ratio and a rank of each device's own.
 
     The paper's form is choice "bandit", importance "gradient" and enough 1; the defaults are what was measured to be better.
@@ -83,11 +83,6 @@ class FedSpine:
     sparsity: float = 0.5  # share of the blocks' weights that every device gives up
     ranks: tuple[int, ...] = (4, 8, 12, 16, 20, 24, 28, 32)
     scale: float = 2.0  # alpha / rank, the same for all ranks
-    steps: int = 20  # optimiser steps of a device in a round
-    batch: int = 32
-    learning_rate: float = 2e-4  # falls linearly to zero over the rounds
-    head_speed: float = 1.0  # the task head's learning rate over the adapter's
-    weight_decay: float = 0.1
     head_start: Start = "random"  # what the task head begins as
     most_per_round: float = 0.05  # p_max: sparsity that a device may choose to gain in a round
     warmup: float = 0.05  # t0, as a share of the rounds: nothing is pruned before

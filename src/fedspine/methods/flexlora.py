@@ -18,7 +18,7 @@ from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Model
 from fedspine.lm.lora import check_rank, cut_rank, fresh
 from fedspine.lm.structure import full
-from fedspine.lm.tune import check_tuning, tuning_at
+from fedspine.lm.tune import LocalTraining, check_tuning, tuning_at
 from fedspine.message import Tensors, message
 from fedspine.method import method, usable
 from fedspine.methods.fedlora import LoraOrder, LoraResult, tune_adapter
@@ -40,7 +40,7 @@ class FlexLoraState:
 
 @method("flexlora")
 @dataclass(frozen=True)
-class FlexLora:
+class FlexLora(LocalTraining):
     """LoRA at ranks that differ between devices, averaged as products and truncated by their SVD."""
 
     ranks: tuple[int, ...] = (4, 8, 12, 16, 20, 24, 28, 32)  # that a device may have
@@ -50,11 +50,6 @@ class FlexLora:
     )
     scale: float = 2.0  # of the adapter that the server keeps, and of every device's
     alpha: float = 0.0  # above 0 a device of rank r trains at scale alpha / r instead, as in the released code with 16
-    steps: int = 20  # optimiser steps of a device in a round
-    batch: int = 32  # rows of one step
-    learning_rate: float = 2e-4  # falls linearly to zero over the rounds
-    head_speed: float = 1.0  # the task head's learning rate over the adapter's
-    weight_decay: float = 0.1
 
     @classmethod
     def toy(cls) -> Self:

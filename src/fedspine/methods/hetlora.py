@@ -20,7 +20,7 @@ from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Model
 from fedspine.lm.lora import a_name, b_name, check_rank, cut_rank, fresh
 from fedspine.lm.structure import full
-from fedspine.lm.tune import Tuning, check_tuning, tune, tuning_at
+from fedspine.lm.tune import LocalTraining, Tuning, check_tuning, tune, tuning_at
 from fedspine.message import Tensors, message
 from fedspine.method import method, usable
 from fedspine.planning.ranks import RankRule, check_rank_fields, rank_of_device
@@ -96,7 +96,7 @@ class HetLoraState:
 
 @method("hetlora")
 @dataclass(frozen=True)
-class HetLora:
+class HetLora(LocalTraining):
     """LoRA at ranks that differ between devices, zero-padded and averaged by norm."""
 
     ranks: tuple[int, ...] = (
@@ -117,11 +117,6 @@ class HetLora:
     penalty: float = 1e-3  # lambda: weight of the tail's norm in the loss
     decay: float = 0.99  # gamma: share of its rank that a device keeps when it shrinks; 1: never
     weigh_by: Literal["norm", "examples"] = "norm"  # what a device's say in the adapter is
-    steps: int = 20  # optimiser steps of a device in a round
-    batch: int = 32  # rows of one step
-    learning_rate: float = 2e-4  # falls linearly to zero over the rounds
-    head_speed: float = 1.0  # the task head's learning rate over the adapter's
-    weight_decay: float = 0.1
 
     @classmethod
     def toy(cls) -> Self:

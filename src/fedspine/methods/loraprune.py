@@ -18,6 +18,7 @@ from fedspine.method import method
 from fedspine.methods.pruning import deployed
 from fedspine.methods.scheduled import (
     SCORE_RANGES,
+    CubicPruning,
     PruningState,
     begin,
     check_pruning,
@@ -32,25 +33,14 @@ from fedspine.task import Task
 
 @method("loraprune")
 @dataclass(frozen=True)
-class LoraPrune:
+class LoraPrune(CubicPruning):
     """FedAvg of LoRA factors at one rank, pruned by LoRA gradients on a fixed schedule."""
 
-    sparsity: float = 0.5  # share of the blocks' weights that every device gives up
-    rank: int = 8
-    scale: float = 2.0  # alpha / rank
-    steps: int = 20  # optimiser steps of a device in a round
-    batch: int = 32  # rows of one step
-    learning_rate: float = 2e-4  # falls linearly to zero over the rounds
-    head_speed: float = 1.0  # the task head's learning rate over the adapter's
-    weight_decay: float = 0.1
-    warmup: float = 0.05  # as a share of the rounds: nothing is pruned before
-    until: float = 0.7  # everything is pruned after
     score_every: int = 1  # steps between two updates of the importance
     score_keep: float = 0.9  # of its moving average
     score_square: bool = False  # the paper squares, its released code does not
     score_cross: float = 0.0  # eta: 1 in the released code
     score_normalise: bool = False  # true in the released code
-    fleet_say: float = 0.0  # of the fleet's average importance in what a device drops
 
     @classmethod
     def toy(cls) -> Self:

@@ -16,6 +16,7 @@ from fedspine.lm.criteria import ByMagnitude
 from fedspine.method import method
 from fedspine.methods.pruning import deployed
 from fedspine.methods.scheduled import (
+    CubicPruning,
     PruningState,
     begin,
     check_pruning,
@@ -29,20 +30,8 @@ from fedspine.task import Task
 
 @method("magnitude")
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(CubicPruning):
     """FedAvg of LoRA factors at one rank, pruned by the size of the tuned weights on a fixed schedule."""
-
-    sparsity: float = 0.5  # share of the blocks' weights that every device gives up
-    rank: int = 8
-    scale: float = 2.0  # alpha / rank
-    steps: int = 20  # optimiser steps of a device in a round
-    batch: int = 32  # rows of one step
-    learning_rate: float = 2e-4  # falls linearly to zero over the rounds
-    head_speed: float = 1.0  # the task head's learning rate over the adapter's
-    weight_decay: float = 0.1
-    warmup: float = 0.05  # as a share of the rounds: nothing is pruned before
-    until: float = 0.7  # everything is pruned after
-    fleet_say: float = 0.0  # of the fleet's average importance in what a device drops
 
     @classmethod
     def toy(cls) -> Self:

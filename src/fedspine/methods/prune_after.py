@@ -21,6 +21,7 @@ from fedspine.methods.pruning import deployed
 from fedspine.methods.scheduled import (
     SCORE_RANGES,
     PruningState,
+    ScheduledPruning,
     begin,
     check_pruning,
     dense,
@@ -42,17 +43,9 @@ class AfterState:
 
 @method("prune_after")
 @dataclass(frozen=True)
-class PruneAfter:
+class PruneAfter(ScheduledPruning):
     """FedAvg of LoRA factors at one rank on the whole model, pruned when it is deployed."""
 
-    sparsity: float = 0.5  # share of the blocks' weights that every device gives up
-    rank: int = 8
-    scale: float = 2.0  # alpha / rank
-    steps: int = 20  # optimiser steps of a device in a round
-    batch: int = 32  # rows of one step
-    learning_rate: float = 2e-4  # falls linearly to zero over the rounds
-    head_speed: float = 1.0  # the task head's learning rate over the adapter's
-    weight_decay: float = 0.1
     recover: int = 0  # last rounds in which devices tune what they have pruned
     importance: Literal["gradient", "magnitude", "random"] = (
         "gradient"  # what a unit's importance is read from
@@ -62,7 +55,6 @@ class PruneAfter:
     score_square: bool = False
     score_cross: float = 0.0  # eta
     score_normalise: bool = False
-    fleet_say: float = 0.0  # of the fleet's average importance in what a device drops
 
     @classmethod
     def toy(cls) -> Self:

@@ -5,9 +5,8 @@ server decides and nothing else. Adapters are averaged as FedLoRA does it, entry
 own the entry.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import inf
-from typing import Protocol
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from fedspine.lm.criteria import Importance
 from fedspine.lm.importance import Scores, on_wire, tally
 from fedspine.lm.lora import check_rank, fresh
 from fedspine.lm.structure import Structure, check_target, cut_adapter, full, sparsity
-from fedspine.lm.tune import TuningFields, check_tuning, tuning_at
+from fedspine.lm.tune import LocalTraining, check_tuning, tuning_at
 from fedspine.message import Tensors, message
 from fedspine.method import usable
 from fedspine.methods.pruning import SpineOrder, SpineResult, contribution, prune_and_tune
@@ -33,20 +32,22 @@ _RANGES = {"sparsity": (0, 0.95), "fleet_say": (0, 1)}
 SCORE_RANGES = {"score_every": (1, inf), "score_keep": (0, 1)}  # of fields that only some have
 
 
-class PruningFields(TuningFields, Protocol):
+@dataclass(frozen=True, kw_only=True)
+class ScheduledPruning(LocalTraining):
     """The hyper-parameters that these methods share."""
 
-    sparsity: float
-    rank: int
-    fleet_say: float
+    sparsity: float = 0.5  # share of the blocks' weights that every device gives up
+    rank: int = 8
+    scale: float = 2.0  # alpha / rank
+    fleet_say: float = 0.0  # of the fleet's average importance in what a device drops
 
 
-class CubicFields(Protocol):
-    """When a cubic schedule begins and ends, as parts of the run."""
+@dataclass(frozen=True, kw_only=True)
+class CubicPruning(ScheduledPruning):
+    """Pruning on a cubic schedule, which begins and ends at these parts of the run."""
 
-    sparsity: float
-    warmup: float
-    until: float
+    warmup: float = 0.05  # as a share of the rounds: nothing is pruned before
+    until: float = 0.7  # everything is pruned after
 
 
 @message
@@ -61,7 +62,7 @@ class PruningState:
     reached: dict[str, float]  # the sparsity it was asked for
 
 
-def check_pruning(fields: PruningFields, task: Task) -> None:
+def check_pruning(fields: ScheduledPruning, task: Task) -> None:
     """Raise BadInput for settings that cannot work on this task."""
     check_ranges(fields, _RANGES)
     check_target(task.base.anatomy, fields.sparsity)
@@ -69,7 +70,7 @@ def check_pruning(fields: PruningFields, task: Task) -> None:
     check_tuning(fields)
 
 
-def begin(fields: PruningFields, task: Task, rng: np.random.Generator) -> PruningState:
+def begin(fields: ScheduledPruning, task: Task, rng: np.random.Generator) -> PruningState:
     """The first state: the adapter and the head that FedLoRA would begin with."""
     anatomy = task.base.anatomy
     return PruningState(
@@ -84,7 +85,7 @@ def begin(fields: PruningFields, task: Task, rng: np.random.Generator) -> Prunin
     )
 
 
-def cubic(fields: CubicFields, round: int, rounds: int) -> float:
+def cubic(fields: CubicPruning, round: int, rounds: int) -> float:
     """The sparsity of every device in `round`, counted from 0: cubic from the warm-up's end to `until`; 0 before 0."""
     if round < 0:
         return 0.0
@@ -93,7 +94,7 @@ def cubic(fields: CubicFields, round: int, rounds: int) -> float:
     )
 
 
-def cubic_reached(fields: CubicFields, state: PruningState) -> float:
+def cubic_reached(fields: CubicPruning, state: PruningState) -> float:
     """The sparsity that the schedule had come to in the last round; the target after the last of all."""
     return (
         fields.sparsity
@@ -103,7 +104,12 @@ def cubic_reached(fields: CubicFields, state: PruningState) -> float:
 
 
 def prune_and_average(
-    fields: PruningFields, state: PruningState, fleet: Fleet, *, reached: float, scoring: Importance
+    fields: ScheduledPruning,
+    state: PruningState,
+    fleet: Fleet,
+    *,
+    reached: float,
+    scoring: Importance,
 ) -> tuple[PruningState, list[Reply[SpineResult]]]:
     """One round in which every device prunes to `reached`, then tunes; the next state, and the replies it rests on.
 
@@ -129,7 +135,7 @@ def prune_and_average(
     return after, replies
 
 
-def dense(fields: PruningFields, state: PruningState) -> Model:
+def dense(fields: ScheduledPruning, state: PruningState) -> Model:
     """What was learnt, on the whole base."""
     return Model(
         structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=fields.scale
@@ -137,7 +143,7 @@ def dense(fields: PruningFields, state: PruningState) -> Model:
 
 
 def _order(
-    fields: PruningFields,
+    fields: ScheduledPruning,
     state: PruningState,
     device: DeviceId,
     reached: float,
