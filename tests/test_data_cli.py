@@ -15,6 +15,7 @@ from runs import in_process
 
 from fedspine import config, data_cli, reading
 from fedspine.data.overview import overview
+from fedspine.data.tasks import remarks
 from fedspine.errors import BadInput
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -148,6 +149,23 @@ def test_arrays_need_no_net_to_be_looked_at(command, tmp_path):
     assert found["classes"] == {"0": 10, "1": 10} and found["doubles"] == 4
     assert sum(device["rows"] for device in found["devices"]) == 16
     assert "a row is [9, 8] of float32" in shown(found)
+
+
+def test_a_sample_of_the_training_rows_is_the_same_for_every_seed(table):
+    tables = {"data": str(table), "model": "minilm"}
+    whole, *drawn = (
+        reading.dataset(
+            config.recipe({"task": tables | {"train_rows": rows}, "run": {"seed": seed}})
+        )
+        for rows, seed in [(0, 0), (12, 0), (12, 1)]
+    )
+    assert drawn[0].train.texts == drawn[1].train.texts
+    assert len(drawn[0].train) == 12 and set(drawn[0].train.texts) < set(whole.train.texts)
+    assert drawn[0].test.texts == whole.test.texts
+    assert remarks(drawn[0]) == (
+        "2 of 50 rows are left out: 1 with no label, 1 with no text",
+        "12 of 39 training rows are used: a random sample",
+    )
 
 
 def test_texts_to_continue_are_shown_without_a_decoder_and_measured_with_one(tmp_path, tiny_folder):

@@ -29,6 +29,7 @@ class TaskSection(Section):
     label: str = "label"  # column of the label
     encoding: str | None = None  # of text files which are not UTF-8, such as "latin-1"
     max_tokens: int = pydantic.Field(64, ge=4)
+    train_rows: int = pydantic.Field(0, ge=0)  # a random sample of so many; 0: all
     layers: int | None = pydantic.Field(None, ge=1)  # keep only the first blocks of the model
     pooling: Literal["auto", "mean", "cls"] = (
         "auto"  # what a classifier reads; auto: as the model was made for

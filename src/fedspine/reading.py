@@ -2,6 +2,8 @@
 have in common.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from fedspine.config import Recipe
@@ -12,9 +14,24 @@ from fedspine.errors import BadInput
 from fedspine.nets.choice import net_for
 from fedspine.task import AUTO, NETS
 
+_SAMPLE_SEED = 20260104  # the same rows for everyone, whatever the seed of a run
+
 
 def dataset(recipe: Recipe) -> Dataset:
-    """The data set that the recipe names; raises BadInput where it cannot be found or used."""
+    """The data set that the recipe names; raises BadInput where it cannot be found or used.
+
+    With `task.train_rows` its training set is a random sample of so many rows, the same for every
+    seed.
+    """
+    data, most = _whole(recipe), recipe.task.train_rows
+    rows = len(data.train)
+    if not most or most >= rows:
+        return data
+    drawn = np.sort(np.random.default_rng(_SAMPLE_SEED).permutation(rows)[:most])
+    return replace(data, train=data.train.take(drawn), not_drawn=rows - most)
+
+
+def _whole(recipe: Recipe) -> Dataset:
     section = recipe.task
     group = _group(recipe)
     if section.kind == "array":

@@ -42,6 +42,16 @@ class ArrayRows:
     def __len__(self) -> int:
         return len(self.x)
 
+    def take(self, index: Sequence[int]) -> "ArrayRows":
+        """The rows at these places, in their order."""
+        return ArrayRows(
+            x=self.x[index],
+            labels=self.labels[index],
+            columns={
+                name: tuple(values[row] for row in index) for name, values in self.columns.items()
+            },
+        )
+
 
 @dataclass(frozen=True)
 class Raw:
@@ -86,7 +96,7 @@ def load(data: str, *, group: str | None = None) -> Dataset:
     rows = _coded(train, code)
     if test is None:
         kept, held = held_out(rows.labels, len(rows))
-        of_train, of_test = _taken(rows, kept), _taken(rows, held)
+        of_train, of_test = rows.take(kept), rows.take(held)
     else:
         _same_kind(train, test)
         of_train, of_test = rows, _coded(test, code)
@@ -338,8 +348,3 @@ def _coded(raw: Raw, code: Mapping[str, int]) -> ArrayRows:
     ]
     columns = {name: tuple(map(str, column.tolist())) for name, column in raw.columns.items()}
     return ArrayRows(x=raw.x, labels=labels, columns=columns)
-
-
-def _taken(rows: ArrayRows, index: np.ndarray) -> ArrayRows:
-    columns = {name: tuple(values[i] for i in index) for name, values in rows.columns.items()}
-    return ArrayRows(x=rows.x[index], labels=rows.labels[index], columns=columns)

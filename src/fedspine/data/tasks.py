@@ -45,6 +45,17 @@ class Rows:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def take(self, index: Sequence[int]) -> "Rows":
+        """The rows at these places, in their order."""
+        return Rows(
+            texts=tuple(self.texts[row] for row in index),
+            pairs=None if self.pairs is None else tuple(self.pairs[row] for row in index),
+            labels=None if self.labels is None else self.labels[index],
+            columns={
+                name: tuple(values[row] for row in index) for name, values in self.columns.items()
+            },
+        )
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -63,6 +74,7 @@ class Dataset:
     natural: str | None
     left_out: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    not_drawn: int = 0  # training rows that are not in the sample of them
 
 
 def load(
@@ -123,7 +135,12 @@ def remarks(data: Dataset) -> tuple[str, ...]:
     >>> remarks(Dataset("x.csv", rows, rows, (), None, left_out={"no text": 1, "no label": 2}))
     ('3 of 5 rows are left out: 1 with no text, 2 with no label',)
     """
-    return _remarks(len(data.train) + len(data.test), data.left_out, data.notes)
+    drawn, not_drawn = len(data.train), data.not_drawn
+    notes = data.notes
+    if not_drawn:
+        sample = f"{drawn:,} of {drawn + not_drawn:,} training rows are used: a random sample"
+        notes = (*notes, sample)
+    return _remarks(drawn + not_drawn + len(data.test), data.left_out, notes)
 
 
 def _remarks(kept: int, left_out: Mapping[str, int], notes: tuple[str, ...]) -> tuple[str, ...]:
@@ -290,18 +307,7 @@ def _train_and_test(
 
 def _held_out(rows: Rows) -> tuple[Rows, Rows]:
     kept, held = held_out(rows.labels, len(rows))
-    return _taken(rows, kept), _taken(rows, held)
-
-
-def _taken(rows: Rows, index: Sequence[int]) -> Rows:
-    return Rows(
-        texts=tuple(rows.texts[row] for row in index),
-        pairs=None if rows.pairs is None else tuple(rows.pairs[row] for row in index),
-        labels=None if rows.labels is None else rows.labels[index],
-        columns={
-            name: tuple(values[row] for row in index) for name, values in rows.columns.items()
-        },
-    )
+    return rows.take(kept), rows.take(held)
 
 
 def _rows(values: Values, labels: Sequence[int] | None) -> Rows:
