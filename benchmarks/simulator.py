@@ -83,14 +83,6 @@ PEERS = {
     ),
     "fedspine-fp32": Contender("fedspine, fp32", "ours", ("fp32",), once=True),
     "fedspine-avx2": Contender("AVX2: fedspine, fp32", "ours", ("fp32",), once=True, avx2=True),
-    "fedspine-bf16-avx2": Contender(
-        "AVX2: fedspine, bf16, 1 round",
-        "ours",
-        ("bf16",),
-        work={"rounds": 1},
-        once=True,
-        avx2=True,
-    ),
     "flower-avx2": Contender(
         "AVX2: Flower as its users write it: fp32, padded to the full length",
         "flower",
