@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedspine import task_record
+from fedspine import rates, task_record
 from fedspine.config import Recipe
 from fedspine.data.tasks import Dataset, remarks
 from fedspine.errors import BadInput
@@ -107,7 +107,14 @@ def settled(recipe: Recipe) -> tuple[Recipe, list[str]]:
         pooling = pooling_for(recipe.task.model)
         choices["task"] = {"pooling": pooling}
         lines.append(f"readout: {READOUTS[pooling]}")
+    if training := rates.chosen(recipe.method, _family(recipe)):
+        choices["method"], line = training
+        lines.append(line)
     return recipe.choosing(choices), lines
+
+
+def _family(recipe: Recipe) -> str:
+    return "net" if recipe.task.kind == "array" else "transformer"
 
 
 def identities(recipe: Recipe) -> list[str]:
@@ -117,7 +124,7 @@ def identities(recipe: Recipe) -> list[str]:
 
 def _check_family(recipe: Recipe) -> None:
     """Raise BadInput for a method that does not know the kind of model it is given."""
-    family = "net" if recipe.task.kind == "array" else "transformer"
+    family = _family(recipe)
     if family not in recipe.method.models:
         able = ", ".join(name for name, method in all_methods().items() if family in method.models)
         raise BadInput(

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import tomli_w
 
-from fedspine import strict
+from fedspine import rates, strict
 from fedspine.errors import BadInput, unknown
 from fedspine.method import find
 from fedspine.strict import Section
@@ -104,6 +104,8 @@ class RunSection(Section):
         return min(self.rounds, max(round + 1, ceil(round * self.seconds / now)))
 
 
+# what the embedded job's method was tuned in, on that job's own data
+OF_ITS_DATA = ("learning_rate", "head_speed")
 SECTIONS: dict[str, type[Section]] = {"task": TaskSection, "fleet": FleetSection, "run": RunSection}
 
 
@@ -158,20 +160,27 @@ class Recipe:
         reads_out = self.task.kind in ("classification", "pair")
         chosen = [("run", "precision"), ("task", "model")]
         chosen += [("task", "pooling")] if reads_out else []
-        return [(s, key) for s, key in chosen if getattr(getattr(self, s), key) == "auto"]
+        found = [(s, key) for s, key in chosen if getattr(getattr(self, s), key) == "auto"]
+        return found + [("method", key) for key in rates.open_fields(self.method)]
 
     def settled_as(self, begun: "Recipe") -> "Recipe":
         """The recipe with what it leaves open as a run that began with `begun` has decided it."""
         choices: dict[str, dict[str, Any]] = {}
         for section, key in self.open_choices:
-            choices.setdefault(section, {})[key] = getattr(getattr(begun, section), key)
+            if hasattr(getattr(begun, section), key):  # another method may lack it
+                choices.setdefault(section, {})[key] = getattr(getattr(begun, section), key)
         if "model" in choices.get("task", {}) and begun.task.kind == "array":
             choices["task"]["kind"] = "array"  # which followed from the data
         return self.choosing(choices)
 
     def choosing(self, choices: dict[str, dict[str, Any]]) -> "Recipe":
         """The recipe with these values of its sections."""
-        sections = {name: getattr(self, name).model_copy(update=of) for name, of in choices.items()}
+        sections = {
+            name: dataclasses.replace(self.method, **of)
+            if name == "method"
+            else getattr(self, name).model_copy(update=of)
+            for name, of in choices.items()
+        }
         return dataclasses.replace(self, **sections)
 
     def with_net(self, net: str) -> "Recipe":
@@ -305,16 +314,17 @@ def _fitting(defaults: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any
     Other data may need another model; another method may lack some of the fields.
     """
     named = overlay.get("task", {})
+    task, method = dict(defaults["task"]), dict(defaults["method"])
     if "data" in named and "model" not in named:
-        task = {key: value for key, value in defaults["task"].items() if key != "model"}
-        defaults = defaults | {"task": task}
-    name = overlay.get("method", {}).get("name", defaults["method"]["name"])
-    if name == defaults["method"]["name"] or not isinstance(name, str):
-        return defaults
-    known = {field.name for field in dataclasses.fields(find(name))} | {"name"}
-    return defaults | {
-        "method": {key: value for key, value in defaults["method"].items() if key in known}
-    }
+        task.pop("model")
+    name = overlay.get("method", {}).get("name", method["name"])
+    other = name != method["name"] and isinstance(name, str)
+    if other:
+        known = {field.name for field in dataclasses.fields(find(name))} | {"name"}
+        method = {key: value for key, value in method.items() if key in known}
+    if other or "data" in named:
+        method = {key: value for key, value in method.items() if key not in OF_ITS_DATA}
+    return defaults | {"task": task, "method": method}
 
 
 def _laid_over(tables: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:

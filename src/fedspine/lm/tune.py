@@ -18,6 +18,7 @@ from fedspine.lm.leaves import Leaves
 from fedspine.lm.prefix import activations, entering, first_block, name_of
 from fedspine.lm.scoring_cost import following_cost
 from fedspine.message import Tensors, message
+from fedspine.rates import AUTO, Rate, check_settled
 from fedspine.task import IGNORED, Examples
 from fedspine.tensors import moved
 
@@ -43,13 +44,14 @@ class LocalTraining:
 
     steps: int = 20  # optimiser steps of a device in a round
     batch: int = 32  # rows of one step
-    learning_rate: float = 2e-4  # of the adapter; falls linearly to zero over the rounds
-    head_speed: float = 1.0  # the task head's learning rate over the adapter's
+    learning_rate: Rate = AUTO  # of the adapter; falls linearly to zero over the rounds
+    head_speed: float = 3.0  # the task head's learning rate over the adapter's
     weight_decay: float = 0.1
 
 
 def check_tuning(fields: LocalTraining) -> None:
     """Raise BadInput for training settings that cannot work."""
+    check_settled(fields)
     for name in ("steps", "batch"):
         if getattr(fields, name) < 1:
             raise BadInput(f"method.{name} is {getattr(fields, name)}, but at least 1 is needed")

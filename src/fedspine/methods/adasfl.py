@@ -7,7 +7,7 @@ copy of the top, and the copies are averaged. Departures: docs/methods/adasfl.md
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from fedspine.methods.splitting import (
 )
 from fedspine.planning.regulate import regulate
 from fedspine.planning.workers import WorkerState, costs
+from fedspine.rates import AUTO, Optimiser, Rate
 from fedspine.split.rounds import play
 from fedspine.split.server import Copies
 from fedspine.split.wire import Precision
@@ -61,8 +62,8 @@ class AdaSfl:
     scale: float = 2.0  # alpha / rank
     steps: int = 20  # tau: iterations of the first round, one optimiser step in each half
     batch: int = 32  # rows of the fastest device in one of them
-    optimiser: Literal["sgd", "adamw"] = "adamw"
-    learning_rate: float = 2e-4
+    optimiser: Optimiser = AUTO
+    learning_rate: Rate = AUTO
     decay: float = (
         0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
     )
@@ -74,7 +75,7 @@ class AdaSfl:
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(cut=1, rank=4, steps=3, batch=16, learning_rate=2e-2)
+        return cls(cut=1, rank=4, steps=3, batch=16, optimiser="adamw", learning_rate=2e-2)
 
     def check(self, task: Task) -> None:
         check_split(self, task)

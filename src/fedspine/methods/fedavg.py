@@ -24,6 +24,7 @@ from fedspine.methods.whole import (
     wired,
     with_memory,
 )
+from fedspine.rates import AUTO, Optimiser, Rate
 from fedspine.task import Task
 from fedspine.tensors import average
 
@@ -71,8 +72,8 @@ class FedAvg:
 
     steps: int = 42  # optimiser steps of a device in a round
     batch: int = 64  # rows of one step
-    optimiser: Literal["sgd", "adamw"] = "sgd"  # fresh in every round, without momentum
-    learning_rate: float = 0.1
+    optimiser: Optimiser = AUTO  # fresh in every round, without momentum
+    learning_rate: Rate = AUTO
     decay: float = 0.993  # of the learning rate, each round; 0: it falls linearly to zero
     lowest: float = 0.005  # learning rate that decay does not go below
     weight_decay: float = 0.0

@@ -1,10 +1,11 @@
 """Settings of training both halves of a model, wherever each of them is: what split and whole-model methods share."""
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 from fedspine.errors import BadInput
 from fedspine.lm.base import Base
 from fedspine.lm.lora import check_rank
+from fedspine.rates import Optimiser, Rate, check_settled
 from fedspine.split.trained import Optimising, check_optimising, learning_rate_at
 from fedspine.task import Task
 
@@ -16,8 +17,8 @@ class HalvedFields(Protocol):
     scale: float
     steps: int
     batch: int
-    optimiser: Literal["sgd", "adamw"]
-    learning_rate: float
+    optimiser: Optimiser
+    learning_rate: Rate
     decay: float
     lowest: float
     weight_decay: float
@@ -26,6 +27,7 @@ class HalvedFields(Protocol):
 
 def check_halves(fields: HalvedFields, task: Task) -> None:
     """Raise BadInput for settings that cannot work on this task."""
+    check_settled(fields)
     for name in ("steps", "batch", "rank"):
         if getattr(fields, name) < 1:
             raise BadInput(f"method.{name} is {getattr(fields, name)}, but at least 1 is needed")

@@ -6,7 +6,7 @@ Scalability, Convergence, and Latency in Split Learning", WWW. Departures: docs/
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from fedspine.methods.splitting import (
     rooms,
     rows_of,
 )
+from fedspine.rates import AUTO, Optimiser, Rate
 from fedspine.split.device import HELD, Begin, Ended, Forwarded, Local, Step, begun, ended, stepped
 from fedspine.split.halves import Features, Halves
 from fedspine.split.rounds import Works, play
@@ -146,8 +147,8 @@ class LocFedMix:
     scale: float = 2.0  # alpha / rank
     steps: int = 20  # tau: iterations of a round, one optimiser step in each half
     batch: int = 32  # rows of a device in one of them
-    optimiser: Literal["sgd", "adamw"] = "adamw"
-    learning_rate: float = 2e-4
+    optimiser: Optimiser = AUTO
+    learning_rate: Rate = AUTO
     decay: float = (
         0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
     )
@@ -159,7 +160,7 @@ class LocFedMix:
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(cut=1, rank=4, steps=3, batch=16, learning_rate=2e-2)
+        return cls(cut=1, rank=4, steps=3, batch=16, optimiser="adamw", learning_rate=2e-2)
 
     def check(self, task: Task) -> None:
         check_split(self, task)

@@ -40,6 +40,7 @@ from fedspine.planning.split_plan import (
     plan_split,
 )
 from fedspine.planning.workers import WorkerState, costs
+from fedspine.rates import AUTO, Optimiser, Rate
 from fedspine.split.body import MergedBody, play_around
 from fedspine.split.device import Begin
 from fedspine.split.halves import Halves
@@ -114,8 +115,8 @@ class MergeSfl:
         True  # deploy the mean of the rounds' models; else the last round's, as in the paper
     )
     labels_stay: bool = False  # U-shape: labels and the task head stay on the devices
-    optimiser: Literal["sgd", "adamw"] = "adamw"
-    learning_rate: float = 2e-4
+    optimiser: Optimiser = AUTO
+    learning_rate: Rate = AUTO
     bottom_rate: float = 0.4  # share of the rate that bottoms are trained with; 1 in the paper
     decay: float = (
         0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
@@ -128,7 +129,7 @@ class MergeSfl:
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(cut=1, rank=4, steps=4, batch=16, learning_rate=2e-2)
+        return cls(cut=1, rank=4, steps=4, batch=16, optimiser="adamw", learning_rate=2e-2)
 
     def check(self, task: Task) -> None:
         check_split(self, task)

@@ -29,6 +29,7 @@ from fedspine.methods.whole import (
 )
 from fedspine.planning import pace
 from fedspine.planning.oort import Seen, Selecting, dropped, select, steps_with_slack
+from fedspine.rates import AUTO, Optimiser, Rate
 from fedspine.task import Task
 from fedspine.tensors import average, single
 
@@ -121,8 +122,8 @@ class PyramidFL:
     drop_most: float = 0.5  # of the one with the smallest
     steps: int = 42  # optimiser steps of a device in a round, without slack
     batch: int = 64  # rows of one step
-    optimiser: Literal["sgd", "adamw"] = "sgd"  # fresh in every round, without momentum
-    learning_rate: float = 0.1
+    optimiser: Optimiser = AUTO  # fresh in every round, without momentum
+    learning_rate: Rate = AUTO
     decay: float = 0.993  # of the learning rate, each round; 0: it falls linearly to zero
     lowest: float = 0.005  # learning rate that decay does not go below
     weight_decay: float = 0.0

@@ -5,7 +5,7 @@ for Large Language Models", arXiv:2407.00952. Departures: docs/methods/splitlora
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from fedspine.methods.splitting import (
     opened,
     rooms,
 )
+from fedspine.rates import AUTO, Optimiser, Rate
 from fedspine.split.rounds import play
 from fedspine.split.server import InTurn
 from fedspine.split.wire import Precision
@@ -40,10 +41,8 @@ class SplitLora:
     scale: float = 2.0  # alpha / rank
     steps: int = 20  # tau: iterations of a round, one optimiser step in each half for every device
     batch: int = 8  # rows of a device in one of them
-    optimiser: Literal["sgd", "adamw"] = (
-        "adamw"  # fresh on devices after each averaging, on the server in every round
-    )
-    learning_rate: float = 2e-4
+    optimiser: Optimiser = AUTO  # fresh on devices after each averaging, on the server each round
+    learning_rate: Rate = AUTO
     decay: float = 0.0  # of the learning rate, each round; 0: it falls linearly to zero
     lowest: float = 0.0  # learning rate that decay does not go below
     weight_decay: float = 0.01
@@ -53,7 +52,9 @@ class SplitLora:
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(cut=1, rank=4, steps=3, average_every=2, batch=16, learning_rate=2e-2)
+        return cls(
+            cut=1, rank=4, steps=3, average_every=2, batch=16, optimiser="adamw", learning_rate=2e-2
+        )
 
     def check(self, task: Task) -> None:
         check_split(self, task)
