@@ -22,10 +22,10 @@ from typing import Any
 
 import tomli_w
 
-from fedspine.fleet_demo import free_port, running
-from fedspine.fleets import kit as kits
-from fedspine.fleets.provision import Project, create, write_site_file
+from fedspine.flare import startup_kit as kits
+from fedspine.flare.provision import Project, create, write_site_file
 from fedspine.lm.tiny import write_tiny
+from fedspine.ui.fleet_demo import free_port, running
 
 HERE = Path(__file__).parent
 SITES = ("one", "two")

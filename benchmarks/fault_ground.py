@@ -14,10 +14,10 @@ from pathlib import Path
 import fault_replay
 import psutil
 
-from fedspine.fleet_demo import Federation, free_port, wait_until_connected
-from fedspine.fleets import kit as kits
-from fedspine.fleets.provision import Project, create, write_site_file
+from fedspine.flare import startup_kit as kits
+from fedspine.flare.provision import Project, create, write_site_file
 from fedspine.lm.tiny import write_tiny
+from fedspine.ui.fleet_demo import Federation, free_port, wait_until_connected
 
 HERE = Path(__file__).parent
 SITES = ("east", "north", "west")

@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 
 import fedspine.methods
-from fedspine.build import START, build, cohort
-from fedspine.fleets.desk import Desk
-from fedspine.fleets.flare import FlareFleet
-from fedspine.fleets.members import Patience
-from fedspine.fleets.party import Party
-from fedspine.fleets.site import load_site
-from fedspine.fleets.wire import Opening, SiteOrder, decoded
-from fedspine.folder import recipe_of
-from fedspine.message import pack
-from fedspine.records import Records
-from fedspine.venue import terms_of
+from fedspine.core.message import pack
+from fedspine.flare.fleet import FlareFleet
+from fedspine.flare.session import Party
+from fedspine.flare.site import load_site
+from fedspine.flare.site_state import Patience
+from fedspine.flare.site_worker import Desk
+from fedspine.flare.wire import Opening, SiteOrder, decoded
+from fedspine.runs.assemble import START, build, cohort
+from fedspine.runs.backend import terms_of
+from fedspine.runs.run_dir import recipe_of
+from fedspine.storage.records import Records
 
 fedspine.methods.__path__.append(str(Path(__file__).parent / "exchange_site" / "methods"))
 SPOIL = "FEDSPINE_SPOIL"  # as in exchange_site/methods/brittle.py

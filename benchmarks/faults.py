@@ -25,7 +25,7 @@ import fault_replay
 import tomli_w
 from fault_ground import AWAY, HERE, SITES, Place, cut, family, ground, hit
 
-from fedspine.fleets import kit as kits
+from fedspine.flare import startup_kit as kits
 
 CUT = "network cut 30 s"
 CUT_SECONDS = 30.0
@@ -196,7 +196,7 @@ def worker_killed(place: Place, run: Going, site: str) -> None:
     """Until it was hit at work, of which the records tell."""
     end = time.monotonic() + 60
     while not run.told(FAULTS["worker killed in training"].words or "") and time.monotonic() < end:
-        hit(family("fedspine.fleets.resident", str(place.kits / site)))
+        hit(family("fedspine.flare.worker_process", str(place.kits / site)))
         run.past(run.saved() + 1)
 
 
@@ -217,7 +217,7 @@ def run_killed(place: Place, run: Going, site: str) -> None:
 
 
 def site_hangs(place: Place, run: Going, site: str) -> None:
-    hit(family("fedspine.fleets.resident", str(place.kits / site)), signal.SIGSTOP)
+    hit(family("fedspine.flare.worker_process", str(place.kits / site)), signal.SIGSTOP)
 
 
 def spoils(kind: str) -> Callable[[Place, Going, str], None]:

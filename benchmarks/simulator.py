@@ -18,8 +18,9 @@ from typing import Any
 
 from peers.work import Outcome, Settings, Way, Work, prepare
 
-from fedspine.data.tasks import Dataset, load
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
+from fedspine.data.dataset import Dataset
+from fedspine.data.tasks import load
 
 HERE = Path(__file__).parent
 BESIDE = HERE.parents[1] / "shared" / "data" / "ag_news"

@@ -16,19 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedspine.build import build, simulate
-from fedspine.config import load
-from fedspine.fleet import Fleet
+from fedspine.core.fleet import Fleet
+from fedspine.core.process import keep_freed_memory
+from fedspine.core.task import Data
+from fedspine.execution.workers import Workers, Workshop
 from fedspine.fleets.simulated import SimulatedFleet
-from fedspine.fleets.workers import Workers, Workshop
 from fedspine.methods.mergesfl import MergeSflState
-from fedspine.process import keep_freed_memory
-from fedspine.records import Records
+from fedspine.runs.assemble import build, simulate
+from fedspine.runs.config import load
 from fedspine.split.batches import rows_at
 from fedspine.split.device import Begin
 from fedspine.split.server import Part, merged_features
-from fedspine.store import Saved, Store
-from fedspine.task import Data
+from fedspine.storage.records import Records
+from fedspine.storage.store import Saved, Store
 
 
 @dataclass

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from fedspine.control.controllers import plan_round
+from fedspine.control.reward import Outcome, learn, rewards
 from fedspine.fleets.hardware import Hardware, device_ids, fleet_mix
-from fedspine.lm.anatomy import anatomy_of
 from fedspine.lm.cost import Extent
 from fedspine.lm.forecast import Frame, forecast
 from fedspine.lm.importance import no_scores
+from fedspine.lm.prunable_layout import anatomy_of
 from fedspine.lm.structure import full, shrink
 from fedspine.methods.fedspine import FedSpine
-from fedspine.planning.choice import plan_round
-from fedspine.planning.outcome import Outcome, learn, rewards
 
 
 @dataclass(frozen=True)

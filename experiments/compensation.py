@@ -19,12 +19,12 @@ from importance import AGAIN, SPARSITIES, all_rows, followed, measured, tuned_wh
 from jaxtyping import Float
 from torch import Tensor
 
+from fedspine.core.task import Examples, Task
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.score import score
 from fedspine.lm.structure import Structure, cut_adapter, full, kept_columns, shrink
 from fedspine.lm.tune import tune
-from fedspine.task import Examples, Task
 
 RESULTS = Path(__file__).parent / "results" / "compensation.jsonl"
 ALL, ONE_DEVICE = 1500, 80  # rows that inputs are read from

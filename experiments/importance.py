@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedspine import config
-from fedspine.build import build
-from fedspine.device import Device
+from fedspine.core.device import Device
+from fedspine.core.task import Task
 from fedspine.lm.base import Model
-from fedspine.lm.follow import Scoring
 from fedspine.lm.importance import Scores, magnitude_scores, random_scores
+from fedspine.lm.importance_tracker import Scoring
 from fedspine.lm.lora import fresh
 from fedspine.lm.score import score
 from fedspine.lm.structure import cut_adapter, full, shrink
 from fedspine.lm.tune import Tuning, tune
-from fedspine.task import Task
+from fedspine.runs import config
+from fedspine.runs.assemble import build
 
 RESULTS = Path(__file__).parent / "results" / "importance.jsonl"
 FOLLOWED = ("gradient", "activation", "gate", "blend")

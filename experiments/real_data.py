@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedspine.build import build
-from fedspine.config import load
 from fedspine.lm.score import score
-from fedspine.report.progress import progress_for
-from fedspine.run import new_run
+from fedspine.runs.assemble import build
+from fedspine.runs.config import load
+from fedspine.runs.loop import new_run
+from fedspine.ui.progress import progress_for
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "real_data.jsonl"

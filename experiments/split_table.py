@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedspine.compare.numbers import waiting_share
-from fedspine.compare.runs import Run, select
+from fedspine.ui.compare.numbers import waiting_share
+from fedspine.ui.compare.runs import Run, select
 
 STEPS = (
     "step",

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from fedspine.core.task import Task
 from fedspine.nets.load import load
-from fedspine.task import Task
 
 CLASSES = ("slow", "middle", "fast")
 

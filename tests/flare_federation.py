@@ -12,9 +12,9 @@ import pytest
 import tomli_w
 from toy import CLASS_WORDS, MAX_TOKENS, TEST_ROWS, TRAIN_ROWS, toy_rows
 
-from fedspine.data.tasks import Rows
-from fedspine.fleet_demo import Federation, free_port, running
-from fedspine.fleets.provision import Kits, Project, create, write_site_file
+from fedspine.data.dataset import Rows
+from fedspine.flare.provision import Kits, Project, create, write_site_file
+from fedspine.ui.fleet_demo import Federation, free_port, running
 
 SITES = ("east", "north", "west")
 NAMES = tuple(words[0] for words in CLASS_WORDS)  # of the classes, as a site's file spells them

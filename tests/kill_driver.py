@@ -22,11 +22,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from fedspine import cli, run
-from fedspine.build import build
-from fedspine.config import load
-from fedspine.fleets.workers import Workshop
+from fedspine.execution.workers import Workshop
 from fedspine.report.page import REPORT
+from fedspine.runs import loop
+from fedspine.runs.assemble import build
+from fedspine.runs.config import load
+from fedspine.ui import cli
 
 POLL_SECONDS = 0.001
 GONE_SECONDS = 5.0  # within which a killed run's workers must have ended
@@ -116,7 +117,7 @@ def fork(arguments, attempt, said):
 
 def prepare(attempt):
     if not attempt.get("report"):  # which takes longer than all the rest
-        run.write_page = lambda folder: (folder / REPORT).write_text("a report")
+        loop.write_page = lambda folder: (folder / REPORT).write_text("a report")
     if attempt.get("deaf"):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if "file_bytes" in attempt:

@@ -2,7 +2,7 @@
 
 import json
 
-from fedspine import config
+from fedspine.runs import config
 
 ROUND_BYTES = 1_000_000  # of one made round, both ways together
 

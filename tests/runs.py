@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedspine import cli
+from fedspine.ui import cli
 
 SOURCE = Path(__file__).parents[1] / "src"
 CLASS_WORDS = {"kind": ("good", "the", "very"), "unkind": ("bad", "not", "small")}

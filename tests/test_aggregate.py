@@ -21,8 +21,8 @@ from fedspine.lm.aggregate import (
     mean_product,
     merge_changes,
 )
-from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.lora import a_name, b_name, cut_rank, fresh
+from fedspine.lm.prunable_layout import Anatomy
 from fedspine.lm.structure import Structure, cut_adapter, full, kept_columns, kept_rows
 
 LARGEST = 8

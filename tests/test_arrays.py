@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedspine import config
-from fedspine.build import build
+from fedspine.core.errors import BadInput
 from fedspine.data.arrays import is_arrays, load
-from fedspine.errors import BadInput
-from fedspine.method import all_methods
+from fedspine.methods import all_methods
+from fedspine.runs import config
+from fedspine.runs.assemble import build
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ROWS = 20

@@ -7,16 +7,16 @@ import pytest
 from PIL import Image
 from runs import write_csv
 
-from fedspine import config, reading
-from fedspine.build import build, settled
+from fedspine.core.errors import BadInput
 from fedspine.data import arrays
-from fedspine.errors import BadInput
-from fedspine.folder import make, recipe_of, summary_of
 from fedspine.nets.choice import net_for
 from fedspine.nets.load import load
 from fedspine.nets.models import DESIGNS
-from fedspine.report.progress import Silent
-from fedspine.run import new_run, resume
+from fedspine.runs import config, read_data
+from fedspine.runs.assemble import build, settled
+from fedspine.runs.loop import new_run, resume
+from fedspine.runs.run_dir import make, recipe_of, summary_of
+from fedspine.ui.progress import Silent
 
 FLOATS, BYTES = np.dtype(np.float32), np.dtype(np.uint8)
 SMALL = (
@@ -112,7 +112,7 @@ def test_pictures_and_sounds_in_folders_of_classes_have_their_nets(tmp_path) -> 
                     file.setparams((1, 2, 8000, 0, "NONE", ""))
                     file.writeframes(bytes(2 * samples))
     for kind, net in (("pictures", "vgg-small"), ("sounds", "cnn-s")):
-        recipe, line = reading.modelled(config.load(None, [f"task.data={tmp_path / kind}"]))
+        recipe, line = read_data.modelled(config.load(None, [f"task.data={tmp_path / kind}"]))
         assert (recipe.task.model, recipe.task.kind) == (net, "array") and net in line
         shape, type = arrays.row_of(str(tmp_path / kind))
         read = arrays.load(str(tmp_path / kind)).train.x

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedspine.message import pack, unpack
-from fedspine.planning.bandit import (
+from fedspine.control.bandit import (
     DEPTH,
     SIDE,
     U0,
@@ -22,6 +21,7 @@ from fedspine.planning.bandit import (
     reward,
     update_scale,
 )
+from fedspine.core.message import pack, unpack
 
 units = st.floats(0, 1)
 plays = st.lists(st.tuples(units, units, units), max_size=60)

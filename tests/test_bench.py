@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import LABELS, minilm, model_on, tiny
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
 from fedspine.export.bench import CALLS, bench, compare, random_ids
 from fedspine.export.hf import export, load
 from fedspine.lm.load import load as load_base

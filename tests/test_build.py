@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as some
 
-from fedspine.build import cohort
-from fedspine.config import load
+from fedspine.runs.assemble import cohort
+from fedspine.runs.config import load
 
 RECIPE = load(None)
 

@@ -18,7 +18,7 @@ from runs import (
     write_csv,
 )
 
-from fedspine import cli
+from fedspine.ui import cli
 
 PROMISED = {
     *(
@@ -418,7 +418,7 @@ def test_help_knows_all_commands() -> None:
 
 def test_help_does_not_wait_for_torch() -> None:
     code = (
-        "import sys, fedspine.cli as cli\nsys.argv = ['fedspine', '--help']\n"
+        "import sys, fedspine.ui.cli as cli\nsys.argv = ['fedspine', '--help']\n"
         "try:\n    cli.main()\nfinally:\n    print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     done = python("-c", code)

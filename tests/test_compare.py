@@ -11,13 +11,13 @@ import pytest
 from made_runs import ROUND_BYTES, made_cell, made_run
 from runs import carried_out, in_process, tiny_job, write_csv
 
-from fedspine.compare.curves import on_a_grid
-from fedspine.compare.found import find
-from fedspine.compare.groups import grouped
-from fedspine.compare.intervals import paired, paired_ratio, t_probability, t_quantile
-from fedspine.compare.runs import select
-from fedspine.errors import BadInput
-from fedspine.report.progress import Silent
+from fedspine.core.errors import BadInput
+from fedspine.ui.compare.comparison import find
+from fedspine.ui.compare.curves import on_a_grid
+from fedspine.ui.compare.groups import grouped
+from fedspine.ui.compare.intervals import paired, paired_ratio, t_probability, t_quantile
+from fedspine.ui.compare.runs import select
+from fedspine.ui.progress import Silent
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import pytest
 from browser import Browser, installed
 from made_runs import made_cell
 
-from fedspine.compare.found import find
-from fedspine.compare.write import write
-from fedspine.report.progress import Silent
+from fedspine.ui.compare.comparison import find
+from fedspine.ui.compare.write import write
+from fedspine.ui.progress import Silent
 
 pytestmark = pytest.mark.skipif(
     installed() is None, reason="no Chromium is installed; on Debian: apt-get install chromium"

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from fedspine import config
-from fedspine.errors import BadInput
-from fedspine.method import all_methods
+from fedspine.core.errors import BadInput
+from fedspine.methods import all_methods
+from fedspine.runs import config
 
 
 @pytest.mark.parametrize("method", all_methods())

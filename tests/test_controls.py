@@ -10,21 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import Spy, bits
 
-from fedspine.device import Device
-from fedspine.errors import BadInput
-from fedspine.fleet import Foresight
-from fedspine.fleets.lossy import Lossy
-from fedspine.lm.criteria import AtRandom, ByMagnitude
-from fedspine.lm.forecast import forecast
-from fedspine.lm.importance import magnitude_scores
-from fedspine.lm.score import score
-from fedspine.lm.structure import full, sparsity
-from fedspine.methods.fedspine import FedSpine
-from fedspine.methods.pruning import prune_and_tune
-from fedspine.planning.bandit import DEPTH, SIDE, U0, V0, Bandit, N, S, choose, credit, pooled
-from fedspine.planning.outcome import Outcome, learn, rewards
-from fedspine.planning.pace import LIKE_THE_FLEET, coefficients, no_evidence, observe, predicted
-from fedspine.planning.plan import (
+from fedspine.control.bandit import DEPTH, SIDE, U0, V0, Bandit, N, S, choose, credit, pooled
+from fedspine.control.device_model import Pupil, alike, paces, pupil
+from fedspine.control.latency_model import (
+    LIKE_THE_FLEET,
+    coefficients,
+    no_evidence,
+    observe,
+    predicted,
+)
+from fedspine.control.plan import (
     Limits,
     Plan,
     choose_plan,
@@ -32,7 +27,18 @@ from fedspine.planning.plan import (
     plans_for_barrier,
     random_plan,
 )
-from fedspine.planning.pupil import Pupil, alike, paces, pupil
+from fedspine.control.reward import Outcome, learn, rewards
+from fedspine.core.device import Device
+from fedspine.core.errors import BadInput
+from fedspine.core.fleet import Foresight
+from fedspine.fleets.lossy import Lossy
+from fedspine.lm.forecast import forecast
+from fedspine.lm.importance import magnitude_scores
+from fedspine.lm.importance_sources import AtRandom, ByMagnitude
+from fedspine.lm.score import score
+from fedspine.lm.structure import full, sparsity
+from fedspine.methods.fedspine import FedSpine
+from fedspine.pruning.device import prune_and_tune
 
 TOY = FedSpine.toy()
 SOME = 3  # rounds, enough to warm up, prune and merge

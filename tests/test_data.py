@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.utils import logging
 
+from fedspine.core.errors import BadInput
 from fedspine.data import files, hub, pydocs
 from fedspine.data.tasks import load, remarks
-from fedspine.errors import BadInput
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ROWS = [

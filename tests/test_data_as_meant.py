@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fedspine.core.errors import BadInput
 from fedspine.data.tasks import load, remarks
-from fedspine.errors import BadInput
 
 TEXTS = [f"text {n}" for n in range(12)]
 

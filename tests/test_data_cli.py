@@ -13,10 +13,11 @@ from PIL import Image
 from rich.console import Console
 from runs import in_process
 
-from fedspine import config, data_cli, reading
+from fedspine.core.errors import BadInput
 from fedspine.data.overview import overview
 from fedspine.data.tasks import remarks
-from fedspine.errors import BadInput
+from fedspine.runs import config, read_data
+from fedspine.ui import data_cli
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -115,8 +116,8 @@ def test_devices_hold_what_a_run_gives_them(table, tiny_folder):
     settings = [f"task.model={tiny_folder('bert')}", "fleet.devices=5", "fleet.alpha=0.5"]
     found = data_cli.look(str(table), settings)
     recipe = config.load(None, [*settings, f"task.data={table}"])
-    data = reading.dataset(recipe)
-    shares = reading.row_shares(recipe, data)
+    data = read_data.dataset(recipe)
+    shares = read_data.row_shares(recipe, data)
     assert found["partition"] == "dirichlet"
     assert [device["rows"] for device in found["devices"]] == [len(share) for share in shares]
     for device, share in zip(found["devices"], shares, strict=True):
@@ -154,7 +155,7 @@ def test_arrays_need_no_net_to_be_looked_at(command, tmp_path):
 def test_a_sample_of_the_training_rows_is_the_same_for_every_seed(table):
     tables = {"data": str(table), "model": "minilm"}
     whole, *drawn = (
-        reading.dataset(
+        read_data.dataset(
             config.recipe({"task": tables | {"train_rows": rows}, "run": {"seed": seed}})
         )
         for rows, seed in [(0, 0), (12, 0), (12, 1)]
@@ -240,7 +241,7 @@ def test_a_recipe_and_a_sweep_may_begin_with_a_mark(tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_bytes(b"\xef\xbb\xbf" + b"[run]\nrounds = 3\n")
     assert config.load(path).run.rounds == 3
-    from fedspine.sweep import plan
+    from fedspine.ui.sweep import plan
 
     sweep = tmp_path / "sweep.toml"
     sweep.write_bytes(b"\xef\xbb\xbf" + b'seeds = [0]\n[methods.a]\nname = "fedlora"\n')
@@ -251,7 +252,7 @@ def test_an_encoding_of_a_recipe_reaches_the_reader(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_bytes(("text,label\n" + "café,a\nthé,b\n" * 5).encode("latin-1"))
     settings = [f"task.data={path}", "task.encoding=latin-1"]
-    data = reading.dataset(config.load(None, settings))
+    data = read_data.dataset(config.load(None, settings))
     assert set(data.train.texts) == {"café", "thé"}
     with pytest.raises(BadInput, match=r"task\.encoding is for texts"):
         config.load(None, ["task.encoding=latin-1", "task.model=cnn-h"])
@@ -261,6 +262,6 @@ def test_an_encoding_of_a_recipe_reaches_the_reader(tmp_path):
 def test_real_data_has_the_doubles_that_its_notes_name(name, rows, doubles):
     if not (SHARED / name).is_dir():
         pytest.skip(f"the data set {name} does not lie in ../shared/data beside the repository")
-    found = overview(reading.dataset(config.load(None, [f"task.data={SHARED / name}"])))
+    found = overview(read_data.dataset(config.load(None, [f"task.data={SHARED / name}"])))
     assert sum(found["rows"].values()) == sum(found["classes"].values()) == rows
     assert found["doubles"] == doubles

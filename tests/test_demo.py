@@ -2,10 +2,11 @@
 
 from runs import in_process, summary_of, tiny_job, write_csv
 
-from fedspine import config, demo
-from fedspine.device_scores import device_scores
-from fedspine.report.progress import Silent
-from fedspine.run import new_run
+from fedspine.runs import config
+from fedspine.runs.loop import new_run
+from fedspine.ui import demo
+from fedspine.ui.device_scores import device_scores
+from fedspine.ui.progress import Silent
 
 
 def test_a_first_look_goes_from_data_to_an_answer(
@@ -49,7 +50,7 @@ def test_show_all_scores_every_device_once(tiny_folder, tmp_path, monkeypatch, c
     def never(*_, **__):
         raise AssertionError("scored again")
 
-    monkeypatch.setattr("fedspine.device_scores.score_models", never)
+    monkeypatch.setattr("fedspine.ui.device_scores.score_models", never)
     code, out, _ = in_process(monkeypatch, capsys, "show", tmp_path / "run", "--all")
     assert code == 0 and "mean of 3 devices" in out
     for id, each in scores.items():

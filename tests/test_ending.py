@@ -9,11 +9,11 @@ import pytest
 import torch
 from runs import in_process, records_of, tiny_job, write_csv
 
-from fedspine.ending import advice
-from fedspine.errors import BadInput, of_machine
-from fedspine.fleet import AllLost, Diverged, NoMemory, none_left
-from fedspine.fleets.workers import WorkerLost, WorkFailed
-from fedspine.lm import criteria
+from fedspine.core.errors import BadInput, of_machine
+from fedspine.core.fleet import AllLost, Diverged, NoMemory, none_left
+from fedspine.execution.workers import WorkerLost, WorkFailed
+from fedspine.lm import importance_sources
+from fedspine.runs.failure_advice import advice
 
 FOLDER = Path("runs/one")
 
@@ -72,7 +72,7 @@ def test_a_learning_rate_that_is_too_high(job, command, tmp_path, what):
 
 
 def test_a_device_that_diverges_alone_is_recorded_as_such(job, command, tmp_path, monkeypatch):
-    tune = criteria.tune
+    tune = importance_sources.tune
 
     def breaks(device, model, *values, **options):
         if device.id == "nx-01":
@@ -80,7 +80,7 @@ def test_a_device_that_diverges_alone_is_recorded_as_such(job, command, tmp_path
             model = replace(model, head=wrong)
         return tune(device, model, *values, **options)
 
-    monkeypatch.setattr(criteria, "tune", breaks)
+    monkeypatch.setattr(importance_sources, "tune", breaks)
     code, _, lines = command("run", *job(fleet__per_round=3), "--out", tmp_path / "run", "--json")
     assert (code, lines) == (0, [])
     left_out = [
@@ -96,7 +96,7 @@ def test_work_that_fails_would_fail_again(job, command, tmp_path, monkeypatch, w
     def breaks(*values, **options):
         raise ZeroDivisionError("of no rows")
 
-    monkeypatch.setattr(criteria, "tune", breaks)
+    monkeypatch.setattr(importance_sources, "tune", breaks)
     folder = tmp_path / "run"
     code, _, lines = command("run", *job(run__workers=workers), "--out", folder, "--json")
     (line,) = lines
@@ -111,7 +111,7 @@ def test_bad_input_is_one_line_from_wherever_it_comes(job, command, tmp_path, mo
     def breaks(*values, **options):
         raise BadInput("rank 16 exceeds the 8 of layer 3; lower method.ranks")
 
-    monkeypatch.setattr(criteria, "tune", breaks)
+    monkeypatch.setattr(importance_sources, "tune", breaks)
     folder = tmp_path / "run"
     code, _, lines = command("run", *job(run__workers=workers), "--out", folder, "--json")
     assert (code, lines) == (2, ["fedspine: rank 16 exceeds the 8 of layer 3; lower method.ranks"])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from toy import Spy, bits
 
-from fedspine.device import Device
+from fedspine.core.device import Device
+from fedspine.core.tensors import half, single
 from fedspine.fleets.lossy import Lossy
 from fedspine.lm.base import Model
 from fedspine.lm.lora import a_name, b_name
@@ -14,7 +15,6 @@ from fedspine.lm.structure import full
 from fedspine.lm.tune import tune, tuning_at
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine import FedSpine
-from fedspine.tensors import half, single
 
 WIDTH = 32  # of the tiny model: a rank at which nothing is truncated
 

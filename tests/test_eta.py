@@ -2,8 +2,9 @@
 
 import pytest
 
-from fedspine.eta import FORWARD_SHARE, Estimate, Plan
-from fedspine.method import all_methods, planned_sparsities
+from fedspine.core.method import planned_sparsities
+from fedspine.methods import all_methods
+from fedspine.runs.eta import FORWARD_SHARE, Estimate, Plan
 
 ROUNDS, ROUND_SECONDS, SAMPLES = 20, 10.0, 1600
 ROW_SECONDS = FORWARD_SHARE * ROUND_SECONDS / SAMPLES

@@ -9,11 +9,11 @@ import pytest
 import torch
 from toy import TEST_ROWS, Spy, bits
 
-from fedspine.fleet import AllLost
+from fedspine.core.fleet import AllLost
+from fedspine.core.message import pack, unpack
 from fedspine.fleets.lossy import Lossy
 from fedspine.lm.score import score
-from fedspine.message import pack, unpack
-from fedspine.method import all_methods
+from fedspine.methods import all_methods
 
 METHODS = all_methods()
 SOME = 3  # rounds of the task's five, enough to prune, merge and prune again

@@ -27,7 +27,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
 from fedspine.export.hf import Continued, Labelled, export, load, predict
 from fedspine.lm.encode import encode
 from fedspine.lm.load import load as load_base
@@ -277,7 +277,7 @@ def test_pairs(tmp_path):
 
 def test_continuations(tmp_path):
     base, tokenizer, model, folder = exported(tmp_path, "llama", "causal-lm", "unequal")
-    from fedspine.data.tasks import Rows
+    from fedspine.data.dataset import Rows
 
     loaded = load(folder)
     found = predict(loaded, ["the good model", ""])

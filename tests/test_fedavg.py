@@ -8,11 +8,11 @@ import torch
 from array_toy import array_task, bars
 from toy import TEST_ROWS, Lab, bits
 
-from fedspine.errors import BadInput
-from fedspine.fleet import AllLost
+from fedspine.core.errors import BadInput
+from fedspine.core.fleet import AllLost
+from fedspine.core.message import pack
 from fedspine.fleets.lossy import Lossy
 from fedspine.fleets.simulated import SimulatedFleet
-from fedspine.message import pack
 from fedspine.methods.fedavg import FedAvg
 from fedspine.nets.score import score_nets
 

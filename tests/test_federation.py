@@ -15,9 +15,9 @@ from flare_federation import SITES, write_recipe
 from runs import fedspine, hearing_ctrl_c
 from toy import Lab
 
-from fedspine.build import START, build_task, dataset
-from fedspine.config import load
-from fedspine.message import pack
+from fedspine.core.message import pack
+from fedspine.runs.assemble import START, build_task, dataset
+from fedspine.runs.config import load
 
 pytestmark = pytest.mark.slow
 RUN = {"precision": "fp32", "evaluate_every": 0}
@@ -208,7 +208,7 @@ def test_whatever_dies_is_reported_and_takes_part_again(place, federation, tmp_p
 def killed_at_work(run, kit):
     """Kill the site's worker, whatever it does, until the records tell of a reply lost with it."""
     if not run.told("its worker ended"):
-        if workers := family(["fedspine.fleets.resident", kit]):
+        if workers := family(["fedspine.flare.worker_process", kit]):
             os.kill(workers[0], signal.SIGKILL)
         time.sleep(1.0)
     return run.told("its worker ended")

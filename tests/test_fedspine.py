@@ -8,18 +8,18 @@ import pytest
 import torch
 from toy import Spy
 
-from fedspine.device import Device
-from fedspine.errors import BadInput
+from fedspine.control.plan import Plan
+from fedspine.control.sparsity import cubic_floor
+from fedspine.core.device import Device
+from fedspine.core.errors import BadInput
 from fedspine.fleets.lossy import Lossy
 from fedspine.lm.cost import training_memory_bytes
-from fedspine.lm.criteria import importance_of, scoring_cost
 from fedspine.lm.forecast import USABLE_MEMORY
+from fedspine.lm.importance_sources import importance_of, scoring_cost
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.structure import cut_adapter, full, is_full, sparsity
 from fedspine.methods.fedspine import FedSpine
-from fedspine.methods.pruning import SpineOrder, prune_and_tune
-from fedspine.planning.plan import Plan
-from fedspine.planning.sparsity import cubic_floor
+from fedspine.pruning.device import SpineOrder, prune_and_tune
 
 TOY = FedSpine.toy()
 

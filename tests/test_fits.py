@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import model_on, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
 from fedspine.lm.fits import longest_input, positions
 from fedspine.lm.load import load
 from fedspine.lm.tiny import MAX_TOKENS, VOCABULARY, write_tiny

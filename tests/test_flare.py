@@ -20,22 +20,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import Lab, bits, toy_task
 
-from fedspine.device import find_work, name_of
-from fedspine.fleet import AllLost, Idle
-from fedspine.fleets.desk import open_desk, works_of
-from fedspine.fleets.flare import FlareFleet
-from fedspine.fleets.members import Patience, RelayLost
-from fedspine.fleets.party import Party
-from fedspine.fleets.resident import MOST_BYTES
-from fedspine.fleets.terms import Terms
-from fedspine.fleets.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder, as_array, decoded
+from fedspine.core.device import find_work, name_of
+from fedspine.core.fleet import AllLost, Idle
+from fedspine.core.message import NotAMessage, message, pack, unpack
+from fedspine.flare.fleet import FlareFleet
+from fedspine.flare.framing import MOST_BYTES
+from fedspine.flare.run_terms import Terms
+from fedspine.flare.schema import conforms, work_kinds
+from fedspine.flare.session import Party
+from fedspine.flare.site_state import Patience, RelayLost
+from fedspine.flare.site_worker import open_desk, works_of
+from fedspine.flare.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder, as_array, decoded
 from fedspine.lm.content import content_sha256
 from fedspine.lm.load import load
-from fedspine.message import NotAMessage, message, pack, unpack
-from fedspine.method import all_methods, find
+from fedspine.methods import all_methods, find
 from fedspine.methods.fedlora import LoraOrder, LoraResult, tune_adapter
-from fedspine.records import Records
-from fedspine.schema import conforms, work_kinds
+from fedspine.storage.records import Records
 
 RUN = "0123456789abcdef" * 2
 

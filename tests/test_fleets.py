@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from toy import bits
 
-from fedspine.device import find_work, name_of, on_device
-from fedspine.errors import BadInput
-from fedspine.fleet import Idle
+from fedspine.core.device import find_work, name_of, on_device
+from fedspine.core.errors import BadInput
+from fedspine.core.fleet import Idle
+from fedspine.core.message import message, pack
+from fedspine.execution.workers import WorkerLost, WorkFailed
 from fedspine.fleets.lossy import Lossy
 from fedspine.fleets.simulated import profiles
-from fedspine.fleets.workers import WorkerLost, WorkFailed
-from fedspine.message import message, pack
 
 TERA = 1e12
 

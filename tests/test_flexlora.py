@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy import Spy, bits
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
 from fedspine.lm.lora import a_name, b_name, cut_rank
 from fedspine.lm.tune import rank_of
 from fedspine.methods.fedlora import FedLora

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from fedspine.device import Device
+from fedspine.core.device import Device
 from fedspine.lm.base import Model
-from fedspine.lm.follow import Following, Scoring
 from fedspine.lm.importance import geometric_mean
-from fedspine.lm.leaves import Leaves
+from fedspine.lm.importance_tracker import Following, Scoring
 from fedspine.lm.lora import a_name, b_name, fresh
 from fedspine.lm.structure import cut_adapter, full, kept_columns
+from fedspine.lm.trainable_stack import Leaves
 from fedspine.lm.tune import Tuning, losses_of, tune
 
 ROWS = np.arange(12)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
 from fedspine.fleets.hardware import (
     KINDS,
     LINK_JITTER,

@@ -8,13 +8,13 @@ import torch
 from toy import Lab, Spy, toy_task
 from transformers import AutoModel
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
+from fedspine.core.tensors import single
 from fedspine.lm.load import load
 from fedspine.lm.score import score
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine import FedSpine
-from fedspine.methods.head_start import FEWEST, MARGIN, ClassMeans, features, head_of
-from fedspine.tensors import single
+from fedspine.pruning.head_start import FEWEST, MARGIN, ClassMeans, features, head_of
 
 HEAD = {"classifier.weight": torch.zeros(3, 32), "classifier.bias": torch.zeros(3)}
 

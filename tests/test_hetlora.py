@@ -8,19 +8,19 @@ import pytest
 import torch
 from toy import Spy, bits
 
-from fedspine.device import Call, Device, name_of, serve
-from fedspine.errors import BadInput
-from fedspine.fleets.together import serve_together
+from fedspine.control.ranks import rank_of_device
+from fedspine.core.device import Call, Device, name_of, serve
+from fedspine.core.errors import BadInput
+from fedspine.core.message import pack, unpack
+from fedspine.core.tensors import half, single
+from fedspine.execution.together import serve_together
 from fedspine.lm.base import Model
 from fedspine.lm.lora import a_name, b_name, cut_rank, fresh
 from fedspine.lm.structure import full
 from fedspine.lm.tune import rank_of, tune, tuning_at
-from fedspine.message import pack, unpack
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine import FedSpine
 from fedspine.methods.hetlora import HetLora, HetLoraOrder, tail, tune_and_shrink
-from fedspine.planning.ranks import rank_of_device
-from fedspine.tensors import half, single
 
 TOY = HetLora.toy()
 SHARED = {"steps": TOY.steps, "batch": TOY.batch, "learning_rate": TOY.learning_rate}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedspine.device import Device
+from fedspine.core.device import Device
+from fedspine.core.message import pack, unpack
 from fedspine.lm.base import Model
-from fedspine.lm.follow import Scoring
 from fedspine.lm.importance import (
     Criterion,
     Scores,
@@ -24,11 +24,11 @@ from fedspine.lm.importance import (
     smooth,
     tally,
 )
+from fedspine.lm.importance_tracker import Scoring
 from fedspine.lm.lora import a_name, b_name, fresh
 from fedspine.lm.score import score
 from fedspine.lm.structure import Structure, cut_adapter, full, kept_columns, kept_rows
 from fedspine.lm.tune import Tuning, tune
-from fedspine.message import pack, unpack
 
 SCALE = 2.0
 

@@ -15,8 +15,9 @@ from torch import nn
 from toy import MAX_TOKENS, Lab, toy_rows, toy_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedspine.data.tasks import Rows
-from fedspine.device import Device
+from fedspine.core.device import Device
+from fedspine.core.task import IGNORED, Examples
+from fedspine.data.dataset import Rows
 from fedspine.export.hf import export
 from fedspine.export.load import Loaded, load
 from fedspine.export.predict import _ends, predict
@@ -30,8 +31,7 @@ from fedspine.lm.score import Score, score, score_module, score_together
 from fedspine.lm.structure import full
 from fedspine.lm.tokens import tokens
 from fedspine.lm.tune import Tuning, losses_of, tune
-from fedspine.method import find
-from fedspine.task import IGNORED, Examples
+from fedspine.methods import find
 
 BEGIN, END = 2, 3  # of the tiny tokenizers
 WORDS = "the good bad small very not of to in is for on with at and"

@@ -169,7 +169,7 @@ def test_methods_know_no_fleet_export_or_report():
             "fedspine.fleets",
             "fedspine.export",
             "fedspine.report",
-            "fedspine.run",
+            "fedspine.runs.loop",
         }, path
 
 

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from toy import Spy, bits, toy_task
 
-from fedspine.device import Device
-from fedspine.errors import BadInput
+from fedspine.core.device import Device
+from fedspine.core.errors import BadInput
+from fedspine.core.message import pack
+from fedspine.core.tensors import half
 from fedspine.lm.base import Base
 from fedspine.lm.prefix import Prefixes
 from fedspine.lm.tune import tuning_at
-from fedspine.message import pack
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.linear_probe import LinearProbe, ProbeOrder, tune_head
-from fedspine.tensors import half
 
 TOY = LinearProbe.toy()
 SHARED = {"steps": TOY.steps, "batch": TOY.batch, "learning_rate": TOY.learning_rate}

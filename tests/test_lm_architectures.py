@@ -7,11 +7,11 @@ from tiny_models import KINDS, labels_for, logits, minilm, model_on, stories, ti
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from fedspine.errors import BadInput
-from fedspine.lm.anatomy import UNIT_MAPS, unit_map
+from fedspine.core.errors import BadInput
 from fedspine.lm.base import Model
 from fedspine.lm.load import load
 from fedspine.lm.lora import a_name, b_name
+from fedspine.lm.prunable_layout import UNIT_MAPS, unit_map
 from fedspine.lm.structure import full, kept_columns, kept_rows, sparsity
 from fedspine.lm.tiny import DECODERS, ENCODERS, write_tiny
 

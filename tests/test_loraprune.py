@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from toy import Spy, bits
 
-from fedspine.errors import BadInput
+from fedspine.control.sparsity import cubic_floor
+from fedspine.core.errors import BadInput
 from fedspine.fleets.lossy import Lossy
 from fedspine.lm.structure import full, is_full, sparsity
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine import FedSpine
 from fedspine.methods.loraprune import LoraPrune
-from fedspine.planning.sparsity import cubic_floor
 
 TOY = LoraPrune.toy()
 SHARED = {"steps": TOY.steps, "batch": TOY.batch, "learning_rate": TOY.learning_rate}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy import bits
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
 from fedspine.lm.importance import magnitude_scores
 from fedspine.lm.structure import cut_adapter, full, shrink, sparsity
 from fedspine.methods.fedlora import FedLora

@@ -8,15 +8,15 @@ import pytest
 import torch
 from toy import KINDS, Lab, Spy, bits, toy_task
 
-from fedspine.errors import BadInput
-from fedspine.fleet import AllLost
+from fedspine.control.batch_timing import SHORTER
+from fedspine.core.errors import BadInput
+from fedspine.core.fleet import AllLost
 from fedspine.lm.lora import b_name
 from fedspine.lm.tune import losses_of
-from fedspine.methods.looking import calibrating
 from fedspine.methods.mergesfl import MergeSfl
-from fedspine.planning.within import SHORTER
 from fedspine.split.batches import drawn, rows_at
 from fedspine.split.device import Ended, Forwarded
+from fedspine.split.label_distribution import calibrating
 
 # plain SGD on what is sent unrounded, so that the split can be compared with no split
 PLAIN = MergeSfl(

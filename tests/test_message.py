@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from fedspine.message import NotAMessage, Packed, message, pack, unpack
+from fedspine.core.message import NotAMessage, Packed, message, pack, unpack
 
 DTYPES = (
     torch.float64,

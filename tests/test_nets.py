@@ -8,15 +8,15 @@ import torch
 from array_toy import array_task, bars, waves
 from torch import nn
 
-from fedspine.errors import BadInput
-from fedspine.message import pack, unpack
+from fedspine.core.errors import BadInput
+from fedspine.core.message import pack, unpack
 from fedspine.nets.load import load
 from fedspine.nets.models import BatchNorm
 from fedspine.nets.net import Net, NetModel
 from fedspine.nets.score import score_nets
-from fedspine.split.halves import Features
+from fedspine.split.interface import Features
 from fedspine.split.server import Merged, Part
-from fedspine.split.trained import Optimising
+from fedspine.split.trainable_half import Optimising
 
 SMALL = {
     "cnn-h": (2, 16),

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedspine.core.errors import BadInput
 from fedspine.data.partition import column_of, partition
-from fedspine.errors import BadInput
 
 
 def split(how="iid", *, devices=4, rows=40, labels=None, groups=None, alpha=1.0, seed=0):

@@ -19,7 +19,7 @@ from tiny_models import (
 )
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
 from fedspine.export import hf
 from fedspine.export.adapter import Origin, export_adapter
 from fedspine.export.peft import read_adapter, write_adapter

@@ -10,6 +10,7 @@ from tiny_models import LABELS, TEXTS, as_its_readme_says, fp32_apart, logits
 from tiny_models import model_on as random_model
 from transformers import AutoModel, AutoModelForTokenClassification, AutoTokenizer
 
+from fedspine.core.task import Examples
 from fedspine.export import hf
 from fedspine.export.adapter import Origin, export_adapter
 from fedspine.lm.base import Model
@@ -18,7 +19,6 @@ from fedspine.lm.lora import fresh
 from fedspine.lm.pooling import mean_of_tokens
 from fedspine.lm.score import score, score_together
 from fedspine.lm.structure import full
-from fedspine.task import Examples
 
 CLASSES = 3
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from runs import records_of, summary_of, tiny_job, write_csv
 
-from fedspine import config
-from fedspine.build import settled
-from fedspine.folder import recipe_of
 from fedspine.lm import precision
+from fedspine.runs import config
+from fedspine.runs.assemble import settled
+from fedspine.runs.run_dir import recipe_of
 
 CPU = torch.device("cpu")
 
@@ -55,8 +55,8 @@ def test_a_run_writes_what_it_chose_and_goes_on_with_it(
     speed, tiny_folder, tmp_path, monkeypatch
 ) -> None:
     """Begun where fp32 is faster, killed after a round, gone on with where bf16 is: fp32 to the end."""
-    from fedspine.report.progress import Silent
-    from fedspine.run import Stopped, new_run, resume
+    from fedspine.runs.loop import Stopped, new_run, resume
+    from fedspine.ui.progress import Silent
 
     class Interrupting(Silent):
         def round_done(self, standing):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy import bits, toy_task
 
-from fedspine.device import Device
+from fedspine.core.device import Device
 from fedspine.lm import prefix as module
 from fedspine.lm.base import Base, Model
 from fedspine.lm.load import load

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from fedspine.report import progress, tables
+from fedspine.report import tables
+from fedspine.ui import progress
 
 SUMMARY = {
     "rounds": 2,

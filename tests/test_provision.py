@@ -15,15 +15,15 @@ from runs import fedspine, in_process
 
 pytest.importorskip("nvflare", reason="a fleet of real machines needs the extra `flare`")
 
-from fedspine import fleet_demo
-from fedspine.build import dataset
+from fedspine.core.errors import BadInput
 from fedspine.data.tasks import load_stated
-from fedspine.errors import BadInput
-from fedspine.fleet_demo import free_port
-from fedspine.fleets import kit as kits
-from fedspine.fleets.kit import kit_at
-from fedspine.fleets.provision import AUTHORITY, Project, create, load_project, write_site_file
-from fedspine.fleets.site import load_site
+from fedspine.flare import startup_kit as kits
+from fedspine.flare.provision import AUTHORITY, Project, create, load_project, write_site_file
+from fedspine.flare.site import load_site
+from fedspine.flare.startup_kit import kit_at
+from fedspine.runs.assemble import dataset
+from fedspine.ui import fleet_demo
+from fedspine.ui.fleet_demo import free_port
 
 
 def project(**changes):
@@ -390,7 +390,7 @@ def test_a_kit_that_was_not_provisioned_is_let_in_nowhere(federation, tmp_path, 
 def test_a_job_that_brings_code_is_not_run(federation, tmp_path):
     from nvflare.collab import CollabRecipe
 
-    from fedspine.fleets.flare_app import Relay, SiteApp
+    from fedspine.flare.app import Relay, SiteApp
 
     recipe = CollabRecipe("intruder", server=Relay(), client=SiteApp(), min_clients=1)
     recipe.export(str(tmp_path))

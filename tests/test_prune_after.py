@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy import Spy, bits
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
 from fedspine.lm.structure import cut_adapter, full, is_full, shrink, sparsity
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.prune_after import PruneAfter

@@ -10,12 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from toy import TEST_ROWS, Lab, Spy, bits
 
-from fedspine.errors import BadInput
-from fedspine.methods.fedavg import FedAvg
-from fedspine.methods.pyramidfl import Forecast, PyramidFL, kept, whole_update
-from fedspine.nets.score import score_nets
-from fedspine.planning import pace
-from fedspine.planning.oort import (
+from fedspine.control import latency_model
+from fedspine.control.selection import (
     MOST_MORE,
     Seen,
     Selecting,
@@ -24,6 +20,10 @@ from fedspine.planning.oort import (
     select,
     steps_with_slack,
 )
+from fedspine.core.errors import BadInput
+from fedspine.methods.fedavg import FedAvg
+from fedspine.methods.pyramidfl import Forecast, PyramidFL, kept, whole_update
+from fedspine.nets.score import score_nets
 
 USUAL = Selecting(
     participants=4,
@@ -231,10 +231,10 @@ def test_a_thinned_update_weighs_less_and_is_put_back_where_it_was(bench, waves_
 
 def test_a_forecast_tells_work_from_traffic():
     def timed(*points):  # seconds = 4 * work + 2 * traffic, of which half is the order's
-        evidence = pace.no_evidence()
+        evidence = latency_model.no_evidence()
         for work, drop in points:
             seconds = 4 * work + 2 * (1 - drop / 2)
-            evidence = pace.observe(
+            evidence = latency_model.observe(
                 evidence, sparsity=1 - work, rank=1 - drop / 2, seconds=seconds, discount=1.0
             )
         return evidence

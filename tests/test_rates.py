@@ -2,13 +2,14 @@
 
 import pytest
 
-from fedspine import config, rates
-from fedspine.build import settled
-from fedspine.errors import BadInput
+from fedspine.core import rates
+from fedspine.core.errors import BadInput
 from fedspine.lm.tune import LocalTraining
-from fedspine.method import all_methods
+from fedspine.methods import all_methods
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.mergesfl import MergeSfl
+from fedspine.runs import config
+from fedspine.runs.assemble import settled
 
 OPEN = [name for name, method in all_methods().items() if rates.open_fields(method())]
 

@@ -8,17 +8,16 @@ import pytest
 from runs import tiny_job, write_csv
 from toy import toy_rows
 
-from fedspine import config, references
-from fedspine.data.arrays import ArrayRows
-from fedspine.data.tasks import Rows
-from fedspine.doubts import Seen, doubt, due
-from fedspine.folder import SUMMARY, summary_of
+from fedspine.data.dataset import ArrayRows, Rows
 from fedspine.report.page import REPORT, write_page
-from fedspine.report.progress import Silent
 from fedspine.report.rows import Note, Score, read_rows
 from fedspine.report.rows import Rows as Recorded
 from fedspine.report.tables import headlines
-from fedspine.run import Stopped, new_run, resume
+from fedspine.runs import config, references
+from fedspine.runs.loop import Stopped, new_run, resume
+from fedspine.runs.run_dir import SUMMARY, summary_of
+from fedspine.runs.run_warnings import Seen, doubt, due
+from fedspine.ui.progress import Silent
 
 RECIPE = config.load(None, ["run.rounds=24"])
 SEEN = Seen(rows=400, commonest=0.64)  # a standard error of sqrt(0.64 * 0.36 / 400) = 0.024

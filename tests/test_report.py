@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
 from fedspine.report import figures
 from fedspine.report.page import write_page
 from fedspine.report.rows import READERS, Rows, read_rows

@@ -15,20 +15,20 @@ from runs import python
 from toy import toy_rows
 
 import fedspine.methods.fedlora as fedlora
-import fedspine.methods.head_start as head_start
-from fedspine.device import Call, name_of, serve
-from fedspine.errors import BadInput
-from fedspine.fleets.desk import MEMORY, RUNS_KEPT, open_desk, works_of
-from fedspine.fleets.fitting import misfit
-from fedspine.fleets.provision import write_site_file
-from fedspine.fleets.resident import LOG, Resident
-from fedspine.fleets.site import load_site, open_site
-from fedspine.fleets.terms import Terms
-from fedspine.fleets.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder, as_array, decoded
+import fedspine.pruning.head_start as head_start
+from fedspine.core.device import Call, name_of, serve
+from fedspine.core.errors import BadInput
+from fedspine.core.message import pack
+from fedspine.flare.provision import write_site_file
+from fedspine.flare.run_terms import Terms
+from fedspine.flare.site import load_site, open_site
+from fedspine.flare.site_worker import MEMORY, RUNS_KEPT, open_desk, works_of
+from fedspine.flare.validate import misfit
+from fedspine.flare.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder, as_array, decoded
+from fedspine.flare.worker_process import LOG, Resident
 from fedspine.lm.content import content_sha256
 from fedspine.lm.load import load
-from fedspine.message import pack
-from fedspine.methods.pruning import prune_and_tune
+from fedspine.pruning.device import prune_and_tune
 
 RUN = "0123456789abcdef" * 2
 SECONDS = 120.0  # for a worker to come up and work, on a machine that is busy
@@ -280,7 +280,7 @@ def test_whoever_comes_while_it_works_waits_for_its_turn_no_longer_than_allowed(
 
 def test_a_worker_ends_with_its_supervisor(kit, terms):
     lines = (
-        "import os, pathlib, fedspine.fleets.resident as r",
+        "import os, pathlib, fedspine.flare.worker_process as r",
         f"print(r.Resident(pathlib.Path({str(kit)!r})).pid, flush=True)",
         "os._exit(0)",
     )

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from runs import in_process, python, records_of, summary_of, tiny_job, without_wall, write_csv
 
-from fedspine import run
 from fedspine.fleets.lossy import Lossy
-from fedspine.lm import criteria
+from fedspine.lm import importance_sources
+from fedspine.runs import loop
 
 
 @pytest.fixture
@@ -26,13 +26,13 @@ def job(tiny_folder, tmp_path):
 
 
 def test_a_device_whose_loss_is_no_number_is_left_out(job, command, tmp_path, monkeypatch) -> None:
-    tune = criteria.tune
+    tune = importance_sources.tune
 
     def breaks(device, *values, **options):
         trace = tune(device, *values, **options)
         return replace(trace, loss=math.nan) if device.id == "nx-01" else trace
 
-    monkeypatch.setattr(criteria, "tune", breaks)
+    monkeypatch.setattr(importance_sources, "tune", breaks)
     code, _, lines = command("run", *job(fleet__per_round=3), "--out", tmp_path / "run", "--json")
     assert (code, lines) == (0, [])
     notes = [row for row in records_of(tmp_path / "run") if row["row"] == "note"]
@@ -71,7 +71,7 @@ def test_all_devices_lost_later(job, command, tmp_path, monkeypatch) -> None:
         return Lossy(fleet, drop=1.0, seed=0) if fleet.now else fleet
 
     with monkeypatch.context() as patched:
-        patched.setattr(run, "around", silent_later)
+        patched.setattr(loop, "around", silent_later)
         code, _, lines = command("run", *job(), "--out", folder, "--json")
     (line,) = lines
     assert code == 2
@@ -92,7 +92,7 @@ def test_a_failure_that_nobody_expected(job, command, tmp_path, monkeypatch) -> 
         raise ZeroDivisionError("a bug\nof two lines")
 
     with monkeypatch.context() as patched:
-        patched.setattr(run, "marks", fails)
+        patched.setattr(loop, "marks", fails)
         code, _, lines = command("run", *job(), "--out", tmp_path / "run", "--json")
     (line,) = lines
     assert code == 2

@@ -9,12 +9,12 @@ from test_tune import ROBERTA, cut_to, device_on, model_on
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedspine.lm.cost import NO_SCORING, ScoringCost, training_memory_bytes
-from fedspine.lm.criteria import AtRandom, ByMagnitude, scoring_cost, tune_and_score
-from fedspine.lm.follow import Scoring
+from fedspine.lm.importance_sources import AtRandom, ByMagnitude, scoring_cost, tune_and_score
+from fedspine.lm.importance_tracker import Scoring
 from fedspine.lm.scoring_cost import following_cost
 from fedspine.lm.structure import full, sparsity
 from fedspine.lm.tune import Tuning, batches, tune
-from fedspine.method import all_methods
+from fedspine.methods import all_methods
 
 BLOCK = 7_077_888  # weights of a block of RoBERTa-base: four of 768 x 768, two of 768 x 3072
 READ = 768 * 768 + 768 * 3072  # of these in the two layers that read units

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from fedspine.fleet import Cost, Idle, Profile, Reply
+from fedspine.control.plan import Plan
+from fedspine.core.fleet import Cost, Idle, Profile, Reply
 from fedspine.lm.importance import Scores
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.structure import Structure, cut_adapter
-from fedspine.method import all_methods
+from fedspine.methods import all_methods
 from fedspine.methods.fedlora import LoraResult
-from fedspine.methods.late import UnderWay
-from fedspine.methods.pruning import SpineResult, contribution
-from fedspine.planning.plan import Plan
+from fedspine.pruning.device import SpineResult, contribution
+from fedspine.pruning.semi_async import UnderWay
 
 METHODS = all_methods()
 COST = Cost(bytes_down=1, bytes_up=1, flops=1.0, peak_memory_bytes=1, seconds=1.0)

@@ -10,9 +10,9 @@ import pytest
 from runs import deaf_to_ctrl_c, environment, hearing_ctrl_c, python
 from test_resume import ENOUGH, assert_same, job  # noqa: F401
 
-from fedspine import process
-from fedspine.errors import Stopped
-from fedspine.process import Terminated, ends_on_sigterm, ends_when_told
+from fedspine.core import process
+from fedspine.core.errors import Stopped
+from fedspine.core.process import Terminated, ends_on_sigterm, ends_when_told
 
 
 @pytest.mark.slow

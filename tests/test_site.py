@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from fedspine.core.errors import BadInput
+from fedspine.core.message import pack, unpack
 from fedspine.data.tasks import load
-from fedspine.errors import BadInput
-from fedspine.fleets.site import check_name, load_site, open_site, site_examples
-from fedspine.fleets.terms import TOLD, Refused, Terms, model_name
+from fedspine.flare.run_terms import TOLD, Refused, Terms, model_name
+from fedspine.flare.site import check_name, load_site, open_site, site_examples
 from fedspine.lm.content import content_sha256
 from fedspine.lm.load import load as load_model
 from fedspine.lm.tokens import tokens
-from fedspine.message import pack, unpack
 
 ROWS = [
     {"text": f"row {n} of the good words", "label": ("no", "maybe", "yes")[n % 3]}

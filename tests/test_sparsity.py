@@ -4,8 +4,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fedspine.errors import BadInput
-from fedspine.planning.sparsity import (
+from fedspine.control.sparsity import (
     LayerShape,
     counts,
     cubic_floor,
@@ -13,6 +12,7 @@ from fedspine.planning.sparsity import (
     highest,
     layer_targets,
 )
+from fedspine.core.errors import BadInput
 
 MINILM = LayerShape(heads=12, channels=1536, head_parameters=49_152, channel_parameters=768)
 ROBERTA = LayerShape(heads=12, channels=3072, head_parameters=196_608, channel_parameters=1536)

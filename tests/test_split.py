@@ -13,21 +13,23 @@ from hypothesis import strategies as st
 from tiny_models import model_on, tiny
 from toy import Lab, Spy, bits, toy_task
 
-from fedspine.device import Call, Device, Kept, Scratch, on_device, serve
-from fedspine.errors import BadInput
+from fedspine.core.device import Call, Device, Kept, Scratch, on_device, serve
+from fedspine.core.errors import BadInput
+from fedspine.core.fleet import AllLost
+from fedspine.core.message import message, pack
+from fedspine.core.task import Arrays, Task
+from fedspine.core.tensors import average
 from fedspine.export.hf import merged_tensors
-from fedspine.fleet import AllLost
 from fedspine.lm.content import content_sha256
 from fedspine.lm.lora import b_name
 from fedspine.lm.tune import losses_of
-from fedspine.message import message, pack
 from fedspine.nets.net import Net
 from fedspine.split.batches import Budget, drawn, rows_at, rows_from
 from fedspine.split.device import HELD, Begin, Cutting, Step, begin, ended
-from fedspine.split.halves import Features
-from fedspine.split.rounds import play
+from fedspine.split.interface import Features
+from fedspine.split.protocol import play
 from fedspine.split.server import Copies, InTurn, Merged, Part, merged, parted
-from fedspine.split.trained import Optimising, Trained, check_optimising, learning_rate_at
+from fedspine.split.trainable_half import Optimising, Trained, check_optimising, learning_rate_at
 from fedspine.split.wire import (
     gradient_wired,
     labels_unwired,
@@ -36,8 +38,6 @@ from fedspine.split.wire import (
     unwired,
     wired,
 )
-from fedspine.task import Arrays, Task
-from fedspine.tensors import average
 
 SGD = Optimising(kind="sgd", learning_rate=0.5)
 ADAMW = Optimising(kind="adamw", learning_rate=2e-2, weight_decay=0.1, clip=1.0)

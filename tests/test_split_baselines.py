@@ -9,25 +9,25 @@ import torch
 from tiny_models import model_on
 from toy import Lab, Spy, bits, toy_task
 
-from fedspine.errors import BadInput
-from fedspine.fleet import AllLost
-from fedspine.method import find
+from fedspine.control.worker_state import costs
+from fedspine.core.errors import BadInput
+from fedspine.core.fleet import AllLost
+from fedspine.core.task import IGNORED, Arrays, Task
+from fedspine.core.tensors import average
+from fedspine.methods import find
 from fedspine.methods.adasfl import AdaSfl
 from fedspine.methods.fedavg import FedAvg
 from fedspine.methods.locfedmix import LocFedMix, ReadingOrder, blended, mixup
-from fedspine.methods.reconstruction import DECODER, OUT_BIAS, DecodedCutting
 from fedspine.methods.splitfed_v1 import SplitFedV1
 from fedspine.methods.splitfed_v2 import SplitFedV2
 from fedspine.methods.splitlora import SplitLora
 from fedspine.nets.net import Net
 from fedspine.nets.score import score_nets
-from fedspine.planning.workers import costs
+from fedspine.split.auxiliary import DECODER, OUT_BIAS, DecodedCutting
 from fedspine.split.device import Begin, Cutting, Ended, Step
-from fedspine.split.halves import Features
+from fedspine.split.interface import Features
 from fedspine.split.server import Copies, Merged, Part, Weighted
-from fedspine.split.trained import Optimising
-from fedspine.task import IGNORED, Arrays, Task
-from fedspine.tensors import average
+from fedspine.split.trainable_half import Optimising
 
 PLAIN = {  # SGD, nothing rounded on the wire
     "rank": 4,

@@ -8,12 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fedspine.errors import BadInput
-from fedspine.message import pack, unpack
-from fedspine.planning.genetic import Search, any_workers, fitness, founders, seconds_lost, select
-from fedspine.planning.labels import distribution, divergence, merged, reference
-from fedspine.planning.regulate import regulate, rows_that_fit, scaled_up
-from fedspine.planning.split_plan import (
+from fedspine.control.batch_sizes import regulate, rows_that_fit, scaled_up
+from fedspine.control.batch_timing import PART, SHORTER, early, fitted, levelled
+from fedspine.control.genetic_selection import (
+    Search,
+    any_workers,
+    fitness,
+    founders,
+    seconds_lost,
+    select,
+)
+from fedspine.control.labels import distribution, divergence, merged, reference
+from fedspine.control.split_plan import (
     Candidates,
     Goal,
     SplitControl,
@@ -21,8 +27,9 @@ from fedspine.planning.split_plan import (
     plan_split,
     tuned,
 )
-from fedspine.planning.within import PART, SHORTER, early, fitted, levelled
-from fedspine.planning.workers import WorkerState, costs, observed, priorities, took_part
+from fedspine.control.worker_state import WorkerState, costs, observed, priorities, took_part
+from fedspine.core.errors import BadInput
+from fedspine.core.message import pack, unpack
 
 ROUNDING = 1e-9
 

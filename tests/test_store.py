@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from runs import python
 
-from fedspine.errors import BadInput
-from fedspine.store import Saved, Store, write_atomically
+from fedspine.core.errors import BadInput
+from fedspine.storage.store import Saved, Store, write_atomically
 
 
 def saved(round, **memories):
@@ -88,7 +88,7 @@ def test_reading_while_another_round_is_saved(store, tmp_path, monkeypatch) -> N
 
 def test_one_process_at_a_time(store, tmp_path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom fedspine.errors import BadInput\nfrom fedspine.store import Store\n"
+        "import sys\nfrom pathlib import Path\nfrom fedspine.core.errors import BadInput\nfrom fedspine.storage.store import Store\n"
         "store = Store(Path(sys.argv[1]))\ntry:\n    store.open()\nexcept BadInput as error:\n    print(error)\n"
     )
     assert "another process is working" in python("-c", code, tmp_path / "state").stdout

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedspine.errors import BadInput
-from fedspine.lm.anatomy import Anatomy
+from fedspine.core.errors import BadInput
 from fedspine.lm.lora import a_name, b_name, fresh
+from fedspine.lm.prunable_layout import Anatomy
 from fedspine.lm.structure import (
     Structure,
     check_target,

@@ -24,17 +24,17 @@ from runs import (
     write_csv,
 )
 
-from fedspine import config
-from fedspine.errors import BadInput
-from fedspine.method import all_methods
-from fedspine.report import sweeps
-from fedspine.report.progress import Silent
-from fedspine.run import new_run
-from fedspine.sweep.folder import SweepFolder, held
-from fedspine.sweep.left import Ahead, seconds_left
-from fedspine.sweep.names import distinct
-from fedspine.sweep.plan import plan
-from fedspine.sweep.work import GOODBYE_SECONDS, look, reason_of
+from fedspine.core.errors import BadInput
+from fedspine.methods import all_methods
+from fedspine.runs import config
+from fedspine.runs.loop import new_run
+from fedspine.ui.progress import Silent
+from fedspine.ui.sweep import display
+from fedspine.ui.sweep.eta import Ahead, seconds_left
+from fedspine.ui.sweep.names import distinct
+from fedspine.ui.sweep.plan import plan
+from fedspine.ui.sweep.sweep_dir import SweepFolder, held
+from fedspine.ui.sweep.work import GOODBYE_SECONDS, look, reason_of
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 GONE_SECONDS = 10.0  # within which the processes of a killed sweep must have ended
@@ -334,13 +334,13 @@ def test_time_left():
     assert seconds_left([Ahead("a", 1, 4), Ahead("b", 0, 4)], finished, 8) == 75
 
 
-OUTLOOK = sweeps.Outlook(
-    cells=12, done=3, failed=1, seconds_left=125.0, at_work=(sweeps.AtWork("lora--seed=1", 5, 24),)
+OUTLOOK = display.Outlook(
+    cells=12, done=3, failed=1, seconds_left=125.0, at_work=(display.AtWork("lora--seed=1", 5, 24),)
 )
 
 
 def test_lines_go_to_stderr(capsys):
-    shown = sweeps.Lines(sys.stderr)
+    shown = display.Lines(sys.stderr)
     shown.update(OUTLOOK)
     shown.update(OUTLOOK)  # within the same minute
     shown.ended("fedspine--seed=1", "accuracy 71.0 %, 12.3 s", OUTLOOK)
@@ -356,7 +356,7 @@ def test_lines_go_to_stderr(capsys):
 
 def test_a_terminal_gets_one_display_and_its_cursor_back():
     out = io.StringIO()
-    shown = sweeps.Live(Console(file=out, force_terminal=True, width=120))
+    shown = display.Live(Console(file=out, force_terminal=True, width=120))
     shown.update(OUTLOOK)
     shown.bar.refresh()
     shown.ended("fedspine[x]", "failed: no [red]room[/red]", OUTLOOK)
@@ -606,7 +606,7 @@ def test_a_run_that_somebody_else_works_on_is_waited_for(place, command):
     sweep.open(Path("sweep.toml"))
     run = sweep.prepare(cell)
     sweep.close()
-    code = "import sys, time; from pathlib import Path; from fedspine.store import lock\n"
+    code = "import sys, time; from pathlib import Path; from fedspine.storage.store import lock\n"
     code += "held = lock(Path(sys.argv[1]), 'it'); print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen(
         [sys.executable, "-c", code, run / "state" / "lock"],

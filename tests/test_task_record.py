@@ -19,15 +19,15 @@ from safetensors.torch import load_file, save_file
 from tiny_models import as_its_readme_says, fp32_apart
 from transformers import AutoConfig, AutoTokenizer
 
-from fedspine import config, task_record
-from fedspine.build import build
-from fedspine.data.tasks import Dataset, Rows
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
+from fedspine.data.dataset import Dataset, Rows
 from fedspine.export.of_run import open_run
-from fedspine.folder import make, recipe_of
 from fedspine.lm.load import load
 from fedspine.lm.tiny import DECODERS, ENCODERS
 from fedspine.lm.tokens import written
+from fedspine.runs import config, task_record
+from fedspine.runs.assemble import build
+from fedspine.runs.run_dir import make, recipe_of
 
 
 @pytest.fixture

@@ -9,23 +9,23 @@ import pytest
 import torch
 from toy import Lab, bits, toy_task
 
-from fedspine.device import Call, Device, name_of, on_device, serve
-from fedspine.fleets import together as module
-from fedspine.fleets.together import serve_together
-from fedspine.fleets.workers import ScoreJob, Workshop
+from fedspine.core.device import Call, Device, name_of, on_device, serve
+from fedspine.core.message import Tensors, message, pack, unpack
+from fedspine.execution import together as module
+from fedspine.execution.scoring import Deployment, marks, score_models
+from fedspine.execution.together import serve_together
+from fedspine.execution.workers import ScoreJob, Workshop
 from fedspine.lm.base import Model
-from fedspine.lm.follow import Scoring
 from fedspine.lm.importance import Scores
-from fedspine.lm.leaves import Leaves
+from fedspine.lm.importance_tracker import Scoring
 from fedspine.lm.lora import fresh
 from fedspine.lm.score import score, score_together
 from fedspine.lm.structure import Structure, cut_adapter, full, shrink
+from fedspine.lm.trainable_stack import Leaves
 from fedspine.lm.tune import Tuning, losses_of, train, tune
-from fedspine.message import Tensors, message, pack, unpack
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine import FedSpine
 from fedspine.methods.hetlora import HetLora
-from fedspine.scoring import Deployment, marks, score_models
 
 TUNING = Tuning(steps=6, batch=8, learning_rate=1e-2, head_learning_rate=2e-2)
 

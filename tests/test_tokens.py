@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from toy import toy_rows
 
+from fedspine.core.task import Examples
 from fedspine.lm import tokens as module
 from fedspine.lm.encode import encode
 from fedspine.lm.load import load
 from fedspine.lm.tokens import tokens
-from fedspine.task import Examples
 
 
 @pytest.fixture

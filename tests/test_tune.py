@@ -12,13 +12,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from toy import bits, toy_task
 
-from fedspine.device import Device
-from fedspine.errors import BadInput
+from fedspine.core.device import Device
+from fedspine.core.errors import BadInput
 from fedspine.fleets.hardware import Hardware
-from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Model
 from fedspine.lm.cost import Extent, adapter_width, training_flops, training_memory_bytes
 from fedspine.lm.lora import AdaptedLinear, fresh
+from fedspine.lm.prunable_layout import Anatomy
 from fedspine.lm.score import score
 from fedspine.lm.structure import Structure, full, shrink, sparsity
 from fedspine.lm.tune import Tuning, batches, check_tuning, losses_of, tune, tuning_at

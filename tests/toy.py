@@ -4,15 +4,15 @@ import json
 
 import numpy as np
 
-from fedspine.data.tasks import Rows
+from fedspine.core.message import pack
+from fedspine.core.task import Task
+from fedspine.data.dataset import Rows
+from fedspine.execution.workers import Workers, Workshop
 from fedspine.fleets.hardware import Hardware
 from fedspine.fleets.simulated import SimulatedFleet, World, profiles
-from fedspine.fleets.workers import Workers, Workshop
 from fedspine.lm.encode import encode
-from fedspine.message import pack
-from fedspine.records import Records
-from fedspine.store import Saved, Store
-from fedspine.task import Task
+from fedspine.storage.records import Records
+from fedspine.storage.store import Saved, Store
 
 KINDS = ("tx2", "tx2", "nx", "nx", "agx")
 CLASS_WORDS = (("good", "the", "to"), ("bad", "of", "for"), ("small", "and", "on"))

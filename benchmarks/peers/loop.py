@@ -21,9 +21,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
+from fedspine.core.tensors import average
 from fedspine.lm.load import PRECISIONS, locate
 from fedspine.lm.score import score_module
-from fedspine.tensors import average
 from peers.work import Outcome, Way, Work
 
 BLOCKS = r".*encoder\.layer\.\d+\..*(query|key|value|dense)"  # every linear layer of the blocks

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from fedspine.build import build
-from fedspine.device import Device
+from fedspine.core.device import Device
 from fedspine.lm.base import Model
 from fedspine.lm.cost import Extent, training_flops
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
+from fedspine.runs.assemble import build
 from peers.loop import learner
 from peers.work import Padding, Way, Work
 

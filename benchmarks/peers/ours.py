@@ -12,8 +12,8 @@ from time import perf_counter, time
 from typing import Any
 
 from fedspine.lm import tune
-from fedspine.report.progress import Silent
-from fedspine.run import new_run
+from fedspine.runs.loop import new_run
+from fedspine.ui.progress import Silent
 from peers.work import Outcome, Precision, Work
 
 SPAWNED = (

@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedspine.build import START, build, cohort
-from fedspine.config import Recipe, recipe
-from fedspine.data.tasks import Dataset, Rows
+from fedspine.core.task import Examples
+from fedspine.data.dataset import Dataset, Rows
 from fedspine.lm.tune import Tuning, batches, tuning_at
-from fedspine.task import Examples
+from fedspine.runs.assemble import START, build, cohort
+from fedspine.runs.config import Recipe, recipe
 
 Padding: TypeAlias = Literal["fixed", "bucketed"]
 Precision: TypeAlias = Literal["fp32", "bf16"]

@@ -1,5 +1,5 @@
 """`python -m fedspine` is `fedspine`."""
 
-from fedspine.cli import main
+from fedspine.ui.cli import main
 
 main()

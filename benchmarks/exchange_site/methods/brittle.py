@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedspine.device import Device, DeviceId, on_device
-from fedspine.fleet import Fleet
-from fedspine.method import method
+from fedspine.core.device import Device, DeviceId, on_device
+from fedspine.core.fleet import Fleet
+from fedspine.core.method import method
 from fedspine.methods.fedlora import FedLora, LoraOrder, LoraResult, LoraState, tune_adapter
 
 SPOIL = (

@@ -7,14 +7,14 @@ from typing import Self
 import numpy as np
 import torch
 
-from fedspine.device import Device, DeviceId, on_device
-from fedspine.fleet import AllLost, Fleet
-from fedspine.lm.anatomy import Anatomy
+from fedspine.core.device import Device, DeviceId, on_device
+from fedspine.core.fleet import AllLost, Fleet
+from fedspine.core.message import Tensors, message
+from fedspine.core.method import method
+from fedspine.core.task import Task
 from fedspine.lm.base import Model
+from fedspine.lm.prunable_layout import Anatomy
 from fedspine.lm.structure import full
-from fedspine.message import Tensors, message
-from fedspine.method import method
-from fedspine.task import Task
 
 WARM_UP = 3  # exchanges of each size that are not counted
 

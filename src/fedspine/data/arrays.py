@@ -10,47 +10,23 @@ checks values or labels again; what a net can read, the net says.
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 
+from fedspine.core.errors import BadInput
+from fedspine.core.task import BUILT_IN_DATA
 from fedspine.data import class_folders
 from fedspine.data.classes import look_alike, refuse_too_many
 from fedspine.data.columns import NO_LABEL
+from fedspine.data.dataset import ArrayRows, Dataset, held_out
 from fedspine.data.files import has_training_file, one_line, split_of
 from fedspine.data.parts import listed
-from fedspine.data.tasks import Dataset, held_out
-from fedspine.errors import BadInput
-from fedspine.task import BUILT_IN_DATA
 
 HOW = "np.savez(path, x=..., y=...)"
-
-
-@dataclass(frozen=True)
-class ArrayRows:
-    """One split: `x` uint8 or float32 [rows, ...], `labels` int64 [rows]; `columns` as strings, for
-    a partition.
-    """
-
-    x: np.ndarray
-    labels: np.ndarray
-    columns: Mapping[str, Sequence[str]]
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def take(self, index: Sequence[int]) -> "ArrayRows":
-        """The rows at these places, in their order."""
-        return ArrayRows(
-            x=self.x[index],
-            labels=self.labels[index],
-            columns={
-                name: tuple(values[row] for row in index) for name, values in self.columns.items()
-            },
-        )
 
 
 @dataclass(frozen=True)

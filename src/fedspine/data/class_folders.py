@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fedspine.core.errors import BadInput
 from fedspine.data.files import SPLITS, one_line
-from fedspine.errors import BadInput
 
 WIDTHS = {1: np.dtype("u1"), 2: np.dtype("<i2"), 4: np.dtype("<i4")}  # bytes of a sample in a sound
 

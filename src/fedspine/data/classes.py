@@ -11,9 +11,9 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from fedspine.core.errors import BadInput
 from fedspine.data.columns import Values
 from fedspine.data.parts import counted, listed
-from fedspine.errors import BadInput
 
 _NUMBER = re.compile(r"-?\d+(\.\d+)?", re.ASCII)
 _DIGITS = re.compile(r"0|[1-9]\d*", re.ASCII)

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fedspine.core.errors import BadInput, nearest
 from fedspine.data import turns
 from fedspine.data.parts import MOST, Part, Pick, counted
-from fedspine.errors import BadInput, nearest
 
 NO_LABEL, NO_TEXT, NO_PAIR = "no label", "no text", "no second text"  # why a row is left out
 NONE = {"-1", "-1.0"}  # how contests write a label that they keep secret

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from fedspine.core.errors import BadInput
 from fedspine.data.parts import Unreadable
-from fedspine.errors import BadInput
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # Arrow's name of the codec
 MARKS = (  # the longer one of two that begin alike goes first

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedspine.core.errors import BadInput, unknown
 from fedspine.data import arrow, json_rows, separated
 from fedspine.data.decode import COMPRESSED, text_of
 from fedspine.data.parts import Part, Pick, Read, Unreadable, joined, listed
-from fedspine.errors import BadInput, unknown
 
 SPLITS = {
     "train": "train", "training": "train", "test": "test",

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from fedspine.core.errors import BadInput
 from fedspine.data.parts import Part, Pick, Unreadable, counted, listed
-from fedspine.errors import BadInput
 
 HOW = 'df.to_json(path, orient="records", lines=True)'
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fedspine.data.tasks import Dataset, Rows
+from fedspine.data.dataset import Dataset, Rows
 
 
 def overview(data: Dataset) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fedspine.errors import BadInput, unknown
+from fedspine.core.errors import BadInput, unknown
 
 KNOWN = ("iid", "dirichlet", "natural", "column:NAME", "p:LEVEL", "dominant:SHARE")
 DRAWS = 50  # tries for a Dirichlet division in which every device has `FEWEST` rows

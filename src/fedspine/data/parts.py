@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
 
 Pick = Callable[[Sequence[str]], Mapping[str, int]]
 """From the names of all columns to where each wanted one stands, by the name it is wanted by."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
 
 SHORTEST, LONGEST = 40, 400  # characters of a paragraph
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
+from fedspine.core.task import Kind
 from fedspine.export import hf
 from fedspine.export.card import read_card
 from fedspine.export.peft import write_adapter
@@ -20,7 +21,6 @@ from fedspine.lm.base import Base, Model
 from fedspine.lm.load import MINILM_HUB
 from fedspine.lm.pooling import HOW, Pooling
 from fedspine.lm.structure import is_full, sparsity
-from fedspine.task import Kind
 
 BASE = "base"
 AUTO: dict[Pooling | None, str] = {  # PEFT's class for each readout

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
 from fedspine.export.card import WEIGHTS
 from fedspine.export.load import Loaded, load
 from fedspine.lm.fits import positions

@@ -5,9 +5,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
+from fedspine.core.task import Kind
 from fedspine.lm.pooling import Pooling
-from fedspine.task import Kind
 
 FORMAT = 2
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

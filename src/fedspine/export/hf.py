@@ -20,7 +20,9 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
+from fedspine.core.message import Tensors
+from fedspine.core.task import Kind
 from fedspine.export.card import CONFIG, FORMAT, WEIGHTS, Card
 from fedspine.export.load import Loaded, load
 from fedspine.export.predict import Continued, Labelled, Prediction, predict
@@ -28,8 +30,6 @@ from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.pooling import CLASSES, HOW, Pooling
 from fedspine.lm.structure import Structure, sparsity
-from fedspine.message import Tensors
-from fedspine.task import Kind
 
 __all__ = [
     "Continued",

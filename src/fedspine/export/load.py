@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
+from fedspine.core.task import Kind
 from fedspine.export.card import WEIGHTS, Card, read_card
-from fedspine.lm.anatomy import Site, anatomy_of
 from fedspine.lm.pooling import CLASSES, reading
-from fedspine.task import Kind
+from fedspine.lm.prunable_layout import Site, anatomy_of
 
 
 @dataclass(frozen=True)

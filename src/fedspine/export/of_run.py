@@ -10,17 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedspine import task_record
-from fedspine.build import identities, load_base
-from fedspine.config import Recipe
-from fedspine.errors import BadInput, nearest, unknown
+from fedspine.core.errors import BadInput, nearest, unknown
 from fedspine.export import hf
-from fedspine.fleets import members, simulated  # noqa: F401 - which makes the messages in a saved state known
-from fedspine.folder import FLEET, RECIPE, STATE, recipe_of
+from fedspine.flare import site_state  # noqa: F401 - which makes the messages in a saved state known
+from fedspine.fleets import simulated  # noqa: F401 - which makes the messages in a saved state known
 from fedspine.lm.base import Base, Model
 from fedspine.lm.structure import sparsity
-from fedspine.store import Saved, Store
-from fedspine.task_record import TaskRecord
+from fedspine.runs import task_record
+from fedspine.runs.assemble import identities, load_base
+from fedspine.runs.config import Recipe
+from fedspine.runs.run_dir import FLEET, RECIPE, STATE, recipe_of
+from fedspine.runs.task_record import TaskRecord
+from fedspine.storage.store import Saved, Store
 
 FORMATS = ("hf", "peft")
 GLOBAL, DENSE = "global", "dense"

@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedspine.errors import BadInput
-from fedspine.lm.anatomy import Site
+from fedspine.core.errors import BadInput
+from fedspine.core.message import NotAMessage, Tensors, pack, unpack
 from fedspine.lm.base import Base, HeadLayer, Model
 from fedspine.lm.lora import a_name, b_name
+from fedspine.lm.prunable_layout import Site
 from fedspine.lm.structure import Structure, full, is_full, kept_columns, kept_rows
-from fedspine.message import NotAMessage, Tensors, pack, unpack
 
 try:
     from peft import LoraConfig

@@ -9,13 +9,13 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from fedspine.data.tasks import Rows
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
+from fedspine.core.task import Examples
+from fedspine.data.dataset import Rows
 from fedspine.export.load import Loaded
 from fedspine.lm.encode import encode
 from fedspine.lm.fits import positions
 from fedspine.lm.score import score_module
-from fedspine.task import Examples
 
 BATCH = 32  # texts at a time
 NEW_TOKENS = 40  # of a continuation

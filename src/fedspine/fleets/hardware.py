@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedspine.errors import BadInput, unknown
+from fedspine.core.errors import BadInput, unknown
 
 UTILISATION = 0.30  # of the peak (MFU)
 LAUNCH_SECONDS = (

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fedspine.device import DeviceId, O, R, Work
-from fedspine.fleet import Fleet, Foresight, Profile, Reply, T
+from fedspine.core.device import DeviceId, O, R, Work
+from fedspine.core.fleet import Fleet, Foresight, Profile, Reply, T
 
 
 class Lossy:

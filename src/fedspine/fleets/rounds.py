@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fedspine.device import DeviceId
-from fedspine.fleet import Fleet
+from fedspine.core.device import DeviceId
+from fedspine.core.fleet import Fleet
 
 
 @dataclass

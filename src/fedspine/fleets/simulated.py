@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from fedspine.device import Call, DeviceId, O, R, Served, Work, name_of
-from fedspine.errors import BadInput
-from fedspine.fleet import Cost, Fleet, Idle, Profile, Reply, T
+from fedspine.core.device import Call, DeviceId, O, R, Served, Work, name_of
+from fedspine.core.errors import BadInput
+from fedspine.core.fleet import Cost, Fleet, Idle, Profile, Reply, T
+from fedspine.core.message import message, pack, unpack
+from fedspine.execution.workers import Workers
 from fedspine.fleets.hardware import KINDS, Hardware, Timing, device_ids
 from fedspine.fleets.rounds import Devices, Totals, Waits
-from fedspine.fleets.workers import Workers
-from fedspine.message import message, pack, unpack
-from fedspine.records import Records
-from fedspine.store import Store
+from fedspine.storage.records import Records
+from fedspine.storage.store import Store
 
 
 @message

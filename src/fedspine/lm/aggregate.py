@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedspine.lm.anatomy import Anatomy, Site
+from fedspine.core.message import Tensors
+from fedspine.core.process import spread
 from fedspine.lm.lora import a_name, b_name, fresh_a
+from fedspine.lm.prunable_layout import Anatomy, Site
 from fedspine.lm.structure import Structure, cut_adapter, kept_columns, kept_rows
-from fedspine.message import Tensors
-from fedspine.process import spread
 
 EXACT_BELOW = 96  # matrices with a side up to this are factored by a full SVD
 OVERSAMPLING, POWER_STEPS = 10, 2

@@ -14,16 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedspine.lm.anatomy import Anatomy, Site, unit_map
+from fedspine.core.message import Tensors, message
+from fedspine.core.tensors import moved, padded
 from fedspine.lm.digest import tensors_sha256
 from fedspine.lm.lora import AdaptedLinear, a_name, b_name
 from fedspine.lm.pooling import Pooling, reading
+from fedspine.lm.prunable_layout import Anatomy, Site, unit_map
 from fedspine.lm.structure import Structure, cut, is_full, kept_columns, kept_rows, key_of
-from fedspine.message import Tensors, message
-from fedspine.tensors import moved, padded
 
 if TYPE_CHECKING:
-    from fedspine.lm.split import TextHalves
+    from fedspine.split.text_halves import TextHalves
 
 SLICED = 2  # structures whose slices are kept: what is trained, and what was scored in between
 
@@ -226,7 +226,7 @@ class Base:
 
     def split(self, cut: int, *, rank: int = 8, scale: float = 2.0) -> "TextHalves":
         """The halves with the embeddings and the first `cut` blocks in the bottom one; BadInput for a cut outside."""
-        from fedspine.lm.split import TextHalves
+        from fedspine.split.text_halves import TextHalves
 
         key = (cut, rank, scale)
         if key not in self._halves:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from fedspine.core.message import pack
 from fedspine.lm.base import Base
 from fedspine.lm.tokens import written
-from fedspine.message import pack
 
 
 def content_sha256(base: Base, tokenizer: Any) -> str:

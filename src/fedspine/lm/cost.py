@@ -6,7 +6,7 @@ per weight and token; an adapter takes 6.
 
 from dataclasses import dataclass
 
-from fedspine.lm.anatomy import Anatomy
+from fedspine.lm.prunable_layout import Anatomy
 from fedspine.lm.structure import Structure, kept_columns, kept_rows, sparsity
 
 HALF, SINGLE = 2, 4  # bytes of one number

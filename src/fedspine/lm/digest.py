@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedspine.process import spread
+from fedspine.core.process import spread
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fedspine.data.tasks import Rows
-from fedspine.task import Examples, Kind
+from fedspine.core.task import Examples, Kind
+from fedspine.data.dataset import Rows
 
 
 def encode(

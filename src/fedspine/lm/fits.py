@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedspine.errors import BadInput
-from fedspine.tensors import finite
+from fedspine.core.errors import BadInput
+from fedspine.core.tensors import finite
 
 # of the norm: about 175 of the 512 rows of stories260k are within 4e-4 of that of its end token, the next one is a byte
 # that was seen a few times, at 0.012; rows that were trained are about 1 apart

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedspine.lm.anatomy import Anatomy
+from fedspine.core.message import Tensors, pack
 from fedspine.lm.cost import HALF, Extent, adapter_width, training_flops, training_memory_bytes
-from fedspine.lm.criteria import Importance, scoring_cost
 from fedspine.lm.importance import no_scores
+from fedspine.lm.importance_sources import Importance, scoring_cost
+from fedspine.lm.prunable_layout import Anatomy
 from fedspine.lm.structure import Structure, shrink
-from fedspine.message import Tensors, pack
 
 USABLE_MEMORY = 0.8  # share of a device's memory that training may take
 

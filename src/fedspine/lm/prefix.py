@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedspine.lm.anatomy import Anatomy
+from fedspine.core.task import Examples
+from fedspine.core.tensors import moved
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name
+from fedspine.lm.prunable_layout import Anatomy
 from fedspine.lm.structure import Structure, key_of
-from fedspine.task import Examples
-from fedspine.tensors import moved
 
 BATCH = 32  # rows of one forward pass
 MOST_BYTES = 8 << 30  # on disk

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedspine.core.task import IGNORED, Examples
+from fedspine.core.tensors import moved
 from fedspine.lm.base import Base, Model
-from fedspine.lm.leaves import Leaves
 from fedspine.lm.prefix import (
     BATCH,
     Prefixes,
@@ -19,8 +20,7 @@ from fedspine.lm.prefix import (
     name_of,
     storable,
 )
-from fedspine.task import IGNORED, Examples
-from fedspine.tensors import moved
+from fedspine.lm.trainable_stack import Leaves
 
 MOST_SCORED_BYTES = (
     1 << 30

@@ -21,9 +21,9 @@ matrices, fp32 unless said otherwise.
 
 from collections.abc import Iterable
 
-from fedspine.lm.anatomy import Anatomy, Site
 from fedspine.lm.cost import NO_SCORING, SINGLE, ScoringCost
-from fedspine.lm.follow import Scoring
+from fedspine.lm.importance_tracker import Scoring
+from fedspine.lm.prunable_layout import Anatomy, Site
 from fedspine.lm.structure import Structure, kept_columns, kept_rows
 
 HEARD, GATED = 8, 6  # bytes for each number that enters a site which is heard or gated

@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fedspine.lm.anatomy import Anatomy, Site
+from fedspine.control.sparsity import counts, layer_targets
+from fedspine.core.message import Tensors, message
 from fedspine.lm.lora import a_name, b_name
-from fedspine.message import Tensors, message
-from fedspine.planning.sparsity import counts, layer_targets
+from fedspine.lm.prunable_layout import Anatomy, Site
 
 HEAD_FLOOR, CHANNEL_FLOOR = (
     2,

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fedspine.errors import unknown
+from fedspine.core.errors import unknown
 
 WIDTH, CHANNELS, HEADS, KEY_HEADS = 32, 64, 4, 2
 MAX_TOKENS = 128

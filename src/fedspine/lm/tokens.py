@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from fedspine.data.tasks import Rows
+from fedspine.core.task import Examples, Kind
+from fedspine.data.dataset import Rows
 from fedspine.lm.encode import encode
-from fedspine.task import Examples, Kind
 
 ABOUT = "examples.json"
 FORMAT = "3"  # changes whenever the same input gives other tokens

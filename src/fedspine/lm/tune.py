@@ -8,19 +8,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedspine.device import Device
-from fedspine.errors import BadInput
+from fedspine.core.device import Device
+from fedspine.core.errors import BadInput
+from fedspine.core.message import Tensors, message
+from fedspine.core.rates import AUTO, Rate, check_settled
+from fedspine.core.task import IGNORED, Examples
+from fedspine.core.tensors import moved
 from fedspine.lm.base import Model
 from fedspine.lm.cost import Extent, training_flops, training_memory_bytes
-from fedspine.lm.follow import Following, Scoring
 from fedspine.lm.importance import Scores
-from fedspine.lm.leaves import Leaves
+from fedspine.lm.importance_tracker import Following, Scoring
 from fedspine.lm.prefix import activations, entering, first_block, name_of
 from fedspine.lm.scoring_cost import following_cost
-from fedspine.message import Tensors, message
-from fedspine.rates import AUTO, Rate, check_settled
-from fedspine.task import IGNORED, Examples
-from fedspine.tensors import moved
+from fedspine.lm.trainable_stack import Leaves
 
 LAST = 5  # steps whose mean loss stands for where training ended
 

@@ -11,12 +11,16 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from fedspine.device import DeviceId
-from fedspine.errors import BadInput
-from fedspine.fleet import Fleet
-from fedspine.message import message
-from fedspine.method import method
-from fedspine.methods.splitting import (
+from fedspine.control.batch_sizes import regulate
+from fedspine.control.worker_state import WorkerState, costs
+from fedspine.core.device import DeviceId
+from fedspine.core.errors import BadInput
+from fedspine.core.fleet import Fleet
+from fedspine.core.message import message
+from fedspine.core.method import method
+from fedspine.core.rates import AUTO, Optimiser, Rate
+from fedspine.core.task import Task
+from fedspine.split.baseline import (
     MODEL_CUT,
     averaged,
     check_split,
@@ -26,13 +30,9 @@ from fedspine.methods.splitting import (
     paced,
     rooms,
 )
-from fedspine.planning.regulate import regulate
-from fedspine.planning.workers import WorkerState, costs
-from fedspine.rates import AUTO, Optimiser, Rate
-from fedspine.split.rounds import play
+from fedspine.split.protocol import play
 from fedspine.split.server import Copies
 from fedspine.split.wire import Precision
-from fedspine.task import Task
 
 
 @message

@@ -9,11 +9,14 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from fedspine.device import Device, DeviceId, on_device
-from fedspine.fleet import Fleet
-from fedspine.message import Tensors, message
-from fedspine.method import method, usable
-from fedspine.methods.whole import (
+from fedspine.core.device import Device, DeviceId, on_device
+from fedspine.core.fleet import Fleet
+from fedspine.core.message import Tensors, message
+from fedspine.core.method import method, usable
+from fedspine.core.rates import AUTO, Optimiser, Rate
+from fedspine.core.task import Task
+from fedspine.core.tensors import average
+from fedspine.split.whole_model import (
     Training,
     check_whole,
     cutting_of,
@@ -24,9 +27,6 @@ from fedspine.methods.whole import (
     wired,
     with_memory,
 )
-from fedspine.rates import AUTO, Optimiser, Rate
-from fedspine.task import Task
-from fedspine.tensors import average
 
 
 @message

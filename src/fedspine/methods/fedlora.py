@@ -10,19 +10,19 @@ from typing import Self
 
 import numpy as np
 
-from fedspine.device import Device, DeviceId, on_device
-from fedspine.errors import BadInput
-from fedspine.fleet import Fleet
-from fedspine.lm.anatomy import Anatomy
+from fedspine.core.device import Device, DeviceId, on_device
+from fedspine.core.errors import BadInput
+from fedspine.core.fleet import Fleet
+from fedspine.core.message import Tensors, message
+from fedspine.core.method import method, usable
+from fedspine.core.task import Task
+from fedspine.core.tensors import average, half, single
 from fedspine.lm.base import Model
 from fedspine.lm.lora import check_rank, fresh
+from fedspine.lm.prunable_layout import Anatomy
 from fedspine.lm.structure import full
 from fedspine.lm.tune import LocalTraining, Tuning, check_tuning, tune, tuning_at
-from fedspine.message import Tensors, message
-from fedspine.method import method, usable
-from fedspine.methods.head_start import Start, check_head_start, started
-from fedspine.task import Task
-from fedspine.tensors import average, half, single
+from fedspine.pruning.head_start import Start, check_head_start, started
 
 
 @message

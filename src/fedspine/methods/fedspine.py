@@ -13,34 +13,41 @@ from typing import Literal, Self
 import numpy as np
 import torch
 
-from fedspine.device import DeviceId
-from fedspine.errors import BadInput
-from fedspine.fleet import Fleet, Foresight, NoMemory, Profile, Reply
+from fedspine.control.bandit import Bandit
+from fedspine.control.controllers import check_choice, check_ranges, due, plan_round
+from fedspine.control.device_model import Pupil, pupil
+from fedspine.control.plan import Plan
+from fedspine.control.ranks import check_rising
+from fedspine.control.reward import Outcome, learn, rewards
+from fedspine.core.device import DeviceId
+from fedspine.core.errors import BadInput
+from fedspine.core.fleet import Fleet, Foresight, NoMemory, Profile, Reply
+from fedspine.core.message import Tensors, message
+from fedspine.core.method import method, usable
+from fedspine.core.task import Task
+from fedspine.core.tensors import average, half
 from fedspine.lm.aggregate import Contribution
-from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Model, line_energy
 from fedspine.lm.cost import Extent
-from fedspine.lm.criteria import importance_of
-from fedspine.lm.follow import Source
 from fedspine.lm.forecast import Frame, forecast, frame, ranks_that_fit, round_flops
 from fedspine.lm.importance import Scores, on_wire, tally
+from fedspine.lm.importance_sources import importance_of
+from fedspine.lm.importance_tracker import Source
 from fedspine.lm.lora import check_rank, fresh
 from fedspine.lm.merge import Aggregation, change, merge, share
+from fedspine.lm.prunable_layout import Anatomy
 from fedspine.lm.structure import Structure, check_target, full, sparsity
 from fedspine.lm.tune import LocalTraining, check_tuning, tuning_at
-from fedspine.message import Tensors, message
-from fedspine.method import method, usable
-from fedspine.methods.head_start import Start, check_head_start, started
-from fedspine.methods.late import UnderWay, gathered, head_today, hoped_for, late_plan, still_late
-from fedspine.methods.pruning import SpineOrder, SpineResult, contribution, deployed
-from fedspine.planning.bandit import Bandit
-from fedspine.planning.choice import check_choice, check_ranges, due, plan_round
-from fedspine.planning.outcome import Outcome, learn, rewards
-from fedspine.planning.plan import Plan
-from fedspine.planning.pupil import Pupil, pupil
-from fedspine.planning.ranks import check_rising
-from fedspine.task import Task
-from fedspine.tensors import average, half
+from fedspine.pruning.device import SpineOrder, SpineResult, contribution, deployed
+from fedspine.pruning.head_start import Start, check_head_start, started
+from fedspine.pruning.semi_async import (
+    UnderWay,
+    gathered,
+    head_today,
+    hoped_for,
+    late_plan,
+    still_late,
+)
 
 
 @message

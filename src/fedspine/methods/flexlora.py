@@ -10,21 +10,21 @@ from typing import Self
 import numpy as np
 import torch
 
-from fedspine.device import DeviceId
-from fedspine.errors import BadInput
-from fedspine.fleet import Fleet
+from fedspine.control.ranks import RankRule, check_rank_fields, rank_of_device
+from fedspine.core.device import DeviceId
+from fedspine.core.errors import BadInput
+from fedspine.core.fleet import Fleet
+from fedspine.core.message import Tensors, message
+from fedspine.core.method import method, usable
+from fedspine.core.task import Task
+from fedspine.core.tensors import average, half, single
 from fedspine.lm.aggregate import Contribution, factor, mean_product
-from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Model
 from fedspine.lm.lora import check_rank, cut_rank, fresh
+from fedspine.lm.prunable_layout import Anatomy
 from fedspine.lm.structure import full
 from fedspine.lm.tune import LocalTraining, check_tuning, tuning_at
-from fedspine.message import Tensors, message
-from fedspine.method import method, usable
 from fedspine.methods.fedlora import LoraOrder, LoraResult, tune_adapter
-from fedspine.planning.ranks import RankRule, check_rank_fields, rank_of_device
-from fedspine.task import Task
-from fedspine.tensors import average, half, single
 
 
 @message

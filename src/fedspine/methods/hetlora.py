@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedspine.device import Device, DeviceId, on_device
-from fedspine.errors import BadInput
-from fedspine.fleet import Fleet, Profile
+from fedspine.control.ranks import RankRule, check_rank_fields, rank_of_device
+from fedspine.core.device import Device, DeviceId, on_device
+from fedspine.core.errors import BadInput
+from fedspine.core.fleet import Fleet, Profile
+from fedspine.core.message import Tensors, message
+from fedspine.core.method import method, usable
+from fedspine.core.task import Task
+from fedspine.core.tensors import average, half, single
 from fedspine.lm.aggregate import Contribution, average_factors, by_norm
-from fedspine.lm.anatomy import Anatomy
 from fedspine.lm.base import Model
 from fedspine.lm.lora import a_name, b_name, check_rank, cut_rank, fresh
+from fedspine.lm.prunable_layout import Anatomy
 from fedspine.lm.structure import full
 from fedspine.lm.tune import LocalTraining, Tuning, check_tuning, tune, tuning_at
-from fedspine.message import Tensors, message
-from fedspine.method import method, usable
-from fedspine.planning.ranks import RankRule, check_rank_fields, rank_of_device
-from fedspine.task import Task
-from fedspine.tensors import average, half, single
 
 TINY = 1e-9  # 0.7 of 10 directions are seven, whatever the last bit says
 

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedspine.device import Device, DeviceId, on_device
-from fedspine.errors import BadInput
-from fedspine.fleet import Fleet
-from fedspine.message import Tensors, message
-from fedspine.method import method
-from fedspine.methods.reconstruction import DecodedCutting, bare, decoder
-from fedspine.methods.splitting import (
+from fedspine.core.device import Device, DeviceId, on_device
+from fedspine.core.errors import BadInput
+from fedspine.core.fleet import Fleet
+from fedspine.core.message import Tensors, message
+from fedspine.core.method import method
+from fedspine.core.rates import AUTO, Optimiser, Rate
+from fedspine.core.task import IGNORED, Task
+from fedspine.split.auxiliary import DecodedCutting, bare, decoder
+from fedspine.split.baseline import (
     MODEL_CUT,
     Opened,
     averaged,
@@ -31,13 +33,11 @@ from fedspine.methods.splitting import (
     rooms,
     rows_of,
 )
-from fedspine.rates import AUTO, Optimiser, Rate
 from fedspine.split.device import HELD, Begin, Ended, Forwarded, Local, Step, begun, ended, stepped
-from fedspine.split.halves import Features, Halves
-from fedspine.split.rounds import Works, play
+from fedspine.split.interface import Features, Halves
+from fedspine.split.protocol import Works, play
 from fedspine.split.server import Extra, Part, Weighted
 from fedspine.split.wire import Precision
-from fedspine.task import IGNORED, Task
 
 MIXING = 501  # the purpose of this random stream
 

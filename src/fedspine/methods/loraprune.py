@@ -10,13 +10,15 @@ from typing import Self
 
 import numpy as np
 
-from fedspine.device import DeviceId
-from fedspine.fleet import Fleet
+from fedspine.control.controllers import check_ranges
+from fedspine.core.device import DeviceId
+from fedspine.core.fleet import Fleet
+from fedspine.core.method import method
+from fedspine.core.task import Task
 from fedspine.lm.base import Model
-from fedspine.lm.criteria import by_gradient
-from fedspine.method import method
-from fedspine.methods.pruning import deployed
-from fedspine.methods.scheduled import (
+from fedspine.lm.importance_sources import by_gradient
+from fedspine.pruning.device import deployed
+from fedspine.pruning.scheduled import (
     SCORE_RANGES,
     CubicPruning,
     PruningState,
@@ -27,8 +29,6 @@ from fedspine.methods.scheduled import (
     dense,
     prune_and_average,
 )
-from fedspine.planning.choice import check_ranges
-from fedspine.task import Task
 
 
 @method("loraprune")

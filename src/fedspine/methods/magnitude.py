@@ -9,13 +9,14 @@ from typing import Self
 
 import numpy as np
 
-from fedspine.device import DeviceId
-from fedspine.fleet import Fleet
+from fedspine.core.device import DeviceId
+from fedspine.core.fleet import Fleet
+from fedspine.core.method import method
+from fedspine.core.task import Task
 from fedspine.lm.base import Model
-from fedspine.lm.criteria import ByMagnitude
-from fedspine.method import method
-from fedspine.methods.pruning import deployed
-from fedspine.methods.scheduled import (
+from fedspine.lm.importance_sources import ByMagnitude
+from fedspine.pruning.device import deployed
+from fedspine.pruning.scheduled import (
     CubicPruning,
     PruningState,
     begin,
@@ -25,7 +26,6 @@ from fedspine.methods.scheduled import (
     dense,
     prune_and_average,
 )
-from fedspine.task import Task
 
 
 @method("magnitude")

@@ -11,14 +11,23 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from fedspine.device import DeviceId
-from fedspine.errors import BadInput
-from fedspine.fleet import AllLost, Fleet, none_left
-from fedspine.message import message
-from fedspine.method import method
-from fedspine.methods.looking import Look, calibrating, look
-from fedspine.methods.regulating import Planned, Regulating, paces
-from fedspine.methods.splitting import (
+from fedspine.control.labels import divergence, merged, reference
+from fedspine.control.split_plan import (
+    Candidates,
+    Selection,
+    SplitControl,
+    SplitLimits,
+    plan_split,
+)
+from fedspine.control.worker_state import WorkerState, costs
+from fedspine.core.device import DeviceId
+from fedspine.core.errors import BadInput
+from fedspine.core.fleet import AllLost, Fleet, none_left
+from fedspine.core.message import message
+from fedspine.core.method import method
+from fedspine.core.rates import AUTO, Optimiser, Rate
+from fedspine.core.task import Task
+from fedspine.split.baseline import (
     MODEL_CUT,
     Opened,
     averaged,
@@ -31,24 +40,15 @@ from fedspine.methods.splitting import (
     rooms,
     with_newest,
 )
-from fedspine.planning.labels import divergence, merged, reference
-from fedspine.planning.split_plan import (
-    Candidates,
-    Selection,
-    SplitControl,
-    SplitLimits,
-    plan_split,
-)
-from fedspine.planning.workers import WorkerState, costs
-from fedspine.rates import AUTO, Optimiser, Rate
-from fedspine.split.body import MergedBody, play_around
+from fedspine.split.batch_control import Planned, Regulating, paces
 from fedspine.split.device import Begin
-from fedspine.split.halves import Halves
-from fedspine.split.rounds import Played, play
+from fedspine.split.interface import Halves
+from fedspine.split.label_distribution import Look, calibrating, look
+from fedspine.split.protocol import Played, play
 from fedspine.split.server import Copies, InTurn, Merged, ServerStep, Shifts
-from fedspine.split.trained import Optimising
+from fedspine.split.trainable_half import Optimising
+from fedspine.split.u_shape import MergedBody, play_around
 from fedspine.split.wire import Precision, row_bytes
-from fedspine.task import Task
 
 FULL_BATCHES = 10  # that the server takes in one iteration, where no budget is set
 POPULATION, GENERATIONS = (

@@ -11,12 +11,17 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 
-from fedspine.device import Device, DeviceId, on_device
-from fedspine.errors import BadInput
-from fedspine.fleet import Fleet, Profile, Reply
-from fedspine.message import Tensors, message
-from fedspine.method import method, usable
-from fedspine.methods.whole import (
+from fedspine.control import latency_model
+from fedspine.control.selection import Seen, Selecting, dropped, select, steps_with_slack
+from fedspine.core.device import Device, DeviceId, on_device
+from fedspine.core.errors import BadInput
+from fedspine.core.fleet import Fleet, Profile, Reply
+from fedspine.core.message import Tensors, message
+from fedspine.core.method import method, usable
+from fedspine.core.rates import AUTO, Optimiser, Rate
+from fedspine.core.task import Task
+from fedspine.core.tensors import average, single
+from fedspine.split.whole_model import (
     Training,
     check_whole,
     cutting_of,
@@ -27,11 +32,6 @@ from fedspine.methods.whole import (
     wired,
     with_memory,
 )
-from fedspine.planning import pace
-from fedspine.planning.oort import Seen, Selecting, dropped, select, steps_with_slack
-from fedspine.rates import AUTO, Optimiser, Rate
-from fedspine.task import Task
-from fedspine.tensors import average, single
 
 MEMORY = 0.9  # what an old time still counts after a new one
 CHOICE = 1  # the purpose of a random stream
@@ -266,9 +266,9 @@ class PyramidFL:
     def _timed(
         self, state: PyramidState, reply: Reply[PyramidResult], order: PyramidOrder
     ) -> np.ndarray:
-        before = state.times.get(reply.device, pace.no_evidence())
+        before = state.times.get(reply.device, latency_model.no_evidence())
         work, traffic = order.training.steps / self.steps, _traffic(order.drop)
-        return pace.observe(
+        return latency_model.observe(
             before, sparsity=1 - work, rank=traffic, seconds=reply.cost.seconds, discount=MEMORY
         )
 
@@ -290,15 +290,17 @@ class Forecast:
 
     def __init__(self, times: Mapping[str, np.ndarray]) -> None:
         self._times = times
-        self._fleet = sum(times.values(), pace.no_evidence())
+        self._fleet = sum(times.values(), latency_model.no_evidence())
 
     def seconds(self, device: DeviceId, *, work: float, drop: float) -> float:
         """Of a round of `work` usual rounds' steps; 0 where nothing is known of any device."""
-        return pace.predicted(self._of(device), sparsity=1 - work, rank=_traffic(drop))
+        return latency_model.predicted(self._of(device), sparsity=1 - work, rank=_traffic(drop))
 
     def work_seconds(self, device: DeviceId) -> float:
         """Of a usual round's steps alone."""
         return float(self._of(device)[0])
 
     def _of(self, device: DeviceId) -> np.ndarray:
-        return pace.coefficients(self._times.get(device, pace.no_evidence()), self._fleet)
+        return latency_model.coefficients(
+            self._times.get(device, latency_model.no_evidence()), self._fleet
+        )

@@ -9,10 +9,12 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from fedspine.device import DeviceId
-from fedspine.fleet import Fleet
-from fedspine.method import method
-from fedspine.methods.splitting import (
+from fedspine.core.device import DeviceId
+from fedspine.core.fleet import Fleet
+from fedspine.core.method import method
+from fedspine.core.rates import AUTO, Optimiser, Rate
+from fedspine.core.task import Task
+from fedspine.split.baseline import (
     MODEL_CUT,
     SplitState,
     averaged,
@@ -23,11 +25,9 @@ from fedspine.methods.splitting import (
     rooms,
     rows_of,
 )
-from fedspine.rates import AUTO, Optimiser, Rate
-from fedspine.split.rounds import play
+from fedspine.split.protocol import play
 from fedspine.split.server import Copies
 from fedspine.split.wire import Precision
-from fedspine.task import Task
 
 
 @method("splitfed_v1")

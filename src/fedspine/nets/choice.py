@@ -1,6 +1,6 @@
 """Which net reads rows of a given shape, where nobody named one: by shape alone, and without torch."""
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
 
 SMALLEST = 8  # height and width of a picture in pixels, from which three poolings leave something
 # samples in time that leave one after all poolings: CNN-H halves twice, CNN-S takes 80 every 16 and

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
+from fedspine.core.task import Arrays
 from fedspine.nets.choice import CHANNELS
 from fedspine.nets.models import Layout, design_of
 from fedspine.nets.net import Net
-from fedspine.task import Arrays
 
 
 def load(

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedspine.errors import BadInput, unknown
+from fedspine.core.errors import BadInput, unknown
 from fedspine.nets.choice import LONG_ENOUGH, SMALLEST
 
 Layout = Literal["series", "image"]  # rows of [channels, time], or of [channels, height, width]

@@ -3,22 +3,15 @@
 What `Base` is for transformers. Here nothing is frozen: all weights are trained, averaged and sent.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
-from fedspine.errors import BadInput
-from fedspine.message import Tensors, message
+from fedspine.core.errors import BadInput
+from fedspine.core.message import Tensors, message
+from fedspine.core.tensors import moved
 from fedspine.nets.models import Shape, blocks_of, design_of
-from fedspine.split.halves import Features, Losses, shifted_losses
-from fedspine.tensors import moved
-
-SINGLE = 4  # bytes of an fp32 number
 
 
 @message
@@ -86,141 +79,6 @@ class Net:
         return functional_call(self.blocks.eval(), weights, (inputs,), strict=True)
 
 
-class NetHalves:
-    """A net cut after its first `cut` blocks: `Halves` for arrays. Not to be called by several threads at once."""
-
-    def __init__(self, net: Net, cut: int) -> None:
-        self._net = net
-        blocks = list(net.blocks.named_children())
-        self._bottom, self._top = _sequence(blocks[:cut]), _sequence(blocks[cut:])
-        self._middle, self._ending = _sequence(blocks[cut:-1]), _sequence(blocks[-1:])
-        self.statistics = frozenset(name for name, _ in net.blocks.named_buffers())
-        parts = (self._bottom, self._top, self._middle, self._ending)
-        self._names = {part: tuple(part.state_dict()) for part in parts}
-        self.ends = frozenset(self._names[self._ending])  # the classifier, which draws nothing
-        row = torch.empty(1, *net.shape, device="meta")
-        self._costs = {"bottom": _Cost(self._bottom, row, first=True)}
-        self._costs["top"] = _Cost(self._top, self._costs["bottom"].output, first=False)
-        first = _sequence(blocks[cut : cut + 1])
-        makes_features = any(isinstance(layer, nn.Conv1d | nn.Conv2d) for layer in first.modules())
-        self.entry = (
-            frozenset(first.state_dict()) - self.statistics if makes_features else frozenset()
-        )
-
-    def start(self, rng: np.random.Generator) -> tuple[Tensors, Tensors]:
-        """Fresh weights of the bottom and the top; together the same wherever the cut is."""
-        weights = self._net.start(rng)
-        return self._of(self._bottom, weights), self._of(self._top, weights)
-
-    def bottom(self, weights: Tensors, inputs: Tensors, *, seed: int | None) -> Features:
-        """The features [rows, channels, ...] of a batch of `Arrays`."""
-        return Features(values=self._run(self._bottom, weights, inputs["inputs"], seed))
-
-    def top(
-        self,
-        weights: Tensors,
-        features: Features,
-        labels: Tensor,
-        *,
-        seed: int | None,
-        shifts: Tensor | None = None,
-    ) -> Losses:
-        """The cross-entropy of each row, in nats."""
-        return self._losses(
-            weights, self.middle(weights, features, seed=seed), labels, seed, shifts
-        )
-
-    def middle(self, weights: Tensors, features: Features, *, seed: int | None) -> Features:
-        """What enters the classifier, the last block."""
-        return Features(values=self._run(self._middle, weights, features.values, seed))
-
-    def ending(
-        self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None
-    ) -> Losses:
-        """The cross-entropy of each row after the classifier, in nats."""
-        return self._losses(weights, features, labels, seed, None)
-
-    def _losses(
-        self,
-        weights: Tensors,
-        features: Features,
-        labels: Tensor,
-        seed: int | None,
-        shifts: Tensor | None,
-    ) -> Losses:
-        logits = self._run(self._ending, weights, features.values, seed)
-        labels = labels.to(logits.device)
-        return Losses(
-            total=nn.functional.cross_entropy(logits, labels, reduction="none"),
-            counted=torch.ones_like(labels),
-            shifted=shifted_losses(logits, labels, shifts),
-        )
-
-    def _run(
-        self, half: nn.Sequential, weights: Tensors, inputs: Tensor, seed: int | None
-    ) -> Tensor:
-        half.train(seed is not None)
-        there = self._of(half, weights)
-        here = moved(there, self._net.device)
-        with _drawing(seed, self._net.device):
-            out = functional_call(half, here, (inputs.to(self._net.device),), strict=True)
-        if seed is not None:
-            for name in self.statistics & there.keys():
-                if there[name] is not here[name]:  # a copy on a GPU was updated
-                    there[name].copy_(here[name])
-        return out
-
-    def _of(self, half: nn.Sequential, weights: Tensors) -> Tensors:
-        """Those of the weights that a half or a part of it computes with."""
-        return {name: weights[name] for name in self._names[half]}
-
-    def join(self, bottom: Tensors, top: Tensors) -> NetModel:
-        """Both halves as one model."""
-        return NetModel(net=self._net.name, weights={**bottom, **top})
-
-    def parts(self, model: NetModel) -> tuple[Tensors, Tensors]:
-        """The bottom and the top of a model that was cut anywhere."""
-        return self._of(self._bottom, model.weights), self._of(self._top, model.weights)
-
-    def flops(self, half: str, rows: int, tokens: int = 1) -> float:
-        """Operations of convolutions and linear layers, forward and backward; the data itself gets no gradient."""
-        return float(self._costs[half].flops * rows)
-
-    def memory_bytes(self, half: str, rows: int, tokens: int = 1) -> int:
-        """Weights with their gradients, and what every layer gives with its gradient, all in fp32."""
-        cost = self._costs[half]
-        return 2 * SINGLE * (cost.weights + rows * cost.values)
-
-    def launches(self, half: str) -> int:
-        """Blocks of a half."""
-        return len(self._bottom if half == "bottom" else self._top)
-
-    def feature_shape(self, tokens: int = 1) -> Shape:
-        """Shape of one row's features."""
-        return tuple(self._costs["bottom"].output.shape[1:])
-
-
-class _Cost:
-    """What one row costs in a half: operations, numbers that its layers give, and its weights; computed on no device."""
-
-    def __init__(self, half: nn.Sequential, row: Tensor, *, first: bool) -> None:
-        given: list[int] = [row.numel()]
-        leaves = [module for module in half.modules() if not list(module.children())]
-        hooks = [
-            leaf.register_forward_hook(lambda _m, _i, out: given.append(out.numel()))
-            for leaf in leaves
-        ]
-        with FlopCounterMode(display=False) as counter:
-            out = half.eval()(row.detach().requires_grad_(not first))
-            out.sum().backward()
-        for hook in hooks:
-            hook.remove()
-        for parameter in half.parameters():
-            parameter.grad = None
-        self.flops, self.values, self.output = counter.get_total_flops(), sum(given), out.detach()
-        self.weights = sum(tensor.numel() for tensor in half.state_dict().values())
-
-
 def _draw_as_he(module: nn.Sequential) -> None:
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     for layer in layers:
@@ -228,25 +86,3 @@ def _draw_as_he(module: nn.Sequential) -> None:
             layer.weight, nonlinearity="linear" if layer is layers[-1] else "relu"
         )
         nn.init.zeros_(layer.bias)
-
-
-def _sequence(blocks: Sequence[tuple[str, nn.Module]]) -> nn.Sequential:
-    made = nn.Sequential()
-    for name, block in blocks:
-        made.add_module(name, block)
-    return made
-
-
-@contextmanager
-def _drawing(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Where what is drawn (dropout) follows from `seed` alone, and torch's own generators are left as they were."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        # not torch.manual_seed, which formats a traceback each time
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield

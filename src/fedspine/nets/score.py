@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from fedspine.core.task import Arrays
+from fedspine.core.tensors import moved
 from fedspine.lm.score import Score
 from fedspine.nets.net import Net, NetModel
-from fedspine.task import Arrays
-from fedspine.tensors import moved
 
 BATCH = 256  # rows at a time
 

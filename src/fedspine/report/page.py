@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
 from fedspine.report import drawing, figures
 from fedspine.report.drawing import Panel
 from fedspine.report.rows import Rows, read_rows

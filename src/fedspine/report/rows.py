@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from fedspine.errors import BadInput
+from fedspine.core.errors import BadInput
 
 UNKNOWN_CLASS = "unknown"
 

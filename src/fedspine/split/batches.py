@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from fedspine.message import message
+from fedspine.core.message import message
 
 AHEAD = 16  # rows next in line among which the last ones of a batch of tokens are chosen
 FREELY = 3.0  # rows of mean length for which there is room yet, as long as rows come just as they are in line

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedspine.device import Device, on_device
-from fedspine.message import Tensors, message
+from fedspine.core.device import Device, on_device
+from fedspine.core.message import Tensors, message
+from fedspine.core.tensors import half, single
 from fedspine.split.batches import Budget, drawn
-from fedspine.split.halves import Features, Halves, Splittable
-from fedspine.split.trained import Optimising, Trained
+from fedspine.split.interface import Features, Halves, Splittable
+from fedspine.split.trainable_half import Optimising, Trained
 from fedspine.split.wire import Precision, Wired, gradient_wired, labels_wired, unwired, wired
-from fedspine.tensors import half, single
 
 HELD = "split"  # the name in a device's memory
 FORWARD = (

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedspine.device import DeviceId
-from fedspine.message import Tensors
-from fedspine.split.halves import Features, Halves, Losses
-from fedspine.split.trained import Optimising, Trained
-from fedspine.task import IGNORED
-from fedspine.tensors import average
+from fedspine.core.device import DeviceId
+from fedspine.core.message import Tensors
+from fedspine.core.task import IGNORED
+from fedspine.core.tensors import average
+from fedspine.split.interface import Features, Halves, Losses
+from fedspine.split.trainable_half import Optimising, Trained
 
 
 @dataclass(frozen=True)

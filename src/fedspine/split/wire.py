@@ -11,9 +11,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from fedspine.message import message
-from fedspine.split.halves import Features
-from fedspine.tensors import extremes
+from fedspine.core.message import message
+from fedspine.core.tensors import extremes
+from fedspine.split.interface import Features
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "int8": 1}  # of one number

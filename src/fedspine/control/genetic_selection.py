@@ -1,0 +1,163 @@
+"""Which devices take part in a round of split learning: a genetic search for a merged batch with the fleet's labels.
+
+MergeSFL (Liao et al. 2024, arXiv:2311.13348) searches so under the server's bandwidth; its operators and sizes are not
+published. Here: a binary genetic search, individuals as rows of a boolean matrix, so that one numpy operation serves all.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from fedspine.control.labels import divergence, merged, reference
+from fedspine.control.worker_state import priorities
+
+TOURNAMENT = 3  # individuals of which the fittest becomes a parent
+FLIP = 0.02  # chance that a bit of a child flips
+REACH = 0.4  # where seconds are weighed: the share of the workers, fastest links first, that the first founder is drawn from
+
+Members = Bool[np.ndarray, "individuals workers"]
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched in: the eligible workers and what binds a choice of them."""
+
+    batches: Int[
+        np.ndarray, " workers"
+    ]  # rows of each one that is chosen, none above `budget_rows`
+    labels: Float[np.ndarray, "workers classes"]  # V_i; rows sum to 1
+    rounds: Int[np.ndarray, " workers"]  # K: in which each has taken part
+    budget_rows: int  # that the server can take in one iteration
+    fewest: int  # workers of a round, m_min
+    most: int  # m_max
+    # seconds of a round of each worker, by the kinds of exchange after which all wait for the slowest, that of weights first;
+    # None: not weighed
+    seconds: Float[np.ndarray, "kinds workers"] | None = None
+    enough: float = 0.0  # nats of divergence below which, where seconds are weighed, a choice is as good as any other
+
+    @property
+    def reachable(self) -> int:
+        """The fewest workers that can be demanded: `fewest`, or as many as fit where not even the smallest ones do."""
+        fit = int((np.cumsum(np.sort(self.batches)) <= self.budget_rows).sum())
+        return min(self.fewest, self.most, fit)
+
+
+def select(
+    search: Search, rng: np.random.Generator, *, population: int = 20, generations: int = 20
+) -> Int[np.ndarray, " chosen"]:
+    """Workers whose merged labels are nearest the fleet's, ascending; never worse than the fittest of `founders`.
+
+    Fitness: the divergence, then the bandwidth left unused, then the workers' numbers, all the smaller the better. With
+    seconds (ours), of the divergence only what is above `enough`, and then the `seconds_lost`. The fittest individual always
+    survives.
+    """
+    members = founders(search, rng, population)
+    for _ in range(generations):
+        members = members[_ranked(search, members)]  # the fittest first
+        children, possible = _repaired(search, _children(members, rng))
+        children[~possible] = members[0]
+        members = np.concatenate([members[:1], children])
+    return np.flatnonzero(members[_ranked(search, members)[0]])
+
+
+def founders(search: Search, rng: np.random.Generator, population: int) -> Members:
+    """The first individuals: random sizes, workers drawn by `priorities` without replacement, repaired.
+
+    This is the only place where priorities pull; the fitness does not know them. With seconds, each individual is drawn from
+    more workers than the one before, up to all: the slowest links cost only together, so single flips do not get rid of them.
+    """
+    workers = len(search.batches)
+    # the largest of log(weight) + Gumbel noise are a draw without replacement with these weights
+    keys = np.log(priorities(search.rounds)) + rng.gumbel(size=(population, workers))
+    if search.seconds is not None:
+        places = search.seconds[0].argsort(kind="stable").argsort()  # from the fastest link on
+        keys[places >= workers * np.linspace(REACH, 1, population)[:, None]] = -np.inf
+    return _drawn(search, keys, rng)
+
+
+def any_workers(search: Search, rng: np.random.Generator) -> Int[np.ndarray, " chosen"]:
+    """Workers drawn without regard to labels or turns, ascending, within the same limits: the control of `select`."""
+    return np.flatnonzero(_drawn(search, rng.random((1, len(search.batches))), rng)[0])
+
+
+def fitness(search: Search, members: Members) -> Float[np.ndarray, " individuals"]:
+    """The divergence of each individual's merged labels from the mean of all workers'; each has a member."""
+    return divergence(merged(members * search.batches, search.labels), reference(search.labels))
+
+
+def seconds_lost(search: Search, members: Members) -> Float[np.ndarray, " individuals"]:
+    """The seconds of the round and those that the mean member waits in it, summed; 0 where seconds are not weighed.
+
+    The share of waiting alone would be small among workers that are all slow.
+    """
+    if search.seconds is None:
+        return np.zeros(len(members))
+    longest = np.where(members[:, None], search.seconds, 0.0).max(axis=2).sum(axis=1)
+    busy = members @ search.seconds.sum(axis=0) / members.sum(axis=1)
+    return longest + (longest - busy)
+
+
+def _drawn(
+    search: Search, keys: Float[np.ndarray, "individuals workers"], rng: np.random.Generator
+) -> Members:
+    """For each individual a random number of workers, those with the highest keys, repaired."""
+    individuals, workers = keys.shape
+    highest = max(min(search.most, workers), search.reachable)
+    sizes = rng.integers(search.reachable, highest + 1, size=(individuals, 1))
+    places = np.argsort(np.argsort(-keys, axis=1), axis=1)
+    members, possible = _repaired(search, places < sizes)
+    if not possible.all():
+        members[~possible] = _smallest(search)
+    return members
+
+
+def _smallest(search: Search) -> Bool[np.ndarray, " workers"]:
+    """The fewest workers there may be, those with the smallest batches: they always fit."""
+    members = np.zeros(len(search.batches), bool)
+    members[np.argsort(search.batches, kind="stable")[: search.reachable]] = True
+    return members
+
+
+def _ranked(search: Search, members: Members) -> Int[np.ndarray, " individuals"]:
+    """Individuals from the fittest on."""
+    unused = search.budget_rows - members @ search.batches
+    apart = fitness(search, members)
+    if search.seconds is not None:
+        apart = np.maximum(apart - search.enough, 0.0)
+    return np.lexsort((*~members.T[::-1], unused, seconds_lost(search, members), apart))
+
+
+def _children(parents: Members, rng: np.random.Generator) -> Members:
+    """One child fewer than parents, which stand in the order of fitness: tournaments, one-point crossover, mutation."""
+    individuals, workers = parents.shape
+    drawn = rng.integers(individuals, size=(individuals - 1, 2, TOURNAMENT)).min(axis=2)
+    cut = rng.integers(1, max(workers, 2), size=(individuals - 1, 1))
+    children = np.where(np.arange(workers) < cut, parents[drawn[:, 0]], parents[drawn[:, 1]])
+    return children ^ (rng.random(children.shape) < FLIP)
+
+
+def _repaired(search: Search, members: Members) -> tuple[Members, Bool[np.ndarray, " individuals"]]:
+    """The individuals brought within the limits, and for which that was possible.
+
+    Over the budget or the most: the workers whose turn it is least go first, of equals those with the larger batches. Under
+    the fewest: those whose turn it is most come, if they fit.
+    """
+    order = np.lexsort(
+        (search.batches, -priorities(search.rounds))
+    )  # whom to keep, the first before the others
+    batches, members = search.batches[order], members[:, order]
+    # dropping from the end until all fits keeps the longest beginning that fits
+    fits = np.cumsum(members * batches, axis=1) <= search.budget_rows
+    members = members & fits & (np.cumsum(members, axis=1) <= search.most)
+    for _ in range(search.reachable):
+        short = members.sum(axis=1) < search.reachable
+        room = search.budget_rows - members @ batches
+        welcome = ~members & (batches <= room[:, None]) & short[:, None]
+        added = np.flatnonzero(welcome.any(axis=1))
+        if not len(added):
+            break
+        members[added, welcome[added].argmax(axis=1)] = True
+    repaired = np.empty_like(members)
+    repaired[:, order] = members
+    return repaired, members.sum(axis=1) >= search.reachable

@@ -1,0 +1,56 @@
+"""A rank for every device, fixed by what it declares: for methods whose ranks differ and are not chosen on the way.
+
+HetLoRA (arXiv:2401.06432) and FlexLoRA (arXiv:2402.11505) presuppose that a device's rank suits it. What a device
+declares here is its memory, never its speed; so rank follows memory, or is drawn, as in FlexLoRA's released code.
+"""
+
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+
+from fedspine.core.errors import BadInput
+
+RankRule: TypeAlias = Literal["memory", "random"]
+DRAW = 401  # the purpose of this random stream
+
+
+class RankFields(Protocol):
+    """The settings that say which device gets which rank."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]: ...
+
+    @property
+    def rank_by(self) -> RankRule: ...
+
+    @property
+    def largest_rank_gib(self) -> float: ...
+
+
+def check_rank_fields(fields: RankFields) -> None:
+    """Raise BadInput for ranks that do not rise, or for memory that is not positive."""
+    check_rising(fields.ranks)
+    if not fields.largest_rank_gib > 0:
+        raise BadInput(
+            f"method.largest_rank_gib is {fields.largest_rank_gib}, but a positive number is needed"
+        )
+
+
+def check_rising(ranks: tuple[int, ...]) -> None:
+    """Raise BadInput for no ranks, or for ranks that do not rise."""
+    if not ranks or list(ranks) != sorted(set(ranks)):
+        raise BadInput(
+            f"method.ranks is {list(ranks)}, but rising ranks without repeats were expected"
+        )
+
+
+def rank_of_device(fields: RankFields, device: str, memory_bytes: int, seed: int) -> int:
+    """The rank of one device, the same whenever and beside whomever it is asked.
+
+    By memory: the largest rank whose share of the largest one the declared memory covers as a share of
+    `largest_rank_gib`, at least the smallest. At random: every rank equally likely, drawn from (seed, device).
+    """
+    if fields.rank_by == "random":
+        return int(np.random.default_rng([seed, DRAW, *device.encode()]).choice(fields.ranks))
+    earned = fields.ranks[-1] * (memory_bytes / 2**30) / fields.largest_rank_gib
+    return max((rank for rank in fields.ranks if rank <= earned), default=fields.ranks[0])

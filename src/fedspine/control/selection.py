@@ -1,0 +1,129 @@
+"""Which devices take part, and how much more the fast ones do: guided selection with slack, as pure functions.
+
+PyramidFL (Li et al. 2022, MobiCom), whose selection is that of Oort (Lai et al. 2021, OSDI, arXiv:2010.06081). A device
+is worth asking where its rows still have a high loss, unless it is slow; now and then one that was never asked gets its
+chance; and who was not asked for long gets a bonus.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from fedspine.core.message import message
+
+MOST_MORE = 10  # times the usual work that a device with slack may add
+UNCERTAIN = 0.1  # weight of the bonus for those not asked for long
+
+
+@message
+class Seen:
+    """What the server has learnt of one device."""
+
+    reward: float  # rows times the root of the mean squared loss
+    norm: float  # of its last update
+    round: int  # of its last turn, counted from 1
+
+
+@dataclass(frozen=True)
+class Selecting:
+    """The settings of a selection."""
+
+    participants: int  # devices of a round
+    explore: float  # share of them that was never asked, in the first round
+    explore_keep: float  # what is left of that share, each round
+    explore_least: float
+    cut_off: (
+        float  # devices with less than this share of the last chosen one's score are not considered
+    )
+    clip: float  # quantile of the rewards above which they count alike
+    patience: float  # quantile of the times that are not too long
+    penalty: float  # power by which longer times count
+
+
+def scores(
+    seen: Sequence[Seen], seconds: Float[np.ndarray, " devices"], round: int, selecting: Selecting
+) -> Float[np.ndarray, " devices"]:
+    """How much each device is worth asking in `round`, counted from 1; `seconds` is what its round would take.
+
+    >>> same = Selecting(participants=1, explore=0, explore_keep=1, explore_least=0, cut_off=1, clip=1, patience=0, penalty=2)
+    >>> quick, slow = scores([Seen(reward=1.0, norm=1.0, round=1)] * 2, np.array([1.0, 2.0]), 2, same)
+    >>> round(float(quick / slow), 6)
+    4.0
+    """
+    rewards = np.array([one.reward for one in seen])
+    clipped = np.minimum(rewards, np.quantile(rewards, selecting.clip))
+    reach = clipped.max() - clipped.min()
+    useful = (clipped - clipped.min()) / reach if reach > 0 else np.zeros(len(seen))
+    last = np.array([one.round for one in seen])
+    useful = useful + np.sqrt(UNCERTAIN * np.log(max(round, 1)) / np.maximum(last, 1))
+    preferred = np.quantile(seconds, selecting.patience)
+    return useful * np.minimum(1.0, preferred / seconds) ** selecting.penalty
+
+
+def select(
+    examples: Mapping[str, int],
+    seen: Mapping[str, Seen],
+    seconds: Mapping[str, float],
+    round: int,
+    selecting: Selecting,
+    rng: np.random.Generator,
+) -> list[str]:
+    """The devices of `round`, counted from 1, in the order of `examples`, the rows of all that could take part.
+
+    `seconds` is what a round takes each device in `seen`. Of those never asked, the ones with more rows are likelier.
+    """
+    known = [device for device in examples if device in seen]
+    new = [device for device in examples if device not in seen]
+    wanted = min(selecting.participants, len(examples))
+    share = max(selecting.explore * selecting.explore_keep ** (round - 1), selecting.explore_least)
+    exploring = min(len(new), max(int(np.floor(wanted * share + 0.5)), wanted - len(known)))
+    taken = _drawn(new, np.array([float(examples[device]) for device in new]), exploring, rng)
+    if wanted > exploring:
+        times = np.array([seconds[device] for device in known])
+        found = scores([seen[device] for device in known], times, round, selecting)
+        last = np.sort(found)[-(wanted - exploring)]
+        worth = [i for i, score in enumerate(found) if score >= selecting.cut_off * last]
+        taken |= _drawn([known[i] for i in worth], found[worth], wanted - exploring, rng)
+    return [device for device in examples if device in taken]
+
+
+def _drawn(
+    devices: Sequence[str], weights: Float[np.ndarray, " n"], count: int, rng: np.random.Generator
+) -> set[str]:
+    """So many devices, the likelier the larger their weight; those without any come last."""
+    if count == 0:
+        return set()
+    floor = max(float(weights.max()), 1.0) * 1e-9
+    likely = np.maximum(weights, floor)
+    return set(
+        rng.choice(np.array(devices), count, replace=False, p=likely / likely.sum()).tolist()
+    )
+
+
+def steps_with_slack(steps: int, slack_seconds: float, pass_seconds: float, pass_steps: int) -> int:
+    """The usual steps, and as many whole passes over the device's rows as it can make while it would wait.
+
+    At most `MOST_MORE` times the usual steps are added; none where it is not known how long a pass takes (0).
+
+    >>> steps_with_slack(20, slack_seconds=7.0, pass_seconds=3.0, pass_steps=5)
+    30
+    """
+    if pass_seconds <= 0:
+        return steps
+    passes = int(max(0.0, slack_seconds) // pass_seconds)
+    return steps + min(MOST_MORE * steps, passes * pass_steps)
+
+
+def dropped(norms: Sequence[float | None], lowest: float, highest: float) -> list[float]:
+    """The share of its update that each device leaves out: `lowest` for the largest norm, `highest` for the smallest.
+
+    Between them by rank. A device whose norm is not known yet leaves out `lowest`.
+
+    >>> dropped([3.0, None, 1.0, 2.0], 0.0, 0.5)
+    [0.0, 0.0, 0.5, 0.25]
+    """
+    known = sorted((norm for norm in norms if norm is not None), reverse=True)
+    step = (highest - lowest) / max(len(known) - 1, 1)
+    return [lowest if norm is None else lowest + step * known.index(norm) for norm in norms]

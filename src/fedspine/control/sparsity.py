@@ -1,0 +1,217 @@
+"""How much of a layer goes and when: the cubic floor of the schedule, and exact counts of heads and channels.
+
+Section 2.3 and 2.4 of the FedSpine reconstruction; the cubic is that of gradual pruning (Zhu & Gupta 2017, arXiv
+1710.01878). Sparsity is 1 - kept/original parameters of a layer's prunable linears. Counts are exact and depend on the
+layer's shape only, so that all devices end at one sparsity and none has to be told its number.
+"""
+
+from dataclasses import dataclass
+from math import ceil, floor
+
+from fedspine.core.errors import BadInput
+
+TOLERANCE = 0.0025  # how far from the target a layer may end
+TINY = 1e-9  # 0.3 * 10 heads are three heads, whatever the last bit says
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The prunable units of one layer, and the parameters that leave with each (grouped queries: heads are KV heads).
+
+    >>> LayerShape(heads=12, channels=1536, head_parameters=49_152, channel_parameters=768).parameters
+    1769472
+    """
+
+    heads: int
+    channels: int
+    head_parameters: int
+    channel_parameters: int
+
+    @property
+    def parameters(self) -> int:
+        return self.heads * self.head_parameters + self.channels * self.channel_parameters
+
+    def sparsity(self, heads: int, channels: int) -> float:
+        """The layer's sparsity when so many heads and channels are gone."""
+        return (heads * self.head_parameters + channels * self.channel_parameters) / self.parameters
+
+
+def cubic_floor(
+    round: int,
+    rounds: int,
+    target: float,
+    *,
+    warmup: float = 0.05,
+    until: float = 0.7,
+    share: float = 0.8,
+) -> float:
+    """The least cumulative sparsity in `round`, counted from 0: 0, then share*target*(1-(1-x)^3), then the target.
+
+    warmup and until are parts of the run. The last of several rounds is at the target even where the run is too short to
+    reach `until`; a run of one round only warms up. Raises BadInput for parts out of order or values out of range.
+
+    >>> [round(cubic_floor(r, 20, 0.5), 3) for r in (0, 1, 7, 13, 14)]
+    [0.0, 0.0, 0.338, 0.4, 0.5]
+    """
+    if not 0 <= warmup < until <= 1:
+        raise BadInput(
+            f"0 <= warmup < until <= 1 was expected, warmup {warmup} and until {until} came"
+        )
+    if not (0 <= target < 1 and 0 <= share <= 1):
+        raise BadInput(
+            f"target in [0, 1) and share in [0, 1] were expected, {target} and {share} came"
+        )
+    start, end = warmup * rounds, until * rounds
+    if rounds > 1 and (round >= end - TINY or round >= rounds - 1):
+        return target
+    if round <= start:
+        return 0.0  # nothing is pruned before its importance is known
+    x = min((round - start) / (end - start), 1.0)
+    return share * target * (1 - (1 - x) ** 3)
+
+
+def counts(
+    shape: LayerShape,
+    sparsity: float,
+    *,
+    target: float,
+    dropped: tuple[int, int] = (0, 0),
+    keep_heads: int = 2,
+    keep_channels: float = 0.25,
+) -> tuple[int, int]:
+    """Heads and channels to have dropped in all at cumulative `sparsity`, on the way to `target`.
+
+    Never below `dropped` (units do not grow back), never above `final_counts`, which any path reaches at the target.
+    Heads are coarse, so on the way the sparsity may be off by one head's share. Raises BadInput as `final_counts`.
+
+    >>> minilm = LayerShape(heads=12, channels=1536, head_parameters=49_152, channel_parameters=768)
+    >>> counts(minilm, 0.2, target=0.5), counts(minilm, 0.5, target=0.5, dropped=(2, 336))
+    ((2, 336), (6, 768))
+    """
+    heads_before, channels_before = dropped
+    heads_after, channels_after = final_counts(
+        shape, target, keep_heads=keep_heads, keep_channels=keep_channels
+    )
+    heads_after, channels_after = (
+        max(heads_after, heads_before),
+        max(channels_after, channels_before),
+    )
+    if sparsity >= target:
+        return heads_after, channels_after
+    heads = _clip(floor(shape.heads * sparsity + TINY), heads_before, heads_after)
+    channels = _channels_for(shape, sparsity, heads)
+    if channels > channels_after:  # what the channels cannot give any more, heads must
+        heads = _clip(round(_heads_for(shape, sparsity, channels_after)), heads_before, heads_after)
+        return heads, channels_after
+    if channels < channels_before:  # channels went ahead earlier, so fewer heads are due
+        heads = _clip(
+            floor(_heads_for(shape, sparsity, channels_before) + TINY), heads_before, heads_after
+        )
+        channels = _channels_for(shape, sparsity, heads)
+    return heads, _clip(channels, channels_before, channels_after)
+
+
+def final_counts(
+    shape: LayerShape, target: float, *, keep_heads: int = 2, keep_channels: float = 0.25
+) -> tuple[int, int]:
+    """Heads and channels dropped at the end: the same share of both, within 0.0025 of `target`.
+
+    A layer so small that one channel is more than 0.005 of it ends within half a channel. Where `keep_heads` (a count)
+    and `keep_channels` (a share) forbid the target they give way only as far as it requires: the channels first, down to
+    one, then heads, down to one. Raises BadInput where even that is not enough, or where one head outweighs all channels
+    and the target falls between two counts of heads.
+
+    >>> final_counts(LayerShape(heads=2, channels=4864, head_parameters=917_504, channel_parameters=2_688), 0.5)
+    (0, 2776)
+    """
+    if not 0 <= target <= highest(shape) + _tolerance(shape):
+        raise BadInput(
+            f"sparsity in [0, {floor(1000 * highest(shape)) / 1000:.3f}] was expected, which a layer of {shape.heads} heads "
+            f"and {shape.channels} channels can reach, {target} came; lower the target"
+        )
+    heads = _clip(floor(shape.heads * target + TINY), 0, max(shape.heads - keep_heads, 0))
+    floored, bare = (
+        shape.channels - max(ceil(keep_channels * shape.channels), 1),
+        shape.channels - 1,
+    )
+    missing = _heads_for(shape, target - _tolerance(shape), bare)
+    more_heads = _clip(ceil(missing - TINY), heads, shape.heads - 1)
+    for dropped, most in (
+        (heads, floored),
+        (heads, bare),
+        (more_heads, floored),
+        (more_heads, bare),
+    ):
+        channels = min(_channels_for(shape, target, dropped), most)
+        if abs(shape.sparsity(dropped, channels) - target) <= _tolerance(shape):
+            return dropped, channels
+    below, above = shape.sparsity(more_heads - 1, bare), shape.sparsity(more_heads, 0)
+    raise BadInput(
+        f"sparsity {target} came, but one head outweighs all channels, so that nothing between {below:.4f} and "
+        f"{above:.4f} can be reached; choose a target outside"
+    )
+
+
+def highest(shape: LayerShape) -> float:
+    """The highest sparsity of a layer that keeps one head and one channel.
+
+    >>> highest(LayerShape(heads=4, channels=4, head_parameters=10, channel_parameters=10))
+    0.75
+    """
+    return shape.sparsity(max(shape.heads - 1, 0), max(shape.channels - 1, 0))
+
+
+def layer_targets(
+    layers: int, target: float, *, protect_first: int = 0, protect_last: int = 0
+) -> list[float]:
+    """Each layer's target when some stay whole and the others, of equal size, make up for them.
+
+    Raises BadInput where the others would have to lose more than 0.999.
+
+    >>> [round(t, 3) for t in layer_targets(32, 0.30, protect_first=3, protect_last=1)[2:5]]
+    [0.0, 0.343, 0.343]
+    """
+    pruned = layers - protect_first - protect_last
+    if min(protect_first, protect_last) < 0 or pruned < 0:
+        raise BadInput(
+            f"{protect_first} first and {protect_last} last layers cannot be protected among {layers}"
+        )
+    needed = target * layers / pruned if pruned else float(target > 0)
+    if not 0 <= needed <= 0.999:
+        raise BadInput(
+            f"a mean sparsity of {target} needs {needed:.3f} in the {pruned} of {layers} layers that are not protected; "
+            "lower the target"
+        )
+    return [0.0] * protect_first + [needed] * pruned + [0.0] * protect_last
+
+
+def _channels_for(shape: LayerShape, sparsity: float, heads: int) -> int:
+    """Channels to drop beside `heads`, such that a multiple that hardware likes is kept."""
+    due = (sparsity * shape.parameters - heads * shape.head_parameters) / shape.channel_parameters
+    if due <= 0:
+        return 0
+    multiple = _multiple(shape)
+    kept = multiple * round((shape.channels - due) / multiple)
+    return _clip(shape.channels - kept, 0, shape.channels)
+
+
+def _heads_for(shape: LayerShape, sparsity: float, channels: int) -> float:
+    return (
+        sparsity * shape.parameters - channels * shape.channel_parameters
+    ) / shape.head_parameters
+
+
+def _multiple(shape: LayerShape) -> int:
+    """The largest multiple whose rounding, half of it at most, stays within the tolerance."""
+    fitting = (
+        m for m in (8, 4, 2) if m * shape.channel_parameters / (2 * shape.parameters) <= TOLERANCE
+    )
+    return next(fitting, 1)
+
+
+def _tolerance(shape: LayerShape) -> float:
+    return max(TOLERANCE, shape.channel_parameters / (2 * shape.parameters)) + TINY
+
+
+def _clip(value: int, low: int, high: int) -> int:
+    return min(max(value, low), high)

@@ -1,0 +1,205 @@
+"""The device's side of an exchange: what a piece of work sees, and how it is served.
+
+Serving is a pure function of (order, data, memory, seed). So it may run in this process, in a worker process, fused
+with other devices, or on another machine, and gives the same bytes.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import numpy as np
+
+from fedspine.core.message import pack, unpack
+
+if TYPE_CHECKING:
+    from fedspine.core.task import Data
+    from fedspine.lm.base import Base
+    from fedspine.lm.prefix import Prefixes
+    from fedspine.nets.net import Net
+
+DeviceId: TypeAlias = str
+O = TypeVar("O")  # noqa: E741 - what the server orders
+R = TypeVar("R")  # what a device returns
+
+
+@dataclass
+class Device:
+    """One device as its work sees it.
+
+    `memory` holds messages that outlive the exchange; `rng` is seeded from the run's seed, the device and the number
+    of asks it has served.
+    """
+
+    id: DeviceId
+    data: "Data"
+    base: "Base | Net"
+    memory: dict[str, Any]
+    rng: np.random.Generator
+    prefixes: "Prefixes | None" = None  # where activations of the frozen blocks may be kept
+    trainer: Callable[[Any], Any] | None = (
+        None  # trains this device together with others; None: on its own
+    )
+    kept: Any = None  # what the last ask of this round kept, where this process still has it
+    flops: float = field(default=0.0, init=False)
+    launches: int = field(default=0, init=False)
+    samples: int = field(default=0, init=False)
+    peak_memory_bytes: int = field(default=0, init=False)
+    keeping: "Kept | None" = field(default=None, init=False)
+
+    def keep(self, value: Any, bytes: int) -> None:
+        """Hold on to `value`, about so large, for this device's next ask in this round.
+
+        Only to save time: it may be gone by then, and the result must have the same bytes without it.
+        """
+        self.keeping = Kept(value, bytes)
+
+    def spend(
+        self, *, flops: float = 0.0, memory_bytes: int = 0, launches: int = 0, samples: int = 0
+    ) -> None:
+        """Account for work: floating-point operations, memory needed at once, layers launched, rows trained on."""
+        self.flops += flops
+        self.launches += launches
+        self.samples += samples
+        self.peak_memory_bytes = max(self.peak_memory_bytes, memory_bytes)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a device's work kept, and its size."""
+
+    value: Any
+    bytes: int
+
+
+class Scratch:
+    """What one process keeps between the asks of a round, up to `most_bytes`: never more than a way to save time.
+
+    It is given back only to a device whose memory has the very bytes that its last ask here returned.
+    """
+
+    def __init__(self, most_bytes: int = 2 << 30) -> None:
+        self._most = most_bytes
+        self._round: int | None = None
+        self._entries: dict[DeviceId, tuple[bytes, dict[str, Any], Kept]] = {}
+        self._bytes = 0  # of what is kept
+
+    def take(self, call: "Call") -> tuple[dict[str, Any], Any] | None:
+        """The memory and what was kept for this call's device, once."""
+        if (
+            call.round != self._round
+        ):  # whoever vanished in an earlier round will not come for its own
+            self._round = call.round
+            self._entries.clear()
+            self._bytes = 0
+        entry = self._entries.pop(call.device, None)
+        if entry is None:
+            return None
+        payload, memory, kept = entry
+        self._bytes -= kept.bytes
+        return (memory, kept.value) if payload == call.memory else None
+
+    def put(self, device: DeviceId, payload: bytes, memory: dict[str, Any], kept: Kept) -> bool:
+        """Keep it where there is room. Others never make way: in turns, each would go just before it is needed."""
+        if self._bytes + kept.bytes > self._most:
+            return False
+        self._entries[device] = (payload, memory, kept)
+        self._bytes += kept.bytes
+        return True
+
+
+Work: TypeAlias = Callable[[Device, O], R]
+
+
+def on_device(work: Work[O, R]) -> Work[O, R]:
+    """Mark a module-level function `(Device, Order) -> Result` as work that a fleet may send to devices by name."""
+    if "." in work.__qualname__:
+        raise TypeError(
+            f"{work.__qualname__} must be defined at the top of its module, so that a device can find it"
+        )
+    work.__on_device__ = True  # type: ignore[attr-defined]
+    return work
+
+
+def name_of(work: Work[Any, Any]) -> str:
+    """The name by which a device finds this work: `module:function`."""
+    if not getattr(work, "__on_device__", False):
+        raise TypeError(f"{work!r} is not work for a device; decorate it with @on_device")
+    return f"{work.__module__}:{work.__qualname__}"
+
+
+def find_work(name: str) -> Work[Any, Any]:
+    """The work called `module:function`; raises LookupError where there is none."""
+    module, _, function = name.partition(":")
+    work = getattr(importlib.import_module(module), function, None)
+    if not getattr(work, "__on_device__", False):
+        raise LookupError(f"{name} is no work for a device")
+    return work  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One ask of one device, complete: everything that its result may depend on, but for the data and the base."""
+
+    device: DeviceId
+    index: int  # of the device in the fleet; its share of the data
+    work: str
+    order: bytes
+    memory: bytes | None
+    seed: tuple[int, ...]
+    round: int = 0
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a call gave: the packed result and memory, and what the work spent."""
+
+    result: bytes
+    memory: bytes
+    flops: float
+    launches: int
+    samples: int
+    peak_memory_bytes: int
+    kept: bool = False  # whether the process holds something for the device's next ask
+
+
+def serve(
+    call: Call,
+    base: "Base | Net",
+    data: "Data",
+    prefixes: "Prefixes | None" = None,
+    trainer: Callable[[Any], Any] | None = None,
+    scratch: Scratch | None = None,
+) -> Served:
+    """Do the work of `call` on `data`, the device's own rows; what is in `scratch` changes no byte of the result."""
+    found = None if scratch is None else scratch.take(call)
+    memory, kept = (
+        (unpack(call.memory) if call.memory is not None else {}, None) if found is None else found
+    )
+    device = Device(
+        id=call.device,
+        data=data,
+        base=base,
+        memory=memory,
+        rng=np.random.default_rng(call.seed),
+        prefixes=prefixes,
+        trainer=trainer,
+        kept=kept,
+    )
+    result = find_work(call.work)(device, unpack(call.order))
+    remembered = pack(device.memory).payload
+    keeps = (
+        scratch is not None
+        and device.keeping is not None
+        and scratch.put(device.id, remembered, device.memory, device.keeping)
+    )
+    return Served(
+        result=pack(result).payload,
+        memory=remembered,
+        flops=device.flops,
+        launches=device.launches,
+        samples=device.samples,
+        peak_memory_bytes=device.peak_memory_bytes,
+        kept=keeps,
+    )

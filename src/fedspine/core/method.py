@@ -1,0 +1,108 @@
+"""The methods and how they are found: each is a frozen dataclass whose fields are its hyper-parameters."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, runtime_checkable
+
+import numpy as np
+
+from fedspine.core.device import DeviceId, R
+from fedspine.core.fleet import Fleet, Reply, none_left
+from fedspine.core.tensors import finite, is_tensors
+
+if TYPE_CHECKING:
+    from fedspine.core.task import Task
+    from fedspine.lm.base import Model
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+class Method(Protocol[S]):
+    """A federated method: it owns the round, the fleet owns transport, time and bytes.
+
+    The state is a message; `round` returns a new one and changes nothing in place.
+    """
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds; the tests of every method use them."""
+        ...
+
+    def check(self, task: "Task") -> None:
+        """Raise BadInput where these settings cannot work on this task, before anything is spent."""
+        ...
+
+    def start(self, task: "Task", rng: np.random.Generator) -> S: ...
+
+    def round(self, state: S, fleet: Fleet) -> S: ...
+
+    def deploy(self, state: S, device: DeviceId | None = None) -> "Model":
+        """The model that `device` will run, or the one for everybody."""
+        ...
+
+    def unpruned(self, state: S) -> "Model":
+        """What was learnt, on the whole base: the yardstick for what pruning costs."""
+        ...
+
+
+@runtime_checkable
+class Prunes(Protocol):
+    """A method that prunes on a schedule, which tells how much cheaper later rounds are."""
+
+    def planned_sparsity(self, round: int, rounds: int) -> float:
+        """The least sparsity of a device's model in `round` of `rounds`, counted from 0."""
+        ...
+
+
+def planned_sparsities(method: Any, rounds: int) -> list[float]:
+    """The sparsity planned for each of `rounds` rounds, 0 for a method that does not prune."""
+    if not isinstance(method, Prunes):
+        return [0.0] * rounds
+    return [method.planned_sparsity(round, rounds) for round in range(rounds)]
+
+
+def usable(replies: Sequence[Reply[R]], fleet: Fleet) -> list[Reply[R]]:
+    """The replies whose `loss` and all named tensors are finite; the others are noted and left out of the round.
+
+    Raises AllLost where none is left, Diverged where some came.
+    """
+    good, flaws = [], []
+    for reply in replies:
+        found = _flaw(reply.value)
+        if found is None:
+            good.append(reply)
+        else:
+            flaws.append(found)
+            fleet.note(device=reply.device, left_out=found)
+    if not good:
+        raise none_left(len(fleet.devices), flaws)
+    return good
+
+
+def _flaw(result: Any) -> str | None:
+    """What is not finite in a result with a `loss`, None where nothing is."""
+    if not math.isfinite(result.loss):
+        return f"loss is {result.loss}"
+    sound = all(finite(value) for value in vars(result).values() if is_tensors(value))
+    return None if sound else "weights are not finite"
+
+
+_METHODS: dict[str, type] = {}  # filled at import time only
+
+
+def method(name: str) -> Callable[[type[T]], type[T]]:
+    """Register a method class under the name that recipes use.
+
+    A method that can train nets on arrays says so by `models: ClassVar = ("transformer", "net")`; the others know
+    transformers only, and a recipe that gives them a net is refused.
+    """
+
+    def register(cls: type[T]) -> type[T]:
+        _METHODS[name] = cls
+        cls.name = name  # type: ignore[attr-defined]
+        if "models" not in vars(cls):
+            cls.models = ("transformer",)  # type: ignore[attr-defined]
+        return cls
+
+    return register

@@ -1,0 +1,87 @@
+"""Tables that people write by hand, in TOML, checked strictly: nothing is converted, nothing unknown is passed over."""
+
+import json
+import math
+import re
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from fedspine.core.errors import BadInput, unknown
+
+HINTS = {  # by pydantic's type of error
+    "tuple_type": ", a list in brackets such as [4, 8]",
+    "dict_type": ", a table in braces such as {tx2 = 2, nx = 1}",
+}
+
+
+class Section(pydantic.BaseModel):
+    """A table whose keys are the fields of the class."""
+
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False
+    )
+
+
+def read_toml(path: Path, what: str, instead: str) -> dict[str, Any]:
+    """The tables of a file; `what` it is and what to do `instead` where it does not exist are for the BadInput."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise BadInput(f"{what} {path} does not exist; {instead}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadInput(f"{what} {path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def section(name: str, cls: type[Section], table: dict[str, Any]) -> Any:
+    """The table called `name` as a `cls`; BadInput names the nearest key for an unknown one."""
+    known_keys(f"key of [{name}]", table, cls.model_fields)
+    return validated(name, pydantic.TypeAdapter(cls), table)
+
+
+def known_keys(what: str, table: Iterable[str], known: Iterable[str]) -> None:
+    """Raise BadInput for the first name that is not one of `known`."""
+    known = set(known)
+    for key in table:
+        if key not in known:
+            raise unknown(what, key, known)
+
+
+def validated(
+    section: str, adapter: pydantic.TypeAdapter[Any], table: Any, *, by_json: bool = False
+) -> Any:
+    """What the adapter makes of a table, or of an instance; whatever it refuses is one line that names the key.
+
+    `by_json` is for plain dataclasses, which pydantic takes strictly from JSON alone; there TOML's dates become text.
+    """
+    for key, value in table.items() if isinstance(table, dict) else ():
+        if value == "":  # as of `--set task.data=`, which as a path would be the current folder
+            raise BadInput(f"{section}.{key} is empty; give it a value, or leave it out")
+    try:
+        made = (
+            adapter.validate_json(json.dumps(table, default=str), strict=True)
+            if by_json
+            else adapter.validate_python(table)
+        )
+    except pydantic.ValidationError as error:
+        first, *others = error.errors()
+        loc, hint = first["loc"], HINTS.get(first["type"], "")
+        for other in others:  # a number or a word: pydantic reports each, by the type's name
+            if other["type"] == "literal_error" and other["loc"][:-1] == loc[:-1]:
+                loc, hint = loc[:-1], f", or {other['ctx']['expected']}"
+        where = ".".join([section, *(str(part) for part in loc)])
+        if first["type"] == "literal_error":
+            choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+            raise unknown(where, str(first["input"]), choices) from None
+        if first["type"] == "missing":
+            raise BadInput(f"{where} is missing; it must be given") from None
+        raise BadInput(f"{where} is {first['input']!r}: {first['msg']}{hint}") from None
+    for key, value in table.items() if isinstance(table, dict) else ():
+        if isinstance(value, float) and not math.isfinite(
+            value
+        ):  # which fields of a dataclass let pass
+            raise BadInput(f"{section}.{key} is {value}: a finite number was expected")
+    return made

@@ -1,0 +1,106 @@
+"""What a data set is: rows of texts or arrays, and which are held out for testing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedspine.core.errors import BadInput
+
+TEST_FRACTION = 5  # one row in five is for testing where the data names no test rows
+_SPLIT_SEED = 20260101  # the same rows for everyone, whatever the seed of a run
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split: `texts` and, for pairs of sentences, `pairs` of the same length; `labels` int64
+    [rows].
+
+    `pairs` is None without a second sentence, `labels` is None for language modelling. `columns`
+    holds the columns a partition may need, as strings.
+    """
+
+    texts: tuple[str, ...]
+    pairs: tuple[str, ...] | None
+    labels: np.ndarray | None
+    columns: Mapping[str, Sequence[str]]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, index: Sequence[int]) -> "Rows":
+        """The rows at these places, in their order."""
+        return Rows(
+            texts=tuple(self.texts[row] for row in index),
+            pairs=None if self.pairs is None else tuple(self.pairs[row] for row in index),
+            labels=None if self.labels is None else self.labels[index],
+            columns={
+                name: tuple(values[row] for row in index) for name, values in self.columns.items()
+            },
+        )
+
+
+@dataclass(frozen=True)
+class ArrayRows:
+    """One split: `x` uint8 or float32 [rows, ...], `labels` int64 [rows]; `columns` as strings, for
+    a partition.
+    """
+
+    x: np.ndarray
+    labels: np.ndarray
+    columns: Mapping[str, Sequence[str]]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, index: Sequence[int]) -> "ArrayRows":
+        """The rows at these places, in their order."""
+        return ArrayRows(
+            x=self.x[index],
+            labels=self.labels[index],
+            columns={
+                name: tuple(values[row] for row in index) for name, values in self.columns.items()
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A train and a test split with the same classes; `natural` is the column that names a natural
+    device, if any.
+
+    A label is an index into `label_names`, which is empty for language modelling. `left_out` counts
+    the rows of both splits that are not in them, by reason; `remarks` says it with the other
+    `notes` about how the data was read.
+    """
+
+    name: str
+    train: "Rows | ArrayRows"
+    test: "Rows | ArrayRows"
+    label_names: tuple[str, ...]
+    natural: str | None
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    not_drawn: int = 0  # training rows that are not in the sample of them
+
+
+def held_out(labels: Sequence[Any] | np.ndarray | None, rows: int) -> tuple[list[int], list[int]]:
+    """The rows to learn from, and a random fifth for testing, less those of a class that would have
+    no row to learn from.
+
+    Both ascending. Raises BadInput where one of them would be empty.
+    """
+    order = np.random.default_rng(_SPLIT_SEED).permutation(rows)
+    count = max(1, len(order) // TEST_FRACTION)
+    held, kept = order[:count].tolist(), order[count:].tolist()
+    if labels is not None:
+        learned = {labels[row] for row in kept}
+        kept += [row for row in held if labels[row] not in learned]
+        held = [row for row in held if labels[row] in learned]
+    if not kept or not held:
+        raise BadInput(
+            f"expected enough rows to set a fifth aside for testing, found {len(order)}; "
+            "give more rows, or a test file of their own"
+        )
+    return sorted(kept), sorted(held)

@@ -1,0 +1,1 @@
+"""Serving asks and scoring models: here, in worker processes, or in one batched pass."""

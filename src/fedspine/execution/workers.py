@@ -1,0 +1,293 @@
+"""Serving asks and scoring models, in this process or in worker processes: the same bytes either way.
+
+Workers are forked after the base and the data are loaded, so they share those pages; nothing is rebuilt per round.
+Every job runs on one thread, because the number of threads changes the order of floating-point sums.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeAlias
+
+import torch
+
+from fedspine.core.device import Call, Scratch, Served, serve
+from fedspine.core.errors import BadInput, of_machine
+from fedspine.core.message import unpack
+from fedspine.core.process import SIGNALS_TO_END, handling
+from fedspine.core.task import Data, Task
+from fedspine.execution.together import serve_together
+from fedspine.lm.base import Base
+from fedspine.lm.prefix import Prefixes
+from fedspine.lm.score import Score, score, score_together
+from fedspine.nets.net import Net
+from fedspine.nets.score import score_nets
+
+PARENT_CHECK_SECONDS = 1.0
+Job: TypeAlias = "list[Call] | ScoreJob"
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """Score packed models on the first `rows` rows of the test set, in the order that `Workshop.test_rows` fixes.
+
+    Several must be of one structure and are scored in one pass.
+    """
+
+    models: tuple[bytes, ...]
+    rows: int
+
+
+class WorkerLost(RuntimeError):
+    """A worker process ended; the text says how."""
+
+
+class WorkFailed(RuntimeError):
+    """Work raised an error in a worker process; the text is its traceback, `of_machine` as that function has it."""
+
+    def __init__(self, text: str, of_machine: bool) -> None:
+        super().__init__(text, of_machine)  # both, so that it can be sent between processes
+        self.of_machine = of_machine
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What every job needs: the task, each device's rows, and the fixed order of test rows for partial scoring."""
+
+    task: Task
+    shares: tuple[Any, ...]  # int64 row indices by device
+    test_rows: Any  # int64 [rows of the test set]
+    prefixes: Prefixes | None = None
+    # each worker process fills its own
+    scratch: Scratch = field(default_factory=Scratch)
+    # the rows of devices asked so far, one copy at most; not of another workshop, whose task or shares may differ
+    taken: dict[int, Data] = field(default_factory=dict, init=False)
+
+    def do(self, job: Job) -> list[Served] | list[Score]:
+        """Run one job on one thread; several calls or models in one job are worked on together."""
+        torch.set_num_threads(1)
+        if isinstance(job, ScoreJob):
+            test = self.task.test.take(self.test_rows[: job.rows])
+            models = [unpack(model) for model in job.models]
+            return _scores(self.task.base, models, test, self.prefixes)
+        data = [self._data(call.index) for call in job]
+        if len(job) == 1:
+            return [serve(job[0], self.task.base, data[0], self.prefixes, scratch=self.scratch)]
+        return serve_together(job, self.task.base, data, self.prefixes, self.scratch)
+
+    def _data(self, index: int) -> Data:
+        """A device's own rows."""
+        if index not in self.taken:
+            self.taken[index] = self.task.train.take(self.shares[index])
+        return self.taken[index]
+
+
+def _scores(
+    base: Base | Net, models: list[Any], test: Data, prefixes: Prefixes | None
+) -> list[Score]:
+    match base:
+        case Net():
+            return score_nets(base, models, test)
+        case _ if len(models) == 1:
+            rows = f"test-{len(test)}"
+            return [score(base, models[0], test, prefixes=prefixes, rows=rows)]
+    return score_together(base, models, test)
+
+
+class Workers:
+    """A pool of `count` worker processes; with 0 or 1, or where processes cannot be forked, this process works.
+
+    Up to `together` calls are served in one batched pass.
+    """
+
+    def __init__(self, workshop: Workshop, count: int, together: int = 1) -> None:
+        self._workshop, self.together = workshop, together
+        self._count = (
+            count
+            if count > 1
+            and "fork" in multiprocessing.get_all_start_methods()
+            and sys.platform == "linux"
+            else 0
+        )
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+        self._homes: dict[
+            int, Connection
+        ] = {}  # by device: the worker that keeps something for its next ask
+
+    @property
+    def base(self) -> Any:
+        """What all jobs compute with."""
+        return self._workshop.task.base
+
+    @property
+    def computing(self) -> str:
+        """What the last bits of results depend on, beside the recipe: cpu or cuda, and how many devices in one pass."""
+        return f"{self._workshop.task.base.device.type}, {self.together} in one pass"
+
+    def run(self, jobs: Iterable[Call | ScoreJob]) -> Iterator[Any]:
+        """The results in the order of `jobs`, which are read only as workers get free."""
+        bundles = _bundled(jobs, self.together)
+        if self._count and not self._processes:
+            self._start()
+        for result in self._spread(bundles) if self._count else map(self._workshop.do, bundles):
+            yield from result
+
+    def close(self) -> None:
+        """End the worker processes."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(timeout=2)
+            if process.is_alive():
+                process.kill()
+        self._pipes, self._processes, self._homes = [], [], {}
+
+    def _start(self) -> None:
+        with _signals_put_off():
+            for _ in range(self._count):
+                self._fork()
+
+    def _fork(self) -> None:
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe()
+        inherited = [*self._pipes, ours]
+        process = context.Process(
+            target=_work, args=(self._workshop, theirs, inherited, os.getpid()), daemon=True
+        )
+        process.start()
+        theirs.close()
+        self._pipes.append(ours)
+        self._processes.append(process)
+
+    def _spread(self, jobs: Iterator[Job]) -> Iterator[Any]:
+        idle, busy = deque(self._pipes), {}
+        waiting: dict[Connection, deque[tuple[int, Job]]] = {pipe: deque() for pipe in self._pipes}
+        results: dict[int, Any] = {}
+        numbered, given = enumerate(jobs), 0
+        while True:
+            for _ in range(len(idle)):
+                pipe = idle.popleft()
+                found = self._job_for(pipe, waiting, numbered)
+                if found is None:
+                    idle.append(pipe)
+                else:
+                    number, job = found
+                    self._give(pipe, job)
+                    busy[pipe] = (number, job)
+            if not busy:
+                return
+            for pipe in wait(list(busy)):
+                number, job = busy.pop(pipe)
+                results[number] = self._take(pipe)
+                self._settle(pipe, job, results[number])
+                idle.append(pipe)
+            while given in results:
+                yield results.pop(given)
+                given += 1
+
+    def _job_for(
+        self,
+        pipe: Connection,
+        waiting: dict[Connection, deque[tuple[int, Job]]],
+        numbered: Iterator[tuple[int, Job]],
+    ) -> tuple[int, Job] | None:
+        """The next job for an idle worker: one that waits for it, else the first that waits for no other."""
+        if waiting[pipe]:
+            return waiting[pipe].popleft()
+        for number, job in numbered:
+            home = self._homes.get(job[0].index, pipe) if isinstance(job, list) else pipe
+            if home is pipe:
+                return number, job
+            waiting[home].append((number, job))
+        return None
+
+    def _settle(self, pipe: Connection, job: Job, served: list[Any]) -> None:
+        """Remember who keeps what: a device goes on where its work was left."""
+        for call, result in zip(job, served, strict=True) if isinstance(job, list) else ():
+            if result.kept:
+                self._homes[call.index] = pipe
+            else:
+                self._homes.pop(call.index, None)
+
+    def _give(self, pipe: Connection, job: Job) -> None:
+        try:
+            pipe.send(job)
+        except (BrokenPipeError, ConnectionResetError):
+            raise WorkerLost(
+                "a worker process ended between two jobs; it may have been killed"
+            ) from None
+
+    def _take(self, pipe: Connection) -> Any:
+        try:
+            failure, value = pipe.recv()
+        except (EOFError, ConnectionResetError):
+            raise WorkerLost(
+                "a worker process ended without a reply; it may have been killed for its memory"
+            ) from None
+        if failure is not None:
+            raise failure
+        return value
+
+
+def _bundled(jobs: Iterable[Call | ScoreJob], most: int) -> Iterator[Job]:
+    """The jobs in their order, with up to `most` consecutive calls in one."""
+    calls: list[Call] = []
+    for job in jobs:
+        if isinstance(job, Call):
+            calls.append(job)
+        if calls and (len(calls) == most or isinstance(job, ScoreJob)):
+            yield calls
+            calls = []
+        if isinstance(job, ScoreJob):
+            yield job
+    if calls:
+        yield calls
+
+
+def _work(workshop: Workshop, pipe: Connection, inherited: list[Connection], parent: int) -> None:
+    for other in inherited:
+        other.close()
+    torch.set_num_threads(1)
+    while True:
+        while not pipe.poll(PARENT_CHECK_SECONDS):
+            if os.getppid() != parent:  # the run was killed
+                os._exit(1)
+        try:
+            job = pipe.recv()
+        except (EOFError, OSError):
+            os._exit(0)
+        try:
+            reply = (None, workshop.do(job))
+        except BadInput as error:  # whose line is for the user, from wherever it comes
+            reply = (BadInput(str(error)), None)
+        except BaseException as error:
+            text = f"a worker failed:\n{traceback.format_exc()}"
+            reply = (WorkFailed(text, of_machine(error)), None)
+        try:
+            pipe.send(reply)
+        except OSError:  # the run ended meanwhile
+            os._exit(1)
+
+
+@contextmanager
+def _signals_put_off() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until the end: callbacks that libraries run at a fork would swallow them.
+
+    The forked workers keep ignoring both: they are for the run, which ends its workers.
+    """
+    came: list[int] = []
+    with handling(SIGNALS_TO_END, lambda number, _: came.append(number)):
+        yield
+    for number in dict.fromkeys(came):
+        signal.raise_signal(number)

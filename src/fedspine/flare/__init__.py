@@ -1,0 +1,1 @@
+"""A fleet of real machines over NVIDIA FLARE: the server's session and the sites' side."""

@@ -1,0 +1,40 @@
+"""Messages over a socket, each after its length; without torch, for both ends of the socket."""
+
+import socket
+import time
+
+MOST_BYTES = 1 << 30  # of one message
+LENGTH = 8  # bytes before each message, its length
+
+
+def send(connection: socket.socket, payload: bytes, end: float | None = None) -> None:
+    """Send one message; raises TimeoutError at `end` on the monotonic clock, OSError where the other side is gone."""
+    _until(connection, end)
+    connection.sendall(len(payload).to_bytes(LENGTH, "big") + payload)
+
+
+def receive(connection: socket.socket, end: float | None = None) -> bytes:
+    """The next message; raises as `send` does."""
+    return bytes(_read(connection, int.from_bytes(_read(connection, LENGTH, end), "big"), end))
+
+
+def _read(connection: socket.socket, length: int, end: float | None) -> bytearray:
+    buffer = bytearray(length)
+    view, got = memoryview(buffer), 0
+    while got < length:
+        _until(connection, end)
+        count = connection.recv_into(view[got:])
+        if not count:
+            raise ConnectionResetError("the other side ended")
+        got += count
+    return buffer
+
+
+def _until(connection: socket.socket, end: float | None) -> None:
+    if end is None:
+        connection.settimeout(None)
+        return
+    left = end - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    connection.settimeout(left)

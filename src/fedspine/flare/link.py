@@ -1,0 +1,235 @@
+"""The way from a run to its sites over NVIDIA FLARE: the admin's own connection, and the relay job it submits.
+
+The only file on the run's side that knows NVFlare. A relay that is gone is replaced by a new one, which takes in all
+sites that are connected at that time, those that were not there before among them.
+"""
+
+import logging
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.signal import Signal
+from nvflare.collab import CollabRecipe
+from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
+from nvflare.fuel.f3.cellnet.fqcn import FQCN
+from nvflare.fuel.f3.cellnet.utils import new_cell_message
+from nvflare.fuel.flare_api.flare_api import Session
+
+from fedspine.core.errors import BadInput
+from fedspine.flare.app import (
+    ASK,
+    CHANNEL,
+    GRACE_SECONDS,
+    LEAVE,
+    SECRET,
+    UNREACHABLE,
+    Relay,
+    SiteApp,
+)
+from fedspine.flare.site_state import RelayLost
+from fedspine.flare.startup_kit import OVER, kit_at, logged_in
+
+JOB = "fedspine"
+HELLO_SECONDS = 2.0  # for a sign of life of the relay
+SIGN_SECONDS = 2.0  # between two signs of life
+SIGNS_MISSED = 3  # one after another: the relay is taken for lost
+START_SECONDS = 120.0  # for a job to be under way
+FRESH_SECONDS = 25.0  # sites report every 10
+
+
+class Link:
+    """A logged-in admin and a running relay; may be used from many threads."""
+
+    def __init__(self, kit: Path, fewest: int) -> None:
+        logging.getLogger("nvflare").setLevel(
+            logging.CRITICAL
+        )  # losses are told by the fleet, in the records
+        self._kit, self._fewest = kit, fewest
+        self._session = _logged_in(kit)
+        self._job: str | None = None
+        self._secret, self._sites, self._lost = "", (), Signal()
+        self._mending, self._closed = threading.Lock(), threading.Event()
+        threading.Thread(target=self._keep_alive, daemon=True).start()
+
+    @property
+    def relay(self) -> str | None:
+        """The id of the relay's job."""
+        return self._job
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites of the present relay, by name."""
+        return self._sites
+
+    def connected(self) -> tuple[str, ...]:
+        """The sites that are connected to the server now, whether the relay knows them or not; none if none answers."""
+        try:
+            clients = self._session.get_connected_client_list()
+        except Exception:  # whatever an unreachable server raises: the next call tries again
+            return ()
+        last = max(
+            (client.last_connect_time for client in clients), default=0.0
+        )  # by the server's clock
+        return tuple(
+            sorted(
+                client.name for client in clients if last - client.last_connect_time < FRESH_SECONDS
+            )
+        )
+
+    def wait_for(self, sites: int, seconds: float) -> None:
+        """Start the first relay as soon as so many sites are connected; raises BadInput after `seconds`."""
+        end = time.monotonic() + seconds
+        while len(here := self.connected()) < sites:
+            if time.monotonic() > end:
+                raise BadInput(
+                    f"{len(here)} sites are connected, {sites} are needed; start them, or ask for fewer"
+                )
+            time.sleep(1.0)
+        try:
+            self.mend(None, lambda: True)
+        except RelayLost as error:
+            raise BadInput(f"the sites cannot be reached: {error}") from None
+
+    def exchange(self, site: str, payload: bytes, seconds: float) -> tuple[str, bytes]:
+        """An outcome of `fedspine.flare.worker_process`, or "unreachable", and the reply; raises RelayLost."""
+        reply = self._asked(
+            ASK, seconds + 2 * GRACE_SECONDS, site=site, payload=payload, seconds=float(seconds)
+        )
+        return reply.get("outcome", UNREACHABLE), reply.get("reply") or b""
+
+    def ping(self, site: str, seconds: float) -> bool:
+        """Whether the site answers; raises RelayLost."""
+        return self.exchange(site, b"", seconds)[0] == "done"
+
+    def mend(self, broken: str | None, give_up: Callable[[], bool]) -> None:
+        """Replace the relay `broken`, unless another thread has done so; raises RelayLost when `give_up` says so."""
+        with self._mending:
+            if self._job != broken:
+                return None
+            while not self._closed.is_set():
+                try:
+                    return self._start_relay()
+                except RelayLost:
+                    if give_up():
+                        raise
+                    self._closed.wait(2.0)
+            raise RelayLost("the run has ended")
+
+    def close(self) -> None:
+        """End the relay's job and log out; whoever waits for a reply hears that the relay is lost."""
+        self._closed.set()
+        try:
+            if self._job is not None:
+                self._asked(LEAVE, HELLO_SECONDS)
+        except RelayLost:
+            pass
+        finally:
+            self._lost.trigger("the run has ended")
+            self._session.close()
+
+    def _start_relay(self) -> None:
+        self._abort()
+        secret = secrets.token_hex(16)
+        try:
+            job = _submitted(self._session, secret, self._fewest)
+        except Exception as error:
+            self._log_in_again()
+            raise RelayLost(f"no job can be started: {' '.join(str(error).split())}") from error
+        self._job, self._secret, self._lost = job, secret, Signal()
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end and not self._closed.is_set():
+            try:
+                self._sites = tuple(self._asked(ASK, HELLO_SECONDS)["sites"])
+                return
+            except RelayLost:
+                if self._over(job):
+                    break
+                time.sleep(0.2)
+        raise RelayLost("the relay's job did not start; the server's log says why")
+
+    def _abort(self) -> None:
+        if self._job is None:
+            return
+        try:
+            if not self._over(self._job):
+                self._session.abort_job(self._job)
+        except Exception:  # it cannot be reached; it ends by itself when it hears nothing
+            self._log_in_again()
+
+    def _over(self, job: str) -> bool:
+        try:
+            return str(self._session.get_job_status(job)).startswith(OVER)
+        except Exception:
+            return False
+
+    def _log_in_again(self) -> None:
+        try:
+            fresh = _logged_in(self._kit)
+        except BadInput:
+            return
+        self._session.close()
+        self._session = fresh
+
+    def _asked(self, topic: str, timeout: float, **values: Any) -> dict[str, Any]:
+        cell = self._session.api.get_cell()
+        if cell is None or self._job is None:
+            raise RelayLost("not connected")
+        reply = cell.send_request(
+            channel=CHANNEL,
+            topic=topic,
+            target=FQCN.join([FQCN.ROOT_SERVER, self._job]),
+            request=new_cell_message({}, {"secret": self._secret, **values}),
+            timeout=timeout,
+            optional=True,
+            abort_signal=self._lost,
+        )
+        if reply.get_header(MessageHeaderKey.RETURN_CODE, ReturnCode.OK) != ReturnCode.OK:
+            raise RelayLost(
+                f"the relay does not answer ({reply.get_header(MessageHeaderKey.RETURN_CODE)})"
+            )
+        if not isinstance(reply.payload, dict):
+            raise RelayLost("the relay answered nothing that can be read")
+        return reply.payload
+
+    def _keep_alive(self) -> None:
+        """Show the relay that the run lives, and free whoever waits for a relay that does not."""
+        missed = 0
+        while not self._closed.wait(SIGN_SECONDS):
+            if self._job is None or self._mending.locked():
+                missed = 0
+                continue
+            job, lost = self._job, self._lost
+            try:
+                self._asked(ASK, HELLO_SECONDS)
+                missed = 0
+            except Exception:  # whatever it is, there was no sign
+                missed += 1
+                if missed >= SIGNS_MISSED or self._over(job):
+                    lost.trigger("the relay shows no sign of life")
+                    missed = 0
+
+
+def _logged_in(kit: Path) -> Session:
+    return logged_in(kit_at(kit, "admin"))
+
+
+def _submitted(session: Session, secret: str, fewest: int) -> str:
+    recipe = CollabRecipe(JOB, server=Relay(), client=SiteApp(), min_clients=fewest)
+    recipe.set_server_prop(SECRET, secret)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # of a secret in a job: it is this relay's alone, and only the server gets it
+        recipe.export(folder)
+        for code in Path(folder).rglob(
+            "custom"
+        ):  # a site runs what is installed there, and need not allow more
+            shutil.rmtree(code)
+        return session.submit_job(str(Path(folder) / JOB))

@@ -1,0 +1,93 @@
+"""What a server states of a run before the first round, and how a site says no to it.
+
+A server never names a path on a site, and a site's refusal tells the server nothing of the site's own: file names, values
+and paths stay in the site's log.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import pydantic
+
+from fedspine.core.errors import BadInput
+from fedspine.core.message import message
+from fedspine.core.strict import validated
+from fedspine.core.task import BUILT_IN_MODELS, Kind
+
+Why: TypeAlias = Literal["terms", "model", "task", "method", "data", "rows", "content"]
+TOLD: dict[Why, str] = {
+    "terms": "the terms of the run cannot be read; the server may run another version",
+    "model": "it does not allow this model, or cannot load it; its own log says why",
+    "task": "it does not allow this kind of task",
+    "method": "it does not allow this method",
+    "data": "its data does not fit the task; its own log says why",
+    "rows": "it has fewer rows than it answers about",
+    "content": "its copy of the model has other content; all must hold the same model and the same versions of libraries",
+}
+
+
+class Refused(BadInput):
+    """A site takes no part in a run. The text is for the site's own log; `told` is all that the server hears."""
+
+    def __init__(self, line: str, why: Why) -> None:
+        super().__init__(line)
+        self.why = why
+
+    @property
+    def told(self) -> str:
+        """One line without anything of the site's."""
+        return TOLD[self.why]
+
+
+@contextmanager
+def refusing(why: Why) -> Iterator[None]:
+    """Whatever input cannot be used becomes a refusal."""
+    try:
+        yield
+    except Refused:
+        raise
+    except BadInput as error:
+        raise Refused(str(error), why) from None
+
+
+@message
+@pydantic.with_config(pydantic.ConfigDict(strict=True, revalidate_instances="always"))
+class Terms:
+    """All that a site needs to know to take part in a run."""
+
+    method: str
+    kind: Kind
+    model: str  # as sites know it: see `model_name`
+    model_sha256: str  # `content_sha256` of the server's
+    layers: int | None  # only the first blocks of the model; None: all
+    precision: Literal["bf16", "fp32"]
+    pooling: Literal["auto", "mean", "cls"]  # what a classifier reads
+    max_tokens: int
+    label_names: tuple[str, ...]  # in the order of their numbers; empty for language modelling
+
+    def check(self) -> None:
+        """Raise BadInput for values that no run can have."""
+        validated("terms", pydantic.TypeAdapter(Terms), self)
+        if (self.kind == "causal-lm") != (not self.label_names) or len(set(self.label_names)) < len(
+            self.label_names
+        ):
+            raise BadInput(
+                f"terms.label_names are {self.label_names!r}: distinct names were expected for classes, none for causal-lm"
+            )
+        if self.max_tokens < 4:
+            raise BadInput(f"terms.max_tokens is {self.max_tokens}: at least 4 were expected")
+
+
+def model_name(name: str) -> str:
+    """The name by which sites list a recipe's model: a Hub id or built-in name as it is, of a folder its last part.
+
+    >>> model_name("BAAI/bge-small-en"), model_name("/srv/models/bge-small")
+    ('BAAI/bge-small-en', 'bge-small')
+    """
+    return (
+        name
+        if name in BUILT_IN_MODELS or not Path(name).expanduser().is_absolute()
+        else Path(name).name
+    )

@@ -1,0 +1,265 @@
+"""A site of a real fleet: what `fedspine-site.toml` says of its data, limits and permissions, and how it holds to it.
+
+The server states the terms of a run and never names a path. The site decides by its own file whether it takes part, and
+loads its own rows and its own copy of the model.
+"""
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pydantic
+
+from fedspine.core.errors import BadInput
+from fedspine.core.strict import Section, known_keys, read_toml, section, validated
+from fedspine.core.task import BUILT_IN_DATA, BUILT_IN_MODELS, Examples, Kind
+from fedspine.flare.run_terms import Refused, Terms, refusing
+
+if TYPE_CHECKING:
+    from fedspine.lm.base import Base
+
+SITE_FILE = "fedspine-site.toml"
+NAME = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}"
+)  # of a site: it stands in certificates and addresses
+RESERVED = {"server", "admin", "all"}
+FEWEST_ROWS = 10
+
+
+class DataSection(Section):
+    """Where the site's rows are, and which columns are read as what."""
+
+    path: str  # file, folder, built-in name or Hub id
+    text: str = "text"
+    pair: str = "text2"  # read for pairs of texts only
+    label: str = "label"
+    encoding: str | None = None  # of text files that are not UTF-8
+    labels: dict[str, str] = pydantic.Field(
+        {}
+    )  # a value of the label column: the class that it means
+
+
+class LimitsSection(Section):
+    """What the site gives a run at most."""
+
+    memory_bytes: int | None = pydantic.Field(None, ge=1 << 20)  # None: all of the machine's
+    threads: int = pydantic.Field(1, ge=1)
+
+
+class AllowSection(Section):
+    """What the site takes part in; None: whatever fedspine offers."""
+
+    kinds: tuple[Kind, ...] | None = None
+    methods: tuple[str, ...] | None = None
+    fewest_rows: int = pydantic.Field(
+        FEWEST_ROWS, ge=1
+    )  # with fewer, what it answers could tell of a single row
+
+
+class CachesSection(Section):
+    """Where the site keeps what can be made again."""
+
+    folder: str | None = None  # None: the user's cache folder
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "data": DataSection,
+    "limits": LimitsSection,
+    "allow": AllowSection,
+    "caches": CachesSection,
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """What `fedspine-site.toml` says; paths are absolute."""
+
+    name: str
+    data: DataSection
+    limits: LimitsSection
+    allow: AllowSection
+    caches: CachesSection
+    models: dict[str, str]  # the name in a recipe: a built-in name, a folder here, or a Hub id
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the site declares to a fleet: its limit, or the memory of the machine."""
+        return self.limits.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the process that works for the site must find in its environment when it starts."""
+        threads = {"OMP_NUM_THREADS": str(self.limits.threads), "TOKENIZERS_PARALLELISM": "false"}
+        return threads | (
+            {} if self.caches.folder is None else {"FEDSPINE_CACHE": self.caches.folder}
+        )
+
+    def check(self, terms: Terms) -> None:
+        """Raise Refused where the site's file does not allow what the terms say; nothing is read or loaded."""
+        with refusing("terms"):
+            terms.check()
+        allow = self.allow
+        if terms.model not in self.models:
+            raise Refused(self._not_allowed("model", terms.model, self.models, "[models]"), "model")
+        if allow.kinds is not None and terms.kind not in allow.kinds:
+            raise Refused(
+                self._not_allowed("kind of task", terms.kind, allow.kinds, "allow.kinds"), "task"
+            )
+        if allow.methods is not None and terms.method not in allow.methods:
+            raise Refused(
+                self._not_allowed("method", terms.method, allow.methods, "allow.methods"), "method"
+            )
+
+    def _not_allowed(self, what: str, came: str, known: Any, where: str) -> str:
+        return (
+            f"site {self.name} does not take part: the {what} {came!r} is not among what {where} of its {SITE_FILE} "
+            f"lists ({', '.join(known) or 'nothing'}); add it there to allow it"
+        )
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a site works with: its copy of the model and its rows."""
+
+    base: "Base"
+    tokenizer: Any
+    examples: Examples
+
+
+def load_site(path: Path) -> Site:
+    """The site that a `fedspine-site.toml`, or a folder that holds one, describes; its paths are relative to the file.
+
+    Raises BadInput for a file that cannot be read, an unknown or missing key, and a value that cannot be.
+    """
+    path = path / SITE_FILE if path.is_dir() else path
+    tables = read_toml(
+        path,
+        "site file",
+        f"write one as docs/real-devices.md says, or name the folder of {SITE_FILE}",
+    )
+    try:
+        return _site(tables, path.expanduser().resolve().parent)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+
+
+def open_site(site: Site, terms: Terms) -> Holding:
+    """Check the terms, then load model and rows; raises Refused for whatever keeps the site from taking part."""
+    from fedspine.lm.content import (
+        content_sha256,
+    )  # torch, which reading a site's file does without
+    from fedspine.lm.load import load as load_model
+
+    site.check(terms)
+    with refusing("model"):
+        base, tokenizer = load_model(
+            site.models[terms.model],
+            kind=terms.kind,
+            classes=len(terms.label_names),
+            precision=terms.precision,
+            layers=terms.layers,
+            pooling=terms.pooling,
+        )
+    if (found := content_sha256(base, tokenizer)) != terms.model_sha256:
+        raise Refused(
+            f"site {site.name}: the model {terms.model!r} ({site.models[terms.model]}) has content {found[:12]}..., the "
+            f"server's has {terms.model_sha256[:12]}...; take the same model, and the same versions of its libraries",
+            "content",
+        )
+    with refusing("data"):
+        return Holding(
+            base=base, tokenizer=tokenizer, examples=site_examples(site, terms, tokenizer)
+        )
+
+
+def site_examples(site: Site, terms: Terms, tokenizer: Any) -> Examples:
+    """All of the site's rows, encoded as a simulation over the same rows would encode them.
+
+    Raises Refused for fewer rows than the site answers about, BadInput for rows that do not fit the terms.
+    """
+    from fedspine.data.tasks import load_stated
+    from fedspine.lm.tokens import tokens
+
+    data = site.data
+    rows = load_stated(
+        data.path,
+        kind=terms.kind,
+        label_names=terms.label_names,
+        text=data.text,
+        pair=data.pair if terms.kind == "pair" else None,
+        label=data.label,
+        spelled=data.labels,
+        encoding=data.encoding,
+        say=lambda remark: print(f"{data.path}: {remark}", file=sys.stderr, flush=True),
+    )
+    if len(rows.texts) < site.allow.fewest_rows:
+        raise Refused(
+            f"site {site.name} has {len(rows.texts)} rows and answers about {site.allow.fewest_rows} at least; "
+            f"give more rows, or lower allow.fewest_rows of its {SITE_FILE}",
+            "rows",
+        )
+    return tokens(tokenizer, rows, terms.kind, terms.max_tokens)
+
+
+def check_name(name: str) -> None:
+    """Raise BadInput for what cannot be the name of a site."""
+    if not NAME.fullmatch(name) or name.lower() in RESERVED:
+        raise BadInput(
+            f"{name!r} cannot be the name of a site; take up to 63 letters, digits, - and _, beginning with a letter or "
+            f"a digit, and none of {', '.join(sorted(RESERVED))}"
+        )
+
+
+# --- reading the file ---
+
+
+def _site(tables: dict[str, Any], folder: Path) -> Site:
+    known_keys("part of a site file", tables, {"name", "models", *SECTIONS})
+    tables = {"models": {name: name for name in BUILT_IN_MODELS}, "data": {}} | tables
+    top = validated(
+        "site",
+        pydantic.TypeAdapter(_Top),
+        {key: tables[key] for key in ("name", "models") if key in tables},
+    )
+    check_name(top.name)
+    sections = {}
+    for key, cls in SECTIONS.items():
+        table = tables.get(key, {})
+        if not isinstance(table, dict):
+            raise BadInput(f"[{key}] must be a table of keys and values; {table!r} came")
+        sections[key] = section(
+            key, cls, {name: tuple(v) if isinstance(v, list) else v for name, v in table.items()}
+        )
+    data, caches = sections["data"], sections["caches"]
+    path = data.path if data.path in BUILT_IN_DATA else _local(data.path, folder)
+    return Site(
+        name=top.name,
+        models={
+            name: where if where in BUILT_IN_MODELS else _local(where, folder)
+            for name, where in top.models.items()
+        },
+        data=data.model_copy(update={"path": path}),
+        caches=caches.model_copy(
+            update={"folder": caches.folder and str((folder / _home(caches.folder)).resolve())}
+        ),
+        limits=sections["limits"],
+        allow=sections["allow"],
+    )
+
+
+class _Top(Section):
+    name: str
+    models: dict[str, str]
+
+
+def _local(name: str, folder: Path) -> str:
+    """A path from the site's file made absolute; what is not there and cannot be a path stays a Hub id."""
+    here = folder / _home(name)
+    return str(here.resolve()) if here.exists() or name.startswith((".", "/", "~")) else name
+
+
+def _home(name: str) -> Path:
+    return Path(name).expanduser()

@@ -1,0 +1,70 @@
+"""Whether what a site returned fits what it was asked, before a method sees it: a stranger's shapes must not end a run."""
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from fedspine.core.tensors import single
+from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.structure import Structure, cut_adapter
+
+_UNUSABLE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    RuntimeError,
+)  # what cutting by a wrong structure raises
+
+
+def misfit(result: Any, order: Any, anatomy: Anatomy | None) -> str | None:
+    """What is wrong with the shapes of a result, in words; None for nothing.
+
+    Tensors by name that a result returns under the name of the order's must have the same names, shapes and types; an
+    adapter that comes with a structure must be the order's, cut to it. Other fields are the method's own business.
+    """
+    known = {field.name for field in fields(order)}
+    for field in fields(result):
+        came, sent = (
+            getattr(result, field.name),
+            getattr(order, field.name) if field.name in known else None,
+        )
+        if not (_tensors(came) and _tensors(sent)):
+            continue
+        if field.name == "adapter" and anatomy is not None:
+            sent = _as_kept(sent, order, result, anatomy)
+        if sent is None:
+            return "its structure does not fit the order"
+        if wrong := _first_difference(came, sent):
+            return f"{field.name} {wrong}"
+    return None
+
+
+def _as_kept(adapter: Any, order: Any, result: Any, anatomy: Anatomy) -> Any:
+    """The order's adapter as the result's structure leaves it; None where that structure is none of this model's."""
+    kept, within = (vars(value).get("structure") for value in (result, order))
+    if not (isinstance(kept, Structure) and isinstance(within, Structure)):
+        return adapter
+    try:
+        cut = cut_adapter(single(adapter), anatomy.sites, kept, within=within)
+    except _UNUSABLE:
+        return None
+    return {name: tensor.to(adapter[name].dtype) for name, tensor in cut.items()}
+
+
+def _first_difference(came: Any, sent: Any) -> str | None:
+    if came.keys() != sent.keys():
+        return f"has {len(came)} tensors of other names; {len(sent)} were expected"
+    for name, tensor in came.items():
+        if tensor.shape != sent[name].shape or tensor.dtype != sent[name].dtype:
+            return f"has a tensor of {tuple(tensor.shape)} where {tuple(sent[name].shape)} was expected"
+    return None
+
+
+def _tensors(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(item, torch.Tensor) for item in value.values())
+    )

@@ -1,0 +1,128 @@
+"""The resident worker: torch, the base, the site's rows and its memory live in a process of their own, which may die.
+
+`Resident`, in the process that the fleet's engine started, imports none of them. It hands packed messages over a socket,
+each after its length, kills a worker that does not answer in time, and starts a new one for whatever one ended of,
+the kernel's out-of-memory killer included. What a worker must not forget is on disk before it replies.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from fedspine.flare.framing import receive, send
+
+LOG = "fedspine-worker.log"  # in the site's folder: all that a worker has to say, refusals in full
+PARENT_CHECK_SECONDS = 1.0
+START_SECONDS = 300.0  # for a worker to come up
+Outcome: TypeAlias = Literal["done", "died", "late"]
+
+
+class Resident:
+    """The worker of the site whose folder this is, and its replacement whenever it ended; `pid` is the present one's."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._turn = threading.Lock()
+        self._start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def exchange(self, payload: bytes, seconds: float) -> tuple[Outcome, bytes]:
+        """The worker's reply to a packed message.
+
+        "late": there was none within `seconds`, waiting for the worker to get free included, and it was killed if it was
+        on this message. "died": it ended before it replied. Either way a new one is on its way up.
+        """
+        end = time.monotonic() + seconds
+        if not self._turn.acquire(timeout=seconds):
+            return "late", b""
+        try:
+            if (
+                self._process.poll() is not None
+            ):  # while it had nothing to do, so that nothing is lost
+                self._restart()
+            if not self._ready(end):
+                return "late", b""
+            send(self._socket, payload, end)
+            return "done", receive(self._socket, end)
+        except TimeoutError:
+            self._restart()
+            return "late", b""
+        except OSError:
+            self._restart()
+            return "died", b""
+        finally:
+            self._turn.release()
+
+    def _ready(self, end: float) -> bool:
+        """Whether the worker is up by then; one that is still coming up is not killed for it, or it never would be."""
+        if not self._up:
+            try:
+                receive(self._socket, min(end, self._started + START_SECONDS))
+            except TimeoutError:
+                if time.monotonic() > self._started + START_SECONDS:
+                    raise
+                return False
+            self._up = True
+        return True
+
+    def close(self) -> None:
+        """End the worker."""
+        self._socket.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _restart(self) -> None:
+        self.close()
+        self._start()
+
+    def _start(self) -> None:
+        self._up, self._started = False, time.monotonic()
+        self._socket, theirs = socket.socketpair()
+        command = [
+            sys.executable,
+            "-m",
+            __name__,
+            str(self._folder),
+            str(theirs.fileno()),
+            str(os.getpid()),
+        ]
+        with theirs, open(self._folder / LOG, "ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+
+def work(folder: Path, connection: socket.socket, parent: int) -> None:
+    """Serve the site's orders until the supervisor is gone."""
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    from fedspine.flare.site_worker import open_desk
+
+    desk = open_desk(folder)
+    with suppress(ConnectionError):
+        send(connection, b"")  # it is up
+        while True:
+            send(connection, desk.answer(receive(connection)))
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has, whatever it is busy with."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_SECONDS)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]))

@@ -1,0 +1,175 @@
+"""Where the prunable units of a transformer sit: attention heads and feed-forward channels with all they depend on.
+
+A unit is an attention head (with grouped queries: one key/value head and all its query heads) or one feed-forward
+channel. Removing it removes rows of the projections that write it and columns of the one that reads it.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+from fedspine.control.sparsity import LayerShape
+from fedspine.core.errors import BadInput, nearest
+from fedspine.core.message import message
+
+UnitKind: TypeAlias = Literal["heads", "channels"]
+
+
+@dataclass(frozen=True)
+class UnitMap:
+    """How one architecture names the parts of its backbone: the embeddings, the block list, a block's linear layers."""
+
+    embeddings: str
+    layers: str
+    query: str
+    key: str
+    value: str
+    output: str
+    up: tuple[str, ...]
+    down: str
+    decoder: bool = False
+
+
+_BERT = UnitMap(
+    embeddings="embeddings",
+    layers="encoder.layer",
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    output="attention.output.dense",
+    up=("intermediate.dense",),
+    down="output.dense",
+)
+_DISTILBERT = UnitMap(
+    embeddings="embeddings",
+    layers="transformer.layer",
+    query="attention.q_lin",
+    key="attention.k_lin",
+    value="attention.v_lin",
+    output="attention.out_lin",
+    up=("ffn.lin1",),
+    down="ffn.lin2",
+)
+_LLAMA = UnitMap(
+    embeddings="embed_tokens",
+    layers="layers",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.o_proj",
+    up=("mlp.gate_proj", "mlp.up_proj"),
+    down="mlp.down_proj",
+    decoder=True,
+)
+UNIT_MAPS: dict[str, UnitMap] = {  # by the `model_type` of a transformers configuration
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "distilbert": _DISTILBERT,
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+}
+
+
+def unit_map(model_type: str) -> UnitMap:
+    """The unit map of an architecture; BadInput says which have one."""
+    if model_type not in UNIT_MAPS:
+        near = nearest(model_type, UNIT_MAPS)
+        hint = f" (nearest: {near})" if near else ""
+        raise BadInput(
+            f"architecture {model_type!r} has no unit map, so nothing is known of its heads and channels{hint}; "
+            f"take a model of one of: {', '.join(UNIT_MAPS)}"
+        )
+    return UNIT_MAPS[model_type]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One prunable linear layer: which units its rows (outputs) and columns (inputs) belong to."""
+
+    path: str  # of the module inside the model
+    layer: int
+    rows: int  # of the unpruned weight
+    columns: int
+    row_units: UnitKind | None
+    column_units: UnitKind | None
+    per_unit: int  # consecutive rows or columns of one unit
+
+
+@message
+class Anatomy:
+    """The prunable part of one model: `layers` equal blocks of `heads` head units and `channels` channels."""
+
+    architecture: str  # transformers' model_type
+    prefix: str  # path of the backbone inside the model
+    layers: int
+    heads: int
+    channels: int
+    width: int  # of the residual stream, never pruned
+    query_heads: int
+    head_dim: int
+
+    @property
+    def decoder(self) -> bool:
+        return unit_map(self.architecture).decoder
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """Every prunable linear layer, block by block."""
+        return tuple(site for layer in range(self.layers) for site in self._block(layer))
+
+    @property
+    def shape(self) -> LayerShape:
+        """Units of one block and the parameters that go with each."""
+        block = self._block(0)
+        return LayerShape(
+            heads=self.heads,
+            channels=self.channels,
+            head_parameters=sum(
+                s.per_unit * self.width for s in block if "heads" in (s.row_units, s.column_units)
+            ),
+            channel_parameters=sum(
+                self.width for s in block if "channels" in (s.row_units, s.column_units)
+            ),
+        )
+
+    @property
+    def parameters(self) -> int:
+        """Weights of all prunable linear layers: what sparsity is counted on."""
+        return self.layers * self.shape.parameters
+
+    def _block(self, layer: int) -> list[Site]:
+        names, width = unit_map(self.architecture), self.width
+        path = f"{self.prefix}.{names.layers}.{layer}."
+        queries = self.query_heads // self.heads * self.head_dim  # rows of one unit's query heads
+        rows = ((names.query, queries), (names.key, self.head_dim), (names.value, self.head_dim))
+        return [
+            *(
+                Site(path + name, layer, self.heads * n, width, "heads", None, n)
+                for name, n in rows
+            ),
+            Site(path + names.output, layer, width, self.heads * queries, None, "heads", queries),
+            *(
+                Site(path + name, layer, self.channels, width, "channels", None, 1)
+                for name in names.up
+            ),
+            Site(path + names.down, layer, width, self.channels, None, "channels", 1),
+        ]
+
+
+def anatomy_of(config: Any, prefix: str) -> Anatomy:
+    """Read the anatomy from a transformers configuration; `prefix` is the path of the backbone inside the model."""
+    unit_map(config.model_type)
+    return Anatomy(
+        architecture=config.model_type,
+        prefix=prefix,
+        layers=config.num_hidden_layers,
+        heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        channels=getattr(config, "intermediate_size", None) or config.hidden_dim,
+        width=config.hidden_size,
+        query_heads=config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads,
+    )

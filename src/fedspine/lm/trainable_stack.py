@@ -1,0 +1,125 @@
+"""What an optimiser trains: the adapter and head of one model, or of several stacked to be trained in one pass."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedspine.core.message import Tensors
+from fedspine.core.tensors import padded
+from fedspine.lm.base import Base, Model
+from fedspine.lm.importance import Criterion, Scores, score_stack, unit_roots
+from fedspine.lm.lora import a_name, b_name
+from fedspine.lm.prunable_layout import Site
+
+
+class Leaves:
+    """Trainable copies of the models' adapters and heads, on the base's device.
+
+    Of one model the tensors have their own shapes. Those of several are stacked, with zeros where a rank or a
+    structure is smaller than the largest: a padded unit gives nothing and gets no gradient, so it stays zero.
+    """
+
+    def __init__(self, base: Base, models: Sequence[Model]) -> None:
+        self._base, self._models = base, models
+        self.adapter = self._joined([model.adapter for model in models])
+        self.head = self._joined([model.head for model in models])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, the adapter's first."""
+        return [*self.adapter.values(), *self.head.values()]
+
+    def fit(self) -> nn.Module:
+        """The module that computes with these tensors, until the base is fitted again."""
+        lead = self._models[0]
+        if len(self._models) == 1:
+            return self._base.fit(
+                Model(
+                    structure=lead.structure, adapter=self.adapter, head=self.head, scale=lead.scale
+                )
+            )
+        return self._base.fit_stack(
+            [m.structure for m in self._models], self.adapter, self.head, lead.scale
+        )
+
+    def clip(self, most: float) -> None:
+        """Scale each model's gradient down to the norm `most` where it is larger."""
+        if len(self._models) == 1:
+            nn.utils.clip_grad_norm_(self.tensors, most)
+            return
+        gradients = [tensor.grad for tensor in self.tensors if tensor.grad is not None]
+        squares = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients])
+        factors = (most / (squares.sum(0).sqrt() + 1e-6)).clamp_max(1.0)
+        for gradient in gradients:
+            gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 1)))
+
+    def model(self, i: int) -> Model:
+        """Model i as it is now, in its own shapes, on the CPU; it shares memory with what is trained where it can."""
+        lead = self._models[i]
+        return Model(
+            structure=lead.structure,
+            adapter={name: tensor.detach().cpu() for name, tensor in self.adapter_of(i).items()},
+            head={
+                name: self._own(i, tensor, lead.head[name]).detach().cpu()
+                for name, tensor in self.head.items()
+            },
+            scale=lead.scale,
+        )
+
+    def adapter_of(self, i: int) -> Tensors:
+        """Model i's adapter in its own shapes, as part of the graph: what is computed of it gives gradients."""
+        lead = self._models[i]
+        return {
+            name: self._own(i, tensor, lead.adapter[name]) for name, tensor in self.adapter.items()
+        }
+
+    def importance(self, criterion: Criterion) -> list[Scores]:
+        """Each model's importance after a backward pass, while the base is fitted to these models."""
+        structures = [model.structure for model in self._models]
+        weights = self._base.fitted_weights()
+        return score_stack(
+            self._base.anatomy, structures, weights, self.adapter, self._models[0].scale, criterion
+        )
+
+    def importance_by_output(self, squares: Tensors) -> list[Scores]:
+        """Each model's importance by what its units add to the output of their layers; `squares` by path of the
+        `readers`, [models, columns], is the mean square of what entered each column in a forward pass."""
+        weights = self._base.fitted_weights()
+        lines = {}
+        with torch.no_grad():
+            for site, _ in self.readers():
+                a, b = self.adapter[a_name(site.path)], self.adapter[b_name(site.path)]
+                effective = (b @ a).mul_(self._models[0].scale).add_(weights[site.path])
+                lines[site.path] = effective.square_().sum(-2) * squares[site.path]
+        return self.importance_by_gate(lines)
+
+    def importance_by_gate(self, lines: Tensors) -> list[Scores]:
+        """Each model's importance, where a unit's is the root of the sum of its columns' `lines`, by path of the
+        `readers`, [models, columns]; each layer is scaled to unit norm."""
+        anatomy = self._base.anatomy
+        return [
+            unit_roots(anatomy, m.structure, {p: line[i] for p, line in lines.items()})
+            for i, m in enumerate(self._models)
+        ]
+
+    def readers(self) -> Iterator[tuple[Site, nn.Module]]:
+        """The layers that read what units give, and so the sites whose columns are units."""
+        for site in self._base.anatomy.sites:
+            if site.column_units:
+                yield site, self._base.skeleton.get_submodule(site.path)
+
+    def _joined(self, of_models: list[Tensors]) -> Tensors:
+        joined = {}
+        for name, tensor in of_models[0].items():
+            parts = [tensors[name] for tensors in of_models]
+            whole = tensor.detach().clone() if len(parts) == 1 else padded(parts)
+            joined[name] = whole.to(self._base.device).requires_grad_()
+        return joined
+
+    def _own(self, i: int, tensor: Tensor, like: Tensor) -> Tensor:
+        return (
+            tensor
+            if len(self._models) == 1
+            else tensor[i][tuple(slice(size) for size in like.shape)]
+        )

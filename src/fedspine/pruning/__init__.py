@@ -1,0 +1,1 @@
+"""What pruning methods share: pruning and tuning on a device, scheduled rounds, deployment."""

@@ -1,0 +1,122 @@
+"""Pruning and tuning in turns, the device's part, and what becomes of it: shared by FedSpine and its baselines; no method.
+
+What the server decides (how far, at which rank, how adapters are merged) is each method's own.
+"""
+
+from math import isfinite
+from typing import Protocol
+
+from fedspine.core.device import Device, DeviceId, on_device
+from fedspine.core.message import Tensors, message
+from fedspine.core.tensors import half, single
+from fedspine.lm.aggregate import Contribution
+from fedspine.lm.base import Model
+from fedspine.lm.importance import Scores, ballot, mixed, no_scores
+from fedspine.lm.importance_sources import Importance, tune_and_score
+from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.structure import Structure, cut_adapter, full, shrink
+from fedspine.lm.tune import Tuning
+
+
+@message
+class SpineOrder:
+    round: int  # comes back with the result, which may be late
+    adapter: Tensors  # fp16, cut to `structure`, of this round's rank
+    head: Tensors  # fp16
+    structure: Structure  # what the server knows the device to have
+    scores: Scores | None  # fp16, the fleet's average importance, where it has a say
+    fleet_say: float  # of those scores in what goes, 0 to 1
+    reached: float  # sparsity to prune to before tuning
+    target: float  # sparsity to end at
+    scale: float
+    tuning: Tuning
+    scoring: Importance
+
+
+@message
+class SpineResult:
+    round: int  # the order's
+    adapter: Tensors  # fp16, cut to `structure`
+    head: Tensors  # fp16
+    structure: Structure
+    scores: Scores  # fp16, each layer of unit norm; a dropped unit has zero
+    loss: float  # mean over the last steps
+    loss_before: float | None  # the same of this device's previous round
+    examples: int
+
+
+@on_device
+def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
+    anatomy, known = device.base.anatomy, device.memory.get("scores")
+    kept: Structure = device.memory.get("kept", order.structure)
+    votes = known
+    if order.scores is not None:  # a newcomer has no scores of its own, so the fleet's are its own
+        votes = mixed(known or order.scores, order.scores, order.fleet_say)
+    if votes is not None and order.reached > 0:  # nothing is pruned before its importance is known
+        kept = shrink(
+            anatomy, kept, (votes.heads, votes.channels), reached=order.reached, target=order.target
+        )
+    adapter = cut_adapter(single(order.adapter), anatomy.sites, kept, within=order.structure)
+    model = Model(structure=kept, adapter=adapter, head=single(order.head), scale=order.scale)
+    trace = tune_and_score(device, model, order.tuning, order.scoring, known)
+    loss_before = device.memory.get("loss")
+    device.memory |= {"kept": kept, "scores": trace.scores}
+    if isfinite(trace.loss):
+        device.memory["loss"] = trace.loss
+    return SpineResult(
+        round=order.round,
+        adapter=half(trace.model.adapter),
+        head=half(trace.model.head),
+        structure=kept,
+        scores=ballot(trace.scores or no_scores(anatomy), kept),
+        loss=trace.loss,
+        loss_before=loss_before,
+        examples=len(device.data),
+    )
+
+
+class Deployed(Protocol):
+    """The hyper-parameters of what is deployed."""
+
+    sparsity: float
+    scale: float
+
+
+class Tuned(Protocol):
+    """What a state knows of what is deployed: `reached` is the sparsity that a device was asked for."""
+
+    anatomy: Anatomy
+    adapter: Tensors
+    head: Tensors
+    structures: dict[str, Structure]
+    reached: dict[str, float]
+
+
+def deployed(
+    fields: Deployed, state: Tuned, device: DeviceId | None, *, due: float, votes: Scores | None
+) -> Model:
+    """The device's own structure, pruned by `votes` where it is behind `due`, and the common adapter cut to it.
+
+    None stands for everybody: the whole model, pruned by `votes`.
+    """
+    whole = full(state.anatomy)
+    structure = state.structures.get(device, whole) if device else whole
+    behind = due > (state.reached.get(device, 0.0) if device else 0.0)
+    if behind and votes is not None:
+        scores = (votes.heads, votes.channels)
+        structure = shrink(state.anatomy, structure, scores, reached=due, target=fields.sparsity)
+    adapter = cut_adapter(state.adapter, state.anatomy.sites, structure)
+    return Model(structure=structure, adapter=adapter, head=state.head, scale=fields.scale)
+
+
+def contribution(anatomy: Anatomy, order: SpineOrder, result: SpineResult) -> Contribution:
+    """What the device changed: its adapter against the one it was sent, both cut to what it kept."""
+    sent = cut_adapter(
+        single(order.adapter), anatomy.sites, result.structure, within=order.structure
+    )
+    return Contribution(
+        sent=sent,
+        back=single(result.adapter),
+        structure=result.structure,
+        weight=float(result.examples),
+    )

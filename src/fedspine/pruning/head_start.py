@@ -1,0 +1,143 @@
+"""A task head that starts from the class means of frozen features instead of at random.
+
+Before the first round the devices asked send, for each class, the mean of the features that enter the head and how many
+rows it comes from; the server turns their means into a linear classifier, the nearest mean under one spherical
+covariance. It takes one forward pass over each device's rows and one small message. Prototypes as a head are those of
+prototypical networks (Snell et al. 2017, arXiv:1703.05175); class means over clients are FedNCM's (Legate et al. 2023,
+arXiv:2302.09088).
+"""
+
+from collections.abc import Sequence
+from typing import Literal, Protocol, TypeAlias, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fedspine.core.device import Device, on_device
+from fedspine.core.errors import BadInput, unknown
+from fedspine.core.fleet import Fleet, Reply
+from fedspine.core.message import Tensors, message
+from fedspine.core.task import Task
+from fedspine.core.tensors import half, moved, single
+from fedspine.lm.base import Base, Model
+from fedspine.lm.cost import HALF, Extent, forward_flops
+from fedspine.lm.pooling import mean_of_tokens
+from fedspine.lm.prefix import BATCH
+from fedspine.lm.structure import full
+
+FEWEST = 3  # rows of a class on a device, below which it says nothing of the class
+MARGIN = 1.25  # mean logit of a class mean for its own class over that of the mid; docs/methods/fedlora.md
+
+
+@message
+class MeansOrder:
+    rows: int  # of the device, at most
+
+
+@message
+class ClassMeans:
+    means: Tensors  # fp16 [classes, width] as "means": of the rows of a class, zeros where too few
+    counts: Int[Tensor, " classes"]  # int64, rows of a class, 0 where too few
+
+
+Start: TypeAlias = Literal["random", "class-means", "auto"]
+
+
+class HeadStart(Protocol):
+    """The hyper-parameter of methods whose head may start from class means."""
+
+    head_start: Start  # "auto": class means where the head can start from them
+
+
+def check_head_start(fields: HeadStart, task: Task) -> None:
+    """Raise BadInput where the head is not one linear layer over the mean of the tokens."""
+    if fields.head_start not in get_args(Start):
+        raise unknown("method.head_start", fields.head_start, get_args(Start))
+    if fields.head_start == "class-means" and getattr(task.base, "pooling", None) != "mean":
+        raise BadInput(
+            'method.head_start is "class-means", which needs a head over the mean of the tokens; '
+            'set task.pooling = "mean", or leave method.head_start out'
+        )
+
+
+def started(fields: HeadStart, head: Tensors, fleet: Fleet, *, rows: int) -> Tensors:
+    """The head that the first round begins with: `head` itself, or the one of the devices' class means."""
+    if fields.head_start == "random" or not _reads_the_mean(head):
+        return head
+    orders = {profile.id: MeansOrder(rows=rows) for profile in fleet.devices}
+    return head_of(head, fleet.ask(class_means, orders))
+
+
+def _reads_the_mean(head: Tensors) -> bool:
+    """Whether a head is one linear layer with a bias, which only readers of the mean of the tokens have."""
+    return len(head) == 2
+
+
+@on_device
+def class_means(device: Device, order: MeansOrder) -> ClassMeans:
+    base, chosen = device.base, device.rng.permutation(len(device.data))[: order.rows]
+    data = device.data.take(chosen)
+    classes, width = base.head[0].weight.shape
+    sums, counts = torch.zeros(classes, width), torch.zeros(classes, dtype=torch.int64)
+    tokens, squared_tokens = 0, 0
+    for rows in data.batches_by_length(BATCH):
+        inputs = moved(data.batch(rows), base.device)
+        labels = inputs.pop("labels").cpu()
+        sums.index_add_(0, labels, features(base, inputs).cpu())
+        counts += torch.bincount(labels, minlength=classes)
+        padded = data.width(rows)
+        tokens += len(rows) * padded
+        squared_tokens += len(rows) * padded**2
+    extent = Extent(tokens=tokens, squared_tokens=squared_tokens)
+    device.spend(
+        flops=forward_flops(base.anatomy, extent),
+        memory_bytes=HALF * (base.embeddings + base.anatomy.parameters),
+    )
+    counts[counts < FEWEST] = 0
+    means = sums * (counts > 0)[:, None] / counts.clamp_min(1)[:, None]
+    return ClassMeans(means=half({"means": means}), counts=counts)
+
+
+def features(base: Base, inputs: Tensors) -> Float[Tensor, "rows width"]:
+    """The mean over the tokens of what enters the task head of the frozen base, fp32."""
+    head = {
+        f"{layer.path}.{name}": tensor
+        for layer in base.head
+        for name, tensor in (("weight", layer.weight), ("bias", layer.bias))
+        if tensor is not None
+    }
+    model = Model(structure=full(base.anatomy), adapter={}, head=head, scale=1.0)
+    seen: list[Tensor] = []
+    with torch.inference_mode():
+        module = base.fit(model.to(base.device))
+        layer = base.skeleton.get_submodule(base.head[0].path)
+        hook = layer.register_forward_pre_hook(lambda _, entering: seen.append(entering[0]))
+        try:
+            module(**inputs)
+        finally:
+            hook.remove()
+        return mean_of_tokens(seen[0].float(), inputs["attention_mask"])
+
+
+def head_of(head: Tensors, replies: Sequence[Reply[ClassMeans]]) -> Tensors:
+    """The classifier of the nearest class mean in the shapes of `head`, a weight [classes, width] and a bias.
+
+    A class of which nobody has rows is as likely as the mid of all; with fewer than two classes `head` stays.
+    """
+    counts = sum((reply.value.counts for reply in replies), torch.zeros(1, dtype=torch.int64))
+    sums = sum(
+        (single(r.value.means)["means"] * r.value.counts[:, None] for r in replies), torch.zeros(1)
+    )
+    known = counts > 0
+    if int(known.sum()) < 2:
+        return head
+    means = sums / counts.clamp_min(1)[:, None]
+    mid = means[known].mean(0)
+    away = torch.where(known[:, None], means - mid, 0.0)
+    squares = away.square().sum(1)
+    weight = MARGIN / squares[known].mean() * away
+    # half the distance of a mean from the mid lies between the two
+    bias = -(weight @ mid) - (weight * away).sum(1) / 2
+    (weight_name, bias_name) = sorted(head, key=lambda name: name.endswith(".bias"))
+    return {weight_name: weight, bias_name: bias}

@@ -1,0 +1,169 @@
+"""FedLoRA that prunes as a schedule says, the same for every device: what the pruning baselines share; no method.
+
+A device does exactly what it does under FedSpine (`prune_and_tune`), so a comparison with FedSpine tells apart what the
+server decides and nothing else. Adapters are averaged as FedLoRA does it, entry by entry over the devices that still
+own the entry.
+"""
+
+from dataclasses import dataclass, replace
+from math import inf
+
+import numpy as np
+
+from fedspine.control.controllers import check_ranges
+from fedspine.control.sparsity import cubic_floor
+from fedspine.core.device import DeviceId
+from fedspine.core.fleet import Fleet, Reply
+from fedspine.core.message import Tensors, message
+from fedspine.core.method import usable
+from fedspine.core.task import Task
+from fedspine.core.tensors import average, half
+from fedspine.lm.aggregate import average_factors
+from fedspine.lm.base import Model
+from fedspine.lm.importance import Scores, on_wire, tally
+from fedspine.lm.importance_sources import Importance
+from fedspine.lm.lora import check_rank, fresh
+from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.structure import Structure, check_target, cut_adapter, full, sparsity
+from fedspine.lm.tune import LocalTraining, check_tuning, tuning_at
+from fedspine.pruning.device import SpineOrder, SpineResult, contribution, prune_and_tune
+
+_RANGES = {"sparsity": (0, 0.95), "fleet_say": (0, 1)}
+SCORE_RANGES = {"score_every": (1, inf), "score_keep": (0, 1)}  # of fields that only some have
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduledPruning(LocalTraining):
+    """The hyper-parameters that these methods share."""
+
+    sparsity: float = 0.5  # share of the blocks' weights that every device gives up
+    rank: int = 8
+    scale: float = 2.0  # alpha / rank
+    fleet_say: float = 0.0  # of the fleet's average importance in what a device drops
+
+
+@dataclass(frozen=True, kw_only=True)
+class CubicPruning(ScheduledPruning):
+    """Pruning on a cubic schedule, which begins and ends at these parts of the run."""
+
+    warmup: float = 0.05  # as a share of the rounds: nothing is pruned before
+    until: float = 0.7  # everything is pruned after
+
+
+@message
+class PruningState:
+    round: int
+    rounds: int
+    anatomy: Anatomy
+    adapter: Tensors
+    head: Tensors
+    scores: Scores | None  # the fleet's average importance
+    structures: dict[str, Structure]  # of every device that has replied
+    reached: dict[str, float]  # the sparsity it was asked for
+
+
+def check_pruning(fields: ScheduledPruning, task: Task) -> None:
+    """Raise BadInput for settings that cannot work on this task."""
+    check_ranges(fields, _RANGES)
+    check_target(task.base.anatomy, fields.sparsity)
+    check_rank("method.rank", (fields.rank,), task.base.anatomy)
+    check_tuning(fields)
+
+
+def begin(fields: ScheduledPruning, task: Task, rng: np.random.Generator) -> PruningState:
+    """The first state: the adapter and the head that FedLoRA would begin with."""
+    anatomy = task.base.anatomy
+    return PruningState(
+        round=0,
+        rounds=task.rounds,
+        anatomy=anatomy,
+        adapter=fresh(anatomy.sites, fields.rank, rng),
+        head=task.base.initial_head(rng),
+        scores=None,
+        structures={},
+        reached={},
+    )
+
+
+def cubic(fields: CubicPruning, round: int, rounds: int) -> float:
+    """The sparsity of every device in `round`, counted from 0: cubic from the warm-up's end to `until`; 0 before 0."""
+    if round < 0:
+        return 0.0
+    return cubic_floor(
+        round, rounds, fields.sparsity, warmup=fields.warmup, until=fields.until, share=1.0
+    )
+
+
+def cubic_reached(fields: CubicPruning, state: PruningState) -> float:
+    """The sparsity that the schedule had come to in the last round; the target after the last of all."""
+    return (
+        fields.sparsity
+        if state.round >= state.rounds
+        else cubic(fields, state.round - 1, state.rounds)
+    )
+
+
+def prune_and_average(
+    fields: ScheduledPruning,
+    state: PruningState,
+    fleet: Fleet,
+    *,
+    reached: float,
+    scoring: Importance,
+) -> tuple[PruningState, list[Reply[SpineResult]]]:
+    """One round in which every device prunes to `reached`, then tunes; the next state, and the replies it rests on.
+
+    A device prunes by its own importance, mixed with the fleet's by `fleet_say`; one never heard of has none yet.
+    """
+    orders = {
+        profile.id: _order(fields, state, profile.id, reached, scoring) for profile in fleet.devices
+    }
+    replies = usable(fleet.ask(prune_and_tune, orders), fleet)
+    parts = [contribution(state.anatomy, orders[reply.device], reply.value) for reply in replies]
+    for reply in replies:
+        kept = sparsity(state.anatomy, reply.value.structure)
+        fleet.note(device=reply.device, rank=fields.rank, sparsity=kept, loss=reply.value.loss)
+    after = replace(
+        state,
+        round=state.round + 1,
+        adapter=average_factors(state.anatomy, state.adapter, parts),
+        head=average((reply.value.examples, reply.value.head) for reply in replies),
+        scores=tally(state.scores, [reply.value.scores for reply in replies]),
+        structures=state.structures | {reply.device: reply.value.structure for reply in replies},
+        reached=state.reached | {reply.device: orders[reply.device].reached for reply in replies},
+    )
+    return after, replies
+
+
+def dense(fields: ScheduledPruning, state: PruningState) -> Model:
+    """What was learnt, on the whole base."""
+    return Model(
+        structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=fields.scale
+    )
+
+
+def _order(
+    fields: ScheduledPruning,
+    state: PruningState,
+    device: DeviceId,
+    reached: float,
+    scoring: Importance,
+) -> SpineOrder:
+    structure = state.structures.get(device, full(state.anatomy))
+    reached = (
+        reached if device in state.structures else 0.0
+    )  # nothing is pruned before its importance is known
+    advised = reached > 0 and fields.fleet_say > 0 and state.scores is not None
+    return SpineOrder(
+        round=state.round,
+        adapter=half(cut_adapter(state.adapter, state.anatomy.sites, structure)),
+        head=half(state.head),
+        structure=structure,
+        scores=on_wire(state.scores) if advised else None,
+        fleet_say=fields.fleet_say,
+        reached=reached,
+        target=fields.sparsity,
+        scale=fields.scale,
+        tuning=tuning_at(fields, state.round, state.rounds),
+        scoring=scoring,
+    )

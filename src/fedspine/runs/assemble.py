@@ -1,0 +1,275 @@
+"""From a recipe to a task and a fleet: load the data and the model, give every device its rows."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedspine.core import rates
+from fedspine.core.errors import BadInput
+from fedspine.core.fleet import Fleet
+from fedspine.core.process import cores
+from fedspine.core.task import Arrays, Data, Task
+from fedspine.data.dataset import Dataset
+from fedspine.data.tasks import remarks
+from fedspine.execution.workers import Workers, Workshop
+from fedspine.fleets.hardware import Hardware, device_ids, fleet_mix
+from fedspine.fleets.lossy import Lossy
+from fedspine.fleets.simulated import SimulatedFleet, World, profiles
+from fedspine.lm.fits import longest_input
+from fedspine.lm.load import load as load_model
+from fedspine.lm.load import pooling_for
+from fedspine.lm.pooling import READOUTS
+from fedspine.lm.precision import choose
+from fedspine.lm.prefix import Prefixes, storable
+from fedspine.lm.tokens import tokens
+from fedspine.methods import all_methods
+from fedspine.nets.load import load as load_net
+from fedspine.runs import task_record
+from fedspine.runs.config import Recipe
+from fedspine.runs.read_data import dataset, modelled, row_shares
+from fedspine.runs.task_record import TaskRecord
+from fedspine.storage.records import Records
+from fedspine.storage.store import Store
+
+GPU_TOGETHER = 32  # devices that are trained in one batched pass where nothing else is said
+ORDER, COHORT, START = 101, 102, 103  # purposes of random streams, so that they never meet
+
+
+@dataclass(frozen=True)
+class Built:
+    """Everything a run works on."""
+
+    recipe: Recipe
+    task: Task
+    tokenizer: Any
+    shares: tuple[np.ndarray, ...]  # int64 row indices of the training set, by device
+    kinds: tuple[str, ...]
+    record: TaskRecord
+    left_out: Mapping[str, int]  # rows of the data that are not used, by reason
+    remarks: tuple[str, ...]  # what a user should know about how the data was read, one line each
+
+
+def build(recipe: Recipe, *, here: bool = True, begun: Path | None = None) -> Built:
+    """Load and check everything a run needs; raises BadInput before anything is spent.
+
+    Unless the devices' rows are `here`, in the recipe's data, only what is needed to judge their models is read from it.
+    `begun` is the folder of a run that is gone on with: it must have begun with the same data and
+    base.
+    """
+    then = None if begun is None else task_record.read(begun)
+    recipe, _ = modelled(recipe)
+    _check_family(recipe)
+    kinds = fleet_mix(recipe.fleet.mix, recipe.fleet.devices)
+    computing = _computing(recipe.run.device)
+    with task_record.needing("data", begun):
+        data = dataset(recipe)
+    record = task_record.record_of(recipe, data, here=here)
+    if then is not None:
+        task_record.check_data(then, record, begun)
+    with task_record.needing("base", begun):
+        kept = None if then is None or then.encoding is None else task_record.base_of(begun)
+        task, tokenizer = build_task(recipe, data, kept=kept)
+    record = task_record.on_base(record, task.base)
+    if then is not None:
+        task_record.check_base(then, record.model_sha256, recipe.task.model, begun)
+    task.base.to(computing)
+    shares = share_out(recipe, data, task.train) if here else ()
+    recipe.method.check(task)
+    return Built(
+        recipe=recipe,
+        task=task,
+        tokenizer=tokenizer,
+        shares=shares,
+        kinds=tuple(kinds),
+        record=record,
+        left_out=data.left_out,
+        remarks=remarks(data),
+    )
+
+
+def settled(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """The recipe with what it leaves open decided, and a line about each decision.
+
+    Raises BadInput for a model that cannot be found or chosen, and for a GPU that is not there.
+    """
+    recipe, line = modelled(recipe)
+    choices: dict[str, dict[str, Any]] = {}
+    lines = [] if line is None else [line]
+    if recipe.task.kind == "array":
+        choices["run"] = {"precision": "fp32"}  # nets know no other
+    elif precision := choose(recipe.run.precision, _computing(recipe.run.device)):
+        choices["run"] = {"precision": precision.precision}
+        lines.append(precision.line)
+    if ("task", "pooling") in recipe.open_choices:
+        pooling = pooling_for(recipe.task.model)
+        choices["task"] = {"pooling": pooling}
+        lines.append(f"readout: {READOUTS[pooling]}")
+    if training := rates.chosen(recipe.method, _family(recipe)):
+        choices["method"], line = training
+        lines.append(line)
+    return recipe.choosing(choices), lines
+
+
+def _family(recipe: Recipe) -> str:
+    return "net" if recipe.task.kind == "array" else "transformer"
+
+
+def identities(recipe: Recipe) -> list[str]:
+    """The ids of the recipe's devices."""
+    return device_ids(fleet_mix(recipe.fleet.mix, recipe.fleet.devices))
+
+
+def _check_family(recipe: Recipe) -> None:
+    """Raise BadInput for a method that does not know the kind of model it is given."""
+    family = _family(recipe)
+    if family not in recipe.method.models:
+        able = ", ".join(name for name, method in all_methods().items() if family in method.models)
+        raise BadInput(
+            f"method {recipe.method.name!r} cannot train {recipe.task.model!r}, a {family}; choose one of {able}, or "
+            "another task.model"
+        )
+
+
+def build_task(recipe: Recipe, data: Dataset, *, kept: Path | None = None) -> tuple[Task, Any]:
+    """The task and the tokenizer; `kept` is the folder with a run's own configuration of these."""
+    section = recipe.task
+    if section.kind == "array":
+        return _array_task(recipe, data), None
+    base, tokenizer = load_base(recipe, len(data.label_names), kept=kept)
+    longest = longest_input(base.config, tokenizer)
+    if section.max_tokens > longest:
+        raise BadInput(
+            f"task.max_tokens is {section.max_tokens}, but {section.model} reads at most {longest}; lower it"
+        )
+    train = tokens(tokenizer, data.train, section.kind, section.max_tokens)
+    task = Task(
+        kind=section.kind,
+        base=base,
+        train=train,
+        test=tokens(tokenizer, data.test, section.kind, section.max_tokens, scored=True),
+        label_names=data.label_names,
+        max_tokens=section.max_tokens,
+        rounds=recipe.run.rounds,
+        turns=recipe.run.rounds * min(1.0, recipe.fleet.per_round / recipe.fleet.devices)
+        if storable(base, train)
+        else 0.0,
+    )
+    return task, tokenizer
+
+
+def load_base(
+    recipe: Recipe, classes: int, *, precision: str | None = None, kept: Path | None = None
+) -> tuple[Any, Any]:
+    """The recipe's transformer, in its precision or another, and the tokenizer."""
+    section = recipe.task
+    return load_model(
+        section.model,
+        kind=section.kind,
+        classes=classes,
+        precision=precision or recipe.run.precision,
+        layers=section.layers,
+        pooling=section.pooling,
+        kept=kept,
+    )
+
+
+def _array_task(recipe: Recipe, data: Dataset) -> Task:
+    splits = [(rows.x, rows.labels) for rows in (data.train, data.test)]
+    net, train, test = load_net(recipe.task.model, *splits, classes=len(data.label_names))
+    return Task(
+        kind="array",
+        base=net,
+        train=train,
+        test=test,
+        label_names=data.label_names,
+        max_tokens=1,
+        rounds=recipe.run.rounds,
+        turns=0.0,
+    )
+
+
+def share_out(recipe: Recipe, data: Dataset, train: Data) -> tuple[np.ndarray, ...]:
+    """The rows of the encoded training set `train` that each device holds."""
+    shares = row_shares(recipe, data)
+    if isinstance(train, Arrays) or train.sources is None:
+        return tuple(shares)
+    first = np.searchsorted(train.sources, np.arange(len(data.train) + 1))
+    return tuple(
+        np.concatenate([np.arange(first[row], first[row + 1]) for row in share]) for share in shares
+    )
+
+
+def test_order(built: Built) -> np.ndarray:
+    """The order in which test rows are scored: a check takes the first ones."""
+    return np.random.default_rng([built.recipe.run.seed, ORDER]).permutation(len(built.task.test))
+
+
+def workers_for(built: Built, cache: Path) -> Workers:
+    """The processes that serve asks and score models; `cache` is a folder for what they need not compute again."""
+    run, task = built.recipe.run, built.task
+    workshop = Workshop(
+        task=task, shares=built.shares, test_rows=test_order(built), prefixes=Prefixes(cache)
+    )
+    if task.base.device.type == "cuda":  # which a forked process could not use
+        return Workers(workshop, 0, run.together or GPU_TOGETHER)
+    return Workers(workshop, run.workers or cores(), run.together or 1)
+
+
+def _computing(device: str) -> torch.device:
+    """What computes; raises BadInput for a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput('run.device is "cuda", but PyTorch sees no GPU here; choose "cpu" or "auto"')
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def simulate(built: Built, workers: Workers, store: Store, records: Records) -> SimulatedFleet:
+    """The simulated fleet that the recipe describes."""
+    recipe = built.recipe
+    hardware = Hardware(
+        seed=recipe.run.seed,
+        kinds=built.kinds,
+        spread=recipe.fleet.spread,
+        round_trip_seconds=tuple(recipe.fleet.round_trip_seconds),
+    )
+    world = World(
+        seed=recipe.run.seed,
+        profiles=profiles(list(built.kinds), [len(share) for share in built.shares]),
+        hardware=hardware,
+        workers=workers,
+        store=store,
+        records=records,
+    )
+    return SimulatedFleet(world)
+
+
+def cohort(recipe: Recipe, round: int, devices: int | None = None) -> np.ndarray:
+    """Indices of the devices that take part in a round, counted from 0, in ascending order.
+
+    There are as many `devices` as the recipe says, unless a fleet has grown since.
+
+    Devices take turns in a random order, which is drawn again as soon as all have had equally many turns. So none is
+    asked twice in a round, and at any time none was asked more than once oftener than another.
+    """
+    devices = devices or recipe.fleet.devices
+    wanted = min(recipe.fleet.per_round, devices)
+    period = devices // math.gcd(devices, wanted)  # rounds until all have had equally many turns
+    order = np.random.default_rng([recipe.run.seed, COHORT, round // period]).permutation(devices)
+    places = np.arange(wanted) + round % period * wanted
+    return np.sort(order[places % devices])
+
+
+def around(recipe: Recipe, fleet: Fleet) -> Fleet:
+    """The fleet as the recipe's losses and delays let it through."""
+    if not (recipe.fleet.drop or recipe.fleet.delay_seconds):
+        return fleet
+    return Lossy(
+        fleet,
+        drop=recipe.fleet.drop,
+        delay_seconds=recipe.fleet.delay_seconds,
+        seed=recipe.run.seed,
+    )

@@ -1,0 +1,182 @@
+"""Where a run takes place: on simulated devices, or at the sites of a real fleet. The loop is the same."""
+
+import json
+import secrets
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedspine.core.errors import BadInput
+from fedspine.execution.workers import Workers
+from fedspine.flare.run_terms import Terms, model_name
+from fedspine.flare.session import Party
+from fedspine.flare.site_state import Patience
+from fedspine.fleets.rounds import RoundFleet
+from fedspine.lm.content import content_sha256
+from fedspine.runs.assemble import Built, build, simulate
+from fedspine.runs.config import Recipe
+from fedspine.runs.run_dir import FLEET
+from fedspine.storage.records import Records
+from fedspine.storage.store import Store, write_atomically
+
+
+class Venue(Protocol):
+    """What a run asks of the place where it is."""
+
+    def fitted(self, recipe: Recipe, *, begun: Recipe | None = None) -> Recipe:
+        """The recipe as it runs here; `begun` is how a run that is gone on with began."""
+        ...
+
+    def build(self, recipe: Recipe, *, begun: Path | None = None) -> Built:
+        """Load and check everything; raises BadInput before the run's folder is made.
+
+        `begun` is the folder of a run that is gone on with.
+        """
+        ...
+
+    def fleet(
+        self, built: Built, workers: Workers, store: Store, records: Records
+    ) -> RoundFleet: ...
+
+    def remember(self, folder: Path) -> None:
+        """Write into the run's folder what a resume has to know of this place."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Simulation:
+    """Simulated devices, in this process and its workers."""
+
+    def fitted(self, recipe: Recipe, *, begun: Recipe | None = None) -> Recipe:
+        return recipe
+
+    def build(self, recipe: Recipe, *, begun: Path | None = None) -> Built:
+        return build(recipe, begun=begun)
+
+    def fleet(self, built: Built, workers: Workers, store: Store, records: Records) -> RoundFleet:
+        return simulate(built, workers, store, records)
+
+    def remember(self, folder: Path) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class RealSites:
+    """The sites of a fleet that `fedspine fleet create` provisioned; `kit` is the operator's."""
+
+    kit: Path
+    patience: Patience = field(default_factory=Patience)
+    _link: Any = field(default=None, init=False)
+    _party: Any = field(default=None, init=False)
+
+    def fitted(self, recipe: Recipe, *, begun: Recipe | None = None) -> Recipe:
+        """As many devices as there are sites, of whom each keeps its own rows; connects where that is not done."""
+        if recipe.task.kind == "array":
+            raise BadInput(
+                f"task.model {recipe.task.model!r} is a net for arrays, but the sites of a fleet hold texts; leave --fleet "
+                "out to run on simulated devices, or choose a model for texts"
+            )
+        devices = len(self._connected().sites) if begun is None else begun.fleet.devices
+        changed = {
+            "devices": devices,
+            "mix": None,
+            "partition": "auto",
+            "per_round": min(recipe.fleet.per_round, devices),
+        }
+        return replace(
+            recipe,
+            fleet=recipe.fleet.model_copy(update=changed),
+            run=recipe.run.model_copy(
+                update={"workers": 1}
+            ),  # processes cannot be forked beside a connection
+        )
+
+    def build(self, recipe: Recipe, *, begun: Path | None = None) -> Built:
+        from fedspine.flare.fleet import FlareFleet
+
+        built = build(recipe, here=False, begun=begun)
+        self._party = Party(
+            link=self._connected(),
+            base=built.task.base,
+            terms=terms_of(built),
+            seed=recipe.run.seed,
+            run=secrets.token_hex(16),
+            patience=self.patience,
+        )
+        refusals = FlareFleet(self._party).join()
+        if refusals and len(self._party.members) < max(self.patience.sites, self.patience.quorum):
+            told = "; ".join(f"{name}: {why}" for name, why in refusals.items())
+            raise BadInput(f"{len(refusals)} of {len(self._link.sites)} sites take no part: {told}")
+        return built
+
+    def fleet(self, built: Built, workers: Workers, store: Store, records: Records) -> RoundFleet:
+        from fedspine.flare.fleet import FlareFleet
+
+        self._party.records, self._party.began = records, time.monotonic()
+        return FlareFleet(self._party)
+
+    def remember(self, folder: Path) -> None:
+        """The kit's place and the patience, so that a resume needs neither."""
+        said = {"kit": str(self.kit.absolute()), **asdict(self.patience)}
+        write_atomically(folder / FLEET, json.dumps(said, indent=1).encode())
+
+    def close(self) -> None:
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+    def _connected(self) -> Any:
+        if self._link is None:
+            from fedspine.flare.startup_kit import needs_flare
+
+            needs_flare()
+            from fedspine.flare.link import Link
+
+            self._link = Link(self.kit, self.patience.quorum)
+            self._link.wait_for(
+                max(self.patience.sites, self.patience.quorum), self.patience.outage
+            )
+        return self._link
+
+
+def venue_of(folder: Path, named: RealSites | None = None) -> Venue:
+    """Where the run in `folder` took place, or `named` where it says the same; raises BadInput where it does not."""
+    path = folder / FLEET
+    if not path.exists():
+        if named is not None:
+            raise BadInput(
+                f"the run in {folder} is simulated, so no sites can go on with it; leave --fleet out"
+            )
+        return Simulation()
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        kit, patience = (
+            Path(said.pop("kit")),
+            Patience(**said | {"sites": said["quorum"]}),
+        )  # the others may come later
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(
+            f"{path} is damaged ({error}); name the operator's kit with --fleet"
+        ) from None
+    return named or RealSites(kit, patience)
+
+
+def terms_of(built: Built) -> Terms:
+    """What a site has to know of a run to take part in it."""
+    section, task = built.recipe.task, built.task
+    return Terms(
+        method=built.recipe.method.name,
+        kind=section.kind,
+        model=model_name(section.model),
+        model_sha256=content_sha256(task.base, built.tokenizer),
+        layers=section.layers,
+        precision=built.recipe.run.precision,
+        pooling=section.pooling,
+        max_tokens=section.max_tokens,
+        label_names=task.label_names,
+    )

@@ -1,0 +1,334 @@
+"""Recipes: TOML tables that name the task, the fleet, the method's fields and the run, with unknown keys refused."""
+
+import dataclasses
+import importlib.resources
+import json
+import tomllib
+from math import ceil
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import tomli_w
+
+from fedspine.core import rates, strict
+from fedspine.core.errors import BadInput, unknown
+from fedspine.core.strict import Section
+from fedspine.core.task import AUTO, BUILT_IN_DATA, BUILT_IN_MODELS, NETS, Kind
+from fedspine.methods import find
+
+
+class TaskSection(Section):
+    """What is learnt: a model, data, and how the data is read."""
+
+    model: str = AUTO  # built-in name, folder, or Hub id; a net makes the kind "array"
+    data: str = "pydoc-topics"  # built-in name, file, folder, or Hub id
+    kind: Kind = "classification"
+    text: str = "text"  # column of the text
+    pair: str | None = None  # column of the second text; naming one makes the kind "pair"
+    label: str = "label"  # column of the label
+    encoding: str | None = None  # of text files which are not UTF-8, such as "latin-1"
+    max_tokens: int = pydantic.Field(64, ge=4)
+    train_rows: int = pydantic.Field(0, ge=0)  # a random sample of so many; 0: all
+    layers: int | None = pydantic.Field(None, ge=1)  # keep only the first blocks of the model
+    pooling: Literal["auto", "mean", "cls"] = (
+        "auto"  # what a classifier reads; auto: as the model was made for
+    )
+
+
+def _for_all_groups(seconds: Any) -> Any:
+    """A number, but not true or false, is meant for each of the four Wi-Fi groups."""
+    return [seconds] * 4 if type(seconds) in (int, float) else seconds
+
+
+class FleetSection(Section):
+    """Who learns: simulated devices, their kinds, and who holds which rows."""
+
+    devices: int = pydantic.Field(80, ge=1)
+    mix: dict[str, int] | None = None  # devices of each kind; default 30 TX2 : 40 NX : 10 AGX
+    partition: str = (
+        "auto"  # iid, dirichlet, p:LEVEL, dominant:SHARE, natural, column:NAME; docs/recipes.md
+    )
+    alpha: float = pydantic.Field(1.0, gt=0)  # of the Dirichlet partition: small is skewed
+    per_round: int = pydantic.Field(10, ge=1)  # devices asked in a round
+    drop: float = pydantic.Field(0.0, ge=0, le=1)  # chance that an order or its reply is lost
+    delay_seconds: float = pydantic.Field(0.0, ge=0)  # mean extra delay of a reply
+    spread: float = pydantic.Field(1.0, ge=0)  # above 1 makes slow devices slower
+    # of every exchange, by Wi-Fi group at 2, 8, 14 and 20 m; one number is for all of them, 0 for none. The default is the
+    # typical round trip between a wired server and 47,000 user devices of a campus in Sui et al., MobiSys 2016
+    # (10.1145/2906388.2906393), who tell no distances apart
+    round_trip_seconds: Annotated[
+        list[Annotated[float, pydantic.Field(ge=0)]],
+        pydantic.Field(min_length=4, max_length=4),
+        pydantic.BeforeValidator(_for_all_groups),
+    ] = [0.003] * 4
+
+
+class RunSection(Section):
+    """How long, how exactly, and what is measured on the way."""
+
+    rounds: int = pydantic.Field(24, ge=1)
+    seconds: float = pydantic.Field(
+        0.0, ge=0
+    )  # of the fleet's clock after which no round begins; 0: no limit
+    seed: int = pydantic.Field(0, ge=0)
+    precision: Literal["auto", "bf16", "fp32"] = (
+        "auto"  # of the frozen base; auto: the faster one here
+    )
+    evaluate_every: int = pydantic.Field(4, ge=0)  # rounds; 0: only at the end
+    evaluate_rows: int = pydantic.Field(512, ge=1)  # test rows of a check on the way
+    evaluate_devices: int = pydantic.Field(4, ge=1)  # device models of a check on the way
+    final_devices: int = pydantic.Field(8, ge=1)  # device models scored at the end
+    final_rows: int = pydantic.Field(0, ge=0)  # test rows of the end; 0: all
+    workers: int = pydantic.Field(0, ge=0)  # processes; 0: one per core. Never changes a result
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # what computes; auto: a GPU where there is one
+    together: int = pydantic.Field(
+        0, ge=0
+    )  # devices trained in one batched pass; 0: 1 on a CPU, 32 on a GPU
+    references: bool = True  # whether simple yardsticks stand beside the results
+
+    def final_rows_of(self, rows: int) -> int:
+        """Of a test set of so many rows, those that are scored at the end."""
+        return min(self.final_rows or rows, rows)
+
+    def over(self, round: int, now: float) -> bool:
+        """Whether no round is left after so many, or no time for one."""
+        return round >= self.rounds or 0 < self.seconds <= now
+
+    def expected_rounds(self, round: int, now: float) -> int:
+        """How many rounds there will be: all, or as many as fit the time if they take what `round` of them took."""
+        if self.over(round, now):
+            return round
+        if not self.seconds or not now:
+            return self.rounds
+        return min(self.rounds, max(round + 1, ceil(round * self.seconds / now)))
+
+
+# what the embedded job's method was tuned in, on that job's own data
+OF_ITS_DATA = ("learning_rate", "head_speed")
+SECTIONS: dict[str, type[Section]] = {"task": TaskSection, "fleet": FleetSection, "run": RunSection}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A complete, replayable description of a run; `method` is an instance of a registered method."""
+
+    task: TaskSection
+    fleet: FleetSection
+    method: Any
+    run: RunSection
+
+    def table(self) -> dict[str, dict[str, Any]]:
+        """As nested tables that TOML can hold; what is None is left out."""
+        sections = {name: getattr(self, name).model_dump(exclude_none=True) for name in SECTIONS}
+        fields = {
+            field.name: getattr(self.method, field.name)
+            for field in dataclasses.fields(self.method)
+        }
+        method = {"name": self.method.name} | {
+            key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()
+        }
+        return {
+            "task": sections["task"],
+            "fleet": sections["fleet"],
+            "method": method,
+            "run": sections["run"],
+        }
+
+    def toml(self) -> str:
+        return tomli_w.dumps(self.table())
+
+    @property
+    def results(self) -> dict[str, dict[str, Any]]:
+        """The tables without what makes no difference to the results: workers and references."""
+        tables = self.table()
+        for name in ("workers", "references"):
+            tables["run"].pop(name)
+        return tables
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for two recipes exactly when they describe the same results."""
+        return json.dumps(self.results, sort_keys=True)
+
+    @property
+    def open_choices(self) -> list[tuple[str, str]]:
+        """Section and key of what the recipe leaves to the machine, the data or the model.
+
+        A run decides it as it begins.
+        """
+        reads_out = self.task.kind in ("classification", "pair")
+        chosen = [("run", "precision"), ("task", "model")]
+        chosen += [("task", "pooling")] if reads_out else []
+        found = [(s, key) for s, key in chosen if getattr(getattr(self, s), key) == "auto"]
+        return found + [("method", key) for key in rates.open_fields(self.method)]
+
+    def settled_as(self, begun: "Recipe") -> "Recipe":
+        """The recipe with what it leaves open as a run that began with `begun` has decided it."""
+        choices: dict[str, dict[str, Any]] = {}
+        for section, key in self.open_choices:
+            if hasattr(getattr(begun, section), key):  # another method may lack it
+                choices.setdefault(section, {})[key] = getattr(getattr(begun, section), key)
+        if "model" in choices.get("task", {}) and begun.task.kind == "array":
+            choices["task"]["kind"] = "array"  # which followed from the data
+        return self.choosing(choices)
+
+    def choosing(self, choices: dict[str, dict[str, Any]]) -> "Recipe":
+        """The recipe with these values of its sections."""
+        sections = {
+            name: dataclasses.replace(self.method, **of)
+            if name == "method"
+            else getattr(self, name).model_copy(update=of)
+            for name, of in choices.items()
+        }
+        return dataclasses.replace(self, **sections)
+
+    def with_net(self, net: str) -> "Recipe":
+        """The recipe with this net for arrays; raises BadInput where something in it is for texts."""
+        task = _of_arrays(self.task, net)
+        return dataclasses.replace(self, task=task.model_copy(update={"model": net}))
+
+    def difference(self, other: "Recipe") -> str | None:
+        """What makes the results of the other recipe differ, in words; None for nothing."""
+        theirs = other.results
+        for section, table in self.results.items():
+            for key in {**table, **theirs[section]}:
+                if table.get(key) != theirs[section].get(key):
+                    return f"{section}.{key} is {table.get(key)!r} there, {theirs[section].get(key)!r} here"
+        return None
+
+
+def embedded(name: str = "default") -> dict[str, Any]:
+    """The tables of the default job, or of another recipe that comes with the package."""
+    return tomllib.loads(
+        importlib.resources.files("fedspine.recipes")
+        .joinpath(f"{name}.toml")
+        .read_text(encoding="utf-8")
+    )
+
+
+def load(path: Path | None, settings: list[str] | None = None, seed: int | None = None) -> Recipe:
+    """Read a recipe, or the embedded default job, with `section.key=value` settings and the seed laid over it."""
+    overlay = _settings(settings or [])
+    if seed is not None:
+        overlay.setdefault("run", {})["seed"] = seed
+    if path is None:
+        return anchored(recipe(_laid_over(_fitting(embedded(), overlay), overlay)))
+    return anchored(
+        recipe(
+            _laid_over(
+                strict.read_toml(path, "recipe", "give a TOML file, or none for the embedded job"),
+                overlay,
+            )
+        )
+    )
+
+
+def anchored(recipe: Recipe) -> Recipe:
+    """The recipe with local paths made absolute, so that a run can be resumed and exported from any folder."""
+    task = recipe.task
+    local = {
+        key: str(Path(name).expanduser().resolve())
+        for key, name, built_in in (
+            ("model", task.model, (AUTO, *BUILT_IN_MODELS, *NETS)),
+            ("data", task.data, BUILT_IN_DATA),
+        )
+        if name.strip() and name not in built_in and Path(name).expanduser().exists()
+    }
+    return dataclasses.replace(recipe, task=task.model_copy(update=local))
+
+
+def recipe(tables: dict[str, Any]) -> Recipe:
+    """Check tables and build the recipe; raises BadInput with the nearest valid name for an unknown one."""
+    for name, table in tables.items():
+        if name not in {*SECTIONS, "method"}:
+            raise unknown("section", name, {*SECTIONS, "method"})
+        if not isinstance(table, dict):
+            raise BadInput(f"[{name}] must be a table of keys and values; {table!r} came")
+    sections = {
+        name: strict.section(name, cls, tables.get(name, {})) for name, cls in SECTIONS.items()
+    }
+    task: Any = sections["task"]
+    if task.pair is not None and task.kind == "classification":
+        sections["task"] = task.model_copy(update={"kind": "pair"})
+    if task.model in NETS or task.kind == "array":
+        sections["task"] = _of_arrays(task, task.model)
+    return Recipe(method=_method(dict(tables.get("method", {}))), **sections)  # type: ignore[arg-type]
+
+
+def _of_arrays(task: TaskSection, net: str) -> TaskSection:
+    """The section with kind "array"; raises BadInput where something in it is for texts."""
+    if net not in (AUTO, *NETS):
+        raise BadInput(
+            f'task.kind is "array", which {net!r} cannot read; set task.model to one of '
+            f'{", ".join(NETS)}, or to "auto"'
+        )
+    reads = "arrays are read by a net" if net == AUTO else f"{net!r} is a net for arrays"
+    # of what "auto" finds, the default says nothing: a recipe that was written out has every key
+    fitting = ("array", "classification") if task.model == AUTO else ("array",)
+    if "kind" in task.model_fields_set and task.kind not in fitting:
+        raise BadInput(
+            f'{reads}, but task.kind is {task.kind!r}; leave task.kind out, or say "array"'
+        )
+    for key in ("text", "pair", "label", "encoding", "layers"):
+        if getattr(task, key) != TaskSection.model_fields[key].default:
+            raise BadInput(f"task.{key} is for texts, but {reads}; leave it out")
+    return task.model_copy(update={"kind": "array"})
+
+
+def _method(table: dict[str, Any]) -> Any:
+    name = table.pop("name", "fedspine")
+    if not isinstance(name, str):
+        raise BadInput(f"method.name must be a name in quotes; {name!r} came")
+    cls = find(name)
+    strict.known_keys(
+        f"key of [method] for {name}", table, (field.name for field in dataclasses.fields(cls))
+    )
+    return strict.validated("method", pydantic.TypeAdapter(cls), table, by_json=True)
+
+
+def _settings(settings: list[str]) -> dict[str, dict[str, Any]]:
+    tables: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        section, dot, key = name.strip().partition(".")
+        if not (equals and dot and key):
+            raise BadInput(
+                f"--set {setting!r} is not of the form section.key=value, such as run.rounds=10"
+            )
+        tables.setdefault(section, {})[key] = _value(value.strip())
+    return tables
+
+
+def _value(text: str) -> Any:
+    """What TOML makes of a value; anything else is text, so that quotes can be left out."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _fitting(defaults: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """The embedded job, without what was chosen for its own data and method and does not fit others.
+
+    Other data may need another model; another method may lack some of the fields.
+    """
+    named = overlay.get("task", {})
+    task, method = dict(defaults["task"]), dict(defaults["method"])
+    if "data" in named and "model" not in named:
+        task.pop("model")
+    name = overlay.get("method", {}).get("name", method["name"])
+    other = name != method["name"] and isinstance(name, str)
+    if other:
+        known = {field.name for field in dataclasses.fields(find(name))} | {"name"}
+        method = {key: value for key, value in method.items() if key in known}
+    if other or "data" in named:
+        method = {key: value for key, value in method.items() if key not in OF_ITS_DATA}
+    return defaults | {"task": task, "method": method}
+
+
+def _laid_over(tables: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    return tables | {
+        name: {**tables[name], **table} if isinstance(tables.get(name), dict) else table
+        for name, table in overlay.items()
+    }

@@ -1,0 +1,108 @@
+"""How long a run still takes: rounds, checks on the way and the final scoring, each from what it has cost so far.
+
+Work is counted in units that do not change while a model shrinks: a round of the whole model, and a row scored by the
+whole model. A round at sparsity s costs 1 - s of a round. Seconds per unit are measured as the run goes on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from fedspine.runs.config import RunSection
+
+FORWARD_SHARE = (
+    0.45  # of a training sample's operations: two products of four, and no adapter's gradients
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do: its rounds with the sparsity planned for each, its checks, and its final scoring."""
+
+    sparsities: Sequence[float]  # planned for each round
+    evaluate_every: int  # rounds; 0: never
+    check_devices: int
+    check_rows: int
+    final_devices: int
+    final_rows: int
+
+    @classmethod
+    def of(cls, run: RunSection, sparsities: Sequence[float], devices: int, rows: int) -> "Plan":
+        """The plan of a recipe for a fleet of `devices` and a test set of `rows`."""
+        return cls(
+            sparsities=sparsities,
+            evaluate_every=run.evaluate_every,
+            check_devices=min(run.evaluate_devices, devices),
+            check_rows=min(run.evaluate_rows, rows),
+            final_devices=min(run.final_devices, devices),
+            final_rows=run.final_rows_of(rows),
+        )
+
+    def sparsity(self, round: int) -> float:
+        """Of a round, counted from 0; the last one's for rounds beyond the plan."""
+        return self.sparsities[min(round, len(self.sparsities) - 1)]
+
+    def round_work(self, round: int) -> float:
+        """Whole rounds that a round comes to."""
+        return 1 - self.sparsity(round)
+
+    def check_work(self, round: int) -> float:
+        """Rows of a whole model that a check after `round` rounds scores."""
+        return self.check_rows * self._models(round - 1, self.check_devices)
+
+    def final_work(self) -> float:
+        """Rows of a whole model that the final scoring scores."""
+        return self.final_rows * self._models(len(self.sparsities) - 1, self.final_devices)
+
+    def is_check(self, round: int, rounds: int) -> bool:
+        """Whether a check follows after `round` of `rounds` rounds; none does after the last."""
+        return bool(self.evaluate_every) and not round % self.evaluate_every and round < rounds
+
+    def _models(self, round: int, devices: int) -> float:
+        """Whole models that are scored: the unpruned one, the one for everybody, and each device's own if pruned."""
+        sparsity = self.sparsity(max(round, 0))
+        return 1 + (1 - sparsity) * (1 + devices) if sparsity else 1.0
+
+
+@dataclass
+class Estimate:
+    """The wall seconds that are left, from the rounds and checks that this process has seen."""
+
+    plan: Plan
+    _paces: list[float] = field(default_factory=list)  # seconds per whole round
+    _samples: list[float] = field(default_factory=list)  # training samples of a round
+    _scoring: list[float] = field(default_factory=list)  # seconds per row of a whole model
+
+    def saw_round(self, round: int, seconds: float, samples: int) -> None:
+        """Take in a round, counted from 0, that took so long."""
+        self._paces.append(seconds / self.plan.round_work(round))
+        self._samples.append(max(1, samples))
+
+    def saw_check(self, round: int, seconds: float) -> None:
+        """Take in the check that came after `round` rounds."""
+        self._scoring.append(seconds / self.plan.check_work(round))
+
+    def left(self, done: int, rounds: int) -> float | None:
+        """Wall seconds until the run's end where `done` of `rounds` are done; None before the first."""
+        if not self._paces:
+            return None
+        coming = range(done, rounds)
+        training = self.pace * sum(map(self.plan.round_work, coming))
+        checks = sum(
+            self.plan.check_work(round + 1)
+            for round in coming
+            if self.plan.is_check(round + 1, rounds)
+        )
+        return training + self.scoring_pace * (checks + self.plan.final_work())
+
+    @property
+    def pace(self) -> float:
+        """Seconds per whole round; the first round, which prepares what later ones reuse, does not count."""
+        return median(self._paces[1:] or self._paces)
+
+    @property
+    def scoring_pace(self) -> float:
+        """Seconds per row of a whole model, expected from training until a check has shown it."""
+        if self._scoring:
+            return median(self._scoring)
+        return FORWARD_SHARE * self.pace / median(self._samples)

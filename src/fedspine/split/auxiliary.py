@@ -1,0 +1,146 @@
+"""A decoder on devices that reads a batch back out of its features: LocFedMix-SL's local loss.
+
+Oh et al. 2022 (WWW, LocFedMix-SL) take the regulariser of InfoPro (arXiv:2101.10832): features from which the input can be
+read back have not thrown away what later layers may need. What is ours: docs/methods/locfedmix.md.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedspine.core.message import Tensors, message
+from fedspine.core.tensors import moved
+from fedspine.lm.base import Base
+from fedspine.nets.net import Net
+from fedspine.split.device import Cutting
+from fedspine.split.interface import Features, Halves
+
+INTO, INTO_BIAS, OUT, OUT_BIAS = (
+    "decoder.into.weight",
+    "decoder.into.bias",
+    "decoder.out.weight",
+    "decoder.out.bias",
+)
+DECODER = frozenset((INTO, INTO_BIAS, OUT, OUT_BIAS))
+KERNEL = 3  # of the last convolution, where inputs have places to be smoothed over
+
+
+@message
+class DecodedCutting:
+    """A cut with a decoder beside the bottom, `width` channels wide inside."""
+
+    cutting: Cutting
+    width: int
+    weight: float  # of the decoder's loss
+
+    def of(self, base: Base | Net) -> "Decoded":
+        """The bottom of this model and its decoder."""
+        return Decoded(base, self.cutting.of(base), self.width)
+
+
+class Decoded:
+    """A bottom with a decoder, which share one dictionary of weights: what devices use of `Halves`.
+
+    What is read back: of texts the embeddings, token by token, by two linear layers; of arrays the numbers themselves, by a
+    linear layer over channels, interpolation to the input's size and a convolution.
+    """
+
+    def __init__(self, base: Base | Net, halves: Halves, width: int) -> None:
+        self._base, self._halves, self._width = base, halves, width
+        match base:
+            case Net(shape=(channels, *places)):
+                self._aim, self._places = channels, tuple(places)
+            case Base():
+                self._aim, self._places = base.anatomy.width, ()
+        shape = halves.feature_shape(1)
+        # channels of the features; places that inputs have not (CNN-H looks at sensors side by side) count as channels
+        self._given = (
+            math.prod((shape[0], *shape[1 + len(self._places) :])) if self._places else shape[-1]
+        )
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        return self._halves.statistics
+
+    def start(self, rng: np.random.Generator) -> Tensors:
+        """The decoder's weights to start from, drawn as torch draws those of linear layers."""
+        kernel = (KERNEL,) * len(self._places)
+        sizes = {INTO: (self._width, self._given), OUT: (self._aim, self._width, *kernel)}
+        weights = {}
+        for name, bias in ((INTO, INTO_BIAS), (OUT, OUT_BIAS)):
+            bound = 1 / math.sqrt(math.prod(sizes[name][1:]))
+            for key, size in ((name, sizes[name]), (bias, sizes[name][:1])):
+                weights[key] = torch.from_numpy(rng.uniform(-bound, bound, size).astype(np.float32))
+        return weights
+
+    def bottom(self, weights: Tensors, inputs: Tensors, *, seed: int | None) -> Features:
+        return self._halves.bottom(bare(weights), inputs, seed=seed)
+
+    def loss(self, weights: Tensors, features: Features, inputs: Tensors) -> Tensor:
+        """The mean squared error of what the decoder reads, over all numbers of all rows or tokens."""
+        values = features.values.float()
+        own = moved({name: weights[name] for name in DECODER}, values.device)
+        if self._places:
+            read = self._read(own, values)
+            return functional.mse_loss(read, inputs["inputs"].to(read))
+        inside = functional.relu(functional.linear(values, own[INTO], own[INTO_BIAS]))
+        read = functional.linear(inside, own[OUT], own[OUT_BIAS])
+        with torch.no_grad():
+            aim = self._base.split(0).bottom({}, inputs, seed=None).values.float()
+        assert features.mask is not None
+        tokens = features.mask.to(read.device)
+        return functional.mse_loss(read[tokens], aim[tokens])
+
+    def _read(self, weights: Tensors, values: Tensor) -> Tensor:
+        places = len(self._places)
+        values = values[
+            (..., *[None] * (places + 2 - values.dim()))
+        ]  # a cut among linear layers leaves no places
+        values = (
+            values.flatten(2 + places).movedim(-1, 2).flatten(1, 2)
+            if values.dim() > 2 + places
+            else values
+        )
+        inside = functional.relu(
+            functional.linear(values.movedim(1, -1), weights[INTO], weights[INTO_BIAS])
+        )
+        grown = functional.interpolate(
+            inside.movedim(-1, 1), self._places, mode={1: "linear", 2: "bilinear"}[places]
+        )
+        convolve = {1: functional.conv1d, 2: functional.conv2d}[places]
+        return convolve(grown, weights[OUT], weights[OUT_BIAS], padding=KERNEL // 2)
+
+    def flops(self, half: str, rows: int, tokens: int) -> float:
+        """Of the bottom with its decoder."""
+        given = self._halves.feature_shape(tokens)
+        cells = math.prod(given) // self._given
+        into = cells * self._given * self._width
+        out = math.prod(self._places) * KERNEL ** len(self._places) if self._places else tokens
+        # two for each product, thrice: forward, and backward to weights and to features
+        return self._halves.flops(half, rows, tokens) + 6.0 * rows * (
+            into + out * self._width * self._aim
+        )
+
+    def memory_bytes(self, half: str, rows: int, tokens: int) -> int:
+        """Of the bottom with its decoder, whose activations and gradients are in fp32."""
+        places = math.prod(self._places) if self._places else tokens
+        return self._halves.memory_bytes(half, rows, tokens) + 8 * rows * places * (
+            self._width + self._aim
+        )
+
+    def launches(self, half: str) -> int:
+        """Blocks of the bottom, and one for the decoder."""
+        return self._halves.launches(half) + 1
+
+
+def decoder(weights: Tensors) -> Tensors:
+    """The decoder's weights alone."""
+    return {name: tensor for name, tensor in weights.items() if name in DECODER}
+
+
+def bare(weights: Tensors) -> Tensors:
+    """The bottom's weights without the decoder's."""
+    return {name: tensor for name, tensor in weights.items() if name not in DECODER}

@@ -1,0 +1,207 @@
+"""MergeSFL's batches regulated again within a round, from the times that the round's own exchanges took. Ours.
+
+A device's link and pace differ from those of the rounds before, by which a round is planned. After 1, 2, 4, 8 and so on
+iterations, and when a device joins late, all that were heard so far say how long the next ones will take, and when a device
+has to leave to be done with the others; `control/batch_timing.py` has the arithmetic.
+Texts are of unequal length, so a few rows take now more, now less; their batches are then as many tokens as there is time
+for, not as many rows.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from fedspine.control.batch_timing import early, fitted
+from fedspine.control.split_plan import Goal, SplitLimits, planned_again
+from fedspine.core.device import DeviceId
+from fedspine.core.fleet import Cost
+from fedspine.split.batches import Budget
+from fedspine.split.device import Resized, Step
+from fedspine.split.protocol import Progress, Staggered
+from fedspine.split.trainable_half import Optimising
+
+USUAL_ROWS = 8  # as which the fleet's bytes per row count beside a device's own
+FIRST = 4  # divides a round's first batches: so few rows are enough for its links to become known
+SECOND = 2  # divides its second ones, since they rest on one exchange of weights and features
+PROBED = 8  # iterations of a round from which it is worth it
+ENOUGH = 0.5  # share of the devices with which a round starts, and ends, where the others may come later and go earlier
+SHORTEST = 1e-9  # seconds of an exchange, so that none is free
+
+
+@dataclass(frozen=True)
+class Paces:
+    """Seconds of an iteration: `fixed`, and those of a row of each device; and how many bytes such a row takes."""
+
+    fixed: float
+    cost: Float[np.ndarray, " devices"]
+    row_bytes: Float[
+        np.ndarray, " devices"
+    ]  # both ways, with its part of what else an exchange sends
+
+
+@dataclass(frozen=True)
+class Regulating:
+    """A round's plan as it may be made again: one entry for each device chosen."""
+
+    devices: Sequence[DeviceId]
+    labels: Float[np.ndarray, "devices classes"]
+    reference: Float[np.ndarray, " classes"]
+    most: Int[np.ndarray, " devices"]
+    limits: SplitLimits
+    tune: bool
+    fixed: float  # seconds of an exchange beside its rows', as known before the round
+    steps: int  # of the round
+    weight_bytes: int  # of the bottom
+    late: bool  # whether devices may begin and end at times of their own
+    optimising: Callable[[int], Optimising]  # for a batch of so many rows
+    # texts: rows that data and memory allow beyond `most`, where they are short; None: batches of rows, not of tokens
+    room: Int[np.ndarray, " devices"] | None = None
+    token_bytes: float = 0.0  # of the features of one token
+
+    def __call__(
+        self, done: int, progress: Mapping[DeviceId, Progress], told: Mapping[DeviceId, Step]
+    ) -> Mapping[DeviceId, Resized] | None:
+        """What devices are told after `done` iterations: their steps, and the batches that follow; None: as before."""
+        joined = done > 1 and any(len(progress[device].rows) == 1 for device in told)
+        if done & (done - 1) and not joined:
+            return None
+        devices = [device for device in self.devices if device in told]
+        places = [self.devices.index(device) for device in devices]
+        found = paces([progress[device] for device in devices], self.fixed)
+        goal = Goal(
+            cost=found.cost,
+            labels=self.labels[places],
+            reference=self.reference,
+            most=self.most[places],
+            limits=self.limits,
+            fixed=found.fixed,
+        )
+        rows = planned_again(goal, tune=self.tune)
+        if done == 1:
+            rows = self._part(rows, SECOND)
+        batches: list[int | Budget] = rows.tolist()
+        if self.room is not None:
+            headers = np.array([_header(progress[device], self.token_bytes) for device in devices])
+            batches = self._budgets(
+                rows, goal.seconds(rows).max(), found, headers, self.room[places]
+            )
+        return {
+            device: Resized(
+                step=told[device],
+                batch=batch,
+                optimising=self._changed(progress[device].batch, own),
+            )
+            for device, batch, own in zip(devices, batches, rows.tolist(), strict=True)
+        }
+
+    def first(self, rows: Int[np.ndarray, " devices"]) -> Int[np.ndarray, " devices"]:
+        """What a round begins with where these are the batches planned."""
+        return self._part(rows, FIRST)
+
+    def _part(self, rows: np.ndarray, divisor: int) -> np.ndarray:
+        return np.maximum(rows // divisor, 1) if self.steps >= PROBED else rows
+
+    @property
+    def staggered(self) -> Staggered | None:
+        """How devices begin and end at times of their own, if they may."""
+        return Staggered(ENOUGH, self._leaving) if self.late and self.steps >= PROBED else None
+
+    def _leaving(self, done: int, progress: Mapping[DeviceId, Progress]) -> Collection[DeviceId]:
+        """Who ends the round now, after `done` iterations, since its link needs that long for the bottom."""
+        if 2 * done < self.steps:
+            return ()
+        own = list(progress.values())
+        found = paces(own, self.fixed)
+        rows = np.array([each.batch for each in own])
+        # the last gradient goes down, the bottom up
+        ends = found.fixed + found.cost * (rows / 2 + self.weight_bytes / found.row_bytes)
+        before = early(
+            ends, max(each.costs[-1].seconds for each in own), ceil(ENOUGH * len(self.devices))
+        )
+        return [
+            device
+            for device, steps in zip(progress, before, strict=True)
+            if steps >= self.steps - done
+        ]
+
+    def _budgets(
+        self, rows: np.ndarray, longest: float, found: Paces, headers: np.ndarray, room: np.ndarray
+    ) -> list[Budget]:
+        """Tokens for the time of the longest iteration: those of `rows`, and of less than a row more."""
+        exact = np.clip((longest - found.fixed) / found.cost, rows, rows + 1)
+        tokens = np.maximum((exact * found.row_bytes - headers) / (2 * self.token_bytes), 1)
+        tokens *= min(1.0, self.limits.budget_bytes / self.token_bytes / tokens.sum())
+        return [
+            Budget(tokens=int(own), rows=int(most)) for own, most in zip(tokens, room, strict=True)
+        ]
+
+    def _changed(self, before: int, now: int) -> Optimising | None:
+        """How bottoms are trained from now on, None where that stays as it is."""
+        optimising = self.optimising(now)
+        same = optimising.learning_rate == self.optimising(before).learning_rate
+        return None if same else optimising
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A round's batches, and how they are planned again within it, if they are."""
+
+    batches: Mapping[DeviceId, int]
+    again: Regulating | None
+
+
+def paces(progress: Sequence[Progress], fixed: float, *, ended: bool = False) -> Paces:
+    """The paces that a round's exchanges show so far, or over the whole of it; one entry for each device.
+
+    Exchanges are compared by their bytes, which the server knows and which count a text's tokens. The first one has
+    weights among them and no backward pass: it counts only where a device has no others yet. `fixed` as `fitted` has it.
+    """
+    inner = [own.costs[1:-1] if ended else own.costs[1:] for own in progress]
+    heard = [costs or own.costs[:1] for costs, own in zip(inner, progress, strict=True)]
+    loads, seconds = [_bytes(costs) for costs in heard], [_seconds(costs) for costs in heard]
+    row_bytes = _row_bytes(progress, inner)
+    if any(inner):
+        fixed, each = fitted(loads, seconds, fixed)
+    else:
+        _, each = fitted(loads, seconds)
+    return Paces(fixed, each * row_bytes, row_bytes)
+
+
+def _row_bytes(
+    progress: Sequence[Progress], inner: Sequence[Sequence[Cost]]
+) -> Float[np.ndarray, " devices"]:
+    """Bytes of a row of each device both ways: of its exchanges without weights, nearer to the fleet's mean the fewer rows."""
+    exchanges = np.maximum([len(costs) for costs in inner], 1)
+    rows = exchanges * np.array([np.mean(own.rows) for own in progress])
+    # of the first exchange only what went up were features; their gradient is as large
+    pairs = zip(inner, progress, strict=True)
+    sent = np.array(
+        [_bytes(costs).sum() if costs else 2 * own.costs[0].bytes_up for costs, own in pairs]
+    )
+    if not any(inner):
+        return sent / rows
+    return (sent + USUAL_ROWS * sent.sum() / rows.sum()) / (rows + USUAL_ROWS)
+
+
+def _header(progress: Progress, token_bytes: float) -> float:
+    """Bytes of an exchange both ways that are no features: the mean of those heard so far.
+
+    An exchange sends the gradient of one batch and the features of the next; the first one no gradient.
+    """
+    tokens = np.array(progress.tokens)
+    if len(tokens) == 1:
+        return max(0.0, 2 * (progress.costs[0].bytes_up - token_bytes * tokens[0]))
+    return max(
+        0.0, float(np.mean(_bytes(progress.costs[1:]) - token_bytes * (tokens[1:] + tokens[:-1])))
+    )
+
+
+def _bytes(costs: Sequence[Cost]) -> Float[np.ndarray, " exchanges"]:
+    return np.array([cost.bytes_down + cost.bytes_up for cost in costs], float)
+
+
+def _seconds(costs: Sequence[Cost]) -> Float[np.ndarray, " exchanges"]:
+    return np.maximum([cost.seconds for cost in costs], SHORTEST)

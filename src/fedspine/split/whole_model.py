@@ -1,0 +1,160 @@
+"""Training a whole model on a device, for methods without a half on the server: both halves of a cut, one after another.
+
+So one method file serves transformers, where LoRA and the task head are trained, and nets, where everything is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from fedspine.core.device import Device
+from fedspine.core.fleet import Fleet, NoMemory, Profile
+from fedspine.core.message import Tensors, message
+from fedspine.core.task import Task
+from fedspine.core.tensors import half, moved, single
+from fedspine.split.batches import rows_at
+from fedspine.split.device import Cutting
+from fedspine.split.interface import Halves
+from fedspine.split.trainable_half import Optimising, Trained
+from fedspine.split.training_settings import HalvedFields, check_halves, optimising_at
+
+LAST = 5  # steps whose mean loss stands for where training ended
+Wire: TypeAlias = Literal["fp32", "fp16"]
+
+
+@message
+class Training:
+    """How a device trains a whole model in one round."""
+
+    cutting: Cutting
+    optimising: Optimising
+    steps: int
+    batch: int  # rows of a step; all of the data where there are fewer
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What training gave: all weights by name, and every row's loss at each step before it was trained on."""
+
+    weights: Tensors
+    losses: tuple[np.ndarray, ...]  # one for each step, [rows of which a label counted]
+
+    @property
+    def ended(self) -> float:
+        """The mean of the last steps' mean losses, in nats; not finite where one of them is not.
+
+        0 where no label counted.
+        """
+        told = [losses.mean() for losses in self.losses if len(losses)]
+        return float(np.mean(told[-LAST:])) if told else 0.0
+
+
+def train_whole(device: Device, weights: Tensors, training: Training) -> Lesson:
+    """Train all weights of a model together; a loss that is not finite ends training at once and is in the lesson."""
+    base = device.base
+    halves = training.cutting.of(base)
+    under = Trained(moved(single(weights), base.device), training.optimising, halves.statistics)
+    seed = int(device.rng.integers(2**31))
+    losses, sizes, tokens = [], [], []
+    for step in range(training.steps):
+        rows = rows_at(len(device.data), training.batch, seed, step)
+        batch = device.data.batch(rows)
+        drawn = [int(part) for part in np.random.SeedSequence([seed, step]).generate_state(2)]
+        features = halves.bottom(under.weights, batch, seed=drawn[0])
+        found = halves.top(under.weights, features, batch["labels"], seed=drawn[1])
+        told = found.counted > 0
+        mean = (found.total[told] / found.counted[told]).detach()
+        losses.append(mean.cpu().double().numpy())
+        sizes.append(len(rows))
+        tokens.append(1 if features.mask is None else features.mask.shape[1])
+        loss = found.mean
+        if not torch.isfinite(loss):
+            break
+        loss.backward()
+        under.step()
+    _account(device, halves, sizes, tokens)
+    return Lesson(weights=moved(under.now(), torch.device("cpu")), losses=tuple(losses))
+
+
+def _account(device: Device, halves: Halves, rows: Sequence[int], tokens: Sequence[int]) -> None:
+    both = ("bottom", "top")
+    device.spend(
+        flops=sum(
+            halves.flops(part, count, width)
+            for count, width in zip(rows, tokens, strict=True)
+            for part in both
+        ),
+        launches=len(rows) * sum(halves.launches(part) for part in both),
+        samples=sum(rows),
+        memory_bytes=memory_bytes(halves, max(rows), max(tokens)),
+    )
+
+
+def memory_bytes(halves: Halves, rows: int, tokens: int) -> int:
+    """What training both halves in one step needs."""
+    return sum(halves.memory_bytes(part, rows, tokens) for part in ("bottom", "top"))
+
+
+# --- the server's part ---
+
+
+def check_whole(fields: HalvedFields, task: Task) -> None:
+    """Raise BadInput for settings of training whole models that cannot work."""
+    check_halves(fields, task)
+    cutting_of(fields, task.base).of(task.base)
+
+
+def cutting_of(fields: HalvedFields, base: Any) -> Cutting:
+    """Where a whole model is cut to be computed in two calls, which makes no difference to what is learnt."""
+    return Cutting(cut=base.default_cut, rank=fields.rank, scale=fields.scale)
+
+
+def training_at(fields: HalvedFields, base: Any, round: int, rounds: int) -> Training:
+    """The settings of one round, counted from 0."""
+    return Training(
+        cutting=cutting_of(fields, base),
+        optimising=optimising_at(fields, round, rounds),
+        steps=fields.steps,
+        batch=fields.batch,
+    )
+
+
+def weights_of(halves: Halves, model: Any) -> Tensors:
+    """All that training changes of a model, by name."""
+    bottom, top = halves.parts(model)
+    return {**bottom, **top}
+
+
+def model_of(halves: Halves, like: Any, weights: Tensors) -> Any:
+    """The model with these weights; `like` is one of the same names."""
+    bottom, top = halves.parts(like)
+    return halves.join(
+        {name: weights[name] for name in bottom}, {name: weights[name] for name in top}
+    )
+
+
+def wired(weights: Tensors, wire: Wire) -> Tensors:
+    """Weights as they are sent."""
+    return half(weights) if wire == "fp16" else weights
+
+
+def with_memory(fleet: Fleet, halves: Halves, batch: int, tokens: int) -> tuple[Profile, ...]:
+    """The devices that have the memory to train; the others are noted. Raises NoMemory where none has."""
+    able = []
+    for device in fleet.devices:
+        needed = memory_bytes(halves, min(batch, device.examples), tokens)
+        if needed <= device.memory_bytes:
+            able.append(device)
+        else:
+            fleet.note(
+                device=device.id,
+                left_out=f"{needed} bytes are needed, it has {device.memory_bytes}",
+            )
+    if not able:
+        raise NoMemory(
+            "no device has the memory to train this model; lower method.batch or take a smaller task.model"
+        )
+    return tuple(able)

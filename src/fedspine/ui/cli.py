@@ -1,0 +1,519 @@
+"""The command line: parsing and printing only. Bad input ends with one line on stderr and exit code 2."""
+
+import dataclasses
+import difflib
+import json as jsonlib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+try:
+    from typer._click import exceptions as usage  # typer brings a copy of click
+except ImportError:  # which older versions need
+    from click import exceptions as usage
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import fedspine
+from fedspine.core.errors import BadInput, Stopped
+from fedspine.core.process import ends_when_told
+from fedspine.ui import data_cli, fleet_cli
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Tune a pre-trained language model across many unequal devices, prune it while it tunes, and give each device "
+    "a small model of its own. Start with: fedspine run",
+)
+
+app.add_typer(fleet_cli.app, name="fleet")
+app.command("data")(data_cli.data)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `fedspine run` made.")]
+ModelFolder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Folder that `fedspine export` made.")
+]
+
+
+def main() -> None:
+    """Run the command line; every expected failure becomes one line and exit code 2."""
+    try:
+        _none_empty(sys.argv[1:])
+        sys.exit(app(prog_name="fedspine", standalone_mode=False))
+    except BadInput as error:
+        _fail(str(error))
+    except usage.UsageError as error:
+        _fail_usage(error)
+    except typer.Abort:
+        _fail("interrupted", exit_code=130)
+    except Stopped as stopped:
+        _fail(str(stopped), stopped.exit_code)
+    except OSError as error:  # a full disk, a folder that cannot be read
+        _fail(str(error))
+
+
+def _fail(line: str, exit_code: int = 2) -> NoReturn:
+    print(f"fedspine: {' '.join(line.split())}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def _none_empty(arguments: list[str]) -> None:
+    """Raise BadInput for an argument without a character, which as a path would be the current folder."""
+    options = True  # until --
+    for number, argument in enumerate(arguments):
+        before = arguments[number - 1] if number else "fedspine"
+        if not argument.strip():
+            raise BadInput(
+                f"what comes after {before!r} is empty; give it a value, or leave it out"
+            )
+        if options and argument.startswith("--") and argument.endswith("="):
+            raise BadInput(f"{argument} has no value; give it one, or leave it out")
+        options = options and argument != "--"
+
+
+def _fail_usage(error: Any) -> NoReturn:
+    """One line for a command that cannot be parsed, help for one without arguments."""
+    if isinstance(error, getattr(usage, "NoArgsIsHelpError", ())):  # which older versions lack
+        error.show()
+        sys.exit(error.exit_code)
+    command = error.ctx.command_path if error.ctx else "fedspine"
+    if not isinstance(error, usage.NoSuchOption):
+        said = " ".join(error.format_message().split()).rstrip(".")
+        _fail(f"{said[:1].lower()}{said[1:]}; see: {command} --help", error.exit_code)
+    line = f"unknown option {error.option_name!r} of {command}"
+    if guess := difflib.get_close_matches(error.option_name, error.possibilities or (), 1, 0.7):
+        line += f"; did you mean {guess[0]!r}?"
+    if command.endswith(" predict"):
+        line += (
+            "; a text that begins with a dash comes after --, as in: fedspine predict DIR -- TEXT"
+        )
+    _fail(f"{line}; see: {command} --help", error.exit_code)
+
+
+@app.callback(invoke_without_command=True)
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.")
+    ] = False,
+) -> None:
+    if version:
+        print(fedspine.__version__)
+        raise typer.Exit
+
+
+@app.command()
+@ends_when_told()
+def run(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(metavar="RECIPE.toml", help="What to run; default: the embedded job."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="Change one value of the recipe; may be repeated.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for results; default: runs/METHOD-N.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Short for --set run.seed=N.")] = None,
+    fleet: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="KIT", help="Run at the sites of a real fleet; KIT is the operator's."
+        ),
+    ] = None,
+    sites: Annotated[
+        int, typer.Option(help="With --fleet: begin when so many sites are connected.", min=1)
+    ] = 1,
+    quorum: Annotated[
+        int, typer.Option(help="With --fleet: stop where fewer sites reply.", min=1)
+    ] = 1,
+    within: Annotated[
+        float, typer.Option(help="With --fleet: seconds that a site has for one order.", min=1)
+    ] = 600.0,
+    json: Json = False,
+) -> None:
+    """Fine-tune and prune across a simulated fleet; without a recipe, the embedded job (80 devices, MiniLM).
+
+    A recipe has the tables [task], [fleet], [method] and [run]; docs/recipes.md lists all keys.
+
+    fedspine run --set method.sparsity=0.3 --set run.rounds=16
+
+    fedspine run --set task.data=reviews.csv --set task.text=review --set task.label=stars
+    """
+    _prepare_torch()
+    from fedspine.report.tables import summary_table
+    from fedspine.runs import config
+    from fedspine.runs.loop import new_run
+    from fedspine.runs.loop import resume as go_on
+    from fedspine.ui.progress import progress_for
+
+    if resume is not None and out is not None:
+        raise BadInput(
+            "--resume goes on in its own folder, so --out has no place beside it; leave one of them out"
+        )
+    progress = progress_for(json)
+    if resume is None:
+        wanted = config.load(recipe, settings, seed)
+        folder = out or _free_folder(wanted.method.name)
+        summary = new_run(wanted, folder, progress, _venue(fleet, sites, quorum, within))
+    else:
+        folder, wanted = resume, _wanted(recipe, settings, seed, resume)
+        summary = go_on(resume, progress, wanted, _venue(fleet, sites, quorum, within))
+    if json:
+        print(jsonlib.dumps(summary))
+        return
+    progress.finished(summary_table(summary))
+    print(f"report: {folder / 'report.html'}")
+
+
+def _prepare_torch() -> None:
+    # oneDNN keeps what it compiled for each shape; its default of 1024 shapes takes hundreds of megabytes a process.
+    # Set before torch is imported, because it is read once.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
+
+def _venue(kit: Path | None, sites: int, quorum: int, within: float) -> Any:
+    """The sites that the user named, None for simulated devices."""
+    from fedspine.flare.site_state import Patience
+    from fedspine.runs.backend import RealSites
+
+    return (
+        None
+        if kit is None
+        else RealSites(kit, Patience(sites=max(sites, quorum), quorum=quorum, within=within))
+    )
+
+
+def _wanted(recipe: Path | None, settings: list[str] | None, seed: int | None, folder: Path) -> Any:
+    """The recipe that a resume was asked for, laid over the folder's own unless a file was named."""
+    from fedspine.runs import config
+    from fedspine.runs.run_dir import RECIPE, recipe_of
+
+    if recipe is None and not settings and seed is None:
+        return None
+    recipe_of(folder)
+    return config.load(recipe or folder / RECIPE, settings, seed)
+
+
+def _free_folder(method: str) -> Path:
+    number = 1
+    while (folder := Path("runs") / f"{method}-{number}").exists():
+        number += 1
+    return folder
+
+
+@app.command()
+@ends_when_told()
+def sweep(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.toml", help="Methods, settings, data and seeds to run.")
+    ],
+    jobs: Annotated[int, typer.Option(help="Runs at once, which share the cores.", min=1)] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the sweep; default: sweeps/NAME OF THE FILE.")
+    ] = None,
+    only_list: Annotated[
+        bool, typer.Option("--list", help="Say what is done; run nothing.")
+    ] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Try again what failed before.")] = False,
+    json: Json = False,
+) -> None:
+    """Run every method under every setting, data set and seed of a file; what is done already is not run again.
+
+    docs/sweeps.md explains the file. Exit code 1: at least one run has failed, and the others are done.
+    """
+    from fedspine.ui.sweep.display import print_overview, sweep_progress_for
+    from fedspine.ui.sweep.work import carry_out, listed, look
+
+    if only_list:
+        found = look(file, out)
+    else:
+        found = carry_out(
+            file, out, jobs=jobs, retry=retry, progress=lambda: sweep_progress_for(json)
+        )
+    if json:
+        print(jsonlib.dumps(found.table()))
+    else:
+        print_overview(listed(found), found.folder, found.strangers, everything=only_list)
+    if found.counts["failed"] and not only_list:
+        raise typer.Exit(1)
+
+
+@app.command()
+def methods(json: Json = False) -> None:
+    """List the methods and their settings."""
+    from fedspine.methods import all_methods
+
+    found = {
+        name: {
+            "what": (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0],
+            "settings": {field.name: _plain(field.default) for field in dataclasses.fields(cls)},
+        }
+        for name, cls in all_methods().items()
+    }
+    if json:
+        print(jsonlib.dumps(found))
+        return
+    for name, entry in found.items():
+        settings = "\n".join(
+            f"{key} = {jsonlib.dumps(value)}" for key, value in entry["settings"].items()
+        )
+        _table(name, [("", entry["what"]), ("settings", settings)])
+
+
+@app.command()
+def devices(json: Json = False) -> None:
+    """List the kinds of simulated devices and the default mix."""
+    from fedspine.fleets.hardware import DEFAULT_MIX, GROUP_MBPS, KINDS, UTILISATION
+
+    found = {
+        kind.name: {
+            "default_count": DEFAULT_MIX[kind.name],
+            "memory_bytes": kind.memory_bytes,
+            "peak_tflops_by_mode": list(kind.peaks_tflops),
+        }
+        for kind in KINDS.values()
+    }
+    if json:
+        print(
+            jsonlib.dumps(
+                {"kinds": found, "link_mbps": list(GROUP_MBPS), "utilisation": UTILISATION}
+            )
+        )
+        return
+    table = Table(
+        "kind", "of 80", "memory", "fp16 peak by power mode, TFLOP/s", title="simulated devices"
+    )
+    for name, kind in found.items():
+        peaks = ", ".join(f"{peak:g}" for peak in kind["peak_tflops_by_mode"])
+        table.add_row(
+            name, str(kind["default_count"]), f"{kind['memory_bytes'] / 2**30:.0f} GiB", peaks
+        )
+    Console().print(table)
+    print(f"links: four Wi-Fi groups of mean {', '.join(f'{mbps:g}' for mbps in GROUP_MBPS)} Mb/s")
+
+
+@app.command()
+@ends_when_told()
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for results; default: runs/demo-N.")
+    ] = None,
+) -> None:
+    """A first look in half a minute: a small run from data to report, an exported model, and what it answers."""
+    _prepare_torch()
+    from fedspine.ui.demo import demo as first_look
+
+    first_look(out or _free_folder("demo"))
+
+
+@app.command()
+@ends_when_told()
+def show(
+    folder: RunFolder,
+    everyone: Annotated[
+        bool, typer.Option("--all", help="Score every device's model on the test set and show it.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show a run's summary, or how far it is."""
+    if everyone:
+        _show_everyone(folder, json)
+        return
+    from fedspine.report.tables import print_table, summary_table
+    from fedspine.runs.run_dir import standing
+
+    found = standing(folder)
+    if json:
+        print(jsonlib.dumps(found))
+        return
+    print_table(summary_table(found), sys.stdout)
+    for line in found.get("warnings", ()):
+        print(f"warning: {line}")
+    if "state_sha256" not in found:
+        print(
+            f"not finished: {found['rounds_done']} of {found['rounds']} rounds; "
+            f"go on with: fedspine run --resume {folder}"
+        )
+
+
+def _show_everyone(folder: Path, json: bool) -> None:
+    _prepare_torch()
+    from fedspine.report.tables import device_table
+    from fedspine.ui.device_scores import device_scores
+    from fedspine.ui.progress import progress_for
+
+    progress = progress_for(json)
+    try:
+        found = device_scores(folder, progress)
+    finally:
+        progress.close()
+    if json:
+        print(jsonlib.dumps({"devices": found}))
+        return
+    Console().print(device_table(found))
+
+
+@app.command()
+@ends_when_told()
+def compare(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="RUN...", help="Folders of runs, or of a sweep.", show_default=False
+        ),
+    ] = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|X", help="Accuracy (0.7 or 70%) or loss that runs are timed to."
+        ),
+    ] = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for page, table and plots; default: runs/compare-N.")
+    ] = None,
+    latency: Annotated[
+        bool, typer.Option(help="Measure the deployed models on this machine.")
+    ] = True,
+    json: Json = False,
+) -> None:
+    """Compare methods over seeds: quality, time and bytes to a target, waiting, memory, latency; docs/compare.md."""
+    from fedspine.ui.compare import write
+    from fedspine.ui.compare.comparison import find
+    from fedspine.ui.compare.terminal import show
+    from fedspine.ui.progress import progress_for
+
+    progress = progress_for(json)
+    try:
+        found = find(runs or [], target=target, latency=latency, progress=progress)
+    finally:
+        progress.close()
+    page = write.write(found, out or _free_folder("compare"))
+    if json:
+        print(jsonlib.dumps(found.table() | {"page": str(page)}))
+        return
+    show(found)
+    print(f"page: {page}")
+
+
+@app.command()
+@ends_when_told()
+def export(
+    folder: RunFolder,
+    to: Annotated[Path, typer.Option(help="New folder for the model.")],
+    device: Annotated[
+        str, typer.Option(help="A device's id, `global`, or `dense` (unpruned).")
+    ] = "global",
+    format: Annotated[
+        str, typer.Option(help="hf (a merged model) or peft (base name and adapter).")
+    ] = "hf",
+    with_base: Annotated[
+        bool,
+        typer.Option(
+            "--with-base", help="With --format peft: write the model that the adapter fits, too."
+        ),
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Where the run's base is now; default: where it was for the run."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write one deployed model of a run to a folder: merged, physically smaller, ready for predict and bench."""
+    from fedspine.export.of_run import export_model
+
+    found = export_model(
+        folder, device=device, format=format, to=to, with_base=with_base, base=base
+    )
+    if json:
+        print(jsonlib.dumps(found))
+        return
+    _table(f"exported to {to}", [(key, str(value)) for key, value in found.items()])
+
+
+@app.command()
+@ends_when_told()
+def predict(
+    folder: ModelFolder,
+    texts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TEXT...",
+            help="Texts to label or to continue; -- before one that begins with a dash.",
+        ),
+    ],
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(help="Second text of each pair, in order; for models of text pairs."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Label texts, or continue them, with an exported model."""
+    from fedspine.export.hf import load
+    from fedspine.export.predict import predict as ask
+    from fedspine.storage.records import plain
+
+    found = [dataclasses.asdict(prediction) for prediction in ask(load(folder), texts, pair)]
+    if json:
+        print(jsonlib.dumps(plain({"predictions": found})))
+        return
+    table = Table("text", *found[0])
+    for text, entry in zip(texts, found, strict=True):
+        table.add_row(
+            escape(text),
+            *(f"{v:.3f}" if isinstance(v, float) else escape(str(v)) for v in entry.values()),
+        )
+    Console().print(table)
+
+
+@app.command()
+@ends_when_told()
+def bench(
+    folder: ModelFolder,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Another exported model, measured in turns with the first."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens in a row.", min=1)] = 128,
+    threads: Annotated[int, typer.Option(help="Processor threads.", min=1)] = 1,
+    json: Json = False,
+) -> None:
+    """Measure an exported model on this machine: latency at batch 1 and 32, file size, peak memory, parameters."""
+    from fedspine.export import bench as benches
+    from fedspine.report.tables import bench_table
+
+    if against is None:
+        found = {"model": dataclasses.asdict(benches.bench(folder, tokens=tokens, threads=threads))}
+    else:
+        found = benches.compare(folder, against, tokens=tokens, threads=threads).table()
+    if json:
+        print(jsonlib.dumps(found))
+        return
+    Console().print(bench_table(found))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> None:
+    table = Table(title=escape(title), show_header=False, title_justify="left")
+    for key, value in rows:
+        table.add_row(escape(key), escape(value))
+    Console().print(table)

@@ -1,0 +1,127 @@
+"""A whole comparison: from the folders that were named to the numbers, the figures and the files."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedspine.core.errors import BadInput
+from fedspine.report.drawing import Panel
+from fedspine.runs.observer import Progress
+from fedspine.ui.compare import curves
+from fedspine.ui.compare.groups import Group, grouped
+from fedspine.ui.compare.latency import Latency, latency_of
+from fedspine.ui.compare.numbers import Comparison, Pair, Standing, compared
+from fedspine.ui.compare.render_text import verdict
+from fedspine.ui.compare.runs import LeftOut, select
+
+
+@dataclass(frozen=True)
+class Section:
+    """One comparison with what was measured of it and drawn; latencies by method, as far as they could be taken."""
+
+    comparison: Comparison
+    latencies: Mapping[str, Latency]
+    panels: tuple[Panel, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """All comparisons of one call. `numbers` gives each method its colour, `notes` say what could not be done."""
+
+    sections: tuple[Section, ...]
+    left_out: tuple[LeftOut, ...]
+    notes: tuple[str, ...]
+    numbers: Mapping[str, int]
+    runs: int
+
+    def table(self) -> dict[str, Any]:
+        """Every number, as plain data."""
+        return {
+            "comparisons": [_section_table(section) for section in self.sections],
+            "left_out": [asdict(left) for left in self.left_out],
+            "notes": list(self.notes),
+        }
+
+
+def find(paths: Iterable[Path], *, target: str, latency: bool, progress: Progress) -> Found:
+    """Compare the runs in these folders.
+
+    Raises BadInput for an empty selection, runs that cannot be compared, and a target that is none.
+    """
+    selection = select(paths)
+    groups = grouped(selection)
+    comparisons = [compared(group, target) for group in groups]
+    numbers: dict[str, int] = {}
+    for group in groups:
+        for method in group.methods:
+            numbers.setdefault(method.name, len(numbers))
+    notes: list[str] = []
+    sections = []
+    for place, (group, comparison) in enumerate(zip(groups, comparisons, strict=True)):
+        latencies = _latencies(group, progress, notes) if latency else {}
+        prefix = f"{place + 1}-" if len(groups) > 1 else ""
+        sections.append(
+            Section(comparison, latencies, tuple(curves.panels(comparison, numbers, prefix)))
+        )
+    return Found(tuple(sections), selection.left_out, tuple(notes), numbers, len(selection.runs))
+
+
+def _latencies(group: Group, progress: Progress, notes: list[str]) -> dict[str, Latency]:
+    found = {}
+    for method in group.methods:
+        progress.stage(f"measuring the latency of {method.name}")
+        try:
+            found[method.name] = latency_of(method)
+        except BadInput as error:  # a model whose data is gone; its other numbers stand
+            notes.append(f"No latency of {method.name}: {error}.")
+    return found
+
+
+def _section_table(section: Section) -> dict[str, Any]:
+    comparison = section.comparison
+    return {
+        "title": comparison.title,
+        "measure": comparison.quality.name,
+        "higher_is_better": comparison.quality.higher_is_better,
+        "target": asdict(comparison.target) | {"checks": comparison.checks},
+        "methods": [
+            _standing_table(standing, section.latencies) for standing in comparison.standings
+        ],
+        "differences": [_pair_table(comparison, pair) for pair in comparison.pairs],
+    }
+
+
+def _standing_table(standing: Standing, latencies: Mapping[str, Latency]) -> dict[str, Any]:
+    method, found = standing.method, latencies.get(standing.method.name)
+    return {
+        "name": method.name,
+        "method": next(iter(method.runs.values())).recipe.method.name,
+        "runs": {str(seed): str(run.folder) for seed, run in method.runs.items()},
+        "seeds": list(method.runs),
+        "final": standing.final.table(),
+        "sparsity": standing.sparsity.table(),
+        "seeds_that_reach_the_target": standing.reached,
+        "simulated_seconds_to_target": standing.seconds_to_target.table(),
+        "bytes_to_target": standing.bytes_to_target.table(),
+        "simulated_seconds": standing.simulated_seconds.table(),
+        "bytes": standing.bytes.table(),
+        "waiting_share": standing.waiting_share.table(),
+        "peak_memory_bytes_simulated": standing.peak_memory_bytes.table(),
+        "latency": None if found is None else asdict(found),
+    }
+
+
+def _pair_table(comparison: Comparison, pair: Pair) -> dict[str, Any]:
+    def interval(name: str) -> dict[str, Any] | None:
+        found = getattr(pair, name)
+        return None if found is None else asdict(found) | {"beyond_noise": found.beyond_noise}
+
+    names = ("final", "speed_up", "bytes_saving", "shorter_run", "waiting_share", "memory_ratio")
+    return {
+        "first": pair.first,
+        "second": pair.second,
+        "seeds": list(pair.seeds),
+        **{name: interval(name) for name in names},
+        "verdict": verdict(comparison, pair).text,
+    }

@@ -1,0 +1,174 @@
+"""The runs that were named, read back: recipe, summary, and quality over rounds, simulated seconds and bytes."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedspine.core.errors import BadInput
+from fedspine.report.rows import Rows, read_rows
+from fedspine.report.series import traffic
+from fedspine.runs.config import Recipe
+from fedspine.runs.run_dir import RECIPE, RECORDS, SUMMARY, recipe_of, summary_of
+
+CELLS, CELL, FAILED = "cells", "cell.json", "failed"  # of a sweep's folder
+NEEDED = (  # of a summary
+    *("test_rows", "simulated_seconds", "waiting_seconds", "bytes_up", "bytes_down"),
+    *("peak_memory_bytes_simulated", "state_sha256"),
+)
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The checks on the way, one entry for each: rounds done, simulated seconds, bytes both ways, and the quality."""
+
+    rounds: Floats
+    seconds: Floats
+    bytes: Floats
+    quality: Floats
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. `label` and `settings` are those of a sweep's cell; a run given by hand has None."""
+
+    folder: Path
+    label: str | None
+    settings: Mapping[str, Any] | None
+    recipe: Recipe
+    summary: Mapping[str, Any]
+    curve: Curve
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.run.seed
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A run that is not compared, and why."""
+
+    folder: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was named. Runs of `sweep` are sorted into comparisons; others have to be one."""
+
+    runs: tuple[Run, ...]
+    left_out: tuple[LeftOut, ...]
+    sweep: bool
+
+
+def select(paths: Iterable[Path]) -> Selection:
+    """The runs in these folders, each a run's or a sweep's; those that are not finished are left out.
+
+    Raises BadInput where a folder is neither, and where no finished run is left.
+    """
+    named = list(paths)
+    if not named:
+        raise BadInput("no run was named; name the folders of runs, or the folder of a sweep")
+    sweep = any((path / CELLS).is_dir() for path in named)
+    folders = {folder.resolve(): folder for path in named for folder in _folders(path)}
+    runs: list[Run] = []
+    left_out: list[LeftOut] = []
+    for folder in folders.values():
+        found = _run(folder)
+        (runs if isinstance(found, Run) else left_out).append(found)
+    if not runs:
+        first = left_out[0]
+        raise BadInput(
+            f"none of {len(left_out)} named runs is finished ({first.folder}: {first.why}); finish one first"
+        )
+    return Selection(tuple(runs), tuple(left_out), sweep)
+
+
+def _folders(path: Path) -> list[Path]:
+    """The folder itself, or every cell of a sweep."""
+    if not (path / CELLS).is_dir():
+        return [path]
+    cells = sorted(found.parent for found in (path / CELLS).glob(f"[!.]*/{CELL}"))
+    if not cells:
+        raise BadInput(f"the sweep in {path} has no cell yet; start it with: fedspine sweep")
+    return cells
+
+
+def _run(folder: Path) -> Run | LeftOut:
+    cell = _cell(folder)
+    if cell and not (folder / RECIPE).is_file():
+        return LeftOut(str(folder), "not begun")
+    recipe, summary = recipe_of(folder), summary_of(folder)
+    if summary is None:
+        return LeftOut(str(folder), _failure(folder) or "not finished")
+    if "fleet_seconds" in summary:
+        raise BadInput(
+            f"{folder} ran at the sites of a real fleet, whose seconds on the wall cannot stand beside simulated ones; "
+            f"leave it out, and look at it with: fedspine show {folder}"
+        )
+    if lacking := [key for key in NEEDED if key not in summary]:
+        raise BadInput(
+            f"{folder / SUMMARY} lacks {lacking[0]!r}; remove it and resume the run to have it written anew"
+        )
+    label, settings = cell.get("label"), cell.get("settings")
+    rows = read_rows(folder / RECORDS)
+    return Run(
+        folder,
+        label,
+        settings,
+        recipe,
+        summary,
+        curve_of(rows, language=recipe.task.kind == "causal-lm"),
+    )
+
+
+def _cell(folder: Path) -> dict[str, Any]:
+    """What a sweep says of its cell; nothing for a run outside of a sweep."""
+    try:
+        cell = json.loads((folder / CELL).read_bytes())
+        return {"label": str(cell["label"]), "settings": dict(cell["settings"])}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(
+            f"{folder / CELL} is damaged ({error}); restore it, or leave this run out"
+        ) from None
+
+
+def _failure(folder: Path) -> str | None:
+    """Why a sweep's cell failed, in one line."""
+    file = (
+        folder.parents[1] / FAILED / f"{folder.name}.txt" if folder.parent.name == CELLS else None
+    )
+    return (
+        f"failed: {file.read_text('utf-8').partition(chr(10))[0]}"
+        if file is not None and file.is_file()
+        else None
+    )
+
+
+def curve_of(rows: Rows, *, language: bool) -> Curve:
+    """The checks on the way: a fixed part of the test rows and a few device models, the mean over these models.
+
+    The final score is none of them, because it is measured on all test rows. A check that is not finite is left out.
+    """
+    checks = [
+        (score.round, score.now, score.loss if language else score.accuracy)
+        for score in rows.scores
+        if not score.final
+    ]
+    checks = [check for check in checks if check[2] is not None]
+    rounds, seconds, quality = np.array(checks, dtype=np.float64).reshape(-1, 3).T
+    moved = traffic(rows)
+    sums = np.concatenate([[0.0], moved.down + moved.up])
+    return Curve(
+        rounds=rounds + 1,
+        seconds=seconds,
+        bytes=sums[np.searchsorted(moved.rounds, rounds, side="right")],
+        quality=quality,
+    )

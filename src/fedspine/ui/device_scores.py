@@ -1,0 +1,57 @@
+"""Every device's own model of a run, scored on the whole test set: what `fedspine show --all` shows.
+
+A run scores a stated sample of its devices' models, since each is a pass over the test set.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fedspine.execution.scoring import Deployment, Scored, score_models
+from fedspine.export.of_run import device_ids_of, saved_state
+from fedspine.runs.assemble import build, workers_for
+from fedspine.runs.observer import Progress
+from fedspine.runs.run_dir import DEVICE_SCORES, recipe_of
+from fedspine.storage.store import write_atomically
+
+
+def device_scores(folder: Path, progress: Progress) -> dict[str, dict[str, Any]]:
+    """Accuracy (not for language models), loss in nats, and sparsity of each device's model, by the device's id.
+
+    They are computed once and kept in the run's folder. Raises BadInput for a folder that is no run, one that has not
+    finished a round, and data that cannot be read.
+    """
+    state = saved_state(folder)
+    path = folder / DEVICE_SCORES
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if kept.get("rounds") != state.round:
+        kept = {"rounds": state.round, "devices": _scored(folder, state, progress)}
+        write_atomically(path, json.dumps(kept, indent=1).encode())
+    return kept["devices"]
+
+
+def _scored(folder: Path, saved: Any, progress: Progress) -> dict[str, dict[str, Any]]:
+    recipe, ids = recipe_of(folder), tuple(device_ids_of(folder))
+    progress.stage("loading model and data")
+    built = build(recipe, here=False)
+    deployment = Deployment(recipe.method, saved.state["method"], ids)
+    with tempfile.TemporaryDirectory() as cache:
+        workers = workers_for(built, Path(cache))
+        try:
+            _, _, *scored = score_models(
+                deployment,
+                built.task,
+                workers,
+                len(built.task.test),
+                lambda done, models: progress.scored(done, models, None),
+            )
+        finally:
+            workers.close()
+    judged = built.task.kind != "causal-lm"
+    return {id: _entry(one, judged) for id, one in zip(ids, scored, strict=True)}
+
+
+def _entry(scored: Scored, judged: bool) -> dict[str, Any]:
+    found = {"loss": scored.score.mean_loss, "sparsity": scored.sparsity}
+    return {"accuracy": scored.score.accuracy} | found if judged else found

@@ -1,0 +1,147 @@
+"""`fedspine fleet`: start-up kits, the processes of server and sites, and what a fleet of real machines is doing."""
+
+import json as jsonlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedspine.core.errors import BadInput
+from fedspine.core.process import ends_on_sigterm, ends_when_told
+
+app = typer.Typer(
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="A fleet of real machines over NVIDIA FLARE (the extra 'flare'); docs/real-devices.md is the guide.",
+)
+
+Operator = Annotated[Path, typer.Option("--kit", metavar="DIR", help="The operator's kit.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+CONSOLE_LOG = "console.log"  # in a kit: what its process prints
+
+
+@app.command()
+def create(
+    project: Annotated[
+        Path, typer.Argument(metavar="PROJECT.toml", help="Name, host and sites of the fleet.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for the kits; default: NAME, beside the file."),
+    ] = None,
+) -> None:
+    """Make certificates and start-up kits: one for the server, one for each site, and one for the operator.
+
+    Again after a site was added, it makes that site's kit only.
+    """
+    from fedspine.flare import provision
+
+    wanted = provision.load_project(project)
+    kits = provision.create(wanted, out or project.parent / wanted.name)
+    for name in kits.made:
+        print(f"made {kits.folder / name}")
+    for name in kits.kept:
+        print(f"kept {kits.folder / name}")
+    print(
+        f"Bring each kit to its machine over a channel that you trust, keep {kits.folder / provision.AUTHORITY} to "
+        f"yourself, and open port {wanted.port} of {wanted.host}."
+    )
+
+
+@app.command()
+def start(
+    name: Annotated[str, typer.Argument(metavar="server|SITE", help="Whose process to run.")],
+    kit: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Its kit; default: the folder of that name.")
+    ] = None,
+) -> None:
+    """Run the server or a site, here and until Ctrl-C or `fedspine fleet stop`; what dies is started again."""
+    from fedspine.flare import startup_kit as kits
+
+    kits.needs_flare()
+    found = kits.kit_at(kit or Path(name), "server" if name == "server" else "site")
+    if found.name != name:
+        raise BadInput(f"{found.folder} is the kit of {found.name!r}; {name!r} was asked for")
+    if found.role == "site":
+        kits.check_site(found)
+        if problem := kits.check_reach(found):
+            print(f"{problem}; the site tries until it does")
+    log = found.folder / CONSOLE_LOG
+    with kits.only_one(found), open(log, "ab") as file, _until_told() as told:
+        print(f"{name} runs; its log is {log}; stop it with Ctrl-C", flush=True)
+        code = kits.serve(found, file)
+    if told:  # what a service is told to do is no failure
+        print(f"{name} stopped")
+    elif code == 0:
+        print(f"{name} was stopped by the operator")
+    else:
+        print(
+            f"fedspine: {name} ended {kits.TRIES} times within minutes; {log} says why",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(kit: Operator = Path("admin"), json: Json = False) -> None:
+    """Show which sites are connected and which jobs run."""
+    from fedspine.flare import startup_kit as kits
+
+    with kits.session(kits.kit_at(kit, "admin")) as session:
+        found = kits.standing(session)
+    if json:
+        print(jsonlib.dumps(found))
+        return
+    table = Table("site", "last heard of", title="connected sites", title_justify="left")
+    for site in found["sites"]:
+        table.add_row(escape(site["name"]), escape(site["last_heard_of"]))
+    Console().print(table)
+    print(f"server: up since {found['server_up_since']}")
+    for job in found["jobs"]:
+        print(f"job {job['id']}: {job['status']}, submitted {job['submitted']}")
+    if not found["jobs"]:
+        print("no job runs")
+
+
+@app.command()
+def stop(
+    name: Annotated[str, typer.Argument(metavar="all|server|SITE", help="What to stop.")] = "all",
+    kit: Operator = Path("admin"),
+) -> None:
+    """Stop the whole fleet, the server, or one site, from wherever the operator's kit is."""
+    from fedspine.flare import startup_kit as kits
+
+    with kits.session(kits.kit_at(kit, "admin")) as session:
+        told = kits.stop(session, name)
+    print(f"told to stop: {', '.join(told) or 'nothing was connected'}")
+
+
+@app.command()
+@ends_when_told()
+def demo(
+    sites: Annotated[int, typer.Option(help="Sites on this machine.", min=2, max=16)] = 3,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="New folder; default: runs/fleet-demo-N.")
+    ] = None,
+) -> None:
+    """All of it on this machine: share the embedded data over sites, make kits, start, run FedLoRA, stop."""
+    from fedspine.ui.fleet_demo import demo as run_demo
+
+    raise typer.Exit(run_demo(sites, out))
+
+
+@contextmanager
+def _until_told() -> Iterator[list[KeyboardInterrupt]]:
+    """Ctrl-C and SIGTERM both end the block; the list is then not empty."""
+    told: list[KeyboardInterrupt] = []
+    with ends_on_sigterm():
+        try:
+            yield told
+        except KeyboardInterrupt as came:
+            told.append(came)

@@ -1,0 +1,251 @@
+"""Running the cells of a sweep: some at once, each a process of its own, until all are done or have failed."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from fedspine.core.errors import Stopped
+from fedspine.core.process import cores, farewell
+from fedspine.report.tables import counted, decimal, percent, seconds_text
+from fedspine.runs.run_dir import STATE
+from fedspine.storage.store import LOCK
+from fedspine.ui.sweep.display import AtWork, Listed, Outlook, SweepProgress
+from fedspine.ui.sweep.eta import Ahead, seconds_left
+from fedspine.ui.sweep.plan import Cell, plan
+from fedspine.ui.sweep.sweep_dir import Overview, Standing, SweepFolder, held
+
+POLL_SECONDS = 0.2
+GOODBYE_SECONDS = 20.0  # within which an interrupted run ends by itself
+
+
+@dataclass
+class Job:
+    """A cell's process; `began` rounds were saved before it started."""
+
+    cell: Cell
+    process: subprocess.Popen[bytes]
+    said: IO[bytes]
+    began: int
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+
+class Work:
+    """The cells of a sweep on their way; `jobs` is how many run at once."""
+
+    def __init__(
+        self,
+        folder: SweepFolder,
+        standings: Sequence[Standing],
+        jobs: int,
+        retry: bool,
+        progress: SweepProgress,
+    ) -> None:
+        self._folder, self._slots, self._progress = folder, jobs, progress
+        self._cells = len(standings)
+        again = ("open", "half-done", "failed") if retry else ("open", "half-done")
+        self._todo = [standing.cell for standing in standings if standing.status in again]
+        self._rounds = {
+            standing.cell.name: standing.rounds_done for standing in standings
+        }  # before anything is run
+        self._jobs: list[Job] = []
+        self._seconds: dict[str, list[float]] = defaultdict(list)  # of finished cells, by label
+        for standing in standings:
+            if standing.summary is not None:
+                self._seconds[standing.cell.label].append(standing.summary["wall_seconds"])
+        self._done = sum(standing.status == "done" for standing in standings)
+        self._failed = self._cells - self._done - len(self._todo)
+
+    def run(self) -> None:
+        """Run what is to be run. Whatever ends this early ends the cells' processes too; they lose nothing saved."""
+        try:
+            while self._todo or self._jobs:
+                self._start_some()
+                for job in [job for job in self._jobs if job.process.poll() is not None]:
+                    self._judge(job)
+                self._progress.update(self._outlook())
+                if self._jobs or self._todo:
+                    time.sleep(POLL_SECONDS)
+        finally:
+            self._progress.close()
+            self._end_all()
+
+    def _start_some(self) -> None:
+        while len(self._jobs) < self._slots and (cell := self._next()) is not None:
+            self._todo.remove(cell)
+            self._jobs.append(self._start(cell))
+            self._folder.tell_running(job.cell for job in self._jobs)
+
+    def _next(self) -> Cell | None:
+        """The next cell whose run nobody else is working on, such as what a killed sweep left behind."""
+        return next(
+            (cell for cell in self._todo if not held(self._folder.run_of(cell) / STATE / LOCK)),
+            None,
+        )
+
+    def _start(self, cell: Cell) -> Job:
+        run = self._folder.prepare(cell)
+        command = [sys.executable, "-m", "fedspine.ui.sweep.cell", str(os.getpid())]
+        command += ["run", "--resume", str(run), "--json"]
+        if self._slots > 1:  # alone, a cell has all cores, as its recipe says
+            command += ["--set", f"run.workers={max(1, cores() // self._slots)}"]
+        said = tempfile.TemporaryFile()  # noqa: SIM115 - read when the process has ended
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            start_new_session=True,  # Ctrl-C is for the sweep, which ends its cells
+        )
+        return Job(cell, process, said, self._rounds[cell.name])
+
+    def _judge(self, job: Job) -> None:
+        """Take note of a process that has ended."""
+        self._jobs.remove(job)
+        self._folder.tell_running(other.cell for other in self._jobs)
+        with job.said:
+            job.said.seek(0)
+            said = job.said.read().decode(errors="replace")
+        standing = self._folder.standing(job.cell)
+        if standing.summary is not None and standing.status == "done":
+            self._done += 1
+            # loading included, where the whole cell was run here
+            whole = standing.summary["wall_seconds"] if job.began else job.seconds
+            self._seconds[job.cell.label].append(whole)
+            words = f"{result(standing.summary)}, {seconds_text(job.seconds)}"
+        else:
+            self._failed += 1
+            reason = reason_of(job.process.returncode, said)
+            self._folder.fail(job.cell, reason, said)
+            words = f"failed: {reason}"
+        self._progress.ended(job.cell.name, words, self._outlook())
+
+    def _outlook(self) -> Outlook:
+        rounds = {job.cell.name: self._folder.rounds_done(job.cell) for job in self._jobs}
+        ahead = [
+            Ahead(
+                job.cell.label,
+                rounds[job.cell.name],
+                job.cell.recipe.run.rounds,
+                job.began,
+                job.seconds,
+            )
+            for job in self._jobs
+        ]
+        ahead += [
+            Ahead(cell.label, self._rounds[cell.name], cell.recipe.run.rounds)
+            for cell in self._todo
+        ]
+        return Outlook(
+            cells=self._cells,
+            done=self._done,
+            failed=self._failed,
+            seconds_left=seconds_left(ahead, self._seconds, self._slots),
+            at_work=tuple(
+                AtWork(job.cell.name, rounds[job.cell.name], job.cell.recipe.run.rounds)
+                for job in self._jobs
+            ),
+        )
+
+    def _end_all(self) -> None:
+        """End what is still running, first in good order, then for certain.
+
+        Not by SIGINT, which a cell ignores where its sweep does.
+        """
+        try:
+            for job in self._jobs:
+                job.process.terminate()
+            deadline = time.monotonic() + GOODBYE_SECONDS
+            for job in self._jobs:
+                with suppress(subprocess.TimeoutExpired):
+                    job.process.wait(max(0.0, deadline - time.monotonic()))
+        finally:  # a second Ctrl-C does not wait
+            for job in self._jobs:
+                job.process.kill()
+                job.process.wait()
+                job.said.close()
+
+
+def default_folder(file: Path) -> Path:
+    """Where a sweep goes unless told otherwise."""
+    return Path("sweeps") / file.stem
+
+
+def look(file: Path, path: Path | None) -> Overview:
+    """How far the sweep in `file` is; nothing is run or changed."""
+    cells, folder = plan(file), SweepFolder(path or default_folder(file))
+    folder.check(cells)
+    return folder.overview(cells)
+
+
+def listed(overview: Overview) -> list[Listed]:
+    """The overview as lines to show."""
+    return [
+        Listed(
+            name=standing.cell.name,
+            status=standing.status,
+            round=standing.rounds_done,
+            rounds=standing.cell.recipe.run.rounds,
+            remark=result(standing.summary) if standing.summary else standing.reason or "",
+        )
+        for standing in overview.standings
+    ]
+
+
+def carry_out(
+    file: Path, path: Path | None, *, jobs: int, retry: bool, progress: Callable[[], SweepProgress]
+) -> Overview:
+    """Run whatever of the sweep in `file` is not done yet in the folder `path`; failed cells only with `retry`.
+
+    Raises BadInput before anything is run, Stopped after Ctrl-C or SIGTERM. `progress` is called when the first cell may start.
+    """
+    cells, folder = plan(file), SweepFolder(path or default_folder(file))
+    folder.check(cells)
+    folder.open(file)
+    try:
+        Work(folder, folder.standings(cells), jobs, retry, progress()).run()
+        return folder.overview(cells)
+    except KeyboardInterrupt as told:
+        word, exit_code = farewell(told)
+        done = sum(standing.status == "done" for standing in folder.standings(cells))
+        again = (
+            f"fedspine sweep {file}"
+            + (f" --jobs {jobs}" if jobs > 1 else "")
+            + (f" --out {path}" if path else "")
+        )
+        raise Stopped(
+            f"{word}; {done} of {counted(len(cells), 'cell')} done; go on with: {again}",
+            exit_code,
+        ) from None
+    finally:
+        folder.close()
+
+
+def result(summary: dict[str, Any]) -> str:
+    if summary.get("accuracy") is not None:
+        return f"accuracy {percent(summary['accuracy'])}"
+    return f"loss {decimal(summary.get('loss'))}"
+
+
+def reason_of(code: int, said: str) -> str:
+    """Why a process failed, in one line: what the command line said, or how it ended."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"its process was ended by {name}" + (
+            ", perhaps for its memory" if name == "SIGKILL" else ""
+        )
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    told = [line.removeprefix("fedspine: ") for line in lines if line.startswith("fedspine: ")]
+    return (told or lines or [f"its process ended with exit code {code}"])[-1]
