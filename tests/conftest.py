@@ -1,4 +1,4 @@
-"""Fixtures for all tests; shapes in the annotations of `fedspine.lm` and `fedspine.core.tensors` are checked at run time.
+"""Fixtures for all tests; shapes in the annotations of the packages named below are checked at run time.
 
 In each test the first calls of each function are checked, and then every so many-th: checking all of them took more
 than half of the time of a run of the toy task.
@@ -19,7 +19,9 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel  # noqa: F401
 os.environ["FEDSPINE_CACHE"] = tempfile.mkdtemp(prefix="fedspine-cache-")  # never the user's own
 
 # before fedspine is imported; elsewhere annotations name protocols and forward references that cannot be checked
-jaxtyping.install_import_hook(["fedspine.lm", "fedspine.core.tensors"], "beartype.beartype")
+jaxtyping.install_import_hook(
+    ["fedspine.core.tensors", "fedspine.lm", "fedspine.split.text_halves"], "beartype.beartype"
+)
 
 import pytest  # noqa: E402
 from flare_federation import federation, place  # noqa: E402, F401

@@ -15,6 +15,7 @@ from fedspine.fleets.lossy import Lossy
 from fedspine.fleets.simulated import SimulatedFleet
 from fedspine.methods.fedavg import FedAvg
 from fedspine.nets.score import score_nets
+from fedspine.split.cut import halves_of
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def on_arrays(**settings):
 
 
 def weights_of(model, task):
-    halves = task.base.split(1, rank=4, scale=2.0)
+    halves = halves_of(task.base, 1, rank=4, scale=2.0)
     bottom, top = halves.parts(model)
     return halves, {**bottom, **top}
 
@@ -118,7 +119,7 @@ def test_an_exchange_costs_the_weights_and_little_else(bench, waves_task):
             0 < row["bytes_down"] - 4 * numbers < 4000 and 0 < row["bytes_up"] - 4 * numbers < 4000
         )
         assert 0 < other["bytes_up"] - 2 * numbers < 4000
-    halves, rows = waves_task.base.split(2), 12 * 16
+    halves, rows = halves_of(waves_task.base, 2), 12 * 16
     assert row["flops"] == halves.flops("bottom", rows, 1) + halves.flops("top", rows, 1)
     assert row["peak_memory_bytes"] == halves.memory_bytes("bottom", 16, 1) + halves.memory_bytes(
         "top", 16, 1

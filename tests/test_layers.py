@@ -1,180 +1,140 @@
-"""Arrows between the parts of the project go one way; read from the imports, so that nobody has to remember."""
+"""Imports between the packages go one way; this reads them, so that nobody has to remember.
+
+All imports count: those inside functions and those only for type checkers too.
+"""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 import fedspine
+from fedspine.methods import all_methods
 
 SOURCE = Path(fedspine.__file__).parent
-KERNEL = {"errors", "message", "device", "fleet", "task", "tensors", "method"}
 
-# what each part may import from fedspine; a part is a folder, or a file beside them
+# what each package imports from fedspine, no more and no less; a package is a folder, or a file beside them
 ARROWS = {
-    "errors": set(),
-    "schema": set(),
-    "strict": {"errors"},
-    "message": set(),
-    "device": {"message"},
-    "fleet": {"device"},
-    "process": {"errors"},
-    "task": set(),
-    "tensors": {"message"},
-    "method": {
-        "device",
-        "errors",
-        "fleet",
-        "tensors",
-        "methods",
-    },  # methods: found by name, when asked for
-    "planning": {"errors", "message"},
-    "data": {"errors", "task"},
-    "lm": {
-        "data",
-        "device",
-        "errors",
-        "message",
-        "planning",
-        "process",
-        "split",
-        "task",
-        "tensors",
-    },
-    "split": {"device", "errors", "fleet", "message", "task", "tensors"},
-    "nets": {"errors", "lm", "message", "split", "task", "tensors"},
-    "methods": {"planning", "lm", "nets", "split"} | KERNEL,
-    "records": {"errors"},
-    "store": {"errors", "message"},
-    "fleets": {"data", "lm", "nets", "process", "records", "schema", "store", "strict"} | KERNEL,
+    "core": set(),
+    "control": {"core"},
+    "data": {"core"},
+    "report": {"core"},
+    "storage": {"core"},
+    "lm": {"control", "core", "data"},
+    "nets": {"core", "lm"},
+    "pruning": {"control", "core", "lm"},
+    "split": {"control", "core", "lm", "nets"},
+    "methods": {"control", "core", "lm", "pruning", "split"},
+    "execution": {"core", "lm", "nets"},
+    "fleets": {"core", "execution", "storage"},
+    "flare": {"core", "data", "fleets", "lm", "methods", "storage"},
     "recipes": set(),
-    "config": {"errors", "method", "recipes", "strict", "task"},
-    "eta": {"config"},
-    "report": {"errors"},
+    "runs": {
+        *("core", "data", "execution", "flare", "fleets", "lm", "methods", "nets", "report"),
+        "storage",
+    },
+    "export": {"core", "data", "flare", "fleets", "lm", "runs", "storage"},
+    "ui": {
+        *("core", "data", "execution", "export", "flare", "fleets", "lm", "methods", "report"),
+        *("runs", "storage"),
+    },
     "__init__": set(),
-}
-# the rest puts the parts together: it may import all of them, and no part above may import it
-TOGETHER = {
-    *(
-        "build",
-        "cli",
-        "compare",
-        "ending",
-        "data_cli",
-        "demo",
-        "doubts",
-        "device_scores",
-        "export",
-        "fleet_cli",
-        "fleet_demo",
-        "folder",
-        "reading",
-        "references",
-        "run",
-        "scoring",
-        "sweep",
-        "task_record",
-        "venue",
-    ),
-    "__main__",
+    "__main__": {"ui"},
 }
 
 
-def part_of(path):
+def package_of(path):
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def imports(path, *, types_too=False):
-    """The dotted names that a file imports, wherever in it; those only type checkers see only if asked for."""
-    found = set()
+def module_of(path):
+    parts = ("fedspine", *path.relative_to(SOURCE).with_suffix("").parts)
+    return ".".join(part for part in parts if part != "__init__")
 
-    def visit(node):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not types_too:
-            return
+
+def imports(path):
+    """The dotted names that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute here"
             found.add(node.module)
             found.update(f"{node.module}.{alias.name}" for alias in node.names)
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
-    visit(ast.parse(path.read_text()))
     return found
 
 
 FILES = sorted(SOURCE.rglob("*.py"))
+IMPORTS = {path: imports(path) for path in FILES}
 
 
 def importers(package):
     """The files that import a package, or something in it."""
     return {
         str(path.relative_to(SOURCE))
-        for path in FILES
-        if any(
-            name == package or name.startswith(package + ".")
-            for name in imports(path, types_too=True)
-        )
+        for path, names in IMPORTS.items()
+        if any(name == package or name.startswith(package + ".") for name in names)
     }
 
 
-def test_every_part_has_its_place():
-    assert {part_of(path) for path in FILES} == set(ARROWS) | TOGETHER
+def circle(arrows):
+    """What lies on a circle of these arrows, or leads into one; nothing where there is none."""
+    left = dict(arrows)
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    return sorted(left)
+
+
+def test_every_package_has_its_place():
+    assert {package_of(path) for path in FILES} == set(ARROWS)
 
 
 def test_the_arrows_have_no_circle():
-    # `method` finds the methods by name, which is the one arrow that turns back
-    left = ARROWS | {"method": ARROWS["method"] - {"methods"}}
-    while left:
-        free = [part for part, allowed in left.items() if not allowed & set(left)]
-        assert free, f"a circle among {sorted(left)}"
-        left = {part: allowed for part, allowed in left.items() if part not in free}
+    assert circle(ARROWS) == []
+    assert circle({"a": {"b"}, "b": {"a"}, "c": set()}) == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for path in FILES if part_of(path) in ARROWS],
-    ids=lambda path: str(path.relative_to(SOURCE)),
-)
-def test_imports_follow_the_arrows(path):
-    own = {name.split(".")[1] for name in imports(path) if name.startswith("fedspine.")}
-    assert own <= ARROWS[part_of(path)] | {part_of(path)}
+def test_the_files_have_no_circle():
+    modules = {module_of(path): path for path in FILES}
+    assert (
+        circle(
+            {m: (IMPORTS[path] & modules.keys()) - {m, "fedspine"} for m, path in modules.items()}
+        )
+        == []
+    )
 
 
-def test_only_the_command_line_and_runs_draw_reports():
-    allowed = {
-        "cli.py",
-        "compare",
-        "demo.py",
-        "device_scores.py",
-        "doubts.py",
-        "run.py",
-        "report",
-        "sweep",
+@pytest.mark.parametrize("package", ARROWS)
+def test_imports_are_the_arrows(package):
+    used = {
+        name.split(".")[1]
+        for path in FILES
+        if package_of(path) == package
+        for name in IMPORTS[path]
+        if name.startswith("fedspine.")
     }
-    assert {file.split("/")[0] for file in importers("fedspine.report")} <= allowed
+    assert used - {package, "__version__"} == ARROWS[package]
 
 
-def test_planning_never_imports_models():
-    for path in (SOURCE / "planning").rglob("*.py"):
-        used = {name.split(".")[0] for name in imports(path, types_too=True)}
-        assert not used & {"torch", "transformers", "safetensors"}, path
+def test_a_file_in_methods_is_a_registered_method():
+    files = {module_of(path) for path in FILES if package_of(path) == "methods"}
+    homes = [cls.__module__ for cls in all_methods().values()]
+    # other tests register methods of their own
+    ours = [home for home in homes if home.startswith("fedspine.")]
+    assert sorted(ours) == sorted(files - {"fedspine.methods"})
 
 
-def test_methods_know_no_fleet_export_or_report():
-    for path in (SOURCE / "methods").rglob("*.py"):
-        used = {".".join(name.split(".")[:2]) for name in imports(path, types_too=True)}
-        assert not used & {
-            "fedspine.fleets",
-            "fedspine.export",
-            "fedspine.report",
-            "fedspine.runs.loop",
-        }, path
+def test_control_is_numpy_only():
+    for path in (SOURCE / "control").rglob("*.py"):
+        used = {name.split(".")[0] for name in IMPORTS[path]} - set(sys.stdlib_module_names)
+        assert used <= {"fedspine", "jaxtyping", "numpy"}, path
 
 
 def test_nothing_is_unpickled():
-    # Only direct uses: pipes to our own worker processes, forked on the same machine, pickle inside multiprocessing.
+    # Only direct uses: pipes to our own forked workers pickle inside multiprocessing.
     for package in ("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"):
         assert importers(package) == set()
     for path in FILES:

@@ -15,6 +15,7 @@ from fedspine.lm.lora import b_name
 from fedspine.lm.tune import losses_of
 from fedspine.methods.mergesfl import MergeSfl
 from fedspine.split.batches import drawn, rows_at
+from fedspine.split.cut import halves_of
 from fedspine.split.device import Ended, Forwarded
 from fedspine.split.label_distribution import calibrating
 
@@ -199,7 +200,7 @@ def test_linear_rates_with_uniform_weights_go_the_same_way(lab):
     """Section 5 (b): eta d_i / D with plain averages is the centralised step of the bottom, shorter by Q / (D m)."""
     plain = lab("plain")
     first = plain.run(PLAIN, rounds=1)  # after which paces are known, and B factors are not zero
-    halves = plain.task.base.split(1, rank=4)
+    halves = halves_of(plain.task.base, 1, rank=4)
     found = {}
     for name, changed in (("a", {}), ("b", {"lr_scaling": "linear", "bottom_weights": "uniform"})):
         bench = lab(name)
@@ -222,7 +223,7 @@ def test_linear_rates_with_uniform_weights_go_the_same_way(lab):
 
 
 def test_without_rescale_bottoms_move_by_their_share(lab):
-    halves = lab("x").task.base.split(1, rank=4)
+    halves = halves_of(lab("x").task.base, 1, rank=4)
     steps = {}
     for name, rescale in (("with", True), ("without", False)):
         bench = lab(name)
@@ -364,7 +365,7 @@ def test_batches_that_change_still_make_the_merged_steps(lab, labels_stay, fill_
     method = dataclasses.replace(
         PLAIN, steps=3, batch=32, labels_stay=labels_stay, fill_tokens=fill_tokens
     )
-    halves = bench.task.base.split(1, rank=4)
+    halves = halves_of(bench.task.base, 1, rank=4)
     start = started(method, bench)
     state, batches = resized(bench, method)
     inputs = {
@@ -422,7 +423,7 @@ def test_devices_that_join_late_and_leave_early_still_make_the_merged_steps(lab)
     sizes = sizes_of(watch.orders)
     inputs = {id: batches_of(bench, id, own, asks=1) for id, own in sizes.items()}
     expected = by_hand(
-        bench.task.base.split(1, rank=STAGGERED.rank),
+        halves_of(bench.task.base, 1, rank=STAGGERED.rank),
         started(STAGGERED, bench),
         inputs,
         watch.joined,
@@ -668,7 +669,7 @@ def test_labels_are_asked_for_once(lab):
 
 def test_a_device_without_memory_for_a_row_is_left_out(lab):
     bench = lab()
-    halves = bench.task.base.split(1, rank=4)
+    halves = halves_of(bench.task.base, 1, rank=4)
     needs = [halves.memory_bytes("bottom", rows, bench.task.max_tokens) for rows in (1, 7)]
     small = {bench.ids[0]: needs[0] - 1, bench.ids[1]: needs[1]}
 

@@ -14,6 +14,7 @@ from fedspine.nets.load import load
 from fedspine.nets.models import BatchNorm
 from fedspine.nets.net import Net, NetModel
 from fedspine.nets.score import score_nets
+from fedspine.split.cut import halves_of
 from fedspine.split.interface import Features
 from fedspine.split.server import Merged, Part
 from fedspine.split.trainable_half import Optimising
@@ -84,7 +85,7 @@ PAPER = {
 def test_sizes_at_the_default_cut_are_those_of_the_paper(name):
     shape, classes, features, below, above = PAPER[name]
     net = Net(name, shape, classes)
-    halves = net.split(net.default_cut)
+    halves = halves_of(net, net.default_cut)
     assert halves.feature_shape(1) == features
     state = net.blocks.state_dict()
     first = [f"block{i}." for i in range(1, net.default_cut + 1)]
@@ -99,7 +100,7 @@ def test_a_cut_anywhere_computes_the_whole(name):
     logits = net.logits(whole, batch["inputs"])
     expected = nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
     for cut in range(1, len(net.blocks)):
-        halves = net.split(cut)
+        halves = halves_of(net, cut)
         bottom, top = halves.start(rng())
         assert not bottom.keys() & top.keys()
         assert pack({**bottom, **top}).sha256 == pack({n: whole[n] for n in [*bottom, *top]}).sha256
@@ -120,7 +121,7 @@ def test_a_cut_anywhere_computes_the_whole(name):
 def test_a_first_block_of_the_top_that_makes_features_learns_as_they_do(name, entry):
     """With shifts, convolutions learn from the shifted loss and what is fully connected from the plain one."""
     net = Net(name, SMALL[name], 3)
-    halves, batch = net.split(net.default_cut), batch_for(net)
+    halves, batch = halves_of(net, net.default_cut), batch_for(net)
     assert (
         halves.entry
         == {n for n in halves.parts(net_model(net))[1] if entry and n.startswith(entry)}
@@ -146,7 +147,7 @@ def net_model(net):
 @pytest.mark.parametrize("name", QUICK)
 def test_a_gradient_sent_back_is_the_gradient_of_the_whole(name):
     net = Net(name, SMALL[name], 3)
-    halves, batch = net.split(net.default_cut), batch_for(net)
+    halves, batch = halves_of(net, net.default_cut), batch_for(net)
     bottom, top = (copies(part, halves) for part in halves.start(rng()))
     losses(halves, bottom, top, batch, 5).mean.backward()
     below, above = (copies(part, halves) for part in halves.start(rng()))
@@ -164,15 +165,15 @@ def test_a_gradient_sent_back_is_the_gradient_of_the_whole(name):
 
 def test_a_model_is_taken_apart_at_another_cut():
     net = Net("cnn-h", (2, 16), 3)
-    model = net.split(2).join(*net.split(2).start(rng()))
-    bottom, top = net.split(4).parts(model)
+    model = halves_of(net, 2).join(*halves_of(net, 2).start(rng()))
+    bottom, top = halves_of(net, 4).parts(model)
     assert sorted({**bottom, **top}) == sorted(model.weights)
     assert {name.split(".")[0] for name in bottom} == {f"block{i}" for i in (1, 2, 3, 4)}
 
 
 def test_dropout_follows_from_its_seed_alone():
     net = Net("cnn-h", (2, 16), 3)
-    halves, batch = net.split(2), batch_for(net)
+    halves, batch = halves_of(net, 2), batch_for(net)
     bottom, top = halves.start(rng())
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
@@ -208,7 +209,7 @@ def test_batch_norm_of_one_value_uses_what_it_knows():
 
 def test_statistics_move_in_place_and_only_in_training():
     net = Net("vgg-small", (3, 8, 8), 3)
-    halves, batch = net.split(4), batch_for(net)
+    halves, batch = halves_of(net, 4), batch_for(net)
     bottom, _ = halves.start(rng())
     name = "block1.norm.running_mean"
     assert name in halves.statistics
@@ -225,7 +226,7 @@ def test_statistics_move_in_place_and_only_in_training():
 
 
 def test_costs_are_those_counted_by_hand():
-    halves = Net("cnn-h", (9, 128), 6).split(2)
+    halves = halves_of(Net("cnn-h", (9, 128), 6), 2)
     # 2 operations a product: forward and weights' gradient, and the gradient of what came in, but of the data itself
     first, second = 128 * 9 * 12 * 9, 64 * 4 * 32 * 12 * 9
     assert halves.flops("bottom", 3, 1) == 3 * (4 * first + 6 * second)
@@ -247,7 +248,7 @@ def test_nets_take_the_shape_that_comes(name, shape):
     net = Net(name, shape, 4)
     weights = net.start(rng())
     assert net.logits(weights, batch_for(net, 2)["inputs"]).shape == (2, 4)
-    halves = net.split(net.default_cut)  # one row in training, as a slow device may have it
+    halves = halves_of(net, net.default_cut)  # one row in training, as a slow device may have it
     bottom, top = halves.start(rng())
     assert torch.isfinite(losses(halves, bottom, top, batch_for(net, 1), 0).total).all()
 
@@ -270,10 +271,10 @@ def test_models_of_144_pixels_need_no_weights_to_be_planned():
         (lambda: Net("cnn-s", (1, 6847), 6), "needs at least 6848 samples in time"),
         (lambda: Net("vgg-small", (3, 7, 99), 6), "needs at least 8 pixels each way"),
         (
-            lambda: Net("cnn-h", (9, 128), 6).split(0),
+            lambda: halves_of(Net("cnn-h", (9, 128), 6), 0),
             "the cut is after block 0, but cnn-h has 5 blocks",
         ),
-        (lambda: Net("cnn-h", (9, 128), 6).split(5), "choose 1 to 4"),
+        (lambda: halves_of(Net("cnn-h", (9, 128), 6), 5), "choose 1 to 4"),
         (
             lambda: load("cnn-h", waves(4, 0, channels=20), waves(4, 1, channels=20), 3),
             "rows of shape [20, 16] came",
@@ -322,7 +323,7 @@ def test_pictures_are_put_channels_first_and_scaled(channels):
 
 def test_scores_are_sums_over_all_rows():
     task = array_task()
-    model = task.base.split(2).join(*task.base.split(2).start(rng()))
+    model = halves_of(task.base, 2).join(*halves_of(task.base, 2).start(rng()))
     (found,) = score_nets(task.base, [model], task.test)
     logits = task.base.logits(model.weights, torch.from_numpy(task.test.x))
     expected = nn.functional.cross_entropy(logits, torch.from_numpy(task.test.labels))
@@ -333,7 +334,7 @@ def test_scores_are_sums_over_all_rows():
 
 def test_a_model_survives_the_wire():
     net = Net("cnn-h", (2, 16), 3)
-    model = net.split(2).join(*net.split(2).start(rng()))
+    model = halves_of(net, 2).join(*halves_of(net, 2).start(rng()))
     again = unpack(pack(model))
     assert again.net == "cnn-h" and pack(again).payload == pack(model).payload
     assert pack(replace(model, net="other")).payload != pack(model).payload

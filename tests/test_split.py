@@ -25,6 +25,7 @@ from fedspine.lm.lora import b_name
 from fedspine.lm.tune import losses_of
 from fedspine.nets.net import Net
 from fedspine.split.batches import Budget, drawn, rows_at, rows_from
+from fedspine.split.cut import halves_of
 from fedspine.split.device import HELD, Begin, Cutting, Step, begin, ended
 from fedspine.split.interface import Features
 from fedspine.split.protocol import play
@@ -164,7 +165,7 @@ def test_labels_take_two_bytes_where_they_fit():
 def test_bytes_of_the_spec_for_alexnet():
     # section 4 and 16: 16 KB of features a sample and an 8.6 MB bottom; 42 steps of 64 rows are 84 MB, both ways
     net = Net("alexnet", (3, 32, 32), 10)
-    halves = net.split(net.default_cut)
+    halves = halves_of(net, net.default_cut)
     assert halves.feature_shape(1) == (256, 4, 4)
     feature = row_bytes(halves.feature_shape(1), "fp32")
     assert 42 * 64 * 2 * feature == 84 * 2**20
@@ -178,7 +179,7 @@ def test_bytes_of_the_spec_for_alexnet():
 def halves_and_weights(base, cut):
     """Halves and the weights of a model whose adapter does something."""
     model = model_on(base)
-    halves = base.split(cut, rank=3)
+    halves = halves_of(base, cut, rank=3)
     return halves, model, halves.parts(model)
 
 
@@ -229,19 +230,19 @@ def test_the_two_halves_are_the_model(tmp_path, kind, model_type):
 def test_a_cut_outside_the_model_is_refused(task):
     for cut in (-1, 3):
         with pytest.raises(BadInput, match=f"after block {cut}.*choose 0 to 2"):
-            task.base.split(cut)
+            halves_of(task.base, cut)
 
 
 def test_what_a_half_costs_adds_up(task):
     def cost(cut, half):
-        halves = task.base.split(cut, rank=4)
+        halves = halves_of(task.base, cut, rank=4)
         return halves.flops(half, 8, 16), halves.launches(half)
 
     assert cost(0, "bottom") == (0.0, 0)
     whole = cost(2, "bottom")
     assert cost(0, "top") == whole
     assert tuple(a + b for a, b in zip(cost(1, "bottom"), cost(1, "top"), strict=True)) == whole
-    halves = task.base.split(1, rank=4)
+    halves = halves_of(task.base, 1, rank=4)
     assert (
         halves.memory_bytes("bottom", 16, 16)
         > halves.memory_bytes("bottom", 8, 16)
@@ -432,7 +433,7 @@ def test_settings_of_optimisers_that_cannot_work_are_refused():
 def test_a_model_that_was_last_computed_in_part_is_still_whole(task):
     """What it is digested and exported as does not depend on what it did last."""
     base, data = task.base, task.train.take(np.arange(4))
-    halves = base.split(1, rank=4)
+    halves = halves_of(base, 1, rank=4)
     bottom, top = halves.start(np.random.default_rng(0))
     base.fit(halves.join(bottom, top))
     before, content = merged_tensors(base, halves.join(bottom, top)), content_sha256(base, None)
@@ -459,7 +460,7 @@ def whole_round(
 ):
     """Both halves after one round of all devices, and how it went."""
     base = bench.fleet.base
-    halves = base.split(1, rank=4)
+    halves = halves_of(base, 1, rank=4)
     bottom, top = halves.start(np.random.default_rng(0))
     made = server(halves, top, optimising)
     orders = {
@@ -512,7 +513,7 @@ def test_it_does_so_with_batch_norm_and_dropout(tmp_path):
         results.append(bits(result))
         bench.close()
     assert results[0] == results[1]
-    assert Net("vgg-small", (3, 8, 8), 3).split(1).statistics
+    assert halves_of(Net("vgg-small", (3, 8, 8), 3), 1).statistics
 
 
 def test_worker_processes_give_the_same_bits(lab):
@@ -608,7 +609,7 @@ def test_a_device_that_vanishes_leaves_the_merge_and_is_not_asked_again(lab):
 
 def test_when_all_vanish_the_round_ends_in_so_many_words(lab):
     bench = lab()
-    halves = bench.fleet.base.split(1, rank=4)
+    halves = halves_of(bench.fleet.base, 1, rank=4)
     bottom, top = halves.start(np.random.default_rng(0))
     order = Begin(
         weights=bottom, cutting=Cutting(cut=1, rank=4), batch=2, optimising=SGD, precision="fp32"
@@ -629,7 +630,7 @@ def test_the_ledger_is_what_one_computes_by_hand(lab, precision, number):
     bench = lab()
     spy = Spy(bench.fleet)
     steps, batch, width = 2, 6, 32
-    halves = bench.fleet.base.split(1, rank=4)
+    halves = halves_of(bench.fleet.base, 1, rank=4)
     bottom, top = halves.start(np.random.default_rng(0))
     weights = bottom if number == 4 else {name: tensor.half() for name, tensor in bottom.items()}
     order = Begin(
@@ -661,7 +662,7 @@ def test_the_ledger_is_what_one_computes_by_hand(lab, precision, number):
 
 def test_gradients_of_a_device_are_for_the_batch_it_sent(lab, task):
     """The last exchange moves the bottom by the rate times the gradient of what was sent before."""
-    halves = task.base.split(1, rank=4)
+    halves = halves_of(task.base, 1, rank=4)
     bottom, _ = halves.start(np.random.default_rng(0))
     data = task.train.take(np.arange(20))
     order = Begin(
@@ -690,7 +691,7 @@ def test_gradients_of_a_device_are_for_the_batch_it_sent(lab, task):
 
 
 def test_serving_without_scratch_is_the_same(task):
-    halves = task.base.split(1, rank=4)
+    halves = halves_of(task.base, 1, rank=4)
     bottom, _ = halves.start(np.random.default_rng(0))
     order = Begin(
         weights=bottom, cutting=Cutting(cut=1, rank=4), batch=5, optimising=SGD, precision="fp32"

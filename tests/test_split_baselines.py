@@ -24,6 +24,7 @@ from fedspine.methods.splitlora import SplitLora
 from fedspine.nets.net import Net
 from fedspine.nets.score import score_nets
 from fedspine.split.auxiliary import DECODER, OUT_BIAS, DecodedCutting
+from fedspine.split.cut import halves_of
 from fedspine.split.device import Begin, Cutting, Ended, Step
 from fedspine.split.interface import Features
 from fedspine.split.server import Copies, Merged, Part, Weighted
@@ -85,7 +86,7 @@ def server_parts(task, halves, bottom, sizes=(4, 4, 4)):
 @pytest.fixture
 def halves(task):
     """The tiny BERT after block 1, with an adapter that does something: halves, bottom and top."""
-    made = task.base.split(1, rank=3)
+    made = halves_of(task.base, 1, rank=3)
     return made, *made.parts(model_on(task.base))
 
 
@@ -277,7 +278,7 @@ def test_a_decoder_that_reads_nothing_loses_the_mean_square(task, halves):
     decoded, weights = decoded_of(task.base)
     nothing = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     features, inputs = features_and_inputs(task.train, made, bottom, np.arange(5))
-    embedded = task.base.split(0).bottom({}, inputs, seed=None).values
+    embedded = halves_of(task.base, 0).bottom({}, inputs, seed=None).values
     expected = float(embedded[features.mask].square().mean())
     assert float(decoded.loss(nothing, features, inputs)) == pytest.approx(expected, rel=OFF)
     net = Net("cnn-h", (3, 16), 3)
@@ -285,7 +286,7 @@ def test_a_decoder_that_reads_nothing_loses_the_mean_square(task, halves):
     nothing = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     nothing[OUT_BIAS] += 2.0
     data = waves(6, 0)
-    cut = net.split(1)
+    cut = halves_of(net, 1)
     features, inputs = features_and_inputs(
         data, cut, cut.start(np.random.default_rng(0))[0], np.arange(6)
     )
@@ -318,7 +319,7 @@ def test_padding_is_not_read_back(task, halves):
 )
 def test_decoders_learn_to_read_arrays(name, shape, cut):
     net = Net(name, shape, 3)
-    halves, (decoded, weights) = net.split(cut), decoded_of(net, cut)
+    halves, (decoded, weights) = halves_of(net, cut), decoded_of(net, cut)
     rng = np.random.default_rng(0)
     inputs = {"inputs": torch.from_numpy(rng.normal(size=(8, *shape)).astype(np.float32) + 1)}
     bottom, _ = halves.start(rng)
@@ -599,7 +600,7 @@ def test_statistics_of_batch_norm_are_averaged_with_the_weights(tmp_path, method
     bench = Lab(task, tmp_path / "net", kinds=("tx2", "nx"))
     made = method(steps=2, batch=8)
     before, state = made.start(task, np.random.default_rng([0, 1])), bench.run(made, rounds=1)
-    statistics = net.split(net.default_cut).statistics
+    statistics = halves_of(net, net.default_cut).statistics
     assert statistics
     for name in statistics:
         after = state.model.weights[name]

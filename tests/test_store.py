@@ -88,7 +88,8 @@ def test_reading_while_another_round_is_saved(store, tmp_path, monkeypatch) -> N
 
 def test_one_process_at_a_time(store, tmp_path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom fedspine.core.errors import BadInput\nfrom fedspine.storage.store import Store\n"
+        "import sys\nfrom pathlib import Path\nfrom fedspine.core.errors import BadInput\n"
+        "from fedspine.storage.store import Store\n"
         "store = Store(Path(sys.argv[1]))\ntry:\n    store.open()\nexcept BadInput as error:\n    print(error)\n"
     )
     assert "another process is working" in python("-c", code, tmp_path / "state").stdout

@@ -7,17 +7,12 @@ with other devices, or on another machine, and gives the same bytes.
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from fedspine.core.message import pack, unpack
-
-if TYPE_CHECKING:
-    from fedspine.core.task import Data
-    from fedspine.lm.base import Base
-    from fedspine.lm.prefix import Prefixes
-    from fedspine.nets.net import Net
+from fedspine.core.task import Data
 
 DeviceId: TypeAlias = str
 O = TypeVar("O")  # noqa: E741 - what the server orders
@@ -33,11 +28,13 @@ class Device:
     """
 
     id: DeviceId
-    data: "Data"
-    base: "Base | Net"
+    data: Data
+    base: Any  # a `Base` of `lm` for texts, a `Net` of `nets` for arrays
     memory: dict[str, Any]
     rng: np.random.Generator
-    prefixes: "Prefixes | None" = None  # where activations of the frozen blocks may be kept
+    prefixes: Any = (
+        None  # `lm.prefix.Prefixes`, or None: where activations of the frozen blocks may be kept
+    )
     trainer: Callable[[Any], Any] | None = (
         None  # trains this device together with others; None: on its own
     )
@@ -166,9 +163,9 @@ class Served:
 
 def serve(
     call: Call,
-    base: "Base | Net",
-    data: "Data",
-    prefixes: "Prefixes | None" = None,
+    base: Any,
+    data: Data,
+    prefixes: Any = None,
     trainer: Callable[[Any], Any] | None = None,
     scratch: Scratch | None = None,
 ) -> Served:

@@ -1,18 +1,15 @@
-"""The methods and how they are found: each is a frozen dataclass whose fields are its hyper-parameters."""
+"""What a method is and how it registers: a frozen dataclass whose fields are its hyper-parameters."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 
 from fedspine.core.device import DeviceId, R
 from fedspine.core.fleet import Fleet, Reply, none_left
+from fedspine.core.task import Task
 from fedspine.core.tensors import finite, is_tensors
-
-if TYPE_CHECKING:
-    from fedspine.core.task import Task
-    from fedspine.lm.base import Model
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -29,19 +26,19 @@ class Method(Protocol[S]):
         """Settings with which a tiny model learns a toy task in a few rounds; the tests of every method use them."""
         ...
 
-    def check(self, task: "Task") -> None:
+    def check(self, task: Task) -> None:
         """Raise BadInput where these settings cannot work on this task, before anything is spent."""
         ...
 
-    def start(self, task: "Task", rng: np.random.Generator) -> S: ...
+    def start(self, task: Task, rng: np.random.Generator) -> S: ...
 
     def round(self, state: S, fleet: Fleet) -> S: ...
 
-    def deploy(self, state: S, device: DeviceId | None = None) -> "Model":
+    def deploy(self, state: S, device: DeviceId | None = None) -> Any:
         """The model that `device` will run, or the one for everybody."""
         ...
 
-    def unpruned(self, state: S) -> "Model":
+    def unpruned(self, state: S) -> Any:
         """What was learnt, on the whole base: the yardstick for what pruning costs."""
         ...
 
@@ -106,3 +103,8 @@ def method(name: str) -> Callable[[type[T]], type[T]]:
         return cls
 
     return register
+
+
+def registered() -> dict[str, type]:
+    """The methods whose modules were imported, by name; `fedspine.methods.all_methods` imports them all."""
+    return dict(sorted(_METHODS.items()))

@@ -2,15 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
 if TYPE_CHECKING:
     import torch
-
-    from fedspine.lm.base import Base
-    from fedspine.nets.net import Net
 
 Kind: TypeAlias = Literal["classification", "pair", "causal-lm", "array"]
 BUILT_IN_MODELS = ("minilm",)
@@ -168,7 +165,7 @@ class Task:
     """Everything a method may know before the first round."""
 
     kind: Kind
-    base: "Base | Net"
+    base: Any  # a `Base` of `lm` for texts, a `Net` of `nets` for arrays
     train: Data
     test: Data
     label_names: tuple[str, ...]

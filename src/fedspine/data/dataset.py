@@ -76,8 +76,8 @@ class Dataset:
     """
 
     name: str
-    train: "Rows | ArrayRows"
-    test: "Rows | ArrayRows"
+    train: Rows | ArrayRows
+    test: Rows | ArrayRows
     label_names: tuple[str, ...]
     natural: str | None
     left_out: Mapping[str, int] = field(default_factory=dict)

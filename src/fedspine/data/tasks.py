@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -19,9 +19,6 @@ from fedspine.data import classes, files, hub, pydocs
 from fedspine.data.columns import Values, Wanted, checked, hidden, picker
 from fedspine.data.dataset import Dataset, Rows, held_out
 from fedspine.data.parts import Part, Pick, Read, listed
-
-if TYPE_CHECKING:
-    pass
 
 _NATURAL = {"pydoc-topics": "file"}  # the columns that name a natural device
 

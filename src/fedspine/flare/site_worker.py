@@ -40,7 +40,8 @@ from fedspine.storage.store import write_atomically
 
 MEMORY, PREFIXES = "memory", "prefixes"  # in the site's folder, each with a folder for a run
 RUNS_KEPT = 16  # memories of so many runs are kept, those used last
-OFFERED = ("fedspine.methods.", "fedspine.split.")  # packages whose works a site may serve at all
+# packages whose works a site may serve at all
+OFFERED = ("fedspine.methods.", "fedspine.pruning.", "fedspine.split.")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ adapter and task head into that skeleton, which costs a few milliseconds instead
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +21,6 @@ from fedspine.lm.lora import AdaptedLinear, a_name, b_name
 from fedspine.lm.pooling import Pooling, reading
 from fedspine.lm.prunable_layout import Anatomy, Site, unit_map
 from fedspine.lm.structure import Structure, cut, is_full, kept_columns, kept_rows, key_of
-
-if TYPE_CHECKING:
-    from fedspine.split.text_halves import TextHalves
 
 SLICED = 2  # structures whose slices are kept: what is trained, and what was scored in between
 
@@ -78,7 +75,7 @@ class Base:
         self.config.use_cache = False  # nothing here generates token by token
         self.weights: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._linears: dict[str, AdaptedLinear] = {}
-        self._halves: dict[tuple[int, int, float], TextHalves] = {}
+        self.halves: dict[Any, Any] = {}  # kept by `split.cut`
         self._slices: OrderedDict[bytes, dict[str, tuple[Tensor, Tensor | None]]] = OrderedDict()
         for site in anatomy.sites:
             linear = module.get_submodule(site.path)
@@ -223,15 +220,6 @@ class Base:
     def default_cut(self) -> int:
         """Blocks on a device in split learning where nothing else is said: 2 of 12, and at least 1."""
         return max(1, self.anatomy.layers // 6)
-
-    def split(self, cut: int, *, rank: int = 8, scale: float = 2.0) -> "TextHalves":
-        """The halves with the embeddings and the first `cut` blocks in the bottom one; BadInput for a cut outside."""
-        from fedspine.split.text_halves import TextHalves
-
-        key = (cut, rank, scale)
-        if key not in self._halves:
-            self._halves[key] = TextHalves(self, cut, rank, scale)
-        return self._halves[key]
 
     def start_at(self, layer: int) -> "Entry":
         """Let the model that was last fitted start at block `layer`, with what its entry is given."""

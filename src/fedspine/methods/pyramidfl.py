@@ -97,7 +97,7 @@ class PyramidState:
     max_tokens: int
     model: Any
     seen: dict[str, Seen]  # of every device that has replied
-    times: dict[str, np.ndarray]  # what its rounds took, as `planning.pace` keeps it
+    times: dict[str, np.ndarray]  # what its rounds took, as `control.latency_model` keeps it
 
 
 @method("pyramidfl")
@@ -283,7 +283,7 @@ def _traffic(drop: float) -> float:
 
 
 class Forecast:
-    """What a round will take each device: seconds = a * work + b * traffic + c, as `planning.pace` fits it to its times.
+    """What a round will take each device: a * work + b * traffic + c seconds, fitted by `control.latency_model`.
 
     Pace's features are there for others to fill: `1 - sparsity` is the work here, in usual rounds, and `rank` the traffic.
     """

@@ -1,14 +1,15 @@
-"""A convolutional net for one task: its shape and its halves; the weights come with every call.
+"""A convolutional net for one task: its shape and its blocks; the weights come with every call.
 
 What `Base` is for transformers. Here nothing is frozen: all weights are trained, averaged and sent.
 """
+
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedspine.core.errors import BadInput
 from fedspine.core.message import Tensors, message
 from fedspine.core.tensors import moved
 from fedspine.nets.models import Shape, blocks_of, design_of
@@ -37,7 +38,7 @@ class Net:
         self.device = torch.device("cpu")
         with torch.device("meta"):  # weights come with every call, so none are kept here
             self.blocks = nn.Sequential(blocks_of(name, self.shape, classes))
-        self._halves: dict[int, NetHalves] = {}
+        self.halves: dict[Any, Any] = {}  # kept by `split.cut`
 
     @property
     def default_cut(self) -> int:
@@ -47,20 +48,6 @@ class Net:
     def to(self, device: torch.device) -> None:
         """Compute on `device` from now on."""
         self.device = device
-
-    def split(self, cut: int, *, rank: int = 0, scale: float = 1.0) -> "NetHalves":
-        """The halves with the first `cut` blocks in the bottom one; raises BadInput for a cut outside the net.
-
-        `rank` and `scale` are for models that train adapters and make no difference here.
-        """
-        if not 1 <= cut < len(self.blocks):
-            raise BadInput(
-                f"the cut is after block {cut}, but {self.name} has {len(self.blocks)} blocks and each half needs one; "
-                f"choose 1 to {len(self.blocks) - 1}"
-            )
-        if cut not in self._halves:
-            self._halves[cut] = NetHalves(self, cut)
-        return self._halves[cut]
 
     def start(self, rng: np.random.Generator) -> Tensors:
         """Fresh weights as torch draws them, but for AlexNet; the same for the same state of `rng`.

@@ -15,6 +15,7 @@ from fedspine.core.message import Tensors, message
 from fedspine.core.tensors import moved
 from fedspine.lm.base import Base
 from fedspine.nets.net import Net
+from fedspine.split.cut import halves_of
 from fedspine.split.device import Cutting
 from fedspine.split.interface import Features, Halves
 
@@ -89,7 +90,7 @@ class Decoded:
         inside = functional.relu(functional.linear(values, own[INTO], own[INTO_BIAS]))
         read = functional.linear(inside, own[OUT], own[OUT_BIAS])
         with torch.no_grad():
-            aim = self._base.split(0).bottom({}, inputs, seed=None).values.float()
+            aim = halves_of(self._base, 0).bottom({}, inputs, seed=None).values.float()
         assert features.mask is not None
         tokens = features.mask.to(read.device)
         return functional.mse_loss(read[tokens], aim[tokens])

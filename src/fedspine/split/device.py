@@ -18,8 +18,11 @@ from torch import Tensor
 from fedspine.core.device import Device, on_device
 from fedspine.core.message import Tensors, message
 from fedspine.core.tensors import half, single
+from fedspine.lm.base import Base
+from fedspine.nets.net import Net
 from fedspine.split.batches import Budget, drawn
-from fedspine.split.interface import Features, Halves, Splittable
+from fedspine.split.cut import halves_of
+from fedspine.split.interface import Features, Halves
 from fedspine.split.trainable_half import Optimising, Trained
 from fedspine.split.wire import Precision, Wired, gradient_wired, labels_wired, unwired, wired
 
@@ -34,15 +37,15 @@ Local: TypeAlias = Callable[[Tensors, Features, Tensors], Tensor]
 
 @message
 class Cutting:
-    """Where the model is cut and what its adapters are, for `Splittable.split`."""
+    """Where the model is cut and what its adapters are, for `halves_of`."""
 
     cut: int
     rank: int = 8
     scale: float = 2.0
 
-    def of(self, base: Splittable) -> Halves:
+    def of(self, base: Base | Net) -> Halves:
         """The halves of this model."""
-        return base.split(self.cut, rank=self.rank, scale=self.scale)
+        return halves_of(base, self.cut, rank=self.rank, scale=self.scale)
 
 
 @message

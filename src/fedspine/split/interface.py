@@ -1,7 +1,7 @@
 """A model cut in two: the bottom runs on devices, the top on the server; features go up, their gradients come down.
 
-What split methods know of a model. `Base.split` gives it for transformers (trainable: LoRA and the task head), `Net.split`
-for convolutional nets (trainable: everything), so that one method file serves both.
+What split methods know of a model. `cut.halves_of` gives it for transformers (trainable: LoRA and
+the task head) and for convolutional nets (trainable: everything), so one method file serves both.
 """
 
 from dataclasses import dataclass
@@ -66,22 +66,6 @@ def shifted_losses(
     if shifts is None:
         return None
     return cross_entropy(logits.float() + shifts.to(logits.device), labels, reduction="none")
-
-
-class Splittable(Protocol):
-    """A model that can be cut in two: what a fleet's `base` is for split methods."""
-
-    @property
-    def default_cut(self) -> int:
-        """Blocks of the bottom half where nothing else is said."""
-        ...
-
-    def split(self, cut: int, *, rank: int = 8, scale: float = 2.0) -> "Halves":
-        """The halves with the first `cut` blocks in the bottom one; BadInput for a cut outside the model.
-
-        `rank` and `scale` are those of the adapters, where the model trains adapters.
-        """
-        ...
 
 
 class Halves(Protocol):

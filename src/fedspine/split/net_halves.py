@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedspine.core.errors import BadInput
 from fedspine.core.message import Tensors
 from fedspine.core.tensors import moved
 from fedspine.nets.models import Shape
@@ -19,9 +20,18 @@ SINGLE = 4  # bytes of an fp32 number
 
 
 class NetHalves:
-    """A net cut after its first `cut` blocks: `Halves` for arrays. Not to be called by several threads at once."""
+    """`Halves` of a net after its first `cut` blocks. Not to be called by several threads at once.
+
+    Raises BadInput for a cut outside the net.
+    """
 
     def __init__(self, net: Net, cut: int) -> None:
+        if not 1 <= cut < len(net.blocks):
+            raise BadInput(
+                f"the cut is after block {cut}, but {net.name} has {len(net.blocks)} blocks and "
+                "each half needs one; "
+                f"choose 1 to {len(net.blocks) - 1}"
+            )
         self._net = net
         blocks = list(net.blocks.named_children())
         self._bottom, self._top = _sequence(blocks[:cut]), _sequence(blocks[cut:])

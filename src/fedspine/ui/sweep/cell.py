@@ -1,14 +1,14 @@
-"""A cell's own process: the command line, which ends with the sweep that started it, however that ends.
+"""A cell's own process, which ends with the sweep that started it, however that ends.
 
-`python -m fedspine.ui.sweep.cell PARENT ARGUMENT...` is `fedspine ARGUMENT...` as a child of process PARENT.
+`python -m fedspine.ui.sweep.cell PARENT MODULE ARGUMENT...` is `python -m MODULE ARGUMENT...` as a
+child of process PARENT.
 """
 
 import ctypes
 import os
+import runpy
 import signal
 import sys
-
-from fedspine.ui.cli import main
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that this process gets when its parent ends
 
@@ -27,5 +27,5 @@ def end_with(parent: int) -> None:
 
 if __name__ == "__main__":
     end_with(int(sys.argv[1]))
-    sys.argv = ["fedspine", *sys.argv[2:]]
-    main()
+    sys.argv = sys.argv[2:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -98,7 +98,7 @@ class Work:
     def _start(self, cell: Cell) -> Job:
         run = self._folder.prepare(cell)
         command = [sys.executable, "-m", "fedspine.ui.sweep.cell", str(os.getpid())]
-        command += ["run", "--resume", str(run), "--json"]
+        command += ["fedspine", "run", "--resume", str(run), "--json"]
         if self._slots > 1:  # alone, a cell has all cores, as its recipe says
             command += ["--set", f"run.workers={max(1, cores() // self._slots)}"]
         said = tempfile.TemporaryFile()  # noqa: SIM115 - read when the process has ended
