@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -39,17 +40,24 @@ class Tuning:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalTraining:
-    """The hyper-parameters of training on a device, which methods that tune an adapter share."""
+class HeadTraining:
+    """The hyper-parameters of training the task head alone on a device."""
 
     steps: int = 20  # optimiser steps of a device in a round
     batch: int = 32  # rows of one step
-    learning_rate: Rate = AUTO  # of the adapter; falls linearly to zero over the rounds
-    head_speed: float = 3.0  # the task head's learning rate over the adapter's
+    learning_rate: Rate = AUTO  # falls linearly to zero over the rounds
     weight_decay: float = 0.1
+    head_speed: ClassVar[float] = 1.0
 
 
-def check_tuning(fields: LocalTraining) -> None:
+@dataclass(frozen=True, kw_only=True)
+class LocalTraining(HeadTraining):
+    """Those of training an adapter and the task head, which adapter methods share."""
+
+    head_speed: float = 3.0  # the task head's learning rate over the adapter's
+
+
+def check_tuning(fields: HeadTraining) -> None:
     """Raise BadInput for training settings that cannot work."""
     check_settled(fields)
     for name in ("steps", "batch"):
@@ -64,7 +72,7 @@ def check_tuning(fields: LocalTraining) -> None:
         raise BadInput(f"method.weight_decay is {fields.weight_decay}, but it cannot be negative")
 
 
-def tuning_at(fields: LocalTraining, round: int, rounds: int, turns: float = 1.0) -> Tuning:
+def tuning_at(fields: HeadTraining, round: int, rounds: int, turns: float = 1.0) -> Tuning:
     """The settings of one round, counted from 0: learning rates fall linearly to zero over the run."""
     learning_rate = fields.learning_rate * (1 - round / rounds)
     return Tuning(

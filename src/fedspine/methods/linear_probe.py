@@ -6,7 +6,7 @@ docs/methods/linear_probe.md.
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from fedspine.core.tensors import average, half, single
 from fedspine.lm.base import Model
 from fedspine.lm.prunable_layout import Anatomy
 from fedspine.lm.structure import full
-from fedspine.lm.tune import Tuning, check_tuning, tune, tuning_at
+from fedspine.lm.tune import HeadTraining, Tuning, check_tuning, tune, tuning_at
 
 
 @message
@@ -53,16 +53,10 @@ class ProbeState:
 
 @method("linear_probe")
 @dataclass(frozen=True)
-class LinearProbe:
+class LinearProbe(HeadTraining):
     """FedAvg of the task head over a frozen base."""
 
-    steps: int = 20  # optimiser steps of a device in a round
-    batch: int = 32  # rows of one step
     learning_rate: float = 1e-2  # falls linearly to zero over the rounds
-    weight_decay: float = 0.1
-    # what other methods set for the adapter, which there is none of
-    head_speed: ClassVar[float] = 1.0
-    scale: ClassVar[float] = 1.0
 
     @classmethod
     def toy(cls) -> Self:
