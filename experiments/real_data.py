@@ -132,7 +132,7 @@ def table(found: list[dict[str, Any]]) -> str:
         f"Commits {', '.join(sorted({row['commit'] for row in found}))}; {os.cpu_count()} cores, {processor()}, torch "
         f"{torch.__version__}, Python {platform.python_version()}. Mean and standard deviation over seeds. *Deployed*: "
         "mean over the device models scored, *global*: one model pruned by averaged scores, *dense*: the same adapter on "
-        "the unpruned base. Accuracy in %, loss in nats per token; seconds are simulated.",
+        "the unpruned base, for which it was not tuned. Accuracy in %, loss in nats per token; seconds are simulated.",
         "",
         "| recipe | method | seeds | sparsity | before | deployed | global | dense | simulated s | MB up |",
         "|---|---|---|---|---|---|---|---|---|---|",

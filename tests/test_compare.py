@@ -8,6 +8,8 @@ import shutil
 
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from made_runs import ROUND_BYTES, made_cell, made_run
 from runs import carried_out, in_process, tiny_job, write_csv
 
@@ -15,7 +17,7 @@ from fedspine.core.errors import BadInput
 from fedspine.ui.compare.comparison import find
 from fedspine.ui.compare.curves import on_a_grid
 from fedspine.ui.compare.groups import grouped
-from fedspine.ui.compare.intervals import paired, paired_ratio, t_probability, t_quantile
+from fedspine.ui.compare.intervals import holm, paired, paired_ratio
 from fedspine.ui.compare.runs import select
 from fedspine.ui.progress import Silent
 
@@ -65,31 +67,47 @@ def two_methods(tmp_path, seeds=(0, 1, 2)):
 # --- intervals ---
 
 
-@pytest.mark.parametrize("probability", [0.6, 0.9, 0.975, 0.999])
-def test_t_of_one_and_two_degrees_has_a_closed_form(probability):
-    assert t_quantile(probability, 1) == pytest.approx(
-        math.tan(math.pi * (probability - 0.5)), rel=1e-12
-    )
-    share = 2 * probability - 1  # F(t) = (1 + t / sqrt(2 + t^2)) / 2, solved for t
-    assert t_quantile(probability, 2) == pytest.approx(
-        share * math.sqrt(2 / (1 - share**2)), rel=1e-12
-    )
+@pytest.mark.parametrize("t", [0.3, 1.0, 2.5, 40.0])
+def test_p_of_two_and_three_seeds_has_a_closed_form(t):
+    # n seeds of mean t and standard error 1 have the statistic t
+    two = paired([t - 1, t + 1])
+    assert two.p == pytest.approx(1 - 2 / math.pi * math.atan(t), rel=1e-9)  # Cauchy
+    three = paired([t - math.sqrt(3), t, t + math.sqrt(3)])
+    assert three.p == pytest.approx(1 - t / math.sqrt(2 + t**2), rel=1e-9)
+    assert three.beyond_noise is (three.p < 0.05)
 
 
-@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 8, 13, 30])
-def test_t_is_the_integral_of_its_density(degrees):
-    top = 2.5
-    xs, step = np.linspace(0, top, 20_001, retstep=True)
-    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(
-        degrees * math.pi
-    )
-    density = scale * (1 + xs**2 / degrees) ** (-(degrees + 1) / 2)
-    integral = step * (density.sum() - (density[0] + density[-1]) / 2)
-    assert t_probability(top, degrees) == pytest.approx(0.5 + integral, abs=1e-8)
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=6))
+def test_the_interval_and_its_p_value_agree(values):
+    found = paired(values)
+    # both come from the same statistic, so they may differ in its last digits only
+    assume(abs(found.p - 0.05) > 1e-9)
+    assert (found.p < 0.05) is not (found.low <= 0 <= found.high)
 
 
-def test_t_approaches_the_normal_distribution():
-    assert t_quantile(0.975, 100_000) == pytest.approx(1.959964, abs=5e-5)
+def test_holm_by_hand():
+    # sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1: 0.02, 0.03, 0.06, and 0.04 is raised to 0.06
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.3, 0.9]) == pytest.approx([0.6, 0.9])
+    assert holm([0.7, 0.8]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_lies_between_no_correction_and_bonferroni(p_values):
+    for before, after in zip(p_values, holm(p_values), strict=True):
+        assert before <= after <= min(1.0, len(p_values) * before) + 1e-12 or after == 1.0
+    order = np.argsort(p_values, kind="stable")
+    assert (np.diff(np.array(holm(p_values))[order]) >= 0).all()
+
+
+def test_without_any_difference_five_of_a_hundred_comparisons_err():
+    """The share of comparisons of ten pairs in which at least one seems to differ."""
+    rng, tries = np.random.default_rng(0), 2000
+    found = [[paired([*rng.normal(size=3)]).p for _ in range(10)] for _ in range(tries)]
+    standard_error = math.sqrt(0.05 * 0.95 / tries)
+    assert np.mean([min(holm(p_values)) < 0.05 for p_values in found]) < 0.05 + 4 * standard_error
+    assert np.mean([min(p_values) < 0.05 for p_values in found]) > 0.3  # 1 - 0.95^10 is 0.40
 
 
 def test_nineteen_of_twenty_intervals_hold_the_truth():
@@ -140,7 +158,10 @@ def test_numbers_by_hand(compare, tmp_path):
     assert pair["seeds"] == [0, 1, 2]
     assert pair["final"]["mean"] == pytest.approx(0.02)  # of 1, 2 and 3 points
     assert pair["final"]["low"] == pytest.approx(0.02 - 4.302653 * 0.01 / math.sqrt(3))
-    assert pair["final"]["beyond_noise"] is False
+    # t = 2 sqrt(3) at two degrees of freedom, and one pair needs no correction
+    p = 1 - 2 * math.sqrt(3) / math.sqrt(2 + 12)
+    assert (pair["final"]["p"], pair["final"]["p_corrected"]) == pytest.approx((p, p))
+    assert (pair["final"]["tests"], pair["final"]["beyond_noise"]) == (1, False)
     assert pair["speed_up"]["mean"] == pytest.approx(16 / (30 * 33 * 36) ** (1 / 3))
     assert pair["speed_up"]["beyond_noise"] is True
     assert pair["bytes_saving"]["mean"] == pytest.approx(2 / 3)
@@ -148,10 +169,73 @@ def test_numbers_by_hand(compare, tmp_path):
         8 / (10 * 11 * 12) ** (1 / 3)
     )  # equally many rounds
     assert pair["verdict"].startswith(
-        "fedlora is 2.0 points more accurate than fedspine (95 % interval -0.5 to +4.5"
+        "fedlora is 2.0 points more accurate than fedspine "
+        "(95 % interval -0.5 to +4.5, 3 seeds; p = 0.074): within the seeds' noise."
     )
-    assert "within the seeds' noise. It reaches the target 2.06 times slower" in pair["verdict"]
+    logs = np.log([30 / 16, 33 / 16, 36 / 16])  # of how much slower it is, by seed
+    error = logs.std(ddof=1) / math.sqrt(3)
+    low, high = np.exp(logs.mean() + np.array([-4.302653, 4.302653]) * error)
+    t = logs.mean() / error
+    p = 1 - t / math.sqrt(2 + t**2)
+    slower = f"It reaches the target 2.06 times slower ({low:.2f} to {high:.2f}; p = {p:.2g})"
+    assert slower in pair["verdict"]
     assert pair["verdict"].endswith("beyond the noise.")
+
+
+def test_p_values_are_corrected_for_all_pairs_of_all_sections(compare, tmp_path):
+    """Three methods in two settings are six pairs; the gaps of a pair are g - 0.1 %, g, g + 0.1 %."""
+    sweep = tmp_path / "sweep"
+    for alpha, gaps in ((0.1, (0.0, 0.004, 0.012)), (1.0, (0.0, 0.03, 0.05))):
+        for place, (name, gap) in enumerate(zip("abc", gaps, strict=True)):
+            for seed in (0, 1, 2):
+                made_cell(
+                    *(sweep, f"{name}-{alpha}-{seed}", name, {"fleet.alpha": alpha}),
+                    seed=seed,
+                    curve=(0.3, 0.7 - gap - 0.001 * place * (seed - 1)),
+                    settings=(f"fleet.alpha={alpha}", f"method.rank={place + 1}"),
+                )
+    found = compare(sweep)
+    intervals = [pair["final"] for each in found["comparisons"] for pair in each["differences"]]
+    assert [interval["tests"] for interval in intervals] == [6] * 6
+    raw = [interval["p"] for interval in intervals]
+    after = [interval["p_corrected"] for interval in intervals]
+    # mean g and standard error s / sqrt(3) have t = sqrt(3) g / s at two degrees of freedom
+    expected = [
+        1 - t / math.sqrt(2 + t**2)
+        for g, s in ((4, 1), (12, 2), (8, 1), (30, 1), (50, 2), (20, 1))
+        if (t := math.sqrt(3) * g / s)
+    ]
+    assert raw == pytest.approx(expected, rel=1e-6)
+    assert after == pytest.approx(holm(raw))
+    # 0.020 alone is below 0.05, but not as the largest of six that it is compared with
+    small = intervals[0]
+    assert small["p"] < 0.05
+    assert small["beyond_noise"] is (small["p_corrected"] < 0.05)
+    assert found["correction"].startswith("Holm")
+    text = found["comparisons"][0]["differences"][0]["verdict"]
+    assert "corrected for 6 pairs" in text
+    for name in ("compare.html", "compare.md"):
+        page = (tmp_path / "compared" / name).read_text()
+        assert "corrected for 6 pairs" in page
+        assert "Holm's correction" in page.replace("&#39;", "'")
+
+
+def test_what_is_beyond_the_noise_alone_may_not_be_among_many(compare, tmp_path):
+    # 2 points, 3 seeds, standard deviation 0.6: t = 5.77, p = 0.029, and of three pairs 0.086
+    shift = (-0.006, 0.0, 0.006)
+    for name, accuracy, own in (("a", 0.70, 0), ("b", 0.68, 1), ("c", 0.68, -1)):
+        for seed in (0, 1, 2):
+            value = accuracy + own * shift[seed]
+            rank = f"method.rank={ord(name)}"
+            made_cell(tmp_path, f"{name}{seed}", name, seed=seed, curve=(value,), settings=(rank,))
+    alone = compare(*(tmp_path / "cells" / f"{n}{s}" for n in "ab" for s in (0, 1, 2)))
+    many = compare(tmp_path)
+    one = alone["comparisons"][0]["differences"][0]["final"]
+    other = many["comparisons"][0]["differences"][0]["final"]
+    assert one["p"] == pytest.approx(other["p"]) == pytest.approx(0.0287, abs=5e-5)
+    assert (one["beyond_noise"], other["beyond_noise"]) == (True, False)
+    assert other["p_corrected"] == pytest.approx(3 * other["p"])
+    assert other["low"] > 0  # the interval is not corrected
 
 
 def test_the_final_score_is_not_a_check(compare, tmp_path):

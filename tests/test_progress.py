@@ -53,10 +53,38 @@ def test_the_table_is_plain_text_off_a_terminal() -> None:
         "[red]x[/red], 2 rounds",
         "Device models",
         "85.0 %",
-        "Gap to dense",
+        "Unpruned base",
+        "same adapter, for which it was not tuned",
         "abababababab",
     ):
         assert expected in out.getvalue()
+    assert "Gap" not in out.getvalue()
+
+
+def headlines(summary: dict, *unpruned: tables.UnprunedRun) -> dict[str, tuple[str, str]]:
+    return {line.label: (line.value, line.note) for line in tables.headlines(summary, unpruned)}
+
+
+def test_an_unpruned_run_takes_the_place_of_the_unpruned_base() -> None:
+    found = headlines(SUMMARY, tables.UnprunedRun("fedlora", "runs/a", 0.824, 0.5))
+    assert found["Unpruned run"] == ("82.4 %", "fedlora: same data, seed, rounds and steps")
+    assert found["Gap to unpruned"][0] == "-2.4 points"
+    assert "Unpruned base" not in found
+
+
+def test_a_gap_in_loss_has_its_sign() -> None:
+    summary = {"loss": 2.5, "loss_dense": 1.6, "sparsity": 0.3}
+    found = headlines(summary, tables.UnprunedRun("fedlora", "runs/a", None, 1.4))
+    assert (found["Unpruned run"][0], found["Gap to unpruned"][0]) == ("1.400", "+1.100")
+
+
+def test_the_unpruned_base_is_named_for_what_it_is() -> None:
+    assert headlines(SUMMARY)["Unpruned base"][1] == "same adapter, for which it was not tuned"
+    # pruned after training: the adapter was tuned on the unpruned base
+    tuned = headlines(SUMMARY | {"tuned_unpruned": True, "sparsity": 0.5})
+    assert tuned["Unpruned base"][1] == "same adapter, as it was tuned"
+    # of what prunes nothing, it is the run's own model
+    assert "Unpruned base" not in headlines(SUMMARY | {"tuned_unpruned": True, "sparsity": 0.0})
 
 
 STANDING = progress.Standing(

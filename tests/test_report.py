@@ -21,6 +21,7 @@ from fedspine.report.series import (
     troubles,
     waiting,
 )
+from fedspine.report.tables import UnprunedRun
 
 ROUNDS = 20
 SECONDS = {"tx2": 9.0, "nx": 4.0, "agx": 2.0}  # of an exchange before anything is pruned
@@ -222,17 +223,27 @@ def test_the_page_escapes_and_balances(run: Path) -> None:
 def test_the_page_says_the_headline_numbers(run: Path) -> None:
     text = parsed(write_page(run).read_text()).text
     accuracy = json.loads((run / "summary.json").read_text())["accuracy"]
-    gap = f"{100 * (accuracy - 0.85):+.1f} points"
     for expected in (
         f"{100 * accuracy:.1f} %",
         "81.0 %",
         "85.0 %",
-        gap,
+        "same adapter, for which it was not tuned",
         "2 min 30 s",
         "110.0 MB",
         "1 min 35 s",
     ):
         assert expected in text
+    assert "Gap" not in text
+
+
+def test_an_unpruned_run_stands_beside_a_pruned_one(run: Path) -> None:
+    accuracy = json.loads((run / "summary.json").read_text())["accuracy"]
+    other = UnprunedRun("<b>lora</b>", "runs/a", 0.9, 0.4)
+    text = parsed(write_page(run, [other]).read_text()).text
+    assert "90.0 %" in text
+    assert f"{100 * (accuracy - 0.9):+.1f} points" in text
+    assert "<b>lora</b> 90.0 %" in text  # beside its line in the figure
+    assert "Unpruned base" not in text
 
 
 def test_writing_twice_gives_the_same_bytes(run: Path) -> None:

@@ -484,6 +484,19 @@ def test_a_sweep_from_its_start_to_its_end(place, command, tmp_path):
     assert f"1 run there that the file does not describe: {bad.name}" in out
 
 
+@pytest.mark.slow
+def test_a_pruned_cell_is_read_against_the_unpruned_one(place, command):
+    """The unpruned cell is done later, and the report of the pruned one is written again."""
+    Path("sweep.toml").write_text(GOOD.replace("[0, 1]", "[0]"))
+    pruned, unpruned = plan(Path("sweep.toml"))
+    assert command("sweep", "sweep.toml")[0] == 0
+    cells = place / "sweeps" / "sweep" / "cells"
+    page = (cells / pruned.name / "report.html").read_text()
+    assert "Unpruned run" in page and "Unpruned base" not in page
+    assert "lora: same data, seed, rounds and steps" in page
+    assert "Unpruned" not in (cells / unpruned.name / "report.html").read_text()
+
+
 MOMENTS = {  # when a sweep is killed: what must be there, somewhere in its folder
     "its first cell begins": "cells/*/cell.json",
     "a round is saved": "cells/*/state/current.json",

@@ -39,7 +39,7 @@ class Method(Protocol[S]):
         ...
 
     def unpruned(self, state: S) -> Any:
-        """What was learnt, on the whole base: the yardstick for what pruning costs."""
+        """What was learnt, put on the whole base, for which a pruned model's adapter was not tuned."""
         ...
 
 

@@ -1,6 +1,7 @@
 """The figures of a run's report, each drawn where the run has data for it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from fedspine.report.drawing import (
@@ -23,22 +24,32 @@ from fedspine.report.drawing import (
 )
 from fedspine.report.rows import Rows
 from fedspine.report.series import Band, bands, exchange_seconds, has_accuracy, traffic, waiting
-from fedspine.report.tables import bytes_text, decimal, percent, references
+from fedspine.report.tables import (
+    UnprunedRun,
+    bytes_text,
+    decimal,
+    percent,
+    references,
+    unpruned_base,
+)
 
 DEVICES, GLOBAL = "#7c3aed", "#0891b2"
 DOWN, UP = "#475569", "#e11d48"
 REFERENCE, REFERENCE_STYLES = "#64748b", ((0, (1, 2)), (0, (4, 1.5, 1, 1.5)))
+DASHES = ((0, (5, 3)), (0, (2, 2)), (0, (8, 2, 2, 2)))
 IDLE, BUSY = "#f59e0b", "#dbe2ea"
 CLASS_COLOURS = {"tx2": "#2563eb", "nx": "#ea8a0c", "agx": "#0d9f6e"}
 OTHER_COLOURS = ("#c026d3", "#0ea5e9", "#be123c", "#78716c", "#4d7c0f")
 WIDE_RANGE = 10  # classes whose medians differ more are compared on a logarithmic axis
 
 
-def panels(rows: Rows, summary: Mapping[str, Any]) -> list[Panel]:
+def panels(
+    rows: Rows, summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun] = ()
+) -> list[Panel]:
     """The figures that this run has data for, in reading order."""
     with styled():
         drawn = (
-            _quality(rows, summary),
+            _quality(rows, summary, unpruned),
             _exchange_seconds(rows),
             _sparsity(rows),
             _rank(rows),
@@ -48,7 +59,9 @@ def panels(rows: Rows, summary: Mapping[str, Any]) -> list[Panel]:
     return [panel for panel in drawn if panel is not None]
 
 
-def _quality(rows: Rows, summary: Mapping[str, Any]) -> Panel | None:
+def _quality(
+    rows: Rows, summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun]
+) -> Panel | None:
     if not rows.scores:
         return None
     name, form = ("accuracy", percent) if has_accuracy(rows, summary) else ("loss", decimal)
@@ -68,10 +81,10 @@ def _quality(rows: Rows, summary: Mapping[str, Any]) -> Panel | None:
                 width,
             )
             line.set_label(f"{label} {form(getattr(scores[-1], key))}")
-    dense = summary.get(f"{name}_dense")
-    if dense is not None:
+    dashed, said = _unpruned_lines(name, summary, unpruned)
+    for (what, value), style in zip(dashed, cycle(DASHES)):
         axes.axhline(
-            dense, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), label=f"dense {form(dense)}"
+            value, color=INK, linewidth=1.2, linestyle=style, label=f"{what} {form(value)}"
         )
     drawn = references(summary)
     for (what, _, value), style in zip(drawn, REFERENCE_STYLES, strict=False):
@@ -95,12 +108,26 @@ def _quality(rows: Rows, summary: Mapping[str, Any]) -> Panel | None:
     legend(axes)
     caption = (
         f"Mean {name} of the models that devices run and {name} of the global model, on the test rows; rings mark "
-        "the last scores, which the legend repeats, and the dashed line is the same adapter on the unpruned base."
+        f"the last scores, which the legend repeats{said}."
     )
     if drawn:
         axes.margins(y=0.09)  # room for a name above the highest line
         caption += " Grey lines are references: what needs no federated training."
     return Panel("quality", f"{name.capitalize()} over simulated time", caption, figure)
+
+
+def _unpruned_lines(
+    name: str, summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun]
+) -> tuple[list[tuple[str, float]], str]:
+    """What is drawn beside a pruned run, and what the caption says of it."""
+    runs = [(run.name, value) for run in unpruned if (value := run.quality(name)) is not None]
+    if runs:
+        return runs, ", and dashed lines are the final scores of unpruned runs of the same budget"
+    base = unpruned_base(summary)
+    if base is None:
+        return [], ""
+    value, note = base
+    return [("unpruned base", value)], f", and the dashed line is the unpruned base ({note})"
 
 
 def _sparsity(rows: Rows) -> Panel | None:

@@ -1,9 +1,9 @@
 """How numbers read, everywhere: formats with their units, a run's headline numbers, and the table of a finished run."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from math import isfinite
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from rich import box
 from rich.console import Console
@@ -26,6 +26,20 @@ class Headline:
     label: str
     value: str
     note: str = ""
+
+
+@dataclass(frozen=True)
+class UnprunedRun:
+    """A run without pruning at the same budget; `name` is its method's, or its label in a sweep."""
+
+    name: str
+    folder: str
+    accuracy: float | None
+    loss: float | None
+
+    def quality(self, name: str) -> float | None:
+        """Its accuracy or its loss."""
+        return self.accuracy if name == "accuracy" else self.loss
 
 
 def percent(share: float | None) -> str:
@@ -102,12 +116,14 @@ def counted(count: int, thing: str) -> str:
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
 
 
-def headlines(summary: Mapping[str, Any]) -> list[Headline]:
+def headlines(summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun] = ()) -> list[Headline]:
     """What a run comes to, in reading order; what the summary lacks is left out.
 
+    `unpruned` are runs of the same budget that a pruned one is read against.
     `waiting_seconds` is the sum over rounds of a device's mean wait, so its share of `simulated_seconds` is below one.
     """
-    return [line for line in (*_quality(summary), *_price(summary)) if line.value != MISSING]
+    lines = (*_quality(summary, unpruned), *_price(summary))
+    return [line for line in lines if line.value != MISSING]
 
 
 def summary_line(summary: Mapping[str, Any]) -> str:
@@ -126,7 +142,7 @@ def summary_line(summary: Mapping[str, Any]) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def summary_table(summary: Mapping[str, Any]) -> Table:
+def summary_table(summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun] = ()) -> Table:
     """The headline numbers and the state's fingerprint, for the end of a run and for looking at it later."""
     table = Table(
         title=Text(summary_line(summary)), title_justify="left", box=box.SIMPLE, show_header=False
@@ -134,7 +150,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(style="dim")
-    for line in headlines(summary):
+    for line in headlines(summary, unpruned):
         # Text, since a string would be read as markup
         table.add_row(Text(line.label), Text(line.value), Text(line.note))
     if summary.get("state_sha256"):
@@ -151,19 +167,67 @@ def print_table(table: Table, stream: TextIO) -> None:
     Console(file=stream).print(table)
 
 
-def _quality(summary: Mapping[str, Any]) -> list[Headline]:
-    name, form = ("accuracy", percent) if summary.get("accuracy") is not None else ("loss", decimal)
-    devices, common, dense = (summary.get(key) for key in (name, f"{name}_global", f"{name}_dense"))
-    gap = MISSING
-    if not (_missing(devices) or _missing(dense)):
-        gap = points(devices - dense) if name == "accuracy" else f"{devices - dense:+.3f}"
-    return [
+def quality_of(summary: Mapping[str, Any]) -> Literal["accuracy", "loss"]:
+    """What a run is judged by."""
+    return "accuracy" if summary.get("accuracy") is not None else "loss"
+
+
+def unpruned_base(summary: Mapping[str, Any]) -> tuple[float, str] | None:
+    """The quality of a pruned run's adapter on the unpruned base, and what that is.
+
+    It does not say what pruning costs: only a run that never prunes does. None where nothing is
+    pruned, since that is the run's own model.
+    """
+    value = summary.get(f"{quality_of(summary)}_dense")
+    if _missing(value) or summary.get("sparsity") == 0:
+        return None
+    tuned = summary.get("tuned_unpruned", False)
+    return value, f"same adapter, {'as it was tuned' if tuned else 'for which it was not tuned'}"
+
+
+def difference(summary: Mapping[str, Any], unpruned: UnprunedRun) -> float | None:
+    """How far the device models are above an unpruned run, in its quality."""
+    name = quality_of(summary)
+    devices, other = summary.get(name), unpruned.quality(name)
+    return None if _missing(devices) or _missing(other) else devices - other
+
+
+def unpruned_table(
+    summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun]
+) -> list[dict[str, Any]]:
+    """The same as plain data: each unpruned run with the difference to it."""
+    return [asdict(run) | {"difference": difference(summary, run)} for run in unpruned]
+
+
+def _quality(summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun]) -> list[Headline]:
+    name = quality_of(summary)
+    form, gap_form = (percent, points) if name == "accuracy" else (decimal, _signed)
+    devices, common = summary.get(name), summary.get(f"{name}_global")
+    lines = [
         Headline("Device models", form(devices), f"mean {name} of {_sample(summary)}"),
         Headline("Global model", form(common), f"{name} of the one shared model"),
-        Headline("Dense model", form(dense), "unpruned base, same adapter"),
-        Headline("Gap to dense", gap, f"device models against dense, in {name}"),
+    ]
+    for run in unpruned:
+        gap = gap_form(difference(summary, run))
+        lines += [
+            Headline(
+                "Unpruned run",
+                form(run.quality(name)),
+                f"{run.name}: same data, seed, rounds and steps",
+            ),
+            Headline("Gap to unpruned", gap, "device models minus unpruned run, one seed"),
+        ]
+    if not unpruned and (base := unpruned_base(summary)) is not None:
+        value, note = base
+        lines.append(Headline("Unpruned base", form(value), note))
+    return [
+        *lines,
         *(Headline(what, form(value), note) for what, note, value in references(summary)),
     ]
+
+
+def _signed(difference: float | None) -> str:
+    return MISSING if _missing(difference) else f"{difference:+.3f}"
 
 
 def references(summary: Mapping[str, Any]) -> list[tuple[str, str, float]]:

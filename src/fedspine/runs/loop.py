@@ -437,6 +437,7 @@ def _summary(job: Job, point: Point, progress: Progress) -> dict[str, Any]:
             "test_rows": rows,
             "rows_left_out": dict(job.built.left_out),
             **found,
+            "tuned_unpruned": not any(planned_sparsities(recipe.method, recipe.run.rounds)),
             f"{job.fleet.clock}_seconds": job.fleet.now,
             "waiting_seconds": sums.waiting_seconds,
             "bytes_up": sums.bytes_up,

@@ -38,6 +38,10 @@ app.command("data")(data_cli.data)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `fedspine run` made.")]
+Reference = Annotated[
+    Path | None,
+    typer.Option(metavar="RUN", help="An unpruned run of the same data, seed and budget."),
+]
 ModelFolder = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder that `fedspine export` made.")
 ]
@@ -328,20 +332,25 @@ def show(
     everyone: Annotated[
         bool, typer.Option("--all", help="Score every device's model on the test set and show it.")
     ] = False,
+    reference: Reference = None,
     json: Json = False,
 ) -> None:
     """Show a run's summary, or how far it is."""
     if everyone:
+        if reference is not None:
+            raise BadInput("--all shows no unpruned run; leave --reference or --all out")
         _show_everyone(folder, json)
         return
-    from fedspine.report.tables import print_table, summary_table
+    from fedspine.report.tables import print_table, summary_table, unpruned_table
     from fedspine.runs.run_dir import standing
+    from fedspine.ui.compare.unpruned import unpruned_runs
 
-    found = standing(folder)
+    found, unpruned = standing(folder), unpruned_runs(folder, reference)
     if json:
-        print(jsonlib.dumps(found))
+        more = {"unpruned_runs": unpruned_table(found, unpruned)} if unpruned else {}
+        print(jsonlib.dumps(found | more))
         return
-    print_table(summary_table(found), sys.stdout)
+    print_table(summary_table(found, unpruned), sys.stdout)
     for line in found.get("warnings", ()):
         print(f"warning: {line}")
     if "state_sha256" not in found:
@@ -349,6 +358,23 @@ def show(
             f"not finished: {found['rounds_done']} of {found['rounds']} rounds; "
             f"go on with: fedspine run --resume {folder}"
         )
+
+
+@app.command()
+@ends_when_told()
+def report(folder: RunFolder, reference: Reference = None, json: Json = False) -> None:
+    """Write a run's report.html again, read against an unpruned run of the same budget."""
+    from fedspine.report.page import write_page
+    from fedspine.ui.compare.unpruned import unpruned_runs
+    from fedspine.ui.progress import progress_for
+
+    progress = progress_for(json)
+    progress.stage("drawing the report")
+    try:
+        page = write_page(folder, unpruned_runs(folder, reference))
+    finally:
+        progress.close()
+    print(jsonlib.dumps({"page": str(page)}) if json else f"report: {page}")
 
 
 def _show_everyone(folder: Path, json: bool) -> None:

@@ -21,7 +21,8 @@ def about(found: Found) -> list[str]:
         "distance between two checks. A speed-up is given only where both methods reach the target in all common seeds.",
         "Along time and bytes a seed's value holds until its next check, and its last one to the end of the others.",
         "Intervals are paired over common seeds: Student's t on the seeds' differences, on their logarithms for ratios. "
-        "They speak of the seeds that were run, not of other data or devices." + _many_pairs(found),
+        "They speak of the seeds that were run, not of other data or devices.",
+        *_correction(found),
         "Waiting is what the mean asked device waits for the slowest of its round, summed over rounds, over the "
         "simulated time."
         + _unseen_waiting(any(fleet.drop or fleet.delay_seconds for fleet in fleets)),
@@ -29,11 +30,19 @@ def about(found: Found) -> list[str]:
     return [*lines, *_latency(found), *found.notes]
 
 
-def _many_pairs(found: Found) -> str:
-    pairs = sum(len(section.comparison.pairs) for section in found.sections)
-    if pairs < 4:
-        return ""
-    return f" Of {pairs} pairs, about one in twenty would seem to differ by chance alone: one verdict is no proof."
+def _correction(found: Found) -> list[str]:
+    """What p-values are corrected for; nothing where no pair was tested."""
+    for section in found.sections:
+        for pair in section.comparison.pairs:
+            if pair.final is not None and pair.final.p is not None:
+                name, tests = section.comparison.quality.name, counted(pair.final.tests, "pair")
+                return [
+                    "p is that of a paired t-test, before and after Holm's correction for the number "
+                    f"of pairs on this page, each measure apart ({tests} for the final {name}). "
+                    '"Beyond noise" means that p is below 0.05 after the correction. '
+                    "Intervals are not corrected."
+                ]
+    return []
 
 
 def _unseen_waiting(lossy: bool) -> str:

@@ -11,9 +11,11 @@ from fedspine.runs.observer import Progress
 from fedspine.ui.compare import curves
 from fedspine.ui.compare.groups import Group, grouped
 from fedspine.ui.compare.latency import Latency, latency_of
-from fedspine.ui.compare.numbers import Comparison, Pair, Standing, compared
+from fedspine.ui.compare.numbers import MEASURES, Comparison, Pair, Standing, compared, corrected
 from fedspine.ui.compare.render_text import verdict
 from fedspine.ui.compare.runs import LeftOut, select
+
+CORRECTION = "Holm, for all pairs of all comparisons here, each measure apart"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Found:
         """Every number, as plain data."""
         return {
             "comparisons": [_section_table(section) for section in self.sections],
+            "correction": CORRECTION,
             "left_out": [asdict(left) for left in self.left_out],
             "notes": list(self.notes),
         }
@@ -51,7 +54,7 @@ def find(paths: Iterable[Path], *, target: str, latency: bool, progress: Progres
     """
     selection = select(paths)
     groups = grouped(selection)
-    comparisons = [compared(group, target) for group in groups]
+    comparisons = corrected([compared(group, target) for group in groups])
     numbers: dict[str, int] = {}
     for group in groups:
         for method in group.methods:
@@ -117,11 +120,10 @@ def _pair_table(comparison: Comparison, pair: Pair) -> dict[str, Any]:
         found = getattr(pair, name)
         return None if found is None else asdict(found) | {"beyond_noise": found.beyond_noise}
 
-    names = ("final", "speed_up", "bytes_saving", "shorter_run", "waiting_share", "memory_ratio")
     return {
         "first": pair.first,
         "second": pair.second,
         "seeds": list(pair.seeds),
-        **{name: interval(name) for name in names},
+        **{name: interval(name) for name in MEASURES},
         "verdict": verdict(comparison, pair).text,
     }

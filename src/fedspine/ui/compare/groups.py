@@ -71,7 +71,7 @@ def grouped(selection: Selection) -> tuple[Group, ...]:
         by_setting[json.dumps(key, sort_keys=True)].append(run)
     settings = [dict(runs[0].settings or {}) for runs in by_setting.values()]
     several = [
-        key for key in _keys(settings) if len({json.dumps(one.get(key)) for one in settings}) > 1
+        key for key in keys_of(settings) if len({json.dumps(one.get(key)) for one in settings}) > 1
     ]
     return tuple(_group(runs, titles=several) for runs in by_setting.values())
 
@@ -106,18 +106,19 @@ def _check_comparable(runs: Iterable[Run]) -> None:
     wanted = basis(first)
     for other in others:
         found = basis(other)
-        for key in _keys([wanted, found]):
+        for key in keys_of([wanted, found]):
             # what an older run did not write down cannot be held against it
             if key in MEASURED and not (key in wanted and key in found):
                 continue
             if wanted.get(key) != found.get(key):
                 raise BadInput(
-                    f"these runs cannot be compared, {_aspect(key)}: {MEASURED.get(key, key)} is {wanted.get(key)!r} "
+                    f"these runs cannot be compared, {aspect_of(key)}: {MEASURED.get(key, key)} is {wanted.get(key)!r} "
                     f"in {first.folder}, {found.get(key)!r} in {other.folder}; name runs that differ in the method only"
                 )
 
 
-def _aspect(key: str) -> str:
+def aspect_of(key: str) -> str:
+    """What two runs do not share that differ in this key of a recipe, in words."""
     if key in CHECKS:
         return "they were scored differently"
     if key in CLOCK:
@@ -185,7 +186,7 @@ def _name(name: str, seeds: Mapping[int, Run], namesakes: list[Mapping[int, Run]
     tables = [_without_seed(next(iter(theirs.values())).recipe) for theirs in namesakes]
     own = _without_seed(next(iter(seeds.values())).recipe)
     differing = [
-        key for key in _keys(tables) if len({json.dumps(table.get(key)) for table in tables}) > 1
+        key for key in keys_of(tables) if len({json.dumps(table.get(key)) for table in tables}) > 1
     ]
     words = [f"{key.rpartition('.')[2]}={_text(own[key])}" for key in differing if key in own]
     return " ".join([name, *words])
@@ -200,7 +201,7 @@ def _part(recipe: Recipe, keys: Iterable[str]) -> dict[str, Any]:
     return {key: flat.get(key) for key in keys}
 
 
-def _keys(tables: Iterable[Mapping[str, Any]]) -> list[str]:
+def keys_of(tables: Iterable[Mapping[str, Any]]) -> list[str]:
     """The keys of all tables, in the order in which they come up."""
     return list(dict.fromkeys(key for table in tables for key in table))
 

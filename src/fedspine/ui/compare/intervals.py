@@ -1,19 +1,22 @@
-"""Paired intervals: what the differences of the same seeds say about two methods, by Student's t."""
+"""What the differences of the same seeds say: paired t intervals and tests, Holm's correction."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtr, stdtrit
 
 LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over `n` seeds and the bounds of its interval; with one seed there are none.
+    """A mean over `n` seeds, its 95 % interval and the p-value of its t-test; one seed has neither.
 
     `nothing` is the value that stands for no difference: 0 of a difference, 1 of a ratio.
+    `p_corrected` is the p-value after Holm's correction for `tests` tests, of which this is one.
+    The bounds are not corrected.
     """
 
     mean: float
@@ -21,62 +24,60 @@ class Interval:
     high: float | None
     n: int
     nothing: float = 0.0
+    p: float | None = None
+    p_corrected: float | None = None
+    tests: int = 1
 
     @property
     def beyond_noise(self) -> bool | None:
-        """Whether the interval leaves out `nothing`; None where there is no interval."""
-        if self.low is None or self.high is None:
-            return None
-        return not self.low <= self.nothing <= self.high
+        """Whether the corrected p-value is below 0.05; None where there is no test."""
+        return None if self.p_corrected is None else self.p_corrected < 1 - LEVEL
 
 
 def paired(differences: Sequence[float]) -> Interval:
-    """The 95 % interval of the mean of paired differences, one for each seed, at n - 1 degrees of freedom.
+    """Interval and two-sided t-test of the mean of paired differences, one for each seed.
+
+    There are n - 1 degrees of freedom.
 
     >>> found = paired([1.0, 2.0, 3.0])
-    >>> round(found.low, 2), found.mean, round(found.high, 2), found.beyond_noise
-    (-0.48, 2.0, 4.48, False)
+    >>> round(found.low, 2), found.mean, round(found.high, 2), round(found.p, 3), found.beyond_noise
+    (-0.48, 2.0, 4.48, 0.074, False)
     """
     values = np.asarray(differences, dtype=np.float64)
     mean, n = float(values.mean()), len(values)
     if n < 2:
         return Interval(mean, None, None, n)
-    half = t_quantile(0.5 + LEVEL / 2, n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, n)
+    error = float(values.std(ddof=1)) / math.sqrt(n)
+    half = float(stdtrit(n - 1, 0.5 + LEVEL / 2)) * error
+    p = _p(mean, error, n)
+    return Interval(mean, mean - half, mean + half, n, p=p, p_corrected=p)
+
+
+def _p(mean: float, error: float, n: int) -> float:
+    if not error:  # all seeds say the same
+        return 0.0 if mean else 1.0
+    return float(2 * stdtr(n - 1, -abs(mean) / error))
 
 
 def paired_ratio(ratios: Sequence[float]) -> Interval:
-    """The same for positive ratios: their geometric mean, and the interval of the mean logarithm."""
+    """The same for positive ratios: the geometric mean, interval and test of the mean logarithm."""
     logs = paired([math.log(ratio) for ratio in ratios])
     low, high = (None if bound is None else math.exp(bound) for bound in (logs.low, logs.high))
-    return Interval(math.exp(logs.mean), low, high, logs.n, nothing=1.0)
+    return Interval(
+        math.exp(logs.mean), low, high, logs.n, nothing=1.0, p=logs.p, p_corrected=logs.p
+    )
 
 
-def t_quantile(probability: float, degrees: int) -> float:
-    """The quantile of Student's t for a probability from 0.5 to below 1, by bisection on the distribution function.
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values corrected for their number, so that all of them hold at once (Holm 1979).
 
-    >>> round(t_quantile(0.975, 2), 3)
-    4.303
+    The smallest of m is multiplied by m, the next by m - 1, and so on; the order stays the same.
+
+    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
     """
-    low, high = 0.0, 1.0
-    while t_probability(high, degrees) < probability:
-        high *= 2
-    while (middle := (low + high) / 2) not in (low, high):
-        low, high = (
-            (middle, high) if t_probability(middle, degrees) < probability else (low, middle)
-        )
-    return high
-
-
-def t_probability(t: float, degrees: int) -> float:
-    """P(T <= t) for t of at least 0 and whole degrees: the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    angle = math.atan2(t, math.sqrt(degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    term = cosine if odd else 1.0
-    total = term if degrees > 1 else 0.0
-    for k in range(2 + odd, degrees, 2):
-        term *= cosine * cosine * (k - 1) / k
-        total += term
-    inside = 2 / math.pi * (angle + sine * total) if odd else sine * total  # P(-t <= T <= t)
-    return (1 + inside) / 2
+    order = np.argsort(p_values, kind="stable")
+    left = np.arange(len(order), 0, -1)
+    corrected = np.empty(len(order))
+    corrected[order] = np.maximum.accumulate(np.asarray(p_values)[order] * left).clip(max=1.0)
+    return corrected.tolist()

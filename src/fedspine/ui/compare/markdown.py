@@ -49,7 +49,7 @@ def _table(sheet: Sheet) -> list[str]:
 
 
 def _cell(cell: Cell) -> str:
-    return escaped(cell.text) + (f", {cell.badge}" if cell.badge else "")
+    return ", ".join(escaped(part) for part in (cell.text, cell.note, cell.badge) if part)
 
 
 def _row(cells: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """The numbers of a comparison: what each method reaches over its seeds, at what cost, and the differences of pairs."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
 
@@ -10,11 +10,14 @@ import numpy as np
 from fedspine.core.errors import BadInput
 from fedspine.report.tables import counted
 from fedspine.ui.compare.groups import Group, Method
-from fedspine.ui.compare.intervals import Interval, paired, paired_ratio
+from fedspine.ui.compare.intervals import Interval, holm, paired, paired_ratio
 from fedspine.ui.compare.runs import Run
 
 MARGIN_POINTS = 0.005  # 0.5 points below the best accuracy that all runs reach
 MARGIN_NATS = 0.005  # above the lowest loss that all reach: half a percent of perplexity
+MEASURES = (  # of a pair, each with its own interval and test
+    *("final", "speed_up", "bytes_saving", "shorter_run", "waiting_share", "memory_ratio"),
+)
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,26 @@ def compared(group: Group, target: str = "auto") -> Comparison:
         standings=tuple(standings),
         pairs=tuple(_pair(first, second) for first, second in combinations(standings, 2)),
     )
+
+
+def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The same with p-values corrected for all tested pairs of all comparisons, each measure apart."""
+    found = [list(comparison.pairs) for comparison in comparisons]
+    for name in MEASURES:
+        tested = [
+            (pairs, place, interval)
+            for pairs in found
+            for place, pair in enumerate(pairs)
+            if (interval := getattr(pair, name)) is not None and interval.p is not None
+        ]
+        p_values = holm([interval.p for _, _, interval in tested])
+        for (pairs, place, interval), p in zip(tested, p_values, strict=True):
+            after = replace(interval, p_corrected=p, tests=len(tested))
+            pairs[place] = replace(pairs[place], **{name: after})
+    return [
+        replace(comparison, pairs=tuple(pairs))
+        for comparison, pairs in zip(comparisons, found, strict=True)
+    ]
 
 
 def target_of(group: Group, quality: Quality, text: str) -> Target:

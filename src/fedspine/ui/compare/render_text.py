@@ -28,6 +28,7 @@ class Cell:
     text: str
     value: float | str | None
     badge: str | None = None
+    note: str | None = None  # the test behind the badge
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,9 @@ def _worth(interval: Interval, form: Callable[[float], str]) -> str:
     if interval.low is None or interval.high is None:
         return "in the one common seed: no interval, so this may be noise."
     says = "beyond" if interval.beyond_noise else "within"
-    low, high = form(interval.low), form(interval.high)
-    return (
-        f"(95 % interval {low} to {high}, {counted(interval.n, 'seed')}): {says} the seeds' noise."
-    )
+    bounds = f"95 % interval {form(interval.low)} to {form(interval.high)}"
+    seeds = counted(interval.n, "seed")
+    return f"({bounds}, {seeds}; {test_text(interval)}): {says} the seeds' noise."
 
 
 def _speed_words(comparison: Comparison, pair: Pair) -> str:
@@ -134,7 +134,34 @@ def _speed_words(comparison: Comparison, pair: Pair) -> str:
     if speed.low is None or speed.high is None:
         return f"{says} in that seed."
     low, high = sorted(bound if faster else 1 / bound for bound in (speed.low, speed.high))
-    return f"{says} ({low:.2f} to {high:.2f}): {'beyond' if speed.beyond_noise else 'within'} the noise."
+    worth = "beyond" if speed.beyond_noise else "within"
+    return f"{says} ({low:.2f} to {high:.2f}; {test_text(speed)}): {worth} the noise."
+
+
+def test_text(interval: Interval) -> str:
+    """The p-value of an interval that has one, and what is left of it after the correction.
+
+    >>> test_text(Interval(4.0, 1.6, 6.4, 3, p=0.0189, p_corrected=0.189, tests=10))
+    'p = 0.019, corrected for 10 pairs 0.19'
+    >>> test_text(Interval(4.0, 3.9, 4.1, 3, p=2e-5, p_corrected=2e-5))
+    'p < 0.001'
+    """
+    raw = p_text(interval.p)
+    if interval.tests == 1:
+        return f"p {raw}"
+    after = p_text(interval.p_corrected).removeprefix("= ")
+    return f"p {raw}, corrected for {interval.tests} pairs {after}"
+
+
+def p_text(p: float | None) -> str:
+    """A p-value to two digits, with its sign.
+
+    >>> p_text(0.04689), p_text(0.0004), p_text(1.0), p_text(None)
+    ('= 0.047', '< 0.001', '= 1', '-')
+    """
+    if p is None:
+        return MISSING
+    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
 
 
 def reached_text(standing: Standing) -> str:
@@ -203,7 +230,7 @@ def pairs_sheet(comparison: Comparison) -> Sheet:
     """One row for each pair: the differences with their intervals, and what they are worth."""
     name, accuracy = comparison.quality.name, comparison.quality is ACCURACY
     head = (
-        ("Pair", "first against second"),
+        ("Pair", "first against second, 95 % intervals, p before and after Holm's correction"),
         ("Seeds", "in common"),
         (name.capitalize(), f"first minus second, {'points' if accuracy else 'nats'}"),
         ("Speed-up", "of the first, simulated time to target"),
@@ -231,7 +258,9 @@ def pairs_sheet(comparison: Comparison) -> Sheet:
 def _interval_cell(interval: Interval | None, form: Callable[[float], str]) -> Cell:
     if interval is None:
         return Cell(MISSING, None)
-    return Cell(form(interval.mean) + _bounds(interval, form), interval.mean, badge(interval))
+    text = form(interval.mean) + _bounds(interval, form)
+    note = None if interval.p is None else test_text(interval)
+    return Cell(text, interval.mean, badge(interval), note)
 
 
 def _bounds(interval: Interval, form: Callable[[float], str]) -> str:

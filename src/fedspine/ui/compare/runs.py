@@ -100,7 +100,7 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _run(folder: Path) -> Run | LeftOut:
-    cell = _cell(folder)
+    cell = cell_of(folder)
     if cell and not (folder / RECIPE).is_file():
         return LeftOut(str(folder), "not begun")
     recipe, summary = recipe_of(folder), summary_of(folder)
@@ -127,7 +127,7 @@ def _run(folder: Path) -> Run | LeftOut:
     )
 
 
-def _cell(folder: Path) -> dict[str, Any]:
+def cell_of(folder: Path) -> dict[str, Any]:
     """What a sweep says of its cell; nothing for a run outside of a sweep."""
     try:
         cell = json.loads((folder / CELL).read_bytes())

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from fedspine.core.errors import Stopped
+from fedspine.core.errors import BadInput, Stopped
 from fedspine.core.process import cores, farewell
 from fedspine.report.tables import counted, decimal, percent, seconds_text
 from fedspine.runs.run_dir import STATE
 from fedspine.storage.store import LOCK
+from fedspine.ui.compare.unpruned import rewrite_pages
 from fedspine.ui.sweep.display import AtWork, Listed, Outlook, SweepProgress
 from fedspine.ui.sweep.eta import Ahead, seconds_left
 from fedspine.ui.sweep.plan import Cell, plan
@@ -125,6 +126,8 @@ class Work:
             whole = standing.summary["wall_seconds"] if job.began else job.seconds
             self._seconds[job.cell.label].append(whole)
             words = f"{result(standing.summary)}, {seconds_text(job.seconds)}"
+            with suppress(BadInput):  # of another cell; a page can be written again
+                rewrite_pages(self._folder.run_of(job.cell))
         else:
             self._failed += 1
             reason = reason_of(job.process.returncode, said)
