@@ -18,10 +18,9 @@ from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.message import message
 from fedspine.core.method import method
-from fedspine.core.rates import AUTO, Optimiser, Rate
 from fedspine.core.task import Task
 from fedspine.split.baseline import (
-    MODEL_CUT,
+    SplitTraining,
     averaged,
     check_split,
     first_state,
@@ -32,7 +31,6 @@ from fedspine.split.baseline import (
 )
 from fedspine.split.protocol import play
 from fedspine.split.server import Copies
-from fedspine.split.wire import Precision
 
 
 @message
@@ -49,28 +47,17 @@ class AdaSflState:
 
 @method("adasfl")
 @dataclass(frozen=True)
-class AdaSfl:
-    """Split learning with batches that suit the devices' pace and rounds that suit the loss."""
+class AdaSfl(SplitTraining):
+    """Split learning with batches that suit the devices' pace and rounds that suit the loss.
+
+    `steps` is tau of the first round, `batch` the rows of the fastest device in an iteration.
+    """
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
 
     fewest: float = 0.5  # of `steps`: the shortest round
     most: float = 3.0  # of `steps`: the longest one; both 1: all rounds are alike
     keep: float = 0.8  # of a device's old pace at each measurement
-    cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
-    rank: int = 8  # of the adapters; nets train all weights
-    scale: float = 2.0  # alpha / rank
-    steps: int = 20  # tau: iterations of the first round, one optimiser step in each half
-    batch: int = 32  # rows of the fastest device in one of them
-    optimiser: Optimiser = AUTO
-    learning_rate: Rate = AUTO
-    decay: float = (
-        0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
-    )
-    lowest: float = 0.0  # below which it does not fall
-    weight_decay: float = 0.1
-    clip: float = 1.0  # of the gradient's norm in each half; 0: never
-    precision: Precision = "fp16"  # of features and gradients on the wire
 
     @classmethod
     def toy(cls) -> Self:

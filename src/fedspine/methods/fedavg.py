@@ -5,7 +5,7 @@ baseline of split learning without a split. Departures: docs/methods/fedavg.md.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -13,11 +13,11 @@ from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.fleet import Fleet
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, usable
-from fedspine.core.rates import AUTO, Optimiser, Rate
 from fedspine.core.task import Task
 from fedspine.core.tensors import average
 from fedspine.split.whole_model import (
     Training,
+    WholeModelTraining,
     check_whole,
     cutting_of,
     model_of,
@@ -65,22 +65,10 @@ class AverageState:
 
 @method("fedavg")
 @dataclass(frozen=True)
-class FedAvg:
+class FedAvg(WholeModelTraining):
     """Whole models trained on devices and averaged by their rows; defaults as in MergeSFL's code."""
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
-
-    steps: int = 42  # optimiser steps of a device in a round
-    batch: int = 64  # rows of one step
-    optimiser: Optimiser = AUTO  # fresh in every round, without momentum
-    learning_rate: Rate = AUTO
-    decay: float = 0.993  # of the learning rate, each round; 0: it falls linearly to zero
-    lowest: float = 0.005  # learning rate that decay does not go below
-    weight_decay: float = 0.0
-    clip: float = 0.0  # of the gradient's norm; 0: never
-    rank: int = 8  # of the adapters of a transformer
-    scale: float = 2.0  # alpha / rank of them
-    precision: Literal["fp32", "fp16"] = "fp16"  # of weights on the wire
 
     @classmethod
     def toy(cls) -> Self:

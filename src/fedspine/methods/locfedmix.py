@@ -18,12 +18,11 @@ from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method
-from fedspine.core.rates import AUTO, Optimiser, Rate
 from fedspine.core.task import IGNORED, Task
 from fedspine.split.auxiliary import DecodedCutting, bare, decoder
 from fedspine.split.baseline import (
-    MODEL_CUT,
     Opened,
+    SplitTraining,
     averaged,
     check_split,
     cutting_of,
@@ -37,7 +36,6 @@ from fedspine.split.device import HELD, Begin, Ended, Forwarded, Local, Step, be
 from fedspine.split.interface import Features, Halves
 from fedspine.split.protocol import Works, play
 from fedspine.split.server import Extra, Part, Weighted
-from fedspine.split.wire import Precision
 
 MIXING = 501  # the purpose of this random stream
 
@@ -133,7 +131,7 @@ class LocFedMixState:
 
 @method("locfedmix")
 @dataclass(frozen=True)
-class LocFedMix:
+class LocFedMix(SplitTraining):
     """Split learning in which devices keep what features say of inputs, and the server sees mixtures of devices."""
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
@@ -142,20 +140,6 @@ class LocFedMix:
     )
     decoder_width: int = 16  # channels of the decoder inside
     mixup: float = 1.0  # alpha of the Beta distribution of lam; 0: nothing is mixed
-    cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
-    rank: int = 8  # of the adapters; nets train all weights
-    scale: float = 2.0  # alpha / rank
-    steps: int = 20  # tau: iterations of a round, one optimiser step in each half
-    batch: int = 32  # rows of a device in one of them
-    optimiser: Optimiser = AUTO
-    learning_rate: Rate = AUTO
-    decay: float = (
-        0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
-    )
-    lowest: float = 0.0  # below which it does not fall
-    weight_decay: float = 0.1
-    clip: float = 1.0  # of the gradient's norm in each half; 0: never
-    precision: Precision = "fp16"  # of features and gradients on the wire
 
     @classmethod
     def toy(cls) -> Self:

@@ -6,7 +6,7 @@ Li et al. 2022, "PyramidFL: A Fine-grained Client Selection Framework for Effici
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -18,11 +18,11 @@ from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet, Profile, Reply
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, usable
-from fedspine.core.rates import AUTO, Optimiser, Rate
 from fedspine.core.task import Task
 from fedspine.core.tensors import average, single
 from fedspine.split.whole_model import (
     Training,
+    WholeModelTraining,
     check_whole,
     cutting_of,
     model_of,
@@ -102,7 +102,7 @@ class PyramidState:
 
 @method("pyramidfl")
 @dataclass(frozen=True)
-class PyramidFL:
+class PyramidFL(WholeModelTraining):
     """Selection by loss and speed, more work where there is slack, thinner updates where they are small."""
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
@@ -120,17 +120,6 @@ class PyramidFL:
     slack: bool = True  # whether fast devices train more
     drop_least: float = 0.1  # of the update with the largest norm: what is left out of each tensor
     drop_most: float = 0.5  # of the one with the smallest
-    steps: int = 42  # optimiser steps of a device in a round, without slack
-    batch: int = 64  # rows of one step
-    optimiser: Optimiser = AUTO  # fresh in every round, without momentum
-    learning_rate: Rate = AUTO
-    decay: float = 0.993  # of the learning rate, each round; 0: it falls linearly to zero
-    lowest: float = 0.005  # learning rate that decay does not go below
-    weight_decay: float = 0.0
-    clip: float = 0.0  # of the gradient's norm; 0: never
-    rank: int = 8  # of the adapters of a transformer
-    scale: float = 2.0  # alpha / rank of them
-    precision: Literal["fp32", "fp16"] = "fp16"  # of weights and updates on the wire
 
     @classmethod
     def toy(cls) -> Self:

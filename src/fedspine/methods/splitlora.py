@@ -13,11 +13,10 @@ from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.method import method
-from fedspine.core.rates import AUTO, Optimiser, Rate
 from fedspine.core.task import Task
 from fedspine.split.baseline import (
-    MODEL_CUT,
     SplitState,
+    SplitTraining,
     averaged,
     check_split,
     first_state,
@@ -27,27 +26,20 @@ from fedspine.split.baseline import (
 )
 from fedspine.split.protocol import play
 from fedspine.split.server import InTurn
-from fedspine.split.wire import Precision
 
 
 @method("splitlora")
 @dataclass(frozen=True)
-class SplitLora:
-    """Split learning of LoRA factors on one top that sees the devices in turn, with its authors' training settings."""
+class SplitLora(SplitTraining):
+    """Split learning of LoRA factors on one top that sees the devices in turn, with its authors' training settings.
+
+    Optimisers are fresh on devices after each averaging, on the server in each round.
+    """
 
     average_every: int = 100  # iterations after which the devices' factors are averaged; at the latest at the round's end
-    cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
-    rank: int = 8  # of the adapters
-    scale: float = 2.0  # alpha / rank
-    steps: int = 20  # tau: iterations of a round, one optimiser step in each half for every device
-    batch: int = 8  # rows of a device in one of them
-    optimiser: Optimiser = AUTO  # fresh on devices after each averaging, on the server each round
-    learning_rate: Rate = AUTO
-    decay: float = 0.0  # of the learning rate, each round; 0: it falls linearly to zero
-    lowest: float = 0.0  # learning rate that decay does not go below
+    batch: int = 8
     weight_decay: float = 0.01
-    clip: float = 0.0  # of the gradient's norm in each half; 0: never
-    precision: Precision = "fp16"  # of features and gradients on the wire
+    clip: float = 0.0
 
     @classmethod
     def toy(cls) -> Self:

@@ -4,7 +4,7 @@ SplitFed, LocFedMix-SL, AdaSFL and SplitLoRA differ in what the server makes of 
 bottoms are weighed; all else is alike, and alike in MergeSFL, so that a comparison means something.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -20,20 +20,21 @@ from fedspine.core.task import Task
 from fedspine.core.tensors import average, half
 from fedspine.split.device import Begin, Cutting
 from fedspine.split.interface import Halves
-from fedspine.split.protocol import Played
+from fedspine.split.protocol import Played, play
+from fedspine.split.server import ServerStep
 from fedspine.split.trainable_half import Optimising
-from fedspine.split.training_settings import HalvedFields, check_halves, optimising_at
-from fedspine.split.wire import BYTES, Precision
+from fedspine.split.training_settings import ModelTraining, check_halves, optimising_at
+from fedspine.split.wire import BYTES
 
 MODEL_CUT = -1  # of `cut`: where the model says
 LATER = 3  # how much more the later rounds count in a mean of all
 
 
-class SplitFields(HalvedFields, Protocol):
-    """The settings that split methods share; MergeSFL's have the same names and defaults."""
+@dataclass(frozen=True, kw_only=True)
+class SplitTraining(ModelTraining):
+    """The settings that split methods share."""
 
-    cut: int
-    precision: Precision
+    cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
 
 
 class Bottom(Protocol):
@@ -53,7 +54,7 @@ class SplitState:
     model: Any  # as `Halves.join` gives it
 
 
-def check_split(fields: SplitFields, task: Task) -> None:
+def check_split(fields: SplitTraining, task: Task) -> None:
     """Raise BadInput for settings that cannot work on this task."""
     check_halves(fields, task)
     if fields.precision not in BYTES:
@@ -61,13 +62,13 @@ def check_split(fields: SplitFields, task: Task) -> None:
     cutting_of(fields, task.base).of(task.base)
 
 
-def cutting_of(fields: SplitFields, base: Any) -> Cutting:
+def cutting_of(fields: SplitTraining, base: Any) -> Cutting:
     """Where the model is cut."""
     cut = base.default_cut if fields.cut == MODEL_CUT else fields.cut
     return Cutting(cut=cut, rank=fields.rank, scale=fields.scale)
 
 
-def first_state(fields: SplitFields, task: Task, rng: np.random.Generator) -> SplitState:
+def first_state(fields: SplitTraining, task: Task, rng: np.random.Generator) -> SplitState:
     halves = cutting_of(fields, task.base).of(task.base)
     return SplitState(
         round=0,
@@ -107,7 +108,7 @@ class Opened:
         return replace(order, ending=sent, ending_optimising=self.optimising)
 
 
-def opened(fields: SplitFields, state: SplitState, fleet: Fleet) -> Opened:
+def opened(fields: SplitTraining, state: SplitState, fleet: Fleet) -> Opened:
     cutting = cutting_of(fields, fleet.base)
     halves = cutting.of(fleet.base)
     bottom, top = halves.parts(state.model)
@@ -120,6 +121,27 @@ def opened(fields: SplitFields, state: SplitState, fleet: Fleet) -> Opened:
         seed=int(np.random.SeedSequence([state.seed, state.round]).generate_state(1)[0]),
         precision=fields.precision,
     )
+
+
+def split_round(
+    method: SplitTraining,
+    state: SplitState,
+    fleet: Fleet,
+    server_of: Callable[[Opened], ServerStep],
+) -> SplitState:
+    """One round with the same batch for all devices and averages weighed by rows: SplitFed's.
+
+    `server_of` makes what trains the top in this round.
+    """
+    now, rows = opened(method, state, fleet), rows_of(fleet)
+    server = server_of(now)
+    batches = rooms(fleet, now.halves, method.batch, state.longest)
+    orders = {device: now.begin(batch) for device, batch in batches.items()}
+    played = play(fleet, orders, method.steps, server, now.seed)
+    noted(fleet, played)
+    stayed = {device: rows[device] for device in played.bottoms}
+    model = now.halves.join(averaged(played.bottoms, stayed), server.finish(stayed))
+    return replace(state, round=state.round + 1, model=model)
 
 
 def paced(

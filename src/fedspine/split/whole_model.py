@@ -19,10 +19,23 @@ from fedspine.split.batches import rows_at
 from fedspine.split.device import Cutting
 from fedspine.split.interface import Halves
 from fedspine.split.trainable_half import Optimising, Trained
-from fedspine.split.training_settings import HalvedFields, check_halves, optimising_at
+from fedspine.split.training_settings import ModelTraining, check_halves, optimising_at
 
 LAST = 5  # steps whose mean loss stands for where training ended
 Wire: TypeAlias = Literal["fp32", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeModelTraining(ModelTraining):
+    """The settings that methods share which train whole models; defaults as in MergeSFL's code."""
+
+    steps: int = 42
+    batch: int = 64
+    decay: float = 0.993
+    lowest: float = 0.005
+    weight_decay: float = 0.0
+    clip: float = 0.0
+    precision: Wire = "fp16"  # of weights on the wire
 
 
 @message
@@ -101,18 +114,18 @@ def memory_bytes(halves: Halves, rows: int, tokens: int) -> int:
 # --- the server's part ---
 
 
-def check_whole(fields: HalvedFields, task: Task) -> None:
+def check_whole(fields: ModelTraining, task: Task) -> None:
     """Raise BadInput for settings of training whole models that cannot work."""
     check_halves(fields, task)
     cutting_of(fields, task.base).of(task.base)
 
 
-def cutting_of(fields: HalvedFields, base: Any) -> Cutting:
+def cutting_of(fields: ModelTraining, base: Any) -> Cutting:
     """Where a whole model is cut to be computed in two calls, which makes no difference to what is learnt."""
     return Cutting(cut=base.default_cut, rank=fields.rank, scale=fields.scale)
 
 
-def training_at(fields: HalvedFields, base: Any, round: int, rounds: int) -> Training:
+def training_at(fields: ModelTraining, base: Any, round: int, rounds: int) -> Training:
     """The settings of one round, counted from 0."""
     return Training(
         cutting=cutting_of(fields, base),
