@@ -21,7 +21,7 @@ from fedspine.core.process import keep_freed_memory
 from fedspine.core.task import Data
 from fedspine.execution.workers import Workers, Workshop
 from fedspine.fleets.simulated import SimulatedFleet
-from fedspine.methods.mergesfl import MergeSflState
+from fedspine.methods.mergesfl_plus import MergeSflPlusState
 from fedspine.runs.assemble import build, simulate
 from fedspine.runs.config import load
 from fedspine.split.batches import rows_at
@@ -60,7 +60,7 @@ class Bench:
     records: Records
     asks: dict[str, int] = field(default_factory=dict)
 
-    def round(self, state: MergeSflState) -> tuple[MergeSflState, float, Heard]:
+    def round(self, state: MergeSflPlusState) -> tuple[MergeSflPlusState, float, Heard]:
         """One round of ours, as a run has it: the next state, seconds of this process, and what devices were told."""
         heard = Heard(self.fleet, self.asks)
         started = time.process_time()
@@ -73,7 +73,7 @@ class Bench:
         self.store.save(saved)
         return after, time.process_time() - started, heard
 
-    def bare(self, state: MergeSflState, heard: Heard) -> tuple[float, int]:
+    def bare(self, state: MergeSflPlusState, heard: Heard) -> tuple[float, int]:
         """The passes of that round in a plain loop: seconds of this process, and rows."""
         built, rows, given = (
             self.built,
@@ -132,7 +132,7 @@ def main() -> None:
         if value
     ]
     settings += [
-        "method.name=mergesfl",
+        "method.name=mergesfl-plus",
         "method.regulate_within=false",  # so that the first order says what is repeated bare
         f"method.steps={arguments.steps}",
         f"method.batch={arguments.batch}",

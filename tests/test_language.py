@@ -306,7 +306,7 @@ def test_a_text_without_a_token_is_no_error(decoder):
         ("pyramidfl", {}),
         ("mergesfl", {}),
         ("mergesfl", {"merging": "copies"}),
-        ("mergesfl", {"labels_stay": True}),
+        ("mergesfl-plus", {"labels_stay": True}),
         ("splitfed_v2", {}),
         ("locfedmix", {}),
     ],

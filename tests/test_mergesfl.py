@@ -14,28 +14,37 @@ from fedspine.core.fleet import AllLost
 from fedspine.lm.lora import b_name
 from fedspine.lm.tune import losses_of
 from fedspine.methods.mergesfl import MergeSfl
+from fedspine.methods.mergesfl_plus import MergeSflPlus
+from fedspine.runs.config import recipe
 from fedspine.split.batches import drawn, rows_at
 from fedspine.split.cut import halves_of
 from fedspine.split.device import Ended, Forwarded
 from fedspine.split.label_distribution import calibrating
 
 # plain SGD on what is sent unrounded, so that the split can be compared with no split
-PLAIN = MergeSfl(
-    cut=1,
-    rank=4,
-    steps=1,
-    batch=16,
-    optimiser="sgd",
-    learning_rate=0.3,
-    decay=1.0,
-    weight_decay=0.0,
-    clip=0.0,
-    precision="fp32",
-    budget_rows=80,
-    fill_tokens=False,
-    calibrate=0.0,
-    bottom_rate=1.0,
-)
+SGD = {
+    "cut": 1,
+    "rank": 4,
+    "steps": 1,
+    "batch": 16,
+    "optimiser": "sgd",
+    "learning_rate": 0.3,
+    "decay": 1.0,
+    "weight_decay": 0.0,
+    "clip": 0.0,
+    "precision": "fp32",
+    "budget_rows": 80,
+}
+PAPER = MergeSfl(**SGD)
+PLAIN = MergeSflPlus(**SGD, fill_tokens=False, calibrate=0.0, bottom_rate=1.0)
+# all that is ours switched off, which leaves the paper's form
+OFF = {
+    "calibrate": 0.0,
+    "bottom_rate": 1.0,
+    "average": False,
+    "weigh_waiting": False,
+    "regulate_within": False,
+}
 EPS = 2.0**-24  # half a unit in the last place of fp32, relative
 
 
@@ -118,22 +127,24 @@ def assert_same_step(found, expected, start, *, off=2e-5):
     assert moved >= len(expected) // 2  # an A factor gets no gradient while its B is zero
 
 
+@pytest.mark.parametrize("form", [PAPER, PLAIN], ids=lambda form: form.name)
 @pytest.mark.parametrize("cut", [0, 1, 2])
-def test_one_merged_step_is_one_centralised_step(lab, cut):
-    bench, method = lab(), dataclasses.replace(PLAIN, cut=cut)
+def test_one_merged_step_is_one_centralised_step(lab, cut, form):
+    bench, method = lab(), dataclasses.replace(form, cut=cut)
     start = started(method, bench)
     state, (batches,) = run(bench, method)
     assert len(batches) == len(KINDS)
     assert_same_step(state.model, centralised(bench, start, batches), start)
 
 
-def test_so_it_is_with_unequal_batches(lab):
+@pytest.mark.parametrize("form", [PAPER, PLAIN], ids=lambda form: form.name)
+def test_so_it_is_with_unequal_batches(lab, form):
     """In the second round batches follow the devices' pace; Eq. 17 weighs bottoms by them."""
     bench = lab()
-    first = bench.run(PLAIN, rounds=1)
+    first = bench.run(form, rounds=1)
     spy = Spy(bench.fleet)
     bench.fleet.begin_round(1)
-    state = PLAIN.round(first, spy)
+    state = form.round(first, spy)
     batches = {id: order.batch for id, order in spy.orders if type(order).__name__ == "Begin"}
     assert len(set(batches.values())) > 2
     # the first round's asks: the look, begin, end
@@ -141,7 +152,7 @@ def test_so_it_is_with_unequal_batches(lab):
 
 
 def test_with_one_device_it_is_unsplit_sgd(lab):
-    bench, method = lab(kinds=("agx",)), dataclasses.replace(PLAIN, steps=4)
+    bench, method = lab(kinds=("agx",)), dataclasses.replace(PAPER, steps=4)
     start = started(method, bench)
     state, (batches,) = run(bench, method)
     assert batches == {"agx-00": 16}
@@ -245,7 +256,7 @@ def test_without_rescale_bottoms_move_by_their_share(lab):
 
 def test_batches_follow_the_pace_that_was_measured(lab):
     bench = lab()
-    method = dataclasses.replace(MergeSfl.toy(), batch=32, budget_rows=1000, regulate_within=False)
+    method = dataclasses.replace(MergeSfl.toy(), batch=32, budget_rows=1000)
     state, (first, second) = run(bench, method, rounds=2)
     assert set(first.values()) == {32}  # nothing is known yet, so all count as alike
     measured = {}
@@ -268,24 +279,48 @@ def test_batches_follow_the_pace_that_was_measured(lab):
     assert all(worker.rounds == 2 for worker in state.workers.values())
 
 
-def test_without_regulation_within_batches_stay_as_planned(lab):
-    """The paper's form: one size for a round, in messages of before, and the bits of one that is never asked again."""
-    fixed = dataclasses.replace(MergeSfl.toy(), regulate_within=False)
+def test_the_papers_form_keeps_batches_within_a_round(lab):
     spies = []
-    state = lab("fixed").run(
-        fixed, rounds=2, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1]
-    )
+    lab().run(MergeSfl.toy(), rounds=2, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
     assert {type(order).__name__ for spy in spies for _, order in spy.orders} == {
         "Look",
         "Begin",
         "Step",
     }
-    assert state.fixed_seconds == 0
-    both = dataclasses.replace(
-        fixed, regulate=False
-    )  # equal batches are not regulated again either
+
+
+@pytest.mark.parametrize("changed", [{}, {"merging": "in-turn"}, {"regulate": False}], ids=str)
+def test_with_all_that_is_ours_switched_off_it_is_the_papers_form(lab, changed):
+    """The same model, labels and paces, to the bit."""
+    paper = dataclasses.replace(MergeSfl.toy(), batch=32, **changed)
+    off = dataclasses.replace(MergeSflPlus.toy(), batch=32, **OFF, **changed)
+    one, other = lab("paper").run(paper, rounds=2), lab("off").run(off, rounds=2)
+    for part in ("model", "labels", "workers"):
+        assert bits(getattr(one, part)) == bits(getattr(other, part))
+    assert bits(paper.deploy(one)) == bits(off.deploy(other))
+    assert other.fixed_seconds == 0
+
+
+def test_equal_batches_are_not_regulated_within_a_round_either(lab):
+    both = dataclasses.replace(MergeSflPlus.toy(), regulate=False, regulate_within=False)
     within = dataclasses.replace(both, regulate_within=True)
     assert bits(lab("equal").run(both, rounds=2)) == bits(lab("within").run(within, rounds=2))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "write"),
+    [
+        ("calibrate", 0.5, 'write name = "mergesfl-plus"'),
+        ("labels_stay", True, 'write name = "mergesfl-plus"'),
+    ],
+)
+def test_a_recipe_from_before_the_two_forms_is_told_what_to_write(key, value, write):
+    with pytest.raises(BadInput) as refused:
+        recipe({"method": {"name": "mergesfl", key: value}})
+    assert str(refused.value) == f"method.{key} is no setting of mergesfl any more; {write}"
+    assert recipe({"method": {"name": "mergesfl-plus", key: value}}).method == MergeSflPlus(
+        **{key: value}
+    )
 
 
 UNEQUAL = ("tx2", "tx2", "tx2", "nx", "nx", "nx", "agx", "agx")
@@ -305,7 +340,7 @@ def waiting_shares(bench, method, rounds):
 def test_devices_wait_less_where_batches_follow_the_round(lab):
     """A plan by the rounds before knows nothing in the first, and later nothing of the round's links."""
     method = dataclasses.replace(
-        MergeSfl.toy(), batch=36, steps=16, precision="fp32", budget_rows=400
+        MergeSflPlus.toy(), batch=36, steps=16, precision="fp32", budget_rows=400
     )
     within = waiting_shares(lab("within", kinds=UNEQUAL), method, 3)
     fixed = waiting_shares(
@@ -343,7 +378,7 @@ def sizes_of(orders):
 def test_a_long_round_begins_with_a_part_of_its_batches(lab, steps, within, first):
     """By them the round's links become known, for which few rows do; the next batches are halves, then whole ones."""
     method = dataclasses.replace(
-        MergeSfl.toy(),
+        MergeSflPlus.toy(),
         steps=steps,
         regulate_within=within,
         budget_rows=1000,
@@ -443,7 +478,7 @@ def test_where_a_bottom_is_light_nobody_joins_late(lab):
 
 
 def test_devices_wait_less_where_slow_links_join_late(lab):
-    method = dataclasses.replace(MergeSfl.toy(), steps=16, batch=12, precision="fp32", rank=32)
+    method = dataclasses.replace(MergeSflPlus.toy(), steps=16, batch=12, precision="fp32", rank=32)
     late = waiting_shares(lab("late", kinds=UNEQUAL), method, 2)
     together = waiting_shares(
         lab("together", kinds=UNEQUAL), dataclasses.replace(method, join_late=False), 2
@@ -550,7 +585,7 @@ def batches_of(bench, id, sizes, asks):
 def test_texts_take_as_many_tokens_as_they_are_told_and_devices_wait_less(lab):
     """Few rows of unequal length take now more time, now less; filled to a number of tokens they take the same."""
     method = dataclasses.replace(
-        MergeSfl.toy(), steps=16, batch=12, precision="fp32", join_late=False
+        MergeSflPlus.toy(), steps=16, batch=12, precision="fp32", join_late=False
     )
     spies = []
     lab("spied", kinds=UNEQUAL).run(
@@ -574,7 +609,7 @@ def test_texts_take_as_many_tokens_as_they_are_told_and_devices_wait_less(lab):
 
 def test_a_rate_that_follows_the_batch_does_so_within_a_round(lab):
     method = dataclasses.replace(
-        MergeSfl.toy(), steps=3, batch=32, lr_scaling="linear", bottom_weights="uniform"
+        MergeSflPlus.toy(), steps=3, batch=32, lr_scaling="linear", bottom_weights="uniform"
     )
     method = dataclasses.replace(method, fill_tokens=False)
     spies = []
@@ -619,7 +654,7 @@ def test_calibration_takes_off_what_a_devices_labels_tell():
 
 
 def test_regulated_within_a_resumed_run_is_the_uninterrupted_one(lab):
-    method = dataclasses.replace(MergeSfl.toy(), batch=32)
+    method = dataclasses.replace(MergeSflPlus.toy(), batch=32)
     whole = lab("whole").run(method, rounds=3)
     first = lab("parts")
     first.save(first.run(method, rounds=1))
@@ -721,7 +756,7 @@ def test_a_batch_is_never_larger_than_a_devices_data(lab):
 )
 def test_every_variant_learns_something_else(lab, task, changed):
     plain = dataclasses.replace(
-        MergeSfl.toy(), fewest=2, steps=2, batch=60
+        MergeSflPlus.toy(), fewest=2, steps=2, batch=60
     )  # more than two of the devices hold
     method = dataclasses.replace(plain, **changed)
     method.check(task)
@@ -745,10 +780,6 @@ def test_every_variant_learns_something_else(lab, task, changed):
     [
         ({"cut": 3}, "after block 3, but this model has 2 blocks"),
         ({"cut": -2}, "after block -2"),
-        (
-            {"budget_bytes": 1000.0},
-            "budget is 1000 bytes an iteration, but one row's features take 1024",
-        ),
         ({"batch": 301}, "hold 300 rows"),
         ({"batch": 0}, "at least 1"),
         ({"steps": 0}, "at least 1"),
@@ -766,14 +797,14 @@ def test_every_variant_learns_something_else(lab, task, changed):
 )
 def test_what_cannot_work_is_refused_before_the_first_round(task, changed, match):
     with pytest.raises(BadInput, match=match):
-        dataclasses.replace(MergeSfl.toy(), **changed).check(task)
+        dataclasses.replace(MergeSflPlus.toy(), **changed).check(task)
 
 
 def test_what_is_deployed_is_the_mean_of_all_rounds_models(lab):
     """Against weights worked out by hand: after t rounds the newest counts 4 / (t + 3) (Shamir and Zhang 2013, eta = 3)."""
     counts = [[1], [0.2, 0.8], [0.2 / 3, 0.8 / 3, 2 / 3]]
     bench, models = lab("averaged"), []
-    method, alone = MergeSfl.toy(), dataclasses.replace(MergeSfl.toy(), average=False)
+    method, alone = MergeSflPlus.toy(), dataclasses.replace(MergeSflPlus.toy(), average=False)
     state = method.start(bench.task, np.random.default_rng(0))
     for round, weights in enumerate(counts):
         bench.fleet.begin_round(round)

@@ -8,14 +8,14 @@ for, not as many rows.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from fedspine.control.batch_timing import early, fitted
-from fedspine.control.split_plan import Goal, SplitLimits, planned_again
+from fedspine.control.split_plan import Goal, planned_again
 from fedspine.core.device import DeviceId
 from fedspine.core.fleet import Cost
 from fedspine.split.batches import Budget
@@ -47,12 +47,8 @@ class Regulating:
     """A round's plan as it may be made again: one entry for each device chosen."""
 
     devices: Sequence[DeviceId]
-    labels: Float[np.ndarray, "devices classes"]
-    reference: Float[np.ndarray, " classes"]
-    most: Int[np.ndarray, " devices"]
-    limits: SplitLimits
+    goal: Goal  # of the plan; its costs are those known before the round
     tune: bool
-    fixed: float  # seconds of an exchange beside its rows', as known before the round
     steps: int  # of the round
     weight_bytes: int  # of the bottom
     late: bool  # whether devices may begin and end at times of their own
@@ -70,13 +66,12 @@ class Regulating:
             return None
         devices = [device for device in self.devices if device in told]
         places = [self.devices.index(device) for device in devices]
-        found = paces([progress[device] for device in devices], self.fixed)
-        goal = Goal(
+        found = paces([progress[device] for device in devices], self.goal.fixed)
+        goal = replace(
+            self.goal,
             cost=found.cost,
-            labels=self.labels[places],
-            reference=self.reference,
-            most=self.most[places],
-            limits=self.limits,
+            labels=self.goal.labels[places],
+            most=self.goal.most[places],
             fixed=found.fixed,
         )
         rows = planned_again(goal, tune=self.tune)
@@ -114,7 +109,7 @@ class Regulating:
         if 2 * done < self.steps:
             return ()
         own = list(progress.values())
-        found = paces(own, self.fixed)
+        found = paces(own, self.goal.fixed)
         rows = np.array([each.batch for each in own])
         # the last gradient goes down, the bottom up
         ends = found.fixed + found.cost * (rows / 2 + self.weight_bytes / found.row_bytes)
@@ -133,7 +128,7 @@ class Regulating:
         """Tokens for the time of the longest iteration: those of `rows`, and of less than a row more."""
         exact = np.clip((longest - found.fixed) / found.cost, rows, rows + 1)
         tokens = np.maximum((exact * found.row_bytes - headers) / (2 * self.token_bytes), 1)
-        tokens *= min(1.0, self.limits.budget_bytes / self.token_bytes / tokens.sum())
+        tokens *= min(1.0, self.goal.limits.budget_bytes / self.token_bytes / tokens.sum())
         return [
             Budget(tokens=int(own), rows=int(most)) for own, most in zip(tokens, room, strict=True)
         ]
@@ -143,14 +138,6 @@ class Regulating:
         optimising = self.optimising(now)
         same = optimising.learning_rate == self.optimising(before).learning_rate
         return None if same else optimising
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A round's batches, and how they are planned again within it, if they are."""
-
-    batches: Mapping[DeviceId, int]
-    again: Regulating | None
 
 
 def paces(progress: Sequence[Progress], fixed: float, *, ended: bool = False) -> Paces:
