@@ -404,9 +404,9 @@ def test_in_split_learning_a_slow_site_joins_late_and_one_that_dies_is_not_waite
         site: [row["work"] for row in rows if row["row"] == "exchange" and row["device"] == site]
         for site in SITES
     }
-    assert all(works[:2] == ["look", "begin"] for works in exchanges.values())
+    assert all(works[:2] == ["label_distribution", "begin"] for works in exchanges.values())
     assert exchanges["east"][-1] == exchanges["west"][-1] == "end"
-    assert len(exchanges["east"]) < len(exchanges["west"]) == 32  # look, begin, 29 steps, end
+    assert len(exchanges["east"]) < len(exchanges["west"]) == 32  # labels, begin, 29 steps, end
     (round,) = [row for row in rows if row["row"] == "round"]
     assert 0 < round["waiting_seconds"] < round["now"]
 

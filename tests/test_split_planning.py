@@ -166,9 +166,9 @@ def test_scaling_up_takes_the_longest_iteration_within_both_caps(cost, largest, 
     ]
     trials = [regulate(cost, rows, everything, each) for rows, each in ends]
     assert grown.sum() >= max((trial.sum() for trial in trials if trial.sum() <= budget), default=0)
-    paced = grown > 1  # a single row may take longer than all of another worker's
+    updated_workers = grown > 1  # a single row may take longer than all of another worker's
     assert (
-        (grown + 1) * cost > (grown * cost)[paced].max(initial=0) * (1 - ROUNDING)
+        (grown + 1) * cost > (grown * cost)[updated_workers].max(initial=0) * (1 - ROUNDING)
     ).all()  # none has time for one more
 
 
@@ -228,8 +228,8 @@ def test_levelled_batches_keep_the_limits_and_nearly_the_longest_iteration(probl
         assert fixed + (batches * workers.cost).max() >= SHORTER * (fixed + reached) * (
             1 - ROUNDING
         )
-    paced = batches > 1  # one row may take longer than the iteration
-    ends = (batches * workers.cost)[paced].max(initial=0)
+    updated_workers = batches > 1  # one row may take longer than the iteration
+    ends = (batches * workers.cost)[updated_workers].max(initial=0)
     assert ((batches + 1) * workers.cost > ends * (1 - ROUNDING))[
         free
     ].all()  # none has time for one more

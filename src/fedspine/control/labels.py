@@ -35,17 +35,17 @@ def merged(
     return batches @ labels / batches.sum(axis=-1, keepdims=True)
 
 
-def label_shifts(
+def class_log_ratios(
     labels: Float[np.ndarray, "workers classes"],
     reference: Float[np.ndarray, " classes"],
     share: float,
 ) -> Float[np.ndarray, "workers classes"]:
     """How much likelier each class is at a worker than in the fleet, in nats: log(V_i / Phi_0), of which `share` counts.
 
-    Logits calibrated with it, as in logit adjustment (Menon et al. 2021, arXiv:2007.07314) and FedLC (Zhang et al. 2022,
+    Logits adjusted with it, as in logit adjustment (Menon et al. 2021, arXiv:2007.07314) and FedLC (Zhang et al. 2022,
     arXiv:2209.00189), gain nothing from knowing whose rows these are; 0 for a worker whose labels are the fleet's.
 
-    >>> label_shifts(np.array([[1.0, 0.0], [0.5, 0.5]]), np.array([0.5, 0.5]), 0.5).round(3).tolist()
+    >>> class_log_ratios(np.array([[1.0, 0.0], [0.5, 0.5]]), np.array([0.5, 0.5]), 0.5).round(3).tolist()
     [[0.405, -0.693], [0.0, 0.0]]
     """
     ratio = np.divide(labels, reference, out=np.ones_like(labels), where=reference > 0)

@@ -2,7 +2,7 @@
 
 Liao, Xu, Xu, Yao, Wang and Qiao 2024, "Accelerating Federated Learning With Data and Model Parallelism in Edge Computing",
 IEEE/ACM Transactions on Networking. No merging and no selection: in every iteration the features of each device train a
-copy of the top, and the copies are averaged. Departures: docs/methods/adasfl.md.
+copy of the server model, and the copies are averaged. Departures: docs/methods/adasfl.md.
 """
 
 from collections.abc import Mapping
@@ -21,15 +21,15 @@ from fedspine.core.method import method
 from fedspine.core.task import Task
 from fedspine.split.baseline import (
     SplitTraining,
-    averaged,
+    batch_caps,
     check_split,
     first_state,
-    noted,
-    opened,
-    paced,
-    rooms,
+    note_devices,
+    set_up_round,
+    updated_workers,
+    weighted_mean,
 )
-from fedspine.split.protocol import play
+from fedspine.split.protocol import run_round
 from fedspine.split.server import Copies
 
 
@@ -39,7 +39,7 @@ class AdaSflState:
     rounds: int
     seed: int
     longest: int  # tokens of a text, 1 for arrays
-    model: Any  # as `Halves.join` gives it
+    model: Any  # as `SplitModel.join` gives it
     workers: dict[str, WorkerState]  # every device that completed a round
     loss: float | None  # of the last round
     first_loss: float | None  # of the first one
@@ -79,23 +79,31 @@ class AdaSfl(SplitTraining):
         return AdaSflState(**vars(first), workers={}, loss=None, first_loss=None)
 
     def round(self, state: AdaSflState, fleet: Fleet) -> AdaSflState:
-        now = opened(self, state, fleet)
-        batches = self._batches(state, rooms(fleet, now.halves, self.batch, state.longest))
-        top = Copies(
-            now.halves, now.top, now.optimising, every_iteration=True, gradients=bool(now.bottom)
+        now = set_up_round(self, state, fleet)
+        batches = self._batches(
+            state, batch_caps(fleet, now.split_model, self.batch, state.longest)
+        )
+        server_model = Copies(
+            now.split_model,
+            now.server_model,
+            now.optimising,
+            every_iteration=True,
+            gradients=bool(now.client_model),
         )
         orders = {device: now.begin(batch) for device, batch in batches.items()}
-        played = play(fleet, orders, self._steps(state), top, now.seed)
-        noted(fleet, played)
-        alike = dict.fromkeys(played.bottoms, 1)
-        took = {device: progress.row_seconds for device, progress in played.progress.items()}
+        result = run_round(fleet, orders, self._steps(state), server_model, now.seed)
+        note_devices(fleet, result)
+        alike = dict.fromkeys(result.client_models, 1)
+        took = {device: progress.row_seconds for device, progress in result.progress.items()}
         return replace(
             state,
             round=state.round + 1,
-            model=now.halves.join(averaged(played.bottoms, alike), top.finish(alike)),
-            workers=state.workers | paced(state.workers, took, self.keep),
-            loss=played.loss,
-            first_loss=played.loss if state.first_loss is None else state.first_loss,
+            model=now.split_model.join(
+                weighted_mean(result.client_models, alike), server_model.finish(alike)
+            ),
+            workers=state.workers | updated_workers(state.workers, took, self.keep),
+            loss=result.loss,
+            first_loss=result.loss if state.first_loss is None else state.first_loss,
         )
 
     def deploy(self, state: AdaSflState, device: DeviceId | None = None) -> Any:

@@ -47,10 +47,10 @@ class AverageResult:
 
 @on_device
 def train_and_send(device: Device, order: AverageOrder) -> AverageResult:
-    lesson = train_whole(device, order.weights, order.training)
+    result = train_whole(device, order.weights, order.training)
     return AverageResult(
-        weights=wired(lesson.weights, order.precision),  # type: ignore[arg-type]
-        loss=lesson.ended,
+        weights=wired(result.weights, order.precision),  # type: ignore[arg-type]
+        loss=result.ended,
         examples=len(device.data),
     )
 
@@ -79,27 +79,29 @@ class FedAvg(WholeModelTraining):
         check_whole(self, task)
 
     def start(self, task: Task, rng: np.random.Generator) -> AverageState:
-        halves = cutting_of(self, task.base).of(task.base)
+        split_model = cutting_of(self, task.base).of(task.base)
         return AverageState(
             round=0,
             rounds=task.rounds,
             max_tokens=task.max_tokens,
-            model=halves.join(*halves.start(rng)),
+            model=split_model.join(*split_model.start(rng)),
         )
 
     def round(self, state: AverageState, fleet: Fleet) -> AverageState:
-        halves = cutting_of(self, fleet.base).of(fleet.base)
+        split_model = cutting_of(self, fleet.base).of(fleet.base)
         order = AverageOrder(
-            weights=wired(weights_of(halves, state.model), self.precision),
+            weights=wired(weights_of(split_model, state.model), self.precision),
             training=training_at(self, fleet.base, state.round, state.rounds),
             precision=self.precision,
         )
-        able = with_memory(fleet, halves, self.batch, state.max_tokens)
+        able = with_memory(fleet, split_model, self.batch, state.max_tokens)
         replies = usable(fleet.ask(train_and_send, {device.id: order for device in able}), fleet)
         for reply in replies:
             fleet.note(device=reply.device, loss=reply.value.loss)
         weights = average((reply.value.examples, reply.value.weights) for reply in replies)
-        return replace(state, round=state.round + 1, model=model_of(halves, state.model, weights))
+        return replace(
+            state, round=state.round + 1, model=model_of(split_model, state.model, weights)
+        )
 
     def deploy(self, state: AverageState, device: DeviceId | None = None) -> Any:
         return state.model

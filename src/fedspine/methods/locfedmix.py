@@ -21,28 +21,38 @@ from fedspine.core.method import method
 from fedspine.core.task import IGNORED, Task
 from fedspine.split.auxiliary import DecodedCutting, bare, decoder
 from fedspine.split.baseline import (
-    Opened,
+    RoundSetup,
     SplitTraining,
-    averaged,
+    batch_caps,
     check_split,
     cutting_of,
     first_state,
-    noted,
-    opened,
-    rooms,
+    note_devices,
     rows_of,
+    set_up_round,
+    weighted_mean,
 )
-from fedspine.split.device import HELD, Begin, Ended, Forwarded, Local, Step, begun, ended, stepped
-from fedspine.split.interface import Features, Halves
-from fedspine.split.protocol import Works, play
-from fedspine.split.server import Extra, Part, Weighted
+from fedspine.split.device import (
+    HELD,
+    Begin,
+    Ended,
+    Forwarded,
+    LocalLoss,
+    Step,
+    begun,
+    ended,
+    stepped,
+)
+from fedspine.split.interface import Features, SplitModel
+from fedspine.split.protocol import DeviceWork, run_round
+from fedspine.split.server import ExtraLoss, Part, Weighted
 
 MIXING = 501  # the purpose of this random stream
 
 
 @message
 class ReadingOrder:
-    """Begin, with the decoder's weights beside the bottom's."""
+    """Begin, with the decoder's weights beside the client model's."""
 
     begin: Begin
     width: int  # of the decoder inside
@@ -69,7 +79,7 @@ def end_reading(device: Device, order: Step) -> Ended:
     return ended(device, order, reading(device, device.memory[HELD].order.cutting))
 
 
-def reading(device: Device, cutting: DecodedCutting) -> Local:
+def reading(device: Device, cutting: DecodedCutting) -> LocalLoss:
     """The reconstruction loss, weighted."""
     decoded = cutting.of(device.base)
     return lambda weights, features, inputs: (
@@ -77,7 +87,7 @@ def reading(device: Device, cutting: DecodedCutting) -> Local:
     )
 
 
-def mixup(halves: Halves, shares: Mapping[DeviceId, float], alpha: float) -> Extra:
+def mixup(split_model: SplitModel, shares: Mapping[DeviceId, float], alpha: float) -> ExtraLoss:
     """Every device's features mixed with another one's, lam ~ Beta(alpha, alpha), weighed by the device's share; Eq. 5, 6.
 
     The features are leaves without gradients, so that nothing of this loss leaves the server.
@@ -91,8 +101,12 @@ def mixup(halves: Halves, shares: Mapping[DeviceId, float], alpha: float) -> Ext
                 other = parts[(place + int(rng.integers(1, len(parts)))) % len(parts)]
                 lam = float(rng.beta(alpha, alpha))
                 features, own, theirs = blended(part, other, lam)
-                mixed = lam * halves.top(weights, features, own, seed=seed).mean
-                mixed = mixed + (1 - lam) * halves.top(weights, features, theirs, seed=seed).mean
+                mixed = lam * split_model.server_forward(weights, features, own, seed=seed).mean
+                mixed = (
+                    mixed
+                    + (1 - lam)
+                    * split_model.server_forward(weights, features, theirs, seed=seed).mean
+                )
                 losses.append(shares[part.device] / whole * mixed.cpu())
         return torch.stack(losses).sum()
 
@@ -125,7 +139,7 @@ class LocFedMixState:
     rounds: int
     seed: int
     longest: int  # tokens of a text, 1 for arrays
-    model: Any  # as `Halves.join` gives it
+    model: Any  # as `SplitModel.join` gives it
     decoder: Tensors  # of all devices, on the devices only while they train
 
 
@@ -164,28 +178,36 @@ class LocFedMix(SplitTraining):
         return LocFedMixState(**vars(first), decoder=decoded.start(rng))
 
     def round(self, state: LocFedMixState, fleet: Fleet) -> LocFedMixState:
-        now, rows = opened(self, state, fleet), rows_of(fleet)
-        extra = mixup(now.halves, rows, self.mixup) if self.mixup else None
-        top = Weighted(
-            now.halves, now.top, now.optimising, rows, gradients=bool(now.bottom), extra=extra
+        now, rows = set_up_round(self, state, fleet), rows_of(fleet)
+        extra = mixup(now.split_model, rows, self.mixup) if self.mixup else None
+        server_model = Weighted(
+            now.split_model,
+            now.server_model,
+            now.optimising,
+            rows,
+            gradients=bool(now.client_model),
+            extra=extra,
         )
         if (
-            self.reconstruction and now.bottom
-        ):  # a bottom that is frozen cannot be helped by reading back
+            self.reconstruction and now.client_model
+        ):  # a client model that is frozen cannot be helped by reading back
             orders, works = (
                 self._reading(now, state, fleet),
-                Works(begin_reading, step_reading, end_reading),
+                DeviceWork(begin_reading, step_reading, end_reading),
             )
         else:
-            batches = rooms(fleet, now.halves, self.batch, state.longest)
-            orders, works = {device: now.begin(batch) for device, batch in batches.items()}, Works()
-        played = play(fleet, orders, self.steps, top, now.seed, works)
-        noted(fleet, played)
-        weights = averaged(played.bottoms, rows)
+            batches = batch_caps(fleet, now.split_model, self.batch, state.longest)
+            orders, works = (
+                {device: now.begin(batch) for device, batch in batches.items()},
+                DeviceWork(),
+            )
+        result = run_round(fleet, orders, self.steps, server_model, now.seed, works)
+        note_devices(fleet, result)
+        weights = weighted_mean(result.client_models, rows)
         return replace(
             state,
             round=state.round + 1,
-            model=now.halves.join(bare(weights), top.finish(rows)),
+            model=now.split_model.join(bare(weights), server_model.finish(rows)),
             decoder=state.decoder | decoder(weights),
         )
 
@@ -196,10 +218,12 @@ class LocFedMix(SplitTraining):
         return state.model
 
     def _reading(
-        self, now: Opened, state: LocFedMixState, fleet: Fleet
+        self, now: RoundSetup, state: LocFedMixState, fleet: Fleet
     ) -> dict[DeviceId, ReadingOrder]:
-        batches = rooms(fleet, self._cutting(fleet.base).of(fleet.base), self.batch, state.longest)
-        weights = now.bottom | state.decoder
+        batches = batch_caps(
+            fleet, self._cutting(fleet.base).of(fleet.base), self.batch, state.longest
+        )
+        weights = now.client_model | state.decoder
         return {
             device: ReadingOrder(
                 begin=now.begin(batch, weights),

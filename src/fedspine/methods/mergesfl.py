@@ -29,21 +29,21 @@ from fedspine.core.message import message
 from fedspine.core.method import method
 from fedspine.core.task import Task
 from fedspine.split.baseline import (
-    Opened,
+    RoundSetup,
     SplitTraining,
-    averaged,
+    batch_caps,
     check_split,
     cutting_of,
     first_state,
-    noted,
-    opened,
-    paced,
-    rooms,
+    note_devices,
+    set_up_round,
+    updated_workers,
+    weighted_mean,
 )
-from fedspine.split.interface import Halves
-from fedspine.split.label_distribution import Look, look
-from fedspine.split.protocol import Played, play
-from fedspine.split.server import Copies, InTurn, Merged, ServerStep, Shifts
+from fedspine.split.interface import SplitModel
+from fedspine.split.label_distribution import LabelQuery, label_distribution
+from fedspine.split.protocol import RoundResult, run_round
+from fedspine.split.server import Copies, InTurn, LogitAdjustments, Merged, ServerStep
 from fedspine.split.wire import row_bytes
 
 FULL_BATCHES = 10  # the budget of an iteration where none is set
@@ -55,7 +55,7 @@ class MergeSflState:
     round: int
     rounds: int
     seed: int
-    model: Any  # as `Halves.join` gives it
+    model: Any  # as `SplitModel.join` gives it
     classes: int
     longest: int  # tokens of a text, 1 for arrays
     labels: dict[str, np.ndarray]  # V_i of the devices that were ever asked
@@ -102,22 +102,24 @@ class MergeSfl(SplitTraining):
         return MergeSflState(**vars(first), classes=len(task.label_names), labels={}, workers={})
 
     def round(self, state: MergeSflState, fleet: Fleet) -> MergeSflState:
-        now = opened(self, state, fleet)
+        now = set_up_round(self, state, fleet)
         labels = known_labels(state, fleet)
         batches = self._batches(state, labels, now, fleet)
         server = server_of(self, now)
         orders = {device: now.begin(rows) for device, rows in batches.items()}
-        played = play(fleet, orders, self.steps, server, now.seed)
-        note_round(fleet, played, labels)
-        weights = played.counted  # d_i/Q of Eq. 17
-        model = now.halves.join(averaged(played.bottoms, weights), server.finish(weights))
+        result = run_round(fleet, orders, self.steps, server, now.seed)
+        note_round(fleet, result, labels)
+        weights = result.counted  # d_i/Q of Eq. 17
+        model = now.split_model.join(
+            weighted_mean(result.client_models, weights), server.finish(weights)
+        )
         return replace(
             state,
             round=state.round + 1,
             model=model,
             labels=labels,
             workers=state.workers
-            | paced(state.workers, row_seconds(played, self.regulate), self.keep),
+            | updated_workers(state.workers, row_seconds(result, self.regulate), self.keep),
         )
 
     def deploy(self, state: MergeSflState, device: DeviceId | None = None) -> Any:
@@ -130,15 +132,15 @@ class MergeSfl(SplitTraining):
         self,
         state: MergeSflState,
         labels: Mapping[DeviceId, np.ndarray],
-        now: Opened,
+        now: RoundSetup,
         fleet: Fleet,
     ) -> dict[DeviceId, int]:
         """Which devices take part, and with how many rows in each iteration."""
-        room = rooms(fleet, now.halves, self.batch, state.longest)
+        room = batch_caps(fleet, now.split_model, self.batch, state.longest)
         devices, candidates = candidates_of(state, labels, room, self.batch)
         plan = plan_split(
             new_as_slowest(state, devices, candidates),
-            limits_of(self, now.halves, state.longest),
+            limits_of(self, now.split_model, state.longest),
             np.random.default_rng([now.seed, PLANNING]),
             SplitControl(select=self.selection, regulate=self.regulate, tune=self.fine_tune),
         )
@@ -155,8 +157,8 @@ def known_labels(state: MergeSflState, fleet: Fleet) -> dict[str, np.ndarray]:
     Raises AllLost where none of the fleet's devices is known.
     """
     unknown = [profile.id for profile in fleet.devices if profile.id not in state.labels]
-    order = Look(classes=state.classes, longest=state.longest)
-    replies = fleet.ask(look, dict.fromkeys(unknown, order)) if unknown else []
+    order = LabelQuery(classes=state.classes, longest=state.longest)
+    replies = fleet.ask(label_distribution, dict.fromkeys(unknown, order)) if unknown else []
     labels = state.labels | {reply.device: reply.value.shares for reply in replies}
     if not any(profile.id in labels for profile in fleet.devices):
         raise none_left(len(unknown), [])
@@ -198,9 +200,9 @@ def new_as_slowest(
     return replace(candidates, cost=np.where(new, candidates.cost.max(), candidates.cost))
 
 
-def limits_of(method: MergeSfl, halves: Halves, longest: int) -> SplitLimits:
+def limits_of(method: MergeSfl, split_model: SplitModel, longest: int) -> SplitLimits:
     """What binds every plan; raises BadInput for limits that no plan can meet."""
-    feature_bytes = row_bytes(halves.feature_shape(longest), method.precision)
+    feature_bytes = row_bytes(split_model.feature_shape(longest), method.precision)
     rows = method.budget_rows or FULL_BATCHES * method.batch
     return SplitLimits(
         largest_batch=method.batch,
@@ -213,25 +215,29 @@ def limits_of(method: MergeSfl, halves: Halves, longest: int) -> SplitLimits:
 
 
 def server_of(
-    method: MergeSfl, now: Opened, *, rescale: bool = True, shifts: Shifts = None
+    method: MergeSfl, now: RoundSetup, *, rescale: bool = True, adjustments: LogitAdjustments = None
 ) -> ServerStep:
     """What trains the server model in this round."""
-    given: dict[str, Any] = {"gradients": bool(now.bottom), "shifts": shifts}
+    given: dict[str, Any] = {"gradients": bool(now.client_model), "adjustments": adjustments}
     match method.merging:
         case "merged":
-            return Merged(now.halves, now.top, now.optimising, rescale=rescale, **given)
+            return Merged(
+                now.split_model, now.server_model, now.optimising, rescale=rescale, **given
+            )
         case "in-turn":
-            return InTurn(now.halves, now.top, now.optimising, **given)
+            return InTurn(now.split_model, now.server_model, now.optimising, **given)
         case "copies":
-            return Copies(now.halves, now.top, now.optimising, every_iteration=True, **given)
+            return Copies(
+                now.split_model, now.server_model, now.optimising, every_iteration=True, **given
+            )
 
 
-def row_seconds(played: Played, measured: bool) -> dict[DeviceId, float]:
+def row_seconds(result: RoundResult, measured: bool) -> dict[DeviceId, float]:
     """Seconds of a row at each device that stayed to the end.
 
     1 where speed is not `measured`: a time that nothing uses would make each run's state another one.
     """
-    return {device: own.row_seconds if measured else 1.0 for device, own in played.progress.items()}
+    return {device: own.row_seconds if measured else 1.0 for device, own in result.progress.items()}
 
 
 def note_plan(fleet: Fleet, plan: SplitPlan, measured: bool) -> None:
@@ -240,11 +246,11 @@ def note_plan(fleet: Fleet, plan: SplitPlan, measured: bool) -> None:
     fleet.note(merged_kl=plan.divergence, merged_rows=plan.rows, **waiting)
 
 
-def note_round(fleet: Fleet, played: Played, labels: Mapping[DeviceId, np.ndarray]) -> None:
+def note_round(fleet: Fleet, result: RoundResult, labels: Mapping[DeviceId, np.ndarray]) -> None:
     """Record the loss, and how far the labels of all merged rows were from the fleet's, in nats."""
-    counted = np.array(list(played.counted.values()))
-    of_round = merged(counted, np.stack([labels[device] for device in played.progress]))
+    counted = np.array(list(result.counted.values()))
+    of_round = merged(counted, np.stack([labels[device] for device in result.progress]))
     everywhere = [labels[profile.id] for profile in fleet.devices if profile.id in labels]
     apart = float(divergence(of_round, reference(np.stack(everywhere))))
-    noted(fleet, played)
-    fleet.note(loss=played.loss, stayed=len(played.bottoms), round_kl=apart)
+    note_devices(fleet, result)
+    fleet.note(loss=result.loss, stayed=len(result.client_models), round_kl=apart)

@@ -58,16 +58,16 @@ class PyramidResult:
 @on_device
 def train_and_thin(device: Device, order: PyramidOrder) -> PyramidResult:
     before = single(order.weights)
-    lesson = train_whole(device, before, order.training)
-    change = {name: lesson.weights[name] - tensor for name, tensor in before.items()}
+    result = train_whole(device, before, order.training)
+    change = {name: result.weights[name] - tensor for name, tensor in before.items()}
     seed = int(device.rng.integers(2**31))
-    losses = np.concatenate(lesson.losses)
+    losses = np.concatenate(result.losses)
     squared = float(np.mean(losses**2)) if len(losses) else 0.0  # no label counted
     update = {name: tensor[kept(seed, name, tensor, order.drop)] for name, tensor in change.items()}
     return PyramidResult(
         update=wired(update, order.precision),  # type: ignore[arg-type]
         seed=seed,
-        loss=lesson.ended,
+        loss=result.ended,
         reward=len(device.data) * float(np.sqrt(squared)),
         norm=float(torch.stack([tensor.square().sum() for tensor in change.values()]).sum().sqrt()),
         examples=len(device.data),
@@ -151,21 +151,23 @@ class PyramidFL(WholeModelTraining):
             )
 
     def start(self, task: Task, rng: np.random.Generator) -> PyramidState:
-        halves = cutting_of(self, task.base).of(task.base)
+        split_model = cutting_of(self, task.base).of(task.base)
         return PyramidState(
             round=0,
             rounds=task.rounds,
             max_tokens=task.max_tokens,
-            model=halves.join(*halves.start(rng)),  # before the seed, so that it is FedAvg's
+            model=split_model.join(
+                *split_model.start(rng)
+            ),  # before the seed, so that it is FedAvg's
             seed=int(rng.integers(2**31)),
             seen={},
             times={},
         )
 
     def round(self, state: PyramidState, fleet: Fleet) -> PyramidState:
-        halves = cutting_of(self, fleet.base).of(fleet.base)
-        weights = single(weights_of(halves, state.model))
-        able = with_memory(fleet, halves, self.batch, state.max_tokens)
+        split_model = cutting_of(self, fleet.base).of(fleet.base)
+        weights = single(weights_of(split_model, state.model))
+        able = with_memory(fleet, split_model, self.batch, state.max_tokens)
         orders = self._orders(state, self._chosen(state, able), weights, fleet.base)
         replies = usable(fleet.ask(train_and_thin, orders), fleet)
         for reply in replies:
@@ -184,7 +186,7 @@ class PyramidFL(WholeModelTraining):
             state,
             round=state.round + 1,
             model=model_of(
-                halves,
+                split_model,
                 state.model,
                 {name: tensor + change[name] for name, tensor in weights.items()},
             ),

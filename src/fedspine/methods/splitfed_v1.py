@@ -1,4 +1,4 @@
-"""SplitFed V1: every device has a top of its own on the server, and both halves are averaged at the round's end.
+"""SplitFed V1: every device has a server model of its own on the server, and both halves are averaged at the round's end.
 
 Thapa, Mahawaga Arachchige, Camtepe and Sun 2022, "SplitFed: When Federated Learning Meets Split Learning", AAAI
 (arXiv:2004.12088). Departures: docs/methods/splitfed_v1.md.
@@ -18,7 +18,7 @@ from fedspine.split.baseline import (
     SplitTraining,
     check_split,
     first_state,
-    split_round,
+    splitfed_round,
 )
 from fedspine.split.server import Copies
 
@@ -26,7 +26,7 @@ from fedspine.split.server import Copies
 @method("splitfed_v1")
 @dataclass(frozen=True)
 class SplitFedV1(SplitTraining):
-    """Split learning with a copy of the top for each device: FedAvg of models that are trained in two places."""
+    """Split learning with a copy of the server model for each device: FedAvg of models that are trained in two places."""
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
 
@@ -42,16 +42,16 @@ class SplitFedV1(SplitTraining):
         return first_state(self, task, rng)
 
     def round(self, state: SplitState, fleet: Fleet) -> SplitState:
-        return split_round(
+        return splitfed_round(
             self,
             state,
             fleet,
             lambda now: Copies(
-                now.halves,
-                now.top,
+                now.split_model,
+                now.server_model,
                 now.optimising,
                 every_iteration=False,
-                gradients=bool(now.bottom),
+                gradients=bool(now.client_model),
             ),
         )
 

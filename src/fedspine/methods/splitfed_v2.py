@@ -1,4 +1,4 @@
-"""SplitFed V2: one top on the server, which takes a step for each device in turn, in an order drawn anew each time.
+"""SplitFed V2: one server model on the server, which takes a step for each device in turn, in an order drawn anew each time.
 
 Thapa, Mahawaga Arachchige, Camtepe and Sun 2022, "SplitFed: When Federated Learning Meets Split Learning", AAAI
 (arXiv:2004.12088). Departures: docs/methods/splitfed_v2.md.
@@ -18,7 +18,7 @@ from fedspine.split.baseline import (
     SplitTraining,
     check_split,
     first_state,
-    split_round,
+    splitfed_round,
 )
 from fedspine.split.server import InTurn
 
@@ -26,7 +26,7 @@ from fedspine.split.server import InTurn
 @method("splitfed_v2")
 @dataclass(frozen=True)
 class SplitFedV2(SplitTraining):
-    """Split learning with one top, which sees the devices one after another; only the bottoms are averaged."""
+    """Split learning with one server model, which sees the devices one after another; only the client models are averaged."""
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
 
@@ -42,11 +42,13 @@ class SplitFedV2(SplitTraining):
         return first_state(self, task, rng)
 
     def round(self, state: SplitState, fleet: Fleet) -> SplitState:
-        return split_round(
+        return splitfed_round(
             self,
             state,
             fleet,
-            lambda now: InTurn(now.halves, now.top, now.optimising, gradients=bool(now.bottom)),
+            lambda now: InTurn(
+                now.split_model, now.server_model, now.optimising, gradients=bool(now.client_model)
+            ),
         )
 
     def deploy(self, state: SplitState, device: DeviceId | None = None) -> Any:

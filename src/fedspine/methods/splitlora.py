@@ -17,21 +17,21 @@ from fedspine.core.task import Task
 from fedspine.split.baseline import (
     SplitState,
     SplitTraining,
-    averaged,
+    batch_caps,
     check_split,
     first_state,
-    noted,
-    opened,
-    rooms,
+    note_devices,
+    set_up_round,
+    weighted_mean,
 )
-from fedspine.split.protocol import play
+from fedspine.split.protocol import run_round
 from fedspine.split.server import InTurn
 
 
 @method("splitlora")
 @dataclass(frozen=True)
 class SplitLora(SplitTraining):
-    """Split learning of LoRA factors on one top that sees the devices in turn, with its authors' training settings.
+    """Split learning of LoRA factors on one server model that sees the devices in turn, with its authors' training settings.
 
     Optimisers are fresh on devices after each averaging, on the server in each round.
     """
@@ -59,22 +59,30 @@ class SplitLora(SplitTraining):
         return first_state(self, task, rng)
 
     def round(self, state: SplitState, fleet: Fleet) -> SplitState:
-        now = opened(self, state, fleet)
-        batches = rooms(fleet, now.halves, self.batch, state.longest)
-        top = InTurn(
-            now.halves, now.top, now.optimising, gradients=bool(now.bottom), shuffled=False
+        now = set_up_round(self, state, fleet)
+        batches = batch_caps(fleet, now.split_model, self.batch, state.longest)
+        server_model = InTurn(
+            now.split_model,
+            now.server_model,
+            now.optimising,
+            gradients=bool(now.client_model),
+            shuffled=False,
         )
-        bottom = now.bottom
+        client_model = now.client_model
         for first in range(0, self.steps, self.average_every):
             steps = min(self.average_every, self.steps - first)
-            orders = {device: now.begin(batch, bottom) for device, batch in batches.items()}
-            played = play(fleet, orders, steps, top, now.seed + first)
-            noted(fleet, played)
+            orders = {device: now.begin(batch, client_model) for device, batch in batches.items()}
+            result = run_round(fleet, orders, steps, server_model, now.seed + first)
+            note_devices(fleet, result)
             batches = {
-                device: batches[device] for device in played.bottoms
+                device: batches[device] for device in result.client_models
             }  # who vanished is back in the next round
-            bottom = averaged(played.bottoms, dict.fromkeys(batches, 1))
-        return replace(state, round=state.round + 1, model=now.halves.join(bottom, top.finish({})))
+            client_model = weighted_mean(result.client_models, dict.fromkeys(batches, 1))
+        return replace(
+            state,
+            round=state.round + 1,
+            model=now.split_model.join(client_model, server_model.finish({})),
+        )
 
     def deploy(self, state: SplitState, device: DeviceId | None = None) -> Any:
         return state.model

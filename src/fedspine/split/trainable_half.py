@@ -34,7 +34,7 @@ def check_optimising(optimising: Optimising) -> None:
             )
 
 
-class Trained:
+class TrainableHalf:
     """Trainable copies of weights on `device`; those named in `still` are carried along without a gradient.
 
     `moments` is the optimiser's state after earlier steps, empty before the first.

@@ -28,7 +28,7 @@ class ModelTraining:
     precision: Precision = "fp16"  # of what crosses the wire
 
 
-def check_halves(fields: ModelTraining, task: Task) -> None:
+def check_training(fields: ModelTraining, task: Task) -> None:
     """Raise BadInput for settings that cannot work on this task."""
     check_settled(fields)
     for name in ("steps", "batch", "rank"):

@@ -17,9 +17,9 @@ from fedspine.core.task import Task
 from fedspine.core.tensors import half, moved, single
 from fedspine.split.batches import rows_at
 from fedspine.split.device import Cutting
-from fedspine.split.interface import Halves
-from fedspine.split.trainable_half import Optimising, Trained
-from fedspine.split.training_settings import ModelTraining, check_halves, optimising_at
+from fedspine.split.interface import SplitModel
+from fedspine.split.trainable_half import Optimising, TrainableHalf
+from fedspine.split.training_settings import ModelTraining, check_training, optimising_at
 
 LAST = 5  # steps whose mean loss stands for where training ended
 Wire: TypeAlias = Literal["fp32", "fp16"]
@@ -49,7 +49,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class LocalResult:
     """What training gave: all weights by name, and every row's loss at each step before it was trained on."""
 
     weights: Tensors
@@ -65,19 +65,21 @@ class Lesson:
         return float(np.mean(told[-LAST:])) if told else 0.0
 
 
-def train_whole(device: Device, weights: Tensors, training: Training) -> Lesson:
+def train_whole(device: Device, weights: Tensors, training: Training) -> LocalResult:
     """Train all weights of a model together; a loss that is not finite ends training at once and is in the lesson."""
     base = device.base
-    halves = training.cutting.of(base)
-    under = Trained(moved(single(weights), base.device), training.optimising, halves.statistics)
+    split_model = training.cutting.of(base)
+    under = TrainableHalf(
+        moved(single(weights), base.device), training.optimising, split_model.statistics
+    )
     seed = int(device.rng.integers(2**31))
     losses, sizes, tokens = [], [], []
     for step in range(training.steps):
         rows = rows_at(len(device.data), training.batch, seed, step)
         batch = device.data.batch(rows)
         drawn = [int(part) for part in np.random.SeedSequence([seed, step]).generate_state(2)]
-        features = halves.bottom(under.weights, batch, seed=drawn[0])
-        found = halves.top(under.weights, features, batch["labels"], seed=drawn[1])
+        features = split_model.client_forward(under.weights, batch, seed=drawn[0])
+        found = split_model.server_forward(under.weights, features, batch["labels"], seed=drawn[1])
         told = found.counted > 0
         mean = (found.total[told] / found.counted[told]).detach()
         losses.append(mean.cpu().double().numpy())
@@ -88,27 +90,29 @@ def train_whole(device: Device, weights: Tensors, training: Training) -> Lesson:
             break
         loss.backward()
         under.step()
-    _account(device, halves, sizes, tokens)
-    return Lesson(weights=moved(under.now(), torch.device("cpu")), losses=tuple(losses))
+    _account(device, split_model, sizes, tokens)
+    return LocalResult(weights=moved(under.now(), torch.device("cpu")), losses=tuple(losses))
 
 
-def _account(device: Device, halves: Halves, rows: Sequence[int], tokens: Sequence[int]) -> None:
-    both = ("bottom", "top")
+def _account(
+    device: Device, split_model: SplitModel, rows: Sequence[int], tokens: Sequence[int]
+) -> None:
+    both = ("client", "server")
     device.spend(
         flops=sum(
-            halves.flops(part, count, width)
+            split_model.flops(part, count, width)
             for count, width in zip(rows, tokens, strict=True)
             for part in both
         ),
-        launches=len(rows) * sum(halves.launches(part) for part in both),
+        launches=len(rows) * sum(split_model.launches(part) for part in both),
         samples=sum(rows),
-        memory_bytes=memory_bytes(halves, max(rows), max(tokens)),
+        memory_bytes=memory_bytes(split_model, max(rows), max(tokens)),
     )
 
 
-def memory_bytes(halves: Halves, rows: int, tokens: int) -> int:
+def memory_bytes(split_model: SplitModel, rows: int, tokens: int) -> int:
     """What training both halves in one step needs."""
-    return sum(halves.memory_bytes(part, rows, tokens) for part in ("bottom", "top"))
+    return sum(split_model.memory_bytes(part, rows, tokens) for part in ("client", "server"))
 
 
 # --- the server's part ---
@@ -116,7 +120,7 @@ def memory_bytes(halves: Halves, rows: int, tokens: int) -> int:
 
 def check_whole(fields: ModelTraining, task: Task) -> None:
     """Raise BadInput for settings of training whole models that cannot work."""
-    check_halves(fields, task)
+    check_training(fields, task)
     cutting_of(fields, task.base).of(task.base)
 
 
@@ -135,17 +139,18 @@ def training_at(fields: ModelTraining, base: Any, round: int, rounds: int) -> Tr
     )
 
 
-def weights_of(halves: Halves, model: Any) -> Tensors:
+def weights_of(split_model: SplitModel, model: Any) -> Tensors:
     """All that training changes of a model, by name."""
-    bottom, top = halves.parts(model)
-    return {**bottom, **top}
+    client_model, server_model = split_model.parts(model)
+    return {**client_model, **server_model}
 
 
-def model_of(halves: Halves, like: Any, weights: Tensors) -> Any:
+def model_of(split_model: SplitModel, like: Any, weights: Tensors) -> Any:
     """The model with these weights; `like` is one of the same names."""
-    bottom, top = halves.parts(like)
-    return halves.join(
-        {name: weights[name] for name in bottom}, {name: weights[name] for name in top}
+    client_model, server_model = split_model.parts(like)
+    return split_model.join(
+        {name: weights[name] for name in client_model},
+        {name: weights[name] for name in server_model},
     )
 
 
@@ -154,11 +159,13 @@ def wired(weights: Tensors, wire: Wire) -> Tensors:
     return half(weights) if wire == "fp16" else weights
 
 
-def with_memory(fleet: Fleet, halves: Halves, batch: int, tokens: int) -> tuple[Profile, ...]:
+def with_memory(
+    fleet: Fleet, split_model: SplitModel, batch: int, tokens: int
+) -> tuple[Profile, ...]:
     """The devices that have the memory to train; the others are noted. Raises NoMemory where none has."""
     able = []
     for device in fleet.devices:
-        needed = memory_bytes(halves, min(batch, device.examples), tokens)
+        needed = memory_bytes(split_model, min(batch, device.examples), tokens)
         if needed <= device.memory_bytes:
             able.append(device)
         else:
