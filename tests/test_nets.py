@@ -155,8 +155,8 @@ def test_a_first_block_of_the_top_that_makes_features_learns_as_they_do(name, en
         Merged(split_model, server_model, sgd),
         Merged(split_model, server_model, sgd, adjustments={"d": torch.tensor([0.0, 2.0, -1.0])}),
     )
-    sent, adjusted = (server.step([part], 5).gradients["d"].values for server in (plain, adjusted))
-    assert not torch.allclose(sent, adjusted)
+    sent, changed = (server.step([part], 5).gradients["d"].values for server in (plain, adjusted))
+    assert not torch.allclose(sent, changed)
     before, after = plain.finish({"d": 1.0}), adjusted.finish({"d": 1.0})
     assert {n for n in server_model if not torch.equal(before[n], after[n])} == split_model.entry
 
