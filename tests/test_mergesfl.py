@@ -139,7 +139,7 @@ def test_one_merged_step_is_one_centralised_step(lab, cut, form):
 
 @pytest.mark.parametrize("form", [PAPER, PLAIN], ids=lambda form: form.name)
 def test_so_it_is_with_unequal_batches(lab, form):
-    """In the second round batches follow the devices' pace; Eq. 17 weighs client models by them."""
+    """In the second round batches follow the devices' speed; Eq. 17 weighs client models by them."""
     bench = lab()
     first = bench.run(form, rounds=1)
     spy = Spy(bench.fleet)
@@ -210,7 +210,7 @@ def test_language_models_count_tokens(lm_lab, labels_stay):
 def test_linear_rates_with_uniform_weights_go_the_same_way(lab):
     """Section 5 (b): eta d_i / D with plain averages is the centralised step of the client model, shorter by Q / (D m)."""
     plain = lab("plain")
-    first = plain.run(PLAIN, rounds=1)  # after which paces are known, and B factors are not zero
+    first = plain.run(PLAIN, rounds=1)  # after which speeds are known, and B factors are not zero
     split_model = split_model_of(plain.task.base, 1, rank=4)
     found = {}
     for name, changed in (("a", {}), ("b", {"lr_scaling": "linear", "client_weights": "uniform"})):
@@ -254,7 +254,7 @@ def test_without_rescale_client_models_move_by_their_share(lab):
 # --- the control ---
 
 
-def test_batches_follow_the_pace_that_was_measured(lab):
+def test_batches_follow_the_speed_that_was_measured(lab):
     bench = lab()
     method = dataclasses.replace(MergeSfl.toy(), batch=32, budget_rows=1000)
     state, (first, second) = run(bench, method, rounds=2)
@@ -291,7 +291,7 @@ def test_the_papers_form_keeps_batches_within_a_round(lab):
 
 @pytest.mark.parametrize("changed", [{}, {"merging": "in-turn"}, {"regulate": False}], ids=str)
 def test_with_all_that_is_ours_switched_off_it_is_the_papers_form(lab, changed):
-    """The same model, labels and paces, to the bit."""
+    """The same model, labels and speeds, to the bit."""
     paper = dataclasses.replace(MergeSfl.toy(), batch=32, **changed)
     off = dataclasses.replace(MergeSflPlus.toy(), batch=32, **OFF, **changed)
     one, other = lab("paper").run(paper, rounds=2), lab("off").run(off, rounds=2)

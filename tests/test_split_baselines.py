@@ -369,17 +369,17 @@ def test_reading_back_changes_what_devices_learn_and_its_decoder_too(lab):
 # --- AdaSFL ---
 
 
-def test_adasfl_batches_follow_the_pace_that_was_measured(lab):
+def test_adasfl_batches_follow_the_speed_that_was_measured(lab):
     bench, method = lab(), AdaSfl(**PLAIN)
     first, (spy,) = run(bench, method)
     assert {order.batch for (order,) in orders_of(spy, Begin).values()} == {16}
     bench.fleet.begin_round(1)
     spy = Spy(bench.fleet)
     method.round(first, spy)
-    pace = costs([first.workers[id] for id in bench.ids])
+    cost = costs([first.workers[id] for id in bench.ids])
     batches = np.array([orders_of(spy, Begin)[id][0].batch for id in bench.ids])
-    assert batches[pace.argmin()] == 16
-    assert batches.tolist() == [max(1, math.floor(16 * float(pace.min() / own))) for own in pace]
+    assert batches[cost.argmin()] == 16
+    assert batches.tolist() == [max(1, math.floor(16 * float(cost.min() / own))) for own in cost]
     assert len(set(batches)) > 1
     assert [worker.rounds for worker in first.workers.values()] == [1] * 5
 

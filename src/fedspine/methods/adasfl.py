@@ -1,8 +1,9 @@
 """AdaSFL: slow devices get smaller batches, and how many iterations a round has follows the loss.
 
-Liao, Xu, Xu, Yao, Wang and Qiao 2024, "Accelerating Federated Learning With Data and Model Parallelism in Edge Computing",
-IEEE/ACM Transactions on Networking. No merging and no selection: in every iteration the features of each device train a
-copy of the server model, and the copies are averaged. Departures: docs/methods/adasfl.md.
+Liao, Xu, Xu, Yao, Wang and Qiao 2024, "Accelerating Federated Learning With Data and Model
+Parallelism in Edge Computing", IEEE/ACM Transactions on Networking. No merging and no selection: in
+every iteration the features of each device train a copy of the server model, and the copies are
+averaged. Departures: docs/methods/adasfl.md.
 """
 
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ class AdaSflState:
 @method("adasfl")
 @dataclass(frozen=True)
 class AdaSfl(SplitTraining):
-    """Split learning with batches that suit the devices' pace and rounds that suit the loss.
+    """Split learning with batches that suit the devices' speed and rounds that suit the loss.
 
     `steps` is tau of the first round, `batch` the rows of the fastest device in an iteration.
     """
@@ -57,7 +58,7 @@ class AdaSfl(SplitTraining):
 
     fewest: float = 0.5  # of `steps`: the shortest round
     most: float = 3.0  # of `steps`: the longest one; both 1: all rounds are alike
-    keep: float = 0.8  # of a device's old pace at each measurement
+    keep: float = 0.8  # of a device's old speed at each measurement
 
     @classmethod
     def toy(cls) -> Self:
@@ -113,13 +114,15 @@ class AdaSfl(SplitTraining):
         return state.model
 
     def _batches(self, state: AdaSflState, most: Mapping[DeviceId, int]) -> dict[DeviceId, int]:
-        """The largest batch for the fastest device, and for the others what they manage meanwhile."""
-        pace = costs([state.workers.get(device) for device in most])
-        batches = regulate(pace, self.batch, np.array(list(most.values())))
+        """The largest batch for the fastest device; the others get what they manage meanwhile."""
+        cost = costs([state.workers.get(device) for device in most])
+        batches = regulate(cost, self.batch, np.array(list(most.values())))
         return {device: int(batch) for device, batch in zip(most, batches, strict=True)}
 
     def _steps(self, state: AdaSflState) -> int:
-        """tau = tau_0 * sqrt(loss / first loss), within limits: fewer local steps as training settles."""
+        """tau = tau_0 * sqrt(loss / first loss), within limits: fewer local steps as training
+        settles.
+        """
         known = state.loss is not None and state.first_loss
         share = np.sqrt(state.loss / state.first_loss) if known else 1.0
         return max(1, round(self.steps * float(np.clip(share, self.fewest, self.most))))

@@ -1,7 +1,9 @@
-"""FedAvg: every device trains the whole model for some steps, and the server averages what they send.
+"""FedAvg: every device trains the whole model for some steps, and the server averages what they
+send.
 
-McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data" (arXiv:1602.05629): the
-baseline of split learning without a split. Departures: docs/methods/fedavg.md.
+McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data"
+(arXiv:1602.05629): the baseline of split learning without a split. Departures:
+docs/methods/fedavg.md.
 """
 
 from dataclasses import dataclass, replace
@@ -66,7 +68,7 @@ class AverageState:
 @method("fedavg")
 @dataclass(frozen=True)
 class FedAvg(WholeModelTraining):
-    """Whole models trained on devices and averaged by their rows; defaults as in MergeSFL's code."""
+    """Whole models trained on devices and averaged by rows; defaults as in MergeSFL's code."""
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
 

@@ -1,7 +1,9 @@
-"""LocFedMix-SL: a local reconstruction loss on devices, and mixup of different devices' features on the server.
+"""LocFedMix-SL: a local reconstruction loss on devices, and mixup of different devices' features on
+the server.
 
-Oh, Park, Vepakomma, Baek, Raskar, Bennis and Kim 2022, "LocFedMix-SL: Localize, Federate, and Mix for Improved
-Scalability, Convergence, and Latency in Split Learning", WWW. Departures: docs/methods/locfedmix.md.
+Oh, Park, Vepakomma, Baek, Raskar, Bennis and Kim 2022, "LocFedMix-SL: Localize, Federate, and Mix
+for Improved Scalability, Convergence, and Latency in Split Learning", WWW. Departures:
+docs/methods/locfedmix.md.
 """
 
 from collections.abc import Mapping, Sequence
@@ -88,7 +90,8 @@ def reading(device: Device, cutting: DecodedCutting) -> LocalLoss:
 
 
 def mixup(split_model: SplitModel, shares: Mapping[DeviceId, float], alpha: float) -> ExtraLoss:
-    """Every device's features mixed with another one's, lam ~ Beta(alpha, alpha), weighed by the device's share; Eq. 5, 6.
+    """Every device's features mixed with another one's, lam ~ Beta(alpha, alpha), weighed by the
+    device's share; Eq. 5, 6.
 
     The features are leaves without gradients, so that nothing of this loss leaves the server.
     """
@@ -114,9 +117,11 @@ def mixup(split_model: SplitModel, shares: Mapping[DeviceId, float], alpha: floa
 
 
 def blended(one: Part, other: Part, lam: float) -> tuple[Features, Tensor, Tensor]:
-    """lam times the features of one device and 1 - lam times another's, row by row, with the labels of both.
+    """lam times the features of one device and 1 - lam times another's, row by row, with the labels
+    of both.
 
-    As many rows as both have; texts as long as the longer row, with zeros where the shorter one has ended.
+    As many rows as both have; texts as long as the longer row, with zeros where the shorter one has
+    ended.
     """
     rows = min(len(one.features), len(other.features))
     masks = [part.features.mask for part in (one, other)]
@@ -146,7 +151,9 @@ class LocFedMixState:
 @method("locfedmix")
 @dataclass(frozen=True)
 class LocFedMix(SplitTraining):
-    """Split learning in which devices keep what features say of inputs, and the server sees mixtures of devices."""
+    """Split learning in which devices keep what features say of inputs, and the server sees
+    mixtures of devices.
+    """
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
     reconstruction: float = (

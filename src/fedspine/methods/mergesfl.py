@@ -1,9 +1,11 @@
-"""MergeSFL: split learning with one server model, trained on the features of all devices merged into one batch.
+"""MergeSFL: split learning with one server model, trained on the features of all devices merged
+into one batch.
 
-Liao, Xu, Xu, Yao, Wang and Qiao 2024, "MergeSFL: Split Federated Learning with Feature Merging and Batch Size
-Regulation", ICDE (arXiv:2311.13348). Batch sizes follow the devices' speed, and devices are chosen for the labels that
-the merged batch will hold. This is the paper's form, for nets and carried over to transformers with LoRA
-(docs/methods/mergesfl.md); with our additions it is `mergesfl-plus`.
+Liao, Xu, Xu, Yao, Wang and Qiao 2024, "MergeSFL: Split Federated Learning with Feature Merging and
+Batch Size Regulation", ICDE (arXiv:2311.13348). Batch sizes follow the devices' speed, and devices
+are chosen for the labels that the merged batch will hold. This is the paper's form, for nets and
+carried over to transformers with LoRA (docs/methods/mergesfl.md); with our additions it is
+`mergesfl-plus`.
 """
 
 from collections.abc import Mapping
@@ -65,9 +67,11 @@ class MergeSflState:
 @method("mergesfl")
 @dataclass(frozen=True)
 class MergeSfl(SplitTraining):
-    """Feature merging and batch size regulation, as in the paper; `merging` and `regulate` are its two ablations.
+    """Feature merging and batch size regulation, as in the paper; `merging` and `regulate` are its
+    two ablations.
 
-    `steps` is tau, the iterations of a round; `batch` is D, the rows of the fastest device in one of them.
+    `steps` is tau, the iterations of a round; `batch` is D, the rows of the fastest device in one
+    of them.
     """
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
@@ -235,7 +239,8 @@ def server_of(
 def row_seconds(result: RoundResult, measured: bool) -> dict[DeviceId, float]:
     """Seconds of a row at each device that stayed to the end.
 
-    1 where speed is not `measured`: a time that nothing uses would make each run's state another one.
+    1 where speed is not `measured`: a time that nothing uses would make each run's state another
+    one.
     """
     return {device: own.row_seconds if measured else 1.0 for device, own in result.progress.items()}
 

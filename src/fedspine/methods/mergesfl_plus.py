@@ -1,7 +1,8 @@
-"""MergeSFL with our additions: client models that do not learn label skew, and less waiting within a round.
+"""MergeSFL with our additions: client models that do not learn label skew, and less waiting within
+a round.
 
-The base is Liao et al. 2024 (arXiv:2311.13348), which is `mergesfl`. What is added, and what each part is worth:
-docs/methods/mergesfl_plus.md. Every addition can be switched off.
+The base is Liao et al. 2024 (arXiv:2311.13348), which is `mergesfl`. What is added, and what each
+part is worth: docs/methods/mergesfl_plus.md. Every addition can be switched off.
 """
 
 from collections.abc import Mapping
@@ -62,7 +63,9 @@ class MergeSflPlusState(MergeSflState):
 @method("mergesfl-plus")
 @dataclass(frozen=True)
 class MergeSflPlus(MergeSfl):
-    """MergeSFL with what we added to it: logit adjustment, averaged rounds, and batches and devices that wait less."""
+    """MergeSFL with what we added to it: logit adjustment, averaged rounds, and batches and devices
+    that wait less.
+    """
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
     renamed: ClassVar[dict[str, str]] = {  # settings of old recipes
@@ -125,7 +128,7 @@ class MergeSflPlus(MergeSfl):
     # --- the control ---
 
     def _labels(self, state: MergeSflPlusState, fleet: Fleet) -> dict[str, np.ndarray]:
-        """V_i of all devices known; where labels stay nobody may know them, so all count as alike."""
+        """V_i of all devices known; where labels stay, all devices count as alike."""
         if self.labels_stay:
             return state.labels | {profile.id: np.ones(1) for profile in fleet.devices}
         return known_labels(state, fleet)
@@ -133,7 +136,7 @@ class MergeSflPlus(MergeSfl):
     def _adjustments(
         self, state: MergeSflPlusState, labels: Mapping[DeviceId, np.ndarray]
     ) -> LogitAdjustments:
-        """What is added to each device's logits; None where classes or their shares are not known."""
+        """What is added to each device's logits; None where label distributions are not known."""
         if not self.logit_adjustment or not state.classes or self.labels_stay:
             return None
         return logit_adjustments(labels, self.logit_adjustment)
@@ -149,7 +152,9 @@ class MergeSflPlus(MergeSfl):
         now: RoundSetup,
         fleet: Fleet,
     ) -> tuple[dict[DeviceId, int], BatchControl | None]:
-        """Devices with the rows of each, and how batches are planned again within the round, if they are."""
+        """Devices with the rows of each, and how batches are planned again within the round, if
+        they are.
+        """
         room = batch_caps(fleet, now.split_model, SHORT * self.batch, state.longest)
         devices, candidates = candidates_of(state, labels, room, self.batch)
         if self._within:
@@ -186,7 +191,9 @@ class MergeSflPlus(MergeSfl):
     def _batch_control(
         self, now: RoundSetup, room: Mapping[DeviceId, int], goal: Goal, plan: SplitPlan
     ) -> BatchControl:
-        """How batches are planned again within the round; `room` is the rows that fit each device chosen."""
+        """How batches are planned again within the round; `room` is the rows that fit each device
+        chosen.
+        """
         longest, feature_bytes = now.longest, goal.limits.feature_bytes
         # a light client model lets all devices begin at once
         late = weight_bytes(now) > LIGHT * plan.batches.mean() * feature_bytes
@@ -270,7 +277,9 @@ class MergeSflPlus(MergeSfl):
         return result, server.finish() | weighted_mean(result.endings, self._weights(result))
 
     def _weights(self, result: RoundResult) -> dict[DeviceId, float]:
-        """How much each client model counts: by the labels it was trained on (Eq. 17), or all alike."""
+        """How much each client model counts: by the labels it was trained on (Eq. 17), or all
+        alike.
+        """
         if self.client_weights == "uniform":
             return dict.fromkeys(result.progress, 1.0)
         return {device: float(counted) for device, counted in result.counted.items()}

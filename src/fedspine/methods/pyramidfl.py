@@ -1,7 +1,9 @@
-"""PyramidFL: the server asks useful and fast devices, those with time left train more, and small updates are thinned out.
+"""PyramidFL: the server asks useful and fast devices, those with time left train more, and small
+updates are thinned out.
 
-Li et al. 2022, "PyramidFL: A Fine-grained Client Selection Framework for Efficient Federated Learning", MobiCom 2022
-(10.1145/3495243.3517017), as reconstructed in section 13 of the MergeSFL notes. Departures: docs/methods/pyramidfl.md.
+Li et al. 2022, "PyramidFL: A Fine-grained Client Selection Framework for Efficient Federated
+Learning", MobiCom 2022 (10.1145/3495243.3517017), as reconstructed in section 13 of the MergeSFL
+notes. Departures: docs/methods/pyramidfl.md.
 """
 
 from collections.abc import Mapping, Sequence
@@ -103,7 +105,9 @@ class PyramidState:
 @method("pyramidfl")
 @dataclass(frozen=True)
 class PyramidFL(WholeModelTraining):
-    """Selection by loss and speed, more work where there is slack, thinner updates where they are small."""
+    """Selection by loss and speed, more work where there is slack, thinner updates where they are
+    small.
+    """
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
 
@@ -274,9 +278,11 @@ def _traffic(drop: float) -> float:
 
 
 class Forecast:
-    """What a round will take each device: a * work + b * traffic + c seconds, fitted by `control.latency_model`.
+    """What a round will take each device: a * work + b * traffic + c seconds, fitted by
+    `control.latency_model`.
 
-    Pace's features are there for others to fill: `1 - sparsity` is the work here, in usual rounds, and `rank` the traffic.
+    Pace's features are there for others to fill: `1 - sparsity` is the work here, in usual rounds,
+    and `rank` the traffic.
     """
 
     def __init__(self, times: Mapping[str, np.ndarray]) -> None:

@@ -1,7 +1,8 @@
-"""SplitFed V1: every device has a server model of its own on the server, and both halves are averaged at the round's end.
+"""SplitFed V1: every device has a server model of its own on the server, and both halves are
+averaged at the round's end.
 
-Thapa, Mahawaga Arachchige, Camtepe and Sun 2022, "SplitFed: When Federated Learning Meets Split Learning", AAAI
-(arXiv:2004.12088). Departures: docs/methods/splitfed_v1.md.
+Thapa, Mahawaga Arachchige, Camtepe and Sun 2022, "SplitFed: When Federated Learning Meets Split
+Learning", AAAI (arXiv:2004.12088). Departures: docs/methods/splitfed_v1.md.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ from fedspine.split.server import Copies
 @method("splitfed_v1")
 @dataclass(frozen=True)
 class SplitFedV1(SplitTraining):
-    """Split learning with a copy of the server model for each device: FedAvg of models that are trained in two places."""
+    """Split learning with a copy of the server model for each device: FedAvg of models that are
+    trained in two places.
+    """
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
 

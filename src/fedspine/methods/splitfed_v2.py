@@ -1,7 +1,8 @@
-"""SplitFed V2: one server model on the server, which takes a step for each device in turn, in an order drawn anew each time.
+"""SplitFed V2: one server model on the server, which takes a step for each device in turn, in an
+order drawn anew each time.
 
-Thapa, Mahawaga Arachchige, Camtepe and Sun 2022, "SplitFed: When Federated Learning Meets Split Learning", AAAI
-(arXiv:2004.12088). Departures: docs/methods/splitfed_v2.md.
+Thapa, Mahawaga Arachchige, Camtepe and Sun 2022, "SplitFed: When Federated Learning Meets Split
+Learning", AAAI (arXiv:2004.12088). Departures: docs/methods/splitfed_v2.md.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ from fedspine.split.server import InTurn
 @method("splitfed_v2")
 @dataclass(frozen=True)
 class SplitFedV2(SplitTraining):
-    """Split learning with one server model, which sees the devices one after another; only the client models are averaged."""
+    """Split learning with one server model, which sees the devices one after another; only the
+    client models are averaged.
+    """
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
 

@@ -1,7 +1,8 @@
 """SplitLoRA: a transformer split at a block, LoRA in both halves, devices served one after another.
 
-Lin, Hu, Zhang, Chen, Fang, Chen, Li, Vepakomma and Gao 2024, "SplitLoRA: A Split Parameter-Efficient Fine-Tuning Framework
-for Large Language Models", arXiv:2407.00952. Departures: docs/methods/splitlora.md.
+Lin, Hu, Zhang, Chen, Fang, Chen, Li, Vepakomma and Gao 2024, "SplitLoRA: A Split
+Parameter-Efficient Fine-Tuning Framework for Large Language Models", arXiv:2407.00952. Departures:
+docs/methods/splitlora.md.
 """
 
 from dataclasses import dataclass, replace
@@ -31,12 +32,14 @@ from fedspine.split.server import InTurn
 @method("splitlora")
 @dataclass(frozen=True)
 class SplitLora(SplitTraining):
-    """Split learning of LoRA factors on one server model that sees the devices in turn, with its authors' training settings.
+    """Split learning of LoRA factors on one server model that sees the devices in turn, with its
+    authors' training settings.
 
     Optimisers are fresh on devices after each averaging, on the server in each round.
     """
 
-    average_every: int = 100  # iterations after which the devices' factors are averaged; at the latest at the round's end
+    # iterations after which the devices' factors are averaged; at the latest at the round's end
+    average_every: int = 100
     batch: int = 8
     weight_decay: float = 0.01
     clip: float = 0.0

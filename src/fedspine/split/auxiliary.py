@@ -1,7 +1,8 @@
 """A decoder on devices that reads a batch back out of its features: LocFedMix-SL's local loss.
 
-Oh et al. 2022 (WWW, LocFedMix-SL) take the regulariser of InfoPro (arXiv:2101.10832): features from which the input can be
-read back have not thrown away what later layers may need. What is ours: docs/methods/locfedmix.md.
+Oh et al. 2022 (WWW, LocFedMix-SL) take the regulariser of InfoPro (arXiv:2101.10832): features from
+which the input can be read back have not thrown away what later layers may need. What is ours:
+docs/methods/locfedmix.md.
 """
 
 import math
@@ -43,10 +44,12 @@ class DecodedCutting:
 
 
 class Decoded:
-    """A client model with a decoder, which share one dictionary of weights: what devices use of `SplitModel`.
+    """A client model with a decoder, which share one dictionary of weights: what devices use of
+    `SplitModel`.
 
-    What is read back: of texts the embeddings, token by token, by two linear layers; of arrays the numbers themselves, by a
-    linear layer over channels, interpolation to the input's size and a convolution.
+    What is read back: of texts the embeddings, token by token, by two linear layers; of arrays the
+    numbers themselves, by a linear layer over channels, interpolation to the input's size and a
+    convolution.
     """
 
     def __init__(self, base: Base | Net, split_model: SplitModel, width: int) -> None:
@@ -57,7 +60,8 @@ class Decoded:
             case Base():
                 self._aim, self._places = base.anatomy.width, ()
         shape = split_model.feature_shape(1)
-        # channels of the features; places that inputs have not (CNN-H looks at sensors side by side) count as channels
+        # channels of the features; places that inputs have not (CNN-H looks at sensors side by
+        # side) count as channels
         self._given = (
             math.prod((shape[0], *shape[1 + len(self._places) :])) if self._places else shape[-1]
         )
@@ -81,7 +85,7 @@ class Decoded:
         return self._split_model.client_forward(bare(weights), inputs, seed=seed)
 
     def loss(self, weights: Tensors, features: Features, inputs: Tensors) -> Tensor:
-        """The mean squared error of what the decoder reads, over all numbers of all rows or tokens."""
+        """The mean squared error of what the decoder reads, over all rows or tokens."""
         values = features.values.float()
         own = moved({name: weights[name] for name in DECODER}, values.device)
         if self._places:

@@ -1,7 +1,7 @@
 """What split methods share: their settings, their state, and how a round is set up.
 
-SplitFed, LocFedMix-SL, AdaSFL, SplitLoRA and MergeSFL differ in how the server model is trained and how client models
-are weighted. All else is the same, so that a comparison means something.
+SplitFed, LocFedMix-SL, AdaSFL, SplitLoRA and MergeSFL differ in how the server model is trained and
+how client models are weighted. All else is the same, so that a comparison means something.
 """
 
 from collections.abc import Callable, Mapping
@@ -149,7 +149,9 @@ def splitfed_round(
 def updated_workers(
     known: Mapping[DeviceId, WorkerState], costs: Mapping[DeviceId, float], keep: float
 ) -> dict[DeviceId, WorkerState]:
-    """Devices that completed the round, with the seconds of a row; `keep` is the share of the old average."""
+    """Devices that completed the round, with the seconds of a row; `keep` is the share of the old
+    average.
+    """
     return {
         device: took_part(observed(known.get(device), compute_seconds=cost, keep=keep))
         for device, cost in costs.items()
@@ -164,7 +166,8 @@ def rows_of(fleet: Fleet) -> dict[DeviceId, int]:
 def batch_caps(
     fleet: Fleet, client_model: ClientMemory, batch: int, longest: int
 ) -> dict[DeviceId, int]:
-    """Rows of a batch, up to `batch`, that each device's data and memory allow, at `longest` tokens.
+    """Rows of a batch, up to `batch`, that each device's data and memory allow, at `longest`
+    tokens.
 
     Devices that cannot hold one row are noted and left out. Raises NoMemory where none can.
     """
@@ -180,7 +183,8 @@ def batch_caps(
         fleet.note(device=device, left_out="one row does not fit its memory")
     if not any(found.values()):
         raise NoMemory(
-            f"of {len(found)} devices none has the memory for one row of the client model; choose a lower cut"
+            f"of {len(found)} devices none has the memory for one row of the client model; "
+            "choose a lower cut"
         )
     return {device: rows for device, rows in found.items() if rows}
 
@@ -193,8 +197,9 @@ def weighted_mean(models: Mapping[DeviceId, Tensors], weights: Mapping[DeviceId,
 def running_mean(split_model: SplitModel, mean: Any, newest: Any, rounds: int) -> Any:
     """The mean of the models of `rounds` rounds, from that of the rounds before and the newest.
 
-    Later ones count more: polynomial-decay averaging of Shamir and Zhang 2013 (arXiv:1212.1824). The first round's model is
-    its own mean, after 5 rounds the newest counts a half, after 25 a seventh.
+    Later ones count more: polynomial-decay averaging of Shamir and Zhang 2013 (arXiv:1212.1824).
+    The first round's model is its own mean, after 5 rounds the newest counts a half, after 25 a
+    seventh.
     """
     share = (LATER + 1) / (rounds + LATER)
     pairs = zip(split_model.parts(mean), split_model.parts(newest), strict=True)

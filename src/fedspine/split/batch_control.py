@@ -1,10 +1,13 @@
-"""Batch sizes of mergesfl-plus, planned again within a round from the times of the round's own exchanges. Ours.
+"""Batch sizes of mergesfl-plus, planned again within a round from the times of the round's own
+exchanges. Ours.
 
-A round is planned from the rounds before it, but a device's link has another speed in each round. So batches are
-planned again after 1, 2, 4, 8 and so on iterations, and when a device joins late. The same times say when a device
-has to leave to finish with the others. `control/batch_timing.py` has the arithmetic.
+A round is planned from the rounds before it, but a device's link has another speed in each round.
+So batches are planned again after 1, 2, 4, 8 and so on iterations, and when a device joins late.
+The same times say when a device has to leave to finish with the others. `control/batch_timing.py`
+has the arithmetic.
 
-Texts differ in length, so a few rows may take much or little time. Batches of texts are therefore so many tokens.
+Texts differ in length, so a few rows may take much or little time. Batches of texts are therefore
+so many tokens.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -33,7 +36,9 @@ SHORTEST = 1e-9  # seconds of an exchange, so that none is free
 
 @dataclass(frozen=True)
 class RowCosts:
-    """What an iteration costs: `fixed` seconds, and the seconds and the bytes of each device's rows."""
+    """What an iteration costs: `fixed` seconds, and the seconds and the bytes of each device's
+    rows.
+    """
 
     fixed: float
     cost: Float[np.ndarray, " devices"]
@@ -59,7 +64,9 @@ class BatchControl:
     def __call__(
         self, done: int, progress: Mapping[DeviceId, Progress], steps: Mapping[DeviceId, Step]
     ) -> Mapping[DeviceId, Resized] | None:
-        """The steps with new batch sizes after `done` iterations; None where batches stay as they are."""
+        """The steps with new batch sizes after `done` iterations; None where batches stay as they
+        are.
+        """
         joined = done > 1 and any(len(progress[device].rows) == 1 for device in steps)
         if done & (done - 1) and not joined:
             return None
@@ -104,7 +111,9 @@ class BatchControl:
         return Staggered(QUORUM, self._leaving) if self.late and self.steps >= PROBED else None
 
     def _leaving(self, done: int, progress: Mapping[DeviceId, Progress]) -> Collection[DeviceId]:
-        """Devices that end the round after `done` iterations, since their links need long for the client model."""
+        """Devices that end the round after `done` iterations, since their links need long for the
+        client model.
+        """
         if 2 * done < self.steps:
             return ()
         own = list(progress.values())
@@ -129,7 +138,9 @@ class BatchControl:
         headers: np.ndarray,
         room: np.ndarray,
     ) -> list[Budget]:
-        """Tokens for the time of the longest iteration: those of `rows`, and of less than a row more."""
+        """Tokens for the time of the longest iteration: those of `rows`, and of less than a row
+        more.
+        """
         exact = np.clip((longest - found.fixed) / found.cost, rows, rows + 1)
         tokens = np.maximum((exact * found.row_bytes - headers) / (2 * self.token_bytes), 1)
         tokens *= min(1.0, self.goal.limits.budget_bytes / self.token_bytes / tokens.sum())
@@ -147,8 +158,9 @@ class BatchControl:
 def row_costs(progress: Sequence[Progress], fixed: float, *, ended: bool = False) -> RowCosts:
     """What rows cost by a round's exchanges so far, or by all of them once it has `ended`.
 
-    Exchanges are compared by their bytes, which the server knows and which count a text's tokens. The first exchange
-    carries weights and has no backward pass, so it counts only where a device has no other. `fixed` is as in `fitted`.
+    Exchanges are compared by their bytes, which the server knows and which count a text's tokens.
+    The first exchange carries weights and has no backward pass, so it counts only where a device
+    has no other. `fixed` is as in `fitted`.
     """
     inner = [own.costs[1:-1] if ended else own.costs[1:] for own in progress]
     received = [costs or own.costs[:1] for costs, own in zip(inner, progress, strict=True)]
@@ -164,7 +176,10 @@ def row_costs(progress: Sequence[Progress], fixed: float, *, ended: bool = False
 def _row_bytes(
     progress: Sequence[Progress], inner: Sequence[Sequence[Cost]]
 ) -> Float[np.ndarray, " devices"]:
-    """Bytes of a row of each device both ways: of its exchanges without weights, nearer to the fleet's mean the fewer rows."""
+    """Bytes of a row of each device both ways, from its exchanges without weights.
+
+    The fewer rows these had, the nearer it is to the fleet's mean.
+    """
     exchanges = np.maximum([len(costs) for costs in inner], 1)
     rows = exchanges * np.array([np.mean(own.rows) for own in progress])
     # of the first exchange only what went up were features; their gradient is as large
@@ -178,9 +193,10 @@ def _row_bytes(
 
 
 def _header(progress: Progress, token_bytes: float) -> float:
-    """Bytes of an exchange both ways that are no features: the mean of those heard so far.
+    """Bytes of an exchange both ways that are no features: the mean of the exchanges so far.
 
-    An exchange sends the gradient of one batch and the features of the next; the first one no gradient.
+    An exchange sends the gradient of one batch and the features of the next; the first one no
+    gradient.
     """
     tokens = np.array(progress.tokens)
     if len(tokens) == 1:

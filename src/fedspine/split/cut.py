@@ -8,10 +8,11 @@ from fedspine.split.split_transformer import SplitTransformer
 
 
 def split_model_of(base: Base | Net, cut: int, *, rank: int = 8, scale: float = 2.0) -> SplitModel:
-    """The model with its first `cut` blocks on the devices; raises BadInput for a cut outside the model.
+    """The model with its first `cut` blocks on the devices; raises BadInput for a cut outside the
+    model.
 
-    `rank` and `scale` are those of the adapters, where the model trains adapters. A split model is made
-    once for a base and kept with it, since each exchange asks for it.
+    `rank` and `scale` are those of the adapters, where the model trains adapters. A split model is
+    made once for a base and kept with it, since each exchange asks for it.
     """
     match base:
         case Base():

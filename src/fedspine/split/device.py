@@ -1,10 +1,13 @@
-"""The device's side of split learning: each ask applies the last gradient and returns the next features.
+"""The device's side of split learning: each ask applies the last gradient and returns the next
+features.
 
-`begin` installs a client model and returns the first features, `step` goes on, `end` applies the last gradient and
-returns the client model. In the U-shape labels never leave: `answer` returns the gradient of the middle's output.
+`begin` installs a client model and returns the first features, `step` goes on, `end` applies the
+last gradient and returns the client model. In the U-shape labels never leave: `answer` returns the
+gradient of the middle's output.
 
-Between asks a device remembers weights, optimiser state and the rows of the current batch, but no graph. The graph is
-computed again, to the same bits, unless this process still has it (`Device.keep`).
+Between asks a device remembers weights, optimiser state and the rows of the current batch, but no
+graph. The graph is computed again, to the same bits, unless this process still has it
+(`Device.keep`).
 """
 
 from collections.abc import Callable
@@ -66,7 +69,9 @@ class Begin:
 
 @message
 class Step:
-    """The gradient of the batch's mean loss with respect to its features; None where none is needed."""
+    """The gradient of the batch's mean loss with respect to its features; None where none is
+    needed.
+    """
 
     gradient: Wired | None
 
@@ -97,7 +102,7 @@ class Answer:
 
 @message
 class Answered:
-    """The gradient of the batch's summed loss with respect to the middle's output, and that loss."""
+    """The gradient of the batch's summed loss with respect to the middle's output; that loss."""
 
     gradient: Wired
     loss: float  # mean over the batch's labels
@@ -187,7 +192,8 @@ def answer(device: Device, order: Answer) -> Answered:
     losses = active.split_model.ending_forward(
         ending.weights, entered, active.labels, seed=_drawing(held)
     )
-    # the server weighs all labels alike, so it gets the sum's gradient; the own part learns from the own mean
+    # the server weighs all labels alike, so it gets the sum's gradient; the own part learns from
+    # the own mean
     gradient, *rest = torch.autograd.grad(losses.total.sum(), [values, *ending.leaves])
     for leaf, found in zip(ending.leaves, rest, strict=True):
         leaf.grad = found / losses.labels

@@ -1,8 +1,8 @@
 """A model cut in two: the client model runs on devices, the server model on the server.
 
-Features (smashed data) go up, their gradients come down. This is all that split methods know of a model.
-`cut.split_model_of` gives it for transformers (trainable: LoRA and the task head) and for convolutional nets
-(trainable: everything), so one method file serves both.
+Features (smashed data) go up, their gradients come down. This is all that split methods know of a
+model. `cut.split_model_of` gives it for transformers (trainable: LoRA and the task head) and for
+convolutional nets (trainable: everything), so one method file serves both.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,9 @@ from fedspine.core.message import Tensors, message
 class Features:
     """What a client model gives for some rows, or the gradient of a loss with respect to it.
 
-    `values` is [rows, ...]: [rows, tokens, width] for text, [rows, channels, ...] for arrays. `mask`, bool
-    [rows, tokens], says what is a token and not padding; None where all rows are of one shape.
+    `values` is [rows, ...]: [rows, tokens, width] for text, [rows, channels, ...] for arrays.
+    `mask`, bool [rows, tokens], says what is a token and not padding; None where all rows are of
+    one shape.
     """
 
     values: Tensor
@@ -38,7 +39,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of some rows: `total` is each row's summed loss, `counted` the number of labels in that sum.
+    """The losses of some rows: `total` is each row's sum, `counted` the number of labels in it.
 
     `adjusted` is `total` with the logit adjustments that were asked for.
     """
@@ -63,7 +64,7 @@ def adjusted_losses(
     labels: Int[Tensor, " rows"],
     adjustments: Float[Tensor, "rows classes"] | None,
 ) -> Float[Tensor, " rows"] | None:
-    """The cross-entropy of each row with `adjustments` added to its logits, in nats; None without adjustments."""
+    """The cross-entropy of each row with `adjustments` added to its logits, None without them."""
     if adjustments is None:
         return None
     return cross_entropy(logits.float() + adjustments.to(logits.device), labels, reduction="none")
@@ -72,32 +73,33 @@ def adjusted_losses(
 class SplitModel(Protocol):
     """One model cut at one place. Weights are handed in; nothing is kept between calls.
 
-    Gradients reach every tensor of `weights` that asks for one. `seed` fixes what is drawn (dropout); with None the half
-    computes as a deployed model does.
+    Gradients reach every tensor of `weights` that asks for one. `seed` fixes what is drawn
+    (dropout); with None the half computes as a deployed model does.
     """
 
     @property
     def statistics(self) -> frozenset[str]:
         """Names of weights that are averaged but not trained, such as batch norm's.
 
-        `client_forward` and `server_forward` update those handed in, in place, where a seed is given.
+        `client_forward` and `server_forward` update those handed in, in place, where a seed is
+        given.
         """
         ...
 
     @property
     def entry(self) -> frozenset[str]:
-        """Names of the weights that the server model's first block trains, if it still makes features.
+        """Names of the weights of the server model's first block, if it still makes features.
 
-        That is a transformer's block or a convolution; empty where the server model only classifies.
+        Such a block is a transformer's or a convolution. Empty where all blocks only classify.
         """
         ...
 
     def start(self, rng: np.random.Generator) -> tuple[Tensors, Tensors]:
-        """The initial weights of the client model and the server model: all that training changes."""
+        """The initial weights of both halves: all that training changes."""
         ...
 
     def client_forward(self, weights: Tensors, inputs: Tensors, *, seed: int | None) -> Features:
-        """The features of a batch as `Examples.batch` or `Arrays.batch` gives it; labels in it are ignored."""
+        """The features of a batch of `Examples` or `Arrays`; labels in it are ignored."""
         ...
 
     def server_forward(
@@ -120,14 +122,14 @@ class SplitModel(Protocol):
         ...
 
     def parts(self, model: Any) -> tuple[Tensors, Tensors]:
-        """The client model and the server model of a model that `join` made, here or at another cut."""
+        """Both halves of a model that `join` made, here or at another cut."""
         ...
 
     # U-shaped: labels stay on the devices, and so does the last part of the server model
 
     @property
     def ends(self) -> frozenset[str]:
-        """Names of the server model's weights that `ending_forward` uses; `middle_forward` uses the others."""
+        """Names of the server model's weights in `ending_forward`; the others are the middle's."""
         ...
 
     def middle_forward(self, weights: Tensors, features: Features, *, seed: int | None) -> Features:
@@ -137,7 +139,7 @@ class SplitModel(Protocol):
     def ending_forward(
         self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None
     ) -> Losses:
-        """The losses of the last part: `server_forward` is `ending_forward` after `middle_forward`."""
+        """The losses of the last part, which with the middle is `server_forward`."""
         ...
 
     def flops(self, half: str, rows: int, tokens: int) -> float:

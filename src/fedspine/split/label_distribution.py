@@ -1,4 +1,4 @@
-"""The label distribution of each device: asked once, to choose devices by it and to adjust logits."""
+"""The label distribution of each device: asked once, to choose devices and to adjust logits."""
 
 from collections.abc import Mapping
 
@@ -34,10 +34,12 @@ def label_distribution(device: Device, order: LabelQuery) -> LabelDistribution:
 
 
 def logit_adjustments(labels: Mapping[DeviceId, np.ndarray], share: float) -> Tensors:
-    """What to add to the logits of each device's rows, fp32 [classes]: logit adjustment by its label skew.
+    """What to add to the logits of each device's rows, fp32 [classes]: logit adjustment by its
+    label skew.
 
-    With it, features gain nothing from telling which device they come from. `share` of the skew is taken off, from 0
-    to below 1. Menon et al. 2021 (arXiv:2007.07314); FedLC, Zhang et al. 2022 (arXiv:2209.00189).
+    With it, features gain nothing from telling which device they come from. `share` of the skew is
+    taken off, from 0 to below 1. Menon et al. 2021 (arXiv:2007.07314); FedLC, Zhang et al. 2022
+    (arXiv:2209.00189).
     """
     known = np.stack(list(labels.values()))
     return dict(

@@ -1,7 +1,8 @@
 """One round of split learning, for every method that has one: begin, iterate, end.
 
-A device may vanish, or send what is not finite, at any exchange. Its features then leave the merge, the round goes on
-with the others, and it is not asked again until the next round. The fleet counts what its exchanges cost.
+A device may vanish, or send what is not finite, at any exchange. Its features then leave the merge,
+the round goes on with the others, and it is not asked again until the next round. The fleet counts
+what its exchanges cost.
 """
 
 import math
@@ -88,7 +89,9 @@ class RoundResult:
 
     @property
     def counted(self) -> dict[DeviceId, int]:
-        """Labels of each device over all iterations; 1 each where none counted, so that all weigh alike."""
+        """Labels of each device over all iterations; 1 each where none counted, so that all weigh
+        alike.
+        """
         each = {device: progress.counted for device, progress in self.progress.items()}
         return each if any(each.values()) else dict.fromkeys(each, 1)
 
@@ -112,8 +115,8 @@ def run_round(
 ) -> RoundResult:
     """One round of these devices: `iterations` steps of the server model and of every client model.
 
-    `resizing` may change batch sizes between iterations; it is for devices without a local loss. With `staggered` some
-    client models make fewer steps. Raises AllLost where no device is left.
+    `resizing` may change batch sizes between iterations; it is for devices without a local loss.
+    With `staggered` some client models make fewer steps. Raises AllLost where no device is left.
     """
     current = SplitRound(fleet, orders, seed)
     replies = current.ask(work.begin, orders, staggered.quorum if staggered else 1.0)
@@ -139,7 +142,7 @@ class SplitRound:
         self._places = {device: place for place, device in enumerate(orders)}
         self._precisions = {device: order.precision for device, order in orders.items()}
         self._progress = {device: Progress() for device in orders}
-        self._pending: set[DeviceId] = set()  # asked, not heard of yet, while the others go on
+        self._pending: set[DeviceId] = set()  # asked, without a reply yet, while the others go on
         self._ended: list[Reply[Ended]] = []
 
     def seed_of(self, iteration: int) -> int:
@@ -153,10 +156,11 @@ class SplitRound:
     def ask(
         self, work: Work[Any, Any], orders: Mapping[DeviceId, Any], quorum: float = 1.0
     ) -> list[Reply[Any]]:
-        """The usable replies of a share `quorum` of these devices, and of others that came meanwhile.
+        """The usable replies of a share `quorum` of these devices, and of others that came
+        meanwhile.
 
-        Devices whose replies are not finite are noted and left out for the rest of the round. Raises AllLost where
-        nobody is left.
+        Devices whose replies are not finite are noted and left out for the rest of the round.
+        Raises AllLost where nobody is left.
         """
         if quorum == 1 and not self._pending:
             replies = self._fleet.ask(work, orders)
@@ -190,7 +194,9 @@ class SplitRound:
         return [reply for reply in replies if isinstance(reply.value, Forwarded)]
 
     def record(self, parts: Sequence[Part], result: StepResult) -> dict[DeviceId, Step]:
-        """Record one iteration of the server; returns the next step of each device that is still in the round."""
+        """Record one iteration of the server; returns the next step of each device that is still in
+        the round.
+        """
         for device, why in result.left_out.items():
             self._fleet.note(device=device, left_out=why)
         if not result.losses:
@@ -212,7 +218,9 @@ class SplitRound:
         }
 
     def finish(self, end: Work[Step, Ended], steps: Mapping[DeviceId, Step]) -> RoundResult:
-        """Ask these devices for their client models, and wait for all replies that are still pending."""
+        """Ask these devices for their client models, and wait for all replies that are still
+        pending.
+        """
         together = not (self._ended or self._pending)
         replies = self.ask(end, steps) if steps else []
         late = self._collect(self._progress, len(self._pending))
@@ -243,7 +251,9 @@ class SplitRound:
         self._pending.update(orders)
 
     def _collect(self, wanted: Collection[DeviceId], enough: int) -> list[Reply[Any]]:
-        """What comes until so many of the devices wanted have replied, or no reply is pending any more."""
+        """What comes until so many of the devices wanted have replied, or no reply is pending any
+        more.
+        """
         replies: list[Reply[Any]] = []
         while sum(reply.device in wanted for reply in replies) < enough:
             try:

@@ -1,12 +1,14 @@
-"""The server's side of split learning: how the server model is trained on the features of many devices.
+"""The server's side of split learning: how the server model learns from many devices' features.
 
-Merged: one step on all of them (MergeSFL). Weighted: one step on the sum of the devices' own losses (LocFedMix-SL).
-In turn: one step per device on one server model, in random order (SplitFed V2), or always the same (SplitLoRA).
-Copies: a server model for each device, averaged after every iteration (AdaSFL) or at the round's end (SplitFed V1).
+Merged: one step on all of them (MergeSFL). Weighted: one step on the sum of the devices' own losses
+(LocFedMix-SL). In turn: one step per device on one server model, in random order (SplitFed V2), or
+always the same (SplitLoRA). Copies: a server model for each device, averaged after every iteration
+(AdaSFL) or at the round's end (SplitFed V1).
 
-With logit adjustments, by device [classes], a device's gradient is that of its loss with them added to its rows' logits.
-So is the gradient of the server model's first block, where it still makes features; the other blocks learn from the
-plain loss. A device whose loss is not finite is left out of the iteration, and the result says so.
+With logit adjustments, by device [classes], a device's gradient is that of its loss with them added
+to its rows' logits. So is the gradient of the server model's first block, where it still makes
+features; the other blocks learn from the plain loss. A device whose loss is not finite is left out
+of the iteration, and the result says so.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +39,7 @@ class Part:
 
 @dataclass
 class StepResult:
-    """What one iteration gives, by device; `gradients` are those of its own mean loss, or as `rescale` says."""
+    """One iteration's results by device; gradients are of its own mean loss, or as `rescale` says."""
 
     gradients: dict[DeviceId, Features | None] = field(default_factory=dict)
     losses: dict[DeviceId, float] = field(default_factory=dict)  # mean over a device's labels
@@ -53,11 +55,11 @@ class ServerStep(Protocol):
         ...
 
     def finish(self, weights: Mapping[DeviceId, float]) -> Tensors:
-        """The server model at the round's end; `weights` are those by which client models are averaged."""
+        """The server model at the round's end; `weights` are those of the client models."""
         ...
 
 
-# a loss of the server's own on what came, whose gradient stays with the server model: (weights, parts, seed) -> loss
+# (weights, parts, seed) -> a loss of the server's own, whose gradient stays on the server
 ExtraLoss: TypeAlias = Callable[[Tensors, Sequence[Part], int], Tensor]
 LogitAdjustments: TypeAlias = "Mapping[DeviceId, Tensor] | None"
 
@@ -65,8 +67,9 @@ LogitAdjustments: TypeAlias = "Mapping[DeviceId, Tensor] | None"
 class Merged:
     """One step of one server model on all features as one batch.
 
-    `rescale`: each device gets the gradient of its own mean loss, whatever else was merged; without, that of the merged
-    mean. With no `gradients`, client models train nothing, and nothing is sent back.
+    `rescale`: each device gets the gradient of its own mean loss, whatever else was merged;
+    without, that of the merged mean. With no `gradients`, client models train nothing, and nothing
+    is sent back.
     """
 
     def __init__(
@@ -128,7 +131,7 @@ class Merged:
 
 
 class InTurn:
-    """One step of one server model per device, in an order drawn from the iteration's seed, or in theirs if not `shuffled`."""
+    """One step of one server model per device, in random order, or in theirs if not `shuffled`."""
 
     def __init__(
         self,
@@ -172,10 +175,11 @@ class InTurn:
 
 
 class Weighted:
-    """One step of one server model on a weighted sum of the devices' own mean losses, each from a forward pass of its own.
+    """One step of one server model on a weighted sum of the devices' own mean losses.
 
-    `shares` weighs devices; over those of an iteration the weights sum to 1. Each gets the gradient of its own mean
-    loss. `extra` is added to the sum; its passes leave the server model's statistics alone.
+    `shares` weighs devices; over those of an iteration the weights sum to 1. Each gets the gradient
+    of its own mean loss. `extra` is added to the sum; its passes leave the server model's
+    statistics alone.
     """
 
     def __init__(
@@ -236,8 +240,9 @@ class Weighted:
 class Copies:
     """A copy of the server model for each device, trained side by side on its own features.
 
-    `every_iteration`: the copies are averaged uniformly after each iteration, and all go on from there with fresh
-    optimisers; else at the round's end, by the weights that the client models have.
+    `every_iteration`: the copies are averaged uniformly after each iteration, and all go on from
+    there with fresh optimisers; else at the round's end, by the weights that the client models
+    have.
     """
 
     def __init__(
@@ -287,7 +292,9 @@ class Copies:
 
 
 def merged(parts: Sequence[Part]) -> tuple[Features, Tensor]:
-    """All features and labels as one batch, padded to the longest row; the order is that of `parts`."""
+    """All features and labels as one batch, padded to the longest row; the order is that of
+    `parts`.
+    """
     features = merged_features(parts)
     labels = [part.labels for part in parts if part.labels is not None]
     if features.mask is not None and labels[0].dim() == 2:
@@ -308,7 +315,9 @@ def merged_features(parts: Sequence[Part]) -> Features:
 
 
 def per_device(values: Tensor | None, parts: Sequence[Part]) -> list[Features | None]:
-    """Each device's rows of what was computed for the merged batch, without the padding that merging added."""
+    """Each device's rows of what was computed for the merged batch, without the padding that
+    merging added.
+    """
     if values is None:
         return [None] * len(parts)
     own = values.split([len(part.features) for part in parts])
@@ -348,11 +357,14 @@ def _backward(loss: Tensor, leaves: Sequence[Tensor]) -> None:
 def _learnt(
     split_model: SplitModel, losses: Losses, values: Tensor, server_model: TrainableHalf
 ) -> Tensor | None:
-    """Give the server model's leaves their gradients; the features' own is returned, None if it is not wanted."""
+    """Give the server model's leaves their gradients; the features' own is returned, None if it is
+    not wanted.
+    """
     if losses.adjusted is None:
         _backward(losses.mean, [values, *server_model.leaves])
         return values.grad
-    # a first block that makes features gets the adjusted gradient: a plain one for it would cost another pass
+    # a first block that makes features gets the adjusted gradient: a plain one for it would cost
+    # another pass
     entry = [server_model.weights[name] for name in split_model.entry]
     above = [
         leaf

@@ -20,7 +20,8 @@ SINGLE = 4  # bytes of an fp32 number
 
 
 class SplitNet:
-    """`SplitModel` of a net after its first `cut` blocks. Not to be called by several threads at once.
+    """`SplitModel` of a net after its first `cut` blocks. Not to be called by several threads at
+    once.
 
     Raises BadInput for a cut outside the net.
     """
@@ -50,7 +51,9 @@ class SplitNet:
         )
 
     def start(self, rng: np.random.Generator) -> tuple[Tensors, Tensors]:
-        """Fresh weights of the client model and the server model; together the same wherever the cut is."""
+        """Fresh weights of the client model and the server model; together the same wherever the
+        cut is.
+        """
         weights = self._net.start(rng)
         return self._of(self._client_model, weights), self._of(self._server_model, weights)
 
@@ -127,11 +130,13 @@ class SplitNet:
         )
 
     def flops(self, half: str, rows: int, tokens: int = 1) -> float:
-        """Operations of convolutions and linear layers, forward and backward; the data itself gets no gradient."""
+        """Operations of convolutions and linear layers, forward and backward; the data itself gets
+        no gradient.
+        """
         return float(self._costs[half].flops * rows)
 
     def memory_bytes(self, half: str, rows: int, tokens: int = 1) -> int:
-        """Weights with their gradients, and what every layer gives with its gradient, all in fp32."""
+        """Weights and the outputs of all layers, each with its gradient, in fp32."""
         cost = self._costs[half]
         return 2 * SINGLE * (cost.weights + rows * cost.values)
 
@@ -145,7 +150,9 @@ class SplitNet:
 
 
 class _Cost:
-    """What one row costs in a half: operations, numbers that its layers give, and its weights; computed on no device."""
+    """What one row costs in a half: operations, numbers that its layers give, and its weights;
+    computed on no device.
+    """
 
     def __init__(self, half: nn.Sequential, row: Tensor, *, first: bool) -> None:
         given: list[int] = [row.numel()]
@@ -174,7 +181,9 @@ def _sequence(blocks: Sequence[tuple[str, nn.Module]]) -> nn.Sequential:
 
 @contextmanager
 def _drawing(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Where what is drawn (dropout) follows from `seed` alone, and torch's own generators are left as they were."""
+    """Where what is drawn (dropout) follows from `seed` alone, and torch's own generators are left
+    as they were.
+    """
     if seed is None:
         yield
         return

@@ -1,7 +1,9 @@
-"""A transformer cut at a block boundary: embeddings and the first blocks on devices, the others and the head on the server.
+"""A transformer cut at a block boundary: embeddings and the first blocks on devices, the others and
+the head on the server.
 
-Section 12 of the MergeSFL reconstruction (arXiv:2311.13348 carried over to LoRA). Both halves train the LoRA factors of
-their blocks, the server model the task head too; layer norms know no batch, so merged rows count as they would alone.
+Section 12 of the MergeSFL reconstruction (arXiv:2311.13348 carried over to LoRA). Both halves train
+the LoRA factors of their blocks, the server model the task head too; layer norms know no batch, so
+merged rows count as they would alone.
 """
 
 from dataclasses import replace
@@ -26,8 +28,8 @@ from fedspine.split.interface import Features, Losses, adjusted_losses
 class SplitTransformer:
     """`SplitModel` of a transformer with adapters of one rank on all linear layers of its blocks.
 
-    Raises BadInput for a cut outside the model: 0 leaves the embeddings alone to the devices, which then train nothing;
-    with all blocks below the cut the server has the head.
+    Raises BadInput for a cut outside the model: 0 leaves the embeddings alone to the devices, which
+    then train nothing; with all blocks below the cut the server has the head.
     """
 
     def __init__(self, base: Base, cut: int, rank: int, scale: float) -> None:
@@ -71,7 +73,9 @@ class SplitTransformer:
         return frozenset(self._no_head)
 
     def start(self, rng: np.random.Generator) -> tuple[Tensors, Tensors]:
-        """An adapter that changes nothing yet and the task head; together the same wherever the cut is."""
+        """An adapter that changes nothing yet and the task head; together the same wherever the cut
+        is.
+        """
         adapter = fresh(self._base.anatomy.sites, self._rank, rng)
         return self._split({**adapter, **self._base.initial_head(rng)})
 
@@ -133,7 +137,9 @@ class SplitTransformer:
         return training_flops(anatomy, full(anatomy), self._rank, extent)
 
     def memory_bytes(self, half: str, rows: int, tokens: int) -> int:
-        """As `training_memory_bytes`; the client model has the embeddings, of which nothing is kept for a backward pass."""
+        """As `training_memory_bytes`; the client model has the embeddings, of which nothing is kept
+        for a backward pass.
+        """
         anatomy = self._anatomies[half]
         embeddings = self._base.embeddings if half == "client" else 0
         if not anatomy.layers:
@@ -162,7 +168,9 @@ class SplitTransformer:
         }
 
     def _fit(self, weights: Tensors) -> nn.Module:
-        """The skeleton with these weights; blocks whose factors are not among them are the base's own."""
+        """The skeleton with these weights; blocks whose factors are not among them are the base's
+        own.
+        """
         adapter = {name: tensor for name, tensor in weights.items() if name not in self._no_head}
         head = {name: weights.get(name, tensor) for name, tensor in self._no_head.items()}
         model = Model(structure=self._structure, adapter=adapter, head=head, scale=self._scale)
@@ -196,7 +204,9 @@ class SplitTransformer:
         return features.values.to(self._base.device, self._base.precision)
 
     def _inputs(self, features: Features) -> Tensors:
-        """What the skeleton asks of its inputs besides hidden states: which are tokens, in ids that say no more."""
+        """What the skeleton asks of its inputs besides hidden states: which are tokens, in ids that
+        say no more.
+        """
         assert features.mask is not None
         inside = features.mask.to(self._base.device)
         padding = self._base.config.pad_token_id

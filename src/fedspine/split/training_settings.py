@@ -1,4 +1,6 @@
-"""Settings of training both halves of a model, wherever each of them is: what split and whole-model methods share."""
+"""Settings of training both halves of a model, wherever each of them is: what split and whole-model
+methods share.
+"""
 
 from dataclasses import dataclass
 

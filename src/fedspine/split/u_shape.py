@@ -1,8 +1,9 @@
-"""The U-shape of split learning: labels and the last part of the model stay on the devices, the server has the middle.
+"""The U-shape of split learning: labels and the last part of the model stay on the devices, the
+server has the middle.
 
-An iteration takes two exchanges. Features go up and the middle's output comes down; then the gradient of the devices'
-losses goes up and that of their features comes down. AdhocSL adds this to MergeSFL; here the head is trained on each
-device and averaged as client models are.
+An iteration takes two exchanges. Features go up and the middle's output comes down; then the
+gradient of the devices' losses goes up and that of their features comes down. AdhocSL adds this to
+MergeSFL; here the head is trained on each device and averaged as client models are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from fedspine.split.wire import gradient_wired, unwired
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """The middle's forward pass of one iteration: its input and its output, with the graph between."""
+    """The middle's forward pass: its input and its output, with the graph between."""
 
     parts: Sequence[Part]
     entered: Tensor
@@ -39,7 +40,9 @@ class ForwardPass:
 
 
 class MergedMiddle:
-    """The middle of a model under training for one round, on all features as one batch: `Merged` without labels."""
+    """The middle of a model under training for one round, on all features as one batch: `Merged`
+    without labels.
+    """
 
     def __init__(
         self,
@@ -63,7 +66,9 @@ class MergedMiddle:
         return ForwardPass(parts, entered, left)
 
     def step(self, forward_pass: ForwardPass, answers: Mapping[DeviceId, Answered]) -> StepResult:
-        """One step with the gradients that came back; the rows of devices that did not answer leave the mean."""
+        """One step with the gradients that came back; the rows of devices that did not answer leave
+        the mean.
+        """
         result, labels = StepResult(), max(1, sum(own.counted for own in answers.values()))
         gradient = torch.zeros_like(forward_pass.left.values)
         for part, place in zip(

@@ -1,6 +1,8 @@
-"""Training a whole model on a device, for methods without a half on the server: both halves of a cut, one after another.
+"""Training a whole model on a device, for methods without a half on the server: both halves of a
+cut, one after another.
 
-So one method file serves transformers, where LoRA and the task head are trained, and nets, where everything is.
+So one method file serves transformers, where LoRA and the task head are trained, and nets, where
+everything is.
 """
 
 from collections.abc import Sequence
@@ -50,7 +52,9 @@ class Training:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What training gave: all weights by name, and every row's loss at each step before it was trained on."""
+    """What training gave: all weights by name, and every row's loss at each step before it was
+    trained on.
+    """
 
     weights: Tensors
     losses: tuple[np.ndarray, ...]  # one for each step, [rows of which a label counted]
@@ -61,12 +65,14 @@ class LocalResult:
 
         0 where no label counted.
         """
-        told = [losses.mean() for losses in self.losses if len(losses)]
-        return float(np.mean(told[-LAST:])) if told else 0.0
+        means = [losses.mean() for losses in self.losses if len(losses)]
+        return float(np.mean(means[-LAST:])) if means else 0.0
 
 
 def train_whole(device: Device, weights: Tensors, training: Training) -> LocalResult:
-    """Train all weights of a model together; a loss that is not finite ends training at once and is in the lesson."""
+    """Train all weights of a model together; a loss that is not finite ends training at once and is
+    in the lesson.
+    """
     base = device.base
     split_model = training.cutting.of(base)
     under = TrainableHalf(
@@ -80,8 +86,8 @@ def train_whole(device: Device, weights: Tensors, training: Training) -> LocalRe
         drawn = [int(part) for part in np.random.SeedSequence([seed, step]).generate_state(2)]
         features = split_model.client_forward(under.weights, batch, seed=drawn[0])
         found = split_model.server_forward(under.weights, features, batch["labels"], seed=drawn[1])
-        told = found.counted > 0
-        mean = (found.total[told] / found.counted[told]).detach()
+        labelled = found.counted > 0
+        mean = (found.total[labelled] / found.counted[labelled]).detach()
         losses.append(mean.cpu().double().numpy())
         sizes.append(len(rows))
         tokens.append(1 if features.mask is None else features.mask.shape[1])
@@ -125,7 +131,9 @@ def check_whole(fields: ModelTraining, task: Task) -> None:
 
 
 def cutting_of(fields: ModelTraining, base: Any) -> Cutting:
-    """Where a whole model is cut to be computed in two calls, which makes no difference to what is learnt."""
+    """Where a whole model is cut to be computed in two calls, which makes no difference to what is
+    learnt.
+    """
     return Cutting(cut=base.default_cut, rank=fields.rank, scale=fields.scale)
 
 
@@ -162,7 +170,9 @@ def wired(weights: Tensors, wire: Wire) -> Tensors:
 def with_memory(
     fleet: Fleet, split_model: SplitModel, batch: int, tokens: int
 ) -> tuple[Profile, ...]:
-    """The devices that have the memory to train; the others are noted. Raises NoMemory where none has."""
+    """The devices that have the memory to train; the others are noted. Raises NoMemory where none
+    has.
+    """
     able = []
     for device in fleet.devices:
         needed = memory_bytes(split_model, min(batch, device.examples), tokens)
