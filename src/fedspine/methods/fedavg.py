@@ -1,5 +1,4 @@
-"""FedAvg: every device trains the whole model for some steps, and the server averages what they
-send.
+"""FedAvg: devices train the whole model for some steps, and the server averages the results.
 
 McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data"
 (arXiv:1602.05629): the baseline of split learning without a split. Departures:

@@ -1,5 +1,4 @@
-"""LocFedMix-SL: a local reconstruction loss on devices, and mixup of different devices' features on
-the server.
+"""LocFedMix-SL: a local reconstruction loss on devices, mixup of their features on the server.
 
 Oh, Park, Vepakomma, Baek, Raskar, Bennis and Kim 2022, "LocFedMix-SL: Localize, Federate, and Mix
 for Improved Scalability, Convergence, and Latency in Split Learning", WWW. Departures:

@@ -1,5 +1,4 @@
-"""MergeSFL: split learning with one server model, trained on the features of all devices merged
-into one batch.
+"""MergeSFL: split learning on the features of all devices, merged into one batch.
 
 Liao, Xu, Xu, Yao, Wang and Qiao 2024, "MergeSFL: Split Federated Learning with Feature Merging and
 Batch Size Regulation", ICDE (arXiv:2311.13348). Batch sizes follow the devices' speed, and devices

@@ -1,5 +1,4 @@
-"""MergeSFL with our additions: client models that do not learn label skew, and less waiting within
-a round.
+"""MergeSFL-plus: MergeSFL with less label skew in client models and less waiting. Ours.
 
 The base is Liao et al. 2024 (arXiv:2311.13348), which is `mergesfl`. What is added, and what each
 part is worth: docs/methods/mergesfl_plus.md. Every addition can be switched off.

@@ -1,5 +1,4 @@
-"""SplitFed V1: every device has a server model of its own on the server, and both halves are
-averaged at the round's end.
+"""SplitFed V1: a server model for each device; both halves are averaged at the round's end.
 
 Thapa, Mahawaga Arachchige, Camtepe and Sun 2022, "SplitFed: When Federated Learning Meets Split
 Learning", AAAI (arXiv:2004.12088). Departures: docs/methods/splitfed_v1.md.

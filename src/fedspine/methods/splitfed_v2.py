@@ -1,5 +1,4 @@
-"""SplitFed V2: one server model on the server, which takes a step for each device in turn, in an
-order drawn anew each time.
+"""SplitFed V2: one server model, which takes a step for each device in turn, in random order.
 
 Thapa, Mahawaga Arachchige, Camtepe and Sun 2022, "SplitFed: When Federated Learning Meets Split
 Learning", AAAI (arXiv:2004.12088). Departures: docs/methods/splitfed_v2.md.
