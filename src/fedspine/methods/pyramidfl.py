@@ -1,5 +1,4 @@
-"""PyramidFL: the server asks useful and fast devices, those with time left train more, and small
-updates are thinned out.
+"""PyramidFL: useful, fast devices are asked; slack is used to train more; small updates thinned.
 
 Li et al. 2022, "PyramidFL: A Fine-grained Client Selection Framework for Efficient Federated
 Learning", MobiCom 2022 (10.1145/3495243.3517017), as reconstructed in section 13 of the MergeSFL
