@@ -36,10 +36,11 @@ def bench(waves_task, tmp_path):
         each.close()
 
 
+SGD = {"optimiser": "sgd", "learning_rate": 0.3}
+
+
 def on_arrays(**settings):
-    return FedAvg(
-        **{"steps": 12, "batch": 16, "learning_rate": 0.3, "precision": "fp32"} | settings
-    )
+    return FedAvg(**{"steps": 12, "batch": 16, "precision": "fp32"} | SGD | settings)
 
 
 def weights_of(model, task):
@@ -50,7 +51,9 @@ def weights_of(model, task):
 
 def test_one_full_step_everywhere_is_one_step_on_all_rows(lab, task):
     # sum over devices of |D_i| / |D| times the gradient on D_i is the gradient on the union, and SGD is linear in it
-    method = FedAvg(steps=1, batch=300, learning_rate=0.5, decay=1.0, rank=4, precision="fp32")
+    method = FedAvg(
+        steps=1, batch=300, optimiser="sgd", learning_rate=0.5, decay=1.0, rank=4, precision="fp32"
+    )
     bench = lab()
     start = method.start(task, np.random.default_rng([0, 1]))
     split_model, weights = weights_of(start.model, task)
@@ -91,7 +94,9 @@ def test_goes_on_after_a_kill_and_without_lost_devices(bench):
 
 def test_statistics_of_batch_norm_are_averaged_and_not_trained(bench):
     task = array_task("vgg-small", make=bars, rounds=1, train=60, test=90)
-    method = FedAvg(steps=1, batch=60, learning_rate=1e-6, decay=1.0, precision="fp32")
+    method = FedAvg(
+        steps=1, batch=60, optimiser="sgd", learning_rate=1e-6, decay=1.0, precision="fp32"
+    )
     start = method.start(task, np.random.default_rng([0, 1])).model.weights
     lab = bench(task=task)
     after = lab.run(method).model.weights
@@ -176,4 +181,4 @@ def test_settings_that_cannot_work_are_refused(waves_task, settings, said):
 
 def test_a_rank_beyond_the_model_is_refused(task):
     with pytest.raises(BadInput, match=r"method.rank has rank 4000"):
-        FedAvg(rank=4000).check(task)
+        FedAvg(rank=4000, **SGD).check(task)
