@@ -15,7 +15,7 @@ import numpy as np
 from fedspine.control.batch_sizes import regulate, waiting_share
 from fedspine.control.genetic_selection import Search, fitness, select
 from fedspine.control.split_plan import Candidates, SplitControl, SplitLimits, plan_split
-from fedspine.methods.mergesfl import GENERATIONS, POPULATION
+from fedspine.methods.mergesfl_plus import GENERATIONS, POPULATION
 
 DEVICES, CLASSES, ROWS = 80, 10, 50_000
 FEATURE_BYTES, BUDGET_ROWS, LARGEST = 16_384, 400, 64

@@ -1,8 +1,8 @@
 """What a round of split learning costs beside the bare work in it: `python benchmarks/split.py --help`.
 
-Both do the same forward and backward passes of the same rows, with the same halves, on one thread: ours through the
-fleet, with messages, memories, the control and a save at the end; bare in a plain loop. What `method.calibrate` adds to
-the top's backward pass is ours alone, so it counts as cost. They take turns, round by round, so that whatever else the
+Both do the same forward and backward passes of the same rows, with the same two halves, on one thread: ours through the
+fleet, with messages, memories, the control and a save at the end; bare in a plain loop. What `method.logit_adjustment` adds to
+the server model's backward pass is ours alone, so it counts as cost. They take turns, round by round, so that whatever else the
 machine does meets both. The goal of a run of 80 devices for 40 steps is 1.3.
 """
 
@@ -21,7 +21,7 @@ from fedspine.core.process import keep_freed_memory
 from fedspine.core.task import Data
 from fedspine.execution.workers import Workers, Workshop
 from fedspine.fleets.simulated import SimulatedFleet
-from fedspine.methods.mergesfl import MergeSflState
+from fedspine.methods.mergesfl_plus import MergeSflPlusState
 from fedspine.runs.assemble import build, simulate
 from fedspine.runs.config import load
 from fedspine.split.batches import rows_at
@@ -60,7 +60,7 @@ class Bench:
     records: Records
     asks: dict[str, int] = field(default_factory=dict)
 
-    def round(self, state: MergeSflState) -> tuple[MergeSflState, float, Heard]:
+    def round(self, state: MergeSflPlusState) -> tuple[MergeSflPlusState, float, Heard]:
         """One round of ours, as a run has it: the next state, seconds of this process, and what devices were told."""
         heard = Heard(self.fleet, self.asks)
         started = time.process_time()
@@ -73,7 +73,7 @@ class Bench:
         self.store.save(saved)
         return after, time.process_time() - started, heard
 
-    def bare(self, state: MergeSflState, heard: Heard) -> tuple[float, int]:
+    def bare(self, state: MergeSflPlusState, heard: Heard) -> tuple[float, int]:
         """The passes of that round in a plain loop: seconds of this process, and rows."""
         built, rows, given = (
             self.built,
@@ -82,16 +82,18 @@ class Bench:
         )
         started = time.process_time()
         (some, _), *_ = heard.orders.values()
-        halves = some.cutting.of(built.task.base)
-        bottom, top = halves.parts(state.model)
-        top = _leaves(top, halves.statistics)
-        own = {id: _leaves(bottom, halves.statistics) for id in heard.orders}
+        split_model = some.cutting.of(built.task.base)
+        client_model, server_model = split_model.parts(state.model)
+        server_model = _leaves(server_model, split_model.statistics)
+        own = {id: _leaves(client_model, split_model.statistics) for id in heard.orders}
         for step in range(built.recipe.method.steps):
             sent = []
             for id, (order, _) in heard.orders.items():
                 data, seed = given[id]
                 inputs = data.batch(rows_at(len(data), order.batch, seed, step))
-                sent.append((id, halves.bottom(own[id], inputs, seed=0), inputs["labels"]))
+                sent.append(
+                    (id, split_model.client_forward(own[id], inputs, seed=0), inputs["labels"])
+                )
                 rows += len(inputs["labels"])
             parts = [
                 Part(device=id, features=features, labels=labels) for id, features, labels in sent
@@ -99,11 +101,11 @@ class Bench:
             features = merged_features(
                 parts
             )  # with their graphs: one backward pass goes through all
-            halves.top(
-                top, features, torch.cat([labels for *_, labels in sent]), seed=0
+            split_model.server_forward(
+                server_model, features, torch.cat([labels for *_, labels in sent]), seed=0
             ).mean.backward()
             for leaf in [
-                *top.values(),
+                *server_model.values(),
                 *(leaf for weights in own.values() for leaf in weights.values()),
             ]:
                 leaf.grad = None
@@ -132,7 +134,7 @@ def main() -> None:
         if value
     ]
     settings += [
-        "method.name=mergesfl",
+        "method.name=mergesfl-plus",
         "method.regulate_within=false",  # so that the first order says what is repeated bare
         f"method.steps={arguments.steps}",
         f"method.batch={arguments.batch}",

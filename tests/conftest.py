@@ -20,7 +20,8 @@ os.environ["FEDSPINE_CACHE"] = tempfile.mkdtemp(prefix="fedspine-cache-")  # nev
 
 # before fedspine is imported; elsewhere annotations name protocols and forward references that cannot be checked
 jaxtyping.install_import_hook(
-    ["fedspine.core.tensors", "fedspine.lm", "fedspine.split.text_halves"], "beartype.beartype"
+    ["fedspine.core.tensors", "fedspine.lm", "fedspine.split.split_transformer"],
+    "beartype.beartype",
 )
 
 import pytest  # noqa: E402

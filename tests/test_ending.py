@@ -44,7 +44,11 @@ METHODS = {
     "flexlora": {"method__name": "flexlora", "method__ranks": "[2, 4]"},
     "mergesfl": {"method__name": "mergesfl", "method__rank": 2},
     "copies": {"method__name": "mergesfl", "method__rank": 2, "method__merging": "copies"},
-    "labels stay": {"method__name": "mergesfl", "method__rank": 2, "method__labels_stay": "true"},
+    "labels stay": {
+        "method__name": "mergesfl-plus",
+        "method__rank": 2,
+        "method__labels_stay": "true",
+    },
     "splitlora": {"method__name": "splitlora", "method__rank": 2},
 }
 

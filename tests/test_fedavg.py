@@ -15,7 +15,7 @@ from fedspine.fleets.lossy import Lossy
 from fedspine.fleets.simulated import SimulatedFleet
 from fedspine.methods.fedavg import FedAvg
 from fedspine.nets.score import score_nets
-from fedspine.split.cut import halves_of
+from fedspine.split.cut import split_model_of
 
 
 @pytest.fixture(scope="module")
@@ -36,28 +36,31 @@ def bench(waves_task, tmp_path):
         each.close()
 
 
+SGD = {"optimiser": "sgd", "learning_rate": 0.3}
+
+
 def on_arrays(**settings):
-    return FedAvg(
-        **{"steps": 12, "batch": 16, "learning_rate": 0.3, "precision": "fp32"} | settings
-    )
+    return FedAvg(**{"steps": 12, "batch": 16, "precision": "fp32"} | SGD | settings)
 
 
 def weights_of(model, task):
-    halves = halves_of(task.base, 1, rank=4, scale=2.0)
-    bottom, top = halves.parts(model)
-    return halves, {**bottom, **top}
+    split_model = split_model_of(task.base, 1, rank=4, scale=2.0)
+    client_model, server_model = split_model.parts(model)
+    return split_model, {**client_model, **server_model}
 
 
 def test_one_full_step_everywhere_is_one_step_on_all_rows(lab, task):
     # sum over devices of |D_i| / |D| times the gradient on D_i is the gradient on the union, and SGD is linear in it
-    method = FedAvg(steps=1, batch=300, learning_rate=0.5, decay=1.0, rank=4, precision="fp32")
+    method = FedAvg(
+        steps=1, batch=300, optimiser="sgd", learning_rate=0.5, decay=1.0, rank=4, precision="fp32"
+    )
     bench = lab()
     start = method.start(task, np.random.default_rng([0, 1]))
-    halves, weights = weights_of(start.model, task)
+    split_model, weights = weights_of(start.model, task)
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
     batch = task.train.batch(np.arange(len(task.train)))
-    halves.top(
-        leaves, halves.bottom(leaves, batch, seed=0), batch["labels"], seed=0
+    split_model.server_forward(
+        leaves, split_model.client_forward(leaves, batch, seed=0), batch["labels"], seed=0
     ).mean.backward()
     _, after = weights_of(bench.run(method, rounds=1).model, task)
     moved = 0.0
@@ -91,7 +94,9 @@ def test_goes_on_after_a_kill_and_without_lost_devices(bench):
 
 def test_statistics_of_batch_norm_are_averaged_and_not_trained(bench):
     task = array_task("vgg-small", make=bars, rounds=1, train=60, test=90)
-    method = FedAvg(steps=1, batch=60, learning_rate=1e-6, decay=1.0, precision="fp32")
+    method = FedAvg(
+        steps=1, batch=60, optimiser="sgd", learning_rate=1e-6, decay=1.0, precision="fp32"
+    )
     start = method.start(task, np.random.default_rng([0, 1])).model.weights
     lab = bench(task=task)
     after = lab.run(method).model.weights
@@ -119,11 +124,13 @@ def test_an_exchange_costs_the_weights_and_little_else(bench, waves_task):
             0 < row["bytes_down"] - 4 * numbers < 4000 and 0 < row["bytes_up"] - 4 * numbers < 4000
         )
         assert 0 < other["bytes_up"] - 2 * numbers < 4000
-    halves, rows = halves_of(waves_task.base, 2), 12 * 16
-    assert row["flops"] == halves.flops("bottom", rows, 1) + halves.flops("top", rows, 1)
-    assert row["peak_memory_bytes"] == halves.memory_bytes("bottom", 16, 1) + halves.memory_bytes(
-        "top", 16, 1
+    split_model, rows = split_model_of(waves_task.base, 2), 12 * 16
+    assert row["flops"] == split_model.flops("client", rows, 1) + split_model.flops(
+        "server", rows, 1
     )
+    assert row["peak_memory_bytes"] == split_model.memory_bytes(
+        "client", 16, 1
+    ) + split_model.memory_bytes("server", 16, 1)
 
 
 def test_devices_without_the_memory_are_left_out(bench, waves_task):
@@ -174,4 +181,4 @@ def test_settings_that_cannot_work_are_refused(waves_task, settings, said):
 
 def test_a_rank_beyond_the_model_is_refused(task):
     with pytest.raises(BadInput, match=r"method.rank has rank 4000"):
-        FedAvg(rank=4000).check(task)
+        FedAvg(rank=4000, **SGD).check(task)

@@ -390,12 +390,12 @@ def test_in_split_learning_a_slow_site_joins_late_and_one_that_dies_is_not_waite
         time.sleep(1.0)
         return reply
 
-    here = sites(method="mergesfl")
+    here = sites(method="mergesfl-plus")
     here.link.faults = {
         "east": [lambda reply: reply, slowly],
         "north": [lambda reply: reply] * 4 + ["died"],
     }
-    method = replace(find("mergesfl").toy(), steps=30, fewest=3, budget_rows=100, rank=64)
+    method = replace(find("mergesfl-plus").toy(), steps=30, fewest=3, budget_rows=100, rank=64)
     state = here.run(method, 1)
     assert set(state.workers) == {"east", "west"}
     here.party.records.flush()
@@ -404,9 +404,9 @@ def test_in_split_learning_a_slow_site_joins_late_and_one_that_dies_is_not_waite
         site: [row["work"] for row in rows if row["row"] == "exchange" and row["device"] == site]
         for site in SITES
     }
-    assert all(works[:2] == ["look", "begin"] for works in exchanges.values())
+    assert all(works[:2] == ["label_distribution", "begin"] for works in exchanges.values())
     assert exchanges["east"][-1] == exchanges["west"][-1] == "end"
-    assert len(exchanges["east"]) < len(exchanges["west"]) == 32  # look, begin, 29 steps, end
+    assert len(exchanges["east"]) < len(exchanges["west"]) == 32  # labels, begin, 29 steps, end
     (round,) = [row for row in rows if row["row"] == "round"]
     assert 0 < round["waiting_seconds"] < round["now"]
 

@@ -32,7 +32,7 @@ from fedspine.lm.structure import full
 from fedspine.lm.tokens import tokens
 from fedspine.lm.tune import Tuning, losses_of, tune
 from fedspine.methods import find
-from fedspine.split.cut import halves_of
+from fedspine.split.cut import split_model_of
 
 BEGIN, END = 2, 3  # of the tiny tokenizers
 WORDS = "the good bad small very not of to in is for on with at and"
@@ -229,11 +229,11 @@ def test_the_real_end_counts_where_padding_does_not(padded_by_ends):
     assert together == pytest.approx(sums, rel=1e-4)
     found = score_module(module, data)
     assert found.count == count and found.loss == pytest.approx(sums, rel=1e-4)
-    halves = halves_of(base, 1, rank=3)
-    bottom, top = halves.parts(model)
+    split_model = split_model_of(base, 1, rank=3)
+    client_model, server_model = split_model.parts(model)
     batch = data.batch(everything)
-    features = halves.bottom(bottom, batch, seed=0)
-    losses = halves.top(top, features, batch["labels"], seed=0)
+    features = split_model.client_forward(client_model, batch, seed=0)
+    losses = split_model.server_forward(server_model, features, batch["labels"], seed=0)
     assert losses.counted.tolist() == (data.lengths - 1).tolist()
     assert float(losses.total.detach().sum()) == pytest.approx(sums, rel=1e-4)
 
@@ -306,7 +306,7 @@ def test_a_text_without_a_token_is_no_error(decoder):
         ("pyramidfl", {}),
         ("mergesfl", {}),
         ("mergesfl", {"merging": "copies"}),
-        ("mergesfl", {"labels_stay": True}),
+        ("mergesfl-plus", {"labels_stay": True}),
         ("splitfed_v2", {}),
         ("locfedmix", {}),
     ],

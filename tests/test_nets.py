@@ -14,7 +14,7 @@ from fedspine.nets.load import load
 from fedspine.nets.models import BatchNorm
 from fedspine.nets.net import Net, NetModel
 from fedspine.nets.score import score_nets
-from fedspine.split.cut import halves_of
+from fedspine.split.cut import split_model_of
 from fedspine.split.interface import Features
 from fedspine.split.server import Merged, Part
 from fedspine.split.trainable_half import Optimising
@@ -40,15 +40,21 @@ def batch_for(net, rows=4, seed=0):
     return {"inputs": torch.from_numpy(inputs), "labels": labels}
 
 
-def copies(weights, halves):
+def copies(weights, split_model):
     """Weights that ask for gradients, and statistics that may be changed."""
     return {
-        name: w.clone().requires_grad_(name not in halves.statistics) for name, w in weights.items()
+        name: w.clone().requires_grad_(name not in split_model.statistics)
+        for name, w in weights.items()
     }
 
 
-def losses(halves, bottom, top, batch, seed):
-    return halves.top(top, halves.bottom(bottom, batch, seed=seed), batch["labels"], seed=seed)
+def losses(split_model, client_model, server_model, batch, seed):
+    return split_model.server_forward(
+        server_model,
+        split_model.client_forward(client_model, batch, seed=seed),
+        batch["labels"],
+        seed=seed,
+    )
 
 
 def linear(inputs, outputs):
@@ -85,12 +91,12 @@ PAPER = {
 def test_sizes_at_the_default_cut_are_those_of_the_paper(name):
     shape, classes, features, below, above = PAPER[name]
     net = Net(name, shape, classes)
-    halves = halves_of(net, net.default_cut)
-    assert halves.feature_shape(1) == features
+    split_model = split_model_of(net, net.default_cut)
+    assert split_model.feature_shape(1) == features
     state = net.blocks.state_dict()
     first = [f"block{i}." for i in range(1, net.default_cut + 1)]
-    bottom = sum(t.numel() for n, t in state.items() if n.startswith(tuple(first)))
-    assert (bottom, sum(t.numel() for t in state.values()) - bottom) == (below, above)
+    client_model = sum(t.numel() for n, t in state.items() if n.startswith(tuple(first)))
+    assert (client_model, sum(t.numel() for t in state.values()) - client_model) == (below, above)
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -100,18 +106,29 @@ def test_a_cut_anywhere_computes_the_whole(name):
     logits = net.logits(whole, batch["inputs"])
     expected = nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
     for cut in range(1, len(net.blocks)):
-        halves = halves_of(net, cut)
-        bottom, top = halves.start(rng())
-        assert not bottom.keys() & top.keys()
-        assert pack({**bottom, **top}).sha256 == pack({n: whole[n] for n in [*bottom, *top]}).sha256
-        found = losses(halves, bottom, top, batch, None)
+        split_model = split_model_of(net, cut)
+        client_model, server_model = split_model.start(rng())
+        assert not client_model.keys() & server_model.keys()
+        assert (
+            pack({**client_model, **server_model}).sha256
+            == pack({n: whole[n] for n in [*client_model, *server_model]}).sha256
+        )
+        found = losses(split_model, client_model, server_model, batch, None)
         assert torch.allclose(found.total, expected, atol=1e-5)
         assert found.counted.tolist() == [1] * 4
-        features = halves.bottom(bottom, batch, seed=None)
-        assert tuple(features.values.shape) == (4, *halves.feature_shape(1))
-        by_parts = halves.ending(top, halves.middle(top, features, seed=7), batch["labels"], seed=7)
-        assert torch.equal(by_parts.total, halves.top(top, features, batch["labels"], seed=7).total)
-        assert halves.ends <= top.keys()
+        features = split_model.client_forward(client_model, batch, seed=None)
+        assert tuple(features.values.shape) == (4, *split_model.feature_shape(1))
+        by_parts = split_model.ending_forward(
+            server_model,
+            split_model.middle_forward(server_model, features, seed=7),
+            batch["labels"],
+            seed=7,
+        )
+        assert torch.equal(
+            by_parts.total,
+            split_model.server_forward(server_model, features, batch["labels"], seed=7).total,
+        )
+        assert split_model.ends <= server_model.keys()
 
 
 @pytest.mark.parametrize(
@@ -119,25 +136,29 @@ def test_a_cut_anywhere_computes_the_whole(name):
     [("cnn-h", "block3."), ("cnn-s", "block4."), ("alexnet-small", None), ("vgg-small", "block5.")],
 )
 def test_a_first_block_of_the_top_that_makes_features_learns_as_they_do(name, entry):
-    """With shifts, convolutions learn from the shifted loss and what is fully connected from the plain one."""
+    """With logit adjustment, convolutions learn from the adjusted loss and what is fully connected from the plain one."""
     net = Net(name, SMALL[name], 3)
-    halves, batch = halves_of(net, net.default_cut), batch_for(net)
+    split_model, batch = split_model_of(net, net.default_cut), batch_for(net)
     assert (
-        halves.entry
-        == {n for n in halves.parts(net_model(net))[1] if entry and n.startswith(entry)}
-        - halves.statistics
+        split_model.entry
+        == {n for n in split_model.parts(net_model(net))[1] if entry and n.startswith(entry)}
+        - split_model.statistics
     )
-    bottom, top = halves.start(rng())
-    part = Part(device="d", features=halves.bottom(bottom, batch, seed=5), labels=batch["labels"])
+    client_model, server_model = split_model.start(rng())
+    part = Part(
+        device="d",
+        features=split_model.client_forward(client_model, batch, seed=5),
+        labels=batch["labels"],
+    )
     sgd = Optimising(kind="sgd", learning_rate=0.5)
-    plain, shifted = (
-        Merged(halves, top, sgd),
-        Merged(halves, top, sgd, shifts={"d": torch.tensor([0.0, 2.0, -1.0])}),
+    plain, adjusted = (
+        Merged(split_model, server_model, sgd),
+        Merged(split_model, server_model, sgd, adjustments={"d": torch.tensor([0.0, 2.0, -1.0])}),
     )
-    sent, calibrated = (server.step([part], 5).gradients["d"].values for server in (plain, shifted))
-    assert not torch.allclose(sent, calibrated)
-    before, after = plain.finish({"d": 1.0}), shifted.finish({"d": 1.0})
-    assert {n for n in top if not torch.equal(before[n], after[n])} == halves.entry
+    sent, changed = (server.step([part], 5).gradients["d"].values for server in (plain, adjusted))
+    assert not torch.allclose(sent, changed)
+    before, after = plain.finish({"d": 1.0}), adjusted.finish({"d": 1.0})
+    assert {n for n in server_model if not torch.equal(before[n], after[n])} == split_model.entry
 
 
 def net_model(net):
@@ -147,15 +168,15 @@ def net_model(net):
 @pytest.mark.parametrize("name", QUICK)
 def test_a_gradient_sent_back_is_the_gradient_of_the_whole(name):
     net = Net(name, SMALL[name], 3)
-    halves, batch = halves_of(net, net.default_cut), batch_for(net)
-    bottom, top = (copies(part, halves) for part in halves.start(rng()))
-    losses(halves, bottom, top, batch, 5).mean.backward()
-    below, above = (copies(part, halves) for part in halves.start(rng()))
-    features = halves.bottom(below, batch, seed=5)
+    split_model, batch = split_model_of(net, net.default_cut), batch_for(net)
+    client_model, server_model = (copies(part, split_model) for part in split_model.start(rng()))
+    losses(split_model, client_model, server_model, batch, 5).mean.backward()
+    below, above = (copies(part, split_model) for part in split_model.start(rng()))
+    features = split_model.client_forward(below, batch, seed=5)
     arrived = Features(values=features.values.detach().requires_grad_())
-    halves.top(above, arrived, batch["labels"], seed=5).mean.backward()
+    split_model.server_forward(above, arrived, batch["labels"], seed=5).mean.backward()
     features.values.backward(arrived.values.grad)
-    for name_, tensor in {**bottom, **top}.items():
+    for name_, tensor in {**client_model, **server_model}.items():
         again = {**below, **above}[name_]
         assert torch.equal(
             again if tensor.grad is None else again.grad,
@@ -165,26 +186,26 @@ def test_a_gradient_sent_back_is_the_gradient_of_the_whole(name):
 
 def test_a_model_is_taken_apart_at_another_cut():
     net = Net("cnn-h", (2, 16), 3)
-    model = halves_of(net, 2).join(*halves_of(net, 2).start(rng()))
-    bottom, top = halves_of(net, 4).parts(model)
-    assert sorted({**bottom, **top}) == sorted(model.weights)
-    assert {name.split(".")[0] for name in bottom} == {f"block{i}" for i in (1, 2, 3, 4)}
+    model = split_model_of(net, 2).join(*split_model_of(net, 2).start(rng()))
+    client_model, server_model = split_model_of(net, 4).parts(model)
+    assert sorted({**client_model, **server_model}) == sorted(model.weights)
+    assert {name.split(".")[0] for name in client_model} == {f"block{i}" for i in (1, 2, 3, 4)}
 
 
 def test_dropout_follows_from_its_seed_alone():
     net = Net("cnn-h", (2, 16), 3)
-    halves, batch = halves_of(net, 2), batch_for(net)
-    bottom, top = halves.start(rng())
+    split_model, batch = split_model_of(net, 2), batch_for(net)
+    client_model, server_model = split_model.start(rng())
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    first = losses(halves, bottom, top, batch, 3).total
+    first = losses(split_model, client_model, server_model, batch, 3).total
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(2)
-    assert torch.equal(losses(halves, bottom, top, batch, 3).total, first)
-    assert not torch.equal(losses(halves, bottom, top, batch, 4).total, first)
+    assert torch.equal(losses(split_model, client_model, server_model, batch, 3).total, first)
+    assert not torch.equal(losses(split_model, client_model, server_model, batch, 4).total, first)
     assert torch.equal(
-        losses(halves, bottom, top, batch, None).total,
-        losses(halves, bottom, top, batch, None).total,
+        losses(split_model, client_model, server_model, batch, None).total,
+        losses(split_model, client_model, server_model, batch, None).total,
     )
 
 
@@ -209,31 +230,34 @@ def test_batch_norm_of_one_value_uses_what_it_knows():
 
 def test_statistics_move_in_place_and_only_in_training():
     net = Net("vgg-small", (3, 8, 8), 3)
-    halves, batch = halves_of(net, 4), batch_for(net)
-    bottom, _ = halves.start(rng())
+    split_model, batch = split_model_of(net, 4), batch_for(net)
+    client_model, _ = split_model.start(rng())
     name = "block1.norm.running_mean"
-    assert name in halves.statistics
-    halves.bottom(bottom, batch, seed=None)
-    assert not bottom[name].any()
+    assert name in split_model.statistics
+    split_model.client_forward(client_model, batch, seed=None)
+    assert not client_model[name].any()
     conv_out = nn.functional.conv2d(
-        batch["inputs"], bottom["block1.conv.weight"], bottom["block1.conv.bias"], padding=1
+        batch["inputs"],
+        client_model["block1.conv.weight"],
+        client_model["block1.conv.bias"],
+        padding=1,
     )
-    halves.bottom(bottom, batch, seed=1)
+    split_model.client_forward(client_model, batch, seed=1)
     assert torch.allclose(
-        bottom[name], 0.1 * conv_out.mean((0, 2, 3)), atol=1e-6
+        client_model[name], 0.1 * conv_out.mean((0, 2, 3)), atol=1e-6
     )  # momentum 0.1 from 0
-    assert not any(t.requires_grad for t in bottom.values())
+    assert not any(t.requires_grad for t in client_model.values())
 
 
 def test_costs_are_those_counted_by_hand():
-    halves = halves_of(Net("cnn-h", (9, 128), 6), 2)
+    split_model = split_model_of(Net("cnn-h", (9, 128), 6), 2)
     # 2 operations a product: forward and weights' gradient, and the gradient of what came in, but of the data itself
     first, second = 128 * 9 * 12 * 9, 64 * 4 * 32 * 12 * 9
-    assert halves.flops("bottom", 3, 1) == 3 * (4 * first + 6 * second)
+    assert split_model.flops("client", 3, 1) == 3 * (4 * first + 6 * second)
     third, linears = 32 * 2 * 64 * 32 * 9, 4096 * 1024 + 1024 * 6
-    assert halves.flops("top", 1, 1) == 6 * (third + linears)
-    assert (halves.launches("bottom"), halves.launches("top")) == (2, 3)
-    per_row = halves.memory_bytes("bottom", 2, 1) - halves.memory_bytes("bottom", 1, 1)
+    assert split_model.flops("server", 1, 1) == 6 * (third + linears)
+    assert (split_model.launches("client"), split_model.launches("server")) == (2, 3)
+    per_row = split_model.memory_bytes("client", 2, 1) - split_model.memory_bytes("client", 1, 1)
     # the row, its picture, and after each of both convolutions, relus and poolings; fp32, with gradients
     numbers = 2 * 1152 + 2 * 12 * 1152 + 12 * 64 * 4 + 2 * 32 * 64 * 4 + 32 * 32 * 2
     assert per_row == 8 * numbers
@@ -248,9 +272,13 @@ def test_nets_take_the_shape_that_comes(name, shape):
     net = Net(name, shape, 4)
     weights = net.start(rng())
     assert net.logits(weights, batch_for(net, 2)["inputs"]).shape == (2, 4)
-    halves = halves_of(net, net.default_cut)  # one row in training, as a slow device may have it
-    bottom, top = halves.start(rng())
-    assert torch.isfinite(losses(halves, bottom, top, batch_for(net, 1), 0).total).all()
+    split_model = split_model_of(
+        net, net.default_cut
+    )  # one row in training, as a slow device may have it
+    client_model, server_model = split_model.start(rng())
+    assert torch.isfinite(
+        losses(split_model, client_model, server_model, batch_for(net, 1), 0).total
+    ).all()
 
 
 def test_models_of_144_pixels_need_no_weights_to_be_planned():
@@ -271,10 +299,10 @@ def test_models_of_144_pixels_need_no_weights_to_be_planned():
         (lambda: Net("cnn-s", (1, 6847), 6), "needs at least 6848 samples in time"),
         (lambda: Net("vgg-small", (3, 7, 99), 6), "needs at least 8 pixels each way"),
         (
-            lambda: halves_of(Net("cnn-h", (9, 128), 6), 0),
+            lambda: split_model_of(Net("cnn-h", (9, 128), 6), 0),
             "the cut is after block 0, but cnn-h has 5 blocks",
         ),
-        (lambda: halves_of(Net("cnn-h", (9, 128), 6), 5), "choose 1 to 4"),
+        (lambda: split_model_of(Net("cnn-h", (9, 128), 6), 5), "choose 1 to 4"),
         (
             lambda: load("cnn-h", waves(4, 0, channels=20), waves(4, 1, channels=20), 3),
             "rows of shape [20, 16] came",
@@ -323,7 +351,7 @@ def test_pictures_are_put_channels_first_and_scaled(channels):
 
 def test_scores_are_sums_over_all_rows():
     task = array_task()
-    model = halves_of(task.base, 2).join(*halves_of(task.base, 2).start(rng()))
+    model = split_model_of(task.base, 2).join(*split_model_of(task.base, 2).start(rng()))
     (found,) = score_nets(task.base, [model], task.test)
     logits = task.base.logits(model.weights, torch.from_numpy(task.test.x))
     expected = nn.functional.cross_entropy(logits, torch.from_numpy(task.test.labels))
@@ -334,7 +362,7 @@ def test_scores_are_sums_over_all_rows():
 
 def test_a_model_survives_the_wire():
     net = Net("cnn-h", (2, 16), 3)
-    model = halves_of(net, 2).join(*halves_of(net, 2).start(rng()))
+    model = split_model_of(net, 2).join(*split_model_of(net, 2).start(rng()))
     again = unpack(pack(model))
     assert again.net == "cnn-h" and pack(again).payload == pack(model).payload
     assert pack(replace(model, net="other")).payload != pack(model).payload

@@ -25,12 +25,17 @@ from fedspine.lm.lora import b_name
 from fedspine.lm.tune import losses_of
 from fedspine.nets.net import Net
 from fedspine.split.batches import Budget, drawn, rows_at, rows_from
-from fedspine.split.cut import halves_of
+from fedspine.split.cut import split_model_of
 from fedspine.split.device import HELD, Begin, Cutting, Step, begin, ended
 from fedspine.split.interface import Features
-from fedspine.split.protocol import play
-from fedspine.split.server import Copies, InTurn, Merged, Part, merged, parted
-from fedspine.split.trainable_half import Optimising, Trained, check_optimising, learning_rate_at
+from fedspine.split.protocol import run_round
+from fedspine.split.server import Copies, InTurn, Merged, Part, merged, per_device
+from fedspine.split.trainable_half import (
+    Optimising,
+    TrainableHalf,
+    check_optimising,
+    learning_rate_at,
+)
 from fedspine.split.wire import (
     gradient_wired,
     labels_unwired,
@@ -163,24 +168,26 @@ def test_labels_take_two_bytes_where_they_fit():
 
 
 def test_bytes_of_the_spec_for_alexnet():
-    # section 4 and 16: 16 KB of features a sample and an 8.6 MB bottom; 42 steps of 64 rows are 84 MB, both ways
+    # section 4 and 16: 16 KB of features a sample and an 8.6 MB client model; 42 steps of 64 rows are 84 MB, both ways
     net = Net("alexnet", (3, 32, 32), 10)
-    halves = halves_of(net, net.default_cut)
-    assert halves.feature_shape(1) == (256, 4, 4)
-    feature = row_bytes(halves.feature_shape(1), "fp32")
+    split_model = split_model_of(net, net.default_cut)
+    assert split_model.feature_shape(1) == (256, 4, 4)
+    feature = row_bytes(split_model.feature_shape(1), "fp32")
     assert 42 * 64 * 2 * feature == 84 * 2**20
-    bottom, _ = halves.parts(halves.join(*halves.start(np.random.default_rng(0))))
-    assert round(4 * sum(tensor.numel() for tensor in bottom.values()) / 2**20, 1) == 8.6
+    client_model, _ = split_model.parts(
+        split_model.join(*split_model.start(np.random.default_rng(0)))
+    )
+    assert round(4 * sum(tensor.numel() for tensor in client_model.values()) / 2**20, 1) == 8.6
 
 
-# --- halves ---
+# --- the two halves ---
 
 
-def halves_and_weights(base, cut):
+def split_model_and_weights(base, cut):
     """Halves and the weights of a model whose adapter does something."""
     model = model_on(base)
-    halves = halves_of(base, cut, rank=3)
-    return halves, model, halves.parts(model)
+    split_model = split_model_of(base, cut, rank=3)
+    return split_model, model, split_model.parts(model)
 
 
 @pytest.mark.parametrize(
@@ -197,17 +204,20 @@ def test_the_two_halves_are_the_model(tmp_path, kind, model_type):
     task = toy_task(base, tokenizer, rounds=1, kind=kind)
     inputs = task.train.batch(np.arange(6))
     for cut in range(base.anatomy.layers + 1):
-        halves, model, weights = halves_and_weights(base, cut)
-        assert bits(halves.join(*weights)) == bits(model)
+        split_model, model, weights = split_model_and_weights(base, cut)
+        assert bits(split_model.join(*weights)) == bits(model)
         leaves = [
             {name: tensor.clone().requires_grad_() for name, tensor in half.items()}
             for half in weights
         ]
-        features = halves.bottom(leaves[0], inputs, seed=None)
-        losses = halves.top(leaves[1], features, inputs["labels"], seed=None)
+        features = split_model.client_forward(leaves[0], inputs, seed=None)
+        losses = split_model.server_forward(leaves[1], features, inputs["labels"], seed=None)
         losses.mean.backward()
-        again = halves.ending(
-            weights[1], halves.middle(weights[1], features, seed=None), inputs["labels"], seed=None
+        again = split_model.ending_forward(
+            weights[1],
+            split_model.middle_forward(weights[1], features, seed=None),
+            inputs["labels"],
+            seed=None,
         )
         torch.testing.assert_close(again.total, losses.total)
 
@@ -216,7 +226,7 @@ def test_the_two_halves_are_the_model(tmp_path, kind, model_type):
             for half in weights
             for name, tensor in half.items()
         }
-        module = base.fit(halves.join(whole, {}))
+        module = base.fit(split_model.join(whole, {}))
         loss = losses_of(module, inputs, 1).sum()
         loss.backward()
         # the same sums in the same order, but for the mean, whose 6 terms or some 60 are added up otherwise
@@ -224,28 +234,28 @@ def test_the_two_halves_are_the_model(tmp_path, kind, model_type):
         for name, leaf in {**leaves[0], **leaves[1]}.items():
             scale = whole[name].grad.abs().max()
             assert bool((leaf.grad - whole[name].grad).abs().max() <= 1e-5 * scale), (cut, name)
-        assert set(halves.ends) <= set(weights[1])
+        assert set(split_model.ends) <= set(weights[1])
 
 
 def test_a_cut_outside_the_model_is_refused(task):
     for cut in (-1, 3):
         with pytest.raises(BadInput, match=f"after block {cut}.*choose 0 to 2"):
-            halves_of(task.base, cut)
+            split_model_of(task.base, cut)
 
 
 def test_what_a_half_costs_adds_up(task):
     def cost(cut, half):
-        halves = halves_of(task.base, cut, rank=4)
-        return halves.flops(half, 8, 16), halves.launches(half)
+        split_model = split_model_of(task.base, cut, rank=4)
+        return split_model.flops(half, 8, 16), split_model.launches(half)
 
-    assert cost(0, "bottom") == (0.0, 0)
-    whole = cost(2, "bottom")
-    assert cost(0, "top") == whole
-    assert tuple(a + b for a, b in zip(cost(1, "bottom"), cost(1, "top"), strict=True)) == whole
-    halves = halves_of(task.base, 1, rank=4)
+    assert cost(0, "client") == (0.0, 0)
+    whole = cost(2, "client")
+    assert cost(0, "server") == whole
+    assert tuple(a + b for a, b in zip(cost(1, "client"), cost(1, "server"), strict=True)) == whole
+    split_model = split_model_of(task.base, 1, rank=4)
     assert (
-        halves.memory_bytes("bottom", 16, 16)
-        > halves.memory_bytes("bottom", 8, 16)
+        split_model.memory_bytes("client", 16, 16)
+        > split_model.memory_bytes("client", 8, 16)
         > 2 * task.base.embeddings
     )
 
@@ -253,7 +263,7 @@ def test_what_a_half_costs_adds_up(task):
 # --- the server ---
 
 
-def parts_of(task, halves, bottom, sizes=(3, 9, 5)):
+def parts_of(task, split_model, client_model, sizes=(3, 9, 5)):
     """Features of three devices with unequal batches, each padded to a length of its own."""
     made, start = [], 0
     by_length = np.argsort(task.train.lengths, kind="stable")
@@ -261,7 +271,9 @@ def parts_of(task, halves, bottom, sizes=(3, 9, 5)):
         rows = by_length[start : start + size]
         inputs = task.train.batch(rows, int(task.train.lengths[rows].max()))
         start += 100  # rows of other lengths
-        features = unwired(wired(halves.bottom(bottom, inputs, seed=None), "fp32"))
+        features = unwired(
+            wired(split_model.client_forward(client_model, inputs, seed=None), "fp32")
+        )
         made.append(Part(device=f"d{number}", features=features, labels=inputs["labels"]))
     return made
 
@@ -269,12 +281,15 @@ def parts_of(task, halves, bottom, sizes=(3, 9, 5)):
 def test_padding_does_not_change_the_loss(task, decoder):
     lm = toy_task(*decoder, rounds=1, kind="causal-lm")
     for each in (task, lm):
-        halves, _, (bottom, top) = halves_and_weights(each.base, 1)
-        parts = parts_of(each, halves, bottom)
+        split_model, _, (client_model, server_model) = split_model_and_weights(each.base, 1)
+        parts = parts_of(each, split_model, client_model)
         widths = {part.features.mask.shape[1] for part in parts}
         assert len(widths) > 1, "nothing would be padded"
-        together = halves.top(top, *merged(parts), seed=None)
-        alone = [halves.top(top, part.features, part.labels, seed=None) for part in parts]
+        together = split_model.server_forward(server_model, *merged(parts), seed=None)
+        alone = [
+            split_model.server_forward(server_model, part.features, part.labels, seed=None)
+            for part in parts
+        ]
         # other shapes sum in another order: some 64 terms at each of 20 products one after another
         torch.testing.assert_close(
             together.total, torch.cat([own.total for own in alone]), rtol=64 * 20 * EPS, atol=0
@@ -283,18 +298,18 @@ def test_padding_does_not_change_the_loss(task, decoder):
 
 
 def test_merging_and_parting_are_inverse(task):
-    halves, _, (bottom, _) = halves_and_weights(task.base, 1)
-    parts = parts_of(task, halves, bottom)
-    for part, own in zip(parts, parted(merged(parts)[0].values, parts), strict=True):
+    split_model, _, (client_model, _) = split_model_and_weights(task.base, 1)
+    parts = parts_of(task, split_model, client_model)
+    for part, own in zip(parts, per_device(merged(parts)[0].values, parts), strict=True):
         assert torch.equal(own.values, part.features.values)
         assert torch.equal(own.mask, part.features.mask)
 
 
 def test_dispatch_rescales_the_slices_of_one_gradient(task):
-    halves, _, (bottom, top) = halves_and_weights(task.base, 1)
-    parts = parts_of(task, halves, bottom)
-    rescaled = Merged(halves, top, SGD).step(parts, 0)
-    plain = Merged(halves, top, SGD, rescale=False).step(parts, 0)
+    split_model, _, (client_model, server_model) = split_model_and_weights(task.base, 1)
+    parts = parts_of(task, split_model, client_model)
+    rescaled = Merged(split_model, server_model, SGD).step(parts, 0)
+    plain = Merged(split_model, server_model, SGD, rescale=False).step(parts, 0)
     rows = sum(len(part.features) for part in parts)
     for part in parts:
         share = len(part.features) / rows  # d_i / Q
@@ -309,34 +324,41 @@ def test_dispatch_rescales_the_slices_of_one_gradient(task):
 def test_shifts_change_what_features_and_the_first_block_of_the_top_learn_and_nothing_else(
     task, kind
 ):
-    """Both get what autograd makes of the shifted loss; the rest of the top learns as without."""
-    halves, _, (bottom, top) = halves_and_weights(task.base, 1)
-    parts = parts_of(task, halves, bottom)
+    """Both get what autograd makes of the adjusted loss; the rest of the server model learns as without."""
+    split_model, _, (client_model, server_model) = split_model_and_weights(task.base, 1)
+    parts = parts_of(task, split_model, client_model)
     classes = len(task.label_names)
-    shifts = {part.device: torch.linspace(-3, number, classes) for number, part in enumerate(parts)}
-    if kind == "in-turn":  # the second device meets a top that has moved
+    adjustments = {
+        part.device: torch.linspace(-3, number, classes) for number, part in enumerate(parts)
+    }
+    if kind == "in-turn":  # the second device meets a server model that has moved
         parts = parts[:1]
     make = {"merged": Merged, "in-turn": InTurn, "copies": partial(Copies, every_iteration=False)}[
         kind
     ]
-    shifted, plain = make(halves, top, SGD, shifts=shifts), make(halves, top, SGD)
-    found, other = shifted.step(parts, 0), plain.step(parts, 0)
+    adjusted, plain = (
+        make(split_model, server_model, SGD, adjustments=adjustments),
+        make(split_model, server_model, SGD),
+    )
+    found, other = adjusted.step(parts, 0), plain.step(parts, 0)
     even = dict.fromkeys((part.device for part in parts), 1.0)
-    after, without = shifted.finish(even), plain.finish(even)
-    rest = top.keys() - halves.entry
+    after, without = adjusted.finish(even), plain.finish(even)
+    rest = server_model.keys() - split_model.entry
     assert rest
     assert bits({name: after[name] for name in rest}) == bits(
         {name: without[name] for name in rest}
     )
     assert found.losses == other.losses
     labels = sum(len(part.labels) for part in parts)
-    moved = {name: torch.zeros_like(tensor) for name, tensor in top.items()}
+    moved = {name: torch.zeros_like(tensor) for name, tensor in server_model.items()}
     for part in parts:
-        leaves = {name: tensor.clone().requires_grad_() for name, tensor in top.items()}
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in server_model.items()}
         values = part.features.values.clone().requires_grad_()
         entered = Features(values=values, mask=part.features.mask)
-        rows = shifts[part.device].expand(len(values), -1)
-        halves.top(leaves, entered, part.labels, seed=None, shifts=rows).shifted.mean().backward()
+        rows = adjustments[part.device].expand(len(values), -1)
+        split_model.server_forward(
+            leaves, entered, part.labels, seed=None, adjustments=rows
+        ).adjusted.mean().backward()
         # merged batches are padded further and summed in another order: as in the test of padding, and back again
         allowed = 2 * 64 * 20 * EPS * values.grad.abs().max()
         assert bool((found.gradients[part.device].values - values.grad).abs().max() <= allowed)
@@ -346,21 +368,23 @@ def test_shifts_change_what_features_and_the_first_block_of_the_top_learn_and_no
         share = 1 / len(parts) if kind == "copies" else len(part.labels) / labels
         for name, leaf in leaves.items():
             moved[name] += share * leaf.grad
-    for name in halves.entry:
-        expected = top[name] - 0.5 * moved[name]
-        allowed = 2 * 64 * 20 * EPS * moved[name].abs().max() + 2 * EPS * top[name].abs().max()
+    for name in split_model.entry:
+        expected = server_model[name] - 0.5 * moved[name]
+        allowed = (
+            2 * 64 * 20 * EPS * moved[name].abs().max() + 2 * EPS * server_model[name].abs().max()
+        )
         assert bool((after[name] - expected).abs().max() <= allowed)
-    assert any(not torch.equal(after[name], without[name]) for name in halves.entry)
+    assert any(not torch.equal(after[name], without[name]) for name in split_model.entry)
 
 
 def test_with_one_device_all_strategies_are_one(task):
-    halves, _, (bottom, top) = halves_and_weights(task.base, 1)
-    (part, *_) = parts_of(task, halves, bottom)
+    split_model, _, (client_model, server_model) = split_model_and_weights(task.base, 1)
+    (part, *_) = parts_of(task, split_model, client_model)
     servers = [
-        Merged(halves, top, ADAMW),
-        InTurn(halves, top, ADAMW),
-        Copies(halves, top, ADAMW, every_iteration=False),
-        Copies(halves, top, ADAMW, every_iteration=True),
+        Merged(split_model, server_model, ADAMW),
+        InTurn(split_model, server_model, ADAMW),
+        Copies(split_model, server_model, ADAMW, every_iteration=False),
+        Copies(split_model, server_model, ADAMW, every_iteration=True),
     ]
     outcomes = [server.step([part], 0) for server in servers]
     found = {
@@ -372,16 +396,16 @@ def test_with_one_device_all_strategies_are_one(task):
 
 
 def test_copies_average_what_each_device_would_make_of_the_top(task):
-    halves, _, (bottom, top) = halves_and_weights(task.base, 1)
-    parts = parts_of(task, halves, bottom)
+    split_model, _, (client_model, server_model) = split_model_and_weights(task.base, 1)
+    parts = parts_of(task, split_model, client_model)
     weights = {"d0": 3.0, "d1": 1.0, "d2": 2.0}
     alone = {}
     for part in parts:
-        server = InTurn(halves, top, SGD)
+        server = InTurn(split_model, server_model, SGD)
         for seed in range(2):
             server.step([part], seed)
         alone[part.device] = server.finish({})
-    copies = Copies(halves, top, SGD, every_iteration=False)
+    copies = Copies(split_model, server_model, SGD, every_iteration=False)
     for seed in range(2):
         copies.step(parts, seed)
     assert bits(copies.finish(weights)) == bits(
@@ -390,14 +414,17 @@ def test_copies_average_what_each_device_would_make_of_the_top(task):
 
 
 def test_a_loss_that_is_not_finite_leaves_the_iteration_to_the_others(task):
-    halves, _, (bottom, top) = halves_and_weights(task.base, 1)
-    parts = parts_of(task, halves, bottom)
+    split_model, _, (client_model, server_model) = split_model_and_weights(task.base, 1)
+    parts = parts_of(task, split_model, client_model)
     huge = dataclasses.replace(
         parts[1],
         features=Features(values=parts[1].features.values * 1e30, mask=parts[1].features.mask),
     )
     for server in (Merged, InTurn):
-        bad, without = server(halves, top, SGD), server(halves, top, SGD)
+        bad, without = (
+            server(split_model, server_model, SGD),
+            server(split_model, server_model, SGD),
+        )
         outcome = bad.step([parts[0], huge], 0)
         assert (list(outcome.losses), list(outcome.left_out)) == (["d0"], ["d1"])
         without.step([parts[0]], 0)
@@ -405,16 +432,16 @@ def test_a_loss_that_is_not_finite_leaves_the_iteration_to_the_others(task):
 
 
 def test_an_optimiser_is_taken_up_where_it_was_left(task):
-    _, _, (_, top) = halves_and_weights(task.base, 1)
-    whole, halved = Trained(top, ADAMW), Trained(top, ADAMW)
+    _, _, (_, server_model) = split_model_and_weights(task.base, 1)
+    whole, halved = TrainableHalf(server_model, ADAMW), TrainableHalf(server_model, ADAMW)
     for step in range(4):
         for half in (whole, halved):
             for leaf in half.leaves:
                 leaf.grad = torch.full_like(leaf, 0.1 * (step + 1))
             half.step()
-        halved = Trained(halved.now(), ADAMW, moments=halved.moments())
+        halved = TrainableHalf(halved.now(), ADAMW, moments=halved.moments())
     assert bits(whole.now()) == bits(halved.now())
-    assert bits(whole.now()) != bits(top)
+    assert bits(whole.now()) != bits(server_model)
 
 
 def test_settings_of_optimisers_that_cannot_work_are_refused():
@@ -426,20 +453,28 @@ def test_settings_of_optimisers_that_cannot_work_are_refused():
         with pytest.raises(BadInput, match=match):
             check_optimising(dataclasses.replace(SGD, **changed))
     with pytest.raises(BadInput, match="choose sgd or adamw"):
-        Trained({}, Optimising(kind="lion", learning_rate=1.0))
+        TrainableHalf({}, Optimising(kind="lion", learning_rate=1.0))
     assert [learning_rate_at(0.1, round, 4) for round in (0, 2)] == [0.1, 0.05]
 
 
 def test_a_model_that_was_last_computed_in_part_is_still_whole(task):
     """What it is digested and exported as does not depend on what it did last."""
     base, data = task.base, task.train.take(np.arange(4))
-    halves = halves_of(base, 1, rank=4)
-    bottom, top = halves.start(np.random.default_rng(0))
-    base.fit(halves.join(bottom, top))
-    before, content = merged_tensors(base, halves.join(bottom, top)), content_sha256(base, None)
+    split_model = split_model_of(base, 1, rank=4)
+    client_model, server_model = split_model.start(np.random.default_rng(0))
+    base.fit(split_model.join(client_model, server_model))
+    before, content = (
+        merged_tensors(base, split_model.join(client_model, server_model)),
+        content_sha256(base, None),
+    )
     batch = data.batch(np.arange(4))
-    halves.top(top, halves.bottom(bottom, batch, seed=None), batch["labels"], seed=None)
-    after = merged_tensors(base, halves.join(bottom, top))
+    split_model.server_forward(
+        server_model,
+        split_model.client_forward(client_model, batch, seed=None),
+        batch["labels"],
+        seed=None,
+    )
+    after = merged_tensors(base, split_model.join(client_model, server_model))
     assert content_sha256(base, None) == content
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -460,12 +495,12 @@ def whole_round(
 ):
     """Both halves after one round of all devices, and how it went."""
     base = bench.fleet.base
-    halves = halves_of(base, 1, rank=4)
-    bottom, top = halves.start(np.random.default_rng(0))
-    made = server(halves, top, optimising)
+    split_model = split_model_of(base, 1, rank=4)
+    client_model, server_model = split_model.start(np.random.default_rng(0))
+    made = server(split_model, server_model, optimising)
     orders = {
         id: Begin(
-            weights=bottom,
+            weights=client_model,
             cutting=Cutting(cut=1, rank=4),
             batch=batch,
             optimising=optimising,
@@ -474,8 +509,8 @@ def whole_round(
         for id, batch in zip(bench.ids, batches, strict=False)
     }
     bench.fleet.begin_round(round)
-    played = play(bench.fleet, orders, steps, made, seed=5)
-    return {"bottoms": played.bottoms, "top": made.finish({})}, played
+    result = run_round(bench.fleet, orders, steps, made, seed=5)
+    return {"clients": result.client_models, "server": made.finish({})}, result
 
 
 def without_graphs(bench):
@@ -513,7 +548,7 @@ def test_it_does_so_with_batch_norm_and_dropout(tmp_path):
         results.append(bits(result))
         bench.close()
     assert results[0] == results[1]
-    assert halves_of(Net("vgg-small", (3, 8, 8), 3), 1).statistics
+    assert split_model_of(Net("vgg-small", (3, 8, 8), 3), 1).statistics
 
 
 def test_worker_processes_give_the_same_bits(lab):
@@ -598,25 +633,35 @@ def test_a_device_that_vanishes_leaves_the_merge_and_is_not_asked_again(lab):
     bench.fleet.begin_round(0)
     bench.fleet = spies = Vanishing(fleet)
     spies.begin_round = fleet.begin_round
-    _, played = whole_round(bench)
+    _, result = whole_round(bench)
     bench.fleet = fleet
     works = [row["work"] for row in bench.rows("exchange") if row["device"] == gone]
     assert works == ["begin", "step"]  # both are paid for
-    assert set(played.bottoms) == set(bench.ids) - {gone}
-    assert all(len(progress.losses) == 3 for progress in played.progress.values())
+    assert set(result.client_models) == set(bench.ids) - {gone}
+    assert all(len(progress.losses) == 3 for progress in result.progress.values())
     assert sum(row["bytes_up"] for row in bench.rows("exchange") if row["device"] == gone) > 0
 
 
 def test_when_all_vanish_the_round_ends_in_so_many_words(lab):
     bench = lab()
-    halves = halves_of(bench.fleet.base, 1, rank=4)
-    bottom, top = halves.start(np.random.default_rng(0))
+    split_model = split_model_of(bench.fleet.base, 1, rank=4)
+    client_model, server_model = split_model.start(np.random.default_rng(0))
     order = Begin(
-        weights=bottom, cutting=Cutting(cut=1, rank=4), batch=2, optimising=SGD, precision="fp32"
+        weights=client_model,
+        cutting=Cutting(cut=1, rank=4),
+        batch=2,
+        optimising=SGD,
+        precision="fp32",
     )
     silent = Spy(bench.fleet, reply=lambda reply: None)
     with pytest.raises(AllLost, match="of 5 devices asked, 0 replied"):
-        play(silent, dict.fromkeys(bench.ids, order), 2, Merged(halves, top, SGD), seed=0)
+        run_round(
+            silent,
+            dict.fromkeys(bench.ids, order),
+            2,
+            Merged(split_model, server_model, SGD),
+            seed=0,
+        )
 
 
 def body_bytes(value):
@@ -630,9 +675,13 @@ def test_the_ledger_is_what_one_computes_by_hand(lab, precision, number):
     bench = lab()
     spy = Spy(bench.fleet)
     steps, batch, width = 2, 6, 32
-    halves = halves_of(bench.fleet.base, 1, rank=4)
-    bottom, top = halves.start(np.random.default_rng(0))
-    weights = bottom if number == 4 else {name: tensor.half() for name, tensor in bottom.items()}
+    split_model = split_model_of(bench.fleet.base, 1, rank=4)
+    client_model, server_model = split_model.start(np.random.default_rng(0))
+    weights = (
+        client_model
+        if number == 4
+        else {name: tensor.half() for name, tensor in client_model.items()}
+    )
     order = Begin(
         weights=weights,
         cutting=Cutting(cut=1, rank=4),
@@ -641,7 +690,7 @@ def test_the_ledger_is_what_one_computes_by_hand(lab, precision, number):
         precision=precision,
     )
     id = bench.ids[0]
-    play(spy, {id: order}, steps, Merged(halves, top, SGD), seed=0)
+    run_round(spy, {id: order}, steps, Merged(split_model, server_model, SGD), seed=0)
 
     # per block: query, key, value and output of 32 x 32, up and down of 32 x 64, each with A and B of rank 4
     adapter = 4 * (4 * (32 + 32) + 2 * (32 + 64)) * number
@@ -661,18 +710,22 @@ def test_the_ledger_is_what_one_computes_by_hand(lab, precision, number):
 
 
 def test_gradients_of_a_device_are_for_the_batch_it_sent(lab, task):
-    """The last exchange moves the bottom by the rate times the gradient of what was sent before."""
-    halves = halves_of(task.base, 1, rank=4)
-    bottom, _ = halves.start(np.random.default_rng(0))
+    """The last exchange moves the client model by the rate times the gradient of what was sent before."""
+    split_model = split_model_of(task.base, 1, rank=4)
+    client_model, _ = split_model.start(np.random.default_rng(0))
     data = task.train.take(np.arange(20))
     order = Begin(
-        weights=bottom, cutting=Cutting(cut=1, rank=4), batch=5, optimising=SGD, precision="fp32"
+        weights=client_model,
+        cutting=Cutting(cut=1, rank=4),
+        batch=5,
+        optimising=SGD,
+        precision="fp32",
     )
     device = Device(id="d", data=data, base=task.base, memory={}, rng=np.random.default_rng(3))
     sent = unwired(begin(device, order).features)
     rows = rows_at(20, 5, device.memory[HELD].seed, 0)
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in bottom.items()}
-    features = halves.bottom(leaves, data.batch(rows), seed=None)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in client_model.items()}
+    features = split_model.client_forward(leaves, data.batch(rows), seed=None)
     assert torch.equal(features.values.detach() * sent.mask[:, :, None], sent.values)
     gradient = torch.ones_like(features.values) * sent.mask[:, :, None]
     features.values.backward(gradient)
@@ -691,10 +744,14 @@ def test_gradients_of_a_device_are_for_the_batch_it_sent(lab, task):
 
 
 def test_serving_without_scratch_is_the_same(task):
-    halves = halves_of(task.base, 1, rank=4)
-    bottom, _ = halves.start(np.random.default_rng(0))
+    split_model = split_model_of(task.base, 1, rank=4)
+    client_model, _ = split_model.start(np.random.default_rng(0))
     order = Begin(
-        weights=bottom, cutting=Cutting(cut=1, rank=4), batch=5, optimising=SGD, precision="fp32"
+        weights=client_model,
+        cutting=Cutting(cut=1, rank=4),
+        batch=5,
+        optimising=SGD,
+        precision="fp32",
     )
     call = Call(
         device="d",

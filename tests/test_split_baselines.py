@@ -24,7 +24,7 @@ from fedspine.methods.splitlora import SplitLora
 from fedspine.nets.net import Net
 from fedspine.nets.score import score_nets
 from fedspine.split.auxiliary import DECODER, OUT_BIAS, DecodedCutting
-from fedspine.split.cut import halves_of
+from fedspine.split.cut import split_model_of
 from fedspine.split.device import Begin, Cutting, Ended, Step
 from fedspine.split.interface import Features
 from fedspine.split.server import Copies, Merged, Part, Weighted
@@ -69,7 +69,7 @@ def orders_of(spy, kind):
     return found
 
 
-def server_parts(task, halves, bottom, sizes=(4, 4, 4)):
+def server_parts(task, split_model, client_model, sizes=(4, 4, 4)):
     """Features of devices whose rows differ in length, as they reach the server."""
     made, start = [], 0
     by_length = np.argsort(task.train.lengths, kind="stable")
@@ -77,16 +77,16 @@ def server_parts(task, halves, bottom, sizes=(4, 4, 4)):
         rows = by_length[start : start + size]
         start += 100
         inputs = task.train.batch(rows, int(task.train.lengths[rows].max()))
-        features = halves.bottom(bottom, inputs, seed=None)
+        features = split_model.client_forward(client_model, inputs, seed=None)
         leaf = Features(values=features.values.detach(), mask=features.mask)
         made.append(Part(device=f"d{number}", features=leaf, labels=inputs["labels"]))
     return made
 
 
 @pytest.fixture
-def halves(task):
-    """The tiny BERT after block 1, with an adapter that does something: halves, bottom and top."""
-    made = halves_of(task.base, 1, rank=3)
+def split_model(task):
+    """The tiny BERT after block 1, with an adapter that does something: halves, client model and server model."""
+    made = split_model_of(task.base, 1, rank=3)
     return made, *made.parts(model_on(task.base))
 
 
@@ -129,11 +129,11 @@ def test_with_one_device_all_baselines_are_one(lab):
         )  # a mean of one: times its weight, over its weight
 
 
-def test_weighed_by_their_rows_separate_passes_are_the_merged_step(task, halves):
-    made, bottom, top = halves
-    parts = server_parts(task, made, bottom, sizes=(3, 9, 5))
+def test_weighed_by_their_rows_separate_passes_are_the_merged_step(task, split_model):
+    made, client_model, server_model = split_model
+    parts = server_parts(task, made, client_model, sizes=(3, 9, 5))
     rows = {part.device: float(len(part.features)) for part in parts}
-    servers = Weighted(made, top, SGD, rows), Merged(made, top, SGD)
+    servers = Weighted(made, server_model, SGD, rows), Merged(made, server_model, SGD)
     one, other = (server.step(parts, 0) for server in servers)
     assert one.losses == pytest.approx(other.losses, rel=OFF)
     for device in rows:
@@ -142,7 +142,7 @@ def test_weighed_by_their_rows_separate_passes_are_the_merged_step(task, halves)
         torch.testing.assert_close(one.gradients[device].values, expected, rtol=0, atol=off)
     moved = 0.0
     for name, tensor in servers[1].finish({}).items():
-        step = float((tensor - top[name]).abs().max())
+        step = float((tensor - server_model[name]).abs().max())
         moved = max(moved, step)
         torch.testing.assert_close(
             servers[0].finish({})[name], tensor, rtol=0, atol=20 * OFF * step + EPS
@@ -150,11 +150,14 @@ def test_weighed_by_their_rows_separate_passes_are_the_merged_step(task, halves)
     assert moved > 0
 
 
-def test_averaging_copies_after_each_step_of_sgd_is_one_step_on_the_mean_loss(task, halves):
-    made, bottom, top = halves
-    parts = server_parts(task, made, bottom)
+def test_averaging_copies_after_each_step_of_sgd_is_one_step_on_the_mean_loss(task, split_model):
+    made, client_model, server_model = split_model
+    parts = server_parts(task, made, client_model)
     alike = dict.fromkeys((part.device for part in parts), 1.0)
-    servers = Weighted(made, top, SGD, alike), Copies(made, top, SGD, every_iteration=True)
+    servers = (
+        Weighted(made, server_model, SGD, alike),
+        Copies(made, server_model, SGD, every_iteration=True),
+    )
     for seed in range(2):
         for server in servers:
             server.step(parts, seed)
@@ -165,32 +168,35 @@ def test_averaging_copies_after_each_step_of_sgd_is_one_step_on_the_mean_loss(ta
         )
 
 
-def test_a_loss_that_is_not_finite_leaves_the_weighted_sum(task, halves):
-    made, bottom, top = halves
-    parts = server_parts(task, made, bottom)
+def test_a_loss_that_is_not_finite_leaves_the_weighted_sum(task, split_model):
+    made, client_model, server_model = split_model
+    parts = server_parts(task, made, client_model)
     huge = dataclasses.replace(
         parts[1],
         features=dataclasses.replace(parts[1].features, values=parts[1].features.values * 1e30),
     )
     shares = {"d0": 1.0, "d1": 5.0, "d2": 2.0}
-    bad, without = Weighted(made, top, SGD, shares), Weighted(made, top, SGD, shares)
+    bad, without = (
+        Weighted(made, server_model, SGD, shares),
+        Weighted(made, server_model, SGD, shares),
+    )
     outcome = bad.step([parts[0], huge, parts[2]], 0)
     assert (list(outcome.losses), list(outcome.left_out)) == (["d0", "d2"], ["d1"])
     without.step([parts[0], parts[2]], 0)
     assert bits(bad.finish({})) == bits(without.finish({}))
-    assert not Weighted(made, top, SGD, shares).step([huge], 0).losses
+    assert not Weighted(made, server_model, SGD, shares).step([huge], 0).losses
 
 
 # --- LocFedMix-SL: mixup ---
 
 
-def test_mixup_teaches_the_top_alone(task, halves):
-    made, bottom, top = halves
-    parts = server_parts(task, made, bottom)
+def test_mixup_teaches_the_top_alone(task, split_model):
+    made, client_model, server_model = split_model
+    parts = server_parts(task, made, client_model)
     shares = {"d0": 1.0, "d1": 3.0, "d2": 2.0}
     plain, mixing = (
-        Weighted(made, top, SGD, shares),
-        Weighted(made, top, SGD, shares, extra=mixup(made, shares, 1.0)),
+        Weighted(made, server_model, SGD, shares),
+        Weighted(made, server_model, SGD, shares, extra=mixup(made, shares, 1.0)),
     )
     one, other = plain.step(parts, 0), mixing.step(parts, 0)
     assert bits(one.gradients) == bits(other.gradients)
@@ -198,11 +204,11 @@ def test_mixup_teaches_the_top_alone(task, halves):
     assert bits(plain.finish({})) != bits(mixing.finish({}))
 
 
-def test_the_mixed_loss_by_hand(task, halves):
-    made, bottom, top = halves
-    parts = server_parts(task, made, bottom, sizes=(4, 6))
+def test_the_mixed_loss_by_hand(task, split_model):
+    made, client_model, server_model = split_model
+    parts = server_parts(task, made, client_model, sizes=(4, 6))
     # Beta(a, a) of a large a is 1/2, and of two devices each is the other's partner: both mixtures are the mean
-    loss = mixup(made, {"d0": 1.0, "d1": 3.0}, 1e12)(top, parts, 0)
+    loss = mixup(made, {"d0": 1.0, "d1": 3.0}, 1e12)(server_model, parts, 0)
     first, second = (part.features for part in parts)
     tokens = second.values.shape[1]
     mean = torch.zeros(4, tokens, first.values.shape[2])
@@ -211,7 +217,9 @@ def test_the_mixed_loss_by_hand(task, halves):
     mask = second.mask[:4].clone()
     mask[:, : first.values.shape[1]] |= first.mask
     each = [
-        made.top(top, Features(values=mean, mask=mask), part.labels[:4], seed=None).mean
+        made.server_forward(
+            server_model, Features(values=mean, mask=mask), part.labels[:4], seed=None
+        ).mean
         for part in parts
     ]
     assert float(loss) == pytest.approx(
@@ -219,13 +227,13 @@ def test_the_mixed_loss_by_hand(task, halves):
     )  # of lam, which is 1/2 to 1e-6
 
 
-def test_nobody_is_mixed_with_himself(task, halves):
-    made, bottom, top = halves
-    parts = server_parts(task, made, bottom)
-    assert float(mixup(made, {"d0": 1.0}, 1.0)(top, parts[:1], 0)) == 0
+def test_nobody_is_mixed_with_himself(task, split_model):
+    made, client_model, server_model = split_model
+    parts = server_parts(task, made, client_model)
+    assert float(mixup(made, {"d0": 1.0}, 1.0)(server_model, parts[:1], 0)) == 0
     # a device whose features are all the same rows would otherwise lose exactly its own loss
     seen = {
-        float(mixup(made, dict.fromkeys(("d0", "d1"), 1.0), 1.0)(top, parts[:2], seed))
+        float(mixup(made, dict.fromkeys(("d0", "d1"), 1.0), 1.0)(server_model, parts[:2], seed))
         for seed in range(5)
     }
     assert len(seen) == 5
@@ -268,17 +276,17 @@ def decoded_of(base, cut=1):
     return decoded, decoded.start(np.random.default_rng(0))
 
 
-def features_and_inputs(data, halves, bottom, rows, **width):
+def features_and_inputs(data, split_model, client_model, rows, **width):
     inputs = data.batch(rows, **width)
-    return halves.bottom(bottom, inputs, seed=None), inputs
+    return split_model.client_forward(client_model, inputs, seed=None), inputs
 
 
-def test_a_decoder_that_reads_nothing_loses_the_mean_square(task, halves):
-    made, bottom, _ = halves
+def test_a_decoder_that_reads_nothing_loses_the_mean_square(task, split_model):
+    made, client_model, _ = split_model
     decoded, weights = decoded_of(task.base)
     nothing = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-    features, inputs = features_and_inputs(task.train, made, bottom, np.arange(5))
-    embedded = halves_of(task.base, 0).bottom({}, inputs, seed=None).values
+    features, inputs = features_and_inputs(task.train, made, client_model, np.arange(5))
+    embedded = split_model_of(task.base, 0).client_forward({}, inputs, seed=None).values
     expected = float(embedded[features.mask].square().mean())
     assert float(decoded.loss(nothing, features, inputs)) == pytest.approx(expected, rel=OFF)
     net = Net("cnn-h", (3, 16), 3)
@@ -286,7 +294,7 @@ def test_a_decoder_that_reads_nothing_loses_the_mean_square(task, halves):
     nothing = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     nothing[OUT_BIAS] += 2.0
     data = waves(6, 0)
-    cut = halves_of(net, 1)
+    cut = split_model_of(net, 1)
     features, inputs = features_and_inputs(
         data, cut, cut.start(np.random.default_rng(0))[0], np.arange(6)
     )
@@ -295,8 +303,8 @@ def test_a_decoder_that_reads_nothing_loses_the_mean_square(task, halves):
     )
 
 
-def test_padding_is_not_read_back(task, halves):
-    made, bottom, _ = halves
+def test_padding_is_not_read_back(task, split_model):
+    made, client_model, _ = split_model
     decoded, weights = decoded_of(task.base)
     longest = int(task.train.lengths.max())
     short = np.argsort(task.train.lengths, kind="stable")[:5]
@@ -305,7 +313,7 @@ def test_padding_is_not_read_back(task, halves):
     found = [
         float(
             decoded.loss(
-                weights, *features_and_inputs(task.train, made, bottom, short, width=width)
+                weights, *features_and_inputs(task.train, made, client_model, short, width=width)
             )
         )
         for width in widths
@@ -319,11 +327,13 @@ def test_padding_is_not_read_back(task, halves):
 )
 def test_decoders_learn_to_read_arrays(name, shape, cut):
     net = Net(name, shape, 3)
-    halves, (decoded, weights) = halves_of(net, cut), decoded_of(net, cut)
+    split_model, (decoded, weights) = split_model_of(net, cut), decoded_of(net, cut)
     rng = np.random.default_rng(0)
     inputs = {"inputs": torch.from_numpy(rng.normal(size=(8, *shape)).astype(np.float32) + 1)}
-    bottom, _ = halves.start(rng)
-    features = Features(values=halves.bottom(bottom, inputs, seed=None).values.detach())
+    client_model, _ = split_model.start(rng)
+    features = Features(
+        values=split_model.client_forward(client_model, inputs, seed=None).values.detach()
+    )
     leaves = {name: tensor.requires_grad_() for name, tensor in weights.items()}
     optimiser = torch.optim.SGD(leaves.values(), lr=0.1)
     losses = []
@@ -334,8 +344,8 @@ def test_decoders_learn_to_read_arrays(name, shape, cut):
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
-    assert decoded.flops("bottom", 8, 1) > halves.flops("bottom", 8, 1)
-    assert decoded.memory_bytes("bottom", 8, 1) > halves.memory_bytes("bottom", 8, 1)
+    assert decoded.flops("client", 8, 1) > split_model.flops("client", 8, 1)
+    assert decoded.memory_bytes("client", 8, 1) > split_model.memory_bytes("client", 8, 1)
 
 
 def test_reading_back_changes_what_devices_learn_and_its_decoder_too(lab):
@@ -359,17 +369,17 @@ def test_reading_back_changes_what_devices_learn_and_its_decoder_too(lab):
 # --- AdaSFL ---
 
 
-def test_adasfl_batches_follow_the_pace_that_was_measured(lab):
+def test_adasfl_batches_follow_the_speed_that_was_measured(lab):
     bench, method = lab(), AdaSfl(**PLAIN)
     first, (spy,) = run(bench, method)
     assert {order.batch for (order,) in orders_of(spy, Begin).values()} == {16}
     bench.fleet.begin_round(1)
     spy = Spy(bench.fleet)
     method.round(first, spy)
-    pace = costs([first.workers[id] for id in bench.ids])
+    cost = costs([first.workers[id] for id in bench.ids])
     batches = np.array([orders_of(spy, Begin)[id][0].batch for id in bench.ids])
-    assert batches[pace.argmin()] == 16
-    assert batches.tolist() == [max(1, math.floor(16 * float(pace.min() / own))) for own in pace]
+    assert batches[cost.argmin()] == 16
+    assert batches.tolist() == [max(1, math.floor(16 * float(cost.min() / own))) for own in cost]
     assert len(set(batches)) > 1
     assert [worker.rounds for worker in first.workers.values()] == [1] * 5
 
@@ -391,10 +401,10 @@ def test_adasfl_takes_fewer_steps_as_the_loss_falls(lab):
         assert [len(orders) for orders in orders_of(spy, Step).values()] == [steps, steps]
 
 
-def test_adasfl_averages_bottoms_alike(lab):
+def test_adasfl_averages_client_models_alike(lab):
     state, (spy,) = run(lab(), AdaSfl(**PLAIN))
-    bottoms = [value.weights for _, value in spy.results if isinstance(value, Ended)]
-    mean = average((1, bottom) for bottom in bottoms)
+    client_models = [value.weights for _, value in spy.results if isinstance(value, Ended)]
+    mean = average((1, client_model) for client_model in client_models)
     assert bits(mean) == bits({name: state.model.adapter[name] for name in mean})
     other, (spy,) = run(lab("other"), SplitFedV2(**PLAIN))
     rows = {profile.id: profile.examples for profile in lab("rows").fleet.devices}
@@ -421,7 +431,7 @@ def test_splitlora_serves_devices_in_a_fixed_order_and_splitfed_in_a_random_one(
     settings = PLAIN | {"steps": 1}
     fixed, _ = run(lab("fixed"), SplitLora(**settings))
     drawn, _ = run(lab("drawn"), SplitFedV2(**settings))
-    # one iteration: bottoms saw other tops, which had taken other steps before
+    # one iteration: client models saw other server models, which had taken other steps before
     assert bits(fixed.model) != bits(drawn.model)
 
 
@@ -516,7 +526,7 @@ def test_settings_that_cannot_work_are_refused(task, method, change, words):
 )
 def test_their_own_settings_are_checked_too(task, method, words):
     with pytest.raises(BadInput, match=words):
-        method.check(task)
+        dataclasses.replace(method, optimiser="adamw", learning_rate=2e-4).check(task)
 
 
 def test_a_device_without_memory_for_a_row_is_left_out(lab):
@@ -573,7 +583,7 @@ def test_nets_learn_split(tmp_path, method):
         rounds=5,
     )
     bench = Lab(task, tmp_path / "net", kinds=("tx2", "nx", "agx"))
-    made = method(steps=5, batch=16, learning_rate=2e-3)
+    made = method(steps=5, batch=16, optimiser="adamw", learning_rate=2e-3)
     made.check(task)
     assert "net" in made.models
     state = bench.run(made)
@@ -598,9 +608,9 @@ def test_statistics_of_batch_norm_are_averaged_with_the_weights(tmp_path, method
         rounds=2,
     )
     bench = Lab(task, tmp_path / "net", kinds=("tx2", "nx"))
-    made = method(steps=2, batch=8)
+    made = method(steps=2, batch=8, optimiser="adamw", learning_rate=2e-4)
     before, state = made.start(task, np.random.default_rng([0, 1])), bench.run(made, rounds=1)
-    statistics = halves_of(net, net.default_cut).statistics
+    statistics = split_model_of(net, net.default_cut).statistics
     assert statistics
     for name in statistics:
         after = state.model.weights[name]

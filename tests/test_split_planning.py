@@ -1,4 +1,4 @@
-"""MergeSFL's control: paces, regulated batches, label divergence, the genetic search, and the whole plan."""
+"""MergeSFL's control: speeds, regulated batches, label divergence, the genetic search, and the whole plan."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ ROUNDING = 1e-9
 
 
 def fleet(workers, *, seed=0, classes=10, delta=0.1, most=200):
-    """Candidates of unequal pace, labels and turns."""
+    """Candidates of unequal speed, labels and turns."""
     rng = np.random.default_rng(seed)
     return Candidates(
         cost=rng.uniform(1e-3, 3e-2, workers),
@@ -76,7 +76,7 @@ def search_of(workers, limits):
     )
 
 
-# paces
+# speeds
 
 
 def test_the_first_measurement_starts_the_averages_and_the_next_ones_move_them():
@@ -144,7 +144,7 @@ def test_nobody_keeps_the_fastest_waiting(problem):
 
 
 @given(st.floats(1e-6, 1e6), st.integers(1, 200), st.integers(1, 10))
-def test_equal_workers_get_equal_batches_at_any_pace(cost, largest, workers):
+def test_equal_workers_get_equal_batches_at_any_speed(cost, largest, workers):
     batches = regulate(np.full(workers, cost), largest, np.full(workers, 10**6))
     assert (batches == largest).all()
 
@@ -153,11 +153,11 @@ def test_equal_workers_get_equal_batches_at_any_pace(cost, largest, workers):
     st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=12), st.integers(1, 40), st.integers(0, 400)
 )
 def test_scaling_up_takes_the_longest_iteration_within_both_caps(cost, largest, more):
-    cost, pace = np.array(cost), 1e-3
+    cost, fastest = np.array(cost), 1e-3
     everything = np.full(len(cost), 10**6)
-    start = regulate(cost, largest, everything, pace)
+    start = regulate(cost, largest, everything, fastest)
     budget = int(start.sum()) + more
-    grown = scaled_up(cost, largest, everything, budget, pace)
+    grown = scaled_up(cost, largest, everything, budget, fastest)
     assert (grown >= start).all() and grown.sum() <= budget
     assert grown.max() <= largest
     longest = largest * cost.min()  # the fastest one is at its largest batch
@@ -166,19 +166,19 @@ def test_scaling_up_takes_the_longest_iteration_within_both_caps(cost, largest, 
     ]
     trials = [regulate(cost, rows, everything, each) for rows, each in ends]
     assert grown.sum() >= max((trial.sum() for trial in trials if trial.sum() <= budget), default=0)
-    paced = grown > 1  # a single row may take longer than all of another worker's
+    updated_workers = grown > 1  # a single row may take longer than all of another worker's
     assert (
-        (grown + 1) * cost > (grown * cost)[paced].max(initial=0) * (1 - ROUNDING)
+        (grown + 1) * cost > (grown * cost)[updated_workers].max(initial=0) * (1 - ROUNDING)
     ).all()  # none has time for one more
 
 
 def test_a_worker_at_its_own_cap_holds_nobody_back():
-    grown = scaled_up(np.array([1.0, 2.0]), 64, np.array([64, 5]), budget_rows=30, pace=0.1)
+    grown = scaled_up(np.array([1.0, 2.0]), 64, np.array([64, 5]), budget_rows=30, fastest=0.1)
     assert grown.tolist() == [25, 5]
 
 
 def test_where_slow_workers_grow_past_the_largest_batch_of_the_fast_ones_all_would_wait():
-    grown = scaled_up(np.array([1.0, 4.0]), 8, np.array([100, 100]), budget_rows=1000, pace=0.5)
+    grown = scaled_up(np.array([1.0, 4.0]), 8, np.array([100, 100]), budget_rows=1000, fastest=0.5)
     assert grown.tolist() == [8, 2]
 
 
@@ -228,8 +228,8 @@ def test_levelled_batches_keep_the_limits_and_nearly_the_longest_iteration(probl
         assert fixed + (batches * workers.cost).max() >= SHORTER * (fixed + reached) * (
             1 - ROUNDING
         )
-    paced = batches > 1  # one row may take longer than the iteration
-    ends = (batches * workers.cost)[paced].max(initial=0)
+    updated_workers = batches > 1  # one row may take longer than the iteration
+    ends = (batches * workers.cost)[updated_workers].max(initial=0)
     assert ((batches + 1) * workers.cost > ends * (1 - ROUNDING))[
         free
     ].all()  # none has time for one more
@@ -454,7 +454,7 @@ def test_equal_devices_with_equal_labels_get_equal_batches(workers, largest, see
 
 
 def test_tuning_brings_the_labels_within_the_limit_at_the_price_of_waiting():
-    # ten workers, all in every round, as in the authors' code: the paces alone decide the labels until they are tuned
+    # ten workers, all in every round, as in the authors' code: the speeds alone decide the labels until they are tuned
     workers = fleet(10, seed=3, delta=0.1)
     workers = replace(workers, most=np.full(10, 200))
     limits = SplitLimits(fewest=10, most=10, divergence=0.02)

@@ -1,4 +1,4 @@
-"""How many rows each device of a split model takes in one iteration, so that all are done at the same time.
+"""How many rows each device takes in one iteration, so that all finish it at the same time.
 
 MergeSFL (Liao et al. 2024, arXiv:2311.13348), Eq. 7 to 9 and its scaling-up, as reconstructed.
 """
@@ -13,19 +13,22 @@ def regulate(
     cost: Float[np.ndarray, " workers"],
     largest: int,
     most: Int[np.ndarray, " workers"],
-    pace: float | None = None,
+    fastest: float | None = None,
 ) -> Int[np.ndarray, " workers"]:
-    """Rows of each worker: as many as it manages while one that takes `pace` a row does `largest` (D) of them, Eq. 9.
+    """Rows of each worker: as many as it manages while the fastest does `largest` (D); Eq. 9.
 
-    `cost` and `pace` are in seconds per row. Without `pace`, the fastest of `cost` sets it: give all eligible workers, since
-    it does so even where it is not chosen. Every worker gets at least one row and at most its own `most`, what its
-    data and memory allow.
+    `cost`, and `fastest` of the fastest worker, are in seconds per row. Without `fastest` it is the
+    least `cost`: give all eligible workers, since the fastest counts even where it is not chosen.
+    Every worker gets at least one row and at most its own `most`, what its data and memory allow.
 
     >>> regulate(np.array([1.0, 2.0, 100.0]), 64, np.array([64, 20, 64])).tolist()
     [64, 20, 1]
     """
-    # the ratio first: it is exactly 1 where costs are equal, so that equal workers get equal batches
-    rows = np.floor(largest * ((cost.min() if pace is None else pace) / cost)).astype(np.int64)
+    # the ratio first: it is exactly 1 where costs are equal, so that equal workers get equal
+    # batches
+    rows = np.floor(largest * ((cost.min() if fastest is None else fastest) / cost)).astype(
+        np.int64
+    )
     return np.minimum(np.maximum(rows, 1), most)
 
 
@@ -34,27 +37,27 @@ def scaled_up(
     largest: int,
     most: Int[np.ndarray, " chosen"],
     budget_rows: int,
-    pace: float,
+    fastest: float,
 ) -> Int[np.ndarray, " chosen"]:
-    """Eq. 9 for the chosen workers at the longest iteration for which `budget_rows` in all and `largest` for each suffice.
+    """Eq. 9 at the longest iteration that `budget_rows` in all and `largest` for each allow.
 
-    It is no shorter than `largest` rows at `pace`, for which the budget must suffice. Batches grow in proportion to pace
-    and are rounded once; scaling rounded ones makes some workers wait. The limit of `largest` matters: without it the
-    fast workers would stay there while slow ones grow, and all wait for them. A worker at its own `most` holds nobody back.
+    It is no shorter than `largest` rows of the `fastest`, for which the budget must suffice.
+    Batches grow in proportion to speed and are rounded once; scaling rounded ones makes some
+    workers wait. The limit of `largest` matters: without it the fast workers would stay there while
+    slow ones grow, and all wait for them. A worker at its own `most` holds nobody back.
 
-    >>> scaled_up(np.array([1.0, 2.1]), 64, np.array([64, 64]), 30, pace=0.1).tolist()
+    >>> scaled_up(np.array([1.0, 2.1]), 64, np.array([64, 64]), 30, fastest=0.1).tolist()
     [20, 9]
     """
-    rows = np.tile(
-        np.arange(1, largest + 1), len(cost)
-    )  # all iterations at whose very end some worker is done
-    paces = np.repeat(cost, largest)
-    longer = (rows * paces > largest * pace) & (rows * paces <= largest * cost.min())
-    order = np.flatnonzero(longer)[np.argsort((rows * paces)[longer], kind="stable")]
-    batches, low, high = regulate(cost, largest, most, pace), 0, len(order)
+    # all iterations at whose very end some worker is done
+    rows = np.tile(np.arange(1, largest + 1), len(cost))
+    costs = np.repeat(cost, largest)
+    longer = (rows * costs > largest * fastest) & (rows * costs <= largest * cost.min())
+    order = np.flatnonzero(longer)[np.argsort((rows * costs)[longer], kind="stable")]
+    batches, low, high = regulate(cost, largest, most, fastest), 0, len(order)
     while low < high:  # sums never fall as iterations grow
         middle = (low + high) // 2
-        trial = regulate(cost, int(rows[order[middle]]), most, float(paces[order[middle]]))
+        trial = regulate(cost, int(rows[order[middle]]), most, float(costs[order[middle]]))
         if trial.sum() <= budget_rows:
             batches, low = trial, middle + 1
         else:
@@ -72,7 +75,8 @@ def waiting_share(seconds: Float[np.ndarray, " chosen"]) -> float:
 
 
 def rows_that_fit(needs: Callable[[int], int], memory_bytes: int, at_most: int) -> int:
-    """The most rows, up to `at_most`, whose training needs no more than `memory_bytes`; 0 where one needs more.
+    """The most rows, up to `at_most`, whose training needs no more than `memory_bytes`; 0 where one
+    needs more.
 
     `needs(rows)` gives bytes and never falls as rows grow.
 

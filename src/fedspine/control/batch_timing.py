@@ -1,7 +1,9 @@
-"""Paces of devices as a split round's own exchanges show them, and the batches with which all are done at the same time.
+"""Speeds of devices as a split round's own exchanges show them, and the batches with which all are
+done at the same time.
 
-Ours, beside MergeSFL's Eq. 9, which knows only paces of earlier rounds and no cost that an exchange has whatever its
-rows. The model: seconds of an exchange = fixed + each * load, one `fixed` for the fleet, `each` a device's own.
+Ours, beside MergeSFL's Eq. 9, which knows only the speed of earlier rounds and no cost that an
+exchange has whatever its rows. The model: seconds of an exchange = fixed + each * load, one `fixed`
+for the fleet, `each` a device's own.
 """
 
 from collections.abc import Sequence
@@ -13,7 +15,8 @@ from fedspine.control.batch_sizes import waiting_share
 
 TRUST = 0.1  # in a fixed part known before, in exchanges of every device
 PART = 0.9  # of the shortest exchange that may be fixed: no device's load is free
-SHORTER = 0.75  # of the longest iteration that the limits allow: how far it may be cut for the sake of less waiting
+# of the longest iteration that the limits allow: how far it may be cut for less waiting
+SHORTER = 0.75
 TRIALS = 256  # iterations that are compared
 
 
@@ -22,10 +25,12 @@ def fitted(
     seconds: Sequence[Float[np.ndarray, " exchanges"]],
     usual: float = 0.0,
 ) -> tuple[float, Float[np.ndarray, " devices"]]:
-    """The fixed part and each device's seconds per unit of load, by least squares of the relative errors.
+    """The fixed part and each device's seconds per unit of load, by least squares of the relative
+    errors.
 
-    Loads and seconds are above 0, with at least one exchange of each device. `usual` is the fixed part known before: it
-    counts like `TRUST` exchanges of every device, and is all there is to know where loads do not vary.
+    Loads and seconds are above 0, with at least one exchange of each device. `usual` is the fixed
+    part known before: it counts like `TRUST` exchanges of every device, and is all there is to know
+    where loads do not vary.
 
     >>> fixed, each = fitted([np.array([10.0, 40.0])] * 2, [np.array([3.0, 6.0]), np.array([4.0, 10.0])])
     >>> bool(1 < fixed < 2), bool(0.1 < each[0] < each[1] < 0.25)
@@ -58,11 +63,13 @@ def levelled(
     most: Int[np.ndarray, " workers"],
     budget_rows: int,
 ) -> Int[np.ndarray, " workers"]:
-    """Rows with which all are done at the same time: the longest iteration that keeps the limits, or one of little less.
+    """Rows with which all are done at the same time: the longest iteration that keeps the limits,
+    or one of little less.
 
-    `cost` and `fixed` are seconds per row and of an iteration besides. Every worker gets from 1 row to its own `most`,
-    `largest` (D) at most, `budget_rows` in all, which are no fewer than workers. Of all iterations of at least `SHORTER`
-    times the longest one, that in which workers below their `most` wait least.
+    `cost` and `fixed` are seconds per row and of an iteration besides. Every worker gets from 1 row
+    to its own `most`, `largest` (D) at most, `budget_rows` in all, which are no fewer than workers.
+    Of all iterations of at least `SHORTER` times the longest one, that in which workers below their
+    `most` wait least.
 
     >>> levelled(np.array([1.0, 2.0, 4.0]), 3.0, 8, np.array([8, 8, 8]), 100).tolist()
     [8, 4, 2]
@@ -106,10 +113,12 @@ def levelled(
 def early(
     ends: Float[np.ndarray, " workers"], step: float, least: int
 ) -> Int[np.ndarray, " workers"]:
-    """How many steps before the others workers leave a round that it takes them `ends` seconds to end.
+    """How many steps before the others workers leave a round that it takes them `ends` seconds to
+    end.
 
-    `least` of them stay to the last step, or all if they are fewer. A step takes `step` seconds. Of all lengths that the
-    round may then have, the one is chosen that takes the least time together with what the mean worker waits.
+    `least` of them stay to the last step, or all if they are fewer. A step takes `step` seconds. Of
+    all lengths that the round may then have, the one is chosen that takes the least time together
+    with what the mean worker waits.
 
     >>> early(np.array([1.0, 1.0, 1.2, 4.1]), step=1.0, least=2).tolist()
     [0, 0, 0, 3]

@@ -1,7 +1,9 @@
-"""Which devices take part in a round of split learning: a genetic search for a merged batch with the fleet's labels.
+"""Which devices take part in a round of split learning: a genetic search for a merged batch with
+the fleet's labels.
 
-MergeSFL (Liao et al. 2024, arXiv:2311.13348) searches so under the server's bandwidth; its operators and sizes are not
-published. Here: a binary genetic search, individuals as rows of a boolean matrix, so that one numpy operation serves all.
+MergeSFL (Liao et al. 2024, arXiv:2311.13348) searches so under the server's bandwidth; its
+operators and sizes are not published. Here: a binary genetic search, individuals as rows of a
+boolean matrix, so that one numpy operation serves all.
 """
 
 from dataclasses import dataclass
@@ -31,14 +33,17 @@ class Search:
     budget_rows: int  # that the server can take in one iteration
     fewest: int  # workers of a round, m_min
     most: int  # m_max
-    # seconds of a round of each worker, by the kinds of exchange after which all wait for the slowest, that of weights first;
+    # seconds of a round of each worker, by the kinds of exchange after which all wait for the
+    # slowest, that of weights first;
     # None: not weighed
     seconds: Float[np.ndarray, "kinds workers"] | None = None
     enough: float = 0.0  # nats of divergence below which, where seconds are weighed, a choice is as good as any other
 
     @property
     def reachable(self) -> int:
-        """The fewest workers that can be demanded: `fewest`, or as many as fit where not even the smallest ones do."""
+        """The fewest workers that can be demanded: `fewest`, or as many as fit where not even the
+        smallest ones do.
+        """
         fit = int((np.cumsum(np.sort(self.batches)) <= self.budget_rows).sum())
         return min(self.fewest, self.most, fit)
 
@@ -46,11 +51,12 @@ class Search:
 def select(
     search: Search, rng: np.random.Generator, *, population: int = 20, generations: int = 20
 ) -> Int[np.ndarray, " chosen"]:
-    """Workers whose merged labels are nearest the fleet's, ascending; never worse than the fittest of `founders`.
+    """Workers whose merged labels are nearest the fleet's, ascending; never worse than the fittest
+    of `founders`.
 
-    Fitness: the divergence, then the bandwidth left unused, then the workers' numbers, all the smaller the better. With
-    seconds (ours), of the divergence only what is above `enough`, and then the `seconds_lost`. The fittest individual always
-    survives.
+    Fitness: the divergence, then the bandwidth left unused, then the workers' numbers, all the
+    smaller the better. With seconds (ours), of the divergence only what is above `enough`, and then
+    the `seconds_lost`. The fittest individual always survives.
     """
     members = founders(search, rng, population)
     for _ in range(generations):
@@ -62,10 +68,12 @@ def select(
 
 
 def founders(search: Search, rng: np.random.Generator, population: int) -> Members:
-    """The first individuals: random sizes, workers drawn by `priorities` without replacement, repaired.
+    """The first individuals: random sizes, workers drawn by `priorities` without replacement,
+    repaired.
 
-    This is the only place where priorities pull; the fitness does not know them. With seconds, each individual is drawn from
-    more workers than the one before, up to all: the slowest links cost only together, so single flips do not get rid of them.
+    This is the only place where priorities pull; the fitness does not know them. With seconds, each
+    individual is drawn from more workers than the one before, up to all: the slowest links cost
+    only together, so single flips do not get rid of them.
     """
     workers = len(search.batches)
     # the largest of log(weight) + Gumbel noise are a draw without replacement with these weights
@@ -77,17 +85,22 @@ def founders(search: Search, rng: np.random.Generator, population: int) -> Membe
 
 
 def any_workers(search: Search, rng: np.random.Generator) -> Int[np.ndarray, " chosen"]:
-    """Workers drawn without regard to labels or turns, ascending, within the same limits: the control of `select`."""
+    """Workers drawn without regard to labels or turns, ascending, within the same limits: the
+    control of `select`.
+    """
     return np.flatnonzero(_drawn(search, rng.random((1, len(search.batches))), rng)[0])
 
 
 def fitness(search: Search, members: Members) -> Float[np.ndarray, " individuals"]:
-    """The divergence of each individual's merged labels from the mean of all workers'; each has a member."""
+    """The divergence of each individual's merged labels from the mean of all workers'; each has a
+    member.
+    """
     return divergence(merged(members * search.batches, search.labels), reference(search.labels))
 
 
 def seconds_lost(search: Search, members: Members) -> Float[np.ndarray, " individuals"]:
-    """The seconds of the round and those that the mean member waits in it, summed; 0 where seconds are not weighed.
+    """The seconds of the round and those that the mean member waits in it, summed; 0 where seconds
+    are not weighed.
 
     The share of waiting alone would be small among workers that are all slow.
     """
@@ -129,7 +142,9 @@ def _ranked(search: Search, members: Members) -> Int[np.ndarray, " individuals"]
 
 
 def _children(parents: Members, rng: np.random.Generator) -> Members:
-    """One child fewer than parents, which stand in the order of fitness: tournaments, one-point crossover, mutation."""
+    """One child fewer than parents, which stand in the order of fitness: tournaments, one-point
+    crossover, mutation.
+    """
     individuals, workers = parents.shape
     drawn = rng.integers(individuals, size=(individuals - 1, 2, TOURNAMENT)).min(axis=2)
     cut = rng.integers(1, max(workers, 2), size=(individuals - 1, 1))
@@ -140,8 +155,8 @@ def _children(parents: Members, rng: np.random.Generator) -> Members:
 def _repaired(search: Search, members: Members) -> tuple[Members, Bool[np.ndarray, " individuals"]]:
     """The individuals brought within the limits, and for which that was possible.
 
-    Over the budget or the most: the workers whose turn it is least go first, of equals those with the larger batches. Under
-    the fewest: those whose turn it is most come, if they fit.
+    Over the budget or the most: the workers whose turn it is least go first, of equals those with
+    the larger batches. Under the fewest: those whose turn it is most come, if they fit.
     """
     order = np.lexsort(
         (search.batches, -priorities(search.rounds))

@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 
 
 def distribution(labels: Int[np.ndarray, " rows"], classes: int) -> Float[np.ndarray, " classes"]:
-    """The share of each class in a device's labels (V_i); raises ValueError for no rows or a label beyond `classes`.
+    """The share of each class in a device's labels (V_i); raises ValueError for no rows or a label
+    beyond `classes`.
 
     >>> distribution(np.array([0, 2, 2, 2]), 3).tolist()
     [0.25, 0.0, 0.75]
@@ -27,7 +28,8 @@ def merged(
     batches: Float[np.ndarray, "*plans workers"] | Int[np.ndarray, "*plans workers"],
     labels: Float[np.ndarray, "workers classes"],
 ) -> Float[np.ndarray, "*plans classes"]:
-    """The labels that merged batches are expected to hold (Phi), for one plan or many; a worker left out has 0 rows.
+    """The labels that merged batches are expected to hold (Phi), for one plan or many; a worker
+    left out has 0 rows.
 
     >>> merged(np.array([30, 10]), np.array([[1.0, 0.0], [0.0, 1.0]])).tolist()
     [0.75, 0.25]
@@ -35,17 +37,19 @@ def merged(
     return batches @ labels / batches.sum(axis=-1, keepdims=True)
 
 
-def label_shifts(
+def class_log_ratios(
     labels: Float[np.ndarray, "workers classes"],
     reference: Float[np.ndarray, " classes"],
     share: float,
 ) -> Float[np.ndarray, "workers classes"]:
-    """How much likelier each class is at a worker than in the fleet, in nats: log(V_i / Phi_0), of which `share` counts.
+    """How much likelier each class is at a worker than in the fleet, in nats: log(V_i / Phi_0), of
+    which `share` counts.
 
-    Logits calibrated with it, as in logit adjustment (Menon et al. 2021, arXiv:2007.07314) and FedLC (Zhang et al. 2022,
-    arXiv:2209.00189), gain nothing from knowing whose rows these are; 0 for a worker whose labels are the fleet's.
+    Logits adjusted with it, as in logit adjustment (Menon et al. 2021, arXiv:2007.07314) and FedLC
+    (Zhang et al. 2022, arXiv:2209.00189), gain nothing from knowing whose rows these are; 0 for a
+    worker whose labels are the fleet's.
 
-    >>> label_shifts(np.array([[1.0, 0.0], [0.5, 0.5]]), np.array([0.5, 0.5]), 0.5).round(3).tolist()
+    >>> class_log_ratios(np.array([[1.0, 0.0], [0.5, 0.5]]), np.array([0.5, 0.5]), 0.5).round(3).tolist()
     [[0.405, -0.693], [0.0, 0.0]]
     """
     ratio = np.divide(labels, reference, out=np.ones_like(labels), where=reference > 0)
@@ -57,7 +61,8 @@ def divergence(
 ) -> Float[np.ndarray, "*plans"]:
     """KL(merged || reference) in nats, never below 0; a class that `merged` lacks adds nothing.
 
-    Infinite where `merged` holds a class that `reference` lacks, which cannot be when both come from the same workers.
+    Infinite where `merged` holds a class that `reference` lacks, which cannot be when both come
+    from the same workers.
 
     >>> round(float(divergence(np.array([1.0, 0.0, 0.0]), np.array([0.5, 0.5, 0.0]))), 4)  # ln 2
     0.6931

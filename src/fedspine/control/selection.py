@@ -1,8 +1,10 @@
-"""Which devices take part, and how much more the fast ones do: guided selection with slack, as pure functions.
+"""Which devices take part, and how much more the fast ones do: guided selection with slack, as pure
+functions.
 
-PyramidFL (Li et al. 2022, MobiCom), whose selection is that of Oort (Lai et al. 2021, OSDI, arXiv:2010.06081). A device
-is worth asking where its rows still have a high loss, unless it is slow; now and then one that was never asked gets its
-chance; and who was not asked for long gets a bonus.
+PyramidFL (Li et al. 2022, MobiCom), whose selection is that of Oort (Lai et al. 2021, OSDI,
+arXiv:2010.06081). A device is worth asking where its rows still have a high loss, unless it is
+slow; now and then one that was never asked gets its chance; and who was not asked for long gets a
+bonus.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,7 +47,8 @@ class Selecting:
 def scores(
     seen: Sequence[Seen], seconds: Float[np.ndarray, " devices"], round: int, selecting: Selecting
 ) -> Float[np.ndarray, " devices"]:
-    """How much each device is worth asking in `round`, counted from 1; `seconds` is what its round would take.
+    """How much each device is worth asking in `round`, counted from 1; `seconds` is what its round
+    would take.
 
     >>> same = Selecting(participants=1, explore=0, explore_keep=1, explore_least=0, cut_off=1, clip=1, patience=0, penalty=2)
     >>> quick, slow = scores([Seen(reward=1.0, norm=1.0, round=1)] * 2, np.array([1.0, 2.0]), 2, same)
@@ -70,9 +73,11 @@ def select(
     selecting: Selecting,
     rng: np.random.Generator,
 ) -> list[str]:
-    """The devices of `round`, counted from 1, in the order of `examples`, the rows of all that could take part.
+    """The devices of `round`, counted from 1, in the order of `examples`, the rows of all that
+    could take part.
 
-    `seconds` is what a round takes each device in `seen`. Of those never asked, the ones with more rows are likelier.
+    `seconds` is what a round takes each device in `seen`. Of those never asked, the ones with more
+    rows are likelier.
     """
     known = [device for device in examples if device in seen]
     new = [device for device in examples if device not in seen]
@@ -103,9 +108,11 @@ def _drawn(
 
 
 def steps_with_slack(steps: int, slack_seconds: float, pass_seconds: float, pass_steps: int) -> int:
-    """The usual steps, and as many whole passes over the device's rows as it can make while it would wait.
+    """The usual steps, and as many whole passes over the device's rows as it can make while it
+    would wait.
 
-    At most `MOST_MORE` times the usual steps are added; none where it is not known how long a pass takes (0).
+    At most `MOST_MORE` times the usual steps are added; none where it is not known how long a pass
+    takes (0).
 
     >>> steps_with_slack(20, slack_seconds=7.0, pass_seconds=3.0, pass_steps=5)
     30
@@ -117,7 +124,8 @@ def steps_with_slack(steps: int, slack_seconds: float, pass_seconds: float, pass
 
 
 def dropped(norms: Sequence[float | None], lowest: float, highest: float) -> list[float]:
-    """The share of its update that each device leaves out: `lowest` for the largest norm, `highest` for the smallest.
+    """The share of its update that each device leaves out: `lowest` for the largest norm, `highest`
+    for the smallest.
 
     Between them by rank. A device whose norm is not known yet leaves out `lowest`.
 

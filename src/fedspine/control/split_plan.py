@@ -1,9 +1,11 @@
-"""A round's plan in split learning: which devices take part, and with how many rows in every iteration.
+"""A round's plan in split learning: which devices take part, and with how many rows in every
+iteration.
 
-MergeSFL (Liao et al. 2024, arXiv:2311.13348), its control module as reconstructed: batches regulated to the devices'
-pace, devices chosen for the labels of the merged batch, batches scaled up to what the server can take, and tuned to
-bring those labels nearer. The paper scales after tuning; here the tuning comes last, so that nothing moves the labels
-after it, and batches are rounded once. Where the paper's solver is not published, ours is named.
+MergeSFL (Liao et al. 2024, arXiv:2311.13348), its control module as reconstructed: batches
+regulated to the devices' speed, devices chosen for the labels of the merged batch, batches scaled
+up to what the server can take, and tuned to bring those labels nearer. The paper scales after
+tuning; here the tuning comes last, so that nothing moves the labels after it, and batches are
+rounded once. Where the paper's solver is not published, ours is named.
 """
 
 from dataclasses import dataclass, replace
@@ -21,12 +23,15 @@ from fedspine.core.errors import BadInput
 Selection: TypeAlias = Literal["genetic", "random"]
 ROUNDING = 1e-9  # nats
 FREE = 1e-4  # of an iteration: waiting that counts as none
-ROOM = 0.5  # of the limit on divergence that a choice of devices may use up, so that batches need little tuning
+# of the limit on divergence that a choice of devices may use up, so that batches need little tuning
+ROOM = 0.5
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The devices that may take part in a round, one entry each; raises ValueError for arrays that do not fit together."""
+    """The devices that may take part in a round, one entry each; raises ValueError for arrays that
+    do not fit together.
+    """
 
     cost: Float[np.ndarray, " workers"]  # seconds that one row takes, compute and transfer; above 0
     labels: Float[np.ndarray, "workers classes"]  # V_i: the share of each class in a device's rows
@@ -34,9 +39,11 @@ class Candidates:
         np.ndarray, " workers"
     ]  # rows that its data and its memory allow in one batch, at least 1
     rounds: Int[np.ndarray, " workers"]  # K: in which it has taken part
-    # seconds of an iteration beside its rows', with which batches are levelled; None: Eq. 9, which knows of no such cost
+    # seconds of an iteration beside its rows', with which batches are levelled; None: Eq. 9, which
+    # knows of no such cost
     fixed: float | None = None
-    # seconds that a round's exchange of weights takes each, shared out over the iterations; None: devices are chosen
+    # seconds that a round's exchange of weights takes each, shared out over the iterations; None:
+    # devices are chosen
     # for their labels alone, as in the paper
     weights: Float[np.ndarray, " workers"] | None = None
 
@@ -112,7 +119,8 @@ class SplitPlan:
 
     chosen: Int[np.ndarray, " chosen"]  # places among the candidates, ascending
     batches: Int[np.ndarray, " chosen"]  # rows of each in every iteration
-    divergence: float  # nats of the merged labels from the fleet's; above the limit where nothing better was found
+    # nats of the merged labels from the fleet's; above the limit where nothing better was found
+    divergence: float
     waiting: float  # share of an iteration that devices are expected to wait, on average
 
     @property
@@ -129,8 +137,9 @@ def plan_split(
 ) -> SplitPlan:
     """Choose devices and batches (Eq. 9 to 14); same arguments and generator, same plan.
 
-    The merged batch always fits the budget, no batch exceeds `limits.largest_batch` or the device's `most`, and all
-    have at least one row. Rounds of those chosen are not counted here, but when they complete one.
+    The merged batch always fits the budget, no batch exceeds `limits.largest_batch` or the device's
+    `most`, and all have at least one row. Rounds of those chosen are not counted here, but when
+    they complete one.
 
     >>> alike = Candidates(np.ones(4), np.full((4, 2), 0.5), np.full(4, 100), np.zeros(4, int))
     >>> plan = plan_split(alike, SplitLimits(largest_batch=8, fewest=4, most=4), np.random.default_rng(0))
@@ -142,9 +151,7 @@ def plan_split(
         batches = regulate(workers.cost, limits.largest_batch, most)
     else:
         batches = levelled(workers.cost, workers.fixed, limits.largest_batch, most, int(most.sum()))
-    if (
-        not control.regulate
-    ):  # such that the most devices that may be chosen fit the budget, whatever their paces
+    if not control.regulate:  # the most devices that may be chosen fit the budget
         batches = np.minimum(max(1, limits.budget_rows // min(limits.most, len(most))), most)
     search = Search(
         batches, workers.labels, workers.rounds, limits.budget_rows, limits.fewest, limits.most
@@ -207,7 +214,9 @@ class Goal:
 
 
 def planned_again(goal: Goal, *, tune: bool = True) -> Int[np.ndarray, " chosen"]:
-    """Batches of devices already chosen, from what is known of their paces by now: levelled, and tuned if wanted."""
+    """Batches of devices already chosen, from what is known of their speed by now: levelled, and
+    tuned if wanted.
+    """
     batches = levelled(
         goal.cost, goal.fixed, goal.limits.largest_batch, goal.most, goal.limits.budget_rows
     )
@@ -221,11 +230,12 @@ def _idle(goal: Goal, batches: np.ndarray) -> np.ndarray:
 
 
 def tuned(goal: Goal, start: Int[np.ndarray, " chosen"]) -> Int[np.ndarray, " chosen"]:
-    """Batches whose merged labels keep the limit on divergence, with as little more waiting as a search by single rows finds.
+    """Batches whose merged labels keep the limit on divergence, with as little more waiting as a
+    search by single rows finds.
 
-    In place of the paper's Lagrange dual (Eq. 14), ours: of all changes of one batch by one row, the one that brings the
-    labels nearest for the waiting that it adds, until they keep the limit or no change helps. Unchanged where `start`
-    keeps the limit.
+    In place of the paper's Lagrange dual (Eq. 14), ours: of all changes of one batch by one row,
+    the one that brings the labels nearest for the waiting that it adds, until they keep the limit
+    or no change helps. Unchanged where `start` keeps the limit.
     """
     steps = np.concatenate(
         [np.eye(len(start), dtype=np.int64), -np.eye(len(start), dtype=np.int64)]
@@ -242,7 +252,8 @@ def tuned(goal: Goal, start: Int[np.ndarray, " chosen"]) -> Int[np.ndarray, " ch
         plans, nearer = plans[nearer > ROUNDING], nearer[nearer > ROUNDING]
         if not len(plans):
             break
-        # the most divergence for the waiting; a change that costs none, or a hair, is as good as free
+        # the most divergence for the waiting; a change that costs none, or a hair, is as good as
+        # free
         price = np.maximum((_idle(goal, plans) - idle) / longest, FREE)
         batches = plans[(nearer / price).argmax()]
         apart, idle = float(goal.divergence(batches)), _idle(goal, batches)

@@ -1,4 +1,5 @@
-"""What the server knows of the devices of a split model: how long a row takes each, and how often each took part.
+"""What the server knows of the devices of a split model: how long a row takes each, and how often
+each took part.
 
 MergeSFL (Liao et al. 2024, arXiv:2311.13348), Eq. 5, 6 and 13, as reconstructed.
 """
@@ -14,7 +15,7 @@ from fedspine.core.message import message
 
 @message
 class WorkerState:
-    """A device's pace and its turns.
+    """A device's speed and its turns.
 
     >>> WorkerState(compute_seconds=0.2, transfer_seconds=0.1).cost_seconds > 0.29
     True
@@ -39,8 +40,8 @@ def observed(
 ) -> WorkerState:
     """The state after one more measurement, in seconds per row: moving averages, Eq. 5 and 6.
 
-    The first measurement starts them. Where only the sum of both times is known, it counts as `compute_seconds`. Raises
-    ValueError for times that are negative, not finite, or both 0.
+    The first measurement starts them. Where only the sum of both times is known, it counts as
+    `compute_seconds`. Raises ValueError for times that are negative, not finite, or both 0.
 
     >>> first = observed(None, compute_seconds=1.0)
     >>> round(observed(first, compute_seconds=2.0).compute_seconds, 9)
@@ -69,7 +70,8 @@ def took_part(state: WorkerState) -> WorkerState:
 
 
 def costs(states: Sequence[WorkerState | None]) -> Float[np.ndarray, " workers"]:
-    """Seconds that a row takes each worker. Those not measured yet count as the median of the others, or as 1.
+    """Seconds that a row takes each worker. Those not measured yet count as the median of the
+    others, or as 1.
 
     >>> costs([WorkerState(compute_seconds=3.0), None]).tolist()
     [3.0, 3.0]
@@ -80,7 +82,8 @@ def costs(states: Sequence[WorkerState | None]) -> Float[np.ndarray, " workers"]
 
 
 def priorities(rounds: Int[np.ndarray, " workers"]) -> Float[np.ndarray, " workers"]:
-    """How much each worker's turn it is, from the rounds K it took part in: sum of (K + 1) over K_i + 1, Eq. 13.
+    """How much each worker's turn it is, from the rounds K it took part in: sum of (K + 1) over K_i
+    + 1, Eq. 13.
 
     >>> priorities(np.array([0, 1, 3])).tolist()
     [7.0, 3.5, 1.75]

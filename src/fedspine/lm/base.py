@@ -75,7 +75,7 @@ class Base:
         self.config.use_cache = False  # nothing here generates token by token
         self.weights: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._linears: dict[str, AdaptedLinear] = {}
-        self.halves: dict[Any, Any] = {}  # kept by `split.cut`
+        self.split_models: dict[Any, Any] = {}  # kept by `split.cut`
         self._slices: OrderedDict[bytes, dict[str, tuple[Tensor, Tensor | None]]] = OrderedDict()
         for site in anatomy.sites:
             linear = module.get_submodule(site.path)

@@ -1,8 +1,9 @@
 """AdaSFL: slow devices get smaller batches, and how many iterations a round has follows the loss.
 
-Liao, Xu, Xu, Yao, Wang and Qiao 2024, "Accelerating Federated Learning With Data and Model Parallelism in Edge Computing",
-IEEE/ACM Transactions on Networking. No merging and no selection: in every iteration the features of each device train a
-copy of the top, and the copies are averaged. Departures: docs/methods/adasfl.md.
+Liao, Xu, Xu, Yao, Wang and Qiao 2024, "Accelerating Federated Learning With Data and Model
+Parallelism in Edge Computing", IEEE/ACM Transactions on Networking. No merging and no selection: in
+every iteration the features of each device train a copy of the server model, and the copies are
+averaged. Departures: docs/methods/adasfl.md.
 """
 
 from collections.abc import Mapping
@@ -18,21 +19,19 @@ from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.message import message
 from fedspine.core.method import method
-from fedspine.core.rates import AUTO, Optimiser, Rate
 from fedspine.core.task import Task
 from fedspine.split.baseline import (
-    MODEL_CUT,
-    averaged,
+    SplitTraining,
+    batch_caps,
     check_split,
     first_state,
-    noted,
-    opened,
-    paced,
-    rooms,
+    note_devices,
+    set_up_round,
+    updated_workers,
+    weighted_mean,
 )
-from fedspine.split.protocol import play
+from fedspine.split.protocol import run_round
 from fedspine.split.server import Copies
-from fedspine.split.wire import Precision
 
 
 @message
@@ -41,7 +40,7 @@ class AdaSflState:
     rounds: int
     seed: int
     longest: int  # tokens of a text, 1 for arrays
-    model: Any  # as `Halves.join` gives it
+    model: Any  # as `SplitModel.join` gives it
     workers: dict[str, WorkerState]  # every device that completed a round
     loss: float | None  # of the last round
     first_loss: float | None  # of the first one
@@ -49,28 +48,17 @@ class AdaSflState:
 
 @method("adasfl")
 @dataclass(frozen=True)
-class AdaSfl:
-    """Split learning with batches that suit the devices' pace and rounds that suit the loss."""
+class AdaSfl(SplitTraining):
+    """Split learning with batches that suit the devices' speed and rounds that suit the loss.
+
+    `steps` is tau of the first round, `batch` the rows of the fastest device in an iteration.
+    """
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
 
     fewest: float = 0.5  # of `steps`: the shortest round
     most: float = 3.0  # of `steps`: the longest one; both 1: all rounds are alike
-    keep: float = 0.8  # of a device's old pace at each measurement
-    cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
-    rank: int = 8  # of the adapters; nets train all weights
-    scale: float = 2.0  # alpha / rank
-    steps: int = 20  # tau: iterations of the first round, one optimiser step in each half
-    batch: int = 32  # rows of the fastest device in one of them
-    optimiser: Optimiser = AUTO
-    learning_rate: Rate = AUTO
-    decay: float = (
-        0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
-    )
-    lowest: float = 0.0  # below which it does not fall
-    weight_decay: float = 0.1
-    clip: float = 1.0  # of the gradient's norm in each half; 0: never
-    precision: Precision = "fp16"  # of features and gradients on the wire
+    keep: float = 0.8  # of a device's old speed at each measurement
 
     @classmethod
     def toy(cls) -> Self:
@@ -92,23 +80,31 @@ class AdaSfl:
         return AdaSflState(**vars(first), workers={}, loss=None, first_loss=None)
 
     def round(self, state: AdaSflState, fleet: Fleet) -> AdaSflState:
-        now = opened(self, state, fleet)
-        batches = self._batches(state, rooms(fleet, now.halves, self.batch, state.longest))
-        top = Copies(
-            now.halves, now.top, now.optimising, every_iteration=True, gradients=bool(now.bottom)
+        now = set_up_round(self, state, fleet)
+        batches = self._batches(
+            state, batch_caps(fleet, now.split_model, self.batch, state.longest)
+        )
+        server_model = Copies(
+            now.split_model,
+            now.server_model,
+            now.optimising,
+            every_iteration=True,
+            gradients=bool(now.client_model),
         )
         orders = {device: now.begin(batch) for device, batch in batches.items()}
-        played = play(fleet, orders, self._steps(state), top, now.seed)
-        noted(fleet, played)
-        alike = dict.fromkeys(played.bottoms, 1)
-        took = {device: progress.row_seconds for device, progress in played.progress.items()}
+        result = run_round(fleet, orders, self._steps(state), server_model, now.seed)
+        note_devices(fleet, result)
+        alike = dict.fromkeys(result.client_models, 1)
+        took = {device: progress.row_seconds for device, progress in result.progress.items()}
         return replace(
             state,
             round=state.round + 1,
-            model=now.halves.join(averaged(played.bottoms, alike), top.finish(alike)),
-            workers=state.workers | paced(state.workers, took, self.keep),
-            loss=played.loss,
-            first_loss=played.loss if state.first_loss is None else state.first_loss,
+            model=now.split_model.join(
+                weighted_mean(result.client_models, alike), server_model.finish(alike)
+            ),
+            workers=state.workers | updated_workers(state.workers, took, self.keep),
+            loss=result.loss,
+            first_loss=result.loss if state.first_loss is None else state.first_loss,
         )
 
     def deploy(self, state: AdaSflState, device: DeviceId | None = None) -> Any:
@@ -118,13 +114,15 @@ class AdaSfl:
         return state.model
 
     def _batches(self, state: AdaSflState, most: Mapping[DeviceId, int]) -> dict[DeviceId, int]:
-        """The largest batch for the fastest device, and for the others what they manage meanwhile."""
-        pace = costs([state.workers.get(device) for device in most])
-        batches = regulate(pace, self.batch, np.array(list(most.values())))
+        """The largest batch for the fastest device; the others get what they manage meanwhile."""
+        cost = costs([state.workers.get(device) for device in most])
+        batches = regulate(cost, self.batch, np.array(list(most.values())))
         return {device: int(batch) for device, batch in zip(most, batches, strict=True)}
 
     def _steps(self, state: AdaSflState) -> int:
-        """tau = tau_0 * sqrt(loss / first loss), within limits: fewer local steps as training settles."""
+        """tau = tau_0 * sqrt(loss / first loss), within limits: fewer local steps as training
+        settles.
+        """
         known = state.loss is not None and state.first_loss
         share = np.sqrt(state.loss / state.first_loss) if known else 1.0
         return max(1, round(self.steps * float(np.clip(share, self.fewest, self.most))))

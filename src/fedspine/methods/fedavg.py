@@ -1,11 +1,12 @@
-"""FedAvg: every device trains the whole model for some steps, and the server averages what they send.
+"""FedAvg: devices train the whole model for some steps, and the server averages the results.
 
-McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data" (arXiv:1602.05629): the
-baseline of split learning without a split. Departures: docs/methods/fedavg.md.
+McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data"
+(arXiv:1602.05629): the baseline of split learning without a split. Departures:
+docs/methods/fedavg.md.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -13,11 +14,11 @@ from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.fleet import Fleet
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, usable
-from fedspine.core.rates import AUTO, Optimiser, Rate
 from fedspine.core.task import Task
 from fedspine.core.tensors import average
 from fedspine.split.whole_model import (
     Training,
+    WholeModelTraining,
     check_whole,
     cutting_of,
     model_of,
@@ -47,10 +48,10 @@ class AverageResult:
 
 @on_device
 def train_and_send(device: Device, order: AverageOrder) -> AverageResult:
-    lesson = train_whole(device, order.weights, order.training)
+    result = train_whole(device, order.weights, order.training)
     return AverageResult(
-        weights=wired(lesson.weights, order.precision),  # type: ignore[arg-type]
-        loss=lesson.ended,
+        weights=wired(result.weights, order.precision),  # type: ignore[arg-type]
+        loss=result.ended,
         examples=len(device.data),
     )
 
@@ -65,22 +66,10 @@ class AverageState:
 
 @method("fedavg")
 @dataclass(frozen=True)
-class FedAvg:
-    """Whole models trained on devices and averaged by their rows; defaults as in MergeSFL's code."""
+class FedAvg(WholeModelTraining):
+    """Whole models trained on devices and averaged by rows; defaults as in MergeSFL's code."""
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
-
-    steps: int = 42  # optimiser steps of a device in a round
-    batch: int = 64  # rows of one step
-    optimiser: Optimiser = AUTO  # fresh in every round, without momentum
-    learning_rate: Rate = AUTO
-    decay: float = 0.993  # of the learning rate, each round; 0: it falls linearly to zero
-    lowest: float = 0.005  # learning rate that decay does not go below
-    weight_decay: float = 0.0
-    clip: float = 0.0  # of the gradient's norm; 0: never
-    rank: int = 8  # of the adapters of a transformer
-    scale: float = 2.0  # alpha / rank of them
-    precision: Literal["fp32", "fp16"] = "fp16"  # of weights on the wire
 
     @classmethod
     def toy(cls) -> Self:
@@ -91,27 +80,29 @@ class FedAvg:
         check_whole(self, task)
 
     def start(self, task: Task, rng: np.random.Generator) -> AverageState:
-        halves = cutting_of(self, task.base).of(task.base)
+        split_model = cutting_of(self, task.base).of(task.base)
         return AverageState(
             round=0,
             rounds=task.rounds,
             max_tokens=task.max_tokens,
-            model=halves.join(*halves.start(rng)),
+            model=split_model.join(*split_model.start(rng)),
         )
 
     def round(self, state: AverageState, fleet: Fleet) -> AverageState:
-        halves = cutting_of(self, fleet.base).of(fleet.base)
+        split_model = cutting_of(self, fleet.base).of(fleet.base)
         order = AverageOrder(
-            weights=wired(weights_of(halves, state.model), self.precision),
+            weights=wired(weights_of(split_model, state.model), self.precision),
             training=training_at(self, fleet.base, state.round, state.rounds),
             precision=self.precision,
         )
-        able = with_memory(fleet, halves, self.batch, state.max_tokens)
+        able = with_memory(fleet, split_model, self.batch, state.max_tokens)
         replies = usable(fleet.ask(train_and_send, {device.id: order for device in able}), fleet)
         for reply in replies:
             fleet.note(device=reply.device, loss=reply.value.loss)
         weights = average((reply.value.examples, reply.value.weights) for reply in replies)
-        return replace(state, round=state.round + 1, model=model_of(halves, state.model, weights))
+        return replace(
+            state, round=state.round + 1, model=model_of(split_model, state.model, weights)
+        )
 
     def deploy(self, state: AverageState, device: DeviceId | None = None) -> Any:
         return state.model

@@ -1,7 +1,8 @@
-"""LocFedMix-SL: a local reconstruction loss on devices, and mixup of different devices' features on the server.
+"""LocFedMix-SL: a local reconstruction loss on devices, mixup of their features on the server.
 
-Oh, Park, Vepakomma, Baek, Raskar, Bennis and Kim 2022, "LocFedMix-SL: Localize, Federate, and Mix for Improved
-Scalability, Convergence, and Latency in Split Learning", WWW. Departures: docs/methods/locfedmix.md.
+Oh, Park, Vepakomma, Baek, Raskar, Bennis and Kim 2022, "LocFedMix-SL: Localize, Federate, and Mix
+for Improved Scalability, Convergence, and Latency in Split Learning", WWW. Departures:
+docs/methods/locfedmix.md.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,33 +19,41 @@ from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method
-from fedspine.core.rates import AUTO, Optimiser, Rate
 from fedspine.core.task import IGNORED, Task
 from fedspine.split.auxiliary import DecodedCutting, bare, decoder
 from fedspine.split.baseline import (
-    MODEL_CUT,
-    Opened,
-    averaged,
+    RoundSetup,
+    SplitTraining,
+    batch_caps,
     check_split,
     cutting_of,
     first_state,
-    noted,
-    opened,
-    rooms,
+    note_devices,
     rows_of,
+    set_up_round,
+    weighted_mean,
 )
-from fedspine.split.device import HELD, Begin, Ended, Forwarded, Local, Step, begun, ended, stepped
-from fedspine.split.interface import Features, Halves
-from fedspine.split.protocol import Works, play
-from fedspine.split.server import Extra, Part, Weighted
-from fedspine.split.wire import Precision
+from fedspine.split.device import (
+    HELD,
+    Begin,
+    Ended,
+    Forwarded,
+    LocalLoss,
+    Step,
+    begun,
+    ended,
+    stepped,
+)
+from fedspine.split.interface import Features, SplitModel
+from fedspine.split.protocol import DeviceWork, run_round
+from fedspine.split.server import ExtraLoss, Part, Weighted
 
 MIXING = 501  # the purpose of this random stream
 
 
 @message
 class ReadingOrder:
-    """Begin, with the decoder's weights beside the bottom's."""
+    """Begin, with the decoder's weights beside the client model's."""
 
     begin: Begin
     width: int  # of the decoder inside
@@ -71,7 +80,7 @@ def end_reading(device: Device, order: Step) -> Ended:
     return ended(device, order, reading(device, device.memory[HELD].order.cutting))
 
 
-def reading(device: Device, cutting: DecodedCutting) -> Local:
+def reading(device: Device, cutting: DecodedCutting) -> LocalLoss:
     """The reconstruction loss, weighted."""
     decoded = cutting.of(device.base)
     return lambda weights, features, inputs: (
@@ -79,8 +88,9 @@ def reading(device: Device, cutting: DecodedCutting) -> Local:
     )
 
 
-def mixup(halves: Halves, shares: Mapping[DeviceId, float], alpha: float) -> Extra:
-    """Every device's features mixed with another one's, lam ~ Beta(alpha, alpha), weighed by the device's share; Eq. 5, 6.
+def mixup(split_model: SplitModel, shares: Mapping[DeviceId, float], alpha: float) -> ExtraLoss:
+    """Every device's features mixed with another one's, lam ~ Beta(alpha, alpha), weighed by the
+    device's share; Eq. 5, 6.
 
     The features are leaves without gradients, so that nothing of this loss leaves the server.
     """
@@ -93,8 +103,12 @@ def mixup(halves: Halves, shares: Mapping[DeviceId, float], alpha: float) -> Ext
                 other = parts[(place + int(rng.integers(1, len(parts)))) % len(parts)]
                 lam = float(rng.beta(alpha, alpha))
                 features, own, theirs = blended(part, other, lam)
-                mixed = lam * halves.top(weights, features, own, seed=seed).mean
-                mixed = mixed + (1 - lam) * halves.top(weights, features, theirs, seed=seed).mean
+                mixed = lam * split_model.server_forward(weights, features, own, seed=seed).mean
+                mixed = (
+                    mixed
+                    + (1 - lam)
+                    * split_model.server_forward(weights, features, theirs, seed=seed).mean
+                )
                 losses.append(shares[part.device] / whole * mixed.cpu())
         return torch.stack(losses).sum()
 
@@ -102,9 +116,11 @@ def mixup(halves: Halves, shares: Mapping[DeviceId, float], alpha: float) -> Ext
 
 
 def blended(one: Part, other: Part, lam: float) -> tuple[Features, Tensor, Tensor]:
-    """lam times the features of one device and 1 - lam times another's, row by row, with the labels of both.
+    """lam times the features of one device and 1 - lam times another's, row by row, with the labels
+    of both.
 
-    As many rows as both have; texts as long as the longer row, with zeros where the shorter one has ended.
+    As many rows as both have; texts as long as the longer row, with zeros where the shorter one has
+    ended.
     """
     rows = min(len(one.features), len(other.features))
     masks = [part.features.mask for part in (one, other)]
@@ -127,14 +143,16 @@ class LocFedMixState:
     rounds: int
     seed: int
     longest: int  # tokens of a text, 1 for arrays
-    model: Any  # as `Halves.join` gives it
+    model: Any  # as `SplitModel.join` gives it
     decoder: Tensors  # of all devices, on the devices only while they train
 
 
 @method("locfedmix")
 @dataclass(frozen=True)
-class LocFedMix:
-    """Split learning in which devices keep what features say of inputs, and the server sees mixtures of devices."""
+class LocFedMix(SplitTraining):
+    """Split learning in which devices keep what features say of inputs, and the server sees
+    mixtures of devices.
+    """
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
     reconstruction: float = (
@@ -142,20 +160,6 @@ class LocFedMix:
     )
     decoder_width: int = 16  # channels of the decoder inside
     mixup: float = 1.0  # alpha of the Beta distribution of lam; 0: nothing is mixed
-    cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
-    rank: int = 8  # of the adapters; nets train all weights
-    scale: float = 2.0  # alpha / rank
-    steps: int = 20  # tau: iterations of a round, one optimiser step in each half
-    batch: int = 32  # rows of a device in one of them
-    optimiser: Optimiser = AUTO
-    learning_rate: Rate = AUTO
-    decay: float = (
-        0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
-    )
-    lowest: float = 0.0  # below which it does not fall
-    weight_decay: float = 0.1
-    clip: float = 1.0  # of the gradient's norm in each half; 0: never
-    precision: Precision = "fp16"  # of features and gradients on the wire
 
     @classmethod
     def toy(cls) -> Self:
@@ -180,28 +184,36 @@ class LocFedMix:
         return LocFedMixState(**vars(first), decoder=decoded.start(rng))
 
     def round(self, state: LocFedMixState, fleet: Fleet) -> LocFedMixState:
-        now, rows = opened(self, state, fleet), rows_of(fleet)
-        extra = mixup(now.halves, rows, self.mixup) if self.mixup else None
-        top = Weighted(
-            now.halves, now.top, now.optimising, rows, gradients=bool(now.bottom), extra=extra
+        now, rows = set_up_round(self, state, fleet), rows_of(fleet)
+        extra = mixup(now.split_model, rows, self.mixup) if self.mixup else None
+        server_model = Weighted(
+            now.split_model,
+            now.server_model,
+            now.optimising,
+            rows,
+            gradients=bool(now.client_model),
+            extra=extra,
         )
         if (
-            self.reconstruction and now.bottom
-        ):  # a bottom that is frozen cannot be helped by reading back
+            self.reconstruction and now.client_model
+        ):  # a client model that is frozen cannot be helped by reading back
             orders, works = (
                 self._reading(now, state, fleet),
-                Works(begin_reading, step_reading, end_reading),
+                DeviceWork(begin_reading, step_reading, end_reading),
             )
         else:
-            batches = rooms(fleet, now.halves, self.batch, state.longest)
-            orders, works = {device: now.begin(batch) for device, batch in batches.items()}, Works()
-        played = play(fleet, orders, self.steps, top, now.seed, works)
-        noted(fleet, played)
-        weights = averaged(played.bottoms, rows)
+            batches = batch_caps(fleet, now.split_model, self.batch, state.longest)
+            orders, works = (
+                {device: now.begin(batch) for device, batch in batches.items()},
+                DeviceWork(),
+            )
+        result = run_round(fleet, orders, self.steps, server_model, now.seed, works)
+        note_devices(fleet, result)
+        weights = weighted_mean(result.client_models, rows)
         return replace(
             state,
             round=state.round + 1,
-            model=now.halves.join(bare(weights), top.finish(rows)),
+            model=now.split_model.join(bare(weights), server_model.finish(rows)),
             decoder=state.decoder | decoder(weights),
         )
 
@@ -212,10 +224,12 @@ class LocFedMix:
         return state.model
 
     def _reading(
-        self, now: Opened, state: LocFedMixState, fleet: Fleet
+        self, now: RoundSetup, state: LocFedMixState, fleet: Fleet
     ) -> dict[DeviceId, ReadingOrder]:
-        batches = rooms(fleet, self._cutting(fleet.base).of(fleet.base), self.batch, state.longest)
-        weights = now.bottom | state.decoder
+        batches = batch_caps(
+            fleet, self._cutting(fleet.base).of(fleet.base), self.batch, state.longest
+        )
+        weights = now.client_model | state.decoder
         return {
             device: ReadingOrder(
                 begin=now.begin(batch, weights),

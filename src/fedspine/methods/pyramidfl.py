@@ -1,12 +1,13 @@
-"""PyramidFL: the server asks useful and fast devices, those with time left train more, and small updates are thinned out.
+"""PyramidFL: useful, fast devices are asked; slack is used to train more; small updates thinned.
 
-Li et al. 2022, "PyramidFL: A Fine-grained Client Selection Framework for Efficient Federated Learning", MobiCom 2022
-(10.1145/3495243.3517017), as reconstructed in section 13 of the MergeSFL notes. Departures: docs/methods/pyramidfl.md.
+Li et al. 2022, "PyramidFL: A Fine-grained Client Selection Framework for Efficient Federated
+Learning", MobiCom 2022 (10.1145/3495243.3517017), as reconstructed in section 13 of the MergeSFL
+notes. Departures: docs/methods/pyramidfl.md.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -18,11 +19,11 @@ from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet, Profile, Reply
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, usable
-from fedspine.core.rates import AUTO, Optimiser, Rate
 from fedspine.core.task import Task
 from fedspine.core.tensors import average, single
 from fedspine.split.whole_model import (
     Training,
+    WholeModelTraining,
     check_whole,
     cutting_of,
     model_of,
@@ -58,16 +59,16 @@ class PyramidResult:
 @on_device
 def train_and_thin(device: Device, order: PyramidOrder) -> PyramidResult:
     before = single(order.weights)
-    lesson = train_whole(device, before, order.training)
-    change = {name: lesson.weights[name] - tensor for name, tensor in before.items()}
+    result = train_whole(device, before, order.training)
+    change = {name: result.weights[name] - tensor for name, tensor in before.items()}
     seed = int(device.rng.integers(2**31))
-    losses = np.concatenate(lesson.losses)
+    losses = np.concatenate(result.losses)
     squared = float(np.mean(losses**2)) if len(losses) else 0.0  # no label counted
     update = {name: tensor[kept(seed, name, tensor, order.drop)] for name, tensor in change.items()}
     return PyramidResult(
         update=wired(update, order.precision),  # type: ignore[arg-type]
         seed=seed,
-        loss=lesson.ended,
+        loss=result.ended,
         reward=len(device.data) * float(np.sqrt(squared)),
         norm=float(torch.stack([tensor.square().sum() for tensor in change.values()]).sum().sqrt()),
         examples=len(device.data),
@@ -102,8 +103,10 @@ class PyramidState:
 
 @method("pyramidfl")
 @dataclass(frozen=True)
-class PyramidFL:
-    """Selection by loss and speed, more work where there is slack, thinner updates where they are small."""
+class PyramidFL(WholeModelTraining):
+    """Selection by loss and speed, more work where there is slack, thinner updates where they are
+    small.
+    """
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
 
@@ -120,17 +123,6 @@ class PyramidFL:
     slack: bool = True  # whether fast devices train more
     drop_least: float = 0.1  # of the update with the largest norm: what is left out of each tensor
     drop_most: float = 0.5  # of the one with the smallest
-    steps: int = 42  # optimiser steps of a device in a round, without slack
-    batch: int = 64  # rows of one step
-    optimiser: Optimiser = AUTO  # fresh in every round, without momentum
-    learning_rate: Rate = AUTO
-    decay: float = 0.993  # of the learning rate, each round; 0: it falls linearly to zero
-    lowest: float = 0.005  # learning rate that decay does not go below
-    weight_decay: float = 0.0
-    clip: float = 0.0  # of the gradient's norm; 0: never
-    rank: int = 8  # of the adapters of a transformer
-    scale: float = 2.0  # alpha / rank of them
-    precision: Literal["fp32", "fp16"] = "fp16"  # of weights and updates on the wire
 
     @classmethod
     def toy(cls) -> Self:
@@ -162,21 +154,23 @@ class PyramidFL:
             )
 
     def start(self, task: Task, rng: np.random.Generator) -> PyramidState:
-        halves = cutting_of(self, task.base).of(task.base)
+        split_model = cutting_of(self, task.base).of(task.base)
         return PyramidState(
             round=0,
             rounds=task.rounds,
             max_tokens=task.max_tokens,
-            model=halves.join(*halves.start(rng)),  # before the seed, so that it is FedAvg's
+            model=split_model.join(
+                *split_model.start(rng)
+            ),  # before the seed, so that it is FedAvg's
             seed=int(rng.integers(2**31)),
             seen={},
             times={},
         )
 
     def round(self, state: PyramidState, fleet: Fleet) -> PyramidState:
-        halves = cutting_of(self, fleet.base).of(fleet.base)
-        weights = single(weights_of(halves, state.model))
-        able = with_memory(fleet, halves, self.batch, state.max_tokens)
+        split_model = cutting_of(self, fleet.base).of(fleet.base)
+        weights = single(weights_of(split_model, state.model))
+        able = with_memory(fleet, split_model, self.batch, state.max_tokens)
         orders = self._orders(state, self._chosen(state, able), weights, fleet.base)
         replies = usable(fleet.ask(train_and_thin, orders), fleet)
         for reply in replies:
@@ -195,7 +189,7 @@ class PyramidFL:
             state,
             round=state.round + 1,
             model=model_of(
-                halves,
+                split_model,
                 state.model,
                 {name: tensor + change[name] for name, tensor in weights.items()},
             ),
@@ -283,9 +277,11 @@ def _traffic(drop: float) -> float:
 
 
 class Forecast:
-    """What a round will take each device: a * work + b * traffic + c seconds, fitted by `control.latency_model`.
+    """What a round will take each device: a * work + b * traffic + c seconds, fitted by
+    `control.latency_model`.
 
-    Pace's features are there for others to fill: `1 - sparsity` is the work here, in usual rounds, and `rank` the traffic.
+    Pace's features are there for others to fill: `1 - sparsity` is the work here, in usual rounds,
+    and `rank` the traffic.
     """
 
     def __init__(self, times: Mapping[str, np.ndarray]) -> None:

@@ -1,10 +1,10 @@
-"""SplitFed V1: every device has a top of its own on the server, and both halves are averaged at the round's end.
+"""SplitFed V1: a server model for each device; both halves are averaged at the round's end.
 
-Thapa, Mahawaga Arachchige, Camtepe and Sun 2022, "SplitFed: When Federated Learning Meets Split Learning", AAAI
-(arXiv:2004.12088). Departures: docs/methods/splitfed_v1.md.
+Thapa, Mahawaga Arachchige, Camtepe and Sun 2022, "SplitFed: When Federated Learning Meets Split
+Learning", AAAI (arXiv:2004.12088). Departures: docs/methods/splitfed_v1.md.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -12,44 +12,25 @@ import numpy as np
 from fedspine.core.device import DeviceId
 from fedspine.core.fleet import Fleet
 from fedspine.core.method import method
-from fedspine.core.rates import AUTO, Optimiser, Rate
 from fedspine.core.task import Task
 from fedspine.split.baseline import (
-    MODEL_CUT,
     SplitState,
-    averaged,
+    SplitTraining,
     check_split,
     first_state,
-    noted,
-    opened,
-    rooms,
-    rows_of,
+    splitfed_round,
 )
-from fedspine.split.protocol import play
 from fedspine.split.server import Copies
-from fedspine.split.wire import Precision
 
 
 @method("splitfed_v1")
 @dataclass(frozen=True)
-class SplitFedV1:
-    """Split learning with a copy of the top for each device: FedAvg of models that are trained in two places."""
+class SplitFedV1(SplitTraining):
+    """Split learning with a copy of the server model for each device: FedAvg of models that are
+    trained in two places.
+    """
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
-    cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
-    rank: int = 8  # of the adapters; nets train all weights
-    scale: float = 2.0  # alpha / rank
-    steps: int = 20  # tau: iterations of a round, one optimiser step in each half
-    batch: int = 32  # rows of a device in one of them
-    optimiser: Optimiser = AUTO
-    learning_rate: Rate = AUTO
-    decay: float = (
-        0.0  # factor on the rate after each round; 0: it falls linearly to zero over the rounds
-    )
-    lowest: float = 0.0  # below which it does not fall
-    weight_decay: float = 0.1
-    clip: float = 1.0  # of the gradient's norm in each half; 0: never
-    precision: Precision = "fp16"  # of features and gradients on the wire
 
     @classmethod
     def toy(cls) -> Self:
@@ -63,17 +44,18 @@ class SplitFedV1:
         return first_state(self, task, rng)
 
     def round(self, state: SplitState, fleet: Fleet) -> SplitState:
-        now, rows = opened(self, state, fleet), rows_of(fleet)
-        top = Copies(
-            now.halves, now.top, now.optimising, every_iteration=False, gradients=bool(now.bottom)
+        return splitfed_round(
+            self,
+            state,
+            fleet,
+            lambda now: Copies(
+                now.split_model,
+                now.server_model,
+                now.optimising,
+                every_iteration=False,
+                gradients=bool(now.client_model),
+            ),
         )
-        batches = rooms(fleet, now.halves, self.batch, state.longest)
-        orders = {device: now.begin(batch) for device, batch in batches.items()}
-        played = play(fleet, orders, self.steps, top, now.seed)
-        noted(fleet, played)
-        stayed = {device: rows[device] for device in played.bottoms}
-        model = now.halves.join(averaged(played.bottoms, stayed), top.finish(stayed))
-        return replace(state, round=state.round + 1, model=model)
 
     def deploy(self, state: SplitState, device: DeviceId | None = None) -> Any:
         return state.model

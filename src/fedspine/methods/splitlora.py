@@ -1,7 +1,8 @@
 """SplitLoRA: a transformer split at a block, LoRA in both halves, devices served one after another.
 
-Lin, Hu, Zhang, Chen, Fang, Chen, Li, Vepakomma and Gao 2024, "SplitLoRA: A Split Parameter-Efficient Fine-Tuning Framework
-for Large Language Models", arXiv:2407.00952. Departures: docs/methods/splitlora.md.
+Lin, Hu, Zhang, Chen, Fang, Chen, Li, Vepakomma and Gao 2024, "SplitLoRA: A Split
+Parameter-Efficient Fine-Tuning Framework for Large Language Models", arXiv:2407.00952. Departures:
+docs/methods/splitlora.md.
 """
 
 from dataclasses import dataclass, replace
@@ -13,41 +14,35 @@ from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.method import method
-from fedspine.core.rates import AUTO, Optimiser, Rate
 from fedspine.core.task import Task
 from fedspine.split.baseline import (
-    MODEL_CUT,
     SplitState,
-    averaged,
+    SplitTraining,
+    batch_caps,
     check_split,
     first_state,
-    noted,
-    opened,
-    rooms,
+    note_devices,
+    set_up_round,
+    weighted_mean,
 )
-from fedspine.split.protocol import play
+from fedspine.split.protocol import run_round
 from fedspine.split.server import InTurn
-from fedspine.split.wire import Precision
 
 
 @method("splitlora")
 @dataclass(frozen=True)
-class SplitLora:
-    """Split learning of LoRA factors on one top that sees the devices in turn, with its authors' training settings."""
+class SplitLora(SplitTraining):
+    """Split learning of LoRA factors on one server model that sees the devices in turn, with its
+    authors' training settings.
 
-    average_every: int = 100  # iterations after which the devices' factors are averaged; at the latest at the round's end
-    cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
-    rank: int = 8  # of the adapters
-    scale: float = 2.0  # alpha / rank
-    steps: int = 20  # tau: iterations of a round, one optimiser step in each half for every device
-    batch: int = 8  # rows of a device in one of them
-    optimiser: Optimiser = AUTO  # fresh on devices after each averaging, on the server each round
-    learning_rate: Rate = AUTO
-    decay: float = 0.0  # of the learning rate, each round; 0: it falls linearly to zero
-    lowest: float = 0.0  # learning rate that decay does not go below
+    Optimisers are fresh on devices after each averaging, on the server in each round.
+    """
+
+    # iterations after which the devices' factors are averaged; at the latest at the round's end
+    average_every: int = 100
+    batch: int = 8
     weight_decay: float = 0.01
-    clip: float = 0.0  # of the gradient's norm in each half; 0: never
-    precision: Precision = "fp16"  # of features and gradients on the wire
+    clip: float = 0.0
 
     @classmethod
     def toy(cls) -> Self:
@@ -67,22 +62,30 @@ class SplitLora:
         return first_state(self, task, rng)
 
     def round(self, state: SplitState, fleet: Fleet) -> SplitState:
-        now = opened(self, state, fleet)
-        batches = rooms(fleet, now.halves, self.batch, state.longest)
-        top = InTurn(
-            now.halves, now.top, now.optimising, gradients=bool(now.bottom), shuffled=False
+        now = set_up_round(self, state, fleet)
+        batches = batch_caps(fleet, now.split_model, self.batch, state.longest)
+        server_model = InTurn(
+            now.split_model,
+            now.server_model,
+            now.optimising,
+            gradients=bool(now.client_model),
+            shuffled=False,
         )
-        bottom = now.bottom
+        client_model = now.client_model
         for first in range(0, self.steps, self.average_every):
             steps = min(self.average_every, self.steps - first)
-            orders = {device: now.begin(batch, bottom) for device, batch in batches.items()}
-            played = play(fleet, orders, steps, top, now.seed + first)
-            noted(fleet, played)
+            orders = {device: now.begin(batch, client_model) for device, batch in batches.items()}
+            result = run_round(fleet, orders, steps, server_model, now.seed + first)
+            note_devices(fleet, result)
             batches = {
-                device: batches[device] for device in played.bottoms
+                device: batches[device] for device in result.client_models
             }  # who vanished is back in the next round
-            bottom = averaged(played.bottoms, dict.fromkeys(batches, 1))
-        return replace(state, round=state.round + 1, model=now.halves.join(bottom, top.finish({})))
+            client_model = weighted_mean(result.client_models, dict.fromkeys(batches, 1))
+        return replace(
+            state,
+            round=state.round + 1,
+            model=now.split_model.join(client_model, server_model.finish({})),
+        )
 
     def deploy(self, state: SplitState, device: DeviceId | None = None) -> Any:
         return state.model

@@ -38,11 +38,11 @@ class Net:
         self.device = torch.device("cpu")
         with torch.device("meta"):  # weights come with every call, so none are kept here
             self.blocks = nn.Sequential(blocks_of(name, self.shape, classes))
-        self.halves: dict[Any, Any] = {}  # kept by `split.cut`
+        self.split_models: dict[Any, Any] = {}  # kept by `split.cut`
 
     @property
     def default_cut(self) -> int:
-        """Blocks of the bottom half, where nothing else is said."""
+        """Blocks of the client model, where nothing else is said."""
         return design_of(self.name).cut
 
     def to(self, device: torch.device) -> None:

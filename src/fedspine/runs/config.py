@@ -15,7 +15,7 @@ from fedspine.core import rates, strict
 from fedspine.core.errors import BadInput, unknown
 from fedspine.core.strict import Section
 from fedspine.core.task import AUTO, BUILT_IN_DATA, BUILT_IN_MODELS, NETS, Kind
-from fedspine.methods import find
+from fedspine.methods import all_methods, find
 
 
 class TaskSection(Section):
@@ -281,10 +281,30 @@ def _method(table: dict[str, Any]) -> Any:
     if not isinstance(name, str):
         raise BadInput(f"method.name must be a name in quotes; {name!r} came")
     cls = find(name)
-    strict.known_keys(
-        f"key of [method] for {name}", table, (field.name for field in dataclasses.fields(cls))
-    )
+    keys = _keys(cls)
+    for key in (key for key in table if key not in keys):
+        _refuse_moved(name, cls, key)
+    strict.known_keys(f"key of [method] for {name}", table, keys)
     return strict.validated("method", pydantic.TypeAdapter(cls), table, by_json=True)
+
+
+def _keys(cls: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
+
+
+def _refuse_moved(name: str, cls: type[Any], key: str) -> None:
+    """Raise BadInput for a key that has another name by now, or belongs to a method that extends this one."""
+    extended = {
+        other: found
+        for other, found in all_methods().items()
+        if issubclass(found, cls) and found is not cls
+    }
+    for other, found in {name: cls, **extended}.items():
+        now = getattr(found, "renamed", {}).get(key, key)
+        if now in _keys(found):
+            write = f"write {now}" if other == name else f'write name = "{other}"'
+            also = f" and {now} for {key}" if other != name and now != key else ""
+            raise BadInput(f"method.{key} is no setting of {name} any more; {write}{also}")
 
 
 def _settings(settings: list[str]) -> dict[str, dict[str, Any]]:

@@ -1,1 +1,3 @@
-"""Split learning: a model cut in two halves, what goes between them, and both sides of an iteration."""
+"""Split learning: a model cut in two halves, what goes between them, and both sides of an
+iteration.
+"""

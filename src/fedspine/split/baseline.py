@@ -1,10 +1,10 @@
-"""What the split baselines share: their settings, their state, and how a round opens and closes.
+"""What split methods share: their settings, their state, and how a round is set up.
 
-SplitFed, LocFedMix-SL, AdaSFL and SplitLoRA differ in what the server makes of the features that come, and in how the
-bottoms are weighed; all else is alike, and alike in MergeSFL, so that a comparison means something.
+SplitFed, LocFedMix-SL, AdaSFL, SplitLoRA and MergeSFL differ in how the server model is trained and
+how client models are weighted. All else is the same, so that a comparison means something.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,25 +19,26 @@ from fedspine.core.message import Tensors, message
 from fedspine.core.task import Task
 from fedspine.core.tensors import average, half
 from fedspine.split.device import Begin, Cutting
-from fedspine.split.interface import Halves
-from fedspine.split.protocol import Played
+from fedspine.split.interface import SplitModel
+from fedspine.split.protocol import RoundResult, run_round
+from fedspine.split.server import ServerStep
 from fedspine.split.trainable_half import Optimising
-from fedspine.split.training_settings import HalvedFields, check_halves, optimising_at
-from fedspine.split.wire import BYTES, Precision
+from fedspine.split.training_settings import ModelTraining, check_training, optimising_at
+from fedspine.split.wire import BYTES
 
 MODEL_CUT = -1  # of `cut`: where the model says
 LATER = 3  # how much more the later rounds count in a mean of all
 
 
-class SplitFields(HalvedFields, Protocol):
-    """The settings that split methods share; MergeSFL's have the same names and defaults."""
+@dataclass(frozen=True, kw_only=True)
+class SplitTraining(ModelTraining):
+    """The settings that split methods share."""
 
-    cut: int
-    precision: Precision
+    cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
 
 
-class Bottom(Protocol):
-    """What says how much memory training a bottom needs: halves, or a bottom with something beside it."""
+class ClientMemory(Protocol):
+    """What knows how much memory training a client model needs."""
 
     def memory_bytes(self, half: str, rows: int, tokens: int) -> int: ...
 
@@ -50,49 +51,50 @@ class SplitState:
     rounds: int
     seed: int
     longest: int  # tokens of a text, 1 for arrays
-    model: Any  # as `Halves.join` gives it
+    model: Any  # as `SplitModel.join` gives it
 
 
-def check_split(fields: SplitFields, task: Task) -> None:
+def check_split(fields: SplitTraining, task: Task) -> None:
     """Raise BadInput for settings that cannot work on this task."""
-    check_halves(fields, task)
+    check_training(fields, task)
     if fields.precision not in BYTES:
         raise unknown("method.precision", fields.precision, BYTES)
     cutting_of(fields, task.base).of(task.base)
 
 
-def cutting_of(fields: SplitFields, base: Any) -> Cutting:
+def cutting_of(fields: SplitTraining, base: Any) -> Cutting:
     """Where the model is cut."""
     cut = base.default_cut if fields.cut == MODEL_CUT else fields.cut
     return Cutting(cut=cut, rank=fields.rank, scale=fields.scale)
 
 
-def first_state(fields: SplitFields, task: Task, rng: np.random.Generator) -> SplitState:
-    halves = cutting_of(fields, task.base).of(task.base)
+def first_state(fields: SplitTraining, task: Task, rng: np.random.Generator) -> SplitState:
+    split_model = cutting_of(fields, task.base).of(task.base)
     return SplitState(
         round=0,
         rounds=task.rounds,
         longest=task.max_tokens,
-        model=halves.join(*halves.start(rng)),
+        model=split_model.join(*split_model.start(rng)),
         seed=int(rng.integers(2**31)),
     )
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A round that is about to begin."""
+class RoundSetup:
+    """What a round begins with: both models, and how they are trained."""
 
-    halves: Halves
+    split_model: SplitModel
     cutting: Cutting
     optimising: Optimising
-    bottom: Tensors
-    top: Tensors
+    client_model: Tensors
+    server_model: Tensors
     seed: int
+    longest: int  # tokens of a text, 1 for arrays
     precision: str
 
-    def begin(self, batch: int, bottom: "Tensors | None" = None) -> Begin:
-        """The first order of a device, with the common bottom or another."""
-        weights = self.bottom if bottom is None else bottom
+    def begin(self, batch: int, client_model: "Tensors | None" = None) -> Begin:
+        """The first order of a device, with the common client model or another."""
+        weights = self.client_model if client_model is None else client_model
         return Begin(
             weights=weights if self.precision == "fp32" else half(weights),
             cutting=self.cutting,
@@ -102,30 +104,54 @@ class Opened:
         )
 
     def with_ending(self, order: Begin, ending: Tensors) -> Begin:
-        """The same order with the last part of the top, for the U-shape."""
+        """The same order with the last part of the server model, for the U-shape."""
         sent = ending if self.precision == "fp32" else half(ending)
         return replace(order, ending=sent, ending_optimising=self.optimising)
 
 
-def opened(fields: SplitFields, state: SplitState, fleet: Fleet) -> Opened:
+def set_up_round(fields: SplitTraining, state: SplitState, fleet: Fleet) -> RoundSetup:
     cutting = cutting_of(fields, fleet.base)
-    halves = cutting.of(fleet.base)
-    bottom, top = halves.parts(state.model)
-    return Opened(
-        halves=halves,
+    split_model = cutting.of(fleet.base)
+    client_model, server_model = split_model.parts(state.model)
+    return RoundSetup(
+        split_model=split_model,
         cutting=cutting,
         optimising=optimising_at(fields, state.round, state.rounds),
-        bottom=bottom,
-        top=top,
+        client_model=client_model,
+        server_model=server_model,
         seed=int(np.random.SeedSequence([state.seed, state.round]).generate_state(1)[0]),
+        longest=state.longest,
         precision=fields.precision,
     )
 
 
-def paced(
+def splitfed_round(
+    method: SplitTraining,
+    state: SplitState,
+    fleet: Fleet,
+    server_of: Callable[[RoundSetup], ServerStep],
+) -> SplitState:
+    """One round with the same batch for all devices and averages weighed by rows: SplitFed's.
+
+    `server_of` makes what trains the server model in this round.
+    """
+    now, rows = set_up_round(method, state, fleet), rows_of(fleet)
+    server = server_of(now)
+    batches = batch_caps(fleet, now.split_model, method.batch, state.longest)
+    orders = {device: now.begin(batch) for device, batch in batches.items()}
+    result = run_round(fleet, orders, method.steps, server, now.seed)
+    note_devices(fleet, result)
+    stayed = {device: rows[device] for device in result.client_models}
+    model = now.split_model.join(weighted_mean(result.client_models, stayed), server.finish(stayed))
+    return replace(state, round=state.round + 1, model=model)
+
+
+def updated_workers(
     known: Mapping[DeviceId, WorkerState], costs: Mapping[DeviceId, float], keep: float
 ) -> dict[DeviceId, WorkerState]:
-    """The devices whose round counts, with the seconds a row that they took in it; `keep` is the old average's share."""
+    """Devices that completed the round, with the seconds of a row; `keep` is the share of the old
+    average.
+    """
     return {
         device: took_part(observed(known.get(device), compute_seconds=cost, keep=keep))
         for device, cost in costs.items()
@@ -137,14 +163,17 @@ def rows_of(fleet: Fleet) -> dict[DeviceId, int]:
     return {profile.id: profile.examples for profile in fleet.devices}
 
 
-def rooms(fleet: Fleet, bottom: Bottom, batch: int, longest: int) -> dict[DeviceId, int]:
-    """Rows of a batch, up to `batch`, that each device's data and memory allow, at `longest` tokens.
+def batch_caps(
+    fleet: Fleet, client_model: ClientMemory, batch: int, longest: int
+) -> dict[DeviceId, int]:
+    """Rows of a batch, up to `batch`, that each device's data and memory allow, at `longest`
+    tokens.
 
     Devices that cannot hold one row are noted and left out. Raises NoMemory where none can.
     """
     found = {
         profile.id: rows_that_fit(
-            lambda rows: bottom.memory_bytes("bottom", rows, longest),
+            lambda rows: client_model.memory_bytes("client", rows, longest),
             profile.memory_bytes,
             min(batch, profile.examples),
         )
@@ -154,28 +183,32 @@ def rooms(fleet: Fleet, bottom: Bottom, batch: int, longest: int) -> dict[Device
         fleet.note(device=device, left_out="one row does not fit its memory")
     if not any(found.values()):
         raise NoMemory(
-            f"of {len(found)} devices none has the memory for one row of the bottom; choose a lower cut"
+            f"of {len(found)} devices none has the memory for one row of the client model; "
+            "choose a lower cut"
         )
     return {device: rows for device, rows in found.items() if rows}
 
 
-def averaged(bottoms: Mapping[DeviceId, Tensors], weights: Mapping[DeviceId, float]) -> Tensors:
-    """The weighted mean of the bottoms of the devices that stayed to the end."""
-    return average((weights[device], bottom) for device, bottom in bottoms.items())
+def weighted_mean(models: Mapping[DeviceId, Tensors], weights: Mapping[DeviceId, float]) -> Tensors:
+    """The weighted mean of what devices returned."""
+    return average((weights[device], model) for device, model in models.items())
 
 
-def with_newest(halves: Halves, mean: Any, newest: Any, rounds: int) -> Any:
+def running_mean(split_model: SplitModel, mean: Any, newest: Any, rounds: int) -> Any:
     """The mean of the models of `rounds` rounds, from that of the rounds before and the newest.
 
-    Later ones count more: polynomial-decay averaging of Shamir and Zhang 2013 (arXiv:1212.1824). The first round's model is
-    its own mean, after 5 rounds the newest counts a half, after 25 a seventh.
+    Later ones count more: polynomial-decay averaging of Shamir and Zhang 2013 (arXiv:1212.1824).
+    The first round's model is its own mean, after 5 rounds the newest counts a half, after 25 a
+    seventh.
     """
     share = (LATER + 1) / (rounds + LATER)
-    pairs = zip(halves.parts(mean), halves.parts(newest), strict=True)
-    return halves.join(*(average([(1 - share, before), (share, now)]) for before, now in pairs))
+    pairs = zip(split_model.parts(mean), split_model.parts(newest), strict=True)
+    return split_model.join(
+        *(average([(1 - share, before), (share, now)]) for before, now in pairs)
+    )
 
 
-def noted(fleet: Fleet, played: Played) -> None:
-    """Write down how each device fared."""
-    for device, progress in played.progress.items():
+def note_devices(fleet: Fleet, result: RoundResult) -> None:
+    """Record each device's batch size and loss."""
+    for device, progress in result.progress.items():
         fleet.note(device=device, batch=progress.batch, loss=progress.losses[-1])

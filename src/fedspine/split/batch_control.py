@@ -1,21 +1,24 @@
-"""MergeSFL's batches regulated again within a round, from the times that the round's own exchanges took. Ours.
+"""Batch sizes of mergesfl-plus, planned again within a round from the times of the round's own
+exchanges. Ours.
 
-A device's link and pace differ from those of the rounds before, by which a round is planned. After 1, 2, 4, 8 and so on
-iterations, and when a device joins late, all that were heard so far say how long the next ones will take, and when a device
-has to leave to be done with the others; `control/batch_timing.py` has the arithmetic.
-Texts are of unequal length, so a few rows take now more, now less; their batches are then as many tokens as there is time
-for, not as many rows.
+A round is planned from the rounds before it, but a device's link has another speed in each round.
+So batches are planned again after 1, 2, 4, 8 and so on iterations, and when a device joins late.
+The same times say when a device has to leave to finish with the others. `control/batch_timing.py`
+has the arithmetic.
+
+Texts differ in length, so a few rows may take much or little time. Batches of texts are therefore
+so many tokens.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from fedspine.control.batch_timing import early, fitted
-from fedspine.control.split_plan import Goal, SplitLimits, planned_again
+from fedspine.control.split_plan import Goal, planned_again
 from fedspine.core.device import DeviceId
 from fedspine.core.fleet import Cost
 from fedspine.split.batches import Budget
@@ -23,60 +26,58 @@ from fedspine.split.device import Resized, Step
 from fedspine.split.protocol import Progress, Staggered
 from fedspine.split.trainable_half import Optimising
 
-USUAL_ROWS = 8  # as which the fleet's bytes per row count beside a device's own
-FIRST = 4  # divides a round's first batches: so few rows are enough for its links to become known
-SECOND = 2  # divides its second ones, since they rest on one exchange of weights and features
-PROBED = 8  # iterations of a round from which it is worth it
-ENOUGH = 0.5  # share of the devices with which a round starts, and ends, where the others may come later and go earlier
+USUAL_ROWS = 8  # weight, in rows, of the fleet's bytes per row beside a device's own
+FIRST = 4  # divides a round's first batches: few rows are enough to measure its links
+SECOND = 2  # divides the second ones, which rest on one exchange of weights and features
+PROBED = 8  # the fewest iterations of a round in which measuring its links pays
+QUORUM = 0.5  # share of the devices with which a round starts and ends, if others join late
 SHORTEST = 1e-9  # seconds of an exchange, so that none is free
 
 
 @dataclass(frozen=True)
-class Paces:
-    """Seconds of an iteration: `fixed`, and those of a row of each device; and how many bytes such a row takes."""
+class RowCosts:
+    """What an iteration costs: `fixed` seconds, and the seconds and the bytes of each device's
+    rows.
+    """
 
     fixed: float
     cost: Float[np.ndarray, " devices"]
-    row_bytes: Float[
-        np.ndarray, " devices"
-    ]  # both ways, with its part of what else an exchange sends
+    # both ways, with a row's part of what else an exchange sends
+    row_bytes: Float[np.ndarray, " devices"]
 
 
 @dataclass(frozen=True)
-class Regulating:
-    """A round's plan as it may be made again: one entry for each device chosen."""
+class BatchControl:
+    """What a round's batches are planned from; one entry for each device chosen."""
 
     devices: Sequence[DeviceId]
-    labels: Float[np.ndarray, "devices classes"]
-    reference: Float[np.ndarray, " classes"]
-    most: Int[np.ndarray, " devices"]
-    limits: SplitLimits
+    goal: Goal  # of the plan; its costs are those known before the round
     tune: bool
-    fixed: float  # seconds of an exchange beside its rows', as known before the round
     steps: int  # of the round
-    weight_bytes: int  # of the bottom
-    late: bool  # whether devices may begin and end at times of their own
+    weight_bytes: int  # of the client model
+    late: bool  # whether devices may begin and end at their own times
     optimising: Callable[[int], Optimising]  # for a batch of so many rows
-    # texts: rows that data and memory allow beyond `most`, where they are short; None: batches of rows, not of tokens
+    # texts: the most rows that data and memory allow; None: batches of rows, not of tokens
     room: Int[np.ndarray, " devices"] | None = None
     token_bytes: float = 0.0  # of the features of one token
 
     def __call__(
-        self, done: int, progress: Mapping[DeviceId, Progress], told: Mapping[DeviceId, Step]
+        self, done: int, progress: Mapping[DeviceId, Progress], steps: Mapping[DeviceId, Step]
     ) -> Mapping[DeviceId, Resized] | None:
-        """What devices are told after `done` iterations: their steps, and the batches that follow; None: as before."""
-        joined = done > 1 and any(len(progress[device].rows) == 1 for device in told)
+        """The steps with new batch sizes after `done` iterations; None where batches stay as they
+        are.
+        """
+        joined = done > 1 and any(len(progress[device].rows) == 1 for device in steps)
         if done & (done - 1) and not joined:
             return None
-        devices = [device for device in self.devices if device in told]
+        devices = [device for device in self.devices if device in steps]
         places = [self.devices.index(device) for device in devices]
-        found = paces([progress[device] for device in devices], self.fixed)
-        goal = Goal(
+        found = row_costs([progress[device] for device in devices], self.goal.fixed)
+        goal = replace(
+            self.goal,
             cost=found.cost,
-            labels=self.labels[places],
-            reference=self.reference,
-            most=self.most[places],
-            limits=self.limits,
+            labels=self.goal.labels[places],
+            most=self.goal.most[places],
             fixed=found.fixed,
         )
         rows = planned_again(goal, tune=self.tune)
@@ -90,7 +91,7 @@ class Regulating:
             )
         return {
             device: Resized(
-                step=told[device],
+                step=steps[device],
                 batch=batch,
                 optimising=self._changed(progress[device].batch, own),
             )
@@ -98,7 +99,7 @@ class Regulating:
         }
 
     def first(self, rows: Int[np.ndarray, " devices"]) -> Int[np.ndarray, " devices"]:
-        """What a round begins with where these are the batches planned."""
+        """The first batches of a round for which these are planned."""
         return self._part(rows, FIRST)
 
     def _part(self, rows: np.ndarray, divisor: int) -> np.ndarray:
@@ -106,20 +107,22 @@ class Regulating:
 
     @property
     def staggered(self) -> Staggered | None:
-        """How devices begin and end at times of their own, if they may."""
-        return Staggered(ENOUGH, self._leaving) if self.late and self.steps >= PROBED else None
+        """How devices begin and end at their own times, if they may."""
+        return Staggered(QUORUM, self._leaving) if self.late and self.steps >= PROBED else None
 
     def _leaving(self, done: int, progress: Mapping[DeviceId, Progress]) -> Collection[DeviceId]:
-        """Who ends the round now, after `done` iterations, since its link needs that long for the bottom."""
+        """Devices that end the round after `done` iterations, since their links need long for the
+        client model.
+        """
         if 2 * done < self.steps:
             return ()
         own = list(progress.values())
-        found = paces(own, self.fixed)
+        found = row_costs(own, self.goal.fixed)
         rows = np.array([each.batch for each in own])
-        # the last gradient goes down, the bottom up
+        # the last gradient goes down, the client model up
         ends = found.fixed + found.cost * (rows / 2 + self.weight_bytes / found.row_bytes)
         before = early(
-            ends, max(each.costs[-1].seconds for each in own), ceil(ENOUGH * len(self.devices))
+            ends, max(each.costs[-1].seconds for each in own), ceil(QUORUM * len(self.devices))
         )
         return [
             device
@@ -128,52 +131,55 @@ class Regulating:
         ]
 
     def _budgets(
-        self, rows: np.ndarray, longest: float, found: Paces, headers: np.ndarray, room: np.ndarray
+        self,
+        rows: np.ndarray,
+        longest: float,
+        found: RowCosts,
+        headers: np.ndarray,
+        room: np.ndarray,
     ) -> list[Budget]:
-        """Tokens for the time of the longest iteration: those of `rows`, and of less than a row more."""
+        """Tokens for the time of the longest iteration: those of `rows`, and of less than a row
+        more.
+        """
         exact = np.clip((longest - found.fixed) / found.cost, rows, rows + 1)
         tokens = np.maximum((exact * found.row_bytes - headers) / (2 * self.token_bytes), 1)
-        tokens *= min(1.0, self.limits.budget_bytes / self.token_bytes / tokens.sum())
+        tokens *= min(1.0, self.goal.limits.budget_bytes / self.token_bytes / tokens.sum())
         return [
             Budget(tokens=int(own), rows=int(most)) for own, most in zip(tokens, room, strict=True)
         ]
 
     def _changed(self, before: int, now: int) -> Optimising | None:
-        """How bottoms are trained from now on, None where that stays as it is."""
+        """How client models are trained from now on; None where that does not change."""
         optimising = self.optimising(now)
         same = optimising.learning_rate == self.optimising(before).learning_rate
         return None if same else optimising
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A round's batches, and how they are planned again within it, if they are."""
+def row_costs(progress: Sequence[Progress], fixed: float, *, ended: bool = False) -> RowCosts:
+    """What rows cost by a round's exchanges so far, or by all of them once it has `ended`.
 
-    batches: Mapping[DeviceId, int]
-    again: Regulating | None
-
-
-def paces(progress: Sequence[Progress], fixed: float, *, ended: bool = False) -> Paces:
-    """The paces that a round's exchanges show so far, or over the whole of it; one entry for each device.
-
-    Exchanges are compared by their bytes, which the server knows and which count a text's tokens. The first one has
-    weights among them and no backward pass: it counts only where a device has no others yet. `fixed` as `fitted` has it.
+    Exchanges are compared by their bytes, which the server knows and which count a text's tokens.
+    The first exchange carries weights and has no backward pass, so it counts only where a device
+    has no other. `fixed` is as in `fitted`.
     """
     inner = [own.costs[1:-1] if ended else own.costs[1:] for own in progress]
-    heard = [costs or own.costs[:1] for costs, own in zip(inner, progress, strict=True)]
-    loads, seconds = [_bytes(costs) for costs in heard], [_seconds(costs) for costs in heard]
+    received = [costs or own.costs[:1] for costs, own in zip(inner, progress, strict=True)]
+    loads, seconds = [_bytes(costs) for costs in received], [_seconds(costs) for costs in received]
     row_bytes = _row_bytes(progress, inner)
     if any(inner):
         fixed, each = fitted(loads, seconds, fixed)
     else:
         _, each = fitted(loads, seconds)
-    return Paces(fixed, each * row_bytes, row_bytes)
+    return RowCosts(fixed, each * row_bytes, row_bytes)
 
 
 def _row_bytes(
     progress: Sequence[Progress], inner: Sequence[Sequence[Cost]]
 ) -> Float[np.ndarray, " devices"]:
-    """Bytes of a row of each device both ways: of its exchanges without weights, nearer to the fleet's mean the fewer rows."""
+    """Bytes of a row of each device both ways, from its exchanges without weights.
+
+    The fewer rows these had, the nearer it is to the fleet's mean.
+    """
     exchanges = np.maximum([len(costs) for costs in inner], 1)
     rows = exchanges * np.array([np.mean(own.rows) for own in progress])
     # of the first exchange only what went up were features; their gradient is as large
@@ -187,9 +193,10 @@ def _row_bytes(
 
 
 def _header(progress: Progress, token_bytes: float) -> float:
-    """Bytes of an exchange both ways that are no features: the mean of those heard so far.
+    """Bytes of an exchange both ways that are no features: the mean of the exchanges so far.
 
-    An exchange sends the gradient of one batch and the features of the next; the first one no gradient.
+    An exchange sends the gradient of one batch and the features of the next; the first one no
+    gradient.
     """
     tokens = np.array(progress.tokens)
     if len(tokens) == 1:

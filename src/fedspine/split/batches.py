@@ -1,4 +1,6 @@
-"""Which rows of a device make up its batches within a round: so many, or as many as fill a number of tokens."""
+"""Which rows of a device make up its batches within a round: so many, or as many as fill a number
+of tokens.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +11,8 @@ import numpy as np
 from fedspine.core.message import message
 
 AHEAD = 16  # rows next in line among which the last ones of a batch of tokens are chosen
-FREELY = 3.0  # rows of mean length for which there is room yet, as long as rows come just as they are in line
+# rows of mean length for which there is room yet, as long as rows come just as they are in line
+FREELY = 3.0
 
 
 @message
@@ -52,8 +55,9 @@ def drawn(
 def filling(lengths: np.ndarray, tokens: int, most: int) -> list[int]:
     """Places of the rows in line that together have no more than `tokens`, and nearly as many.
 
-    Rows come in their order as long as many fit, then the longest that fits of the `AHEAD` that are next. Where none fits
-    at all, the shortest of those: a row longer than `tokens` waits until only such rows are left there.
+    Rows come in their order as long as many fit, then the longest that fits of the `AHEAD` that are
+    next. Where none fits at all, the shortest of those: a row longer than `tokens` waits until only
+    such rows are left there.
 
     >>> filling(np.array([5, 9, 4, 7, 5, 3]), 20, 9), filling(np.array([9, 8]), 5, 9)
     ([0, 1, 4], [1])
@@ -72,7 +76,8 @@ def filling(lengths: np.ndarray, tokens: int, most: int) -> list[int]:
 
 
 def rows_at(there: int, batch: int, seed: int, iteration: int) -> np.ndarray:
-    """The rows of one of many equal batches: pass after pass over all rows, each in an order of its own.
+    """The rows of one of many equal batches: pass after pass over all rows, each in an order of its
+    own.
 
     >>> sorted(rows_at(4, 2, 0, 0).tolist() + rows_at(4, 2, 0, 1).tolist()), len(rows_at(4, 9, 0, 5))
     ([0, 1, 2, 3], 4)

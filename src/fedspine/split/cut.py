@@ -2,24 +2,25 @@
 
 from fedspine.lm.base import Base
 from fedspine.nets.net import Net
-from fedspine.split.interface import Halves
-from fedspine.split.net_halves import NetHalves
-from fedspine.split.text_halves import TextHalves
+from fedspine.split.interface import SplitModel
+from fedspine.split.split_net import SplitNet
+from fedspine.split.split_transformer import SplitTransformer
 
 
-def halves_of(base: Base | Net, cut: int, *, rank: int = 8, scale: float = 2.0) -> Halves:
-    """The halves with the first `cut` blocks below; raises BadInput for a cut outside the model.
+def split_model_of(base: Base | Net, cut: int, *, rank: int = 8, scale: float = 2.0) -> SplitModel:
+    """The model with its first `cut` blocks on the devices; raises BadInput for a cut outside the
+    model.
 
-    `rank` and `scale` are those of the adapters, where the model trains adapters. Halves are made
-    once for a model and kept with it, since each exchange asks for them.
+    `rank` and `scale` are those of the adapters, where the model trains adapters. A split model is
+    made once for a base and kept with it, since each exchange asks for it.
     """
     match base:
         case Base():
             key = (cut, rank, scale)
-            if key not in base.halves:
-                base.halves[key] = TextHalves(base, cut, rank, scale)
+            if key not in base.split_models:
+                base.split_models[key] = SplitTransformer(base, cut, rank, scale)
         case Net():
             key = (cut,)
-            if key not in base.halves:
-                base.halves[key] = NetHalves(base, cut)
-    return base.halves[key]
+            if key not in base.split_models:
+                base.split_models[key] = SplitNet(base, cut)
+    return base.split_models[key]

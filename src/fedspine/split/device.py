@@ -1,10 +1,13 @@
-"""The device's side of split learning: one ask per iteration, which applies the last gradient and gives the next features.
+"""The device's side of split learning: each ask applies the last gradient and returns the next
+features.
 
-`begin` installs a bottom and gives the first features, `step` goes on, `end` applies the last gradient and returns the
-bottom. In the U-shape labels never leave: `answer` turns what the server's part gave into its gradient.
+`begin` installs a client model and returns the first features, `step` goes on, `end` applies the
+last gradient and returns the client model. In the U-shape labels never leave: `answer` returns the
+gradient of the middle's output.
 
-Between asks a device remembers weights, optimiser state and which rows are under way, not the graph that a gradient runs
-back through: that is computed again, to the same bits, unless this process still has it (`Device.keep`).
+Between asks a device remembers weights, optimiser state and the rows of the current batch, but no
+graph. The graph is computed again, to the same bits, unless this process still has it
+(`Device.keep`).
 """
 
 from collections.abc import Callable
@@ -21,58 +24,61 @@ from fedspine.core.tensors import half, single
 from fedspine.lm.base import Base
 from fedspine.nets.net import Net
 from fedspine.split.batches import Budget, drawn
-from fedspine.split.cut import halves_of
-from fedspine.split.interface import Features, Halves
-from fedspine.split.trainable_half import Optimising, Trained
+from fedspine.split.cut import split_model_of
+from fedspine.split.interface import Features, SplitModel
+from fedspine.split.trainable_half import Optimising, TrainableHalf
 from fedspine.split.wire import Precision, Wired, gradient_wired, labels_wired, unwired, wired
 
 HELD = "split"  # the name in a device's memory
-FORWARD = (
-    1 / 3
-)  # of the operations of a training step; the backward pass takes the rest, when its gradient comes
+# of the operations of a training step; the backward pass takes the rest, when its gradient comes
+FORWARD = 1 / 3
 
-# a loss of the device's own, of (its weights, its features, the batch), which is added to what the server's gradient says
-Local: TypeAlias = Callable[[Tensors, Features, Tensors], Tensor]
+# (weights, features, batch) -> a loss that is added to what the server's gradient says
+LocalLoss: TypeAlias = Callable[[Tensors, Features, Tensors], Tensor]
 
 
 @message
 class Cutting:
-    """Where the model is cut and what its adapters are, for `halves_of`."""
+    """Where the model is cut and what its adapters are, for `split_model_of`."""
 
     cut: int
     rank: int = 8
     scale: float = 2.0
 
-    def of(self, base: Base | Net) -> Halves:
-        """The halves of this model."""
-        return halves_of(base, self.cut, rank=self.rank, scale=self.scale)
+    def of(self, base: Base | Net) -> SplitModel:
+        """This model, cut."""
+        return split_model_of(base, self.cut, rank=self.rank, scale=self.scale)
 
 
 @message
 class Begin:
-    """Install this bottom, take batches of `batch` rows (all of the data where there are fewer), give the first."""
+    """Install this client model and return the features of the first batch.
 
-    weights: Tensors  # of the bottom: fp32 with features in fp32, else fp16
+    Batches have `batch` rows, or all of the data where there are fewer.
+    """
+
+    weights: Tensors  # of the client model: fp32 with features in fp32, else fp16
     cutting: Cutting
     batch: int | Budget
     optimising: Optimising
     precision: str  # of features and gradients
-    ending: "Tensors | None" = (
-        None  # U-shape: the last part of the top, which stays here with the labels
-    )
+    # U-shape: the last part of the server model, which stays here with the labels
+    ending: "Tensors | None" = None
     ending_optimising: Optimising | None = None
 
 
 @message
 class Step:
-    """The gradient of the mean loss over the batch's labels with respect to its features; None where none is needed."""
+    """The gradient of the batch's mean loss with respect to its features; None where none is
+    needed.
+    """
 
     gradient: Wired | None
 
 
 @message
 class Resized:
-    """A step, and how many rows the batches after it have, or tokens."""
+    """A step, and the rows or tokens of the batches after it."""
 
     step: Step
     batch: int | Budget
@@ -89,14 +95,14 @@ class Forwarded:
 
 @message
 class Answer:
-    """What the server's part gave for the batch under way (U-shape)."""
+    """The middle's output for the current batch (U-shape)."""
 
     features: Wired
 
 
 @message
 class Answered:
-    """The gradient of the batch's summed loss with respect to what came, and that loss."""
+    """The gradient of the batch's summed loss with respect to the middle's output; that loss."""
 
     gradient: Wired
     loss: float  # mean over the batch's labels
@@ -105,7 +111,7 @@ class Answered:
 
 @message
 class Ended:
-    """The bottom after the round (U-shape: the last part of the top too)."""
+    """The client model after the round (U-shape: the last part of the server model too)."""
 
     weights: Tensors
     ending: "Tensors | None"
@@ -119,7 +125,7 @@ class Held:
     moments: Tensors
     order: Begin  # without weights
     seed: int  # of the round's rows and of what is drawn
-    iteration: int  # of the batch under way
+    iteration: int  # of the current batch
     rows: np.ndarray  # int64: that batch
     taken: int  # with `left`, what fixes the next one, as `Drawn` says
     left: np.ndarray
@@ -128,15 +134,15 @@ class Held:
 
 
 @dataclass
-class Live:
-    """A held state at work."""
+class ActiveBatch:
+    """The current batch with its graph."""
 
-    halves: Halves
+    split_model: SplitModel
     held: Held
-    bottom: Trained
-    features: Features  # of the batch under way, with their graph
+    client_model: TrainableHalf
+    features: Features  # with their graph
     labels: Tensor
-    local: Tensor | None  # the device's own loss of it
+    local_loss: Tensor | None  # the device's own loss of it
 
 
 @on_device
@@ -151,14 +157,16 @@ def step(device: Device, order: Step) -> Forwarded:
 
 @on_device
 def resize(device: Device, order: Resized) -> Forwarded:
-    live = resumed(device, None)
-    _apply(device, live, order.step)
-    held, bottom = live.held, live.bottom
+    active = resumed(device, None)
+    _apply(device, active, order.step)
+    held, client_model = active.held, active.client_model
     optimising = order.optimising or held.order.optimising
     if order.optimising is not None:
-        bottom = Trained(bottom.now(), optimising, live.halves.statistics, bottom.moments())
+        client_model = TrainableHalf(
+            client_model.now(), optimising, active.split_model.statistics, client_model.moments()
+        )
     held = replace(held, order=replace(held.order, batch=order.batch, optimising=optimising))
-    return _forward(device, live.halves, _next(device, held), bottom, None)
+    return _forward(device, active.split_model, _next(device, held), client_model, None)
 
 
 @on_device
@@ -168,36 +176,42 @@ def end(device: Device, order: Step) -> Ended:
 
 @on_device
 def answer(device: Device, order: Answer) -> Answered:
-    live = resumed(device, None)
-    held = live.held
+    active = resumed(device, None)
+    held = active.held
     assert held.ending is not None
     assert held.order.ending_optimising is not None
-    ending = Trained(
-        held.ending, held.order.ending_optimising, live.halves.statistics, held.ending_moments
+    ending = TrainableHalf(
+        held.ending,
+        held.order.ending_optimising,
+        active.split_model.statistics,
+        held.ending_moments,
     )
-    arrived = unwired(order.features, live.features.mask)
+    arrived = unwired(order.features, active.features.mask)
     values = arrived.values.requires_grad_()
     entered = Features(values=values, mask=arrived.mask)
-    losses = live.halves.ending(ending.weights, entered, live.labels, seed=_drawing(held))
-    # the server weighs all devices' labels alike, so it gets the sum's gradient; the own part learns from the own mean
+    losses = active.split_model.ending_forward(
+        ending.weights, entered, active.labels, seed=_drawing(held)
+    )
+    # the server weighs all labels alike, so it gets the sum's gradient; the own part learns from
+    # the own mean
     gradient, *rest = torch.autograd.grad(losses.total.sum(), [values, *ending.leaves])
     for leaf, found in zip(ending.leaves, rest, strict=True):
         leaf.grad = found / losses.labels
     ending.step()
-    live.held = replace(held, ending=ending.now(), ending_moments=ending.moments())
-    _remember(device, live)
+    active.held = replace(held, ending=ending.now(), ending_moments=ending.moments())
+    _remember(device, active)
     sent = gradient_wired(Features(values=gradient, mask=arrived.mask), _precision(held))
     return Answered(
         gradient=sent, loss=float(losses.mean.detach()), counted=int(losses.counted.sum())
     )
 
 
-# --- the same with a loss of the device's own, for methods that have one ---
+# --- the same with a local loss, for methods that have one ---
 
 
-def begun(device: Device, order: Begin, local: Local | None = None) -> Forwarded:
-    """Do what `begin` does; `local` must be the same function in all asks of a round."""
-    halves = order.cutting.of(device.base)
+def begun(device: Device, order: Begin, local_loss: LocalLoss | None = None) -> Forwarded:
+    """Do what `begin` does; `local_loss` must be the same function in all asks of a round."""
+    split_model = order.cutting.of(device.base)
     seed = int(device.rng.integers(2**31))
     first = drawn(device.data.lengths, order.batch, seed)
     held = Held(
@@ -211,87 +225,99 @@ def begun(device: Device, order: Begin, local: Local | None = None) -> Forwarded
         left=first.left,
         ending=None if order.ending is None else single(order.ending),
     )
-    bottom = Trained(single(order.weights), order.optimising, halves.statistics)
-    return _forward(device, halves, held, bottom, local)
+    client_model = TrainableHalf(single(order.weights), order.optimising, split_model.statistics)
+    return _forward(device, split_model, held, client_model, local_loss)
 
 
-def stepped(device: Device, order: Step, local: Local | None = None) -> Forwarded:
+def stepped(device: Device, order: Step, local_loss: LocalLoss | None = None) -> Forwarded:
     """Do what `step` does."""
-    live = resumed(device, local)
-    _apply(device, live, order)
-    return _forward(device, live.halves, _next(device, live.held), live.bottom, local)
+    active = resumed(device, local_loss)
+    _apply(device, active, order)
+    return _forward(
+        device, active.split_model, _next(device, active.held), active.client_model, local_loss
+    )
 
 
-def ended(device: Device, order: Step, local: Local | None = None) -> Ended:
+def ended(device: Device, order: Step, local_loss: LocalLoss | None = None) -> Ended:
     """Do what `end` does."""
-    live = resumed(device, local)
-    _apply(device, live, order)
+    active = resumed(device, local_loss)
+    _apply(device, active, order)
     del device.memory[HELD]
-    send = _as_sent(_precision(live.held))
-    ending = live.held.ending
-    return Ended(weights=send(live.bottom.now()), ending=None if ending is None else send(ending))
+    send = _as_sent(_precision(active.held))
+    ending = active.held.ending
+    return Ended(
+        weights=send(active.client_model.now()), ending=None if ending is None else send(ending)
+    )
 
 
-def resumed(device: Device, local: Local | None) -> Live:
-    """The batch under way with its graph: as this process kept it, or computed again."""
-    if isinstance(device.kept, Live):
+def resumed(device: Device, local_loss: LocalLoss | None) -> ActiveBatch:
+    """The current batch with its graph: as this process kept it, or computed again."""
+    if isinstance(device.kept, ActiveBatch):
         return device.kept
     held: Held = device.memory[HELD]
-    halves = held.order.cutting.of(device.base)
-    bottom = Trained(held.weights, held.order.optimising, halves.statistics, held.moments)
+    split_model = held.order.cutting.of(device.base)
+    client_model = TrainableHalf(
+        held.weights, held.order.optimising, split_model.statistics, held.moments
+    )
     # statistics have seen this batch before
-    return _live(device, halves, held, bottom, bottom.without_statistics(), local)
+    return _active(
+        device, split_model, held, client_model, client_model.without_statistics(), local_loss
+    )
 
 
 def _forward(
-    device: Device, halves: Halves, held: Held, bottom: Trained, local: Local | None
+    device: Device,
+    split_model: SplitModel,
+    held: Held,
+    client_model: TrainableHalf,
+    local_loss: LocalLoss | None,
 ) -> Forwarded:
     """The next batch's features, remembered together with the state that gave them."""
-    live = _live(device, halves, held, bottom, bottom.weights, local)
-    _remember(device, live)
-    rows, tokens = len(live.features), _tokens(live.features)
+    active = _active(device, split_model, held, client_model, client_model.weights, local_loss)
+    _remember(device, active)
+    rows, tokens = len(active.features), _tokens(active.features)
     device.spend(
-        flops=FORWARD * halves.flops("bottom", rows, tokens),
-        memory_bytes=halves.memory_bytes("bottom", rows, tokens),
+        flops=FORWARD * split_model.flops("client", rows, tokens),
+        memory_bytes=split_model.memory_bytes("client", rows, tokens),
         samples=rows,
     )
-    labels = None if held.ending is not None else labels_wired(live.labels)
-    return Forwarded(features=wired(live.features, _precision(held)), labels=labels)
+    labels = None if held.ending is not None else labels_wired(active.labels)
+    return Forwarded(features=wired(active.features, _precision(held)), labels=labels)
 
 
-def _live(
+def _active(
     device: Device,
-    halves: Halves,
+    split_model: SplitModel,
     held: Held,
-    bottom: Trained,
+    client_model: TrainableHalf,
     weights: Tensors,
-    local: Local | None,
-) -> Live:
+    local_loss: LocalLoss | None,
+) -> ActiveBatch:
     inputs = device.data.batch(held.rows)
-    features = halves.bottom(weights, inputs, seed=_drawing(held))
-    own = None if local is None else local(weights, features, inputs)
-    return Live(halves, held, bottom, features, inputs["labels"], own)
+    features = split_model.client_forward(weights, inputs, seed=_drawing(held))
+    own = None if local_loss is None else local_loss(weights, features, inputs)
+    return ActiveBatch(split_model, held, client_model, features, inputs["labels"], own)
 
 
-def _apply(device: Device, live: Live, order: Step) -> None:
-    """One step of the bottom with the gradient that came for the batch under way."""
-    if order.gradient is not None and live.features.values.requires_grad:
-        values = live.features.values
-        arrived = unwired(order.gradient, live.features.mask).values.to(values)
-        if live.local is None:
+def _apply(device: Device, active: ActiveBatch, order: Step) -> None:
+    """One step of the client model with the gradient that came for the current batch."""
+    if order.gradient is not None and active.features.values.requires_grad:
+        values = active.features.values
+        arrived = unwired(order.gradient, active.features.mask).values.to(values)
+        if active.local_loss is None:
             values.backward(arrived)
         else:
-            torch.autograd.backward([values, live.local], [arrived, None])
-        live.bottom.step()
-    rows, tokens = len(live.features), _tokens(live.features)
+            torch.autograd.backward([values, active.local_loss], [arrived, None])
+        active.client_model.step()
+    rows, tokens = len(active.features), _tokens(active.features)
     device.spend(
-        flops=(1 - FORWARD) * live.halves.flops("bottom", rows, tokens),
-        launches=live.halves.launches("bottom"),
+        flops=(1 - FORWARD) * active.split_model.flops("client", rows, tokens),
+        launches=active.split_model.launches("client"),
     )
 
 
 def _next(device: Device, held: Held) -> Held:
-    """What is held of the batch after the one under way."""
+    """What is held of the next batch."""
     following = drawn(device.data.lengths, held.order.batch, held.seed, held.taken, held.left)
     return replace(
         held,
@@ -302,16 +328,18 @@ def _next(device: Device, held: Held) -> Held:
     )
 
 
-def _remember(device: Device, live: Live) -> None:
-    live.held = replace(live.held, weights=live.bottom.now(), moments=live.bottom.moments())
-    device.memory[HELD] = live.held
-    rows, tokens = len(live.features), _tokens(live.features)
-    needs = live.halves.memory_bytes
-    device.keep(live, max(0, needs("bottom", rows, tokens) - needs("bottom", 0, tokens)))
+def _remember(device: Device, active: ActiveBatch) -> None:
+    active.held = replace(
+        active.held, weights=active.client_model.now(), moments=active.client_model.moments()
+    )
+    device.memory[HELD] = active.held
+    rows, tokens = len(active.features), _tokens(active.features)
+    needs = active.split_model.memory_bytes
+    device.keep(active, max(0, needs("client", rows, tokens) - needs("client", 0, tokens)))
 
 
 def _drawing(held: Held) -> int:
-    """What fixes the dropout of the batch under way."""
+    """The seed of the current batch's dropout."""
     return int(np.random.SeedSequence([held.seed, held.iteration]).generate_state(1)[0])
 
 

@@ -1,7 +1,8 @@
-"""A model cut in two: the bottom runs on devices, the top on the server; features go up, their gradients come down.
+"""A model cut in two: the client model runs on devices, the server model on the server.
 
-What split methods know of a model. `cut.halves_of` gives it for transformers (trainable: LoRA and
-the task head) and for convolutional nets (trainable: everything), so one method file serves both.
+Features (smashed data) go up, their gradients come down. This is all that split methods know of a
+model. `cut.split_model_of` gives it for transformers (trainable: LoRA and the task head) and for
+convolutional nets (trainable: everything), so one method file serves both.
 """
 
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from fedspine.core.message import Tensors, message
 
 @message
 class Features:
-    """What a bottom gives for some rows, or the gradient of a loss with respect to it.
+    """What a client model gives for some rows, or the gradient of a loss with respect to it.
 
-    `values` is [rows, ...]: [rows, tokens, width] for text, [rows, channels, ...] for arrays. `mask`, bool
-    [rows, tokens], says what is a token and not padding; None where all rows are of one shape.
+    `values` is [rows, ...]: [rows, tokens, width] for text, [rows, channels, ...] for arrays.
+    `mask`, bool [rows, tokens], says what is a token and not padding; None where all rows are of
+    one shape.
     """
 
     values: Tensor
@@ -37,14 +39,14 @@ class Features:
 
 @dataclass(frozen=True)
 class Losses:
-    """What a top says of some rows: `total` is each row's summed loss, `counted` how many labels that sums over.
+    """The losses of some rows: `total` is each row's sum, `counted` the number of labels in it.
 
-    `shifted` is what `total` would be with the shifts that were asked for added to the scores.
+    `adjusted` is `total` with the logit adjustments that were asked for.
     """
 
     total: Float[Tensor, " rows"]
     counted: Int[Tensor, " rows"]
-    shifted: Float[Tensor, " rows"] | None = None
+    adjusted: Float[Tensor, " rows"] | None = None
 
     @property
     def mean(self) -> Float[Tensor, ""]:
@@ -57,91 +59,98 @@ class Losses:
         return self.counted.sum().clamp(min=1)
 
 
-def shifted_losses(
+def adjusted_losses(
     logits: Float[Tensor, "rows classes"],
     labels: Int[Tensor, " rows"],
-    shifts: Float[Tensor, "rows classes"] | None,
+    adjustments: Float[Tensor, "rows classes"] | None,
 ) -> Float[Tensor, " rows"] | None:
-    """The cross-entropy of each row with `shifts` added to its logits, in nats; None where no shifts are asked for."""
-    if shifts is None:
+    """The cross-entropy of each row with `adjustments` added to its logits, None without them."""
+    if adjustments is None:
         return None
-    return cross_entropy(logits.float() + shifts.to(logits.device), labels, reduction="none")
+    return cross_entropy(logits.float() + adjustments.to(logits.device), labels, reduction="none")
 
 
-class Halves(Protocol):
+class SplitModel(Protocol):
     """One model cut at one place. Weights are handed in; nothing is kept between calls.
 
-    Gradients reach every tensor of `weights` that asks for one. `seed` fixes what is drawn (dropout); with None the half
-    computes as a deployed model does.
+    Gradients reach every tensor of `weights` that asks for one. `seed` fixes what is drawn
+    (dropout); with None the half computes as a deployed model does.
     """
 
     @property
     def statistics(self) -> frozenset[str]:
-        """Names of weights that are averaged but not trained, such as batch norm's; `bottom` and `top` update those
-        handed in, in place, where a seed is given."""
+        """Names of weights that are averaged but not trained, such as batch norm's.
+
+        `client_forward` and `server_forward` update those handed in, in place, where a seed is
+        given.
+        """
         ...
 
     @property
     def entry(self) -> frozenset[str]:
-        """Names of the weights that the top's first block trains, if it still makes features: a transformer's block or
-        a convolution. None where the top only classifies."""
+        """Names of the weights of the server model's first block, if it still makes features.
+
+        Such a block is a transformer's or a convolution. Empty where all blocks only classify.
+        """
         ...
 
     def start(self, rng: np.random.Generator) -> tuple[Tensors, Tensors]:
-        """The bottom's and the top's weights to start from: all that training changes."""
+        """The initial weights of both halves: all that training changes."""
         ...
 
-    def bottom(self, weights: Tensors, inputs: Tensors, *, seed: int | None) -> Features:
-        """The features of a batch as `Examples.batch` or `Arrays.batch` gives it; labels in it are ignored."""
+    def client_forward(self, weights: Tensors, inputs: Tensors, *, seed: int | None) -> Features:
+        """The features of a batch of `Examples` or `Arrays`; labels in it are ignored."""
         ...
 
-    def top(
+    def server_forward(
         self,
         weights: Tensors,
         features: Features,
         labels: Tensor,
         *,
         seed: int | None,
-        shifts: Float[Tensor, "rows classes"] | None = None,
+        adjustments: Float[Tensor, "rows classes"] | None = None,
     ) -> Losses:
-        """What the top loses on these features; `labels` as the batch has them, padded to the features' tokens.
+        """The server model's losses on these features; `labels` are padded to the features' tokens.
 
-        `shifts`, for classes only, asks what it would lose with them added to its scores.
+        `adjustments`, for classes only, asks for the losses with them added to the logits too.
         """
         ...
 
-    def join(self, bottom: Tensors, top: Tensors) -> Any:
+    def join(self, client_model: Tensors, server_model: Tensors) -> Any:
         """Both halves as one model that can be deployed, scored and saved."""
         ...
 
     def parts(self, model: Any) -> tuple[Tensors, Tensors]:
-        """The bottom and the top of a model that `join` made, here or at another cut."""
+        """Both halves of a model that `join` made, here or at another cut."""
         ...
 
-    # U-shaped: labels stay on the devices, and so does the last part of the top
+    # U-shaped: labels stay on the devices, and so does the last part of the server model
 
     @property
     def ends(self) -> frozenset[str]:
-        """Names of the top's weights that `ending` computes with; `middle` computes with the others."""
+        """Names of the server model's weights in `ending_forward`; the others are the middle's."""
         ...
 
-    def middle(self, weights: Tensors, features: Features, *, seed: int | None) -> Features:
-        """What enters the last part of the top."""
+    def middle_forward(self, weights: Tensors, features: Features, *, seed: int | None) -> Features:
+        """What enters the last part of the server model."""
         ...
 
-    def ending(
+    def ending_forward(
         self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None
     ) -> Losses:
-        """What the last part of the top loses: `top` is `ending` after `middle`."""
+        """The losses of the last part, which with the middle is `server_forward`."""
         ...
 
     def flops(self, half: str, rows: int, tokens: int) -> float:
-        """Floating-point operations of a forward and a backward pass of "bottom" or "top"; `tokens` is the padded
-        length of text, 1 for arrays."""
+        """Floating-point operations of a forward and a backward pass of "client" or "server".
+
+        `tokens` is the padded length of text, 1 for arrays.
+        """
         ...
 
     def memory_bytes(self, half: str, rows: int, tokens: int) -> int:
-        """Memory that training "bottom" or "top" needs at once."""
+        """Memory that training "client" or "server" needs at once."""
         ...
 
     def launches(self, half: str) -> int:

@@ -1,11 +1,11 @@
-"""What labels a device holds, which the server asks once, to choose devices by them and to calibrate their gradients."""
+"""The label distribution of each device: asked once, to choose devices and to adjust logits."""
 
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 
-from fedspine.control.labels import distribution, label_shifts, reference
+from fedspine.control.labels import class_log_ratios, distribution, reference
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.message import Tensors, message
 
@@ -13,36 +13,39 @@ LENGTHS = 10  # buckets of text length, which stand for labels where there are n
 
 
 @message
-class Look:
-    """Say what labels you hold."""
+class LabelQuery:
+    """Ask for the share of each class in a device's rows."""
 
     classes: int  # 0: the task has none, so count lengths, up to `longest` tokens
     longest: int
 
 
 @message
-class Looked:
+class LabelDistribution:
     shares: np.ndarray  # float64 [classes]: V_i
 
 
 @on_device
-def look(device: Device, order: Look) -> Looked:
+def label_distribution(device: Device, order: LabelQuery) -> LabelDistribution:
     if order.classes:
-        return Looked(shares=distribution(device.data.labels, order.classes))
+        return LabelDistribution(shares=distribution(device.data.labels, order.classes))
     buckets = np.minimum(device.data.lengths * LENGTHS // (order.longest + 1), LENGTHS - 1)
-    return Looked(shares=distribution(buckets, LENGTHS))
+    return LabelDistribution(shares=distribution(buckets, LENGTHS))
 
 
-def calibrating(labels: Mapping[DeviceId, np.ndarray], share: float) -> Tensors:
-    """By device, what to add to the logits of its rows, fp32 [classes], so that features gain nothing by whose they are.
+def logit_adjustments(labels: Mapping[DeviceId, np.ndarray], share: float) -> Tensors:
+    """What to add to the logits of each device's rows, fp32 [classes]: logit adjustment by its
+    label skew.
 
-    `share` of what its labels tell is taken off, from 0 to below 1.
+    With it, features gain nothing from telling which device they come from. `share` of the skew is
+    taken off, from 0 to below 1. Menon et al. 2021 (arXiv:2007.07314); FedLC, Zhang et al. 2022
+    (arXiv:2209.00189).
     """
     known = np.stack(list(labels.values()))
     return dict(
         zip(
             labels,
-            torch.from_numpy(label_shifts(known, reference(known), share)).float(),
+            torch.from_numpy(class_log_ratios(known, reference(known), share)).float(),
             strict=True,
         )
     )

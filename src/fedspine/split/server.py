@@ -1,11 +1,14 @@
-"""The server's side of split learning: what becomes of the top in one iteration, from the features of many devices.
+"""The server's side of split learning: how the server model learns from many devices' features.
 
-Merged: one step on all of them (MergeSFL). Weighted: one step on the sum of the devices' own losses (LocFedMix-SL).
-In turn: one step per device on one top, in random order (SplitFed V2), or always the same (SplitLoRA).
-Copies: a top for each device, averaged after every iteration (AdaSFL) or at the round's end (SplitFed V1).
-With `shifts`, by device [classes], a device's gradient is that of its loss with them added to its rows' logits, and so is
-that of the top's first block, where it still makes features; the rest of the top learns from the plain loss.
-A device whose loss is not finite is left out of the iteration, and says so in the outcome.
+Merged: one step on all of them (MergeSFL). Weighted: one step on the sum of the devices' own losses
+(LocFedMix-SL). In turn: one step per device on one server model, in random order (SplitFed V2), or
+always the same (SplitLoRA). Copies: a server model for each device, averaged after every iteration
+(AdaSFL) or at the round's end (SplitFed V1).
+
+With logit adjustments, by device [classes], a device's gradient is that of its loss with them added
+to its rows' logits. So is the gradient of the server model's first block, where it still makes
+features; the other blocks learn from the plain loss. A device whose loss is not finite is left out
+of the iteration, and the result says so.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +24,8 @@ from fedspine.core.device import DeviceId
 from fedspine.core.message import Tensors
 from fedspine.core.task import IGNORED
 from fedspine.core.tensors import average
-from fedspine.split.interface import Features, Halves, Losses
-from fedspine.split.trainable_half import Optimising, Trained
+from fedspine.split.interface import Features, Losses, SplitModel
+from fedspine.split.trainable_half import Optimising, TrainableHalf
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Part:
 
 
 @dataclass
-class Outcome:
-    """What one iteration gives: `gradients` are those of each device's mean loss (or as `rescale` says), by device."""
+class StepResult:
+    """One iteration's results by device; gradients are of its own mean loss, or as `rescale` says."""
 
     gradients: dict[DeviceId, Features | None] = field(default_factory=dict)
     losses: dict[DeviceId, float] = field(default_factory=dict)  # mean over a device's labels
@@ -45,53 +48,59 @@ class Outcome:
 
 
 class ServerStep(Protocol):
-    """A top under training, for one round."""
+    """A server model under training, for one round."""
 
-    def step(self, parts: Sequence[Part], seed: int) -> Outcome:
+    def step(self, parts: Sequence[Part], seed: int) -> StepResult:
         """One iteration; `seed` fixes what is drawn."""
         ...
 
     def finish(self, weights: Mapping[DeviceId, float]) -> Tensors:
-        """The top at the round's end; `weights` are those by which the bottoms of the devices that stayed are averaged."""
+        """The server model at the round's end; `weights` are those of the client models."""
         ...
 
 
-# a loss of the server's own on what came, whose gradient stays with the top: (weights, parts, seed) -> loss
-Extra: TypeAlias = Callable[[Tensors, Sequence[Part], int], Tensor]
-Shifts: TypeAlias = "Mapping[DeviceId, Tensor] | None"
+# (weights, parts, seed) -> a loss of the server's own, whose gradient stays on the server
+ExtraLoss: TypeAlias = Callable[[Tensors, Sequence[Part], int], Tensor]
+LogitAdjustments: TypeAlias = "Mapping[DeviceId, Tensor] | None"
 
 
 class Merged:
-    """One step of one top on all features as one batch.
+    """One step of one server model on all features as one batch.
 
-    `rescale`: each device gets the gradient of its own mean loss, whatever else was merged; without, that of the merged
-    mean. With no `gradients`, bottoms train nothing, and nothing is sent back.
+    `rescale`: each device gets the gradient of its own mean loss, whatever else was merged;
+    without, that of the merged mean. With no `gradients`, client models train nothing, and nothing
+    is sent back.
     """
 
     def __init__(
         self,
-        halves: Halves,
-        top: Tensors,
+        split_model: SplitModel,
+        server_model: Tensors,
         optimising: Optimising,
         *,
         rescale: bool = True,
         gradients: bool = True,
-        shifts: Shifts = None,
+        adjustments: LogitAdjustments = None,
     ) -> None:
-        self._halves, self._rescale, self._gradients, self._shifts = (
-            halves,
+        self._split_model, self._rescale, self._gradients, self._adjustments = (
+            split_model,
             rescale,
             gradients,
-            shifts,
+            adjustments,
         )
-        self._top = Trained(top, optimising, halves.statistics)
+        self._server_model = TrainableHalf(server_model, optimising, split_model.statistics)
 
-    def step(self, parts: Sequence[Part], seed: int) -> Outcome:
-        outcome = Outcome()
+    def step(self, parts: Sequence[Part], seed: int) -> StepResult:
+        result = StepResult()
         while parts:
-            before = self._top.statistics()
+            before = self._server_model.statistics()
             values, losses = _forward(
-                self._halves, self._top.weights, parts, seed, self._gradients, self._shifts
+                self._split_model,
+                self._server_model.weights,
+                parts,
+                seed,
+                self._gradients,
+                self._adjustments,
             )
             found = _by_part(losses, parts)
             broken = {
@@ -101,153 +110,180 @@ class Merged:
             }
             if not broken:
                 break
-            self._top.forget(before)
-            outcome.left_out |= dict.fromkeys(broken, "loss is not finite")
+            self._server_model.forget(before)
+            result.left_out |= dict.fromkeys(broken, "loss is not finite")
             parts = [part for part in parts if part.device not in broken]
         if not parts:
-            return outcome
-        gradient = _learnt(self._halves, losses, values, self._top)
-        self._top.step()
+            return result
+        gradient = _learnt(self._split_model, losses, values, self._server_model)
+        self._server_model.step()
         labels = int(losses.labels)
-        gradients = parted(gradient, parts) if self._gradients else [None] * len(parts)
+        gradients = per_device(gradient, parts) if self._gradients else [None] * len(parts)
         for part, gradient, (own, counted) in zip(parts, gradients, found, strict=True):
             if gradient is not None and self._rescale:
                 scaled = gradient.values * (labels / max(counted, 1))
                 gradient = Features(values=scaled, mask=gradient.mask)
-            _put(outcome, part, gradient, own, counted)
-        return outcome
+            _put(result, part, gradient, own, counted)
+        return result
 
     def finish(self, weights: Mapping[DeviceId, float]) -> Tensors:
-        return self._top.now()
+        return self._server_model.now()
 
 
 class InTurn:
-    """One step of one top per device, in an order drawn from the iteration's seed, or in theirs if not `shuffled`."""
+    """One step of one server model per device, in random order, or in theirs if not `shuffled`."""
 
     def __init__(
         self,
-        halves: Halves,
-        top: Tensors,
+        split_model: SplitModel,
+        server_model: Tensors,
         optimising: Optimising,
         *,
         gradients: bool = True,
         shuffled: bool = True,
-        shifts: Shifts = None,
+        adjustments: LogitAdjustments = None,
     ) -> None:
-        self._halves, self._gradients, self._shuffled, self._shifts = (
-            halves,
+        self._split_model, self._gradients, self._shuffled, self._adjustments = (
+            split_model,
             gradients,
             shuffled,
-            shifts,
+            adjustments,
         )
-        self._top = Trained(top, optimising, halves.statistics)
+        self._server_model = TrainableHalf(server_model, optimising, split_model.statistics)
 
-    def step(self, parts: Sequence[Part], seed: int) -> Outcome:
-        outcome = Outcome()
+    def step(self, parts: Sequence[Part], seed: int) -> StepResult:
+        result = StepResult()
         places = (
             np.random.default_rng(seed).permutation(len(parts))
             if self._shuffled
             else range(len(parts))
         )
         for i in places:
-            _alone(self._halves, self._top, parts[i], seed, self._gradients, outcome, self._shifts)
-        return outcome
+            _alone(
+                self._split_model,
+                self._server_model,
+                parts[i],
+                seed,
+                self._gradients,
+                result,
+                self._adjustments,
+            )
+        return result
 
     def finish(self, weights: Mapping[DeviceId, float]) -> Tensors:
-        return self._top.now()
+        return self._server_model.now()
 
 
 class Weighted:
-    """One step of one top on a weighted sum of the devices' own mean losses, each from a forward pass of its own.
+    """One step of one server model on a weighted sum of the devices' own mean losses.
 
-    `shares` weighs devices; over those of an iteration the weights sum to 1. Each gets the gradient of its own mean
-    loss. `extra` is added to the sum; its passes leave the top's statistics alone.
+    `shares` weighs devices; over those of an iteration the weights sum to 1. Each gets the gradient
+    of its own mean loss. `extra` is added to the sum; its passes leave the server model's
+    statistics alone.
     """
 
     def __init__(
         self,
-        halves: Halves,
-        top: Tensors,
+        split_model: SplitModel,
+        server_model: Tensors,
         optimising: Optimising,
         shares: Mapping[DeviceId, float],
         *,
         gradients: bool = True,
-        extra: Extra | None = None,
+        extra: ExtraLoss | None = None,
     ) -> None:
-        self._halves, self._shares, self._gradients, self._extra = halves, shares, gradients, extra
-        self._top = Trained(top, optimising, halves.statistics)
+        self._split_model, self._shares, self._gradients, self._extra = (
+            split_model,
+            shares,
+            gradients,
+            extra,
+        )
+        self._server_model = TrainableHalf(server_model, optimising, split_model.statistics)
 
-    def step(self, parts: Sequence[Part], seed: int) -> Outcome:
-        outcome, sound = Outcome(), []
+    def step(self, parts: Sequence[Part], seed: int) -> StepResult:
+        result, sound = StepResult(), []
         for part in parts:
-            before = self._top.statistics()
+            before = self._server_model.statistics()
             values, losses = _forward(
-                self._halves, self._top.weights, [part], seed, self._gradients
+                self._split_model, self._server_model.weights, [part], seed, self._gradients
             )
             ((loss, counted),) = _by_part(losses, [part])
             if np.isfinite(loss):
                 sound.append((part, values, losses.mean, loss, counted))
             else:
-                self._top.forget(before)
-                outcome.left_out[part.device] = "loss is not finite"
+                self._server_model.forget(before)
+                result.left_out[part.device] = "loss is not finite"
         if not sound:
-            return outcome
+            return result
         whole = sum(self._shares[part.device] for part, *_ in sound)
         loss = torch.stack(
             [self._shares[part.device] / whole * mean for part, _, mean, *_ in sound]
         ).sum()
         if self._extra is not None:
             loss = loss + self._extra(
-                self._top.without_statistics(), [part for part, *_ in sound], seed
+                self._server_model.without_statistics(), [part for part, *_ in sound], seed
             )
-        _backward(loss, [*(values for _, values, *_ in sound), *self._top.leaves])
-        self._top.step()
+        _backward(loss, [*(values for _, values, *_ in sound), *self._server_model.leaves])
+        self._server_model.step()
         for part, values, _, own, counted in sound:
-            (gradient,) = parted(values.grad, [part])
+            (gradient,) = per_device(values.grad, [part])
             if gradient is not None:
                 scaled = gradient.values * (whole / self._shares[part.device])
                 gradient = Features(values=scaled, mask=gradient.mask)
-            _put(outcome, part, gradient, own, counted)
-        return outcome
+            _put(result, part, gradient, own, counted)
+        return result
 
     def finish(self, weights: Mapping[DeviceId, float]) -> Tensors:
-        return self._top.now()
+        return self._server_model.now()
 
 
 class Copies:
-    """A copy of the top for each device, trained side by side on its own features.
+    """A copy of the server model for each device, trained side by side on its own features.
 
-    `every_iteration`: the copies are averaged uniformly after each iteration, and all go on from there with fresh
-    optimisers; else at the round's end, by the weights that the bottoms have.
+    `every_iteration`: the copies are averaged uniformly after each iteration, and all go on from
+    there with fresh optimisers; else at the round's end, by the weights that the client models
+    have.
     """
 
     def __init__(
         self,
-        halves: Halves,
-        top: Tensors,
+        split_model: SplitModel,
+        server_model: Tensors,
         optimising: Optimising,
         *,
         every_iteration: bool,
         gradients: bool = True,
-        shifts: Shifts = None,
+        adjustments: LogitAdjustments = None,
     ) -> None:
-        self._halves, self._start, self._optimising = halves, top, optimising
-        self._every_iteration, self._gradients, self._shifts = every_iteration, gradients, shifts
-        self._copies: dict[DeviceId, Trained] = {}
+        self._split_model, self._start, self._optimising = split_model, server_model, optimising
+        self._every_iteration, self._gradients, self._adjustments = (
+            every_iteration,
+            gradients,
+            adjustments,
+        )
+        self._copies: dict[DeviceId, TrainableHalf] = {}
 
-    def step(self, parts: Sequence[Part], seed: int) -> Outcome:
-        outcome = Outcome()
+    def step(self, parts: Sequence[Part], seed: int) -> StepResult:
+        result = StepResult()
         for part in parts:
             if part.device not in self._copies:
-                self._copies[part.device] = Trained(
-                    self._start, self._optimising, self._halves.statistics
+                self._copies[part.device] = TrainableHalf(
+                    self._start, self._optimising, self._split_model.statistics
                 )
-            top = self._copies[part.device]
-            _alone(self._halves, top, part, seed, self._gradients, outcome, self._shifts)
-        if self._every_iteration and outcome.losses:
-            self._start = average((1, self._copies[device].now()) for device in outcome.losses)
+            server_model = self._copies[part.device]
+            _alone(
+                self._split_model,
+                server_model,
+                part,
+                seed,
+                self._gradients,
+                result,
+                self._adjustments,
+            )
+        if self._every_iteration and result.losses:
+            self._start = average((1, self._copies[device].now()) for device in result.losses)
             self._copies.clear()
-        return outcome
+        return result
 
     def finish(self, weights: Mapping[DeviceId, float]) -> Tensors:
         if self._every_iteration:
@@ -256,7 +292,9 @@ class Copies:
 
 
 def merged(parts: Sequence[Part]) -> tuple[Features, Tensor]:
-    """All features and labels as one batch, padded to the longest row; the order is that of `parts`."""
+    """All features and labels as one batch, padded to the longest row; the order is that of
+    `parts`.
+    """
     features = merged_features(parts)
     labels = [part.labels for part in parts if part.labels is not None]
     if features.mask is not None and labels[0].dim() == 2:
@@ -276,8 +314,10 @@ def merged_features(parts: Sequence[Part]) -> Features:
     return Features(values=torch.cat(values), mask=mask)
 
 
-def parted(values: Tensor | None, parts: Sequence[Part]) -> list[Features | None]:
-    """Each device's rows of what was computed for the merged batch, without the padding that merging added."""
+def per_device(values: Tensor | None, parts: Sequence[Part]) -> list[Features | None]:
+    """Each device's rows of what was computed for the merged batch, without the padding that
+    merging added.
+    """
     if values is None:
         return [None] * len(parts)
     own = values.split([len(part.features) for part in parts])
@@ -291,44 +331,48 @@ def parted(values: Tensor | None, parts: Sequence[Part]) -> list[Features | None
 
 
 def _forward(
-    halves: Halves,
+    split_model: SplitModel,
     weights: Tensors,
     parts: Sequence[Part],
     seed: int,
     gradients: bool,
-    shifts: Shifts = None,
+    adjustments: LogitAdjustments = None,
 ) -> tuple[Tensor, Losses]:
     """The merged features, as a leaf that gets a gradient if it is wanted, and their losses."""
     features, labels = merged(parts)
     values = features.values.detach().requires_grad_(gradients)
     entered = Features(values=values, mask=features.mask)
-    if shifts is None or not gradients:
-        return values, halves.top(weights, entered, labels, seed=seed)
-    rows = torch.cat([shifts[part.device].expand(len(part.features), -1) for part in parts])
-    return values, halves.top(weights, entered, labels, seed=seed, shifts=rows)
+    if adjustments is None or not gradients:
+        return values, split_model.server_forward(weights, entered, labels, seed=seed)
+    rows = torch.cat([adjustments[part.device].expand(len(part.features), -1) for part in parts])
+    return values, split_model.server_forward(weights, entered, labels, seed=seed, adjustments=rows)
 
 
 def _backward(loss: Tensor, leaves: Sequence[Tensor]) -> None:
-    if any(
-        leaf.requires_grad for leaf in leaves
-    ):  # a frozen top of features that nobody trains has nothing to learn
+    # a frozen server model of features that nobody trains has nothing to learn
+    if any(leaf.requires_grad for leaf in leaves):
         loss.backward()
 
 
-def _learnt(halves: Halves, losses: Losses, values: Tensor, top: Trained) -> Tensor | None:
-    """Give the top's leaves their gradients; the features' own is returned, None if it is not wanted."""
-    if losses.shifted is None:
-        _backward(losses.mean, [values, *top.leaves])
+def _learnt(
+    split_model: SplitModel, losses: Losses, values: Tensor, server_model: TrainableHalf
+) -> Tensor | None:
+    """Give the server model's leaves their gradients; the features' own is returned, None if it is
+    not wanted.
+    """
+    if losses.adjusted is None:
+        _backward(losses.mean, [values, *server_model.leaves])
         return values.grad
-    # a first block that makes features goes with them: to carry the plain gradient down to it is as costly as a pass
-    entry = [top.weights[name] for name in halves.entry]
+    # a first block that makes features gets the adjusted gradient: a plain one for it would cost
+    # another pass
+    entry = [server_model.weights[name] for name in split_model.entry]
     above = [
         leaf
-        for name, leaf in top.weights.items()
-        if leaf.requires_grad and name not in halves.entry
+        for name, leaf in server_model.weights.items()
+        if leaf.requires_grad and name not in split_model.entry
     ]
     losses.mean.backward(inputs=above, retain_graph=True)
-    (losses.shifted.sum() / losses.labels).backward(inputs=[values, *entry])
+    (losses.adjusted.sum() / losses.labels).backward(inputs=[values, *entry])
     return values.grad
 
 
@@ -343,31 +387,33 @@ def _by_part(losses: Losses, parts: Sequence[Part]) -> list[tuple[float, int]]:
 
 
 def _alone(
-    halves: Halves,
-    top: Trained,
+    split_model: SplitModel,
+    server_model: TrainableHalf,
     part: Part,
     seed: int,
     gradients: bool,
-    outcome: Outcome,
-    shifts: Shifts = None,
+    result: StepResult,
+    adjustments: LogitAdjustments = None,
 ) -> None:
-    """One step of a top on one device's features."""
-    before = top.statistics()
-    values, losses = _forward(halves, top.weights, [part], seed, gradients, shifts)
+    """One step of a server model on one device's features."""
+    before = server_model.statistics()
+    values, losses = _forward(
+        split_model, server_model.weights, [part], seed, gradients, adjustments
+    )
     ((loss, counted),) = _by_part(losses, [part])
     if not np.isfinite(loss):
-        top.forget(before)
-        outcome.left_out[part.device] = "loss is not finite"
+        server_model.forget(before)
+        result.left_out[part.device] = "loss is not finite"
         return
-    found = _learnt(halves, losses, values, top)
-    top.step()
-    (gradient,) = parted(found, [part])
-    _put(outcome, part, gradient, loss, counted)
+    found = _learnt(split_model, losses, values, server_model)
+    server_model.step()
+    (gradient,) = per_device(found, [part])
+    _put(result, part, gradient, loss, counted)
 
 
 def _put(
-    outcome: Outcome, part: Part, gradient: Features | None, loss: float, counted: int
+    result: StepResult, part: Part, gradient: Features | None, loss: float, counted: int
 ) -> None:
-    outcome.gradients[part.device] = gradient
-    outcome.losses[part.device] = loss
-    outcome.counted[part.device] = counted
+    result.gradients[part.device] = gradient
+    result.losses[part.device] = loss
+    result.counted[part.device] = counted

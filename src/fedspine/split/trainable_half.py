@@ -1,4 +1,6 @@
-"""Half of a model under training: its weights, and an optimiser whose state can be sent, kept and taken up again."""
+"""Half of a model under training: its weights, and an optimiser whose state can be sent, kept and
+taken up again.
+"""
 
 from typing import Literal, TypeAlias
 
@@ -34,8 +36,9 @@ def check_optimising(optimising: Optimising) -> None:
             )
 
 
-class Trained:
-    """Trainable copies of weights on `device`; those named in `still` are carried along without a gradient.
+class TrainableHalf:
+    """Trainable copies of weights on `device`; those named in `still` are carried along without a
+    gradient.
 
     `moments` is the optimiser's state after earlier steps, empty before the first.
     """
@@ -78,7 +81,9 @@ class Trained:
         return {name: tensor.detach() for name, tensor in self.weights.items()}
 
     def moments(self) -> Tensors:
-        """The optimiser's state: for each of its quantities those of all weights, one after another."""
+        """The optimiser's state: for each of its quantities those of all weights, one after
+        another.
+        """
         states = [self._optimiser.state[leaf] for leaf in self._leaves.values()]
         if not states or not all(states):  # before the first step, or where it keeps nothing
             return {}
@@ -106,7 +111,9 @@ class Trained:
             self.weights[name].copy_(tensor)
 
     def without_statistics(self) -> Tensors:
-        """The weights, with copies of those that are only carried along: a forward pass again must not move them again."""
+        """The weights, with copies of those that are only carried along: a forward pass again must
+        not move them again.
+        """
         return {
             name: leaf if leaf.requires_grad else leaf.clone()
             for name, leaf in self.weights.items()
@@ -130,7 +137,8 @@ def _optimiser(leaves: list[Tensor], optimising: Optimising) -> torch.optim.Opti
 def learning_rate_at(
     start: float, round: int, rounds: int, decay: float = 0.0, lowest: float = 0.0
 ) -> float:
-    """The rate of a round, counted from 0: times `decay` each round, not below `lowest`; 0 lets it fall linearly to zero.
+    """The rate of a round, counted from 0: times `decay` each round, not below `lowest`; 0 lets it
+    fall linearly to zero.
 
     >>> learning_rate_at(0.1, 0, 10, 0.993), learning_rate_at(0.1, 5, 10), learning_rate_at(0.1, 9999, 10, 0.993, 0.005)
     (0.1, 0.05, 0.005)

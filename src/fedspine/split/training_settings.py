@@ -1,31 +1,36 @@
-"""Settings of training both halves of a model, wherever each of them is: what split and whole-model methods share."""
+"""Settings of training both halves of a model, wherever each of them is: what split and whole-model
+methods share.
+"""
 
-from typing import Protocol
+from dataclasses import dataclass
 
 from fedspine.core.errors import BadInput
-from fedspine.core.rates import Optimiser, Rate, check_settled
+from fedspine.core.rates import AUTO, Optimiser, Rate, check_settled
 from fedspine.core.task import Task
 from fedspine.lm.base import Base
 from fedspine.lm.lora import check_rank
 from fedspine.split.trainable_half import Optimising, check_optimising, learning_rate_at
+from fedspine.split.wire import Precision
 
 
-class HalvedFields(Protocol):
-    """The hyper-parameters that these methods share."""
+@dataclass(frozen=True, kw_only=True)
+class ModelTraining:
+    """The hyper-parameters that these methods share; both halves are trained alike."""
 
-    rank: int
-    scale: float
-    steps: int
-    batch: int
-    optimiser: Optimiser
-    learning_rate: Rate
-    decay: float
-    lowest: float
-    weight_decay: float
-    clip: float
+    rank: int = 8  # of a transformer's adapters; nets train all weights
+    scale: float = 2.0  # alpha / rank
+    steps: int = 20  # optimiser steps of a round
+    batch: int = 32  # rows of one step
+    optimiser: Optimiser = AUTO  # fresh in every round; SGD without momentum
+    learning_rate: Rate = AUTO
+    decay: float = 0.0  # factor on the rate after each round; 0: linear to zero over the rounds
+    lowest: float = 0.0  # the rate does not fall below it
+    weight_decay: float = 0.1
+    clip: float = 1.0  # of the gradient's norm in each half; 0: never
+    precision: Precision = "fp16"  # of what crosses the wire
 
 
-def check_halves(fields: HalvedFields, task: Task) -> None:
+def check_training(fields: ModelTraining, task: Task) -> None:
     """Raise BadInput for settings that cannot work on this task."""
     check_settled(fields)
     for name in ("steps", "batch", "rank"):
@@ -48,7 +53,7 @@ def check_halves(fields: HalvedFields, task: Task) -> None:
     check_optimising(optimising_at(fields, 0, 1))
 
 
-def optimising_at(fields: HalvedFields, round: int, rounds: int) -> Optimising:
+def optimising_at(fields: ModelTraining, round: int, rounds: int) -> Optimising:
     """How a half is trained in a round, counted from 0."""
     rate = learning_rate_at(fields.learning_rate, round, rounds, fields.decay, fields.lowest)
     return Optimising(

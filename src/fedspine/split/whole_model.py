@@ -1,6 +1,8 @@
-"""Training a whole model on a device, for methods without a half on the server: both halves of a cut, one after another.
+"""Training a whole model on a device, for methods without a half on the server: both halves of a
+cut, one after another.
 
-So one method file serves transformers, where LoRA and the task head are trained, and nets, where everything is.
+So one method file serves transformers, where LoRA and the task head are trained, and nets, where
+everything is.
 """
 
 from collections.abc import Sequence
@@ -17,12 +19,25 @@ from fedspine.core.task import Task
 from fedspine.core.tensors import half, moved, single
 from fedspine.split.batches import rows_at
 from fedspine.split.device import Cutting
-from fedspine.split.interface import Halves
-from fedspine.split.trainable_half import Optimising, Trained
-from fedspine.split.training_settings import HalvedFields, check_halves, optimising_at
+from fedspine.split.interface import SplitModel
+from fedspine.split.trainable_half import Optimising, TrainableHalf
+from fedspine.split.training_settings import ModelTraining, check_training, optimising_at
 
 LAST = 5  # steps whose mean loss stands for where training ended
 Wire: TypeAlias = Literal["fp32", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeModelTraining(ModelTraining):
+    """The settings that methods share which train whole models; defaults as in MergeSFL's code."""
+
+    steps: int = 42
+    batch: int = 64
+    decay: float = 0.993
+    lowest: float = 0.005
+    weight_decay: float = 0.0
+    clip: float = 0.0
+    precision: Wire = "fp16"  # of weights on the wire
 
 
 @message
@@ -36,8 +51,10 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What training gave: all weights by name, and every row's loss at each step before it was trained on."""
+class LocalResult:
+    """What training gave: all weights by name, and every row's loss at each step before it was
+    trained on.
+    """
 
     weights: Tensors
     losses: tuple[np.ndarray, ...]  # one for each step, [rows of which a label counted]
@@ -48,25 +65,29 @@ class Lesson:
 
         0 where no label counted.
         """
-        told = [losses.mean() for losses in self.losses if len(losses)]
-        return float(np.mean(told[-LAST:])) if told else 0.0
+        means = [losses.mean() for losses in self.losses if len(losses)]
+        return float(np.mean(means[-LAST:])) if means else 0.0
 
 
-def train_whole(device: Device, weights: Tensors, training: Training) -> Lesson:
-    """Train all weights of a model together; a loss that is not finite ends training at once and is in the lesson."""
+def train_whole(device: Device, weights: Tensors, training: Training) -> LocalResult:
+    """Train all weights of a model together; a loss that is not finite ends training at once and is
+    in the lesson.
+    """
     base = device.base
-    halves = training.cutting.of(base)
-    under = Trained(moved(single(weights), base.device), training.optimising, halves.statistics)
+    split_model = training.cutting.of(base)
+    under = TrainableHalf(
+        moved(single(weights), base.device), training.optimising, split_model.statistics
+    )
     seed = int(device.rng.integers(2**31))
     losses, sizes, tokens = [], [], []
     for step in range(training.steps):
         rows = rows_at(len(device.data), training.batch, seed, step)
         batch = device.data.batch(rows)
         drawn = [int(part) for part in np.random.SeedSequence([seed, step]).generate_state(2)]
-        features = halves.bottom(under.weights, batch, seed=drawn[0])
-        found = halves.top(under.weights, features, batch["labels"], seed=drawn[1])
-        told = found.counted > 0
-        mean = (found.total[told] / found.counted[told]).detach()
+        features = split_model.client_forward(under.weights, batch, seed=drawn[0])
+        found = split_model.server_forward(under.weights, features, batch["labels"], seed=drawn[1])
+        labelled = found.counted > 0
+        mean = (found.total[labelled] / found.counted[labelled]).detach()
         losses.append(mean.cpu().double().numpy())
         sizes.append(len(rows))
         tokens.append(1 if features.mask is None else features.mask.shape[1])
@@ -75,44 +96,48 @@ def train_whole(device: Device, weights: Tensors, training: Training) -> Lesson:
             break
         loss.backward()
         under.step()
-    _account(device, halves, sizes, tokens)
-    return Lesson(weights=moved(under.now(), torch.device("cpu")), losses=tuple(losses))
+    _account(device, split_model, sizes, tokens)
+    return LocalResult(weights=moved(under.now(), torch.device("cpu")), losses=tuple(losses))
 
 
-def _account(device: Device, halves: Halves, rows: Sequence[int], tokens: Sequence[int]) -> None:
-    both = ("bottom", "top")
+def _account(
+    device: Device, split_model: SplitModel, rows: Sequence[int], tokens: Sequence[int]
+) -> None:
+    both = ("client", "server")
     device.spend(
         flops=sum(
-            halves.flops(part, count, width)
+            split_model.flops(part, count, width)
             for count, width in zip(rows, tokens, strict=True)
             for part in both
         ),
-        launches=len(rows) * sum(halves.launches(part) for part in both),
+        launches=len(rows) * sum(split_model.launches(part) for part in both),
         samples=sum(rows),
-        memory_bytes=memory_bytes(halves, max(rows), max(tokens)),
+        memory_bytes=memory_bytes(split_model, max(rows), max(tokens)),
     )
 
 
-def memory_bytes(halves: Halves, rows: int, tokens: int) -> int:
+def memory_bytes(split_model: SplitModel, rows: int, tokens: int) -> int:
     """What training both halves in one step needs."""
-    return sum(halves.memory_bytes(part, rows, tokens) for part in ("bottom", "top"))
+    return sum(split_model.memory_bytes(part, rows, tokens) for part in ("client", "server"))
 
 
 # --- the server's part ---
 
 
-def check_whole(fields: HalvedFields, task: Task) -> None:
+def check_whole(fields: ModelTraining, task: Task) -> None:
     """Raise BadInput for settings of training whole models that cannot work."""
-    check_halves(fields, task)
+    check_training(fields, task)
     cutting_of(fields, task.base).of(task.base)
 
 
-def cutting_of(fields: HalvedFields, base: Any) -> Cutting:
-    """Where a whole model is cut to be computed in two calls, which makes no difference to what is learnt."""
+def cutting_of(fields: ModelTraining, base: Any) -> Cutting:
+    """Where a whole model is cut to be computed in two calls, which makes no difference to what is
+    learnt.
+    """
     return Cutting(cut=base.default_cut, rank=fields.rank, scale=fields.scale)
 
 
-def training_at(fields: HalvedFields, base: Any, round: int, rounds: int) -> Training:
+def training_at(fields: ModelTraining, base: Any, round: int, rounds: int) -> Training:
     """The settings of one round, counted from 0."""
     return Training(
         cutting=cutting_of(fields, base),
@@ -122,17 +147,18 @@ def training_at(fields: HalvedFields, base: Any, round: int, rounds: int) -> Tra
     )
 
 
-def weights_of(halves: Halves, model: Any) -> Tensors:
+def weights_of(split_model: SplitModel, model: Any) -> Tensors:
     """All that training changes of a model, by name."""
-    bottom, top = halves.parts(model)
-    return {**bottom, **top}
+    client_model, server_model = split_model.parts(model)
+    return {**client_model, **server_model}
 
 
-def model_of(halves: Halves, like: Any, weights: Tensors) -> Any:
+def model_of(split_model: SplitModel, like: Any, weights: Tensors) -> Any:
     """The model with these weights; `like` is one of the same names."""
-    bottom, top = halves.parts(like)
-    return halves.join(
-        {name: weights[name] for name in bottom}, {name: weights[name] for name in top}
+    client_model, server_model = split_model.parts(like)
+    return split_model.join(
+        {name: weights[name] for name in client_model},
+        {name: weights[name] for name in server_model},
     )
 
 
@@ -141,11 +167,15 @@ def wired(weights: Tensors, wire: Wire) -> Tensors:
     return half(weights) if wire == "fp16" else weights
 
 
-def with_memory(fleet: Fleet, halves: Halves, batch: int, tokens: int) -> tuple[Profile, ...]:
-    """The devices that have the memory to train; the others are noted. Raises NoMemory where none has."""
+def with_memory(
+    fleet: Fleet, split_model: SplitModel, batch: int, tokens: int
+) -> tuple[Profile, ...]:
+    """The devices that have the memory to train; the others are noted. Raises NoMemory where none
+    has.
+    """
     able = []
     for device in fleet.devices:
-        needed = memory_bytes(halves, min(batch, device.examples), tokens)
+        needed = memory_bytes(split_model, min(batch, device.examples), tokens)
         if needed <= device.memory_bytes:
             able.append(device)
         else:

@@ -1,8 +1,9 @@
 """Features and their gradients as they cross the wire: without padding, in fp32, fp16 or int8.
 
-Section 12 of the MergeSFL reconstruction: the split pays in bytes, so bytes are what this file saves. int8 is symmetric
-with one step per token (per row for arrays); fp16 has one power of two per message, because gradients are far below
-fp16's normal numbers. What is not finite stays so, for the server to see.
+Section 12 of the MergeSFL reconstruction: the split pays in bytes, so bytes are what this file
+saves. int8 is symmetric with one step per token (per row for arrays); fp16 has one power of two per
+message, because gradients are far below fp16's normal numbers. What is not finite stays so, for the
+server to see.
 """
 
 import math
@@ -43,7 +44,9 @@ def wired(features: Features, precision: Precision) -> Wired:
 
 
 def unwired(sent: Wired, mask: Tensor | None = None) -> Features:
-    """Features as they arrive, in fp32, with zeros as padding; `mask` says where the tokens of a gradient belong."""
+    """Features as they arrive, in fp32, with zeros as padding; `mask` says where the tokens of a
+    gradient belong.
+    """
     values = sent.values.float()
     if sent.scale is not None:
         values = values * sent.scale.view(-1, *[1] * (values.dim() - 1))
@@ -63,7 +66,8 @@ def gradient_wired(gradient: Features, precision: Precision) -> Wired:
 
 
 def row_bytes(shape: tuple[int, ...], precision: Precision) -> int:
-    """Bytes of one row's features of this shape, [tokens, width] for text; the mask's bits and the header apart.
+    """Bytes of one row's features of this shape, [tokens, width] for text; the mask's bits and the
+    header apart.
 
     >>> row_bytes((128, 768), "fp16"), row_bytes((128, 768), "int8"), row_bytes((256, 4, 4), "fp32")
     (196608, 98816, 16384)
@@ -73,7 +77,9 @@ def row_bytes(shape: tuple[int, ...], precision: Precision) -> int:
 
 
 def labels_wired(labels: Tensor) -> Tensor:
-    """Labels as they are sent, [rows] or [rows, tokens]: in int16 where they fit, as in the authors' count of bytes."""
+    """Labels as they are sent, [rows] or [rows, tokens]: in int16 where they fit, as in the
+    authors' count of bytes.
+    """
     return labels.to(torch.int16 if int(labels.max()) < SMALL else torch.int32)
 
 

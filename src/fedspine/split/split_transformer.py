@@ -1,7 +1,9 @@
-"""A transformer cut at a block boundary: embeddings and the first blocks on devices, the others and the head on the server.
+"""A transformer cut at a block boundary: embeddings and the first blocks on devices, the others and
+the head on the server.
 
-Section 12 of the MergeSFL reconstruction (arXiv:2311.13348 carried over to LoRA). Both halves train the LoRA factors of
-their blocks, the top the task head too; layer norms know no batch, so merged rows count as they would alone.
+Section 12 of the MergeSFL reconstruction (arXiv:2311.13348 carried over to LoRA). Both halves train
+the LoRA factors of their blocks, the server model the task head too; layer norms know no batch, so
+merged rows count as they would alone.
 """
 
 from dataclasses import replace
@@ -20,14 +22,14 @@ from fedspine.lm.cost import HALF, Extent, training_flops, training_memory_bytes
 from fedspine.lm.lora import a_name, b_name, fresh
 from fedspine.lm.prunable_layout import Anatomy
 from fedspine.lm.structure import full
-from fedspine.split.interface import Features, Losses, shifted_losses
+from fedspine.split.interface import Features, Losses, adjusted_losses
 
 
-class TextHalves:
-    """`Halves` of a transformer with adapters of one rank on all linear layers of its blocks.
+class SplitTransformer:
+    """`SplitModel` of a transformer with adapters of one rank on all linear layers of its blocks.
 
-    Raises BadInput for a cut outside the model: 0 leaves the embeddings alone to the devices, which then train nothing;
-    with all blocks below the cut the server has the head.
+    Raises BadInput for a cut outside the model: 0 leaves the embeddings alone to the devices, which
+    then train nothing; with all blocks below the cut the server has the head.
     """
 
     def __init__(self, base: Base, cut: int, rank: int, scale: float) -> None:
@@ -47,13 +49,13 @@ class TextHalves:
         self._below = frozenset(name for layer, name in names if layer < cut)
         self.entry = frozenset(name for layer, name in names if layer == cut)
         anatomies = {
-            "bottom": replace(base.anatomy, layers=cut),
-            "top": replace(base.anatomy, layers=layers - cut),
+            "client": replace(base.anatomy, layers=cut),
+            "server": replace(base.anatomy, layers=layers - cut),
         }
-        self._halves: dict[str, Anatomy] = anatomies
+        self._anatomies: dict[str, Anatomy] = anatomies
         # an exchange asks for costs several times, always the same few
         self.flops, self.memory_bytes = cache(self.flops), cache(self.memory_bytes)  # type: ignore[method-assign]
-        # the bottom has no head, but the skeleton wants one in its place
+        # the client model has no head, but the skeleton wants one in its place
         self._no_head: Tensors = {}
         for layer in base.head:
             self._no_head[f"{layer.path}.weight"] = layer.weight
@@ -71,11 +73,13 @@ class TextHalves:
         return frozenset(self._no_head)
 
     def start(self, rng: np.random.Generator) -> tuple[Tensors, Tensors]:
-        """An adapter that changes nothing yet and the task head; together the same wherever the cut is."""
+        """An adapter that changes nothing yet and the task head; together the same wherever the cut
+        is.
+        """
         adapter = fresh(self._base.anatomy.sites, self._rank, rng)
-        return self._parted({**adapter, **self._base.initial_head(rng)})
+        return self._split({**adapter, **self._base.initial_head(rng)})
 
-    def bottom(self, weights: Tensors, inputs: Tensors, *, seed: int | None) -> Features:
+    def client_forward(self, weights: Tensors, inputs: Tensors, *, seed: int | None) -> Features:
         """The hidden states [rows, tokens, width] that enter block `cut`."""
         self._fit(weights)
         inputs = moved(
@@ -85,19 +89,19 @@ class TextHalves:
             values=self._base.through(0, self._cut, inputs), mask=inputs["attention_mask"].bool()
         )
 
-    def top(
+    def server_forward(
         self,
         weights: Tensors,
         features: Features,
         labels: Tensor,
         *,
         seed: int | None,
-        shifts: Tensor | None = None,
+        adjustments: Tensor | None = None,
     ) -> Losses:
         """Cross-entropy in nats, of each row's class or of all its next tokens."""
-        return self._loss(self._cut, weights, features, labels, shifts)
+        return self._loss(self._cut, weights, features, labels, adjustments)
 
-    def middle(self, weights: Tensors, features: Features, *, seed: int | None) -> Features:
+    def middle_forward(self, weights: Tensors, features: Features, *, seed: int | None) -> Features:
         """The hidden states that leave the last block."""
         self._fit(weights)
         values = self._base.through(
@@ -105,15 +109,15 @@ class TextHalves:
         )
         return Features(values=values, mask=features.mask)
 
-    def ending(
+    def ending_forward(
         self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None
     ) -> Losses:
-        """As `top`, of what left the last block."""
+        """As `server_forward`, of what left the last block."""
         return self._loss(self._base.anatomy.layers, weights, features, labels)
 
-    def join(self, bottom: Tensors, top: Tensors) -> Model:
+    def join(self, client_model: Tensors, server_model: Tensors) -> Model:
         """The whole model, on the full structure."""
-        weights = {**bottom, **top}
+        weights = {**client_model, **server_model}
         return Model(
             structure=self._structure,
             adapter={name: weights[name] for name in self._factors},
@@ -123,19 +127,21 @@ class TextHalves:
 
     def parts(self, model: Model) -> tuple[Tensors, Tensors]:
         """The two halves of a model on the full structure."""
-        return self._parted({**model.adapter, **model.head})
+        return self._split({**model.adapter, **model.head})
 
     def flops(self, half: str, rows: int, tokens: int) -> float:
         """As `training_flops` of the half's blocks; embeddings and head are left out there too."""
-        if not (anatomy := self._halves[half]).layers:
+        if not (anatomy := self._anatomies[half]).layers:
             return 0.0
         extent = Extent(tokens=rows * tokens, squared_tokens=rows * tokens**2)
         return training_flops(anatomy, full(anatomy), self._rank, extent)
 
     def memory_bytes(self, half: str, rows: int, tokens: int) -> int:
-        """As `training_memory_bytes`; the bottom has the embeddings, of which nothing is kept for a backward pass."""
-        anatomy = self._halves[half]
-        embeddings = self._base.embeddings if half == "bottom" else 0
+        """As `training_memory_bytes`; the client model has the embeddings, of which nothing is kept
+        for a backward pass.
+        """
+        anatomy = self._anatomies[half]
+        embeddings = self._base.embeddings if half == "client" else 0
         if not anatomy.layers:
             return HALF * embeddings
         return training_memory_bytes(
@@ -149,18 +155,22 @@ class TextHalves:
 
     def launches(self, half: str) -> int:
         """Blocks of the half."""
-        return self._halves[half].layers
+        return self._anatomies[half].layers
 
     def feature_shape(self, tokens: int) -> tuple[int, ...]:
         """Tokens and the width of the residual stream."""
         return tokens, self._base.anatomy.width
 
-    def _parted(self, weights: Tensors) -> tuple[Tensors, Tensors]:
-        bottom = {name: tensor for name, tensor in weights.items() if name in self._below}
-        return bottom, {name: tensor for name, tensor in weights.items() if name not in self._below}
+    def _split(self, weights: Tensors) -> tuple[Tensors, Tensors]:
+        client_model = {name: tensor for name, tensor in weights.items() if name in self._below}
+        return client_model, {
+            name: tensor for name, tensor in weights.items() if name not in self._below
+        }
 
     def _fit(self, weights: Tensors) -> nn.Module:
-        """The skeleton with these weights; blocks whose factors are not among them are the base's own."""
+        """The skeleton with these weights; blocks whose factors are not among them are the base's
+        own.
+        """
         adapter = {name: tensor for name, tensor in weights.items() if name not in self._no_head}
         head = {name: weights.get(name, tensor) for name, tensor in self._no_head.items()}
         model = Model(structure=self._structure, adapter=adapter, head=head, scale=self._scale)
@@ -172,7 +182,7 @@ class TextHalves:
         weights: Tensors,
         features: Features,
         labels: Tensor,
-        shifts: Tensor | None = None,
+        adjustments: Tensor | None = None,
     ) -> Losses:
         module = self._fit(weights)
         self._base.start_at(first).hidden = self._hidden(features)
@@ -187,14 +197,16 @@ class TextHalves:
         return Losses(
             total=losses.view(rows, labels[0].numel()).sum(1),
             counted=(labels != IGNORED).view(rows, labels[0].numel()).sum(1),
-            shifted=shifted_losses(logits, labels, shifts),
+            adjusted=adjusted_losses(logits, labels, adjustments),
         )
 
     def _hidden(self, features: Features) -> Tensor:
         return features.values.to(self._base.device, self._base.precision)
 
     def _inputs(self, features: Features) -> Tensors:
-        """What the skeleton asks of its inputs besides hidden states: which are tokens, in ids that say no more."""
+        """What the skeleton asks of its inputs besides hidden states: which are tokens, in ids that
+        say no more.
+        """
         assert features.mask is not None
         inside = features.mask.to(self._base.device)
         padding = self._base.config.pad_token_id

@@ -14,13 +14,14 @@ from fedspine.core.message import Tensors
 from fedspine.core.tensors import moved
 from fedspine.nets.models import Shape
 from fedspine.nets.net import Net, NetModel
-from fedspine.split.interface import Features, Losses, shifted_losses
+from fedspine.split.interface import Features, Losses, adjusted_losses
 
 SINGLE = 4  # bytes of an fp32 number
 
 
-class NetHalves:
-    """`Halves` of a net after its first `cut` blocks. Not to be called by several threads at once.
+class SplitNet:
+    """`SplitModel` of a net after its first `cut` blocks. Not to be called by several threads at
+    once.
 
     Raises BadInput for a cut outside the net.
     """
@@ -34,15 +35,15 @@ class NetHalves:
             )
         self._net = net
         blocks = list(net.blocks.named_children())
-        self._bottom, self._top = _sequence(blocks[:cut]), _sequence(blocks[cut:])
+        self._client_model, self._server_model = _sequence(blocks[:cut]), _sequence(blocks[cut:])
         self._middle, self._ending = _sequence(blocks[cut:-1]), _sequence(blocks[-1:])
         self.statistics = frozenset(name for name, _ in net.blocks.named_buffers())
-        parts = (self._bottom, self._top, self._middle, self._ending)
+        parts = (self._client_model, self._server_model, self._middle, self._ending)
         self._names = {part: tuple(part.state_dict()) for part in parts}
         self.ends = frozenset(self._names[self._ending])  # the classifier, which draws nothing
         row = torch.empty(1, *net.shape, device="meta")
-        self._costs = {"bottom": _Cost(self._bottom, row, first=True)}
-        self._costs["top"] = _Cost(self._top, self._costs["bottom"].output, first=False)
+        self._costs = {"client": _Cost(self._client_model, row, first=True)}
+        self._costs["server"] = _Cost(self._server_model, self._costs["client"].output, first=False)
         first = _sequence(blocks[cut : cut + 1])
         makes_features = any(isinstance(layer, nn.Conv1d | nn.Conv2d) for layer in first.modules())
         self.entry = (
@@ -50,33 +51,35 @@ class NetHalves:
         )
 
     def start(self, rng: np.random.Generator) -> tuple[Tensors, Tensors]:
-        """Fresh weights of the bottom and the top; together the same wherever the cut is."""
+        """Fresh weights of the client model and the server model; together the same wherever the
+        cut is.
+        """
         weights = self._net.start(rng)
-        return self._of(self._bottom, weights), self._of(self._top, weights)
+        return self._of(self._client_model, weights), self._of(self._server_model, weights)
 
-    def bottom(self, weights: Tensors, inputs: Tensors, *, seed: int | None) -> Features:
+    def client_forward(self, weights: Tensors, inputs: Tensors, *, seed: int | None) -> Features:
         """The features [rows, channels, ...] of a batch of `Arrays`."""
-        return Features(values=self._run(self._bottom, weights, inputs["inputs"], seed))
+        return Features(values=self._run(self._client_model, weights, inputs["inputs"], seed))
 
-    def top(
+    def server_forward(
         self,
         weights: Tensors,
         features: Features,
         labels: Tensor,
         *,
         seed: int | None,
-        shifts: Tensor | None = None,
+        adjustments: Tensor | None = None,
     ) -> Losses:
         """The cross-entropy of each row, in nats."""
         return self._losses(
-            weights, self.middle(weights, features, seed=seed), labels, seed, shifts
+            weights, self.middle_forward(weights, features, seed=seed), labels, seed, adjustments
         )
 
-    def middle(self, weights: Tensors, features: Features, *, seed: int | None) -> Features:
+    def middle_forward(self, weights: Tensors, features: Features, *, seed: int | None) -> Features:
         """What enters the classifier, the last block."""
         return Features(values=self._run(self._middle, weights, features.values, seed))
 
-    def ending(
+    def ending_forward(
         self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None
     ) -> Losses:
         """The cross-entropy of each row after the classifier, in nats."""
@@ -88,14 +91,14 @@ class NetHalves:
         features: Features,
         labels: Tensor,
         seed: int | None,
-        shifts: Tensor | None,
+        adjustments: Tensor | None,
     ) -> Losses:
         logits = self._run(self._ending, weights, features.values, seed)
         labels = labels.to(logits.device)
         return Losses(
             total=nn.functional.cross_entropy(logits, labels, reduction="none"),
             counted=torch.ones_like(labels),
-            shifted=shifted_losses(logits, labels, shifts),
+            adjusted=adjusted_losses(logits, labels, adjustments),
         )
 
     def _run(
@@ -116,34 +119,40 @@ class NetHalves:
         """Those of the weights that a half or a part of it computes with."""
         return {name: weights[name] for name in self._names[half]}
 
-    def join(self, bottom: Tensors, top: Tensors) -> NetModel:
+    def join(self, client_model: Tensors, server_model: Tensors) -> NetModel:
         """Both halves as one model."""
-        return NetModel(net=self._net.name, weights={**bottom, **top})
+        return NetModel(net=self._net.name, weights={**client_model, **server_model})
 
     def parts(self, model: NetModel) -> tuple[Tensors, Tensors]:
-        """The bottom and the top of a model that was cut anywhere."""
-        return self._of(self._bottom, model.weights), self._of(self._top, model.weights)
+        """The client model and the server model of a model that was cut anywhere."""
+        return self._of(self._client_model, model.weights), self._of(
+            self._server_model, model.weights
+        )
 
     def flops(self, half: str, rows: int, tokens: int = 1) -> float:
-        """Operations of convolutions and linear layers, forward and backward; the data itself gets no gradient."""
+        """Operations of convolutions and linear layers, forward and backward; the data itself gets
+        no gradient.
+        """
         return float(self._costs[half].flops * rows)
 
     def memory_bytes(self, half: str, rows: int, tokens: int = 1) -> int:
-        """Weights with their gradients, and what every layer gives with its gradient, all in fp32."""
+        """Weights and the outputs of all layers, each with its gradient, in fp32."""
         cost = self._costs[half]
         return 2 * SINGLE * (cost.weights + rows * cost.values)
 
     def launches(self, half: str) -> int:
         """Blocks of a half."""
-        return len(self._bottom if half == "bottom" else self._top)
+        return len(self._client_model if half == "client" else self._server_model)
 
     def feature_shape(self, tokens: int = 1) -> Shape:
         """Shape of one row's features."""
-        return tuple(self._costs["bottom"].output.shape[1:])
+        return tuple(self._costs["client"].output.shape[1:])
 
 
 class _Cost:
-    """What one row costs in a half: operations, numbers that its layers give, and its weights; computed on no device."""
+    """What one row costs in a half: operations, numbers that its layers give, and its weights;
+    computed on no device.
+    """
 
     def __init__(self, half: nn.Sequential, row: Tensor, *, first: bool) -> None:
         given: list[int] = [row.numel()]
@@ -172,7 +181,9 @@ def _sequence(blocks: Sequence[tuple[str, nn.Module]]) -> nn.Sequential:
 
 @contextmanager
 def _drawing(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Where what is drawn (dropout) follows from `seed` alone, and torch's own generators are left as they were."""
+    """Where what is drawn (dropout) follows from `seed` alone, and torch's own generators are left
+    as they were.
+    """
     if seed is None:
         yield
         return
