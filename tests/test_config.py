@@ -6,6 +6,7 @@ import pytest
 
 from fedspine.core.errors import BadInput
 from fedspine.methods import all_methods
+from fedspine.methods.fedlora import FedLora
 from fedspine.runs import config
 
 
@@ -83,3 +84,14 @@ def test_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert config.load(None).task.model == "minilm"
     monkeypatch.chdir("/")
     assert config.load(None, [f"task.data={tmp_path / 'rows.csv'}"]).difference(here) is None
+
+
+def test_the_embedded_jobs_rate_holds_for_its_own_data_and_method():
+    own, default = config.load(None, []).method, FedLora()
+    assert own.learning_rate != default.learning_rate
+    for setting in ("task.data=other.csv", "method.name=fedlora"):
+        other = config.load(None, [setting]).method
+        assert other.learning_rate == default.learning_rate and other.steps == own.steps
+        assert other.head_speed == default.head_speed
+    given = config.load(None, ["task.data=other.csv", "method.learning_rate=0.001"]).method
+    assert given.learning_rate == 0.001

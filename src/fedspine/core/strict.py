@@ -67,17 +67,14 @@ def validated(
             else adapter.validate_python(table)
         )
     except pydantic.ValidationError as error:
-        first, *others = error.errors()
-        loc, hint = first["loc"], HINTS.get(first["type"], "")
-        for other in others:  # a number or a word: pydantic reports each, by the type's name
-            if other["type"] == "literal_error" and other["loc"][:-1] == loc[:-1]:
-                loc, hint = loc[:-1], f", or {other['ctx']['expected']}"
-        where = ".".join([section, *(str(part) for part in loc)])
+        first = error.errors()[0]
+        where = ".".join([section, *(str(part) for part in first["loc"])])
         if first["type"] == "literal_error":
             choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
             raise unknown(where, str(first["input"]), choices) from None
         if first["type"] == "missing":
             raise BadInput(f"{where} is missing; it must be given") from None
+        hint = HINTS.get(first["type"], "")
         raise BadInput(f"{where} is {first['input']!r}: {first['msg']}{hint}") from None
     for key, value in table.items() if isinstance(table, dict) else ():
         if isinstance(value, float) and not math.isfinite(

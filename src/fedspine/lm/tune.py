@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fedspine.core.device import Device
 from fedspine.core.errors import BadInput
 from fedspine.core.message import Tensors, message
-from fedspine.core.rates import AUTO, Rate, check_settled
 from fedspine.core.task import IGNORED, Examples
 from fedspine.core.tensors import moved
 from fedspine.lm.base import Model
@@ -45,7 +44,7 @@ class HeadTraining:
 
     steps: int = 20  # optimiser steps of a device in a round
     batch: int = 32  # rows of one step
-    learning_rate: Rate = AUTO  # falls linearly to zero over the rounds
+    learning_rate: float = 2e-3  # falls linearly to zero over the rounds
     weight_decay: float = 0.1
     head_speed: ClassVar[float] = 1.0
 
@@ -59,7 +58,6 @@ class LocalTraining(HeadTraining):
 
 def check_tuning(fields: HeadTraining) -> None:
     """Raise BadInput for training settings that cannot work."""
-    check_settled(fields)
     for name in ("steps", "batch"):
         if getattr(fields, name) < 1:
             raise BadInput(f"method.{name} is {getattr(fields, name)}, but at least 1 is needed")

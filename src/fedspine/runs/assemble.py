@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedspine.core import rates
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.process import cores
@@ -109,9 +108,6 @@ def settled(recipe: Recipe) -> tuple[Recipe, list[str]]:
         pooling = pooling_for(recipe.task.model)
         choices["task"] = {"pooling": pooling}
         lines.append(f"readout: {READOUTS[pooling]}")
-    if training := rates.chosen(recipe.method, _family(recipe)):
-        choices["method"], line = training
-        lines.append(line)
     return recipe.choosing(choices), lines
 
 

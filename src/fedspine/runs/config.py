@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import tomli_w
 
-from fedspine.core import rates, strict
+from fedspine.core import strict
 from fedspine.core.errors import BadInput, unknown
 from fedspine.core.strict import Section
 from fedspine.core.task import AUTO, BUILT_IN_DATA, BUILT_IN_MODELS, NETS, Kind
@@ -160,27 +160,20 @@ class Recipe:
         reads_out = self.task.kind in ("classification", "pair")
         chosen = [("run", "precision"), ("task", "model")]
         chosen += [("task", "pooling")] if reads_out else []
-        found = [(s, key) for s, key in chosen if getattr(getattr(self, s), key) == "auto"]
-        return found + [("method", key) for key in rates.open_fields(self.method)]
+        return [(s, key) for s, key in chosen if getattr(getattr(self, s), key) == "auto"]
 
     def settled_as(self, begun: "Recipe") -> "Recipe":
         """The recipe with what it leaves open as a run that began with `begun` has decided it."""
         choices: dict[str, dict[str, Any]] = {}
         for section, key in self.open_choices:
-            if hasattr(getattr(begun, section), key):  # another method may lack it
-                choices.setdefault(section, {})[key] = getattr(getattr(begun, section), key)
+            choices.setdefault(section, {})[key] = getattr(getattr(begun, section), key)
         if "model" in choices.get("task", {}) and begun.task.kind == "array":
             choices["task"]["kind"] = "array"  # which followed from the data
         return self.choosing(choices)
 
     def choosing(self, choices: dict[str, dict[str, Any]]) -> "Recipe":
         """The recipe with these values of its sections."""
-        sections = {
-            name: dataclasses.replace(self.method, **of)
-            if name == "method"
-            else getattr(self, name).model_copy(update=of)
-            for name, of in choices.items()
-        }
+        sections = {name: getattr(self, name).model_copy(update=of) for name, of in choices.items()}
         return dataclasses.replace(self, **sections)
 
     def with_net(self, net: str) -> "Recipe":

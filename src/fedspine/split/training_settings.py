@@ -3,9 +3,9 @@ methods share.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fedspine.core.errors import BadInput
-from fedspine.core.rates import AUTO, Optimiser, Rate, check_settled
 from fedspine.core.task import Task
 from fedspine.lm.base import Base
 from fedspine.lm.lora import check_rank
@@ -21,8 +21,8 @@ class ModelTraining:
     scale: float = 2.0  # alpha / rank
     steps: int = 20  # optimiser steps of a round
     batch: int = 32  # rows of one step
-    optimiser: Optimiser = AUTO  # fresh in every round; SGD without momentum
-    learning_rate: Rate = AUTO
+    optimiser: Literal["sgd", "adamw"] = "adamw"  # fresh in every round; SGD without momentum
+    learning_rate: float = 1e-3
     decay: float = 0.0  # factor on the rate after each round; 0: linear to zero over the rounds
     lowest: float = 0.0  # the rate does not fall below it
     weight_decay: float = 0.1
@@ -32,7 +32,6 @@ class ModelTraining:
 
 def check_training(fields: ModelTraining, task: Task) -> None:
     """Raise BadInput for settings that cannot work on this task."""
-    check_settled(fields)
     for name in ("steps", "batch", "rank"):
         if getattr(fields, name) < 1:
             raise BadInput(f"method.{name} is {getattr(fields, name)}, but at least 1 is needed")

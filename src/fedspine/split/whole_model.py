@@ -29,12 +29,10 @@ Wire: TypeAlias = Literal["fp32", "fp16"]
 
 @dataclass(frozen=True, kw_only=True)
 class WholeModelTraining(ModelTraining):
-    """The settings that methods share which train whole models; defaults as in MergeSFL's code."""
+    """The settings that methods share which train whole models; steps and batch as in MergeSFL's code."""
 
     steps: int = 42
     batch: int = 64
-    decay: float = 0.993
-    lowest: float = 0.005
     weight_decay: float = 0.0
     clip: float = 0.0
     precision: Wire = "fp16"  # of weights on the wire
