@@ -124,7 +124,7 @@ def test_rows_that_were_lost_are_missed(job, command, tmp_path) -> None:
 
 PEAK = """
 import resource, sys
-from fedspine import cli
+from fedspine.ui import cli
 sys.argv = ["fedspine", "run", *sys.argv[1:], "--json"]
 try:
     cli.main()
