@@ -55,12 +55,12 @@ def bench(waves_task, tmp_path):
         each.close()
 
 
+SGD = {"optimiser": "sgd", "learning_rate": 0.3}
+
+
 def on_arrays(**changes):
     return PyramidFL(
-        **(
-            {"steps": 6, "batch": 16, "learning_rate": 0.3, "participants": 5, "precision": "fp32"}
-            | changes
-        )
+        **({"steps": 6, "batch": 16, "participants": 5, "precision": "fp32"} | SGD | changes)
     )
 
 
@@ -144,7 +144,7 @@ def test_the_smallest_update_leaves_out_most():
 
 
 def test_with_everything_off_it_is_fedavg(bench):
-    common = {"steps": 6, "batch": 16, "learning_rate": 0.3, "precision": "fp32"}
+    common = {"steps": 6, "batch": 16, "precision": "fp32"} | SGD
     method = PyramidFL(**common, participants=5, slack=False, drop_least=0.0, drop_most=0.0)
     other = bench("b").run(FedAvg(**common), rounds=1).model.weights
     start = bench("c").run(FedAvg(**common), rounds=0).model.weights
