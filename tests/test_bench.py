@@ -5,8 +5,8 @@ import torch
 from tiny_models import LABELS, minilm, model_on, tiny
 
 from fedspine.core.errors import BadInput
-from fedspine.export.bench import CALLS, bench, compare, random_ids
-from fedspine.export.hf import export, load
+from fedspine.exports.bench import CALLS, bench, compare, random_ids
+from fedspine.exports.hf import export, load
 from fedspine.lm.load import load as load_base
 from fedspine.lm.tiny import write_tiny
 

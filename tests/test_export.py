@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from fedspine.core.errors import BadInput
-from fedspine.export.hf import Continued, Labelled, export, load, predict
+from fedspine.exports.hf import Continued, Labelled, export, load, predict
 from fedspine.lm.encode import encode
 from fedspine.lm.load import load as load_base
 from fedspine.lm.score import score, score_module

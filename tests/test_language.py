@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedspine.core.device import Device
 from fedspine.core.task import IGNORED, Examples
 from fedspine.data.dataset import Rows
-from fedspine.export.hf import export
-from fedspine.export.load import Loaded, load
-from fedspine.export.predict import _ends, predict
+from fedspine.exports.hf import export
+from fedspine.exports.load import Loaded, load
+from fedspine.exports.predict import _ends, predict
 from fedspine.lm.base import Model
 from fedspine.lm.content import content_sha256
 from fedspine.lm.encode import encode

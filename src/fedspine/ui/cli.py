@@ -460,7 +460,7 @@ def export(
     json: Json = False,
 ) -> None:
     """Write one deployed model of a run to a folder: merged, physically smaller, ready for predict and bench."""
-    from fedspine.export.of_run import export_model
+    from fedspine.exports.of_run import export_model
 
     found = export_model(
         folder, device=device, format=format, to=to, with_base=with_base, base=base
@@ -489,8 +489,8 @@ def predict(
     json: Json = False,
 ) -> None:
     """Label texts, or continue them, with an exported model."""
-    from fedspine.export.hf import load
-    from fedspine.export.predict import predict as ask
+    from fedspine.exports.hf import load
+    from fedspine.exports.predict import predict as ask
     from fedspine.storage.records import plain
 
     found = [dataclasses.asdict(prediction) for prediction in ask(load(folder), texts, pair)]
@@ -521,7 +521,7 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure an exported model on this machine: latency at batch 1 and 32, file size, peak memory, parameters."""
-    from fedspine.export import bench as benches
+    from fedspine.exports import bench as benches
     from fedspine.report.tables import bench_table
 
     if against is None:

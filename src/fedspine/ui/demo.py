@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedspine.export.hf import load, predict
-from fedspine.export.of_run import export_model
+from fedspine.exports.hf import load, predict
+from fedspine.exports.of_run import export_model
 from fedspine.report.rows import read_rows
 from fedspine.report.tables import percent, summary_table
 from fedspine.runs.assemble import identities

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from fedspine.core.errors import BadInput
-from fedspine.export.card import WEIGHTS
-from fedspine.export.load import Loaded, load
+from fedspine.exports.card import WEIGHTS
+from fedspine.exports.load import Loaded, load
 from fedspine.lm.fits import positions
 
 CALLS = {1: 8, 32: 1}  # batch size: calls in one repeat, more of the short ones
@@ -189,7 +189,7 @@ def peak_memory_bytes(folder: str | Path, *, tokens: int = 128, threads: int = 1
     command = [
         sys.executable,
         "-m",
-        "fedspine.export.bench",
+        "fedspine.exports.bench",
         str(folder),
         str(tokens),
         str(threads),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedspine.core.errors import BadInput, nearest, unknown
-from fedspine.export import hf
+from fedspine.exports import hf
 from fedspine.flare import site_state  # noqa: F401 - which makes the messages in a saved state known
 from fedspine.fleets import simulated  # noqa: F401 - which makes the messages in a saved state known
 from fedspine.lm.base import Base, Model
@@ -107,7 +107,7 @@ def export_model(
         "name": f"{opened.recipe.method.name} {device}",
     }
     if format == "peft":
-        from fedspine.export.adapter import Origin, export_adapter
+        from fedspine.exports.adapter import Origin, export_adapter
 
         origin = Origin(base or record.model, cut=record.layers is not None)
         export_adapter(
