@@ -34,12 +34,12 @@ ARROWS = {
         *("core", "data", "execution", "flare", "fleets", "lm", "methods", "nets", "report"),
         "storage",
     },
-    "exports": {"core", "data", "flare", "fleets", "lm", "runs", "storage"},
+    "exports": {"core", "data", "flare", "fleets", "lm", "nets", "runs", "storage"},
     "ui": {
         *("core", "data", "execution", "exports", "flare", "fleets", "lm", "methods", "report"),
         *("runs", "storage"),
     },
-    "__init__": set(),
+    "__init__": {"core", "exports", "fleets", "methods", "runs", "ui"},
     "__main__": {"ui"},
 }
 

@@ -37,8 +37,8 @@ class Loaded:
     block_parameters: int  # of the prunable linear layers' weights, which sparsity is counted on
 
 
-def load(folder: str | Path) -> Loaded:
-    """The model that `fedspine.exports.hf.export` wrote to `folder`.
+def load_model(folder: str | Path) -> Loaded:
+    """The model that `fedspine.export` wrote to `folder`.
 
     Raises BadInput for a missing folder, one that is no export, and weights that are damaged or
     incomplete.
