@@ -1,6 +1,7 @@
 """Methods of other packages, by entry points: the example, installed, and what is wrong with bad ones."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import in_process, summary_of, tiny_job, write_csv
+from runs import in_process, python, summary_of, tiny_job, write_csv
 from test_site import terms, written
 
 from fedspine import BadInput, FedLora, methods
@@ -175,3 +176,31 @@ def test_what_is_wrong_with_a_package_is_one_line_and_others_work(
     assert code == 0
     assert sorted(lines) == sorted(f"fedspine: {line}" for line in told.values())
     assert json.loads(out)["sound"]["package"] == "sound 1.0"
+
+
+# --- a method in a script, and the guide ---
+
+
+def test_a_method_of_a_script_runs_in_workers_too(tiny_folder, tmp_path) -> None:
+    job = {"data": str(write_csv(tmp_path / "rows.csv")), "model": str(tiny_folder("bert"))}
+    job |= {"devices": 2, "per_round": 2, "rounds": 1, "precision": "fp32", "references": False}
+    (tmp_path / "script.py").write_text(
+        (EXAMPLE / "fedprox_lora.py").read_text()
+        + "from fedspine import Recipe, run\n"
+        + f"for workers in (1, 2):\n    recipe = Recipe(method=FedProxLora(rank=4, steps=2), workers=workers, **{job})\n"
+        + "    print(run(recipe).summary['state_sha256'])\n"
+    )
+    done = python(tmp_path / "script.py", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    one, two = done.stdout.split()
+    assert one == two
+
+
+def test_the_guide_shows_the_example_as_it_is() -> None:
+    guide = (EXAMPLE.parents[1] / "docs" / "python.md").read_text()
+    walk = guide[guide.index("## Write a method in one file") :]
+    blocks = re.findall(r"```(?:python|toml)\n(.*?)```", walk, re.DOTALL)
+    whole = "".join(path.read_text() for path in sorted(EXAMPLE.iterdir()))
+    assert len(blocks) == 4
+    for block in blocks:
+        assert block in whole
