@@ -1,4 +1,4 @@
-"""What the examples in docstrings find in their working directory: a tiny model, rows, and a run."""
+"""What examples in docstrings find in their working directory: a tiny model, rows, and a run."""
 
 import pytest
 

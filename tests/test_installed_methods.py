@@ -1,4 +1,4 @@
-"""Methods of other packages, by entry points: the example, installed, and what is wrong with bad ones."""
+"""Methods of other packages, by entry points: the example installed, and packages that are broken."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def example(tmp_path_factory):
 
 @pytest.fixture
 def installed(monkeypatch):
-    """A function that puts a folder on the path of imports; the methods that it brings go after the test."""
+    """A function that makes a folder importable; the methods that it brings go after the test."""
     before = registered().keys()
 
     def install(folder):
@@ -187,7 +187,8 @@ def test_a_method_of_a_script_runs_in_workers_too(tiny_folder, tmp_path) -> None
     (tmp_path / "script.py").write_text(
         (EXAMPLE / "fedprox_lora.py").read_text()
         + "from fedspine import Recipe, run\n"
-        + f"for workers in (1, 2):\n    recipe = Recipe(method=FedProxLora(rank=4, steps=2), workers=workers, **{job})\n"
+        + "for workers in (1, 2):\n    method = FedProxLora(rank=4, steps=2)\n"
+        + f"    recipe = Recipe(method=method, workers=workers, **{job})\n"
         + "    print(run(recipe).summary['state_sha256'])\n"
     )
     done = python(tmp_path / "script.py", cwd=tmp_path)

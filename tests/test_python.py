@@ -1,4 +1,4 @@
-"""The Python face: what it imports, recipes in Python, and that a run is the one of the command line."""
+"""The Python face: what it imports, recipes in Python, runs that are those of the command line."""
 
 import ast
 import json
