@@ -1,4 +1,4 @@
-"""Methods of other packages, by entry points: the example installed, and packages that are broken."""
+"""Methods of other packages, by entry points: the example installed, and broken packages."""
 
 import json
 import re

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from fedspine.methods.loraprune import LoraPrune as LoraPrune
     from fedspine.methods.magnitude import Magnitude as Magnitude
     from fedspine.methods.mergesfl import MergeSfl as MergeSfl
+    from fedspine.methods.mergesfl_plus import MergeSflPlus as MergeSflPlus
     from fedspine.methods.prune_after import PruneAfter as PruneAfter
     from fedspine.methods.pyramidfl import PyramidFL as PyramidFL
     from fedspine.methods.splitfed_v1 import SplitFedV1 as SplitFedV1
@@ -72,6 +73,7 @@ _HOMES = {  # of each name
     "LoraPrune": "methods.loraprune",
     "Magnitude": "methods.magnitude",
     "MergeSfl": "methods.mergesfl",
+    "MergeSflPlus": "methods.mergesfl_plus",
     "PruneAfter": "methods.prune_after",
     "PyramidFL": "methods.pyramidfl",
     "SplitFedV1": "methods.splitfed_v1",
