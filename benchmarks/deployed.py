@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedspine.export.bench import compare
-from fedspine.export.hf import export
+from fedspine.exports.bench import compare
+from fedspine.exports.hf import export
 from fedspine.lm.base import Model
 from fedspine.lm.load import load
 from fedspine.lm.structure import full, shrink

@@ -5,8 +5,8 @@ import torch
 from tiny_models import LABELS, minilm, model_on, tiny
 
 from fedspine.core.errors import BadInput
-from fedspine.export.bench import CALLS, bench, compare, random_ids
-from fedspine.export.hf import export, load
+from fedspine.exports.bench import CALLS, bench, compare, random_ids
+from fedspine.exports.hf import export, load_model
 from fedspine.lm.load import load as load_base
 from fedspine.lm.tiny import write_tiny
 
@@ -77,7 +77,7 @@ def test_more_tokens_than_positions_are_refused(tmp_path, name, room):
     export(base, model_on(base), tokenizer, tmp_path / "e", labels=LABELS, **OPTIONS)
     with pytest.raises(BadInput, match=f"1000 tokens are more than the {room} positions"):
         bench(tmp_path / "e", tokens=1000, repeats=1)
-    model = load(tmp_path / "e")
+    model = load_model(tmp_path / "e")
     with torch.inference_mode():
         assert model.module(input_ids=random_ids(model, 1, room)).logits.shape == (1, 3)
 
@@ -88,6 +88,6 @@ def test_half_of_minilm(tmp_path):
     labels = tuple("abcdefgh")
     for name, model in (("whole", model_on(base)), ("half", model_on(base, [6] * 6, [768] * 6))):
         export(base, model, tokenizer, tmp_path / name, labels=labels, **OPTIONS)
-    whole, half = load(tmp_path / "whole"), load(tmp_path / "half")
+    whole, half = load_model(tmp_path / "whole"), load_model(tmp_path / "half")
     assert half.block_parameters * 2 == whole.block_parameters
     assert (tmp_path / "half" / "model.safetensors").stat().st_size < 0.8 * whole.parameters * 4

@@ -360,7 +360,7 @@ def test_export_says_what_it_wrote(place, command) -> None:
 @pytest.mark.slow
 def test_bench(place, command, monkeypatch) -> None:
     # which costs a process for each model, and is tested in test_bench.py
-    monkeypatch.setattr("fedspine.export.bench.peak_memory_bytes", lambda *_, **__: 1)
+    monkeypatch.setattr("fedspine.exports.bench.peak_memory_bytes", lambda *_, **__: 1)
     code, out, lines = command(
         "bench", place / "model", "--against", place / "model", "--tokens", "8", "--json"
     )

@@ -675,7 +675,7 @@ def real_runs(tiny_folder, tmp_path_factory):
 @pytest.mark.slow
 def test_latency_is_measured_once(real_runs, command, tmp_path, monkeypatch):
     # which costs a process for each model, and is tested in test_bench.py
-    monkeypatch.setattr("fedspine.export.bench.peak_memory_bytes", lambda *_, **__: 1)
+    monkeypatch.setattr("fedspine.exports.bench.peak_memory_bytes", lambda *_, **__: 1)
     folders = [real_runs / name for name in METHODS]
     code, out, lines = command(*folders, "--json", "--out", tmp_path / "first")
     assert (code, lines) == (0, [])
@@ -691,7 +691,7 @@ def test_latency_is_measured_once(real_runs, command, tmp_path, monkeypatch):
     def never(*_, **__):
         raise AssertionError("measured twice")
 
-    monkeypatch.setattr("fedspine.export.bench.bench", never)
+    monkeypatch.setattr("fedspine.exports.bench.bench", never)
     code, again, _ = command(*folders, "--json", "--out", tmp_path / "first")
     assert (code, again) == (0, out)
 

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from fedspine.core.errors import BadInput
-from fedspine.export.hf import Continued, Labelled, export, load, predict
+from fedspine.exports.hf import Continued, Labelled, export, load_model, predict
 from fedspine.lm.encode import encode
 from fedspine.lm.load import load as load_base
 from fedspine.lm.score import score, score_module
@@ -77,7 +77,7 @@ def entry(folder):
 def test_logits_come_back(tmp_path, name, kind, size):
     base, tokenizer, model, folder = exported(tmp_path, name, kind, size)
     expected = logits(base.fit(model), tokenizer)
-    loaded = load(folder)
+    loaded = load_model(folder)
     torch.testing.assert_close(logits(loaded.module, loaded.tokenizer), expected, atol=1e-4, rtol=0)
     assert loaded.sparsity == pytest.approx(sparsity(base.anatomy, model.structure))
     assert 1 - loaded.block_parameters / base.anatomy.parameters == pytest.approx(loaded.sparsity)
@@ -119,7 +119,7 @@ def test_real_minilm_comes_back(tmp_path):
         max_tokens=64,
         name="m",
     )
-    loaded = load(folder)
+    loaded = load_model(folder)
     expected = logits(base.fit(model), tokenizer)
     torch.testing.assert_close(logits(loaded.module, loaded.tokenizer), expected, atol=1e-4, rtol=0)
     assert loaded.sparsity == 0.5
@@ -140,7 +140,7 @@ def test_real_stories_comes_back_and_writes(tmp_path):
         max_tokens=128,
         name="s",
     )
-    loaded = load(folder)
+    loaded = load_model(folder)
     expected = logits(base.fit(model), tokenizer)
     torch.testing.assert_close(logits(loaded.module, loaded.tokenizer), expected, atol=1e-4, rtol=0)
     untouched = model_on(base)
@@ -155,7 +155,7 @@ def test_real_stories_comes_back_and_writes(tmp_path):
         max_tokens=128,
         name="s",
     )
-    (found,) = predict(load(tmp_path / "full"), ["Once upon a time"])
+    (found,) = predict(load_model(tmp_path / "full"), ["Once upon a time"])
     assert found.continuation.startswith(
         ", there was a little girl named Lily. She loved to play outside"
     )
@@ -185,7 +185,7 @@ def test_tied_embeddings_are_stock(tmp_path):
     module = stock(tmp_path / "out", "causal-lm")
     assert module.lm_head.weight is module.model.embed_tokens.weight
     assert sum(p.numel() for p in module.parameters()) == sum(t.numel() for t in stored.values())
-    assert load(tmp_path / "out").parameters == sum(t.numel() for t in stored.values())
+    assert load_model(tmp_path / "out").parameters == sum(t.numel() for t in stored.values())
     assert entry(tmp_path / "out")["stock"] is True
     expected = logits(base.fit(model), tokenizer)
     torch.testing.assert_close(
@@ -208,13 +208,15 @@ def test_heads_that_do_not_divide_the_width_are_not_stock(tmp_path):
     )
     assert entry(folder)["stock"] is False
     expected = logits(base.fit(model), tokenizer)
-    torch.testing.assert_close(logits(load(folder).module, tokenizer), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        logits(load_model(folder).module, tokenizer), expected, atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
 def test_generation_with_a_cache_equals_none(tmp_path, name):
     _, tokenizer, _, folder = exported(tmp_path, name, "causal-lm", "unequal")
-    loaded = load(folder)
+    loaded = load_model(folder)
     ids = tokenizer(["the good model"], return_tensors="pt")["input_ids"]
     options = {
         "max_new_tokens": 20,
@@ -233,13 +235,15 @@ def test_without_the_adapter(tmp_path):
     )
     bare = type(model)(structure=model.structure, adapter={}, head=model.head, scale=1.0)
     expected = logits(base.fit(bare), tokenizer)
-    torch.testing.assert_close(logits(load(folder).module, tokenizer), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        logits(load_model(folder).module, tokenizer), expected, atol=1e-5, rtol=0
+    )
     assert entry(folder)["merged"] is False
 
 
 def test_labels_and_their_probabilities(tmp_path):
     base, tokenizer, model, folder = exported(tmp_path, "roberta", "classification", "unequal")
-    found = predict(load(folder), TEXTS)
+    found = predict(load_model(folder), TEXTS)
     for text, one in zip(TEXTS, found, strict=True):
         alone = logits(base.fit(model), tokenizer, [text])[0].softmax(-1)
         assert one == Labelled(
@@ -263,7 +267,7 @@ def test_pairs(tmp_path):
         max_tokens=64,
         name="toy",
     )
-    loaded = load(tmp_path / "e")
+    loaded = load_model(tmp_path / "e")
     inputs = tokenizer(["a small one"], ["the bad"], return_tensors="pt")
     with torch.inference_mode():
         alone = base.fit(model)(**inputs).logits[0].softmax(-1)
@@ -279,7 +283,7 @@ def test_continuations(tmp_path):
     base, tokenizer, model, folder = exported(tmp_path, "llama", "causal-lm", "unequal")
     from fedspine.data.dataset import Rows
 
-    loaded = load(folder)
+    loaded = load_model(folder)
     found = predict(loaded, ["the good model", ""])
     rows = encode(
         tokenizer, Rows(("the good model",), None, None, {}), "causal-lm", 64, ended=False
@@ -338,12 +342,12 @@ def test_wrong_precision_and_labels_are_refused(tmp_path):
 def test_refusals_of_load(tmp_path):
     exported(tmp_path, "bert", "classification", "unequal")
     with pytest.raises(BadInput, match="is not a folder"):
-        load(tmp_path / "nowhere")
+        load_model(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match=r"no config\.json"):
-        load(tmp_path / "empty")
+        load_model(tmp_path / "empty")
     with pytest.raises(BadInput, match="not an export of fedspine"):
-        load(tmp_path / "tiny-bert")
+        load_model(tmp_path / "tiny-bert")
 
 
 def test_refusals_of_damaged_exports(tmp_path):
@@ -355,21 +359,21 @@ def test_refusals_of_damaged_exports(tmp_path):
 
     weights.write_bytes(good[: len(good) // 2])
     with pytest.raises(BadInput, match="damaged"):
-        load(folder)
+        load_model(folder)
     save_file(
         {name: tensor for name, tensor in tensors.items() if name != "classifier.bias"}, weights
     )
     with pytest.raises(BadInput, match=r"lacks 1 of \d+ tensors, classifier\.bias"):
-        load(folder)
+        load_model(folder)
     save_file(tensors | {"extra": torch.zeros(1)}, weights)
     with pytest.raises(BadInput, match="no place for, extra"):
-        load(folder)
+        load_model(folder)
     save_file(tensors | {"classifier.bias": torch.zeros(7)}, weights)
     with pytest.raises(BadInput, match=r"classifier\.bias in shape \(7,\), but \(3,\)"):
-        load(folder)
+        load_model(folder)
     weights.unlink()
     with pytest.raises(BadInput, match="is missing"):
-        load(folder)
+        load_model(folder)
 
     for change, message in (
         ({"format": 99}, "export format 99"),
@@ -378,10 +382,10 @@ def test_refusals_of_damaged_exports(tmp_path):
     ):
         config.write_text(json.dumps(settings | {"fedspine": settings["fedspine"] | change}))
         with pytest.raises(BadInput, match=message):
-            load(folder)
+            load_model(folder)
     config.write_text("{")
     with pytest.raises(BadInput, match="cannot be read"):
-        load(folder)
+        load_model(folder)
 
 
 def test_a_path_that_cannot_be_is_refused(tmp_path):

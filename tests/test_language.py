@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedspine.core.device import Device
 from fedspine.core.task import IGNORED, Examples
 from fedspine.data.dataset import Rows
-from fedspine.export.hf import export
-from fedspine.export.load import Loaded, load
-from fedspine.export.predict import _ends, predict
+from fedspine.exports.hf import export
+from fedspine.exports.load import Loaded, load_model
+from fedspine.exports.predict import _ends, predict
 from fedspine.lm.base import Model
 from fedspine.lm.content import content_sha256
 from fedspine.lm.encode import encode
@@ -377,7 +377,7 @@ def test_a_model_tuned_on_texts_with_an_end_stops(short_stories, tmp_path):
             max_tokens=64,
             name="stories",
         )
-        found[ended] = predict(load(folder), PROMPTS, new_tokens=80)
+        found[ended] = predict(load_model(folder), PROMPTS, new_tokens=80)
     assert [one.ended for one in found[None]] == [False, False]  # stories of its own are longer
     assert [one.ended for one in found[False]] == [False, False]
     assert [one.ended for one in found[True]] == [True, True]

@@ -34,12 +34,12 @@ ARROWS = {
         *("core", "data", "execution", "flare", "fleets", "lm", "methods", "nets", "report"),
         "storage",
     },
-    "export": {"core", "data", "flare", "fleets", "lm", "runs", "storage"},
+    "exports": {"core", "data", "flare", "fleets", "lm", "nets", "runs", "storage"},
     "ui": {
-        *("core", "data", "execution", "export", "flare", "fleets", "lm", "methods", "report"),
+        *("core", "data", "execution", "exports", "flare", "fleets", "lm", "methods", "report"),
         *("runs", "storage"),
     },
-    "__init__": set(),
+    "__init__": {"core", "exports", "fleets", "methods", "runs", "ui"},
     "__main__": {"ui"},
 }
 
@@ -148,7 +148,7 @@ def test_nothing_is_unpickled():
 
 @pytest.mark.parametrize(
     ("package", "file"),
-    [("datasets", "data/hub.py"), ("peft", "export/peft.py"), ("matplotlib", "report/drawing.py")],
+    [("datasets", "data/hub.py"), ("peft", "exports/peft.py"), ("matplotlib", "report/drawing.py")],
 )
 def test_heavy_packages_have_one_door(package, file):
     assert importers(package) == {file}

@@ -20,9 +20,9 @@ from tiny_models import (
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedspine.core.errors import BadInput
-from fedspine.export import hf
-from fedspine.export.adapter import Origin, export_adapter
-from fedspine.export.peft import read_adapter, write_adapter
+from fedspine.exports import hf
+from fedspine.exports.adapter import Origin, export_adapter
+from fedspine.exports.peft import read_adapter, write_adapter
 from fedspine.lm.base import Model
 from fedspine.lm.load import MINILM_HUB
 from fedspine.lm.load import load as load_base

@@ -11,8 +11,8 @@ from tiny_models import model_on as random_model
 from transformers import AutoModel, AutoModelForTokenClassification, AutoTokenizer
 
 from fedspine.core.task import Examples
-from fedspine.export import hf
-from fedspine.export.adapter import Origin, export_adapter
+from fedspine.exports import hf
+from fedspine.exports.adapter import Origin, export_adapter
 from fedspine.lm.base import Model
 from fedspine.lm.load import load, pooling_for
 from fedspine.lm.lora import fresh

@@ -19,7 +19,7 @@ from fedspine.core.fleet import AllLost
 from fedspine.core.message import message, pack
 from fedspine.core.task import Arrays, Task
 from fedspine.core.tensors import average
-from fedspine.export.hf import merged_tensors
+from fedspine.exports.hf import merged_tensors
 from fedspine.lm.content import content_sha256
 from fedspine.lm.lora import b_name
 from fedspine.lm.tune import losses_of

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from fedspine.core.errors import BadInput
 from fedspine.data.dataset import Dataset, Rows
-from fedspine.export.of_run import open_run
+from fedspine.exports.of_run import open_run
 from fedspine.lm.load import load
 from fedspine.lm.tiny import DECODERS, ENCODERS
 from fedspine.lm.tokens import written

@@ -110,7 +110,20 @@ Work: TypeAlias = Callable[[Device, O], R]
 
 
 def on_device(work: Work[O, R]) -> Work[O, R]:
-    """Mark a module-level function `(Device, Order) -> Result` as work that a fleet may send to devices by name."""
+    """Mark a module-level function `(Device, Order) -> Result` as work that a fleet may send to devices by name.
+
+    Raises TypeError for a function that is not at the top of its module.
+
+    >>> from fedspine import Device, message, on_device
+    >>> @message
+    ... class RowsHeld:
+    ...     rows: int
+    >>> @on_device
+    ... def count_rows(device: Device, order: RowsHeld) -> RowsHeld:
+    ...     return RowsHeld(rows=order.rows + len(device.data))
+    >>> name_of(count_rows)
+    'fedspine.core.device:count_rows'
+    """
     if "." in work.__qualname__:
         raise TypeError(
             f"{work.__qualname__} must be defined at the top of its module, so that a device can find it"

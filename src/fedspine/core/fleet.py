@@ -39,7 +39,16 @@ class Reply(Generic[R]):
 
 
 class Fleet(Protocol):
-    """Devices, reached by asking. A simulated and a real fleet look the same to a method."""
+    """Devices, reached by asking. A simulated and a real fleet look the same to a method.
+
+    >>> from types import SimpleNamespace
+    >>> from fedspine import Fleet
+    >>> def largest(fleet: Fleet) -> str:
+    ...     return max(fleet.devices, key=lambda device: device.memory_bytes).id
+    >>> a, b = (Profile(id, "here", examples=9, memory_bytes=m) for id, m in (("a", 1), ("b", 2)))
+    >>> largest(SimpleNamespace(devices=(a, b)))
+    'b'
+    """
 
     @property
     def devices(self) -> tuple[Profile, ...]: ...

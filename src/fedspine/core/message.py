@@ -35,6 +35,7 @@ class NotAMessage(ValueError):
 def message(cls: type[T]) -> type[T]:
     """Make `cls` a frozen keyword-only dataclass and register its name for decoding.
 
+    >>> from fedspine import message
     >>> @message
     ... class Hello:
     ...     name: str

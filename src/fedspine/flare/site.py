@@ -53,7 +53,7 @@ class AllowSection(Section):
     """What the site takes part in; None: whatever fedspine offers."""
 
     kinds: tuple[Kind, ...] | None = None
-    methods: tuple[str, ...] | None = None
+    methods: tuple[str, ...] | None = None  # those of other packages only by name
     fewest_rows: int = pydantic.Field(
         FEWEST_ROWS, ge=1
     )  # with fewer, what it answers could tell of a single row
@@ -98,7 +98,12 @@ class Site:
         )
 
     def check(self, terms: Terms) -> None:
-        """Raise Refused where the site's file does not allow what the terms say; nothing is read or loaded."""
+        """Raise Refused where the site's file does not allow what the terms say; no rows and no model are read.
+
+        A method of another package is taken only where the file names it, and not imported before.
+        """
+        from fedspine.methods import comes_with_fedspine  # torch, likewise
+
         with refusing("terms"):
             terms.check()
         allow = self.allow
@@ -111,6 +116,12 @@ class Site:
         if allow.methods is not None and terms.method not in allow.methods:
             raise Refused(
                 self._not_allowed("method", terms.method, allow.methods, "allow.methods"), "method"
+            )
+        if allow.methods is None and not comes_with_fedspine(terms.method):
+            raise Refused(
+                f"site {self.name} does not take part: the method {terms.method!r} does not come with fedspine; "
+                f"install the package that brings it here, and list it in allow.methods of {SITE_FILE}",
+                "method",
             )
 
     def _not_allowed(self, what: str, came: str, known: Any, where: str) -> str:

@@ -83,6 +83,7 @@ class Desk:
                 return self._serve(asked)
 
     def _take_part(self, asked: Opening) -> Opened:
+        self._site.check(asked.terms)  # before a package is imported for its method
         works = works_of(asked.terms.method)
         terms, here = pack(asked.terms).sha256, self._open
         holding = (

@@ -177,7 +177,20 @@ class World:
 
 
 class SimulatedFleet:
-    """A view of the simulated devices: all of them, or a part, on a clock of its own or a shared one."""
+    """A view of the simulated devices: all of them, or a part, on a clock of its own or a shared one.
+
+    `fedspine.run` makes one of a recipe. Without workers it serves no asks, and time passes all the
+    same:
+
+    >>> from fedspine import SimulatedFleet
+    >>> kinds = ["tx2", "agx"]
+    >>> world = World(seed=0, profiles=profiles(kinds, [10, 20]), workers=None, store=None,
+    ...               hardware=Hardware(seed=0, kinds=tuple(kinds)), records=None)
+    >>> fleet = SimulatedFleet(world)
+    >>> fleet.wait(1.5)
+    >>> [device.id for device in fleet.devices], fleet.now
+    (['tx2-00', 'agx-01'], 1.5)
+    """
 
     def __init__(
         self,

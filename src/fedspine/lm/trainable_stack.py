@@ -60,10 +60,7 @@ class Leaves:
         return Model(
             structure=lead.structure,
             adapter={name: tensor.detach().cpu() for name, tensor in self.adapter_of(i).items()},
-            head={
-                name: self._own(i, tensor, lead.head[name]).detach().cpu()
-                for name, tensor in self.head.items()
-            },
+            head={name: tensor.detach().cpu() for name, tensor in self.head_of(i).items()},
             scale=lead.scale,
         )
 
@@ -73,6 +70,11 @@ class Leaves:
         return {
             name: self._own(i, tensor, lead.adapter[name]) for name, tensor in self.adapter.items()
         }
+
+    def head_of(self, i: int) -> Tensors:
+        """Model i's head, likewise."""
+        lead = self._models[i]
+        return {name: self._own(i, tensor, lead.head[name]) for name, tensor in self.head.items()}
 
     def importance(self, criterion: Criterion) -> list[Scores]:
         """Each model's importance after a backward pass, while the base is fitted to these models."""

@@ -92,7 +92,9 @@ class Request:
     tuning: Tuning
     scoring: Scoring | None = None
     scores: Scores | None = None
-    penalty: Callable[[Tensors], Tensor] | None = None  # of the adapter, added to what is minimised
+    penalty: Callable[[Tensors], Tensor] | None = (
+        None  # of adapter and head, added to what is minimised
+    )
 
     @property
     def reuses(self) -> bool:
@@ -120,8 +122,9 @@ def tune(
 ) -> Trace:
     """Train `model` for `tuning.steps` optimiser steps on the device's rows.
 
-    `penalty` of the adapter is added to what is minimised, not to the loss that is returned. A loss that is not finite
-    ends training at once and is returned as it is; the server leaves such a reply out.
+    `penalty` of the adapter and the head, by name, is added to what is minimised, not to the loss
+    that is returned. A loss that is not finite ends training at once and is returned as it is; the
+    server leaves such a reply out.
     """
     request = Request(device, model, tuning, scoring, scores, penalty)
     return train([request])[0] if device.trainer is None else device.trainer(request)
@@ -165,7 +168,7 @@ def train(requests: Sequence[Request]) -> list[Trace]:
             if alone and not torch.isfinite(loss):
                 break
             penalties = [
-                r.penalty(leaves.adapter_of(i))
+                r.penalty(leaves.adapter_of(i) | leaves.head_of(i))
                 for i, r in enumerate(requests)
                 if r.penalty is not None
             ]

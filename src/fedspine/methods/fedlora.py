@@ -71,7 +71,12 @@ class LoraState:
 @method("fedlora")
 @dataclass(frozen=True)
 class FedLora(LocalTraining):
-    """FedAvg of LoRA factors at one rank."""
+    """FedAvg of LoRA factors at one rank.
+
+    >>> from fedspine import FedLora, Recipe
+    >>> Recipe(method=FedLora(rank=4, steps=10), rounds=5).method.learning_rate
+    'auto'
+    """
 
     rank: int = 8
     scale: float = 2.0  # alpha / rank

@@ -84,6 +84,10 @@ _RANGES = {
 class FedSpine(LocalTraining):
     """LoRA and structured pruning in turns, at a pruning ratio and a rank of each device's own.
 
+    >>> from fedspine import FedSpine, Recipe
+    >>> Recipe(method=FedSpine(sparsity=0.4, ranks=(4, 8)), rounds=20).method.ranks
+    (4, 8)
+
     The paper's form is choice "bandit", importance "gradient" and enough 1; the defaults are what was measured to be better.
     """
 

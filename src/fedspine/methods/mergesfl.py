@@ -71,6 +71,11 @@ class MergeSfl(SplitTraining):
 
     `steps` is tau, the iterations of a round; `batch` is D, the rows of the fastest device in one
     of them.
+
+    >>> from fedspine import MergeSfl, Recipe
+    >>> recipe = Recipe(method=MergeSfl(steps=10), data="signals.npz", model="cnn-h", per_round=20)
+    >>> recipe.task.kind, recipe.method.steps
+    ('array', 10)
     """
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")

@@ -1,12 +1,13 @@
 """A net for given arrays, and the arrays as it reads them."""
 
 import numpy as np
+from torch import nn
 
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Arrays
 from fedspine.nets.choice import CHANNELS
-from fedspine.nets.models import Layout, design_of
-from fedspine.nets.net import Net
+from fedspine.nets.models import Layout, blocks_of, design_of
+from fedspine.nets.net import Net, NetModel
 
 
 def load(
@@ -26,6 +27,17 @@ def load(
         rows, others = _standardised(rows, others)
     net = Net(name, rows.shape[1:], classes)
     return net, Arrays(x=rows, labels=train[1]), Arrays(x=others, labels=test[1])
+
+
+def stored(model: NetModel, shape: tuple[int, ...], classes: int) -> nn.Module:
+    """A stock module with the weights of a model that was trained on rows of `shape`, to evaluate.
+
+    It reads rows as `load` gives them: channels first, floats standardised, uint8 as 0 to 1.
+    """
+    rows = _arranged(model.net, design_of(model.net).layout, np.empty((0, *shape)))
+    module = nn.Sequential(blocks_of(model.net, rows.shape[1:], classes))
+    module.load_state_dict(model.weights)
+    return module.eval().requires_grad_(False)
 
 
 def _arranged(name: str, layout: Layout, x: np.ndarray) -> np.ndarray:

@@ -49,6 +49,22 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class Checks:
+    """The scores on the way, one entry for each; nan where a score has no such number.
+
+    Each is of a fixed part of the test rows and the mean over a few device models. The final score
+    is none of them, since it is of all test rows.
+    """
+
+    rounds: Floats  # done by then
+    seconds: Floats  # of the fleet's clock
+    bytes: Floats  # of all devices, down and up, since the start
+    accuracy: Floats
+    loss: Floats
+    sparsity: Floats
+
+
+@dataclass(frozen=True)
 class DeviceClass:
     """A row of the table of device classes; None where nothing was noted or everything was lost."""
 
@@ -120,6 +136,25 @@ def traffic(rows: Rows) -> Traffic:
     rounds = sorted(sums)
     down, up = (np.cumsum(_floats(sums[number][way] for number in rounds)) for way in (0, 1))
     return Traffic(_floats(rounds), down, up)
+
+
+def checks(rows: Rows) -> Checks:
+    """How good the models were on the way."""
+    scores = [score for score in rows.scores if not score.final]
+    rounds, moved = _floats(score.round for score in scores), traffic(rows)
+    sums = np.concatenate([[0.0], moved.down + moved.up])
+    accuracy, loss, sparsity = (
+        np.array([getattr(score, name) for score in scores], dtype=np.float64)
+        for name in ("accuracy", "loss", "sparsity")
+    )
+    return Checks(
+        rounds=rounds + 1,
+        seconds=_floats(score.now for score in scores),
+        bytes=sums[np.searchsorted(moved.rounds, rounds, side="right")],
+        accuracy=accuracy,
+        loss=loss,
+        sparsity=sparsity,
+    )
 
 
 def exchange_seconds(rows: Rows) -> dict[str, Floats]:

@@ -13,6 +13,7 @@ import tomli_w
 
 from fedspine.core import strict
 from fedspine.core.errors import BadInput, unknown
+from fedspine.core.method import registered
 from fedspine.core.strict import Section
 from fedspine.core.task import AUTO, BUILT_IN_DATA, BUILT_IN_MODELS, NETS, Kind
 from fedspine.methods import all_methods, find
@@ -109,29 +110,53 @@ OF_ITS_DATA = ("learning_rate", "head_speed")
 SECTIONS: dict[str, type[Section]] = {"task": TaskSection, "fleet": FleetSection, "run": RunSection}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Recipe:
-    """A complete, replayable description of a run; `method` is an instance of a registered method."""
+    """A complete, replayable description of a run.
+
+    `method` is an instance of a registered method, its name, or its table in a recipe file.
+    Everything else is given by the names that recipe files use (docs/recipes.md), which differ
+    between sections, or as whole sections, `task`, `fleet` and `run`; what is not given has the
+    default of recipe files. Raises BadInput for unknown names, with the nearest one, and for
+    values that cannot be.
+
+    >>> from fedspine import FedLora, Recipe
+    >>> recipe = Recipe(method=FedLora(rank=4), data="rows.csv", devices=20, rounds=5)
+    >>> recipe.method.rank, recipe.task.data, recipe.fleet.devices, recipe.run.rounds
+    (4, 'rows.csv', 20, 5)
+    >>> recipe.fleet.per_round
+    10
+    """
 
     task: TaskSection
     fleet: FleetSection
     method: Any
     run: RunSection
 
+    def __init__(
+        self,
+        *,
+        method: Any = "fedspine",
+        task: TaskSection | dict[str, Any] | None = None,
+        fleet: FleetSection | dict[str, Any] | None = None,
+        run: RunSection | dict[str, Any] | None = None,
+        **values: Any,
+    ) -> None:
+        made = {"method": _method(method)}
+        flat = _by_section(values, made["method"])
+        for (name, cls), whole in zip(SECTIONS.items(), (task, fleet, run), strict=True):
+            made[name] = _section(name, cls, whole, flat[name])
+        made["task"] = _of_one_kind(made["task"])
+        for name, part in made.items():
+            object.__setattr__(self, name, part)
+
     def table(self) -> dict[str, dict[str, Any]]:
         """As nested tables that TOML can hold; what is None is left out."""
         sections = {name: getattr(self, name).model_dump(exclude_none=True) for name in SECTIONS}
-        fields = {
-            field.name: getattr(self.method, field.name)
-            for field in dataclasses.fields(self.method)
-        }
-        method = {"name": self.method.name} | {
-            key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()
-        }
         return {
             "task": sections["task"],
             "fleet": sections["fleet"],
-            "method": method,
+            "method": _method_table(self.method),
             "run": sections["run"],
         }
 
@@ -238,15 +263,43 @@ def recipe(tables: dict[str, Any]) -> Recipe:
             raise unknown("section", name, {*SECTIONS, "method"})
         if not isinstance(table, dict):
             raise BadInput(f"[{name}] must be a table of keys and values; {table!r} came")
-    sections = {
-        name: strict.section(name, cls, tables.get(name, {})) for name, cls in SECTIONS.items()
-    }
-    task: Any = sections["task"]
+    return Recipe(**tables)
+
+
+def _by_section(values: dict[str, Any], method: Any) -> dict[str, dict[str, Any]]:
+    """Values by the section whose field they name; a path is its text, as in a file."""
+    homes = {key: name for name, cls in SECTIONS.items() for key in cls.model_fields}
+    found: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for key, value in values.items():
+        if key not in homes and key in _method_table(method):
+            raise BadInput(
+                f"{key!r} is a setting of the method; "
+                f"write method={type(method).__name__}({key}=...)"
+            )
+        if key not in homes:
+            raise unknown("key of a recipe", key, [*homes, *SECTIONS, "method"])
+        found[homes[key]][key] = str(value) if isinstance(value, Path) else value
+    return found
+
+
+def _section(name: str, cls: type[Section], whole: Any, values: dict[str, Any]) -> Any:
+    """The section with `values` laid over what was given whole: an instance, a table, or None."""
+    if isinstance(whole, cls):
+        if not values:
+            return whole
+        whole = whole.model_dump(exclude_unset=True)
+    if whole is not None and not isinstance(whole, dict):
+        raise BadInput(f"{name} must be a {cls.__name__} or a table; {whole!r} came")
+    return strict.section(name, cls, (whole or {}) | values)
+
+
+def _of_one_kind(task: TaskSection) -> TaskSection:
+    """The section with the kind that follows from its other keys."""
     if task.pair is not None and task.kind == "classification":
-        sections["task"] = task.model_copy(update={"kind": "pair"})
+        return task.model_copy(update={"kind": "pair"})
     if task.model in NETS or task.kind == "array":
-        sections["task"] = _of_arrays(task, task.model)
-    return Recipe(method=_method(dict(tables.get("method", {}))), **sections)  # type: ignore[arg-type]
+        return _of_arrays(task, task.model)
+    return task
 
 
 def _of_arrays(task: TaskSection, net: str) -> TaskSection:
@@ -269,7 +322,30 @@ def _of_arrays(task: TaskSection, net: str) -> TaskSection:
     return task.model_copy(update={"kind": "array"})
 
 
-def _method(table: dict[str, Any]) -> Any:
+def _method_table(method: Any) -> dict[str, Any]:
+    """A method's name and settings, as TOML can hold them."""
+    fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    return {"name": method.name} | {
+        key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()
+    }
+
+
+def _method(given: Any) -> Any:
+    """The method that a name, a table or an instance stands for, its settings checked."""
+    match given:
+        case str():
+            table = {"name": given}
+        case dict():
+            table = dict(given)
+        case _ if type(given) in registered().values():
+            table = _method_table(given)
+        case type() if given in registered().values():
+            raise BadInput(f"method is the class {given.__name__}; write {given.__name__}()")
+        case _:
+            raise BadInput(
+                f"method is {given!r}, which is no instance of a registered method; decorate its "
+                "class with @method(NAME), or give the name of a method"
+            )
     name = table.pop("name", "fedspine")
     if not isinstance(name, str):
         raise BadInput(f"method.name must be a name in quotes; {name!r} came")

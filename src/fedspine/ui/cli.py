@@ -159,29 +159,20 @@ def run(
     fedspine run --set task.data=reviews.csv --set task.text=review --set task.label=stars
     """
     _prepare_torch()
-    from fedspine.report.tables import summary_table
     from fedspine.runs import config
-    from fedspine.runs.loop import new_run
-    from fedspine.runs.loop import resume as go_on
-    from fedspine.ui.progress import progress_for
+    from fedspine.ui import python
 
     if resume is not None and out is not None:
         raise BadInput(
             "--resume goes on in its own folder, so --out has no place beside it; leave one of them out"
         )
-    progress = progress_for(json)
+    place = _venue(fleet, sites, quorum, within)
     if resume is None:
-        wanted = config.load(recipe, settings, seed)
-        folder = out or _free_folder(wanted.method.name)
-        summary = new_run(wanted, folder, progress, _venue(fleet, sites, quorum, within))
+        result = python.run(config.load(recipe, settings, seed), out, json, sites=place)
     else:
-        folder, wanted = resume, _wanted(recipe, settings, seed, resume)
-        summary = go_on(resume, progress, wanted, _venue(fleet, sites, quorum, within))
-    if json:
-        print(jsonlib.dumps(summary))
-        return
-    progress.finished(summary_table(summary))
-    print(f"report: {folder / 'report.html'}")
+        wanted = _wanted(recipe, settings, seed, resume)
+        result = python.resume(resume, wanted, json, sites=place)
+    print(jsonlib.dumps(result.summary) if json else f"report: {result.report}")
 
 
 def _prepare_torch() -> None:
@@ -211,13 +202,6 @@ def _wanted(recipe: Path | None, settings: list[str] | None, seed: int | None, f
         return None
     recipe_of(folder)
     return config.load(recipe or folder / RECIPE, settings, seed)
-
-
-def _free_folder(method: str) -> Path:
-    number = 1
-    while (folder := Path("runs") / f"{method}-{number}").exists():
-        number += 1
-    return folder
 
 
 @app.command()
@@ -259,16 +243,19 @@ def sweep(
 
 @app.command()
 def methods(json: Json = False) -> None:
-    """List the methods and their settings."""
-    from fedspine.methods import all_methods
+    """List the methods and their settings, those of installed packages too."""
+    from fedspine.methods import all_methods, broken, packages
 
     found = {
         name: {
-            "what": (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0],
+            "what": (sys.modules[cls.__module__].__doc__ or cls.__name__).strip().splitlines()[0],
+            "package": packages().get(name, f"fedspine {fedspine.__version__}"),
             "settings": {field.name: _plain(field.default) for field in dataclasses.fields(cls)},
         }
         for name, cls in all_methods().items()
     }
+    for one in broken():
+        print(f"fedspine: {one.line}", file=sys.stderr)
     if json:
         print(jsonlib.dumps(found))
         return
@@ -276,7 +263,8 @@ def methods(json: Json = False) -> None:
         settings = "\n".join(
             f"{key} = {jsonlib.dumps(value)}" for key, value in entry["settings"].items()
         )
-        _table(name, [("", entry["what"]), ("settings", settings)])
+        rows = [("", entry["what"]), ("package", entry["package"]), ("settings", settings)]
+        _table(name, rows)
 
 
 @app.command()
@@ -321,8 +309,9 @@ def demo(
     """A first look in half a minute: a small run from data to report, an exported model, and what it answers."""
     _prepare_torch()
     from fedspine.ui.demo import demo as first_look
+    from fedspine.ui.python import free_folder
 
-    first_look(out or _free_folder("demo"))
+    first_look(out or free_folder("demo"))
 
 
 @app.command()
@@ -418,21 +407,15 @@ def compare(
     json: Json = False,
 ) -> None:
     """Compare methods over seeds: quality, time and bytes to a target, waiting, memory, latency; docs/compare.md."""
-    from fedspine.ui.compare import write
-    from fedspine.ui.compare.comparison import find
+    from fedspine.ui import python
     from fedspine.ui.compare.terminal import show
-    from fedspine.ui.progress import progress_for
 
-    progress = progress_for(json)
-    try:
-        found = find(runs or [], target=target, latency=latency, progress=progress)
-    finally:
-        progress.close()
-    page = write.write(found, out or _free_folder("compare"))
+    result = python.compare(runs or [], target, latency, json)
+    page = result.write(out or python.free_folder("compare"))
     if json:
-        print(jsonlib.dumps(found.table() | {"page": str(page)}))
+        print(jsonlib.dumps(result.table() | {"page": str(page)}))
         return
-    show(found)
+    show(result.found)
     print(f"page: {page}")
 
 
@@ -460,11 +443,9 @@ def export(
     json: Json = False,
 ) -> None:
     """Write one deployed model of a run to a folder: merged, physically smaller, ready for predict and bench."""
-    from fedspine.export.of_run import export_model
+    from fedspine.ui import python
 
-    found = export_model(
-        folder, device=device, format=format, to=to, with_base=with_base, base=base
-    )
+    found = python.export(folder, to, device=device, format=format, with_base=with_base, base=base)
     if json:
         print(jsonlib.dumps(found))
         return
@@ -489,11 +470,11 @@ def predict(
     json: Json = False,
 ) -> None:
     """Label texts, or continue them, with an exported model."""
-    from fedspine.export.hf import load
-    from fedspine.export.predict import predict as ask
+    from fedspine.exports.hf import load_model
+    from fedspine.exports.predict import predict as ask
     from fedspine.storage.records import plain
 
-    found = [dataclasses.asdict(prediction) for prediction in ask(load(folder), texts, pair)]
+    found = [dataclasses.asdict(prediction) for prediction in ask(load_model(folder), texts, pair)]
     if json:
         print(jsonlib.dumps(plain({"predictions": found})))
         return
@@ -521,7 +502,7 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure an exported model on this machine: latency at batch 1 and 32, file size, peak memory, parameters."""
-    from fedspine.export import bench as benches
+    from fedspine.exports import bench as benches
     from fedspine.report.tables import bench_table
 
     if against is None:

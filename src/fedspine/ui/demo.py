@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedspine.export.hf import load, predict
-from fedspine.export.of_run import export_model
+from fedspine.exports.hf import load_model, predict
+from fedspine.exports.of_run import export_model
 from fedspine.report.rows import read_rows
 from fedspine.report.tables import percent, summary_table
 from fedspine.runs.assemble import identities
@@ -35,7 +35,7 @@ def demo(out: Path) -> None:
     folder = out / "models" / device
     found = export_model(out, device=device, format="hf", to=folder)
     table = Table("text", "topic", "probability", title=f"the model of device {device} answers")
-    for text, answer in zip(TEXTS, predict(load(folder), TEXTS), strict=True):
+    for text, answer in zip(TEXTS, predict(load_model(folder), TEXTS), strict=True):
         table.add_row(text, answer.label, f"{answer.probability:.2f}")
     console.print(table)
     console.print(

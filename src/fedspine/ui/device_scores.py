@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedspine.execution.scoring import Deployment, Scored, score_models
-from fedspine.export.of_run import device_ids_of, saved_state
+from fedspine.exports.of_run import device_ids_of, saved_state
 from fedspine.runs.assemble import build, workers_for
 from fedspine.runs.observer import Progress
 from fedspine.runs.run_dir import DEVICE_SCORES, recipe_of

@@ -92,8 +92,8 @@ def _kept(run: Run) -> Latency | None:
 
 
 def _measured(run: Run) -> Latency:
-    from fedspine.export.bench import bench
-    from fedspine.export.of_run import export_model
+    from fedspine.exports.bench import bench
+    from fedspine.exports.of_run import export_model
 
     device, tokens = device_of(run), run.recipe.task.max_tokens
     with tempfile.TemporaryDirectory() as place:

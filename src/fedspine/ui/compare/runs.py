@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fedspine.core.errors import BadInput
 from fedspine.report.rows import Rows, read_rows
-from fedspine.report.series import traffic
+from fedspine.report.series import checks
 from fedspine.runs.config import Recipe
 from fedspine.runs.run_dir import RECIPE, RECORDS, SUMMARY, recipe_of, summary_of
 
@@ -157,18 +157,12 @@ def curve_of(rows: Rows, *, language: bool) -> Curve:
 
     The final score is none of them, because it is measured on all test rows. A check that is not finite is left out.
     """
-    checks = [
-        (score.round, score.now, score.loss if language else score.accuracy)
-        for score in rows.scores
-        if not score.final
-    ]
-    checks = [check for check in checks if check[2] is not None]
-    rounds, seconds, quality = np.array(checks, dtype=np.float64).reshape(-1, 3).T
-    moved = traffic(rows)
-    sums = np.concatenate([[0.0], moved.down + moved.up])
+    found = checks(rows)
+    quality = found.loss if language else found.accuracy
+    known = ~np.isnan(quality)
     return Curve(
-        rounds=rounds + 1,
-        seconds=seconds,
-        bytes=sums[np.searchsorted(moved.rounds, rounds, side="right")],
-        quality=quality,
+        rounds=found.rounds[known],
+        seconds=found.seconds[known],
+        bytes=found.bytes[known],
+        quality=quality[known],
     )

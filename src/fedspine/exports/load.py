@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Kind
-from fedspine.export.card import WEIGHTS, Card, read_card
+from fedspine.exports.card import WEIGHTS, Card, read_card
 from fedspine.lm.pooling import CLASSES, reading
 from fedspine.lm.prunable_layout import Site, anatomy_of
 
@@ -37,8 +37,8 @@ class Loaded:
     block_parameters: int  # of the prunable linear layers' weights, which sparsity is counted on
 
 
-def load(folder: str | Path) -> Loaded:
-    """The model that `fedspine.export.hf.export` wrote to `folder`.
+def load_model(folder: str | Path) -> Loaded:
+    """The model that `fedspine.export` wrote to `folder`.
 
     Raises BadInput for a missing folder, one that is no export, and weights that are damaged or
     incomplete.

@@ -6,12 +6,14 @@ which must be those that the run was made with.
 """
 
 import json
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedspine.core.errors import BadInput, nearest, unknown
-from fedspine.export import hf
+from fedspine.exports import hf
 from fedspine.flare import site_state  # noqa: F401 - which makes the messages in a saved state known
 from fedspine.fleets import simulated  # noqa: F401 - which makes the messages in a saved state known
 from fedspine.lm.base import Base, Model
@@ -39,10 +41,7 @@ class Opened:
 
     def model(self, device: str) -> Model:
         """The deployed model of a device, of everybody (`global`), or the unpruned one (`dense`)."""
-        method = self.recipe.method
-        if device == DENSE:
-            return method.unpruned(self.state)
-        return method.deploy(self.state, None if device == GLOBAL else device)
+        return _chosen(self.recipe.method, self.state, device)
 
 
 def open_run(folder: Path, base: str | None = None) -> Opened:
@@ -107,7 +106,7 @@ def export_model(
         "name": f"{opened.recipe.method.name} {device}",
     }
     if format == "peft":
-        from fedspine.export.adapter import Origin, export_adapter
+        from fedspine.exports.adapter import Origin, export_adapter
 
         origin = Origin(base or record.model, cut=record.layers is not None)
         export_adapter(
@@ -122,6 +121,52 @@ def export_model(
         "sparsity": sparsity(opened.base.anatomy, model.structure),
         "bytes": sum(file.stat().st_size for file in to.rglob("*") if file.is_file()),
     }
+
+
+class Models(Mapping[str, Any]):
+    """The deployed models of a finished run, by device, besides those of `global` and `dense`.
+
+    Each is made when it is asked for: of texts as `fedspine export` writes it and `load_model`
+    reads it, a stock transformers module with its tokenizer; of arrays a stock module, in the form
+    that `fedspine.nets.load.stored` describes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((GLOBAL, DENSE, *device_ids_of(self._folder)))
+
+    def __len__(self) -> int:
+        return len(device_ids_of(self._folder)) + 2
+
+    def __contains__(self, device: object) -> bool:
+        return device in tuple(self)
+
+    def __getitem__(self, device: str) -> Any:
+        _check_device(device, device_ids_of(self._folder))
+        recipe = recipe_of(self._folder)
+        if recipe.task.kind == "array":
+            return self._net(recipe, device)
+        with tempfile.TemporaryDirectory() as scratch:
+            to = Path(scratch) / "model"
+            export_model(self._folder, device=device, format="hf", to=to)
+            return hf.load_model(to)
+
+    def _net(self, recipe: Recipe, device: str) -> Any:
+        from fedspine.nets.load import stored
+
+        record = task_record.recorded(self._folder)
+        state = saved_state(self._folder).state["method"]
+        shape = record.splits["test"].shape
+        return stored(_chosen(recipe.method, state, device), shape, len(record.classes))
+
+
+def _chosen(method: Any, state: Any, device: str) -> Any:
+    """The deployed model of a device, of everybody (`global`), or the unpruned one (`dense`)."""
+    if device == DENSE:
+        return method.unpruned(state)
+    return method.deploy(state, None if device == GLOBAL else device)
 
 
 def saved_state(folder: Path) -> Saved:

@@ -12,7 +12,7 @@ import torch
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Examples
 from fedspine.data.dataset import Rows
-from fedspine.export.load import Loaded
+from fedspine.exports.load import Loaded
 from fedspine.lm.encode import encode
 from fedspine.lm.fits import positions
 from fedspine.lm.score import score_module

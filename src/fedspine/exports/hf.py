@@ -3,7 +3,7 @@ remote code.
 
 Parameters keep the names of the stock `transformers` class. Where the sizes that are left fit a
 stock configuration, it says so and `transformers` loads the folder as it is; else
-`fedspine.export.load` does, and `transformers` stops at the shapes. The `fedspine` entry of
+`fedspine.load_model` does, and `transformers` stops at the shapes. The `fedspine` entry of
 `config.json` holds what neither the weights nor a stock configuration say.
 """
 
@@ -23,9 +23,9 @@ from transformers.initialization import no_init_weights
 from fedspine.core.errors import BadInput
 from fedspine.core.message import Tensors
 from fedspine.core.task import Kind
-from fedspine.export.card import CONFIG, FORMAT, WEIGHTS, Card
-from fedspine.export.load import Loaded, load
-from fedspine.export.predict import Continued, Labelled, Prediction, predict
+from fedspine.exports.card import CONFIG, FORMAT, WEIGHTS, Card
+from fedspine.exports.load import Loaded, load_model
+from fedspine.exports.predict import Continued, Labelled, Prediction, predict
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.pooling import CLASSES, HOW, Pooling
@@ -37,7 +37,7 @@ __all__ = [
     "Loaded",
     "Prediction",
     "export",
-    "load",
+    "load_model",
     "merged_tensors",
     "predict",
 ]
@@ -59,7 +59,7 @@ def export(
     README.md.
 
     The adapter is merged in fp32 as W + scale * B @ A; `merge=False` leaves it out, for use with an
-    adapter that `fedspine.export.peft` writes. The folder appears at once and complete. Raises
+    adapter that `fedspine.exports.peft` writes. The folder appears at once and complete. Raises
     BadInput where it exists already, where the base is not fp32, or where `labels` are not those
     that the head was trained for.
     """
@@ -236,5 +236,5 @@ Fine-tuned over many devices and pruned by fedspine; the adapter is {adapter}.
 | channels kept, by layer | {", ".join(map(str, card.channels))} |
 | longest input, in tokens | {card.max_tokens} |
 
-Load it with `fedspine.export.load.load(folder)` or run `fedspine predict`. {stock}
+Load it with `fedspine.load_model(folder)` or run `fedspine predict`. {stock}
 """

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from fedspine.core.errors import BadInput
-from fedspine.export.card import WEIGHTS
-from fedspine.export.load import Loaded, load
+from fedspine.exports.card import WEIGHTS
+from fedspine.exports.load import Loaded, load_model
 from fedspine.lm.fits import positions
 
 CALLS = {1: 8, 32: 1}  # batch size: calls in one repeat, more of the short ones
@@ -88,7 +88,7 @@ def bench(folder: str | Path, *, tokens: int = 128, threads: int = 1, repeats: i
     shared machine disturb least. Raises BadInput for a folder that cannot be loaded and for more
     tokens than it has positions.
     """
-    model = load(folder)
+    model = load_model(folder)
     seconds = _seconds([model], tokens=tokens, threads=threads, repeats=repeats)
     return _bench(
         folder, model, {batch: calls[0] for batch, calls in seconds.items()}, tokens, threads
@@ -104,7 +104,7 @@ def compare(
     repeats: int = 7,
 ) -> Comparison:
     """Measure two exported models side by side in one process; raises what `bench` raises."""
-    models = [load(folder), load(against)]
+    models = [load_model(folder), load_model(against)]
     seconds = _seconds(models, tokens=tokens, threads=threads, repeats=repeats)
     first, second = (
         _bench(
@@ -189,7 +189,7 @@ def peak_memory_bytes(folder: str | Path, *, tokens: int = 128, threads: int = 1
     command = [
         sys.executable,
         "-m",
-        "fedspine.export.bench",
+        "fedspine.exports.bench",
         str(folder),
         str(tokens),
         str(threads),
@@ -219,7 +219,7 @@ def _own_peak_bytes() -> int:
 
 def _main(folder: str, tokens: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
-    model = load(folder)
+    model = load_model(folder)
     for batch in CALLS:
         _call(model, random_ids(model, batch, int(tokens)))
     print(_own_peak_bytes())

@@ -14,9 +14,9 @@ from typing import Any
 
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Kind
-from fedspine.export import hf
-from fedspine.export.card import read_card
-from fedspine.export.peft import write_adapter
+from fedspine.exports import hf
+from fedspine.exports.card import read_card
+from fedspine.exports.peft import write_adapter
 from fedspine.lm.base import Base, Model
 from fedspine.lm.load import MINILM_HUB
 from fedspine.lm.pooling import HOW, Pooling

@@ -1,0 +1,275 @@
+"""What the command line does, for scripts and notebooks: nothing is printed, objects are returned.
+
+>>> from fedspine import FedLora, Recipe, compare, run
+>>> job = {"data": "rows.csv", "model": "tiny", "devices": 3, "per_round": 2, "rounds": 2}
+>>> runs = [run(Recipe(method=FedLora(rank=r, steps=2), **job)) for r in (2, 4)]
+>>> len(compare(runs, latency=False).table()["comparisons"])
+1
+"""
+
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, Group, RenderableType
+from rich.text import Text
+
+from fedspine.core.errors import BadInput
+from fedspine.exports.of_run import GLOBAL, Models, export_model
+from fedspine.report.page import REPORT
+from fedspine.report.rows import read_rows
+from fedspine.report.series import Checks, Traffic, Waiting, checks, traffic, waiting
+from fedspine.report.tables import headlines, summary_line, summary_table
+from fedspine.runs import config, loop
+from fedspine.runs.backend import RealSites
+from fedspine.runs.config import Recipe
+from fedspine.runs.run_dir import RECORDS, recipe_of, standing, summary_of
+from fedspine.ui.compare import write
+from fedspine.ui.compare.comparison import Found, find
+from fedspine.ui.compare.terminal import WIDE, rendered
+from fedspine.ui.progress import progress_for
+
+
+@dataclass(frozen=True, repr=False)
+class RunResult:
+    """A finished run, read from its folder; a terminal and a notebook show its headline numbers.
+
+    >>> from fedspine import load
+    >>> result = load("runs/fedlora-1")
+    >>> result.summary["method"], result.curves.rounds.tolist()
+    ('fedlora', [1.0])
+    >>> sorted(result.models)
+    ['agx-02', 'dense', 'global', 'nx-01', 'tx2-00']
+    >>> type(result.models["nx-01"].module).__name__
+    'BertForSequenceClassification'
+    """
+
+    folder: Path
+    recipe: Recipe  # with what the run decided
+    summary: Mapping[str, Any]
+
+    @cached_property
+    def curves(self) -> Checks:
+        """Accuracy, loss, simulated seconds and bytes at each check on the way, as arrays.
+
+        `rounds` says after how many rounds each check was; `evaluate_every` of the recipe decides.
+        """
+        return checks(self._rows)
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        """Bytes down and up of all devices since the start, round by round, as arrays."""
+        return traffic(self._rows)
+
+    @cached_property
+    def waiting(self) -> Waiting:
+        """How long each round took, and how much of it the mean device waited, as arrays."""
+        return waiting(self._rows)
+
+    @property
+    def models(self) -> Models:
+        """What each device runs, and the models called `global` and `dense`."""
+        return Models(self.folder)
+
+    @property
+    def report(self) -> Path:
+        """The run's page."""
+        return self.folder / REPORT
+
+    def export(self, to: str | Path, **options: Any) -> dict[str, Any]:
+        """Write one model to the new folder `to`; the options are those of `fedspine.export`."""
+        return export(self, to, **options)
+
+    @cached_property
+    def _rows(self) -> Any:
+        return read_rows(self.folder / RECORDS)
+
+    def __repr__(self) -> str:
+        first = headlines(self.summary)[0]
+        told = f"{summary_line(self.summary)}: {first.label.lower()} {first.value}"
+        return f"<RunResult {str(self.folder)!r}: {told}>"
+
+    def __rich__(self) -> RenderableType:
+        return Group(summary_table(self.summary), Text(f"report: {self.report}"))
+
+    def _repr_html_(self) -> str:
+        return _html(self)
+
+
+@dataclass(frozen=True, repr=False)
+class ComparisonResult:
+    """A comparison of runs; a terminal and a notebook show what `fedspine compare` prints."""
+
+    found: Found
+
+    def table(self) -> dict[str, Any]:
+        """Every number, as plain data; docs/compare.md explains them."""
+        return self.found.table()
+
+    def write(self, folder: str | Path) -> Path:
+        """Write the page, the tables and the plots into a folder; returns the page's path."""
+        return write.write(self.found, Path(folder))
+
+    def __repr__(self) -> str:
+        titles = "; ".join(section.comparison.title for section in self.found.sections)
+        return f"<ComparisonResult of {self.found.runs} runs: {titles}>"
+
+    def __rich__(self) -> RenderableType:
+        return rendered(self.found)
+
+    def _repr_html_(self) -> str:
+        return _html(self)
+
+
+def run(
+    recipe: Recipe | str | Path,
+    out: str | Path | None = None,
+    quiet: bool = True,
+    *,
+    sites: RealSites | None = None,
+) -> RunResult:
+    """Run a recipe, or a recipe file, on simulated devices or at the `sites` of a real fleet.
+
+    Results go to the new folder `out`, by default `runs/METHOD-N` of the working directory, as on
+    the command line; a run that was interrupted goes on with `resume`. Unless `quiet`, stderr shows
+    how far the run is and what it comes to. Raises BadInput for what cannot be run, before the
+    folder is made; Stopped where the run cannot go on.
+
+    >>> from fedspine import FedLora, Recipe, run
+    >>> result = run(Recipe(method=FedLora(rank=4, steps=2), data="rows.csv", model="tiny",
+    ...                     devices=3, per_round=2, rounds=2))
+    >>> result.summary["rounds"], len(result.traffic.up)
+    (2, 2)
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = config.load(Path(recipe))
+    recipe = config.anchored(recipe)
+    folder = Path(out) if out is not None else free_folder(recipe.method.name)
+    with _as_before():
+        progress = progress_for(quiet)
+        progress.finished(summary_table(loop.new_run(recipe, folder, progress, sites)))
+    return load(folder)
+
+
+def resume(
+    folder: str | Path,
+    recipe: Recipe | None = None,
+    quiet: bool = True,
+    *,
+    sites: RealSites | None = None,
+) -> RunResult:
+    """Go on with the run in a folder, from its last saved round; a finished run is as it was.
+
+    A recipe need not be given; one that is given must be the folder's. Raises as `run` does.
+
+    >>> from fedspine import resume
+    >>> resume("runs/fedlora-1").summary["rounds"]
+    2
+    """
+    with _as_before():
+        progress = progress_for(quiet)
+        progress.finished(summary_table(loop.resume(Path(folder), progress, recipe, sites)))
+    return load(folder)
+
+
+def load(folder: str | Path) -> RunResult:
+    """The finished run in a folder; raises BadInput for another folder and for an unfinished run.
+
+    >>> from fedspine import load
+    >>> load("runs/fedlora-1").recipe.method.rank
+    4
+    """
+    folder = Path(folder)
+    recipe, summary = recipe_of(folder), summary_of(folder)
+    if summary is None:
+        found = standing(folder)
+        raise BadInput(
+            f"the run in {folder} is not finished, {found['rounds_done']} of {found['rounds']} "
+            f"rounds are done; go on with fedspine.resume({str(folder)!r})"
+        )
+    return RunResult(folder, recipe, summary)
+
+
+def compare(
+    runs: Iterable[RunResult | str | Path],
+    target: str = "auto",
+    latency: bool = True,
+    quiet: bool = True,
+) -> ComparisonResult:
+    """Compare runs, given as results or as the folders of runs and sweeps; docs/compare.md.
+
+    `target` is the accuracy or loss that runs are timed to; with `latency`, the deployed models are
+    measured on this machine. Raises BadInput for runs that cannot be compared.
+
+    >>> from fedspine import compare
+    >>> found = compare(["runs/fedlora-1"], latency=False).table()["comparisons"][0]
+    >>> found["measure"], [method["name"] for method in found["methods"]]
+    ('accuracy', ['fedlora'])
+    """
+    progress = progress_for(quiet)
+    try:
+        paths = [_folder(each) for each in runs]
+        return ComparisonResult(find(paths, target=target, latency=latency, progress=progress))
+    finally:
+        progress.close()
+
+
+def export(
+    run: RunResult | str | Path,
+    to: str | Path,
+    *,
+    device: str = GLOBAL,
+    format: str = "hf",
+    with_base: bool = False,
+    base: str | None = None,
+) -> dict[str, Any]:
+    """Write one deployed model of a run to the new folder `to`; returns what it is.
+
+    `device` is a device's id, `global` or `dense`; `format` is `hf`, a merged model, or `peft`, an
+    adapter, and `with_base` adds the model that it fits; `base` says where the run's base is now.
+    Raises BadInput for an unknown device or format, and for a folder that exists.
+
+    >>> from fedspine import export, load_model, predict
+    >>> export("runs/fedlora-1", "models/nx", device="nx-01")["sparsity"]
+    0.0
+    >>> predict(load_model("models/nx"), ["good the very"])[0].label in ("kind", "unkind")
+    True
+    """
+    return export_model(
+        _folder(run), device=device, format=format, to=Path(to), with_base=with_base, base=base
+    )
+
+
+def free_folder(name: str) -> Path:
+    """The first of the folders runs/NAME-1, runs/NAME-2, ... that does not exist."""
+    number = 1
+    while (folder := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return folder
+
+
+def _folder(run: RunResult | str | Path) -> Path:
+    return run.folder if isinstance(run, RunResult) else Path(run)
+
+
+@contextmanager
+def _as_before() -> Iterator[None]:
+    """A run takes one of torch's threads; afterwards the caller has as many as before."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _html(shown: RenderableType) -> str:
+    """What the terminal shows, for a notebook; names in it are escaped."""
+    console = Console(file=io.StringIO(), record=True, width=WIDE, force_jupyter=False)
+    console.print(shown)
+    pre = "<pre style='white-space:pre;overflow-x:auto;line-height:normal'>{code}</pre>"
+    return console.export_html(inline_styles=True, code_format=pre)
