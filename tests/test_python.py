@@ -2,6 +2,7 @@
 
 import ast
 import json
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -173,7 +174,7 @@ def test_a_run_is_that_of_the_command_line(place, result) -> None:
     arguments = tiny_job(place / "bert", place / "rows.csv", **job)
     at = next(i for i, word in enumerate(arguments) if word.startswith("method.ranks"))
     defaults = {"task.max_tokens": 64, "method.batch": 32, "method.head_start": "random"}
-    defaults |= {"method.learning_rate": "auto", "method.head_speed": 3.0}
+    defaults |= {"method.learning_rate": 2e-3, "method.head_speed": 3.0}
     arguments = arguments[: at - 1] + arguments[at + 1 :]
     arguments += [part for item in defaults.items() for part in ("--set", "{}={}".format(*item))]
     carried_out("run", *arguments, "--out", place / "cli", "--json")
@@ -306,5 +307,5 @@ def test_a_run_on_arrays_gives_its_nets(tmp_path) -> None:
 
 def test_what_cannot_run_is_refused_before_a_folder_is_made(recipe, tmp_path) -> None:
     with pytest.raises(BadInput, match="rank 4096"):
-        run(recipe.choosing({"method": {"rank": 4096}}), tmp_path / "run")
+        run(replace(recipe, method=replace(recipe.method, rank=4096)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
