@@ -74,8 +74,8 @@ class FedLora(LocalTraining):
     """FedAvg of LoRA factors at one rank.
 
     >>> from fedspine import FedLora, Recipe
-    >>> Recipe(method=FedLora(rank=4, steps=10), rounds=5).method.learning_rate
-    'auto'
+    >>> Recipe(method=FedLora(rank=4, steps=10), rounds=5).method.steps
+    10
     """
 
     rank: int = 8
