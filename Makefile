@@ -12,7 +12,7 @@ RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 .PHONY: demo test check bench clean
 .DELETE_ON_ERROR:
 
-# the main job (80 devices, FedSpine, sparsity 0.5), then one device's model against the unpruned one
+# the main job (80 devices, fedspine-plus, sparsity 0.5), then one device's model against the unpruned one
 demo: $(VENV)/.demo
 	$(FEDSPINE) run --out $(RUN)
 	$(FEDSPINE) export $(RUN) --device nx-30 --to $(RUN)/models/nx-30

@@ -28,7 +28,7 @@ def main() -> None:
     base, tokenizer = load("minilm", kind="classification", classes=len(LABELS))
     whole = full(base.anatomy)
     scores = torch.rand(whole.heads.shape), torch.rand(whole.channels.shape)
-    half = shrink(base.anatomy, whole, scores, reached=0.5, target=0.5)
+    half = shrink(base.anatomy, whole, scores, sparsity=0.5, target=0.5)
     head = base.initial_head(rng)
     lines = [
         f"MiniLM, sparsity 0.5 against the whole model, fp32, {os.cpu_count()} cores, torch {torch.__version__}, "

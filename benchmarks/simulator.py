@@ -102,19 +102,20 @@ PEERS = {
 }
 EVERYONE = {"devices": 6, "per_round": 6, "rounds": 5}  # so that each device prunes in every round
 SPINE = {
-    "name": "fedspine",
+    "name": "fedspine-plus",
     "sparsity": 0.5,
     "ranks": [8],
     "most_per_round": 0.5,
     "until": 0.4,  # of the rounds: the last two are trained at full sparsity
-    "score_every": 4,
-    "fleet_say": 0.5,
+    "importance": {"name": "blend", "every": 4},
+    "head_start": "random",
+    "global_importance_weight": 0.5,
 }
 PRUNED_ROUNDS = 2
 PRUNED = {
     "fedlora": Contender("FedLoRA", "ours", ("bf16",), {}, EVERYONE, once=True),
     "pruned": Contender(
-        "FedSpine, sparsity 0.5 once pruned", "ours", ("bf16",), SPINE, EVERYONE, once=True
+        "FedSpine+, sparsity 0.5 once pruned", "ours", ("bf16",), SPINE, EVERYONE, once=True
     ),
 }
 MANY = 10_000

@@ -1,7 +1,7 @@
-"""Only the clock: how long the rounds of FedSpine's choices take on the 80 simulated devices; nothing is trained.
+"""Only the clock: how long FedSpine's rounds take under each controller on the 80 simulated devices; nothing is trained.
 
 Two jobs: MiniLM's first 3 layers on texts of 20 tokens, 10 devices a round, where links decide; and RoBERTa-base on texts of
-128 tokens, all devices in every round, as in the paper, where computing does. The task head goes both ways. What a choice
+128 tokens, all devices in every round, as in the paper, where computing does. The task head goes both ways. What a plan
 earns is made up (a higher rank lowers the loss a little), so only times can be read here.
 
     python experiments/clock.py --job minilm --seeds 0 1 2 3
@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from fedspine.control.controllers import plan_round
-from fedspine.control.reward import Outcome, learn, rewards
+from fedspine.control.bandit import rewards
+from fedspine.control.controllers import Controller, Deadline, Fixed, Oracle, Random, SUcb
+from fedspine.control.plan import PlanResult
 from fedspine.fleets.hardware import Hardware, device_ids, fleet_mix
 from fedspine.lm.cost import Extent
 from fedspine.lm.forecast import Frame, forecast
@@ -48,20 +49,16 @@ JOBS = {
 }
 
 
-def choices(ranks: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
+def controllers(ranks: tuple[int, ...]) -> tuple[Controller, ...]:
     """The bandit and what it is compared with."""
     fixed = (ranks[0], ranks[1], ranks[len(ranks) // 2 - 1], ranks[-1])
     return (
-        {"choice": "bandit"},
-        {"choice": "bandit", "pooled": 1.0},
-        {"choice": "random"},
-        *(
-            {"choice": "fixed", "fixed_rank": rank, "fixed_ratio": 0.0}
-            for rank in dict.fromkeys(fixed)
-        ),
-        {"choice": "fixed", "fixed_rank": ranks[0], "fixed_ratio": 1.0},
-        {"choice": "oracle"},
-        *({"choice": "deadline", "caution": caution} for caution in (0.3, 1.0, 2.0)),
+        SUcb(),
+        Random(),
+        *(Fixed(ratio=0.0, rank=rank) for rank in dict.fromkeys(fixed)),
+        Fixed(ratio=1.0, rank=ranks[0]),
+        Oracle(),
+        *(Deadline(latency_margin=margin) for margin in (0.3, 1.0, 2.0)),
     )
 
 
@@ -71,13 +68,13 @@ def main() -> None:
     arguments.add_argument("--job", choices=list(JOBS), default="minilm")
     wanted = arguments.parse_args()
     seeds, job = wanted.seeds, JOBS[wanted.job]
-    print("| choice | seconds | waiting share | mean rank |\n|---|---|---|---|")
-    for settings in choices(job.method.ranks):
-        found = np.array([simulated(job, replace(job.method, **settings), seed) for seed in seeds])
+    print("| controller | seconds | waiting share | mean rank |\n|---|---|---|---|")
+    for controller in controllers(job.method.ranks):
+        method = replace(job.method, controller=controller)
+        found = np.array([simulated(job, method, seed) for seed in seeds])
         mean, spread = found.mean(0), found.std(0, ddof=1) if len(seeds) > 1 else found[0] * 0
-        said = ", ".join(f"{key} = {value}" for key, value in settings.items())
         print(
-            f"| {said} | {mean[0]:.0f} ± {spread[0]:.0f} | {mean[1]:.2f} | {mean[2]:.1f} |",
+            f"| {controller} | {mean[0]:.0f} ± {spread[0]:.0f} | {mean[1]:.2f} | {mean[2]:.1f} |",
             flush=True,
         )
 
@@ -96,12 +93,16 @@ def simulated(job: Job, method: FedSpine, seed: int) -> tuple[float, float, floa
     ids, hardware = device_ids(kinds), Hardware(seed=seed, kinds=tuple(kinds))
     rows = method.steps * method.batch
     frame = Frame(
-        Extent(rows * job.tokens, rows * job.tokens**2),
-        method.steps * job.layers,
-        job.head_bytes,
-        job.head_bytes,
+        extent=Extent(rows * job.tokens, rows * job.tokens**2),
+        steps=method.steps,
+        scoring=method.importance.order,
+        launches=method.steps * job.layers,
+        bytes_down=job.head_bytes,
+        bytes_up=job.head_bytes,
     )
-    state = SimpleNamespace(rounds=job.rounds, seed=seed, structures={}, reached={}, bandits={})
+    state = SimpleNamespace(
+        rounds=job.rounds, seed=seed, structures={}, sparsities={}, device_models={}
+    )
     rng, units, gain_scale = np.random.default_rng(seed), no_scores(anatomy), None
     turns = np.concatenate(
         [rng.permutation(80) for _ in range(job.rounds * job.per_round // 80 + 1)]
@@ -110,10 +111,10 @@ def simulated(job: Job, method: FedSpine, seed: int) -> tuple[float, float, floa
     for round in range(job.rounds):
         state.round = round
 
-        def foresee(id: str, reached: float, wanted: Any, round: int = round) -> list[float]:
+        def foresee(id: str, sparsity: float, wanted: Any, round: int = round) -> list[float]:
             structure = state.structures.get(id, full(anatomy))
             costs = forecast(
-                anatomy, structure, frame, reached=reached, target=method.sparsity, ranks=wanted
+                anatomy, structure, frame, sparsity=sparsity, target=method.sparsity, ranks=wanted
             )
             place = ids.index(id)
             return [
@@ -124,29 +125,34 @@ def simulated(job: Job, method: FedSpine, seed: int) -> tuple[float, float, floa
         chosen = [
             ids[i] for i in sorted(turns[round * job.per_round : (round + 1) * job.per_round])
         ]
-        plans = plan_round(method, state, dict.fromkeys(chosen, len(method.ranks)), foresee)
-        outcomes = {}
+        turns_now = {
+            id: method._turn(state, id, len(method.ranks), n) for n, id in enumerate(chosen)
+        }
+        plans = method.controller.plan(turns_now, state.device_models, foresee)
+        results = {}
         for id, plan in plans.items():
-            seconds = foresee(id, plan.reached, [plan.rank])[0]
+            seconds = foresee(id, plan.sparsity, [plan.rank])[0]
             gain = (
                 0.05 * np.log(plan.rank) / 3 - 0.02 * plan.progress + 0.03 * rng.standard_normal()
             )
-            outcomes[id] = Outcome(
+            results[id] = PlanResult(
                 plan, seconds, gain, importance=plan.rank**0.5, effective_rank=1.0
             )
             before = state.structures.get(id, full(anatomy))
-            if plan.reached > 0:
+            if plan.sparsity > 0:
                 votes = (units.heads, units.channels)
                 before = shrink(
-                    anatomy, before, votes, reached=plan.reached, target=method.sparsity
+                    anatomy, before, votes, sparsity=plan.sparsity, target=method.sparsity
                 )
             state.structures[id] = before
             asked[id] += 1
             ranks.append(plan.rank)
-        earned, gain_scale = rewards(method, outcomes, gain_scale)
-        state.bandits |= learn(method, state.bandits, outcomes, earned)
-        state.reached |= {id: plan.reached for id, plan in plans.items()}
-        spent = np.array([outcome.seconds for outcome in outcomes.values()])
+        earned, gain_scale = rewards(results, gain_scale)
+        state.device_models = method.controller.learn(
+            state.device_models, results, earned, method.ranks[-1]
+        )
+        state.sparsities |= {id: plan.sparsity for id, plan in plans.items()}
+        spent = np.array([result.seconds for result in results.values()])
         now, waiting = now + spent.max(), waiting + (spent.max() - spent).mean()
     return now, waiting / now, float(np.mean(ranks))
 

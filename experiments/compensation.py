@@ -61,7 +61,7 @@ def compared(task: Task, seed: int):
             anatomy,
             full(anatomy),
             (scores.heads, scores.channels),
-            reached=sparsity,
+            sparsity=sparsity,
             target=sparsity,
         )
         pruned = replace(

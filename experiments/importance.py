@@ -89,7 +89,7 @@ def compared(task: Task, seed: int):
     for sparsity in SPARSITIES:
         for criterion, scores in known.items():
             pair = (scores.heads, scores.channels)
-            structure = shrink(anatomy, full(anatomy), pair, reached=sparsity, target=sparsity)
+            structure = shrink(anatomy, full(anatomy), pair, sparsity=sparsity, target=sparsity)
             pruned = replace(
                 whole,
                 structure=structure,

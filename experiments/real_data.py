@@ -10,10 +10,12 @@ import platform
 import statistics
 import subprocess
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tomli_w
 import torch
 
 from fedspine.lm.score import score
@@ -42,10 +44,13 @@ PLAN: dict[
 SPINE_ONLY = (
     "sparsity",
     "ranks",
-    "fleet_say",
+    "controller",
+    "importance",
+    "global_importance_weight",
     "until",
-    "score_every",
-)  # fields that FedLoRA does not have
+    "quorum",
+    "head_start",
+)  # fields that FedLoRA does not have, or had not when this was measured
 
 
 def main() -> None:
@@ -101,10 +106,11 @@ def recipe_for(name: str, settings: list[str], seed: int, arguments: argparse.Na
     if name == "pydoc_topics":
         return load(None, settings, seed)
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
-        lines = (HERE / f"{name}.toml").read_text().splitlines()
+        tables = tomllib.loads((HERE / f"{name}.toml").read_text())
         if settings is DENSE:
-            lines = [line for line in lines if line.split(" ")[0] not in SPINE_ONLY]
-        file.write("\n".join(lines))
+            for key in SPINE_ONLY:
+                tables["method"].pop(key, None)
+        file.write(tomli_w.dumps(tables))
         file.flush()
         local = [f"task.data={arguments.data / name}"]
         if name == "tinystories":

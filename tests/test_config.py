@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from fedspine.control.controllers import Deadline, Oracle, SUcb
 from fedspine.core.errors import BadInput
+from fedspine.lm.importance_sources import Blend, Gradient, Magnitude
 from fedspine.methods import all_methods
 from fedspine.methods.fedlora import FedLora
 from fedspine.runs import config
@@ -92,6 +94,105 @@ def test_the_embedded_jobs_rate_holds_for_its_own_data_and_method():
     for setting in ("task.data=other.csv", "method.name=fedlora"):
         other = config.load(None, [setting]).method
         assert other.learning_rate == default.learning_rate and other.steps == own.steps
-        assert other.head_speed == default.head_speed
+        assert other.head_lr_multiplier == default.head_lr_multiplier
     given = config.load(None, ["task.data=other.csv", "method.learning_rate=0.001"]).method
     assert given.learning_rate == 0.001
+
+
+# --- settings that are tables of their own ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "controller"),
+    [
+        ([], Deadline()),
+        (["method.controller.latency_margin=1.0"], Deadline(latency_margin=1.0)),
+        (["method.controller.name=oracle"], Oracle()),
+        (
+            ["method.controller.deadline_slack=0.5", "method.controller.name=oracle"],
+            Oracle(deadline_slack=0.5),
+        ),
+        (["method.name=fedspine"], SUcb()),
+        (["method.name=fedspine", "method.controller.name=deadline"], Deadline()),
+    ],
+)
+def test_a_part_is_set_by_its_name_and_its_settings(settings, controller) -> None:
+    assert config.load(None, settings).method.controller == controller
+
+
+def test_a_part_keeps_what_the_file_says_unless_another_is_named(tmp_path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(
+        '[method]\nname = "fedspine"\n[method.importance]\nname = "blend"\nkeep = 0.5\n'
+        "[method.controller]\nmax_tree_depth = 3\n"
+    )
+    read = config.load(file).method
+    assert (read.importance, read.controller) == (Blend(keep=0.5), SUcb(max_tree_depth=3))
+    read = config.load(file, ["method.importance.every=2"]).method
+    assert read.importance == Blend(every=2, keep=0.5)
+    read = config.load(file, ["method.importance.name=magnitude"]).method
+    assert (read.importance, read.controller) == (Magnitude(), SUcb(max_tree_depth=3))
+
+
+def test_another_method_takes_the_settings_that_its_own_part_has() -> None:
+    """The embedded job says how often importance is updated, which is not its source's alone."""
+    assert config.load(None).method.importance == Blend(every=2, keep=0.5)
+    for name in ("fedspine", "loraprune", "prune_after"):
+        assert config.load(None, [f"method.name={name}"]).method.importance == Gradient(
+            every=2, keep=0.5
+        )
+
+
+def test_recipes_differ_by_the_setting_of_a_part() -> None:
+    other = config.load(None, ["method.controller.latency_margin=1.0"])
+    difference = config.load(None).difference(other)
+    assert difference == "method.controller.latency_margin is 0.3 there, 1.0 here"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["method.controller.name=dedline"], "did you mean 'deadline'?"),
+        (["method.controller.latency_margn=1"], "did you mean 'latency_margin'?"),
+        (["method.controller.name=oracle", "method.controller.rank=4"], "for oracle 'rank'"),
+        (["method.controller=deadline"], "a table was expected; name one of deadline, fixed,"),
+        (["method.controller.latency_margin=x"], "method.controller.latency_margin is 'x'"),
+        (["method.controller.name=3"], "unknown method.controller.name '3'"),
+        (["method.name=prune_after", "method.importance.name=blend"], "known: gradient, magnitude"),
+    ],
+)
+def test_a_part_that_cannot_be_is_refused(settings, says) -> None:
+    with pytest.raises(BadInput) as refused:
+        config.load(None, settings)
+    assert says in str(refused.value)
+
+
+# --- the format ---
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("choice=bandit", 'write controller.name; for the form that it had before write name = "f'),
+        ("caution=0.3", "write controller.latency_margin"),
+        ("score_every=2", "write importance.every"),
+        ("head_speed=3.0", "write head_lr_multiplier"),
+        (
+            "fleet_say=0.5",
+            'write name = "fedspine-plus" and global_importance_weight for fleet_say',
+        ),
+        ("enough=0.7", 'write name = "fedspine-plus" and quorum for enough'),
+        ("quorum=0.7", 'write name = "fedspine-plus"'),
+        ("pooled=1.0", "unknown key of [method] for fedspine 'pooled'"),
+    ],
+)
+def test_an_older_recipe_is_told_what_to_write_now(key, says) -> None:
+    with pytest.raises(BadInput) as refused:
+        config.load(None, ["method.name=fedspine", f"method.{key}"])
+    assert says in str(refused.value)
+
+
+@pytest.mark.parametrize("number", [0, 3, "2"])
+def test_a_recipe_of_an_unknown_format_is_refused(number) -> None:
+    with pytest.raises(BadInput, match="format is .*, but this fedspine reads recipes of format 2"):
+        config.recipe({"format": number})

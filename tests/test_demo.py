@@ -32,7 +32,7 @@ def test_a_first_look_goes_from_data_to_an_answer(
 
 def test_the_recipe_of_the_first_look_is_small() -> None:
     recipe = config.recipe(config.embedded("demo"))
-    assert recipe.method.name == "fedspine" and recipe.task.data == "pydoc-topics"
+    assert recipe.method.name == "fedspine-plus" and recipe.task.data == "pydoc-topics"
     samples = recipe.run.rounds * recipe.fleet.per_round * recipe.method.steps * recipe.method.batch
     # half of MiniLM's blocks train 100 samples a second on two AVX2 cores of 48 GFLOP/s: half a minute
     assert samples <= 3100 and recipe.run.final_rows <= 512

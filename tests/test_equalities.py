@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from toy import Spy, bits
 
+from fedspine.control.controllers import Deadline, Fixed, Oracle, Random
 from fedspine.core.device import Device
 from fedspine.core.tensors import half, single
 from fedspine.fleets.lossy import Lossy
@@ -24,7 +25,7 @@ def test_fedspine_without_pruning_at_one_rank_is_fedlora(lab, rank):
     toy = FedLora.toy()
     shared = {"steps": toy.steps, "batch": toy.batch, "learning_rate": toy.learning_rate}
     spine = lab("spine").run(
-        FedSpine(sparsity=0.0, enough=1.0, ranks=(rank,), aggregation="zeropad", **shared), rounds=3
+        FedSpine(sparsity=0.0, ranks=(rank,), aggregation="zeropad", **shared), rounds=3
     )
     lora = lab("lora").run(FedLora(rank=rank, **shared), rounds=3)
     assert list(spine.adapter) == list(lora.adapter)
@@ -33,22 +34,19 @@ def test_fedspine_without_pruning_at_one_rank_is_fedlora(lab, rank):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "controller",
     [
-        {"choice": "random"},
-        {"choice": "fixed"},
-        {"choice": "oracle"},
-        {"choice": "deadline"},
-        {"pooled": 1.0},
+        Random(),
+        Fixed(rank=4),
+        Oracle(),
+        Deadline(),
     ],
+    ids=lambda controller: controller.name,
 )
-def test_with_one_rank_and_nothing_to_prune_there_is_no_choice(lab, settings):
+def test_with_one_rank_and_nothing_to_prune_there_is_no_choice(lab, controller):
     method = FedSpine(
         sparsity=0.0,
-        enough=1.0,
         ranks=(4,),
-        choice="bandit",
-        fixed_rank=4,
         steps=4,
         batch=16,
         learning_rate=2e-2,
@@ -56,18 +54,16 @@ def test_with_one_rank_and_nothing_to_prune_there_is_no_choice(lab, settings):
     plain, other = lab("plain"), lab("other")
     first, second = (
         plain.run(method, rounds=2),
-        other.run(dataclasses.replace(method, **settings), rounds=2),
+        other.run(dataclasses.replace(method, controller=controller), rounds=2),
     )
-    assert bits(dataclasses.replace(first, bandits={})) == bits(
-        dataclasses.replace(second, bandits={})
+    assert bits(dataclasses.replace(first, device_models={})) == bits(
+        dataclasses.replace(second, device_models={})
     )
     assert plain.fleet.now == other.fleet.now
 
 
 def test_one_device_at_full_rank_is_local_training(lab, task):
-    method = FedSpine(
-        sparsity=0.0, enough=1.0, ranks=(WIDTH,), steps=8, batch=16, learning_rate=2e-3
-    )
+    method = FedSpine(sparsity=0.0, ranks=(WIDTH,), steps=8, batch=16, learning_rate=2e-3)
     bench, spies = lab(kinds=("agx",)), []
     start = method.start(task, np.random.default_rng([0, 1]))
     state = bench.run(method, rounds=1, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])

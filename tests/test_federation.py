@@ -79,10 +79,8 @@ LORA = {"name": "fedlora", "rank": 4, "steps": 4, "batch": 8, "learning_rate": 2
 # what FedSpine's bandit earns depends on measured seconds, a fixed choice does not
 SPINE = {
     "name": "fedspine",
-    "choice": "fixed",
-    "enough": 1.0,
+    "controller": {"name": "fixed", "rank": 4},
     "ranks": [2, 4],
-    "fixed_rank": 4,
     "steps": 4,
     "batch": 8,
 }

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import Lab, bits, toy_task
 
+from fedspine.control.controllers import Fixed
 from fedspine.core.device import find_work, name_of
 from fedspine.core.fleet import AllLost, Idle
 from fedspine.core.message import NotAMessage, message, pack, unpack
@@ -323,7 +324,10 @@ def test_a_worker_that_was_replaced_is_opened_again_within_the_ask(ground, model
 
 
 def test_a_site_that_lost_its_memory_starts_anew_and_that_is_noted(ground, sites):
-    here, method = sites(method="fedspine"), replace(find("fedspine").toy(), choice="fixed")
+    here, method = (
+        sites(method="fedspine"),
+        replace(find("fedspine").toy(), controller=Fixed(rank=4)),
+    )
     state = here.run(method, 2)
     shutil.rmtree(ground.kits.folder / "west" / "memory" / here.party.run)
     (ground.kits.folder / "west" / "memory" / here.party.run).mkdir()
@@ -368,21 +372,25 @@ def test_a_cohort_hears_whoever_has_a_reply_under_way(sites):
     assert {cohort.next().device for _ in SITES} == set(SITES)
 
 
+def plus_toy():
+    return replace(find("fedspine-plus").toy(), head_start="random")
+
+
 def test_a_round_need_not_wait_for_every_site(sites):
-    here = sites(method="fedspine")
-    method = replace(find("fedspine").toy(), choice="fixed", fixed_rank=4, enough=0.6)
+    here = sites(method="fedspine-plus")
+    method = replace(plus_toy(), controller=Fixed(rank=4), quorum=0.6)
     state = here.run(method, 4)
-    assert set(state.structures) == set(SITES)  # whoever was late was merged later
-    assert len(state.late) <= 1
+    assert set(state.spine.structures) == set(SITES)  # whoever was late was merged later
+    assert len(state.pending) <= 1
     orders = sum(isinstance(asked, SiteOrder) for _, asked in here.link.heard)
     assert 2 * len(SITES) <= orders < 4 * len(SITES)  # who is late is not asked
 
 
 def test_a_round_that_does_not_wait_for_all_needs_the_quorum_too(sites):
-    here = sites(method="fedspine", quorum=2)
+    here = sites(method="fedspine-plus", quorum=2)
     here.link.faults = {"east": ["died"], "north": ["died"]}
     with pytest.raises(AllLost, match="of 3 sites asked 1 replied, 2 are the quorum"):
-        here.run(replace(find("fedspine").toy(), enough=0.6), 1)
+        here.run(replace(plus_toy(), quorum=0.6), 1)
 
 
 def test_in_split_learning_a_slow_site_joins_late_and_one_that_dies_is_not_waited_for(sites):

@@ -57,7 +57,7 @@ def test_one_device_at_one_rank_is_fedlora_in_product_space(lab, task, rank):
 def test_at_one_rank_it_is_fedspine_that_does_not_prune_and_aggregates_as_flexlora(lab):
     ours = lab("ours").run(FlexLora(ranks=(4,), **SHARED), rounds=3)
     theirs = lab("theirs").run(
-        FedSpine(sparsity=0.0, enough=1.0, ranks=(4,), aggregation="flexlora", **SHARED), rounds=3
+        FedSpine(sparsity=0.0, ranks=(4,), aggregation="flexlora", **SHARED), rounds=3
     )
     assert bits(ours.adapter) == bits(theirs.adapter)
     assert bits(ours.head) == bits(theirs.head)

@@ -84,7 +84,7 @@ def test_at_one_rank_weighed_by_rows_it_is_fedlora(lab, rank):
 def test_at_one_rank_it_is_fedspine_that_does_not_prune_and_aggregates_as_hetlora(lab):
     ours = lab("ours").run(HetLora(ranks=(4,), **SHARED), rounds=3)
     theirs = lab("theirs").run(
-        FedSpine(sparsity=0.0, enough=1.0, ranks=(4,), aggregation="hetlora", **SHARED), rounds=3
+        FedSpine(sparsity=0.0, ranks=(4,), aggregation="hetlora", **SHARED), rounds=3
     )
     assert bits(ours.adapter) == bits(theirs.adapter)
     assert bits(ours.head) == bits(theirs.head)

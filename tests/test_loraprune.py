@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from toy import Spy, bits
 
+from fedspine.control.controllers import Fixed
 from fedspine.control.sparsity import cubic_floor
 from fedspine.core.errors import BadInput
 from fedspine.fleets.lossy import Lossy
+from fedspine.lm.importance_sources import Gradient
 from fedspine.lm.structure import full, is_full, sparsity
 from fedspine.methods.fedlora import FedLora
-from fedspine.methods.fedspine import FedSpine
+from fedspine.methods.fedspine_plus import FedSpinePlus
 from fedspine.methods.loraprune import LoraPrune
 
 TOY = LoraPrune.toy()
@@ -26,24 +28,23 @@ def test_without_pruning_it_is_fedlora(lab):
     assert bits(pruned.head) == bits(plain.head)
 
 
-@pytest.mark.parametrize("fleet_say", [0.0, 0.5])
-def test_it_is_fedspine_on_the_cubic_at_one_rank(lab, fleet_say):
-    spine = FedSpine(
+@pytest.mark.parametrize("global_importance_weight", [0.0, 0.5])
+def test_it_is_fedspine_on_the_cubic_at_one_rank(lab, global_importance_weight):
+    spine = FedSpinePlus(
         ranks=(TOY.rank,),
-        fixed_rank=TOY.rank,
-        choice="fixed",
-        enough=1.0,
-        fixed_ratio=0.0,  # as the schedule demands
+        controller=Fixed(rank=TOY.rank, ratio=0.0),  # as the schedule demands
+        quorum=1.0,
         floor=1.0,
-        importance="gradient",
+        importance=Gradient(),
+        head_start="random",
         aggregation="zeropad",
         warmup=TOY.warmup,
         until=TOY.until,
-        fleet_say=fleet_say,
+        global_importance_weight=global_importance_weight,
         **SHARED,
     )
     method, first, second = (
-        dataclasses.replace(TOY, fleet_say=fleet_say),
+        dataclasses.replace(TOY, global_importance_weight=global_importance_weight),
         lab("loraprune"),
         lab("spine"),
     )
@@ -57,7 +58,7 @@ def test_it_is_fedspine_on_the_cubic_at_one_rank(lab, fleet_say):
 def test_importance_settings_reach_the_devices(lab):
     plain = lab("plain").run(TOY)
     squared = lab("squared").run(
-        dataclasses.replace(TOY, score_square=True, score_normalise=True, score_cross=1.0)
+        dataclasses.replace(TOY, importance=Gradient(square=True, normalise=True, cross=1.0))
     )
     assert bits(plain.structures) != bits(squared.structures)
 
@@ -70,7 +71,7 @@ def test_every_device_is_asked_for_the_sparsity_of_the_schedule(lab, task):
         due = cubic_floor(
             round, task.rounds, TOY.sparsity, warmup=TOY.warmup, until=TOY.until, share=1.0
         )
-        assert {order.reached for _, order in spy.orders} == {due if round else 0.0}
+        assert {order.sparsity for _, order in spy.orders} == {due if round else 0.0}
         for id, result in spy.results:
             assert not bool(
                 (result.structure.channels & ~last.get(id, full(task.base.anatomy)).channels).any()
@@ -105,10 +106,10 @@ def test_nothing_is_pruned_at_the_start(task):
         ({"sparsity": math.nan}, "sparsity is nan"),
         ({"sparsity": 0.95}, "lower the target"),
         ({"rank": 64}, "has rank 64, but .* is 32 wide; choose 1 to 32"),
-        ({"fleet_say": -0.5}, "fleet_say is -0.5, but 0 to 1"),
+        ({"global_importance_weight": -0.5}, "global_importance_weight is -0.5, but 0 to 1"),
         ({"warmup": 0.8}, "warmup < until"),
-        ({"score_every": 0}, "score_every is 0"),
-        ({"score_keep": 1.5}, "score_keep is 1.5, but 0 to 1"),
+        ({"importance": Gradient(every=0)}, "importance.every is 0"),
+        ({"importance": Gradient(keep=1.5)}, "importance.keep is 1.5, but 0 to 1"),
         ({"steps": 0}, "steps is 0"),
     ],
 )

@@ -6,7 +6,9 @@ import pytest
 import torch
 from toy import bits
 
+from fedspine.control.controllers import Fixed
 from fedspine.core.errors import BadInput
+from fedspine.lm import importance_sources
 from fedspine.lm.importance import magnitude_scores
 from fedspine.lm.structure import cut_adapter, full, shrink, sparsity
 from fedspine.methods.fedlora import FedLora
@@ -27,12 +29,9 @@ def test_without_pruning_it_is_fedlora(lab):
 def test_it_is_fedspine_by_magnitude_on_the_cubic_at_one_rank(lab):
     spine = FedSpine(
         ranks=(TOY.rank,),
-        fixed_rank=TOY.rank,
-        choice="fixed",
-        enough=1.0,
-        fixed_ratio=0.0,  # as the schedule demands
+        controller=Fixed(rank=TOY.rank, ratio=0.0),  # as the schedule demands
         floor=1.0,
-        importance="magnitude",
+        importance=importance_sources.Magnitude(),
         aggregation="zeropad",
         warmup=TOY.warmup,
         until=TOY.until,
@@ -55,7 +54,7 @@ def test_the_smallest_units_go(lab, task):
         task.base.anatomy,
         full(task.base.anatomy),
         (scores.heads, scores.channels),
-        reached=0.5,
+        sparsity=0.5,
         target=0.5,
     )
     assert sparsity(task.base.anatomy, structure) == pytest.approx(0.5, abs=0.005)
@@ -73,7 +72,7 @@ def test_the_smallest_units_go(lab, task):
     [
         ({"sparsity": -0.1}, "sparsity is -0.1, but 0 to 0.95"),
         ({"rank": 0}, "has rank 0"),
-        ({"fleet_say": 2.0}, "fleet_say is 2.0, but 0 to 1"),
+        ({"global_importance_weight": 2.0}, "global_importance_weight is 2.0, but 0 to 1"),
         ({"until": 1.5}, "warmup < until"),
         ({"batch": 0}, "batch is 0"),
     ],

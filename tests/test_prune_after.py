@@ -8,6 +8,7 @@ import torch
 from toy import Spy, bits
 
 from fedspine.core.errors import BadInput
+from fedspine.lm.importance_sources import Gradient, Magnitude, Random
 from fedspine.lm.structure import cut_adapter, full, is_full, shrink, sparsity
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.prune_after import PruneAfter
@@ -35,7 +36,9 @@ def test_each_device_is_pruned_once_by_the_scores_it_sent_last(lab, task):
     found = set()
     for id, result in spies[-1].results:
         votes = (result.scores.heads, result.scores.channels)
-        structure = shrink(anatomy, full(anatomy), votes, reached=TOY.sparsity, target=TOY.sparsity)
+        structure = shrink(
+            anatomy, full(anatomy), votes, sparsity=TOY.sparsity, target=TOY.sparsity
+        )
         model = TOY.deploy(state, id)
         assert torch.equal(model.structure.heads, structure.heads)
         assert torch.equal(model.structure.channels, structure.channels)
@@ -60,7 +63,7 @@ def test_what_is_deployed_is_pruned_to_the_target_at_any_time(lab, task):
 
 
 def test_the_fleet_decides_for_all_where_it_has_all_the_say(lab):
-    method, bench = dataclasses.replace(TOY, fleet_say=1.0), lab()
+    method, bench = dataclasses.replace(TOY, global_importance_weight=1.0), lab()
     state = bench.run(method, rounds=2)
     assert len({bits(method.deploy(state, id)) for id in (None, *bench.ids)}) == 1
 
@@ -80,8 +83,8 @@ def test_the_last_rounds_tune_what_is_pruned(lab, task):
 
 def test_importance_can_be_magnitude_or_chance(lab):
     structures = {
-        bits(method.deploy(lab(importance).run(method, rounds=2), "nx-02").structure)
-        for importance in ("gradient", "magnitude", "random")
+        bits(method.deploy(lab(importance.name).run(method, rounds=2), "nx-02").structure)
+        for importance in (Gradient(), Magnitude(), Random())
         for method in [dataclasses.replace(TOY, importance=importance)]
     }
     assert len(structures) == 3
@@ -93,8 +96,8 @@ def test_importance_can_be_magnitude_or_chance(lab):
         ({"sparsity": 0.95}, "lower the target"),
         ({"recover": 5}, "recover is 5, but 0 to 4 was expected"),
         ({"recover": -1}, "recover is -1, but 0 to 4"),
-        ({"score_every": 0}, "score_every is 0"),
-        ({"fleet_say": 1.5}, "fleet_say is 1.5"),
+        ({"importance": Gradient(every=0)}, "importance.every is 0"),
+        ({"global_importance_weight": 1.5}, "global_importance_weight is 1.5"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(task, settings, complaint):

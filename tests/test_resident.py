@@ -226,7 +226,8 @@ def test_works_of_a_method_are_its_own_and_those_it_builds_on():
         name_of(head_start.class_means),
     }
     assert works_of("flexlora") == works_of("fedlora")
-    assert works_of("fedspine") == {name_of(prune_and_tune), name_of(head_start.class_means)}
+    assert works_of("fedspine") == {name_of(prune_and_tune)}
+    assert works_of("fedspine-plus") == {name_of(prune_and_tune), name_of(head_start.class_means)}
     assert works_of("mergesfl-plus") == works_of("mergesfl")
     assert not works_of("fedspine") & works_of("mergesfl")
     with pytest.raises(BadInput):

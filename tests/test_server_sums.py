@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedspine.control.controllers import Fixed
 from fedspine.control.plan import Plan
 from fedspine.core.fleet import Cost, Idle, Profile, Reply
 from fedspine.lm.importance import Scores
@@ -13,8 +14,9 @@ from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.structure import Structure, cut_adapter
 from fedspine.methods import all_methods
 from fedspine.methods.fedlora import LoraResult
+from fedspine.methods.fedspine_plus import PlusState
 from fedspine.pruning.device import SpineResult, contribution
-from fedspine.pruning.semi_async import UnderWay
+from fedspine.pruning.semi_async import PendingOrder
 
 METHODS = all_methods()
 COST = Cost(bytes_down=1, bytes_up=1, flops=1.0, peak_memory_bytes=1, seconds=1.0)
@@ -104,9 +106,11 @@ def test_factors_and_heads_are_weighed_by_rows(name, task):
             assert torch.allclose(now[key], tensor + MEAN, rtol=0, atol=OFF), key
 
 
-def spine(**changes):
-    fields = {"sparsity": 0.0, "choice": "fixed", "fixed_rank": 8, "enough": 1.0} | changes
-    return replace(METHODS["fedspine"].toy(), **fields)
+FIXED = {"sparsity": 0.0, "controller": Fixed(rank=8)}
+
+
+def spine():
+    return replace(METHODS["fedspine"].toy(), **FIXED)
 
 
 def test_changes_are_against_what_was_sent_and_weighed_by_rows(task):
@@ -131,7 +135,7 @@ def test_changes_are_against_what_was_sent_and_weighed_by_rows(task):
 def test_a_contribution_is_against_the_order_cut_to_what_the_device_kept(task):
     method, anatomy = spine(), task.base.anatomy
     state = trained(method, task)
-    order = method._order(state, "one", Plan(reached=0.0, rank=8, action=None, progress=0.0))
+    order = method._order(state, "one", Plan(sparsity=0.0, rank=8, action=None, progress=0.0))
     heads, channels = order.structure.heads.clone(), order.structure.channels.clone()
     heads[0, 0], channels[:, :5] = False, False
     kept = Structure(heads=heads, channels=channels)
@@ -147,15 +151,15 @@ def test_a_contribution_is_against_the_order_cut_to_what_the_device_kept(task):
 
 def test_a_late_head_counts_as_its_change_on_todays_head(task):
     """It was trained from the head of an earlier round, to which its device does not bring the server back."""
-    method = spine(enough=0.5)
-    first = trained(method, task)
-    order = method._order(first, "three", Plan(reached=0.0, rank=8, action=None, progress=0.0))
-    late = {"three": UnderWay(order=order, rank=8)}
-    today = replace(first, round=1, head=moved(first.head, 2.0), late=late)
+    method = replace(METHODS["fedspine-plus"].toy(), head_start="random", quorum=0.5, **FIXED)
+    first = trained(spine(), task)
+    order = method._order(first, "three", Plan(sparsity=0.0, rank=8, action=None, progress=0.0))
+    late = {"three": PendingOrder(order=order, rank=8)}
+    today = replace(first, round=1, head=moved(first.head, 2.0))
     came = Reply("three", result_of(order, BY["three"], ROWS["three"]), COST)
     fleet = Told(task.base, reply, names=("one",), first=[came])
-    after = method.round(today, fleet)
-    assert not after.late
+    after = method.round(PlusState(spine=today, pending=late), fleet)
+    assert not after.pending
     for name, tensor in today.head.items():
         # both changes on today's head; the late head as it came would be 2 lower in three of four rows
-        assert torch.allclose(after.head[name], tensor + MEAN, rtol=0, atol=OFF)
+        assert torch.allclose(after.spine.head[name], tensor + MEAN, rtol=0, atol=OFF)

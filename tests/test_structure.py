@@ -84,10 +84,10 @@ def path_to(anatomy, target, seed):
     """The structures of a device that shrinks at random paces and with other scores at each step."""
     rng = np.random.default_rng(seed)
     structures = [full(anatomy)]
-    for reached in [*np.sort(rng.random(4)) * target, target]:
+    for step in [*np.sort(rng.random(4)) * target, target]:
         scores = random_scores(anatomy, rng.integers(2**32))
         structures.append(
-            shrink(anatomy, structures[-1], scores, reached=float(reached), target=target)
+            shrink(anatomy, structures[-1], scores, sparsity=float(step), target=target)
         )
     return structures
 
@@ -107,7 +107,7 @@ def test_any_path_ends_at_the_target_and_nothing_grows_back(anatomy, target, see
     "anatomy", [MINILM, ROBERTA, DECODER], ids=["minilm", "roberta", "decoder"]
 )
 def test_models_end_within_a_quarter_percent(anatomy, target):
-    end = shrink(anatomy, full(anatomy), random_scores(anatomy, 0), reached=target, target=target)
+    end = shrink(anatomy, full(anatomy), random_scores(anatomy, 0), sparsity=target, target=target)
     assert abs(sparsity(anatomy, end) - target) <= 0.0025
 
 
@@ -124,7 +124,7 @@ def test_sparsity_counts_the_weights_that_are_gone():
 
 def test_shrinking_changes_nothing_in_place():
     before = full(TINY)
-    shrink(TINY, before, random_scores(TINY, 0), reached=0.5, target=0.5)
+    shrink(TINY, before, random_scores(TINY, 0), sparsity=0.5, target=0.5)
     assert is_full(before)
 
 
@@ -132,7 +132,7 @@ def test_shrinking_changes_nothing_in_place():
 @given(targets, st.integers(0, 2**32 - 1))
 def test_the_least_important_go_first(target, seed):
     scores = random_scores(TINY, seed)
-    end = shrink(TINY, full(TINY), scores, reached=target, target=target)
+    end = shrink(TINY, full(TINY), scores, sparsity=target, target=target)
     for kept, score in ((end.heads, scores[0]), (end.channels, scores[1])):
         for layer in range(TINY.layers):
             gone = score[layer][~kept[layer]]
@@ -141,7 +141,7 @@ def test_the_least_important_go_first(target, seed):
 
 def test_ties_go_to_the_lower_index():
     equal = tuple(torch.zeros_like(score) for score in random_scores(TINY, 0))
-    end = shrink(TINY, full(TINY), equal, reached=0.5, target=0.5)
+    end = shrink(TINY, full(TINY), equal, sparsity=0.5, target=0.5)
     assert end.heads.tolist() == [[False, False, True, True]] * 2
     assert end.channels.tolist() == [[False] * 32 + [True] * 32] * 2
 
@@ -152,7 +152,7 @@ def test_decoders_keep_their_first_tenth_and_their_last_layer():
     assert final_targets(ROBERTA, 0.3) == [0.3] * ROBERTA.layers
     # what the others could not carry without going below their floors, all carry
     assert final_targets(DECODER, 0.74) == [0.74] * DECODER.layers
-    end = shrink(DECODER, full(DECODER), random_scores(DECODER, 0), reached=0.4, target=0.4)
+    end = shrink(DECODER, full(DECODER), random_scores(DECODER, 0), sparsity=0.4, target=0.4)
     whole = end.heads.all(1) & end.channels.all(1)
     assert whole.tolist() == [True] * 2 + [False] * 17 + [True]
     assert abs(sparsity(DECODER, end) - 0.4) <= 0.0025

@@ -24,6 +24,7 @@ from runs import (
     write_csv,
 )
 
+from fedspine.control.controllers import Deadline, Fixed, SUcb
 from fedspine.core.errors import BadInput
 from fedspine.methods import all_methods
 from fedspine.runs import config
@@ -132,6 +133,38 @@ def test_a_name_may_be_shared_or_be_the_label(place):
     assert (cell.label, cell.recipe.method.name) == ("fedlora", "fedlora")
 
 
+PARTS = """
+[method]
+name = "fedspine"
+controller.name = "fixed"
+controller.rank = 4
+[methods.four]
+[methods.eight]
+controller.rank = 8
+[methods.plain]
+controller.name = "s-ucb"
+[methods.plan]
+controller.name = "deadline"
+[methods.plan.grid]
+controller.latency_margin = [0.3, 1.0]
+"""
+
+
+def test_settings_of_parts_are_laid_over_each_other(place):
+    cells = planned(PARTS)
+    assert [(cell.label, cell.recipe.method.controller) for cell in cells] == [
+        ("four", Fixed(rank=4)),
+        ("eight", Fixed(rank=8)),
+        ("plain", SUcb()),
+        ("plan controller.latency_margin=0.3", Deadline(latency_margin=0.3)),
+        ("plan controller.latency_margin=1.0", Deadline(latency_margin=1.0)),
+    ]
+    named = planned(
+        '[method]\nname = "fedspine"\n[grid]\nmethod.controller.name = ["s-ucb", "random"]'
+    )
+    assert [cell.recipe.method.controller.name for cell in named] == ["s-ucb", "random"]
+
+
 def test_named_data_may_set_several_keys(place):
     write_csv(place / "pairs.csv")
     data = '[data.one]\n[data.two]\ntask.data = "pairs.csv"\ntask.max_tokens = 16\nrun.rounds = 5\nmethod.batch = 4\n'
@@ -197,6 +230,14 @@ BAD = {  # what is added to the good file, or another file, and what the line mu
     "own grid": (
         "[methods.lora.grid]\nranks = [1]\n",
         ["[methods.lora.grid] 'ranks'", "did you mean 'rank'"],
+    ),
+    "part twice": (
+        "[methods.x]\nname = 'fedspine'\ncontroller.name = 'fixed'\n[methods.x.grid]\ncontroller.name = ['random']\n",
+        ["controller.name is set in [methods.x] and", "keep one"],
+    ),
+    "no such part": (
+        "[methods.x]\nname = 'fedspine'\ncontroller.name = 'fixd'\n",
+        ["unknown method.controller.name 'fixd'", "did you mean 'fixed'"],
     ),
     "own grid again": (
         "[methods.lora.grid]\nrank = [1]\n",

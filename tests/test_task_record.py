@@ -328,6 +328,21 @@ def test_an_older_run_is_not_gone_on_with(place, command) -> None:
     assert files(place / "run") == before
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["run", "--resume", "{run}"], ["export", "{run}", "--to", "x"]],
+    ids=["resume", "export"],
+)
+def test_a_run_of_an_older_format_is_refused(place, command, words) -> None:
+    recipe = place / "run" / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("format = 2\n", ""))
+    before = files(place / "run")
+    code, _, (line,) = command(*(word.format(run=place / "run") for word in words))
+    assert code == 2
+    assert "is of format 1 and this fedspine reads format 2" in line
+    assert files(place / "run") == before
+
+
 def test_a_folder_made_before_its_run_is_built(place, command) -> None:
     """As the cells of a sweep are; it is kept from then on."""
     recipe = recipe_of(place / "run")

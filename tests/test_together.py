@@ -72,7 +72,7 @@ def models(base, ranks, targets):
         structure = full(anatomy)
         if target:
             scores = tuple(torch.rand(kept.shape) for kept in (structure.heads, structure.channels))
-            structure = shrink(anatomy, structure, scores, reached=target, target=target)
+            structure = shrink(anatomy, structure, scores, sparsity=target, target=target)
         adapter = {
             name: t + 0.01 if name.endswith("B") else t
             for name, t in fresh(anatomy.sites, rank, rng).items()

@@ -39,7 +39,7 @@ def wide_and_cut(base, target, seed=0):
         torch.from_numpy(rng.random((anatomy.layers, units)).astype(np.float32))
         for units in (anatomy.heads, anatomy.channels)
     )
-    structure = shrink(anatomy, wide.structure, scores, reached=target, target=target)
+    structure = shrink(anatomy, wide.structure, scores, sparsity=target, target=target)
     adapter = cut_adapter(wide.adapter, anatomy.sites, structure)
     return wide, Model(structure=structure, adapter=adapter, head=wide.head, scale=wide.scale)
 

@@ -46,7 +46,7 @@ def cut_to(anatomy, target):
         torch.from_numpy(rng.random((anatomy.layers, units)).astype(np.float32))
         for units in (anatomy.heads, anatomy.channels)
     )
-    return shrink(anatomy, full(anatomy), scores, reached=target, target=target)
+    return shrink(anatomy, full(anatomy), scores, sparsity=target, target=target)
 
 
 def model_on(base, rank=4, seed=0):
@@ -206,7 +206,7 @@ def test_batches_are_whole_passes(task, rows, steps, size, seed):
 
 
 def test_the_learning_rates_fall_linearly():
-    method = FedLora(learning_rate=0.8, head_speed=0.5)
+    method = FedLora(learning_rate=0.8, head_lr_multiplier=0.5)
     tunings = [tuning_at(method, round, 4) for round in range(4)]
     assert [tuning.learning_rate for tuning in tunings] == pytest.approx([0.8, 0.6, 0.4, 0.2])
     assert [tuning.head_learning_rate for tuning in tunings] == pytest.approx([0.4, 0.3, 0.2, 0.1])
@@ -233,7 +233,7 @@ def test_the_head_learns_at_its_own_rate(task):
         ("steps", 0),
         ("batch", 0),
         ("learning_rate", 0.0),
-        ("head_speed", 0.0),
+        ("head_lr_multiplier", 0.0),
         ("weight_decay", -0.1),
     ],
 )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from fedspine.methods.fedavg import FedAvg as FedAvg
     from fedspine.methods.fedlora import FedLora as FedLora
     from fedspine.methods.fedspine import FedSpine as FedSpine
+    from fedspine.methods.fedspine_plus import FedSpinePlus as FedSpinePlus
     from fedspine.methods.flexlora import FlexLora as FlexLora
     from fedspine.methods.hetlora import HetLora as HetLora
     from fedspine.methods.linear_probe import LinearProbe as LinearProbe
@@ -66,6 +67,7 @@ _HOMES = {  # of each name
     "FedAvg": "methods.fedavg",
     "FedLora": "methods.fedlora",
     "FedSpine": "methods.fedspine",
+    "FedSpinePlus": "methods.fedspine_plus",
     "FlexLora": "methods.flexlora",
     "HetLora": "methods.hetlora",
     "LinearProbe": "methods.linear_probe",

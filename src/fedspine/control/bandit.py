@@ -1,17 +1,20 @@
-"""S-UCB: one device's choice of a pair in the unit square, from a quad tree with discounted upper confidence bounds.
+"""S-UCB: one device's choice of a pair in the unit square, from a quad tree with discounted upper
+confidence bounds.
 
-Reconstructed from FedSpine (2025, arXiv 2501.02438), whose formulas are not public: the tree is that of E-UCB (FedMP,
-ICDE 2022) in two dimensions, the discount that of D-UCB (arXiv 0805.3415), the optional Lipschitz term that of HOO
-(2011). The caller gives u and v their meaning: u a share of the pruning still allowed this round, v a rank.
+Reconstructed from FedSpine (2025, arXiv 2501.02438), whose formulas are not public: the tree is
+that of E-UCB (FedMP, ICDE 2022) in two dimensions, the discount that of D-UCB (arXiv 0805.3415). u
+is a share of the pruning still allowed in this round, v a rank. What a bandit is credited with is
+the reward of section 4.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import field
 from math import isfinite, tanh
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedspine.control.plan import Limits, Plan, PlanResult, plan_at
 from fedspine.core.message import message
 
 Leaves = NDArray[np.float64]  # [leaves, 6]
@@ -21,7 +24,6 @@ U0, V0, SIDE, DEPTH, N, S = range(
 
 WHOLE = ((0.0, 1.0), (0.0, 1.0))
 FRESH_PLAYS = 1e-3  # a leaf with fewer discounted plays counts as never played
-SMALLEST_GAP = 1e-3  # of the ratio reward, as a share of the mean time
 
 
 def _quadrants() -> Leaves:
@@ -42,21 +44,20 @@ class Bandit:
 def choose(
     bandit: Bandit,
     *,
-    explore: float,
-    lipschitz: float = 0.0,
-    shrink: float = 0.5,
+    exploration: float,
     frozen_ratio: bool = False,
     within: tuple[tuple[float, float], tuple[float, float]] = WHOLE,
     rng: np.random.Generator,
 ) -> tuple[float, float]:
-    """A point (u, v) drawn uniformly from the leaf with the highest bound S/N + explore*sqrt(ln n/N) + lipschitz*shrink^depth.
+    """A point (u, v) drawn uniformly from the leaf with the highest bound S/N + c*sqrt(ln n/N).
 
-    Leaves never played come first; ties are broken at random. `frozen_ratio` (nothing is left to prune): u is 0 and the
-    arms are the `bands` of v. `within` = ((lowest u, highest u), (lowest v, highest v)): what can be executed; a leaf
-    that lies outside it could be chosen but never credited, so it would stay the most promising for ever.
-    Raises ValueError where `within` is not an ordered part of the unit square.
+    Leaves never played come first; ties are broken at random. `frozen_ratio` (nothing is left to
+    prune): u is 0 and the arms are the `bands` of v. `within` = ((lowest u, highest u), (lowest v,
+    highest v)): what can be executed; a leaf that lies outside it could be chosen but never
+    credited, so it would stay the most promising for ever. Raises ValueError where `within` is not
+    an ordered part of the unit square.
 
-    >>> u, v = choose(Bandit(), explore=0.1, rng=np.random.default_rng(0))
+    >>> u, v = choose(Bandit(), exploration=0.1, rng=np.random.default_rng(0))
     >>> 0 <= u < 1 and 0 <= v < 1
     True
     """
@@ -67,12 +68,28 @@ def choose(
     inside = _meets(arms[:, U0], u_side, u_low, u_high) & _meets(
         arms[:, V0], arms[:, SIDE], v_low, v_high
     )
-    bound = np.where(inside, _bounds(arms, explore, lipschitz, shrink), -np.inf)
+    bound = np.where(inside, _bounds(arms, exploration), -np.inf)
     best = rng.choice(np.flatnonzero(bound == bound.max()))
     u0, v0, side = arms[best, :3]
     u = rng.uniform(max(u0, u_low), min(u0 + u_side[best], u_high))
     v = rng.uniform(max(v0, v_low), min(v0 + side, v_high))
     return float(u), float(v)
+
+
+def choose_plan(
+    bandit: Bandit, limits: Limits, *, exploration: float, rng: np.random.Generator
+) -> Plan:
+    """The bandit's choice among what the schedule and the memory allow."""
+    last, affordable = limits.last, limits.affordable
+    highest = min((affordable - 0.5) / last, 1.0) if last else 1.0
+    u, v = choose(
+        bandit,
+        exploration=exploration,
+        frozen_ratio=limits.frozen,
+        within=((limits.lowest, 1.0), (0.0, highest)),
+        rng=rng,
+    )
+    return plan_at(limits, u, v, min(round(v * last), affordable - 1))
 
 
 def credit(
@@ -83,13 +100,15 @@ def credit(
     *,
     discount: float = 0.95,
     split_at: float = 2,
-    deepest: int = 2,
+    max_tree_depth: int = 2,
 ) -> Bandit:
-    """The bandit after the executed action (u, v) earned `reward`: all leaves discounted, its leaf credited, then refined.
+    """The bandit after the executed action (u, v) earned `reward`: all leaves discounted, its leaf
+    credited, then refined.
 
-    (u, v) is what the device did, not what was chosen; with a frozen ratio, u = 0. A leaf above `deepest` with at least
-    `split_at` plays is cut at its midpoints, and each child inherits a quarter of its evidence.
-    Raises ValueError for a point outside the unit square or a reward that is not finite.
+    (u, v) is what the device did, not what was chosen; with a frozen ratio, u = 0. A leaf above
+    `max_tree_depth` with at least `split_at` plays is cut at its midpoints, and each child inherits
+    a quarter of its evidence. Raises ValueError for a point outside the unit square or a reward
+    that is not finite.
 
     >>> credit(Bandit(), 0.7, 0.2, 1.0).leaves[:, N]
     array([0., 0., 1., 0.])
@@ -102,7 +121,7 @@ def credit(
     leaves = bandit.leaves.copy()
     leaves[:, (N, S)] *= discount
     leaves[hit, (N, S)] += (1.0, reward)
-    if leaves[hit, N] >= split_at and leaves[hit, DEPTH] < deepest:
+    if leaves[hit, N] >= split_at and leaves[hit, DEPTH] < max_tree_depth:
         leaves = np.concatenate([leaves[:hit], _children(leaves[hit]), leaves[hit + 1 :]])
     return Bandit(leaves=leaves)
 
@@ -125,11 +144,13 @@ def leaf_of(bandit: Bandit, u: float, v: float) -> int:
 
 
 def bands(bandit: Bandit) -> Leaves:
-    """The evidence about v alone, as leaves of full width in u (their U0 is 0; SIDE and DEPTH are those of v).
+    """The evidence about v alone, as leaves of full width in u (their U0 is 0; SIDE and DEPTH are
+    those of v).
 
-    The edges of all leaves cut v into elementary bands. A leaf taller than a band gives it the part of its evidence that
-    its height says, as if its plays were spread evenly: the assumption by which a split hands down quarters. So bands
-    neither overlap nor lose evidence, however unevenly u was refined. (A choice of this project.)
+    The edges of all leaves cut v into elementary bands. A leaf taller than a band gives it the part
+    of its evidence that its height says, as if its plays were spread evenly: the assumption by
+    which a split hands down quarters. So bands neither overlap nor lose evidence, however unevenly
+    u was refined. (A choice of this project.)
 
     >>> bands(credit(Bandit(), 0.7, 0.2, 1.0))[:, N]
     array([1., 0.])
@@ -144,85 +165,60 @@ def bands(bandit: Bandit) -> Leaves:
     )
 
 
-def pooled(bandit: Bandit, others: Sequence[Bandit], plays: float) -> Bandit:
-    """The bandit with every leaf drawn towards what `others` earned there, as if it had seen so many more plays of it.
-
-    A leaf takes up at most as many plays as the others made in it; evidence of a leaf of theirs that it only overlaps
-    counts by area, the assumption by which a split hands down quarters. For choosing only: credit goes to the bandit
-    itself. Source: the option `pooled` of FedSpine (reconstructed), section 4, where `plays` is kappa.
-
-    >>> taught = pooled(Bandit(), [credit(Bandit(), 0.7, 0.2, 0.5)] * 3, 2)
-    >>> taught.leaves[:, N], taught.leaves[:, S]
-    (array([0., 0., 2., 0.]), array([0., 0., 1., 0.]))
+def rewards(
+    results: Mapping[str, PlanResult], gain_scale: float | None
+) -> tuple[dict[str, float], float | None]:
+    """The reward of every device that had a choice and whose gain is known, and the new scale of
+    gains.
     """
-    if not others:
-        return bandit
-    leaves, theirs = bandit.leaves.copy(), np.concatenate([other.leaves for other in others])
-    share = (
-        _overlap(leaves, theirs, U0) * _overlap(leaves, theirs, V0) / theirs[:, SIDE] ** 2
-    )  # [leaves, theirs]
-    made, earned = share @ theirs[:, N], share @ theirs[:, S]
-    borrowed = np.where(made < FRESH_PLAYS, 0.0, np.minimum(made, plays))
-    leaves[:, S] += borrowed * earned / np.maximum(made, FRESH_PLAYS)
-    leaves[:, N] += borrowed
-    return Bandit(leaves=leaves)
+    mean_seconds = float(np.mean([result.seconds for result in results.values()]))
+    largest = max(result.importance for result in results.values()) or 1.0
+    gains = {id: result.gain for id, result in results.items() if result.gain is not None}
+    gain_scale = update_scale(gain_scale, gains.values())
+    earned = {}
+    for id, gain in gains.items():
+        result = results[id]
+        if result.plan.action is None or gain_scale is None:
+            continue
+        earned[id] = reward(
+            gain=gain,
+            scale=gain_scale,
+            progress=result.plan.progress,
+            importance=result.importance / largest,
+            lateness=abs(result.seconds - mean_seconds) / mean_seconds,
+        )
+    return earned, gain_scale
 
 
 def reward(
-    *,
-    gain: float,
-    scale: float,
-    progress: float,
-    importance: float,
-    lateness: float,
-    weights: tuple[float, float, float, float] = (1, 1, 1, 1),
+    *, gain: float, scale: float, progress: float, importance: float, lateness: float
 ) -> float:
-    """How well a round served, in [0, 1]: the weighted mean of three merits, divided by 1 + weight * lateness.
+    """How well a round served, in [0, 1]: the mean of three merits, divided by 1 + lateness.
 
-    gain: loss before minus loss after; scale: the fleet's usual |gain| (`update_scale`); progress: sparsity gained over
-    the most allowed, 0 once the target is reached; importance: of the adapter's change, over the round's largest;
-    lateness: |T - mean T| / mean T. progress and importance are clipped to [0, 1]. weights: gain, progress, importance,
-    lateness. Raises ValueError for a value that is not finite, or a negative scale, lateness or weight.
+    gain: loss before minus loss after; scale: the fleet's usual |gain| (`update_scale`); progress:
+    sparsity gained over the most allowed, 0 once the target is reached; importance: of the
+    adapter's change, over the round's largest; lateness: |T - mean T| / mean T. progress and
+    importance are clipped to [0, 1]. Raises ValueError for a value that is not finite, or a
+    negative scale or lateness.
 
     >>> reward(gain=0.0, scale=0.1, progress=1.0, importance=0.0, lateness=1.0)
     0.25
     """
-    if not all(map(isfinite, (gain, scale, progress, importance, lateness, *weights))):
+    if not all(map(isfinite, (gain, scale, progress, importance, lateness))):
         raise ValueError(
             f"finite values were expected, {gain=} {scale=} {progress=} {importance=} {lateness=} came"
         )
-    if min(scale, lateness, *weights) < 0 or sum(weights[:3]) == 0:
-        raise ValueError(
-            f"{scale=}, {lateness=} and {weights=} must not be negative, nor the first three weights all 0"
-        )
+    if min(scale, lateness) < 0:
+        raise ValueError(f"{scale=} and {lateness=} must not be negative")
     quality = 0.5 * (1 + tanh(gain / (2 * (scale + 1e-3))))
     merits = (quality, min(max(progress, 0.0), 1.0), min(max(importance, 0.0), 1.0))
-    merit = sum(w * m for w, m in zip(weights, merits, strict=False)) / sum(weights[:3])
-    return min(merit, 1.0) / (
-        1 + weights[3] * lateness
-    )  # the mean of three ones may exceed 1 by rounding
-
-
-def ratio_reward(*, gain: float, seconds: float, mean_seconds: float) -> float:
-    """FedMP's reward (ICDE 2022): the drop in loss over the distance from the mean time, in nats per second.
-
-    Kept to be compared with. It is unbounded: a device close to the mean time earns whatever its loss did, many times
-    over, and as a loss rises right after a pruning, the best-timed pruning is punished most. So that one device alone
-    earns something finite, the distance counts as at least a thousandth of the mean.
-    Raises ValueError for a gain that is not finite, or a mean that is not positive.
-
-    >>> ratio_reward(gain=0.5, seconds=12.0, mean_seconds=10.0)
-    0.25
-    """
-    if not (isfinite(gain) and isfinite(seconds) and isfinite(mean_seconds) and mean_seconds > 0):
-        raise ValueError(
-            f"finite values and a positive mean were expected, {gain=} {seconds=} {mean_seconds=} came"
-        )
-    return gain / max(abs(seconds - mean_seconds), SMALLEST_GAP * mean_seconds)
+    # the mean of three ones may exceed 1 by rounding
+    return min(sum(merits) / 3, 1.0) / (1 + lateness)
 
 
 def update_scale(scale: float | None, gains: Iterable[float], *, keep: float = 0.9) -> float | None:
-    """The running median of |gain| over a round's devices; None starts it, and no gains leave it as it is.
+    """The running median of |gain| over a round's devices; None starts it, and no gains leave it as
+    it is.
 
     Raises ValueError for a gain that is not finite.
 
@@ -240,14 +236,10 @@ def update_scale(scale: float | None, gains: Iterable[float], *, keep: float = 0
     return median if scale is None else keep * scale + (1 - keep) * median
 
 
-def _bounds(arms: Leaves, explore: float, lipschitz: float, shrink: float) -> NDArray[np.float64]:
+def _bounds(arms: Leaves, exploration: float) -> NDArray[np.float64]:
     plays = np.maximum(arms[:, N], FRESH_PLAYS)
     total = max(arms[:, N].sum(), 1.01)  # the logarithm must stay positive
-    bound = (
-        arms[:, S] / plays
-        + explore * np.sqrt(np.log(total) / plays)
-        + lipschitz * shrink ** arms[:, DEPTH]
-    )
+    bound = arms[:, S] / plays + exploration * np.sqrt(np.log(total) / plays)
     return np.where(arms[:, N] < FRESH_PLAYS, np.inf, bound)
 
 
@@ -264,18 +256,11 @@ def _children(leaf: NDArray[np.float64]) -> Leaves:
 def _meets(
     start: NDArray[np.float64], side: NDArray[np.float64], low: float, high: float
 ) -> NDArray[np.bool_]:
-    """Which intervals hold a point of [low, high]; they are half-open, but those that end at 1 contain it."""
+    """Which intervals hold a point of [low, high]; they are half-open, but those that end at 1
+    contain it.
+    """
     end = start + side  # exact: sides are powers of two
     return (start <= high) & ((end > low) | (end == 1))
-
-
-def _overlap(leaves: Leaves, theirs: Leaves, start: int) -> NDArray[np.float64]:
-    """The length that sides along U0 or V0 have in common, [leaves, theirs]."""
-    low = np.maximum(leaves[:, None, start], theirs[None, :, start])
-    high = np.minimum(
-        (leaves[:, start] + leaves[:, SIDE])[:, None], theirs[:, start] + theirs[:, SIDE]
-    )
-    return np.maximum(high - low, 0.0)
 
 
 def _check_window(within: tuple[tuple[float, float], tuple[float, float]]) -> None:

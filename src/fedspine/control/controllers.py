@@ -1,214 +1,250 @@
-"""A round's plans: who chooses, the bandit or what it is compared with, and what each needs to know.
+"""Who picks each device's pruning and rank: the paper's S-UCB, and what it is compared with.
 
-FedSpine (reconstructed), section 4. The paper's choice is the bandit's; the others are its controls (`random`, `fixed`,
-`oracle`), and `deadline`, which chooses for the round's barrier: the moment at which the last device is done.
+FedSpine (reconstructed), section 4. A controller is its settings and three functions: `check`
+refuses settings that cannot work, `plan` plans the devices whose turn it is, `learn` gives what is
+known of devices after a round. Schedule and memory bind every plan. `known` holds what `learn`
+gave; `foresee` tells true times, which only the oracle asks.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Literal, Protocol
+from typing import ClassVar, TypeAlias
 
-import numpy as np
-
-from fedspine.control.bandit import pooled
-from fedspine.control.device_model import Learnt, alike, paces, pupil
-from fedspine.control.latency_model import predicted
+from fedspine.control.bandit import Bandit, choose_plan, credit
+from fedspine.control.latency_model import (
+    LatencyModel,
+    coefficients_of,
+    no_evidence,
+    observe,
+    predicted,
+)
 from fedspine.control.plan import (
     Foresee,
-    Limits,
     Plan,
-    choose_plan,
+    PlanResult,
+    Turn,
     fixed_plan,
-    plans_for_barrier,
+    plans_for_deadline,
     random_plan,
     warm_up,
 )
-from fedspine.control.sparsity import cubic_floor
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, check_ranges
+from fedspine.core.message import message
+
+WHERE = "method.controller"
 
 
-class ChoiceFields(Protocol):
-    """The settings of a method that say how it chooses; what they mean is said where the method is."""
+@message
+class TextLoad:
+    """The operations that a device reports, over those of batches of full-length texts."""
 
-    choice: Literal["bandit", "random", "fixed", "oracle", "deadline"]
-    sparsity: float
-    ranks: tuple[int, ...]
-    warmup: float
-    until: float
-    floor: float
-    fleet_say: float
-    most_per_round: float
-    fixed_ratio: float
-    fixed_rank: int
-    patience: float
-    caution: float
-    explore: float
-    lipschitz: float
-    lipschitz_decay: float
-    pooled: float
-    discount: float
-    split_at: float
-    deepest: int
-    weights: tuple[float, float, float, float]
-    reward: Literal["bounded", "ratio"]
+    load: float
 
 
-class Standing(Protocol):
-    """What the state of a method says of its devices before a round."""
-
-    round: int
-    rounds: int
-    seed: int
-    structures: Mapping[str, Any]  # of every device that has replied
-    scores: Any  # the fleet's average importance, None before the first replies
-    reached: Mapping[str, float]
-    bandits: Learnt
-
-
-_RANGES = {  # what the fields may be
-    "most_per_round": (1e-3, 1),
-    "fixed_ratio": (0, 1),
-    "patience": (0, 1),
-    "caution": (0, inf),
-    "explore": (0, inf),
-    "lipschitz": (0, inf),
-    "lipschitz_decay": (0, 1),
-    "pooled": (0, inf),
-    "discount": (0, 1),
-    "split_at": (0, inf),
-    "deepest": (1, 10),
-}
-
-
-def check_ranges(fields: object, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Raise BadInput for a field that is not in its range, or is no number."""
-    for name, (low, high) in ranges.items():
-        if not low <= getattr(fields, name) <= high:
-            raise BadInput(
-                f"method.{name} is {getattr(fields, name)}, but {low} to {high} was expected"
-            )
-
-
-def check_choice(fields: ChoiceFields) -> None:
-    """Raise BadInput for settings of the choice that cannot work."""
-    check_ranges(fields, _RANGES)
-    cubic_floor(0, 1, fields.sparsity, warmup=fields.warmup, until=fields.until, share=fields.floor)
-    if fields.choice == "fixed" and fields.fixed_rank not in fields.ranks:
-        raise BadInput(
-            f"method.fixed_rank is {fields.fixed_rank}, but one of method.ranks was expected: {fields.ranks}"
-        )
-    if min(fields.weights) < 0 or not any(fields.weights[:3]):
-        raise BadInput(
-            f"method.weights is {list(fields.weights)}, but none below 0 and a first three above 0 were expected"
-        )
+DeviceModel: TypeAlias = Bandit | LatencyModel | TextLoad  # what a controller knows of one device
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A device's turn to be planned: its limits, and whether it only warms up: nothing is known of its units yet."""
+class SUcb:
+    """The paper's: a bandit for each device, credited with the round's reward."""
 
-    limits: Limits
-    warm: bool
-    rng: np.random.Generator
+    name: ClassVar = "s-ucb"
+    exploration: float = 0.1  # c
+    discount: float = 0.95  # lambda: what an old play still counts after a new one
+    split_at: float = 2.0  # plays at which a leaf of the bandit's tree is refined
+    max_tree_depth: int = 2  # 16 cells
 
-
-def due(how: ChoiceFields, round: int, rounds: int) -> float:
-    """The sparsity below which no device may stay in a round, counted from 0; 0 before the first."""
-    if round < 0 or how.sparsity == 0:
-        return 0.0
-    return cubic_floor(
-        round, rounds, how.sparsity, warmup=how.warmup, until=how.until, share=how.floor
-    )
-
-
-def plan_round(
-    how: ChoiceFields, standing: Standing, affordable: Mapping[str, int], foresee: Foresee
-) -> dict[str, Plan]:
-    """The plan of every device that can afford a rank; `affordable` says how many, for all whose turn it is.
-
-    Only the oracle looks at what `foresee` tells.
-    """
-    turns, learnt = _turns(how, standing, affordable), standing.bandits
-    cold = {device: turn for device, turn in turns.items() if not turn.warm}
-    match how.choice:
-        case "bandit":
-            group = alike(learnt) if how.pooled else {}
-            plans = {
-                id: _by_bandit(how, learnt, group.get(id, ()), id, turn)
-                for id, turn in cold.items()
-            }
-        case "random":
-            plans = {id: random_plan(turn.limits, turn.rng) for id, turn in cold.items()}
-        case "fixed":  # also in the warm-up, whose ranks are mixed to learn from
-            return {
-                id: fixed_plan(_warmed(turn), how.fixed_ratio, how.fixed_rank)
-                for id, turn in turns.items()
-            }
-        case "oracle":
-            return plans_for_barrier(
-                {id: _warmed(turn) for id, turn in turns.items()}, foresee, how.patience
-            )
-        case "deadline":  # random ranks until the first times are known
-            limits = {id: _warmed(turn) for id, turn in turns.items() if learnt}
-            plans = plans_for_barrier(
-                limits, _by_pace(how, learnt, limits), how.patience, how.caution
-            )
-    return {
-        id: plans[id] if id in plans else warm_up(turn.limits, turn.rng)
-        for id, turn in turns.items()
-    }
-
-
-def _turns(how: ChoiceFields, standing: Standing, affordable: Mapping[str, int]) -> dict[str, Turn]:
-    turns = {}
-    for number, (device, ranks) in enumerate(affordable.items()):
-        limits = Limits(
-            reached=standing.reached.get(device, 0.0),
-            due=due(how, standing.round, standing.rounds),
-            target=how.sparsity,
-            most_per_round=how.most_per_round,
-            ranks=how.ranks,
-            affordable=ranks,
+    def check(self, ranks: Sequence[int]) -> None:
+        check_ranges(
+            self,
+            {
+                "exploration": (0, inf),
+                "discount": (0, 1),
+                "split_at": (0, inf),
+                "max_tree_depth": (1, 10),
+            },
+            WHERE,
         )
-        known = device in standing.structures or (how.fleet_say > 0 and standing.scores is not None)
-        warm = not known or standing.round < how.warmup * standing.rounds
-        if ranks:
-            rng = np.random.default_rng([standing.seed, standing.round, number])
-            turns[device] = Turn(limits, warm, rng)
-    return turns
+
+    def plan(
+        self, turns: Mapping[str, Turn], known: Mapping[str, Bandit], foresee: Foresee
+    ) -> dict[str, Plan]:
+        return {
+            id: warm_up(turn.limits, turn.rng)
+            if turn.warm
+            else choose_plan(
+                known.get(id, Bandit()), turn.limits, exploration=self.exploration, rng=turn.rng
+            )
+            for id, turn in turns.items()
+        }
+
+    def learn(
+        self,
+        known: Mapping[str, Bandit],
+        results: Mapping[str, PlanResult],
+        earned: Mapping[str, float],
+        largest_rank: int,
+    ) -> dict[str, Bandit]:
+        """A device is credited at the point of the unit square that its plan was."""
+        credited = {}
+        for id, result in results.items():
+            if id in earned and result.plan.action is not None:
+                credited[id] = credit(
+                    known.get(id, Bandit()),
+                    *result.plan.action,
+                    earned[id],
+                    discount=self.discount,
+                    split_at=self.split_at,
+                    max_tree_depth=self.max_tree_depth,
+                )
+        return {**known, **credited}
 
 
-def _by_bandit(
-    how: ChoiceFields, learnt: Learnt, group: Sequence[str], id: str, turn: Turn
-) -> Plan:
-    others = [pupil(learnt, other).bandit for other in group]
-    return choose_plan(
-        pooled(pupil(learnt, id).bandit, others, how.pooled),
-        turn.limits,
-        explore=how.explore,
-        lipschitz=how.lipschitz,
-        lipschitz_decay=how.lipschitz_decay,
-        rng=turn.rng,
-    )
+@dataclass(frozen=True)
+class Random:
+    """Any pruning and any rank that schedule and memory allow, each as likely as the others."""
+
+    name: ClassVar = "random"
+
+    def check(self, ranks: Sequence[int]) -> None:
+        pass
+
+    def plan(
+        self, turns: Mapping[str, Turn], known: Mapping[str, DeviceModel], foresee: Foresee
+    ) -> dict[str, Plan]:
+        return {
+            id: (warm_up if turn.warm else random_plan)(turn.limits, turn.rng)
+            for id, turn in turns.items()
+        }
+
+    def learn(
+        self,
+        known: Mapping[str, DeviceModel],
+        results: Mapping[str, PlanResult],
+        earned: Mapping[str, float],
+        largest_rank: int,
+    ) -> dict[str, DeviceModel]:
+        return {}
 
 
-def _by_pace(how: ChoiceFields, learnt: Learnt, devices: Iterable[str]) -> Foresee:
-    known = paces(learnt, devices)
+@dataclass(frozen=True)
+class Fixed:
+    """The same share of the most that a round may prune, and the same rank, from the first round
+    on.
+    """
 
-    def foresee(device: str, reached: float, ranks: Sequence[int]) -> list[float]:
-        return [
-            predicted(known[device], sparsity=reached, rank=rank / how.ranks[-1]) for rank in ranks
-        ]
+    name: ClassVar = "fixed"
+    ratio: float = 0.5  # of method.most_per_round; 0 prunes as the schedule demands and no more
+    rank: int = 8  # or the largest below it that fits the memory
 
-    return foresee
+    def check(self, ranks: Sequence[int]) -> None:
+        check_ranges(self, {"ratio": (0, 1)}, WHERE)
+        if self.rank not in ranks:
+            raise BadInput(
+                f"{WHERE}.rank is {self.rank}, but one of method.ranks was expected: {tuple(ranks)}"
+            )
+
+    def plan(
+        self, turns: Mapping[str, Turn], known: Mapping[str, DeviceModel], foresee: Foresee
+    ) -> dict[str, Plan]:
+        return {id: fixed_plan(turn.binding, self.ratio, self.rank) for id, turn in turns.items()}
+
+    def learn(
+        self,
+        known: Mapping[str, DeviceModel],
+        results: Mapping[str, PlanResult],
+        earned: Mapping[str, float],
+        largest_rank: int,
+    ) -> dict[str, DeviceModel]:
+        return {}
 
 
-def _warmed(turn: Turn) -> Limits:
-    """The limits of a turn, with nothing left to prune where the device only warms up."""
-    limits = turn.limits
-    if not turn.warm:
-        return limits
-    return Limits(
-        limits.reached, 0.0, limits.reached, limits.most_per_round, limits.ranks, limits.affordable
-    )
+@dataclass(frozen=True)
+class Deadline:
+    """Plans for the moment at which the last device can be done, by times learnt from what devices
+    report.
+    """
+
+    name: ClassVar = "deadline"
+    latency_margin: float = 0.3  # by how much a predicted time may be too short
+    deadline_slack: float = 0.0  # 0 ends the round as soon as can be, 1 hurries nobody
+    discount: float = 0.95  # what an old report still counts after a new one
+
+    def check(self, ranks: Sequence[int]) -> None:
+        check_ranges(
+            self,
+            {"latency_margin": (0, inf), "deadline_slack": (0, 1), "discount": (0, 1)},
+            WHERE,
+        )
+
+    def plan(
+        self, turns: Mapping[str, Turn], known: Mapping[str, LatencyModel], foresee: Foresee
+    ) -> dict[str, Plan]:
+        if not known:  # any rank, so that its time becomes known
+            return {id: warm_up(turn.limits, turn.rng) for id, turn in turns.items()}
+        limits = {id: turn.binding for id, turn in turns.items()}
+        coefficients = coefficients_of(known, limits)
+
+        def predict(device: str, sparsity: float, ranks: Sequence[int]) -> list[float]:
+            largest = limits[device].ranks[-1]
+            return [
+                predicted(coefficients[device], sparsity=sparsity, rank=rank / largest)
+                for rank in ranks
+            ]
+
+        return plans_for_deadline(limits, predict, self.deadline_slack, self.latency_margin)
+
+    def learn(
+        self,
+        known: Mapping[str, LatencyModel],
+        results: Mapping[str, PlanResult],
+        earned: Mapping[str, float],
+        largest_rank: int,
+    ) -> dict[str, LatencyModel]:
+        """The reported times, added to what is known of each device's."""
+        timed = {
+            id: LatencyModel(
+                evidence=observe(
+                    known[id].evidence if id in known else no_evidence(),
+                    sparsity=result.plan.sparsity,
+                    rank=result.plan.rank / largest_rank,
+                    seconds=result.seconds,
+                    discount=self.discount,
+                )
+            )
+            for id, result in results.items()
+        }
+        return {**known, **timed}
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """Plans as `Deadline`, with the true times that only a simulated fleet knows: the bound of what
+    planning can give.
+    """
+
+    name: ClassVar = "oracle"
+    deadline_slack: float = 0.0  # 0 ends the round as soon as can be, 1 hurries nobody
+
+    def check(self, ranks: Sequence[int]) -> None:
+        check_ranges(self, {"deadline_slack": (0, 1)}, WHERE)
+
+    def plan(
+        self, turns: Mapping[str, Turn], known: Mapping[str, TextLoad], foresee: Foresee
+    ) -> dict[str, Plan]:
+        limits = {id: turn.binding for id, turn in turns.items()}
+        return plans_for_deadline(limits, foresee, self.deadline_slack)
+
+    def learn(
+        self,
+        known: Mapping[str, TextLoad],
+        results: Mapping[str, PlanResult],
+        earned: Mapping[str, float],
+        largest_rank: int,
+    ) -> dict[str, TextLoad]:
+        """How long each device's texts are, which no other report tells."""
+        return {**known, **{id: TextLoad(load=result.load) for id, result in results.items()}}
+
+
+Controller: TypeAlias = SUcb | Random | Fixed | Deadline | Oracle

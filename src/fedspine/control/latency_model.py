@@ -1,14 +1,18 @@
 """How long a device takes, learnt from nothing but the times it reported.
 
-The option `rls` of FedSpine (reconstructed), section 4: seconds = a * (1 - sparsity) + b * rank + c is fitted to each
-device by recursive least squares with forgetting. In information form, that is a sum of outer products, so that
-devices can be added up: a device with few rounds behind it is taken to be like the fleet.
+The option `rls` of FedSpine (reconstructed), section 4: seconds = a * (1 - sparsity) + b * rank + c
+is fitted to each device by recursive least squares with forgetting. In information form, that is a
+sum of outer products, so that devices can be added up: a device with few rounds behind it is taken
+to be like the fleet.
 """
 
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedspine.core.message import message
 
 Evidence = NDArray[
     np.float64
@@ -20,6 +24,13 @@ LIKE_THE_FLEET = 0.1  # plays' worth of the fleet's coefficients in each device'
 UNDECIDED = 1e-6
 
 
+@message
+class LatencyModel:
+    """What is known of one device's times: the `evidence` of the rounds that it reported."""
+
+    evidence: np.ndarray
+
+
 def no_evidence() -> Evidence:
     return np.zeros((FEATURES, FEATURES + 1))
 
@@ -27,7 +38,8 @@ def no_evidence() -> Evidence:
 def observe(
     evidence: Evidence, *, sparsity: float, rank: float, seconds: float, discount: float
 ) -> Evidence:
-    """The evidence after one more round, the older ones discounted; `rank` is a share of the largest.
+    """The evidence after one more round, the older ones discounted; `rank` is a share of the
+    largest.
 
     Raises ValueError for a time that is not finite.
 
@@ -41,10 +53,11 @@ def observe(
 
 
 def coefficients(own: Evidence, fleet: Evidence) -> NDArray[np.float64]:
-    """a, b and c of a device, none of them negative, from its own evidence and the sum over the fleet's.
+    """a, b and c of a device, none of them negative, from its own evidence and the sum over the
+    fleet's.
 
-    What the device's own rounds leave open is filled by the fleet's coefficients, times how much slower or faster the
-    device was in them.
+    What the device's own rounds leave open is filled by the fleet's coefficients, times how much
+    slower or faster the device was in them.
     """
     undecided = UNDECIDED * max(np.trace(fleet[:, :FEATURES]), 1.0) * np.eye(FEATURES)
     common = _least_squares(fleet[:, :FEATURES] + undecided, fleet[:, FEATURES])
@@ -54,6 +67,17 @@ def coefficients(own: Evidence, fleet: Evidence) -> NDArray[np.float64]:
     pace = common @ own[:, FEATURES] / expected if expected > 0 else 1.0
     prior = LIKE_THE_FLEET * np.eye(FEATURES)
     return _least_squares(own[:, :FEATURES] + prior, own[:, FEATURES] + prior @ (pace * common))
+
+
+def coefficients_of(
+    known: Mapping[str, LatencyModel], devices: Iterable[str]
+) -> dict[str, NDArray[np.float64]]:
+    """The coefficients of these devices; one that has never replied is taken to be like the fleet."""
+    fleet = sum((each.evidence for each in known.values()), no_evidence())
+    own = {
+        device: known[device].evidence if device in known else no_evidence() for device in devices
+    }
+    return {device: coefficients(evidence, fleet) for device, evidence in own.items()}
 
 
 def predicted(coefficients: NDArray[np.float64], *, sparsity: float, rank: float) -> float:
@@ -66,7 +90,9 @@ def _features(sparsity: float, rank: float) -> NDArray[np.float64]:
 
 
 def _least_squares(gram: NDArray[np.float64], moment: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Least squares without negative coefficients: no device gets faster by more work. Tries every set of zeros."""
+    """Least squares without negative coefficients: no device gets faster by more work. Tries every
+    set of zeros.
+    """
     best, lowest = np.zeros(FEATURES), 0.0
     for size in range(1, FEATURES + 1):
         for used in map(list, combinations(range(FEATURES), size)):

@@ -1,15 +1,14 @@
-"""One device's plan for a round: how sparse it gets and at which rank it tunes, within schedule and memory.
+"""One device's plan for a round: how sparse it gets and at which rank it tunes.
 
-FedSpine (reconstructed), sections 2.4 and 4: the bandit's plan, those of the controls, and plans for a common barrier.
+Schedule and memory bind every plan. FedSpine (reconstructed), sections 2.4 and 4; the bandit's
+choice among what they allow is in `bandit.py`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-
-from fedspine.control.bandit import Bandit, choose
 
 NOTHING_LEFT = 1e-9
 SHARES = 5  # between the least pruning due and the most allowed, among which times are compared
@@ -20,23 +19,44 @@ Foresee = Callable[[str, float, Sequence[int]], Sequence[float]]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a device is to do: prune to `reached`, tune at `rank`.
+    """What a device is to do: prune to `sparsity`, tune at `rank`.
 
-    `action` is the point of the unit square that this is, for which its bandit is credited, None where the device only
-    warms up; `progress` the sparsity gained over the most that a round allows, 0 once the target is reached.
+    `action` is the point of the unit square that this is, for which its bandit is credited, None
+    where the device only warms up; `progress` the sparsity gained over the most that a round
+    allows, 0 once the target is reached.
     """
 
-    reached: float
+    sparsity: float
     rank: int
     action: tuple[float, float] | None
     progress: float
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What binds a plan: sparsity so far, the least due this round, the target, and the affordable ranks, rising."""
+class PlanResult:
+    """What a plan took and brought: seconds, the drop in loss (None while unknown), the adapter's
+    change.
 
-    reached: float
+    `importance` is the size of that change against the weights, `effective_rank` the number of
+    directions over which it spreads; `load` the operations over those of batches of full-length
+    texts.
+    """
+
+    plan: Plan
+    seconds: float
+    gain: float | None
+    importance: float
+    effective_rank: float
+    load: float = 1.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What binds a plan: sparsity so far, the least due this round, the target, and the affordable
+    ranks, rising.
+    """
+
+    sparsity: float
     due: float
     target: float
     most_per_round: float
@@ -46,108 +66,106 @@ class Limits:
     @property
     def frozen(self) -> bool:
         """Whether nothing is left to prune."""
-        return self.target - self.reached <= NOTHING_LEFT
+        return self.target - self.sparsity <= NOTHING_LEFT
 
     @property
     def most(self) -> float:
         """The most sparsity that may be chosen to be gained."""
-        return min(self.most_per_round, self.target - self.reached)
+        return min(self.most_per_round, self.target - self.sparsity)
 
     @property
     def lowest(self) -> float:
         """The least share of `most` that the schedule allows."""
-        return 0.0 if self.frozen else min(max((self.due - self.reached) / self.most, 0.0), 1.0)
+        return 0.0 if self.frozen else min(max((self.due - self.sparsity) / self.most, 0.0), 1.0)
 
     @property
     def last(self) -> int:
         return len(self.ranks) - 1
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A device's turn to be planned; it only warms up where nothing is known of its units yet."""
+
+    limits: Limits
+    warm: bool
+    rng: np.random.Generator
+
+    @property
+    def binding(self) -> Limits:
+        """The limits, with nothing left to prune where the device only warms up."""
+        limits = self.limits
+        return replace(limits, due=0.0, target=limits.sparsity) if self.warm else limits
+
+
 def warm_up(limits: Limits, rng: np.random.Generator) -> Plan:
     """No pruning, since no importance is known yet, and any rank, so that its time becomes known."""
-    return Plan(limits.reached, limits.ranks[int(rng.integers(limits.affordable))], None, 0.0)
-
-
-def choose_plan(
-    bandit: Bandit,
-    limits: Limits,
-    *,
-    explore: float,
-    lipschitz: float = 0.0,
-    lipschitz_decay: float = 0.5,
-    rng: np.random.Generator,
-) -> Plan:
-    """The bandit's choice among what the schedule and the memory allow."""
-    last, affordable = limits.last, limits.affordable
-    highest = min((affordable - 0.5) / last, 1.0) if last else 1.0
-    u, v = choose(
-        bandit,
-        explore=explore,
-        lipschitz=lipschitz,
-        shrink=lipschitz_decay,
-        frozen_ratio=limits.frozen,
-        within=((limits.lowest, 1.0), (0.0, highest)),
-        rng=rng,
-    )
-    return _plan(limits, u, v, min(round(v * last), affordable - 1))
+    return Plan(limits.sparsity, limits.ranks[int(rng.integers(limits.affordable))], None, 0.0)
 
 
 def random_plan(limits: Limits, rng: np.random.Generator) -> Plan:
-    """Any pruning and any rank that the schedule and the memory allow, each as likely as the others."""
+    """Any pruning and any rank that the schedule and the memory allow, each as likely as the
+    others.
+    """
     u = 0.0 if limits.frozen else rng.uniform(limits.lowest, 1.0)
-    return _plan_at(limits, float(u), int(rng.integers(limits.affordable)))
+    return _plan_of(limits, float(u), int(rng.integers(limits.affordable)))
 
 
 def fixed_plan(limits: Limits, ratio: float, rank: int) -> Plan:
-    """In every round `ratio` of the most that one may prune, or what is due, and `rank` or what fits the memory.
+    """In every round `ratio` of the most that one may prune, or what is due, and `rank` or what
+    fits the memory.
 
     A ratio of 0 prunes as the schedule demands and no more.
 
-    >>> limits = Limits(reached=0.1, due=0.0, target=0.5, most_per_round=0.05, ranks=(4, 8), affordable=2)
+    >>> limits = Limits(sparsity=0.1, due=0.0, target=0.5, most_per_round=0.05, ranks=(4, 8), affordable=2)
     >>> fixed_plan(limits, 0.5, 8)
-    Plan(reached=0.125, rank=8, action=(0.5, 1.0), progress=0.5)
+    Plan(sparsity=0.125, rank=8, action=(0.5, 1.0), progress=0.5)
     """
     u = (
         0.0
         if limits.frozen
         else max(min(ratio * limits.most_per_round / limits.most, 1.0), limits.lowest)
     )
-    return _plan_at(limits, u, min(list(limits.ranks).index(rank), limits.affordable - 1))
+    return _plan_of(limits, u, min(list(limits.ranks).index(rank), limits.affordable - 1))
 
 
-def plans_for_barrier(
-    limits: Mapping[str, Limits], foresee: Foresee, patience: float = 0.0, caution: float = 0.0
+def plans_for_deadline(
+    limits: Mapping[str, Limits], foresee: Foresee, slack: float = 0.0, margin: float = 0.0
 ) -> dict[str, Plan]:
-    """Plans that all end by one barrier: each device's largest rank that can, with the least pruning that lets it.
+    """Plans that all end by one deadline: each device's largest rank that can, with the least
+    pruning that lets it.
 
-    The barrier is the earliest moment at which all can be done, moved by `patience` (0 to 1) towards the moment at
-    which all are done that prune no more than is due at their largest rank. So with patience 0 no other plans end the
-    round sooner, and none that end it as soon give any device a larger rank. With `caution`, times that are not certain
-    have to fit even if they get longer by that share; a device that then has no plan left takes its fastest.
+    The deadline is the earliest moment at which all can be done, moved by `slack` (0 to 1) towards
+    the moment at which all are done that prune no more than is due at their largest rank. So with
+    slack 0 no other plans end the round sooner, and none that end it as soon give any device a
+    larger rank. With `margin`, times that are not certain have to fit even if they get longer by
+    that share; a device that then has no plan left takes its fastest.
     """
     plans = {id: _menu(each) for id, each in limits.items()}
     times = {
-        id: np.array([foresee(id, row[0].reached, [p.rank for p in row]) for row in plans[id]])
+        id: np.array([foresee(id, row[0].sparsity, [p.rank for p in row]) for row in plans[id]])
         for id in plans
     }
     if not times:
         return {}
     earliest = max(seconds.min() for seconds in times.values())
     unhurried = max(seconds[0, -1] for seconds in times.values())
-    barrier = earliest + patience * max(unhurried - earliest, 0.0)
+    deadline = earliest + slack * max(unhurried - earliest, 0.0)
     return {
         id: plans[id][row][column]
-        for id, (row, column) in _fitting(times, barrier, caution).items()
+        for id, (row, column) in _fitting(times, deadline, margin).items()
     }
 
 
 def _fitting(
-    times: Mapping[str, NDArray[np.float64]], barrier: float, caution: float
+    times: Mapping[str, NDArray[np.float64]], deadline: float, margin: float
 ) -> dict[str, tuple[int, int]]:
-    """The largest rank (column) that ends by the barrier, and the least pruning (row) with which it does."""
+    """The largest rank (column) that ends by the deadline, and the least pruning (row) with which it
+    does.
+    """
     chosen = {}
     for id, seconds in times.items():
-        fits = ((1 + caution) * seconds <= barrier) | (seconds == seconds.min())
+        fits = ((1 + margin) * seconds <= deadline) | (seconds == seconds.min())
         column = int(np.flatnonzero(fits.any(axis=0))[-1])
         chosen[id] = int(np.argmax(fits[:, column])), column
     return chosen
@@ -159,21 +177,21 @@ def _menu(limits: Limits) -> list[list[Plan]]:
         np.array([0.0]) if limits.frozen else np.unique(np.linspace(limits.lowest, 1.0, SHARES))
     )
     return [
-        [_plan_at(limits, u, index) for index in range(limits.affordable)] for u in shares.tolist()
+        [_plan_of(limits, u, index) for index in range(limits.affordable)] for u in shares.tolist()
     ]
 
 
-def _plan_at(limits: Limits, u: float, index: int) -> Plan:
-    return _plan(limits, u, index / limits.last if limits.last else 0.0, index)
+def _plan_of(limits: Limits, u: float, index: int) -> Plan:
+    return plan_at(limits, u, index / limits.last if limits.last else 0.0, index)
 
 
-def _plan(limits: Limits, u: float, v: float, index: int) -> Plan:
-    gain = 0.0 if limits.frozen else max(u * limits.most, limits.due - limits.reached)
-    reached = max(
-        limits.reached + gain, limits.due
-    )  # the sum is rounded, but the schedule binds exactly
+def plan_at(limits: Limits, u: float, v: float, index: int) -> Plan:
+    """The plan at (u, v) of the unit square, v being the place of the rank with this index."""
+    gain = 0.0 if limits.frozen else max(u * limits.most, limits.due - limits.sparsity)
+    # the sum is rounded, but the schedule binds exactly
+    sparsity = max(limits.sparsity + gain, limits.due)
     return Plan(
-        reached=min(reached, limits.target),
+        sparsity=min(sparsity, limits.target),
         rank=limits.ranks[index],
         action=(u, v),
         progress=min(1.0, gain / limits.most_per_round),

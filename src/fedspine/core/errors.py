@@ -1,7 +1,7 @@
 """The errors that a user sees, each a single line: bad input, and a command that ended early."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class BadInput(ValueError):
@@ -50,3 +50,14 @@ def unknown(what: str, name: str, known: Iterable[str]) -> BadInput:
     guess = nearest(name, known)
     hint = f"; did you mean {guess!r}?" if guess else ";"
     return BadInput(f"unknown {what} {name!r}{hint} known: {', '.join(known)}")
+
+
+def check_ranges(
+    fields: object, ranges: Mapping[str, tuple[float, float]], where: str = "method"
+) -> None:
+    """Raise BadInput for a field that is not in its range, or is no number; `where` it is set."""
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(fields, name) <= high:
+            raise BadInput(
+                f"{where}.{name} is {getattr(fields, name)}, but {low} to {high} was expected"
+            )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar
 
 from fedspine.core.device import DeviceId, O, R, Work
 
@@ -98,17 +98,12 @@ class Fleet(Protocol):
         """A method's remark, to the records."""
         ...
 
-
-@runtime_checkable
-class Foresight(Protocol):
-    """What a simulated fleet can do besides: tell the truth about hardware, to a control that knows everything."""
-
     def foresee(
         self, device: DeviceId, *, flops: float, launches: float, bytes_down: int, bytes_up: int
     ) -> float | None:
         """Seconds that an exchange of this cost takes the device in this round, but for what chance adds to one of them.
 
-        None where it cannot be known.
+        Only a simulated fleet knows, for a control that is told the truth; None elsewhere.
         """
         ...
 

@@ -21,7 +21,7 @@ from fedspine.lm.structure import sparsity
 from fedspine.runs import task_record
 from fedspine.runs.assemble import identities, load_base
 from fedspine.runs.config import Recipe
-from fedspine.runs.run_dir import FLEET, RECIPE, STATE, recipe_of
+from fedspine.runs.run_dir import FLEET, RECIPE, STATE, check_format, recipe_of
 from fedspine.runs.task_record import TaskRecord
 from fedspine.storage.store import Saved, Store
 
@@ -170,6 +170,7 @@ def _chosen(method: Any, state: Any, device: str) -> Any:
 
 
 def saved_state(folder: Path) -> Saved:
+    check_format(folder)
     saved = Store(folder / STATE).load()
     if saved is None:
         raise BadInput(

@@ -123,6 +123,9 @@ class FlareFleet:
     def note(self, **values: Any) -> None:
         self._party.note(**values)
 
+    def foresee(self, device: DeviceId, **cost: float) -> None:
+        """Nobody knows how long a real site will take."""
+
     # what the run loop needs besides: see `fedspine.fleets.rounds`
 
     def cohort(self, ids: Iterable[DeviceId]) -> "FlareFleet":

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedspine.core.device import DeviceId, O, R, Work
-from fedspine.core.fleet import Fleet, Foresight, Profile, Reply, T
+from fedspine.core.fleet import Fleet, Profile, Reply, T
 
 
 class Lossy:
@@ -98,8 +98,6 @@ class Lossy:
         self, device: DeviceId, *, flops: float, launches: float, bytes_down: int, bytes_up: int
     ) -> float | None:
         """As the fleet foresees it, plus the mean delay; None where the fleet cannot."""
-        if not isinstance(self._fleet, Foresight):
-            return None
         seconds = self._fleet.foresee(
             device, flops=flops, launches=launches, bytes_down=bytes_down, bytes_up=bytes_up
         )

@@ -7,7 +7,7 @@ from typing import Any
 from fedspine.core.message import Tensors, pack
 from fedspine.lm.cost import HALF, Extent, adapter_width, training_flops, training_memory_bytes
 from fedspine.lm.importance import no_scores
-from fedspine.lm.importance_sources import Importance, scoring_cost
+from fedspine.lm.importance_sources import ScoringOrder, scoring_cost
 from fedspine.lm.prunable_layout import Anatomy
 from fedspine.lm.structure import Structure, shrink
 
@@ -23,7 +23,7 @@ def ranks_that_fit(
     embeddings: int,
     batch: int,
     tokens: int,
-    scoring: Importance,
+    scoring: ScoringOrder,
 ) -> int:
     """How many of the rising `ranks` a device of this memory can train and score at; the rest as in `lm/cost.py`."""
     # no bytes of scoring depend on the rank, and one step's are those of any number
@@ -44,7 +44,7 @@ def round_flops(
     rank: int,
     extent: Extent,
     steps: int,
-    scoring: Importance,
+    scoring: ScoringOrder,
 ) -> float:
     """Operations to train and score in a round of `steps` that reads so much."""
     scored = scoring_cost(scoring, anatomy, structure, rank=rank, tokens=extent.tokens, steps=steps)
@@ -57,7 +57,7 @@ class Frame:
 
     extent: Extent
     steps: int
-    scoring: Importance
+    scoring: ScoringOrder
     launches: int
     bytes_down: int
     bytes_up: int
@@ -70,7 +70,7 @@ def frame(
     *,
     extent: Extent,
     steps: int,
-    scoring: Importance,
+    scoring: ScoringOrder,
 ) -> Frame:
     """Measured on an order as it is sent, with `adapter` in it.
 
@@ -103,12 +103,12 @@ def forecast(
     structure: Structure,
     frame: Frame,
     *,
-    reached: float,
+    sparsity: float,
     target: float,
     ranks: Sequence[int],
     load: float = 1.0,
 ) -> list[Spending]:
-    """The cost at each rank for a device that has `structure`, prunes to `reached` on the way to `target` and tunes.
+    """The cost at each rank for a device that has `structure`, prunes to `sparsity` on the way to `target` and tunes.
 
     `load` is what the device reads, as a share of `frame.extent`. The adapter comes down cut to the
     structure and goes up cut to what is left. How many units go does not depend on their importance, so none is needed.
@@ -116,8 +116,8 @@ def forecast(
     units = no_scores(anatomy)
     votes = (units.heads, units.channels)
     left = (
-        shrink(anatomy, structure, votes, reached=reached, target=target)
-        if reached > 0
+        shrink(anatomy, structure, votes, sparsity=sparsity, target=target)
+        if sparsity > 0
         else structure
     )
     before, after = adapter_width(anatomy, structure), adapter_width(anatomy, left)

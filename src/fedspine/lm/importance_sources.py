@@ -1,14 +1,20 @@
-"""What the importance of a device's units is read from while it tunes: gradients, activations, weights, or chance."""
+"""What the importance of a device's units is read from while it tunes: gradients, activations,
+weights, or chance.
 
-from dataclasses import replace
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+Each source is a dataclass of its settings, `order` what a device is told of it.
+"""
+
+from dataclasses import dataclass, replace
+from math import inf
+from typing import ClassVar, Literal, TypeAlias
 
 from fedspine.core.device import Device
+from fedspine.core.errors import check_ranges
 from fedspine.core.message import message
 from fedspine.lm.base import Model
 from fedspine.lm.cost import NO_SCORING, ScoringCost, training_memory_bytes
 from fedspine.lm.importance import Scores, magnitude_scores, random_scores, smooth
-from fedspine.lm.importance_tracker import Scoring, Source
+from fedspine.lm.importance_tracker import Scoring
 from fedspine.lm.prunable_layout import Anatomy
 from fedspine.lm.scoring_cost import following_cost, magnitude_cost, updates
 from fedspine.lm.structure import Structure
@@ -25,55 +31,108 @@ class AtRandom:
     """Units matter by chance: the control that knows nothing."""
 
 
-Importance: TypeAlias = (
-    Scoring | ByMagnitude | AtRandom
-)  # a scoring follows it while the model trains
+ScoringOrder: TypeAlias = Scoring | ByMagnitude | AtRandom  # as a device is told
+
+_AVERAGE = {"every": (1, inf), "keep": (0, 1)}
 
 
-@runtime_checkable
-class ScoringFields(Protocol):
-    """The hyper-parameters of importance that is read from gradients."""
+@dataclass(frozen=True)
+class Gradient:
+    """LoRAPrune's estimate of each weight's gradient, from the gradients of its factors."""
 
-    score_every: int
-    score_keep: float
-    score_square: bool
-    score_cross: float
-    score_normalise: bool
+    name: ClassVar = "gradient"
+    every: int = 1  # steps between two updates
+    keep: float = 0.9  # of the moving average
+    square: bool = False
+    cross: float = 0.0  # eta, of the second-order term
+    normalise: bool = False  # each layer's scores by their norm
 
+    def check(self) -> None:
+        check_ranges(self, _AVERAGE, "method.importance")
 
-@runtime_checkable
-class ImportanceFields(ScoringFields, Protocol):
-    """The hyper-parameters that say what importance is read from."""
-
-    importance: Source | Literal["magnitude", "random"]
-
-
-def by_gradient(fields: ScoringFields) -> Scoring:
-    """Importance from gradients, as the fields want it followed."""
-    return Scoring(
-        every=fields.score_every,
-        keep=fields.score_keep,
-        square=fields.score_square,
-        cross=fields.score_cross,
-        normalise=fields.score_normalise,
-    )
+    @property
+    def order(self) -> Scoring:
+        return Scoring(
+            every=self.every,
+            keep=self.keep,
+            square=self.square,
+            cross=self.cross,
+            normalise=self.normalise,
+        )
 
 
-def importance_of(fields: ImportanceFields) -> Importance:
-    """The importance as it is ordered from a device."""
-    match fields.importance:
-        case "magnitude":
-            return ByMagnitude()
-        case "random":
-            return AtRandom()
-        case "gradient":
-            return by_gradient(fields)
-        case source:
-            return Scoring(of=source, every=fields.score_every, keep=fields.score_keep)
+@dataclass(frozen=True)
+class _Followed:
+    """What the sources that are read off the forward or backward pass of units have in common."""
+
+    name: ClassVar[Literal["activation", "gate", "blend"]]
+    every: int = 1  # steps between two updates
+    keep: float = 0.9  # of the moving average
+
+    def check(self) -> None:
+        check_ranges(self, _AVERAGE, "method.importance")
+
+    @property
+    def order(self) -> Scoring:
+        return Scoring(of=self.name, every=self.every, keep=self.keep)
+
+
+@dataclass(frozen=True)
+class Activation(_Followed):
+    """How much a unit adds to what its layer puts out, as in Wanda (arXiv:2306.11695)."""
+
+    name = "activation"
+
+
+@dataclass(frozen=True)
+class Gate(_Followed):
+    """The Fisher information of a factor on what a unit gives, as in Kwon et al.
+    (arXiv:2204.09656).
+    """
+
+    name = "gate"
+
+
+@dataclass(frozen=True)
+class Blend(_Followed):
+    """The geometric mean of `Activation` and `Gate`."""
+
+    name = "blend"
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """The norm of the effective weights that leave with a unit, after tuning."""
+
+    name: ClassVar = "magnitude"
+
+    def check(self) -> None:
+        pass
+
+    @property
+    def order(self) -> ByMagnitude:
+        return ByMagnitude()
+
+
+@dataclass(frozen=True)
+class Random:
+    """A new draw in every round: the control that knows nothing."""
+
+    name: ClassVar = "random"
+
+    def check(self) -> None:
+        pass
+
+    @property
+    def order(self) -> AtRandom:
+        return AtRandom()
+
+
+Importance: TypeAlias = Gradient | Activation | Gate | Blend | Magnitude | Random
 
 
 def scoring_cost(
-    how: Importance,
+    how: ScoringOrder,
     anatomy: Anatomy,
     structure: Structure,
     *,
@@ -82,7 +141,8 @@ def scoring_cost(
     largest: int = 0,
     steps: int = 0,
 ) -> ScoringCost:
-    """What importance of this kind costs in a training of `steps` that reads `tokens` padded tokens, in equal batches.
+    """What importance of this kind costs in a training of `steps` that reads `tokens` padded
+    tokens, in equal batches.
 
     `largest` is the padded tokens of the largest batch.
     """
@@ -106,12 +166,13 @@ def scoring_cost(
 
 
 def tune_and_score(
-    device: Device, model: Model, tuning: Tuning, how: Importance, known: Scores | None
+    device: Device, model: Model, tuning: Tuning, how: ScoringOrder, known: Scores | None
 ) -> Trace:
     """`tune`, whose trace holds the importance of the units after it.
 
-    Gradients and activations are followed while it trains, on top of what is `known`. Weights and chance are asked
-    once, after it, and what was known stays only for units that are gone, and where a weight is not finite.
+    Gradients and activations are followed while it trains, on top of what is `known`. Weights and
+    chance are asked once, after it, and what was known stays only for units that are gone, and
+    where a weight is not finite.
     """
     match how:
         case Scoring() as scoring:
@@ -131,7 +192,9 @@ def tune_and_score(
 
 
 def _account(device: Device, model: Model, cost: ScoringCost) -> None:
-    """Charge what is computed once after training, when activations are gone but the adapter's moments are not yet."""
+    """Charge what is computed once after training, when activations are gone but the adapter's
+    moments are not yet.
+    """
     memory = training_memory_bytes(
         device.base.anatomy,
         model.structure,

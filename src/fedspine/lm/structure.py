@@ -105,13 +105,13 @@ def shrink(
     structure: Structure,
     scores: tuple[Float[Tensor, "layers heads"], Float[Tensor, "layers channels"]],
     *,
-    reached: float,
+    sparsity: float,
     target: float,
 ) -> Structure:
-    """Drop the least important units of every layer, until the model's sparsity is `reached` on its way to `target`.
+    """Drop the least important units of every layer, until the model's sparsity is `sparsity` on its way to `target`.
 
     Already dropped units stay dropped; ties go to the lower index. Layers that `final_targets` protects keep everything
-    and the others take their share. At `reached == target` the sparsity is exact to the units' grain. Source: FedSpine
+    and the others take their share. At `sparsity == target` the sparsity is exact to the units' grain. Source: FedSpine
     (reconstructed), section 2.3.
     """
     finals = final_targets(anatomy, target)
@@ -122,7 +122,7 @@ def shrink(
         dropped = (int((~heads[layer]).sum()), int((~channels[layer]).sum()))
         wanted = counts(
             anatomy.shape,
-            final * (reached / target),
+            final * (sparsity / target),
             target=final,
             dropped=dropped,
             keep_heads=HEAD_FLOOR,

@@ -46,14 +46,14 @@ class HeadTraining:
     batch: int = 32  # rows of one step
     learning_rate: float = 2e-3  # falls linearly to zero over the rounds
     weight_decay: float = 0.1
-    head_speed: ClassVar[float] = 1.0
+    head_lr_multiplier: ClassVar[float] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTraining(HeadTraining):
     """Those of training an adapter and the task head, which adapter methods share."""
 
-    head_speed: float = 3.0  # the task head's learning rate over the adapter's
+    head_lr_multiplier: float = 3.0  # the task head's learning rate over the adapter's
 
 
 def check_tuning(fields: HeadTraining) -> None:
@@ -61,7 +61,7 @@ def check_tuning(fields: HeadTraining) -> None:
     for name in ("steps", "batch"):
         if getattr(fields, name) < 1:
             raise BadInput(f"method.{name} is {getattr(fields, name)}, but at least 1 is needed")
-    for name in ("learning_rate", "head_speed", "scale"):
+    for name in ("learning_rate", "head_lr_multiplier", "scale"):
         if not getattr(fields, name, 1.0) > 0:
             raise BadInput(
                 f"method.{name} is {getattr(fields, name)}, but a positive number is needed"
@@ -77,7 +77,7 @@ def tuning_at(fields: HeadTraining, round: int, rounds: int, turns: float = 1.0)
         steps=fields.steps,
         batch=fields.batch,
         learning_rate=learning_rate,
-        head_learning_rate=learning_rate * fields.head_speed,
+        head_learning_rate=learning_rate * fields.head_lr_multiplier,
         weight_decay=fields.weight_decay,
         turns=turns,
     )

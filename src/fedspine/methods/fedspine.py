@@ -1,27 +1,26 @@
-"""FedSpine: every device prunes and tunes in turns, at a pruning ratio and a LoRA rank picked for it.
+"""FedSpine: devices prune and tune in turns, at a pruning ratio and a LoRA rank picked for each.
 
-Yao et al. 2025, "Efficient Deployment of Large Language Models on Resource-constrained Devices", arXiv:2501.02438.
-A reconstruction: the paper's formulas are not public. What is the paper's and what is ours: docs/methods/fedspine.md.
+Yao et al. 2025, "Efficient Deployment of Large Language Models on Resource-constrained Devices",
+arXiv:2501.02438. A reconstruction: the paper's formulas are not public. What is the paper's and
+what is ours: docs/methods/fedspine.md.
 """
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from math import inf
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 import torch
 
-from fedspine.control.bandit import Bandit
-from fedspine.control.controllers import check_choice, check_ranges, due, plan_round
-from fedspine.control.device_model import Pupil, pupil
-from fedspine.control.plan import Plan
+from fedspine.control.bandit import rewards
+from fedspine.control.controllers import Controller, DeviceModel, SUcb, TextLoad
+from fedspine.control.plan import Foresee, Limits, Plan, PlanResult, Turn
 from fedspine.control.ranks import check_rising
-from fedspine.control.reward import Outcome, learn, rewards
+from fedspine.control.sparsity import cubic_floor
 from fedspine.core.device import DeviceId
-from fedspine.core.errors import BadInput
-from fedspine.core.fleet import Fleet, Foresight, NoMemory, Profile, Reply
+from fedspine.core.errors import BadInput, check_ranges
+from fedspine.core.fleet import Fleet, NoMemory, Profile, Reply
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, usable
 from fedspine.core.task import Task
@@ -30,23 +29,19 @@ from fedspine.lm.aggregate import Contribution
 from fedspine.lm.base import Model, line_energy
 from fedspine.lm.cost import Extent
 from fedspine.lm.forecast import Frame, forecast, frame, ranks_that_fit, round_flops
-from fedspine.lm.importance import Scores, on_wire, tally
-from fedspine.lm.importance_sources import importance_of
-from fedspine.lm.importance_tracker import Source
+from fedspine.lm.importance import Scores, tally
+from fedspine.lm.importance_sources import Gradient, Importance
 from fedspine.lm.lora import check_rank, fresh
 from fedspine.lm.merge import Aggregation, change, merge, share
 from fedspine.lm.prunable_layout import Anatomy
 from fedspine.lm.structure import Structure, check_target, full, sparsity
 from fedspine.lm.tune import LocalTraining, check_tuning, tuning_at
-from fedspine.pruning.device import SpineOrder, SpineResult, contribution, deployed
-from fedspine.pruning.head_start import Start, check_head_start, started
-from fedspine.pruning.semi_async import (
-    UnderWay,
-    gathered,
-    head_today,
-    hoped_for,
-    late_plan,
-    still_late,
+from fedspine.pruning.device import (
+    SpineOrder,
+    SpineResult,
+    contribution,
+    deployed,
+    prune_and_tune,
 )
 
 
@@ -64,92 +59,48 @@ class SpineState:
     head: Tensors
     scores: Scores | None  # the fleet's average importance
     structures: dict[str, Structure]  # of every device that has replied
-    reached: dict[str, float]  # the sparsity it was asked for
-    bandits: dict[str, Bandit | Pupil]  # more than a bandit where a setting follows times
+    sparsities: dict[str, float]  # the sparsity it was asked for
+    device_models: dict[str, DeviceModel]  # what the controller knows of devices
     gain_scale: float | None  # the usual size of a loss change
-    late: dict[str, UnderWay]  # what rounds did not wait for
-
-
-_RANGES = {
-    "sparsity": (0, 0.95),
-    "fleet_say": (0, 1),
-    "score_every": (1, inf),
-    "score_keep": (0, 1),
-    "enough": (0.01, 1),
-}
 
 
 @method("fedspine")
 @dataclass(frozen=True)
 class FedSpine(LocalTraining):
-    """LoRA and structured pruning in turns, at a pruning ratio and a rank of each device's own.
+    """LoRA and structured pruning in turns, at a pruning ratio and a rank of each device's own, in
+    the paper's form.
 
     >>> from fedspine import FedSpine, Recipe
     >>> Recipe(method=FedSpine(sparsity=0.4, ranks=(4, 8)), rounds=20).method.ranks
     (4, 8)
-
-    The paper's form is choice "bandit", importance "gradient" and enough 1; the defaults are what was measured to be better.
     """
 
     sparsity: float = 0.5  # share of the blocks' weights that every device gives up
     ranks: tuple[int, ...] = (4, 8, 12, 16, 20, 24, 28, 32)
     scale: float = 2.0  # alpha / rank, the same for all ranks
-    head_start: Start = "random"  # what the task head begins as
+    controller: Controller = SUcb()  # who picks pruning and rank
+    importance: Importance = Gradient()  # what a unit's importance is read from
     most_per_round: float = 0.05  # p_max: sparsity that a device may choose to gain in a round
     warmup: float = 0.05  # t0, as a share of the rounds: nothing is pruned before
     until: float = 0.7  # t1: everything is pruned after
     floor: float = 0.8  # share of the cubic schedule that no device may stay below
-    choice: Literal["bandit", "random", "fixed", "oracle", "deadline"] = (
-        "deadline"  # of pruning and rank
-    )
-    fixed_ratio: float = 0.5  # of "fixed": share of most_per_round, 0: as the schedule demands
-    fixed_rank: int = 8  # of "fixed"
-    patience: float = (
-        0.0  # of "oracle" and "deadline": 0 ends the round as soon as can be, 1 hurries nobody
-    )
-    caution: float = 0.3  # of "deadline": by how much a predicted time may be too short
-    explore: float = 0.1  # c of S-UCB
-    lipschitz: float = 0.0  # nu of S-UCB: a bonus for coarse leaves
-    lipschitz_decay: float = 0.5  # rho: what is left of it in a leaf's child
-    pooled: float = (
-        0.0  # kappa: plays that a bandit borrows in each leaf from devices as fast; 0 learns alone
-    )
-    discount: float = 0.95  # lambda: what an old play still counts after a new one
-    split_at: float = 2.0  # plays at which a leaf of the bandit's tree is refined
-    deepest: int = 2  # of the tree: 16 cells
-    reward: Literal["bounded", "ratio"] = "bounded"  # "ratio" is FedMP's
-    weights: tuple[float, float, float, float] = (
-        1.0,
-        1.0,
-        1.0,
-        1.0,
-    )  # of gain, progress, importance, lateness
-    importance: Source | Literal["magnitude", "random"] = (
-        "blend"  # what a unit's importance is read from
-    )
-    score_every: int = 1  # steps between two updates of the importance
-    score_keep: float = 0.9  # of its moving average
-    score_square: bool = False
-    score_cross: float = 0.0  # eta
-    score_normalise: bool = False
-    fleet_say: float = 0.0  # of the fleet's average importance in what a device drops; 0 is the reconstruction's choice
     aggregation: Aggregation = "delta-product"
-    enough: float = 0.7  # share of a round's replies that it waits for; the others are merged in the round they come in
 
     @classmethod
     def toy(cls) -> Self:
-        """Settings with which a tiny model learns a toy task in a few rounds, in the paper's form."""
+        """Settings with which a tiny model learns a toy task in a few rounds."""
         shared = {"steps": 8, "batch": 16, "learning_rate": 2e-2, "warmup": 0.1, "until": 0.6}
-        return cls(ranks=(2, 4, 8), choice="bandit", importance="gradient", enough=1.0, **shared)
+        return cls(ranks=(2, 4, 8), **shared)
 
     def check(self, task: Task) -> None:
-        check_ranges(self, _RANGES)
+        check_ranges(self, {"sparsity": (0, 0.95), "most_per_round": (1e-3, 1)})
         check_target(task.base.anatomy, self.sparsity)
         check_rising(self.ranks)
         check_rank("method.ranks", self.ranks, task.base.anatomy)
         check_tuning(self)
-        check_choice(self)
-        check_head_start(self, task)
+        self._due(0, 1)
+        self.controller.check(self.ranks)
+        self.importance.check()
 
     def start(self, task: Task, rng: np.random.Generator) -> SpineState:
         anatomy = task.base.anatomy
@@ -166,102 +117,69 @@ class FedSpine(LocalTraining):
             dense={site.path: torch.zeros(site.rows, site.columns) for site in anatomy.sites},
             scores=None,
             structures={},
-            reached={},
-            bandits={},
+            sparsities={},
+            device_models={},
             gain_scale=None,
-            late={},
         )
 
     def round(self, state: SpineState, fleet: Fleet) -> SpineState:
-        if state.round == 0:
-            rows = self.steps * self.batch
-            state = replace(state, head=started(self, state.head, fleet, rows=rows))
-        busy = hoped_for(state.late, state.round)
-        plans = self._plans(state, fleet, busy)
-        asked = {
-            id: UnderWay(order=self._order(state, id, plan), rank=plan.rank)
-            for id, plan in plans.items()
-        }
-        sent = busy | asked
-        if not sent:
-            raise NoMemory(
-                "no device has the memory to train at any rank; lower method.batch, method.ranks or task.max_tokens"
-            )
-        came = gathered(fleet, sent, asked, self.enough)
-        replies = usable(came, fleet)
-        parts = {
-            r.device: contribution(state.anatomy, sent[r.device].order, r.value) for r in replies
-        }
-        dense, adapter = merge(
-            self.aggregation,
-            state.anatomy,
-            (state.dense, state.adapter),
-            list(parts.values()),
-            rank=self.ranks[-1],
-            seed=state.seed + state.round,
-        )
-        plans = {id: late_plan(late) for id, late in busy.items()} | plans
-        outcomes = {
-            r.device: self._outcome(state, plans[r.device], r, parts[r.device]) for r in replies
-        }
-        earned, gain_scale = rewards(self, outcomes, state.gain_scale)
-        for reply in replies:
-            _note(state.anatomy, fleet, reply, outcomes[reply.device], earned.get(reply.device))
-        return replace(
-            state,
-            round=state.round + 1,
-            dense=dense,
-            adapter=adapter,
-            head=average(
-                (
-                    r.value.examples,
-                    head_today(state.head, state.round, sent[r.device].order, r.value),
-                )
-                for r in replies
-            ),
-            scores=tally(state.scores, [r.value.scores for r in replies]),
-            structures=state.structures | {r.device: r.value.structure for r in replies},
-            reached=state.reached | {id: outcome.plan.reached for id, outcome in outcomes.items()},
-            bandits=state.bandits | learn(self, state.bandits, outcomes, earned),
-            gain_scale=gain_scale,
-            late=still_late(sent, came, self.enough),
-        )
+        plans = self._plans(state, fleet)
+        orders = {id: self._order(state, id, plan) for id, plan in plans.items()}
+        if not orders:
+            raise no_memory()
+        replies = usable(fleet.ask(prune_and_tune, orders), fleet)
+        return self._merged(state, fleet, plans, orders, replies)
 
     def deploy(self, state: SpineState, device: DeviceId | None = None) -> Model:
-        """The device's own structure, or for None the one that the fleet's average scores give; the common adapter.
+        """The device's own structure, or for None the one that the fleet's average scores give; the
+        common adapter.
 
-        Whoever is behind the schedule, because it was not asked lately, is pruned to it by the fleet's scores.
+        Whoever is behind the schedule, because it was not asked lately, is pruned to it by the
+        fleet's scores.
         """
-        floor = (
-            self.sparsity
-            if state.round >= state.rounds
-            else due(self, state.round - 1, state.rounds)
-        )
+        done = state.round >= state.rounds
+        floor = self.sparsity if done else self._due(state.round - 1, state.rounds)
         return deployed(self, state, device, due=floor, votes=state.scores)
-
-    def planned_sparsity(self, round: int, rounds: int) -> float:
-        return due(self, round, rounds)
 
     def unpruned(self, state: SpineState) -> Model:
         return Model(
             structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=self.scale
         )
 
-    def _plans(
-        self, state: SpineState, fleet: Fleet, busy: Container[DeviceId]
-    ) -> dict[DeviceId, Plan]:
-        """Every free device's (sparsity, rank) for this round; one whose memory fits no rank is noted and not asked."""
-        affordable = {
-            profile.id: self._affordable(state, profile)
-            for profile in fleet.devices
-            if profile.id not in busy
-        }
-        for device in (device for device, ranks in affordable.items() if not ranks):
-            fleet.note(device=device, left_out="no rank fits its memory")
-        frame = cache(lambda: self._frame(state))  # of which only the oracle knows
-        return plan_round(
-            self, state, affordable, lambda *plan: self._foresee(state, fleet, frame(), *plan)
+    def planned_sparsity(self, round: int, rounds: int) -> float:
+        return self._due(round, rounds)
+
+    def _due(self, round: int, rounds: int) -> float:
+        """The sparsity below which no device may stay in a round, counted from 0; 0 before the
+        first.
+        """
+        if round < 0:
+            return 0.0
+        return cubic_floor(
+            round,
+            rounds,
+            self.sparsity,
+            warmup=self.warmup,
+            until=self.until,
+            share=self.floor,
         )
+
+    # --- plans ---
+
+    def _plans(
+        self, state: SpineState, fleet: Fleet, busy: Container[DeviceId] = ()
+    ) -> dict[DeviceId, Plan]:
+        """Every free device's (sparsity, rank) for this round; one whose memory fits no rank is
+        noted and not asked.
+        """
+        free = [profile for profile in fleet.devices if profile.id not in busy]
+        turns = {}
+        for number, profile in enumerate(free):
+            if ranks := self._affordable(state, profile):
+                turns[profile.id] = self._turn(state, profile.id, ranks, number)
+            else:
+                fleet.note(device=profile.id, left_out="no rank fits its memory")
+        return self.controller.plan(turns, state.device_models, self._foresee(state, fleet))
 
     def _affordable(self, state: SpineState, profile: Profile) -> int:
         """How many of the ranks fit the device's memory while it trains."""
@@ -273,8 +191,52 @@ class FedSpine(LocalTraining):
             embeddings=state.embeddings,
             batch=self.batch,
             tokens=state.max_tokens,
-            scoring=importance_of(self),
+            scoring=self.importance.order,
         )
+
+    def _turn(self, state: SpineState, device: DeviceId, affordable: int, number: int) -> Turn:
+        limits = Limits(
+            sparsity=state.sparsities.get(device, 0.0),
+            due=self._due(state.round, state.rounds),
+            target=self.sparsity,
+            most_per_round=self.most_per_round,
+            ranks=self.ranks,
+            affordable=affordable,
+        )
+        early = state.round < self.warmup * state.rounds
+        return Turn(
+            limits,
+            warm=early or not self._knows_units(state, device),
+            rng=np.random.default_rng([state.seed, state.round, number]),
+        )
+
+    def _knows_units(self, state: SpineState, device: DeviceId) -> bool:
+        """Whether the importance of the device's units is known, so that it can prune."""
+        return device in state.structures
+
+    def _foresee(self, state: SpineState, fleet: Fleet) -> Foresee:
+        """True seconds of a device's round, for the oracle among the controllers."""
+        common = cache(lambda: self._frame(state))
+
+        def foresee(device: DeviceId, sparsity: float, ranks: Sequence[int]) -> list[float]:
+            costs = forecast(
+                state.anatomy,
+                state.structures.get(device, full(state.anatomy)),
+                common(),
+                sparsity=sparsity,
+                target=self.sparsity,
+                ranks=ranks,
+                load=state.device_models.get(device, TextLoad(load=1.0)).load,
+            )
+            seconds = [fleet.foresee(device, **vars(cost)) for cost in costs]
+            if None in seconds:
+                raise BadInput(
+                    "method.controller is oracle, but only a simulated fleet knows times; "
+                    "choose another"
+                )
+            return seconds
+
+        return foresee
 
     def _frame(self, state: SpineState) -> Frame:
         order = self._order(state, "", Plan(0.0, self.ranks[0], None, 0.0))
@@ -292,39 +254,6 @@ class FedSpine(LocalTraining):
         rows = self.steps * self.batch
         return Extent(tokens=rows * state.max_tokens, squared_tokens=rows * state.max_tokens**2)
 
-    def _foresee(
-        self,
-        state: SpineState,
-        fleet: Fleet,
-        frame: Frame,
-        device: DeviceId,
-        reached: float,
-        ranks: Sequence[int],
-    ) -> list[float]:
-        """True seconds of a device's round at each rank, from a fleet that knows them."""
-        structure, load = (
-            state.structures.get(device, full(state.anatomy)),
-            pupil(state.bandits, device).load,
-        )
-        costs = forecast(
-            state.anatomy,
-            structure,
-            frame,
-            reached=reached,
-            target=self.sparsity,
-            ranks=ranks,
-            load=load,
-        )
-        seconds = [
-            fleet.foresee(device, **vars(cost)) if isinstance(fleet, Foresight) else None
-            for cost in costs
-        ]
-        if None in seconds:
-            raise BadInput(
-                "method.choice is oracle, but only a simulated fleet knows times; choose another"
-            )
-        return seconds
-
     def _order(self, state: SpineState, device: DeviceId, plan: Plan) -> SpineOrder:
         structure = state.structures.get(device, full(state.anatomy))
         return SpineOrder(
@@ -334,54 +263,106 @@ class FedSpine(LocalTraining):
             ),
             head=half(state.head),
             structure=structure,
-            scores=on_wire(state.scores) if self.fleet_say and state.scores else None,
-            fleet_say=self.fleet_say,
-            reached=plan.reached,
+            scores=None,
+            global_importance_weight=0.0,
+            sparsity=plan.sparsity,
             target=self.sparsity,
             scale=self.scale,
             tuning=tuning_at(self, state.round, state.rounds),
-            scoring=importance_of(self),
+            scoring=self.importance.order,
         )
 
-    def _outcome(
+    # --- what came of them ---
+
+    def _merged(
+        self,
+        state: SpineState,
+        fleet: Fleet,
+        plans: dict[DeviceId, Plan],
+        orders: dict[DeviceId, SpineOrder],
+        replies: Sequence[Reply[SpineResult]],
+    ) -> SpineState:
+        """The state after the replies to these orders, at the end of a round."""
+        parts = {
+            reply.device: contribution(state.anatomy, orders[reply.device], reply.value)
+            for reply in replies
+        }
+        dense, adapter = merge(
+            self.aggregation,
+            state.anatomy,
+            (state.dense, state.adapter),
+            list(parts.values()),
+            rank=self.ranks[-1],
+            seed=state.seed + state.round,
+        )
+        results = {
+            reply.device: self._result(state, plans[reply.device], reply, parts[reply.device])
+            for reply in replies
+        }
+        earned, gain_scale = rewards(results, state.gain_scale)
+        for reply in replies:
+            _note(state.anatomy, fleet, reply, results[reply.device], earned.get(reply.device))
+        return replace(
+            state,
+            round=state.round + 1,
+            dense=dense,
+            adapter=adapter,
+            head=average((reply.value.examples, reply.value.head) for reply in replies),
+            scores=tally(state.scores, [reply.value.scores for reply in replies]),
+            structures=state.structures | {r.device: r.value.structure for r in replies},
+            sparsities=state.sparsities
+            | {id: result.plan.sparsity for id, result in results.items()},
+            device_models=self.controller.learn(
+                state.device_models, results, earned, self.ranks[-1]
+            ),
+            gain_scale=gain_scale,
+        )
+
+    def _result(
         self, state: SpineState, plan: Plan, reply: Reply[SpineResult], part: Contribution
-    ) -> Outcome:
+    ) -> PlanResult:
         """What came of a plan; the size of a change is measured as section 3.3 says."""
         importance, directions = change(state.anatomy, state.line_energy, part, self.scale)
-        before, load = reply.value.loss_before, 1.0
-        if self.choice == "oracle":
-            whole = round_flops(
-                state.anatomy,
-                reply.value.structure,
-                plan.rank,
-                self._extent(state),
-                self.steps,
-                importance_of(self),
-            )
-            load = reply.cost.flops / whole
-        return Outcome(
+        before = reply.value.loss_before
+        full_length = round_flops(
+            state.anatomy,
+            reply.value.structure,
+            plan.rank,
+            self._extent(state),
+            self.steps,
+            self.importance.order,
+        )
+        return PlanResult(
             plan=plan,
             seconds=reply.cost.seconds,
             gain=None if before is None else before - reply.value.loss,
             importance=importance,
             effective_rank=directions,
-            load=load,
+            load=reply.cost.flops / full_length,
         )
+
+
+def no_memory() -> NoMemory:
+    """The error for a round in which nobody can be asked."""
+    return NoMemory(
+        "no device has the memory to train at any rank; lower method.batch, method.ranks or "
+        "task.max_tokens"
+    )
 
 
 def _note(
     anatomy: Anatomy,
     fleet: Fleet,
     reply: Reply[SpineResult],
-    outcome: Outcome,
+    result: PlanResult,
     earned: float | None,
 ) -> None:
     fleet.note(
         device=reply.device,
-        rank=outcome.plan.rank,
+        rank=result.plan.rank,
         sparsity=sparsity(anatomy, reply.value.structure),
         loss=reply.value.loss,
         reward=earned,
-        importance=outcome.importance,
-        effective_rank=outcome.effective_rank,
+        importance=result.importance,
+        effective_rank=result.effective_rank,
     )

@@ -10,16 +10,14 @@ from typing import Self
 
 import numpy as np
 
-from fedspine.control.controllers import check_ranges
 from fedspine.core.device import DeviceId
 from fedspine.core.fleet import Fleet
 from fedspine.core.method import method
 from fedspine.core.task import Task
 from fedspine.lm.base import Model
-from fedspine.lm.importance_sources import by_gradient
+from fedspine.lm.importance_sources import Gradient
 from fedspine.pruning.device import deployed
 from fedspine.pruning.scheduled import (
-    SCORE_RANGES,
     CubicPruning,
     PruningState,
     begin,
@@ -36,11 +34,8 @@ from fedspine.pruning.scheduled import (
 class LoraPrune(CubicPruning):
     """FedAvg of LoRA factors at one rank, pruned by LoRA gradients on a fixed schedule."""
 
-    score_every: int = 1  # steps between two updates of the importance
-    score_keep: float = 0.9  # of its moving average
-    score_square: bool = False  # the paper squares, its released code does not
-    score_cross: float = 0.0  # eta: 1 in the released code
-    score_normalise: bool = False  # true in the released code
+    # the paper squares, its released code has cross 1.0 and normalises
+    importance: Gradient = Gradient()
 
     @classmethod
     def toy(cls) -> Self:
@@ -49,7 +44,7 @@ class LoraPrune(CubicPruning):
 
     def check(self, task: Task) -> None:
         check_pruning(self, task)
-        check_ranges(self, SCORE_RANGES)
+        self.importance.check()
         cubic(self, 0, 1)
 
     def start(self, task: Task, rng: np.random.Generator) -> PruningState:
@@ -57,7 +52,7 @@ class LoraPrune(CubicPruning):
 
     def round(self, state: PruningState, fleet: Fleet) -> PruningState:
         due = cubic(self, state.round, state.rounds)
-        after, _ = prune_and_average(self, state, fleet, reached=due, scoring=by_gradient(self))
+        after, _ = prune_and_average(self, state, fleet, target=due, scoring=self.importance.order)
         return after
 
     def planned_sparsity(self, round: int, rounds: int) -> float:

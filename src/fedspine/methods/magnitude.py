@@ -47,7 +47,7 @@ class Magnitude(CubicPruning):
 
     def round(self, state: PruningState, fleet: Fleet) -> PruningState:
         due = cubic(self, state.round, state.rounds)
-        after, _ = prune_and_average(self, state, fleet, reached=due, scoring=ByMagnitude())
+        after, _ = prune_and_average(self, state, fleet, target=due, scoring=ByMagnitude())
         return after
 
     def planned_sparsity(self, round: int, rounds: int) -> float:

@@ -5,11 +5,10 @@ LoRAPrune's (Zhang et al. 2023, arXiv:2305.18403). Departures and choices: docs/
 """
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 
-from fedspine.control.controllers import check_ranges
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
@@ -18,10 +17,9 @@ from fedspine.core.method import method
 from fedspine.core.task import Task
 from fedspine.lm.base import Model
 from fedspine.lm.importance import Scores, mixed
-from fedspine.lm.importance_sources import importance_of
+from fedspine.lm.importance_sources import Gradient, Magnitude, Random
 from fedspine.pruning.device import deployed
 from fedspine.pruning.scheduled import (
-    SCORE_RANGES,
     PruningState,
     ScheduledPruning,
     begin,
@@ -47,14 +45,7 @@ class PruneAfter(ScheduledPruning):
     """FedAvg of LoRA factors at one rank on the whole model, pruned when it is deployed."""
 
     recover: int = 0  # last rounds in which devices tune what they have pruned
-    importance: Literal["gradient", "magnitude", "random"] = (
-        "gradient"  # what a unit's importance is read from
-    )
-    score_every: int = 1  # steps between two updates of the importance
-    score_keep: float = 0.9  # of its moving average
-    score_square: bool = False
-    score_cross: float = 0.0  # eta
-    score_normalise: bool = False
+    importance: Gradient | Magnitude | Random = Gradient()  # what a unit's importance is read from
 
     @classmethod
     def toy(cls) -> Self:
@@ -64,7 +55,7 @@ class PruneAfter(ScheduledPruning):
 
     def check(self, task: Task) -> None:
         check_pruning(self, task)
-        check_ranges(self, SCORE_RANGES)
+        self.importance.check()
         if not 0 <= self.recover < task.rounds:
             raise BadInput(
                 f"method.recover is {self.recover}, but 0 to {task.rounds - 1} was expected: "
@@ -76,9 +67,9 @@ class PruneAfter(ScheduledPruning):
 
     def round(self, state: AfterState, fleet: Fleet) -> AfterState:
         training = state.training
-        reached = self.planned_sparsity(training.round, training.rounds)
+        target = self.planned_sparsity(training.round, training.rounds)
         after, replies = prune_and_average(
-            self, training, fleet, reached=reached, scoring=importance_of(self)
+            self, training, fleet, target=target, scoring=self.importance.order
         )
         return AfterState(
             training=after, ballots=state.ballots | {r.device: r.value.scores for r in replies}
@@ -91,7 +82,7 @@ class PruneAfter(ScheduledPruning):
         """What the device would run if training ended now: pruned to the target, by its own scores where it has any."""
         votes = state.training.scores
         if device in state.ballots and votes is not None:
-            votes = mixed(state.ballots[device], votes, self.fleet_say)
+            votes = mixed(state.ballots[device], votes, self.global_importance_weight)
         return deployed(self, state.training, device, due=self.sparsity, votes=votes)
 
     def unpruned(self, state: AfterState) -> Model:

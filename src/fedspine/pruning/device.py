@@ -1,4 +1,5 @@
-"""Pruning and tuning in turns, the device's part, and what becomes of it: shared by FedSpine and its baselines; no method.
+"""Pruning and tuning in turns, the device's part, and what becomes of it: shared by FedSpine and
+its baselines; no method.
 
 What the server decides (how far, at which rank, how adapters are merged) is each method's own.
 """
@@ -12,7 +13,7 @@ from fedspine.core.tensors import half, single
 from fedspine.lm.aggregate import Contribution
 from fedspine.lm.base import Model
 from fedspine.lm.importance import Scores, ballot, mixed, no_scores
-from fedspine.lm.importance_sources import Importance, tune_and_score
+from fedspine.lm.importance_sources import ScoringOrder, tune_and_score
 from fedspine.lm.prunable_layout import Anatomy
 from fedspine.lm.structure import Structure, cut_adapter, full, shrink
 from fedspine.lm.tune import Tuning
@@ -25,12 +26,12 @@ class SpineOrder:
     head: Tensors  # fp16
     structure: Structure  # what the server knows the device to have
     scores: Scores | None  # fp16, the fleet's average importance, where it has a say
-    fleet_say: float  # of those scores in what goes, 0 to 1
-    reached: float  # sparsity to prune to before tuning
+    global_importance_weight: float  # of those scores in what goes, 0 to 1
+    sparsity: float  # sparsity to prune to before tuning
     target: float  # sparsity to end at
     scale: float
     tuning: Tuning
-    scoring: Importance
+    scoring: ScoringOrder
 
 
 @message
@@ -51,10 +52,14 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
     kept: Structure = device.memory.get("kept", order.structure)
     votes = known
     if order.scores is not None:  # a newcomer has no scores of its own, so the fleet's are its own
-        votes = mixed(known or order.scores, order.scores, order.fleet_say)
-    if votes is not None and order.reached > 0:  # nothing is pruned before its importance is known
+        votes = mixed(known or order.scores, order.scores, order.global_importance_weight)
+    if votes is not None and order.sparsity > 0:  # nothing is pruned before its importance is known
         kept = shrink(
-            anatomy, kept, (votes.heads, votes.channels), reached=order.reached, target=order.target
+            anatomy,
+            kept,
+            (votes.heads, votes.channels),
+            sparsity=order.sparsity,
+            target=order.target,
         )
     adapter = cut_adapter(single(order.adapter), anatomy.sites, kept, within=order.structure)
     model = Model(structure=kept, adapter=adapter, head=single(order.head), scale=order.scale)
@@ -83,28 +88,29 @@ class Deployed(Protocol):
 
 
 class Tuned(Protocol):
-    """What a state knows of what is deployed: `reached` is the sparsity that a device was asked for."""
+    """What a state knows of what is deployed: `sparsities` are those that devices were asked for."""
 
     anatomy: Anatomy
     adapter: Tensors
     head: Tensors
     structures: dict[str, Structure]
-    reached: dict[str, float]
+    sparsities: dict[str, float]
 
 
 def deployed(
     fields: Deployed, state: Tuned, device: DeviceId | None, *, due: float, votes: Scores | None
 ) -> Model:
-    """The device's own structure, pruned by `votes` where it is behind `due`, and the common adapter cut to it.
+    """The device's own structure, pruned by `votes` where it is behind `due`, and the common
+    adapter cut to it.
 
     None stands for everybody: the whole model, pruned by `votes`.
     """
     whole = full(state.anatomy)
     structure = state.structures.get(device, whole) if device else whole
-    behind = due > (state.reached.get(device, 0.0) if device else 0.0)
+    behind = due > (state.sparsities.get(device, 0.0) if device else 0.0)
     if behind and votes is not None:
         scores = (votes.heads, votes.channels)
-        structure = shrink(state.anatomy, structure, scores, reached=due, target=fields.sparsity)
+        structure = shrink(state.anatomy, structure, scores, sparsity=due, target=fields.sparsity)
     adapter = cut_adapter(state.adapter, state.anatomy.sites, structure)
     return Model(structure=structure, adapter=adapter, head=state.head, scale=fields.scale)
 

@@ -6,13 +6,12 @@ own the entry.
 """
 
 from dataclasses import dataclass, replace
-from math import inf
 
 import numpy as np
 
-from fedspine.control.controllers import check_ranges
 from fedspine.control.sparsity import cubic_floor
 from fedspine.core.device import DeviceId
+from fedspine.core.errors import check_ranges
 from fedspine.core.fleet import Fleet, Reply
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import usable
@@ -21,15 +20,14 @@ from fedspine.core.tensors import average, half
 from fedspine.lm.aggregate import average_factors
 from fedspine.lm.base import Model
 from fedspine.lm.importance import Scores, on_wire, tally
-from fedspine.lm.importance_sources import Importance
+from fedspine.lm.importance_sources import ScoringOrder
 from fedspine.lm.lora import check_rank, fresh
 from fedspine.lm.prunable_layout import Anatomy
 from fedspine.lm.structure import Structure, check_target, cut_adapter, full, sparsity
 from fedspine.lm.tune import LocalTraining, check_tuning, tuning_at
 from fedspine.pruning.device import SpineOrder, SpineResult, contribution, prune_and_tune
 
-_RANGES = {"sparsity": (0, 0.95), "fleet_say": (0, 1)}
-SCORE_RANGES = {"score_every": (1, inf), "score_keep": (0, 1)}  # of fields that only some have
+_RANGES = {"sparsity": (0, 0.95), "global_importance_weight": (0, 1)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +37,9 @@ class ScheduledPruning(LocalTraining):
     sparsity: float = 0.5  # share of the blocks' weights that every device gives up
     rank: int = 8
     scale: float = 2.0  # alpha / rank
-    fleet_say: float = 0.0  # of the fleet's average importance in what a device drops
+    global_importance_weight: float = (
+        0.0  # of the fleet's average importance in what a device drops
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class PruningState:
     head: Tensors
     scores: Scores | None  # the fleet's average importance
     structures: dict[str, Structure]  # of every device that has replied
-    reached: dict[str, float]  # the sparsity it was asked for
+    sparsities: dict[str, float]  # the sparsity it was asked for
 
 
 def check_pruning(fields: ScheduledPruning, task: Task) -> None:
@@ -81,7 +81,7 @@ def begin(fields: ScheduledPruning, task: Task, rng: np.random.Generator) -> Pru
         head=task.base.initial_head(rng),
         scores=None,
         structures={},
-        reached={},
+        sparsities={},
     )
 
 
@@ -108,15 +108,16 @@ def prune_and_average(
     state: PruningState,
     fleet: Fleet,
     *,
-    reached: float,
-    scoring: Importance,
+    target: float,
+    scoring: ScoringOrder,
 ) -> tuple[PruningState, list[Reply[SpineResult]]]:
-    """One round in which every device prunes to `reached`, then tunes; the next state, and the replies it rests on.
+    """One round in which every device prunes to `target`, then tunes; the next state, and the replies it rests on.
 
-    A device prunes by its own importance, mixed with the fleet's by `fleet_say`; one never heard of has none yet.
+    A device prunes by its own importance, mixed with the fleet's by `global_importance_weight`; one
+    never heard of has none yet.
     """
     orders = {
-        profile.id: _order(fields, state, profile.id, reached, scoring) for profile in fleet.devices
+        profile.id: _order(fields, state, profile.id, target, scoring) for profile in fleet.devices
     }
     replies = usable(fleet.ask(prune_and_tune, orders), fleet)
     parts = [contribution(state.anatomy, orders[reply.device], reply.value) for reply in replies]
@@ -130,7 +131,8 @@ def prune_and_average(
         head=average((reply.value.examples, reply.value.head) for reply in replies),
         scores=tally(state.scores, [reply.value.scores for reply in replies]),
         structures=state.structures | {reply.device: reply.value.structure for reply in replies},
-        reached=state.reached | {reply.device: orders[reply.device].reached for reply in replies},
+        sparsities=state.sparsities
+        | {reply.device: orders[reply.device].sparsity for reply in replies},
     )
     return after, replies
 
@@ -146,22 +148,21 @@ def _order(
     fields: ScheduledPruning,
     state: PruningState,
     device: DeviceId,
-    reached: float,
-    scoring: Importance,
+    target: float,
+    scoring: ScoringOrder,
 ) -> SpineOrder:
     structure = state.structures.get(device, full(state.anatomy))
-    reached = (
-        reached if device in state.structures else 0.0
-    )  # nothing is pruned before its importance is known
-    advised = reached > 0 and fields.fleet_say > 0 and state.scores is not None
+    # nothing is pruned before its importance is known
+    now = target if device in state.structures else 0.0
+    advised = now > 0 and fields.global_importance_weight > 0 and state.scores is not None
     return SpineOrder(
         round=state.round,
         adapter=half(cut_adapter(state.adapter, state.anatomy.sites, structure)),
         head=half(state.head),
         structure=structure,
         scores=on_wire(state.scores) if advised else None,
-        fleet_say=fields.fleet_say,
-        reached=reached,
+        global_importance_weight=fields.global_importance_weight,
+        sparsity=now,
         target=fields.sparsity,
         scale=fields.scale,
         tuning=tuning_at(fields, state.round, state.rounds),

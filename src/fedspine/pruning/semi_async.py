@@ -1,7 +1,10 @@
-"""Rounds that do not wait for everybody: orders under way, and what becomes of replies that come later; no method."""
+"""Rounds that end at a quorum: orders whose replies are awaited, and how a late reply counts; no
+method.
+"""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from math import ceil
 
 from fedspine.control.plan import Plan
@@ -14,33 +17,40 @@ GIVEN_UP = 3  # rounds after which a late reply is not waited for, and its devic
 
 
 @message
-class UnderWay:
+class PendingOrder:
     """An order whose reply has not come."""
 
     order: SpineOrder
     rank: int
 
+    @property
+    def plan(self) -> Plan:
+        """What is left of its plan when the reply is late: nobody is credited for it."""
+        return Plan(self.order.sparsity, self.rank, action=None, progress=0.0)
 
-def hoped_for(late: Mapping[DeviceId, UnderWay], round: int) -> dict[DeviceId, UnderWay]:
-    """The late orders whose replies may still come; their devices are busy."""
-    return {id: each for id, each in late.items() if round - each.order.round < GIVEN_UP}
+
+def awaited(pending: Mapping[DeviceId, PendingOrder], round: int) -> dict[DeviceId, PendingOrder]:
+    """The orders whose late replies may still come; their devices are busy."""
+    return {id: each for id, each in pending.items() if round - each.order.round < GIVEN_UP}
 
 
-def gathered(
+def collect(
     fleet: Fleet,
-    sent: Mapping[DeviceId, UnderWay],
-    asked: Mapping[DeviceId, UnderWay],
-    enough: float,
+    sent: Mapping[DeviceId, PendingOrder],
+    asked: Mapping[DeviceId, PendingOrder],
+    quorum: float,
 ) -> list[Reply[SpineResult]]:
-    """Replies of a share `enough` of those asked now (of all, where nobody is), and what came of the others in `sent`."""
+    """Replies of a share `quorum` of those asked now (of all, where nobody is), and the others'
+    that came meanwhile.
+    """
     orders = {id: each.order for id, each in asked.items()}
-    if enough == 1:
+    if quorum == 1:
         return fleet.ask(prune_and_tune, orders)
     fleet.send(prune_and_tune, orders)
     came: list[Reply[SpineResult]] = []
     counted = asked or sent
     with suppress(Idle):  # too many were lost
-        while sum(reply.device in counted for reply in came) < ceil(enough * len(counted)):
+        while sum(reply.device in counted for reply in came) < ceil(quorum * len(counted)):
             reply = fleet.next()
             if reply.device in sent and reply.value.round == sent[reply.device].order.round:
                 came.append(reply)
@@ -49,24 +59,24 @@ def gathered(
     return came
 
 
-def still_late(
-    sent: Mapping[DeviceId, UnderWay], came: Sequence[Reply[SpineResult]], enough: float
-) -> dict[DeviceId, UnderWay]:
-    """The orders without a reply, which may still come; a round that waits for all knows them to be lost."""
+def still_pending(
+    sent: Mapping[DeviceId, PendingOrder], came: Sequence[Reply[SpineResult]], quorum: float
+) -> dict[DeviceId, PendingOrder]:
+    """The orders without a reply, which may still come; a round that waits for all knows them to be
+    lost.
+    """
     replied = {reply.device for reply in came}
-    return {id: each for id, each in sent.items() if id not in replied} if enough < 1 else {}
+    return {id: each for id, each in sent.items() if id not in replied} if quorum < 1 else {}
 
 
-def head_today(head: Tensors, round: int, order: SpineOrder, result: SpineResult) -> Tensors:
-    """A device's head; of a late one what it changed, on today's `head`."""
+def on_todays_head(
+    head: Tensors, round: int, order: SpineOrder, reply: Reply[SpineResult]
+) -> Reply[SpineResult]:
+    """The reply; of a late one the head is what the device changed, on today's `head`."""
     if order.round == round:
-        return result.head
-    return {
+        return reply
+    moved = {
         name: head[name] + came.float() - order.head[name].float()
-        for name, came in result.head.items()
+        for name, came in reply.value.head.items()
     }
-
-
-def late_plan(late: UnderWay) -> Plan:
-    """What is left of a plan when its reply is late: nobody is credited for it."""
-    return Plan(reached=late.order.reached, rank=late.rank, action=None, progress=0.0)
+    return replace(reply, value=replace(reply.value, head=moved))

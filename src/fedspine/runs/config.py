@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 import pydantic
 import tomli_w
 
-from fedspine.core import strict
+from fedspine.core import parts, strict
 from fedspine.core.errors import BadInput, unknown
 from fedspine.core.method import registered
 from fedspine.core.strict import Section
 from fedspine.core.task import AUTO, BUILT_IN_DATA, BUILT_IN_MODELS, NETS, Kind
 from fedspine.methods import all_methods, find
+from fedspine.runs.recipe_format import FORMAT, MOVED, format_of
 
 
 class TaskSection(Section):
@@ -106,7 +107,7 @@ class RunSection(Section):
 
 
 # what the embedded job's method was tuned in, on that job's own data
-OF_ITS_DATA = ("learning_rate", "head_speed")
+OF_ITS_DATA = ("learning_rate", "head_lr_multiplier")
 SECTIONS: dict[str, type[Section]] = {"task": TaskSection, "fleet": FleetSection, "run": RunSection}
 
 
@@ -156,12 +157,12 @@ class Recipe:
         return {
             "task": sections["task"],
             "fleet": sections["fleet"],
-            "method": _method_table(self.method),
+            "method": parts.table_of(self.method),
             "run": sections["run"],
         }
 
     def toml(self) -> str:
-        return tomli_w.dumps(self.table())
+        return tomli_w.dumps({"format": FORMAT} | self.table())
 
     @property
     def results(self) -> dict[str, dict[str, Any]]:
@@ -170,6 +171,16 @@ class Recipe:
         for name in ("workers", "references"):
             tables["run"].pop(name)
         return tables
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """The same by dotted key, those of the method's parts too."""
+        tables = self.results | {"method": parts.dotted(self.results["method"])}
+        return {
+            f"{section}.{key}": value
+            for section, table in tables.items()
+            for key, value in table.items()
+        }
 
     @property
     def fingerprint(self) -> str:
@@ -208,11 +219,10 @@ class Recipe:
 
     def difference(self, other: "Recipe") -> str | None:
         """What makes the results of the other recipe differ, in words; None for nothing."""
-        theirs = other.results
-        for section, table in self.results.items():
-            for key in {**table, **theirs[section]}:
-                if table.get(key) != theirs[section].get(key):
-                    return f"{section}.{key} is {table.get(key)!r} there, {theirs[section].get(key)!r} here"
+        there, here = self.flat, other.flat
+        for key in {**there, **here}:
+            if there.get(key) != here.get(key):
+                return f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
         return None
 
 
@@ -258,6 +268,8 @@ def anchored(recipe: Recipe) -> Recipe:
 
 def recipe(tables: dict[str, Any]) -> Recipe:
     """Check tables and build the recipe; raises BadInput with the nearest valid name for an unknown one."""
+    format_of(tables)
+    tables = {name: table for name, table in tables.items() if name != "format"}
     for name, table in tables.items():
         if name not in {*SECTIONS, "method"}:
             raise unknown("section", name, {*SECTIONS, "method"})
@@ -271,7 +283,7 @@ def _by_section(values: dict[str, Any], method: Any) -> dict[str, dict[str, Any]
     homes = {key: name for name, cls in SECTIONS.items() for key in cls.model_fields}
     found: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for key, value in values.items():
-        if key not in homes and key in _method_table(method):
+        if key not in homes and key in parts.table_of(method):
             raise BadInput(
                 f"{key!r} is a setting of the method; "
                 f"write method={type(method).__name__}({key}=...)"
@@ -322,14 +334,6 @@ def _of_arrays(task: TaskSection, net: str) -> TaskSection:
     return task.model_copy(update={"kind": "array"})
 
 
-def _method_table(method: Any) -> dict[str, Any]:
-    """A method's name and settings, as TOML can hold them."""
-    fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
-    return {"name": method.name} | {
-        key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()
-    }
-
-
 def _method(given: Any) -> Any:
     """The method that a name, a table or an instance stands for, its settings checked."""
     match given:
@@ -338,7 +342,7 @@ def _method(given: Any) -> Any:
         case dict():
             table = dict(given)
         case _ if type(given) in registered().values():
-            table = _method_table(given)
+            table = parts.table_of(given)
         case type() if given in registered().values():
             raise BadInput(f"method is the class {given.__name__}; write {given.__name__}()")
         case _:
@@ -350,11 +354,17 @@ def _method(given: Any) -> Any:
     if not isinstance(name, str):
         raise BadInput(f"method.name must be a name in quotes; {name!r} came")
     cls = find(name)
-    keys = _keys(cls)
-    for key in (key for key in table if key not in keys):
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in (key for key in table if key not in fields):
         _refuse_moved(name, cls, key)
-    strict.known_keys(f"key of [method] for {name}", table, keys)
-    return strict.validated("method", pydantic.TypeAdapter(cls), table, by_json=True)
+    strict.known_keys(f"key of [method] for {name}", table, fields)
+    composed = {
+        key: parts.part(f"method.{key}", choices, fields[key].default, table.pop(key))
+        for key, choices in parts.choices_of(cls).items()
+        if key in table
+    }
+    made = strict.validated("method", pydantic.TypeAdapter(cls), table, by_json=True)
+    return dataclasses.replace(made, **composed)
 
 
 def _keys(cls: type[Any]) -> set[str]:
@@ -362,17 +372,21 @@ def _keys(cls: type[Any]) -> set[str]:
 
 
 def _refuse_moved(name: str, cls: type[Any], key: str) -> None:
-    """Raise BadInput for a key that has another name by now, or belongs to a method that extends this one."""
+    """Raise BadInput for a key that has another name by now, or belongs to a method that extends
+    this one.
+    """
     extended = {
         other: found
         for other, found in all_methods().items()
         if issubclass(found, cls) and found is not cls
     }
     for other, found in {name: cls, **extended}.items():
-        now = getattr(found, "renamed", {}).get(key, key)
-        if now in _keys(found):
+        now = (MOVED | getattr(found, "renamed", {})).get(key, key)
+        if now.partition(".")[0] in _keys(found):
             write = f"write {now}" if other == name else f'write name = "{other}"'
             also = f" and {now} for {key}" if other != name and now != key else ""
+            if other == name and extended:  # which is what it was by default
+                also = f'; for the form that it had before write name = "{next(iter(extended))}"'
             raise BadInput(f"method.{key} is no setting of {name} any more; {write}{also}")
 
 
@@ -386,7 +400,9 @@ def _settings(settings: list[str]) -> dict[str, dict[str, Any]]:
                 f"--set {setting!r} is not of the form section.key=value, such as run.rounds=10"
             )
         tables.setdefault(section, {})[key] = _value(value.strip())
-    return tables
+    return {
+        name: parts.nested(table) if name == "method" else table for name, table in tables.items()
+    }
 
 
 def _value(text: str) -> Any:
@@ -409,15 +425,20 @@ def _fitting(defaults: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any
     name = overlay.get("method", {}).get("name", method["name"])
     other = name != method["name"] and isinstance(name, str)
     if other:
-        known = {field.name for field in dataclasses.fields(find(name))} | {"name"}
-        method = {key: value for key, value in method.items() if key in known}
+        method = parts.fitted(method, find(name)) | {"name": name}
     if other or "data" in named:
         method = {key: value for key, value in method.items() if key not in OF_ITS_DATA}
     return defaults | {"task": task, "method": method}
 
 
 def _laid_over(tables: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
-    return tables | {
-        name: {**tables[name], **table} if isinstance(tables.get(name), dict) else table
-        for name, table in overlay.items()
-    }
+    laid = dict(tables)
+    for name, table in overlay.items():
+        below = tables.get(name)
+        if not isinstance(below, dict):
+            laid[name] = table
+        elif name == "method":
+            laid[name] = parts.laid_over(below, table)
+        else:
+            laid[name] = {**below, **table}
+    return laid

@@ -11,6 +11,7 @@ from fedspine.core.errors import BadInput
 from fedspine.runs import task_record
 from fedspine.runs.config import Recipe
 from fedspine.runs.config import recipe as checked
+from fedspine.runs.recipe_format import FORMAT, format_of
 from fedspine.storage.store import Store, write_atomically
 
 if TYPE_CHECKING:
@@ -36,7 +37,29 @@ def recipe_of(folder: Path) -> Recipe:
             f"{folder} is not the folder of a run (it {what}); name one that `fedspine run` made"
         )
     # as it was written: a folder that now happens to bear the name of a Hub id is not what it meant
-    return checked(strict.read_toml(folder / RECIPE, "recipe", "restore it from a copy"))
+    tables = _tables_of(folder)
+    try:
+        return checked(tables)
+    except BadInput:
+        _check_format(folder, tables)
+        raise
+
+
+def check_format(folder: Path) -> None:
+    """Raise BadInput for a run of an older format, whose state this fedspine does not read."""
+    _check_format(folder, _tables_of(folder))
+
+
+def _tables_of(folder: Path) -> dict[str, Any]:
+    return strict.read_toml(folder / RECIPE, "recipe", "restore it from a copy")
+
+
+def _check_format(folder: Path, tables: dict[str, Any]) -> None:
+    if format_of(tables) < FORMAT:
+        raise BadInput(
+            f"the run in {folder} is of format {format_of(tables)} and this fedspine reads format "
+            f"{FORMAT}; go on with the fedspine that began it, or begin a new run with a recipe as in docs/recipes.md"
+        )
 
 
 def standing(folder: Path) -> dict[str, Any]:
@@ -47,6 +70,7 @@ def standing(folder: Path) -> dict[str, Any]:
     recipe, summary = recipe_of(folder), summary_of(folder)
     if summary is not None:
         return summary
+    check_format(folder)
     saved = Store(folder / STATE).load()
     known = {
         "method": recipe.method.name,
@@ -113,4 +137,5 @@ def remember(folder: Path, built: "Built") -> None:
 def check_age(folder: Path) -> None:
     """Raise BadInput where an older version saved rounds, which did not keep what they mean."""
     if Store(folder / STATE).rounds():
+        check_format(folder)
         task_record.recorded(folder)

@@ -244,13 +244,21 @@ def sweep(
 @app.command()
 def methods(json: Json = False) -> None:
     """List the methods and their settings, those of installed packages too."""
+    from fedspine.core import parts
     from fedspine.methods import all_methods, broken, packages
 
     found = {
         name: {
             "what": (sys.modules[cls.__module__].__doc__ or cls.__name__).strip().splitlines()[0],
             "package": packages().get(name, f"fedspine {fedspine.__version__}"),
-            "settings": {field.name: _plain(field.default) for field in dataclasses.fields(cls)},
+            "settings": {
+                field.name: parts.table_of(field.default) for field in dataclasses.fields(cls)
+            },
+            "choices": {
+                key: {name: parts.table_of(part()) for name, part in choices.items()}
+                for key, choices in parts.choices_of(cls).items()
+                if len(choices) > 1
+            },
         }
         for name, cls in all_methods().items()
     }
@@ -260,10 +268,14 @@ def methods(json: Json = False) -> None:
         print(jsonlib.dumps(found))
         return
     for name, entry in found.items():
-        settings = "\n".join(
-            f"{key} = {jsonlib.dumps(value)}" for key, value in entry["settings"].items()
-        )
-        rows = [("", entry["what"]), ("package", entry["package"]), ("settings", settings)]
+        rows = [
+            ("", entry["what"]),
+            ("package", entry["package"]),
+            ("settings", _lines(parts.dotted(entry["settings"]))),
+        ]
+        for key, choices in entry["choices"].items():
+            tables = (_lines(parts.dotted({key: table})) for table in choices.values())
+            rows.append((f"choices of {key}", "\n\n".join(tables)))
         _table(name, rows)
 
 
@@ -515,8 +527,8 @@ def bench(
     Console().print(bench_table(found))
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _lines(settings: dict[str, Any]) -> str:
+    return "\n".join(f"{key} = {jsonlib.dumps(value)}" for key, value in settings.items())
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> None:

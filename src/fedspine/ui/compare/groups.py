@@ -78,7 +78,7 @@ def grouped(selection: Selection) -> tuple[Group, ...]:
 
 def basis(run: Run) -> dict[str, Any]:
     """What two runs must have in common to be compared: data, devices, clock, checks, and what the data came to."""
-    flat = flattened(run.recipe)
+    flat = run.recipe.flat
     language = (
         run.recipe.task.kind == "causal-lm"
     )  # where a token of another model is another unit of loss
@@ -90,15 +90,6 @@ def basis(run: Run) -> dict[str, Any]:
         or (key.startswith("task.") and (language or key not in MODEL))
     }
     return found | {key: run.summary[key] for key in MEASURED if key in run.summary}
-
-
-def flattened(recipe: Recipe) -> dict[str, Any]:
-    """The recipe by dotted key, without what makes no difference to the results."""
-    return {
-        f"{section}.{key}": value
-        for section, table in recipe.results.items()
-        for key, value in table.items()
-    }
 
 
 def _check_comparable(runs: Iterable[Run]) -> None:
@@ -193,11 +184,11 @@ def _name(name: str, seeds: Mapping[int, Run], namesakes: list[Mapping[int, Run]
 
 
 def _without_seed(recipe: Recipe) -> dict[str, Any]:
-    return {key: value for key, value in flattened(recipe).items() if key != "run.seed"}
+    return {key: value for key, value in recipe.flat.items() if key != "run.seed"}
 
 
 def _part(recipe: Recipe, keys: Iterable[str]) -> dict[str, Any]:
-    flat = flattened(recipe)
+    flat = recipe.flat
     return {key: flat.get(key) for key in keys}
 
 

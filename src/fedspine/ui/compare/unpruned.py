@@ -11,7 +11,7 @@ from fedspine.report.page import write_page
 from fedspine.report.tables import UnprunedRun, percent
 from fedspine.runs.config import Recipe
 from fedspine.runs.run_dir import RECIPE, recipe_of, summary_of
-from fedspine.ui.compare.groups import MEASURED, MODEL, WEIGHTS, aspect_of, flattened, keys_of
+from fedspine.ui.compare.groups import MEASURED, MODEL, WEIGHTS, aspect_of, keys_of
 from fedspine.ui.compare.runs import CELL, cell_of
 
 BUDGET = {  # what a run may spend, and whom it draws
@@ -125,7 +125,7 @@ def _misfit(run: Finished, other: Finished) -> str | None:
 
 
 def _terms(run: Finished) -> dict[str, Any]:
-    flat = flattened(run.recipe)
+    flat = run.recipe.flat
     found = {
         key: value
         for key, value in flat.items()

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from fedspine.core import parts
 from fedspine.core.errors import BadInput, unknown
 from fedspine.core.task import AUTO, BUILT_IN_DATA, BUILT_IN_MODELS
 from fedspine.data.files import READERS
@@ -127,7 +128,8 @@ def _methods(tables: dict[str, Any]) -> list[_Method]:
     found = []
     for label in named:
         table, overlay = _parted(label, _table(named, label, "methods."))
-        found.append(_Method(label, {"name": label} | common | table, frozenset(table), overlay))
+        laid = parts.laid_over({"name": label} | common, table)
+        found.append(_Method(label, laid, frozenset(parts.dotted(table)), overlay))
     for key in common.keys() - {"name"}:
         _check_field(key, found, "[method]")
     return found
@@ -149,7 +151,7 @@ def _variants(method: _Method) -> list[_Method]:
     where = f"[methods.{method.label}.grid]"
     axes = _axes(_table(method.table, "grid", f"methods.{method.label}."), where)
     for key in axes:
-        if key not in _fields(method):
+        if key.partition(".")[0] not in _fields(method):
             raise unknown(f"field in {where}", key, _fields(method))
         if key in method.own:
             raise BadInput(
@@ -160,7 +162,7 @@ def _variants(method: _Method) -> list[_Method]:
         label = " ".join(
             [method.label, *(f"{key}={text_of(value)}" for key, value in point.items())]
         )
-        variants.append(_Method(label, table | point, overlay=method.overlay))
+        variants.append(_Method(label, parts.laid_over(table, point), overlay=method.overlay))
     return variants
 
 
@@ -215,9 +217,12 @@ def _check_key(key: str, where: str, methods: list[_Method]) -> None:
 
 
 def _check_field(key: str, methods: list[_Method], where: str) -> None:
-    """What is given to all methods must be a field of each, so that no setting is dropped in silence."""
+    """What is given to all methods must be a field of each, so that no setting is dropped in silence.
+
+    Of a part's setting, such as controller.rank, the field is looked at; the recipe checks the rest.
+    """
     fields = {method.label: _fields(method) for method in methods}
-    lacking = [label for label, known in fields.items() if key not in known]
+    lacking = [label for label, known in fields.items() if key.partition(".")[0] not in known]
     if len(lacking) == len(methods):
         raise unknown(f"method field in {where}", key, set().union(*fields.values()))
     if lacking:
@@ -246,9 +251,13 @@ def _cell(tables: dict[str, Any], method: _Method, condition: _Condition, seed: 
     laid = {section: dict(_table(tables, section)) for section in SECTIONS} | {
         "method": dict(method.table)
     }
+    over: dict[str, Settings] = {}
     for key, value in (condition.overlay | method.overlay | {"run.seed": seed}).items():
         section, _, name = key.partition(".")
-        laid[section][name] = value
+        over.setdefault(section, {})[name] = value
+    for section, table in over.items():
+        below = laid[section]
+        laid[section] = parts.laid_over(below, table) if section == "method" else below | table
     name = name_of(method.label, condition.settings, seed)
     try:
         recipe = config.anchored(config.recipe(laid))
@@ -309,7 +318,9 @@ def _dotted(table: dict[str, Any]) -> Settings:
 
 
 def _axes(table: dict[str, Any], where: str) -> dict[str, list[Any]]:
-    return {key: _values(f"{key} in {where}", values) for key, values in _dotted(table).items()}
+    return {
+        key: _values(f"{key} in {where}", values) for key, values in parts.dotted(table).items()
+    }
 
 
 def _values(what: str, values: Any) -> list[Any]:

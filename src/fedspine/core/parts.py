@@ -1,0 +1,127 @@
+"""Settings that are composed: a method's field that holds one of several dataclasses, chosen by its
+`name`.
+
+A part is a frozen dataclass with a class variable `name`. In TOML it is a nested table with that
+name and the part's own settings; without a name it is the method's default one.
+"""
+
+import dataclasses
+import types
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import pydantic
+
+from fedspine.core import strict
+from fedspine.core.errors import BadInput, unknown
+
+
+def choices_of(cls: type) -> dict[str, dict[str, type]]:
+    """The parts that each composed field of a dataclass may hold, by field and name."""
+    hints = get_type_hints(cls)
+    found = {field.name: _members(hints[field.name]) for field in dataclasses.fields(cls)}
+    return {
+        key: {part.name: part for part in members}
+        for key, members in found.items()
+        if members and all(map(is_part, members))
+    }
+
+
+def is_part(value: Any) -> bool:
+    """Whether a class, or an object of it, is a part."""
+    return dataclasses.is_dataclass(value) and isinstance(getattr(value, "name", None), str)
+
+
+def table_of(value: Any) -> Any:
+    """A field's value as TOML holds it."""
+    if is_part(value):
+        settings = {f.name: table_of(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"name": value.name} | settings
+    return list(value) if isinstance(value, tuple) else value
+
+
+def part(where: str, choices: dict[str, type], default: Any, table: Any) -> Any:
+    """The part that a table describes; settings that it leaves out are those of `default`, or of
+    the class it names.
+    """
+    if not isinstance(table, dict):
+        raise BadInput(
+            f"{where} is {table!r}, but a table was expected; name one of {', '.join(sorted(choices))} "
+            f"as {where}.name"
+        )
+    settings = {key: value for key, value in table.items() if key != "name"}
+    name = table.get("name", default.name)
+    if not isinstance(name, str) or name not in choices:
+        raise unknown(f"{where}.name", str(name), choices)
+    cls = choices[name]
+    strict.known_keys(
+        f"key of [{where}] for {name}", settings, [field.name for field in dataclasses.fields(cls)]
+    )
+    made = strict.validated(where, pydantic.TypeAdapter(cls), settings, by_json=True)
+    begun = default if type(default) is cls else cls()
+    return dataclasses.replace(begun, **{key: getattr(made, key) for key in settings})
+
+
+def nested(table: dict[str, Any]) -> dict[str, Any]:
+    """A method's table with its dotted keys as nested tables.
+
+    >>> nested({"rank": 8, "controller.name": "fixed", "controller.rank": 4})
+    {'rank': 8, 'controller': {'name': 'fixed', 'rank': 4}}
+    """
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        head, dot, rest = key.partition(".")
+        value = nested({rest: value}) if dot else value
+        both = isinstance(found.get(head), dict) and isinstance(value, dict)
+        found[head] = {**found[head], **value} if both else value
+    return found
+
+
+def dotted(table: dict[str, Any]) -> dict[str, Any]:
+    """What `nested` made nested, by dotted keys.
+
+    >>> dotted({"rank": 8, "controller": {"name": "fixed", "rank": 4}})
+    {'rank': 8, 'controller.name': 'fixed', 'controller.rank': 4}
+    """
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        below = dotted(value) if isinstance(value, dict) else {}
+        found |= {f"{key}.{name}": item for name, item in below.items()} or {key: value}
+    return found
+
+
+def fitted(table: dict[str, Any], cls: type) -> dict[str, Any]:
+    """What of another method's table a method of this class has, with its own parts for that
+    method's.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fitting: dict[str, Any] = {}
+    for key, value in nested(table).items():
+        if key not in fields:
+            continue
+        if isinstance(value, dict) and is_part(fields[key].default):
+            own = {field.name for field in dataclasses.fields(fields[key].default)}
+            value = {name: setting for name, setting in value.items() if name in own}
+        fitting[key] = value
+    return fitting
+
+
+def laid_over(table: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """A method's table with another laid over it; a part's settings go where another part is named.
+
+    >>> laid_over({"controller": {"name": "fixed", "rank": 4}}, {"controller.rank": 8})
+    {'controller': {'name': 'fixed', 'rank': 8}}
+    >>> laid_over({"controller": {"name": "fixed", "rank": 4}}, {"controller.name": "random"})
+    {'controller': {'name': 'random'}}
+    """
+    laid = nested(table)
+    for key, value in nested(overlay).items():
+        below = laid.get(key)
+        if isinstance(below, dict) and isinstance(value, dict):
+            other = "name" in value and value["name"] != below.get("name")
+            value = value if other else {**below, **value}
+        laid[key] = value
+    return laid
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)

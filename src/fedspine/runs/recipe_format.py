@@ -1,0 +1,42 @@
+"""The format of recipes, and what older ones call by other names: refused with a line that says
+what to write now.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedspine.core.errors import BadInput
+
+FORMAT = 2  # what a run writes; 1, which was not written, had FedSpine's settings in one flat table
+
+# by their keys then; what one method alone renamed is in its class's `renamed`
+MOVED = {
+    "choice": "controller.name",
+    "caution": "controller.latency_margin",
+    "patience": "controller.deadline_slack",
+    "explore": "controller.exploration",
+    "discount": "controller.discount",
+    "split_at": "controller.split_at",
+    "deepest": "controller.max_tree_depth",
+    "fixed_ratio": "controller.ratio",
+    "fixed_rank": "controller.rank",
+    "score_every": "importance.every",
+    "score_keep": "importance.keep",
+    "score_square": "importance.square",
+    "score_cross": "importance.cross",
+    "score_normalise": "importance.normalise",
+    "fleet_say": "global_importance_weight",
+    "enough": "quorum",
+    "head_speed": "head_lr_multiplier",
+}
+
+
+def format_of(tables: Mapping[str, Any]) -> int:
+    """The format that a recipe says it has; raises BadInput for one that is not known."""
+    number = tables.get("format", 1)
+    if type(number) is not int or not 1 <= number <= FORMAT:
+        raise BadInput(
+            f"format is {number!r}, but this fedspine reads recipes of format {FORMAT}; "
+            "use the fedspine that wrote it"
+        )
+    return number
