@@ -22,7 +22,7 @@ NOTHING = 1e-30  # a scale whose products vanish in fp32: adapter and its gradie
 
 
 def test_fedlora_whose_adapter_adds_nothing_is_this_method(lab, task):
-    lora = FedLora(rank=1, scale=NOTHING, head_speed=1.0, **SHARED)
+    lora = FedLora(rank=1, scale=NOTHING, head_lr_multiplier=1.0, **SHARED)
     rng = np.random.default_rng(0)
     # kept features are computed in other batches, which rounds otherwise
     ours = dataclasses.replace(TOY.start(task, rng), turns=0.0)

@@ -55,9 +55,8 @@ class FedSpinePlus(FedSpine):
 
     controller: Controller = Deadline()
     importance: Importance = Blend()
-    global_importance_weight: float = (
-        0.9  # of the fleet's average importance in what a device drops
-    )
+    # of the fleet's average importance in what a device drops
+    global_importance_weight: float = 0.9
     head_start: Start = "auto"  # what the task head begins as
     quorum: float = 0.7  # share of a round's replies that it waits for
 
