@@ -43,7 +43,7 @@ def main() -> None:
 
 def compared(task: Task, seed: int):
     """A row for the whole model, and one for each sparsity and way."""
-    anatomy, rng = task.base.anatomy, np.random.default_rng(seed)
+    layout, rng = task.base.layout, np.random.default_rng(seed)
     whole = tuned_whole(task, rng, seed)
     yield {
         "way": "unpruned",
@@ -58,14 +58,14 @@ def compared(task: Task, seed: int):
     }
     for sparsity in SPARSITIES:
         structure = shrink(
-            anatomy,
-            full(anatomy),
+            layout,
+            full(layout),
             (scores.heads, scores.channels),
             sparsity=sparsity,
             target=sparsity,
         )
         pruned = replace(
-            whole, structure=structure, adapter=cut_adapter(whole.adapter, anatomy.sites, structure)
+            whole, structure=structure, adapter=cut_adapter(whole.adapter, layout.sites, structure)
         )
         for way, rows, ridge in WAYS:
             base = (
@@ -99,9 +99,9 @@ class Compensated:
     ) -> None:
         self._base = base
         self._slices: Slices = {
-            site.path: base.slice(site.path, structure) for site in base.anatomy.sites
+            site.path: base.slice(site.path, structure) for site in base.layout.sites
         }
-        for site in base.anatomy.sites:
+        for site in base.layout.sites:
             if site.column_units:
                 weight = base.weights[site.path][0].float()
                 weight = (
@@ -146,7 +146,7 @@ def second_moments(
         module.get_submodule(site.path).register_forward_pre_hook(
             lambda _, args, path=site.path: hear(path, args[0])
         )
-        for site in base.anatomy.sites
+        for site in base.layout.sites
         if site.column_units
     ]
     with torch.no_grad():

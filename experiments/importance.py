@@ -76,7 +76,7 @@ def task_of(name: str, folder: Path | None, seed: int) -> Task:
 
 def compared(task: Task, seed: int):
     """A row for the whole model, and one for each sparsity and criterion."""
-    anatomy, rng = task.base.anatomy, np.random.default_rng(seed)
+    layout, rng = task.base.layout, np.random.default_rng(seed)
     whole = tuned_whole(task, rng, seed)
     yield {
         "criterion": "none",
@@ -85,15 +85,15 @@ def compared(task: Task, seed: int):
     }
     known = {of: followed(task, whole, of, seed) for of in FOLLOWED}
     known["magnitude"] = magnitude_scores(task.base, whole)
-    known["random"] = random_scores(anatomy, full(anatomy), np.random.default_rng(seed))
+    known["random"] = random_scores(layout, full(layout), np.random.default_rng(seed))
     for sparsity in SPARSITIES:
         for criterion, scores in known.items():
             pair = (scores.heads, scores.channels)
-            structure = shrink(anatomy, full(anatomy), pair, sparsity=sparsity, target=sparsity)
+            structure = shrink(layout, full(layout), pair, sparsity=sparsity, target=sparsity)
             pruned = replace(
                 whole,
                 structure=structure,
-                adapter=cut_adapter(whole.adapter, anatomy.sites, structure),
+                adapter=cut_adapter(whole.adapter, layout.sites, structure),
             )
             at_once = score(task.base, pruned, task.test).accuracy
             tuned = tune(all_rows(task, seed), pruned, AGAIN).model
@@ -108,10 +108,10 @@ def compared(task: Task, seed: int):
 
 def tuned_whole(task: Task, rng: np.random.Generator, seed: int) -> Model:
     """The unpruned model with an adapter of rank 8 and a head, tuned on all rows."""
-    anatomy = task.base.anatomy
-    adapter = fresh(anatomy.sites, 8, rng)
+    layout = task.base.layout
+    adapter = fresh(layout.sites, 8, rng)
     start = Model(
-        structure=full(anatomy), adapter=adapter, head=task.base.initial_head(rng), scale=2.0
+        structure=full(layout), adapter=adapter, head=task.base.initial_head(rng), scale=2.0
     )
     return tune(all_rows(task, seed), start, TUNING).model
 

@@ -21,16 +21,16 @@ ROWS = np.arange(12)
 
 def model_of(base, *, cut):
     """A model with a random adapter and head, whole or without a head and two channels of its second layer."""
-    rng, structure = np.random.default_rng(0), full(base.anatomy)
+    rng, structure = np.random.default_rng(0), full(base.layout)
     if cut:
         structure.heads[1, 0] = False
         structure.channels[1, [3, 9]] = False
-    adapter = fresh(base.anatomy.sites, 3, rng)
+    adapter = fresh(base.layout.sites, 3, rng)
     for name in (name for name in adapter if name.endswith("lora_B")):
         adapter[name] = torch.from_numpy(
             rng.normal(0, 0.1, tuple(adapter[name].shape)).astype(np.float32)
         )
-    adapter = cut_adapter(adapter, base.anatomy.sites, structure)
+    adapter = cut_adapter(adapter, base.layout.sites, structure)
     return Model(structure=structure, adapter=adapter, head=base.initial_head(rng), scale=2.0)
 
 
@@ -45,9 +45,9 @@ def followed(task, model, of):
     return following.scores[0], leaves
 
 
-def units_of(anatomy, structure):
+def units_of(layout, structure):
     """Every reader with the columns, among those kept, of each of its units: site, layer, unit, columns."""
-    for site in anatomy.sites:
+    for site in layout.sites:
         if site.column_units:
             owners = kept_columns(site, structure) // site.per_unit
             for unit in owners.unique().tolist():
@@ -88,7 +88,7 @@ def test_a_gate_is_the_slope_of_each_rows_loss(task, cut):
         return found.double()
 
     step, expected = 0.02, {}
-    for site, unit, columns in units_of(task.base.anatomy, model.structure):
+    for site, unit, columns in units_of(task.base.layout, model.structure):
         slopes = (losses(site, columns, 1 + step) - losses(site, columns, 1 - step)) / (2 * step)
         expected[site, unit] = slopes.square().sum().sqrt()
     same_within_layers(scores, expected)
@@ -101,7 +101,7 @@ def test_activation_is_what_a_unit_adds_to_its_layers_output(task, cut):
     module, inputs, entered = task.base.fit(model), task.train.batch(ROWS), {}
     tokens = inputs["attention_mask"].bool()
     assert not tokens.all()  # padding is there, and must not count
-    readers = [site for site in task.base.anatomy.sites if site.column_units]
+    readers = [site for site in task.base.layout.sites if site.column_units]
     ears = [
         module.get_submodule(site.path).register_forward_pre_hook(
             lambda _, args, path=site.path: entered.update({path: args[0][tokens]})
@@ -113,7 +113,7 @@ def test_activation_is_what_a_unit_adds_to_its_layers_output(task, cut):
     for ear in ears:
         ear.remove()
     expected = {}
-    for site, unit, columns in units_of(task.base.anatomy, model.structure):
+    for site, unit, columns in units_of(task.base.layout, model.structure):
         product = model.adapter[b_name(site.path)] @ model.adapter[a_name(site.path)]
         weight = task.base.slice(site.path, model.structure)[0] + model.scale * product
         added = [
@@ -148,10 +148,10 @@ def test_following_changes_nothing_that_is_trained(task, decoder, kind, of):
             id="d", data=job.train, base=job.base, memory={}, rng=np.random.default_rng(0)
         )
         rng = np.random.default_rng(1)
-        whole = full(job.base.anatomy)
+        whole = full(job.base.layout)
         start = Model(
             structure=whole,
-            adapter=fresh(job.base.anatomy.sites, 2, rng),
+            adapter=fresh(job.base.layout.sites, 2, rng),
             head=job.base.initial_head(rng),
             scale=2.0,
         )
@@ -166,7 +166,7 @@ def test_following_changes_nothing_that_is_trained(task, decoder, kind, of):
     assert bool((with_ears.scores.channels > 0).any()) and bool(
         torch.isfinite(with_ears.scores.heads).all()
     )
-    linears = [job.base.skeleton.get_submodule(site.path) for site in job.base.anatomy.sites]
+    linears = [job.base.skeleton.get_submodule(site.path) for site in job.base.layout.sites]
     assert not any(linear._forward_pre_hooks for linear in linears)  # nobody listens any more
 
 

@@ -310,17 +310,17 @@ def test_a_result_must_have_the_shapes_of_its_order(task, order):
             **{"adapter": order.adapter, "head": order.head, "loss": 0.0, "examples": 3} | changes
         )
 
-    anatomy = task.base.anatomy
+    layout = task.base.layout
     first = next(iter(order.adapter))
-    assert misfit(result(), order, anatomy) is None
+    assert misfit(result(), order, layout) is None
     assert "shape" not in misfit(
-        result(adapter=order.adapter | {first: order.adapter[first][:1]}), order, anatomy
+        result(adapter=order.adapter | {first: order.adapter[first][:1]}), order, layout
     )
     assert misfit(
-        result(adapter={k: v for k, v in order.adapter.items() if k != first}), order, anatomy
+        result(adapter={k: v for k, v in order.adapter.items() if k != first}), order, layout
     )
-    assert misfit(result(head={k: v[..., :1] for k, v in order.head.items()}), order, anatomy)
-    assert misfit(result(adapter={k: v.float() for k, v in order.adapter.items()}), order, anatomy)
+    assert misfit(result(head={k: v[..., :1] for k, v in order.head.items()}), order, layout)
+    assert misfit(result(adapter={k: v.float() for k, v in order.adapter.items()}), order, layout)
 
 
 def _alive(pid):

@@ -117,33 +117,33 @@ def test_the_products_that_run_are_those_that_are_charged(task, source, every):
     tuning = Tuning(steps=3, batch=8, learning_rate=1e-2)
     how = ByMagnitude() if source == "magnitude" else Scoring(of=source, every=every)
     (without, plain), (with_it, scored) = (products(task, h, tuning) for h in (None, how))
-    anatomy, rank = task.base.anatomy, 4
+    layout, rank = task.base.layout, 4
     rows = list(batches(task.train, tuning, np.random.default_rng(0)))
     tokens = sum(task.train.batch(chosen)["input_ids"].numel() for chosen in rows[::every])
     updates = len(rows[::every])
-    readers = [site for site in anatomy.sites if site.column_units]
+    readers = [site for site in layout.sites if site.column_units]
     read = sum(site.rows * site.columns for site in readers)
     heard = sum(site.columns for site in readers)
     ran = {
-        "gradient": updates * 6 * rank * anatomy.parameters,
+        "gradient": updates * 6 * rank * layout.parameters,
         "activation": updates * 2 * rank * read + 2 * tokens * heard,
         "gate": 0,
         "blend": updates * 2 * rank * read + 2 * tokens * heard,
-        "magnitude": 2 * rank * anatomy.parameters,
+        "magnitude": 2 * rank * layout.parameters,
     }[source]
     passes = {
-        "gradient": updates * 5 * anatomy.parameters,
+        "gradient": updates * 5 * layout.parameters,
         "activation": updates * 4 * read + tokens * heard,
         "gate": 2 * tokens * heard,
         "blend": updates * 4 * read + 3 * tokens * heard,
-        "magnitude": 4 * anatomy.parameters,
+        "magnitude": 4 * layout.parameters,
     }[source]
     assert with_it - without == ran
     assert scored.flops - plain.flops == ran + passes
 
 
 def test_methods_that_do_not_score_pay_for_no_scoring(lab, task):
-    anatomy = task.base.anatomy
+    layout = task.base.layout
     for name in ("fedlora", "hetlora", "flexlora"):
         bench, method = lab(name), all_methods()[name].toy()
         method = dataclasses.replace(method, steps=1)
@@ -152,8 +152,8 @@ def test_methods_that_do_not_score_pay_for_no_scoring(lab, task):
         for row in bench.rows("exchange"):
             # nothing but a step of training fits below this, whatever the rank and the length
             assert row["peak_memory_bytes"] <= training_memory_bytes(
-                anatomy,
-                full(anatomy),
+                layout,
+                full(layout),
                 rank=most,
                 embeddings=task.base.embeddings,
                 batch=method.batch,

@@ -66,20 +66,20 @@ def fail(device: Device, job: Exercise) -> Trained:
 
 def models(base, ranks, targets):
     """Models of these ranks and sparsities, with adapters that already do something."""
-    anatomy, rng = base.anatomy, np.random.default_rng(0)
+    layout, rng = base.layout, np.random.default_rng(0)
     head = base.initial_head(rng)
     for rank, target in zip(ranks, targets, strict=True):
-        structure = full(anatomy)
+        structure = full(layout)
         if target:
             scores = tuple(torch.rand(kept.shape) for kept in (structure.heads, structure.channels))
-            structure = shrink(anatomy, structure, scores, sparsity=target, target=target)
+            structure = shrink(layout, structure, scores, sparsity=target, target=target)
         adapter = {
             name: t + 0.01 if name.endswith("B") else t
-            for name, t in fresh(anatomy.sites, rank, rng).items()
+            for name, t in fresh(layout.sites, rank, rng).items()
         }
         yield Model(
             structure=structure,
-            adapter=cut_adapter(adapter, anatomy.sites, structure),
+            adapter=cut_adapter(adapter, layout.sites, structure),
             head=head,
             scale=2.0,
         )
@@ -265,8 +265,8 @@ def test_a_padded_unit_stays_zero(task):
 
 
 def test_structures_need_not_nest(task):
-    anatomy = task.base.anatomy
-    left, right = full(anatomy), full(anatomy)
+    layout = task.base.layout
+    left, right = full(layout), full(layout)
     left = Structure(heads=left.heads.clone(), channels=left.channels.clone())
     right = Structure(heads=right.heads.clone(), channels=right.channels.clone())
     left.channels[:, ::2] = False
@@ -274,9 +274,9 @@ def test_structures_need_not_nest(task):
     left.heads[:, 0] = False
     right.heads[:, -1] = False
     rng = np.random.default_rng(0)
-    adapter, head = fresh(anatomy.sites, 3, rng), task.base.initial_head(rng)
+    adapter, head = fresh(layout.sites, 3, rng), task.base.initial_head(rng)
     pair = [
-        Model(structure=s, adapter=cut_adapter(adapter, anatomy.sites, s), head=head, scale=2.0)
+        Model(structure=s, adapter=cut_adapter(adapter, layout.sites, s), head=head, scale=2.0)
         for s in (left, right)
     ]
     for each in both_ways(task, calls(task, pair)):
@@ -288,7 +288,7 @@ def test_scores_together_are_those_alone(task, decoder, kind):
     task = task if kind == "classification" else toy_task(*decoder, rounds=1, kind=kind)
     structure = next(models(task.base, (2,), (0.5,))).structure
     wide = list(models(task.base, (2, 4, 3), (0, 0, 0)))
-    sites = task.base.anatomy.sites
+    sites = task.base.layout.sites
     trio = [
         replace(m, structure=structure, adapter=cut_adapter(m.adapter, sites, structure))
         for m in wide

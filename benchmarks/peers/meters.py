@@ -141,7 +141,7 @@ def _our_operations(work: Work, asks: list[tuple[int, int, int]]) -> tuple[float
     head = {name: tensor for name, tensor in names.items() if ".lora_" not in name}
     adapter = {name: tensor for name, tensor in names.items() if ".lora_" in name}
     model = Model(
-        structure=full(base.anatomy), adapter=adapter, head=head, scale=work.settings.scale
+        structure=full(base.layout), adapter=adapter, head=head, scale=work.settings.scale
     )
     counter, formula = _counter(), 0.0
     for index, asked, number in asks:
@@ -156,7 +156,7 @@ def _our_operations(work: Work, asks: list[tuple[int, int, int]]) -> tuple[float
         extent = Extent(
             sum(rows * tokens for rows, tokens in shapes), sum(rows * n**2 for rows, n in shapes)
         )
-        formula += training_flops(base.anatomy, model.structure, work.settings.rank, extent)
+        formula += training_flops(base.layout, model.structure, work.settings.rank, extent)
     return counter.get_total_flops(), formula
 
 

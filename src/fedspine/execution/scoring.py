@@ -73,7 +73,7 @@ def score_models(
             name, shape = packed.sha256, _shape(model)
             known = name in names
             sparsities.append(
-                0.0 if isinstance(model, NetModel) else sparsity(task.base.anatomy, model.structure)
+                0.0 if isinstance(model, NetModel) else sparsity(task.base.layout, model.structure)
             )
             names.append(name)
             if known:

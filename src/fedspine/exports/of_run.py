@@ -118,7 +118,7 @@ def export_model(
         "device": device,
         "format": format,
         "folder": str(to),
-        "sparsity": sparsity(opened.base.anatomy, model.structure),
+        "sparsity": sparsity(opened.base.layout, model.structure),
         "bytes": sum(file.stat().st_size for file in to.rglob("*") if file.is_file()),
     }
 

@@ -127,7 +127,7 @@ def read_adapter(folder: str | Path, base: Base) -> Model:
     head = _head(folder, base, tensors)
     scale = _scale(settings, settings.r, settings.lora_alpha) or 1.0
     adapter: Tensors = {}
-    for site in base.anatomy.sites:
+    for site in base.layout.sites:
         a, b = (tensors.pop(f"{site.path}.lora_{factor}.weight", None) for factor in "AB")
         if a is None or b is None:
             continue
@@ -164,12 +164,12 @@ def _settings(folder: Path) -> LoraConfig:
 def _structure(folder: Path, base: Base) -> Structure:
     path = folder / STRUCTURE
     if not path.exists():
-        return full(base.anatomy)
+        return full(base.layout)
     try:
         structure = unpack(path.read_bytes())
     except (OSError, NotAMessage) as error:
         raise BadInput(f"{path} cannot be read ({error}); save the adapter again") from None
-    whole = full(base.anatomy)
+    whole = full(base.layout)
     if not isinstance(structure, Structure) or (
         structure.heads.shape,
         structure.channels.shape,
@@ -234,4 +234,4 @@ def _pattern(pattern: dict[str, float] | None, path: str, usual: float) -> float
 
 
 def _paths(base: Base) -> list[str]:
-    return [site.path for site in base.anatomy.sites]
+    return [site.path for site in base.layout.sites]

@@ -122,7 +122,7 @@ class Party:
             value = decoded(reply.result.tobytes(), work_kinds(work)[1])
         except NotAMessage as error:
             return f"its result cannot be used: {error}"
-        if wrong := misfit(value, order, getattr(self.base, "anatomy", None)):
+        if wrong := misfit(value, order, getattr(self.base, "layout", None)):
             return f"its result cannot be used: {wrong}"
         member.asks += 1
         member.memory = member.asks

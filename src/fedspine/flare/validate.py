@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fedspine.core.tensors import single
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, cut_adapter
 
 _UNUSABLE = (
@@ -18,7 +18,7 @@ _UNUSABLE = (
 )  # what cutting by a wrong structure raises
 
 
-def misfit(result: Any, order: Any, anatomy: Anatomy | None) -> str | None:
+def misfit(result: Any, order: Any, layout: PrunableLayout | None) -> str | None:
     """What is wrong with the shapes of a result, in words; None for nothing.
 
     Tensors by name that a result returns under the name of the order's must have the same names, shapes and types; an
@@ -32,8 +32,8 @@ def misfit(result: Any, order: Any, anatomy: Anatomy | None) -> str | None:
         )
         if not (_tensors(came) and _tensors(sent)):
             continue
-        if field.name == "adapter" and anatomy is not None:
-            sent = _as_kept(sent, order, result, anatomy)
+        if field.name == "adapter" and layout is not None:
+            sent = _as_kept(sent, order, result, layout)
         if sent is None:
             return "its structure does not fit the order"
         if wrong := _first_difference(came, sent):
@@ -41,13 +41,13 @@ def misfit(result: Any, order: Any, anatomy: Anatomy | None) -> str | None:
     return None
 
 
-def _as_kept(adapter: Any, order: Any, result: Any, anatomy: Anatomy) -> Any:
+def _as_kept(adapter: Any, order: Any, result: Any, layout: PrunableLayout) -> Any:
     """The order's adapter as the result's structure leaves it; None where that structure is none of this model's."""
     kept, within = (vars(value).get("structure") for value in (result, order))
     if not (isinstance(kept, Structure) and isinstance(within, Structure)):
         return adapter
     try:
-        cut = cut_adapter(single(adapter), anatomy.sites, kept, within=within)
+        cut = cut_adapter(single(adapter), layout.sites, kept, within=within)
     except _UNUSABLE:
         return None
     return {name: tensor.to(adapter[name].dtype) for name, tensor in cut.items()}

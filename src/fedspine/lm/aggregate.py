@@ -18,7 +18,7 @@ from torch import Tensor
 from fedspine.core.message import Tensors
 from fedspine.core.process import spread
 from fedspine.lm.lora import a_name, b_name, fresh_a
-from fedspine.lm.prunable_layout import Anatomy, Site
+from fedspine.lm.prunable_layout import PrunableLayout, Site
 from fedspine.lm.structure import Structure, cut_adapter, kept_columns, kept_rows
 
 EXACT_BELOW = 96  # matrices with a side up to this are factored by a full SVD
@@ -38,7 +38,7 @@ class Contribution:
 
 
 def average_factors(
-    anatomy: Anatomy, before: Tensors, contributions: Sequence[Contribution]
+    layout: PrunableLayout, before: Tensors, contributions: Sequence[Contribution]
 ) -> Tensors:
     """FedAvg of A and of B, each padded with zeros to the largest rank that came and averaged entry by entry over owners.
 
@@ -46,7 +46,7 @@ def average_factors(
     both factors could never be trained again.
     """
     merged: Tensors = {}
-    for site in anatomy.sites:
+    for site in layout.sites:
         for name, dim, kept in (
             (a_name(site.path), 1, kept_columns),
             (b_name(site.path), 0, kept_rows),
@@ -92,7 +92,7 @@ def product_norm(adapter: Tensors) -> float:
 
 
 def mean_product(
-    anatomy: Anatomy, before: Tensors, contributions: Sequence[Contribution]
+    layout: PrunableLayout, before: Tensors, contributions: Sequence[Contribution]
 ) -> Tensors:
     """FlexLoRA's aggregate: the weighted mean of the devices' products B A, dense, by path and without the scale.
 
@@ -106,11 +106,11 @@ def mean_product(
             weight > 0, total / torch.where(weight > 0, weight, 1.0), before[site.path]
         )
 
-    return _by_site(anatomy, mean)
+    return _by_site(layout, mean)
 
 
 def merge_changes(
-    anatomy: Anatomy, dense: Tensors, contributions: Sequence[Contribution]
+    layout: PrunableLayout, dense: Tensors, contributions: Sequence[Contribution]
 ) -> Tensors:
     """The dense change of every site's weight, by path and without the scale, after one round of contributions.
 
@@ -123,7 +123,7 @@ def merge_changes(
         # where nobody owns an entry, its total is zero anyway
         return dense[site.path] + total / torch.where(weight > 0, weight, 1.0)
 
-    return _by_site(anatomy, moved)
+    return _by_site(layout, moved)
 
 
 def change_factors(
@@ -136,13 +136,15 @@ def change_factors(
     return left, right
 
 
-def factor(anatomy: Anatomy, dense: Tensors, rank: int, before: Tensors, seed: int) -> Tensors:
+def factor(
+    layout: PrunableLayout, dense: Tensors, rank: int, before: Tensors, seed: int
+) -> Tensors:
     """The best factors of `rank` for every dense change, with the singular values shared evenly between B and A.
 
     Where the change has a lower rank, A gets fresh rows and B zeros, so that training can use them. `before`, the
     last factors, starts the search for the new ones. Source: section 3.1; randomised SVD after Halko et al. 2011.
     """
-    rngs = np.random.default_rng(seed).spawn(len(anatomy.sites))
+    rngs = np.random.default_rng(seed).spawn(len(layout.sites))
 
     def factors(part: tuple[Site, np.random.Generator]) -> Tensors:
         site, rng = part
@@ -157,20 +159,20 @@ def factor(anatomy: Anatomy, dense: Tensors, rank: int, before: Tensors, seed: i
         a[unused] = fresh_a(rng, rank, site.columns)[unused]
         return {a_name(site.path): a, b_name(site.path): b}
 
-    pairs = spread(factors, zip(anatomy.sites, rngs, strict=True))
+    pairs = spread(factors, zip(layout.sites, rngs, strict=True))
     return {name: tensor for pair in pairs for name, tensor in pair.items()}
 
 
-def hand_out(anatomy: Anatomy, adapter: Tensors, structure: Structure, rank: int) -> Tensors:
+def hand_out(layout: PrunableLayout, adapter: Tensors, structure: Structure, rank: int) -> Tensors:
     """The best adapter of `rank` for the sub-model `structure`, out of a wider one (section 3.2).
 
     Thin decompositions of the cut factors give the SVD of their product at the cost of small square matrices. Nothing
     is lost where `rank` is at least the adapter's.
     """
-    sliced = cut_adapter(adapter, anatomy.sites, structure)
-    if rank >= sliced[a_name(anatomy.sites[0].path)].shape[0]:
+    sliced = cut_adapter(adapter, layout.sites, structure)
+    if rank >= sliced[a_name(layout.sites[0].path)].shape[0]:
         return sliced
-    paths = [site.path for site in anatomy.sites]
+    paths = [site.path for site in layout.sites]
     # all sites share the small dimension, so their cores are decomposed in one batch
     gram_b = torch.stack([(b := sliced[b_name(path)].double()).T @ b for path in paths])
     gram_a = torch.stack([(a := sliced[a_name(path)].double()) @ a.T for path in paths])
@@ -188,10 +190,10 @@ def hand_out(anatomy: Anatomy, adapter: Tensors, structure: Structure, rank: int
     return small
 
 
-def change_spectra(anatomy: Anatomy, part: Contribution) -> Float[Tensor, "sites ranks"]:
+def change_spectra(layout: PrunableLayout, part: Contribution) -> Float[Tensor, "sites ranks"]:
     """Singular values of B'A' - BA for every site, largest first, without the scale."""
     gram_left, gram_right = [], []
-    for site in anatomy.sites:
+    for site in layout.sites:
         left, right = change_factors(part, site)
         gram_left.append(left.double().T @ left.double())
         gram_right.append(right.double() @ right.double().T)
@@ -211,9 +213,9 @@ def effective_rank(spectra: Float[Tensor, "sites ranks"]) -> float:
     return float(entropy.exp().mean())
 
 
-def _by_site(anatomy: Anatomy, function: Callable[[Site], Tensor]) -> Tensors:
+def _by_site(layout: PrunableLayout, function: Callable[[Site], Tensor]) -> Tensors:
     return dict(
-        zip((site.path for site in anatomy.sites), spread(function, anatomy.sites), strict=True)
+        zip((site.path for site in layout.sites), spread(function, layout.sites), strict=True)
     )
 
 

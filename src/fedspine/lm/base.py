@@ -19,7 +19,7 @@ from fedspine.core.tensors import moved, padded
 from fedspine.lm.digest import tensors_sha256
 from fedspine.lm.lora import AdaptedLinear, a_name, b_name
 from fedspine.lm.pooling import Pooling, reading
-from fedspine.lm.prunable_layout import Anatomy, Site, unit_map
+from fedspine.lm.prunable_layout import PrunableLayout, Site, unit_map
 from fedspine.lm.structure import Structure, cut, is_full, kept_columns, kept_rows, key_of
 
 SLICED = 2  # structures whose slices are kept: what is trained, and what was scored in between
@@ -62,12 +62,12 @@ class Base:
     def __init__(
         self,
         module: nn.Module,
-        anatomy: Anatomy,
+        layout: PrunableLayout,
         head: tuple[HeadLayer, ...],
         precision: torch.dtype,
         pooling: Pooling | None = None,
     ) -> None:
-        self.anatomy, self.head, self.precision = anatomy, head, precision
+        self.layout, self.head, self.precision = layout, head, precision
         self.pooling = pooling  # None: a language model, which has no task head
         self.weights_sha256 = _weights_sha256(module, head)
         self.skeleton = module.eval().requires_grad_(False).to(precision)
@@ -77,7 +77,7 @@ class Base:
         self._linears: dict[str, AdaptedLinear] = {}
         self.split_models: dict[Any, Any] = {}  # kept by `split.cut`
         self._slices: OrderedDict[bytes, dict[str, tuple[Tensor, Tensor | None]]] = OrderedDict()
-        for site in anatomy.sites:
+        for site in layout.sites:
             linear = module.get_submodule(site.path)
             self.weights[site.path] = (
                 linear.weight.data,
@@ -89,7 +89,7 @@ class Base:
         for path, linear in self._linears.items():
             module.set_submodule(path, linear)
         self._readout = reading(module, pooling)
-        backbone, names = module.get_submodule(anatomy.prefix), unit_map(anatomy.architecture)
+        backbone, names = module.get_submodule(layout.prefix), unit_map(layout.architecture)
         self._embeddings = backbone.get_submodule(names.embeddings)
         self._blocks = list(backbone.get_submodule(names.layers))
         # what is left are embeddings and norms: all that neither pruning nor the head's training touches
@@ -135,7 +135,7 @@ class Base:
         `merge` the adapter is added to the weights instead, as a deployed model has it, which runs faster.
         """
         slices = self._sliced(model.structure)
-        for site in self.anatomy.sites:
+        for site in self.layout.sites:
             weight, bias = slices[site.path]
             a, b = model.adapter.get(a_name(site.path)), model.adapter.get(b_name(site.path))
             if merge and a is not None and b is not None:
@@ -157,7 +157,7 @@ class Base:
         """
         slices = [self._sliced(structure) for structure in structures]
         shared = all(each is slices[0] for each in slices)
-        for site in self.anatomy.sites:
+        for site in self.layout.sites:
             weight, bias = slices[0][site.path]
             if not shared:
                 weight = padded([each[site.path][0] for each in slices])
@@ -210,7 +210,7 @@ class Base:
             None if last < len(self._blocks) else self._blocks[-1].register_forward_hook(tap.watch)
         )
         try:
-            self.skeleton.get_submodule(self.anatomy.prefix)(**inputs)
+            self.skeleton.get_submodule(self.layout.prefix)(**inputs)
         finally:
             if watch is not None:
                 watch.remove()
@@ -219,7 +219,7 @@ class Base:
     @property
     def default_cut(self) -> int:
         """Blocks on a device in split learning where nothing else is said: 2 of 12, and at least 1."""
-        return max(1, self.anatomy.layers // 6)
+        return max(1, self.layout.layers // 6)
 
     def start_at(self, layer: int) -> "Entry":
         """Let the model that was last fitted start at block `layer`, with what its entry is given."""
@@ -228,8 +228,8 @@ class Base:
         return entry
 
     def _place(self, embeddings: nn.Module, blocks: list[nn.Module]) -> None:
-        backbone = self.skeleton.get_submodule(self.anatomy.prefix)
-        names = unit_map(self.anatomy.architecture)
+        backbone = self.skeleton.get_submodule(self.layout.prefix)
+        names = unit_map(self.layout.architecture)
         setattr(backbone, names.embeddings, embeddings)
         places = backbone.get_submodule(names.layers)
         for i, block in enumerate(blocks):
@@ -237,7 +237,7 @@ class Base:
 
     def fitted_weights(self) -> Tensors:
         """The weights of all sites, by path, as they were last fitted: stacked where several models were."""
-        return {site.path: self._linears[site.path].weight for site in self.anatomy.sites}
+        return {site.path: self._linears[site.path].weight for site in self.layout.sites}
 
     def slice(self, path: str, structure: Structure) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of one site, physically cut to `structure`."""
@@ -249,7 +249,7 @@ class Base:
             return self.weights
         key = key_of(structure)
         slices = self._slices.pop(key, None) or {
-            site.path: self._cut(site, structure) for site in self.anatomy.sites
+            site.path: self._cut(site, structure) for site in self.layout.sites
         }
         self._slices[key] = slices
         while len(self._slices) > SLICED:
@@ -305,14 +305,16 @@ def line_energy(base: Base) -> Tensors:
     """Squared norms of the rows (or columns, where those are cut) of every site's unpruned weight, by path."""
     return {
         site.path: base.weights[site.path][0].float().square().sum(1 if site.row_units else 0).cpu()
-        for site in base.anatomy.sites
+        for site in base.layout.sites
     }
 
 
-def site_norms(anatomy: Anatomy, energy: Tensors, structure: Structure) -> Float[Tensor, " sites"]:
+def site_norms(
+    layout: PrunableLayout, energy: Tensors, structure: Structure
+) -> Float[Tensor, " sites"]:
     """Frobenius norm of every site's weight cut to `structure`, from `line_energy`."""
     sums = []
-    for site in anatomy.sites:
+    for site in layout.sites:
         kept = kept_rows(site, structure) if site.row_units else kept_columns(site, structure)
         sums.append(energy[site.path][kept].sum())
     return torch.stack(sums).sqrt()

@@ -17,7 +17,7 @@ def content_sha256(base: Base, tokenizer: Any) -> str:
     Layers that the checkpoint did not hold are left out, since a method draws them anew from its own seed.
     """
     digest = hashlib.sha256()
-    digest.update(pack(base.anatomy).payload)
+    digest.update(pack(base.layout).payload)
     digest.update(json.dumps(written(tokenizer), sort_keys=True).encode("utf-8", "surrogatepass"))
     fresh = {
         f"{layer.path}.{part}" for layer in base.head if layer.fresh for part in ("weight", "bias")

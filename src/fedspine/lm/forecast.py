@@ -8,14 +8,14 @@ from fedspine.core.message import Tensors, pack
 from fedspine.lm.cost import HALF, Extent, adapter_width, training_flops, training_memory_bytes
 from fedspine.lm.importance import no_scores
 from fedspine.lm.importance_sources import ScoringOrder, scoring_cost
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, shrink
 
 USABLE_MEMORY = 0.8  # share of a device's memory that training may take
 
 
 def ranks_that_fit(
-    anatomy: Anatomy,
+    layout: PrunableLayout,
     structure: Structure,
     ranks: Sequence[int],
     *,
@@ -27,10 +27,10 @@ def ranks_that_fit(
 ) -> int:
     """How many of the rising `ranks` a device of this memory can train and score at; the rest as in `lm/cost.py`."""
     # no bytes of scoring depend on the rank, and one step's are those of any number
-    beside = scoring_cost(scoring, anatomy, structure, rank=1, largest=batch * tokens, steps=1)
+    beside = scoring_cost(scoring, layout, structure, rank=1, largest=batch * tokens, steps=1)
     shapes = {"embeddings": embeddings, "batch": batch, "tokens": tokens, "scoring": beside}
     without, one = (
-        training_memory_bytes(anatomy, structure, rank=rank, **shapes) for rank in (0, 1)
+        training_memory_bytes(layout, structure, rank=rank, **shapes) for rank in (0, 1)
     )
     needed = (
         without + rank * (one - without) for rank in ranks
@@ -39,7 +39,7 @@ def ranks_that_fit(
 
 
 def round_flops(
-    anatomy: Anatomy,
+    layout: PrunableLayout,
     structure: Structure,
     rank: int,
     extent: Extent,
@@ -47,8 +47,8 @@ def round_flops(
     scoring: ScoringOrder,
 ) -> float:
     """Operations to train and score in a round of `steps` that reads so much."""
-    scored = scoring_cost(scoring, anatomy, structure, rank=rank, tokens=extent.tokens, steps=steps)
-    return training_flops(anatomy, structure, rank, extent) + scored.flops
+    scored = scoring_cost(scoring, layout, structure, rank=rank, tokens=extent.tokens, steps=steps)
+    return training_flops(layout, structure, rank, extent) + scored.flops
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Frame:
 
 
 def frame(
-    anatomy: Anatomy,
+    layout: PrunableLayout,
     order: Any,
     adapter: Tensors,
     *,
@@ -82,9 +82,9 @@ def frame(
         extent=extent,
         steps=steps,
         scoring=scoring,
-        launches=steps * anatomy.layers,
+        launches=steps * layout.layers,
         bytes_down=beside,
-        bytes_up=beside + HALF * anatomy.layers * (anatomy.heads + anatomy.channels),
+        bytes_up=beside + HALF * layout.layers * (layout.heads + layout.channels),
     )
 
 
@@ -99,7 +99,7 @@ class Spending:
 
 
 def forecast(
-    anatomy: Anatomy,
+    layout: PrunableLayout,
     structure: Structure,
     frame: Frame,
     *,
@@ -113,17 +113,17 @@ def forecast(
     `load` is what the device reads, as a share of `frame.extent`. The adapter comes down cut to the
     structure and goes up cut to what is left. How many units go does not depend on their importance, so none is needed.
     """
-    units = no_scores(anatomy)
+    units = no_scores(layout)
     votes = (units.heads, units.channels)
     left = (
-        shrink(anatomy, structure, votes, sparsity=sparsity, target=target)
+        shrink(layout, structure, votes, sparsity=sparsity, target=target)
         if sparsity > 0
         else structure
     )
-    before, after = adapter_width(anatomy, structure), adapter_width(anatomy, left)
+    before, after = adapter_width(layout, structure), adapter_width(layout, left)
     return [
         Spending(
-            flops=load * round_flops(anatomy, left, rank, frame.extent, frame.steps, frame.scoring),
+            flops=load * round_flops(layout, left, rank, frame.extent, frame.steps, frame.scoring),
             launches=frame.launches,
             bytes_down=frame.bytes_down + HALF * rank * before,
             bytes_up=frame.bytes_up + HALF * rank * after,

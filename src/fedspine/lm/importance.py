@@ -14,7 +14,7 @@ from torch import Tensor
 from fedspine.core.message import Tensors, message
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
-from fedspine.lm.prunable_layout import Anatomy, Site
+from fedspine.lm.prunable_layout import PrunableLayout, Site
 from fedspine.lm.structure import Structure, kept_columns, kept_rows
 
 FLEET_KEEP = 0.9  # of the fleet's average when a round's ballots come in
@@ -44,14 +44,14 @@ def score_units(base: Base, model: Model, criterion: Criterion = Criterion()) ->
     The gradient of W + scale * B @ A is estimated from those of A and B as gB @ A + B @ gA. Gradients must be those
     of the unscaled loss, before the optimiser's step.
     """
-    weights = {site.path: base.slice(site.path, model.structure)[0] for site in base.anatomy.sites}
+    weights = {site.path: base.slice(site.path, model.structure)[0] for site in base.layout.sites}
     return score_stack(
-        base.anatomy, [model.structure], weights, model.adapter, model.scale, criterion
+        base.layout, [model.structure], weights, model.adapter, model.scale, criterion
     )[0]
 
 
 def score_stack(
-    anatomy: Anatomy,
+    layout: PrunableLayout,
     structures: Sequence[Structure],
     weights: Tensors,
     adapter: Tensors,
@@ -64,7 +64,7 @@ def score_stack(
     they are as they are. Padding lies behind what a model has.
     """
     lines = []
-    for site in anatomy.sites:
+    for site in layout.sites:
         entries = _entries(weights[site.path], adapter, site.path, scale, criterion)
         by_line = entries.sum(-1) if site.row_units else entries.sum(-2)
         if criterion.normalise:
@@ -73,18 +73,18 @@ def score_stack(
     by_site = (
         torch.cat(lines, 1).cpu().split([line.shape[1] for line in lines], 1)
     )  # one transfer from a GPU
-    scores = [no_scores(anatomy) for _ in structures]
-    for site, by_line in zip(anatomy.sites, by_site, strict=True):
+    scores = [no_scores(layout) for _ in structures]
+    for site, by_line in zip(layout.sites, by_site, strict=True):
         for i, structure in enumerate(structures):
             _add_lines(scores[i], site, structure, by_line[i])
     return scores
 
 
-def unit_roots(anatomy: Anatomy, structure: Structure, lines: Tensors) -> Scores:
+def unit_roots(layout: PrunableLayout, structure: Structure, lines: Tensors) -> Scores:
     """The root of the sum over each kept unit's columns, by path of the sites whose columns are units; each layer of unit
     norm, dropped units zero."""
-    sums = no_scores(anatomy)
-    for site in (site for site in anatomy.sites if site.column_units):
+    sums = no_scores(layout)
+    for site in (site for site in layout.sites if site.column_units):
         _add_lines(sums, site, structure, lines[site.path].cpu())
     return normalised(Scores(heads=sums.heads.sqrt_(), channels=sums.channels.sqrt_()))
 
@@ -101,8 +101,8 @@ def magnitude_scores(base: Base, model: Model) -> Scores:
 
     It takes no gradient and no data. Biases do not count, as they do not in a model's sparsity.
     """
-    energy = no_scores(base.anatomy)
-    for site in base.anatomy.sites:
+    energy = no_scores(base.layout)
+    for site in base.layout.sites:
         entries = _effective(base, model, site.path).square_()
         _add_lines(
             energy, site, model.structure, entries.sum(1) if site.row_units else entries.sum(0)
@@ -110,7 +110,7 @@ def magnitude_scores(base: Base, model: Model) -> Scores:
     return Scores(heads=energy.heads.sqrt_(), channels=energy.channels.sqrt_())
 
 
-def random_scores(anatomy: Anatomy, structure: Structure, rng: np.random.Generator) -> Scores:
+def random_scores(layout: PrunableLayout, structure: Structure, rng: np.random.Generator) -> Scores:
     """A uniform draw from (0, 1] for every kept unit, zero for dropped ones: the control that knows nothing."""
 
     def draw(kept: Bool[Tensor, "layers units"]) -> Float[Tensor, "layers units"]:
@@ -119,11 +119,11 @@ def random_scores(anatomy: Anatomy, structure: Structure, rng: np.random.Generat
     return Scores(heads=draw(structure.heads), channels=draw(structure.channels))
 
 
-def no_scores(anatomy: Anatomy) -> Scores:
+def no_scores(layout: PrunableLayout) -> Scores:
     """Zero for every unit."""
     return Scores(
-        heads=torch.zeros(anatomy.layers, anatomy.heads),
-        channels=torch.zeros(anatomy.layers, anatomy.channels),
+        heads=torch.zeros(layout.layers, layout.heads),
+        channels=torch.zeros(layout.layers, layout.channels),
     )
 
 

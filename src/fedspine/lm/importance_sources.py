@@ -15,7 +15,7 @@ from fedspine.lm.base import Model
 from fedspine.lm.cost import NO_SCORING, ScoringCost, training_memory_bytes
 from fedspine.lm.importance import Scores, magnitude_scores, random_scores, smooth
 from fedspine.lm.importance_tracker import Scoring
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.scoring_cost import following_cost, magnitude_cost, updates
 from fedspine.lm.structure import Structure
 from fedspine.lm.tune import Trace, Tuning, rank_of, tune
@@ -133,7 +133,7 @@ Importance: TypeAlias = Gradient | Activation | Gate | Blend | Magnitude | Rando
 
 def scoring_cost(
     how: ScoringOrder,
-    anatomy: Anatomy,
+    layout: PrunableLayout,
     structure: Structure,
     *,
     rank: int,
@@ -151,7 +151,7 @@ def scoring_cost(
             count = updates(scoring, steps)
             read = tokens * count / max(1, steps)
             return following_cost(
-                anatomy,
+                layout,
                 structure,
                 scoring,
                 rank=rank,
@@ -160,7 +160,7 @@ def scoring_cost(
                 updates=count,
             )
         case ByMagnitude():
-            return magnitude_cost(anatomy, structure, rank)
+            return magnitude_cost(layout, structure, rank)
         case AtRandom():
             return NO_SCORING
 
@@ -183,11 +183,11 @@ def tune_and_score(
             _account(
                 device,
                 trace.model,
-                scoring_cost(how, device.base.anatomy, model.structure, rank=rank_of(model)),
+                scoring_cost(how, device.base.layout, model.structure, rank=rank_of(model)),
             )
         case AtRandom():
             trace = tune(device, model, tuning)
-            now = random_scores(device.base.anatomy, model.structure, device.rng)
+            now = random_scores(device.base.layout, model.structure, device.rng)
     return replace(trace, scores=smooth(known, now, 0.0))
 
 
@@ -196,7 +196,7 @@ def _account(device: Device, model: Model, cost: ScoringCost) -> None:
     moments are not yet.
     """
     memory = training_memory_bytes(
-        device.base.anatomy,
+        device.base.layout,
         model.structure,
         rank=rank_of(model),
         embeddings=device.base.embeddings,

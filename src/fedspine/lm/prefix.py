@@ -21,7 +21,7 @@ from fedspine.core.task import Examples
 from fedspine.core.tensors import moved
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, key_of
 
 BATCH = 32  # rows of one forward pass
@@ -81,16 +81,14 @@ class Prefixes:
 
 def storable(base: Base, data: Examples, most_bytes: int | None = None) -> bool:
     """Whether the activations of all of `data` fit on the disk's share, so that none makes way before it is used."""
-    return len(data.ids) * base.anatomy.width * base.precision.itemsize <= (
-        most_bytes or MOST_BYTES
-    )
+    return len(data.ids) * base.layout.width * base.precision.itemsize <= (most_bytes or MOST_BYTES)
 
 
-def first_block(anatomy: Anatomy, model: Model) -> int:
+def first_block(layout: PrunableLayout, model: Model) -> int:
     """The lowest block with an adapter, the number of blocks where there is none."""
     return min(
-        (site.layer for site in anatomy.sites if a_name(site.path) in model.adapter),
-        default=anatomy.layers,
+        (site.layer for site in layout.sites if a_name(site.path) in model.adapter),
+        default=layout.layers,
     )
 
 
@@ -104,7 +102,7 @@ def activations(
 ) -> Float[Tensor, "tokens width"]:
     """What enters block `first` for every token of `data`, in the order of its flat arrays, on the base's device."""
     base.fit(model.to(base.device))
-    out = torch.empty(len(data.ids), base.anatomy.width, dtype=base.precision, device=base.device)
+    out = torch.empty(len(data.ids), base.layout.width, dtype=base.precision, device=base.device)
     for rows in data.batches_by_length(BATCH):
         index, inside = data.places(rows, data.width(rows))
         inputs = moved(data.batch(rows), base.device)

@@ -99,7 +99,7 @@ class Site:
 
 
 @message
-class Anatomy:
+class PrunableLayout:
     """The prunable part of one model: `layers` equal blocks of `heads` head units and `channels` channels."""
 
     architecture: str  # transformers' model_type
@@ -159,10 +159,10 @@ class Anatomy:
         ]
 
 
-def anatomy_of(config: Any, prefix: str) -> Anatomy:
-    """Read the anatomy from a transformers configuration; `prefix` is the path of the backbone inside the model."""
+def layout_of(config: Any, prefix: str) -> PrunableLayout:
+    """Read the prunable layout from a transformers configuration; `prefix` is the path of the backbone inside the model."""
     unit_map(config.model_type)
-    return Anatomy(
+    return PrunableLayout(
         architecture=config.model_type,
         prefix=prefix,
         layers=config.num_hidden_layers,

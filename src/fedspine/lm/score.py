@@ -60,7 +60,7 @@ def score(
     Models whose frozen blocks below the lowest adapter are the same share these blocks' activations, which
     `prefixes` keeps; `rows` names the data there. A stored activation has the bytes of a new one.
     """
-    first = first_block(base.anatomy, model)
+    first = first_block(base.layout, model)
     stored = None
     if (
         prefixes is not None

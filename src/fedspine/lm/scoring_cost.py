@@ -23,7 +23,7 @@ from collections.abc import Iterable
 
 from fedspine.lm.cost import NO_SCORING, SINGLE, ScoringCost
 from fedspine.lm.importance_tracker import Scoring
-from fedspine.lm.prunable_layout import Anatomy, Site
+from fedspine.lm.prunable_layout import PrunableLayout, Site
 from fedspine.lm.structure import Structure, kept_columns, kept_rows
 
 HEARD, GATED = 8, 6  # bytes for each number that enters a site which is heard or gated
@@ -35,7 +35,7 @@ def updates(scoring: Scoring, steps: int) -> int:
 
 
 def following_cost(
-    anatomy: Anatomy,
+    layout: PrunableLayout,
     structure: Structure,
     scoring: Scoring | None,
     *,
@@ -50,7 +50,7 @@ def following_cost(
     """
     if scoring is None:
         return NO_SCORING
-    sizes = [(site, *_kept(site, structure)) for site in anatomy.sites]
+    sizes = [(site, *_kept(site, structure)) for site in layout.sites]
     entries = sum(rows * columns for _, rows, columns in sizes)
     matrix = SINGLE * max(rows * columns for _, rows, columns in sizes)
     if scoring.of == "gradient":
@@ -72,9 +72,9 @@ def following_cost(
     return ScoringCost(float(by_output + by_gate), HEARD * largest * widest, after)
 
 
-def magnitude_cost(anatomy: Anatomy, structure: Structure, rank: int) -> ScoringCost:
+def magnitude_cost(layout: PrunableLayout, structure: Structure, rank: int) -> ScoringCost:
     """The cost of reading importance off the weights once."""
-    sizes = list(_sizes(anatomy.sites, structure))
+    sizes = list(_sizes(layout.sites, structure))
     return ScoringCost(
         flops=float((2 * rank + 4) * sum(sizes)), bytes_after=2 * SINGLE * max(sizes)
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedspine.control.sparsity import counts, layer_targets
 from fedspine.core.message import Tensors, message
 from fedspine.lm.lora import a_name, b_name
-from fedspine.lm.prunable_layout import Anatomy, Site
+from fedspine.lm.prunable_layout import PrunableLayout, Site
 
 HEAD_FLOOR, CHANNEL_FLOOR = (
     2,
@@ -26,11 +26,11 @@ class Structure:
     channels: Bool[Tensor, "layers channels"]
 
 
-def full(anatomy: Anatomy) -> Structure:
+def full(layout: PrunableLayout) -> Structure:
     """The unpruned structure."""
     return Structure(
-        heads=torch.ones(anatomy.layers, anatomy.heads, dtype=torch.bool),
-        channels=torch.ones(anatomy.layers, anatomy.channels, dtype=torch.bool),
+        heads=torch.ones(layout.layers, layout.heads, dtype=torch.bool),
+        channels=torch.ones(layout.layers, layout.channels, dtype=torch.bool),
     )
 
 
@@ -45,14 +45,14 @@ def is_full(structure: Structure) -> bool:
     return bool(structure.heads.all() and structure.channels.all())
 
 
-def sparsity(anatomy: Anatomy, structure: Structure) -> float:
+def sparsity(layout: PrunableLayout, structure: Structure) -> float:
     """Share of the blocks' linear weights that is gone, 0 to 1."""
-    shape = anatomy.shape
+    shape = layout.shape
     kept = (
         int(structure.heads.sum()) * shape.head_parameters
         + int(structure.channels.sum()) * shape.channel_parameters
     )
-    return 1 - kept / anatomy.parameters
+    return 1 - kept / layout.parameters
 
 
 def kept_rows(site: Site, structure: Structure) -> Int[Tensor, " kept"] | None:
@@ -101,7 +101,7 @@ def _position(
 
 
 def shrink(
-    anatomy: Anatomy,
+    layout: PrunableLayout,
     structure: Structure,
     scores: tuple[Float[Tensor, "layers heads"], Float[Tensor, "layers channels"]],
     *,
@@ -114,14 +114,14 @@ def shrink(
     and the others take their share. At `sparsity == target` the sparsity is exact to the units' grain. Source: FedSpine
     (reconstructed), section 2.3.
     """
-    finals = final_targets(anatomy, target)
+    finals = final_targets(layout, target)
     heads, channels = structure.heads.clone(), structure.channels.clone()
     for layer, final in enumerate(finals):
         if final == 0:
             continue
         dropped = (int((~heads[layer]).sum()), int((~channels[layer]).sum()))
         wanted = counts(
-            anatomy.shape,
+            layout.shape,
             final * (sparsity / target),
             target=final,
             dropped=dropped,
@@ -133,30 +133,30 @@ def shrink(
     return Structure(heads=heads, channels=channels)
 
 
-def check_target(anatomy: Anatomy, target: float) -> None:
+def check_target(layout: PrunableLayout, target: float) -> None:
     """Raise BadInput where no structure of this model has the sparsity `target`."""
-    for final in set(final_targets(anatomy, target)):
+    for final in set(final_targets(layout, target)):
         counts(
-            anatomy.shape, final, target=final, keep_heads=HEAD_FLOOR, keep_channels=CHANNEL_FLOOR
+            layout.shape, final, target=final, keep_heads=HEAD_FLOOR, keep_channels=CHANNEL_FLOOR
         )
 
 
-def final_targets(anatomy: Anatomy, target: float) -> list[float]:
+def final_targets(layout: PrunableLayout, target: float) -> list[float]:
     """What every layer gives up in the end, so that the model gives up `target`.
 
     Encoders: the same everywhere. Decoders keep the first tenth of their layers and the last one whole, as LoRAPrune
     does, as long as the others can then keep their own floors; else fewer layers are protected, the first ones first.
     """
-    shape = anatomy.shape
+    shape = layout.shape
     floors = shape.sparsity(
         shape.heads - HEAD_FLOOR, shape.channels - ceil(CHANNEL_FLOOR * shape.channels)
     )
-    choices = ((int(0.1 * anatomy.layers), 1), (0, 1)) if anatomy.decoder else ()
+    choices = ((int(0.1 * layout.layers), 1), (0, 1)) if layout.decoder else ()
     for first, last in choices:
-        pruned = anatomy.layers - first - last
-        if pruned > 0 and target * anatomy.layers / pruned <= floors:
-            return layer_targets(anatomy.layers, target, protect_first=first, protect_last=last)
-    return [target] * anatomy.layers
+        pruned = layout.layers - first - last
+        if pruned > 0 and target * layout.layers / pruned <= floors:
+            return layer_targets(layout.layers, target, protect_first=first, protect_last=last)
+    return [target] * layout.layers
 
 
 def _drop(kept: Bool[Tensor, " units"], scores: Float[Tensor, " units"], wanted: int) -> None:

@@ -112,7 +112,7 @@ def write_tiny(
     >>> from fedspine.lm.load import load
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     base, tokenizer = load(str(write_tiny(folder, "bert")), kind="classification", classes=3)
-    >>> base.anatomy.heads, base.anatomy.channels, tokenizer.tokenize("good, not bad!")
+    >>> base.layout.heads, base.layout.channels, tokenizer.tokenize("good, not bad!")
     (4, 64, ['good', ',', 'not', 'bad', '!'])
     """
     if model_type not in _CONFIGS:

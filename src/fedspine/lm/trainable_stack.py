@@ -81,7 +81,7 @@ class Leaves:
         structures = [model.structure for model in self._models]
         weights = self._base.fitted_weights()
         return score_stack(
-            self._base.anatomy, structures, weights, self.adapter, self._models[0].scale, criterion
+            self._base.layout, structures, weights, self.adapter, self._models[0].scale, criterion
         )
 
     def importance_by_output(self, squares: Tensors) -> list[Scores]:
@@ -99,15 +99,15 @@ class Leaves:
     def importance_by_gate(self, lines: Tensors) -> list[Scores]:
         """Each model's importance, where a unit's is the root of the sum of its columns' `lines`, by path of the
         `readers`, [models, columns]; each layer is scaled to unit norm."""
-        anatomy = self._base.anatomy
+        layout = self._base.layout
         return [
-            unit_roots(anatomy, m.structure, {p: line[i] for p, line in lines.items()})
+            unit_roots(layout, m.structure, {p: line[i] for p, line in lines.items()})
             for i, m in enumerate(self._models)
         ]
 
     def readers(self) -> Iterator[tuple[Site, nn.Module]]:
         """The layers that read what units give, and so the sites whose columns are units."""
-        for site in self._base.anatomy.sites:
+        for site in self._base.layout.sites:
             if site.column_units:
                 yield site, self._base.skeleton.get_submodule(site.path)
 

@@ -137,7 +137,7 @@ def train(requests: Sequence[Request]) -> list[Trace]:
     """
     lead, alone = requests[0], len(requests) == 1
     base, tuning, scoring = lead.device.base, lead.tuning, lead.scoring
-    first = first_block(base.anatomy, lead.model)
+    first = first_block(base.layout, lead.model)
     prefixes = [_prefix(request, first) for request in requests]
     leaves = Leaves(base, [request.model for request in requests])
     module = leaves.fit()
@@ -278,13 +278,13 @@ def _joined(
 
 def _account(request: Request, widths: list[int], first: int) -> None:
     device, model, batch = request.device, request.model, request.tuning.batch
-    anatomy, rank = device.base.anatomy, rank_of(model)
+    layout, rank = device.base.layout, rank_of(model)
     extent = Extent(
         tokens=batch * sum(widths), squared_tokens=batch * sum(width**2 for width in widths)
     )
     scored = widths[:: request.scoring.every] if request.scoring else []
     scoring = following_cost(
-        anatomy,
+        layout,
         model.structure,
         request.scoring,
         rank=rank,
@@ -293,11 +293,11 @@ def _account(request: Request, widths: list[int], first: int) -> None:
         updates=len(scored),
     )
     device.spend(
-        flops=training_flops(anatomy, model.structure, rank, extent, first) + scoring.flops,
-        launches=len(widths) * anatomy.layers,
+        flops=training_flops(layout, model.structure, rank, extent, first) + scoring.flops,
+        launches=len(widths) * layout.layers,
         samples=len(widths) * batch,
         memory_bytes=training_memory_bytes(
-            anatomy,
+            layout,
             model.structure,
             rank=rank,
             embeddings=device.base.embeddings,

@@ -391,7 +391,7 @@ def _references(job: Job, folder: Path, progress: Progress, *, simulated: bool) 
 
     def compute() -> dict[str, float]:
         if task.kind == "causal-lm":
-            untuned = Model(structure=full(task.base.anatomy), adapter={}, head={}, scale=1.0)
+            untuned = Model(structure=full(task.base.layout), adapter={}, head={}, scale=1.0)
             (score,) = job.workers.run([ScoreJob((pack(untuned).payload,), len(scored))])
             return plain({"reference_base": score.mean_loss})
         found = {"reference_commonest": _commonest(job, len(scored))}
