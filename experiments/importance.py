@@ -29,7 +29,7 @@ from fedspine.runs import config
 from fedspine.runs.assemble import build
 
 RESULTS = Path(__file__).parent / "results" / "importance.jsonl"
-FOLLOWED = ("gradient", "activation", "gate", "blend")
+TRACKED = ("gradient", "activation", "gate", "blend")
 SPARSITIES = (0.5, 0.75, 0.9)
 TUNING = Tuning(steps=400, batch=16, learning_rate=1.5e-3, head_learning_rate=4.5e-3)
 LISTENING = 30  # steps in which importance is read, at a tenth of the learning rate
@@ -83,7 +83,7 @@ def compared(task: Task, seed: int):
         "sparsity": 0.0,
         "accuracy": score(task.base, whole, task.test).accuracy,
     }
-    known = {of: followed(task, whole, of, seed) for of in FOLLOWED}
+    known = {of: tracked_scores(task, whole, of, seed) for of in TRACKED}
     known["magnitude"] = magnitude_scores(task.base, whole)
     known["random"] = random_scores(layout, full(layout), np.random.default_rng(seed))
     for sparsity in SPARSITIES:
@@ -116,8 +116,8 @@ def tuned_whole(task: Task, rng: np.random.Generator, seed: int) -> Model:
     return tune(all_rows(task, seed), start, TUNING).model
 
 
-def followed(task: Task, model: Model, of: str, seed: int) -> Scores:
-    """Importance followed over a few slow steps, whose training is thrown away."""
+def tracked_scores(task: Task, model: Model, of: str, seed: int) -> Scores:
+    """Importance tracked over a few slow steps, whose training is thrown away."""
     slow = replace(TUNING, steps=LISTENING, learning_rate=1.5e-4, head_learning_rate=4.5e-4)
     scores = tune(all_rows(task, seed), model, slow, scoring=Scoring(of=of)).scores
     assert scores is not None

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedspine.lm.cost import NO_SCORING, ScoringCost, training_memory_bytes
 from fedspine.lm.importance_sources import AtRandom, ByMagnitude, scoring_cost, tune_and_score
 from fedspine.lm.importance_tracker import Scoring
-from fedspine.lm.scoring_cost import following_cost
+from fedspine.lm.scoring_cost import tracking_cost
 from fedspine.lm.structure import full, sparsity
 from fedspine.lm.tune import Tuning, batches, tune
 from fedspine.methods import all_methods
@@ -41,15 +41,15 @@ BY_GATE = 2 * TOKENS * HEARD
         (Scoring(of="blend"), ScoringCost(float(BY_OUTPUT + BY_GATE), 8 * LARGEST * 3072, WIDE)),
     ],
 )
-def test_following_by_hand(scoring, cost):
+def test_tracking_by_hand(scoring, cost):
     shapes = {"rank": RANK, "tokens": TOKENS, "largest": LARGEST, "updates": UPDATES}
-    assert following_cost(ROBERTA, full(ROBERTA), scoring, **shapes) == cost
+    assert tracking_cost(ROBERTA, full(ROBERTA), scoring, **shapes) == cost
 
 
 def test_what_is_pruned_is_not_scored():
     half = cut_to(ROBERTA, 0.5)
     shapes = {"rank": RANK, "tokens": 0, "largest": 0, "updates": 1}
-    found = following_cost(ROBERTA, half, Scoring(), **shapes)
+    found = tracking_cost(ROBERTA, half, Scoring(), **shapes)
     # to the grain of whole channels
     kept = 12 * BLOCK * (1 - sparsity(ROBERTA, half))
     assert found.flops == pytest.approx(kept * (6 * RANK + 5), rel=1e-12)

@@ -21,7 +21,7 @@ from fedspine.lm.importance_tracker import Scoring
 from fedspine.lm.lora import fresh
 from fedspine.lm.score import score, score_together
 from fedspine.lm.structure import Structure, cut_adapter, full, shrink
-from fedspine.lm.trainable_stack import Leaves
+from fedspine.lm.trainable_stack import TrainableStack
 from fedspine.lm.tune import Tuning, losses_of, train, tune
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine import FedSpine
@@ -165,12 +165,12 @@ def test_gradients_together_are_those_alone(task, decoder, kind):
     rows = [np.arange(5) + 5 * i for i in range(3)]
     width = max(task.train.width(chosen) for chosen in rows)
     parts = [task.train.batch(chosen, width) for chosen in rows]
-    stacked = Leaves(task.base, trio)
+    stacked = TrainableStack(task.base, trio)
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     losses = losses_of(stacked.fit(), joined, 3)
     losses.sum().backward()
     for i, (model, inputs) in enumerate(zip(trio, parts, strict=True)):
-        single = Leaves(task.base, [model])
+        single = TrainableStack(task.base, [model])
         loss = losses_of(single.fit(), inputs, 1)
         loss.sum().backward()
         assert losses[i].item() == pytest.approx(loss.item(), rel=1e-5)
@@ -253,11 +253,11 @@ def test_a_run_together_has_the_same_bits_for_any_number_of_workers(task, tmp_pa
 
 def test_a_padded_unit_stays_zero(task):
     small, whole = models(task.base, (2, 4), (0.5, 0))
-    leaves = Leaves(task.base, [small, whole])
+    stack = TrainableStack(task.base, [small, whole])
     rows = np.arange(4)
     inputs = {name: torch.cat([tensor, tensor]) for name, tensor in task.train.batch(rows).items()}
-    losses_of(leaves.fit(), inputs, 2).sum().backward()
-    for name, tensor in leaves.adapter.items():
+    losses_of(stack.fit(), inputs, 2).sum().backward()
+    for name, tensor in stack.adapter.items():
         outside = torch.ones_like(tensor[0], dtype=torch.bool)
         outside[tuple(slice(size) for size in small.adapter[name].shape)] = False
         assert not tensor.grad[0][outside].any(), name

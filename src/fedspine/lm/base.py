@@ -55,7 +55,7 @@ class HeadLayer:
 class Base:
     """A frozen transformer for one task, in one precision.
 
-    `skeleton` must not be used but through `fit`. `weights_sha256` is of the module as it came, so
+    Use `skeleton` only through `fit`. `weights_sha256` is of the module as it came, so
     it is the same in every precision.
     """
 
@@ -222,7 +222,7 @@ class Base:
         return max(1, self.layout.layers // 6)
 
     def start_at(self, layer: int) -> "Entry":
-        """Let the model that was last fitted start at block `layer`, with what its entry is given."""
+        """Start the last fitted model at block `layer`; its inputs are what the returned entry holds."""
         entry = Entry(torch.empty(0))
         self._place(entry, [_Passing()] * layer + self._blocks[layer:])
         return entry
@@ -270,7 +270,7 @@ def _weights_sha256(module: nn.Module, head: tuple[HeadLayer, ...]) -> str:
 
 
 class Entry(nn.Module):
-    """Stands for the embeddings: gives what it holds instead of looking tokens up."""
+    """Replaces the embeddings: returns the stored hidden states instead of looking tokens up."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -281,14 +281,14 @@ class Entry(nn.Module):
 
 
 class _Passing(nn.Module):
-    """Stands for a block that is not computed."""
+    """Replaces a block that is not computed."""
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden
 
 
 class _Tap(_Passing):
-    """Keeps what comes by."""
+    """Records the hidden states that pass through."""
 
     seen: Tensor
 
@@ -297,7 +297,7 @@ class _Tap(_Passing):
         return hidden
 
     def watch(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep what the last block gives; a hook, since nothing comes after it."""
+        """Record the output of the last block, which no block follows."""
         self.seen = output
 
 

@@ -1,4 +1,4 @@
-"""The activations that enter the lowest trained block: computed once for each row of a device, then read again.
+"""The activations that enter the lowest trained block: computed once for each row of a device, then reused.
 
 They depend on the frozen base, the structure below and the text only. So they are computed for all of a device's rows
 in batches that are always the same, whichever rows an ask trains on: a stored activation has the very bytes of a new
@@ -26,13 +26,13 @@ from fedspine.lm.structure import Structure, key_of
 
 BATCH = 32  # rows of one forward pass
 MOST_BYTES = 8 << 30  # on disk
-RESERVE = 1 << 30  # bytes of the disk that are left for others, the run's own state among them
+RESERVE = 1 << 30  # bytes of the disk left free, for the run's own state among others
 
 
 class Prefixes:
-    """Activations on disk, which the kernel keeps in memory while there is room; the oldest make way for new ones.
+    """Activations on disk, in the page cache while there is room; the oldest are evicted for new ones.
 
-    Processes may share the folder. A disk that is full only costs time.
+    Processes may share the folder. A full disk only costs time.
     """
 
     def __init__(self, folder: Path, most_bytes: int = MOST_BYTES) -> None:
@@ -80,7 +80,7 @@ class Prefixes:
 
 
 def storable(base: Base, data: Examples, most_bytes: int | None = None) -> bool:
-    """Whether the activations of all of `data` fit on the disk's share, so that none makes way before it is used."""
+    """Whether the activations of all of `data` fit within the limit, so that none is evicted before its use."""
     return len(data.ids) * base.layout.width * base.precision.itemsize <= (most_bytes or MOST_BYTES)
 
 

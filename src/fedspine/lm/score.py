@@ -20,7 +20,7 @@ from fedspine.lm.prefix import (
     name_of,
     storable,
 )
-from fedspine.lm.trainable_stack import Leaves
+from fedspine.lm.trainable_stack import TrainableStack
 
 MOST_SCORED_BYTES = (
     1 << 30
@@ -90,7 +90,7 @@ def score_together(
     They share the base's weights, so their adapters stay apart from these instead of being merged: the same but for
     rounding.
     """
-    return _scores(Leaves(base, models).fit(), data, batch, base.device, len(models))
+    return _scores(TrainableStack(base, models).fit(), data, batch, base.device, len(models))
 
 
 def score_module(module: nn.Module, data: Examples, *, batch: int = 32) -> Score:

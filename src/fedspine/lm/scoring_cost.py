@@ -1,4 +1,4 @@
-"""What scoring units costs a device that scores, by the source of the importance; one that does not score pays nothing.
+"""The cost of scoring units on a device, by importance source; a device that does not score pays nothing.
 
 Counted as the code computes it, for a site's weight of R kept rows and C kept columns, an adapter of rank r and T padded
 tokens in an update: products with 2 operations for each multiplication and addition, and whole passes over a matrix with 1
@@ -8,12 +8,12 @@ matrices, fp32 unless said otherwise.
 - "gradient" (`importance._entries`), at all sites, after the backward pass: [gB, B] [A; gA] takes 4 r R C, B A 2 r R C; to
   scale it, add W, multiply both, take the absolute value or square and sum 5 R C. With `cross`, gB gA, its scaling and its
   subtraction take 2 r R C + 2 R C more. It holds two R x C matrices at once, three with `cross`.
-- "activation" (`Leaves.importance_by_output`), at the sites that read units (attention output, feed-forward down): their
-  inputs are squared and averaged over tokens in the forward pass, 3 T C; after the backward pass B A takes 2 r R C, to
+- "activation" (`TrainableStack.importance_by_output`), at the sites that read units (attention output, feed-forward
+  down): their inputs are squared and averaged over tokens in the forward pass, 3 T C; after the backward pass B A takes 2 r R C, to
   scale it, add W, square and sum 4 R C. It holds the fp32 input and its square, 8 T C bytes, beside the activations,
   and one R x C matrix after them.
-- "gate" (`Following._hear`), at the same sites, in the backward pass: input times gradient, summed over tokens, 2 T C. It
-  holds the product in 16 bits and in fp32, 6 T C bytes, beside the activations.
+- "gate" (`ImportanceTracker._record_input`), at the same sites, in the backward pass: input times gradient, summed over
+  tokens, 2 T C. It holds the product in 16 bits and in fp32, 6 T C bytes, beside the activations.
 - "blend" is "activation" and "gate": their operations add up, and one follows the other, so the larger memory counts.
 - magnitude (`importance.magnitude_scores`), at all sites, once after training: as after "activation". It holds the fp32
   weight and the sum of weight and product, two R x C matrices. Chance costs nothing.
@@ -26,7 +26,7 @@ from fedspine.lm.importance_tracker import Scoring
 from fedspine.lm.prunable_layout import PrunableLayout, Site
 from fedspine.lm.structure import Structure, kept_columns, kept_rows
 
-HEARD, GATED = 8, 6  # bytes for each number that enters a site which is heard or gated
+HEARD, GATED = 8, 6  # bytes per input value of a site whose inputs are recorded, or gated
 
 
 def updates(scoring: Scoring, steps: int) -> int:
@@ -34,7 +34,7 @@ def updates(scoring: Scoring, steps: int) -> int:
     return -(-steps // scoring.every)
 
 
-def following_cost(
+def tracking_cost(
     layout: PrunableLayout,
     structure: Structure,
     scoring: Scoring | None,
@@ -44,9 +44,9 @@ def following_cost(
     largest: int,
     updates: int,
 ) -> ScoringCost:
-    """The cost of following importance through so many `updates` over `tokens` padded tokens in all.
+    """The cost of tracking importance through so many `updates` over `tokens` padded tokens in all.
 
-    `largest` is the padded tokens of the largest batch. Nothing is followed without a `scoring`.
+    `largest` is the padded tokens of the largest batch. Without a `scoring` nothing is tracked.
     """
     if scoring is None:
         return NO_SCORING

@@ -1,4 +1,4 @@
-"""Which units a model still has, and what that means for the weights of every site: slices, never masks."""
+"""Which units a model keeps, and how the weights of every site are cut to them: slices, never masks."""
 
 from math import ceil
 
@@ -46,7 +46,7 @@ def is_full(structure: Structure) -> bool:
 
 
 def sparsity(layout: PrunableLayout, structure: Structure) -> float:
-    """Share of the blocks' linear weights that is gone, 0 to 1."""
+    """Share of the blocks' linear weights that is pruned, 0 to 1."""
     shape = layout.shape
     kept = (
         int(structure.heads.sum()) * shape.head_parameters
@@ -142,7 +142,7 @@ def check_target(layout: PrunableLayout, target: float) -> None:
 
 
 def final_targets(layout: PrunableLayout, target: float) -> list[float]:
-    """What every layer gives up in the end, so that the model gives up `target`.
+    """The final sparsity of every layer, so that the model's is `target`.
 
     Encoders: the same everywhere. Decoders keep the first tenth of their layers and the last one whole, as LoRAPrune
     does, as long as the others can then keep their own floors; else fewer layers are protected, the first ones first.

@@ -1,4 +1,4 @@
-"""What an optimiser trains: the adapter and head of one model, or of several stacked to be trained in one pass."""
+"""The trainable tensors: adapter and head of one model, or of several stacked to be trained in one pass."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,11 +13,11 @@ from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.prunable_layout import Site
 
 
-class Leaves:
+class TrainableStack:
     """Trainable copies of the models' adapters and heads, on the base's device.
 
-    Of one model the tensors have their own shapes. Those of several are stacked, with zeros where a rank or a
-    structure is smaller than the largest: a padded unit gives nothing and gets no gradient, so it stays zero.
+    A single model's tensors keep their shapes. Several models are stacked and padded with zeros to the largest rank and
+    structure: a padded unit has no output and gets no gradient, so it stays zero.
     """
 
     def __init__(self, base: Base, models: Sequence[Model]) -> None:
@@ -55,7 +55,7 @@ class Leaves:
             gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 1)))
 
     def model(self, i: int) -> Model:
-        """Model i as it is now, in its own shapes, on the CPU; it shares memory with what is trained where it can."""
+        """Model i as it is now, in its own shapes, on the CPU; it shares memory with the stack where possible."""
         lead = self._models[i]
         return Model(
             structure=lead.structure,
@@ -65,7 +65,7 @@ class Leaves:
         )
 
     def adapter_of(self, i: int) -> Tensors:
-        """Model i's adapter in its own shapes, as part of the graph: what is computed of it gives gradients."""
+        """Model i's adapter in its own shapes; it stays in the autograd graph."""
         lead = self._models[i]
         return {
             name: self._own(i, tensor, lead.adapter[name]) for name, tensor in self.adapter.items()
@@ -106,7 +106,7 @@ class Leaves:
         ]
 
     def readers(self) -> Iterator[tuple[Site, nn.Module]]:
-        """The layers that read what units give, and so the sites whose columns are units."""
+        """The layers whose inputs are units' outputs, so that their columns are units."""
         for site in self._base.layout.sites:
             if site.column_units:
                 yield site, self._base.skeleton.get_submodule(site.path)

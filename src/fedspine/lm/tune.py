@@ -17,10 +17,10 @@ from fedspine.core.tensors import moved
 from fedspine.lm.base import Model
 from fedspine.lm.cost import Extent, training_flops, training_memory_bytes
 from fedspine.lm.importance import Scores
-from fedspine.lm.importance_tracker import Following, Scoring
+from fedspine.lm.importance_tracker import ImportanceTracker, Scoring
 from fedspine.lm.prefix import activations, entering, first_block, name_of
-from fedspine.lm.scoring_cost import following_cost
-from fedspine.lm.trainable_stack import Leaves
+from fedspine.lm.scoring_cost import tracking_cost
+from fedspine.lm.trainable_stack import TrainableStack
 
 LAST = 5  # steps whose mean loss stands for where training ended
 
@@ -103,8 +103,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What training gave: the tuned model, the mean loss of the last steps, the importance if it was followed."""
+class TuneResult:
+    """The tuned model, the mean loss of the last steps, and the importance if it was tracked."""
 
     model: Model
     loss: float
@@ -119,7 +119,7 @@ def tune(
     scoring: Scoring | None = None,
     scores: Scores | None = None,
     penalty: Callable[[Tensors], Tensor] | None = None,
-) -> Trace:
+) -> TuneResult:
     """Train `model` for `tuning.steps` optimiser steps on the device's rows.
 
     `penalty` of the adapter and the head, by name, is added to what is minimised, not to the loss
@@ -130,7 +130,7 @@ def tune(
     return train([request])[0] if device.trainer is None else device.trainer(request)
 
 
-def train(requests: Sequence[Request]) -> list[Trace]:
+def train(requests: Sequence[Request]) -> list[TuneResult]:
     """Train the models of all requests in one pass each step; they must agree in all but device, sizes and weights.
 
     Together or one after another gives the same but for rounding: sums run over other shapes.
@@ -139,15 +139,15 @@ def train(requests: Sequence[Request]) -> list[Trace]:
     base, tuning, scoring = lead.device.base, lead.tuning, lead.scoring
     first = first_block(base.layout, lead.model)
     prefixes = [_prefix(request, first) for request in requests]
-    leaves = Leaves(base, [request.model for request in requests])
-    module = leaves.fit()
+    stack = TrainableStack(base, [request.model for request in requests])
+    module = stack.fit()
     entry = base.start_at(first) if prefixes[0] is not None else None
-    optimiser = _optimiser(leaves, tuning)
+    optimiser = _optimiser(stack, tuning)
     losses: list[Float[Tensor, " models"]] = []
     # to which each device pads each of its batches, and the labels that count there
     widths: list[list[int]] = [[] for _ in requests]
     counts: list[list[int]] = [[] for _ in requests]
-    with Following(leaves, scoring, [request.scores for request in requests]) as following:
+    with ImportanceTracker(stack, scoring, [request.scores for request in requests]) as tracker:
         for step, rows in enumerate(
             zip(*(batches(r.device.data, tuning, r.device.rng) for r in requests), strict=True)
         ):
@@ -162,35 +162,35 @@ def train(requests: Sequence[Request]) -> list[Trace]:
                         for r, stored, chosen in parts
                     ]
                 )
-            following.listen(step, inputs["attention_mask"])
+            tracker.before_forward(step, inputs["attention_mask"])
             loss = losses_of(module, inputs, len(requests))
             losses.append(loss.detach())
             if alone and not torch.isfinite(loss):
                 break
             penalties = [
-                r.penalty(leaves.adapter_of(i) | leaves.head_of(i))
+                r.penalty(stack.adapter_of(i) | stack.head_of(i))
                 for i, r in enumerate(requests)
                 if r.penalty is not None
             ]
             sum(penalties, start=loss.sum()).backward()
-            following.update(step)
-            leaves.clip(tuning.clip)
+            tracker.update(step)
+            stack.clip(tuning.clip)
             optimiser.step()
             optimiser.zero_grad()
     history = torch.stack(losses, 1).tolist()
     for request, padded, seen in zip(requests, widths, history, strict=True):
         _account(request, padded[: _steps(seen)], first)
     return [
-        Trace(leaves.model(i), _ended(seen, counts[i]), following.scores[i])
+        TuneResult(stack.model(i), _ended(seen, counts[i]), tracker.scores[i])
         for i, seen in enumerate(history)
     ]
 
 
-def _optimiser(leaves: Leaves, tuning: Tuning) -> torch.optim.Optimizer:
+def _optimiser(stack: TrainableStack, tuning: Tuning) -> torch.optim.Optimizer:
     groups = [
-        {"params": list(leaves.adapter.values()), "lr": tuning.learning_rate},
+        {"params": list(stack.adapter.values()), "lr": tuning.learning_rate},
         {
-            "params": list(leaves.head.values()),
+            "params": list(stack.head.values()),
             "lr": tuning.head_learning_rate or tuning.learning_rate,
         },
     ]
@@ -283,7 +283,7 @@ def _account(request: Request, widths: list[int], first: int) -> None:
         tokens=batch * sum(widths), squared_tokens=batch * sum(width**2 for width in widths)
     )
     scored = widths[:: request.scoring.every] if request.scoring else []
-    scoring = following_cost(
+    scoring = tracking_cost(
         layout,
         model.structure,
         request.scoring,
