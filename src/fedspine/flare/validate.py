@@ -1,4 +1,4 @@
-"""Whether what a site returned fits what it was asked, before a method sees it: a stranger's shapes must not end a run."""
+"""Checks the shapes of a site's result against its order, so that an untrusted peer cannot crash a run."""
 
 from dataclasses import fields
 from typing import Any
@@ -15,14 +15,14 @@ _UNUSABLE = (
     KeyError,
     IndexError,
     RuntimeError,
-)  # what cutting by a wrong structure raises
+)  # raised by cutting with a wrong structure
 
 
-def misfit(result: Any, order: Any, layout: PrunableLayout | None) -> str | None:
-    """What is wrong with the shapes of a result, in words; None for nothing.
+def mismatch(result: Any, order: Any, layout: PrunableLayout | None) -> str | None:
+    """A line that says what is wrong with the shapes of a result; None if nothing is.
 
-    Tensors by name that a result returns under the name of the order's must have the same names, shapes and types; an
-    adapter that comes with a structure must be the order's, cut to it. Other fields are the method's own business.
+    Where order and result share a field of named tensors, their names, shapes and types must be equal; an adapter that
+    comes with a structure must be the order's, cut to it. The method checks all other fields.
     """
     known = {field.name for field in fields(order)}
     for field in fields(result):
@@ -33,7 +33,7 @@ def misfit(result: Any, order: Any, layout: PrunableLayout | None) -> str | None
         if not (_tensors(came) and _tensors(sent)):
             continue
         if field.name == "adapter" and layout is not None:
-            sent = _as_kept(sent, order, result, layout)
+            sent = _cut_to_result(sent, order, result, layout)
         if sent is None:
             return "its structure does not fit the order"
         if wrong := _first_difference(came, sent):
@@ -41,8 +41,8 @@ def misfit(result: Any, order: Any, layout: PrunableLayout | None) -> str | None
     return None
 
 
-def _as_kept(adapter: Any, order: Any, result: Any, layout: PrunableLayout) -> Any:
-    """The order's adapter as the result's structure leaves it; None where that structure is none of this model's."""
+def _cut_to_result(adapter: Any, order: Any, result: Any, layout: PrunableLayout) -> Any:
+    """The order's adapter, cut to the result's structure; None if this model cannot have that structure."""
     kept, within = (vars(value).get("structure") for value in (result, order))
     if not (isinstance(kept, Structure) and isinstance(within, Structure)):
         return adapter

@@ -28,11 +28,11 @@ class Snapshot:
 
     now: float
     asks: dict[str, int]  # served so far, by device
-    pending: tuple["Pending", ...]
+    pending: tuple["PendingReply", ...]
 
 
 @message
-class Pending:
+class PendingReply:
     """A reply under way: it arrives at `due` on the virtual clock."""
 
     due: float
@@ -197,11 +197,11 @@ class SimulatedFleet:
         world: World,
         devices: tuple[Profile, ...] | None = None,
         clock: Clock | None = None,
-        hears: tuple[Profile, ...] | None = None,
+        pending_of: tuple[Profile, ...] | None = None,
     ) -> None:
         self._world = world
         self._devices = world.profiles if devices is None else devices
-        self._hears = self._devices if hears is None else hears
+        self._pending_of = self._devices if pending_of is None else pending_of
         self._clock = clock or Clock()
 
     @property
@@ -246,7 +246,7 @@ class SimulatedFleet:
                 world.sent += 1
 
     def next(self) -> Reply[Any]:
-        mine = {profile.id for profile in self._hears}
+        mine = {profile.id for profile in self._pending_of}
         due = min((entry for entry in self._world.pending if entry[2] in mine), default=None)
         if due is None:
             raise Idle("no reply is under way; send an order first")
@@ -296,7 +296,7 @@ class SimulatedFleet:
     clock = "simulated"
 
     def cohort(self, ids: Iterable[DeviceId]) -> "SimulatedFleet":
-        return SimulatedFleet(self._world, self._part(ids), self._clock, hears=self._devices)
+        return SimulatedFleet(self._world, self._part(ids), self._clock, pending_of=self._devices)
 
     def begin_round(self, round: int) -> Totals:
         """Move the truth (modes, links) on to `round`; returns the totals that this round will fill."""
@@ -330,7 +330,7 @@ class SimulatedFleet:
             now=self.now,
             asks=dict(self._world.asks),
             pending=tuple(
-                Pending(
+                PendingReply(
                     due=due, number=number, device=device, result=_as_array(result), cost=vars(cost)
                 )
                 for due, number, device, result, cost in self._world.pending
@@ -361,10 +361,10 @@ class SimulatedFleet:
 
     def _check(self, ids: Iterable[DeviceId]) -> None:
         known = {profile.id for profile in self._devices}
-        strangers = [id for id in ids if id not in known]
-        if strangers:
+        unknown = [id for id in ids if id not in known]
+        if unknown:
             raise LookupError(
-                f"{strangers[0]} is not in this part of the fleet, which has {len(known)} devices"
+                f"{unknown[0]} is not in this part of the fleet, which has {len(known)} devices"
             )
 
 

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from fedspine.core.errors import BadInput
 from fedspine.execution.workers import Workers
-from fedspine.flare.run_terms import Terms, model_name
-from fedspine.flare.session import Party
-from fedspine.flare.site_state import Patience
+from fedspine.flare.run_terms import RunTerms, model_name
+from fedspine.flare.session import FlareSession
+from fedspine.flare.site_state import Timeouts
 from fedspine.fleets.rounds import RoundFleet
 from fedspine.lm.content import content_sha256
 from fedspine.runs.assemble import Built, build, simulate
@@ -70,9 +70,9 @@ class RealSites:
     """The sites of a fleet that `fedspine fleet create` provisioned; `kit` is the operator's."""
 
     kit: Path
-    patience: Patience = field(default_factory=Patience)
+    timeouts: Timeouts = field(default_factory=Timeouts)
     _link: Any = field(default=None, init=False)
-    _party: Any = field(default=None, init=False)
+    _session: Any = field(default=None, init=False)
 
     def fitted(self, recipe: Recipe, *, begun: Recipe | None = None) -> Recipe:
         """As many devices as there are sites, of whom each keeps its own rows; connects where that is not done."""
@@ -100,16 +100,16 @@ class RealSites:
         from fedspine.flare.fleet import FlareFleet
 
         built = build(recipe, here=False, begun=begun)
-        self._party = Party(
+        self._session = FlareSession(
             link=self._connected(),
             base=built.task.base,
             terms=terms_of(built),
             seed=recipe.run.seed,
             run=secrets.token_hex(16),
-            patience=self.patience,
+            timeouts=self.timeouts,
         )
-        refusals = FlareFleet(self._party).join()
-        if refusals and len(self._party.members) < max(self.patience.sites, self.patience.quorum):
+        refusals = FlareFleet(self._session).join()
+        if refusals and len(self._session.sites) < max(self.timeouts.sites, self.timeouts.quorum):
             told = "; ".join(f"{name}: {why}" for name, why in refusals.items())
             raise BadInput(f"{len(refusals)} of {len(self._link.sites)} sites take no part: {told}")
         return built
@@ -117,12 +117,12 @@ class RealSites:
     def fleet(self, built: Built, workers: Workers, store: Store, records: Records) -> RoundFleet:
         from fedspine.flare.fleet import FlareFleet
 
-        self._party.records, self._party.began = records, time.monotonic()
-        return FlareFleet(self._party)
+        self._session.records, self._session.began = records, time.monotonic()
+        return FlareFleet(self._session)
 
     def remember(self, folder: Path) -> None:
         """The kit's place and the patience, so that a resume needs neither."""
-        said = {"kit": str(self.kit.absolute()), **asdict(self.patience)}
+        said = {"kit": str(self.kit.absolute()), **asdict(self.timeouts)}
         write_atomically(folder / FLEET, json.dumps(said, indent=1).encode())
 
     def close(self) -> None:
@@ -135,11 +135,11 @@ class RealSites:
             from fedspine.flare.startup_kit import needs_flare
 
             needs_flare()
-            from fedspine.flare.link import Link
+            from fedspine.flare.link import FlareLink
 
-            self._link = Link(self.kit, self.patience.quorum)
+            self._link = FlareLink(self.kit, self.timeouts.quorum)
             self._link.wait_for(
-                max(self.patience.sites, self.patience.quorum), self.patience.outage
+                max(self.timeouts.sites, self.timeouts.quorum), self.timeouts.outage
             )
         return self._link
 
@@ -155,21 +155,21 @@ def venue_of(folder: Path, named: RealSites | None = None) -> Venue:
         return Simulation()
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-        kit, patience = (
+        kit, timeouts = (
             Path(said.pop("kit")),
-            Patience(**said | {"sites": said["quorum"]}),
+            Timeouts(**said | {"sites": said["quorum"]}),
         )  # the others may come later
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(
             f"{path} is damaged ({error}); name the operator's kit with --fleet"
         ) from None
-    return named or RealSites(kit, patience)
+    return named or RealSites(kit, timeouts)
 
 
-def terms_of(built: Built) -> Terms:
+def terms_of(built: Built) -> RunTerms:
     """What a site has to know of a run to take part in it."""
     section, task = built.recipe.task, built.task
-    return Terms(
+    return RunTerms(
         method=built.recipe.method.name,
         kind=section.kind,
         model=model_name(section.model),
