@@ -20,7 +20,7 @@ from fedspine.flare.site import load_site
 from fedspine.flare.site_state import Timeouts
 from fedspine.flare.site_worker import SiteWorker
 from fedspine.flare.wire import Opening, SiteOrder, decoded
-from fedspine.runs.assemble import START, build, cohort
+from fedspine.runs.assemble import START, assemble, cohort
 from fedspine.runs.backend import terms_of
 from fedspine.runs.run_dir import recipe_of
 from fedspine.storage.records import Records
@@ -34,7 +34,10 @@ class Replay:
     """Sites in this process that fail where those of the run did."""
 
     def __init__(
-        self, workers: dict[str, SiteWorker], lost: set[tuple[int, str]], spoilt: set[tuple[int, str]]
+        self,
+        workers: dict[str, SiteWorker],
+        lost: set[tuple[int, str]],
+        spoilt: set[tuple[int, str]],
     ) -> None:
         self._workers, self._lost, self._spoilt = workers, lost, spoilt
         self.relay, self.sites = "replay", tuple(workers)
@@ -80,16 +83,18 @@ def replayed(out: Path, kits: Path, scratch: Path) -> str:
         or "loss is" in str(row["values"].get("left_out"))
     }
     recipe = recipe_of(out)
-    built = build(recipe, here=False)
+    assembled = assemble(recipe, here=False)
     shutil.rmtree(scratch, ignore_errors=True)
     sites = sorted({row["device"] for row in rows if row["row"] == "exchange"})
     workers = {site: SiteWorker(load_site(kits / site), scratch / site) for site in sites}
     link, method = Replay(workers, lost, spoilt), recipe.method
-    session = FlareSession(link, built.task.base, terms_of(built), recipe.run.seed, RUN, Timeouts())
+    session = FlareSession(
+        link, assembled.task.base, terms_of(assembled), recipe.run.seed, RUN, Timeouts()
+    )
     fleet = FlareFleet(session)
     assert fleet.join() == {}
     session.records = Records(scratch / "records.jsonl")
-    state = method.start(built.task, np.random.default_rng([recipe.run.seed, START]))
+    state = method.start(assembled.task, np.random.default_rng([recipe.run.seed, START]))
     for round in range(recipe.run.rounds):
         fleet.begin_round(round)
         everyone = fleet.devices

@@ -26,7 +26,7 @@ from fedspine.lm.score import score
 from fedspine.lm.structure import cut_adapter, full, shrink
 from fedspine.lm.tune import Tuning, tune
 from fedspine.runs import config
-from fedspine.runs.assemble import build
+from fedspine.runs.assemble import assemble
 
 RESULTS = Path(__file__).parent / "results" / "importance.jsonl"
 TRACKED = ("gradient", "activation", "gate", "blend")
@@ -71,7 +71,7 @@ def task_of(name: str, folder: Path | None, seed: int) -> Task:
         "method.name=fedlora",
         f"run.seed={seed}",
     ]
-    return build(config.load(None, settings)).task
+    return assemble(config.load(None, settings)).task
 
 
 def compared(task: Task, seed: int):

@@ -87,7 +87,7 @@ def test_the_unpruned_base_is_named_for_what_it_is() -> None:
     assert "Unpruned base" not in headlines(SUMMARY | {"tuned_unpruned": True, "sparsity": 0.0})
 
 
-STANDING = progress.Standing(
+STANDING = progress.RunStatus(
     round=3, now=125.0, accuracy=0.71, sparsity=0.22, bytes_moved=1_500, seconds_left=287.4
 )
 

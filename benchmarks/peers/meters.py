@@ -18,7 +18,7 @@ from fedspine.lm.base import Model
 from fedspine.lm.cost import Extent, training_flops
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
-from fedspine.runs.assemble import build
+from fedspine.runs.assemble import assemble
 from peers.loop import learner
 from peers.work import Padding, Way, Work
 
@@ -136,7 +136,7 @@ def key(way: Way) -> str:
 
 
 def _our_operations(work: Work, asks: list[tuple[int, int, int]]) -> tuple[float, float]:
-    base = build(work.recipe(precision="bf16")).task.base
+    base = assemble(work.recipe(precision="bf16")).task.base
     names = work.initial()
     head = {name: tensor for name, tensor in names.items() if ".lora_" not in name}
     adapter = {name: tensor for name, tensor in names.items() if ".lora_" in name}

@@ -1,4 +1,4 @@
-"""The truth about simulated devices: how fast each computes and exchanges, which no method may see.
+"""The true speeds of simulated devices, computing and communicating, which no method may see.
 
 Section 5.1 of the FedSpine reconstruction: 30 Jetson TX2, 40 NX and 10 AGX by default. Peaks by power mode follow
 NVIDIA's mode tables; the modes that change every 20 rounds and the four Wi-Fi groups follow the 80-device papers of the
@@ -33,7 +33,7 @@ LINK_SIGMA = 0.3  # of the logarithm of one exchange's bandwidth, over rounds an
 LINK_JITTER = LINK_SIGMA / 2**0.5  # of that within a round: half of the variance, ours
 NO_ROUND_TRIP = (0.0,) * len(GROUP_MBPS)
 
-LINKS, MODES, EXCHANGES, MEANS = range(4)  # what randomness is for, so that the streams never meet
+LINKS, MODES, EXCHANGES, MEANS = range(4)  # purposes of random streams, which must differ
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ class Hardware:
 
     spread stretches slowness: a peak becomes best * (peak/best)**spread, with the best peak of the fleet's kinds; 1.0
     gives a ratio of 13 between the fastest and the slowest mode of the default fleet, 1.8 about 100.
-    compute_jitter: sigma of the log-normal factor on the compute of an exchange, whose median is 1.
-    link_jitter: the same of its bandwidth about the link's mean of the round, at most LINK_SIGMA; the variance that it
-    leaves of LINK_SIGMA's is the means' own about that of their group.
-    round_trip_seconds: of each Wi-Fi group, what every exchange takes besides.
-    Raises BadInput for an unknown kind, an empty fleet, or a spread, jitter or round trip out of its range.
+    compute_jitter: sigma of the log-normal factor on the compute of an exchange, with median 1.
+    link_jitter: the same for its bandwidth about the link's mean of the round, at most LINK_SIGMA; the rest of
+    LINK_SIGMA's variance is that of the means about their group's.
+    round_trip_seconds: added to every exchange, for each Wi-Fi group.
+    Raises BadInput for an unknown kind, an empty fleet, or a spread, jitter or round trip out of range.
 
     >>> fleet = Hardware(seed=0, kinds=("tx2", "agx"))
     >>> slow, fast = (
@@ -147,10 +147,10 @@ class Hardware:
         bytes_down: int,
         bytes_up: int,
     ) -> Timing:
-        """How long an exchange takes a device that has served `ask` before it in the whole run.
+        """Seconds of an exchange of a device that has served `ask` exchanges before it in the whole run.
 
-        None is an exchange on the round's mean link at the usual pace: what can be known of it before it takes place. One
-        launch is one layer in one training step.
+        With None it is an exchange on the round's mean link without jitter, which is all that can be known beforehand.
+        One launch is one layer in one training step.
         """
         if ask is None:
             mbps, jitter = self.mean_mbps(device, round=round), 1.0
@@ -173,7 +173,7 @@ class Hardware:
 
     @cached_property
     def link_groups(self) -> tuple[int, ...]:
-        """Each device's Wi-Fi group: drawn once, independent of kind, in groups whose sizes differ by one at most."""
+        """Each device's Wi-Fi group: drawn once, independent of kind; group sizes differ by at most one."""
         groups = np.arange(len(self.kinds)) % len(GROUP_MBPS)
         return tuple(np.random.default_rng([self.seed, LINKS]).permutation(groups).tolist())
 
@@ -187,7 +187,7 @@ def _about(mean: float, sigma: float, drawn: float) -> float:
     return min(max(mean * exp(sigma * drawn - sigma**2 / 2), LOWEST_MBPS), HIGHEST_MBPS)
 
 
-# draws are kept, since seeding is what they cost: a round's exchanges want one mode and one mean, an exchange its own twice
+# draws are cached, since seeding dominates their cost: a round's exchanges share one mode and one mean
 
 
 @lru_cache(maxsize=4096)

@@ -1,7 +1,7 @@
 """The default fleet: any number of unequal devices on one machine, on a virtual clock.
 
 The work is real, only its duration is simulated: every order and result is packed and charged by its bytes, every
-operation by the truth in `hardware`, which methods cannot see. One process drives all devices over one frozen base.
+operation by the speeds in `hardware`, which methods cannot see. All devices share one frozen base.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,7 +24,7 @@ from fedspine.storage.store import Store
 
 @message
 class Snapshot:
-    """What a simulated fleet needs to go on after a resume, apart from the devices' memories."""
+    """The saved state of a simulated fleet, without the devices' memories."""
 
     now: float
     asks: dict[str, int]  # served so far, by device
@@ -33,7 +33,7 @@ class Snapshot:
 
 @message
 class PendingReply:
-    """A reply under way: it arrives at `due` on the virtual clock."""
+    """A reply in flight, which arrives at `due` on the virtual clock."""
 
     due: float
     number: int  # breaks ties in the order of sending
@@ -49,7 +49,7 @@ class Clock:
 
 @dataclass
 class World:
-    """The one mutable thing behind all views of a fleet."""
+    """The mutable state shared by all views of a fleet."""
 
     seed: int
     profiles: tuple[Profile, ...]
@@ -77,12 +77,12 @@ class World:
     def exchange(
         self, work: Work[Any, Any], orders: Mapping[DeviceId, Any]
     ) -> Iterator[tuple[DeviceId, Served, Cost]]:
-        """Serve every order, yielding in their order; the clock is the caller's business."""
+        """Serve every order, and yield the results in that order; the caller moves the clock."""
         name, bytes_down = name_of(work), {}
 
         def calls() -> Iterator[Call]:
             for device in orders:
-                with self.devices_wall.not_theirs():  # which is built as it is read
+                with self.devices_wall.not_theirs():  # an order may be built when it is read
                     order = orders[device]
                 packed = pack(order)
                 bytes_down[device] = packed.bytes
@@ -113,7 +113,7 @@ class World:
             )
 
     def timing(self, device: DeviceId, ask: int | None, **cost: Any) -> Timing:
-        """How long an exchange of this `cost` takes a device, by how many it served before; None: on average."""
+        """Seconds of an exchange of this `cost`, given how many the device served before; None: without jitter."""
         return self.hardware.seconds(self.index[device], round=self.round, ask=ask, **cost)
 
     def _call(self, device: DeviceId, work: str, order: bytes) -> Call:
@@ -129,14 +129,14 @@ class World:
         )
 
     def _memory(self, device: DeviceId) -> bytes | None:
-        """What a device keeps between asks: a round may ask it forty times, so only what a round ends with is written."""
+        """A device's memory; only its last version of a round is written, since a round may ask it forty times."""
         if device in self.changed:
             return self.changed[device]
         file = self.memories.get(device)
         return None if file is None else self.store.get_memory(file)
 
     def keep_memories(self) -> None:
-        """Write the memories that changed since the last save; they count from the next one on."""
+        """Write the memories that changed since the last save, for the next one."""
         for device, payload in self.changed.items():
             self.memories[device] = self.store.put_memory(device, self.asks[device], payload)
         self.changed.clear()
@@ -179,8 +179,7 @@ class World:
 class SimulatedFleet:
     """A view of the simulated devices: all of them, or a part, on a clock of its own or a shared one.
 
-    `fedspine.run` makes one of a recipe. Without workers it serves no asks, and time passes all the
-    same:
+    `fedspine.run` makes one from a recipe. Without workers it serves no asks, but time passes:
 
     >>> from fedspine import SimulatedFleet
     >>> kinds = ["tx2", "agx"]
@@ -278,9 +277,9 @@ class SimulatedFleet:
     def foresee(
         self, device: DeviceId, *, flops: float, launches: float, bytes_down: int, bytes_up: int
     ) -> float | None:
-        """The truth, for the oracle among the controls: seconds of an exchange of this cost in this round.
+        """The true seconds of an exchange of this cost in this round, for the oracle controller.
 
-        It knows the power mode and the mean of the link, not the jitter of an exchange that is still to come.
+        They follow from the power mode and the link's mean, without the jitter of the exchange.
         """
         self._check((device,))
         spent = {
@@ -291,7 +290,7 @@ class SimulatedFleet:
         }
         return self._world.timing(device, None, **spent).total
 
-    # what the run loop needs besides: see `fedspine.fleets.rounds`
+    # the run loop's part of the interface: see `fedspine.fleets.rounds`
 
     clock = "simulated"
 
@@ -299,7 +298,7 @@ class SimulatedFleet:
         return SimulatedFleet(self._world, self._part(ids), self._clock, pending_of=self._devices)
 
     def begin_round(self, round: int) -> Totals:
-        """Move the truth (modes, links) on to `round`; returns the totals that this round will fill."""
+        """Move modes and links on to `round`; returns its totals, which the fleet updates."""
         self._world.round = self._world.records.round = round
         self._world.totals, self._world.waits, self._world.devices_wall = (
             Totals(),
@@ -338,7 +337,7 @@ class SimulatedFleet:
         )
 
     def restore(self, snapshot: Snapshot, memories: Mapping[DeviceId, str]) -> None:
-        """Go on from a snapshot; the store must hold the memories it names."""
+        """Resume from a snapshot; the store must hold the memories it names."""
         world = self._world
         self._clock.now = snapshot.now
         world.asks, world.memories, world.changed = dict(snapshot.asks), dict(memories), {}
@@ -373,7 +372,7 @@ def _as_array(payload: bytes) -> np.ndarray:
 
 
 def profiles(kinds: list[str], examples: list[int]) -> tuple[Profile, ...]:
-    """What simulated devices declare of themselves."""
+    """The profiles that simulated devices declare."""
     if len(kinds) != len(examples):
         raise BadInput(f"{len(kinds)} devices were expected to hold data, {len(examples)} do")
     return tuple(

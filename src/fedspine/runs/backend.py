@@ -1,4 +1,4 @@
-"""Where a run takes place: on simulated devices, or at the sites of a real fleet. The loop is the same."""
+"""The backend of a run: simulated devices, or the sites of a real fleet. The run loop is the same."""
 
 import json
 import secrets
@@ -14,33 +14,33 @@ from fedspine.flare.session import FlareSession
 from fedspine.flare.site_state import Timeouts
 from fedspine.fleets.rounds import RoundFleet
 from fedspine.lm.content import content_sha256
-from fedspine.runs.assemble import Built, build, simulate
+from fedspine.runs.assemble import Assembled, assemble, simulate
 from fedspine.runs.config import Recipe
 from fedspine.runs.run_dir import FLEET
 from fedspine.storage.records import Records
 from fedspine.storage.store import Store, write_atomically
 
 
-class Venue(Protocol):
-    """What a run asks of the place where it is."""
+class Backend(Protocol):
+    """What the run loop needs of a backend."""
 
-    def fitted(self, recipe: Recipe, *, begun: Recipe | None = None) -> Recipe:
-        """The recipe as it runs here; `begun` is how a run that is gone on with began."""
+    def adapted(self, recipe: Recipe, *, begun: Recipe | None = None) -> Recipe:
+        """The recipe adapted to this backend; `begun` is the recipe of a resumed run."""
         ...
 
-    def build(self, recipe: Recipe, *, begun: Path | None = None) -> Built:
+    def assemble(self, recipe: Recipe, *, begun: Path | None = None) -> Assembled:
         """Load and check everything; raises BadInput before the run's folder is made.
 
-        `begun` is the folder of a run that is gone on with.
+        `begun` is the folder of a resumed run.
         """
         ...
 
     def fleet(
-        self, built: Built, workers: Workers, store: Store, records: Records
+        self, assembled: Assembled, workers: Workers, store: Store, records: Records
     ) -> RoundFleet: ...
 
     def remember(self, folder: Path) -> None:
-        """Write into the run's folder what a resume has to know of this place."""
+        """Write into the run directory what a resume needs to find this backend."""
         ...
 
     def close(self) -> None: ...
@@ -49,14 +49,16 @@ class Venue(Protocol):
 class Simulation:
     """Simulated devices, in this process and its workers."""
 
-    def fitted(self, recipe: Recipe, *, begun: Recipe | None = None) -> Recipe:
+    def adapted(self, recipe: Recipe, *, begun: Recipe | None = None) -> Recipe:
         return recipe
 
-    def build(self, recipe: Recipe, *, begun: Path | None = None) -> Built:
-        return build(recipe, begun=begun)
+    def assemble(self, recipe: Recipe, *, begun: Path | None = None) -> Assembled:
+        return assemble(recipe, begun=begun)
 
-    def fleet(self, built: Built, workers: Workers, store: Store, records: Records) -> RoundFleet:
-        return simulate(built, workers, store, records)
+    def fleet(
+        self, assembled: Assembled, workers: Workers, store: Store, records: Records
+    ) -> RoundFleet:
+        return simulate(assembled, workers, store, records)
 
     def remember(self, folder: Path) -> None:
         pass
@@ -74,8 +76,8 @@ class RealSites:
     _link: Any = field(default=None, init=False)
     _session: Any = field(default=None, init=False)
 
-    def fitted(self, recipe: Recipe, *, begun: Recipe | None = None) -> Recipe:
-        """As many devices as there are sites, of whom each keeps its own rows; connects where that is not done."""
+    def adapted(self, recipe: Recipe, *, begun: Recipe | None = None) -> Recipe:
+        """One device per site, each with its own rows; connects if necessary."""
         if recipe.task.kind == "array":
             raise BadInput(
                 f"task.model {recipe.task.model!r} is a net for arrays, but the sites of a fleet hold texts; leave --fleet "
@@ -93,17 +95,17 @@ class RealSites:
             fleet=recipe.fleet.model_copy(update=changed),
             run=recipe.run.model_copy(
                 update={"workers": 1}
-            ),  # processes cannot be forked beside a connection
+            ),  # processes cannot be forked beside an open connection
         )
 
-    def build(self, recipe: Recipe, *, begun: Path | None = None) -> Built:
+    def assemble(self, recipe: Recipe, *, begun: Path | None = None) -> Assembled:
         from fedspine.flare.fleet import FlareFleet
 
-        built = build(recipe, here=False, begun=begun)
+        assembled = assemble(recipe, here=False, begun=begun)
         self._session = FlareSession(
             link=self._connected(),
-            base=built.task.base,
-            terms=terms_of(built),
+            base=assembled.task.base,
+            terms=terms_of(assembled),
             seed=recipe.run.seed,
             run=secrets.token_hex(16),
             timeouts=self.timeouts,
@@ -112,16 +114,18 @@ class RealSites:
         if refusals and len(self._session.sites) < max(self.timeouts.sites, self.timeouts.quorum):
             told = "; ".join(f"{name}: {why}" for name, why in refusals.items())
             raise BadInput(f"{len(refusals)} of {len(self._link.sites)} sites take no part: {told}")
-        return built
+        return assembled
 
-    def fleet(self, built: Built, workers: Workers, store: Store, records: Records) -> RoundFleet:
+    def fleet(
+        self, assembled: Assembled, workers: Workers, store: Store, records: Records
+    ) -> RoundFleet:
         from fedspine.flare.fleet import FlareFleet
 
         self._session.records, self._session.began = records, time.monotonic()
         return FlareFleet(self._session)
 
     def remember(self, folder: Path) -> None:
-        """The kit's place and the patience, so that a resume needs neither."""
+        """Write the kit's path and the timeouts, so that a resume needs neither."""
         said = {"kit": str(self.kit.absolute()), **asdict(self.timeouts)}
         write_atomically(folder / FLEET, json.dumps(said, indent=1).encode())
 
@@ -144,8 +148,8 @@ class RealSites:
         return self._link
 
 
-def venue_of(folder: Path, named: RealSites | None = None) -> Venue:
-    """Where the run in `folder` took place, or `named` where it says the same; raises BadInput where it does not."""
+def backend_of(folder: Path, named: RealSites | None = None) -> Backend:
+    """The backend of the run in `folder`, or `named` if it fits; raises BadInput if it does not."""
     path = folder / FLEET
     if not path.exists():
         if named is not None:
@@ -166,16 +170,16 @@ def venue_of(folder: Path, named: RealSites | None = None) -> Venue:
     return named or RealSites(kit, timeouts)
 
 
-def terms_of(built: Built) -> RunTerms:
-    """What a site has to know of a run to take part in it."""
-    section, task = built.recipe.task, built.task
+def terms_of(assembled: Assembled) -> RunTerms:
+    """The terms that a site needs in order to join a run."""
+    section, task = assembled.recipe.task, assembled.task
     return RunTerms(
-        method=built.recipe.method.name,
+        method=assembled.recipe.method.name,
         kind=section.kind,
         model=model_name(section.model),
-        model_sha256=content_sha256(task.base, built.tokenizer),
+        model_sha256=content_sha256(task.base, assembled.tokenizer),
         layers=section.layers,
-        precision=built.recipe.run.precision,
+        precision=assembled.recipe.run.precision,
         pooling=section.pooling,
         max_tokens=section.max_tokens,
         label_names=task.label_names,

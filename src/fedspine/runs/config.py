@@ -241,7 +241,7 @@ def load(path: Path | None, settings: list[str] | None = None, seed: int | None 
     if seed is not None:
         overlay.setdefault("run", {})["seed"] = seed
     if path is None:
-        return anchored(recipe(_laid_over(_fitting(embedded(), overlay), overlay)))
+        return anchored(recipe(_laid_over(_without_tuned_values(embedded(), overlay), overlay)))
     return anchored(
         recipe(
             _laid_over(
@@ -413,7 +413,7 @@ def _value(text: str) -> Any:
         return text
 
 
-def _fitting(defaults: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+def _without_tuned_values(defaults: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
     """The embedded job, without what was chosen for its own data and method and does not fit others.
 
     Other data may need another model; another method may lack some of the fields.

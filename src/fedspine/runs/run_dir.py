@@ -1,4 +1,4 @@
-"""A run's folder: what is in it, how it begins, and what it says of its run."""
+"""The run directory: its files, how it is made, and reading a run's recipe, status and summary."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from fedspine.runs.recipe_format import FORMAT, format_of
 from fedspine.storage.store import Store, write_atomically
 
 if TYPE_CHECKING:
-    from fedspine.runs.assemble import Built
+    from fedspine.runs.assemble import Assembled
 
 RECIPE, RECORDS, SUMMARY, STATE, FAILURE = (
     "recipe.toml",
@@ -25,12 +25,12 @@ RECIPE, RECORDS, SUMMARY, STATE, FAILURE = (
     "failure.txt",
 )
 FLEET = "fleet.json"  # of a run at real sites: how to reach them
-DEVICE_SCORES = "device_scores.json"  # of every device's model, where somebody asked for them
-CACHE = "cache"  # what a run need not compute again; gone when it ends
+DEVICE_SCORES = "device_scores.json"  # per-client metrics of all devices, if requested
+CACHE = "cache"  # removed when the run ends
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """The recipe of a run's folder; raises BadInput for a folder that is no run."""
+    """The recipe in a run directory; raises BadInput for any other folder."""
     if not ((folder / RECIPE).is_file() and (folder / STATE).is_dir()):
         what = f"has no {RECIPE} and {STATE}/" if folder.exists() else "does not exist"
         raise BadInput(
@@ -62,8 +62,8 @@ def _check_format(folder: Path, tables: dict[str, Any]) -> None:
         )
 
 
-def standing(folder: Path) -> dict[str, Any]:
-    """A finished run's summary, or what is known so far of one that is not."""
+def status_of(folder: Path) -> dict[str, Any]:
+    """The summary of a finished run, or the current numbers of an unfinished one."""
     from fedspine.flare import site_state  # noqa: F401 - which makes the messages in a saved state known
     from fedspine.fleets import simulated  # noqa: F401 - which makes the messages in a saved state known
 
@@ -106,19 +106,18 @@ def summary_of(folder: Path) -> dict[str, Any] | None:
         ) from None
 
 
-def make(folder: Path, recipe: Recipe, built: "Built | None" = None) -> None:
-    """Make a run's folder, which appears at once with its recipe, so that a kill on the way leaves
-    none behind.
+def make(folder: Path, recipe: Recipe, assembled: "Assembled | None" = None) -> None:
+    """Make a run directory with its recipe atomically, so that a kill leaves none half made.
 
-    What the run means is kept in it, too, where it is `built` already; else `remember` does it
-    before the first round. Raises BadInput where it cannot be made.
+    The task record is written too if the run is `assembled` already; else `remember` writes it
+    before the first round. Raises BadInput if the folder cannot be made.
     """
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         (partial / STATE).mkdir(parents=True)
         write_atomically(partial / RECIPE, recipe.toml().encode())
-        if built is not None:
-            task_record.write(partial, built.record, built.task.base, built.tokenizer)
+        if assembled is not None:
+            task_record.write(partial, assembled.record, assembled.task.base, assembled.tokenizer)
         partial.rename(folder)
     except OSError as error:
         raise BadInput(
@@ -128,14 +127,14 @@ def make(folder: Path, recipe: Recipe, built: "Built | None" = None) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def remember(folder: Path, built: "Built") -> None:
-    """Keep what a run means in its folder, unless that is done; OSError where it cannot be."""
+def remember(folder: Path, assembled: "Assembled") -> None:
+    """Write the task record into the run directory, unless it is there; raises OSError on failure."""
     if task_record.read(folder) is None:
-        task_record.write(folder, built.record, built.task.base, built.tokenizer)
+        task_record.write(folder, assembled.record, assembled.task.base, assembled.tokenizer)
 
 
 def check_age(folder: Path) -> None:
-    """Raise BadInput where an older version saved rounds, which did not keep what they mean."""
+    """Raise BadInput if an older version saved rounds without a task record."""
     if Store(folder / STATE).rounds():
         check_format(folder)
         task_record.recorded(folder)

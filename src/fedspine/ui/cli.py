@@ -166,7 +166,7 @@ def run(
         raise BadInput(
             "--resume goes on in its own folder, so --out has no place beside it; leave one of them out"
         )
-    place = _venue(fleet, sites, quorum, within)
+    place = _backend(fleet, sites, quorum, within)
     if resume is None:
         result = python.run(config.load(recipe, settings, seed), out, json, sites=place)
     else:
@@ -181,15 +181,15 @@ def _prepare_torch() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
-def _venue(kit: Path | None, sites: int, quorum: int, within: float) -> Any:
+def _backend(kit: Path | None, sites: int, quorum: int, within: float) -> Any:
     """The sites that the user named, None for simulated devices."""
-    from fedspine.flare.site_state import Patience
+    from fedspine.flare.site_state import Timeouts
     from fedspine.runs.backend import RealSites
 
     return (
         None
         if kit is None
-        else RealSites(kit, Patience(sites=max(sites, quorum), quorum=quorum, within=within))
+        else RealSites(kit, Timeouts(sites=max(sites, quorum), quorum=quorum, within=within))
     )
 
 
@@ -343,10 +343,10 @@ def show(
         _show_everyone(folder, json)
         return
     from fedspine.report.tables import print_table, summary_table, unpruned_table
-    from fedspine.runs.run_dir import standing
+    from fedspine.runs.run_dir import status_of
     from fedspine.ui.compare.unpruned import unpruned_runs
 
-    found, unpruned = standing(folder), unpruned_runs(folder, reference)
+    found, unpruned = status_of(folder), unpruned_runs(folder, reference)
     if json:
         more = {"unpruned_runs": unpruned_table(found, unpruned)} if unpruned else {}
         print(jsonlib.dumps(found | more))

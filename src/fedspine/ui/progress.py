@@ -12,12 +12,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fedspine.report.tables import MISSING, bytes_text, decimal, percent, print_table, seconds_text
-from fedspine.runs.observer import Progress, Standing
+from fedspine.runs.observer import RunObserver, RunStatus
 
 QUIET_SECONDS = 5.0  # between two lines about scoring
 
 
-def progress_for(json: bool) -> Progress:
+def progress_for(json: bool) -> RunObserver:
     """Silence where the caller wants JSON, a live bar on a terminal, otherwise a line per round."""
     if json:
         return Silent()
@@ -42,7 +42,7 @@ class Silent:
     def scored(self, done: int, models: int, seconds_left: float | None) -> None:
         pass
 
-    def round_done(self, standing: Standing) -> None:
+    def round_done(self, status: RunStatus) -> None:
         pass
 
     def finished(self, table: Table) -> None:
@@ -69,9 +69,9 @@ class Lines:
         self.rounds = rounds
         self._say(f"{title}: {rounds} rounds" + (f", {done} of them done before" if done else ""))
 
-    def round_done(self, standing: Standing) -> None:
-        self.rounds = standing.rounds or self.rounds
-        parts = (f"round {standing.round}/{self.rounds}", *_parts(standing), *_left(standing))
+    def round_done(self, status: RunStatus) -> None:
+        self.rounds = status.rounds or self.rounds
+        parts = (f"round {status.round}/{self.rounds}", *_parts(status), *_eta(status))
         self._say("  ".join(parts))
 
     def say(self, line: str) -> None:
@@ -126,14 +126,14 @@ class Live:
         # a reset task forgets the time that preparing took, which says nothing about rounds
         self.bar.reset(self.task, total=rounds, completed=done, description=title)
 
-    def round_done(self, standing: Standing) -> None:
-        numbers = "  ".join(_parts(replace(standing, bytes_moved=None)))
-        total = {} if standing.rounds is None else {"total": standing.rounds}
+    def round_done(self, status: RunStatus) -> None:
+        numbers = "  ".join(_parts(replace(status, bytes_moved=None)))
+        total = {} if status.rounds is None else {"total": status.rounds}
         self.bar.update(
             self.task,
-            completed=standing.round,
+            completed=status.round,
             numbers=numbers,
-            left="  ".join(_left(standing)),
+            left="  ".join(_eta(status)),
             refresh=True,
             **total,
         )
@@ -167,20 +167,20 @@ def time_left(seconds: float) -> str:
     return f"{seconds} s" if seconds < 60 else seconds_text(seconds)
 
 
-def _left(standing: Standing) -> list[str]:
+def _eta(status: RunStatus) -> list[str]:
     """When the run is expected to be done, where that is known."""
-    if standing.seconds_left is None:
+    if status.seconds_left is None:
         return []
-    return [f"about {time_left(standing.seconds_left)} left"]
+    return [f"about {time_left(status.seconds_left)} left"]
 
 
-def _parts(standing: Standing) -> list[str]:
+def _parts(status: RunStatus) -> list[str]:
     """The numbers that are known, each with its name."""
-    judged = standing.accuracy is not None
+    judged = status.accuracy is not None
     named = (
-        ("accuracy", percent(standing.accuracy)) if judged else ("loss", decimal(standing.loss)),
-        ("sparsity", percent(standing.sparsity)),
-        (standing.clock, seconds_text(standing.now)),
-        ("traffic", bytes_text(standing.bytes_moved)),
+        ("accuracy", percent(status.accuracy)) if judged else ("loss", decimal(status.loss)),
+        ("sparsity", percent(status.sparsity)),
+        (status.clock, seconds_text(status.now)),
+        ("traffic", bytes_text(status.bytes_moved)),
     )
     return [f"{name} {text}" for name, text in named if text != MISSING]

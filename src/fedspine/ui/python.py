@@ -28,7 +28,7 @@ from fedspine.report.tables import headlines, summary_line, summary_table
 from fedspine.runs import config, loop
 from fedspine.runs.backend import RealSites
 from fedspine.runs.config import Recipe
-from fedspine.runs.run_dir import RECORDS, recipe_of, standing, summary_of
+from fedspine.runs.run_dir import RECORDS, recipe_of, status_of, summary_of
 from fedspine.ui.compare import write
 from fedspine.ui.compare.comparison import Found, find
 from fedspine.ui.compare.terminal import WIDE, rendered
@@ -187,7 +187,7 @@ def load(folder: str | Path) -> RunResult:
     folder = Path(folder)
     recipe, summary = recipe_of(folder), summary_of(folder)
     if summary is None:
-        found = standing(folder)
+        found = status_of(folder)
         raise BadInput(
             f"the run in {folder} is not finished, {found['rounds_done']} of {found['rounds']} "
             f"rounds are done; go on with fedspine.resume({str(folder)!r})"

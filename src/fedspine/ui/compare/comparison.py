@@ -7,7 +7,7 @@ from typing import Any
 
 from fedspine.core.errors import BadInput
 from fedspine.report.drawing import Panel
-from fedspine.runs.observer import Progress
+from fedspine.runs.observer import RunObserver
 from fedspine.ui.compare import curves
 from fedspine.ui.compare.groups import Group, grouped
 from fedspine.ui.compare.latency import Latency, latency_of
@@ -47,7 +47,7 @@ class Found:
         }
 
 
-def find(paths: Iterable[Path], *, target: str, latency: bool, progress: Progress) -> Found:
+def find(paths: Iterable[Path], *, target: str, latency: bool, progress: RunObserver) -> Found:
     """Compare the runs in these folders.
 
     Raises BadInput for an empty selection, runs that cannot be compared, and a target that is none.
@@ -70,7 +70,7 @@ def find(paths: Iterable[Path], *, target: str, latency: bool, progress: Progres
     return Found(tuple(sections), selection.left_out, tuple(notes), numbers, len(selection.runs))
 
 
-def _latencies(group: Group, progress: Progress, notes: list[str]) -> dict[str, Latency]:
+def _latencies(group: Group, progress: RunObserver, notes: list[str]) -> dict[str, Latency]:
     found = {}
     for method in group.methods:
         progress.stage(f"measuring the latency of {method.name}")

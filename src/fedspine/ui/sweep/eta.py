@@ -35,11 +35,11 @@ def seconds_left(
     everything = [seconds for label in finished.values() for seconds in label] or paces
     if not ahead or not everything:
         return None if ahead else 0.0
-    lefts = [_left(cell, median(finished.get(cell.label) or everything)) for cell in ahead]
+    lefts = [_eta(cell, median(finished.get(cell.label) or everything)) for cell in ahead]
     return max(sum(lefts) / jobs, *lefts)
 
 
-def _left(cell: Ahead, whole: float) -> float:
+def _eta(cell: Ahead, whole: float) -> float:
     return whole * (1 - cell.round / cell.rounds)
 
 
