@@ -8,10 +8,10 @@ import pytest
 from runs import tiny_job, write_csv
 from toy import toy_rows
 
-from fedspine.data.dataset import ArrayRows, Rows
+from fedspine.data.dataset import ArrayRows, RunRows
 from fedspine.report.page import REPORT, write_page
-from fedspine.report.rows import Note, Score, read_rows
-from fedspine.report.rows import Rows as Recorded
+from fedspine.report.rows import Note, ScoreRow, read_rows
+from fedspine.report.rows import RunRows as Recorded
 from fedspine.report.tables import headlines
 from fedspine.runs import config, references
 from fedspine.runs.loop import Stopped, new_run, resume
@@ -24,7 +24,7 @@ SEEN = CheckContext(rows=400, commonest=0.64)  # a standard error of sqrt(0.64 *
 
 
 def score(round, accuracy=0.9, loss=0.5, dense=None, loss_dense=None):
-    return Score(round, 1.0, accuracy, accuracy, loss, loss, 0.0, False, dense, loss_dense)
+    return ScoreRow(round, 1.0, accuracy, accuracy, loss, loss, 0.0, False, dense, loss_dense)
 
 
 def noted(*by_round):
@@ -122,7 +122,7 @@ def test_texts_pairs_and_arrays_have_a_classical_model() -> None:
             one if same else rng.choice(np.setdiff1d(words, one), 4, replace=False)
             for one, same in zip(firsts, labels, strict=True)
         ]
-        return Rows(tuple(map(" ".join, firsts)), tuple(map(" ".join, seconds)), labels, {})
+        return RunRows(tuple(map(" ".join, firsts)), tuple(map(" ".join, seconds)), labels, {})
 
     assert references.classical(pairs(300), pairs(100), np.arange(100)) > 0.9
     labels = np.arange(200) % 2

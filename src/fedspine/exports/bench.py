@@ -48,7 +48,7 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BenchComparison:
     """Two models timed in turns; every ratio is `model` over `against`, so less than 1 is a gain."""
 
     model: Bench
@@ -102,7 +102,7 @@ def compare(
     tokens: int = 128,
     threads: int = 1,
     repeats: int = 7,
-) -> Comparison:
+) -> BenchComparison:
     """Measure two exported models side by side in one process; raises what `bench` raises."""
     models = [load_model(folder), load_model(against)]
     seconds = _seconds(models, tokens=tokens, threads=threads, repeats=repeats)
@@ -116,7 +116,7 @@ def compare(
         batch: median(mine / other for mine, other in zip(*calls, strict=True))
         for batch, calls in seconds.items()
     }
-    return Comparison(model=first, against=second, latency_ratio=ratios)
+    return BenchComparison(model=first, against=second, latency_ratio=ratios)
 
 
 def _bench(

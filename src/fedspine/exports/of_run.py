@@ -30,7 +30,7 @@ GLOBAL, DENSE = "global", "dense"
 
 
 @dataclass(frozen=True)
-class Opened:
+class RunModel:
     """A run's recipe, record and last saved state, with its base in fp32."""
 
     recipe: Recipe
@@ -44,7 +44,7 @@ class Opened:
         return _chosen(self.recipe.method, self.state, device)
 
 
-def open_run(folder: Path, base: str | None = None) -> Opened:
+def open_run(folder: Path, base: str | None = None) -> RunModel:
     """Open the folder of a run, whose base is where it was, or at `base`.
 
     Raises BadInput for a folder that is no run or has not saved a round yet, and for a base that is
@@ -69,7 +69,7 @@ def open_run(folder: Path, base: str | None = None) -> Opened:
             "that place with --base"
         ) from None
     task_record.check_base(record, loaded.weights_sha256, place, folder)
-    return Opened(recipe, record, loaded, tokenizer, saved.state["method"])
+    return RunModel(recipe, record, loaded, tokenizer, saved.state["method"])
 
 
 def export_model(

@@ -22,7 +22,7 @@ from fedspine.report.drawing import (
     round_ticks,
     styled,
 )
-from fedspine.report.rows import Rows
+from fedspine.report.rows import RunRows
 from fedspine.report.series import Band, bands, exchange_seconds, has_accuracy, traffic, waiting
 from fedspine.report.tables import (
     UnprunedRun,
@@ -44,7 +44,7 @@ WIDE_RANGE = 10  # classes whose medians differ more are compared on a logarithm
 
 
 def panels(
-    rows: Rows, summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun] = ()
+    rows: RunRows, summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun] = ()
 ) -> list[Panel]:
     """The figures that this run has data for, in reading order."""
     with styled():
@@ -60,7 +60,7 @@ def panels(
 
 
 def _quality(
-    rows: Rows, summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun]
+    rows: RunRows, summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun]
 ) -> Panel | None:
     if not rows.scores:
         return None
@@ -130,7 +130,7 @@ def _unpruned_lines(
     return [("unpruned base", value)], f", and the dashed line is the unpruned base ({note})"
 
 
-def _sparsity(rows: Rows) -> Panel | None:
+def _sparsity(rows: RunRows) -> Panel | None:
     found = bands(rows, lambda note: note.sparsity)
     # a method that prunes nothing has nothing to show
     if not any(band.high.any() for band in found.values()):
@@ -147,7 +147,7 @@ def _sparsity(rows: Rows) -> Panel | None:
     return Panel("sparsity", "Sparsity by device class", caption, figure)
 
 
-def _rank(rows: Rows) -> Panel | None:
+def _rank(rows: RunRows) -> Panel | None:
     found = bands(rows, lambda note: note.rank)
     # one rank everywhere is a number for the table, not a picture
     if len({value for band in found.values() for value in (*band.low, *band.high)}) < 2:
@@ -164,7 +164,7 @@ def _rank(rows: Rows) -> Panel | None:
     return Panel("rank", "Rank by device class", caption, figure)
 
 
-def _exchange_seconds(rows: Rows) -> Panel | None:
+def _exchange_seconds(rows: RunRows) -> Panel | None:
     found = exchange_seconds(rows)
     if not found:
         return None
@@ -200,7 +200,7 @@ def _exchange_seconds(rows: Rows) -> Panel | None:
     return Panel("seconds", "Time per exchange by device class", caption, figure)
 
 
-def _waiting(rows: Rows) -> Panel | None:
+def _waiting(rows: RunRows) -> Panel | None:
     found = waiting(rows)
     if not found.seconds.any():
         return None
@@ -232,7 +232,7 @@ def _waiting(rows: Rows) -> Panel | None:
     return Panel("waiting", "Waiting per round", caption, figure)
 
 
-def _traffic(rows: Rows) -> Panel | None:
+def _traffic(rows: RunRows) -> Panel | None:
     found = traffic(rows)
     if not len(found.rounds):
         return None

@@ -9,7 +9,7 @@ from typing import Any
 from fedspine.core.errors import BadInput
 from fedspine.report import figures
 from fedspine.report.html import Figure, rendered
-from fedspine.report.rows import Rows, read_rows
+from fedspine.report.rows import RunRows, read_rows
 from fedspine.report.series import DeviceClass, Trouble, device_classes, summary_so_far, troubles
 from fedspine.report.tables import (
     MISSING,
@@ -37,7 +37,7 @@ def write_page(folder: Path, unpruned: Sequence[UnprunedRun] = ()) -> Path:
         raise BadInput(
             f"a run's folder with {RECORDS} was expected, {folder} has none; name the folder of a run"
         )
-    rows = read_rows(records) if records.exists() else Rows()
+    rows = read_rows(records) if records.exists() else RunRows()
     summary = _read_summary(summary_file) if summary_file.exists() else None
     recipe_text = recipe.read_text("utf-8") if recipe.exists() else ""
     text = page(folder.resolve().name, rows, summary, recipe_text, unpruned)
@@ -49,7 +49,7 @@ def write_page(folder: Path, unpruned: Sequence[UnprunedRun] = ()) -> Path:
 
 def page(
     title: str,
-    rows: Rows,
+    rows: RunRows,
     summary: Mapping[str, Any] | None,
     recipe: str,
     unpruned: Sequence[UnprunedRun] = (),

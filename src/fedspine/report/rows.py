@@ -39,7 +39,7 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Score:
+class ScoreRow:
     """Quality at `now`; accuracies are None for language modelling. Only the `final` one is of all test rows."""
 
     round: int
@@ -72,17 +72,17 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RunRows:
     """A run's records by kind of row, in the order they were written."""
 
     exchanges: tuple[Exchange, ...] = ()
     notes: tuple[Note, ...] = ()
-    scores: tuple[Score, ...] = ()
+    scores: tuple[ScoreRow, ...] = ()
     rounds: tuple[Round, ...] = ()
     warnings: tuple[Warned, ...] = ()
 
 
-def read_rows(path: Path) -> Rows:
+def read_rows(path: Path) -> RunRows:
     """The records of a run. A torn last line, as a killed run leaves it, is passed over; so are unknown rows and keys.
 
     Raises BadInput for any other line that is not a JSON object with a "row".
@@ -104,7 +104,7 @@ def read_rows(path: Path) -> Rows:
             ) from error
         if name in READERS and (read := READERS[name](row)) is not None:
             found[name].append(read)
-    return Rows(*(tuple(rows) for rows in found.values()))
+    return RunRows(*(tuple(rows) for rows in found.values()))
 
 
 def _exchange(row: Mapping[str, Any]) -> Exchange:
@@ -136,8 +136,8 @@ def _note(row: Mapping[str, Any]) -> Note | None:
     )
 
 
-def _score(row: Mapping[str, Any]) -> Score:
-    return Score(
+def _score(row: Mapping[str, Any]) -> ScoreRow:
+    return ScoreRow(
         round=_count(row, "round"),
         now=_number(row, "now") or 0.0,
         accuracy=_number(row, "accuracy"),

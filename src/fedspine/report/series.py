@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedspine.report.rows import UNKNOWN_CLASS, Exchange, Note, Rows
+from fedspine.report.rows import UNKNOWN_CLASS, Exchange, Note, RunRows
 
 FIRST_CLASSES = ("tx2", "nx", "agx")  # slow to fast; other classes follow by name
 Floats = NDArray[np.float64]
@@ -89,26 +89,26 @@ class Trouble:
     reason: str
 
 
-def has_accuracy(rows: Rows, summary: Mapping[str, Any]) -> bool:
+def has_accuracy(rows: RunRows, summary: Mapping[str, Any]) -> bool:
     """Whether the run is judged by accuracy; otherwise by loss."""
     return summary.get("accuracy") is not None or any(
         score.accuracy is not None for score in rows.scores
     )
 
 
-def kinds(rows: Rows) -> dict[str, str]:
+def kinds(rows: RunRows) -> dict[str, str]:
     """Each device's class."""
     return {exchange.device: exchange.kind for exchange in rows.exchanges}
 
 
-def class_names(rows: Rows) -> list[str]:
+def class_names(rows: RunRows) -> list[str]:
     """Classes of the run, from slow to fast where that is known, others by name."""
     present = {exchange.kind for exchange in rows.exchanges}
     known = [name for name in FIRST_CLASSES if name in present]
     return known + sorted(present.difference(known))
 
 
-def bands(rows: Rows, value: Callable[[Note], float | None]) -> dict[str, Band]:
+def bands(rows: RunRows, value: Callable[[Note], float | None]) -> dict[str, Band]:
     """Per class, what devices noted over rounds; a class that noted nothing is absent."""
     kind_of = kinds(rows)
     noted: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -120,14 +120,14 @@ def bands(rows: Rows, value: Callable[[Note], float | None]) -> dict[str, Band]:
     return {name: _band(noted[name]) for name in dict.fromkeys(names) if name in noted}
 
 
-def waiting(rows: Rows) -> Waiting:
+def waiting(rows: RunRows) -> Waiting:
     """How long rounds took and devices waited."""
     ends = np.array([0.0, *(row.now for row in rows.rounds)])
     seconds = _floats(row.waiting_seconds for row in rows.rounds)
     return Waiting(_floats(row.round for row in rows.rounds), seconds, np.diff(ends))
 
 
-def traffic(rows: Rows) -> Traffic:
+def traffic(rows: RunRows) -> Traffic:
     """Bytes down and up, summed since the start."""
     sums: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     for exchange in rows.exchanges:
@@ -138,7 +138,7 @@ def traffic(rows: Rows) -> Traffic:
     return Traffic(_floats(rounds), down, up)
 
 
-def checks(rows: Rows) -> Checks:
+def checks(rows: RunRows) -> Checks:
     """How good the models were on the way."""
     scores = [score for score in rows.scores if not score.final]
     rounds, moved = _floats(score.round for score in scores), traffic(rows)
@@ -157,13 +157,13 @@ def checks(rows: Rows) -> Checks:
     )
 
 
-def exchange_seconds(rows: Rows) -> dict[str, Floats]:
+def exchange_seconds(rows: RunRows) -> dict[str, Floats]:
     """Per class, how long every exchange took that was not lost."""
     found = {name: _seconds(exchanges) for name, exchanges in _by_class(rows).items()}
     return {name: seconds for name, seconds in found.items() if len(seconds)}
 
 
-def device_classes(rows: Rows) -> list[DeviceClass]:
+def device_classes(rows: RunRows) -> list[DeviceClass]:
     """One line per class. Sparsity is the mean of what its devices noted last; rank is the mean over all notes."""
     kind_of = kinds(rows)
     last: dict[str, dict[str, float]] = defaultdict(dict)
@@ -188,7 +188,7 @@ def device_classes(rows: Rows) -> list[DeviceClass]:
     ]
 
 
-def troubles(rows: Rows) -> list[Trouble]:
+def troubles(rows: RunRows) -> list[Trouble]:
     """Devices that were lost or left out at least once, the worst first."""
     kind_of = kinds(rows)
     asked: dict[str, int] = defaultdict(int)
@@ -215,7 +215,7 @@ def troubles(rows: Rows) -> list[Trouble]:
     return sorted(found, key=lambda line: -(line.lost + line.left_out))
 
 
-def summary_so_far(rows: Rows) -> dict[str, Any]:
+def summary_so_far(rows: RunRows) -> dict[str, Any]:
     """What summary.json would say of the records alone: for a run that is under way or was killed."""
     found: dict[str, Any] = {"rounds": len(rows.rounds), "devices": len(kinds(rows))}
     if rows.scores:
@@ -238,7 +238,7 @@ def summary_so_far(rows: Rows) -> dict[str, Any]:
     return found
 
 
-def _by_class(rows: Rows) -> dict[str, list[Exchange]]:
+def _by_class(rows: RunRows) -> dict[str, list[Exchange]]:
     return {name: [row for row in rows.exchanges if row.kind == name] for name in class_names(rows)}
 
 

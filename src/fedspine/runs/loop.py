@@ -24,7 +24,7 @@ from fedspine.fleets.rounds import RoundFleet, Totals
 from fedspine.lm.base import Model
 from fedspine.lm.structure import full
 from fedspine.report.page import REPORT, write_page
-from fedspine.report.rows import Rows, read_rows
+from fedspine.report.rows import RunRows, read_rows
 from fedspine.report.tables import counted
 from fedspine.runs import references, task_record
 from fedspine.runs.assemble import (
@@ -393,7 +393,7 @@ def _last_doubts(context: RunContext, point: Point, folder: Path) -> list[str]:
     return [f"{line} (in the end it was better)" for line in said]
 
 
-def _recorded(context: RunContext, folder: Path) -> Rows:
+def _recorded(context: RunContext, folder: Path) -> RunRows:
     context.records.flush()
     return read_rows(folder / RECORDS)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fedspine.report.rows import Rows
+from fedspine.report.rows import RunRows
 from fedspine.report.tables import decimal, percent
 from fedspine.runs.config import Recipe
 
@@ -35,7 +35,7 @@ def due(recipe: Recipe, round: int) -> bool:
     return bool(every) and round == every * ceil(fifth / every)
 
 
-def doubt(recipe: Recipe, rows: Rows, seen: CheckContext, round: int) -> str | None:
+def doubt(recipe: Recipe, rows: RunRows, seen: CheckContext, round: int) -> str | None:
     """One line on what is wrong after so many rounds, and what to change; None where nothing is."""
     when = f"after {round} of {recipe.run.rounds} rounds"
     if what := _rising(rows, seen):
@@ -46,7 +46,7 @@ def doubt(recipe: Recipe, rows: Rows, seen: CheckContext, round: int) -> str | N
     return None
 
 
-def _one_answer(rows: Rows, seen: CheckContext) -> str | None:
+def _one_answer(rows: RunRows, seen: CheckContext) -> str | None:
     """Whether the last check's models are no better than the commonest class, within a standard error.
 
     Of the deployed and the unpruned models the better ones count, so that pruning alone raises no doubt.
@@ -63,7 +63,7 @@ def _one_answer(rows: Rows, seen: CheckContext) -> str | None:
     )
 
 
-def _rising(rows: Rows, seen: CheckContext) -> str | None:
+def _rising(rows: RunRows, seen: CheckContext) -> str | None:
     """Whether the loss rose from the first to the last check, or in training, by more than noise.
 
     A mean loss over n rows has a standard error of about itself over the root of n, as the loss of a

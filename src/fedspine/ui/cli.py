@@ -225,10 +225,10 @@ def sweep(
     docs/sweeps.md explains the file. Exit code 1: at least one run has failed, and the others are done.
     """
     from fedspine.ui.sweep.display import print_overview, sweep_progress_for
-    from fedspine.ui.sweep.work import carry_out, listed, look
+    from fedspine.ui.sweep.work import carry_out, listed, overview_of
 
     if only_list:
-        found = look(file, out)
+        found = overview_of(file, out)
     else:
         found = carry_out(
             file, out, jobs=jobs, retry=retry, progress=lambda: sweep_progress_for(json)
@@ -236,7 +236,7 @@ def sweep(
     if json:
         print(jsonlib.dumps(found.table()))
     else:
-        print_overview(listed(found), found.folder, found.strangers, everything=only_list)
+        print_overview(listed(found), found.folder, found.unlisted, everything=only_list)
     if found.counts["failed"] and not only_list:
         raise typer.Exit(1)
 
@@ -427,7 +427,7 @@ def compare(
     if json:
         print(jsonlib.dumps(result.table() | {"page": str(page)}))
         return
-    show(result.found)
+    show(result.report)
     print(f"page: {page}")
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on. All of it goes to stderr, so that stdout stays clean for --json."""
+"""The display of a running run. It uses stderr only, so that stdout stays clean for --json."""
 
 import sys
 from dataclasses import replace
@@ -28,7 +28,7 @@ def progress_for(json: bool) -> RunObserver:
 
 
 class Silent:
-    """Says nothing."""
+    """Shows nothing."""
 
     def stage(self, text: str) -> None:
         pass
@@ -60,9 +60,7 @@ class Lines:
         self.rounds, self.said = 0, monotonic()
 
     def stage(self, text: str) -> None:
-        if (
-            self.rounds
-        ):  # nothing is said while loading, so that what is wrong with the input is the only line
+        if self.rounds:  # silent while loading, so that an error in the input is the only line
             self._say(text)
 
     def started(self, rounds: int, title: str, *, done: int = 0) -> None:
@@ -123,7 +121,7 @@ class Live:
 
     def started(self, rounds: int, title: str, *, done: int = 0) -> None:
         self.bar.start()
-        # a reset task forgets the time that preparing took, which says nothing about rounds
+        # a reset discards the loading time, which says nothing about rounds
         self.bar.reset(self.task, total=rounds, completed=done, description=title)
 
     def round_done(self, status: RunStatus) -> None:
@@ -158,7 +156,7 @@ class Live:
 
 
 def time_left(seconds: float) -> str:
-    """A time to wait, no more exact than it is known.
+    """A remaining time, as text of limited precision.
 
     >>> time_left(0.2), time_left(48.3), time_left(287.4)
     ('1 s', '48 s', '4 min 47 s')
@@ -168,7 +166,7 @@ def time_left(seconds: float) -> str:
 
 
 def _eta(status: RunStatus) -> list[str]:
-    """When the run is expected to be done, where that is known."""
+    """The estimated time left, if known."""
     if status.seconds_left is None:
         return []
     return [f"about {time_left(status.seconds_left)} left"]

@@ -30,7 +30,7 @@ from fedspine.runs.backend import RealSites
 from fedspine.runs.config import Recipe
 from fedspine.runs.run_dir import RECORDS, recipe_of, status_of, summary_of
 from fedspine.ui.compare import write
-from fedspine.ui.compare.comparison import Found, find
+from fedspine.ui.compare.comparison import ComparisonReport, find
 from fedspine.ui.compare.terminal import WIDE, rendered
 from fedspine.ui.progress import progress_for
 
@@ -105,22 +105,22 @@ class RunResult:
 class ComparisonResult:
     """A comparison of runs; a terminal and a notebook show what `fedspine compare` prints."""
 
-    found: Found
+    report: ComparisonReport
 
     def table(self) -> dict[str, Any]:
         """Every number, as plain data; docs/compare.md explains them."""
-        return self.found.table()
+        return self.report.table()
 
     def write(self, folder: str | Path) -> Path:
         """Write the page, the tables and the plots into a folder; returns the page's path."""
-        return write.write(self.found, Path(folder))
+        return write.write(self.report, Path(folder))
 
     def __repr__(self) -> str:
-        titles = "; ".join(section.comparison.title for section in self.found.sections)
-        return f"<ComparisonResult of {self.found.runs} runs: {titles}>"
+        titles = "; ".join(section.comparison.title for section in self.report.sections)
+        return f"<ComparisonResult of {self.report.runs} runs: {titles}>"
 
     def __rich__(self) -> RenderableType:
-        return rendered(self.found)
+        return rendered(self.report)
 
     def _repr_html_(self) -> str:
         return _html(self)

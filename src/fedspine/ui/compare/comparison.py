@@ -1,4 +1,4 @@
-"""A whole comparison: from the folders that were named to the numbers, the figures and the files."""
+"""A comparison report: from the given folders to the numbers, the figures and the files."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -11,7 +11,14 @@ from fedspine.runs.observer import RunObserver
 from fedspine.ui.compare import curves
 from fedspine.ui.compare.groups import Group, grouped
 from fedspine.ui.compare.latency import Latency, latency_of
-from fedspine.ui.compare.numbers import MEASURES, Comparison, Pair, Standing, compared, corrected
+from fedspine.ui.compare.numbers import (
+    MEASURES,
+    Comparison,
+    MethodResult,
+    Pair,
+    compared,
+    corrected,
+)
 from fedspine.ui.compare.render_text import verdict
 from fedspine.ui.compare.runs import LeftOut, select
 
@@ -19,8 +26,8 @@ CORRECTION = "Holm, for all pairs of all comparisons here, each measure apart"
 
 
 @dataclass(frozen=True)
-class Section:
-    """One comparison with what was measured of it and drawn; latencies by method, as far as they could be taken."""
+class ComparisonSection:
+    """One comparison with its figures and the latencies by method, where they could be measured."""
 
     comparison: Comparison
     latencies: Mapping[str, Latency]
@@ -28,10 +35,10 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Found:
-    """All comparisons of one call. `numbers` gives each method its colour, `notes` say what could not be done."""
+class ComparisonReport:
+    """All comparisons of one call. `numbers` fixes each method's colour, `notes` say what could not be measured."""
 
-    sections: tuple[Section, ...]
+    sections: tuple[ComparisonSection, ...]
     left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
     numbers: Mapping[str, int]
@@ -47,10 +54,12 @@ class Found:
         }
 
 
-def find(paths: Iterable[Path], *, target: str, latency: bool, progress: RunObserver) -> Found:
+def find(
+    paths: Iterable[Path], *, target: str, latency: bool, progress: RunObserver
+) -> ComparisonReport:
     """Compare the runs in these folders.
 
-    Raises BadInput for an empty selection, runs that cannot be compared, and a target that is none.
+    Raises BadInput for an empty selection, runs that cannot be compared, and an invalid target.
     """
     selection = select(paths)
     groups = grouped(selection)
@@ -65,9 +74,13 @@ def find(paths: Iterable[Path], *, target: str, latency: bool, progress: RunObse
         latencies = _latencies(group, progress, notes) if latency else {}
         prefix = f"{place + 1}-" if len(groups) > 1 else ""
         sections.append(
-            Section(comparison, latencies, tuple(curves.panels(comparison, numbers, prefix)))
+            ComparisonSection(
+                comparison, latencies, tuple(curves.panels(comparison, numbers, prefix))
+            )
         )
-    return Found(tuple(sections), selection.left_out, tuple(notes), numbers, len(selection.runs))
+    return ComparisonReport(
+        tuple(sections), selection.left_out, tuple(notes), numbers, len(selection.runs)
+    )
 
 
 def _latencies(group: Group, progress: RunObserver, notes: list[str]) -> dict[str, Latency]:
@@ -81,7 +94,7 @@ def _latencies(group: Group, progress: RunObserver, notes: list[str]) -> dict[st
     return found
 
 
-def _section_table(section: Section) -> dict[str, Any]:
+def _section_table(section: ComparisonSection) -> dict[str, Any]:
     comparison = section.comparison
     return {
         "title": comparison.title,
@@ -95,7 +108,7 @@ def _section_table(section: Section) -> dict[str, Any]:
     }
 
 
-def _standing_table(standing: Standing, latencies: Mapping[str, Latency]) -> dict[str, Any]:
+def _standing_table(standing: MethodResult, latencies: Mapping[str, Latency]) -> dict[str, Any]:
     method, found = standing.method, latencies.get(standing.method.name)
     return {
         "name": method.name,

@@ -7,7 +7,7 @@ import numpy as np
 from fedspine.report.drawing import Panel
 from fedspine.report.series import Floats
 from fedspine.report.traces import Along, Gap, Trace, gap_panel, trace_panel
-from fedspine.ui.compare.numbers import Comparison, OverSeeds, Standing
+from fedspine.ui.compare.numbers import Comparison, MethodResult, OverSeeds
 
 CAPTIONS: Mapping[Along, str] = {
     "seconds": "Simulated time of the whole fleet",
@@ -64,7 +64,7 @@ def _gaps(comparison: Comparison, numbers: Mapping[str, int], prefix: str) -> Pa
     return gap_panel(f"{prefix}final-{quality}", quality, caption, best.method.name, gaps)
 
 
-def _trace(standing: Standing, along: Along, number: int) -> Trace:
+def _trace(standing: MethodResult, along: Along, number: int) -> Trace:
     runs = [*standing.method.runs.values()]
     drawn = [run.curve for run in runs if len(run.curve.quality)]
     xs, values = on_a_grid(

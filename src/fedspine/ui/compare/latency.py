@@ -13,7 +13,7 @@ from typing import Any
 from fedspine.core.errors import BadInput
 from fedspine.runs.assemble import identities
 from fedspine.storage.store import write_atomically
-from fedspine.ui.compare.groups import Method
+from fedspine.ui.compare.groups import MethodRuns
 from fedspine.ui.compare.runs import Run
 
 KEPT = "latency.json"
@@ -35,7 +35,7 @@ class Latency:
     block_parameters: int
 
 
-def latency_of(method: Method) -> Latency:
+def latency_of(method: MethodRuns) -> Latency:
     """The latency of the first seed's model; of all methods of a comparison the same device is taken.
 
     Raises BadInput where the model cannot be exported, such as where its base is gone.

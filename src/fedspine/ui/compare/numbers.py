@@ -1,4 +1,4 @@
-"""The numbers of a comparison: what each method reaches over its seeds, at what cost, and the differences of pairs."""
+"""The numbers of a comparison: each method's results and costs over its seeds, and the differences of pairs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ import numpy as np
 
 from fedspine.core.errors import BadInput
 from fedspine.report.tables import counted
-from fedspine.ui.compare.groups import Group, Method
+from fedspine.ui.compare.groups import Group, MethodRuns
 from fedspine.ui.compare.intervals import Interval, holm, paired, paired_ratio
 from fedspine.ui.compare.runs import Run
 
@@ -79,10 +79,10 @@ class OverSeeds:
 
 
 @dataclass(frozen=True)
-class Standing:
+class MethodResult:
     """One method's numbers; seconds are simulated, bytes go both ways, `final` is on all test rows."""
 
-    method: Method
+    method: MethodRuns
     final: OverSeeds
     sparsity: OverSeeds
     seconds_to_target: OverSeeds
@@ -126,12 +126,12 @@ class Comparison:
     quality: Quality
     target: Target
     checks: str  # what the target is measured on, in words
-    standings: tuple[Standing, ...]
+    standings: tuple[MethodResult, ...]
     pairs: tuple[Pair, ...]
 
 
 def compared(group: Group, target: str = "auto") -> Comparison:
-    """The numbers of one group. Raises BadInput for a target that is none."""
+    """The numbers of one group. Raises BadInput for an invalid target."""
     quality = LOSS if group.kind == "causal-lm" else ACCURACY
     wanted = target_of(group, quality, target)
     standings = [_standing(method, quality, wanted) for method in group.methods]
@@ -219,11 +219,11 @@ def _best_of_all(group: Group, quality: Quality) -> float | None:
     return float(min(map(max, curves)) if quality.higher_is_better else max(map(min, curves)))
 
 
-def _standing(method: Method, quality: Quality, target: Target) -> Standing:
+def _standing(method: MethodRuns, quality: Quality, target: Target) -> MethodResult:
     def over(number: Callable[[Run], float | None]) -> OverSeeds:
         return OverSeeds({seed: number(run) for seed, run in method.runs.items()})
 
-    return Standing(
+    return MethodResult(
         method=method,
         final=over(lambda run: run.summary.get(quality.name)),
         sparsity=over(lambda run: run.summary.get("sparsity")),
@@ -250,21 +250,21 @@ def _at_target(run: Run, costs: np.ndarray, quality: Quality, target: Target) ->
     return float(costs[reached[0]]) if len(reached) else None
 
 
-def _pair(first: Standing, second: Standing) -> Pair:
+def _pair(first: MethodResult, second: MethodResult) -> Pair:
     seeds = tuple(seed for seed in first.final.values if seed in second.final.values)
 
-    def both(number: Callable[[Standing], OverSeeds]) -> list[tuple[float, float]] | None:
+    def both(number: Callable[[MethodResult], OverSeeds]) -> list[tuple[float, float]] | None:
         """The two numbers of every common seed; None unless all are there, so that no seed is left out in silence."""
         found = [(number(first).values[seed], number(second).values[seed]) for seed in seeds]
         return (
             [(a, b) for a, b in found if a is not None and b is not None] if _whole(found) else None
         )
 
-    def difference(number: Callable[[Standing], OverSeeds]) -> Interval | None:
+    def difference(number: Callable[[MethodResult], OverSeeds]) -> Interval | None:
         found = both(number)
         return paired([a - b for a, b in found]) if found else None
 
-    def ratio(number: Callable[[Standing], OverSeeds], *, over_first: bool) -> Interval | None:
+    def ratio(number: Callable[[MethodResult], OverSeeds], *, over_first: bool) -> Interval | None:
         found = both(number)
         if not found or min(map(min, found)) <= 0:
             return None

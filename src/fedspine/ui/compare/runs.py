@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedspine.core.errors import BadInput
-from fedspine.report.rows import Rows, read_rows
+from fedspine.report.rows import RunRows, read_rows
 from fedspine.report.series import checks
 from fedspine.runs.config import Recipe
 from fedspine.runs.run_dir import RECIPE, RECORDS, SUMMARY, recipe_of, summary_of
@@ -152,7 +152,7 @@ def _failure(folder: Path) -> str | None:
     )
 
 
-def curve_of(rows: Rows, *, language: bool) -> Curve:
+def curve_of(rows: RunRows, *, language: bool) -> Curve:
     """The checks on the way: a fixed part of the test rows and a few device models, the mean over these models.
 
     The final score is none of them, because it is measured on all test rows. A check that is not finite is left out.

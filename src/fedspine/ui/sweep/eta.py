@@ -1,4 +1,4 @@
-"""How long a sweep still takes, from how long the cells took that are finished."""
+"""The time left of a sweep, from the wall time of its finished cells."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
