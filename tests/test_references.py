@@ -8,7 +8,7 @@ import pytest
 from runs import tiny_job, write_csv
 from toy import toy_rows
 
-from fedspine.data.dataset import ArrayRows, RunRows
+from fedspine.data.dataset import ArrayRows, Rows
 from fedspine.report.page import REPORT, write_page
 from fedspine.report.rows import Note, ScoreRow, read_rows
 from fedspine.report.rows import RunRows as Recorded
@@ -122,7 +122,7 @@ def test_texts_pairs_and_arrays_have_a_classical_model() -> None:
             one if same else rng.choice(np.setdiff1d(words, one), 4, replace=False)
             for one, same in zip(firsts, labels, strict=True)
         ]
-        return RunRows(tuple(map(" ".join, firsts)), tuple(map(" ".join, seconds)), labels, {})
+        return Rows(tuple(map(" ".join, firsts)), tuple(map(" ".join, seconds)), labels, {})
 
     assert references.classical(pairs(300), pairs(100), np.arange(100)) > 0.9
     labels = np.arange(200) % 2
