@@ -98,7 +98,7 @@ def model(tiny_folder):
 
 
 class Sites:
-    """A party over local sites, its records, and the fleet."""
+    """A session over local sites, its records, and the fleet."""
 
     def __init__(self, ground, model, folder, method="fedlora", **timeouts):
         base, tokenizer = model
@@ -272,7 +272,7 @@ def test_fewer_replies_than_the_quorum_stop_the_run(sites):
         here.run(method, 2, state)
 
 
-def test_a_run_waits_for_its_quorum_no_longer_than_its_patience(sites):
+def test_a_run_waits_for_its_quorum_no_longer_than_its_timeout(sites):
     here, method = sites(quorum=3, outage=0.5), find("fedlora").toy()
     del here.link.workers["east"]
     here.session.sites["east"].missed = True
@@ -365,7 +365,7 @@ def test_replies_that_were_sent_for_come_as_they_arrive(sites):
         here.fleet.next()
 
 
-def test_a_cohort_hears_whoever_has_a_reply_under_way(sites):
+def test_a_cohort_gets_pending_replies_of_all_devices(sites):
     here = sites()
     here.fleet.begin_round(0)
     here.fleet.send(tune_adapter, here.orders())

@@ -1,4 +1,4 @@
-"""What a method is and how it registers: a frozen dataclass whose fields are its hyper-parameters."""
+"""The protocol of methods and their registration: a frozen dataclass whose fields are its hyper-parameters."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -34,7 +34,7 @@ class Method(Protocol[S]):
         ...
 
     def check(self, task: Task) -> None:
-        """Raise BadInput where these settings cannot work on this task, before anything is spent."""
+        """Raise BadInput if these settings cannot work on this task, before any computation."""
         ...
 
     def start(self, task: Task, rng: np.random.Generator) -> S: ...
@@ -42,17 +42,17 @@ class Method(Protocol[S]):
     def round(self, state: S, fleet: Fleet) -> S: ...
 
     def deploy(self, state: S, device: DeviceId | None = None) -> Any:
-        """The model that `device` will run, or the one for everybody."""
+        """The model that `device` will run, or the global one."""
         ...
 
     def unpruned(self, state: S) -> Any:
-        """What was learnt, put on the whole base, for which a pruned model's adapter was not tuned."""
+        """The trained weights on the unpruned base, for which a pruned model's adapter was not tuned."""
         ...
 
 
 @runtime_checkable
 class Prunes(Protocol):
-    """A method that prunes on a schedule, which tells how much cheaper later rounds are."""
+    """A method that prunes on a schedule, from which the cost of later rounds is predicted."""
 
     def planned_sparsity(self, round: int, rounds: int) -> float:
         """The least sparsity of a device's model in `round` of `rounds`, counted from 0."""
@@ -69,7 +69,7 @@ def planned_sparsities(method: Any, rounds: int) -> list[float]:
 def usable(replies: Sequence[Reply[R]], fleet: Fleet) -> list[Reply[R]]:
     """The replies whose `loss` and all named tensors are finite; the others are noted and left out of the round.
 
-    Raises AllLost where none is left, Diverged where some came.
+    Raises AllLost if no reply came, Diverged if none of those that came is usable.
     """
     good, flaws = [], []
     for reply in replies:
@@ -85,7 +85,7 @@ def usable(replies: Sequence[Reply[R]], fleet: Fleet) -> list[Reply[R]]:
 
 
 def _flaw(result: Any) -> str | None:
-    """What is not finite in a result with a `loss`, None where nothing is."""
+    """The non-finite part of a result with a `loss`, None if there is none."""
     if not math.isfinite(result.loss):
         return f"loss is {result.loss}"
     sound = all(finite(value) for value in vars(result).values() if is_tensors(value))

@@ -151,11 +151,11 @@ class FlareSession:
     def exchange(self, site: str, asked: Any, end: Deadline, *kinds: type) -> Any:
         """A site's reply of one of these types, or a line that says why there is none; raises TimeoutError, RelayLost."""
         payload = pack(asked).payload
-        outcome, reply = self._with_retries(
+        status, reply = self._with_retries(
             site, lambda left: self.link.exchange(site, payload, left), end
         )
-        if outcome != "done":
-            return OUTCOMES.get(outcome, OUTCOMES["unreachable"])
+        if status != "done":
+            return FAILURES.get(status, FAILURES["unreachable"])
         try:
             return decoded(reply, *kinds)
         except NotAMessage as error:
@@ -226,7 +226,7 @@ class FlareSession:
             self.records.write("note", now=self.now, values=values)
 
 
-OUTCOMES = {
+FAILURES = {
     "late": "did not reply in time; its worker was started anew",
     "died": "its worker ended before it replied and was started anew",
     "refused": "does not take messages of this size or from here",

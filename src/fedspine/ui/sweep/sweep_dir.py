@@ -19,7 +19,7 @@ from fedspine.storage.store import LOCK, Store, lock, write_atomically
 from fedspine.ui.sweep.plan import Cell
 
 CELLS, CELL, FAILED, FILE, RUNNING = "cells", "cell.json", "failed", "sweep.toml", "running.json"
-PATIENCE_SECONDS = (
+TIMEOUT_SECONDS = (
     1.0  # a process that checks whether a sweep is running holds its lock for a moment
 )
 
@@ -216,7 +216,7 @@ def held(path: Path) -> bool:
 
 
 def _patiently(path: Path, what: str) -> BinaryIO:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while True:
         try:
             return lock(path, what)
