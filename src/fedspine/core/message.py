@@ -1,4 +1,4 @@
-"""What may cross the wire, and the one codec that gives traffic, checkpoints and equality tests.
+"""The messages that may cross the wire, and the one codec behind traffic, checkpoints and equality tests.
 
 A message is a frozen, keyword-only dataclass. It is packed as one safetensors file whose metadata holds the JSON of
 everything that is not a tensor; never a pickle. Fields may be None, bool, int, float, str, tuples, dicts with string

@@ -13,7 +13,7 @@ from fedspine.data import turns
 from fedspine.data.parts import MOST, Part, Pick, counted
 
 NO_LABEL, NO_TEXT, NO_PAIR = "no label", "no text", "no second text"  # why a row is left out
-NONE = {"-1", "-1.0"}  # how contests write a label that they keep secret
+NONE = {"-1", "-1.0"}  # how contests write a withheld label
 UNSEEN = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060"))  # characters without a width
 
 
@@ -67,7 +67,7 @@ class Values:
 
 
 def picker(wanted: Wanted, split: str) -> Pick:
-    """What finds the wanted columns among those of a file; white space around a name makes no
+    """A function that finds the wanted columns among those of a file; white space around a name makes no
     difference.
 
     It raises BadInput for a column that is absent or there several times. Where there is no column
@@ -248,7 +248,7 @@ def _written(value: float | str) -> str:
 
 
 def _kind(values: Sequence[Any]) -> str:
-    """The kind of the first value that is neither text nor number, in words."""
+    """The type of the first value that is neither text nor number, as text."""
     other = next(value for value in values if not isinstance(value, str | int | float | None))
     return {"list": "a list", "dict": "an object"}.get(type(other).__name__, type(other).__name__)
 

@@ -74,7 +74,7 @@ def load(
 
 
 def remarks(data: Dataset) -> tuple[str, ...]:
-    """What a user should know about how the data was read, each in one line: the rows left out
+    """Remarks on how the data was read, each in one line: the rows left out
     first.
 
     >>> rows = Rows(("a",), None, None, {})
@@ -145,7 +145,7 @@ def load_stated(
 def _stated_class(
     value: Any, spelling: str, spelled: Mapping[str, str], known: Sequence[str]
 ) -> str | None:
-    """The class that a value means, or None where it is none of those known; true and false in any
+    """The class that a value means, or None if it is unknown; true and false in any
     case are alike.
     """
     written = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -1,4 +1,4 @@
-"""What an exported model costs to run on this machine: latency, file size, peak memory, parameters.
+"""The costs of an exported model on this machine: latency, file size, peak memory, parameters.
 All measured.
 
 Latency is that of one forward pass over random token ids without padding, after a warm-up, in fp32
@@ -27,12 +27,12 @@ from fedspine.exports.load import Loaded, load_model
 from fedspine.lm.fits import positions
 
 CALLS = {1: 8, 32: 1}  # batch size: calls in one repeat, more of the short ones
-WARM_UP = 2  # calls before the first that counts
+WARM_UP = 2  # calls before the first measured one
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What one model costs; `latency_seconds` by batch size, at `tokens` per row on `threads`
+    """The costs of one model; `latency_seconds` by batch size, at `tokens` per row on `threads`
     threads.
     """
 
@@ -49,7 +49,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class BenchComparison:
-    """Two models timed in turns; every ratio is `model` over `against`, so less than 1 is a gain."""
+    """Two models timed in turns; every ratio is `model` over `against`, so below 1 is a gain."""
 
     model: Bench
     against: Bench

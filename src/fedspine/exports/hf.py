@@ -139,7 +139,7 @@ def _config(
 
 
 def _uniform(config: PreTrainedConfig, base: Base, structure: Structure) -> PreTrainedConfig | None:
-    """The configuration with the sizes that are left in every layer; None where layers differ or
+    """The configuration with the kept sizes of every layer; None where layers differ or
     none says it.
     """
     heads, channels = set(structure.heads.sum(1).tolist()), set(structure.channels.sum(1).tolist())
@@ -183,7 +183,7 @@ def _fits(config: PreTrainedConfig, tensors: Tensors, pooling: Pooling | None) -
 def _write(
     folder: Path, config: PreTrainedConfig, card: Card, tensors: Tensors, tokenizer: Any
 ) -> None:
-    """Write a sibling folder and rename it, so that a broken export never carries the wanted name."""
+    """Write a sibling folder and rename it, so that a broken export never has the final name."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)

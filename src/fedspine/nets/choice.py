@@ -1,4 +1,4 @@
-"""Which net reads rows of a given shape, where nobody named one: by shape alone, and without torch."""
+"""The default net for rows of a given shape; free of torch."""
 
 from fedspine.core.errors import BadInput
 

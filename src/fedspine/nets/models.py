@@ -25,7 +25,7 @@ Blocks = Callable[[Shape, int], Sequence[nn.Module]]  # from the shape of a row 
 
 @dataclass(frozen=True)
 class Design:
-    """A kind of net: what it reads, its blocks, and where it is cut if nothing else is said."""
+    """A kind of net: what it reads, its blocks, and its default cut."""
 
     layout: Layout
     blocks: Blocks
@@ -124,7 +124,7 @@ class Mean(nn.Module):
 def _conv(
     inputs: int, outputs: int, *, norm: bool = False, pool: nn.Module | None = None
 ) -> nn.Sequential:
-    """A 3 x 3 convolution that keeps the size, and what follows it."""
+    """A 3 x 3 convolution that keeps the size, and the layers after it."""
     layers: dict[str, nn.Module] = {"conv": nn.Conv2d(inputs, outputs, 3, padding=1)}
     if norm:
         layers["norm"] = BatchNorm(outputs)
@@ -144,7 +144,7 @@ def _hidden(inputs: int, outputs: int, dropout: float = 0.5) -> nn.Sequential:
 
 
 def _flat(blocks: Sequence[nn.Module], shape: Shape) -> int:
-    """Numbers that the blocks give for one row; copies on no device say so, and nothing is computed."""
+    """The number of outputs of the blocks for one row, from copies on the meta device."""
     with torch.no_grad():
         return (
             copy.deepcopy(nn.Sequential(*blocks))

@@ -42,7 +42,7 @@ class Net:
 
     @property
     def default_cut(self) -> int:
-        """Blocks of the client model, where nothing else is said."""
+        """Blocks of the client model by default."""
         return design_of(self.name).cut
 
     def to(self, device: torch.device) -> None:
@@ -62,7 +62,7 @@ class Net:
         return module.state_dict()
 
     def logits(self, weights: Tensors, inputs: Tensor) -> Tensor:
-        """What the net with these weights says of [rows, ...]: [rows, classes], computed as a deployed model does."""
+        """The logits of the net with these weights for [rows, ...]: [rows, classes], in evaluation mode."""
         return functional_call(self.blocks.eval(), weights, (inputs,), strict=True)
 
 

@@ -68,7 +68,7 @@ STYLE: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure with its title and one sentence that tells how to read it; `name` is unique on the page."""
+    """A figure with its title and one sentence on how to read it; `name` is unique on the page."""
 
     name: str
     title: str
@@ -77,7 +77,7 @@ class Panel:
 
 
 def styled() -> AbstractContextManager[Any]:
-    """While it is open, figures are made in the look of this file."""
+    """Figures made in this context use the style of this file."""
     return matplotlib.rc_context(STYLE)
 
 

@@ -46,7 +46,7 @@ WIDE_RANGE = 10  # classes whose medians differ more are compared on a logarithm
 def panels(
     rows: RunRows, summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun] = ()
 ) -> list[Panel]:
-    """The figures that this run has data for, in reading order."""
+    """The figures for which this run has data, in reading order."""
     with styled():
         drawn = (
             _quality(rows, summary, unpruned),
@@ -119,7 +119,7 @@ def _quality(
 def _unpruned_lines(
     name: str, summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun]
 ) -> tuple[list[tuple[str, float]], str]:
-    """What is drawn beside a pruned run, and what the caption says of it."""
+    """The unpruned curves drawn beside a pruned run, and their caption."""
     runs = [(run.name, value) for run in unpruned if (value := run.quality(name)) is not None]
     if runs:
         return runs, ", and dashed lines are the final scores of unpruned runs of the same budget"
@@ -132,7 +132,7 @@ def _unpruned_lines(
 
 def _sparsity(rows: RunRows) -> Panel | None:
     found = bands(rows, lambda note: note.sparsity)
-    # a method that prunes nothing has nothing to show
+    # no figure for a method that does not prune
     if not any(band.high.any() for band in found.values()):
         return None
     figure, axes = blank()
@@ -149,7 +149,7 @@ def _sparsity(rows: RunRows) -> Panel | None:
 
 def _rank(rows: RunRows) -> Panel | None:
     found = bands(rows, lambda note: note.rank)
-    # one rank everywhere is a number for the table, not a picture
+    # a single rank is a number for the table
     if len({value for band in found.values() for value in (*band.low, *band.high)}) < 2:
         return None
     figure, axes = blank()

@@ -1,4 +1,4 @@
-"""The page a run leaves behind: one HTML file with its style and figures inside, that fetches nothing."""
+"""A run's report page: one HTML file that contains its style and figures and fetches nothing."""
 
 import json
 import os
@@ -27,7 +27,7 @@ REPORT, RECORDS, SUMMARY, RECIPE = "report.html", "records.jsonl", "summary.json
 
 
 def write_page(folder: Path, unpruned: Sequence[UnprunedRun] = ()) -> Path:
-    """Write `folder`/report.html from what the run left there so far, at once or not at all; returns its path.
+    """Write `folder`/report.html from what is in the folder so far, atomically; returns its path.
 
     `unpruned` are runs of the same budget that a pruned one is read against. Raises BadInput where
     the folder has neither records nor a summary, or where one of them cannot be read.
@@ -65,7 +65,7 @@ def page(
         title=title,
         what=summary_line(numbers),
         unfinished=not summary,
-        # what was said of a run that does not learn, at its end or so far
+        # the warnings of a run that does not learn
         warnings=numbers.get("warnings") or [warned.line for warned in rows.warnings],
         headlines=headlines(numbers, unpruned),
         figures=[Figure.of(panel) for panel in figures.panels(rows, numbers, unpruned)],

@@ -1,4 +1,4 @@
-"""What a report shows of a run's rows: series over rounds and lines of tables, as pure functions."""
+"""The series and table lines of a report, computed from a run's rows by pure functions."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +26,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Waiting:
-    """Per round: its length and how much of it the mean device waited, in seconds of the fleet's clock."""
+    """Per round: its length and the mean idle time per device, in seconds of the fleet's clock."""
 
     rounds: Floats
     seconds: Floats
@@ -50,7 +50,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Checks:
-    """The scores on the way, one entry for each; nan where a score has no such number.
+    """The scores during the run, one entry each; nan where a score lacks a number.
 
     Each is of a fixed part of the test rows and the mean over a few device models. The final score
     is none of them, since it is of all test rows.
@@ -109,7 +109,7 @@ def class_names(rows: RunRows) -> list[str]:
 
 
 def bands(rows: RunRows, value: Callable[[Note], float | None]) -> dict[str, Band]:
-    """Per class, what devices noted over rounds; a class that noted nothing is absent."""
+    """Per class, the devices' notes over rounds; a class without notes is absent."""
     kind_of = kinds(rows)
     noted: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for note in rows.notes:
@@ -121,7 +121,7 @@ def bands(rows: RunRows, value: Callable[[Note], float | None]) -> dict[str, Ban
 
 
 def waiting(rows: RunRows) -> Waiting:
-    """How long rounds took and devices waited."""
+    """The length of rounds and the devices' idle time."""
     ends = np.array([0.0, *(row.now for row in rows.rounds)])
     seconds = _floats(row.waiting_seconds for row in rows.rounds)
     return Waiting(_floats(row.round for row in rows.rounds), seconds, np.diff(ends))
@@ -139,7 +139,7 @@ def traffic(rows: RunRows) -> Traffic:
 
 
 def checks(rows: RunRows) -> Checks:
-    """How good the models were on the way."""
+    """The scores of the models during the run."""
     scores = [score for score in rows.scores if not score.final]
     rounds, moved = _floats(score.round for score in scores), traffic(rows)
     sums = np.concatenate([[0.0], moved.down + moved.up])
@@ -158,7 +158,7 @@ def checks(rows: RunRows) -> Checks:
 
 
 def exchange_seconds(rows: RunRows) -> dict[str, Floats]:
-    """Per class, how long every exchange took that was not lost."""
+    """Per class, the seconds of every exchange that was not lost."""
     found = {name: _seconds(exchanges) for name, exchanges in _by_class(rows).items()}
     return {name: seconds for name, seconds in found.items() if len(seconds)}
 
@@ -216,7 +216,7 @@ def troubles(rows: RunRows) -> list[Trouble]:
 
 
 def summary_so_far(rows: RunRows) -> dict[str, Any]:
-    """What summary.json would say of the records alone: for a run that is under way or was killed."""
+    """The part of summary.json that follows from the records alone, for an unfinished run."""
     found: dict[str, Any] = {"rounds": len(rows.rounds), "devices": len(kinds(rows))}
     if rows.scores:
         last = rows.scores[-1]

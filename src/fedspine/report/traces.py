@@ -54,7 +54,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Gap:
-    """How far one method's final quality is from the best one's: of each common seed, the mean and its interval."""
+    """The distance of a method's final quality from the best one's: per common seed, the mean and its interval."""
 
     name: str
     number: int

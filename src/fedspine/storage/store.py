@@ -1,4 +1,4 @@
-"""A run's state on disk: written beside the old one and put in its place in one step, so that a kill loses nothing.
+"""A run's state on disk: written beside the old one and swapped in atomically, so that a kill loses nothing.
 
 `state/` holds one file per saved round, the devices' memories in files that are never written twice, and
 `current.json`, which names what belongs together. Whatever it does not name is left over from a kill and is swept.
@@ -19,7 +19,7 @@ CURRENT, LOCK = "current.json", "lock"
 
 @dataclass(frozen=True)
 class Saved:
-    """What is needed to go on: the method's state after `round` rounds, the fleet's snapshot, the records' length."""
+    """All that a resume needs: the method's state after `round` rounds, the fleet's snapshot, the records' length."""
 
     round: int
     state: Any
@@ -47,12 +47,12 @@ class Store:
         return saved
 
     def close(self) -> None:
-        """Let other processes have it."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
 
     def save(self, saved: Saved) -> None:
-        """Make `saved` the current state. Raises OSError, with the last state intact, where it cannot be written."""
+        """Make `saved` the current state. Raises OSError, with the last state intact, if it cannot be written."""
         name = _name(saved.round)
         payload = pack({"state": saved.state, "fleet": saved.fleet}).payload
         write_atomically(self._folder / name, payload)
@@ -66,7 +66,7 @@ class Store:
         self._sweep({name, *saved.memories.values()})
 
     def load(self) -> Saved | None:
-        """The current state, None where no round was ever saved; raises BadInput where it is damaged."""
+        """The current state, None if no round was saved; raises BadInput if it is damaged."""
         entry = self._entry()
         if entry is None:
             return None
@@ -80,25 +80,27 @@ class Store:
                 records=entry["records"],
             )
         except FileNotFoundError:
-            if self._entry() != entry:  # its run goes on, and has saved another round meanwhile
+            if (
+                self._entry() != entry
+            ):  # the run is still going and has saved another round meanwhile
                 return self.load()
             raise self._damaged(f"{entry['state']} is missing") from None
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(str(error)) from None
 
     def rounds(self) -> int:
-        """How many rounds are saved."""
+        """The number of saved rounds."""
         entry = self._entry()
         return 0 if entry is None else entry["round"]
 
     def put_memory(self, device: str, version: int, payload: bytes) -> str:
-        """Keep one device's memory; it counts from the next `save` on. Returns the file's name."""
+        """Write one device's memory, which becomes current with the next `save`. Returns the file's name."""
         name = f"memory-{device}-{version:06d}.safetensors"
         write_atomically(self._folder / name, payload)
         return name
 
     def get_memory(self, name: str) -> bytes:
-        """The bytes that `put_memory` kept under this name; raises BadInput where they are gone."""
+        """The bytes that `put_memory` wrote under this name; raises BadInput if they are missing."""
         try:
             return (self._folder / name).read_bytes()
         except FileNotFoundError:
