@@ -1,4 +1,4 @@
-"""What a process that trains, scores or aggregates does with its memory, its cores and the signals that it gets."""
+"""Memory, cores and signals of a process that trains, scores or aggregates."""
 
 import ctypes
 import os
@@ -83,7 +83,7 @@ def ends_when_told() -> Iterator[None]:
 
 
 def farewell(told: KeyboardInterrupt) -> tuple[str, int]:
-    """What a command that was told to end says, and its exit code: 128 and the number of the signal.
+    """The last line of an interrupted command and its exit code: 128 and the number of the signal.
 
     >>> farewell(KeyboardInterrupt()), farewell(Terminated())
     (('interrupted', 130), ('terminated', 143))
@@ -108,7 +108,7 @@ def keep_freed_memory() -> None:
 
 
 def keeping_freed_memory() -> dict[str, str]:
-    """The same, as the environment of processes that are yet to start.
+    """The same as environment variables for child processes.
 
     Of an exchange of 4 MB over NVIDIA FLARE a fifth to a third of all processor time went into getting pages anew.
     """
@@ -121,7 +121,7 @@ def cores() -> int:
 
 
 def spread(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """The function's values in the order of `items`, worked out by as many threads as there are cores.
+    """The function's values in the order of `items`, computed by one thread per core.
 
     Each works with one of PyTorch's threads, so the values do not depend on how many there are. The threads end with
     the call: none is left when processes are forked.

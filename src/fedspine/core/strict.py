@@ -1,4 +1,4 @@
-"""Tables that people write by hand, in TOML, checked strictly: nothing is converted, nothing unknown is passed over."""
+"""Strict checks of hand-written TOML tables: no conversions, no unknown keys."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def known_keys(what: str, table: Iterable[str], known: Iterable[str]) -> None:
 def validated(
     section: str, adapter: pydantic.TypeAdapter[Any], table: Any, *, by_json: bool = False
 ) -> Any:
-    """What the adapter makes of a table, or of an instance; whatever it refuses is one line that names the key.
+    """Validate a table or an instance; any error becomes one line that names the key.
 
     `by_json` is for plain dataclasses, which pydantic takes strictly from JSON alone; there TOML's dates become text.
     """

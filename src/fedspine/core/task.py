@@ -57,7 +57,7 @@ class Examples:
         )
 
     def predicted(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Labels of each of these rows that a loss counts: its class, or its tokens but the first and the context."""
+        """The number of labels in each of these rows: its class, or its tokens except the first and the context."""
         if self.labels is not None:
             return np.ones(len(rows), np.int64)
         skipped = 1 if self.context is None else np.maximum(1, self.context[rows])
@@ -70,7 +70,7 @@ class Examples:
         return max(1, int(min(-(-lengths.max() // GRAIN) * GRAIN, self.lengths.max())))
 
     def places(self, rows: Sequence[int] | np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where each token of these rows lies in the flat arrays, and which are tokens at all: both [rows, width]."""
+        """The index of each token of these rows in the flat arrays, and a mask of real tokens: both [rows, width]."""
         columns = np.arange(width)[None, :]
         inside = columns < self.lengths[rows][:, None]
         return np.where(inside, self.offsets[rows][:, None] + columns, 0), inside
@@ -162,7 +162,7 @@ Data: TypeAlias = Examples | Arrays
 
 @dataclass(frozen=True)
 class Task:
-    """Everything a method may know before the first round."""
+    """Everything that a method knows before the first round."""
 
     kind: Kind
     base: Any  # a `Base` of `lm` for texts, a `Net` of `nets` for arrays

@@ -18,7 +18,7 @@ from fedspine.core.errors import BadInput
 from fedspine.core.task import Kind
 from fedspine.exports.card import WEIGHTS, Card, read_card
 from fedspine.lm.pooling import CLASSES, reading
-from fedspine.lm.prunable_layout import Site, layout_of
+from fedspine.lm.prunable_layout import PrunableSite, layout_of
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _module(folder: Path, card: Card, config: PreTrainedConfig) -> nn.Module:
     return module
 
 
-def _sizes(site: Site, card: Card) -> tuple[int, int]:
+def _sizes(site: PrunableSite, card: Card) -> tuple[int, int]:
     """Columns and rows of one linear layer after pruning."""
 
     def kept(units: str | None, whole: int) -> int:

@@ -19,7 +19,7 @@ from fedspine.core.errors import BadInput
 from fedspine.core.message import NotAMessage, Tensors, pack, unpack
 from fedspine.lm.base import Base, HeadLayer, Model
 from fedspine.lm.lora import a_name, b_name
-from fedspine.lm.prunable_layout import Site
+from fedspine.lm.prunable_layout import PrunableSite
 from fedspine.lm.structure import Structure, full, is_full, kept_columns, kept_rows
 
 try:
@@ -207,7 +207,7 @@ def _head(folder: Path, base: Base, tensors: Tensors) -> Tensors:
 
 
 def _check_shapes(
-    folder: Path, site: Site, structure: Structure, a: torch.Tensor, b: torch.Tensor
+    folder: Path, site: PrunableSite, structure: Structure, a: torch.Tensor, b: torch.Tensor
 ) -> None:
     rows, columns = kept_rows(site, structure), kept_columns(site, structure)
     expected = (

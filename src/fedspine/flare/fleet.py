@@ -18,13 +18,13 @@ from fedspine.core.fleet import AllLost, Cost, Fleet, Idle, Profile, Reply, T
 from fedspine.flare.session import FlareSession
 from fedspine.flare.site_state import (
     AskResult,
-    Deadline,
     FlareSnapshot,
     InFlight,
     RelayLost,
     Sent,
     SiteSnapshot,
     SiteState,
+    TimeLimit,
 )
 from fedspine.flare.wire import Opened
 from fedspine.fleets.rounds import Devices, Totals, Waits
@@ -275,14 +275,14 @@ class FlareFleet:
 
 def _opened(session: FlareSession, site: str) -> Opened | str:
     try:
-        return session.open(site, Deadline(OPEN_SECONDS))
+        return session.open(site, TimeLimit(OPEN_SECONDS))
     except (TimeoutError, RelayLost) as error:
         return str(error)
 
 
 def _answers(session: FlareSession, site: SiteState) -> bool:
     try:
-        site.missed = not session.reached(site, Deadline(LOOK_SECONDS))
+        site.missed = not session.reached(site, TimeLimit(LOOK_SECONDS))
     except (TimeoutError, RelayLost):
         return False
     return not site.missed

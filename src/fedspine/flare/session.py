@@ -22,11 +22,11 @@ from fedspine.flare.run_terms import RunTerms
 from fedspine.flare.schema import work_kinds
 from fedspine.flare.site_state import (
     AskResult,
-    Deadline,
     InFlight,
     Link,
     RelayLost,
     SiteState,
+    TimeLimit,
     Timeouts,
 )
 from fedspine.flare.validate import mismatch
@@ -73,11 +73,11 @@ class FlareSession:
         self, device: DeviceId, work: Work[Any, Any], order: Any, within: float
     ) -> Future[AskResult]:
         """Queue an order for its site, with a time limit of `within` seconds from now."""
-        end = Deadline(min(within, self.timeouts.within))
+        end = TimeLimit(min(within, self.timeouts.within))
         return self.sites[device].line.submit(self._execute, self.sites[device], work, order, end)
 
     def _execute(
-        self, site: SiteState, work: Work[Any, Any], order: Any, end: Deadline
+        self, site: SiteState, work: Work[Any, Any], order: Any, end: TimeLimit
     ) -> AskResult:
         torch.set_num_threads(1)
         began, payload = time.monotonic(), pack(order).payload
@@ -92,7 +92,7 @@ class FlareSession:
         )
 
     def _asked(
-        self, site: SiteState, work: Work[Any, Any], payload: bytes, order: Any, end: Deadline
+        self, site: SiteState, work: Work[Any, Any], payload: bytes, order: Any, end: TimeLimit
     ) -> Any:
         """The result and the site's answer, or a line that says why there is none."""
         if site.missed and not self.reached(site, end):
@@ -136,19 +136,19 @@ class FlareSession:
         site.memory = site.asks
         return value, reply
 
-    def reached(self, site: SiteState, end: Deadline) -> bool:
+    def reached(self, site: SiteState, end: TimeLimit) -> bool:
         """Ping a site that missed its last ask before any work is sent to it."""
         return self._with_retries(
             site.name, lambda left: self.link.ping(site.name, min(PING_SECONDS, left)), end
         )
 
-    def open(self, site: str, end: Deadline) -> Opened | str:
+    def open(self, site: str, end: TimeLimit) -> Opened | str:
         """Open the run at a site; a line with the reason if it refuses."""
         asked = Opening(run=self.run, terms=self.terms)
         reply = self.exchange(site, asked, end, Opened, NotDone)
         return (reply.detail or reply.reason) if isinstance(reply, NotDone) else reply
 
-    def exchange(self, site: str, asked: Any, end: Deadline, *kinds: type) -> Any:
+    def exchange(self, site: str, asked: Any, end: TimeLimit, *kinds: type) -> Any:
         """A site's reply of one of these types, or a line that says why there is none; raises TimeoutError, RelayLost."""
         payload = pack(asked).payload
         status, reply = self._with_retries(
@@ -161,7 +161,7 @@ class FlareSession:
         except NotAMessage as error:
             return f"its reply cannot be read: {error}"
 
-    def _with_retries(self, site: str, attempt: Callable[[float], Any], end: Deadline) -> Any:
+    def _with_retries(self, site: str, attempt: Callable[[float], Any], end: TimeLimit) -> Any:
         """Retry with a new relay while there is time; every message can safely be sent twice."""
         while True:
             left, relay = end.left, self.link.relay
@@ -170,7 +170,7 @@ class FlareSession:
             try:
                 return attempt(left)
             except RelayLost:
-                outage = Deadline(self.timeouts.outage)
+                outage = TimeLimit(self.timeouts.outage)
                 self.link.mend(relay, lambda until=outage: until.left <= 0)
                 self._note_lost_relay(relay)
                 self._prepare(site)

@@ -111,7 +111,7 @@ class SiteState:
         )
 
 
-class Deadline:
+class TimeLimit:
     """The time limit of an order; it is extended when the link was lost meanwhile."""
 
     def __init__(self, seconds: float) -> None:

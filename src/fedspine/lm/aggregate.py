@@ -18,7 +18,7 @@ from torch import Tensor
 from fedspine.core.message import Tensors
 from fedspine.core.process import spread
 from fedspine.lm.lora import a_name, b_name, fresh_a
-from fedspine.lm.prunable_layout import PrunableLayout, Site
+from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 from fedspine.lm.structure import Structure, cut_adapter, kept_columns, kept_rows
 
 EXACT_BELOW = 96  # matrices with a side up to this are factored by a full SVD
@@ -100,7 +100,7 @@ def mean_product(
     Source: Bai et al. 2024 (arXiv:2402.11505), whose devices own everything.
     """
 
-    def mean(site: Site) -> Tensor:
+    def mean(site: PrunableSite) -> Tensor:
         total, weight = _sum_over_owners(site, contributions, _back_factors)
         return torch.where(
             weight > 0, total / torch.where(weight > 0, weight, 1.0), before[site.path]
@@ -118,7 +118,7 @@ def merge_changes(
     where none does.
     """
 
-    def moved(site: Site) -> Tensor:
+    def moved(site: PrunableSite) -> Tensor:
         total, weight = _sum_over_owners(site, contributions, change_factors)
         # where nobody owns an entry, its total is zero anyway
         return dense[site.path] + total / torch.where(weight > 0, weight, 1.0)
@@ -127,7 +127,7 @@ def merge_changes(
 
 
 def change_factors(
-    part: Contribution, site: Site
+    part: Contribution, site: PrunableSite
 ) -> tuple[Float[Tensor, "rows ranks"], Float[Tensor, "ranks columns"]]:
     """Factors of B'A' - BA, a device's own change of this site without the scale."""
     a, b = a_name(site.path), b_name(site.path)
@@ -146,7 +146,7 @@ def factor(
     """
     rngs = np.random.default_rng(seed).spawn(len(layout.sites))
 
-    def factors(part: tuple[Site, np.random.Generator]) -> Tensors:
+    def factors(part: tuple[PrunableSite, np.random.Generator]) -> Tensors:
         site, rng = part
         left, values, right = _truncated_svd(dense[site.path], rank, before[a_name(site.path)], rng)
         used = values > NEGLIGIBLE * values.max().clamp_min(1e-30)
@@ -213,20 +213,20 @@ def effective_rank(spectra: Float[Tensor, "sites ranks"]) -> float:
     return float(entropy.exp().mean())
 
 
-def _by_site(layout: PrunableLayout, function: Callable[[Site], Tensor]) -> Tensors:
+def _by_site(layout: PrunableLayout, function: Callable[[PrunableSite], Tensor]) -> Tensors:
     return dict(
         zip((site.path for site in layout.sites), spread(function, layout.sites), strict=True)
     )
 
 
-def _back_factors(part: Contribution, site: Site) -> tuple[Tensor, Tensor]:
+def _back_factors(part: Contribution, site: PrunableSite) -> tuple[Tensor, Tensor]:
     return part.back[b_name(site.path)].float(), part.back[a_name(site.path)].float()
 
 
 def _sum_over_owners(
-    site: Site,
+    site: PrunableSite,
     contributions: Sequence[Contribution],
-    factors: Callable[[Contribution, Site], tuple[Tensor, Tensor]],
+    factors: Callable[[Contribution, PrunableSite], tuple[Tensor, Tensor]],
 ) -> tuple[Float[Tensor, "rows columns"], Tensor]:
     """The weighted sum of the products of `factors` over the devices, and the weight of each entry's owners.
 

@@ -19,7 +19,7 @@ from fedspine.core.tensors import moved, padded
 from fedspine.lm.digest import tensors_sha256
 from fedspine.lm.lora import AdaptedLinear, a_name, b_name
 from fedspine.lm.pooling import Pooling, reading
-from fedspine.lm.prunable_layout import PrunableLayout, Site, unit_map
+from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite, unit_map
 from fedspine.lm.structure import Structure, cut, is_full, kept_columns, kept_rows, key_of
 
 SLICED = 2  # structures whose slices are kept: what is trained, and what was scored in between
@@ -256,7 +256,7 @@ class Base:
             self._slices.popitem(last=False)
         return slices
 
-    def _cut(self, site: Site, structure: Structure) -> tuple[Tensor, Tensor | None]:
+    def _cut(self, site: PrunableSite, structure: Structure) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.weights[site.path]
         rows, columns = kept_rows(site, structure), kept_columns(site, structure)
         return cut(cut(weight, rows, 0), columns, 1), None if bias is None else cut(bias, rows, 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedspine.core.message import Tensors, message
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
-from fedspine.lm.prunable_layout import PrunableLayout, Site
+from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 from fedspine.lm.structure import Structure, kept_columns, kept_rows
 
 FLEET_KEEP = 0.9  # of the fleet's average when a round's ballots come in
@@ -128,7 +128,7 @@ def no_scores(layout: PrunableLayout) -> Scores:
 
 
 def _add_lines(
-    scores: Scores, site: Site, structure: Structure, by_line: Float[Tensor, " lines"]
+    scores: Scores, site: PrunableSite, structure: Structure, by_line: Float[Tensor, " lines"]
 ) -> None:
     """Add the scores of a site's kept rows or columns, which come first, to those of their units, in place."""
     kept = kept_rows(site, structure) if site.row_units else kept_columns(site, structure)

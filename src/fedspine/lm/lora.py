@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedspine.core.errors import BadInput
 from fedspine.core.message import Tensors
-from fedspine.lm.prunable_layout import PrunableLayout, Site
+from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 
 
 def a_name(path: str) -> str:
@@ -112,7 +112,7 @@ def fresh_a(rng: np.random.Generator, rank: int, columns: int) -> Float[Tensor, 
     return torch.from_numpy(rng.uniform(-bound, bound, (rank, columns)).astype(np.float32))
 
 
-def fresh(sites: Iterable[Site], rank: int, rng: np.random.Generator) -> Tensors:
+def fresh(sites: Iterable[PrunableSite], rank: int, rng: np.random.Generator) -> Tensors:
     """An adapter of `rank` on every site that changes nothing yet: A random, B zero."""
     adapter: Tensors = {}
     for site in sites:

@@ -86,7 +86,7 @@ def unit_map(model_type: str) -> UnitMap:
 
 
 @dataclass(frozen=True)
-class Site:
+class PrunableSite:
     """One prunable linear layer: which units its rows (outputs) and columns (inputs) belong to."""
 
     path: str  # of the module inside the model
@@ -116,7 +116,7 @@ class PrunableLayout:
         return unit_map(self.architecture).decoder
 
     @cached_property
-    def sites(self) -> tuple[Site, ...]:
+    def sites(self) -> tuple[PrunableSite, ...]:
         """Every prunable linear layer, block by block."""
         return tuple(site for layer in range(self.layers) for site in self._block(layer))
 
@@ -140,22 +140,24 @@ class PrunableLayout:
         """Weights of all prunable linear layers: what sparsity is counted on."""
         return self.layers * self.shape.parameters
 
-    def _block(self, layer: int) -> list[Site]:
+    def _block(self, layer: int) -> list[PrunableSite]:
         names, width = unit_map(self.architecture), self.width
         path = f"{self.prefix}.{names.layers}.{layer}."
         queries = self.query_heads // self.heads * self.head_dim  # rows of one unit's query heads
         rows = ((names.query, queries), (names.key, self.head_dim), (names.value, self.head_dim))
         return [
             *(
-                Site(path + name, layer, self.heads * n, width, "heads", None, n)
+                PrunableSite(path + name, layer, self.heads * n, width, "heads", None, n)
                 for name, n in rows
             ),
-            Site(path + names.output, layer, width, self.heads * queries, None, "heads", queries),
+            PrunableSite(
+                path + names.output, layer, width, self.heads * queries, None, "heads", queries
+            ),
             *(
-                Site(path + name, layer, self.channels, width, "channels", None, 1)
+                PrunableSite(path + name, layer, self.channels, width, "channels", None, 1)
                 for name in names.up
             ),
-            Site(path + names.down, layer, width, self.channels, None, "channels", 1),
+            PrunableSite(path + names.down, layer, width, self.channels, None, "channels", 1),
         ]
 
 

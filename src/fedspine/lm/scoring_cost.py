@@ -23,7 +23,7 @@ from collections.abc import Iterable
 
 from fedspine.lm.cost import NO_SCORING, SINGLE, ScoringCost
 from fedspine.lm.importance_tracker import Scoring
-from fedspine.lm.prunable_layout import PrunableLayout, Site
+from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 from fedspine.lm.structure import Structure, kept_columns, kept_rows
 
 HEARD, GATED = 8, 6  # bytes per input value of a site whose inputs are recorded, or gated
@@ -80,14 +80,14 @@ def magnitude_cost(layout: PrunableLayout, structure: Structure, rank: int) -> S
     )
 
 
-def _sizes(sites: Iterable[Site], structure: Structure) -> Iterable[int]:
+def _sizes(sites: Iterable[PrunableSite], structure: Structure) -> Iterable[int]:
     """Kept entries of each site's weight."""
     for site in sites:
         rows, columns = _kept(site, structure)
         yield rows * columns
 
 
-def _kept(site: Site, structure: Structure) -> tuple[int, int]:
+def _kept(site: PrunableSite, structure: Structure) -> tuple[int, int]:
     """Kept rows and columns of a site's weight."""
     rows, columns = kept_rows(site, structure), kept_columns(site, structure)
     return (

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedspine.control.sparsity import counts, layer_targets
 from fedspine.core.message import Tensors, message
 from fedspine.lm.lora import a_name, b_name
-from fedspine.lm.prunable_layout import PrunableLayout, Site
+from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 
 HEAD_FLOOR, CHANNEL_FLOOR = (
     2,
@@ -55,17 +55,17 @@ def sparsity(layout: PrunableLayout, structure: Structure) -> float:
     return 1 - kept / layout.parameters
 
 
-def kept_rows(site: Site, structure: Structure) -> Int[Tensor, " kept"] | None:
+def kept_rows(site: PrunableSite, structure: Structure) -> Int[Tensor, " kept"] | None:
     """Indices of the rows of this site's weight that are kept, None where no row is ever cut."""
     return _kept(site, structure) if site.row_units else None
 
 
-def kept_columns(site: Site, structure: Structure) -> Int[Tensor, " kept"] | None:
+def kept_columns(site: PrunableSite, structure: Structure) -> Int[Tensor, " kept"] | None:
     """Indices of the columns of this site's weight that are kept, None where no column is ever cut."""
     return _kept(site, structure) if site.column_units else None
 
 
-def _kept(site: Site, structure: Structure) -> Int[Tensor, " kept"]:
+def _kept(site: PrunableSite, structure: Structure) -> Int[Tensor, " kept"]:
     units = (
         structure.heads if "heads" in (site.row_units, site.column_units) else structure.channels
     )
@@ -80,7 +80,10 @@ def cut(tensor: Tensor, index: Int[Tensor, " kept"] | None, dim: int) -> Tensor:
 
 
 def cut_adapter(
-    adapter: Tensors, sites: tuple[Site, ...], structure: Structure, within: Structure | None = None
+    adapter: Tensors,
+    sites: tuple[PrunableSite, ...],
+    structure: Structure,
+    within: Structure | None = None,
 ) -> Tensors:
     """The adapter of the sub-model `structure`, cut from one of the sub-model `within` (default: the full model)."""
     sliced: Tensors = {}
@@ -92,7 +95,7 @@ def cut_adapter(
 
 
 def _position(
-    kept, site: Site, structure: Structure, within: Structure | None
+    kept, site: PrunableSite, structure: Structure, within: Structure | None
 ) -> Int[Tensor, " kept"] | None:  # type: ignore[no-untyped-def]
     index = kept(site, structure)
     if index is None or within is None:

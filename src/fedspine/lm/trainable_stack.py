@@ -10,7 +10,7 @@ from fedspine.core.tensors import padded
 from fedspine.lm.base import Base, Model
 from fedspine.lm.importance import Criterion, Scores, score_stack, unit_roots
 from fedspine.lm.lora import a_name, b_name
-from fedspine.lm.prunable_layout import Site
+from fedspine.lm.prunable_layout import PrunableSite
 
 
 class TrainableStack:
@@ -105,7 +105,7 @@ class TrainableStack:
             for i, m in enumerate(self._models)
         ]
 
-    def readers(self) -> Iterator[tuple[Site, nn.Module]]:
+    def readers(self) -> Iterator[tuple[PrunableSite, nn.Module]]:
         """The layers whose inputs are units' outputs, so that their columns are units."""
         for site in self._base.layout.sites:
             if site.column_units:

@@ -21,7 +21,7 @@ from fedspine.runs.recipe_format import FORMAT, MOVED, format_of
 
 
 class TaskSection(Section):
-    """What is learnt: a model, data, and how the data is read."""
+    """The task: a model, data, and how the data is read."""
 
     model: str = AUTO  # built-in name, folder, or Hub id; a net makes the kind "array"
     data: str = "pydoc-topics"  # built-in name, file, folder, or Hub id
@@ -34,7 +34,7 @@ class TaskSection(Section):
     train_rows: int = pydantic.Field(0, ge=0)  # a random sample of so many; 0: all
     layers: int | None = pydantic.Field(None, ge=1)  # keep only the first blocks of the model
     pooling: Literal["auto", "mean", "cls"] = (
-        "auto"  # what a classifier reads; auto: as the model was made for
+        "auto"  # the readout; auto: that of the model's training
     )
 
 
@@ -44,7 +44,7 @@ def _for_all_groups(seconds: Any) -> Any:
 
 
 class FleetSection(Section):
-    """Who learns: simulated devices, their kinds, and who holds which rows."""
+    """The fleet: simulated devices, their kinds, and the partition of the rows."""
 
     devices: int = pydantic.Field(80, ge=1)
     mix: dict[str, int] | None = None  # devices of each kind; default 30 TX2 : 40 NX : 10 AGX
@@ -67,7 +67,7 @@ class FleetSection(Section):
 
 
 class RunSection(Section):
-    """How long, how exactly, and what is measured on the way."""
+    """The length of a run, its precision, and its checks."""
 
     rounds: int = pydantic.Field(24, ge=1)
     seconds: float = pydantic.Field(
@@ -94,7 +94,7 @@ class RunSection(Section):
         return min(self.final_rows or rows, rows)
 
     def over(self, round: int, now: float) -> bool:
-        """Whether no round is left after so many, or no time for one."""
+        """Whether no round is left after `round` rounds, or no time for one."""
         return round >= self.rounds or 0 < self.seconds <= now
 
     def expected_rounds(self, round: int, now: float) -> int:
@@ -152,7 +152,7 @@ class Recipe:
             object.__setattr__(self, name, part)
 
     def table(self) -> dict[str, dict[str, Any]]:
-        """As nested tables that TOML can hold; what is None is left out."""
+        """As nested tables for TOML, without None values."""
         sections = {name: getattr(self, name).model_dump(exclude_none=True) for name in SECTIONS}
         return {
             "task": sections["task"],
@@ -166,7 +166,7 @@ class Recipe:
 
     @property
     def results(self) -> dict[str, dict[str, Any]]:
-        """The tables without what makes no difference to the results: workers and references."""
+        """The tables without settings that do not affect results: workers and references."""
         tables = self.table()
         for name in ("workers", "references"):
             tables["run"].pop(name)
@@ -189,9 +189,9 @@ class Recipe:
 
     @property
     def open_choices(self) -> list[tuple[str, str]]:
-        """Section and key of what the recipe leaves to the machine, the data or the model.
+        """Section and key of the choices that the recipe leaves open.
 
-        A run decides it as it begins.
+        A run decides them by the machine, the data or the model when it begins.
         """
         reads_out = self.task.kind in ("classification", "pair")
         chosen = [("run", "precision"), ("task", "model")]
@@ -199,7 +199,7 @@ class Recipe:
         return [(s, key) for s, key in chosen if getattr(getattr(self, s), key) == "auto"]
 
     def settled_as(self, begun: "Recipe") -> "Recipe":
-        """The recipe with what it leaves open as a run that began with `begun` has decided it."""
+        """The recipe with its open choices as decided by a run that began with `begun`."""
         choices: dict[str, dict[str, Any]] = {}
         for section, key in self.open_choices:
             choices.setdefault(section, {})[key] = getattr(getattr(begun, section), key)
@@ -218,7 +218,7 @@ class Recipe:
         return dataclasses.replace(self, task=task.model_copy(update={"model": net}))
 
     def difference(self, other: "Recipe") -> str | None:
-        """What makes the results of the other recipe differ, in words; None for nothing."""
+        """A line on the first setting that makes the other recipe's results differ; None if none does."""
         there, here = self.flat, other.flat
         for key in {**there, **here}:
             if there.get(key) != here.get(key):

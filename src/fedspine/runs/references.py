@@ -1,4 +1,4 @@
-"""What a run's quality is read against: the commonest class, a classical model on the pooled rows, the untuned base.
+"""Reference scores for a run: the commonest class, a classical model on the pooled rows, the untuned base.
 
 A data set on which one cannot be computed has no such line. The only file that knows scikit-learn.
 """
@@ -36,7 +36,7 @@ def commonest_share(labels: np.ndarray | None) -> float | None:
 
 
 def kept(folder: Path, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """The references that the run in `folder` has kept; else what `compute` gives, which is kept."""
+    """The stored references of the run in `folder`; else the result of `compute`, which is stored."""
     path = folder / REFERENCES
     try:
         return dict(json.loads(path.read_bytes()))

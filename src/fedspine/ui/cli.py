@@ -60,7 +60,7 @@ def main() -> None:
         _fail("interrupted", exit_code=130)
     except Stopped as stopped:
         _fail(str(stopped), stopped.exit_code)
-    except OSError as error:  # a full disk, a folder that cannot be read
+    except OSError as error:  # such as a full disk or an unreadable folder
         _fail(str(error))
 
 
@@ -182,7 +182,7 @@ def _prepare_torch() -> None:
 
 
 def _backend(kit: Path | None, sites: int, quorum: int, within: float) -> Any:
-    """The sites that the user named, None for simulated devices."""
+    """The real sites, None for simulated devices."""
     from fedspine.flare.site_state import Timeouts
     from fedspine.runs.backend import RealSites
 
@@ -194,7 +194,7 @@ def _backend(kit: Path | None, sites: int, quorum: int, within: float) -> Any:
 
 
 def _wanted(recipe: Path | None, settings: list[str] | None, seed: int | None, folder: Path) -> Any:
-    """The recipe that a resume was asked for, laid over the folder's own unless a file was named."""
+    """The recipe given with a resume, laid over the folder's own unless it is a file."""
     from fedspine.runs import config
     from fedspine.runs.run_dir import RECIPE, recipe_of
 

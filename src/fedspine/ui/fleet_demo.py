@@ -1,4 +1,4 @@
-"""`fedspine fleet demo`: a whole fleet on one machine, by the very commands that serve several.
+"""`fedspine fleet demo`: a whole fleet on one machine, with the same commands as on several.
 
 The embedded data is shared out over site folders, kits are made, server and sites started as processes of their own, and
 a short FedLoRA recipe is run over them.
@@ -27,7 +27,7 @@ from fedspine.runs import config
 from fedspine.runs.assemble import dataset
 from fedspine.runs.config import Recipe
 
-UP_SECONDS = 120.0  # for everybody to be connected
+UP_SECONDS = 120.0  # for all sites to connect
 ALPHA = 1.0  # of the Dirichlet draw that shares classes out
 SETTINGS = [
     "method.name=fedlora", "method.learning_rate=4e-3", "method.steps=5", "method.batch=16", "run.rounds=3",
@@ -46,7 +46,7 @@ class Federation:
 
 
 def demo(sites: int, out: Path | None) -> int:
-    """Do it all; returns the exit code of the run."""
+    """Run the whole demo; returns the exit code of the run."""
     kits.needs_flare()
     folder = (out or _free_folder()).absolute()
     if folder.exists():
@@ -182,7 +182,7 @@ def _rows(train: Rows, share: np.ndarray) -> Rows:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What the command line does, for scripts and notebooks: nothing is printed, objects are returned.
+"""The functions of the command line for scripts and notebooks: they return objects and print nothing.
 
 >>> from fedspine import FedLora, Recipe, compare, run
 >>> job = {"data": "rows.csv", "model": "tiny", "devices": 3, "per_round": 2, "rounds": 2}
@@ -50,12 +50,12 @@ class RunResult:
     """
 
     folder: Path
-    recipe: Recipe  # with what the run decided
+    recipe: Recipe  # with its open choices decided
     summary: Mapping[str, Any]
 
     @cached_property
     def curves(self) -> Checks:
-        """Accuracy, loss, simulated seconds and bytes at each check on the way, as arrays.
+        """Accuracy, loss, simulated seconds and bytes at each check during the run, as arrays.
 
         `rounds` says after how many rounds each check was; `evaluate_every` of the recipe decides.
         """
@@ -68,17 +68,17 @@ class RunResult:
 
     @cached_property
     def waiting(self) -> Waiting:
-        """How long each round took, and how much of it the mean device waited, as arrays."""
+        """The length of each round and the mean idle time per device, as arrays."""
         return waiting(self._rows)
 
     @property
     def models(self) -> Models:
-        """What each device runs, and the models called `global` and `dense`."""
+        """The model of each device, and those called `global` and `dense`."""
         return Models(self.folder)
 
     @property
     def report(self) -> Path:
-        """The run's page."""
+        """The path of the run's report page."""
         return self.folder / REPORT
 
     def export(self, to: str | Path, **options: Any) -> dict[str, Any]:
@@ -163,9 +163,9 @@ def resume(
     *,
     sites: RealSites | None = None,
 ) -> RunResult:
-    """Go on with the run in a folder, from its last saved round; a finished run is as it was.
+    """Resume the run in a folder from its last saved round; a finished run is returned as it is.
 
-    A recipe need not be given; one that is given must be the folder's. Raises as `run` does.
+    The recipe is optional; if given, it must be the folder's. Raises as `run` does.
 
     >>> from fedspine import resume
     >>> resume("runs/fedlora-1").summary["rounds"]

@@ -41,7 +41,7 @@ def panels(comparison: Comparison, numbers: Mapping[str, int], prefix: str) -> l
 
 
 def _gaps(comparison: Comparison, numbers: Mapping[str, int], prefix: str) -> Panel:
-    """Every other method against the best, as its pairs tell it."""
+    """Every other method against the best, from its pairs."""
     best, *others = comparison.standings
     quality, gaps = comparison.quality.name, []
     for other, pair in zip(

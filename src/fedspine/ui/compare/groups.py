@@ -98,7 +98,7 @@ def _check_comparable(runs: Iterable[Run]) -> None:
     for other in others:
         found = basis(other)
         for key in keys_of([wanted, found]):
-            # what an older run did not write down cannot be held against it
+            # older runs did not record all of these
             if key in MEASURED and not (key in wanted and key in found):
                 continue
             if wanted.get(key) != found.get(key):

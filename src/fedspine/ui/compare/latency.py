@@ -1,4 +1,4 @@
-"""What the model that a run deploys to one device costs on this machine, measured once and kept in the run's folder."""
+"""The latency of one deployed model of a run on this machine, measured once and kept in the run directory."""
 
 import dataclasses
 import json
@@ -68,7 +68,7 @@ def hardware() -> str:
 
 
 def _mark(run: Run) -> dict[str, Any]:
-    """What a kept measurement must agree with to be this one."""
+    """The key of a kept measurement, which must match for its reuse."""
     return {
         "state_sha256": run.summary["state_sha256"],
         "device": device_of(run),

@@ -22,7 +22,7 @@ MEASURES = (  # of a pair, each with its own interval and test
 
 @dataclass(frozen=True)
 class Quality:
-    """What runs are judged by."""
+    """The quality measure of runs."""
 
     name: Literal["accuracy", "loss"]
     higher_is_better: bool
@@ -125,7 +125,7 @@ class Comparison:
     title: str
     quality: Quality
     target: Target
-    checks: str  # what the target is measured on, in words
+    checks: str  # what the target is measured on, as text
     standings: tuple[MethodResult, ...]
     pairs: tuple[Pair, ...]
 
@@ -179,7 +179,7 @@ def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def target_of(group: Group, quality: Quality, text: str) -> Target:
-    """What is asked for, or, for `auto`, what every run reaches but for a small margin."""
+    """The requested target, or, for `auto`, what every run reaches, less a small margin."""
     best = _best_of_all(group, quality)
     if text == "auto":
         margin = -MARGIN_POINTS if quality.higher_is_better else MARGIN_NATS
@@ -237,7 +237,7 @@ def _standing(method: MethodRuns, quality: Quality, target: Target) -> MethodRes
 
 
 def waiting_share(run: Run) -> float | None:
-    """What the mean asked device waited for the slowest of its round, as a share of the run's simulated seconds."""
+    """The mean idle time of an asked device, as a share of the run's simulated seconds."""
     seconds = run.summary["simulated_seconds"]
     return run.summary["waiting_seconds"] / seconds if seconds else None
 
@@ -254,7 +254,7 @@ def _pair(first: MethodResult, second: MethodResult) -> Pair:
     seeds = tuple(seed for seed in first.final.values if seed in second.final.values)
 
     def both(number: Callable[[MethodResult], OverSeeds]) -> list[tuple[float, float]] | None:
-        """The two numbers of every common seed; None unless all are there, so that no seed is left out in silence."""
+        """The two numbers of every common seed; None unless all are there, so that no seed is dropped silently."""
         found = [(number(first).values[seed], number(second).values[seed]) for seed in seeds]
         return (
             [(a, b) for a, b in found if a is not None and b is not None] if _whole(found) else None

@@ -38,7 +38,7 @@ def page(report: ComparisonReport) -> str:
 
 
 def _what(report: ComparisonReport) -> str:
-    """What was compared, in one line."""
+    """One line on the compared runs."""
     standings = [each for section in report.sections for each in section.comparison.standings]
     methods = {standing.method.name for standing in standings}
     seeds = sorted({seed for standing in standings for seed in standing.final.values})
@@ -52,7 +52,7 @@ def _what(report: ComparisonReport) -> str:
 
 
 def _section(section: ComparisonSection) -> dict[str, Any]:
-    """What the template shows of one comparison."""
+    """The template's values for one comparison."""
     comparison = section.comparison
     first, later = told_first(comparison)
     return {

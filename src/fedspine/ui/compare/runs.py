@@ -1,4 +1,4 @@
-"""The runs that were named, read back: recipe, summary, and quality over rounds, simulated seconds and bytes."""
+"""Loads the runs of a comparison: recipe, summary, and quality over rounds, simulated seconds and bytes."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Curve:
-    """The checks on the way, one entry for each: rounds done, simulated seconds, bytes both ways, and the quality."""
+    """The checks during the run, one entry each: rounds done, simulated seconds, bytes both ways, and the quality."""
 
     rounds: Floats
     seconds: Floats
@@ -59,7 +59,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Selection:
-    """What was named. Runs of `sweep` are sorted into comparisons; others have to be one."""
+    """The selected runs. Those of a `sweep` are sorted into comparisons; others form one."""
 
     runs: tuple[Run, ...]
     left_out: tuple[LeftOut, ...]
@@ -128,7 +128,7 @@ def _run(folder: Path) -> Run | LeftOut:
 
 
 def cell_of(folder: Path) -> dict[str, Any]:
-    """What a sweep says of its cell; nothing for a run outside of a sweep."""
+    """A sweep's entry of its cell; empty for a run outside of a sweep."""
     try:
         cell = json.loads((folder / CELL).read_bytes())
         return {"label": str(cell["label"]), "settings": dict(cell["settings"])}
@@ -153,7 +153,7 @@ def _failure(folder: Path) -> str | None:
 
 
 def curve_of(rows: RunRows, *, language: bool) -> Curve:
-    """The checks on the way: a fixed part of the test rows and a few device models, the mean over these models.
+    """The checks during the run: a fixed part of the test rows and a few device models, the mean over these models.
 
     The final score is none of them, because it is measured on all test rows. A check that is not finite is left out.
     """

@@ -12,16 +12,16 @@ from fedspine.report.tables import counted
 from fedspine.ui.compare.comparison import ComparisonReport, ComparisonSection
 from fedspine.ui.compare.render_text import methods_sheet, target_line, told_first, verdict
 
-WIDE = 120  # columns where nobody's window sets a limit
+WIDE = 120  # columns where there is no window
 
 
 def show(report: ComparisonReport) -> None:
-    """Print what the page says first."""
+    """Print the verdicts and tables."""
     Console(width=None if sys.stdout.isatty() else WIDE).print(rendered(report))
 
 
 def rendered(report: ComparisonReport) -> Group:
-    """What the page says first, for a terminal or a notebook."""
+    """The verdicts and tables, for a terminal or a notebook."""
     parts: list[RenderableType] = [
         Text(f"left out: {left.folder} ({left.why})") for left in report.left_out
     ]
