@@ -39,7 +39,7 @@ class Backend(Protocol):
         self, assembled: Assembled, workers: Workers, store: Store, records: Records
     ) -> RoundFleet: ...
 
-    def remember(self, folder: Path) -> None:
+    def remember(self, run_dir: Path) -> None:
         """Write into the run directory what a resume needs to find this backend."""
         ...
 
@@ -60,7 +60,7 @@ class Simulation:
     ) -> RoundFleet:
         return simulate(assembled, workers, store, records)
 
-    def remember(self, folder: Path) -> None:
+    def remember(self, run_dir: Path) -> None:
         pass
 
     def close(self) -> None:
@@ -124,10 +124,10 @@ class RealSites:
         self._session.records, self._session.began = records, time.monotonic()
         return FlareFleet(self._session)
 
-    def remember(self, folder: Path) -> None:
+    def remember(self, run_dir: Path) -> None:
         """Write the kit's path and the timeouts, so that a resume needs neither."""
         said = {"kit": str(self.kit.absolute()), **asdict(self.timeouts)}
-        write_atomically(folder / FLEET, json.dumps(said, indent=1).encode())
+        write_atomically(run_dir / FLEET, json.dumps(said, indent=1).encode())
 
     def close(self) -> None:
         if self._link is not None:
@@ -148,13 +148,13 @@ class RealSites:
         return self._link
 
 
-def backend_of(folder: Path, named: RealSites | None = None) -> Backend:
-    """The backend of the run in `folder`, or `named` if it fits; raises BadInput if it does not."""
-    path = folder / FLEET
+def backend_of(run_dir: Path, named: RealSites | None = None) -> Backend:
+    """The backend of the run in `run_dir`, or `named` if it fits; raises BadInput if it does not."""
+    path = run_dir / FLEET
     if not path.exists():
         if named is not None:
             raise BadInput(
-                f"the run in {folder} is simulated, so no sites can go on with it; leave --fleet out"
+                f"the run in {run_dir} is simulated, so no sites can go on with it; leave --fleet out"
             )
         return Simulation()
     try:

@@ -99,15 +99,15 @@ class Point:
 
 
 def new_run(
-    recipe: Recipe, folder: Path, progress: RunObserver, backend: Backend | None = None
+    recipe: Recipe, run_dir: Path, progress: RunObserver, backend: Backend | None = None
 ) -> dict[str, Any]:
     """Run a recipe into a new folder, on simulated devices unless a backend is given; returns the summary.
 
     Raises BadInput for bad input, before the folder is made, and Stopped if the run cannot continue.
     """
-    if folder.exists():
+    if run_dir.exists():
         raise BadInput(
-            f"output folder {folder} exists; choose another with --out, or go on with --resume {folder}"
+            f"output folder {run_dir} exists; choose another with --out, or go on with --resume {run_dir}"
         )
     backend = backend or Simulation()
     try:
@@ -119,46 +119,46 @@ def new_run(
             *assembled.remarks,
         ):  # only now, so that a refusal prints a single line
             progress.say(line)
-        make(folder, assembled.recipe, assembled)
-        backend.remember(folder)
-        return _guarded(assembled, backend, folder, progress)
+        make(run_dir, assembled.recipe, assembled)
+        backend.remember(run_dir)
+        return _guarded(assembled, backend, run_dir, progress)
     finally:
         backend.close()
         progress.close()
 
 
 def resume(
-    folder: Path,
+    run_dir: Path,
     progress: RunObserver,
     wanted: Recipe | None = None,
     sites: RealSites | None = None,
 ) -> dict[str, Any]:
-    """Resume the run in `folder`; `wanted` is a recipe that the user gave, which must equal the folder's.
+    """Resume the run in `run_dir`; `wanted` is a recipe that the user gave, which must equal the folder's.
 
     `sites` is needed only if a run at real sites is to reach them in another way than before.
     """
-    recipe, backend = recipe_of(folder), backend_of(folder, sites)
+    recipe, backend = recipe_of(run_dir), backend_of(run_dir, sites)
     wanted = wanted and backend.adapted(wanted.settled_as(recipe), begun=recipe)
     if wanted is not None and (difference := recipe.difference(wanted)):
         raise BadInput(
-            f"the recipe differs from that of {folder}: {difference}; "
+            f"the recipe differs from that of {run_dir}: {difference}; "
             "resume without a recipe, or start a new run with --out"
         )
-    summary = summary_of(folder)
+    summary = summary_of(run_dir)
     try:
         if summary is None:
             progress.stage("loading model and data")
-            check_age(folder)
+            check_age(run_dir)
             if recipe.open_choices:  # a sweep made the folder, and nothing was run in it yet
                 wanted, decided = settled(wanted or recipe)
-                write_atomically(folder / RECIPE, wanted.toml().encode())
+                write_atomically(run_dir / RECIPE, wanted.toml().encode())
                 for line in decided:
                     progress.say(line)
-            assembled = backend.assemble(wanted or recipe, begun=folder)
-            remember(folder, assembled)
-            return _guarded(assembled, backend, folder, progress)
-        if not (folder / REPORT).exists():  # killed between the two
-            _wrap_up(folder)
+            assembled = backend.assemble(wanted or recipe, begun=run_dir)
+            remember(run_dir, assembled)
+            return _guarded(assembled, backend, run_dir, progress)
+        if not (run_dir / REPORT).exists():  # killed between the two
+            _wrap_up(run_dir)
         return summary
     finally:
         backend.close()
@@ -166,41 +166,41 @@ def resume(
 
 
 def _guarded(
-    assembled: Assembled, backend: Backend, folder: Path, progress: RunObserver
+    assembled: Assembled, backend: Backend, run_dir: Path, progress: RunObserver
 ) -> dict[str, Any]:
     """Run, and turn any error into one line; the last saved round stays untouched."""
-    store, workers = Store(folder / STATE), workers_for(assembled, folder / CACHE)
+    store, workers = Store(run_dir / STATE), workers_for(assembled, run_dir / CACHE)
     try:
-        return _run(assembled, backend, workers, store, folder, progress)
+        return _run(assembled, backend, workers, store, run_dir, progress)
     except BadInput:
         raise
     except KeyboardInterrupt as interrupt:
         word, exit_code = farewell(interrupt)
-        raise Stopped(f"{word}; {_kept(store, folder)}", exit_code) from None
+        raise Stopped(f"{word}; {_kept(store, run_dir)}", exit_code) from None
     except AllLost as error:
-        raise Stopped(f"{error}; {_advice(error, assembled, backend, store, folder)}") from None
+        raise Stopped(f"{error}; {_advice(error, assembled, backend, store, run_dir)}") from None
     except OSError as error:
         raise Stopped(
-            f"{error.filename or folder}: {error.strerror or error}; {_kept(store, folder)}"
+            f"{error.filename or run_dir}: {error.strerror or error}; {_kept(store, run_dir)}"
         ) from error
     except Exception as error:
         with suppress(OSError):
-            (folder / FAILURE).write_text(
+            (run_dir / FAILURE).write_text(
                 "".join(traceback.format_exception(error)), encoding="utf-8"
             )
         lines = str(error).strip().splitlines() or [""]
         what = " ".join(dict.fromkeys((lines[0], lines[-1])))  # of a worker's traceback, its cause
-        where = f"details are in {folder / FAILURE}"
-        then = _advice(error, assembled, backend, store, folder)
+        where = f"details are in {run_dir / FAILURE}"
+        then = _advice(error, assembled, backend, store, run_dir)
         raise Stopped(f"{type(error).__name__}: {what}; {then}; {where}") from error
     finally:
         store.close()
         workers.close()
-        shutil.rmtree(folder / CACHE, ignore_errors=True)
+        shutil.rmtree(run_dir / CACHE, ignore_errors=True)
 
 
-def _kept(store: Store, folder: Path) -> str:
-    return f"{_saved(store)}; go on with: fedspine run --resume {folder}"
+def _kept(store: Store, run_dir: Path) -> str:
+    return f"{_saved(store)}; go on with: fedspine run --resume {run_dir}"
 
 
 def _saved(store: Store) -> str:
@@ -209,10 +209,10 @@ def _saved(store: Store) -> str:
 
 
 def _advice(
-    error: Exception, assembled: Assembled, backend: Backend, store: Store, folder: Path
+    error: Exception, assembled: Assembled, backend: Backend, store: Store, run_dir: Path
 ) -> str:
     simulated = isinstance(backend, Simulation)
-    return advice(error, assembled.recipe, _saved(store), folder, simulated=simulated)
+    return advice(error, assembled.recipe, _saved(store), run_dir, simulated=simulated)
 
 
 def _run(
@@ -220,13 +220,13 @@ def _run(
     backend: Backend,
     workers: Workers,
     store: Store,
-    folder: Path,
+    run_dir: Path,
     progress: RunObserver,
 ) -> dict[str, Any]:
     torch.set_num_threads(1)  # sums must not depend on how many cores there are
     keep_freed_memory()
     saved = store.open()
-    records = Records(folder / RECORDS, saved.records if saved else 0)
+    records = Records(run_dir / RECORDS, saved.records if saved else 0)
     try:
         context = RunContext(
             assembled, workers, store, records, backend.fleet(assembled, workers, store, records)
@@ -235,26 +235,26 @@ def _run(
         point = _begun(context) if saved is None else _restored(context, saved)
         title = f"{recipe.method.name}: {recipe.task.model} on {recipe.task.data}, {recipe.fleet.devices} devices"
         progress.started(recipe.run.rounds, title, done=point.round)
-        _rounds(context, point, folder, progress)
+        _rounds(context, point, run_dir, progress)
         progress.stage("scoring the deployed models")
         simulated = isinstance(backend, Simulation)
         summary = _summary(context, point, progress)
-        summary |= _references(context, folder, progress, simulated=simulated)
-        if lines := _last_doubts(context, point, folder):
+        summary |= _references(context, run_dir, progress, simulated=simulated)
+        if lines := _last_doubts(context, point, run_dir):
             summary["warnings"] = lines
             for line in lines:
                 progress.say(f"warning: {line}")
         context.records.flush()
     finally:
         records.close()
-    write_atomically(folder / SUMMARY, json.dumps(summary, indent=1).encode())
-    _wrap_up(folder)
+    write_atomically(run_dir / SUMMARY, json.dumps(summary, indent=1).encode())
+    _wrap_up(run_dir)
     return summary
 
 
-def _wrap_up(folder: Path) -> None:
-    write_page(folder)
-    (folder / FAILURE).unlink(missing_ok=True)  # of an earlier attempt
+def _wrap_up(run_dir: Path) -> None:
+    write_page(run_dir)
+    (run_dir / FAILURE).unlink(missing_ok=True)  # of an earlier attempt
 
 
 def _begun(context: RunContext) -> Point:
@@ -282,7 +282,7 @@ def _restored(context: RunContext, saved: Saved) -> Point:
     )
 
 
-def _rounds(context: RunContext, point: Point, folder: Path, progress: RunObserver) -> None:
+def _rounds(context: RunContext, point: Point, run_dir: Path, progress: RunObserver) -> None:
     """The remaining rounds, each saved when it is done."""
     found: dict[str, Any] = {}
     run = context.recipe.run
@@ -296,7 +296,7 @@ def _rounds(context: RunContext, point: Point, folder: Path, progress: RunObserv
         if checked := _check(context, point):
             found = checked
             estimate.saw_check(point.round, time.monotonic() - begun)
-            if due(context.recipe, point.round) and (line := _doubt(context, point, folder)):
+            if due(context.recipe, point.round) and (line := _doubt(context, point, run_dir)):
                 context.records.write("warning", line=line)
                 progress.say(f"warning: {line}")
         sums, watch = point.sums, point.watch
@@ -374,28 +374,28 @@ def _score(
     return found
 
 
-def _doubt(context: RunContext, point: Point, folder: Path) -> str | None:
+def _doubt(context: RunContext, point: Point, run_dir: Path) -> str | None:
     """A warning about the run, judged by its last score."""
     run, task = context.recipe.run, context.assembled.task
-    rows = _recorded(context, folder)
+    rows = _recorded(context, run_dir)
     final = bool(rows.scores) and rows.scores[-1].final
     scored = run.final_rows_of(len(task.test)) if final else min(run.evaluate_rows, len(task.test))
     check = CheckContext(scored, _commonest(context, scored))
     return doubt(context.recipe, rows, check, point.round)
 
 
-def _last_doubts(context: RunContext, point: Point, folder: Path) -> list[str]:
+def _last_doubts(context: RunContext, point: Point, run_dir: Path) -> list[str]:
     """The warnings of the run so far, and that of its final score."""
-    said = [warned.line for warned in _recorded(context, folder).warnings]
-    if last := _doubt(context, point, folder):
+    said = [warned.line for warned in _recorded(context, run_dir).warnings]
+    if last := _doubt(context, point, run_dir):
         context.records.write("warning", line=last)
         return [*said, last]
     return [f"{line} (in the end it was better)" for line in said]
 
 
-def _recorded(context: RunContext, folder: Path) -> RunRows:
+def _recorded(context: RunContext, run_dir: Path) -> RunRows:
     context.records.flush()
-    return read_rows(folder / RECORDS)
+    return read_rows(run_dir / RECORDS)
 
 
 def _commonest(context: RunContext, rows: int) -> float | None:
@@ -407,7 +407,7 @@ def _commonest(context: RunContext, rows: int) -> float | None:
 
 
 def _references(
-    context: RunContext, folder: Path, progress: RunObserver, *, simulated: bool
+    context: RunContext, run_dir: Path, progress: RunObserver, *, simulated: bool
 ) -> dict[str, float]:
     """Reference scores beside the final score; those from training rows in simulation only."""
     run, task = context.recipe.run, context.assembled.task
@@ -435,7 +435,7 @@ def _references(
                 progress.say(f"no reference beside the results: {error}")
         return {key: value for key, value in found.items() if value is not None}
 
-    return references.kept(folder, compute)
+    return references.kept(run_dir, compute)
 
 
 def _summary(context: RunContext, point: Point, progress: RunObserver) -> dict[str, Any]:
