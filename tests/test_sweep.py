@@ -510,9 +510,9 @@ def test_a_sweep_from_its_start_to_its_end(place, command, tmp_path):
         path: stamp for path, stamp in stamps(folder / "cells").items() if good.name in str(path)
     } == {path: stamp for path, stamp in before.items() if good.name in str(path)}
     assert not list((folder / "failed").iterdir())
-    assert [standing.status for standing in overview_of(Path("sweep.toml"), None).standings] == [
-        "done"
-    ] * len(cells)
+    assert [
+        cell_status.status for cell_status in overview_of(Path("sweep.toml"), None).cell_statuses
+    ] == ["done"] * len(cells)
 
     # another version of the file is refused where the same cell means another run, and told of where it lacks one
     Path("sweep.toml").write_text(
@@ -572,12 +572,12 @@ def test_killed_at_any_moment_it_goes_on(place, tmp_path):
         sweep.communicate()
         kills += sweep.returncode == -signal.SIGKILL
         assert left_alive(children) == []
-        standings = overview_of(Path("sweep.toml"), folder).standings
-        seen |= {standing.status for standing in standings}
+        cell_statuses = overview_of(Path("sweep.toml"), folder).cell_statuses
+        seen |= {cell_status.status for cell_status in cell_statuses}
         done = {
-            standing.cell.name: stamps(folder / "cells" / standing.cell.name)
-            for standing in standings
-            if standing.status == "done"
+            cell_status.cell.name: stamps(folder / "cells" / cell_status.cell.name)
+            for cell_status in cell_statuses
+            if cell_status.status == "done"
         }
     assert kills >= 3
     assert seen >= {"open", "half-done"}
@@ -622,7 +622,9 @@ def test_interrupted_and_two_at_once(place, command):
         == "fedspine: interrupted; 0 of 4 cells done; go on with: fedspine sweep sweep.toml --jobs 2"
     )
     assert left_alive(children) == []
-    statuses = [standing.status for standing in overview_of(Path("sweep.toml"), None).standings]
+    statuses = [
+        cell_status.status for cell_status in overview_of(Path("sweep.toml"), None).cell_statuses
+    ]
     assert sorted(statuses) == ["half-done", "half-done", "open", "open"]
 
 
@@ -649,7 +651,9 @@ def test_a_sweep_that_ignores_ctrl_c_ends_when_it_is_told_to(place):
     *_, line = err.splitlines()
     assert line.startswith("fedspine: terminated; 0 of 4 cells done; go on with: fedspine sweep")
     assert left_alive([cell]) == []
-    statuses = [standing.status for standing in overview_of(Path("sweep.toml"), None).standings]
+    statuses = [
+        cell_status.status for cell_status in overview_of(Path("sweep.toml"), None).cell_statuses
+    ]
     assert sorted(statuses) == ["half-done", "open", "open", "open"]
 
 
@@ -699,7 +703,10 @@ def test_what_a_killed_sweep_left_behind(place):
     sweep.fail(cells[1], "no room", "all that was said")
     sweep.write_running(cells[:1])
     sweep.close()
-    found = [standing.status for standing in overview_of(Path("sweep.toml"), Path("out")).standings]
+    found = [
+        cell_status.status
+        for cell_status in overview_of(Path("sweep.toml"), Path("out")).cell_statuses
+    ]
     assert found == ["open", "failed", "open", "open"]
     with pytest.raises(BadInput, match="no sweep's folder"):
         SweepFolder(Path("out/cells")).check(cells)

@@ -166,7 +166,7 @@ class FlareFleet:
         return FlareSnapshot(
             run=session.run,
             now=self.now,
-            sites=tuple(_standing(site) for site in session.sites.values()),
+            sites=tuple(_site_snapshot(site) for site in session.sites.values()),
             pending=tuple(_sent(entry) for entry in session.pending),
         )
 
@@ -288,7 +288,7 @@ def _answers(session: FlareSession, site: SiteState) -> bool:
     return not site.missed
 
 
-def _standing(site: SiteState) -> SiteSnapshot:
+def _site_snapshot(site: SiteState) -> SiteSnapshot:
     return SiteSnapshot(
         name=site.name,
         examples=site.examples,

@@ -277,7 +277,7 @@ def session(kit: StartupKit, timeout: float = LOGIN_SECONDS) -> Iterator[Any]:
             made.close()
 
 
-def standing(session: Any) -> dict[str, Any]:
+def fleet_status(session: Any) -> dict[str, Any]:
     """Connected sites and running jobs: `server_up_since`, `sites` and `jobs`."""
     info = session.get_system_info()
     jobs = [job for job in session.list_jobs() if not str(job["status"]).startswith(OVER)]

@@ -94,7 +94,7 @@ def status(kit: Operator = Path("admin"), json: Json = False) -> None:
     from fedspine.flare import startup_kit as kits
 
     with kits.session(kits.kit_at(kit, "admin")) as session:
-        found = kits.standing(session)
+        found = kits.fleet_status(session)
     if json:
         print(jsonlib.dumps(found))
         return

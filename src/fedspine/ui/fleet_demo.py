@@ -158,7 +158,7 @@ def wait_until_connected(federation: Federation, seconds: float = UP_SECONDS) ->
         _refuse_ended(federation, end)
         time.sleep(0.5)
     with kits.session(admin) as session:
-        while len(kits.standing(session)["sites"]) < len(federation.sites):
+        while len(kits.fleet_status(session)["sites"]) < len(federation.sites):
             _refuse_ended(federation, end)
             time.sleep(0.5)
 

@@ -9,7 +9,7 @@ def caveats(report: ComparisonReport) -> list[str]:
     runs = [
         run
         for section in report.sections
-        for s in section.comparison.standings
+        for s in section.comparison.results
         for run in s.method.runs.values()
     ]
     fleets = [run.recipe.fleet for run in runs]

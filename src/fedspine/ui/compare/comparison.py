@@ -101,29 +101,27 @@ def _section_table(section: ComparisonSection) -> dict[str, Any]:
         "measure": comparison.quality.name,
         "higher_is_better": comparison.quality.higher_is_better,
         "target": asdict(comparison.target) | {"checks": comparison.checks},
-        "methods": [
-            _standing_table(standing, section.latencies) for standing in comparison.standings
-        ],
+        "methods": [_result_table(result, section.latencies) for result in comparison.results],
         "differences": [_pair_table(comparison, pair) for pair in comparison.pairs],
     }
 
 
-def _standing_table(standing: MethodResult, latencies: Mapping[str, Latency]) -> dict[str, Any]:
-    method, found = standing.method, latencies.get(standing.method.name)
+def _result_table(result: MethodResult, latencies: Mapping[str, Latency]) -> dict[str, Any]:
+    method, found = result.method, latencies.get(result.method.name)
     return {
         "name": method.name,
         "method": next(iter(method.runs.values())).recipe.method.name,
         "runs": {str(seed): str(run.folder) for seed, run in method.runs.items()},
         "seeds": list(method.runs),
-        "final": standing.final.table(),
-        "sparsity": standing.sparsity.table(),
-        "seeds_that_reach_the_target": standing.reached,
-        "simulated_seconds_to_target": standing.seconds_to_target.table(),
-        "bytes_to_target": standing.bytes_to_target.table(),
-        "simulated_seconds": standing.simulated_seconds.table(),
-        "bytes": standing.bytes.table(),
-        "waiting_share": standing.waiting_share.table(),
-        "peak_memory_bytes_simulated": standing.peak_memory_bytes.table(),
+        "final": result.final.table(),
+        "sparsity": result.sparsity.table(),
+        "seeds_that_reach_the_target": result.reached,
+        "simulated_seconds_to_target": result.seconds_to_target.table(),
+        "bytes_to_target": result.bytes_to_target.table(),
+        "simulated_seconds": result.simulated_seconds.table(),
+        "bytes": result.bytes.table(),
+        "waiting_share": result.waiting_share.table(),
+        "peak_memory_bytes_simulated": result.peak_memory_bytes.table(),
         "latency": None if found is None else asdict(found),
     }
 

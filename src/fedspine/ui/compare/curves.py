@@ -28,10 +28,7 @@ def panels(comparison: Comparison, numbers: Mapping[str, int], prefix: str) -> l
             f"{prefix}{quality}-over-{along}",
             quality,
             f"{CAPTIONS[along]}; {SHOWN}",
-            [
-                _trace(standing, along, numbers[standing.method.name])
-                for standing in comparison.standings
-            ],
+            [_trace(result, along, numbers[result.method.name]) for result in comparison.results],
             along,
             comparison.target.value,
         )
@@ -42,7 +39,7 @@ def panels(comparison: Comparison, numbers: Mapping[str, int], prefix: str) -> l
 
 def _gaps(comparison: Comparison, numbers: Mapping[str, int], prefix: str) -> Panel:
     """Every other method against the best, from its pairs."""
-    best, *others = comparison.standings
+    best, *others = comparison.results
     quality, gaps = comparison.quality.name, []
     for other, pair in zip(
         others, comparison.pairs, strict=False
@@ -64,8 +61,8 @@ def _gaps(comparison: Comparison, numbers: Mapping[str, int], prefix: str) -> Pa
     return gap_panel(f"{prefix}final-{quality}", quality, caption, best.method.name, gaps)
 
 
-def _trace(standing: MethodResult, along: Along, number: int) -> Trace:
-    runs = [*standing.method.runs.values()]
+def _trace(result: MethodResult, along: Along, number: int) -> Trace:
+    runs = [*result.method.runs.values()]
     drawn = [run.curve for run in runs if len(run.curve.quality)]
     xs, values = on_a_grid(
         [getattr(curve, along) for curve in drawn], [curve.quality for curve in drawn]
@@ -73,13 +70,13 @@ def _trace(standing: MethodResult, along: Along, number: int) -> Trace:
     mean = values.mean(axis=0) if drawn else xs
     band = values.std(axis=0, ddof=1) if len(values) > 1 else None
     ends: Mapping[Along, OverSeeds] = {
-        "seconds": standing.simulated_seconds,
-        "bytes": standing.bytes,
+        "seconds": result.simulated_seconds,
+        "bytes": result.bytes,
         "rounds": OverSeeds({run.seed: float(run.summary["rounds"]) for run in runs}),
     }
-    final, end = standing.final, ends[along].mean
+    final, end = result.final, ends[along].mean
     return Trace(
-        name=standing.method.name,
+        name=result.method.name,
         number=number,
         xs=xs,
         mean=mean,

@@ -126,7 +126,7 @@ class Comparison:
     quality: Quality
     target: Target
     checks: str  # what the target is measured on, as text
-    standings: tuple[MethodResult, ...]
+    results: tuple[MethodResult, ...]
     pairs: tuple[Pair, ...]
 
 
@@ -134,9 +134,9 @@ def compared(group: Group, target: str = "auto") -> Comparison:
     """The numbers of one group. Raises BadInput for an invalid target."""
     quality = LOSS if group.kind == "causal-lm" else ACCURACY
     wanted = target_of(group, quality, target)
-    standings = [_standing(method, quality, wanted) for method in group.methods]
+    results = [_result(method, quality, wanted) for method in group.methods]
     worst = -np.inf if quality.higher_is_better else np.inf
-    standings.sort(
+    results.sort(
         key=lambda s: worst if s.final.mean is None else s.final.mean,
         reverse=quality.higher_is_better,
     )
@@ -153,8 +153,8 @@ def compared(group: Group, target: str = "auto") -> Comparison:
         quality=quality,
         target=wanted,
         checks=f"{every}, {counted(run.evaluate_rows, 'test row')}, {counted(run.evaluate_devices, 'device model')}",
-        standings=tuple(standings),
-        pairs=tuple(_pair(first, second) for first, second in combinations(standings, 2)),
+        results=tuple(results),
+        pairs=tuple(_pair(first, second) for first, second in combinations(results, 2)),
     )
 
 
@@ -219,7 +219,7 @@ def _best_of_all(group: Group, quality: Quality) -> float | None:
     return float(min(map(max, curves)) if quality.higher_is_better else max(map(min, curves)))
 
 
-def _standing(method: MethodRuns, quality: Quality, target: Target) -> MethodResult:
+def _result(method: MethodRuns, quality: Quality, target: Target) -> MethodResult:
     def over(number: Callable[[Run], float | None]) -> OverSeeds:
         return OverSeeds({seed: number(run) for seed, run in method.runs.items()})
 

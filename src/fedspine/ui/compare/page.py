@@ -39,9 +39,9 @@ def page(report: ComparisonReport) -> str:
 
 def _what(report: ComparisonReport) -> str:
     """One line on the compared runs."""
-    standings = [each for section in report.sections for each in section.comparison.standings]
-    methods = {standing.method.name for standing in standings}
-    seeds = sorted({seed for standing in standings for seed in standing.final.values})
+    results = [each for section in report.sections for each in section.comparison.results]
+    methods = {result.method.name for result in results}
+    seeds = sorted({seed for result in results for seed in result.final.values})
     parts = [
         counted(len(methods), "method"),
         counted(report.runs, "finished run"),

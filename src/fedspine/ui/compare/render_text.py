@@ -75,7 +75,7 @@ def verdict(comparison: Comparison, pair: Pair) -> Verdict:
 def told_first(comparison: Comparison) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
     """The pairs that a reader is told of at once, and the rest: of many pairs, those of the best method come first."""
     pairs = comparison.pairs
-    count = len(pairs) if len(pairs) <= MANY_PAIRS else len(comparison.standings) - 1
+    count = len(pairs) if len(pairs) <= MANY_PAIRS else len(comparison.results) - 1
     return pairs[:count], pairs[count:]
 
 
@@ -122,7 +122,7 @@ def _speed_words(comparison: Comparison, pair: Pair) -> str:
     if speed is None:
         short = [
             s
-            for s in comparison.standings
+            for s in comparison.results
             if s.method.name in (pair.first, pair.second) and s.reached < s.final.n
         ]
         who = " and ".join(
@@ -164,13 +164,13 @@ def p_text(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.2g}"
 
 
-def reached_text(standing: MethodResult) -> str:
+def reached_text(result: MethodResult) -> str:
     """How many seeds reach the target.
 
     A method of three seeds reads "2 of 3 seeds", or "none of 3 seeds".
     """
-    reached = str(standing.reached) if standing.reached else "none"
-    return f"{reached} of {counted(standing.final.n, 'seed')}"
+    reached = str(result.reached) if result.reached else "none"
+    return f"{reached} of {counted(result.final.n, 'seed')}"
 
 
 def methods_sheet(comparison: Comparison, latencies: Mapping[str, Latency]) -> Sheet:
@@ -189,42 +189,39 @@ def methods_sheet(comparison: Comparison, latencies: Mapping[str, Latency]) -> S
     ]
     head += [("Latency", "measured, batch 1, 1 thread")] if latencies else []
     rows = [
-        (*_cells(comparison, each), *_latency_cell(each, latencies))
-        for each in comparison.standings
+        (*_cells(comparison, each), *_latency_cell(each, latencies)) for each in comparison.results
     ]
     return Sheet(tuple(head), tuple(rows))
 
 
-def _cells(comparison: Comparison, standing: MethodResult) -> tuple[TableCell, ...]:
+def _cells(comparison: Comparison, result: MethodResult) -> tuple[TableCell, ...]:
     final = (
         shares_text if comparison.quality is ACCURACY else (lambda numbers: spread_text(numbers, 3))
     )
     missed = (
         None
-        if standing.reached == standing.final.n or comparison.target.value is None
-        else reached_text(standing)
+        if result.reached == result.final.n or comparison.target.value is None
+        else reached_text(result)
     )
     return (
-        TableCell(standing.method.name, standing.method.name),
-        TableCell(final(standing.final), standing.final.mean),
-        TableCell(_seeds_text(comparison, standing), standing.final.n),
-        TableCell(percent(standing.sparsity.mean), standing.sparsity.mean),
+        TableCell(result.method.name, result.method.name),
+        TableCell(final(result.final), result.final.mean),
+        TableCell(_seeds_text(comparison, result), result.final.n),
+        TableCell(percent(result.sparsity.mean), result.sparsity.mean),
         TableCell(
-            missed or seconds_spread(standing.seconds_to_target), standing.seconds_to_target.mean
+            missed or seconds_spread(result.seconds_to_target), result.seconds_to_target.mean
         ),
-        TableCell(missed or bytes_spread(standing.bytes_to_target), standing.bytes_to_target.mean),
-        TableCell(seconds_spread(standing.simulated_seconds), standing.simulated_seconds.mean),
-        TableCell(shares_text(standing.waiting_share), standing.waiting_share.mean),
-        TableCell(bytes_spread(standing.peak_memory_bytes), standing.peak_memory_bytes.mean),
+        TableCell(missed or bytes_spread(result.bytes_to_target), result.bytes_to_target.mean),
+        TableCell(seconds_spread(result.simulated_seconds), result.simulated_seconds.mean),
+        TableCell(shares_text(result.waiting_share), result.waiting_share.mean),
+        TableCell(bytes_spread(result.peak_memory_bytes), result.peak_memory_bytes.mean),
     )
 
 
-def _latency_cell(
-    standing: MethodResult, latencies: Mapping[str, Latency]
-) -> tuple[TableCell, ...]:
+def _latency_cell(result: MethodResult, latencies: Mapping[str, Latency]) -> tuple[TableCell, ...]:
     if not latencies:
         return ()
-    found = latencies.get(standing.method.name)
+    found = latencies.get(result.method.name)
     if found is None:
         return (TableCell(MISSING, None),)
     return (TableCell(f"{1e3 * found.seconds_by_batch[1]:.1f} ms", found.seconds_by_batch[1]),)
@@ -309,12 +306,10 @@ def bytes_spread(numbers: OverSeeds) -> str:
     return f"{value} ± {numbers.spread / UNITS[unit]:.1f} {unit}"
 
 
-def _seeds_text(comparison: Comparison, standing: MethodResult) -> str:
+def _seeds_text(comparison: Comparison, result: MethodResult) -> str:
     """How many, and which where not all methods have the same."""
-    alike = all(set(each.method.runs) == set(standing.method.runs) for each in comparison.standings)
-    return f"{standing.final.n}" + (
-        "" if alike else f" ({', '.join(map(str, standing.method.runs))})"
-    )
+    alike = all(set(each.method.runs) == set(result.method.runs) for each in comparison.results)
+    return f"{result.final.n}" + ("" if alike else f" ({', '.join(map(str, result.method.runs))})")
 
 
 def _hundredths(share: float) -> str:

@@ -56,20 +56,20 @@ class Overview:
     """The status of a sweep; `unlisted` are runs in its folder that its file does not describe."""
 
     folder: Path
-    standings: tuple[CellStatus, ...]
+    cell_statuses: tuple[CellStatus, ...]
     unlisted: tuple[str, ...]
 
     @property
     def counts(self) -> dict[Status, int]:
         """How many cells have each status."""
         return {
-            status: sum(each.status == status for each in self.standings)
+            status: sum(each.status == status for each in self.cell_statuses)
             for status in get_args(Status)
         }
 
     def table(self) -> dict[str, Any]:
         """As JSON can hold it."""
-        cells = [standing.table() for standing in self.standings]
+        cells = [cell_status.table() for cell_status in self.cell_statuses]
         return {
             "folder": str(self.folder),
             **self.counts,
@@ -108,7 +108,7 @@ class SweepFolder:
         known = {cell.name for cell in cells}
         found = (self.path / CELLS).glob("[!.]*")
         unlisted = sorted(path.name for path in found if path.is_dir() and path.name not in known)
-        return Overview(self.path, tuple(self.standings(cells)), tuple(unlisted))
+        return Overview(self.path, tuple(self.cell_statuses(cells)), tuple(unlisted))
 
     def open(self, file: Path) -> None:
         """Lock the folder, copy the sweep's file into it, and remove what a kill left half made.
@@ -128,14 +128,14 @@ class SweepFolder:
         if self._lock is not None:
             self._lock.close()
 
-    def standings(self, cells: Iterable[Cell]) -> list[CellStatus]:
+    def cell_statuses(self, cells: Iterable[Cell]) -> list[CellStatus]:
         """The status of each cell, from its run directory and the recorded failures."""
         running = self._running()
-        return [self._standing(cell, running) for cell in cells]
+        return [self._cell_status(cell, running) for cell in cells]
 
-    def standing(self, cell: Cell) -> CellStatus:
+    def cell_status(self, cell: Cell) -> CellStatus:
         """The status of one cell."""
-        return self.standings([cell])[0]
+        return self.cell_statuses([cell])[0]
 
     def rounds_done(self, cell: Cell) -> int:
         """The rounds of the cell's run that are saved."""
@@ -159,7 +159,7 @@ class SweepFolder:
         """Publish which cells are running."""
         write_atomically(self.path / RUNNING, json.dumps([cell.name for cell in cells]).encode())
 
-    def _standing(self, cell: Cell, running: Sequence[str]) -> CellStatus:
+    def _cell_status(self, cell: Cell, running: Sequence[str]) -> CellStatus:
         run, reason = self.run_of(cell), self._reason(cell)
         summary = summary_of(run)
         if (

@@ -49,24 +49,26 @@ class SweepRunner:
     def __init__(
         self,
         folder: SweepFolder,
-        standings: Sequence[CellStatus],
+        cell_statuses: Sequence[CellStatus],
         jobs: int,
         retry: bool,
         progress: SweepProgress,
     ) -> None:
         self._folder, self._slots, self._progress = folder, jobs, progress
-        self._cells = len(standings)
+        self._cells = len(cell_statuses)
         again = ("open", "half-done", "failed") if retry else ("open", "half-done")
-        self._todo = [standing.cell for standing in standings if standing.status in again]
+        self._todo = [
+            cell_status.cell for cell_status in cell_statuses if cell_status.status in again
+        ]
         self._rounds = {
-            standing.cell.name: standing.rounds_done for standing in standings
+            cell_status.cell.name: cell_status.rounds_done for cell_status in cell_statuses
         }  # before anything is run
         self._jobs: list[CellProcess] = []
         self._seconds: dict[str, list[float]] = defaultdict(list)  # of finished cells, by label
-        for standing in standings:
-            if standing.summary is not None:
-                self._seconds[standing.cell.label].append(standing.summary["wall_seconds"])
-        self._done = sum(standing.status == "done" for standing in standings)
+        for cell_status in cell_statuses:
+            if cell_status.summary is not None:
+                self._seconds[cell_status.cell.label].append(cell_status.summary["wall_seconds"])
+        self._done = sum(cell_status.status == "done" for cell_status in cell_statuses)
         self._failed = self._cells - self._done - len(self._todo)
 
     def run(self) -> None:
@@ -119,13 +121,13 @@ class SweepRunner:
         with job.output:
             job.output.seek(0)
             output = job.output.read().decode(errors="replace")
-        standing = self._folder.standing(job.cell)
-        if standing.summary is not None and standing.status == "done":
+        cell_status = self._folder.cell_status(job.cell)
+        if cell_status.summary is not None and cell_status.status == "done":
             self._done += 1
             # loading included, where the whole cell was run here
-            whole = standing.summary["wall_seconds"] if job.began else job.seconds
+            whole = cell_status.summary["wall_seconds"] if job.began else job.seconds
             self._seconds[job.cell.label].append(whole)
-            words = f"{result(standing.summary)}, {seconds_text(job.seconds)}"
+            words = f"{result_text(cell_status.summary)}, {seconds_text(job.seconds)}"
             with suppress(BadInput):  # of another cell; a page can be written again
                 rewrite_pages(self._folder.run_of(job.cell))
         else:
@@ -197,13 +199,15 @@ def listed(overview: Overview) -> list[Listed]:
     """The overview as lines to show."""
     return [
         Listed(
-            name=standing.cell.name,
-            status=standing.status,
-            round=standing.rounds_done,
-            rounds=standing.cell.recipe.run.rounds,
-            remark=result(standing.summary) if standing.summary else standing.reason or "",
+            name=cell_status.cell.name,
+            status=cell_status.status,
+            round=cell_status.rounds_done,
+            rounds=cell_status.cell.recipe.run.rounds,
+            remark=result_text(cell_status.summary)
+            if cell_status.summary
+            else cell_status.reason or "",
         )
-        for standing in overview.standings
+        for cell_status in overview.cell_statuses
     ]
 
 
@@ -218,11 +222,11 @@ def carry_out(
     folder.check(cells)
     folder.open(file)
     try:
-        SweepRunner(folder, folder.standings(cells), jobs, retry, progress()).run()
+        SweepRunner(folder, folder.cell_statuses(cells), jobs, retry, progress()).run()
         return folder.overview(cells)
     except KeyboardInterrupt as told:
         word, exit_code = farewell(told)
-        done = sum(standing.status == "done" for standing in folder.standings(cells))
+        done = sum(cell_status.status == "done" for cell_status in folder.cell_statuses(cells))
         again = (
             f"fedspine sweep {file}"
             + (f" --jobs {jobs}" if jobs > 1 else "")
@@ -236,7 +240,7 @@ def carry_out(
         folder.close()
 
 
-def result(summary: dict[str, Any]) -> str:
+def result_text(summary: dict[str, Any]) -> str:
     if summary.get("accuracy") is not None:
         return f"accuracy {percent(summary['accuracy'])}"
     return f"loss {decimal(summary.get('loss'))}"
