@@ -1,4 +1,4 @@
-"""A folder with one sub-folder per class, of pictures, arrays or sounds: what many data sets come as.
+"""A folder with one sub-folder per class, of pictures, arrays or sounds, a common form of data sets.
 
 `cat/1.png dog/2.png`, or the same below `train/` and `test/`. Pictures are PNG or JPEG, arrays `.npy`, sounds `.wav`.
 """

@@ -1,4 +1,4 @@
-"""Which rows each device holds: equal shares, label skew, or whole groups of a column.
+"""Partitions of rows over devices: equal shares, label skew, or whole groups of a column.
 
 Label skew follows Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
 Classification", 2019 (arXiv:1909.06335), in its common form: every class is divided by its own Dirichlet draw. The

@@ -54,7 +54,7 @@ def _are_messages(value: list[Any]) -> bool:
 
 
 def _bare(value: Any) -> str | None:
-    """A text as it is, messages as one text; None where nothing is said."""
+    """A text as it is, messages as one text; None for an empty value."""
     if isinstance(value, list):
         said = [(message.get("role"), _content(message)) for message in value if _is_one(message)]
         value = "\n".join(f"{role}: {text}" if role else text for role, text in said if text)

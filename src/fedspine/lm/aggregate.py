@@ -1,4 +1,4 @@
-"""Merging adapters of unequal rank and shape, and handing the result back out at any rank and shape.
+"""Aggregates adapters of unequal rank and shape, and cuts the result to any rank and shape.
 
 Three ways. Factor averaging is FedAvg of A and B with zero-padding, and plain FedAvg where all ranks are equal; HetLoRA
 does it with weights `by_norm`. Product averaging, FlexLoRA's, takes the mean of the products B A. The way of FedSpine here
@@ -29,7 +29,7 @@ NEGLIGIBLE = 1e-6  # a singular value below this share of the largest is taken f
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one device got and gave: `sent` and `back` are adapters cut to `structure`, `weight` its say."""
+    """One device's contribution: the adapters `sent` and `back`, both cut to `structure`, and its `weight`."""
 
     sent: Tensors
     back: Tensors
@@ -246,7 +246,7 @@ def _sum_over_owners(
 def _revive(
     small: Tensors, path: str, values: Float[Tensor, " rank"], rows: Float[Tensor, "wide columns"]
 ) -> None:
-    """Give directions that carry nothing back the wide adapter's own rows, so that they can be trained."""
+    """Fill zero directions with the wide adapter's own rows, so that they can be trained."""
     dead = values <= NEGLIGIBLE * values.max().clamp_min(1e-30)
     if dead.any():
         small[a_name(path)][dead] = (

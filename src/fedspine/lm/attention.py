@@ -23,7 +23,7 @@ def attention(
     scaling: float | None = None,
     **_: object,
 ) -> tuple[Float[Tensor, "batch tokens heads size"], None]:
-    """Softmax attention as transformers wants it; key and value heads are shared where there are fewer of them."""
+    """Softmax attention in the interface of transformers; with fewer key and value heads they are shared."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

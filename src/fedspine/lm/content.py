@@ -1,4 +1,4 @@
-"""What a base model is, in one digest: two machines compare it before a run, wherever each found the model."""
+"""One digest of a base model, which two machines compare before a run."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What training and running a model costs, in floating-point operations and bytes, from shapes alone.
+"""The cost of training and running a model in floating-point operations and bytes, from shapes alone.
 
 Source: FedSpine (reconstructed), section 5. Frozen weights take a forward product and an input gradient, 4 operations
 per weight and token; an adapter takes 6.
@@ -14,7 +14,7 @@ HALF, SINGLE = 2, 4  # bytes of one number
 
 @dataclass(frozen=True)
 class Extent:
-    """How much text went through: padded tokens, and the sum over sequences of their squared length."""
+    """The amount of text: padded tokens, and the sum over sequences of their squared length."""
 
     tokens: int
     squared_tokens: int
@@ -22,7 +22,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class ScoringCost:
-    """What reading off the importance of units costs a device besides training; derived in `lm/scoring_cost.py`."""
+    """The cost of scoring units on top of training; derived in `lm/scoring_cost.py`."""
 
     flops: float = 0.0
     bytes_beside: int = 0  # needed at once while a pass holds its activations

@@ -50,7 +50,7 @@ def _ended(ids: list[int], end: int | None, ended: bool) -> list[int]:
 
 
 def _overlap(max_tokens: int, scored: bool) -> int:
-    """Tokens that a window shares with the one before."""
+    """The overlap of two consecutive windows, in tokens."""
     # the guide's stride of 512 at 1024 tokens: each token that counts has at least half a window before it
     return max(1, max_tokens // 2) if scored else 1
 

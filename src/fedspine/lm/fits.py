@@ -1,4 +1,4 @@
-"""What must fit before a model is used: its tokenizer, its checkpoint and the length of its inputs.
+"""Checks before a model is used: its tokenizer, its checkpoint and the length of its inputs.
 
 Libraries find out in the middle of a run, or never: `transformers` fills layers that a checkpoint lacks with random
 numbers. Each check raises BadInput with the numbers and what to do.
@@ -114,7 +114,7 @@ def settle_end(tokenizer: Any, module: nn.Module) -> None:
 
 
 def _alike(rows: Float[Tensor, "entries width"], one: int) -> bool:
-    """Whether the row of another entry is the same but for `SAME` of its norm."""
+    """Whether another entry's row is equal up to `SAME` of its norm."""
     near = SAME * rows[one].float().norm()
     parts = [(part.float() - rows[one].float()).norm(dim=1) <= near for part in rows.split(CHUNK)]
     return int(torch.cat(parts).sum()) > 1

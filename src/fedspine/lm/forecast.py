@@ -1,4 +1,4 @@
-"""What a round would take of a device at a sparsity and rank it has not been given yet, as far as shapes tell."""
+"""Forecasts the cost of a round at a sparsity and rank that a device has not had yet, from shapes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,14 +46,14 @@ def round_flops(
     steps: int,
     scoring: ScoringOrder,
 ) -> float:
-    """Operations to train and score in a round of `steps` that reads so much."""
+    """Operations to train and score in a round of `steps` over this much text."""
     scored = scoring_cost(scoring, layout, structure, rank=rank, tokens=extent.tokens, steps=steps)
     return training_flops(layout, structure, rank, extent) + scored.flops
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What the cost of a round has in common for all plans: the text it reads, and the bytes beside the adapter."""
+    """The costs of a round that all plans share: the text it reads, and the bytes beside the adapter."""
 
     extent: Extent
     steps: int
@@ -90,7 +90,7 @@ def frame(
 
 @dataclass(frozen=True)
 class Spending:
-    """What one exchange costs."""
+    """The forecast cost of one exchange."""
 
     flops: float
     launches: int

@@ -1,4 +1,4 @@
-"""How much each head and channel matters, read off the gradients that LoRA training produces anyway.
+"""The importance of each head and channel, from the gradients that LoRA training produces anyway.
 
 Source: FedSpine (reconstructed), section 2.2, after LoRAPrune (arXiv:2305.18403). Magnitude and chance are its controls.
 """
@@ -97,7 +97,7 @@ def geometric_mean(one: Scores, other: Scores) -> Scores:
 
 
 def magnitude_scores(base: Base, model: Model) -> Scores:
-    """L2 norm of the entries of W + scale * B @ A that leave with every kept unit; zero for dropped ones.
+    """L2 norm of each kept unit's entries of W + scale * B @ A; zero for dropped ones.
 
     It takes no gradient and no data. Biases do not count, as they do not in a model's sparsity.
     """
@@ -205,7 +205,7 @@ def normalised(scores: Scores) -> Scores:
 
 
 def ballot(scores: Scores, kept: Structure) -> Scores:
-    """A device's scores as it sends them: of unit norm by layer, zero for what it has dropped, fp16."""
+    """A device's scores for the wire: unit norm per layer, zero for dropped units, fp16."""
     return on_wire(
         normalised(
             Scores(heads=scores.heads * kept.heads, channels=scores.channels * kept.channels)

@@ -79,7 +79,7 @@ def load(
 
 
 def pooling_for(name: str) -> Pooling:
-    """What the model `name` was made for; raises BadInput for a model that cannot be found or read."""
+    """The readout for which the model `name` was trained; raises BadInput if it cannot be found or read."""
     source = locate(name)
     return pooling_of(source, _read(name, AutoConfig.from_pretrained, source))
 
@@ -111,7 +111,7 @@ def _base(name: str, source: str, config: Any, pooling: Pooling | None, precisio
 
 
 def _head(module: nn.Module, fresh: set[str]) -> tuple[HeadLayer, ...]:
-    """The linear layers behind the backbone, and its pooler: what a classifier trains besides the adapter."""
+    """The linear layers behind the backbone, and its pooler, which a classifier trains besides the adapter."""
     prefix = module.base_model_prefix + "."
     layers = []
     for path, child in module.named_modules():
@@ -154,7 +154,7 @@ def _minilm() -> str:
 
 
 def _read(name: str, reader: Any, source: str, **options: Any) -> Any:
-    """Call a transformers loader; whatever it raises becomes one line that names the model."""
+    """Call a transformers loader; any error becomes one line that names the model."""
     try:
         return reader(source, **options)
     except BadInput:

@@ -1,4 +1,4 @@
-"""FedSpine's server: from contributions to the common adapter, from it to a device's, and how much a device changed.
+"""FedSpine's server: from contributions to the common adapter, from it to a device's, and the size of a device's change.
 
 `delta-product` is the reconstruction's way (sections 3.1 to 3.3); the others replace it to be compared with: plain
 zero-padding, HetLoRA's weights, FlexLoRA's mean of products. Sources: `lm/aggregate.py`.

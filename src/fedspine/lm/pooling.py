@@ -41,7 +41,7 @@ SENTENCE_POOLING = "1_Pooling/config.json"  # of sentence-transformers
 
 
 def reading(module: nn.Module, pooling: Pooling | None) -> nn.Module:
-    """What computes the logits of rows with a module of the pooling's stock class."""
+    """The module that computes the logits of rows, around one of the pooling's stock class."""
     return MeanPooled(module) if pooling == "mean" else module
 
 
@@ -72,7 +72,7 @@ def mean_of_tokens(
 
 
 def pooling_of(source: str, config: Any) -> Pooling:
-    """What the model in folder or Hub id `source` was made for.
+    """The readout for which the model in folder or Hub id `source` was trained.
 
     sentence-transformers states its pooling in `1_Pooling`. A checkpoint that was saved as a sequence classifier
     keeps its head, and a decoder reads its last token. Every other encoder takes the mean.

@@ -17,7 +17,7 @@ UnitKind: TypeAlias = Literal["heads", "channels"]
 
 @dataclass(frozen=True)
 class UnitMap:
-    """How one architecture names the parts of its backbone: the embeddings, the block list, a block's linear layers."""
+    """The module names of one architecture: the embeddings, the block list, a block's linear layers."""
 
     embeddings: str
     layers: str
@@ -74,7 +74,7 @@ UNIT_MAPS: dict[str, UnitMap] = {  # by the `model_type` of a transformers confi
 
 
 def unit_map(model_type: str) -> UnitMap:
-    """The unit map of an architecture; BadInput says which have one."""
+    """The unit map of an architecture; raises BadInput with those that have one."""
     if model_type not in UNIT_MAPS:
         near = nearest(model_type, UNIT_MAPS)
         hint = f" (nearest: {near})" if near else ""
@@ -137,7 +137,7 @@ class PrunableLayout:
 
     @property
     def parameters(self) -> int:
-        """Weights of all prunable linear layers: what sparsity is counted on."""
+        """The number of weights of all prunable linear layers, of which sparsity is a share."""
         return self.layers * self.shape.parameters
 
     def _block(self, layer: int) -> list[PrunableSite]:

@@ -1,4 +1,4 @@
-"""How good a model is on given rows."""
+"""Scores models on given rows."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -94,7 +94,7 @@ def score_together(
 
 
 def score_module(module: nn.Module, data: Examples, *, batch: int = 32) -> Score:
-    """Score anything that maps a batch of inputs to logits as transformers models do."""
+    """Score a module that maps a batch of inputs to logits as transformers models do."""
     return _scores(module, data, batch, next(module.parameters()).device)[0]
 
 

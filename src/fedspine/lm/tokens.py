@@ -44,7 +44,7 @@ KEPT = 32  # folders; the ones not used for longest make way
 def tokens(
     tokenizer: Any, rows: Rows, kind: Kind, max_tokens: int, *, scored: bool = False
 ) -> Examples:
-    """What `encode` gives, memory-mapped where it could be stored."""
+    """The result of `encode`, memory-mapped if it could be stored."""
     key = _key(tokenizer, rows, kind, max_tokens, scored)
     if key is None:
         return encode(tokenizer, rows, kind, max_tokens, scored=scored)
@@ -58,14 +58,14 @@ def tokens(
 
 
 def home() -> Path:
-    """The folder for what can be made again."""
+    """The cache folder."""
     if named := os.environ.get("FEDSPINE_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedspine"
 
 
 def written(tokenizer: Any) -> list[Any] | None:
-    """All that a tokenizer does to a text, as JSON can hold it; None for one that cannot be written down."""
+    """A tokenizer's complete definition as JSON data; None for one that cannot be serialised."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -77,7 +77,7 @@ def written(tokenizer: Any) -> list[Any] | None:
 
 
 def _key(tokenizer: Any, rows: Rows, kind: Kind, max_tokens: int, scored: bool) -> str | None:
-    """A digest of all that the tokens depend on; None for a tokenizer that cannot be written down."""
+    """A digest of all that the tokens depend on; None for a tokenizer that cannot be serialised."""
     settings = written(tokenizer)
     if settings is None:
         return None
