@@ -1,7 +1,7 @@
 """The device's side of an exchange: the device that a work function gets, and serving an order.
 
-Serving is a pure function of (order, data, memory, seed). So it can run in this process, in a worker process, batched
-with other devices, or on another machine, with the same result.
+Serving is a pure function of (order, data, memory, seed). So it can run in this process, in a
+worker process, batched with other devices, or on another machine, with the same result.
 """
 
 import importlib
@@ -23,8 +23,8 @@ R = TypeVar("R")  # what a device returns
 class Device:
     """One device, as passed to its work.
 
-    `memory` holds messages that outlive the exchange; `rng` is seeded from the run's seed, the device and the number
-    of asks that it has served.
+    `memory` holds messages that outlive the exchange; `rng` is seeded from the run's seed, the
+    device and the number of asks that it has served.
     """
 
     id: DeviceId
@@ -73,7 +73,8 @@ class Kept:
 class Scratch:
     """A process's cache between the asks of a round, up to `most_bytes`; it only saves time.
 
-    An entry is returned only to a device whose memory equals the one that its last ask here returned.
+    An entry is returned only to a device whose memory equals the one that its last ask here
+    returned.
     """
 
     def __init__(self, most_bytes: int = 2 << 30) -> None:
@@ -96,7 +97,9 @@ class Scratch:
         return (memory, kept.value) if payload == call.memory else None
 
     def put(self, device: DeviceId, payload: bytes, memory: dict[str, Any], kept: Kept) -> bool:
-        """Add an entry if there is room. Nothing is evicted: in turns, each entry would go just before its use."""
+        """Add an entry if there is room. Nothing is evicted: in turns, each entry would go just
+        before its use.
+        """
         if self._bytes + kept.bytes > self._most:
             return False
         self._entries[device] = (payload, memory, kept)
@@ -108,7 +111,8 @@ Work: TypeAlias = Callable[[Device, O], R]
 
 
 def on_device(work: Work[O, R]) -> Work[O, R]:
-    """Mark a module-level function `(Device, Order) -> Result` as work that a fleet may send to devices by name.
+    """Mark a module-level function `(Device, Order) -> Result` as work that a fleet may send to
+    devices by name.
 
     Raises TypeError for a function that is not at the top of its module.
 

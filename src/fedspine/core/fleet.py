@@ -1,4 +1,6 @@
-"""The server's side of an exchange: the interface between a method and the transport of its messages."""
+"""The server's side of an exchange: the interface between a method and the transport of its
+messages.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +68,8 @@ class Fleet(Protocol):
     def ask(
         self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf
     ) -> list[Reply[R]]:
-        """Send every order and wait; devices that are lost or later than `within` seconds are absent.
+        """Send every order and wait; devices that are lost or later than `within` seconds are
+        absent.
 
         Replies come in the order of `orders`. A mapping may build its orders when they are read.
         """
@@ -117,7 +120,9 @@ class AllLost(RuntimeError):
 
 
 class Diverged(AllLost):
-    """All replies of a round hold non-finite numbers; training from the same state gives them again."""
+    """All replies of a round hold non-finite numbers; training from the same state gives them
+    again.
+    """
 
 
 class NoMemory(AllLost):
@@ -125,7 +130,8 @@ class NoMemory(AllLost):
 
 
 def none_left(asked: int, flaws: Sequence[str]) -> AllLost:
-    """The error for a round of so many devices in which every reply has a flaw, such as "loss is nan".
+    """The error for a round of so many devices in which every reply has a flaw, such as "loss is
+    nan".
 
     >>> str(none_left(2, ["loss is nan", "loss is nan"]))
     'the training loss of all 2 devices is not finite (nan)'

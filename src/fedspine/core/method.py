@@ -1,4 +1,6 @@
-"""The protocol of methods and their registration: a frozen dataclass whose fields are its hyper-parameters."""
+"""The protocol of methods and their registration: a frozen dataclass whose fields are its
+hyper-parameters.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +32,9 @@ class Method(Protocol[S]):
 
     @classmethod
     def toy(cls) -> Self:
-        """Settings with which a tiny model learns a toy task in a few rounds; the tests of every method use them."""
+        """Settings with which a tiny model learns a toy task in a few rounds; the tests of every
+        method use them.
+        """
         ...
 
     def check(self, task: Task) -> None:
@@ -46,7 +50,9 @@ class Method(Protocol[S]):
         ...
 
     def unpruned(self, state: S) -> Any:
-        """The trained weights on the unpruned base, for which a pruned model's adapter was not tuned."""
+        """The trained weights on the unpruned base, for which a pruned model's adapter was not
+        tuned.
+        """
         ...
 
 
@@ -67,7 +73,8 @@ def planned_sparsities(method: Any, rounds: int) -> list[float]:
 
 
 def usable(replies: Sequence[Reply[R]], fleet: Fleet) -> list[Reply[R]]:
-    """The replies whose `loss` and all named tensors are finite; the others are noted and left out of the round.
+    """The replies whose `loss` and all named tensors are finite; the others are noted and left out
+    of the round.
 
     Raises AllLost if no reply came, Diverged if none of those that came is usable.
     """
@@ -98,9 +105,10 @@ _METHODS: dict[str, type] = {}  # filled at import time only
 def method(name: str) -> Callable[[type[T]], type[T]]:
     """Register a method class under the name that recipes use.
 
-    A method that can train nets on arrays says so by `models: ClassVar = ("transformer", "net")`; the others know
-    transformers only, and a recipe that gives them a net is refused. Raises TypeError for a name
-    that another class has; a class that is defined again, as in a notebook, replaces itself.
+    A method that can train nets on arrays says so by `models: ClassVar = ("transformer", "net")`;
+    the others know transformers only, and a recipe that gives them a net is refused. Raises
+    TypeError for a name that another class has; a class that is defined again, as in a notebook,
+    replaces itself.
 
     >>> from dataclasses import dataclass
     >>> from fedspine import method
@@ -130,7 +138,9 @@ def method(name: str) -> Callable[[type[T]], type[T]]:
 
 
 def registered() -> dict[str, type]:
-    """The methods whose modules were imported, by name; `fedspine.methods.all_methods` imports them all."""
+    """The methods whose modules were imported, by name; `fedspine.methods.all_methods` imports them
+    all.
+    """
     return dict(sorted(_METHODS.items()))
 
 

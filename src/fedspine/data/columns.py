@@ -67,8 +67,8 @@ class Values:
 
 
 def picker(wanted: Wanted, split: str) -> Pick:
-    """A function that finds the wanted columns among those of a file; white space around a name makes no
-    difference.
+    """A function that finds the wanted columns among those of a file; white space around a name
+    makes no difference.
 
     It raises BadInput for a column that is absent or there several times. Where there is no column
     "text", language modelling reads "messages", or "prompt" and "completion".

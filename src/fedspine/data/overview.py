@@ -56,7 +56,9 @@ def _counts(data: Dataset, labels: np.ndarray | None) -> list[int]:
 
 
 def _contents(rows: Any) -> list[Hashable]:
-    """The key by which two rows are doubles; case and the amount of white space do not count in texts."""
+    """The key by which two rows are doubles; case and the amount of white space do not count in
+    texts.
+    """
     if isinstance(rows, Rows):
         pairs = rows.pairs or [""] * len(rows.texts)
         return [(_same(text), _same(pair)) for text, pair in zip(rows.texts, pairs, strict=True)]

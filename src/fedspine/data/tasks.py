@@ -114,9 +114,9 @@ def load_stated(
     For a site that holds a part of a federated task: it may lack classes, so its own values cannot
     number them. A value means the class that `spelled` gives it, else the one that the data's own
     class names give a number, else the class of its name; so the rows get the numbers that `load`
-    gives them in a data set with all classes. Nothing is held out for testing. `say` is called with the
-    `remarks` on the rows. Raises BadInput as `load` does, and for a value that is none
-    of the classes.
+    gives them in a data set with all classes. Nothing is held out for testing. `say` is called with
+    the `remarks` on the rows. Raises BadInput as `load` does, and for a value that is none of the
+    classes.
     """
     wanted = _wanted(data, kind, text, pair, label, None)
     train = checked(_source(data, encoding)["train"](picker(wanted, "train")), wanted, "train")

@@ -57,9 +57,11 @@ def score_models(
     rows: int,
     on_progress: Callable[[int, int], None] = lambda done, models: None,
 ) -> list[Scored]:
-    """Every model of the deployment in its order, on the first `rows` rows of the shuffled test set.
+    """Every model of the deployment in its order, on the first `rows` rows of the shuffled test
+    set.
 
-    Equal models are scored once. `on_progress` is called with the numbers of scored and of all models.
+    Equal models are scored once. `on_progress` is called with the numbers of scored and of all
+    models.
     """
     sparsities: list[float] = []
     names: list[str] = []  # the digest of each model in turn
@@ -102,7 +104,9 @@ def score_models(
 
 
 def marks(scored: list[Scored], kind: str) -> dict[str, Any]:
-    """Per-client metrics of the result of `score_models`: the mean over devices, the global and the unpruned model's."""
+    """Per-client metrics of the result of `score_models`: the mean over devices, the global and the
+    unpruned model's.
+    """
     unpruned, common, *devices = (each.score for each in scored)
     found = {
         "devices": len(devices),

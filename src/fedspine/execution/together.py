@@ -1,7 +1,9 @@
-"""Serving several asks at once, with their training in one batched pass, for GPUs, where kernel launches dominate.
+"""Serving several asks at once, with their training in one batched pass, for GPUs, where kernel
+launches dominate.
 
-Each ask runs on a thread of its own, but only one thread runs at a time, until it requests training or is done.
-Once all wait, the requests with equal settings are trained together. So the order of execution is fixed.
+Each ask runs on a thread of its own, but only one thread runs at a time, until it requests training
+or is done. Once all wait, the requests with equal settings are trained together. So the order of
+execution is fixed.
 """
 
 import threading
@@ -64,7 +66,9 @@ def _kind(request: Request) -> Any:
 
 
 class _Ask:
-    """One ask on its thread; `latest` is the training request it waits for, or in the end its result."""
+    """One ask on its thread; `latest` is the training request it waits for, or in the end its
+    result.
+    """
 
     latest: Request | Served
 

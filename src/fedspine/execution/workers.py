@@ -1,7 +1,9 @@
-"""Serving asks and scoring models, in this process or in worker processes: the same bytes either way.
+"""Serving asks and scoring models, in this process or in worker processes: the same bytes either
+way.
 
-Workers are forked after the base and the data are loaded, so they share those pages; nothing is rebuilt per round.
-Every job runs on one thread, because the number of threads changes the order of floating-point sums.
+Workers are forked after the base and the data are loaded, so they share those pages; nothing is
+rebuilt per round. Every job runs on one thread, because the number of threads changes the order of
+floating-point sums.
 """
 
 import multiprocessing
@@ -36,7 +38,8 @@ Job: TypeAlias = "list[Call] | ScoreJob"
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """Score packed models on the first `rows` rows of the test set, in the order that `Workshop.test_rows` fixes.
+    """Score packed models on the first `rows` rows of the test set, in the order that
+    `Workshop.test_rows` fixes.
 
     Several must be of one structure and are scored in one pass.
     """
@@ -50,7 +53,9 @@ class WorkerLost(RuntimeError):
 
 
 class WorkFailed(RuntimeError):
-    """Work raised an error in a worker process; the message is its traceback. `of_machine`: see that function."""
+    """Work raised an error in a worker process; the message is its traceback. `of_machine`: see
+    that function.
+    """
 
     def __init__(self, text: str, of_machine: bool) -> None:
         super().__init__(text, of_machine)  # both, so that it can be sent between processes
@@ -62,7 +67,9 @@ class WorkFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Workshop:
-    """The shared inputs of all jobs: the task, each device's rows, and the fixed order of test rows."""
+    """The shared inputs of all jobs: the task, each device's rows, and the fixed order of test
+    rows.
+    """
 
     task: Task
     shares: tuple[Any, ...]  # int64 row indices by device
@@ -70,7 +77,8 @@ class Workshop:
     prefixes: Prefixes | None = None
     # each worker process fills its own
     scratch: Scratch = field(default_factory=Scratch)
-    # rows of the devices asked so far; one workshop's own, since another's task or shares may differ
+    # rows of the devices asked so far; one workshop's own, since another's task or shares may
+    # differ
     taken: dict[int, Data] = field(default_factory=dict, init=False)
 
     def do(self, job: Job) -> list[Served] | list[Score]:
@@ -105,7 +113,8 @@ def _scores(
 
 
 class Workers:
-    """A pool of `count` worker processes; with 0 or 1, or where processes cannot be forked, this process works.
+    """A pool of `count` worker processes; with 0 or 1, or where processes cannot be forked, this
+    process works.
 
     Up to `together` calls are served in one batched pass.
     """
@@ -132,7 +141,9 @@ class Workers:
 
     @property
     def computing(self) -> str:
-        """What rounding depends on besides the recipe: cpu or cuda, and the number of devices in one pass."""
+        """What rounding depends on besides the recipe: cpu or cuda, and the number of devices in
+        one pass.
+        """
         return f"{self._workshop.task.base.device.type}, {self.together} in one pass"
 
     def run(self, jobs: Iterable[Call | ScoreJob]) -> Iterator[Any]:
@@ -202,7 +213,9 @@ class Workers:
         waiting: dict[Connection, deque[tuple[int, Job]]],
         numbered: Iterator[tuple[int, Job]],
     ) -> tuple[int, Job] | None:
-        """The next job for an idle worker: one bound to it, else the first that is bound to no other."""
+        """The next job for an idle worker: one bound to it, else the first that is bound to no
+        other.
+        """
         if waiting[pipe]:
             return waiting[pipe].popleft()
         for number, job in numbered:
@@ -282,7 +295,8 @@ def _work(workshop: Workshop, pipe: Connection, inherited: list[Connection], par
 
 @contextmanager
 def _signals_put_off() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the end: callbacks that libraries run at a fork would swallow them.
+    """Hold Ctrl-C and SIGTERM back until the end: callbacks that libraries run at a fork would
+    swallow them.
 
     The forked workers keep ignoring both: they are for the run, which ends its workers.
     """

@@ -47,8 +47,8 @@ class RunModel:
 def open_run(folder: Path, base: str | None = None) -> RunModel:
     """Load a run from its directory, with its base from the recorded place or from `base`.
 
-    Raises BadInput for a folder that is no run or has no saved round, and for a base that is missing
-    or different.
+    Raises BadInput for a folder that is no run or has no saved round, and for a base that is
+    missing or different.
     """
     recipe = recipe_of(folder)
     if recipe.task.kind == "array":

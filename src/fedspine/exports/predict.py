@@ -138,7 +138,9 @@ def _last(examples: Examples, most: int) -> torch.Tensor:
 
 
 def _ends(loaded: Loaded) -> list[int]:
-    """The tokens that end a continuation: the tokenizer's end token, and those of the model's settings."""
+    """The tokens that end a continuation: the tokenizer's end token, and those of the model's
+    settings.
+    """
     stated = loaded.module.generation_config.eos_token_id
     of_model = stated if isinstance(stated, list) else [stated]
     return sorted({end for end in (loaded.tokenizer.eos_token_id, *of_model) if end is not None})

@@ -1,8 +1,10 @@
-"""The application that NVIDIA FLARE starts: the object that each site publishes, and the server's relay to them.
+"""The application that NVIDIA FLARE starts: the object that each site publishes, and the server's
+relay to them.
 
-The run loop stays in the operator's process. Its orders go over the operator's FLARE connection to the relay, a job on
-the server, and from there to the sites by the Collab API. Neither the relay nor the site object decodes messages or
-imports torch. No code is sent: a site runs what is installed on it.
+The run loop stays in the operator's process. Its orders go over the operator's FLARE connection to
+the relay, a job on the server, and from there to the sites by the Collab API. Neither the relay nor
+the site object decodes messages or imports torch. No code is sent: a site runs what is installed on
+it.
 """
 
 import hmac
@@ -29,7 +31,9 @@ UNREACHABLE = "unreachable"  # beside a worker's statuses: the site did not answ
 
 
 class SiteApp:
-    """The object a site publishes. It passes bytes to the worker process and answers pings meanwhile."""
+    """The object a site publishes. It passes bytes to the worker process and answers pings
+    meanwhile.
+    """
 
     def __init__(self) -> None:
         self._worker: WorkerProcess | None = None
@@ -59,7 +63,9 @@ class SiteApp:
 
 
 class Relay:
-    """The server's side: forwards the run's messages to the sites, until the run leaves or falls silent."""
+    """The server's side: forwards the run's messages to the sites, until the run leaves or falls
+    silent.
+    """
 
     @collab.main
     def relay(self) -> None:

@@ -1,7 +1,8 @@
 """A fleet of real machines over NVIDIA FLARE: one device per site, in wall-clock time.
 
-Methods see the same interface as that of the simulated fleet. `fedspine.flare.session` holds the state of the sites;
-NVFlare itself is used only in `fedspine.flare.link` on this side and in `fedspine.flare.app` on the others.
+Methods see the same interface as that of the simulated fleet. `fedspine.flare.session` holds the
+state of the sites; NVFlare itself is used only in `fedspine.flare.link` on this side and in
+`fedspine.flare.app` on the others.
 """
 
 import time
@@ -190,7 +191,9 @@ class FlareFleet:
         return {}  # the sites keep their own
 
     def join(self) -> dict[str, str]:
-        """Open the run at every site of the current relay; returns the reason of each site that refuses."""
+        """Open the run at every site of the current relay; returns the reason of each site that
+        refuses.
+        """
         session, sites = self._session, self._session.link.sites
         with ThreadPoolExecutor(max(1, len(sites))) as threads:
             answers = threads.map(lambda site: _opened(session, site), sites)
@@ -203,7 +206,9 @@ class FlareFleet:
         return {name: one for name, one in opened.items() if isinstance(one, str)}
 
     def _gather(self) -> None:
-        """Admit sites that joined or came back, and wait for a quorum; raises AllLost after `timeouts.outage`."""
+        """Admit sites that joined or came back, and wait for a quorum; raises AllLost after
+        `timeouts.outage`.
+        """
         session, end = self._session, time.monotonic() + self._session.timeouts.outage
         while True:
             if self._new_relay_needed():

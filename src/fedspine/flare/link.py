@@ -1,7 +1,8 @@
-"""The connection from a run to its sites over NVIDIA FLARE: the admin's session and the relay job it submits.
+"""The connection from a run to its sites over NVIDIA FLARE: the admin's session and the relay job
+it submits.
 
-The only file on the run's side that uses NVFlare. A lost relay is replaced by a new one, which serves all sites
-connected at that time, including new ones.
+The only file on the run's side that uses NVFlare. A lost relay is replaced by a new one, which
+serves all sites connected at that time, including new ones.
 """
 
 import logging
@@ -67,7 +68,9 @@ class FlareLink:
         return self._sites
 
     def connected(self) -> tuple[str, ...]:
-        """The sites connected to the server now, known to the relay or not; empty if the server does not answer."""
+        """The sites connected to the server now, known to the relay or not; empty if the server
+        does not answer.
+        """
         try:
             clients = self._session.get_connected_client_list()
         except Exception:  # whatever an unreachable server raises: the next call tries again
@@ -82,7 +85,9 @@ class FlareLink:
         )
 
     def wait_for(self, sites: int, seconds: float) -> None:
-        """Start the first relay once this many sites are connected; raises BadInput after `seconds`."""
+        """Start the first relay once this many sites are connected; raises BadInput after
+        `seconds`.
+        """
         end = time.monotonic() + seconds
         while len(here := self.connected()) < sites:
             if time.monotonic() > end:
@@ -107,7 +112,9 @@ class FlareLink:
         return self.exchange(site, b"", seconds)[0] == "done"
 
     def mend(self, broken: str | None, give_up: Callable[[], bool]) -> None:
-        """Replace the relay `broken`, unless another thread has done so; raises RelayLost once `give_up()` is true."""
+        """Replace the relay `broken`, unless another thread has done so; raises RelayLost once
+        `give_up()` is true.
+        """
         with self._mending:
             if self._job != broken:
                 return None

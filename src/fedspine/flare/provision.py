@@ -1,4 +1,5 @@
-"""From a project file to start-up kits: certificates and settings for the server, every site and the operator.
+"""From a project file to start-up kits: certificates and settings for the server, every site and
+the operator.
 
 NVIDIA FLARE's provisioner makes keys and certificates; all traffic is mutual TLS. A kit allows less than FLARE's
 default: a job carries no code and can only consist of fedspine's application, the operator gets no shell on a site,
@@ -80,9 +81,11 @@ def load_project(path: Path) -> Project:
 
 
 def create(project: Project, folder: Path) -> Kits:
-    """Make the kits that `folder` does not hold yet: `folder/server`, one for each site, and `folder/admin`.
+    """Make the kits that `folder` does not hold yet: `folder/server`, one for each site, and
+    `folder/admin`.
 
-    Raises BadInput for a folder of something else or of other settings, and where NVIDIA FLARE is not installed.
+    Raises BadInput for a folder of something else or of other settings, and where NVIDIA FLARE is
+    not installed.
     """
     needs_flare()
     _check(project)
@@ -132,7 +135,9 @@ def _check(project: Project) -> None:
 
 
 def _check_folder(project: Project, folder: Path) -> None:
-    """Raise BadInput for a folder of something else, and for kits that would not fit the existing ones."""
+    """Raise BadInput for a folder of something else, and for kits that would not fit the existing
+    ones.
+    """
     if not folder.exists():
         folder.mkdir(parents=True)
     elif not folder.is_dir() or (any(folder.iterdir()) and not (folder / PROJECT_FILE).exists()):

@@ -1,7 +1,7 @@
 """The terms of a run, which a server sends before the first round, and a site's refusal of them.
 
-The terms name no path on a site, and a refusal reveals nothing about the site: file names, values and paths stay in
-its log.
+The terms name no path on a site, and a refusal reveals nothing about the site: file names, values
+and paths stay in its log.
 """
 
 from collections.abc import Iterator
@@ -81,7 +81,8 @@ class RunTerms:
 
 
 def model_name(name: str) -> str:
-    """The name by which sites list a recipe's model: a Hub id or built-in name as it is, or a folder's last part.
+    """The name by which sites list a recipe's model: a Hub id or built-in name as it is, or a
+    folder's last part.
 
     >>> model_name("BAAI/bge-small-en"), model_name("/srv/models/bge-small")
     ('BAAI/bge-small-en', 'bge-small')

@@ -1,6 +1,7 @@
 """Checks that a decoded value conforms to the annotations of its message type, recursively.
 
-The codec checks field names only; a message from an untrusted peer needs its types checked before use.
+The codec checks field names only; a message from an untrusted peer needs its types checked before
+use.
 """
 
 import types
@@ -14,7 +15,8 @@ import numpy as np
 
 
 def conforms(value: Any, kind: Any) -> bool:
-    """Whether `value` is of this type: message, tuple, dict, union, Literal, tensor, array or plain.
+    """Whether `value` is of this type: message, tuple, dict, union, Literal, tensor, array or
+    plain.
 
     A whole number may stand for a float. An annotation that is none of these admits nothing.
 

@@ -1,8 +1,9 @@
 """The session of a run with its sites: their state, and asking them over any link.
 
-An ask is a transaction. It names the seed and the memory version to start from, so it can be repeated with the same
-result; only a valid reply within its time limit advances the device. So a lost site, worker, server or run leaves
-nothing half done, and the same seed gives the same state as the simulated fleet over the same rows.
+An ask is a transaction. It names the seed and the memory version to start from, so it can be
+repeated with the same result; only a valid reply within its time limit advances the device. So a
+lost site, worker, server or run leaves nothing half done, and the same seed gives the same state as
+the simulated fleet over the same rows.
 """
 
 import threading
@@ -149,7 +150,9 @@ class FlareSession:
         return (reply.detail or reply.reason) if isinstance(reply, NotDone) else reply
 
     def exchange(self, site: str, asked: Any, end: TimeLimit, *kinds: type) -> Any:
-        """A site's reply of one of these types, or a line that says why there is none; raises TimeoutError, RelayLost."""
+        """A site's reply of one of these types, or a line that says why there is none; raises
+        TimeoutError, RelayLost.
+        """
         payload = pack(asked).payload
         status, reply = self._with_retries(
             site, lambda left: self.link.exchange(site, payload, left), end

@@ -1,7 +1,8 @@
-"""A site of a real fleet: its data, limits and permissions as `fedspine-site.toml` sets them, and their enforcement.
+"""A site of a real fleet: its data, limits and permissions as `fedspine-site.toml` sets them, and
+their enforcement.
 
-The server sends the terms of a run and never names a path. The site's own file decides whether it joins, and the site
-loads its own rows and its own copy of the model.
+The server sends the terms of a run and never names a path. The site's own file decides whether it
+joins, and the site loads its own rows and its own copy of the model.
 """
 
 import os
@@ -100,7 +101,8 @@ class Site:
     def check(self, terms: RunTerms) -> None:
         """Raise Refused if the site's file does not allow these terms; reads no rows and no model.
 
-        A method of another package must be named in the file, and is not imported before this check.
+        A method of another package must be named in the file, and is not imported before this
+        check.
         """
         from fedspine.methods import comes_with_fedspine  # torch, likewise
 
@@ -141,9 +143,11 @@ class Holding:
 
 
 def load_site(path: Path) -> Site:
-    """The site that a `fedspine-site.toml`, or a folder that holds one, describes; its paths are relative to the file.
+    """The site that a `fedspine-site.toml`, or a folder that holds one, describes; its paths are
+    relative to the file.
 
-    Raises BadInput for a file that cannot be read, an unknown or missing key, and a value that cannot be.
+    Raises BadInput for a file that cannot be read, an unknown or missing key, and a value that
+    cannot be.
     """
     path = path / SITE_FILE if path.is_dir() else path
     tables = read_toml(
@@ -189,7 +193,8 @@ def open_site(site: Site, terms: RunTerms) -> Holding:
 def site_examples(site: Site, terms: RunTerms, tokenizer: Any) -> Examples:
     """All of the site's rows, encoded as a simulation over the same rows would encode them.
 
-    Raises Refused for fewer rows than the site answers about, BadInput for rows that do not fit the terms.
+    Raises Refused for fewer rows than the site answers about, BadInput for rows that do not fit the
+    terms.
     """
     from fedspine.data.tasks import load_stated
     from fedspine.lm.tokens import tokens

@@ -41,7 +41,9 @@ class Link(Protocol):
         ...
 
     def mend(self, broken: str | None, give_up: Callable[[], bool]) -> None:
-        """Replace the relay `broken`, unless that was done; raises RelayLost once `give_up()` is true."""
+        """Replace the relay `broken`, unless that was done; raises RelayLost once `give_up()` is
+        true.
+        """
         ...
 
     def close(self) -> None: ...
@@ -59,7 +61,9 @@ class Timeouts:
 
 @message
 class SiteSnapshot:
-    """One site in a snapshot; `memory` is the version that its last reply wrote, None if it has none."""
+    """One site in a snapshot; `memory` is the version that its last reply wrote, None if it has
+    none.
+    """
 
     name: str
     examples: int
@@ -70,7 +74,9 @@ class SiteSnapshot:
 
 @message
 class Sent:
-    """An order whose reply the method has not received; without a reply it is sent again after a resume."""
+    """An order whose reply the method has not received; without a reply it is sent again after a
+    resume.
+    """
 
     device: str
     work: str

@@ -1,4 +1,5 @@
-"""The worker's side of a run at a site: open it by the site's rules, serve its orders, keep its memory.
+"""The worker's side of a run at a site: open it by the site's rules, serve its orders, keep its
+memory.
 
 No failure here ends the worker; the server gets a fixed reason, and the site's log the details.
 """
@@ -175,7 +176,8 @@ def _keep_newest(folder: Path, kept: int) -> None:
 
 @cache
 def works_of(method: str) -> frozenset[str]:
-    """The names of the works that a method may ask for: those of its module and of the offered ones that it uses.
+    """The names of the works that a method may ask for: those of its module and of the offered ones
+    that it uses.
 
     Raises Refused for a method that is not installed here.
     """

@@ -1,4 +1,6 @@
-"""A start-up kit: its owner, the check against its server, the process it starts, and the operator's session."""
+"""A start-up kit: its owner, the check against its server, the process it starts, and the
+operator's session.
+"""
 
 import fcntl
 import importlib.util
@@ -75,7 +77,9 @@ def needs_flare() -> None:
 
 
 def kit_at(folder: Path, role: str | None = None) -> StartupKit:
-    """The kit in `folder`, of the given role; raises BadInput for a folder that holds none or another."""
+    """The kit in `folder`, of the given role; raises BadInput for a folder that holds none or
+    another.
+    """
     for found, file in STARTUP.items():
         path = folder / "startup" / file
         if path.is_file():
@@ -131,8 +135,8 @@ def check_site(kit: StartupKit) -> None:
 def check_reach(kit: StartupKit) -> str | None:
     """Try a TLS handshake with the server, by the kit's certificates.
 
-    Returns why the server is unreachable at the moment, or None; raises BadInput if the kit and the server belong to
-    different projects, which waiting does not fix.
+    Returns why the server is unreachable at the moment, or None; raises BadInput if the kit and the
+    server belong to different projects, which waiting does not fix.
     """
     startup = kit.folder / "startup"
     context = ssl.create_default_context(cafile=str(startup / "rootCA.pem"))
@@ -248,7 +252,9 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def logged_in(kit: StartupKit, timeout: float = LOGIN_SECONDS) -> Any:
-    """The operator's FLARE session, to be closed; raises BadInput if the server does not answer or refuses the login."""
+    """The operator's FLARE session, to be closed; raises BadInput if the server does not answer or
+    refuses the login.
+    """
     needs_flare()
     if problem := check_reach(kit):
         raise BadInput(f"{problem}; start the server, or check the network and its firewall")
@@ -295,7 +301,9 @@ def fleet_status(session: Any) -> dict[str, Any]:
 
 
 def stop(session: Any, name: str) -> list[str]:
-    """Stop "all", "server" or one site; returns what was asked to stop. BadInput for a site that is not connected."""
+    """Stop "all", "server" or one site; returns what was asked to stop. BadInput for a site that is
+    not connected.
+    """
     connected = sorted(client.name for client in session.get_system_info().client_info)
     if name not in ("all", "server", *connected):
         raise unknown("name of what is connected", name, ["all", "server", *connected])

@@ -1,4 +1,6 @@
-"""Checks the shapes of a site's result against its order, so that an untrusted peer cannot crash a run."""
+"""Checks the shapes of a site's result against its order, so that an untrusted peer cannot crash a
+run.
+"""
 
 from dataclasses import fields
 from typing import Any
@@ -21,8 +23,9 @@ _UNUSABLE = (
 def mismatch(result: Any, order: Any, layout: PrunableLayout | None) -> str | None:
     """A line that says what is wrong with the shapes of a result; None if nothing is.
 
-    Where order and result share a field of named tensors, their names, shapes and types must be equal; an adapter that
-    comes with a structure must be the order's, cut to it. The method checks all other fields.
+    Where order and result share a field of named tensors, their names, shapes and types must be
+    equal; an adapter that comes with a structure must be the order's, cut to it. The method checks
+    all other fields.
     """
     known = {field.name for field in fields(order)}
     for field in fields(result):
@@ -42,7 +45,9 @@ def mismatch(result: Any, order: Any, layout: PrunableLayout | None) -> str | No
 
 
 def _cut_to_result(adapter: Any, order: Any, result: Any, layout: PrunableLayout) -> Any:
-    """The order's adapter, cut to the result's structure; None if this model cannot have that structure."""
+    """The order's adapter, cut to the result's structure; None if this model cannot have that
+    structure.
+    """
     kept, within = (vars(value).get("structure") for value in (result, order))
     if not (isinstance(kept, Structure) and isinstance(within, Structure)):
         return adapter

@@ -1,7 +1,8 @@
-"""The messages between a run and a site, which wrap those of the method: the only types that either side decodes.
+"""The messages between a run and a site, which wrap those of the method: the only types that either
+side decodes.
 
-A site sends only `Opened`, `NotDone`, and `SiteAnswer` with the result of the work it was asked for. The size of a
-message is checked before it is decoded, and its types before it is used.
+A site sends only `Opened`, `NotDone`, and `SiteAnswer` with the result of the work it was asked
+for. The size of a message is checked before it is decoded, and its types before it is used.
 """
 
 import re
@@ -43,8 +44,9 @@ class Opened:
 class SiteOrder:
     """One ask of a site: everything its result depends on, except for data, base and memory.
 
-    The site works from the memory that it wrote as version `memory` (None: it has none yet) and writes `version`. So an
-    ask can be repeated, with the same result. Versions other than these and `needed` are removed.
+    The site works from the memory that it wrote as version `memory` (None: it has none yet) and
+    writes `version`. So an ask can be repeated, with the same result. Versions other than these and
+    `needed` are removed.
     """
 
     run: str
@@ -70,7 +72,9 @@ class SiteAnswer:
 
 @message
 class NotDone:
-    """The site did not do the work. `detail` is a fixed line; everything else stays in the site's log."""
+    """The site did not do the work. `detail` is a fixed line; everything else stays in the site's
+    log.
+    """
 
     reason: FailureReason
     detail: str = ""
@@ -79,7 +83,8 @@ class NotDone:
 def decoded(payload: bytes, *kinds: Any) -> Any:
     """The message in `payload`, which must be of one of these types.
 
-    Raises NotAMessage for a payload that is too large, no message, or of another type, or whose fields do not conform.
+    Raises NotAMessage for a payload that is too large, no message, or of another type, or whose
+    fields do not conform.
     """
     if len(payload) > MOST_BYTES:
         raise NotAMessage(f"a message of {len(payload)} bytes came; at most {MOST_BYTES} are read")

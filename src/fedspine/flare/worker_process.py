@@ -1,8 +1,10 @@
-"""The worker process of a site: torch, the base, the site's rows and its memory live in a process that may die.
+"""The worker process of a site: torch, the base, the site's rows and its memory live in a process
+that may die.
 
-`WorkerProcess` runs in the process that FLARE started and imports none of them. It passes packed messages over a
-socket, kills a worker that does not answer in time, and replaces one that ended for any reason, the kernel's
-out-of-memory killer included. A worker writes its memory to disk before it replies.
+`WorkerProcess` runs in the process that FLARE started and imports none of them. It passes packed
+messages over a socket, kills a worker that does not answer in time, and replaces one that ended for
+any reason, the kernel's out-of-memory killer included. A worker writes its memory to disk before it
+replies.
 """
 
 import os
@@ -38,8 +40,9 @@ class WorkerProcess:
     def exchange(self, payload: bytes, seconds: float) -> tuple[ExchangeStatus, bytes]:
         """The worker's reply to a packed message.
 
-        "late": there was none within `seconds`, including the wait for a busy worker, and a worker that was on this message
-        was killed. "died": it ended before it replied. Either way a new one is starting.
+        "late": there was none within `seconds`, including the wait for a busy worker, and a worker
+        that was on this message was killed. "died": it ended before it replied. Either way a new
+        one is starting.
         """
         end = time.monotonic() + seconds
         if not self._turn.acquire(timeout=seconds):

@@ -14,11 +14,12 @@ from fedspine.core.fleet import Fleet, Profile, Reply, T
 
 
 class Lossy:
-    """Loses each exchange with probability `drop`: half of them before the order arrives, half after the work is done.
+    """Loses each exchange with probability `drop`: half of them before the order arrives, half
+    after the work is done.
 
-    `delay_seconds` is the mean of an exponential delay added to every reply to `ask`; replies to `send` keep the
-    fleet's own order. Losses depend on `seed`, the fleet's clock and this wrapper's earlier asks, so a new wrapper
-    for a round loses the same replies after a resume.
+    `delay_seconds` is the mean of an exponential delay added to every reply to `ask`; replies to
+    `send` keep the fleet's own order. Losses depend on `seed`, the fleet's clock and this wrapper's
+    earlier asks, so a new wrapper for a round loses the same replies after a resume.
     """
 
     def __init__(
@@ -59,7 +60,8 @@ class Lossy:
             for reply in self._fleet.ask(work, _Without(orders, on_the_way), within=within)
             if reply.device not in silent
         ]
-        # lost and late replies are waited for until the limit; without a limit a loss is known at once
+        # lost and late replies are waited for until the limit; without a limit a loss is known at
+        # once
         ends = [min(reply.cost.seconds, within) for reply in replies] + [within] * (
             bool(silent) and within < inf
         )

@@ -35,13 +35,17 @@ class Totals:
 
 @dataclass
 class Devices:
-    """Wall seconds of a round spent on serving devices or waiting for them; the rest is the server's."""
+    """Wall seconds of a round spent on serving devices or waiting for them; the rest is the
+    server's.
+    """
 
     seconds: float = 0.0
 
     @contextmanager
     def served(self) -> Iterator[None]:
-        """Count the time in this context, except for that in `not_theirs`, in which orders are built."""
+        """Count the time in this context, except for that in `not_theirs`, in which orders are
+        built.
+        """
         started = time.perf_counter()
         try:
             yield
@@ -79,7 +83,9 @@ class Waits:
                 self.busy(device, start, end)
 
     def mean(self, now: float) -> float:
-        """Mean idle seconds per device until `now`, the round's end; a device with a late reply is not idle."""
+        """Mean idle seconds per device until `now`, the round's end; a device with a late reply is
+        not idle.
+        """
         waiting = self.seconds + sum(max(0.0, now - since) for since in self.since.values())
         return waiting / max(1, len(self.since))
 
@@ -89,11 +95,15 @@ class RoundFleet(Fleet, Protocol):
 
     @property
     def clock(self) -> str:
-        """What `now` counts: "simulated" seconds, or "fleet" seconds, which are wall seconds between real machines."""
+        """What `now` counts: "simulated" seconds, or "fleet" seconds, which are wall seconds
+        between real machines.
+        """
         ...
 
     def cohort(self, ids: Iterable[DeviceId]) -> Fleet:
-        """The part of the fleet that a round asks. Unlike that of `only`, its `next` returns pending replies of all devices."""
+        """The part of the fleet that a round asks. Unlike that of `only`, its `next` returns
+        pending replies of all devices.
+        """
         ...
 
     def begin_round(self, round: int) -> Totals:

@@ -1,7 +1,8 @@
 """The default fleet: any number of unequal devices on one machine, on a virtual clock.
 
-The work is real, only its duration is simulated: every order and result is packed and charged by its bytes, every
-operation by the speeds in `hardware`, which methods cannot see. All devices share one frozen base.
+The work is real, only its duration is simulated: every order and result is packed and charged by
+its bytes, every operation by the speeds in `hardware`, which methods cannot see. All devices share
+one frozen base.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -113,7 +114,9 @@ class World:
             )
 
     def timing(self, device: DeviceId, ask: int | None, **cost: Any) -> Timing:
-        """Seconds of an exchange of this `cost`, given how many the device served before; None: without jitter."""
+        """Seconds of an exchange of this `cost`, given how many the device served before; None:
+        without jitter.
+        """
         return self.hardware.seconds(self.index[device], round=self.round, ask=ask, **cost)
 
     def _call(self, device: DeviceId, work: str, order: bytes) -> Call:
@@ -129,7 +132,9 @@ class World:
         )
 
     def _memory(self, device: DeviceId) -> bytes | None:
-        """A device's memory; only its last version of a round is written, since a round may ask it forty times."""
+        """A device's memory; only its last version of a round is written, since a round may ask it
+        forty times.
+        """
         if device in self.changed:
             return self.changed[device]
         file = self.memories.get(device)
@@ -177,7 +182,8 @@ class World:
 
 
 class SimulatedFleet:
-    """A view of the simulated devices: all of them, or a part, on a clock of its own or a shared one.
+    """A view of the simulated devices: all of them, or a part, on a clock of its own or a shared
+    one.
 
     `fedspine.run` makes one from a recipe. Without workers it serves no asks, but time passes:
 
@@ -349,7 +355,9 @@ class SimulatedFleet:
 
     @property
     def memories(self) -> Mapping[DeviceId, str]:
-        """The file of every device's memory, for the store; what changed since the last save is written first."""
+        """The file of every device's memory, for the store; what changed since the last save is
+        written first.
+        """
         self._world.keep_memories()
         return self._world.memories
 

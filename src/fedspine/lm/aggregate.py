@@ -1,10 +1,11 @@
 """Aggregates adapters of unequal rank and shape, and cuts the result to any rank and shape.
 
-Three ways. Factor averaging is FedAvg of A and B with zero-padding, and plain FedAvg where all ranks are equal; HetLoRA
-does it with weights `by_norm`. Product averaging, FlexLoRA's, takes the mean of the products B A. The way of FedSpine here
-(section 3.1 of the reconstruction) takes the mean of what each device *changed* in W's own coordinates. The last two go
-entry by entry over the devices that still own the entry and keep the best rank-R factors of the sum; only in the last is
-a rank that few devices can carry not diluted by the others, and does nobody training change nothing.
+Three ways. Factor averaging is FedAvg of A and B with zero-padding, and plain FedAvg where all
+ranks are equal; HetLoRA does it with weights `by_norm`. Product averaging, FlexLoRA's, takes the
+mean of the products B A. The way of FedSpine here (section 3.1 of the reconstruction) takes the
+mean of what each device *changed* in W's own coordinates. The last two go entry by entry over the
+devices that still own the entry and keep the best rank-R factors of the sum; only in the last is a
+rank that few devices can carry not diluted by the others, and does nobody training change nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +30,9 @@ NEGLIGIBLE = 1e-6  # a singular value below this share of the largest is taken f
 
 @dataclass(frozen=True)
 class Contribution:
-    """One device's contribution: the adapters `sent` and `back`, both cut to `structure`, and its `weight`."""
+    """One device's contribution: the adapters `sent` and `back`, both cut to `structure`, and its
+    `weight`.
+    """
 
     sent: Tensors
     back: Tensors
@@ -40,10 +43,11 @@ class Contribution:
 def average_factors(
     layout: PrunableLayout, before: Tensors, contributions: Sequence[Contribution]
 ) -> Tensors:
-    """FedAvg of A and of B, each padded with zeros to the largest rank that came and averaged entry by entry over owners.
+    """FedAvg of A and of B, each padded with zeros to the largest rank that came and averaged entry
+    by entry over owners.
 
-    An entry that no device owns keeps its value in `before`, and so does a direction beyond every device's rank: zeros in
-    both factors could never be trained again.
+    An entry that no device owns keeps its value in `before`, and so does a direction beyond every
+    device's rank: zeros in both factors could never be trained again.
     """
     merged: Tensors = {}
     for site in layout.sites:
@@ -70,10 +74,11 @@ def average_factors(
 
 
 def by_norm(contributions: Sequence[Contribution]) -> list[Contribution]:
-    """The same contributions, each with a weight proportional to ||B A||_F of what came back, over all sites at once.
+    """The same contributions, each with a weight proportional to ||B A||_F of what came back, over
+    all sites at once.
 
-    Weights sum to 1 and replace the old ones; they are equal where no device has learnt anything. Source: HetLoRA, Cho
-    et al. 2024 (arXiv:2401.06432), which weighs by the norm and not by rows.
+    Weights sum to 1 and replace the old ones; they are equal where no device has learnt anything.
+    Source: HetLoRA, Cho et al. 2024 (arXiv:2401.06432), which weighs by the norm and not by rows.
     """
     norms = [product_norm(part.back) for part in contributions]
     total = sum(norms)
@@ -82,7 +87,9 @@ def by_norm(contributions: Sequence[Contribution]) -> list[Contribution]:
 
 
 def product_norm(adapter: Tensors) -> float:
-    """||B A||_F of all sites together, without the scale; from Gram matrices, so no product is formed."""
+    """||B A||_F of all sites together, without the scale; from Gram matrices, so no product is
+    formed.
+    """
     squares = 0.0
     for name, factor in adapter.items():
         if name.endswith(A_SUFFIX):
@@ -94,7 +101,8 @@ def product_norm(adapter: Tensors) -> float:
 def mean_product(
     layout: PrunableLayout, before: Tensors, contributions: Sequence[Contribution]
 ) -> Tensors:
-    """FlexLoRA's aggregate: the weighted mean of the devices' products B A, dense, by path and without the scale.
+    """FlexLoRA's aggregate: the weighted mean of the devices' products B A, dense, by path and
+    without the scale.
 
     An entry is the mean over the devices that own it and keeps its value in `before`, of the same form, where none does.
     Source: Bai et al. 2024 (arXiv:2402.11505), whose devices own everything.
@@ -112,10 +120,11 @@ def mean_product(
 def merge_changes(
     layout: PrunableLayout, dense: Tensors, contributions: Sequence[Contribution]
 ) -> Tensors:
-    """The dense change of every site's weight, by path and without the scale, after one round of contributions.
+    """The dense change of every site's weight, by path and without the scale, after one round of
+    contributions.
 
-    Each device's change is B'A' - BA; an entry moves by the weighted mean over the devices that own it, and stays
-    where none does.
+    Each device's change is B'A' - BA; an entry moves by the weighted mean over the devices that own
+    it, and stays where none does.
     """
 
     def moved(site: PrunableSite) -> Tensor:
@@ -139,10 +148,12 @@ def change_factors(
 def factor(
     layout: PrunableLayout, dense: Tensors, rank: int, before: Tensors, seed: int
 ) -> Tensors:
-    """The best factors of `rank` for every dense change, with the singular values shared evenly between B and A.
+    """The best factors of `rank` for every dense change, with the singular values shared evenly
+    between B and A.
 
-    Where the change has a lower rank, A gets fresh rows and B zeros, so that training can use them. `before`, the
-    last factors, starts the search for the new ones. Source: section 3.1; randomised SVD after Halko et al. 2011.
+    Where the change has a lower rank, A gets fresh rows and B zeros, so that training can use them.
+    `before`, the last factors, starts the search for the new ones. Source: section 3.1; randomised
+    SVD after Halko et al. 2011.
     """
     rngs = np.random.default_rng(seed).spawn(len(layout.sites))
 
@@ -166,8 +177,8 @@ def factor(
 def hand_out(layout: PrunableLayout, adapter: Tensors, structure: Structure, rank: int) -> Tensors:
     """The best adapter of `rank` for the sub-model `structure`, out of a wider one (section 3.2).
 
-    Thin decompositions of the cut factors give the SVD of their product at the cost of small square matrices. Nothing
-    is lost where `rank` is at least the adapter's.
+    Thin decompositions of the cut factors give the SVD of their product at the cost of small square
+    matrices. Nothing is lost where `rank` is at least the adapter's.
     """
     sliced = cut_adapter(adapter, layout.sites, structure)
     if rank >= sliced[a_name(layout.sites[0].path)].shape[0]:
@@ -203,7 +214,9 @@ def change_spectra(layout: PrunableLayout, part: Contribution) -> Float[Tensor, 
 
 
 def effective_rank(spectra: Float[Tensor, "sites ranks"]) -> float:
-    """exp of the entropy of each site's energy shares, averaged over sites; 0 where nothing changed."""
+    """exp of the entropy of each site's energy shares, averaged over sites; 0 where nothing
+    changed.
+    """
     energy = spectra.double().square()
     total = energy.sum(1)
     shares = energy[total > 0] / total[total > 0, None]
@@ -228,9 +241,11 @@ def _sum_over_owners(
     contributions: Sequence[Contribution],
     factors: Callable[[Contribution, PrunableSite], tuple[Tensor, Tensor]],
 ) -> tuple[Float[Tensor, "rows columns"], Tensor]:
-    """The weighted sum of the products of `factors` over the devices, and the weight of each entry's owners.
+    """The weighted sum of the products of `factors` over the devices, and the weight of each
+    entry's owners.
 
-    The weight has a row or a column for every one of the site's that can be cut, and broadcasts over the sum.
+    The weight has a row or a column for every one of the site's that can be cut, and broadcasts
+    over the sum.
     """
     by_row = site.row_units is not None
     total = torch.zeros(site.rows, site.columns)

@@ -1,7 +1,8 @@
 """The frozen pre-trained model: loaded once, cut to any structure, never changed.
 
-`Base` holds the weights of the prunable sites apart from a skeleton module. `fit` installs one model's slices,
-adapter and task head into that skeleton, which costs a few milliseconds instead of building a module.
+`Base` holds the weights of the prunable sites apart from a skeleton module. `fit` installs one
+model's slices, adapter and task head into that skeleton, which costs a few milliseconds instead of
+building a module.
 """
 
 from collections import OrderedDict
@@ -27,9 +28,11 @@ SLICED = 2  # structures whose slices are kept: what is trained, and what was sc
 
 @message
 class Model:
-    """What a device runs: a structure, the adapter cut to it, and the task head, on top of the base.
+    """What a device runs: a structure, the adapter cut to it, and the task head, on top of the
+    base.
 
-    `adapter` maps PEFT's names to factors of any rank (empty: none), `head` full parameter names to tensors.
+    `adapter` maps PEFT's names to factors of any rank (empty: none), `head` full parameter names to
+    tensors.
     """
 
     structure: Structure
@@ -92,11 +95,14 @@ class Base:
         backbone, names = module.get_submodule(layout.prefix), unit_map(layout.architecture)
         self._embeddings = backbone.get_submodule(names.embeddings)
         self._blocks = list(backbone.get_submodule(names.layers))
-        # what is left are embeddings and norms: all that neither pruning nor the head's training touches
+        # what is left are embeddings and norms: all that neither pruning nor the head's training
+        # touches
         self.embeddings = sum(parameter.numel() for parameter in module.parameters())
 
     def initial_head(self, rng: np.random.Generator) -> Tensors:
-        """The task head to start from: the checkpoint's where it has one, else normal weights and zero biases."""
+        """The task head to start from: the checkpoint's where it has one, else normal weights and
+        zero biases.
+        """
         spread = getattr(self.config, "initializer_range", 0.02)
         tensors: Tensors = {}
         for layer in self.head:
@@ -131,8 +137,9 @@ class Base:
     def fit(self, model: Model, *, merge: bool = False) -> nn.Module:
         """The module that computes `model`; it is valid until the next call.
 
-        The tensors of the adapter and the head are used as they are, so gradients reach them if they ask for it; with
-        `merge` the adapter is added to the weights instead, as a deployed model has it, which runs faster.
+        The tensors of the adapter and the head are used as they are, so gradients reach them if
+        they ask for it; with `merge` the adapter is added to the weights instead, as a deployed
+        model has it, which runs faster.
         """
         slices = self._sliced(model.structure)
         for site in self.layout.sites:
@@ -149,11 +156,11 @@ class Base:
     def fit_stack(
         self, structures: Sequence[Structure], adapter: Tensors, head: Tensors, scale: float
     ) -> nn.Module:
-        """The module that computes several models in one pass, until the next call; the first dimension of its inputs
-        counts the rows of all of them, one model after another.
+        """The module that computes several models in one pass, until the next call; the first
+        dimension of its inputs counts the rows of all of them, one model after another.
 
-        `adapter` and `head` are stacked along a first dimension, with zeros where a model is smaller than the largest.
-        Models of the same structure share the base's weights.
+        `adapter` and `head` are stacked along a first dimension, with zeros where a model is
+        smaller than the largest. Models of the same structure share the base's weights.
         """
         slices = [self._sliced(structure) for structure in structures]
         shared = all(each is slices[0] for each in slices)
@@ -167,7 +174,9 @@ class Base:
         return self._with_head(head)
 
     def whole_skeleton(self) -> nn.Module:
-        """The skeleton with all its parts put back, some of which `through` and `start_at` take out."""
+        """The skeleton with all its parts put back, some of which `through` and `start_at` take
+        out.
+        """
         self._place(self._embeddings, list(self._blocks))
         return self.skeleton
 
@@ -179,7 +188,9 @@ class Base:
         return self._readout
 
     def below(self, layer: int, inputs: Tensors) -> Float[Tensor, "rows tokens width"]:
-        """What enters block `layer` of the model that was last fitted, which must be fitted again afterwards."""
+        """What enters block `layer` of the model that was last fitted, which must be fitted again
+        afterwards.
+        """
         with torch.no_grad():
             return self.through(0, layer, inputs)
 
@@ -190,8 +201,9 @@ class Base:
         inputs: Tensors,
         hidden: Float[Tensor, "rows tokens width"] | None = None,
     ) -> Float[Tensor, "rows tokens width"]:
-        """What leaves the blocks from `first` to before `last` of the model that was last fitted, which must be fitted
-        again afterwards; `hidden` enters them, or None for what the embeddings make of `inputs`.
+        """What leaves the blocks from `first` to before `last` of the model that was last fitted,
+        which must be fitted again afterwards; `hidden` enters them, or None for what the embeddings
+        make of `inputs`.
 
         Gradients reach all that asks for them.
         """
@@ -222,7 +234,9 @@ class Base:
         return max(1, self.layout.layers // 6)
 
     def start_at(self, layer: int) -> "Entry":
-        """Start the last fitted model at block `layer`; its inputs are what the returned entry holds."""
+        """Start the last fitted model at block `layer`; its inputs are what the returned entry
+        holds.
+        """
         entry = Entry(torch.empty(0))
         self._place(entry, [_Passing()] * layer + self._blocks[layer:])
         return entry
@@ -236,7 +250,9 @@ class Base:
             places[i] = block
 
     def fitted_weights(self) -> Tensors:
-        """The weights of all sites, by path, as they were last fitted: stacked where several models were."""
+        """The weights of all sites, by path, as they were last fitted: stacked where several models
+        were.
+        """
         return {site.path: self._linears[site.path].weight for site in self.layout.sites}
 
     def slice(self, path: str, structure: Structure) -> tuple[Tensor, Tensor | None]:
@@ -244,7 +260,9 @@ class Base:
         return self._sliced(structure)[path]
 
     def _sliced(self, structure: Structure) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Weight and bias of every site cut to `structure`; those of the last few structures are kept."""
+        """Weight and bias of every site cut to `structure`; those of the last few structures are
+        kept.
+        """
         if is_full(structure):
             return self.weights
         key = key_of(structure)
@@ -302,7 +320,9 @@ class _Tap(_Passing):
 
 
 def line_energy(base: Base) -> Tensors:
-    """Squared norms of the rows (or columns, where those are cut) of every site's unpruned weight, by path."""
+    """Squared norms of the rows (or columns, where those are cut) of every site's unpruned weight,
+    by path.
+    """
     return {
         site.path: base.weights[site.path][0].float().square().sum(1 if site.row_units else 0).cpu()
         for site in base.layout.sites

@@ -14,7 +14,8 @@ from fedspine.lm.tokens import written
 def content_sha256(base: Base, tokenizer: Any) -> str:
     """A digest of the architecture, the weights in the base's precision and the tokenizer.
 
-    Layers that the checkpoint did not hold are left out, since a method draws them anew from its own seed.
+    Layers that the checkpoint did not hold are left out, since a method draws them anew from its
+    own seed.
     """
     digest = hashlib.sha256()
     digest.update(pack(base.layout).payload)

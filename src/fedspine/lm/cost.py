@@ -1,4 +1,5 @@
-"""The cost of training and running a model in floating-point operations and bytes, from shapes alone.
+"""The cost of training and running a model in floating-point operations and bytes, from shapes
+alone.
 
 Source: FedSpine (reconstructed), section 5. Frozen weights take a forward product and an input gradient, 4 operations
 per weight and token; an adapter takes 6.
@@ -33,7 +34,9 @@ NO_SCORING = ScoringCost()
 
 
 def adapter_width(layout: PrunableLayout, structure: Structure, first: int = 0) -> int:
-    """Parameters of an adapter per unit of rank: kept rows plus kept columns, over all sites from block `first` on."""
+    """Parameters of an adapter per unit of rank: kept rows plus kept columns, over all sites from
+    block `first` on.
+    """
     total = 0
     for site in layout.sites:
         if site.layer < first:
@@ -64,7 +67,9 @@ def training_flops(
 
 
 def forward_flops(layout: PrunableLayout, extent: Extent) -> float:
-    """Operations to run this much text through the whole unpruned model, once and without a backward pass."""
+    """Operations to run this much text through the whole unpruned model, once and without a
+    backward pass.
+    """
     attention = 4 * layout.layers * layout.width * extent.squared_tokens
     return 2.0 * layout.parameters * extent.tokens + attention
 
@@ -85,7 +90,8 @@ def training_memory_bytes(
     first: int = 0,
     scoring: ScoringCost = NO_SCORING,
 ) -> int:
-    """Peak memory of one training step: a 16-bit base, fp32 adapter with gradient and two moments, activations.
+    """Peak memory of one training step: a 16-bit base, fp32 adapter with gradient and two moments,
+    activations.
 
     The adapter sits on the blocks from `first` on; nothing below is kept for a backward pass.
     `embeddings` counts the parameters outside the blocks. Activations take 10 bytes per token and unit of width that

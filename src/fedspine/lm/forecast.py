@@ -25,7 +25,9 @@ def ranks_that_fit(
     tokens: int,
     scoring: ScoringOrder,
 ) -> int:
-    """How many of the rising `ranks` a device of this memory can train and score at; the rest as in `lm/cost.py`."""
+    """How many of the rising `ranks` a device of this memory can train and score at; the rest as in
+    `lm/cost.py`.
+    """
     # no bytes of scoring depend on the rank, and one step's are those of any number
     beside = scoring_cost(scoring, layout, structure, rank=1, largest=batch * tokens, steps=1)
     shapes = {"embeddings": embeddings, "batch": batch, "tokens": tokens, "scoring": beside}
@@ -53,7 +55,9 @@ def round_flops(
 
 @dataclass(frozen=True)
 class Frame:
-    """The costs of a round that all plans share: the text it reads, and the bytes beside the adapter."""
+    """The costs of a round that all plans share: the text it reads, and the bytes beside the
+    adapter.
+    """
 
     extent: Extent
     steps: int
@@ -74,8 +78,8 @@ def frame(
 ) -> Frame:
     """Measured on an order as it is sent, with `adapter` in it.
 
-    The result is taken to hold as much beside its adapter, and the scores of all units, which is right to a kilobyte
-    where the order holds none.
+    The result is taken to hold as much beside its adapter, and the scores of all units, which is
+    right to a kilobyte where the order holds none.
     """
     beside = pack(order).bytes - HALF * sum(tensor.numel() for tensor in adapter.values())
     return Frame(
@@ -108,10 +112,12 @@ def forecast(
     ranks: Sequence[int],
     load: float = 1.0,
 ) -> list[Spending]:
-    """The cost at each rank for a device that has `structure`, prunes to `sparsity` on the way to `target` and tunes.
+    """The cost at each rank for a device that has `structure`, prunes to `sparsity` on the way to
+    `target` and tunes.
 
     `load` is what the device reads, as a share of `frame.extent`. The adapter comes down cut to the
-    structure and goes up cut to what is left. How many units go does not depend on their importance, so none is needed.
+    structure and goes up cut to what is left. How many units go does not depend on their
+    importance, so none is needed.
     """
     units = no_scores(layout)
     votes = (units.heads, units.channels)

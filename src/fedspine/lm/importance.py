@@ -41,8 +41,8 @@ class Criterion:
 def score_units(base: Base, model: Model, criterion: Criterion = Criterion()) -> Scores:
     """Importance of every kept unit after one backward pass through `model`; zero for dropped ones.
 
-    The gradient of W + scale * B @ A is estimated from those of A and B as gB @ A + B @ gA. Gradients must be those
-    of the unscaled loss, before the optimiser's step.
+    The gradient of W + scale * B @ A is estimated from those of A and B as gB @ A + B @ gA.
+    Gradients must be those of the unscaled loss, before the optimiser's step.
     """
     weights = {site.path: base.slice(site.path, model.structure)[0] for site in base.layout.sites}
     return score_stack(
@@ -60,8 +60,8 @@ def score_stack(
 ) -> list[Scores]:
     """`score_units` of several models at once.
 
-    `weights` by path and `adapter` are stacked along a first dimension, but weights that all models share; of one model
-    they are as they are. Padding lies behind what a model has.
+    `weights` by path and `adapter` are stacked along a first dimension, but weights that all models
+    share; of one model they are as they are. Padding lies behind what a model has.
     """
     lines = []
     for site in layout.sites:
@@ -81,8 +81,9 @@ def score_stack(
 
 
 def unit_roots(layout: PrunableLayout, structure: Structure, lines: Tensors) -> Scores:
-    """The root of the sum over each kept unit's columns, by path of the sites whose columns are units; each layer of unit
-    norm, dropped units zero."""
+    """The root of the sum over each kept unit's columns, by path of the sites whose columns are
+    units; each layer of unit norm, dropped units zero.
+    """
     sums = no_scores(layout)
     for site in (site for site in layout.sites if site.column_units):
         _add_lines(sums, site, structure, lines[site.path].cpu())
@@ -111,7 +112,9 @@ def magnitude_scores(base: Base, model: Model) -> Scores:
 
 
 def random_scores(layout: PrunableLayout, structure: Structure, rng: np.random.Generator) -> Scores:
-    """A uniform draw from (0, 1] for every kept unit, zero for dropped ones: the control that knows nothing."""
+    """A uniform draw from (0, 1] for every kept unit, zero for dropped ones: the control that knows
+    nothing.
+    """
 
     def draw(kept: Bool[Tensor, "layers units"]) -> Float[Tensor, "layers units"]:
         return torch.from_numpy((1 - rng.random(kept.shape)).astype(np.float32)) * kept
@@ -130,7 +133,9 @@ def no_scores(layout: PrunableLayout) -> Scores:
 def _add_lines(
     scores: Scores, site: PrunableSite, structure: Structure, by_line: Float[Tensor, " lines"]
 ) -> None:
-    """Add the scores of a site's kept rows or columns, which come first, to those of their units, in place."""
+    """Add the scores of a site's kept rows or columns, which come first, to those of their units,
+    in place.
+    """
     kept = kept_rows(site, structure) if site.row_units else kept_columns(site, structure)
     target = scores.heads if "heads" in (site.row_units, site.column_units) else scores.channels
     target[site.layer].index_add_(0, kept // site.per_unit, by_line[: len(kept)])
@@ -162,10 +167,12 @@ def _entries(
 
 
 def kept_share(keep: float, updates: int) -> float:
-    """What the average of so many updates keeps when one more comes in, the bias of its start corrected.
+    """What the average of so many updates keeps when one more comes in, the bias of its start
+    corrected.
 
-    As Adam corrects it (Kingma & Ba 2014, arXiv:1412.6980, section 3): an average that begins at 0 and is divided by
-    1 - keep**n after n updates. The newest then weighs (1 - keep) / (1 - keep**n), a share 1/n for a keep of 1.
+    As Adam corrects it (Kingma & Ba 2014, arXiv:1412.6980, section 3): an average that begins at 0
+    and is divided by 1 - keep**n after n updates. The newest then weighs (1 - keep) / (1 -
+    keep**n), a share 1/n for a keep of 1.
 
     >>> round(kept_share(0.9, 1), 6), kept_share(1.0, 3)
     (0.473684, 0.75)
@@ -175,7 +182,8 @@ def kept_share(keep: float, updates: int) -> float:
 
 
 def smooth(before: Scores | None, now: Scores, keep: float) -> Scores | None:
-    """The moving average of scores without the bias of its start; `now` itself at the start, `before` where `now` holds a NaN.
+    """The moving average of scores without the bias of its start; `now` itself at the start,
+    `before` where `now` holds a NaN.
 
     Units that score exactly zero were not there, so they keep their last value.
     """
@@ -196,7 +204,9 @@ def smooth(before: Scores | None, now: Scores, keep: float) -> Scores | None:
 
 
 def normalised(scores: Scores) -> Scores:
-    """Scores divided by each layer's norm, so that devices with larger gradients do not outvote the others."""
+    """Scores divided by each layer's norm, so that devices with larger gradients do not outvote the
+    others.
+    """
 
     def unit(rows: Tensor) -> Tensor:
         return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -233,7 +243,8 @@ def mixed(own: Scores, fleet: Scores, say: float) -> Scores:
 
 
 def tally(before: Scores | None, ballots: Sequence[Scores]) -> Scores:
-    """The fleet's average: a moving average over rounds of their mean, in which a dropped unit is zero.
+    """The fleet's average: a moving average over rounds of their mean, in which a dropped unit is
+    zero.
 
     It has no bias of its start: after n rounds the first weighs FLEET_KEEP**(n - 1) of the newest.
     """

@@ -1,4 +1,6 @@
-"""Tracks the importance of units while a model trains, from LoRA's gradients, activations or unit gates."""
+"""Tracks the importance of units while a model trains, from LoRA's gradients, activations or unit
+gates.
+"""
 
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
@@ -18,9 +20,10 @@ Source: TypeAlias = Literal["gradient", "activation", "gate", "blend"]
 class Scoring:
     """How unit importance is tracked during training.
 
-    `of` is the source. "gradient": LoRAPrune's estimate of the weight's gradient; `square`, `cross` and `normalise`
-    apply to it only. "activation": how much a unit contributes to its layer's output. "gate": the Fisher
-    information of a factor on the unit's output. "blend": the geometric mean of the last two.
+    `of` is the source. "gradient": LoRAPrune's estimate of the weight's gradient; `square`, `cross`
+    and `normalise` apply to it only. "activation": how much a unit contributes to its layer's
+    output. "gate": the Fisher information of a factor on the unit's output. "blend": the geometric
+    mean of the last two.
     """
 
     of: Source = "gradient"
@@ -36,10 +39,12 @@ class Scoring:
 
 
 class ImportanceTracker:
-    """The smoothed importance of the units of all models in `stack`, updated every `scoring.every` steps.
+    """The smoothed importance of the units of all models in `stack`, updated every `scoring.every`
+    steps.
 
-    `scores` has the current importance of each model, None where nothing is known yet. Without a `scoring` it never
-    changes. Use the tracker as a context manager, which removes its hooks from the base on exit.
+    `scores` has the current importance of each model, None where nothing is known yet. Without a
+    `scoring` it never changes. Use the tracker as a context manager, which removes its hooks from
+    the base on exit.
     """
 
     def __init__(

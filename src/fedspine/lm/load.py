@@ -1,4 +1,6 @@
-"""Load a pre-trained transformer and its tokenizer: by built-in name, local folder, or Hugging Face Hub id."""
+"""Load a pre-trained transformer and its tokenizer: by built-in name, local folder, or Hugging Face
+Hub id.
+"""
 
 import hashlib
 import importlib.util
@@ -79,13 +81,16 @@ def load(
 
 
 def pooling_for(name: str) -> Pooling:
-    """The readout for which the model `name` was trained; raises BadInput if it cannot be found or read."""
+    """The readout for which the model `name` was trained; raises BadInput if it cannot be found or
+    read.
+    """
     source = locate(name)
     return pooling_of(source, _read(name, AutoConfig.from_pretrained, source))
 
 
 def _base(name: str, source: str, config: Any, pooling: Pooling | None, precision: str) -> Base:
-    # new weights are drawn by the method from its own seed; this only keeps torch's generator out of it
+    # new weights are drawn by the method from its own seed; this only keeps torch's generator out
+    # of it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module, info = _read(
@@ -111,7 +116,9 @@ def _base(name: str, source: str, config: Any, pooling: Pooling | None, precisio
 
 
 def _head(module: nn.Module, fresh: set[str]) -> tuple[HeadLayer, ...]:
-    """The linear layers behind the backbone, and its pooler, which a classifier trains besides the adapter."""
+    """The linear layers behind the backbone, and its pooler, which a classifier trains besides the
+    adapter.
+    """
     prefix = module.base_model_prefix + "."
     layers = []
     for path, child in module.named_modules():
@@ -123,7 +130,9 @@ def _head(module: nn.Module, fresh: set[str]) -> tuple[HeadLayer, ...]:
 
 
 def locate(name: str) -> str:
-    """The folder or Hub id that `name` stands for; raises BadInput for a local path that is no model folder."""
+    """The folder or Hub id that `name` stands for; raises BadInput for a local path that is no
+    model folder.
+    """
     if name == "minilm":
         return _minilm()
     path = Path(name).expanduser()

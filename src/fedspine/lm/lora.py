@@ -1,7 +1,8 @@
 """LoRA: the adapted linear layer, fresh and resized factors, and the algebra of products of unequal rank.
 
 An adapter holds two factors per site, named as PEFT names them: `<path>.lora_A` [rank, columns] and
-`<path>.lora_B` [rows, rank]. The effective weight is W + scale * B @ A (Hu et al. 2021, arXiv:2106.09685).
+`<path>.lora_B` [rows, rank]. The effective weight is W + scale * B @ A (Hu et al. 2021,
+arXiv:2106.09685).
 """
 
 import math
@@ -28,10 +29,10 @@ def b_name(path: str) -> str:
 class AdaptedLinear(nn.Module):
     """A linear layer whose weight is frozen or trained, with an optional low-rank adapter in fp32.
 
-    The product runs in the weight's own precision; input of another one is converted, so that a bf16 backbone can
-    feed an fp32 task head. Several models are run in one pass by stacking: a leading dimension `models` on the factors,
-    and on the weight and bias unless they share them. The input's first dimension then counts the rows of all models,
-    one model after another.
+    The product runs in the weight's own precision; input of another one is converted, so that a
+    bf16 backbone can feed an fp32 task head. Several models are run in one pass by stacking: a
+    leading dimension `models` on the factors, and on the weight and bias unless they share them.
+    The input's first dimension then counts the rows of all models, one model after another.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -60,7 +61,9 @@ class AdaptedLinear(nn.Module):
 
 
 class _Adapted(torch.autograd.Function):
-    """One node for x W^T + b + scale (x A^T) B^T, so that no product is computed twice and little is stored."""
+    """One node for x W^T + b + scale (x A^T) B^T, so that no product is computed twice and little
+    is stored.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale):  # type: ignore[no-untyped-def]

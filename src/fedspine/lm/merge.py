@@ -1,7 +1,9 @@
-"""FedSpine's server: from contributions to the common adapter, from it to a device's, and the size of a device's change.
+"""FedSpine's server: from contributions to the common adapter, from it to a device's, and the size
+of a device's change.
 
-`delta-product` is the reconstruction's way (sections 3.1 to 3.3); the others replace it to be compared with: plain
-zero-padding, HetLoRA's weights, FlexLoRA's mean of products. Sources: `lm/aggregate.py`.
+`delta-product` is the reconstruction's way (sections 3.1 to 3.3); the others replace it to be
+compared with: plain zero-padding, HetLoRA's weights, FlexLoRA's mean of products. Sources:
+`lm/aggregate.py`.
 """
 
 from typing import Literal, TypeAlias
@@ -35,7 +37,8 @@ def merge(
     rank: int,
     seed: int,
 ) -> tuple[Tensors, Tensors]:
-    """The dense change of every weight, without the scale, and the adapter of `rank`, from both `before`.
+    """The dense change of every weight, without the scale, and the adapter of `rank`, from both
+    `before`.
 
     The two ways that average factors leave the dense change alone.
     """
@@ -55,7 +58,9 @@ def merge(
 def share(
     how: Aggregation, layout: PrunableLayout, adapter: Tensors, structure: Structure, rank: int
 ) -> Tensors:
-    """A device's adapter: the first directions where factors are averaged, the best ones where products are."""
+    """A device's adapter: the first directions where factors are averaged, the best ones where
+    products are.
+    """
     if how in ("zeropad", "hetlora"):
         return cut_rank(cut_adapter(adapter, layout.sites, structure), rank)
     return hand_out(layout, adapter, structure, rank)
@@ -64,7 +69,8 @@ def share(
 def change(
     layout: PrunableLayout, energy: Tensors, part: Contribution, scale: float
 ) -> tuple[float, float]:
-    """How much a device changed, over the weights it owns, and over how many directions (section 3.3).
+    """How much a device changed, over the weights it owns, and over how many directions (section
+    3.3).
 
     `energy` holds the base's squared norms by line, as `line_energy` gives them.
     """

@@ -1,8 +1,9 @@
 """The precision of the frozen base: bf16 where this machine multiplies it faster, else fp32.
 
-A processor without AVX512_BF16, AMX or Arm's BF16 takes a bf16 product apart and is five times slower than in
-fp32. What a processor says it offers is not what a library uses, so the decision is measured, which takes a fraction
-of a second. GPUs multiply bf16 in their tensor cores from compute capability 8.0 on.
+A processor without AVX512_BF16, AMX or Arm's BF16 takes a bf16 product apart and is five times
+slower than in fp32. What a processor says it offers is not what a library uses, so the decision is
+measured, which takes a fraction of a second. GPUs multiply bf16 in their tensor cores from compute
+capability 8.0 on.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,9 @@
-"""The activations that enter the lowest trained block: computed once for each row of a device, then reused.
+"""The activations that enter the lowest trained block: computed once for each row of a device, then
+reused.
 
-They depend on the frozen base, the structure below and the text only. So they are computed for all of a device's rows
-in batches that are always the same, whichever rows an ask trains on: a stored activation has the very bytes of a new
-one, and whether something is stored never changes a result.
+They depend on the frozen base, the structure below and the text only. So they are computed for all
+of a device's rows in batches that are always the same, whichever rows an ask trains on: a stored
+activation has the very bytes of a new one, and whether something is stored never changes a result.
 """
 
 import hashlib
@@ -30,7 +31,8 @@ RESERVE = 1 << 30  # bytes of the disk left free, for the run's own state among 
 
 
 class Prefixes:
-    """Activations on disk, in the page cache while there is room; the oldest are evicted for new ones.
+    """Activations on disk, in the page cache while there is room; the oldest are evicted for new
+    ones.
 
     Processes may share the folder. A full disk only costs time.
     """
@@ -39,7 +41,9 @@ class Prefixes:
         self._folder, self._most = folder, most_bytes
 
     def get(self, key: str, make: Callable[[], Tensor]) -> Tensor:
-        """What is stored as `key`, memory-mapped; else what `make` returns, which is stored where it can be."""
+        """What is stored as `key`, memory-mapped; else what `make` returns, which is stored where
+        it can be.
+        """
         path = self._folder / f"{key}.npy"
         with suppress(OSError, ValueError, EOFError):
             return _as_tensor(
@@ -80,7 +84,9 @@ class Prefixes:
 
 
 def storable(base: Base, data: Examples, most_bytes: int | None = None) -> bool:
-    """Whether the activations of all of `data` fit within the limit, so that none is evicted before its use."""
+    """Whether the activations of all of `data` fit within the limit, so that none is evicted before
+    its use.
+    """
     return len(data.ids) * base.layout.width * base.precision.itemsize <= (most_bytes or MOST_BYTES)
 
 
@@ -100,7 +106,9 @@ def name_of(device: str, first: int, structure: Structure) -> str:
 def activations(
     base: Base, model: Model, data: Examples, first: int
 ) -> Float[Tensor, "tokens width"]:
-    """What enters block `first` for every token of `data`, in the order of its flat arrays, on the base's device."""
+    """What enters block `first` for every token of `data`, in the order of its flat arrays, on the
+    base's device.
+    """
     base.fit(model.to(base.device))
     out = torch.empty(len(data.ids), base.layout.width, dtype=base.precision, device=base.device)
     for rows in data.batches_by_length(BATCH):

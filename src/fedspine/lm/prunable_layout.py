@@ -1,7 +1,9 @@
-"""Where the prunable units of a transformer sit: attention heads and feed-forward channels with all they depend on.
+"""Where the prunable units of a transformer sit: attention heads and feed-forward channels with all
+they depend on.
 
-A unit is an attention head (with grouped queries: one key/value head and all its query heads) or one feed-forward
-channel. Removing it removes rows of the projections that write it and columns of the one that reads it.
+A unit is an attention head (with grouped queries: one key/value head and all its query heads) or
+one feed-forward channel. Removing it removes rows of the projections that write it and columns of
+the one that reads it.
 """
 
 from dataclasses import dataclass
@@ -17,7 +19,9 @@ UnitKind: TypeAlias = Literal["heads", "channels"]
 
 @dataclass(frozen=True)
 class UnitMap:
-    """The module names of one architecture: the embeddings, the block list, a block's linear layers."""
+    """The module names of one architecture: the embeddings, the block list, a block's linear
+    layers.
+    """
 
     embeddings: str
     layers: str
@@ -100,7 +104,9 @@ class PrunableSite:
 
 @message
 class PrunableLayout:
-    """The prunable part of one model: `layers` equal blocks of `heads` head units and `channels` channels."""
+    """The prunable part of one model: `layers` equal blocks of `heads` head units and `channels`
+    channels.
+    """
 
     architecture: str  # transformers' model_type
     prefix: str  # path of the backbone inside the model
@@ -162,7 +168,9 @@ class PrunableLayout:
 
 
 def layout_of(config: Any, prefix: str) -> PrunableLayout:
-    """Read the prunable layout from a transformers configuration; `prefix` is the path of the backbone inside the model."""
+    """Read the prunable layout from a transformers configuration; `prefix` is the path of the
+    backbone inside the model.
+    """
     unit_map(config.model_type)
     return PrunableLayout(
         architecture=config.model_type,

@@ -37,12 +37,16 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        """Share of right labels, 0 to 1; for language modelling, of right next tokens. NaN where none counts."""
+        """Share of right labels, 0 to 1; for language modelling, of right next tokens. NaN where
+        none counts.
+        """
         return self.correct / self.count if self.count else math.nan
 
     @property
     def mean_loss(self) -> float:
-        """Nats per label, the logarithm of the perplexity for language modelling; NaN where none counts."""
+        """Nats per label, the logarithm of the perplexity for language modelling; NaN where none
+        counts.
+        """
         return self.loss / self.count if self.count else math.nan
 
 
@@ -57,8 +61,9 @@ def score(
 ) -> Score:
     """Score `model`, merged as it would be deployed, on all rows of `data`.
 
-    Models whose frozen blocks below the lowest adapter are the same share these blocks' activations, which
-    `prefixes` keeps; `rows` names the data there. A stored activation has the bytes of a new one.
+    Models whose frozen blocks below the lowest adapter are the same share these blocks'
+    activations, which `prefixes` keeps; `rows` names the data there. A stored activation has the
+    bytes of a new one.
     """
     first = first_block(base.layout, model)
     stored = None
@@ -87,8 +92,8 @@ def score_together(
 ) -> list[Score]:
     """`score` of several models of one structure, each batch in one pass through all of them.
 
-    They share the base's weights, so their adapters stay apart from these instead of being merged: the same but for
-    rounding.
+    They share the base's weights, so their adapters stay apart from these instead of being merged:
+    the same but for rounding.
     """
     return _scores(TrainableStack(base, models).fit(), data, batch, base.device, len(models))
 

@@ -1,9 +1,11 @@
-"""The cost of scoring units on a device, by importance source; a device that does not score pays nothing.
+"""The cost of scoring units on a device, by importance source; a device that does not score pays
+nothing.
 
-Counted as the code computes it, for a site's weight of R kept rows and C kept columns, an adapter of rank r and T padded
-tokens in an update: products with 2 operations for each multiplication and addition, and whole passes over a matrix with 1
-for each entry. Work on single rows, columns or units is left out: it is a thousandth of that. Bytes are of whole
-matrices, fp32 unless said otherwise.
+Counted as the code computes it, for a site's weight of R kept rows and C kept columns, an adapter
+of rank r and T padded tokens in an update: products with 2 operations for each multiplication and
+addition, and whole passes over a matrix with 1 for each entry. Work on single rows, columns or
+units is left out: it is a thousandth of that. Bytes are of whole matrices, fp32 unless said
+otherwise.
 
 - "gradient" (`importance._entries`), at all sites, after the backward pass: [gB, B] [A; gA] takes 4 r R C, B A 2 r R C; to
   scale it, add W, multiply both, take the absolute value or square and sum 5 R C. With `cross`, gB gA, its scaling and its
@@ -30,7 +32,9 @@ HEARD, GATED = 8, 6  # bytes per input value of a site whose inputs are recorded
 
 
 def updates(scoring: Scoring, steps: int) -> int:
-    """How often a training of so many steps updates the importance: in its first and then every so many steps."""
+    """How often a training of so many steps updates the importance: in its first and then every so
+    many steps.
+    """
     return -(-steps // scoring.every)
 
 

@@ -1,4 +1,6 @@
-"""Which units a model keeps, and how the weights of every site are cut to them: slices, never masks."""
+"""Which units a model keeps, and how the weights of every site are cut to them: slices, never
+masks.
+"""
 
 from math import ceil
 
@@ -35,7 +37,9 @@ def full(layout: PrunableLayout) -> Structure:
 
 
 def key_of(structure: Structure, layers: int | None = None) -> bytes:
-    """The same for two structures exactly when they keep the same units in their first `layers` layers (default: all)."""
+    """The same for two structures exactly when they keep the same units in their first `layers`
+    layers (default: all).
+    """
     return (
         structure.heads[:layers].numpy().tobytes() + structure.channels[:layers].numpy().tobytes()
     )
@@ -85,7 +89,9 @@ def cut_adapter(
     structure: Structure,
     within: Structure | None = None,
 ) -> Tensors:
-    """The adapter of the sub-model `structure`, cut from one of the sub-model `within` (default: the full model)."""
+    """The adapter of the sub-model `structure`, cut from one of the sub-model `within` (default:
+    the full model).
+    """
     sliced: Tensors = {}
     for site in sites:
         a, b = adapter[a_name(site.path)], adapter[b_name(site.path)]
@@ -111,11 +117,12 @@ def shrink(
     sparsity: float,
     target: float,
 ) -> Structure:
-    """Drop the least important units of every layer, until the model's sparsity is `sparsity` on its way to `target`.
+    """Drop the least important units of every layer, until the model's sparsity is `sparsity` on
+    its way to `target`.
 
-    Already dropped units stay dropped; ties go to the lower index. Layers that `final_targets` protects keep everything
-    and the others take their share. At `sparsity == target` the sparsity is exact to the units' grain. Source: FedSpine
-    (reconstructed), section 2.3.
+    Already dropped units stay dropped; ties go to the lower index. Layers that `final_targets`
+    protects keep everything and the others take their share. At `sparsity == target` the sparsity
+    is exact to the units' grain. Source: FedSpine (reconstructed), section 2.3.
     """
     finals = final_targets(layout, target)
     heads, channels = structure.heads.clone(), structure.channels.clone()

@@ -1,7 +1,8 @@
-"""Tokenised data on disk: made once for a text, a tokenizer and a length, then memory-mapped by every run and worker.
+"""Tokenised data on disk: made once for a text, a tokenizer and a length, then memory-mapped by
+every run and worker.
 
-One folder for each, named by a digest of all that went in, below `$FEDSPINE_CACHE` or the user's cache folder. Nothing
-depends on it: where it cannot be written or read, texts are tokenised again.
+One folder for each, named by a digest of all that went in, below `$FEDSPINE_CACHE` or the user's
+cache folder. Nothing depends on it: where it cannot be written or read, texts are tokenised again.
 """
 
 import hashlib

@@ -1,4 +1,6 @@
-"""The trainable tensors: adapter and head of one model, or of several stacked to be trained in one pass."""
+"""The trainable tensors: adapter and head of one model, or of several stacked to be trained in one
+pass.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -55,7 +57,9 @@ class TrainableStack:
             gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 1)))
 
     def model(self, i: int) -> Model:
-        """Model i as it is now, in its own shapes, on the CPU; it shares memory with the stack where possible."""
+        """Model i as it is now, in its own shapes, on the CPU; it shares memory with the stack
+        where possible.
+        """
         lead = self._models[i]
         return Model(
             structure=lead.structure,
@@ -85,8 +89,10 @@ class TrainableStack:
         )
 
     def importance_by_output(self, squares: Tensors) -> list[Scores]:
-        """Each model's importance by what its units add to the output of their layers; `squares` by path of the
-        `readers`, [models, columns], is the mean square of what entered each column in a forward pass."""
+        """Each model's importance by what its units add to the output of their layers; `squares` by
+        path of the `readers`, [models, columns], is the mean square of what entered each column in
+        a forward pass.
+        """
         weights = self._base.fitted_weights()
         lines = {}
         with torch.no_grad():
@@ -97,8 +103,9 @@ class TrainableStack:
         return self.importance_by_gate(lines)
 
     def importance_by_gate(self, lines: Tensors) -> list[Scores]:
-        """Each model's importance, where a unit's is the root of the sum of its columns' `lines`, by path of the
-        `readers`, [models, columns]; each layer is scaled to unit norm."""
+        """Each model's importance, where a unit's is the root of the sum of its columns' `lines`,
+        by path of the `readers`, [models, columns]; each layer is scaled to unit norm.
+        """
         layout = self._base.layout
         return [
             unit_roots(layout, m.structure, {p: line[i] for p, line in lines.items()})

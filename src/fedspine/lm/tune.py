@@ -98,7 +98,9 @@ class Request:
 
     @property
     def reuses(self) -> bool:
-        """Whether each of the device's rows is trained on often enough to keep what enters the lowest trained block."""
+        """Whether each of the device's rows is trained on often enough to keep what enters the
+        lowest trained block.
+        """
         return len(self.device.data) < self.tuning.turns * self.tuning.steps * self.tuning.batch
 
 
@@ -131,7 +133,8 @@ def tune(
 
 
 def train(requests: Sequence[Request]) -> list[TuneResult]:
-    """Train the models of all requests in one pass each step; they must agree in all but device, sizes and weights.
+    """Train the models of all requests in one pass each step; they must agree in all but device,
+    sizes and weights.
 
     Together or one after another gives the same but for rounding: sums run over other shapes.
     """
@@ -207,7 +210,8 @@ def _steps(losses: list[float]) -> int:
 
 
 def _ended(losses: list[float], counts: list[int]) -> float:
-    """The mean of the last losses before training ended, which is not finite where one of them is not.
+    """The mean of the last losses before training ended, which is not finite where one of them is
+    not.
 
     Steps in which no label counted say nothing; 0 where there are no others.
     """
@@ -231,7 +235,8 @@ def _prefix(request: Request, first: int) -> Tensor | None:
 
 
 def losses_of(module: nn.Module, inputs: Tensors, models: int) -> Float[Tensor, " models"]:
-    """Mean cross-entropy of each model's rows: per row for classification, per predicted token for language models.
+    """Mean cross-entropy of each model's rows: per row for classification, per predicted token for
+    language models.
 
     0 for a model of whose labels none counts, such as rows of one token.
     """
@@ -248,7 +253,9 @@ def losses_of(module: nn.Module, inputs: Tensors, models: int) -> Float[Tensor, 
 
 
 def batches(data: Examples, tuning: Tuning, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Rows for each step: whole passes over shuffled data, cut into batches of like length in random order."""
+    """Rows for each step: whole passes over shuffled data, cut into batches of like length in
+    random order.
+    """
     wanted = tuning.steps * tuning.batch
     passes = [rng.permutation(len(data)) for _ in range(-(-wanted // len(data)))]
     rows = np.concatenate(passes)[:wanted]
@@ -260,7 +267,9 @@ def batches(data: Examples, tuning: Tuning, rng: np.random.Generator) -> Iterato
 def _joined(
     requests: Sequence[Request], rows: Sequence[np.ndarray], widths: Sequence[list[int]]
 ) -> tuple[Tensors, int]:
-    """One step's inputs of all devices, one after another, and their common padded length; each one's own is noted."""
+    """One step's inputs of all devices, one after another, and their common padded length; each
+    one's own is noted.
+    """
     for request, chosen, seen in zip(requests, rows, widths, strict=True):
         seen.append(request.device.data.width(chosen))
     width = max(seen[-1] for seen in widths)

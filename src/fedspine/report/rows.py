@@ -40,7 +40,9 @@ class Note:
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """Quality at `now`; accuracies are None for language modelling. Only the `final` one is of all test rows."""
+    """Quality at `now`; accuracies are None for language modelling. Only the `final` one is of all
+    test rows.
+    """
 
     round: int
     now: float
@@ -83,7 +85,8 @@ class RunRows:
 
 
 def read_rows(path: Path) -> RunRows:
-    """The records of a run. A torn last line, as a killed run leaves it, is ignored; so are unknown rows and keys.
+    """The records of a run. A torn last line, as a killed run leaves it, is ignored; so are unknown
+    rows and keys.
 
     Raises BadInput for any other line that is not a JSON object with a "row".
     """

@@ -164,7 +164,9 @@ def exchange_seconds(rows: RunRows) -> dict[str, Floats]:
 
 
 def device_classes(rows: RunRows) -> list[DeviceClass]:
-    """One line per class. Sparsity is the mean of what its devices noted last; rank is the mean over all notes."""
+    """One line per class. Sparsity is the mean of what its devices noted last; rank is the mean
+    over all notes.
+    """
     kind_of = kinds(rows)
     last: dict[str, dict[str, float]] = defaultdict(dict)
     ranks: dict[str, list[float]] = defaultdict(list)

@@ -119,8 +119,8 @@ def counted(count: int, thing: str) -> str:
 def headlines(summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun] = ()) -> list[Headline]:
     """The headline numbers of a run, in reading order; those that the summary lacks are left out.
 
-    `unpruned` are runs of the same budget that a pruned one is read against.
-    `waiting_seconds` is the sum over rounds of a device's mean wait, so its share of `simulated_seconds` is below one.
+    `unpruned` are runs of the same budget that a pruned one is read against. `waiting_seconds` is
+    the sum over rounds of a device's mean wait, so its share of `simulated_seconds` is below one.
     """
     lines = (*_quality(summary, unpruned), *_price(summary))
     return [line for line in lines if line.value != MISSING]
@@ -143,7 +143,9 @@ def summary_line(summary: Mapping[str, Any]) -> str:
 
 
 def summary_table(summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun] = ()) -> Table:
-    """The headline numbers and the state's fingerprint, for the end of a run and for looking at it later."""
+    """The headline numbers and the state's fingerprint, for the end of a run and for looking at it
+    later.
+    """
     table = Table(
         title=Text(summary_line(summary)), title_justify="left", box=box.SIMPLE, show_header=False
     )

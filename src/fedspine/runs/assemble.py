@@ -254,8 +254,9 @@ def cohort(recipe: Recipe, round: int, devices: int | None = None) -> np.ndarray
 
     There are as many `devices` as the recipe says, unless a fleet has grown since.
 
-    Devices take turns in a random order, which is drawn anew once all have had equally many turns. So none is asked
-    twice in a round, and the numbers of turns of two devices never differ by more than one.
+    Devices take turns in a random order, which is drawn anew once all have had equally many turns.
+    So none is asked twice in a round, and the numbers of turns of two devices never differ by more
+    than one.
     """
     devices = devices or recipe.fleet.devices
     wanted = min(recipe.fleet.per_round, devices)

@@ -1,4 +1,6 @@
-"""Recipes: TOML tables that name the task, the fleet, the method's fields and the run, with unknown keys refused."""
+"""Recipes: TOML tables that name the task, the fleet, the method's fields and the run, with unknown
+keys refused.
+"""
 
 import dataclasses
 import importlib.resources
@@ -56,8 +58,10 @@ class FleetSection(Section):
     drop: float = pydantic.Field(0.0, ge=0, le=1)  # chance that an order or its reply is lost
     delay_seconds: float = pydantic.Field(0.0, ge=0)  # mean extra delay of a reply
     spread: float = pydantic.Field(1.0, ge=0)  # above 1 makes slow devices slower
-    # of every exchange, by Wi-Fi group at 2, 8, 14 and 20 m; one number is for all of them, 0 for none. The default is the
-    # typical round trip between a wired server and 47,000 user devices of a campus in Sui et al., MobiSys 2016
+    # of every exchange, by Wi-Fi group at 2, 8, 14 and 20 m; one number is for all of them, 0 for
+    # none. The default is the
+    # typical round trip between a wired server and 47,000 user devices of a campus in Sui et al.,
+    # MobiSys 2016
     # (10.1145/2906388.2906393), who tell no distances apart
     round_trip_seconds: Annotated[
         list[Annotated[float, pydantic.Field(ge=0)]],
@@ -98,7 +102,9 @@ class RunSection(Section):
         return round >= self.rounds or 0 < self.seconds <= now
 
     def expected_rounds(self, round: int, now: float) -> int:
-        """How many rounds there will be: all, or as many as fit the time if they take what `round` of them took."""
+        """How many rounds there will be: all, or as many as fit the time if they take what `round`
+        of them took.
+        """
         if self.over(round, now):
             return round
         if not self.seconds or not now:
@@ -218,7 +224,9 @@ class Recipe:
         return dataclasses.replace(self, task=task.model_copy(update={"model": net}))
 
     def difference(self, other: "Recipe") -> str | None:
-        """A line on the first setting that makes the other recipe's results differ; None if none does."""
+        """A line on the first setting that makes the other recipe's results differ; None if none
+        does.
+        """
         there, here = self.flat, other.flat
         for key in {**there, **here}:
             if there.get(key) != here.get(key):
@@ -236,7 +244,9 @@ def embedded(name: str = "default") -> dict[str, Any]:
 
 
 def load(path: Path | None, settings: list[str] | None = None, seed: int | None = None) -> Recipe:
-    """Read a recipe, or the embedded default job, with `section.key=value` settings and the seed laid over it."""
+    """Read a recipe, or the embedded default job, with `section.key=value` settings and the seed
+    laid over it.
+    """
     overlay = _settings(settings or [])
     if seed is not None:
         overlay.setdefault("run", {})["seed"] = seed
@@ -253,7 +263,9 @@ def load(path: Path | None, settings: list[str] | None = None, seed: int | None 
 
 
 def anchored(recipe: Recipe) -> Recipe:
-    """The recipe with local paths made absolute, so that a run can be resumed and exported from any folder."""
+    """The recipe with local paths made absolute, so that a run can be resumed and exported from any
+    folder.
+    """
     task = recipe.task
     local = {
         key: str(Path(name).expanduser().resolve())
@@ -267,7 +279,9 @@ def anchored(recipe: Recipe) -> Recipe:
 
 
 def recipe(tables: dict[str, Any]) -> Recipe:
-    """Check tables and build the recipe; raises BadInput with the nearest valid name for an unknown one."""
+    """Check tables and build the recipe; raises BadInput with the nearest valid name for an unknown
+    one.
+    """
     format_of(tables)
     tables = {name: table for name, table in tables.items() if name != "format"}
     for name, table in tables.items():
@@ -414,7 +428,8 @@ def _value(text: str) -> Any:
 
 
 def _without_tuned_values(defaults: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
-    """The embedded job, without what was chosen for its own data and method and does not fit others.
+    """The embedded job, without what was chosen for its own data and method and does not fit
+    others.
 
     Other data may need another model; another method may lack some of the fields.
     """

@@ -1,7 +1,9 @@
-"""The time left of a run: rounds, checks and the final scoring, each extrapolated from its cost so far.
+"""The time left of a run: rounds, checks and the final scoring, each extrapolated from its cost so
+far.
 
-Work is counted in units that do not change while a model shrinks: a round of the whole model, and a row scored by the
-whole model. A round at sparsity s costs 1 - s of a round. Seconds per unit are measured as the run goes on.
+Work is counted in units that do not change while a model shrinks: a round of the whole model, and a
+row scored by the whole model. A round at sparsity s costs 1 - s of a round. Seconds per unit are
+measured as the run goes on.
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,9 @@ FORWARD_SHARE = (
 
 @dataclass(frozen=True)
 class WorkPlan:
-    """The work of a run: its rounds with their planned sparsities, its checks, and its final scoring."""
+    """The work of a run: its rounds with their planned sparsities, its checks, and its final
+    scoring.
+    """
 
     sparsities: Sequence[float]  # planned for each round
     evaluate_every: int  # rounds; 0: never
@@ -61,7 +65,9 @@ class WorkPlan:
         return bool(self.evaluate_every) and not round % self.evaluate_every and round < rounds
 
     def _models(self, round: int, devices: int) -> float:
-        """The scored models, in whole models: the unpruned one and, if pruned, the global one and each device's."""
+        """The scored models, in whole models: the unpruned one and, if pruned, the global one and
+        each device's.
+        """
         sparsity = self.sparsity(max(round, 0))
         return 1 + (1 - sparsity) * (1 + devices) if sparsity else 1.0
 
@@ -85,7 +91,9 @@ class Estimate:
         self._scoring.append(seconds / self.plan.check_work(round))
 
     def seconds_left(self, done: int, rounds: int) -> float | None:
-        """Wall seconds until the run's end where `done` of `rounds` are done; None before the first."""
+        """Wall seconds until the run's end where `done` of `rounds` are done; None before the
+        first.
+        """
         if not self._paces:
             return None
         coming = range(done, rounds)
@@ -99,7 +107,9 @@ class Estimate:
 
     @property
     def pace(self) -> float:
-        """Seconds per whole round; the first round, which prepares what later ones reuse, does not count."""
+        """Seconds per whole round; the first round, which prepares what later ones reuse, does not
+        count.
+        """
         return median(self._paces[1:] or self._paces)
 
     @property

@@ -1,7 +1,8 @@
-"""Advice on a run that ended early: resume it, or change the recipe because it would end the same way again.
+"""Advice on a run that ended early: resume it, or change the recipe because it would end the same
+way again.
 
-A simulated run is a function of its recipe. So whatever does not come from the machine, or from the person who runs it,
-comes again after a resume.
+A simulated run is a function of its recipe. So whatever does not come from the machine, or from the
+person who runs it, comes again after a resume.
 """
 
 from pathlib import Path
@@ -15,7 +16,9 @@ from fedspine.runs.config import Recipe
 def advice(
     error: Exception, recipe: Recipe, saved: str, folder: Path, *, simulated: bool = True
 ) -> str:
-    """What follows the cause in the one line that ends a run; `saved` says how many of its rounds are in `folder`."""
+    """What follows the cause in the one line that ends a run; `saved` says how many of its rounds
+    are in `folder`.
+    """
     resume = f"{saved}; go on with: fedspine run --resume {folder}"
     anew = f"{saved}, but a resume would end the same way"
     match error:

@@ -101,9 +101,11 @@ class Point:
 def new_run(
     recipe: Recipe, run_dir: Path, progress: RunObserver, backend: Backend | None = None
 ) -> dict[str, Any]:
-    """Run a recipe into a new folder, on simulated devices unless a backend is given; returns the summary.
+    """Run a recipe into a new folder, on simulated devices unless a backend is given; returns the
+    summary.
 
-    Raises BadInput for bad input, before the folder is made, and Stopped if the run cannot continue.
+    Raises BadInput for bad input, before the folder is made, and Stopped if the run cannot
+    continue.
     """
     if run_dir.exists():
         raise BadInput(
@@ -133,7 +135,8 @@ def resume(
     wanted: Recipe | None = None,
     sites: RealSites | None = None,
 ) -> dict[str, Any]:
-    """Resume the run in `run_dir`; `wanted` is a recipe that the user gave, which must equal the folder's.
+    """Resume the run in `run_dir`; `wanted` is a recipe that the user gave, which must equal the
+    folder's.
 
     `sites` is needed only if a run at real sites is to reach them in another way than before.
     """

@@ -8,7 +8,9 @@ from rich.table import Table
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """Progress of a run: `round` rounds are done, at `now` seconds of `clock`; bytes down and up since the start."""
+    """Progress of a run: `round` rounds are done, at `now` seconds of `clock`; bytes down and up
+    since the start.
+    """
 
     round: int
     now: float

@@ -1,4 +1,6 @@
-"""Whether a run learns at all: what is said where it is no better than one answer, or where its loss rises."""
+"""Whether a run learns at all: what is said where it is no better than one answer, or where its
+loss rises.
+"""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -47,9 +49,11 @@ def doubt(recipe: Recipe, rows: RunRows, seen: CheckContext, round: int) -> str 
 
 
 def _one_answer(rows: RunRows, seen: CheckContext) -> str | None:
-    """Whether the last check's models are no better than the commonest class, within a standard error.
+    """Whether the last check's models are no better than the commonest class, within a standard
+    error.
 
-    Of the deployed and the unpruned models the better ones count, so that pruning alone raises no doubt.
+    Of the deployed and the unpruned models the better ones count, so that pruning alone raises no
+    doubt.
     """
     last = rows.scores[-1] if rows.scores else None
     if last is None or seen.commonest is None or last.accuracy is None:
@@ -66,8 +70,9 @@ def _one_answer(rows: RunRows, seen: CheckContext) -> str | None:
 def _rising(rows: RunRows, seen: CheckContext) -> str | None:
     """Whether the loss rose from the first to the last check, or in training, by more than noise.
 
-    A mean loss over n rows has a standard error of about itself over the root of n, as the loss of a
-    row spreads about as wide as its mean. In training the rounds' first and last thirds are compared.
+    A mean loss over n rows has a standard error of about itself over the root of n, as the loss of
+    a row spreads about as wide as its mean. In training the rounds' first and last thirds are
+    compared.
     """
     tested = [loss for score in rows.scores if (loss := _unpruned(score)) is not None]
     if len(tested) > 1 and tested[-1] - tested[0] > NOISE * hypot(tested[0], tested[-1]) / sqrt(

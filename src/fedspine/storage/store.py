@@ -1,7 +1,9 @@
-"""A run's state on disk: written beside the old one and swapped in atomically, so that a kill loses nothing.
+"""A run's state on disk: written beside the old one and swapped in atomically, so that a kill loses
+nothing.
 
-`state/` holds one file per saved round, the devices' memories in files that are never written twice, and
-`current.json`, which names what belongs together. Whatever it does not name is left over from a kill and is swept.
+`state/` holds one file per saved round, the devices' memories in files that are never written
+twice, and `current.json`, which names what belongs together. Whatever it does not name is left over
+from a kill and is swept.
 """
 
 import json
@@ -19,7 +21,9 @@ CURRENT, LOCK = "current.json", "lock"
 
 @dataclass(frozen=True)
 class Saved:
-    """All that a resume needs: the method's state after `round` rounds, the fleet's snapshot, the records' length."""
+    """All that a resume needs: the method's state after `round` rounds, the fleet's snapshot, the
+    records' length.
+    """
 
     round: int
     state: Any
@@ -36,7 +40,8 @@ class Store:
         self._lock: BinaryIO | None = None
 
     def open(self) -> Saved | None:
-        """Make the folder ready for writing and return the current state; leftovers of a kill are removed.
+        """Make the folder ready for writing and return the current state; leftovers of a kill are
+        removed.
 
         Raises BadInput where another process has it open.
         """
@@ -52,7 +57,9 @@ class Store:
             self._lock.close()
 
     def save(self, saved: Saved) -> None:
-        """Make `saved` the current state. Raises OSError, with the last state intact, if it cannot be written."""
+        """Make `saved` the current state. Raises OSError, with the last state intact, if it cannot
+        be written.
+        """
         name = _name(saved.round)
         payload = pack({"state": saved.state, "fleet": saved.fleet}).payload
         write_atomically(self._folder / name, payload)
@@ -94,7 +101,9 @@ class Store:
         return 0 if entry is None else entry["round"]
 
     def put_memory(self, device: str, version: int, payload: bytes) -> str:
-        """Write one device's memory, which becomes current with the next `save`. Returns the file's name."""
+        """Write one device's memory, which becomes current with the next `save`. Returns the file's
+        name.
+        """
         name = f"memory-{device}-{version:06d}.safetensors"
         write_atomically(self._folder / name, payload)
         return name
@@ -134,7 +143,8 @@ def _name(round: int) -> str:
 
 
 def lock(path: Path, what: str) -> BinaryIO:
-    """An open file that no other process can lock; however this process ends, the lock ends with it.
+    """An open file that no other process can lock; however this process ends, the lock ends with
+    it.
 
     Raises BadInput, which names `what` is being worked on, where another process holds it.
     """
@@ -157,7 +167,9 @@ def lock(path: Path, what: str) -> BinaryIO:
 
 
 def write_atomically(path: Path, payload: bytes) -> None:
-    """Write a file so that its name holds either the old bytes or all of the new ones, even after a power failure."""
+    """Write a file so that its name holds either the old bytes or all of the new ones, even after a
+    power failure.
+    """
     partial = path.with_name(path.name + ".part")
     try:
         with open(partial, "wb") as file:

@@ -1,4 +1,5 @@
-"""Every device's own model of a run, scored on the whole test set: what `fedspine show --all` shows.
+"""Every device's own model of a run, scored on the whole test set: what `fedspine show --all`
+shows.
 
 A run scores a stated sample of its devices' models, since each is a pass over the test set.
 """
@@ -17,10 +18,11 @@ from fedspine.storage.store import write_atomically
 
 
 def device_scores(folder: Path, progress: RunObserver) -> dict[str, dict[str, Any]]:
-    """Accuracy (not for language models), loss in nats, and sparsity of each device's model, by the device's id.
+    """Accuracy (not for language models), loss in nats, and sparsity of each device's model, by the
+    device's id.
 
-    They are computed once and kept in the run's folder. Raises BadInput for a folder that is no run, one that has not
-    finished a round, and data that cannot be read.
+    They are computed once and kept in the run's folder. Raises BadInput for a folder that is no
+    run, one that has not finished a round, and data that cannot be read.
     """
     state = saved_state(folder)
     path = folder / DEVICE_SCORES

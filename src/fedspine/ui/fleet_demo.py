@@ -1,7 +1,7 @@
 """`fedspine fleet demo`: a whole fleet on one machine, with the same commands as on several.
 
-The embedded data is shared out over site folders, kits are made, server and sites started as processes of their own, and
-a short FedLoRA recipe is run over them.
+The embedded data is shared out over site folders, kits are made, server and sites started as
+processes of their own, and a short FedLoRA recipe is run over them.
 """
 
 import os
@@ -124,7 +124,9 @@ def give_rows(folder: Path, name: str, rows: Rows, data: Dataset) -> None:
 
 @contextmanager
 def running(made: Kits) -> Iterator[Federation]:
-    """The server and all sites of these kits, started as `fedspine fleet start` would, connected, and ended after."""
+    """The server and all sites of these kits, started as `fedspine fleet start` would, connected,
+    and ended after.
+    """
     names = tuple(
         name for name in (*made.made, *made.kept) if name not in ("server", kits.ADMIN_KIT)
     )

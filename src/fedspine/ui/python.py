@@ -1,4 +1,5 @@
-"""The functions of the command line for scripts and notebooks: they return objects and print nothing.
+"""The functions of the command line for scripts and notebooks: they return objects and print
+nothing.
 
 >>> from fedspine import FedLora, Recipe, compare, run
 >>> job = {"data": "rows.csv", "model": "tiny", "devices": 3, "per_round": 2, "rounds": 2}

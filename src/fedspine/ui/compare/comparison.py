@@ -36,7 +36,9 @@ class ComparisonSection:
 
 @dataclass(frozen=True)
 class ComparisonReport:
-    """All comparisons of one call. `numbers` fixes each method's colour, `notes` say what could not be measured."""
+    """All comparisons of one call. `numbers` fixes each method's colour, `notes` say what could not
+    be measured.
+    """
 
     sections: tuple[ComparisonSection, ...]
     left_out: tuple[LeftOut, ...]

@@ -1,4 +1,6 @@
-"""Curves of several seeds as one: their mean and its spread along rounds, simulated seconds or bytes."""
+"""Curves of several seeds as one: their mean and its spread along rounds, simulated seconds or
+bytes.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -87,10 +89,12 @@ def _trace(result: MethodResult, along: Along, number: int) -> Trace:
 
 
 def on_a_grid(costs: Sequence[Floats], values: Sequence[Floats]) -> tuple[Floats, Floats]:
-    """Several curves [checks of each] as steps on the grid of all their checks: xs [points], values [curves, points].
+    """Several curves [checks of each] as steps on the grid of all their checks: xs [points], values
+    [curves, points].
 
-    The grid begins where every curve has had its first check. A curve's value holds until its next check, and after
-    its last one to the end, since the model of a run that is over stays what it is.
+    The grid begins where every curve has had its first check. A curve's value holds until its next
+    check, and after its last one to the end, since the model of a run that is over stays what it
+    is.
 
     >>> xs, steps = on_a_grid([np.array([1.0, 3.0]), np.array([2.0, 4.0])], [np.array([0.1, 0.3]), np.array([0.2, 0.4])])
     >>> xs.tolist(), steps.tolist()

@@ -56,8 +56,9 @@ class Group:
 def grouped(selection: Selection) -> tuple[Group, ...]:
     """The comparisons of a selection.
 
-    With a sweep among the named, there is one for each of its settings, model, data and fleet. Runs named one by one
-    are one comparison; raises BadInput where they cannot be. So does the same seed twice for one method.
+    With a sweep among the named, there is one for each of its settings, model, data and fleet. Runs
+    named one by one are one comparison; raises BadInput where they cannot be. So does the same seed
+    twice for one method.
     """
     if not selection.sweep:
         _check_comparable(selection.runs)
@@ -77,7 +78,9 @@ def grouped(selection: Selection) -> tuple[Group, ...]:
 
 
 def basis(run: Run) -> dict[str, Any]:
-    """What two runs must share to be compared: data, devices, clock, checks, and the digest of the data."""
+    """What two runs must share to be compared: data, devices, clock, checks, and the digest of the
+    data.
+    """
     flat = run.recipe.flat
     language = (
         run.recipe.task.kind == "causal-lm"
@@ -152,7 +155,9 @@ def _title(recipe: Recipe, extra: Iterable[str]) -> str:
 
 
 def _methods(runs: Iterable[Run]) -> tuple[MethodRuns, ...]:
-    """Runs of the same label and recipe, but for the seed, are one method; its name says what sets it apart."""
+    """Runs of the same label and recipe, but for the seed, are one method; its name says what sets
+    it apart.
+    """
     alike: dict[tuple[str, str], dict[int, Run]] = defaultdict(dict)
     for run in runs:
         name = run.label or run.recipe.method.name

@@ -1,4 +1,6 @@
-"""The latency of one deployed model of a run on this machine, measured once and kept in the run directory."""
+"""The latency of one deployed model of a run on this machine, measured once and kept in the run
+directory.
+"""
 
 import dataclasses
 import json
@@ -36,7 +38,8 @@ class Latency:
 
 
 def latency_of(method: MethodRuns) -> Latency:
-    """The latency of the first seed's model; of all methods of a comparison the same device is taken.
+    """The latency of the first seed's model; of all methods of a comparison the same device is
+    taken.
 
     Raises BadInput where the model cannot be exported, such as where its base is gone.
     """

@@ -1,4 +1,6 @@
-"""The numbers of a comparison: each method's results and costs over its seeds, and the differences of pairs."""
+"""The numbers of a comparison: each method's results and costs over its seeds, and the differences
+of pairs.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -46,7 +48,9 @@ class Target:
 
 @dataclass(frozen=True)
 class OverSeeds:
-    """One number of each seed; None for a seed that has none, such as one that never reached the target."""
+    """One number of each seed; None for a seed that has none, such as one that never reached the
+    target.
+    """
 
     values: Mapping[int, float | None]
 
@@ -60,7 +64,9 @@ class OverSeeds:
 
     @property
     def mean(self) -> float | None:
-        """Over all seeds; None where one of them has no number, since the others alone would flatter."""
+        """Over all seeds; None where one of them has no number, since the others alone would
+        flatter.
+        """
         return float(np.mean(self.known)) if self.known and len(self.known) == self.n else None
 
     @property
@@ -100,11 +106,13 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two methods over their common seeds, `first` against `second`; None where there is nothing to compare.
+    """Two methods over their common seeds, `first` against `second`; None where there is nothing to
+    compare.
 
-    `final`, `waiting_share` are differences, first minus second. The others are ratios: `speed_up` is the second's
-    seconds to target over the first's, `bytes_saving` the same of bytes, `shorter_run` of the seconds of whole runs, so above
-    1 is good for the first; `memory_ratio` is the first's over the second's.
+    `final`, `waiting_share` are differences, first minus second. The others are ratios: `speed_up`
+    is the second's seconds to target over the first's, `bytes_saving` the same of bytes,
+    `shorter_run` of the seconds of whole runs, so above 1 is good for the first; `memory_ratio` is
+    the first's over the second's.
     """
 
     first: str
@@ -254,7 +262,9 @@ def _pair(first: MethodResult, second: MethodResult) -> Pair:
     seeds = tuple(seed for seed in first.final.values if seed in second.final.values)
 
     def both(number: Callable[[MethodResult], OverSeeds]) -> list[tuple[float, float]] | None:
-        """The two numbers of every common seed; None unless all are there, so that no seed is dropped silently."""
+        """The two numbers of every common seed; None unless all are there, so that no seed is
+        dropped silently.
+        """
         found = [(number(first).values[seed], number(second).values[seed]) for seed in seeds]
         return (
             [(a, b) for a, b in found if a is not None and b is not None] if _whole(found) else None

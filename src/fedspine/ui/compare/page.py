@@ -1,4 +1,6 @@
-"""The page of a comparison: verdicts, the table, the figures, all pairs; one HTML file that fetches nothing."""
+"""The page of a comparison: verdicts, the table, the figures, all pairs; one HTML file that fetches
+nothing.
+"""
 
 from typing import Any
 

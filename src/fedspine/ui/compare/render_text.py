@@ -23,7 +23,9 @@ UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 @dataclass(frozen=True)
 class TableCell:
-    """A cell of a table: what it reads, what it is sorted by (None last), and what a difference is worth."""
+    """A cell of a table: what it reads, what it is sorted by (None last), and what a difference is
+    worth.
+    """
 
     text: str
     value: float | str | None
@@ -41,7 +43,9 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one pair comes to: whether the final difference is more than noise, and the whole in a sentence or three."""
+    """What one pair comes to: whether the final difference is more than noise, and the whole in a
+    sentence or three.
+    """
 
     badge: str
     text: str
@@ -73,7 +77,9 @@ def verdict(comparison: Comparison, pair: Pair) -> Verdict:
 
 
 def told_first(comparison: Comparison) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
-    """The pairs that a reader is told of at once, and the rest: of many pairs, those of the best method come first."""
+    """The pairs that a reader is told of at once, and the rest: of many pairs, those of the best
+    method come first.
+    """
     pairs = comparison.pairs
     count = len(pairs) if len(pairs) <= MANY_PAIRS else len(comparison.results) - 1
     return pairs[:count], pairs[count:]

@@ -1,4 +1,6 @@
-"""Loads the runs of a comparison: recipe, summary, and quality over rounds, simulated seconds and bytes."""
+"""Loads the runs of a comparison: recipe, summary, and quality over rounds, simulated seconds and
+bytes.
+"""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -25,7 +27,9 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Curve:
-    """The checks during the run, one entry each: rounds done, simulated seconds, bytes both ways, and the quality."""
+    """The checks during the run, one entry each: rounds done, simulated seconds, bytes both ways,
+    and the quality.
+    """
 
     rounds: Floats
     seconds: Floats
@@ -35,7 +39,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. `label` and `settings` are those of a sweep's cell; a run given by hand has None."""
+    """A finished run. `label` and `settings` are those of a sweep's cell; a run given by hand has
+    None.
+    """
 
     folder: Path
     label: str | None
@@ -67,7 +73,8 @@ class Selection:
 
 
 def select(paths: Iterable[Path]) -> Selection:
-    """The runs in these folders, each a run's or a sweep's; those that are not finished are left out.
+    """The runs in these folders, each a run's or a sweep's; those that are not finished are left
+    out.
 
     Raises BadInput where a folder is neither, and where no finished run is left.
     """
@@ -153,9 +160,11 @@ def _failure(folder: Path) -> str | None:
 
 
 def curve_of(rows: RunRows, *, language: bool) -> Curve:
-    """The checks during the run: a fixed part of the test rows and a few device models, the mean over these models.
+    """The checks during the run: a fixed part of the test rows and a few device models, the mean
+    over these models.
 
-    The final score is none of them, because it is measured on all test rows. A check that is not finite is left out.
+    The final score is none of them, because it is measured on all test rows. A check that is not
+    finite is left out.
     """
     found = checks(rows)
     quality = found.loss if language else found.accuracy

@@ -1,4 +1,6 @@
-"""The files of a comparison: the page, the Markdown table, the numbers, and every figure beside them."""
+"""The files of a comparison: the page, the Markdown table, the numbers, and every figure beside
+them.
+"""
 
 import json
 from pathlib import Path
@@ -15,7 +17,8 @@ PAGE, TABLE, NUMBERS = "compare.html", "compare.md", "compare.json"
 
 
 def write(report: ComparisonReport, out: Path) -> Path:
-    """Write all files into the folder, in place of those of an earlier comparison; returns the page's path.
+    """Write all files into the folder, in place of those of an earlier comparison; returns the
+    page's path.
 
     Raises BadInput where the folder cannot be made.
     """

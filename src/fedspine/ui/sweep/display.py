@@ -24,7 +24,9 @@ STYLES = {"done": "green", "failed": "red", "running": "cyan", "half-done": "yel
 
 @dataclass(frozen=True)
 class RunningCell:
-    """A running cell: `round` of `rounds` are saved; before the first it is loading, after the last scoring."""
+    """A running cell: `round` of `rounds` are saved; before the first it is loading, after the last
+    scoring.
+    """
 
     name: str
     round: int
@@ -179,7 +181,9 @@ class SweepBars:
 def print_overview(
     listed: Sequence[Listed], folder: Path, unlisted: Sequence[str], *, everything: bool
 ) -> None:
-    """Every cell with its status, or only those that failed; then how many there are of each, and what to do next."""
+    """Every cell with its status, or only those that failed; then how many there are of each, and
+    what to do next.
+    """
     shown = [cell for cell in listed if everything or cell.status == "failed"]
     if shown:
         Console().print(_table(shown))

@@ -24,7 +24,8 @@ def name_of(label: str, settings: Settings, seed: int) -> str:
 
 
 def distinct(names: list[str]) -> list[str]:
-    """Folders' names, with a digest where one is long or where a file system could take it for another.
+    """Folders' names, with a digest where one is long or where a file system could take it for
+    another.
 
     >>> distinct(["FedSpine (ours), seed=0", "b, seed=0"])
     ['FedSpine-ours--seed=0', 'b--seed=0']

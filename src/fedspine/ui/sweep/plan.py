@@ -1,4 +1,6 @@
-"""From a sweep's file to its cells: every method under every setting and every seed, each with its checked recipe."""
+"""From a sweep's file to its cells: every method under every setting and every seed, each with its
+checked recipe.
+"""
 
 import dataclasses
 import itertools
@@ -42,7 +44,9 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class _Method:
-    """A method's table, what all methods share included; `own` are the keys written under its label."""
+    """A method's table, what all methods share included; `own` are the keys written under its
+    label.
+    """
 
     label: str
     table: dict[str, Any]
@@ -61,7 +65,8 @@ class _Condition:
 
 
 def plan(path: Path) -> list[Cell]:
-    """The cells of a sweep's file in the order of running: all of the first seed, then all of the next.
+    """The cells of a sweep's file in the order of running: all of the first seed, then all of the
+    next.
 
     Raises BadInput for whatever would keep a recipe from being built, before anything is run.
     """
@@ -219,7 +224,8 @@ def _check_key(key: str, where: str, methods: list[_Method]) -> None:
 def _check_field(key: str, methods: list[_Method], where: str) -> None:
     """What is given to all methods must be a field of each, so that no setting is dropped silently.
 
-    Of a part's setting, such as controller.rank, only the field is checked here; the recipe checks the rest.
+    Of a part's setting, such as controller.rank, only the field is checked here; the recipe checks
+    the rest.
     """
     fields = {method.label: _fields(method) for method in methods}
     lacking = [label for label, known in fields.items() if key.partition(".")[0] not in known]

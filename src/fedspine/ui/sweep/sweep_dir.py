@@ -1,6 +1,7 @@
 """A sweep's folder: `cells/` with one run directory per cell, and the reasons of failed cells.
 
-A cell's status is read from its run directory only, so there is nothing to keep in sync and a kill loses nothing.
+A cell's status is read from its run directory only, so there is nothing to keep in sync and a kill
+loses nothing.
 """
 
 import json
@@ -90,7 +91,9 @@ class SweepFolder:
         return self.path / CELLS / cell.name
 
     def check(self, cells: Sequence[Cell]) -> None:
-        """Raise BadInput if the folder is no sweep's, or holds runs of other recipes under the cells' names."""
+        """Raise BadInput if the folder is no sweep's, or holds runs of other recipes under the
+        cells' names.
+        """
         if self.path.is_file() or (self.path.is_dir() and not self._is_ours()):
             raise BadInput(
                 f"{self.path} exists and is no sweep's folder (it has no {FILE}); choose another with --out"
@@ -174,8 +177,11 @@ class SweepFolder:
         return CellStatus(cell, "half-done" if rounds else "open", rounds)
 
     def _running(self) -> list[str]:
-        """The cells that another process is running; its list is valid only while it holds the lock."""
-        # the holder must not try its own lock: POSIX releases a lock with the first close of the file
+        """The cells that another process is running; its list is valid only while it holds the
+        lock.
+        """
+        # the holder must not try its own lock: POSIX releases a lock with the first close of the
+        # file
         if self._lock is not None or not held(self.path / LOCK):
             return []
         try:

@@ -1,4 +1,6 @@
-"""Runs the cells of a sweep, several at once, each in its own process, until all are done or have failed."""
+"""Runs the cells of a sweep, several at once, each in its own process, until all are done or have
+failed.
+"""
 
 import os
 import signal
@@ -72,7 +74,9 @@ class SweepRunner:
         self._failed = self._cells - self._done - len(self._todo)
 
     def run(self) -> None:
-        """Run all open cells. Any early end also ends the cells' processes, which keep their saved rounds."""
+        """Run all open cells. Any early end also ends the cells' processes, which keep their saved
+        rounds.
+        """
         try:
             while self._todo or self._jobs:
                 self._start_some()
@@ -92,7 +96,9 @@ class SweepRunner:
             self._folder.write_running(job.cell for job in self._jobs)
 
     def _next(self) -> Cell | None:
-        """The next cell whose run is not locked, for example by a process that a killed sweep left behind."""
+        """The next cell whose run is not locked, for example by a process that a killed sweep left
+        behind.
+        """
         return next(
             (cell for cell in self._todo if not held(self._folder.run_of(cell) / STATE / LOCK)),
             None,
@@ -214,9 +220,11 @@ def listed(overview: Overview) -> list[Listed]:
 def carry_out(
     file: Path, path: Path | None, *, jobs: int, retry: bool, progress: Callable[[], SweepProgress]
 ) -> Overview:
-    """Run the unfinished cells of the sweep in `file` in the folder `path`; failed ones only with `retry`.
+    """Run the unfinished cells of the sweep in `file` in the folder `path`; failed ones only with
+    `retry`.
 
-    Raises BadInput before anything is run, Stopped after Ctrl-C or SIGTERM. `progress` is called when the first cell may start.
+    Raises BadInput before anything is run, Stopped after Ctrl-C or SIGTERM. `progress` is called
+    when the first cell may start.
     """
     cells, folder = plan(file), SweepFolder(path or default_folder(file))
     folder.check(cells)
