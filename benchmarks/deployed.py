@@ -26,9 +26,9 @@ LABELS = tuple("abcdefgh")
 def main() -> None:
     rng = np.random.default_rng(0)
     base, tokenizer = load("minilm", kind="classification", classes=len(LABELS))
-    whole = full(base.anatomy)
+    whole = full(base.layout)
     scores = torch.rand(whole.heads.shape), torch.rand(whole.channels.shape)
-    half = shrink(base.anatomy, whole, scores, sparsity=0.5, target=0.5)
+    half = shrink(base.layout, whole, scores, sparsity=0.5, target=0.5)
     head = base.initial_head(rng)
     lines = [
         f"MiniLM, sparsity 0.5 against the whole model, fp32, {os.cpu_count()} cores, torch {torch.__version__}, "

@@ -15,12 +15,12 @@ import numpy as np
 import fedspine.methods
 from fedspine.core.message import pack
 from fedspine.flare.fleet import FlareFleet
-from fedspine.flare.session import Party
+from fedspine.flare.session import FlareSession
 from fedspine.flare.site import load_site
-from fedspine.flare.site_state import Patience
-from fedspine.flare.site_worker import Desk
+from fedspine.flare.site_state import Timeouts
+from fedspine.flare.site_worker import SiteWorker
 from fedspine.flare.wire import Opening, SiteOrder, decoded
-from fedspine.runs.assemble import START, build, cohort
+from fedspine.runs.assemble import START, assemble, cohort
 from fedspine.runs.backend import terms_of
 from fedspine.runs.run_dir import recipe_of
 from fedspine.storage.records import Records
@@ -34,10 +34,13 @@ class Replay:
     """Sites in this process that fail where those of the run did."""
 
     def __init__(
-        self, desks: dict[str, Desk], lost: set[tuple[int, str]], spoilt: set[tuple[int, str]]
+        self,
+        workers: dict[str, SiteWorker],
+        lost: set[tuple[int, str]],
+        spoilt: set[tuple[int, str]],
     ) -> None:
-        self._desks, self._lost, self._spoilt = desks, lost, spoilt
-        self.relay, self.sites = "replay", tuple(desks)
+        self._workers, self._lost, self._spoilt = workers, lost, spoilt
+        self.relay, self.sites = "replay", tuple(workers)
 
     def connected(self) -> tuple[str, ...]:
         return self.sites
@@ -49,7 +52,7 @@ class Replay:
         said = Path(os.environ[SPOIL]) / site
         if isinstance(asked, SiteOrder) and (asked.round, site) in self._spoilt:
             said.write_text("nan")
-        reply = self._desks[site].answer(payload)
+        reply = self._workers[site].answer(payload)
         said.unlink(missing_ok=True)
         return "done", reply
 
@@ -80,20 +83,22 @@ def replayed(out: Path, kits: Path, scratch: Path) -> str:
         or "loss is" in str(row["values"].get("left_out"))
     }
     recipe = recipe_of(out)
-    built = build(recipe, here=False)
+    assembled = assemble(recipe, here=False)
     shutil.rmtree(scratch, ignore_errors=True)
     sites = sorted({row["device"] for row in rows if row["row"] == "exchange"})
-    desks = {site: Desk(load_site(kits / site), scratch / site) for site in sites}
-    link, method = Replay(desks, lost, spoilt), recipe.method
-    party = Party(link, built.task.base, terms_of(built), recipe.run.seed, RUN, Patience())
-    fleet = FlareFleet(party)
+    workers = {site: SiteWorker(load_site(kits / site), scratch / site) for site in sites}
+    link, method = Replay(workers, lost, spoilt), recipe.method
+    session = FlareSession(
+        link, assembled.task.base, terms_of(assembled), recipe.run.seed, RUN, Timeouts()
+    )
+    fleet = FlareFleet(session)
     assert fleet.join() == {}
-    party.records = Records(scratch / "records.jsonl")
-    state = method.start(built.task, np.random.default_rng([recipe.run.seed, START]))
+    session.records = Records(scratch / "records.jsonl")
+    state = method.start(assembled.task, np.random.default_rng([recipe.run.seed, START]))
     for round in range(recipe.run.rounds):
         fleet.begin_round(round)
         everyone = fleet.devices
         part = fleet.only(everyone[i].id for i in cohort(recipe, round, len(everyone)))
         state = method.round(state, part)
-    party.records.close()
+    session.records.close()
     return pack(state).sha256

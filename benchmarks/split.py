@@ -22,7 +22,7 @@ from fedspine.core.task import Data
 from fedspine.execution.workers import Workers, Workshop
 from fedspine.fleets.simulated import SimulatedFleet
 from fedspine.methods.mergesfl_plus import MergeSflPlusState
-from fedspine.runs.assemble import build, simulate
+from fedspine.runs.assemble import assemble, simulate
 from fedspine.runs.config import load
 from fedspine.split.batches import rows_at
 from fedspine.split.device import Begin
@@ -54,7 +54,7 @@ class Heard:
 class Bench:
     """A run under way, and what it takes to repeat its work bare."""
 
-    built: Any
+    assembled: Any
     fleet: SimulatedFleet
     store: Store
     records: Records
@@ -65,7 +65,7 @@ class Bench:
         heard = Heard(self.fleet, self.asks)
         started = time.process_time()
         self.fleet.begin_round(state.round)
-        after = self.built.recipe.method.round(state, heard)
+        after = self.assembled.recipe.method.round(state, heard)
         self.fleet.end_round(0.0)
         saved = Saved(
             after.round, after, self.fleet.snapshot(), self.fleet.memories, self.records.flush()
@@ -75,18 +75,18 @@ class Bench:
 
     def bare(self, state: MergeSflPlusState, heard: Heard) -> tuple[float, int]:
         """The passes of that round in a plain loop: seconds of this process, and rows."""
-        built, rows, given = (
-            self.built,
+        assembled, rows, given = (
+            self.assembled,
             0,
             {id: self._given(id, asks) for id, (_, asks) in heard.orders.items()},
         )
         started = time.process_time()
         (some, _), *_ = heard.orders.values()
-        split_model = some.cutting.of(built.task.base)
+        split_model = some.cutting.of(assembled.task.base)
         client_model, server_model = split_model.parts(state.model)
         server_model = _leaves(server_model, split_model.statistics)
         own = {id: _leaves(client_model, split_model.statistics) for id in heard.orders}
-        for step in range(built.recipe.method.steps):
+        for step in range(assembled.recipe.method.steps):
             sent = []
             for id, (order, _) in heard.orders.items():
                 data, seed = given[id]
@@ -114,8 +114,10 @@ class Bench:
     def _given(self, id: str, asks: int) -> tuple[Data, int]:
         """A device's rows, and the seed of their order in that round."""
         index = [profile.id for profile in self.fleet.devices].index(id)
-        seed = int(np.random.default_rng((self.built.recipe.run.seed, index, asks)).integers(2**31))
-        return self.built.task.train.take(self.built.shares[index]), seed
+        seed = int(
+            np.random.default_rng((self.assembled.recipe.run.seed, index, asks)).integers(2**31)
+        )
+        return self.assembled.task.train.take(self.assembled.shares[index]), seed
 
 
 def _leaves(weights: dict[str, torch.Tensor], still: frozenset[str]) -> dict[str, torch.Tensor]:
@@ -147,17 +149,19 @@ def main() -> None:
         f"run.rounds={arguments.rounds + 1}",
         *arguments.set,
     ]
-    built = build(load(None, settings))
+    assembled = assemble(load(None, settings))
     with tempfile.TemporaryDirectory() as folder:
-        _measure(built, Path(folder), arguments.rounds)
+        _measure(assembled, Path(folder), arguments.rounds)
 
 
-def _measure(built: Any, folder: Path, rounds: int) -> None:
+def _measure(assembled: Any, folder: Path, rounds: int) -> None:
     store, records = Store(folder / "state"), Records(folder / "records.jsonl")
     store.open()
-    workshop = Workshop(task=built.task, shares=built.shares, test_rows=np.arange(1))
-    bench = Bench(built, simulate(built, Workers(workshop, 0), store, records), store, records)
-    state = built.recipe.method.start(built.task, np.random.default_rng(0))
+    workshop = Workshop(task=assembled.task, shares=assembled.shares, test_rows=np.arange(1))
+    bench = Bench(
+        assembled, simulate(assembled, Workers(workshop, 0), store, records), store, records
+    )
+    state = assembled.recipe.method.start(assembled.task, np.random.default_rng(0))
     print("| round | rows | ours, s | bare, s | ratio |\n|---|---|---|---|---|")
     ratios = []
     for round in range(rounds + 1):  # the first one loads kernels and is not counted

@@ -22,7 +22,7 @@ from fedspine.fleets.hardware import Hardware, device_ids, fleet_mix
 from fedspine.lm.cost import Extent
 from fedspine.lm.forecast import Frame, forecast
 from fedspine.lm.importance import no_scores
-from fedspine.lm.prunable_layout import anatomy_of
+from fedspine.lm.prunable_layout import layout_of
 from fedspine.lm.structure import full, shrink
 from fedspine.methods.fedspine import FedSpine
 
@@ -86,7 +86,7 @@ def simulated(job: Job, method: FedSpine, seed: int) -> tuple[float, float, floa
         "intermediate_size": job.channels,
         "hidden_size": job.width,
     }
-    anatomy = anatomy_of(
+    layout = layout_of(
         SimpleNamespace(model_type="bert", num_attention_heads=12, **sizes), "bert"
     )
     kinds = fleet_mix(None, 80)
@@ -103,7 +103,7 @@ def simulated(job: Job, method: FedSpine, seed: int) -> tuple[float, float, floa
     state = SimpleNamespace(
         rounds=job.rounds, seed=seed, structures={}, sparsities={}, device_models={}
     )
-    rng, units, gain_scale = np.random.default_rng(seed), no_scores(anatomy), None
+    rng, units, gain_scale = np.random.default_rng(seed), no_scores(layout), None
     turns = np.concatenate(
         [rng.permutation(80) for _ in range(job.rounds * job.per_round // 80 + 1)]
     )
@@ -112,9 +112,9 @@ def simulated(job: Job, method: FedSpine, seed: int) -> tuple[float, float, floa
         state.round = round
 
         def foresee(id: str, sparsity: float, wanted: Any, round: int = round) -> list[float]:
-            structure = state.structures.get(id, full(anatomy))
+            structure = state.structures.get(id, full(layout))
             costs = forecast(
-                anatomy, structure, frame, sparsity=sparsity, target=method.sparsity, ranks=wanted
+                layout, structure, frame, sparsity=sparsity, target=method.sparsity, ranks=wanted
             )
             place = ids.index(id)
             return [
@@ -138,11 +138,11 @@ def simulated(job: Job, method: FedSpine, seed: int) -> tuple[float, float, floa
             results[id] = PlanResult(
                 plan, seconds, gain, importance=plan.rank**0.5, effective_rank=1.0
             )
-            before = state.structures.get(id, full(anatomy))
+            before = state.structures.get(id, full(layout))
             if plan.sparsity > 0:
                 votes = (units.heads, units.channels)
                 before = shrink(
-                    anatomy, before, votes, sparsity=plan.sparsity, target=method.sparsity
+                    layout, before, votes, sparsity=plan.sparsity, target=method.sparsity
                 )
             state.structures[id] = before
             asked[id] += 1

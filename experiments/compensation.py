@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from importance import AGAIN, SPARSITIES, all_rows, followed, measured, tuned_whole
+from importance import AGAIN, SPARSITIES, all_rows, measured, tracked_scores, tuned_whole
 from jaxtyping import Float
 from torch import Tensor
 
@@ -43,14 +43,14 @@ def main() -> None:
 
 def compared(task: Task, seed: int):
     """A row for the whole model, and one for each sparsity and way."""
-    anatomy, rng = task.base.anatomy, np.random.default_rng(seed)
+    layout, rng = task.base.layout, np.random.default_rng(seed)
     whole = tuned_whole(task, rng, seed)
     yield {
         "way": "unpruned",
         "sparsity": 0.0,
         "accuracy": score(task.base, whole, task.test).accuracy,
     }
-    scores = followed(task, whole, "blend", seed)
+    scores = tracked_scores(task, whole, "blend", seed)
     order = rng.permutation(len(task.train))
     moments = {
         rows: second_moments(task.base, whole, task.train, order[:rows])
@@ -58,14 +58,14 @@ def compared(task: Task, seed: int):
     }
     for sparsity in SPARSITIES:
         structure = shrink(
-            anatomy,
-            full(anatomy),
+            layout,
+            full(layout),
             (scores.heads, scores.channels),
             sparsity=sparsity,
             target=sparsity,
         )
         pruned = replace(
-            whole, structure=structure, adapter=cut_adapter(whole.adapter, anatomy.sites, structure)
+            whole, structure=structure, adapter=cut_adapter(whole.adapter, layout.sites, structure)
         )
         for way, rows, ridge in WAYS:
             base = (
@@ -99,9 +99,9 @@ class Compensated:
     ) -> None:
         self._base = base
         self._slices: Slices = {
-            site.path: base.slice(site.path, structure) for site in base.anatomy.sites
+            site.path: base.slice(site.path, structure) for site in base.layout.sites
         }
-        for site in base.anatomy.sites:
+        for site in base.layout.sites:
             if site.column_units:
                 weight = base.weights[site.path][0].float()
                 weight = (
@@ -138,15 +138,15 @@ def second_moments(
     sums: dict[str, Tensor] = {}
     module, counted = base.fit(model), torch.tensor([])
 
-    def hear(path: str, x: Tensor) -> None:
+    def record_input(path: str, x: Tensor) -> None:
         tokens = torch.cat([x.flatten(0, 1)[counted].float(), torch.ones(int(counted.sum()), 1)], 1)
         sums[path] = sums.get(path, 0) + tokens.T @ tokens
 
-    ears = [
+    hooks = [
         module.get_submodule(site.path).register_forward_pre_hook(
-            lambda _, args, path=site.path: hear(path, args[0])
+            lambda _, args, path=site.path: record_input(path, args[0])
         )
-        for site in base.anatomy.sites
+        for site in base.layout.sites
         if site.column_units
     ]
     with torch.no_grad():
@@ -154,8 +154,8 @@ def second_moments(
             inputs = data.batch(some)
             counted = inputs["attention_mask"].flatten().bool()
             module(**{name: value for name, value in inputs.items() if name != "labels"})
-    for ear in ears:
-        ear.remove()
+    for hook in hooks:
+        hook.remove()
     return {path: total / total[-1, -1] for path, total in sums.items()}
 
 

@@ -26,10 +26,10 @@ from fedspine.lm.score import score
 from fedspine.lm.structure import cut_adapter, full, shrink
 from fedspine.lm.tune import Tuning, tune
 from fedspine.runs import config
-from fedspine.runs.assemble import build
+from fedspine.runs.assemble import assemble
 
 RESULTS = Path(__file__).parent / "results" / "importance.jsonl"
-FOLLOWED = ("gradient", "activation", "gate", "blend")
+TRACKED = ("gradient", "activation", "gate", "blend")
 SPARSITIES = (0.5, 0.75, 0.9)
 TUNING = Tuning(steps=400, batch=16, learning_rate=1.5e-3, head_learning_rate=4.5e-3)
 LISTENING = 30  # steps in which importance is read, at a tenth of the learning rate
@@ -71,29 +71,29 @@ def task_of(name: str, folder: Path | None, seed: int) -> Task:
         "method.name=fedlora",
         f"run.seed={seed}",
     ]
-    return build(config.load(None, settings)).task
+    return assemble(config.load(None, settings)).task
 
 
 def compared(task: Task, seed: int):
     """A row for the whole model, and one for each sparsity and criterion."""
-    anatomy, rng = task.base.anatomy, np.random.default_rng(seed)
+    layout, rng = task.base.layout, np.random.default_rng(seed)
     whole = tuned_whole(task, rng, seed)
     yield {
         "criterion": "none",
         "sparsity": 0.0,
         "accuracy": score(task.base, whole, task.test).accuracy,
     }
-    known = {of: followed(task, whole, of, seed) for of in FOLLOWED}
+    known = {of: tracked_scores(task, whole, of, seed) for of in TRACKED}
     known["magnitude"] = magnitude_scores(task.base, whole)
-    known["random"] = random_scores(anatomy, full(anatomy), np.random.default_rng(seed))
+    known["random"] = random_scores(layout, full(layout), np.random.default_rng(seed))
     for sparsity in SPARSITIES:
         for criterion, scores in known.items():
             pair = (scores.heads, scores.channels)
-            structure = shrink(anatomy, full(anatomy), pair, sparsity=sparsity, target=sparsity)
+            structure = shrink(layout, full(layout), pair, sparsity=sparsity, target=sparsity)
             pruned = replace(
                 whole,
                 structure=structure,
-                adapter=cut_adapter(whole.adapter, anatomy.sites, structure),
+                adapter=cut_adapter(whole.adapter, layout.sites, structure),
             )
             at_once = score(task.base, pruned, task.test).accuracy
             tuned = tune(all_rows(task, seed), pruned, AGAIN).model
@@ -108,16 +108,16 @@ def compared(task: Task, seed: int):
 
 def tuned_whole(task: Task, rng: np.random.Generator, seed: int) -> Model:
     """The unpruned model with an adapter of rank 8 and a head, tuned on all rows."""
-    anatomy = task.base.anatomy
-    adapter = fresh(anatomy.sites, 8, rng)
+    layout = task.base.layout
+    adapter = fresh(layout.sites, 8, rng)
     start = Model(
-        structure=full(anatomy), adapter=adapter, head=task.base.initial_head(rng), scale=2.0
+        structure=full(layout), adapter=adapter, head=task.base.initial_head(rng), scale=2.0
     )
     return tune(all_rows(task, seed), start, TUNING).model
 
 
-def followed(task: Task, model: Model, of: str, seed: int) -> Scores:
-    """Importance followed over a few slow steps, whose training is thrown away."""
+def tracked_scores(task: Task, model: Model, of: str, seed: int) -> Scores:
+    """Importance tracked over a few slow steps, whose training is thrown away."""
     slow = replace(TUNING, steps=LISTENING, learning_rate=1.5e-4, head_learning_rate=4.5e-4)
     scores = tune(all_rows(task, seed), model, slow, scoring=Scoring(of=of)).scores
     assert scores is not None

@@ -19,7 +19,7 @@ import tomli_w
 import torch
 
 from fedspine.lm.score import score
-from fedspine.runs.assemble import build
+from fedspine.runs.assemble import assemble
 from fedspine.runs.config import load
 from fedspine.runs.loop import new_run
 from fedspine.ui.progress import progress_for
@@ -121,7 +121,7 @@ def recipe_for(name: str, settings: list[str], seed: int, arguments: argparse.Na
 def loss_before(recipe: Any) -> float:
     """Mean loss on the test set before any training, with the head as it starts."""
     torch.set_num_threads(1)
-    task = build(recipe).task
+    task = assemble(recipe).task
     state = recipe.method.start(task, np.random.default_rng(recipe.run.seed))
     return score(task.base, recipe.method.unpruned(state), task.test).mean_loss
 

@@ -26,7 +26,7 @@ QUIET = (  # nothing of the browser's own on the network, so that a request that
         "--remote-debugging-pipe",
     ),
 )
-PATIENCE_SECONDS = 60
+TIMEOUT_SECONDS = 60
 
 
 def installed():
@@ -70,7 +70,7 @@ class Browser:
             mobile=False,
         )
         self._call("Page.navigate", url=address)
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while self.run("document.readyState + location.href") != f"complete{address}":
             assert time.monotonic() < deadline, f"{address} did not load"
 
@@ -133,7 +133,7 @@ class Browser:
 
     def _message(self):
         while b"\0" not in self._buffer:
-            ready, _, _ = select.select([self._read], [], [], PATIENCE_SECONDS)
+            ready, _, _ = select.select([self._read], [], [], TIMEOUT_SECONDS)
             assert ready, "the browser does not answer"
             part = os.read(self._read, 1 << 16)
             assert part, "the browser has ended"

@@ -25,7 +25,7 @@ import torch
 from fedspine.execution.workers import Workshop
 from fedspine.report.page import REPORT
 from fedspine.runs import loop
-from fedspine.runs.assemble import build
+from fedspine.runs.assemble import assemble
 from fedspine.runs.config import load
 from fedspine.ui import cli
 
@@ -50,7 +50,7 @@ def main():
     for line in sys.stdin:
         asked = json.loads(line)
         if not warm:
-            build(
+            assemble(
                 load(None, asked["arguments"][1::2])
             )  # what loading imports late is imported here
             warm = True

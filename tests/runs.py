@@ -92,7 +92,7 @@ def python(*arguments, **options):
 
 @contextmanager
 def hearing_ctrl_c():
-    """What is started within hears Ctrl-C.
+    """Processes started in this context receive Ctrl-C.
 
     Tests that `nohup` or a shell's background job runs are deaf to it, and so would be what they start.
     """

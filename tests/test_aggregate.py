@@ -22,12 +22,12 @@ from fedspine.lm.aggregate import (
     merge_changes,
 )
 from fedspine.lm.lora import a_name, b_name, cut_rank, fresh
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, cut_adapter, full, kept_columns, kept_rows
 
 LARGEST = 8
 # grouped queries, so that heads have rows of two sizes
-ANATOMY = Anatomy(
+LAYOUT = PrunableLayout(
     architecture="llama",
     prefix="model",
     layers=2,
@@ -44,9 +44,9 @@ def normal(rng, *shape):
     return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
 
 
-def adapter_of(rng, rank, anatomy=ANATOMY):
+def adapter_of(rng, rank, layout=LAYOUT):
     """Random factors, B no longer zero."""
-    made = fresh(anatomy.sites, rank, rng)
+    made = fresh(layout.sites, rank, rng)
     return {
         name: normal(rng, *tensor.shape) if name.endswith("lora_B") else tensor
         for name, tensor in made.items()
@@ -57,26 +57,26 @@ def product(adapter, path):
     return adapter[b_name(path)] @ adapter[a_name(path)]
 
 
-def products(adapter, anatomy=ANATOMY):
-    return {site.path: product(adapter, site.path) for site in anatomy.sites}
+def products(adapter, layout=LAYOUT):
+    return {site.path: product(adapter, site.path) for site in layout.sites}
 
 
-def structure_of(rng, anatomy=ANATOMY):
+def structure_of(rng, layout=LAYOUT):
     """Random units, at least one head and one channel of each layer."""
 
     def some(units):
-        kept = torch.from_numpy(rng.random((anatomy.layers, units)) < 0.6)
+        kept = torch.from_numpy(rng.random((layout.layers, units)) < 0.6)
         kept[
-            torch.arange(anatomy.layers), torch.from_numpy(rng.integers(units, size=anatomy.layers))
+            torch.arange(layout.layers), torch.from_numpy(rng.integers(units, size=layout.layers))
         ] = True
         return kept
 
-    return Structure(heads=some(anatomy.heads), channels=some(anatomy.channels))
+    return Structure(heads=some(layout.heads), channels=some(layout.channels))
 
 
 def contribution(rng, adapter, structure, rank, weight, *, trained=True):
     """A device that got the best adapter of its rank, and changed it if it trained."""
-    sent = hand_out(ANATOMY, adapter, structure, rank)
+    sent = hand_out(LAYOUT, adapter, structure, rank)
     back = (
         {name: tensor + 0.1 * normal(rng, *tensor.shape) for name, tensor in sent.items()}
         if trained
@@ -117,8 +117,8 @@ def test_nobody_training_changes_nothing_over_five_rounds(seed):
     adapter = adapter_of(rng, LARGEST)
     start = dense = products(adapter)
     for round in range(5):
-        dense = merge_changes(ANATOMY, dense, fleet(rng, adapter, trained=False))
-        adapter = factor(ANATOMY, dense, LARGEST, adapter, seed=round)
+        dense = merge_changes(LAYOUT, dense, fleet(rng, adapter, trained=False))
+        adapter = factor(LAYOUT, dense, LARGEST, adapter, seed=round)
     # float error: 16 products of rank 8 against rank 8, each rounded by 2^-24, five times: 5e-6 of the largest entry
     close(dense, start)
     close(products(adapter), start)
@@ -128,9 +128,9 @@ def test_delta_keeps_the_tail_that_zero_padding_and_product_averaging_lose():
     # Section 3.1: ten devices of rank 2, ten of rank 8, five rounds in which nobody trains.
     rng = np.random.default_rng(0)
     start = factor(
-        ANATOMY, products(adapter_of(rng, LARGEST)), LARGEST, adapter_of(rng, LARGEST), seed=0
+        LAYOUT, products(adapter_of(rng, LARGEST)), LARGEST, adapter_of(rng, LARGEST), seed=0
     )
-    ranks, everything = [2] * 10 + [8] * 10, full(ANATOMY)
+    ranks, everything = [2] * 10 + [8] * 10, full(LAYOUT)
 
     def tail(adapter):
         return sum(
@@ -140,14 +140,14 @@ def test_delta_keeps_the_tail_that_zero_padding_and_product_averaging_lose():
     delta, padded, mean, dense = start, start, start, products(start)
     for round in range(5):
         parts = [contribution(rng, delta, everything, rank, 1.0, trained=False) for rank in ranks]
-        dense = merge_changes(ANATOMY, dense, parts)
-        delta = factor(ANATOMY, dense, LARGEST, delta, seed=round)
+        dense = merge_changes(LAYOUT, dense, parts)
+        delta = factor(LAYOUT, dense, LARGEST, delta, seed=round)
         cuts = [cut_rank(padded, rank) for rank in ranks]
         padded = average_factors(
-            ANATOMY, padded, [Contribution(cut, cut, everything, 1.0) for cut in cuts]
+            LAYOUT, padded, [Contribution(cut, cut, everything, 1.0) for cut in cuts]
         )
         parts = [contribution(rng, mean, everything, rank, 1.0, trained=False) for rank in ranks]
-        mean = factor(ANATOMY, mean_product(ANATOMY, dense, parts), LARGEST, mean, seed=round)
+        mean = factor(LAYOUT, mean_product(LAYOUT, dense, parts), LARGEST, mean, seed=round)
     assert tail(delta) / tail(start) == pytest.approx(1.0, abs=1e-4)
     # half of the devices send zeros for the tails of A and of B: each round halves both, and energy is squared
     assert tail(padded) / tail(start) == pytest.approx((0.5 * 0.5) ** (2 * 5), rel=1e-3)
@@ -161,8 +161,8 @@ def test_an_entry_moves_by_the_mean_of_its_owners_and_else_stays(seed):
     rng = np.random.default_rng(seed)
     adapter = adapter_of(rng, LARGEST)
     dense, parts = products(adapter), fleet(rng, adapter, devices=3)
-    merged = merge_changes(ANATOMY, dense, parts)
-    for site in ANATOMY.sites:
+    merged = merge_changes(LAYOUT, dense, parts)
+    for site in LAYOUT.sites:
         total, weight = torch.zeros_like(dense[site.path]), torch.zeros_like(dense[site.path])
         for part in parts:
             rows, columns = kept_rows(site, part.structure), kept_columns(site, part.structure)
@@ -180,12 +180,12 @@ def test_an_entry_moves_by_the_mean_of_its_owners_and_else_stays(seed):
 
 def test_what_one_device_owns_moves_by_its_full_change():
     rng = np.random.default_rng(1)
-    adapter, everything = adapter_of(rng, LARGEST), full(ANATOMY)
+    adapter, everything = adapter_of(rng, LARGEST), full(LAYOUT)
     few = Structure(heads=everything.heads.clone(), channels=everything.channels.clone())
     few.channels[0, 5] = False
     owner = contribution(rng, adapter, everything, LARGEST, 1.0)
     others = [contribution(rng, adapter, few, LARGEST, 100.0) for _ in range(3)]
-    merged, dense = merge_changes(ANATOMY, products(adapter), [owner, *others]), products(adapter)
+    merged, dense = merge_changes(LAYOUT, products(adapter), [owner, *others]), products(adapter)
     for path, where in (
         ("model.layers.0.mlp.up_proj", (5,)),
         ("model.layers.0.mlp.down_proj", (slice(None), 5)),
@@ -202,8 +202,8 @@ def test_a_mean_of_products_is_that_of_an_entrys_owners_and_else_what_was_before
     rng = np.random.default_rng(seed)
     adapter = adapter_of(rng, LARGEST)
     before, parts = products(adapter_of(rng, LARGEST)), fleet(rng, adapter, devices=3)
-    merged = mean_product(ANATOMY, before, parts)
-    for site in ANATOMY.sites:
+    merged = mean_product(LAYOUT, before, parts)
+    for site in LAYOUT.sites:
         total, weight = torch.zeros(site.rows, site.columns), torch.zeros(site.rows, site.columns)
         for part in parts:
             rows, columns = kept_rows(site, part.structure), kept_columns(site, part.structure)
@@ -221,11 +221,11 @@ def test_a_mean_of_products_is_that_of_an_entrys_owners_and_else_what_was_before
 def test_where_nothing_is_cut_a_mean_of_products_is_the_mean_of_changes():
     # DW + mean(B'A' - BA) = mean(B'A') where every device was sent DW itself
     rng = np.random.default_rng(7)
-    adapter, everything = adapter_of(rng, LARGEST), full(ANATOMY)
+    adapter, everything = adapter_of(rng, LARGEST), full(LAYOUT)
     parts = [contribution(rng, adapter, everything, LARGEST, 1.0 + i) for i in range(3)]
     dense = products(adapter)
     nothing = {path: torch.zeros_like(matrix) for path, matrix in dense.items()}
-    close(mean_product(ANATOMY, nothing, parts), merge_changes(ANATOMY, dense, parts))
+    close(mean_product(LAYOUT, nothing, parts), merge_changes(LAYOUT, dense, parts))
 
 
 @settings(deadline=None, max_examples=15)
@@ -246,8 +246,8 @@ def test_weights_by_norm_are_in_proportion_to_all_products_together(seed):
 
 def test_weights_by_norm_are_equal_where_nobody_has_learnt_anything():
     rng = np.random.default_rng(8)
-    untrained = fresh(ANATOMY.sites, LARGEST, rng)
-    parts = [Contribution(untrained, untrained, full(ANATOMY), weight) for weight in (1.0, 5.0)]
+    untrained = fresh(LAYOUT.sites, LARGEST, rng)
+    parts = [Contribution(untrained, untrained, full(LAYOUT), weight) for weight in (1.0, 5.0)]
     assert [part.weight for part in by_norm(parts)] == [0.5, 0.5]
     assert by_norm([]) == []
 
@@ -258,18 +258,18 @@ def test_the_order_of_devices_does_not_matter(merge):
     adapter = adapter_of(rng, LARGEST)
     parts = fleet(rng, adapter)
     before = adapter if merge is average_factors else products(adapter)
-    close(merge(ANATOMY, before, parts[::-1]), merge(ANATOMY, before, parts), digits=6)
+    close(merge(LAYOUT, before, parts[::-1]), merge(LAYOUT, before, parts), digits=6)
 
 
 def test_factors_that_no_device_owns_stay():
     rng = np.random.default_rng(3)
-    adapter, everything = adapter_of(rng, LARGEST), full(ANATOMY)
+    adapter, everything = adapter_of(rng, LARGEST), full(LAYOUT)
     without = Structure(heads=everything.heads.clone(), channels=everything.channels.clone())
     without.heads[1, 0] = False
-    sent = cut_adapter(adapter, ANATOMY.sites, without)
+    sent = cut_adapter(adapter, LAYOUT.sites, without)
     back = {name: tensor + 1.0 for name, tensor in sent.items()}
     merged = average_factors(
-        ANATOMY, adapter, [Contribution(sent, back, without, w) for w in (1.0, 2.0)]
+        LAYOUT, adapter, [Contribution(sent, back, without, w) for w in (1.0, 2.0)]
     )
     name = b_name("model.layers.1.self_attn.k_proj")
     assert torch.equal(merged[name][:4], adapter[name][:4])
@@ -278,15 +278,15 @@ def test_factors_that_no_device_owns_stay():
 
 def test_directions_beyond_every_devices_rank_stay():
     rng = np.random.default_rng(9)
-    adapter, everything = adapter_of(rng, LARGEST), full(ANATOMY)
+    adapter, everything = adapter_of(rng, LARGEST), full(LAYOUT)
     parts = []
     for rank in (2, 5):
         sent = cut_rank(adapter, rank)
         parts.append(
             Contribution(sent, {name: 2 * factor for name, factor in sent.items()}, everything, 1.0)
         )
-    merged = average_factors(ANATOMY, adapter, parts)
-    for site in ANATOMY.sites:
+    merged = average_factors(LAYOUT, adapter, parts)
+    for site in LAYOUT.sites:
         a, b = merged[a_name(site.path)], merged[b_name(site.path)].T
         for factor_now, factor_then in (
             (a, adapter[a_name(site.path)]),
@@ -304,8 +304,8 @@ def test_directions_beyond_every_devices_rank_stay():
 def test_handing_out_is_optimal(seed, rank):
     rng = np.random.default_rng(seed)
     adapter, structure = adapter_of(rng, LARGEST), structure_of(rng)
-    wide = cut_adapter(adapter, ANATOMY.sites, structure)
-    small, plain = hand_out(ANATOMY, adapter, structure, rank), cut_rank(wide, rank)
+    wide = cut_adapter(adapter, LAYOUT.sites, structure)
+    small, plain = hand_out(LAYOUT, adapter, structure, rank), cut_rank(wide, rank)
     for path, whole in products(wide).items():
         # Eckart and Young: no matrix of this rank is nearer than the tail of the singular values
         best = torch.linalg.svdvals(whole.double())[rank:].norm()
@@ -319,11 +319,11 @@ def test_handing_out_is_optimal(seed, rank):
 def test_handing_out_a_poor_adapter_revives_what_is_dead():
     rng = np.random.default_rng(4)
     poor = adapter_of(rng, LARGEST)
-    for site in ANATOMY.sites:
+    for site in LAYOUT.sites:
         poor[b_name(site.path)][:, 2:] = 0.0  # rank 2 in a room for 8
-    small = hand_out(ANATOMY, poor, full(ANATOMY), 4)
+    small = hand_out(LAYOUT, poor, full(LAYOUT), 4)
     close(products(small), products(poor))
-    for site in ANATOMY.sites:
+    for site in LAYOUT.sites:
         a, b = small[a_name(site.path)], small[b_name(site.path)]
         assert bool((b[:, 2:] == 0).all())
         assert bool((a[2:].norm(dim=1) > 1e-3).all())
@@ -334,7 +334,7 @@ def test_handing_out_a_poor_adapter_revives_what_is_dead():
 def test_factors_are_the_best_of_their_rank_and_balanced(seed, large):
     rng = np.random.default_rng(seed)
     side = EXACT_BELOW + 24 if large else 16
-    anatomy = Anatomy(
+    layout = PrunableLayout(
         architecture="bert",
         prefix="bert",
         layers=1,
@@ -350,9 +350,9 @@ def test_factors_are_the_best_of_their_rank_and_balanced(seed, large):
         site.path: torch.linalg.qr(normal(rng, side, side)).Q
         * values
         @ torch.linalg.qr(normal(rng, side, side)).Q.T
-        for site in anatomy.sites
+        for site in layout.sites
     }
-    adapter = factor(anatomy, dense, LARGEST, fresh(anatomy.sites, LARGEST, rng), seed=0)
+    adapter = factor(layout, dense, LARGEST, fresh(layout.sites, LARGEST, rng), seed=0)
     for path, matrix in dense.items():
         best = float(torch.linalg.svdvals(matrix.double())[LARGEST:].norm())
         assert float((product(adapter, path) - matrix).norm()) <= best * (1 + 1e-3)
@@ -364,9 +364,9 @@ def test_factors_are_the_best_of_their_rank_and_balanced(seed, large):
 def test_directions_that_carry_nothing_get_fresh_rows():
     rng = np.random.default_rng(5)
     dense = products(cut_rank(adapter_of(rng, LARGEST), 3))
-    adapter = factor(ANATOMY, dense, LARGEST, fresh(ANATOMY.sites, LARGEST, rng), seed=0)
+    adapter = factor(LAYOUT, dense, LARGEST, fresh(LAYOUT.sites, LARGEST, rng), seed=0)
     close(products(adapter), dense)
-    for site in ANATOMY.sites:
+    for site in LAYOUT.sites:
         a, b = adapter[a_name(site.path)], adapter[b_name(site.path)]
         bound = 1 / math.sqrt(site.columns)
         assert bool((b[:, 3:] == 0).all())
@@ -377,8 +377,8 @@ def test_directions_that_carry_nothing_get_fresh_rows():
 def test_growing_the_rank_leaves_the_function():
     rng = np.random.default_rng(6)
     adapter = adapter_of(rng, 3)
-    grown = factor(ANATOMY, products(adapter), LARGEST, fresh(ANATOMY.sites, LARGEST, rng), seed=1)
-    close(products(hand_out(ANATOMY, grown, full(ANATOMY), 6)), products(adapter))
+    grown = factor(LAYOUT, products(adapter), LARGEST, fresh(LAYOUT.sites, LARGEST, rng), seed=1)
+    close(products(hand_out(LAYOUT, grown, full(LAYOUT), 6)), products(adapter))
 
 
 @settings(deadline=None, max_examples=15)
@@ -386,8 +386,8 @@ def test_growing_the_rank_leaves_the_function():
 def test_spectra_are_those_of_the_dense_change(seed, rank):
     rng = np.random.default_rng(seed)
     part = contribution(rng, adapter_of(rng, LARGEST), structure_of(rng), rank, 1.0)
-    spectra = change_spectra(ANATOMY, part)
-    for row, site in zip(spectra, ANATOMY.sites, strict=True):
+    spectra = change_spectra(LAYOUT, part)
+    for row, site in zip(spectra, LAYOUT.sites, strict=True):
         left, right = change_factors(part, site)
         expected = torch.linalg.svdvals(left.double() @ right.double())[: 2 * rank]
         size = float(expected[0])

@@ -11,7 +11,7 @@ from fedspine.core.errors import BadInput
 from fedspine.data.arrays import is_arrays, load
 from fedspine.methods import all_methods
 from fedspine.runs import config
-from fedspine.runs.assemble import build
+from fedspine.runs.assemble import assemble
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ROWS = 20
@@ -306,11 +306,11 @@ def test_a_net_makes_the_kind_array_and_the_recipe_survives_its_file(tmp_path):
 
 
 def test_a_recipe_of_arrays_is_built(tmp_path):
-    built = build(recipe(npz(tmp_path / "a.npz"), "fleet.partition=p:4", "run.device=cpu"))
-    assert built.task.train.x.shape == (16, 3, 16) and built.task.label_names == ("0", "1")
-    assert sorted(np.concatenate(built.shares).tolist()) == list(range(16))
+    assembled = assemble(recipe(npz(tmp_path / "a.npz"), "fleet.partition=p:4", "run.device=cpu"))
+    assert assembled.task.train.x.shape == (16, 3, 16) and assembled.task.label_names == ("0", "1")
+    assert sorted(np.concatenate(assembled.shares).tolist()) == list(range(16))
     by_group = npz(tmp_path / "b.npz", who=np.arange(ROWS) % 4)
-    shares = build(recipe(by_group, "fleet.partition=column:who", "run.device=cpu")).shares
+    shares = assemble(recipe(by_group, "fleet.partition=column:who", "run.device=cpu")).shares
     assert [len(share) for share in shares] and len(shares) == 4
 
 
@@ -338,7 +338,7 @@ def test_a_recipe_of_arrays_is_built(tmp_path):
 )
 def test_a_recipe_that_cannot_work_is_one_clear_line(tmp_path, settings, said):
     with pytest.raises(BadInput) as error:
-        build(recipe(npz(tmp_path / "a.npz"), *settings))
+        assemble(recipe(npz(tmp_path / "a.npz"), *settings))
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -350,7 +350,7 @@ def test_a_method_for_transformers_refuses_a_net_at_once(tmp_path, name):
     with pytest.raises(
         BadInput, match=f"method '{name}' cannot train 'cnn-h', a net; choose one of .*fedavg"
     ):
-        build(recipe(tmp_path / "never-read.npz", f"method.name={name}"))
+        assemble(recipe(tmp_path / "never-read.npz", f"method.name={name}"))
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def test_a_method_for_transformers_refuses_a_net_at_once(tmp_path, name):
 def test_real_arrays_are_read(net, name, shape, classes):
     if not (SHARED / name).is_dir():
         pytest.skip(f"{name} is not beside the repository, in shared/data")
-    task = build(recipe(SHARED / name, f"task.model={net}", "run.device=cpu")).task
+    task = assemble(recipe(SHARED / name, f"task.model={net}", "run.device=cpu")).task
     assert task.train.x.shape == shape and len(task.label_names) == classes
 
 

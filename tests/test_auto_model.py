@@ -13,7 +13,7 @@ from fedspine.nets.choice import net_for
 from fedspine.nets.load import load
 from fedspine.nets.models import DESIGNS
 from fedspine.runs import config, read_data
-from fedspine.runs.assemble import build, settled
+from fedspine.runs.assemble import assemble, settled
 from fedspine.runs.loop import new_run, resume
 from fedspine.runs.run_dir import make, recipe_of, summary_of
 from fedspine.ui.progress import Silent
@@ -165,5 +165,5 @@ def test_what_cannot_be_chosen_is_one_clear_line(tmp_path, monkeypatch, settings
     npz("odd.npz", (2, 3, 5))
     (tmp_path / "broken.npz").write_bytes(b"no zip")
     with pytest.raises(BadInput) as error:
-        build(settled(config.load(None, ["task.data=rows.csv", *settings]))[0])
+        assemble(settled(config.load(None, ["task.data=rows.csv", *settings]))[0])
     assert said in str(error.value) and "\n" not in str(error.value)

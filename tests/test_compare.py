@@ -685,7 +685,7 @@ def test_latency_is_measured_once(real_runs, command, tmp_path, monkeypatch):
         assert latency["seconds_by_batch"]["32"] > latency["seconds_by_batch"]["1"] > 0
         assert (latency["tokens"], latency["device"], latency["seed"]) == (8, "nx-01", 0)
     weights = {method["name"]: method["latency"]["block_parameters"] for method in found["methods"]}
-    assert weights["fedspine"] < weights["fedlora"]
+    assert weights["fedspine-plus"] < weights["fedlora"]
     assert "nx-01" in (tmp_path / "first" / "compare.md").read_text()
 
     def never(*_, **__):

@@ -91,7 +91,7 @@ def test_learns_prunes_and_survives_losses(name, lab, task):
     state = bench.run(method, around=lambda fleet: Lossy(fleet, drop=0.2))
     assert any(row["values"].get("left_out") == "lost" for row in bench.rows("note"))
     model = method.deploy(state, bench.ids[0])
-    assert sparsity(task.base.anatomy, model.structure) == pytest.approx(0.5, abs=0.005)
+    assert sparsity(task.base.layout, model.structure) == pytest.approx(0.5, abs=0.005)
     assert score(task.base, model, task.test).mean_loss < math.log(3)  # of one that knows nothing
     learns = {
         "random": set(),
@@ -238,7 +238,7 @@ def test_foreseen_seconds_are_those_that_the_exchange_takes_but_for_its_jitter(l
     )
     for bench in (ran, jittered):
         bench.run(TOY, rounds=1)
-    launches = TOY.steps * task.base.anatomy.layers
+    launches = TOY.steps * task.base.layout.layers
     for row, other in zip(ran.rows("exchange"), jittered.rows("exchange"), strict=True):
         cost = {key: row[key] for key in ("flops", "bytes_down", "bytes_up")}
         known = asked.fleet.foresee(row["device"], launches=launches, **cost)
@@ -261,7 +261,7 @@ def test_the_oracle_knows_what_a_plan_will_cost(lab, task):
     }
     for id, order in spies[0].orders:
         (cost,) = forecast(
-            state.anatomy,
+            state.layout,
             state.structures[id],
             method._frame(state),
             sparsity=order.sparsity,
@@ -489,7 +489,7 @@ def test_magnitude_importance_drops_the_smallest_weights(task):
             if not row.all():
                 assert values[~row].max() <= values[row].min()
     dense = magnitude_scores(
-        task.base, dataclasses.replace(_start_model(task), structure=full(task.base.anatomy))
+        task.base, dataclasses.replace(_start_model(task), structure=full(task.base.layout))
     )
     assert (
         torch.corrcoef(torch.stack([dense.channels.flatten(), known.channels.flatten()]))[0, 1]

@@ -74,13 +74,13 @@ def test_one_device_at_full_rank_is_local_training(lab, task):
         id="agx-00", data=rows, base=task.base, memory={}, rng=np.random.default_rng((0, 0, 0))
     )
     sent = Model(
-        structure=full(task.base.anatomy),
+        structure=full(task.base.layout),
         adapter=single(half(start.adapter)),
         head=single(half(start.head)),
         scale=method.scale,
     )
     local = tune(device, sent, tuning_at(method, 0, task.rounds)).model
-    for site in task.base.anatomy.sites:
+    for site in task.base.layout.sites:
         a, b = local.adapter[a_name(site.path)].double(), local.adapter[b_name(site.path)].double()
         merged = (
             state.adapter[b_name(site.path)].double() @ state.adapter[a_name(site.path)].double()

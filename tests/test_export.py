@@ -47,7 +47,7 @@ def exported(folder, name, kind, size, **options):
     """A tiny model's base, tokenizer, pruned model and the folder of its export."""
     base, tokenizer = tiny(folder, name, kind)
     shares, channels = SIZES[size]
-    model = model_on(base, [int(share * base.anatomy.heads) for share in shares], list(channels))
+    model = model_on(base, [int(share * base.layout.heads) for share in shares], list(channels))
     out = folder / "export"
     export(
         base,
@@ -79,8 +79,8 @@ def test_logits_come_back(tmp_path, name, kind, size):
     expected = logits(base.fit(model), tokenizer)
     loaded = load_model(folder)
     torch.testing.assert_close(logits(loaded.module, loaded.tokenizer), expected, atol=1e-4, rtol=0)
-    assert loaded.sparsity == pytest.approx(sparsity(base.anatomy, model.structure))
-    assert 1 - loaded.block_parameters / base.anatomy.parameters == pytest.approx(loaded.sparsity)
+    assert loaded.sparsity == pytest.approx(sparsity(base.layout, model.structure))
+    assert 1 - loaded.block_parameters / base.layout.parameters == pytest.approx(loaded.sparsity)
     assert loaded.parameters == sum(
         tensor.numel() for tensor in load_file(folder / "model.safetensors").values()
     )
@@ -90,7 +90,7 @@ def test_logits_come_back(tmp_path, name, kind, size):
 
     # BERT and its like have no configuration for fewer heads of the same size; unequal layers have
     # none anywhere
-    expressible = size in ("full", "channels") or (size == "equal" and base.anatomy.decoder)
+    expressible = size in ("full", "channels") or (size == "equal" and base.layout.decoder)
     assert entry(folder)["stock"] is expressible
     if expressible:
         module, own = stock(folder, kind), AutoTokenizer.from_pretrained(folder)

@@ -51,7 +51,7 @@ def test_every_device_ends_at_the_target(lab, task, target, drop):
     method, bench = dataclasses.replace(TOY, sparsity=target), lab()
     state = bench.run(method, around=lambda fleet: Lossy(fleet, drop=drop))
     for id in (None, *bench.ids, "never-asked"):
-        assert sparsity(task.base.anatomy, method.deploy(state, id).structure) == pytest.approx(
+        assert sparsity(task.base.layout, method.deploy(state, id).structure) == pytest.approx(
             target, abs=0.005
         )
     assert is_full(method.unpruned(state).structure)
@@ -64,7 +64,7 @@ def test_structures_only_shrink_and_follow_the_schedule(lab, task):
     for round, spy in enumerate(spies):
         for (id, sent), (_, result) in zip(spy.orders, spy.results, strict=True):
             assert not bool(
-                (result.structure.channels & ~last.get(id, full(task.base.anatomy)).channels).any()
+                (result.structure.channels & ~last.get(id, full(task.base.layout)).channels).any()
             )
             due = cubic_floor(
                 round, task.rounds, 0.5, warmup=TOY.warmup, until=TOY.until, share=TOY.floor
@@ -81,7 +81,7 @@ def test_nothing_is_pruned_before_its_importance_is_known(task, order):
         prune_and_tune(second, order).structure
     )  # that round gave no scores, and this one its first
     third = device(task, second.memory)
-    assert sparsity(task.base.anatomy, prune_and_tune(third, order).structure) == pytest.approx(
+    assert sparsity(task.base.layout, prune_and_tune(third, order).structure) == pytest.approx(
         0.3, abs=0.02
     )
 
@@ -114,8 +114,8 @@ def test_devices_get_the_best_adapter_of_their_rank(lab, task):
     id, structure = next(iter(state.structures.items()))
     rank = 2
     sent = TOY._order(state, id, Plan(sparsity=0.5, rank=rank, action=None, progress=0.0)).adapter
-    wide = cut_adapter(state.adapter, task.base.anatomy.sites, structure)
-    for site in task.base.anatomy.sites:
+    wide = cut_adapter(state.adapter, task.base.layout.sites, structure)
+    for site in task.base.layout.sites:
         a, b = a_name(site.path), b_name(site.path)
         whole = (wide[b] @ wide[a]).double()
         best = float(torch.linalg.svdvals(whole)[rank:].norm())
@@ -143,16 +143,16 @@ def test_the_rank_fits_the_memory(lab, task):
     bench, spies = lab(), []
     needed = [
         training_memory_bytes(
-            task.base.anatomy,
-            full(task.base.anatomy),
+            task.base.layout,
+            full(task.base.layout),
             rank=rank,
             embeddings=task.base.embeddings,
             batch=TOY.batch,
             tokens=task.max_tokens,
             scoring=scoring_cost(
                 TOY.importance.order,
-                task.base.anatomy,
-                full(task.base.anatomy),
+                task.base.layout,
+                full(task.base.layout),
                 rank=rank,
                 largest=TOY.batch * task.max_tokens,
                 steps=TOY.steps,
@@ -166,7 +166,7 @@ def test_the_rank_fits_the_memory(lab, task):
     assert USABLE_MEMORY * Small.memory_bytes < needed[1]
     method = dataclasses.replace(TOY, sparsity=0.0)
     bench.run(method, rounds=3, around=lambda fleet: spies.append(Small(fleet)) or spies[-1])
-    ranks, first = {id: set() for id in bench.ids}, a_name(task.base.anatomy.sites[0].path)
+    ranks, first = {id: set() for id in bench.ids}, a_name(task.base.layout.sites[0].path)
     for id, sent in (each for spy in spies for each in spy.orders):
         ranks[id].add(sent.adapter[first].shape[0])
     assert ranks["tx2-00"] == {TOY.ranks[0]}
@@ -212,8 +212,8 @@ def test_a_newcomer_prunes_by_the_fleets_scores_where_these_have_a_say(task, lab
         bench.fleet.begin_round(round)
         state = method.round(state, bench.fleet.only([newcomer] if last else others))
         bench.fleet.end_round(0.0)
-    anatomy = task.base.anatomy
-    found = {id: sparsity(anatomy, structure) for id, structure in state.spine.structures.items()}
+    layout = task.base.layout
+    found = {id: sparsity(layout, structure) for id, structure in state.spine.structures.items()}
     # what is cut is counted in whole heads and channels, within 0.25 % of what was asked for
     assert all(abs(found[id] - method.sparsity) < 0.0025 for id in others)
     assert (found[newcomer] > 0) is (say > 0)

@@ -26,11 +26,11 @@ from fedspine.core.fleet import AllLost, Idle
 from fedspine.core.message import NotAMessage, message, pack, unpack
 from fedspine.flare.fleet import FlareFleet
 from fedspine.flare.framing import MOST_BYTES
-from fedspine.flare.run_terms import Terms
+from fedspine.flare.run_terms import RunTerms
 from fedspine.flare.schema import conforms, work_kinds
-from fedspine.flare.session import Party
-from fedspine.flare.site_state import Patience, RelayLost
-from fedspine.flare.site_worker import open_desk, works_of
+from fedspine.flare.session import FlareSession
+from fedspine.flare.site_state import RelayLost, Timeouts
+from fedspine.flare.site_worker import open_site_worker, works_of
 from fedspine.flare.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder, as_array, decoded
 from fedspine.lm.content import content_sha256
 from fedspine.lm.load import load
@@ -44,9 +44,9 @@ RUN = "0123456789abcdef" * 2
 class LocalLink:
     """Sites in this process. `faults` says by site what becomes of the next exchanges: an outcome, or a reply changed."""
 
-    def __init__(self, desks):
-        self.desks, self.faults = desks, {}
-        self.relay, self.sites = "relay-0", tuple(sorted(desks))
+    def __init__(self, workers):
+        self.workers, self.faults = workers, {}
+        self.relay, self.sites = "relay-0", tuple(sorted(workers))
         self.heard = []  # (site, what was asked), pings as None
         self.gone = 0  # exchanges for which the relay is lost
         self._loading = (
@@ -54,7 +54,7 @@ class LocalLink:
         )  # each site is a process of its own, and threads cannot load models side by side
 
     def connected(self):
-        return tuple(sorted(self.desks))
+        return tuple(sorted(self.workers))
 
     def exchange(self, site, payload, seconds):
         assert seconds > 0
@@ -68,19 +68,19 @@ class LocalLink:
             return (
                 (fault, b"")
                 if isinstance(fault, str)
-                else ("done", fault(self.desks[site].answer(payload)))
+                else ("done", fault(self.workers[site].answer(payload)))
             )
         with self._loading if isinstance(asked, Opening) else nullcontext():
-            return "done", self.desks[site].answer(payload)
+            return "done", self.workers[site].answer(payload)
 
     def ping(self, site, seconds):
         self.heard.append((site, None))
-        return site in self.desks
+        return site in self.workers
 
     def mend(self, broken, give_up):
         if broken == self.relay:
             self.relay += "'"
-            self.sites = tuple(sorted(self.desks))
+            self.sites = tuple(sorted(self.workers))
 
     def close(self):
         pass
@@ -98,13 +98,13 @@ def model(tiny_folder):
 
 
 class Sites:
-    """A party over local sites, its records, and the fleet."""
+    """A session over local sites, its records, and the fleet."""
 
-    def __init__(self, ground, model, folder, method="fedlora", **patience):
+    def __init__(self, ground, model, folder, method="fedlora", **timeouts):
         base, tokenizer = model
-        self.link = LocalLink({site: open_desk(ground.kits.folder / site) for site in SITES})
+        self.link = LocalLink({site: open_site_worker(ground.kits.folder / site) for site in SITES})
         self.path = folder / "records.jsonl"
-        terms = Terms(
+        terms = RunTerms(
             method=method,
             kind="classification",
             model="tiny",
@@ -115,23 +115,23 @@ class Sites:
             max_tokens=MAX_TOKENS,
             label_names=NAMES,
         )
-        self.party = Party(
+        self.session = FlareSession(
             link=self.link,
             base=base,
             terms=terms,
             seed=0,
             run=os.urandom(16).hex(),
-            patience=Patience(**patience),
+            timeouts=Timeouts(**timeouts),
         )
-        self.fleet = FlareFleet(self.party)
+        self.fleet = FlareFleet(self.session)
         assert self.fleet.join() == {}
-        self.party.records = Records(self.path)
+        self.session.records = Records(self.path)
         self.task = toy_task(base, tokenizer, rounds=4)
 
     def notes(self):
         import json
 
-        self.party.records.flush()
+        self.session.records.flush()
         rows = map(json.loads, self.path.read_text().splitlines())
         return [
             row["values"] for row in rows if row["row"] == "note" and "rank" not in row["values"]
@@ -162,9 +162,9 @@ class Sites:
         return sent
 
     def close(self):
-        self.party.records.close()
-        for member in self.party.members.values():
-            member.line.shutdown()
+        self.session.records.close()
+        for site in self.session.sites.values():
+            site.line.shutdown()
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def _reshaped(payload):
 
 def _another_type(payload):
     return pack(
-        replace(unpack(payload), result=as_array(pack(NotDone(why="work failed")).payload))
+        replace(unpack(payload), result=as_array(pack(NotDone(reason="work failed")).payload))
     ).payload
 
 
@@ -272,10 +272,10 @@ def test_fewer_replies_than_the_quorum_stop_the_run(sites):
         here.run(method, 2, state)
 
 
-def test_a_run_waits_for_its_quorum_no_longer_than_its_patience(sites):
+def test_a_run_waits_for_its_quorum_no_longer_than_its_timeout(sites):
     here, method = sites(quorum=3, outage=0.5), find("fedlora").toy()
-    del here.link.desks["east"]
-    here.party.members["east"].missed = True
+    del here.link.workers["east"]
+    here.session.sites["east"].missed = True
     with pytest.raises(AllLost, match="2 sites answer, 3 are the quorum"):
         here.run(method, 1)
 
@@ -301,7 +301,9 @@ def test_the_new_workers_of_a_new_relay_may_come_up_slower_than_an_order_may_tak
 
     def mended(broken, give_up):
         if broken == here.link.relay:
-            here.link.desks = {site: open_desk(ground.kits.folder / site) for site in SITES}
+            here.link.workers = {
+                site: open_site_worker(ground.kits.folder / site) for site in SITES
+            }
         mend(broken, give_up)
 
     def slowly(site, payload, seconds):
@@ -319,7 +321,7 @@ def test_the_new_workers_of_a_new_relay_may_come_up_slower_than_an_order_may_tak
 def test_a_worker_that_was_replaced_is_opened_again_within_the_ask(ground, model, sites, tmp_path):
     here, method = sites(), find("fedlora").toy()
     state = here.run(method, 1)
-    here.link.desks["north"] = open_desk(ground.kits.folder / "north")
+    here.link.workers["north"] = open_site_worker(ground.kits.folder / "north")
     assert bits(here.run(method, 3, state)) == bits(simulated(ground, model, tmp_path, method, 3))
 
 
@@ -329,22 +331,22 @@ def test_a_site_that_lost_its_memory_starts_anew_and_that_is_noted(ground, sites
         replace(find("fedspine").toy(), controller=Fixed(rank=4)),
     )
     state = here.run(method, 2)
-    shutil.rmtree(ground.kits.folder / "west" / "memory" / here.party.run)
-    (ground.kits.folder / "west" / "memory" / here.party.run).mkdir()
+    shutil.rmtree(ground.kits.folder / "west" / "memory" / here.session.run)
+    (ground.kits.folder / "west" / "memory" / here.session.run).mkdir()
     assert here.run(method, 4, state).round == 4
     assert {"device": "west", "memory": "lost; it starts anew"} in here.notes()
 
 
 def test_a_site_that_joins_later_takes_part_from_the_next_round_on(ground, sites):
     here, method = sites(), find("fedlora").toy()
-    late = here.link.desks.pop("west")
-    del here.party.members["west"]
+    late = here.link.workers.pop("west")
+    del here.session.sites["west"]
     here.link.sites = ("east", "north")
     state = here.run(method, 1)
-    here.link.desks["west"] = late
+    here.link.workers["west"] = late
     here.run(method, 2, state)
     assert [profile.id for profile in here.fleet.devices] == ["east", "north", "west"]
-    assert here.party.members["west"].asks == 1
+    assert here.session.sites["west"].asks == 1
 
 
 # --- asking in other ways ---
@@ -363,7 +365,7 @@ def test_replies_that_were_sent_for_come_as_they_arrive(sites):
         here.fleet.next()
 
 
-def test_a_cohort_hears_whoever_has_a_reply_under_way(sites):
+def test_a_cohort_gets_pending_replies_of_all_devices(sites):
     here = sites()
     here.fleet.begin_round(0)
     here.fleet.send(tune_adapter, here.orders())
@@ -406,7 +408,7 @@ def test_in_split_learning_a_slow_site_joins_late_and_one_that_dies_is_not_waite
     method = replace(find("mergesfl-plus").toy(), steps=30, fewest=3, budget_rows=100, rank=64)
     state = here.run(method, 1)
     assert set(state.workers) == {"east", "west"}
-    here.party.records.flush()
+    here.session.records.flush()
     rows = [json.loads(line) for line in here.path.read_text().splitlines()]
     exchanges = {
         site: [row["work"] for row in rows if row["row"] == "exchange" and row["device"] == site]
@@ -482,7 +484,7 @@ def payloads(ground, model, tmp_path_factory):
     here = Sites(ground, model, tmp_path_factory.mktemp("payloads"))
     order = here.orders()["east"]
     asked = SiteOrder(
-        run=here.party.run,
+        run=here.session.run,
         work=name_of(tune_adapter),
         order=as_array(pack(order).payload),
         seed=(0, 0, 0),
@@ -491,17 +493,17 @@ def payloads(ground, model, tmp_path_factory):
         version=1,
         needed=(),
     )
-    reply = here.link.desks["east"].answer(pack(asked).payload)
+    reply = here.link.workers["east"].answer(pack(asked).payload)
     here.close()
     sent = [
         pack(value).payload
-        for value in (asked, Opening(run=here.party.run, terms=here.party.terms), order)
+        for value in (asked, Opening(run=here.session.run, terms=here.session.terms), order)
     ]
     return [
         *sent,
         reply,
         unpack(reply).result.tobytes(),
-        pack(NotDone(why="refused", told="no")).payload,
+        pack(NotDone(reason="refused", detail="no")).payload,
     ]
 
 

@@ -322,7 +322,7 @@ def test_next_is_for_the_part_that_asks(lab):
     assert fleet.next().device != "tx2-00"
 
 
-def test_a_cohort_hears_whoever_has_a_reply_under_way(lab):
+def test_a_cohort_gets_pending_replies_of_all_devices(lab):
     fleet = lab().fleet
     fleet.cohort(["tx2-00"]).send(do, {"tx2-00": Job()})
     cohort = fleet.cohort(["nx-03"])

@@ -44,7 +44,7 @@ def one_round(bench, method, rounds=1):
 def test_one_device_at_one_rank_is_fedlora_in_product_space(lab, task, rank):
     ours = lab("ours", kinds=("agx",)).run(FlexLora(ranks=(rank,), **SHARED), rounds=1)
     theirs = lab("theirs", kinds=("agx",)).run(FedLora(rank=rank, **SHARED), rounds=1)
-    for site in task.base.anatomy.sites:
+    for site in task.base.layout.sites:
         expected = product(theirs.adapter, site)
         # both got the same fp16 reply, and a product of this rank loses nothing by an SVD but some 32 roundings of
         # 2^-24 of the largest entry
@@ -73,7 +73,7 @@ def test_the_server_keeps_the_best_of_the_weighted_mean_of_scaled_products(lab, 
         assert scales == {id: ALPHA / after.ranks[id] for id in bench.ids}
         assert len(set(scales.values())) > 1
     rows = sum(result.examples for result in results.values())
-    for site in task.base.anatomy.sites:
+    for site in task.base.layout.sites:
         mean = sum(
             result.examples / rows * scales[id] / method.scale * product(result.adapter, site)
             for id, result in results.items()
@@ -93,7 +93,7 @@ def test_a_device_is_sent_the_best_of_its_rank_at_its_own_scale(lab, task, alpha
     assert len({before.ranks[id] for id in orders}) > 1
     for id, order in orders.items():
         rank = before.ranks[id]
-        for site in task.base.anatomy.sites:
+        for site in task.base.layout.sites:
             whole, sent = product(before.adapter, site), product(order.adapter, site)
             tail = torch.linalg.svdvals(whole)[rank:].norm()  # no matrix of this rank is nearer
             off = order.scale / method.scale * sent - whole

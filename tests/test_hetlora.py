@@ -38,7 +38,7 @@ def orders_of(spies):
 def trained_adapter(task, rank, seed=3):
     """An adapter whose B is no longer zero."""
     rng = np.random.default_rng(seed)
-    adapter = fresh(task.base.anatomy.sites, rank, rng)
+    adapter = fresh(task.base.layout.sites, rank, rng)
     return {
         name: tensor
         if name.endswith("lora_A")
@@ -53,7 +53,7 @@ def order_of(task, adapter, method, *, shrunk):
         head=half(task.base.initial_head(np.random.default_rng(4))),
         scale=method.scale,
         rank=rank_of(
-            Model(structure=full(task.base.anatomy), adapter=adapter, head={}, scale=method.scale)
+            Model(structure=full(task.base.layout), adapter=adapter, head={}, scale=method.scale)
         ),
         shrunk=shrunk,
         penalty=method.penalty,
@@ -136,12 +136,12 @@ def test_factors_are_averaged_by_the_norm_of_their_product(lab, task):
             )
             .square()
             .sum()
-            for site in task.base.anatomy.sites
+            for site in task.base.layout.sites
         )
         return float(sum(squares)) ** 0.5
 
     total, largest = sum(map(norm, results)), max(result.rank for result in results)
-    for site in task.base.anatomy.sites:
+    for site in task.base.layout.sites:
         name = b_name(site.path)
         expected = torch.zeros(site.rows, largest, dtype=torch.float64)
         for result in results:
@@ -153,13 +153,13 @@ def test_factors_are_averaged_by_the_norm_of_their_product(lab, task):
 
 
 def test_the_tail_is_the_product_of_its_norms(task):
-    anatomy, adapter = task.base.anatomy, trained_adapter(task, 6)
+    layout, adapter = task.base.layout, trained_adapter(task, 6)
     expected = sum(
         float(adapter[b_name(site.path)][:, 4:].norm() * adapter[a_name(site.path)][4:].norm())
-        for site in anatomy.sites
+        for site in layout.sites
     )
-    assert float(tail(anatomy, adapter, 4)) == pytest.approx(expected, rel=1e-5)
-    assert float(tail(anatomy, adapter, 6)) == 0.0
+    assert float(tail(layout, adapter, 4)) == pytest.approx(expected, rel=1e-5)
+    assert float(tail(layout, adapter, 6)) == 0.0
 
 
 def test_a_tail_that_shrinks_is_given_up_and_one_that_grows_is_kept(task):
@@ -172,7 +172,7 @@ def test_a_tail_that_shrinks_is_given_up_and_one_that_grows_is_kept(task):
         tensor.shape[0] for name, tensor in given_up.adapter.items() if name.endswith("lora_A")
     } == {4}
     untrained = fresh(
-        task.base.anatomy.sites, 6, np.random.default_rng(0)
+        task.base.layout.sites, 6, np.random.default_rng(0)
     )  # its tail is zero and can only grow
     kept = tune_and_shrink(device_of(task), order_of(task, untrained, TOY, shrunk=4))
     assert kept.rank == 6
@@ -182,25 +182,25 @@ def test_a_tail_that_shrinks_is_given_up_and_one_that_grows_is_kept(task):
 
 
 def test_the_penalty_presses_the_tail_and_is_no_part_of_the_loss_reported(task):
-    anatomy, adapter = task.base.anatomy, trained_adapter(task, 6)
+    layout, adapter = task.base.layout, trained_adapter(task, 6)
     one_step = dataclasses.replace(TOY, steps=1)
     results = {}
     for penalty in (0.0, 10.0):
         order = order_of(task, adapter, dataclasses.replace(one_step, penalty=penalty), shrunk=4)
         model = Model(
-            structure=full(anatomy),
+            structure=full(layout),
             adapter=single(order.adapter),
             head=single(order.head),
             scale=order.scale,
         )
-        pressure = (lambda factors, by=penalty: by * tail(anatomy, factors, 4)) if penalty else None
+        pressure = (lambda factors, by=penalty: by * tail(layout, factors, 4)) if penalty else None
         results[penalty] = tune(device_of(task), model, order.tuning, penalty=pressure)
         assert bits(half(cut_rank(results[penalty].model.adapter, 4))) == bits(
             cut_rank(tune_and_shrink(device_of(task), order).adapter, 4)
         )
     assert results[0.0].loss == results[10.0].loss  # of the only step, before anything is pressed
-    free, pressed = (tail(anatomy, results[penalty].model.adapter, 4) for penalty in (0.0, 10.0))
-    assert pressed < min(free, tail(anatomy, adapter, 4))
+    free, pressed = (tail(layout, results[penalty].model.adapter, 4) for penalty in (0.0, 10.0))
+    assert pressed < min(free, tail(layout, adapter, 4))
 
 
 def test_each_device_is_pressed_by_its_own_tail_when_several_train_together(task):

@@ -39,20 +39,20 @@ def scores(heads, channels=((0.0,),)):
 
 def trainable(base, rng, structure):
     """A model with a random adapter whose tensors ask for gradients."""
-    adapter = fresh(base.anatomy.sites, 3, rng)
+    adapter = fresh(base.layout.sites, 3, rng)
     for name in adapter:
         if name.endswith("lora_B"):
             adapter[name] = torch.from_numpy(
                 rng.normal(0, 0.1, tuple(adapter[name].shape)).astype(np.float32)
             )
-    adapter = cut_adapter(adapter, base.anatomy.sites, structure)
+    adapter = cut_adapter(adapter, base.layout.sites, structure)
     adapter = {name: tensor.clone().requires_grad_() for name, tensor in adapter.items()}
     return Model(structure=structure, adapter=adapter, head=base.initial_head(rng), scale=SCALE)
 
 
-def partly(anatomy):
+def partly(layout):
     """A structure without the first head and two channels of the second layer."""
-    structure = full(anatomy)
+    structure = full(layout)
     structure.heads[1, 0] = False
     structure.channels[1, [3, 9]] = False
     return structure
@@ -60,12 +60,12 @@ def partly(anatomy):
 
 def dense_scores(base, model, criterion):
     """The same scores, written down unit by unit from the formula of the specification."""
-    anatomy = base.anatomy
+    layout = base.layout
     found = Scores(
-        heads=torch.zeros(anatomy.layers, anatomy.heads),
-        channels=torch.zeros(anatomy.layers, anatomy.channels),
+        heads=torch.zeros(layout.layers, layout.heads),
+        channels=torch.zeros(layout.layers, layout.channels),
     )
-    for site in anatomy.sites:
+    for site in layout.sites:
         a, b = model.adapter[a_name(site.path)], model.adapter[b_name(site.path)]
         estimate = b.grad @ a + b @ a.grad - criterion.cross * b.grad @ a.grad
         entries = estimate * (base.slice(site.path, model.structure)[0] + model.scale * b @ a)
@@ -92,7 +92,7 @@ def dense_scores(base, model, criterion):
 def test_scores_are_those_of_the_formula(task, decoder, architecture, cut, criterion):
     base = task.base if architecture == "bert" else decoder[0]
     rng = np.random.default_rng(0)
-    model = trainable(base, rng, partly(base.anatomy) if cut else full(base.anatomy))
+    model = trainable(base, rng, partly(base.layout) if cut else full(base.layout))
     for tensor in model.adapter.values():
         tensor.grad = torch.from_numpy(rng.standard_normal(tuple(tensor.shape)).astype(np.float32))
     ours = score_units(base, model, criterion)
@@ -113,8 +113,8 @@ def units_of(site, kind):
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_magnitudes_are_norms_of_all_that_goes_with_a_unit(task, decoder, architecture, cut):
     base = task.base if architecture == "bert" else decoder[0]
-    anatomy = base.anatomy
-    model = trainable(base, np.random.default_rng(0), partly(anatomy) if cut else full(anatomy))
+    layout = base.layout
+    model = trainable(base, np.random.default_rng(0), partly(layout) if cut else full(layout))
     found = magnitude_scores(base, model)
     for kind, scores, kept in (
         ("heads", found.heads, model.structure.heads),
@@ -126,7 +126,7 @@ def test_magnitudes_are_norms_of_all_that_goes_with_a_unit(task, decoder, archit
                 continue
             place, entries = int(kept[layer, :unit].sum()), []
             for site in (
-                site for site in anatomy.sites if site.layer == layer and units_of(site, kind)
+                site for site in layout.sites if site.layer == layer and units_of(site, kind)
             ):
                 weight = base.slice(site.path, model.structure)[0].double()
                 a, b = (
@@ -146,9 +146,9 @@ def test_magnitudes_are_norms_of_all_that_goes_with_a_unit(task, decoder, archit
 def test_magnitudes_need_no_adapter_and_change_nothing(task):
     rng = np.random.default_rng(0)
     bare = Model(
-        structure=full(task.base.anatomy), adapter={}, head=task.base.initial_head(rng), scale=SCALE
+        structure=full(task.base.layout), adapter={}, head=task.base.initial_head(rng), scale=SCALE
     )
-    zero = replace(bare, adapter=fresh(task.base.anatomy.sites, 2, rng))  # whose B is zero
+    zero = replace(bare, adapter=fresh(task.base.layout.sites, 2, rng))  # whose B is zero
     before = {path: weight.clone() for path, (weight, _) in task.base.weights.items()}
     torch.testing.assert_close(
         magnitude_scores(task.base, bare).heads, magnitude_scores(task.base, zero).heads
@@ -157,10 +157,10 @@ def test_magnitudes_need_no_adapter_and_change_nothing(task):
 
 
 def test_chance_is_uniform_over_what_is_kept_and_repeats(task):
-    anatomy = task.base.anatomy
-    structure = partly(anatomy)
+    layout = task.base.layout
+    structure = partly(layout)
     first, again, other = (
-        random_scores(anatomy, structure, np.random.default_rng(seed)) for seed in (0, 0, 1)
+        random_scores(layout, structure, np.random.default_rng(seed)) for seed in (0, 0, 1)
     )
     assert torch.equal(first.channels, again.channels)
     assert not torch.equal(first.channels, other.channels)
@@ -192,7 +192,7 @@ def test_the_gradient_estimate_is_that_of_autograd():
 def test_scoring_needs_gradients(task):
     with pytest.raises(ValueError, match="no gradients; score units after a backward pass"):
         score_units(
-            task.base, trainable(task.base, np.random.default_rng(0), full(task.base.anatomy))
+            task.base, trainable(task.base, np.random.default_rng(0), full(task.base.layout))
         )
 
 
@@ -291,10 +291,10 @@ def test_importance_foretells_what_removal_costs(task):
     # channels; unrelated rankings would correlate by 0 with a standard error of 1/sqrt(2 * 63) = 0.089 in the mean
     # over layers, so four of them (0.36) are no luck.
     rng = np.random.default_rng(2)
-    anatomy = task.base.anatomy
+    layout = task.base.layout
     model = Model(
-        structure=full(anatomy),
-        adapter=fresh(anatomy.sites, 4, rng),
+        structure=full(layout),
+        adapter=fresh(layout.sites, 4, rng),
         head=task.base.initial_head(rng),
         scale=SCALE,
     )
@@ -305,12 +305,12 @@ def test_importance_foretells_what_removal_costs(task):
         model = trace.model
     whole = score(task.base, model, task.train).mean_loss
     correlations = []
-    for layer in range(anatomy.layers):
+    for layer in range(layout.layers):
         costs = []
-        for channel in range(anatomy.channels):
-            structure = full(anatomy)
+        for channel in range(layout.channels):
+            structure = full(layout)
             structure.channels[layer, channel] = False
-            adapter = cut_adapter(model.adapter, anatomy.sites, structure)
+            adapter = cut_adapter(model.adapter, layout.sites, structure)
             without = Model(structure=structure, adapter=adapter, head=model.head, scale=SCALE)
             costs.append(abs(score(task.base, without, task.train, batch=300).mean_loss - whole))
         correlations.append(rank_correlation(trace.scores.channels[layer].numpy(), np.array(costs)))
@@ -325,8 +325,8 @@ def rank_correlation(first, second):
 def traced(task, **settings):
     rng = np.random.default_rng(3)
     model = Model(
-        structure=full(task.base.anatomy),
-        adapter=fresh(task.base.anatomy.sites, 4, rng),
+        structure=full(task.base.layout),
+        adapter=fresh(task.base.layout.sites, 4, rng),
         head=task.base.initial_head(rng),
         scale=SCALE,
     )

@@ -352,11 +352,11 @@ def short_stories():
     tuned = {}
     for ended in (True, False):
         data = encode(tokenizer, of(*SHORT), "causal-lm", 64, ended=ended)
-        adapter = fresh(base.anatomy.sites, 8, np.random.default_rng(0))
-        start = Model(structure=full(base.anatomy), adapter=adapter, head={}, scale=2.0)
+        adapter = fresh(base.layout.sites, 8, np.random.default_rng(0))
+        start = Model(structure=full(base.layout), adapter=adapter, head={}, scale=2.0)
         tuning = Tuning(steps=20, batch=16, learning_rate=5e-3)
         tuned[ended] = tune(device_on(base, data), start, tuning).model
-    untuned = Model(structure=full(base.anatomy), adapter={}, head={}, scale=1.0)
+    untuned = Model(structure=full(base.layout), adapter={}, head={}, scale=1.0)
     return base, tokenizer, tuned | {None: untuned}
 
 

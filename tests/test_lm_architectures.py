@@ -1,4 +1,4 @@
-"""Every architecture with a unit map: its anatomy is that of the real module, and slicing equals zeroing."""
+"""Every architecture with a unit map: its prunable layout is that of the real module, and slicing equals zeroing."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def spread(tensor, index, dim, units):
 def zeroed(base, model):
     """The full-size model whose dropped rows and columns are zero, in the base weights and in the adapter."""
     adapter = {}
-    for site in base.anatomy.sites:
+    for site in base.layout.sites:
         rows, columns = kept_rows(site, model.structure), kept_columns(site, model.structure)
         adapter[a_name(site.path)] = spread(
             model.adapter[a_name(site.path)], columns, 1, site.columns
@@ -40,11 +40,11 @@ def zeroed(base, model):
             weight,
             None if bias is None else spread(bias, rows, 0, site.rows),
         )
-    return Model(structure=full(base.anatomy), adapter=adapter, head=model.head, scale=model.scale)
+    return Model(structure=full(base.layout), adapter=adapter, head=model.head, scale=model.scale)
 
 
 @pytest.mark.parametrize("name", [*ENCODERS, *DECODERS])
-def test_anatomy_counts_the_weights_of_the_module(tmp_path, name):
+def test_layout_counts_the_weights_of_the_module(tmp_path, name):
     base, _ = tiny(tmp_path, name)
     stock = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / f"tiny-{name}", num_labels=3
@@ -55,16 +55,16 @@ def test_anatomy_counts_the_weights_of_the_module(tmp_path, name):
         for path, child in backbone.named_modules()
         if isinstance(child, nn.Linear) and "pooler" not in path
     }
-    assert {site.path: (site.rows, site.columns) for site in base.anatomy.sites} == {
+    assert {site.path: (site.rows, site.columns) for site in base.layout.sites} == {
         path: tuple(weight.shape) for path, weight in inside.items()
     }
-    assert base.anatomy.parameters == sum(weight.numel() for weight in inside.values())
+    assert base.layout.parameters == sum(weight.numel() for weight in inside.values())
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
 def test_sliced_equals_zeroed(tmp_path, name, kind):
     base, tokenizer = tiny(tmp_path, name, kind)
-    heads = base.anatomy.heads
+    heads = base.layout.heads
     model = model_on(base, heads=[heads // 2, heads - 1], channels=[40, 17])
     sliced = logits(base.fit(model), tokenizer)
     whole = logits(base.fit(zeroed(base, model)), tokenizer)
@@ -81,7 +81,7 @@ def test_pruning_and_the_adapter_change_the_logits(tmp_path, name):
     )
     assert (first - second).abs().max() > 1e-2
     assert (first - third).abs().max() > 1e-2
-    assert 0 < sparsity(base.anatomy, cut.structure) < 1
+    assert 0 < sparsity(base.layout, cut.structure) < 1
 
 
 def test_minilm_sliced_equals_zeroed():
@@ -113,7 +113,7 @@ def test_fewer_layers(tmp_path):
         base, tokenizer = load(
             str(write_tiny(tmp_path / name, name)), kind="classification", classes=3, layers=1
         )
-        assert base.anatomy.layers == 1
+        assert base.layout.layers == 1
         assert logits(base.fit(model_on(base)), tokenizer).shape == (
             3,
             len(labels_for("classification")),

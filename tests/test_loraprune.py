@@ -74,7 +74,7 @@ def test_every_device_is_asked_for_the_sparsity_of_the_schedule(lab, task):
         assert {order.sparsity for _, order in spy.orders} == {due if round else 0.0}
         for id, result in spy.results:
             assert not bool(
-                (result.structure.channels & ~last.get(id, full(task.base.anatomy)).channels).any()
+                (result.structure.channels & ~last.get(id, full(task.base.layout)).channels).any()
             )
             last[id] = result.structure
     assert (
@@ -87,7 +87,7 @@ def test_every_device_ends_at_the_target(lab, task, target, drop):
     method, bench = dataclasses.replace(TOY, sparsity=target), lab()
     state = bench.run(method, around=lambda fleet: Lossy(fleet, drop=drop))
     for id in (None, *bench.ids, "never-asked"):
-        assert sparsity(task.base.anatomy, method.deploy(state, id).structure) == pytest.approx(
+        assert sparsity(task.base.layout, method.deploy(state, id).structure) == pytest.approx(
             target, abs=0.005
         )
     assert is_full(method.unpruned(state).structure)

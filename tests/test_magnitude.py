@@ -51,19 +51,19 @@ def test_the_smallest_units_go(lab, task):
     whole = method.unpruned(state)
     scores = magnitude_scores(task.base, dataclasses.replace(whole, adapter={}))
     structure = shrink(
-        task.base.anatomy,
-        full(task.base.anatomy),
+        task.base.layout,
+        full(task.base.layout),
         (scores.heads, scores.channels),
         sparsity=0.5,
         target=0.5,
     )
-    assert sparsity(task.base.anatomy, structure) == pytest.approx(0.5, abs=0.005)
+    assert sparsity(task.base.layout, structure) == pytest.approx(0.5, abs=0.005)
     for id in (None, *bench.ids):
         model = method.deploy(state, id)
         assert torch.equal(model.structure.heads, structure.heads)
         assert torch.equal(model.structure.channels, structure.channels)
         assert bits(model.adapter) == bits(
-            cut_adapter(state.adapter, task.base.anatomy.sites, structure)
+            cut_adapter(state.adapter, task.base.layout.sites, structure)
         )
 
 

@@ -180,23 +180,23 @@ def test_gradients_stay_behind():
     assert not unpack(pack(torch.ones(2, requires_grad=True))).requires_grad
 
 
-class Stranger:
+class Unregistered:
     """An object that no message may hold."""
 
 
 @pytest.mark.parametrize(
     ("value", "where"),
     [
-        (Stranger(), "value: Stranger"),
-        ({"a": (1, Stranger())}, r"value\['a'\]\[1\]: Stranger"),
+        (Unregistered(), "value: Unregistered"),
+        ({"a": (1, Unregistered())}, r"value\['a'\]\[1\]: Unregistered"),
         (Leaf(name="x", value=[1, 2]), r"value\.value: list"),
         ({1: "x"}, "value: dict keys must be strings"),
         ({"set": {1}}, r"value\['set'\]: set"),
         (b"bytes", "value: bytes"),
-        (Stranger, "value: type"),
+        (Unregistered, "value: type"),
         (print, "value: builtin_function_or_method"),
         (1j, "value: complex"),
-        ((np.array([Stranger()]),), r"value\[0\]: arrays of object"),
+        ((np.array([Unregistered()]),), r"value\[0\]: arrays of object"),
         (np.array(["text"]), "value: arrays of <U4"),
     ],
 )
@@ -219,7 +219,7 @@ def changed(payload, edit):
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda tree: tree | {"message": "Stranger"}, "unknown message 'Stranger'"),
+        (lambda tree: tree | {"message": "Unregistered"}, "unknown message 'Unregistered'"),
         (
             lambda tree: tree | {"fields": {"name": "x"}},
             r"has the fields \['name', 'value'\], but \['name'\] came",

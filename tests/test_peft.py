@@ -57,7 +57,7 @@ def with_peft(module, folder):
 def unequal_ranks(base, model):
     """The model with a rank of its own on one site, and no adapter on another."""
     adapter = dict(model.adapter)
-    wide, bare = base.anatomy.sites[0].path, base.anatomy.sites[1].path
+    wide, bare = base.layout.sites[0].path, base.layout.sites[1].path
     adapter[a_name(wide)] = torch.cat([adapter[a_name(wide)]] * 2)
     adapter[b_name(wide)] = torch.cat([adapter[b_name(wide)]] * 2, 1)
     del adapter[a_name(bare)], adapter[b_name(bare)]
@@ -92,7 +92,7 @@ def test_peft_computes_what_we_write(tmp_path, name, kind, equal):
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_we_compute_what_peft_writes(tmp_path, name, kind, rslora):
     base, tokenizer = tiny(tmp_path, name, kind)
-    values = [site.path for site in base.anatomy.sites if site.row_units == "heads"]
+    values = [site.path for site in base.layout.sites if site.row_units == "heads"]
     config = peft.LoraConfig(
         task_type="CAUSAL_LM" if kind == "causal-lm" else "SEQ_CLS",
         r=4,
@@ -129,7 +129,7 @@ def test_real_minilm(tmp_path):
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_pruned_adapter_fits_the_export_without_it(tmp_path, name, kind):
     base, tokenizer = tiny(tmp_path, name, kind)
-    model = model_on(base, [base.anatomy.heads, 1], [24, 30])
+    model = model_on(base, [base.layout.heads, 1], [24, 30])
     expected = logits(base.fit(model), tokenizer).clone()
     options = {"labels": labels_for(kind), "kind": kind, "max_tokens": 64, "name": "toy"}
     hf.export(base, model, tokenizer, tmp_path / "cut", merge=False, **options)
@@ -294,7 +294,7 @@ def test_an_adapter_loads_with_the_base_beside_it(tmp_path, name, kind, size):
     base, tokenizer = tiny(tmp_path, name, kind)
     heads = [1, 1] if size == "heads" else None
     model = model_on(base, heads, None if size == "whole" else [24, 24])
-    if size == "heads" and not base.anatomy.decoder:  # whose configurations cannot say it
+    if size == "heads" and not base.layout.decoder:  # whose configurations cannot say it
         with pytest.raises(BadInput, match=r"stock configuration.*--device dense.*--format hf"):
             written(tmp_path, base, model, tokenizer, kind, with_base=True)
         assert {path.name for path in tmp_path.iterdir()} == {f"tiny-{name}"}

@@ -51,10 +51,10 @@ def examples(lengths=(3, 7, 5)):
 
 def model_on(base, seed=0):
     rng = np.random.default_rng(seed)
-    adapter = fresh(base.anatomy.sites, 2, rng)
+    adapter = fresh(base.layout.sites, 2, rng)
     adapter = {name: factor + 0.05 for name, factor in adapter.items()}
     return Model(
-        structure=full(base.anatomy), adapter=adapter, head=base.initial_head(rng), scale=2.0
+        structure=full(base.layout), adapter=adapter, head=base.initial_head(rng), scale=2.0
     )
 
 
@@ -86,9 +86,9 @@ def test_the_head_is_one_linear_layer_over_the_mean_of_the_true_tokens(
     base, _ = load(folder, kind="classification", classes=CLASSES, pooling="mean")
     head = base.initial_head(np.random.default_rng(1))
     (weight, bias) = (next(t for t in head.values() if t.dim() == d) for d in (2, 1))
-    assert sum(t.numel() for t in head.values()) == CLASSES * (base.anatomy.width + 1)
+    assert sum(t.numel() for t in head.values()) == CLASSES * (base.layout.width + 1)
     data = examples()
-    module = base.fit(Model(structure=full(base.anatomy), adapter={}, head=head, scale=1.0))
+    module = base.fit(Model(structure=full(base.layout), adapter={}, head=head, scale=1.0))
     inputs = data.batch(np.arange(3))
     inputs.pop("labels")
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_a_stock_token_classifier_has_the_same_logits(tiny_folder) -> None:
     inputs = examples().batch(np.arange(3))
     inputs.pop("labels")
     with torch.no_grad():
-        ours = base.fit(Model(structure=full(base.anatomy), adapter={}, head=head, scale=1.0))
+        ours = base.fit(Model(structure=full(base.layout), adapter={}, head=head, scale=1.0))
         ours = ours(**inputs).logits
         theirs = mean_of_tokens(stock(**inputs).logits, inputs["attention_mask"])
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)

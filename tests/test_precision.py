@@ -59,7 +59,7 @@ def test_a_run_writes_what_it_chose_and_goes_on_with_it(
     from fedspine.ui.progress import Silent
 
     class Interrupting(Silent):
-        def round_done(self, standing):
+        def round_done(self, status):
             raise KeyboardInterrupt
 
     speed(0.2)

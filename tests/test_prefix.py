@@ -27,9 +27,9 @@ NEVER = dataclasses.replace(TUNING, turns=0.0)
 def top_model(base, depth=1):
     """A model with an adapter on the last `depth` blocks."""
     rng = np.random.default_rng(0)
-    sites = [site for site in base.anatomy.sites if site.layer >= base.anatomy.layers - depth]
+    sites = [site for site in base.layout.sites if site.layer >= base.layout.layers - depth]
     return Model(
-        structure=full(base.anatomy),
+        structure=full(base.layout),
         adapter=fresh(sites, 3, rng),
         head=base.initial_head(rng),
         scale=2.0,
@@ -61,7 +61,7 @@ def test_training_above_kept_activations_is_training(tiny_folder, architecture):
     base, tokenizer = load(str(tiny_folder(architecture)), kind="classification", classes=3)
     task = toy_task(base, tokenizer, rounds=1)
     model = top_model(base)
-    assert first_block(base.anatomy, model) == base.anatomy.layers - 1
+    assert first_block(base.layout, model) == base.layout.layers - 1
     short = dataclasses.replace(TUNING, steps=20)
     kept, plain = (
         tune(device_on(task), model, t) for t in (short, dataclasses.replace(short, turns=0.0))
@@ -86,7 +86,7 @@ def test_nothing_is_kept_where_rows_are_seldom_used_or_every_block_is_trained(
 ):
     prefixes = Prefixes(tmp_path / "cache")
     tune(device_on(task, prefixes), top_model(task.base), NEVER)
-    tune(device_on(task, prefixes), top_model(task.base, depth=task.base.anatomy.layers), TUNING)
+    tune(device_on(task, prefixes), top_model(task.base, depth=task.base.layout.layers), TUNING)
     assert not passes and not (tmp_path / "cache").exists()
 
 
@@ -171,7 +171,7 @@ def test_depth_adapts_the_last_blocks_only(lab):
     rig = lab()
     method = dataclasses.replace(FedLora.toy(), depth=1)
     state = rig.run(method, rounds=2)
-    last = rig.task.base.anatomy.layers - 1
+    last = rig.task.base.layout.layers - 1
     assert state.adapter and all(f".{last}." in name for name in state.adapter)
     whole = lab("whole").run(FedLora.toy(), rounds=2)
     assert len(whole.adapter) == (last + 1) * len(state.adapter)

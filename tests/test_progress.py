@@ -87,7 +87,7 @@ def test_the_unpruned_base_is_named_for_what_it_is() -> None:
     assert "Unpruned base" not in headlines(SUMMARY | {"tuned_unpruned": True, "sparsity": 0.0})
 
 
-STANDING = progress.Standing(
+STATUS = progress.RunStatus(
     round=3, now=125.0, accuracy=0.71, sparsity=0.22, bytes_moved=1_500, seconds_left=287.4
 )
 
@@ -97,8 +97,8 @@ def test_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     shown.stage("loading the base")  # not said, so that an error while loading is the only line
     shown.started(20, "fedspine", done=2)
     shown.stage("scoring")
-    shown.round_done(STANDING)
-    shown.round_done(replace(STANDING, round=4, accuracy=None, loss=1.5))
+    shown.round_done(STATUS)
+    shown.round_done(replace(STATUS, round=4, accuracy=None, loss=1.5))
     shown.finished(tables.summary_table(SUMMARY))
     shown.close()
     out, err = capsys.readouterr()
@@ -132,7 +132,7 @@ def test_json_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     shown = progress.progress_for(json=True)
     shown.stage("loading")
     shown.started(2, "fedspine")
-    shown.round_done(STANDING)
+    shown.round_done(STATUS)
     shown.finished(tables.summary_table({}))
     shown.close()
     assert capsys.readouterr() == ("", "")
@@ -143,7 +143,7 @@ def test_a_terminal_gets_one_bar_and_its_cursor_back() -> None:
     shown = progress.Live(Console(file=out, force_terminal=True, width=120))
     shown.stage("loading the base")
     shown.started(20, "fedspine", done=2)
-    shown.round_done(STANDING)
+    shown.round_done(STATUS)
     shown.close()
     shown.close()
     text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())

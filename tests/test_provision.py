@@ -341,9 +341,9 @@ def wait_for(what, seconds=40):
     return found
 
 
-def standing(federation):
+def fleet_status(federation):
     with kits.session(kit_at(federation.admin)) as session:
-        return kits.standing(session)
+        return kits.fleet_status(session)
 
 
 @pytest.mark.slow
@@ -381,7 +381,9 @@ def test_a_kit_that_was_not_provisioned_is_let_in_nowhere(federation, tmp_path, 
         )  # the last line before it connects
         time.sleep(5)  # within which any of the federation's own sites is in
         assert b"registered client" not in (tmp_path / "log").read_bytes()
-        assert [site["name"] for site in standing(federation)["sites"]] == list(federation.sites)
+        assert [site["name"] for site in fleet_status(federation)["sites"]] == list(
+            federation.sites
+        )
     finally:
         kits.end(process)
 
@@ -436,5 +438,7 @@ def test_a_site_that_dies_is_started_again(federation):
     wait_for(lambda: log() > times)
     assert child().pid != dead.pid
     wait_for(
-        lambda: [site["name"] for site in standing(federation)["sites"]] == list(federation.sites)
+        lambda: (
+            [site["name"] for site in fleet_status(federation)["sites"]] == list(federation.sites)
+        )
     )

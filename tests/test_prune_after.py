@@ -30,33 +30,31 @@ def test_without_pruning_it_is_fedlora(lab):
 
 
 def test_each_device_is_pruned_once_by_the_scores_it_sent_last(lab, task):
-    bench, spies, anatomy = lab(), [], task.base.anatomy
+    bench, spies, layout = lab(), [], task.base.layout
     state = bench.run(TOY, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
     assert all(is_full(result.structure) for spy in spies for _, result in spy.results)
     found = set()
     for id, result in spies[-1].results:
         votes = (result.scores.heads, result.scores.channels)
-        structure = shrink(
-            anatomy, full(anatomy), votes, sparsity=TOY.sparsity, target=TOY.sparsity
-        )
+        structure = shrink(layout, full(layout), votes, sparsity=TOY.sparsity, target=TOY.sparsity)
         model = TOY.deploy(state, id)
         assert torch.equal(model.structure.heads, structure.heads)
         assert torch.equal(model.structure.channels, structure.channels)
         assert bits(model.adapter) == bits(
-            cut_adapter(TOY.unpruned(state).adapter, anatomy.sites, structure)
+            cut_adapter(TOY.unpruned(state).adapter, layout.sites, structure)
         )
         found.add(bits(structure))
     assert len(found) > 1
 
 
 def test_what_is_deployed_is_pruned_to_the_target_at_any_time(lab, task):
-    bench, anatomy = lab(), task.base.anatomy
+    bench, layout = lab(), task.base.layout
     assert is_full(
         TOY.deploy(TOY.start(task, np.random.default_rng(0))).structure
     )  # nothing is known yet
     state = bench.run(TOY, rounds=1)
     for id in (None, *bench.ids, "never-asked"):
-        assert sparsity(anatomy, TOY.deploy(state, id).structure) == pytest.approx(
+        assert sparsity(layout, TOY.deploy(state, id).structure) == pytest.approx(
             TOY.sparsity, abs=0.005
         )
     assert is_full(TOY.unpruned(state).structure)
@@ -74,7 +72,7 @@ def test_the_last_rounds_tune_what_is_pruned(lab, task):
     for round, spy in enumerate(spies):
         recovering = round >= task.rounds - 2
         expected = pytest.approx(TOY.sparsity, abs=0.005) if recovering else 0.0
-        assert [sparsity(task.base.anatomy, result.structure) for _, result in spy.results] == [
+        assert [sparsity(task.base.layout, result.structure) for _, result in spy.results] == [
             expected
         ] * 5
     for id, result in spies[-1].results:

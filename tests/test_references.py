@@ -10,21 +10,21 @@ from toy import toy_rows
 
 from fedspine.data.dataset import ArrayRows, Rows
 from fedspine.report.page import REPORT, write_page
-from fedspine.report.rows import Note, Score, read_rows
-from fedspine.report.rows import Rows as Recorded
+from fedspine.report.rows import Note, ScoreRow, read_rows
+from fedspine.report.rows import RunRows as Recorded
 from fedspine.report.tables import headlines
 from fedspine.runs import config, references
 from fedspine.runs.loop import Stopped, new_run, resume
 from fedspine.runs.run_dir import SUMMARY, summary_of
-from fedspine.runs.run_warnings import Seen, doubt, due
+from fedspine.runs.run_warnings import CheckContext, doubt, due
 from fedspine.ui.progress import Silent
 
 RECIPE = config.load(None, ["run.rounds=24"])
-SEEN = Seen(rows=400, commonest=0.64)  # a standard error of sqrt(0.64 * 0.36 / 400) = 0.024
+SEEN = CheckContext(rows=400, commonest=0.64)  # a standard error of sqrt(0.64 * 0.36 / 400) = 0.024
 
 
 def score(round, accuracy=0.9, loss=0.5, dense=None, loss_dense=None):
-    return Score(round, 1.0, accuracy, accuracy, loss, loss, 0.0, False, dense, loss_dense)
+    return ScoreRow(round, 1.0, accuracy, accuracy, loss, loss, 0.0, False, dense, loss_dense)
 
 
 def noted(*by_round):
@@ -43,8 +43,8 @@ class Saying(Silent):
     def say(self, line):
         self.lines.append(line)
 
-    def round_done(self, standing):
-        if standing.round == self.until:
+    def round_done(self, status):
+        if status.round == self.until:
             raise KeyboardInterrupt
 
     @property
@@ -84,13 +84,13 @@ def test_what_pruning_alone_costs_is_not_doubted() -> None:
 )  # three errors of hypot(2, last) / 20 are 0.42, 0.46 and 0.48
 def test_a_test_loss_that_rises_beyond_noise_is_said_of_language_models_too(last, said) -> None:
     scores = (score(4, None, 2.0), score(8, None, last))
-    line = doubt(RECIPE, Recorded(scores=scores), Seen(400, None), 8)
+    line = doubt(RECIPE, Recorded(scores=scores), CheckContext(400, None), 8)
     assert (line is not None) == said
     assert not said or "the test loss has risen from 2.000 to 2.500" in line
 
 
 def test_a_training_loss_that_rises_beyond_noise_is_said() -> None:
-    wide, seen = (0.1, 0.9, 0.2, 0.8), Seen(400, None)
+    wide, seen = (0.1, 0.9, 0.2, 0.8), CheckContext(400, None)
     assert doubt(RECIPE, noted(wide, wide, [x + 0.1 for x in wide]), seen, 3) is None
     assert "training loss has risen from 0.500 to 3.500" in doubt(
         RECIPE, noted(wide, wide, [x + 3 for x in wide]), seen, 3

@@ -11,7 +11,7 @@ import pytest
 from fedspine.core.errors import BadInput
 from fedspine.report import figures
 from fedspine.report.page import write_page
-from fedspine.report.rows import READERS, Rows, read_rows
+from fedspine.report.rows import READERS, RunRows, read_rows
 from fedspine.report.series import (
     bands,
     device_classes,
@@ -360,7 +360,7 @@ def test_what_was_lost_costs_no_time_and_is_named(run: Path) -> None:
 
 
 def test_classes_by_hand() -> None:
-    rows = Rows(
+    rows = RunRows(
         exchanges=tuple(
             read_one(
                 {

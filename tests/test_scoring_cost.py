@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedspine.lm.cost import NO_SCORING, ScoringCost, training_memory_bytes
 from fedspine.lm.importance_sources import AtRandom, ByMagnitude, scoring_cost, tune_and_score
 from fedspine.lm.importance_tracker import Scoring
-from fedspine.lm.scoring_cost import following_cost
+from fedspine.lm.scoring_cost import tracking_cost
 from fedspine.lm.structure import full, sparsity
 from fedspine.lm.tune import Tuning, batches, tune
 from fedspine.methods import all_methods
@@ -41,15 +41,15 @@ BY_GATE = 2 * TOKENS * HEARD
         (Scoring(of="blend"), ScoringCost(float(BY_OUTPUT + BY_GATE), 8 * LARGEST * 3072, WIDE)),
     ],
 )
-def test_following_by_hand(scoring, cost):
+def test_tracking_by_hand(scoring, cost):
     shapes = {"rank": RANK, "tokens": TOKENS, "largest": LARGEST, "updates": UPDATES}
-    assert following_cost(ROBERTA, full(ROBERTA), scoring, **shapes) == cost
+    assert tracking_cost(ROBERTA, full(ROBERTA), scoring, **shapes) == cost
 
 
 def test_what_is_pruned_is_not_scored():
     half = cut_to(ROBERTA, 0.5)
     shapes = {"rank": RANK, "tokens": 0, "largest": 0, "updates": 1}
-    found = following_cost(ROBERTA, half, Scoring(), **shapes)
+    found = tracking_cost(ROBERTA, half, Scoring(), **shapes)
     # to the grain of whole channels
     kept = 12 * BLOCK * (1 - sparsity(ROBERTA, half))
     assert found.flops == pytest.approx(kept * (6 * RANK + 5), rel=1e-12)
@@ -117,33 +117,33 @@ def test_the_products_that_run_are_those_that_are_charged(task, source, every):
     tuning = Tuning(steps=3, batch=8, learning_rate=1e-2)
     how = ByMagnitude() if source == "magnitude" else Scoring(of=source, every=every)
     (without, plain), (with_it, scored) = (products(task, h, tuning) for h in (None, how))
-    anatomy, rank = task.base.anatomy, 4
+    layout, rank = task.base.layout, 4
     rows = list(batches(task.train, tuning, np.random.default_rng(0)))
     tokens = sum(task.train.batch(chosen)["input_ids"].numel() for chosen in rows[::every])
     updates = len(rows[::every])
-    readers = [site for site in anatomy.sites if site.column_units]
+    readers = [site for site in layout.sites if site.column_units]
     read = sum(site.rows * site.columns for site in readers)
     heard = sum(site.columns for site in readers)
     ran = {
-        "gradient": updates * 6 * rank * anatomy.parameters,
+        "gradient": updates * 6 * rank * layout.parameters,
         "activation": updates * 2 * rank * read + 2 * tokens * heard,
         "gate": 0,
         "blend": updates * 2 * rank * read + 2 * tokens * heard,
-        "magnitude": 2 * rank * anatomy.parameters,
+        "magnitude": 2 * rank * layout.parameters,
     }[source]
     passes = {
-        "gradient": updates * 5 * anatomy.parameters,
+        "gradient": updates * 5 * layout.parameters,
         "activation": updates * 4 * read + tokens * heard,
         "gate": 2 * tokens * heard,
         "blend": updates * 4 * read + 3 * tokens * heard,
-        "magnitude": 4 * anatomy.parameters,
+        "magnitude": 4 * layout.parameters,
     }[source]
     assert with_it - without == ran
     assert scored.flops - plain.flops == ran + passes
 
 
 def test_methods_that_do_not_score_pay_for_no_scoring(lab, task):
-    anatomy = task.base.anatomy
+    layout = task.base.layout
     for name in ("fedlora", "hetlora", "flexlora"):
         bench, method = lab(name), all_methods()[name].toy()
         method = dataclasses.replace(method, steps=1)
@@ -152,8 +152,8 @@ def test_methods_that_do_not_score_pay_for_no_scoring(lab, task):
         for row in bench.rows("exchange"):
             # nothing but a step of training fits below this, whatever the rank and the length
             assert row["peak_memory_bytes"] <= training_memory_bytes(
-                anatomy,
-                full(anatomy),
+                layout,
+                full(layout),
                 rank=most,
                 embeddings=task.base.embeddings,
                 batch=method.batch,

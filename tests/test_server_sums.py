@@ -120,7 +120,7 @@ def test_changes_are_against_what_was_sent_and_weighed_by_rows(task):
     after = method.round(state, fleet)
     for key, tensor in state.head.items():
         assert torch.allclose(after.head[key], tensor + MEAN, rtol=0, atol=OFF)
-    for site in task.base.anatomy.sites:
+    for site in task.base.layout.sites:
         expected = torch.zeros(site.rows, site.columns, dtype=torch.float64)
         for id, rows in ROWS.items():
             a, b = (fleet.orders[id].adapter[n(site.path)].double() for n in (a_name, b_name))
@@ -133,15 +133,15 @@ def test_changes_are_against_what_was_sent_and_weighed_by_rows(task):
 
 
 def test_a_contribution_is_against_the_order_cut_to_what_the_device_kept(task):
-    method, anatomy = spine(), task.base.anatomy
+    method, layout = spine(), task.base.layout
     state = trained(method, task)
     order = method._order(state, "one", Plan(sparsity=0.0, rank=8, action=None, progress=0.0))
     heads, channels = order.structure.heads.clone(), order.structure.channels.clone()
     heads[0, 0], channels[:, :5] = False, False
     kept = Structure(heads=heads, channels=channels)
-    cut = cut_adapter(order.adapter, anatomy.sites, kept)
+    cut = cut_adapter(order.adapter, layout.sites, kept)
     result = replace(result_of(order, 0.25, 3), structure=kept, adapter=moved(cut, 0.25))
-    part = contribution(anatomy, order, result)
+    part = contribution(layout, order, result)
     assert part.weight == 3.0 and part.structure is kept
     assert max(tensor.abs().max() for name, tensor in part.sent.items() if "lora_B" in name) > 0.1
     for name, tensor in cut.items():

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from fedspine.core.errors import BadInput
 from fedspine.core.message import pack, unpack
 from fedspine.data.tasks import load
-from fedspine.flare.run_terms import TOLD, Refused, Terms, model_name
+from fedspine.flare.run_terms import REFUSALS, Refused, RunTerms, model_name
 from fedspine.flare.site import check_name, load_site, open_site, site_examples
 from fedspine.lm.content import content_sha256
 from fedspine.lm.load import load as load_model
@@ -40,7 +40,7 @@ def terms(**changes):
         "max_tokens": 16,
         "label_names": NAMES,
     }
-    return Terms(**stated | changes)
+    return RunTerms(**stated | changes)
 
 
 def written(folder, rows=ROWS, head='name = "a"', data="", more=""):
@@ -67,7 +67,7 @@ def stated(tiny_folder):
 def refusal(site, terms):
     with pytest.raises(Refused) as error:
         open_site(site, terms)
-    assert "\n" not in str(error.value) and error.value.told == TOLD[error.value.why]
+    assert "\n" not in str(error.value) and error.value.detail == REFUSALS[error.value.reason]
     return error.value
 
 
@@ -260,7 +260,7 @@ def test_a_site_opens_what_the_terms_ask_for(tmp_path, tiny_folder, stated):
 
 
 @pytest.mark.parametrize(
-    ("more", "changes", "why", "line"),
+    ("more", "changes", "reason", "line"),
     [
         ("", {"model": "other"}, "model", "the model 'other' is not among what [models]"),
         ("", {"model": "../other"}, "model", "the model '../other' is not among what [models]"),
@@ -286,18 +286,20 @@ def test_a_site_opens_what_the_terms_ask_for(tmp_path, tiny_folder, stated):
     ],
 )
 def test_a_site_refuses_what_its_file_does_not_allow(
-    tmp_path, tiny_folder, stated, more, changes, why, line
+    tmp_path, tiny_folder, stated, more, changes, reason, line
 ):
     site = load_site(written(tmp_path, more=f'[models]\ntiny = "{tiny_folder("bert")}"\n{more}'))
     found = refusal(site, dataclasses.replace(stated, **changes))
-    assert found.why == why and line in str(found)
+    assert found.reason == reason and line in str(found)
 
 
 def test_a_refusal_tells_the_server_nothing_of_the_site(tmp_path, tiny_folder, stated):
     folder = written(tmp_path / "patients", more=f'[models]\ntiny = "{tiny_folder("bert")}"')
     (folder / "rows.parquet").write_bytes(b"secret")
     found = refusal(load_site(folder), stated)
-    assert "patients" in str(found) and "patients" not in found.told and "secret" not in found.told
+    assert (
+        "patients" in str(found) and "patients" not in found.detail and "secret" not in found.detail
+    )
 
 
 def test_the_content_of_a_model_does_not_depend_on_where_it_lies_but_on_all_it_holds(

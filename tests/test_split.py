@@ -203,7 +203,7 @@ def test_the_two_halves_are_the_model(tmp_path, kind, model_type):
     base, tokenizer = tiny(tmp_path, model_type, kind)
     task = toy_task(base, tokenizer, rounds=1, kind=kind)
     inputs = task.train.batch(np.arange(6))
-    for cut in range(base.anatomy.layers + 1):
+    for cut in range(base.layout.layers + 1):
         split_model, model, weights = split_model_and_weights(base, cut)
         assert bits(split_model.join(*weights)) == bits(model)
         leaves = [

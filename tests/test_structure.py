@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedspine.core.errors import BadInput
 from fedspine.lm.lora import a_name, b_name, fresh
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import (
     Structure,
     check_target,
@@ -24,7 +24,7 @@ from fedspine.lm.structure import (
     sparsity,
 )
 
-TINY = Anatomy(
+TINY = PrunableLayout(
     architecture="bert",
     prefix="bert",
     layers=2,
@@ -34,7 +34,7 @@ TINY = Anatomy(
     query_heads=4,
     head_dim=8,
 )
-MINILM = Anatomy(
+MINILM = PrunableLayout(
     architecture="bert",
     prefix="bert",
     layers=6,
@@ -44,7 +44,7 @@ MINILM = Anatomy(
     query_heads=12,
     head_dim=32,
 )
-ROBERTA = Anatomy(
+ROBERTA = PrunableLayout(
     architecture="roberta",
     prefix="roberta",
     layers=12,
@@ -54,7 +54,7 @@ ROBERTA = Anatomy(
     query_heads=12,
     head_dim=64,
 )
-DECODER = Anatomy(
+DECODER = PrunableLayout(
     architecture="llama",
     prefix="model",
     layers=20,
@@ -67,48 +67,46 @@ DECODER = Anatomy(
 targets = st.floats(0.05, 0.7)
 
 
-def random_scores(anatomy, seed):
+def random_scores(layout, seed):
     rng = np.random.default_rng(seed)
     return tuple(
-        torch.from_numpy(rng.random((anatomy.layers, units)).astype(np.float32))
-        for units in (anatomy.heads, anatomy.channels)
+        torch.from_numpy(rng.random((layout.layers, units)).astype(np.float32))
+        for units in (layout.heads, layout.channels)
     )
 
 
-def tolerance(anatomy):
+def tolerance(layout):
     """A quarter of a percent, or half a channel where that is more."""
-    return max(0.0025, anatomy.shape.channel_parameters / anatomy.shape.parameters / 2) + 1e-9
+    return max(0.0025, layout.shape.channel_parameters / layout.shape.parameters / 2) + 1e-9
 
 
-def path_to(anatomy, target, seed):
+def path_to(layout, target, seed):
     """The structures of a device that shrinks at random paces and with other scores at each step."""
     rng = np.random.default_rng(seed)
-    structures = [full(anatomy)]
+    structures = [full(layout)]
     for step in [*np.sort(rng.random(4)) * target, target]:
-        scores = random_scores(anatomy, rng.integers(2**32))
+        scores = random_scores(layout, rng.integers(2**32))
         structures.append(
-            shrink(anatomy, structures[-1], scores, sparsity=float(step), target=target)
+            shrink(layout, structures[-1], scores, sparsity=float(step), target=target)
         )
     return structures
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.sampled_from([TINY, MINILM]), targets, st.integers(0, 2**32 - 1))
-def test_any_path_ends_at_the_target_and_nothing_grows_back(anatomy, target, seed):
-    structures = path_to(anatomy, target, seed)
+def test_any_path_ends_at_the_target_and_nothing_grows_back(layout, target, seed):
+    structures = path_to(layout, target, seed)
     for earlier, later in itertools.pairwise(structures):
         assert not bool((later.heads & ~earlier.heads).any())
         assert not bool((later.channels & ~earlier.channels).any())
-    assert abs(sparsity(anatomy, structures[-1]) - target) <= tolerance(anatomy)
+    assert abs(sparsity(layout, structures[-1]) - target) <= tolerance(layout)
 
 
 @pytest.mark.parametrize("target", [0.3, 0.5])
-@pytest.mark.parametrize(
-    "anatomy", [MINILM, ROBERTA, DECODER], ids=["minilm", "roberta", "decoder"]
-)
-def test_models_end_within_a_quarter_percent(anatomy, target):
-    end = shrink(anatomy, full(anatomy), random_scores(anatomy, 0), sparsity=target, target=target)
-    assert abs(sparsity(anatomy, end) - target) <= 0.0025
+@pytest.mark.parametrize("layout", [MINILM, ROBERTA, DECODER], ids=["minilm", "roberta", "decoder"])
+def test_models_end_within_a_quarter_percent(layout, target):
+    end = shrink(layout, full(layout), random_scores(layout, 0), sparsity=target, target=target)
+    assert abs(sparsity(layout, end) - target) <= 0.0025
 
 
 def test_sparsity_counts_the_weights_that_are_gone():
@@ -164,9 +162,9 @@ def test_a_target_that_no_structure_has_is_refused():
         check_target(TINY, 0.95)
 
 
-def adapter_of(anatomy, rank=3):
+def adapter_of(layout, rank=3):
     rng = np.random.default_rng(0)
-    adapter = fresh(anatomy.sites, rank, rng)
+    adapter = fresh(layout.sites, rank, rng)
     return {
         name: torch.from_numpy(rng.standard_normal(tuple(t.shape)).astype(np.float32))
         for name, t in adapter.items()
@@ -175,12 +173,12 @@ def adapter_of(anatomy, rank=3):
 
 @settings(deadline=None, max_examples=20)
 @given(st.sampled_from([TINY, DECODER]), st.integers(0, 2**32 - 1))
-def test_cutting_twice_is_cutting_once(anatomy, seed):
-    _, *middle, end = path_to(anatomy, 0.6, seed)
-    adapter, within = adapter_of(anatomy), middle[seed % len(middle)]
-    once = cut_adapter(adapter, anatomy.sites, end)
+def test_cutting_twice_is_cutting_once(layout, seed):
+    _, *middle, end = path_to(layout, 0.6, seed)
+    adapter, within = adapter_of(layout), middle[seed % len(middle)]
+    once = cut_adapter(adapter, layout.sites, end)
     twice = cut_adapter(
-        cut_adapter(adapter, anatomy.sites, within), anatomy.sites, end, within=within
+        cut_adapter(adapter, layout.sites, within), layout.sites, end, within=within
     )
     assert list(once) == list(twice)
     assert all(torch.equal(once[name], twice[name]) for name in once)

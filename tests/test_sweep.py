@@ -35,7 +35,7 @@ from fedspine.ui.sweep.eta import Ahead, seconds_left
 from fedspine.ui.sweep.names import distinct
 from fedspine.ui.sweep.plan import plan
 from fedspine.ui.sweep.sweep_dir import SweepFolder, held
-from fedspine.ui.sweep.work import GOODBYE_SECONDS, look, reason_of
+from fedspine.ui.sweep.work import GOODBYE_SECONDS, overview_of, reason_of
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 GONE_SECONDS = 10.0  # within which the processes of a killed sweep must have ended
@@ -375,16 +375,20 @@ def test_time_left():
     assert seconds_left([Ahead("a", 1, 4), Ahead("b", 0, 4)], finished, 8) == 75
 
 
-OUTLOOK = display.Outlook(
-    cells=12, done=3, failed=1, seconds_left=125.0, at_work=(display.AtWork("lora--seed=1", 5, 24),)
+STATUS = display.SweepStatus(
+    cells=12,
+    done=3,
+    failed=1,
+    seconds_left=125.0,
+    running=(display.RunningCell("lora--seed=1", 5, 24),),
 )
 
 
 def test_lines_go_to_stderr(capsys):
-    shown = display.Lines(sys.stderr)
-    shown.update(OUTLOOK)
-    shown.update(OUTLOOK)  # within the same minute
-    shown.ended("fedspine--seed=1", "accuracy 71.0 %, 12.3 s", OUTLOOK)
+    shown = display.SweepLines(sys.stderr)
+    shown.update(STATUS)
+    shown.update(STATUS)  # within the same minute
+    shown.ended("fedspine--seed=1", "accuracy 71.0 %, 12.3 s", STATUS)
     shown.close()
     told = "3 of 12 cells done, 1 failed, about 2 min 05 s left"
     out, err = capsys.readouterr()
@@ -397,10 +401,10 @@ def test_lines_go_to_stderr(capsys):
 
 def test_a_terminal_gets_one_display_and_its_cursor_back():
     out = io.StringIO()
-    shown = display.Live(Console(file=out, force_terminal=True, width=120))
-    shown.update(OUTLOOK)
+    shown = display.SweepBars(Console(file=out, force_terminal=True, width=120))
+    shown.update(STATUS)
     shown.bar.refresh()
-    shown.ended("fedspine[x]", "failed: no [red]room[/red]", OUTLOOK)
+    shown.ended("fedspine[x]", "failed: no [red]room[/red]", STATUS)
     shown.close()
     shown.close()
     text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())
@@ -506,9 +510,9 @@ def test_a_sweep_from_its_start_to_its_end(place, command, tmp_path):
         path: stamp for path, stamp in stamps(folder / "cells").items() if good.name in str(path)
     } == {path: stamp for path, stamp in before.items() if good.name in str(path)}
     assert not list((folder / "failed").iterdir())
-    assert [standing.status for standing in look(Path("sweep.toml"), None).standings] == [
-        "done"
-    ] * len(cells)
+    assert [
+        cell_status.status for cell_status in overview_of(Path("sweep.toml"), None).cell_statuses
+    ] == ["done"] * len(cells)
 
     # another version of the file is refused where the same cell means another run, and told of where it lacks one
     Path("sweep.toml").write_text(
@@ -568,12 +572,12 @@ def test_killed_at_any_moment_it_goes_on(place, tmp_path):
         sweep.communicate()
         kills += sweep.returncode == -signal.SIGKILL
         assert left_alive(children) == []
-        standings = look(Path("sweep.toml"), folder).standings
-        seen |= {standing.status for standing in standings}
+        cell_statuses = overview_of(Path("sweep.toml"), folder).cell_statuses
+        seen |= {cell_status.status for cell_status in cell_statuses}
         done = {
-            standing.cell.name: stamps(folder / "cells" / standing.cell.name)
-            for standing in standings
-            if standing.status == "done"
+            cell_status.cell.name: stamps(folder / "cells" / cell_status.cell.name)
+            for cell_status in cell_statuses
+            if cell_status.status == "done"
         }
     assert kills >= 3
     assert seen >= {"open", "half-done"}
@@ -618,7 +622,9 @@ def test_interrupted_and_two_at_once(place, command):
         == "fedspine: interrupted; 0 of 4 cells done; go on with: fedspine sweep sweep.toml --jobs 2"
     )
     assert left_alive(children) == []
-    statuses = [standing.status for standing in look(Path("sweep.toml"), None).standings]
+    statuses = [
+        cell_status.status for cell_status in overview_of(Path("sweep.toml"), None).cell_statuses
+    ]
     assert sorted(statuses) == ["half-done", "half-done", "open", "open"]
 
 
@@ -645,7 +651,9 @@ def test_a_sweep_that_ignores_ctrl_c_ends_when_it_is_told_to(place):
     *_, line = err.splitlines()
     assert line.startswith("fedspine: terminated; 0 of 4 cells done; go on with: fedspine sweep")
     assert left_alive([cell]) == []
-    statuses = [standing.status for standing in look(Path("sweep.toml"), None).standings]
+    statuses = [
+        cell_status.status for cell_status in overview_of(Path("sweep.toml"), None).cell_statuses
+    ]
     assert sorted(statuses) == ["half-done", "open", "open", "open"]
 
 
@@ -693,9 +701,12 @@ def test_what_a_killed_sweep_left_behind(place):
     sweep.open(Path("sweep.toml"))
     sweep.prepare(cells[0])
     sweep.fail(cells[1], "no room", "all that was said")
-    sweep.tell_running(cells[:1])
+    sweep.write_running(cells[:1])
     sweep.close()
-    found = [standing.status for standing in look(Path("sweep.toml"), Path("out")).standings]
+    found = [
+        cell_status.status
+        for cell_status in overview_of(Path("sweep.toml"), Path("out")).cell_statuses
+    ]
     assert found == ["open", "failed", "open", "open"]
     with pytest.raises(BadInput, match="no sweep's folder"):
         SweepFolder(Path("out/cells")).check(cells)

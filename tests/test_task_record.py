@@ -26,7 +26,7 @@ from fedspine.lm.load import load
 from fedspine.lm.tiny import DECODERS, ENCODERS
 from fedspine.lm.tokens import written
 from fedspine.runs import config, task_record
-from fedspine.runs.assemble import build
+from fedspine.runs.assemble import assemble
 from fedspine.runs.run_dir import make, recipe_of
 
 
@@ -457,9 +457,9 @@ def test_other_tokens_of_a_text_are_said(monkeypatch) -> None:
 
 def test_of_a_real_fleet_only_the_servers_test_rows_count(place) -> None:
     recipe = recipe_of(place / "run")
-    built = build(recipe, here=False)
-    assert set(built.record.splits) == {"test"}
-    make(place / "served", recipe, built)
+    assembled = assemble(recipe, here=False)
+    assert set(assembled.record.splits) == {"test"}
+    make(place / "served", recipe, assembled)
     lines = (place / "rows.csv").read_text().splitlines()
     (place / "split").mkdir()
     recipe = replace(recipe, task=recipe.task.model_copy(update={"data": str(place / "split")}))
@@ -469,12 +469,12 @@ def test_of_a_real_fleet_only_the_servers_test_rows_count(place) -> None:
             (place / "split" / f"{name}.csv").write_text("\n".join([lines[0], *rows]) + "\n")
 
     give(lines[1:40], lines[40:60])
-    make(place / "sites", recipe, build(recipe, here=False))
+    make(place / "sites", recipe, assemble(recipe, here=False))
     give(lines[1:30], lines[40:60])  # a server's training rows are nobody's
-    build(recipe, here=False, begun=place / "sites")
+    assemble(recipe, here=False, begun=place / "sites")
     give(lines[1:30], lines[40:59])
     with pytest.raises(BadInput, match="there were 20 test rows, now there are 19"):
-        build(recipe, here=False, begun=place / "sites")
+        assemble(recipe, here=False, begun=place / "sites")
 
 
 def test_a_recipe_in_a_run_names_what_it_named(tmp_path, monkeypatch) -> None:

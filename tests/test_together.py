@@ -21,7 +21,7 @@ from fedspine.lm.importance_tracker import Scoring
 from fedspine.lm.lora import fresh
 from fedspine.lm.score import score, score_together
 from fedspine.lm.structure import Structure, cut_adapter, full, shrink
-from fedspine.lm.trainable_stack import Leaves
+from fedspine.lm.trainable_stack import TrainableStack
 from fedspine.lm.tune import Tuning, losses_of, train, tune
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine import FedSpine
@@ -66,20 +66,20 @@ def fail(device: Device, job: Exercise) -> Trained:
 
 def models(base, ranks, targets):
     """Models of these ranks and sparsities, with adapters that already do something."""
-    anatomy, rng = base.anatomy, np.random.default_rng(0)
+    layout, rng = base.layout, np.random.default_rng(0)
     head = base.initial_head(rng)
     for rank, target in zip(ranks, targets, strict=True):
-        structure = full(anatomy)
+        structure = full(layout)
         if target:
             scores = tuple(torch.rand(kept.shape) for kept in (structure.heads, structure.channels))
-            structure = shrink(anatomy, structure, scores, sparsity=target, target=target)
+            structure = shrink(layout, structure, scores, sparsity=target, target=target)
         adapter = {
             name: t + 0.01 if name.endswith("B") else t
-            for name, t in fresh(anatomy.sites, rank, rng).items()
+            for name, t in fresh(layout.sites, rank, rng).items()
         }
         yield Model(
             structure=structure,
-            adapter=cut_adapter(adapter, anatomy.sites, structure),
+            adapter=cut_adapter(adapter, layout.sites, structure),
             head=head,
             scale=2.0,
         )
@@ -165,12 +165,12 @@ def test_gradients_together_are_those_alone(task, decoder, kind):
     rows = [np.arange(5) + 5 * i for i in range(3)]
     width = max(task.train.width(chosen) for chosen in rows)
     parts = [task.train.batch(chosen, width) for chosen in rows]
-    stacked = Leaves(task.base, trio)
+    stacked = TrainableStack(task.base, trio)
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     losses = losses_of(stacked.fit(), joined, 3)
     losses.sum().backward()
     for i, (model, inputs) in enumerate(zip(trio, parts, strict=True)):
-        single = Leaves(task.base, [model])
+        single = TrainableStack(task.base, [model])
         loss = losses_of(single.fit(), inputs, 1)
         loss.sum().backward()
         assert losses[i].item() == pytest.approx(loss.item(), rel=1e-5)
@@ -253,11 +253,11 @@ def test_a_run_together_has_the_same_bits_for_any_number_of_workers(task, tmp_pa
 
 def test_a_padded_unit_stays_zero(task):
     small, whole = models(task.base, (2, 4), (0.5, 0))
-    leaves = Leaves(task.base, [small, whole])
+    stack = TrainableStack(task.base, [small, whole])
     rows = np.arange(4)
     inputs = {name: torch.cat([tensor, tensor]) for name, tensor in task.train.batch(rows).items()}
-    losses_of(leaves.fit(), inputs, 2).sum().backward()
-    for name, tensor in leaves.adapter.items():
+    losses_of(stack.fit(), inputs, 2).sum().backward()
+    for name, tensor in stack.adapter.items():
         outside = torch.ones_like(tensor[0], dtype=torch.bool)
         outside[tuple(slice(size) for size in small.adapter[name].shape)] = False
         assert not tensor.grad[0][outside].any(), name
@@ -265,8 +265,8 @@ def test_a_padded_unit_stays_zero(task):
 
 
 def test_structures_need_not_nest(task):
-    anatomy = task.base.anatomy
-    left, right = full(anatomy), full(anatomy)
+    layout = task.base.layout
+    left, right = full(layout), full(layout)
     left = Structure(heads=left.heads.clone(), channels=left.channels.clone())
     right = Structure(heads=right.heads.clone(), channels=right.channels.clone())
     left.channels[:, ::2] = False
@@ -274,9 +274,9 @@ def test_structures_need_not_nest(task):
     left.heads[:, 0] = False
     right.heads[:, -1] = False
     rng = np.random.default_rng(0)
-    adapter, head = fresh(anatomy.sites, 3, rng), task.base.initial_head(rng)
+    adapter, head = fresh(layout.sites, 3, rng), task.base.initial_head(rng)
     pair = [
-        Model(structure=s, adapter=cut_adapter(adapter, anatomy.sites, s), head=head, scale=2.0)
+        Model(structure=s, adapter=cut_adapter(adapter, layout.sites, s), head=head, scale=2.0)
         for s in (left, right)
     ]
     for each in both_ways(task, calls(task, pair)):
@@ -288,7 +288,7 @@ def test_scores_together_are_those_alone(task, decoder, kind):
     task = task if kind == "classification" else toy_task(*decoder, rounds=1, kind=kind)
     structure = next(models(task.base, (2,), (0.5,))).structure
     wide = list(models(task.base, (2, 4, 3), (0, 0, 0)))
-    sites = task.base.anatomy.sites
+    sites = task.base.layout.sites
     trio = [
         replace(m, structure=structure, adapter=cut_adapter(m.adapter, sites, structure))
         for m in wide

@@ -33,14 +33,14 @@ KINDS = {
 
 def wide_and_cut(base, target, seed=0):
     """A model with a random adapter on the whole base, and the same with the structure that `shrink` gives it."""
-    anatomy, rng = base.anatomy, np.random.default_rng(seed)
+    layout, rng = base.layout, np.random.default_rng(seed)
     wide = model_on(base, seed=seed)
     scores = tuple(
-        torch.from_numpy(rng.random((anatomy.layers, units)).astype(np.float32))
-        for units in (anatomy.heads, anatomy.channels)
+        torch.from_numpy(rng.random((layout.layers, units)).astype(np.float32))
+        for units in (layout.heads, layout.channels)
     )
-    structure = shrink(anatomy, wide.structure, scores, sparsity=target, target=target)
-    adapter = cut_adapter(wide.adapter, anatomy.sites, structure)
+    structure = shrink(layout, wide.structure, scores, sparsity=target, target=target)
+    adapter = cut_adapter(wide.adapter, layout.sites, structure)
     return wide, Model(structure=structure, adapter=adapter, head=wide.head, scale=wide.scale)
 
 
@@ -62,7 +62,7 @@ def stand_still(query, key, *_, **__):
     return query, key
 
 
-def prune(stock, anatomy, structure, monkeypatch):
+def prune(stock, layout, structure, monkeypatch):
     """Remove from the stock module, with Torch-Pruning, the heads and channels that the structure lacks."""
     stock.config.use_cache = False
     tokens = torch.arange(LENGTH)[None] + 5
@@ -75,11 +75,11 @@ def prune(stock, anatomy, structure, monkeypatch):
             forward_fn=lambda module, inputs: module(**inputs).logits,
             verbose=False,
         )
-    heads, channels = ROOTS[anatomy.architecture]
+    heads, channels = ROOTS[layout.architecture]
     blocks = stock.base_model.get_submodule(
-        "encoder.layer" if anatomy.architecture == "bert" else "layers"
+        "encoder.layer" if layout.architecture == "bert" else "layers"
     )
-    of_one_head = anatomy.query_heads // anatomy.heads * anatomy.head_dim
+    of_one_head = layout.query_heads // layout.heads * layout.head_dim
     groups = []
     for layer, block in enumerate(blocks):
         for path, kept, lines in (
@@ -114,11 +114,11 @@ def same(ours, module, tokenizer):
 def agree(base, tokenizer, stock, target, monkeypatch):
     """Torch-Pruning's module and ours compute the same, whole and pruned, and what was dropped makes a difference."""
     wide, narrow = wide_and_cut(base, target)
-    assert sparsity(base.anatomy, narrow.structure) == pytest.approx(target, abs=0.01)
+    assert sparsity(base.layout, narrow.structure) == pytest.approx(target, abs=0.01)
     whole, stock = logits(base.fit(wide), tokenizer), merged(stock, wide)
     same(whole, stock, tokenizer)
-    theirs = prune(stock, base.anatomy, narrow.structure, monkeypatch)
-    for site in base.anatomy.sites:
+    theirs = prune(stock, base.layout, narrow.structure, monkeypatch)
+    for site in base.layout.sites:
         expected = base.slice(site.path, narrow.structure)[0].shape
         assert theirs.get_submodule(site.path).weight.shape == expected, site.path
     ours = logits(base.fit(narrow), tokenizer)

@@ -18,14 +18,14 @@ from fedspine.fleets.hardware import Hardware
 from fedspine.lm.base import Model
 from fedspine.lm.cost import Extent, adapter_width, training_flops, training_memory_bytes
 from fedspine.lm.lora import AdaptedLinear, fresh
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.score import score
 from fedspine.lm.structure import Structure, full, shrink, sparsity
 from fedspine.lm.tune import Tuning, batches, check_tuning, losses_of, tune, tuning_at
 from fedspine.methods.fedlora import FedLora
 
 MIB = 2**20
-ROBERTA = Anatomy(
+ROBERTA = PrunableLayout(
     architecture="roberta",
     prefix="roberta",
     layers=12,
@@ -38,23 +38,23 @@ ROBERTA = Anatomy(
 ROBERTA_EMBEDDINGS = 50_265 * 768 + 514 * 768 + 768 + 2 * 768  # words, positions, segment, norm
 
 
-def cut_to(anatomy, target):
+def cut_to(layout, target):
     if not target:
-        return full(anatomy)
+        return full(layout)
     rng = np.random.default_rng(0)
     scores = tuple(
-        torch.from_numpy(rng.random((anatomy.layers, units)).astype(np.float32))
-        for units in (anatomy.heads, anatomy.channels)
+        torch.from_numpy(rng.random((layout.layers, units)).astype(np.float32))
+        for units in (layout.heads, layout.channels)
     )
-    return shrink(anatomy, full(anatomy), scores, sparsity=target, target=target)
+    return shrink(layout, full(layout), scores, sparsity=target, target=target)
 
 
 def model_on(base, rank=4, seed=0):
     rng = np.random.default_rng(seed)
-    anatomy = base.anatomy
+    layout = base.layout
     return Model(
-        structure=full(anatomy),
-        adapter=fresh(anatomy.sites, rank, rng),
+        structure=full(layout),
+        adapter=fresh(layout.sites, rank, rng),
         head=base.initial_head(rng),
         scale=2.0,
     )
@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_ends_training(task):
     trace = tune(device, broken, Tuning(steps=7, batch=8, learning_rate=1e-2))
     assert math.isnan(trace.loss)
     assert device.samples == 8  # of one step
-    assert device.launches == task.base.anatomy.layers
+    assert device.launches == task.base.layout.layers
 
 
 def test_padding_is_no_token_to_predict(decoder):

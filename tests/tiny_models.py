@@ -67,14 +67,14 @@ def model_on(base: Base, heads=None, channels=None, *, rank=3, seed=0) -> Model:
     """A model with random factors A and B on every site that keeps `heads` and `channels` of each
     layer (None: all).
     """
-    anatomy, rng = base.anatomy, np.random.default_rng(seed)
+    layout, rng = base.layout, np.random.default_rng(seed)
     structure = Structure(
-        heads=pick(anatomy.layers, anatomy.heads, heads or [anatomy.heads] * anatomy.layers, rng),
+        heads=pick(layout.layers, layout.heads, heads or [layout.heads] * layout.layers, rng),
         channels=pick(
-            anatomy.layers, anatomy.channels, channels or [anatomy.channels] * anatomy.layers, rng
+            layout.layers, layout.channels, channels or [layout.channels] * layout.layers, rng
         ),
     )
-    adapter = fresh(anatomy.sites, rank, rng)
+    adapter = fresh(layout.sites, rank, rng)
     for name, factor in adapter.items():
         if name.endswith("lora_B"):  # which starts at zero, so that nothing would be seen of it
             adapter[name] = torch.from_numpy(
@@ -83,7 +83,7 @@ def model_on(base: Base, heads=None, channels=None, *, rank=3, seed=0) -> Model:
     head = base.initial_head(rng)
     return Model(
         structure=structure,
-        adapter=cut_adapter(adapter, anatomy.sites, structure),
+        adapter=cut_adapter(adapter, layout.sites, structure),
         head=head,
         scale=2.0,
     )
@@ -98,9 +98,9 @@ def fp32_apart(base: Base, expected) -> float:
     output, up, its gate, down), then comes the head with its pooler. Sizes are taken to be at most
     those of the logits, since norms keep the residual stream near 1.
     """
-    anatomy = base.anatomy
-    longest = max(anatomy.width, anatomy.channels)
-    products = 6 * anatomy.layers + 2
+    layout = base.layout
+    longest = max(layout.width, layout.channels)
+    products = 6 * layout.layers + 2
     size = max(1.0, float(expected.abs().max()))
     return 2 * products * longest * 2.0**-24 * size
 

@@ -123,7 +123,7 @@ class Lab:
 
 
 class Spy:
-    """A fleet that hears everything, and changes orders and replies if it is told to; None keeps a reply back."""
+    """A fleet that records all messages and can change orders and replies; None drops a reply."""
 
     def __init__(self, fleet, *, order=lambda id, order: order, reply=lambda reply: reply):
         self._fleet, self._order, self._reply = fleet, order, reply

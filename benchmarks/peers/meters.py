@@ -18,7 +18,7 @@ from fedspine.lm.base import Model
 from fedspine.lm.cost import Extent, training_flops
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
-from fedspine.runs.assemble import build
+from fedspine.runs.assemble import assemble
 from peers.loop import learner
 from peers.work import Padding, Way, Work
 
@@ -136,12 +136,12 @@ def key(way: Way) -> str:
 
 
 def _our_operations(work: Work, asks: list[tuple[int, int, int]]) -> tuple[float, float]:
-    base = build(work.recipe(precision="bf16")).task.base
+    base = assemble(work.recipe(precision="bf16")).task.base
     names = work.initial()
     head = {name: tensor for name, tensor in names.items() if ".lora_" not in name}
     adapter = {name: tensor for name, tensor in names.items() if ".lora_" in name}
     model = Model(
-        structure=full(base.anatomy), adapter=adapter, head=head, scale=work.settings.scale
+        structure=full(base.layout), adapter=adapter, head=head, scale=work.settings.scale
     )
     counter, formula = _counter(), 0.0
     for index, asked, number in asks:
@@ -156,7 +156,7 @@ def _our_operations(work: Work, asks: list[tuple[int, int, int]]) -> tuple[float
         extent = Extent(
             sum(rows * tokens for rows, tokens in shapes), sum(rows * n**2 for rows, n in shapes)
         )
-        formula += training_flops(base.anatomy, model.structure, work.settings.rank, extent)
+        formula += training_flops(base.layout, model.structure, work.settings.rank, extent)
     return counter.get_total_flops(), formula
 
 

@@ -33,7 +33,7 @@ class Watch(Silent):
         self.started_at = time()
         self._mark()
 
-    def round_done(self, standing: Any) -> None:
+    def round_done(self, status: Any) -> None:
         self._mark()
 
     def _mark(self) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fedspine.core.task import Examples
 from fedspine.data.dataset import Dataset, Rows
 from fedspine.lm.tune import Tuning, batches, tuning_at
-from fedspine.runs.assemble import START, build, cohort
+from fedspine.runs.assemble import START, assemble, cohort
 from fedspine.runs.config import Recipe, recipe
 
 Padding: TypeAlias = Literal["fixed", "bucketed"]
@@ -168,18 +168,20 @@ def prepare(folder: Path, data: Dataset, settings: Settings, test_rows: int) -> 
     _write(folder / "data" / "test.parquet", data.test, tested, data.label_names)
     (folder / "settings.json").write_text(json.dumps(asdict(settings)))
     work = Work(folder)
-    built = build(work.recipe(precision="fp32"))
+    assembled = assemble(work.recipe(precision="fp32"))
     for split in _SPLITS:
-        examples: Examples = getattr(built.task, split)
+        examples: Examples = getattr(assembled.task, split)
         for name in ("ids", "offsets", "labels"):
             np.save(folder / f"{split}-{name}.npy", getattr(examples, name))
-    np.save(folder / "padding.npy", built.task.train.padding)
-    np.save(folder / "rows.npy", np.concatenate(built.shares))
-    np.save(folder / "ends.npy", np.cumsum([len(share) for share in built.shares]))
+    np.save(folder / "padding.npy", assembled.task.train.padding)
+    np.save(folder / "rows.npy", np.concatenate(assembled.shares))
+    np.save(folder / "ends.npy", np.cumsum([len(share) for share in assembled.shares]))
     (folder / "schedule.json").write_text(
-        json.dumps({"classes": len(data.label_names), **_schedule(built.recipe)})
+        json.dumps({"classes": len(data.label_names), **_schedule(assembled.recipe)})
     )
-    state = built.recipe.method.start(built.task, np.random.default_rng([settings.seed, START]))
+    state = assembled.recipe.method.start(
+        assembled.task, np.random.default_rng([settings.seed, START])
+    )
     tensors = {**state.adapter, **state.head}
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()},

@@ -17,7 +17,7 @@ from fedspine.core.method import usable
 from fedspine.core.tensors import average, half, single
 from fedspine.lm.base import Model
 from fedspine.lm.lora import check_rank, fresh
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import full
 from fedspine.lm.tune import LocalTraining, Tuning, check_tuning, tune, tuning_at
 
@@ -47,7 +47,7 @@ class ProxResult:
 def tune_near(device: Device, order: ProxOrder) -> ProxResult:
     """Train what came on the device's rows, and not far from it."""
     model = Model(
-        structure=full(device.base.anatomy),
+        structure=full(device.base.layout),
         adapter=single(order.adapter),
         head=single(order.head),
         scale=order.scale,
@@ -77,7 +77,7 @@ class ProxState:
     round: int
     rounds: int
     turns: float  # of a device in the whole run, on average
-    anatomy: Anatomy
+    layout: PrunableLayout
     adapter: Tensors
     head: Tensors
 
@@ -98,20 +98,20 @@ class FedProxLora(LocalTraining):
 
     def check(self, task: Task) -> None:
         """Refuse what cannot work, before anything is spent."""
-        check_rank("method.rank", (self.rank,), task.base.anatomy)
+        check_rank("method.rank", (self.rank,), task.base.layout)
         check_tuning(self)
         if self.mu < 0:
             raise BadInput(f"method.mu is {self.mu}, but it cannot be negative; 0 is FedLoRA")
 
     def start(self, task: Task, rng: np.random.Generator) -> ProxState:
         """The state before the first round."""
-        anatomy = task.base.anatomy
+        layout = task.base.layout
         return ProxState(
             round=0,
             rounds=task.rounds,
             turns=task.turns,
-            anatomy=anatomy,
-            adapter=fresh(anatomy.sites, self.rank, rng),
+            layout=layout,
+            adapter=fresh(layout.sites, self.rank, rng),
             head=task.base.initial_head(rng),
         )
 
@@ -138,7 +138,7 @@ class FedProxLora(LocalTraining):
     def deploy(self, state: ProxState, device: str | None = None) -> Model:
         """The model that a device runs: here the same for all."""
         return Model(
-            structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=self.scale
+            structure=full(state.layout), adapter=state.adapter, head=state.head, scale=self.scale
         )
 
     def unpruned(self, state: ProxState) -> Model:

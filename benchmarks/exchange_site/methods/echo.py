@@ -13,7 +13,7 @@ from fedspine.core.message import Tensors, message
 from fedspine.core.method import method
 from fedspine.core.task import Task
 from fedspine.lm.base import Model
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import full
 
 WARM_UP = 3  # exchanges of each size that are not counted
@@ -36,7 +36,7 @@ def echo(device: Device, order: EchoOrder) -> EchoResult:
 
 @message
 class EchoState:
-    anatomy: Anatomy
+    layout: PrunableLayout
     head: Tensors
 
 
@@ -56,7 +56,7 @@ class EchoMethod:
         pass
 
     def start(self, task: Task, rng: np.random.Generator) -> EchoState:
-        return EchoState(anatomy=task.base.anatomy, head=task.base.initial_head(rng))
+        return EchoState(layout=task.base.layout, head=task.base.initial_head(rng))
 
     def round(self, state: EchoState, fleet: Fleet) -> EchoState:
         for size in self.sizes:
@@ -77,7 +77,7 @@ class EchoMethod:
         return state
 
     def deploy(self, state: EchoState, device: DeviceId | None = None) -> Model:
-        return Model(structure=full(state.anatomy), adapter={}, head=state.head, scale=1.0)
+        return Model(structure=full(state.layout), adapter={}, head=state.head, scale=1.0)
 
     def unpruned(self, state: EchoState) -> Model:
         return self.deploy(state)

@@ -1,7 +1,7 @@
-"""The device's side of an exchange: what a piece of work sees, and how it is served.
+"""The device's side of an exchange: the device that a work function gets, and serving an order.
 
-Serving is a pure function of (order, data, memory, seed). So it may run in this process, in a worker process, fused
-with other devices, or on another machine, and gives the same bytes.
+Serving is a pure function of (order, data, memory, seed). So it can run in this process, in a
+worker process, batched with other devices, or on another machine, with the same result.
 """
 
 import importlib
@@ -21,10 +21,10 @@ R = TypeVar("R")  # what a device returns
 
 @dataclass
 class Device:
-    """One device as its work sees it.
+    """One device, as passed to its work.
 
-    `memory` holds messages that outlive the exchange; `rng` is seeded from the run's seed, the device and the number
-    of asks it has served.
+    `memory` holds messages that outlive the exchange; `rng` is seeded from the run's seed, the
+    device and the number of asks that it has served.
     """
 
     id: DeviceId
@@ -38,7 +38,7 @@ class Device:
     trainer: Callable[[Any], Any] | None = (
         None  # trains this device together with others; None: on its own
     )
-    kept: Any = None  # what the last ask of this round kept, where this process still has it
+    kept: Any = None  # kept by the last ask of this round, if this process still has it
     flops: float = field(default=0.0, init=False)
     launches: int = field(default=0, init=False)
     samples: int = field(default=0, init=False)
@@ -46,16 +46,16 @@ class Device:
     keeping: "Kept | None" = field(default=None, init=False)
 
     def keep(self, value: Any, bytes: int) -> None:
-        """Hold on to `value`, about so large, for this device's next ask in this round.
+        """Cache `value`, of about this size, for this device's next ask in this round.
 
-        Only to save time: it may be gone by then, and the result must have the same bytes without it.
+        It only saves time: it may be gone by then, and the result must be the same without it.
         """
         self.keeping = Kept(value, bytes)
 
     def spend(
         self, *, flops: float = 0.0, memory_bytes: int = 0, launches: int = 0, samples: int = 0
     ) -> None:
-        """Account for work: floating-point operations, memory needed at once, layers launched, rows trained on."""
+        """Account for work: floating-point operations, peak memory, launched layers, training rows."""
         self.flops += flops
         self.launches += launches
         self.samples += samples
@@ -71,9 +71,10 @@ class Kept:
 
 
 class Scratch:
-    """What one process keeps between the asks of a round, up to `most_bytes`: never more than a way to save time.
+    """A process's cache between the asks of a round, up to `most_bytes`; it only saves time.
 
-    It is given back only to a device whose memory has the very bytes that its last ask here returned.
+    An entry is returned only to a device whose memory equals the one that its last ask here
+    returned.
     """
 
     def __init__(self, most_bytes: int = 2 << 30) -> None:
@@ -83,10 +84,8 @@ class Scratch:
         self._bytes = 0  # of what is kept
 
     def take(self, call: "Call") -> tuple[dict[str, Any], Any] | None:
-        """The memory and what was kept for this call's device, once."""
-        if (
-            call.round != self._round
-        ):  # whoever vanished in an earlier round will not come for its own
+        """Remove and return the entry of this call's device: its memory and the cached value."""
+        if call.round != self._round:  # entries of earlier rounds will not be used any more
             self._round = call.round
             self._entries.clear()
             self._bytes = 0
@@ -98,7 +97,9 @@ class Scratch:
         return (memory, kept.value) if payload == call.memory else None
 
     def put(self, device: DeviceId, payload: bytes, memory: dict[str, Any], kept: Kept) -> bool:
-        """Keep it where there is room. Others never make way: in turns, each would go just before it is needed."""
+        """Add an entry if there is room. Nothing is evicted: in turns, each entry would go just
+        before its use.
+        """
         if self._bytes + kept.bytes > self._most:
             return False
         self._entries[device] = (payload, memory, kept)
@@ -110,7 +111,8 @@ Work: TypeAlias = Callable[[Device, O], R]
 
 
 def on_device(work: Work[O, R]) -> Work[O, R]:
-    """Mark a module-level function `(Device, Order) -> Result` as work that a fleet may send to devices by name.
+    """Mark a module-level function `(Device, Order) -> Result` as work that a fleet may send to
+    devices by name.
 
     Raises TypeError for a function that is not at the top of its module.
 
@@ -150,7 +152,7 @@ def find_work(name: str) -> Work[Any, Any]:
 
 @dataclass(frozen=True)
 class Call:
-    """One ask of one device, complete: everything that its result may depend on, but for the data and the base."""
+    """One ask of one device: everything its result depends on, except for the data and the base."""
 
     device: DeviceId
     index: int  # of the device in the fleet; its share of the data
@@ -163,7 +165,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Served:
-    """What a call gave: the packed result and memory, and what the work spent."""
+    """The packed result and memory of a call, and the resources that the work used."""
 
     result: bytes
     memory: bytes
@@ -182,7 +184,7 @@ def serve(
     trainer: Callable[[Any], Any] | None = None,
     scratch: Scratch | None = None,
 ) -> Served:
-    """Do the work of `call` on `data`, the device's own rows; what is in `scratch` changes no byte of the result."""
+    """Do the work of `call` on `data`, the device's own rows; `scratch` never changes the result."""
     found = None if scratch is None else scratch.take(call)
     memory, kept = (
         (unpack(call.memory) if call.memory is not None else {}, None) if found is None else found

@@ -5,16 +5,20 @@ from collections.abc import Iterable, Mapping
 
 
 class BadInput(ValueError):
-    """Input that the program cannot use; its text is one line, printed by the CLI, which then exits with code 2."""
+    """Input that the program cannot use; its text is one line, printed by the CLI, which then exits
+    with code 2.
+    """
 
 
 def of_machine(error: BaseException) -> bool:
-    """Whether an error tells of the machine's memory or disk, and so need not come again; others follow from the input.
+    """Whether an error tells of the machine's memory or disk, and so need not come again; others
+    follow from the input.
 
     >>> of_machine(MemoryError()), of_machine(ZeroDivisionError())
     (True, False)
     """
-    # PyTorch raises its own kinds; a RuntimeError with this name in it is how a CPU has no memory left
+    # PyTorch raises its own kinds; a RuntimeError with this name in it is how a CPU has no memory
+    # left
     return (
         isinstance(error, MemoryError | OSError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -23,7 +27,9 @@ def of_machine(error: BaseException) -> bool:
 
 
 class Stopped(RuntimeError):
-    """A command that cannot go on or was told to end, with its last good state saved; the text is one line."""
+    """A command that cannot go on or was told to end, with its last good state saved; the text is
+    one line.
+    """
 
     def __init__(self, line: str, exit_code: int = 2) -> None:
         super().__init__(line)

@@ -1,4 +1,6 @@
-"""The server's side of an exchange: the one seam between a method and whatever carries its messages."""
+"""The server's side of an exchange: the interface between a method and the transport of its
+messages.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Profile:
-    """What a device declares: never its true speed, which a method has to find out."""
+    """What a device declares about itself; never its true speed, which a method has to estimate."""
 
     id: DeviceId
     site: str
@@ -22,7 +24,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one exchange cost; `seconds` from the order's dispatch to the reply's arrival."""
+    """The cost of one exchange; `seconds` run from the order's dispatch to the reply's arrival."""
 
     bytes_down: int
     bytes_up: int
@@ -39,7 +41,7 @@ class Reply(Generic[R]):
 
 
 class Fleet(Protocol):
-    """Devices, reached by asking. A simulated and a real fleet look the same to a method.
+    """The devices of a run. A simulated and a real fleet look the same to a method.
 
     >>> from types import SimpleNamespace
     >>> from fedspine import Fleet
@@ -60,13 +62,14 @@ class Fleet(Protocol):
 
     @property
     def base(self) -> Any:
-        """The frozen base (for arrays: the net), which the server has too: for methods that compute a part there."""
+        """The frozen base (for arrays: the net), for methods that also compute on the server."""
         ...
 
     def ask(
         self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf
     ) -> list[Reply[R]]:
-        """Send every order and wait; devices that are lost or later than `within` seconds are absent.
+        """Send every order and wait; devices that are lost or later than `within` seconds are
+        absent.
 
         Replies come in the order of `orders`. A mapping may build its orders when they are read.
         """
@@ -77,7 +80,7 @@ class Fleet(Protocol):
         ...
 
     def next(self) -> Reply[Any]:
-        """The reply that arrives first of all that are under way; raises Idle when none will."""
+        """The next pending reply to arrive; raises Idle if none is pending."""
         ...
 
     def only(self, ids: Iterable[DeviceId]) -> "Fleet":
@@ -87,7 +90,7 @@ class Fleet(Protocol):
     def together(
         self, job: Callable[[str, "Fleet"], T], groups: Mapping[str, Iterable[DeviceId]]
     ) -> dict[str, T]:
-        """Run `job(name, part)` for every group side by side in time; the clock moves on by the longest."""
+        """Run `job(name, part)` for every group in parallel; the clock advances by the longest."""
         ...
 
     def wait(self, seconds: float) -> None:
@@ -95,37 +98,40 @@ class Fleet(Protocol):
         ...
 
     def note(self, **values: Any) -> None:
-        """A method's remark, to the records."""
+        """Write a method's remark to the records."""
         ...
 
     def foresee(
         self, device: DeviceId, *, flops: float, launches: float, bytes_down: int, bytes_up: int
     ) -> float | None:
-        """Seconds that an exchange of this cost takes the device in this round, but for what chance adds to one of them.
+        """Seconds of an exchange of this cost in this round, without random jitter.
 
-        Only a simulated fleet knows, for a control that is told the truth; None elsewhere.
+        Known only to simulated fleets, for the oracle controller; None elsewhere.
         """
         ...
 
 
 class Idle(LookupError):
-    """`next` was called while no reply is under way."""
+    """`next` was called while no reply is pending."""
 
 
 class AllLost(RuntimeError):
-    """A round got no reply that can be used, so the run cannot go on; its last state is saved."""
+    """A round got no usable reply, so the run cannot go on; its last state is saved."""
 
 
 class Diverged(AllLost):
-    """All replies of a round hold numbers that are not finite: what training from the same state gives again."""
+    """All replies of a round hold non-finite numbers; training from the same state gives them
+    again.
+    """
 
 
 class NoMemory(AllLost):
-    """None of a round's devices has the memory for its part, and none will have."""
+    """None of a round's devices has enough memory for its part, and none will have."""
 
 
 def none_left(asked: int, flaws: Sequence[str]) -> AllLost:
-    """The error for a round of so many devices in which every reply has a flaw, such as "loss is nan".
+    """The error for a round of so many devices in which every reply has a flaw, such as "loss is
+    nan".
 
     >>> str(none_left(2, ["loss is nan", "loss is nan"]))
     'the training loss of all 2 devices is not finite (nan)'

@@ -1,8 +1,10 @@
-"""What may cross the wire, and the one codec that gives traffic, checkpoints and equality tests.
+"""The messages that may cross the wire, and the one codec behind traffic, checkpoints and equality
+tests.
 
-A message is a frozen, keyword-only dataclass. It is packed as one safetensors file whose metadata holds the JSON of
-everything that is not a tensor; never a pickle. Fields may be None, bool, int, float, str, tuples, dicts with string
-keys, torch tensors, numpy arrays and other messages. Boolean tensors travel as bits.
+A message is a frozen, keyword-only dataclass. It is packed as one safetensors file whose metadata
+holds the JSON of everything that is not a tensor; never a pickle. Fields may be None, bool, int,
+float, str, tuples, dicts with string keys, torch tensors, numpy arrays and other messages. Boolean
+tensors travel as bits.
 """
 
 import hashlib
@@ -83,7 +85,8 @@ def pack(value: Any) -> Packed:
         return name
 
     tree = _encode(value, keep, "value")
-    # straight from memory: safetensors' own way from torch takes six times as long for a small message
+    # straight from memory: safetensors' own way from torch takes six times as long for a small
+    # message
     specs = {
         name: TensorSpec(
             dtype=str(tensor.dtype).removeprefix("torch."),
@@ -97,7 +100,9 @@ def pack(value: Any) -> Packed:
 
 
 def unpack(packed: Packed | bytes) -> Any:
-    """Decode what `pack` made; raises NotAMessage for bytes that are not such a file or name an unknown message."""
+    """Decode what `pack` made; raises NotAMessage for bytes that are not such a file or name an
+    unknown message.
+    """
     from safetensors.torch import load
 
     payload = packed.payload if isinstance(packed, Packed) else packed
@@ -191,7 +196,8 @@ def _decode_array(tensors: Tensors, name: str, rest: dict[str, Any]) -> "torch.T
 
     if name not in tensors:
         raise NotAMessage(f"tensor {name!r} is missing")
-    # a copy of its own: aligned as torch aligns, so that arithmetic does not depend on where the bytes lay
+    # a copy of its own: aligned as torch aligns, so that arithmetic does not depend on where the
+    # bytes lay
     tensor = tensors[name].clone()
     if "bits" not in rest:
         return tensor

@@ -1,4 +1,6 @@
-"""What a method is and how it registers: a frozen dataclass whose fields are its hyper-parameters."""
+"""The protocol of methods and their registration: a frozen dataclass whose fields are its
+hyper-parameters.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -30,11 +32,13 @@ class Method(Protocol[S]):
 
     @classmethod
     def toy(cls) -> Self:
-        """Settings with which a tiny model learns a toy task in a few rounds; the tests of every method use them."""
+        """Settings with which a tiny model learns a toy task in a few rounds; the tests of every
+        method use them.
+        """
         ...
 
     def check(self, task: Task) -> None:
-        """Raise BadInput where these settings cannot work on this task, before anything is spent."""
+        """Raise BadInput if these settings cannot work on this task, before any computation."""
         ...
 
     def start(self, task: Task, rng: np.random.Generator) -> S: ...
@@ -42,17 +46,19 @@ class Method(Protocol[S]):
     def round(self, state: S, fleet: Fleet) -> S: ...
 
     def deploy(self, state: S, device: DeviceId | None = None) -> Any:
-        """The model that `device` will run, or the one for everybody."""
+        """The model that `device` will run, or the global one."""
         ...
 
     def unpruned(self, state: S) -> Any:
-        """What was learnt, put on the whole base, for which a pruned model's adapter was not tuned."""
+        """The trained weights on the unpruned base, for which a pruned model's adapter was not
+        tuned.
+        """
         ...
 
 
 @runtime_checkable
 class Prunes(Protocol):
-    """A method that prunes on a schedule, which tells how much cheaper later rounds are."""
+    """A method that prunes on a schedule, from which the cost of later rounds is predicted."""
 
     def planned_sparsity(self, round: int, rounds: int) -> float:
         """The least sparsity of a device's model in `round` of `rounds`, counted from 0."""
@@ -67,9 +73,10 @@ def planned_sparsities(method: Any, rounds: int) -> list[float]:
 
 
 def usable(replies: Sequence[Reply[R]], fleet: Fleet) -> list[Reply[R]]:
-    """The replies whose `loss` and all named tensors are finite; the others are noted and left out of the round.
+    """The replies whose `loss` and all named tensors are finite; the others are noted and left out
+    of the round.
 
-    Raises AllLost where none is left, Diverged where some came.
+    Raises AllLost if no reply came, Diverged if none of those that came is usable.
     """
     good, flaws = [], []
     for reply in replies:
@@ -85,7 +92,7 @@ def usable(replies: Sequence[Reply[R]], fleet: Fleet) -> list[Reply[R]]:
 
 
 def _flaw(result: Any) -> str | None:
-    """What is not finite in a result with a `loss`, None where nothing is."""
+    """The non-finite part of a result with a `loss`, None if there is none."""
     if not math.isfinite(result.loss):
         return f"loss is {result.loss}"
     sound = all(finite(value) for value in vars(result).values() if is_tensors(value))
@@ -98,9 +105,10 @@ _METHODS: dict[str, type] = {}  # filled at import time only
 def method(name: str) -> Callable[[type[T]], type[T]]:
     """Register a method class under the name that recipes use.
 
-    A method that can train nets on arrays says so by `models: ClassVar = ("transformer", "net")`; the others know
-    transformers only, and a recipe that gives them a net is refused. Raises TypeError for a name
-    that another class has; a class that is defined again, as in a notebook, replaces itself.
+    A method that can train nets on arrays says so by `models: ClassVar = ("transformer", "net")`;
+    the others know transformers only, and a recipe that gives them a net is refused. Raises
+    TypeError for a name that another class has; a class that is defined again, as in a notebook,
+    replaces itself.
 
     >>> from dataclasses import dataclass
     >>> from fedspine import method
@@ -130,7 +138,9 @@ def method(name: str) -> Callable[[type[T]], type[T]]:
 
 
 def registered() -> dict[str, type]:
-    """The methods whose modules were imported, by name; `fedspine.methods.all_methods` imports them all."""
+    """The methods whose modules were imported, by name; `fedspine.methods.all_methods` imports them
+    all.
+    """
     return dict(sorted(_METHODS.items()))
 
 

@@ -1,4 +1,4 @@
-"""What a process that trains, scores or aggregates does with its memory, its cores and the signals that it gets."""
+"""Memory, cores and signals of a process that trains, scores or aggregates."""
 
 import ctypes
 import os
@@ -26,7 +26,9 @@ SIGNALS_TO_END = (signal.SIGINT, signal.SIGTERM)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came, from `kill`, a service manager or a batch system; it ends a command just as Ctrl-C does."""
+    """SIGTERM came, from `kill`, a service manager or a batch system; it ends a command just as
+    Ctrl-C does.
+    """
 
 
 @contextmanager
@@ -54,8 +56,8 @@ def handling(
 ) -> Iterator[None]:
     """Handle these signals by `handler` within the block, except those that the process ignores.
 
-    What `nohup` or a script's background job starts ignores SIGINT, and its user relies on that. Only the main thread
-    can handle signals; in another one nothing happens.
+    What `nohup` or a script's background job starts ignores SIGINT, and its user relies on that.
+    Only the main thread can handle signals; in another one nothing happens.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -83,7 +85,7 @@ def ends_when_told() -> Iterator[None]:
 
 
 def farewell(told: KeyboardInterrupt) -> tuple[str, int]:
-    """What a command that was told to end says, and its exit code: 128 and the number of the signal.
+    """The last line of an interrupted command and its exit code: 128 and the number of the signal.
 
     >>> farewell(KeyboardInterrupt()), farewell(Terminated())
     (('interrupted', 130), ('terminated', 143))
@@ -94,10 +96,12 @@ def farewell(told: KeyboardInterrupt) -> tuple[str, int]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks, which the next step needs again, instead of returning them to the kernel.
+    """Let glibc keep freed blocks, which the next step needs again, instead of returning them to
+    the kernel.
 
-    Every product makes blocks of some megabytes. Getting their pages anew each time took 28 % of scoring 64 rows of 64
-    tokens at a time; with 32 rows it makes no difference. Elsewhere than on Linux with glibc nothing happens.
+    Every product makes blocks of some megabytes. Getting their pages anew each time took 28 % of
+    scoring 64 rows of 64 tokens at a time; with 32 rows it makes no difference. Elsewhere than on
+    Linux with glibc nothing happens.
     """
     if sys.platform != "linux":
         return
@@ -108,9 +112,10 @@ def keep_freed_memory() -> None:
 
 
 def keeping_freed_memory() -> dict[str, str]:
-    """The same, as the environment of processes that are yet to start.
+    """The same as environment variables for child processes.
 
-    Of an exchange of 4 MB over NVIDIA FLARE a fifth to a third of all processor time went into getting pages anew.
+    Of an exchange of 4 MB over NVIDIA FLARE a fifth to a third of all processor time went into
+    getting pages anew.
     """
     return {"MALLOC_TRIM_THRESHOLD_": str(_KEPT), "MALLOC_MMAP_THRESHOLD_": str(_LARGE)}
 
@@ -121,10 +126,10 @@ def cores() -> int:
 
 
 def spread(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """The function's values in the order of `items`, worked out by as many threads as there are cores.
+    """The function's values in the order of `items`, computed by one thread per core.
 
-    Each works with one of PyTorch's threads, so the values do not depend on how many there are. The threads end with
-    the call: none is left when processes are forked.
+    Each works with one of PyTorch's threads, so the values do not depend on how many there are. The
+    threads end with the call: none is left when processes are forked.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Tables that people write by hand, in TOML, checked strictly: nothing is converted, nothing unknown is passed over."""
+"""Strict checks of hand-written TOML tables: no conversions, no unknown keys."""
 
 import json
 import math
@@ -27,7 +27,9 @@ class Section(pydantic.BaseModel):
 
 
 def read_toml(path: Path, what: str, instead: str) -> dict[str, Any]:
-    """The tables of a file; `what` it is and what to do `instead` where it does not exist are for the BadInput."""
+    """The tables of a file; `what` it is and what to do `instead` where it does not exist are for
+    the BadInput.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -53,9 +55,10 @@ def known_keys(what: str, table: Iterable[str], known: Iterable[str]) -> None:
 def validated(
     section: str, adapter: pydantic.TypeAdapter[Any], table: Any, *, by_json: bool = False
 ) -> Any:
-    """What the adapter makes of a table, or of an instance; whatever it refuses is one line that names the key.
+    """Validate a table or an instance; any error becomes one line that names the key.
 
-    `by_json` is for plain dataclasses, which pydantic takes strictly from JSON alone; there TOML's dates become text.
+    `by_json` is for plain dataclasses, which pydantic takes strictly from JSON alone; there TOML's
+    dates become text.
     """
     for key, value in table.items() if isinstance(table, dict) else ():
         if value == "":  # as of `--set task.data=`, which as a path would be the current folder

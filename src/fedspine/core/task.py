@@ -57,20 +57,26 @@ class Examples:
         )
 
     def predicted(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Labels of each of these rows that a loss counts: its class, or its tokens but the first and the context."""
+        """The number of labels in each of these rows: its class, or its tokens except the first and
+        the context.
+        """
         if self.labels is not None:
             return np.ones(len(rows), np.int64)
         skipped = 1 if self.context is None else np.maximum(1, self.context[rows])
         return np.maximum(0, self.lengths[rows] - skipped)
 
     def width(self, rows: Sequence[int] | np.ndarray) -> int:
-        """Tokens to which these rows are padded; never beyond the longest row there is, which the model can read."""
+        """Tokens to which these rows are padded; never beyond the longest row there is, which the
+        model can read.
+        """
         lengths = self.lengths[rows]
         # at least 1: a text may have no token at all
         return max(1, int(min(-(-lengths.max() // GRAIN) * GRAIN, self.lengths.max())))
 
     def places(self, rows: Sequence[int] | np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where each token of these rows lies in the flat arrays, and which are tokens at all: both [rows, width]."""
+        """The index of each token of these rows in the flat arrays, and a mask of real tokens: both
+        [rows, width].
+        """
         columns = np.arange(width)[None, :]
         inside = columns < self.lengths[rows][:, None]
         return np.where(inside, self.offsets[rows][:, None] + columns, 0), inside
@@ -78,9 +84,11 @@ class Examples:
     def batch(
         self, rows: Sequence[int] | np.ndarray, width: int | None = None
     ) -> dict[str, "torch.Tensor"]:
-        """Model inputs for these rows, padded to `width` (default: their own); `labels` as the loss wants them.
+        """Model inputs for these rows, padded to `width` (default: their own); `labels` as the loss
+        wants them.
 
-        What is padding goes by place: a padding id within a text, which may be its end token, is a label.
+        What is padding goes by place: a padding id within a text, which may be its end token, is a
+        label.
         """
         import torch
 
@@ -143,7 +151,9 @@ class Arrays:
     def batch(
         self, rows: Sequence[int] | np.ndarray, width: int | None = None
     ) -> dict[str, "torch.Tensor"]:
-        """`inputs`, float32 [rows, channels, ...], and `labels`, int64 [rows]; `width` makes no difference."""
+        """`inputs`, float32 [rows, channels, ...], and `labels`, int64 [rows]; `width` makes no
+        difference.
+        """
         import torch
 
         inputs = torch.from_numpy(self.x[rows])
@@ -162,7 +172,7 @@ Data: TypeAlias = Examples | Arrays
 
 @dataclass(frozen=True)
 class Task:
-    """Everything a method may know before the first round."""
+    """Everything that a method knows before the first round."""
 
     kind: Kind
     base: Any  # a `Base` of `lm` for texts, a `Net` of `nets` for arrays

@@ -24,7 +24,8 @@ def moved(tensors: Tensors, to: device) -> Tensors:
 
 
 def padded(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of the same number of dimensions, stacked along a new first one, with zeros after the smaller ones.
+    """Tensors of the same number of dimensions, stacked along a new first one, with zeros after the
+    smaller ones.
 
     >>> import torch
     >>> padded([torch.ones(1), torch.ones(2)])

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
-from fedspine.data.parts import Part, Pick
+from fedspine.data.parts import FilePart, Pick
 
 
-def parquet(path: Path, pick: Pick) -> Part:
+def parquet(path: Path, pick: Pick) -> FilePart:
     """The picked columns of a Parquet file."""
     # One file and not Arrow's data set reader, which would take folders named key=value for
     # columns.
@@ -28,7 +28,7 @@ def parquet(path: Path, pick: Pick) -> Part:
         return part(file.read(None if nested else sorted(wanted)), pick, names)
 
 
-def ipc(path: Path, pick: Pick, features: Mapping[str, Any] | None = None) -> Part:
+def ipc(path: Path, pick: Pick, features: Mapping[str, Any] | None = None) -> FilePart:
     """The picked columns of an Arrow file or stream; `features` are those of `datasets`, where they
     lie beside it.
     """
@@ -46,7 +46,7 @@ def part(
     pick: Pick,
     names: Sequence[str] | None = None,
     features: Mapping[str, Any] | None = None,
-) -> Part:
+) -> FilePart:
     """The picked columns of a table; `names` are all those of its file, where it holds only some of
     them.
     """
@@ -60,7 +60,7 @@ def part(
     with suppress(ValueError, KeyError):
         general = json.loads(metadata[b"label_names"])
     picked = {name: names[place] for name, place in pick(names).items()}
-    return Part(
+    return FilePart(
         columns={name: _values(table.column(column)) for name, column in picked.items()},
         rows=table.num_rows,
         types={

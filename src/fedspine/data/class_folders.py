@@ -1,6 +1,8 @@
-"""A folder with one sub-folder per class, of pictures, arrays or sounds: what many data sets come as.
+"""A folder with one sub-folder per class, of pictures, arrays or sounds, a common form of data
+sets.
 
-`cat/1.png dog/2.png`, or the same below `train/` and `test/`. Pictures are PNG or JPEG, arrays `.npy`, sounds `.wav`.
+`cat/1.png dog/2.png`, or the same below `train/` and `test/`. Pictures are PNG or JPEG, arrays
+`.npy`, sounds `.wav`.
 """
 
 import wave
@@ -27,9 +29,9 @@ def is_one(folder: Path) -> bool:
 def read(folder: Path) -> Iterator[tuple[str, Path, np.ndarray, np.ndarray]]:
     """Each split's name and folder, its rows [rows, ...] and the names of their classes [rows].
 
-    All files are of one format. Pictures and arrays must be of one size; sounds are cut, or filled with silence at the
-    end, to the most common length of the training sounds. Raises BadInput for files that cannot be read or do not fit
-    together.
+    All files are of one format. Pictures and arrays must be of one size; sounds are cut, or filled
+    with silence at the end, to the most common length of the training sounds. Raises BadInput for
+    files that cannot be read or do not fit together.
     """
     splits, length = _splits(folder), None
     for split in sorted(splits, key=lambda name: name != "train"):

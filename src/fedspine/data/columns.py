@@ -10,10 +10,10 @@ from typing import Any
 
 from fedspine.core.errors import BadInput, nearest
 from fedspine.data import turns
-from fedspine.data.parts import MOST, Part, Pick, counted
+from fedspine.data.parts import MOST, FilePart, Pick, counted
 
 NO_LABEL, NO_TEXT, NO_PAIR = "no label", "no text", "no second text"  # why a row is left out
-NONE = {"-1", "-1.0"}  # how contests write a label that they keep secret
+NONE = {"-1", "-1.0"}  # how contests write a withheld label
 UNSEEN = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060"))  # characters without a width
 
 
@@ -67,8 +67,8 @@ class Values:
 
 
 def picker(wanted: Wanted, split: str) -> Pick:
-    """What finds the wanted columns among those of a file; white space around a name makes no
-    difference.
+    """A function that finds the wanted columns among those of a file; white space around a name
+    makes no difference.
 
     It raises BadInput for a column that is absent or there several times. Where there is no column
     "text", language modelling reads "messages", or "prompt" and "completion".
@@ -139,7 +139,7 @@ def _short(column: str) -> str:
 # --- which rows ---
 
 
-def checked(part: Part, wanted: Wanted, split: str, stated: Sequence[str] = ()) -> Values:
+def checked(part: FilePart, wanted: Wanted, split: str, stated: Sequence[str] = ()) -> Values:
     """The wanted columns of `part`, the rows of the split named `split` ("train" or "test").
 
     Rows without a text or a label are left out and counted; white space counts as no text. `stated`
@@ -190,7 +190,7 @@ def _bare_labels(found: Values, left_out: Counter[str]) -> Values:
     return replace(found, labels=labels, notes=notes, left_out=left_out)
 
 
-def hidden(part: Part, label: str | None, known: Iterable[Any]) -> bool:
+def hidden(part: FilePart, label: str | None, known: Iterable[Any]) -> bool:
     """Whether a split keeps its labels secret: all are missing, or -1, which is none of those
     `known`.
 
@@ -202,7 +202,7 @@ def hidden(part: Part, label: str | None, known: Iterable[Any]) -> bool:
     return not values or (values <= NONE and NONE.isdisjoint(map(str, known)))
 
 
-def _strings(part: Part, name: str, split: str) -> list[str | None]:
+def _strings(part: FilePart, name: str, split: str) -> list[str | None]:
     """The texts of a column, None where there is none; numbers are texts where the file states no
     types.
     """
@@ -231,7 +231,7 @@ def _strings(part: Part, name: str, split: str) -> list[str | None]:
     return found
 
 
-def _labels(part: Part, name: str, split: str, stated: Sequence[str]) -> list[Any]:
+def _labels(part: FilePart, name: str, split: str, stated: Sequence[str]) -> list[Any]:
     values = part.columns[name]
     if not all(isinstance(value, str | int | float | None) for value in values):
         kind = part.types.get(name) or _kind(values)
@@ -248,7 +248,7 @@ def _written(value: float | str) -> str:
 
 
 def _kind(values: Sequence[Any]) -> str:
-    """The kind of the first value that is neither text nor number, in words."""
+    """The type of the first value that is neither text nor number, as text."""
     other = next(value for value in values if not isinstance(value, str | int | float | None))
     return {"list": "a list", "dict": "an object"}.get(type(other).__name__, type(other).__name__)
 

@@ -1,4 +1,4 @@
-"""What a data set is: rows of texts or arrays, and which are held out for testing."""
+"""The types of data sets: rows of texts or arrays, in a train and a test split."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -17,7 +17,7 @@ from typing import Any
 from fedspine.core.errors import BadInput, unknown
 from fedspine.data import arrow, json_rows, separated
 from fedspine.data.decode import COMPRESSED, text_of
-from fedspine.data.parts import Part, Pick, Read, Unreadable, joined, listed
+from fedspine.data.parts import FilePart, Pick, Read, Unreadable, joined, listed
 
 SPLITS = {
     "train": "train", "training": "train", "test": "test",
@@ -223,7 +223,7 @@ def _saved(folder: Path) -> dict[str, Read]:
     return {}
 
 
-def _saved_split(folder: Path, pick: Pick) -> Part:
+def _saved_split(folder: Path, pick: Pick) -> FilePart:
     state, info = _about(folder / "state.json"), _about(folder / "dataset_info.json")
     if state.get("_indices_data_files"):
         raise BadInput(
@@ -260,11 +260,11 @@ def _about(path: Path) -> dict[str, Any]:
 # --- files ---
 
 
-def _shards(paths: list[Path], encoding: str | None, pick: Pick) -> Part:
+def _shards(paths: list[Path], encoding: str | None, pick: Pick) -> FilePart:
     return joined([_file(path, encoding, pick) for path in paths])
 
 
-def _file(path: Path, encoding: str | None, pick: Pick) -> Part:
+def _file(path: Path, encoding: str | None, pick: Pick) -> FilePart:
     form = format_of(path)
     if form not in READERS or (form in BINARY and path.suffix.lower() in COMPRESSED):
         raise unknown(f"file format of {path.name!r}:", path.suffix.lower(), READERS)
@@ -292,12 +292,12 @@ def _format_name(path: Path) -> str:
     return format_of(path).removeprefix(".")
 
 
-def _separated(path: Path, encoding: str | None, pick: Pick) -> Part:
+def _separated(path: Path, encoding: str | None, pick: Pick) -> FilePart:
     found = separated.part(text_of(path, encoding), format_of(path), pick)
     return replace(found, notes=tuple(f"{path.name}: {note}" for note in found.notes))
 
 
-def _json(path: Path, encoding: str | None, pick: Pick) -> Part:
+def _json(path: Path, encoding: str | None, pick: Pick) -> FilePart:
     return json_rows.part(text_of(path, encoding), pick)
 
 
@@ -305,7 +305,7 @@ def _formats() -> str:
     return ", ".join(sorted(READERS))
 
 
-READERS: dict[str, Callable[[Path, str | None, Pick], Part]] = {
+READERS: dict[str, Callable[[Path, str | None, Pick], FilePart]] = {
     ".parquet": lambda path, _encoding, pick: arrow.parquet(path, pick),
     ".arrow": lambda path, _encoding, pick: arrow.ipc(path, pick),
     ".csv": _separated,

@@ -7,7 +7,7 @@ from typing import Any
 from fedspine.core.errors import BadInput
 from fedspine.data import arrow
 from fedspine.data.files import one_line, split_of
-from fedspine.data.parts import Part, Pick, Read, listed
+from fedspine.data.parts import FilePart, Pick, Read, listed
 
 
 def source(name: str) -> dict[str, Read]:
@@ -56,7 +56,7 @@ _TESTS = ("test", "validation", "dev")
 
 
 def _reader(split: Any) -> Read:
-    def read(pick: Pick) -> Part:
+    def read(pick: Pick) -> FilePart:
         names = {
             column: {"names": getattr(feature, "names", None)}
             for column, feature in split.features.items()

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedspine.core.errors import BadInput
-from fedspine.data.parts import Part, Pick, Unreadable, counted, listed
+from fedspine.data.parts import FilePart, Pick, Unreadable, counted, listed
 
 HOW = 'df.to_json(path, orient="records", lines=True)'
 
 
-def part(text: str, pick: Pick) -> Part:
+def part(text: str, pick: Pick) -> FilePart:
     """The picked values of every object; what an object lacks is None. Raises Unreadable for what
     holds no rows.
     """
@@ -36,13 +36,13 @@ def part(text: str, pick: Pick) -> Part:
     return _of_rows(rows, pick)
 
 
-def _of_rows(rows: Sequence[dict[str, Any]], pick: Pick) -> Part:
+def _of_rows(rows: Sequence[dict[str, Any]], pick: Pick) -> FilePart:
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: [row.get(names[place]) for row in rows] for name, place in pick(names).items()}
-    return Part(columns=columns, rows=len(rows))
+    return FilePart(columns=columns, rows=len(rows))
 
 
-def _of_object(found: Any, pick: Pick) -> Part:
+def _of_object(found: Any, pick: Pick) -> FilePart:
     """The rows of one object: of columns, or of rows by their index, as pandas writes either."""
     columns = _columns(found)
     if columns is None:

@@ -1,4 +1,4 @@
-"""What a data set holds, in numbers: rows, classes, doubles, and what each device would hold."""
+"""Statistics of a data set: rows, classes, doubles, and each device's share."""
 
 import hashlib
 from collections.abc import Hashable, Sequence
@@ -56,7 +56,9 @@ def _counts(data: Dataset, labels: np.ndarray | None) -> list[int]:
 
 
 def _contents(rows: Any) -> list[Hashable]:
-    """What makes two rows doubles; case and the amount of white space do not count in texts."""
+    """The key by which two rows are doubles; case and the amount of white space do not count in
+    texts.
+    """
     if isinstance(rows, Rows):
         pairs = rows.pairs or [""] * len(rows.texts)
         return [(_same(text), _same(pair)) for text, pair in zip(rows.texts, pairs, strict=True)]

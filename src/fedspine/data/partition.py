@@ -1,9 +1,9 @@
-"""Which rows each device holds: equal shares, label skew, or whole groups of a column.
+"""Partitions of rows over devices: equal shares, label skew, or whole groups of a column.
 
-Label skew follows Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
-Classification", 2019 (arXiv:1909.06335), in its common form: every class is divided by its own Dirichlet draw. The
-levels p and the dominant classes are those of MergeSFL (arXiv:2311.13348; p is alpha turned over, as its code's values
-of alpha suggest).
+Label skew follows Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for
+Federated Visual Classification", 2019 (arXiv:1909.06335), in its common form: every class is
+divided by its own Dirichlet draw. The levels p and the dominant classes are those of MergeSFL
+(arXiv:2311.13348; p is alpha turned over, as its code's values of alpha suggest).
 """
 
 import heapq
@@ -22,8 +22,8 @@ _STREAM = 0x7061  # keeps these draws apart from others of the same seed
 def column_of(how: str, natural: str | None) -> str | None:
     """The column that the partition `how` goes by, or None where it goes by no column.
 
-    `natural` is the data set's own column for devices. Raises BadInput for an unknown partition, or for "natural" where
-    the data names no such column.
+    `natural` is the data set's own column for devices. Raises BadInput for an unknown partition, or
+    for "natural" where the data names no such column.
 
     >>> column_of("column:author", None), column_of("iid", "file"), column_of("natural", "file")
     ('author', None, 'file')
@@ -56,13 +56,15 @@ def partition(
     alpha: float,
     seed: int,
 ) -> list[np.ndarray]:
-    """The row indices of each device (int64, ascending); every row is on exactly one device and no device is empty.
+    """The row indices of each device (int64, ascending); every row is on exactly one device and no
+    device is empty.
 
-    `labels` [rows] is needed by "dirichlet", whose skew grows as `alpha` falls, by "p:LEVEL", which is "dirichlet" with
-    alpha = 1 / LEVEL ("p:0" is "iid"), and by "dominant:SHARE", where the devices whose number is that of a class,
-    counted round and round, hold this share of the class together and the others the rest. `groups` [rows], the values
-    of the column, is needed by "natural" and "column:NAME". The same arguments give the same bytes. Raises BadInput
-    where a device would be left without rows or the arguments do not fit the partition.
+    `labels` [rows] is needed by "dirichlet", whose skew grows as `alpha` falls, by "p:LEVEL", which
+    is "dirichlet" with alpha = 1 / LEVEL ("p:0" is "iid"), and by "dominant:SHARE", where the
+    devices whose number is that of a class, counted round and round, hold this share of the class
+    together and the others the rest. `groups` [rows], the values of the column, is needed by
+    "natural" and "column:NAME". The same arguments give the same bytes. Raises BadInput where a
+    device would be left without rows or the arguments do not fit the partition.
 
     >>> parts = partition("column:by", devices=2, rows=4, labels=None, groups="abba", alpha=1, seed=0)
     >>> [part.tolist() for part in parts]
@@ -144,7 +146,8 @@ def _dirichlet(alpha: float, devices: int, rng: np.random.Generator) -> Shares:
 
 def _dominant(share: float, devices: int) -> Shares:
     def of_class(number: int, classes: int) -> np.ndarray:
-        # as many classes as devices is the authors' case; with fewer classes several devices share a class's part
+        # as many classes as devices is the authors' case; with fewer classes several devices share
+        # a class's part
         theirs = (
             np.arange(devices) % classes == number
             if devices >= classes
@@ -166,7 +169,8 @@ def _by_label(
     for _ in range(DRAWS):
         for number, of_class in enumerate(classes):
             share = np.cumsum(shares(number, len(classes)))
-            # The middle of each row's slice of [0, 1) decides, which rounds the shares to whole rows.
+            # The middle of each row's slice of [0, 1) decides, which rounds the shares to whole
+            # rows.
             middles = (np.arange(len(of_class)) + 0.5) / len(of_class)
             owner[rng.permutation(of_class)] = np.minimum(
                 np.searchsorted(share, middles), devices - 1
@@ -177,7 +181,9 @@ def _by_label(
 
 
 def _fed(owner: np.ndarray, devices: int, fewest: int, rng: np.random.Generator) -> np.ndarray:
-    """`owner` with single rows moved from the largest devices, until every device has `fewest` rows."""
+    """`owner` with single rows moved from the largest devices, until every device has `fewest`
+    rows.
+    """
     held = [rng.permutation(rows).tolist() for rows in _rows_of(owner, devices)]
     starved = [device for device in range(devices) if len(held[device]) < fewest]
     largest = [(-len(held[device]), device) for device in range(devices)]

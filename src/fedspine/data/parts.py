@@ -1,4 +1,4 @@
-"""What every reader of a file hands on: the wanted columns, with values as the file types them."""
+"""The result of every file reader: the wanted columns, with values as the file types them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,13 +7,13 @@ from typing import Any
 from fedspine.core.errors import BadInput
 
 Pick = Callable[[Sequence[str]], Mapping[str, int]]
-"""From the names of all columns to where each wanted one stands, by the name it is wanted by."""
+"""Maps the names of all columns to the position of each wanted one, by the name it is requested under."""
 
 MOST = 10  # names in a list of a message
 
 
 @dataclass(frozen=True)
-class Part:
+class FilePart:
     """Rows of a file or split: each of `columns` holds one value a row, None where it is missing.
 
     `types` names the type of a column where the file states one, `stated` the class names that the
@@ -28,20 +28,18 @@ class Part:
 
 
 class Unreadable(ValueError):
-    """Why a file cannot be read, and what to do; whoever knows the file's name makes a BadInput of
-    it.
-    """
+    """Why a file cannot be read, and what to do; the caller adds the file's name in a BadInput."""
 
     def __init__(self, reason: str, do: str) -> None:
         super().__init__(reason)
         self.do = do
 
 
-Read = Callable[[Pick], Part]
+Read = Callable[[Pick], FilePart]
 """Reads the columns that are picked."""
 
 
-def joined(parts: Sequence[Part]) -> Part:
+def joined(parts: Sequence[FilePart]) -> FilePart:
     """The rows of all parts, one after another; raises BadInput for shards that do not fit
     together.
     """
@@ -61,7 +59,7 @@ def joined(parts: Sequence[Part]) -> Part:
                     f"{listed(stated[name])} "
                     f"and {listed(names)}; write the shards again from one table"
                 )
-    return Part(
+    return FilePart(
         columns={
             name: [value for part in parts for value in part.columns[name]]
             for name in first.columns

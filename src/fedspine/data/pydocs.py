@@ -1,8 +1,10 @@
-"""`pydoc-topics`: a text classification set read from the running interpreter's own standard library.
+"""`pydoc-topics`: a text classification set read from the running interpreter's own standard
+library.
 
-Each row is one paragraph (40 to 400 characters) of a docstring, labelled with the topic of the module it documents,
-and carries its source file, so that the natural partition gives a device whole files. It needs no network, no account
-and no download, and on Python 3.11 holds about ten thousand rows.
+Each row is one paragraph (40 to 400 characters) of a docstring, labelled with the topic of the
+module it documents, and carries its source file, so that the natural partition gives a device whole
+files. It needs no network, no account and no download, and on Python 3.11 holds about ten thousand
+rows.
 """
 
 import ast
@@ -17,8 +19,10 @@ from fedspine.core.errors import BadInput
 
 SHORTEST, LONGEST = 40, 400  # characters of a paragraph
 
-# Parts of a path that are left out: tests and demonstrations, packages installed later, and packages that newer Pythons
-# no longer have, as the modules absent from TOPICS, so that the set changes little from one Python to the next.
+# Parts of a path that are left out: tests and demonstrations, packages installed later, and
+# packages that newer Pythons
+# no longer have, as the modules absent from TOPICS, so that the set changes little from one Python
+# to the next.
 LEFT_OUT = frozenset(
     (
         "site-packages",
@@ -76,10 +80,12 @@ TOPICS: dict[str, tuple[str, ...]] = {
 
 
 def read() -> list[tuple[str, str, str]]:
-    """Every distinct paragraph of the standard library as (text, topic, file), in the order of the sorted file paths.
+    """Every distinct paragraph of the standard library as (text, topic, file), in the order of the
+    sorted file paths.
 
-    `file` is the path below the standard library with forward slashes. A paragraph that several files share belongs to
-    the first of them. Raises BadInput where the interpreter came without the sources of its library.
+    `file` is the path below the standard library with forward slashes. A paragraph that several
+    files share belongs to the first of them. Raises BadInput where the interpreter came without the
+    sources of its library.
 
     >>> text, topic, file = read()[0]
     >>> topic in TOPICS and file.endswith(".py")
@@ -102,7 +108,8 @@ def read() -> list[tuple[str, str, str]]:
 
 
 def _sources(library: Path, topic_of: dict[str, str]) -> Iterator[Path]:
-    # Only what has a topic is walked: the packages installed below the library can be many times its own size.
+    # Only what has a topic is walked: the packages installed below the library can be many times
+    # its own size.
     for top in sorted(library.glob("*"), key=lambda path: path.name):
         if _module(Path(top.name)) not in topic_of:
             continue

@@ -10,14 +10,14 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from fedspine.data.parts import Part, Pick, Unreadable, counted
+from fedspine.data.parts import FilePart, Pick, Unreadable, counted
 
 Numbered = tuple[int, list[str]]  # the line that a row begins in, counted from 1, and its cells
 SEPARATORS = {".csv": (",", ";", "\t"), ".tsv": ("\t", ",", ";")}  # in the order they are tried
 _CALLED = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
-def part(text: str, suffix: str, pick: Pick) -> Part:
+def part(text: str, suffix: str, pick: Pick) -> FilePart:
     """The picked columns of a text with a header; `suffix` is that of its format, ".csv" or ".tsv".
 
     Separators are commas, semicolons or tabs, whichever the header has. Raises Unreadable for a
@@ -38,7 +38,7 @@ def part(text: str, suffix: str, pick: Pick) -> Part:
     columns = {name: [row[place] or None for row in rows] for name, place in pick(header).items()}
     if separator != SEPARATORS[suffix][0]:
         notes.insert(0, f"{_CALLED.get(separator, repr(separator))} separate its values")
-    return Part(columns=columns, rows=len(rows), notes=tuple(notes))
+    return FilePart(columns=columns, rows=len(rows), notes=tuple(notes))
 
 
 def _rows(lines: list[str], first: int, separator: str) -> tuple[list[Numbered], list[str]]:

@@ -18,7 +18,7 @@ from fedspine.core.task import BUILT_IN_DATA, Kind
 from fedspine.data import classes, files, hub, pydocs
 from fedspine.data.columns import Values, Wanted, checked, hidden, picker
 from fedspine.data.dataset import Dataset, Rows, held_out
-from fedspine.data.parts import Part, Pick, Read, listed
+from fedspine.data.parts import FilePart, Pick, Read, listed
 
 _NATURAL = {"pydoc-topics": "file"}  # the columns that name a natural device
 
@@ -74,7 +74,7 @@ def load(
 
 
 def remarks(data: Dataset) -> tuple[str, ...]:
-    """What a user should know about how the data was read, each in one line: the rows left out
+    """Remarks on how the data was read, each in one line: the rows left out
     first.
 
     >>> rows = Rows(("a",), None, None, {})
@@ -109,15 +109,14 @@ def load_stated(
     encoding: str | None = None,
     say: Callable[[str], None] = lambda remark: None,
 ) -> Rows:
-    """All training rows of `data`, whose labels index `label_names`, the classes that somebody else
-    states.
+    """All training rows of `data`, whose labels index `label_names`, the given classes.
 
     For a site that holds a part of a federated task: it may lack classes, so its own values cannot
     number them. A value means the class that `spelled` gives it, else the one that the data's own
     class names give a number, else the class of its name; so the rows get the numbers that `load`
-    gives them in a data set with all classes. Nothing is held out for testing. `say` hears what
-    `remarks` would tell of the rows. Raises BadInput as `load` does, and for a value that is none
-    of the classes.
+    gives them in a data set with all classes. Nothing is held out for testing. `say` is called with
+    the `remarks` on the rows. Raises BadInput as `load` does, and for a value that is none of the
+    classes.
     """
     wanted = _wanted(data, kind, text, pair, label, None)
     train = checked(_source(data, encoding)["train"](picker(wanted, "train")), wanted, "train")
@@ -145,7 +144,7 @@ def load_stated(
 def _stated_class(
     value: Any, spelling: str, spelled: Mapping[str, str], known: Sequence[str]
 ) -> str | None:
-    """The class that a value means, or None where it is none of those known; true and false in any
+    """The class that a value means, or None if it is unknown; true and false in any
     case are alike.
     """
     written = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
@@ -217,13 +216,13 @@ def _meant(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {guess!r}?" if guess else ""
 
 
-def _pydoc_topics(pick: Pick) -> Part:
+def _pydoc_topics(pick: Pick) -> FilePart:
     topics = tuple(pydocs.TOPICS)
     texts, names, origins = zip(*pydocs.read(), strict=True)
     table = {"text": texts, "label": [topics.index(name) for name in names], "file": origins}
     columns = list(table.items())
     picked = {name: columns[place] for name, place in pick(list(table)).items()}
-    return Part(
+    return FilePart(
         columns={name: list(values) for name, (_, values) in picked.items()},
         rows=len(texts),
         stated={name: topics for name, (column, _) in picked.items() if column == "label"},

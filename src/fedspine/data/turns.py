@@ -8,7 +8,7 @@ directly, or after a line break where neither of them has white space there.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedspine.data.parts import Part
+from fedspine.data.parts import FilePart
 
 ALONE = "messages"
 TOGETHER = ("prompt", "completion")
@@ -26,7 +26,7 @@ def columns(names: Sequence[str]) -> tuple[str, ...]:
     return TOGETHER if all(bare.count(name) == 1 for name in TOGETHER) else ()
 
 
-def texts(part: Part) -> list[str | None]:
+def texts(part: FilePart) -> list[str | None]:
     """One text for each row of the columns that `columns` names; None where there is none."""
     if ALONE in part.columns:
         return [_bare(value) for value in part.columns[ALONE]]
@@ -54,7 +54,7 @@ def _are_messages(value: list[Any]) -> bool:
 
 
 def _bare(value: Any) -> str | None:
-    """A text as it is, messages as one text; None where nothing is said."""
+    """A text as it is, messages as one text; None for an empty value."""
     if isinstance(value, list):
         said = [(message.get("role"), _content(message)) for message in value if _is_one(message)]
         value = "\n".join(f"{role}: {text}" if role else text for role, text in said if text)

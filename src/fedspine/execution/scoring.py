@@ -1,4 +1,4 @@
-"""How good the models are that a run deploys: each device's own, the one for everybody, and the unpruned one."""
+"""Scores of the models that a run deploys: each device's, the global one, and the unpruned one."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from fedspine.nets.net import NetModel
 
 @dataclass(frozen=True)
 class Deployment:
-    """What a method deploys from one state to some of the devices."""
+    """The models that a method deploys from one state to some of the devices."""
 
     method: Any
     state: Any
     devices: tuple[DeviceId, ...]
 
     def models(self) -> Iterator[Model | NetModel]:
-        """The unpruned model, everybody's, then each device's, made one at a time."""
+        """The unpruned model, the global one, then each device's, made one at a time."""
         yield self.method.unpruned(self.state)
         yield self.method.deploy(self.state)
         for id in self.devices:
@@ -34,7 +34,7 @@ class Deployment:
 
 @dataclass(frozen=True)
 class Scored:
-    """A deployed model's score on the test rows, and the share of its prunable weights that is gone."""
+    """A deployed model's score on the test rows, and its sparsity."""
 
     score: Score
     sparsity: float
@@ -55,11 +55,13 @@ def score_models(
     task: Task,
     workers: Workers,
     rows: int,
-    told: Callable[[int, int], None] = lambda done, models: None,
+    on_progress: Callable[[int, int], None] = lambda done, models: None,
 ) -> list[Scored]:
-    """Every model of the deployment in its order, on the first `rows` rows of the shuffled test set.
+    """Every model of the deployment in its order, on the first `rows` rows of the shuffled test
+    set.
 
-    Equal models are scored once. `told` hears how many of how many models have their score, as the workers get on.
+    Equal models are scored once. `on_progress` is called with the numbers of scored and of all
+    models.
     """
     sparsities: list[float] = []
     names: list[str] = []  # the digest of each model in turn
@@ -73,7 +75,7 @@ def score_models(
             name, shape = packed.sha256, _shape(model)
             known = name in names
             sparsities.append(
-                0.0 if isinstance(model, NetModel) else sparsity(task.base.anatomy, model.structure)
+                0.0 if isinstance(model, NetModel) else sparsity(task.base.layout, model.structure)
             )
             names.append(name)
             if known:
@@ -91,18 +93,20 @@ def score_models(
     by_name: dict[str, Score] = {}
     models = 2 + len(deployment.devices)
     done = 0
-    told(done, models)
+    on_progress(done, models)
     for score in workers.run(jobs()):
         by_name[scored[len(by_name)]] = score
         done = sum(name in by_name for name in names)
-        told(done, models)
-    if done < models:  # what is left equals models that have their score
-        told(models, models)
+        on_progress(done, models)
+    if done < models:  # the others equal models that are scored already
+        on_progress(models, models)
     return [Scored(by_name[name], share) for name, share in zip(names, sparsities, strict=True)]
 
 
 def marks(scored: list[Scored], kind: str) -> dict[str, Any]:
-    """Accuracy and loss of what `score_models` gave: the mean over the devices, everybody's, the unpruned one's."""
+    """Per-client metrics of the result of `score_models`: the mean over devices, the global and the
+    unpruned model's.
+    """
     unpruned, common, *devices = (each.score for each in scored)
     found = {
         "devices": len(devices),

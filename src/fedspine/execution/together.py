@@ -1,7 +1,9 @@
-"""Serving several asks at once, with their training in one batched pass: what a GPU needs, whose launches dominate.
+"""Serving several asks at once, with their training in one batched pass, for GPUs, where kernel
+launches dominate.
 
-Each ask runs on a thread of its own, but only one thread moves at any moment: it goes on until it wants to train or is
-done. Once all wait, those whose training agrees are trained together. So the order of everything is fixed.
+Each ask runs on a thread of its own, but only one thread runs at a time, until it requests training
+or is done. Once all wait, the requests with equal settings are trained together. So the order of
+execution is fixed.
 """
 
 import threading
@@ -16,7 +18,7 @@ from fedspine.core.device import Call, Scratch, Served, serve
 from fedspine.core.task import Data
 from fedspine.lm.base import Base
 from fedspine.lm.prefix import Prefixes
-from fedspine.lm.tune import Request, Trace, train
+from fedspine.lm.tune import Request, TuneResult, train
 from fedspine.nets.net import Net
 
 
@@ -27,7 +29,7 @@ def serve_together(
     prefixes: Prefixes | None = None,
     scratch: Scratch | None = None,
 ) -> list[Served]:
-    """What `serve` gives for each call, but for rounding: sums run over other shapes."""
+    """What `serve` returns for each call, up to rounding, since sums run over other shapes."""
     asks: list[_Ask] = []
     try:
         for call, data in zip(calls, shares, strict=True):
@@ -40,14 +42,14 @@ def serve_together(
 
 
 def _served(asks: list["_Ask"]) -> list[Served]:
-    while waiting := [ask for ask in asks if isinstance(ask.said, Request)]:
+    while waiting := [ask for ask in asks if isinstance(ask.latest, Request)]:
         groups: dict[Any, list[_Ask]] = {}
         for ask in waiting:
-            groups.setdefault(_kind(ask.said), []).append(ask)
+            groups.setdefault(_kind(ask.latest), []).append(ask)
         for group in groups.values():
-            for ask, trace in zip(group, train([ask.said for ask in group]), strict=True):
-                ask.go_on(trace)
-    return [ask.said for ask in asks]
+            for ask, result in zip(group, train([ask.latest for ask in group]), strict=True):
+                ask.resume(result)
+    return [ask.latest for ask in asks]
 
 
 def _kind(request: Request) -> Any:
@@ -64,9 +66,11 @@ def _kind(request: Request) -> Any:
 
 
 class _Ask:
-    """One ask on its thread; `said` is the training it waits for, or in the end what it served."""
+    """One ask on its thread; `latest` is the training request it waits for, or in the end its
+    result.
+    """
 
-    said: Request | Served
+    latest: Request | Served
 
     def __init__(
         self,
@@ -76,40 +80,40 @@ class _Ask:
         prefixes: Prefixes | None,
         scratch: Scratch | None,
     ) -> None:
-        self._answers: SimpleQueue[Trace | None] = SimpleQueue()
-        self._sayings: SimpleQueue[Request | Served | BaseException] = SimpleQueue()
+        self._answers: SimpleQueue[TuneResult | None] = SimpleQueue()
+        self._events: SimpleQueue[Request | Served | BaseException] = SimpleQueue()
 
         def work() -> Served:
             torch.set_num_threads(1)  # which is a thread's own setting
             return serve(call, base, data, prefixes, self._trained, scratch)
 
         threading.Thread(target=self._run, args=(work,), daemon=True).start()
-        self._listen()
+        self._wait()
 
-    def go_on(self, trace: Trace) -> None:
-        """Give the thread what it waited for, and wait until it waits again or is done."""
-        self._answers.put(trace)
-        self._listen()
+    def resume(self, result: TuneResult) -> None:
+        """Hand the thread its training result; return when it waits again or is done."""
+        self._answers.put(result)
+        self._wait()
 
     def give_up(self) -> None:
-        """Let the thread end, if it still waits."""
+        """End the thread, if it still waits."""
         self._answers.put(None)
 
     def _run(self, work: Callable[[], Served]) -> None:
         try:
-            self._sayings.put(work())
+            self._events.put(work())
         except BaseException as error:
-            self._sayings.put(error)
+            self._events.put(error)
 
-    def _trained(self, request: Request) -> Trace:
-        self._sayings.put(request)
-        trace = self._answers.get()
-        if trace is None:
+    def _trained(self, request: Request) -> TuneResult:
+        self._events.put(request)
+        result = self._answers.get()
+        if result is None:
             raise RuntimeError("another device's work failed, so this one was given up")
-        return trace
+        return result
 
-    def _listen(self) -> None:
-        said = self._sayings.get()
-        if isinstance(said, BaseException):
-            raise said
-        self.said = said
+    def _wait(self) -> None:
+        event = self._events.get()
+        if isinstance(event, BaseException):
+            raise event
+        self.latest = event

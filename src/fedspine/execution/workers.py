@@ -1,7 +1,9 @@
-"""Serving asks and scoring models, in this process or in worker processes: the same bytes either way.
+"""Serving asks and scoring models, in this process or in worker processes: the same bytes either
+way.
 
-Workers are forked after the base and the data are loaded, so they share those pages; nothing is rebuilt per round.
-Every job runs on one thread, because the number of threads changes the order of floating-point sums.
+Workers are forked after the base and the data are loaded, so they share those pages; nothing is
+rebuilt per round. Every job runs on one thread, because the number of threads changes the order of
+floating-point sums.
 """
 
 import multiprocessing
@@ -36,7 +38,8 @@ Job: TypeAlias = "list[Call] | ScoreJob"
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """Score packed models on the first `rows` rows of the test set, in the order that `Workshop.test_rows` fixes.
+    """Score packed models on the first `rows` rows of the test set, in the order that
+    `Workshop.test_rows` fixes.
 
     Several must be of one structure and are scored in one pass.
     """
@@ -46,11 +49,13 @@ class ScoreJob:
 
 
 class WorkerLost(RuntimeError):
-    """A worker process ended; the text says how."""
+    """A worker process ended unexpectedly; the message says how."""
 
 
 class WorkFailed(RuntimeError):
-    """Work raised an error in a worker process; the text is its traceback, `of_machine` as that function has it."""
+    """Work raised an error in a worker process; the message is its traceback. `of_machine`: see
+    that function.
+    """
 
     def __init__(self, text: str, of_machine: bool) -> None:
         super().__init__(text, of_machine)  # both, so that it can be sent between processes
@@ -62,7 +67,9 @@ class WorkFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Workshop:
-    """What every job needs: the task, each device's rows, and the fixed order of test rows for partial scoring."""
+    """The shared inputs of all jobs: the task, each device's rows, and the fixed order of test
+    rows.
+    """
 
     task: Task
     shares: tuple[Any, ...]  # int64 row indices by device
@@ -70,11 +77,12 @@ class Workshop:
     prefixes: Prefixes | None = None
     # each worker process fills its own
     scratch: Scratch = field(default_factory=Scratch)
-    # the rows of devices asked so far, one copy at most; not of another workshop, whose task or shares may differ
+    # rows of the devices asked so far; one workshop's own, since another's task or shares may
+    # differ
     taken: dict[int, Data] = field(default_factory=dict, init=False)
 
     def do(self, job: Job) -> list[Served] | list[Score]:
-        """Run one job on one thread; several calls or models in one job are worked on together."""
+        """Run one job on one thread; several calls or models of a job run together."""
         torch.set_num_threads(1)
         if isinstance(job, ScoreJob):
             test = self.task.test.take(self.test_rows[: job.rows])
@@ -105,7 +113,8 @@ def _scores(
 
 
 class Workers:
-    """A pool of `count` worker processes; with 0 or 1, or where processes cannot be forked, this process works.
+    """A pool of `count` worker processes; with 0 or 1, or where processes cannot be forked, this
+    process works.
 
     Up to `together` calls are served in one batched pass.
     """
@@ -123,20 +132,22 @@ class Workers:
         self._processes: list[Any] = []
         self._homes: dict[
             int, Connection
-        ] = {}  # by device: the worker that keeps something for its next ask
+        ] = {}  # by device: the worker that keeps data for its next ask
 
     @property
     def base(self) -> Any:
-        """What all jobs compute with."""
+        """The frozen model that all jobs compute with."""
         return self._workshop.task.base
 
     @property
     def computing(self) -> str:
-        """What the last bits of results depend on, beside the recipe: cpu or cuda, and how many devices in one pass."""
+        """What rounding depends on besides the recipe: cpu or cuda, and the number of devices in
+        one pass.
+        """
         return f"{self._workshop.task.base.device.type}, {self.together} in one pass"
 
     def run(self, jobs: Iterable[Call | ScoreJob]) -> Iterator[Any]:
-        """The results in the order of `jobs`, which are read only as workers get free."""
+        """The results in the order of `jobs`, which are read only as workers become free."""
         bundles = _bundled(jobs, self.together)
         if self._count and not self._processes:
             self._start()
@@ -202,7 +213,9 @@ class Workers:
         waiting: dict[Connection, deque[tuple[int, Job]]],
         numbered: Iterator[tuple[int, Job]],
     ) -> tuple[int, Job] | None:
-        """The next job for an idle worker: one that waits for it, else the first that waits for no other."""
+        """The next job for an idle worker: one bound to it, else the first that is bound to no
+        other.
+        """
         if waiting[pipe]:
             return waiting[pipe].popleft()
         for number, job in numbered:
@@ -213,7 +226,7 @@ class Workers:
         return None
 
     def _settle(self, pipe: Connection, job: Job, served: list[Any]) -> None:
-        """Remember who keeps what: a device goes on where its work was left."""
+        """Remember which worker keeps a device's data, since the device's next ask must run there."""
         for call, result in zip(job, served, strict=True) if isinstance(job, list) else ():
             if result.kept:
                 self._homes[call.index] = pipe
@@ -282,7 +295,8 @@ def _work(workshop: Workshop, pipe: Connection, inherited: list[Connection], par
 
 @contextmanager
 def _signals_put_off() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the end: callbacks that libraries run at a fork would swallow them.
+    """Hold Ctrl-C and SIGTERM back until the end: callbacks that libraries run at a fork would
+    swallow them.
 
     The forked workers keep ignoring both: they are for the run, which ends its workers.
     """

@@ -77,7 +77,7 @@ def export_adapter(
         write_adapter(partial, model, base, fits)
         tokenizer.save_pretrained(partial)
         needed = {} if with_base else _needed(base, labels)
-        pruned = sparsity(base.anatomy, model.structure)
+        pruned = sparsity(base.layout, model.structure)
         card = _readme(origin, fits, needed, pruned, base.pooling, **about)
         (partial / "README.md").write_text(card, encoding="utf-8")
         partial.rename(folder)

@@ -1,4 +1,4 @@
-"""What an exported model costs to run on this machine: latency, file size, peak memory, parameters.
+"""The costs of an exported model on this machine: latency, file size, peak memory, parameters.
 All measured.
 
 Latency is that of one forward pass over random token ids without padding, after a warm-up, in fp32
@@ -27,12 +27,12 @@ from fedspine.exports.load import Loaded, load_model
 from fedspine.lm.fits import positions
 
 CALLS = {1: 8, 32: 1}  # batch size: calls in one repeat, more of the short ones
-WARM_UP = 2  # calls before the first that counts
+WARM_UP = 2  # calls before the first measured one
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What one model costs; `latency_seconds` by batch size, at `tokens` per row on `threads`
+    """The costs of one model; `latency_seconds` by batch size, at `tokens` per row on `threads`
     threads.
     """
 
@@ -48,8 +48,8 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Two models timed in turns; every ratio is `model` over `against`, so less than 1 is a gain."""
+class BenchComparison:
+    """Two models timed in turns; every ratio is `model` over `against`, so below 1 is a gain."""
 
     model: Bench
     against: Bench
@@ -102,7 +102,7 @@ def compare(
     tokens: int = 128,
     threads: int = 1,
     repeats: int = 7,
-) -> Comparison:
+) -> BenchComparison:
     """Measure two exported models side by side in one process; raises what `bench` raises."""
     models = [load_model(folder), load_model(against)]
     seconds = _seconds(models, tokens=tokens, threads=threads, repeats=repeats)
@@ -116,7 +116,7 @@ def compare(
         batch: median(mine / other for mine, other in zip(*calls, strict=True))
         for batch, calls in seconds.items()
     }
-    return Comparison(model=first, against=second, latency_ratio=ratios)
+    return BenchComparison(model=first, against=second, latency_ratio=ratios)
 
 
 def _bench(

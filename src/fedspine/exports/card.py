@@ -1,4 +1,4 @@
-"""What an exported folder says of itself: the `fedspine` entry of its `config.json`."""
+"""The model card of an exported folder: the `fedspine` entry of its `config.json`."""
 
 import json
 from dataclasses import dataclass, fields
@@ -21,11 +21,11 @@ class Card:
     name: str
     kind: Kind
     labels: tuple[str, ...]  # empty for language modelling
-    pooling: Pooling | None  # what a classifier reads; None for language modelling
+    pooling: Pooling | None  # the readout; None for language modelling
     max_tokens: int
     heads: tuple[int, ...]  # kept in each layer; with grouped queries, key/value heads
     channels: tuple[int, ...]  # kept in each layer
-    sparsity: float  # share of the blocks' linear weights that is gone
+    sparsity: float  # share of the blocks' linear weights that is pruned
     merged: bool  # whether the adapter is inside the weights
     stock: bool  # whether stock transformers loads the folder
 

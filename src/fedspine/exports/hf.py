@@ -76,7 +76,7 @@ def export(
         max_tokens=max_tokens,
         heads=tuple(model.structure.heads.sum(1).tolist()),
         channels=tuple(model.structure.channels.sum(1).tolist()),
-        sparsity=sparsity(base.anatomy, model.structure),
+        sparsity=sparsity(base.layout, model.structure),
         merged=merge,
         stock=stock,
     )
@@ -106,7 +106,7 @@ def merged_tensors(base: Base, model: Model, *, merge: bool = True) -> Tensors:
     tensors = {
         name: parameter.detach() for name, parameter in base.whole_skeleton().named_parameters()
     }
-    for site in base.anatomy.sites:
+    for site in base.layout.sites:
         weight, bias = base.slice(site.path, model.structure)
         a, b = model.adapter.get(a_name(site.path)), model.adapter.get(b_name(site.path))
         if merge and a is not None and b is not None:
@@ -128,7 +128,7 @@ def _config(
     original = copy.deepcopy(base.config)
     original.architectures = [type(base.skeleton).__name__]
     original.dtype = "float32"
-    original.use_cache = base.anatomy.decoder
+    original.use_cache = base.layout.decoder
     if labels:
         original.id2label = dict(enumerate(labels))
         original.label2id = {label: index for index, label in enumerate(labels)}
@@ -139,7 +139,7 @@ def _config(
 
 
 def _uniform(config: PreTrainedConfig, base: Base, structure: Structure) -> PreTrainedConfig | None:
-    """The configuration with the sizes that are left in every layer; None where layers differ or
+    """The configuration with the kept sizes of every layer; None where layers differ or
     none says it.
     """
     heads, channels = set(structure.heads.sum(1).tolist()), set(structure.channels.sum(1).tolist())
@@ -151,12 +151,12 @@ def _uniform(config: PreTrainedConfig, base: Base, structure: Structure) -> PreT
         if "intermediate_size" in config.to_dict()
         else "hidden_dim": channels.pop()
     }
-    if kept != base.anatomy.heads:
-        groups = base.anatomy.query_heads // base.anatomy.heads
+    if kept != base.layout.heads:
+        groups = base.layout.query_heads // base.layout.heads
         sizes |= {
             "num_attention_heads": kept * groups,
             "num_key_value_heads": kept,
-            "head_dim": base.anatomy.head_dim,
+            "head_dim": base.layout.head_dim,
         }
     try:
         return type(config).from_dict(config.to_dict() | sizes)
@@ -183,7 +183,7 @@ def _fits(config: PreTrainedConfig, tensors: Tensors, pooling: Pooling | None) -
 def _write(
     folder: Path, config: PreTrainedConfig, card: Card, tensors: Tensors, tokenizer: Any
 ) -> None:
-    """Write a sibling folder and rename it, so that a broken export never carries the wanted name."""
+    """Write a sibling folder and rename it, so that a broken export never has the final name."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)

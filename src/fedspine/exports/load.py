@@ -18,7 +18,7 @@ from fedspine.core.errors import BadInput
 from fedspine.core.task import Kind
 from fedspine.exports.card import WEIGHTS, Card, read_card
 from fedspine.lm.pooling import CLASSES, reading
-from fedspine.lm.prunable_layout import Site, anatomy_of
+from fedspine.lm.prunable_layout import PrunableSite, layout_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def load_model(folder: str | Path) -> Loaded:
     tokenizer = _read(folder, AutoTokenizer)
     module = _module(folder, card, config)
     _fill(module, folder / WEIGHTS)
-    anatomy = anatomy_of(config, module.base_model_prefix)
+    layout = layout_of(config, module.base_model_prefix)
     return Loaded(
         module=reading(module, card.pooling).eval().requires_grad_(False),
         tokenizer=tokenizer,
@@ -60,7 +60,7 @@ def load_model(folder: str | Path) -> Loaded:
         sparsity=card.sparsity,
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         block_parameters=sum(
-            module.get_submodule(site.path).weight.numel() for site in anatomy.sites
+            module.get_submodule(site.path).weight.numel() for site in layout.sites
         ),
     )
 
@@ -83,14 +83,14 @@ def _module(folder: Path, card: Card, config: PreTrainedConfig) -> nn.Module:
         module = CLASSES[card.pooling].from_config(
             config, dtype=torch.float32, trust_remote_code=False
         )
-        anatomy = anatomy_of(config, module.base_model_prefix)
-        if not len(card.heads) == len(card.channels) == anatomy.layers:
+        layout = layout_of(config, module.base_model_prefix)
+        if not len(card.heads) == len(card.channels) == layout.layers:
             listed = len(card.heads)
             raise BadInput(
-                f"{folder} lists the sizes of {listed} layers of {anatomy.layers}; export the "
+                f"{folder} lists the sizes of {listed} layers of {layout.layers}; export the "
                 "model again"
             )
-        for site in anatomy.sites:
+        for site in layout.sites:
             columns, rows = _sizes(site, card)
             linear = module.get_submodule(site.path)
             if linear.weight.shape != (rows, columns):
@@ -101,7 +101,7 @@ def _module(folder: Path, card: Card, config: PreTrainedConfig) -> nn.Module:
     return module
 
 
-def _sizes(site: Site, card: Card) -> tuple[int, int]:
+def _sizes(site: PrunableSite, card: Card) -> tuple[int, int]:
     """Columns and rows of one linear layer after pruning."""
 
     def kept(units: str | None, whole: int) -> int:

@@ -30,7 +30,7 @@ GLOBAL, DENSE = "global", "dense"
 
 
 @dataclass(frozen=True)
-class Opened:
+class RunModel:
     """A run's recipe, record and last saved state, with its base in fp32."""
 
     recipe: Recipe
@@ -40,15 +40,15 @@ class Opened:
     state: Any
 
     def model(self, device: str) -> Model:
-        """The deployed model of a device, of everybody (`global`), or the unpruned one (`dense`)."""
+        """The deployed model of a device, the global one (`global`), or the unpruned one (`dense`)."""
         return _chosen(self.recipe.method, self.state, device)
 
 
-def open_run(folder: Path, base: str | None = None) -> Opened:
-    """Open the folder of a run, whose base is where it was, or at `base`.
+def open_run(folder: Path, base: str | None = None) -> RunModel:
+    """Load a run from its directory, with its base from the recorded place or from `base`.
 
-    Raises BadInput for a folder that is no run or has not saved a round yet, and for a base that is
-    gone or another.
+    Raises BadInput for a folder that is no run or has no saved round, and for a base that is
+    missing or different.
     """
     recipe = recipe_of(folder)
     if recipe.task.kind == "array":
@@ -69,7 +69,7 @@ def open_run(folder: Path, base: str | None = None) -> Opened:
             "that place with --base"
         ) from None
     task_record.check_base(record, loaded.weights_sha256, place, folder)
-    return Opened(recipe, record, loaded, tokenizer, saved.state["method"])
+    return RunModel(recipe, record, loaded, tokenizer, saved.state["method"])
 
 
 def export_model(
@@ -97,28 +97,28 @@ def export_model(
     if to.exists():
         raise BadInput(f"{to} exists already; name a new folder with --to")
     _check_device(device, device_ids_of(folder))
-    opened = open_run(folder, base)
-    model, record = opened.model(device), opened.record
-    about = {
+    run = open_run(folder, base)
+    model, record = run.model(device), run.record
+    card = {
         "labels": record.classes,
         "kind": record.kind,
         "max_tokens": record.max_tokens,
-        "name": f"{opened.recipe.method.name} {device}",
+        "name": f"{run.recipe.method.name} {device}",
     }
     if format == "peft":
         from fedspine.exports.adapter import Origin, export_adapter
 
         origin = Origin(base or record.model, cut=record.layers is not None)
         export_adapter(
-            opened.base, model, opened.tokenizer, to, origin=origin, with_base=with_base, **about
+            run.base, model, run.tokenizer, to, origin=origin, with_base=with_base, **card
         )
     else:
-        hf.export(opened.base, model, opened.tokenizer, to, **about)
+        hf.export(run.base, model, run.tokenizer, to, **card)
     return {
         "device": device,
         "format": format,
         "folder": str(to),
-        "sparsity": sparsity(opened.base.anatomy, model.structure),
+        "sparsity": sparsity(run.base.layout, model.structure),
         "bytes": sum(file.stat().st_size for file in to.rglob("*") if file.is_file()),
     }
 
@@ -163,7 +163,7 @@ class Models(Mapping[str, Any]):
 
 
 def _chosen(method: Any, state: Any, device: str) -> Any:
-    """The deployed model of a device, of everybody (`global`), or the unpruned one (`dense`)."""
+    """The deployed model of a device, the global one (`global`), or the unpruned one (`dense`)."""
     if device == DENSE:
         return method.unpruned(state)
     return method.deploy(state, None if device == GLOBAL else device)
@@ -180,7 +180,7 @@ def saved_state(folder: Path) -> Saved:
 
 
 def _check_unedited(folder: Path, recipe: Recipe, then: str) -> None:
-    """Raise BadInput where the recipe is not what the saved state came of.
+    """Raise BadInput if the recipe is not the one that the saved state belongs to.
 
     Keys that a later version added are not held against it; of data and base the digests count.
     """

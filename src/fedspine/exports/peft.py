@@ -19,7 +19,7 @@ from fedspine.core.errors import BadInput
 from fedspine.core.message import NotAMessage, Tensors, pack, unpack
 from fedspine.lm.base import Base, HeadLayer, Model
 from fedspine.lm.lora import a_name, b_name
-from fedspine.lm.prunable_layout import Site
+from fedspine.lm.prunable_layout import PrunableSite
 from fedspine.lm.structure import Structure, full, is_full, kept_columns, kept_rows
 
 try:
@@ -127,7 +127,7 @@ def read_adapter(folder: str | Path, base: Base) -> Model:
     head = _head(folder, base, tensors)
     scale = _scale(settings, settings.r, settings.lora_alpha) or 1.0
     adapter: Tensors = {}
-    for site in base.anatomy.sites:
+    for site in base.layout.sites:
         a, b = (tensors.pop(f"{site.path}.lora_{factor}.weight", None) for factor in "AB")
         if a is None or b is None:
             continue
@@ -164,12 +164,12 @@ def _settings(folder: Path) -> LoraConfig:
 def _structure(folder: Path, base: Base) -> Structure:
     path = folder / STRUCTURE
     if not path.exists():
-        return full(base.anatomy)
+        return full(base.layout)
     try:
         structure = unpack(path.read_bytes())
     except (OSError, NotAMessage) as error:
         raise BadInput(f"{path} cannot be read ({error}); save the adapter again") from None
-    whole = full(base.anatomy)
+    whole = full(base.layout)
     if not isinstance(structure, Structure) or (
         structure.heads.shape,
         structure.channels.shape,
@@ -207,7 +207,7 @@ def _head(folder: Path, base: Base, tensors: Tensors) -> Tensors:
 
 
 def _check_shapes(
-    folder: Path, site: Site, structure: Structure, a: torch.Tensor, b: torch.Tensor
+    folder: Path, site: PrunableSite, structure: Structure, a: torch.Tensor, b: torch.Tensor
 ) -> None:
     rows, columns = kept_rows(site, structure), kept_columns(site, structure)
     expected = (
@@ -234,4 +234,4 @@ def _pattern(pattern: dict[str, float] | None, path: str, usual: float) -> float
 
 
 def _paths(base: Base) -> list[str]:
-    return [site.path for site in base.anatomy.sites]
+    return [site.path for site in base.layout.sites]

@@ -31,7 +31,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Continued:
-    """What the model would write next, and its mean loss in nats per token of the given text (NaN
+    """The model's continuation, and its mean loss in nats per token of the given text (NaN
     for one token).
 
     `ended` says whether the model came to an end of its own, or was stopped after so many tokens.
@@ -77,7 +77,7 @@ def predict(
 
 
 def _encoded(loaded: Loaded, texts: Sequence[str], pairs: Sequence[str] | None) -> Examples:
-    # as in training, so that a prediction is what the run measured
+    # as in training, so that a prediction equals the run's
     rows = Rows(tuple(texts), None if pairs is None else tuple(pairs), None, {})
     examples = encode(
         loaded.tokenizer, rows, loaded.kind, loaded.max_tokens, scored=True, ended=False
@@ -107,7 +107,7 @@ def _labelled(loaded: Loaded, examples: Examples) -> list[Prediction]:
 def _continued(loaded: Loaded, text: str, new_tokens: int) -> Continued:
     examples = _encoded(loaded, [text], None)
     score = score_module(loaded.module, examples)
-    # beyond its positions the model has learnt nothing
+    # the model has no positions beyond these
     room = max(1, positions(loaded.module.config) - new_tokens)
     prompt = _last(examples, min(loaded.max_tokens, room))
     ends = _ends(loaded)
@@ -138,7 +138,9 @@ def _last(examples: Examples, most: int) -> torch.Tensor:
 
 
 def _ends(loaded: Loaded) -> list[int]:
-    """The tokens at which a continuation is over: the tokenizer's end, and what the model's own settings add."""
+    """The tokens that end a continuation: the tokenizer's end token, and those of the model's
+    settings.
+    """
     stated = loaded.module.generation_config.eos_token_id
     of_model = stated if isinstance(stated, list) else [stated]
     return sorted({end for end in (loaded.tokenizer.eos_token_id, *of_model) if end is not None})

@@ -1,8 +1,10 @@
-"""What NVIDIA FLARE starts: the thin object that each site publishes, and the server's relay to those objects.
+"""The application that NVIDIA FLARE starts: the object that each site publishes, and the server's
+relay to them.
 
-A run's loop is in the process of the person who runs it. Its orders go over the person's own FLARE connection to the
-relay, a job on the server, and from there to the sites by the Collab API. Neither the relay nor the thin object reads
-a message or imports torch. No code travels: a site runs what is installed on it.
+The run loop stays in the operator's process. Its orders go over the operator's FLARE connection to
+the relay, a job on the server, and from there to the sites by the Collab API. Neither the relay nor
+the site object decodes messages or imports torch. No code is sent: a site runs what is installed on
+it.
 """
 
 import hmac
@@ -18,48 +20,52 @@ from nvflare.fuel.f3.cellnet.utils import make_reply, new_cell_message
 from nvflare.fuel.f3.message import Message
 
 from fedspine.flare.framing import MOST_BYTES
-from fedspine.flare.worker_process import Resident
+from fedspine.flare.worker_process import WorkerProcess
 
 CHANNEL, ASK, LEAVE = "fedspine", "ask", "leave"  # of the cell messages between a run and its relay
-SECRET = "fedspine_run"  # the server app's property that only the run knows besides: whoever shows it is heard
-SILENCE_SECONDS = 120.0  # after which the relay takes its run for dead and ends the job
-GRACE_SECONDS = 5.0  # that a reply may take to come back beyond the time the work was given
-CALLS = 64  # asks under way at once
-UNREACHABLE = "unreachable"  # besides the outcomes of a worker: the site did not answer
+SECRET = "fedspine_run"  # property of the server app; only the run also knows it, and the relay serves nobody else
+SILENCE_SECONDS = 120.0  # without a message, after which the relay ends its job
+GRACE_SECONDS = 5.0  # for a reply to travel, beyond the time limit of the work
+CALLS = 64  # concurrent asks
+UNREACHABLE = "unreachable"  # beside a worker's statuses: the site did not answer
 
 
 class SiteApp:
-    """The object a site publishes. It hands bytes to the resident worker and answers pings while that works."""
+    """The object a site publishes. It passes bytes to the worker process and answers pings
+    meanwhile.
+    """
 
     def __init__(self) -> None:
-        self._resident: Resident | None = None
+        self._worker: WorkerProcess | None = None
 
     @collab.init
     def start(self) -> None:
         """Start the worker of the site whose kit this process was started from."""
-        self._resident = Resident(Path(collab.workspace.get_root_dir()))
+        self._worker = WorkerProcess(Path(collab.workspace.get_root_dir()))
 
     @collab.final
     def stop(self) -> None:
         """End the worker."""
-        if self._resident is not None:
-            self._resident.close()
+        if self._worker is not None:
+            self._worker.close()
 
     @collab.publish
     def ping(self) -> bool:
-        """Whether the site can be asked at all; costs a few hundred bytes."""
-        return self._resident is not None
+        """Whether the site is reachable; costs a few hundred bytes."""
+        return self._worker is not None
 
     @collab.publish
     def exchange(self, payload: bytes, seconds: float) -> tuple[str, bytes]:
-        """What the worker makes of a packed message within `seconds`: an `Outcome` and, where it is "done", a reply."""
-        if self._resident is None or collab.caller != "server" or len(payload) > MOST_BYTES:
+        """The worker's `ExchangeStatus` within `seconds`, and its packed reply if that is "done"."""
+        if self._worker is None or collab.caller != "server" or len(payload) > MOST_BYTES:
             return "refused", b""
-        return self._resident.exchange(payload, seconds)
+        return self._worker.exchange(payload, seconds)
 
 
 class Relay:
-    """The server's side: passes what its run asks on to the sites, until the run leaves or falls silent."""
+    """The server's side: forwards the run's messages to the sites, until the run leaves or falls
+    silent.
+    """
 
     @collab.main
     def relay(self) -> None:
@@ -67,24 +73,24 @@ class Relay:
         secret = collab.get_app_prop(SECRET)
         self._sites = {proxy.name: proxy for proxy in collab.clients}
         self._calls = ThreadPoolExecutor(CALLS, thread_name_prefix="fedspine")
-        self._left, self._heard = threading.Event(), time.monotonic()
+        self._closed, self._last_seen = threading.Event(), time.monotonic()
         cell = collab.fl_ctx.get_engine().get_cell()
-        cell.register_request_cb(channel=CHANNEL, topic="*", cb=self._hear, secret=secret)
-        while not (collab.is_aborted or self._left.wait(1.0)):
-            if time.monotonic() - self._heard > SILENCE_SECONDS:
+        cell.register_request_cb(channel=CHANNEL, topic="*", cb=self._on_request, secret=secret)
+        while not (collab.is_aborted or self._closed.wait(1.0)):
+            if time.monotonic() - self._last_seen > SILENCE_SECONDS:
                 break
         self._calls.shutdown(wait=False, cancel_futures=True)
 
-    def _hear(self, request: Message, secret: str) -> "Message | Future[Message]":
+    def _on_request(self, request: Message, secret: str) -> "Message | Future[Message]":
         asked = request.payload
         if not isinstance(asked, dict) or not hmac.compare_digest(str(asked.get("secret")), secret):
             return make_reply(ReturnCode.UNAUTHENTICATED)
-        self._heard = time.monotonic()
+        self._last_seen = time.monotonic()
         if request.get_header(MessageHeaderKey.TOPIC) == LEAVE:
-            self._left.set()
+            self._closed.set()
             return new_cell_message({}, {"sites": []})
         site = asked.get("site")
-        if site is None:  # a sign of life, which also tells who is there
+        if site is None:  # a sign of life, whose answer lists the sites
             return new_cell_message({}, {"sites": sorted(self._sites)})
         return self._calls.submit(self._pass_on, self._sites.get(site), asked)
 
@@ -98,7 +104,7 @@ class Relay:
                 outcome = "done" if proxy(timeout=seconds).ping() else UNREACHABLE
         except CollabCallError:
             pass
-        self._heard = time.monotonic()
+        self._last_seen = time.monotonic()
         return new_cell_message(
             {}, {"outcome": outcome, "reply": reply, "seconds": time.monotonic() - began}
         )

@@ -1,7 +1,8 @@
-"""A fleet of real machines over NVIDIA FLARE: one device per site, on the clock on the wall.
+"""A fleet of real machines over NVIDIA FLARE: one device per site, in wall-clock time.
 
-Methods see what they see of a simulated fleet. What a run knows of its sites is in `fedspine.flare.session`, what
-NVFlare has to do with it in `flare_link` on this side and `flare_app` on the others.
+Methods see the same interface as that of the simulated fleet. `fedspine.flare.session` holds the
+state of the sites; NVFlare itself is used only in `fedspine.flare.link` on this side and in
+`fedspine.flare.app` on the others.
 """
 
 import time
@@ -15,22 +16,22 @@ import torch
 
 from fedspine.core.device import DeviceId, O, R, Work, find_work, name_of
 from fedspine.core.fleet import AllLost, Cost, Fleet, Idle, Profile, Reply, T
-from fedspine.flare.session import Party
+from fedspine.flare.session import FlareSession
 from fedspine.flare.site_state import (
-    Came,
-    Deadline,
+    AskResult,
     FlareSnapshot,
-    Member,
-    Pending,
+    InFlight,
     RelayLost,
     Sent,
-    SiteStanding,
+    SiteSnapshot,
+    SiteState,
+    TimeLimit,
 )
 from fedspine.flare.wire import Opened
 from fedspine.fleets.rounds import Devices, Totals, Waits
 
 OPEN_SECONDS = 600.0  # for a site to load model and rows
-LOOK_SECONDS = 2.0  # between two looks at who is there
+LOOK_SECONDS = 2.0  # between two checks of which sites are there
 
 
 class FlareFleet:
@@ -39,39 +40,43 @@ class FlareFleet:
     clock = "fleet"
 
     def __init__(
-        self, party: Party, ids: tuple[DeviceId, ...] | None = None, *, hears_all: bool = False
+        self,
+        session: FlareSession,
+        ids: tuple[DeviceId, ...] | None = None,
+        *,
+        all_pending: bool = False,
     ) -> None:
-        self._party, self._ids, self._hears_all = party, ids, hears_all or ids is None
+        self._session, self._ids, self._all_pending = session, ids, all_pending or ids is None
 
     @property
     def devices(self) -> tuple[Profile, ...]:
-        members = self._party.members
-        return tuple(members[id].profile for id in (members if self._ids is None else self._ids))
+        sites = self._session.sites
+        return tuple(sites[id].profile for id in (sites if self._ids is None else self._ids))
 
     @property
     def now(self) -> float:
-        return self._party.now
+        return self._session.now
 
     @property
     def base(self) -> Any:
-        return self._party.base
+        return self._session.base
 
     def ask(
         self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf
     ) -> list[Reply[R]]:
         self._check(orders)
-        party, started = self._party, self.now
-        under_way = {id: party.dispatch(id, work, orders[id], within) for id in orders}
-        with party.devices_wall.served():
+        session, started = self._session, self.now
+        under_way = {id: session.dispatch(id, work, orders[id], within) for id in orders}
+        with session.devices_wall.served():
             came = {id: future.result() for id, future in under_way.items()}
         seconds = [one.cost.seconds for one in came.values()]
-        with party.lock:
-            party.totals.waiting_seconds += (
+        with session.lock:
+            session.totals.waiting_seconds += (
                 float(np.mean(max(seconds) - np.array(seconds))) if seconds else 0.0
             )
         for id, one in came.items():
-            party.record(work.__name__, id, started, one)
-        party.waits.asked(orders, started, self.now)
+            session.record(work.__name__, id, started, one)
+        session.waits.asked(orders, started, self.now)
         replies = [
             Reply(device=id, value=one.value, cost=one.cost)
             for id, one in came.items()
@@ -82,30 +87,30 @@ class FlareFleet:
 
     def send(self, work: Work[O, R], orders: Mapping[DeviceId, O]) -> None:
         self._check(orders)
-        party = self._party
+        session = self._session
         for id in orders:
             order = orders[id]
-            entry = Pending(id, work, order, self.now, party.dispatch(id, work, order, inf))
-            party.pending.append(entry)
-            party.sent[id] = entry
+            entry = InFlight(id, work, order, self.now, session.dispatch(id, work, order, inf))
+            session.pending.append(entry)
+            session.sent[id] = entry
 
     def next(self) -> Reply[Any]:
-        party = self._party
-        while waiting := self._heard(party.pending):
-            with party.devices_wall.served():
+        session = self._session
+        while waiting := self._visible(session.pending):
+            with session.devices_wall.served():
                 done, _ = wait([entry.came for entry in waiting], return_when=FIRST_COMPLETED)
             entry = next(entry for entry in waiting if entry.came in done)
-            party.pending.remove(entry)
+            session.pending.remove(entry)
             came = entry.came.result()
-            party.record(entry.work.__name__, entry.device, entry.started, came)
+            session.record(entry.work.__name__, entry.device, entry.started, came)
             if came.missing is None:
-                party.waits.busy(entry.device, entry.started, entry.started + came.cost.seconds)
+                session.waits.busy(entry.device, entry.started, entry.started + came.cost.seconds)
                 return Reply(device=entry.device, value=came.value, cost=came.cost)
-        self._check_quorum([entry.came.result() for entry in self._heard(party.sent.values())])
+        self._check_quorum([entry.came.result() for entry in self._visible(session.sent.values())])
         raise Idle("no reply is under way; send an order first")
 
     def only(self, ids: Iterable[DeviceId]) -> "FlareFleet":
-        return FlareFleet(self._party, self._part(ids))
+        return FlareFleet(self._session, self._part(ids))
 
     def together(
         self, job: Callable[[str, Fleet], T], groups: Mapping[str, Iterable[DeviceId]]
@@ -121,29 +126,29 @@ class FlareFleet:
         time.sleep(seconds)
 
     def note(self, **values: Any) -> None:
-        self._party.note(**values)
+        self._session.note(**values)
 
     def foresee(self, device: DeviceId, **cost: float) -> None:
-        """Nobody knows how long a real site will take."""
+        """None: the time of a real site is unknown."""
 
-    # what the run loop needs besides: see `fedspine.fleets.rounds`
+    # the run loop's part of the interface: see `fedspine.fleets.rounds`
 
     def cohort(self, ids: Iterable[DeviceId]) -> "FlareFleet":
-        return FlareFleet(self._party, self._part(ids), hears_all=True)
+        return FlareFleet(self._session, self._part(ids), all_pending=True)
 
     def begin_round(self, round: int) -> Totals:
-        party = self._party
-        party.round = party.records.round = round
-        party.totals, party.sent, party.waits = Totals(), {}, Waits()
-        party.devices_wall = Devices()
+        session = self._session
+        session.round = session.records.round = round
+        session.totals, session.sent, session.waits = Totals(), {}, Waits()
+        session.devices_wall = Devices()
         self._gather()
-        return party.totals
+        return session.totals
 
     def end_round(self, wall_seconds: float) -> None:
-        totals = self._party.totals
-        totals.waiting_seconds += self._party.waits.mean(self.now)
-        totals.server_wall_seconds += max(0.0, wall_seconds - self._party.devices_wall.seconds)
-        self._party.records.write(
+        totals = self._session.totals
+        totals.waiting_seconds += self._session.waits.mean(self.now)
+        totals.server_wall_seconds += max(0.0, wall_seconds - self._session.devices_wall.seconds)
+        self._session.records.write(
             "round",
             now=self.now,
             devices=totals.exchanges,
@@ -156,28 +161,28 @@ class FlareFleet:
         )
 
     def snapshot(self) -> FlareSnapshot:
-        party = self._party
-        for member in party.members.values():
-            member.saved = (*member.saved, member.memory or 0)[-2:]
+        session = self._session
+        for site in session.sites.values():
+            site.saved = (*site.saved, site.memory or 0)[-2:]
         return FlareSnapshot(
-            run=party.run,
+            run=session.run,
             now=self.now,
-            sites=tuple(_standing(member) for member in party.members.values()),
-            pending=tuple(_sent(entry) for entry in party.pending),
+            sites=tuple(_site_snapshot(site) for site in session.sites.values()),
+            pending=tuple(_sent(entry) for entry in session.pending),
         )
 
     def restore(self, snapshot: FlareSnapshot, memories: Mapping[DeviceId, str]) -> None:
-        """Go on from a snapshot; sites that joined since keep their place after those it names."""
-        party, here = self._party, self._party.members
-        party.run, party.began = snapshot.run, time.monotonic() - snapshot.now
-        party.members = {}
+        """Resume from a snapshot; sites that joined since come after those it names."""
+        session, here = self._session, self._session.sites
+        session.run, session.began = snapshot.run, time.monotonic() - snapshot.now
+        session.sites = {}
         for one in snapshot.sites:
-            member = here.pop(one.name, None) or Member(
+            site = here.pop(one.name, None) or SiteState(
                 one.name, one.examples, one.memory_bytes, missed=True
             )
-            member.asks, member.memory, member.saved = one.asks, one.memory, (one.memory or 0,)
-            party.members[one.name] = member
-        party.members |= here
+            site.asks, site.memory, site.saved = one.asks, one.memory, (one.memory or 0,)
+            session.sites[one.name] = site
+        session.sites |= here
         for entry in snapshot.pending:
             self._resend(entry)
 
@@ -186,72 +191,76 @@ class FlareFleet:
         return {}  # the sites keep their own
 
     def join(self) -> dict[str, str]:
-        """Have every site of the present relay take part; returns, by site, why one does not."""
-        party, sites = self._party, self._party.link.sites
+        """Open the run at every site of the current relay; returns the reason of each site that
+        refuses.
+        """
+        session, sites = self._session, self._session.link.sites
         with ThreadPoolExecutor(max(1, len(sites))) as threads:
-            answers = threads.map(lambda site: _opened(party, site), sites)
+            answers = threads.map(lambda site: _opened(session, site), sites)
             opened = dict(zip(sites, answers, strict=True))
         for name, one in opened.items():
-            if isinstance(one, Opened) and name not in party.members:
-                party.members[name] = Member(name, one.examples, one.memory_bytes)
+            if isinstance(one, Opened) and name not in session.sites:
+                session.sites[name] = SiteState(name, one.examples, one.memory_bytes)
             elif isinstance(one, Opened):
-                party.members[name].missed = False
+                session.sites[name].missed = False
         return {name: one for name, one in opened.items() if isinstance(one, str)}
 
     def _gather(self) -> None:
-        """Let in whoever came or came back, and wait for a quorum of sites; raises AllLost when patience ends."""
-        party, end = self._party, time.monotonic() + self._party.patience.outage
+        """Admit sites that joined or came back, and wait for a quorum; raises AllLost after
+        `timeouts.outage`.
+        """
+        session, end = self._session, time.monotonic() + self._session.timeouts.outage
         while True:
-            if self._somebody_waits():
+            if self._new_relay_needed():
                 self._reconnect(end)
             here = [
                 name
-                for name in party.link.sites
-                if name in party.members and not party.members[name].missed
+                for name in session.link.sites
+                if name in session.sites and not session.sites[name].missed
             ]
-            if len(here) >= min(party.patience.quorum, len(party.members)):
+            if len(here) >= min(session.timeouts.quorum, len(session.sites)):
                 return
             if time.monotonic() > end:
-                raise AllLost(f"{len(here)} sites answer, {party.patience.quorum} are the quorum")
+                raise AllLost(f"{len(here)} sites answer, {session.timeouts.quorum} are the quorum")
             time.sleep(LOOK_SECONDS)
 
-    def _somebody_waits(self) -> bool:
+    def _new_relay_needed(self) -> bool:
         """Whether a new relay would reach a site that the present one does not."""
-        party = self._party
-        if party.link.relay is None:
+        session = self._session
+        if session.link.relay is None:
             return True
-        absent = set(party.link.connected()) - set(party.link.sites)
-        missed = [party.members[name] for name in party.link.connected() if name in party.members]
-        missed = [member for member in missed if member.missed]
+        absent = set(session.link.connected()) - set(session.link.sites)
+        missed = [session.sites[name] for name in session.link.connected() if name in session.sites]
+        missed = [site for site in missed if site.missed]
         with ThreadPoolExecutor(max(1, len(missed))) as threads:
-            answers = list(threads.map(lambda member: _answers(party, member), missed))
+            answers = list(threads.map(lambda site: _answers(session, site), missed))
         return bool(absent) or not all(answers)
 
     def _reconnect(self, end: float) -> None:
-        party = self._party
+        session = self._session
         try:
-            party.link.mend(party.link.relay, lambda: time.monotonic() > end)
+            session.link.mend(session.link.relay, lambda: time.monotonic() > end)
         except RelayLost as error:
             raise AllLost(str(error)) from None
         for name, why in self.join().items():
-            party.note(device=name, left_out=why)
+            session.note(device=name, left_out=why)
 
     def _resend(self, entry: Sent) -> None:
-        party, work = self._party, find_work(entry.work)
+        session, work = self._session, find_work(entry.work)
         if entry.cost is None:
             self.send(work, {entry.device: entry.order})
             return
-        came = Came(Cost(**entry.cost), entry.value)
-        party.pending.append(
-            Pending(entry.device, work, entry.order, self.now, party.already(came))
+        came = AskResult(Cost(**entry.cost), entry.value)
+        session.pending.append(
+            InFlight(entry.device, work, entry.order, self.now, session.already(came))
         )
 
-    def _heard(self, entries: Iterable[Pending]) -> list[Pending]:
+    def _visible(self, entries: Iterable[InFlight]) -> list[InFlight]:
         mine = {profile.id for profile in self.devices}
-        return [entry for entry in entries if self._hears_all or entry.device in mine]
+        return [entry for entry in entries if self._all_pending or entry.device in mine]
 
-    def _check_quorum(self, came: Collection[Came]) -> None:
-        replied, quorum = sum(one.missing is None for one in came), self._party.patience.quorum
+    def _check_quorum(self, came: Collection[AskResult]) -> None:
+        replied, quorum = sum(one.missing is None for one in came), self._session.timeouts.quorum
         if replied < min(quorum, len(came)):
             raise AllLost(f"of {len(came)} sites asked {replied} replied, {quorum} are the quorum")
 
@@ -262,39 +271,39 @@ class FlareFleet:
 
     def _check(self, ids: Iterable[DeviceId]) -> None:
         known = {profile.id for profile in self.devices}
-        strangers = [id for id in ids if id not in known]
-        if strangers:
+        unknown = [id for id in ids if id not in known]
+        if unknown:
             raise LookupError(
-                f"{strangers[0]} is not in this part of the fleet, which has {len(known)} devices"
+                f"{unknown[0]} is not in this part of the fleet, which has {len(known)} devices"
             )
 
 
-def _opened(party: Party, site: str) -> Opened | str:
+def _opened(session: FlareSession, site: str) -> Opened | str:
     try:
-        return party.open(site, Deadline(OPEN_SECONDS))
+        return session.open(site, TimeLimit(OPEN_SECONDS))
     except (TimeoutError, RelayLost) as error:
         return str(error)
 
 
-def _answers(party: Party, member: Member) -> bool:
+def _answers(session: FlareSession, site: SiteState) -> bool:
     try:
-        member.missed = not party.reached(member, Deadline(LOOK_SECONDS))
+        site.missed = not session.reached(site, TimeLimit(LOOK_SECONDS))
     except (TimeoutError, RelayLost):
         return False
-    return not member.missed
+    return not site.missed
 
 
-def _standing(member: Member) -> SiteStanding:
-    return SiteStanding(
-        name=member.name,
-        examples=member.examples,
-        memory_bytes=member.memory_bytes,
-        asks=member.asks,
-        memory=member.memory,
+def _site_snapshot(site: SiteState) -> SiteSnapshot:
+    return SiteSnapshot(
+        name=site.name,
+        examples=site.examples,
+        memory_bytes=site.memory_bytes,
+        asks=site.asks,
+        memory=site.memory,
     )
 
 
-def _sent(entry: Pending) -> Sent:
+def _sent(entry: InFlight) -> Sent:
     came = entry.came.result() if entry.came.done() else None
     here = came is not None and came.missing is None
     return Sent(

@@ -1,4 +1,4 @@
-"""Messages over a socket, each after its length; without torch, for both ends of the socket."""
+"""Length-prefixed messages over a socket; free of torch."""
 
 import socket
 import time
@@ -8,7 +8,9 @@ LENGTH = 8  # bytes before each message, its length
 
 
 def send(connection: socket.socket, payload: bytes, end: float | None = None) -> None:
-    """Send one message; raises TimeoutError at `end` on the monotonic clock, OSError where the other side is gone."""
+    """Send one message; raises TimeoutError at `end` on the monotonic clock, OSError if the peer is
+    gone.
+    """
     _until(connection, end)
     connection.sendall(len(payload).to_bytes(LENGTH, "big") + payload)
 

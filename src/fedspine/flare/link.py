@@ -1,7 +1,8 @@
-"""The way from a run to its sites over NVIDIA FLARE: the admin's own connection, and the relay job it submits.
+"""The connection from a run to its sites over NVIDIA FLARE: the admin's session and the relay job
+it submits.
 
-The only file on the run's side that knows NVFlare. A relay that is gone is replaced by a new one, which takes in all
-sites that are connected at that time, those that were not there before among them.
+The only file on the run's side that uses NVFlare. A lost relay is replaced by a new one, which
+serves all sites connected at that time, including new ones.
 """
 
 import logging
@@ -37,20 +38,18 @@ from fedspine.flare.site_state import RelayLost
 from fedspine.flare.startup_kit import OVER, kit_at, logged_in
 
 JOB = "fedspine"
-HELLO_SECONDS = 2.0  # for a sign of life of the relay
+HELLO_SECONDS = 2.0  # for the relay to answer a sign of life
 SIGN_SECONDS = 2.0  # between two signs of life
-SIGNS_MISSED = 3  # one after another: the relay is taken for lost
+SIGNS_MISSED = 3  # in a row, after which the relay counts as lost
 START_SECONDS = 120.0  # for a job to be under way
 FRESH_SECONDS = 25.0  # sites report every 10
 
 
-class Link:
+class FlareLink:
     """A logged-in admin and a running relay; may be used from many threads."""
 
     def __init__(self, kit: Path, fewest: int) -> None:
-        logging.getLogger("nvflare").setLevel(
-            logging.CRITICAL
-        )  # losses are told by the fleet, in the records
+        logging.getLogger("nvflare").setLevel(logging.CRITICAL)  # the fleet records losses itself
         self._kit, self._fewest = kit, fewest
         self._session = _logged_in(kit)
         self._job: str | None = None
@@ -65,11 +64,13 @@ class Link:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The sites of the present relay, by name."""
+        """The names of the current relay's sites."""
         return self._sites
 
     def connected(self) -> tuple[str, ...]:
-        """The sites that are connected to the server now, whether the relay knows them or not; none if none answers."""
+        """The sites connected to the server now, known to the relay or not; empty if the server
+        does not answer.
+        """
         try:
             clients = self._session.get_connected_client_list()
         except Exception:  # whatever an unreachable server raises: the next call tries again
@@ -84,7 +85,9 @@ class Link:
         )
 
     def wait_for(self, sites: int, seconds: float) -> None:
-        """Start the first relay as soon as so many sites are connected; raises BadInput after `seconds`."""
+        """Start the first relay once this many sites are connected; raises BadInput after
+        `seconds`.
+        """
         end = time.monotonic() + seconds
         while len(here := self.connected()) < sites:
             if time.monotonic() > end:
@@ -98,7 +101,7 @@ class Link:
             raise BadInput(f"the sites cannot be reached: {error}") from None
 
     def exchange(self, site: str, payload: bytes, seconds: float) -> tuple[str, bytes]:
-        """An outcome of `fedspine.flare.worker_process`, or "unreachable", and the reply; raises RelayLost."""
+        """An `ExchangeStatus`, "refused" or "unreachable", and the reply; raises RelayLost."""
         reply = self._asked(
             ASK, seconds + 2 * GRACE_SECONDS, site=site, payload=payload, seconds=float(seconds)
         )
@@ -109,7 +112,9 @@ class Link:
         return self.exchange(site, b"", seconds)[0] == "done"
 
     def mend(self, broken: str | None, give_up: Callable[[], bool]) -> None:
-        """Replace the relay `broken`, unless another thread has done so; raises RelayLost when `give_up` says so."""
+        """Replace the relay `broken`, unless another thread has done so; raises RelayLost once
+        `give_up()` is true.
+        """
         with self._mending:
             if self._job != broken:
                 return None
@@ -123,7 +128,7 @@ class Link:
             raise RelayLost("the run has ended")
 
     def close(self) -> None:
-        """End the relay's job and log out; whoever waits for a reply hears that the relay is lost."""
+        """End the relay's job and log out; threads that wait for a reply get RelayLost."""
         self._closed.set()
         try:
             if self._job is not None:
@@ -160,7 +165,7 @@ class Link:
         try:
             if not self._over(self._job):
                 self._session.abort_job(self._job)
-        except Exception:  # it cannot be reached; it ends by itself when it hears nothing
+        except Exception:  # it cannot be reached; it ends by itself when no message comes
             self._log_in_again()
 
     def _over(self, job: str) -> bool:
@@ -195,11 +200,11 @@ class Link:
                 f"the relay does not answer ({reply.get_header(MessageHeaderKey.RETURN_CODE)})"
             )
         if not isinstance(reply.payload, dict):
-            raise RelayLost("the relay answered nothing that can be read")
+            raise RelayLost("the relay's answer cannot be read")
         return reply.payload
 
     def _keep_alive(self) -> None:
-        """Show the relay that the run lives, and free whoever waits for a relay that does not."""
+        """Send the relay signs of life, and wake the threads that wait for a lost relay."""
         missed = 0
         while not self._closed.wait(SIGN_SECONDS):
             if self._job is None or self._mending.locked():
@@ -209,7 +214,7 @@ class Link:
             try:
                 self._asked(ASK, HELLO_SECONDS)
                 missed = 0
-            except Exception:  # whatever it is, there was no sign
+            except Exception:  # any error means that no answer came
                 missed += 1
                 if missed >= SIGNS_MISSED or self._over(job):
                     lost.trigger("the relay shows no sign of life")
@@ -226,10 +231,8 @@ def _submitted(session: Session, secret: str, fewest: int) -> str:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
-        )  # of a secret in a job: it is this relay's alone, and only the server gets it
+        )  # about a secret in a job: it belongs to this relay, and only the server gets it
         recipe.export(folder)
-        for code in Path(folder).rglob(
-            "custom"
-        ):  # a site runs what is installed there, and need not allow more
+        for code in Path(folder).rglob("custom"):  # a site runs only what is installed there
             shutil.rmtree(code)
         return session.submit_job(str(Path(folder) / JOB))

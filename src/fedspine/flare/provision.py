@@ -1,7 +1,8 @@
-"""From a project file to start-up kits: certificates and settings for the server, every site and the person who runs.
+"""From a project file to start-up kits: certificates and settings for the server, every site and
+the operator.
 
-NVIDIA FLARE's own provisioner makes keys and certificates; all traffic is mutual TLS. What a kit allows is narrower than
-FLARE's default: no code travels in a job, only fedspine's application may be built, the operator gets no shell on a site,
+NVIDIA FLARE's provisioner makes keys and certificates; all traffic is mutual TLS. A kit allows less than FLARE's
+default: a job carries no code and can only consist of fedspine's application, the operator gets no shell on a site,
 and a site's logs stay there. Run again after a site was added, it makes that site's kit and leaves the others.
 """
 
@@ -24,19 +25,19 @@ from fedspine.flare.startup_kit import ADMIN_KIT, needs_flare
 AUTHORITY = "authority"  # folder with the private key that signs certificates; it stays with whoever provisions
 PROJECT_FILE = "project.toml"  # in the folder of kits: what they were made from
 ORGANISATION = "fedspine"
-APPLICATION = [  # all that a job may consist of
+APPLICATION = [  # the only components of a job
     "fedspine.flare.app",
     "nvflare.collab.runtime.controller.CollabController",
     "nvflare.collab.runtime.executor.CollabExecutor",
 ]
-OPERATOR = {  # what the person with the admin kit may have a site or the server do
+OPERATOR = {  # rights of the operator at the sites and the server
     "submit_job": "any", "clone_job": "any", "manage_job": "any", "download_job": "any", "view": "any", "operate": "any",
     "shell_commands": "none", "byoc": "none", "server-predeployed-flwr": "none",
 }  # fmt: skip
 
 
 class Project(Section):
-    """Who takes part, and where they meet."""
+    """The participants and the server's address."""
 
     name: str
     host: str  # of the server, as sites and operator reach it: a name or an IPv4 address
@@ -44,11 +45,9 @@ class Project(Section):
         8002, ge=1, le=65535
     )  # the only one that has to be open, on the server
     sites: tuple[str, ...] = pydantic.Field(min_length=1)
-    also: tuple[
-        str, ...
-    ] = ()  # further names and addresses of the server that its certificate is to hold
+    also: tuple[str, ...] = ()  # further names and addresses for the server's certificate
     operator: str = (
-        "operator@fedspine.org"  # who runs, in the form of an e-mail address; nothing is sent to it
+        "operator@fedspine.org"  # in the form of an e-mail address; nothing is sent to it
     )
     scheme: Literal["grpc", "tcp", "http"] = "tcp"  # of the connections, all of them mutual TLS
 
@@ -63,7 +62,7 @@ class Kits:
 
 
 def load_project(path: Path) -> Project:
-    """The project that a file describes; raises BadInput for what no project can be."""
+    """The project that a file describes; raises BadInput for an invalid one."""
     table = read_toml(
         path,
         "project file",
@@ -82,9 +81,11 @@ def load_project(path: Path) -> Project:
 
 
 def create(project: Project, folder: Path) -> Kits:
-    """Make the kits that `folder` does not hold yet: `folder/server`, one for each site, and `folder/admin`.
+    """Make the kits that `folder` does not hold yet: `folder/server`, one for each site, and
+    `folder/admin`.
 
-    Raises BadInput for a folder of something else or of other settings, and where NVIDIA FLARE is not installed.
+    Raises BadInput for a folder of something else or of other settings, and where NVIDIA FLARE is
+    not installed.
     """
     needs_flare()
     _check(project)
@@ -134,7 +135,9 @@ def _check(project: Project) -> None:
 
 
 def _check_folder(project: Project, folder: Path) -> None:
-    """Refuse a folder of something else, and kits that would not fit those made before."""
+    """Raise BadInput for a folder of something else, and for kits that would not fit the existing
+    ones.
+    """
     if not folder.exists():
         folder.mkdir(parents=True)
     elif not folder.is_dir() or (any(folder.iterdir()) and not (folder / PROJECT_FILE).exists()):
@@ -150,11 +153,11 @@ def _check_folder(project: Project, folder: Path) -> None:
             )
 
 
-# --- NVIDIA FLARE's provisioner, and what is narrower than its default ---
+# --- NVIDIA FLARE's provisioner, and restrictions of its defaults ---
 
 
 def _provisioned(project: Project, authority: Path) -> Path:
-    """Kits of everybody as FLARE makes them; certificates of earlier calls are used again."""
+    """FLARE's own kits of all participants; certificates of earlier calls are reused."""
     from nvflare.lighter.constants import CtxKey
     from nvflare.lighter.entity import Participant
     from nvflare.lighter.entity import Project as FlareProject
@@ -188,7 +191,7 @@ def _provisioned(project: Project, authority: Path) -> Path:
 
 
 def _narrow(kit: Path, name: str) -> None:
-    """Write into a fresh kit what it may do, and for a site the file that its owner edits."""
+    """Restrict a new kit's rights, and add the file that a site's owner edits."""
     if name == ADMIN_KIT:
         return
     local = kit / "local"

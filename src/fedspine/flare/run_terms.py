@@ -1,7 +1,7 @@
-"""What a server states of a run before the first round, and how a site says no to it.
+"""The terms of a run, which a server sends before the first round, and a site's refusal of them.
 
-A server never names a path on a site, and a site's refusal tells the server nothing of the site's own: file names, values
-and paths stay in the site's log.
+The terms name no path on a site, and a refusal reveals nothing about the site: file names, values
+and paths stay in its log.
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ from fedspine.core.message import message
 from fedspine.core.strict import validated
 from fedspine.core.task import BUILT_IN_MODELS, Kind
 
-Why: TypeAlias = Literal["terms", "model", "task", "method", "data", "rows", "content"]
-TOLD: dict[Why, str] = {
+RefusalReason: TypeAlias = Literal["terms", "model", "task", "method", "data", "rows", "content"]
+REFUSALS: dict[RefusalReason, str] = {
     "terms": "the terms of the run cannot be read; the server may run another version",
     "model": "it does not allow this model, or cannot load it; its own log says why",
     "task": "it does not allow this kind of task",
@@ -29,33 +29,33 @@ TOLD: dict[Why, str] = {
 
 
 class Refused(BadInput):
-    """A site takes no part in a run. The text is for the site's own log; `told` is all that the server hears."""
+    """A site refuses a run. The message is for the site's log; the server gets only `detail`."""
 
-    def __init__(self, line: str, why: Why) -> None:
+    def __init__(self, line: str, reason: RefusalReason) -> None:
         super().__init__(line)
-        self.why = why
+        self.reason = reason
 
     @property
-    def told(self) -> str:
-        """One line without anything of the site's."""
-        return TOLD[self.why]
+    def detail(self) -> str:
+        """One line that reveals nothing about the site."""
+        return REFUSALS[self.reason]
 
 
 @contextmanager
-def refusing(why: Why) -> Iterator[None]:
-    """Whatever input cannot be used becomes a refusal."""
+def refusing(reason: RefusalReason) -> Iterator[None]:
+    """Turn BadInput into a refusal for this reason."""
     try:
         yield
     except Refused:
         raise
     except BadInput as error:
-        raise Refused(str(error), why) from None
+        raise Refused(str(error), reason) from None
 
 
 @message
 @pydantic.with_config(pydantic.ConfigDict(strict=True, revalidate_instances="always"))
-class Terms:
-    """All that a site needs to know to take part in a run."""
+class RunTerms:
+    """Everything a site needs in order to join a run."""
 
     method: str
     kind: Kind
@@ -63,13 +63,13 @@ class Terms:
     model_sha256: str  # `content_sha256` of the server's
     layers: int | None  # only the first blocks of the model; None: all
     precision: Literal["bf16", "fp32"]
-    pooling: Literal["auto", "mean", "cls"]  # what a classifier reads
+    pooling: Literal["auto", "mean", "cls"]  # the classifier's readout
     max_tokens: int
     label_names: tuple[str, ...]  # in the order of their numbers; empty for language modelling
 
     def check(self) -> None:
-        """Raise BadInput for values that no run can have."""
-        validated("terms", pydantic.TypeAdapter(Terms), self)
+        """Raise BadInput for invalid values."""
+        validated("terms", pydantic.TypeAdapter(RunTerms), self)
         if (self.kind == "causal-lm") != (not self.label_names) or len(set(self.label_names)) < len(
             self.label_names
         ):
@@ -81,7 +81,8 @@ class Terms:
 
 
 def model_name(name: str) -> str:
-    """The name by which sites list a recipe's model: a Hub id or built-in name as it is, of a folder its last part.
+    """The name by which sites list a recipe's model: a Hub id or built-in name as it is, or a
+    folder's last part.
 
     >>> model_name("BAAI/bge-small-en"), model_name("/srv/models/bge-small")
     ('BAAI/bge-small-en', 'bge-small')

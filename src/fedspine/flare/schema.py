@@ -1,6 +1,7 @@
-"""Whether a decoded value is what its type says: what a message's own annotations promise, checked all the way down.
+"""Checks that a decoded value conforms to the annotations of its message type, recursively.
 
-The codec makes sure of names; whoever decodes what a stranger sent must also be sure of types before working on them.
+The codec checks field names only; a message from an untrusted peer needs its types checked before
+use.
 """
 
 import types
@@ -14,7 +15,8 @@ import numpy as np
 
 
 def conforms(value: Any, kind: Any) -> bool:
-    """Whether `value` is of this type: message, tuple, dict, union, Literal, tensor, array or plain.
+    """Whether `value` is of this type: message, tuple, dict, union, Literal, tensor, array or
+    plain.
 
     A whole number may stand for a float. An annotation that is none of these admits nothing.
 
@@ -62,7 +64,7 @@ def _kinds(cls: type) -> dict[str, Any]:
 
 @cache
 def work_kinds(work: Callable[..., Any]) -> tuple[Any, Any]:
-    """The types of a work's order and of its result, as its signature declares them."""
+    """The declared types of a work's order and result."""
     hints = _hints(work)
     result = hints.pop("return")
     return list(hints.values())[-1], result

@@ -1,8 +1,9 @@
-"""What a run knows of its sites and how it asks one of them, whatever carries the messages.
+"""The session of a run with its sites: their state, and asking them over any link.
 
-An ask is a transaction. It names the memory that the site is to work from and the seed, so it may be repeated and gives
-the same bytes; only a reply that arrived in time and can be used moves the device on. So a lost site, worker, server or
-run leaves nothing half done, and the same seed gives the same state as the simulated fleet over the same rows.
+An ask is a transaction. It names the seed and the memory version to start from, so it can be
+repeated with the same result; only a valid reply within its time limit advances the device. So a
+lost site, worker, server or run leaves nothing half done, and the same seed gives the same state as
+the simulated fleet over the same rows.
 """
 
 import threading
@@ -18,35 +19,43 @@ import torch
 from fedspine.core.device import DeviceId, Work, name_of
 from fedspine.core.fleet import Cost
 from fedspine.core.message import NotAMessage, pack
-from fedspine.flare.run_terms import Terms
+from fedspine.flare.run_terms import RunTerms
 from fedspine.flare.schema import work_kinds
-from fedspine.flare.site_state import Came, Deadline, Link, Member, Patience, Pending, RelayLost
-from fedspine.flare.validate import misfit
+from fedspine.flare.site_state import (
+    AskResult,
+    InFlight,
+    Link,
+    RelayLost,
+    SiteState,
+    TimeLimit,
+    Timeouts,
+)
+from fedspine.flare.validate import mismatch
 from fedspine.flare.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder, as_array, decoded
 from fedspine.fleets.rounds import Devices, Totals, Waits
 from fedspine.storage.records import Records
 
 PING_SECONDS = 5.0
-READY_SECONDS = 120.0  # for a site to start a worker, and for that to load model and rows
+READY_SECONDS = 120.0  # for a site to start a worker that loads model and rows
 KIND = "site"  # in the records, where simulated devices have their kind
 
 
 @dataclass
-class Party:
-    """The one mutable thing behind all views of a fleet."""
+class FlareSession:
+    """The mutable state shared by all views of a fleet."""
 
     link: Link
     base: Any
-    terms: Terms
+    terms: RunTerms
     seed: int
     run: str
-    patience: Patience
+    timeouts: Timeouts
     records: Records | None = (
         None  # of the run, which begins after its sites were asked to take part
     )
-    members: dict[DeviceId, Member] = field(default_factory=dict)
-    pending: list[Pending] = field(default_factory=list)
-    sent: dict[DeviceId, Pending] = field(
+    sites: dict[DeviceId, SiteState] = field(default_factory=dict)
+    pending: list[InFlight] = field(default_factory=list)
+    sent: dict[DeviceId, InFlight] = field(
         default_factory=dict
     )  # the last order of each device in this round
     waits: Waits = field(default_factory=Waits)  # of this round
@@ -63,98 +72,100 @@ class Party:
 
     def dispatch(
         self, device: DeviceId, work: Work[Any, Any], order: Any, within: float
-    ) -> Future[Came]:
-        """Put an order into its site's line; it is given at most `within` seconds from now."""
-        end = Deadline(min(within, self.patience.within))
-        return self.members[device].line.submit(
-            self._carried_out, self.members[device], work, order, end
-        )
+    ) -> Future[AskResult]:
+        """Queue an order for its site, with a time limit of `within` seconds from now."""
+        end = TimeLimit(min(within, self.timeouts.within))
+        return self.sites[device].line.submit(self._execute, self.sites[device], work, order, end)
 
-    def _carried_out(self, member: Member, work: Work[Any, Any], order: Any, end: Deadline) -> Came:
+    def _execute(
+        self, site: SiteState, work: Work[Any, Any], order: Any, end: TimeLimit
+    ) -> AskResult:
         torch.set_num_threads(1)
         began, payload = time.monotonic(), pack(order).payload
         try:
-            came = self._asked(member, work, payload, order, end)
+            came = self._asked(site, work, payload, order, end)
         except (TimeoutError, RelayLost) as error:
             came = str(error)
-        member.missed = isinstance(came, str)
+        site.missed = isinstance(came, str)
         spent = came if isinstance(came, tuple) else (None, None)
         return _came(
             spent, came if isinstance(came, str) else None, len(payload), time.monotonic() - began
         )
 
     def _asked(
-        self, member: Member, work: Work[Any, Any], payload: bytes, order: Any, end: Deadline
+        self, site: SiteState, work: Work[Any, Any], payload: bytes, order: Any, end: TimeLimit
     ) -> Any:
-        """The result and the site's answer, or in words why there is none."""
-        if member.missed and not self.reached(member, end):
+        """The result and the site's answer, or a line that says why there is none."""
+        if site.missed and not self.reached(site, end):
             return "does not answer"
-        for _ in range(3):  # opened anew, and with its memory lost, it is asked again
+        for _ in range(3):  # again after the run was opened anew, and after memory was lost
             asked = SiteOrder(
                 run=self.run,
                 work=name_of(work),
                 order=as_array(payload),
-                seed=(self.seed, list(self.members).index(member.name), member.asks),
+                seed=(self.seed, list(self.sites).index(site.name), site.asks),
                 round=self.round,
-                memory=member.memory,
-                version=member.asks + 1,
-                needed=member.saved,
+                memory=site.memory,
+                version=site.asks + 1,
+                needed=site.saved,
             )
-            reply = self.exchange(member.name, asked, end, SiteAnswer, NotDone)
+            reply = self.exchange(site.name, asked, end, SiteAnswer, NotDone)
             match reply:
                 case SiteAnswer():
-                    return self._taken(member, work, order, reply)
-                case NotDone(why="not opened"):
-                    opened = self.open(member.name, end)
+                    return self._taken(site, work, order, reply)
+                case NotDone(reason="not opened"):
+                    opened = self.open(site.name, end)
                     if not isinstance(opened, Opened):
                         return opened
-                case NotDone(why="memory lost"):
-                    self.note(device=member.name, memory="lost; it starts anew")
-                    member.memory = None
+                case NotDone(reason="memory lost"):
+                    self.note(device=site.name, memory="lost; it starts anew")
+                    site.memory = None
                 case NotDone():
-                    return reply.why
+                    return reply.reason
                 case str():
                     return reply
         return "could not be opened"
 
-    def _taken(self, member: Member, work: Work[Any, Any], order: Any, reply: SiteAnswer) -> Any:
+    def _taken(self, site: SiteState, work: Work[Any, Any], order: Any, reply: SiteAnswer) -> Any:
         try:
             value = decoded(reply.result.tobytes(), work_kinds(work)[1])
         except NotAMessage as error:
             return f"its result cannot be used: {error}"
-        if wrong := misfit(value, order, getattr(self.base, "anatomy", None)):
+        if wrong := mismatch(value, order, getattr(self.base, "layout", None)):
             return f"its result cannot be used: {wrong}"
-        member.asks += 1
-        member.memory = member.asks
+        site.asks += 1
+        site.memory = site.asks
         return value, reply
 
-    def reached(self, member: Member, end: Deadline) -> bool:
-        """A cheap question before work is sent to a site that missed."""
-        return self._persistently(
-            member.name, lambda left: self.link.ping(member.name, min(PING_SECONDS, left)), end
+    def reached(self, site: SiteState, end: TimeLimit) -> bool:
+        """Ping a site that missed its last ask before any work is sent to it."""
+        return self._with_retries(
+            site.name, lambda left: self.link.ping(site.name, min(PING_SECONDS, left)), end
         )
 
-    def open(self, site: str, end: Deadline) -> Opened | str:
-        """Have a site take part; else in words why it does not."""
+    def open(self, site: str, end: TimeLimit) -> Opened | str:
+        """Open the run at a site; a line with the reason if it refuses."""
         asked = Opening(run=self.run, terms=self.terms)
         reply = self.exchange(site, asked, end, Opened, NotDone)
-        return (reply.told or reply.why) if isinstance(reply, NotDone) else reply
+        return (reply.detail or reply.reason) if isinstance(reply, NotDone) else reply
 
-    def exchange(self, site: str, asked: Any, end: Deadline, *kinds: type) -> Any:
-        """A site's reply of one of these types, or in words why there is none; raises TimeoutError, RelayLost."""
+    def exchange(self, site: str, asked: Any, end: TimeLimit, *kinds: type) -> Any:
+        """A site's reply of one of these types, or a line that says why there is none; raises
+        TimeoutError, RelayLost.
+        """
         payload = pack(asked).payload
-        outcome, reply = self._persistently(
+        status, reply = self._with_retries(
             site, lambda left: self.link.exchange(site, payload, left), end
         )
-        if outcome != "done":
-            return OUTCOMES.get(outcome, OUTCOMES["unreachable"])
+        if status != "done":
+            return FAILURES.get(status, FAILURES["unreachable"])
         try:
             return decoded(reply, *kinds)
         except NotAMessage as error:
             return f"its reply cannot be read: {error}"
 
-    def _persistently(self, site: str, attempt: Callable[[float], Any], end: Deadline) -> Any:
-        """Try again with a new relay while there is time: every message may be sent twice."""
+    def _with_retries(self, site: str, attempt: Callable[[float], Any], end: TimeLimit) -> Any:
+        """Retry with a new relay while there is time; every message can safely be sent twice."""
         while True:
             left, relay = end.left, self.link.relay
             if left <= 0:
@@ -162,33 +173,33 @@ class Party:
             try:
                 return attempt(left)
             except RelayLost:
-                outage = Deadline(self.patience.outage)
+                outage = TimeLimit(self.timeouts.outage)
                 self.link.mend(relay, lambda until=outage: until.left <= 0)
-                self._tell_of_loss(relay)
-                self._made_ready(site)
-                end.at = time.monotonic() + left  # what was lost with the relay is not the site's
+                self._note_lost_relay(relay)
+                self._prepare(site)
+                end.at = time.monotonic() + left  # the site does not lose the time of the outage
 
-    def _made_ready(self, site: str) -> None:
-        """Have a site take part under a new relay, for which it first starts a new worker."""
-        with suppress(RelayLost):  # then whoever tries again finds out
+    def _prepare(self, site: str) -> None:
+        """Open the run at a site under a new relay, which first starts a new worker."""
+        with suppress(RelayLost):  # the next attempt reports it
             self.link.exchange(
                 site, pack(Opening(run=self.run, terms=self.terms)).payload, READY_SECONDS
             )
 
     @staticmethod
-    def already(came: Came) -> "Future[Came]":
-        """A reply that is here, as if it were still to come."""
-        future: Future[Came] = Future()
+    def already(came: AskResult) -> "Future[AskResult]":
+        """A future that already has its reply."""
+        future: Future[AskResult] = Future()
         future.set_result(came)
         return future
 
-    def _tell_of_loss(self, relay: str | None) -> None:
+    def _note_lost_relay(self, relay: str | None) -> None:
         with self.lock:
             known, self.lost_relay = self.lost_relay, relay
         if relay != known and self.records is not None:
             self.note(relay="lost; another took its place and what was under way was sent again")
 
-    def record(self, work: str, device: DeviceId, started: float, came: Came) -> None:
+    def record(self, work: str, device: DeviceId, started: float, came: AskResult) -> None:
         """Write one exchange down and add it to the round's totals."""
         cost, lost = came.cost, came.missing is not None
         found = Totals(
@@ -218,7 +229,7 @@ class Party:
             self.records.write("note", now=self.now, values=values)
 
 
-OUTCOMES = {
+FAILURES = {
     "late": "did not reply in time; its worker was started anew",
     "died": "its worker ended before it replied and was started anew",
     "refused": "does not take messages of this size or from here",
@@ -226,9 +237,9 @@ OUTCOMES = {
 }
 
 
-def _came(spent: Any, missing: str | None, bytes_down: int, seconds: float) -> Came:
+def _came(spent: Any, missing: str | None, bytes_down: int, seconds: float) -> AskResult:
     value, answer = spent
     if answer is None:
-        return Came(Cost(bytes_down, 0, 0.0, 0, seconds), missing=missing)
+        return AskResult(Cost(bytes_down, 0, 0.0, 0, seconds), missing=missing)
     cost = Cost(bytes_down, len(answer.result), answer.flops, answer.peak_memory_bytes, seconds)
-    return Came(cost, value, answer.samples)
+    return AskResult(cost, value, answer.samples)

@@ -1,7 +1,8 @@
-"""A site of a real fleet: what `fedspine-site.toml` says of its data, limits and permissions, and how it holds to it.
+"""A site of a real fleet: its data, limits and permissions as `fedspine-site.toml` sets them, and
+their enforcement.
 
-The server states the terms of a run and never names a path. The site decides by its own file whether it takes part, and
-loads its own rows and its own copy of the model.
+The server sends the terms of a run and never names a path. The site's own file decides whether it
+joins, and the site loads its own rows and its own copy of the model.
 """
 
 import os
@@ -16,7 +17,7 @@ import pydantic
 from fedspine.core.errors import BadInput
 from fedspine.core.strict import Section, known_keys, read_toml, section, validated
 from fedspine.core.task import BUILT_IN_DATA, BUILT_IN_MODELS, Examples, Kind
-from fedspine.flare.run_terms import Refused, Terms, refusing
+from fedspine.flare.run_terms import Refused, RunTerms, refusing
 
 if TYPE_CHECKING:
     from fedspine.lm.base import Base
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
 SITE_FILE = "fedspine-site.toml"
 NAME = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}"
-)  # of a site: it stands in certificates and addresses
+)  # of a site; it is used in certificates and addresses
 RESERVED = {"server", "admin", "all"}
 FEWEST_ROWS = 10
 
 
 class DataSection(Section):
-    """Where the site's rows are, and which columns are read as what."""
+    """The path of the site's rows and the meaning of their columns."""
 
     path: str  # file, folder, built-in name or Hub id
     text: str = "text"
@@ -43,24 +44,24 @@ class DataSection(Section):
 
 
 class LimitsSection(Section):
-    """What the site gives a run at most."""
+    """Resource limits of a run at the site."""
 
     memory_bytes: int | None = pydantic.Field(None, ge=1 << 20)  # None: all of the machine's
     threads: int = pydantic.Field(1, ge=1)
 
 
 class AllowSection(Section):
-    """What the site takes part in; None: whatever fedspine offers."""
+    """The runs that the site joins; None: all that come with fedspine."""
 
     kinds: tuple[Kind, ...] | None = None
     methods: tuple[str, ...] | None = None  # those of other packages only by name
     fewest_rows: int = pydantic.Field(
         FEWEST_ROWS, ge=1
-    )  # with fewer, what it answers could tell of a single row
+    )  # with fewer, a reply could reveal a single row
 
 
 class CachesSection(Section):
-    """Where the site keeps what can be made again."""
+    """Folder of the site's caches."""
 
     folder: str | None = None  # None: the user's cache folder
 
@@ -75,7 +76,7 @@ SECTIONS: dict[str, type[Section]] = {
 
 @dataclass(frozen=True)
 class Site:
-    """What `fedspine-site.toml` says; paths are absolute."""
+    """The contents of `fedspine-site.toml`; paths are absolute."""
 
     name: str
     data: DataSection
@@ -86,21 +87,22 @@ class Site:
 
     @property
     def memory_bytes(self) -> int:
-        """What the site declares to a fleet: its limit, or the memory of the machine."""
+        """The memory that the site declares: its limit, or the machine's."""
         return self.limits.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the process that works for the site must find in its environment when it starts."""
+        """Environment variables of the site's worker process."""
         threads = {"OMP_NUM_THREADS": str(self.limits.threads), "TOKENIZERS_PARALLELISM": "false"}
         return threads | (
             {} if self.caches.folder is None else {"FEDSPINE_CACHE": self.caches.folder}
         )
 
-    def check(self, terms: Terms) -> None:
-        """Raise Refused where the site's file does not allow what the terms say; no rows and no model are read.
+    def check(self, terms: RunTerms) -> None:
+        """Raise Refused if the site's file does not allow these terms; reads no rows and no model.
 
-        A method of another package is taken only where the file names it, and not imported before.
+        A method of another package must be named in the file, and is not imported before this
+        check.
         """
         from fedspine.methods import comes_with_fedspine  # torch, likewise
 
@@ -133,7 +135,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Holding:
-    """What a site works with: its copy of the model and its rows."""
+    """A site's copy of the model and its rows."""
 
     base: "Base"
     tokenizer: Any
@@ -141,9 +143,11 @@ class Holding:
 
 
 def load_site(path: Path) -> Site:
-    """The site that a `fedspine-site.toml`, or a folder that holds one, describes; its paths are relative to the file.
+    """The site that a `fedspine-site.toml`, or a folder that holds one, describes; its paths are
+    relative to the file.
 
-    Raises BadInput for a file that cannot be read, an unknown or missing key, and a value that cannot be.
+    Raises BadInput for a file that cannot be read, an unknown or missing key, and a value that
+    cannot be.
     """
     path = path / SITE_FILE if path.is_dir() else path
     tables = read_toml(
@@ -157,8 +161,8 @@ def load_site(path: Path) -> Site:
         raise BadInput(f"{path}: {error}") from None
 
 
-def open_site(site: Site, terms: Terms) -> Holding:
-    """Check the terms, then load model and rows; raises Refused for whatever keeps the site from taking part."""
+def open_site(site: Site, terms: RunTerms) -> Holding:
+    """Check the terms, then load model and rows; raises Refused if the site cannot join."""
     from fedspine.lm.content import (
         content_sha256,
     )  # torch, which reading a site's file does without
@@ -186,10 +190,11 @@ def open_site(site: Site, terms: Terms) -> Holding:
         )
 
 
-def site_examples(site: Site, terms: Terms, tokenizer: Any) -> Examples:
+def site_examples(site: Site, terms: RunTerms, tokenizer: Any) -> Examples:
     """All of the site's rows, encoded as a simulation over the same rows would encode them.
 
-    Raises Refused for fewer rows than the site answers about, BadInput for rows that do not fit the terms.
+    Raises Refused for fewer rows than the site answers about, BadInput for rows that do not fit the
+    terms.
     """
     from fedspine.data.tasks import load_stated
     from fedspine.lm.tokens import tokens
@@ -216,7 +221,7 @@ def site_examples(site: Site, terms: Terms, tokenizer: Any) -> Examples:
 
 
 def check_name(name: str) -> None:
-    """Raise BadInput for what cannot be the name of a site."""
+    """Raise BadInput for an invalid site name."""
     if not NAME.fullmatch(name) or name.lower() in RESERVED:
         raise BadInput(
             f"{name!r} cannot be the name of a site; take up to 63 letters, digits, - and _, beginning with a letter or "
@@ -267,7 +272,7 @@ class _Top(Section):
 
 
 def _local(name: str, folder: Path) -> str:
-    """A path from the site's file made absolute; what is not there and cannot be a path stays a Hub id."""
+    """A path of the site's file, made absolute; a name that is no existing path stays a Hub id."""
     here = folder / _home(name)
     return str(here.resolve()) if here.exists() or name.startswith((".", "/", "~")) else name
 

@@ -1,4 +1,4 @@
-"""What a run keeps of its sites and of its orders to them, and what it needs of the way there."""
+"""The state of a run's sites and of its orders to them, and the link it needs to reach them."""
 
 import time
 from collections.abc import Callable
@@ -12,28 +12,28 @@ from fedspine.core.message import message
 
 
 class RelayLost(ConnectionError):
-    """What passes messages on does not answer: its job, the server, or the way there is gone."""
+    """The relay does not answer: its job, the server, or the connection is gone."""
 
 
 class Link(Protocol):
-    """The way to the sites; see `fedspine.flare.link`. May be used from many threads."""
+    """A connection to the sites; see `fedspine.flare.link`. Safe for use from many threads."""
 
     @property
     def relay(self) -> str | None:
-        """Names what passes messages on at present; None where nothing does."""
+        """The id of the current relay; None if there is none."""
         ...
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Whom the present relay reaches."""
+        """The sites that the current relay reaches."""
         ...
 
     def connected(self) -> tuple[str, ...]:
-        """Whom a new relay would reach."""
+        """The sites that a new relay would reach."""
         ...
 
     def exchange(self, site: str, payload: bytes, seconds: float) -> tuple[str, bytes]:
-        """An outcome, "done" or what went wrong, and the reply; raises RelayLost."""
+        """A status, "done" or what went wrong, and the reply; raises RelayLost."""
         ...
 
     def ping(self, site: str, seconds: float) -> bool:
@@ -41,25 +41,29 @@ class Link(Protocol):
         ...
 
     def mend(self, broken: str | None, give_up: Callable[[], bool]) -> None:
-        """Replace the relay `broken`, unless that was done; raises RelayLost when `give_up` says so."""
+        """Replace the relay `broken`, unless that was done; raises RelayLost once `give_up()` is
+        true.
+        """
         ...
 
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How a run bears with its sites."""
+class Timeouts:
+    """Limits on how long a run waits for its sites, and the quorum it needs."""
 
-    sites: int = 1  # that a new run waits for
-    quorum: int = 1  # with fewer replies to an ask the run stops, and can be resumed
-    within: float = 600.0  # seconds of an ask for which the method sets no limit
-    outage: float = 300.0  # seconds that the run waits for a quorum of sites, or for the server
+    sites: int = 1  # to wait for at the start of a run
+    quorum: int = 1  # fewer replies to an ask stop the run, which can be resumed
+    within: float = 600.0  # seconds for an ask without a limit of its own
+    outage: float = 300.0  # seconds to wait for a quorum of sites, or for the server
 
 
 @message
-class SiteStanding:
-    """What is known of one site: `memory` is the version of its last reply's memory, None where it has none."""
+class SiteSnapshot:
+    """One site in a snapshot; `memory` is the version that its last reply wrote, None if it has
+    none.
+    """
 
     name: str
     examples: int
@@ -70,28 +74,30 @@ class SiteStanding:
 
 @message
 class Sent:
-    """An order that was sent and whose reply was not taken; without a reply it is sent again after a resume."""
+    """An order whose reply the method has not received; without a reply it is sent again after a
+    resume.
+    """
 
     device: str
     work: str
     order: Any
-    value: Any  # the result, where it has come
+    value: Any  # the result, if it has arrived
     cost: dict[str, float] | None
 
 
 @message
 class FlareSnapshot:
-    """What a fleet of sites needs to go on after a resume; the sites keep their memory under the name of the run."""
+    """The saved state of a fleet of sites; the sites keep their memory under the name of the run."""
 
     run: str
     now: float
-    sites: tuple[SiteStanding, ...]  # in the order of joining, which numbers them
+    sites: tuple[SiteSnapshot, ...]  # in the order of joining, which numbers them
     pending: tuple[Sent, ...]
 
 
 @dataclass
-class Member:
-    """One site: only its own thread and, between asks, the run's thread change it."""
+class SiteState:
+    """One site; changed only by its own thread and, between asks, by the run's thread."""
 
     name: str
     examples: int
@@ -102,7 +108,7 @@ class Member:
     missed: bool = False
     line: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1)
-    )  # its orders, one after another
+    )  # runs its orders one after another
 
     @property
     def profile(self) -> Profile:
@@ -111,8 +117,8 @@ class Member:
         )
 
 
-class Deadline:
-    """When the time of an order is up; it moves on where the way to the site was lost meanwhile."""
+class TimeLimit:
+    """The time limit of an order; it is extended when the link was lost meanwhile."""
 
     def __init__(self, seconds: float) -> None:
         self.at = time.monotonic() + seconds
@@ -124,8 +130,8 @@ class Deadline:
 
 
 @dataclass(frozen=True)
-class Came:
-    """What became of one order: a value, or why there is none."""
+class AskResult:
+    """The result of one order: a value, or why it is missing."""
 
     cost: Cost
     value: Any = None
@@ -134,11 +140,11 @@ class Came:
 
 
 @dataclass(eq=False)
-class Pending:
-    """An order under way that nobody waits for yet."""
+class InFlight:
+    """An order that was sent and whose reply nobody has taken yet."""
 
     device: DeviceId
     work: Work[Any, Any]
     order: Any
     started: float
-    came: Future[Came]
+    came: Future[AskResult]

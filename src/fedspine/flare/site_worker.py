@@ -1,6 +1,7 @@
-"""What the resident worker does with a message: open a run by the site's own rules, serve its orders, keep its memory.
+"""The worker's side of a run at a site: open it by the site's rules, serve its orders, keep its
+memory.
 
-Everything here may fail without ending the worker; the server is told a fixed word for it, the site's log the rest.
+No failure here ends the worker; the server gets a fixed reason, and the site's log the details.
 """
 
 import importlib
@@ -40,13 +41,13 @@ from fedspine.storage.store import write_atomically
 
 MEMORY, PREFIXES = "memory", "prefixes"  # in the site's folder, each with a folder for a run
 RUNS_KEPT = 16  # memories of so many runs are kept, those used last
-# packages whose works a site may serve at all
+# packages whose works a site may serve
 OFFERED = ("fedspine.methods.", "fedspine.pruning.", "fedspine.split.")
 
 
 @dataclass(frozen=True)
 class Open:
-    """A run that the site takes part in."""
+    """A run that the site has joined."""
 
     run: str
     terms: str  # their digest
@@ -54,8 +55,8 @@ class Open:
     works: frozenset[str]
 
 
-class Desk:
-    """The site's side of a run; `folder` holds its file and its memory."""
+class SiteWorker:
+    """Serves the messages of a run at a site; `folder` holds the site's file and memory."""
 
     def __init__(self, site: Site, folder: Path) -> None:
         self._site, self._folder = site, folder
@@ -69,7 +70,7 @@ class Desk:
         except NotAMessage as error:
             return _not_done("bad order", error)
         except Refused as error:
-            return _not_done("refused", error, error.told)
+            return _not_done("refused", error, error.detail)
         except Exception as error:
             return _not_done("work failed", error)
 
@@ -78,12 +79,12 @@ class Desk:
             raise NotAMessage("the name of the run is none")
         match asked:
             case Opening():
-                return self._take_part(asked)
+                return self._join(asked)
             case SiteOrder():
                 return self._serve(asked)
 
-    def _take_part(self, asked: Opening) -> Opened:
-        self._site.check(asked.terms)  # before a package is imported for its method
+    def _join(self, asked: Opening) -> Opened:
+        self._site.check(asked.terms)  # before the method's package is imported
         works = works_of(asked.terms.method)
         terms, here = pack(asked.terms).sha256, self._open
         holding = (
@@ -93,16 +94,16 @@ class Desk:
         )
         holding.base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         for folder, kept in ((MEMORY, RUNS_KEPT), (PREFIXES, 1)):
-            _make_way(self._folder / folder / asked.run, kept)
+            _keep_newest(self._folder / folder / asked.run, kept)
         self._open, self._scratch = Open(asked.run, terms, holding, works), Scratch()
         return Opened(examples=len(holding.examples), memory_bytes=self._site.memory_bytes)
 
     def _serve(self, asked: SiteOrder) -> SiteAnswer | NotDone:
         here = self._open
         if here is None or here.run != asked.run:
-            return NotDone(why="not opened")
+            return NotDone(reason="not opened")
         if asked.work not in here.works:
-            return NotDone(why="work not allowed")
+            return NotDone(reason="work not allowed")
         work = find_work(asked.work)
         order = asked.order.tobytes()
         decoded(order, work_kinds(work)[0])
@@ -110,7 +111,7 @@ class Desk:
         if asked.memory is not None:
             path = self._version(asked.run, asked.memory)
             if not path.is_file():
-                return NotDone(why="memory lost")
+                return NotDone(reason="memory lost")
             memory = path.read_bytes()
         served = self._served(here, asked, order, memory)
         write_atomically(self._version(asked.run, asked.version), served.memory)
@@ -152,23 +153,21 @@ class Desk:
                 path.unlink()
 
 
-def open_desk(folder: Path) -> Desk:
-    """The desk of the site whose folder this is, within the limits of its file."""
+def open_site_worker(folder: Path) -> SiteWorker:
+    """The worker of the site in this folder, within the limits of its file."""
     site = load_site(folder)
     os.environ.update(site.environment)
     torch.set_num_threads(site.limits.threads)
-    if (
-        site.limits.memory_bytes is not None
-    ):  # beyond which an allocation fails, instead of the machine
+    if site.limits.memory_bytes is not None:  # beyond it an allocation fails, not the machine
         resource.setrlimit(
             resource.RLIMIT_DATA, (site.limits.memory_bytes, site.limits.memory_bytes)
         )
     keep_freed_memory()
-    return Desk(site, folder)
+    return SiteWorker(site, folder)
 
 
-def _make_way(folder: Path, kept: int) -> None:
-    """Make the folder, the newest beside it; all but the last `kept` are removed."""
+def _keep_newest(folder: Path, kept: int) -> None:
+    """Make the folder the newest among its siblings, and remove all but the newest `kept`."""
     folder.mkdir(parents=True, exist_ok=True)
     os.utime(folder)
     for old in sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime_ns)[:-kept]:
@@ -177,7 +176,8 @@ def _make_way(folder: Path, kept: int) -> None:
 
 @cache
 def works_of(method: str) -> frozenset[str]:
-    """The names of the works that a method may ask for: those of its module and of the offered ones that it uses.
+    """The names of the works that a method may ask for: those of its module and of the offered ones
+    that it uses.
 
     Raises Refused for a method that is not installed here.
     """
@@ -209,8 +209,8 @@ def _home(value: Any) -> ModuleType | None:
     return sys.modules.get(name) if isinstance(name, str) and name.startswith(OFFERED) else None
 
 
-def _not_done(why: Any, error: Exception, told: str = "") -> bytes:
-    print(f"{why}: {error}", file=sys.stderr, flush=True)
-    if why == "work failed":
+def _not_done(reason: Any, error: Exception, detail: str = "") -> bytes:
+    print(f"{reason}: {error}", file=sys.stderr, flush=True)
+    if reason == "work failed":
         traceback.print_exc()
-    return pack(NotDone(why=why, told=told)).payload
+    return pack(NotDone(reason=reason, detail=detail)).payload

@@ -1,4 +1,6 @@
-"""A start-up kit: whose it is, whether it fits the server it names, the process it starts, and the operator's session."""
+"""A start-up kit: its owner, the check against its server, the process it starts, and the
+operator's session.
+"""
 
 import fcntl
 import importlib.util
@@ -26,14 +28,19 @@ ADMIN_KIT = "admin"  # folder of the operator's kit
 STARTUP = {"server": "fed_server.json", "site": "fed_client.json", "admin": "fed_admin.json"}
 PROGRAM = {"server": "server.server_train", "site": "client.client_train"}
 LOCK = "running.lock"
-OVER = ("FINISHED", "FAILED", "ABORTED", "ABANDONED")  # how the states of a job begin that is over
+OVER = (
+    "FINISHED",
+    "FAILED",
+    "ABORTED",
+    "ABANDONED",
+)  # prefixes of the states of a job that has ended
 REACH_SECONDS, LOGIN_SECONDS = 5.0, 15.0
-SETTLE_SECONDS = 5.0  # that a process gets to end on its own
-TRIES, WITHIN_SECONDS = 5, 300.0  # starts that may fail before nobody tries again
+SETTLE_SECONDS = 5.0  # for a process to end on its own
+TRIES, WITHIN_SECONDS = 5, 300.0  # failed starts within so many seconds, before giving up
 
 
 @dataclass(frozen=True)
-class Kit:
+class StartupKit:
     """A folder that `fedspine fleet create` made; `name` is "server", a site's, or the operator's."""
 
     folder: Path
@@ -45,7 +52,7 @@ class Kit:
 
     @property
     def command(self) -> list[str]:
-        """What starts FLARE's process for this kit."""
+        """The command that starts FLARE's process for this kit."""
         settings = ["secure_train=true", "org=fedspine", "config_folder=config"]
         settings += [f"uid={self.name}"] if self.role == "site" else []
         program = f"nvflare.private.fed.app.{PROGRAM[self.role]}"
@@ -69,8 +76,10 @@ def needs_flare() -> None:
         raise BadInput("a fleet of real machines needs NVIDIA FLARE: pip install 'fedspine[flare]'")
 
 
-def kit_at(folder: Path, role: str | None = None) -> Kit:
-    """The kit in `folder`, of the given role; raises BadInput for a folder that holds none or another."""
+def kit_at(folder: Path, role: str | None = None) -> StartupKit:
+    """The kit in `folder`, of the given role; raises BadInput for a folder that holds none or
+    another.
+    """
     for found, file in STARTUP.items():
         path = folder / "startup" / file
         if path.is_file():
@@ -87,10 +96,10 @@ def kit_at(folder: Path, role: str | None = None) -> Kit:
     raise BadInput(f"{folder} is no start-up kit; name a folder that `fedspine fleet create` made")
 
 
-def _read(folder: Path, role: str, settings: dict[str, Any]) -> Kit:
+def _read(folder: Path, role: str, settings: dict[str, Any]) -> StartupKit:
     if role == "admin":
         admin = settings["admin"]
-        return Kit(
+        return StartupKit(
             folder,
             "admin",
             admin["username"],
@@ -101,15 +110,15 @@ def _read(folder: Path, role: str, settings: dict[str, Any]) -> Kit:
     first = settings["servers"][0]
     host, _, port = first["service"]["target"].rpartition(":")
     if role == "server":
-        return Kit(folder, "server", "server", first["name"], "", int(port))
-    return Kit(folder, "site", settings["client"]["fqsn"], first["name"], host, int(port))
+        return StartupKit(folder, "server", "server", first["name"], "", int(port))
+    return StartupKit(folder, "site", settings["client"]["fqsn"], first["name"], host, int(port))
 
 
 # --- before anything is started ---
 
 
-def check_site(kit: Kit) -> None:
-    """Raise BadInput where the site's own file does not fit its kit, or names data that is not there."""
+def check_site(kit: StartupKit) -> None:
+    """Raise BadInput if the site's file does not fit its kit, or names missing data."""
     site = load_site(kit.folder)
     if site.name != kit.name:
         raise BadInput(
@@ -123,11 +132,11 @@ def check_site(kit: Kit) -> None:
         )
 
 
-def check_reach(kit: Kit) -> str | None:
+def check_reach(kit: StartupKit) -> str | None:
     """Try a TLS handshake with the server, by the kit's certificates.
 
-    Returns what keeps the server from being reached at the moment, or None; raises BadInput where the kit and the server
-    are not of one project, which waiting does not mend.
+    Returns why the server is unreachable at the moment, or None; raises BadInput if the kit and the
+    server belong to different projects, which waiting does not fix.
     """
     startup = kit.folder / "startup"
     context = ssl.create_default_context(cafile=str(startup / "rootCA.pem"))
@@ -141,7 +150,7 @@ def check_reach(kit: Kit) -> str | None:
             suppress(TimeoutError),
         ):
             secure.settimeout(1.0)
-            secure.recv(1)  # by when a server that knows no such certificate has said so
+            secure.recv(1)  # by then a server that rejects the certificate has said so
     except ssl.SSLCertVerificationError as error:
         raise BadInput(
             f"the server at {where} does not belong to this kit ({error.verify_message}); use the kit that was made with it"
@@ -159,8 +168,8 @@ def check_reach(kit: Kit) -> str | None:
 
 
 @contextmanager
-def only_one(kit: Kit) -> Iterator[None]:
-    """Hold the kit's lock, so that it is not started twice; raises BadInput where it is held."""
+def only_one(kit: StartupKit) -> Iterator[None]:
+    """Hold the kit's lock, so that it cannot be started twice; raises BadInput if it is held."""
     with open(kit.folder / LOCK, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,10 +180,10 @@ def only_one(kit: Kit) -> Iterator[None]:
         yield
 
 
-def serve(kit: Kit, log: IO[bytes]) -> int:
-    """Run the kit's process until it is told to stop, by FLARE or by a signal; start it again where it dies.
+def serve(kit: StartupKit, log: IO[bytes]) -> int:
+    """Run the kit's process until FLARE or a signal stops it; restart it if it dies.
 
-    Returns 0, or 1 where it died too often. Its output goes to `log`.
+    Returns 0, or 1 if it died too often. Its output goes to `log`.
     """
     own_storage(kit)
     failures: list[float] = []
@@ -200,8 +209,8 @@ def serve(kit: Kit, log: IO[bytes]) -> int:
         time.sleep(2.0)
 
 
-def own_storage(kit: Kit) -> None:
-    """Let a server keep jobs in its kit, wherever that was brought: by default two servers of a machine would share."""
+def own_storage(kit: StartupKit) -> None:
+    """Keep a server's jobs in its kit; by default two servers of one machine would share a folder."""
     path = kit.folder / "local" / "resources.json"
     if kit.role != "server":
         return
@@ -216,7 +225,7 @@ def own_storage(kit: Kit) -> None:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started, jobs and their workers included."""
+    """End a process and all its descendants, including jobs and their workers."""
     import psutil
 
     try:
@@ -242,40 +251,40 @@ def end(process: subprocess.Popen[bytes]) -> None:
 # --- the operator ---
 
 
-def logged_in(kit: Kit, timeout: float = LOGIN_SECONDS) -> Any:
-    """FLARE's session of the operator, to be closed; raises BadInput where the server does not answer or let them in."""
+def logged_in(kit: StartupKit, timeout: float = LOGIN_SECONDS) -> Any:
+    """The operator's FLARE session, to be closed; raises BadInput if the server does not answer or
+    refuses the login.
+    """
     needs_flare()
     if problem := check_reach(kit):
         raise BadInput(f"{problem}; start the server, or check the network and its firewall")
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
-    logging.getLogger("nvflare").setLevel(
-        logging.CRITICAL
-    )  # what fails is told by whoever asked for it
+    logging.getLogger("nvflare").setLevel(logging.CRITICAL)  # the caller reports failures
     try:
         with redirect_stdout(io.StringIO()):  # it announces itself
             return new_secure_session(
                 kit.name, str(kit.folder), timeout=timeout, auto_login_max_tries=1
             )
-    except Exception as error:  # FLARE's own, which have no common type
+    except Exception as error:  # FLARE's errors have no common type
         raise BadInput(
             f"the server at {kit.host}:{kit.port} lets nobody in with {kit.folder}: {' '.join(str(error).split())}"
         ) from None
 
 
 @contextmanager
-def session(kit: Kit, timeout: float = LOGIN_SECONDS) -> Iterator[Any]:
-    """What `logged_in` returns, closed after."""
+def session(kit: StartupKit, timeout: float = LOGIN_SECONDS) -> Iterator[Any]:
+    """`logged_in` as a context manager, which closes the session."""
     made = logged_in(kit, timeout)
     try:
         yield made
     finally:
-        with suppress(Exception):  # it may be the server that was just stopped
+        with suppress(Exception):  # the server may just have been stopped
             made.close()
 
 
-def standing(session: Any) -> dict[str, Any]:
-    """What is connected and what runs: `server_up_since`, `sites` and `jobs` that are not over."""
+def fleet_status(session: Any) -> dict[str, Any]:
+    """Connected sites and running jobs: `server_up_since`, `sites` and `jobs`."""
     info = session.get_system_info()
     jobs = [job for job in session.list_jobs() if not str(job["status"]).startswith(OVER)]
     return {
@@ -292,12 +301,14 @@ def standing(session: Any) -> dict[str, Any]:
 
 
 def stop(session: Any, name: str) -> list[str]:
-    """Tell "all", "server" or one site to stop; returns who was told. BadInput for a site that is not connected."""
+    """Stop "all", "server" or one site; returns what was asked to stop. BadInput for a site that is
+    not connected.
+    """
     connected = sorted(client.name for client in session.get_system_info().client_info)
     if name not in ("all", "server", *connected):
         raise unknown("name of what is connected", name, ["all", "server", *connected])
     sites = connected if name == "all" else [] if name == "server" else [name]
-    # not waited for: FLARE's server takes a last sign of life of a site that left for its return
+    # without waiting: FLARE's server would take a site's last sign of life for its return
     if sites:
         session.shutdown("client", sites, wait=False)
     if name in ("all", "server"):

@@ -1,4 +1,6 @@
-"""Whether what a site returned fits what it was asked, before a method sees it: a stranger's shapes must not end a run."""
+"""Checks the shapes of a site's result against its order, so that an untrusted peer cannot crash a
+run.
+"""
 
 from dataclasses import fields
 from typing import Any
@@ -6,7 +8,7 @@ from typing import Any
 import torch
 
 from fedspine.core.tensors import single
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, cut_adapter
 
 _UNUSABLE = (
@@ -15,14 +17,15 @@ _UNUSABLE = (
     KeyError,
     IndexError,
     RuntimeError,
-)  # what cutting by a wrong structure raises
+)  # raised by cutting with a wrong structure
 
 
-def misfit(result: Any, order: Any, anatomy: Anatomy | None) -> str | None:
-    """What is wrong with the shapes of a result, in words; None for nothing.
+def mismatch(result: Any, order: Any, layout: PrunableLayout | None) -> str | None:
+    """A line that says what is wrong with the shapes of a result; None if nothing is.
 
-    Tensors by name that a result returns under the name of the order's must have the same names, shapes and types; an
-    adapter that comes with a structure must be the order's, cut to it. Other fields are the method's own business.
+    Where order and result share a field of named tensors, their names, shapes and types must be
+    equal; an adapter that comes with a structure must be the order's, cut to it. The method checks
+    all other fields.
     """
     known = {field.name for field in fields(order)}
     for field in fields(result):
@@ -32,8 +35,8 @@ def misfit(result: Any, order: Any, anatomy: Anatomy | None) -> str | None:
         )
         if not (_tensors(came) and _tensors(sent)):
             continue
-        if field.name == "adapter" and anatomy is not None:
-            sent = _as_kept(sent, order, result, anatomy)
+        if field.name == "adapter" and layout is not None:
+            sent = _cut_to_result(sent, order, result, layout)
         if sent is None:
             return "its structure does not fit the order"
         if wrong := _first_difference(came, sent):
@@ -41,13 +44,15 @@ def misfit(result: Any, order: Any, anatomy: Anatomy | None) -> str | None:
     return None
 
 
-def _as_kept(adapter: Any, order: Any, result: Any, anatomy: Anatomy) -> Any:
-    """The order's adapter as the result's structure leaves it; None where that structure is none of this model's."""
+def _cut_to_result(adapter: Any, order: Any, result: Any, layout: PrunableLayout) -> Any:
+    """The order's adapter, cut to the result's structure; None if this model cannot have that
+    structure.
+    """
     kept, within = (vars(value).get("structure") for value in (result, order))
     if not (isinstance(kept, Structure) and isinstance(within, Structure)):
         return adapter
     try:
-        cut = cut_adapter(single(adapter), anatomy.sites, kept, within=within)
+        cut = cut_adapter(single(adapter), layout.sites, kept, within=within)
     except _UNUSABLE:
         return None
     return {name: tensor.to(adapter[name].dtype) for name, tensor in cut.items()}

@@ -1,7 +1,8 @@
-"""What goes between a run and a site, around the messages of the method: the only types that either side decodes.
+"""The messages between a run and a site, which wrap those of the method: the only types that either
+side decodes.
 
-A site sends `Opened`, `SiteAnswer` and `NotDone`, and in an answer the result of the work it was asked for; nothing else.
-Whatever comes is measured before it is decoded and compared with the types that were declared before it is used.
+A site sends only `Opened`, `NotDone`, and `SiteAnswer` with the result of the work it was asked
+for. The size of a message is checked before it is decoded, and its types before it is used.
 """
 
 import re
@@ -11,29 +12,29 @@ import numpy as np
 
 from fedspine.core.message import NotAMessage, message, unpack
 from fedspine.flare.framing import MOST_BYTES
-from fedspine.flare.run_terms import Terms
+from fedspine.flare.run_terms import RunTerms
 from fedspine.flare.schema import conforms
 
 RUN = re.compile(
     r"[0-9a-f]{32}"
-)  # names a run's folder on a site, so it can name nothing else there
+)  # of a run: it names the run's folder at a site, and can name nothing else there
 
-Why: TypeAlias = Literal[
+FailureReason: TypeAlias = Literal[
     "not opened", "bad order", "work not allowed", "memory lost", "work failed", "refused"
 ]
 
 
 @message
 class Opening:
-    """A run introduces itself; the site loads what the terms ask for, or refuses."""
+    """Opens a run at a site, which loads what the terms ask for, or refuses."""
 
     run: str  # as RUN
-    terms: Terms
+    terms: RunTerms
 
 
 @message
 class Opened:
-    """The site takes part, and declares what a `Profile` says of it."""
+    """The site has joined, and declares its `Profile`."""
 
     examples: int
     memory_bytes: int
@@ -41,10 +42,11 @@ class Opened:
 
 @message
 class SiteOrder:
-    """One ask of the site: everything that its result may depend on, but for the data, the base and the memory.
+    """One ask of a site: everything its result depends on, except for data, base and memory.
 
-    The site works from the memory that it wrote as version `memory` (None: it has none yet) and writes `version`. So an
-    ask may be repeated, and gives the same bytes. Versions other than these and `needed` are removed.
+    The site works from the memory that it wrote as version `memory` (None: it has none yet) and
+    writes `version`. So an ask can be repeated, with the same result. Versions other than these and
+    `needed` are removed.
     """
 
     run: str
@@ -59,7 +61,7 @@ class SiteOrder:
 
 @message
 class SiteAnswer:
-    """What came of an order: the packed result and what the work spent."""
+    """The packed result of an order and the resources that the work used."""
 
     result: np.ndarray  # uint8
     flops: float
@@ -70,16 +72,19 @@ class SiteAnswer:
 
 @message
 class NotDone:
-    """The site did not do it. `told` says no more than was fixed beforehand: details stay in the site's own log."""
+    """The site did not do the work. `detail` is a fixed line; everything else stays in the site's
+    log.
+    """
 
-    why: Why
-    told: str = ""
+    reason: FailureReason
+    detail: str = ""
 
 
 def decoded(payload: bytes, *kinds: Any) -> Any:
     """The message in `payload`, which must be of one of these types.
 
-    Raises NotAMessage for what is too large, no message, of another type, or with fields of other types than declared.
+    Raises NotAMessage for a payload that is too large, no message, or of another type, or whose
+    fields do not conform.
     """
     if len(payload) > MOST_BYTES:
         raise NotAMessage(f"a message of {len(payload)} bytes came; at most {MOST_BYTES} are read")
@@ -93,5 +98,5 @@ def decoded(payload: bytes, *kinds: Any) -> Any:
 
 
 def as_array(payload: bytes) -> np.ndarray:
-    """Bytes as they stand inside another message."""
+    """Bytes as a field of another message."""
     return np.frombuffer(payload, np.uint8)

@@ -1,8 +1,10 @@
-"""The resident worker: torch, the base, the site's rows and its memory live in a process of their own, which may die.
+"""The worker process of a site: torch, the base, the site's rows and its memory live in a process
+that may die.
 
-`Resident`, in the process that the fleet's engine started, imports none of them. It hands packed messages over a socket,
-each after its length, kills a worker that does not answer in time, and starts a new one for whatever one ended of,
-the kernel's out-of-memory killer included. What a worker must not forget is on disk before it replies.
+`WorkerProcess` runs in the process that FLARE started and imports none of them. It passes packed
+messages over a socket, kills a worker that does not answer in time, and replaces one that ended for
+any reason, the kernel's out-of-memory killer included. A worker writes its memory to disk before it
+replies.
 """
 
 import os
@@ -17,14 +19,14 @@ from typing import Literal, TypeAlias
 
 from fedspine.flare.framing import receive, send
 
-LOG = "fedspine-worker.log"  # in the site's folder: all that a worker has to say, refusals in full
+LOG = "fedspine-worker.log"  # in the site's folder: the worker's output, refusals in full
 PARENT_CHECK_SECONDS = 1.0
 START_SECONDS = 300.0  # for a worker to come up
-Outcome: TypeAlias = Literal["done", "died", "late"]
+ExchangeStatus: TypeAlias = Literal["done", "died", "late"]
 
 
-class Resident:
-    """The worker of the site whose folder this is, and its replacement whenever it ended; `pid` is the present one's."""
+class WorkerProcess:
+    """The worker of the site in `folder`, restarted whenever it ends; `pid` is the current one's."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -35,19 +37,18 @@ class Resident:
     def pid(self) -> int:
         return self._process.pid
 
-    def exchange(self, payload: bytes, seconds: float) -> tuple[Outcome, bytes]:
+    def exchange(self, payload: bytes, seconds: float) -> tuple[ExchangeStatus, bytes]:
         """The worker's reply to a packed message.
 
-        "late": there was none within `seconds`, waiting for the worker to get free included, and it was killed if it was
-        on this message. "died": it ended before it replied. Either way a new one is on its way up.
+        "late": there was none within `seconds`, including the wait for a busy worker, and a worker
+        that was on this message was killed. "died": it ended before it replied. Either way a new
+        one is starting.
         """
         end = time.monotonic() + seconds
         if not self._turn.acquire(timeout=seconds):
             return "late", b""
         try:
-            if (
-                self._process.poll() is not None
-            ):  # while it had nothing to do, so that nothing is lost
+            if self._process.poll() is not None:  # it died while idle, so nothing is lost
                 self._restart()
             if not self._ready(end):
                 return "late", b""
@@ -63,7 +64,7 @@ class Resident:
             self._turn.release()
 
     def _ready(self, end: float) -> bool:
-        """Whether the worker is up by then; one that is still coming up is not killed for it, or it never would be."""
+        """Whether the worker is up by `end`; one that is still starting is not killed."""
         if not self._up:
             try:
                 receive(self._socket, min(end, self._started + START_SECONDS))
@@ -106,19 +107,19 @@ class Resident:
 
 
 def work(folder: Path, connection: socket.socket, parent: int) -> None:
-    """Serve the site's orders until the supervisor is gone."""
+    """Serve the site's orders until the parent process is gone."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    from fedspine.flare.site_worker import open_desk
+    from fedspine.flare.site_worker import open_site_worker
 
-    desk = open_desk(folder)
+    worker = open_site_worker(folder)
     with suppress(ConnectionError):
         send(connection, b"")  # it is up
         while True:
-            send(connection, desk.answer(receive(connection)))
+            send(connection, worker.answer(receive(connection)))
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent has, whatever it is busy with."""
+    """End this process when its parent has ended, even in the middle of work."""
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_SECONDS)
     os._exit(1)

@@ -1,10 +1,10 @@
-"""The truth about simulated devices: how fast each computes and exchanges, which no method may see.
+"""The true speeds of simulated devices, computing and communicating, which no method may see.
 
-Section 5.1 of the FedSpine reconstruction: 30 Jetson TX2, 40 NX and 10 AGX by default. Peaks by power mode follow
-NVIDIA's mode tables; the modes that change every 20 rounds and the four Wi-Fi groups follow the 80-device papers of the
-same group. A link has a mean for each round, about which every exchange is drawn anew, and so is the factor on compute.
-Every draw is a pure function of (seed, purpose, device, round, number of the exchange): nothing depends on the order of
-calls.
+Section 5.1 of the FedSpine reconstruction: 30 Jetson TX2, 40 NX and 10 AGX by default. Peaks by
+power mode follow NVIDIA's mode tables; the modes that change every 20 rounds and the four Wi-Fi
+groups follow the 80-device papers of the same group. A link has a mean for each round, about which
+every exchange is drawn anew, and so is the factor on compute. Every draw is a pure function of
+(seed, purpose, device, round, number of the exchange): nothing depends on the order of calls.
 """
 
 from collections.abc import Mapping
@@ -33,12 +33,14 @@ LINK_SIGMA = 0.3  # of the logarithm of one exchange's bandwidth, over rounds an
 LINK_JITTER = LINK_SIGMA / 2**0.5  # of that within a round: half of the variance, ours
 NO_ROUND_TRIP = (0.0,) * len(GROUP_MBPS)
 
-LINKS, MODES, EXCHANGES, MEANS = range(4)  # what randomness is for, so that the streams never meet
+LINKS, MODES, EXCHANGES, MEANS = range(4)  # purposes of random streams, which must differ
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of device: fp16 peaks in TFLOPS, one per power mode, and memory that processor and GPU share."""
+    """A kind of device: fp16 peaks in TFLOPS, one per power mode, and memory that processor and GPU
+    share.
+    """
 
     name: str
     peaks_tflops: tuple[float, ...]
@@ -75,11 +77,11 @@ class Hardware:
 
     spread stretches slowness: a peak becomes best * (peak/best)**spread, with the best peak of the fleet's kinds; 1.0
     gives a ratio of 13 between the fastest and the slowest mode of the default fleet, 1.8 about 100.
-    compute_jitter: sigma of the log-normal factor on the compute of an exchange, whose median is 1.
-    link_jitter: the same of its bandwidth about the link's mean of the round, at most LINK_SIGMA; the variance that it
-    leaves of LINK_SIGMA's is the means' own about that of their group.
-    round_trip_seconds: of each Wi-Fi group, what every exchange takes besides.
-    Raises BadInput for an unknown kind, an empty fleet, or a spread, jitter or round trip out of its range.
+    compute_jitter: sigma of the log-normal factor on the compute of an exchange, with median 1.
+    link_jitter: the same for its bandwidth about the link's mean of the round, at most LINK_SIGMA; the rest of
+    LINK_SIGMA's variance is that of the means about their group's.
+    round_trip_seconds: added to every exchange, for each Wi-Fi group.
+    Raises BadInput for an unknown kind, an empty fleet, or a spread, jitter or round trip out of range.
 
     >>> fleet = Hardware(seed=0, kinds=("tx2", "agx"))
     >>> slow, fast = (
@@ -126,13 +128,17 @@ class Hardware:
         return 1e12 * self._best_tflops * (peak / self._best_tflops) ** self.spread
 
     def mean_mbps(self, device: int, *, round: int) -> float:
-        """The mean bandwidth of a device's link in a round, in Mb/s: log-normal about its group's, in [1, 30]."""
+        """The mean bandwidth of a device's link in a round, in Mb/s: log-normal about its group's,
+        in [1, 30].
+        """
         (drawn,) = _normals(1, self.seed, MEANS, device, round)
         sigma = max(0.0, LINK_SIGMA**2 - self.link_jitter**2) ** 0.5
         return _about(GROUP_MBPS[self.link_groups[device]], sigma, drawn)
 
     def bandwidth_mbps(self, device: int, *, round: int, ask: int) -> float:
-        """Bandwidth of one exchange in Mb/s, the same down and up: log-normal about the round's mean, in [1, 30]."""
+        """Bandwidth of one exchange in Mb/s, the same down and up: log-normal about the round's
+        mean, in [1, 30].
+        """
         link, _ = _normals(2, self.seed, EXCHANGES, device, round, ask)
         return _about(self.mean_mbps(device, round=round), self.link_jitter, link)
 
@@ -147,10 +153,11 @@ class Hardware:
         bytes_down: int,
         bytes_up: int,
     ) -> Timing:
-        """How long an exchange takes a device that has served `ask` before it in the whole run.
+        """Seconds of an exchange of a device that has served `ask` exchanges before it in the whole
+        run.
 
-        None is an exchange on the round's mean link at the usual pace: what can be known of it before it takes place. One
-        launch is one layer in one training step.
+        With None it is an exchange on the round's mean link without jitter, which is all that can
+        be known beforehand. One launch is one layer in one training step.
         """
         if ask is None:
             mbps, jitter = self.mean_mbps(device, round=round), 1.0
@@ -173,7 +180,9 @@ class Hardware:
 
     @cached_property
     def link_groups(self) -> tuple[int, ...]:
-        """Each device's Wi-Fi group: drawn once, independent of kind, in groups whose sizes differ by one at most."""
+        """Each device's Wi-Fi group: drawn once, independent of kind; group sizes differ by at most
+        one.
+        """
         groups = np.arange(len(self.kinds)) % len(GROUP_MBPS)
         return tuple(np.random.default_rng([self.seed, LINKS]).permutation(groups).tolist())
 
@@ -187,7 +196,8 @@ def _about(mean: float, sigma: float, drawn: float) -> float:
     return min(max(mean * exp(sigma * drawn - sigma**2 / 2), LOWEST_MBPS), HIGHEST_MBPS)
 
 
-# draws are kept, since seeding is what they cost: a round's exchanges want one mode and one mean, an exchange its own twice
+# draws are cached, since seeding dominates their cost: a round's exchanges share one mode and one
+# mean
 
 
 @lru_cache(maxsize=4096)
@@ -201,9 +211,11 @@ def _normals(count: int, *where: int) -> tuple[float, ...]:
 
 
 def fleet_mix(mix: Mapping[str, int] | None, devices: int) -> list[str]:
-    """Each device's kind, in the order of `mix`; None scales 30 TX2 : 40 NX : 10 AGX by the largest remainder.
+    """Each device's kind, in the order of `mix`; None scales 30 TX2 : 40 NX : 10 AGX by the largest
+    remainder.
 
-    Raises BadInput for an unknown kind, a negative count, or counts that do not sum to `devices`, which is positive.
+    Raises BadInput for an unknown kind, a negative count, or counts that do not sum to `devices`,
+    which is positive.
 
     >>> fleet_mix(None, 3), fleet_mix({"agx": 1, "tx2": 1}, 2)
     (['tx2', 'nx', 'nx'], ['agx', 'tx2'])
@@ -222,7 +234,8 @@ def fleet_mix(mix: Mapping[str, int] | None, devices: int) -> list[str]:
 
 
 def device_ids(kinds: list[str]) -> list[str]:
-    """Names such as tx2-00 and nx-07, numbered over the whole fleet, so that they sort by number within a kind.
+    """Names such as tx2-00 and nx-07, numbered over the whole fleet, so that they sort by number
+    within a kind.
 
     >>> device_ids(["tx2", "nx"])
     ['tx2-00', 'nx-01']

@@ -1,4 +1,4 @@
-"""A fleet around a fleet that loses devices and delays replies, to see how a method copes."""
+"""A wrapper of a fleet that loses messages and delays replies, to test how robust a method is."""
 
 import zlib
 from collections import Counter
@@ -14,11 +14,12 @@ from fedspine.core.fleet import Fleet, Profile, Reply, T
 
 
 class Lossy:
-    """Each order is lost with probability `drop`, half of the time before it arrives and half after the work is done.
+    """Loses each exchange with probability `drop`: half of them before the order arrives, half
+    after the work is done.
 
-    `delay_seconds` is the mean of an exponential delay that every reply to `ask` gets on top; those to `send` come in
-    the fleet's own order. What is lost follows from `seed`, the fleet's clock and what this wrapper asked before: a
-    wrapper made anew for a round loses the same replies after a resume.
+    `delay_seconds` is the mean of an exponential delay added to every reply to `ask`; replies to
+    `send` keep the fleet's own order. Losses depend on `seed`, the fleet's clock and this wrapper's
+    earlier asks, so a new wrapper for a round loses the same replies after a resume.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class Lossy:
         self._fleet, self._drop, self._delay, self._seed = fleet, drop, delay_seconds, seed
         self._draws: Counter[DeviceId] = (
             Counter()
-        )  # shared by all parts, so that asking again is another chance
+        )  # shared by all parts, so that each ask is a new draw
 
     @property
     def devices(self) -> tuple[Profile, ...]:
@@ -59,7 +60,8 @@ class Lossy:
             for reply in self._fleet.ask(work, _Without(orders, on_the_way), within=within)
             if reply.device not in silent
         ]
-        # whoever is lost, or too late, is waited for until the time is up; without a limit a loss is known at once
+        # lost and late replies are waited for until the limit; without a limit a loss is known at
+        # once
         ends = [min(reply.cost.seconds, within) for reply in replies] + [within] * (
             bool(silent) and within < inf
         )
@@ -75,7 +77,7 @@ class Lossy:
     def next(self) -> Reply[Any]:
         while True:
             reply = self._fleet.next()
-            # of the orders that arrived, so many that half of all losses happen here
+            # the probability at which half of all losses happen here
             if self._luck(reply.device)[0] >= self._drop / (2 - self._drop):
                 return reply
             self.note(device=reply.device, left_out="lost")
@@ -97,7 +99,7 @@ class Lossy:
     def foresee(
         self, device: DeviceId, *, flops: float, launches: float, bytes_down: int, bytes_up: int
     ) -> float | None:
-        """As the fleet foresees it, plus the mean delay; None where the fleet cannot."""
+        """The fleet's forecast plus the mean delay; None if the fleet has none."""
         seconds = self._fleet.foresee(
             device, flops=flops, launches=launches, bytes_down=bytes_down, bytes_up=bytes_up
         )

@@ -1,4 +1,4 @@
-"""What the run loop needs of a fleet besides asking: rounds, and going on after a resume."""
+"""What the run loop needs of a fleet besides asking: rounds, totals, snapshots."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +12,7 @@ from fedspine.core.fleet import Fleet
 
 @dataclass
 class Totals:
-    """What the exchanges of a round add up to, or of a run."""
+    """The sums over the exchanges of a round, or of a run."""
 
     exchanges: int = 0
     lost: int = 0
@@ -21,10 +21,12 @@ class Totals:
     bytes_up: int = 0
     bytes_down: int = 0
     peak_memory_bytes: int = 0
-    server_wall_seconds: float = 0.0  # the method's own work, on no virtual clock
+    server_wall_seconds: float = (
+        0.0  # the method's own work, which the virtual clock does not count
+    )
 
     def add(self, other: "Totals") -> None:
-        """Take the totals of one more round or exchange in."""
+        """Add the totals of another round or exchange."""
         for name in vars(self):
             if name != "peak_memory_bytes":
                 setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -33,13 +35,17 @@ class Totals:
 
 @dataclass
 class Devices:
-    """Wall seconds of a round in which devices were served or waited for; what is left of the round is the server's."""
+    """Wall seconds of a round spent on serving devices or waiting for them; the rest is the
+    server's.
+    """
 
     seconds: float = 0.0
 
     @contextmanager
     def served(self) -> Iterator[None]:
-        """Count the time in it; orders that are built meanwhile are taken off with `not_theirs`."""
+        """Count the time in this context, except for that in `not_theirs`, in which orders are
+        built.
+        """
         started = time.perf_counter()
         try:
             yield
@@ -48,7 +54,7 @@ class Devices:
 
     @contextmanager
     def not_theirs(self) -> Iterator[None]:
-        """Take the time in it off again."""
+        """Do not count the time in this context."""
         started = time.perf_counter()
         try:
             yield
@@ -58,7 +64,7 @@ class Devices:
 
 @dataclass
 class Waits:
-    """How long devices have nothing to do in a round, of those to which orders are sent; `ask` knows its own at once."""
+    """Idle time in a round of the devices that got orders by `send`; `ask` measures its own."""
 
     since: dict[DeviceId, float] = field(
         default_factory=dict
@@ -66,38 +72,42 @@ class Waits:
     seconds: float = 0.0  # of all devices
 
     def busy(self, device: DeviceId, start: float, end: float) -> None:
-        """A device has an exchange from here to there."""
+        """Add an exchange of a device, from `start` to `end`."""
         self.seconds += max(0.0, start - self.since.get(device, start))
         self.since[device] = end
 
     def asked(self, devices: Iterable[DeviceId], start: float, end: float) -> None:
-        """Devices are asked together; those to which nothing was sent in this round are left out."""
-        for (
-            device
-        ) in devices:  # in their order, since sums in another one are not the same to the bit
+        """Add a joint ask of devices; those to which nothing was sent in this round do not count."""
+        for device in devices:  # in this order, which rounding depends on
             if device in self.since:
                 self.busy(device, start, end)
 
     def mean(self, now: float) -> float:
-        """Seconds of the mean device until now, the round's end; one whose reply is late waits for nobody."""
+        """Mean idle seconds per device until `now`, the round's end; a device with a late reply is
+        not idle.
+        """
         waiting = self.seconds + sum(max(0.0, now - since) for since in self.since.values())
         return waiting / max(1, len(self.since))
 
 
 class RoundFleet(Fleet, Protocol):
-    """A whole fleet as a run drives it, simulated or real."""
+    """A whole fleet as the run loop uses it, simulated or real."""
 
     @property
     def clock(self) -> str:
-        """What `now` counts: "simulated" seconds, or "fleet" seconds, which are wall seconds between real machines."""
+        """What `now` counts: "simulated" seconds, or "fleet" seconds, which are wall seconds
+        between real machines.
+        """
         ...
 
     def cohort(self, ids: Iterable[DeviceId]) -> Fleet:
-        """The part of the fleet that a round asks. Unlike that of `only`, its `next` hears whoever has a reply under way."""
+        """The part of the fleet that a round asks. Unlike that of `only`, its `next` returns
+        pending replies of all devices.
+        """
         ...
 
     def begin_round(self, round: int) -> Totals:
-        """Get ready for `round`; returns the totals that it will fill."""
+        """Begin `round`; returns its totals, which the fleet updates."""
         ...
 
     def end_round(self, wall_seconds: float) -> None:
@@ -105,14 +115,14 @@ class RoundFleet(Fleet, Protocol):
         ...
 
     def snapshot(self) -> Any:
-        """A message that holds all that the fleet needs to go on after a resume, but for `memories`."""
+        """A message with the fleet's state for a resume, without `memories`."""
         ...
 
     def restore(self, snapshot: Any, memories: Mapping[DeviceId, str]) -> None:
-        """Go on from a snapshot; the store must hold the memories it names."""
+        """Resume from a snapshot; the store must hold the memories it names."""
         ...
 
     @property
     def memories(self) -> Mapping[DeviceId, str]:
-        """The file in the store of every device's memory; none where devices keep their own."""
+        """The store's file with each device's memory; empty if devices keep their own."""
         ...

@@ -1,7 +1,8 @@
 """The default fleet: any number of unequal devices on one machine, on a virtual clock.
 
-The work is real, only its duration is simulated: every order and result is packed and charged by its bytes, every
-operation by the truth in `hardware`, which methods cannot see. One process drives all devices over one frozen base.
+The work is real, only its duration is simulated: every order and result is packed and charged by
+its bytes, every operation by the speeds in `hardware`, which methods cannot see. All devices share
+one frozen base.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,16 +25,16 @@ from fedspine.storage.store import Store
 
 @message
 class Snapshot:
-    """What a simulated fleet needs to go on after a resume, apart from the devices' memories."""
+    """The saved state of a simulated fleet, without the devices' memories."""
 
     now: float
     asks: dict[str, int]  # served so far, by device
-    pending: tuple["Pending", ...]
+    pending: tuple["PendingReply", ...]
 
 
 @message
-class Pending:
-    """A reply under way: it arrives at `due` on the virtual clock."""
+class PendingReply:
+    """A reply in flight, which arrives at `due` on the virtual clock."""
 
     due: float
     number: int  # breaks ties in the order of sending
@@ -49,7 +50,7 @@ class Clock:
 
 @dataclass
 class World:
-    """The one mutable thing behind all views of a fleet."""
+    """The mutable state shared by all views of a fleet."""
 
     seed: int
     profiles: tuple[Profile, ...]
@@ -77,12 +78,12 @@ class World:
     def exchange(
         self, work: Work[Any, Any], orders: Mapping[DeviceId, Any]
     ) -> Iterator[tuple[DeviceId, Served, Cost]]:
-        """Serve every order, yielding in their order; the clock is the caller's business."""
+        """Serve every order, and yield the results in that order; the caller moves the clock."""
         name, bytes_down = name_of(work), {}
 
         def calls() -> Iterator[Call]:
             for device in orders:
-                with self.devices_wall.not_theirs():  # which is built as it is read
+                with self.devices_wall.not_theirs():  # an order may be built when it is read
                     order = orders[device]
                 packed = pack(order)
                 bytes_down[device] = packed.bytes
@@ -113,7 +114,9 @@ class World:
             )
 
     def timing(self, device: DeviceId, ask: int | None, **cost: Any) -> Timing:
-        """How long an exchange of this `cost` takes a device, by how many it served before; None: on average."""
+        """Seconds of an exchange of this `cost`, given how many the device served before; None:
+        without jitter.
+        """
         return self.hardware.seconds(self.index[device], round=self.round, ask=ask, **cost)
 
     def _call(self, device: DeviceId, work: str, order: bytes) -> Call:
@@ -129,14 +132,16 @@ class World:
         )
 
     def _memory(self, device: DeviceId) -> bytes | None:
-        """What a device keeps between asks: a round may ask it forty times, so only what a round ends with is written."""
+        """A device's memory; only its last version of a round is written, since a round may ask it
+        forty times.
+        """
         if device in self.changed:
             return self.changed[device]
         file = self.memories.get(device)
         return None if file is None else self.store.get_memory(file)
 
     def keep_memories(self) -> None:
-        """Write the memories that changed since the last save; they count from the next one on."""
+        """Write the memories that changed since the last save, for the next one."""
         for device, payload in self.changed.items():
             self.memories[device] = self.store.put_memory(device, self.asks[device], payload)
         self.changed.clear()
@@ -177,10 +182,10 @@ class World:
 
 
 class SimulatedFleet:
-    """A view of the simulated devices: all of them, or a part, on a clock of its own or a shared one.
+    """A view of the simulated devices: all of them, or a part, on a clock of its own or a shared
+    one.
 
-    `fedspine.run` makes one of a recipe. Without workers it serves no asks, and time passes all the
-    same:
+    `fedspine.run` makes one from a recipe. Without workers it serves no asks, but time passes:
 
     >>> from fedspine import SimulatedFleet
     >>> kinds = ["tx2", "agx"]
@@ -197,11 +202,11 @@ class SimulatedFleet:
         world: World,
         devices: tuple[Profile, ...] | None = None,
         clock: Clock | None = None,
-        hears: tuple[Profile, ...] | None = None,
+        pending_of: tuple[Profile, ...] | None = None,
     ) -> None:
         self._world = world
         self._devices = world.profiles if devices is None else devices
-        self._hears = self._devices if hears is None else hears
+        self._pending_of = self._devices if pending_of is None else pending_of
         self._clock = clock or Clock()
 
     @property
@@ -246,7 +251,7 @@ class SimulatedFleet:
                 world.sent += 1
 
     def next(self) -> Reply[Any]:
-        mine = {profile.id for profile in self._hears}
+        mine = {profile.id for profile in self._pending_of}
         due = min((entry for entry in self._world.pending if entry[2] in mine), default=None)
         if due is None:
             raise Idle("no reply is under way; send an order first")
@@ -278,9 +283,9 @@ class SimulatedFleet:
     def foresee(
         self, device: DeviceId, *, flops: float, launches: float, bytes_down: int, bytes_up: int
     ) -> float | None:
-        """The truth, for the oracle among the controls: seconds of an exchange of this cost in this round.
+        """The true seconds of an exchange of this cost in this round, for the oracle controller.
 
-        It knows the power mode and the mean of the link, not the jitter of an exchange that is still to come.
+        They follow from the power mode and the link's mean, without the jitter of the exchange.
         """
         self._check((device,))
         spent = {
@@ -291,15 +296,15 @@ class SimulatedFleet:
         }
         return self._world.timing(device, None, **spent).total
 
-    # what the run loop needs besides: see `fedspine.fleets.rounds`
+    # the run loop's part of the interface: see `fedspine.fleets.rounds`
 
     clock = "simulated"
 
     def cohort(self, ids: Iterable[DeviceId]) -> "SimulatedFleet":
-        return SimulatedFleet(self._world, self._part(ids), self._clock, hears=self._devices)
+        return SimulatedFleet(self._world, self._part(ids), self._clock, pending_of=self._devices)
 
     def begin_round(self, round: int) -> Totals:
-        """Move the truth (modes, links) on to `round`; returns the totals that this round will fill."""
+        """Move modes and links on to `round`; returns its totals, which the fleet updates."""
         self._world.round = self._world.records.round = round
         self._world.totals, self._world.waits, self._world.devices_wall = (
             Totals(),
@@ -330,7 +335,7 @@ class SimulatedFleet:
             now=self.now,
             asks=dict(self._world.asks),
             pending=tuple(
-                Pending(
+                PendingReply(
                     due=due, number=number, device=device, result=_as_array(result), cost=vars(cost)
                 )
                 for due, number, device, result, cost in self._world.pending
@@ -338,7 +343,7 @@ class SimulatedFleet:
         )
 
     def restore(self, snapshot: Snapshot, memories: Mapping[DeviceId, str]) -> None:
-        """Go on from a snapshot; the store must hold the memories it names."""
+        """Resume from a snapshot; the store must hold the memories it names."""
         world = self._world
         self._clock.now = snapshot.now
         world.asks, world.memories, world.changed = dict(snapshot.asks), dict(memories), {}
@@ -350,7 +355,9 @@ class SimulatedFleet:
 
     @property
     def memories(self) -> Mapping[DeviceId, str]:
-        """The file of every device's memory, for the store; what changed since the last save is written first."""
+        """The file of every device's memory, for the store; what changed since the last save is
+        written first.
+        """
         self._world.keep_memories()
         return self._world.memories
 
@@ -361,10 +368,10 @@ class SimulatedFleet:
 
     def _check(self, ids: Iterable[DeviceId]) -> None:
         known = {profile.id for profile in self._devices}
-        strangers = [id for id in ids if id not in known]
-        if strangers:
+        unknown = [id for id in ids if id not in known]
+        if unknown:
             raise LookupError(
-                f"{strangers[0]} is not in this part of the fleet, which has {len(known)} devices"
+                f"{unknown[0]} is not in this part of the fleet, which has {len(known)} devices"
             )
 
 
@@ -373,7 +380,7 @@ def _as_array(payload: bytes) -> np.ndarray:
 
 
 def profiles(kinds: list[str], examples: list[int]) -> tuple[Profile, ...]:
-    """What simulated devices declare of themselves."""
+    """The profiles that simulated devices declare."""
     if len(kinds) != len(examples):
         raise BadInput(f"{len(kinds)} devices were expected to hold data, {len(examples)} do")
     return tuple(

@@ -1,10 +1,11 @@
-"""Merging adapters of unequal rank and shape, and handing the result back out at any rank and shape.
+"""Aggregates adapters of unequal rank and shape, and cuts the result to any rank and shape.
 
-Three ways. Factor averaging is FedAvg of A and B with zero-padding, and plain FedAvg where all ranks are equal; HetLoRA
-does it with weights `by_norm`. Product averaging, FlexLoRA's, takes the mean of the products B A. The way of FedSpine here
-(section 3.1 of the reconstruction) takes the mean of what each device *changed* in W's own coordinates. The last two go
-entry by entry over the devices that still own the entry and keep the best rank-R factors of the sum; only in the last is
-a rank that few devices can carry not diluted by the others, and does nobody training change nothing.
+Three ways. Factor averaging is FedAvg of A and B with zero-padding, and plain FedAvg where all
+ranks are equal; HetLoRA does it with weights `by_norm`. Product averaging, FlexLoRA's, takes the
+mean of the products B A. The way of FedSpine here (section 3.1 of the reconstruction) takes the
+mean of what each device *changed* in W's own coordinates. The last two go entry by entry over the
+devices that still own the entry and keep the best rank-R factors of the sum; only in the last is a
+rank that few devices can carry not diluted by the others, and does nobody training change nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 from fedspine.core.message import Tensors
 from fedspine.core.process import spread
 from fedspine.lm.lora import a_name, b_name, fresh_a
-from fedspine.lm.prunable_layout import Anatomy, Site
+from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 from fedspine.lm.structure import Structure, cut_adapter, kept_columns, kept_rows
 
 EXACT_BELOW = 96  # matrices with a side up to this are factored by a full SVD
@@ -29,7 +30,9 @@ NEGLIGIBLE = 1e-6  # a singular value below this share of the largest is taken f
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one device got and gave: `sent` and `back` are adapters cut to `structure`, `weight` its say."""
+    """One device's contribution: the adapters `sent` and `back`, both cut to `structure`, and its
+    `weight`.
+    """
 
     sent: Tensors
     back: Tensors
@@ -38,15 +41,16 @@ class Contribution:
 
 
 def average_factors(
-    anatomy: Anatomy, before: Tensors, contributions: Sequence[Contribution]
+    layout: PrunableLayout, before: Tensors, contributions: Sequence[Contribution]
 ) -> Tensors:
-    """FedAvg of A and of B, each padded with zeros to the largest rank that came and averaged entry by entry over owners.
+    """FedAvg of A and of B, each padded with zeros to the largest rank that came and averaged entry
+    by entry over owners.
 
-    An entry that no device owns keeps its value in `before`, and so does a direction beyond every device's rank: zeros in
-    both factors could never be trained again.
+    An entry that no device owns keeps its value in `before`, and so does a direction beyond every
+    device's rank: zeros in both factors could never be trained again.
     """
     merged: Tensors = {}
-    for site in anatomy.sites:
+    for site in layout.sites:
         for name, dim, kept in (
             (a_name(site.path), 1, kept_columns),
             (b_name(site.path), 0, kept_rows),
@@ -70,10 +74,11 @@ def average_factors(
 
 
 def by_norm(contributions: Sequence[Contribution]) -> list[Contribution]:
-    """The same contributions, each with a weight proportional to ||B A||_F of what came back, over all sites at once.
+    """The same contributions, each with a weight proportional to ||B A||_F of what came back, over
+    all sites at once.
 
-    Weights sum to 1 and replace the old ones; they are equal where no device has learnt anything. Source: HetLoRA, Cho
-    et al. 2024 (arXiv:2401.06432), which weighs by the norm and not by rows.
+    Weights sum to 1 and replace the old ones; they are equal where no device has learnt anything.
+    Source: HetLoRA, Cho et al. 2024 (arXiv:2401.06432), which weighs by the norm and not by rows.
     """
     norms = [product_norm(part.back) for part in contributions]
     total = sum(norms)
@@ -82,7 +87,9 @@ def by_norm(contributions: Sequence[Contribution]) -> list[Contribution]:
 
 
 def product_norm(adapter: Tensors) -> float:
-    """||B A||_F of all sites together, without the scale; from Gram matrices, so no product is formed."""
+    """||B A||_F of all sites together, without the scale; from Gram matrices, so no product is
+    formed.
+    """
     squares = 0.0
     for name, factor in adapter.items():
         if name.endswith(A_SUFFIX):
@@ -92,42 +99,44 @@ def product_norm(adapter: Tensors) -> float:
 
 
 def mean_product(
-    anatomy: Anatomy, before: Tensors, contributions: Sequence[Contribution]
+    layout: PrunableLayout, before: Tensors, contributions: Sequence[Contribution]
 ) -> Tensors:
-    """FlexLoRA's aggregate: the weighted mean of the devices' products B A, dense, by path and without the scale.
+    """FlexLoRA's aggregate: the weighted mean of the devices' products B A, dense, by path and
+    without the scale.
 
     An entry is the mean over the devices that own it and keeps its value in `before`, of the same form, where none does.
     Source: Bai et al. 2024 (arXiv:2402.11505), whose devices own everything.
     """
 
-    def mean(site: Site) -> Tensor:
+    def mean(site: PrunableSite) -> Tensor:
         total, weight = _sum_over_owners(site, contributions, _back_factors)
         return torch.where(
             weight > 0, total / torch.where(weight > 0, weight, 1.0), before[site.path]
         )
 
-    return _by_site(anatomy, mean)
+    return _by_site(layout, mean)
 
 
 def merge_changes(
-    anatomy: Anatomy, dense: Tensors, contributions: Sequence[Contribution]
+    layout: PrunableLayout, dense: Tensors, contributions: Sequence[Contribution]
 ) -> Tensors:
-    """The dense change of every site's weight, by path and without the scale, after one round of contributions.
+    """The dense change of every site's weight, by path and without the scale, after one round of
+    contributions.
 
-    Each device's change is B'A' - BA; an entry moves by the weighted mean over the devices that own it, and stays
-    where none does.
+    Each device's change is B'A' - BA; an entry moves by the weighted mean over the devices that own
+    it, and stays where none does.
     """
 
-    def moved(site: Site) -> Tensor:
+    def moved(site: PrunableSite) -> Tensor:
         total, weight = _sum_over_owners(site, contributions, change_factors)
         # where nobody owns an entry, its total is zero anyway
         return dense[site.path] + total / torch.where(weight > 0, weight, 1.0)
 
-    return _by_site(anatomy, moved)
+    return _by_site(layout, moved)
 
 
 def change_factors(
-    part: Contribution, site: Site
+    part: Contribution, site: PrunableSite
 ) -> tuple[Float[Tensor, "rows ranks"], Float[Tensor, "ranks columns"]]:
     """Factors of B'A' - BA, a device's own change of this site without the scale."""
     a, b = a_name(site.path), b_name(site.path)
@@ -136,15 +145,19 @@ def change_factors(
     return left, right
 
 
-def factor(anatomy: Anatomy, dense: Tensors, rank: int, before: Tensors, seed: int) -> Tensors:
-    """The best factors of `rank` for every dense change, with the singular values shared evenly between B and A.
+def factor(
+    layout: PrunableLayout, dense: Tensors, rank: int, before: Tensors, seed: int
+) -> Tensors:
+    """The best factors of `rank` for every dense change, with the singular values shared evenly
+    between B and A.
 
-    Where the change has a lower rank, A gets fresh rows and B zeros, so that training can use them. `before`, the
-    last factors, starts the search for the new ones. Source: section 3.1; randomised SVD after Halko et al. 2011.
+    Where the change has a lower rank, A gets fresh rows and B zeros, so that training can use them.
+    `before`, the last factors, starts the search for the new ones. Source: section 3.1; randomised
+    SVD after Halko et al. 2011.
     """
-    rngs = np.random.default_rng(seed).spawn(len(anatomy.sites))
+    rngs = np.random.default_rng(seed).spawn(len(layout.sites))
 
-    def factors(part: tuple[Site, np.random.Generator]) -> Tensors:
+    def factors(part: tuple[PrunableSite, np.random.Generator]) -> Tensors:
         site, rng = part
         left, values, right = _truncated_svd(dense[site.path], rank, before[a_name(site.path)], rng)
         used = values > NEGLIGIBLE * values.max().clamp_min(1e-30)
@@ -157,20 +170,20 @@ def factor(anatomy: Anatomy, dense: Tensors, rank: int, before: Tensors, seed: i
         a[unused] = fresh_a(rng, rank, site.columns)[unused]
         return {a_name(site.path): a, b_name(site.path): b}
 
-    pairs = spread(factors, zip(anatomy.sites, rngs, strict=True))
+    pairs = spread(factors, zip(layout.sites, rngs, strict=True))
     return {name: tensor for pair in pairs for name, tensor in pair.items()}
 
 
-def hand_out(anatomy: Anatomy, adapter: Tensors, structure: Structure, rank: int) -> Tensors:
+def hand_out(layout: PrunableLayout, adapter: Tensors, structure: Structure, rank: int) -> Tensors:
     """The best adapter of `rank` for the sub-model `structure`, out of a wider one (section 3.2).
 
-    Thin decompositions of the cut factors give the SVD of their product at the cost of small square matrices. Nothing
-    is lost where `rank` is at least the adapter's.
+    Thin decompositions of the cut factors give the SVD of their product at the cost of small square
+    matrices. Nothing is lost where `rank` is at least the adapter's.
     """
-    sliced = cut_adapter(adapter, anatomy.sites, structure)
-    if rank >= sliced[a_name(anatomy.sites[0].path)].shape[0]:
+    sliced = cut_adapter(adapter, layout.sites, structure)
+    if rank >= sliced[a_name(layout.sites[0].path)].shape[0]:
         return sliced
-    paths = [site.path for site in anatomy.sites]
+    paths = [site.path for site in layout.sites]
     # all sites share the small dimension, so their cores are decomposed in one batch
     gram_b = torch.stack([(b := sliced[b_name(path)].double()).T @ b for path in paths])
     gram_a = torch.stack([(a := sliced[a_name(path)].double()) @ a.T for path in paths])
@@ -188,10 +201,10 @@ def hand_out(anatomy: Anatomy, adapter: Tensors, structure: Structure, rank: int
     return small
 
 
-def change_spectra(anatomy: Anatomy, part: Contribution) -> Float[Tensor, "sites ranks"]:
+def change_spectra(layout: PrunableLayout, part: Contribution) -> Float[Tensor, "sites ranks"]:
     """Singular values of B'A' - BA for every site, largest first, without the scale."""
     gram_left, gram_right = [], []
-    for site in anatomy.sites:
+    for site in layout.sites:
         left, right = change_factors(part, site)
         gram_left.append(left.double().T @ left.double())
         gram_right.append(right.double() @ right.double().T)
@@ -201,7 +214,9 @@ def change_spectra(anatomy: Anatomy, part: Contribution) -> Float[Tensor, "sites
 
 
 def effective_rank(spectra: Float[Tensor, "sites ranks"]) -> float:
-    """exp of the entropy of each site's energy shares, averaged over sites; 0 where nothing changed."""
+    """exp of the entropy of each site's energy shares, averaged over sites; 0 where nothing
+    changed.
+    """
     energy = spectra.double().square()
     total = energy.sum(1)
     shares = energy[total > 0] / total[total > 0, None]
@@ -211,24 +226,26 @@ def effective_rank(spectra: Float[Tensor, "sites ranks"]) -> float:
     return float(entropy.exp().mean())
 
 
-def _by_site(anatomy: Anatomy, function: Callable[[Site], Tensor]) -> Tensors:
+def _by_site(layout: PrunableLayout, function: Callable[[PrunableSite], Tensor]) -> Tensors:
     return dict(
-        zip((site.path for site in anatomy.sites), spread(function, anatomy.sites), strict=True)
+        zip((site.path for site in layout.sites), spread(function, layout.sites), strict=True)
     )
 
 
-def _back_factors(part: Contribution, site: Site) -> tuple[Tensor, Tensor]:
+def _back_factors(part: Contribution, site: PrunableSite) -> tuple[Tensor, Tensor]:
     return part.back[b_name(site.path)].float(), part.back[a_name(site.path)].float()
 
 
 def _sum_over_owners(
-    site: Site,
+    site: PrunableSite,
     contributions: Sequence[Contribution],
-    factors: Callable[[Contribution, Site], tuple[Tensor, Tensor]],
+    factors: Callable[[Contribution, PrunableSite], tuple[Tensor, Tensor]],
 ) -> tuple[Float[Tensor, "rows columns"], Tensor]:
-    """The weighted sum of the products of `factors` over the devices, and the weight of each entry's owners.
+    """The weighted sum of the products of `factors` over the devices, and the weight of each
+    entry's owners.
 
-    The weight has a row or a column for every one of the site's that can be cut, and broadcasts over the sum.
+    The weight has a row or a column for every one of the site's that can be cut, and broadcasts
+    over the sum.
     """
     by_row = site.row_units is not None
     total = torch.zeros(site.rows, site.columns)
@@ -244,7 +261,7 @@ def _sum_over_owners(
 def _revive(
     small: Tensors, path: str, values: Float[Tensor, " rank"], rows: Float[Tensor, "wide columns"]
 ) -> None:
-    """Give directions that carry nothing back the wide adapter's own rows, so that they can be trained."""
+    """Fill zero directions with the wide adapter's own rows, so that they can be trained."""
     dead = values <= NEGLIGIBLE * values.max().clamp_min(1e-30)
     if dead.any():
         small[a_name(path)][dead] = (

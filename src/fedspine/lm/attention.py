@@ -1,7 +1,9 @@
-"""Attention for short sequences on a CPU: one autograd node, batched products, and the softmax in fp32.
+"""Attention for short sequences on a CPU: one autograd node, batched products, and the softmax in
+fp32.
 
-Measured in bf16 on one AVX-512 core, 16 rows of 56 tokens, 12 heads of 32: the softmax takes 1.4 ms, through fp32 0.5;
-this attention 1.0 ms forward and 2.3 both ways, PyTorch's fused one 2.6 and 21.
+Measured in bf16 on one AVX-512 core, 16 rows of 56 tokens, 12 heads of 32: the softmax takes 1.4
+ms, through fp32 0.5; this attention 1.0 ms forward and 2.3 both ways, PyTorch's fused one 2.6 and
+21.
 """
 
 import torch
@@ -23,7 +25,9 @@ def attention(
     scaling: float | None = None,
     **_: object,
 ) -> tuple[Float[Tensor, "batch tokens heads size"], None]:
-    """Softmax attention as transformers wants it; key and value heads are shared where there are fewer of them."""
+    """Softmax attention in the interface of transformers; with fewer key and value heads they are
+    shared.
+    """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

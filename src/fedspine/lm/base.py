@@ -1,7 +1,8 @@
 """The frozen pre-trained model: loaded once, cut to any structure, never changed.
 
-`Base` holds the weights of the prunable sites apart from a skeleton module. `fit` installs one model's slices,
-adapter and task head into that skeleton, which costs a few milliseconds instead of building a module.
+`Base` holds the weights of the prunable sites apart from a skeleton module. `fit` installs one
+model's slices, adapter and task head into that skeleton, which costs a few milliseconds instead of
+building a module.
 """
 
 from collections import OrderedDict
@@ -19,7 +20,7 @@ from fedspine.core.tensors import moved, padded
 from fedspine.lm.digest import tensors_sha256
 from fedspine.lm.lora import AdaptedLinear, a_name, b_name
 from fedspine.lm.pooling import Pooling, reading
-from fedspine.lm.prunable_layout import Anatomy, Site, unit_map
+from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite, unit_map
 from fedspine.lm.structure import Structure, cut, is_full, kept_columns, kept_rows, key_of
 
 SLICED = 2  # structures whose slices are kept: what is trained, and what was scored in between
@@ -27,9 +28,11 @@ SLICED = 2  # structures whose slices are kept: what is trained, and what was sc
 
 @message
 class Model:
-    """What a device runs: a structure, the adapter cut to it, and the task head, on top of the base.
+    """What a device runs: a structure, the adapter cut to it, and the task head, on top of the
+    base.
 
-    `adapter` maps PEFT's names to factors of any rank (empty: none), `head` full parameter names to tensors.
+    `adapter` maps PEFT's names to factors of any rank (empty: none), `head` full parameter names to
+    tensors.
     """
 
     structure: Structure
@@ -55,19 +58,19 @@ class HeadLayer:
 class Base:
     """A frozen transformer for one task, in one precision.
 
-    `skeleton` must not be used but through `fit`. `weights_sha256` is of the module as it came, so
+    Use `skeleton` only through `fit`. `weights_sha256` is of the module as it came, so
     it is the same in every precision.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        anatomy: Anatomy,
+        layout: PrunableLayout,
         head: tuple[HeadLayer, ...],
         precision: torch.dtype,
         pooling: Pooling | None = None,
     ) -> None:
-        self.anatomy, self.head, self.precision = anatomy, head, precision
+        self.layout, self.head, self.precision = layout, head, precision
         self.pooling = pooling  # None: a language model, which has no task head
         self.weights_sha256 = _weights_sha256(module, head)
         self.skeleton = module.eval().requires_grad_(False).to(precision)
@@ -77,7 +80,7 @@ class Base:
         self._linears: dict[str, AdaptedLinear] = {}
         self.split_models: dict[Any, Any] = {}  # kept by `split.cut`
         self._slices: OrderedDict[bytes, dict[str, tuple[Tensor, Tensor | None]]] = OrderedDict()
-        for site in anatomy.sites:
+        for site in layout.sites:
             linear = module.get_submodule(site.path)
             self.weights[site.path] = (
                 linear.weight.data,
@@ -89,14 +92,17 @@ class Base:
         for path, linear in self._linears.items():
             module.set_submodule(path, linear)
         self._readout = reading(module, pooling)
-        backbone, names = module.get_submodule(anatomy.prefix), unit_map(anatomy.architecture)
+        backbone, names = module.get_submodule(layout.prefix), unit_map(layout.architecture)
         self._embeddings = backbone.get_submodule(names.embeddings)
         self._blocks = list(backbone.get_submodule(names.layers))
-        # what is left are embeddings and norms: all that neither pruning nor the head's training touches
+        # what is left are embeddings and norms: all that neither pruning nor the head's training
+        # touches
         self.embeddings = sum(parameter.numel() for parameter in module.parameters())
 
     def initial_head(self, rng: np.random.Generator) -> Tensors:
-        """The task head to start from: the checkpoint's where it has one, else normal weights and zero biases."""
+        """The task head to start from: the checkpoint's where it has one, else normal weights and
+        zero biases.
+        """
         spread = getattr(self.config, "initializer_range", 0.02)
         tensors: Tensors = {}
         for layer in self.head:
@@ -131,11 +137,12 @@ class Base:
     def fit(self, model: Model, *, merge: bool = False) -> nn.Module:
         """The module that computes `model`; it is valid until the next call.
 
-        The tensors of the adapter and the head are used as they are, so gradients reach them if they ask for it; with
-        `merge` the adapter is added to the weights instead, as a deployed model has it, which runs faster.
+        The tensors of the adapter and the head are used as they are, so gradients reach them if
+        they ask for it; with `merge` the adapter is added to the weights instead, as a deployed
+        model has it, which runs faster.
         """
         slices = self._sliced(model.structure)
-        for site in self.anatomy.sites:
+        for site in self.layout.sites:
             weight, bias = slices[site.path]
             a, b = model.adapter.get(a_name(site.path)), model.adapter.get(b_name(site.path))
             if merge and a is not None and b is not None:
@@ -149,15 +156,15 @@ class Base:
     def fit_stack(
         self, structures: Sequence[Structure], adapter: Tensors, head: Tensors, scale: float
     ) -> nn.Module:
-        """The module that computes several models in one pass, until the next call; the first dimension of its inputs
-        counts the rows of all of them, one model after another.
+        """The module that computes several models in one pass, until the next call; the first
+        dimension of its inputs counts the rows of all of them, one model after another.
 
-        `adapter` and `head` are stacked along a first dimension, with zeros where a model is smaller than the largest.
-        Models of the same structure share the base's weights.
+        `adapter` and `head` are stacked along a first dimension, with zeros where a model is
+        smaller than the largest. Models of the same structure share the base's weights.
         """
         slices = [self._sliced(structure) for structure in structures]
         shared = all(each is slices[0] for each in slices)
-        for site in self.anatomy.sites:
+        for site in self.layout.sites:
             weight, bias = slices[0][site.path]
             if not shared:
                 weight = padded([each[site.path][0] for each in slices])
@@ -167,7 +174,9 @@ class Base:
         return self._with_head(head)
 
     def whole_skeleton(self) -> nn.Module:
-        """The skeleton with all its parts put back, some of which `through` and `start_at` take out."""
+        """The skeleton with all its parts put back, some of which `through` and `start_at` take
+        out.
+        """
         self._place(self._embeddings, list(self._blocks))
         return self.skeleton
 
@@ -179,7 +188,9 @@ class Base:
         return self._readout
 
     def below(self, layer: int, inputs: Tensors) -> Float[Tensor, "rows tokens width"]:
-        """What enters block `layer` of the model that was last fitted, which must be fitted again afterwards."""
+        """What enters block `layer` of the model that was last fitted, which must be fitted again
+        afterwards.
+        """
         with torch.no_grad():
             return self.through(0, layer, inputs)
 
@@ -190,8 +201,9 @@ class Base:
         inputs: Tensors,
         hidden: Float[Tensor, "rows tokens width"] | None = None,
     ) -> Float[Tensor, "rows tokens width"]:
-        """What leaves the blocks from `first` to before `last` of the model that was last fitted, which must be fitted
-        again afterwards; `hidden` enters them, or None for what the embeddings make of `inputs`.
+        """What leaves the blocks from `first` to before `last` of the model that was last fitted,
+        which must be fitted again afterwards; `hidden` enters them, or None for what the embeddings
+        make of `inputs`.
 
         Gradients reach all that asks for them.
         """
@@ -210,7 +222,7 @@ class Base:
             None if last < len(self._blocks) else self._blocks[-1].register_forward_hook(tap.watch)
         )
         try:
-            self.skeleton.get_submodule(self.anatomy.prefix)(**inputs)
+            self.skeleton.get_submodule(self.layout.prefix)(**inputs)
         finally:
             if watch is not None:
                 watch.remove()
@@ -219,44 +231,50 @@ class Base:
     @property
     def default_cut(self) -> int:
         """Blocks on a device in split learning where nothing else is said: 2 of 12, and at least 1."""
-        return max(1, self.anatomy.layers // 6)
+        return max(1, self.layout.layers // 6)
 
     def start_at(self, layer: int) -> "Entry":
-        """Let the model that was last fitted start at block `layer`, with what its entry is given."""
+        """Start the last fitted model at block `layer`; its inputs are what the returned entry
+        holds.
+        """
         entry = Entry(torch.empty(0))
         self._place(entry, [_Passing()] * layer + self._blocks[layer:])
         return entry
 
     def _place(self, embeddings: nn.Module, blocks: list[nn.Module]) -> None:
-        backbone = self.skeleton.get_submodule(self.anatomy.prefix)
-        names = unit_map(self.anatomy.architecture)
+        backbone = self.skeleton.get_submodule(self.layout.prefix)
+        names = unit_map(self.layout.architecture)
         setattr(backbone, names.embeddings, embeddings)
         places = backbone.get_submodule(names.layers)
         for i, block in enumerate(blocks):
             places[i] = block
 
     def fitted_weights(self) -> Tensors:
-        """The weights of all sites, by path, as they were last fitted: stacked where several models were."""
-        return {site.path: self._linears[site.path].weight for site in self.anatomy.sites}
+        """The weights of all sites, by path, as they were last fitted: stacked where several models
+        were.
+        """
+        return {site.path: self._linears[site.path].weight for site in self.layout.sites}
 
     def slice(self, path: str, structure: Structure) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of one site, physically cut to `structure`."""
         return self._sliced(structure)[path]
 
     def _sliced(self, structure: Structure) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Weight and bias of every site cut to `structure`; those of the last few structures are kept."""
+        """Weight and bias of every site cut to `structure`; those of the last few structures are
+        kept.
+        """
         if is_full(structure):
             return self.weights
         key = key_of(structure)
         slices = self._slices.pop(key, None) or {
-            site.path: self._cut(site, structure) for site in self.anatomy.sites
+            site.path: self._cut(site, structure) for site in self.layout.sites
         }
         self._slices[key] = slices
         while len(self._slices) > SLICED:
             self._slices.popitem(last=False)
         return slices
 
-    def _cut(self, site: Site, structure: Structure) -> tuple[Tensor, Tensor | None]:
+    def _cut(self, site: PrunableSite, structure: Structure) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.weights[site.path]
         rows, columns = kept_rows(site, structure), kept_columns(site, structure)
         return cut(cut(weight, rows, 0), columns, 1), None if bias is None else cut(bias, rows, 0)
@@ -270,7 +288,7 @@ def _weights_sha256(module: nn.Module, head: tuple[HeadLayer, ...]) -> str:
 
 
 class Entry(nn.Module):
-    """Stands for the embeddings: gives what it holds instead of looking tokens up."""
+    """Replaces the embeddings: returns the stored hidden states instead of looking tokens up."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -281,14 +299,14 @@ class Entry(nn.Module):
 
 
 class _Passing(nn.Module):
-    """Stands for a block that is not computed."""
+    """Replaces a block that is not computed."""
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden
 
 
 class _Tap(_Passing):
-    """Keeps what comes by."""
+    """Records the hidden states that pass through."""
 
     seen: Tensor
 
@@ -297,22 +315,26 @@ class _Tap(_Passing):
         return hidden
 
     def watch(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep what the last block gives; a hook, since nothing comes after it."""
+        """Record the output of the last block, which no block follows."""
         self.seen = output
 
 
 def line_energy(base: Base) -> Tensors:
-    """Squared norms of the rows (or columns, where those are cut) of every site's unpruned weight, by path."""
+    """Squared norms of the rows (or columns, where those are cut) of every site's unpruned weight,
+    by path.
+    """
     return {
         site.path: base.weights[site.path][0].float().square().sum(1 if site.row_units else 0).cpu()
-        for site in base.anatomy.sites
+        for site in base.layout.sites
     }
 
 
-def site_norms(anatomy: Anatomy, energy: Tensors, structure: Structure) -> Float[Tensor, " sites"]:
+def site_norms(
+    layout: PrunableLayout, energy: Tensors, structure: Structure
+) -> Float[Tensor, " sites"]:
     """Frobenius norm of every site's weight cut to `structure`, from `line_energy`."""
     sums = []
-    for site in anatomy.sites:
+    for site in layout.sites:
         kept = kept_rows(site, structure) if site.row_units else kept_columns(site, structure)
         sums.append(energy[site.path][kept].sum())
     return torch.stack(sums).sqrt()

@@ -1,4 +1,4 @@
-"""What a base model is, in one digest: two machines compare it before a run, wherever each found the model."""
+"""One digest of a base model, which two machines compare before a run."""
 
 import hashlib
 import json
@@ -14,10 +14,11 @@ from fedspine.lm.tokens import written
 def content_sha256(base: Base, tokenizer: Any) -> str:
     """A digest of the architecture, the weights in the base's precision and the tokenizer.
 
-    Layers that the checkpoint did not hold are left out, since a method draws them anew from its own seed.
+    Layers that the checkpoint did not hold are left out, since a method draws them anew from its
+    own seed.
     """
     digest = hashlib.sha256()
-    digest.update(pack(base.anatomy).payload)
+    digest.update(pack(base.layout).payload)
     digest.update(json.dumps(written(tokenizer), sort_keys=True).encode("utf-8", "surrogatepass"))
     fresh = {
         f"{layer.path}.{part}" for layer in base.head if layer.fresh for part in ("weight", "bias")

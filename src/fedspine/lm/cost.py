@@ -1,4 +1,5 @@
-"""What training and running a model costs, in floating-point operations and bytes, from shapes alone.
+"""The cost of training and running a model in floating-point operations and bytes, from shapes
+alone.
 
 Source: FedSpine (reconstructed), section 5. Frozen weights take a forward product and an input gradient, 4 operations
 per weight and token; an adapter takes 6.
@@ -6,7 +7,7 @@ per weight and token; an adapter takes 6.
 
 from dataclasses import dataclass
 
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, kept_columns, kept_rows, sparsity
 
 HALF, SINGLE = 2, 4  # bytes of one number
@@ -14,7 +15,7 @@ HALF, SINGLE = 2, 4  # bytes of one number
 
 @dataclass(frozen=True)
 class Extent:
-    """How much text went through: padded tokens, and the sum over sequences of their squared length."""
+    """The amount of text: padded tokens, and the sum over sequences of their squared length."""
 
     tokens: int
     squared_tokens: int
@@ -22,7 +23,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class ScoringCost:
-    """What reading off the importance of units costs a device besides training; derived in `lm/scoring_cost.py`."""
+    """The cost of scoring units on top of training; derived in `lm/scoring_cost.py`."""
 
     flops: float = 0.0
     bytes_beside: int = 0  # needed at once while a pass holds its activations
@@ -32,10 +33,12 @@ class ScoringCost:
 NO_SCORING = ScoringCost()
 
 
-def adapter_width(anatomy: Anatomy, structure: Structure, first: int = 0) -> int:
-    """Parameters of an adapter per unit of rank: kept rows plus kept columns, over all sites from block `first` on."""
+def adapter_width(layout: PrunableLayout, structure: Structure, first: int = 0) -> int:
+    """Parameters of an adapter per unit of rank: kept rows plus kept columns, over all sites from
+    block `first` on.
+    """
     total = 0
-    for site in anatomy.sites:
+    for site in layout.sites:
         if site.layer < first:
             continue
         rows, columns = kept_rows(site, structure), kept_columns(site, structure)
@@ -45,37 +48,39 @@ def adapter_width(anatomy: Anatomy, structure: Structure, first: int = 0) -> int
 
 
 def training_flops(
-    anatomy: Anatomy, structure: Structure, rank: int, extent: Extent, first: int = 0
+    layout: PrunableLayout, structure: Structure, rank: int, extent: Extent, first: int = 0
 ) -> float:
     """Operations to train an adapter of `rank` over this much text, on the blocks from `first` on.
 
     The blocks below take a forward pass only.
     """
-    kept = 1 - sparsity(anatomy, structure)
-    above = anatomy.parameters * kept - _parameters_below(anatomy, structure, first)
+    kept = 1 - sparsity(layout, structure)
+    above = layout.parameters * kept - _parameters_below(layout, structure, first)
     per_token = (
-        2 * anatomy.parameters * kept
+        2 * layout.parameters * kept
         + 2 * above
-        + 6 * rank * adapter_width(anatomy, structure, first)
+        + 6 * rank * adapter_width(layout, structure, first)
     )
-    layers = 4 * anatomy.layers + 8 * (anatomy.layers - first)
-    attention = layers * anatomy.width * kept * extent.squared_tokens
+    layers = 4 * layout.layers + 8 * (layout.layers - first)
+    attention = layers * layout.width * kept * extent.squared_tokens
     return extent.tokens * per_token + attention
 
 
-def forward_flops(anatomy: Anatomy, extent: Extent) -> float:
-    """Operations to run this much text through the whole unpruned model, once and without a backward pass."""
-    attention = 4 * anatomy.layers * anatomy.width * extent.squared_tokens
-    return 2.0 * anatomy.parameters * extent.tokens + attention
+def forward_flops(layout: PrunableLayout, extent: Extent) -> float:
+    """Operations to run this much text through the whole unpruned model, once and without a
+    backward pass.
+    """
+    attention = 4 * layout.layers * layout.width * extent.squared_tokens
+    return 2.0 * layout.parameters * extent.tokens + attention
 
 
-def _parameters_below(anatomy: Anatomy, structure: Structure, layer: int) -> int:
+def _parameters_below(layout: PrunableLayout, structure: Structure, layer: int) -> int:
     heads, channels = int(structure.heads[:layer].sum()), int(structure.channels[:layer].sum())
-    return heads * anatomy.shape.head_parameters + channels * anatomy.shape.channel_parameters
+    return heads * layout.shape.head_parameters + channels * layout.shape.channel_parameters
 
 
 def training_memory_bytes(
-    anatomy: Anatomy,
+    layout: PrunableLayout,
     structure: Structure,
     *,
     rank: int,
@@ -85,19 +90,20 @@ def training_memory_bytes(
     first: int = 0,
     scoring: ScoringCost = NO_SCORING,
 ) -> int:
-    """Peak memory of one training step: a 16-bit base, fp32 adapter with gradient and two moments, activations.
+    """Peak memory of one training step: a 16-bit base, fp32 adapter with gradient and two moments,
+    activations.
 
     The adapter sits on the blocks from `first` on; nothing below is kept for a backward pass.
     `embeddings` counts the parameters outside the blocks. Activations take 10 bytes per token and unit of width that
     pruning cannot cut, 24 that it can, and the attention scores. `scoring` is what a device that scores units needs
     besides: some of it beside the activations, some when they are gone.
     """
-    kept = 1 - sparsity(anatomy, structure)
-    weights = HALF * (embeddings + anatomy.parameters * kept)
-    adapter = 4 * SINGLE * rank * adapter_width(anatomy, structure, first)
+    kept = 1 - sparsity(layout, structure)
+    weights = HALF * (embeddings + layout.parameters * kept)
+    adapter = 4 * SINGLE * rank * adapter_width(layout, structure, first)
     per_layer = (
-        batch * tokens * anatomy.width * (10 + 24 * kept)
-        + 5 * batch * tokens**2 * anatomy.query_heads * kept
+        batch * tokens * layout.width * (10 + 24 * kept)
+        + 5 * batch * tokens**2 * layout.query_heads * kept
     )
-    activations = (anatomy.layers - first) * per_layer
+    activations = (layout.layers - first) * per_layer
     return int(weights + adapter + max(activations + scoring.bytes_beside, scoring.bytes_after))

@@ -1,8 +1,9 @@
 """Texts to token ids: cut at `max_tokens` for classification, in windows for language modelling.
 
-Windows as in the `transformers` guide "Perplexity of fixed-length models": plain slices of the token sequence, of which
-only the first begins with the text's own beginning. Windows to train on share one token, so that each token is
-predicted once; those to score share half a window, of which nothing is counted again.
+Windows as in the `transformers` guide "Perplexity of fixed-length models": plain slices of the
+token sequence, of which only the first begins with the text's own beginning. Windows to train on
+share one token, so that each token is predicted once; those to score share half a window, of which
+nothing is counted again.
 """
 
 from dataclasses import replace
@@ -25,8 +26,8 @@ def encode(
 ) -> Examples:
     """Tokenise a split once; every row has at most `max_tokens` tokens, special ones included.
 
-    For language modelling each text is `ended` by the tokenizer's end token, where it has one, and rows that are only
-    `scored` begin with tokens of the window before (`Examples.context`).
+    For language modelling each text is `ended` by the tokenizer's end token, where it has one, and
+    rows that are only `scored` begin with tokens of the window before (`Examples.context`).
     """
     texts = list(rows.texts)
     if kind == "causal-lm":
@@ -50,13 +51,16 @@ def _ended(ids: list[int], end: int | None, ended: bool) -> list[int]:
 
 
 def _overlap(max_tokens: int, scored: bool) -> int:
-    """Tokens that a window shares with the one before."""
-    # the guide's stride of 512 at 1024 tokens: each token that counts has at least half a window before it
+    """The overlap of two consecutive windows, in tokens."""
+    # the guide's stride of 512 at 1024 tokens: each token that counts has at least half a window
+    # before it
     return max(1, max_tokens // 2) if scored else 1
 
 
 def _in_windows(texts: list[list[int]], max_tokens: int, overlap: int, padding: int) -> Examples:
-    """Windows of each text, each of which begins `max_tokens - overlap` tokens after the one before."""
+    """Windows of each text, each of which begins `max_tokens - overlap` tokens after the one
+    before.
+    """
     windows, sources, context = [], [], []
     for text, ids in enumerate(texts):
         # the next one would hold nothing new

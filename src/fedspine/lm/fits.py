@@ -1,7 +1,7 @@
-"""What must fit before a model is used: its tokenizer, its checkpoint and the length of its inputs.
+"""Checks before a model is used: its tokenizer, its checkpoint and the length of its inputs.
 
-Libraries find out in the middle of a run, or never: `transformers` fills layers that a checkpoint lacks with random
-numbers. Each check raises BadInput with the numbers and what to do.
+Libraries find out in the middle of a run, or never: `transformers` fills layers that a checkpoint
+lacks with random numbers. Each check raises BadInput with the numbers and what to do.
 """
 
 from collections.abc import Collection, Iterable
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fedspine.core.errors import BadInput
 from fedspine.core.tensors import finite
 
-# of the norm: about 175 of the 512 rows of stories260k are within 4e-4 of that of its end token, the next one is a byte
+# of the norm: about 175 of the 512 rows of stories260k are within 4e-4 of that of its end token,
+# the next one is a byte
 # that was seen a few times, at 0.012; rows that were trained are about 1 apart
 SAME = 0.01
 CHUNK = 8192  # rows compared at a time, so that a large output layer is not copied
@@ -38,7 +39,8 @@ def check_folder(name: str, source: str) -> None:
 
 
 def check_tokenizer(name: str, tokenizer: Any, config: Any) -> None:
-    """Raise BadInput where a text or its padding can become an id that the embedding has no row for.
+    """Raise BadInput where a text or its padding can become an id that the embedding has no row
+    for.
 
     An embedding with more rows than the tokenizer has entries is fine: many are rounded up.
     """
@@ -66,9 +68,11 @@ def check_tokenizer(name: str, tokenizer: Any, config: Any) -> None:
 def check_complete(
     name: str, missing: Iterable[str], mismatched: Iterable[Any], trained: Collection[str]
 ) -> None:
-    """Raise BadInput for a checkpoint that lacks weights other than those of the layers `trained` from scratch.
+    """Raise BadInput for a checkpoint that lacks weights other than those of the layers `trained`
+    from scratch.
 
-    `missing` and `mismatched` are what `from_pretrained` reports: parameter names, and such with two shapes.
+    `missing` and `mismatched` are what `from_pretrained` reports: parameter names, and such with
+    two shapes.
     """
     wrong = [entry for entry in mismatched if _layer(entry[0]) not in trained]
     if wrong:
@@ -87,7 +91,9 @@ def check_complete(
 
 
 def check_finite(name: str, module: nn.Module) -> None:
-    """Raise BadInput for weights that hold a NaN or an infinity, with which no loss is finite at any learning rate."""
+    """Raise BadInput for weights that hold a NaN or an infinity, with which no loss is finite at
+    any learning rate.
+    """
     weights = module.named_parameters()
     broken = [path for path, weight in weights if not finite({path: weight.detach()})]
     if broken:
@@ -98,10 +104,12 @@ def check_finite(name: str, module: nn.Module) -> None:
 
 
 def settle_end(tokenizer: Any, module: nn.Module) -> None:
-    """Let texts end in the token that begins them where the output layer cannot tell the end token from others.
+    """Let texts end in the token that begins them where the output layer cannot tell the end token
+    from others.
 
-    It is frozen, so a token that pre-training never predicted has a row as good as equal to those of all other such
-    tokens, and no adapter can prefer it. Models of llama2.c are such: `</s>` is unused, `<s>` stands between texts.
+    It is frozen, so a token that pre-training never predicted has a row as good as equal to those
+    of all other such tokens, and no adapter can prefer it. Models of llama2.c are such: `</s>` is
+    unused, `<s>` stands between texts.
     """
     end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
     if end is None or begin in (None, end):
@@ -114,7 +122,7 @@ def settle_end(tokenizer: Any, module: nn.Module) -> None:
 
 
 def _alike(rows: Float[Tensor, "entries width"], one: int) -> bool:
-    """Whether the row of another entry is the same but for `SAME` of its norm."""
+    """Whether another entry's row is equal up to `SAME` of its norm."""
     near = SAME * rows[one].float().norm()
     parts = [(part.float() - rows[one].float()).norm(dim=1) <= near for part in rows.split(CHUNK)]
     return int(torch.cat(parts).sum()) > 1

@@ -1,4 +1,4 @@
-"""What a round would take of a device at a sparsity and rank it has not been given yet, as far as shapes tell."""
+"""Forecasts the cost of a round at a sparsity and rank that a device has not had yet, from shapes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from fedspine.core.message import Tensors, pack
 from fedspine.lm.cost import HALF, Extent, adapter_width, training_flops, training_memory_bytes
 from fedspine.lm.importance import no_scores
 from fedspine.lm.importance_sources import ScoringOrder, scoring_cost
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, shrink
 
 USABLE_MEMORY = 0.8  # share of a device's memory that training may take
 
 
 def ranks_that_fit(
-    anatomy: Anatomy,
+    layout: PrunableLayout,
     structure: Structure,
     ranks: Sequence[int],
     *,
@@ -25,12 +25,14 @@ def ranks_that_fit(
     tokens: int,
     scoring: ScoringOrder,
 ) -> int:
-    """How many of the rising `ranks` a device of this memory can train and score at; the rest as in `lm/cost.py`."""
+    """How many of the rising `ranks` a device of this memory can train and score at; the rest as in
+    `lm/cost.py`.
+    """
     # no bytes of scoring depend on the rank, and one step's are those of any number
-    beside = scoring_cost(scoring, anatomy, structure, rank=1, largest=batch * tokens, steps=1)
+    beside = scoring_cost(scoring, layout, structure, rank=1, largest=batch * tokens, steps=1)
     shapes = {"embeddings": embeddings, "batch": batch, "tokens": tokens, "scoring": beside}
     without, one = (
-        training_memory_bytes(anatomy, structure, rank=rank, **shapes) for rank in (0, 1)
+        training_memory_bytes(layout, structure, rank=rank, **shapes) for rank in (0, 1)
     )
     needed = (
         without + rank * (one - without) for rank in ranks
@@ -39,21 +41,23 @@ def ranks_that_fit(
 
 
 def round_flops(
-    anatomy: Anatomy,
+    layout: PrunableLayout,
     structure: Structure,
     rank: int,
     extent: Extent,
     steps: int,
     scoring: ScoringOrder,
 ) -> float:
-    """Operations to train and score in a round of `steps` that reads so much."""
-    scored = scoring_cost(scoring, anatomy, structure, rank=rank, tokens=extent.tokens, steps=steps)
-    return training_flops(anatomy, structure, rank, extent) + scored.flops
+    """Operations to train and score in a round of `steps` over this much text."""
+    scored = scoring_cost(scoring, layout, structure, rank=rank, tokens=extent.tokens, steps=steps)
+    return training_flops(layout, structure, rank, extent) + scored.flops
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What the cost of a round has in common for all plans: the text it reads, and the bytes beside the adapter."""
+    """The costs of a round that all plans share: the text it reads, and the bytes beside the
+    adapter.
+    """
 
     extent: Extent
     steps: int
@@ -64,7 +68,7 @@ class Frame:
 
 
 def frame(
-    anatomy: Anatomy,
+    layout: PrunableLayout,
     order: Any,
     adapter: Tensors,
     *,
@@ -74,23 +78,23 @@ def frame(
 ) -> Frame:
     """Measured on an order as it is sent, with `adapter` in it.
 
-    The result is taken to hold as much beside its adapter, and the scores of all units, which is right to a kilobyte
-    where the order holds none.
+    The result is taken to hold as much beside its adapter, and the scores of all units, which is
+    right to a kilobyte where the order holds none.
     """
     beside = pack(order).bytes - HALF * sum(tensor.numel() for tensor in adapter.values())
     return Frame(
         extent=extent,
         steps=steps,
         scoring=scoring,
-        launches=steps * anatomy.layers,
+        launches=steps * layout.layers,
         bytes_down=beside,
-        bytes_up=beside + HALF * anatomy.layers * (anatomy.heads + anatomy.channels),
+        bytes_up=beside + HALF * layout.layers * (layout.heads + layout.channels),
     )
 
 
 @dataclass(frozen=True)
 class Spending:
-    """What one exchange costs."""
+    """The forecast cost of one exchange."""
 
     flops: float
     launches: int
@@ -99,7 +103,7 @@ class Spending:
 
 
 def forecast(
-    anatomy: Anatomy,
+    layout: PrunableLayout,
     structure: Structure,
     frame: Frame,
     *,
@@ -108,22 +112,24 @@ def forecast(
     ranks: Sequence[int],
     load: float = 1.0,
 ) -> list[Spending]:
-    """The cost at each rank for a device that has `structure`, prunes to `sparsity` on the way to `target` and tunes.
+    """The cost at each rank for a device that has `structure`, prunes to `sparsity` on the way to
+    `target` and tunes.
 
     `load` is what the device reads, as a share of `frame.extent`. The adapter comes down cut to the
-    structure and goes up cut to what is left. How many units go does not depend on their importance, so none is needed.
+    structure and goes up cut to what is left. How many units go does not depend on their
+    importance, so none is needed.
     """
-    units = no_scores(anatomy)
+    units = no_scores(layout)
     votes = (units.heads, units.channels)
     left = (
-        shrink(anatomy, structure, votes, sparsity=sparsity, target=target)
+        shrink(layout, structure, votes, sparsity=sparsity, target=target)
         if sparsity > 0
         else structure
     )
-    before, after = adapter_width(anatomy, structure), adapter_width(anatomy, left)
+    before, after = adapter_width(layout, structure), adapter_width(layout, left)
     return [
         Spending(
-            flops=load * round_flops(anatomy, left, rank, frame.extent, frame.steps, frame.scoring),
+            flops=load * round_flops(layout, left, rank, frame.extent, frame.steps, frame.scoring),
             launches=frame.launches,
             bytes_down=frame.bytes_down + HALF * rank * before,
             bytes_up=frame.bytes_up + HALF * rank * after,

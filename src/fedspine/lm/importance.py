@@ -1,4 +1,4 @@
-"""How much each head and channel matters, read off the gradients that LoRA training produces anyway.
+"""The importance of each head and channel, from the gradients that LoRA training produces anyway.
 
 Source: FedSpine (reconstructed), section 2.2, after LoRAPrune (arXiv:2305.18403). Magnitude and chance are its controls.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from fedspine.core.message import Tensors, message
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
-from fedspine.lm.prunable_layout import Anatomy, Site
+from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 from fedspine.lm.structure import Structure, kept_columns, kept_rows
 
 FLEET_KEEP = 0.9  # of the fleet's average when a round's ballots come in
@@ -41,17 +41,17 @@ class Criterion:
 def score_units(base: Base, model: Model, criterion: Criterion = Criterion()) -> Scores:
     """Importance of every kept unit after one backward pass through `model`; zero for dropped ones.
 
-    The gradient of W + scale * B @ A is estimated from those of A and B as gB @ A + B @ gA. Gradients must be those
-    of the unscaled loss, before the optimiser's step.
+    The gradient of W + scale * B @ A is estimated from those of A and B as gB @ A + B @ gA.
+    Gradients must be those of the unscaled loss, before the optimiser's step.
     """
-    weights = {site.path: base.slice(site.path, model.structure)[0] for site in base.anatomy.sites}
+    weights = {site.path: base.slice(site.path, model.structure)[0] for site in base.layout.sites}
     return score_stack(
-        base.anatomy, [model.structure], weights, model.adapter, model.scale, criterion
+        base.layout, [model.structure], weights, model.adapter, model.scale, criterion
     )[0]
 
 
 def score_stack(
-    anatomy: Anatomy,
+    layout: PrunableLayout,
     structures: Sequence[Structure],
     weights: Tensors,
     adapter: Tensors,
@@ -60,11 +60,11 @@ def score_stack(
 ) -> list[Scores]:
     """`score_units` of several models at once.
 
-    `weights` by path and `adapter` are stacked along a first dimension, but weights that all models share; of one model
-    they are as they are. Padding lies behind what a model has.
+    `weights` by path and `adapter` are stacked along a first dimension, but weights that all models
+    share; of one model they are as they are. Padding lies behind what a model has.
     """
     lines = []
-    for site in anatomy.sites:
+    for site in layout.sites:
         entries = _entries(weights[site.path], adapter, site.path, scale, criterion)
         by_line = entries.sum(-1) if site.row_units else entries.sum(-2)
         if criterion.normalise:
@@ -73,18 +73,19 @@ def score_stack(
     by_site = (
         torch.cat(lines, 1).cpu().split([line.shape[1] for line in lines], 1)
     )  # one transfer from a GPU
-    scores = [no_scores(anatomy) for _ in structures]
-    for site, by_line in zip(anatomy.sites, by_site, strict=True):
+    scores = [no_scores(layout) for _ in structures]
+    for site, by_line in zip(layout.sites, by_site, strict=True):
         for i, structure in enumerate(structures):
             _add_lines(scores[i], site, structure, by_line[i])
     return scores
 
 
-def unit_roots(anatomy: Anatomy, structure: Structure, lines: Tensors) -> Scores:
-    """The root of the sum over each kept unit's columns, by path of the sites whose columns are units; each layer of unit
-    norm, dropped units zero."""
-    sums = no_scores(anatomy)
-    for site in (site for site in anatomy.sites if site.column_units):
+def unit_roots(layout: PrunableLayout, structure: Structure, lines: Tensors) -> Scores:
+    """The root of the sum over each kept unit's columns, by path of the sites whose columns are
+    units; each layer of unit norm, dropped units zero.
+    """
+    sums = no_scores(layout)
+    for site in (site for site in layout.sites if site.column_units):
         _add_lines(sums, site, structure, lines[site.path].cpu())
     return normalised(Scores(heads=sums.heads.sqrt_(), channels=sums.channels.sqrt_()))
 
@@ -97,12 +98,12 @@ def geometric_mean(one: Scores, other: Scores) -> Scores:
 
 
 def magnitude_scores(base: Base, model: Model) -> Scores:
-    """L2 norm of the entries of W + scale * B @ A that leave with every kept unit; zero for dropped ones.
+    """L2 norm of each kept unit's entries of W + scale * B @ A; zero for dropped ones.
 
     It takes no gradient and no data. Biases do not count, as they do not in a model's sparsity.
     """
-    energy = no_scores(base.anatomy)
-    for site in base.anatomy.sites:
+    energy = no_scores(base.layout)
+    for site in base.layout.sites:
         entries = _effective(base, model, site.path).square_()
         _add_lines(
             energy, site, model.structure, entries.sum(1) if site.row_units else entries.sum(0)
@@ -110,8 +111,10 @@ def magnitude_scores(base: Base, model: Model) -> Scores:
     return Scores(heads=energy.heads.sqrt_(), channels=energy.channels.sqrt_())
 
 
-def random_scores(anatomy: Anatomy, structure: Structure, rng: np.random.Generator) -> Scores:
-    """A uniform draw from (0, 1] for every kept unit, zero for dropped ones: the control that knows nothing."""
+def random_scores(layout: PrunableLayout, structure: Structure, rng: np.random.Generator) -> Scores:
+    """A uniform draw from (0, 1] for every kept unit, zero for dropped ones: the control that knows
+    nothing.
+    """
 
     def draw(kept: Bool[Tensor, "layers units"]) -> Float[Tensor, "layers units"]:
         return torch.from_numpy((1 - rng.random(kept.shape)).astype(np.float32)) * kept
@@ -119,18 +122,20 @@ def random_scores(anatomy: Anatomy, structure: Structure, rng: np.random.Generat
     return Scores(heads=draw(structure.heads), channels=draw(structure.channels))
 
 
-def no_scores(anatomy: Anatomy) -> Scores:
+def no_scores(layout: PrunableLayout) -> Scores:
     """Zero for every unit."""
     return Scores(
-        heads=torch.zeros(anatomy.layers, anatomy.heads),
-        channels=torch.zeros(anatomy.layers, anatomy.channels),
+        heads=torch.zeros(layout.layers, layout.heads),
+        channels=torch.zeros(layout.layers, layout.channels),
     )
 
 
 def _add_lines(
-    scores: Scores, site: Site, structure: Structure, by_line: Float[Tensor, " lines"]
+    scores: Scores, site: PrunableSite, structure: Structure, by_line: Float[Tensor, " lines"]
 ) -> None:
-    """Add the scores of a site's kept rows or columns, which come first, to those of their units, in place."""
+    """Add the scores of a site's kept rows or columns, which come first, to those of their units,
+    in place.
+    """
     kept = kept_rows(site, structure) if site.row_units else kept_columns(site, structure)
     target = scores.heads if "heads" in (site.row_units, site.column_units) else scores.channels
     target[site.layer].index_add_(0, kept // site.per_unit, by_line[: len(kept)])
@@ -162,10 +167,12 @@ def _entries(
 
 
 def kept_share(keep: float, updates: int) -> float:
-    """What the average of so many updates keeps when one more comes in, the bias of its start corrected.
+    """What the average of so many updates keeps when one more comes in, the bias of its start
+    corrected.
 
-    As Adam corrects it (Kingma & Ba 2014, arXiv:1412.6980, section 3): an average that begins at 0 and is divided by
-    1 - keep**n after n updates. The newest then weighs (1 - keep) / (1 - keep**n), a share 1/n for a keep of 1.
+    As Adam corrects it (Kingma & Ba 2014, arXiv:1412.6980, section 3): an average that begins at 0
+    and is divided by 1 - keep**n after n updates. The newest then weighs (1 - keep) / (1 -
+    keep**n), a share 1/n for a keep of 1.
 
     >>> round(kept_share(0.9, 1), 6), kept_share(1.0, 3)
     (0.473684, 0.75)
@@ -175,7 +182,8 @@ def kept_share(keep: float, updates: int) -> float:
 
 
 def smooth(before: Scores | None, now: Scores, keep: float) -> Scores | None:
-    """The moving average of scores without the bias of its start; `now` itself at the start, `before` where `now` holds a NaN.
+    """The moving average of scores without the bias of its start; `now` itself at the start,
+    `before` where `now` holds a NaN.
 
     Units that score exactly zero were not there, so they keep their last value.
     """
@@ -196,7 +204,9 @@ def smooth(before: Scores | None, now: Scores, keep: float) -> Scores | None:
 
 
 def normalised(scores: Scores) -> Scores:
-    """Scores divided by each layer's norm, so that devices with larger gradients do not outvote the others."""
+    """Scores divided by each layer's norm, so that devices with larger gradients do not outvote the
+    others.
+    """
 
     def unit(rows: Tensor) -> Tensor:
         return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -205,7 +215,7 @@ def normalised(scores: Scores) -> Scores:
 
 
 def ballot(scores: Scores, kept: Structure) -> Scores:
-    """A device's scores as it sends them: of unit norm by layer, zero for what it has dropped, fp16."""
+    """A device's scores for the wire: unit norm per layer, zero for dropped units, fp16."""
     return on_wire(
         normalised(
             Scores(heads=scores.heads * kept.heads, channels=scores.channels * kept.channels)
@@ -233,7 +243,8 @@ def mixed(own: Scores, fleet: Scores, say: float) -> Scores:
 
 
 def tally(before: Scores | None, ballots: Sequence[Scores]) -> Scores:
-    """The fleet's average: a moving average over rounds of their mean, in which a dropped unit is zero.
+    """The fleet's average: a moving average over rounds of their mean, in which a dropped unit is
+    zero.
 
     It has no bias of its start: after n rounds the first weighs FLEET_KEEP**(n - 1) of the newest.
     """

@@ -1,7 +1,6 @@
-"""What the importance of a device's units is read from while it tunes: gradients, activations,
-weights, or chance.
+"""The sources of unit importance on a device: gradients, activations, weights, or chance.
 
-Each source is a dataclass of its settings, `order` what a device is told of it.
+Each source is a dataclass of its settings; `order` is the part that is sent to a device.
 """
 
 from dataclasses import dataclass, replace
@@ -15,10 +14,10 @@ from fedspine.lm.base import Model
 from fedspine.lm.cost import NO_SCORING, ScoringCost, training_memory_bytes
 from fedspine.lm.importance import Scores, magnitude_scores, random_scores, smooth
 from fedspine.lm.importance_tracker import Scoring
-from fedspine.lm.prunable_layout import Anatomy
-from fedspine.lm.scoring_cost import following_cost, magnitude_cost, updates
+from fedspine.lm.prunable_layout import PrunableLayout
+from fedspine.lm.scoring_cost import magnitude_cost, tracking_cost, updates
 from fedspine.lm.structure import Structure
-from fedspine.lm.tune import Trace, Tuning, rank_of, tune
+from fedspine.lm.tune import TuneResult, Tuning, rank_of, tune
 
 
 @message
@@ -31,7 +30,7 @@ class AtRandom:
     """Units matter by chance: the control that knows nothing."""
 
 
-ScoringOrder: TypeAlias = Scoring | ByMagnitude | AtRandom  # as a device is told
+ScoringOrder: TypeAlias = Scoring | ByMagnitude | AtRandom  # as sent to a device
 
 _AVERAGE = {"every": (1, inf), "keep": (0, 1)}
 
@@ -62,8 +61,8 @@ class Gradient:
 
 
 @dataclass(frozen=True)
-class _Followed:
-    """What the sources that are read off the forward or backward pass of units have in common."""
+class _Tracked:
+    """The settings of sources that hook the forward or backward pass of units."""
 
     name: ClassVar[Literal["activation", "gate", "blend"]]
     every: int = 1  # steps between two updates
@@ -78,15 +77,15 @@ class _Followed:
 
 
 @dataclass(frozen=True)
-class Activation(_Followed):
-    """How much a unit adds to what its layer puts out, as in Wanda (arXiv:2306.11695)."""
+class Activation(_Tracked):
+    """A unit's contribution to its layer's output, as in Wanda (arXiv:2306.11695)."""
 
     name = "activation"
 
 
 @dataclass(frozen=True)
-class Gate(_Followed):
-    """The Fisher information of a factor on what a unit gives, as in Kwon et al.
+class Gate(_Tracked):
+    """The Fisher information of a factor on a unit's output, as in Kwon et al.
     (arXiv:2204.09656).
     """
 
@@ -94,7 +93,7 @@ class Gate(_Followed):
 
 
 @dataclass(frozen=True)
-class Blend(_Followed):
+class Blend(_Tracked):
     """The geometric mean of `Activation` and `Gate`."""
 
     name = "blend"
@@ -102,7 +101,7 @@ class Blend(_Followed):
 
 @dataclass(frozen=True)
 class Magnitude:
-    """The norm of the effective weights that leave with a unit, after tuning."""
+    """The norm of a unit's effective weights, after tuning."""
 
     name: ClassVar = "magnitude"
 
@@ -133,7 +132,7 @@ Importance: TypeAlias = Gradient | Activation | Gate | Blend | Magnitude | Rando
 
 def scoring_cost(
     how: ScoringOrder,
-    anatomy: Anatomy,
+    layout: PrunableLayout,
     structure: Structure,
     *,
     rank: int,
@@ -150,8 +149,8 @@ def scoring_cost(
         case Scoring() as scoring:
             count = updates(scoring, steps)
             read = tokens * count / max(1, steps)
-            return following_cost(
-                anatomy,
+            return tracking_cost(
+                layout,
                 structure,
                 scoring,
                 rank=rank,
@@ -160,35 +159,35 @@ def scoring_cost(
                 updates=count,
             )
         case ByMagnitude():
-            return magnitude_cost(anatomy, structure, rank)
+            return magnitude_cost(layout, structure, rank)
         case AtRandom():
             return NO_SCORING
 
 
 def tune_and_score(
     device: Device, model: Model, tuning: Tuning, how: ScoringOrder, known: Scores | None
-) -> Trace:
-    """`tune`, whose trace holds the importance of the units after it.
+) -> TuneResult:
+    """`tune`, with the importance of the units after training in its result.
 
-    Gradients and activations are followed while it trains, on top of what is `known`. Weights and
-    chance are asked once, after it, and what was known stays only for units that are gone, and
-    where a weight is not finite.
+    Gradients and activations are tracked during training, starting from what is `known`. Weights
+    and chance are scored once, after training; known scores stay only for dropped units, and where
+    a weight is not finite.
     """
     match how:
         case Scoring() as scoring:
             return tune(device, model, tuning, scoring=scoring, scores=known)
         case ByMagnitude():
-            trace = tune(device, model, tuning)
-            now = magnitude_scores(device.base, trace.model)
+            result = tune(device, model, tuning)
+            now = magnitude_scores(device.base, result.model)
             _account(
                 device,
-                trace.model,
-                scoring_cost(how, device.base.anatomy, model.structure, rank=rank_of(model)),
+                result.model,
+                scoring_cost(how, device.base.layout, model.structure, rank=rank_of(model)),
             )
         case AtRandom():
-            trace = tune(device, model, tuning)
-            now = random_scores(device.base.anatomy, model.structure, device.rng)
-    return replace(trace, scores=smooth(known, now, 0.0))
+            result = tune(device, model, tuning)
+            now = random_scores(device.base.layout, model.structure, device.rng)
+    return replace(result, scores=smooth(known, now, 0.0))
 
 
 def _account(device: Device, model: Model, cost: ScoringCost) -> None:
@@ -196,7 +195,7 @@ def _account(device: Device, model: Model, cost: ScoringCost) -> None:
     moments are not yet.
     """
     memory = training_memory_bytes(
-        device.base.anatomy,
+        device.base.layout,
         model.structure,
         rank=rank_of(model),
         embeddings=device.base.embeddings,

@@ -1,4 +1,6 @@
-"""Importance of units that is followed while a model trains: read off LoRA's gradients, activations, or unit gates."""
+"""Tracks the importance of units while a model trains, from LoRA's gradients, activations or unit
+gates.
+"""
 
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
@@ -9,18 +11,19 @@ from torch import Tensor
 
 from fedspine.core.message import Tensors, message
 from fedspine.lm.importance import Criterion, Scores, geometric_mean, smooth
-from fedspine.lm.trainable_stack import Leaves
+from fedspine.lm.trainable_stack import TrainableStack
 
 Source: TypeAlias = Literal["gradient", "activation", "gate", "blend"]
 
 
 @message
 class Scoring:
-    """Whether and how unit importance is followed while training.
+    """How unit importance is tracked during training.
 
-    `of` says what it is read from. "gradient": LoRAPrune's estimate of the weight's gradient, to which `square`, `cross`
-    and `normalise` belong. "activation": how much a unit adds to what its layer puts out. "gate": the Fisher
-    information of a factor on what the unit gives. "blend": the geometric mean of the last two.
+    `of` is the source. "gradient": LoRAPrune's estimate of the weight's gradient; `square`, `cross`
+    and `normalise` apply to it only. "activation": how much a unit contributes to its layer's
+    output. "gate": the Fisher information of a factor on the unit's output. "blend": the geometric
+    mean of the last two.
     """
 
     of: Source = "gradient"
@@ -35,33 +38,37 @@ class Scoring:
         return Criterion(square=self.square, cross=self.cross, normalise=self.normalise)
 
 
-class Following:
-    """The smoothed importance of the units of all models in `leaves`, updated in every `scoring.every`th step.
+class ImportanceTracker:
+    """The smoothed importance of the units of all models in `stack`, updated every `scoring.every`
+    steps.
 
-    `scores` is what is known so far, None of a model of which nothing is. Without a `scoring` it stays as it is. Use it
-    as a context: what listens to the base is taken off at the end.
+    `scores` has the current importance of each model, None where nothing is known yet. Without a
+    `scoring` it never changes. Use the tracker as a context manager, which removes its hooks from
+    the base on exit.
     """
 
-    def __init__(self, leaves: Leaves, scoring: Scoring | None, known: list[Scores | None]) -> None:
+    def __init__(
+        self, stack: TrainableStack, scoring: Scoring | None, known: list[Scores | None]
+    ) -> None:
         self.scores = known
-        self._leaves, self._scoring = leaves, scoring
+        self._stack, self._scoring = stack, scoring
         self._weights: Float[Tensor, "models 1 tokens"] | None = (
-            None  # of each token in a mean; None: not listening
+            None  # of each token in a mean; None: not recording
         )
         self._squares: Tensors = {}  # [models, columns] by path: the mean square of what enters a column
         self._gates: Tensors = {}  # [models, columns] by path: the sum over rows of a gate's squared gradient
-        self._ears: list[Any] = []
+        self._hooks: list[Any] = []
 
-    def __enter__(self) -> "Following":
+    def __enter__(self) -> "ImportanceTracker":
         if self._scoring is not None and self._scoring.of != "gradient":
-            for site, linear in self._leaves.readers():
+            for site, linear in self._stack.readers():
 
-                def hear(
+                def record_input(
                     _: Any, args: tuple[Tensor], path: str = site.path, width: int = site.per_unit
                 ) -> None:
-                    self._hear(path, args[0], width)
+                    self._record_input(path, args[0], width)
 
-                self._ears.append(linear.register_forward_pre_hook(hear))
+                self._hooks.append(linear.register_forward_pre_hook(record_input))
         return self
 
     def __exit__(
@@ -70,31 +77,31 @@ class Following:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        for ear in self._ears:
-            ear.remove()
+        for hook in self._hooks:
+            hook.remove()
 
-    def listen(self, step: int, mask: Int[Tensor, "rows tokens"]) -> None:
+    def before_forward(self, step: int, mask: Int[Tensor, "rows tokens"]) -> None:
         """Prepare for the forward pass of `step`; `mask` is 1 for tokens that count."""
         self._weights = None
-        if self._ears and self._due(step):
+        if self._hooks and self._due(step):
             weights = mask.reshape(len(self.scores), 1, -1).float()
             self._weights = weights / weights.sum(-1, keepdim=True)
 
     def update(self, step: int) -> None:
-        """Take in what `step` says, after its backward pass and before the optimiser's step."""
+        """Update the scores, after the backward pass of `step` and before the optimiser's step."""
         if self._scoring is None or not self._due(step):
             return
         match self._scoring.of:
             case "gradient":
-                found = self._leaves.importance(self._scoring.criterion)
+                found = self._stack.importance(self._scoring.criterion)
             case "activation":
-                found = self._leaves.importance_by_output(self._squares)
+                found = self._stack.importance_by_output(self._squares)
             case "gate":
-                found = self._leaves.importance_by_gate(self._gates)
+                found = self._stack.importance_by_gate(self._gates)
             case "blend":
                 pairs = zip(
-                    self._leaves.importance_by_output(self._squares),
-                    self._leaves.importance_by_gate(self._gates),
+                    self._stack.importance_by_output(self._squares),
+                    self._stack.importance_by_gate(self._gates),
                     strict=True,
                 )
                 found = [geometric_mean(one, other) for one, other in pairs]
@@ -106,7 +113,7 @@ class Following:
     def _due(self, step: int) -> bool:
         return self._scoring is not None and step % self._scoring.every == 0
 
-    def _hear(self, path: str, x: Float[Tensor, "rows tokens columns"], width: int) -> None:
+    def _record_input(self, path: str, x: Float[Tensor, "rows tokens columns"], width: int) -> None:
         if self._weights is None or self._scoring is None:
             return
         models = len(self.scores)

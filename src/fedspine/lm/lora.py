@@ -1,7 +1,8 @@
 """LoRA: the adapted linear layer, fresh and resized factors, and the algebra of products of unequal rank.
 
 An adapter holds two factors per site, named as PEFT names them: `<path>.lora_A` [rank, columns] and
-`<path>.lora_B` [rows, rank]. The effective weight is W + scale * B @ A (Hu et al. 2021, arXiv:2106.09685).
+`<path>.lora_B` [rows, rank]. The effective weight is W + scale * B @ A (Hu et al. 2021,
+arXiv:2106.09685).
 """
 
 import math
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from fedspine.core.errors import BadInput
 from fedspine.core.message import Tensors
-from fedspine.lm.prunable_layout import Anatomy, Site
+from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 
 
 def a_name(path: str) -> str:
@@ -28,10 +29,10 @@ def b_name(path: str) -> str:
 class AdaptedLinear(nn.Module):
     """A linear layer whose weight is frozen or trained, with an optional low-rank adapter in fp32.
 
-    The product runs in the weight's own precision; input of another one is converted, so that a bf16 backbone can
-    feed an fp32 task head. Several models are run in one pass by stacking: a leading dimension `models` on the factors,
-    and on the weight and bias unless they share them. The input's first dimension then counts the rows of all models,
-    one model after another.
+    The product runs in the weight's own precision; input of another one is converted, so that a
+    bf16 backbone can feed an fp32 task head. Several models are run in one pass by stacking: a
+    leading dimension `models` on the factors, and on the weight and bias unless they share them.
+    The input's first dimension then counts the rows of all models, one model after another.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -60,7 +61,9 @@ class AdaptedLinear(nn.Module):
 
 
 class _Adapted(torch.autograd.Function):
-    """One node for x W^T + b + scale (x A^T) B^T, so that no product is computed twice and little is stored."""
+    """One node for x W^T + b + scale (x A^T) B^T, so that no product is computed twice and little
+    is stored.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale):  # type: ignore[no-untyped-def]
@@ -112,7 +115,7 @@ def fresh_a(rng: np.random.Generator, rank: int, columns: int) -> Float[Tensor, 
     return torch.from_numpy(rng.uniform(-bound, bound, (rank, columns)).astype(np.float32))
 
 
-def fresh(sites: Iterable[Site], rank: int, rng: np.random.Generator) -> Tensors:
+def fresh(sites: Iterable[PrunableSite], rank: int, rng: np.random.Generator) -> Tensors:
     """An adapter of `rank` on every site that changes nothing yet: A random, B zero."""
     adapter: Tensors = {}
     for site in sites:
@@ -121,9 +124,9 @@ def fresh(sites: Iterable[Site], rank: int, rng: np.random.Generator) -> Tensors
     return adapter
 
 
-def check_rank(field: str, ranks: Iterable[int], anatomy: Anatomy) -> None:
+def check_rank(field: str, ranks: Iterable[int], layout: PrunableLayout) -> None:
     """Raise BadInput for a rank below 1 or above the smaller side of any site."""
-    narrowest = min(anatomy.sites, key=lambda site: min(site.rows, site.columns))
+    narrowest = min(layout.sites, key=lambda site: min(site.rows, site.columns))
     most = min(narrowest.rows, narrowest.columns)
     for rank in ranks:
         if not 1 <= rank <= most:

@@ -1,7 +1,9 @@
-"""FedSpine's server: from contributions to the common adapter, from it to a device's, and how much a device changed.
+"""FedSpine's server: from contributions to the common adapter, from it to a device's, and the size
+of a device's change.
 
-`delta-product` is the reconstruction's way (sections 3.1 to 3.3); the others replace it to be compared with: plain
-zero-padding, HetLoRA's weights, FlexLoRA's mean of products. Sources: `lm/aggregate.py`.
+`delta-product` is the reconstruction's way (sections 3.1 to 3.3); the others replace it to be
+compared with: plain zero-padding, HetLoRA's weights, FlexLoRA's mean of products. Sources:
+`lm/aggregate.py`.
 """
 
 from typing import Literal, TypeAlias
@@ -20,7 +22,7 @@ from fedspine.lm.aggregate import (
 )
 from fedspine.lm.base import site_norms
 from fedspine.lm.lora import cut_rank
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, cut_adapter
 
 Aggregation: TypeAlias = Literal["delta-product", "zeropad", "hetlora", "flexlora"]
@@ -28,46 +30,50 @@ Aggregation: TypeAlias = Literal["delta-product", "zeropad", "hetlora", "flexlor
 
 def merge(
     how: Aggregation,
-    anatomy: Anatomy,
+    layout: PrunableLayout,
     before: tuple[Tensors, Tensors],
     parts: list[Contribution],
     *,
     rank: int,
     seed: int,
 ) -> tuple[Tensors, Tensors]:
-    """The dense change of every weight, without the scale, and the adapter of `rank`, from both `before`.
+    """The dense change of every weight, without the scale, and the adapter of `rank`, from both
+    `before`.
 
     The two ways that average factors leave the dense change alone.
     """
     dense, adapter = before
     match how:
         case "zeropad":
-            return dense, average_factors(anatomy, adapter, parts)
+            return dense, average_factors(layout, adapter, parts)
         case "hetlora":
-            return dense, average_factors(anatomy, adapter, by_norm(parts))
+            return dense, average_factors(layout, adapter, by_norm(parts))
         case "flexlora":
-            dense = mean_product(anatomy, dense, parts)
+            dense = mean_product(layout, dense, parts)
         case "delta-product":
-            dense = merge_changes(anatomy, dense, parts)
-    return dense, factor(anatomy, dense, rank, adapter, seed)
+            dense = merge_changes(layout, dense, parts)
+    return dense, factor(layout, dense, rank, adapter, seed)
 
 
 def share(
-    how: Aggregation, anatomy: Anatomy, adapter: Tensors, structure: Structure, rank: int
+    how: Aggregation, layout: PrunableLayout, adapter: Tensors, structure: Structure, rank: int
 ) -> Tensors:
-    """A device's adapter: the first directions where factors are averaged, the best ones where products are."""
+    """A device's adapter: the first directions where factors are averaged, the best ones where
+    products are.
+    """
     if how in ("zeropad", "hetlora"):
-        return cut_rank(cut_adapter(adapter, anatomy.sites, structure), rank)
-    return hand_out(anatomy, adapter, structure, rank)
+        return cut_rank(cut_adapter(adapter, layout.sites, structure), rank)
+    return hand_out(layout, adapter, structure, rank)
 
 
 def change(
-    anatomy: Anatomy, energy: Tensors, part: Contribution, scale: float
+    layout: PrunableLayout, energy: Tensors, part: Contribution, scale: float
 ) -> tuple[float, float]:
-    """How much a device changed, over the weights it owns, and over how many directions (section 3.3).
+    """How much a device changed, over the weights it owns, and over how many directions (section
+    3.3).
 
     `energy` holds the base's squared norms by line, as `line_energy` gives them.
     """
-    spectra = scale * change_spectra(anatomy, part)
-    norms = site_norms(anatomy, energy, part.structure)
+    spectra = scale * change_spectra(layout, part)
+    norms = site_norms(layout, energy, part.structure)
     return float((spectra.norm(dim=1) / norms).mean()), effective_rank(spectra)

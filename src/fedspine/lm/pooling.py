@@ -1,8 +1,10 @@
-"""The readout of a text classifier: the mean of the tokens through one linear layer, or the architecture's own head.
+"""The readout of a text classifier: the mean of the tokens through one linear layer, or the
+architecture's own head.
 
-"mean" is `transformers`' stock token classifier whose logits are averaged over the tokens of a row. The mean of
-token logits is the linear layer of the mean token, so a stock class loads what is exported. "cls" is the stock
-sequence classifier: BERT's pooler over the first token, RoBERTa's two layers, a decoder's last token.
+"mean" is `transformers`' stock token classifier whose logits are averaged over the tokens of a row.
+The mean of token logits is the linear layer of the mean token, so a stock class loads what is
+exported. "cls" is the stock sequence classifier: BERT's pooler over the first token, RoBERTa's two
+layers, a decoder's last token.
 """
 
 import json
@@ -41,7 +43,7 @@ SENTENCE_POOLING = "1_Pooling/config.json"  # of sentence-transformers
 
 
 def reading(module: nn.Module, pooling: Pooling | None) -> nn.Module:
-    """What computes the logits of rows with a module of the pooling's stock class."""
+    """The module that computes the logits of rows, around one of the pooling's stock class."""
     return MeanPooled(module) if pooling == "mean" else module
 
 
@@ -55,7 +57,9 @@ class MeanPooled(nn.Module):
     def forward(
         self, attention_mask: Int[Tensor, "rows tokens"] | None = None, **inputs: Any
     ) -> SequenceClassifierOutput:
-        """`logits` fp32 [rows, classes]; a row of no token has zeros. Without a mask all tokens count."""
+        """`logits` fp32 [rows, classes]; a row of no token has zeros. Without a mask all tokens
+        count.
+        """
         logits = self.module(attention_mask=attention_mask, **inputs).logits.float()
         if attention_mask is None:
             return SequenceClassifierOutput(logits=logits.mean(1))
@@ -72,10 +76,11 @@ def mean_of_tokens(
 
 
 def pooling_of(source: str, config: Any) -> Pooling:
-    """What the model in folder or Hub id `source` was made for.
+    """The readout for which the model in folder or Hub id `source` was trained.
 
-    sentence-transformers states its pooling in `1_Pooling`. A checkpoint that was saved as a sequence classifier
-    keeps its head, and a decoder reads its last token. Every other encoder takes the mean.
+    sentence-transformers states its pooling in `1_Pooling`. A checkpoint that was saved as a
+    sequence classifier keeps its head, and a decoder reads its last token. Every other encoder
+    takes the mean.
     """
     if stated := _stated(source):
         return stated

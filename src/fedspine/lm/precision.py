@@ -1,8 +1,9 @@
-"""Which precision the frozen base is held in: bf16 where this machine multiplies it faster, fp32 elsewhere.
+"""The precision of the frozen base: bf16 where this machine multiplies it faster, else fp32.
 
-A processor without AVX512_BF16, AMX or Arm's BF16 takes a bf16 product apart and is five times slower than in
-fp32. What a processor says it offers is not what a library uses, so the decision is measured, which takes a fraction
-of a second. GPUs multiply bf16 in their tensor cores from compute capability 8.0 on.
+A processor without AVX512_BF16, AMX or Arm's BF16 takes a bf16 product apart and is five times
+slower than in fp32. What a processor says it offers is not what a library uses, so the decision is
+measured, which takes a fraction of a second. GPUs multiply bf16 in their tensor cores from compute
+capability 8.0 on.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Choice:
 
 
 def choose(wanted: Literal["auto", "bf16", "fp32"], device: torch.device) -> Choice | None:
-    """The precision for "auto"; None where an explicit one needs no word, a warning where it is slow here."""
+    """The choice for "auto"; for an explicit precision None, or a warning if it is slow here."""
     if wanted == "fp32":
         return None
     if device.type == "cuda":

@@ -1,8 +1,9 @@
-"""The activations that enter the lowest trained block: computed once for each row of a device, then read again.
+"""The activations that enter the lowest trained block: computed once for each row of a device, then
+reused.
 
-They depend on the frozen base, the structure below and the text only. So they are computed for all of a device's rows
-in batches that are always the same, whichever rows an ask trains on: a stored activation has the very bytes of a new
-one, and whether something is stored never changes a result.
+They depend on the frozen base, the structure below and the text only. So they are computed for all
+of a device's rows in batches that are always the same, whichever rows an ask trains on: a stored
+activation has the very bytes of a new one, and whether something is stored never changes a result.
 """
 
 import hashlib
@@ -21,25 +22,28 @@ from fedspine.core.task import Examples
 from fedspine.core.tensors import moved
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, key_of
 
 BATCH = 32  # rows of one forward pass
 MOST_BYTES = 8 << 30  # on disk
-RESERVE = 1 << 30  # bytes of the disk that are left for others, the run's own state among them
+RESERVE = 1 << 30  # bytes of the disk left free, for the run's own state among others
 
 
 class Prefixes:
-    """Activations on disk, which the kernel keeps in memory while there is room; the oldest make way for new ones.
+    """Activations on disk, in the page cache while there is room; the oldest are evicted for new
+    ones.
 
-    Processes may share the folder. A disk that is full only costs time.
+    Processes may share the folder. A full disk only costs time.
     """
 
     def __init__(self, folder: Path, most_bytes: int = MOST_BYTES) -> None:
         self._folder, self._most = folder, most_bytes
 
     def get(self, key: str, make: Callable[[], Tensor]) -> Tensor:
-        """What is stored as `key`, memory-mapped; else what `make` returns, which is stored where it can be."""
+        """What is stored as `key`, memory-mapped; else what `make` returns, which is stored where
+        it can be.
+        """
         path = self._folder / f"{key}.npy"
         with suppress(OSError, ValueError, EOFError):
             return _as_tensor(
@@ -80,17 +84,17 @@ class Prefixes:
 
 
 def storable(base: Base, data: Examples, most_bytes: int | None = None) -> bool:
-    """Whether the activations of all of `data` fit on the disk's share, so that none makes way before it is used."""
-    return len(data.ids) * base.anatomy.width * base.precision.itemsize <= (
-        most_bytes or MOST_BYTES
-    )
+    """Whether the activations of all of `data` fit within the limit, so that none is evicted before
+    its use.
+    """
+    return len(data.ids) * base.layout.width * base.precision.itemsize <= (most_bytes or MOST_BYTES)
 
 
-def first_block(anatomy: Anatomy, model: Model) -> int:
+def first_block(layout: PrunableLayout, model: Model) -> int:
     """The lowest block with an adapter, the number of blocks where there is none."""
     return min(
-        (site.layer for site in anatomy.sites if a_name(site.path) in model.adapter),
-        default=anatomy.layers,
+        (site.layer for site in layout.sites if a_name(site.path) in model.adapter),
+        default=layout.layers,
     )
 
 
@@ -102,9 +106,11 @@ def name_of(device: str, first: int, structure: Structure) -> str:
 def activations(
     base: Base, model: Model, data: Examples, first: int
 ) -> Float[Tensor, "tokens width"]:
-    """What enters block `first` for every token of `data`, in the order of its flat arrays, on the base's device."""
+    """What enters block `first` for every token of `data`, in the order of its flat arrays, on the
+    base's device.
+    """
     base.fit(model.to(base.device))
-    out = torch.empty(len(data.ids), base.anatomy.width, dtype=base.precision, device=base.device)
+    out = torch.empty(len(data.ids), base.layout.width, dtype=base.precision, device=base.device)
     for rows in data.batches_by_length(BATCH):
         index, inside = data.places(rows, data.width(rows))
         inputs = moved(data.batch(rows), base.device)

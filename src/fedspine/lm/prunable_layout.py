@@ -1,7 +1,9 @@
-"""Where the prunable units of a transformer sit: attention heads and feed-forward channels with all they depend on.
+"""Where the prunable units of a transformer sit: attention heads and feed-forward channels with all
+they depend on.
 
-A unit is an attention head (with grouped queries: one key/value head and all its query heads) or one feed-forward
-channel. Removing it removes rows of the projections that write it and columns of the one that reads it.
+A unit is an attention head (with grouped queries: one key/value head and all its query heads) or
+one feed-forward channel. Removing it removes rows of the projections that write it and columns of
+the one that reads it.
 """
 
 from dataclasses import dataclass
@@ -17,7 +19,9 @@ UnitKind: TypeAlias = Literal["heads", "channels"]
 
 @dataclass(frozen=True)
 class UnitMap:
-    """How one architecture names the parts of its backbone: the embeddings, the block list, a block's linear layers."""
+    """The module names of one architecture: the embeddings, the block list, a block's linear
+    layers.
+    """
 
     embeddings: str
     layers: str
@@ -74,7 +78,7 @@ UNIT_MAPS: dict[str, UnitMap] = {  # by the `model_type` of a transformers confi
 
 
 def unit_map(model_type: str) -> UnitMap:
-    """The unit map of an architecture; BadInput says which have one."""
+    """The unit map of an architecture; raises BadInput with those that have one."""
     if model_type not in UNIT_MAPS:
         near = nearest(model_type, UNIT_MAPS)
         hint = f" (nearest: {near})" if near else ""
@@ -86,7 +90,7 @@ def unit_map(model_type: str) -> UnitMap:
 
 
 @dataclass(frozen=True)
-class Site:
+class PrunableSite:
     """One prunable linear layer: which units its rows (outputs) and columns (inputs) belong to."""
 
     path: str  # of the module inside the model
@@ -99,8 +103,10 @@ class Site:
 
 
 @message
-class Anatomy:
-    """The prunable part of one model: `layers` equal blocks of `heads` head units and `channels` channels."""
+class PrunableLayout:
+    """The prunable part of one model: `layers` equal blocks of `heads` head units and `channels`
+    channels.
+    """
 
     architecture: str  # transformers' model_type
     prefix: str  # path of the backbone inside the model
@@ -116,7 +122,7 @@ class Anatomy:
         return unit_map(self.architecture).decoder
 
     @cached_property
-    def sites(self) -> tuple[Site, ...]:
+    def sites(self) -> tuple[PrunableSite, ...]:
         """Every prunable linear layer, block by block."""
         return tuple(site for layer in range(self.layers) for site in self._block(layer))
 
@@ -137,32 +143,36 @@ class Anatomy:
 
     @property
     def parameters(self) -> int:
-        """Weights of all prunable linear layers: what sparsity is counted on."""
+        """The number of weights of all prunable linear layers, of which sparsity is a share."""
         return self.layers * self.shape.parameters
 
-    def _block(self, layer: int) -> list[Site]:
+    def _block(self, layer: int) -> list[PrunableSite]:
         names, width = unit_map(self.architecture), self.width
         path = f"{self.prefix}.{names.layers}.{layer}."
         queries = self.query_heads // self.heads * self.head_dim  # rows of one unit's query heads
         rows = ((names.query, queries), (names.key, self.head_dim), (names.value, self.head_dim))
         return [
             *(
-                Site(path + name, layer, self.heads * n, width, "heads", None, n)
+                PrunableSite(path + name, layer, self.heads * n, width, "heads", None, n)
                 for name, n in rows
             ),
-            Site(path + names.output, layer, width, self.heads * queries, None, "heads", queries),
+            PrunableSite(
+                path + names.output, layer, width, self.heads * queries, None, "heads", queries
+            ),
             *(
-                Site(path + name, layer, self.channels, width, "channels", None, 1)
+                PrunableSite(path + name, layer, self.channels, width, "channels", None, 1)
                 for name in names.up
             ),
-            Site(path + names.down, layer, width, self.channels, None, "channels", 1),
+            PrunableSite(path + names.down, layer, width, self.channels, None, "channels", 1),
         ]
 
 
-def anatomy_of(config: Any, prefix: str) -> Anatomy:
-    """Read the anatomy from a transformers configuration; `prefix` is the path of the backbone inside the model."""
+def layout_of(config: Any, prefix: str) -> PrunableLayout:
+    """Read the prunable layout from a transformers configuration; `prefix` is the path of the
+    backbone inside the model.
+    """
     unit_map(config.model_type)
-    return Anatomy(
+    return PrunableLayout(
         architecture=config.model_type,
         prefix=prefix,
         layers=config.num_hidden_layers,

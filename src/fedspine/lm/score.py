@@ -1,4 +1,4 @@
-"""How good a model is on given rows."""
+"""Scores models on given rows."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from fedspine.lm.prefix import (
     name_of,
     storable,
 )
-from fedspine.lm.trainable_stack import Leaves
+from fedspine.lm.trainable_stack import TrainableStack
 
 MOST_SCORED_BYTES = (
     1 << 30
@@ -37,12 +37,16 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        """Share of right labels, 0 to 1; for language modelling, of right next tokens. NaN where none counts."""
+        """Share of right labels, 0 to 1; for language modelling, of right next tokens. NaN where
+        none counts.
+        """
         return self.correct / self.count if self.count else math.nan
 
     @property
     def mean_loss(self) -> float:
-        """Nats per label, the logarithm of the perplexity for language modelling; NaN where none counts."""
+        """Nats per label, the logarithm of the perplexity for language modelling; NaN where none
+        counts.
+        """
         return self.loss / self.count if self.count else math.nan
 
 
@@ -57,10 +61,11 @@ def score(
 ) -> Score:
     """Score `model`, merged as it would be deployed, on all rows of `data`.
 
-    Models whose frozen blocks below the lowest adapter are the same share these blocks' activations, which
-    `prefixes` keeps; `rows` names the data there. A stored activation has the bytes of a new one.
+    Models whose frozen blocks below the lowest adapter are the same share these blocks'
+    activations, which `prefixes` keeps; `rows` names the data there. A stored activation has the
+    bytes of a new one.
     """
-    first = first_block(base.anatomy, model)
+    first = first_block(base.layout, model)
     stored = None
     if (
         prefixes is not None
@@ -87,14 +92,14 @@ def score_together(
 ) -> list[Score]:
     """`score` of several models of one structure, each batch in one pass through all of them.
 
-    They share the base's weights, so their adapters stay apart from these instead of being merged: the same but for
-    rounding.
+    They share the base's weights, so their adapters stay apart from these instead of being merged:
+    the same but for rounding.
     """
-    return _scores(Leaves(base, models).fit(), data, batch, base.device, len(models))
+    return _scores(TrainableStack(base, models).fit(), data, batch, base.device, len(models))
 
 
 def score_module(module: nn.Module, data: Examples, *, batch: int = 32) -> Score:
-    """Score anything that maps a batch of inputs to logits as transformers models do."""
+    """Score a module that maps a batch of inputs to logits as transformers models do."""
     return _scores(module, data, batch, next(module.parameters()).device)[0]
 
 

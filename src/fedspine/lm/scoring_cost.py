@@ -1,19 +1,21 @@
-"""What scoring units costs a device that scores, by the source of the importance; one that does not score pays nothing.
+"""The cost of scoring units on a device, by importance source; a device that does not score pays
+nothing.
 
-Counted as the code computes it, for a site's weight of R kept rows and C kept columns, an adapter of rank r and T padded
-tokens in an update: products with 2 operations for each multiplication and addition, and whole passes over a matrix with 1
-for each entry. Work on single rows, columns or units is left out: it is a thousandth of that. Bytes are of whole
-matrices, fp32 unless said otherwise.
+Counted as the code computes it, for a site's weight of R kept rows and C kept columns, an adapter
+of rank r and T padded tokens in an update: products with 2 operations for each multiplication and
+addition, and whole passes over a matrix with 1 for each entry. Work on single rows, columns or
+units is left out: it is a thousandth of that. Bytes are of whole matrices, fp32 unless said
+otherwise.
 
 - "gradient" (`importance._entries`), at all sites, after the backward pass: [gB, B] [A; gA] takes 4 r R C, B A 2 r R C; to
   scale it, add W, multiply both, take the absolute value or square and sum 5 R C. With `cross`, gB gA, its scaling and its
   subtraction take 2 r R C + 2 R C more. It holds two R x C matrices at once, three with `cross`.
-- "activation" (`Leaves.importance_by_output`), at the sites that read units (attention output, feed-forward down): their
-  inputs are squared and averaged over tokens in the forward pass, 3 T C; after the backward pass B A takes 2 r R C, to
-  scale it, add W, square and sum 4 R C. It holds the fp32 input and its square, 8 T C bytes, beside the activations,
-  and one R x C matrix after them.
-- "gate" (`Following._hear`), at the same sites, in the backward pass: input times gradient, summed over tokens, 2 T C. It
-  holds the product in 16 bits and in fp32, 6 T C bytes, beside the activations.
+- "activation" (`TrainableStack.importance_by_output`), at the sites that read units (attention output, feed-forward
+  down): their inputs are squared and averaged over tokens in the forward pass, 3 T C; after the backward pass B A
+  takes 2 r R C, to scale it, add W, square and sum 4 R C. It holds the fp32 input and its
+  square, 8 T C bytes, beside the activations, and one R x C matrix after them.
+- "gate" (`ImportanceTracker._record_input`), at the same sites, in the backward pass: input times gradient, summed over
+  tokens, 2 T C. It holds the product in 16 bits and in fp32, 6 T C bytes, beside the activations.
 - "blend" is "activation" and "gate": their operations add up, and one follows the other, so the larger memory counts.
 - magnitude (`importance.magnitude_scores`), at all sites, once after training: as after "activation". It holds the fp32
   weight and the sum of weight and product, two R x C matrices. Chance costs nothing.
@@ -23,19 +25,21 @@ from collections.abc import Iterable
 
 from fedspine.lm.cost import NO_SCORING, SINGLE, ScoringCost
 from fedspine.lm.importance_tracker import Scoring
-from fedspine.lm.prunable_layout import Anatomy, Site
+from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 from fedspine.lm.structure import Structure, kept_columns, kept_rows
 
-HEARD, GATED = 8, 6  # bytes for each number that enters a site which is heard or gated
+HEARD, GATED = 8, 6  # bytes per input value of a site whose inputs are recorded, or gated
 
 
 def updates(scoring: Scoring, steps: int) -> int:
-    """How often a training of so many steps updates the importance: in its first and then every so many steps."""
+    """How often a training of so many steps updates the importance: in its first and then every so
+    many steps.
+    """
     return -(-steps // scoring.every)
 
 
-def following_cost(
-    anatomy: Anatomy,
+def tracking_cost(
+    layout: PrunableLayout,
     structure: Structure,
     scoring: Scoring | None,
     *,
@@ -44,13 +48,13 @@ def following_cost(
     largest: int,
     updates: int,
 ) -> ScoringCost:
-    """The cost of following importance through so many `updates` over `tokens` padded tokens in all.
+    """The cost of tracking importance through so many `updates` over `tokens` padded tokens in all.
 
-    `largest` is the padded tokens of the largest batch. Nothing is followed without a `scoring`.
+    `largest` is the padded tokens of the largest batch. Without a `scoring` nothing is tracked.
     """
     if scoring is None:
         return NO_SCORING
-    sizes = [(site, *_kept(site, structure)) for site in anatomy.sites]
+    sizes = [(site, *_kept(site, structure)) for site in layout.sites]
     entries = sum(rows * columns for _, rows, columns in sizes)
     matrix = SINGLE * max(rows * columns for _, rows, columns in sizes)
     if scoring.of == "gradient":
@@ -72,22 +76,22 @@ def following_cost(
     return ScoringCost(float(by_output + by_gate), HEARD * largest * widest, after)
 
 
-def magnitude_cost(anatomy: Anatomy, structure: Structure, rank: int) -> ScoringCost:
+def magnitude_cost(layout: PrunableLayout, structure: Structure, rank: int) -> ScoringCost:
     """The cost of reading importance off the weights once."""
-    sizes = list(_sizes(anatomy.sites, structure))
+    sizes = list(_sizes(layout.sites, structure))
     return ScoringCost(
         flops=float((2 * rank + 4) * sum(sizes)), bytes_after=2 * SINGLE * max(sizes)
     )
 
 
-def _sizes(sites: Iterable[Site], structure: Structure) -> Iterable[int]:
+def _sizes(sites: Iterable[PrunableSite], structure: Structure) -> Iterable[int]:
     """Kept entries of each site's weight."""
     for site in sites:
         rows, columns = _kept(site, structure)
         yield rows * columns
 
 
-def _kept(site: Site, structure: Structure) -> tuple[int, int]:
+def _kept(site: PrunableSite, structure: Structure) -> tuple[int, int]:
     """Kept rows and columns of a site's weight."""
     rows, columns = kept_rows(site, structure), kept_columns(site, structure)
     return (

@@ -1,4 +1,6 @@
-"""Which units a model still has, and what that means for the weights of every site: slices, never masks."""
+"""Which units a model keeps, and how the weights of every site are cut to them: slices, never
+masks.
+"""
 
 from math import ceil
 
@@ -10,7 +12,7 @@ from torch import Tensor
 from fedspine.control.sparsity import counts, layer_targets
 from fedspine.core.message import Tensors, message
 from fedspine.lm.lora import a_name, b_name
-from fedspine.lm.prunable_layout import Anatomy, Site
+from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 
 HEAD_FLOOR, CHANNEL_FLOOR = (
     2,
@@ -26,16 +28,18 @@ class Structure:
     channels: Bool[Tensor, "layers channels"]
 
 
-def full(anatomy: Anatomy) -> Structure:
+def full(layout: PrunableLayout) -> Structure:
     """The unpruned structure."""
     return Structure(
-        heads=torch.ones(anatomy.layers, anatomy.heads, dtype=torch.bool),
-        channels=torch.ones(anatomy.layers, anatomy.channels, dtype=torch.bool),
+        heads=torch.ones(layout.layers, layout.heads, dtype=torch.bool),
+        channels=torch.ones(layout.layers, layout.channels, dtype=torch.bool),
     )
 
 
 def key_of(structure: Structure, layers: int | None = None) -> bytes:
-    """The same for two structures exactly when they keep the same units in their first `layers` layers (default: all)."""
+    """The same for two structures exactly when they keep the same units in their first `layers`
+    layers (default: all).
+    """
     return (
         structure.heads[:layers].numpy().tobytes() + structure.channels[:layers].numpy().tobytes()
     )
@@ -45,27 +49,27 @@ def is_full(structure: Structure) -> bool:
     return bool(structure.heads.all() and structure.channels.all())
 
 
-def sparsity(anatomy: Anatomy, structure: Structure) -> float:
-    """Share of the blocks' linear weights that is gone, 0 to 1."""
-    shape = anatomy.shape
+def sparsity(layout: PrunableLayout, structure: Structure) -> float:
+    """Share of the blocks' linear weights that is pruned, 0 to 1."""
+    shape = layout.shape
     kept = (
         int(structure.heads.sum()) * shape.head_parameters
         + int(structure.channels.sum()) * shape.channel_parameters
     )
-    return 1 - kept / anatomy.parameters
+    return 1 - kept / layout.parameters
 
 
-def kept_rows(site: Site, structure: Structure) -> Int[Tensor, " kept"] | None:
+def kept_rows(site: PrunableSite, structure: Structure) -> Int[Tensor, " kept"] | None:
     """Indices of the rows of this site's weight that are kept, None where no row is ever cut."""
     return _kept(site, structure) if site.row_units else None
 
 
-def kept_columns(site: Site, structure: Structure) -> Int[Tensor, " kept"] | None:
+def kept_columns(site: PrunableSite, structure: Structure) -> Int[Tensor, " kept"] | None:
     """Indices of the columns of this site's weight that are kept, None where no column is ever cut."""
     return _kept(site, structure) if site.column_units else None
 
 
-def _kept(site: Site, structure: Structure) -> Int[Tensor, " kept"]:
+def _kept(site: PrunableSite, structure: Structure) -> Int[Tensor, " kept"]:
     units = (
         structure.heads if "heads" in (site.row_units, site.column_units) else structure.channels
     )
@@ -80,9 +84,14 @@ def cut(tensor: Tensor, index: Int[Tensor, " kept"] | None, dim: int) -> Tensor:
 
 
 def cut_adapter(
-    adapter: Tensors, sites: tuple[Site, ...], structure: Structure, within: Structure | None = None
+    adapter: Tensors,
+    sites: tuple[PrunableSite, ...],
+    structure: Structure,
+    within: Structure | None = None,
 ) -> Tensors:
-    """The adapter of the sub-model `structure`, cut from one of the sub-model `within` (default: the full model)."""
+    """The adapter of the sub-model `structure`, cut from one of the sub-model `within` (default:
+    the full model).
+    """
     sliced: Tensors = {}
     for site in sites:
         a, b = adapter[a_name(site.path)], adapter[b_name(site.path)]
@@ -92,7 +101,7 @@ def cut_adapter(
 
 
 def _position(
-    kept, site: Site, structure: Structure, within: Structure | None
+    kept, site: PrunableSite, structure: Structure, within: Structure | None
 ) -> Int[Tensor, " kept"] | None:  # type: ignore[no-untyped-def]
     index = kept(site, structure)
     if index is None or within is None:
@@ -101,27 +110,28 @@ def _position(
 
 
 def shrink(
-    anatomy: Anatomy,
+    layout: PrunableLayout,
     structure: Structure,
     scores: tuple[Float[Tensor, "layers heads"], Float[Tensor, "layers channels"]],
     *,
     sparsity: float,
     target: float,
 ) -> Structure:
-    """Drop the least important units of every layer, until the model's sparsity is `sparsity` on its way to `target`.
+    """Drop the least important units of every layer, until the model's sparsity is `sparsity` on
+    its way to `target`.
 
-    Already dropped units stay dropped; ties go to the lower index. Layers that `final_targets` protects keep everything
-    and the others take their share. At `sparsity == target` the sparsity is exact to the units' grain. Source: FedSpine
-    (reconstructed), section 2.3.
+    Already dropped units stay dropped; ties go to the lower index. Layers that `final_targets`
+    protects keep everything and the others take their share. At `sparsity == target` the sparsity
+    is exact to the units' grain. Source: FedSpine (reconstructed), section 2.3.
     """
-    finals = final_targets(anatomy, target)
+    finals = final_targets(layout, target)
     heads, channels = structure.heads.clone(), structure.channels.clone()
     for layer, final in enumerate(finals):
         if final == 0:
             continue
         dropped = (int((~heads[layer]).sum()), int((~channels[layer]).sum()))
         wanted = counts(
-            anatomy.shape,
+            layout.shape,
             final * (sparsity / target),
             target=final,
             dropped=dropped,
@@ -133,30 +143,30 @@ def shrink(
     return Structure(heads=heads, channels=channels)
 
 
-def check_target(anatomy: Anatomy, target: float) -> None:
+def check_target(layout: PrunableLayout, target: float) -> None:
     """Raise BadInput where no structure of this model has the sparsity `target`."""
-    for final in set(final_targets(anatomy, target)):
+    for final in set(final_targets(layout, target)):
         counts(
-            anatomy.shape, final, target=final, keep_heads=HEAD_FLOOR, keep_channels=CHANNEL_FLOOR
+            layout.shape, final, target=final, keep_heads=HEAD_FLOOR, keep_channels=CHANNEL_FLOOR
         )
 
 
-def final_targets(anatomy: Anatomy, target: float) -> list[float]:
-    """What every layer gives up in the end, so that the model gives up `target`.
+def final_targets(layout: PrunableLayout, target: float) -> list[float]:
+    """The final sparsity of every layer, so that the model's is `target`.
 
     Encoders: the same everywhere. Decoders keep the first tenth of their layers and the last one whole, as LoRAPrune
     does, as long as the others can then keep their own floors; else fewer layers are protected, the first ones first.
     """
-    shape = anatomy.shape
+    shape = layout.shape
     floors = shape.sparsity(
         shape.heads - HEAD_FLOOR, shape.channels - ceil(CHANNEL_FLOOR * shape.channels)
     )
-    choices = ((int(0.1 * anatomy.layers), 1), (0, 1)) if anatomy.decoder else ()
+    choices = ((int(0.1 * layout.layers), 1), (0, 1)) if layout.decoder else ()
     for first, last in choices:
-        pruned = anatomy.layers - first - last
-        if pruned > 0 and target * anatomy.layers / pruned <= floors:
-            return layer_targets(anatomy.layers, target, protect_first=first, protect_last=last)
-    return [target] * anatomy.layers
+        pruned = layout.layers - first - last
+        if pruned > 0 and target * layout.layers / pruned <= floors:
+            return layer_targets(layout.layers, target, protect_first=first, protect_last=last)
+    return [target] * layout.layers
 
 
 def _drop(kept: Bool[Tensor, " units"], scores: Float[Tensor, " units"], wanted: int) -> None:

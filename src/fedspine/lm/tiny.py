@@ -1,4 +1,5 @@
-"""Tiny random transformers with a real tokenizer, written as ordinary model folders: for tests and toy settings.
+"""Tiny random transformers with a real tokenizer, written as ordinary model folders: for tests and
+toy settings.
 
 They load offline through `fedspine.lm.load.load`, as any other local folder does.
 """
@@ -103,16 +104,18 @@ DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 def write_tiny(
     folder: str | Path, model_type: str, *, classes: int = 3, layers: int = 2, seed: int = 0
 ) -> Path:
-    """Write a random model of this architecture with its tokenizer to `folder`; the same seed gives the same bytes.
+    """Write a random model of this architecture with its tokenizer to `folder`; the same seed gives
+    the same bytes.
 
-    Width 32, 64 channels, 4 heads (decoders: 4 query heads on 2 key/value heads), 101 tokens, fp32. Encoders carry a
-    classifier of `classes` labels, decoders a language-modelling head. Raises BadInput for another `model_type`.
+    Width 32, 64 channels, 4 heads (decoders: 4 query heads on 2 key/value heads), 101 tokens, fp32.
+    Encoders carry a classifier of `classes` labels, decoders a language-modelling head. Raises
+    BadInput for another `model_type`.
 
     >>> import tempfile
     >>> from fedspine.lm.load import load
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     base, tokenizer = load(str(write_tiny(folder, "bert")), kind="classification", classes=3)
-    >>> base.anatomy.heads, base.anatomy.channels, tokenizer.tokenize("good, not bad!")
+    >>> base.layout.heads, base.layout.channels, tokenizer.tokenize("good, not bad!")
     (4, 64, ['good', ',', 'not', 'bad', '!'])
     """
     if model_type not in _CONFIGS:

@@ -1,7 +1,8 @@
-"""Tokenised data on disk: made once for a text, a tokenizer and a length, then memory-mapped by every run and worker.
+"""Tokenised data on disk: made once for a text, a tokenizer and a length, then memory-mapped by
+every run and worker.
 
-One folder for each, named by a digest of all that went in, below `$FEDSPINE_CACHE` or the user's cache folder. Nothing
-depends on it: where it cannot be written or read, texts are tokenised again.
+One folder for each, named by a digest of all that went in, below `$FEDSPINE_CACHE` or the user's
+cache folder. Nothing depends on it: where it cannot be written or read, texts are tokenised again.
 """
 
 import hashlib
@@ -44,7 +45,7 @@ KEPT = 32  # folders; the ones not used for longest make way
 def tokens(
     tokenizer: Any, rows: Rows, kind: Kind, max_tokens: int, *, scored: bool = False
 ) -> Examples:
-    """What `encode` gives, memory-mapped where it could be stored."""
+    """The result of `encode`, memory-mapped if it could be stored."""
     key = _key(tokenizer, rows, kind, max_tokens, scored)
     if key is None:
         return encode(tokenizer, rows, kind, max_tokens, scored=scored)
@@ -58,14 +59,14 @@ def tokens(
 
 
 def home() -> Path:
-    """The folder for what can be made again."""
+    """The cache folder."""
     if named := os.environ.get("FEDSPINE_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedspine"
 
 
 def written(tokenizer: Any) -> list[Any] | None:
-    """All that a tokenizer does to a text, as JSON can hold it; None for one that cannot be written down."""
+    """A tokenizer's complete definition as JSON data; None for one that cannot be serialised."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -77,7 +78,7 @@ def written(tokenizer: Any) -> list[Any] | None:
 
 
 def _key(tokenizer: Any, rows: Rows, kind: Kind, max_tokens: int, scored: bool) -> str | None:
-    """A digest of all that the tokens depend on; None for a tokenizer that cannot be written down."""
+    """A digest of all that the tokens depend on; None for a tokenizer that cannot be serialised."""
     settings = written(tokenizer)
     if settings is None:
         return None

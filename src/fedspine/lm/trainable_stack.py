@@ -1,4 +1,6 @@
-"""What an optimiser trains: the adapter and head of one model, or of several stacked to be trained in one pass."""
+"""The trainable tensors: adapter and head of one model, or of several stacked to be trained in one
+pass.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,14 +12,14 @@ from fedspine.core.tensors import padded
 from fedspine.lm.base import Base, Model
 from fedspine.lm.importance import Criterion, Scores, score_stack, unit_roots
 from fedspine.lm.lora import a_name, b_name
-from fedspine.lm.prunable_layout import Site
+from fedspine.lm.prunable_layout import PrunableSite
 
 
-class Leaves:
+class TrainableStack:
     """Trainable copies of the models' adapters and heads, on the base's device.
 
-    Of one model the tensors have their own shapes. Those of several are stacked, with zeros where a rank or a
-    structure is smaller than the largest: a padded unit gives nothing and gets no gradient, so it stays zero.
+    A single model's tensors keep their shapes. Several models are stacked and padded with zeros to the largest rank and
+    structure: a padded unit has no output and gets no gradient, so it stays zero.
     """
 
     def __init__(self, base: Base, models: Sequence[Model]) -> None:
@@ -55,7 +57,9 @@ class Leaves:
             gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 1)))
 
     def model(self, i: int) -> Model:
-        """Model i as it is now, in its own shapes, on the CPU; it shares memory with what is trained where it can."""
+        """Model i as it is now, in its own shapes, on the CPU; it shares memory with the stack
+        where possible.
+        """
         lead = self._models[i]
         return Model(
             structure=lead.structure,
@@ -65,7 +69,7 @@ class Leaves:
         )
 
     def adapter_of(self, i: int) -> Tensors:
-        """Model i's adapter in its own shapes, as part of the graph: what is computed of it gives gradients."""
+        """Model i's adapter in its own shapes; it stays in the autograd graph."""
         lead = self._models[i]
         return {
             name: self._own(i, tensor, lead.adapter[name]) for name, tensor in self.adapter.items()
@@ -81,12 +85,14 @@ class Leaves:
         structures = [model.structure for model in self._models]
         weights = self._base.fitted_weights()
         return score_stack(
-            self._base.anatomy, structures, weights, self.adapter, self._models[0].scale, criterion
+            self._base.layout, structures, weights, self.adapter, self._models[0].scale, criterion
         )
 
     def importance_by_output(self, squares: Tensors) -> list[Scores]:
-        """Each model's importance by what its units add to the output of their layers; `squares` by path of the
-        `readers`, [models, columns], is the mean square of what entered each column in a forward pass."""
+        """Each model's importance by what its units add to the output of their layers; `squares` by
+        path of the `readers`, [models, columns], is the mean square of what entered each column in
+        a forward pass.
+        """
         weights = self._base.fitted_weights()
         lines = {}
         with torch.no_grad():
@@ -97,17 +103,18 @@ class Leaves:
         return self.importance_by_gate(lines)
 
     def importance_by_gate(self, lines: Tensors) -> list[Scores]:
-        """Each model's importance, where a unit's is the root of the sum of its columns' `lines`, by path of the
-        `readers`, [models, columns]; each layer is scaled to unit norm."""
-        anatomy = self._base.anatomy
+        """Each model's importance, where a unit's is the root of the sum of its columns' `lines`,
+        by path of the `readers`, [models, columns]; each layer is scaled to unit norm.
+        """
+        layout = self._base.layout
         return [
-            unit_roots(anatomy, m.structure, {p: line[i] for p, line in lines.items()})
+            unit_roots(layout, m.structure, {p: line[i] for p, line in lines.items()})
             for i, m in enumerate(self._models)
         ]
 
-    def readers(self) -> Iterator[tuple[Site, nn.Module]]:
-        """The layers that read what units give, and so the sites whose columns are units."""
-        for site in self._base.anatomy.sites:
+    def readers(self) -> Iterator[tuple[PrunableSite, nn.Module]]:
+        """The layers whose inputs are units' outputs, so that their columns are units."""
+        for site in self._base.layout.sites:
             if site.column_units:
                 yield site, self._base.skeleton.get_submodule(site.path)
 

@@ -17,10 +17,10 @@ from fedspine.core.tensors import moved
 from fedspine.lm.base import Model
 from fedspine.lm.cost import Extent, training_flops, training_memory_bytes
 from fedspine.lm.importance import Scores
-from fedspine.lm.importance_tracker import Following, Scoring
+from fedspine.lm.importance_tracker import ImportanceTracker, Scoring
 from fedspine.lm.prefix import activations, entering, first_block, name_of
-from fedspine.lm.scoring_cost import following_cost
-from fedspine.lm.trainable_stack import Leaves
+from fedspine.lm.scoring_cost import tracking_cost
+from fedspine.lm.trainable_stack import TrainableStack
 
 LAST = 5  # steps whose mean loss stands for where training ended
 
@@ -98,13 +98,15 @@ class Request:
 
     @property
     def reuses(self) -> bool:
-        """Whether each of the device's rows is trained on often enough to keep what enters the lowest trained block."""
+        """Whether each of the device's rows is trained on often enough to keep what enters the
+        lowest trained block.
+        """
         return len(self.device.data) < self.tuning.turns * self.tuning.steps * self.tuning.batch
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What training gave: the tuned model, the mean loss of the last steps, the importance if it was followed."""
+class TuneResult:
+    """The tuned model, the mean loss of the last steps, and the importance if it was tracked."""
 
     model: Model
     loss: float
@@ -119,7 +121,7 @@ def tune(
     scoring: Scoring | None = None,
     scores: Scores | None = None,
     penalty: Callable[[Tensors], Tensor] | None = None,
-) -> Trace:
+) -> TuneResult:
     """Train `model` for `tuning.steps` optimiser steps on the device's rows.
 
     `penalty` of the adapter and the head, by name, is added to what is minimised, not to the loss
@@ -130,24 +132,25 @@ def tune(
     return train([request])[0] if device.trainer is None else device.trainer(request)
 
 
-def train(requests: Sequence[Request]) -> list[Trace]:
-    """Train the models of all requests in one pass each step; they must agree in all but device, sizes and weights.
+def train(requests: Sequence[Request]) -> list[TuneResult]:
+    """Train the models of all requests in one pass each step; they must agree in all but device,
+    sizes and weights.
 
     Together or one after another gives the same but for rounding: sums run over other shapes.
     """
     lead, alone = requests[0], len(requests) == 1
     base, tuning, scoring = lead.device.base, lead.tuning, lead.scoring
-    first = first_block(base.anatomy, lead.model)
+    first = first_block(base.layout, lead.model)
     prefixes = [_prefix(request, first) for request in requests]
-    leaves = Leaves(base, [request.model for request in requests])
-    module = leaves.fit()
+    stack = TrainableStack(base, [request.model for request in requests])
+    module = stack.fit()
     entry = base.start_at(first) if prefixes[0] is not None else None
-    optimiser = _optimiser(leaves, tuning)
+    optimiser = _optimiser(stack, tuning)
     losses: list[Float[Tensor, " models"]] = []
     # to which each device pads each of its batches, and the labels that count there
     widths: list[list[int]] = [[] for _ in requests]
     counts: list[list[int]] = [[] for _ in requests]
-    with Following(leaves, scoring, [request.scores for request in requests]) as following:
+    with ImportanceTracker(stack, scoring, [request.scores for request in requests]) as tracker:
         for step, rows in enumerate(
             zip(*(batches(r.device.data, tuning, r.device.rng) for r in requests), strict=True)
         ):
@@ -162,35 +165,35 @@ def train(requests: Sequence[Request]) -> list[Trace]:
                         for r, stored, chosen in parts
                     ]
                 )
-            following.listen(step, inputs["attention_mask"])
+            tracker.before_forward(step, inputs["attention_mask"])
             loss = losses_of(module, inputs, len(requests))
             losses.append(loss.detach())
             if alone and not torch.isfinite(loss):
                 break
             penalties = [
-                r.penalty(leaves.adapter_of(i) | leaves.head_of(i))
+                r.penalty(stack.adapter_of(i) | stack.head_of(i))
                 for i, r in enumerate(requests)
                 if r.penalty is not None
             ]
             sum(penalties, start=loss.sum()).backward()
-            following.update(step)
-            leaves.clip(tuning.clip)
+            tracker.update(step)
+            stack.clip(tuning.clip)
             optimiser.step()
             optimiser.zero_grad()
     history = torch.stack(losses, 1).tolist()
     for request, padded, seen in zip(requests, widths, history, strict=True):
         _account(request, padded[: _steps(seen)], first)
     return [
-        Trace(leaves.model(i), _ended(seen, counts[i]), following.scores[i])
+        TuneResult(stack.model(i), _ended(seen, counts[i]), tracker.scores[i])
         for i, seen in enumerate(history)
     ]
 
 
-def _optimiser(leaves: Leaves, tuning: Tuning) -> torch.optim.Optimizer:
+def _optimiser(stack: TrainableStack, tuning: Tuning) -> torch.optim.Optimizer:
     groups = [
-        {"params": list(leaves.adapter.values()), "lr": tuning.learning_rate},
+        {"params": list(stack.adapter.values()), "lr": tuning.learning_rate},
         {
-            "params": list(leaves.head.values()),
+            "params": list(stack.head.values()),
             "lr": tuning.head_learning_rate or tuning.learning_rate,
         },
     ]
@@ -207,7 +210,8 @@ def _steps(losses: list[float]) -> int:
 
 
 def _ended(losses: list[float], counts: list[int]) -> float:
-    """The mean of the last losses before training ended, which is not finite where one of them is not.
+    """The mean of the last losses before training ended, which is not finite where one of them is
+    not.
 
     Steps in which no label counted say nothing; 0 where there are no others.
     """
@@ -231,7 +235,8 @@ def _prefix(request: Request, first: int) -> Tensor | None:
 
 
 def losses_of(module: nn.Module, inputs: Tensors, models: int) -> Float[Tensor, " models"]:
-    """Mean cross-entropy of each model's rows: per row for classification, per predicted token for language models.
+    """Mean cross-entropy of each model's rows: per row for classification, per predicted token for
+    language models.
 
     0 for a model of whose labels none counts, such as rows of one token.
     """
@@ -248,7 +253,9 @@ def losses_of(module: nn.Module, inputs: Tensors, models: int) -> Float[Tensor, 
 
 
 def batches(data: Examples, tuning: Tuning, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Rows for each step: whole passes over shuffled data, cut into batches of like length in random order."""
+    """Rows for each step: whole passes over shuffled data, cut into batches of like length in
+    random order.
+    """
     wanted = tuning.steps * tuning.batch
     passes = [rng.permutation(len(data)) for _ in range(-(-wanted // len(data)))]
     rows = np.concatenate(passes)[:wanted]
@@ -260,7 +267,9 @@ def batches(data: Examples, tuning: Tuning, rng: np.random.Generator) -> Iterato
 def _joined(
     requests: Sequence[Request], rows: Sequence[np.ndarray], widths: Sequence[list[int]]
 ) -> tuple[Tensors, int]:
-    """One step's inputs of all devices, one after another, and their common padded length; each one's own is noted."""
+    """One step's inputs of all devices, one after another, and their common padded length; each
+    one's own is noted.
+    """
     for request, chosen, seen in zip(requests, rows, widths, strict=True):
         seen.append(request.device.data.width(chosen))
     width = max(seen[-1] for seen in widths)
@@ -278,13 +287,13 @@ def _joined(
 
 def _account(request: Request, widths: list[int], first: int) -> None:
     device, model, batch = request.device, request.model, request.tuning.batch
-    anatomy, rank = device.base.anatomy, rank_of(model)
+    layout, rank = device.base.layout, rank_of(model)
     extent = Extent(
         tokens=batch * sum(widths), squared_tokens=batch * sum(width**2 for width in widths)
     )
     scored = widths[:: request.scoring.every] if request.scoring else []
-    scoring = following_cost(
-        anatomy,
+    scoring = tracking_cost(
+        layout,
         model.structure,
         request.scoring,
         rank=rank,
@@ -293,11 +302,11 @@ def _account(request: Request, widths: list[int], first: int) -> None:
         updates=len(scored),
     )
     device.spend(
-        flops=training_flops(anatomy, model.structure, rank, extent, first) + scoring.flops,
-        launches=len(widths) * anatomy.layers,
+        flops=training_flops(layout, model.structure, rank, extent, first) + scoring.flops,
+        launches=len(widths) * layout.layers,
         samples=len(widths) * batch,
         memory_bytes=training_memory_bytes(
-            anatomy,
+            layout,
             model.structure,
             rank=rank,
             embeddings=device.base.embeddings,

@@ -19,7 +19,7 @@ from fedspine.core.task import Task
 from fedspine.core.tensors import average, half, single
 from fedspine.lm.base import Model
 from fedspine.lm.lora import check_rank, fresh
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import full
 from fedspine.lm.tune import LocalTraining, Tuning, check_tuning, tune, tuning_at
 from fedspine.pruning.head_start import Start, check_head_start, started
@@ -44,7 +44,7 @@ class LoraResult:
 @on_device
 def tune_adapter(device: Device, order: LoraOrder) -> LoraResult:
     model = Model(
-        structure=full(device.base.anatomy),
+        structure=full(device.base.layout),
         adapter=single(order.adapter),
         head=single(order.head),
         scale=order.scale,
@@ -63,7 +63,7 @@ class LoraState:
     round: int
     rounds: int
     turns: float  # of a device in the whole run, on average
-    anatomy: Anatomy
+    layout: PrunableLayout
     adapter: Tensors
     head: Tensors
 
@@ -89,25 +89,25 @@ class FedLora(LocalTraining):
         return cls(rank=4, steps=8, batch=16, learning_rate=2e-2)
 
     def check(self, task: Task) -> None:
-        check_rank("method.rank", (self.rank,), task.base.anatomy)
-        if not 0 <= self.depth <= task.base.anatomy.layers:
+        check_rank("method.rank", (self.rank,), task.base.layout)
+        if not 0 <= self.depth <= task.base.layout.layers:
             raise BadInput(
-                f"method.depth is {self.depth}, but 0 to {task.base.anatomy.layers} blocks of this model can be "
+                f"method.depth is {self.depth}, but 0 to {task.base.layout.layers} blocks of this model can be "
                 "adapted; 0 means all"
             )
         check_tuning(self)
         check_head_start(self, task)
 
     def start(self, task: Task, rng: np.random.Generator) -> LoraState:
-        anatomy = task.base.anatomy
-        depth = self.depth or anatomy.layers
+        layout = task.base.layout
+        depth = self.depth or layout.layers
         return LoraState(
             round=0,
             rounds=task.rounds,
-            anatomy=anatomy,
+            layout=layout,
             turns=task.turns,
             adapter=fresh(
-                (s for s in anatomy.sites if s.layer >= anatomy.layers - depth), self.rank, rng
+                (s for s in layout.sites if s.layer >= layout.layers - depth), self.rank, rng
             ),
             head=task.base.initial_head(rng),
         )
@@ -136,7 +136,7 @@ class FedLora(LocalTraining):
 
     def deploy(self, state: LoraState, device: DeviceId | None = None) -> Model:
         return Model(
-            structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=self.scale
+            structure=full(state.layout), adapter=state.adapter, head=state.head, scale=self.scale
         )
 
     def unpruned(self, state: LoraState) -> Model:

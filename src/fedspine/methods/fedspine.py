@@ -33,7 +33,7 @@ from fedspine.lm.importance import Scores, tally
 from fedspine.lm.importance_sources import Gradient, Importance
 from fedspine.lm.lora import check_rank, fresh
 from fedspine.lm.merge import Aggregation, change, merge, share
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, check_target, full, sparsity
 from fedspine.lm.tune import LocalTraining, check_tuning, tuning_at
 from fedspine.pruning.device import (
@@ -50,7 +50,7 @@ class SpineState:
     round: int
     rounds: int
     seed: int
-    anatomy: Anatomy
+    layout: PrunableLayout
     line_energy: Tensors  # squared norms of the base's prunable rows or columns, by site
     embeddings: int  # parameters outside the blocks, for the memory cap
     max_tokens: int
@@ -94,27 +94,27 @@ class FedSpine(LocalTraining):
 
     def check(self, task: Task) -> None:
         check_ranges(self, {"sparsity": (0, 0.95), "most_per_round": (1e-3, 1)})
-        check_target(task.base.anatomy, self.sparsity)
+        check_target(task.base.layout, self.sparsity)
         check_rising(self.ranks)
-        check_rank("method.ranks", self.ranks, task.base.anatomy)
+        check_rank("method.ranks", self.ranks, task.base.layout)
         check_tuning(self)
         self._due(0, 1)
         self.controller.check(self.ranks)
         self.importance.check()
 
     def start(self, task: Task, rng: np.random.Generator) -> SpineState:
-        anatomy = task.base.anatomy
+        layout = task.base.layout
         return SpineState(
             round=0,
             rounds=task.rounds,
-            adapter=fresh(anatomy.sites, self.ranks[-1], rng),
+            adapter=fresh(layout.sites, self.ranks[-1], rng),
             head=task.base.initial_head(rng),
             seed=int(rng.integers(2**31)),
-            anatomy=anatomy,
+            layout=layout,
             line_energy=line_energy(task.base),
             embeddings=task.base.embeddings,
             max_tokens=task.max_tokens,
-            dense={site.path: torch.zeros(site.rows, site.columns) for site in anatomy.sites},
+            dense={site.path: torch.zeros(site.rows, site.columns) for site in layout.sites},
             scores=None,
             structures={},
             sparsities={},
@@ -143,7 +143,7 @@ class FedSpine(LocalTraining):
 
     def unpruned(self, state: SpineState) -> Model:
         return Model(
-            structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=self.scale
+            structure=full(state.layout), adapter=state.adapter, head=state.head, scale=self.scale
         )
 
     def planned_sparsity(self, round: int, rounds: int) -> float:
@@ -184,8 +184,8 @@ class FedSpine(LocalTraining):
     def _affordable(self, state: SpineState, profile: Profile) -> int:
         """How many of the ranks fit the device's memory while it trains."""
         return ranks_that_fit(
-            state.anatomy,
-            state.structures.get(profile.id, full(state.anatomy)),
+            state.layout,
+            state.structures.get(profile.id, full(state.layout)),
             self.ranks,
             memory_bytes=profile.memory_bytes,
             embeddings=state.embeddings,
@@ -220,8 +220,8 @@ class FedSpine(LocalTraining):
 
         def foresee(device: DeviceId, sparsity: float, ranks: Sequence[int]) -> list[float]:
             costs = forecast(
-                state.anatomy,
-                state.structures.get(device, full(state.anatomy)),
+                state.layout,
+                state.structures.get(device, full(state.layout)),
                 common(),
                 sparsity=sparsity,
                 target=self.sparsity,
@@ -241,7 +241,7 @@ class FedSpine(LocalTraining):
     def _frame(self, state: SpineState) -> Frame:
         order = self._order(state, "", Plan(0.0, self.ranks[0], None, 0.0))
         return frame(
-            state.anatomy,
+            state.layout,
             order,
             order.adapter,
             extent=self._extent(state),
@@ -255,11 +255,11 @@ class FedSpine(LocalTraining):
         return Extent(tokens=rows * state.max_tokens, squared_tokens=rows * state.max_tokens**2)
 
     def _order(self, state: SpineState, device: DeviceId, plan: Plan) -> SpineOrder:
-        structure = state.structures.get(device, full(state.anatomy))
+        structure = state.structures.get(device, full(state.layout))
         return SpineOrder(
             round=state.round,
             adapter=half(
-                share(self.aggregation, state.anatomy, state.adapter, structure, plan.rank)
+                share(self.aggregation, state.layout, state.adapter, structure, plan.rank)
             ),
             head=half(state.head),
             structure=structure,
@@ -284,12 +284,12 @@ class FedSpine(LocalTraining):
     ) -> SpineState:
         """The state after the replies to these orders, at the end of a round."""
         parts = {
-            reply.device: contribution(state.anatomy, orders[reply.device], reply.value)
+            reply.device: contribution(state.layout, orders[reply.device], reply.value)
             for reply in replies
         }
         dense, adapter = merge(
             self.aggregation,
-            state.anatomy,
+            state.layout,
             (state.dense, state.adapter),
             list(parts.values()),
             rank=self.ranks[-1],
@@ -301,7 +301,7 @@ class FedSpine(LocalTraining):
         }
         earned, gain_scale = rewards(results, state.gain_scale)
         for reply in replies:
-            _note(state.anatomy, fleet, reply, results[reply.device], earned.get(reply.device))
+            _note(state.layout, fleet, reply, results[reply.device], earned.get(reply.device))
         return replace(
             state,
             round=state.round + 1,
@@ -322,10 +322,10 @@ class FedSpine(LocalTraining):
         self, state: SpineState, plan: Plan, reply: Reply[SpineResult], part: Contribution
     ) -> PlanResult:
         """What came of a plan; the size of a change is measured as section 3.3 says."""
-        importance, directions = change(state.anatomy, state.line_energy, part, self.scale)
+        importance, directions = change(state.layout, state.line_energy, part, self.scale)
         before = reply.value.loss_before
         full_length = round_flops(
-            state.anatomy,
+            state.layout,
             reply.value.structure,
             plan.rank,
             self._extent(state),
@@ -351,7 +351,7 @@ def no_memory() -> NoMemory:
 
 
 def _note(
-    anatomy: Anatomy,
+    layout: PrunableLayout,
     fleet: Fleet,
     reply: Reply[SpineResult],
     result: PlanResult,
@@ -360,7 +360,7 @@ def _note(
     fleet.note(
         device=reply.device,
         rank=result.plan.rank,
-        sparsity=sparsity(anatomy, reply.value.structure),
+        sparsity=sparsity(layout, reply.value.structure),
         loss=reply.value.loss,
         reward=earned,
         importance=result.importance,

@@ -21,7 +21,7 @@ from fedspine.core.tensors import average, half, single
 from fedspine.lm.aggregate import Contribution, factor, mean_product
 from fedspine.lm.base import Model
 from fedspine.lm.lora import check_rank, cut_rank, fresh
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import full
 from fedspine.lm.tune import LocalTraining, check_tuning, tuning_at
 from fedspine.methods.fedlora import LoraOrder, LoraResult, tune_adapter
@@ -32,7 +32,7 @@ class FlexLoraState:
     round: int
     rounds: int
     seed: int
-    anatomy: Anatomy
+    layout: PrunableLayout
     adapter: Tensors  # of the largest rank, its directions in the order of what they carry
     head: Tensors
     ranks: dict[str, int]  # of every device that has replied
@@ -58,7 +58,7 @@ class FlexLora(LocalTraining):
 
     def check(self, task: Task) -> None:
         check_rank_fields(self)
-        check_rank("method.ranks", self.ranks, task.base.anatomy)
+        check_rank("method.ranks", self.ranks, task.base.layout)
         check_tuning(self)
         if not self.alpha >= 0:
             raise BadInput(
@@ -66,12 +66,12 @@ class FlexLora(LocalTraining):
             )
 
     def start(self, task: Task, rng: np.random.Generator) -> FlexLoraState:
-        anatomy = task.base.anatomy
+        layout = task.base.layout
         return FlexLoraState(
             round=0,
             rounds=task.rounds,
-            anatomy=anatomy,
-            adapter=fresh(anatomy.sites, self.ranks[-1], rng),
+            layout=layout,
+            adapter=fresh(layout.sites, self.ranks[-1], rng),
             head=task.base.initial_head(rng),
             seed=int(rng.integers(2**31)),
             ranks={},
@@ -102,7 +102,7 @@ class FlexLora(LocalTraining):
         rank = state.ranks.get(device, self.ranks[-1]) if device else self.ranks[-1]
         adapter = cut_rank(state.adapter, rank)
         return Model(
-            structure=full(state.anatomy), adapter=adapter, head=state.head, scale=self.scale
+            structure=full(state.layout), adapter=adapter, head=state.head, scale=self.scale
         )
 
     def unpruned(self, state: FlexLoraState) -> Model:
@@ -123,15 +123,15 @@ class FlexLora(LocalTraining):
         self, state: FlexLoraState, exchanges: list[tuple[LoraOrder, LoraResult]]
     ) -> Tensors:
         """The best factors of the mean over devices of scale_i / scale * B_i A_i, weighted by rows."""
-        everything, parts = full(state.anatomy), []
+        everything, parts = full(state.layout), []
         for order, result in exchanges:
             sent, back = (
                 _scaled(single(each.adapter), order.scale / self.scale) for each in (order, result)
             )
             parts.append(Contribution(sent, back, everything, float(result.examples)))
-        nothing = {site.path: torch.zeros(site.rows, site.columns) for site in state.anatomy.sites}
-        dense = mean_product(state.anatomy, nothing, parts)
-        return factor(state.anatomy, dense, self.ranks[-1], state.adapter, state.seed + state.round)
+        nothing = {site.path: torch.zeros(site.rows, site.columns) for site in state.layout.sites}
+        dense = mean_product(state.layout, nothing, parts)
+        return factor(state.layout, dense, self.ranks[-1], state.adapter, state.seed + state.round)
 
 
 def _scaled(adapter: Tensors, by: float) -> Tensors:

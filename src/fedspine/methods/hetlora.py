@@ -23,7 +23,7 @@ from fedspine.core.tensors import average, half, single
 from fedspine.lm.aggregate import Contribution, average_factors, by_norm
 from fedspine.lm.base import Model
 from fedspine.lm.lora import a_name, b_name, check_rank, cut_rank, fresh
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import full
 from fedspine.lm.tune import LocalTraining, Tuning, check_tuning, tune, tuning_at
 
@@ -52,16 +52,16 @@ class HetLoraResult:
 
 @on_device
 def tune_and_shrink(device: Device, order: HetLoraOrder) -> HetLoraResult:
-    anatomy, sent = device.base.anatomy, single(order.adapter)
-    model = Model(structure=full(anatomy), adapter=sent, head=single(order.head), scale=order.scale)
+    layout, sent = device.base.layout, single(order.adapter)
+    model = Model(structure=full(layout), adapter=sent, head=single(order.head), scale=order.scale)
     pressed = order.penalty > 0 and order.shrunk < order.rank
     penalty = (
-        (lambda factors: order.penalty * tail(anatomy, factors, order.shrunk)) if pressed else None
+        (lambda factors: order.penalty * tail(layout, factors, order.shrunk)) if pressed else None
     )
     trace = tune(device, model, order.tuning, penalty=penalty)
     before, after = (
-        tail(anatomy, sent, order.shrunk),
-        tail(anatomy, trace.model.adapter, order.shrunk),
+        tail(layout, sent, order.shrunk),
+        tail(layout, trace.model.adapter, order.shrunk),
     )
     rank = order.shrunk if after < before else order.rank
     return HetLoraResult(
@@ -73,12 +73,12 @@ def tune_and_shrink(device: Device, order: HetLoraOrder) -> HetLoraResult:
     )
 
 
-def tail(anatomy: Anatomy, adapter: Tensors, start: int) -> Tensor:
+def tail(layout: PrunableLayout, adapter: Tensors, start: int) -> Tensor:
     """||B[:, start:]|| ||A[start:]||, summed over sites: a bound on what the last directions add; 0 without any."""
     products = [
         torch.linalg.vector_norm(adapter[b_name(site.path)][:, start:])
         * torch.linalg.vector_norm(adapter[a_name(site.path)][start:])
-        for site in anatomy.sites
+        for site in layout.sites
     ]
     return torch.stack(products).sum()
 
@@ -88,7 +88,7 @@ class HetLoraState:
     round: int
     rounds: int
     seed: int
-    anatomy: Anatomy
+    layout: PrunableLayout
     adapter: Tensors  # of the largest rank
     head: Tensors
     ranks: dict[str, int]  # of every device that has replied
@@ -125,7 +125,7 @@ class HetLora(LocalTraining):
 
     def check(self, task: Task) -> None:
         check_rank_fields(self)
-        check_rank("method.ranks", self.ranks, task.base.anatomy)
+        check_rank("method.ranks", self.ranks, task.base.layout)
         check_tuning(self)
         if not self.penalty >= 0:
             raise BadInput(f"method.penalty is {self.penalty}, but it cannot be negative")
@@ -135,12 +135,12 @@ class HetLora(LocalTraining):
             )
 
     def start(self, task: Task, rng: np.random.Generator) -> HetLoraState:
-        anatomy = task.base.anatomy
+        layout = task.base.layout
         return HetLoraState(
             round=0,
             rounds=task.rounds,
-            anatomy=anatomy,
-            adapter=fresh(anatomy.sites, self.ranks[-1], rng),
+            layout=layout,
+            adapter=fresh(layout.sites, self.ranks[-1], rng),
             head=task.base.initial_head(rng),
             seed=int(rng.integers(2**31)),
             ranks={},
@@ -167,7 +167,7 @@ class HetLora(LocalTraining):
         rank = state.ranks.get(device, self.ranks[-1]) if device else self.ranks[-1]
         adapter = cut_rank(state.adapter, rank)
         return Model(
-            structure=full(state.anatomy), adapter=adapter, head=state.head, scale=self.scale
+            structure=full(state.layout), adapter=adapter, head=state.head, scale=self.scale
         )
 
     def unpruned(self, state: HetLoraState) -> Model:
@@ -176,7 +176,7 @@ class HetLora(LocalTraining):
     def _merge(
         self, state: HetLoraState, exchanges: list[tuple[HetLoraOrder, HetLoraResult]]
     ) -> Tensors:
-        everything = full(state.anatomy)
+        everything = full(state.layout)
         parts = [
             Contribution(
                 single(order.adapter), single(result.adapter), everything, float(result.examples)
@@ -184,7 +184,7 @@ class HetLora(LocalTraining):
             for order, result in exchanges
         ]
         return average_factors(
-            state.anatomy, state.adapter, by_norm(parts) if self.weigh_by == "norm" else parts
+            state.layout, state.adapter, by_norm(parts) if self.weigh_by == "norm" else parts
         )
 
     def _orders(

@@ -18,7 +18,7 @@ from fedspine.core.method import method, usable
 from fedspine.core.task import Task
 from fedspine.core.tensors import average, half, single
 from fedspine.lm.base import Model
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import full
 from fedspine.lm.tune import HeadTraining, Tuning, check_tuning, tune, tuning_at
 
@@ -38,7 +38,7 @@ class ProbeResult:
 
 @on_device
 def tune_head(device: Device, order: ProbeOrder) -> ProbeResult:
-    trace = tune(device, _probe(device.base.anatomy, single(order.head)), order.tuning)
+    trace = tune(device, _probe(device.base.layout, single(order.head)), order.tuning)
     return ProbeResult(head=half(trace.model.head), loss=trace.loss, examples=len(device.data))
 
 
@@ -47,7 +47,7 @@ class ProbeState:
     round: int
     rounds: int
     turns: float  # of a device in the whole run, on average
-    anatomy: Anatomy
+    layout: PrunableLayout
     head: Tensors
 
 
@@ -76,7 +76,7 @@ class LinearProbe(HeadTraining):
             round=0,
             rounds=task.rounds,
             turns=task.turns,
-            anatomy=task.base.anatomy,
+            layout=task.base.layout,
             head=task.base.initial_head(rng),
         )
 
@@ -96,11 +96,11 @@ class LinearProbe(HeadTraining):
         )
 
     def deploy(self, state: ProbeState, device: DeviceId | None = None) -> Model:
-        return _probe(state.anatomy, state.head)
+        return _probe(state.layout, state.head)
 
     def unpruned(self, state: ProbeState) -> Model:
         return self.deploy(state)
 
 
-def _probe(anatomy: Anatomy, head: Tensors) -> Model:
-    return Model(structure=full(anatomy), adapter={}, head=head, scale=1.0)
+def _probe(layout: PrunableLayout, head: Tensors) -> Model:
+    return Model(structure=full(layout), adapter={}, head=head, scale=1.0)

@@ -1,1 +1,3 @@
-"""Convolutional nets as data: what `lm` is for transformers. All of a net is trained, so nothing is frozen."""
+"""Convolutional nets as data: what `lm` is for transformers. All of a net is trained, so nothing is
+frozen.
+"""

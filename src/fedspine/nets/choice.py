@@ -1,4 +1,4 @@
-"""Which net reads rows of a given shape, where nobody named one: by shape alone, and without torch."""
+"""The default net for rows of a given shape; free of torch."""
 
 from fedspine.core.errors import BadInput
 
@@ -14,9 +14,9 @@ OBLONG = 2  # longest over shortest side up to which floats of two dimensions ar
 def net_for(shape: tuple[int, ...], *, bytes: bool) -> str:
     """The cheapest net that reads rows of this shape; `bytes` says whether their values are uint8.
 
-    Rows of one dimension are sounds, or other series. Rows of two are pictures where their values are
-    bytes or their sides are alike, else windows, [channels, time]. Rows of three are pictures. Raises
-    BadInput for rows that no net reads.
+    Rows of one dimension are sounds, or other series. Rows of two are pictures where their values
+    are bytes or their sides are alike, else windows, [channels, time]. Rows of three are pictures.
+    Raises BadInput for rows that no net reads.
 
     >>> net_for((16000,), bytes=False), net_for((9, 128), bytes=False)
     ('cnn-s', 'cnn-h')

@@ -16,10 +16,11 @@ def load(
     test: tuple[np.ndarray, np.ndarray],
     classes: int,
 ) -> tuple[Net, Arrays, Arrays]:
-    """The net called `name`, and both splits, rows [rows, ...] and labels [rows] each, as it reads them.
+    """The net called `name`, and both splits, rows [rows, ...] and labels [rows] each, as it reads
+    them.
 
-    Floats are standardised by the mean and deviation of each channel of the training rows; uint8 stays as it is.
-    Raises BadInput for an unknown net or rows that it cannot read.
+    Floats are standardised by the mean and deviation of each channel of the training rows; uint8
+    stays as it is. Raises BadInput for an unknown net or rows that it cannot read.
     """
     layout = design_of(name).layout
     rows, others = (_arranged(name, layout, x) for x, _ in (train, test))

@@ -1,9 +1,10 @@
-"""The nets of the split-learning papers, as lists of named blocks, so that a cut may lie between any two.
+"""The nets of the split-learning papers, as lists of named blocks, so that a cut may lie between
+any two.
 
-Shapes and default cuts follow section 4 of the MergeSFL reconstruction (arXiv:2311.13348), whose authors' code trains
-CNN-H on UCI-HAR, CNN-S (the M5 of Dai et al. 2016, arXiv:1610.00087) on sounds, AlexNet on CIFAR-10 and VGG16-BN
-(Simonyan and Zisserman 2014, arXiv:1409.1556) on pictures of 144 x 144. The small ones are ours, for small pictures.
-Each is sized for the rows that come.
+Shapes and default cuts follow section 4 of the MergeSFL reconstruction (arXiv:2311.13348), whose
+authors' code trains CNN-H on UCI-HAR, CNN-S (the M5 of Dai et al. 2016, arXiv:1610.00087) on
+sounds, AlexNet on CIFAR-10 and VGG16-BN (Simonyan and Zisserman 2014, arXiv:1409.1556) on pictures
+of 144 x 144. The small ones are ours, for small pictures. Each is sized for the rows that come.
 """
 
 import copy
@@ -25,7 +26,7 @@ Blocks = Callable[[Shape, int], Sequence[nn.Module]]  # from the shape of a row 
 
 @dataclass(frozen=True)
 class Design:
-    """A kind of net: what it reads, its blocks, and where it is cut if nothing else is said."""
+    """A kind of net: what it reads, its blocks, and its default cut."""
 
     layout: Layout
     blocks: Blocks
@@ -43,7 +44,8 @@ def design_of(name: str) -> Design:
 
 
 def blocks_of(name: str, shape: Shape, classes: int) -> "OrderedDict[str, nn.Module]":
-    """The blocks of a net for rows of `shape` [channels, ...], by name; their weights are drawn by torch's generator.
+    """The blocks of a net for rows of `shape` [channels, ...], by name; their weights are drawn by
+    torch's generator.
 
     Raises BadInput where the rows are too small for it.
     """
@@ -76,10 +78,11 @@ def _named(**layers: nn.Module) -> nn.Sequential:
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over all dimensions but the second, as torch's, without its count of batches.
+    """Batch normalisation over all dimensions but the second, as torch's, without its count of
+    batches.
 
-    A batch with one value per channel has no variance, and a device that is slow may be given one row: it is then
-    normalised by the running statistics.
+    A batch with one value per channel has no variance, and a device that is slow may be given one
+    row: it is then normalised by the running statistics.
     """
 
     def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
@@ -115,7 +118,9 @@ class AsPicture(nn.Module):
 
 
 class Mean(nn.Module):
-    """The mean over everything but rows and channels: [rows, channels]. Its gradient is the same on every run."""
+    """The mean over everything but rows and channels: [rows, channels]. Its gradient is the same on
+    every run.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(2).mean(2)
@@ -124,7 +129,7 @@ class Mean(nn.Module):
 def _conv(
     inputs: int, outputs: int, *, norm: bool = False, pool: nn.Module | None = None
 ) -> nn.Sequential:
-    """A 3 x 3 convolution that keeps the size, and what follows it."""
+    """A 3 x 3 convolution that keeps the size, and the layers after it."""
     layers: dict[str, nn.Module] = {"conv": nn.Conv2d(inputs, outputs, 3, padding=1)}
     if norm:
         layers["norm"] = BatchNorm(outputs)
@@ -144,7 +149,7 @@ def _hidden(inputs: int, outputs: int, dropout: float = 0.5) -> nn.Sequential:
 
 
 def _flat(blocks: Sequence[nn.Module], shape: Shape) -> int:
-    """Numbers that the blocks give for one row; copies on no device say so, and nothing is computed."""
+    """The number of outputs of the blocks for one row, from copies on the meta device."""
     with torch.no_grad():
         return (
             copy.deepcopy(nn.Sequential(*blocks))

@@ -17,7 +17,9 @@ from fedspine.nets.models import Shape, blocks_of, design_of
 
 @message
 class NetModel:
-    """What a device runs: all weights of a net by name, `block1.conv.weight`, and batch norm's statistics among them."""
+    """What a device runs: all weights of a net by name, `block1.conv.weight`, and batch norm's
+    statistics among them.
+    """
 
     net: str
     weights: Tensors
@@ -28,7 +30,8 @@ class NetModel:
 
 
 class Net:
-    """The net called `name` for rows of `shape` [channels, ...] and this many classes, computing on `device`.
+    """The net called `name` for rows of `shape` [channels, ...] and this many classes, computing on
+    `device`.
 
     Raises BadInput for an unknown net, or rows that it cannot read.
     """
@@ -42,7 +45,7 @@ class Net:
 
     @property
     def default_cut(self) -> int:
-        """Blocks of the client model, where nothing else is said."""
+        """Blocks of the client model by default."""
         return design_of(self.name).cut
 
     def to(self, device: torch.device) -> None:
@@ -52,7 +55,8 @@ class Net:
     def start(self, rng: np.random.Generator) -> Tensors:
         """Fresh weights as torch draws them, but for AlexNet; the same for the same state of `rng`.
 
-        With torch's own, AlexNet learns nothing in its first few hundred steps of plain SGD; with He's, CNN-H does not.
+        With torch's own, AlexNet learns nothing in its first few hundred steps of plain SGD; with
+        He's, CNN-H does not.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**63)))
@@ -62,7 +66,9 @@ class Net:
         return module.state_dict()
 
     def logits(self, weights: Tensors, inputs: Tensor) -> Tensor:
-        """What the net with these weights says of [rows, ...]: [rows, classes], computed as a deployed model does."""
+        """The logits of the net with these weights for [rows, ...]: [rows, classes], in evaluation
+        mode.
+        """
         return functional_call(self.blocks.eval(), weights, (inputs,), strict=True)
 
 

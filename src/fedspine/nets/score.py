@@ -1,4 +1,4 @@
-"""How good nets are on given rows."""
+"""Scores nets on given rows."""
 
 from collections.abc import Sequence
 

@@ -14,7 +14,7 @@ from fedspine.lm.aggregate import Contribution
 from fedspine.lm.base import Model
 from fedspine.lm.importance import Scores, ballot, mixed, no_scores
 from fedspine.lm.importance_sources import ScoringOrder, tune_and_score
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, cut_adapter, full, shrink
 from fedspine.lm.tune import Tuning
 
@@ -48,20 +48,20 @@ class SpineResult:
 
 @on_device
 def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
-    anatomy, known = device.base.anatomy, device.memory.get("scores")
+    layout, known = device.base.layout, device.memory.get("scores")
     kept: Structure = device.memory.get("kept", order.structure)
     votes = known
     if order.scores is not None:  # a newcomer has no scores of its own, so the fleet's are its own
         votes = mixed(known or order.scores, order.scores, order.global_importance_weight)
     if votes is not None and order.sparsity > 0:  # nothing is pruned before its importance is known
         kept = shrink(
-            anatomy,
+            layout,
             kept,
             (votes.heads, votes.channels),
             sparsity=order.sparsity,
             target=order.target,
         )
-    adapter = cut_adapter(single(order.adapter), anatomy.sites, kept, within=order.structure)
+    adapter = cut_adapter(single(order.adapter), layout.sites, kept, within=order.structure)
     model = Model(structure=kept, adapter=adapter, head=single(order.head), scale=order.scale)
     trace = tune_and_score(device, model, order.tuning, order.scoring, known)
     loss_before = device.memory.get("loss")
@@ -73,7 +73,7 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
         adapter=half(trace.model.adapter),
         head=half(trace.model.head),
         structure=kept,
-        scores=ballot(trace.scores or no_scores(anatomy), kept),
+        scores=ballot(trace.scores or no_scores(layout), kept),
         loss=trace.loss,
         loss_before=loss_before,
         examples=len(device.data),
@@ -90,7 +90,7 @@ class Deployed(Protocol):
 class Tuned(Protocol):
     """What a state knows of what is deployed: `sparsities` are those that devices were asked for."""
 
-    anatomy: Anatomy
+    layout: PrunableLayout
     adapter: Tensors
     head: Tensors
     structures: dict[str, Structure]
@@ -105,20 +105,20 @@ def deployed(
 
     None stands for everybody: the whole model, pruned by `votes`.
     """
-    whole = full(state.anatomy)
+    whole = full(state.layout)
     structure = state.structures.get(device, whole) if device else whole
     behind = due > (state.sparsities.get(device, 0.0) if device else 0.0)
     if behind and votes is not None:
         scores = (votes.heads, votes.channels)
-        structure = shrink(state.anatomy, structure, scores, sparsity=due, target=fields.sparsity)
-    adapter = cut_adapter(state.adapter, state.anatomy.sites, structure)
+        structure = shrink(state.layout, structure, scores, sparsity=due, target=fields.sparsity)
+    adapter = cut_adapter(state.adapter, state.layout.sites, structure)
     return Model(structure=structure, adapter=adapter, head=state.head, scale=fields.scale)
 
 
-def contribution(anatomy: Anatomy, order: SpineOrder, result: SpineResult) -> Contribution:
+def contribution(layout: PrunableLayout, order: SpineOrder, result: SpineResult) -> Contribution:
     """What the device changed: its adapter against the one it was sent, both cut to what it kept."""
     sent = cut_adapter(
-        single(order.adapter), anatomy.sites, result.structure, within=order.structure
+        single(order.adapter), layout.sites, result.structure, within=order.structure
     )
     return Contribution(
         sent=sent,

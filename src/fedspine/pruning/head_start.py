@@ -91,8 +91,8 @@ def class_means(device: Device, order: MeansOrder) -> ClassMeans:
         squared_tokens += len(rows) * padded**2
     extent = Extent(tokens=tokens, squared_tokens=squared_tokens)
     device.spend(
-        flops=forward_flops(base.anatomy, extent),
-        memory_bytes=HALF * (base.embeddings + base.anatomy.parameters),
+        flops=forward_flops(base.layout, extent),
+        memory_bytes=HALF * (base.embeddings + base.layout.parameters),
     )
     counts[counts < FEWEST] = 0
     means = sums * (counts > 0)[:, None] / counts.clamp_min(1)[:, None]
@@ -107,7 +107,7 @@ def features(base: Base, inputs: Tensors) -> Float[Tensor, "rows width"]:
         for name, tensor in (("weight", layer.weight), ("bias", layer.bias))
         if tensor is not None
     }
-    model = Model(structure=full(base.anatomy), adapter={}, head=head, scale=1.0)
+    model = Model(structure=full(base.layout), adapter={}, head=head, scale=1.0)
     seen: list[Tensor] = []
     with torch.inference_mode():
         module = base.fit(model.to(base.device))

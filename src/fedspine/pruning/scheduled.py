@@ -22,7 +22,7 @@ from fedspine.lm.base import Model
 from fedspine.lm.importance import Scores, on_wire, tally
 from fedspine.lm.importance_sources import ScoringOrder
 from fedspine.lm.lora import check_rank, fresh
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, check_target, cut_adapter, full, sparsity
 from fedspine.lm.tune import LocalTraining, check_tuning, tuning_at
 from fedspine.pruning.device import SpineOrder, SpineResult, contribution, prune_and_tune
@@ -54,7 +54,7 @@ class CubicPruning(ScheduledPruning):
 class PruningState:
     round: int
     rounds: int
-    anatomy: Anatomy
+    layout: PrunableLayout
     adapter: Tensors
     head: Tensors
     scores: Scores | None  # the fleet's average importance
@@ -65,19 +65,19 @@ class PruningState:
 def check_pruning(fields: ScheduledPruning, task: Task) -> None:
     """Raise BadInput for settings that cannot work on this task."""
     check_ranges(fields, _RANGES)
-    check_target(task.base.anatomy, fields.sparsity)
-    check_rank("method.rank", (fields.rank,), task.base.anatomy)
+    check_target(task.base.layout, fields.sparsity)
+    check_rank("method.rank", (fields.rank,), task.base.layout)
     check_tuning(fields)
 
 
 def begin(fields: ScheduledPruning, task: Task, rng: np.random.Generator) -> PruningState:
     """The first state: the adapter and the head that FedLoRA would begin with."""
-    anatomy = task.base.anatomy
+    layout = task.base.layout
     return PruningState(
         round=0,
         rounds=task.rounds,
-        anatomy=anatomy,
-        adapter=fresh(anatomy.sites, fields.rank, rng),
+        layout=layout,
+        adapter=fresh(layout.sites, fields.rank, rng),
         head=task.base.initial_head(rng),
         scores=None,
         structures={},
@@ -120,14 +120,14 @@ def prune_and_average(
         profile.id: _order(fields, state, profile.id, target, scoring) for profile in fleet.devices
     }
     replies = usable(fleet.ask(prune_and_tune, orders), fleet)
-    parts = [contribution(state.anatomy, orders[reply.device], reply.value) for reply in replies]
+    parts = [contribution(state.layout, orders[reply.device], reply.value) for reply in replies]
     for reply in replies:
-        kept = sparsity(state.anatomy, reply.value.structure)
+        kept = sparsity(state.layout, reply.value.structure)
         fleet.note(device=reply.device, rank=fields.rank, sparsity=kept, loss=reply.value.loss)
     after = replace(
         state,
         round=state.round + 1,
-        adapter=average_factors(state.anatomy, state.adapter, parts),
+        adapter=average_factors(state.layout, state.adapter, parts),
         head=average((reply.value.examples, reply.value.head) for reply in replies),
         scores=tally(state.scores, [reply.value.scores for reply in replies]),
         structures=state.structures | {reply.device: reply.value.structure for reply in replies},
@@ -140,7 +140,7 @@ def prune_and_average(
 def dense(fields: ScheduledPruning, state: PruningState) -> Model:
     """What was learnt, on the whole base."""
     return Model(
-        structure=full(state.anatomy), adapter=state.adapter, head=state.head, scale=fields.scale
+        structure=full(state.layout), adapter=state.adapter, head=state.head, scale=fields.scale
     )
 
 
@@ -151,13 +151,13 @@ def _order(
     target: float,
     scoring: ScoringOrder,
 ) -> SpineOrder:
-    structure = state.structures.get(device, full(state.anatomy))
+    structure = state.structures.get(device, full(state.layout))
     # nothing is pruned before its importance is known
     now = target if device in state.structures else 0.0
     advised = now > 0 and fields.global_importance_weight > 0 and state.scores is not None
     return SpineOrder(
         round=state.round,
-        adapter=half(cut_adapter(state.adapter, state.anatomy.sites, structure)),
+        adapter=half(cut_adapter(state.adapter, state.layout.sites, structure)),
         head=half(state.head),
         structure=structure,
         scores=on_wire(state.scores) if advised else None,

@@ -1,4 +1,5 @@
-"""How every figure is drawn: one look, the axes, ticks and legends, and a figure as text for a page.
+"""How every figure is drawn: one look, the axes, ticks and legends, and a figure as text for a
+page.
 
 The only file that knows matplotlib: its object interface and no pyplot, so no global state.
 """
@@ -68,7 +69,7 @@ STYLE: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure with its title and one sentence that tells how to read it; `name` is unique on the page."""
+    """A figure with its title and one sentence on how to read it; `name` is unique on the page."""
 
     name: str
     title: str
@@ -77,12 +78,13 @@ class Panel:
 
 
 def styled() -> AbstractContextManager[Any]:
-    """While it is open, figures are made in the look of this file."""
+    """Figures made in this context use the style of this file."""
     return matplotlib.rc_context(STYLE)
 
 
 def svg(panel: Panel, *, background: bool = False) -> str:
-    """The figure as an <svg> element to be put into a page: no XML header, no metadata, ids of its own.
+    """The figure as an <svg> element to be put into a page: no XML header, no metadata, ids of its
+    own.
 
     As a file of its own it needs a white `background`, since it may be shown on a dark page.
     """
@@ -136,7 +138,9 @@ def legend(axes: Axes) -> None:
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
-    """Under the axes, in as many columns as the longest name allows; the figure grows by what the legend needs."""
+    """Under the axes, in as many columns as the longest name allows; the figure grows by what the
+    legend needs.
+    """
     handles, names = axes.get_legend_handles_labels()
     if not names:
         return

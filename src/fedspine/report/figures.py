@@ -22,7 +22,7 @@ from fedspine.report.drawing import (
     round_ticks,
     styled,
 )
-from fedspine.report.rows import Rows
+from fedspine.report.rows import RunRows
 from fedspine.report.series import Band, bands, exchange_seconds, has_accuracy, traffic, waiting
 from fedspine.report.tables import (
     UnprunedRun,
@@ -44,9 +44,9 @@ WIDE_RANGE = 10  # classes whose medians differ more are compared on a logarithm
 
 
 def panels(
-    rows: Rows, summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun] = ()
+    rows: RunRows, summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun] = ()
 ) -> list[Panel]:
-    """The figures that this run has data for, in reading order."""
+    """The figures for which this run has data, in reading order."""
     with styled():
         drawn = (
             _quality(rows, summary, unpruned),
@@ -60,7 +60,7 @@ def panels(
 
 
 def _quality(
-    rows: Rows, summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun]
+    rows: RunRows, summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun]
 ) -> Panel | None:
     if not rows.scores:
         return None
@@ -119,7 +119,7 @@ def _quality(
 def _unpruned_lines(
     name: str, summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun]
 ) -> tuple[list[tuple[str, float]], str]:
-    """What is drawn beside a pruned run, and what the caption says of it."""
+    """The unpruned curves drawn beside a pruned run, and their caption."""
     runs = [(run.name, value) for run in unpruned if (value := run.quality(name)) is not None]
     if runs:
         return runs, ", and dashed lines are the final scores of unpruned runs of the same budget"
@@ -130,9 +130,9 @@ def _unpruned_lines(
     return [("unpruned base", value)], f", and the dashed line is the unpruned base ({note})"
 
 
-def _sparsity(rows: Rows) -> Panel | None:
+def _sparsity(rows: RunRows) -> Panel | None:
     found = bands(rows, lambda note: note.sparsity)
-    # a method that prunes nothing has nothing to show
+    # no figure for a method that does not prune
     if not any(band.high.any() for band in found.values()):
         return None
     figure, axes = blank()
@@ -147,9 +147,9 @@ def _sparsity(rows: Rows) -> Panel | None:
     return Panel("sparsity", "Sparsity by device class", caption, figure)
 
 
-def _rank(rows: Rows) -> Panel | None:
+def _rank(rows: RunRows) -> Panel | None:
     found = bands(rows, lambda note: note.rank)
-    # one rank everywhere is a number for the table, not a picture
+    # a single rank is a number for the table
     if len({value for band in found.values() for value in (*band.low, *band.high)}) < 2:
         return None
     figure, axes = blank()
@@ -164,7 +164,7 @@ def _rank(rows: Rows) -> Panel | None:
     return Panel("rank", "Rank by device class", caption, figure)
 
 
-def _exchange_seconds(rows: Rows) -> Panel | None:
+def _exchange_seconds(rows: RunRows) -> Panel | None:
     found = exchange_seconds(rows)
     if not found:
         return None
@@ -200,7 +200,7 @@ def _exchange_seconds(rows: Rows) -> Panel | None:
     return Panel("seconds", "Time per exchange by device class", caption, figure)
 
 
-def _waiting(rows: Rows) -> Panel | None:
+def _waiting(rows: RunRows) -> Panel | None:
     found = waiting(rows)
     if not found.seconds.any():
         return None
@@ -232,7 +232,7 @@ def _waiting(rows: Rows) -> Panel | None:
     return Panel("waiting", "Waiting per round", caption, figure)
 
 
-def _traffic(rows: Rows) -> Panel | None:
+def _traffic(rows: RunRows) -> Panel | None:
     found = traffic(rows)
     if not len(found.rounds):
         return None

@@ -1,4 +1,4 @@
-"""The page a run leaves behind: one HTML file with its style and figures inside, that fetches nothing."""
+"""A run's report page: one HTML file that contains its style and figures and fetches nothing."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 from fedspine.core.errors import BadInput
 from fedspine.report import figures
 from fedspine.report.html import Figure, rendered
-from fedspine.report.rows import Rows, read_rows
+from fedspine.report.rows import RunRows, read_rows
 from fedspine.report.series import DeviceClass, Trouble, device_classes, summary_so_far, troubles
 from fedspine.report.tables import (
     MISSING,
@@ -27,7 +27,7 @@ REPORT, RECORDS, SUMMARY, RECIPE = "report.html", "records.jsonl", "summary.json
 
 
 def write_page(folder: Path, unpruned: Sequence[UnprunedRun] = ()) -> Path:
-    """Write `folder`/report.html from what the run left there so far, at once or not at all; returns its path.
+    """Write `folder`/report.html from what is in the folder so far, atomically; returns its path.
 
     `unpruned` are runs of the same budget that a pruned one is read against. Raises BadInput where
     the folder has neither records nor a summary, or where one of them cannot be read.
@@ -37,7 +37,7 @@ def write_page(folder: Path, unpruned: Sequence[UnprunedRun] = ()) -> Path:
         raise BadInput(
             f"a run's folder with {RECORDS} was expected, {folder} has none; name the folder of a run"
         )
-    rows = read_rows(records) if records.exists() else Rows()
+    rows = read_rows(records) if records.exists() else RunRows()
     summary = _read_summary(summary_file) if summary_file.exists() else None
     recipe_text = recipe.read_text("utf-8") if recipe.exists() else ""
     text = page(folder.resolve().name, rows, summary, recipe_text, unpruned)
@@ -49,7 +49,7 @@ def write_page(folder: Path, unpruned: Sequence[UnprunedRun] = ()) -> Path:
 
 def page(
     title: str,
-    rows: Rows,
+    rows: RunRows,
     summary: Mapping[str, Any] | None,
     recipe: str,
     unpruned: Sequence[UnprunedRun] = (),
@@ -65,7 +65,7 @@ def page(
         title=title,
         what=summary_line(numbers),
         unfinished=not summary,
-        # what was said of a run that does not learn, at its end or so far
+        # the warnings of a run that does not learn
         warnings=numbers.get("warnings") or [warned.line for warned in rows.warnings],
         headlines=headlines(numbers, unpruned),
         figures=[Figure.of(panel) for panel in figures.panels(rows, numbers, unpruned)],

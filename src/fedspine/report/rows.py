@@ -1,4 +1,4 @@
-"""What a run recorded, read back: the rows of records.jsonl as small dataclasses."""
+"""Reads the records of a run: the rows of records.jsonl as small dataclasses."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Note:
-    """What a method said about one device in one round; None where it did not say."""
+    """A method's note on one device in one round; None for what it did not note."""
 
     round: int
     device: str
@@ -39,8 +39,10 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Score:
-    """Quality at `now`; accuracies are None for language modelling. Only the `final` one is of all test rows."""
+class ScoreRow:
+    """Quality at `now`; accuracies are None for language modelling. Only the `final` one is of all
+    test rows.
+    """
 
     round: int
     now: float
@@ -56,7 +58,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Warned:
-    """What was said of a run that does not learn, in one line."""
+    """A warning about a run that does not learn, in one line."""
 
     round: int
     line: str
@@ -64,7 +66,7 @@ class Warned:
 
 @dataclass(frozen=True)
 class Round:
-    """A finished round; `waiting_seconds` is the mean over its devices of the time they had nothing to do."""
+    """A finished round; `waiting_seconds` is its devices' mean idle time."""
 
     round: int
     now: float
@@ -72,18 +74,19 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RunRows:
     """A run's records by kind of row, in the order they were written."""
 
     exchanges: tuple[Exchange, ...] = ()
     notes: tuple[Note, ...] = ()
-    scores: tuple[Score, ...] = ()
+    scores: tuple[ScoreRow, ...] = ()
     rounds: tuple[Round, ...] = ()
     warnings: tuple[Warned, ...] = ()
 
 
-def read_rows(path: Path) -> Rows:
-    """The records of a run. A torn last line, as a killed run leaves it, is passed over; so are unknown rows and keys.
+def read_rows(path: Path) -> RunRows:
+    """The records of a run. A torn last line, as a killed run leaves it, is ignored; so are unknown
+    rows and keys.
 
     Raises BadInput for any other line that is not a JSON object with a "row".
     """
@@ -104,7 +107,7 @@ def read_rows(path: Path) -> Rows:
             ) from error
         if name in READERS and (read := READERS[name](row)) is not None:
             found[name].append(read)
-    return Rows(*(tuple(rows) for rows in found.values()))
+    return RunRows(*(tuple(rows) for rows in found.values()))
 
 
 def _exchange(row: Mapping[str, Any]) -> Exchange:
@@ -122,7 +125,7 @@ def _exchange(row: Mapping[str, Any]) -> Exchange:
 
 def _note(row: Mapping[str, Any]) -> Note | None:
     values = row.get("values") or {}
-    # a remark about the whole round is for those who read the records
+    # a note on the whole round appears only in the records
     if "device" not in values:
         return None
     left_out = values.get("left_out")
@@ -136,8 +139,8 @@ def _note(row: Mapping[str, Any]) -> Note | None:
     )
 
 
-def _score(row: Mapping[str, Any]) -> Score:
-    return Score(
+def _score(row: Mapping[str, Any]) -> ScoreRow:
+    return ScoreRow(
         round=_count(row, "round"),
         now=_number(row, "now") or 0.0,
         accuracy=_number(row, "accuracy"),
@@ -162,7 +165,7 @@ def _warned(row: Mapping[str, Any]) -> Warned:
 
 
 def _number(row: Mapping[str, Any], name: str) -> float | None:
-    """A finite number, or None: a plot has no place for nan, nor for a method's list of ranks."""
+    """A finite number, or None: plots cannot show nan, nor a method's list of ranks."""
     value = row.get(name)
     return float(value) if isinstance(value, int | float) and isfinite(value) else None
 
@@ -171,7 +174,7 @@ def _count(row: Mapping[str, Any], name: str) -> int:
     return int(_number(row, name) or 0)
 
 
-# in the order of the fields of Rows
+# in the order of the fields of RunRows
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "exchange": _exchange,
     "note": _note,

@@ -1,4 +1,4 @@
-"""What a report shows of a run's rows: series over rounds and lines of tables, as pure functions."""
+"""The series and table lines of a report, computed from a run's rows by pure functions."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedspine.report.rows import UNKNOWN_CLASS, Exchange, Note, Rows
+from fedspine.report.rows import UNKNOWN_CLASS, Exchange, Note, RunRows
 
 FIRST_CLASSES = ("tx2", "nx", "agx")  # slow to fast; other classes follow by name
 Floats = NDArray[np.float64]
@@ -26,7 +26,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Waiting:
-    """Per round: its length and how much of it the mean device waited, in seconds of the fleet's clock."""
+    """Per round: its length and the mean idle time per device, in seconds of the fleet's clock."""
 
     rounds: Floats
     seconds: Floats
@@ -50,7 +50,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Checks:
-    """The scores on the way, one entry for each; nan where a score has no such number.
+    """The scores during the run, one entry each; nan where a score lacks a number.
 
     Each is of a fixed part of the test rows and the mean over a few device models. The final score
     is none of them, since it is of all test rows.
@@ -89,27 +89,27 @@ class Trouble:
     reason: str
 
 
-def has_accuracy(rows: Rows, summary: Mapping[str, Any]) -> bool:
+def has_accuracy(rows: RunRows, summary: Mapping[str, Any]) -> bool:
     """Whether the run is judged by accuracy; otherwise by loss."""
     return summary.get("accuracy") is not None or any(
         score.accuracy is not None for score in rows.scores
     )
 
 
-def kinds(rows: Rows) -> dict[str, str]:
+def kinds(rows: RunRows) -> dict[str, str]:
     """Each device's class."""
     return {exchange.device: exchange.kind for exchange in rows.exchanges}
 
 
-def class_names(rows: Rows) -> list[str]:
+def class_names(rows: RunRows) -> list[str]:
     """Classes of the run, from slow to fast where that is known, others by name."""
     present = {exchange.kind for exchange in rows.exchanges}
     known = [name for name in FIRST_CLASSES if name in present]
     return known + sorted(present.difference(known))
 
 
-def bands(rows: Rows, value: Callable[[Note], float | None]) -> dict[str, Band]:
-    """Per class, what devices noted over rounds; a class that noted nothing is absent."""
+def bands(rows: RunRows, value: Callable[[Note], float | None]) -> dict[str, Band]:
+    """Per class, the devices' notes over rounds; a class without notes is absent."""
     kind_of = kinds(rows)
     noted: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for note in rows.notes:
@@ -120,14 +120,14 @@ def bands(rows: Rows, value: Callable[[Note], float | None]) -> dict[str, Band]:
     return {name: _band(noted[name]) for name in dict.fromkeys(names) if name in noted}
 
 
-def waiting(rows: Rows) -> Waiting:
-    """How long rounds took and devices waited."""
+def waiting(rows: RunRows) -> Waiting:
+    """The length of rounds and the devices' idle time."""
     ends = np.array([0.0, *(row.now for row in rows.rounds)])
     seconds = _floats(row.waiting_seconds for row in rows.rounds)
     return Waiting(_floats(row.round for row in rows.rounds), seconds, np.diff(ends))
 
 
-def traffic(rows: Rows) -> Traffic:
+def traffic(rows: RunRows) -> Traffic:
     """Bytes down and up, summed since the start."""
     sums: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     for exchange in rows.exchanges:
@@ -138,8 +138,8 @@ def traffic(rows: Rows) -> Traffic:
     return Traffic(_floats(rounds), down, up)
 
 
-def checks(rows: Rows) -> Checks:
-    """How good the models were on the way."""
+def checks(rows: RunRows) -> Checks:
+    """The scores of the models during the run."""
     scores = [score for score in rows.scores if not score.final]
     rounds, moved = _floats(score.round for score in scores), traffic(rows)
     sums = np.concatenate([[0.0], moved.down + moved.up])
@@ -157,14 +157,16 @@ def checks(rows: Rows) -> Checks:
     )
 
 
-def exchange_seconds(rows: Rows) -> dict[str, Floats]:
-    """Per class, how long every exchange took that was not lost."""
+def exchange_seconds(rows: RunRows) -> dict[str, Floats]:
+    """Per class, the seconds of every exchange that was not lost."""
     found = {name: _seconds(exchanges) for name, exchanges in _by_class(rows).items()}
     return {name: seconds for name, seconds in found.items() if len(seconds)}
 
 
-def device_classes(rows: Rows) -> list[DeviceClass]:
-    """One line per class. Sparsity is the mean of what its devices noted last; rank is the mean over all notes."""
+def device_classes(rows: RunRows) -> list[DeviceClass]:
+    """One line per class. Sparsity is the mean of what its devices noted last; rank is the mean
+    over all notes.
+    """
     kind_of = kinds(rows)
     last: dict[str, dict[str, float]] = defaultdict(dict)
     ranks: dict[str, list[float]] = defaultdict(list)
@@ -188,7 +190,7 @@ def device_classes(rows: Rows) -> list[DeviceClass]:
     ]
 
 
-def troubles(rows: Rows) -> list[Trouble]:
+def troubles(rows: RunRows) -> list[Trouble]:
     """Devices that were lost or left out at least once, the worst first."""
     kind_of = kinds(rows)
     asked: dict[str, int] = defaultdict(int)
@@ -215,8 +217,8 @@ def troubles(rows: Rows) -> list[Trouble]:
     return sorted(found, key=lambda line: -(line.lost + line.left_out))
 
 
-def summary_so_far(rows: Rows) -> dict[str, Any]:
-    """What summary.json would say of the records alone: for a run that is under way or was killed."""
+def summary_so_far(rows: RunRows) -> dict[str, Any]:
+    """The part of summary.json that follows from the records alone, for an unfinished run."""
     found: dict[str, Any] = {"rounds": len(rows.rounds), "devices": len(kinds(rows))}
     if rows.scores:
         last = rows.scores[-1]
@@ -238,7 +240,7 @@ def summary_so_far(rows: Rows) -> dict[str, Any]:
     return found
 
 
-def _by_class(rows: Rows) -> dict[str, list[Exchange]]:
+def _by_class(rows: RunRows) -> dict[str, list[Exchange]]:
     return {name: [row for row in rows.exchanges if row.kind == name] for name in class_names(rows)}
 
 

@@ -1,4 +1,4 @@
-"""How numbers read, everywhere: formats with their units, a run's headline numbers, and the table of a finished run."""
+"""Number formats with units, a run's headline numbers, and the table of a finished run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +21,7 @@ REFERENCES = (  # key of the summary, name, what it is
 
 @dataclass(frozen=True)
 class Headline:
-    """One number a reader looks for first; `note` says what it means or how it splits."""
+    """A headline number; `note` says what it means or how it splits."""
 
     label: str
     value: str
@@ -89,7 +89,7 @@ def bytes_text(count: float | None) -> str:
 
 
 def seconds_text(seconds: float | None) -> str:
-    """Seconds in the units a person would say.
+    """Seconds in readable units.
 
     >>> seconds_text(0.351), seconds_text(12.34), seconds_text(125), seconds_text(3720), seconds_text(100_000)
     ('0.35 s', '12.3 s', '2 min 05 s', '1 h 02 min', '1 d 3 h')
@@ -117,10 +117,10 @@ def counted(count: int, thing: str) -> str:
 
 
 def headlines(summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun] = ()) -> list[Headline]:
-    """What a run comes to, in reading order; what the summary lacks is left out.
+    """The headline numbers of a run, in reading order; those that the summary lacks are left out.
 
-    `unpruned` are runs of the same budget that a pruned one is read against.
-    `waiting_seconds` is the sum over rounds of a device's mean wait, so its share of `simulated_seconds` is below one.
+    `unpruned` are runs of the same budget that a pruned one is read against. `waiting_seconds` is
+    the sum over rounds of a device's mean wait, so its share of `simulated_seconds` is below one.
     """
     lines = (*_quality(summary, unpruned), *_price(summary))
     return [line for line in lines if line.value != MISSING]
@@ -143,7 +143,9 @@ def summary_line(summary: Mapping[str, Any]) -> str:
 
 
 def summary_table(summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun] = ()) -> Table:
-    """The headline numbers and the state's fingerprint, for the end of a run and for looking at it later."""
+    """The headline numbers and the state's fingerprint, for the end of a run and for looking at it
+    later.
+    """
     table = Table(
         title=Text(summary_line(summary)), title_justify="left", box=box.SIMPLE, show_header=False
     )
@@ -168,7 +170,7 @@ def print_table(table: Table, stream: TextIO) -> None:
 
 
 def quality_of(summary: Mapping[str, Any]) -> Literal["accuracy", "loss"]:
-    """What a run is judged by."""
+    """The quality measure of a run."""
     return "accuracy" if summary.get("accuracy") is not None else "loss"
 
 
@@ -231,7 +233,7 @@ def _signed(difference: float | None) -> str:
 
 
 def references(summary: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-    """Name, meaning and value of the yardsticks beside a run, which are no results of it."""
+    """Name, meaning and value of the reference scores beside a run's results."""
     return [
         (what, note, summary[key])
         for key, what, note in REFERENCES

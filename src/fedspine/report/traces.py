@@ -1,4 +1,6 @@
-"""Figures that compare methods: one line for each with its band over seeds, told apart by colour, dash and mark."""
+"""Figures that compare methods: one line for each with its band over seeds, told apart by colour,
+dash and mark.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,8 @@ from fedspine.report.drawing import (
 )
 from fedspine.report.series import Floats
 
-# Okabe and Ito's colours without the yellow, which is lost on white, and with a grey; never the only difference
+# Okabe and Ito's colours without the yellow, which is lost on white, and with a grey; never the
+# only difference
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a8f98")
 DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -37,10 +40,11 @@ LABELS: Mapping[Along, str] = {
 
 @dataclass(frozen=True)
 class Trace:
-    """One method's quality along the costs `xs`: the mean over seeds and, with two seeds or more, its band.
+    """One method's quality along the costs `xs`: the mean over seeds and, with two seeds or more,
+    its band.
 
-    `number` picks colour, dash and mark, the same in every figure; `end` is the last cost, the final quality and its
-    spread, where all seeds have them.
+    `number` picks colour, dash and mark, the same in every figure; `end` is the last cost, the
+    final quality and its spread, where all seeds have them.
     """
 
     name: str
@@ -54,7 +58,9 @@ class Trace:
 
 @dataclass(frozen=True)
 class Gap:
-    """How far one method's final quality is from the best one's: of each common seed, the mean and its interval."""
+    """The distance of a method's final quality from the best one's: per common seed, the mean and
+    its interval.
+    """
 
     name: str
     number: int
@@ -100,7 +106,9 @@ def trace_panel(
 
 
 def gap_panel(name: str, quality: Quality, caption: str, best: str, gaps: Sequence[Gap]) -> Panel:
-    """One row for each method, in points or nats; a method that shares no seed with the best one has an empty row."""
+    """One row for each method, in points or nats; a method that shares no seed with the best one
+    has an empty row.
+    """
     scale = 100 if quality == "accuracy" else 1
     with styled():
         figure, axes = blank()

@@ -35,13 +35,13 @@ from fedspine.runs.task_record import TaskRecord
 from fedspine.storage.records import Records
 from fedspine.storage.store import Store
 
-GPU_TOGETHER = 32  # devices that are trained in one batched pass where nothing else is said
-ORDER, COHORT, START = 101, 102, 103  # purposes of random streams, so that they never meet
+GPU_TOGETHER = 32  # default number of devices trained in one batched pass
+ORDER, COHORT, START = 101, 102, 103  # purposes of random streams, which must differ
 
 
 @dataclass(frozen=True)
-class Built:
-    """Everything a run works on."""
+class Assembled:
+    """Everything that a run needs: checked recipe, task, tokenizer, the devices' rows."""
 
     recipe: Recipe
     task: Task
@@ -49,16 +49,15 @@ class Built:
     shares: tuple[np.ndarray, ...]  # int64 row indices of the training set, by device
     kinds: tuple[str, ...]
     record: TaskRecord
-    left_out: Mapping[str, int]  # rows of the data that are not used, by reason
-    remarks: tuple[str, ...]  # what a user should know about how the data was read, one line each
+    left_out: Mapping[str, int]  # unused rows of the data, by reason
+    remarks: tuple[str, ...]  # remarks on how the data was read, one line each
 
 
-def build(recipe: Recipe, *, here: bool = True, begun: Path | None = None) -> Built:
+def assemble(recipe: Recipe, *, here: bool = True, begun: Path | None = None) -> Assembled:
     """Load and check everything a run needs; raises BadInput before anything is spent.
 
-    Unless the devices' rows are `here`, in the recipe's data, only what is needed to judge their models is read from it.
-    `begun` is the folder of a run that is gone on with: it must have begun with the same data and
-    base.
+    Unless the devices' rows are `here`, in the recipe's data, only the test rows are read.
+    `begun` is the folder of a resumed run, which must have begun with the same data and base.
     """
     then = None if begun is None else task_record.read(begun)
     recipe, _ = modelled(recipe)
@@ -79,7 +78,7 @@ def build(recipe: Recipe, *, here: bool = True, begun: Path | None = None) -> Bu
     task.base.to(computing)
     shares = share_out(recipe, data, task.train) if here else ()
     recipe.method.check(task)
-    return Built(
+    return Assembled(
         recipe=recipe,
         task=task,
         tokenizer=tokenizer,
@@ -92,9 +91,9 @@ def build(recipe: Recipe, *, here: bool = True, begun: Path | None = None) -> Bu
 
 
 def settled(recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """The recipe with what it leaves open decided, and a line about each decision.
+    """The recipe with its open choices decided, and a line about each decision.
 
-    Raises BadInput for a model that cannot be found or chosen, and for a GPU that is not there.
+    Raises BadInput for a model that cannot be found or chosen, and for a missing GPU.
     """
     recipe, line = modelled(recipe)
     choices: dict[str, dict[str, Any]] = {}
@@ -121,7 +120,7 @@ def identities(recipe: Recipe) -> list[str]:
 
 
 def _check_family(recipe: Recipe) -> None:
-    """Raise BadInput for a method that does not know the kind of model it is given."""
+    """Raise BadInput for a method that cannot train this kind of model."""
     family = _family(recipe)
     if family not in recipe.method.models:
         able = ", ".join(name for name, method in all_methods().items() if family in method.models)
@@ -200,16 +199,21 @@ def share_out(recipe: Recipe, data: Dataset, train: Data) -> tuple[np.ndarray, .
     )
 
 
-def test_order(built: Built) -> np.ndarray:
-    """The order in which test rows are scored: a check takes the first ones."""
-    return np.random.default_rng([built.recipe.run.seed, ORDER]).permutation(len(built.task.test))
+def test_order(assembled: Assembled) -> np.ndarray:
+    """The order in which test rows are scored; a check uses the first ones."""
+    return np.random.default_rng([assembled.recipe.run.seed, ORDER]).permutation(
+        len(assembled.task.test)
+    )
 
 
-def workers_for(built: Built, cache: Path) -> Workers:
-    """The processes that serve asks and score models; `cache` is a folder for what they need not compute again."""
-    run, task = built.recipe.run, built.task
+def workers_for(assembled: Assembled, cache: Path) -> Workers:
+    """The processes that serve asks and score models; `cache` is a folder for stored activations."""
+    run, task = assembled.recipe.run, assembled.task
     workshop = Workshop(
-        task=task, shares=built.shares, test_rows=test_order(built), prefixes=Prefixes(cache)
+        task=task,
+        shares=assembled.shares,
+        test_rows=test_order(assembled),
+        prefixes=Prefixes(cache),
     )
     if task.base.device.type == "cuda":  # which a forked process could not use
         return Workers(workshop, 0, run.together or GPU_TOGETHER)
@@ -217,24 +221,26 @@ def workers_for(built: Built, cache: Path) -> Workers:
 
 
 def _computing(device: str) -> torch.device:
-    """What computes; raises BadInput for a GPU that is not there."""
+    """The compute device; raises BadInput for a missing GPU."""
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput('run.device is "cuda", but PyTorch sees no GPU here; choose "cpu" or "auto"')
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def simulate(built: Built, workers: Workers, store: Store, records: Records) -> SimulatedFleet:
+def simulate(
+    assembled: Assembled, workers: Workers, store: Store, records: Records
+) -> SimulatedFleet:
     """The simulated fleet that the recipe describes."""
-    recipe = built.recipe
+    recipe = assembled.recipe
     hardware = Hardware(
         seed=recipe.run.seed,
-        kinds=built.kinds,
+        kinds=assembled.kinds,
         spread=recipe.fleet.spread,
         round_trip_seconds=tuple(recipe.fleet.round_trip_seconds),
     )
     world = World(
         seed=recipe.run.seed,
-        profiles=profiles(list(built.kinds), [len(share) for share in built.shares]),
+        profiles=profiles(list(assembled.kinds), [len(share) for share in assembled.shares]),
         hardware=hardware,
         workers=workers,
         store=store,
@@ -248,8 +254,9 @@ def cohort(recipe: Recipe, round: int, devices: int | None = None) -> np.ndarray
 
     There are as many `devices` as the recipe says, unless a fleet has grown since.
 
-    Devices take turns in a random order, which is drawn again as soon as all have had equally many turns. So none is
-    asked twice in a round, and at any time none was asked more than once oftener than another.
+    Devices take turns in a random order, which is drawn anew once all have had equally many turns.
+    So none is asked twice in a round, and the numbers of turns of two devices never differ by more
+    than one.
     """
     devices = devices or recipe.fleet.devices
     wanted = min(recipe.fleet.per_round, devices)
@@ -260,7 +267,7 @@ def cohort(recipe: Recipe, round: int, devices: int | None = None) -> np.ndarray
 
 
 def around(recipe: Recipe, fleet: Fleet) -> Fleet:
-    """The fleet as the recipe's losses and delays let it through."""
+    """The fleet, wrapped so that it loses and delays messages as the recipe says."""
     if not (recipe.fleet.drop or recipe.fleet.delay_seconds):
         return fleet
     return Lossy(

@@ -1,4 +1,4 @@
-"""Where a run takes place: on simulated devices, or at the sites of a real fleet. The loop is the same."""
+"""The backend of a run: simulated devices, or the sites of a real fleet. The run loop is the same."""
 
 import json
 import secrets
@@ -9,38 +9,38 @@ from typing import Any, Protocol
 
 from fedspine.core.errors import BadInput
 from fedspine.execution.workers import Workers
-from fedspine.flare.run_terms import Terms, model_name
-from fedspine.flare.session import Party
-from fedspine.flare.site_state import Patience
+from fedspine.flare.run_terms import RunTerms, model_name
+from fedspine.flare.session import FlareSession
+from fedspine.flare.site_state import Timeouts
 from fedspine.fleets.rounds import RoundFleet
 from fedspine.lm.content import content_sha256
-from fedspine.runs.assemble import Built, build, simulate
+from fedspine.runs.assemble import Assembled, assemble, simulate
 from fedspine.runs.config import Recipe
 from fedspine.runs.run_dir import FLEET
 from fedspine.storage.records import Records
 from fedspine.storage.store import Store, write_atomically
 
 
-class Venue(Protocol):
-    """What a run asks of the place where it is."""
+class Backend(Protocol):
+    """What the run loop needs of a backend."""
 
-    def fitted(self, recipe: Recipe, *, begun: Recipe | None = None) -> Recipe:
-        """The recipe as it runs here; `begun` is how a run that is gone on with began."""
+    def adapted(self, recipe: Recipe, *, begun: Recipe | None = None) -> Recipe:
+        """The recipe adapted to this backend; `begun` is the recipe of a resumed run."""
         ...
 
-    def build(self, recipe: Recipe, *, begun: Path | None = None) -> Built:
+    def assemble(self, recipe: Recipe, *, begun: Path | None = None) -> Assembled:
         """Load and check everything; raises BadInput before the run's folder is made.
 
-        `begun` is the folder of a run that is gone on with.
+        `begun` is the folder of a resumed run.
         """
         ...
 
     def fleet(
-        self, built: Built, workers: Workers, store: Store, records: Records
+        self, assembled: Assembled, workers: Workers, store: Store, records: Records
     ) -> RoundFleet: ...
 
-    def remember(self, folder: Path) -> None:
-        """Write into the run's folder what a resume has to know of this place."""
+    def remember(self, run_dir: Path) -> None:
+        """Write into the run directory what a resume needs to find this backend."""
         ...
 
     def close(self) -> None: ...
@@ -49,16 +49,18 @@ class Venue(Protocol):
 class Simulation:
     """Simulated devices, in this process and its workers."""
 
-    def fitted(self, recipe: Recipe, *, begun: Recipe | None = None) -> Recipe:
+    def adapted(self, recipe: Recipe, *, begun: Recipe | None = None) -> Recipe:
         return recipe
 
-    def build(self, recipe: Recipe, *, begun: Path | None = None) -> Built:
-        return build(recipe, begun=begun)
+    def assemble(self, recipe: Recipe, *, begun: Path | None = None) -> Assembled:
+        return assemble(recipe, begun=begun)
 
-    def fleet(self, built: Built, workers: Workers, store: Store, records: Records) -> RoundFleet:
-        return simulate(built, workers, store, records)
+    def fleet(
+        self, assembled: Assembled, workers: Workers, store: Store, records: Records
+    ) -> RoundFleet:
+        return simulate(assembled, workers, store, records)
 
-    def remember(self, folder: Path) -> None:
+    def remember(self, run_dir: Path) -> None:
         pass
 
     def close(self) -> None:
@@ -70,12 +72,12 @@ class RealSites:
     """The sites of a fleet that `fedspine fleet create` provisioned; `kit` is the operator's."""
 
     kit: Path
-    patience: Patience = field(default_factory=Patience)
+    timeouts: Timeouts = field(default_factory=Timeouts)
     _link: Any = field(default=None, init=False)
-    _party: Any = field(default=None, init=False)
+    _session: Any = field(default=None, init=False)
 
-    def fitted(self, recipe: Recipe, *, begun: Recipe | None = None) -> Recipe:
-        """As many devices as there are sites, of whom each keeps its own rows; connects where that is not done."""
+    def adapted(self, recipe: Recipe, *, begun: Recipe | None = None) -> Recipe:
+        """One device per site, each with its own rows; connects if necessary."""
         if recipe.task.kind == "array":
             raise BadInput(
                 f"task.model {recipe.task.model!r} is a net for arrays, but the sites of a fleet hold texts; leave --fleet "
@@ -93,37 +95,39 @@ class RealSites:
             fleet=recipe.fleet.model_copy(update=changed),
             run=recipe.run.model_copy(
                 update={"workers": 1}
-            ),  # processes cannot be forked beside a connection
+            ),  # processes cannot be forked beside an open connection
         )
 
-    def build(self, recipe: Recipe, *, begun: Path | None = None) -> Built:
+    def assemble(self, recipe: Recipe, *, begun: Path | None = None) -> Assembled:
         from fedspine.flare.fleet import FlareFleet
 
-        built = build(recipe, here=False, begun=begun)
-        self._party = Party(
+        assembled = assemble(recipe, here=False, begun=begun)
+        self._session = FlareSession(
             link=self._connected(),
-            base=built.task.base,
-            terms=terms_of(built),
+            base=assembled.task.base,
+            terms=terms_of(assembled),
             seed=recipe.run.seed,
             run=secrets.token_hex(16),
-            patience=self.patience,
+            timeouts=self.timeouts,
         )
-        refusals = FlareFleet(self._party).join()
-        if refusals and len(self._party.members) < max(self.patience.sites, self.patience.quorum):
+        refusals = FlareFleet(self._session).join()
+        if refusals and len(self._session.sites) < max(self.timeouts.sites, self.timeouts.quorum):
             told = "; ".join(f"{name}: {why}" for name, why in refusals.items())
             raise BadInput(f"{len(refusals)} of {len(self._link.sites)} sites take no part: {told}")
-        return built
+        return assembled
 
-    def fleet(self, built: Built, workers: Workers, store: Store, records: Records) -> RoundFleet:
+    def fleet(
+        self, assembled: Assembled, workers: Workers, store: Store, records: Records
+    ) -> RoundFleet:
         from fedspine.flare.fleet import FlareFleet
 
-        self._party.records, self._party.began = records, time.monotonic()
-        return FlareFleet(self._party)
+        self._session.records, self._session.began = records, time.monotonic()
+        return FlareFleet(self._session)
 
-    def remember(self, folder: Path) -> None:
-        """The kit's place and the patience, so that a resume needs neither."""
-        said = {"kit": str(self.kit.absolute()), **asdict(self.patience)}
-        write_atomically(folder / FLEET, json.dumps(said, indent=1).encode())
+    def remember(self, run_dir: Path) -> None:
+        """Write the kit's path and the timeouts, so that a resume needs neither."""
+        said = {"kit": str(self.kit.absolute()), **asdict(self.timeouts)}
+        write_atomically(run_dir / FLEET, json.dumps(said, indent=1).encode())
 
     def close(self) -> None:
         if self._link is not None:
@@ -135,47 +139,47 @@ class RealSites:
             from fedspine.flare.startup_kit import needs_flare
 
             needs_flare()
-            from fedspine.flare.link import Link
+            from fedspine.flare.link import FlareLink
 
-            self._link = Link(self.kit, self.patience.quorum)
+            self._link = FlareLink(self.kit, self.timeouts.quorum)
             self._link.wait_for(
-                max(self.patience.sites, self.patience.quorum), self.patience.outage
+                max(self.timeouts.sites, self.timeouts.quorum), self.timeouts.outage
             )
         return self._link
 
 
-def venue_of(folder: Path, named: RealSites | None = None) -> Venue:
-    """Where the run in `folder` took place, or `named` where it says the same; raises BadInput where it does not."""
-    path = folder / FLEET
+def backend_of(run_dir: Path, named: RealSites | None = None) -> Backend:
+    """The backend of the run in `run_dir`, or `named` if it fits; raises BadInput if it does not."""
+    path = run_dir / FLEET
     if not path.exists():
         if named is not None:
             raise BadInput(
-                f"the run in {folder} is simulated, so no sites can go on with it; leave --fleet out"
+                f"the run in {run_dir} is simulated, so no sites can go on with it; leave --fleet out"
             )
         return Simulation()
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-        kit, patience = (
+        kit, timeouts = (
             Path(said.pop("kit")),
-            Patience(**said | {"sites": said["quorum"]}),
+            Timeouts(**said | {"sites": said["quorum"]}),
         )  # the others may come later
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(
             f"{path} is damaged ({error}); name the operator's kit with --fleet"
         ) from None
-    return named or RealSites(kit, patience)
+    return named or RealSites(kit, timeouts)
 
 
-def terms_of(built: Built) -> Terms:
-    """What a site has to know of a run to take part in it."""
-    section, task = built.recipe.task, built.task
-    return Terms(
-        method=built.recipe.method.name,
+def terms_of(assembled: Assembled) -> RunTerms:
+    """The terms that a site needs in order to join a run."""
+    section, task = assembled.recipe.task, assembled.task
+    return RunTerms(
+        method=assembled.recipe.method.name,
         kind=section.kind,
         model=model_name(section.model),
-        model_sha256=content_sha256(task.base, built.tokenizer),
+        model_sha256=content_sha256(task.base, assembled.tokenizer),
         layers=section.layers,
-        precision=built.recipe.run.precision,
+        precision=assembled.recipe.run.precision,
         pooling=section.pooling,
         max_tokens=section.max_tokens,
         label_names=task.label_names,

@@ -1,4 +1,6 @@
-"""Recipes: TOML tables that name the task, the fleet, the method's fields and the run, with unknown keys refused."""
+"""Recipes: TOML tables that name the task, the fleet, the method's fields and the run, with unknown
+keys refused.
+"""
 
 import dataclasses
 import importlib.resources
@@ -21,7 +23,7 @@ from fedspine.runs.recipe_format import FORMAT, MOVED, format_of
 
 
 class TaskSection(Section):
-    """What is learnt: a model, data, and how the data is read."""
+    """The task: a model, data, and how the data is read."""
 
     model: str = AUTO  # built-in name, folder, or Hub id; a net makes the kind "array"
     data: str = "pydoc-topics"  # built-in name, file, folder, or Hub id
@@ -34,7 +36,7 @@ class TaskSection(Section):
     train_rows: int = pydantic.Field(0, ge=0)  # a random sample of so many; 0: all
     layers: int | None = pydantic.Field(None, ge=1)  # keep only the first blocks of the model
     pooling: Literal["auto", "mean", "cls"] = (
-        "auto"  # what a classifier reads; auto: as the model was made for
+        "auto"  # the readout; auto: that of the model's training
     )
 
 
@@ -44,7 +46,7 @@ def _for_all_groups(seconds: Any) -> Any:
 
 
 class FleetSection(Section):
-    """Who learns: simulated devices, their kinds, and who holds which rows."""
+    """The fleet: simulated devices, their kinds, and the partition of the rows."""
 
     devices: int = pydantic.Field(80, ge=1)
     mix: dict[str, int] | None = None  # devices of each kind; default 30 TX2 : 40 NX : 10 AGX
@@ -56,8 +58,10 @@ class FleetSection(Section):
     drop: float = pydantic.Field(0.0, ge=0, le=1)  # chance that an order or its reply is lost
     delay_seconds: float = pydantic.Field(0.0, ge=0)  # mean extra delay of a reply
     spread: float = pydantic.Field(1.0, ge=0)  # above 1 makes slow devices slower
-    # of every exchange, by Wi-Fi group at 2, 8, 14 and 20 m; one number is for all of them, 0 for none. The default is the
-    # typical round trip between a wired server and 47,000 user devices of a campus in Sui et al., MobiSys 2016
+    # of every exchange, by Wi-Fi group at 2, 8, 14 and 20 m; one number is for all of them, 0 for
+    # none. The default is the
+    # typical round trip between a wired server and 47,000 user devices of a campus in Sui et al.,
+    # MobiSys 2016
     # (10.1145/2906388.2906393), who tell no distances apart
     round_trip_seconds: Annotated[
         list[Annotated[float, pydantic.Field(ge=0)]],
@@ -67,7 +71,7 @@ class FleetSection(Section):
 
 
 class RunSection(Section):
-    """How long, how exactly, and what is measured on the way."""
+    """The length of a run, its precision, and its checks."""
 
     rounds: int = pydantic.Field(24, ge=1)
     seconds: float = pydantic.Field(
@@ -94,11 +98,13 @@ class RunSection(Section):
         return min(self.final_rows or rows, rows)
 
     def over(self, round: int, now: float) -> bool:
-        """Whether no round is left after so many, or no time for one."""
+        """Whether no round is left after `round` rounds, or no time for one."""
         return round >= self.rounds or 0 < self.seconds <= now
 
     def expected_rounds(self, round: int, now: float) -> int:
-        """How many rounds there will be: all, or as many as fit the time if they take what `round` of them took."""
+        """How many rounds there will be: all, or as many as fit the time if they take what `round`
+        of them took.
+        """
         if self.over(round, now):
             return round
         if not self.seconds or not now:
@@ -152,7 +158,7 @@ class Recipe:
             object.__setattr__(self, name, part)
 
     def table(self) -> dict[str, dict[str, Any]]:
-        """As nested tables that TOML can hold; what is None is left out."""
+        """As nested tables for TOML, without None values."""
         sections = {name: getattr(self, name).model_dump(exclude_none=True) for name in SECTIONS}
         return {
             "task": sections["task"],
@@ -166,7 +172,7 @@ class Recipe:
 
     @property
     def results(self) -> dict[str, dict[str, Any]]:
-        """The tables without what makes no difference to the results: workers and references."""
+        """The tables without settings that do not affect results: workers and references."""
         tables = self.table()
         for name in ("workers", "references"):
             tables["run"].pop(name)
@@ -189,9 +195,9 @@ class Recipe:
 
     @property
     def open_choices(self) -> list[tuple[str, str]]:
-        """Section and key of what the recipe leaves to the machine, the data or the model.
+        """Section and key of the choices that the recipe leaves open.
 
-        A run decides it as it begins.
+        A run decides them by the machine, the data or the model when it begins.
         """
         reads_out = self.task.kind in ("classification", "pair")
         chosen = [("run", "precision"), ("task", "model")]
@@ -199,7 +205,7 @@ class Recipe:
         return [(s, key) for s, key in chosen if getattr(getattr(self, s), key) == "auto"]
 
     def settled_as(self, begun: "Recipe") -> "Recipe":
-        """The recipe with what it leaves open as a run that began with `begun` has decided it."""
+        """The recipe with its open choices as decided by a run that began with `begun`."""
         choices: dict[str, dict[str, Any]] = {}
         for section, key in self.open_choices:
             choices.setdefault(section, {})[key] = getattr(getattr(begun, section), key)
@@ -218,7 +224,9 @@ class Recipe:
         return dataclasses.replace(self, task=task.model_copy(update={"model": net}))
 
     def difference(self, other: "Recipe") -> str | None:
-        """What makes the results of the other recipe differ, in words; None for nothing."""
+        """A line on the first setting that makes the other recipe's results differ; None if none
+        does.
+        """
         there, here = self.flat, other.flat
         for key in {**there, **here}:
             if there.get(key) != here.get(key):
@@ -236,12 +244,14 @@ def embedded(name: str = "default") -> dict[str, Any]:
 
 
 def load(path: Path | None, settings: list[str] | None = None, seed: int | None = None) -> Recipe:
-    """Read a recipe, or the embedded default job, with `section.key=value` settings and the seed laid over it."""
+    """Read a recipe, or the embedded default job, with `section.key=value` settings and the seed
+    laid over it.
+    """
     overlay = _settings(settings or [])
     if seed is not None:
         overlay.setdefault("run", {})["seed"] = seed
     if path is None:
-        return anchored(recipe(_laid_over(_fitting(embedded(), overlay), overlay)))
+        return anchored(recipe(_laid_over(_without_tuned_values(embedded(), overlay), overlay)))
     return anchored(
         recipe(
             _laid_over(
@@ -253,7 +263,9 @@ def load(path: Path | None, settings: list[str] | None = None, seed: int | None 
 
 
 def anchored(recipe: Recipe) -> Recipe:
-    """The recipe with local paths made absolute, so that a run can be resumed and exported from any folder."""
+    """The recipe with local paths made absolute, so that a run can be resumed and exported from any
+    folder.
+    """
     task = recipe.task
     local = {
         key: str(Path(name).expanduser().resolve())
@@ -267,7 +279,9 @@ def anchored(recipe: Recipe) -> Recipe:
 
 
 def recipe(tables: dict[str, Any]) -> Recipe:
-    """Check tables and build the recipe; raises BadInput with the nearest valid name for an unknown one."""
+    """Check tables and build the recipe; raises BadInput with the nearest valid name for an unknown
+    one.
+    """
     format_of(tables)
     tables = {name: table for name, table in tables.items() if name != "format"}
     for name, table in tables.items():
@@ -413,8 +427,9 @@ def _value(text: str) -> Any:
         return text
 
 
-def _fitting(defaults: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
-    """The embedded job, without what was chosen for its own data and method and does not fit others.
+def _without_tuned_values(defaults: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """The embedded job, without what was chosen for its own data and method and does not fit
+    others.
 
     Other data may need another model; another method may lack some of the fields.
     """

@@ -1,7 +1,9 @@
-"""How long a run still takes: rounds, checks on the way and the final scoring, each from what it has cost so far.
+"""The time left of a run: rounds, checks and the final scoring, each extrapolated from its cost so
+far.
 
-Work is counted in units that do not change while a model shrinks: a round of the whole model, and a row scored by the
-whole model. A round at sparsity s costs 1 - s of a round. Seconds per unit are measured as the run goes on.
+Work is counted in units that do not change while a model shrinks: a round of the whole model, and a
+row scored by the whole model. A round at sparsity s costs 1 - s of a round. Seconds per unit are
+measured as the run goes on.
 """
 
 from collections.abc import Sequence
@@ -16,8 +18,10 @@ FORWARD_SHARE = (
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run will do: its rounds with the sparsity planned for each, its checks, and its final scoring."""
+class WorkPlan:
+    """The work of a run: its rounds with their planned sparsities, its checks, and its final
+    scoring.
+    """
 
     sparsities: Sequence[float]  # planned for each round
     evaluate_every: int  # rounds; 0: never
@@ -27,7 +31,9 @@ class Plan:
     final_rows: int
 
     @classmethod
-    def of(cls, run: RunSection, sparsities: Sequence[float], devices: int, rows: int) -> "Plan":
+    def of(
+        cls, run: RunSection, sparsities: Sequence[float], devices: int, rows: int
+    ) -> "WorkPlan":
         """The plan of a recipe for a fleet of `devices` and a test set of `rows`."""
         return cls(
             sparsities=sparsities,
@@ -39,11 +45,11 @@ class Plan:
         )
 
     def sparsity(self, round: int) -> float:
-        """Of a round, counted from 0; the last one's for rounds beyond the plan."""
+        """The planned sparsity of a round, counted from 0; beyond the plan, the last one's."""
         return self.sparsities[min(round, len(self.sparsities) - 1)]
 
     def round_work(self, round: int) -> float:
-        """Whole rounds that a round comes to."""
+        """The work of a round, in rounds of the whole model."""
         return 1 - self.sparsity(round)
 
     def check_work(self, round: int) -> float:
@@ -59,31 +65,35 @@ class Plan:
         return bool(self.evaluate_every) and not round % self.evaluate_every and round < rounds
 
     def _models(self, round: int, devices: int) -> float:
-        """Whole models that are scored: the unpruned one, the one for everybody, and each device's own if pruned."""
+        """The scored models, in whole models: the unpruned one and, if pruned, the global one and
+        each device's.
+        """
         sparsity = self.sparsity(max(round, 0))
         return 1 + (1 - sparsity) * (1 + devices) if sparsity else 1.0
 
 
 @dataclass
 class Estimate:
-    """The wall seconds that are left, from the rounds and checks that this process has seen."""
+    """The wall seconds left, estimated from the rounds and checks of this process."""
 
-    plan: Plan
+    plan: WorkPlan
     _paces: list[float] = field(default_factory=list)  # seconds per whole round
     _samples: list[float] = field(default_factory=list)  # training samples of a round
     _scoring: list[float] = field(default_factory=list)  # seconds per row of a whole model
 
     def saw_round(self, round: int, seconds: float, samples: int) -> None:
-        """Take in a round, counted from 0, that took so long."""
+        """Add the measurement of a round, counted from 0."""
         self._paces.append(seconds / self.plan.round_work(round))
         self._samples.append(max(1, samples))
 
     def saw_check(self, round: int, seconds: float) -> None:
-        """Take in the check that came after `round` rounds."""
+        """Add the measurement of the check after `round` rounds."""
         self._scoring.append(seconds / self.plan.check_work(round))
 
-    def left(self, done: int, rounds: int) -> float | None:
-        """Wall seconds until the run's end where `done` of `rounds` are done; None before the first."""
+    def seconds_left(self, done: int, rounds: int) -> float | None:
+        """Wall seconds until the run's end where `done` of `rounds` are done; None before the
+        first.
+        """
         if not self._paces:
             return None
         coming = range(done, rounds)
@@ -97,7 +107,9 @@ class Estimate:
 
     @property
     def pace(self) -> float:
-        """Seconds per whole round; the first round, which prepares what later ones reuse, does not count."""
+        """Seconds per whole round; the first round, which prepares what later ones reuse, does not
+        count.
+        """
         return median(self._paces[1:] or self._paces)
 
     @property

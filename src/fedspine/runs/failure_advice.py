@@ -1,7 +1,8 @@
-"""What to do about a run that ended early: go on with it, or change the recipe because it would end the same way again.
+"""Advice on a run that ended early: resume it, or change the recipe because it would end the same
+way again.
 
-A simulated run is a function of its recipe. So whatever does not come from the machine, or from the person who runs it,
-comes again after a resume.
+A simulated run is a function of its recipe. So whatever does not come from the machine, or from the
+person who runs it, comes again after a resume.
 """
 
 from pathlib import Path
@@ -15,7 +16,9 @@ from fedspine.runs.config import Recipe
 def advice(
     error: Exception, recipe: Recipe, saved: str, folder: Path, *, simulated: bool = True
 ) -> str:
-    """What follows the cause in the one line that ends a run; `saved` says how many of its rounds are in `folder`."""
+    """What follows the cause in the one line that ends a run; `saved` says how many of its rounds
+    are in `folder`.
+    """
     resume = f"{saved}; go on with: fedspine run --resume {folder}"
     anew = f"{saved}, but a resume would end the same way"
     match error:
@@ -43,7 +46,7 @@ def _of_machine(error: Exception) -> bool:
 
 
 def _memory(error: Exception) -> bool:
-    """Whether an error of the machine tells of memory, not of the disk."""
+    """Whether an error of the machine is about memory, not the disk."""
     text = f"{type(error).__name__} {error}"
     return any(word in text for word in ("MemoryError", "OutOfMemoryError", "DefaultCPUAllocator"))
 
@@ -59,7 +62,7 @@ def _with_less(recipe: Recipe, saved: str, folder: Path) -> str:
 
 
 def _number(value: float) -> str:
-    """A setting as people write it.
+    """A number as it is written in a recipe.
 
     >>> _number(1e9), _number(0.0002), _number(1.0)
     ('1e9', '0.0002', '1')

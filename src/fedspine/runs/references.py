@@ -1,4 +1,5 @@
-"""What a run's quality is read against: the commonest class, a classical model on the pooled rows, the untuned base.
+"""Reference scores for a run: the commonest class, a classical model on the pooled rows, the
+untuned base.
 
 A data set on which one cannot be computed has no such line. The only file that knows scikit-learn.
 """
@@ -36,7 +37,7 @@ def commonest_share(labels: np.ndarray | None) -> float | None:
 
 
 def kept(folder: Path, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """The references that the run in `folder` has kept; else what `compute` gives, which is kept."""
+    """The stored references of the run in `folder`; else the result of `compute`, which is stored."""
     path = folder / REFERENCES
     try:
         return dict(json.loads(path.read_bytes()))
@@ -47,12 +48,13 @@ def kept(folder: Path, compute: Callable[[], dict[str, float]]) -> dict[str, flo
 
 
 def classical(train: Any, test: Any, scored: np.ndarray) -> float | None:
-    """Accuracy of logistic regression, fitted on all training rows together, on the `scored` test rows.
+    """Accuracy of logistic regression, fitted on all training rows together, on the `scored` test
+    rows.
 
     Of texts it reads TF-IDF of words, of pairs those of both texts with their product and absolute
     difference, of arrays standardised values after neighbours were averaged. `train` and `test` are
-    `Rows` or anything with `x` [rows, ...] and `labels`. None where it cannot be computed: no labels,
-    one class, or no words; ImportError without scikit-learn.
+    `Rows` or anything with `x` [rows, ...] and `labels`. None where it cannot be computed: no
+    labels, one class, or no words; ImportError without scikit-learn.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -107,7 +109,8 @@ def _of_arrays(train: Any, chosen: np.ndarray, test: Any, scored: np.ndarray) ->
 
 
 def _coarse(x: np.ndarray) -> np.ndarray:
-    """Rows as flat float32 [rows, at most MOST_VALUES], neighbours along the longest sides averaged.
+    """Rows as flat float32 [rows, at most MOST_VALUES], neighbours along the longest sides
+    averaged.
 
     >>> _coarse(np.ones((2, 9, 128), np.uint8)).shape
     (2, 576)

@@ -1,4 +1,4 @@
-"""A run's folder: what is in it, how it begins, and what it says of its run."""
+"""The run directory: its files, how it is made, and reading a run's recipe, status and summary."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from fedspine.runs.recipe_format import FORMAT, format_of
 from fedspine.storage.store import Store, write_atomically
 
 if TYPE_CHECKING:
-    from fedspine.runs.assemble import Built
+    from fedspine.runs.assemble import Assembled
 
 RECIPE, RECORDS, SUMMARY, STATE, FAILURE = (
     "recipe.toml",
@@ -25,53 +25,53 @@ RECIPE, RECORDS, SUMMARY, STATE, FAILURE = (
     "failure.txt",
 )
 FLEET = "fleet.json"  # of a run at real sites: how to reach them
-DEVICE_SCORES = "device_scores.json"  # of every device's model, where somebody asked for them
-CACHE = "cache"  # what a run need not compute again; gone when it ends
+DEVICE_SCORES = "device_scores.json"  # per-client metrics of all devices, if requested
+CACHE = "cache"  # removed when the run ends
 
 
-def recipe_of(folder: Path) -> Recipe:
-    """The recipe of a run's folder; raises BadInput for a folder that is no run."""
-    if not ((folder / RECIPE).is_file() and (folder / STATE).is_dir()):
-        what = f"has no {RECIPE} and {STATE}/" if folder.exists() else "does not exist"
+def recipe_of(run_dir: Path) -> Recipe:
+    """The recipe in a run directory; raises BadInput for any other folder."""
+    if not ((run_dir / RECIPE).is_file() and (run_dir / STATE).is_dir()):
+        what = f"has no {RECIPE} and {STATE}/" if run_dir.exists() else "does not exist"
         raise BadInput(
-            f"{folder} is not the folder of a run (it {what}); name one that `fedspine run` made"
+            f"{run_dir} is not the folder of a run (it {what}); name one that `fedspine run` made"
         )
     # as it was written: a folder that now happens to bear the name of a Hub id is not what it meant
-    tables = _tables_of(folder)
+    tables = _tables_of(run_dir)
     try:
         return checked(tables)
     except BadInput:
-        _check_format(folder, tables)
+        _check_format(run_dir, tables)
         raise
 
 
-def check_format(folder: Path) -> None:
+def check_format(run_dir: Path) -> None:
     """Raise BadInput for a run of an older format, whose state this fedspine does not read."""
-    _check_format(folder, _tables_of(folder))
+    _check_format(run_dir, _tables_of(run_dir))
 
 
-def _tables_of(folder: Path) -> dict[str, Any]:
-    return strict.read_toml(folder / RECIPE, "recipe", "restore it from a copy")
+def _tables_of(run_dir: Path) -> dict[str, Any]:
+    return strict.read_toml(run_dir / RECIPE, "recipe", "restore it from a copy")
 
 
-def _check_format(folder: Path, tables: dict[str, Any]) -> None:
+def _check_format(run_dir: Path, tables: dict[str, Any]) -> None:
     if format_of(tables) < FORMAT:
         raise BadInput(
-            f"the run in {folder} is of format {format_of(tables)} and this fedspine reads format "
+            f"the run in {run_dir} is of format {format_of(tables)} and this fedspine reads format "
             f"{FORMAT}; go on with the fedspine that began it, or begin a new run with a recipe as in docs/recipes.md"
         )
 
 
-def standing(folder: Path) -> dict[str, Any]:
-    """A finished run's summary, or what is known so far of one that is not."""
+def status_of(run_dir: Path) -> dict[str, Any]:
+    """The summary of a finished run, or the current numbers of an unfinished one."""
     from fedspine.flare import site_state  # noqa: F401 - which makes the messages in a saved state known
     from fedspine.fleets import simulated  # noqa: F401 - which makes the messages in a saved state known
 
-    recipe, summary = recipe_of(folder), summary_of(folder)
+    recipe, summary = recipe_of(run_dir), summary_of(run_dir)
     if summary is not None:
         return summary
-    check_format(folder)
-    saved = Store(folder / STATE).load()
+    check_format(run_dir)
+    saved = Store(run_dir / STATE).load()
     known = {
         "method": recipe.method.name,
         "seed": recipe.run.seed,
@@ -84,7 +84,7 @@ def standing(folder: Path) -> dict[str, Any]:
     sums = {
         name: saved.state["sums"][name] for name in ("waiting_seconds", "bytes_up", "bytes_down")
     }
-    clock = "fleet" if (folder / FLEET).exists() else "simulated"
+    clock = "fleet" if (run_dir / FLEET).exists() else "simulated"
     return (
         known
         | sums
@@ -92,50 +92,49 @@ def standing(folder: Path) -> dict[str, Any]:
     )
 
 
-def summary_of(folder: Path) -> dict[str, Any] | None:
+def summary_of(run_dir: Path) -> dict[str, Any] | None:
     """The summary of a finished run, None where it is not finished; raises BadInput where the file
     is damaged.
     """
     try:
-        return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        return json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise BadInput(
-            f"{folder / SUMMARY} is damaged ({error}); remove it and resume the run"
+            f"{run_dir / SUMMARY} is damaged ({error}); remove it and resume the run"
         ) from None
 
 
-def make(folder: Path, recipe: Recipe, built: "Built | None" = None) -> None:
-    """Make a run's folder, which appears at once with its recipe, so that a kill on the way leaves
-    none behind.
+def make(run_dir: Path, recipe: Recipe, assembled: "Assembled | None" = None) -> None:
+    """Make a run directory with its recipe atomically, so that a kill leaves none half made.
 
-    What the run means is kept in it, too, where it is `built` already; else `remember` does it
-    before the first round. Raises BadInput where it cannot be made.
+    The task record is written too if the run is `assembled` already; else `remember` writes it
+    before the first round. Raises BadInput if the folder cannot be made.
     """
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    partial = run_dir.with_name(f".{run_dir.name}.{os.getpid()}.part")
     try:
         (partial / STATE).mkdir(parents=True)
         write_atomically(partial / RECIPE, recipe.toml().encode())
-        if built is not None:
-            task_record.write(partial, built.record, built.task.base, built.tokenizer)
-        partial.rename(folder)
+        if assembled is not None:
+            task_record.write(partial, assembled.record, assembled.task.base, assembled.tokenizer)
+        partial.rename(run_dir)
     except OSError as error:
         raise BadInput(
-            f"output folder {folder} cannot be made ({error.strerror}); choose another with --out"
+            f"output folder {run_dir} cannot be made ({error.strerror}); choose another with --out"
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def remember(folder: Path, built: "Built") -> None:
-    """Keep what a run means in its folder, unless that is done; OSError where it cannot be."""
-    if task_record.read(folder) is None:
-        task_record.write(folder, built.record, built.task.base, built.tokenizer)
+def remember(run_dir: Path, assembled: "Assembled") -> None:
+    """Write the task record into the run directory, unless it is there; raises OSError on failure."""
+    if task_record.read(run_dir) is None:
+        task_record.write(run_dir, assembled.record, assembled.task.base, assembled.tokenizer)
 
 
-def check_age(folder: Path) -> None:
-    """Raise BadInput where an older version saved rounds, which did not keep what they mean."""
-    if Store(folder / STATE).rounds():
-        check_format(folder)
-        task_record.recorded(folder)
+def check_age(run_dir: Path) -> None:
+    """Raise BadInput if an older version saved rounds without a task record."""
+    if Store(run_dir / STATE).rounds():
+        check_format(run_dir)
+        task_record.recorded(run_dir)

@@ -1,4 +1,6 @@
-"""Whether a run learns at all: what is said where it is no better than one answer, or where its loss rises."""
+"""Whether a run learns at all: what is said where it is no better than one answer, or where its
+loss rises.
+"""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -8,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedspine.report.rows import Rows
+from fedspine.report.rows import RunRows
 from fedspine.report.tables import decimal, percent
 from fedspine.runs.config import Recipe
 
@@ -21,8 +23,8 @@ SLOWER = 4  # the learning rate that is proposed is so many times lower
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the checks of a run so far had: test rows, and the commonest class's share of them."""
+class CheckContext:
+    """The test rows of a run's checks, and the commonest class's share of them."""
 
     rows: int
     commonest: float | None  # None for language modelling
@@ -35,7 +37,7 @@ def due(recipe: Recipe, round: int) -> bool:
     return bool(every) and round == every * ceil(fifth / every)
 
 
-def doubt(recipe: Recipe, rows: Rows, seen: Seen, round: int) -> str | None:
+def doubt(recipe: Recipe, rows: RunRows, seen: CheckContext, round: int) -> str | None:
     """One line on what is wrong after so many rounds, and what to change; None where nothing is."""
     when = f"after {round} of {recipe.run.rounds} rounds"
     if what := _rising(rows, seen):
@@ -46,10 +48,12 @@ def doubt(recipe: Recipe, rows: Rows, seen: Seen, round: int) -> str | None:
     return None
 
 
-def _one_answer(rows: Rows, seen: Seen) -> str | None:
-    """Whether the last check's models are no better than the commonest class, within a standard error.
+def _one_answer(rows: RunRows, seen: CheckContext) -> str | None:
+    """Whether the last check's models are no better than the commonest class, within a standard
+    error.
 
-    Of the deployed and the unpruned models the better ones count, so that pruning alone raises no doubt.
+    Of the deployed and the unpruned models the better ones count, so that pruning alone raises no
+    doubt.
     """
     last = rows.scores[-1] if rows.scores else None
     if last is None or seen.commonest is None or last.accuracy is None:
@@ -63,11 +67,12 @@ def _one_answer(rows: Rows, seen: Seen) -> str | None:
     )
 
 
-def _rising(rows: Rows, seen: Seen) -> str | None:
+def _rising(rows: RunRows, seen: CheckContext) -> str | None:
     """Whether the loss rose from the first to the last check, or in training, by more than noise.
 
-    A mean loss over n rows has a standard error of about itself over the root of n, as the loss of a
-    row spreads about as wide as its mean. In training the rounds' first and last thirds are compared.
+    A mean loss over n rows has a standard error of about itself over the root of n, as the loss of
+    a row spreads about as wide as its mean. In training the rounds' first and last thirds are
+    compared.
     """
     tested = [loss for score in rows.scores if (loss := _unpruned(score)) is not None]
     if len(tested) > 1 and tested[-1] - tested[0] > NOISE * hypot(tested[0], tested[-1]) / sqrt(

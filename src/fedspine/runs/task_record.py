@@ -1,8 +1,8 @@
-"""What a run means, kept in its folder: classes, preprocessing, digests of the data and the base.
+"""The task record in a run directory: classes, preprocessing, digests of the data and the base.
 
-`task.json` holds the record; `base/` the base's configuration and its tokenizer, without weights. A
-run that is resumed or exported reads these, and takes nothing from outside but rows and weights
-whose digests are the recorded ones.
+`task.json` holds the record, `base/` the base's configuration and tokenizer without weights. A
+resumed or exported run reads these; from outside it takes only rows and weights, and their digests
+must be the recorded ones.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class Split:
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """What a run means beside its recipe; a label is an index into `classes`."""
+    """What a run's recipe leaves to its data and model; a label is an index into `classes`."""
 
     format: int
     kind: Kind
@@ -64,8 +64,8 @@ class TaskRecord:
     @property
     def data_sha256(self) -> str:
         """One digest of classes and rows."""
-        told = [self.classes, {name: asdict(split) for name, split in self.splits.items()}]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        content = [self.classes, {name: asdict(split) for name, split in self.splits.items()}]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def record_of(recipe: Recipe, data: "Dataset", *, here: bool = True) -> TaskRecord:
@@ -101,7 +101,7 @@ def on_base(record: TaskRecord, base: "Base | Net") -> TaskRecord:
 
 
 def _encoding() -> str:
-    from fedspine.lm.tokens import FORMAT as encoding  # which needs torch's world only here
+    from fedspine.lm.tokens import FORMAT as encoding  # imports torch, so only here
 
     return encoding
 
@@ -215,12 +215,12 @@ def _damaged(path: Path, why: object) -> BadInput:
     return BadInput(f"{path} is damaged ({reason}); restore it from a copy, or start a new run")
 
 
-# --- what has changed ---
+# --- changes since the run began ---
 
 
 @contextmanager
 def needing(what: str, folder: Path | None) -> Iterator[None]:
-    """Say of any BadInput that it keeps the run in `folder` from going on, where one is resumed."""
+    """Add to a BadInput that the run in `folder` cannot go on, if one is being resumed."""
     try:
         yield
     except BadInput as error:
@@ -269,7 +269,7 @@ def _changes(then: TaskRecord, now: TaskRecord) -> Iterator[str]:
         else:
             parts = [part for part in {**old.sha256, **new.sha256} if _differ(part, old, new)]
             if then.classes != now.classes and "labels" in parts:
-                parts.remove("labels")  # which is said already
+                parts.remove("labels")  # reported above
             if parts:
                 yield f"other {' and '.join(parts)} in the {name} rows"
 

@@ -58,7 +58,7 @@ class Decoded:
             case Net(shape=(channels, *places)):
                 self._aim, self._places = channels, tuple(places)
             case Base():
-                self._aim, self._places = base.anatomy.width, ()
+                self._aim, self._places = base.layout.width, ()
         shape = split_model.feature_shape(1)
         # channels of the features; places that inputs have not (CNN-H looks at sensors side by
         # side) count as channels

@@ -20,7 +20,7 @@ from fedspine.core.tensors import moved
 from fedspine.lm.base import Base, Model
 from fedspine.lm.cost import HALF, Extent, training_flops, training_memory_bytes
 from fedspine.lm.lora import a_name, b_name, fresh
-from fedspine.lm.prunable_layout import Anatomy
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import full
 from fedspine.split.interface import Features, Losses, adjusted_losses
 
@@ -33,26 +33,24 @@ class SplitTransformer:
     """
 
     def __init__(self, base: Base, cut: int, rank: int, scale: float) -> None:
-        layers = base.anatomy.layers
+        layers = base.layout.layers
         if not 0 <= cut <= layers:
             raise BadInput(
                 f"the cut is after block {cut}, but this model has {layers} blocks; choose 0 to {layers}"
             )
         self._base, self._cut, self._rank, self._scale = base, cut, rank, scale
-        self._structure = full(base.anatomy)
+        self._structure = full(base.layout)
         names = [
-            (site.layer, name(site.path))
-            for site in base.anatomy.sites
-            for name in (a_name, b_name)
+            (site.layer, name(site.path)) for site in base.layout.sites for name in (a_name, b_name)
         ]
         self._factors = [name for _, name in names]
         self._below = frozenset(name for layer, name in names if layer < cut)
         self.entry = frozenset(name for layer, name in names if layer == cut)
-        anatomies = {
-            "client": replace(base.anatomy, layers=cut),
-            "server": replace(base.anatomy, layers=layers - cut),
+        layouts = {
+            "client": replace(base.layout, layers=cut),
+            "server": replace(base.layout, layers=layers - cut),
         }
-        self._anatomies: dict[str, Anatomy] = anatomies
+        self._layouts: dict[str, PrunableLayout] = layouts
         # an exchange asks for costs several times, always the same few
         self.flops, self.memory_bytes = cache(self.flops), cache(self.memory_bytes)  # type: ignore[method-assign]
         # the client model has no head, but the skeleton wants one in its place
@@ -76,7 +74,7 @@ class SplitTransformer:
         """An adapter that changes nothing yet and the task head; together the same wherever the cut
         is.
         """
-        adapter = fresh(self._base.anatomy.sites, self._rank, rng)
+        adapter = fresh(self._base.layout.sites, self._rank, rng)
         return self._split({**adapter, **self._base.initial_head(rng)})
 
     def client_forward(self, weights: Tensors, inputs: Tensors, *, seed: int | None) -> Features:
@@ -105,7 +103,7 @@ class SplitTransformer:
         """The hidden states that leave the last block."""
         self._fit(weights)
         values = self._base.through(
-            self._cut, self._base.anatomy.layers, self._inputs(features), self._hidden(features)
+            self._cut, self._base.layout.layers, self._inputs(features), self._hidden(features)
         )
         return Features(values=values, mask=features.mask)
 
@@ -113,7 +111,7 @@ class SplitTransformer:
         self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None
     ) -> Losses:
         """As `server_forward`, of what left the last block."""
-        return self._loss(self._base.anatomy.layers, weights, features, labels)
+        return self._loss(self._base.layout.layers, weights, features, labels)
 
     def join(self, client_model: Tensors, server_model: Tensors) -> Model:
         """The whole model, on the full structure."""
@@ -131,22 +129,22 @@ class SplitTransformer:
 
     def flops(self, half: str, rows: int, tokens: int) -> float:
         """As `training_flops` of the half's blocks; embeddings and head are left out there too."""
-        if not (anatomy := self._anatomies[half]).layers:
+        if not (layout := self._layouts[half]).layers:
             return 0.0
         extent = Extent(tokens=rows * tokens, squared_tokens=rows * tokens**2)
-        return training_flops(anatomy, full(anatomy), self._rank, extent)
+        return training_flops(layout, full(layout), self._rank, extent)
 
     def memory_bytes(self, half: str, rows: int, tokens: int) -> int:
         """As `training_memory_bytes`; the client model has the embeddings, of which nothing is kept
         for a backward pass.
         """
-        anatomy = self._anatomies[half]
+        layout = self._layouts[half]
         embeddings = self._base.embeddings if half == "client" else 0
-        if not anatomy.layers:
+        if not layout.layers:
             return HALF * embeddings
         return training_memory_bytes(
-            anatomy,
-            full(anatomy),
+            layout,
+            full(layout),
             rank=self._rank,
             embeddings=embeddings,
             batch=rows,
@@ -155,11 +153,11 @@ class SplitTransformer:
 
     def launches(self, half: str) -> int:
         """Blocks of the half."""
-        return self._anatomies[half].layers
+        return self._layouts[half].layers
 
     def feature_shape(self, tokens: int) -> tuple[int, ...]:
         """Tokens and the width of the residual stream."""
-        return tokens, self._base.anatomy.width
+        return tokens, self._base.layout.width
 
     def _split(self, weights: Tensors) -> tuple[Tensors, Tensors]:
         client_model = {name: tensor for name, tensor in weights.items() if name in self._below}

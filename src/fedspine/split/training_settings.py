@@ -48,7 +48,7 @@ def check_training(fields: ModelTraining, task: Task) -> None:
             f"method.batch is {fields.batch}, but all devices together hold {len(task.train)} rows; lower it"
         )
     if isinstance(task.base, Base):
-        check_rank("method.rank", (fields.rank,), task.base.anatomy)
+        check_rank("method.rank", (fields.rank,), task.base.layout)
     check_optimising(optimising_at(fields, 0, 1))
 
 

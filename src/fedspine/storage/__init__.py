@@ -1,1 +1,1 @@
-"""What a run keeps on disk while it goes: its state and its records."""
+"""The state and the records of a run on disk."""

@@ -1,4 +1,4 @@
-"""What a run writes down while it goes: one JSON object a line, in the order of events."""
+"""The records of a run: one JSON object per line, in the order of events."""
 
 import json
 import math
@@ -32,7 +32,7 @@ class Records:
         self._file.write(line.encode() + b"\n")
 
     def flush(self) -> int:
-        """Put everything on disk; returns the position."""
+        """Flush everything to disk; returns the position."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()

@@ -1,7 +1,9 @@
-"""A run's state on disk: written beside the old one and put in its place in one step, so that a kill loses nothing.
+"""A run's state on disk: written beside the old one and swapped in atomically, so that a kill loses
+nothing.
 
-`state/` holds one file per saved round, the devices' memories in files that are never written twice, and
-`current.json`, which names what belongs together. Whatever it does not name is left over from a kill and is swept.
+`state/` holds one file per saved round, the devices' memories in files that are never written
+twice, and `current.json`, which names what belongs together. Whatever it does not name is left over
+from a kill and is swept.
 """
 
 import json
@@ -19,7 +21,9 @@ CURRENT, LOCK = "current.json", "lock"
 
 @dataclass(frozen=True)
 class Saved:
-    """What is needed to go on: the method's state after `round` rounds, the fleet's snapshot, the records' length."""
+    """All that a resume needs: the method's state after `round` rounds, the fleet's snapshot, the
+    records' length.
+    """
 
     round: int
     state: Any
@@ -36,7 +40,8 @@ class Store:
         self._lock: BinaryIO | None = None
 
     def open(self) -> Saved | None:
-        """Make the folder ready for writing and return the current state; leftovers of a kill are removed.
+        """Make the folder ready for writing and return the current state; leftovers of a kill are
+        removed.
 
         Raises BadInput where another process has it open.
         """
@@ -47,12 +52,14 @@ class Store:
         return saved
 
     def close(self) -> None:
-        """Let other processes have it."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
 
     def save(self, saved: Saved) -> None:
-        """Make `saved` the current state. Raises OSError, with the last state intact, where it cannot be written."""
+        """Make `saved` the current state. Raises OSError, with the last state intact, if it cannot
+        be written.
+        """
         name = _name(saved.round)
         payload = pack({"state": saved.state, "fleet": saved.fleet}).payload
         write_atomically(self._folder / name, payload)
@@ -66,7 +73,7 @@ class Store:
         self._sweep({name, *saved.memories.values()})
 
     def load(self) -> Saved | None:
-        """The current state, None where no round was ever saved; raises BadInput where it is damaged."""
+        """The current state, None if no round was saved; raises BadInput if it is damaged."""
         entry = self._entry()
         if entry is None:
             return None
@@ -80,25 +87,29 @@ class Store:
                 records=entry["records"],
             )
         except FileNotFoundError:
-            if self._entry() != entry:  # its run goes on, and has saved another round meanwhile
+            if (
+                self._entry() != entry
+            ):  # the run is still going and has saved another round meanwhile
                 return self.load()
             raise self._damaged(f"{entry['state']} is missing") from None
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(str(error)) from None
 
     def rounds(self) -> int:
-        """How many rounds are saved."""
+        """The number of saved rounds."""
         entry = self._entry()
         return 0 if entry is None else entry["round"]
 
     def put_memory(self, device: str, version: int, payload: bytes) -> str:
-        """Keep one device's memory; it counts from the next `save` on. Returns the file's name."""
+        """Write one device's memory, which becomes current with the next `save`. Returns the file's
+        name.
+        """
         name = f"memory-{device}-{version:06d}.safetensors"
         write_atomically(self._folder / name, payload)
         return name
 
     def get_memory(self, name: str) -> bytes:
-        """The bytes that `put_memory` kept under this name; raises BadInput where they are gone."""
+        """The bytes that `put_memory` wrote under this name; raises BadInput if they are missing."""
         try:
             return (self._folder / name).read_bytes()
         except FileNotFoundError:
@@ -132,7 +143,8 @@ def _name(round: int) -> str:
 
 
 def lock(path: Path, what: str) -> BinaryIO:
-    """An open file that no other process can lock; however this process ends, the lock ends with it.
+    """An open file that no other process can lock; however this process ends, the lock ends with
+    it.
 
     Raises BadInput, which names `what` is being worked on, where another process holds it.
     """
@@ -155,7 +167,9 @@ def lock(path: Path, what: str) -> BinaryIO:
 
 
 def write_atomically(path: Path, payload: bytes) -> None:
-    """Write a file so that its name holds either the old bytes or all of the new ones, even after a power failure."""
+    """Write a file so that its name holds either the old bytes or all of the new ones, even after a
+    power failure.
+    """
     partial = path.with_name(path.name + ".part")
     try:
         with open(partial, "wb") as file:

@@ -60,7 +60,7 @@ def main() -> None:
         _fail("interrupted", exit_code=130)
     except Stopped as stopped:
         _fail(str(stopped), stopped.exit_code)
-    except OSError as error:  # a full disk, a folder that cannot be read
+    except OSError as error:  # such as a full disk or an unreadable folder
         _fail(str(error))
 
 
@@ -166,7 +166,7 @@ def run(
         raise BadInput(
             "--resume goes on in its own folder, so --out has no place beside it; leave one of them out"
         )
-    place = _venue(fleet, sites, quorum, within)
+    place = _backend(fleet, sites, quorum, within)
     if resume is None:
         result = python.run(config.load(recipe, settings, seed), out, json, sites=place)
     else:
@@ -181,20 +181,20 @@ def _prepare_torch() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
-def _venue(kit: Path | None, sites: int, quorum: int, within: float) -> Any:
-    """The sites that the user named, None for simulated devices."""
-    from fedspine.flare.site_state import Patience
+def _backend(kit: Path | None, sites: int, quorum: int, within: float) -> Any:
+    """The real sites, None for simulated devices."""
+    from fedspine.flare.site_state import Timeouts
     from fedspine.runs.backend import RealSites
 
     return (
         None
         if kit is None
-        else RealSites(kit, Patience(sites=max(sites, quorum), quorum=quorum, within=within))
+        else RealSites(kit, Timeouts(sites=max(sites, quorum), quorum=quorum, within=within))
     )
 
 
 def _wanted(recipe: Path | None, settings: list[str] | None, seed: int | None, folder: Path) -> Any:
-    """The recipe that a resume was asked for, laid over the folder's own unless a file was named."""
+    """The recipe given with a resume, laid over the folder's own unless it is a file."""
     from fedspine.runs import config
     from fedspine.runs.run_dir import RECIPE, recipe_of
 
@@ -225,10 +225,10 @@ def sweep(
     docs/sweeps.md explains the file. Exit code 1: at least one run has failed, and the others are done.
     """
     from fedspine.ui.sweep.display import print_overview, sweep_progress_for
-    from fedspine.ui.sweep.work import carry_out, listed, look
+    from fedspine.ui.sweep.work import carry_out, listed, overview_of
 
     if only_list:
-        found = look(file, out)
+        found = overview_of(file, out)
     else:
         found = carry_out(
             file, out, jobs=jobs, retry=retry, progress=lambda: sweep_progress_for(json)
@@ -236,7 +236,7 @@ def sweep(
     if json:
         print(jsonlib.dumps(found.table()))
     else:
-        print_overview(listed(found), found.folder, found.strangers, everything=only_list)
+        print_overview(listed(found), found.folder, found.unlisted, everything=only_list)
     if found.counts["failed"] and not only_list:
         raise typer.Exit(1)
 
@@ -343,10 +343,10 @@ def show(
         _show_everyone(folder, json)
         return
     from fedspine.report.tables import print_table, summary_table, unpruned_table
-    from fedspine.runs.run_dir import standing
+    from fedspine.runs.run_dir import status_of
     from fedspine.ui.compare.unpruned import unpruned_runs
 
-    found, unpruned = standing(folder), unpruned_runs(folder, reference)
+    found, unpruned = status_of(folder), unpruned_runs(folder, reference)
     if json:
         more = {"unpruned_runs": unpruned_table(found, unpruned)} if unpruned else {}
         print(jsonlib.dumps(found | more))
@@ -427,7 +427,7 @@ def compare(
     if json:
         print(jsonlib.dumps(result.table() | {"page": str(page)}))
         return
-    show(result.found)
+    show(result.report)
     print(f"page: {page}")
 
 

@@ -1,4 +1,4 @@
-"""`fedspine data`: what is read from a data set, before anything is trained."""
+"""`fedspine data`: shows what would be read from a data set, without training."""
 
 import importlib.util
 import json as jsonlib
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fedspine.core.errors import BadInput
 
-if TYPE_CHECKING:  # help does not wait for it
+if TYPE_CHECKING:  # keeps `--help` fast
     import numpy as np
 
 FILLS = "█▓▒░"  # tell classes apart where there are no colours
@@ -241,7 +241,7 @@ def _class_table(classes: dict[str, int]) -> Table:
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
-    """Lengths and doubles, in words."""
+    """Lengths and doubles, as text."""
     lines = []
     if tokens := found.get("tokens"):
         some = tokens["texts"] < sum(found["rows"].values())

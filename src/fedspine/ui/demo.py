@@ -1,4 +1,6 @@
-"""`fedspine demo`: the same path as a real run, from data to a report and an exported model, in half a minute."""
+"""`fedspine demo`: the same path as a real run, from data to a report and an exported model, in
+half a minute.
+"""
 
 from pathlib import Path
 
@@ -26,7 +28,9 @@ BAR = 40  # characters of an accuracy of 100 %
 
 
 def demo(out: Path) -> None:
-    """Run the small recipe into the new folder `out`, then show what it learnt and what one device's model answers."""
+    """Run the small recipe into the new folder `out`, then show what it learnt and what one
+    device's model answers.
+    """
     recipe, console, progress = recipe_from(embedded("demo")), Console(), progress_for(json=False)
     summary = new_run(recipe, out, progress)
     progress.finished(summary_table(summary))

@@ -1,4 +1,5 @@
-"""Every device's own model of a run, scored on the whole test set: what `fedspine show --all` shows.
+"""Every device's own model of a run, scored on the whole test set: what `fedspine show --all`
+shows.
 
 A run scores a stated sample of its devices' models, since each is a pass over the test set.
 """
@@ -10,17 +11,18 @@ from typing import Any
 
 from fedspine.execution.scoring import Deployment, Scored, score_models
 from fedspine.exports.of_run import device_ids_of, saved_state
-from fedspine.runs.assemble import build, workers_for
-from fedspine.runs.observer import Progress
+from fedspine.runs.assemble import assemble, workers_for
+from fedspine.runs.observer import RunObserver
 from fedspine.runs.run_dir import DEVICE_SCORES, recipe_of
 from fedspine.storage.store import write_atomically
 
 
-def device_scores(folder: Path, progress: Progress) -> dict[str, dict[str, Any]]:
-    """Accuracy (not for language models), loss in nats, and sparsity of each device's model, by the device's id.
+def device_scores(folder: Path, progress: RunObserver) -> dict[str, dict[str, Any]]:
+    """Accuracy (not for language models), loss in nats, and sparsity of each device's model, by the
+    device's id.
 
-    They are computed once and kept in the run's folder. Raises BadInput for a folder that is no run, one that has not
-    finished a round, and data that cannot be read.
+    They are computed once and kept in the run's folder. Raises BadInput for a folder that is no
+    run, one that has not finished a round, and data that cannot be read.
     """
     state = saved_state(folder)
     path = folder / DEVICE_SCORES
@@ -31,24 +33,24 @@ def device_scores(folder: Path, progress: Progress) -> dict[str, dict[str, Any]]
     return kept["devices"]
 
 
-def _scored(folder: Path, saved: Any, progress: Progress) -> dict[str, dict[str, Any]]:
+def _scored(folder: Path, saved: Any, progress: RunObserver) -> dict[str, dict[str, Any]]:
     recipe, ids = recipe_of(folder), tuple(device_ids_of(folder))
     progress.stage("loading model and data")
-    built = build(recipe, here=False)
+    assembled = assemble(recipe, here=False)
     deployment = Deployment(recipe.method, saved.state["method"], ids)
     with tempfile.TemporaryDirectory() as cache:
-        workers = workers_for(built, Path(cache))
+        workers = workers_for(assembled, Path(cache))
         try:
             _, _, *scored = score_models(
                 deployment,
-                built.task,
+                assembled.task,
                 workers,
-                len(built.task.test),
+                len(assembled.task.test),
                 lambda done, models: progress.scored(done, models, None),
             )
         finally:
             workers.close()
-    judged = built.task.kind != "causal-lm"
+    judged = assembled.task.kind != "causal-lm"
     return {id: _entry(one, judged) for id, one in zip(ids, scored, strict=True)}
 
 

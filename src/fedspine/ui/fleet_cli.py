@@ -1,4 +1,4 @@
-"""`fedspine fleet`: start-up kits, the processes of server and sites, and what a fleet of real machines is doing."""
+"""`fedspine fleet`: start-up kits, the processes of server and sites, and the status of a fleet of real machines."""
 
 import json as jsonlib
 import sys
@@ -23,7 +23,7 @@ app = typer.Typer(
 
 Operator = Annotated[Path, typer.Option("--kit", metavar="DIR", help="The operator's kit.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-CONSOLE_LOG = "console.log"  # in a kit: what its process prints
+CONSOLE_LOG = "console.log"  # in a kit: the output of its process
 
 
 @app.command()
@@ -76,7 +76,7 @@ def start(
     with kits.only_one(found), open(log, "ab") as file, _until_told() as told:
         print(f"{name} runs; its log is {log}; stop it with Ctrl-C", flush=True)
         code = kits.serve(found, file)
-    if told:  # what a service is told to do is no failure
+    if told:  # a requested stop is no failure
         print(f"{name} stopped")
     elif code == 0:
         print(f"{name} was stopped by the operator")
@@ -94,7 +94,7 @@ def status(kit: Operator = Path("admin"), json: Json = False) -> None:
     from fedspine.flare import startup_kit as kits
 
     with kits.session(kits.kit_at(kit, "admin")) as session:
-        found = kits.standing(session)
+        found = kits.fleet_status(session)
     if json:
         print(jsonlib.dumps(found))
         return

@@ -1,7 +1,7 @@
-"""`fedspine fleet demo`: a whole fleet on one machine, by the very commands that serve several.
+"""`fedspine fleet demo`: a whole fleet on one machine, with the same commands as on several.
 
-The embedded data is shared out over site folders, kits are made, server and sites started as processes of their own, and
-a short FedLoRA recipe is run over them.
+The embedded data is shared out over site folders, kits are made, server and sites started as
+processes of their own, and a short FedLoRA recipe is run over them.
 """
 
 import os
@@ -27,7 +27,7 @@ from fedspine.runs import config
 from fedspine.runs.assemble import dataset
 from fedspine.runs.config import Recipe
 
-UP_SECONDS = 120.0  # for everybody to be connected
+UP_SECONDS = 120.0  # for all sites to connect
 ALPHA = 1.0  # of the Dirichlet draw that shares classes out
 SETTINGS = [
     "method.name=fedlora", "method.learning_rate=4e-3", "method.steps=5", "method.batch=16", "run.rounds=3",
@@ -46,7 +46,7 @@ class Federation:
 
 
 def demo(sites: int, out: Path | None) -> int:
-    """Do it all; returns the exit code of the run."""
+    """Run the whole demo; returns the exit code of the run."""
     kits.needs_flare()
     folder = (out or _free_folder()).absolute()
     if folder.exists():
@@ -124,7 +124,9 @@ def give_rows(folder: Path, name: str, rows: Rows, data: Dataset) -> None:
 
 @contextmanager
 def running(made: Kits) -> Iterator[Federation]:
-    """The server and all sites of these kits, started as `fedspine fleet start` would, connected, and ended after."""
+    """The server and all sites of these kits, started as `fedspine fleet start` would, connected,
+    and ended after.
+    """
     names = tuple(
         name for name in (*made.made, *made.kept) if name not in ("server", kits.ADMIN_KIT)
     )
@@ -158,7 +160,7 @@ def wait_until_connected(federation: Federation, seconds: float = UP_SECONDS) ->
         _refuse_ended(federation, end)
         time.sleep(0.5)
     with kits.session(admin) as session:
-        while len(kits.standing(session)["sites"]) < len(federation.sites):
+        while len(kits.fleet_status(session)["sites"]) < len(federation.sites):
             _refuse_ended(federation, end)
             time.sleep(0.5)
 
@@ -182,7 +184,7 @@ def _rows(train: Rows, share: np.ndarray) -> Rows:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on. All of it goes to stderr, so that stdout stays clean for --json."""
+"""The display of a running run. It uses stderr only, so that stdout stays clean for --json."""
 
 import sys
 from dataclasses import replace
@@ -12,12 +12,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fedspine.report.tables import MISSING, bytes_text, decimal, percent, print_table, seconds_text
-from fedspine.runs.observer import Progress, Standing
+from fedspine.runs.observer import RunObserver, RunStatus
 
 QUIET_SECONDS = 5.0  # between two lines about scoring
 
 
-def progress_for(json: bool) -> Progress:
+def progress_for(json: bool) -> RunObserver:
     """Silence where the caller wants JSON, a live bar on a terminal, otherwise a line per round."""
     if json:
         return Silent()
@@ -28,7 +28,7 @@ def progress_for(json: bool) -> Progress:
 
 
 class Silent:
-    """Says nothing."""
+    """Shows nothing."""
 
     def stage(self, text: str) -> None:
         pass
@@ -42,7 +42,7 @@ class Silent:
     def scored(self, done: int, models: int, seconds_left: float | None) -> None:
         pass
 
-    def round_done(self, standing: Standing) -> None:
+    def round_done(self, status: RunStatus) -> None:
         pass
 
     def finished(self, table: Table) -> None:
@@ -60,18 +60,16 @@ class Lines:
         self.rounds, self.said = 0, monotonic()
 
     def stage(self, text: str) -> None:
-        if (
-            self.rounds
-        ):  # nothing is said while loading, so that what is wrong with the input is the only line
+        if self.rounds:  # silent while loading, so that an error in the input is the only line
             self._say(text)
 
     def started(self, rounds: int, title: str, *, done: int = 0) -> None:
         self.rounds = rounds
         self._say(f"{title}: {rounds} rounds" + (f", {done} of them done before" if done else ""))
 
-    def round_done(self, standing: Standing) -> None:
-        self.rounds = standing.rounds or self.rounds
-        parts = (f"round {standing.round}/{self.rounds}", *_parts(standing), *_left(standing))
+    def round_done(self, status: RunStatus) -> None:
+        self.rounds = status.rounds or self.rounds
+        parts = (f"round {status.round}/{self.rounds}", *_parts(status), *_eta(status))
         self._say("  ".join(parts))
 
     def say(self, line: str) -> None:
@@ -123,17 +121,17 @@ class Live:
 
     def started(self, rounds: int, title: str, *, done: int = 0) -> None:
         self.bar.start()
-        # a reset task forgets the time that preparing took, which says nothing about rounds
+        # a reset discards the loading time, which says nothing about rounds
         self.bar.reset(self.task, total=rounds, completed=done, description=title)
 
-    def round_done(self, standing: Standing) -> None:
-        numbers = "  ".join(_parts(replace(standing, bytes_moved=None)))
-        total = {} if standing.rounds is None else {"total": standing.rounds}
+    def round_done(self, status: RunStatus) -> None:
+        numbers = "  ".join(_parts(replace(status, bytes_moved=None)))
+        total = {} if status.rounds is None else {"total": status.rounds}
         self.bar.update(
             self.task,
-            completed=standing.round,
+            completed=status.round,
             numbers=numbers,
-            left="  ".join(_left(standing)),
+            left="  ".join(_eta(status)),
             refresh=True,
             **total,
         )
@@ -158,7 +156,7 @@ class Live:
 
 
 def time_left(seconds: float) -> str:
-    """A time to wait, no more exact than it is known.
+    """A remaining time, as text of limited precision.
 
     >>> time_left(0.2), time_left(48.3), time_left(287.4)
     ('1 s', '48 s', '4 min 47 s')
@@ -167,20 +165,20 @@ def time_left(seconds: float) -> str:
     return f"{seconds} s" if seconds < 60 else seconds_text(seconds)
 
 
-def _left(standing: Standing) -> list[str]:
-    """When the run is expected to be done, where that is known."""
-    if standing.seconds_left is None:
+def _eta(status: RunStatus) -> list[str]:
+    """The estimated time left, if known."""
+    if status.seconds_left is None:
         return []
-    return [f"about {time_left(standing.seconds_left)} left"]
+    return [f"about {time_left(status.seconds_left)} left"]
 
 
-def _parts(standing: Standing) -> list[str]:
+def _parts(status: RunStatus) -> list[str]:
     """The numbers that are known, each with its name."""
-    judged = standing.accuracy is not None
+    judged = status.accuracy is not None
     named = (
-        ("accuracy", percent(standing.accuracy)) if judged else ("loss", decimal(standing.loss)),
-        ("sparsity", percent(standing.sparsity)),
-        (standing.clock, seconds_text(standing.now)),
-        ("traffic", bytes_text(standing.bytes_moved)),
+        ("accuracy", percent(status.accuracy)) if judged else ("loss", decimal(status.loss)),
+        ("sparsity", percent(status.sparsity)),
+        (status.clock, seconds_text(status.now)),
+        ("traffic", bytes_text(status.bytes_moved)),
     )
     return [f"{name} {text}" for name, text in named if text != MISSING]

@@ -1,4 +1,5 @@
-"""What the command line does, for scripts and notebooks: nothing is printed, objects are returned.
+"""The functions of the command line for scripts and notebooks: they return objects and print
+nothing.
 
 >>> from fedspine import FedLora, Recipe, compare, run
 >>> job = {"data": "rows.csv", "model": "tiny", "devices": 3, "per_round": 2, "rounds": 2}
@@ -28,9 +29,9 @@ from fedspine.report.tables import headlines, summary_line, summary_table
 from fedspine.runs import config, loop
 from fedspine.runs.backend import RealSites
 from fedspine.runs.config import Recipe
-from fedspine.runs.run_dir import RECORDS, recipe_of, standing, summary_of
+from fedspine.runs.run_dir import RECORDS, recipe_of, status_of, summary_of
 from fedspine.ui.compare import write
-from fedspine.ui.compare.comparison import Found, find
+from fedspine.ui.compare.comparison import ComparisonReport, find
 from fedspine.ui.compare.terminal import WIDE, rendered
 from fedspine.ui.progress import progress_for
 
@@ -50,12 +51,12 @@ class RunResult:
     """
 
     folder: Path
-    recipe: Recipe  # with what the run decided
+    recipe: Recipe  # with its open choices decided
     summary: Mapping[str, Any]
 
     @cached_property
     def curves(self) -> Checks:
-        """Accuracy, loss, simulated seconds and bytes at each check on the way, as arrays.
+        """Accuracy, loss, simulated seconds and bytes at each check during the run, as arrays.
 
         `rounds` says after how many rounds each check was; `evaluate_every` of the recipe decides.
         """
@@ -68,17 +69,17 @@ class RunResult:
 
     @cached_property
     def waiting(self) -> Waiting:
-        """How long each round took, and how much of it the mean device waited, as arrays."""
+        """The length of each round and the mean idle time per device, as arrays."""
         return waiting(self._rows)
 
     @property
     def models(self) -> Models:
-        """What each device runs, and the models called `global` and `dense`."""
+        """The model of each device, and those called `global` and `dense`."""
         return Models(self.folder)
 
     @property
     def report(self) -> Path:
-        """The run's page."""
+        """The path of the run's report page."""
         return self.folder / REPORT
 
     def export(self, to: str | Path, **options: Any) -> dict[str, Any]:
@@ -105,22 +106,22 @@ class RunResult:
 class ComparisonResult:
     """A comparison of runs; a terminal and a notebook show what `fedspine compare` prints."""
 
-    found: Found
+    report: ComparisonReport
 
     def table(self) -> dict[str, Any]:
         """Every number, as plain data; docs/compare.md explains them."""
-        return self.found.table()
+        return self.report.table()
 
     def write(self, folder: str | Path) -> Path:
         """Write the page, the tables and the plots into a folder; returns the page's path."""
-        return write.write(self.found, Path(folder))
+        return write.write(self.report, Path(folder))
 
     def __repr__(self) -> str:
-        titles = "; ".join(section.comparison.title for section in self.found.sections)
-        return f"<ComparisonResult of {self.found.runs} runs: {titles}>"
+        titles = "; ".join(section.comparison.title for section in self.report.sections)
+        return f"<ComparisonResult of {self.report.runs} runs: {titles}>"
 
     def __rich__(self) -> RenderableType:
-        return rendered(self.found)
+        return rendered(self.report)
 
     def _repr_html_(self) -> str:
         return _html(self)
@@ -163,9 +164,9 @@ def resume(
     *,
     sites: RealSites | None = None,
 ) -> RunResult:
-    """Go on with the run in a folder, from its last saved round; a finished run is as it was.
+    """Resume the run in a folder from its last saved round; a finished run is returned as it is.
 
-    A recipe need not be given; one that is given must be the folder's. Raises as `run` does.
+    The recipe is optional; if given, it must be the folder's. Raises as `run` does.
 
     >>> from fedspine import resume
     >>> resume("runs/fedlora-1").summary["rounds"]
@@ -187,7 +188,7 @@ def load(folder: str | Path) -> RunResult:
     folder = Path(folder)
     recipe, summary = recipe_of(folder), summary_of(folder)
     if summary is None:
-        found = standing(folder)
+        found = status_of(folder)
         raise BadInput(
             f"the run in {folder} is not finished, {found['rounds_done']} of {found['rounds']} "
             f"rounds are done; go on with fedspine.resume({str(folder)!r})"

@@ -1,15 +1,15 @@
-"""What a reader of a comparison must know: how each number came about, and what it does not say."""
+"""The caveats of a comparison: how each number was computed, and what it does not show."""
 
 from fedspine.report.tables import counted
-from fedspine.ui.compare.comparison import Found
+from fedspine.ui.compare.comparison import ComparisonReport
 
 
-def about(found: Found) -> list[str]:
-    """The remarks that hold for these comparisons, one a line."""
+def caveats(report: ComparisonReport) -> list[str]:
+    """The caveats that apply to these comparisons, one per line."""
     runs = [
         run
-        for section in found.sections
-        for s in section.comparison.standings
+        for section in report.sections
+        for s in section.comparison.results
         for run in s.method.runs.values()
     ]
     fleets = [run.recipe.fleet for run in runs]
@@ -22,17 +22,17 @@ def about(found: Found) -> list[str]:
         "Along time and bytes a seed's value holds until its next check, and its last one to the end of the others.",
         "Intervals are paired over common seeds: Student's t on the seeds' differences, on their logarithms for ratios. "
         "They speak of the seeds that were run, not of other data or devices.",
-        *_correction(found),
+        *_correction(report),
         "Waiting is what the mean asked device waits for the slowest of its round, summed over rounds, over the "
         "simulated time."
         + _unseen_waiting(any(fleet.drop or fleet.delay_seconds for fleet in fleets)),
     ]
-    return [*lines, *_latency(found), *found.notes]
+    return [*lines, *_latency(report), *report.notes]
 
 
-def _correction(found: Found) -> list[str]:
+def _correction(report: ComparisonReport) -> list[str]:
     """What p-values are corrected for; nothing where no pair was tested."""
-    for section in found.sections:
+    for section in report.sections:
         for pair in section.comparison.pairs:
             if pair.final is not None and pair.final.p is not None:
                 name, tests = section.comparison.quality.name, counted(pair.final.tests, "pair")
@@ -49,13 +49,13 @@ def _unseen_waiting(lossy: bool) -> str:
     return " What fleet.drop and fleet.delay_seconds add is not in it." if lossy else ""
 
 
-def _latency(found: Found) -> list[str]:
+def _latency(report: ComparisonReport) -> list[str]:
     """How latency was measured, once for each way."""
     ways = {
         f"Latency is measured, not simulated: one forward pass of the model of device {one.device}, seed {one.seed}, "
         f"{counted(one.tokens, 'token')} in a row on {counted(one.threads, 'thread')}, batch 1, {one.hardware}; methods one "
         "after the other, so a difference of a few percent means nothing."
-        for section in found.sections
+        for section in report.sections
         for one in section.latencies.values()
     }
     return sorted(ways)

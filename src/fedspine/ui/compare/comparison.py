@@ -1,4 +1,4 @@
-"""A whole comparison: from the folders that were named to the numbers, the figures and the files."""
+"""A comparison report: from the given folders to the numbers, the figures and the files."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -7,11 +7,18 @@ from typing import Any
 
 from fedspine.core.errors import BadInput
 from fedspine.report.drawing import Panel
-from fedspine.runs.observer import Progress
+from fedspine.runs.observer import RunObserver
 from fedspine.ui.compare import curves
 from fedspine.ui.compare.groups import Group, grouped
 from fedspine.ui.compare.latency import Latency, latency_of
-from fedspine.ui.compare.numbers import MEASURES, Comparison, Pair, Standing, compared, corrected
+from fedspine.ui.compare.numbers import (
+    MEASURES,
+    Comparison,
+    MethodResult,
+    Pair,
+    compared,
+    corrected,
+)
 from fedspine.ui.compare.render_text import verdict
 from fedspine.ui.compare.runs import LeftOut, select
 
@@ -19,8 +26,8 @@ CORRECTION = "Holm, for all pairs of all comparisons here, each measure apart"
 
 
 @dataclass(frozen=True)
-class Section:
-    """One comparison with what was measured of it and drawn; latencies by method, as far as they could be taken."""
+class ComparisonSection:
+    """One comparison with its figures and the latencies by method, where they could be measured."""
 
     comparison: Comparison
     latencies: Mapping[str, Latency]
@@ -28,10 +35,12 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Found:
-    """All comparisons of one call. `numbers` gives each method its colour, `notes` say what could not be done."""
+class ComparisonReport:
+    """All comparisons of one call. `numbers` fixes each method's colour, `notes` say what could not
+    be measured.
+    """
 
-    sections: tuple[Section, ...]
+    sections: tuple[ComparisonSection, ...]
     left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
     numbers: Mapping[str, int]
@@ -47,10 +56,12 @@ class Found:
         }
 
 
-def find(paths: Iterable[Path], *, target: str, latency: bool, progress: Progress) -> Found:
+def find(
+    paths: Iterable[Path], *, target: str, latency: bool, progress: RunObserver
+) -> ComparisonReport:
     """Compare the runs in these folders.
 
-    Raises BadInput for an empty selection, runs that cannot be compared, and a target that is none.
+    Raises BadInput for an empty selection, runs that cannot be compared, and an invalid target.
     """
     selection = select(paths)
     groups = grouped(selection)
@@ -65,12 +76,16 @@ def find(paths: Iterable[Path], *, target: str, latency: bool, progress: Progres
         latencies = _latencies(group, progress, notes) if latency else {}
         prefix = f"{place + 1}-" if len(groups) > 1 else ""
         sections.append(
-            Section(comparison, latencies, tuple(curves.panels(comparison, numbers, prefix)))
+            ComparisonSection(
+                comparison, latencies, tuple(curves.panels(comparison, numbers, prefix))
+            )
         )
-    return Found(tuple(sections), selection.left_out, tuple(notes), numbers, len(selection.runs))
+    return ComparisonReport(
+        tuple(sections), selection.left_out, tuple(notes), numbers, len(selection.runs)
+    )
 
 
-def _latencies(group: Group, progress: Progress, notes: list[str]) -> dict[str, Latency]:
+def _latencies(group: Group, progress: RunObserver, notes: list[str]) -> dict[str, Latency]:
     found = {}
     for method in group.methods:
         progress.stage(f"measuring the latency of {method.name}")
@@ -81,36 +96,34 @@ def _latencies(group: Group, progress: Progress, notes: list[str]) -> dict[str, 
     return found
 
 
-def _section_table(section: Section) -> dict[str, Any]:
+def _section_table(section: ComparisonSection) -> dict[str, Any]:
     comparison = section.comparison
     return {
         "title": comparison.title,
         "measure": comparison.quality.name,
         "higher_is_better": comparison.quality.higher_is_better,
         "target": asdict(comparison.target) | {"checks": comparison.checks},
-        "methods": [
-            _standing_table(standing, section.latencies) for standing in comparison.standings
-        ],
+        "methods": [_result_table(result, section.latencies) for result in comparison.results],
         "differences": [_pair_table(comparison, pair) for pair in comparison.pairs],
     }
 
 
-def _standing_table(standing: Standing, latencies: Mapping[str, Latency]) -> dict[str, Any]:
-    method, found = standing.method, latencies.get(standing.method.name)
+def _result_table(result: MethodResult, latencies: Mapping[str, Latency]) -> dict[str, Any]:
+    method, found = result.method, latencies.get(result.method.name)
     return {
         "name": method.name,
         "method": next(iter(method.runs.values())).recipe.method.name,
         "runs": {str(seed): str(run.folder) for seed, run in method.runs.items()},
         "seeds": list(method.runs),
-        "final": standing.final.table(),
-        "sparsity": standing.sparsity.table(),
-        "seeds_that_reach_the_target": standing.reached,
-        "simulated_seconds_to_target": standing.seconds_to_target.table(),
-        "bytes_to_target": standing.bytes_to_target.table(),
-        "simulated_seconds": standing.simulated_seconds.table(),
-        "bytes": standing.bytes.table(),
-        "waiting_share": standing.waiting_share.table(),
-        "peak_memory_bytes_simulated": standing.peak_memory_bytes.table(),
+        "final": result.final.table(),
+        "sparsity": result.sparsity.table(),
+        "seeds_that_reach_the_target": result.reached,
+        "simulated_seconds_to_target": result.seconds_to_target.table(),
+        "bytes_to_target": result.bytes_to_target.table(),
+        "simulated_seconds": result.simulated_seconds.table(),
+        "bytes": result.bytes.table(),
+        "waiting_share": result.waiting_share.table(),
+        "peak_memory_bytes_simulated": result.peak_memory_bytes.table(),
         "latency": None if found is None else asdict(found),
     }
 

@@ -1,4 +1,6 @@
-"""Curves of several seeds as one: their mean and its spread along rounds, simulated seconds or bytes."""
+"""Curves of several seeds as one: their mean and its spread along rounds, simulated seconds or
+bytes.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,7 +9,7 @@ import numpy as np
 from fedspine.report.drawing import Panel
 from fedspine.report.series import Floats
 from fedspine.report.traces import Along, Gap, Trace, gap_panel, trace_panel
-from fedspine.ui.compare.numbers import Comparison, OverSeeds, Standing
+from fedspine.ui.compare.numbers import Comparison, MethodResult, OverSeeds
 
 CAPTIONS: Mapping[Along, str] = {
     "seconds": "Simulated time of the whole fleet",
@@ -28,10 +30,7 @@ def panels(comparison: Comparison, numbers: Mapping[str, int], prefix: str) -> l
             f"{prefix}{quality}-over-{along}",
             quality,
             f"{CAPTIONS[along]}; {SHOWN}",
-            [
-                _trace(standing, along, numbers[standing.method.name])
-                for standing in comparison.standings
-            ],
+            [_trace(result, along, numbers[result.method.name]) for result in comparison.results],
             along,
             comparison.target.value,
         )
@@ -41,8 +40,8 @@ def panels(comparison: Comparison, numbers: Mapping[str, int], prefix: str) -> l
 
 
 def _gaps(comparison: Comparison, numbers: Mapping[str, int], prefix: str) -> Panel:
-    """Every other method against the best, as its pairs tell it."""
-    best, *others = comparison.standings
+    """Every other method against the best, from its pairs."""
+    best, *others = comparison.results
     quality, gaps = comparison.quality.name, []
     for other, pair in zip(
         others, comparison.pairs, strict=False
@@ -64,8 +63,8 @@ def _gaps(comparison: Comparison, numbers: Mapping[str, int], prefix: str) -> Pa
     return gap_panel(f"{prefix}final-{quality}", quality, caption, best.method.name, gaps)
 
 
-def _trace(standing: Standing, along: Along, number: int) -> Trace:
-    runs = [*standing.method.runs.values()]
+def _trace(result: MethodResult, along: Along, number: int) -> Trace:
+    runs = [*result.method.runs.values()]
     drawn = [run.curve for run in runs if len(run.curve.quality)]
     xs, values = on_a_grid(
         [getattr(curve, along) for curve in drawn], [curve.quality for curve in drawn]
@@ -73,13 +72,13 @@ def _trace(standing: Standing, along: Along, number: int) -> Trace:
     mean = values.mean(axis=0) if drawn else xs
     band = values.std(axis=0, ddof=1) if len(values) > 1 else None
     ends: Mapping[Along, OverSeeds] = {
-        "seconds": standing.simulated_seconds,
-        "bytes": standing.bytes,
+        "seconds": result.simulated_seconds,
+        "bytes": result.bytes,
         "rounds": OverSeeds({run.seed: float(run.summary["rounds"]) for run in runs}),
     }
-    final, end = standing.final, ends[along].mean
+    final, end = result.final, ends[along].mean
     return Trace(
-        name=standing.method.name,
+        name=result.method.name,
         number=number,
         xs=xs,
         mean=mean,
@@ -90,10 +89,12 @@ def _trace(standing: Standing, along: Along, number: int) -> Trace:
 
 
 def on_a_grid(costs: Sequence[Floats], values: Sequence[Floats]) -> tuple[Floats, Floats]:
-    """Several curves [checks of each] as steps on the grid of all their checks: xs [points], values [curves, points].
+    """Several curves [checks of each] as steps on the grid of all their checks: xs [points], values
+    [curves, points].
 
-    The grid begins where every curve has had its first check. A curve's value holds until its next check, and after
-    its last one to the end, since the model of a run that is over stays what it is.
+    The grid begins where every curve has had its first check. A curve's value holds until its next
+    check, and after its last one to the end, since the model of a run that is over stays what it
+    is.
 
     >>> xs, steps = on_a_grid([np.array([1.0, 3.0]), np.array([2.0, 4.0])], [np.array([0.1, 0.3]), np.array([0.2, 0.4])])
     >>> xs.tolist(), steps.tolist()

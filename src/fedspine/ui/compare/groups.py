@@ -1,4 +1,4 @@
-"""Which runs may be compared, and which of them are one method: runs in comparisons, comparisons in methods."""
+"""Groups runs into comparisons, and the runs of a comparison by method."""
 
 import json
 from collections import defaultdict
@@ -19,7 +19,7 @@ MODEL = {
     "task.layers",
 }  # a smaller model is a fair rival where runs are named one by one
 CHECKS = {"run.evaluate_every", "run.evaluate_rows", "run.evaluate_devices", "run.final_devices"}
-TOLD = {
+IN_EVERY_TITLE = {
     "data",
     "task.data",
     "task.model",
@@ -27,7 +27,7 @@ TOLD = {
     "fleet.devices",
     "fleet.alpha",
 }  # in every title
-OFFERED = "fleet.per_round"  # of how many devices a method may choose; in a sweep a method's own where no setting says it
+OFFERED = "fleet.per_round"  # the devices asked per round; in a sweep a method may set its own
 CONTENT, WEIGHTS = "data_sha256", "model_sha256"  # of the summary: what was read from outside
 MEASURED = {
     "test_rows": "test rows",
@@ -37,7 +37,7 @@ MEASURED = {
 
 
 @dataclass(frozen=True)
-class Method:
+class MethodRuns:
     """One method of a comparison, its runs by seed."""
 
     name: str
@@ -50,14 +50,15 @@ class Group:
 
     title: str
     kind: Kind
-    methods: tuple[Method, ...]
+    methods: tuple[MethodRuns, ...]
 
 
 def grouped(selection: Selection) -> tuple[Group, ...]:
-    """The comparisons that are in a selection.
+    """The comparisons of a selection.
 
-    With a sweep among the named, there is one for each of its settings, model, data and fleet. Runs named one by one
-    are one comparison; raises BadInput where they cannot be. So does the same seed twice for one method.
+    With a sweep among the named, there is one for each of its settings, model, data and fleet. Runs
+    named one by one are one comparison; raises BadInput where they cannot be. So does the same seed
+    twice for one method.
     """
     if not selection.sweep:
         _check_comparable(selection.runs)
@@ -77,7 +78,9 @@ def grouped(selection: Selection) -> tuple[Group, ...]:
 
 
 def basis(run: Run) -> dict[str, Any]:
-    """What two runs must have in common to be compared: data, devices, clock, checks, and what the data came to."""
+    """What two runs must share to be compared: data, devices, clock, checks, and the digest of the
+    data.
+    """
     flat = run.recipe.flat
     language = (
         run.recipe.task.kind == "causal-lm"
@@ -98,7 +101,7 @@ def _check_comparable(runs: Iterable[Run]) -> None:
     for other in others:
         found = basis(other)
         for key in keys_of([wanted, found]):
-            # what an older run did not write down cannot be held against it
+            # older runs did not record all of these
             if key in MEASURED and not (key in wanted and key in found):
                 continue
             if wanted.get(key) != found.get(key):
@@ -119,11 +122,11 @@ def aspect_of(key: str) -> str:
 
 def _check_same(runs: Iterable[Run], key: str, what: str) -> None:
     """Raise BadInput where `what` bears one name in the recipes but was not the same in these runs."""
-    told = [run for run in runs if run.summary.get(key)]
-    for run in told:
-        if run.summary[key] != told[0].summary[key]:
+    recorded = [run for run in runs if run.summary.get(key)]
+    for run in recorded:
+        if run.summary[key] != recorded[0].summary[key]:
             raise BadInput(
-                f"{what} was changed between the runs in {told[0].folder} and {run.folder}, which "
+                f"{what} was changed between the runs in {recorded[0].folder} and {run.folder}, which "
                 "name the same; leave one of them out, or run it again"
             )
 
@@ -135,7 +138,7 @@ def _group(runs: Iterable[Run], titles: list[str]) -> Group:
     extra = [
         f"{key.rpartition('.')[2]} {_text(settings[key])}"
         for key in titles
-        if key in settings and key not in TOLD
+        if key in settings and key not in IN_EVERY_TITLE
     ]
     return Group(_title(recipe, extra), recipe.task.kind, _methods(runs))
 
@@ -151,8 +154,10 @@ def _title(recipe: Recipe, extra: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys([*parts, *extra]))
 
 
-def _methods(runs: Iterable[Run]) -> tuple[Method, ...]:
-    """Runs of the same label and recipe, but for the seed, are one method; its name says what sets it apart."""
+def _methods(runs: Iterable[Run]) -> tuple[MethodRuns, ...]:
+    """Runs of the same label and recipe, but for the seed, are one method; its name says what sets
+    it apart.
+    """
     alike: dict[tuple[str, str], dict[int, Run]] = defaultdict(dict)
     for run in runs:
         name = run.label or run.recipe.method.name
@@ -168,7 +173,7 @@ def _methods(runs: Iterable[Run]) -> tuple[Method, ...]:
         _check_same(runs_of, WEIGHTS, f"the base {runs_of[0].recipe.task.model}")
     found = [(name, dict(sorted(seeds.items()))) for (name, _), seeds in alike.items()]
     return tuple(
-        Method(_name(name, seeds, [theirs for other, theirs in found if other == name]), seeds)
+        MethodRuns(_name(name, seeds, [theirs for other, theirs in found if other == name]), seeds)
         for name, seeds in found
     )
 

@@ -1,4 +1,4 @@
-"""What the differences of the same seeds say: paired t intervals and tests, Holm's correction."""
+"""Statistics of paired seeds: t intervals and tests of their differences, Holm's correction."""
 
 import math
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def paired(differences: Sequence[float]) -> Interval:
 
 
 def _p(mean: float, error: float, n: int) -> float:
-    if not error:  # all seeds say the same
+    if not error:  # all differences are equal
         return 0.0 if mean else 1.0
     return float(2 * stdtr(n - 1, -abs(mean) / error))
 

@@ -1,4 +1,6 @@
-"""What the model that a run deploys to one device costs on this machine, measured once and kept in the run's folder."""
+"""The latency of one deployed model of a run on this machine, measured once and kept in the run
+directory.
+"""
 
 import dataclasses
 import json
@@ -13,7 +15,7 @@ from typing import Any
 from fedspine.core.errors import BadInput
 from fedspine.runs.assemble import identities
 from fedspine.storage.store import write_atomically
-from fedspine.ui.compare.groups import Method
+from fedspine.ui.compare.groups import MethodRuns
 from fedspine.ui.compare.runs import Run
 
 KEPT = "latency.json"
@@ -35,8 +37,9 @@ class Latency:
     block_parameters: int
 
 
-def latency_of(method: Method) -> Latency:
-    """The latency of the first seed's model; of all methods of a comparison the same device is taken.
+def latency_of(method: MethodRuns) -> Latency:
+    """The latency of the first seed's model; of all methods of a comparison the same device is
+    taken.
 
     Raises BadInput where the model cannot be exported, such as where its base is gone.
     """
@@ -68,7 +71,7 @@ def hardware() -> str:
 
 
 def _mark(run: Run) -> dict[str, Any]:
-    """What a kept measurement must agree with to be this one."""
+    """The key of a kept measurement, which must match for its reuse."""
     return {
         "state_sha256": run.summary["state_sha256"],
         "device": device_of(run),

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterable
 
-from fedspine.ui.compare.caveats import about
-from fedspine.ui.compare.comparison import Found, Section
+from fedspine.ui.compare.caveats import caveats
+from fedspine.ui.compare.comparison import ComparisonReport, ComparisonSection
 from fedspine.ui.compare.render_text import (
-    Cell,
     Sheet,
+    TableCell,
     methods_sheet,
     pairs_sheet,
     target_line,
@@ -14,17 +14,19 @@ from fedspine.ui.compare.render_text import (
 )
 
 
-def markdown(found: Found, file_of: Callable[[str], str]) -> str:
+def markdown(report: ComparisonReport, file_of: Callable[[str], str]) -> str:
     """The text; `file_of` names the file of a figure."""
     parts = ["# Comparison", ""]
-    parts += [f"Left out: {escaped(left.folder)} ({escaped(left.why)})." for left in found.left_out]
-    for section in found.sections:
+    parts += [
+        f"Left out: {escaped(left.folder)} ({escaped(left.why)})." for left in report.left_out
+    ]
+    for section in report.sections:
         parts += ["", *_section(section, file_of)]
-    parts += ["", "## How to read this", "", *(f"- {escaped(line)}" for line in about(found))]
+    parts += ["", "## How to read this", "", *(f"- {escaped(line)}" for line in caveats(report))]
     return "\n".join(parts) + "\n"
 
 
-def _section(section: Section, file_of: Callable[[str], str]) -> list[str]:
+def _section(section: ComparisonSection, file_of: Callable[[str], str]) -> list[str]:
     comparison = section.comparison
     verdicts = [verdict(comparison, pair) for pair in comparison.pairs]
     lines = [f"## {escaped(comparison.title)}", ""]
@@ -48,7 +50,7 @@ def _table(sheet: Sheet) -> list[str]:
     return [_row(heads), _row(rule), *(_row(map(_cell, row)) for row in sheet.rows)]
 
 
-def _cell(cell: Cell) -> str:
+def _cell(cell: TableCell) -> str:
     return ", ".join(escaped(part) for part in (cell.text, cell.note, cell.badge) if part)
 
 

@@ -1,4 +1,6 @@
-"""The numbers of a comparison: what each method reaches over its seeds, at what cost, and the differences of pairs."""
+"""The numbers of a comparison: each method's results and costs over its seeds, and the differences
+of pairs.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +11,7 @@ import numpy as np
 
 from fedspine.core.errors import BadInput
 from fedspine.report.tables import counted
-from fedspine.ui.compare.groups import Group, Method
+from fedspine.ui.compare.groups import Group, MethodRuns
 from fedspine.ui.compare.intervals import Interval, holm, paired, paired_ratio
 from fedspine.ui.compare.runs import Run
 
@@ -22,7 +24,7 @@ MEASURES = (  # of a pair, each with its own interval and test
 
 @dataclass(frozen=True)
 class Quality:
-    """What runs are judged by."""
+    """The quality measure of runs."""
 
     name: Literal["accuracy", "loss"]
     higher_is_better: bool
@@ -46,7 +48,9 @@ class Target:
 
 @dataclass(frozen=True)
 class OverSeeds:
-    """One number of each seed; None for a seed that has none, such as one that never reached the target."""
+    """One number of each seed; None for a seed that has none, such as one that never reached the
+    target.
+    """
 
     values: Mapping[int, float | None]
 
@@ -60,7 +64,9 @@ class OverSeeds:
 
     @property
     def mean(self) -> float | None:
-        """Over all seeds; None where one of them has no number, since the others alone would flatter."""
+        """Over all seeds; None where one of them has no number, since the others alone would
+        flatter.
+        """
         return float(np.mean(self.known)) if self.known and len(self.known) == self.n else None
 
     @property
@@ -79,10 +85,10 @@ class OverSeeds:
 
 
 @dataclass(frozen=True)
-class Standing:
+class MethodResult:
     """One method's numbers; seconds are simulated, bytes go both ways, `final` is on all test rows."""
 
-    method: Method
+    method: MethodRuns
     final: OverSeeds
     sparsity: OverSeeds
     seconds_to_target: OverSeeds
@@ -100,11 +106,13 @@ class Standing:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two methods over their common seeds, `first` against `second`; None where there is nothing to compare.
+    """Two methods over their common seeds, `first` against `second`; None where there is nothing to
+    compare.
 
-    `final`, `waiting_share` are differences, first minus second. The others are ratios: `speed_up` is the second's
-    seconds to target over the first's, `bytes_saving` the same of bytes, `shorter_run` of the seconds of whole runs, so above
-    1 is good for the first; `memory_ratio` is the first's over the second's.
+    `final`, `waiting_share` are differences, first minus second. The others are ratios: `speed_up`
+    is the second's seconds to target over the first's, `bytes_saving` the same of bytes,
+    `shorter_run` of the seconds of whole runs, so above 1 is good for the first; `memory_ratio` is
+    the first's over the second's.
     """
 
     first: str
@@ -125,18 +133,18 @@ class Comparison:
     title: str
     quality: Quality
     target: Target
-    checks: str  # what the target is measured on, in words
-    standings: tuple[Standing, ...]
+    checks: str  # what the target is measured on, as text
+    results: tuple[MethodResult, ...]
     pairs: tuple[Pair, ...]
 
 
 def compared(group: Group, target: str = "auto") -> Comparison:
-    """The numbers of one group. Raises BadInput for a target that is none."""
+    """The numbers of one group. Raises BadInput for an invalid target."""
     quality = LOSS if group.kind == "causal-lm" else ACCURACY
     wanted = target_of(group, quality, target)
-    standings = [_standing(method, quality, wanted) for method in group.methods]
+    results = [_result(method, quality, wanted) for method in group.methods]
     worst = -np.inf if quality.higher_is_better else np.inf
-    standings.sort(
+    results.sort(
         key=lambda s: worst if s.final.mean is None else s.final.mean,
         reverse=quality.higher_is_better,
     )
@@ -153,8 +161,8 @@ def compared(group: Group, target: str = "auto") -> Comparison:
         quality=quality,
         target=wanted,
         checks=f"{every}, {counted(run.evaluate_rows, 'test row')}, {counted(run.evaluate_devices, 'device model')}",
-        standings=tuple(standings),
-        pairs=tuple(_pair(first, second) for first, second in combinations(standings, 2)),
+        results=tuple(results),
+        pairs=tuple(_pair(first, second) for first, second in combinations(results, 2)),
     )
 
 
@@ -179,7 +187,7 @@ def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def target_of(group: Group, quality: Quality, text: str) -> Target:
-    """What is asked for, or, for `auto`, what every run reaches but for a small margin."""
+    """The requested target, or, for `auto`, what every run reaches, less a small margin."""
     best = _best_of_all(group, quality)
     if text == "auto":
         margin = -MARGIN_POINTS if quality.higher_is_better else MARGIN_NATS
@@ -219,11 +227,11 @@ def _best_of_all(group: Group, quality: Quality) -> float | None:
     return float(min(map(max, curves)) if quality.higher_is_better else max(map(min, curves)))
 
 
-def _standing(method: Method, quality: Quality, target: Target) -> Standing:
+def _result(method: MethodRuns, quality: Quality, target: Target) -> MethodResult:
     def over(number: Callable[[Run], float | None]) -> OverSeeds:
         return OverSeeds({seed: number(run) for seed, run in method.runs.items()})
 
-    return Standing(
+    return MethodResult(
         method=method,
         final=over(lambda run: run.summary.get(quality.name)),
         sparsity=over(lambda run: run.summary.get("sparsity")),
@@ -237,7 +245,7 @@ def _standing(method: Method, quality: Quality, target: Target) -> Standing:
 
 
 def waiting_share(run: Run) -> float | None:
-    """What the mean asked device waited for the slowest of its round, as a share of the run's simulated seconds."""
+    """The mean idle time of an asked device, as a share of the run's simulated seconds."""
     seconds = run.summary["simulated_seconds"]
     return run.summary["waiting_seconds"] / seconds if seconds else None
 
@@ -250,21 +258,23 @@ def _at_target(run: Run, costs: np.ndarray, quality: Quality, target: Target) ->
     return float(costs[reached[0]]) if len(reached) else None
 
 
-def _pair(first: Standing, second: Standing) -> Pair:
+def _pair(first: MethodResult, second: MethodResult) -> Pair:
     seeds = tuple(seed for seed in first.final.values if seed in second.final.values)
 
-    def both(number: Callable[[Standing], OverSeeds]) -> list[tuple[float, float]] | None:
-        """The two numbers of every common seed; None unless all are there, so that no seed is left out in silence."""
+    def both(number: Callable[[MethodResult], OverSeeds]) -> list[tuple[float, float]] | None:
+        """The two numbers of every common seed; None unless all are there, so that no seed is
+        dropped silently.
+        """
         found = [(number(first).values[seed], number(second).values[seed]) for seed in seeds]
         return (
             [(a, b) for a, b in found if a is not None and b is not None] if _whole(found) else None
         )
 
-    def difference(number: Callable[[Standing], OverSeeds]) -> Interval | None:
+    def difference(number: Callable[[MethodResult], OverSeeds]) -> Interval | None:
         found = both(number)
         return paired([a - b for a, b in found]) if found else None
 
-    def ratio(number: Callable[[Standing], OverSeeds], *, over_first: bool) -> Interval | None:
+    def ratio(number: Callable[[MethodResult], OverSeeds], *, over_first: bool) -> Interval | None:
         found = both(number)
         if not found or min(map(min, found)) <= 0:
             return None

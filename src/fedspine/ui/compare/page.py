@@ -1,4 +1,6 @@
-"""The page of a comparison: verdicts, the table, the figures, all pairs; one HTML file that fetches nothing."""
+"""The page of a comparison: verdicts, the table, the figures, all pairs; one HTML file that fetches
+nothing.
+"""
 
 from typing import Any
 
@@ -6,8 +8,8 @@ import fedspine
 from fedspine.report.html import Figure, rendered
 from fedspine.report.tables import counted
 from fedspine.report.traces import colour_of
-from fedspine.ui.compare.caveats import about
-from fedspine.ui.compare.comparison import Found, Section
+from fedspine.ui.compare.caveats import caveats
+from fedspine.ui.compare.comparison import ComparisonReport, ComparisonSection
 from fedspine.ui.compare.render_text import (
     BEYOND,
     WITHIN,
@@ -21,38 +23,38 @@ from fedspine.ui.compare.render_text import (
 BADGES = {BEYOND: "beyond", WITHIN: "within"}
 
 
-def page(found: Found) -> str:
+def page(report: ComparisonReport) -> str:
     """The page as text."""
-    several = len(found.sections) > 1
+    several = len(report.sections) > 1
     return rendered(
         "compare.html",
-        title="Comparison" if several else found.sections[0].comparison.title,
-        what=_what(found),
-        left_out=found.left_out,
-        sections=[_section(section) for section in found.sections],
-        colours={name: colour_of(number) for name, number in found.numbers.items()},
+        title="Comparison" if several else report.sections[0].comparison.title,
+        what=_what(report),
+        left_out=report.left_out,
+        sections=[_section(section) for section in report.sections],
+        colours={name: colour_of(number) for name, number in report.numbers.items()},
         badges=BADGES,
-        about=about(found),
+        caveats=caveats(report),
         footer=f"fedspine {fedspine.__version__}. Simulated numbers come from a model of the devices.",
     )
 
 
-def _what(found: Found) -> str:
-    """What was compared, in one line."""
-    standings = [each for section in found.sections for each in section.comparison.standings]
-    methods = {standing.method.name for standing in standings}
-    seeds = sorted({seed for standing in standings for seed in standing.final.values})
+def _what(report: ComparisonReport) -> str:
+    """One line on the compared runs."""
+    results = [each for section in report.sections for each in section.comparison.results]
+    methods = {result.method.name for result in results}
+    seeds = sorted({seed for result in results for seed in result.final.values})
     parts = [
         counted(len(methods), "method"),
-        counted(found.runs, "finished run"),
+        counted(report.runs, "finished run"),
         f"seeds {', '.join(map(str, seeds))}",
     ]
-    parts += [f"{len(found.sections)} settings"] if len(found.sections) > 1 else []
+    parts += [f"{len(report.sections)} settings"] if len(report.sections) > 1 else []
     return ", ".join(parts)
 
 
-def _section(section: Section) -> dict[str, Any]:
-    """What the template shows of one comparison."""
+def _section(section: ComparisonSection) -> dict[str, Any]:
+    """The template's values for one comparison."""
     comparison = section.comparison
     first, later = told_first(comparison)
     return {

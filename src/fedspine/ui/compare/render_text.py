@@ -1,4 +1,4 @@
-"""A comparison in words and cells: what the page, the Markdown file and the terminal all say."""
+"""A comparison as text and table cells, shared by the page, the Markdown file and the terminal."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from fedspine.report.tables import (
 )
 from fedspine.ui.compare.intervals import Interval
 from fedspine.ui.compare.latency import Latency
-from fedspine.ui.compare.numbers import ACCURACY, Comparison, OverSeeds, Pair, Quality, Standing
+from fedspine.ui.compare.numbers import ACCURACY, Comparison, MethodResult, OverSeeds, Pair, Quality
 
 BEYOND, WITHIN, ONE_SEED = "beyond noise", "within noise", "one seed"
 MANY_PAIRS = 6
@@ -22,8 +22,10 @@ UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A cell of a table: what it reads, what it is sorted by (None last), and what a difference is worth."""
+class TableCell:
+    """A cell of a table: what it reads, what it is sorted by (None last), and what a difference is
+    worth.
+    """
 
     text: str
     value: float | str | None
@@ -36,12 +38,14 @@ class Sheet:
     """A table: the columns' heads with a hint on each, and the rows."""
 
     head: tuple[tuple[str, str], ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    rows: tuple[tuple[TableCell, ...], ...]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one pair comes to: whether the final difference is more than noise, and the whole in a sentence or three."""
+    """What one pair comes to: whether the final difference is more than noise, and the whole in a
+    sentence or three.
+    """
 
     badge: str
     text: str
@@ -73,9 +77,11 @@ def verdict(comparison: Comparison, pair: Pair) -> Verdict:
 
 
 def told_first(comparison: Comparison) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
-    """The pairs that a reader is told of at once, and the rest: of many pairs, those of the best method come first."""
+    """The pairs that a reader is told of at once, and the rest: of many pairs, those of the best
+    method come first.
+    """
     pairs = comparison.pairs
-    count = len(pairs) if len(pairs) <= MANY_PAIRS else len(comparison.standings) - 1
+    count = len(pairs) if len(pairs) <= MANY_PAIRS else len(comparison.results) - 1
     return pairs[:count], pairs[count:]
 
 
@@ -122,7 +128,7 @@ def _speed_words(comparison: Comparison, pair: Pair) -> str:
     if speed is None:
         short = [
             s
-            for s in comparison.standings
+            for s in comparison.results
             if s.method.name in (pair.first, pair.second) and s.reached < s.final.n
         ]
         who = " and ".join(
@@ -164,13 +170,13 @@ def p_text(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.2g}"
 
 
-def reached_text(standing: Standing) -> str:
+def reached_text(result: MethodResult) -> str:
     """How many seeds reach the target.
 
     A method of three seeds reads "2 of 3 seeds", or "none of 3 seeds".
     """
-    reached = str(standing.reached) if standing.reached else "none"
-    return f"{reached} of {counted(standing.final.n, 'seed')}"
+    reached = str(result.reached) if result.reached else "none"
+    return f"{reached} of {counted(result.final.n, 'seed')}"
 
 
 def methods_sheet(comparison: Comparison, latencies: Mapping[str, Latency]) -> Sheet:
@@ -189,41 +195,42 @@ def methods_sheet(comparison: Comparison, latencies: Mapping[str, Latency]) -> S
     ]
     head += [("Latency", "measured, batch 1, 1 thread")] if latencies else []
     rows = [
-        (*_cells(comparison, each), *_latency_cell(each, latencies))
-        for each in comparison.standings
+        (*_cells(comparison, each), *_latency_cell(each, latencies)) for each in comparison.results
     ]
     return Sheet(tuple(head), tuple(rows))
 
 
-def _cells(comparison: Comparison, standing: Standing) -> tuple[Cell, ...]:
+def _cells(comparison: Comparison, result: MethodResult) -> tuple[TableCell, ...]:
     final = (
         shares_text if comparison.quality is ACCURACY else (lambda numbers: spread_text(numbers, 3))
     )
     missed = (
         None
-        if standing.reached == standing.final.n or comparison.target.value is None
-        else reached_text(standing)
+        if result.reached == result.final.n or comparison.target.value is None
+        else reached_text(result)
     )
     return (
-        Cell(standing.method.name, standing.method.name),
-        Cell(final(standing.final), standing.final.mean),
-        Cell(_seeds_text(comparison, standing), standing.final.n),
-        Cell(percent(standing.sparsity.mean), standing.sparsity.mean),
-        Cell(missed or seconds_spread(standing.seconds_to_target), standing.seconds_to_target.mean),
-        Cell(missed or bytes_spread(standing.bytes_to_target), standing.bytes_to_target.mean),
-        Cell(seconds_spread(standing.simulated_seconds), standing.simulated_seconds.mean),
-        Cell(shares_text(standing.waiting_share), standing.waiting_share.mean),
-        Cell(bytes_spread(standing.peak_memory_bytes), standing.peak_memory_bytes.mean),
+        TableCell(result.method.name, result.method.name),
+        TableCell(final(result.final), result.final.mean),
+        TableCell(_seeds_text(comparison, result), result.final.n),
+        TableCell(percent(result.sparsity.mean), result.sparsity.mean),
+        TableCell(
+            missed or seconds_spread(result.seconds_to_target), result.seconds_to_target.mean
+        ),
+        TableCell(missed or bytes_spread(result.bytes_to_target), result.bytes_to_target.mean),
+        TableCell(seconds_spread(result.simulated_seconds), result.simulated_seconds.mean),
+        TableCell(shares_text(result.waiting_share), result.waiting_share.mean),
+        TableCell(bytes_spread(result.peak_memory_bytes), result.peak_memory_bytes.mean),
     )
 
 
-def _latency_cell(standing: Standing, latencies: Mapping[str, Latency]) -> tuple[Cell, ...]:
+def _latency_cell(result: MethodResult, latencies: Mapping[str, Latency]) -> tuple[TableCell, ...]:
     if not latencies:
         return ()
-    found = latencies.get(standing.method.name)
+    found = latencies.get(result.method.name)
     if found is None:
-        return (Cell(MISSING, None),)
-    return (Cell(f"{1e3 * found.seconds_by_batch[1]:.1f} ms", found.seconds_by_batch[1]),)
+        return (TableCell(MISSING, None),)
+    return (TableCell(f"{1e3 * found.seconds_by_batch[1]:.1f} ms", found.seconds_by_batch[1]),)
 
 
 def pairs_sheet(comparison: Comparison) -> Sheet:
@@ -241,8 +248,8 @@ def pairs_sheet(comparison: Comparison) -> Sheet:
     )
     rows = [
         (
-            Cell(f"{pair.first} against {pair.second}", f"{pair.first} against {pair.second}"),
-            Cell(str(len(pair.seeds)), len(pair.seeds)),
+            TableCell(f"{pair.first} against {pair.second}", f"{pair.first} against {pair.second}"),
+            TableCell(str(len(pair.seeds)), len(pair.seeds)),
             _interval_cell(pair.final, _hundredths if accuracy else _signed),
             _interval_cell(pair.speed_up, _times),
             _interval_cell(pair.bytes_saving, _times),
@@ -255,12 +262,12 @@ def pairs_sheet(comparison: Comparison) -> Sheet:
     return Sheet(head, tuple(rows))
 
 
-def _interval_cell(interval: Interval | None, form: Callable[[float], str]) -> Cell:
+def _interval_cell(interval: Interval | None, form: Callable[[float], str]) -> TableCell:
     if interval is None:
-        return Cell(MISSING, None)
+        return TableCell(MISSING, None)
     text = form(interval.mean) + _bounds(interval, form)
     note = None if interval.p is None else test_text(interval)
-    return Cell(text, interval.mean, badge(interval), note)
+    return TableCell(text, interval.mean, badge(interval), note)
 
 
 def _bounds(interval: Interval, form: Callable[[float], str]) -> str:
@@ -305,12 +312,10 @@ def bytes_spread(numbers: OverSeeds) -> str:
     return f"{value} ± {numbers.spread / UNITS[unit]:.1f} {unit}"
 
 
-def _seeds_text(comparison: Comparison, standing: Standing) -> str:
+def _seeds_text(comparison: Comparison, result: MethodResult) -> str:
     """How many, and which where not all methods have the same."""
-    alike = all(set(each.method.runs) == set(standing.method.runs) for each in comparison.standings)
-    return f"{standing.final.n}" + (
-        "" if alike else f" ({', '.join(map(str, standing.method.runs))})"
-    )
+    alike = all(set(each.method.runs) == set(result.method.runs) for each in comparison.results)
+    return f"{result.final.n}" + ("" if alike else f" ({', '.join(map(str, result.method.runs))})")
 
 
 def _hundredths(share: float) -> str:

@@ -1,4 +1,6 @@
-"""The runs that were named, read back: recipe, summary, and quality over rounds, simulated seconds and bytes."""
+"""Loads the runs of a comparison: recipe, summary, and quality over rounds, simulated seconds and
+bytes.
+"""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -10,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedspine.core.errors import BadInput
-from fedspine.report.rows import Rows, read_rows
+from fedspine.report.rows import RunRows, read_rows
 from fedspine.report.series import checks
 from fedspine.runs.config import Recipe
 from fedspine.runs.run_dir import RECIPE, RECORDS, SUMMARY, recipe_of, summary_of
@@ -25,7 +27,9 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Curve:
-    """The checks on the way, one entry for each: rounds done, simulated seconds, bytes both ways, and the quality."""
+    """The checks during the run, one entry each: rounds done, simulated seconds, bytes both ways,
+    and the quality.
+    """
 
     rounds: Floats
     seconds: Floats
@@ -35,7 +39,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. `label` and `settings` are those of a sweep's cell; a run given by hand has None."""
+    """A finished run. `label` and `settings` are those of a sweep's cell; a run given by hand has
+    None.
+    """
 
     folder: Path
     label: str | None
@@ -59,7 +65,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Selection:
-    """What was named. Runs of `sweep` are sorted into comparisons; others have to be one."""
+    """The selected runs. Those of a `sweep` are sorted into comparisons; others form one."""
 
     runs: tuple[Run, ...]
     left_out: tuple[LeftOut, ...]
@@ -67,7 +73,8 @@ class Selection:
 
 
 def select(paths: Iterable[Path]) -> Selection:
-    """The runs in these folders, each a run's or a sweep's; those that are not finished are left out.
+    """The runs in these folders, each a run's or a sweep's; those that are not finished are left
+    out.
 
     Raises BadInput where a folder is neither, and where no finished run is left.
     """
@@ -128,7 +135,7 @@ def _run(folder: Path) -> Run | LeftOut:
 
 
 def cell_of(folder: Path) -> dict[str, Any]:
-    """What a sweep says of its cell; nothing for a run outside of a sweep."""
+    """A sweep's entry of its cell; empty for a run outside of a sweep."""
     try:
         cell = json.loads((folder / CELL).read_bytes())
         return {"label": str(cell["label"]), "settings": dict(cell["settings"])}
@@ -152,10 +159,12 @@ def _failure(folder: Path) -> str | None:
     )
 
 
-def curve_of(rows: Rows, *, language: bool) -> Curve:
-    """The checks on the way: a fixed part of the test rows and a few device models, the mean over these models.
+def curve_of(rows: RunRows, *, language: bool) -> Curve:
+    """The checks during the run: a fixed part of the test rows and a few device models, the mean
+    over these models.
 
-    The final score is none of them, because it is measured on all test rows. A check that is not finite is left out.
+    The final score is none of them, because it is measured on all test rows. A check that is not
+    finite is left out.
     """
     found = checks(rows)
     quality = found.loss if language else found.accuracy

@@ -9,28 +9,28 @@ from rich.table import Table
 from rich.text import Text
 
 from fedspine.report.tables import counted
-from fedspine.ui.compare.comparison import Found, Section
+from fedspine.ui.compare.comparison import ComparisonReport, ComparisonSection
 from fedspine.ui.compare.render_text import methods_sheet, target_line, told_first, verdict
 
-WIDE = 120  # columns where nobody's window sets a limit
+WIDE = 120  # columns where there is no window
 
 
-def show(found: Found) -> None:
-    """Print what the page says first."""
-    Console(width=None if sys.stdout.isatty() else WIDE).print(rendered(found))
+def show(report: ComparisonReport) -> None:
+    """Print the verdicts and tables."""
+    Console(width=None if sys.stdout.isatty() else WIDE).print(rendered(report))
 
 
-def rendered(found: Found) -> Group:
-    """What the page says first, for a terminal or a notebook."""
+def rendered(report: ComparisonReport) -> Group:
+    """The verdicts and tables, for a terminal or a notebook."""
     parts: list[RenderableType] = [
-        Text(f"left out: {left.folder} ({left.why})") for left in found.left_out
+        Text(f"left out: {left.folder} ({left.why})") for left in report.left_out
     ]
-    for section in found.sections:
+    for section in report.sections:
         parts += _section(section)
-    return Group(*parts, *(Text(note) for note in found.notes))
+    return Group(*parts, *(Text(note) for note in report.notes))
 
 
-def _section(section: Section) -> Iterator[RenderableType]:
+def _section(section: ComparisonSection) -> Iterator[RenderableType]:
     comparison = section.comparison
     sheet = methods_sheet(comparison, section.latencies)
     table = Table(

@@ -1,4 +1,4 @@
-"""Unpruned runs of the same budget, which a pruned run is read against to see what pruning costs."""
+"""Unpruned runs of the same budget, with which a pruned run is compared to see the cost of pruning."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from fedspine.runs.run_dir import RECIPE, recipe_of, summary_of
 from fedspine.ui.compare.groups import MEASURED, MODEL, WEIGHTS, aspect_of, keys_of
 from fedspine.ui.compare.runs import CELL, cell_of
 
-BUDGET = {  # what a run may spend, and whom it draws
+BUDGET = {  # a run's budget and its cohorts
     *("run.rounds", "run.seconds", "run.seed", "run.final_rows"),
     *("method.steps", "method.batch"),
 }
@@ -23,7 +23,7 @@ READ = MEASURED | {WEIGHTS: "sha256 of the base's weights"}  # of the summary
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run's folder, its name in a table, and what it says of itself."""
+    """A finished run: its folder, its name in a table, its recipe and summary."""
 
     folder: Path
     name: str
@@ -40,7 +40,7 @@ class Finished:
 
 
 def unpruned_runs(folder: Path, reference: Path | None = None) -> tuple[UnprunedRun, ...]:
-    """What the run in `folder` is read against: the named run, else fitting cells of its sweep.
+    """The unpruned runs for the run in `folder`: the named run, else fitting cells of its sweep.
 
     Raises BadInput where the named run does not fit: where it prunes or is not finished, and where
     data, test rows, seed, devices or budget differ.
@@ -109,10 +109,10 @@ def _finished_or_refused(folder: Path) -> Finished:
 
 
 def _misfit(run: Finished, other: Finished) -> str | None:
-    """The first thing in which two runs differ that must be equal for a fair reading, in words."""
+    """The first thing in which two runs differ that must be equal for a fair comparison, as text."""
     wanted, found = _terms(run), _terms(other)
     for key in keys_of([wanted, found]):
-        # what an older run did not write down cannot be held against it
+        # older runs did not record all of these
         if key in READ and not (key in wanted and key in found):
             continue
         if wanted.get(key) != found.get(key):

@@ -16,7 +16,8 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that this process gets when
 def end_with(parent: int) -> None:
     """Be killed when the process `parent` ends; a run that is killed loses nothing that was saved.
 
-    Linux alone can do this. Elsewhere the run of a killed sweep goes on to its end, and the next sweep waits for it.
+    Linux alone can do this. Elsewhere the run of a killed sweep goes on to its end, and the next
+    sweep waits for it.
     """
     if sys.platform != "linux":
         return

@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: one display while it goes on, on stderr, and the table of `fedspine sweep --list`."""
+"""The display of a running sweep, on stderr, and the table of `fedspine sweep --list`."""
 
 import sys
 from collections import Counter
@@ -18,13 +18,15 @@ from rich.text import Text
 
 from fedspine.report.tables import counted, seconds_text
 
-LINE_SECONDS = 60.0  # between two lines that say no more than that the sweep goes on
+LINE_SECONDS = 60.0  # between two status lines
 STYLES = {"done": "green", "failed": "red", "running": "cyan", "half-done": "yellow", "open": "dim"}
 
 
 @dataclass(frozen=True)
-class AtWork:
-    """A cell that is being run: `round` of `rounds` are saved; none yet, it may be loading, and after the last, scoring."""
+class RunningCell:
+    """A running cell: `round` of `rounds` are saved; before the first it is loading, after the last
+    scoring.
+    """
 
     name: str
     round: int
@@ -38,16 +40,16 @@ class AtWork:
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """Where a sweep is; `seconds_left` is estimated, None where nothing is known yet."""
+class SweepStatus:
+    """The status of a sweep; `seconds_left` is an estimate, None while nothing is known."""
 
     cells: int
     done: int
     failed: int
     seconds_left: float | None
-    at_work: tuple[AtWork, ...] = ()
+    running: tuple[RunningCell, ...] = ()
 
-    def words(self) -> str:
+    def text(self) -> str:
         failed = [f"{self.failed} failed"] if self.failed else []
         left = (
             "time left not known yet"
@@ -59,7 +61,7 @@ class Outlook:
 
 @dataclass(frozen=True)
 class Listed:
-    """A line of the list: a cell's name, its status, how many rounds are saved, and what else there is to say."""
+    """A line of the list: a cell's name, its status, its saved rounds, and a remark."""
 
     name: str
     status: str
@@ -69,58 +71,58 @@ class Listed:
 
 
 class SweepProgress(Protocol):
-    """Told by a sweep how far it is; `close` may be called twice."""
+    """Receives the progress of a sweep; `close` may be called twice."""
 
-    def update(self, outlook: Outlook) -> None:
+    def update(self, status: SweepStatus) -> None:
         """Time has passed."""
         ...
 
-    def ended(self, name: str, words: str, outlook: Outlook) -> None:
+    def ended(self, name: str, words: str, status: SweepStatus) -> None:
         """A cell is finished or has failed, as `words` say."""
         ...
 
     def close(self) -> None:
-        """Leave the terminal as it was found."""
+        """Restore the terminal."""
         ...
 
 
 def sweep_progress_for(json: bool) -> SweepProgress:
     """Silence where the caller wants JSON, a live display on a terminal, otherwise lines."""
     if json:
-        return Silent()
+        return SilentSweep()
     console = Console(stderr=True)
     if console.is_terminal and not console.is_dumb_terminal:
-        return Live(console)
-    return Lines(sys.stderr)
+        return SweepBars(console)
+    return SweepLines(sys.stderr)
 
 
-class Silent:
-    """Says nothing."""
+class SilentSweep:
+    """Shows nothing."""
 
-    def update(self, outlook: Outlook) -> None:
+    def update(self, status: SweepStatus) -> None:
         pass
 
-    def ended(self, name: str, words: str, outlook: Outlook) -> None:
+    def ended(self, name: str, words: str, status: SweepStatus) -> None:
         pass
 
     def close(self) -> None:
         pass
 
 
-class Lines:
+class SweepLines:
     """A flushed line for every cell that ends, and one a minute meanwhile, for logs and pipes."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self.last = -LINE_SECONDS
 
-    def update(self, outlook: Outlook) -> None:
+    def update(self, status: SweepStatus) -> None:
         if monotonic() - self.last >= LINE_SECONDS:
-            at_work = [f"{cell.name} {cell.round}/{cell.rounds}" for cell in outlook.at_work]
-            self._say("; ".join([outlook.words(), *at_work]))
+            running = [f"{cell.name} {cell.round}/{cell.rounds}" for cell in status.running]
+            self._say("; ".join([status.text(), *running]))
 
-    def ended(self, name: str, words: str, outlook: Outlook) -> None:
-        self._say(f"{name}: {words}; {outlook.words()}")
+    def ended(self, name: str, words: str, status: SweepStatus) -> None:
+        self._say(f"{name}: {words}; {status.text()}")
 
     def close(self) -> None:
         pass
@@ -130,7 +132,7 @@ class Lines:
         self.last = monotonic()
 
 
-class Live:
+class SweepBars:
     """A bar for the sweep and one for each cell at work, redrawn in place below what has ended."""
 
     def __init__(self, console: Console) -> None:
@@ -153,35 +155,35 @@ class Live:
         self.total = self.bar.add_task("cells", total=None, words="")
         self.tasks: dict[str, int] = {}
 
-    def update(self, outlook: Outlook) -> None:
+    def update(self, status: SweepStatus) -> None:
         self.bar.start()
-        failed = f"{outlook.failed} failed, " if outlook.failed else ""
+        failed = f"{status.failed} failed, " if status.failed else ""
         left = (
-            ""
-            if outlook.seconds_left is None
-            else f"about {seconds_text(outlook.seconds_left)} left"
+            "" if status.seconds_left is None else f"about {seconds_text(status.seconds_left)} left"
         )
-        over = outlook.done + outlook.failed
-        self.bar.update(self.total, total=outlook.cells, completed=over, words=failed + left)
-        for name in self.tasks.keys() - {cell.name for cell in outlook.at_work}:
+        over = status.done + status.failed
+        self.bar.update(self.total, total=status.cells, completed=over, words=failed + left)
+        for name in self.tasks.keys() - {cell.name for cell in status.running}:
             self.bar.remove_task(self.tasks.pop(name))
-        for cell in outlook.at_work:
+        for cell in status.running:
             if cell.name not in self.tasks:
                 self.tasks[cell.name] = self.bar.add_task(cell.name, total=cell.rounds, words="")
             self.bar.update(self.tasks[cell.name], completed=cell.round, words=cell.stage)
 
-    def ended(self, name: str, words: str, outlook: Outlook) -> None:
+    def ended(self, name: str, words: str, status: SweepStatus) -> None:
         self.bar.console.print(f"{escape(name)}: {escape(words)}", highlight=False)
-        self.update(outlook)
+        self.update(status)
 
     def close(self) -> None:
         self.bar.stop()
 
 
 def print_overview(
-    listed: Sequence[Listed], folder: Path, strangers: Sequence[str], *, everything: bool
+    listed: Sequence[Listed], folder: Path, unlisted: Sequence[str], *, everything: bool
 ) -> None:
-    """Every cell with its status, or only those that failed; then how many there are of each, and what to do next."""
+    """Every cell with its status, or only those that failed; then how many there are of each, and
+    what to do next.
+    """
     shown = [cell for cell in listed if everything or cell.status == "failed"]
     if shown:
         Console().print(_table(shown))
@@ -194,9 +196,9 @@ def print_overview(
         )
     if counts["done"] == len(listed):
         print(f"what came of it: fedspine compare {folder}")
-    if strangers:
+    if unlisted:
         print(
-            f"{counted(len(strangers), 'run')} there that the file does not describe: {', '.join(strangers)}"
+            f"{counted(len(unlisted), 'run')} there that the file does not describe: {', '.join(unlisted)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""How long a sweep still takes, from how long the cells took that are finished."""
+"""The time left of a sweep, from the wall time of its finished cells."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,8 @@ from statistics import median
 
 @dataclass(frozen=True)
 class Ahead:
-    """A cell that is not finished: `round` of `rounds` are saved, `began` of them before its process started.
+    """A cell that is not finished: `round` of `rounds` are saved, `began` of them before its
+    process started.
 
     `seconds` is the wall time of its process so far, None where it has none.
     """
@@ -24,9 +25,9 @@ def seconds_left(
 ) -> float | None:
     """Wall seconds until all cells are finished, `jobs` at a time; None where nothing is known yet.
 
-    `finished` has the wall seconds of the finished cells by label. A cell takes what the median cell of its label
-    took, which no outlier moves; without one, what the median of all took, and before any is finished what the
-    running cells take at their pace.
+    `finished` has the wall seconds of the finished cells by label. A cell takes what the median
+    cell of its label took, which no outlier moves; without one, what the median of all took, and
+    before any is finished what the running cells take at their pace.
 
     >>> seconds_left([Ahead("a", 0, 10), Ahead("a", 5, 10), Ahead("b", 0, 10)], {"a": [60, 100, 9000]}, jobs=2)
     125.0
@@ -35,16 +36,18 @@ def seconds_left(
     everything = [seconds for label in finished.values() for seconds in label] or paces
     if not ahead or not everything:
         return None if ahead else 0.0
-    lefts = [_left(cell, median(finished.get(cell.label) or everything)) for cell in ahead]
+    lefts = [_eta(cell, median(finished.get(cell.label) or everything)) for cell in ahead]
     return max(sum(lefts) / jobs, *lefts)
 
 
-def _left(cell: Ahead, whole: float) -> float:
+def _eta(cell: Ahead, whole: float) -> float:
     return whole * (1 - cell.round / cell.rounds)
 
 
 def _at_its_pace(cell: Ahead) -> float | None:
-    """The wall seconds of the whole cell at the pace of the rounds done so far; loading counts as a part of them."""
+    """The wall seconds of the whole cell at the pace of the rounds done so far; loading counts as a
+    part of them.
+    """
     if cell.seconds is None or cell.round <= cell.began:
         return None
     return cell.seconds * cell.rounds / (cell.round - cell.began)

@@ -1,4 +1,4 @@
-"""The folders' names of a sweep's cells: readable, the same for the same cell, and never taken for one another."""
+"""Folder names of a sweep's cells: readable, deterministic and distinct."""
 
 import hashlib
 import re
@@ -11,7 +11,7 @@ Settings = dict[str, Any]  # values by dotted key, such as {"fleet.alpha": 0.1}
 
 
 def name_of(label: str, settings: Settings, seed: int) -> str:
-    """A cell in full, in words; `distinct` makes a folder's name of it.
+    """The full name of a cell; `distinct` makes a folder name of it.
 
     >>> name_of("fedspine", {"data": "trec6", "fleet.alpha": 0.1}, 0)
     'fedspine, trec6, alpha=0.1, seed=0'
@@ -24,7 +24,8 @@ def name_of(label: str, settings: Settings, seed: int) -> str:
 
 
 def distinct(names: list[str]) -> list[str]:
-    """Folders' names, with a digest where one is long or where a file system could take it for another.
+    """Folders' names, with a digest where one is long or where a file system could take it for
+    another.
 
     >>> distinct(["FedSpine (ours), seed=0", "b, seed=0"])
     ['FedSpine-ours--seed=0', 'b--seed=0']

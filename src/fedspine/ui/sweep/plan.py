@@ -1,4 +1,6 @@
-"""From a sweep's file to its cells: every method under every setting and every seed, each with its checked recipe."""
+"""From a sweep's file to its cells: every method under every setting and every seed, each with its
+checked recipe.
+"""
 
 import dataclasses
 import itertools
@@ -16,7 +18,7 @@ from fedspine.runs.config import SECTIONS, Recipe
 from fedspine.ui.sweep.names import Settings, distinct, name_of, text_of
 
 KNOWN = {"seeds", *SECTIONS, "method", "methods", "data", "grid"}
-ELSEWHERE = {  # what a cell's place in the sweep settles, and where it is written instead
+ELSEWHERE = {  # keys set by a cell's place in the sweep, and where to write them instead
     "run.seed": "list the seeds at the top of the file: seeds = [0, 1, 2]",
     "run.workers": "give --jobs, which shares the cores out",
     "method.name": "give every method a table of its own: [methods.LABEL]",
@@ -42,7 +44,9 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class _Method:
-    """A method's table, what all methods share included; `own` are the keys written under its label."""
+    """A method's table, what all methods share included; `own` are the keys written under its
+    label.
+    """
 
     label: str
     table: dict[str, Any]
@@ -54,14 +58,15 @@ class _Method:
 
 @dataclasses.dataclass(frozen=True)
 class _Condition:
-    """What all methods are run under: the named data, then a point of the grid."""
+    """A condition shared by all methods: the named data, then a point of the grid."""
 
     overlay: Settings  # laid over the recipe
     settings: Settings  # the same in short: the data by its label
 
 
 def plan(path: Path) -> list[Cell]:
-    """The cells of a sweep's file in the order of running: all of the first seed, then all of the next.
+    """The cells of a sweep's file in the order of running: all of the first seed, then all of the
+    next.
 
     Raises BadInput for whatever would keep a recipe from being built, before anything is run.
     """
@@ -217,9 +222,10 @@ def _check_key(key: str, where: str, methods: list[_Method]) -> None:
 
 
 def _check_field(key: str, methods: list[_Method], where: str) -> None:
-    """What is given to all methods must be a field of each, so that no setting is dropped in silence.
+    """What is given to all methods must be a field of each, so that no setting is dropped silently.
 
-    Of a part's setting, such as controller.rank, the field is looked at; the recipe checks the rest.
+    Of a part's setting, such as controller.rank, only the field is checked here; the recipe checks
+    the rest.
     """
     fields = {method.label: _fields(method) for method in methods}
     lacking = [label for label, known in fields.items() if key.partition(".")[0] not in known]
@@ -270,7 +276,7 @@ def _cell(tables: dict[str, Any], method: _Method, condition: _Condition, seed: 
 
 
 def _check_paths(recipe: Recipe) -> None:
-    """A path that leads nowhere would fail every one of its cells, each after loading for seconds."""
+    """Raise BadInput for a missing path now, since all its cells would fail later."""
     for key, name, built_in in (
         ("model", recipe.task.model, (AUTO, *BUILT_IN_MODELS)),
         ("data", recipe.task.data, BUILT_IN_DATA),

@@ -1,6 +1,7 @@
-"""A sweep's folder: `cells/`, one run's folder for each, and what became of those that failed.
+"""A sweep's folder: `cells/` with one run directory per cell, and the reasons of failed cells.
 
-What a cell has done is read from its run alone, so that nothing has to be kept in step with it and a kill loses nothing.
+A cell's status is read from its run directory only, so there is nothing to keep in sync and a kill
+loses nothing.
 """
 
 import json
@@ -19,14 +20,16 @@ from fedspine.storage.store import LOCK, Store, lock, write_atomically
 from fedspine.ui.sweep.plan import Cell
 
 CELLS, CELL, FAILED, FILE, RUNNING = "cells", "cell.json", "failed", "sweep.toml", "running.json"
-PATIENCE_SECONDS = 1.0  # somebody who looks whether a sweep is at work holds its lock for a moment
+TIMEOUT_SECONDS = (
+    1.0  # a process that checks whether a sweep is running holds its lock for a moment
+)
 
 Status = Literal["done", "failed", "running", "half-done", "open"]
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How far a cell is; `reason` says why it failed, `summary` is that of a finished run."""
+class CellStatus:
+    """The status of a cell; `reason` says why it failed, `summary` is that of a finished run."""
 
     cell: Cell
     status: Status
@@ -51,44 +54,46 @@ class Standing:
 
 @dataclass(frozen=True)
 class Overview:
-    """How far a sweep is; `strangers` are runs in its folder that its file does not describe."""
+    """The status of a sweep; `unlisted` are runs in its folder that its file does not describe."""
 
     folder: Path
-    standings: tuple[Standing, ...]
-    strangers: tuple[str, ...]
+    cell_statuses: tuple[CellStatus, ...]
+    unlisted: tuple[str, ...]
 
     @property
     def counts(self) -> dict[Status, int]:
         """How many cells have each status."""
         return {
-            status: sum(each.status == status for each in self.standings)
+            status: sum(each.status == status for each in self.cell_statuses)
             for status in get_args(Status)
         }
 
     def table(self) -> dict[str, Any]:
         """As JSON can hold it."""
-        cells = [standing.table() for standing in self.standings]
+        cells = [cell_status.table() for cell_status in self.cell_statuses]
         return {
             "folder": str(self.folder),
             **self.counts,
             "cells": cells,
-            "strangers": list(self.strangers),
+            "unlisted": list(self.unlisted),
         }
 
 
 class SweepFolder:
-    """The folder of one sweep, read by anyone and written by the process that holds its lock."""
+    """The folder of one sweep; only the process that holds its lock writes to it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: BinaryIO | None = None
 
     def run_of(self, cell: Cell) -> Path:
-        """Where the cell's run is, a run's folder like any other."""
+        """The run directory of a cell."""
         return self.path / CELLS / cell.name
 
     def check(self, cells: Sequence[Cell]) -> None:
-        """Raise BadInput where the folder is something else, or holds runs of another recipe under the cells' names."""
+        """Raise BadInput if the folder is no sweep's, or holds runs of other recipes under the
+        cells' names.
+        """
         if self.path.is_file() or (self.path.is_dir() and not self._is_ours()):
             raise BadInput(
                 f"{self.path} exists and is no sweep's folder (it has no {FILE}); choose another with --out"
@@ -102,16 +107,16 @@ class SweepFolder:
                 )
 
     def overview(self, cells: Sequence[Cell]) -> Overview:
-        """How far the sweep is, and what else lies in its folder, left over from an earlier version of the file."""
+        """The status of the sweep, and the runs left over from an earlier version of its file."""
         known = {cell.name for cell in cells}
         found = (self.path / CELLS).glob("[!.]*")
-        strangers = sorted(path.name for path in found if path.is_dir() and path.name not in known)
-        return Overview(self.path, tuple(self.standings(cells)), tuple(strangers))
+        unlisted = sorted(path.name for path in found if path.is_dir() and path.name not in known)
+        return Overview(self.path, tuple(self.cell_statuses(cells)), tuple(unlisted))
 
     def open(self, file: Path) -> None:
-        """Take the folder for writing, keep the sweep's file in it, and clear away what a kill left half-made.
+        """Lock the folder, copy the sweep's file into it, and remove what a kill left half made.
 
-        Raises BadInput where another sweep is working on it.
+        Raises BadInput if another process is running the sweep.
         """
         text = file.read_bytes()
         for name in (CELLS, FAILED):
@@ -122,58 +127,61 @@ class SweepFolder:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def close(self) -> None:
-        """Let other processes have it."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
 
-    def standings(self, cells: Iterable[Cell]) -> list[Standing]:
-        """How far each cell is, as its run and the failures tell."""
+    def cell_statuses(self, cells: Iterable[Cell]) -> list[CellStatus]:
+        """The status of each cell, from its run directory and the recorded failures."""
         running = self._running()
-        return [self._standing(cell, running) for cell in cells]
+        return [self._cell_status(cell, running) for cell in cells]
 
-    def standing(self, cell: Cell) -> Standing:
-        """How far one cell is."""
-        return self.standings([cell])[0]
+    def cell_status(self, cell: Cell) -> CellStatus:
+        """The status of one cell."""
+        return self.cell_statuses([cell])[0]
 
     def rounds_done(self, cell: Cell) -> int:
         """The rounds of the cell's run that are saved."""
         return Store(self.run_of(cell) / STATE).rounds()
 
     def prepare(self, cell: Cell) -> Path:
-        """The cell's run, ready to be resumed from wherever it is, if only from its start; an old failure is forgotten."""
+        """The cell's run directory, ready for a resume; an old failure is removed."""
         run = self.run_of(cell)
         if not run.exists():
             make(run, cell.recipe)
-        told = {"label": cell.label, "settings": cell.settings, "seed": cell.seed}
-        write_atomically(run / CELL, json.dumps(told, default=str).encode())
+        about_cell = {"label": cell.label, "settings": cell.settings, "seed": cell.seed}
+        write_atomically(run / CELL, json.dumps(about_cell, default=str).encode())
         self._failure(cell).unlink(missing_ok=True)
         return run
 
-    def fail(self, cell: Cell, reason: str, said: str) -> None:
-        """Keep why a cell failed, in one line, and below it all that its process said."""
-        write_atomically(self._failure(cell), f"{reason}\n\n{said}".encode())
+    def fail(self, cell: Cell, reason: str, output: str) -> None:
+        """Record why a cell failed: one line, and below it the output of its process."""
+        write_atomically(self._failure(cell), f"{reason}\n\n{output}".encode())
 
-    def tell_running(self, cells: Iterable[Cell]) -> None:
-        """Let others see which cells are being run."""
+    def write_running(self, cells: Iterable[Cell]) -> None:
+        """Publish which cells are running."""
         write_atomically(self.path / RUNNING, json.dumps([cell.name for cell in cells]).encode())
 
-    def _standing(self, cell: Cell, running: Sequence[str]) -> Standing:
+    def _cell_status(self, cell: Cell, running: Sequence[str]) -> CellStatus:
         run, reason = self.run_of(cell), self._reason(cell)
         summary = summary_of(run)
         if (
             summary is not None and (run / REPORT).exists()
-        ):  # without it, the run was killed between the two
-            return Standing(cell, "done", summary["rounds"], summary=summary)
+        ):  # a run without it was killed between the two
+            return CellStatus(cell, "done", summary["rounds"], summary=summary)
         rounds = self.rounds_done(cell)
         if cell.name in running:
-            return Standing(cell, "running", rounds)
+            return CellStatus(cell, "running", rounds)
         if reason is not None:
-            return Standing(cell, "failed", rounds, reason)
-        return Standing(cell, "half-done" if rounds else "open", rounds)
+            return CellStatus(cell, "failed", rounds, reason)
+        return CellStatus(cell, "half-done" if rounds else "open", rounds)
 
     def _running(self) -> list[str]:
-        """What another process is running; what it wrote holds only while it is at work."""
-        # who holds the lock must not try it: POSIX lets go of a lock with the first file that is closed
+        """The cells that another process is running; its list is valid only while it holds the
+        lock.
+        """
+        # the holder must not try its own lock: POSIX releases a lock with the first close of the
+        # file
         if self._lock is not None or not held(self.path / LOCK):
             return []
         try:
@@ -201,7 +209,7 @@ def _differs(begun: Recipe, wanted: Recipe) -> str | None:
 
 
 def held(path: Path) -> bool:
-    """Whether another process holds this lock; nothing is made where there is none."""
+    """Whether another process holds this lock; creates no lock file."""
     if not path.exists():
         return False
     try:
@@ -214,7 +222,7 @@ def held(path: Path) -> bool:
 
 
 def _patiently(path: Path, what: str) -> BinaryIO:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while True:
         try:
             return lock(path, what)

@@ -1,4 +1,6 @@
-"""Running the cells of a sweep: some at once, each a process of its own, until all are done or have failed."""
+"""Runs the cells of a sweep, several at once, each in its own process, until all are done or have
+failed.
+"""
 
 import os
 import signal
@@ -19,22 +21,22 @@ from fedspine.report.tables import counted, decimal, percent, seconds_text
 from fedspine.runs.run_dir import STATE
 from fedspine.storage.store import LOCK
 from fedspine.ui.compare.unpruned import rewrite_pages
-from fedspine.ui.sweep.display import AtWork, Listed, Outlook, SweepProgress
+from fedspine.ui.sweep.display import Listed, RunningCell, SweepProgress, SweepStatus
 from fedspine.ui.sweep.eta import Ahead, seconds_left
 from fedspine.ui.sweep.plan import Cell, plan
-from fedspine.ui.sweep.sweep_dir import Overview, Standing, SweepFolder, held
+from fedspine.ui.sweep.sweep_dir import CellStatus, Overview, SweepFolder, held
 
 POLL_SECONDS = 0.2
-GOODBYE_SECONDS = 20.0  # within which an interrupted run ends by itself
+GOODBYE_SECONDS = 20.0  # for an interrupted run to end by itself
 
 
 @dataclass
-class Job:
+class CellProcess:
     """A cell's process; `began` rounds were saved before it started."""
 
     cell: Cell
     process: subprocess.Popen[bytes]
-    said: IO[bytes]
+    output: IO[bytes]
     began: int
     started: float = field(default_factory=time.monotonic)
 
@@ -43,40 +45,44 @@ class Job:
         return time.monotonic() - self.started
 
 
-class Work:
-    """The cells of a sweep on their way; `jobs` is how many run at once."""
+class SweepRunner:
+    """Runs the open cells of a sweep, `jobs` at once."""
 
     def __init__(
         self,
         folder: SweepFolder,
-        standings: Sequence[Standing],
+        cell_statuses: Sequence[CellStatus],
         jobs: int,
         retry: bool,
         progress: SweepProgress,
     ) -> None:
         self._folder, self._slots, self._progress = folder, jobs, progress
-        self._cells = len(standings)
+        self._cells = len(cell_statuses)
         again = ("open", "half-done", "failed") if retry else ("open", "half-done")
-        self._todo = [standing.cell for standing in standings if standing.status in again]
+        self._todo = [
+            cell_status.cell for cell_status in cell_statuses if cell_status.status in again
+        ]
         self._rounds = {
-            standing.cell.name: standing.rounds_done for standing in standings
+            cell_status.cell.name: cell_status.rounds_done for cell_status in cell_statuses
         }  # before anything is run
-        self._jobs: list[Job] = []
+        self._jobs: list[CellProcess] = []
         self._seconds: dict[str, list[float]] = defaultdict(list)  # of finished cells, by label
-        for standing in standings:
-            if standing.summary is not None:
-                self._seconds[standing.cell.label].append(standing.summary["wall_seconds"])
-        self._done = sum(standing.status == "done" for standing in standings)
+        for cell_status in cell_statuses:
+            if cell_status.summary is not None:
+                self._seconds[cell_status.cell.label].append(cell_status.summary["wall_seconds"])
+        self._done = sum(cell_status.status == "done" for cell_status in cell_statuses)
         self._failed = self._cells - self._done - len(self._todo)
 
     def run(self) -> None:
-        """Run what is to be run. Whatever ends this early ends the cells' processes too; they lose nothing saved."""
+        """Run all open cells. Any early end also ends the cells' processes, which keep their saved
+        rounds.
+        """
         try:
             while self._todo or self._jobs:
                 self._start_some()
                 for job in [job for job in self._jobs if job.process.poll() is not None]:
                     self._judge(job)
-                self._progress.update(self._outlook())
+                self._progress.update(self._status())
                 if self._jobs or self._todo:
                     time.sleep(POLL_SECONDS)
         finally:
@@ -87,55 +93,57 @@ class Work:
         while len(self._jobs) < self._slots and (cell := self._next()) is not None:
             self._todo.remove(cell)
             self._jobs.append(self._start(cell))
-            self._folder.tell_running(job.cell for job in self._jobs)
+            self._folder.write_running(job.cell for job in self._jobs)
 
     def _next(self) -> Cell | None:
-        """The next cell whose run nobody else is working on, such as what a killed sweep left behind."""
+        """The next cell whose run is not locked, for example by a process that a killed sweep left
+        behind.
+        """
         return next(
             (cell for cell in self._todo if not held(self._folder.run_of(cell) / STATE / LOCK)),
             None,
         )
 
-    def _start(self, cell: Cell) -> Job:
+    def _start(self, cell: Cell) -> CellProcess:
         run = self._folder.prepare(cell)
         command = [sys.executable, "-m", "fedspine.ui.sweep.cell", str(os.getpid())]
         command += ["fedspine", "run", "--resume", str(run), "--json"]
         if self._slots > 1:  # alone, a cell has all cores, as its recipe says
             command += ["--set", f"run.workers={max(1, cores() // self._slots)}"]
-        said = tempfile.TemporaryFile()  # noqa: SIM115 - read when the process has ended
+        output = tempfile.TemporaryFile()  # noqa: SIM115 - read when the process has ended
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=said,
+            stderr=output,
             start_new_session=True,  # Ctrl-C is for the sweep, which ends its cells
         )
-        return Job(cell, process, said, self._rounds[cell.name])
+        return CellProcess(cell, process, output, self._rounds[cell.name])
 
-    def _judge(self, job: Job) -> None:
-        """Take note of a process that has ended."""
+    def _judge(self, job: CellProcess) -> None:
+        """Record the result of a process that has ended."""
         self._jobs.remove(job)
-        self._folder.tell_running(other.cell for other in self._jobs)
-        with job.said:
-            job.said.seek(0)
-            said = job.said.read().decode(errors="replace")
-        standing = self._folder.standing(job.cell)
-        if standing.summary is not None and standing.status == "done":
+        self._folder.write_running(other.cell for other in self._jobs)
+        with job.output:
+            job.output.seek(0)
+            output = job.output.read().decode(errors="replace")
+        cell_status = self._folder.cell_status(job.cell)
+        if cell_status.summary is not None and cell_status.status == "done":
             self._done += 1
             # loading included, where the whole cell was run here
-            whole = standing.summary["wall_seconds"] if job.began else job.seconds
+            whole = cell_status.summary["wall_seconds"] if job.began else job.seconds
             self._seconds[job.cell.label].append(whole)
-            words = f"{result(standing.summary)}, {seconds_text(job.seconds)}"
+            words = f"{result_text(cell_status.summary)}, {seconds_text(job.seconds)}"
             with suppress(BadInput):  # of another cell; a page can be written again
                 rewrite_pages(self._folder.run_of(job.cell))
         else:
             self._failed += 1
-            reason = reason_of(job.process.returncode, said)
-            self._folder.fail(job.cell, reason, said)
+            reason = reason_of(job.process.returncode, output)
+            self._folder.fail(job.cell, reason, output)
             words = f"failed: {reason}"
-        self._progress.ended(job.cell.name, words, self._outlook())
+        self._progress.ended(job.cell.name, words, self._status())
 
-    def _outlook(self) -> Outlook:
+    def _status(self) -> SweepStatus:
         rounds = {job.cell.name: self._folder.rounds_done(job.cell) for job in self._jobs}
         ahead = [
             Ahead(
@@ -151,19 +159,19 @@ class Work:
             Ahead(cell.label, self._rounds[cell.name], cell.recipe.run.rounds)
             for cell in self._todo
         ]
-        return Outlook(
+        return SweepStatus(
             cells=self._cells,
             done=self._done,
             failed=self._failed,
             seconds_left=seconds_left(ahead, self._seconds, self._slots),
-            at_work=tuple(
-                AtWork(job.cell.name, rounds[job.cell.name], job.cell.recipe.run.rounds)
+            running=tuple(
+                RunningCell(job.cell.name, rounds[job.cell.name], job.cell.recipe.run.rounds)
                 for job in self._jobs
             ),
         )
 
     def _end_all(self) -> None:
-        """End what is still running, first in good order, then for certain.
+        """End the running processes: first by SIGTERM, then by SIGKILL.
 
         Not by SIGINT, which a cell ignores where its sweep does.
         """
@@ -178,16 +186,16 @@ class Work:
             for job in self._jobs:
                 job.process.kill()
                 job.process.wait()
-                job.said.close()
+                job.output.close()
 
 
 def default_folder(file: Path) -> Path:
-    """Where a sweep goes unless told otherwise."""
+    """The default folder of a sweep."""
     return Path("sweeps") / file.stem
 
 
-def look(file: Path, path: Path | None) -> Overview:
-    """How far the sweep in `file` is; nothing is run or changed."""
+def overview_of(file: Path, path: Path | None) -> Overview:
+    """The status of the sweep in `file`; runs and changes nothing."""
     cells, folder = plan(file), SweepFolder(path or default_folder(file))
     folder.check(cells)
     return folder.overview(cells)
@@ -197,32 +205,36 @@ def listed(overview: Overview) -> list[Listed]:
     """The overview as lines to show."""
     return [
         Listed(
-            name=standing.cell.name,
-            status=standing.status,
-            round=standing.rounds_done,
-            rounds=standing.cell.recipe.run.rounds,
-            remark=result(standing.summary) if standing.summary else standing.reason or "",
+            name=cell_status.cell.name,
+            status=cell_status.status,
+            round=cell_status.rounds_done,
+            rounds=cell_status.cell.recipe.run.rounds,
+            remark=result_text(cell_status.summary)
+            if cell_status.summary
+            else cell_status.reason or "",
         )
-        for standing in overview.standings
+        for cell_status in overview.cell_statuses
     ]
 
 
 def carry_out(
     file: Path, path: Path | None, *, jobs: int, retry: bool, progress: Callable[[], SweepProgress]
 ) -> Overview:
-    """Run whatever of the sweep in `file` is not done yet in the folder `path`; failed cells only with `retry`.
+    """Run the unfinished cells of the sweep in `file` in the folder `path`; failed ones only with
+    `retry`.
 
-    Raises BadInput before anything is run, Stopped after Ctrl-C or SIGTERM. `progress` is called when the first cell may start.
+    Raises BadInput before anything is run, Stopped after Ctrl-C or SIGTERM. `progress` is called
+    when the first cell may start.
     """
     cells, folder = plan(file), SweepFolder(path or default_folder(file))
     folder.check(cells)
     folder.open(file)
     try:
-        Work(folder, folder.standings(cells), jobs, retry, progress()).run()
+        SweepRunner(folder, folder.cell_statuses(cells), jobs, retry, progress()).run()
         return folder.overview(cells)
     except KeyboardInterrupt as told:
         word, exit_code = farewell(told)
-        done = sum(standing.status == "done" for standing in folder.standings(cells))
+        done = sum(cell_status.status == "done" for cell_status in folder.cell_statuses(cells))
         again = (
             f"fedspine sweep {file}"
             + (f" --jobs {jobs}" if jobs > 1 else "")
@@ -236,19 +248,19 @@ def carry_out(
         folder.close()
 
 
-def result(summary: dict[str, Any]) -> str:
+def result_text(summary: dict[str, Any]) -> str:
     if summary.get("accuracy") is not None:
         return f"accuracy {percent(summary['accuracy'])}"
     return f"loss {decimal(summary.get('loss'))}"
 
 
-def reason_of(code: int, said: str) -> str:
+def reason_of(code: int, output: str) -> str:
     """Why a process failed, in one line: what the command line said, or how it ended."""
     if code < 0:
         name = signal.Signals(-code).name
         return f"its process was ended by {name}" + (
             ", perhaps for its memory" if name == "SIGKILL" else ""
         )
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     told = [line.removeprefix("fedspine: ") for line in lines if line.startswith("fedspine: ")]
     return (told or lines or [f"its process ended with exit code {code}"])[-1]

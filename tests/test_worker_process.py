@@ -1,4 +1,4 @@
-"""The resident worker: what it may serve, what it keeps, and what is left when it dies, hangs or talks nonsense."""
+"""The worker process of a site: what it may serve, what it keeps, and what happens when it dies, hangs or fails."""
 
 import os
 import signal
@@ -20,12 +20,12 @@ from fedspine.core.device import Call, name_of, serve
 from fedspine.core.errors import BadInput
 from fedspine.core.message import pack
 from fedspine.flare.provision import write_site_file
-from fedspine.flare.run_terms import Terms
+from fedspine.flare.run_terms import RunTerms
 from fedspine.flare.site import load_site, open_site
-from fedspine.flare.site_worker import MEMORY, RUNS_KEPT, open_desk, works_of
-from fedspine.flare.validate import misfit
+from fedspine.flare.site_worker import MEMORY, RUNS_KEPT, open_site_worker, works_of
+from fedspine.flare.validate import mismatch
 from fedspine.flare.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder, as_array, decoded
-from fedspine.flare.worker_process import LOG, Resident
+from fedspine.flare.worker_process import LOG, WorkerProcess
 from fedspine.lm.content import content_sha256
 from fedspine.lm.load import load
 from fedspine.pruning.device import prune_and_tune
@@ -51,7 +51,7 @@ def kit(tiny_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def terms(tiny_folder):
     base, tokenizer = load(str(tiny_folder("bert")), kind="classification", classes=len(NAMES))
-    return Terms(
+    return RunTerms(
         method="fedlora",
         kind="classification",
         model="tiny",
@@ -101,20 +101,20 @@ def asked(
     )
 
 
-def told(resident, message, seconds=SECONDS):
+def ask_worker(process, message, seconds=SECONDS):
     """The outcome of an exchange and the decoded reply."""
-    outcome, reply = resident.exchange(pack(message).payload, seconds)
+    outcome, reply = process.exchange(pack(message).payload, seconds)
     return outcome, decoded(reply, Opened, SiteAnswer, NotDone) if outcome == "done" else None
 
 
-def answer(desk, message):
-    return decoded(desk.answer(pack(message).payload), Opened, SiteAnswer, NotDone)
+def answer(worker, message):
+    return decoded(worker.answer(pack(message).payload), Opened, SiteAnswer, NotDone)
 
 
 @pytest.fixture
-def desk(kit, terms):
+def worker(kit, terms):
     """The worker's own side, in this process, with the run open."""
-    made = open_desk(kit)
+    made = open_site_worker(kit)
     assert isinstance(answer(made, Opening(run=RUN, terms=terms)), Opened)
     return made
 
@@ -122,23 +122,23 @@ def desk(kit, terms):
 @pytest.fixture(scope="module")
 def supervised(kit):
     """One worker after the other, since each takes seconds to come up."""
-    made = Resident(kit)
+    made = WorkerProcess(kit)
     yield made
     made.close()
 
 
 @pytest.fixture
-def resident(supervised, terms):
+def process(supervised, terms):
     """The present worker, with the run open."""
-    assert told(supervised, Opening(run=RUN, terms=terms))[1].examples == 40
+    assert ask_worker(supervised, Opening(run=RUN, terms=terms))[1].examples == 40
     return supervised
 
 
 # --- what it serves ---
 
 
-def test_a_reply_has_the_bytes_of_the_same_call_here(desk, order, kit, terms):
-    came = answer(desk, asked(order))
+def test_a_reply_has_the_bytes_of_the_same_call_here(worker, order, kit, terms):
+    came = answer(worker, asked(order))
     holding = open_site(load_site(kit), terms)
     call = Call("east", 0, name_of(fedlora.tune_adapter), pack(order).payload, None, (0, 0, 0))
     here = serve(call, holding.base, holding.examples)
@@ -146,37 +146,37 @@ def test_a_reply_has_the_bytes_of_the_same_call_here(desk, order, kit, terms):
     assert (came.samples, came.flops) == (here.samples, here.flops)
 
 
-def test_an_ask_may_be_repeated_and_works_from_the_memory_it_names(desk, order):
-    first, again = (answer(desk, asked(order, version=5)) for _ in range(2))
+def test_an_ask_may_be_repeated_and_works_from_the_memory_it_names(worker, order):
+    first, again = (answer(worker, asked(order, version=5)) for _ in range(2))
     assert first.result.tobytes() == again.result.tobytes()
-    later = answer(desk, asked(order, memory=5, version=6, seed=(0, 0, 1)))
+    later = answer(worker, asked(order, memory=5, version=6, seed=(0, 0, 1)))
     assert later.result.tobytes() != first.result.tobytes()
     assert isinstance(later, SiteAnswer)
 
 
-def test_memory_that_nobody_needs_any_more_goes(desk, order, kit):
+def test_memory_that_nobody_needs_any_more_goes(worker, order, kit):
     def versions():
         return sorted(int(path.stem) for path in (kit / MEMORY / RUN).iterdir())
 
-    answer(desk, asked(order, version=11))
-    answer(desk, asked(order, memory=11, version=12, needed=(11,)))
+    answer(worker, asked(order, version=11))
+    answer(worker, asked(order, memory=11, version=12, needed=(11,)))
     assert versions() == [11, 12]
-    answer(desk, asked(order, memory=12, version=13, needed=(11, 12)))
+    answer(worker, asked(order, memory=12, version=13, needed=(11, 12)))
     assert versions() == [11, 12, 13]
-    answer(desk, asked(order, memory=13, version=14))
+    answer(worker, asked(order, memory=13, version=14))
     assert versions() == [13, 14]
 
 
-def test_old_runs_make_way(desk, kit, terms):
+def test_old_runs_make_way(worker, kit, terms):
     for number in range(RUNS_KEPT + 3):
-        answer(desk, Opening(run=f"{number:032x}", terms=terms))
+        answer(worker, Opening(run=f"{number:032x}", terms=terms))
     kept = {path.name for path in (kit / MEMORY).iterdir()}
     assert len(kept) == RUNS_KEPT
     assert f"{RUNS_KEPT + 2:032x}" in kept
 
 
 @pytest.mark.parametrize(
-    ("changes", "why"),
+    ("changes", "reason"),
     [
         ({"memory": 77}, "memory lost"),
         ({"run": "f" * 32}, "not opened"),
@@ -188,36 +188,38 @@ def test_old_runs_make_way(desk, kit, terms):
         ({"seed": (0.5,)}, "bad order"),
     ],
 )
-def test_what_a_run_may_not_ask_is_refused_in_fixed_words(desk, order, changes, why):
-    reply = answer(desk, asked(order, **changes))
-    assert (reply.why, reply.told) == (why, "")
+def test_what_a_run_may_not_ask_is_refused_in_fixed_words(worker, order, changes, reason):
+    reply = answer(worker, asked(order, **changes))
+    assert (reply.reason, reply.detail) == (reason, "")
 
 
-def test_an_order_of_another_type_is_refused(desk, order):
+def test_an_order_of_another_type_is_refused(worker, order):
     other = fedlora.LoraResult(adapter=order.adapter, head=order.head, loss=0.0, examples=1)
-    assert answer(desk, asked(other)).why == "bad order"
-    assert answer(desk, asked(replace(order, scale="2"))).why == "bad order"
-    assert answer(desk, asked(b"not safetensors")).why == "bad order"
+    assert answer(worker, asked(other)).reason == "bad order"
+    assert answer(worker, asked(replace(order, scale="2"))).reason == "bad order"
+    assert answer(worker, asked(b"not safetensors")).reason == "bad order"
 
 
-def test_work_that_fails_is_told_without_its_reason(desk, order, capfd):
+def test_work_that_fails_is_told_without_its_reason(worker, order, capfd):
     broken = replace(order, adapter={name: tensor[:, :3] for name, tensor in order.adapter.items()})
-    assert pack(answer(desk, asked(broken))).payload == pack(NotDone(why="work failed")).payload
+    assert (
+        pack(answer(worker, asked(broken))).payload == pack(NotDone(reason="work failed")).payload
+    )
     assert "Traceback" in capfd.readouterr().err  # which is the site's own log
 
 
 def test_a_site_refuses_by_its_own_file(kit, terms):
-    desk = open_desk(kit)
+    worker = open_site_worker(kit)
     for changes, words in (
         ({"model": "another"}, "does not allow this model"),
         ({"method": "nonesuch"}, "does not allow this method"),
         ({"model_sha256": "0" * 64}, "other content"),
         ({"label_names": ("good", "bad", "middling")}, "data does not fit"),
     ):
-        reply = answer(desk, Opening(run=RUN, terms=replace(terms, **changes)))
-        assert reply.why == "refused"
-        assert words in reply.told
-        assert str(kit) not in reply.told
+        reply = answer(worker, Opening(run=RUN, terms=replace(terms, **changes)))
+        assert reply.reason == "refused"
+        assert words in reply.detail
+        assert str(kit) not in reply.detail
 
 
 def test_works_of_a_method_are_its_own_and_those_it_builds_on():
@@ -238,52 +240,52 @@ def test_works_of_a_method_are_its_own_and_those_it_builds_on():
 
 
 def test_a_worker_that_is_killed_at_work_is_a_missing_reply_and_its_memory_stays(
-    resident, order, terms
+    process, order, terms
 ):
-    assert isinstance(told(resident, asked(order, version=21))[1], SiteAnswer)
-    expected = told(resident, asked(order, memory=21, version=22))[1].result.tobytes()
+    assert isinstance(ask_worker(process, asked(order, version=21))[1], SiteAnswer)
+    expected = ask_worker(process, asked(order, memory=21, version=22))[1].result.tobytes()
     long = replace(order, tuning=replace(order.tuning, steps=100_000))
-    before = resident.pid
+    before = process.pid
     threading.Timer(1.0, os.kill, (before, signal.SIGKILL)).start()
-    assert told(resident, asked(long, memory=21, version=22)) == ("died", None)
-    assert resident.pid != before
-    assert told(resident, asked(order, memory=21, version=22))[1].why == "not opened"
-    assert isinstance(told(resident, Opening(run=RUN, terms=terms))[1], Opened)
-    assert told(resident, asked(order, memory=21, version=22))[1].result.tobytes() == expected
+    assert ask_worker(process, asked(long, memory=21, version=22)) == ("died", None)
+    assert process.pid != before
+    assert ask_worker(process, asked(order, memory=21, version=22))[1].reason == "not opened"
+    assert isinstance(ask_worker(process, Opening(run=RUN, terms=terms))[1], Opened)
+    assert ask_worker(process, asked(order, memory=21, version=22))[1].result.tobytes() == expected
 
 
-def test_a_worker_that_dies_with_nothing_to_do_costs_nothing(resident, terms):
-    os.kill(resident.pid, signal.SIGKILL)
+def test_a_worker_that_dies_with_nothing_to_do_costs_nothing(process, terms):
+    os.kill(process.pid, signal.SIGKILL)
     time.sleep(0.2)
-    assert isinstance(told(resident, Opening(run=RUN, terms=terms))[1], Opened)
+    assert isinstance(ask_worker(process, Opening(run=RUN, terms=terms))[1], Opened)
 
 
-def test_a_worker_that_hangs_is_killed_in_time_and_replaced(resident, order, terms):
-    os.kill(resident.pid, signal.SIGSTOP)
-    hung, began = resident.pid, time.monotonic()
-    assert told(resident, asked(order), seconds=1.0) == ("late", None)
+def test_a_worker_that_hangs_is_killed_in_time_and_replaced(process, order, terms):
+    os.kill(process.pid, signal.SIGSTOP)
+    hung, began = process.pid, time.monotonic()
+    assert ask_worker(process, asked(order), seconds=1.0) == ("late", None)
     assert time.monotonic() - began < 5.0
-    assert resident.pid != hung
+    assert process.pid != hung
     with pytest.raises(ProcessLookupError):
         os.kill(hung, 0)
-    assert isinstance(told(resident, Opening(run=RUN, terms=terms))[1], Opened)
+    assert isinstance(ask_worker(process, Opening(run=RUN, terms=terms))[1], Opened)
 
 
-def test_whoever_comes_while_it_works_waits_for_its_turn_no_longer_than_allowed(resident, order):
+def test_whoever_comes_while_it_works_waits_for_its_turn_no_longer_than_allowed(process, order):
     long = replace(order, tuning=replace(order.tuning, steps=100_000))
-    first = threading.Thread(target=told, args=(resident, asked(long), 3.0))
+    first = threading.Thread(target=ask_worker, args=(process, asked(long), 3.0))
     first.start()
     time.sleep(0.3)
-    busy = resident.pid
-    assert told(resident, asked(order), seconds=0.5) == ("late", None)
-    assert resident.pid == busy  # it was not on this message
+    busy = process.pid
+    assert ask_worker(process, asked(order), seconds=0.5) == ("late", None)
+    assert process.pid == busy  # it was not on this message
     first.join()
 
 
 def test_a_worker_ends_with_its_supervisor(kit, terms):
     lines = (
         "import os, pathlib, fedspine.flare.worker_process as r",
-        f"print(r.Resident(pathlib.Path({str(kit)!r})).pid, flush=True)",
+        f"print(r.WorkerProcess(pathlib.Path({str(kit)!r})).pid, flush=True)",
         "os._exit(0)",
     )
     pid = int(python("-c", "\n".join(lines)).stdout)
@@ -295,9 +297,9 @@ def test_a_worker_ends_with_its_supervisor(kit, terms):
 
 def test_a_site_file_that_cannot_be_read_is_told_in_its_log(tmp_path):
     (tmp_path / "fedspine-site.toml").write_text("name = ")
-    resident = Resident(tmp_path)
-    assert resident.exchange(b"anything", SECONDS) == ("died", b"")
-    resident.close()
+    process = WorkerProcess(tmp_path)
+    assert process.exchange(b"anything", SECONDS) == ("died", b"")
+    process.close()
     assert "fedspine-site.toml cannot be read" in (tmp_path / LOG).read_text()
 
 
@@ -310,17 +312,17 @@ def test_a_result_must_have_the_shapes_of_its_order(task, order):
             **{"adapter": order.adapter, "head": order.head, "loss": 0.0, "examples": 3} | changes
         )
 
-    anatomy = task.base.anatomy
+    layout = task.base.layout
     first = next(iter(order.adapter))
-    assert misfit(result(), order, anatomy) is None
-    assert "shape" not in misfit(
-        result(adapter=order.adapter | {first: order.adapter[first][:1]}), order, anatomy
+    assert mismatch(result(), order, layout) is None
+    assert "shape" not in mismatch(
+        result(adapter=order.adapter | {first: order.adapter[first][:1]}), order, layout
     )
-    assert misfit(
-        result(adapter={k: v for k, v in order.adapter.items() if k != first}), order, anatomy
+    assert mismatch(
+        result(adapter={k: v for k, v in order.adapter.items() if k != first}), order, layout
     )
-    assert misfit(result(head={k: v[..., :1] for k, v in order.head.items()}), order, anatomy)
-    assert misfit(result(adapter={k: v.float() for k, v in order.adapter.items()}), order, anatomy)
+    assert mismatch(result(head={k: v[..., :1] for k, v in order.head.items()}), order, layout)
+    assert mismatch(result(adapter={k: v.float() for k, v in order.adapter.items()}), order, layout)
 
 
 def _alive(pid):

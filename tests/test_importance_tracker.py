@@ -1,4 +1,4 @@
-"""Importance that is followed while a model trains: each source against what it stands for."""
+"""Importance that is tracked while a model trains: each source against its definition."""
 
 from dataclasses import replace
 
@@ -10,10 +10,10 @@ from torch.nn.functional import cross_entropy
 from fedspine.core.device import Device
 from fedspine.lm.base import Model
 from fedspine.lm.importance import geometric_mean
-from fedspine.lm.importance_tracker import Following, Scoring
+from fedspine.lm.importance_tracker import ImportanceTracker, Scoring
 from fedspine.lm.lora import a_name, b_name, fresh
 from fedspine.lm.structure import cut_adapter, full, kept_columns
-from fedspine.lm.trainable_stack import Leaves
+from fedspine.lm.trainable_stack import TrainableStack
 from fedspine.lm.tune import Tuning, losses_of, tune
 
 ROWS = np.arange(12)
@@ -21,33 +21,33 @@ ROWS = np.arange(12)
 
 def model_of(base, *, cut):
     """A model with a random adapter and head, whole or without a head and two channels of its second layer."""
-    rng, structure = np.random.default_rng(0), full(base.anatomy)
+    rng, structure = np.random.default_rng(0), full(base.layout)
     if cut:
         structure.heads[1, 0] = False
         structure.channels[1, [3, 9]] = False
-    adapter = fresh(base.anatomy.sites, 3, rng)
+    adapter = fresh(base.layout.sites, 3, rng)
     for name in (name for name in adapter if name.endswith("lora_B")):
         adapter[name] = torch.from_numpy(
             rng.normal(0, 0.1, tuple(adapter[name].shape)).astype(np.float32)
         )
-    adapter = cut_adapter(adapter, base.anatomy.sites, structure)
+    adapter = cut_adapter(adapter, base.layout.sites, structure)
     return Model(structure=structure, adapter=adapter, head=base.initial_head(rng), scale=2.0)
 
 
-def followed(task, model, of):
+def tracked_scores(task, model, of):
     """The importance after one step, and the leaves it was read from."""
-    leaves = Leaves(task.base, [model])
-    module, inputs = leaves.fit(), task.train.batch(ROWS)
-    with Following(leaves, Scoring(of=of), [None]) as following:
-        following.listen(0, inputs["attention_mask"])
+    stack = TrainableStack(task.base, [model])
+    module, inputs = stack.fit(), task.train.batch(ROWS)
+    with ImportanceTracker(stack, Scoring(of=of), [None]) as tracker:
+        tracker.before_forward(0, inputs["attention_mask"])
         losses_of(module, dict(inputs), 1).sum().backward()
-        following.update(0)
-    return following.scores[0], leaves
+        tracker.update(0)
+    return tracker.scores[0], stack
 
 
-def units_of(anatomy, structure):
+def units_of(layout, structure):
     """Every reader with the columns, among those kept, of each of its units: site, layer, unit, columns."""
-    for site in anatomy.sites:
+    for site in layout.sites:
         if site.column_units:
             owners = kept_columns(site, structure) // site.per_unit
             for unit in owners.unique().tolist():
@@ -71,7 +71,7 @@ def same_within_layers(scores, expected):
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "pruned"])
 def test_a_gate_is_the_slope_of_each_rows_loss(task, cut):
     model = model_of(task.base, cut=cut)
-    scores, _ = followed(task, model, "gate")
+    scores, _ = tracked_scores(task, model, "gate")
     module, inputs = task.base.fit(model), task.train.batch(ROWS)
     labels = inputs.pop("labels")
 
@@ -81,14 +81,14 @@ def test_a_gate_is_the_slope_of_each_rows_loss(task, cut):
             x[..., columns] *= factor
             return (x,)
 
-        ear = module.get_submodule(site.path).register_forward_pre_hook(scaled)
+        hook = module.get_submodule(site.path).register_forward_pre_hook(scaled)
         with torch.no_grad():
             found = cross_entropy(module(**inputs).logits, labels, reduction="none")
-        ear.remove()
+        hook.remove()
         return found.double()
 
     step, expected = 0.02, {}
-    for site, unit, columns in units_of(task.base.anatomy, model.structure):
+    for site, unit, columns in units_of(task.base.layout, model.structure):
         slopes = (losses(site, columns, 1 + step) - losses(site, columns, 1 - step)) / (2 * step)
         expected[site, unit] = slopes.square().sum().sqrt()
     same_within_layers(scores, expected)
@@ -97,12 +97,12 @@ def test_a_gate_is_the_slope_of_each_rows_loss(task, cut):
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "pruned"])
 def test_activation_is_what_a_unit_adds_to_its_layers_output(task, cut):
     model = model_of(task.base, cut=cut)
-    scores, _ = followed(task, model, "activation")
+    scores, _ = tracked_scores(task, model, "activation")
     module, inputs, entered = task.base.fit(model), task.train.batch(ROWS), {}
     tokens = inputs["attention_mask"].bool()
     assert not tokens.all()  # padding is there, and must not count
-    readers = [site for site in task.base.anatomy.sites if site.column_units]
-    ears = [
+    readers = [site for site in task.base.layout.sites if site.column_units]
+    hooks = [
         module.get_submodule(site.path).register_forward_pre_hook(
             lambda _, args, path=site.path: entered.update({path: args[0][tokens]})
         )
@@ -110,10 +110,10 @@ def test_activation_is_what_a_unit_adds_to_its_layers_output(task, cut):
     ]
     with torch.no_grad():
         module(**{name: tensor for name, tensor in inputs.items() if name != "labels"})
-    for ear in ears:
-        ear.remove()
+    for hook in hooks:
+        hook.remove()
     expected = {}
-    for site, unit, columns in units_of(task.base.anatomy, model.structure):
+    for site, unit, columns in units_of(task.base.layout, model.structure):
         product = model.adapter[b_name(site.path)] @ model.adapter[a_name(site.path)]
         weight = task.base.slice(site.path, model.structure)[0] + model.scale * product
         added = [
@@ -127,7 +127,7 @@ def test_activation_is_what_a_unit_adds_to_its_layers_output(task, cut):
 def test_a_blend_is_the_geometric_mean_of_both(task):
     model = model_of(task.base, cut=True)
     gate, activation, blend = (
-        followed(task, model, of)[0] for of in ("gate", "activation", "blend")
+        tracked_scores(task, model, of)[0] for of in ("gate", "activation", "blend")
     )
     wanted = geometric_mean(activation, gate)
     torch.testing.assert_close(blend.heads, wanted.heads)
@@ -137,7 +137,7 @@ def test_a_blend_is_the_geometric_mean_of_both(task):
 
 @pytest.mark.parametrize("of", ["activation", "gate", "blend"])
 @pytest.mark.parametrize("kind", ["classification", "causal-lm"])
-def test_following_changes_nothing_that_is_trained(task, decoder, kind, of):
+def test_tracking_changes_nothing_that_is_trained(task, decoder, kind, of):
     from toy import toy_task
 
     job = task if kind == "classification" else toy_task(*decoder, rounds=1, kind=kind)
@@ -148,36 +148,39 @@ def test_following_changes_nothing_that_is_trained(task, decoder, kind, of):
             id="d", data=job.train, base=job.base, memory={}, rng=np.random.default_rng(0)
         )
         rng = np.random.default_rng(1)
-        whole = full(job.base.anatomy)
+        whole = full(job.base.layout)
         start = Model(
             structure=whole,
-            adapter=fresh(job.base.anatomy.sites, 2, rng),
+            adapter=fresh(job.base.layout.sites, 2, rng),
             head=job.base.initial_head(rng),
             scale=2.0,
         )
         return tune(device, start, tuning, scoring=scoring)
 
-    plain, with_ears = tuned(None), tuned(Scoring(of=of, every=2))
+    plain, tracked = tuned(None), tuned(Scoring(of=of, every=2))
     assert all(
         torch.equal(plain.model.adapter[name], tensor)
-        for name, tensor in with_ears.model.adapter.items()
+        for name, tensor in tracked.model.adapter.items()
     )
-    assert with_ears.scores is not None
-    assert bool((with_ears.scores.channels > 0).any()) and bool(
-        torch.isfinite(with_ears.scores.heads).all()
+    assert tracked.scores is not None
+    assert bool((tracked.scores.channels > 0).any()) and bool(
+        torch.isfinite(tracked.scores.heads).all()
     )
-    linears = [job.base.skeleton.get_submodule(site.path) for site in job.base.anatomy.sites]
-    assert not any(linear._forward_pre_hooks for linear in linears)  # nobody listens any more
+    linears = [job.base.skeleton.get_submodule(site.path) for site in job.base.layout.sites]
+    assert not any(linear._forward_pre_hooks for linear in linears)  # all hooks are removed
 
 
-def test_ears_are_taken_off_when_training_fails(task):
-    leaves = Leaves(task.base, [model_of(task.base, cut=False)])
-    with pytest.raises(RuntimeError, match="stop"), Following(leaves, Scoring(of="gate"), [None]):
+def test_hooks_are_removed_when_training_fails(task):
+    stack = TrainableStack(task.base, [model_of(task.base, cut=False)])
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        ImportanceTracker(stack, Scoring(of="gate"), [None]),
+    ):
         raise RuntimeError("stop")
-    assert not any(linear._forward_pre_hooks for _, linear in leaves.readers())
+    assert not any(linear._forward_pre_hooks for _, linear in stack.readers())
 
 
-def test_only_due_steps_are_heard(task):
+def test_only_due_steps_are_recorded(task):
     device = Device(
         id="d", data=task.train, base=task.base, memory={}, rng=np.random.default_rng(0)
     )
