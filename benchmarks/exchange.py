@@ -1,9 +1,10 @@
-"""What one exchange costs on a fleet of real processes: two sites, 40 KB and 4 MB each way, beside Flower's.
+"""What one exchange costs on a fleet of real processes: two sites, 40 KB and 4 MB each way, beside
+Flower's.
 
 `python benchmarks/exchange.py --flower PYTHON`, where PYTHON is an interpreter that has flwr. Writes results/exchange.md.
-On loopback: an order goes from the run over the server to both sites at once, each site's worker decodes it, does nothing,
-writes its (empty) memory to disk and replies; the clock stops when both replies are decoded. Ours is mutual TLS, Flower's
-is not encrypted.
+On loopback: an order goes from the run over the server to both sites at once, each site's worker
+decodes it, does nothing, writes its (empty) memory to disk and replies; the clock stops when both
+replies are decoded. Ours is mutual TLS, Flower's is not encrypted.
 """
 
 import argparse

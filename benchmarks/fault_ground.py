@@ -1,4 +1,6 @@
-"""The ground on which faults happen: a server and three sites over NVIDIA FLARE, one of them behind a link that can be cut."""
+"""The ground on which faults happen: a server and three sites over NVIDIA FLARE, one of them behind
+a link that can be cut.
+"""
 
 import itertools
 import os
@@ -115,7 +117,9 @@ def rows(draw: random.Random, count: int) -> str:
 
 @contextmanager
 def network() -> Iterator[str]:
-    """A second network namespace and a cable to it; yields the address by which both reach the server."""
+    """A second network namespace and a cable to it; yields the address by which both reach the
+    server.
+    """
     made = [
         f"netns add {NAMESPACE}",
         f"link add {LINK}0 type veth peer name {LINK}1",

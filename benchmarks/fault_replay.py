@@ -1,7 +1,9 @@
-"""A run over real sites once more, in one process: the same rows, without exactly the replies that were lost.
+"""A run over real sites once more, in one process: the same rows, without exactly the replies that
+were lost.
 
-What a run's state must be follows from its recipe, its sites' rows, and which replies it got. So a replay that lacks the
-same replies must end in the same bits, whatever died while the run was under way.
+What a run's state must be follows from its recipe, its sites' rows, and which replies it got. So a
+replay that lacks the same replies must end in the same bits, whatever died while the run was under
+way.
 """
 
 import json

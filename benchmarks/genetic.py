@@ -1,8 +1,10 @@
-"""How near the fleet's labels the genetic search comes, and how long it takes: `python benchmarks/genetic.py`.
+"""How near the fleet's labels the genetic search comes, and how long it takes: `python
+benchmarks/genetic.py`.
 
-80 devices of a Dirichlet partition into ten classes, AlexNet's features (16 KB a row) over links of 1 to 30 Mb/s, a budget
-of 400 rows an iteration, batches up to 64: the prototype of the reconstruction. Random selection: as many devices,
-drawn at random, repaired to the same budget by dropping some at random.
+80 devices of a Dirichlet partition into ten classes, AlexNet's features (16 KB a row) over links of
+1 to 30 Mb/s, a budget of 400 rows an iteration, batches up to 64: the prototype of the
+reconstruction. Random selection: as many devices, drawn at random, repaired to the same budget by
+dropping some at random.
 """
 
 import os
@@ -32,7 +34,9 @@ LIMITS = SplitLimits(
 
 
 def candidates(delta: float, rng: np.random.Generator) -> Candidates:
-    """A fleet whose label shares follow Dirichlet(delta) over devices for each class, and unequal costs of a row."""
+    """A fleet whose label shares follow Dirichlet(delta) over devices for each class, and unequal
+    costs of a row.
+    """
     rows = np.stack(
         [
             rng.multinomial(ROWS // CLASSES, rng.dirichlet(np.full(DEVICES, delta)))
@@ -51,7 +55,9 @@ def candidates(delta: float, rng: np.random.Generator) -> Candidates:
 
 
 def at_random(search: Search, size: int, rng: np.random.Generator) -> float:
-    """The divergence of `size` workers drawn at random, fewer where the budget is too small for them."""
+    """The divergence of `size` workers drawn at random, fewer where the budget is too small for
+    them.
+    """
     drawn = rng.permutation(len(search.batches))[:size]
     drawn = drawn[np.cumsum(search.batches[drawn]) <= search.budget_rows]
     members = np.zeros((1, len(search.batches)), bool)
@@ -60,7 +66,9 @@ def at_random(search: Search, size: int, rng: np.random.Generator) -> float:
 
 
 def fleet(delta: float, seed: int) -> list[float]:
-    """Of one fleet: devices chosen, milliseconds, divergences, waiting shares and seconds of an iteration."""
+    """Of one fleet: devices chosen, milliseconds, divergences, waiting shares and seconds of an
+    iteration.
+    """
     rng = np.random.default_rng([seed, int(100 * delta)])
     workers = candidates(delta, rng)
     batches = regulate(workers.cost, LARGEST, np.minimum(workers.most, LARGEST))

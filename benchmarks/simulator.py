@@ -1,7 +1,8 @@
-"""The simulator against its peers, side by side in one run on the same work: `python benchmarks/simulator.py --help`.
+"""The simulator against its peers, side by side in one run on the same work: `python
+benchmarks/simulator.py --help`.
 
-Every contender runs in processes of its own, and they take turns over the seeds, so that whatever else the machine does
-meets all. Writes results/simulator.md, .png and .json.
+Every contender runs in processes of its own, and they take turns over the seeds, so that whatever
+else the machine does meets all. Writes results/simulator.md, .png and .json.
 """
 
 import argparse

@@ -48,7 +48,9 @@ class Row:
 def write(
     results: dict[str, Any], contenders: dict[str, Any], groups: dict[str, list[str]], folder: Path
 ) -> None:
-    """Write simulator.json, .md and .png into `folder`; `groups` are the names in each of the three tables."""
+    """Write simulator.json, .md and .png into `folder`; `groups` are the names in each of the three
+    tables.
+    """
     results = {**_where(), **results}
     folder.mkdir(exist_ok=True)
     (folder / "simulator.json").write_text(json.dumps(results, indent=1) + "\n")

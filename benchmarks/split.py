@@ -1,9 +1,11 @@
-"""What a round of split learning costs beside the bare work in it: `python benchmarks/split.py --help`.
+"""What a round of split learning costs beside the bare work in it: `python benchmarks/split.py
+--help`.
 
-Both do the same forward and backward passes of the same rows, with the same two halves, on one thread: ours through the
-fleet, with messages, memories, the control and a save at the end; bare in a plain loop. What `method.logit_adjustment` adds to
-the server model's backward pass is ours alone, so it counts as cost. They take turns, round by round, so that whatever else the
-machine does meets both. The goal of a run of 80 devices for 40 steps is 1.3.
+Both do the same forward and backward passes of the same rows, with the same two halves, on one
+thread: ours through the fleet, with messages, memories, the control and a save at the end; bare in
+a plain loop. What `method.logit_adjustment` adds to the server model's backward pass is ours alone,
+so it counts as cost. They take turns, round by round, so that whatever else the machine does meets
+both. The goal of a run of 80 devices for 40 steps is 1.3.
 """
 
 import argparse
@@ -33,7 +35,9 @@ from fedspine.storage.store import Saved, Store
 
 @dataclass
 class Heard:
-    """A fleet that remembers what devices were told to begin with, and how often each had been asked by then."""
+    """A fleet that remembers what devices were told to begin with, and how often each had been
+    asked by then.
+    """
 
     fleet: Fleet
     asks: dict[str, int]
@@ -61,7 +65,9 @@ class Bench:
     asks: dict[str, int] = field(default_factory=dict)
 
     def round(self, state: MergeSflPlusState) -> tuple[MergeSflPlusState, float, Heard]:
-        """One round of ours, as a run has it: the next state, seconds of this process, and what devices were told."""
+        """One round of ours, as a run has it: the next state, seconds of this process, and what
+        devices were told.
+        """
         heard = Heard(self.fleet, self.asks)
         started = time.process_time()
         self.fleet.begin_round(state.round)

@@ -1,8 +1,10 @@
-"""Only the clock: how long FedSpine's rounds take under each controller on the 80 simulated devices; nothing is trained.
+"""Only the clock: how long FedSpine's rounds take under each controller on the 80 simulated
+devices; nothing is trained.
 
-Two jobs: MiniLM's first 3 layers on texts of 20 tokens, 10 devices a round, where links decide; and RoBERTa-base on texts of
-128 tokens, all devices in every round, as in the paper, where computing does. The task head goes both ways. What a plan
-earns is made up (a higher rank lowers the loss a little), so only times can be read here.
+Two jobs: MiniLM's first 3 layers on texts of 20 tokens, 10 devices a round, where links decide; and
+RoBERTa-base on texts of 128 tokens, all devices in every round, as in the paper, where computing
+does. The task head goes both ways. What a plan earns is made up (a higher rank lowers the loss a
+little), so only times can be read here.
 
     python experiments/clock.py --job minilm --seeds 0 1 2 3
     python experiments/clock.py --job roberta --seeds 0 1 2 3
@@ -86,9 +88,7 @@ def simulated(job: Job, method: FedSpine, seed: int) -> tuple[float, float, floa
         "intermediate_size": job.channels,
         "hidden_size": job.width,
     }
-    layout = layout_of(
-        SimpleNamespace(model_type="bert", num_attention_heads=12, **sizes), "bert"
-    )
+    layout = layout_of(SimpleNamespace(model_type="bert", num_attention_heads=12, **sizes), "bert")
     kinds = fleet_mix(None, 80)
     ids, hardware = device_ids(kinds), Hardware(seed=seed, kinds=tuple(kinds))
     rows = method.steps * method.batch

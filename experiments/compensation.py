@@ -1,10 +1,12 @@
-"""What closed-form compensation gives back when units go: one model, tuned whole, pruned once by `blend`, then tuned on.
+"""What closed-form compensation gives back when units go: one model, tuned whole, pruned once by
+`blend`, then tuned on.
 
-When units go, what they gave the layer's output is fitted by what stays: the weights of the output projection change by
-W_gone C and its bias by the rest, with C the ridge regression of the gone columns' inputs on the kept ones (as in ZipLM,
-arXiv:2302.04089, and SlimGPT, arXiv:2412.18110), or the mean of what is gone goes into the bias alone (as in FLAP,
-arXiv:2312.11983). Inputs are those of the tuned model on some training rows: of all devices, or no more than one device holds.
-No federation. Prints a table's rows and appends them to `results/compensation.jsonl`.
+When units go, what they gave the layer's output is fitted by what stays: the weights of the output
+projection change by W_gone C and its bias by the rest, with C the ridge regression of the gone
+columns' inputs on the kept ones (as in ZipLM, arXiv:2302.04089, and SlimGPT, arXiv:2412.18110), or
+the mean of what is gone goes into the bias alone (as in FLAP, arXiv:2312.11983). Inputs are those
+of the tuned model on some training rows: of all devices, or no more than one device holds. No
+federation. Prints a table's rows and appends them to `results/compensation.jsonl`.
 
     python experiments/compensation.py --data DATA --sets trec6 --seeds 0 1 2
 """
@@ -134,7 +136,9 @@ class Compensated:
 def second_moments(
     base: Base, model: Model, data: Examples, rows: np.ndarray
 ) -> dict[str, Float[Tensor, "n n"]]:
-    """Mean of z z^T over tokens, z the inputs of an output projection and a one behind them, by path."""
+    """Mean of z z^T over tokens, z the inputs of an output projection and a one behind them, by
+    path.
+    """
     sums: dict[str, Tensor] = {}
     module, counted = base.fit(model), torch.tensor([])
 
@@ -165,7 +169,9 @@ def compensation(
     moments: Float[Tensor, "n n"],
     ridge: float | None,
 ) -> tuple[Float[Tensor, "rows kept"], Float[Tensor, " rows"]]:
-    """What is added to the kept columns and to the bias; without a `ridge` the mean goes into the bias alone."""
+    """What is added to the kept columns and to the bias; without a `ridge` the mean goes into the
+    bias alone.
+    """
     gone = torch.ones(weight.shape[1], dtype=torch.bool)
     gone[kept] = False
     if ridge is None:

@@ -1,6 +1,8 @@
-"""What a unit's importance should be read from: one model, tuned whole, pruned once by each criterion, then tuned on.
+"""What a unit's importance should be read from: one model, tuned whole, pruned once by each
+criterion, then tuned on.
 
-No federation: all rows in one place, so that nothing but the criterion differs. Prints a table and appends its rows to
+No federation: all rows in one place, so that nothing but the criterion differs. Prints a table and
+appends its rows to
 `results/importance.jsonl`.
 
     python experiments/importance.py --data DATA --sets pydoc-topics trec6 --seeds 0 1 2

@@ -1,6 +1,8 @@
-"""Run the recipes of this folder over seeds and variants, and write one table: `python experiments/real_data.py --help`.
+"""Run the recipes of this folder over seeds and variants, and write one table: `python
+experiments/real_data.py --help`.
 
-Every finished run is kept as one line of results/real_data.jsonl and is not run again; delete the line to repeat it.
+Every finished run is kept as one line of results/real_data.jsonl and is not run again; delete the
+line to repeat it.
 """
 
 import argparse
@@ -102,7 +104,9 @@ def one(
 
 
 def recipe_for(name: str, settings: list[str], seed: int, arguments: argparse.Namespace) -> Any:
-    """The recipe with its local data and model filled in; the embedded job where the file holds only a remark."""
+    """The recipe with its local data and model filled in; the embedded job where the file holds
+    only a remark.
+    """
     if name == "pydoc_topics":
         return load(None, settings, seed)
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:

@@ -1,11 +1,13 @@
-"""What `fedspine compare` does not say of split learning: where devices wait, and how soon one method overtakes another.
+"""What `fedspine compare` does not say of split learning: where devices wait, and how soon one
+method overtakes another.
 
-For each data set and partition of a sweep, a row for each method: means over seeds, ± their standard deviation. Waiting is
-that of the mean device for the slowest one of each exchange, over simulated time: in all exchanges, and without those that
-carry weights, as the paper of MergeSFL (arXiv:2311.13348) has it. *In time* is the last check before `run.seconds`, on a part
-of the test set; a round that began before goes on, and its model is what is scored in the end. The last column: simulated
-seconds of the row's method to its own best accuracy, over those that the best method takes to the same one, for each seed;
-checks on the way and the final one count.
+For each data set and partition of a sweep, a row for each method: means over seeds, ± their
+standard deviation. Waiting is that of the mean device for the slowest one of each exchange, over
+simulated time: in all exchanges, and without those that carry weights, as the paper of MergeSFL
+(arXiv:2311.13348) has it. *In time* is the last check before `run.seconds`, on a part of the test
+set; a round that began before goes on, and its model is what is scored in the end. The last column:
+simulated seconds of the row's method to its own best accuracy, over those that the best method
+takes to the same one, for each seed; checks on the way and the final one count.
 
     python experiments/split_table.py sweeps/split
 """
@@ -89,7 +91,9 @@ def _scores(run: Run) -> list[tuple[float, float]]:
 
 
 def _in_time(run: Run) -> float:
-    """The accuracy of the last check before the time that the recipe gives; nan where there is none."""
+    """The accuracy of the last check before the time that the recipe gives; nan where there is
+    none.
+    """
     return next(
         (accuracy for now, accuracy in reversed(_scores(run)) if now <= run.recipe.run.seconds),
         np.nan,
@@ -103,7 +107,9 @@ def _to_best_of(run: Run, other: Run) -> float:
 
 
 def _waiting_in_steps(run: Run) -> float:
-    """The share of the time of exchanges without weights that the mean device waits; nan where there are none."""
+    """The share of the time of exchanges without weights that the mean device waits; nan where
+    there are none.
+    """
     rows = map(json.loads, (run.folder / "records.jsonl").read_text().splitlines())
     steps = (row for row in rows if row["row"] == "exchange" and row["work"].startswith(STEPS))
     taken = waited = 0.0

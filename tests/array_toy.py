@@ -1,4 +1,6 @@
-"""A toy task on arrays that a small net can learn, in the shapes that sensors, sounds and pictures have."""
+"""A toy task on arrays that a small net can learn, in the shapes that sensors, sounds and pictures
+have.
+"""
 
 import numpy as np
 
@@ -9,7 +11,9 @@ CLASSES = ("slow", "middle", "fast")
 
 
 def waves(rows, seed, *, channels=2, samples=16):
-    """Noisy waves of one of three frequencies, float32 [rows, channels, samples], and which, int64 [rows]."""
+    """Noisy waves of one of three frequencies, float32 [rows, channels, samples], and which, int64
+    [rows].
+    """
     rng = np.random.default_rng(seed)
     labels = np.arange(rows) % len(CLASSES)
     times = np.arange(samples) / samples
@@ -20,7 +24,9 @@ def waves(rows, seed, *, channels=2, samples=16):
 
 
 def bars(rows, seed, *, side=8, channels=1):
-    """Pictures uint8 [rows, side, side] (with channels: one more dimension at the end) with a bright bar in one third."""
+    """Pictures uint8 [rows, side, side] (with channels: one more dimension at the end) with a
+    bright bar in one third.
+    """
     rng = np.random.default_rng(seed)
     labels = np.arange(rows) % len(CLASSES)
     pictures = rng.integers(0, 60, (rows, side, side, channels))

@@ -1,4 +1,6 @@
-"""Chromium without a window, driven over its own DevTools protocol: JSON messages through two pipes, no driver."""
+"""Chromium without a window, driven over its own DevTools protocol: JSON messages through two
+pipes, no driver.
+"""
 
 import base64
 import fcntl
@@ -11,7 +13,8 @@ import time
 from contextlib import suppress
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-QUIET = (  # nothing of the browser's own on the network, so that a request that is seen is the page's
+# nothing of the browser's own on the network, so that a request that is seen is the page's
+QUIET = (
     *(
         "--headless",
         "--no-sandbox",
@@ -35,7 +38,9 @@ def installed():
 
 
 class Browser:
-    """One tab of a browser that is started for it; `requests` are the addresses that its page asked for."""
+    """One tab of a browser that is started for it; `requests` are the addresses that its page asked
+    for.
+    """
 
     def __init__(self, profile):
         read, their_write = os.pipe()
@@ -43,7 +48,8 @@ class Browser:
         self._read, self._buffer, self._number = read, b"", 0
         self.requests, self.complaints = [], []
         silence = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
-        # moved out of the way first, since either end may have one of the numbers that the browser wants
+        # moved out of the way first, since either end may have one of the numbers that the browser
+        # wants
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (their_read, their_write)]
         pipes = [(os.POSIX_SPAWN_DUP2, end, fd) for end, fd in zip(ends, (3, 4), strict=True)]
         command = [installed(), *QUIET, f"--user-data-dir={profile}", "about:blank"]

@@ -1,7 +1,8 @@
-"""Fixtures for all tests; shapes in the annotations of the packages named below are checked at run time.
+"""Fixtures for all tests; shapes in the annotations of the packages named below are checked at run
+time.
 
-In each test the first calls of each function are checked, and then every so many-th: checking all of them took more
-than half of the time of a run of the toy task.
+In each test the first calls of each function are checked, and then every so many-th: checking all
+of them took more than half of the time of a run of the toy task.
 """
 
 import os
@@ -18,7 +19,8 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel  # noqa: F401
 
 os.environ["FEDSPINE_CACHE"] = tempfile.mkdtemp(prefix="fedspine-cache-")  # never the user's own
 
-# before fedspine is imported; elsewhere annotations name protocols and forward references that cannot be checked
+# before fedspine is imported; elsewhere annotations name protocols and forward references that
+# cannot be checked
 jaxtyping.install_import_hook(
     ["fedspine.core.tensors", "fedspine.lm", "fedspine.split.split_transformer"],
     "beartype.beartype",
@@ -32,7 +34,8 @@ from toy import Lab, toy_task  # noqa: E402
 from fedspine.lm.load import load  # noqa: E402
 from fedspine.lm.tiny import write_tiny  # noqa: E402
 
-# the same cases every time; `pytest --hypothesis-profile=search` draws new ones, and ten times as many
+# the same cases every time; `pytest --hypothesis-profile=search` draws new ones, and ten times as
+# many
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", max_examples=1000, deadline=None)
 settings.load_profile("same")
@@ -44,7 +47,9 @@ EVERY = (
 
 
 class Sampling(type(jaxtyping.config)):
-    """jaxtyping's configuration, which each annotated function reads at each call, with its checks switched off by turns."""
+    """jaxtyping's configuration, which each annotated function reads at each call, with its checks
+    switched off by turns.
+    """
 
     calls: ClassVar[Counter] = Counter()  # in this test
 

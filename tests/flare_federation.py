@@ -1,4 +1,6 @@
-"""A federation for tests on this machine: a server and three sites with the toy task's rows, as real as on several."""
+"""A federation for tests on this machine: a server and three sites with the toy task's rows, as
+real as on several.
+"""
 
 import shutil
 from contextlib import contextmanager

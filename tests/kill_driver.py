@@ -1,14 +1,16 @@
-"""A process that imports everything once and then forks runs that are killed, which costs a fraction of starting each.
+"""A process that imports everything once and then forks runs that are killed, which costs a
+fraction of starting each.
 
-Each line of stdin is a JSON object with the arguments of a run and a plan; the answer is one line with what became of
-it. A plan is a list of attempts on one folder: the first is a new run, those that find the folder resume it. An
-attempt may be struck
+Each line of stdin is a JSON object with the arguments of a run and a plan; the answer is one line
+with what became of it. A plan is a list of attempts on one folder: the first is a new run, those
+that find the folder resume it. An attempt may be struck
 - at a call of a function of `os`, before or after it does its work: killed, or failed with an error number,
 - from outside, by a signal (a name of BLOWS) so many seconds after its folder is there,
 - at a job of a worker, which ends its process or raises,
 - by a limit on the bytes of a file.
-One that is `slow` takes so many seconds longer for each job. One that is `deaf` ignores Ctrl-C, as under `nohup`.
-A plan with `every` is repeated with call 1, 2, ... of its first attempt until that attempt is not struck any more.
+One that is `slow` takes so many seconds longer for each job. One that is `deaf` ignores Ctrl-C, as
+under `nohup`. A plan with `every` is repeated with call 1, 2, ... of its first attempt until that
+attempt is not struck any more.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""Folders as runs leave them, with numbers made up by the test: what a comparison reads, and nothing else."""
+"""Folders as runs leave them, with numbers made up by the test: what a comparison reads, and
+nothing else.
+"""
 
 import json
 
@@ -10,7 +12,8 @@ ROUND_BYTES = 1_000_000  # of one made round, both ways together
 def made_run(
     folder, *, method="fedlora", seed=0, curve=(0.4, 0.6, 0.7), seconds=10.0, settings=(), **changed
 ):
-    """A finished run of three checks or more, one a round, `seconds` of simulated time each; returns the folder.
+    """A finished run of three checks or more, one a round, `seconds` of simulated time each;
+    returns the folder.
 
     `curve` is the accuracy (or, for language modelling, the loss) of each check; the final one is the last of them
     unless `changed` says otherwise, as it may of every key of the summary.

@@ -38,22 +38,22 @@ def write_csv(path, rows=80, labels=tuple(CLASS_WORDS)):
 
 
 def tiny_job(model, data, **changed):
-    """Arguments of `fedspine run` for two rounds of two of three devices; `changed` as section__key=value."""
-    settings = (
-        {
-            "task.model": model,
-            "task.data": data,
-            "fleet.devices": 3,
-            "fleet.per_round": 2,
-            "run.rounds": 2,
-            "run.workers": 1,
-            "run.precision": "fp32",  # bf16 takes ten times as long where the processor has no instructions for it
-            "run.references": "false",
-            "method.steps": 2,
-            "method.ranks": [2, 4],
-        }
-        | {key.replace("__", ".", 1): value for key, value in changed.items()}
-    )
+    """Arguments of `fedspine run` for two rounds of two of three devices; `changed` as
+    section__key=value.
+    """
+    settings = {
+        "task.model": model,
+        "task.data": data,
+        "fleet.devices": 3,
+        "fleet.per_round": 2,
+        "run.rounds": 2,
+        "run.workers": 1,
+        # bf16 takes ten times as long where the processor has no instructions for it
+        "run.precision": "fp32",
+        "run.references": "false",
+        "method.steps": 2,
+        "method.ranks": [2, 4],
+    } | {key.replace("__", ".", 1): value for key, value in changed.items()}
     return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
 
 
@@ -94,7 +94,8 @@ def python(*arguments, **options):
 def hearing_ctrl_c():
     """Processes started in this context receive Ctrl-C.
 
-    Tests that `nohup` or a shell's background job runs are deaf to it, and so would be what they start.
+    Tests that `nohup` or a shell's background job runs are deaf to it, and so would be what they
+    start.
     """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

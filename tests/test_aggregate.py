@@ -119,7 +119,8 @@ def test_nobody_training_changes_nothing_over_five_rounds(seed):
     for round in range(5):
         dense = merge_changes(LAYOUT, dense, fleet(rng, adapter, trained=False))
         adapter = factor(LAYOUT, dense, LARGEST, adapter, seed=round)
-    # float error: 16 products of rank 8 against rank 8, each rounded by 2^-24, five times: 5e-6 of the largest entry
+    # float error: 16 products of rank 8 against rank 8, each rounded by 2^-24, five times: 5e-6 of
+    # the largest entry
     close(dense, start)
     close(products(adapter), start)
 
@@ -149,7 +150,8 @@ def test_delta_keeps_the_tail_that_zero_padding_and_product_averaging_lose():
         parts = [contribution(rng, mean, everything, rank, 1.0, trained=False) for rank in ranks]
         mean = factor(LAYOUT, mean_product(LAYOUT, dense, parts), LARGEST, mean, seed=round)
     assert tail(delta) / tail(start) == pytest.approx(1.0, abs=1e-4)
-    # half of the devices send zeros for the tails of A and of B: each round halves both, and energy is squared
+    # half of the devices send zeros for the tails of A and of B: each round halves both, and energy
+    # is squared
     assert tail(padded) / tail(start) == pytest.approx((0.5 * 0.5) ** (2 * 5), rel=1e-3)
     # half of the products lack the tail: each round halves it
     assert tail(mean) / tail(start) == pytest.approx(0.5 ** (2 * 5), rel=1e-3)
@@ -391,8 +393,8 @@ def test_spectra_are_those_of_the_dense_change(seed, rank):
         left, right = change_factors(part, site)
         expected = torch.linalg.svdvals(left.double() @ right.double())[: 2 * rank]
         size = float(expected[0])
-        # squares are decomposed, so a value is good to the root of the precision of doubles, 1.5e-8 of the largest,
-        # times what adds up over the sums
+        # squares are decomposed, so a value is good to the root of the precision of doubles, 1.5e-8
+        # of the largest, times what adds up over the sums
         torch.testing.assert_close(
             row[: len(expected)].double(), expected, rtol=0, atol=1e-6 * size
         )

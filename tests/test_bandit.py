@@ -28,7 +28,8 @@ plays = st.lists(st.tuples(units, units, units), max_size=60)
 finite = st.floats(-1e6, 1e6)
 
 ROUNDS = 400
-# a random share over a third of the rounds is 1/16 +- 0.021: four times that is nine standard deviations above it
+# a random share over a third of the rounds is 1/16 +- 0.021: four times that is nine standard
+# deviations above it
 CLEARLY_ABOVE_RANDOM = 4 / 16
 
 
@@ -40,7 +41,9 @@ def trained(history, **options) -> Bandit:
 
 
 def hits(best_of, *, seed: int, rounds: int = ROUNDS, **options) -> np.ndarray:
-    """Which rounds played the best of 16 cells, whose reward is 0.8 where others give 0.4, with noise of 0.1."""
+    """Which rounds played the best of 16 cells, whose reward is 0.8 where others give 0.4, with
+    noise of 0.1.
+    """
     rng = np.random.default_rng(seed)
     bandit, hit = Bandit(), np.zeros(rounds, bool)
     for number in range(rounds):
@@ -72,7 +75,8 @@ def test_finds_the_best_band_once_the_ratio_is_frozen(seed):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_learns_inside_what_can_be_executed(seed):
-    # without `within`, the two quadrants below u = 0.5 would stay unplayed, first for ever, and v a coin's throw
+    # without `within`, the two quadrants below u = 0.5 would stay unplayed, first for ever, and v a
+    # coin's throw
     hit = hits(lambda number: (3, 1), seed=seed, within=((0.75, 1.0), (0.0, 1.0)))
     assert hit[-ROUNDS // 3 :].mean() > 0.25 + 4 * np.sqrt(0.25 * 0.75 / (ROUNDS / 3))
 
@@ -177,7 +181,8 @@ def test_rewards_are_bounded(gain, scale, progress, importance, lateness):
 
 
 def test_reward_by_hand():
-    # q = (1 + tanh(1)) / 2 = 0.88080 where the gain is twice the scale; (0.88080 + 0.5 + 1) / 3 / (1 + 0.25)
+    # q = (1 + tanh(1)) / 2 = 0.88080 where the gain is twice the scale; (0.88080 + 0.5 + 1) / 3 /
+    # (1 + 0.25)
     value = reward(gain=0.2, scale=0.099, progress=0.5, importance=1.0, lateness=0.25)
     assert value == pytest.approx(0.634879, abs=1e-6)
 

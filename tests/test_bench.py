@@ -1,4 +1,6 @@
-"""The benchmark's numbers: what can be derived is derived, what is measured is checked for its order only."""
+"""The benchmark's numbers: what can be derived is derived, what is measured is checked for its
+order only.
+"""
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ OPTIONS = {"kind": "classification", "max_tokens": 64, "name": "toy"}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A tiny BERT that reads the mean of its tokens, whole and with 2 of 4 heads and 32 of 64 channels in each layer."""
+    """A tiny BERT that reads the mean of its tokens, whole and with 2 of 4 heads and 32 of 64
+    channels in each layer.
+    """
     folder = tmp_path_factory.mktemp("bench")
     place = str(write_tiny(folder / "tiny", "bert"))
     base, tokenizer = load_base(place, kind="classification", classes=3, pooling="mean")
@@ -26,7 +30,9 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(folders):
-    """The whole one measured alone, by a process that holds 600 MB itself; and its threads before and after."""
+    """The whole one measured alone, by a process that holds 600 MB itself; and its threads before
+    and after.
+    """
     held, threads = torch.ones(150_000_000), torch.get_num_threads()
     found = bench(folders[0], tokens=8, repeats=2)
     del held

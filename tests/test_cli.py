@@ -1,4 +1,6 @@
-"""The command line: what it prints, and that bad input is one clear line, exit code 2, and nothing left behind."""
+"""The command line: what it prints, and that bad input is one clear line, exit code 2, and nothing
+left behind.
+"""
 
 import functools
 import json
@@ -44,7 +46,9 @@ PROMISED = {
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """A function that runs a command in this process: its exit code, stdout, and the lines of stderr."""
+    """A function that runs a command in this process: its exit code, stdout, and the lines of
+    stderr.
+    """
     return functools.partial(in_process, monkeypatch, capsys)
 
 
@@ -400,7 +404,9 @@ COMMANDS = dict(commands(typer.main.get_command(cli.app)))
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_help_loses_nothing(command, words) -> None:
-    """What docstrings and options say is there to the letter: brackets are no markup. Only line breaks differ."""
+    """What docstrings and options say is there to the letter: brackets are no markup. Only line
+    breaks differ.
+    """
     code, out, lines = command(*words, "--help")
     assert (code, lines) == (0, [])
     asked = COMMANDS[words]

@@ -1,4 +1,6 @@
-"""Comparing runs: the numbers by hand, the intervals by law, and one clear line for runs that cannot be compared."""
+"""Comparing runs: the numbers by hand, the intervals by law, and one clear line for runs that
+cannot be compared.
+"""
 
 import functools
 import json
@@ -24,7 +26,9 @@ from fedspine.ui.progress import Silent
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """A function that runs `fedspine compare` in this process: its exit code, stdout, and the lines of stderr."""
+    """A function that runs `fedspine compare` in this process: its exit code, stdout, and the lines
+    of stderr.
+    """
     return functools.partial(in_process, monkeypatch, capsys, "compare")
 
 

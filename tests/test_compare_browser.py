@@ -1,4 +1,6 @@
-"""The page of a comparison in a real browser: it opens, its plots are drawn, its table sorts, nothing is fetched."""
+"""The page of a comparison in a real browser: it opens, its plots are drawn, its table sorts,
+nothing is fetched.
+"""
 
 import pytest
 from browser import Browser, installed
@@ -16,7 +18,9 @@ METHODS = {"ours": 0.7, "theirs, with a longer name than most": 0.6, "late": 0.4
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """The page of four methods over two seeds in two settings; one of them never reaches the target."""
+    """The page of four methods over two seeds in two settings; one of them never reaches the
+    target.
+    """
     root = tmp_path_factory.mktemp("page")
     for alpha in (0.1, 1.0):
         for place, (label, best) in enumerate(METHODS.items()):

@@ -1,4 +1,6 @@
-"""FedSpine's controllers, sources of importance and quorum: each setting changes what it should, and nothing else."""
+"""FedSpine's controllers, sources of importance and quorum: each setting changes what it should,
+and nothing else.
+"""
 
 import dataclasses
 import math
@@ -203,7 +205,8 @@ def test_a_margin_never_raises_a_rank():
         margin: plans_for_deadline(limits, foresee, 0.0, margin)["fast"].rank
         for margin in (0.0, 0.9, 9.0)
     }
-    # by hand: the slow one ends at 3 * (0.95 + 0.4) = 4.05; rank 8 takes 2.55, rank 4 with 0.05 pruned 1.75
+    # by hand: the slow one ends at 3 * (0.95 + 0.4) = 4.05; rank 8 takes 2.55, rank 4 with 0.05
+    # pruned 1.75
     assert ranks == {0.0: 8, 0.9: 4, 9.0: 2}
     assert (
         plans_for_deadline(limits, foresee, 0.0, 9.0)["slow"]
@@ -343,8 +346,8 @@ def test_known_coefficients_are_recovered():
     fleet = sum(each.evidence for each in learnt.values())
     common = coefficients(fleet, fleet)
     for device, found in coefficients_of(learnt, TRUE).items():
-        # ridge regression is off by at most prior / (prior + least eigenvalue) of the distance to where it is drawn to;
-        # which is the fleet's, at most four times as slow
+        # ridge regression is off by at most prior / (prior + least eigenvalue) of the distance to
+        # where it is drawn to; which is the fleet's, at most four times as slow
         gram = learnt[device].evidence[:, :3]
         drawn = 4 * np.linalg.norm(common) + np.linalg.norm(TRUE[device])
         allowed = LIKE_THE_FLEET / (LIKE_THE_FLEET + np.linalg.eigvalsh(gram)[0]) * drawn
@@ -399,7 +402,9 @@ def test_times_that_are_not_finite_are_refused():
 
 
 def test_the_deadline_sees_nothing_but_reported_times(lab):
-    """Twice the same run, once with every reported time of one device ten times as long: it gets a smaller rank."""
+    """Twice the same run, once with every reported time of one device ten times as long: it gets a
+    smaller rank.
+    """
 
     def slower(reply):
         times = 10 if reply.device == "agx-04" else 1
@@ -478,7 +483,8 @@ def test_magnitude_importance_drops_the_smallest_weights(task):
     assert type(sent.scoring) is ByMagnitude
     first = prune_and_tune(one, sent)
     known = one.memory["scores"]
-    # what it knows are the norms of its tuned weights; the result holds their adapter in fp16, off by 2^-11 of each factor
+    # what it knows are the norms of its tuned weights; the result holds their adapter in fp16, off
+    # by 2^-11 of each factor
     assert known.heads.shape == first.scores.heads.shape
     again = prune_and_tune(one, sent)
     for kept, scores in (
@@ -531,7 +537,8 @@ def test_one_device_makes_weights_meaningless(lab):
         for how in ("zeropad", "hetlora")
     ]
     for name, tensor in runs[0].adapter.items():
-        # a weighted mean of one value is x * w / w: two roundings, and the next round trains from there
+        # a weighted mean of one value is x * w / w: two roundings, and the next round trains from
+        # there
         torch.testing.assert_close(runs[1].adapter[name], tensor, rtol=1e-3, atol=1e-4)
 
 
@@ -585,7 +592,9 @@ def test_settings_that_cannot_work_are_refused(task, settings, complaint):
 
 @pytest.mark.parametrize("quorum", [1.0, 0.7, 0.4])
 def test_a_round_ends_at_its_quorum(lab, quorum):
-    """As long as the slowest of those it waits for; the late ones are merged in a later round, each once."""
+    """As long as the slowest of those it waits for; the late ones are merged in a later round, each
+    once.
+    """
     here = lab(f"quorum-{quorum}")
     state = here.run(quorum_toy(quorum=quorum), rounds=6)
     spent = here.rows("exchange")

@@ -1,4 +1,6 @@
-"""Data sets: every format written and read back, the real sets where they lie beside the repository, every refusal."""
+"""Data sets: every format written and read back, the real sets where they lie beside the
+repository, every refusal.
+"""
 
 import csv
 import json
@@ -203,7 +205,9 @@ def test_int_labels_without_names_sort_as_numbers(tmp_path):
     [(".csv", ("False", "True")), (".jsonl", ("false", "true")), (".parquet", ("false", "true"))],
 )
 def test_bool_labels(tmp_path, suffix, names):
-    """As they are written in CSV, here by Python; without a spelling of their own, as JSON has them."""
+    """As they are written in CSV, here by Python; without a spelling of their own, as JSON has
+    them.
+    """
     path = write(tmp_path / f"rows{suffix}", labelled([True, False] * 10))
     assert load(str(path), kind="classification").label_names == names
 

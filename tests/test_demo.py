@@ -34,7 +34,8 @@ def test_the_recipe_of_the_first_look_is_small() -> None:
     recipe = config.recipe(config.embedded("demo"))
     assert recipe.method.name == "fedspine-plus" and recipe.task.data == "pydoc-topics"
     samples = recipe.run.rounds * recipe.fleet.per_round * recipe.method.steps * recipe.method.batch
-    # half of MiniLM's blocks train 100 samples a second on two AVX2 cores of 48 GFLOP/s: half a minute
+    # half of MiniLM's blocks train 100 samples a second on two AVX2 cores of 48 GFLOP/s: half a
+    # minute
     assert samples <= 3100 and recipe.run.final_rows <= 512
 
 

@@ -20,7 +20,9 @@ FOLDER = Path("runs/one")
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """A function that runs a command in this process: its exit code, stdout, and the lines of stderr."""
+    """A function that runs a command in this process: its exit code, stdout, and the lines of
+    stderr.
+    """
     return functools.partial(in_process, monkeypatch, capsys)
 
 
@@ -55,7 +57,9 @@ METHODS = {
 
 @pytest.mark.parametrize("what", METHODS)
 def test_a_learning_rate_that_is_too_high(job, command, tmp_path, what):
-    """The line names the loss and the setting, and a resume, which would end the same way, is not offered."""
+    """The line names the loss and the setting, and a resume, which would end the same way, is not
+    offered.
+    """
     settings = {"method__learning_rate": 1e9, "method__steps": 4} | METHODS[what]
     arguments = job(**settings)
     if "method__rank" in settings:

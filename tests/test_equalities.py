@@ -68,7 +68,8 @@ def test_one_device_at_full_rank_is_local_training(lab, task):
     start = method.start(task, np.random.default_rng([0, 1]))
     state = bench.run(method, rounds=1, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
 
-    # the same training, without a fleet: a device's generator is seeded with (run, device, asks served)
+    # the same training, without a fleet: a device's generator is seeded with (run, device, asks
+    # served)
     rows = task.train.take(bench.shares[0])
     device = Device(
         id="agx-00", data=rows, base=task.base, memory={}, rng=np.random.default_rng((0, 0, 0))
@@ -85,9 +86,10 @@ def test_one_device_at_full_rank_is_local_training(lab, task):
         merged = (
             state.adapter[b_name(site.path)].double() @ state.adapter[a_name(site.path)].double()
         )
-        # Only the wire rounds: an entry of fp16 is off by half a unit in the last place, 2^-11 of it, or by 2^-25 where
-        # it is below the normal numbers. So |d(BA)| <= |dB| |A| + |B| |dA|, with 1 % for second-order terms, and what
-        # fp32 SVD and products add: some 32 roundings of 2^-24 of the largest entry.
+        # Only the wire rounds: an entry of fp16 is off by half a unit in the last place, 2^-11 of
+        # it, or by 2^-25 where it is below the normal numbers. So |d(BA)| <= |dB| |A| + |B| |dA|,
+        # with 1 % for second-order terms, and what fp32 SVD and products add: some 32 roundings of
+        # 2^-24 of the largest entry.
         off_a, off_b = a.abs() * 2**-11 + 2**-25, b.abs() * 2**-11 + 2**-25
         allowed = 1.01 * (off_b @ a.abs() + b.abs() @ off_a) + 32 * 2**-24 * (b @ a).norm()
         assert bool(((merged - b @ a).abs() <= allowed).all()), site.path

@@ -1,4 +1,6 @@
-"""When a run will be done: predicted from its first rounds, for methods that prune and for those that do not."""
+"""When a run will be done: predicted from its first rounds, for methods that prune and for those
+that do not.
+"""
 
 import pytest
 
@@ -22,7 +24,9 @@ def plan(sparsities, **changed):
 
 
 def true_seconds(job, done):
-    """By hand: a round and a model at sparsity s cost 1 - s, checks follow every fourth round but the last."""
+    """By hand: a round and a model at sparsity s cost 1 - s, checks follow every fourth round but
+    the last.
+    """
     rounds = sum(ROUND_SECONDS * (1 - s) for s in job.sparsities[done:])
     rows = 0.0
     for round in (*range(4, ROUNDS, 4), ROUNDS):
@@ -57,7 +61,8 @@ def test_a_check_shows_what_scoring_costs() -> None:
     before = estimate.seconds_left(4, ROUNDS)
     check = 256 * (1 + 0.5 * 3)
     estimate.saw_check(4, 3 * ROW_SECONDS * 2 * check)
-    # by hand: rounds count as before, all scoring counts six times (a whole round takes 2 * ROUND_SECONDS here)
+    # by hand: rounds count as before, all scoring counts six times (a whole round takes 2 *
+    # ROUND_SECONDS here)
     expected_rows = 3 * check + 2000 * (1 + 0.5 * 9)
     training = 16 * ROUND_SECONDS
     assert before == pytest.approx(training + 2 * ROW_SECONDS * expected_rows)

@@ -22,7 +22,9 @@ pytestmark = pytest.mark.parametrize("name", sorted(METHODS))
 
 @pytest.fixture(scope="module")
 def whole_runs():
-    """The packed state of an undisturbed start of a run with seed 0, by method: what many tests compare with."""
+    """The packed state of an undisturbed start of a run with seed 0, by method: what many tests
+    compare with.
+    """
     return {}
 
 
@@ -34,7 +36,9 @@ def whole(name, lab, whole_runs):
 
 
 def nan(value):
-    """The message with NaN in its first tensor of floats, that of its head where it has one; itself where it has none."""
+    """The message with NaN in its first tensor of floats, that of its head where it has one; itself
+    where it has none.
+    """
     for field in sorted(vars(value), key=lambda field: field != "head"):
         inside = getattr(value, field)
         broken = inside
@@ -51,7 +55,9 @@ def nan(value):
 
 
 def nan_loss(value):
-    """The message with a loss of NaN; where the server finds the loss, with weights or features of NaN."""
+    """The message with a loss of NaN; where the server finds the loss, with weights or features of
+    NaN.
+    """
     return replace(value, loss=math.nan) if "loss" in vars(value) else nan(value)
 
 
@@ -60,8 +66,9 @@ def test_its_settings_suit_the_toy_task(name, task):
 
 
 def test_improves_on_the_toy_task(name, lab, task):
-    # A model that knows nothing of the text cannot get below ln 3 nats on classes of equal size, and its accuracy is a
-    # mean of 90 draws at 1/3: standard error sqrt(1/3 * 2/3 / 90) = 0.050, and four of them above is no luck.
+    # A model that knows nothing of the text cannot get below ln 3 nats on classes of equal size,
+    # and its accuracy is a mean of 90 draws at 1/3: standard error sqrt(1/3 * 2/3 / 90) = 0.050,
+    # and four of them above is no luck.
     method, bench = METHODS[name].toy(), lab()
     start = method.start(task, np.random.default_rng(0))
     state = bench.run(method)
@@ -111,7 +118,9 @@ def heard_runs():
 
 @pytest.fixture
 def heard(name, lab, heard_runs):
-    """A run that is listened to: its state, a spy for each round, and the records of exchanges and of rounds."""
+    """A run that is listened to: its state, a spy for each round, and the records of exchanges and
+    of rounds.
+    """
     if name not in heard_runs:
         bench, spies = lab(), []
         state = bench.run(

@@ -50,7 +50,8 @@ def weights_of(model, task):
 
 
 def test_one_full_step_everywhere_is_one_step_on_all_rows(lab, task):
-    # sum over devices of |D_i| / |D| times the gradient on D_i is the gradient on the union, and SGD is linear in it
+    # sum over devices of |D_i| / |D| times the gradient on D_i is the gradient on the union, and
+    # SGD is linear in it
     method = FedAvg(
         steps=1, batch=300, optimiser="sgd", learning_rate=0.5, decay=1.0, rank=4, precision="fp32"
     )

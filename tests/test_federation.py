@@ -39,7 +39,9 @@ def over_flare(federation, recipe, folder, *more):
 
 
 def simulated(place, recipe, folder):
-    """The final state of the recipe on simulated devices that hold the rows and bear the names of the sites."""
+    """The final state of the recipe on simulated devices that hold the rows and bear the names of
+    the sites.
+    """
     recipe = load(recipe)
     task, _ = build_task(recipe, dataset(recipe))
     lab = Lab(task, folder, kinds=("nx",) * 3)
@@ -168,7 +170,9 @@ class Going:
 
 
 def test_whatever_dies_is_reported_and_takes_part_again(place, federation, tmp_path):
-    """One run: a worker is killed at work, the server's job is killed, a site is killed and started again."""
+    """One run: a worker is killed at work, the server's job is killed, a site is killed and started
+    again.
+    """
     kits = federation.folder
     recipe = write_recipe(
         place, tmp_path / "recipe.toml", method=LORA | {"steps": 40}, run=RUN | {"rounds": 2000}

@@ -1,4 +1,6 @@
-"""What FedSpine promises beyond what every method does: sparsity, memory limits, and what a device may have missed."""
+"""What FedSpine promises beyond what every method does: sparsity, memory limits, and what a device
+may have missed.
+"""
 
 import dataclasses
 import math

@@ -1,7 +1,8 @@
-"""A fleet of sites: what it does with replies that are lost, broken or hostile, and that it gives what simulation gives.
+"""A fleet of sites: what it does with replies that are lost, broken or hostile, and that it gives
+what simulation gives.
 
-The sites' side is in this process, behind a link that fails on command; everything else is real. The same over NVIDIA
-FLARE, between processes that are killed: test_federation.py.
+The sites' side is in this process, behind a link that fails on command; everything else is real.
+The same over NVIDIA FLARE, between processes that are killed: test_federation.py.
 """
 
 import json
@@ -42,7 +43,9 @@ RUN = "0123456789abcdef" * 2
 
 
 class LocalLink:
-    """Sites in this process. `faults` says by site what becomes of the next exchanges: an outcome, or a reply changed."""
+    """Sites in this process. `faults` says by site what becomes of the next exchanges: an outcome,
+    or a reply changed.
+    """
 
     def __init__(self, workers):
         self.workers, self.faults = workers, {}

@@ -1,4 +1,6 @@
-"""All that a fleet promises, on the simulated one; the wrapper that loses and delays; the pool of workers."""
+"""All that a fleet promises, on the simulated one; the wrapper that loses and delays; the pool of
+workers.
+"""
 
 import math
 import os
@@ -135,7 +137,9 @@ def test_seconds_are_those_of_the_hardware(lab):
 
 
 def twenty(bench):
-    """Bytes up and seconds of twenty exchanges of one device in one round, on a slow link that meets no bound."""
+    """Bytes up and seconds of twenty exchanges of one device in one round, on a slow link that
+    meets no bound.
+    """
     device = bench.ids[bench.hardware.link_groups.index(3)]
     bench.fleet.begin_round(0)
     costs = [bench.fleet.ask(do, {device: Job()})[0].cost for _ in range(20)]
@@ -197,7 +201,8 @@ def test_without_jitter_and_round_trip_seconds_are_as_by_hand(lab):
     bench.fleet.begin_round(0)
     (reply,) = bench.fleet.ask(do, everyone(bench.fleet))
     peak = {0: 11.28, 1: 2.13, 2: 5.49, 3: 7.37, 4: 7.37, 5: 7.37, 6: 7.37, 7: 5.49}
-    # one TFLOP at 30 % of the mode's peak, one launch of 1/120 s, and what was packed at the link's mean of the round
+    # one TFLOP at 30 % of the mode's peak, one launch of 1/120 s, and what was packed at the link's
+    # mean of the round
     seconds = 1 / (0.3 * peak[bench.hardware.mode(0, 0)]) + 1 / 120
     mean = bench.hardware.mean_mbps(0, round=0)
     bits = 8 * (pack(Job()).bytes + reply.cost.bytes_up)
@@ -499,7 +504,8 @@ def test_losses_are_absent_and_noted(lab):
     assert all(note["left_out"] == "lost" and note["device"] in bench.ids for note in notes)
     # a fair coin 60 times: 30 with a standard error of sqrt(60)/2 = 3.9; four of them
     assert abs(answered - 30) < 4 * 3.9
-    # half of the losses come before the order arrives, so the work was done more often than was heard of
+    # half of the losses come before the order arrives, so the work was done more often than was
+    # heard of
     served = len(bench.rows("exchange"))
     assert answered < served < asked
 
@@ -516,7 +522,8 @@ def test_losses_follow_the_seed_and_the_time(lab):
 
 def test_asking_again_is_another_chance_even_if_no_time_passed(lab):
     fleet = lossy(lab(), drop=0.9)
-    # 200 tries at one in ten: silence for ever has probability 0.9^200 < 1e-9, unless nothing is drawn anew
+    # 200 tries at one in ten: silence for ever has probability 0.9^200 < 1e-9, unless nothing is
+    # drawn anew
     assert any(fleet.ask(do, {"nx-02": Job()}) for _ in range(200))
 
 

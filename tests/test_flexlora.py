@@ -1,4 +1,6 @@
-"""FlexLoRA: the mean of products, its best factors at every rank, and scales that differ between ranks."""
+"""FlexLoRA: the mean of products, its best factors at every rank, and scales that differ between
+ranks.
+"""
 
 import dataclasses
 import math
@@ -24,8 +26,9 @@ def product(adapter, site):
 
 
 def rounding(adapter, site):
-    """How far an entry of B A may be off where A and B were rounded to fp16: half a unit in the last place of each,
-    2^-11 of it, or 2^-25 below the normal numbers; 1 % for second-order terms."""
+    """How far an entry of B A may be off where A and B were rounded to fp16: half a unit in the
+    last place of each, 2^-11 of it, or 2^-25 below the normal numbers; 1 % for second-order terms.
+    """
     a, b = adapter[a_name(site.path)].double().abs(), adapter[b_name(site.path)].double().abs()
     off_a, off_b = a * 2**-11 + 2**-25, b * 2**-11 + 2**-25
     return 1.01 * (off_b @ a + b @ off_a)
@@ -46,8 +49,8 @@ def test_one_device_at_one_rank_is_fedlora_in_product_space(lab, task, rank):
     theirs = lab("theirs", kinds=("agx",)).run(FedLora(rank=rank, **SHARED), rounds=1)
     for site in task.base.layout.sites:
         expected = product(theirs.adapter, site)
-        # both got the same fp16 reply, and a product of this rank loses nothing by an SVD but some 32 roundings of
-        # 2^-24 of the largest entry
+        # both got the same fp16 reply, and a product of this rank loses nothing by an SVD but some
+        # 32 roundings of 2^-24 of the largest entry
         allowed = 32 * 2**-24 * expected.norm()
         assert bool(((product(ours.adapter, site) - expected).abs() <= allowed).all()), site.path
         assert expected.abs().max() > 10 * allowed

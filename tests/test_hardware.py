@@ -31,7 +31,9 @@ fleets = st.builds(
 def roberta(
     fleet: Hardware, device: int, *, sparsity: float = 0.0, rank: int = 16, round: int = 0
 ) -> Timing:
-    """A round of RoBERTa-base without attention scores; LoRA in fp16 is all that travels and shrinks by 1 - s/2."""
+    """A round of RoBERTa-base without attention scores; LoRA in fp16 is all that travels and
+    shrinks by 1 - s/2.
+    """
     lora = rank * LORA_PARAMETERS_PER_RANK * (1 - sparsity / 2)
     flops = STEPS * BATCH * LENGTH * (4 * BLOCK_PARAMETERS * (1 - sparsity) + 6 * lora)
     size = whole(2 * lora)
@@ -55,11 +57,12 @@ def whole(number: float) -> int:
     [(0.0, 138, 60, 79), (0.3, 102, 44, 58), (0.5, 78, 34, 44)],
 )
 def test_reference_table(sparsity, makespan, mean, waiting):
-    # The reading that reproduces it: Monte-Carlo over fleets; one bandwidth per exchange, down and up; its mean (not its
-    # median) is the group's; neither head nor index lists travel. With a 590k head in fp16 it would be 143 to 145 / 62 /
-    # 81 dense and 83 to 85 / 37 / 48 at 0.5, independent draws down and up take 1 % off the makespans.
-    # Tolerance, fixed beforehand from the worst entry: rounding 0.5/44 = 1.1 %, plus 2.5 standard errors of the
-    # makespan (6 s / sqrt(400) = 0.3 s, 0.7 % of 44) = 1.8 %: 3 % in all. How the variance of the link is divided between
+    # The reading that reproduces it: Monte-Carlo over fleets; one bandwidth per exchange, down and
+    # up; its mean (not its median) is the group's; neither head nor index lists travel. With a 590k
+    # head in fp16 it would be 143 to 145 / 62 / 81 dense and 83 to 85 / 37 / 48 at 0.5, independent
+    # draws down and up take 1 % off the makespans. Tolerance, fixed beforehand from the worst
+    # entry: rounding 0.5/44 = 1.1 %, plus 2.5 standard errors of the makespan (6 s / sqrt(400) =
+    # 0.3 s, 0.7 % of 44) = 1.8 %: 3 % in all. How the variance of the link is divided between
     # rounds and exchanges makes no difference to it.
     kinds = tuple(fleet_mix(None, 80))
     totals = np.array(
@@ -95,8 +98,8 @@ def test_bandwidth_stays_in_its_bounds(fleet, round, ask):
 
 @pytest.mark.parametrize("jitter", [0.0, LINK_JITTER, LINK_SIGMA])
 def test_a_link_varies_about_its_mean_of_the_round(jitter):
-    # At 4 Mb/s no draw meets a bound. Of 4000 draws each the logarithm's deviation is known to 1 / sqrt(8000) = 1.1 %, of
-    # which four are allowed; without jitter it is 0 but for rounding.
+    # At 4 Mb/s no draw meets a bound. Of 4000 draws each the logarithm's deviation is known to 1 /
+    # sqrt(8000) = 1.1 %, of which four are allowed; without jitter it is 0 but for rounding.
     fleet = Hardware(seed=6, kinds=("tx2",) * 4, link_jitter=jitter)
     device = fleet.link_groups.index(3)
     within = [np.log(fleet.bandwidth_mbps(device, round=0, ask=a)) for a in range(4000)]
@@ -147,8 +150,9 @@ def test_modes_change_every_20_rounds_only():
 
 
 def test_group_means_and_compute_median():
-    # 4 Mb/s: the clip at 30 is 6.8 sigma away and the one at 1 is 4.5, so the mean is the group's; 4000 draws of
-    # relative deviation 0.307 leave 0.5 %, of which 4 are allowed; the median of exp(0.05 z) is 1 within 4 * 0.1 %
+    # 4 Mb/s: the clip at 30 is 6.8 sigma away and the one at 1 is 4.5, so the mean is the group's;
+    # 4000 draws of relative deviation 0.307 leave 0.5 %, of which 4 are allowed; the median of
+    # exp(0.05 z) is 1 within 4 * 0.1 %
     fleet = Hardware(seed=4, kinds=("tx2",) * 4)
     device = fleet.link_groups.index(3)
     assert np.mean(

@@ -1,4 +1,6 @@
-"""A task head that starts from class means: the means by hand, the classifier they give, and what it is worth."""
+"""A task head that starts from class means: the means by hand, the classifier they give, and what
+it is worth.
+"""
 
 import dataclasses
 
@@ -145,7 +147,9 @@ def test_a_class_that_nobody_has_is_as_likely_as_the_mid() -> None:
 
 
 def test_it_begins_where_a_random_head_does_not(mean_task, lab_of) -> None:
-    """Before anything is trained: a nearest-mean classifier on 300 rows beats chance, a third, beyond its noise."""
+    """Before anything is trained: a nearest-mean classifier on 300 rows beats chance, a third,
+    beyond its noise.
+    """
     found = {}
     for start in ("random", "class-means"):
         lab = lab_of(start)

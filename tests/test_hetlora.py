@@ -229,7 +229,8 @@ def test_each_device_is_pressed_by_its_own_tail_when_several_train_together(task
     ):
         assert first.rank == second.rank
         for name, tensor in first.adapter.items():
-            # AdamW divides a gradient by its own size: rounding of one near zero moves an entry by a learning rate
+            # AdamW divides a gradient by its own size: rounding of one near zero moves an entry by
+            # a learning rate
             difference = (tensor.float() - second.adapter[name].float()).abs()
             assert float(difference.mean()) < 1e-3 * TOY.learning_rate, name
 
@@ -241,7 +242,8 @@ def test_the_server_remembers_who_gave_up_rank(lab):
     )
     state = bench.run(method, rounds=5, around=listening(spies))
     ranks = {id: [order.rank for who, order in orders_of(spies) if who == id] for id in bench.ids}
-    # everybody starts at 8; a B of zeros cannot shrink, so the first round keeps it; then 6, 4 (3/4 of 6 is 4.5), 3
+    # everybody starts at 8; a B of zeros cannot shrink, so the first round keeps it; then 6, 4 (3/4
+    # of 6 is 4.5), 3
     assert ranks == {id: [8, 8, 6, 4, 3] for id in bench.ids}
     assert set(state.ranks.values()) == {2}
     assert all(

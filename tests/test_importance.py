@@ -1,4 +1,6 @@
-"""Importance of units: against a dense computation, its moving average, and what removing a unit really does."""
+"""Importance of units: against a dense computation, its moving average, and what removing a unit
+really does.
+"""
 
 import math
 from dataclasses import replace
@@ -173,7 +175,8 @@ def test_chance_is_uniform_over_what_is_kept_and_repeats(task):
 
 
 def test_the_gradient_estimate_is_that_of_autograd():
-    # dL/dB = s G A^T and dL/dA = s B^T G with G = dL/dW, so gB A + B gA = s (G A^T A + B B^T G): against torch's own G.
+    # dL/dB = s G A^T and dL/dA = s B^T G with G = dL/dW, so gB A + B gA = s (G A^T A + B B^T G):
+    # against torch's own G.
     rng = np.random.default_rng(1)
     weight, a, b, x = (
         torch.from_numpy(rng.standard_normal(shape)) for shape in ((5, 7), (2, 7), (5, 2), (11, 7))
@@ -199,7 +202,8 @@ def test_scoring_needs_gradients(task):
 def test_the_average_has_no_bias_of_its_start():
     first = scores([[3.0, 5.0]])
     assert smooth(None, first, 0.9) is first and first.updates == 1
-    # by hand: Adam's 0.9 * (0.1 * 1) + 0.1 * 2 = 0.29, divided by 1 - 0.81, where an uncorrected average has 1.1
+    # by hand: Adam's 0.9 * (0.1 * 1) + 0.1 * 2 = 0.29, divided by 1 - 0.81, where an uncorrected
+    # average has 1.1
     second = smooth(scores([[1.0, 2.0]], [[10.0]]), scores([[2.0, 4.0]], [[20.0]]), 0.9)
     assert second.heads.tolist() == [[pytest.approx(0.29 / 0.19), pytest.approx(0.58 / 0.19)]]
     assert second.channels.tolist() == [[pytest.approx(2.9 / 0.19)]]
@@ -278,7 +282,8 @@ def test_a_tally_is_a_moving_average_in_which_gone_counts_as_nothing():
 
 
 def test_no_round_of_a_tally_weighs_more_than_a_later_one():
-    # by hand: after nine rounds the first weighs 0.9^8 (1 - 0.9) / (1 - 0.9^9) = 0.0703, and not 0.9^8 = 0.43
+    # by hand: after nine rounds the first weighs 0.9^8 (1 - 0.9) / (1 - 0.9^9) = 0.0703, and not
+    # 0.9^8 = 0.43
     found = None
     for vote in [1.0] + [0.0] * 8:
         found = tally(found, [scores([[vote]])])
@@ -287,9 +292,9 @@ def test_no_round_of_a_tally_weighs_more_than_a_later_one():
 
 
 def test_importance_foretells_what_removal_costs(task):
-    # The specification's check on a synthetic network found a rank correlation of 0.82. Here: two layers of 64
-    # channels; unrelated rankings would correlate by 0 with a standard error of 1/sqrt(2 * 63) = 0.089 in the mean
-    # over layers, so four of them (0.36) are no luck.
+    # The specification's check on a synthetic network found a rank correlation of 0.82. Here: two
+    # layers of 64 channels; unrelated rankings would correlate by 0 with a standard error of
+    # 1/sqrt(2 * 63) = 0.089 in the mean over layers, so four of them (0.36) are no luck.
     rng = np.random.default_rng(2)
     layout = task.base.layout
     model = Model(
@@ -350,6 +355,7 @@ def test_scores_follow_training_without_changing_it(task):
 
 
 def test_scores_are_read_before_clipping(task):
-    # only the first step is scored, so all that the clip could change is the gradient that the scores are read off
+    # only the first step is scored, so all that the clip could change is the gradient that the
+    # scores are read off
     tight, loose = (traced(task, scoring=Scoring(every=99), clip=clip) for clip in (1e-6, 1e6))
     assert torch.equal(tight.scores.channels, loose.scores.channels)

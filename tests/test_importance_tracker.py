@@ -20,7 +20,9 @@ ROWS = np.arange(12)
 
 
 def model_of(base, *, cut):
-    """A model with a random adapter and head, whole or without a head and two channels of its second layer."""
+    """A model with a random adapter and head, whole or without a head and two channels of its
+    second layer.
+    """
     rng, structure = np.random.default_rng(0), full(base.layout)
     if cut:
         structure.heads[1, 0] = False
@@ -46,7 +48,9 @@ def tracked_scores(task, model, of):
 
 
 def units_of(layout, structure):
-    """Every reader with the columns, among those kept, of each of its units: site, layer, unit, columns."""
+    """Every reader with the columns, among those kept, of each of its units: site, layer, unit,
+    columns.
+    """
     for site in layout.sites:
         if site.column_units:
             owners = kept_columns(site, structure) // site.per_unit

@@ -1,4 +1,6 @@
-"""Language modelling: texts have an end that is learnt, each token counts once, and nothing to predict is no error."""
+"""Language modelling: texts have an end that is learnt, each token counts once, and nothing to
+predict is no error.
+"""
 
 import dataclasses
 import math

@@ -14,7 +14,8 @@ from fedspine.methods import all_methods
 
 SOURCE = Path(fedspine.__file__).parent
 
-# what each package imports from fedspine, no more and no less; a package is a folder, or a file beside them
+# what each package imports from fedspine, no more and no less; a package is a folder, or a file
+# beside them
 ARROWS = {
     "core": set(),
     "control": {"core"},

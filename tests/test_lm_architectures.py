@@ -1,4 +1,6 @@
-"""Every architecture with a unit map: its prunable layout is that of the real module, and slicing equals zeroing."""
+"""Every architecture with a unit map: its prunable layout is that of the real module, and slicing
+equals zeroing.
+"""
 
 import pytest
 import torch
@@ -26,7 +28,9 @@ def spread(tensor, index, dim, units):
 
 
 def zeroed(base, model):
-    """The full-size model whose dropped rows and columns are zero, in the base weights and in the adapter."""
+    """The full-size model whose dropped rows and columns are zero, in the base weights and in the
+    adapter.
+    """
     adapter = {}
     for site in base.layout.sites:
         rows, columns = kept_rows(site, model.structure), kept_columns(site, model.structure)

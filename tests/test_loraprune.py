@@ -1,4 +1,6 @@
-"""LoRAPrune with FedLoRA: FedLoRA without pruning, FedSpine without choices, and one schedule for every device."""
+"""LoRAPrune with FedLoRA: FedLoRA without pruning, FedSpine without choices, and one schedule for
+every device.
+"""
 
 import dataclasses
 import math

@@ -1,4 +1,6 @@
-"""Magnitude pruning with FedLoRA: FedLoRA without pruning, FedSpine's control, and weights that decide who goes."""
+"""Magnitude pruning with FedLoRA: FedLoRA without pruning, FedSpine's control, and weights that
+decide who goes.
+"""
 
 import dataclasses
 
@@ -44,7 +46,8 @@ def test_it_is_fedspine_by_magnitude_on_the_cubic_at_one_rank(lab):
 
 
 def test_the_smallest_units_go(lab, task):
-    # with a learning rate next to nothing all devices keep the base's weights, whose sizes anyone can look up
+    # with a learning rate next to nothing all devices keep the base's weights, whose sizes anyone
+    # can look up
     method = dataclasses.replace(TOY, learning_rate=1e-9)
     bench = lab()
     state = bench.run(method)

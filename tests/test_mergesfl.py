@@ -1,4 +1,6 @@
-"""MergeSFL as a whole: what it must equal, what its control does with devices and labels, and what it refuses."""
+"""MergeSFL as a whole: what it must equal, what its control does with devices and labels, and what
+it refuses.
+"""
 
 import dataclasses
 import math
@@ -49,7 +51,9 @@ EPS = 2.0**-24  # half a unit in the last place of fp32, relative
 
 
 def run(bench, method, rounds=1):
-    """The state after some rounds, and all orders of batches by round: what each device was told to take."""
+    """The state after some rounds, and all orders of batches by round: what each device was told to
+    take.
+    """
     spies = []
     state = bench.run(
         method, rounds=rounds, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1]
@@ -111,11 +115,13 @@ def _padded(name, tensor, width):
 
 
 def assert_same_step(found, expected, start, *, off=2e-5):
-    """Both moved the weights alike, but for rounding: sums of some 64 to 1000 products, one after another in 2 blocks.
+    """Both moved the weights alike, but for rounding: sums of some 64 to 1000 products, one after
+    another in 2 blocks.
 
-    A sum of n terms is off by sqrt(n) roundings of 2^-24 at most times the terms' size, here 32 of them, and the chain
-    from the loss to the first block has some ten such sums: 2e-5 of the largest entry. The weights themselves are
-    rounded 8 times: by both updates, and in an average of five by a product, four additions and a division.
+    A sum of n terms is off by sqrt(n) roundings of 2^-24 at most times the terms' size, here 32 of
+    them, and the chain from the loss to the first block has some ten such sums: 2e-5 of the largest
+    entry. The weights themselves are rounded 8 times: by both updates, and in an average of five by
+    a product, four additions and a division.
     """
     after, before = {**found.adapter, **found.head}, {**start.adapter, **start.head}
     moved = 0
@@ -163,7 +169,9 @@ def test_with_one_device_it_is_unsplit_sgd(lab):
 
 @pytest.mark.parametrize("cut", [1, 2])
 def test_with_labels_that_stay_it_is_the_same_step(lab, cut):
-    """The head's gradient is averaged by batches, so the U-shape makes the same step as long as all start alike."""
+    """The head's gradient is averaged by batches, so the U-shape makes the same step as long as all
+    start alike.
+    """
     bench, method = lab(), dataclasses.replace(PLAIN, labels_stay=True, cut=cut)
     start = started(method, bench)
     spies = []
@@ -193,7 +201,9 @@ def lm_lab(decoder, tmp_path):
 
 @pytest.mark.parametrize("labels_stay", [False, True])
 def test_language_models_count_tokens(lm_lab, labels_stay):
-    """Dispatch and averages go by labels counted, so that unequal texts still make one centralised step."""
+    """Dispatch and averages go by labels counted, so that unequal texts still make one centralised
+    step.
+    """
     bench = lm_lab
     method = dataclasses.replace(PLAIN, learning_rate=0.1, labels_stay=labels_stay)
     method.check(bench.task)
@@ -208,7 +218,9 @@ def test_language_models_count_tokens(lm_lab, labels_stay):
 
 
 def test_linear_rates_with_uniform_weights_go_the_same_way(lab):
-    """Section 5 (b): eta d_i / D with plain averages is the centralised step of the client model, shorter by Q / (D m)."""
+    """Section 5 (b): eta d_i / D with plain averages is the centralised step of the client model,
+    shorter by Q / (D m).
+    """
     plain = lab("plain")
     first = plain.run(PLAIN, rounds=1)  # after which speeds are known, and B factors are not zero
     split_model = split_model_of(plain.task.base, 1, rank=4)
@@ -350,7 +362,9 @@ def waiting_shares(bench, method, rounds):
 
 
 def test_devices_wait_less_where_batches_follow_the_round(lab):
-    """A plan by the rounds before knows nothing in the first, and later nothing of the round's links."""
+    """A plan by the rounds before knows nothing in the first, and later nothing of the round's
+    links.
+    """
     method = dataclasses.replace(
         MergeSflPlus.toy(), batch=36, steps=16, precision="fp32", budget_rows=400
     )
@@ -388,7 +402,9 @@ def sizes_of(orders):
     ("steps", "within", "first"), [(8, True, 4), (7, True, 16), (8, False, 16)]
 )
 def test_a_long_round_begins_with_a_part_of_its_batches(lab, steps, within, first):
-    """By them the round's links become known, for which few rows do; the next batches are halves, then whole ones."""
+    """By them the round's links become known, for which few rows do; the next batches are halves,
+    then whole ones.
+    """
     method = dataclasses.replace(
         MergeSflPlus.toy(),
         steps=steps,
@@ -407,7 +423,9 @@ def test_a_long_round_begins_with_a_part_of_its_batches(lab, steps, within, firs
     ("labels_stay", "fill_tokens"), [(False, False), (True, False), (False, True)]
 )
 def test_batches_that_change_still_make_the_merged_steps(lab, labels_stay, fill_tokens):
-    """Three iterations by hand: one graph through all models, Q/d on gradients, sums of rows as weights."""
+    """Three iterations by hand: one graph through all models, Q/d on gradients, sums of rows as
+    weights.
+    """
     bench = lab("x")
     method = dataclasses.replace(
         PLAIN, steps=3, batch=32, labels_stay=labels_stay, fill_tokens=fill_tokens
@@ -529,7 +547,9 @@ def test_a_device_that_is_lost_while_the_others_go_on_is_not_waited_for(lab, los
 
 
 def by_hand(split_model, start, inputs, joined, steps, labels_stay=False, rate=0.3):
-    """The model after so many merged steps of these devices' batches, each from the iteration on in which it joined."""
+    """The model after so many merged steps of these devices' batches, each from the iteration on in
+    which it joined.
+    """
     client_model, server_model = (leaves(part) for part in split_model.parts(start))
     ends = (
         {id: leaves({name: server_model[name] for name in split_model.ends}) for id in inputs}
@@ -597,7 +617,9 @@ def batches_of(bench, id, sizes, asks):
 
 
 def test_texts_take_as_many_tokens_as_they_are_told_and_devices_wait_less(lab):
-    """Few rows of unequal length take now more time, now less; filled to a number of tokens they take the same."""
+    """Few rows of unequal length take now more time, now less; filled to a number of tokens they
+    take the same.
+    """
     method = dataclasses.replace(
         MergeSflPlus.toy(), steps=16, batch=12, precision="fp32", join_late=False
     )
@@ -819,7 +841,9 @@ def test_what_cannot_work_is_refused_before_the_first_round(task, changed, match
 
 
 def test_what_is_deployed_is_the_mean_of_all_rounds_models(lab):
-    """Against weights worked out by hand: after t rounds the newest counts 4 / (t + 3) (Shamir and Zhang 2013, eta = 3)."""
+    """Against weights worked out by hand: after t rounds the newest counts 4 / (t + 3) (Shamir and
+    Zhang 2013, eta = 3).
+    """
     counts = [[1], [0.2, 0.8], [0.2 / 3, 0.8 / 3, 2 / 3]]
     bench, models = lab("averaged"), []
     method, alone = MergeSflPlus.toy(), dataclasses.replace(MergeSflPlus.toy(), average=False)

@@ -1,4 +1,6 @@
-"""Nets in halves: sizes of the papers, cuts that change nothing, what dropout and batch norm draw and keep."""
+"""Nets in halves: sizes of the papers, cuts that change nothing, what dropout and batch norm draw
+and keep.
+"""
 
 from dataclasses import replace
 
@@ -65,7 +67,8 @@ def conv(inputs, outputs, kernel=9):
     return linear(inputs * kernel, outputs)
 
 
-# section 4 of the reconstruction: feature shapes, and the weights counted layer by layer; 4 numbers a channel of a norm
+# section 4 of the reconstruction: feature shapes, and the weights counted layer by layer; 4 numbers
+# a channel of a norm
 PAPER = {
     "cnn-h": ((9, 128), 6, (32, 32, 2), conv(1, 12) + conv(12, 32), conv(32, 64) + linear(4096, 1024) + linear(1024, 6)),
     "cnn-s": (
@@ -136,7 +139,9 @@ def test_a_cut_anywhere_computes_the_whole(name):
     [("cnn-h", "block3."), ("cnn-s", "block4."), ("alexnet-small", None), ("vgg-small", "block5.")],
 )
 def test_a_first_block_of_the_top_that_makes_features_learns_as_they_do(name, entry):
-    """With logit adjustment, convolutions learn from the adjusted loss and what is fully connected from the plain one."""
+    """With logit adjustment, convolutions learn from the adjusted loss and what is fully connected
+    from the plain one.
+    """
     net = Net(name, SMALL[name], 3)
     split_model, batch = split_model_of(net, net.default_cut), batch_for(net)
     assert (
@@ -251,14 +256,16 @@ def test_statistics_move_in_place_and_only_in_training():
 
 def test_costs_are_those_counted_by_hand():
     split_model = split_model_of(Net("cnn-h", (9, 128), 6), 2)
-    # 2 operations a product: forward and weights' gradient, and the gradient of what came in, but of the data itself
+    # 2 operations a product: forward and weights' gradient, and the gradient of what came in, but
+    # of the data itself
     first, second = 128 * 9 * 12 * 9, 64 * 4 * 32 * 12 * 9
     assert split_model.flops("client", 3, 1) == 3 * (4 * first + 6 * second)
     third, linears = 32 * 2 * 64 * 32 * 9, 4096 * 1024 + 1024 * 6
     assert split_model.flops("server", 1, 1) == 6 * (third + linears)
     assert (split_model.launches("client"), split_model.launches("server")) == (2, 3)
     per_row = split_model.memory_bytes("client", 2, 1) - split_model.memory_bytes("client", 1, 1)
-    # the row, its picture, and after each of both convolutions, relus and poolings; fp32, with gradients
+    # the row, its picture, and after each of both convolutions, relus and poolings; fp32, with
+    # gradients
     numbers = 2 * 1152 + 2 * 12 * 1152 + 12 * 64 * 4 + 2 * 32 * 64 * 4 + 32 * 32 * 2
     assert per_row == 8 * numbers
 

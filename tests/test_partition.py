@@ -106,7 +106,8 @@ def test_label_skew_grows_as_alpha_falls():
     ]  # fmt: skip
     assert all(before > after for before, after in pairwise(entropy))
     assert entropy[0] > 0.95 * np.log(8)  # alpha 100: next to the uniform ln 8 = 2.08
-    # alpha 0.1: the mean entropy of a Dirichlet(0.1) over 8 classes is digamma(1.8) - digamma(1.1) = 0.71
+    # alpha 0.1: the mean entropy of a Dirichlet(0.1) over 8 classes is digamma(1.8) - digamma(1.1)
+    # = 0.71
     assert entropy[2] < 0.5 * np.log(8)
 
 

@@ -1,4 +1,6 @@
-"""What a classifier reads: the mean of the tokens or the model's own head, as the model was made for."""
+"""What a classifier reads: the mean of the tokens or the model's own head, as the model was made
+for.
+"""
 
 import json
 import shutil
@@ -102,7 +104,9 @@ def test_the_head_is_one_linear_layer_over_the_mean_of_the_true_tokens(
 
 
 def test_a_stock_token_classifier_has_the_same_logits(tiny_folder) -> None:
-    """The mean of token logits is the linear layer of the mean token: what makes exports stock models."""
+    """The mean of token logits is the linear layer of the mean token: what makes exports stock
+    models.
+    """
     folder = str(tiny_folder("bert"))
     base, _ = load(folder, kind="classification", classes=CLASSES, pooling="mean")
     stock = AutoModelForTokenClassification.from_pretrained(

@@ -1,4 +1,6 @@
-"""Which precision a run takes: measured on this processor, resolved into the recipe, kept on a resume."""
+"""Which precision a run takes: measured on this processor, resolved into the recipe, kept on a
+resume.
+"""
 
 import pytest
 import torch
@@ -54,7 +56,9 @@ def test_the_measurement_is_of_this_processor_and_leaves_the_threads_alone() -> 
 def test_a_run_writes_what_it_chose_and_goes_on_with_it(
     speed, tiny_folder, tmp_path, monkeypatch
 ) -> None:
-    """Begun where fp32 is faster, killed after a round, gone on with where bf16 is: fp32 to the end."""
+    """Begun where fp32 is faster, killed after a round, gone on with where bf16 is: fp32 to the
+    end.
+    """
     from fedspine.runs.loop import Stopped, new_run, resume
     from fedspine.ui.progress import Silent
 

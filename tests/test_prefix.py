@@ -1,4 +1,6 @@
-"""Activations below the lowest adapter: kept or not, the same bytes; read instead of computed, the same training."""
+"""Activations below the lowest adapter: kept or not, the same bytes; read instead of computed, the
+same training.
+"""
 
 import dataclasses
 import errno
@@ -182,7 +184,9 @@ def test_depth_adapts_the_last_blocks_only(lab):
 def test_models_on_one_frozen_prefix_are_scored_with_one_pass_through_it(
     tiny_folder, tmp_path, passes, architecture, depth
 ):
-    """The same scores to the last bit, and the blocks below the adapters computed for the first model only."""
+    """The same scores to the last bit, and the blocks below the adapters computed for the first
+    model only.
+    """
     base, tokenizer = load(str(tiny_folder(architecture)), kind="classification", classes=3)
     data = toy_task(base, tokenizer, rounds=1).test
     models = [top_model(base, depth), top_model(base, depth)]

@@ -1,4 +1,6 @@
-"""Start-up kits: what is in them, what they allow, and that a kit which was not provisioned is let in nowhere."""
+"""Start-up kits: what is in them, what they allow, and that a kit which was not provisioned is let
+in nowhere.
+"""
 
 import json
 import shutil
@@ -199,7 +201,9 @@ def test_a_site_whose_file_does_not_fit_is_not_started(made, tmp_path):
 
 @pytest.fixture
 def listener(made, tmp_path):
-    """A function that serves TLS with a server's kit, clients' certificates demanded; returns the port."""
+    """A function that serves TLS with a server's kit, clients' certificates demanded; returns the
+    port.
+    """
     with socket.socket() as open_socket:
         open_socket.bind(("127.0.0.1", 0))
         open_socket.listen()
@@ -277,7 +281,9 @@ def test_the_same_kit_is_not_started_twice(made):
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """A function that runs a command of `fedspine fleet` in this process, which is refused: its one line."""
+    """A function that runs a command of `fedspine fleet` in this process, which is refused: its one
+    line.
+    """
 
     def run(*arguments):
         code, out, lines = in_process(monkeypatch, capsys, "fleet", *arguments)

@@ -149,7 +149,8 @@ def test_with_everything_off_it_is_fedavg(bench):
     other = bench("b").run(FedAvg(**common), rounds=1).model.weights
     start = bench("c").run(FedAvg(**common), rounds=0).model.weights
     for name, tensor in bench("a").run(method, rounds=1).model.weights.items():
-        # the mean of changes added to what was, instead of the mean: two roundings of numbers below 2
+        # the mean of changes added to what was, instead of the mean: two roundings of numbers below
+        # 2
         assert torch.allclose(tensor, other[name], rtol=0, atol=4 * 2**-23)
         assert (tensor - start[name]).abs().max() > 1e-5  # far more than a rounding
 

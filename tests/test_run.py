@@ -15,7 +15,9 @@ from fedspine.runs import loop
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """A function that runs a command in this process: its exit code, stdout, and the lines of stderr."""
+    """A function that runs a command in this process: its exit code, stdout, and the lines of
+    stderr.
+    """
     return functools.partial(in_process, monkeypatch, capsys)
 
 
@@ -63,7 +65,9 @@ def test_all_devices_lost_before_the_first_round_ends(job, command, tmp_path) ->
 
 
 def test_all_devices_lost_later(job, command, tmp_path, monkeypatch) -> None:
-    """The state is saved, and once the devices are back the run ends as if they had never been lost."""
+    """The state is saved, and once the devices are back the run ends as if they had never been
+    lost.
+    """
     command("run", *job(), "--out", tmp_path / "whole", "--json")
     folder = tmp_path / "run"
 
@@ -148,7 +152,9 @@ def test_memory_does_not_grow_with_the_number_of_devices(tiny_folder, tmp_path) 
 
 
 def test_a_run_of_limited_time_begins_no_round_after_it(job, command, tmp_path) -> None:
-    """Two rounds where the second one begins in time, and one where the limit is what the first one took."""
+    """Two rounds where the second one begins in time, and one where the limit is what the first one
+    took.
+    """
     command("run", *job(run__rounds=4), "--out", tmp_path / "whole", "--json")
     first, second, *_ = (
         row["now"] for row in records_of(tmp_path / "whole") if row["row"] == "round"

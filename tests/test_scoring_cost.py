@@ -1,4 +1,6 @@
-"""What scoring units costs: by hand from shapes, against the products that run, and charged to nobody who does not score."""
+"""What scoring units costs: by hand from shapes, against the products that run, and charged to
+nobody who does not score.
+"""
 
 import dataclasses
 

@@ -1,4 +1,6 @@
-"""What a server makes of replies, by hand from scripted ones: whose rows count how much, against what a change is taken."""
+"""What a server makes of replies, by hand from scripted ones: whose rows count how much, against
+what a change is taken.
+"""
 
 from dataclasses import replace
 
@@ -114,7 +116,9 @@ def spine():
 
 
 def test_changes_are_against_what_was_sent_and_weighed_by_rows(task):
-    """An entry of a dense change moves by the mean over rows of B'A' - BA, with the BA that the device was sent."""
+    """An entry of a dense change moves by the mean over rows of B'A' - BA, with the BA that the
+    device was sent.
+    """
     method = spine()
     state, fleet = trained(method, task), Told(task.base, reply)
     after = method.round(state, fleet)
@@ -150,7 +154,9 @@ def test_a_contribution_is_against_the_order_cut_to_what_the_device_kept(task):
 
 
 def test_a_late_head_counts_as_its_change_on_todays_head(task):
-    """It was trained from the head of an earlier round, to which its device does not bring the server back."""
+    """It was trained from the head of an earlier round, to which its device does not bring the
+    server back.
+    """
     method = replace(METHODS["fedspine-plus"].toy(), head_start="random", quorum=0.5, **FIXED)
     first = trained(spine(), task)
     order = method._order(first, "three", Plan(sparsity=0.0, rank=8, action=None, progress=0.0))
@@ -161,5 +167,6 @@ def test_a_late_head_counts_as_its_change_on_todays_head(task):
     after = method.round(PlusState(spine=today, pending=late), fleet)
     assert not after.pending
     for name, tensor in today.head.items():
-        # both changes on today's head; the late head as it came would be 2 lower in three of four rows
+        # both changes on today's head; the late head as it came would be 2 lower in three of four
+        # rows
         assert torch.allclose(after.spine.head[name], tensor + MEAN, rtol=0, atol=OFF)

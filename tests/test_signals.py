@@ -1,4 +1,6 @@
-"""Ctrl-C, SIGTERM and those who ignore Ctrl-C: whole runs are in kill_driver.py, here is also what handles the signals."""
+"""Ctrl-C, SIGTERM and those who ignore Ctrl-C: whole runs are in kill_driver.py, here is also what
+handles the signals.
+"""
 
 import os
 import signal
@@ -20,7 +22,9 @@ from fedspine.core.process import Terminated, ends_on_sigterm, ends_when_told
     ("blow", "workers"), [("TERM", 1), ("TERM", 2), ("TERM to all", 1), ("TERM to all", 2)]
 )
 def test_a_run_that_is_told_to_end(job, blow, workers) -> None:  # noqa: F811
-    """One line, exit code 143, no worker is left, and the run goes on to the end that it would have had."""
+    """One line, exit code 143, no worker is left, and the run goes on to the end that it would have
+    had.
+    """
     carry_out, whole = job
     struck = {"seconds": 0.1, "signal": blow, "slow": 0.1}
     (plan,) = carry_out(f"told-{blow}-{workers}", struck, ENOUGH, run__workers=workers)
@@ -60,7 +64,9 @@ def test_sigterm_interrupts_within_the_block_only():
 
 
 def test_two_that_come_together_are_one(monkeypatch):
-    """As `timeout` sends them; a later one does interrupt again, in case that the first was swallowed."""
+    """As `timeout` sends them; a later one does interrupt again, in case that the first was
+    swallowed.
+    """
     now = [100.0]
     monkeypatch.setattr(process.time, "monotonic", lambda: now[0])
     with ends_on_sigterm():

@@ -1,4 +1,6 @@
-"""A site's file and its rows: classes numbered as everywhere else, and every refusal in one line that tells nothing."""
+"""A site's file and its rows: classes numbered as everywhere else, and every refusal in one line
+that tells nothing.
+"""
 
 import dataclasses
 import json

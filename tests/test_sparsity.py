@@ -112,15 +112,19 @@ def test_kept_channels_are_a_multiple_where_that_is_cheap(shape, target):
     ("shape", "target", "expected"),
     [
         (MINILM, 0.5, (6, 768)),
-        # floor(3.6) heads; 0.3 * 1769472 - 3 * 49152 = 383386 = 499.2 channels; 1036.8 kept -> 1040 = 130 * 8
+        # floor(3.6) heads; 0.3 * 1769472 - 3 * 49152 = 383386 = 499.2 channels; 1036.8 kept -> 1040
+        # = 130 * 8
         (MINILM, 0.3, (3, 496)),
-        # two heads are kept; 0.9 * 1769472 - 10 * 49152 = 1433.6 channels, so 102.4 -> 104 kept, below the quarter
+        # two heads are kept; 0.9 * 1769472 - 10 * 49152 = 1433.6 channels, so 102.4 -> 104 kept,
+        # below the quarter
         (MINILM, 0.9, (10, 1432)),
-        # 10 heads and 1535 channels are 0.944; one head more, then 0.96 * 1769472 - 11 * 49152 = 1507.8; 28.2 -> 32 kept
+        # 10 heads and 1535 channels are 0.944; one head more, then 0.96 * 1769472 - 11 * 49152 =
+        # 1507.8; 28.2 -> 32 kept
         (MINILM, 0.96, (11, 1504)),
         # no head goes, as two are kept; 0.5 * 14909440 / 2688 = 2773.4; 2090.6 -> 2088 kept
         (QWEN2, 0.5, (0, 2776)),
-        # all channels but one are 0.877: a head must go; (0.9 * 14909440 - 917504) / 2688 = 4650.7; 213.3 -> 216 kept
+        # all channels but one are 0.877: a head must go; (0.9 * 14909440 - 917504) / 2688 = 4650.7;
+        # 213.3 -> 216 kept
         (QWEN2, 0.9, (1, 4648)),
         (MINILM, 0.0, (0, 0)),
     ],
@@ -150,7 +154,8 @@ def test_targets_between_two_counts_of_heavy_heads_are_refused():
 
 
 def test_cubic_floor_by_hand():
-    # 100 rounds: starts at 5, ends at 70; at round 18, x = 0.2 and 0.8 * 0.5 * (1 - 0.8**3) = 0.1952
+    # 100 rounds: starts at 5, ends at 70; at round 18, x = 0.2 and 0.8 * 0.5 * (1 - 0.8**3) =
+    # 0.1952
     expected = {0: 0.0, 4: 0.0, 5: 0.0, 18: 0.1952, 69: 0.4 * (1 - (1 / 65) ** 3), 70: 0.5, 99: 0.5}
     assert {r: cubic_floor(r, 100, 0.5) for r in expected} == pytest.approx(expected)
     assert cubic_floor(0, 1, 0.5) == 0.0

@@ -1,4 +1,6 @@
-"""Split learning's parts: what crosses the wire, halves that make up the whole, the server's steps, a round's course."""
+"""Split learning's parts: what crosses the wire, halves that make up the whole, the server's steps,
+a round's course.
+"""
 
 import dataclasses
 import math
@@ -71,7 +73,9 @@ def text(rows=5, tokens=7, width=4, seed=0, spread=1.0):
     seed=st.integers(0, 9),
 )
 def test_batches_of_rows_and_of_tokens_take_every_row_of_a_pass_once(lengths, sizes, seed):
-    """What was drawn and what is in line still are the passes so far, whatever the batches; tokens are never exceeded."""
+    """What was drawn and what is in line still are the passes so far, whatever the batches; tokens
+    are never exceeded.
+    """
     lengths, used, taken, left = np.array(lengths), [], 0, np.empty(0, np.int64)
     for size in sizes:
         batch = drawn(lengths, size, seed, taken, left)
@@ -123,8 +127,8 @@ def test_features_come_back_as_precisely_as_they_are_sent(spread):
     assert torch.equal(unwired(wired(features, "fp32")).values, features.values)
     found = unwired(wired(features, "fp16"))
     assert torch.equal(found.mask, features.mask)
-    # fp16 keeps 11 bits of normal numbers; the largest is brought to 2^14 or more, so those below 2^-14 of 1 are
-    # 2^-28 of the largest, and are off by half a step of 2^-24 of 1
+    # fp16 keeps 11 bits of normal numbers; the largest is brought to 2^14 or more, so those below
+    # 2^-14 of 1 are 2^-28 of the largest, and are off by half a step of 2^-24 of 1
     off = (found.values - features.values).abs()
     assert bool(
         (off <= features.values.abs() * 2**-11 + features.values.abs().max() * 2**-39).all()
@@ -168,7 +172,8 @@ def test_labels_take_two_bytes_where_they_fit():
 
 
 def test_bytes_of_the_spec_for_alexnet():
-    # section 4 and 16: 16 KB of features a sample and an 8.6 MB client model; 42 steps of 64 rows are 84 MB, both ways
+    # section 4 and 16: 16 KB of features a sample and an 8.6 MB client model; 42 steps of 64 rows
+    # are 84 MB, both ways
     net = Net("alexnet", (3, 32, 32), 10)
     split_model = split_model_of(net, net.default_cut)
     assert split_model.feature_shape(1) == (256, 4, 4)
@@ -229,7 +234,8 @@ def test_the_two_halves_are_the_model(tmp_path, kind, model_type):
         module = base.fit(split_model.join(whole, {}))
         loss = losses_of(module, inputs, 1).sum()
         loss.backward()
-        # the same sums in the same order, but for the mean, whose 6 terms or some 60 are added up otherwise
+        # the same sums in the same order, but for the mean, whose 6 terms or some 60 are added up
+        # otherwise
         torch.testing.assert_close(losses.mean, loss, rtol=64 * EPS, atol=0)
         for name, leaf in {**leaves[0], **leaves[1]}.items():
             scale = whole[name].grad.abs().max()
@@ -324,7 +330,9 @@ def test_dispatch_rescales_the_slices_of_one_gradient(task):
 def test_shifts_change_what_features_and_the_first_block_of_the_top_learn_and_nothing_else(
     task, kind
 ):
-    """Both get what autograd makes of the adjusted loss; the rest of the server model learns as without."""
+    """Both get what autograd makes of the adjusted loss; the rest of the server model learns as
+    without.
+    """
     split_model, _, (client_model, server_model) = split_model_and_weights(task.base, 1)
     parts = parts_of(task, split_model, client_model)
     classes = len(task.label_names)
@@ -359,7 +367,8 @@ def test_shifts_change_what_features_and_the_first_block_of_the_top_learn_and_no
         split_model.server_forward(
             leaves, entered, part.labels, seed=None, adjustments=rows
         ).adjusted.mean().backward()
-        # merged batches are padded further and summed in another order: as in the test of padding, and back again
+        # merged batches are padded further and summed in another order: as in the test of padding,
+        # and back again
         allowed = 2 * 64 * 20 * EPS * values.grad.abs().max()
         assert bool((found.gradients[part.device].values - values.grad).abs().max() <= allowed)
         assert not torch.allclose(
@@ -692,7 +701,8 @@ def test_the_ledger_is_what_one_computes_by_hand(lab, precision, number):
     id = bench.ids[0]
     run_round(spy, {id: order}, steps, Merged(split_model, server_model, SGD), seed=0)
 
-    # per block: query, key, value and output of 32 x 32, up and down of 32 x 64, each with A and B of rank 4
+    # per block: query, key, value and output of 32 x 32, up and down of 32 x 64, each with A and B
+    # of rank 4
     adapter = 4 * (4 * (32 + 32) + 2 * (32 + 64)) * number
     seed = int(np.random.default_rng((0, 0, 0)).integers(2**31))
     data = bench.task.train.take(bench.shares[0])
@@ -710,7 +720,9 @@ def test_the_ledger_is_what_one_computes_by_hand(lab, precision, number):
 
 
 def test_gradients_of_a_device_are_for_the_batch_it_sent(lab, task):
-    """The last exchange moves the client model by the rate times the gradient of what was sent before."""
+    """The last exchange moves the client model by the rate times the gradient of what was sent
+    before.
+    """
     split_model = split_model_of(task.base, 1, rank=4)
     client_model, _ = split_model.start(np.random.default_rng(0))
     data = task.train.take(np.arange(20))

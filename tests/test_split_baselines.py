@@ -1,4 +1,6 @@
-"""SplitFed, LocFedMix-SL, AdaSFL and SplitLoRA: what they must reduce to, and what each has that the others have not."""
+"""SplitFed, LocFedMix-SL, AdaSFL and SplitLoRA: what they must reduce to, and what each has that
+the others have not.
+"""
 
 import dataclasses
 import math
@@ -45,7 +47,8 @@ SGD = Optimising(kind="sgd", learning_rate=0.3)
 BASELINES = (SplitFedV1, SplitFedV2, LocFedMix, AdaSfl, SplitLora)
 FOR_NETS = (SplitFedV1, SplitFedV2, LocFedMix, AdaSfl)
 EPS = 2.0**-24  # half a unit in the last place of fp32, relative
-# sums of some 64 products, one after another in a few layers, in another order: a few tens of roundings
+# sums of some 64 products, one after another in a few layers, in another order: a few tens of
+# roundings
 OFF = 64 * EPS
 
 
@@ -85,7 +88,9 @@ def server_parts(task, split_model, client_model, sizes=(4, 4, 4)):
 
 @pytest.fixture
 def split_model(task):
-    """The tiny BERT after block 1, with an adapter that does something: halves, client model and server model."""
+    """The tiny BERT after block 1, with an adapter that does something: halves, client model and
+    server model.
+    """
     made = split_model_of(task.base, 1, rank=3)
     return made, *made.parts(model_on(task.base))
 
@@ -207,7 +212,8 @@ def test_mixup_teaches_the_top_alone(task, split_model):
 def test_the_mixed_loss_by_hand(task, split_model):
     made, client_model, server_model = split_model
     parts = server_parts(task, made, client_model, sizes=(4, 6))
-    # Beta(a, a) of a large a is 1/2, and of two devices each is the other's partner: both mixtures are the mean
+    # Beta(a, a) of a large a is 1/2, and of two devices each is the other's partner: both mixtures
+    # are the mean
     loss = mixup(made, {"d0": 1.0, "d1": 3.0}, 1e12)(server_model, parts, 0)
     first, second = (part.features for part in parts)
     tokens = second.values.shape[1]

@@ -1,4 +1,6 @@
-"""MergeSFL's control: speeds, regulated batches, label divergence, the genetic search, and the whole plan."""
+"""MergeSFL's control: speeds, regulated batches, label divergence, the genetic search, and the
+whole plan.
+"""
 
 from dataclasses import replace
 
@@ -236,7 +238,8 @@ def test_levelled_batches_keep_the_limits_and_nearly_the_longest_iteration(probl
 
 
 def test_levelling_trades_a_little_length_for_waiting():
-    # 8 rows of 1 s are 8 s, of which 2 of 3.5 s leave one idle; 7 rows and 2 are both done after 7 s
+    # 8 rows of 1 s are 8 s, of which 2 of 3.5 s leave one idle; 7 rows and 2 are both done after 7
+    # s
     assert regulate(np.array([1.0, 3.5]), 8, np.array([8, 8])).tolist() == [8, 2]
     assert levelled(np.array([1.0, 3.5]), 0.0, 8, np.array([8, 8]), 100).tolist() == [7, 2]
     # but no more than a quarter of it: both would be done after 5 s, where 8 s are allowed
@@ -364,7 +367,9 @@ def test_the_search_beats_random_selection_of_equal_size(seed, delta):
 
 
 def test_seconds_lost_by_hand():
-    """Three members wait after both kinds of exchange: 3 and 0 s, 0 and 4 s, 2 and 4 s, of 4 + 6 in all."""
+    """Three members wait after both kinds of exchange: 3 and 0 s, 0 and 4 s, 2 and 4 s, of 4 + 6 in
+    all.
+    """
     seconds = np.array([[1.0, 4.0, 2.0, 9.0], [6.0, 2.0, 2.0, 9.0]])
     search = Search(np.ones(4, int), np.ones((4, 1)), np.zeros(4, int), 4, 1, 4, seconds=seconds)
     members = np.array([[True, True, True, False], [False, False, True, False]])
@@ -388,7 +393,9 @@ def test_of_choices_alike_in_labels_it_takes_one_that_loses_little_time(seed):
 
 
 def test_slow_links_are_left_out_where_labels_do_not_need_them():
-    """Half of the fleet takes ten times as long for the weights, and every worker has the same labels."""
+    """Half of the fleet takes ten times as long for the weights, and every worker has the same
+    labels.
+    """
     slow = np.arange(40) % 2
     seconds = np.stack([1.0 + 9.0 * slow, np.ones(40)])
     search = Search(
@@ -454,7 +461,8 @@ def test_equal_devices_with_equal_labels_get_equal_batches(workers, largest, see
 
 
 def test_tuning_brings_the_labels_within_the_limit_at_the_price_of_waiting():
-    # ten workers, all in every round, as in the authors' code: the speeds alone decide the labels until they are tuned
+    # ten workers, all in every round, as in the authors' code: the speeds alone decide the labels
+    # until they are tuned
     workers = fleet(10, seed=3, delta=0.1)
     workers = replace(workers, most=np.full(10, 200))
     limits = SplitLimits(fewest=10, most=10, divergence=0.02)
@@ -467,7 +475,9 @@ def test_tuning_brings_the_labels_within_the_limit_at_the_price_of_waiting():
 
 
 def test_tuning_takes_rows_away_where_more_of_others_would_make_all_wait():
-    """Two devices hold one class, a third the other one: fewer rows of the two make one wait, more of the third both."""
+    """Two devices hold one class, a third the other one: fewer rows of the two make one wait, more
+    of the third both.
+    """
     labels = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     goal = Goal(
         np.ones(3), labels, np.array([0.5, 0.5]), np.full(3, 64), SplitLimits(divergence=0.01)

@@ -1,4 +1,6 @@
-"""The state on disk: damage is told, and one process at a time works on it. Kills are in test_resume.py."""
+"""The state on disk: damage is told, and one process at a time works on it. Kills are in
+test_resume.py.
+"""
 
 import json
 import os

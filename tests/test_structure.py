@@ -1,4 +1,6 @@
-"""Which units go: never back, the least important first, exactly so many at the target; and cutting adapters."""
+"""Which units go: never back, the least important first, exactly so many at the target; and cutting
+adapters.
+"""
 
 import itertools
 
@@ -113,7 +115,8 @@ def test_sparsity_counts_the_weights_that_are_gone():
     structure = full(TINY)
     structure.heads[0, 1] = False
     structure.channels[1, :3] = False
-    # a head holds 8 rows of q, k and v and 8 columns of o, a channel one row and one column, all 32 wide
+    # a head holds 8 rows of q, k and v and 8 columns of o, a channel one row and one column, all 32
+    # wide
     block = 4 * 32 * 32 + 2 * 32 * 64
     assert sparsity(TINY, structure) == pytest.approx((4 * 8 * 32 + 3 * 2 * 32) / (2 * block))
     assert not is_full(structure)

@@ -1,4 +1,6 @@
-"""Sweeps: what a file comes to, what is refused before anything runs, and that nothing is lost, mixed or repeated."""
+"""Sweeps: what a file comes to, what is refused before anything runs, and that nothing is lost,
+mixed or repeated.
+"""
 
 import io
 import json
@@ -348,7 +350,9 @@ SWEEPS = [
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.name)
 def test_the_sweeps_of_the_experiments_can_be_run(file, monkeypatch):
-    """Where the data sets lie beside the repository; a seed that settings were chosen with is not among those measured."""
+    """Where the data sets lie beside the repository; a seed that settings were chosen with is not
+    among those measured.
+    """
     monkeypatch.chdir(EXPERIMENTS.parent)
     if not Path("../shared/data").is_dir():
         pytest.skip("the data sets are not beside the repository, in shared/data")
@@ -364,7 +368,8 @@ def test_time_left():
     finished = {"a": [100.0, 100.0, 100.0, 9000.0], "b": [10.0]}
     assert seconds_left([], finished, 1) == 0
     assert seconds_left([Ahead("a", 0, 4)], {}, 1) is None
-    # nothing is finished: 2 of 8 rounds took 30 s, so all take 120 s, of which 90 s are left, and 120 s of the other
+    # nothing is finished: 2 of 8 rounds took 30 s, so all take 120 s, of which 90 s are left, and
+    # 120 s of the other
     assert (
         seconds_left([Ahead("a", 3, 8, began=1, seconds=30.0), Ahead("b", 0, 4)], {}, 1)
         == 120 * 5 / 8 + 120
@@ -514,7 +519,8 @@ def test_a_sweep_from_its_start_to_its_end(place, command, tmp_path):
         cell_status.status for cell_status in overview_of(Path("sweep.toml"), None).cell_statuses
     ] == ["done"] * len(cells)
 
-    # another version of the file is refused where the same cell means another run, and told of where it lacks one
+    # another version of the file is refused where the same cell means another run, and told of
+    # where it lacks one
     Path("sweep.toml").write_text(
         Path("sweep.toml").read_text().replace("rounds = 2", "rounds = 3")
     )
@@ -695,7 +701,9 @@ def test_a_killed_run_is_named_in_one_line(place):
 
 
 def test_what_a_killed_sweep_left_behind(place):
-    """Who runs what is only told by a sweep that is at work; a leftover of a killed one says nothing."""
+    """Who runs what is only told by a sweep that is at work; a leftover of a killed one says
+    nothing.
+    """
     cells = planned(GOOD)
     sweep = SweepFolder(Path("out"))
     sweep.open(Path("sweep.toml"))

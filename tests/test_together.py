@@ -1,4 +1,6 @@
-"""Several devices trained in one batched pass: the same as one after another but for rounding, whatever their sizes."""
+"""Several devices trained in one batched pass: the same as one after another but for rounding,
+whatever their sizes.
+"""
 
 import threading
 import time
@@ -111,8 +113,9 @@ def both_ways(task, jobs):
 def assert_alike(call, alone, together):
     """The same loss, cost and shapes, and a change of the same direction and size.
 
-    AdamW divides a gradient by its own size, so rounding of one near zero moves an entry by up to a learning rate; what is
-    exact are gradients, which `test_gradients_together_are_those_alone` compares.
+    AdamW divides a gradient by its own size, so rounding of one near zero moves an entry by up to a
+    learning rate; what is exact are gradients, which `test_gradients_together_are_those_alone`
+    compares.
     """
     before, first, second = unpack(call.order).model, unpack(alone.result), unpack(together.result)
     apart, moved = 0.0, 0.0

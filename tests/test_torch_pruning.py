@@ -1,8 +1,10 @@
-"""An independent check of the pruner: Torch-Pruning removes the units that `shrink` dropped, from the stock module.
+"""An independent check of the pruner: Torch-Pruning removes the units that `shrink` dropped, from
+the stock module.
 
-Torch-Pruning (Fang et al. 2023, arXiv:2301.12900) traces the module and finds by itself which rows and columns go with
-the rows it is asked to remove: those of one feed-forward layer for channels, those of the queries for heads. The adapter
-is merged at full size before. Nothing of ours takes part but the list of dropped units.
+Torch-Pruning (Fang et al. 2023, arXiv:2301.12900) traces the module and finds by itself which rows
+and columns go with the rows it is asked to remove: those of one feed-forward layer for channels,
+those of the queries for heads. The adapter is merged at full size before. Nothing of ours takes
+part but the list of dropped units.
 """
 
 import numpy as np
@@ -19,7 +21,8 @@ from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.structure import cut_adapter, shrink, sparsity
 
 TARGETS = (0.3, 0.5)
-LENGTH = 7  # tokens of the text that is traced: no width of any module, so that dimensions cannot be confused
+# tokens of the text that is traced: no width of any module, so that dimensions cannot be confused
+LENGTH = 7
 ROOTS = {  # below a block: whose rows to remove for heads, whose for channels
     "bert": ("attention.self.query", "intermediate.dense"),
     "llama": ("self_attn.q_proj", "mlp.gate_proj"),
@@ -32,7 +35,9 @@ KINDS = {
 
 
 def wide_and_cut(base, target, seed=0):
-    """A model with a random adapter on the whole base, and the same with the structure that `shrink` gives it."""
+    """A model with a random adapter on the whole base, and the same with the structure that
+    `shrink` gives it.
+    """
     layout, rng = base.layout, np.random.default_rng(seed)
     wide = model_on(base, seed=seed)
     scores = tuple(
@@ -63,11 +68,14 @@ def stand_still(query, key, *_, **__):
 
 
 def prune(stock, layout, structure, monkeypatch):
-    """Remove from the stock module, with Torch-Pruning, the heads and channels that the structure lacks."""
+    """Remove from the stock module, with Torch-Pruning, the heads and channels that the structure
+    lacks.
+    """
     stock.config.use_cache = False
     tokens = torch.arange(LENGTH)[None] + 5
     with monkeypatch.context() as patch:
-        # Rotations stay within a head, so they couple no two heads; but following their slices does not end.
+        # Rotations stay within a head, so they couple no two heads; but following their slices does
+        # not end.
         patch.setattr(modeling_llama, "apply_rotary_pos_emb", stand_still)
         graph = tp.DependencyGraph().build_dependency(
             stock,
@@ -104,15 +112,18 @@ def same(ours, module, tokenizer):
     single = logits(module, tokenizer)
     exact = logits(module.double(), tokenizer)
     module.float()
-    # The module's own rounding, fp32 against fp64, is the yardstick. Ours sums the adapter apart from the weight, which
-    # makes three products of one: up to three times the error, and one for where the largest happens to be.
+    # The module's own rounding, fp32 against fp64, is the yardstick. Ours sums the adapter apart
+    # from the weight, which makes three products of one: up to three times the error, and one for
+    # where the largest happens to be.
     allowed = 4 * float((single - exact).abs().max())
     torch.testing.assert_close(ours.double(), exact, rtol=0, atol=allowed)
     return allowed
 
 
 def agree(base, tokenizer, stock, target, monkeypatch):
-    """Torch-Pruning's module and ours compute the same, whole and pruned, and what was dropped makes a difference."""
+    """Torch-Pruning's module and ours compute the same, whole and pruned, and what was dropped
+    makes a difference.
+    """
     wide, narrow = wide_and_cut(base, target)
     assert sparsity(base.layout, narrow.structure) == pytest.approx(target, abs=0.01)
     whole, stock = logits(base.fit(wide), tokenizer), merged(stock, wide)

@@ -112,9 +112,10 @@ def test_the_adapted_layer_is_autograd_in_fp32(with_bias):
 
 
 def test_the_adapted_layer_is_autograd_in_bf16():
-    # Against plain autograd in doubles. bf16 rounds by 2^-8 of a value at most. A, scale * B, the narrow product, the
-    # wide product and the sum are rounded once each: at most six roundings of any term, so the error is below 6 * 2^-8
-    # of the same expression in absolute values (accumulation in fp32 is finer by far).
+    # Against plain autograd in doubles. bf16 rounds by 2^-8 of a value at most. A, scale * B, the
+    # narrow product, the wide product and the sum are rounded once each: at most six roundings of
+    # any term, so the error is below 6 * 2^-8 of the same expression in absolute values
+    # (accumulation in fp32 is finer by far).
     x, direction, weight, bias, a, b, scale = layer_case(torch.bfloat16)
     found = gradients(ours(weight, bias, scale), x, direction, a, b)
     exact = [tensor.double() for tensor in (x, direction, weight, bias, a, b)]
@@ -160,7 +161,8 @@ def test_training_lowers_the_loss(task, decoder, kind):
     model = model_on(task.base)
     trace = tune(device_on(task), model, Tuning(steps=30, batch=16, learning_rate=1e-2))
     before, after = (score(task.base, each, task.test).mean_loss for each in (model, trace.model))
-    # for classes: below ln 3, what guessing costs; for tokens: the texts' words alone leave few of 101 tokens
+    # for classes: below ln 3, what guessing costs; for tokens: the texts' words alone leave few of
+    # 101 tokens
     assert after < min(before, math.log(3) if kind == "classification" else math.log(101))
 
 
@@ -261,15 +263,17 @@ def test_accounted_operations_are_those_that_run(task):
         )
     )
     tokens = task.train.batch(rows)["input_ids"].numel()
-    # The estimate leaves out the head: pooler 32x32 and classifier 3x32, 6 operations a weight on one token of a row.
-    # It counts gradients that nobody asks for: those of the embeddings, through q, k and v of the first layer.
+    # The estimate leaves out the head: pooler 32x32 and classifier 3x32, 6 operations a weight on
+    # one token of a row. It counts gradients that nobody asks for: those of the embeddings, through
+    # q, k and v of the first layer.
     head = 6 * batch * (32 * 32 + 3 * 32)
     unasked = tokens * 3 * (2 * 32 * 32 + 2 * rank * 32)
     assert counter.get_total_flops() == device.flops + head - unasked
 
 
 def test_operations_follow_the_specification():
-    # K*B*(L*(4*P_blk*(1-s) + 6*r*sum(|O|+|I|)) + n_layer*12*L^2*d*(1-s)), 20 steps of 32 rows of 128 tokens
+    # K*B*(L*(4*P_blk*(1-s) + 6*r*sum(|O|+|I|)) + n_layer*12*L^2*d*(1-s)), 20 steps of 32 rows of
+    # 128 tokens
     rows, length = 20 * 32, 128
     extent = Extent(tokens=rows * length, squared_tokens=rows * length**2)
     dense = training_flops(ROBERTA, full(ROBERTA), 16, extent)
@@ -292,9 +296,9 @@ def test_roberta_in_the_specification():
 
 @pytest.mark.parametrize(("target", "expected"), [(0.0, 1_862), (0.3, 1_440), (0.5, 1_159)])
 def test_memory_is_that_of_the_specification(target, expected):
-    # The table there counts the head's 768x768 layer with the embeddings and takes 1 - s/2 of the adapter where the slices
-    # leave less. With these two put right it must agree to its rounding of half a MiB, and to what the grain of whole
-    # channels shifts.
+    # The table there counts the head's 768x768 layer with the embeddings and takes 1 - s/2 of the
+    # adapter where the slices leave less. With these two put right it must agree to its rounding of
+    # half a MiB, and to what the grain of whole channels shifts.
     structure, rank = cut_to(ROBERTA, target), 16
     ours = training_memory_bytes(
         ROBERTA, structure, rank=rank, embeddings=ROBERTA_EMBEDDINGS, batch=32, tokens=128

@@ -1,4 +1,6 @@
-"""What a pruned run is read against: an unpruned run of the same budget, named or found in its sweep."""
+"""What a pruned run is read against: an unpruned run of the same budget, named or found in its
+sweep.
+"""
 
 import functools
 import json
@@ -13,7 +15,9 @@ from fedspine.ui.compare.unpruned import rewrite_pages, unpruned_runs
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """A function that runs fedspine in this process: its exit code, stdout, and the lines of stderr."""
+    """A function that runs fedspine in this process: its exit code, stdout, and the lines of
+    stderr.
+    """
     return functools.partial(in_process, monkeypatch, capsys)
 
 

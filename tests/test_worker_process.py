@@ -1,4 +1,6 @@
-"""The worker process of a site: what it may serve, what it keeps, and what happens when it dies, hangs or fails."""
+"""The worker process of a site: what it may serve, what it keeps, and what happens when it dies,
+hangs or fails.
+"""
 
 import os
 import signal

@@ -50,7 +50,8 @@ def toy_task(base, tokenizer, *, rounds, kind="classification"):
 
 
 class Lab:
-    """A simulated fleet of `kinds` in `folder`, and what belongs to it; an existing folder is gone on with.
+    """A simulated fleet of `kinds` in `folder`, and what belongs to it; an existing folder is gone
+    on with.
 
     `truth` is what `Hardware` is told besides, such as its jitter.
     """
@@ -85,7 +86,9 @@ class Lab:
             self.fleet.restore(self.saved.fleet, self.saved.memories)
 
     def run(self, method, *, rounds=None, around=lambda fleet: fleet):
-        """The state after `rounds` rounds (default: all of the task's), from the saved state if there is one."""
+        """The state after `rounds` rounds (default: all of the task's), from the saved state if
+        there is one.
+        """
         rng = np.random.default_rng([self.seed, 1])
         state = self.saved.state if self.saved else method.start(self.task, rng)
         for round in range(state.round, self.task.rounds if rounds is None else rounds):

@@ -1,4 +1,6 @@
-"""Python runs this in every process that has the folder in its PYTHONPATH: they all find the method `echo` beside it."""
+"""Python runs this in every process that has the folder in its PYTHONPATH: they all find the method
+`echo` beside it.
+"""
 
 from pathlib import Path
 

@@ -1,7 +1,8 @@
-"""Local training as one writes it with transformers and PEFT, and a bare federated loop around it, no framework.
+"""Local training as one writes it with transformers and PEFT, and a bare federated loop around it,
+no framework.
 
-The base is frozen in fp32 or bf16; adapters and the task head are fp32, and with a bf16 base autocast makes the products
-bf16. Dropout is off, as it is in fedspine.
+The base is frozen in fp32 or bf16; adapters and the task head are fp32, and with a bf16 base
+autocast makes the products bf16. Dropout is off, as it is in fedspine.
 """
 
 import multiprocessing
@@ -133,7 +134,9 @@ def learner(folder: Path, way: Way) -> Learner:
 
 
 def run(work: Work, way: Way, *, processes: int, threads: int) -> Outcome:
-    """FedAvg in a plain loop: in this process with `threads` threads, or over forked ones of one thread each."""
+    """FedAvg in a plain loop: in this process with `threads` threads, or over forked ones of one
+    thread each.
+    """
     torch.set_num_threads(threads)
     ask = partial(_ask, work.folder, way)
     learner(work.folder, way)  # which forked processes inherit

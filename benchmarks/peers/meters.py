@@ -1,4 +1,6 @@
-"""What is measured beside time: memory of a family of processes, the matrix-product ceiling, executed operations."""
+"""What is measured beside time: memory of a family of processes, the matrix-product ceiling,
+executed operations.
+"""
 
 import ctypes
 import multiprocessing
@@ -36,13 +38,17 @@ FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 
 def adopt_orphans() -> None:
-    """Stay the ancestor of every process that comes of this one, so that `memory_bytes` finds them all."""
+    """Stay the ancestor of every process that comes of this one, so that `memory_bytes` finds them
+    all.
+    """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def memory_bytes(ancestor: int) -> int:
-    """Memory of a process and all that came of it: proportional set sizes, so that shared pages count once."""
+    """Memory of a process and all that came of it: proportional set sizes, so that shared pages
+    count once.
+    """
     total = 0
     for pid in _family(ancestor):
         with suppress(OSError, StopIteration):  # it ended meanwhile
@@ -75,7 +81,9 @@ def _family(ancestor: int) -> set[int]:
 
 
 def ceiling() -> dict[str, float]:
-    """Operations per second of a large matrix product, by precision, on as many one-threaded processes as cores."""
+    """Operations per second of a large matrix product, by precision, on as many one-threaded
+    processes as cores.
+    """
     cores = len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(cores), context.Queue()
@@ -107,9 +115,11 @@ def _multiply(barrier: Any, results: Any) -> None:
 
 
 def operations(work: Work, ways: list[Way]) -> dict[str, float]:
-    """Executed operations of training per sample: of each of `ways`, of "fedspine", and by shapes alone of "formula".
+    """Executed operations of training per sample: of each of `ways`, of "fedspine", and by shapes
+    alone of "formula".
 
-    Counted on a few devices of the first round, and scaled by padded tokens to the whole plan. Keys of ways as `key`.
+    Counted on a few devices of the first round, and scaled by padded tokens to the whole plan. Keys
+    of ways as `key`.
     """
     torch.set_num_threads(1)
     asks = [(device, asked, 0) for device, asked in work.plan[0][:COUNTED_DEVICES]]

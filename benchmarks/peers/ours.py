@@ -1,4 +1,6 @@
-"""fedspine itself, by the same entry point as `fedspine run`; training passes are timed inside its workers."""
+"""fedspine itself, by the same entry point as `fedspine run`; training passes are timed inside its
+workers.
+"""
 
 import json
 import multiprocessing
@@ -63,7 +65,9 @@ def run(work: Work, precision: Precision, **method: Any) -> Outcome:
 
 
 def _timed_training() -> Callable[[], float]:
-    """Put a stopwatch around local training, which workers inherit; returns what reads the sum of all processes."""
+    """Put a stopwatch around local training, which workers inherit; returns what reads the sum of
+    all processes.
+    """
     total = multiprocessing.get_context("fork").Value("d", 0.0)
     train = tune.train
 

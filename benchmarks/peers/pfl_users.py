@@ -1,4 +1,6 @@
-"""pfl-research's simulator (PyPI `pfl`) at its best: one process per core, users shared out, one all-reduce a round."""
+"""pfl-research's simulator (PyPI `pfl`) at its best: one process per core, users shared out, one
+all-reduce a round.
+"""
 
 import dataclasses
 import os

@@ -1,4 +1,5 @@
-"""The work that every contender does: the same rows on the same devices in the same rounds, from the same start.
+"""The work that every contender does: the same rows on the same devices in the same rounds, from
+the same start.
 
 `prepare` writes it down once per seed; contenders read it, so none pays for making it while the clock runs.
 """
@@ -52,7 +53,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Way:
-    """How a peer trains: `padding` "fixed" is to the full length in random order, "bucketed" as fedspine does it."""
+    """How a peer trains: `padding` "fixed" is to the full length in random order, "bucketed" as
+    fedspine does it.
+    """
 
     precision: Precision = "fp32"  # of the frozen base
     padding: Padding = "fixed"
@@ -61,7 +64,9 @@ class Way:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one contender did: seconds of each round, of its training passes where known, the final accuracy."""
+    """What one contender did: seconds of each round, of its training passes where known, the final
+    accuracy.
+    """
 
     rounds: list[float]
     passes: list[float] | None  # seconds inside local training by round, summed over the processes
@@ -121,7 +126,9 @@ class Work:
     def inputs(
         self, device: int, asked: int, round: int, padding: Padding
     ) -> Iterator[dict[str, Tensor]]:
-        """The batches of one device: the rows that fedspine draws, in its order, or shuffled and all of full length."""
+        """The batches of one device: the rows that fedspine draws, in its order, or shuffled and
+        all of full length.
+        """
         data, tuning = self.train.take(self.shares[device]), self.tuning(round)
         rng = np.random.default_rng((self.settings.seed, device, asked))
         drawn = list(batches(data, tuning, rng))

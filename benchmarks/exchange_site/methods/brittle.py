@@ -1,4 +1,6 @@
-"""Brittle: FedLoRA whose devices spoil a reply when a file tells them to, and whose rounds take a while."""
+"""Brittle: FedLoRA whose devices spoil a reply when a file tells them to, and whose rounds take a
+while.
+"""
 
 import os
 import time

@@ -1,4 +1,6 @@
-"""Echo: every site returns the numbers it was sent. No learning, so that what is timed is the exchange alone."""
+"""Echo: every site returns the numbers it was sent. No learning, so that what is timed is the
+exchange alone.
+"""
 
 from dataclasses import dataclass
 from time import perf_counter
@@ -43,7 +45,9 @@ class EchoState:
 @method("echo")
 @dataclass(frozen=True)
 class EchoMethod:
-    """In a round, `exchanges` of each size with all sites at once; the seconds of each are in the notes."""
+    """In a round, `exchanges` of each size with all sites at once; the seconds of each are in the
+    notes.
+    """
 
     sizes: tuple[int, ...] = (40_000, 4_000_000)  # bytes of a message, each way
     exchanges: int = 30

@@ -16,7 +16,9 @@ from fedspine.control.worker_state import priorities
 
 TOURNAMENT = 3  # individuals of which the fittest becomes a parent
 FLIP = 0.02  # chance that a bit of a child flips
-REACH = 0.4  # where seconds are weighed: the share of the workers, fastest links first, that the first founder is drawn from
+# where seconds are weighed: the share of the workers, fastest links first, that the first founder
+# is drawn from
+REACH = 0.4
 
 Members = Bool[np.ndarray, "individuals workers"]
 
@@ -37,7 +39,8 @@ class Search:
     # slowest, that of weights first;
     # None: not weighed
     seconds: Float[np.ndarray, "kinds workers"] | None = None
-    enough: float = 0.0  # nats of divergence below which, where seconds are weighed, a choice is as good as any other
+    # nats of divergence below which, where seconds are weighed, a choice is as good as any other
+    enough: float = 0.0
 
     @property
     def reachable(self) -> int:

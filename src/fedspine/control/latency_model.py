@@ -20,7 +20,8 @@ Evidence = NDArray[
 
 FEATURES = 3  # 1 - sparsity, rank over the largest, 1
 LIKE_THE_FLEET = 0.1  # plays' worth of the fleet's coefficients in each device's
-# A fleet that has only ever run unpruned cannot tell a from c; so small a weight shares its time out evenly.
+# A fleet that has only ever run unpruned cannot tell a from c; so small a weight shares its time
+# out evenly.
 UNDECIDED = 1e-6
 
 

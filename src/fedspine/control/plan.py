@@ -160,8 +160,8 @@ def plans_for_deadline(
 def _fitting(
     times: Mapping[str, NDArray[np.float64]], deadline: float, margin: float
 ) -> dict[str, tuple[int, int]]:
-    """The largest rank (column) that ends by the deadline, and the least pruning (row) with which it
-    does.
+    """The largest rank (column) that ends by the deadline, and the least pruning (row) with which
+    it does.
     """
     chosen = {}
     for id, seconds in times.items():

@@ -1,7 +1,9 @@
-"""A rank for every device, fixed by what it declares: for methods whose ranks differ and are not chosen on the way.
+"""A rank for every device, fixed by what it declares: for methods whose ranks differ and are not
+chosen on the way.
 
-HetLoRA (arXiv:2401.06432) and FlexLoRA (arXiv:2402.11505) presuppose that a device's rank suits it. What a device
-declares here is its memory, never its speed; so rank follows memory, or is drawn, as in FlexLoRA's released code.
+HetLoRA (arXiv:2401.06432) and FlexLoRA (arXiv:2402.11505) presuppose that a device's rank suits it.
+What a device declares here is its memory, never its speed; so rank follows memory, or is drawn, as
+in FlexLoRA's released code.
 """
 
 from typing import Literal, Protocol, TypeAlias
@@ -47,7 +49,8 @@ def check_rising(ranks: tuple[int, ...]) -> None:
 def rank_of_device(fields: RankFields, device: str, memory_bytes: int, seed: int) -> int:
     """The rank of one device, the same whenever and beside whomever it is asked.
 
-    By memory: the largest rank whose share of the largest one the declared memory covers as a share of
+    By memory: the largest rank whose share of the largest one the declared memory covers as a share
+    of
     `largest_rank_gib`, at least the smallest. At random: every rank equally likely, drawn from (seed, device).
     """
     if fields.rank_by == "random":

@@ -1,8 +1,10 @@
-"""How much of a layer goes and when: the cubic floor of the schedule, and exact counts of heads and channels.
+"""How much of a layer goes and when: the cubic floor of the schedule, and exact counts of heads and
+channels.
 
-Section 2.3 and 2.4 of the FedSpine reconstruction; the cubic is that of gradual pruning (Zhu & Gupta 2017, arXiv
-1710.01878). Sparsity is 1 - kept/original parameters of a layer's prunable linears. Counts are exact and depend on the
-layer's shape only, so that all devices end at one sparsity and none has to be told its number.
+Section 2.3 and 2.4 of the FedSpine reconstruction; the cubic is that of gradual pruning (Zhu &
+Gupta 2017, arXiv 1710.01878). Sparsity is 1 - kept/original parameters of a layer's prunable
+linears. Counts are exact and depend on the layer's shape only, so that all devices end at one
+sparsity and none has to be told its number.
 """
 
 from dataclasses import dataclass
@@ -16,7 +18,8 @@ TINY = 1e-9  # 0.3 * 10 heads are three heads, whatever the last bit says
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The prunable units of one layer, and the parameters that leave with each (grouped queries: heads are KV heads).
+    """The prunable units of one layer, and the parameters that leave with each (grouped queries:
+    heads are KV heads).
 
     >>> LayerShape(heads=12, channels=1536, head_parameters=49_152, channel_parameters=768).parameters
     1769472
@@ -45,10 +48,12 @@ def cubic_floor(
     until: float = 0.7,
     share: float = 0.8,
 ) -> float:
-    """The least cumulative sparsity in `round`, counted from 0: 0, then share*target*(1-(1-x)^3), then the target.
+    """The least cumulative sparsity in `round`, counted from 0: 0, then share*target*(1-(1-x)^3),
+    then the target.
 
-    warmup and until are parts of the run. The last of several rounds is at the target even where the run is too short to
-    reach `until`; a run of one round only warms up. Raises BadInput for parts out of order or values out of range.
+    warmup and until are parts of the run. The last of several rounds is at the target even where
+    the run is too short to reach `until`; a run of one round only warms up. Raises BadInput for
+    parts out of order or values out of range.
 
     >>> [round(cubic_floor(r, 20, 0.5), 3) for r in (0, 1, 7, 13, 14)]
     [0.0, 0.0, 0.338, 0.4, 0.5]
@@ -81,8 +86,9 @@ def counts(
 ) -> tuple[int, int]:
     """Heads and channels to have dropped in all at cumulative `sparsity`, on the way to `target`.
 
-    Never below `dropped` (units do not grow back), never above `final_counts`, which any path reaches at the target.
-    Heads are coarse, so on the way the sparsity may be off by one head's share. Raises BadInput as `final_counts`.
+    Never below `dropped` (units do not grow back), never above `final_counts`, which any path
+    reaches at the target. Heads are coarse, so on the way the sparsity may be off by one head's
+    share. Raises BadInput as `final_counts`.
 
     >>> minilm = LayerShape(heads=12, channels=1536, head_parameters=49_152, channel_parameters=768)
     >>> counts(minilm, 0.2, target=0.5), counts(minilm, 0.5, target=0.5, dropped=(2, 336))
@@ -116,10 +122,11 @@ def final_counts(
 ) -> tuple[int, int]:
     """Heads and channels dropped at the end: the same share of both, within 0.0025 of `target`.
 
-    A layer so small that one channel is more than 0.005 of it ends within half a channel. Where `keep_heads` (a count)
-    and `keep_channels` (a share) forbid the target they give way only as far as it requires: the channels first, down to
-    one, then heads, down to one. Raises BadInput where even that is not enough, or where one head outweighs all channels
-    and the target falls between two counts of heads.
+    A layer so small that one channel is more than 0.005 of it ends within half a channel. Where
+    `keep_heads` (a count) and `keep_channels` (a share) forbid the target they give way only as far
+    as it requires: the channels first, down to one, then heads, down to one. Raises BadInput where
+    even that is not enough, or where one head outweighs all channels and the target falls between
+    two counts of heads.
 
     >>> final_counts(LayerShape(heads=2, channels=4864, head_parameters=917_504, channel_parameters=2_688), 0.5)
     (0, 2776)

@@ -181,4 +181,5 @@ class Task:
     label_names: tuple[str, ...]
     max_tokens: int  # 1 for arrays
     rounds: int
-    turns: float = 1.0  # how often a device trains in the whole run, on average; 0: nothing is worth keeping for it
+    # how often a device trains in the whole run, on average; 0: nothing is worth keeping for it
+    turns: float = 1.0

@@ -23,7 +23,8 @@ from fedspine.flare.framing import MOST_BYTES
 from fedspine.flare.worker_process import WorkerProcess
 
 CHANNEL, ASK, LEAVE = "fedspine", "ask", "leave"  # of the cell messages between a run and its relay
-SECRET = "fedspine_run"  # property of the server app; only the run also knows it, and the relay serves nobody else
+# property of the server app; only the run also knows it, and the relay serves nobody else
+SECRET = "fedspine_run"
 SILENCE_SECONDS = 120.0  # without a message, after which the relay ends its job
 GRACE_SECONDS = 5.0  # for a reply to travel, beyond the time limit of the work
 CALLS = 64  # concurrent asks

@@ -1,9 +1,10 @@
 """From a project file to start-up kits: certificates and settings for the server, every site and
 the operator.
 
-NVIDIA FLARE's provisioner makes keys and certificates; all traffic is mutual TLS. A kit allows less than FLARE's
-default: a job carries no code and can only consist of fedspine's application, the operator gets no shell on a site,
-and a site's logs stay there. Run again after a site was added, it makes that site's kit and leaves the others.
+NVIDIA FLARE's provisioner makes keys and certificates; all traffic is mutual TLS. A kit allows less
+than FLARE's default: a job carries no code and can only consist of fedspine's application, the
+operator gets no shell on a site, and a site's logs stay there. Run again after a site was added, it
+makes that site's kit and leaves the others.
 """
 
 import importlib.resources
@@ -22,7 +23,8 @@ from fedspine.core.strict import Section, known_keys, read_toml, validated
 from fedspine.flare.site import SITE_FILE, check_name
 from fedspine.flare.startup_kit import ADMIN_KIT, needs_flare
 
-AUTHORITY = "authority"  # folder with the private key that signs certificates; it stays with whoever provisions
+# folder with the private key that signs certificates; it stays with whoever provisions
+AUTHORITY = "authority"
 PROJECT_FILE = "project.toml"  # in the folder of kits: what they were made from
 ORGANISATION = "fedspine"
 APPLICATION = [  # the only components of a job

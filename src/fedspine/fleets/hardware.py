@@ -75,13 +75,13 @@ class Timing(NamedTuple):
 class Hardware:
     """The devices of one simulated fleet, by index: `kinds` names each one's kind (`fleet_mix`).
 
-    spread stretches slowness: a peak becomes best * (peak/best)**spread, with the best peak of the fleet's kinds; 1.0
-    gives a ratio of 13 between the fastest and the slowest mode of the default fleet, 1.8 about 100.
-    compute_jitter: sigma of the log-normal factor on the compute of an exchange, with median 1.
-    link_jitter: the same for its bandwidth about the link's mean of the round, at most LINK_SIGMA; the rest of
-    LINK_SIGMA's variance is that of the means about their group's.
-    round_trip_seconds: added to every exchange, for each Wi-Fi group.
-    Raises BadInput for an unknown kind, an empty fleet, or a spread, jitter or round trip out of range.
+    spread stretches slowness: a peak becomes best * (peak/best)**spread, with the best peak of the
+    fleet's kinds; 1.0 gives a ratio of 13 between the fastest and the slowest mode of the default
+    fleet, 1.8 about 100. compute_jitter: sigma of the log-normal factor on the compute of an
+    exchange, with median 1. link_jitter: the same for its bandwidth about the link's mean of the
+    round, at most LINK_SIGMA; the rest of LINK_SIGMA's variance is that of the means about their
+    group's. round_trip_seconds: added to every exchange, for each Wi-Fi group. Raises BadInput for
+    an unknown kind, an empty fleet, or a spread, jitter or round trip out of range.
 
     >>> fleet = Hardware(seed=0, kinds=("tx2", "agx"))
     >>> slow, fast = (

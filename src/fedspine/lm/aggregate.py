@@ -104,8 +104,8 @@ def mean_product(
     """FlexLoRA's aggregate: the weighted mean of the devices' products B A, dense, by path and
     without the scale.
 
-    An entry is the mean over the devices that own it and keeps its value in `before`, of the same form, where none does.
-    Source: Bai et al. 2024 (arXiv:2402.11505), whose devices own everything.
+    An entry is the mean over the devices that own it and keeps its value in `before`, of the same
+    form, where none does. Source: Bai et al. 2024 (arXiv:2402.11505), whose devices own everything.
     """
 
     def mean(site: PrunableSite) -> Tensor:

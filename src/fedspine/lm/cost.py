@@ -1,8 +1,8 @@
 """The cost of training and running a model in floating-point operations and bytes, from shapes
 alone.
 
-Source: FedSpine (reconstructed), section 5. Frozen weights take a forward product and an input gradient, 4 operations
-per weight and token; an adapter takes 6.
+Source: FedSpine (reconstructed), section 5. Frozen weights take a forward product and an input
+gradient, 4 operations per weight and token; an adapter takes 6.
 """
 
 from dataclasses import dataclass
@@ -95,8 +95,8 @@ def training_memory_bytes(
 
     The adapter sits on the blocks from `first` on; nothing below is kept for a backward pass.
     `embeddings` counts the parameters outside the blocks. Activations take 10 bytes per token and unit of width that
-    pruning cannot cut, 24 that it can, and the attention scores. `scoring` is what a device that scores units needs
-    besides: some of it beside the activations, some when they are gone.
+    pruning cannot cut, 24 that it can, and the attention scores. `scoring` is what a device that
+    scores units needs besides: some of it beside the activations, some when they are gone.
     """
     kept = 1 - sparsity(layout, structure)
     weights = HALF * (embeddings + layout.parameters * kept)

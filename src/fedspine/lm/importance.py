@@ -1,6 +1,7 @@
 """The importance of each head and channel, from the gradients that LoRA training produces anyway.
 
-Source: FedSpine (reconstructed), section 2.2, after LoRAPrune (arXiv:2305.18403). Magnitude and chance are its controls.
+Source: FedSpine (reconstructed), section 2.2, after LoRAPrune (arXiv:2305.18403). Magnitude and
+chance are its controls.
 """
 
 from collections.abc import Sequence

@@ -55,8 +55,10 @@ class ImportanceTracker:
         self._weights: Float[Tensor, "models 1 tokens"] | None = (
             None  # of each token in a mean; None: not recording
         )
-        self._squares: Tensors = {}  # [models, columns] by path: the mean square of what enters a column
-        self._gates: Tensors = {}  # [models, columns] by path: the sum over rows of a gate's squared gradient
+        # [models, columns] by path: the mean square of what enters a column
+        self._squares: Tensors = {}
+        # [models, columns] by path: the sum over rows of a gate's squared gradient
+        self._gates: Tensors = {}
         self._hooks: list[Any] = []
 
     def __enter__(self) -> "ImportanceTracker":

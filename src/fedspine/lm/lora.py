@@ -1,4 +1,5 @@
-"""LoRA: the adapted linear layer, fresh and resized factors, and the algebra of products of unequal rank.
+"""LoRA: the adapted linear layer, fresh and resized factors, and the algebra of products of unequal
+rank.
 
 An adapter holds two factors per site, named as PEFT names them: `<path>.lora_A` [rank, columns] and
 `<path>.lora_B` [rows, rank]. The effective weight is W + scale * B @ A (Hu et al. 2021,

@@ -154,8 +154,9 @@ def check_target(layout: PrunableLayout, target: float) -> None:
 def final_targets(layout: PrunableLayout, target: float) -> list[float]:
     """The final sparsity of every layer, so that the model's is `target`.
 
-    Encoders: the same everywhere. Decoders keep the first tenth of their layers and the last one whole, as LoRAPrune
-    does, as long as the others can then keep their own floors; else fewer layers are protected, the first ones first.
+    Encoders: the same everywhere. Decoders keep the first tenth of their layers and the last one
+    whole, as LoRAPrune does, as long as the others can then keep their own floors; else fewer
+    layers are protected, the first ones first.
     """
     shape = layout.shape
     floors = shape.sparsity(

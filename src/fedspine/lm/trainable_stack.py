@@ -18,8 +18,9 @@ from fedspine.lm.prunable_layout import PrunableSite
 class TrainableStack:
     """Trainable copies of the models' adapters and heads, on the base's device.
 
-    A single model's tensors keep their shapes. Several models are stacked and padded with zeros to the largest rank and
-    structure: a padded unit has no output and gets no gradient, so it stays zero.
+    A single model's tensors keep their shapes. Several models are stacked and padded with zeros to
+    the largest rank and structure: a padded unit has no output and gets no gradient, so it stays
+    zero.
     """
 
     def __init__(self, base: Base, models: Sequence[Model]) -> None:

@@ -1,8 +1,9 @@
-"""FedLoRA: every device tunes one adapter of the same rank, and the server averages A and B (FedAvg).
+"""FedLoRA: every device tunes one adapter of the same rank, and the server averages A and B
+(FedAvg).
 
-McMahan et al. 2017 (arXiv:1602.05629) on LoRA, Hu et al. 2021 (arXiv:2106.09685), as FedIT does (Zhang et al. 2023,
-arXiv:2305.05644). The simplest method here, and the reference that pruning methods are measured against.
-Departures: docs/methods/fedlora.md.
+McMahan et al. 2017 (arXiv:1602.05629) on LoRA, Hu et al. 2021 (arXiv:2106.09685), as FedIT does
+(Zhang et al. 2023, arXiv:2305.05644). The simplest method here, and the reference that pruning
+methods are measured against. Departures: docs/methods/fedlora.md.
 """
 
 from dataclasses import dataclass, replace

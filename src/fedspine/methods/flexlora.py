@@ -1,7 +1,9 @@
-"""FlexLoRA: devices tune at ranks of their own; the server averages their products and hands out the best of each rank.
+"""FlexLoRA: devices tune at ranks of their own; the server averages their products and hands out
+the best of each rank.
 
-Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources",
-NeurIPS, arXiv:2402.11505. A device's work is that of FedLoRA. Departures: docs/methods/flexlora.md.
+Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and
+Client Resources", NeurIPS, arXiv:2402.11505. A device's work is that of FedLoRA. Departures:
+docs/methods/flexlora.md.
 """
 
 from dataclasses import dataclass, replace
@@ -49,7 +51,8 @@ class FlexLora(LocalTraining):
         32.0  # declared memory that earns the largest rank; less earns its share
     )
     scale: float = 2.0  # of the adapter that the server keeps, and of every device's
-    alpha: float = 0.0  # above 0 a device of rank r trains at scale alpha / r instead, as in the released code with 16
+    # above 0 a device of rank r trains at scale alpha / r instead, as in the released code with 16
+    alpha: float = 0.0
 
     @classmethod
     def toy(cls) -> Self:
@@ -98,7 +101,9 @@ class FlexLora(LocalTraining):
         )
 
     def deploy(self, state: FlexLoraState, device: DeviceId | None = None) -> Model:
-        """The best adapter of the device's rank; the largest for everybody, and for a device that never replied."""
+        """The best adapter of the device's rank; the largest for everybody, and for a device that
+        never replied.
+        """
         rank = state.ranks.get(device, self.ranks[-1]) if device else self.ranks[-1]
         adapter = cut_rank(state.adapter, rank)
         return Model(

@@ -1,7 +1,8 @@
-"""HetLoRA: devices tune at ranks of their own and may give up rank; the server pads with zeros and weighs by norm.
+"""HetLoRA: devices tune at ranks of their own and may give up rank; the server pads with zeros and
+weighs by norm.
 
-Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", EMNLP,
-arXiv:2401.06432. Nothing is pruned but rank. Departures: docs/methods/hetlora.md.
+Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models",
+EMNLP, arXiv:2401.06432. Nothing is pruned but rank. Departures: docs/methods/hetlora.md.
 """
 
 from dataclasses import dataclass, replace
@@ -163,7 +164,9 @@ class HetLora(LocalTraining):
         )
 
     def deploy(self, state: HetLoraState, device: DeviceId | None = None) -> Model:
-        """The common adapter cut to the device's rank; whole for everybody, and for a device that never replied."""
+        """The common adapter cut to the device's rank; whole for everybody, and for a device that
+        never replied.
+        """
         rank = state.ranks.get(device, self.ranks[-1]) if device else self.ranks[-1]
         adapter = cut_rank(state.adapter, rank)
         return Model(

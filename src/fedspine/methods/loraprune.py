@@ -1,8 +1,10 @@
-"""LoRAPrune with FedLoRA: every device prunes on one cubic schedule, by importance read from its LoRA gradients.
+"""LoRAPrune with FedLoRA: every device prunes on one cubic schedule, by importance read from its
+LoRA gradients.
 
-Zhang et al. 2023, "LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning", arXiv:2305.18403
-(Findings of ACL 2024), a method for one machine, put under FedAvg of the adapters. It is FedSpine without a choice of
-when to prune and at which rank to tune. Departures: docs/methods/loraprune.md.
+Zhang et al. 2023, "LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning",
+arXiv:2305.18403 (Findings of ACL 2024), a method for one machine, put under FedAvg of the adapters.
+It is FedSpine without a choice of when to prune and at which rank to tune. Departures:
+docs/methods/loraprune.md.
 """
 
 from dataclasses import dataclass
@@ -59,7 +61,9 @@ class LoraPrune(CubicPruning):
         return cubic(self, round, rounds)
 
     def deploy(self, state: PruningState, device: DeviceId | None = None) -> Model:
-        """The device's own structure; whoever is behind the schedule is pruned to it by the fleet's average scores."""
+        """The device's own structure; whoever is behind the schedule is pruned to it by the fleet's
+        average scores.
+        """
         return deployed(self, state, device, due=cubic_reached(self, state), votes=state.scores)
 
     def unpruned(self, state: PruningState) -> Model:

@@ -1,7 +1,9 @@
-"""Magnitude pruning with FedLoRA: every device prunes on one cubic schedule the units whose weights are small.
+"""Magnitude pruning with FedLoRA: every device prunes on one cubic schedule the units whose weights
+are small.
 
-Gradual magnitude pruning, Zhu & Gupta 2017 (arXiv:1710.01878), of whole heads and channels, after Li et al. 2016 (arXiv:
-1608.08710) who drop whole filters by norm; under FedAvg of LoRA factors. Departures: docs/methods/magnitude.md.
+Gradual magnitude pruning, Zhu & Gupta 2017 (arXiv:1710.01878), of whole heads and channels, after
+Li et al. 2016 (arXiv: 1608.08710) who drop whole filters by norm; under FedAvg of LoRA factors.
+Departures: docs/methods/magnitude.md.
 """
 
 from dataclasses import dataclass
@@ -31,7 +33,9 @@ from fedspine.pruning.scheduled import (
 @method("magnitude")
 @dataclass(frozen=True)
 class Magnitude(CubicPruning):
-    """FedAvg of LoRA factors at one rank, pruned by the size of the tuned weights on a fixed schedule."""
+    """FedAvg of LoRA factors at one rank, pruned by the size of the tuned weights on a fixed
+    schedule.
+    """
 
     @classmethod
     def toy(cls) -> Self:
@@ -54,7 +58,9 @@ class Magnitude(CubicPruning):
         return cubic(self, round, rounds)
 
     def deploy(self, state: PruningState, device: DeviceId | None = None) -> Model:
-        """The device's own structure; whoever is behind the schedule is pruned to it by the fleet's average scores."""
+        """The device's own structure; whoever is behind the schedule is pruned to it by the fleet's
+        average scores.
+        """
         return deployed(self, state, device, due=cubic_reached(self, state), votes=state.scores)
 
     def unpruned(self, state: PruningState) -> Model:

@@ -1,7 +1,9 @@
-"""Prune after training: FedLoRA on the whole model, which every device prunes once, by what it saw while training.
+"""Prune after training: FedLoRA on the whole model, which every device prunes once, by what it saw
+while training.
 
-The control without a paper of its own that each published comparison runs: train, prune, deploy. The criterion is
-LoRAPrune's (Zhang et al. 2023, arXiv:2305.18403). Departures and choices: docs/methods/prune_after.md.
+The control without a paper of its own that each published comparison runs: train, prune, deploy.
+The criterion is LoRAPrune's (Zhang et al. 2023, arXiv:2305.18403). Departures and choices:
+docs/methods/prune_after.md.
 """
 
 from dataclasses import dataclass
@@ -79,7 +81,9 @@ class PruneAfter(ScheduledPruning):
         return self.sparsity if round >= rounds - self.recover else 0.0
 
     def deploy(self, state: AfterState, device: DeviceId | None = None) -> Model:
-        """What the device would run if training ended now: pruned to the target, by its own scores where it has any."""
+        """What the device would run if training ended now: pruned to the target, by its own scores
+        where it has any.
+        """
         votes = state.training.scores
         if device in state.ballots and votes is not None:
             votes = mixed(state.ballots[device], votes, self.global_importance_weight)

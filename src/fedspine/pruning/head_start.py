@@ -1,10 +1,10 @@
 """A task head that starts from the class means of frozen features instead of at random.
 
-Before the first round the devices asked send, for each class, the mean of the features that enter the head and how many
-rows it comes from; the server turns their means into a linear classifier, the nearest mean under one spherical
-covariance. It takes one forward pass over each device's rows and one small message. Prototypes as a head are those of
-prototypical networks (Snell et al. 2017, arXiv:1703.05175); class means over clients are FedNCM's (Legate et al. 2023,
-arXiv:2302.09088).
+Before the first round the devices asked send, for each class, the mean of the features that enter
+the head and how many rows it comes from; the server turns their means into a linear classifier, the
+nearest mean under one spherical covariance. It takes one forward pass over each device's rows and
+one small message. Prototypes as a head are those of prototypical networks (Snell et al. 2017,
+arXiv:1703.05175); class means over clients are FedNCM's (Legate et al. 2023, arXiv:2302.09088).
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,8 @@ from fedspine.lm.prefix import BATCH
 from fedspine.lm.structure import full
 
 FEWEST = 3  # rows of a class on a device, below which it says nothing of the class
-MARGIN = 1.25  # mean logit of a class mean for its own class over that of the mid; docs/methods/fedlora.md
+# mean logit of a class mean for its own class over that of the mid; docs/methods/fedlora.md
+MARGIN = 1.25
 
 
 @message
@@ -62,7 +63,9 @@ def check_head_start(fields: HeadStart, task: Task) -> None:
 
 
 def started(fields: HeadStart, head: Tensors, fleet: Fleet, *, rows: int) -> Tensors:
-    """The head that the first round begins with: `head` itself, or the one of the devices' class means."""
+    """The head that the first round begins with: `head` itself, or the one of the devices' class
+    means.
+    """
     if fields.head_start == "random" or not _reads_the_mean(head):
         return head
     orders = {profile.id: MeansOrder(rows=rows) for profile in fleet.devices}
@@ -70,7 +73,9 @@ def started(fields: HeadStart, head: Tensors, fleet: Fleet, *, rows: int) -> Ten
 
 
 def _reads_the_mean(head: Tensors) -> bool:
-    """Whether a head is one linear layer with a bias, which only readers of the mean of the tokens have."""
+    """Whether a head is one linear layer with a bias, which only readers of the mean of the tokens
+    have.
+    """
     return len(head) == 2
 
 
@@ -121,9 +126,11 @@ def features(base: Base, inputs: Tensors) -> Float[Tensor, "rows width"]:
 
 
 def head_of(head: Tensors, replies: Sequence[Reply[ClassMeans]]) -> Tensors:
-    """The classifier of the nearest class mean in the shapes of `head`, a weight [classes, width] and a bias.
+    """The classifier of the nearest class mean in the shapes of `head`, a weight [classes, width]
+    and a bias.
 
-    A class of which nobody has rows is as likely as the mid of all; with fewer than two classes `head` stays.
+    A class of which nobody has rows is as likely as the mid of all; with fewer than two classes
+    `head` stays.
     """
     counts = sum((reply.value.counts for reply in replies), torch.zeros(1, dtype=torch.int64))
     sums = sum(

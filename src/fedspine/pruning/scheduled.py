@@ -1,8 +1,9 @@
-"""FedLoRA that prunes as a schedule says, the same for every device: what the pruning baselines share; no method.
+"""FedLoRA that prunes as a schedule says, the same for every device: what the pruning baselines
+share; no method.
 
-A device does exactly what it does under FedSpine (`prune_and_tune`), so a comparison with FedSpine tells apart what the
-server decides and nothing else. Adapters are averaged as FedLoRA does it, entry by entry over the devices that still
-own the entry.
+A device does exactly what it does under FedSpine (`prune_and_tune`), so a comparison with FedSpine
+tells apart what the server decides and nothing else. Adapters are averaged as FedLoRA does it,
+entry by entry over the devices that still own the entry.
 """
 
 from dataclasses import dataclass, replace
@@ -86,7 +87,9 @@ def begin(fields: ScheduledPruning, task: Task, rng: np.random.Generator) -> Pru
 
 
 def cubic(fields: CubicPruning, round: int, rounds: int) -> float:
-    """The sparsity of every device in `round`, counted from 0: cubic from the warm-up's end to `until`; 0 before 0."""
+    """The sparsity of every device in `round`, counted from 0: cubic from the warm-up's end to
+    `until`; 0 before 0.
+    """
     if round < 0:
         return 0.0
     return cubic_floor(
@@ -95,7 +98,9 @@ def cubic(fields: CubicPruning, round: int, rounds: int) -> float:
 
 
 def cubic_reached(fields: CubicPruning, state: PruningState) -> float:
-    """The sparsity that the schedule had come to in the last round; the target after the last of all."""
+    """The sparsity that the schedule had come to in the last round; the target after the last of
+    all.
+    """
     return (
         fields.sparsity
         if state.round >= state.rounds
@@ -111,7 +116,8 @@ def prune_and_average(
     target: float,
     scoring: ScoringOrder,
 ) -> tuple[PruningState, list[Reply[SpineResult]]]:
-    """One round in which every device prunes to `target`, then tunes; the next state, and the replies it rests on.
+    """One round in which every device prunes to `target`, then tunes; the next state, and the
+    replies it rests on.
 
     A device prunes by its own importance, mixed with the fleet's by `global_importance_weight`; one
     never heard of has none yet.

@@ -29,7 +29,9 @@ Wire: TypeAlias = Literal["fp32", "fp16"]
 
 @dataclass(frozen=True, kw_only=True)
 class WholeModelTraining(ModelTraining):
-    """The settings that methods share which train whole models; steps and batch as in MergeSFL's code."""
+    """The settings that methods share which train whole models; steps and batch as in MergeSFL's
+    code.
+    """
 
     steps: int = 42
     batch: int = 64

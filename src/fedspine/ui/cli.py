@@ -1,4 +1,6 @@
-"""The command line: parsing and printing only. Bad input ends with one line on stderr and exit code 2."""
+"""The command line: parsing and printing only. Bad input ends with one line on stderr and exit code
+2.
+"""
 
 import dataclasses
 import difflib
@@ -70,7 +72,9 @@ def _fail(line: str, exit_code: int = 2) -> NoReturn:
 
 
 def _none_empty(arguments: list[str]) -> None:
-    """Raise BadInput for an argument without a character, which as a path would be the current folder."""
+    """Raise BadInput for an argument without a character, which as a path would be the current
+    folder.
+    """
     options = True  # until --
     for number, argument in enumerate(arguments):
         before = arguments[number - 1] if number else "fedspine"
@@ -150,7 +154,8 @@ def run(
     ] = 600.0,
     json: Json = False,
 ) -> None:
-    """Fine-tune and prune across a simulated fleet; without a recipe, the embedded job (80 devices, MiniLM).
+    """Fine-tune and prune across a simulated fleet; without a recipe, the embedded job (80 devices,
+    MiniLM).
 
     A recipe has the tables [task], [fleet], [method] and [run]; docs/recipes.md lists all keys.
 
@@ -176,8 +181,8 @@ def run(
 
 
 def _prepare_torch() -> None:
-    # oneDNN keeps what it compiled for each shape; its default of 1024 shapes takes hundreds of megabytes a process.
-    # Set before torch is imported, because it is read once.
+    # oneDNN keeps what it compiled for each shape; its default of 1024 shapes takes hundreds of
+    # megabytes a process. Set before torch is imported, because it is read once.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
@@ -220,9 +225,11 @@ def sweep(
     retry: Annotated[bool, typer.Option("--retry", help="Try again what failed before.")] = False,
     json: Json = False,
 ) -> None:
-    """Run every method under every setting, data set and seed of a file; what is done already is not run again.
+    """Run every method under every setting, data set and seed of a file; what is done already is
+    not run again.
 
-    docs/sweeps.md explains the file. Exit code 1: at least one run has failed, and the others are done.
+    docs/sweeps.md explains the file. Exit code 1: at least one run has failed, and the others are
+    done.
     """
     from fedspine.ui.sweep.display import print_overview, sweep_progress_for
     from fedspine.ui.sweep.work import carry_out, listed, overview_of
@@ -318,7 +325,9 @@ def demo(
         Path | None, typer.Option(help="New folder for results; default: runs/demo-N.")
     ] = None,
 ) -> None:
-    """A first look in half a minute: a small run from data to report, an exported model, and what it answers."""
+    """A first look in half a minute: a small run from data to report, an exported model, and what
+    it answers.
+    """
     _prepare_torch()
     from fedspine.ui.demo import demo as first_look
     from fedspine.ui.python import free_folder
@@ -418,7 +427,9 @@ def compare(
     ] = True,
     json: Json = False,
 ) -> None:
-    """Compare methods over seeds: quality, time and bytes to a target, waiting, memory, latency; docs/compare.md."""
+    """Compare methods over seeds: quality, time and bytes to a target, waiting, memory, latency;
+    docs/compare.md.
+    """
     from fedspine.ui import python
     from fedspine.ui.compare.terminal import show
 
@@ -454,7 +465,9 @@ def export(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write one deployed model of a run to a folder: merged, physically smaller, ready for predict and bench."""
+    """Write one deployed model of a run to a folder: merged, physically smaller, ready for predict
+    and bench.
+    """
     from fedspine.ui import python
 
     found = python.export(folder, to, device=device, format=format, with_base=with_base, base=base)
@@ -513,7 +526,9 @@ def bench(
     threads: Annotated[int, typer.Option(help="Processor threads.", min=1)] = 1,
     json: Json = False,
 ) -> None:
-    """Measure an exported model on this machine: latency at batch 1 and 32, file size, peak memory, parameters."""
+    """Measure an exported model on this machine: latency at batch 1 and 32, file size, peak memory,
+    parameters.
+    """
     from fedspine.exports import bench as benches
     from fedspine.report.tables import bench_table
 

@@ -36,7 +36,8 @@ def create(
         typer.Option(metavar="DIR", help="Folder for the kits; default: NAME, beside the file."),
     ] = None,
 ) -> None:
-    """Make certificates and start-up kits: one for the server, one for each site, and one for the operator.
+    """Make certificates and start-up kits: one for the server, one for each site, and one for the
+    operator.
 
     Again after a site was added, it makes that site's kit only.
     """
@@ -61,7 +62,9 @@ def start(
         Path | None, typer.Option(metavar="DIR", help="Its kit; default: the folder of that name.")
     ] = None,
 ) -> None:
-    """Run the server or a site, here and until Ctrl-C or `fedspine fleet stop`; what dies is started again."""
+    """Run the server or a site, here and until Ctrl-C or `fedspine fleet stop`; what dies is
+    started again.
+    """
     from fedspine.flare import startup_kit as kits
 
     kits.needs_flare()
@@ -130,7 +133,9 @@ def demo(
         Path | None, typer.Option(metavar="DIR", help="New folder; default: runs/fleet-demo-N.")
     ] = None,
 ) -> None:
-    """All of it on this machine: share the embedded data over sites, make kits, start, run FedLoRA, stop."""
+    """All of it on this machine: share the embedded data over sites, make kits, start, run FedLoRA,
+    stop.
+    """
     from fedspine.ui.fleet_demo import demo as run_demo
 
     raise typer.Exit(run_demo(sites, out))
