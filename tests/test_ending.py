@@ -74,6 +74,9 @@ def test_a_learning_rate_that_is_too_high(job, command, tmp_path, what):
     assert who in line and "not finite" in line
     assert "lower method.learning_rate (1e9)" in line and "start a new run" in line
     assert "--resume" not in line
+    code, out, _ = command("show", folder)
+    shown = " ".join(out.split())
+    assert code == 0 and "lower method.learning_rate (1e9)" in shown and "--resume" not in shown
     # which is true: it ends with the same words
     code, _, again = command("run", "--resume", folder, "--json")
     assert (code, again) == (2, lines)

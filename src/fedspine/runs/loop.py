@@ -44,6 +44,7 @@ from fedspine.runs.observer import RunObserver, RunStatus
 from fedspine.runs.read_data import dataset
 from fedspine.runs.run_dir import (
     CACHE,
+    ENDED,
     FAILURE,
     RECIPE,
     RECORDS,
@@ -174,18 +175,19 @@ def _guarded(
     """Run, and turn any error into one line; the last saved round stays untouched."""
     store, workers = Store(run_dir / STATE), workers_for(assembled, run_dir / CACHE)
     try:
+        (run_dir / ENDED).unlink(missing_ok=True)  # of an earlier attempt
         return _run(assembled, backend, workers, store, run_dir, progress)
     except BadInput:
         raise
     except KeyboardInterrupt as interrupt:
         word, exit_code = farewell(interrupt)
-        raise Stopped(f"{word}; {_kept(store, run_dir)}", exit_code) from None
+        raise _stopped(run_dir, f"{word}; {_kept(store, run_dir)}", exit_code) from None
     except AllLost as error:
-        raise Stopped(f"{error}; {_advice(error, assembled, backend, store, run_dir)}") from None
+        then = _advice(error, assembled, backend, store, run_dir)
+        raise _stopped(run_dir, f"{error}; {then}") from None
     except OSError as error:
-        raise Stopped(
-            f"{error.filename or run_dir}: {error.strerror or error}; {_kept(store, run_dir)}"
-        ) from error
+        what = f"{error.filename or run_dir}: {error.strerror or error}"
+        raise _stopped(run_dir, f"{what}; {_kept(store, run_dir)}") from error
     except Exception as error:
         with suppress(OSError):
             (run_dir / FAILURE).write_text(
@@ -195,11 +197,18 @@ def _guarded(
         what = " ".join(dict.fromkeys((lines[0], lines[-1])))  # of a worker's traceback, its cause
         where = f"details are in {run_dir / FAILURE}"
         then = _advice(error, assembled, backend, store, run_dir)
-        raise Stopped(f"{type(error).__name__}: {what}; {then}; {where}") from error
+        raise _stopped(run_dir, f"{type(error).__name__}: {what}; {then}; {where}") from error
     finally:
         store.close()
         workers.close()
         shutil.rmtree(run_dir / CACHE, ignore_errors=True)
+
+
+def _stopped(run_dir: Path, line: str, exit_code: int = 2) -> Stopped:
+    """The error that ends the command; its line stays in the run directory for `fedspine show`."""
+    with suppress(OSError):
+        write_atomically(run_dir / ENDED, line.encode())
+    return Stopped(line, exit_code)
 
 
 def _kept(store: Store, run_dir: Path) -> str:

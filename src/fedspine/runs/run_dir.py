@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ RECIPE, RECORDS, SUMMARY, STATE, FAILURE = (
     "state",
     "failure.txt",
 )
+ENDED = "ended.txt"  # the line that an unfinished run ended with
 FLEET = "fleet.json"  # of a run at real sites: how to reach them
 DEVICE_SCORES = "device_scores.json"  # per-client metrics of all devices, if requested
 CACHE = "cache"  # removed when the run ends
@@ -79,6 +81,8 @@ def status_of(run_dir: Path) -> dict[str, Any]:
         "devices": recipe.fleet.devices,
         "rounds_done": saved.round if saved else 0,
     }
+    with suppress(OSError):  # a killed run leaves no such line
+        known["ended"] = (run_dir / ENDED).read_text(encoding="utf-8")
     if saved is None:
         return known
     sums = {

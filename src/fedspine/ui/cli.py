@@ -364,10 +364,8 @@ def show(
     for line in found.get("warnings", ()):
         print(f"warning: {line}")
     if "state_sha256" not in found:
-        print(
-            f"not finished: {found['rounds_done']} of {found['rounds']} rounds; "
-            f"go on with: fedspine run --resume {folder}"
-        )
+        then = found.get("ended", f"go on with: fedspine run --resume {folder}")
+        print(f"not finished: {found['rounds_done']} of {found['rounds']} rounds; {then}")
 
 
 @app.command()
