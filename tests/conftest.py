@@ -34,6 +34,8 @@ from toy import Lab, toy_task  # noqa: E402
 from fedspine.lm.load import load  # noqa: E402
 from fedspine.lm.tiny import write_tiny  # noqa: E402
 
+collect_ignore = ["conftest.py"]  # has no examples, and src has a module of this name, too
+
 # the same cases every time; `pytest --hypothesis-profile=search` draws new ones, and ten times as
 # many
 settings.register_profile("same", derandomize=True, deadline=None)

@@ -84,7 +84,7 @@ BAD_RUNS = {  # what to change in the good job, and what the line must say
     "method": ({"method__name": "fedspin"}, ["method 'fedspin'", "did you mean 'fedspine'"]),
     "field": (
         {"method__sparsty": 0.5},
-        ["key of [method] for fedspine 'sparsty'", "did you mean 'sparsity'"],
+        ["key of [method] for fedspine-plus 'sparsty'", "did you mean 'sparsity'"],
     ),
     "field of another": (
         {"method__name": "fedlora"},
@@ -298,7 +298,7 @@ def test_summary(place) -> None:
     summary = summary_of(place / "run")
     assert set(summary) >= PROMISED
     assert (summary["method"], summary["rounds"], summary["devices"], summary["seed"]) == (
-        "fedspine",
+        "fedspine-plus",
         2,
         3,
         0,

@@ -130,7 +130,7 @@ def test_a_site_takes_it_only_where_its_file_names_it(example, installed, tmp_pa
     named = load_site(written(tmp_path / "named", more=allows))
     with pytest.raises(Refused, match="does not come with fedspine; install the package") as error:
         silent.check(stated)
-    assert error.value.why == "method"
+    assert error.value.reason == "method"
     silent.check(terms(method="fedlora"))
     named.check(stated)
     works_of.cache_clear()

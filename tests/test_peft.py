@@ -134,7 +134,9 @@ def test_a_pruned_adapter_fits_the_export_without_it(tmp_path, name, kind):
     options = {"labels": labels_for(kind), "kind": kind, "max_tokens": 64, "name": "toy"}
     hf.export(base, model, tokenizer, tmp_path / "cut", merge=False, **options)
     write_adapter(tmp_path / "adapter", model, base, str(tmp_path / "cut"))
-    found = logits(with_peft(hf.load(tmp_path / "cut").module, tmp_path / "adapter"), tokenizer)
+    found = logits(
+        with_peft(hf.load_model(tmp_path / "cut").module, tmp_path / "adapter"), tokenizer
+    )
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     back = read_adapter(tmp_path / "adapter", base)
     assert torch.equal(back.structure.heads, model.structure.heads)

@@ -173,7 +173,7 @@ def test_a_stock_token_classifier_loads_an_export(tiny_folder, tmp_path, model_t
     found = mean_logits(stock, AutoTokenizer.from_pretrained(made))
     torch.testing.assert_close(found, expected, atol=apart, rtol=0)
     assert "(logits * mask).sum(1) / mask.sum(1)" in (made / "README.md").read_text()
-    ours = hf.load(made)
+    ours = hf.load_model(made)
     torch.testing.assert_close(logits(ours.module, ours.tokenizer), expected, atol=apart, rtol=0)
     best = [LABELS[index] for index in expected.argmax(1).tolist()]
     assert [each.label for each in hf.predict(ours, TEXTS)] == best

@@ -94,7 +94,7 @@ class FedProxLora(LocalTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(rank=4, steps=8, batch=16, learning_rate=2e-2)
+        return cls(rank=4, steps=8, batch=16, learning_rate=2e-2, head_lr_multiplier=1.0)
 
     def check(self, task: Task) -> None:
         """Refuse what cannot work, before anything is spent."""

@@ -89,7 +89,14 @@ class FedSpine(LocalTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        shared = {"steps": 8, "batch": 16, "learning_rate": 2e-2, "warmup": 0.1, "until": 0.6}
+        shared = {
+            "steps": 8,
+            "batch": 16,
+            "learning_rate": 2e-2,
+            "head_lr_multiplier": 1.0,
+            "warmup": 0.1,
+            "until": 0.6,
+        }
         return cls(ranks=(2, 4, 8), **shared)
 
     def check(self, task: Task) -> None:

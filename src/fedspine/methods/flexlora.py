@@ -57,7 +57,14 @@ class FlexLora(LocalTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(ranks=(2, 4, 8), rank_by="random", steps=8, batch=16, learning_rate=2e-2)
+        return cls(
+            ranks=(2, 4, 8),
+            rank_by="random",
+            steps=8,
+            batch=16,
+            learning_rate=2e-2,
+            head_lr_multiplier=1.0,
+        )
 
     def check(self, task: Task) -> None:
         check_rank_fields(self)

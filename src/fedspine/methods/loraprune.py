@@ -42,7 +42,15 @@ class LoraPrune(CubicPruning):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(rank=4, steps=8, batch=16, learning_rate=2e-2, warmup=0.1, until=0.6)
+        return cls(
+            rank=4,
+            steps=8,
+            batch=16,
+            learning_rate=2e-2,
+            head_lr_multiplier=1.0,
+            warmup=0.1,
+            until=0.6,
+        )
 
     def check(self, task: Task) -> None:
         check_pruning(self, task)

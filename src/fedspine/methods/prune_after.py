@@ -53,7 +53,9 @@ class PruneAfter(ScheduledPruning):
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
         # a model so small does not survive more without recovery
-        return cls(sparsity=0.15, rank=4, steps=8, batch=16, learning_rate=2e-2)
+        return cls(
+            sparsity=0.15, rank=4, steps=8, batch=16, learning_rate=2e-2, head_lr_multiplier=1.0
+        )
 
     def check(self, task: Task) -> None:
         check_pruning(self, task)

@@ -321,10 +321,10 @@ def _section(name: str, cls: type[Section], whole: Any, values: dict[str, Any]) 
 
 def _of_one_kind(task: TaskSection) -> TaskSection:
     """The section with the kind that follows from its other keys."""
-    if task.pair is not None and task.kind == "classification":
-        return task.model_copy(update={"kind": "pair"})
     if task.model in NETS or task.kind == "array":
         return _of_arrays(task, task.model)
+    if task.pair is not None and task.kind == "classification":
+        return task.model_copy(update={"kind": "pair"})
     return task
 
 
