@@ -17,7 +17,9 @@ from fedspine.methods.fedspine import FedSpine
 from fedspine.methods.flexlora import FlexLora
 
 TOY = FlexLora.toy()
-SHARED = {"steps": TOY.steps, "batch": TOY.batch, "learning_rate": TOY.learning_rate}
+SHARED = {
+    name: getattr(TOY, name) for name in ("steps", "batch", "learning_rate", "head_lr_multiplier")
+}
 ALPHA = 16.0
 
 

@@ -23,7 +23,9 @@ from fedspine.methods.fedspine import FedSpine
 from fedspine.methods.hetlora import HetLora, HetLoraOrder, tail, tune_and_shrink
 
 TOY = HetLora.toy()
-SHARED = {"steps": TOY.steps, "batch": TOY.batch, "learning_rate": TOY.learning_rate}
+SHARED = {
+    name: getattr(TOY, name) for name in ("steps", "batch", "learning_rate", "head_lr_multiplier")
+}
 GIB = 2**30
 
 

@@ -18,7 +18,9 @@ from fedspine.methods.fedspine import FedSpine
 from fedspine.methods.magnitude import Magnitude
 
 TOY = Magnitude.toy()
-SHARED = {"steps": TOY.steps, "batch": TOY.batch, "learning_rate": TOY.learning_rate}
+SHARED = {
+    name: getattr(TOY, name) for name in ("steps", "batch", "learning_rate", "head_lr_multiplier")
+}
 
 
 def test_without_pruning_it_is_fedlora(lab):

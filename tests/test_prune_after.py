@@ -14,7 +14,13 @@ from fedspine.methods.fedlora import FedLora
 from fedspine.methods.prune_after import PruneAfter
 
 TOY = dataclasses.replace(PruneAfter.toy(), sparsity=0.5)
-LORA = FedLora(rank=TOY.rank, steps=TOY.steps, batch=TOY.batch, learning_rate=TOY.learning_rate)
+LORA = FedLora(
+    rank=TOY.rank,
+    steps=TOY.steps,
+    batch=TOY.batch,
+    learning_rate=TOY.learning_rate,
+    head_lr_multiplier=TOY.head_lr_multiplier,
+)
 
 
 def test_it_trains_as_fedlora_does(lab):
