@@ -101,8 +101,21 @@ class SUcb:
         return {**known, **credited}
 
 
+class _LearnsNothing:
+    """What controllers share whose plans do not depend on earlier rounds."""
+
+    def learn(
+        self,
+        known: Mapping[str, DeviceModel],
+        results: Mapping[str, PlanResult],
+        earned: Mapping[str, float],
+        largest_rank: int,
+    ) -> dict[str, DeviceModel]:
+        return {}
+
+
 @dataclass(frozen=True)
-class Random:
+class Random(_LearnsNothing):
     """Any pruning and any rank that schedule and memory allow, each as likely as the others."""
 
     name: ClassVar = "random"
@@ -118,18 +131,9 @@ class Random:
             for id, turn in turns.items()
         }
 
-    def learn(
-        self,
-        known: Mapping[str, DeviceModel],
-        results: Mapping[str, PlanResult],
-        earned: Mapping[str, float],
-        largest_rank: int,
-    ) -> dict[str, DeviceModel]:
-        return {}
-
 
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(_LearnsNothing):
     """The same share of the most that a round may prune, and the same rank, from the first round
     on.
     """
@@ -149,15 +153,6 @@ class Fixed:
         self, turns: Mapping[str, Turn], known: Mapping[str, DeviceModel], foresee: Foresee
     ) -> dict[str, Plan]:
         return {id: fixed_plan(turn.binding, self.ratio, self.rank) for id, turn in turns.items()}
-
-    def learn(
-        self,
-        known: Mapping[str, DeviceModel],
-        results: Mapping[str, PlanResult],
-        earned: Mapping[str, float],
-        largest_rank: int,
-    ) -> dict[str, DeviceModel]:
-        return {}
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ only that base cut to the same structure, which `with_base` writes to `base/` in
 """
 
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from fedspine.core.task import Kind
 from fedspine.exports import hf
 from fedspine.exports.card import read_card
 from fedspine.exports.peft import write_adapter
+from fedspine.exports.whole_folder import whole_folder
 from fedspine.lm.base import Base, Model
 from fedspine.lm.load import MINILM_HUB
 from fedspine.lm.pooling import HOW, Pooling
@@ -67,9 +66,7 @@ def export_adapter(
     folder = Path(folder)
     _check(folder, model, origin, with_base)
     about = {"labels": labels, "kind": kind, "max_tokens": max_tokens, "name": name}
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
+    with whole_folder(folder) as partial:
         fits = origin.stock_name
         if with_base:
             _write_base(base, model, tokenizer, partial / BASE, **about)
@@ -80,14 +77,6 @@ def export_adapter(
         pruned = sparsity(base.layout, model.structure)
         card = _readme(origin, fits, needed, pruned, base.pooling, **about)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        partial.rename(folder)
-    except OSError as error:
-        reason = error.strerror or error
-        raise BadInput(
-            f"{folder} cannot be written: {reason}; check the path and the free space"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -9,8 +9,6 @@ stock configuration, it says so and `transformers` loads the folder as it is; el
 
 import copy
 import json
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from fedspine.core.task import Kind
 from fedspine.exports.card import CONFIG, FORMAT, WEIGHTS, Card
 from fedspine.exports.load import Loaded, load_model
 from fedspine.exports.predict import Continued, Labelled, Prediction, predict
+from fedspine.exports.whole_folder import whole_folder
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.pooling import CLASSES, HOW, Pooling
@@ -183,10 +182,7 @@ def _fits(config: PreTrainedConfig, tensors: Tensors, pooling: Pooling | None) -
 def _write(
     folder: Path, config: PreTrainedConfig, card: Card, tensors: Tensors, tokenizer: Any
 ) -> None:
-    """Write a sibling folder and rename it, so that a broken export never has the final name."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
+    with whole_folder(folder) as partial:
         settings = config.to_diff_dict() | {"fedspine": asdict(card)}
         settings.pop("_name_or_path", None)  # a path of the machine that exports
         (partial / CONFIG).write_text(
@@ -195,14 +191,6 @@ def _write(
         save_file(tensors, partial / WEIGHTS, {"format": "pt"})
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(_readme(card, tensors), encoding="utf-8")
-        partial.rename(folder)
-    except OSError as error:
-        reason = error.strerror or error
-        raise BadInput(
-            f"{folder} cannot be written: {reason}; check the path and the free space"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _readme(card: Card, tensors: Tensors) -> str:

@@ -59,10 +59,8 @@ class FleetSection(Section):
     delay_seconds: float = pydantic.Field(0.0, ge=0)  # mean extra delay of a reply
     spread: float = pydantic.Field(1.0, ge=0)  # above 1 makes slow devices slower
     # of every exchange, by Wi-Fi group at 2, 8, 14 and 20 m; one number is for all of them, 0 for
-    # none. The default is the
-    # typical round trip between a wired server and 47,000 user devices of a campus in Sui et al.,
-    # MobiSys 2016
-    # (10.1145/2906388.2906393), who tell no distances apart
+    # none. The default is the typical round trip between a wired server and 47,000 user devices of
+    # a campus in Sui et al., MobiSys 2016 (10.1145/2906388.2906393), who tell no distances apart
     round_trip_seconds: Annotated[
         list[Annotated[float, pydantic.Field(ge=0)]],
         pydantic.Field(min_length=4, max_length=4),

@@ -1,0 +1,29 @@
+"""A folder that appears under its name only when all of it is written."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedspine.core.errors import BadInput
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new sibling of `folder` to write into, which gets that name at the end.
+
+    Where something fails, nothing stays; what the disk refuses is a BadInput.
+    """
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(folder)
+    except OSError as error:
+        reason = error.strerror or error
+        raise BadInput(
+            f"{folder} cannot be written: {reason}; check the path and the free space"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
