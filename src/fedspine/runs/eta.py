@@ -2,8 +2,9 @@
 far.
 
 Work is counted in units that do not change while a model shrinks: a round of the whole model, and a
-row scored by the whole model. A round at sparsity s costs 1 - s of a round. Seconds per unit are
-measured as the run goes on.
+row scored by the whole model. A row scored at sparsity s costs 1 - s of a row; a round at sparsity s
+costs 1 - s * PRUNABLE_SHARE, since part of a round is spent outside the pruned weights. Seconds per
+unit are measured as the run goes on.
 """
 
 from collections.abc import Sequence
@@ -12,9 +13,12 @@ from statistics import median
 
 from fedspine.runs.config import RunSection
 
-FORWARD_SHARE = (
-    0.45  # of a training sample's operations: two products of four, and no adapter's gradients
-)
+# of the seconds of a training sample, those that a row costs in scoring; measured on the embedded job
+FORWARD_SHARE = 0.27
+
+# of a round's seconds, those that shrink with the weights, by the precision of the products; measured
+# on the embedded job (bf16: products are quick, so that the rest weighs more)
+PRUNABLE_SHARE = {"bf16": 0.55, "fp32": 0.85}
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class WorkPlan:
     check_rows: int
     final_devices: int
     final_rows: int
+    prunable_share: float = PRUNABLE_SHARE["fp32"]  # of a round's seconds
 
     @classmethod
     def of(
@@ -42,6 +47,7 @@ class WorkPlan:
             check_rows=min(run.evaluate_rows, rows),
             final_devices=min(run.final_devices, devices),
             final_rows=run.final_rows_of(rows),
+            prunable_share=PRUNABLE_SHARE.get(run.precision, PRUNABLE_SHARE["fp32"]),
         )
 
     def sparsity(self, round: int) -> float:
@@ -50,7 +56,7 @@ class WorkPlan:
 
     def round_work(self, round: int) -> float:
         """The work of a round, in rounds of the whole model."""
-        return 1 - self.sparsity(round)
+        return 1 - self.sparsity(round) * self.prunable_share
 
     def check_work(self, round: int) -> float:
         """Rows of a whole model that a check after `round` rounds scores."""
@@ -59,6 +65,13 @@ class WorkPlan:
     def final_work(self) -> float:
         """Rows of a whole model that the final scoring scores."""
         return self.final_rows * self._models(len(self.sparsities) - 1, self.final_devices)
+
+    def scored_share(self, models: int) -> float:
+        """The share of the final scoring that is done when its first `models` models are."""
+        all_models = 2 + self.final_devices  # the unpruned and the global one, too
+        pruned = 1 - self.sparsity(len(self.sparsities) - 1)
+        works = [1.0, *[pruned] * (all_models - 1)]
+        return sum(works[:models]) / sum(works)
 
     def is_check(self, round: int, rounds: int) -> bool:
         """Whether a check follows after `round` of `rounds` rounds; none does after the last."""
@@ -103,7 +116,7 @@ class Estimate:
             for round in coming
             if self.plan.is_check(round + 1, rounds)
         )
-        return training + self.scoring_pace * (checks + self.plan.final_work())
+        return training + self.check_pace * checks + self.scoring_pace * self.plan.final_work()
 
     @property
     def pace(self) -> float:
@@ -113,8 +126,17 @@ class Estimate:
         return median(self._paces[1:] or self._paces)
 
     @property
+    def check_pace(self) -> float:
+        """Seconds per row of a whole model in a check, expected from training before the first."""
+        return median(self._scoring) if self._scoring else self._forward_pace
+
+    @property
     def scoring_pace(self) -> float:
-        """Seconds per row of a whole model, expected from training until a check has shown it."""
-        if self._scoring:
-            return median(self._scoring)
+        """The same in the final scoring: a short check pays for its start on few rows, and can only
+        seem slower.
+        """
+        return min(self.check_pace, self._forward_pace)
+
+    @property
+    def _forward_pace(self) -> float:
         return FORWARD_SHARE * self.pace / median(self._samples)

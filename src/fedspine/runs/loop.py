@@ -298,10 +298,7 @@ def _rounds(context: RunContext, point: Point, run_dir: Path, progress: RunObser
     """The remaining rounds, each saved when it is done."""
     found: dict[str, Any] = {}
     run = context.recipe.run
-    sparsities = planned_sparsities(context.recipe.method, run.rounds)
-    estimate = Estimate(
-        WorkPlan.of(run, sparsities, len(context.fleet.devices), len(context.assembled.task.test))
-    )
+    estimate = Estimate(_work_plan(context))
     while not run.over(point.round, context.fleet.now):
         estimate.saw_round(point.round, *_one_round(context, point))
         begun = time.monotonic()
@@ -337,6 +334,13 @@ def _rounds(context: RunContext, point: Point, run_dir: Path, progress: RunObser
         context.store.save(
             Saved(point.round, state, fleet.snapshot(), fleet.memories, context.records.flush())
         )
+
+
+def _work_plan(context: RunContext) -> WorkPlan:
+    recipe = context.recipe
+    sparsities = planned_sparsities(recipe.method, recipe.run.rounds)
+    rows = len(context.assembled.task.test)
+    return WorkPlan.of(recipe.run, sparsities, len(context.fleet.devices), rows)
 
 
 def _one_round(context: RunContext, point: Point) -> tuple[float, int]:
@@ -453,11 +457,11 @@ def _references(
 def _summary(context: RunContext, point: Point, progress: RunObserver) -> dict[str, Any]:
     recipe, sums, watch = context.recipe, point.sums, point.watch
     rows = recipe.run.final_rows_of(len(context.assembled.task.test))
-    begun = time.monotonic()
+    begun, plan = time.monotonic(), _work_plan(context)
 
     def on_progress(done: int, models: int) -> None:
-        seconds = time.monotonic() - begun
-        progress.scored(done, models, seconds / done * (models - done) if done else None)
+        seconds, share = time.monotonic() - begun, plan.scored_share(done)
+        progress.scored(done, models, seconds * (1 / share - 1) if done else None)
 
     found = _score(
         context, point, rows, recipe.run.final_devices, final=True, on_progress=on_progress
