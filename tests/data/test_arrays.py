@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from places import DATA
 
 from fedspine.core.errors import BadInput
 from fedspine.data.arrays import is_arrays, load
@@ -13,7 +14,6 @@ from fedspine.methods import all_methods
 from fedspine.runs import config
 from fedspine.runs.assemble import assemble
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 ROWS = 20
 
 
@@ -361,9 +361,9 @@ def test_a_method_for_transformers_refuses_a_net_at_once(tmp_path, name):
     ],
 )
 def test_real_arrays_are_read(net, name, shape, classes):
-    if not (SHARED / name).is_dir():
+    if not (DATA / name).is_dir():
         pytest.skip(f"{name} is not beside the repository, in shared/data")
-    task = assemble(recipe(SHARED / name, f"task.model={net}", "run.device=cpu")).task
+    task = assemble(recipe(DATA / name, f"task.model={net}", "run.device=cpu")).task
     assert task.train.x.shape == shape and len(task.label_names) == classes
 
 

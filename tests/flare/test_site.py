@@ -13,45 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from site_files import NAMES, ROWS, terms, written
 
 from fedspine.core.errors import BadInput
 from fedspine.core.message import pack, unpack
 from fedspine.data.tasks import load
-from fedspine.flare.run_terms import REFUSALS, Refused, RunTerms, model_name
+from fedspine.flare.run_terms import REFUSALS, Refused, model_name
 from fedspine.flare.site import check_name, load_site, open_site, site_examples
 from fedspine.lm.content import content_sha256
 from fedspine.lm.load import load as load_model
 from fedspine.lm.tokens import tokens
-
-ROWS = [
-    {"text": f"row {n} of the good words", "label": ("no", "maybe", "yes")[n % 3]}
-    for n in range(60)
-]
-NAMES = ("maybe", "no", "yes")
-
-
-def terms(**changes):
-    stated = {
-        "method": "fedlora",
-        "kind": "classification",
-        "model": "tiny",
-        "model_sha256": "0" * 64,
-        "layers": None,
-        "precision": "fp32",
-        "pooling": "cls",
-        "max_tokens": 16,
-        "label_names": NAMES,
-    }
-    return RunTerms(**stated | changes)
-
-
-def written(folder, rows=ROWS, head='name = "a"', data="", more=""):
-    """A site folder with a Parquet file of rows and a site file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
-    text = f'{head}\n[data]\npath = "rows.parquet"\n{data}\n{more}\n'
-    (folder / "fedspine-site.toml").write_text(text)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import SOURCE
 
 from fedspine.ui import cli
 
-SOURCE = Path(__file__).parents[1] / "src"
 CLASS_WORDS = {"kind": ("good", "the", "very"), "unkind": ("bad", "not", "small")}
 NOISE = ("in", "is", "with", "at", "cab", "dig", "27")
 WALL = {

@@ -5,11 +5,11 @@ refuses, in one line.
 import functools
 import io
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from places import DATA
 from rich.console import Console
 from runs import in_process
 
@@ -18,8 +18,6 @@ from fedspine.data.overview import overview
 from fedspine.data.tasks import remarks
 from fedspine.runs import config, read_data
 from fedspine.ui import data_cli
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture
@@ -260,8 +258,8 @@ def test_an_encoding_of_a_recipe_reaches_the_reader(tmp_path):
 
 @pytest.mark.parametrize(("name", "rows", "doubles"), [("trec6", 5952, 11), ("ag_news", 31600, 0)])
 def test_real_data_has_the_doubles_that_its_notes_name(name, rows, doubles):
-    if not (SHARED / name).is_dir():
+    if not (DATA / name).is_dir():
         pytest.skip(f"the data set {name} does not lie in ../shared/data beside the repository")
-    found = overview(read_data.dataset(config.load(None, [f"task.data={SHARED / name}"])))
+    found = overview(read_data.dataset(config.load(None, [f"task.data={DATA / name}"])))
     assert sum(found["rows"].values()) == sum(found["classes"].values()) == rows
     assert found["doubles"] == doubles

@@ -6,12 +6,12 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 from runs import in_process, python, summary_of, tiny_job, write_csv
-from test_site import terms, written
+from site_files import terms, written
 
 from fedspine import BadInput, FedLora, methods
 from fedspine.core.method import forget, registered
@@ -19,7 +19,7 @@ from fedspine.flare.run_terms import Refused
 from fedspine.flare.site import load_site
 from fedspine.flare.site_worker import works_of
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "fedspine-fedprox-lora"
+EXAMPLE = ROOT / "examples" / "fedspine-fedprox-lora"
 
 
 @pytest.fixture(scope="module")

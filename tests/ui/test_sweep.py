@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from places import ROOT
 from rich.console import Console
 from runs import (
     deaf_to_ctrl_c,
@@ -39,7 +40,7 @@ from fedspine.ui.sweep.plan import plan
 from fedspine.ui.sweep.sweep_dir import SweepFolder, held
 from fedspine.ui.sweep.work import GOODBYE_SECONDS, overview_of, reason_of
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = ROOT / "experiments"
 GONE_SECONDS = 10.0  # within which the processes of a killed sweep must have ended
 
 GOOD = """

@@ -5,11 +5,11 @@ machine.
 import functools
 import importlib.util
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from places import SHARED
 
 from fedspine.lm.base import Base, Model
 from fedspine.lm.load import load
@@ -17,7 +17,7 @@ from fedspine.lm.lora import fresh
 from fedspine.lm.structure import Structure, cut_adapter
 from fedspine.lm.tiny import DECODERS, ENCODERS, write_tiny
 
-STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
+STORIES = SHARED / "models" / "stories260k"
 KINDS = [(name, "classification") for name in (*ENCODERS, *DECODERS)] + [
     (name, "causal-lm") for name in DECODERS
 ]

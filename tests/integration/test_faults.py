@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-FAULTS = Path(__file__).parent.parent / "benchmarks" / "faults.py"
+FAULTS = ROOT / "benchmarks" / "faults.py"
 
 
 @pytest.mark.slow

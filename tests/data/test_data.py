@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.utils import logging
+from places import DATA
 
 from fedspine.core.errors import BadInput
 from fedspine.data import files, hub, pydocs
 from fedspine.data.tasks import load, remarks
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 ROWS = [
     {
         "text": f"row {n}, “quoted”\nsecond line",
@@ -558,9 +558,9 @@ def test_pydoc_topics_as_a_task(paragraphs):
 
 
 def real(name):
-    if not (SHARED / name).is_dir():
+    if not (DATA / name).is_dir():
         pytest.skip(f"the data set {name} does not lie in ../shared/data beside the repository")
-    return str(SHARED / name)
+    return str(DATA / name)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 from runs import environment, records_of, summary_of, tiny_job, without_wall, write_csv
 
-DRIVER = Path(__file__).parent / "kill_driver.py"
+DRIVER = ROOT / "tests" / "support" / "kill_driver.py"
 ENOUGH: dict = {}  # an attempt that nothing disturbs
 # writes before a run's folder is there: its recipe and its task.json, and for the latter the base's
 # configuration and

@@ -1,0 +1,8 @@
+"""Where the parts of the repository are, and the data beside it."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src"
+SHARED = ROOT.parent / "shared"
+DATA = SHARED / "data"
