@@ -31,8 +31,9 @@ def main() -> None:
     half = shrink(base.layout, whole, scores, sparsity=0.5, target=0.5)
     head = base.initial_head(rng)
     lines = [
-        f"MiniLM, sparsity 0.5 against the whole model, fp32, {os.cpu_count()} cores, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, commit {commit()}. Medians of calls taken in turns.",
+        f"MiniLM, sparsity 0.5 against the whole model, fp32, {os.cpu_count()} "
+        f"cores, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"commit {commit()}. Medians of calls taken in turns.",
         "",
         "| threads | tokens | batch | half, ms | whole, ms | ratio |",
         "|---|---|---|---|---|---|",

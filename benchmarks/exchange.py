@@ -147,7 +147,8 @@ def _flower(folder: Path, python: Path, exchanges: int) -> Seconds:
     home, port = folder / "flower", free_port()
     home.mkdir()
     (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "lo"\n[superlink.lo]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        '[superlink]\ndefault = "lo"\n[superlink.lo]\n'
+        f'address = "127.0.0.1:{port}"\ninsecure = true\n'
     )
     into = home / "seconds.json"
     app = shutil.copytree(HERE / "peers" / "flower_exchange", home / "app")
@@ -219,7 +220,10 @@ def _process(command: list[object], log: Path) -> Iterator[None]:
 def _table(entries: list[dict[str, Any]], exchanges: int) -> str:
     """All calls so far: the machine may have been busy with other things in some of them."""
     calls = "; ".join(
-        f"{entry['scheme']}, load {entry['load'][0]:.1f} to {entry['load'][1]:.1f}, nice {entry.get('nice', 0)}: "
+        (
+            f"{entry['scheme']}, load {entry['load'][0]:.1f} to "
+            f"{entry['load'][1]:.1f}, nice {entry.get('nice', 0)}: "
+        )
         + ", ".join(
             f"{int(size) // 1000} KB {' '.join(f'{1000 * statistics.median(run[size]):.0f}' for run in entry['ours'])} ms"
             for size in entry["ours"][0]
@@ -229,10 +233,14 @@ def _table(entries: list[dict[str, Any]], exchanges: int) -> str:
     lines = [
         "# One exchange with two sites",
         "",
-        f"`python benchmarks/exchange.py`, {os.cpu_count()} cores, all processes on one machine. Medians of {exchanges} "
-        "exchanges; of ours the best run, since other work shared the machine.",
+        f"`python benchmarks/exchange.py`, {os.cpu_count()} cores, all "
+        f"processes on one machine. Medians of {exchanges} exchanges; "
+        "of ours the best run, since other work shared the machine.",
         "",
-        "| message, each way | fedspine on NVIDIA FLARE, mutual TLS | goal | Flower, SuperLink and SuperNodes, no TLS |",
+        (
+            "| message, each way | fedspine on NVIDIA FLARE, mutual TLS | goal "
+            "| Flower, SuperLink and SuperNodes, no TLS |"
+        ),
         "|---|---|---|---|",
     ]
     for size in map(str, SIZES):
@@ -248,7 +256,8 @@ def _table(entries: list[dict[str, Any]], exchanges: int) -> str:
         ]
         named = f"{min(theirs):.2f} s" if theirs else "not measured"
         lines.append(
-            f"| {int(size) // 1000} KB | {1000 * best:.0f} ms ({scheme}) | {1000 * GOALS[int(size)]:.0f} ms | {named} |"
+            f"| {int(size) // 1000} KB | {1000 * best:.0f} ms ({scheme}) "
+            f"| {1000 * GOALS[int(size)]:.0f} ms | {named} |"
         )
     return "\n".join([*lines, "", f"Every run: {calls}."]) + "\n"
 

@@ -264,11 +264,14 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     lines = [
         "# What fails, and what becomes of the run",
         "",
-        "`python benchmarks/faults.py`: a server and three sites on one machine, one of them in a network of its own; FedLoRA "
-        "on a tiny model. *Right state*: the state's sha256 is that of a replay in one process that lacks exactly the replies "
-        "that the records call lost.",
+        "`python benchmarks/faults.py`: a server and three sites on one machine, one of them in a "
+        "network of its own; FedLoRA on a tiny model. *Right state*: the state's sha256 is that of "
+        "a replay in one process that lacks exactly the replies that the records call lost.",
         "",
-        "| fault | tried | run ended well | reported | site took part to the end | right state | replies lost | seconds |",
+        (
+            "| fault | tried | run ended well | reported "
+            "| site took part to the end | right state | replies lost | seconds |"
+        ),
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, tries in found.items():

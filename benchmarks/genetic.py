@@ -103,10 +103,12 @@ def fleet(delta: float, seed: int) -> list[float]:
 
 def main() -> None:
     print(
-        f"Means of {SEEDS} fleets of {DEVICES} devices; KL in nats; random: {DRAWS} draws of as many devices each."
+        f"Means of {SEEDS} fleets of {DEVICES} devices; KL in "
+        f"nats; random: {DRAWS} draws of as many devices each."
     )
     print(
-        f"One of {os.cpu_count()} cores, numpy {np.__version__}, Python {platform.python_version()}.\n"
+        f"One of {os.cpu_count()} cores, numpy {np.__version__}, Python "
+        f"{platform.python_version()}.\n"
     )
     print(
         "| delta | devices | search, ms | whole plan, ms | KL random | KL search | KL plan "

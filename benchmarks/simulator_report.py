@@ -148,31 +148,34 @@ def _head(results: dict[str, Any]) -> list[str]:
     return [
         "# The simulator against its peers",
         "",
-        f"`{results['command']}` on {results['date']}, commit {results['commit']}, {results['hardware']}, "
-        f"{results['seconds'] / 60:.0f} minutes; {versions}.",
+        f"`{results['command']}` on {results['date']}, commit {results['commit']}, "
+        f"{results['hardware']}, {results['seconds'] / 60:.0f} minutes; {versions}.",
         "",
-        f"The same work for all: MiniLM, LoRA rank {settings['rank']} on every linear layer of the blocks, the pooler and "
-        f"the classifier trained with it; {results['data']}, {settings['max_tokens']} tokens at most; "
-        f"{settings['devices']} devices with the same rows ({settings['partition']}), {settings['per_round']} a round, the "
-        f"same ones, {settings['steps']} steps of {settings['batch']} rows, {settings['rounds']} rounds; AdamW, learning "
-        f"rate {settings['learning_rate']} falling linearly, no dropout, the same start. Contenders took turns over the "
-        "seeds, each in processes of its own; none scores while it trains, and start-up is in no round. Seconds are "
-        "medians over all rounds of all seeds, quartiles in brackets. Memory is the highest sum of proportional set "
-        f"sizes over all processes of a contender. Accuracy is the global model's on the same {results['test_rows']} "
-        "test rows, mean and standard deviation over the seeds.",
+        f"The same work for all: MiniLM, LoRA rank {settings['rank']} on every linear layer of the "
+        f"blocks, the pooler and the classifier trained with it; {results['data']}, "
+        f"{settings['max_tokens']} tokens at most; {settings['devices']} devices with the same "
+        f"rows ({settings['partition']}), {settings['per_round']} a round, the same ones, "
+        f"{settings['steps']} steps of {settings['batch']} rows, {settings['rounds']} rounds; "
+        f"AdamW, learning rate {settings['learning_rate']} falling linearly, no dropout, the same "
+        "start. Contenders took turns over the seeds, each in processes of its own; none scores "
+        "while it trains, and start-up is in no round. Seconds are medians over all rounds of all "
+        "seeds, quartiles in brackets. Memory is the highest sum of proportional set sizes over "
+        "all processes of a contender. Accuracy is the global model's on the same "
+        f"{results['test_rows']} test rows, mean and standard deviation over the seeds.",
         "",
-        f"The ceiling is a product of two 2048 by 2048 matrices on all cores at once, one thread each: "
-        f"{ceilings['fp32']:.0f} GFLOP/s in fp32, {ceilings['bf16']:.0f} in bf16; {avx2['fp32']:.0f} and {avx2['bf16']:.0f} "
-        "for rows marked AVX2, whose libraries are kept to it. A share of it counts the products that "
-        "were executed (padding included), of whole rounds and of the training passes alone.",
+        "The ceiling is a product of two 2048 by 2048 matrices on all cores at once, one thread "
+        f"each: {ceilings['fp32']:.0f} GFLOP/s in fp32, {ceilings['bf16']:.0f} in bf16; "
+        f"{avx2['fp32']:.0f} and {avx2['bf16']:.0f} for rows marked AVX2, whose libraries are kept "
+        "to it. A share of it counts the products that were executed (padding included), of whole "
+        "rounds and of the training passes alone.",
         "",
     ]
 
 
 def _peer_table(rows: list[Row]) -> list[str]:
     lines = [
-        "| contender | samples/s | seconds a round | of the ceiling | passes alone | outside training | peak memory, GiB "
-        "| accuracy | seeds |",
+        "| contender | samples/s | seconds a round | of the ceiling | passes alone "
+        "| outside training | peak memory, GiB | accuracy | seeds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -211,8 +214,8 @@ def _ratios(rows: dict[str, Row]) -> list[str]:
         if row is not ours:
             apart = fmean(ours.accuracies) - fmean(row.accuracies)
             lines.append(
-                f"- fedspine, bf16, trains {ours.speed / row.speed:.2f} times as many samples a second as: {row.what} "
-                f"(accuracy {100 * apart:+.2f} points)."
+                f"- fedspine, bf16, trains {ours.speed / row.speed:.2f} times as many samples a "
+                f"second as: {row.what} (accuracy {100 * apart:+.2f} points)."
             )
     return [*lines, ""]
 
@@ -225,7 +228,10 @@ def _pruned_table(
         return []
     last = results["pruned_rounds"]
     lines = [
-        f"## Pruned against unpruned, the last {last} of {len(found[names[0]]['rounds'])} rounds, 6 devices each",
+        (
+            f"## Pruned against unpruned, the last {last} of "
+            f"{len(found[names[0]]['rounds'])} rounds, 6 devices each"
+        ),
         "",
         "| method, rank 8 | sparsity trained at | seconds a round | seconds of training passes |",
         "|---|---|---|---|",
@@ -234,7 +240,8 @@ def _pruned_table(
         passes = median(run["passes"][-last:]) / run["processes"]
         seconds = median(run["rounds"][-last:])
         lines.append(
-            f"| {contenders[name].what} | {run['notes']['sparsity']:.3f} | {seconds:.2f} | {passes:.2f} |"
+            f"| {contenders[name].what} | {run['notes']['sparsity']:.3f} "
+            f"| {seconds:.2f} | {passes:.2f} |"
         )
     return [*lines, ""]
 
@@ -244,7 +251,10 @@ def _fleet_table(results: dict[str, Any], names: list[str]) -> list[str]:
     if not found:
         return []
     lines = [
-        f"## Many devices, {results['settings']['per_round']} asked a round, the same rows over all (iid)",
+        (
+            f"## Many devices, {results['settings']['per_round']} "
+            "asked a round, the same rows over all (iid)"
+        ),
         "",
         "| devices | start, s | peak memory, GiB | seconds a round | outside training, s |",
         "|---|---|---|---|---|",
@@ -254,7 +264,8 @@ def _fleet_table(results: dict[str, Any], names: list[str]) -> list[str]:
             s - p / run["processes"] for s, p in zip(run["rounds"], run["passes"], strict=True)
         )
         lines.append(
-            f"| {run['devices']:,} | {run['notes']['start_seconds']:.1f} | {run['peak_memory_bytes'] / GIB:.2f} "
+            f"| {run['devices']:,} | {run['notes']['start_seconds']:.1f} "
+            f"| {run['peak_memory_bytes'] / GIB:.2f} "
             f"| {median(run['rounds']):.2f} | {outside:.2f} |"
         )
     note = (

@@ -139,12 +139,16 @@ def rows() -> list[dict[str, Any]]:
 def table(found: list[dict[str, Any]]) -> str:
     """Means over seeds with their standard deviation, one line per recipe and variant."""
     lines = [
-        f"Commits {', '.join(sorted({row['commit'] for row in found}))}; {os.cpu_count()} cores, {processor()}, torch "
-        f"{torch.__version__}, Python {platform.python_version()}. Mean and standard deviation over seeds. *Deployed*: "
-        "mean over the device models scored, *global*: one model pruned by averaged scores, *dense*: the same adapter on "
-        "the unpruned base, for which it was not tuned. Accuracy in %, loss in nats per token; seconds are simulated.",
+        f"Commits {', '.join(sorted({row['commit'] for row in found}))}; {os.cpu_count()} cores, "
+        f"{processor()}, torch {torch.__version__}, Python {platform.python_version()}. Mean and "
+        "standard deviation over seeds. *Deployed*: mean over the device models scored, *global*: "
+        "one model pruned by averaged scores, *dense*: the same adapter on the unpruned base, for "
+        "which it was not tuned. Accuracy in %, loss in nats per token; seconds are simulated.",
         "",
-        "| recipe | method | seeds | sparsity | before | deployed | global | dense | simulated s | MB up |",
+        (
+            "| recipe | method | seeds | sparsity | before "
+            "| deployed | global | dense | simulated s | MB up |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key in dict.fromkeys((row["recipe"], row["variant"]) for row in found):
@@ -160,8 +164,9 @@ def table(found: list[dict[str, Any]]) -> str:
         ]
         before = spread(group, "loss_before", 1, 3) if language else "-"
         lines.append(
-            f"| {key[0]} | {key[1]} | {', '.join(str(row['seed']) for row in group)} | {spread(group, 'sparsity', 1, 3)} "
-            f"| {before} | {' | '.join(cells)} | {spread(group, 'simulated_seconds', 1, 0)} "
+            f"| {key[0]} | {key[1]} | {', '.join(str(row['seed']) for row in group)} "
+            f"| {spread(group, 'sparsity', 1, 3)} | {before} | {' | '.join(cells)} "
+            f"| {spread(group, 'simulated_seconds', 1, 0)} "
             f"| {spread(group, 'bytes_up', 1e-6, 0)} |"
         )
     return "\n".join(lines) + "\n"

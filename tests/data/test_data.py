@@ -318,11 +318,16 @@ def test_two_formats_of_one_split(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"text": "txet"}, "the text column 'txet' in the train set, found the columns text, label, by; did you mean"),
+        ({"text": "txet"}, (
+            "the text column 'txet' in the train set, found "
+            "the columns text, label, by; did you mean"
+        )),
         ({"label": "lable"}, "the label column 'lable'"),
         ({"kind": "pair"}, "the pair column 'text2'"),
         ({"kind": "pair", "pair": "hypothesis"}, "the pair column 'hypothesis'"),
-        ({"group": "author"}, "the group column 'author' in the train set, found the columns text, label, by"),
+        ({"group": "author"}, (
+            "the group column 'author' in the train set, found the columns text, label, by"
+        )),
         ({"pair": "by"}, "set kind 'pair'"),
         ({"kind": "regression"}, "unknown kind of task 'regression'"),
     ],

@@ -57,7 +57,10 @@ def bad(folder):
 def test_a_site_file_is_read_with_its_paths_absolute(tmp_path):
     models = '[models]\nminilm = "minilm"\n"org/name" = "models/here"\nhub = "org/hub"\n'
     limits = "[limits]\nmemory_bytes = 2_000_000_000\nthreads = 2\n"
-    allow = '[allow]\nmethods = ["fedlora"]\nkinds = ["classification"]\nfewest_rows = 3\n[caches]\nfolder = "kept"\n'
+    allow = (
+        '[allow]\nmethods = ["fedlora"]\nkinds = ["classification"]\n'
+        'fewest_rows = 3\n[caches]\nfolder = "kept"\n'
+    )
     folder = written(tmp_path / "a", data='labels = {0 = "no"}', more=models + limits + allow)
     (folder / "models" / "here").mkdir(parents=True)
     site = load_site(folder)

@@ -32,7 +32,10 @@ DEVICES = [
     for number in range(count)
 ]
 LOST = ("nx-01", 7)
-RECIPE = '[task]\ndata = "pydoc-topics"\nlabel = "<b>x</b>"\n\n[fleet]\ndevices = 10\n\n[method]\n\n[run]\nseed = 0\n'
+RECIPE = (
+    '[task]\ndata = "pydoc-topics"\nlabel = "<b>x</b>"\n\n'
+    "[fleet]\ndevices = 10\n\n[method]\n\n[run]\nseed = 0\n"
+)
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 

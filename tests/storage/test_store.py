@@ -92,7 +92,8 @@ def test_one_process_at_a_time(store, tmp_path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom fedspine.core.errors import BadInput\n"
         "from fedspine.storage.store import Store\n"
-        "store = Store(Path(sys.argv[1]))\ntry:\n    store.open()\nexcept BadInput as error:\n    print(error)\n"
+        "store = Store(Path(sys.argv[1]))\ntry:\n    store.open()\n"
+        "except BadInput as error:\n    print(error)\n"
     )
     assert "another process is working" in python("-c", code, tmp_path / "state").stdout
     store.close()

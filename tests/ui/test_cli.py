@@ -425,7 +425,8 @@ def test_help_knows_all_commands() -> None:
 def test_help_does_not_wait_for_torch() -> None:
     code = (
         "import sys, fedspine.ui.cli as cli\nsys.argv = ['fedspine', '--help']\n"
-        "try:\n    cli.main()\nfinally:\n    print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+        "try:\n    cli.main()\nfinally:\n"
+        "    print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     done = python("-c", code)
     assert done.returncode == 0, done.stderr

@@ -278,7 +278,10 @@ def test_who_does_not_reach_the_target_is_shown_and_given_no_speed_up(compare, t
     (pair,) = found["differences"]
     assert pair["speed_up"] is pair["bytes_saving"] is None
     assert pair["final"]["n"] == 3
-    says = "No speed-up is given: fedlora reaches the target in 2 of 3 seeds and fedspine reaches the target in 1 of 3"
+    says = (
+        "No speed-up is given: fedlora reaches the target in 2 "
+        "of 3 seeds and fedspine reaches the target in 1 of 3"
+    )
     assert says in pair["verdict"]
     for name in ("compare.html", "compare.md"):
         assert "2 of 3 seeds" in (tmp_path / "compared" / name).read_text()

@@ -125,7 +125,8 @@ def test_a_recipe_with_seeds_is_a_sweep(place):
 
 def test_a_name_may_be_shared_or_be_the_label(place):
     cells = planned(
-        '[method]\nname = "fedlora"\nscale = 1.0\n[methods.a]\n[methods.fedspine]\nname = "fedspine"\n'
+        '[method]\nname = "fedlora"\nscale = 1.0\n[methods.a]\n'
+        '[methods.fedspine]\nname = "fedspine"\n'
     )
     assert [(cell.label, cell.recipe.method.name) for cell in cells] == [
         ("a", "fedlora"),
@@ -170,7 +171,10 @@ def test_settings_of_parts_are_laid_over_each_other(place):
 
 def test_named_data_may_set_several_keys(place):
     write_csv(place / "pairs.csv")
-    data = '[data.one]\n[data.two]\ntask.data = "pairs.csv"\ntask.max_tokens = 16\nrun.rounds = 5\nmethod.batch = 4\n'
+    data = (
+        '[data.one]\n[data.two]\ntask.data = "pairs.csv"\n'
+        "task.max_tokens = 16\nrun.rounds = 5\nmethod.batch = 4\n"
+    )
     cells = planned(GOOD + data)
     assert [cell.settings for cell in cells[:4]] == [
         {"data": name} for name in ("one", "one", "two", "two")
@@ -235,7 +239,10 @@ BAD = {  # what is added to the good file, or another file, and what the line mu
         ["[methods.lora.grid] 'ranks'", "did you mean 'rank'"],
     ),
     "part twice": (
-        "[methods.x]\nname = 'fedspine'\ncontroller.name = 'fixed'\n[methods.x.grid]\ncontroller.name = ['random']\n",
+        (
+            "[methods.x]\nname = 'fedspine'\ncontroller.name = 'fixed'\n[methods.x.grid]\n"
+            "controller.name = ['random']\n"
+        ),
         ["controller.name is set in [methods.x] and", "keep one"],
     ),
     "no such part": (
@@ -624,9 +631,8 @@ def test_interrupted_and_two_at_once(place, command):
     out, err = sweep.communicate()
     assert (sweep.returncode, out) == (130, "")
     *_, line = err.splitlines()
-    assert (
-        line
-        == "fedspine: interrupted; 0 of 4 cells done; go on with: fedspine sweep sweep.toml --jobs 2"
+    assert line == (
+        "fedspine: interrupted; 0 of 4 cells done; go on with: fedspine sweep sweep.toml --jobs 2"
     )
     assert left_alive(children) == []
     statuses = [

@@ -115,7 +115,8 @@ def credit(
     """
     if not isfinite(reward):
         raise ValueError(
-            f"a finite reward was expected, {reward} came; leave devices without a measured loss out"
+            f"a finite reward was expected, {reward} came; "
+            "leave devices without a measured loss out"
         )
     hit = leaf_of(bandit, u, v)
     leaves = bandit.leaves.copy()
@@ -206,7 +207,8 @@ def reward(
     """
     if not all(map(isfinite, (gain, scale, progress, importance, lateness))):
         raise ValueError(
-            f"finite values were expected, {gain=} {scale=} {progress=} {importance=} {lateness=} came"
+            f"finite values were expected, {gain=} {scale=} "
+            f"{progress=} {importance=} {lateness=} came"
         )
     if min(scale, lateness) < 0:
         raise ValueError(f"{scale=} and {lateness=} must not be negative")
@@ -228,7 +230,8 @@ def update_scale(scale: float | None, gains: Iterable[float], *, keep: float = 0
     sizes = np.abs(np.fromiter(gains, dtype=float))
     if not np.isfinite(sizes).all():
         raise ValueError(
-            f"finite gains were expected, {sizes.tolist()} came; leave devices without a measured loss out"
+            f"finite gains were expected, {sizes.tolist()} "
+            "came; leave devices without a measured loss out"
         )
     if not len(sizes):
         return scale

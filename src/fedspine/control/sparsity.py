@@ -133,8 +133,9 @@ def final_counts(
     """
     if not 0 <= target <= highest(shape) + _tolerance(shape):
         raise BadInput(
-            f"sparsity in [0, {floor(1000 * highest(shape)) / 1000:.3f}] was expected, which a layer of {shape.heads} heads "
-            f"and {shape.channels} channels can reach, {target} came; lower the target"
+            f"sparsity in [0, {floor(1000 * highest(shape)) / 1000:.3f}] was "
+            f"expected, which a layer of {shape.heads} heads and {shape.channels} "
+            f"channels can reach, {target} came; lower the target"
         )
     heads = _clip(floor(shape.heads * target + TINY), 0, max(shape.heads - keep_heads, 0))
     floored, bare = (
@@ -154,8 +155,8 @@ def final_counts(
             return dropped, channels
     below, above = shape.sparsity(more_heads - 1, bare), shape.sparsity(more_heads, 0)
     raise BadInput(
-        f"sparsity {target} came, but one head outweighs all channels, so that nothing between {below:.4f} and "
-        f"{above:.4f} can be reached; choose a target outside"
+        f"sparsity {target} came, but one head outweighs all channels, so that nothing between "
+        f"{below:.4f} and {above:.4f} can be reached; choose a target outside"
     )
 
 
@@ -181,13 +182,14 @@ def layer_targets(
     pruned = layers - protect_first - protect_last
     if min(protect_first, protect_last) < 0 or pruned < 0:
         raise BadInput(
-            f"{protect_first} first and {protect_last} last layers cannot be protected among {layers}"
+            f"{protect_first} first and {protect_last} last "
+            f"layers cannot be protected among {layers}"
         )
     needed = target * layers / pruned if pruned else float(target > 0)
     if not 0 <= needed <= 0.999:
         raise BadInput(
-            f"a mean sparsity of {target} needs {needed:.3f} in the {pruned} of {layers} layers that are not protected; "
-            "lower the target"
+            f"a mean sparsity of {target} needs {needed:.3f} in the {pruned} of {layers} layers "
+            "that are not protected; lower the target"
         )
     return [0.0] * protect_first + [needed] * pruned + [0.0] * protect_last
 

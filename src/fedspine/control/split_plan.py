@@ -85,13 +85,13 @@ class SplitLimits:
             )
         if not 1 <= self.fewest <= self.most:
             raise BadInput(
-                f"between {self.fewest} and {self.most} devices a round were asked for, but at least 1 is needed, and "
-                "no more as the fewest than as the most"
+                f"between {self.fewest} and {self.most} devices a round were asked for, but at "
+                "least 1 is needed, and no more as the fewest than as the most"
             )
         if not (self.feature_bytes > 0 and self.budget_rows >= 1):
             raise BadInput(
-                f"the bandwidth budget is {self.budget_bytes:.0f} bytes an iteration, but one row's features take "
-                f"{self.feature_bytes:.0f}; raise the budget"
+                f"the bandwidth budget is {self.budget_bytes:.0f} bytes an iteration, but one "
+                f"row's features take {self.feature_bytes:.0f}; raise the budget"
             )
         if not self.divergence >= 0:
             raise BadInput(f"the divergence limit is {self.divergence}, but it cannot be negative")

@@ -53,7 +53,8 @@ def observed(
         and compute_seconds + transfer_seconds
     ):
         raise ValueError(
-            f"finite seconds per row were expected, none below 0, {compute_seconds} and {transfer_seconds} came"
+            "finite seconds per row were expected, none below "
+            f"0, {compute_seconds} and {transfer_seconds} came"
         )
     if before is None:
         return WorkerState(compute_seconds=compute_seconds, transfer_seconds=transfer_seconds)

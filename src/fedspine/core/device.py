@@ -128,7 +128,8 @@ def on_device(work: Work[O, R]) -> Work[O, R]:
     """
     if "." in work.__qualname__:
         raise TypeError(
-            f"{work.__qualname__} must be defined at the top of its module, so that a device can find it"
+            f"{work.__qualname__} must be defined at the top "
+            "of its module, so that a device can find it"
         )
     work.__on_device__ = True  # type: ignore[attr-defined]
     return work

@@ -146,7 +146,8 @@ def _encode(value: Any, keep: Callable[["torch.Tensor"], str], where: str) -> An
             },
         }
     raise NotAMessage(
-        f"{where}: {type(value).__name__} cannot cross the wire; use a @message, tensor, tuple or dict"
+        f"{where}: {type(value).__name__} cannot cross "
+        "the wire; use a @message, tensor, tuple or dict"
     )
 
 

@@ -45,8 +45,8 @@ def part(where: str, choices: dict[str, type], default: Any, table: Any) -> Any:
     """
     if not isinstance(table, dict):
         raise BadInput(
-            f"{where} is {table!r}, but a table was expected; name one of {', '.join(sorted(choices))} "
-            f"as {where}.name"
+            f"{where} is {table!r}, but a table was expected; name one of "
+            f"{', '.join(sorted(choices))} as {where}.name"
         )
     settings = {key: value for key, value in table.items() if key != "name"}
     name = table.get("name", default.name)

@@ -96,8 +96,8 @@ def _reader(folder: Path, files: list[Path]) -> Callable[[Path], np.ndarray]:
     if len(found) != 1:
         kinds = ", ".join(sorted({file.suffix.lower() for file in files})) or "none"
         raise BadInput(
-            f"expected files of one format ({', '.join(READERS)}) in a sub-folder per class of {str(folder)!r}, "
-            f"found {kinds}; keep one format, or name an .npz file"
+            f"expected files of one format ({', '.join(READERS)}) in a sub-folder per class of "
+            f"{str(folder)!r}, found {kinds}; keep one format, or name an .npz file"
         )
     return found.pop()
 

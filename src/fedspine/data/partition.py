@@ -73,15 +73,16 @@ def partition(
     column = column_of(how, natural="natural")
     if devices < 1 or devices > rows:
         raise BadInput(
-            f"expected between 1 and {rows} devices, as many as there are training rows at most, came {devices}; "
-            "change the number of devices or give more rows"
+            f"expected between 1 and {rows} devices, as many as there are training rows at most, "
+            f"came {devices}; change the number of devices or give more rows"
         )
     rng = np.random.default_rng([seed, _STREAM])
     if column is not None:
         if groups is None or len(groups) != rows:
             came = "none" if groups is None else len(groups)
             raise BadInput(
-                f"partition {how!r} expects a value of its column for each of {rows} rows, came {came}"
+                f"partition {how!r} expects a value of its "
+                f"column for each of {rows} rows, came {came}"
             )
         owner = _by_group(groups, devices, how, rng)
     elif how.startswith("dominant:"):
@@ -106,7 +107,8 @@ def _rows_of(owner: np.ndarray, devices: int) -> list[np.ndarray]:
 def _checked(labels: np.ndarray | None, rows: int, how: str) -> np.ndarray:
     if labels is None:
         raise BadInput(
-            f"partition {how!r} expects labels, this task has none; use 'iid', 'natural' or 'column:NAME'"
+            f"partition {how!r} expects labels, this task has "
+            "none; use 'iid', 'natural' or 'column:NAME'"
         )
     if len(labels) != rows:
         raise BadInput(
@@ -125,8 +127,8 @@ def _number_in(how: str) -> float:
         number = np.nan
     if not 0 <= number <= most or number == np.inf:
         raise BadInput(
-            f"partition {how!r} expects a number of at least 0{' and at most 1' * (most == 1)} after {name + ':'!r}; "
-            f"say for example {example!r}"
+            f"partition {how!r} expects a number of at least 0{' and at most 1' * (most == 1)} "
+            f"after {name + ':'!r}; say for example {example!r}"
         )
     return number
 
@@ -139,7 +141,8 @@ Shares = Callable[
 def _dirichlet(alpha: float, devices: int, rng: np.random.Generator) -> Shares:
     if not 0 < alpha < np.inf:
         raise BadInput(
-            f"partition 'dirichlet' expects alpha above 0, came {alpha}; 0.1 is strong skew, 100 next to none"
+            "partition 'dirichlet' expects alpha above 0, came "
+            f"{alpha}; 0.1 is strong skew, 100 next to none"
         )
     return lambda _class, _classes: rng.dirichlet(np.full(devices, alpha))
 
@@ -203,8 +206,9 @@ def _by_group(
     index = {name: number for number, name in enumerate(dict.fromkeys(groups))}
     if len(index) < devices:
         raise BadInput(
-            f"partition {how!r} expects at least one group for each of {devices} devices, found {len(index)} groups, "
-            f"so a device would be left without rows; use at most {len(index)} devices or another partition"
+            f"partition {how!r} expects at least one group for each of {devices} devices, found "
+            f"{len(index)} groups, so a device would be left without rows; use at most "
+            f"{len(index)} devices or another partition"
         )
     group = np.fromiter((index[name] for name in groups), dtype=np.int64, count=len(groups))
     counts = np.bincount(group)

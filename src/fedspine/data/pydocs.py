@@ -101,8 +101,9 @@ def read() -> list[tuple[str, str, str]]:
             rows.setdefault(text, (text, topic, file.as_posix()))
     if not rows:
         raise BadInput(
-            f"expected the Python sources of the standard library in {library} for pydoc-topics, found none; "
-            "run a Python that was installed with its sources, or name another data set"
+            "expected the Python sources of the standard library in "
+            f"{library} for pydoc-topics, found none; run a Python that "
+            "was installed with its sources, or name another data set"
         )
     return list(rows.values())
 

@@ -200,7 +200,10 @@ def _readme(card: Card, tensors: Tensors) -> str:
     stock = (
         f"Stock transformers loads it: `{auto}.from_pretrained(folder)`.{how}"
         if card.stock
-        else "Its layers have sizes that no stock configuration can say, so `from_pretrained` refuses it."
+        else (
+            "Its layers have sizes that no stock configuration "
+            "can say, so `from_pretrained` refuses it."
+        )
     )
     adapter = (
         "merged into the weights"

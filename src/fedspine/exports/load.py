@@ -144,7 +144,9 @@ def _problems(
     if missing := sorted(expected.keys() - stored.keys()):
         yield f"lacks {len(missing)} of {len(expected)} tensors, {missing[0]} among them"
     if surplus := sorted(stored.keys() - expected.keys()):
-        yield f"holds {len(surplus)} tensors that the model has no place for, {surplus[0]} among them"
+        yield (
+            f"holds {len(surplus)} tensors that the model has no place for, {surplus[0]} among them"
+        )
     for name in sorted(expected.keys() & stored.keys()):
         if expected[name] != stored[name]:
             yield f"holds {name} in shape {stored[name]}, but {expected[name]} was expected"

@@ -92,7 +92,8 @@ class FlareLink:
         while len(here := self.connected()) < sites:
             if time.monotonic() > end:
                 raise BadInput(
-                    f"{len(here)} sites are connected, {sites} are needed; start them, or ask for fewer"
+                    f"{len(here)} sites are connected, {sites} "
+                    "are needed; start them, or ask for fewer"
                 )
             time.sleep(1.0)
         try:

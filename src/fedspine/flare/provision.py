@@ -128,7 +128,8 @@ def _check(project: Project) -> None:
     for host in (project.host, *project.also):
         if name_check(host, "host_name")[0]:
             raise BadInput(
-                f"{host!r} is no host name or IPv4 address; give one by which sites reach the server"
+                f"{host!r} is no host name or IPv4 address; "
+                "give one by which sites reach the server"
             )
     if name_check(project.operator, "admin")[0]:
         raise BadInput(
@@ -150,8 +151,9 @@ def _check_folder(project: Project, folder: Path) -> None:
     for key in ("name", "host", "port", "also", "operator", "scheme"):
         if getattr(before, key) != getattr(project, key):
             raise BadInput(
-                f"the kits in {folder} were made with {key} = {getattr(before, key)!r}, the project now says "
-                f"{getattr(project, key)!r}; undo that, or make new kits for all with --out"
+                f"the kits in {folder} were made with {key} = {getattr(before, key)!r}, "
+                f"the project now says {getattr(project, key)!r}; undo that, or make "
+                "new kits for all with --out"
             )
 
 

@@ -24,7 +24,10 @@ REFUSALS: dict[RefusalReason, str] = {
     "method": "it does not allow this method",
     "data": "its data does not fit the task; its own log says why",
     "rows": "it has fewer rows than it answers about",
-    "content": "its copy of the model has other content; all must hold the same model and the same versions of libraries",
+    "content": (
+        "its copy of the model has other content; all must hold "
+        "the same model and the same versions of libraries"
+    ),
 }
 
 
@@ -74,7 +77,8 @@ class RunTerms:
             self.label_names
         ):
             raise BadInput(
-                f"terms.label_names are {self.label_names!r}: distinct names were expected for classes, none for causal-lm"
+                f"terms.label_names are {self.label_names!r}: distinct "
+                "names were expected for classes, none for causal-lm"
             )
         if self.max_tokens < 4:
             raise BadInput(f"terms.max_tokens is {self.max_tokens}: at least 4 were expected")

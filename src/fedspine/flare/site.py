@@ -121,15 +121,17 @@ class Site:
             )
         if allow.methods is None and not comes_with_fedspine(terms.method):
             raise Refused(
-                f"site {self.name} does not take part: the method {terms.method!r} does not come with fedspine; "
-                f"install the package that brings it here, and list it in allow.methods of {SITE_FILE}",
+                f"site {self.name} does not take part: the method {terms.method!r} "
+                "does not come with fedspine; install the package that brings it "
+                f"here, and list it in allow.methods of {SITE_FILE}",
                 "method",
             )
 
     def _not_allowed(self, what: str, came: str, known: Any, where: str) -> str:
         return (
-            f"site {self.name} does not take part: the {what} {came!r} is not among what {where} of its {SITE_FILE} "
-            f"lists ({', '.join(known) or 'nothing'}); add it there to allow it"
+            f"site {self.name} does not take part: the {what} {came!r} is "
+            f"not among what {where} of its {SITE_FILE} lists "
+            f"({', '.join(known) or 'nothing'}); add it there to allow it"
         )
 
 
@@ -180,8 +182,9 @@ def open_site(site: Site, terms: RunTerms) -> Holding:
         )
     if (found := content_sha256(base, tokenizer)) != terms.model_sha256:
         raise Refused(
-            f"site {site.name}: the model {terms.model!r} ({site.models[terms.model]}) has content {found[:12]}..., the "
-            f"server's has {terms.model_sha256[:12]}...; take the same model, and the same versions of its libraries",
+            f"site {site.name}: the model {terms.model!r} ({site.models[terms.model]}) has content "
+            f"{found[:12]}..., the server's has {terms.model_sha256[:12]}...; take the same model, "
+            "and the same versions of its libraries",
             "content",
         )
     with refusing("data"):
@@ -213,8 +216,9 @@ def site_examples(site: Site, terms: RunTerms, tokenizer: Any) -> Examples:
     )
     if len(rows.texts) < site.allow.fewest_rows:
         raise Refused(
-            f"site {site.name} has {len(rows.texts)} rows and answers about {site.allow.fewest_rows} at least; "
-            f"give more rows, or lower allow.fewest_rows of its {SITE_FILE}",
+            f"site {site.name} has {len(rows.texts)} rows and answers "
+            f"about {site.allow.fewest_rows} at least; give more "
+            f"rows, or lower allow.fewest_rows of its {SITE_FILE}",
             "rows",
         )
     return tokens(tokenizer, rows, terms.kind, terms.max_tokens)
@@ -224,8 +228,8 @@ def check_name(name: str) -> None:
     """Raise BadInput for an invalid site name."""
     if not NAME.fullmatch(name) or name.lower() in RESERVED:
         raise BadInput(
-            f"{name!r} cannot be the name of a site; take up to 63 letters, digits, - and _, beginning with a letter or "
-            f"a digit, and none of {', '.join(sorted(RESERVED))}"
+            f"{name!r} cannot be the name of a site; take up to 63 letters, digits, - and _, "
+            f"beginning with a letter or a digit, and none of {', '.join(sorted(RESERVED))}"
         )
 
 

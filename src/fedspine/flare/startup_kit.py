@@ -122,13 +122,15 @@ def check_site(kit: StartupKit) -> None:
     site = load_site(kit.folder)
     if site.name != kit.name:
         raise BadInput(
-            f"{kit.folder / SITE_FILE} is of site {site.name!r}, the kit is of {kit.name!r}; copy the right one"
+            f"{kit.folder / SITE_FILE} is of site {site.name!r}, "
+            f"the kit is of {kit.name!r}; copy the right one"
         )
     local = site.data.path not in BUILT_IN_DATA and Path(site.data.path).is_absolute()
     looks_local = local or Path(site.data.path).suffix != ""
     if looks_local and not Path(site.data.path).exists():
         raise BadInput(
-            f"{kit.folder / SITE_FILE} names the data {site.data.path}, which does not exist; set data.path"
+            f"{kit.folder / SITE_FILE} names the data "
+            f"{site.data.path}, which does not exist; set data.path"
         )
 
 
@@ -153,11 +155,13 @@ def check_reach(kit: StartupKit) -> str | None:
             secure.recv(1)  # by then a server that rejects the certificate has said so
     except ssl.SSLCertVerificationError as error:
         raise BadInput(
-            f"the server at {where} does not belong to this kit ({error.verify_message}); use the kit that was made with it"
+            f"the server at {where} does not belong to this kit "
+            f"({error.verify_message}); use the kit that was made with it"
         ) from None
     except ssl.SSLError:
         raise BadInput(
-            f"the server at {where} refuses this kit's certificate; use a kit that was made with the server's"
+            f"the server at {where} refuses this kit's certificate; "
+            "use a kit that was made with the server's"
         ) from None
     except OSError as error:
         return f"{where} does not answer ({error.strerror or error})"
@@ -268,7 +272,8 @@ def logged_in(kit: StartupKit, timeout: float = LOGIN_SECONDS) -> Any:
             )
     except Exception as error:  # FLARE's errors have no common type
         raise BadInput(
-            f"the server at {kit.host}:{kit.port} lets nobody in with {kit.folder}: {' '.join(str(error).split())}"
+            f"the server at {kit.host}:{kit.port} lets nobody in with {kit.folder}: "
+            f"{' '.join(str(error).split())}"
         ) from None
 
 

@@ -63,7 +63,10 @@ def _first_difference(came: Any, sent: Any) -> str | None:
         return f"has {len(came)} tensors of other names; {len(sent)} were expected"
     for name, tensor in came.items():
         if tensor.shape != sent[name].shape or tensor.dtype != sent[name].dtype:
-            return f"has a tensor of {tuple(tensor.shape)} where {tuple(sent[name].shape)} was expected"
+            return (
+                f"has a tensor of {tuple(tensor.shape)} where "
+                f"{tuple(sent[name].shape)} was expected"
+            )
     return None
 
 

@@ -111,8 +111,8 @@ class Hardware:
             )
         if len(self.round_trip_seconds) != len(GROUP_MBPS) or min(self.round_trip_seconds) < 0:
             raise BadInput(
-                f"round_trip_seconds of at least 0 for each of {len(GROUP_MBPS)} Wi-Fi groups were expected, "
-                f"{self.round_trip_seconds} came"
+                f"round_trip_seconds of at least 0 for each of {len(GROUP_MBPS)} Wi-Fi groups were "
+                f"expected, {self.round_trip_seconds} came"
             )
         for name in self.kinds:
             _kind(name)
@@ -228,7 +228,8 @@ def fleet_mix(mix: Mapping[str, int] | None, devices: int) -> list[str]:
         _kind(name)
     if min(mix.values(), default=0) < 0 or sum(mix.values()) != devices:
         raise BadInput(
-            f"counts that sum to {devices} devices were expected, {dict(mix)} came; change the mix or devices"
+            f"counts that sum to {devices} devices were expected, "
+            f"{dict(mix)} came; change the mix or devices"
         )
     return [name for name, count in mix.items() for _ in range(count)]
 

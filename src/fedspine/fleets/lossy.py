@@ -27,7 +27,8 @@ class Lossy:
     ) -> None:
         if not 0 <= drop <= 1 or delay_seconds < 0:
             raise ValueError(
-                f"0 <= drop <= 1 and delay_seconds >= 0 were expected, {drop} and {delay_seconds} came"
+                "0 <= drop <= 1 and delay_seconds >= 0 were "
+                f"expected, {drop} and {delay_seconds} came"
             )
         self._fleet, self._drop, self._delay, self._seed = fleet, drop, delay_seconds, seed
         self._draws: Counter[DeviceId] = (

@@ -33,8 +33,8 @@ def check_folder(name: str, source: str) -> None:
     folder = Path(source)
     if folder.is_dir() and not any(list(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise BadInput(
-            f"{name} has no tokenizer: one of {', '.join(TOKENIZER_FILES)} was expected there; copy the files of the "
-            "model's tokenizer into the folder"
+            f"{name} has no tokenizer: one of {', '.join(TOKENIZER_FILES)} was expected there; "
+            "copy the files of the model's tokenizer into the folder"
         )
 
 
@@ -47,21 +47,24 @@ def check_tokenizer(name: str, tokenizer: Any, config: Any) -> None:
     vocabulary = tokenizer.get_vocab()
     if not set(vocabulary.values()) - set(tokenizer.all_special_ids):
         raise BadInput(
-            f"the tokenizer of {name} has no entries but {len(vocabulary)} special ones; take a complete tokenizer"
+            f"the tokenizer of {name} has no entries but "
+            f"{len(vocabulary)} special ones; take a complete tokenizer"
         )
     rows = config.vocab_size
     outside = sorted((id, entry) for entry, id in vocabulary.items() if id >= rows)
     if outside:
         which = ", ".join(f"{entry!r} with id {id}" for id, entry in outside[:NAMED])
         raise BadInput(
-            f"the embedding of {name} has {rows} rows, too few for {len(outside)} of the {len(vocabulary)} entries of "
-            f"its tokenizer ({which}{', ...' if len(outside) > NAMED else ''}); take the tokenizer that the model was "
-            "trained with, or save the model after resize_token_embeddings(len(tokenizer))"
+            f"the embedding of {name} has {rows} rows, too few for {len(outside)} of the "
+            f"{len(vocabulary)} entries of its tokenizer "
+            f"({which}{', ...' if len(outside) > NAMED else ''}); take the tokenizer that the "
+            "model was trained with, or save the model after "
+            "resize_token_embeddings(len(tokenizer))"
         )
     if tokenizer.pad_token_id is None:
         raise BadInput(
-            f"the tokenizer of {name} has no padding, end or unknown token to fill short rows with; set its pad_token "
-            "to one of its entries and save it"
+            f"the tokenizer of {name} has no padding, end or unknown token to fill short rows "
+            "with; set its pad_token to one of its entries and save it"
         )
 
 
@@ -79,14 +82,14 @@ def check_complete(
         parameter, *shapes = wrong[0]
         sizes = " and not ".join(str(tuple(shape)) for shape in shapes)
         raise BadInput(
-            f"{name} has no weights for {len(wrong)} parameters in the sizes of its config.json, {parameter} "
-            f"({sizes}) among them; take config.json and weights of one model"
+            f"{name} has no weights for {len(wrong)} parameters in the sizes of its config.json, "
+            f"{parameter} ({sizes}) among them; take config.json and weights of one model"
         )
     lost = sorted(key for key in missing if _layer(key) not in trained)
     if lost:
         raise BadInput(
-            f"{name} has no weights for {len(lost)} parameters, {', '.join(lost[:NAMED])} among them; take a complete "
-            "checkpoint for this kind of task"
+            f"{name} has no weights for {len(lost)} parameters, {', '.join(lost[:NAMED])} among "
+            "them; take a complete checkpoint for this kind of task"
         )
 
 
@@ -98,8 +101,8 @@ def check_finite(name: str, module: nn.Module) -> None:
     broken = [path for path, weight in weights if not finite({path: weight.detach()})]
     if broken:
         raise BadInput(
-            f"{name} has weights that are not finite in {len(broken)} parameters, {broken[0]} among them; the checkpoint "
-            "is damaged, copy the model again"
+            f"{name} has weights that are not finite in {len(broken)} parameters, {broken[0]} "
+            "among them; the checkpoint is damaged, copy the model again"
         )
 
 

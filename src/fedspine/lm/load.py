@@ -68,7 +68,8 @@ def load(
     config.pad_token_id = tokenizer.pad_token_id
     if kind == "causal-lm" and not unit_map(config.model_type).decoder:
         raise BadInput(
-            f"{name} is an encoder ({config.model_type}) and cannot continue texts; take a decoder for kind causal-lm"
+            f"{name} is an encoder ({config.model_type}) and cannot "
+            "continue texts; take a decoder for kind causal-lm"
         )
     readout: Pooling | None = None
     if kind != "causal-lm":
@@ -139,12 +140,14 @@ def locate(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BadInput(
-                f"{name} has no config.json, so it is no model folder; give one that transformers can load"
+                f"{name} has no config.json, so it is no model "
+                "folder; give one that transformers can load"
             )
         return str(path)
     if path.exists() or name.startswith((".", "/", "~")):
         raise BadInput(
-            f"{name} is not a folder; a local model is a folder with config.json and model.safetensors"
+            f"{name} is not a folder; a local model is a "
+            "folder with config.json and model.safetensors"
         )
     return name
 
@@ -157,7 +160,8 @@ def _minilm() -> str:
     found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if found != MINILM_SHA256:
         raise BadInput(
-            f"minilm in {folder} has sha256 {found[:12]}..., expected {MINILM_SHA256[:12]}...; reinstall it"
+            f"minilm in {folder} has sha256 {found[:12]}..., "
+            f"expected {MINILM_SHA256[:12]}...; reinstall it"
         )
     return str(folder)
 

@@ -83,8 +83,8 @@ def unit_map(model_type: str) -> UnitMap:
         near = nearest(model_type, UNIT_MAPS)
         hint = f" (nearest: {near})" if near else ""
         raise BadInput(
-            f"architecture {model_type!r} has no unit map, so nothing is known of its heads and channels{hint}; "
-            f"take a model of one of: {', '.join(UNIT_MAPS)}"
+            f"architecture {model_type!r} has no unit map, so nothing is known of its heads and "
+            f"channels{hint}; take a model of one of: {', '.join(UNIT_MAPS)}"
         )
     return UNIT_MAPS[model_type]
 

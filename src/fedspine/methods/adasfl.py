@@ -69,8 +69,8 @@ class AdaSfl(SplitTraining):
         check_split(self, task)
         if not 0 < self.fewest <= 1 <= self.most < np.inf:
             raise BadInput(
-                f"method.fewest and method.most are {self.fewest} and {self.most}, but shares of method.steps were "
-                "expected, the one up to 1 and the other from 1 on"
+                f"method.fewest and method.most are {self.fewest} and {self.most}, but shares of "
+                "method.steps were expected, the one up to 1 and the other from 1 on"
             )
         if not 0 <= self.keep < 1:
             raise BadInput(f"method.keep is {self.keep}, but 0 to below 1 was expected")

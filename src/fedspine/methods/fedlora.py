@@ -93,8 +93,8 @@ class FedLora(LocalTraining):
         check_rank("method.rank", (self.rank,), task.base.layout)
         if not 0 <= self.depth <= task.base.layout.layers:
             raise BadInput(
-                f"method.depth is {self.depth}, but 0 to {task.base.layout.layers} blocks of this model can be "
-                "adapted; 0 means all"
+                f"method.depth is {self.depth}, but 0 to {task.base.layout.layers} blocks of this "
+                "model can be adapted; 0 means all"
             )
         check_tuning(self)
         check_head_start(self, task)

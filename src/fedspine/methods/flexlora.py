@@ -72,7 +72,8 @@ class FlexLora(LocalTraining):
         check_tuning(self)
         if not self.alpha >= 0:
             raise BadInput(
-                f"method.alpha is {self.alpha}, but a positive number, or 0 for one scale, was expected"
+                f"method.alpha is {self.alpha}, but a positive "
+                "number, or 0 for one scale, was expected"
             )
 
     def start(self, task: Task, rng: np.random.Generator) -> FlexLoraState:

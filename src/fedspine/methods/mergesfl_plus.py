@@ -96,8 +96,8 @@ class MergeSflPlus(MergeSfl):
             )
         if not 0 <= self.logit_adjustment < 1 or not self.client_lr_multiplier > 0:
             raise BadInput(
-                "method.logit_adjustment from 0 to below 1 and a method.client_lr_multiplier above 0 "
-                f"were expected, {self.logit_adjustment} and {self.client_lr_multiplier} came"
+                "method.logit_adjustment from 0 to below 1 and a method.client_lr_multiplier above "
+                f"0 were expected, {self.logit_adjustment} and {self.client_lr_multiplier} came"
             )
 
     def start(self, task: Task, rng: np.random.Generator) -> MergeSflPlusState:

@@ -149,8 +149,8 @@ class PyramidFL(WholeModelTraining):
             raise BadInput(f"method.penalty is {self.penalty}, but it cannot be negative")
         if not 0 <= self.drop_least <= self.drop_most < 1:
             raise BadInput(
-                f"method.drop_least and drop_most are {self.drop_least} and {self.drop_most}, but they must rise, from 0 "
-                "to below 1"
+                f"method.drop_least and drop_most are {self.drop_least} and {self.drop_most}, but "
+                "they must rise, from 0 to below 1"
             )
 
     def start(self, task: Task, rng: np.random.Generator) -> PyramidState:

@@ -59,8 +59,8 @@ def _arranged(name: str, layout: Layout, x: np.ndarray) -> np.ndarray:
         "image": "[height, width], or with 1, 3 or 4 channels before or after",
     }[layout]
     raise BadInput(
-        f"{name} reads rows of {wanted}, rows of shape {list(x.shape[1:])} came; transpose them, or choose another "
-        "task.model"
+        f"{name} reads rows of {wanted}, rows of shape {list(x.shape[1:])} "
+        "came; transpose them, or choose another task.model"
     )
 
 

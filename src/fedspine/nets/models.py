@@ -60,13 +60,15 @@ def _check(name: str, layout: Layout, shape: Shape) -> None:
     wanted = {"series": ("channels", "time"), "image": ("channels", "height", "width")}[layout]
     if len(shape) != len(wanted):
         raise BadInput(
-            f"{name} reads rows of [{', '.join(wanted)}], rows of shape {list(shape)} came; choose another task.model"
+            f"{name} reads rows of [{', '.join(wanted)}], rows of "
+            f"shape {list(shape)} came; choose another task.model"
         )
     short = {"series": LONG_ENOUGH.get(name, 1), "image": SMALLEST}[layout]
     if min(shape[1:]) < short:
         what = "samples in time" if layout == "series" else "pixels each way"
         raise BadInput(
-            f"{name} needs at least {short} {what}, rows of shape {list(shape)} came; choose another net"
+            f"{name} needs at least {short} {what}, rows of "
+            f"shape {list(shape)} came; choose another net"
         )
 
 

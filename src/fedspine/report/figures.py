@@ -107,8 +107,8 @@ def _quality(
         percent_ticks(axes)
     legend(axes)
     caption = (
-        f"Mean {name} of the models that devices run and {name} of the global model, on the test rows; rings mark "
-        f"the last scores, which the legend repeats{said}."
+        f"Mean {name} of the models that devices run and {name} of the global model, on the test "
+        f"rows; rings mark the last scores, which the legend repeats{said}."
     )
     if drawn:
         axes.margins(y=0.09)  # room for a name above the highest line
@@ -141,8 +141,8 @@ def _sparsity(rows: RunRows) -> Panel | None:
     axes.set_ylim(bottom=0)
     percent_ticks(axes)
     caption = (
-        "Share of prunable parameters removed: the line is the mean of the class's devices in that round, "
-        "the band reaches from the least to the most pruned."
+        "Share of prunable parameters removed: the line is the mean of the class's devices in that "
+        "round, the band reaches from the least to the most pruned."
     )
     return Panel("sparsity", "Sparsity by device class", caption, figure)
 
@@ -194,8 +194,8 @@ def _exchange_seconds(rows: RunRows) -> Panel | None:
     axes.grid(visible=False, axis="y")
     axes.invert_yaxis()
     caption = (
-        "From order to result: the box holds the middle half of a class's exchanges with the median as a "
-        "thick line, the whiskers nine tenths; lost exchanges are not counted."
+        "From order to result: the box holds the middle half of a class's exchanges with the "
+        "median as a thick line, the whiskers nine tenths; lost exchanges are not counted."
     )
     return Panel("seconds", "Time per exchange by device class", caption, figure)
 
@@ -226,8 +226,8 @@ def _waiting(rows: RunRows) -> Panel | None:
     percent_ticks(bottom, 3)
     round_ticks(bottom, found.rounds)
     caption = (
-        "A bar is one round, as long as its slowest device; the orange part is what the mean device spent waiting for "
-        "it, and below is the same as a share."
+        "A bar is one round, as long as its slowest device; the orange part is what the mean "
+        "device spent waiting for it, and below is the same as a share."
     )
     return Panel("waiting", "Waiting per round", caption, figure)
 
@@ -248,7 +248,10 @@ def _traffic(rows: RunRows) -> Panel | None:
     byte_ticks(axes.yaxis)
     round_ticks(axes, found.rounds)
     legend(axes)
-    caption = "Bytes of all devices together since the start, as packed; a steeper line is a costlier round."
+    caption = (
+        "Bytes of all devices together since the start, "
+        "as packed; a steeper line is a costlier round."
+    )
     return Panel("traffic", "Traffic", caption, figure)
 
 

@@ -35,7 +35,8 @@ def write_page(folder: Path, unpruned: Sequence[UnprunedRun] = ()) -> Path:
     records, summary_file, recipe = folder / RECORDS, folder / SUMMARY, folder / RECIPE
     if not records.exists() and not summary_file.exists():
         raise BadInput(
-            f"a run's folder with {RECORDS} was expected, {folder} has none; name the folder of a run"
+            f"a run's folder with {RECORDS} was expected, "
+            f"{folder} has none; name the folder of a run"
         )
     rows = read_rows(records) if records.exists() else RunRows()
     summary = _read_summary(summary_file) if summary_file.exists() else None

@@ -103,7 +103,8 @@ def read_rows(path: Path) -> RunRows:
             if number == len(lines):
                 break
             raise BadInput(
-                f"a JSON object with 'row' was expected, line {number} of {path.name} is none; remove that line"
+                "a JSON object with 'row' was expected, line "
+                f"{number} of {path.name} is none; remove that line"
             ) from error
         if name in READERS and (read := READERS[name](row)) is not None:
             found[name].append(read)

@@ -125,8 +125,8 @@ def _check_family(recipe: Recipe) -> None:
     if family not in recipe.method.models:
         able = ", ".join(name for name, method in all_methods().items() if family in method.models)
         raise BadInput(
-            f"method {recipe.method.name!r} cannot train {recipe.task.model!r}, a {family}; choose one of {able}, or "
-            "another task.model"
+            f"method {recipe.method.name!r} cannot train {recipe.task.model!r}, a {family}; choose "
+            f"one of {able}, or another task.model"
         )
 
 
@@ -139,7 +139,8 @@ def build_task(recipe: Recipe, data: Dataset, *, kept: Path | None = None) -> tu
     longest = longest_input(base.config, tokenizer)
     if section.max_tokens > longest:
         raise BadInput(
-            f"task.max_tokens is {section.max_tokens}, but {section.model} reads at most {longest}; lower it"
+            f"task.max_tokens is {section.max_tokens}, but "
+            f"{section.model} reads at most {longest}; lower it"
         )
     train = tokens(tokenizer, data.train, section.kind, section.max_tokens)
     task = Task(

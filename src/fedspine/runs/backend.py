@@ -80,8 +80,9 @@ class RealSites:
         """One device per site, each with its own rows; connects if necessary."""
         if recipe.task.kind == "array":
             raise BadInput(
-                f"task.model {recipe.task.model!r} is a net for arrays, but the sites of a fleet hold texts; leave --fleet "
-                "out to run on simulated devices, or choose a model for texts"
+                f"task.model {recipe.task.model!r} is a net for arrays, "
+                "but the sites of a fleet hold texts; leave --fleet out to "
+                "run on simulated devices, or choose a model for texts"
             )
         devices = len(self._connected().sites) if begun is None else begun.fleet.devices
         changed = {
@@ -154,7 +155,8 @@ def backend_of(run_dir: Path, named: RealSites | None = None) -> Backend:
     if not path.exists():
         if named is not None:
             raise BadInput(
-                f"the run in {run_dir} is simulated, so no sites can go on with it; leave --fleet out"
+                f"the run in {run_dir} is simulated, so no "
+                "sites can go on with it; leave --fleet out"
             )
         return Simulation()
     try:

@@ -110,7 +110,8 @@ def new_run(
     """
     if run_dir.exists():
         raise BadInput(
-            f"output folder {run_dir} exists; choose another with --out, or go on with --resume {run_dir}"
+            f"output folder {run_dir} exists; choose another "
+            f"with --out, or go on with --resume {run_dir}"
         )
     backend = backend or Simulation()
     try:
@@ -245,7 +246,10 @@ def _run(
         )
         recipe = assembled.recipe
         point = _begun(context) if saved is None else _restored(context, saved)
-        title = f"{recipe.method.name}: {recipe.task.model} on {recipe.task.data}, {recipe.fleet.devices} devices"
+        title = (
+            f"{recipe.method.name}: {recipe.task.model} on {recipe.task.data}, "
+            f"{recipe.fleet.devices} devices"
+        )
         progress.started(recipe.run.rounds, title, done=point.round)
         _rounds(context, point, run_dir, progress)
         progress.stage("scoring the deployed models")
@@ -281,8 +285,9 @@ def _restored(context: RunContext, saved: Saved) -> Point:
         )
     if saved.state["computing"] != context.workers.computing:
         raise BadInput(
-            f"this run was computed by {saved.state['computing']}, here it would be by {context.workers.computing}, "
-            "which rounds otherwise; resume it where it began, or start a new run"
+            f"this run was computed by {saved.state['computing']}, here "
+            f"it would be by {context.workers.computing}, which rounds "
+            "otherwise; resume it where it began, or start a new run"
         )
     context.fleet.restore(saved.fleet, saved.memories)
     context.records.round = saved.round - 1  # the round of the final score, if none is left

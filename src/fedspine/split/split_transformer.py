@@ -36,7 +36,8 @@ class SplitTransformer:
         layers = base.layout.layers
         if not 0 <= cut <= layers:
             raise BadInput(
-                f"the cut is after block {cut}, but this model has {layers} blocks; choose 0 to {layers}"
+                f"the cut is after block {cut}, but this model "
+                f"has {layers} blocks; choose 0 to {layers}"
             )
         self._base, self._cut, self._rank, self._scale = base, cut, rank, scale
         self._structure = full(base.layout)

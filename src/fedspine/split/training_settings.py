@@ -45,7 +45,8 @@ def check_training(fields: ModelTraining, task: Task) -> None:
             raise BadInput(f"method.{name} is {getattr(fields, name)}, but 0 to 1 was expected")
     if fields.batch > len(task.train):
         raise BadInput(
-            f"method.batch is {fields.batch}, but all devices together hold {len(task.train)} rows; lower it"
+            f"method.batch is {fields.batch}, but all devices "
+            f"together hold {len(task.train)} rows; lower it"
         )
     if isinstance(task.base, Base):
         check_rank("method.rank", (fields.rank,), task.base.layout)

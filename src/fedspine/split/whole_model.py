@@ -185,6 +185,7 @@ def with_memory(
             )
     if not able:
         raise NoMemory(
-            "no device has the memory to train this model; lower method.batch or take a smaller task.model"
+            "no device has the memory to train this model; "
+            "lower method.batch or take a smaller task.model"
         )
     return tuple(able)

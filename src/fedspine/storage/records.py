@@ -19,7 +19,8 @@ class Records:
         path.touch()
         if path.stat().st_size < position:
             raise BadInput(
-                f"{path} has lost rows: {position} bytes were expected at least; restore it from a copy"
+                f"{path} has lost rows: {position} bytes were "
+                "expected at least; restore it from a copy"
             )
         self._file = open(path, "r+b")  # noqa: SIM115 - held for the whole run
         self._file.truncate(position)

@@ -128,7 +128,8 @@ class Store:
 
     def _damaged(self, why: str) -> BadInput:
         return BadInput(
-            f"the state in {self._folder} is damaged ({why}); restore it from a copy, or start a new run"
+            f"the state in {self._folder} is damaged ({why}); "
+            "restore it from a copy, or start a new run"
         )
 
     def _sweep(self, keep: Iterable[str]) -> None:

@@ -169,7 +169,8 @@ def run(
 
     if resume is not None and out is not None:
         raise BadInput(
-            "--resume goes on in its own folder, so --out has no place beside it; leave one of them out"
+            "--resume goes on in its own folder, so --out "
+            "has no place beside it; leave one of them out"
         )
     place = _backend(fleet, sites, quorum, within)
     if resume is None:

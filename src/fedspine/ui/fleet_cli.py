@@ -18,7 +18,10 @@ from fedspine.core.process import ends_on_sigterm, ends_when_told
 app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="A fleet of real machines over NVIDIA FLARE (the extra 'flare'); docs/real-devices.md is the guide.",
+    help=(
+        "A fleet of real machines over NVIDIA FLARE (the "
+        "extra 'flare'); docs/real-devices.md is the guide."
+    ),
 )
 
 Operator = Annotated[Path, typer.Option("--kit", metavar="DIR", help="The operator's kit.")]
@@ -50,7 +53,8 @@ def create(
     for name in kits.kept:
         print(f"kept {kits.folder / name}")
     print(
-        f"Bring each kit to its machine over a channel that you trust, keep {kits.folder / provision.AUTHORITY} to "
+        "Bring each kit to its machine over a channel that you "
+        f"trust, keep {kits.folder / provision.AUTHORITY} to "
         f"yourself, and open port {wanted.port} of {wanted.host}."
     )
 

@@ -174,7 +174,8 @@ def _refuse_ended(federation: Federation, end: float) -> None:
             raise BadInput(f"{name} ended: {(log.strip().splitlines() or ['it said nothing'])[-1]}")
     if time.monotonic() > end:
         raise BadInput(
-            f"not all of {', '.join(federation.sites)} are connected; see the logs in {federation.folder}"
+            f"not all of {', '.join(federation.sites)} are "
+            f"connected; see the logs in {federation.folder}"
         )
 
 

@@ -14,17 +14,23 @@ def caveats(report: ComparisonReport) -> list[str]:
     ]
     fleets = [run.recipe.fleet for run in runs]
     lines = [
-        "Final scores are of the models that devices run, on all test rows, the mean over the device models scored. "
-        "Curves and targets use the checks on the way, on a part of the test rows and fewer models, for every method "
-        "alike; a final score never counts as reaching the target.",
-        "Time to target is the simulated time of the first check that is as good as the target, so its grain is the "
-        "distance between two checks. A speed-up is given only where both methods reach the target in all common seeds.",
-        "Along time and bytes a seed's value holds until its next check, and its last one to the end of the others.",
-        "Intervals are paired over common seeds: Student's t on the seeds' differences, on their logarithms for ratios. "
-        "They speak of the seeds that were run, not of other data or devices.",
+        "Final scores are of the models that devices run, on all test rows, the "
+        "mean over the device models scored. Curves and targets use the checks "
+        "on the way, on a part of the test rows and fewer models, for every "
+        "method alike; a final score never counts as reaching the target.",
+        "Time to target is the simulated time of the first check that is as good as the target, so "
+        "its grain is the distance between two checks. A speed-up is given only where both methods "
+        "reach the target in all common seeds.",
+        (
+            "Along time and bytes a seed's value holds until its "
+            "next check, and its last one to the end of the others."
+        ),
+        "Intervals are paired over common seeds: Student's t on the "
+        "seeds' differences, on their logarithms for ratios. They speak "
+        "of the seeds that were run, not of other data or devices.",
         *_correction(report),
-        "Waiting is what the mean asked device waits for the slowest of its round, summed over rounds, over the "
-        "simulated time."
+        "Waiting is what the mean asked device waits for the slowest of its round, summed over "
+        "rounds, over the simulated time."
         + _unseen_waiting(any(fleet.drop or fleet.delay_seconds for fleet in fleets)),
     ]
     return [*lines, *_latency(report), *report.notes]
@@ -52,9 +58,10 @@ def _unseen_waiting(lossy: bool) -> str:
 def _latency(report: ComparisonReport) -> list[str]:
     """How latency was measured, once for each way."""
     ways = {
-        f"Latency is measured, not simulated: one forward pass of the model of device {one.device}, seed {one.seed}, "
-        f"{counted(one.tokens, 'token')} in a row on {counted(one.threads, 'thread')}, batch 1, {one.hardware}; methods one "
-        "after the other, so a difference of a few percent means nothing."
+        "Latency is measured, not simulated: one forward pass of the model of device "
+        f"{one.device}, seed {one.seed}, {counted(one.tokens, 'token')} in a row on "
+        f"{counted(one.threads, 'thread')}, batch 1, {one.hardware}; methods one after the other, "
+        "so a difference of a few percent means nothing."
         for section in report.sections
         for one in section.latencies.values()
     }

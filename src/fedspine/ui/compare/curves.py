@@ -56,9 +56,9 @@ def _gaps(comparison: Comparison, numbers: Mapping[str, int], prefix: str) -> Pa
         turned = [None if value is None else -value for value in (mean, low, high)]
         gaps.append(Gap(name, numbers[name], seeds, *turned))
     caption = (
-        "Faint dots are common seeds, large marks their mean, lines its 95 % interval, which is not "
-        "corrected for the number of pairs: a line that crosses 0 is within the seeds' noise, one "
-        "that does not may be, too."
+        "Faint dots are common seeds, large marks their mean, lines its 95 % interval, which is "
+        "not corrected for the number of pairs: a line that crosses 0 is within the seeds' noise, "
+        "one that does not may be, too."
     )
     return gap_panel(f"{prefix}final-{quality}", quality, caption, best.method.name, gaps)
 

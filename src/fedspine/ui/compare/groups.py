@@ -106,8 +106,9 @@ def _check_comparable(runs: Iterable[Run]) -> None:
                 continue
             if wanted.get(key) != found.get(key):
                 raise BadInput(
-                    f"these runs cannot be compared, {aspect_of(key)}: {MEASURED.get(key, key)} is {wanted.get(key)!r} "
-                    f"in {first.folder}, {found.get(key)!r} in {other.folder}; name runs that differ in the method only"
+                    f"these runs cannot be compared, {aspect_of(key)}: {MEASURED.get(key, key)} is "
+                    f"{wanted.get(key)!r} in {first.folder}, {found.get(key)!r} in {other.folder}; "
+                    "name runs that differ in the method only"
                 )
 
 
@@ -126,8 +127,8 @@ def _check_same(runs: Iterable[Run], key: str, what: str) -> None:
     for run in recorded:
         if run.summary[key] != recorded[0].summary[key]:
             raise BadInput(
-                f"{what} was changed between the runs in {recorded[0].folder} and {run.folder}, which "
-                "name the same; leave one of them out, or run it again"
+                f"{what} was changed between the runs in {recorded[0].folder} and {run.folder}, "
+                "which name the same; leave one of them out, or run it again"
             )
 
 
@@ -164,8 +165,8 @@ def _methods(runs: Iterable[Run]) -> tuple[MethodRuns, ...]:
         seeds = alike[name, json.dumps(_without_seed(run.recipe), sort_keys=True)]
         if run.seed in seeds:
             raise BadInput(
-                f"{seeds[run.seed].folder} and {run.folder} are the same method and seed ({name}, {run.seed}); "
-                "leave one of them out"
+                f"{seeds[run.seed].folder} and {run.folder} are the same method and seed ({name}, "
+                f"{run.seed}); leave one of them out"
             )
         seeds[run.seed] = run
     for seeds in alike.values():

@@ -160,7 +160,10 @@ def compared(group: Group, target: str = "auto") -> Comparison:
         title=group.title,
         quality=quality,
         target=wanted,
-        checks=f"{every}, {counted(run.evaluate_rows, 'test row')}, {counted(run.evaluate_devices, 'device model')}",
+        checks=(
+            f"{every}, {counted(run.evaluate_rows, 'test row')}, "
+            f"{counted(run.evaluate_devices, 'device model')}"
+        ),
         results=tuple(results),
         pairs=tuple(_pair(first, second) for first, second in combinations(results, 2)),
     )

@@ -35,7 +35,9 @@ def page(report: ComparisonReport) -> str:
         colours={name: colour_of(number) for name, number in report.numbers.items()},
         badges=BADGES,
         caveats=caveats(report),
-        footer=f"fedspine {fedspine.__version__}. Simulated numbers come from a model of the devices.",
+        footer=(
+            f"fedspine {fedspine.__version__}. Simulated numbers come from a model of the devices."
+        ),
     )
 
 

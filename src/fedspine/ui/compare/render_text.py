@@ -55,7 +55,10 @@ def target_line(comparison: Comparison) -> str:
     """What the target is and what it is measured on."""
     quality, target = comparison.quality, comparison.target
     if target.value is None:
-        return f"No {quality.name} was checked on the way in every run, so there is no time to a target."
+        return (
+            f"No {quality.name} was checked on the way in "
+            "every run, so there is no time to a target."
+        )
     checks = f"Checks on the way: {comparison.checks}."
     margin = (
         "0.5 points below the best accuracy"
@@ -63,7 +66,10 @@ def target_line(comparison: Comparison) -> str:
         else "0.005 nats above the lowest loss"
     )
     why = f"{margin} that every run reaches" if target.how == "auto" else "as asked for"
-    return f"Target: {quality.name} {value_text(quality, target.value)} in a check on the way, {why}. {checks}"
+    return (
+        f"Target: {quality.name} {value_text(quality, target.value)} "
+        f"in a check on the way, {why}. {checks}"
+    )
 
 
 def value_text(quality: Quality, value: float | None) -> str:
@@ -96,7 +102,10 @@ def _quality_words(quality: Quality, pair: Pair) -> str:
     if not pair.seeds:
         return f"{first} and {second} share no seed, so their difference has no pairs."
     if pair.final is None:
-        return f"{first} against {second}: a seed ended without a finite {quality.name}, so there is no difference."
+        return (
+            f"{first} against {second}: a seed ended without a "
+            f"finite {quality.name}, so there is no difference."
+        )
     up, size = pair.final.mean >= 0, abs(pair.final.mean)
     if quality is ACCURACY:
         same = round(100 * size, 1) == 0
@@ -136,7 +145,10 @@ def _speed_words(comparison: Comparison, pair: Pair) -> str:
         )
         return f"No speed-up is given: {who}." if short else ""
     faster = speed.mean >= 1
-    says = f"It reaches the target {max(speed.mean, 1 / speed.mean):.2f} times {'faster' if faster else 'slower'}"
+    says = (
+        f"It reaches the target {max(speed.mean, 1 / speed.mean):.2f} times "
+        f"{'faster' if faster else 'slower'}"
+    )
     if speed.low is None or speed.high is None:
         return f"{says} in that seed."
     low, high = sorted(bound if faster else 1 / bound for bound in (speed.low, speed.high))

@@ -91,7 +91,8 @@ def select(paths: Iterable[Path]) -> Selection:
     if not runs:
         first = left_out[0]
         raise BadInput(
-            f"none of {len(left_out)} named runs is finished ({first.folder}: {first.why}); finish one first"
+            f"none of {len(left_out)} named runs is finished "
+            f"({first.folder}: {first.why}); finish one first"
         )
     return Selection(tuple(runs), tuple(left_out), sweep)
 
@@ -115,12 +116,13 @@ def _run(folder: Path) -> Run | LeftOut:
         return LeftOut(str(folder), _failure(folder) or "not finished")
     if "fleet_seconds" in summary:
         raise BadInput(
-            f"{folder} ran at the sites of a real fleet, whose seconds on the wall cannot stand beside simulated ones; "
-            f"leave it out, and look at it with: fedspine show {folder}"
+            f"{folder} ran at the sites of a real fleet, whose seconds on the wall cannot stand "
+            f"beside simulated ones; leave it out, and look at it with: fedspine show {folder}"
         )
     if lacking := [key for key in NEEDED if key not in summary]:
         raise BadInput(
-            f"{folder / SUMMARY} lacks {lacking[0]!r}; remove it and resume the run to have it written anew"
+            f"{folder / SUMMARY} lacks {lacking[0]!r}; remove "
+            "it and resume the run to have it written anew"
         )
     label, settings = cell.get("label"), cell.get("settings")
     rows = read_rows(folder / RECORDS)

@@ -234,7 +234,8 @@ def _check_field(key: str, methods: list[_Method], where: str) -> None:
     if lacking:
         raise BadInput(
             f"{where} gives {key!r} to every method, and {', '.join(lacking)} has no such field; "
-            "write it under the methods that have it: [methods.LABEL], or [methods.LABEL.grid] for several values"
+            "write it under the methods that have it: [methods.LABEL], "
+            "or [methods.LABEL.grid] for several values"
         )
 
 

@@ -96,14 +96,15 @@ class SweepFolder:
         """
         if self.path.is_file() or (self.path.is_dir() and not self._is_ours()):
             raise BadInput(
-                f"{self.path} exists and is no sweep's folder (it has no {FILE}); choose another with --out"
+                f"{self.path} exists and is no sweep's folder "
+                f"(it has no {FILE}); choose another with --out"
             )
         for cell in cells:
             run = self.run_of(cell)
             if run.exists() and (difference := _differs(recipe_of(run), cell.recipe)):
                 raise BadInput(
-                    f"{run} was made from another version of the sweep's file: {difference}; undo the change, choose "
-                    "a new folder with --out, or remove that run"
+                    f"{run} was made from another version of the sweep's file: {difference}; undo "
+                    "the change, choose a new folder with --out, or remove that run"
                 )
 
     def overview(self, cells: Sequence[Cell]) -> Overview:
