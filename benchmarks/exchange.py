@@ -1,10 +1,10 @@
 """What one exchange costs on a fleet of real processes: two sites, 40 KB and 4 MB each way, beside
 Flower's.
 
-`python benchmarks/exchange.py --flower PYTHON`, where PYTHON is an interpreter that has flwr. Writes results/exchange.md.
-On loopback: an order goes from the run over the server to both sites at once, each site's worker
-decodes it, does nothing, writes its (empty) memory to disk and replies; the clock stops when both
-replies are decoded. Ours is mutual TLS, Flower's is not encrypted.
+`python benchmarks/exchange.py --flower PYTHON`, where PYTHON is an interpreter that has flwr.
+Writes results/exchange.md. On loopback: an order goes from the run over the server to both sites at
+once, each site's worker decodes it, does nothing, writes its (empty) memory to disk and replies;
+the clock stops when both replies are decoded. Ours is mutual TLS, Flower's is not encrypted.
 """
 
 import argparse
@@ -217,15 +217,17 @@ def _process(command: list[object], log: Path) -> Iterator[None]:
 # --- the page ---
 
 
+def _medians(runs: list[dict[str, list[float]]], size: str) -> str:
+    return " ".join(f"{1000 * statistics.median(run[size]):.0f}" for run in runs)
+
+
 def _table(entries: list[dict[str, Any]], exchanges: int) -> str:
     """All calls so far: the machine may have been busy with other things in some of them."""
     calls = "; ".join(
-        (
-            f"{entry['scheme']}, load {entry['load'][0]:.1f} to "
-            f"{entry['load'][1]:.1f}, nice {entry.get('nice', 0)}: "
-        )
+        f"{entry['scheme']}, load {entry['load'][0]:.1f} to {entry['load'][1]:.1f}, "
+        f"nice {entry.get('nice', 0)}: "
         + ", ".join(
-            f"{int(size) // 1000} KB {' '.join(f'{1000 * statistics.median(run[size]):.0f}' for run in entry['ours'])} ms"
+            f"{int(size) // 1000} KB {_medians(entry['ours'], size)} ms"
             for size in entry["ours"][0]
         )
         for entry in entries

@@ -108,8 +108,9 @@ def ground(folder: Path) -> Iterator[Place]:
 def rows(draw: random.Random, count: int) -> str:
     """Lines of a CSV file of two kinds of texts."""
     words = {"fine": ("good", "the", "very"), "fault": ("bad", "not", "small")}
+    fillers = ["in", "is", "with", "at"]
     lines = [
-        f"{' '.join(draw.choices(words[kind], k=3) + draw.choices(['in', 'is', 'with', 'at'], k=3))},{kind}"
+        f"{' '.join(draw.choices(words[kind], k=3) + draw.choices(fillers, k=3))},{kind}"
         for kind, _ in zip(itertools.cycle(words), range(count), strict=False)
     ]
     return "\n".join(["text,label", *lines]) + "\n"

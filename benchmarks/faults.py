@@ -1,11 +1,12 @@
 """What a fleet of real processes does when something fails: each fault several times, beside what
 should come of it.
 
-`python benchmarks/faults.py` starts a server and three sites over NVIDIA FLARE on this machine, one of them in a network of
-its own where that can be made (Linux, as root). A run of FedLoRA on a tiny model is under way when
-the fault happens, at a random round and site. Afterwards the run is replayed in this process, over
-the same rows, without exactly those replies that its records call lost: the state must have the
-same sha256. Writes results/faults.md; exit code 1 where one ended ill.
+`python benchmarks/faults.py` starts a server and three sites over NVIDIA FLARE on this machine, one
+of them in a network of its own where that can be made (Linux, as root). A run of FedLoRA on a tiny
+model is under way when the fault happens, at a random round and site. Afterwards the run is
+replayed in this process, over the same rows, without exactly those replies that its records call
+lost: the state must have the same sha256. Writes results/faults.md; exit code 1 where one ended
+ill.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def main() -> int:
 
 
 def as_it_should(outcome: dict[str, Any]) -> bool:
-    """Whether the run ended well, told of the fault, had the site back, and is in the right state."""
+    """Whether the run ended well, told of the fault, had the site back and the right state."""
     return (
         outcome["exit"] == 0 and outcome["reported"] and outcome["back"] and outcome["same_state"]
     )

@@ -39,7 +39,7 @@ LIMIT_SECONDS = 1200  # a contender that takes longer has hung
 
 @dataclass(frozen=True)
 class Contender:
-    """What the table says of it, its file in `peers`, and what `run` there is told after the work."""
+    """What the table says of it, its file in `peers`, and what `run` there gets after the work."""
 
     what: str
     module: str
@@ -234,7 +234,7 @@ def _settings(arguments: argparse.Namespace, seed: int) -> Settings:
 def _turn(
     arguments: argparse.Namespace, data: Dataset, settings: Settings, folder: Path
 ) -> dict[str, Any]:
-    """Every contender once, with one seed; what does not depend on the seed in the first turn only."""
+    """Every contender once, with one seed; in the first turn also what does not depend on it."""
     common = prepare(folder / "common", data, settings, arguments.test_rows)
     found: dict[str, Any] = {
         "ceiling": _apart("ceiling", common),

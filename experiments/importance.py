@@ -45,7 +45,7 @@ def main() -> None:
 def measured(
     doc: str, results: Path, compared: Callable[[Task, int], Iterable[dict[str, Any]]]
 ) -> None:
-    """Print and append the rows that `compared` gives for every set and seed on the command line."""
+    """Print and append what `compared` gives for every set and seed on the command line."""
     arguments = argparse.ArgumentParser(description=doc.splitlines()[0])
     arguments.add_argument(
         "--data", type=Path, help="folder that holds the sets which are not built in"

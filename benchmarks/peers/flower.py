@@ -1,7 +1,8 @@
 """Flower's simulation engine at its best: one actor per core, the model kept in each, stock FedAvg
 of adapter and head.
 
-`run_simulation` is the engine that `flwr run` starts too, with the in-memory grid, so no polling of a SuperLink.
+`run_simulation` is the engine that `flwr run` starts too, with the in-memory grid, so no polling of
+a SuperLink.
 """
 
 import logging

@@ -1,7 +1,8 @@
 """The work that every contender does: the same rows on the same devices in the same rounds, from
 the same start.
 
-`prepare` writes it down once per seed; contenders read it, so none pays for making it while the clock runs.
+`prepare` writes it down once per seed; contenders read it, so none pays for making it while the
+clock runs.
 """
 
 import json
@@ -86,7 +87,7 @@ class Work:
         return Settings(**json.loads((self.folder / "settings.json").read_text()))
 
     def recipe(self, *, precision: str = "bf16", workers: int = 0, **method: Any) -> Recipe:
-        """The same work as a recipe of fedspine; `method` names another method or sets its fields."""
+        """The same work as a fedspine recipe; `method` names another method or sets its fields."""
         return recipe(_tables(self.settings, self.folder, precision, workers, method))
 
     @cached_property

@@ -42,7 +42,7 @@ shapes = st.builds(
 
 
 def tolerance(shape: LayerShape) -> float:
-    """A quarter of a percent, or half a channel where that is more; a billionth for floating point."""
+    """A quarter of a percent, or half a channel if that is more; a billionth for rounding."""
     return max(0.0025, shape.channel_parameters / shape.parameters / 2) + 1e-8
 
 

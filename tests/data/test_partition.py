@@ -1,4 +1,4 @@
-"""Partitions: laws that hold for every one of them, label skew, whole groups, and what is refused."""
+"""Partitions: laws that hold for all of them, label skew, whole groups, and what is refused."""
 
 import time
 from itertools import pairwise
@@ -13,7 +13,7 @@ from fedspine.data.partition import column_of, partition
 
 
 def split(how="iid", *, devices=4, rows=40, labels=None, groups=None, alpha=1.0, seed=0):
-    """`partition` with small defaults; labels and groups are made where the partition needs them."""
+    """`partition` with small defaults; labels and groups are made where it needs them."""
     if how.startswith(("dirichlet", "dominant")) and labels is None:
         labels = np.arange(rows) % 5
     return partition(
@@ -100,10 +100,17 @@ def mean_entropy(parts, labels):
 def test_label_skew_grows_as_alpha_falls():
     labels = np.arange(4000) % 8
     entropy = [
-        np.mean([mean_entropy(split("dirichlet", devices=20, rows=4000, labels=labels, alpha=a, seed=s), labels)
-                 for s in range(3)])
+        np.mean(
+            [
+                mean_entropy(
+                    split("dirichlet", devices=20, rows=4000, labels=labels, alpha=a, seed=s),
+                    labels,
+                )
+                for s in range(3)
+            ]
+        )
         for a in (100.0, 1.0, 0.1)
-    ]  # fmt: skip
+    ]
     assert all(before > after for before, after in pairwise(entropy))
     assert entropy[0] > 0.95 * np.log(8)  # alpha 100: next to the uniform ln 8 = 2.08
     # alpha 0.1: the mean entropy of a Dirichlet(0.1) over 8 classes is digamma(1.8) - digamma(1.1)

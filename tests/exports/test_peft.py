@@ -1,4 +1,4 @@
-"""Adapters against PEFT itself: what we write it computes alike, what it writes we compute alike."""
+"""Adapters against PEFT itself: each computes alike what the other writes."""
 
 import json
 

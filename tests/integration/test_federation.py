@@ -1,4 +1,4 @@
-"""Whole runs over NVIDIA FLARE on this machine: the bits of simulation, whatever dies on the way."""
+"""Whole runs over NVIDIA FLARE on one machine: the bits of simulation, whatever dies."""
 
 import json
 import os

@@ -47,7 +47,7 @@ def job(tiny_folder, tmp_path_factory):
 
 
 def assert_same(folder, whole):
-    """The run in `folder` ended as the one that nothing disturbed, and left nothing half-written."""
+    """The run in `folder` ended as the undisturbed one did, and left nothing half-written."""
     assert without_wall(summary_of(folder)) == without_wall(summary_of(whole))
     assert records_of(folder) == records_of(whole)
     names = {path.name for path in Path(folder).iterdir()}

@@ -99,7 +99,7 @@ def test_what_is_ignored_stays_ignored():
 
 @pytest.mark.parametrize("hearing", [hearing_ctrl_c, deaf_to_ctrl_c])
 def test_what_tests_start_hears_or_does_not(hearing):
-    """The helpers of the tests themselves, which hold where the parent of the tests is deaf, too."""
+    """The helpers of the tests themselves hold where the parent of the tests is deaf, too."""
     with hearing():
         done = python(
             "-c",

@@ -27,7 +27,7 @@ CLASSES = 3
 
 @pytest.fixture
 def encoder(tiny_folder, tmp_path):
-    """A function that writes a tiny encoder as a plain backbone, which has no task head of its own."""
+    """A function that writes a tiny encoder as a plain backbone, which has no task head."""
 
     def write(model_type="bert", pooling=None):
         folder = tmp_path / f"{model_type}-{pooling}"

@@ -83,7 +83,7 @@ def tolerance(layout):
 
 
 def path_to(layout, target, seed):
-    """The structures of a device that shrinks at random paces and with other scores at each step."""
+    """The structures of a device that shrinks at random paces, with other scores each step."""
     rng = np.random.default_rng(seed)
     structures = [full(layout)]
     for step in [*np.sort(rng.random(4)) * target, target]:

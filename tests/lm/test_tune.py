@@ -1,4 +1,4 @@
-"""Local training: LoRA's own gradients against autograd, determinism, and what it is said to cost."""
+"""Local training: LoRA's own gradients against autograd, determinism, and its stated cost."""
 
 import dataclasses
 import math

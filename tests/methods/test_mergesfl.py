@@ -145,7 +145,7 @@ def test_one_merged_step_is_one_centralised_step(lab, cut, form):
 
 @pytest.mark.parametrize("form", [PAPER, PLAIN], ids=lambda form: form.name)
 def test_so_it_is_with_unequal_batches(lab, form):
-    """In the second round batches follow the devices' speed; Eq. 17 weighs client models by them."""
+    """In round two batches follow the devices' speed; Eq. 17 weighs client models by them."""
     bench = lab()
     first = bench.run(form, rounds=1)
     spy = Spy(bench.fleet)

@@ -1,4 +1,4 @@
-"""Prune after training: FedLoRA to the last bit, then every device pruned once by its own scores."""
+"""Prune after training: FedLoRA to the last bit, then each device pruned once by its scores."""
 
 import dataclasses
 

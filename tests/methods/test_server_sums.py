@@ -28,7 +28,7 @@ OFF = 8 * 8 * 2**-24
 
 
 class Told:
-    """A fleet whose devices reply what they are told, in the order of `first`, then of the orders."""
+    """A fleet whose devices reply as told, in the order of `first`, then of the orders."""
 
     def __init__(self, base, reply, names=tuple(ROWS), first=()):
         self.base, self.now, self._reply, self._pending = base, 0.0, reply, list(first)

@@ -70,7 +70,11 @@ def conv(inputs, outputs, kernel=9):
 # section 4 of the reconstruction: feature shapes, and the weights counted layer by layer; 4 numbers
 # a channel of a norm
 PAPER = {
-    "cnn-h": ((9, 128), 6, (32, 32, 2), conv(1, 12) + conv(12, 32), conv(32, 64) + linear(4096, 1024) + linear(1024, 6)),
+    "cnn-h": (
+        (9, 128), 6, (32, 32, 2),
+        conv(1, 12) + conv(12, 32),
+        conv(32, 64) + linear(4096, 1024) + linear(1024, 6),
+    ),
     "cnn-s": (
         (1, 16000), 35, (64, 14),
         conv(1, 32, 80) + conv(32, 32, 3) + conv(32, 64, 3) + 4 * (32 + 32 + 64),
@@ -83,7 +87,8 @@ PAPER = {
     ),
     "vgg16": (
         (3, 144, 144), 100, (512, 5, 5),
-        conv(3, 64) + conv(64, 64) + conv(64, 128) + conv(128, 128) + conv(128, 256) + 2 * conv(256, 256)
+        conv(3, 64) + conv(64, 64) + conv(64, 128) + conv(128, 128)
+        + conv(128, 256) + 2 * conv(256, 256)
         + conv(256, 512) + 5 * conv(512, 512) + 4 * (2 * 64 + 2 * 128 + 3 * 256 + 6 * 512),
         linear(12800, 4096) + linear(4096, 4096) + linear(4096, 100),
     ),
@@ -272,8 +277,8 @@ def test_costs_are_those_counted_by_hand():
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("cnn-h", (1, 4)), ("cnn-h", (3, 50)), ("cnn-s", (2, 6848)), ("alexnet-small", (3, 31, 17)), ("vgg-small", (4, 8, 9)),
-     ("vgg-small", (1, 28, 28)), ("alexnet-small", (1, 8, 8))],
+    [("cnn-h", (1, 4)), ("cnn-h", (3, 50)), ("cnn-s", (2, 6848)), ("alexnet-small", (3, 31, 17)),
+     ("vgg-small", (4, 8, 9)), ("vgg-small", (1, 28, 28)), ("alexnet-small", (1, 8, 8))],
 )  # fmt: skip
 def test_nets_take_the_shape_that_comes(name, shape):
     net = Net(name, shape, 4)

@@ -1,4 +1,4 @@
-"""`task.model = "auto"`: MiniLM for texts, a net that fits the rows for arrays, decided once and kept."""
+"""`task.model = "auto"`: MiniLM for texts, a fitting net for arrays, decided once and kept."""
 
 import wave
 

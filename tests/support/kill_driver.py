@@ -4,7 +4,8 @@ fraction of starting each.
 Each line of stdin is a JSON object with the arguments of a run and a plan; the answer is one line
 with what became of it. A plan is a list of attempts on one folder: the first is a new run, those
 that find the folder resume it. An attempt may be struck
-- at a call of a function of `os`, before or after it does its work: killed, or failed with an error number,
+- at a call of a function of `os`, before or after it does its work: killed, or failed with an
+  error number,
 - from outside, by a signal (a name of BLOWS) so many seconds after its folder is there,
 - at a job of a worker, which ends its process or raises,
 - by a limit on the bytes of a file.
@@ -176,7 +177,7 @@ def slow_down(seconds):
 
 
 def strike_from_outside(child, folder, attempt):
-    """Send a signal to a run this long after its folder is there; returns the workers that it had."""
+    """Send a signal to a run this long after its folder is there; returns the workers it had."""
     process = psutil.Process(child)
     while not folder.exists() and running(process):
         time.sleep(POLL_SECONDS)

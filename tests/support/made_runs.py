@@ -15,8 +15,8 @@ def made_run(
     """A finished run of three checks or more, one a round, `seconds` of simulated time each;
     returns the folder.
 
-    `curve` is the accuracy (or, for language modelling, the loss) of each check; the final one is the last of them
-    unless `changed` says otherwise, as it may of every key of the summary.
+    `curve` is the accuracy (or, for language modelling, the loss) of each check; the final one is
+    the last of them unless `changed` says otherwise, as it may of every key of the summary.
     """
     language = "task.kind='causal-lm'" in settings
     rounds = len(curve) + 1

@@ -58,7 +58,7 @@ def tiny_job(model, data, **changed):
 
 
 def carried_out(*arguments):
-    """Run the command line in this process, for fixtures of more than one test; it must end well."""
+    """Run the command line in this process, for shared fixtures; it must end well."""
     said = StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
         patch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # which a run sets for its process

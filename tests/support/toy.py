@@ -1,4 +1,4 @@
-"""A toy task that a tiny model can learn, a simulated fleet over it, and a fleet that listens in."""
+"""A toy task that a tiny model learns, a simulated fleet over it, and one that listens in."""
 
 import json
 

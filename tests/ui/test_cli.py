@@ -54,7 +54,7 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def place(tiny_folder, tmp_path_factory):
-    """A folder of good and bad inputs, with one finished run of the tiny job and one model of it."""
+    """A folder of good and bad inputs, with a finished run of the tiny job and a model of it."""
     root = tmp_path_factory.mktemp("inputs")
     tiny_folder("llama")
     (root / "bert").symlink_to(tiny_folder("bert"))

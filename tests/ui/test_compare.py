@@ -187,7 +187,7 @@ def test_numbers_by_hand(compare, tmp_path):
 
 
 def test_p_values_are_corrected_for_all_pairs_of_all_sections(compare, tmp_path):
-    """Three methods in two settings are six pairs; the gaps of a pair are g - 0.1 %, g, g + 0.1 %."""
+    """Three methods in two settings are six pairs; a pair's gaps are g - 0.1 %, g, g + 0.1 %."""
     sweep = tmp_path / "sweep"
     for alpha, gaps in ((0.1, (0.0, 0.004, 0.012)), (1.0, (0.0, 0.03, 0.05))):
         for place, (name, gap) in enumerate(zip("abc", gaps, strict=True)):

@@ -45,8 +45,8 @@ def browser(tmp_path_factory):
 def rows(browser):
     """The first column of the first table, from top to bottom."""
     return browser.run(
-        '[...document.querySelector("table.sort").tBodies[0].rows].map(row '
-        "=> row.cells[0].innerText)"
+        '[...document.querySelector("table.sort").tBodies[0].rows]'
+        ".map(row => row.cells[0].innerText)"
     )
 
 
@@ -68,8 +68,8 @@ def test_a_request_would_be_seen(browser, address):
     browser.open(address)
     before = len(browser.requests)
     browser.run(
-        "new Promise(done => { const i = new Image(); i.onerror "
-        '= done; i.src = "http://127.0.0.1:9/x.png" })'
+        "new Promise(done => { const i = new Image(); i.onerror = done; "
+        'i.src = "http://127.0.0.1:9/x.png" })'
     )
     assert browser.requests[before:] == ["http://127.0.0.1:9/x.png"]
     browser.complaints.clear()
@@ -78,7 +78,8 @@ def test_a_request_would_be_seen(browser, address):
 def test_the_plots_are_drawn(browser, address):
     browser.open(address)
     drawn = browser.run(
-        '[...document.querySelectorAll("figure svg")].map(svg => ({width: svg.getBoundingClientRect().width,'
+        '[...document.querySelectorAll("figure svg")].map(svg => ({'
+        "width: svg.getBoundingClientRect().width,"
         ' height: svg.getBoundingClientRect().height, paths: svg.querySelectorAll("path").length,'
         ' words: svg.textContent, high: Math.max(...[...svg.querySelectorAll("path")].map('
         "path => path.getBoundingClientRect().height))}))"
@@ -121,8 +122,8 @@ def test_the_table_sorts(browser, address):
         == 1
     )
     other = (
-        '[...document.querySelectorAll("table.sort")[2].tBodies[0].rows].map(row '
-        "=> row.cells[0].innerText)"
+        '[...document.querySelectorAll("table.sort")[2].tBodies[0].rows]'
+        ".map(row => row.cells[0].innerText)"
     )
     assert browser.run(other)[0] == ours  # a table of its own is not touched
     assert browser.complaints == []

@@ -1,1 +1,1 @@
-"""What the server decides: who takes part, with how much, when to prune. Pure functions over numpy."""
+"""What the server decides: who takes part, with how much, when to prune. Pure numpy functions."""

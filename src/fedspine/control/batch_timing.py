@@ -32,7 +32,8 @@ def fitted(
     part known before: it counts like `TRUST` exchanges of every device, and is all there is to know
     where loads do not vary.
 
-    >>> fixed, each = fitted([np.array([10.0, 40.0])] * 2, [np.array([3.0, 6.0]), np.array([4.0, 10.0])])
+    >>> seconds = [np.array([3.0, 6.0]), np.array([4.0, 10.0])]
+    >>> fixed, each = fitted([np.array([10.0, 40.0])] * 2, seconds)
     >>> bool(1 < fixed < 2), bool(0.1 < each[0] < each[1] < 0.25)
     (True, True)
     """

@@ -49,7 +49,8 @@ def class_log_ratios(
     (Zhang et al. 2022, arXiv:2209.00189), gain nothing from knowing whose rows these are; 0 for a
     worker whose labels are the fleet's.
 
-    >>> class_log_ratios(np.array([[1.0, 0.0], [0.5, 0.5]]), np.array([0.5, 0.5]), 0.5).round(3).tolist()
+    >>> labels = np.array([[1.0, 0.0], [0.5, 0.5]])
+    >>> class_log_ratios(labels, np.array([0.5, 0.5]), 0.5).round(3).tolist()
     [[0.405, -0.693], [0.0, 0.0]]
     """
     ratio = np.divide(labels, reference, out=np.ones_like(labels), where=reference > 0)

@@ -73,7 +73,7 @@ def coefficients(own: Evidence, fleet: Evidence) -> NDArray[np.float64]:
 def coefficients_of(
     known: Mapping[str, LatencyModel], devices: Iterable[str]
 ) -> dict[str, NDArray[np.float64]]:
-    """The coefficients of these devices; one that has never replied is taken to be like the fleet."""
+    """The coefficients of these devices; one that has never replied gets those of the fleet."""
     fleet = sum((each.evidence for each in known.values()), no_evidence())
     own = {
         device: known[device].evidence if device in known else no_evidence() for device in devices

@@ -99,7 +99,7 @@ class Turn:
 
 
 def warm_up(limits: Limits, rng: np.random.Generator) -> Plan:
-    """No pruning, since no importance is known yet, and any rank, so that its time becomes known."""
+    """No pruning, since no importance is known yet, and any rank, so its time becomes known."""
     return Plan(limits.sparsity, limits.ranks[int(rng.integers(limits.affordable))], None, 0.0)
 
 
@@ -117,7 +117,9 @@ def fixed_plan(limits: Limits, ratio: float, rank: int) -> Plan:
 
     A ratio of 0 prunes as the schedule demands and no more.
 
-    >>> limits = Limits(sparsity=0.1, due=0.0, target=0.5, most_per_round=0.05, ranks=(4, 8), affordable=2)
+    >>> limits = Limits(
+    ...     sparsity=0.1, due=0.0, target=0.5, most_per_round=0.05, ranks=(4, 8), affordable=2
+    ... )
     >>> fixed_plan(limits, 0.5, 8)
     Plan(sparsity=0.125, rank=8, action=(0.5, 1.0), progress=0.5)
     """

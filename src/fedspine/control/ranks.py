@@ -50,8 +50,8 @@ def rank_of_device(fields: RankFields, device: str, memory_bytes: int, seed: int
     """The rank of one device, the same whenever and beside whomever it is asked.
 
     By memory: the largest rank whose share of the largest one the declared memory covers as a share
-    of
-    `largest_rank_gib`, at least the smallest. At random: every rank equally likely, drawn from (seed, device).
+    of `largest_rank_gib`, at least the smallest. At random: every rank equally likely, drawn from
+    (seed, device).
     """
     if fields.rank_by == "random":
         return int(np.random.default_rng([seed, DRAW, *device.encode()]).choice(fields.ranks))

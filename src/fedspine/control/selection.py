@@ -50,8 +50,12 @@ def scores(
     """How much each device is worth asking in `round`, counted from 1; `seconds` is what its round
     would take.
 
-    >>> same = Selecting(participants=1, explore=0, explore_keep=1, explore_least=0, cut_off=1, clip=1, patience=0, penalty=2)
-    >>> quick, slow = scores([Seen(reward=1.0, norm=1.0, round=1)] * 2, np.array([1.0, 2.0]), 2, same)
+    >>> same = Selecting(
+    ...     participants=1, explore=0, explore_keep=1, explore_least=0, cut_off=1, clip=1,
+    ...     patience=0, penalty=2,
+    ... )
+    >>> seen = [Seen(reward=1.0, norm=1.0, round=1)] * 2
+    >>> quick, slow = scores(seen, np.array([1.0, 2.0]), 2, same)
     >>> round(float(quick / slow), 6)
     4.0
     """

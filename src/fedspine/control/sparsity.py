@@ -21,7 +21,10 @@ class LayerShape:
     """The prunable units of one layer, and the parameters that leave with each (grouped queries:
     heads are KV heads).
 
-    >>> LayerShape(heads=12, channels=1536, head_parameters=49_152, channel_parameters=768).parameters
+    >>> shape = LayerShape(
+    ...     heads=12, channels=1536, head_parameters=49_152, channel_parameters=768
+    ... )
+    >>> shape.parameters
     1769472
     """
 
@@ -128,7 +131,10 @@ def final_counts(
     even that is not enough, or where one head outweighs all channels and the target falls between
     two counts of heads.
 
-    >>> final_counts(LayerShape(heads=2, channels=4864, head_parameters=917_504, channel_parameters=2_688), 0.5)
+    >>> shape = LayerShape(
+    ...     heads=2, channels=4864, head_parameters=917_504, channel_parameters=2_688
+    ... )
+    >>> final_counts(shape, 0.5)
     (0, 2776)
     """
     if not 0 <= target <= highest(shape) + _tolerance(shape):

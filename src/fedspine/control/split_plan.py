@@ -142,7 +142,8 @@ def plan_split(
     they complete one.
 
     >>> alike = Candidates(np.ones(4), np.full((4, 2), 0.5), np.full(4, 100), np.zeros(4, int))
-    >>> plan = plan_split(alike, SplitLimits(largest_batch=8, fewest=4, most=4), np.random.default_rng(0))
+    >>> limits = SplitLimits(largest_batch=8, fewest=4, most=4)
+    >>> plan = plan_split(alike, limits, np.random.default_rng(0))
     >>> plan.chosen.tolist(), plan.batches.tolist(), plan.divergence, plan.waiting
     ([0, 1, 2, 3], [8, 8, 8, 8], 0.0, 0.0)
     """

@@ -55,7 +55,7 @@ class Device:
     def spend(
         self, *, flops: float = 0.0, memory_bytes: int = 0, launches: int = 0, samples: int = 0
     ) -> None:
-        """Account for work: floating-point operations, peak memory, launched layers, training rows."""
+        """Account for work: floating-point operations, peak memory, layers launched, rows."""
         self.flops += flops
         self.launches += launches
         self.samples += samples
@@ -185,7 +185,7 @@ def serve(
     trainer: Callable[[Any], Any] | None = None,
     scratch: Scratch | None = None,
 ) -> Served:
-    """Do the work of `call` on `data`, the device's own rows; `scratch` never changes the result."""
+    """Do the work of `call` on `data`, the device's rows; `scratch` never changes the result."""
     found = None if scratch is None else scratch.take(call)
     memory, kept = (
         (unpack(call.memory) if call.memory is not None else {}, None) if found is None else found

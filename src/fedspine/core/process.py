@@ -33,7 +33,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def ends_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM raise Terminated within the block; where the process ignores it, that stays so."""
+    """Let SIGTERM raise Terminated within the block, unless the process ignores it."""
     with handling([signal.SIGTERM], _terminate()):
         yield
 
@@ -76,7 +76,7 @@ def handling(
 
 @contextmanager
 def ends_when_told() -> Iterator[None]:
-    """Turn Ctrl-C and SIGTERM within the block into Stopped: for commands, which end with one line."""
+    """Turn Ctrl-C and SIGTERM within the block into Stopped, so a command ends with one line."""
     with ends_on_sigterm():
         try:
             yield

@@ -20,7 +20,7 @@ GRAIN = 8  # padded lengths are multiples of it: fewer shapes for kernels to be 
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised rows, one after another in flat arrays: row i is `ids[offsets[i]:offsets[i + 1]]`."""
+    """Tokenised rows in flat arrays, one after another: row i is `ids[offsets[i]:offsets[i+1]]`."""
 
     ids: np.ndarray  # int32 [tokens]
     offsets: np.ndarray  # int64 [rows + 1]

@@ -66,7 +66,9 @@ def partition(
     "natural" and "column:NAME". The same arguments give the same bytes. Raises BadInput where a
     device would be left without rows or the arguments do not fit the partition.
 
-    >>> parts = partition("column:by", devices=2, rows=4, labels=None, groups="abba", alpha=1, seed=0)
+    >>> parts = partition(
+    ...     "column:by", devices=2, rows=4, labels=None, groups="abba", alpha=1, seed=0
+    ... )
     >>> [part.tolist() for part in parts]
     [[0, 3], [1, 2]]
     """

@@ -7,7 +7,7 @@ from typing import Any
 from fedspine.core.errors import BadInput
 
 Pick = Callable[[Sequence[str]], Mapping[str, int]]
-"""Maps the names of all columns to the position of each wanted one, by the name it is requested under."""
+"""Maps the names of all columns to the position of each wanted one, by its name in the request."""
 
 MOST = 10  # names in a list of a message
 

@@ -39,42 +39,44 @@ LEFT_OUT = frozenset(
 # Top-level module names of each topic; the order of the topics is the order of the labels.
 TOPICS: dict[str, tuple[str, ...]] = {
     "interface": (
-        "tkinter", "idlelib", "turtle", "curses", "cmd", "argparse", "optparse", "getopt", "getpass",
-        "rlcompleter", "webbrowser", "pydoc", "tty", "pty",
+        "tkinter", "idlelib", "turtle", "curses", "cmd", "argparse", "optparse", "getopt",
+        "getpass", "rlcompleter", "webbrowser", "pydoc", "tty", "pty",
     ),
     "network": (
-        "http", "urllib", "email", "xmlrpc", "wsgiref", "socket", "socketserver", "ssl", "ftplib", "poplib",
-        "imaplib", "smtplib", "ipaddress", "mailbox", "netrc", "uuid", "base64", "quopri", "mimetypes",
+        "http", "urllib", "email", "xmlrpc", "wsgiref", "socket", "socketserver", "ssl", "ftplib",
+        "poplib", "imaplib", "smtplib", "ipaddress", "mailbox", "netrc", "uuid", "base64", "quopri",
+        "mimetypes",
     ),
     "language": (
-        "ast", "inspect", "importlib", "types", "typing", "dis", "code", "codeop", "abc", "dataclasses",
-        "contextlib", "functools", "enum", "copy", "copyreg", "weakref", "tokenize", "token", "symtable",
-        "pkgutil", "runpy", "compileall", "py_compile", "pyclbr", "opcode", "keyword", "modulefinder",
-        "zipimport", "site", "warnings", "traceback", "linecache", "reprlib", "operator", "_py_abc", "venv",
-        "sysconfig", "platform", "ctypes", "__future__", "pickletools", "zipapp", "bdb", "pdb", "collections",
-        "_collections_abc",
+        "ast", "inspect", "importlib", "types", "typing", "dis", "code", "codeop", "abc",
+        "dataclasses", "contextlib", "functools", "enum", "copy", "copyreg", "weakref", "tokenize",
+        "token", "symtable", "pkgutil", "runpy", "compileall", "py_compile", "pyclbr", "opcode",
+        "keyword", "modulefinder", "zipimport", "site", "warnings", "traceback", "linecache",
+        "reprlib", "operator", "_py_abc", "venv", "sysconfig", "platform", "ctypes", "__future__",
+        "pickletools", "zipapp", "bdb", "pdb", "collections", "_collections_abc",
     ),
     "concurrency": (
-        "asyncio", "multiprocessing", "concurrent", "threading", "_threading_local", "queue", "subprocess",
-        "sched", "selectors", "signal", "contextvars", "_weakrefset",
+        "asyncio", "multiprocessing", "concurrent", "threading", "_threading_local", "queue",
+        "subprocess", "sched", "selectors", "signal", "contextvars", "_weakrefset",
     ),
     "testing": (
-        "unittest", "doctest", "trace", "tracemalloc", "timeit", "profile", "cProfile", "pstats", "logging",
+        "unittest", "doctest", "trace", "tracemalloc", "timeit", "profile", "cProfile", "pstats",
+        "logging",
     ),
     "text": (
-        "re", "string", "textwrap", "json", "csv", "html", "xml", "difflib", "gettext", "locale", "encodings",
-        "codecs", "stringprep", "configparser", "plistlib", "pprint", "shlex", "fnmatch", "tomllib", "tabnanny",
-        "_markupbase", "_strptime",
+        "re", "string", "textwrap", "json", "csv", "html", "xml", "difflib", "gettext", "locale",
+        "encodings", "codecs", "stringprep", "configparser", "plistlib", "pprint", "shlex",
+        "fnmatch", "tomllib", "tabnanny", "_markupbase", "_strptime",
     ),
     "files": (
-        "os", "posixpath", "ntpath", "genericpath", "pathlib", "shutil", "zipfile", "tarfile", "gzip", "bz2",
-        "lzma", "tempfile", "glob", "io", "_pyio", "sqlite3", "dbm", "pickle", "shelve", "filecmp", "fileinput",
-        "stat", "wave", "_compression",
+        "os", "posixpath", "ntpath", "genericpath", "pathlib", "shutil", "zipfile", "tarfile",
+        "gzip", "bz2", "lzma", "tempfile", "glob", "io", "_pyio", "sqlite3", "dbm", "pickle",
+        "shelve", "filecmp", "fileinput", "stat", "wave", "_compression",
     ),
     "numbers": (
-        "decimal", "_pydecimal", "fractions", "numbers", "statistics", "random", "datetime", "_pydatetime",
-        "calendar", "colorsys", "heapq", "bisect", "hashlib", "hmac", "secrets", "zoneinfo", "struct",
-        "nturl2path",
+        "decimal", "_pydecimal", "fractions", "numbers", "statistics", "random", "datetime",
+        "_pydatetime", "calendar", "colorsys", "heapq", "bisect", "hashlib", "hmac", "secrets",
+        "zoneinfo", "struct", "nturl2path",
     ),
 }  # fmt: skip
 

@@ -226,7 +226,7 @@ class Workers:
         return None
 
     def _settle(self, pipe: Connection, job: Job, served: list[Any]) -> None:
-        """Remember which worker keeps a device's data, since the device's next ask must run there."""
+        """Remember which worker keeps a device's data, since its next ask must run there."""
         for call, result in zip(job, served, strict=True) if isinstance(job, list) else ():
             if result.kept:
                 self._homes[call.index] = pipe

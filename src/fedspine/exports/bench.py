@@ -184,7 +184,7 @@ def random_ids(model: Loaded, batch: int, tokens: int) -> Tensor:
 
 
 def peak_memory_bytes(folder: str | Path, *, tokens: int = 128, threads: int = 1) -> int:
-    """Peak resident memory of a fresh process that loads this model and runs every batch size once."""
+    """Peak resident memory of a fresh process that loads this model and runs every batch size."""
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [
         sys.executable,

@@ -66,7 +66,11 @@ def _checked(folder: Path, entry: dict[str, object]) -> Card:
         key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
     }
     types = {"heads": int, "channels": int, "labels": str}
-    lists = all(isinstance(i, kind) for key, kind in types.items() for i in values.get(key, ()))  # type: ignore[attr-defined]
+    lists = all(
+        isinstance(i, kind)
+        for key, kind in types.items()
+        for i in values.get(key, ())  # type: ignore[attr-defined]
+    )
     if (
         {field.name for field in fields(Card)} != set(values)
         or values["kind"] not in get_args(Kind)

@@ -124,7 +124,8 @@ def _fill(module: nn.Module, path: Path) -> None:
     )  # a tied parameter counts once, under its first name
     try:
         with safe_open(path, framework="pt") as file:
-            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         for problem in _problems({name: tuple(p.shape) for name, p in parameters.items()}, stored):
             raise BadInput(f"{path} {problem}; export the model again")
         for name, parameter in parameters.items():

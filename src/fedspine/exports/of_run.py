@@ -14,8 +14,10 @@ from typing import Any
 
 from fedspine.core.errors import BadInput, nearest, unknown
 from fedspine.exports import hf
-from fedspine.flare import site_state  # noqa: F401 - which makes the messages in a saved state known
-from fedspine.fleets import simulated  # noqa: F401 - which makes the messages in a saved state known
+
+# these two make the messages in a saved state known
+from fedspine.flare import site_state  # noqa: F401
+from fedspine.fleets import simulated  # noqa: F401
 from fedspine.lm.base import Base, Model
 from fedspine.lm.structure import sparsity
 from fedspine.runs import task_record
@@ -40,7 +42,7 @@ class RunModel:
     state: Any
 
     def model(self, device: str) -> Model:
-        """The deployed model of a device, the global one (`global`), or the unpruned one (`dense`)."""
+        """A device's deployed model, the global one (`global`) or the unpruned one (`dense`)."""
         return _chosen(self.recipe.method, self.state, device)
 
 

@@ -86,7 +86,8 @@ def _lora_config(model: Model, base: Base, base_name: str, ranks: dict[str, int]
         base_model_name_or_path=base_name,
         inference_mode=True,
         r=usual,
-        lora_alpha=model.scale * usual,  # type: ignore[arg-type]  # PEFT divides by r, so any number will do
+        # PEFT divides by r, so any number will do
+        lora_alpha=model.scale * usual,  # type: ignore[arg-type]
         target_modules=sorted(ranks),
         modules_to_save=sorted({_saved_module(layer, base) for layer in base.head}) or None,
         rank_pattern=unusual,

@@ -57,7 +57,7 @@ class SiteApp:
 
     @collab.publish
     def exchange(self, payload: bytes, seconds: float) -> tuple[str, bytes]:
-        """The worker's `ExchangeStatus` within `seconds`, and its packed reply if that is "done"."""
+        """The worker's `ExchangeStatus` within `seconds`, and its packed reply if it is "done"."""
         if self._worker is None or collab.caller != "server" or len(payload) > MOST_BYTES:
             return "refused", b""
         return self._worker.exchange(payload, seconds)

@@ -33,7 +33,8 @@ APPLICATION = [  # the only components of a job
     "nvflare.collab.runtime.executor.CollabExecutor",
 ]
 OPERATOR = {  # rights of the operator at the sites and the server
-    "submit_job": "any", "clone_job": "any", "manage_job": "any", "download_job": "any", "view": "any", "operate": "any",
+    "submit_job": "any", "clone_job": "any", "manage_job": "any", "download_job": "any",
+    "view": "any", "operate": "any",
     "shell_commands": "none", "byoc": "none", "server-predeployed-flwr": "none",
 }  # fmt: skip
 

@@ -20,8 +20,10 @@ def conforms(value: Any, kind: Any) -> bool:
 
     A whole number may stand for a float. An annotation that is none of these admits nothing.
 
-    >>> conforms((1, 2.0), tuple[float, ...]), conforms((1, "2"), tuple[float, ...]), conforms(True, int)
-    (True, False, False)
+    >>> conforms((1, 2.0), tuple[float, ...]), conforms((1, "2"), tuple[float, ...])
+    (True, False)
+    >>> conforms(True, int)
+    False
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:

@@ -87,7 +87,7 @@ class Sent:
 
 @message
 class FlareSnapshot:
-    """The saved state of a fleet of sites; the sites keep their memory under the name of the run."""
+    """The saved state of a fleet of sites; they keep their memory under the name of the run."""
 
     run: str
     now: float

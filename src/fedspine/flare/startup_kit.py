@@ -41,7 +41,7 @@ TRIES, WITHIN_SECONDS = 5, 300.0  # failed starts within so many seconds, before
 
 @dataclass(frozen=True)
 class StartupKit:
-    """A folder that `fedspine fleet create` made; `name` is "server", a site's, or the operator's."""
+    """A folder made by `fedspine fleet create`; `name` is "server", a site's or the operator's."""
 
     folder: Path
     role: Literal["server", "site", "admin"]
@@ -214,7 +214,7 @@ def serve(kit: StartupKit, log: IO[bytes]) -> int:
 
 
 def own_storage(kit: StartupKit) -> None:
-    """Keep a server's jobs in its kit; by default two servers of one machine would share a folder."""
+    """Keep a server's jobs in its kit; by default two servers on one machine share a folder."""
     path = kit.folder / "local" / "resources.json"
     if kit.role != "server":
         return

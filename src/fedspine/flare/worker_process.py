@@ -26,7 +26,7 @@ ExchangeStatus: TypeAlias = Literal["done", "died", "late"]
 
 
 class WorkerProcess:
-    """The worker of the site in `folder`, restarted whenever it ends; `pid` is the current one's."""
+    """The worker of the site in `folder`, restarted when it ends; `pid` is the current one's."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

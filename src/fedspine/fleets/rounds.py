@@ -77,7 +77,7 @@ class Waits:
         self.since[device] = end
 
     def asked(self, devices: Iterable[DeviceId], start: float, end: float) -> None:
-        """Add a joint ask of devices; those to which nothing was sent in this round do not count."""
+        """Add a joint ask of devices; those sent nothing in this round do not count."""
         for device in devices:  # in this order, which rounding depends on
             if device in self.since:
                 self.busy(device, start, end)

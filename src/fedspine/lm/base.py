@@ -230,7 +230,7 @@ class Base:
 
     @property
     def default_cut(self) -> int:
-        """Blocks on a device in split learning where nothing else is said: 2 of 12, and at least 1."""
+        """Blocks on a device in split learning by default: 2 of 12, and at least 1."""
         return max(1, self.layout.layers // 6)
 
     def start_at(self, layer: int) -> "Entry":

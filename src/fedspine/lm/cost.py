@@ -94,9 +94,10 @@ def training_memory_bytes(
     activations.
 
     The adapter sits on the blocks from `first` on; nothing below is kept for a backward pass.
-    `embeddings` counts the parameters outside the blocks. Activations take 10 bytes per token and unit of width that
-    pruning cannot cut, 24 that it can, and the attention scores. `scoring` is what a device that
-    scores units needs besides: some of it beside the activations, some when they are gone.
+    `embeddings` counts the parameters outside the blocks. Activations take 10 bytes per token and
+    unit of width that pruning cannot cut, 24 that it can, and the attention scores. `scoring` is
+    what a device that scores units needs besides: some of it beside the activations, some when they
+    are gone.
     """
     kept = 1 - sparsity(layout, structure)
     weights = HALF * (embeddings + layout.parameters * kept)

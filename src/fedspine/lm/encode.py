@@ -41,7 +41,7 @@ def encode(
 
 
 def _ended(ids: list[int], end: int | None, ended: bool) -> list[int]:
-    """The tokens of a text with one end token, whether the tokenizer adds it or not, or with none."""
+    """A text's tokens with one end token, whether or not the tokenizer adds it, or with none."""
     if end is None:
         return ids
     has = len(ids) > 1 and ids[-1] == end  # a lone one may be the token that begins texts

@@ -1,4 +1,4 @@
-"""Forecasts the cost of a round at a sparsity and rank that a device has not had yet, from shapes."""
+"""Forecasts a round's cost at a sparsity and rank that a device has not had yet, from shapes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

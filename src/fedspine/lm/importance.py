@@ -23,7 +23,7 @@ FLEET_KEEP = 0.9  # of the fleet's average when a round's ballots come in
 
 @message
 class Scores:
-    """Smoothed importance of every unit of the unpruned model; a dropped unit keeps its last value."""
+    """Smoothed importance of each unit of the unpruned model; a dropped unit keeps its last one."""
 
     heads: Float[Tensor, "layers heads"]
     channels: Float[Tensor, "layers channels"]
@@ -143,7 +143,7 @@ def _add_lines(
 
 
 def _effective(base: Base, model: Model, path: str) -> Float[Tensor, "rows columns"]:
-    """W + scale * B @ A of one site in fp32, cut to the model's structure; the caller's own tensor."""
+    """W + scale * B @ A of one site in fp32, cut to the model's structure; a tensor of its own."""
     weight = base.slice(path, model.structure)[0].cpu()
     a, b = model.adapter.get(a_name(path)), model.adapter.get(b_name(path))
     if a is None or b is None:

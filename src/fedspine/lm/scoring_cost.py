@@ -7,19 +7,23 @@ addition, and whole passes over a matrix with 1 for each entry. Work on single r
 units is left out: it is a thousandth of that. Bytes are of whole matrices, fp32 unless said
 otherwise.
 
-- "gradient" (`importance._entries`), at all sites, after the backward pass: [gB, B] [A; gA] takes 4 r R C, B A 2 r R C; to
-  scale it, add W, multiply both, take the absolute value or square and sum 5 R C. With `cross`, gB
-  gA, its scaling and its subtraction take 2 r R C + 2 R C more. It holds two R x C matrices at
-  once, three with `cross`.
-- "activation" (`TrainableStack.importance_by_output`), at the sites that read units (attention output, feed-forward
-  down): their inputs are squared and averaged over tokens in the forward pass, 3 T C; after the
-  backward pass B A takes 2 r R C, to scale it, add W, square and sum 4 R C. It holds the fp32 input
-  and its square, 8 T C bytes, beside the activations, and one R x C matrix after them.
-- "gate" (`ImportanceTracker._record_input`), at the same sites, in the backward pass: input times gradient, summed over
-  tokens, 2 T C. It holds the product in 16 bits and in fp32, 6 T C bytes, beside the activations.
-- "blend" is "activation" and "gate": their operations add up, and one follows the other, so the larger memory counts.
-- magnitude (`importance.magnitude_scores`), at all sites, once after training: as after "activation". It holds the fp32
-  weight and the sum of weight and product, two R x C matrices. Chance costs nothing.
+- "gradient" (`importance._entries`), at all sites, after the backward pass: [gB, B] [A; gA] takes 4
+  r R C, B A 2 r R C; to scale it, add W, multiply both, take the absolute value or square and sum 5
+  R C. With `cross`, gB gA, its scaling and its subtraction take 2 r R C + 2 R C more. It holds two
+  R x C matrices at once, three with `cross`.
+- "activation" (`TrainableStack.importance_by_output`), at the sites that read units (attention
+  output, feed-forward down): their inputs are squared and averaged over tokens in the forward pass,
+  3 T C; after the backward pass B A takes 2 r R C, to scale it, add W, square and sum 4 R C. It
+  holds the fp32 input and its square, 8 T C bytes, beside the activations, and one R x C matrix
+  after them.
+- "gate" (`ImportanceTracker._record_input`), at the same sites, in the backward pass: input times
+  gradient, summed over tokens, 2 T C. It holds the product in 16 bits and in fp32, 6 T C bytes,
+  beside the activations.
+- "blend" is "activation" and "gate": their operations add up, and one follows the other, so the
+  larger memory counts.
+- magnitude (`importance.magnitude_scores`), at all sites, once after training: as after
+  "activation". It holds the fp32 weight and the sum of weight and product, two R x C matrices.
+  Chance costs nothing.
 """
 
 from collections.abc import Iterable

@@ -22,7 +22,7 @@ HEAD_FLOOR, CHANNEL_FLOOR = (
 
 @message
 class Structure:
-    """The heads and channels that are kept, layer by layer, in terms of the unpruned model's units."""
+    """The heads and channels that are kept, by layer, as units of the unpruned model."""
 
     heads: Bool[Tensor, "layers heads"]
     channels: Bool[Tensor, "layers channels"]
@@ -65,7 +65,7 @@ def kept_rows(site: PrunableSite, structure: Structure) -> Int[Tensor, " kept"] 
 
 
 def kept_columns(site: PrunableSite, structure: Structure) -> Int[Tensor, " kept"] | None:
-    """Indices of the columns of this site's weight that are kept, None where no column is ever cut."""
+    """Indices of the kept columns of this site's weight, None where no column is ever cut."""
     return _kept(site, structure) if site.column_units else None
 
 
@@ -171,7 +171,7 @@ def final_targets(layout: PrunableLayout, target: float) -> list[float]:
 
 
 def _drop(kept: Bool[Tensor, " units"], scores: Float[Tensor, " units"], wanted: int) -> None:
-    """Mark the `wanted` least important units as dropped, in place of a row that the caller owns."""
+    """Mark the `wanted` least important units as dropped, in a row that the caller owns."""
     order = np.lexsort(
         (np.arange(len(kept)), scores.numpy(), kept.numpy())
     )  # dropped ones first, then by score

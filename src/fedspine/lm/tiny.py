@@ -114,7 +114,8 @@ def write_tiny(
     >>> import tempfile
     >>> from fedspine.lm.load import load
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     base, tokenizer = load(str(write_tiny(folder, "bert")), kind="classification", classes=3)
+    ...     path = write_tiny(folder, "bert")
+    ...     base, tokenizer = load(str(path), kind="classification", classes=3)
     >>> base.layout.heads, base.layout.channels, tokenizer.tokenize("good, not bad!")
     (4, 64, ['good', ',', 'not', 'bad', '!'])
     """
@@ -142,7 +143,7 @@ def write_tiny(
 
 
 def _tokenizer(*, encoder: bool, segments: bool) -> PreTrainedTokenizerFast:
-    """Letters, digits and a few words, so that every English text has a token sequence of its own."""
+    """Letters, digits and a few words, so that each English text has its own token sequence."""
     ids = {token: index for index, token in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()

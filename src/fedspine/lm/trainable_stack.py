@@ -82,7 +82,7 @@ class TrainableStack:
         return {name: self._own(i, tensor, lead.head[name]) for name, tensor in self.head.items()}
 
     def importance(self, criterion: Criterion) -> list[Scores]:
-        """Each model's importance after a backward pass, while the base is fitted to these models."""
+        """Each model's importance after a backward pass, while the base fits these models."""
         structures = [model.structure for model in self._models]
         weights = self._base.fitted_weights()
         return score_stack(

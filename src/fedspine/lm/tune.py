@@ -1,4 +1,4 @@
-"""Local training: the adapter and the task head on one device's rows, a fresh optimiser each time."""
+"""Local training: adapter and task head on one device's rows, with a fresh optimiser each time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ def check_tuning(fields: HeadTraining) -> None:
 
 
 def tuning_at(fields: HeadTraining, round: int, rounds: int, turns: float = 1.0) -> Tuning:
-    """The settings of one round, counted from 0: learning rates fall linearly to zero over the run."""
+    """The settings of one round, counted from 0: rates fall linearly to zero over the run."""
     learning_rate = fields.learning_rate * (1 - round / rounds)
     return Tuning(
         steps=fields.steps,

@@ -43,7 +43,7 @@ class FlexLoraState:
 @method("flexlora")
 @dataclass(frozen=True)
 class FlexLora(LocalTraining):
-    """LoRA at ranks that differ between devices, averaged as products and truncated by their SVD."""
+    """LoRA at ranks that differ by device, averaged as products and truncated by their SVD."""
 
     ranks: tuple[int, ...] = (4, 8, 12, 16, 20, 24, 28, 32)  # that a device may have
     rank_by: RankRule = "memory"  # declared, or "random"
@@ -135,7 +135,7 @@ class FlexLora(LocalTraining):
     def _merge(
         self, state: FlexLoraState, exchanges: list[tuple[LoraOrder, LoraResult]]
     ) -> Tensors:
-        """The best factors of the mean over devices of scale_i / scale * B_i A_i, weighted by rows."""
+        """The best factors of the row-weighted mean over devices of scale_i / scale * B_i A_i."""
         everything, parts = full(state.layout), []
         for order, result in exchanges:
             sent, back = (

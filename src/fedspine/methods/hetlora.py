@@ -75,7 +75,10 @@ def tune_and_shrink(device: Device, order: HetLoraOrder) -> HetLoraResult:
 
 
 def tail(layout: PrunableLayout, adapter: Tensors, start: int) -> Tensor:
-    """||B[:, start:]|| ||A[start:]||, summed over sites: a bound on what the last directions add; 0 without any."""
+    """||B[:, start:]|| ||A[start:]||, summed over sites; 0 where no direction is left.
+
+    A bound on what the last directions add.
+    """
     products = [
         torch.linalg.vector_norm(adapter[b_name(site.path)][:, start:])
         * torch.linalg.vector_norm(adapter[a_name(site.path)][start:])

@@ -88,7 +88,7 @@ class Deployed(Protocol):
 
 
 class Tuned(Protocol):
-    """What a state knows of what is deployed: `sparsities` are those that devices were asked for."""
+    """What a state knows of what is deployed; `sparsities` are those asked of the devices."""
 
     layout: PrunableLayout
     adapter: Tensors
@@ -116,7 +116,7 @@ def deployed(
 
 
 def contribution(layout: PrunableLayout, order: SpineOrder, result: SpineResult) -> Contribution:
-    """What the device changed: its adapter against the one it was sent, both cut to what it kept."""
+    """What the device changed: its adapter against the one sent, both cut to what it kept."""
     sent = cut_adapter(
         single(order.adapter), layout.sites, result.structure, within=order.structure
     )

@@ -208,7 +208,7 @@ def test_order(assembled: Assembled) -> np.ndarray:
 
 
 def workers_for(assembled: Assembled, cache: Path) -> Workers:
-    """The processes that serve asks and score models; `cache` is a folder for stored activations."""
+    """Processes that serve asks and score models; `cache` is a folder for stored activations."""
     run, task = assembled.recipe.run, assembled.task
     workshop = Workshop(
         task=task,

@@ -1,4 +1,4 @@
-"""The backend of a run: simulated devices, or the sites of a real fleet. The run loop is the same."""
+"""The backend of a run: simulated devices or the sites of a real fleet, for the same run loop."""
 
 import json
 import secrets
@@ -150,7 +150,7 @@ class RealSites:
 
 
 def backend_of(run_dir: Path, named: RealSites | None = None) -> Backend:
-    """The backend of the run in `run_dir`, or `named` if it fits; raises BadInput if it does not."""
+    """The backend of the run in `run_dir`, or `named` if it fits; raises BadInput otherwise."""
     path = run_dir / FLEET
     if not path.exists():
         if named is not None:

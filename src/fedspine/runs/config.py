@@ -217,7 +217,7 @@ class Recipe:
         return dataclasses.replace(self, **sections)
 
     def with_net(self, net: str) -> "Recipe":
-        """The recipe with this net for arrays; raises BadInput where something in it is for texts."""
+        """The recipe with this net for arrays; raises BadInput if anything in it is for texts."""
         task = _of_arrays(self.task, net)
         return dataclasses.replace(self, task=task.model_copy(update={"model": net}))
 

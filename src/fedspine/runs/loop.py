@@ -1,4 +1,4 @@
-"""The run loop: start, round, score, record, save. A killed run resumes from its last saved round."""
+"""The run loop: start, round, score, record, save. A killed run resumes from its last save."""
 
 import json
 import shutil

@@ -24,7 +24,7 @@ class RunStatus:
 
 
 class RunObserver(Protocol):
-    """Receives a run's progress. `close` may be called twice and must be called when a run fails."""
+    """Receives a run's progress. `close` must be called if a run fails; twice is harmless."""
 
     def stage(self, text: str) -> None:
         """A stage outside of rounds begins, such as loading a model."""

@@ -37,7 +37,7 @@ def commonest_share(labels: np.ndarray | None) -> float | None:
 
 
 def kept(folder: Path, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """The stored references of the run in `folder`; else the result of `compute`, which is stored."""
+    """The stored references of the run in `folder`; else those of `compute`, then stored."""
     path = folder / REFERENCES
     try:
         return dict(json.loads(path.read_bytes()))

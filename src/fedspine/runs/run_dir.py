@@ -67,8 +67,9 @@ def _check_format(run_dir: Path, tables: dict[str, Any]) -> None:
 
 def status_of(run_dir: Path) -> dict[str, Any]:
     """The summary of a finished run, or the current numbers of an unfinished one."""
-    from fedspine.flare import site_state  # noqa: F401 - which makes the messages in a saved state known
-    from fedspine.fleets import simulated  # noqa: F401 - which makes the messages in a saved state known
+    # these two make the messages in a saved state known
+    from fedspine.flare import site_state  # noqa: F401
+    from fedspine.fleets import simulated  # noqa: F401
 
     recipe, summary = recipe_of(run_dir), summary_of(run_dir)
     if summary is not None:
@@ -133,7 +134,7 @@ def make(run_dir: Path, recipe: Recipe, assembled: "Assembled | None" = None) ->
 
 
 def remember(run_dir: Path, assembled: "Assembled") -> None:
-    """Write the task record into the run directory, unless it is there; raises OSError on failure."""
+    """Write the task record into the run directory, unless it is there; raises OSError."""
     if task_record.read(run_dir) is None:
         task_record.write(run_dir, assembled.record, assembled.task.base, assembled.tokenizer)
 

@@ -79,8 +79,10 @@ def rows_at(there: int, batch: int, seed: int, iteration: int) -> np.ndarray:
     """The rows of one of many equal batches: pass after pass over all rows, each in an order of its
     own.
 
-    >>> sorted(rows_at(4, 2, 0, 0).tolist() + rows_at(4, 2, 0, 1).tolist()), len(rows_at(4, 9, 0, 5))
-    ([0, 1, 2, 3], 4)
+    >>> sorted(rows_at(4, 2, 0, 0).tolist() + rows_at(4, 2, 0, 1).tolist())
+    [0, 1, 2, 3]
+    >>> len(rows_at(4, 9, 0, 5))
+    4
     """
     return rows_from(there, batch, seed, iteration * min(batch, there))
 

@@ -39,7 +39,7 @@ class Part:
 
 @dataclass
 class StepResult:
-    """One iteration's results by device; gradients are of its own mean loss, or as `rescale` says."""
+    """One iteration's results by device; gradients are of its mean loss, or as `rescale` says."""
 
     gradients: dict[DeviceId, Features | None] = field(default_factory=dict)
     losses: dict[DeviceId, float] = field(default_factory=dict)  # mean over a device's labels

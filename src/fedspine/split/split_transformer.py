@@ -53,7 +53,8 @@ class SplitTransformer:
         }
         self._layouts: dict[str, PrunableLayout] = layouts
         # an exchange asks for costs several times, always the same few
-        self.flops, self.memory_bytes = cache(self.flops), cache(self.memory_bytes)  # type: ignore[method-assign]
+        self.flops = cache(self.flops)  # type: ignore[method-assign]
+        self.memory_bytes = cache(self.memory_bytes)  # type: ignore[method-assign]
         # the client model has no head, but the skeleton wants one in its place
         self._no_head: Tensors = {}
         for layer in base.head:

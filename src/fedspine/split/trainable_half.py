@@ -140,7 +140,9 @@ def learning_rate_at(
     """The rate of a round, counted from 0: times `decay` each round, not below `lowest`; 0 lets it
     fall linearly to zero.
 
-    >>> learning_rate_at(0.1, 0, 10, 0.993), learning_rate_at(0.1, 5, 10), learning_rate_at(0.1, 9999, 10, 0.993, 0.005)
-    (0.1, 0.05, 0.005)
+    >>> learning_rate_at(0.1, 0, 10, 0.993), learning_rate_at(0.1, 5, 10)
+    (0.1, 0.05)
+    >>> learning_rate_at(0.1, 9999, 10, 0.993, 0.005)
+    0.005
     """
     return max(start * decay**round, lowest) if decay else start * (1 - round / rounds)

@@ -109,7 +109,7 @@ class Store:
         return name
 
     def get_memory(self, name: str) -> bytes:
-        """The bytes that `put_memory` wrote under this name; raises BadInput if they are missing."""
+        """The bytes that `put_memory` wrote under this name; raises BadInput if missing."""
         try:
             return (self._folder / name).read_bytes()
         except FileNotFoundError:

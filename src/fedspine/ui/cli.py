@@ -31,8 +31,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Tune a pre-trained language model across many unequal devices, prune it while it tunes, and give each device "
-    "a small model of its own. Start with: fedspine run",
+    help=(
+        "Tune a pre-trained language model across many unequal devices, prune it while it tunes, "
+        "and give each device a small model of its own. Start with: fedspine run"
+    ),
 )
 
 app.add_typer(fleet_cli.app, name="fleet")

@@ -1,4 +1,4 @@
-"""`fedspine fleet`: start-up kits, the processes of server and sites, and the status of a fleet of real machines."""
+"""`fedspine fleet`: start-up kits, processes and status of a fleet of real machines."""
 
 import json as jsonlib
 import sys

@@ -30,8 +30,8 @@ from fedspine.runs.config import Recipe
 UP_SECONDS = 120.0  # for all sites to connect
 ALPHA = 1.0  # of the Dirichlet draw that shares classes out
 SETTINGS = [
-    "method.name=fedlora", "method.learning_rate=4e-3", "method.steps=5", "method.batch=16", "run.rounds=3",
-    "run.evaluate_every=1", "run.evaluate_rows=256", "run.precision=fp32",
+    "method.name=fedlora", "method.learning_rate=4e-3", "method.steps=5", "method.batch=16",
+    "run.rounds=3", "run.evaluate_every=1", "run.evaluate_rows=256", "run.precision=fp32",
 ]  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def demo(sites: int, out: Path | None) -> int:
 
 
 def _carried_out(command: list[str]) -> int:
-    """The exit code of a command in a process of its own, which ends with this one in good order."""
+    """The exit code of a command in its own process, which ends with this one in good order."""
     process = subprocess.Popen(
         [sys.executable, "-m", "fedspine", *command],
         start_new_session=True,  # Ctrl-C is for the demo, which ends its run
@@ -144,8 +144,8 @@ def _started(kit: Path, name: str) -> Iterator["subprocess.Popen[bytes]"]:
     command = [sys.executable, "-m", "fedspine", "fleet", "start", name, "--kit", str(kit)]
     with open(kit / "start.log", "ab") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
     try:
         yield process
@@ -154,7 +154,7 @@ def _started(kit: Path, name: str) -> Iterator["subprocess.Popen[bytes]"]:
 
 
 def wait_until_connected(federation: Federation, seconds: float = UP_SECONDS) -> None:
-    """Return once all sites are connected; raises BadInput where one ended or `seconds` are over."""
+    """Return once all sites are connected; raises BadInput if one ended or `seconds` are over."""
     admin, end = kits.kit_at(federation.admin, "admin"), time.monotonic() + seconds
     while kits.check_reach(admin):
         _refuse_ended(federation, end)

@@ -43,9 +43,9 @@ def _correction(report: ComparisonReport) -> list[str]:
             if pair.final is not None and pair.final.p is not None:
                 name, tests = section.comparison.quality.name, counted(pair.final.tests, "pair")
                 return [
-                    "p is that of a paired t-test, before and after Holm's correction for the number "
-                    f"of pairs on this page, each measure apart ({tests} for the final {name}). "
-                    '"Beyond noise" means that p is below 0.05 after the correction. '
+                    "p is that of a paired t-test, before and after Holm's correction for the "
+                    f"number of pairs on this page, each measure apart ({tests} for the final "
+                    f'{name}). "Beyond noise" means that p is below 0.05 after the correction. '
                     "Intervals are not corrected."
                 ]
     return []

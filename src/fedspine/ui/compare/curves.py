@@ -96,7 +96,8 @@ def on_a_grid(costs: Sequence[Floats], values: Sequence[Floats]) -> tuple[Floats
     check, and after its last one to the end, since the model of a run that is over stays what it
     is.
 
-    >>> xs, steps = on_a_grid([np.array([1.0, 3.0]), np.array([2.0, 4.0])], [np.array([0.1, 0.3]), np.array([0.2, 0.4])])
+    >>> costs = [np.array([1.0, 3.0]), np.array([2.0, 4.0])]
+    >>> xs, steps = on_a_grid(costs, [np.array([0.1, 0.3]), np.array([0.2, 0.4])])
     >>> xs.tolist(), steps.tolist()
     ([2.0, 3.0, 4.0], [[0.1, 0.3, 0.3], [0.2, 0.2, 0.4]])
     """

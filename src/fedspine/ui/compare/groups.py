@@ -122,7 +122,7 @@ def aspect_of(key: str) -> str:
 
 
 def _check_same(runs: Iterable[Run], key: str, what: str) -> None:
-    """Raise BadInput where `what` bears one name in the recipes but was not the same in these runs."""
+    """Raise BadInput where `what` has one name in the recipes but differed between these runs."""
     recorded = [run for run in runs if run.summary.get(key)]
     for run in recorded:
         if run.summary[key] != recorded[0].summary[key]:

@@ -86,7 +86,7 @@ class OverSeeds:
 
 @dataclass(frozen=True)
 class MethodResult:
-    """One method's numbers; seconds are simulated, bytes go both ways, `final` is on all test rows."""
+    """One method's numbers; seconds simulated, bytes of both ways, `final` on all test rows."""
 
     method: MethodRuns
     final: OverSeeds
@@ -170,7 +170,7 @@ def compared(group: Group, target: str = "auto") -> Comparison:
 
 
 def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The same with p-values corrected for all tested pairs of all comparisons, each measure apart."""
+    """The same with p-values corrected over all pairs of all comparisons, by measure."""
     found = [list(comparison.pairs) for comparison in comparisons]
     for name in MEASURES:
         tested = [

@@ -1,4 +1,4 @@
-"""Unpruned runs of the same budget, with which a pruned run is compared to see the cost of pruning."""
+"""Unpruned runs of the same budget, against which a pruned run shows the cost of pruning."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -109,7 +109,7 @@ def _finished_or_refused(folder: Path) -> Finished:
 
 
 def _misfit(run: Finished, other: Finished) -> str | None:
-    """The first thing in which two runs differ that must be equal for a fair comparison, as text."""
+    """The first difference of two runs that makes their comparison unfair, as text."""
     wanted, found = _terms(run), _terms(other)
     for key in keys_of([wanted, found]):
         # older runs did not record all of these

@@ -1,1 +1,1 @@
-"""Sweeps: many runs from one file, each in a folder of its own, gone on with where they were left."""
+"""Sweeps: many runs from one file, each in its own folder, resumed where they stopped."""

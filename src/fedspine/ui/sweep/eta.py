@@ -29,7 +29,8 @@ def seconds_left(
     cell of its label took, which no outlier moves; without one, what the median of all took, and
     before any is finished what the running cells take at their pace.
 
-    >>> seconds_left([Ahead("a", 0, 10), Ahead("a", 5, 10), Ahead("b", 0, 10)], {"a": [60, 100, 9000]}, jobs=2)
+    >>> ahead = [Ahead("a", 0, 10), Ahead("a", 5, 10), Ahead("b", 0, 10)]
+    >>> seconds_left(ahead, {"a": [60, 100, 9000]}, jobs=2)
     125.0
     """
     paces = [pace for cell in ahead if (pace := _at_its_pace(cell)) is not None]
