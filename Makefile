@@ -1,4 +1,5 @@
-# Two commands do all the set-up, from a bare clone with Python 3.11 and pip: `make demo` and `make test`.
+# Two commands do all the set-up, from a bare clone with Python 3.11 and pip: `make demo` and
+# `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 BENCH_VENV ?= .venv-bench
@@ -12,7 +13,8 @@ RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 .PHONY: demo test check bench clean
 .DELETE_ON_ERROR:
 
-# the main job (80 devices, fedspine-plus, sparsity 0.5), then one device's model against the unpruned one
+# the main job (80 devices, fedspine-plus, sparsity 0.5), then one device's model against the
+# unpruned one
 demo: $(VENV)/.demo
 	$(FEDSPINE) run --out $(RUN)
 	$(FEDSPINE) export $(RUN) --device nx-30 --to $(RUN)/models/nx-30
@@ -45,7 +47,8 @@ $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --editable ".[test]"
 	touch $@
 
-$(BENCH_VENV)/.bench: benchmarks/requirements.txt benchmarks/constraints.txt | $(BENCH_VENV)/bin/python
+$(BENCH_VENV)/.bench: benchmarks/requirements.txt benchmarks/constraints.txt \
+		| $(BENCH_VENV)/bin/python
 	$(BENCH_PIP) torch
 	$(BENCH_PIP) --requirement benchmarks/requirements.txt
 	$(BENCH_PIP) --no-deps --editable .
