@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from fedspine.methods.linear_probe import LinearProbe as LinearProbe
     from fedspine.methods.locfedmix import LocFedMix as LocFedMix
     from fedspine.methods.loraprune import LoraPrune as LoraPrune
-    from fedspine.methods.magnitude import Magnitude as Magnitude
+    from fedspine.methods.magnitude import MagnitudePruning as MagnitudePruning
     from fedspine.methods.mergesfl import MergeSfl as MergeSfl
     from fedspine.methods.mergesfl_plus import MergeSflPlus as MergeSflPlus
     from fedspine.methods.prune_after import PruneAfter as PruneAfter
@@ -73,7 +73,7 @@ _HOMES = {  # of each name
     "LinearProbe": "methods.linear_probe",
     "LocFedMix": "methods.locfedmix",
     "LoraPrune": "methods.loraprune",
-    "Magnitude": "methods.magnitude",
+    "MagnitudePruning": "methods.magnitude",
     "MergeSfl": "methods.mergesfl",
     "MergeSflPlus": "methods.mergesfl_plus",
     "PruneAfter": "methods.prune_after",

@@ -55,7 +55,7 @@ SETTINGS = {
     "oracle": {"controller": Oracle()},
     "deadline": {"controller": Deadline()},
     "magnitude": {"importance": sources.Magnitude()},
-    "chance": {"importance": sources.Random()},
+    "chance": {"importance": sources.RandomImportance()},
     "shared": {"controller": Deadline(), "importance": Blend()},
     "hetlora": {"aggregation": "hetlora"},
     "flexlora": {"aggregation": "flexlora"},
@@ -508,7 +508,7 @@ def _start_model(task):
 
 
 def test_random_importance_is_the_devices_own_draw(task):
-    sent = order(task, importance=sources.Random())
+    sent = order(task, importance=sources.RandomImportance())
     assert type(sent.scoring) is AtRandom
     same, again, other = (device(task, {}, seed) for seed in (0, 0, 1))
     for each in (same, again, other):
@@ -519,7 +519,13 @@ def test_random_importance_is_the_devices_own_draw(task):
 
 @pytest.mark.parametrize(
     "importance",
-    [sources.Magnitude(), sources.Random(), sources.Activation(), sources.Gate(), Blend()],
+    [
+        sources.Magnitude(),
+        sources.RandomImportance(),
+        sources.Activation(),
+        sources.Gate(),
+        Blend(),
+    ],
     ids=lambda importance: importance.name,
 )
 def test_importance_does_not_touch_what_is_trained(task, importance):

@@ -15,9 +15,9 @@ from fedspine.lm.importance import magnitude_scores
 from fedspine.lm.structure import cut_adapter, full, shrink, sparsity
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine import FedSpine
-from fedspine.methods.magnitude import Magnitude
+from fedspine.methods.magnitude import MagnitudePruning
 
-TOY = Magnitude.toy()
+TOY = MagnitudePruning.toy()
 SHARED = {
     name: getattr(TOY, name) for name in ("steps", "batch", "learning_rate", "head_lr_multiplier")
 }

@@ -8,7 +8,7 @@ import torch
 from toy import Spy, bits
 
 from fedspine.core.errors import BadInput
-from fedspine.lm.importance_sources import Gradient, Magnitude, Random
+from fedspine.lm.importance_sources import Gradient, Magnitude, RandomImportance
 from fedspine.lm.structure import cut_adapter, full, is_full, shrink, sparsity
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.prune_after import PruneAfter
@@ -88,7 +88,7 @@ def test_the_last_rounds_tune_what_is_pruned(lab, task):
 def test_importance_can_be_magnitude_or_chance(lab):
     structures = {
         bits(method.deploy(lab(importance.name).run(method, rounds=2), "nx-02").structure)
-        for importance in (Gradient(), Magnitude(), Random())
+        for importance in (Gradient(), Magnitude(), RandomImportance())
         for method in [dataclasses.replace(TOY, importance=importance)]
     }
     assert len(structures) == 3

@@ -114,7 +114,7 @@ class Magnitude:
 
 
 @dataclass(frozen=True)
-class Random:
+class RandomImportance:
     """A new draw in every round: the control that knows nothing."""
 
     name: ClassVar = "random"
@@ -127,7 +127,7 @@ class Random:
         return AtRandom()
 
 
-Importance: TypeAlias = Gradient | Activation | Gate | Blend | Magnitude | Random
+Importance: TypeAlias = Gradient | Activation | Gate | Blend | Magnitude | RandomImportance
 
 
 def scoring_cost(

@@ -32,7 +32,7 @@ from fedspine.pruning.scheduled import (
 
 @method("magnitude")
 @dataclass(frozen=True)
-class Magnitude(CubicPruning):
+class MagnitudePruning(CubicPruning):
     """FedAvg of LoRA factors at one rank, pruned by the size of the tuned weights on a fixed
     schedule.
     """

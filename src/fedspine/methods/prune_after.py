@@ -19,7 +19,7 @@ from fedspine.core.method import method
 from fedspine.core.task import Task
 from fedspine.lm.base import Model
 from fedspine.lm.importance import Scores, mixed
-from fedspine.lm.importance_sources import Gradient, Magnitude, Random
+from fedspine.lm.importance_sources import Gradient, Magnitude, RandomImportance
 from fedspine.pruning.device import deployed
 from fedspine.pruning.scheduled import (
     PruningState,
@@ -47,7 +47,8 @@ class PruneAfter(ScheduledPruning):
     """FedAvg of LoRA factors at one rank on the whole model, pruned when it is deployed."""
 
     recover: int = 0  # last rounds in which devices tune what they have pruned
-    importance: Gradient | Magnitude | Random = Gradient()  # what a unit's importance is read from
+    # what a unit's importance is read from
+    importance: Gradient | Magnitude | RandomImportance = Gradient()
 
     @classmethod
     def toy(cls) -> Self:

@@ -29,7 +29,7 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LONGEST_NAME = 28  # letters beside an axis
 FEW_MARKS = 8  # on a line; checks of several seeds lie close together
 Along = Literal["rounds", "seconds", "bytes"]
-Quality = Literal["accuracy", "loss"]
+QualityName = Literal["accuracy", "loss"]
 WORDS: Mapping[Along, str] = {"rounds": "rounds", "seconds": "simulated time", "bytes": "bytes"}
 LABELS: Mapping[Along, str] = {
     "rounds": "rounds",
@@ -82,7 +82,7 @@ def mark_of(number: int) -> str:
 
 def trace_panel(
     name: str,
-    quality: Quality,
+    quality: QualityName,
     caption: str,
     traces: Sequence[Trace],
     along: Along,
@@ -105,7 +105,9 @@ def trace_panel(
     return Panel(name, f"{quality.capitalize()} over {WORDS[along]}", caption, figure)
 
 
-def gap_panel(name: str, quality: Quality, caption: str, best: str, gaps: Sequence[Gap]) -> Panel:
+def gap_panel(
+    name: str, quality: QualityName, caption: str, best: str, gaps: Sequence[Gap]
+) -> Panel:
     """One row for each method, in points or nats; a method that shares no seed with the best one
     has an empty row.
     """

@@ -42,8 +42,10 @@ class SplitNet:
         self._names = {part: tuple(part.state_dict()) for part in parts}
         self.ends = frozenset(self._names[self._ending])  # the classifier, which draws nothing
         row = torch.empty(1, *net.shape, device="meta")
-        self._costs = {"client": _Cost(self._client_model, row, first=True)}
-        self._costs["server"] = _Cost(self._server_model, self._costs["client"].output, first=False)
+        self._costs = {"client": _RowCost(self._client_model, row, first=True)}
+        self._costs["server"] = _RowCost(
+            self._server_model, self._costs["client"].output, first=False
+        )
         first = _sequence(blocks[cut : cut + 1])
         makes_features = any(isinstance(layer, nn.Conv1d | nn.Conv2d) for layer in first.modules())
         self.entry = (
@@ -149,7 +151,7 @@ class SplitNet:
         return tuple(self._costs["client"].output.shape[1:])
 
 
-class _Cost:
+class _RowCost:
     """What one row costs in a half: operations, numbers that its layers give, and its weights;
     computed on no device.
     """

@@ -24,6 +24,7 @@ import fedspine
 from fedspine.core.errors import BadInput, Stopped
 from fedspine.core.process import ends_when_told
 from fedspine.ui import data_cli, fleet_cli
+from fedspine.ui.fleet_cli import Json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,7 +41,6 @@ app = typer.Typer(
 app.add_typer(fleet_cli.app, name="fleet")
 app.command("data")(data_cli.data)
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `fedspine run` made.")]
 Reference = Annotated[
     Path | None,

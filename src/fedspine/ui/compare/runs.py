@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedspine.core.errors import BadInput
 from fedspine.report.rows import RunRows, read_rows
-from fedspine.report.series import checks
+from fedspine.report.series import Floats, checks
 from fedspine.runs.config import Recipe
 from fedspine.runs.run_dir import RECIPE, RECORDS, SUMMARY, recipe_of, summary_of
 
@@ -22,7 +21,6 @@ NEEDED = (  # of a summary
     *("test_rows", "simulated_seconds", "waiting_seconds", "bytes_up", "bytes_down"),
     *("peak_memory_bytes_simulated", "state_sha256"),
 )
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Method:
+class _MethodTable:
     """A method's table, what all methods share included; `own` are the keys written under its
     label.
     """
@@ -119,14 +119,14 @@ def _seeds(tables: dict[str, Any]) -> list[int]:
     return seeds
 
 
-def _methods(tables: dict[str, Any]) -> list[_Method]:
+def _methods(tables: dict[str, Any]) -> list[_MethodTable]:
     """Every method with the fields of [method] under its own; without [methods], [method] alone.
 
     A method that is named nowhere has its label for a name.
     """
     common = _table(tables, "method")
     if "methods" not in tables:
-        return [_Method(str(common.get("name", "fedspine")), common)]
+        return [_MethodTable(str(common.get("name", "fedspine")), common)]
     named = _table(tables, "methods")
     if not named:
         raise BadInput("[methods] is empty; add a table [methods.LABEL] for each method")
@@ -134,7 +134,7 @@ def _methods(tables: dict[str, Any]) -> list[_Method]:
     for label in named:
         table, overlay = _parted(label, _table(named, label, "methods."))
         laid = parts.laid_over({"name": label} | common, table)
-        found.append(_Method(label, laid, frozenset(parts.dotted(table)), overlay))
+        found.append(_MethodTable(label, laid, frozenset(parts.dotted(table)), overlay))
     for key in common.keys() - {"name"}:
         _check_field(key, found, "[method]")
     return found
@@ -150,7 +150,7 @@ def _parted(label: str, table: dict[str, Any]) -> tuple[dict[str, Any], Settings
     return fields, overlay
 
 
-def _variants(method: _Method) -> list[_Method]:
+def _variants(method: _MethodTable) -> list[_MethodTable]:
     """The method at each point of its own grid, labelled by what varies."""
     table = {key: value for key, value in method.table.items() if key != "grid"}
     where = f"[methods.{method.label}.grid]"
@@ -167,11 +167,11 @@ def _variants(method: _Method) -> list[_Method]:
         label = " ".join(
             [method.label, *(f"{key}={text_of(value)}" for key, value in point.items())]
         )
-        variants.append(_Method(label, parts.laid_over(table, point), overlay=method.overlay))
+        variants.append(_MethodTable(label, parts.laid_over(table, point), overlay=method.overlay))
     return variants
 
 
-def _conditions(tables: dict[str, Any], methods: list[_Method]) -> list[_Condition]:
+def _conditions(tables: dict[str, Any], methods: list[_MethodTable]) -> list[_Condition]:
     """Every named data set with every point of the grid."""
     axes = _axes(_table(tables, "grid"), "[grid]")
     named = _table(tables, "data")
@@ -195,7 +195,7 @@ def _conditions(tables: dict[str, Any], methods: list[_Method]) -> list[_Conditi
     ]
 
 
-def _check_key(key: str, where: str, methods: list[_Method]) -> None:
+def _check_key(key: str, where: str, methods: list[_MethodTable]) -> None:
     section, dot, name = key.partition(".")
     if not (dot and name):
         raise BadInput(
@@ -221,7 +221,7 @@ def _check_key(key: str, where: str, methods: list[_Method]) -> None:
         )
 
 
-def _check_field(key: str, methods: list[_Method], where: str) -> None:
+def _check_field(key: str, methods: list[_MethodTable], where: str) -> None:
     """What is given to all methods must be a field of each, so that no setting is dropped silently.
 
     Of a part's setting, such as controller.rank, only the field is checked here; the recipe checks
@@ -239,7 +239,7 @@ def _check_field(key: str, methods: list[_Method], where: str) -> None:
         )
 
 
-def _fields(method: _Method) -> set[str]:
+def _fields(method: _MethodTable) -> set[str]:
     name = method.table.get("name", "fedspine")
     if not isinstance(name, str):
         raise BadInput(
@@ -254,7 +254,7 @@ def _fields(method: _Method) -> set[str]:
 # --- one cell ---
 
 
-def _cell(tables: dict[str, Any], method: _Method, condition: _Condition, seed: int) -> Cell:
+def _cell(tables: dict[str, Any], method: _MethodTable, condition: _Condition, seed: int) -> Cell:
     laid = {section: dict(_table(tables, section)) for section in SECTIONS} | {
         "method": dict(method.table)
     }
