@@ -11,7 +11,6 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from math import inf
 from typing import Any
 
-import numpy as np
 import torch
 
 from fedspine.core.device import DeviceId, O, R, Work, find_work, name_of
@@ -28,7 +27,7 @@ from fedspine.flare.site_state import (
     TimeLimit,
 )
 from fedspine.flare.wire import Opened
-from fedspine.fleets.rounds import Devices, Totals, Waits
+from fedspine.fleets.rounds import Devices, Totals, Waits, mean_wait, round_row
 
 OPEN_SECONDS = 600.0  # for a site to load model and rows
 LOOK_SECONDS = 2.0  # between two checks of which sites are there
@@ -69,11 +68,8 @@ class FlareFleet:
         under_way = {id: session.dispatch(id, work, orders[id], within) for id in orders}
         with session.devices_wall.served():
             came = {id: future.result() for id, future in under_way.items()}
-        seconds = [one.cost.seconds for one in came.values()]
         with session.lock:
-            session.totals.waiting_seconds += (
-                float(np.mean(max(seconds) - np.array(seconds))) if seconds else 0.0
-            )
+            session.totals.waiting_seconds += mean_wait([one.cost.seconds for one in came.values()])
         for id, one in came.items():
             session.record(work.__name__, id, started, one)
         session.waits.asked(orders, started, self.now)
@@ -145,20 +141,11 @@ class FlareFleet:
         return session.totals
 
     def end_round(self, wall_seconds: float) -> None:
-        totals = self._session.totals
-        totals.waiting_seconds += self._session.waits.mean(self.now)
-        totals.server_wall_seconds += max(0.0, wall_seconds - self._session.devices_wall.seconds)
-        self._session.records.write(
-            "round",
-            now=self.now,
-            devices=totals.exchanges,
-            lost=totals.lost,
-            waiting_seconds=totals.waiting_seconds,
-            bytes_up=totals.bytes_up,
-            bytes_down=totals.bytes_down,
-            wall_seconds=wall_seconds,
-            server_wall_seconds=totals.server_wall_seconds,
+        session, now = self._session, self.now
+        row = round_row(
+            session.totals, session.waits, session.devices_wall, now=now, wall_seconds=wall_seconds
         )
+        session.records.write("round", **row)
 
     def snapshot(self) -> FlareSnapshot:
         session = self._session

@@ -1,10 +1,12 @@
 """What the run loop needs of a fleet besides asking: rounds, totals, snapshots."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import numpy as np
 
 from fedspine.core.device import DeviceId
 from fedspine.core.fleet import Fleet
@@ -88,6 +90,31 @@ class Waits:
         """
         waiting = self.seconds + sum(max(0.0, now - since) for since in self.since.values())
         return waiting / max(1, len(self.since))
+
+
+def mean_wait(seconds: Sequence[float]) -> float:
+    """Mean idle seconds per device of an ask whose exchanges took `seconds`; 0 without any."""
+    return float(np.mean(max(seconds) - np.array(seconds))) if seconds else 0.0
+
+
+def round_row(
+    totals: Totals, waits: Waits, devices_wall: Devices, *, now: float, wall_seconds: float
+) -> dict[str, Any]:
+    """The row of a round that ends at `now`, whose last waits and server seconds `totals` takes
+    up.
+    """
+    totals.waiting_seconds += waits.mean(now)
+    totals.server_wall_seconds += max(0.0, wall_seconds - devices_wall.seconds)
+    return {
+        "now": now,
+        "devices": totals.exchanges,
+        "lost": totals.lost,
+        "waiting_seconds": totals.waiting_seconds,
+        "bytes_up": totals.bytes_up,
+        "bytes_down": totals.bytes_down,
+        "wall_seconds": wall_seconds,
+        "server_wall_seconds": totals.server_wall_seconds,
+    }
 
 
 class RoundFleet(Fleet, Protocol):

@@ -18,7 +18,7 @@ from fedspine.core.fleet import Cost, Fleet, Idle, Profile, Reply, T
 from fedspine.core.message import message, pack, unpack
 from fedspine.execution.workers import Workers
 from fedspine.fleets.hardware import KINDS, Hardware, Timing, device_ids
-from fedspine.fleets.rounds import Devices, Totals, Waits
+from fedspine.fleets.rounds import Devices, Totals, Waits, mean_wait, round_row
 from fedspine.storage.records import Records
 from fedspine.storage.store import Store
 
@@ -235,7 +235,7 @@ class SimulatedFleet:
                     replies.append(Reply(device=device, value=unpack(served.result), cost=cost))
         if seconds:
             self._clock.now += max(seconds)
-            self._world.totals.waiting_seconds += float(np.mean(max(seconds) - np.array(seconds)))
+        self._world.totals.waiting_seconds += mean_wait(seconds)
         self._world.waits.asked(orders, started, self.now)
         return replies
 
@@ -315,20 +315,11 @@ class SimulatedFleet:
 
     def end_round(self, wall_seconds: float) -> None:
         """Write the round's totals down."""
-        totals = self._world.totals
-        totals.waiting_seconds += self._world.waits.mean(self.now)
-        totals.server_wall_seconds += max(0.0, wall_seconds - self._world.devices_wall.seconds)
-        self._world.records.write(
-            "round",
-            now=self.now,
-            devices=totals.exchanges,
-            lost=totals.lost,
-            waiting_seconds=totals.waiting_seconds,
-            bytes_up=totals.bytes_up,
-            bytes_down=totals.bytes_down,
-            wall_seconds=wall_seconds,
-            server_wall_seconds=totals.server_wall_seconds,
+        world = self._world
+        row = round_row(
+            world.totals, world.waits, world.devices_wall, now=self.now, wall_seconds=wall_seconds
         )
+        world.records.write("round", **row)
 
     def snapshot(self) -> Snapshot:
         return Snapshot(

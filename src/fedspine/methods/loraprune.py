@@ -8,7 +8,6 @@ docs/methods/loraprune.md.
 """
 
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 
@@ -38,19 +37,6 @@ class LoraPrune(CubicPruning):
 
     # the paper squares, its released code has cross 1.0 and normalises
     importance: Gradient = Gradient()
-
-    @classmethod
-    def toy(cls) -> Self:
-        """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(
-            rank=4,
-            steps=8,
-            batch=16,
-            learning_rate=2e-2,
-            head_lr_multiplier=1.0,
-            warmup=0.1,
-            until=0.6,
-        )
 
     def check(self, task: Task) -> None:
         check_pruning(self, task)

@@ -7,7 +7,6 @@ Departures: docs/methods/magnitude.md.
 """
 
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 
@@ -36,19 +35,6 @@ class MagnitudePruning(CubicPruning):
     """FedAvg of LoRA factors at one rank, pruned by the size of the tuned weights on a fixed
     schedule.
     """
-
-    @classmethod
-    def toy(cls) -> Self:
-        """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(
-            rank=4,
-            steps=8,
-            batch=16,
-            learning_rate=2e-2,
-            head_lr_multiplier=1.0,
-            warmup=0.1,
-            until=0.6,
-        )
 
     def check(self, task: Task) -> None:
         check_pruning(self, task)

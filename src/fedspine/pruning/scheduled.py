@@ -7,6 +7,7 @@ entry by entry over the devices that still own the entry.
 """
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 
@@ -38,9 +39,7 @@ class ScheduledPruning(LocalTraining):
     sparsity: float = 0.5  # share of the blocks' weights that every device gives up
     rank: int = 8
     scale: float = 2.0  # alpha / rank
-    global_importance_weight: float = (
-        0.0  # of the fleet's average importance in what a device drops
-    )
+    global_importance_weight: float = 0.0  # of the fleet's average in what a device drops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +48,19 @@ class CubicPruning(ScheduledPruning):
 
     warmup: float = 0.05  # as a share of the rounds: nothing is pruned before
     until: float = 0.7  # everything is pruned after
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        return cls(
+            rank=4,
+            steps=8,
+            batch=16,
+            learning_rate=2e-2,
+            head_lr_multiplier=1.0,
+            warmup=0.1,
+            until=0.6,
+        )
 
 
 @message
