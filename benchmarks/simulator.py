@@ -56,9 +56,8 @@ class Contender:
 
 AS_WRITTEN = Way("fp32", "fixed", "sdpa")
 EQUAL = Way("bf16", "bucketed", "sdpa")
-BEST = Way(
-    "bf16", "bucketed", "eager"
-)  # the fastest found for peers; sdpa is slow on a CPU in bf16
+# the fastest found for peers; sdpa is slow on a CPU in bf16
+BEST = Way("bf16", "bucketed", "eager")
 PEERS = {
     "fedspine": Contender("fedspine, bf16", "ours", ("bf16",)),
     "flower": Contender(

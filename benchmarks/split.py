@@ -104,9 +104,8 @@ class Bench:
             parts = [
                 Part(device=id, features=features, labels=labels) for id, features, labels in sent
             ]
-            features = merged_features(
-                parts
-            )  # with their graphs: one backward pass goes through all
+            # with their graphs: one backward pass goes through all
+            features = merged_features(parts)
             split_model.server_forward(
                 server_model, features, torch.cat([labels for *_, labels in sent]), seed=0
             ).mean.backward()

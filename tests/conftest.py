@@ -43,9 +43,8 @@ settings.register_profile("search", max_examples=1000, deadline=None)
 settings.load_profile("same")
 
 FIRST_CALLS = 10  # of a function in a test, all checked
-EVERY = (
-    31  # of the calls after those; a prime, so that it does not keep step with layers or batches
-)
+# of the calls after those; a prime, so that it does not keep step with layers or batches
+EVERY = 31
 
 
 class Sampling(type(jaxtyping.config)):
@@ -57,9 +56,8 @@ class Sampling(type(jaxtyping.config)):
 
     @property
     def jaxtyping_disable(self):
-        called = sys._getframe(1).f_locals.get(
-            "fn"
-        )  # of jaxtyping's wrapper, the function that it wraps
+        # of jaxtyping's wrapper, the function that it wraps
+        called = sys._getframe(1).f_locals.get("fn")
         self.calls[called] += 1
         return self.calls[called] > FIRST_CALLS and self.calls[called] % EVERY != 0
 

@@ -28,9 +28,8 @@ SIDE = 2048  # of the square matrices whose product is the ceiling
 CEILING_SECONDS = 2.0
 COUNTED_DEVICES = 1
 PR_SET_CHILD_SUBREAPER = 36
-FLASH = (
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-)  # which torch's counter leaves out
+# which torch's counter leaves out
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 

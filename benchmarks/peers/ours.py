@@ -18,9 +18,8 @@ from fedspine.runs.loop import new_run
 from fedspine.ui.progress import Silent
 from peers.work import Outcome, Precision, Work
 
-SPAWNED = (
-    "BENCHMARK_SPAWNED"  # environment: when this process was asked for, seconds since the epoch
-)
+# environment: when this process was asked for, seconds since the epoch
+SPAWNED = "BENCHMARK_SPAWNED"
 
 
 class Watch(Silent):

@@ -169,9 +169,8 @@ def prepare(folder: Path, data: Dataset, settings: Settings, test_rows: int) -> 
     tested = np.sort(rng.permutation(len(data.test.texts))[:test_rows])
     (folder / "data").mkdir()
     rows = len(data.train.texts)
-    trained = np.resize(
-        np.arange(rows), max(rows, settings.devices)
-    )  # repeated where devices would go without
+    # repeated where devices would go without
+    trained = np.resize(np.arange(rows), max(rows, settings.devices))
     _write(folder / "data" / "train.parquet", data.train, trained, data.label_names)
     _write(folder / "data" / "test.parquet", data.test, tested, data.label_names)
     (folder / "settings.json").write_text(json.dumps(asdict(settings)))

@@ -93,9 +93,8 @@ def test_same_seed_same_bits_also_in_worker_processes(name, lab, whole, workers)
 def test_resumed_equals_uninterrupted(name, lab, whole):
     method, first = METHODS[name].toy(), lab("killed")
     first.save(first.run(method, rounds=1))
-    first.run(
-        method, rounds=2
-    )  # a round that was never saved, whose memories and rows must be forgotten
+    # a round that was never saved, whose memories and rows must be forgotten
+    first.run(method, rounds=2)
     first.close()
     second = lab("killed")
     assert second.saved.round == 1
@@ -191,9 +190,8 @@ def test_the_clock_never_goes_back(heard):
 def test_loses_devices_and_goes_on(name, lab, task):
     method, bench, calm = METHODS[name].toy(), lab(), lab("calm")
     calm.run(method, rounds=1)
-    exchanges = len(calm.rows("exchange")) // len(
-        calm.ids
-    )  # of a device in a round, of which 30 % shall be lost
+    # of a device in a round, of which 30 % shall be lost
+    exchanges = len(calm.rows("exchange")) // len(calm.ids)
     drop = 1 - (1 - 0.3) ** (1 / exchanges)
     state = bench.run(method, around=lambda fleet: Lossy(fleet, drop=drop, delay_seconds=0.1))
     lost = [row for row in bench.rows("note") if row["values"].get("left_out") == "lost"]

@@ -68,9 +68,8 @@ def test_finds_the_best_cell_again_after_a_switch(seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_finds_the_best_band_once_the_ratio_is_frozen(seed):
     hit = hits(lambda number: (0, 2), seed=seed, frozen_ratio=True)
-    assert hit[-ROUNDS // 3 :].mean() > 0.25 + 4 * np.sqrt(
-        0.25 * 0.75 / (ROUNDS / 3)
-    )  # random plays one band of four
+    # random plays one band of four
+    assert hit[-ROUNDS // 3 :].mean() > 0.25 + 4 * np.sqrt(0.25 * 0.75 / (ROUNDS / 3))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -269,9 +269,8 @@ def test_workers_leave_so_early_that_all_are_done_at_the_same_time(ends, step, l
     assert (done <= end + step * ROUNDING).all()
     # none goes a whole step too early
     assert (done[~last] > end - step * (1 + ROUNDING)).all()
-    assert (
-        end + np.mean(end - done) <= ends.max() + np.mean(ends.max() - ends) + ROUNDING
-    )  # never worse than all at once
+    # never worse than all at once
+    assert end + np.mean(end - done) <= ends.max() + np.mean(ends.max() - ends) + ROUNDING
 
 
 def test_nobody_leaves_early_where_a_step_is_longer_than_what_links_differ_by():
@@ -494,9 +493,8 @@ def test_regulated_batches_cut_the_waiting_of_equal_ones():
     regulated = plan_split(workers, limits, np.random.default_rng(0))
     equal = plan_split(workers, limits, np.random.default_rng(0), SplitControl(regulate=False))
     assert len(set(equal.batches.tolist())) == 1
-    assert (
-        equal.waiting > 0.4
-    )  # costs are spread evenly from 1 to 30: the mean waits half of the slowest one's time
+    # costs are spread evenly from 1 to 30: the mean waits half of the slowest one's time
+    assert equal.waiting > 0.4
     assert regulated.waiting < 0.1
 
 

@@ -76,9 +76,8 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix):
     assert data.label_names == ("even", "odd")
     assert data.train.labels.dtype == np.int64
     assert data.train.labels.tolist() == [n % 2 for n in range(20)]
-    assert data.train.columns["by"] == tuple(
-        row["by"] for row in ROWS
-    )  # "001" stays text in CSV too
+    # "001" stays text in CSV too
+    assert data.train.columns["by"] == tuple(row["by"] for row in ROWS)
     assert data.test.texts == data.train.texts[:4]
     assert data.natural is None and data.train.pairs is None
 

@@ -140,14 +140,12 @@ def test_a_dominant_class_is_on_its_device(share):
 
 def test_dominant_classes_go_round_and_round():
     labels = np.arange(600) % 3
-    twice = split(
-        "dominant:0.8", devices=6, rows=600, labels=labels
-    )  # two devices share 0.8 of 200 rows
+    # two devices share 0.8 of 200 rows
+    twice = split("dominant:0.8", devices=6, rows=600, labels=labels)
     held = np.stack([np.bincount(labels[part], minlength=3) for part in twice])
     assert np.abs(held[[0, 3], 0] - 80).max() <= 1 and np.abs(held[[1, 2, 4, 5], 0] - 10).max() <= 1
-    few = split(
-        "dominant:1", devices=2, rows=600, labels=labels
-    )  # class 2 is the first device's again
+    # class 2 is the first device's again
+    few = split("dominant:1", devices=2, rows=600, labels=labels)
     assert [len(part) for part in few] == [400, 200]
     assert len(split("dominant:0.5", devices=1, rows=600, labels=labels)[0]) == 600
 

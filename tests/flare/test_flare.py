@@ -52,9 +52,8 @@ class LocalLink:
         self.relay, self.sites = "relay-0", tuple(sorted(workers))
         self.heard = []  # (site, what was asked), pings as None
         self.gone = 0  # exchanges for which the relay is lost
-        self._loading = (
-            threading.Lock()
-        )  # each site is a process of its own, and threads cannot load models side by side
+        # each site is a process of its own, and threads cannot load models side by side
+        self._loading = threading.Lock()
 
     def connected(self):
         return tuple(sorted(self.workers))

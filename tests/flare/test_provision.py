@@ -382,9 +382,8 @@ def test_a_kit_that_was_not_provisioned_is_let_in_nowhere(federation, tmp_path, 
             stranger.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        wait_for(
-            lambda: b"ObjectStreamer.Abort" in (tmp_path / "log").read_bytes()
-        )  # the last line before it connects
+        # the last line before it connects
+        wait_for(lambda: b"ObjectStreamer.Abort" in (tmp_path / "log").read_bytes())
         time.sleep(5)  # within which any of the federation's own sites is in
         assert b"registered client" not in (tmp_path / "log").read_bytes()
         assert [site["name"] for site in fleet_status(federation)["sites"]] == list(

@@ -412,9 +412,8 @@ def test_devices_that_are_sent_orders_wait_until_the_next_one_or_the_rounds_end(
     fast, slow = fleet.next(), fleet.next()
     assert (fast.device, slow.device) == ("agx-04", "tx2-00")
     bench.fleet.wait(2.0)
-    (again,) = fleet.ask(
-        do, {"tx2-00": Job()}
-    )  # the other one waits for it, as for all that comes after
+    # the other one waits for it, as for all that comes after
+    (again,) = fleet.ask(do, {"tx2-00": Job()})
     bench.fleet.wait(3.0)
     fleet.send(do, {"agx-04": Job()})
     ended = bench.fleet.now  # before what was sent last arrives: nobody knows of its end

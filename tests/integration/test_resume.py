@@ -92,9 +92,8 @@ def test_killed_at_every_write(job, function, when) -> None:
 def test_killed_while_old_files_are_removed(job) -> None:
     carry_out, whole = job
     *killed, _ = carry_out("unlink", {"function": "unlink", "when": "before"}, ENOUGH, every=True)
-    assert (
-        len(killed) >= 2
-    )  # the state of the first round, and the memory of a device that is asked again
+    # the state of the first round, and the memory of a device that is asked again
+    assert len(killed) >= 2
     for plan in killed:
         assert [end["code"] for end in plan["ends"]] == [-9, 0]
         assert_same(plan["folder"], whole)
@@ -126,9 +125,8 @@ def test_full_disk_at_every_write(job) -> None:
     carry_out, whole = job
     struck = {"function": "fsync", "when": "before", "error": errno.ENOSPC}
     *full, _ = carry_out("full", struck, ENOUGH, every=True)
-    assert (
-        len(full) >= MAKING["fsync"] + 2 * 5 + 2
-    )  # as above, and the records once a round and at the end
+    # as above, and the records once a round and at the end
+    assert len(full) >= MAKING["fsync"] + 2 * 5 + 2
     for plan in full:
         first, last = plan["ends"]
         assert (first["code"], last["code"]) == (2, 0), plan

@@ -295,9 +295,8 @@ def test_directions_beyond_every_devices_rank_stay():
             (b, adapter[b_name(site.path)].T),
         ):
             assert torch.equal(factor_now[5:], factor_then[5:])
-            torch.testing.assert_close(
-                factor_now[2:5], factor_then[2:5]
-            )  # the mean of 2 and 0 times the old
+            # the mean of 2 and 0 times the old
+            torch.testing.assert_close(factor_now[2:5], factor_then[2:5])
             torch.testing.assert_close(factor_now[:2], 2 * factor_then[:2])
 
 

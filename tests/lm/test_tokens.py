@@ -86,9 +86,8 @@ def test_whatever_changes_tokens_is_stored_for_itself(cache, tokenizer, tiny_fol
 
 def test_a_damaged_or_half_gone_folder_is_made_anew(cache, tokenizer):
     rows = toy_rows(20, 0)
-    expected = encode(
-        tokenizer, rows, "classification", 6
-    )  # a mapped one would be damaged with its file
+    # a mapped one would be damaged with its file
+    expected = encode(tokenizer, rows, "classification", 6)
     tokens(tokenizer, rows, "classification", 6)
     (folder,) = cache.iterdir()
     for damage in (

@@ -273,9 +273,8 @@ def test_the_oracle_knows_what_a_plan_will_cost(lab, task):
             load=state.device_models[id].load,
         )
         row = rows[id]
-        assert (
-            abs(cost.bytes_down - row["bytes_down"]) < 100
-        )  # numbers of more or fewer digits in the header
+        # numbers of more or fewer digits in the header
+        assert abs(cost.bytes_down - row["bytes_down"]) < 100
         assert abs(cost.bytes_up - row["bytes_up"]) < 1000
         # only how long this round's texts are is not known before
         read = after.device_models[id].load / state.device_models[id].load
@@ -566,9 +565,8 @@ def test_the_first_mean_of_changes_is_the_mean_of_products(lab):
 
 def test_hetlora_weighs_by_norm(lab):
     runs = {how: lab(how).run(toy(aggregation=how), rounds=2) for how in ("zeropad", "hetlora")}
-    assert bits(runs["zeropad"].head) != bits(
-        runs["hetlora"].head
-    )  # the second round starts from another adapter
+    # the second round starts from another adapter
+    assert bits(runs["zeropad"].head) != bits(runs["hetlora"].head)
     assert bits(runs["zeropad"].adapter) != bits(runs["hetlora"].adapter)
     assert bits(runs["zeropad"].dense) == bits(runs["hetlora"].dense)  # which neither uses
 

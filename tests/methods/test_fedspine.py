@@ -79,9 +79,8 @@ def test_nothing_is_pruned_before_its_importance_is_known(task, order):
     first = device(task, {})
     assert math.isnan(prune_and_tune(first, poisoned(order)).loss)
     second = device(task, first.memory)
-    assert is_full(
-        prune_and_tune(second, order).structure
-    )  # that round gave no scores, and this one its first
+    # that round gave no scores, and this one its first
+    assert is_full(prune_and_tune(second, order).structure)
     third = device(task, second.memory)
     assert sparsity(task.base.layout, prune_and_tune(third, order).structure) == pytest.approx(
         0.3, abs=0.02
@@ -92,9 +91,8 @@ def test_what_a_lost_reply_pruned_stays_pruned(task, order):
     one = device(task, {})
     prune_and_tune(one, order)  # learns its importance
     further = dataclasses.replace(order, sparsity=0.5)
-    lost = prune_and_tune(
-        one, further
-    )  # which the server never hears of: it goes on from the full structure
+    # which the server never hears of: it goes on from the full structure
+    lost = prune_and_tune(one, further)
     heard = prune_and_tune(one, order)
     assert torch.equal(heard.structure.heads, lost.structure.heads)
     assert torch.equal(heard.structure.channels, lost.structure.channels)
@@ -162,9 +160,8 @@ def test_the_rank_fits_the_memory(lab, task):
         )
         for rank in TOY.ranks
     ]
-    Small.memory_bytes = math.ceil(
-        needed[0] / USABLE_MEMORY
-    )  # the smallest rank fits, the next does not
+    # the smallest rank fits, the next does not
+    Small.memory_bytes = math.ceil(needed[0] / USABLE_MEMORY)
     assert USABLE_MEMORY * Small.memory_bytes < needed[1]
     method = dataclasses.replace(TOY, sparsity=0.0)
     bench.run(method, rounds=3, around=lambda fleet: spies.append(Small(fleet)) or spies[-1])

@@ -173,9 +173,8 @@ def test_a_tail_that_shrinks_is_given_up_and_one_that_grows_is_kept(task):
     assert {
         tensor.shape[0] for name, tensor in given_up.adapter.items() if name.endswith("lora_A")
     } == {4}
-    untrained = fresh(
-        task.base.layout.sites, 6, np.random.default_rng(0)
-    )  # its tail is zero and can only grow
+    # its tail is zero and can only grow
+    untrained = fresh(task.base.layout.sites, 6, np.random.default_rng(0))
     kept = tune_and_shrink(device_of(task), order_of(task, untrained, TOY, shrunk=4))
     assert kept.rank == 6
     assert {

@@ -81,9 +81,8 @@ def test_every_device_is_asked_for_the_sparsity_of_the_schedule(lab, task):
                 (result.structure.channels & ~last.get(id, full(task.base.layout)).channels).any()
             )
             last[id] = result.structure
-    assert (
-        len({bits(structure) for structure in last.values()}) > 1
-    )  # each prunes by what it saw itself
+    # each prunes by what it saw itself
+    assert len({bits(structure) for structure in last.values()}) > 1
 
 
 @pytest.mark.parametrize(("target", "drop"), [(0.3, 0.3), (0.5, 0.0)])

@@ -162,9 +162,8 @@ def test_with_one_device_it_is_unsplit_sgd(lab):
     start = started(method, bench)
     state, (batches,) = run(bench, method)
     assert batches == {"agx-00": 16}
-    assert_same_step(
-        state.model, centralised(bench, start, batches, steps=4), start, off=8e-5
-    )  # of four steps
+    # of four steps
+    assert_same_step(state.model, centralised(bench, start, batches, steps=4), start, off=8e-5)
 
 
 @pytest.mark.parametrize("cut", [1, 2])
@@ -177,9 +176,8 @@ def test_with_labels_that_stay_it_is_the_same_step(lab, cut):
     spies = []
     state = bench.run(method, rounds=1, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
     batches = {id: order.batch for id, order in spies[0].orders if type(order).__name__ == "Begin"}
-    assert_same_step(
-        state.model, centralised(bench, start, batches, asks=0), start
-    )  # there was no look
+    # there was no look
+    assert_same_step(state.model, centralised(bench, start, batches, asks=0), start)
     assert {getattr(value, "labels", None) for _, value in spies[0].results} == {None}
 
 
@@ -795,9 +793,8 @@ def test_a_batch_is_never_larger_than_a_devices_data(lab):
     ids=lambda changed: "-".join(f"{key}-{value}" for key, value in changed.items()),
 )
 def test_every_variant_learns_something_else(lab, task, changed):
-    plain = dataclasses.replace(
-        MergeSflPlus.toy(), fewest=2, steps=2, batch=60
-    )  # more than two of the devices hold
+    # more than two of the devices hold
+    plain = dataclasses.replace(MergeSflPlus.toy(), fewest=2, steps=2, batch=60)
     method = dataclasses.replace(plain, **changed)
     method.check(task)
     state = lab("changed").run(method, rounds=1)

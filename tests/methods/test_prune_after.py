@@ -55,9 +55,8 @@ def test_each_device_is_pruned_once_by_the_scores_it_sent_last(lab, task):
 
 def test_what_is_deployed_is_pruned_to_the_target_at_any_time(lab, task):
     bench, layout = lab(), task.base.layout
-    assert is_full(
-        TOY.deploy(TOY.start(task, np.random.default_rng(0))).structure
-    )  # nothing is known yet
+    # nothing is known yet
+    assert is_full(TOY.deploy(TOY.start(task, np.random.default_rng(0))).structure)
     state = bench.run(TOY, rounds=1)
     for id in (None, *bench.ids, "never-asked"):
         assert sparsity(layout, TOY.deploy(state, id).structure) == pytest.approx(

@@ -129,9 +129,8 @@ def test_slack_becomes_whole_passes_and_has_a_limit():
     assert steps_with_slack(10, slack_seconds=1e9, pass_seconds=1.0, pass_steps=3) == 10 * (
         1 + MOST_MORE
     )
-    assert (
-        steps_with_slack(10, slack_seconds=9.0, pass_seconds=0.0, pass_steps=3) == 10
-    )  # nobody knows yet
+    # nobody knows yet
+    assert steps_with_slack(10, slack_seconds=9.0, pass_seconds=0.0, pass_steps=3) == 10
 
 
 def test_the_smallest_update_leaves_out_most():
@@ -185,9 +184,8 @@ def test_asks_as_many_as_it_says_and_everybody_in_the_end(bench):
     state = lab.run(on_arrays(participants=2, slack=False), rounds=4)
     rows = lab.rows("exchange")
     assert [sum(row["round"] == round for row in rows) for round in range(4)] == [2, 2, 2, 2]
-    assert {row["device"] for row in rows[:4]} == set(
-        list(state.seen)[:4]
-    )  # the first two rounds: nobody twice
+    # the first two rounds: nobody twice
+    assert {row["device"] for row in rows[:4]} == set(list(state.seen)[:4])
     assert len({row["device"] for row in rows}) == 5
 
 
@@ -243,9 +241,8 @@ def test_a_forecast_tells_work_from_traffic():
     forecast = Forecast({"known": timed((1, 0.1), (3, 0.5), (2, 0.3), (1, 0.5)) * 50})
     assert forecast.seconds("known", work=2.0, drop=0.0) == pytest.approx(10.0, rel=0.02)
     assert forecast.work_seconds("known") == pytest.approx(4.0, rel=0.02)
-    assert forecast.seconds("new", work=2.0, drop=0.0) == pytest.approx(
-        10.0, rel=0.05
-    )  # like the fleet
+    # like the fleet
+    assert forecast.seconds("new", work=2.0, drop=0.0) == pytest.approx(10.0, rel=0.05)
     assert Forecast({}).seconds("new", work=1.0, drop=0.0) == 0.0
 
 

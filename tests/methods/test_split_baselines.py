@@ -129,9 +129,8 @@ def test_with_one_device_all_baselines_are_one(lab):
         run(lab(type(method).__name__, kinds=("agx",)), method)[0].model for method in methods
     )
     for model in others:
-        assert_same_model(
-            model, expected, off=4 * EPS
-        )  # a mean of one: times its weight, over its weight
+        # a mean of one: times its weight, over its weight
+        assert_same_model(model, expected, off=4 * EPS)
 
 
 def test_weighed_by_their_rows_separate_passes_are_the_merged_step(task, split_model):
@@ -228,9 +227,8 @@ def test_the_mixed_loss_by_hand(task, split_model):
         ).mean
         for part in parts
     ]
-    assert float(loss) == pytest.approx(
-        float(sum(each)) / 2, rel=1e-5
-    )  # of lam, which is 1/2 to 1e-6
+    # of lam, which is 1/2 to 1e-6
+    assert float(loss) == pytest.approx(float(sum(each)) / 2, rel=1e-5)
 
 
 def test_nobody_is_mixed_with_himself(task, split_model):

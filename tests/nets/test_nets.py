@@ -253,9 +253,8 @@ def test_statistics_move_in_place_and_only_in_training():
         padding=1,
     )
     split_model.client_forward(client_model, batch, seed=1)
-    assert torch.allclose(
-        client_model[name], 0.1 * conv_out.mean((0, 2, 3)), atol=1e-6
-    )  # momentum 0.1 from 0
+    # momentum 0.1 from 0
+    assert torch.allclose(client_model[name], 0.1 * conv_out.mean((0, 2, 3)), atol=1e-6)
     assert not any(t.requires_grad for t in client_model.values())
 
 
@@ -284,9 +283,8 @@ def test_nets_take_the_shape_that_comes(name, shape):
     net = Net(name, shape, 4)
     weights = net.start(rng())
     assert net.logits(weights, batch_for(net, 2)["inputs"]).shape == (2, 4)
-    split_model = split_model_of(
-        net, net.default_cut
-    )  # one row in training, as a slow device may have it
+    # one row in training, as a slow device may have it
+    split_model = split_model_of(net, net.default_cut)
     client_model, server_model = split_model.start(rng())
     assert torch.isfinite(
         losses(split_model, client_model, server_model, batch_for(net, 1), 0).total
@@ -341,9 +339,8 @@ def test_floats_are_standardised_by_the_training_rows():
     scaled = x * np.array([3.0, 0.0], np.float32)[None, :, None] + 7
     _, train, test = load("cnn-h", (scaled, labels), (scaled[:5] + 1, labels[:5]), 3)
     assert np.allclose(train.x.mean((0, 2)), 0, atol=1e-5)
-    assert np.allclose(
-        train.x.std((0, 2)), [1, 0], atol=1e-5
-    )  # a channel that never changes stays at zero
+    # a channel that never changes stays at zero
+    assert np.allclose(train.x.std((0, 2)), [1, 0], atol=1e-5)
     deviation = scaled[:, 0].std()
     assert np.allclose(test.x[:, 0] - train.x[:5, 0], 1 / deviation, atol=1e-4)
 

@@ -79,9 +79,8 @@ def test_what_pruning_alone_costs_is_not_doubted() -> None:
     assert doubt(RECIPE, Recorded(scores=(score(4, loss=0.5), pruned)), SEEN, 8) is None
 
 
-@pytest.mark.parametrize(
-    ("last", "said"), [(2.0, False), (2.3, False), (2.5, True)]
-)  # three errors of hypot(2, last) / 20 are 0.42, 0.46 and 0.48
+# three errors of hypot(2, last) / 20 are 0.42, 0.46 and 0.48
+@pytest.mark.parametrize(("last", "said"), [(2.0, False), (2.3, False), (2.5, True)])
 def test_a_test_loss_that_rises_beyond_noise_is_said_of_language_models_too(last, said) -> None:
     scores = (score(4, None, 2.0), score(8, None, last))
     line = doubt(RECIPE, Recorded(scores=scores), CheckContext(400, None), 8)

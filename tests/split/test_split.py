@@ -320,9 +320,8 @@ def test_dispatch_rescales_the_slices_of_one_gradient(task):
     for part in parts:
         share = len(part.features) / rows  # d_i / Q
         found, expected = (outcome.gradients[part.device].values for outcome in (rescaled, plain))
-        torch.testing.assert_close(
-            share * found, expected, rtol=4 * EPS, atol=0
-        )  # two products on the way
+        # two products on the way
+        torch.testing.assert_close(share * found, expected, rtol=4 * EPS, atol=0)
         assert expected.abs().max() > 0
 
 
@@ -609,9 +608,8 @@ def test_what_is_kept_counts_only_for_the_memory_it_belongs_to():
     assert scratch.take(call()) == ({"x": 1}, "graph")
     assert scratch.take(call()) is None  # once
     for other in (call(memory=b"another"), call(round=1)):
-        assert scratch.put(
-            "d", b"m", {}, Kept("graph", 10)
-        )  # what was taken or is of no use makes room
+        # what was taken or is of no use makes room
+        assert scratch.put("d", b"m", {}, Kept("graph", 10))
         assert scratch.take(other) is None
 
 

@@ -42,9 +42,8 @@ def test_what_is_saved_comes_back_and_nothing_else_stays(store, tmp_path) -> Non
         "a": b"two",
         "b": b"one",
     }
-    assert (
-        len(os.listdir(tmp_path / "state")) == 2 + 1 + 2
-    )  # memories, one state, its name and the lock
+    # memories, one state, its name and the lock
+    assert len(os.listdir(tmp_path / "state")) == 2 + 1 + 2
 
 
 def test_leftovers_are_swept(store, tmp_path) -> None:

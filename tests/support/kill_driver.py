@@ -46,16 +46,14 @@ BLOWS = {  # what is sent to a run and its group
 def main():
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads before the forks
     torch.set_num_threads(1)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # whatever the tests' own parent ignores
+    # whatever the tests' own parent ignores
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     warm = False
     for line in sys.stdin:
         asked = json.loads(line)
         if not warm:
-            assemble(
-                load(None, asked["arguments"][1::2])
-            )  # what loading imports late is imported here
+            # what loading imports late is imported here
+            assemble(load(None, asked["arguments"][1::2]))
             warm = True
         print(json.dumps(list(carry_out_all(asked["arguments"], asked["plan"]))), flush=True)
 

@@ -70,9 +70,8 @@ def carried_out(*arguments):
 
 def in_process(monkeypatch, capsys, *arguments):
     """Run the command line in this process: its exit code, stdout, and the lines of stderr."""
-    monkeypatch.setenv(
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"
-    )  # which a run sets for its own process
+    # which a run sets for its own process
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     monkeypatch.setattr(sys, "argv", ["fedspine", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         cli.main()

@@ -329,9 +329,8 @@ def test_resume_of_a_finished_run_prints_its_summary(place, command) -> None:
 def test_show_of_an_unfinished_run(place, tmp_path) -> None:
     shutil.copytree(place / "run", tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
-    done = fedspine(
-        "show", tmp_path / "run", "--json"
-    )  # in a process of its own, which has not run anything
+    # in a process of its own, which has not run anything
+    done = fedspine("show", tmp_path / "run", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert found["rounds_done"] == found["rounds"] == 2

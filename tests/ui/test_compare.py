@@ -169,9 +169,8 @@ def test_numbers_by_hand(compare, tmp_path):
     assert pair["speed_up"]["mean"] == pytest.approx(16 / (30 * 33 * 36) ** (1 / 3))
     assert pair["speed_up"]["beyond_noise"] is True
     assert pair["bytes_saving"]["mean"] == pytest.approx(2 / 3)
-    assert pair["shorter_run"]["mean"] == pytest.approx(
-        8 / (10 * 11 * 12) ** (1 / 3)
-    )  # equally many rounds
+    # equally many rounds
+    assert pair["shorter_run"]["mean"] == pytest.approx(8 / (10 * 11 * 12) ** (1 / 3))
     assert pair["verdict"].startswith(
         "fedlora is 2.0 points more accurate than fedspine "
         "(95 % interval -0.5 to +4.5, 3 seeds; p = 0.074): within the seeds' noise."

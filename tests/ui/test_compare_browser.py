@@ -54,9 +54,8 @@ def test_it_opens_and_fetches_nothing(browser, address):
     before = len(browser.requests)
     browser.open(address)
     assert "Comparison" in browser.run("document.title")
-    assert (
-        browser.run('document.querySelectorAll("ul.verdicts li").length') == 12
-    )  # 6 pairs in each of two settings
+    # 6 pairs in each of two settings
+    assert browser.run('document.querySelectorAll("ul.verdicts li").length') == 12
     browser.run("new Promise(done => setTimeout(done, 500))")  # what would come late comes now
     assert browser.requests[before:] == [address]
     assert browser.run('performance.getEntriesByType("resource").length') == 0
@@ -102,9 +101,8 @@ def test_the_table_sorts(browser, address):
     browser.open(address)
     ours, theirs, late, last = METHODS
     assert rows(browser) == [ours, theirs, last, late]  # by final accuracy, the best first
-    browser.click(
-        "table.sort th:nth-child(5) button"
-    )  # time to target, upwards: rounds last 10, 15 and 25 s
+    # time to target, upwards: rounds last 10, 15 and 25 s
+    browser.click("table.sort th:nth-child(5) button")
     assert rows(browser) == [ours, theirs, last, late]
     assert (
         browser.run('document.querySelector("table.sort th:nth-child(5)").ariaSort') == "ascending"

@@ -104,9 +104,8 @@ def test_every_method_meets_every_setting_and_seed(place):
         2,
     )
     assert (cell.recipe.fleet.alpha, cell.recipe.run.seed, cell.recipe.run.rounds) == (0.1, 0, 2)
-    assert cell.recipe.task.data == str(
-        place / "rows.csv"
-    )  # as in a recipe: seen from where the command runs
+    # as in a recipe: seen from where the command runs
+    assert cell.recipe.task.data == str(place / "rows.csv")
 
 
 def test_dotted_keys_need_no_quotes(place):

@@ -14,9 +14,8 @@ from fedspine.core.fleet import Fleet
 from fedspine.core.method import method
 from fedspine.methods.fedlora import FedLora, LoraOrder, LoraResult, LoraState, tune_adapter
 
-SPOIL = (
-    "FEDSPINE_SPOIL"  # environment: a folder with a file for each site that is to spoil its replies
-)
+# environment: a folder with a file for each site that is to spoil its replies
+SPOIL = "FEDSPINE_SPOIL"
 
 
 @on_device

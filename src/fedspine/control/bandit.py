@@ -18,9 +18,8 @@ from fedspine.control.plan import Limits, Plan, PlanResult, plan_at
 from fedspine.core.message import message
 
 Leaves = NDArray[np.float64]  # [leaves, 6]
-U0, V0, SIDE, DEPTH, N, S = range(
-    6
-)  # lower corner, side length, depth, discounted plays, discounted sum of rewards
+# lower corner, side length, depth, discounted plays, discounted sum of rewards
+U0, V0, SIDE, DEPTH, N, S = range(6)
 
 WHOLE = ((0.0, 1.0), (0.0, 1.0))
 FRESH_PLAYS = 1e-3  # a leaf with fewer discounted plays counts as never played

@@ -104,9 +104,8 @@ def levelled(
 
     def waiting(rows: np.ndarray) -> float:
         seconds = fixed + rows * cost
-        return waiting_share(
-            np.where(rows < most, seconds, seconds.max())
-        )  # one at its own most could not do more
+        # one at its own most could not do more
+        return waiting_share(np.where(rows < most, seconds, seconds.max()))
 
     return min(trials, key=waiting)
 

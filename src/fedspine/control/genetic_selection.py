@@ -161,9 +161,8 @@ def _repaired(search: Search, members: Members) -> tuple[Members, Bool[np.ndarra
     Over the budget or the most: the workers whose turn it is least go first, of equals those with
     the larger batches. Under the fewest: those whose turn it is most come, if they fit.
     """
-    order = np.lexsort(
-        (search.batches, -priorities(search.rounds))
-    )  # whom to keep, the first before the others
+    # whom to keep, the first before the others
+    order = np.lexsort((search.batches, -priorities(search.rounds)))
     batches, members = search.batches[order], members[:, order]
     # dropping from the end until all fits keeps the longest beginning that fits
     fits = np.cumsum(members * batches, axis=1) <= search.budget_rows

@@ -62,9 +62,8 @@ def coefficients(own: Evidence, fleet: Evidence) -> NDArray[np.float64]:
     """
     undecided = UNDECIDED * max(np.trace(fleet[:, :FEATURES]), 1.0) * np.eye(FEATURES)
     common = _least_squares(fleet[:, :FEATURES] + undecided, fleet[:, FEATURES])
-    expected = (
-        common @ own[:, :FEATURES] @ common
-    )  # of its squared times, if it were as fast as the fleet
+    # of its squared times, if it were as fast as the fleet
+    expected = common @ own[:, :FEATURES] @ common
     pace = common @ own[:, FEATURES] / expected if expected > 0 else 1.0
     prior = LIKE_THE_FLEET * np.eye(FEATURES)
     return _least_squares(own[:, :FEATURES] + prior, own[:, FEATURES] + prior @ (pace * common))

@@ -32,12 +32,10 @@ class Device:
     base: Any  # a `Base` of `lm` for texts, a `Net` of `nets` for arrays
     memory: dict[str, Any]
     rng: np.random.Generator
-    prefixes: Any = (
-        None  # `lm.prefix.Prefixes`, or None: where activations of the frozen blocks may be kept
-    )
-    trainer: Callable[[Any], Any] | None = (
-        None  # trains this device together with others; None: on its own
-    )
+    # `lm.prefix.Prefixes`, or None: where activations of the frozen blocks may be kept
+    prefixes: Any = None
+    # trains this device together with others; None: on its own
+    trainer: Callable[[Any], Any] | None = None
     kept: Any = None  # kept by the last ask of this round, if this process still has it
     flops: float = field(default=0.0, init=False)
     launches: int = field(default=0, init=False)

@@ -27,9 +27,8 @@ class Examples:
     labels: np.ndarray | None  # int64 [rows]; None: the next token is the label
     segments: np.ndarray | None  # uint8 [tokens], which text of a pair a token belongs to
     padding: int  # the token id that fills short rows
-    sources: np.ndarray | None = (
-        None  # int64 [rows], the text each row was cut from; None: every text is one row
-    )
+    # int64 [rows], the text each row was cut from; None: every text is one row
+    sources: np.ndarray | None = None
     # int64 [rows], tokens at the start of each row that are read and not counted; None: all count
     context: np.ndarray | None = None
 

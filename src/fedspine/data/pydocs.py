@@ -130,9 +130,8 @@ def _paragraphs(source: bytes) -> Iterator[str]:
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     tree = ast.Module(body=[], type_ignores=[])
     with warnings.catch_warnings(), suppress(SyntaxError, ValueError, RecursionError):
-        warnings.simplefilter(
-            "ignore"
-        )  # old escapes in the library's own strings are no concern of the user
+        # old escapes in the library's own strings are no concern of the user
+        warnings.simplefilter("ignore")
         tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, documented):

@@ -119,9 +119,8 @@ def _fill(module: nn.Module, path: Path) -> None:
     """Copy the stored tensors into the module's parameters, each of which must be there in its own
     shape.
     """
-    parameters = dict(
-        module.named_parameters()
-    )  # a tied parameter counts once, under its first name
+    # a tied parameter counts once, under its first name
+    parameters = dict(module.named_parameters())
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()

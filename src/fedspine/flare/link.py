@@ -75,9 +75,8 @@ class FlareLink:
             clients = self._session.get_connected_client_list()
         except Exception:  # whatever an unreachable server raises: the next call tries again
             return ()
-        last = max(
-            (client.last_connect_time for client in clients), default=0.0
-        )  # by the server's clock
+        # by the server's clock
+        last = max((client.last_connect_time for client in clients), default=0.0)
         return tuple(
             sorted(
                 client.name for client in clients if last - client.last_connect_time < FRESH_SECONDS
@@ -230,9 +229,8 @@ def _submitted(session: Session, secret: str, fewest: int) -> str:
     recipe = CollabRecipe(JOB, server=Relay(), client=SiteApp(), min_clients=fewest)
     recipe.set_server_prop(SECRET, secret)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # about a secret in a job: it belongs to this relay, and only the server gets it
+        # about a secret in a job: it belongs to this relay, and only the server gets it
+        warnings.simplefilter("ignore")
         recipe.export(folder)
         for code in Path(folder).rglob("custom"):  # a site runs only what is installed there
             shutil.rmtree(code)

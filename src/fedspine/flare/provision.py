@@ -44,14 +44,12 @@ class Project(Section):
 
     name: str
     host: str  # of the server, as sites and operator reach it: a name or an IPv4 address
-    port: int = pydantic.Field(
-        8002, ge=1, le=65535
-    )  # the only one that has to be open, on the server
+    # the only one that has to be open, on the server
+    port: int = pydantic.Field(8002, ge=1, le=65535)
     sites: tuple[str, ...] = pydantic.Field(min_length=1)
     also: tuple[str, ...] = ()  # further names and addresses for the server's certificate
-    operator: str = (
-        "operator@fedspine.org"  # in the form of an e-mail address; nothing is sent to it
-    )
+    # in the form of an e-mail address; nothing is sent to it
+    operator: str = "operator@fedspine.org"
     scheme: Literal["grpc", "tcp", "http"] = "tcp"  # of the connections, all of them mutual TLS
 
 

@@ -50,14 +50,12 @@ class FlareSession:
     seed: int
     run: str
     timeouts: Timeouts
-    records: Records | None = (
-        None  # of the run, which begins after its sites were asked to take part
-    )
+    # of the run, which begins after its sites were asked to take part
+    records: Records | None = None
     sites: dict[DeviceId, SiteState] = field(default_factory=dict)
     pending: list[InFlight] = field(default_factory=list)
-    sent: dict[DeviceId, InFlight] = field(
-        default_factory=dict
-    )  # the last order of each device in this round
+    # the last order of each device in this round
+    sent: dict[DeviceId, InFlight] = field(default_factory=dict)
     waits: Waits = field(default_factory=Waits)  # of this round
     devices_wall: Devices = field(default_factory=Devices)  # of this round
     round: int = 0

@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from fedspine.lm.base import Base
 
 SITE_FILE = "fedspine-site.toml"
-NAME = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}"
-)  # of a site; it is used in certificates and addresses
+# of a site; it is used in certificates and addresses
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 RESERVED = {"server", "admin", "all"}
 FEWEST_ROWS = 10
 
@@ -38,9 +37,8 @@ class DataSection(Section):
     pair: str = "text2"  # read for pairs of texts only
     label: str = "label"
     encoding: str | None = None  # of text files that are not UTF-8
-    labels: dict[str, str] = pydantic.Field(
-        {}
-    )  # a value of the label column: the class that it means
+    # a value of the label column: the class that it means
+    labels: dict[str, str] = pydantic.Field({})
 
 
 class LimitsSection(Section):
@@ -55,9 +53,8 @@ class AllowSection(Section):
 
     kinds: tuple[Kind, ...] | None = None
     methods: tuple[str, ...] | None = None  # those of other packages only by name
-    fewest_rows: int = pydantic.Field(
-        FEWEST_ROWS, ge=1
-    )  # with fewer, a reply could reveal a single row
+    # with fewer, a reply could reveal a single row
+    fewest_rows: int = pydantic.Field(FEWEST_ROWS, ge=1)
 
 
 class CachesSection(Section):
@@ -165,9 +162,8 @@ def load_site(path: Path) -> Site:
 
 def open_site(site: Site, terms: RunTerms) -> Holding:
     """Check the terms, then load model and rows; raises Refused if the site cannot join."""
-    from fedspine.lm.content import (
-        content_sha256,
-    )  # torch, which reading a site's file does without
+    # torch, which reading a site's file does without
+    from fedspine.lm.content import content_sha256
     from fedspine.lm.load import load as load_model
 
     site.check(terms)

@@ -106,9 +106,8 @@ class SiteState:
     memory: int | None = None
     saved: tuple[int, ...] = ()  # versions that the last two snapshots name
     missed: bool = False
-    line: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(1)
-    )  # runs its orders one after another
+    # runs its orders one after another
+    line: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     @property
     def profile(self) -> Profile:

@@ -15,9 +15,8 @@ from fedspine.flare.framing import MOST_BYTES
 from fedspine.flare.run_terms import RunTerms
 from fedspine.flare.schema import conforms
 
-RUN = re.compile(
-    r"[0-9a-f]{32}"
-)  # of a run: it names the run's folder at a site, and can name nothing else there
+# of a run: it names the run's folder at a site, and can name nothing else there
+RUN = re.compile(r"[0-9a-f]{32}")
 
 FailureReason: TypeAlias = Literal[
     "not opened", "bad order", "work not allowed", "memory lost", "work failed", "refused"

@@ -18,9 +18,8 @@ import numpy as np
 from fedspine.core.errors import BadInput, unknown
 
 UTILISATION = 0.30  # of the peak (MFU)
-LAUNCH_SECONDS = (
-    1 / 120
-)  # of one layer in one training step: RoBERTa-base's 12 layers x 20 steps cost 2 s
+# of one layer in one training step: RoBERTa-base's 12 layers x 20 steps cost 2 s
+LAUNCH_SECONDS = 1 / 120
 ROUNDS_PER_MODE = 20
 GROUP_MBPS = (
     22.0,

@@ -31,9 +31,8 @@ class Lossy:
                 f"expected, {drop} and {delay_seconds} came"
             )
         self._fleet, self._drop, self._delay, self._seed = fleet, drop, delay_seconds, seed
-        self._draws: Counter[DeviceId] = (
-            Counter()
-        )  # shared by all parts, so that each ask is a new draw
+        # shared by all parts, so that each ask is a new draw
+        self._draws: Counter[DeviceId] = Counter()
 
     @property
     def devices(self) -> tuple[Profile, ...]:

@@ -23,9 +23,8 @@ class Totals:
     bytes_up: int = 0
     bytes_down: int = 0
     peak_memory_bytes: int = 0
-    server_wall_seconds: float = (
-        0.0  # the method's own work, which the virtual clock does not count
-    )
+    # the method's own work, which the virtual clock does not count
+    server_wall_seconds: float = 0.0
 
     def add(self, other: "Totals") -> None:
         """Add the totals of another round or exchange."""
@@ -68,9 +67,8 @@ class Devices:
 class Waits:
     """Idle time in a round of the devices that got orders by `send`; `ask` measures its own."""
 
-    since: dict[DeviceId, float] = field(
-        default_factory=dict
-    )  # the end of each one's last exchange
+    # the end of each one's last exchange
+    since: dict[DeviceId, float] = field(default_factory=dict)
     seconds: float = 0.0  # of all devices
 
     def busy(self, device: DeviceId, start: float, end: float) -> None:

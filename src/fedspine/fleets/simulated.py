@@ -61,16 +61,14 @@ class World:
     round: int = 0
     asks: dict[DeviceId, int] = field(default_factory=dict)
     memories: dict[DeviceId, str] = field(default_factory=dict)  # files, as of the last save
-    changed: dict[DeviceId, bytes] = field(
-        default_factory=dict
-    )  # memories of the devices asked since
+    # memories of the devices asked since
+    changed: dict[DeviceId, bytes] = field(default_factory=dict)
     pending: list[tuple[float, int, DeviceId, bytes, Cost]] = field(default_factory=list)
     sent: int = 0
     devices_wall: Devices = field(default_factory=Devices)  # of this round
     totals: Totals = field(default_factory=Totals)
-    waits: Waits = field(
-        default_factory=Waits
-    )  # of the devices to which orders were sent in this round
+    # of the devices to which orders were sent in this round
+    waits: Waits = field(default_factory=Waits)
 
     def __post_init__(self) -> None:
         self.index = {profile.id: i for i, profile in enumerate(self.profiles)}

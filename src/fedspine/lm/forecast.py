@@ -34,9 +34,8 @@ def ranks_that_fit(
     without, one = (
         training_memory_bytes(layout, structure, rank=rank, **shapes) for rank in (0, 1)
     )
-    needed = (
-        without + rank * (one - without) for rank in ranks
-    )  # an adapter's memory is proportional to its rank
+    # an adapter's memory is proportional to its rank
+    needed = (without + rank * (one - without) for rank in ranks)
     return sum(bytes <= USABLE_MEMORY * memory_bytes for bytes in needed)
 
 

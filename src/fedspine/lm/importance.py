@@ -71,9 +71,8 @@ def score_stack(
         if criterion.normalise:
             by_line = by_line / by_line.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         lines.append(by_line.view(len(structures), -1))
-    by_site = (
-        torch.cat(lines, 1).cpu().split([line.shape[1] for line in lines], 1)
-    )  # one transfer from a GPU
+    # one transfer from a GPU
+    by_site = torch.cat(lines, 1).cpu().split([line.shape[1] for line in lines], 1)
     scores = [no_scores(layout) for _ in structures]
     for site, by_line in zip(layout.sites, by_site, strict=True):
         for i, structure in enumerate(structures):

@@ -52,9 +52,8 @@ class ImportanceTracker:
     ) -> None:
         self.scores = known
         self._stack, self._scoring = stack, scoring
-        self._weights: Float[Tensor, "models 1 tokens"] | None = (
-            None  # of each token in a mean; None: not recording
-        )
+        # of each token in a mean; None: not recording
+        self._weights: Float[Tensor, "models 1 tokens"] | None = None
         # [models, columns] by path: the mean square of what enters a column
         self._squares: Tensors = {}
         # [models, columns] by path: the sum over rows of a gate's squared gradient

@@ -82,9 +82,8 @@ class _Adapted(torch.autograd.Function):
         grad = grad.reshape(*a_low.shape[:-2], -1, grad.shape[-1])
         grad_narrow = grad @ b_low
         grad_a = (grad_narrow.mT @ flat).float()
-        grad_b = (
-            (narrow.mT @ grad).mT.float().mul_(ctx.scale)
-        )  # in this order: few rows, many columns
+        # in this order: few rows, many columns
+        grad_b = (narrow.mT @ grad).mT.float().mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _add_product(_product(grad, weight.mT, None), grad_narrow, a_low).view(

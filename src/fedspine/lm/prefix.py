@@ -46,9 +46,8 @@ class Prefixes:
         """
         path = self._folder / f"{key}.npy"
         with suppress(OSError, ValueError, EOFError):
-            return _as_tensor(
-                np.load(path, mmap_mode="c")
-            )  # "c": never written back, but torch wants it writable
+            # "c": never written back, but torch wants it writable
+            return _as_tensor(np.load(path, mmap_mode="c"))
         made = make()
         with suppress(OSError):
             self._store(path, _as_array(made))

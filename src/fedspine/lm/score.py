@@ -22,9 +22,8 @@ from fedspine.lm.prefix import (
 )
 from fedspine.lm.trainable_stack import TrainableStack
 
-MOST_SCORED_BYTES = (
-    1 << 30
-)  # of activations of test rows, which a process holds while it makes them
+# of activations of test rows, which a process holds while it makes them
+MOST_SCORED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,6 @@ def final_targets(layout: PrunableLayout, target: float) -> list[float]:
 
 def _drop(kept: Bool[Tensor, " units"], scores: Float[Tensor, " units"], wanted: int) -> None:
     """Mark the `wanted` least important units as dropped, in a row that the caller owns."""
-    order = np.lexsort(
-        (np.arange(len(kept)), scores.numpy(), kept.numpy())
-    )  # dropped ones first, then by score
+    # dropped ones first, then by score
+    order = np.lexsort((np.arange(len(kept)), scores.numpy(), kept.numpy()))
     kept[torch.from_numpy(order[:wanted].copy())] = False

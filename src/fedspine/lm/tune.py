@@ -92,9 +92,8 @@ class Request:
     tuning: Tuning
     scoring: Scoring | None = None
     scores: Scores | None = None
-    penalty: Callable[[Tensors], Tensor] | None = (
-        None  # of adapter and head, added to what is minimised
-    )
+    # of adapter and head, added to what is minimised
+    penalty: Callable[[Tensors], Tensor] | None = None
 
     @property
     def reuses(self) -> bool:

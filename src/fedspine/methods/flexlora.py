@@ -47,9 +47,8 @@ class FlexLora(LocalTraining):
 
     ranks: tuple[int, ...] = (4, 8, 12, 16, 20, 24, 28, 32)  # that a device may have
     rank_by: RankRule = "memory"  # declared, or "random"
-    largest_rank_gib: float = (
-        32.0  # declared memory that earns the largest rank; less earns its share
-    )
+    # declared memory that earns the largest rank; less earns its share
+    largest_rank_gib: float = 32.0
     scale: float = 2.0  # of the adapter that the server keeps, and of every device's
     # above 0 a device of rank r trains at scale alpha / r instead, as in the released code with 16
     alpha: float = 0.0

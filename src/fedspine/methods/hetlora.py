@@ -114,9 +114,8 @@ class HetLora(LocalTraining):
         32,
     )  # to start at; none shrinks below the first
     rank_by: RankRule = "memory"  # declared, or "random"
-    largest_rank_gib: float = (
-        32.0  # declared memory that earns the largest rank; less earns its share
-    )
+    # declared memory that earns the largest rank; less earns its share
+    largest_rank_gib: float = 32.0
     scale: float = 2.0  # alpha / rank, the same for all ranks
     penalty: float = 1e-3  # lambda: weight of the tail's norm in the loss
     decay: float = 0.99  # gamma: share of its rank that a device keeps when it shrinks; 1: never

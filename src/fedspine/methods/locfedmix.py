@@ -155,9 +155,8 @@ class LocFedMix(SplitTraining):
     """
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
-    reconstruction: float = (
-        1.0  # weight of the decoder's loss in a device's; 0: nothing is read back
-    )
+    # weight of the decoder's loss in a device's; 0: nothing is read back
+    reconstruction: float = 1.0
     decoder_width: int = 16  # channels of the decoder inside
     mixup: float = 1.0  # alpha of the Beta distribution of lam; 0: nothing is mixed
 

@@ -114,9 +114,8 @@ class PyramidFL(WholeModelTraining):
     explore: float = 0.9  # share of them that was never asked, in the first round
     explore_keep: float = 0.95  # what is left of that share, each round
     explore_least: float = 0.2
-    cut_off: float = (
-        0.7  # devices below this share of the last chosen one's score are not considered
-    )
+    # devices below this share of the last chosen one's score are not considered
+    cut_off: float = 0.7
     reward_clip: float = 0.95  # quantile of the rewards above which they count alike
     patience: float = 0.5  # quantile of the devices' times above which a device counts as slow
     penalty: float = 2.0  # power by which longer times count

@@ -31,9 +31,8 @@ class Design:
     layout: Layout
     blocks: Blocks
     cut: int  # blocks of the client model
-    he: bool = (
-        False  # whether weights start as He et al. 2015 (arXiv:1502.01852), larger than torch's own
-    )
+    # whether weights start as He et al. 2015 (arXiv:1502.01852), larger than torch's own
+    he: bool = False
 
 
 def design_of(name: str) -> Design:

@@ -160,9 +160,8 @@ def _draw(axes: Axes, trace: Trace, *, steps: bool) -> None:
         )
     style = {"drawstyle": "steps-post" if steps else "default", "marker": mark}
     style |= {"markevery": max(1, len(trace.xs) // FEW_MARKS)}
-    label = (
-        f" {trace.name}" if trace.name.startswith("_") else trace.name
-    )  # which would be left out of the legend
+    # which would be left out of the legend
+    label = f" {trace.name}" if trace.name.startswith("_") else trace.name
     axes.plot(trace.xs, trace.mean, color=colour, linestyle=dash, label=label, **style)
     if trace.end is not None:
         x, y, spread = trace.end

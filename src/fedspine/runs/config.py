@@ -35,9 +35,8 @@ class TaskSection(Section):
     max_tokens: int = pydantic.Field(64, ge=4)
     train_rows: int = pydantic.Field(0, ge=0)  # a random sample of so many; 0: all
     layers: int | None = pydantic.Field(None, ge=1)  # keep only the first blocks of the model
-    pooling: Literal["auto", "mean", "cls"] = (
-        "auto"  # the readout; auto: that of the model's training
-    )
+    # the readout; auto: that of the model's training
+    pooling: Literal["auto", "mean", "cls"] = "auto"
 
 
 def _for_all_groups(seconds: Any) -> Any:
@@ -50,9 +49,8 @@ class FleetSection(Section):
 
     devices: int = pydantic.Field(80, ge=1)
     mix: dict[str, int] | None = None  # devices of each kind; default 30 TX2 : 40 NX : 10 AGX
-    partition: str = (
-        "auto"  # iid, dirichlet, p:LEVEL, dominant:SHARE, natural, column:NAME; docs/recipes.md
-    )
+    # iid, dirichlet, p:LEVEL, dominant:SHARE, natural, column:NAME; docs/recipes.md
+    partition: str = "auto"
     alpha: float = pydantic.Field(1.0, gt=0)  # of the Dirichlet partition: small is skewed
     per_round: int = pydantic.Field(10, ge=1)  # devices asked in a round
     drop: float = pydantic.Field(0.0, ge=0, le=1)  # chance that an order or its reply is lost
@@ -72,13 +70,11 @@ class RunSection(Section):
     """The length of a run, its precision, and its checks."""
 
     rounds: int = pydantic.Field(24, ge=1)
-    seconds: float = pydantic.Field(
-        0.0, ge=0
-    )  # of the fleet's clock after which no round begins; 0: no limit
+    # of the fleet's clock after which no round begins; 0: no limit
+    seconds: float = pydantic.Field(0.0, ge=0)
     seed: int = pydantic.Field(0, ge=0)
-    precision: Literal["auto", "bf16", "fp32"] = (
-        "auto"  # of the frozen base; auto: the faster one here
-    )
+    # of the frozen base; auto: the faster one here
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     evaluate_every: int = pydantic.Field(4, ge=0)  # rounds; 0: only at the end
     evaluate_rows: int = pydantic.Field(512, ge=1)  # test rows of a check on the way
     evaluate_devices: int = pydantic.Field(4, ge=1)  # device models of a check on the way
@@ -86,9 +82,8 @@ class RunSection(Section):
     final_rows: int = pydantic.Field(0, ge=0)  # test rows of the end; 0: all
     workers: int = pydantic.Field(0, ge=0)  # processes; 0: one per core. Never changes a result
     device: Literal["auto", "cpu", "cuda"] = "auto"  # what computes; auto: a GPU where there is one
-    together: int = pydantic.Field(
-        0, ge=0
-    )  # devices trained in one batched pass; 0: 1 on a CPU, 32 on a GPU
+    # devices trained in one batched pass; 0: 1 on a CPU, 32 on a GPU
+    together: int = pydantic.Field(0, ge=0)
     references: bool = True  # whether simple yardsticks stand beside the results
 
     def final_rows_of(self, rows: int) -> int:

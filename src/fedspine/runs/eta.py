@@ -2,9 +2,9 @@
 far.
 
 Work is counted in units that do not change while a model shrinks: a round of the whole model, and a
-row scored by the whole model. A row scored at sparsity s costs 1 - s of a row; a round at sparsity s
-costs 1 - s * PRUNABLE_SHARE, since part of a round is spent outside the pruned weights. Seconds per
-unit are measured as the run goes on.
+row scored by the whole model. A row scored at sparsity s costs 1 - s of a row; a round at sparsity
+s costs 1 - s * PRUNABLE_SHARE, since part of a round is spent outside the pruned weights. Seconds
+per unit are measured as the run goes on.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,12 @@ from statistics import median
 
 from fedspine.runs.config import RunSection
 
-# of the seconds of a training sample, those that a row costs in scoring; measured on the embedded job
+# of the seconds of a training sample, those that a row costs in scoring; measured on the embedded
+# job
 FORWARD_SHARE = 0.27
 
-# of a round's seconds, those that shrink with the weights, by the precision of the products; measured
-# on the embedded job (bf16: products are quick, so that the rest weighs more)
+# of a round's seconds, those that shrink with the weights, by the precision of the products;
+# measured on the embedded job (bf16: products are quick, so that the rest weighs more)
 PRUNABLE_SHARE = {"bf16": 0.55, "fp32": 0.85}
 
 

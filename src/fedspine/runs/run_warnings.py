@@ -15,9 +15,8 @@ from fedspine.report.tables import decimal, percent
 from fedspine.runs.config import Recipe
 
 PART = 5  # after this part of the rounds it is asked for the first time
-NOISE = (
-    3.0  # standard errors that a loss must rise by: one false alarm in 700 where nothing changes
-)
+# standard errors that a loss must rise by: one false alarm in 700 where nothing changes
+NOISE = 3.0
 FEWEST = 4  # losses of devices on either side that a comparison needs
 SLOWER = 4  # the learning rate that is proposed is so many times lower
 

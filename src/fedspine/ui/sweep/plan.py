@@ -51,9 +51,8 @@ class _MethodTable:
     label: str
     table: dict[str, Any]
     own: frozenset[str] = frozenset()
-    overlay: Settings = dataclasses.field(
-        default_factory=dict
-    )  # laid over the recipe, for this method alone
+    # laid over the recipe, for this method alone
+    overlay: Settings = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

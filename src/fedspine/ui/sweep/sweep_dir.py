@@ -20,9 +20,8 @@ from fedspine.storage.store import LOCK, Store, lock, write_atomically
 from fedspine.ui.sweep.plan import Cell
 
 CELLS, CELL, FAILED, FILE, RUNNING = "cells", "cell.json", "failed", "sweep.toml", "running.json"
-TIMEOUT_SECONDS = (
-    1.0  # a process that checks whether a sweep is running holds its lock for a moment
-)
+# a process that checks whether a sweep is running holds its lock for a moment
+TIMEOUT_SECONDS = 1.0
 
 Status = Literal["done", "failed", "running", "half-done", "open"]
 
