@@ -143,7 +143,8 @@ def table(found: list[dict[str, Any]]) -> str:
         f"{processor()}, torch {torch.__version__}, Python {platform.python_version()}. Mean and "
         "standard deviation over seeds. *Deployed*: mean over the device models scored, *global*: "
         "one model pruned by averaged scores, *dense*: the same adapter on the unpruned base, for "
-        "which it was not tuned. Accuracy in %, loss in nats per token; seconds are simulated.",
+        "which it was not tuned. Accuracy in %, loss in nats per token; seconds are simulated. "
+        "*FedSpine*: the paper's form, but for the fleet's weight in what is pruned.",
         "",
         (
             "| recipe | method | seeds | sparsity | before "
