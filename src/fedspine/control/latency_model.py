@@ -49,8 +49,14 @@ def observe(
     """
     if not np.isfinite(seconds):
         raise ValueError(f"finite seconds were expected, {seconds} came")
-    x = _features(sparsity, rank)
-    return discount * evidence + np.outer(x, [*x, seconds])
+    return add(evidence, _features(sparsity, rank), seconds, discount)
+
+
+def add(
+    evidence: Evidence, features: NDArray[np.float64], seconds: float, discount: float
+) -> Evidence:
+    """The evidence after one more exchange with these `features` [3], the older ones discounted."""
+    return discount * evidence + np.outer(features, [*features, seconds])
 
 
 def coefficients(own: Evidence, fleet: Evidence) -> NDArray[np.float64]:

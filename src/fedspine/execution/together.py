@@ -62,6 +62,7 @@ def _kind(request: Request) -> Any:
         tuple(sorted(model.adapter)),
         tuple((name, tuple(tensor.shape)) for name, tensor in sorted(model.head.items())),
         request.reuses,
+        request.lowest,
     )
 
 

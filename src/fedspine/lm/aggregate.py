@@ -46,25 +46,27 @@ def average_factors(
     """FedAvg of A and of B, each padded with zeros to the largest rank that came and averaged entry
     by entry over owners.
 
-    An entry that no device owns keeps its value in `before`, and so does a direction beyond every
-    device's rank: zeros in both factors could never be trained again.
+    A device owns nothing of a site that its adapter lacks. An entry that no device owns keeps its
+    value in `before`, and so does a direction beyond every device's rank: zeros in both factors
+    could never be trained again.
     """
     merged: Tensors = {}
     for site in layout.sites:
+        owners = [part for part in contributions if a_name(site.path) in part.back]
         for name, dim, kept in (
             (a_name(site.path), 1, kept_columns),
             (b_name(site.path), 0, kept_rows),
         ):
             total, weight = torch.zeros_like(before[name]), torch.zeros(before[name].shape[dim])
             ranks = before[name].shape[1 - dim]
-            for part in contributions:
+            for part in owners:
                 index = kept(site, part.structure)
                 index = torch.arange(len(weight)) if index is None else index
                 factor = _padded(part.back[name].float(), ranks, 1 - dim)
                 total.index_add_(dim, index, part.weight * factor)
                 weight.index_add_(0, index, torch.full((len(index),), part.weight))
             held = torch.arange(ranks) < max(
-                part.back[name].shape[1 - dim] for part in contributions
+                (part.back[name].shape[1 - dim] for part in owners), default=0
             )
             lines, directions = ((-1, 1), (1, -1)) if dim == 0 else ((1, -1), (-1, 1))
             owned = (weight > 0).view(lines) & held.view(directions)

@@ -5,7 +5,9 @@ Source: FedSpine (reconstructed), section 5. Frozen weights take a forward produ
 gradient, 4 operations per weight and token; an adapter takes 6.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, kept_columns, kept_rows, sparsity
@@ -33,22 +35,33 @@ class ScoringCost:
 NO_SCORING = ScoringCost()
 
 
+Ranks: TypeAlias = int | Sequence[int]  # of all blocks, or of each one, from input to output
+
+
 def adapter_width(layout: PrunableLayout, structure: Structure, first: int = 0) -> int:
     """Parameters of an adapter per unit of rank: kept rows plus kept columns, over all sites from
     block `first` on.
     """
+    return adapter_parameters(layout, structure, 1, first)
+
+
+def adapter_parameters(
+    layout: PrunableLayout, structure: Structure, rank: Ranks, first: int = 0
+) -> int:
+    """Parameters of an adapter of these ranks, on the blocks from `first` on."""
     total = 0
     for site in layout.sites:
         if site.layer < first:
             continue
         rows, columns = kept_rows(site, structure), kept_columns(site, structure)
-        total += site.rows if rows is None else len(rows)
-        total += site.columns if columns is None else len(columns)
+        width = site.rows if rows is None else len(rows)
+        width += site.columns if columns is None else len(columns)
+        total += width * (rank if isinstance(rank, int) else rank[site.layer])
     return total
 
 
 def training_flops(
-    layout: PrunableLayout, structure: Structure, rank: int, extent: Extent, first: int = 0
+    layout: PrunableLayout, structure: Structure, rank: Ranks, extent: Extent, first: int = 0
 ) -> float:
     """Operations to train an adapter of `rank` over this much text, on the blocks from `first` on.
 
@@ -59,7 +72,7 @@ def training_flops(
     per_token = (
         2 * layout.parameters * kept
         + 2 * above
-        + 6 * rank * adapter_width(layout, structure, first)
+        + 6 * adapter_parameters(layout, structure, rank, first)
     )
     layers = 4 * layout.layers + 8 * (layout.layers - first)
     attention = layers * layout.width * kept * extent.squared_tokens
@@ -83,7 +96,7 @@ def training_memory_bytes(
     layout: PrunableLayout,
     structure: Structure,
     *,
-    rank: int,
+    rank: Ranks,
     embeddings: int,
     batch: int,
     tokens: int,
@@ -101,7 +114,7 @@ def training_memory_bytes(
     """
     kept = 1 - sparsity(layout, structure)
     weights = HALF * (embeddings + layout.parameters * kept)
-    adapter = 4 * SINGLE * rank * adapter_width(layout, structure, first)
+    adapter = 4 * SINGLE * adapter_parameters(layout, structure, rank, first)
     per_layer = (
         batch * tokens * layout.width * (10 + 24 * kept)
         + 5 * batch * tokens**2 * layout.query_heads * kept

@@ -33,6 +33,13 @@ class TrainableStack:
         """All of them, the adapter's first."""
         return [*self.adapter.values(), *self.head.values()]
 
+    def freeze_below(self, block: int) -> None:
+        """Train no adapter of a block before `block`; nothing is propagated back to them either."""
+        for site in self._base.layout.sites:
+            if site.layer < block and a_name(site.path) in self.adapter:
+                self.adapter[a_name(site.path)].requires_grad_(False)
+                self.adapter[b_name(site.path)].requires_grad_(False)
+
     def fit(self) -> nn.Module:
         """The module that computes with these tensors, until the base is fitted again."""
         lead = self._models[0]

@@ -18,7 +18,9 @@ from fedspine.lm.base import Model
 from fedspine.lm.cost import Extent, training_flops, training_memory_bytes
 from fedspine.lm.importance import Scores
 from fedspine.lm.importance_tracker import ImportanceTracker, Scoring
+from fedspine.lm.lora import a_name
 from fedspine.lm.prefix import activations, entering, first_block, name_of
+from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.scoring_cost import tracking_cost
 from fedspine.lm.trainable_stack import TrainableStack
 
@@ -94,6 +96,7 @@ class Request:
     scores: Scores | None = None
     # of adapter and head, added to what is minimised
     penalty: Callable[[Tensors], Tensor] | None = None
+    lowest: int = 0  # the block below which adapters are used but not trained
 
     @property
     def reuses(self) -> bool:
@@ -120,14 +123,15 @@ def tune(
     scoring: Scoring | None = None,
     scores: Scores | None = None,
     penalty: Callable[[Tensors], Tensor] | None = None,
+    lowest: int = 0,
 ) -> TuneResult:
     """Train `model` for `tuning.steps` optimiser steps on the device's rows.
 
-    `penalty` of the adapter and the head, by name, is added to what is minimised, not to the loss
-    that is returned. A loss that is not finite ends training at once and is returned as it is; the
-    server leaves such a reply out.
+    Adapters below the block `lowest` take part as they are. `penalty` of the adapter and the head,
+    by name, is added to what is minimised, not to the loss that is returned. A loss that is not
+    finite ends training at once and is returned as it is; the server leaves such a reply out.
     """
-    request = Request(device, model, tuning, scoring, scores, penalty)
+    request = Request(device, model, tuning, scoring, scores, penalty, lowest)
     return train([request])[0] if device.trainer is None else device.trainer(request)
 
 
@@ -142,6 +146,7 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
     first = first_block(base.layout, lead.model)
     prefixes = [_prefix(request, first) for request in requests]
     stack = TrainableStack(base, [request.model for request in requests])
+    stack.freeze_below(lead.lowest)
     module = stack.fit()
     entry = base.start_at(first) if prefixes[0] is not None else None
     optimiser = _optimiser(stack, tuning)
@@ -287,6 +292,7 @@ def _joined(
 def _account(request: Request, widths: list[int], first: int) -> None:
     device, model, batch = request.device, request.model, request.tuning.batch
     layout, rank = device.base.layout, rank_of(model)
+    ranks, first = ranks_by_block(layout, model), max(first, request.lowest)
     extent = Extent(
         tokens=batch * sum(widths), squared_tokens=batch * sum(width**2 for width in widths)
     )
@@ -301,13 +307,13 @@ def _account(request: Request, widths: list[int], first: int) -> None:
         updates=len(scored),
     )
     device.spend(
-        flops=training_flops(layout, model.structure, rank, extent, first) + scoring.flops,
+        flops=training_flops(layout, model.structure, ranks, extent, first) + scoring.flops,
         launches=len(widths) * layout.layers,
         samples=len(widths) * batch,
         memory_bytes=training_memory_bytes(
             layout,
             model.structure,
-            rank=rank,
+            rank=ranks,
             embeddings=device.base.embeddings,
             batch=batch,
             tokens=max(widths),
@@ -323,3 +329,12 @@ def rank_of(model: Model) -> int:
         (tensor.shape[0] for name, tensor in model.adapter.items() if name.endswith(".lora_A")),
         default=0,
     )
+
+
+def ranks_by_block(layout: PrunableLayout, model: Model) -> list[int]:
+    """The largest rank of each block's adapter, from input to output; 0 for a block without one."""
+    ranks = [0] * layout.layers
+    for site in layout.sites:
+        if (factor := model.adapter.get(a_name(site.path))) is not None:
+            ranks[site.layer] = max(ranks[site.layer], factor.shape[0])
+    return ranks

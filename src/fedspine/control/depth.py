@@ -1,0 +1,168 @@
+"""LoRA depth and ranks for every device, from the times that rounds took: LEGEND's control.
+
+LEGEND (reconstructed), sections 6 to 9; arXiv:2412.20004. The depth of a device is the number of
+blocks with an adapter, counted from the output. A round of depth k lasts
+
+    seconds = a * work + b * work * k / layers + c * bytes / full bytes,
+
+where a is the forward pass of all blocks, b the backward pass of all, c the traffic of a device
+that trains all; `work` is 1 for a whole round and less for a probe of a few batches. A device
+reports how long it took, so the three are fitted as `latency_model` does it: by recursive least
+squares with forgetting, where what a device's own rounds leave open comes from the fleet.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+DepthRule: TypeAlias = Literal["barrier-floor", "align-fastest", "tiers", "fixed"]
+
+KEEP_WITHIN = 0.05  # of the round's time: a depth one away is not worth a change
+
+
+def rising_ranks(layers: int, budget: int, difference: float) -> tuple[int, ...]:
+    """Ranks of the blocks, from input to output, `difference` apart and `budget` in all; section 6.
+
+    Rounding is made good at the output end where ranks are missing, at the input end where there
+    are too many; none falls below 1. A negative difference gives falling ranks, from the same sum.
+
+    >>> rising_ranks(4, 32, 1.0), rising_ranks(3, 24, 0.0)
+    ((6, 8, 8, 10), (8, 8, 8))
+    """
+    if budget < layers:
+        raise ValueError(f"a budget of at least one rank for {layers} blocks was expected")
+    least = (budget - abs(difference) * layers * (layers - 1) / 2) / layers
+    ranks = [max(1, round(least + abs(difference) * block)) for block in range(layers)]
+    block = layers - 1
+    while sum(ranks) < budget:
+        ranks[block] += 1
+        block = (block - 1) % layers
+    block = 0
+    while sum(ranks) > budget:
+        if ranks[block] > 1:
+            ranks[block] -= 1
+        block = (block + 1) % layers
+    ranks.sort()
+    return tuple(ranks if difference >= 0 else reversed(ranks))
+
+
+def features(work: float, depth: int, layers: int, traffic: float) -> NDArray[np.float64]:
+    """What the time of an exchange depends on; `traffic` is a share of a device's that trains all."""
+    return np.array([work, work * depth / layers, traffic])
+
+
+def round_seconds(
+    coefficients: NDArray[np.float64], traffic: Sequence[float]
+) -> NDArray[np.float64]:
+    """Expected seconds of a round, [devices, depths 0 to layers].
+
+    `coefficients` [devices, 3] are those of `features`; `traffic` [depths] is each depth's.
+    """
+    layers = len(traffic) - 1
+    table = np.stack([features(1.0, depth, layers, traffic[depth]) for depth in range(layers + 1)])
+    return coefficients @ table.T
+
+
+def choose_depths(
+    rule: DepthRule,
+    seconds: NDArray[np.float64],
+    most: NDArray[np.int64],
+    ranks: Sequence[int],
+    *,
+    least: int,
+    coverage: float,
+    fixed: int,
+) -> NDArray[np.int64]:
+    """The depth of every device for one round; LCD, section 9.
+
+    `seconds` [devices, layers + 1] never falls with depth, `most` [devices] is the largest depth
+    that fits a device's memory, at least 1, and `ranks` [layers] are those of the blocks from input
+    to output. No depth is below `least`, unless memory forbids it.
+
+    - `barrier-floor`: of all times at which a round could end, the one with the most rank-weighted
+      coverage of the blocks per second, such that each block is trained by a share `coverage` of
+      the devices where memory lets it; every device then takes the largest depth done by then.
+    - `align-fastest`: the time at which the fastest device is done with all blocks.
+    - `tiers`: three groups of equal size by speed, at a half, three quarters and all of the blocks.
+    - `fixed`: the depth `fixed` for all.
+    """
+    devices, layers = seconds.shape[0], seconds.shape[1] - 1
+    floor = np.minimum(least, most)
+    if rule == "fixed":
+        return np.minimum(fixed, most)
+    if rule == "tiers":
+        order = np.empty(devices, dtype=np.int64)
+        order[np.argsort(seconds[:, layers], kind="stable")] = np.arange(devices)
+        shares = np.array([1.0, 0.75, 0.5])[np.minimum(3 * order // devices, 2)]
+        return np.clip(np.ceil(shares * layers).astype(np.int64), floor, most)
+    if rule == "align-fastest":
+        return _filled(seconds, float(seconds[:, layers].min()), floor, most)
+    return _filled(seconds, _best_end(seconds, floor, most, ranks, coverage), floor, most)
+
+
+def _best_end(
+    seconds: NDArray[np.float64],
+    floor: NDArray[np.int64],
+    most: NDArray[np.int64],
+    ranks: Sequence[int],
+    coverage: float,
+) -> float:
+    devices, layers = seconds.shape[0], seconds.shape[1] - 1
+    depths = np.arange(1, layers + 1)
+    possible = np.where(depths <= most[:, None], seconds[:, 1:], np.inf)  # [devices, layers]
+    # what is done in any case is done at any time
+    possible = np.where(depths <= floor[:, None], -np.inf, possible)
+    first = seconds[np.arange(devices), floor].max()  # before it no round can end
+    ends = np.unique(np.append(possible[np.isfinite(possible) & (possible > first)], first))
+    # the share of the devices that train the block of this depth when a round ends then
+    covered = np.stack(
+        [np.searchsorted(np.sort(column), ends, side="right") for column in possible.T]
+    )
+    reachable = (possible < np.inf).sum(0)
+    needed = np.minimum(np.ceil(coverage * devices), reachable)
+    enough = (covered >= needed[:, None]).all(0)
+    weights = np.asarray(ranks, dtype=np.float64)[::-1]  # by depth: the output's block is the first
+    gain = weights @ covered / (devices * weights.sum())
+    return float(ends[np.argmax(np.where(enough, gain / ends, -np.inf))])
+
+
+def _filled(
+    seconds: NDArray[np.float64],
+    end: float,
+    floor: NDArray[np.int64],
+    most: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Every device's largest depth that is done by `end`, within its bounds."""
+    return np.clip((seconds[:, 1:] <= end).sum(1), floor, most)
+
+
+def settled(
+    chosen: NDArray[np.int64], before: NDArray[np.int64], seconds: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """`chosen`, or a device's depth `before` (0: none) where that is one away and ends within a
+    twentieth of the round's end.
+    """
+    rows = np.arange(len(chosen))
+    end = seconds[rows, chosen].max()
+    near = (before > 0) & (np.abs(chosen - before) == 1)
+    return np.where(
+        near & (np.abs(seconds[rows, before] - end) < KEEP_WITHIN * end), before, chosen
+    )
+
+
+def own_ranks(
+    ranks: Sequence[int], depth: int, seconds_a_rank: float, budget_seconds: float
+) -> tuple[int, ...]:
+    """The ranks of a device whose traffic has so many seconds, from its lowest block up; section 6.
+
+    Each is the common rank times one factor of at most 1, at least 1.
+
+    >>> own_ranks((6, 8, 8, 10), 2, seconds_a_rank=0.5, budget_seconds=4.5)
+    (4, 5)
+    """
+    tail = tuple(ranks[len(ranks) - depth :])
+    needed = seconds_a_rank * sum(tail)
+    share = min(1.0, budget_seconds / needed) if needed > 0 else 1.0
+    return tuple(max(1, int(share * rank)) for rank in tail)

@@ -1,0 +1,396 @@
+"""LEGEND: each device tunes adapters on as many of the upper blocks as it has time for, with ranks
+that rise towards the output.
+
+Liu et al. 2024, "Adaptive Parameter-Efficient Federated Fine-Tuning on Heterogeneous Devices",
+arXiv:2412.20004. A reconstruction: the paper's listing is not public. What is the paper's and what
+is ours: docs/methods/legend.md.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import numpy as np
+
+from fedspine.control.depth import (
+    DepthRule,
+    choose_depths,
+    features,
+    own_ranks,
+    rising_ranks,
+    round_seconds,
+    settled,
+)
+from fedspine.control.latency_model import add, coefficients, no_evidence
+from fedspine.core.device import Device, DeviceId, on_device
+from fedspine.core.errors import BadInput, check_ranges
+from fedspine.core.fleet import Fleet, NoMemory, Profile, Reply
+from fedspine.core.message import Tensors, message
+from fedspine.core.method import method, usable
+from fedspine.core.task import Task
+from fedspine.core.tensors import average, half, single
+from fedspine.lm.aggregate import Contribution, average_factors
+from fedspine.lm.base import Model
+from fedspine.lm.cost import HALF, adapter_parameters, training_memory_bytes
+from fedspine.lm.forecast import USABLE_MEMORY
+from fedspine.lm.lora import a_name, b_name, check_rank, fresh
+from fedspine.lm.prunable_layout import PrunableLayout
+from fedspine.lm.structure import full
+from fedspine.lm.tune import LocalTraining, Tuning, check_tuning, tune, tuning_at
+from fedspine.methods.fedlora import LoraResult
+from fedspine.pruning.head_start import Start, check_head_start, started
+
+
+@message
+class DepthOrder:
+    adapter: Tensors  # fp16, of the blocks that the device trains; of all where it uses all
+    head: Tensors  # fp16
+    scale: float
+    lowest: int  # the first block to train, counted from the input
+    tuning: Tuning
+
+
+@on_device
+def tune_top(device: Device, order: DepthOrder) -> LoraResult:
+    """Train the adapters from block `lowest` on and the head; send back what was trained."""
+    layout = device.base.layout
+    model = Model(
+        structure=full(layout),
+        adapter=single(order.adapter),
+        head=single(order.head),
+        scale=order.scale,
+    )
+    trace = tune(device, model, order.tuning, lowest=order.lowest)
+    return LoraResult(
+        adapter=half(on_blocks(layout, trace.model.adapter, order.lowest)),
+        head=half(trace.model.head),
+        loss=trace.loss,
+        examples=len(device.data),
+    )
+
+
+def on_blocks(layout: PrunableLayout, adapter: Tensors, lowest: int) -> Tensors:
+    """The part of an adapter on the blocks from `lowest` on."""
+    sites = (site for site in layout.sites if site.layer >= lowest)
+    return {
+        name: adapter[name] for site in sites for name in (a_name(site.path), b_name(site.path))
+    }
+
+
+@message
+class LegendState:
+    round: int
+    rounds: int
+    turns: float  # of a device in the whole run, on average
+    layout: PrunableLayout
+    embeddings: int  # parameters outside the blocks, for the memory bound
+    max_tokens: int
+    adapter: Tensors
+    head: Tensors
+    times: dict[str, np.ndarray]  # what exchanges took, as `control.latency_model` keeps it
+    depths: dict[str, int]  # of every device that has replied
+
+
+@method("legend")
+@dataclass(frozen=True)
+class Legend(LocalTraining):
+    """LoRA depth for each device, and ranks that rise towards the output.
+
+    >>> from fedspine import Recipe
+    >>> Recipe(method=Legend(rank=8, rank_difference=0.5), rounds=5).method.depth_rule
+    'barrier-floor'
+    """
+
+    rank: int = 8  # mean over the blocks
+    rank_difference: float = 1.0  # lambda: between a block and the one below it
+    rank_mode: Literal["global", "per_device"] = "global"  # the same for all, or fitted to links
+    scale: float = 2.0  # alpha / mean rank, the same for all blocks
+    depth_rule: DepthRule = "barrier-floor"  # how LCD chooses depths
+    depth: int = 0  # of all devices where the rule is "fixed"; 0: all blocks
+    least_depth: int = 2  # k_min
+    coverage: float = 0.1  # c_min: share of a round's devices that train each block
+    discount: float = 0.8  # rho: what an old exchange still counts after a new one
+    probe_batches: int = (
+        2  # of a new device at two depths, to learn its speed; 0: taken as the fleet
+    )
+    skip_inactive: bool = True  # adapters of blocks that a device does not train are not used there
+    weigh_by: Literal["examples", "equal"] = "examples"
+    head_start: Start = "random"  # what the task head begins as
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        return cls(
+            rank=4,
+            least_depth=1,
+            steps=8,
+            batch=16,
+            learning_rate=2e-2,
+            head_lr_multiplier=1.0,
+        )
+
+    def check(self, task: Task) -> None:
+        layers = task.base.layout.layers
+        check_ranges(self, {"coverage": (0, 1), "discount": (0, 1)})
+        check_rank("method.rank", (self.rank,), task.base.layout)
+        for name, lowest in (("depth", 0), ("least_depth", 1)):
+            if not lowest <= (value := getattr(self, name)) <= layers:
+                raise BadInput(
+                    f"method.{name} is {value}, but {lowest} to {layers} blocks of this model can "
+                    "be adapted"
+                )
+        if self.probe_batches < 0:
+            raise BadInput(
+                f"method.probe_batches is {self.probe_batches}, but it cannot be negative"
+            )
+        lowest_rank = self.rank - abs(self.rank_difference) * (layers - 1) / 2
+        if lowest_rank < 1:
+            raise BadInput(
+                f"method.rank_difference is {self.rank_difference}, so that with method.rank = "
+                f"{self.rank} the lowest of {layers} blocks has rank {lowest_rank:g}; give ranks "
+                "of at least 1"
+            )
+        check_rank("method.rank_difference", self._ranks(layers), task.base.layout)
+        check_tuning(self)
+        check_head_start(self, task)
+
+    def start(self, task: Task, rng: np.random.Generator) -> LegendState:
+        layout = task.base.layout
+        ranks = self._ranks(layout.layers)
+        adapter: Tensors = {}
+        for site in layout.sites:
+            adapter |= fresh([site], ranks[site.layer], rng)
+        return LegendState(
+            round=0,
+            rounds=task.rounds,
+            turns=task.turns,
+            layout=layout,
+            embeddings=task.base.embeddings,
+            max_tokens=task.max_tokens,
+            adapter=adapter,
+            head=task.base.initial_head(rng),
+            times={},
+            depths={},
+        )
+
+    def round(self, state: LegendState, fleet: Fleet) -> LegendState:
+        if state.round == 0:
+            rows = self.steps * self.batch
+            state = replace(state, head=started(self, state.head, fleet, rows=rows))
+        most = self._hosted(state, fleet)
+        state = replace(state, times=self._probed(state, fleet, most))
+        depths, expected, ranks = self._plan(state, most)
+        orders = {id: self._order(state, depth, ranks.get(id)) for id, depth in depths.items()}
+        replies = usable(fleet.ask(tune_top, orders), fleet)
+        times = state.times
+        for reply in replies:
+            depth = depths[reply.device]
+            times = times | {reply.device: self._timed(state, times, reply, self.steps, depth)}
+            fleet.note(
+                device=reply.device,
+                depth=depth,
+                sparsity=0.0,
+                loss=reply.value.loss,
+                expected_seconds=expected[reply.device],
+                seconds=reply.cost.seconds,
+            )
+        return replace(
+            state,
+            round=state.round + 1,
+            adapter=self._merged(state, replies, orders),
+            head=average((self._weight(r.value), r.value.head) for r in replies),
+            times=times,
+            depths=state.depths | {r.device: depths[r.device] for r in replies},
+        )
+
+    def deploy(self, state: LegendState, device: DeviceId | None = None) -> Model:
+        """The base with the adapters of all blocks, the same for everybody."""
+        return Model(
+            structure=full(state.layout), adapter=state.adapter, head=state.head, scale=self.scale
+        )
+
+    def unpruned(self, state: LegendState) -> Model:
+        return self.deploy(state)
+
+    def _ranks(self, layers: int) -> tuple[int, ...]:
+        return rising_ranks(layers, layers * self.rank, self.rank_difference)
+
+    # --- depths and ranks ---
+
+    def _hosted(self, state: LegendState, fleet: Fleet) -> dict[DeviceId, int]:
+        """The largest depth in each device's memory; one that hosts none is noted and not asked."""
+        most = {}
+        for profile in fleet.devices:
+            if depth := self._deepest(state, profile):
+                most[profile.id] = depth
+            else:
+                fleet.note(device=profile.id, left_out="no depth fits its memory")
+        if not most:
+            raise NoMemory(
+                "no device has the memory to train even one block; lower method.batch, "
+                "method.rank or task.max_tokens"
+            )
+        return most
+
+    def _deepest(self, state: LegendState, profile: Profile) -> int:
+        layout = state.layout
+        ranks = self._ranks(layout.layers)
+
+        def fits(depth: int) -> bool:
+            needed = training_memory_bytes(
+                layout,
+                full(layout),
+                rank=ranks,
+                embeddings=state.embeddings,
+                batch=self.batch,
+                tokens=state.max_tokens,
+                first=layout.layers - depth,
+            )
+            return needed <= USABLE_MEMORY * profile.memory_bytes
+
+        return sum(fits(depth) for depth in range(1, layout.layers + 1))
+
+    def _probed(
+        self, state: LegendState, fleet: Fleet, most: Mapping[DeviceId, int]
+    ) -> dict[str, np.ndarray]:
+        """The times with those of devices met for the first time, which train a few batches at two
+        depths, for nothing but their speed.
+        """
+        times, new = state.times, [id for id in most if id not in state.times]
+        if not self.probe_batches or self.depth_rule == "fixed" or not new:
+            return times
+        batches = min(self.probe_batches, self.steps)
+        for factor in (1, 2):
+            depths = {id: min(factor * self.least_depth, most[id]) for id in new}
+            orders = {id: self._order(state, depth, steps=batches) for id, depth in depths.items()}
+            for reply in usable(fleet.ask(tune_top, orders), fleet):
+                seen = self._timed(state, times, reply, batches, depths[reply.device])
+                times = times | {reply.device: seen}
+        return times
+
+    def _timed(
+        self,
+        state: LegendState,
+        times: Mapping[str, np.ndarray],
+        reply: Reply[LoraResult],
+        steps: int,
+        depth: int,
+    ) -> np.ndarray:
+        traffic = (reply.cost.bytes_down + reply.cost.bytes_up) / self._bytes(state)[-1]
+        seen = features(steps / self.steps, depth, state.layout.layers, traffic)
+        before = times.get(reply.device, no_evidence())
+        return add(before, seen, reply.cost.seconds, self.discount)
+
+    def _plan(
+        self, state: LegendState, most: Mapping[DeviceId, int]
+    ) -> tuple[dict[DeviceId, int], dict[DeviceId, float], dict[DeviceId, tuple[int, ...]]]:
+        """Each device's depth, its expected seconds, and its ranks where these are its own."""
+        layers, devices = state.layout.layers, list(most)
+        everybody = sum(state.times.values(), no_evidence())
+        costs = np.stack(
+            [coefficients(state.times.get(id, no_evidence()), everybody) for id in devices]
+        )
+        traffic = self._bytes(state)
+        seconds = round_seconds(costs, traffic / traffic[-1])
+        ranks, largest = self._ranks(layers), np.array([most[id] for id in devices])
+        if state.times or self.depth_rule == "fixed":
+            chosen = choose_depths(
+                self.depth_rule,
+                seconds,
+                largest,
+                ranks,
+                least=self.least_depth,
+                coverage=self.coverage,
+                fixed=self.depth or layers,
+            )
+            before = np.array([state.depths.get(id, 0) for id in devices])
+            chosen = settled(chosen, np.minimum(before, largest), seconds)
+        else:  # nobody was ever timed: depths spread out tell what a block costs
+            spread = np.linspace(self.least_depth, layers, len(devices)).round().astype(int)
+            chosen = np.minimum(spread, largest)
+        expected = seconds[np.arange(len(devices)), chosen]
+        own = {}
+        if self.rank_mode == "per_device" and state.times:
+            for id, depth, cost, mine in zip(devices, chosen, costs, expected, strict=True):
+                link = cost[2] * traffic[depth] / traffic[-1]  # seconds of the device's traffic
+                tail = sum(ranks[layers - depth :])
+                spare = expected.max() - (mine - link)
+                own[id] = own_ranks(ranks, int(depth), link / tail, spare)
+        return (
+            dict(zip(devices, map(int, chosen), strict=True)),
+            dict(zip(devices, map(float, expected), strict=True)),
+            own,
+        )
+
+    def _bytes(self, state: LegendState) -> np.ndarray:
+        """Bytes that a device of each depth sends and receives in a round, [0 to layers]."""
+        layout = state.layout
+        ranks = self._ranks(layout.layers)
+        head = sum(tensor.numel() for tensor in state.head.values())
+        upper = np.array(
+            [
+                adapter_parameters(layout, full(layout), ranks, layout.layers - depth)
+                for depth in range(layout.layers + 1)
+            ]
+        )
+        down = upper if self.skip_inactive else np.full_like(upper, upper[-1])
+        return HALF * (2.0 * head + upper + down)
+
+    # --- messages ---
+
+    def _order(
+        self,
+        state: LegendState,
+        depth: int,
+        ranks: tuple[int, ...] | None = None,
+        steps: int | None = None,
+    ) -> DepthOrder:
+        """What a device of this depth gets; `ranks` from its lowest block up where they are its
+        own.
+        """
+        layout = state.layout
+        lowest = layout.layers - depth
+        adapter = state.adapter
+        if self.skip_inactive:
+            adapter = on_blocks(layout, adapter, lowest)
+        if ranks is not None:
+            adapter = adapter | _cut(layout, adapter, lowest, ranks)
+        tuning = tuning_at(self, state.round, state.rounds, state.turns)
+        return DepthOrder(
+            adapter=half(adapter),
+            head=half(state.head),
+            scale=self.scale,
+            lowest=lowest,
+            tuning=tuning if steps is None else replace(tuning, steps=steps),
+        )
+
+    def _merged(
+        self,
+        state: LegendState,
+        replies: list[Reply[LoraResult]],
+        orders: Mapping[DeviceId, DepthOrder],
+    ) -> Tensors:
+        """Every block averaged over the devices that trained it; one that nobody trained stays."""
+        parts = [
+            Contribution(
+                single(orders[reply.device].adapter),
+                single(reply.value.adapter),
+                full(state.layout),
+                self._weight(reply.value),
+            )
+            for reply in replies
+        ]
+        return average_factors(state.layout, state.adapter, parts)
+
+    def _weight(self, result: LoraResult) -> float:
+        return float(result.examples) if self.weigh_by == "examples" else 1.0
+
+
+def _cut(layout: PrunableLayout, adapter: Tensors, lowest: int, ranks: tuple[int, ...]) -> Tensors:
+    """The first directions of every trained block, as many as `ranks` says from `lowest` on."""
+    cut: Tensors = {}
+    for site in layout.sites:
+        if site.layer >= lowest:
+            rank, a, b = ranks[site.layer - lowest], a_name(site.path), b_name(site.path)
+            cut[a], cut[b] = adapter[a][:rank], adapter[b][:, :rank]
+    return cut
