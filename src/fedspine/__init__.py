@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from fedspine.methods.fedspine_plus import FedSpinePlus as FedSpinePlus
     from fedspine.methods.flexlora import FlexLora as FlexLora
     from fedspine.methods.hetlora import HetLora as HetLora
+    from fedspine.methods.legend import Legend as Legend
     from fedspine.methods.linear_probe import LinearProbe as LinearProbe
     from fedspine.methods.locfedmix import LocFedMix as LocFedMix
     from fedspine.methods.loraprune import LoraPrune as LoraPrune
@@ -70,6 +71,7 @@ _HOMES = {  # of each name
     "FedSpinePlus": "methods.fedspine_plus",
     "FlexLora": "methods.flexlora",
     "HetLora": "methods.hetlora",
+    "Legend": "methods.legend",
     "LinearProbe": "methods.linear_probe",
     "LocFedMix": "methods.locfedmix",
     "LoraPrune": "methods.loraprune",
