@@ -1,4 +1,4 @@
-"""LEGEND's control: ranks that rise, times that are affine in depth, and depths that end together."""
+"""LEGEND's control: rising ranks, times that are affine in depth, depths that end together."""
 
 import numpy as np
 import pytest

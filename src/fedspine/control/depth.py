@@ -49,7 +49,7 @@ def rising_ranks(layers: int, budget: int, difference: float) -> tuple[int, ...]
 
 
 def features(work: float, depth: int, layers: int, traffic: float) -> NDArray[np.float64]:
-    """What the time of an exchange depends on; `traffic` is a share of a device's that trains all."""
+    """What the time of an exchange depends on; `traffic` is a share of that of full depth."""
     return np.array([work, work * depth / layers, traffic])
 
 
