@@ -50,7 +50,6 @@ SPINE_ONLY = (
     "importance",
     "global_importance_weight",
     "until",
-    "quorum",
     "head_start",
 )  # fields that FedLoRA does not have, or had not when this was measured
 

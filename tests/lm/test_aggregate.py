@@ -1,6 +1,7 @@
 """Laws of merging adapters of unequal rank and shape, and of handing the result back out."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,6 +124,32 @@ def test_nobody_training_changes_nothing_over_five_rounds(seed):
     # the largest entry
     close(dense, start)
     close(products(adapter), start)
+
+
+@settings(deadline=None, max_examples=15)
+@given(seeds)
+def test_late_products_count_as_changes(seed):
+    """Where all are late, the mean of products is the merge of changes, whatever their ranks."""
+    rng = np.random.default_rng(seed)
+    parts = fleet(rng, adapter_of(rng, LARGEST))
+    late = [replace(part, late=True) for part in parts]
+    today = products(adapter_of(rng, LARGEST))
+    close(mean_product(LAYOUT, today, late), merge_changes(LAYOUT, today, parts))
+
+
+@settings(deadline=None, max_examples=15)
+@given(seeds, st.integers(1, LARGEST))
+def test_late_factors_count_as_changes(seed, rank):
+    """Of one that trained and one that did not, both late, on an adapter that is neither's."""
+    rng = np.random.default_rng(seed)
+    then, today, everything = adapter_of(rng, rank), adapter_of(rng, rank), full(LAYOUT)
+    changed = {name: tensor + normal(rng, *tensor.shape) for name, tensor in then.items()}
+    parts = [
+        Contribution(sent=then, back=back, structure=everything, weight=weight, late=True)
+        for back, weight in ((changed, 1.0), (then, 3.0))
+    ]
+    merged = average_factors(LAYOUT, today, parts)
+    close(merged, {name: today[name] + (changed[name] - then[name]) / 4 for name in today})
 
 
 def test_delta_keeps_the_tail_that_zero_padding_and_product_averaging_lose():

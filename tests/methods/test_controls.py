@@ -1,5 +1,5 @@
-"""FedSpine's controllers, sources of importance and quorum: each setting changes what it should,
-and nothing else.
+"""FedSpine's controllers, sources of importance and late replies: each setting changes what it
+should, and nothing else.
 """
 
 import dataclasses
@@ -32,9 +32,10 @@ from fedspine.control.plan import (
     plans_for_deadline,
     random_plan,
 )
-from fedspine.core.device import Device
+from fedspine.core.device import Device, name_of
 from fedspine.core.errors import BadInput
 from fedspine.fleets.lossy import Lossy
+from fedspine.fleets.semi_async import SemiAsync
 from fedspine.lm import importance_sources as sources
 from fedspine.lm.forecast import forecast
 from fedspine.lm.importance import magnitude_scores
@@ -65,13 +66,6 @@ UNEQUAL = ("tx2", "tx2", "tx2", "agx", "agx")
 
 def toy(**settings) -> FedSpine:
     return dataclasses.replace(TOY, **settings)
-
-
-def quorum_toy(**settings) -> FedSpinePlus:
-    """The paper's form but for its quorum."""
-    paper = {"controller": TOY.controller, "importance": TOY.importance, "head_start": "random"}
-    alone = {"global_importance_weight": 0.0, "quorum": 0.6}
-    return dataclasses.replace(FedSpinePlus.toy(), **paper | alone | settings)
 
 
 # laws of every method, for every setting
@@ -599,8 +593,12 @@ def test_a_round_ends_at_its_quorum(lab, quorum):
     """As long as the slowest of those it waits for; the late ones are merged in a later round, each
     once.
     """
-    here = lab(f"quorum-{quorum}")
-    state = here.run(quorum_toy(quorum=quorum), rounds=6)
+    here, work = lab(f"quorum-{quorum}"), name_of(prune_and_tune)
+
+    def around(fleet):
+        return SemiAsync(fleet, quorum=quorum, late_work=work, in_flight=fleet.in_flight)
+
+    here.run(TOY, rounds=6, around=around)
     spent = here.rows("exchange")
     ends = [row["now"] for row in here.rows("round")]
     began = [0.0, *ends[:-1]]
@@ -612,13 +610,35 @@ def test_a_round_ends_at_its_quorum(lab, quorum):
         for note in here.rows("note")
         if "reward" in note["values"]
     ]
-    assert len(merged) + len(state.pending) == len(spent)
-    assert bool(state.pending) == (quorum < 1)
+    assert len(merged) + len(here.fleet.in_flight) == len(spent)
+    assert bool(here.fleet.in_flight) == (quorum < 1)
 
 
-def test_with_a_quorum_of_all_and_no_importance_of_the_fleet_it_is_fedspine(lab):
-    plus = lab("plus").run(quorum_toy(quorum=1.0), rounds=SOME)
-    paper = lab("paper").run(TOY, rounds=SOME)
-    values = [dataclasses.replace(state, device_models={}) for state in (plus.spine, paper)]
+def test_nobody_is_credited_for_a_late_reply(lab):
+    """Its reward would be that of a plan for another round's barrier."""
+    here, work = lab(), name_of(prune_and_tune)
+
+    def around(fleet):
+        return SemiAsync(fleet, quorum=0.4, late_work=work, in_flight=fleet.in_flight)
+
+    here.run(toy(warmup=0.0, controller=RANDOM), rounds=4, around=around)
+    sent = {
+        (row["device"], row["started"] + row["seconds"]): row["round"]
+        for row in here.rows("exchange")
+    }
+    rewarded = [n for n in here.rows("note") if n["values"].get("reward") is not None]
+    merged = [n for n in here.rows("note") if "reward" in n["values"]]
+
+    def late(note):
+        times = [end for id, end in sent if id == note["values"]["device"] and end <= note["now"]]
+        return sent[note["values"]["device"], max(times)] < note["round"]
+
+    assert any(map(late, merged)) and rewarded and not any(map(late, rewarded))
+
+
+def test_without_what_it_adds_fedspine_plus_is_fedspine(lab):
+    paper = {"controller": TOY.controller, "importance": TOY.importance, "head_start": "random"}
+    plus = dataclasses.replace(FedSpinePlus.toy(), global_importance_weight=0.0, **paper)
+    states = [lab("plus").run(plus, rounds=SOME), lab("paper").run(TOY, rounds=SOME)]
     # of an order the weight 0.0 is written down in either case, so even the clocks agree
-    assert bits(values[0]) == bits(values[1]) and not plus.pending
+    assert bits(states[0]) == bits(states[1])

@@ -202,7 +202,7 @@ def test_a_newcomer_prunes_by_the_fleets_scores_where_these_have_a_say(task, lab
     """Asked for the first time in the last round, when all others are at the target."""
     bench = lab()
     method = dataclasses.replace(
-        FedSpinePlus.toy(), global_importance_weight=say, controller=Fixed(rank=4), quorum=1.0
+        FedSpinePlus.toy(), global_importance_weight=say, controller=Fixed(rank=4)
     )
     *others, newcomer = bench.ids
     state = method.start(task, np.random.default_rng(0))
@@ -212,7 +212,7 @@ def test_a_newcomer_prunes_by_the_fleets_scores_where_these_have_a_say(task, lab
         state = method.round(state, bench.fleet.only([newcomer] if last else others))
         bench.fleet.end_round(0.0)
     layout = task.base.layout
-    found = {id: sparsity(layout, structure) for id, structure in state.spine.structures.items()}
+    found = {id: sparsity(layout, structure) for id, structure in state.structures.items()}
     # what is cut is counted in whole heads and channels, within 0.25 % of what was asked for
     assert all(abs(found[id] - method.sparsity) < 0.0025 for id in others)
     assert (found[newcomer] > 0) is (say > 0)

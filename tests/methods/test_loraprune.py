@@ -37,7 +37,6 @@ def test_it_is_fedspine_on_the_cubic_at_one_rank(lab, global_importance_weight):
     spine = FedSpinePlus(
         ranks=(TOY.rank,),
         controller=Fixed(rank=TOY.rank, ratio=0.0),  # as the schedule demands
-        quorum=1.0,
         floor=1.0,
         importance=Gradient(),
         head_start="random",

@@ -7,18 +7,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from array_toy import array_task, bars
 
 from fedspine.control.controllers import Fixed
 from fedspine.control.plan import Plan
-from fedspine.core.fleet import Cost, Idle, Profile, Reply
+from fedspine.core.fleet import Cost, Profile, Reply
 from fedspine.lm.importance import Scores
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.structure import Structure, cut_adapter
 from fedspine.methods import all_methods
+from fedspine.methods.fedavg import AverageResult
 from fedspine.methods.fedlora import LoraResult
-from fedspine.methods.fedspine_plus import PlusState
+from fedspine.methods.hetlora import HetLoraOrder, HetLoraResult
+from fedspine.methods.linear_probe import ProbeResult
+from fedspine.methods.pyramidfl import PyramidResult
 from fedspine.pruning.device import SpineResult, contribution
-from fedspine.pruning.semi_async import PendingOrder
 
 METHODS = all_methods()
 COST = Cost(bytes_down=1, bytes_up=1, flops=1.0, peak_memory_bytes=1, seconds=1.0)
@@ -28,10 +31,10 @@ OFF = 8 * 8 * 2**-24
 
 
 class Told:
-    """A fleet whose devices reply as told, in the order of `first`, then of the orders."""
+    """A fleet whose devices reply as told, in the order of the orders; then the `late` ones."""
 
-    def __init__(self, base, reply, names=tuple(ROWS), first=()):
-        self.base, self.now, self._reply, self._pending = base, 0.0, reply, list(first)
+    def __init__(self, base, reply, names=tuple(ROWS), late=()):
+        self.base, self.now, self._reply, self._late = base, 0.0, reply, list(late)
         self.devices = tuple(
             Profile(id=name, site="here", examples=ROWS[name], memory_bytes=2**40) for name in names
         )
@@ -42,20 +45,14 @@ class Told:
 
     def ask(self, work, orders):
         self.orders |= orders
-        return [Reply(id, self._reply(id, order), COST) for id, order in orders.items()]
-
-    def send(self, work, orders):
-        self._pending += self.ask(work, orders)
-
-    def next(self):
-        if not self._pending:
-            raise Idle("no reply is under way")
-        return self._pending.pop(0)
+        now = [Reply(id, self._reply(id, order), COST, order) for id, order in orders.items()]
+        return now + self._late
 
 
 def trained(method, task):
     """A state whose adapter and head are not those of a start: no factor B is zero."""
     state, rng = method.start(task, np.random.default_rng(0)), np.random.default_rng(1)
+    state = getattr(state, "training", state)  # of prune_after
 
     def drawn(tensors):
         return {
@@ -63,7 +60,10 @@ def trained(method, task):
             for name, tensor in tensors.items()
         }
 
-    return replace(state, adapter=drawn(state.adapter), head=drawn(state.head))
+    head = drawn(state.head)
+    if not hasattr(state, "adapter"):
+        return replace(state, head=head)
+    return replace(state, adapter=drawn(state.adapter), head=head)
 
 
 def moved(tensors, by):
@@ -72,7 +72,11 @@ def moved(tensors, by):
 
 def result_of(order, by, rows):
     """A reply in which all factors and the head are moved by a number that fp16 knows."""
+    if not hasattr(order, "adapter"):
+        return ProbeResult(head=moved(order.head, by), loss=1.0, examples=rows)
     both = {"adapter": moved(order.adapter, by), "head": moved(order.head, by)}
+    if isinstance(order, HetLoraOrder):
+        return HetLoraResult(**both, rank=order.rank, loss=1.0, examples=rows)
     if not hasattr(order, "structure"):
         return LoraResult(**both, loss=1.0, examples=rows)
     kept = order.structure
@@ -109,6 +113,7 @@ def test_factors_and_heads_are_weighed_by_rows(name, task):
 
 
 FIXED = {"sparsity": 0.0, "controller": Fixed(rank=8)}
+PLAN = Plan(sparsity=0.0, rank=8, action=None, progress=0.0)
 
 
 def spine():
@@ -139,13 +144,13 @@ def test_changes_are_against_what_was_sent_and_weighed_by_rows(task):
 def test_a_contribution_is_against_the_order_cut_to_what_the_device_kept(task):
     method, layout = spine(), task.base.layout
     state = trained(method, task)
-    order = method._order(state, "one", Plan(sparsity=0.0, rank=8, action=None, progress=0.0))
+    order = method._order(state, "one", PLAN)
     heads, channels = order.structure.heads.clone(), order.structure.channels.clone()
     heads[0, 0], channels[:, :5] = False, False
     kept = Structure(heads=heads, channels=channels)
     cut = cut_adapter(order.adapter, layout.sites, kept)
     result = replace(result_of(order, 0.25, 3), structure=kept, adapter=moved(cut, 0.25))
-    part = contribution(layout, order, result)
+    part = contribution(layout, Reply("one", result, COST, order))
     assert part.weight == 3.0 and part.structure is kept
     assert max(tensor.abs().max() for name, tensor in part.sent.items() if "lora_B" in name) > 0.1
     for name, tensor in cut.items():
@@ -153,20 +158,97 @@ def test_a_contribution_is_against_the_order_cut_to_what_the_device_kept(task):
         assert torch.equal(part.back[name], (tensor + 0.25).float())
 
 
-def test_a_late_head_counts_as_its_change_on_todays_head(task):
-    """It was trained from the head of an earlier round, to which its device does not bring the
+# --- late replies ---
+
+LATE = {
+    "fedlora": {},
+    "hetlora": {"ranks": (8,), "weigh_by": "examples"},
+    "linear_probe": {},
+    "loraprune": {},
+    "magnitude": {},
+    "prune_after": {},
+    "fedspine": FIXED | {"aggregation": "zeropad"},
+    "fedspine-plus": FIXED | {"aggregation": "zeropad", "head_start": "random"},
+}
+
+
+def late_round(method, first, today, base, reply=reply):
+    """The state after a round from `today` in which one device is asked, and another replies to the
+    order of a round from `first`.
+    """
+    earlier = Told(base, reply)
+    method.round(first, earlier)
+    order = earlier.orders["three"]
+    late = Reply("three", reply("three", order), COST, order, late=1)
+    return method.round(today, Told(base, reply, names=("one",), late=[late]))
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_late_reply_counts_as_its_change_on_todays_weights(name, task):
+    """It was trained from the weights of an earlier round, to which its device does not bring the
     server back.
     """
-    method = replace(METHODS["fedspine-plus"].toy(), head_start="random", quorum=0.5, **FIXED)
-    first = trained(spine(), task)
-    order = method._order(first, "three", Plan(sparsity=0.0, rank=8, action=None, progress=0.0))
-    late = {"three": PendingOrder(order=order, rank=8)}
+    method = replace(METHODS[name].toy(), **LATE[name])
+    started = method.start(task, np.random.default_rng(0))
+    nested = hasattr(started, "training")  # of prune_after
+    first = trained(method, task)
     today = replace(first, round=1, head=moved(first.head, 2.0))
-    came = Reply("three", result_of(order, BY["three"], ROWS["three"]), COST)
-    fleet = Told(task.base, reply, names=("one",), first=[came])
-    after = method.round(PlusState(spine=today, pending=late), fleet)
-    assert not after.pending
-    for name, tensor in today.head.items():
-        # both changes on today's head; the late head as it came would be 2 lower in three of four
-        # rows
-        assert torch.allclose(after.spine.head[name], tensor + MEAN, rtol=0, atol=OFF)
+    if hasattr(first, "adapter"):
+        today = replace(today, adapter=moved(first.adapter, 2.0))
+    if nested:
+        first, today = (replace(started, training=state) for state in (first, today))
+    after = late_round(method, first, today, task.base)
+    if nested:
+        today, after = today.training, after.training
+    # both changes on today's; what came late, as it came, would be 2 lower in three of four rows
+    for key, tensor in today.head.items():
+        assert torch.allclose(after.head[key], tensor + MEAN, rtol=0, atol=OFF), key
+    for key, tensor in getattr(today, "adapter", {}).items():
+        assert torch.allclose(after.adapter[key], tensor + MEAN, rtol=0, atol=OFF), key
+
+
+def test_a_late_change_of_products_is_against_the_late_devices_own_order(task):
+    """FedSpine counts changes anyway, so a late one counts as it would have in its own round."""
+    method, first = spine(), trained(spine(), task)
+    today = replace(first, round=1, adapter=moved(first.adapter, 0.5))
+    sent = {"three": method._order(first, "three", PLAN), "one": method._order(today, "one", PLAN)}
+    after = late_round(method, first, today, task.base)
+    for site in task.base.layout.sites:
+        expected = torch.zeros(site.rows, site.columns, dtype=torch.float64)
+        for id, rows in ROWS.items():
+            a, b = (sent[id].adapter[name(site.path)].double() for name in (a_name, b_name))
+            expected += rows / 4 * ((b.half() + BY[id]).double() @ (a.half() + BY[id]).double())
+            expected -= rows / 4 * (b @ a)
+        moved_by = after.dense[site.path] - today.dense[site.path]
+        # as above: sums of 2 x 8 products of numbers below 4, in fp32
+        assert torch.allclose(moved_by.double(), expected, rtol=0, atol=16 * 16 * 2**-24)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "pyramidfl"])
+def test_late_statistics_of_batch_norm_count_as_they_came(name):
+    """The change of a variance, on a variance that has fallen since, could be negative."""
+    net = array_task("vgg-small", make=bars, rounds=2, train=60, test=30)
+    method = replace(METHODS[name].toy(), precision="fp32")
+    if name == "pyramidfl":
+        method = replace(method, slack=False, drop_least=0.0, drop_most=0.0)
+    first = method.start(net, np.random.default_rng(0))
+    fallen, now = "block1.norm.running_var", "block1.norm.weight"
+    then = dict(first.model.weights)
+    weights = then | {fallen: then[fallen] - 0.6, now: then[now] + 2.0}
+    today = replace(first, round=1, model=replace(first.model, weights=weights))
+
+    def answer(id, order):
+        end = order.weights | {
+            fallen: torch.full_like(then[fallen], 0.3),
+            now: order.weights[now] + BY[id],
+        }
+        if name == "fedavg":
+            return AverageResult(weights=end, loss=1.0, examples=ROWS[id])
+        update = {key: (end[key] - tensor).reshape(-1) for key, tensor in order.weights.items()}
+        return PyramidResult(
+            update=update, seed=0, loss=1.0, reward=1.0, norm=1.0, examples=ROWS[id]
+        )
+
+    after = late_round(method, first, today, net.base, answer).model.weights
+    assert torch.allclose(after[fallen], torch.tensor(0.3), rtol=0, atol=OFF)
+    assert torch.allclose(after[now], weights[now] + MEAN, rtol=0, atol=OFF)

@@ -181,8 +181,8 @@ def test_a_part_that_cannot_be_is_refused(settings, says) -> None:
             "fleet_say=0.5",
             'write name = "fedspine-plus" and global_importance_weight for fleet_say',
         ),
-        ("enough=0.7", 'write name = "fedspine-plus" and quorum for enough'),
-        ("quorum=0.7", 'write name = "fedspine-plus"'),
+        ("enough=0.7", "method.enough is no setting of a method any more; write fleet.quorum"),
+        ("quorum=0.7", "method.quorum is no setting of a method any more; write fleet.quorum"),
         ("pooled=1.0", "unknown key of [method] for fedspine 'pooled'"),
     ],
 )
@@ -192,7 +192,20 @@ def test_an_older_recipe_is_told_what_to_write_now(key, says) -> None:
     assert says in str(refused.value)
 
 
-@pytest.mark.parametrize("number", [0, 3, "2"])
+def test_the_embedded_quorum_is_that_of_its_own_method() -> None:
+    assert config.load(None).fleet.quorum == 0.7
+    for other in ("fedlora", "mergesfl"):  # which waited for all, and cannot merge late replies
+        assert config.load(None, [f"method.name={other}"]).fleet.quorum == 1
+    said = config.load(None, ["method.name=fedlora", "fleet.quorum=0.5"])
+    assert said.fleet.quorum == 0.5
+
+
+def test_a_quorum_does_not_go_with_delays_that_it_would_not_wait_for() -> None:
+    with pytest.raises(BadInput, match="fleet.quorum is 0.7, but fleet.delay_seconds delays only"):
+        config.load(None, ["fleet.delay_seconds=1.0"])
+
+
+@pytest.mark.parametrize("number", [0, 4, "3"])
 def test_a_recipe_of_an_unknown_format_is_refused(number) -> None:
-    with pytest.raises(BadInput, match="format is .*, but this fedspine reads recipes of format 2"):
+    with pytest.raises(BadInput, match="format is .*, but this fedspine reads recipes of format 3"):
         config.recipe({"format": number})

@@ -424,6 +424,26 @@ def test_a_method_that_was_offered_more_devices_stays_in_the_comparison(compare,
     assert [method["name"] for method in found["methods"]] == ["ours", "theirs"]
 
 
+@pytest.mark.parametrize("theirs", [1.0, 0.7])
+def test_a_quorum_of_replies_is_among_the_caveats(compare, tmp_path, theirs):
+    one = made_run(tmp_path / "one", settings=("fleet.quorum=0.7",))
+    two = made_run(tmp_path / "two", method="fedspine", settings=(f"fleet.quorum={theirs}",))
+    compare(one, two)
+    lines = (tmp_path / "compared" / "compare.md").read_text().splitlines()
+    said = [line.removeprefix("- ") for line in lines if "fleet.quorum" in line]
+    equal = "Rounds end at a share of their replies (fleet.quorum): fedlora 0.7, fedspine 0.7."
+    unequal = (
+        "Rounds end at different shares of their replies (fleet.quorum): fedlora 0.7, fedspine 1. "
+        "So these methods were not compared on equal terms."
+    )
+    assert said == [unequal if theirs == 1 else equal]
+
+
+def test_runs_that_wait_for_all_have_no_caveat_of_a_quorum(compare, tmp_path):
+    compare(made_run(tmp_path / "one"), made_run(tmp_path / "two", method="fedspine"))
+    assert "quorum" not in (tmp_path / "compared" / "compare.md").read_text()
+
+
 def test_cells_named_one_by_one_have_to_be_one_comparison(compare, command, tmp_path):
     sweep = made_sweep(tmp_path / "sweep")
     (found,) = compare(*sorted((sweep / "cells").glob("*-0.1-*")))["comparisons"]

@@ -207,6 +207,12 @@ def test_a_method_may_be_offered_more_devices(place):
     assert {json.dumps(cell.settings) for cell in cells} == {"{}"}
 
 
+def test_a_method_may_wait_for_a_share_of_its_replies(place):
+    cells = planned(GOOD + "fleet.quorum = 0.5\n")
+    waits = {cell.label: cell.recipe.fleet.quorum for cell in cells}
+    assert waits == {"fedspine": 1, "lora": 0.5}
+
+
 def test_folders_names_stay_apart():
     names = distinct(["a b, seed=0", "A-b, seed=0", "../c, seed=0", "x" * 300, "x" * 301])
     assert len({name.casefold() for name in names}) == len(names)

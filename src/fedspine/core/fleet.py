@@ -35,9 +35,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class Reply(Generic[R]):
+    """A device's result, its cost, and the order that it answers, as it was sent.
+
+    `late` counts the rounds since the order was sent: 0, unless the run ends rounds at a quorum.
+    """
+
     device: DeviceId
     value: R
     cost: Cost
+    order: Any
+    late: int = 0
 
 
 class Fleet(Protocol):
@@ -72,6 +79,8 @@ class Fleet(Protocol):
         absent.
 
         Replies come in the order of `orders`. A mapping may build its orders when they are read.
+        Where rounds end at a quorum (`fleets.semi_async`), replies to the work that a method merges
+        late come as they arrive, those to orders of earlier rounds among them.
         """
         ...
 

@@ -4,14 +4,16 @@ hyper-parameters.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 
-from fedspine.core.device import DeviceId, R
+from fedspine.core.device import DeviceId, R, Work, name_of
 from fedspine.core.fleet import Fleet, Reply, none_left
+from fedspine.core.message import Tensors
 from fedspine.core.task import Task
-from fedspine.core.tensors import finite, is_tensors
+from fedspine.core.tensors import finite, is_tensors, rebased
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -91,6 +93,24 @@ def usable(replies: Sequence[Reply[R]], fleet: Fleet) -> list[Reply[R]]:
     return good
 
 
+def on_todays(replies: Sequence[Reply[R]], **today: Tensors) -> list[Reply[R]]:
+    """The replies; in a late one the weights are what its device changed, on today's.
+
+    `today` holds weights by the field that orders and results call them. So a device that began
+    with older weights does not bring the server back to them. Names that are not in today's
+    weights stay as they came.
+    """
+
+    def moved(reply: Reply[R]) -> Reply[R]:
+        weights = {
+            field: rebased(getattr(reply.value, field), getattr(reply.order, field), now)
+            for field, now in today.items()
+        }
+        return replace(reply, value=replace(reply.value, **weights))  # type: ignore[type-var]
+
+    return [moved(reply) if reply.late else reply for reply in replies]
+
+
 def _flaw(result: Any) -> str | None:
     """The non-finite part of a result with a `loss`, None if there is none."""
     if not math.isfinite(result.loss):
@@ -102,8 +122,11 @@ def _flaw(result: Any) -> str | None:
 _METHODS: dict[str, type] = {}  # filled at import time only
 
 
-def method(name: str) -> Callable[[type[T]], type[T]]:
+def method(name: str, *, merges_late: Work[Any, Any] | None = None) -> Callable[[type[T]], type[T]]:
     """Register a method class under the name that recipes use.
+
+    `merges_late` is the work whose results the method can merge in a later round than that of
+    their order, which `fleet.quorum` below 1 needs; see `on_todays`.
 
     A method that can train nets on arrays says so by `models: ClassVar = ("transformer", "net")`;
     the others know transformers only, and a recipe that gives them a net is refused. Raises
@@ -130,6 +153,7 @@ def method(name: str) -> Callable[[type[T]], type[T]]:
             )
         _METHODS[name] = cls
         cls.name = name  # type: ignore[attr-defined]
+        cls.merges_late = None if merges_late is None else name_of(merges_late)  # type: ignore[attr-defined]
         if "models" not in vars(cls):
             cls.models = ("transformer",)  # type: ignore[attr-defined]
         return cls

@@ -58,6 +58,22 @@ def average(weighted: Iterable[tuple[int | float, Mapping[str, Tensor]]]) -> Ten
     return {name: tensor / total for name, tensor in sums.items()}
 
 
+def rebased(came: Tensors, sent: Tensors, today: Tensors) -> Tensors:
+    """What was changed between `sent` and `came`, on `today`'s tensors, fp32.
+
+    Names that `today` lacks stay as they came.
+
+    >>> import torch
+    >>> came, sent, today = ({"x": torch.tensor([value])} for value in (3.0, 1.0, 5.0))
+    >>> rebased(came, sent, today)
+    {'x': tensor([7.])}
+    """
+    return {
+        name: today[name] + tensor.float() - sent[name].float() if name in today else tensor
+        for name, tensor in came.items()
+    }
+
+
 def is_tensors(value: object) -> bool:
     """Whether this is a dictionary of nothing but tensors, an empty one included."""
     return isinstance(value, dict) and all(isinstance(entry, Tensor) for entry in value.values())

@@ -65,7 +65,8 @@ class FlareFleet:
     ) -> list[Reply[R]]:
         self._check(orders)
         session, started = self._session, self.now
-        under_way = {id: session.dispatch(id, work, orders[id], within) for id in orders}
+        built = {id: orders[id] for id in orders}
+        under_way = {id: session.dispatch(id, work, built[id], within) for id in built}
         with session.devices_wall.served():
             came = {id: future.result() for id, future in under_way.items()}
         with session.lock:
@@ -74,7 +75,7 @@ class FlareFleet:
             session.record(work.__name__, id, started, one)
         session.waits.asked(orders, started, self.now)
         replies = [
-            Reply(device=id, value=one.value, cost=one.cost)
+            Reply(device=id, value=one.value, cost=one.cost, order=built[id])
             for id, one in came.items()
             if one.missing is None
         ]
@@ -83,12 +84,8 @@ class FlareFleet:
 
     def send(self, work: Work[O, R], orders: Mapping[DeviceId, O]) -> None:
         self._check(orders)
-        session = self._session
         for id in orders:
-            order = orders[id]
-            entry = InFlight(id, work, order, self.now, session.dispatch(id, work, order, inf))
-            session.pending.append(entry)
-            session.sent[id] = entry
+            self._send(id, work, orders[id], self._session.round)
 
     def next(self) -> Reply[Any]:
         session = self._session
@@ -101,7 +98,13 @@ class FlareFleet:
             session.record(entry.work.__name__, entry.device, entry.started, came)
             if came.missing is None:
                 session.waits.busy(entry.device, entry.started, entry.started + came.cost.seconds)
-                return Reply(device=entry.device, value=came.value, cost=came.cost)
+                return Reply(
+                    device=entry.device,
+                    value=came.value,
+                    cost=came.cost,
+                    order=entry.order,
+                    late=session.round - entry.round,
+                )
         self._check_quorum([entry.came.result() for entry in self._visible(session.sent.values())])
         raise Idle("no reply is under way; send an order first")
 
@@ -131,6 +134,15 @@ class FlareFleet:
 
     def cohort(self, ids: Iterable[DeviceId]) -> "FlareFleet":
         return FlareFleet(self._session, self._part(ids), all_pending=True)
+
+    @property
+    def in_flight(self) -> Mapping[DeviceId, int]:
+        session = self._session
+        return {
+            entry.device: session.round - entry.round
+            for entry in session.pending
+            if not (entry.came.done() and entry.came.result().missing)
+        }
 
     def begin_round(self, round: int) -> Totals:
         session = self._session
@@ -232,14 +244,20 @@ class FlareFleet:
         for name, why in self.join().items():
             session.note(device=name, left_out=why)
 
+    def _send(self, id: DeviceId, work: Work[Any, Any], order: Any, round: int) -> None:
+        session = self._session
+        came = session.dispatch(id, work, order, inf)
+        session.sent[id] = InFlight(id, round, work, order, self.now, came)
+        session.pending.append(session.sent[id])
+
     def _resend(self, entry: Sent) -> None:
         session, work = self._session, find_work(entry.work)
         if entry.cost is None:
-            self.send(work, {entry.device: entry.order})
+            self._send(entry.device, work, entry.order, entry.round)
             return
-        came = AskResult(Cost(**entry.cost), entry.value)
+        came = session.already(AskResult(Cost(**entry.cost), entry.value))
         session.pending.append(
-            InFlight(entry.device, work, entry.order, self.now, session.already(came))
+            InFlight(entry.device, entry.round, work, entry.order, self.now, came)
         )
 
     def _visible(self, entries: Iterable[InFlight]) -> list[InFlight]:
@@ -295,6 +313,7 @@ def _sent(entry: InFlight) -> Sent:
     here = came is not None and came.missing is None
     return Sent(
         device=entry.device,
+        round=entry.round,
         work=name_of(entry.work),
         order=entry.order,
         value=came.value if here else None,

@@ -79,6 +79,7 @@ class Sent:
     """
 
     device: str
+    round: int  # in which it was sent
     work: str
     order: Any
     value: Any  # the result, if it has arrived
@@ -143,6 +144,7 @@ class InFlight:
     """An order that was sent and whose reply nobody has taken yet."""
 
     device: DeviceId
+    round: int  # in which it was sent
     work: Work[Any, Any]
     order: Any
     started: float

@@ -131,6 +131,13 @@ class RoundFleet(Fleet, Protocol):
         """
         ...
 
+    @property
+    def in_flight(self) -> Mapping[DeviceId, int]:
+        """How many rounds ago each device was sent its last order of those to which `next` has
+        returned no reply.
+        """
+        ...
+
     def begin_round(self, round: int) -> Totals:
         """Begin `round`; returns its totals, which the fleet updates."""
         ...

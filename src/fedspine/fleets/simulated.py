@@ -39,6 +39,8 @@ class PendingReply:
     due: float
     number: int  # breaks ties in the order of sending
     device: str
+    round: int  # in which its order was sent
+    order: Any
     result: np.ndarray  # uint8, the packed reply
     cost: dict[str, float]
 
@@ -63,7 +65,7 @@ class World:
     memories: dict[DeviceId, str] = field(default_factory=dict)  # files, as of the last save
     # memories of the devices asked since
     changed: dict[DeviceId, bytes] = field(default_factory=dict)
-    pending: list[tuple[float, int, DeviceId, bytes, Cost]] = field(default_factory=list)
+    pending: list[PendingReply] = field(default_factory=list)
     sent: int = 0
     devices_wall: Devices = field(default_factory=Devices)  # of this round
     totals: Totals = field(default_factory=Totals)
@@ -75,15 +77,17 @@ class World:
 
     def exchange(
         self, work: Work[Any, Any], orders: Mapping[DeviceId, Any]
-    ) -> Iterator[tuple[DeviceId, Served, Cost]]:
-        """Serve every order, and yield the results in that order; the caller moves the clock."""
-        name, bytes_down = name_of(work), {}
+    ) -> Iterator[tuple[DeviceId, Any, Served, Cost]]:
+        """Serve every order, and yield it with its result, one after another; the caller moves the
+        clock.
+        """
+        name, bytes_down, built = name_of(work), {}, {}
 
         def calls() -> Iterator[Call]:
             for device in orders:
                 with self.devices_wall.not_theirs():  # an order may be built when it is read
-                    order = orders[device]
-                packed = pack(order)
+                    built[device] = orders[device]
+                packed = pack(built[device])
                 bytes_down[device] = packed.bytes
                 yield self._call(device, name, packed.payload)
 
@@ -101,6 +105,7 @@ class World:
             self.changed[device] = served.memory
             yield (
                 device,
+                built.pop(device),
                 served,
                 Cost(
                     bytes_down=bytes_down[device],
@@ -225,12 +230,13 @@ class SimulatedFleet:
         self._check(orders)
         started, replies, seconds = self.now, [], []
         with self._world.devices_wall.served():
-            for device, served, cost in self._world.exchange(work, orders):
+            for device, order, served, cost in self._world.exchange(work, orders):
                 late = cost.seconds > within
                 self._world.record(work, device, started, cost, served.samples, late)
                 seconds.append(min(cost.seconds, within))
                 if not late:
-                    replies.append(Reply(device=device, value=unpack(served.result), cost=cost))
+                    value = unpack(served.result)
+                    replies.append(Reply(device=device, value=value, cost=cost, order=order))
         if seconds:
             self._clock.now += max(seconds)
         self._world.totals.waiting_seconds += mean_wait(seconds)
@@ -241,22 +247,38 @@ class SimulatedFleet:
         self._check(orders)
         world = self._world
         with world.devices_wall.served():
-            for device, served, cost in world.exchange(work, orders):
+            for device, order, served, cost in world.exchange(work, orders):
                 world.record(work, device, self.now, cost, served.samples, False)
                 end = self.now + cost.seconds
                 world.waits.busy(device, self.now, end)
-                world.pending.append((end, world.sent, device, served.result, cost))
+                world.pending.append(
+                    PendingReply(
+                        due=end,
+                        number=world.sent,
+                        device=device,
+                        round=world.round,
+                        order=order,
+                        result=np.frombuffer(served.result, np.uint8),
+                        cost=vars(cost),
+                    )
+                )
                 world.sent += 1
 
     def next(self) -> Reply[Any]:
-        mine = {profile.id for profile in self._pending_of}
-        due = min((entry for entry in self._world.pending if entry[2] in mine), default=None)
-        if due is None:
+        world, mine = self._world, {profile.id for profile in self._pending_of}
+        pending = (entry for entry in world.pending if entry.device in mine)
+        entry = min(pending, key=lambda entry: (entry.due, entry.number), default=None)
+        if entry is None:
             raise Idle("no reply is under way; send an order first")
-        self._world.pending.remove(due)
-        arrival, _, device, result, cost = due
-        self._clock.now = max(self.now, arrival)
-        return Reply(device=device, value=unpack(result), cost=cost)
+        world.pending.remove(entry)
+        self._clock.now = max(self.now, entry.due)
+        return Reply(
+            device=entry.device,
+            value=unpack(entry.result.tobytes()),
+            cost=Cost(**entry.cost),
+            order=entry.order,
+            late=world.round - entry.round,
+        )
 
     def only(self, ids: Iterable[DeviceId]) -> "SimulatedFleet":
         return SimulatedFleet(self._world, self._part(ids), self._clock)
@@ -301,6 +323,10 @@ class SimulatedFleet:
     def cohort(self, ids: Iterable[DeviceId]) -> "SimulatedFleet":
         return SimulatedFleet(self._world, self._part(ids), self._clock, pending_of=self._devices)
 
+    @property
+    def in_flight(self) -> Mapping[DeviceId, int]:
+        return {entry.device: self._world.round - entry.round for entry in self._world.pending}
+
     def begin_round(self, round: int) -> Totals:
         """Move modes and links on to `round`; returns its totals, which the fleet updates."""
         self._world.round = self._world.records.round = round
@@ -323,12 +349,7 @@ class SimulatedFleet:
         return Snapshot(
             now=self.now,
             asks=dict(self._world.asks),
-            pending=tuple(
-                PendingReply(
-                    due=due, number=number, device=device, result=_as_array(result), cost=vars(cost)
-                )
-                for due, number, device, result, cost in self._world.pending
-            ),
+            pending=tuple(self._world.pending),
         )
 
     def restore(self, snapshot: Snapshot, memories: Mapping[DeviceId, str]) -> None:
@@ -336,10 +357,7 @@ class SimulatedFleet:
         world = self._world
         self._clock.now = snapshot.now
         world.asks, world.memories, world.changed = dict(snapshot.asks), dict(memories), {}
-        world.pending = [
-            (entry.due, entry.number, entry.device, entry.result.tobytes(), Cost(**entry.cost))
-            for entry in snapshot.pending
-        ]
+        world.pending = list(snapshot.pending)
         world.sent = max((entry.number + 1 for entry in snapshot.pending), default=0)
 
     @property
@@ -362,10 +380,6 @@ class SimulatedFleet:
             raise LookupError(
                 f"{unknown[0]} is not in this part of the fleet, which has {len(known)} devices"
             )
-
-
-def _as_array(payload: bytes) -> np.ndarray:
-    return np.frombuffer(payload, np.uint8)
 
 
 def profiles(kinds: list[str], examples: list[int]) -> tuple[Profile, ...]:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fedspine.core.message import Tensors
 from fedspine.core.process import spread
-from fedspine.lm.lora import a_name, b_name, fresh_a
+from fedspine.core.tensors import rebased
+from fedspine.lm.lora import a_name, adapter_rank, b_name, cut_rank, fresh_a
 from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 from fedspine.lm.structure import Structure, cut_adapter, kept_columns, kept_rows
 
@@ -32,12 +33,15 @@ NEGLIGIBLE = 1e-6  # a singular value below this share of the largest is taken f
 class Contribution:
     """One device's contribution: the adapters `sent` and `back`, both cut to `structure`, and its
     `weight`.
+
+    A `late` one was sent an adapter of an earlier round, so it counts as a change on today's.
     """
 
     sent: Tensors
     back: Tensors
     structure: Structure
     weight: float
+    late: bool = False
 
 
 def average_factors(
@@ -50,6 +54,7 @@ def average_factors(
     value in `before`, and so does a direction beyond every device's rank: zeros in both factors
     could never be trained again.
     """
+    contributions = [_factors_today(layout, before, part) for part in contributions]
     merged: Tensors = {}
     for site in layout.sites:
         owners = [part for part in contributions if a_name(site.path) in part.back]
@@ -107,11 +112,15 @@ def mean_product(
     without the scale.
 
     An entry is the mean over the devices that own it and keeps its value in `before`, of the same
-    form, where none does. Source: Bai et al. 2024 (arXiv:2402.11505), whose devices own everything.
+    form, where none does. Of a late contribution it is B'A' - BA on `before`. Source: Bai et al.
+    2024 (arXiv:2402.11505), whose devices own everything.
     """
+    late = [part for part in contributions if part.late]
 
     def mean(site: PrunableSite) -> Tensor:
-        total, weight = _sum_over_owners(site, contributions, _back_factors)
+        total, weight = _sum_over_owners(site, contributions, _product_factors)
+        if late:
+            total = total + _weight_of_owners(site, late) * before[site.path]
         return torch.where(
             weight > 0, total / torch.where(weight > 0, weight, 1.0), before[site.path]
         )
@@ -228,13 +237,23 @@ def effective_rank(spectra: Float[Tensor, "sites ranks"]) -> float:
     return float(entropy.exp().mean())
 
 
+def _factors_today(layout: PrunableLayout, today: Tensors, part: Contribution) -> Contribution:
+    """The contribution; of a late one what its device changed in A and in B, on today's factors."""
+    if not part.late:
+        return part
+    rank, cut = adapter_rank(part.back), cut_adapter(today, layout.sites, part.structure)
+    return replace(part, back=rebased(part.back, cut_rank(part.sent, rank), cut_rank(cut, rank)))
+
+
 def _by_site(layout: PrunableLayout, function: Callable[[PrunableSite], Tensor]) -> Tensors:
     return dict(
         zip((site.path for site in layout.sites), spread(function, layout.sites), strict=True)
     )
 
 
-def _back_factors(part: Contribution, site: PrunableSite) -> tuple[Tensor, Tensor]:
+def _product_factors(part: Contribution, site: PrunableSite) -> tuple[Tensor, Tensor]:
+    if part.late:
+        return change_factors(part, site)
     return part.back[b_name(site.path)].float(), part.back[a_name(site.path)].float()
 
 
@@ -245,19 +264,31 @@ def _sum_over_owners(
 ) -> tuple[Float[Tensor, "rows columns"], Tensor]:
     """The weighted sum of the products of `factors` over the devices, and the weight of each
     entry's owners.
+    """
+    total = torch.zeros(site.rows, site.columns)
+    for part in contributions:
+        left, right = factors(part, site)
+        total.index_add_(*_owned(site, part.structure), (part.weight * left) @ right)
+    return total, _weight_of_owners(site, contributions)
 
-    The weight has a row or a column for every one of the site's that can be cut, and broadcasts
-    over the sum.
+
+def _weight_of_owners(site: PrunableSite, contributions: Sequence[Contribution]) -> Tensor:
+    """The sum of the weights of each entry's owners: one for every row or column of the site that
+    can be cut, which broadcasts over its entries.
     """
     by_row = site.row_units is not None
-    total = torch.zeros(site.rows, site.columns)
     weight = torch.zeros(site.rows if by_row else site.columns)
     for part in contributions:
-        index = kept_rows(site, part.structure) if by_row else kept_columns(site, part.structure)
-        left, right = factors(part, site)
-        total.index_add_(0 if by_row else 1, index, (part.weight * left) @ right)
+        _, index = _owned(site, part.structure)
         weight.index_add_(0, index, torch.full((len(index),), part.weight))
-    return total, weight[:, None] if by_row else weight[None, :]
+    return weight[:, None] if by_row else weight[None, :]
+
+
+def _owned(site: PrunableSite, structure: Structure) -> tuple[int, Tensor]:
+    """The dimension in which a site can be cut, and the rows or columns that are left of it."""
+    if site.row_units is not None:
+        return 0, kept_rows(site, structure)
+    return 1, kept_columns(site, structure)
 
 
 def _revive(

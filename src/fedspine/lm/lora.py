@@ -135,6 +135,12 @@ def check_rank(field: str, ranks: Iterable[int], layout: PrunableLayout) -> None
             )
 
 
+def adapter_rank(adapter: Tensors) -> int:
+    """The largest rank of the factors, 0 where there are none."""
+    ranks = (len(factor) for name, factor in adapter.items() if name.endswith(".lora_A"))
+    return max(ranks, default=0)
+
+
 def cut_rank(adapter: Tensors, rank: int) -> Tensors:
     """The first `rank` directions of every factor."""
     return {

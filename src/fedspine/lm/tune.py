@@ -18,7 +18,7 @@ from fedspine.lm.base import Model
 from fedspine.lm.cost import Extent, training_flops, training_memory_bytes
 from fedspine.lm.importance import Scores
 from fedspine.lm.importance_tracker import ImportanceTracker, Scoring
-from fedspine.lm.lora import a_name
+from fedspine.lm.lora import a_name, adapter_rank
 from fedspine.lm.prefix import activations, entering, first_block, name_of
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.scoring_cost import tracking_cost
@@ -325,10 +325,7 @@ def _account(request: Request, widths: list[int], first: int) -> None:
 
 def rank_of(model: Model) -> int:
     """The largest rank of the model's adapter, 0 without one."""
-    return max(
-        (tensor.shape[0] for name, tensor in model.adapter.items() if name.endswith(".lora_A")),
-        default=0,
-    )
+    return adapter_rank(model.adapter)
 
 
 def ranks_by_block(layout: PrunableLayout, model: Model) -> list[int]:

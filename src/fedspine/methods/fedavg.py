@@ -13,7 +13,7 @@ import numpy as np
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.fleet import Fleet
 from fedspine.core.message import Tensors, message
-from fedspine.core.method import method, usable
+from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
 from fedspine.core.tensors import average
 from fedspine.split.whole_model import (
@@ -22,7 +22,9 @@ from fedspine.split.whole_model import (
     check_whole,
     cutting_of,
     model_of,
+    no_memory,
     train_whole,
+    trained_of,
     training_at,
     weights_of,
     wired,
@@ -64,7 +66,7 @@ class AverageState:
     model: Any
 
 
-@method("fedavg")
+@method("fedavg", merges_late=train_and_send)
 @dataclass(frozen=True)
 class FedAvg(WholeModelTraining):
     """Whole models trained on devices and averaged by rows; defaults as in MergeSFL's code."""
@@ -96,7 +98,10 @@ class FedAvg(WholeModelTraining):
             precision=self.precision,
         )
         able = with_memory(fleet, split_model, self.batch, state.max_tokens)
-        replies = usable(fleet.ask(train_and_send, {device.id: order for device in able}), fleet)
+        came = fleet.ask(train_and_send, {device.id: order for device in able})
+        if not (able or came):
+            raise no_memory()
+        replies = on_todays(usable(came, fleet), weights=trained_of(split_model, state.model))
         for reply in replies:
             fleet.note(device=reply.device, loss=reply.value.loss)
         weights = average((reply.value.examples, reply.value.weights) for reply in replies)

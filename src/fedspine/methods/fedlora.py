@@ -15,7 +15,7 @@ from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.message import Tensors, message
-from fedspine.core.method import method, usable
+from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
 from fedspine.core.tensors import average, half, single
 from fedspine.lm.base import Model
@@ -69,7 +69,7 @@ class LoraState:
     head: Tensors
 
 
-@method("fedlora")
+@method("fedlora", merges_late=tune_adapter)
 @dataclass(frozen=True)
 class FedLora(LocalTraining):
     """FedAvg of LoRA factors at one rank.
@@ -126,6 +126,7 @@ class FedLora(LocalTraining):
         replies = usable(
             fleet.ask(tune_adapter, {device.id: order for device in fleet.devices}), fleet
         )
+        replies = on_todays(replies, adapter=state.adapter, head=head)
         for reply in replies:
             fleet.note(device=reply.device, rank=self.rank, sparsity=0.0, loss=reply.value.loss)
         return replace(

@@ -5,7 +5,7 @@ arXiv:2501.02438. A reconstruction: the paper's formulas are not public. What is
 what is ours: docs/methods/fedspine.md.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Self
@@ -22,7 +22,7 @@ from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput, check_ranges
 from fedspine.core.fleet import Fleet, NoMemory, Profile, Reply
 from fedspine.core.message import Tensors, message
-from fedspine.core.method import method, usable
+from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
 from fedspine.core.tensors import average, half
 from fedspine.lm.aggregate import Contribution
@@ -31,7 +31,7 @@ from fedspine.lm.cost import Extent
 from fedspine.lm.forecast import Frame, forecast, frame, ranks_that_fit, round_flops
 from fedspine.lm.importance import Scores, tally
 from fedspine.lm.importance_sources import Gradient, Importance
-from fedspine.lm.lora import check_rank, fresh
+from fedspine.lm.lora import adapter_rank, check_rank, fresh
 from fedspine.lm.merge import Aggregation, change, merge, share
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, check_target, full, sparsity
@@ -64,7 +64,7 @@ class SpineState:
     gain_scale: float | None  # the usual size of a loss change
 
 
-@method("fedspine")
+@method("fedspine", merges_late=prune_and_tune)
 @dataclass(frozen=True)
 class FedSpine(LocalTraining):
     """LoRA and structured pruning in turns, at a pruning ratio and a rank of each device's own, in
@@ -132,10 +132,14 @@ class FedSpine(LocalTraining):
     def round(self, state: SpineState, fleet: Fleet) -> SpineState:
         plans = self._plans(state, fleet)
         orders = {id: self._order(state, id, plan) for id, plan in plans.items()}
-        if not orders:
-            raise no_memory()
-        replies = usable(fleet.ask(prune_and_tune, orders), fleet)
-        return self._merged(state, fleet, plans, orders, replies)
+        came = fleet.ask(prune_and_tune, orders)
+        if not (orders or came):
+            raise NoMemory(
+                "no device has the memory to train at any rank; lower method.batch, method.ranks "
+                "or task.max_tokens"
+            )
+        replies = on_todays(usable(came, fleet), head=state.head)
+        return self._merged(state, fleet, plans, replies)
 
     def deploy(self, state: SpineState, device: DeviceId | None = None) -> Model:
         """The device's own structure, or for None the one that the fleet's average scores give; the
@@ -173,15 +177,12 @@ class FedSpine(LocalTraining):
 
     # --- plans ---
 
-    def _plans(
-        self, state: SpineState, fleet: Fleet, busy: Container[DeviceId] = ()
-    ) -> dict[DeviceId, Plan]:
-        """Every free device's (sparsity, rank) for this round; one whose memory fits no rank is
-        noted and not asked.
+    def _plans(self, state: SpineState, fleet: Fleet) -> dict[DeviceId, Plan]:
+        """Every device's (sparsity, rank) for this round; one whose memory fits no rank is noted
+        and not asked.
         """
-        free = [profile for profile in fleet.devices if profile.id not in busy]
         turns = {}
-        for number, profile in enumerate(free):
+        for number, profile in enumerate(fleet.devices):
             if ranks := self._affordable(state, profile):
                 turns[profile.id] = self._turn(state, profile.id, ranks, number)
             else:
@@ -286,14 +287,10 @@ class FedSpine(LocalTraining):
         state: SpineState,
         fleet: Fleet,
         plans: dict[DeviceId, Plan],
-        orders: dict[DeviceId, SpineOrder],
         replies: Sequence[Reply[SpineResult]],
     ) -> SpineState:
-        """The state after the replies to these orders, at the end of a round."""
-        parts = {
-            reply.device: contribution(state.layout, orders[reply.device], reply.value)
-            for reply in replies
-        }
+        """The state after these replies, at the end of a round."""
+        parts = {reply.device: contribution(state.layout, reply) for reply in replies}
         dense, adapter = merge(
             self.aggregation,
             state.layout,
@@ -303,7 +300,12 @@ class FedSpine(LocalTraining):
             seed=state.seed + state.round,
         )
         results = {
-            reply.device: self._result(state, plans[reply.device], reply, parts[reply.device])
+            reply.device: self._result(
+                state,
+                _late_plan(reply.order) if reply.late else plans[reply.device],
+                reply,
+                parts[reply.device],
+            )
             for reply in replies
         }
         earned, gain_scale = rewards(results, state.gain_scale)
@@ -349,12 +351,9 @@ class FedSpine(LocalTraining):
         )
 
 
-def no_memory() -> NoMemory:
-    """The error for a round in which nobody can be asked."""
-    return NoMemory(
-        "no device has the memory to train at any rank; lower method.batch, method.ranks or "
-        "task.max_tokens"
-    )
+def _late_plan(order: SpineOrder) -> Plan:
+    """What is left of a plan when the reply is late: nobody is credited for it."""
+    return Plan(order.sparsity, adapter_rank(order.adapter), action=None, progress=0.0)
 
 
 def _note(

@@ -6,23 +6,23 @@ Client Resources", NeurIPS, arXiv:2402.11505. A device's work is that of FedLoRA
 docs/methods/flexlora.md.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
-import torch
 
 from fedspine.control.ranks import RankRule, check_rank_fields, rank_of_device
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput
-from fedspine.core.fleet import Fleet
+from fedspine.core.fleet import Fleet, Reply
 from fedspine.core.message import Tensors, message
-from fedspine.core.method import method, usable
+from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
 from fedspine.core.tensors import average, half, single
 from fedspine.lm.aggregate import Contribution, factor, mean_product
 from fedspine.lm.base import Model
-from fedspine.lm.lora import check_rank, cut_rank, fresh
+from fedspine.lm.lora import a_name, adapter_rank, b_name, check_rank, cut_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import full
 from fedspine.lm.tune import LocalTraining, check_tuning, tuning_at
@@ -40,7 +40,7 @@ class FlexLoraState:
     ranks: dict[str, int]  # of every device that has replied
 
 
-@method("flexlora")
+@method("flexlora", merges_late=tune_adapter)
 @dataclass(frozen=True)
 class FlexLora(LocalTraining):
     """LoRA at ranks that differ by device, averaged as products and truncated by their SVD."""
@@ -95,6 +95,8 @@ class FlexLora(LocalTraining):
         replies = usable(
             fleet.ask(tune_adapter, {id: by_rank[rank] for id, rank in ranks.items()}), fleet
         )
+        replies = on_todays(replies, head=state.head)
+        ranks = {reply.device: adapter_rank(reply.order.adapter) for reply in replies}
         for reply in replies:
             fleet.note(
                 device=reply.device, rank=ranks[reply.device], sparsity=0.0, loss=reply.value.loss
@@ -102,9 +104,9 @@ class FlexLora(LocalTraining):
         return replace(
             state,
             round=state.round + 1,
-            adapter=self._merge(state, [(by_rank[ranks[r.device]], r.value) for r in replies]),
+            adapter=self._merge(state, replies),
             head=average((r.value.examples, r.value.head) for r in replies),
-            ranks=state.ranks | {r.device: ranks[r.device] for r in replies},
+            ranks=state.ranks | ranks,
         )
 
     def deploy(self, state: FlexLoraState, device: DeviceId | None = None) -> Model:
@@ -131,18 +133,21 @@ class FlexLora(LocalTraining):
             tuning=tuning_at(self, state.round, state.rounds),
         )
 
-    def _merge(
-        self, state: FlexLoraState, exchanges: list[tuple[LoraOrder, LoraResult]]
-    ) -> Tensors:
+    def _merge(self, state: FlexLoraState, replies: Sequence[Reply[LoraResult]]) -> Tensors:
         """The best factors of the row-weighted mean over devices of scale_i / scale * B_i A_i."""
         everything, parts = full(state.layout), []
-        for order, result in exchanges:
+        for reply in replies:
             sent, back = (
-                _scaled(single(each.adapter), order.scale / self.scale) for each in (order, result)
+                _scaled(single(each.adapter), reply.order.scale / self.scale)
+                for each in (reply.order, reply.value)
             )
-            parts.append(Contribution(sent, back, everything, float(result.examples)))
-        nothing = {site.path: torch.zeros(site.rows, site.columns) for site in state.layout.sites}
-        dense = mean_product(state.layout, nothing, parts)
+            weight, late = float(reply.value.examples), reply.late > 0
+            parts.append(Contribution(sent, back, everything, weight, late))
+        before = {
+            site.path: state.adapter[b_name(site.path)] @ state.adapter[a_name(site.path)]
+            for site in state.layout.sites
+        }
+        dense = mean_product(state.layout, before, parts)
         return factor(state.layout, dense, self.ranks[-1], state.adapter, state.seed + state.round)
 
 

@@ -5,6 +5,7 @@ Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foun
 EMNLP, arXiv:2401.06432. Nothing is pruned but rank. Departures: docs/methods/hetlora.md.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import floor
 from typing import Literal, Self
@@ -16,9 +17,9 @@ from torch import Tensor
 from fedspine.control.ranks import RankRule, check_rank_fields, rank_of_device
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput
-from fedspine.core.fleet import Fleet, Profile
+from fedspine.core.fleet import Fleet, Profile, Reply
 from fedspine.core.message import Tensors, message
-from fedspine.core.method import method, usable
+from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
 from fedspine.core.tensors import average, half, single
 from fedspine.lm.aggregate import Contribution, average_factors, by_norm
@@ -98,7 +99,7 @@ class HetLoraState:
     ranks: dict[str, int]  # of every device that has replied
 
 
-@method("hetlora")
+@method("hetlora", merges_late=tune_and_shrink)
 @dataclass(frozen=True)
 class HetLora(LocalTraining):
     """LoRA at ranks that differ between devices, zero-padded and averaged by norm."""
@@ -159,15 +160,16 @@ class HetLora(LocalTraining):
     def round(self, state: HetLoraState, fleet: Fleet) -> HetLoraState:
         orders = self._orders(state, fleet.devices)
         replies = usable(fleet.ask(tune_and_shrink, orders), fleet)
+        replies = on_todays(replies, head=state.head)
         for reply in replies:
-            rank, kept = orders[reply.device].rank, reply.value.rank
+            rank, kept = reply.order.rank, reply.value.rank
             fleet.note(
                 device=reply.device, rank=rank, kept=kept, sparsity=0.0, loss=reply.value.loss
             )
         return replace(
             state,
             round=state.round + 1,
-            adapter=self._merge(state, [(orders[r.device], r.value) for r in replies]),
+            adapter=self._merge(state, replies),
             head=average((r.value.examples, r.value.head) for r in replies),
             ranks=state.ranks | {r.device: r.value.rank for r in replies},
         )
@@ -185,15 +187,17 @@ class HetLora(LocalTraining):
     def unpruned(self, state: HetLoraState) -> Model:
         return self.deploy(state)
 
-    def _merge(
-        self, state: HetLoraState, exchanges: list[tuple[HetLoraOrder, HetLoraResult]]
-    ) -> Tensors:
+    def _merge(self, state: HetLoraState, replies: Sequence[Reply[HetLoraResult]]) -> Tensors:
         everything = full(state.layout)
         parts = [
             Contribution(
-                single(order.adapter), single(result.adapter), everything, float(result.examples)
+                sent=single(reply.order.adapter),
+                back=single(reply.value.adapter),
+                structure=everything,
+                weight=float(reply.value.examples),
+                late=reply.late > 0,
             )
-            for order, result in exchanges
+            for reply in replies
         ]
         return average_factors(
             state.layout, state.adapter, by_norm(parts) if self.weigh_by == "norm" else parts

@@ -15,7 +15,7 @@ from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.message import Tensors, message
-from fedspine.core.method import method, usable
+from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
 from fedspine.core.tensors import average, half, single
 from fedspine.lm.base import Model
@@ -52,7 +52,7 @@ class ProbeState:
     head: Tensors
 
 
-@method("linear_probe")
+@method("linear_probe", merges_late=tune_head)
 @dataclass(frozen=True)
 class LinearProbe(HeadTraining):
     """FedAvg of the task head over a frozen base."""
@@ -88,6 +88,7 @@ class LinearProbe(HeadTraining):
         replies = usable(
             fleet.ask(tune_head, {device.id: order for device in fleet.devices}), fleet
         )
+        replies = on_todays(replies, head=state.head)
         for reply in replies:
             fleet.note(device=reply.device, rank=0, sparsity=0.0, loss=reply.value.loss)
         return replace(

@@ -17,7 +17,7 @@ from fedspine.core.method import method
 from fedspine.core.task import Task
 from fedspine.lm.base import Model
 from fedspine.lm.importance_sources import Gradient
-from fedspine.pruning.device import deployed
+from fedspine.pruning.device import deployed, prune_and_tune
 from fedspine.pruning.scheduled import (
     CubicPruning,
     PruningState,
@@ -30,7 +30,7 @@ from fedspine.pruning.scheduled import (
 )
 
 
-@method("loraprune")
+@method("loraprune", merges_late=prune_and_tune)
 @dataclass(frozen=True)
 class LoraPrune(CubicPruning):
     """FedAvg of LoRA factors at one rank, pruned by LoRA gradients on a fixed schedule."""

@@ -16,7 +16,7 @@ from fedspine.core.method import method
 from fedspine.core.task import Task
 from fedspine.lm.base import Model
 from fedspine.lm.importance_sources import ByMagnitude
-from fedspine.pruning.device import deployed
+from fedspine.pruning.device import deployed, prune_and_tune
 from fedspine.pruning.scheduled import (
     CubicPruning,
     PruningState,
@@ -29,7 +29,7 @@ from fedspine.pruning.scheduled import (
 )
 
 
-@method("magnitude")
+@method("magnitude", merges_late=prune_and_tune)
 @dataclass(frozen=True)
 class MagnitudePruning(CubicPruning):
     """FedAvg of LoRA factors at one rank, pruned by the size of the tuned weights on a fixed

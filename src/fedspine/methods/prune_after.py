@@ -20,7 +20,7 @@ from fedspine.core.task import Task
 from fedspine.lm.base import Model
 from fedspine.lm.importance import Scores, mixed
 from fedspine.lm.importance_sources import Gradient, Magnitude, RandomImportance
-from fedspine.pruning.device import deployed
+from fedspine.pruning.device import deployed, prune_and_tune
 from fedspine.pruning.scheduled import (
     PruningState,
     ScheduledPruning,
@@ -41,7 +41,7 @@ class AfterState:
         return self.training.round
 
 
-@method("prune_after")
+@method("prune_after", merges_late=prune_and_tune)
 @dataclass(frozen=True)
 class PruneAfter(ScheduledPruning):
     """FedAvg of LoRA factors at one rank on the whole model, pruned when it is deployed."""

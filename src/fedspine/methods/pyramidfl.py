@@ -5,7 +5,7 @@ Learning", MobiCom 2022 (10.1145/3495243.3517017), as reconstructed in section 1
 notes. Departures: docs/methods/pyramidfl.md.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -27,6 +27,7 @@ from fedspine.split.whole_model import (
     check_whole,
     cutting_of,
     model_of,
+    no_memory,
     train_whole,
     training_at,
     weights_of,
@@ -101,7 +102,7 @@ class PyramidState:
     times: dict[str, np.ndarray]  # what its rounds took, as `control.latency_model` keeps it
 
 
-@method("pyramidfl")
+@method("pyramidfl", merges_late=train_and_thin)
 @dataclass(frozen=True)
 class PyramidFL(WholeModelTraining):
     """Selection by loss and speed, more work where there is slack, thinner updates where they are
@@ -171,17 +172,19 @@ class PyramidFL(WholeModelTraining):
         weights = single(weights_of(split_model, state.model))
         able = with_memory(fleet, split_model, self.batch, state.max_tokens)
         orders = self._orders(state, self._chosen(state, able), weights, fleet.base)
-        replies = usable(fleet.ask(train_and_thin, orders), fleet)
+        came = fleet.ask(train_and_thin, orders)
+        if not (able or came):
+            raise no_memory()
+        replies = usable(came, fleet)
         for reply in replies:
-            order = orders[reply.device]
             fleet.note(
                 device=reply.device,
                 loss=reply.value.loss,
-                steps=order.training.steps,
-                dropped=order.drop,
+                steps=reply.order.training.steps,
+                dropped=reply.order.drop,
             )
         change = average(
-            (reply.value.examples, whole_update(reply.value, weights, orders[reply.device].drop))
+            (reply.value.examples, _change(reply, weights, split_model.statistics))
             for reply in replies
         )
         return replace(
@@ -193,8 +196,7 @@ class PyramidFL(WholeModelTraining):
                 {name: tensor + change[name] for name, tensor in weights.items()},
             ),
             seen=state.seen | {reply.device: _seen(reply, state.round + 1) for reply in replies},
-            times=state.times
-            | {reply.device: self._timed(state, reply, orders[reply.device]) for reply in replies},
+            times=state.times | {reply.device: self._timed(state, reply) for reply in replies},
         )
 
     def deploy(self, state: PyramidState, device: DeviceId | None = None) -> Any:
@@ -256,14 +258,26 @@ class PyramidFL(WholeModelTraining):
             )
         return orders
 
-    def _timed(
-        self, state: PyramidState, reply: Reply[PyramidResult], order: PyramidOrder
-    ) -> np.ndarray:
-        before = state.times.get(reply.device, latency_model.no_evidence())
+    def _timed(self, state: PyramidState, reply: Reply[PyramidResult]) -> np.ndarray:
+        before, order = state.times.get(reply.device, latency_model.no_evidence()), reply.order
         work, traffic = order.training.steps / self.steps, _traffic(order.drop)
         return latency_model.observe(
             before, sparsity=1 - work, rank=traffic, seconds=reply.cost.seconds, discount=MEMORY
         )
+
+
+def _change(reply: Reply[PyramidResult], weights: Tensors, statistics: Collection[str]) -> Tensors:
+    """The change that a reply adds to today's weights.
+
+    Of a late one, statistics of batches, such as a variance, count as they came: a sum of changes
+    of these could be negative.
+    """
+    change = whole_update(reply.value, weights, reply.order.drop)
+    if reply.late:
+        sent = single(reply.order.weights)
+        for name in (name for name in change if name in statistics):
+            change[name] = change[name] + sent[name] - weights[name]
+    return change
 
 
 def _seen(reply: Reply[PyramidResult], round: int) -> Seen:

@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Protocol
 
 from fedspine.core.device import Device, DeviceId, on_device
+from fedspine.core.fleet import Reply
 from fedspine.core.message import Tensors, message
 from fedspine.core.tensors import half, single
 from fedspine.lm.aggregate import Contribution
@@ -115,8 +116,9 @@ def deployed(
     return Model(structure=structure, adapter=adapter, head=state.head, scale=fields.scale)
 
 
-def contribution(layout: PrunableLayout, order: SpineOrder, result: SpineResult) -> Contribution:
+def contribution(layout: PrunableLayout, reply: Reply[SpineResult]) -> Contribution:
     """What the device changed: its adapter against the one sent, both cut to what it kept."""
+    order, result = reply.order, reply.value
     sent = cut_adapter(
         single(order.adapter), layout.sites, result.structure, within=order.structure
     )
@@ -125,4 +127,5 @@ def contribution(layout: PrunableLayout, order: SpineOrder, result: SpineResult)
         back=single(result.adapter),
         structure=result.structure,
         weight=float(result.examples),
+        late=reply.late > 0,
     )

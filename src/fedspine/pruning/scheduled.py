@@ -16,7 +16,7 @@ from fedspine.core.device import DeviceId
 from fedspine.core.errors import check_ranges
 from fedspine.core.fleet import Fleet, Reply
 from fedspine.core.message import Tensors, message
-from fedspine.core.method import usable
+from fedspine.core.method import on_todays, usable
 from fedspine.core.task import Task
 from fedspine.core.tensors import average, half
 from fedspine.lm.aggregate import average_factors
@@ -137,8 +137,9 @@ def prune_and_average(
     orders = {
         profile.id: _order(fields, state, profile.id, target, scoring) for profile in fleet.devices
     }
-    replies = usable(fleet.ask(prune_and_tune, orders), fleet)
-    parts = [contribution(state.layout, orders[reply.device], reply.value) for reply in replies]
+    came = usable(fleet.ask(prune_and_tune, orders), fleet)
+    replies = on_todays(came, head=state.head)
+    parts = [contribution(state.layout, reply) for reply in replies]
     for reply in replies:
         kept = sparsity(state.layout, reply.value.structure)
         fleet.note(device=reply.device, rank=fields.rank, sparsity=kept, loss=reply.value.loss)
@@ -149,8 +150,7 @@ def prune_and_average(
         head=average((reply.value.examples, reply.value.head) for reply in replies),
         scores=tally(state.scores, [reply.value.scores for reply in replies]),
         structures=state.structures | {reply.device: reply.value.structure for reply in replies},
-        sparsities=state.sparsities
-        | {reply.device: orders[reply.device].sparsity for reply in replies},
+        sparsities=state.sparsities | {reply.device: reply.order.sparsity for reply in replies},
     )
     return after, replies
 

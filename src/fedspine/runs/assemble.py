@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.process import cores
@@ -18,6 +19,7 @@ from fedspine.data.tasks import remarks
 from fedspine.execution.workers import Workers, Workshop
 from fedspine.fleets.hardware import Hardware, device_ids, fleet_mix
 from fedspine.fleets.lossy import Lossy
+from fedspine.fleets.semi_async import SemiAsync
 from fedspine.fleets.simulated import SimulatedFleet, World, profiles
 from fedspine.lm.fits import longest_input
 from fedspine.lm.load import load as load_model
@@ -267,13 +269,18 @@ def cohort(recipe: Recipe, round: int, devices: int | None = None) -> np.ndarray
     return np.sort(order[places % devices])
 
 
-def around(recipe: Recipe, fleet: Fleet) -> Fleet:
-    """The fleet, wrapped so that it loses and delays messages as the recipe says."""
-    if not (recipe.fleet.drop or recipe.fleet.delay_seconds):
-        return fleet
-    return Lossy(
-        fleet,
-        drop=recipe.fleet.drop,
-        delay_seconds=recipe.fleet.delay_seconds,
-        seed=recipe.run.seed,
-    )
+def around(recipe: Recipe, fleet: Fleet, in_flight: Mapping[DeviceId, int]) -> Fleet:
+    """The part of a fleet that a round asks, wrapped so that it loses and delays messages and ends
+    the round as the recipe says.
+
+    `in_flight` is that of the whole fleet (`fleets.rounds`).
+    """
+    section = recipe.fleet
+    if section.drop or section.delay_seconds:
+        fleet = Lossy(
+            fleet, drop=section.drop, delay_seconds=section.delay_seconds, seed=recipe.run.seed
+        )
+    if section.quorum < 1:
+        late_work = recipe.method.merges_late
+        fleet = SemiAsync(fleet, quorum=section.quorum, late_work=late_work, in_flight=in_flight)
+    return fleet

@@ -19,7 +19,7 @@ from fedspine.core.method import registered
 from fedspine.core.strict import Section
 from fedspine.core.task import AUTO, BUILT_IN_DATA, BUILT_IN_MODELS, NETS, Kind
 from fedspine.methods import all_methods, find
-from fedspine.runs.recipe_format import FORMAT, MOVED, format_of
+from fedspine.runs.recipe_format import FORMAT, MOVED, OF_THE_FLEET, format_of
 
 
 class TaskSection(Section):
@@ -53,6 +53,8 @@ class FleetSection(Section):
     partition: str = "auto"
     alpha: float = pydantic.Field(1.0, gt=0)  # of the Dirichlet partition: small is skewed
     per_round: int = pydantic.Field(10, ge=1)  # devices asked in a round
+    # share of a round's replies that it waits for; later ones count in the round in which they come
+    quorum: float = pydantic.Field(1.0, ge=0.01, le=1)
     drop: float = pydantic.Field(0.0, ge=0, le=1)  # chance that an order or its reply is lost
     delay_seconds: float = pydantic.Field(0.0, ge=0)  # mean extra delay of a reply
     spread: float = pydantic.Field(1.0, ge=0)  # above 1 makes slow devices slower
@@ -147,6 +149,7 @@ class Recipe:
         for (name, cls), whole in zip(SECTIONS.items(), (task, fleet, run), strict=True):
             made[name] = _section(name, cls, whole, flat[name])
         made["task"] = _of_one_kind(made["task"])
+        _check_quorum(made["method"], made["fleet"])
         for name, part in made.items():
             object.__setattr__(self, name, part)
 
@@ -374,14 +377,35 @@ def _method(given: Any) -> Any:
     return dataclasses.replace(made, **composed)
 
 
+def _check_quorum(method: Any, fleet: FleetSection) -> None:
+    """Raise BadInput for a quorum below 1 where late replies cannot be merged or timed."""
+    if fleet.quorum == 1:
+        return
+    if method.merges_late is None:
+        able = [name for name, cls in all_methods().items() if cls.merges_late is not None]
+        raise BadInput(
+            f"fleet.quorum is {fleet.quorum:g}, but {method.name} needs all replies of a round; "
+            f"set it to 1, or choose one of {', '.join(able)}"
+        )
+    if fleet.delay_seconds:
+        raise BadInput(
+            f"fleet.quorum is {fleet.quorum:g}, but fleet.delay_seconds delays only replies that "
+            "a round waits for; set the one to 1 or the other to 0"
+        )
+
+
 def _keys(cls: type[Any]) -> set[str]:
     return {field.name for field in dataclasses.fields(cls)}
 
 
 def _refuse_moved(name: str, cls: type[Any], key: str) -> None:
-    """Raise BadInput for a key that has another name by now, or belongs to a method that extends
-    this one.
+    """Raise BadInput for a key that has another name or place by now, or belongs to a method that
+    extends this one.
     """
+    if key in OF_THE_FLEET:
+        raise BadInput(
+            f"method.{key} is no setting of a method any more; write fleet.{OF_THE_FLEET[key]}"
+        )
     extended = {
         other: found
         for other, found in all_methods().items()
@@ -427,16 +451,17 @@ def _without_tuned_values(defaults: dict[str, Any], overlay: dict[str, Any]) -> 
     Other data may need another model; another method may lack some of the fields.
     """
     named = overlay.get("task", {})
-    task, method = dict(defaults["task"]), dict(defaults["method"])
+    task, fleet, method = (dict(defaults[name]) for name in ("task", "fleet", "method"))
     if "data" in named and "model" not in named:
         task.pop("model")
     name = overlay.get("method", {}).get("name", method["name"])
     other = name != method["name"] and isinstance(name, str)
     if other:
+        fleet.pop("quorum")
         method = parts.fitted(method, find(name)) | {"name": name}
     if other or "data" in named:
         method = {key: value for key, value in method.items() if key not in OF_ITS_DATA}
-    return defaults | {"task": task, "method": method}
+    return defaults | {"task": task, "fleet": fleet, "method": method}
 
 
 def _laid_over(tables: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:

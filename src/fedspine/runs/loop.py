@@ -356,7 +356,8 @@ def _one_round(context: RunContext, point: Point) -> tuple[float, int]:
     part = context.fleet.cohort(
         everyone[i].id for i in cohort(context.recipe, point.round, len(everyone))
     )
-    point.state = context.recipe.method.round(point.state, around(context.recipe, part))
+    asked = around(context.recipe, part, context.fleet.in_flight)
+    point.state = context.recipe.method.round(point.state, asked)
     seconds = time.monotonic() - started
     point.watch.training += seconds
     context.fleet.end_round(seconds)

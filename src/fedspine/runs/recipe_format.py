@@ -7,7 +7,9 @@ from typing import Any
 
 from fedspine.core.errors import BadInput
 
-FORMAT = 2  # what a run writes; 1, which was not written, had FedSpine's settings in one flat table
+# what a run writes; 1, which was not written, had FedSpine's settings in one flat table, and 2 the
+# quorum among those of fedspine-plus
+FORMAT = 3
 
 # by their keys then; what one method alone renamed is in its class's `renamed`
 MOVED = {
@@ -26,9 +28,11 @@ MOVED = {
     "score_cross": "importance.cross",
     "score_normalise": "importance.normalise",
     "fleet_say": "global_importance_weight",
-    "enough": "quorum",
     "head_speed": "head_lr_multiplier",
 }
+
+# settings that were a method's and hold for every method now, by their keys then
+OF_THE_FLEET = {"enough": "quorum", "quorum": "quorum"}
 
 
 def format_of(tables: Mapping[str, Any]) -> int:

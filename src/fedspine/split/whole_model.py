@@ -153,6 +153,14 @@ def weights_of(split_model: SplitModel, model: Any) -> Tensors:
     return {**client_model, **server_model}
 
 
+def trained_of(split_model: SplitModel, model: Any) -> Tensors:
+    """The weights without statistics of batches, such as a variance: a sum of changes of these
+    could be negative.
+    """
+    weights = single(weights_of(split_model, model))
+    return {name: own for name, own in weights.items() if name not in split_model.statistics}
+
+
 def model_of(split_model: SplitModel, like: Any, weights: Tensors) -> Any:
     """The model with these weights; `like` is one of the same names."""
     client_model, server_model = split_model.parts(like)
@@ -170,9 +178,7 @@ def wired(weights: Tensors, wire: Wire) -> Tensors:
 def with_memory(
     fleet: Fleet, split_model: SplitModel, batch: int, tokens: int
 ) -> tuple[Profile, ...]:
-    """The devices that have the memory to train; the others are noted. Raises NoMemory where none
-    has.
-    """
+    """The devices that have the memory to train; the others are noted."""
     able = []
     for device in fleet.devices:
         needed = memory_bytes(split_model, min(batch, device.examples), tokens)
@@ -183,9 +189,12 @@ def with_memory(
                 device=device.id,
                 left_out=f"{needed} bytes are needed, it has {device.memory_bytes}",
             )
-    if not able:
-        raise NoMemory(
-            "no device has the memory to train this model; "
-            "lower method.batch or take a smaller task.model"
-        )
     return tuple(able)
+
+
+def no_memory() -> NoMemory:
+    """The error for a round in which nobody can be asked."""
+    return NoMemory(
+        "no device has the memory to train this model; lower method.batch or take a smaller "
+        "task.model"
+    )

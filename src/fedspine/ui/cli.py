@@ -149,7 +149,11 @@ def run(
         int, typer.Option(help="With --fleet: begin when so many sites are connected.", min=1)
     ] = 1,
     quorum: Annotated[
-        int, typer.Option(help="With --fleet: stop where fewer sites reply.", min=1)
+        int,
+        typer.Option(
+            help="With --fleet: stop where fewer sites reply; a number, not the share fleet.quorum.",
+            min=1,
+        ),
     ] = 1,
     within: Annotated[
         float, typer.Option(help="With --fleet: seconds that a site has for one order.", min=1)

@@ -28,12 +28,32 @@ def caveats(report: ComparisonReport) -> list[str]:
         "Intervals are paired over common seeds: Student's t on the "
         "seeds' differences, on their logarithms for ratios. They speak "
         "of the seeds that were run, not of other data or devices.",
+        *_quorums(report),
         *_correction(report),
         "Waiting is what the mean asked device waits for the slowest of its round, summed over "
         "rounds, over the simulated time."
         + _unseen_waiting(any(fleet.drop or fleet.delay_seconds for fleet in fleets)),
     ]
     return [*lines, *_latency(report), *report.notes]
+
+
+def _quorums(report: ComparisonReport) -> list[str]:
+    """What share of a round's replies each method waited for; nothing where all waited for all."""
+    shares = {
+        s.method.name: run.recipe.fleet.quorum
+        for section in report.sections
+        for s in section.comparison.results
+        for run in s.method.runs.values()
+    }
+    if set(shares.values()) <= {1.0}:
+        return []
+    each = ", ".join(f"{name} {share:g}" for name, share in shares.items())
+    if len(set(shares.values())) == 1:
+        return [f"Rounds end at a share of their replies (fleet.quorum): {each}."]
+    return [
+        f"Rounds end at different shares of their replies (fleet.quorum): {each}. "
+        "So these methods were not compared on equal terms."
+    ]
 
 
 def _correction(report: ComparisonReport) -> list[str]:

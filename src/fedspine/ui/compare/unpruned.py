@@ -139,4 +139,8 @@ def _aspect(key: str) -> str:
         return "their seeds differ"
     if key in {*MODEL, WEIGHTS}:
         return "their models differ"
-    return "their budgets differ" if key in {*BUDGET, "fleet.per_round"} else aspect_of(key)
+    return (
+        "their budgets differ"
+        if key in {*BUDGET, "fleet.per_round", "fleet.quorum"}
+        else aspect_of(key)
+    )

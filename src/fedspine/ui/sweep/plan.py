@@ -23,9 +23,9 @@ ELSEWHERE = {  # keys set by a cell's place in the sweep, and where to write the
     "run.workers": "give --jobs, which shares the cores out",
     "method.name": "give every method a table of its own: [methods.LABEL]",
 }
-OWN = (
-    "fleet.per_round",
-)  # what [methods.LABEL] may set besides fields: how many devices a method may choose from
+# what [methods.LABEL] may set besides fields: how many devices a method may choose from, and how
+# many of their replies it waits for
+OWN = ("fleet.per_round", "fleet.quorum")
 
 
 @dataclasses.dataclass(frozen=True)

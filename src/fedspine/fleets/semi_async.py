@@ -1,0 +1,109 @@
+"""A wrapper of a fleet that ends a round at a quorum of its replies, so that it does not wait for
+stragglers.
+
+What comes later is not lost, but delivered in the round in which it arrives. A method counts it as
+a change (`core.method.on_todays`), as FedBuff does (Nguyen et al. 2022, arXiv:2106.06639); a quorum
+of each round in the place of a buffer, and no discount for staleness, are ours.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from math import ceil, inf
+from typing import Any
+
+from fedspine.core.device import DeviceId, O, R, Work, name_of
+from fedspine.core.fleet import Fleet, Idle, Profile, Reply, T
+
+GIVEN_UP = 3  # rounds after which a reply is not waited for, and its device may be asked again
+TINY = 1e-9  # 0.28 of 25 replies are seven, whatever the last bit says
+
+
+class SemiAsync:
+    """The part of a fleet that one round asks; `ask` returns once a share `quorum` has replied.
+
+    This holds for the work named `late_work`, whose replies the method can merge in a later round:
+    they come from that round's `ask`, `late` by so many rounds, in the order of arrival. Until then
+    the device is busy and not among `devices`. After three rounds a reply is given up: its device
+    is asked again, and the reply is noted and left out. Any other work, an ask with a limit of its
+    own, and parts (`only`, `together`) wait for all.
+
+    `in_flight` says how many rounds ago devices were sent orders to which no reply has come. All
+    the rest is the fleet's own state, so a new wrapper for a round goes on after a resume.
+    """
+
+    def __init__(
+        self, fleet: Fleet, *, quorum: float, late_work: str, in_flight: Mapping[DeviceId, int]
+    ) -> None:
+        if not 0 < quorum <= 1:
+            raise ValueError(f"0 < quorum <= 1 was expected, {quorum} came")
+        self._fleet, self._quorum, self._late_work = fleet, quorum, late_work
+        self._busy = {id for id, rounds in in_flight.items() if rounds < GIVEN_UP}
+
+    @property
+    def devices(self) -> tuple[Profile, ...]:
+        return tuple(each for each in self._fleet.devices if each.id not in self._busy)
+
+    @property
+    def now(self) -> float:
+        return self._fleet.now
+
+    @property
+    def base(self) -> Any:
+        return self._fleet.base
+
+    def ask(
+        self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf
+    ) -> list[Reply[R]]:
+        if self._quorum == 1 or within < inf or name_of(work) != self._late_work:
+            return self._fleet.ask(work, orders, within=within)
+        counted = set(orders) or set(
+            self._busy
+        )  # where nobody is asked, late replies are the round
+        self.send(work, orders)
+        came: list[Reply[R]] = []
+        enough = ceil(self._quorum * len(counted) - TINY)
+        with suppress(Idle):  # too many were lost
+            while sum(reply.device in counted for reply in came) < enough:
+                reply = self.next()
+                if reply.late < GIVEN_UP:
+                    came.append(reply)
+                else:
+                    self.note(device=reply.device, left_out="its reply came too late")
+        return came
+
+    def send(self, work: Work[O, R], orders: Mapping[DeviceId, O]) -> None:
+        if busy := [id for id in orders if id in self._busy]:
+            raise LookupError(f"{busy[0]} has not replied to an earlier order; ask only `devices`")
+        self._fleet.send(work, orders)
+        self._busy.update(orders)
+
+    def next(self) -> Reply[Any]:
+        try:
+            reply = self._fleet.next()
+        except Idle:
+            self._busy.clear()  # nothing is under way any more
+            raise
+        if reply.late < GIVEN_UP:
+            self._busy.discard(reply.device)
+        return reply
+
+    def only(self, ids: Iterable[DeviceId]) -> Fleet:
+        return self._fleet.only(ids)
+
+    def together(
+        self, job: Callable[[str, Fleet], T], groups: Mapping[str, Iterable[DeviceId]]
+    ) -> dict[str, T]:
+        return self._fleet.together(job, groups)
+
+    def wait(self, seconds: float) -> None:
+        self._fleet.wait(seconds)
+
+    def note(self, **values: Any) -> None:
+        self._fleet.note(**values)
+
+    def foresee(
+        self, device: DeviceId, *, flops: float, launches: float, bytes_down: int, bytes_up: int
+    ) -> float | None:
+        return self._fleet.foresee(
+            device, flops=flops, launches=launches, bytes_down=bytes_down, bytes_up=bytes_up
+        )
