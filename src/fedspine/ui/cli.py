@@ -151,7 +151,7 @@ def run(
     quorum: Annotated[
         int,
         typer.Option(
-            help="With --fleet: stop where fewer sites reply; a number, not the share fleet.quorum.",
+            help="With --fleet: stop where fewer sites reply (a number; fleet.quorum is a share).",
             min=1,
         ),
     ] = 1,
