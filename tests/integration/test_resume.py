@@ -120,6 +120,23 @@ def test_killed_at_random_moments(job) -> None:
     assert kills >= 20
 
 
+def test_killed_while_replies_are_late(job) -> None:
+    """Rounds that end at two of three replies; the third is under way when the run is killed."""
+    carry_out, _ = job
+    busy = {"fleet__per_round": 3, "fleet__quorum": 0.5, "run__rounds": 3}
+    (whole,) = carry_out("late-whole", ENOUGH, **busy)
+    assert whole["ends"][0]["code"] == 0, whole
+    # of the first round the three memories, the state and its name, which is the last to be written
+    struck = {"function": "replace", "when": "after", "call": MAKING["replace"] + 5}
+    (plan,) = carry_out("late-killed", struck, ENOUGH, **busy)
+    first, last = plan["ends"]
+    assert (first["code"], last["code"]) == (-9, 0), plan
+    assert last["resumes"]
+    assert_same(plan["folder"], whole["folder"])
+    asked = [row["round"] for row in records_of(whole["folder"]) if row["row"] == "exchange"]
+    assert len(asked) < 9  # in a later round somebody was busy
+
+
 @pytest.mark.slow
 def test_full_disk_at_every_write(job) -> None:
     carry_out, whole = job

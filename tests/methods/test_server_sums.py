@@ -163,6 +163,7 @@ def test_a_contribution_is_against_the_order_cut_to_what_the_device_kept(task):
 LATE = {
     "fedlora": {},
     "hetlora": {"ranks": (8,), "weigh_by": "examples"},
+    "legend": {"depth_rule": "fixed"},
     "linear_probe": {},
     "loraprune": {},
     "magnitude": {},

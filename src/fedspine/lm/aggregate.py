@@ -19,7 +19,7 @@ from torch import Tensor
 from fedspine.core.message import Tensors
 from fedspine.core.process import spread
 from fedspine.core.tensors import rebased
-from fedspine.lm.lora import a_name, adapter_rank, b_name, cut_rank, fresh_a
+from fedspine.lm.lora import a_name, b_name, fresh_a
 from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 from fedspine.lm.structure import Structure, cut_adapter, kept_columns, kept_rows
 
@@ -241,8 +241,15 @@ def _factors_today(layout: PrunableLayout, today: Tensors, part: Contribution) -
     """The contribution; of a late one what its device changed in A and in B, on today's factors."""
     if not part.late:
         return part
-    rank, cut = adapter_rank(part.back), cut_adapter(today, layout.sites, part.structure)
-    return replace(part, back=rebased(part.back, cut_rank(part.sent, rank), cut_rank(cut, rank)))
+    cut = cut_adapter(today, layout.sites, part.structure)
+
+    def like(adapter: Tensors) -> Tensors:  # ranks may differ by site, and sites may be missing
+        return {
+            name: adapter[name][tuple(map(slice, factor.shape))]
+            for name, factor in part.back.items()
+        }
+
+    return replace(part, back=rebased(part.back, like(part.sent), like(cut)))
 
 
 def _by_site(layout: PrunableLayout, function: Callable[[PrunableSite], Tensor]) -> Tensors:

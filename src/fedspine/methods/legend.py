@@ -26,7 +26,7 @@ from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput, check_ranges
 from fedspine.core.fleet import Fleet, NoMemory, Profile, Reply
 from fedspine.core.message import Tensors, message
-from fedspine.core.method import method, usable
+from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
 from fedspine.core.tensors import average, half, single
 from fedspine.lm.aggregate import Contribution, average_factors
@@ -69,6 +69,12 @@ def tune_top(device: Device, order: DepthOrder) -> LoraResult:
     )
 
 
+@on_device
+def probe_top(device: Device, order: DepthOrder) -> LoraResult:
+    """The same for its time alone: a work of its own, since nothing of it is merged."""
+    return tune_top(device, order)
+
+
 def on_blocks(layout: PrunableLayout, adapter: Tensors, lowest: int) -> Tensors:
     """The part of an adapter on the blocks from `lowest` on."""
     sites = (site for site in layout.sites if site.layer >= lowest)
@@ -91,7 +97,7 @@ class LegendState:
     depths: dict[str, int]  # of every device that has replied
 
 
-@method("legend")
+@method("legend", merges_late=tune_top)
 @dataclass(frozen=True)
 class Legend(LocalTraining):
     """LoRA depth for each device, and ranks that rise towards the output.
@@ -181,7 +187,14 @@ class Legend(LocalTraining):
         state = replace(state, times=self._probed(state, fleet, most))
         depths, expected, ranks = self._plan(state, most)
         orders = {id: self._order(state, depth, ranks.get(id)) for id, depth in depths.items()}
-        replies = usable(fleet.ask(tune_top, orders), fleet)
+        came = fleet.ask(tune_top, orders)
+        if not (orders or came):
+            raise NoMemory(
+                "no device has the memory to train even one block; lower method.batch, "
+                "method.rank or task.max_tokens"
+            )
+        replies = on_todays(usable(came, fleet), head=state.head)
+        depths = {reply.device: state.layout.layers - reply.order.lowest for reply in replies}
         times = state.times
         for reply in replies:
             depth = depths[reply.device]
@@ -191,16 +204,16 @@ class Legend(LocalTraining):
                 depth=depth,
                 sparsity=0.0,
                 loss=reply.value.loss,
-                expected_seconds=expected[reply.device],
+                expected_seconds=expected.get(reply.device),  # of a late one, another round's
                 seconds=reply.cost.seconds,
             )
         return replace(
             state,
             round=state.round + 1,
-            adapter=self._merged(state, replies, orders),
+            adapter=self._merged(state, replies),
             head=average((self._weight(r.value), r.value.head) for r in replies),
             times=times,
-            depths=state.depths | {r.device: depths[r.device] for r in replies},
+            depths=state.depths | depths,
         )
 
     def deploy(self, state: LegendState, device: DeviceId | None = None) -> Model:
@@ -225,11 +238,6 @@ class Legend(LocalTraining):
                 most[profile.id] = depth
             else:
                 fleet.note(device=profile.id, left_out="no depth fits its memory")
-        if not most:
-            raise NoMemory(
-                "no device has the memory to train even one block; lower method.batch, "
-                "method.rank or task.max_tokens"
-            )
         return most
 
     def _deepest(self, state: LegendState, profile: Profile) -> int:
@@ -263,7 +271,7 @@ class Legend(LocalTraining):
         for factor in (1, 2):
             depths = {id: min(factor * self.least_depth, most[id]) for id in new}
             orders = {id: self._order(state, depth, steps=batches) for id, depth in depths.items()}
-            for reply in usable(fleet.ask(tune_top, orders), fleet):
+            for reply in usable(fleet.ask(probe_top, orders), fleet):
                 seen = self._timed(state, times, reply, batches, depths[reply.device])
                 times = times | {reply.device: seen}
         return times
@@ -285,6 +293,8 @@ class Legend(LocalTraining):
         self, state: LegendState, most: Mapping[DeviceId, int]
     ) -> tuple[dict[DeviceId, int], dict[DeviceId, float], dict[DeviceId, tuple[int, ...]]]:
         """Each device's depth, its expected seconds, and its ranks where these are its own."""
+        if not most:  # all are busy
+            return {}, {}, {}
         layers, devices = state.layout.layers, list(most)
         everybody = sum(state.times.values(), no_evidence())
         costs = np.stack(
@@ -364,19 +374,15 @@ class Legend(LocalTraining):
             tuning=tuning if steps is None else replace(tuning, steps=steps),
         )
 
-    def _merged(
-        self,
-        state: LegendState,
-        replies: list[Reply[LoraResult]],
-        orders: Mapping[DeviceId, DepthOrder],
-    ) -> Tensors:
+    def _merged(self, state: LegendState, replies: list[Reply[LoraResult]]) -> Tensors:
         """Every block averaged over the devices that trained it; one that nobody trained stays."""
         parts = [
             Contribution(
-                single(orders[reply.device].adapter),
+                single(reply.order.adapter),
                 single(reply.value.adapter),
                 full(state.layout),
                 self._weight(reply.value),
+                late=reply.late > 0,
             )
             for reply in replies
         ]
