@@ -205,7 +205,7 @@ class _Reader:
 
     def __init__(self, payload: Buffer, spare_bytes: int) -> None:
         self._bytes = np.frombuffer(payload, np.uint8)
-        self._room = 2 * self._bytes.size + spare_bytes
+        self._most = self._room = 2 * self._bytes.size + spare_bytes
         length = int.from_bytes(self._bytes[:LENGTH].tobytes(), "little")
         if length > self._bytes.size - LENGTH:
             raise NotAMessage(f"not a packed message: it has no header of {length} bytes")
@@ -226,8 +226,8 @@ class _Reader:
         self._room -= count
         if self._room < 0:
             raise NotAMessage(
-                f"a message of {self._bytes.size} bytes is too large when it is decoded; "
-                "send numbers as tensors, and masks of fewer entries"
+                f"a message of {self._bytes.size} bytes would take more than {self._most} when it is "
+                "decoded; send numbers as tensors, and masks of fewer entries"
             )
 
     def _decode(self, tree: Any, depth: int) -> Any:
