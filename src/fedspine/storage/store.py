@@ -190,7 +190,6 @@ class Store:
         """Let `previous.json` name what `current.json` names, in one step."""
         current, previous = self._folder / CURRENT, self._folder / PREVIOUS
         partial = previous.with_name(previous.name + ".part")
-        partial.unlink(missing_ok=True)
         try:
             os.link(current, partial)  # which is on the disk already
         except OSError:  # this file system has no hard links
@@ -247,7 +246,7 @@ class Store:
     def _damaged(self, why: str) -> BadInput:
         run, back = self._folder.parent, self._earlier()
         return BadInput(
-            f"the state in {self._folder} is damaged: {why}; go back to round {back} with: fedspine "
+            f"the run in {run} is damaged: {why}; go back to round {back} with: fedspine "
             f"run --resume {run} --from-round {back}, or restore it from a copy"
         )
 
