@@ -10,9 +10,9 @@ that find the folder resume it. An attempt may be struck
 - at a job of a worker, which ends its process or raises,
 - by a limit on the bytes of a file,
 - by a folder that is `read_only`, or by a wall `clock` that jumps by years at each look.
-One may have `more` arguments. One that is `slow` takes so many seconds longer for each job. One that is `deaf` ignores Ctrl-C, as
-under `nohup`. A plan with `every` is repeated with call 1, 2, ... of its first attempt until that
-attempt is not struck any more.
+One may have `more` arguments. One that is `slow` takes so many seconds longer for each job. One
+that is `deaf` ignores Ctrl-C, as under `nohup`. A plan with `every` is repeated with call 1, 2, ...
+of its first attempt until that attempt is not struck any more.
 """
 
 import builtins

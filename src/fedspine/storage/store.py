@@ -24,6 +24,7 @@ from fedspine.storage.records import RECORDS, flaw, has_rounds
 CURRENT, PREVIOUS, LOCK = "current.json", "previous.json", "lock"
 STATE_SPARE_BYTES = 8 << 30  # that decoding a state may take, whose digest holds
 DIGEST = "digest"  # of the rest of a list
+SHA256_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -300,6 +301,24 @@ def _listed(entry: Mapping[str, Any]) -> bytes:
 
 def _sha256(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()
+
+
+def sealed(payload: bytes) -> bytes:
+    """A packed message with its SHA-256 behind it, for a file that no list vouches for."""
+    return payload + hashlib.sha256(payload).digest()
+
+
+def unsealed(stored: bytes) -> bytes:
+    """The message that `sealed` got; raises NotAMessage where a bit of it changed.
+
+    A message without a digest, as older versions wrote it, is taken as it is: it ends where its
+    header says, which one with a digest does not.
+    """
+    payload, digest = stored[:-SHA256_BYTES], stored[-SHA256_BYTES:]
+    if hashlib.sha256(payload).digest() == digest:
+        return payload
+    unpack(stored, spare_bytes=STATE_SPARE_BYTES)
+    return stored
 
 
 def _name(round: int) -> str:
