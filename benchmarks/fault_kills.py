@@ -70,7 +70,7 @@ def killed(
         if victim is not None:
             kills.hit(victim)
         # a sweep that lost a cell or found one still locked says so, and goes on the next time
-        fine = {0, 1, *ENDS.values()}
+        fine = {0, 1, *ENDS.values(), -signal.SIGTERM}  # the last before the command began
         errors = [line for line in lines if line.startswith("fedspine: ")]
         if code not in fine or len(errors) > 1 or "Traceback" in said:
             kills.wrong.append(f"{victim}: exit code {code}: {said[-400:]}")

@@ -74,6 +74,7 @@ def killed(number: int, seed: int, *, sites: bool, write: bool) -> int:
     """Kill at random; the exit code is 1 where something went wrong."""
     draw, found = random.Random(seed), {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        (Path(folder) / "sites").mkdir()
         place = stack.enter_context(ground(Path(folder) / "sites")) if sites else None
 
         def at_sites(name: str, count: int) -> dict[str, Any]:
