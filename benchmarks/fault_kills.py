@@ -201,9 +201,10 @@ def table(found: dict[str, dict[str, Any]], machine: str) -> str:
     lines = [
         "# Random kills",
         "",
-        "`python benchmarks/faults.py --kills N`: a run, a sweep of two runs and a run over real sites, on a tiny model, "
-        "killed at random moments and again while they go on. *Wrong*: another state than that of an undisturbed one (over "
-        "sites: than that of a replay), another exit code than 0, 1, 143 or that of a kill, or more than one line.",
+        "`python benchmarks/faults.py --kills N`: a run, a sweep of two runs and a run over real "
+        "sites, on a tiny model, killed at random moments and again while they go on. *Wrong*: "
+        "another state than that of an undisturbed one (over sites: than that of a replay), "
+        "another exit code than 0, 1, 143 or that of a kill, or more than one line.",
         "",
         f"Measured on {machine}.",
         "",

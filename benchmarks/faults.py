@@ -1,11 +1,12 @@
 """What a fleet of real processes does when something fails: each fault several times, beside what
 should come of it.
 
-`python benchmarks/faults.py` starts a server and three sites over NVIDIA FLARE on this machine, one of them in a network of
-its own where that can be made (Linux, as root). A run of FedLoRA on a tiny model is under way when
-the fault happens, at a random round and site. Afterwards the run is replayed in this process, over
-the same rows, without exactly those replies that its records call lost: the state must have the
-same sha256. Writes results/faults.md; exit code 1 where one ended ill.
+`python benchmarks/faults.py` starts a server and three sites over NVIDIA FLARE on this machine, one
+of them in a network of its own where that can be made (Linux, as root). A run of FedLoRA on a tiny
+model is under way when the fault happens, at a random round and site. Afterwards the run is
+replayed in this process, over the same rows, without exactly those replies that its records call
+lost: the state must have the same sha256. Writes results/faults.md; exit code 1 where one ended
+ill.
 
 With `--kills N` it kills at random instead: runs, sweeps and, unless `--no-sites`, runs over those
 sites, N kills in all (fault_kills.py).

@@ -30,7 +30,7 @@ class Held:
 
 
 def made(tree, tensors="", data=b"", **more):
-    """The bytes of a message: the text of its tree, the text of its tensors' entries, their bytes."""
+    """The bytes of a message: the text of its tree, that of its tensors' entries, their bytes."""
     told = {"__metadata__": {"fedspine": tree} | more}
     header = json.dumps(told)[:-1] + (f",{tensors}" if tensors else "") + "}"
     return len(header).to_bytes(8, "little") + header.encode() + data
@@ -310,7 +310,8 @@ value = SiteAnswer(result=as_array(pack(torch.zeros(big // 4)).payload), flops=0
                    samples=0, peak_memory_bytes=0)
 payload = pack(value).payload
 del value
-print(f"a site's answer: {most(payload, lambda p: decoded(decoded(p, SiteAnswer).result, torch.Tensor)):.2f}")
+twice = lambda payload: decoded(decoded(payload, SiteAnswer).result, torch.Tensor)
+print(f"a site's answer: {most(payload, twice):.2f}")
 """
 
 

@@ -225,7 +225,7 @@ def test_a_run_that_was_killed_in_its_first_round_lost_nothing(tmp_path):
 
 ROW = '{"row": "round", "round": 1, "now": 2.0}'
 RECORDS = {
-    "a bit of a number": (lambda text: text.replace('"now": 2.0', '"now": 3.0'), "other bytes than", 0),
+    "a bit of a number": (lambda text: text.replace("2.0", "3.0"), "other bytes than", 0),
     "a line that is no JSON": (lambda text: text.replace('"round"', "'round'", 1), "line 1 of", 0),
     "a line that is no row": (lambda text: text.replace(ROW, "[]".ljust(len(ROW))), "line 2 of", 0),
     "the last line": (lambda text: text.replace('"now": 3.0', '"now" 3.0,'), "line 3 of", 2),

@@ -226,8 +226,8 @@ class _Reader:
         self._room -= count
         if self._room < 0:
             raise NotAMessage(
-                f"a message of {self._bytes.size} bytes would take more than {self._most} when it is "
-                "decoded; send numbers as tensors, and masks of fewer entries"
+                f"a message of {self._bytes.size} bytes would take more than {self._most} "
+                "when it is decoded; send numbers as tensors, and masks of fewer entries"
             )
 
     def _decode(self, tree: Any, depth: int) -> Any:
@@ -309,7 +309,7 @@ class _Entry(NamedTuple):
 
 
 def _entries(header: dict[str, Any], size: int) -> dict[str, _Entry]:
-    """The tensors of a header; raises NotAMessage unless they fill `size` bytes one after another."""
+    """The tensors of a header; raises NotAMessage unless they fill `size` bytes without a gap."""
     entries, end = {}, 0
     for name, told in header.items():
         dtype, shape, (begin, stop) = told["dtype"], told["shape"], told["data_offsets"]

@@ -261,7 +261,8 @@ class Workers:
         process.kill()
         if tries == TRIES:
             raise WorkerLost(
-                f"{TRIES} worker processes in a row ended without a reply to the same work, the last {how}"
+                f"{TRIES} worker processes in a row ended without a reply to the same work, "
+                f"the last {how}"
             )
         self.lost.append(f"a worker process ended {how}; another does its work")
         del self._pipes[place], self._processes[place]

@@ -157,7 +157,7 @@ class Store:
     # --- going back ---
 
     def check_back(self, round: int) -> None:
-        """Raise BadInput unless the run can go back to `round`: its start, or a round that is kept."""
+        """Raise BadInput unless the run can go back to `round`: 0, or one that is kept whole."""
         earlier = self._earlier()
         if round not in (0, earlier):
             kept = "its start, round 0" if not earlier else f"round {earlier}, and to round 0"
