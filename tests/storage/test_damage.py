@@ -176,6 +176,19 @@ def test_a_run_can_go_back_to_its_start_and_to_no_other_round(run):
     store.close()
 
 
+def test_what_is_undone_stays_where_it_cannot_be_undone(run):
+    end = run / "summary.json"
+    end.write_text("{}")
+    store, other = Store(run / "state"), Store(run / "state")
+    with pytest.raises(BadInput, match="cannot go back to round 1"):
+        store.go_back(1, [end])
+    assert end.exists()
+    store.go_back(2, [end, run / "not there"])
+    assert not end.exists()
+    store.close()
+    assert other.load().round == 2
+
+
 def test_both_rounds_damaged_leaves_the_start(run):
     flip(run / "state" / "round-000003.safetensors", 99)
     flip(run / "state" / "round-000002.safetensors", 99)

@@ -176,12 +176,9 @@ def resume(
 
 
 def _go_back(run_dir: Path, round: int) -> None:
-    store = Store(run_dir / STATE)
-    store.check_back(round)
+    store, of_the_end = Store(run_dir / STATE), (SUMMARY, REPORT, DEVICE_SCORES)
     try:
-        for name in (SUMMARY, REPORT, DEVICE_SCORES):  # of the end that is undone
-            (run_dir / name).unlink(missing_ok=True)
-        store.go_back(round)
+        store.go_back(round, [run_dir / name for name in of_the_end])
     finally:
         store.close()
 

@@ -12,7 +12,7 @@ start.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -156,17 +156,20 @@ class Store:
 
     # --- going back ---
 
-    def check_back(self, round: int) -> None:
-        """Raise BadInput unless the run can go back to `round`: 0, or one that is kept whole."""
+    def go_back(self, round: int, undone: Iterable[Path] = ()) -> None:
+        """Make `round` the current one, 0 for the start; what came later is removed, and before it
+        the files `undone`.
+
+        Raises BadInput, with nothing changed, unless it is 0 or a round that is kept whole, and
+        where another process has the folder open.
+        """
+        self._lock_folder()
         earlier = self._earlier()
         if round not in (0, earlier):
-            kept = "its start, round 0" if not earlier else f"round {earlier}, and to round 0"
+            kept = f"round {earlier}, and to round 0" if earlier else "its start, round 0"
             raise BadInput(f"{self._folder.parent} cannot go back to round {round}, only to {kept}")
-
-    def go_back(self, round: int) -> None:
-        """Make `round` the current one, 0 for the start; what came later is removed."""
-        self._lock_folder()
-        self.check_back(round)
+        for path in undone:
+            path.unlink(missing_ok=True)
         listed = (self._folder / PREVIOUS).read_bytes() if round else _listed(_start())
         write_atomically(self._folder / CURRENT, listed)
         (self._folder / PREVIOUS).unlink(missing_ok=True)
