@@ -7,6 +7,9 @@ model is under way when the fault happens, at a random round and site. Afterward
 replayed in this process, over the same rows, without exactly those replies that its records call
 lost: the state must have the same sha256. Writes results/faults.md; exit code 1 where one ended
 ill.
+
+With `--kills N` it kills at random instead: runs, sweeps and, unless `--no-sites`, runs over those
+sites, N kills in all (fault_kills.py).
 """
 
 import argparse
@@ -20,10 +23,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fault_kills
 import fault_replay
 import tomli_w
 from fault_ground import AWAY, HERE, SITES, Place, cut, family, ground, hit
@@ -31,6 +36,7 @@ from fault_ground import AWAY, HERE, SITES, Place, cut, family, ground, hit
 from fedspine.flare import startup_kit as kits
 
 CUT = "network cut 30 s"
+KILLS = "random kills"  # in results/faults.json
 CUT_SECONDS = 30.0
 METHOD = {"name": "brittle", "rank": 4, "steps": 12, "batch": 16, "learning_rate": 2e-2}
 WITHIN = 15.0  # seconds of an order
@@ -44,7 +50,13 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the rounds and sites that are hit")
     parser.add_argument("--no-write", dest="write", action="store_false", help="only print")
+    parser.add_argument("--kills", type=int, help="kill at random instead, so often in all")
+    parser.add_argument(
+        "--no-sites", dest="sites", action="store_false", help="with --kills: here alone"
+    )
     options = parser.parse_args()
+    if options.kills is not None:
+        return killed(options.kills, options.seed, sites=options.sites, write=options.write)
     found: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder, ground(Path(folder)) as place:
         for name in options.only:
@@ -59,6 +71,28 @@ def main() -> int:
     return 0 if all(as_it_should(one) for tries in found.values() for one in tries) else 1
 
 
+def killed(number: int, seed: int, *, sites: bool, write: bool) -> int:
+    """Kill at random; the exit code is 1 where something went wrong."""
+    draw, found = random.Random(seed), {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        (Path(folder) / "sites").mkdir()
+        place = stack.enter_context(ground(Path(folder) / "sites")) if sites else None
+
+        def at_sites(name: str, count: int) -> dict[str, Any]:
+            outcome = tried(place, name, draw, count)
+            return outcome | {"fine": as_it_should(outcome)}
+
+        for name, kills in fault_kills.tried(
+            Path(folder) / "here", number, draw, at_sites if sites else None
+        ):
+            found[name] = vars(kills)
+            print(f"{name}: {vars(kills)}", flush=True)
+    if write:
+        kept = _kept() | {KILLS: found | {"machine": fault_kills.machine()}}
+        _keep(kept)
+    return 1 if any(kills["wrong"] for kills in found.values()) else 0
+
+
 def as_it_should(outcome: dict[str, Any]) -> bool:
     """Whether the run ended well, told of the fault, had the site back and the right state."""
     return (
@@ -68,11 +102,23 @@ def as_it_should(outcome: dict[str, Any]) -> bool:
 
 def _write(found: dict[str, list[dict[str, Any]]]) -> None:
     """Put what was found in place of what earlier calls found of the same faults."""
+    _keep(_kept() | found)
+
+
+def _kept() -> dict[str, Any]:
     kept = HERE / "results" / "faults.json"
-    known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-    all_of_them = {name: (known | found)[name] for name in FAULTS if name in known | found}
+    return json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+
+
+def _keep(known: dict[str, Any]) -> None:
+    kept = HERE / "results" / "faults.json"
+    all_of_them = {name: known[name] for name in (*FAULTS, KILLS) if name in known}
     kept.write_text(json.dumps(all_of_them, indent=1) + "\n", encoding="utf-8")
-    kept.with_suffix(".md").write_text(table(all_of_them), encoding="utf-8")
+    page = table({name: tries for name, tries in all_of_them.items() if name != KILLS})
+    if KILLS in all_of_them:
+        kills = dict(all_of_them[KILLS])
+        page += "\n#" + fault_kills.table(kills, kills.pop("machine"))
+    kept.with_suffix(".md").write_text(page, encoding="utf-8")
 
 
 # --- a run with one fault in it ---

@@ -156,6 +156,24 @@ def test_an_ask_may_be_repeated_and_works_from_the_memory_it_names(worker, order
     assert isinstance(later, SiteAnswer)
 
 
+def test_a_memory_with_a_flipped_bit_is_lost_and_one_of_an_older_version_is_not(
+    worker, order, kit, capfd
+):
+    def later():
+        return answer(worker, asked(order, memory=5, version=6, seed=(0, 0, 1)))
+
+    answer(worker, asked(order, version=5))
+    expected = later().result.tobytes()
+    (path,) = (kit / MEMORY / RUN).glob("*5.safetensors")
+    whole = path.read_bytes()
+    for place in (0, 9, len(whole) // 2, len(whole) - 40, len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        assert later().reason == "memory lost"
+        assert f"{path} is damaged" in capfd.readouterr().err
+    path.write_bytes(whole[:-32])  # as older versions wrote it, without a digest
+    assert later().result.tobytes() == expected
+
+
 def test_memory_that_nobody_needs_any_more_goes(worker, order, kit):
     def versions():
         return sorted(int(path.stem) for path in (kit / MEMORY / RUN).iterdir())

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Mapping
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,10 +64,28 @@ def fail(device, job):
 
 @on_device
 def die(device, job):
-    """End the worker process, as the kernel does when memory is short."""
+    """End the worker process, as the kernel does when memory is short: always, or until the file
+    `job.load` has so many characters as `times` says.
+    """
     if device.id == "nx-02":
-        os.kill(os.getpid(), signal.SIGKILL)
+        path, _, times = job.load.partition(":")
+        deaths = Path(path).read_text() if path else ""
+        if not path or len(deaths) < int(times):
+            if path:
+                Path(path).write_text(deaths + "x")
+            os.kill(os.getpid(), signal.SIGKILL)
     return do(device, job)
+
+
+@on_device
+def keep_and_die(device, job):
+    """Keep something in the process for the next ask, before which the process dies once."""
+    first = "times" not in device.memory
+    if device.id == "nx-02" and not first and device.kept is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done = do(device, job)
+    device.keep(done.times, 8)
+    return done
 
 
 class Lazy(Mapping):
@@ -606,20 +625,57 @@ def test_workers_give_what_this_process_gives(lab):
         ]
 
 
-def test_a_worker_that_dies_at_work_is_no_hang(lab):
-    fleet = lab(workers=2).fleet
-    with pytest.raises(WorkerLost, match="ended without a reply"):
-        fleet.ask(die, everyone(fleet))
-
-
-def test_a_worker_that_died_in_between_is_no_hang(lab):
+def test_a_worker_that_always_dies_at_work_stops_the_run(lab):
     bench = lab(workers=2)
-    bench.fleet.ask(do, everyone(bench.fleet))
+    line = "3 worker processes in a row ended without a reply to the same work, the last by SIGKILL"
+    with pytest.raises(WorkerLost, match=line):
+        bench.fleet.ask(die, everyone(bench.fleet))
+    assert (
+        bench.workers.lost
+        == ["a worker process ended by SIGKILL, perhaps for its memory; another does its work"] * 2
+    )
+
+
+def replies_of(fleet, work, load=""):
+    replies = fleet.ask(work, everyone(fleet, Job(load=load)))
+    return [(reply.device, bits(reply.value)) for reply in replies]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_worker_that_is_killed_is_replaced_and_its_devices_are_asked_again(lab, tmp_path, times):
+    alone, two = lab("alone").fleet, lab("two", workers=2)
+    load = f"{tmp_path / 'deaths'}:{times}"
+    (tmp_path / "deaths").write_text("x" * times)
+    expected = [replies_of(alone, die, load) for _ in range(3)]
+    (tmp_path / "deaths").write_text("")
+    assert [replies_of(two.fleet, die, load) for _ in range(3)] == expected
+    assert (tmp_path / "deaths").read_text() == "x" * times
+    assert len(two.workers.lost) == times
+    assert len(two.workers._processes) == 2
+    assert all(process.is_alive() for process in two.workers._processes)
+
+
+def test_workers_that_died_in_between_are_replaced(lab):
+    alone, bench = lab("alone").fleet, lab("two", workers=2)
+    first = [replies_of(fleet, do) for fleet in (alone, bench.fleet)]
     for process in bench.workers._processes:
         process.kill()
         process.join()
-    with pytest.raises(WorkerLost, match="ended"):
-        bench.fleet.ask(do, everyone(bench.fleet))
+    second = [replies_of(fleet, do) for fleet in (alone, bench.fleet)]
+    assert first[0] == first[1]
+    assert second[0] == second[1]
+    assert len(bench.workers.lost) == 2
+
+
+def test_what_a_dead_worker_kept_only_saved_time(lab):
+    bench = lab(workers=2)
+    found = [
+        [reply.value.times for reply in bench.fleet.ask(keep_and_die, everyone(bench.fleet))]
+        for _ in range(3)
+    ]
+    assert found == [[times] * len(bench.ids) for times in (1, 2, 3)]
+    # its first ask keeps nothing of a dead one; the second and the third kill a worker once each
+    assert len(bench.workers.lost) == 2
 
 
 def test_a_failure_in_a_worker_says_what_failed(lab):

@@ -5,13 +5,14 @@ kill_driver.py.
 import errno
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from places import ROOT
-from runs import environment, records_of, summary_of, tiny_job, without_wall, write_csv
+from runs import environment, fedspine, records_of, summary_of, tiny_job, without_wall, write_csv
 
 DRIVER = ROOT / "tests" / "support" / "kill_driver.py"
 ENOUGH: dict = {}  # an attempt that nothing disturbs
@@ -19,6 +20,9 @@ ENOUGH: dict = {}  # an attempt that nothing disturbs
 # configuration and
 # the two files of its tokenizer
 MAKING = {"replace": 2, "fsync": 5}
+# of `os.replace`, after that: the list of the start, in the first round two memories, a state and
+# its list, in the second the list of the round before, too
+SUMMARY, REPORT = MAKING["replace"] + 1 + 4 + 5 + 1, MAKING["replace"] + 1 + 4 + 5 + 2
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +94,13 @@ def test_killed_at_every_write(job, function, when) -> None:
 
 @pytest.mark.slow
 def test_killed_while_old_files_are_removed(job) -> None:
-    carry_out, whole = job
-    *killed, _ = carry_out("unlink", {"function": "unlink", "when": "before"}, ENOUGH, every=True)
-    # the state of the first round, and the memory of a device that is asked again
-    assert len(killed) >= 2
+    """The third round is the first after which a state and memories go."""
+    carry_out, _ = job
+    (plan,) = carry_out("whole-3", ENOUGH, run__rounds=3)
+    whole = plan["folder"]
+    struck = {"function": "unlink", "when": "before"}
+    *killed, _ = carry_out("unlink", struck, ENOUGH, every=True, run__rounds=3)
+    assert len(killed) >= 2  # the state of the first round, and the memory of a device
     for plan in killed:
         assert [end["code"] for end in plan["ends"]] == [-9, 0]
         assert_same(plan["folder"], whole)
@@ -177,7 +184,7 @@ def test_report_without_room(job) -> None:
     carry_out, _ = job
     struck = {
         "function": "replace",
-        "call": 12,
+        "call": REPORT,
         "when": "before",
         "error": errno.ENOSPC,
         "report": True,
@@ -207,21 +214,151 @@ def test_interrupted(job, seconds) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("how", "workers", "says"),
+    ("job_number", "how", "workers", "says"),
     [
-        ("exit", 2, "worker"),
-        ("raise", 2, "no room for 8 exabytes"),
-        ("raise", 1, "no room for 8 exabytes"),
+        (1, "exit", 2, "3 worker processes in a row"),
+        (2, "raise", 2, "no room for 8 exabytes"),
+        (2, "raise", 1, "no room for 8 exabytes"),
     ],
 )
-def test_worker_that_fails(job, how, workers, says) -> None:
+def test_worker_that_fails(job, job_number, how, workers, says) -> None:
     carry_out, whole = job
     (plan,) = carry_out(
-        f"worker-{how}-{workers}", {"job": 2, "how": how}, ENOUGH, run__workers=workers
+        f"worker-{how}-{workers}", {"job": job_number, "how": how}, ENOUGH, run__workers=workers
     )
     first, last = plan["ends"]
     assert (first["code"], last["code"]) == (2, 0), plan
     (line,) = first["said"]
     assert says in line
     assert f"--resume {plan['folder']}" in line
+    assert_same(plan["folder"], whole)
+
+
+@pytest.mark.slow
+def test_workers_that_are_killed_are_started_again(job) -> None:
+    """Each dies at the second job that it gets, again and again; no job loses three in a row."""
+    carry_out, whole = job
+    (plan,) = carry_out("worker-again", {"job": 2, "how": "exit"}, run__workers=2)
+    assert plan["ends"][0]["code"] == 0, plan
+    assert plan["ends"][0]["said"] == []
+    assert_same(plan["folder"], whole)
+
+
+# --- damage ---
+
+FLIPPED = {  # file, and the round to which the run can go back
+    "state/round-000002.safetensors": 1,
+    "state/memory-*-000001.safetensors": None,  # 1 or 0: whether the first round had it already
+    "state/current.json": 1,
+    "records.jsonl": 0,
+}
+BEFORE_SUMMARY = {"function": "replace", "when": "before", "call": SUMMARY}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FLIPPED)
+def test_a_flipped_bit_ends_in_one_line_and_a_way_back(job, file) -> None:
+    carry_out, whole = job
+    name = f"flipped-{list(FLIPPED).index(file)}"
+    (plan,) = carry_out(name, BEFORE_SUMMARY)
+    assert plan["ends"][0]["code"] == -9
+    folder = Path(plan["folder"])
+    path = sorted(folder.glob(file))[0]
+    payload = bytearray(path.read_bytes())
+    payload[len(payload) // 3] ^= 4
+    path.write_bytes(payload)
+    (plan,) = carry_out(name, ENOUGH)
+    assert plan["ends"][0]["code"] == 2
+    (line,) = plan["ends"][0]["said"]
+    told = re.search(
+        rf"is damaged: .*; go back to round (\d) with: fedspine run --resume {folder} "
+        r"--from-round \1",
+        line,
+    )
+    assert told, line
+    assert FLIPPED[file] in (None, int(told[1]))
+    (plan,) = carry_out(name, {"more": ["--from-round", told[1]]})
+    assert plan["ends"][0]["code"] == 0, plan
+    assert_same(folder, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["current.json", "*"])
+def test_a_lost_list_starts_nothing_in_silence(job, lost) -> None:
+    carry_out, whole = job
+    name = f"lost-{lost.replace('*', 'all')}"
+    (plan,) = carry_out(name, BEFORE_SUMMARY)
+    folder = Path(plan["folder"])
+    for path in (folder / "state").glob(lost):
+        path.unlink()
+    (plan,) = carry_out(name, ENOUGH)
+    (line,) = plan["ends"][0]["said"]
+    assert "current.json is missing, though rounds were done; go back to round" in line
+    (plan,) = carry_out(name, {"more": ["--from-round", "0"]})
+    assert plan["ends"][0]["code"] == 0, plan
+    assert_same(folder, whole)
+
+
+@pytest.mark.slow
+def test_a_finished_run_whose_state_is_damaged_goes_back_too(job) -> None:
+    carry_out, whole = job
+    (plan,) = carry_out("finished", ENOUGH)
+    folder = Path(plan["folder"])
+    path = folder / "state" / "round-000002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\7")
+    done = fedspine("export", folder, "--to", folder / "model")
+    assert done.returncode == 2
+    assert "is damaged: round-000002.safetensors has other bytes" in done.stderr
+    for wrong in ("2", "5"):
+        (plan,) = carry_out("finished", {"more": ["--from-round", wrong]})
+        assert plan["ends"][0]["code"] == 2
+        assert "only to round 1, and to round 0" in plan["ends"][0]["said"][0]
+        assert (folder / "summary.json").exists()
+    (plan,) = carry_out("finished", {"more": ["--from-round", "1"]})
+    assert plan["ends"][0]["code"] == 0, plan
+    assert_same(folder, whole)
+
+
+@pytest.mark.slow
+def test_files_that_may_not_grow(job) -> None:
+    """The system's own limit, one byte below the size of each file that a run leaves: whatever
+    cannot be written, by `fsync` or without, the run ends in one line and goes on.
+    """
+    carry_out, whole = job
+    sizes = {path.stat().st_size for path in Path(whole).rglob("*") if path.is_file()}
+    ended = 0
+    for size in sorted(size for size in sizes if size > 500)[::2]:
+        (plan,) = carry_out(f"limit-{size}", {"file_bytes": size - 1}, ENOUGH)
+        first, last = plan["ends"]
+        assert (first["code"], last["code"]) in ((2, 0), (0, 0)), plan
+        assert len(first["said"]) == (first["code"] != 0), plan
+        ended += first["code"] == 2
+        assert_same(plan["folder"], whole)
+    assert ended >= 3
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_read_only(job) -> None:
+    carry_out, whole = job
+    (plan,) = carry_out("read-only", BEFORE_SUMMARY)
+    folder = Path(plan["folder"])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (plan,) = carry_out("read-only", {"read_only": str(folder)})
+    assert plan["ends"][0]["code"] == 2
+    (line,) = plan["ends"][0]["said"]
+    assert "Read-only file system; 2 rounds saved; go on with" in line
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    (plan,) = carry_out("read-only-new", {"read_only": str(folder.parent)})
+    (line,) = plan["ends"][0]["said"]
+    assert "cannot be made (Read-only file system); choose another with --out" in line
+    (plan,) = carry_out("read-only", ENOUGH)
+    assert plan["ends"][0]["code"] == 0
+    assert_same(folder, whole)
+
+
+@pytest.mark.slow
+def test_a_clock_that_jumps_changes_nothing(job) -> None:
+    carry_out, whole = job
+    (plan,) = carry_out("clock", BEFORE_SUMMARY | {"clock": True}, {"clock": True})
+    assert [end["code"] for end in plan["ends"]] == [-9, 0]
     assert_same(plan["folder"], whole)

@@ -369,6 +369,14 @@ def test_a_damaged_record_is_said(place, command) -> None:
             assert code == 2
             assert says in line
     task.write_text(good)
+    for path in sorted((place / "run" / "base").iterdir()):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+        for words in (("run", "--resume"), ("export", "--to", place / "x")):
+            code, _, (line,) = command(*words, place / "run")
+            assert code == 2
+            assert f"{path} is damaged (it has other bytes than were written)" in line
+        path.write_bytes(whole)
     shutil.rmtree(place / "run" / "base")
     code, _, (line,) = command("export", place / "run", "--to", place / "x")
     assert code == 2

@@ -42,8 +42,8 @@ def test_what_is_saved_comes_back_and_nothing_else_stays(store, tmp_path) -> Non
         "a": b"two",
         "b": b"one",
     }
-    # memories, one state, its name and the lock
-    assert len(os.listdir(tmp_path / "state")) == 2 + 1 + 2
+    # memories and states of two rounds, which name one memory together, two lists and the lock
+    assert len(os.listdir(tmp_path / "state")) == 3 + 2 + 2 + 1
 
 
 def test_leftovers_are_swept(store, tmp_path) -> None:

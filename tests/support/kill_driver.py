@@ -8,14 +8,19 @@ that find the folder resume it. An attempt may be struck
   error number,
 - from outside, by a signal (a name of BLOWS) so many seconds after its folder is there,
 - at a job of a worker, which ends its process or raises,
-- by a limit on the bytes of a file.
-One that is `slow` takes so many seconds longer for each job. One that is `deaf` ignores Ctrl-C, as
-under `nohup`. A plan with `every` is repeated with call 1, 2, ... of its first attempt until that
-attempt is not struck any more.
+- by a limit on the bytes of a file,
+- by a folder that is `read_only`, or by a wall `clock` that jumps by years at each look.
+One may have `more` arguments. One that is `slow` takes so many seconds longer for each job. One
+that is `deaf` ignores Ctrl-C, as under `nohup`. A plan with `every` is repeated with call 1, 2, ...
+of its first attempt until that attempt is not struck any more.
 """
 
+import builtins
+import errno
+import io
 import json
 import os
+import random
 import resource
 import signal
 import sys
@@ -78,7 +83,9 @@ def carry_out(arguments, folder, attempts):
         said = folder.with_name(folder.name + ".stderr")
         resumes, started = folder.exists(), time.monotonic()
         child = fork(
-            ["--resume", str(folder)] if resumes else [*arguments, "--out", str(folder)],
+            ["--resume", str(folder), *attempt.get("more", ())]
+            if resumes
+            else [*arguments, "--out", str(folder)],
             attempt,
             said,
         )
@@ -125,6 +132,12 @@ def prepare(attempt):
         resource.setrlimit(resource.RLIMIT_FSIZE, (attempt["file_bytes"], resource.RLIM_INFINITY))
     if "function" in attempt:
         strike_at(attempt)
+    if "read_only" in attempt:
+        make_read_only(attempt["read_only"])
+    if attempt.get("clock"):
+        jump = random.Random(7)
+        time.time = lambda: jump.uniform(-1e9, 4e9)
+        time.time_ns = lambda: int(1e9 * time.time())
     if "job" in attempt:
         strike_worker(attempt["job"], attempt["how"])
     if "slow" in attempt:
@@ -152,6 +165,30 @@ def strike(error):
     if error is None:
         os.kill(os.getpid(), signal.SIGKILL)
     raise OSError(error, os.strerror(error))
+
+
+def make_read_only(folder):
+    """Refuse all that would change this folder, as a file system does that is mounted so."""
+
+    def refuse(*paths):
+        for path in paths:
+            if isinstance(path, str | os.PathLike) and os.path.abspath(path).startswith(folder):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    def guarded(whole, writes):
+        def call(*values, **options):
+            if writes(*values, **options):
+                refuse(*values[:2])
+            return whole(*values, **options)
+
+        return call
+
+    for name in ("replace", "rename", "link", "unlink", "mkdir", "rmdir", "utime"):
+        setattr(os, name, guarded(getattr(os, name), lambda *_, **__: True))
+    os.open = guarded(os.open, lambda path, flags, *_, **__: flags & (os.O_WRONLY | os.O_RDWR))
+    builtins.open = io.open = guarded(
+        open, lambda path, mode="r", *_, **__: any(letter in mode for letter in "wax+")
+    )
 
 
 def strike_worker(job, how):

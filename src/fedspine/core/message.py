@@ -5,15 +5,19 @@ A message is a frozen, keyword-only dataclass. It is packed as one safetensors f
 holds the JSON of everything that is not a tensor; never a pickle. Fields may be None, bool, int,
 float, str, tuples, dicts with string keys, torch tensors, numpy arrays and other messages. Boolean
 tensors travel as bits.
+
+What came may have been made to fill a memory. So each tensor has one place in a value, sizes and
+depth are bounded, and decoding takes, with the message itself, at most three times its bytes and
+SPARE_BYTES.
 """
 
+import ctypes
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias, TypeVar, dataclass_transform
 
 import numpy as np
 
@@ -21,8 +25,25 @@ if TYPE_CHECKING:
     import torch
 
 Tensors: TypeAlias = "dict[str, torch.Tensor]"  # by parameter name
+Buffer: TypeAlias = bytes | bytearray | memoryview | np.ndarray
 T = TypeVar("T")
 
+SPARE_BYTES = 64 << 20  # that a message of any size may take when it is decoded
+PER_HEADER_BYTE = 40  # bytes that JSON takes at most as Python objects; tests/core measure it
+MOST_DEPTH = 64  # of tuples, dicts and messages in each other
+MOST_DIMENSIONS = 16
+MOST_ELEMENTS = 1 << 40  # of one tensor
+MOST_ELEMENTS_BESIDE_NONE = 1 << 24  # product of the other dimensions, where one is 0
+LARGEST_INT = (1 << 256) - 1  # larger ones are no float, and only cost time
+
+LENGTH = 8  # bytes before the header, its length
+_DTYPES = {  # name in the header: name in torch, bytes of an element
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1),
+    "U64": ("uint64", 8), "U32": ("uint32", 4), "U16": ("uint16", 2), "U8": ("uint8", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
+}  # fmt: skip
+_TORCH_NAMES = frozenset(name for name, _ in _DTYPES.values())
 _REGISTRY: dict[str, type] = {}  # filled at import time only: the names that may be decoded
 _FIELDS: dict[type, tuple[str, ...]] = {}  # of every message
 _PLAIN = (bool, int, float, str)  # go into the JSON as they are, and so does None
@@ -84,7 +105,7 @@ def pack(value: Any) -> Packed:
         tensors[name] = tensor.detach().cpu().contiguous()
         return name
 
-    tree = _encode(value, keep, "value")
+    tree = _encode(value, keep, "value", 0)
     # straight from memory: safetensors' own way from torch takes six times as long for a small
     # message
     specs = {
@@ -99,40 +120,42 @@ def pack(value: Any) -> Packed:
     return Packed(bytes(serialize(specs, metadata={"fedspine": _JSON.encode(tree)})))
 
 
-def unpack(packed: Packed | bytes) -> Any:
+def unpack(packed: Packed | Buffer, *, spare_bytes: int = SPARE_BYTES) -> Any:
     """Decode what `pack` made; raises NotAMessage for bytes that are not such a file or name an
     unknown message.
-    """
-    from safetensors.torch import load
 
+    All that is decoded takes at most twice the bytes of the message and `spare_bytes`, which is
+    checked before it is allocated. A run's own state, whose digest holds, may take more.
+    """
     payload = packed.payload if isinstance(packed, Packed) else packed
     try:
-        length = int.from_bytes(payload[:8], "little")
-        header = json.loads(payload[8 : 8 + length])
-        tree = json.loads(header["__metadata__"]["fedspine"])
-        tensors = load(payload)
-    except Exception as error:
-        raise NotAMessage(f"not a packed message: {error}") from None
-    try:
-        return _decode(tree, tensors)
+        return _Reader(payload, spare_bytes).value()
     except NotAMessage:
         raise
     except Exception as error:
         raise NotAMessage(f"not a packed message: {error}") from None
 
 
-def _encode(value: Any, keep: Callable[["torch.Tensor"], str], where: str) -> Any:
+def _encode(value: Any, keep: Callable[["torch.Tensor"], str], where: str, depth: int) -> Any:
+    if type(value) is int:
+        return value if -LARGEST_INT <= value <= LARGEST_INT else _too_large(value, where)
     if value is None or isinstance(value, _PLAIN):
         return value
     if isinstance(value, np.integer | np.floating):
         return value.item()
+    if depth == MOST_DEPTH:
+        raise NotAMessage(f"{where[:60]}: values are nested deeper than {MOST_DEPTH}")
+    below = depth + 1
     if isinstance(value, tuple):
-        return {"tuple": [_encode(item, keep, f"{where}[{i}]") for i, item in enumerate(value)]}
+        items = [_encode(item, keep, f"{where}[{i}]", below) for i, item in enumerate(value)]
+        return {"tuple": items}
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
             raise NotAMessage(f"{where}: dict keys must be strings")
         return {
-            "dict": {key: _encode(item, keep, f"{where}[{key!r}]") for key, item in value.items()}
+            "dict": {
+                key: _encode(item, keep, f"{where}[{key!r}]", below) for key, item in value.items()
+            }
         }
     if isinstance(value, np.ndarray) or _is_tensor(value):
         return _encode_array(value, keep, where)
@@ -141,7 +164,7 @@ def _encode(value: Any, keep: Callable[["torch.Tensor"], str], where: str) -> An
         return {
             "message": name,
             "fields": {
-                field: _encode(getattr(value, field), keep, f"{where}.{field}")
+                field: _encode(getattr(value, field), keep, f"{where}.{field}", below)
                 for field in _FIELDS[type(value)]
             },
         }
@@ -167,6 +190,8 @@ def _encode_array(value: Any, keep: Callable[["torch.Tensor"], str], where: str)
     if array.dtype is torch.bool:
         bits = torch.from_numpy(np.packbits(array.cpu().numpy().reshape(-1)))
         return {kind: keep(bits), "bits": list(array.shape)}
+    if str(array.dtype).removeprefix("torch.") not in _TORCH_NAMES:
+        raise NotAMessage(f"{where}: tensors of {array.dtype} cannot cross the wire")
     return {kind: keep(array)}
 
 
@@ -175,49 +200,155 @@ def _is_tensor(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def _decode(tree: Any, tensors: Tensors) -> Any:
-    if tree is None or isinstance(tree, _PLAIN):
-        return tree
-    match tree:
-        case {"tuple": items}:
-            return tuple(_decode(item, tensors) for item in items)
-        case {"dict": items}:
-            return {key: _decode(item, tensors) for key, item in items.items()}
-        case {"tensor": name, **rest}:
-            return _decode_array(tensors, name, rest)
-        case {"array": name, **rest}:
-            return _decode_array(tensors, name, rest).numpy()
-        case {"message": name, "fields": values}:
-            return _decode_message(name, values, tensors)
-    raise NotAMessage(f"unknown node {str(tree)[:60]!r}")
+class _Reader:
+    """Reads one message; nothing is allocated before its size is known and there is room for it."""
 
+    def __init__(self, payload: Buffer, spare_bytes: int) -> None:
+        self._bytes = np.frombuffer(payload, np.uint8)
+        self._most = self._room = 2 * self._bytes.size + spare_bytes
+        length = int.from_bytes(self._bytes[:LENGTH].tobytes(), "little")
+        if length > self._bytes.size - LENGTH:
+            raise NotAMessage(f"not a packed message: it has no header of {length} bytes")
+        self._start = LENGTH + length  # of the tensors' bytes
+        self._take(PER_HEADER_BYTE * length)
+        header = _JSON_OBJECTS.decode(str(self._bytes[LENGTH : self._start], "utf-8"))
+        self._text = header.pop("__metadata__")["fedspine"]
+        self._entries = _entries(header, self._bytes.size - self._start)
 
-def _decode_array(tensors: Tensors, name: str, rest: dict[str, Any]) -> "torch.Tensor":
-    import torch
+    def value(self) -> Any:
+        """The whole value; each tensor must have its one place in it."""
+        value = self._decode(_JSON_OBJECTS.decode(self._text), 0)
+        if self._entries:
+            raise NotAMessage(f"tensor {next(iter(self._entries))!r} has no place in the value")
+        return value
 
-    if name not in tensors:
-        raise NotAMessage(f"tensor {name!r} is missing")
-    # a copy of its own: aligned as torch aligns, so that arithmetic does not depend on where the
-    # bytes lay
-    tensor = tensors[name].clone()
-    if "bits" not in rest:
+    def _take(self, count: int) -> None:
+        self._room -= count
+        if self._room < 0:
+            raise NotAMessage(
+                f"a message of {self._bytes.size} bytes would take more than {self._most} "
+                "when it is decoded; send numbers as tensors, and masks of fewer entries"
+            )
+
+    def _decode(self, tree: Any, depth: int) -> Any:
+        kind = type(tree)
+        if kind is int:
+            return tree if -LARGEST_INT <= tree <= LARGEST_INT else _too_large(tree, "value")
+        if kind is not dict:
+            if kind is not list:  # null, true, false, a number or a text
+                return tree
+        elif depth == MOST_DEPTH:
+            raise NotAMessage(f"values are nested deeper than {MOST_DEPTH}")
+        elif len(tree) == 1:  # faster than `match`, and most nodes are such
+            ((what, inner),) = tree.items()
+            if what == "tuple" and type(inner) is list:
+                return tuple([self._decode(item, depth + 1) for item in inner])
+            if what == "dict" and type(inner) is dict:
+                return {key: self._decode(item, depth + 1) for key, item in inner.items()}
+            if what == "tensor":
+                return self._copied(self._entry(inner))
+            if what == "array":
+                return self._copied(self._entry(inner)).numpy()
+        else:
+            match tree:
+                case {"tensor": name, "bits": shape, **rest} if not rest:
+                    return self._mask(self._entry(name), shape)
+                case {"array": name, "bits": shape, **rest} if not rest:
+                    return self._mask(self._entry(name), shape).numpy()
+                case {"message": name, "fields": values, **rest} if not rest:
+                    return self._message(name, values, depth + 1)
+        raise NotAMessage(f"unknown node {str(tree)[:60]!r}")
+
+    def _message(self, name: str, values: dict[str, Any], depth: int) -> Any:
+        cls = _REGISTRY.get(name)
+        if cls is None:
+            raise NotAMessage(f"unknown message {name!r}")
+        if values.keys() != set(_FIELDS[cls]):
+            raise NotAMessage(
+                f"{name} has the fields {sorted(_FIELDS[cls])}, but {sorted(values)} came"
+            )
+        return cls(**{key: self._decode(item, depth) for key, item in values.items()})
+
+    def _entry(self, name: str) -> "_Entry":
+        entry = self._entries.pop(name, None)
+        if entry is None:
+            raise NotAMessage(f"tensor {name!r} is missing, or has another place already")
+        return entry
+
+    def _copied(self, entry: "_Entry") -> "torch.Tensor":
+        """A tensor of its own: aligned as torch aligns, so that arithmetic does not depend on where
+        the bytes lay.
+        """
+        import torch
+
+        self._take(entry.stop - entry.begin)
+        tensor = torch.empty(entry.shape, dtype=getattr(torch, _DTYPES[entry.dtype][0]))
+        if entry.stop > entry.begin:
+            address = self._bytes.ctypes.data + self._start + entry.begin
+            ctypes.memmove(tensor.data_ptr(), address, entry.stop - entry.begin)
         return tensor
-    shape = rest["bits"]
-    count = math.prod(shape)
-    if (
-        min(shape, default=0) < 0 or not 0 <= 8 * tensor.numel() - count < 8
-    ):  # else a few bytes could claim any size
-        raise NotAMessage(f"{tensor.numel()} bytes of bits cannot be of shape {str(shape)[:60]}")
-    bits = np.unpackbits(tensor.numpy(), count=count)
-    return torch.from_numpy(bits.astype(bool).reshape(shape))
+
+    def _mask(self, entry: "_Entry", shape: Any) -> "torch.Tensor":
+        import torch
+
+        count, bits = _elements(shape), _elements(entry.shape)
+        if count is None or not 0 <= 8 * bits - count < 8 or entry.dtype != "U8":
+            raise NotAMessage(f"{bits} bytes of bits cannot be of shape {str(shape)[:60]}")
+        self._take(count)
+        packed = self._bytes[self._start + entry.begin : self._start + entry.stop]
+        return torch.from_numpy(np.unpackbits(packed, count=count).view(np.bool_).reshape(shape))
 
 
-def _decode_message(name: str, values: dict[str, Any], tensors: Tensors) -> Any:
-    cls = _REGISTRY.get(name)
-    if cls is None:
-        raise NotAMessage(f"unknown message {name!r}")
-    if values.keys() != set(_FIELDS[cls]):
-        raise NotAMessage(
-            f"{name} has the fields {sorted(_FIELDS[cls])}, but {sorted(values)} came"
-        )
-    return cls(**{key: _decode(item, tensors) for key, item in values.items()})
+class _Entry(NamedTuple):
+    """A tensor in the header; its bytes are [begin, stop) of those behind the header."""
+
+    dtype: str
+    shape: list[int]
+    begin: int
+    stop: int
+
+
+def _entries(header: dict[str, Any], size: int) -> dict[str, _Entry]:
+    """The tensors of a header; raises NotAMessage unless they fill `size` bytes without a gap."""
+    entries, end = {}, 0
+    for name, told in header.items():
+        dtype, shape, (begin, stop) = told["dtype"], told["shape"], told["data_offsets"]
+        if dtype not in _DTYPES:
+            raise NotAMessage(f"tensor {name!r} is of the unknown type {str(dtype)[:60]!r}")
+        count = _elements(shape)
+        if count is None or begin != end or stop != end + count * _DTYPES[dtype][1]:
+            raise NotAMessage(
+                f"tensor {name!r} of shape {str(shape)[:60]} cannot be bytes {begin} to {stop}"
+            )
+        entries[name], end = _Entry(dtype, shape, end, stop), stop
+    if end != size:
+        raise NotAMessage(f"not a packed message: tensors of {end} bytes in {size} bytes")
+    return entries
+
+
+def _elements(shape: Any) -> int | None:
+    """The number of elements; None for a shape that no tensor of ours has."""
+    if type(shape) is not list or len(shape) > MOST_DIMENSIONS:
+        return None
+    count = whole = 1
+    for length in shape:
+        if type(length) is not int or not 0 <= length <= MOST_ELEMENTS:
+            return None
+        count, whole = count * length, whole * (length or 1)
+    # what is made of a tensor without elements, such as sums, is as large as its other dimensions
+    return count if count or whole <= MOST_ELEMENTS_BESIDE_NONE else None
+
+
+def _too_large(value: int, where: str) -> NoReturn:
+    raise NotAMessage(f"{where}: an integer of {value.bit_length()} bits; at most 256 are expected")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no key comes twice."""
+    made = dict(pairs)
+    if len(made) == len(pairs):
+        return made
+    raise NotAMessage("not a packed message: a key comes twice")
+
+
+_JSON_OBJECTS = json.JSONDecoder(object_pairs_hook=_once)

@@ -11,9 +11,9 @@ import os
 import signal
 import sys
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeAlias
@@ -33,6 +33,7 @@ from fedspine.nets.net import Net
 from fedspine.nets.score import score_nets
 
 PARENT_CHECK_SECONDS = 1.0
+TRIES = 3  # so many workers in a row may be lost on one job
 Job: TypeAlias = "list[Call] | ScoreJob"
 
 
@@ -49,7 +50,7 @@ class ScoreJob:
 
 
 class WorkerLost(RuntimeError):
-    """A worker process ended unexpectedly; the message says how."""
+    """Several worker processes in a row ended in the middle of one job; the message says how."""
 
 
 class WorkFailed(RuntimeError):
@@ -116,7 +117,9 @@ class Workers:
     """A pool of `count` worker processes; with 0 or 1, or where processes cannot be forked, this
     process works.
 
-    Up to `together` calls are served in one batched pass.
+    Up to `together` calls are served in one batched pass. A worker that ends, killed for its memory
+    for example, is started again and its job done once more, with the same result; `lost` has a
+    line about each. `run` raises WorkerLost where one job lost TRIES workers in a row.
     """
 
     def __init__(self, workshop: Workshop, count: int, together: int = 1) -> None:
@@ -130,6 +133,7 @@ class Workers:
         )
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
+        self.lost: list[str] = []
         self._homes: dict[
             int, Connection
         ] = {}  # by device: the worker that keeps data for its next ask
@@ -169,7 +173,7 @@ class Workers:
             for _ in range(self._count):
                 self._fork()
 
-    def _fork(self) -> None:
+    def _fork(self) -> Connection:
         context = multiprocessing.get_context("fork")
         ours, theirs = context.Pipe()
         inherited = [*self._pipes, ours]
@@ -180,12 +184,13 @@ class Workers:
         theirs.close()
         self._pipes.append(ours)
         self._processes.append(process)
+        return ours
 
     def _spread(self, jobs: Iterator[Job]) -> Iterator[Any]:
         idle, busy = deque(self._pipes), {}
         waiting: dict[Connection, deque[tuple[int, Job]]] = {pipe: deque() for pipe in self._pipes}
         results: dict[int, Any] = {}
-        numbered, given = enumerate(jobs), 0
+        numbered, given, tries = enumerate(jobs), 0, Counter[int]()
         while True:
             for _ in range(len(idle)):
                 pipe = idle.popleft()
@@ -193,15 +198,26 @@ class Workers:
                 if found is None:
                     idle.append(pipe)
                 else:
-                    number, job = found
-                    self._give(pipe, job)
-                    busy[pipe] = (number, job)
+                    busy[pipe] = found
+                    with suppress(BrokenPipeError, ConnectionResetError):  # found by the next read
+                        pipe.send(found[1])
             if not busy:
                 return
             for pipe in wait(list(busy)):
                 number, job = busy.pop(pipe)
-                results[number] = self._take(pipe)
-                self._settle(pipe, job, results[number])
+                try:
+                    failure, value = pipe.recv()
+                except (EOFError, OSError):
+                    tries[number] += 1
+                    new = self._replaced(pipe, tries[number])
+                    waiting[new] = waiting.pop(pipe)
+                    waiting[new].appendleft((number, job))
+                    idle.append(new)
+                    continue
+                if failure is not None:
+                    raise failure
+                results[number] = value
+                self._settle(pipe, job, value)
                 idle.append(pipe)
             while given in results:
                 yield results.pop(given)
@@ -233,24 +249,39 @@ class Workers:
             else:
                 self._homes.pop(call.index, None)
 
-    def _give(self, pipe: Connection, job: Job) -> None:
-        try:
-            pipe.send(job)
-        except (BrokenPipeError, ConnectionResetError):
+    def _replaced(self, pipe: Connection, tries: int) -> Connection:
+        """The pipe of a new worker in place of one that ended; raises WorkerLost after too many
+        `tries`.
+        """
+        place = self._pipes.index(pipe)
+        pipe.close()
+        process = self._processes[place]
+        process.join(timeout=2)
+        how = _end_of(process.exitcode)
+        process.kill()
+        if tries == TRIES:
             raise WorkerLost(
-                "a worker process ended between two jobs; it may have been killed"
-            ) from None
+                f"{TRIES} worker processes in a row ended without a reply to the same work, "
+                f"the last {how}"
+            )
+        self.lost.append(f"a worker process ended {how}; another does its work")
+        del self._pipes[place], self._processes[place]
+        # what it kept for its devices only saved time
+        self._homes = {device: home for device, home in self._homes.items() if home is not pipe}
+        with _signals_put_off():
+            return self._fork()
 
-    def _take(self, pipe: Connection) -> Any:
-        try:
-            failure, value = pipe.recv()
-        except (EOFError, ConnectionResetError):
-            raise WorkerLost(
-                "a worker process ended without a reply; it may have been killed for its memory"
-            ) from None
-        if failure is not None:
-            raise failure
-        return value
+
+def _end_of(code: int | None) -> str:
+    """How a process ended that should not have, by its exit code; None: it still ends.
+
+    >>> _end_of(-9), _end_of(1)
+    ('by SIGKILL, perhaps for its memory', 'with exit code 1')
+    """
+    if code is None or code >= 0:
+        return f"with exit code {code}"
+    name = signal.Signals(-code).name
+    return f"by {name}" + (", perhaps for its memory" if name == "SIGKILL" else "")
 
 
 def _bundled(jobs: Iterable[Call | ScoreJob], most: int) -> Iterator[Job]:

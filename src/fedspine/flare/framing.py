@@ -16,8 +16,15 @@ def send(connection: socket.socket, payload: bytes, end: float | None = None) ->
 
 
 def receive(connection: socket.socket, end: float | None = None) -> bytes:
-    """The next message; raises as `send` does."""
-    return bytes(_read(connection, int.from_bytes(_read(connection, LENGTH, end), "big"), end))
+    """The next message; raises as `send` does, and ConnectionError where one of more than
+    MOST_BYTES is announced, of which nothing is read.
+    """
+    length = int.from_bytes(_read(connection, LENGTH, end), "big")
+    if length > MOST_BYTES:
+        raise ConnectionError(
+            f"a message of {length} bytes was announced; at most {MOST_BYTES} are read"
+        )
+    return bytes(_read(connection, length, end))
 
 
 def _read(connection: socket.socket, length: int, end: float | None) -> bytearray:

@@ -126,7 +126,7 @@ class FlareSession:
 
     def _taken(self, site: SiteState, work: Work[Any, Any], order: Any, reply: SiteAnswer) -> Any:
         try:
-            value = decoded(reply.result.tobytes(), work_kinds(work)[1])
+            value = decoded(reply.result, work_kinds(work)[1])
         except NotAMessage as error:
             return f"its result cannot be used: {error}"
         if wrong := mismatch(value, order, getattr(self.base, "layout", None)):

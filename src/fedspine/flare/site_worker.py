@@ -37,7 +37,7 @@ from fedspine.flare.wire import (
 )
 from fedspine.lm.prefix import Prefixes
 from fedspine.methods import find
-from fedspine.storage.store import write_atomically
+from fedspine.storage.store import sealed, unsealed, write_atomically
 
 MEMORY, PREFIXES = "memory", "prefixes"  # in the site's folder, each with a folder for a run
 RUNS_KEPT = 16  # memories of so many runs are kept, those used last
@@ -112,9 +112,13 @@ class SiteWorker:
             path = self._version(asked.run, asked.memory)
             if not path.is_file():
                 return NotDone(reason="memory lost")
-            memory = path.read_bytes()
+            try:
+                memory = unsealed(path.read_bytes())
+            except NotAMessage as error:
+                print(f"{path} is damaged: {error}", file=sys.stderr, flush=True)
+                return NotDone(reason="memory lost")
         served = self._served(here, asked, order, memory)
-        write_atomically(self._version(asked.run, asked.version), served.memory)
+        write_atomically(self._version(asked.run, asked.version), sealed(served.memory))
         self._sweep(asked)
         return SiteAnswer(
             result=as_array(served.result),

@@ -79,14 +79,15 @@ class NotDone:
     detail: str = ""
 
 
-def decoded(payload: bytes, *kinds: Any) -> Any:
-    """The message in `payload`, which must be of one of these types.
+def decoded(payload: bytes | np.ndarray, *kinds: Any) -> Any:
+    """The message in `payload`, bytes or an array of them, which must be of one of these types.
 
     Raises NotAMessage for a payload that is too large, no message, or of another type, or whose
     fields do not conform.
     """
-    if len(payload) > MOST_BYTES:
-        raise NotAMessage(f"a message of {len(payload)} bytes came; at most {MOST_BYTES} are read")
+    size = payload.nbytes if isinstance(payload, np.ndarray) else len(payload)
+    if size > MOST_BYTES:
+        raise NotAMessage(f"a message of {size} bytes came; at most {MOST_BYTES} are read")
     value = unpack(payload)
     if not any(conforms(value, kind) for kind in kinds):
         names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)

@@ -44,6 +44,7 @@ from fedspine.runs.observer import RunObserver, RunStatus
 from fedspine.runs.read_data import dataset
 from fedspine.runs.run_dir import (
     CACHE,
+    DEVICE_SCORES,
     ENDED,
     FAILURE,
     RECIPE,
@@ -136,11 +137,13 @@ def resume(
     progress: RunObserver,
     wanted: Recipe | None = None,
     sites: RealSites | None = None,
+    from_round: int | None = None,
 ) -> dict[str, Any]:
     """Resume the run in `run_dir`; `wanted` is a recipe that the user gave, which must equal the
     folder's.
 
-    `sites` is needed only if a run at real sites is to reach them in another way than before.
+    `sites` is needed only if a run at real sites is to reach them in another way than before. With
+    `from_round` the run goes back to that round first, the one before the last or 0, its start.
     """
     recipe, backend = recipe_of(run_dir), backend_of(run_dir, sites)
     wanted = wanted and backend.adapted(wanted.settled_as(recipe), begun=recipe)
@@ -149,6 +152,8 @@ def resume(
             f"the recipe differs from that of {run_dir}: {difference}; "
             "resume without a recipe, or start a new run with --out"
         )
+    if from_round is not None:
+        _go_back(run_dir, from_round)
     summary = summary_of(run_dir)
     try:
         if summary is None:
@@ -168,6 +173,14 @@ def resume(
     finally:
         backend.close()
         progress.close()
+
+
+def _go_back(run_dir: Path, round: int) -> None:
+    store, of_the_end = Store(run_dir / STATE), (SUMMARY, REPORT, DEVICE_SCORES)
+    try:
+        store.go_back(round, [run_dir / name for name in of_the_end])
+    finally:
+        store.close()
 
 
 def _guarded(
@@ -239,6 +252,10 @@ def _run(
     torch.set_num_threads(1)  # sums must not depend on how many cores there are
     keep_freed_memory()
     saved = store.open()
+    if store.undigested:
+        progress.say(
+            "an older version saved this run, without digests: its state is taken as it is"
+        )
     records = Records(run_dir / RECORDS, saved.records if saved else 0)
     try:
         context = RunContext(
@@ -306,6 +323,8 @@ def _rounds(context: RunContext, point: Point, run_dir: Path, progress: RunObser
     estimate = Estimate(_work_plan(context))
     while not run.over(point.round, context.fleet.now):
         estimate.saw_round(point.round, *_one_round(context, point))
+        while context.workers.lost:
+            progress.say(context.workers.lost.pop(0))
         begun = time.monotonic()
         if checked := _check(context, point):
             found = checked
@@ -335,9 +354,16 @@ def _rounds(context: RunContext, point: Point, run_dir: Path, progress: RunObser
             "recipe": context.recipe.fingerprint,
             "computing": context.workers.computing,
         }
-        fleet = context.fleet
+        fleet, records = context.fleet, context.records
         context.store.save(
-            Saved(point.round, state, fleet.snapshot(), fleet.memories, context.records.flush())
+            Saved(
+                round=point.round,
+                state=state,
+                fleet=fleet.snapshot(),
+                memories=fleet.memories,
+                records=records.flush(),
+                records_sha256=records.sha256,
+            )
         )
 
 

@@ -13,14 +13,14 @@ from fedspine.runs import task_record
 from fedspine.runs.config import Recipe
 from fedspine.runs.config import recipe as checked
 from fedspine.runs.recipe_format import FORMAT, format_of
+from fedspine.storage.records import RECORDS as RECORDS
 from fedspine.storage.store import Store, write_atomically
 
 if TYPE_CHECKING:
     from fedspine.runs.assemble import Assembled
 
-RECIPE, RECORDS, SUMMARY, STATE, FAILURE = (
+RECIPE, SUMMARY, STATE, FAILURE = (
     "recipe.toml",
-    "records.jsonl",
     "summary.json",
     "state",
     "failure.txt",

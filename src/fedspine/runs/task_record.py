@@ -60,6 +60,7 @@ class TaskRecord:
     splits: dict[str, Split]  # at the sites of a real fleet only the server's test rows
     model: str
     model_sha256: str | None  # of the base's weights; None for a net, which has none to start from
+    files: dict[str, str] | None = None  # sha256 of each in `base/`; older versions kept none
 
     @property
     def data_sha256(self) -> str:
@@ -146,6 +147,7 @@ def write(folder: Path, record: TaskRecord, base: "Base | Net", tokenizer: Any) 
     """
     if tokenizer is not None:
         _write_base(folder / BASE, base, tokenizer)
+        record = replace(record, files=_files_sha256(folder / BASE))
     write_atomically(folder / TASK, json.dumps(asdict(record), indent=1).encode())
 
 
@@ -170,6 +172,11 @@ def _write_base(place: Path, base: "Base | Net", tokenizer: Any) -> None:
     except Exception as error:  # the Rust library has a kind of its own, for a full disk too
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(None, f"the tokenizer cannot be saved: {error}", str(place)) from error
+
+
+def _files_sha256(folder: Path) -> dict[str, str]:
+    paths = sorted(folder.iterdir())
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def read(folder: Path) -> TaskRecord | None:
@@ -204,10 +211,18 @@ def recorded(folder: Path) -> TaskRecord:
 
 
 def base_of(folder: Path) -> Path:
-    """The folder with a run's configuration and tokenizer; raises BadInput where it is gone."""
-    if not (folder / BASE / "config.json").is_file():
-        raise _damaged(folder / BASE, "config.json is missing")
-    return folder / BASE
+    """The folder with a run's configuration and tokenizer; raises BadInput where it is gone or has
+    other bytes than were written.
+    """
+    place, record = folder / BASE, read(folder)
+    if not (place / "config.json").is_file():
+        raise _damaged(place, "config.json is missing")
+    if record is not None and record.files is not None:
+        found = _files_sha256(place)
+        for name, sha256 in record.files.items():
+            if found.get(name) != sha256:
+                raise _damaged(place / name, "it has other bytes than were written")
+    return place
 
 
 def _damaged(path: Path, why: object) -> BadInput:

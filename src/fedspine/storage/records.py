@@ -1,5 +1,6 @@
 """The records of a run: one JSON object per line, in the order of events."""
 
+import hashlib
 import json
 import math
 import os
@@ -7,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fedspine.core.errors import BadInput
+
+RECORDS = "records.jsonl"  # in a run's folder
+CHUNK = 1 << 20  # bytes that are read at a time
 
 
 class Records:
@@ -18,19 +22,23 @@ class Records:
     def __init__(self, path: Path, position: int = 0) -> None:
         path.touch()
         if path.stat().st_size < position:
-            raise BadInput(
-                f"{path} has lost rows: {position} bytes were "
-                "expected at least; restore it from a copy"
-            )
+            raise BadInput(f"{path} {_lost(position)}; restore it from a copy")
         self._file = open(path, "r+b")  # noqa: SIM115 - held for the whole run
+        self._digest = _digest(path, position)
         self._file.truncate(position)
         self._file.seek(position)
         self.round = 0
 
+    @property
+    def sha256(self) -> str:
+        """Of all bytes written so far."""
+        return self._digest.hexdigest()
+
     def write(self, row: str, **values: Any) -> None:
         """Append one row of this kind."""
-        line = json.dumps({"row": row, "round": self.round, **plain(values)})
-        self._file.write(line.encode() + b"\n")
+        line = json.dumps({"row": row, "round": self.round, **plain(values)}).encode() + b"\n"
+        self._file.write(line)
+        self._digest.update(line)
 
     def flush(self) -> int:
         """Flush everything to disk; returns the position."""
@@ -40,6 +48,52 @@ class Records:
 
     def close(self) -> None:
         self._file.close()
+
+
+def flaw(path: Path, position: int, sha256: str | None) -> str | None:
+    """What is wrong with the first `position` bytes of a file of records, None where nothing is.
+
+    Without a digest, which older versions did not keep, every line must be a row.
+    """
+    if not position or (sha256 is None and not path.exists()):  # which `Records` tells then
+        return None
+    if not path.exists() or path.stat().st_size < position:
+        return f"{path.name} {_lost(position)}"
+    if sha256 == _digest(path, position).hexdigest():
+        return None
+    with open(path, "rb") as file:
+        lines = file.read(position).split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            if not isinstance(json.loads(line)["row"], str):
+                raise TypeError
+        except (ValueError, TypeError, KeyError):
+            return f"line {number} of {path.name} is no row"
+    if sha256 is None:
+        return None if lines[-1] == b"" else f"{path.name} ends within a row"
+    return f"{path.name} has other bytes than were written"
+
+
+def has_rounds(path: Path) -> bool:
+    """Whether a file of records tells of a round that was done."""
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        return any(line.startswith(b'{"row": "round"') for line in file)
+
+
+def _lost(position: int) -> str:
+    return f"has lost rows: {position} bytes were expected at least"
+
+
+def _digest(path: Path, position: int) -> Any:
+    """The SHA-256 of a file's first `position` bytes, which goes on with what is written then."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while position and (chunk := file.read(min(position, CHUNK))):
+            digest.update(chunk)
+            position -= len(chunk)
+    return digest
 
 
 def plain(value: Any) -> Any:

@@ -1,11 +1,15 @@
 """A run's state on disk: written beside the old one and swapped in atomically, so that a kill loses
 nothing.
 
-`state/` holds one file per saved round, the devices' memories in files that are never written
-twice, and `current.json`, which names what belongs together. Whatever it does not name is left over
-from a kill and is swept.
+`state/` holds one file for each of the last two saved rounds, the devices' memories in files that
+are never written twice, and two lists of what belongs together with the SHA-256 of each file:
+`current.json` for the last round and `previous.json` for the one before. Whatever they do not name
+is left over from a kill and is swept. A digest is checked whenever its file is read, and all of
+them when a run goes on; where one is wrong, the run can go back to the round before, or to its
+start.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -15,14 +19,18 @@ from typing import Any, BinaryIO
 
 from fedspine.core.errors import BadInput
 from fedspine.core.message import pack, unpack
+from fedspine.storage.records import RECORDS, flaw, has_rounds
 
-CURRENT, LOCK = "current.json", "lock"
+CURRENT, PREVIOUS, LOCK = "current.json", "previous.json", "lock"
+STATE_SPARE_BYTES = 8 << 30  # that decoding a state may take, whose digest holds
+DIGEST = "digest"  # of the rest of a list
+SHA256_BYTES = 32
 
 
 @dataclass(frozen=True)
 class Saved:
     """All that a resume needs: the method's state after `round` rounds, the fleet's snapshot, the
-    records' length.
+    records' length and their digest.
     """
 
     round: int
@@ -30,31 +38,49 @@ class Saved:
     fleet: Any
     memories: Mapping[str, str]  # device to file name
     records: int
+    records_sha256: str | None = None
 
 
 class Store:
-    """The folder `state/` of one run."""
+    """The folder `state/` of one run, which also vouches for the records beside it.
+
+    `undigested` says that an older version saved the state, without digests to check it by.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock: BinaryIO | None = None
+        self._sha256: dict[str, str] = {}  # of the files that are, or will be, in a list
+        self._current = self._before = _start()  # the lists, once the folder is open
+        self.undigested = False
 
     def open(self) -> Saved | None:
-        """Make the folder ready for writing and return the current state; leftovers of a kill are
-        removed.
+        """Make the folder ready for writing and return the current state, None if no round was
+        saved; leftovers of a kill are removed.
 
-        Raises BadInput where another process has it open.
+        Raises BadInput where another process has it open, and where the state, a device's memory
+        or a record is damaged.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(self._folder / LOCK, f"the run in {self._folder.parent}")
+        self._lock_folder()
+        entry = self._entry()
+        if entry is None:
+            entry = _start()
+            write_atomically(self._folder / CURRENT, _listed(entry))
+        if why := self._flaw(entry):
+            raise self._damaged(why)
+        self.undigested = bool(entry["round"]) and "sha256" not in entry
+        for name in entry["memories"].values() if self.undigested else ():
+            self._sha256[name] = _sha256((self._folder / name).read_bytes())
         saved = self.load()
-        self._sweep({} if saved is None else {_name(saved.round), *saved.memories.values()})
+        self._current, self._before = entry, self._earlier_list() or _start()
+        self._sweep()
         return saved
 
     def close(self) -> None:
         """Release the lock."""
         if self._lock is not None:
             self._lock.close()
+            self._lock = None
 
     def save(self, saved: Saved) -> None:
         """Make `saved` the current state. Raises OSError, with the last state intact, if it cannot
@@ -63,37 +89,44 @@ class Store:
         name = _name(saved.round)
         payload = pack({"state": saved.state, "fleet": saved.fleet}).payload
         write_atomically(self._folder / name, payload)
-        entry = {
-            "round": saved.round,
-            "state": name,
-            "memories": dict(saved.memories),
-            "records": saved.records,
-        }
-        write_atomically(self._folder / CURRENT, json.dumps(entry).encode())
-        self._sweep({name, *saved.memories.values()})
+        sha256 = {name: _sha256(payload)}
+        if saved.records_sha256 is not None:
+            sha256[RECORDS] = saved.records_sha256
+        sha256 |= {file: self._sha256[file] for file in saved.memories.values()}
+        entry = _entry_of(saved.round, name, saved.memories, saved.records, sha256)
+        if self._current["round"]:  # the start needs no list
+            self._keep_previous()
+            self._before = self._current
+        write_atomically(self._folder / CURRENT, _listed(entry))
+        self._current = entry
+        self._sweep()
 
     def load(self) -> Saved | None:
         """The current state, None if no round was saved; raises BadInput if it is damaged."""
         entry = self._entry()
-        if entry is None:
+        if entry is None or not entry["round"]:
             return None
+        sha256 = entry.get("sha256", {})
         try:
-            kept = unpack((self._folder / entry["state"]).read_bytes())
-            return Saved(
+            payload = (self._folder / entry["state"]).read_bytes()
+            if "sha256" in entry and _sha256(payload) != sha256[entry["state"]]:
+                raise ValueError(f"{entry['state']} has other bytes than were written")
+            kept = unpack(payload, spare_bytes=STATE_SPARE_BYTES)
+            saved = Saved(
                 round=entry["round"],
                 state=kept["state"],
                 fleet=kept["fleet"],
                 memories=entry["memories"],
                 records=entry["records"],
+                records_sha256=sha256.get(RECORDS),
             )
-        except FileNotFoundError:
-            if (
-                self._entry() != entry
-            ):  # the run is still going and has saved another round meanwhile
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            if self._entry() != entry:  # the run is still going and has saved another round
                 return self.load()
-            raise self._damaged(f"{entry['state']} is missing") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._damaged(str(error)) from None
+            gone = isinstance(error, FileNotFoundError)
+            raise self._damaged(f"{entry['state']} is missing" if gone else str(error)) from None
+        self._sha256 |= sha256
+        return saved
 
     def rounds(self) -> int:
         """The number of saved rounds."""
@@ -106,37 +139,189 @@ class Store:
         """
         name = f"memory-{device}-{version:06d}.safetensors"
         write_atomically(self._folder / name, payload)
+        self._sha256[name] = _sha256(payload)
         return name
 
     def get_memory(self, name: str) -> bytes:
-        """The bytes that `put_memory` wrote under this name; raises BadInput if missing."""
+        """The bytes that `put_memory` wrote under this name; raises BadInput if they are missing or
+        others.
+        """
         try:
-            return (self._folder / name).read_bytes()
+            payload = (self._folder / name).read_bytes()
         except FileNotFoundError:
             raise self._damaged(f"{name} is missing") from None
+        if self._sha256.get(name, known := _sha256(payload)) != known:
+            raise self._damaged(f"{name} has other bytes than were written")
+        return payload
+
+    # --- going back ---
+
+    def go_back(self, round: int, undone: Iterable[Path] = ()) -> None:
+        """Make `round` the current one, 0 for the start; what came later is removed, and before it
+        the files `undone`.
+
+        Raises BadInput, with nothing changed, unless it is 0 or a round that is kept whole, and
+        where another process has the folder open.
+        """
+        self._lock_folder()
+        earlier = self._earlier()
+        if round not in (0, earlier):
+            kept = f"round {earlier}, and to round 0" if earlier else "its start, round 0"
+            raise BadInput(f"{self._folder.parent} cannot go back to round {round}, only to {kept}")
+        for path in undone:
+            path.unlink(missing_ok=True)
+        listed = (self._folder / PREVIOUS).read_bytes() if round else _listed(_start())
+        write_atomically(self._folder / CURRENT, listed)
+        (self._folder / PREVIOUS).unlink(missing_ok=True)
+        self._current, self._before = self._entry() or _start(), _start()
+        self._sweep()
+
+    def _earlier(self) -> int:
+        """The round before the current one, if it is kept and whole; else 0."""
+        entry = self._earlier_list()
+        try:
+            return 0 if entry is None or self._flaw(entry) else entry["round"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
+    def _earlier_list(self) -> dict[str, Any] | None:
+        try:
+            return self._read(PREVIOUS)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _keep_previous(self) -> None:
+        """Let `previous.json` name what `current.json` names, in one step."""
+        current, previous = self._folder / CURRENT, self._folder / PREVIOUS
+        partial = previous.with_name(previous.name + ".part")
+        try:
+            os.link(current, partial)  # which is on the disk already
+        except OSError:  # this file system has no hard links
+            write_atomically(previous, current.read_bytes())
+            return
+        os.replace(partial, previous)
+
+    # --- what is there ---
 
     def _entry(self) -> dict[str, Any] | None:
+        """The current list; None in a new folder. Raises BadInput where it is damaged or lost."""
         try:
-            entry = json.loads((self._folder / CURRENT).read_bytes())
-            if not isinstance(entry["round"], int):
-                raise TypeError("its round is no number")
-            return entry
-        except FileNotFoundError:
-            return None
+            entry = self._read(CURRENT)
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(f"{CURRENT}: {error}") from None
+        if entry is None and self._was_saved():
+            raise self._damaged(f"{CURRENT} is missing, though rounds were done")
+        return entry
 
-    def _damaged(self, why: str) -> BadInput:
-        return BadInput(
-            f"the state in {self._folder} is damaged ({why}); "
-            "restore it from a copy, or start a new run"
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            entry = json.loads((self._folder / name).read_bytes())
+        except FileNotFoundError:
+            return None
+        if not isinstance(entry["round"], int):
+            raise TypeError("its round is no number")
+        if ("sha256" in entry or DIGEST in entry) and entry != _with_digest(entry):
+            raise ValueError("its digest is that of another list")
+        return entry
+
+    def _was_saved(self) -> bool:
+        """Whether a round was done here, of which `current.json` should tell."""
+        states = self._folder.glob(_name(0).replace("000000", "*"))
+        return (
+            (self._folder / PREVIOUS).exists()
+            or any(states)
+            or has_rounds(self._folder.parent / RECORDS)
         )
 
-    def _sweep(self, keep: Iterable[str]) -> None:
-        wanted = {*keep, CURRENT, LOCK}
-        for entry in os.scandir(self._folder):
-            if entry.name not in wanted:
-                os.unlink(entry.path)
+    def _flaw(self, entry: Mapping[str, Any]) -> str | None:
+        """What is wrong with a file that this list names, None where nothing is."""
+        if not entry["round"]:
+            return None
+        sha256 = entry.get("sha256", {})
+        for name in _files(entry):
+            try:
+                payload = (self._folder / name).read_bytes()
+            except FileNotFoundError:
+                return f"{name} is missing"
+            if "sha256" in entry and _sha256(payload) != sha256.get(name):
+                return f"{name} has other bytes than were written"
+        return flaw(self._folder.parent / RECORDS, entry["records"], sha256.get(RECORDS))
+
+    def _damaged(self, why: str) -> BadInput:
+        run, back = self._folder.parent, self._earlier()
+        return BadInput(
+            f"the run in {run} is damaged: {why}; go back to round {back} with: fedspine "
+            f"run --resume {run} --from-round {back}, or restore it from a copy"
+        )
+
+    def _lock_folder(self) -> None:
+        if self._lock is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self._folder / LOCK, f"the run in {self._folder.parent}")
+
+    def _sweep(self) -> None:
+        """Remove what neither list names."""
+        wanted = {CURRENT, PREVIOUS, LOCK, *_files(self._current), *_files(self._before)}
+        for found in os.scandir(self._folder):
+            if found.name not in wanted:
+                os.unlink(found.path)
+        self._sha256 = {name: digest for name, digest in self._sha256.items() if name in wanted}
+
+
+def _entry_of(
+    round: int,
+    state: str | None,
+    memories: Mapping[str, str],
+    records: int,
+    sha256: Mapping[str, str],
+) -> dict[str, Any]:
+    """A list of what belongs to a round."""
+    return {
+        "round": round,
+        "state": state,
+        "memories": dict(memories),
+        "records": records,
+        "sha256": dict(sha256),
+    }
+
+
+def _start() -> dict[str, Any]:
+    return _entry_of(0, None, {}, 0, {})
+
+
+def _files(entry: Mapping[str, Any]) -> list[str]:
+    return [entry["state"], *entry["memories"].values()] if entry["round"] else []
+
+
+def _with_digest(entry: Mapping[str, Any]) -> dict[str, Any]:
+    rest = {name: value for name, value in entry.items() if name != DIGEST}
+    return rest | {DIGEST: _sha256(json.dumps(rest).encode())}
+
+
+def _listed(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(_with_digest(entry)).encode()
+
+
+def _sha256(payload: bytes) -> str:
+    return hashlib.sha256(payload).hexdigest()
+
+
+def sealed(payload: bytes) -> bytes:
+    """A packed message with its SHA-256 behind it, for a file that no list vouches for."""
+    return payload + hashlib.sha256(payload).digest()
+
+
+def unsealed(stored: bytes) -> bytes:
+    """The message that `sealed` got; raises NotAMessage where a bit of it changed.
+
+    A message without a digest, as older versions wrote it, is taken as it is: it ends where its
+    header says, which one with a digest does not.
+    """
+    payload, digest = stored[:-SHA256_BYTES], stored[-SHA256_BYTES:]
+    if hashlib.sha256(payload).digest() == digest:
+        return payload
+    unpack(stored, spare_bytes=STATE_SPARE_BYTES)
+    return stored
 
 
 def _name(round: int) -> str:

@@ -138,6 +138,12 @@ def run(
         Path | None, typer.Option(help="New folder for results; default: runs/METHOD-N.")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    from_round: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="With --resume: go back to round N, as a damaged run says.", min=0
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set run.seed=N.")] = None,
     fleet: Annotated[
         Path | None,
@@ -178,12 +184,14 @@ def run(
             "--resume goes on in its own folder, so --out "
             "has no place beside it; leave one of them out"
         )
+    if resume is None and from_round is not None:
+        raise BadInput("--from-round goes back in a run; name its folder with --resume")
     place = _backend(fleet, sites, quorum, within)
     if resume is None:
         result = python.run(config.load(recipe, settings, seed), out, json, sites=place)
     else:
         wanted = _wanted(recipe, settings, seed, resume)
-        result = python.resume(resume, wanted, json, sites=place)
+        result = python.resume(resume, wanted, json, sites=place, from_round=from_round)
     print(jsonlib.dumps(result.summary) if json else f"report: {result.report}")
 
 

@@ -163,10 +163,12 @@ def resume(
     quiet: bool = True,
     *,
     sites: RealSites | None = None,
+    from_round: int | None = None,
 ) -> RunResult:
     """Resume the run in a folder from its last saved round; a finished run is returned as it is.
 
-    The recipe is optional; if given, it must be the folder's. Raises as `run` does.
+    The recipe is optional; if given, it must be the folder's. `from_round` goes back to the round
+    before the last, or to 0, where something in the folder was damaged. Raises as `run` does.
 
     >>> from fedspine import resume
     >>> resume("runs/fedlora-1").summary["rounds"]
@@ -174,7 +176,8 @@ def resume(
     """
     with _as_before():
         progress = progress_for(quiet)
-        progress.finished(summary_table(loop.resume(Path(folder), progress, recipe, sites)))
+        summary = loop.resume(Path(folder), progress, recipe, sites, from_round)
+        progress.finished(summary_table(summary))
     return load(folder)
 
 
