@@ -32,6 +32,23 @@ class AtRandom:
 
 ScoringOrder: TypeAlias = Scoring | ByMagnitude | AtRandom  # as sent to a device
 
+
+def remembered(how: ScoringOrder, steps: int) -> int:
+    """The steps that scores rest on: of a moving average those that weigh 1 / e or more beside its
+    last one, at least 1.
+
+    >>> remembered(Scoring(keep=0.9), 20), remembered(Scoring(keep=0.0), 20)
+    (10, 1)
+    >>> remembered(Scoring(keep=1.0, every=5), 20), remembered(ByMagnitude(), 20)
+    (4, 20)
+    """
+    match how:
+        case Scoring(every=every, keep=keep):
+            made = -(-steps // max(1, every))
+            return made if keep >= 1 else max(1, min(made, round(1 / (1 - max(0.0, keep)))))
+    return steps
+
+
 _AVERAGE = {"every": (1, inf), "keep": (0, 1)}
 
 
