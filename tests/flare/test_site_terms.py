@@ -20,7 +20,7 @@ from fedspine.flare.site_disk import LOG, LOG_BYTES, MEMORY, PREFIXES, TOKENS, u
 from fedspine.flare.site_secret import SECRET, seed_of, site_secret
 from fedspine.flare.site_worker import SiteWorker, works_of
 from fedspine.flare.wire import NotDone, Opened, SiteOrder, as_array
-from fedspine.lm.lora import fresh
+from fedspine.lm.lora import a_name, b_name, fresh
 from fedspine.lm.structure import full
 from fedspine.lm.tune import Tuning, tune
 from fedspine.methods import all_methods, sends_features
@@ -94,14 +94,14 @@ def nearest_texts(site, features, embeddings):
     return read
 
 
-def embeddings_at(base, tokenizer):
-    """What enters block 0 for each token at each place, [places, vocabulary, width]."""
-    model, vocabulary = split_model_of(base, 0), len(tokenizer)
+def features_at(base, tokenizer, weights=None, **cutting):
+    """What leaves the client model for each token at each place, [places, vocabulary, width]."""
+    model, vocabulary = split_model_of(base, **({"cut": 0} | cutting)), len(tokenizer)
     rows = []
     for first in range(vocabulary):
         ids = torch.full((1, MAX_TOKENS), first)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        rows.append(model.client_forward({}, inputs, seed=None).values[0].float())
+        rows.append(model.client_forward(weights or {}, inputs, seed=None).values[0].float())
     return torch.stack(rows, 1)
 
 
@@ -123,11 +123,33 @@ def test_texts_are_read_from_features_of_no_block_so_the_lowest_cut_holds(hostil
 
     open_to_it = hostile("open", allow=named | {"lowest_cut": 0}).opened("mergesfl")
     answered = open_to_it.ask(begin, open_to_it.begin(batch=ROWS, cut=0))
-    table = embeddings_at(open_to_it.base, open_to_it.tokenizer)
+    table = features_at(open_to_it.base, open_to_it.tokenizer)
     read = nearest_texts(open_to_it, unwired(answered.features), table)
-    examples = open_to_it.worker._open.holding.examples
-    own = [part.tolist() for part in np.split(examples.ids, examples.offsets[1:-1])]
-    assert sorted(read) == sorted(own)  # the attack is real where a site lets it be
+    assert sorted(read) == own_texts(open_to_it)  # the attack is real where a site lets it be
+
+
+def own_texts(site):
+    examples = site.worker._open.holding.examples
+    return sorted(part.tolist() for part in np.split(examples.ids, examples.offsets[1:-1]))
+
+
+def test_a_rank_as_wide_as_the_model_would_undo_the_blocks_under_a_cut(hostile):
+    """A sibling: adapters that are minus the weights, so block 0 adds nothing to embeddings."""
+    site = hostile(allow={"methods": ["mergesfl"]}).opened("mergesfl")
+    width, scale = site.base.layout.width, 2.0
+    undone = site.weights(1, rank=width)
+    for at in site.base.layout.sites:
+        if at.layer == 0 and at.path.endswith("output.dense"):  # of attention and feed-forward
+            undone[a_name(at.path)] = site.base.weights[at.path][0].float().clone()
+            undone[b_name(at.path)] = -torch.eye(width) / scale
+    cutting = {"cut": 1, "rank": width, "scale": scale}
+    order = replace(site.begin(batch=ROWS), weights=undone, cutting=Cutting(**cutting))
+    features = unwired(site.ask(begin, order).features)
+    table = features_at(site.base, site.tokenizer, undone, **cutting)
+    assert sorted(nearest_texts(site, features, table)) == own_texts(site)
+
+    narrow = hostile("narrow", allow={"methods": ["mergesfl"], "largest_rank": width // 2})
+    assert refused(narrow.opened("mergesfl").ask(begin, order), REFUSALS["weights"])
 
 
 # --- how many rows stand behind an answer ---
