@@ -40,7 +40,7 @@ REFUSALS: dict[RefusalReason, str] = {
     ),
     "limits": "it allows less than was asked",
     "order": "the order asks for what the terms of the run do not say",
-    "weights": "weights in the order are not of the run's model, or of a rank beyond what it allows",
+    "weights": "weights in the order are not of the run's model, or of a larger rank than allowed",
     "rate": "more orders came within a minute than it takes",
     "disk": "its disk quota is used up; its owner can raise limits.disk_bytes",
 }

@@ -38,14 +38,16 @@ def label_distribution(device: Device, order: LabelQuery) -> LabelDistribution:
         labels = np.minimum(device.data.lengths * LENGTHS // (order.longest + 1), LENGTHS - 1)
     device.uses(np.arange(len(device.data)))
     shares = distribution(labels, classes)
-    if device.fewest_rows:
-        shares = _without_rare(shares, np.bincount(labels, minlength=classes))
+    counts = np.bincount(labels, minlength=classes)
+    rare = (0 < counts) & (counts < FEWEST_OF_CLASS)
+    if device.fewest_rows and rare.any():
+        shares = _without(rare, shares)
     return LabelDistribution(shares=shares)
 
 
-def _without_rare(shares: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The shares of the classes that have `FEWEST_OF_CLASS` rows, all alike where none has."""
-    kept = np.where(counts >= FEWEST_OF_CLASS, shares, 0.0)
+def _without(rare: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """The shares among the other classes; all classes alike where there are no others."""
+    kept = np.where(rare, 0.0, shares)
     return kept / kept.sum() if kept.any() else np.full(len(shares), 1 / len(shares))
 
 
