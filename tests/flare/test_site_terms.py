@@ -24,13 +24,17 @@ from fedspine.lm.lora import a_name, b_name, fresh
 from fedspine.lm.structure import full
 from fedspine.lm.tune import Tuning, tune
 from fedspine.methods import all_methods, sends_features
+from fedspine.methods.fedavg import AverageOrder, train_and_send
 from fedspine.methods.fedlora import tune_adapter
 from fedspine.methods.locfedmix import ReadingOrder, begin_reading
+from fedspine.pruning.device import prune_and_tune
 from fedspine.pruning.head_start import MeansOrder, class_means
 from fedspine.split.batches import Budget
 from fedspine.split.cut import split_model_of
 from fedspine.split.device import Cutting, Resized, Step, begin, end, resize
 from fedspine.split.label_distribution import LabelQuery, label_distribution
+from fedspine.split.trainable_half import Optimising
+from fedspine.split.whole_model import Training
 from fedspine.split.wire import unwired
 
 SPLIT = sorted(name for name, cls in all_methods().items() if sends_features(cls))
@@ -174,11 +178,40 @@ def test_training_that_is_made_to_end_early_does_not_answer(hostile):
     all that the answer rests on.
     """
     site = hostile().opened("fedlora")
-    order = site.lora(steps=64, batch=1, learning_rate=0.0, head_learning_rate=1e38)
+    rates = {"learning_rate": 0.0, "head_learning_rate": 1e38, "weight_decay": 0.0}
+    order = site.lora(steps=64, batch=1, **rates)
     reply = site.ask(tune_adapter, order)
     assert refused(reply, "at least 32 distinct rows behind the answer were expected, ")
     assert not list((site.folder / MEMORY / site.run).iterdir())
-    assert site.ask(tune_adapter, replace(order, tuning=replace(order.tuning, clip=1.0)))
+
+
+@pytest.mark.parametrize("decay", [10.0, 110.0])
+def test_weights_that_forget_all_but_one_step_do_not_leave(hostile, decay):
+    """Siblings: a rate times a decay of 1 leaves of all steps the last one, of 11 the first."""
+    site = hostile(allow={"methods": ["fedavg", "fedlora", "fedspine"]}).opened("fedavg")
+    sgd = Optimising(kind="sgd", learning_rate=0.1, weight_decay=decay)
+    training = Training(cutting=Cutting(cut=1, rank=4), optimising=sgd, steps=64, batch=1)
+    order = AverageOrder(weights=site.weights(), training=training, precision="fp32")
+    words = "at least 32 rows behind an answer were expected, 1 came"
+    assert refused(site.ask(train_and_send, order), words)
+    usual = replace(training, optimising=replace(sgd, weight_decay=0.1))
+    assert site.ask(train_and_send, replace(order, training=usual)).weights
+    site.opened("fedlora")
+    rates = {"learning_rate": 1e-9, "head_learning_rate": 0.1, "weight_decay": decay}
+    assert refused(site.ask(tune_adapter, site.lora(steps=64, batch=1, **rates)), words)
+
+
+def test_scores_of_the_last_step_alone_do_not_leave(hostile):
+    """A sibling: importance that keeps nothing of the steps before."""
+    site = hostile().opened("fedspine")
+    (order,) = [order for _, work, order in few_rows(site, 1) if work is prune_and_tune]
+    order = replace(order, tuning=replace(order.tuning, steps=64))
+    forgetful = replace(order, scoring=replace(order.scoring, keep=0.0))
+    rare = replace(order, scoring=replace(order.scoring, every=64))
+    for each in (forgetful, rare):
+        assert refused(site.ask(prune_and_tune, each), "rows behind an answer")
+    kept = replace(order, scoring=replace(order.scoring, keep=1.0))
+    assert site.ask(prune_and_tune, kept).examples == ROWS
 
 
 def test_a_batch_of_tokens_with_few_rows_is_refused_once_its_rows_are_known(hostile):

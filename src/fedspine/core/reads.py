@@ -18,11 +18,12 @@ from fedspine.core.message import message
 class Reads:
     """What one part of an order reads, and what of single rows leaves because of it.
 
-    An answer rests on `steps * batch` rows at most. None says nothing of that kind.
+    An answer rests on `lasting * batch` rows at most. None says nothing of that kind.
     """
 
     steps: int = 1  # optimiser steps, or passes over a batch, behind one answer
     batch: int | None = None  # rows of a step
+    lasting: int | None = None  # the steps that show in the answer; None: all
     cut: int | None = None  # blocks that features have passed which leave; None: no features leave
     labels: bool = False  # whether the label of each row leaves with its features
     classes: int | None = None  # of which shares are asked
@@ -61,6 +62,18 @@ def reads_of(order: Any) -> Iterator[Reads]:
             parts = []
     for part in parts:
         yield from reads_of(part)
+
+
+def lasting(steps: int, forgotten: float) -> int:
+    """The steps that show in an average, or in weights that decay, of which each step forgets this
+    share: those that weigh 1 / e or more beside the last one, at least 1.
+
+    >>> lasting(20, 0.1), lasting(20, 2e-4), lasting(20, 1.0), lasting(20, 11.0)
+    (10, 20, 1, 1)
+    """
+    if forgotten <= 0:
+        return steps
+    return max(1, min(steps, round(min(1 / forgotten, 1e9)))) if forgotten < 1 else 1
 
 
 def last_steps(rows: Sequence[np.ndarray], least: int, fewest: int) -> int:

@@ -93,7 +93,8 @@ def check_used(site: str, allow: AllowSection, rows: int) -> None:
 def _check_part(site: str, allow: AllowSection, terms: RunTerms, reads: Reads) -> None:
     _within(site, "most_steps", reads.steps, "steps", least=1, most=allow.most_steps)
     if reads.batch is not None:
-        most, rows = allow.largest_batch, reads.steps * reads.batch
+        shown = reads.steps if reads.lasting is None else min(reads.lasting, reads.steps)
+        most, rows = allow.largest_batch, shown * reads.batch
         _within(site, "largest_batch", reads.batch, "rows of a step", least=1, most=most)
         _within(site, "fewest_rows", rows, "rows behind an answer", least=allow.fewest_rows)
     if reads.classes is not None and reads.classes != len(terms.label_names):

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, TypeAlias
 from fedspine.core.device import Device
 from fedspine.core.errors import check_ranges
 from fedspine.core.message import message
+from fedspine.core.reads import lasting
 from fedspine.lm.base import Model
 from fedspine.lm.cost import NO_SCORING, ScoringCost, training_memory_bytes
 from fedspine.lm.importance import Scores, magnitude_scores, random_scores, smooth
@@ -34,8 +35,7 @@ ScoringOrder: TypeAlias = Scoring | ByMagnitude | AtRandom  # as sent to a devic
 
 
 def remembered(how: ScoringOrder, steps: int) -> int:
-    """The steps that scores rest on: of a moving average those that weigh 1 / e or more beside its
-    last one, at least 1.
+    """The steps that scores rest on, of a moving average those that last.
 
     >>> remembered(Scoring(keep=0.9), 20), remembered(Scoring(keep=0.0), 20)
     (10, 1)
@@ -44,8 +44,7 @@ def remembered(how: ScoringOrder, steps: int) -> int:
     """
     match how:
         case Scoring(every=every, keep=keep):
-            made = -(-steps // max(1, every))
-            return made if keep >= 1 else max(1, min(made, round(1 / (1 - max(0.0, keep)))))
+            return lasting(-(-steps // max(1, every)), 1 - keep)
     return steps
 
 

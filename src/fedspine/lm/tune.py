@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedspine.core.device import Device
 from fedspine.core.errors import BadInput
 from fedspine.core.message import Tensors, message
-from fedspine.core.reads import Reads, last_steps
+from fedspine.core.reads import Reads, last_steps, lasting
 from fedspine.core.task import IGNORED, Examples
 from fedspine.core.tensors import moved
 from fedspine.lm.base import Model
@@ -42,7 +42,9 @@ class Tuning:
 
     @property
     def reads(self) -> Reads:
-        return Reads(steps=self.steps, batch=self.batch)
+        fastest = max(self.learning_rate, self.head_learning_rate or 0.0)
+        show = lasting(self.steps, fastest * self.weight_decay)
+        return Reads(steps=self.steps, batch=self.batch, lasting=show)
 
 
 @dataclass(frozen=True, kw_only=True)

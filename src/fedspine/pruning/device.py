@@ -38,7 +38,8 @@ class SpineOrder:
     @property
     def reads(self) -> Reads:
         """What the scores rest on: an average that forgets fast is of its last steps alone."""
-        return Reads(steps=remembered(self.scoring, self.tuning.steps), batch=self.tuning.batch)
+        steps, batch = self.tuning.steps, self.tuning.batch
+        return Reads(steps=steps, batch=batch, lasting=remembered(self.scoring, steps))
 
 
 @message

@@ -39,7 +39,7 @@ def label_distribution(device: Device, order: LabelQuery) -> LabelDistribution:
     device.uses(np.arange(len(device.data)))
     shares = distribution(labels, classes)
     counts = np.bincount(labels, minlength=classes)
-    rare = (0 < counts) & (counts < FEWEST_OF_CLASS)
+    rare = (counts > 0) & (counts < FEWEST_OF_CLASS)
     if device.fewest_rows and rare.any():
         shares = _without(rare, shares)
     return LabelDistribution(shares=shares)

@@ -15,7 +15,7 @@ import torch
 from fedspine.core.device import Device
 from fedspine.core.fleet import Fleet, NoMemory, Profile
 from fedspine.core.message import Tensors, message
-from fedspine.core.reads import Reads, last_steps
+from fedspine.core.reads import Reads, last_steps, lasting
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, moved, single
 from fedspine.split.batches import rows_at
@@ -52,7 +52,8 @@ class Training:
 
     @property
     def reads(self) -> Reads:
-        return Reads(steps=self.steps, batch=self.batch)
+        forgotten = self.optimising.learning_rate * self.optimising.weight_decay
+        return Reads(steps=self.steps, batch=self.batch, lasting=lasting(self.steps, forgotten))
 
 
 @dataclass(frozen=True)
