@@ -28,6 +28,7 @@ from fedspine.split.device import HELD, Answer, Step, answer, begin, end
 from fedspine.split.interface import Features
 from fedspine.split.label_distribution import LabelQuery, label_distribution
 from fedspine.split.wire import gradient_wired, unwired
+from fedspine.storage.store import unsealed
 
 DOCS = Path(__file__).parents[2] / "docs"
 NAME = re.compile(r"`([\w.-]+)`")
@@ -133,7 +134,7 @@ def test_the_terms_have_the_defaults_that_the_guide_says():
 def held(site, version=1):
     """Labels, lengths and tokens of the rows of the site's current batch, as it remembers them."""
     path = site.folder / MEMORY / site.run / f"{version:09d}.safetensors"
-    rows = unpack(path.read_bytes())[HELD].rows
+    rows = unpack(unsealed(path.read_bytes()))[HELD].rows
     return site.worker._open.holding.examples.take(rows)
 
 

@@ -23,6 +23,7 @@ from fedspine.lm.tune import Tuning
 from fedspine.methods.fedavg import AverageOrder, train_and_send
 from fedspine.methods.fedlora import LoraOrder, tune_adapter
 from fedspine.methods.hetlora import HetLoraOrder, tune_and_shrink
+from fedspine.methods.legend import DepthOrder, tune_top
 from fedspine.methods.linear_probe import ProbeOrder, tune_head
 from fedspine.methods.locfedmix import ReadingOrder, begin_reading
 from fedspine.methods.pyramidfl import PyramidOrder, train_and_thin
@@ -170,6 +171,7 @@ def few_rows(site, rows):
         ("fedlora", tune_adapter, LoraOrder(**lora)),
         ("flexlora", tune_adapter, LoraOrder(**lora)),
         ("hetlora", tune_and_shrink, HetLoraOrder(**lora, rank=4, shrunk=2, penalty=0.0)),
+        ("legend", tune_top, DepthOrder(**lora, lowest=0)),
         ("linear_probe", tune_head, ProbeOrder(head=head, tuning=tuning)),
         ("fedspine", prune_and_tune, SpineOrder(**spine)),
         ("fedavg", train_and_send, AverageOrder(**weights)),
