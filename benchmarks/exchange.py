@@ -103,7 +103,11 @@ def _fedspine(folder: Path, exchanges: int, repeats: int, scheme: str) -> list[S
     for site in SITES:
         (made.folder / site / "rows.csv").write_text(ROWS)
         write_site_file(
-            made.folder / site, name=site, data={"path": "rows.csv"}, models={"tiny": str(model)}
+            made.folder / site,
+            name=site,
+            data={"path": "rows.csv"},
+            models={"tiny": str(model)},
+            allow={"methods": ["echo"]},
         )
     (folder / "data.csv").write_text(ROWS)
     recipe = folder / "recipe.toml"

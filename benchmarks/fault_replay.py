@@ -19,6 +19,7 @@ from fedspine.core.message import pack
 from fedspine.flare.fleet import FlareFleet
 from fedspine.flare.session import FlareSession
 from fedspine.flare.site import load_site
+from fedspine.flare.site_secret import site_secret
 from fedspine.flare.site_state import Timeouts
 from fedspine.flare.site_worker import SiteWorker
 from fedspine.flare.wire import Opening, SiteOrder, decoded
@@ -88,7 +89,10 @@ def replayed(out: Path, kits: Path, scratch: Path) -> str:
     assembled = assemble(recipe, here=False)
     shutil.rmtree(scratch, ignore_errors=True)
     sites = sorted({row["device"] for row in rows if row["row"] == "exchange"})
-    workers = {site: SiteWorker(load_site(kits / site), scratch / site) for site in sites}
+    workers = {
+        site: SiteWorker(load_site(kits / site), scratch / site, site_secret(kits / site))
+        for site in sites
+    }
     link, method = Replay(workers, lost, spoilt), recipe.method
     session = FlareSession(
         link, assembled.task.base, terms_of(assembled), recipe.run.seed, RUN, Timeouts()

@@ -28,6 +28,7 @@ jaxtyping.install_import_hook(
 
 import pytest  # noqa: E402
 from flare_federation import federation, place  # noqa: E402, F401
+from hostile_server import hostile, models  # noqa: E402, F401
 from hypothesis import settings  # noqa: E402
 from toy import Lab, toy_task  # noqa: E402
 

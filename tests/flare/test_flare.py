@@ -16,13 +16,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from flare_federation import MAX_TOKENS, NAMES, SITES, make_place
+from flare_federation import MAX_TOKENS, NAMES, SITES, make_place, write_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import Lab, bits, toy_task
 
 from fedspine.control.controllers import Fixed
 from fedspine.core.device import find_work, name_of
+from fedspine.core.errors import BadInput
 from fedspine.core.fleet import AllLost, Idle
 from fedspine.core.message import NotAMessage, message, pack, unpack
 from fedspine.flare.fleet import FlareFleet
@@ -30,14 +31,17 @@ from fedspine.flare.framing import MOST_BYTES
 from fedspine.flare.run_terms import RunTerms
 from fedspine.flare.schema import conforms, work_kinds
 from fedspine.flare.session import FlareSession
+from fedspine.flare.site import DataSection, load_site
 from fedspine.flare.site_state import RelayLost, Timeouts
-from fedspine.flare.site_worker import open_site_worker, works_of
+from fedspine.flare.site_worker import SiteWorker, open_site_worker, works_of
 from fedspine.flare.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder, as_array, decoded
 from fedspine.fleets.semi_async import SemiAsync
 from fedspine.lm.content import content_sha256
 from fedspine.lm.load import load
 from fedspine.methods import all_methods, find
 from fedspine.methods.fedlora import LoraOrder, LoraResult, tune_adapter
+from fedspine.runs import config
+from fedspine.runs.backend import RealSites
 from fedspine.storage.records import Records
 
 RUN = "0123456789abcdef" * 2
@@ -275,6 +279,52 @@ def test_a_reply_that_cannot_be_used_is_noted_and_the_round_goes_on_without_it(
     assert any(words in str(note["left_out"]) for note in here.notes())
     assert torch.isfinite(torch.cat([tensor.flatten() for tensor in state.adapter.values()])).all()
     assert here.run(method, 2, state).round == 2
+
+
+def with_terms(ground, site, **terms):
+    """The worker of a site whose file allows what is said here."""
+    folder = ground.kits.folder / site
+    own = load_site(folder)
+    return SiteWorker(replace(own, allow=own.allow.model_copy(update=terms)), folder)
+
+
+def test_a_site_that_refuses_an_order_says_why_and_is_not_lost(ground, sites):
+    here, method = sites(), find("fedlora").toy()
+    here.link.workers["north"] = with_terms(ground, "north", most_steps=4)
+    state = here.run(method, 2)
+    why = "refuses the order: at most 4 steps were expected, 8 came (allow.most_steps of its"
+    notes = here.notes()
+    assert [note["device"] for note in notes] == ["north", "north"]
+    assert all(why in note["left_out"] for note in notes)
+    assert not here.session.sites["north"].missed
+    assert all(asked is not None for _, asked in here.link.heard)  # nobody is pinged
+    assert here.session.sites["east"].asks == 2
+    for site in SITES:
+        here.link.workers[site] = with_terms(ground, site, most_steps=4)
+    with pytest.raises(
+        AllLost, match=r"of 3 sites asked 0 replied.*one refuses .*allow.most_steps"
+    ):
+        here.run(method, 3, state)
+
+
+def test_a_run_that_the_sites_terms_contradict_ends_before_a_row_is_read(ground, sites, tmp_path):
+    here = sites()
+    here.link.workers = {site: with_terms(ground, site, largest_batch=8) for site in SITES}
+    for worker in here.link.workers.values():
+        worker._site = replace(worker._site, data=DataSection(path="nowhere.csv"))
+    backend = RealSites(ground.kits.folder / "admin")
+    backend._link = here.link
+    recipe = config.load(
+        write_recipe(
+            ground, tmp_path / "r.toml", method={"name": "fedlora"}, run={"precision": "fp32"}
+        )
+    )
+    with pytest.raises(BadInput) as error:
+        backend.assemble(recipe)
+    line = "at most 8 rows of a step were expected, 32 came (allow.largest_batch of its"
+    assert str(error.value).startswith("3 of 3 sites take no part: east: ")
+    assert str(error.value).count(line) == 3
+    assert "\n" not in str(error.value)
 
 
 def test_fewer_replies_than_the_quorum_stop_the_run(sites):

@@ -305,6 +305,22 @@ def test_bad_input_is_one_line(made, tmp_path, refused):
     assert "is the kit of a site" in refused("status", "--kit", made / "north")
 
 
+def test_a_site_sees_what_runs_have_left_on_its_disk(made, monkeypatch, capsys):
+    place = made / "north"
+    (place / "memory" / ("0" * 32)).mkdir(parents=True)
+    (place / "memory" / ("0" * 32) / "000000001.safetensors").write_bytes(bytes(1_500_000))
+    write_site_file(
+        place, name="north", data={"path": "pydoc-topics"}, limits={"disk_bytes": 2_000_000}
+    )
+    asked = ("fleet", "status", "north", "--kit", place)
+    _, out, _ = in_process(monkeypatch, capsys, *asked)
+    line = "north: runs have left 1.5 of 2.0 MB on its disk (memory 1.5, prefixes 0.0, tokens 0.0)"
+    assert out.strip() == line
+    _, out, _ = in_process(monkeypatch, capsys, *asked, "--json")
+    assert json.loads(out)["used_bytes"] == 1_500_000
+    shutil.rmtree(place / "memory")
+
+
 def test_a_net_cannot_be_trained_at_sites(made, monkeypatch, capsys):
     words = ["--set", "task.model=cnn-h", "--set", "task.data=rows", "--fleet", made / "admin"]
     code, out, (line,) = in_process(monkeypatch, capsys, "run", *words, "--json")

@@ -208,12 +208,12 @@ def test_a_site_without_class_names_says_which_number_means_which(tmp_path, toke
 
 def test_a_csv_of_true_and_false_fits_a_task_that_has_more_classes(tmp_path, tokenizer):
     folder = written(tmp_path, data="").parent / tmp_path.name
-    (folder / "rows.csv").write_text("text,label\n" + "good row,true\nbad row,false\n" * 6)
+    (folder / "rows.csv").write_text("text,label\n" + "good row,true\nbad row,false\n" * 16)
     (folder / "fedspine-site.toml").write_text('name = "a"\n[data]\npath = "rows.csv"\n')
     examples = site_examples(
         load_site(folder), terms(label_names=("false", "true", "unknown")), tokenizer
     )
-    assert examples.labels.tolist() == [1, 0] * 6
+    assert examples.labels.tolist() == [1, 0] * 16
 
 
 def test_pairs_and_language_modelling(tmp_path, tokenizer):
@@ -308,14 +308,14 @@ def test_a_site_reads_its_own_encoding_and_its_log_says_what_is_left_out(
     tmp_path, tokenizer, capsys
 ):
     folder = written(tmp_path, data='encoding = "latin-1"')
-    rows = [f"caf\u00e9 {number},{NAMES[number % 3]}" for number in range(12)]
+    rows = [f"caf\u00e9 {number},{NAMES[number % 3]}" for number in range(33)]
     text = "\n".join(["text,label", *rows, "nobody knows,", ""])
     (folder / "rows.csv").write_bytes(text.encode("latin-1"))
     site_file = folder / "fedspine-site.toml"
     site_file.write_text(site_file.read_text().replace("rows.parquet", "rows.csv"))
     examples = site_examples(load_site(folder), terms(), tokenizer)
-    assert len(examples) == 12
-    assert "1 of 13 rows are left out: 1 with no label" in capsys.readouterr().err
+    assert len(examples) == 33
+    assert "1 of 34 rows are left out: 1 with no label" in capsys.readouterr().err
     site_file.write_text(site_file.read_text().replace('encoding = "latin-1"', ""))
     with pytest.raises(BadInput, match="encoding"):
         site_examples(load_site(folder), terms(), tokenizer)

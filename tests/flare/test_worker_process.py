@@ -24,7 +24,9 @@ from fedspine.core.message import pack
 from fedspine.flare.provision import write_site_file
 from fedspine.flare.run_terms import RunTerms
 from fedspine.flare.site import load_site, open_site
-from fedspine.flare.site_worker import MEMORY, RUNS_KEPT, open_site_worker, works_of
+from fedspine.flare.site_disk import MEMORY, RUNS_KEPT
+from fedspine.flare.site_secret import SECRET
+from fedspine.flare.site_worker import open_site_worker, works_of
 from fedspine.flare.validate import mismatch
 from fedspine.flare.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder, as_array, decoded
 from fedspine.flare.worker_process import LOG, WorkerProcess
@@ -46,7 +48,9 @@ def kit(tiny_folder, tmp_path_factory):
         name="east",
         data={"path": "rows.parquet"},
         models={"tiny": str(tiny_folder("bert"))},
+        allow={"most_steps": 100_000},  # so many take longer than any test waits
     )
+    (folder / SECRET).touch(0o600)  # empty: the draws of a simulation
     return folder
 
 

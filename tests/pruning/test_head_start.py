@@ -10,13 +10,14 @@ import torch
 from toy import Lab, Spy, toy_task
 from transformers import AutoModel
 
+from fedspine.core.device import FEWEST_OF_CLASS
 from fedspine.core.errors import BadInput
 from fedspine.core.tensors import single
 from fedspine.lm.load import load
 from fedspine.lm.score import score
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine_plus import FedSpinePlus
-from fedspine.pruning.head_start import FEWEST, MARGIN, ClassMeans, features, head_of
+from fedspine.pruning.head_start import MARGIN, ClassMeans, features, head_of
 
 HEAD = {"classifier.weight": torch.zeros(3, 32), "classifier.bias": torch.zeros(3)}
 
@@ -83,7 +84,7 @@ def test_devices_send_the_means_of_their_own_classes(mean_task, lab_of, method) 
         by_hand = features(mean_task.base, inputs)
         for label in range(3):
             own = by_hand[labels == label]
-            assert value.counts[label] == len(own) >= FEWEST
+            assert value.counts[label] == len(own) >= FEWEST_OF_CLASS
             # fp16 on the wire: 11 bits
             found = single(value.means)["means"][label]
             torch.testing.assert_close(found, own.mean(0), atol=2e-3, rtol=2.0**-10)
@@ -110,7 +111,7 @@ def test_a_later_round_asks_for_nothing_more(mean_task, lab_of) -> None:
 def test_too_few_rows_of_a_class_say_nothing_of_it(mean_task, lab_of) -> None:
     lab = lab_of()
     labels = mean_task.train.labels
-    rare = np.flatnonzero(labels == 2)[: FEWEST - 1]
+    rare = np.flatnonzero(labels == 2)[: FEWEST_OF_CLASS - 1]
     lab.shares[0][:] = np.resize(np.flatnonzero(labels == 0), len(lab.shares[0]))
     lab.shares[0][: len(rare)] = rare
     spy = Spy(lab.fleet.only(lab.ids[:1]))

@@ -16,6 +16,8 @@ from toy import CLASS_WORDS, MAX_TOKENS, TEST_ROWS, TRAIN_ROWS, toy_rows
 
 from fedspine.data.dataset import Rows
 from fedspine.flare.provision import Kits, Project, create, write_site_file
+from fedspine.flare.site_secret import SECRET
+from fedspine.methods import all_methods
 from fedspine.ui.fleet_demo import Federation, free_port, running
 
 SITES = ("east", "north", "west")
@@ -45,7 +47,10 @@ def shared_out(rows, sites=SITES):
 
 
 def make_place(folder, model, sites=SITES, *, model_name="tiny", **site_tables):
-    """Kits and rows in `folder`; `site_tables` are further tables of every site's file."""
+    """Kits and rows in `folder`; `site_tables` are further tables of every site's file.
+
+    Sites allow all methods and answers of any number of rows, and draw as simulations do.
+    """
     train = toy_rows(TRAIN_ROWS, 0)
     made = create(
         Project(name="toys", host="127.0.0.1", port=free_port(), sites=tuple(sites)),
@@ -63,8 +68,10 @@ def make_place(folder, model, sites=SITES, *, model_name="tiny", **site_tables):
         tables = {
             "data": {"path": "rows.parquet"},
             "models": {model_name: str(model)},
+            "allow": {"methods": list(all_methods()), "fewest_rows": 1},
         } | site_tables
         write_site_file(made.folder / site, name=site, **tables)
+        (made.folder / site / SECRET).touch(0o600)  # empty: the draws of a simulation
     (folder / "data").mkdir()
     pq.write_table(labelled(train), folder / "data" / "train.parquet")
     pq.write_table(labelled(toy_rows(TEST_ROWS, 1)), folder / "data" / "test.parquet")

@@ -17,6 +17,7 @@ from fedspine.core.task import Data
 DeviceId: TypeAlias = str
 O = TypeVar("O")  # noqa: E741 - what the server orders
 R = TypeVar("R")  # what a device returns
+FEWEST_OF_CLASS = 3  # rows of a class on a device, below which it says nothing of the class
 
 
 @dataclass
@@ -37,11 +38,27 @@ class Device:
     # trains this device together with others; None: on its own
     trainer: Callable[[Any], Any] | None = None
     kept: Any = None  # kept by the last ask of this round, if this process still has it
+    # the fewest distinct rows that may stand behind a number that leaves; 0, as in simulation: any
+    fewest_rows: int = 0
     flops: float = field(default=0.0, init=False)
     launches: int = field(default=0, init=False)
     samples: int = field(default=0, init=False)
     peak_memory_bytes: int = field(default=0, init=False)
     keeping: "Kept | None" = field(default=None, init=False)
+    used: list[np.ndarray] = field(default_factory=list, init=False)  # rows, as `uses` notes them
+
+    def uses(self, rows: np.ndarray) -> None:
+        """Note that what this ask returns rests on these rows; see `rows_used`.
+
+        A site answers only where enough rows are noted, so work that reads rows has to call it.
+        """
+        self.used.append(rows)
+
+    @property
+    def rows_used(self) -> int:
+        """How many distinct rows were noted; windows of one text are one row."""
+        noted = np.unique(np.concatenate(self.used)) if self.used else np.empty(0, np.int64)
+        return len(np.unique(self.data.texts_of(noted)))
 
     def keep(self, value: Any, bytes: int) -> None:
         """Cache `value`, of about this size, for this device's next ask in this round.
@@ -173,6 +190,7 @@ class Served:
     samples: int
     peak_memory_bytes: int
     kept: bool = False  # whether the process holds something for the device's next ask
+    rows: int = 0  # distinct ones that the result rests on, as the work noted them
 
 
 def serve(
@@ -182,8 +200,12 @@ def serve(
     prefixes: Any = None,
     trainer: Callable[[Any], Any] | None = None,
     scratch: Scratch | None = None,
+    fewest_rows: int = 0,
 ) -> Served:
-    """Do the work of `call` on `data`, the device's rows; `scratch` never changes the result."""
+    """Do the work of `call` on `data`, the device's own rows; `scratch` never changes the result.
+
+    `fewest_rows` is the device's.
+    """
     found = None if scratch is None else scratch.take(call)
     memory, kept = (
         (unpack(call.memory) if call.memory is not None else {}, None) if found is None else found
@@ -197,6 +219,7 @@ def serve(
         prefixes=prefixes,
         trainer=trainer,
         kept=kept,
+        fewest_rows=fewest_rows,
     )
     result = find_work(call.work)(device, unpack(call.order))
     remembered = pack(device.memory).payload
@@ -213,4 +236,5 @@ def serve(
         samples=device.samples,
         peak_memory_bytes=device.peak_memory_bytes,
         kept=keeps,
+        rows=device.rows_used if fewest_rows else 0,
     )

@@ -55,6 +55,10 @@ class Examples:
             context=None if self.context is None else self.context[rows],
         )
 
+    def texts_of(self, rows: np.ndarray) -> np.ndarray:
+        """The text that each of these rows was cut from; of most tasks the row itself."""
+        return rows if self.sources is None else self.sources[rows]
+
     def predicted(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """The number of labels in each of these rows: its class, or its tokens except the first and
         the context.
@@ -138,6 +142,10 @@ class Arrays:
     def take(self, rows: np.ndarray) -> "Arrays":
         """These rows, in this order."""
         return Arrays(x=self.x[rows], labels=self.labels[rows])
+
+    def texts_of(self, rows: np.ndarray) -> np.ndarray:
+        """The rows themselves."""
+        return rows
 
     def predicted(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """1 for each row: its class."""

@@ -15,7 +15,7 @@ import torch
 
 from fedspine.core.device import DeviceId, O, R, Work, find_work, name_of
 from fedspine.core.fleet import AllLost, Cost, Fleet, Idle, Profile, Reply, T
-from fedspine.flare.session import FlareSession
+from fedspine.flare.session import Declined, FlareSession
 from fedspine.flare.site_state import (
     AskResult,
     FlareSnapshot,
@@ -267,7 +267,11 @@ class FlareFleet:
     def _check_quorum(self, came: Collection[AskResult]) -> None:
         replied, quorum = sum(one.missing is None for one in came), self._session.timeouts.quorum
         if replied < min(quorum, len(came)):
-            raise AllLost(f"of {len(came)} sites asked {replied} replied, {quorum} are the quorum")
+            refused = [str(one.missing) for one in came if isinstance(one.missing, Declined)]
+            why = f" (one {refused[0]})" if refused else ""
+            raise AllLost(
+                f"of {len(came)} sites asked {replied} replied, {quorum} are the quorum{why}"
+            )
 
     def _part(self, ids: Iterable[DeviceId]) -> tuple[DeviceId, ...]:
         wanted = set(ids)

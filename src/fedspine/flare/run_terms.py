@@ -13,10 +13,15 @@ import pydantic
 
 from fedspine.core.errors import BadInput
 from fedspine.core.message import message
+from fedspine.core.reads import Reads
 from fedspine.core.strict import validated
 from fedspine.core.task import BUILT_IN_MODELS, Kind
 
-RefusalReason: TypeAlias = Literal["terms", "model", "task", "method", "data", "rows", "content"]
+MOST_CLASSES = 10_000
+RefusalReason: TypeAlias = Literal[
+    "terms", "model", "task", "method", "data", "rows", "content",
+    "split", "labels", "limits", "order", "weights", "rate", "disk",
+]  # fmt: skip
 REFUSALS: dict[RefusalReason, str] = {
     "terms": "the terms of the run cannot be read; the server may run another version",
     "model": "it does not allow this model, or cannot load it; its own log says why",
@@ -28,20 +33,28 @@ REFUSALS: dict[RefusalReason, str] = {
         "its copy of the model has other content; all must hold "
         "the same model and the same versions of libraries"
     ),
+    "split": "it lets features of rows leave only in the split methods that its file names",
+    "labels": (
+        "labels of a language model are texts and stay; "
+        "method.labels_stay of mergesfl-plus keeps them"
+    ),
+    "limits": "it allows less than was asked",
+    "order": "the order asks for what the terms of the run do not say",
+    "weights": "weights in the order are not of the run's model, or of a larger rank than allowed",
+    "rate": "more orders came within a minute than it takes",
+    "disk": "its disk quota is used up; its owner can raise limits.disk_bytes",
 }
 
 
 class Refused(BadInput):
-    """A site refuses a run. The message is for the site's log; the server gets only `detail`."""
+    """A site refuses a run or an order. The message is for the site's log; the server gets only
+    `detail`, one line that reveals at most a term of the site's file.
+    """
 
-    def __init__(self, line: str, reason: RefusalReason) -> None:
+    def __init__(self, line: str, reason: RefusalReason, detail: str | None = None) -> None:
         super().__init__(line)
         self.reason = reason
-
-    @property
-    def detail(self) -> str:
-        """One line that reveals nothing about the site."""
-        return REFUSALS[self.reason]
+        self.detail = REFUSALS[reason] if detail is None else detail
 
 
 @contextmanager
@@ -69,6 +82,7 @@ class RunTerms:
     pooling: Literal["auto", "mean", "cls"]  # the classifier's readout
     max_tokens: int
     label_names: tuple[str, ...]  # in the order of their numbers; empty for language modelling
+    foretold: Reads | None = None  # what orders will read, where the method says so; not binding
 
     def check(self) -> None:
         """Raise BadInput for invalid values."""
@@ -79,6 +93,11 @@ class RunTerms:
             raise BadInput(
                 f"terms.label_names are {self.label_names!r}: distinct "
                 "names were expected for classes, none for causal-lm"
+            )
+        if len(self.label_names) > MOST_CLASSES:
+            raise BadInput(
+                f"terms.label_names are {len(self.label_names)}: "
+                f"at most {MOST_CLASSES} were expected"
             )
         if self.max_tokens < 4:
             raise BadInput(f"terms.max_tokens is {self.max_tokens}: at least 4 were expected")

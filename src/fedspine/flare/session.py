@@ -40,6 +40,10 @@ READY_SECONDS = 120.0  # for a site to start a worker that loads model and rows
 KIND = "site"  # in the records, where simulated devices have their kind
 
 
+class Declined(str):
+    """Why a site that is there does not do what was asked: its own terms, in its own words."""
+
+
 @dataclass
 class FlareSession:
     """The mutable state shared by all views of a fleet."""
@@ -84,7 +88,7 @@ class FlareSession:
             came = self._asked(site, work, payload, order, end)
         except (TimeoutError, RelayLost) as error:
             came = str(error)
-        site.missed = isinstance(came, str)
+        site.missed = isinstance(came, str) and not isinstance(came, Declined)
         spent = came if isinstance(came, tuple) else (None, None)
         return _came(
             spent, came if isinstance(came, str) else None, len(payload), time.monotonic() - began
@@ -118,6 +122,8 @@ class FlareSession:
                 case NotDone(reason="memory lost"):
                     self.note(device=site.name, memory="lost; it starts anew")
                     site.memory = None
+                case NotDone(reason="refused"):
+                    return Declined(f"refuses the order: {reply.detail}")
                 case NotDone():
                     return reply.reason
                 case str():
@@ -145,7 +151,7 @@ class FlareSession:
         """Open the run at a site; a line with the reason if it refuses."""
         asked = Opening(run=self.run, terms=self.terms)
         reply = self.exchange(site, asked, end, Opened, NotDone)
-        return (reply.detail or reply.reason) if isinstance(reply, NotDone) else reply
+        return Declined(reply.detail or reply.reason) if isinstance(reply, NotDone) else reply
 
     def exchange(self, site: str, asked: Any, end: TimeLimit, *kinds: type) -> Any:
         """A site's reply of one of these types, or a line that says why there is none; raises

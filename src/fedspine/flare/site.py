@@ -16,17 +16,17 @@ import pydantic
 
 from fedspine.core.errors import BadInput
 from fedspine.core.strict import Section, known_keys, read_toml, section, validated
-from fedspine.core.task import BUILT_IN_DATA, BUILT_IN_MODELS, Examples, Kind
+from fedspine.core.task import BUILT_IN_DATA, BUILT_IN_MODELS, Examples
 from fedspine.flare.run_terms import Refused, RunTerms, refusing
+from fedspine.flare.site_terms import SITE_FILE, AllowSection, check_run
 
 if TYPE_CHECKING:
     from fedspine.lm.base import Base
 
-SITE_FILE = "fedspine-site.toml"
+TOKENS_KEPT = 4  # encodings of the rows that the cache holds, one for each kind and length
 # of a site; it is used in certificates and addresses
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 RESERVED = {"server", "admin", "all"}
-FEWEST_ROWS = 10
 
 
 class DataSection(Section):
@@ -46,21 +46,14 @@ class LimitsSection(Section):
 
     memory_bytes: int | None = pydantic.Field(None, ge=1 << 20)  # None: all of the machine's
     threads: int = pydantic.Field(1, ge=1)
-
-
-class AllowSection(Section):
-    """The runs that the site joins; None: all that come with fedspine."""
-
-    kinds: tuple[Kind, ...] | None = None
-    methods: tuple[str, ...] | None = None  # those of other packages only by name
-    # with fewer, a reply could reveal a single row
-    fewest_rows: int = pydantic.Field(FEWEST_ROWS, ge=1)
+    # of all that runs leave here: memory, kept activations and tokens
+    disk_bytes: int = pydantic.Field(10 << 30, ge=1 << 20)
 
 
 class CachesSection(Section):
     """Folder of the site's caches."""
 
-    folder: str | None = None  # None: the user's cache folder
+    folder: str = "cache"  # below the site's own folder, and within its disk quota
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -91,45 +84,11 @@ class Site:
     def environment(self) -> dict[str, str]:
         """Environment variables of the site's worker process."""
         threads = {"OMP_NUM_THREADS": str(self.limits.threads), "TOKENIZERS_PARALLELISM": "false"}
-        return threads | (
-            {} if self.caches.folder is None else {"FEDSPINE_CACHE": self.caches.folder}
-        )
+        return threads | {"FEDSPINE_CACHE": self.caches.folder}
 
     def check(self, terms: RunTerms) -> None:
-        """Raise Refused if the site's file does not allow these terms; reads no rows and no model.
-
-        A method of another package must be named in the file, and is not imported before this
-        check.
-        """
-        from fedspine.methods import comes_with_fedspine  # torch, likewise
-
-        with refusing("terms"):
-            terms.check()
-        allow = self.allow
-        if terms.model not in self.models:
-            raise Refused(self._not_allowed("model", terms.model, self.models, "[models]"), "model")
-        if allow.kinds is not None and terms.kind not in allow.kinds:
-            raise Refused(
-                self._not_allowed("kind of task", terms.kind, allow.kinds, "allow.kinds"), "task"
-            )
-        if allow.methods is not None and terms.method not in allow.methods:
-            raise Refused(
-                self._not_allowed("method", terms.method, allow.methods, "allow.methods"), "method"
-            )
-        if allow.methods is None and not comes_with_fedspine(terms.method):
-            raise Refused(
-                f"site {self.name} does not take part: the method {terms.method!r} "
-                "does not come with fedspine; install the package that brings it "
-                f"here, and list it in allow.methods of {SITE_FILE}",
-                "method",
-            )
-
-    def _not_allowed(self, what: str, came: str, known: Any, where: str) -> str:
-        return (
-            f"site {self.name} does not take part: the {what} {came!r} is "
-            f"not among what {where} of its {SITE_FILE} lists "
-            f"({', '.join(known) or 'nothing'}); add it there to allow it"
-        )
+        """Raise Refused if the site's file does not allow these terms; no row is read, no model."""
+        check_run(self.name, self.allow, self.models, terms)
 
 
 @dataclass(frozen=True)
@@ -217,7 +176,8 @@ def site_examples(site: Site, terms: RunTerms, tokenizer: Any) -> Examples:
             f"rows, or lower allow.fewest_rows of its {SITE_FILE}",
             "rows",
         )
-    return tokens(tokenizer, rows, terms.kind, terms.max_tokens)
+    kept = Path(site.caches.folder)
+    return tokens(tokenizer, rows, terms.kind, terms.max_tokens, folder=kept, kept=TOKENS_KEPT)
 
 
 def check_name(name: str) -> None:
@@ -258,9 +218,7 @@ def _site(tables: dict[str, Any], folder: Path) -> Site:
             for name, where in top.models.items()
         },
         data=data.model_copy(update={"path": path}),
-        caches=caches.model_copy(
-            update={"folder": caches.folder and str((folder / _home(caches.folder)).resolve())}
-        ),
+        caches=caches.model_copy(update={"folder": str((folder / _home(caches.folder)).resolve())}),
         limits=sections["limits"],
         allow=sections["allow"],
     )

@@ -7,9 +7,11 @@ No failure here ends the worker; the server gets a fixed reason, and the site's 
 import importlib
 import os
 import resource
-import shutil
 import sys
+import time
 import traceback
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,9 +24,14 @@ from fedspine.core.device import Call, Scratch, Served, find_work, name_of, serv
 from fedspine.core.errors import BadInput
 from fedspine.core.message import NotAMessage, pack
 from fedspine.core.process import keep_freed_memory
-from fedspine.flare.run_terms import Refused
+from fedspine.flare import site_disk
+from fedspine.flare.run_terms import Refused, RunTerms
 from fedspine.flare.schema import work_kinds
 from fedspine.flare.site import Holding, Site, load_site, open_site
+from fedspine.flare.site_disk import LOG, MEMORY, PREFIXES, RUNS_KEPT
+from fedspine.flare.site_secret import seed_of, site_secret
+from fedspine.flare.site_terms import check_order, check_used
+from fedspine.flare.site_weights import check_weights
 from fedspine.flare.wire import (
     RUN,
     NotDone,
@@ -35,12 +42,15 @@ from fedspine.flare.wire import (
     as_array,
     decoded,
 )
-from fedspine.lm.prefix import Prefixes
-from fedspine.methods import find
+from fedspine.lm.prefix import MOST_BYTES, Prefixes
+from fedspine.methods import find, sends_features
 from fedspine.storage.store import sealed, unsealed, write_atomically
 
-MEMORY, PREFIXES = "memory", "prefixes"  # in the site's folder, each with a folder for a run
-RUNS_KEPT = 16  # memories of so many runs are kept, those used last
+MOST_VERSION = 10**9  # of a memory, whose file's name has so many digits
+NEEDED = 2  # versions that an order may keep beside those that it reads and writes
+MINUTE = 60.0
+LINE = 2000  # characters of an error in the log
+FEATURES = "fedspine.split.device"  # its works send features, so they are for split methods only
 # packages whose works a site may serve
 OFFERED = ("fedspine.methods.", "fedspine.pruning.", "fedspine.split.")
 
@@ -50,29 +60,42 @@ class Open:
     """A run that the site has joined."""
 
     run: str
-    terms: str  # their digest
+    terms: RunTerms
     holding: Holding
     works: frozenset[str]
 
 
 class SiteWorker:
-    """Serves the messages of a run at a site; `folder` holds the site's file and memory."""
+    """Serves the messages of a run at a site; `folder` holds the site's file, memory and secret.
 
-    def __init__(self, site: Site, folder: Path) -> None:
-        self._site, self._folder = site, folder
+    A `secret` may be given where the folder is another one, to replay the site's work.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        folder: Path,
+        secret: bytes | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._site, self._folder, self._now = site, folder, now
+        folder.mkdir(parents=True, exist_ok=True)
+        self._secret = site_secret(folder) if secret is None else secret
         self._open: Open | None = None
         self._scratch = Scratch()
+        self._came: deque[float] = deque()  # times of the messages of the last minute
 
     def answer(self, payload: bytes) -> bytes:
         """The packed reply to a packed message; raises nothing."""
         try:
+            self._check_rate()
             return pack(self._answered(decoded(payload, Opening, SiteOrder))).payload
         except NotAMessage as error:
-            return _not_done("bad order", error)
+            return self._not_done("bad order", error)
         except Refused as error:
-            return _not_done("refused", error, error.detail)
+            return self._not_done("refused", error, error.detail)
         except Exception as error:
-            return _not_done("work failed", error)
+            return self._not_done("work failed", error)
 
     def _answered(self, asked: Opening | SiteOrder) -> Opened | SiteAnswer | NotDone:
         if not RUN.fullmatch(asked.run):
@@ -86,15 +109,16 @@ class SiteWorker:
     def _join(self, asked: Opening) -> Opened:
         self._site.check(asked.terms)  # before the method's package is imported
         works = works_of(asked.terms.method)
-        terms, here = pack(asked.terms).sha256, self._open
+        terms, here = asked.terms, self._open
         holding = (
             here.holding
-            if here is not None and here.terms == terms
-            else open_site(self._site, asked.terms)
+            if here is not None and pack(here.terms).payload == pack(terms).payload
+            else open_site(self._site, terms)
         )
         holding.base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         for folder, kept in ((MEMORY, RUNS_KEPT), (PREFIXES, 1)):
-            _keep_newest(self._folder / folder / asked.run, kept)
+            site_disk.keep_newest(self._folder / folder / asked.run, kept)
+        self._room(asked.run, needed=0)
         self._open, self._scratch = Open(asked.run, terms, holding, works), Scratch()
         return Opened(examples=len(holding.examples), memory_bytes=self._site.memory_bytes)
 
@@ -105,8 +129,9 @@ class SiteWorker:
         if asked.work not in here.works:
             return NotDone(reason="work not allowed")
         work = find_work(asked.work)
+        _check_versions(asked)
         order = asked.order.tobytes()
-        decoded(order, work_kinds(work)[0])
+        self._check(here, decoded(order, work_kinds(work)[0]))
         memory = None
         if asked.memory is not None:
             path = self._version(asked.run, asked.memory)
@@ -118,7 +143,10 @@ class SiteWorker:
                 print(f"{path} is damaged: {error}", file=sys.stderr, flush=True)
                 return NotDone(reason="memory lost")
         served = self._served(here, asked, order, memory)
-        write_atomically(self._version(asked.run, asked.version), sealed(served.memory))
+        check_used(self._site.name, self._site.allow, served.rows)
+        remembered = sealed(served.memory)
+        self._room(asked.run, needed=len(remembered))
+        write_atomically(self._version(asked.run, asked.version), remembered)
         self._sweep(asked)
         return SiteAnswer(
             result=as_array(served.result),
@@ -135,13 +163,54 @@ class SiteWorker:
             work=asked.work,
             order=order,
             memory=memory,
-            seed=asked.seed,
+            seed=seed_of(self._secret, asked),
             round=asked.round,
         )
-        prefixes = Prefixes(self._folder / PREFIXES / here.run)
+        prefixes = Prefixes(self._folder / PREFIXES / here.run, self._room_of_prefixes(here.run))
         return serve(
-            call, here.holding.base, here.holding.examples, prefixes, scratch=self._scratch
+            call,
+            here.holding.base,
+            here.holding.examples,
+            prefixes,
+            scratch=self._scratch,
+            fewest_rows=self._site.allow.fewest_rows,
         )
+
+    def _check(self, here: Open, order: Any) -> None:
+        """Raise Refused for an order that the site's terms do not allow; no row is read."""
+        check_order(self._site.name, self._site.allow, here.terms, order)
+        check_weights(self._site.name, order, here.holding.base, self._site.allow.largest_rank)
+
+    def _check_rate(self) -> None:
+        now, most = self._now(), self._site.allow.orders_per_minute
+        while self._came and now - self._came[0] >= MINUTE:
+            self._came.popleft()
+        if len(self._came) >= most:
+            raise Refused(f"more than {most} orders came within a minute", "rate")
+        self._came.append(now)
+
+    def _not_done(self, reason: Any, error: Exception, detail: str = "") -> bytes:
+        site_disk.shorten(self._folder / LOG)
+        print(f"{reason}: {str(error)[:LINE]}", file=sys.stderr, flush=True)
+        if reason == "work failed":
+            traceback.print_exc()
+        return pack(NotDone(reason=reason, detail=detail)).payload
+
+    def _room(self, run: str, needed: int) -> int:
+        """Bytes of the site's quota that are free; raises Refused for fewer than `needed`."""
+        cache, most = Path(self._site.caches.folder), self._site.limits.disk_bytes
+        free = site_disk.room(self._folder, cache, run, most, needed)
+        if free < needed:
+            raise Refused(
+                f"{needed} bytes are needed, {free} of limits.disk_bytes are left", "disk"
+            )
+        return free
+
+    def _room_of_prefixes(self, run: str) -> int:
+        """Bytes that kept activations may take in all."""
+        free = self._room(run, needed=0)
+        there = site_disk.used(self._folder, Path(self._site.caches.folder))[PREFIXES]
+        return min(free + there, MOST_BYTES)
 
     def _version(self, run: str, version: int) -> Path:
         return self._folder / MEMORY / run / f"{version:09d}.safetensors"
@@ -170,12 +239,13 @@ def open_site_worker(folder: Path) -> SiteWorker:
     return SiteWorker(site, folder)
 
 
-def _keep_newest(folder: Path, kept: int) -> None:
-    """Make the folder the newest among its siblings, and remove all but the newest `kept`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    os.utime(folder)
-    for old in sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime_ns)[:-kept]:
-        shutil.rmtree(old, ignore_errors=True)
+def _check_versions(asked: SiteOrder) -> None:
+    """Raise NotAMessage for versions of memory that no run has, or more than a run keeps."""
+    named = (asked.version, *asked.needed, *(() if asked.memory is None else (asked.memory,)))
+    if len(asked.needed) > NEEDED or not all(0 <= version < MOST_VERSION for version in named):
+        raise NotAMessage(
+            f"at most {NEEDED} needed versions from 0 to {MOST_VERSION} were expected"
+        )
 
 
 @cache
@@ -186,10 +256,10 @@ def works_of(method: str) -> frozenset[str]:
     Raises Refused for a method that is not installed here.
     """
     try:
-        start = importlib.import_module(find(method).__module__)
+        cls = find(method)
     except BadInput as error:
         raise Refused(str(error), "method") from None
-    seen, left = set(), [start]
+    seen, left = set(), [importlib.import_module(cls.__module__)]
     while left:
         module = left.pop()
         seen.add(module)
@@ -203,6 +273,7 @@ def works_of(method: str) -> frozenset[str]:
         for module in seen
         for value in vars(module).values()
         if getattr(value, "__on_device__", False)
+        and (value.__module__ != FEATURES or sends_features(cls))
     ]
     return frozenset(name_of(work) for work in works)
 
@@ -211,10 +282,3 @@ def _home(value: Any) -> ModuleType | None:
     """The offered module that something was defined in."""
     name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
     return sys.modules.get(name) if isinstance(name, str) and name.startswith(OFFERED) else None
-
-
-def _not_done(reason: Any, error: Exception, detail: str = "") -> bytes:
-    print(f"{reason}: {error}", file=sys.stderr, flush=True)
-    if reason == "work failed":
-        traceback.print_exc()
-    return pack(NotDone(reason=reason, detail=detail)).payload

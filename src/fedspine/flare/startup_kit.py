@@ -23,6 +23,7 @@ from fedspine.core.errors import BadInput, unknown
 from fedspine.core.process import keeping_freed_memory
 from fedspine.core.task import BUILT_IN_DATA
 from fedspine.flare.site import SITE_FILE, load_site
+from fedspine.flare.site_disk import used
 
 ADMIN_KIT = "admin"  # folder of the operator's kit
 STARTUP = {"server": "fed_server.json", "site": "fed_client.json", "admin": "fed_admin.json"}
@@ -302,6 +303,18 @@ def fleet_status(session: Any) -> dict[str, Any]:
             {"id": job["job_id"], "status": job["status"], "submitted": job["submit_time"]}
             for job in jobs
         ],
+    }
+
+
+def site_status(kit: StartupKit) -> dict[str, Any]:
+    """What runs have left on the disk of the site whose kit this is, in bytes, and its quota."""
+    site = load_site(kit.folder)
+    left = used(kit.folder, Path(site.caches.folder))
+    return {
+        "site": kit.name,
+        "disk_bytes": site.limits.disk_bytes,
+        "used_bytes": sum(left.values()),
+        "by_kind": left,
     }
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from fedspine.flare.framing import receive, send
+from fedspine.flare.site_disk import LOG
 
-LOG = "fedspine-worker.log"  # in the site's folder: the worker's output, refusals in full
 PARENT_CHECK_SECONDS = 1.0
 START_SECONDS = 300.0  # for a worker to come up
 ExchangeStatus: TypeAlias = Literal["done", "died", "late"]

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, TypeAlias
 from fedspine.core.device import Device
 from fedspine.core.errors import check_ranges
 from fedspine.core.message import message
+from fedspine.core.reads import lasting
 from fedspine.lm.base import Model
 from fedspine.lm.cost import NO_SCORING, ScoringCost, training_memory_bytes
 from fedspine.lm.importance import Scores, magnitude_scores, random_scores, smooth
@@ -31,6 +32,21 @@ class AtRandom:
 
 
 ScoringOrder: TypeAlias = Scoring | ByMagnitude | AtRandom  # as sent to a device
+
+
+def remembered(how: ScoringOrder, steps: int) -> int:
+    """The steps that scores rest on, of a moving average those that last.
+
+    >>> remembered(Scoring(keep=0.9), 20), remembered(Scoring(keep=0.0), 20)
+    (10, 1)
+    >>> remembered(Scoring(keep=1.0, every=5), 20), remembered(ByMagnitude(), 20)
+    (4, 20)
+    """
+    match how:
+        case Scoring(every=every, keep=keep):
+            return lasting(-(-steps // max(1, every)), 1 - keep)
+    return steps
+
 
 _AVERAGE = {"every": (1, inf), "keep": (0, 1)}
 

@@ -23,6 +23,7 @@ from fedspine.data.dataset import Rows
 from fedspine.lm.encode import encode
 
 ABOUT = "examples.json"
+KEPT = 32  # folders; the ones not used for longest make way
 FORMAT = "3"  # changes whenever the same input gives other tokens
 _UNUSABLE = (
     OSError,
@@ -39,22 +40,30 @@ _SETTINGS = (
     "truncation_side",
     "model_input_names",
 )  # beside the tokenizer proper
-KEPT = 32  # folders; the ones not used for longest make way
 
 
 def tokens(
-    tokenizer: Any, rows: Rows, kind: Kind, max_tokens: int, *, scored: bool = False
+    tokenizer: Any,
+    rows: Rows,
+    kind: Kind,
+    max_tokens: int,
+    *,
+    scored: bool = False,
+    folder: Path | None = None,
+    kept: int | None = None,
 ) -> Examples:
-    """The result of `encode`, memory-mapped if it could be stored."""
+    """The result of `encode`, memory-mapped if it could be stored: among `kept` (None: `KEPT`) in a
+    cache folder, by default the user's.
+    """
     key = _key(tokenizer, rows, kind, max_tokens, scored)
     if key is None:
         return encode(tokenizer, rows, kind, max_tokens, scored=scored)
     with suppress(*_UNUSABLE):
-        return _opened(home() / "tokens" / key)
+        return _opened((folder or home()) / "tokens" / key)
     examples = encode(tokenizer, rows, kind, max_tokens, scored=scored)
     with suppress(*_UNUSABLE):
-        _store(examples, home() / "tokens" / key)
-        return _opened(home() / "tokens" / key)
+        _store(examples, (folder or home()) / "tokens" / key, kept or KEPT)
+        return _opened((folder or home()) / "tokens" / key)
     return examples
 
 
@@ -101,7 +110,7 @@ def _texts(rows: Rows) -> Iterator[str]:
         yield from rows.pairs
 
 
-def _store(examples: Examples, folder: Path) -> None:
+def _store(examples: Examples, folder: Path, kept: int) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
     try:
@@ -122,7 +131,7 @@ def _store(examples: Examples, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(folder / "before", ignore_errors=True)
     there = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    for old in there[:-KEPT]:
+    for old in there[:-kept]:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedspine.core.device import Device
 from fedspine.core.errors import BadInput
 from fedspine.core.message import Tensors, message
+from fedspine.core.reads import Reads, last_steps, lasting
 from fedspine.core.task import IGNORED, Examples
 from fedspine.core.tensors import moved
 from fedspine.lm.base import Model
@@ -39,6 +40,12 @@ class Tuning:
     clip: float = 1.0  # of the gradient's norm
     turns: float = 1.0  # how often the device trains in the whole run, on average
 
+    @property
+    def reads(self) -> Reads:
+        fastest = max(self.learning_rate, self.head_learning_rate or 0.0)
+        show = lasting(self.steps, fastest * self.weight_decay)
+        return Reads(steps=self.steps, batch=self.batch, lasting=show)
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadTraining:
@@ -49,6 +56,10 @@ class HeadTraining:
     learning_rate: float = 2e-3  # falls linearly to zero over the rounds
     weight_decay: float = 0.1
     head_lr_multiplier: ClassVar[float] = 1.0
+
+    def foretold(self, base: Any) -> Reads:
+        """What a device's orders will read."""
+        return Reads(steps=self.steps, batch=self.batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,16 +162,17 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
     entry = base.start_at(first) if prefixes[0] is not None else None
     optimiser = _optimiser(stack, tuning)
     losses: list[Float[Tensor, " models"]] = []
-    # to which each device pads each of its batches, and the labels that count there
+    # to which each device pads each of its batches, and its rows with a label that counts
     widths: list[list[int]] = [[] for _ in requests]
-    counts: list[list[int]] = [[] for _ in requests]
+    counted: list[list[np.ndarray]] = [[] for _ in requests]
     with ImportanceTracker(stack, scoring, [request.scores for request in requests]) as tracker:
         for step, rows in enumerate(
             zip(*(batches(r.device.data, tuning, r.device.rng) for r in requests), strict=True)
         ):
             inputs, width = _joined(requests, rows, widths)
-            for request, chosen, seen in zip(requests, rows, counts, strict=True):
-                seen.append(int(request.device.data.predicted(chosen).sum()))
+            for request, chosen, seen in zip(requests, rows, counted, strict=True):
+                request.device.uses(chosen)
+                seen.append(chosen[request.device.data.predicted(chosen) > 0])
             if entry is not None:
                 parts = zip(requests, prefixes, rows, strict=True)
                 entry.hidden = torch.cat(
@@ -188,7 +200,7 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
     for request, padded, seen in zip(requests, widths, history, strict=True):
         _account(request, padded[: _steps(seen)], first)
     return [
-        TuneResult(stack.model(i), _ended(seen, counts[i]), tracker.scores[i])
+        TuneResult(stack.model(i), _ended(seen, counted[i], requests[i].device), tracker.scores[i])
         for i, seen in enumerate(history)
     ]
 
@@ -213,15 +225,18 @@ def _steps(losses: list[float]) -> int:
     )
 
 
-def _ended(losses: list[float], counts: list[int]) -> float:
+def _ended(losses: list[float], counted: list[np.ndarray], device: Device) -> float:
     """The mean of the last losses before training ended, which is not finite where one of them is
     not.
 
-    Steps in which no label counted say nothing; 0 where there are no others.
+    Steps in which no label counted say nothing; 0 where there are no others. It is over more steps
+    where the last ones have fewer rows than the device answers about.
     """
-    steps = zip(losses[: _steps(losses)], counts, strict=False)
-    told = [loss for loss, counted in steps if counted or not np.isfinite(loss)]
-    return float(np.mean(told[-LAST:])) if told else 0.0
+    steps = zip(losses[: _steps(losses)], counted, strict=False)
+    told = [(loss, rows) for loss, rows in steps if len(rows) or not np.isfinite(loss)]
+    texts = [device.data.texts_of(rows) for _, rows in told] if device.fewest_rows else []
+    last = last_steps(texts, LAST, device.fewest_rows)
+    return float(np.mean([loss for loss, _ in told][-last:])) if told else 0.0
 
 
 def _prefix(request: Request, first: int) -> Tensor | None:

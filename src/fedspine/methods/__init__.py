@@ -65,6 +65,13 @@ def comes_with_fedspine(name: str) -> bool:
     return cls is not None and cls.__module__.startswith(f"{__name__}.")
 
 
+def sends_features(cls: type) -> bool:
+    """Whether devices send features of single rows in this method: whether it is a split method."""
+    from fedspine.split.baseline import SplitTraining
+
+    return issubclass(cls, SplitTraining)
+
+
 def packages() -> Mapping[str, str]:
     """Name and version of the package that brings a method, for those of installed packages."""
     return _installed()[0]

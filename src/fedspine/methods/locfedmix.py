@@ -19,8 +19,9 @@ from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method
+from fedspine.core.reads import Reads
 from fedspine.core.task import IGNORED, Task
-from fedspine.split.auxiliary import DecodedCutting, bare, decoder
+from fedspine.split.auxiliary import DECODER, DecodedCutting, bare, decoder
 from fedspine.split.baseline import (
     RoundSetup,
     SplitTraining,
@@ -62,6 +63,10 @@ class ReadingOrder:
     @property
     def precision(self) -> str:
         return self.begin.precision
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(names=tuple(sorted(DECODER)))
 
 
 @on_device

@@ -17,6 +17,7 @@ from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.message import message
 from fedspine.core.method import method
+from fedspine.core.reads import Reads
 from fedspine.core.task import Task
 from fedspine.methods.mergesfl import (
     PLANNING,
@@ -99,6 +100,9 @@ class MergeSflPlus(MergeSfl):
                 "method.logit_adjustment from 0 to below 1 and a method.client_lr_multiplier above "
                 f"0 were expected, {self.logit_adjustment} and {self.client_lr_multiplier} came"
             )
+
+    def foretold(self, base: Any) -> Reads:
+        return replace(super().foretold(base), labels=not self.labels_stay)
 
     def start(self, task: Task, rng: np.random.Generator) -> MergeSflPlusState:
         first = super().start(task, rng)

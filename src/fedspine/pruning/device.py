@@ -10,11 +10,12 @@ from typing import Protocol
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.fleet import Reply
 from fedspine.core.message import Tensors, message
+from fedspine.core.reads import Reads
 from fedspine.core.tensors import half, single
 from fedspine.lm.aggregate import Contribution
 from fedspine.lm.base import Model
 from fedspine.lm.importance import Scores, ballot, mixed, no_scores
-from fedspine.lm.importance_sources import ScoringOrder, tune_and_score
+from fedspine.lm.importance_sources import ScoringOrder, remembered, tune_and_score
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, cut_adapter, full, shrink
 from fedspine.lm.tune import Tuning
@@ -33,6 +34,12 @@ class SpineOrder:
     scale: float
     tuning: Tuning
     scoring: ScoringOrder
+
+    @property
+    def reads(self) -> Reads:
+        """What the scores rest on: an average that forgets fast is of its last steps alone."""
+        steps, batch = self.tuning.steps, self.tuning.batch
+        return Reads(steps=steps, batch=batch, lasting=remembered(self.scoring, steps))
 
 
 @message

@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedspine.core.device import Device, on_device
+from fedspine.core.device import FEWEST_OF_CLASS, Device, on_device
 from fedspine.core.errors import BadInput, unknown
 from fedspine.core.fleet import Fleet, Reply
 from fedspine.core.message import Tensors, message
+from fedspine.core.reads import Reads
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, moved, single
 from fedspine.lm.base import Base, Model
@@ -26,7 +27,6 @@ from fedspine.lm.pooling import mean_of_tokens
 from fedspine.lm.prefix import BATCH
 from fedspine.lm.structure import full
 
-FEWEST = 3  # rows of a class on a device, below which it says nothing of the class
 # mean logit of a class mean for its own class over that of the mid; docs/methods/fedlora.md
 MARGIN = 1.25
 
@@ -34,6 +34,10 @@ MARGIN = 1.25
 @message
 class MeansOrder:
     rows: int  # of the device, at most
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(batch=self.rows)
 
 
 @message
@@ -82,6 +86,7 @@ def _reads_the_mean(head: Tensors) -> bool:
 @on_device
 def class_means(device: Device, order: MeansOrder) -> ClassMeans:
     base, chosen = device.base, device.rng.permutation(len(device.data))[: order.rows]
+    device.uses(chosen)
     data = device.data.take(chosen)
     classes, width = base.head[0].weight.shape
     sums, counts = torch.zeros(classes, width), torch.zeros(classes, dtype=torch.int64)
@@ -99,7 +104,7 @@ def class_means(device: Device, order: MeansOrder) -> ClassMeans:
         flops=forward_flops(base.layout, extent),
         memory_bytes=HALF * (base.embeddings + base.layout.parameters),
     )
-    counts[counts < FEWEST] = 0
+    counts[counts < FEWEST_OF_CLASS] = 0
     means = sums * (counts > 0)[:, None] / counts.clamp_min(1)[:, None]
     return ClassMeans(means=half({"means": means}), counts=counts)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedspine.core.errors import BadInput
+from fedspine.core.reads import Foretells
 from fedspine.execution.workers import Workers
 from fedspine.flare.run_terms import RunTerms, model_name
 from fedspine.flare.session import FlareSession
@@ -174,9 +175,10 @@ def backend_of(run_dir: Path, named: RealSites | None = None) -> Backend:
 
 def terms_of(assembled: Assembled) -> RunTerms:
     """The terms that a site needs in order to join a run."""
-    section, task = assembled.recipe.task, assembled.task
+    section, task, method = assembled.recipe.task, assembled.task, assembled.recipe.method
     return RunTerms(
-        method=assembled.recipe.method.name,
+        method=method.name,
+        foretold=method.foretold(task.base) if isinstance(method, Foretells) else None,
         kind=section.kind,
         model=model_name(section.model),
         model_sha256=content_sha256(task.base, assembled.tokenizer),

@@ -16,6 +16,7 @@ from fedspine.core.device import DeviceId
 from fedspine.core.errors import unknown
 from fedspine.core.fleet import Fleet, NoMemory
 from fedspine.core.message import Tensors, message
+from fedspine.core.reads import Reads
 from fedspine.core.task import Task
 from fedspine.core.tensors import average, half
 from fedspine.split.device import Begin, Cutting
@@ -35,6 +36,10 @@ class SplitTraining(ModelTraining):
     """The settings that split methods share."""
 
     cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
+
+    def foretold(self, base: Any) -> Reads:
+        """What a device's orders will read: features leave after each batch, with its labels."""
+        return Reads(batch=self.batch, cut=cutting_of(self, base).cut, labels=True)
 
 
 class ClientMemory(Protocol):

@@ -23,6 +23,11 @@ class Budget:
     rows: int
 
 
+def most_rows(batch: int | Budget) -> int:
+    """The most rows that such a batch has."""
+    return batch if isinstance(batch, int) else batch.rows
+
+
 @dataclass(frozen=True)
 class Drawn:
     """A batch, and what fixes the next one."""

@@ -6,6 +6,8 @@ from fedspine.split.interface import SplitModel
 from fedspine.split.split_net import SplitNet
 from fedspine.split.split_transformer import SplitTransformer
 
+KEPT = 32  # split models of a base
+
 
 def split_model_of(base: Base | Net, cut: int, *, rank: int = 8, scale: float = 2.0) -> SplitModel:
     """The model with its first `cut` blocks on the devices; raises BadInput for a cut outside the
@@ -19,6 +21,8 @@ def split_model_of(base: Base | Net, cut: int, *, rank: int = 8, scale: float = 
             key = (cut, rank, scale)
             if key not in base.split_models:
                 base.split_models[key] = SplitTransformer(base, cut, rank, scale)
+                if len(base.split_models) > KEPT:  # whoever sends orders chooses the keys
+                    del base.split_models[next(iter(base.split_models))]
         case Net():
             key = (cut,)
             if key not in base.split_models:

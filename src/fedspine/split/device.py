@@ -20,10 +20,11 @@ from torch import Tensor
 
 from fedspine.core.device import Device, on_device
 from fedspine.core.message import Tensors, message
+from fedspine.core.reads import Reads
 from fedspine.core.tensors import half, single
 from fedspine.lm.base import Base
 from fedspine.nets.net import Net
-from fedspine.split.batches import Budget, drawn
+from fedspine.split.batches import Budget, drawn, most_rows
 from fedspine.split.cut import split_model_of
 from fedspine.split.interface import Features, SplitModel
 from fedspine.split.trainable_half import Optimising, TrainableHalf
@@ -66,6 +67,10 @@ class Begin:
     ending: "Tensors | None" = None
     ending_optimising: Optimising | None = None
 
+    @property
+    def reads(self) -> Reads:
+        return Reads(batch=most_rows(self.batch), cut=self.cutting.cut, labels=self.ending is None)
+
 
 @message
 class Step:
@@ -75,6 +80,10 @@ class Step:
 
     gradient: Wired | None
 
+    @property
+    def reads(self) -> Reads:
+        return Reads()  # a batch of the size that `Begin` or `Resized` asked for
+
 
 @message
 class Resized:
@@ -83,6 +92,10 @@ class Resized:
     step: Step
     batch: int | Budget
     optimising: Optimising | None = None  # from now on, where it changes with the batch
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(batch=most_rows(self.batch))
 
 
 @message
@@ -98,6 +111,10 @@ class Answer:
     """The middle's output for the current batch (U-shape)."""
 
     features: Wired
+
+    @property
+    def reads(self) -> Reads:
+        return Reads()  # the current batch
 
 
 @message
@@ -178,6 +195,7 @@ def end(device: Device, order: Step) -> Ended:
 def answer(device: Device, order: Answer) -> Answered:
     active = resumed(device, None)
     held = active.held
+    device.uses(held.rows)
     assert held.ending is not None
     assert held.order.ending_optimising is not None
     ending = TrainableHalf(
@@ -241,6 +259,7 @@ def stepped(device: Device, order: Step, local_loss: LocalLoss | None = None) ->
 def ended(device: Device, order: Step, local_loss: LocalLoss | None = None) -> Ended:
     """Do what `end` does."""
     active = resumed(device, local_loss)
+    device.uses(active.held.rows)
     _apply(device, active, order)
     del device.memory[HELD]
     send = _as_sent(_precision(active.held))
@@ -273,6 +292,7 @@ def _forward(
     local_loss: LocalLoss | None,
 ) -> Forwarded:
     """The next batch's features, remembered together with the state that gave them."""
+    device.uses(held.rows)
     active = _active(device, split_model, held, client_model, client_model.weights, local_loss)
     _remember(device, active)
     rows, tokens = len(active.features), _tokens(active.features)

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from fedspine.control.labels import class_log_ratios, distribution, reference
-from fedspine.core.device import Device, DeviceId, on_device
+from fedspine.core.device import FEWEST_OF_CLASS, Device, DeviceId, on_device
 from fedspine.core.message import Tensors, message
+from fedspine.core.reads import Reads
 
 LENGTHS = 10  # buckets of text length, which stand for labels where there are none
 
@@ -19,18 +20,35 @@ class LabelQuery:
     classes: int  # 0: the task has none, so count lengths, up to `longest` tokens
     longest: int
 
+    @property
+    def reads(self) -> Reads:
+        return Reads(classes=self.classes)  # all rows
+
 
 @message
 class LabelDistribution:
-    shares: np.ndarray  # float64 [classes]: V_i
+    shares: np.ndarray  # float64 [classes]: V_i; at a site 0 for a class of too few rows
 
 
 @on_device
 def label_distribution(device: Device, order: LabelQuery) -> LabelDistribution:
-    if order.classes:
-        return LabelDistribution(shares=distribution(device.data.labels, order.classes))
-    buckets = np.minimum(device.data.lengths * LENGTHS // (order.longest + 1), LENGTHS - 1)
-    return LabelDistribution(shares=distribution(buckets, LENGTHS))
+    labels, classes = device.data.labels, order.classes
+    if not classes:
+        classes = LENGTHS
+        labels = np.minimum(device.data.lengths * LENGTHS // (order.longest + 1), LENGTHS - 1)
+    device.uses(np.arange(len(device.data)))
+    shares = distribution(labels, classes)
+    counts = np.bincount(labels, minlength=classes)
+    rare = (counts > 0) & (counts < FEWEST_OF_CLASS)
+    if device.fewest_rows and rare.any():
+        shares = _without(rare, shares)
+    return LabelDistribution(shares=shares)
+
+
+def _without(rare: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """The shares among the other classes; all classes alike where there are no others."""
+    kept = np.where(rare, 0.0, shares)
+    return kept / kept.sum() if kept.any() else np.full(len(shares), 1 / len(shares))
 
 
 def logit_adjustments(labels: Mapping[DeviceId, np.ndarray], share: float) -> Tensors:

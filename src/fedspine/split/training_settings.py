@@ -3,9 +3,10 @@ methods share.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fedspine.core.errors import BadInput
+from fedspine.core.reads import Reads
 from fedspine.core.task import Task
 from fedspine.lm.base import Base
 from fedspine.lm.lora import check_rank
@@ -28,6 +29,10 @@ class ModelTraining:
     weight_decay: float = 0.1
     clip: float = 1.0  # of the gradient's norm in each half; 0: never
     precision: Precision = "fp16"  # of what crosses the wire
+
+    def foretold(self, base: Any) -> Reads:
+        """What a device's orders will read."""
+        return Reads(steps=self.steps, batch=self.batch)
 
 
 def check_training(fields: ModelTraining, task: Task) -> None:

@@ -15,6 +15,7 @@ import torch
 from fedspine.core.device import Device
 from fedspine.core.fleet import Fleet, NoMemory, Profile
 from fedspine.core.message import Tensors, message
+from fedspine.core.reads import Reads, last_steps, lasting
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, moved, single
 from fedspine.split.batches import rows_at
@@ -49,6 +50,11 @@ class Training:
     steps: int
     batch: int  # rows of a step; all of the data where there are fewer
 
+    @property
+    def reads(self) -> Reads:
+        forgotten = self.optimising.learning_rate * self.optimising.weight_decay
+        return Reads(steps=self.steps, batch=self.batch, lasting=lasting(self.steps, forgotten))
+
 
 @dataclass(frozen=True)
 class LocalResult:
@@ -58,6 +64,7 @@ class LocalResult:
 
     weights: Tensors
     losses: tuple[np.ndarray, ...]  # one for each step, [rows of which a label counted]
+    last: int = LAST  # steps that `ended` is over
 
     @property
     def ended(self) -> float:
@@ -66,7 +73,7 @@ class LocalResult:
         0 where no label counted.
         """
         means = [losses.mean() for losses in self.losses if len(losses)]
-        return float(np.mean(means[-LAST:])) if means else 0.0
+        return float(np.mean(means[-self.last :])) if means else 0.0
 
 
 def train_whole(device: Device, weights: Tensors, training: Training) -> LocalResult:
@@ -80,8 +87,10 @@ def train_whole(device: Device, weights: Tensors, training: Training) -> LocalRe
     )
     seed = int(device.rng.integers(2**31))
     losses, sizes, tokens = [], [], []
+    counted: list[np.ndarray] = []  # texts of which a label counted, of steps that have any
     for step in range(training.steps):
         rows = rows_at(len(device.data), training.batch, seed, step)
+        device.uses(rows)
         batch = device.data.batch(rows)
         drawn = [int(part) for part in np.random.SeedSequence([seed, step]).generate_state(2)]
         features = split_model.client_forward(under.weights, batch, seed=drawn[0])
@@ -89,6 +98,8 @@ def train_whole(device: Device, weights: Tensors, training: Training) -> LocalRe
         labelled = found.counted > 0
         mean = (found.total[labelled] / found.counted[labelled]).detach()
         losses.append(mean.cpu().double().numpy())
+        if len(losses[-1]):
+            counted.append(device.data.texts_of(rows[labelled.cpu().numpy()]))
         sizes.append(len(rows))
         tokens.append(1 if features.mask is None else features.mask.shape[1])
         loss = found.mean
@@ -97,7 +108,11 @@ def train_whole(device: Device, weights: Tensors, training: Training) -> LocalRe
         loss.backward()
         under.step()
     _account(device, split_model, sizes, tokens)
-    return LocalResult(weights=moved(under.now(), torch.device("cpu")), losses=tuple(losses))
+    return LocalResult(
+        weights=moved(under.now(), torch.device("cpu")),
+        losses=tuple(losses),
+        last=last_steps(counted, LAST, device.fewest_rows),
+    )
 
 
 def _account(

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -96,11 +96,26 @@ def start(
 
 
 @app.command()
-def status(kit: Operator = Path("admin"), json: Json = False) -> None:
-    """Show which sites are connected and which jobs run."""
+def status(
+    site: Annotated[
+        str | None,
+        typer.Argument(metavar="SITE", help="On a site: what runs have left on its disk."),
+    ] = None,
+    kit: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The operator's kit (admin), or that of the site."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show which sites are connected and which jobs run; on a site, what runs have left on its
+    disk.
+    """
     from fedspine.flare import startup_kit as kits
 
-    with kits.session(kits.kit_at(kit, "admin")) as session:
+    if site is not None:
+        _show_disk(kits.site_status(kits.kit_at(kit or Path(site), "site")), json)
+        return
+    with kits.session(kits.kit_at(kit or Path("admin"), "admin")) as session:
         found = kits.fleet_status(session)
     if json:
         print(jsonlib.dumps(found))
@@ -114,6 +129,19 @@ def status(kit: Operator = Path("admin"), json: Json = False) -> None:
         print(f"job {job['id']}: {job['status']}, submitted {job['submitted']}")
     if not found["jobs"]:
         print("no job runs")
+
+
+def _show_disk(found: dict[str, Any], json: bool) -> None:
+    if json:
+        print(jsonlib.dumps(found))
+        return
+    parts = ", ".join(f"{kind} {_mb(size)}" for kind, size in found["by_kind"].items())
+    share = f"{_mb(found['used_bytes'])} of {_mb(found['disk_bytes'])} MB"
+    print(f"{found['site']}: runs have left {share} on its disk ({parts})")
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f}"
 
 
 @app.command()

@@ -1,0 +1,95 @@
+"""What an order reads of a device's rows, as its messages declare it, and how many rows stand
+behind an answer.
+
+A site checks orders by it (`flare.site_terms`) before any row is read; the device notes the rows
+that it did use (`Device.uses`), which are counted before the answer leaves.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from fedspine.core.message import message
+
+
+@message
+class Reads:
+    """What one part of an order reads, and what of single rows leaves because of it.
+
+    An answer rests on `lasting * batch` rows at most. None says nothing of that kind.
+    """
+
+    steps: int = 1  # optimiser steps, or passes over a batch, behind one answer
+    batch: int | None = None  # rows of a step
+    lasting: int | None = None  # the steps that show in the answer; None: all
+    cut: int | None = None  # blocks that features have passed which leave; None: no features leave
+    labels: bool = False  # whether the label of each row leaves with its features
+    classes: int | None = None  # of which shares are asked
+    names: tuple[str, ...] = ()  # of weights that the order brings beside the model's own
+
+
+@runtime_checkable
+class Declares(Protocol):
+    """A message that declares what it reads."""
+
+    @property
+    def reads(self) -> Reads: ...
+
+
+@runtime_checkable
+class Foretells(Protocol):
+    """A method that foretells what its orders will read, so that a site can refuse before the first
+    one.
+    """
+
+    def foretold(self, base: Any) -> Reads: ...
+
+
+def reads_of(order: Any) -> Iterator[Reads]:
+    """What the parts of an order declare, at every depth."""
+    if isinstance(order, Declares):
+        yield order.reads
+    match order:
+        case dict():
+            parts = list(order.values())
+        case tuple():
+            parts = list(order)
+        case _ if is_dataclass(order):
+            parts = [getattr(order, field.name) for field in fields(order)]
+        case _:
+            parts = []
+    for part in parts:
+        yield from reads_of(part)
+
+
+def lasting(steps: int, forgotten: float) -> int:
+    """The steps that show in an average, or in weights that decay, of which each step forgets this
+    share: those that weigh 1 / e or more beside the last one, at least 1.
+
+    >>> lasting(20, 0.1), lasting(20, 2e-4), lasting(20, 1.0), lasting(20, 11.0)
+    (10, 20, 1, 1)
+    """
+    if forgotten <= 0:
+        return steps
+    return max(1, min(steps, round(min(1 / forgotten, 1e9)))) if forgotten < 1 else 1
+
+
+def last_steps(rows: Sequence[np.ndarray], least: int, fewest: int) -> int:
+    """How many of the last steps, with these rows each, a mean has to be over: `least`, and more
+    where those have fewer than `fewest` distinct rows; all where there are too few in all.
+
+    >>> last_steps([np.array([row]) for row in range(9)], 5, 0)
+    5
+    >>> last_steps([np.array([row % 4, 8]) for row in range(9)], 2, 4)
+    3
+    """
+    if not fewest:
+        return least
+    seen: set[int] = set()
+    for count, chosen in enumerate(reversed(rows), 1):
+        seen.update(chosen.tolist())
+        if count >= least and len(seen) >= fewest:
+            return count
+    return max(least, len(rows))

@@ -1,0 +1,143 @@
+"""What a site lets a run ask: `[allow]` of its file, and the checks of runs and orders against it.
+
+All of them come before any row is read, but for the number of distinct rows behind an answer, which
+is checked again when the work has noted the rows that it used.
+"""
+
+from collections.abc import Collection
+from typing import Any, NoReturn
+
+import pydantic
+
+from fedspine.core.reads import Reads, reads_of
+from fedspine.core.strict import Section
+from fedspine.core.task import Kind
+from fedspine.flare.run_terms import RefusalReason, Refused, RunTerms, refusing
+
+SITE_FILE = "fedspine-site.toml"
+
+
+class AllowSection(Section):
+    """What a run may ask; of lists, None stands for all that comes with fedspine."""
+
+    kinds: tuple[Kind, ...] | None = None
+    # split methods and those of other packages only by name
+    methods: tuple[str, ...] | None = None
+    # distinct rows behind each answer; of fewer, a reply could reveal one
+    fewest_rows: int = pydantic.Field(32, ge=1)
+    # blocks that features have passed which leave; in none, they are embeddings of the tokens
+    lowest_cut: int = pydantic.Field(1, ge=0)
+    most_steps: int = pydantic.Field(1000, ge=1)  # of an order
+    largest_batch: int = pydantic.Field(256, ge=1)  # rows of a step
+    # of adapters; those as wide as a layer could undo the blocks under a cut
+    largest_rank: int = pydantic.Field(64, ge=1)
+    most_tokens: int = pydantic.Field(2048, ge=4)  # of a row
+    orders_per_minute: int = pydantic.Field(6000, ge=1)  # openings included
+
+
+def check_run(site: str, allow: AllowSection, models: Collection[str], terms: RunTerms) -> None:
+    """Raise Refused if `site` does not allow a run of these terms, or what it foretells.
+
+    A method of another package must be named, and is not imported before this check.
+    """
+    from fedspine.methods import comes_with_fedspine, find, sends_features  # torch, likewise
+
+    with refusing("terms"):
+        terms.check()
+    if terms.model not in models:
+        _refuse(site, _unlisted("model", terms.model, models, "[models]"), "model")
+    known, named = allow.methods, terms.method in (allow.methods or ())
+    if allow.kinds is not None and terms.kind not in allow.kinds:
+        _refuse(site, _unlisted("kind of task", terms.kind, allow.kinds, "allow.kinds"), "task")
+    if known is not None and not named:
+        _refuse(site, _unlisted("method", terms.method, known, "allow.methods"), "method")
+    if not named and not comes_with_fedspine(terms.method):
+        line = (
+            f"the method {terms.method!r} does not come with fedspine; install the package that "
+            f"brings it here, and list it in allow.methods of {SITE_FILE}"
+        )
+        _refuse(site, line, "method")
+    with refusing("method"):
+        split = sends_features(find(terms.method))
+    if split and not named:
+        line = (
+            f"the method {terms.method!r} sends features of single rows; list it in allow.methods "
+            f"of {SITE_FILE} to allow that"
+        )
+        _refuse(site, line, "split")
+    _within(site, "most_tokens", terms.max_tokens, "tokens of a row", most=allow.most_tokens)
+    if terms.foretold is not None:
+        _check_part(site, allow, terms, terms.foretold)
+
+
+def check_order(site: str, allow: AllowSection, terms: RunTerms, order: Any) -> None:
+    """Raise Refused if `site` does not allow what this order reads, or what would leave for it."""
+    declared = list(reads_of(order))
+    if not declared and terms.method not in (allow.methods or ()):
+        _refuse(site, "the order does not declare what it reads", "order")
+    for reads in declared:
+        _check_part(site, allow, terms, reads)
+
+
+def check_used(site: str, allow: AllowSection, rows: int) -> None:
+    """Raise Refused if an answer rests on fewer distinct rows than `site` answers about.
+
+    Work that notes no rows passes, since only methods that the site names may bring it.
+    """
+    if rows:
+        _within(
+            site, "fewest_rows", rows, "distinct rows behind the answer", least=allow.fewest_rows
+        )
+
+
+def _check_part(site: str, allow: AllowSection, terms: RunTerms, reads: Reads) -> None:
+    _within(site, "most_steps", reads.steps, "steps", least=1, most=allow.most_steps)
+    if reads.batch is not None:
+        shown = reads.steps if reads.lasting is None else min(reads.lasting, reads.steps)
+        most, rows = allow.largest_batch, shown * reads.batch
+        _within(site, "largest_batch", reads.batch, "rows of a step", least=1, most=most)
+        _within(site, "fewest_rows", rows, "rows behind an answer", least=allow.fewest_rows)
+    if reads.classes is not None and reads.classes != len(terms.label_names):
+        line = f"shares of {reads.classes} classes are asked, the task has {len(terms.label_names)}"
+        _refuse(site, line, "order")
+    if reads.cut is not None:
+        _check_features(site, allow, terms, reads)
+
+
+def _check_features(site: str, allow: AllowSection, terms: RunTerms, reads: Reads) -> None:
+    from fedspine.methods import find, sends_features
+
+    if terms.method not in (allow.methods or ()) or not sends_features(find(terms.method)):
+        _refuse(site, "features of rows leave only in a split method that it names", "split")
+    if reads.labels and terms.kind == "causal-lm":
+        line = (
+            "the labels of a language model are its texts, and this run sends them; "
+            "set method.labels_stay = true of mergesfl-plus, or take an adapter method"
+        )
+        _refuse(site, line, "labels")
+    what = "blocks under the features that leave"
+    _within(site, "lowest_cut", reads.cut or 0, what, least=allow.lowest_cut)
+
+
+def _within(
+    site: str, key: str, came: int, what: str, *, least: int = 0, most: int | None = None
+) -> None:
+    """Refuse a number beyond a term of the site, which the server is told: it is no secret."""
+    if least <= came and (most is None or came <= most):
+        return
+    bound = f"at least {least}" if came < least else f"at most {most}"
+    came_short = came if abs(came) < 10**12 else "far more"
+    line = f"{bound} {what} were expected, {came_short} came (allow.{key} of its {SITE_FILE})"
+    _refuse(site, line, "limits", line)
+
+
+def _unlisted(what: str, came: str, known: Collection[str], where: str) -> str:
+    listed = ", ".join(known) or "nothing"
+    return (
+        f"the {what} {came!r} is not among what {where} of its {SITE_FILE} lists ({listed}); "
+        "add it there to allow it"
+    )
+
+
+def _refuse(site: str, line: str, reason: RefusalReason, detail: str | None = None) -> NoReturn:
+    raise Refused(f"site {site} refuses: {line}", reason, detail)
