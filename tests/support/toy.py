@@ -141,6 +141,10 @@ class Spy:
         return self._fleet.base
 
     @property
+    def aggregation(self):
+        return self._fleet.aggregation
+
+    @property
     def now(self):
         self.clock.append(self._fleet.now)
         return self._fleet.now
