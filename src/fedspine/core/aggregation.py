@@ -94,10 +94,10 @@ class Median:
 
 @dataclass(frozen=True)
 class NormClip:
-    """The mean, weighed by rows, of changes none of which is much larger than the round's median."""
+    """The mean, weighed by rows, of changes of which none is larger than the round's median one."""
 
     name: ClassVar = "norm_clip"
-    bound: float = 2.0  # the largest norm, as a multiple of the median one
+    bound: float = 1.0  # the largest norm, as a multiple of the median one
 
     def check(self, replies: int) -> None:
         if not 0 < self.bound < float("inf"):

@@ -156,7 +156,7 @@ def trimmed(
     values, weights, owned = (
         each.expand_as(values).gather(0, first) for each in (values, weights, owned)
     )
-    ordered, order = torch.where(owned, values, torch.inf).sort(0, stable=True)
+    ordered, order = torch.where(owned, values, torch.inf).sort(dim=0, stable=True)
     owners = owned.sum(0)
     cut = _cut(how, len(values), owners)
     place = torch.arange(len(values)).view(-1, *([1] * (values.ndim - 1)))

@@ -168,7 +168,7 @@ def _told(recipe: Recipe) -> str:
         case None | Mean():
             return "aggregation: mean, so one bad site can spoil the model (docs/robustness.md)"
         case NormClip(bound=bound):
-            return f"aggregation: norm_clip, no change counts as more than {bound:g} usual ones"
+            return f"aggregation: norm_clip, no change is larger than {bound:g} x the median"
         case how:
             return f"aggregation: {how.name}"
 
