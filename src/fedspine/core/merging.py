@@ -13,7 +13,7 @@ from fedspine.core.aggregation import Aggregation, Mean, Median, NormClip, Trimm
 from fedspine.core.device import DeviceId
 from fedspine.core.fleet import Fleet, Reply
 from fedspine.core.message import Tensors
-from fedspine.core.tensors import average
+from fedspine.core.tensors import average, single
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ def combined(fleet: Fleet, what: str, parts: Sequence[Weighted], before: Tensors
     it is stands in the notes. Raises ValueError where no device has a weight.
     """
     how = fleet.aggregation
+    if 0 < len(parts) < how.fewest(len(parts)):
+        return single(before)
     shares = bounded(
         fleet, what, [part.device for part in parts], (_change(part, before) for part in parts)
     )
