@@ -203,8 +203,8 @@ class Bench:
         self._triggered = self._encoded(_triggered(self._data.test), scored=True)
 
     def marks(self, attack: Attack | None, how: str) -> dict[str, float]:
-        """The final model's accuracy, and the share of texts with the trigger, of other classes,
-        that it gives the target.
+        """The final model's accuracy, and with a backdoor the share of texts with the trigger, of
+        other classes, that it gives the target.
         """
         recipe, task = self._assembled.recipe, self._assembled.task
         part = CHOICES[how]()
@@ -235,12 +235,12 @@ class Bench:
                 records.close()
                 store.close()
         model = recipe.method.deploy(state)
-        others = np.flatnonzero(np.asarray(self._data.test.labels) != TARGET)
-        fooled = score(task.base, model, self._triggered.take(others))
-        return {
-            "accuracy": score(task.base, model, task.test).accuracy,
-            "to_target": fooled.accuracy,
-        }
+        marks = {"accuracy": score(task.base, model, task.test).accuracy}
+        if attack is not None and attack.rows == "trigger":
+            others = np.flatnonzero(np.asarray(self._data.test.labels) != TARGET)
+            fooled = score(task.base, model, self._triggered.take(others))
+            marks["to_target"] = fooled.accuracy
+        return marks
 
     def _train(self, attack: Attack | None) -> Any:
         """The training rows of all devices, those of the bad ones as they make them."""
@@ -314,8 +314,8 @@ def _cell(runs: list[dict[str, Any]], attack: str, how: str) -> str:
     if not these:
         return ""
     accuracy = 100 * float(np.mean([run["accuracy"] for run in these]))
-    fooled = 100 * float(np.mean([run["to_target"] for run in these]))
-    return f"{accuracy:.1f}" + (f" ({fooled:.0f})" if attack.startswith("backdoor") else "")
+    fooled = [100 * run["to_target"] for run in these if "to_target" in run]
+    return f"{accuracy:.1f}" + (f" ({float(np.mean(fooled)):.0f})" if fooled else "")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def test_whatever_one_device_sends_no_entry_leaves_the_range_of_the_others(
 def test_whatever_one_device_sends_the_model_moves_no_farther_than_the_largest_change_of_another(
     seed, honest, size, bound
 ):
-    """Times the bound, where that is above 1: the rest is a mean of changes of at most that norm."""
+    """Times the bound, where that is above 1: it is a mean of changes of at most that norm."""
     rng = np.random.default_rng(seed)
     before, those = tensors(rng), parts(rng, honest)
     bad = Weighted("bad", 2**20, tensors(rng, size))

@@ -84,7 +84,8 @@ def bounded(
     """Of each device's change the share that counts; devices for which it is below 1 are noted.
 
     Sizes are compared as root mean squares over all entries of a change, so that a device of a
-    higher rank, or with fewer units left, is not bounded for that. Of equal shapes this is the norm.
+    higher rank, or with fewer units left, is not bounded for that. Of equal shapes that is as
+    comparing norms.
     """
     if not isinstance(fleet.aggregation, NormClip):
         return [1.0] * len(devices)
@@ -115,8 +116,8 @@ def toward(before: Mapping[str, Tensor], after: Mapping[str, Tensor], share: flo
 
 
 def middle(how: Aggregation, values: Tensor, before: Tensor) -> Tensor:
-    """One tensor of the devices', the first dimension of `values`, which weigh alike and whose norms
-    are those of the values; where nothing can be said, it is `before`.
+    """One tensor of the devices', which are the first dimension of `values`, weigh alike and have
+    the norms of their values; where nothing can be said, it is `before`.
 
     >>> middle(Median(), torch.tensor([[1.0], [2.0], [9.0]]), torch.zeros(1))
     tensor([2.])

@@ -50,7 +50,7 @@ class Contribution:
 
 
 def bounded(
-    fleet: Any,  # a `Fleet`; annotations of this package are checked, which that protocol is not for
+    fleet: Any,  # a `Fleet`, a protocol that the checks of this package's annotations cannot check
     replies: Sequence[Reply[Any]],
     contributions: Sequence[Contribution],
 ) -> list[Contribution]:
@@ -149,8 +149,8 @@ def mean_product(
     without the scale.
 
     An entry is the mean over the devices that own it, or what `how` says in its place, and keeps
-    its value in `before`, of the same form, where none does. Of a late contribution it is B'A' - BA on `before`. Source: Bai et al.
-    2024 (arXiv:2402.11505), whose devices own everything.
+    its value in `before`, of the same form, where none does. Of a late contribution it is B'A' - BA
+    on `before`. Source: Bai et al. 2024 (arXiv:2402.11505), whose devices own everything.
     """
     late = [part for part in contributions if part.late]
 

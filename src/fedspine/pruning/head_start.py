@@ -154,9 +154,9 @@ def head_of(
     """The classifier of the nearest class mean in the shapes of `head`, a weight [classes, width]
     and a bias.
 
-    Each class's mean is that over its rows, or what `how` says in its place. A class of which nobody
-    has rows, or too few devices have, is as likely as the mid of all; with fewer than two classes
-    `head` stays.
+    Each class's mean is that over its rows, or what `how` says in its place. A class of which
+    nobody has rows, or too few devices have, is as likely as the mid of all; with fewer than two
+    classes `head` stays.
     """
     counts = sum((reply.value.counts for reply in replies), torch.zeros(1, dtype=torch.int64))
     sums = sum(

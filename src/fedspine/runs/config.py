@@ -408,7 +408,7 @@ def _check_quorum(method: Any, fleet: FleetSection) -> None:
 
 
 def _check_aggregation(method: Any, fleet: FleetSection) -> None:
-    """Raise BadInput for an aggregation that the method does not have, or that needs more replies."""
+    """Raise BadInput for an aggregation that the method lacks, or that needs more replies."""
     how = fleet.aggregation or Mean()
     if how != Mean() and not method.robust:
         able = [name for name, cls in all_methods().items() if cls.robust]
