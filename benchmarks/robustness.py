@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from fedspine.core.aggregation import CHOICES, TrimmedMean
-from fedspine.core.fleet import Fleet, Reply
+from fedspine.core.fleet import Diverged, Fleet, Reply
 from fedspine.core.message import Tensors
 from fedspine.core.process import keep_freed_memory
 from fedspine.core.tensors import half, single
@@ -230,6 +230,8 @@ class Bench:
                     whole.begin_round(round)
                     state = recipe.method.round(state, attacked)
                     whole.end_round(0.0)
+            except Diverged:  # the model is of no use to any device, so the run has ended
+                return {"accuracy": 0.0, "ended": float(state.round)}
             finally:
                 workers.close()
                 records.close()
@@ -284,7 +286,8 @@ def page(found: list[dict[str, Any]]) -> str:
         "`benchmarks/robustness.py`. *Without them*: the same run, in which the replies of the bad",
         "devices never come, under the mean. *Mean* bounds nothing. The trimmed mean leaves out as",
         "many values at each end as there are bad devices. In brackets, with a backdoor: of the",
-        "questions of other classes with the trigger, the share in % that is given its class.",
+        "questions of other classes with the trigger, the share in % that is given its class. *No",
+        "model*: a run ended since its model gave no device a finite loss any more.",
     ]
     keys = ("fleet", "rounds", "steps", "rows", "partition")
     for key in sorted({tuple(run[name] for name in keys) for run in found}):
@@ -311,8 +314,8 @@ def page(found: list[dict[str, Any]]) -> str:
 
 def _cell(runs: list[dict[str, Any]], attack: str, how: str) -> str:
     these = [run for run in runs if (run["attack"], run["aggregation"]) == (attack, how)]
-    if not these:
-        return ""
+    if not these or any("ended" in run for run in these):
+        return "no model" if these else ""
     accuracy = 100 * float(np.mean([run["accuracy"] for run in these]))
     fooled = [100 * run["to_target"] for run in these if "to_target" in run]
     return f"{accuracy:.1f}" + (f" ({float(np.mean(fooled)):.0f})" if fooled else "")
