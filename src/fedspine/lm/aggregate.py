@@ -59,7 +59,7 @@ def bounded(
 
     So a product changes by a bounded amount, too: it is that of factors which did.
     """
-    sent = [cut_rank(part.sent, adapter_rank(part.back)) for part in contributions]
+    sent = [_like(part.back, part.sent) for part in contributions]
     changes = (
         {name: tensor.float() - before[name].float() for name, tensor in part.back.items()}
         for part, before in zip(contributions, sent, strict=True)
@@ -290,14 +290,12 @@ def _factors_today(layout: PrunableLayout, today: Tensors, part: Contribution) -
     if not part.late:
         return part
     cut = cut_adapter(today, layout.sites, part.structure)
+    return replace(part, back=rebased(part.back, *(_like(part.back, a) for a in (part.sent, cut))))
 
-    def like(adapter: Tensors) -> Tensors:  # ranks may differ by site, and sites may be missing
-        return {
-            name: adapter[name][tuple(map(slice, factor.shape))]
-            for name, factor in part.back.items()
-        }
 
-    return replace(part, back=rebased(part.back, like(part.sent), like(cut)))
+def _like(back: Tensors, adapter: Tensors) -> Tensors:
+    """The part of an adapter that came back: its sites, and the first directions of each."""
+    return {name: adapter[name][tuple(map(slice, each.shape))] for name, each in back.items()}
 
 
 def _by_site(layout: PrunableLayout, function: Callable[[PrunableSite], Tensor]) -> Tensors:
