@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import fedspine.methods
+from fedspine.core.aggregation import Mean
 from fedspine.core.message import pack
 from fedspine.flare.fleet import FlareFleet
 from fedspine.flare.session import FlareSession
@@ -95,7 +96,13 @@ def replayed(out: Path, kits: Path, scratch: Path) -> str:
     }
     link, method = Replay(workers, lost, spoilt), recipe.method
     session = FlareSession(
-        link, assembled.task.base, terms_of(assembled), recipe.run.seed, RUN, Timeouts()
+        link,
+        assembled.task.base,
+        terms_of(assembled),
+        recipe.run.seed,
+        RUN,
+        Timeouts(),
+        recipe.fleet.aggregation or Mean(),
     )
     fleet = FlareFleet(session)
     assert fleet.join() == {}

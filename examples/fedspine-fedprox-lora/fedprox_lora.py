@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from fedspine import BadInput, Device, Fleet, Task, message, method, on_device
+from fedspine.core.merging import merged
 from fedspine.core.message import Tensors
 from fedspine.core.method import usable
-from fedspine.core.tensors import average, half, single
+from fedspine.core.tensors import half, single
 from fedspine.lm.base import Model
 from fedspine.lm.lora import check_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
@@ -82,7 +83,7 @@ class ProxState:
     head: Tensors
 
 
-@method("fedprox_lora")
+@method("fedprox_lora", robust=True)
 @dataclass(frozen=True)
 class FedProxLora(LocalTraining):
     """FedLoRA with FedProx's proximal term."""
@@ -116,7 +117,7 @@ class FedProxLora(LocalTraining):
         )
 
     def round(self, state: ProxState, fleet: Fleet) -> ProxState:
-        """Send, wait for the replies, average those that are finite."""
+        """Send, wait for the replies, merge those that are finite."""
         order = ProxOrder(
             adapter=half(state.adapter),
             head=half(state.head),
@@ -131,8 +132,7 @@ class FedProxLora(LocalTraining):
         return replace(
             state,
             round=state.round + 1,
-            adapter=average((r.value.examples, r.value.adapter) for r in good),
-            head=average((r.value.examples, r.value.head) for r in good),
+            **merged(good, fleet, adapter=state.adapter, head=state.head),
         )
 
     def deploy(self, state: ProxState, device: str | None = None) -> Model:

@@ -15,6 +15,7 @@ from flare_federation import SITES, write_recipe
 from runs import fedspine, hearing_ctrl_c
 from toy import Lab
 
+from fedspine.core.aggregation import Mean, NormClip
 from fedspine.core.message import pack
 from fedspine.runs.assemble import START, build_task, dataset
 from fedspine.runs.config import load
@@ -44,7 +45,9 @@ def simulated(place, recipe, folder):
     """
     recipe = load(recipe)
     task, _ = build_task(recipe, dataset(recipe))
-    lab = Lab(task, folder, kinds=("nx",) * 3)
+    # what a run at sites has where its recipe says nothing
+    aggregation = NormClip() if recipe.method.robust else Mean()
+    lab = Lab(task, folder, kinds=("nx",) * 3, aggregation=aggregation)
     lab.workers._workshop = replace(
         lab.workers._workshop, shares=tuple(place.shares[site] for site in SITES)
     )

@@ -10,6 +10,7 @@ import torch
 from toy import Lab, Spy, toy_task
 from transformers import AutoModel
 
+from fedspine.core.aggregation import Mean, Median, NormClip, TrimmedMean
 from fedspine.core.device import FEWEST_OF_CLASS
 from fedspine.core.errors import BadInput
 from fedspine.core.tensors import single
@@ -17,7 +18,7 @@ from fedspine.lm.load import load
 from fedspine.lm.score import score
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine_plus import FedSpinePlus
-from fedspine.pruning.head_start import MARGIN, ClassMeans, features, head_of
+from fedspine.pruning.head_start import MARGIN, ClassMeans, features, head_of, started
 
 HEAD = {"classifier.weight": torch.zeros(3, 32), "classifier.bias": torch.zeros(3)}
 
@@ -36,8 +37,8 @@ def lab_of(mean_task, tmp_path):
     """A function that builds a fleet over the toy task, closed after the test."""
     built = []
 
-    def make(name="lab"):
-        built.append(Lab(mean_task, tmp_path / name))
+    def make(name="lab", **settings):
+        built.append(Lab(mean_task, tmp_path / name, **settings))
         return built[-1]
 
     yield make
@@ -145,6 +146,55 @@ def test_a_class_that_nobody_has_is_as_likely_as_the_mid() -> None:
     assert not head["classifier.weight"][2].any() and head["classifier.bias"][2] == 0
     nobody = ClassMeans(means={"means": means}, counts=torch.tensor([4, 0, 0]))
     assert head_of(HEAD, [Came(nobody)]) is HEAD
+
+
+MEANS = torch.eye(3, 32)
+
+
+def longer(means: torch.Tensor, times: float) -> Came:
+    return Came(ClassMeans(means={"means": times * means}, counts=torch.tensor([9, 9, 9])))
+
+
+@pytest.mark.parametrize("how", [TrimmedMean(), Median()], ids=lambda how: how.name)
+def test_one_device_cannot_spoil_trimmed_means(how) -> None:
+    honest = [longer(MEANS, times) for times in (0.9, 1.0, 1.1)]
+    head = head_of(HEAD, [*honest, longer(MEANS, -1000.0)], how)
+    expected = head_of(HEAD, [longer(MEANS, 0.95)])  # between 0.9 and 1
+    torch.testing.assert_close(head, expected, rtol=1e-5, atol=1e-6)
+    spoilt = head_of(HEAD, [*honest, longer(MEANS, -1000.0)])
+    assert (MEANS @ spoilt["classifier.weight"].T + spoilt["classifier.bias"]).argmax(
+        1
+    ).tolist() != [0, 1, 2]
+
+
+def test_a_class_that_too_few_devices_have_is_unknown_to_a_median() -> None:
+    replies = [longer(MEANS, 1.0) for _ in range(3)]
+    replies[0].value.counts[2] = 0
+    head = head_of(HEAD, replies, Median())
+    assert not head["classifier.weight"][2].any() and head["classifier.weight"][:2].any()
+
+
+def test_class_means_are_bounded_by_the_median_norm(mean_task, lab_of) -> None:
+    """One device of five sends means a thousand times as long; the head still finds the classes."""
+    method, accuracy = dataclasses.replace(FedLora.toy(), head_start="class-means"), {}
+
+    def attack(reply):
+        if reply.device != "nx-02" or not isinstance(reply.value, ClassMeans):
+            return reply
+        long = {"means": -1000 * single(reply.value.means)["means"]}
+        return dataclasses.replace(reply, value=dataclasses.replace(reply.value, means=long))
+
+    for how in (Mean(), NormClip()):
+        lab = lab_of(how.name, aggregation=how)
+        start = method.start(mean_task, np.random.default_rng(0))
+        head = started(method, start.head, Spy(lab.fleet, reply=attack), rows=128)
+        state = dataclasses.replace(start, head=head)
+        accuracy[how.name] = score(mean_task.base, method.deploy(state), mean_task.test).accuracy
+        bounded = [
+            row["values"]["device"] for row in lab.rows("note") if "bounded" in row["values"]
+        ]
+        assert ("nx-02" in bounded) == (how == NormClip())
+    assert accuracy["norm_clip"] > 0.6 > 0.4 > accuracy["mean"]
 
 
 def test_it_begins_where_a_random_head_does_not(mean_task, lab_of) -> None:

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 
+from fedspine.core.aggregation import Mean
 from fedspine.core.message import pack
 from fedspine.core.task import Task
 from fedspine.data.dataset import Rows
@@ -56,7 +57,18 @@ class Lab:
     `truth` is what `Hardware` is told besides, such as its jitter.
     """
 
-    def __init__(self, task, folder, *, kinds=KINDS, workers=0, together=1, seed=0, **truth):
+    def __init__(
+        self,
+        task,
+        folder,
+        *,
+        kinds=KINDS,
+        workers=0,
+        together=1,
+        seed=0,
+        aggregation=Mean(),
+        **truth,
+    ):
         order = np.random.default_rng(7).permutation(len(task.train))
         self.task, self.seed = task, seed
         sizes = np.arange(4, 4 + len(kinds))  # unequal, so that weights matter
@@ -80,6 +92,7 @@ class Lab:
             workers=self.workers,
             store=self.store,
             records=self.records,
+            aggregation=aggregation,
         )
         self.fleet = SimulatedFleet(world)
         if self.saved:
@@ -139,6 +152,10 @@ class Spy:
     @property
     def base(self):
         return self._fleet.base
+
+    @property
+    def aggregation(self):
+        return self._fleet.aggregation
 
     @property
     def now(self):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any, Generic, Protocol, TypeVar
 
+from fedspine.core.aggregation import Aggregation
 from fedspine.core.device import DeviceId, O, R, Work
 
 T = TypeVar("T")
@@ -70,6 +71,11 @@ class Fleet(Protocol):
     @property
     def base(self) -> Any:
         """The frozen base (for arrays: the net), for methods that also compute on the server."""
+        ...
+
+    @property
+    def aggregation(self) -> Aggregation:
+        """How a method merges the replies of a round; see `core.merging`."""
         ...
 
     def ask(

@@ -122,11 +122,16 @@ def _flaw(result: Any) -> str | None:
 _METHODS: dict[str, type] = {}  # filled at import time only
 
 
-def method(name: str, *, merges_late: Work[Any, Any] | None = None) -> Callable[[type[T]], type[T]]:
+def method(
+    name: str, *, merges_late: Work[Any, Any] | None = None, robust: bool = False
+) -> Callable[[type[T]], type[T]]:
     """Register a method class under the name that recipes use.
 
     `merges_late` is the work whose results the method can merge in a later round than that of
     their order, which `fleet.quorum` below 1 needs; see `on_todays`.
+
+    `robust` says that it merges all that devices send as `fleet.aggregation` says, which an
+    aggregation other than the mean needs; see `core.merging.merged`.
 
     A method that can train nets on arrays says so by `models: ClassVar = ("transformer", "net")`;
     the others know transformers only, and a recipe that gives them a net is refused. Raises
@@ -154,6 +159,7 @@ def method(name: str, *, merges_late: Work[Any, Any] | None = None) -> Callable[
         _METHODS[name] = cls
         cls.name = name  # type: ignore[attr-defined]
         cls.merges_late = None if merges_late is None else name_of(merges_late)  # type: ignore[attr-defined]
+        cls.robust = robust  # type: ignore[attr-defined]
         if "models" not in vars(cls):
             cls.models = ("transformer",)  # type: ignore[attr-defined]
         return cls

@@ -71,6 +71,8 @@ def validated(
         )
     except pydantic.ValidationError as error:
         first = error.errors()[0]
+        if isinstance(said := first.get("ctx", {}).get("error"), BadInput):
+            raise said from None  # a part of the recipe has a line of its own
         where = ".".join([section, *(str(part) for part in first["loc"])])
         if first["type"] == "literal_error":
             choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fedspine.core.aggregation import Aggregation
 from fedspine.core.device import DeviceId, O, R, Work, find_work, name_of
 from fedspine.core.fleet import AllLost, Cost, Fleet, Idle, Profile, Reply, T
 from fedspine.flare.session import Declined, FlareSession
@@ -59,6 +60,10 @@ class FlareFleet:
     @property
     def base(self) -> Any:
         return self._session.base
+
+    @property
+    def aggregation(self) -> Aggregation:
+        return self._session.aggregation
 
     def ask(
         self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf

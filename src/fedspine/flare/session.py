@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fedspine.core.aggregation import Aggregation, Mean
 from fedspine.core.device import DeviceId, Work, name_of
 from fedspine.core.fleet import Cost
 from fedspine.core.message import NotAMessage, pack
@@ -54,6 +55,7 @@ class FlareSession:
     seed: int
     run: str
     timeouts: Timeouts
+    aggregation: Aggregation = Mean()
     # of the run, which begins after its sites were asked to take part
     records: Records | None = None
     sites: dict[DeviceId, SiteState] = field(default_factory=dict)

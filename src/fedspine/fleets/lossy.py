@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fedspine.core.aggregation import Aggregation
 from fedspine.core.device import DeviceId, O, R, Work
 from fedspine.core.fleet import Fleet, Profile, Reply, T
 
@@ -45,6 +46,10 @@ class Lossy:
     @property
     def base(self) -> Any:
         return self._fleet.base
+
+    @property
+    def aggregation(self) -> Aggregation:
+        return self._fleet.aggregation
 
     def ask(
         self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf

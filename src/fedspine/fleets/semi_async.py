@@ -11,6 +11,7 @@ from contextlib import suppress
 from math import ceil, inf
 from typing import Any
 
+from fedspine.core.aggregation import Aggregation
 from fedspine.core.device import DeviceId, O, R, Work, name_of
 from fedspine.core.fleet import Fleet, Idle, Profile, Reply, T
 
@@ -50,6 +51,10 @@ class SemiAsync:
     @property
     def base(self) -> Any:
         return self._fleet.base
+
+    @property
+    def aggregation(self) -> Aggregation:
+        return self._fleet.aggregation
 
     def ask(
         self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fedspine.core.aggregation import Aggregation, Mean
 from fedspine.core.device import Call, DeviceId, O, R, Served, Work, name_of
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Cost, Fleet, Idle, Profile, Reply, T
@@ -60,6 +61,7 @@ class World:
     workers: Workers
     store: Store
     records: Records
+    aggregation: Aggregation = Mean()
     round: int = 0
     asks: dict[DeviceId, int] = field(default_factory=dict)
     memories: dict[DeviceId, str] = field(default_factory=dict)  # files, as of the last save
@@ -223,6 +225,10 @@ class SimulatedFleet:
     @property
     def base(self) -> Any:
         return self._world.workers.base
+
+    @property
+    def aggregation(self) -> Aggregation:
+        return self._world.aggregation
 
     def ask(
         self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf

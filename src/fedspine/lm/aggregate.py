@@ -10,12 +10,16 @@ rank that few devices can carry not diluted by the others, and does nobody train
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fedspine.core import merging
+from fedspine.core.aggregation import Aggregation, Mean
+from fedspine.core.fleet import Reply
 from fedspine.core.message import Tensors
 from fedspine.core.process import spread
 from fedspine.core.tensors import rebased
@@ -24,6 +28,7 @@ from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 from fedspine.lm.structure import Structure, cut_adapter, kept_columns, kept_rows
 
 EXACT_BELOW = 96  # matrices with a side up to this are factored by a full SVD
+AT_ONCE = 1 << 22  # entries over all devices that are sorted at once
 OVERSAMPLING, POWER_STEPS = 10, 2
 A_SUFFIX = a_name("")
 NEGLIGIBLE = 1e-6  # a singular value below this share of the largest is taken for zero
@@ -44,17 +49,46 @@ class Contribution:
     late: bool = False
 
 
+def bounded(
+    fleet: Any,  # a `Fleet`, a protocol that the checks of this package's annotations cannot check
+    replies: Sequence[Reply[Any]],
+    contributions: Sequence[Contribution],
+) -> list[Contribution]:
+    """The contributions of these replies, with what they changed in A and in B bounded, as
+    `fleet.aggregation` says, before anything is made of them; `core.merging.bounded` notes whose.
+
+    So a product changes by a bounded amount, too: it is that of factors which did.
+    """
+    sent = [_like(part.back, part.sent) for part in contributions]
+    changes = (
+        {name: tensor.float() - before[name].float() for name, tensor in part.back.items()}
+        for part, before in zip(contributions, sent, strict=True)
+    )
+    devices = [reply.device for reply in replies]
+    shares = merging.bounded(fleet, "adapter", devices, changes)
+    return [
+        part if share == 1 else replace(part, back=merging.toward(before, part.back, share))
+        for part, before, share in zip(contributions, sent, shares, strict=True)
+    ]
+
+
 def average_factors(
-    layout: PrunableLayout, before: Tensors, contributions: Sequence[Contribution]
+    layout: PrunableLayout,
+    before: Tensors,
+    contributions: Sequence[Contribution],
+    how: Aggregation = Mean(),
 ) -> Tensors:
     """FedAvg of A and of B, each padded with zeros to the largest rank that came and averaged entry
     by entry over owners.
 
     A device owns nothing of a site that its adapter lacks. An entry that no device owns keeps its
     value in `before`, and so does a direction beyond every device's rank: zeros in both factors
-    could never be trained again.
+    could never be trained again. A median or a trimmed mean leaves out devices of a lower rank
+    instead of padding them, since most values would be zeros.
     """
     contributions = [_factors_today(layout, before, part) for part in contributions]
+    if merging.trims(how):
+        return _trimmed_factors(layout, before, contributions, how)
     merged: Tensors = {}
     for site in layout.sites:
         owners = [part for part in contributions if a_name(site.path) in part.back]
@@ -106,18 +140,26 @@ def product_norm(adapter: Tensors) -> float:
 
 
 def mean_product(
-    layout: PrunableLayout, before: Tensors, contributions: Sequence[Contribution]
+    layout: PrunableLayout,
+    before: Tensors,
+    contributions: Sequence[Contribution],
+    how: Aggregation = Mean(),
 ) -> Tensors:
     """FlexLoRA's aggregate: the weighted mean of the devices' products B A, dense, by path and
     without the scale.
 
-    An entry is the mean over the devices that own it and keeps its value in `before`, of the same
-    form, where none does. Of a late contribution it is B'A' - BA on `before`. Source: Bai et al.
-    2024 (arXiv:2402.11505), whose devices own everything.
+    An entry is the mean over the devices that own it, or what `how` says in its place, and keeps
+    its value in `before`, of the same form, where none does. Of a late contribution it is B'A' - BA
+    on `before`. Source: Bai et al. 2024 (arXiv:2402.11505), whose devices own everything.
     """
     late = [part for part in contributions if part.late]
 
     def mean(site: PrunableSite) -> Tensor:
+        if merging.trims(how):
+            found, settled = _trimmed_products(
+                how, site, contributions, _product_factors, before[site.path]
+            )
+            return torch.where(settled, found, before[site.path])
         total, weight = _sum_over_owners(site, contributions, _product_factors)
         if late:
             total = total + _weight_of_owners(site, late) * before[site.path]
@@ -129,16 +171,22 @@ def mean_product(
 
 
 def merge_changes(
-    layout: PrunableLayout, dense: Tensors, contributions: Sequence[Contribution]
+    layout: PrunableLayout,
+    dense: Tensors,
+    contributions: Sequence[Contribution],
+    how: Aggregation = Mean(),
 ) -> Tensors:
     """The dense change of every site's weight, by path and without the scale, after one round of
     contributions.
 
     Each device's change is B'A' - BA; an entry moves by the weighted mean over the devices that own
-    it, and stays where none does.
+    it, or by what `how` says in its place, and stays where none does.
     """
 
     def moved(site: PrunableSite) -> Tensor:
+        if merging.trims(how):
+            found, _ = _trimmed_products(how, site, contributions, change_factors)
+            return dense[site.path] + found  # which is zero where nothing can be said
         total, weight = _sum_over_owners(site, contributions, change_factors)
         # where nobody owns an entry, its total is zero anyway
         return dense[site.path] + total / torch.where(weight > 0, weight, 1.0)
@@ -242,14 +290,12 @@ def _factors_today(layout: PrunableLayout, today: Tensors, part: Contribution) -
     if not part.late:
         return part
     cut = cut_adapter(today, layout.sites, part.structure)
+    return replace(part, back=rebased(part.back, *(_like(part.back, a) for a in (part.sent, cut))))
 
-    def like(adapter: Tensors) -> Tensors:  # ranks may differ by site, and sites may be missing
-        return {
-            name: adapter[name][tuple(map(slice, factor.shape))]
-            for name, factor in part.back.items()
-        }
 
-    return replace(part, back=rebased(part.back, like(part.sent), like(cut)))
+def _like(back: Tensors, adapter: Tensors) -> Tensors:
+    """The part of an adapter that came back: its sites, and the first directions of each."""
+    return {name: adapter[name][tuple(map(slice, each.shape))] for name, each in back.items()}
 
 
 def _by_site(layout: PrunableLayout, function: Callable[[PrunableSite], Tensor]) -> Tensors:
@@ -262,6 +308,70 @@ def _product_factors(part: Contribution, site: PrunableSite) -> tuple[Tensor, Te
     if part.late:
         return change_factors(part, site)
     return part.back[b_name(site.path)].float(), part.back[a_name(site.path)].float()
+
+
+def _trimmed_factors(
+    layout: PrunableLayout,
+    before: Tensors,
+    contributions: Sequence[Contribution],
+    how: Aggregation,
+) -> Tensors:
+    """A and B merged entry by entry over the devices that own the entry and have its rank."""
+    weights = torch.tensor([part.weight for part in contributions])
+    found: Tensors = {}
+    for site in layout.sites:
+        for name, dim, kept in (
+            (a_name(site.path), 1, kept_columns),
+            (b_name(site.path), 0, kept_rows),
+        ):
+            values = torch.zeros(len(contributions), *before[name].shape)
+            owned = torch.zeros(values.shape, dtype=torch.bool)
+            for part, value, own in zip(contributions, values, owned, strict=True):
+                if name in part.back:
+                    index, factor = kept(site, part.structure), part.back[name].float()
+                    lines = slice(None) if index is None else index
+                    ranks = slice(factor.shape[1 - dim])
+                    place = (ranks, lines) if dim == 1 else (lines, ranks)
+                    value[place], own[place] = factor, True
+            middle, settled = merging.trimmed(how, values, weights, owned)
+            found[name] = torch.where(settled, middle, before[name])
+    return found
+
+
+def _trimmed_products(
+    how: Aggregation,
+    site: PrunableSite,
+    contributions: Sequence[Contribution],
+    factors: Callable[[Contribution, PrunableSite], tuple[Tensor, Tensor]],
+    today: Float[Tensor, "rows columns"] | None = None,
+) -> tuple[Float[Tensor, "rows columns"], Bool[Tensor, "rows columns"]]:
+    """The products of `factors` merged over the devices that own an entry, as `how` says, and where
+    it says anything; 0 elsewhere. Those of late contributions are changes of `today`, if given.
+
+    It takes some rows at a time, since every device's product is needed at once.
+    """
+    weights = torch.tensor([part.weight for part in contributions])
+    pairs, owners = [], []
+    for part in contributions:
+        (left, right), (dim, index) = factors(part, site), _owned(site, part.structure)
+        if dim == 0:
+            left = torch.zeros(site.rows, left.shape[1]).index_copy_(0, index, left)
+        else:
+            right = torch.zeros(len(right), site.columns).index_copy_(1, index, right)
+        mine = torch.zeros(site.rows, site.columns, dtype=torch.bool).index_fill_(dim, index, True)
+        owners.append(mine)
+        pairs.append((left, right))
+    found, settled = [], []
+    for rows in torch.arange(site.rows).split(max(1, AT_ONCE // (len(pairs) * site.columns))):
+        values = torch.stack([left[rows] @ right for left, right in pairs])
+        for part, value in zip(contributions, values, strict=True):
+            if part.late and today is not None:
+                value += today[rows]
+        owned = torch.stack([mine[rows] for mine in owners])
+        middle, known = merging.trimmed(how, values, weights, owned)
+        found.append(middle)
+        settled.append(known)
+    return torch.cat(found), torch.cat(settled)
 
 
 def _sum_over_owners(

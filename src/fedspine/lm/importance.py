@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fedspine.core import merging
+from fedspine.core.aggregation import Aggregation, Mean
 from fedspine.core.message import Tensors, message
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
@@ -242,9 +244,9 @@ def mixed(own: Scores, fleet: Scores, say: float) -> Scores:
     )
 
 
-def tally(before: Scores | None, ballots: Sequence[Scores]) -> Scores:
+def tally(before: Scores | None, ballots: Sequence[Scores], how: Aggregation = Mean()) -> Scores:
     """The fleet's average: a moving average over rounds of their mean, in which a dropped unit is
-    zero.
+    zero; `how` says what stands in the mean's place, and where it says nothing, all stays.
 
     It has no bias of its start: after n rounds the first weighs FLEET_KEEP**(n - 1) of the newest.
     """
@@ -252,7 +254,8 @@ def tally(before: Scores | None, ballots: Sequence[Scores]) -> Scores:
     old_share = kept_share(FLEET_KEEP, before.updates) if before else 0.0
 
     def mix(old: Tensor | None, votes: list[Tensor]) -> Tensor:
-        mean = torch.stack(votes).float().mean(0)
+        stacked = torch.stack(votes).float()
+        mean = merging.middle(how, stacked, torch.zeros_like(stacked[0]) if old is None else old)
         return mean if old is None else old_share * old + (1 - old_share) * mean
 
     return Scores(

@@ -8,6 +8,7 @@ compared with: plain zero-padding, HetLoRA's weights, FlexLoRA's mean of product
 
 from typing import Literal, TypeAlias
 
+from fedspine.core.aggregation import Aggregation, Mean
 from fedspine.core.message import Tensors
 from fedspine.lm.aggregate import (
     Contribution,
@@ -25,38 +26,40 @@ from fedspine.lm.lora import cut_rank
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, cut_adapter
 
-Aggregation: TypeAlias = Literal["delta-product", "zeropad", "hetlora", "flexlora"]
+RankMerging: TypeAlias = Literal["delta-product", "zeropad", "hetlora", "flexlora"]
 
 
 def merge(
-    how: Aggregation,
+    how: RankMerging,
     layout: PrunableLayout,
     before: tuple[Tensors, Tensors],
     parts: list[Contribution],
     *,
     rank: int,
     seed: int,
+    aggregation: Aggregation = Mean(),
 ) -> tuple[Tensors, Tensors]:
     """The dense change of every weight, without the scale, and the adapter of `rank`, from both
     `before`.
 
-    The two ways that average factors leave the dense change alone.
+    The two ways that average factors leave the dense change alone. `how` says what is merged,
+    `aggregation` whether by its mean.
     """
     dense, adapter = before
     match how:
         case "zeropad":
-            return dense, average_factors(layout, adapter, parts)
+            return dense, average_factors(layout, adapter, parts, aggregation)
         case "hetlora":
-            return dense, average_factors(layout, adapter, by_norm(parts))
+            return dense, average_factors(layout, adapter, by_norm(parts), aggregation)
         case "flexlora":
-            dense = mean_product(layout, dense, parts)
+            dense = mean_product(layout, dense, parts, aggregation)
         case "delta-product":
-            dense = merge_changes(layout, dense, parts)
+            dense = merge_changes(layout, dense, parts, aggregation)
     return dense, factor(layout, dense, rank, adapter, seed)
 
 
 def share(
-    how: Aggregation, layout: PrunableLayout, adapter: Tensors, structure: Structure, rank: int
+    how: RankMerging, layout: PrunableLayout, adapter: Tensors, structure: Structure, rank: int
 ) -> Tensors:
     """A device's adapter: the first directions where factors are averaged, the best ones where
     products are.

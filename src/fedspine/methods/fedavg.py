@@ -12,10 +12,11 @@ import numpy as np
 
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.fleet import Fleet
+from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
-from fedspine.core.tensors import average
+from fedspine.core.tensors import single
 from fedspine.split.whole_model import (
     Training,
     WholeModelTraining,
@@ -66,7 +67,7 @@ class AverageState:
     model: Any
 
 
-@method("fedavg", merges_late=train_and_send)
+@method("fedavg", merges_late=train_and_send, robust=True)
 @dataclass(frozen=True)
 class FedAvg(WholeModelTraining):
     """Whole models trained on devices and averaged by rows; defaults as in MergeSFL's code."""
@@ -104,7 +105,8 @@ class FedAvg(WholeModelTraining):
         replies = on_todays(usable(came, fleet), weights=trained_of(split_model, state.model))
         for reply in replies:
             fleet.note(device=reply.device, loss=reply.value.loss)
-        weights = average((reply.value.examples, reply.value.weights) for reply in replies)
+        before = single(weights_of(split_model, state.model))
+        weights = merged(replies, fleet, weights=before)["weights"]
         return replace(
             state, round=state.round + 1, model=model_of(split_model, state.model, weights)
         )

@@ -14,10 +14,11 @@ import numpy as np
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
+from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
-from fedspine.core.tensors import average, half, single
+from fedspine.core.tensors import half, single
 from fedspine.lm.base import Model
 from fedspine.lm.lora import check_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
@@ -69,7 +70,7 @@ class LoraState:
     head: Tensors
 
 
-@method("fedlora", merges_late=tune_adapter)
+@method("fedlora", merges_late=tune_adapter, robust=True)
 @dataclass(frozen=True)
 class FedLora(LocalTraining):
     """FedAvg of LoRA factors at one rank.
@@ -132,8 +133,7 @@ class FedLora(LocalTraining):
         return replace(
             state,
             round=state.round + 1,
-            adapter=average((r.value.examples, r.value.adapter) for r in replies),
-            head=average((r.value.examples, r.value.head) for r in replies),
+            **merged(replies, fleet, adapter=state.adapter, head=head),
         )
 
     def deploy(self, state: LoraState, device: DeviceId | None = None) -> Model:

@@ -21,18 +21,19 @@ from fedspine.control.sparsity import cubic_floor
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput, check_ranges
 from fedspine.core.fleet import Fleet, NoMemory, Profile, Reply
+from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
-from fedspine.core.tensors import average, half
-from fedspine.lm.aggregate import Contribution
+from fedspine.core.tensors import half
+from fedspine.lm.aggregate import Contribution, bounded
 from fedspine.lm.base import Model, line_energy
 from fedspine.lm.cost import Extent
 from fedspine.lm.forecast import Frame, forecast, frame, ranks_that_fit, round_flops
 from fedspine.lm.importance import Scores, tally
 from fedspine.lm.importance_sources import Gradient, Importance
 from fedspine.lm.lora import adapter_rank, check_rank, fresh
-from fedspine.lm.merge import Aggregation, change, merge, share
+from fedspine.lm.merge import RankMerging, change, merge, share
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, check_target, full, sparsity
 from fedspine.lm.tune import LocalTraining, check_tuning, tuning_at
@@ -64,7 +65,7 @@ class SpineState:
     gain_scale: float | None  # the usual size of a loss change
 
 
-@method("fedspine", merges_late=prune_and_tune)
+@method("fedspine", merges_late=prune_and_tune, robust=True)
 @dataclass(frozen=True)
 class FedSpine(LocalTraining):
     """LoRA and structured pruning in turns, at a pruning ratio and a rank of each device's own, in
@@ -84,7 +85,7 @@ class FedSpine(LocalTraining):
     warmup: float = 0.05  # t0, as a share of the rounds: nothing is pruned before
     until: float = 0.7  # t1: everything is pruned after
     floor: float = 0.8  # share of the cubic schedule that no device may stay below
-    aggregation: Aggregation = "delta-product"
+    aggregation: RankMerging = "delta-product"
 
     @classmethod
     def toy(cls) -> Self:
@@ -290,7 +291,11 @@ class FedSpine(LocalTraining):
         replies: Sequence[Reply[SpineResult]],
     ) -> SpineState:
         """The state after these replies, at the end of a round."""
-        parts = {reply.device: contribution(state.layout, reply) for reply in replies}
+        changed = [contribution(state.layout, reply) for reply in replies]
+        parts = {
+            reply.device: part
+            for reply, part in zip(replies, bounded(fleet, replies, changed), strict=True)
+        }
         dense, adapter = merge(
             self.aggregation,
             state.layout,
@@ -298,6 +303,7 @@ class FedSpine(LocalTraining):
             list(parts.values()),
             rank=self.ranks[-1],
             seed=state.seed + state.round,
+            aggregation=fleet.aggregation,
         )
         results = {
             reply.device: self._result(
@@ -316,8 +322,10 @@ class FedSpine(LocalTraining):
             round=state.round + 1,
             dense=dense,
             adapter=adapter,
-            head=average((reply.value.examples, reply.value.head) for reply in replies),
-            scores=tally(state.scores, [reply.value.scores for reply in replies]),
+            **merged(replies, fleet, head=state.head),
+            scores=tally(
+                state.scores, [reply.value.scores for reply in replies], fleet.aggregation
+            ),
             structures=state.structures | {r.device: r.value.structure for r in replies},
             sparsities=state.sparsities
             | {id: result.plan.sparsity for id, result in results.items()},

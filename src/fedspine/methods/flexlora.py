@@ -16,11 +16,12 @@ from fedspine.control.ranks import RankRule, check_rank_fields, rank_of_device
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet, Reply
+from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
-from fedspine.core.tensors import average, half, single
-from fedspine.lm.aggregate import Contribution, factor, mean_product
+from fedspine.core.tensors import half, single
+from fedspine.lm.aggregate import Contribution, bounded, factor, mean_product
 from fedspine.lm.base import Model
 from fedspine.lm.lora import a_name, adapter_rank, b_name, check_rank, cut_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
@@ -40,7 +41,7 @@ class FlexLoraState:
     ranks: dict[str, int]  # of every device that has replied
 
 
-@method("flexlora", merges_late=tune_adapter)
+@method("flexlora", merges_late=tune_adapter, robust=True)
 @dataclass(frozen=True)
 class FlexLora(LocalTraining):
     """LoRA at ranks that differ by device, averaged as products and truncated by their SVD."""
@@ -104,8 +105,8 @@ class FlexLora(LocalTraining):
         return replace(
             state,
             round=state.round + 1,
-            adapter=self._merge(state, replies),
-            head=average((r.value.examples, r.value.head) for r in replies),
+            adapter=self._merge(state, fleet, replies),
+            **merged(replies, fleet, head=state.head),
             ranks=state.ranks | ranks,
         )
 
@@ -133,7 +134,9 @@ class FlexLora(LocalTraining):
             tuning=tuning_at(self, state.round, state.rounds),
         )
 
-    def _merge(self, state: FlexLoraState, replies: Sequence[Reply[LoraResult]]) -> Tensors:
+    def _merge(
+        self, state: FlexLoraState, fleet: Fleet, replies: Sequence[Reply[LoraResult]]
+    ) -> Tensors:
         """The best factors of the row-weighted mean over devices of scale_i / scale * B_i A_i."""
         everything, parts = full(state.layout), []
         for reply in replies:
@@ -147,7 +150,8 @@ class FlexLora(LocalTraining):
             site.path: state.adapter[b_name(site.path)] @ state.adapter[a_name(site.path)]
             for site in state.layout.sites
         }
-        dense = mean_product(state.layout, before, parts)
+        parts = bounded(fleet, replies, parts)
+        dense = mean_product(state.layout, before, parts, fleet.aggregation)
         return factor(state.layout, dense, self.ranks[-1], state.adapter, state.seed + state.round)
 
 

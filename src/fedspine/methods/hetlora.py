@@ -18,11 +18,12 @@ from fedspine.control.ranks import RankRule, check_rank_fields, rank_of_device
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet, Profile, Reply
+from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
-from fedspine.core.tensors import average, half, single
-from fedspine.lm.aggregate import Contribution, average_factors, by_norm
+from fedspine.core.tensors import half, single
+from fedspine.lm.aggregate import Contribution, average_factors, bounded, by_norm
 from fedspine.lm.base import Model
 from fedspine.lm.lora import a_name, b_name, check_rank, cut_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
@@ -99,7 +100,7 @@ class HetLoraState:
     ranks: dict[str, int]  # of every device that has replied
 
 
-@method("hetlora", merges_late=tune_and_shrink)
+@method("hetlora", merges_late=tune_and_shrink, robust=True)
 @dataclass(frozen=True)
 class HetLora(LocalTraining):
     """LoRA at ranks that differ between devices, zero-padded and averaged by norm."""
@@ -169,8 +170,8 @@ class HetLora(LocalTraining):
         return replace(
             state,
             round=state.round + 1,
-            adapter=self._merge(state, replies),
-            head=average((r.value.examples, r.value.head) for r in replies),
+            adapter=self._merge(state, fleet, replies),
+            **merged(replies, fleet, head=state.head),
             ranks=state.ranks | {r.device: r.value.rank for r in replies},
         )
 
@@ -187,7 +188,9 @@ class HetLora(LocalTraining):
     def unpruned(self, state: HetLoraState) -> Model:
         return self.deploy(state)
 
-    def _merge(self, state: HetLoraState, replies: Sequence[Reply[HetLoraResult]]) -> Tensors:
+    def _merge(
+        self, state: HetLoraState, fleet: Fleet, replies: Sequence[Reply[HetLoraResult]]
+    ) -> Tensors:
         everything = full(state.layout)
         parts = [
             Contribution(
@@ -199,9 +202,9 @@ class HetLora(LocalTraining):
             )
             for reply in replies
         ]
-        return average_factors(
-            state.layout, state.adapter, by_norm(parts) if self.weigh_by == "norm" else parts
-        )
+        parts = bounded(fleet, replies, parts)
+        weighed = by_norm(parts) if self.weigh_by == "norm" else parts
+        return average_factors(state.layout, state.adapter, weighed, fleet.aggregation)
 
     def _orders(
         self, state: HetLoraState, devices: tuple[Profile, ...]

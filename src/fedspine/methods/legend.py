@@ -25,11 +25,12 @@ from fedspine.control.latency_model import add, coefficients, no_evidence
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput, check_ranges
 from fedspine.core.fleet import Fleet, NoMemory, Profile, Reply
+from fedspine.core.merging import Weighted, combined
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
-from fedspine.core.tensors import average, half, single
-from fedspine.lm.aggregate import Contribution, average_factors
+from fedspine.core.tensors import half, single
+from fedspine.lm.aggregate import Contribution, average_factors, bounded
 from fedspine.lm.base import Model
 from fedspine.lm.cost import HALF, adapter_parameters, training_memory_bytes
 from fedspine.lm.forecast import USABLE_MEMORY
@@ -97,7 +98,7 @@ class LegendState:
     depths: dict[str, int]  # of every device that has replied
 
 
-@method("legend", merges_late=tune_top)
+@method("legend", merges_late=tune_top, robust=True)
 @dataclass(frozen=True)
 class Legend(LocalTraining):
     """LoRA depth for each device, and ranks that rise towards the output.
@@ -210,8 +211,13 @@ class Legend(LocalTraining):
         return replace(
             state,
             round=state.round + 1,
-            adapter=self._merged(state, replies),
-            head=average((self._weight(r.value), r.value.head) for r in replies),
+            adapter=self._merged(state, fleet, replies),
+            head=combined(
+                fleet,
+                "head",
+                [Weighted(r.device, self._weight(r.value), r.value.head) for r in replies],
+                state.head,
+            ),
             times=times,
             depths=state.depths | depths,
         )
@@ -374,7 +380,12 @@ class Legend(LocalTraining):
             tuning=tuning if steps is None else replace(tuning, steps=steps),
         )
 
-    def _merged(self, state: LegendState, replies: list[Reply[LoraResult]]) -> Tensors:
+    def _merged(
+        self,
+        state: LegendState,
+        fleet: Fleet,
+        replies: list[Reply[LoraResult]],
+    ) -> Tensors:
         """Every block averaged over the devices that trained it; one that nobody trained stays."""
         parts = [
             Contribution(
@@ -386,7 +397,8 @@ class Legend(LocalTraining):
             )
             for reply in replies
         ]
-        return average_factors(state.layout, state.adapter, parts)
+        parts = bounded(fleet, replies, parts)
+        return average_factors(state.layout, state.adapter, parts, fleet.aggregation)
 
     def _weight(self, result: LoraResult) -> float:
         return float(result.examples) if self.weigh_by == "examples" else 1.0

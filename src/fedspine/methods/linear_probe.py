@@ -14,10 +14,11 @@ import numpy as np
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
+from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
-from fedspine.core.tensors import average, half, single
+from fedspine.core.tensors import half, single
 from fedspine.lm.base import Model
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import full
@@ -52,7 +53,7 @@ class ProbeState:
     head: Tensors
 
 
-@method("linear_probe", merges_late=tune_head)
+@method("linear_probe", merges_late=tune_head, robust=True)
 @dataclass(frozen=True)
 class LinearProbe(HeadTraining):
     """FedAvg of the task head over a frozen base."""
@@ -94,7 +95,7 @@ class LinearProbe(HeadTraining):
         return replace(
             state,
             round=state.round + 1,
-            head=average((r.value.examples, r.value.head) for r in replies),
+            **merged(replies, fleet, head=state.head),
         )
 
     def deploy(self, state: ProbeState, device: DeviceId | None = None) -> Model:

@@ -17,10 +17,11 @@ from fedspine.control.selection import Seen, Selecting, dropped, select, steps_w
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet, Profile, Reply
+from fedspine.core.merging import Weighted, combined
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, usable
 from fedspine.core.task import Task
-from fedspine.core.tensors import average, single
+from fedspine.core.tensors import single
 from fedspine.split.whole_model import (
     Training,
     WholeModelTraining,
@@ -102,7 +103,7 @@ class PyramidState:
     times: dict[str, np.ndarray]  # what its rounds took, as `control.latency_model` keeps it
 
 
-@method("pyramidfl", merges_late=train_and_thin)
+@method("pyramidfl", merges_late=train_and_thin, robust=True)
 @dataclass(frozen=True)
 class PyramidFL(WholeModelTraining):
     """Selection by loss and speed, more work where there is slack, thinner updates where they are
@@ -183,10 +184,16 @@ class PyramidFL(WholeModelTraining):
                 steps=reply.order.training.steps,
                 dropped=reply.order.drop,
             )
-        change = average(
-            (reply.value.examples, _change(reply, weights, split_model.statistics))
+        changes = [
+            Weighted(
+                reply.device,
+                reply.value.examples,
+                _change(reply, weights, split_model.statistics),
+            )
             for reply in replies
-        )
+        ]
+        none = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+        change = combined(fleet, "weights", changes, none)
         return replace(
             state,
             round=state.round + 1,

@@ -8,15 +8,18 @@ arXiv:1703.05175); class means over clients are FedNCM's (Legate et al. 2023, ar
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, Protocol, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fedspine.core.aggregation import Aggregation, Mean
 from fedspine.core.device import FEWEST_OF_CLASS, Device, on_device
 from fedspine.core.errors import BadInput, unknown
 from fedspine.core.fleet import Fleet, Reply
+from fedspine.core.merging import bounded, trimmed, trims
 from fedspine.core.message import Tensors, message
 from fedspine.core.reads import Reads
 from fedspine.core.task import Task
@@ -73,7 +76,27 @@ def started(fields: HeadStart, head: Tensors, fleet: Fleet, *, rows: int) -> Ten
     if fields.head_start == "random" or not _reads_the_mean(head):
         return head
     orders = {profile.id: MeansOrder(rows=rows) for profile in fleet.devices}
-    return head_of(head, fleet.ask(class_means, orders))
+    replies = fleet.ask(class_means, orders)
+    if len(replies) < fleet.aggregation.fewest(len(replies)):
+        return head
+    shares = bounded(
+        fleet,
+        "class means",
+        [reply.device for reply in replies],
+        ({"means": r.value.means["means"][r.value.counts > 0]} for r in replies),
+    )
+    return head_of(
+        head,
+        [_shortened(reply, share) for reply, share in zip(replies, shares, strict=True)],
+        fleet.aggregation,
+    )
+
+
+def _shortened(reply: Reply[ClassMeans], share: float) -> Reply[ClassMeans]:
+    if share == 1:
+        return reply
+    means = {name: share * mean for name, mean in single(reply.value.means).items()}
+    return replace(reply, value=replace(reply.value, means=means))  # type: ignore[type-var]
 
 
 def _reads_the_mean(head: Tensors) -> bool:
@@ -130,21 +153,28 @@ def features(base: Base, inputs: Tensors) -> Float[Tensor, "rows width"]:
         return mean_of_tokens(seen[0].float(), inputs["attention_mask"])
 
 
-def head_of(head: Tensors, replies: Sequence[Reply[ClassMeans]]) -> Tensors:
+def head_of(
+    head: Tensors, replies: Sequence[Reply[ClassMeans]], how: Aggregation = Mean()
+) -> Tensors:
     """The classifier of the nearest class mean in the shapes of `head`, a weight [classes, width]
     and a bias.
 
-    A class of which nobody has rows is as likely as the mid of all; with fewer than two classes
-    `head` stays.
+    Each class's mean is that over its rows, or what `how` says in its place. A class of which
+    nobody has rows, or too few devices have, is as likely as the mid of all; with fewer than two
+    classes `head` stays.
     """
     counts = sum((reply.value.counts for reply in replies), torch.zeros(1, dtype=torch.int64))
     sums = sum(
         (single(r.value.means)["means"] * r.value.counts[:, None] for r in replies), torch.zeros(1)
     )
-    known = counts > 0
+    means, known = sums / counts.clamp_min(1)[:, None], counts > 0
+    if trims(how):
+        rows = torch.stack([reply.value.counts for reply in replies])[:, :, None]
+        values = torch.stack([single(reply.value.means)["means"] for reply in replies])
+        means, settled = trimmed(how, values, rows, (rows > 0).expand_as(values))
+        known = settled.all(1)
     if int(known.sum()) < 2:
         return head
-    means = sums / counts.clamp_min(1)[:, None]
     mid = means[known].mean(0)
     away = torch.where(known[:, None], means - mid, 0.0)
     squares = away.square().sum(1)

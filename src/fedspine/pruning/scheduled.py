@@ -15,11 +15,12 @@ from fedspine.control.sparsity import cubic_floor
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import check_ranges
 from fedspine.core.fleet import Fleet, Reply
+from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import on_todays, usable
 from fedspine.core.task import Task
-from fedspine.core.tensors import average, half
-from fedspine.lm.aggregate import average_factors
+from fedspine.core.tensors import half
+from fedspine.lm.aggregate import average_factors, bounded
 from fedspine.lm.base import Model
 from fedspine.lm.importance import Scores, on_wire, tally
 from fedspine.lm.importance_sources import ScoringOrder
@@ -139,16 +140,17 @@ def prune_and_average(
     }
     came = usable(fleet.ask(prune_and_tune, orders), fleet)
     replies = on_todays(came, head=state.head)
-    parts = [contribution(state.layout, reply) for reply in replies]
+    changed = [contribution(state.layout, reply) for reply in replies]
+    parts = bounded(fleet, replies, changed)
     for reply in replies:
         kept = sparsity(state.layout, reply.value.structure)
         fleet.note(device=reply.device, rank=fields.rank, sparsity=kept, loss=reply.value.loss)
     after = replace(
         state,
         round=state.round + 1,
-        adapter=average_factors(state.layout, state.adapter, parts),
-        head=average((reply.value.examples, reply.value.head) for reply in replies),
-        scores=tally(state.scores, [reply.value.scores for reply in replies]),
+        adapter=average_factors(state.layout, state.adapter, parts, fleet.aggregation),
+        **merged(replies, fleet, head=state.head),
+        scores=tally(state.scores, [reply.value.scores for reply in replies], fleet.aggregation),
         structures=state.structures | {reply.device: reply.value.structure for reply in replies},
         sparsities=state.sparsities | {reply.device: reply.order.sparsity for reply in replies},
     )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedspine.core.aggregation import Mean
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
@@ -248,6 +249,7 @@ def simulate(
         workers=workers,
         store=store,
         records=records,
+        aggregation=recipe.fleet.aggregation or Mean(),
     )
     return SimulatedFleet(world)
 

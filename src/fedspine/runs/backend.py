@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedspine.core.aggregation import Aggregation, Mean, NormClip
 from fedspine.core.errors import BadInput
 from fedspine.core.reads import Foretells
 from fedspine.execution.workers import Workers
@@ -16,7 +17,7 @@ from fedspine.flare.site_state import Timeouts
 from fedspine.fleets.rounds import RoundFleet
 from fedspine.lm.content import content_sha256
 from fedspine.runs.assemble import Assembled, assemble, simulate
-from fedspine.runs.config import Recipe
+from fedspine.runs.config import FleetSection, Recipe
 from fedspine.runs.run_dir import FLEET
 from fedspine.storage.records import Records
 from fedspine.storage.store import Store, write_atomically
@@ -92,9 +93,14 @@ class RealSites:
             "partition": "auto",
             "per_round": min(recipe.fleet.per_round, devices),
         }
+        fleet = recipe.fleet.model_copy(update=changed)
+        if begun is not None:  # as it began, if the recipe does not say
+            how = fleet.aggregation or begun.fleet.aggregation
+        else:
+            how = fleet.aggregation or _by_default(recipe.method, fleet)
         return replace(
             recipe,
-            fleet=recipe.fleet.model_copy(update=changed),
+            fleet=fleet.model_copy(update={"aggregation": how}),
             run=recipe.run.model_copy(
                 update={"workers": 1}
             ),  # processes cannot be forked beside an open connection
@@ -111,12 +117,13 @@ class RealSites:
             seed=recipe.run.seed,
             run=secrets.token_hex(16),
             timeouts=self.timeouts,
+            aggregation=recipe.fleet.aggregation or Mean(),
         )
         refusals = FlareFleet(self._session).join()
         if refusals and len(self._session.sites) < max(self.timeouts.sites, self.timeouts.quorum):
             told = "; ".join(f"{name}: {why}" for name, why in refusals.items())
             raise BadInput(f"{len(refusals)} of {len(self._link.sites)} sites take no part: {told}")
-        return assembled
+        return replace(assembled, remarks=(*assembled.remarks, _told(recipe)))
 
     def fleet(
         self, assembled: Assembled, workers: Workers, store: Store, records: Records
@@ -148,6 +155,23 @@ class RealSites:
                 max(self.timeouts.sites, self.timeouts.quorum), self.timeouts.outage
             )
         return self._link
+
+
+def _by_default(method: Any, fleet: FleetSection) -> Aggregation | None:
+    """What bounds the harm of a bad site, where the method and the number of sites allow it."""
+    how = NormClip()
+    return how if method.robust and fleet.replies >= how.fewest(fleet.replies) else None
+
+
+def _told(recipe: Recipe) -> str:
+    """A line on how what the sites send is merged."""
+    match recipe.fleet.aggregation:
+        case None | Mean():
+            return "aggregation: mean, so one bad site can spoil the model (docs/robustness.md)"
+        case NormClip(bound=bound):
+            return f"aggregation: norm_clip, no change is larger than {bound:g} x the median"
+        case how:
+            return f"aggregation: {how.name}"
 
 
 def backend_of(run_dir: Path, named: RealSites | None = None) -> Backend:

@@ -14,6 +14,7 @@ import pydantic
 import tomli_w
 
 from fedspine.core import parts, strict
+from fedspine.core.aggregation import TINY, Aggregation, Mean, aggregation_of
 from fedspine.core.errors import BadInput, unknown
 from fedspine.core.method import registered
 from fedspine.core.strict import Section
@@ -55,6 +56,12 @@ class FleetSection(Section):
     per_round: int = pydantic.Field(10, ge=1)  # devices asked in a round
     # share of a round's replies that it waits for; later ones count in the round in which they come
     quorum: float = pydantic.Field(1.0, ge=0.01, le=1)
+    # how a round's replies are merged; none: by the mean, at real sites with norm_clip
+    aggregation: Annotated[
+        Aggregation | None,
+        pydantic.BeforeValidator(aggregation_of),
+        pydantic.PlainSerializer(parts.table_of),
+    ] = None
     drop: float = pydantic.Field(0.0, ge=0, le=1)  # chance that an order or its reply is lost
     delay_seconds: float = pydantic.Field(0.0, ge=0)  # mean extra delay of a reply
     spread: float = pydantic.Field(1.0, ge=0)  # above 1 makes slow devices slower
@@ -66,6 +73,11 @@ class FleetSection(Section):
         pydantic.Field(min_length=4, max_length=4),
         pydantic.BeforeValidator(_for_all_groups),
     ] = [0.003] * 4
+
+    @property
+    def replies(self) -> int:
+        """For how many a round waits."""
+        return ceil(self.quorum * min(self.per_round, self.devices) - TINY)
 
 
 class RunSection(Section):
@@ -150,6 +162,7 @@ class Recipe:
             made[name] = _section(name, cls, whole, flat[name])
         made["task"] = _of_one_kind(made["task"])
         _check_quorum(made["method"], made["fleet"])
+        _check_aggregation(made["method"], made["fleet"])
         for name, part in made.items():
             object.__setattr__(self, name, part)
 
@@ -392,6 +405,18 @@ def _check_quorum(method: Any, fleet: FleetSection) -> None:
             f"fleet.quorum is {fleet.quorum:g}, but fleet.delay_seconds delays only replies that "
             "a round waits for; set the one to 1 or the other to 0"
         )
+
+
+def _check_aggregation(method: Any, fleet: FleetSection) -> None:
+    """Raise BadInput for an aggregation that the method lacks, or that needs more replies."""
+    how = fleet.aggregation or Mean()
+    if how != Mean() and not method.robust:
+        able = [name for name, cls in all_methods().items() if cls.robust]
+        raise BadInput(
+            f"fleet.aggregation is {how.name}, but {method.name} knows the mean alone; leave it "
+            f"out, or choose one of {', '.join(able)}"
+        )
+    how.check(fleet.replies)
 
 
 def _keys(cls: type[Any]) -> set[str]:

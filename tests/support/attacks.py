@@ -1,0 +1,43 @@
+"""What a bad device may reply: attacks on the replies of every method that merges what devices
+trained.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from fedspine.core.tensors import single
+from fedspine.lm.lora import adapter_rank, cut_rank
+from fedspine.methods.pyramidfl import PyramidResult
+from fedspine.pruning.device import SpineResult, contribution
+
+MOST = torch.finfo(torch.float16).max
+
+
+def on_changes(reply, layout, change):
+    """The reply with `change` done to what its device changed, by name and field, in fp16."""
+    result, order = reply.value, reply.order
+    if isinstance(result, PyramidResult):
+        return replace(reply, value=replace(result, update=wired(change(single(result.update)))))
+    changed = {}
+    for field in ("adapter", "head", "weights"):
+        back = getattr(result, field, None)
+        if back is None:
+            continue
+        back, sent = single(back), single(getattr(order, field))
+        if field == "adapter" and isinstance(result, SpineResult):
+            sent = contribution(layout, order, result).sent
+        if field == "adapter":
+            sent = cut_rank(sent, adapter_rank(back))
+        now = change({name: back[name] - sent[name] for name in back})
+        changed[field] = wired({name: sent[name] + now[name] for name in back})
+    return replace(reply, value=replace(result, **changed))
+
+
+def wired(tensors):
+    return {name: tensor.clamp(-MOST, MOST).half() for name, tensor in tensors.items()}
+
+
+def flipped(times):
+    """The change turned round, and so many times as long."""
+    return lambda change: {name: -times * tensor for name, tensor in change.items()}
