@@ -22,19 +22,21 @@ from hypothesis import strategies as st
 from toy import Lab, bits, toy_task
 
 from fedspine.control.controllers import Fixed
+from fedspine.core.checks import Terms
 from fedspine.core.device import find_work, name_of
 from fedspine.core.errors import BadInput
-from fedspine.core.fleet import AllLost, Idle
+from fedspine.core.fleet import AllLost, Idle, weights_of
 from fedspine.core.message import NotAMessage, message, pack, unpack
+from fedspine.core.schema import conforms, work_kinds
 from fedspine.flare.fleet import FlareFleet
 from fedspine.flare.framing import MOST_BYTES
 from fedspine.flare.run_terms import RunTerms
-from fedspine.flare.schema import conforms, work_kinds
 from fedspine.flare.session import FlareSession
 from fedspine.flare.site import DataSection, load_site
 from fedspine.flare.site_state import RelayLost, Timeouts
 from fedspine.flare.site_worker import SiteWorker, open_site_worker, works_of
 from fedspine.flare.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder, as_array, decoded
+from fedspine.fleets.checked import Checked
 from fedspine.fleets.semi_async import SemiAsync
 from fedspine.lm.content import content_sha256
 from fedspine.lm.load import load
@@ -42,6 +44,8 @@ from fedspine.methods import all_methods, find
 from fedspine.methods.fedlora import LoraOrder, LoraResult, tune_adapter
 from fedspine.runs import config
 from fedspine.runs.backend import RealSites
+from fedspine.split.device import Step
+from fedspine.split.device import step as split_step
 from fedspine.storage.records import Records
 
 RUN = "0123456789abcdef" * 2
@@ -148,7 +152,10 @@ class Sites:
         state = state or method.start(self.task, np.random.default_rng([0, 1]))
         for round in range(state.round, rounds):
             self.fleet.begin_round(round)
-            state = method.round(state, self.at_quorum(method, quorum))
+            fleet, everyone = self.at_quorum(method, quorum), self.fleet.devices
+            terms, fewest = Terms.of(self.task), self.fleet.quorum
+            checked = Checked(fleet, terms, everyone=everyone, quorum=fewest)
+            state = method.round(state, checked)
             self.fleet.end_round(0.0)
         return state
 
@@ -661,3 +668,80 @@ def test_few_bytes_cannot_claim_many_bits():
         claimed = header["__metadata__"]["fedspine"].replace("[3,3]", json.dumps(shape))
         with pytest.raises(NotAMessage, match="cannot be of shape"):
             unpack(_packed_anew(payload, header, claimed))
+
+
+# --- what sites declare, and orders that no device could serve ---
+
+
+def declaring(here, site, **numbers):
+    """Let a site declare other numbers than its own."""
+    answer = here.link.workers[site].answer
+
+    def lie(payload):
+        reply = unpack(answer(payload))
+        return pack(replace(reply, **numbers) if isinstance(reply, Opened) else reply).payload
+
+    here.link.workers[site].answer = lie
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ({"examples": 10**9}, "it declares 1000000000 rows, the others"),
+        ({"examples": -(10**6)}, "it declares examples of -1000000, but 1 to 2147483648"),
+        ({"examples": 0}, "it declares examples of 0"),
+        ({"examples": 2**31 + 1}, "it declares examples of 2147483649"),
+        ({"examples": 2**200}, "it declares examples of a number of 201 bits"),
+        ({"examples": float("nan")}, "cannot be read"),
+        ({"memory_bytes": -1}, "it declares memory_bytes of -1"),
+    ],
+)
+def test_a_site_that_declares_what_cannot_be_is_refused_by_name(sites, numbers, words):
+    here, method = sites(), find("fedlora").toy()
+    declaring(here, "north", **numbers)
+    here.session.sites = {}
+    refused = here.fleet.join()
+    assert list(refused) == ["north"]
+    assert words in refused["north"] and "\n" not in refused["north"]
+    assert sorted(here.session.sites) == ["east", "west"]
+    assert here.run(method, 1).round == 1
+
+
+def test_a_site_with_most_of_the_rows_counts_for_no_more_than_the_others_together(sites):
+    here = sites()
+    declaring(here, "north", examples=10**4)
+    here.session.sites = {}
+    assert here.fleet.join() == {}
+    rows = {profile.id: profile.examples for profile in here.fleet.devices}
+    weights = weights_of(here.fleet, rows)
+    assert weights["north"] == weights["east"] + weights["west"]
+    assert (weights["east"], weights["west"]) == (rows["east"], rows["west"])
+
+
+def test_an_order_that_no_device_could_serve_is_refused_and_the_reply_says_why(sites):
+    here = sites()
+    order = next(iter(here.orders().values()))
+    wrong = {
+        "east": replace(order, tuning=replace(order.tuning, steps=0)),
+        "north": replace(order, head={}),
+        "west": replace(order, adapter={k: v * float("nan") for k, v in order.adapter.items()}),
+    }
+    here.fleet.begin_round(0)
+    with pytest.raises(AllLost, match="of 3 sites asked 0 replied"):
+        here.fleet.ask(tune_adapter, wrong)
+    assert {note["device"]: note["left_out"] for note in here.notes()} == {
+        "east": "cannot use the order: steps is 0, but at least 1 is needed",
+        "north": "cannot use the order: head has 0 tensors of other names; 4 were expected",
+        "west": "cannot use the order: an entry of adapter is not finite",
+    }
+    assert len(here.fleet.ask(tune_adapter, here.orders())) == 3  # all are there as before
+
+
+def test_a_step_of_a_round_that_never_began_is_refused(sites):
+    here = sites(method="splitfed_v1")
+    here.fleet.begin_round(0)
+    with pytest.raises(AllLost):
+        here.fleet.ask(split_step, {"east": Step(gradient=None)})
+    assert here.notes()[0]["left_out"] == (
+        "cannot use the order: a step came, but no round was begun"
+    )

@@ -15,8 +15,8 @@ from toy import toy_rows
 
 from fedspine.core.device import find_work
 from fedspine.core.message import unpack
+from fedspine.core.schema import work_kinds
 from fedspine.data.dataset import Rows
-from fedspine.flare.schema import work_kinds
 from fedspine.flare.site_disk import MEMORY
 from fedspine.flare.site_terms import AllowSection
 from fedspine.flare.site_worker import works_of

@@ -43,6 +43,8 @@ class Told:
         )
         self.orders = {}
 
+    unusable = ()
+
     def note(self, **values):
         pass
 
@@ -153,7 +155,7 @@ def test_a_contribution_is_against_the_order_cut_to_what_the_device_kept(task):
     kept = Structure(heads=heads, channels=channels)
     cut = cut_adapter(order.adapter, layout.sites, kept)
     result = replace(result_of(order, 0.25, 3), structure=kept, adapter=moved(cut, 0.25))
-    part = contribution(layout, Reply("one", result, COST, order))
+    part = contribution(layout, Reply("one", result, COST, order, weight=3))
     assert part.weight == 3.0 and part.structure is kept
     assert max(tensor.abs().max() for name, tensor in part.sent.items() if "lora_B" in name) > 0.1
     for name, tensor in cut.items():
@@ -183,7 +185,7 @@ def late_round(method, first, today, base, reply=reply):
     earlier = Told(base, reply)
     method.round(first, earlier)
     order = earlier.orders["three"]
-    late = Reply("three", reply("three", order), COST, order, late=1)
+    late = Reply("three", reply("three", order), COST, order, late=1, weight=ROWS["three"])
     return method.round(today, Told(base, reply, names=("one",), late=[late]))
 
 

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import in_process, records_of, tiny_job, write_csv
+from runs import in_process, records_of, summary_of, tiny_job, write_csv
 
 from fedspine.core.errors import BadInput, of_machine
 from fedspine.core.fleet import AllLost, Diverged, NoMemory, none_left
 from fedspine.execution.workers import WorkerLost, WorkFailed
 from fedspine.lm import importance_sources
+from fedspine.methods import fedlora
 from fedspine.runs.failure_advice import advice
 
 FOLDER = Path("runs/one")
@@ -99,7 +100,86 @@ def test_a_device_that_diverges_alone_is_recorded_as_such(job, command, tmp_path
         for row in records_of(tmp_path / "run")
         if row["row"] == "note" and "left_out" in row["values"]
     ]
-    assert left_out == [("nx-01", "loss is nan")] * 2
+    assert left_out == [("nx-01", "cannot be used: loss is nan")] * 2
+
+
+def test_a_state_that_no_device_can_use_is_not_saved_over_the_last_good_one(
+    job, command, tmp_path, monkeypatch
+):
+    """Round 2 makes weights that are not finite of replies that are; round 3 gets nothing else."""
+    folder, arguments = tmp_path / "run", job(run__rounds=4, method__name="fedlora")
+    at = next(i for i, word in enumerate(arguments) if word.startswith("method.ranks"))
+    arguments[at] = "method.rank=2"
+    whole = ("run", *arguments, "--out", tmp_path / "whole", "--json")
+    assert command(*whole)[0] == 0
+    average = fedlora.average
+    rounds = []
+
+    def spoils(weighted):
+        rounds.append(0)
+        mean = average(weighted)
+        return {k: each * torch.nan for k, each in mean.items()} if len(rounds) > 2 else mean
+
+    monkeypatch.setattr(fedlora, "average", spoils)  # called for adapter and head in each round
+    code, _, lines = command("run", *arguments, "--out", folder, "--json")
+    assert code == 2 and "the weights after this round are not finite" in lines[0]
+    assert "1 round saved" in lines[0]
+    monkeypatch.setattr(fedlora, "average", average)
+    code, _, lines = command("run", "--resume", folder, "--json")
+    assert (code, lines) == (0, [])
+    same = [summary_of(tmp_path / name)["state_sha256"] for name in ("whole", "run")]
+    assert same[0] == same[1]
+
+
+def test_replies_of_nothing_but_nan_leave_the_last_good_state(job, command, tmp_path, monkeypatch):
+    """As at real sites, where a resume may find other replies."""
+    folder, tune = tmp_path / "run", importance_sources.tune
+    asks = []
+
+    def breaks(device, model, *values, **options):
+        asks.append(0)
+        if len(asks) > 2:  # of two devices in each round: from the second round on
+            model = replace(model, head={k: each * torch.nan for k, each in model.head.items()})
+        return tune(device, model, *values, **options)
+
+    monkeypatch.setattr(importance_sources, "tune", breaks)
+    for _ in range(2):  # two attempts in a row, after both of which the state is that of round 1
+        code, _, lines = command(
+            *(("run", "--resume", folder) if folder.exists() else ("run", *job(), "--out", folder)),
+            "--json",
+        )
+        assert code == 2 and "not finite (nan)" in lines[0] and "1 round saved" in lines[0]
+    monkeypatch.setattr(importance_sources, "tune", tune)
+    code, _, lines = command("run", "--resume", folder, "--json")
+    assert (code, lines) == (0, [])
+    assert summary_of(folder)["rounds"] == 2
+
+
+def test_a_state_that_no_device_can_use_twice_gives_way_to_the_one_before(
+    job, command, tmp_path, monkeypatch
+):
+    """Round 2 saves a state to which all devices reply NaN; after two attempts to go on from it the
+    run goes on from round 1, whose state they could use.
+    """
+    folder, tune, spoilt = tmp_path / "run", importance_sources.tune, []
+
+    def breaks(device, model, *values, **options):
+        if len(spoilt) > 3:  # the replies of two devices in two rounds are good
+            model = replace(model, head={k: each * torch.nan for k, each in model.head.items()})
+        spoilt.append(0)
+        return tune(device, model, *values, **options)
+
+    monkeypatch.setattr(importance_sources, "tune", breaks)
+    arguments = job(run__rounds=4, method__name="fedspine")
+    code, _, lines = command("run", *arguments, "--out", folder, "--json")
+    assert code == 2 and "not finite (nan)" in lines[0] and "2 rounds saved" in lines[0]
+    code, _, lines = command("run", "--resume", folder, "--json")
+    assert code == 2 and "not finite (nan)" in lines[0] and "1 round saved" in lines[0]
+    monkeypatch.setattr(importance_sources, "tune", tune)
+    code, _, lines = command("run", "--resume", folder, "--json")
+    assert (code, lines) == (0, [])
+    done = [row["round"] for row in records_of(folder) if row["row"] == "round"]
+    assert done == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -5,10 +5,12 @@ import json
 import numpy as np
 
 from fedspine.core.aggregation import Mean
+from fedspine.core.checks import Terms
 from fedspine.core.message import pack
 from fedspine.core.task import Task
 from fedspine.data.dataset import Rows
 from fedspine.execution.workers import Workers, Workshop
+from fedspine.fleets.checked import Checked, Exchanges
 from fedspine.fleets.hardware import Hardware
 from fedspine.fleets.simulated import SimulatedFleet, World, profiles
 from fedspine.lm.encode import encode
@@ -95,6 +97,7 @@ class Lab:
             aggregation=aggregation,
         )
         self.fleet = SimulatedFleet(world)
+        self.exchanges = Exchanges()
         if self.saved:
             self.fleet.restore(self.saved.fleet, self.saved.memories)
 
@@ -106,9 +109,14 @@ class Lab:
         state = self.saved.state if self.saved else method.start(self.task, rng)
         for round in range(state.round, self.task.rounds if rounds is None else rounds):
             self.fleet.begin_round(round)
-            state = method.round(state, around(self.fleet))
+            state = method.round(state, self.checked(around(self.fleet)))
             self.fleet.end_round(0.0)
         return state
+
+    def checked(self, fleet):
+        """The fleet as a method gets it in a run, with every reply checked."""
+        terms, everyone = Terms.of(self.task), self.fleet.devices
+        return Checked(fleet, terms, everyone=everyone, exchanges=self.exchanges)
 
     def save(self, state):
         """Put everything on disk, as the run loop does after a round."""
@@ -186,6 +194,10 @@ class Spy:
     def note(self, **values):
         self.clock.append(self._fleet.now)
         self._fleet.note(**values)
+
+    @property
+    def unusable(self):
+        return self._fleet.unusable
 
     def __getattr__(self, name):
         raise NotImplementedError(f"no method needs {name} yet; teach the spy to listen to it")

@@ -21,6 +21,7 @@ class Profile:
     site: str
     examples: int
     memory_bytes: int
+    largest_share: float = 1.0  # of the weights of an average: what the device counts for at most
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Reply(Generic[R]):
     cost: Cost
     order: Any
     late: int = 0
+    weight: float = 1  # what it counts for in an average, as `usable` says
 
 
 class Fleet(Protocol):
@@ -116,6 +118,11 @@ class Fleet(Protocol):
         """Write a method's remark to the records."""
         ...
 
+    @property
+    def unusable(self) -> Mapping[DeviceId, str]:
+        """Why a device's reply to its last order was left out, for devices of which one was."""
+        ...
+
     def foresee(
         self, device: DeviceId, *, flops: float, launches: float, bytes_down: int, bytes_up: int
     ) -> float | None:
@@ -144,6 +151,45 @@ class NoMemory(AllLost):
     """None of a round's devices has enough memory for its part, and none will have."""
 
 
+def capped(weights: Mapping[DeviceId, float], largest_share: float) -> dict[DeviceId, float]:
+    """The weights with none above `largest_share` of their sum; all equal where that is too low.
+
+    Of two devices neither is capped, since which of them is right cannot be told.
+
+    >>> capped({"a": 10, "b": 20, "c": 1000}, 0.5)
+    {'a': 10, 'b': 20, 'c': 30.0}
+    >>> capped({"a": 10, "b": 1000}, 0.5), capped({"a": 1, "b": 2, "c": 3}, 0.1)
+    ({'a': 10, 'b': 1000}, {'a': 1, 'b': 1, 'c': 1})
+    """
+    if len(weights) < 3 or max(weights.values()) <= largest_share * sum(weights.values()):
+        return dict(weights)
+    falling = sorted(weights.values(), reverse=True)
+    for cut in range(1, len(falling)):
+        left = 1 - cut * largest_share  # of all, for those that are not cut
+        if left <= 0:
+            break
+        most = largest_share * sum(falling[cut:]) / left
+        if falling[cut] <= most:
+            return {id: min(weight, most) for id, weight in weights.items()}
+    return dict.fromkeys(weights, 1)
+
+
+def rows_of(fleet: Fleet) -> dict[DeviceId, int]:
+    """How many rows each device declared."""
+    return {profile.id: profile.examples for profile in fleet.devices}
+
+
+def largest_share(fleet: Fleet) -> float:
+    """What any device of the fleet may count for at most in an average, 0 to 1."""
+    return min((profile.largest_share for profile in fleet.devices), default=1.0)
+
+
+def weights_of(fleet: Fleet, devices: Iterable[DeviceId]) -> dict[DeviceId, float]:
+    """What each of these devices counts for in an average: the rows that it declared, capped."""
+    rows = rows_of(fleet)
+    return capped({id: rows[id] for id in devices}, largest_share(fleet))
+
+
 def none_left(asked: int, flaws: Sequence[str]) -> AllLost:
     """The error for a round of so many devices in which every reply has a flaw, such as "loss is
     nan".
@@ -162,4 +208,7 @@ def none_left(asked: int, flaws: Sequence[str]) -> AllLost:
         return Diverged(
             f"the training loss of {who} is not finite" + (f" ({values})" if values else "")
         )
-    return Diverged(f"what {who} sent is not finite ({', '.join(sorted(set(flaws)))})")
+    told = ", ".join(sorted(set(flaws)))
+    if any(flaw.endswith(("is nan", "is inf", "is -inf", "not finite")) for flaw in flaws):
+        return Diverged(f"what {who} sent is not finite ({told})")
+    return AllLost(f"what {who} sent cannot be used ({told})")

@@ -29,7 +29,7 @@ def merged(replies: Sequence[Reply[Any]], fleet: Fleet, **before: Tensors) -> di
     """The fields named in `before`, merged over the replies as `fleet.aggregation` says.
 
     A method gives for each field of its results, such as `head`, the tensors that the server has
-    before the round, of equal names and shapes; results hold their rows as `examples`. What nothing
+    before the round, of equal names and shapes; replies weigh as `usable` says. What nothing
     can be said of stays as it was: everything, where too few devices replied. That is noted, and so
     is each device whose change was bounded, by field.
     """
@@ -41,7 +41,7 @@ def merged(replies: Sequence[Reply[Any]], fleet: Fleet, **before: Tensors) -> di
         field: combined(
             fleet,
             field,
-            [Weighted(r.device, r.value.examples, getattr(r.value, field)) for r in replies],
+            [Weighted(r.device, r.weight, getattr(r.value, field)) for r in replies],
             now,
         )
         for field, now in before.items()

@@ -2,7 +2,6 @@
 hyper-parameters.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, Self, TypeVar, runtime_checkable
@@ -10,10 +9,10 @@ from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 import numpy as np
 
 from fedspine.core.device import DeviceId, R, Work, name_of
-from fedspine.core.fleet import Fleet, Reply, none_left
+from fedspine.core.fleet import Fleet, Reply, capped, largest_share, none_left, rows_of
 from fedspine.core.message import Tensors
 from fedspine.core.task import Task
-from fedspine.core.tensors import finite, is_tensors, rebased
+from fedspine.core.tensors import rebased
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -75,22 +74,17 @@ def planned_sparsities(method: Any, rounds: int) -> list[float]:
 
 
 def usable(replies: Sequence[Reply[R]], fleet: Fleet) -> list[Reply[R]]:
-    """The replies whose `loss` and all named tensors are finite; the others are noted and left out
-    of the round.
+    """The replies, each with the weight that it has in an average.
 
-    Raises AllLost if no reply came, Diverged if none of those that came is usable.
+    What cannot be used has not come this far; see `fleets.checked`. Raises AllLost if no reply
+    came, Diverged if those that came were not finite.
     """
-    good, flaws = [], []
-    for reply in replies:
-        found = _flaw(reply.value)
-        if found is None:
-            good.append(reply)
-        else:
-            flaws.append(found)
-            fleet.note(device=reply.device, left_out=found)
-    if not good:
-        raise none_left(len(fleet.devices), flaws)
-    return good
+    if not replies:
+        raise none_left(len(fleet.devices), list(fleet.unusable.values()))
+    declared = {reply.device: reply.weight for reply in replies} | rows_of(fleet)
+    rows = {reply.device: declared[reply.device] for reply in replies}
+    weights = capped(rows, largest_share(fleet))
+    return [replace(reply, weight=weights[reply.device]) for reply in replies]
 
 
 def on_todays(replies: Sequence[Reply[R]], **today: Tensors) -> list[Reply[R]]:
@@ -109,14 +103,6 @@ def on_todays(replies: Sequence[Reply[R]], **today: Tensors) -> list[Reply[R]]:
         return replace(reply, value=replace(reply.value, **weights))  # type: ignore[type-var]
 
     return [moved(reply) if reply.late else reply for reply in replies]
-
-
-def _flaw(result: Any) -> str | None:
-    """The non-finite part of a result with a `loss`, None if there is none."""
-    if not math.isfinite(result.loss):
-        return f"loss is {result.loss}"
-    sound = all(finite(value) for value in vars(result).values() if is_tensors(value))
-    return None if sound else "weights are not finite"
 
 
 _METHODS: dict[str, type] = {}  # filled at import time only

@@ -8,7 +8,9 @@ state of the sites; NVFlare itself is used only in `fedspine.flare.link` on this
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import replace
 from math import inf
+from statistics import median
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from fedspine.fleets.rounds import Devices, Totals, Waits, mean_wait, round_row
 
 OPEN_SECONDS = 600.0  # for a site to load model and rows
 LOOK_SECONDS = 2.0  # between two checks of which sites are there
+MOST_TIMES = 1000  # the median of the others' rows that a site may declare
 
 
 class FlareFleet:
@@ -50,8 +53,13 @@ class FlareFleet:
 
     @property
     def devices(self) -> tuple[Profile, ...]:
-        sites = self._session.sites
-        return tuple(sites[id].profile for id in (sites if self._ids is None else self._ids))
+        sites, share = self._session.sites, self._session.timeouts.largest_share
+        ids = sites if self._ids is None else self._ids
+        return tuple(replace(sites[id].profile, largest_share=share) for id in ids)
+
+    @property
+    def quorum(self) -> int:
+        return self._session.timeouts.quorum
 
     @property
     def now(self) -> float:
@@ -132,6 +140,10 @@ class FlareFleet:
     def note(self, **values: Any) -> None:
         self._session.note(**values)
 
+    @property
+    def unusable(self) -> Mapping[DeviceId, str]:
+        return {}  # replies are checked around the fleet: see `fleets.checked`
+
     def foresee(self, device: DeviceId, **cost: float) -> None:
         """None: the time of a real site is unknown."""
 
@@ -201,12 +213,13 @@ class FlareFleet:
         session, sites = self._session, self._session.link.sites
         with ThreadPoolExecutor(max(1, len(sites))) as threads:
             answers = threads.map(lambda site: _opened(session, site), sites)
-            opened = dict(zip(sites, answers, strict=True))
+            opened = _without_false(session, dict(zip(sites, answers, strict=True)))
         for name, one in opened.items():
             if isinstance(one, Opened) and name not in session.sites:
                 session.sites[name] = SiteState(name, one.examples, one.memory_bytes)
             elif isinstance(one, Opened):
                 session.sites[name].missed = False
+                session.sites[name].examples = one.examples
         return {name: one for name, one in opened.items() if isinstance(one, str)}
 
     def _gather(self) -> None:
@@ -297,6 +310,23 @@ def _opened(session: FlareSession, site: str) -> Opened | str:
         return session.open(site, TimeLimit(OPEN_SECONDS))
     except (TimeoutError, RelayLost) as error:
         return str(error)
+
+
+def _without_false(
+    session: FlareSession, opened: dict[str, Opened | str]
+) -> dict[str, Opened | str]:
+    """The answers, with a refusal for a site that declares far more rows than the others."""
+    rows = {name: site.examples for name, site in session.sites.items()}
+    rows |= {name: one.examples for name, one in opened.items() if isinstance(one, Opened)}
+    for name in opened.keys() & rows.keys():
+        others = [count for other, count in rows.items() if other != name]
+        usual = median(others) if others else rows[name]
+        if rows[name] > MOST_TIMES * usual and isinstance(opened[name], Opened):
+            opened[name] = (
+                f"it declares {rows[name]} rows, the others {usual:g} in the middle; more than "
+                f"{MOST_TIMES} times as many are not believed"
+            )
+    return opened
 
 
 def _answers(session: FlareSession, site: SiteState) -> bool:

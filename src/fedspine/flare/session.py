@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from fedspine.core.aggregation import Aggregation, Mean
+from fedspine.core.checks import MOST_ROWS, MOST_WHOLE, short
 from fedspine.core.device import DeviceId, Work, name_of
 from fedspine.core.fleet import Cost
 from fedspine.core.message import NotAMessage, pack
+from fedspine.core.schema import work_kinds
 from fedspine.flare.run_terms import RunTerms
-from fedspine.flare.schema import work_kinds
 from fedspine.flare.site_state import (
     AskResult,
     InFlight,
@@ -31,13 +32,13 @@ from fedspine.flare.site_state import (
     TimeLimit,
     Timeouts,
 )
-from fedspine.flare.validate import mismatch
 from fedspine.flare.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder, as_array, decoded
 from fedspine.fleets.rounds import Devices, Totals, Waits
 from fedspine.storage.records import Records
 
 PING_SECONDS = 5.0
 READY_SECONDS = 120.0  # for a site to start a worker that loads model and rows
+MOST_SHOWN = 200  # letters of a site's text
 KIND = "site"  # in the records, where simulated devices have their kind
 
 
@@ -87,7 +88,7 @@ class FlareSession:
         torch.set_num_threads(1)
         began, payload = time.monotonic(), pack(order).payload
         try:
-            came = self._asked(site, work, payload, order, end)
+            came = self._asked(site, work, payload, end)
         except (TimeoutError, RelayLost) as error:
             came = str(error)
         site.missed = isinstance(came, str) and not isinstance(came, Declined)
@@ -96,9 +97,7 @@ class FlareSession:
             spent, came if isinstance(came, str) else None, len(payload), time.monotonic() - began
         )
 
-    def _asked(
-        self, site: SiteState, work: Work[Any, Any], payload: bytes, order: Any, end: TimeLimit
-    ) -> Any:
+    def _asked(self, site: SiteState, work: Work[Any, Any], payload: bytes, end: TimeLimit) -> Any:
         """The result and the site's answer, or a line that says why there is none."""
         if site.missed and not self.reached(site, end):
             return "does not answer"
@@ -116,7 +115,7 @@ class FlareSession:
             reply = self.exchange(site.name, asked, end, SiteAnswer, NotDone)
             match reply:
                 case SiteAnswer():
-                    return self._taken(site, work, order, reply)
+                    return self._taken(site, work, reply)
                 case NotDone(reason="not opened"):
                     opened = self.open(site.name, end)
                     if not isinstance(opened, Opened):
@@ -125,20 +124,20 @@ class FlareSession:
                     self.note(device=site.name, memory="lost; it starts anew")
                     site.memory = None
                 case NotDone(reason="refused"):
-                    return Declined(f"refuses the order: {reply.detail}")
+                    return Declined(f"refuses the order: {one_line(reply.detail)}")
+                case NotDone(reason="bad order", detail=detail):
+                    return f"cannot use the order: {one_line(detail)}"
                 case NotDone():
                     return reply.reason
                 case str():
                     return reply
         return "could not be opened"
 
-    def _taken(self, site: SiteState, work: Work[Any, Any], order: Any, reply: SiteAnswer) -> Any:
+    def _taken(self, site: SiteState, work: Work[Any, Any], reply: SiteAnswer) -> Any:
         try:
             value = decoded(reply.result, work_kinds(work)[1])
         except NotAMessage as error:
             return f"its result cannot be used: {error}"
-        if wrong := mismatch(value, order, getattr(self.base, "layout", None)):
-            return f"its result cannot be used: {wrong}"
         site.asks += 1
         site.memory = site.asks
         return value, reply
@@ -153,7 +152,12 @@ class FlareSession:
         """Open the run at a site; a line with the reason if it refuses."""
         asked = Opening(run=self.run, terms=self.terms)
         reply = self.exchange(site, asked, end, Opened, NotDone)
-        return Declined(reply.detail or reply.reason) if isinstance(reply, NotDone) else reply
+        match reply:
+            case NotDone():
+                return Declined(one_line(reply.detail or reply.reason))
+            case Opened():
+                return false_count(reply) or reply
+        return reply
 
     def exchange(self, site: str, asked: Any, end: TimeLimit, *kinds: type) -> Any:
         """A site's reply of one of these types, or a line that says why there is none; raises
@@ -233,6 +237,24 @@ class FlareSession:
     def note(self, **values: Any) -> None:
         with self.lock:
             self.records.write("note", now=self.now, values=values)
+
+
+def false_count(opened: Opened) -> str | None:
+    """What is wrong with the numbers that a site declares, None where nothing is."""
+    for name, most in (("examples", MOST_ROWS), ("memory_bytes", MOST_WHOLE)):
+        if not 1 <= getattr(opened, name) <= most:
+            came = short(getattr(opened, name))
+            return f"it declares {name} of {came}, but 1 to {most} was expected"
+    return None
+
+
+def one_line(text: str) -> str:
+    """The text of a site, which is not trusted, as a short line that a terminal can show.
+
+    >>> one_line("a" + chr(27) + "[2J" + chr(10) + "b"), len(one_line("c" * 500))
+    ('a [2J b', 200)
+    """
+    return "".join(sign if sign.isprintable() else " " for sign in text)[:MOST_SHOWN]
 
 
 FAILURES = {

@@ -57,6 +57,8 @@ class Timeouts:
     quorum: int = 1  # fewer replies to an ask stop the run, which can be resumed
     within: float = 600.0  # seconds for an ask without a limit of its own
     outage: float = 300.0  # seconds to wait for a quorum of sites, or for the server
+    # of the weights of an average: what one site of three or more counts for at most
+    largest_share: float = 0.5
 
 
 @message

@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 
-from fedspine.core.device import Call, Scratch, Served, find_work, name_of, serve
+from fedspine.core.checks import Asked, Terms, Unusable, need, why_unusable
+from fedspine.core.device import Call, Scratch, Served, Work, find_work, name_of, serve
 from fedspine.core.errors import BadInput
 from fedspine.core.message import NotAMessage, pack
 from fedspine.core.process import keep_freed_memory
+from fedspine.core.schema import work_kinds
 from fedspine.flare import site_disk
 from fedspine.flare.run_terms import Refused, RunTerms
-from fedspine.flare.schema import work_kinds
 from fedspine.flare.site import Holding, Site, load_site, open_site
 from fedspine.flare.site_disk import LOG, MEMORY, PREFIXES, RUNS_KEPT
 from fedspine.flare.site_secret import seed_of, site_secret
@@ -63,6 +64,7 @@ class Open:
     terms: RunTerms
     holding: Holding
     works: frozenset[str]
+    task: Terms  # of orders and rows
 
 
 class SiteWorker:
@@ -92,6 +94,8 @@ class SiteWorker:
             return pack(self._answered(decoded(payload, Opening, SiteOrder))).payload
         except NotAMessage as error:
             return self._not_done("bad order", error)
+        except Unusable as error:
+            return self._not_done("bad order", error, str(error))
         except Refused as error:
             return self._not_done("refused", error, error.detail)
         except Exception as error:
@@ -119,7 +123,8 @@ class SiteWorker:
         for folder, kept in ((MEMORY, RUNS_KEPT), (PREFIXES, 1)):
             site_disk.keep_newest(self._folder / folder / asked.run, kept)
         self._room(asked.run, needed=0)
-        self._open, self._scratch = Open(asked.run, terms, holding, works), Scratch()
+        here = Open(asked.run, terms, holding, works, _terms(asked, holding))
+        self._open, self._scratch = here, Scratch()
         return Opened(examples=len(holding.examples), memory_bytes=self._site.memory_bytes)
 
     def _serve(self, asked: SiteOrder) -> SiteAnswer | NotDone:
@@ -131,7 +136,9 @@ class SiteWorker:
         work = find_work(asked.work)
         _check_versions(asked)
         order = asked.order.tobytes()
-        self._check(here, decoded(order, work_kinds(work)[0]))
+        value = decoded(order, work_kinds(work)[0])
+        self._check(here, value)
+        _check_form(here, value, work)
         memory = None
         if asked.memory is not None:
             path = self._version(asked.run, asked.memory)
@@ -224,6 +231,16 @@ class SiteWorker:
         for path in (self._folder / MEMORY / asked.run).iterdir():
             if path not in wanted:
                 path.unlink()
+
+
+def _terms(asked: Opening, holding: Holding) -> Terms:
+    return Terms(holding.base, len(asked.terms.label_names), asked.terms.max_tokens)
+
+
+def _check_form(here: Open, order: Any, work: Work[Any, Any]) -> None:
+    """Raise Unusable for an order that no device could serve; its line tells of the order alone."""
+    asked = Asked(here.task, rows=len(here.holding.examples))
+    need(not (why := why_unusable(order, work_kinds(work)[0], asked)), str(why))
 
 
 def open_site_worker(folder: Path) -> SiteWorker:

@@ -11,9 +11,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from fedspine.core.message import NotAMessage, message, unpack
+from fedspine.core.schema import conforms
 from fedspine.flare.framing import MOST_BYTES
 from fedspine.flare.run_terms import RunTerms
-from fedspine.flare.schema import conforms
 
 # of a run: it names the run's folder at a site, and can name nothing else there
 RUN = re.compile(r"[0-9a-f]{32}")
@@ -71,8 +71,8 @@ class SiteAnswer:
 
 @message
 class NotDone:
-    """The site did not do the work. `detail` is a fixed line; everything else stays in the site's
-    log.
+    """The site did not do the work. `detail` is a fixed line, or says what is wrong with the order;
+    everything else stays in the site's log.
     """
 
     reason: FailureReason

@@ -101,6 +101,10 @@ class Lossy:
     def note(self, **values: Any) -> None:
         self._fleet.note(**values)
 
+    @property
+    def unusable(self) -> Mapping[DeviceId, str]:
+        return self._fleet.unusable
+
     def foresee(
         self, device: DeviceId, *, flops: float, launches: float, bytes_down: int, bytes_up: int
     ) -> float | None:

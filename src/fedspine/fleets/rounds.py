@@ -125,6 +125,11 @@ class RoundFleet(Fleet, Protocol):
         """
         ...
 
+    @property
+    def quorum(self) -> int:
+        """The fewest usable replies to an ask with which a round goes on."""
+        ...
+
     def cohort(self, ids: Iterable[DeviceId]) -> Fleet:
         """The part of the fleet that a round asks. Unlike that of `only`, its `next` returns
         pending replies of all devices.

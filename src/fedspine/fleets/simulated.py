@@ -306,6 +306,10 @@ class SimulatedFleet:
     def note(self, **values: Any) -> None:
         self._world.records.write("note", now=self.now, values=values)
 
+    @property
+    def unusable(self) -> Mapping[DeviceId, str]:
+        return {}  # replies are checked around the fleet: see `fleets.checked`
+
     def foresee(
         self, device: DeviceId, *, flops: float, launches: float, bytes_down: int, bytes_up: int
     ) -> float | None:
@@ -325,6 +329,7 @@ class SimulatedFleet:
     # the run loop's part of the interface: see `fedspine.fleets.rounds`
 
     clock = "simulated"
+    quorum = 1
 
     def cohort(self, ids: Iterable[DeviceId]) -> "SimulatedFleet":
         return SimulatedFleet(self._world, self._part(ids), self._clock, pending_of=self._devices)

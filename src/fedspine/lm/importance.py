@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedspine.core import merging
 from fedspine.core.aggregation import Aggregation, Mean
+from fedspine.core.checks import Asked, need, no_larger, tensor_of
 from fedspine.core.message import Tensors, message
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
@@ -30,6 +31,15 @@ class Scores:
     heads: Float[Tensor, "layers heads"]
     channels: Float[Tensor, "layers channels"]
     updates: int = 1  # that went into a moving average
+
+    def check(self, asked: Asked) -> None:
+        """In a message scores are fp16, each layer of unit norm at most, so no entry is above 1."""
+        layout = asked.base.layout
+        for name, units in (("heads", layout.heads), ("channels", layout.channels)):
+            own = getattr(self, name)
+            tensor_of(f"scores.{name}", own, torch.float16, (layout.layers, units))
+            no_larger(f"scores.{name}", own, 1.0, least=0.0)
+        need(self.updates >= 0, f"scores.updates is {self.updates}, but it cannot be negative")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fedspine.core.checks import Asked, need, within
 from fedspine.core.message import Tensors, message
 from fedspine.lm.importance import Criterion, Scores, geometric_mean, smooth
 from fedspine.lm.trainable_stack import TrainableStack
@@ -32,6 +33,11 @@ class Scoring:
     square: bool = False
     cross: float = 0.0
     normalise: bool = False
+
+    def check(self, asked: Asked) -> None:
+        """An update every so many steps, and a share that is kept."""
+        need(self.every >= 1, f"every is {self.every}, but at least 1 is needed")
+        within("keep", self.keep, 0, 1)
 
     @property
     def criterion(self) -> Criterion:

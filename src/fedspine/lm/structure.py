@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fedspine.control.sparsity import counts, layer_targets
+from fedspine.control.sparsity import TOLERANCE, counts, layer_targets
+from fedspine.core.checks import Asked, need, tensor_of
 from fedspine.core.message import Tensors, message
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
@@ -26,6 +27,14 @@ class Structure:
 
     heads: Bool[Tensor, "layers heads"]
     channels: Bool[Tensor, "layers channels"]
+
+    def check(self, asked: Asked) -> None:
+        """Every layer of the model keeps a head and a channel at least."""
+        layout = asked.base.layout
+        for name, units in (("heads", layout.heads), ("channels", layout.channels)):
+            kept = getattr(self, name)
+            tensor_of(f"structure.{name}", kept, torch.bool, (layout.layers, units))
+            need(bool(kept.any(1).all()), f"structure.{name} keeps none in some layer")
 
 
 def full(layout: PrunableLayout) -> Structure:
@@ -57,6 +66,14 @@ def sparsity(layout: PrunableLayout, structure: Structure) -> float:
         + int(structure.channels.sum()) * shape.channel_parameters
     )
     return 1 - kept / layout.parameters
+
+
+def grain(layout: PrunableLayout) -> float:
+    """How far a structure's sparsity may be above what was asked for: a unit in each layer."""
+    shape = layout.shape
+    return max(shape.head_parameters, shape.channel_parameters, TOLERANCE * shape.parameters) / (
+        shape.parameters
+    )
 
 
 def kept_rows(site: PrunableSite, structure: Structure) -> Int[Tensor, " kept"] | None:

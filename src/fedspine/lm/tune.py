@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fedspine.core.checks import Asked, need
 from fedspine.core.device import Device
 from fedspine.core.errors import BadInput
 from fedspine.core.message import Tensors, message
@@ -22,6 +23,7 @@ from fedspine.lm.importance_tracker import ImportanceTracker, Scoring
 from fedspine.lm.lora import a_name, adapter_rank
 from fedspine.lm.prefix import activations, entering, first_block, name_of
 from fedspine.lm.prunable_layout import PrunableLayout
+from fedspine.lm.received import check_settings
 from fedspine.lm.scoring_cost import tracking_cost
 from fedspine.lm.trainable_stack import TrainableStack
 
@@ -45,6 +47,18 @@ class Tuning:
         fastest = max(self.learning_rate, self.head_learning_rate or 0.0)
         show = lasting(self.steps, fastest * self.weight_decay)
         return Reads(steps=self.steps, batch=self.batch, lasting=show)
+
+    def check(self, asked: Asked) -> None:
+        """A step at least, of a row at least; rates and limits are not negative."""
+        need(self.steps >= 1, f"steps is {self.steps}, but at least 1 is needed")
+        need(self.batch >= 1, f"batch is {self.batch}, but at least 1 is needed")
+        check_settings(
+            learning_rate=self.learning_rate,
+            head_learning_rate=self.head_learning_rate,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+            turns=self.turns,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from fedspine.core.checks import Asked, as_ordered
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.fleet import Fleet
 from fedspine.core.merging import merged
@@ -17,9 +18,11 @@ from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
 from fedspine.core.tensors import single
+from fedspine.lm.received import check_loss
 from fedspine.split.whole_model import (
     Training,
     WholeModelTraining,
+    check_sent,
     check_whole,
     cutting_of,
     model_of,
@@ -41,12 +44,20 @@ class AverageOrder:
     training: Training
     precision: str  # of the weights sent back
 
+    def check(self, asked: Asked) -> None:
+        check_sent(self.weights, self.training.cutting, self.precision, asked)
+
 
 @message
 class AverageResult:
     weights: Tensors
     loss: float  # mean over the last steps
     examples: int
+
+    def check(self, asked: Asked) -> None:
+        """The weights are of the order's shapes."""
+        as_ordered(self, asked)
+        check_loss(self.loss)
 
 
 @on_device

@@ -11,6 +11,7 @@ from typing import Self
 
 import numpy as np
 
+from fedspine.core.checks import Asked, as_ordered
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
@@ -22,6 +23,7 @@ from fedspine.core.tensors import half, single
 from fedspine.lm.base import Model
 from fedspine.lm.lora import check_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
+from fedspine.lm.received import check_adapter, check_head, check_loss
 from fedspine.lm.structure import full
 from fedspine.lm.tune import LocalTraining, Tuning, check_tuning, tune, tuning_at
 from fedspine.pruning.head_start import Start, check_head_start, started
@@ -34,6 +36,10 @@ class LoraOrder:
     scale: float
     tuning: Tuning
 
+    def check(self, asked: Asked) -> None:
+        check_adapter(self.adapter, asked.base.layout)
+        check_head(self.head, asked)
+
 
 @message
 class LoraResult:
@@ -41,6 +47,11 @@ class LoraResult:
     head: Tensors  # fp16
     loss: float  # mean over the last steps
     examples: int
+
+    def check(self, asked: Asked) -> None:
+        """Adapter and head are of the order's shapes."""
+        as_ordered(self, asked)
+        check_loss(self.loss)
 
 
 @on_device

@@ -144,7 +144,7 @@ class FlexLora(LocalTraining):
                 _scaled(single(each.adapter), reply.order.scale / self.scale)
                 for each in (reply.order, reply.value)
             )
-            weight, late = float(reply.value.examples), reply.late > 0
+            weight, late = float(reply.weight), reply.late > 0
             parts.append(Contribution(sent, back, everything, weight, late))
         before = {
             site.path: state.adapter[b_name(site.path)] @ state.adapter[a_name(site.path)]

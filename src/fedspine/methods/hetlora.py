@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedspine.control.ranks import RankRule, check_rank_fields, rank_of_device
+from fedspine.core.checks import Asked, need, tensors_of, within
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet, Profile, Reply
@@ -27,6 +28,13 @@ from fedspine.lm.aggregate import Contribution, average_factors, bounded, by_nor
 from fedspine.lm.base import Model
 from fedspine.lm.lora import a_name, b_name, check_rank, cut_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
+from fedspine.lm.received import (
+    adapter_shapes,
+    check_adapter,
+    check_head,
+    check_loss,
+    check_settings,
+)
 from fedspine.lm.structure import full
 from fedspine.lm.tune import LocalTraining, Tuning, check_tuning, tune, tuning_at
 
@@ -43,6 +51,12 @@ class HetLoraOrder:
     penalty: float  # lambda, on the tail
     tuning: Tuning
 
+    def check(self, asked: Asked) -> None:
+        check_adapter(self.adapter, asked.base.layout, self.rank)
+        check_head(self.head, asked)
+        within("shrunk", self.shrunk, 1, self.rank)
+        check_settings(penalty=self.penalty)
+
 
 @message
 class HetLoraResult:
@@ -51,6 +65,15 @@ class HetLoraResult:
     rank: int  # that was kept
     loss: float  # mean over the last steps, without the penalty
     examples: int
+
+    def check(self, asked: Asked) -> None:
+        """The adapter is of the rank that was given, or of the one to give way to."""
+        asked.examples(self.examples)
+        check_loss(self.loss)
+        check_head(self.head, asked)
+        ranks = (self.rank,) if asked.order is None else (asked.order.rank, asked.order.shrunk)
+        need(self.rank in ranks, f"rank is {self.rank}, but one of {ranks} was expected")
+        tensors_of("adapter", self.adapter, adapter_shapes(asked.base.layout, self.rank))
 
 
 @on_device
@@ -197,7 +220,7 @@ class HetLora(LocalTraining):
                 sent=single(reply.order.adapter),
                 back=single(reply.value.adapter),
                 structure=everything,
-                weight=float(reply.value.examples),
+                weight=float(reply.weight),
                 late=reply.late > 0,
             )
             for reply in replies

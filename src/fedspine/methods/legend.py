@@ -22,9 +22,10 @@ from fedspine.control.depth import (
     settled,
 )
 from fedspine.control.latency_model import add, coefficients, no_evidence
+from fedspine.core.checks import Asked, within
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput, check_ranges
-from fedspine.core.fleet import Fleet, NoMemory, Profile, Reply
+from fedspine.core.fleet import AllLost, Fleet, NoMemory, Profile, Reply
 from fedspine.core.merging import Weighted, combined
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
@@ -36,6 +37,7 @@ from fedspine.lm.cost import HALF, adapter_parameters, training_memory_bytes
 from fedspine.lm.forecast import USABLE_MEMORY
 from fedspine.lm.lora import a_name, b_name, check_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
+from fedspine.lm.received import check_adapter, check_head
 from fedspine.lm.structure import full
 from fedspine.lm.tune import LocalTraining, Tuning, check_tuning, tune, tuning_at
 from fedspine.methods.fedlora import LoraResult
@@ -49,6 +51,15 @@ class DepthOrder:
     scale: float
     lowest: int  # the first block to train, counted from the input
     tuning: Tuning
+
+    def check(self, asked: Asked) -> None:
+        check_adapter(self.adapter, asked.base.layout)
+        check_head(self.head, asked)
+        within("lowest", self.lowest, 0, asked.base.layout.layers - 1)
+
+    def returned(self, asked: Asked) -> dict[str, Tensors]:
+        """What was trained."""
+        return {"adapter": on_blocks(asked.base.layout, self.adapter, self.lowest)}
 
 
 @on_device
@@ -215,7 +226,7 @@ class Legend(LocalTraining):
             head=combined(
                 fleet,
                 "head",
-                [Weighted(r.device, self._weight(r.value), r.value.head) for r in replies],
+                [Weighted(r.device, self._weight(r), r.value.head) for r in replies],
                 state.head,
             ),
             times=times,
@@ -277,7 +288,13 @@ class Legend(LocalTraining):
         for factor in (1, 2):
             depths = {id: min(factor * self.least_depth, most[id]) for id in new}
             orders = {id: self._order(state, depth, steps=batches) for id, depth in depths.items()}
-            for reply in usable(fleet.ask(probe_top, orders), fleet):
+            try:
+                replies = fleet.ask(probe_top, orders)
+            except AllLost:  # too few of the new ones, without which the others go on
+                if len(new) == len(most):
+                    raise
+                replies = []
+            for reply in replies:
                 seen = self._timed(state, times, reply, batches, depths[reply.device])
                 times = times | {reply.device: seen}
         return times
@@ -392,7 +409,7 @@ class Legend(LocalTraining):
                 single(reply.order.adapter),
                 single(reply.value.adapter),
                 full(state.layout),
-                self._weight(reply.value),
+                self._weight(reply),
                 late=reply.late > 0,
             )
             for reply in replies
@@ -400,8 +417,8 @@ class Legend(LocalTraining):
         parts = bounded(fleet, replies, parts)
         return average_factors(state.layout, state.adapter, parts, fleet.aggregation)
 
-    def _weight(self, result: LoraResult) -> float:
-        return float(result.examples) if self.weigh_by == "examples" else 1.0
+    def _weight(self, reply: Reply[LoraResult]) -> float:
+        return float(reply.weight) if self.weigh_by == "examples" else 1.0
 
 
 def _cut(layout: PrunableLayout, adapter: Tensors, lowest: int, ranks: tuple[int, ...]) -> Tensors:

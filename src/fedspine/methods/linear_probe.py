@@ -11,6 +11,7 @@ from typing import Self
 
 import numpy as np
 
+from fedspine.core.checks import Asked, as_ordered
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
@@ -21,6 +22,7 @@ from fedspine.core.task import Task
 from fedspine.core.tensors import half, single
 from fedspine.lm.base import Model
 from fedspine.lm.prunable_layout import PrunableLayout
+from fedspine.lm.received import check_head, check_loss
 from fedspine.lm.structure import full
 from fedspine.lm.tune import HeadTraining, Tuning, check_tuning, tune, tuning_at
 
@@ -30,12 +32,20 @@ class ProbeOrder:
     head: Tensors  # fp16
     tuning: Tuning
 
+    def check(self, asked: Asked) -> None:
+        check_head(self.head, asked)
+
 
 @message
 class ProbeResult:
     head: Tensors  # fp16
     loss: float  # mean over the last steps
     examples: int
+
+    def check(self, asked: Asked) -> None:
+        """The head is of the order's shape."""
+        as_ordered(self, asked)
+        check_loss(self.loss)
 
 
 @on_device

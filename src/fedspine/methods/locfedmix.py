@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fedspine.core.checks import Asked, Terms, tensors_of, within
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput
-from fedspine.core.fleet import Fleet
+from fedspine.core.fleet import Fleet, weights_of
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method
 from fedspine.core.reads import Reads
 from fedspine.core.task import IGNORED, Task
+from fedspine.lm.received import check_settings
 from fedspine.split.auxiliary import DECODER, DecodedCutting, bare, decoder
 from fedspine.split.baseline import (
     RoundSetup,
@@ -30,7 +32,6 @@ from fedspine.split.baseline import (
     cutting_of,
     first_state,
     note_devices,
-    rows_of,
     set_up_round,
     weighted_mean,
 )
@@ -47,8 +48,10 @@ from fedspine.split.device import (
 )
 from fedspine.split.interface import Features, SplitModel
 from fedspine.split.protocol import DeviceWork, run_round
+from fedspine.split.received import Agreed, as_sent
 from fedspine.split.server import ExtraLoss, Part, Weighted
 
+MOST_WIDTH = 4096  # channels of a decoder inside
 MIXING = 501  # the purpose of this random stream
 
 
@@ -59,6 +62,22 @@ class ReadingOrder:
     begin: Begin
     width: int  # of the decoder inside
     weight: float  # of the reconstruction loss
+
+    def check(self, asked: Asked) -> None:
+        """The decoder has the shapes of its width."""
+        within("width", self.width, 1, MOST_WIDTH)
+        check_settings(weight=self.weight)
+        cutting = DecodedCutting(cutting=self.begin.cutting, width=self.width, weight=self.weight)
+        dtype = as_sent(self.begin.precision)
+        specified = {
+            name: (dtype, tuple(tensor.shape))
+            for name, tensor in cutting.of(asked.base).start(np.random.default_rng(0)).items()
+        }
+        tensors_of("decoder", decoder(self.begin.weights), specified)
+
+    def agreed(self, before: Agreed | None, terms: Terms) -> Agreed:
+        """As its beginning."""
+        return self.begin.agreed(before, terms)
 
     @property
     def precision(self) -> str:
@@ -188,7 +207,8 @@ class LocFedMix(SplitTraining):
         return LocFedMixState(**vars(first), decoder=decoded.start(rng))
 
     def round(self, state: LocFedMixState, fleet: Fleet) -> LocFedMixState:
-        now, rows = set_up_round(self, state, fleet), rows_of(fleet)
+        now = set_up_round(self, state, fleet)
+        rows = weights_of(fleet, [profile.id for profile in fleet.devices])
         extra = mixup(now.split_model, rows, self.mixup) if self.mixup else None
         server_model = Weighted(
             now.split_model,
@@ -213,7 +233,7 @@ class LocFedMix(SplitTraining):
             )
         result = run_round(fleet, orders, self.steps, server_model, now.seed, works)
         note_devices(fleet, result)
-        weights = weighted_mean(result.client_models, rows)
+        weights = weighted_mean(result.client_models, weights_of(fleet, result.client_models))
         return replace(
             state,
             round=state.round + 1,

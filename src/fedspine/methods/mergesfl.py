@@ -166,11 +166,16 @@ def known_labels(state: MergeSflState, fleet: Fleet) -> dict[str, np.ndarray]:
     """
     unknown = [profile.id for profile in fleet.devices if profile.id not in state.labels]
     order = LabelQuery(classes=state.classes, longest=state.longest)
-    replies = fleet.ask(label_distribution, dict.fromkeys(unknown, order)) if unknown else []
-    labels = state.labels | {reply.device: reply.value.shares for reply in replies}
-    if not any(profile.id in labels for profile in fleet.devices):
-        raise none_left(len(unknown), [])
-    return labels
+    someone = len(unknown) < len(fleet.devices)
+    try:
+        replies = fleet.ask(label_distribution, dict.fromkeys(unknown, order)) if unknown else []
+    except AllLost:  # too few of the new ones, without which the others go on
+        if not someone:
+            raise
+        replies = []
+    if not (replies or someone):
+        raise none_left(len(unknown), list(fleet.unusable.values()))
+    return state.labels | {reply.device: reply.value.shares for reply in replies}
 
 
 def candidates_of(

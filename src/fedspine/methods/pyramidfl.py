@@ -14,6 +14,7 @@ import torch
 
 from fedspine.control import latency_model
 from fedspine.control.selection import Seen, Selecting, dropped, select, steps_with_slack
+from fedspine.core.checks import Asked, tensors_of, within
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet, Profile, Reply
@@ -22,9 +23,11 @@ from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, usable
 from fedspine.core.task import Task
 from fedspine.core.tensors import single
+from fedspine.lm.received import check_loss, check_settings
 from fedspine.split.whole_model import (
     Training,
     WholeModelTraining,
+    check_sent,
     check_whole,
     cutting_of,
     model_of,
@@ -47,6 +50,10 @@ class PyramidOrder:
     precision: str  # of the update sent back
     drop: float  # share of each tensor of the update that stays on the device
 
+    def check(self, asked: Asked) -> None:
+        check_sent(self.weights, self.training.cutting, self.precision, asked)
+        within("drop", self.drop, 0, 1)
+
 
 @message
 class PyramidResult:
@@ -56,6 +63,20 @@ class PyramidResult:
     reward: float  # rows times the root of the mean squared loss
     norm: float  # of the whole change
     examples: int
+
+    def check(self, asked: Asked) -> None:
+        """The update has as many entries of each of the order's tensors as its seed keeps."""
+        asked.examples(self.examples)
+        check_loss(self.loss)
+        check_settings(reward=self.reward, norm=self.norm)
+        within("seed", self.seed, 0, 2**31 - 1)
+        if (order := asked.order) is not None:
+            dtype = torch.float16 if order.precision == "fp16" else torch.float32
+            entries = {
+                name: (dtype, (int(kept(self.seed, name, tensor, order.drop).sum()),))
+                for name, tensor in order.weights.items()
+            }
+            tensors_of("update", self.update, entries)
 
 
 @on_device
@@ -187,7 +208,7 @@ class PyramidFL(WholeModelTraining):
         changes = [
             Weighted(
                 reply.device,
-                reply.value.examples,
+                reply.weight,
                 _change(reply, weights, split_model.statistics),
             )
             for reply in replies

@@ -7,6 +7,7 @@ What the server decides (how far, at which rank, how adapters are merged) is eac
 from math import isfinite
 from typing import Protocol
 
+from fedspine.core.checks import Asked, need, tensors_of, within
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.fleet import Reply
 from fedspine.core.message import Tensors, message
@@ -17,7 +18,8 @@ from fedspine.lm.base import Model
 from fedspine.lm.importance import Scores, ballot, mixed, no_scores
 from fedspine.lm.importance_sources import ScoringOrder, remembered, tune_and_score
 from fedspine.lm.prunable_layout import PrunableLayout
-from fedspine.lm.structure import Structure, cut_adapter, full, shrink
+from fedspine.lm.received import adapter_shapes, check_head, check_loss, check_rank_of, rank_in
+from fedspine.lm.structure import Structure, cut_adapter, full, grain, shrink, sparsity
 from fedspine.lm.tune import Tuning
 
 
@@ -41,6 +43,16 @@ class SpineOrder:
         steps, batch = self.tuning.steps, self.tuning.batch
         return Reads(steps=steps, batch=batch, lasting=remembered(self.scoring, steps))
 
+    def check(self, asked: Asked) -> None:
+        layout = asked.base.layout
+        rank = rank_in(self.adapter)
+        check_rank_of(rank, layout)
+        tensors_of("adapter", self.adapter, adapter_shapes(layout, rank, self.structure))
+        check_head(self.head, asked)
+        within("global_importance_weight", self.global_importance_weight, 0, 1)
+        within("target", self.target, 0, 0.95)
+        within("sparsity", self.sparsity, 0, self.target)
+
 
 @message
 class SpineResult:
@@ -52,6 +64,30 @@ class SpineResult:
     loss: float  # mean over the last steps
     loss_before: float | None  # the same of this device's previous round
     examples: int
+
+    def check(self, asked: Asked) -> None:
+        """The structure drops no more than the order's target, and nothing comes back; the adapter
+        is the order's cut to it.
+        """
+        layout, order = asked.base.layout, asked.order
+        asked.examples(self.examples)
+        check_loss(self.loss)
+        if self.loss_before is not None:
+            check_loss(self.loss_before, "loss_before")
+        check_head(self.head, asked)
+        kept, rank = self.structure, rank_in(self.adapter if order is None else order.adapter)
+        tensors_of("adapter", self.adapter, adapter_shapes(layout, rank, kept))
+        for name in ("heads", "channels"):
+            dropped = ~getattr(kept, name)
+            scored = bool(getattr(self.scores, name)[dropped].any())
+            need(not scored, f"scores.{name} has some for units that structure has dropped")
+            back = order is not None and bool((~getattr(order.structure, name) & ~dropped).any())
+            need(not back, f"structure.{name} keeps some that the order's has dropped")
+        if order is not None:
+            need(self.round == order.round, f"round is {self.round}, not {order.round}")
+            most = order.target + grain(layout)
+            found = sparsity(layout, kept)
+            need(found <= most, f"structure has sparsity {found:.3g}, but {most:.3g} is the most")
 
 
 @on_device
@@ -133,6 +169,6 @@ def contribution(layout: PrunableLayout, reply: Reply[SpineResult]) -> Contribut
         sent=sent,
         back=single(result.adapter),
         structure=result.structure,
-        weight=float(result.examples),
+        weight=float(reply.weight),
         late=reply.late > 0,
     )

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedspine.core.aggregation import Aggregation, Mean
+from fedspine.core.checks import Asked, need, tensor_of, tensors_of
 from fedspine.core.device import FEWEST_OF_CLASS, Device, on_device
 from fedspine.core.errors import BadInput, unknown
 from fedspine.core.fleet import Fleet, Reply
@@ -42,11 +43,24 @@ class MeansOrder:
     def reads(self) -> Reads:
         return Reads(batch=self.rows)
 
+    def check(self, asked: Asked) -> None:
+        need(self.rows >= 1, f"rows is {self.rows}, but at least 1 is needed")
+        need(len(asked.base.head) == 1, "class means are asked of a model without one linear head")
+
 
 @message
 class ClassMeans:
     means: Tensors  # fp16 [classes, width] as "means": of the rows of a class, zeros where too few
     counts: Int[Tensor, " classes"]  # int64, rows of a class, 0 where too few
+
+    def check(self, asked: Asked) -> None:
+        """No more rows than were asked for, and a mean for each class."""
+        classes, width = asked.base.head[0].weight.shape
+        tensors_of("means", self.means, {"means": (torch.float16, (classes, width))})
+        tensor_of("counts", self.counts, torch.int64, (classes,))
+        most = asked.rows if asked.order is None else min(asked.rows, asked.order.rows)
+        each = self.counts.tolist()  # whose sum, unlike that of a tensor, does not overflow
+        need(min(each) >= 0 and sum(each) <= most, f"counts are not of {most} rows at most")
 
 
 Start: TypeAlias = Literal["random", "class-means", "auto"]

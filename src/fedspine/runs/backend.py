@@ -123,7 +123,8 @@ class RealSites:
         if refusals and len(self._session.sites) < max(self.timeouts.sites, self.timeouts.quorum):
             told = "; ".join(f"{name}: {why}" for name, why in refusals.items())
             raise BadInput(f"{len(refusals)} of {len(self._link.sites)} sites take no part: {told}")
-        return replace(assembled, remarks=(*assembled.remarks, _told(recipe)))
+        absent = [f"site {name} takes no part: {why}" for name, why in refusals.items()]
+        return replace(assembled, remarks=(*assembled.remarks, _told(recipe), *absent))
 
     def fleet(
         self, assembled: Assembled, workers: Workers, store: Store, records: Records

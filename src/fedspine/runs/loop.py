@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedspine.core.checks import Terms, check_state
 from fedspine.core.errors import BadInput, Stopped
-from fedspine.core.fleet import AllLost
+from fedspine.core.fleet import AllLost, Diverged
 from fedspine.core.message import pack
 from fedspine.core.method import planned_sparsities
 from fedspine.core.process import farewell, keep_freed_memory
 from fedspine.execution.scoring import Deployment, marks, score_models, spread_out
 from fedspine.execution.workers import ScoreJob, Workers
+from fedspine.fleets.checked import Checked, Exchanges
 from fedspine.fleets.rounds import RoundFleet, Totals
 from fedspine.lm.base import Model
 from fedspine.lm.structure import full
@@ -84,6 +86,7 @@ class RunContext:
     store: Store
     records: Records
     fleet: RoundFleet
+    exchanges: Exchanges = field(default_factory=Exchanges)
 
     @property
     def recipe(self) -> Recipe:
@@ -189,6 +192,7 @@ def _guarded(
     """Run, and turn any error into one line; the last saved round stays untouched."""
     store, workers = Store(run_dir / STATE), workers_for(assembled, run_dir / CACHE)
     try:
+        attempt = Attempt.of(run_dir, store)
         (run_dir / ENDED).unlink(missing_ok=True)  # of an earlier attempt
         return _run(assembled, backend, workers, store, run_dir, progress)
     except BadInput:
@@ -197,6 +201,9 @@ def _guarded(
         word, exit_code = farewell(interrupt)
         raise _stopped(run_dir, f"{word}; {_kept(store, run_dir)}", exit_code) from None
     except AllLost as error:
+        if isinstance(error, Diverged) and attempt.is_second(error, store):
+            with suppress(BadInput):  # where the round before is not whole, this one stays
+                store.go_back(attempt.rounds - 1)
         then = _advice(error, assembled, backend, store, run_dir)
         raise _stopped(run_dir, f"{error}; {then}") from None
     except OSError as error:
@@ -216,6 +223,25 @@ def _guarded(
         store.close()
         workers.close()
         shutil.rmtree(run_dir / CACHE, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Where an attempt to go on with a run began, and the line that ended the one before."""
+
+    rounds: int
+    ended: str
+
+    @classmethod
+    def of(cls, run_dir: Path, store: Store) -> "Attempt":
+        path = run_dir / ENDED
+        return cls(store.rounds(), path.read_text(encoding="utf-8") if path.exists() else "")
+
+    def is_second(self, error: Diverged, store: Store) -> bool:
+        """Whether all replies to the last saved state were not finite for a second time in a row,
+        and there is a round before it, whose state devices could use.
+        """
+        return self.rounds == store.rounds() > 1 and self.ended.startswith(str(error))
 
 
 def _stopped(run_dir: Path, line: str, exit_code: int = 2) -> Stopped:
@@ -383,7 +409,16 @@ def _one_round(context: RunContext, point: Point) -> tuple[float, int]:
         everyone[i].id for i in cohort(context.recipe, point.round, len(everyone))
     )
     asked = around(context.recipe, part, context.fleet.in_flight)
-    point.state = context.recipe.method.round(point.state, asked)
+    fleet = Checked(
+        asked,
+        Terms.of(context.assembled.task),
+        everyone=everyone,
+        quorum=context.fleet.quorum,
+        exchanges=context.exchanges,
+    )
+    state = context.recipe.method.round(point.state, fleet)
+    check_state(state)
+    point.state = state
     seconds = time.monotonic() - started
     point.watch.training += seconds
     context.fleet.end_round(seconds)

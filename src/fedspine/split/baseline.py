@@ -14,7 +14,7 @@ from fedspine.control.batch_sizes import rows_that_fit
 from fedspine.control.worker_state import WorkerState, observed, took_part
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import unknown
-from fedspine.core.fleet import Fleet, NoMemory
+from fedspine.core.fleet import Fleet, NoMemory, weights_of
 from fedspine.core.message import Tensors, message
 from fedspine.core.reads import Reads
 from fedspine.core.task import Task
@@ -140,13 +140,13 @@ def splitfed_round(
 
     `server_of` makes what trains the server model in this round.
     """
-    now, rows = set_up_round(method, state, fleet), rows_of(fleet)
+    now = set_up_round(method, state, fleet)
     server = server_of(now)
     batches = batch_caps(fleet, now.split_model, method.batch, state.longest)
     orders = {device: now.begin(batch) for device, batch in batches.items()}
     result = run_round(fleet, orders, method.steps, server, now.seed)
     note_devices(fleet, result)
-    stayed = {device: rows[device] for device in result.client_models}
+    stayed = weights_of(fleet, result.client_models)
     model = now.split_model.join(weighted_mean(result.client_models, stayed), server.finish(stayed))
     return replace(state, round=state.round + 1, model=model)
 
@@ -161,11 +161,6 @@ def updated_workers(
         device: took_part(observed(known.get(device), compute_seconds=cost, keep=keep))
         for device, cost in costs.items()
     }
-
-
-def rows_of(fleet: Fleet) -> dict[DeviceId, int]:
-    """How many rows each device holds: SplitFed's weights."""
-    return {profile.id: profile.examples for profile in fleet.devices}
 
 
 def batch_caps(

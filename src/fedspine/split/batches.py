@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from fedspine.core.checks import Asked, need
 from fedspine.core.message import message
 
 AHEAD = 16  # rows next in line among which the last ones of a batch of tokens are chosen
@@ -21,6 +22,9 @@ class Budget:
 
     tokens: int
     rows: int
+
+    def check(self, asked: Asked) -> None:
+        need(min(self.tokens, self.rows) >= 1, "a batch of less than a token or a row")
 
 
 def most_rows(batch: int | Budget) -> int:

@@ -18,19 +18,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedspine.core.checks import Asked, Terms, Unusable, need, tensors_of
 from fedspine.core.device import Device, on_device
 from fedspine.core.message import Tensors, message
 from fedspine.core.reads import Reads
 from fedspine.core.tensors import half, single
 from fedspine.lm.base import Base
+from fedspine.lm.received import check_loss
 from fedspine.nets.net import Net
 from fedspine.split.batches import Budget, drawn, most_rows
 from fedspine.split.cut import split_model_of
 from fedspine.split.interface import Features, SplitModel
+from fedspine.split.received import (
+    Agreed,
+    as_sent,
+    batch_of,
+    check_batch,
+    check_cut,
+    check_ended,
+    check_features,
+    check_returned,
+    ending_shapes,
+    model_shapes,
+)
 from fedspine.split.trainable_half import Optimising, TrainableHalf
-from fedspine.split.wire import Precision, Wired, gradient_wired, labels_wired, unwired, wired
+from fedspine.split.wire import (
+    BYTES,
+    Precision,
+    Wired,
+    gradient_wired,
+    labels_wired,
+    unwired,
+    wired,
+)
 
 HELD = "split"  # the name in a device's memory
+BESIDE = "decoder."  # begins the names of weights that are trained beside the client model
 # of the operations of a training step; the backward pass takes the rest, when its gradient comes
 FORWARD = 1 / 3
 
@@ -45,6 +68,9 @@ class Cutting:
     cut: int
     rank: int = 8
     scale: float = 2.0
+
+    def check(self, asked: Asked) -> None:
+        check_cut(self.cut, self.rank, asked.base)
 
     def of(self, base: Base | Net) -> SplitModel:
         """This model, cut."""
@@ -70,6 +96,34 @@ class Begin:
     @property
     def reads(self) -> Reads:
         return Reads(batch=most_rows(self.batch), cut=self.cutting.cut, labels=self.ending is None)
+
+    def check(self, asked: Asked) -> None:
+        """The client model is this model's, and so is what stays on the device in the U-shape."""
+        need(self.precision in BYTES, f"precision is not one of {', '.join(BYTES)}")
+        check_batch(self.batch)
+        cut, rank, dtype = self.cutting.cut, self.cutting.rank, as_sent(self.precision)
+        below, _ = model_shapes(asked.base, cut, rank, dtype)
+        # what a method trains beside the client model it checks itself
+        own = {name: self.weights[name] for name in self.weights if not name.startswith(BESIDE)}
+        tensors_of("weights", own, below)
+        both = (self.ending is None) == (self.ending_optimising is None)
+        need(both, "ending and ending_optimising belong together")
+        if self.ending is not None:
+            tensors_of("ending", self.ending, ending_shapes(asked, dtype))
+
+    def agreed(self, before: Agreed | None, terms: Terms) -> Agreed:
+        """What later messages of the round go by."""
+        dtype = as_sent(self.precision)
+        shape = self.cutting.of(terms.base).feature_shape(1)
+        return Agreed(
+            weights={name: (dtype, tuple(each.shape)) for name, each in self.weights.items()},
+            ending=None
+            if self.ending is None
+            else {name: (dtype, tuple(each.shape)) for name, each in self.ending.items()},
+            features=shape[1:] if isinstance(terms.base, Base) else shape,
+            batch=self.batch,
+            precision=self.precision,
+        )
 
 
 @message
@@ -97,6 +151,13 @@ class Resized:
     def reads(self) -> Reads:
         return Reads(batch=most_rows(self.batch))
 
+    def check(self, asked: Asked) -> None:
+        check_batch(self.batch)
+
+    def agreed(self, before: Agreed | None, terms: Terms) -> Agreed | None:
+        """Another batch."""
+        return before and replace(before, batch=self.batch)
+
 
 @message
 class Forwarded:
@@ -104,6 +165,14 @@ class Forwarded:
 
     features: Wired
     labels: Tensor | None
+
+    def check(self, asked: Asked) -> None:
+        check_features(self.features, self.labels, asked)
+
+    def agreed(self, before: Agreed | None, terms: Terms) -> Agreed | None:
+        """The size of this batch."""
+        rows, tokens = batch_of(self.features)
+        return before and replace(before, rows=rows, tokens=tokens)
 
 
 @message
@@ -125,6 +194,10 @@ class Answered:
     loss: float  # mean over the batch's labels
     counted: int  # labels
 
+    def check(self, asked: Asked) -> None:
+        check_loss(self.loss)
+        check_returned(self.gradient, self.counted, asked)
+
 
 @message
 class Ended:
@@ -132,6 +205,9 @@ class Ended:
 
     weights: Tensors
     ending: "Tensors | None"
+
+    def check(self, asked: Asked) -> None:
+        check_ended(self.weights, self.ending, asked)
 
 
 @message
@@ -196,15 +272,15 @@ def answer(device: Device, order: Answer) -> Answered:
     active = resumed(device, None)
     held = active.held
     device.uses(held.rows)
-    assert held.ending is not None
-    assert held.order.ending_optimising is not None
+    if held.ending is None or held.order.ending_optimising is None:
+        raise Unusable("the middle's output came, but labels and ending are not here")
     ending = TrainableHalf(
         held.ending,
         held.order.ending_optimising,
         active.split_model.statistics,
         held.ending_moments,
     )
-    arrived = unwired(order.features, active.features.mask)
+    arrived = _arrived(order.features, active.features)
     values = arrived.values.requires_grad_()
     entered = Features(values=values, mask=arrived.mask)
     losses = active.split_model.ending_forward(
@@ -273,7 +349,9 @@ def resumed(device: Device, local_loss: LocalLoss | None) -> ActiveBatch:
     """The current batch with its graph: as this process kept it, or computed again."""
     if isinstance(device.kept, ActiveBatch):
         return device.kept
-    held: Held = device.memory[HELD]
+    held: Held | None = device.memory.get(HELD)
+    if held is None:
+        raise Unusable("a step came, but no round was begun")
     split_model = held.order.cutting.of(device.base)
     client_model = TrainableHalf(
         held.weights, held.order.optimising, split_model.statistics, held.moments
@@ -323,7 +401,7 @@ def _apply(device: Device, active: ActiveBatch, order: Step) -> None:
     """One step of the client model with the gradient that came for the current batch."""
     if order.gradient is not None and active.features.values.requires_grad:
         values = active.features.values
-        arrived = unwired(order.gradient, active.features.mask).values.to(values)
+        arrived = _arrived(order.gradient, active.features).values.to(values)
         if active.local_loss is None:
             values.backward(arrived)
         else:
@@ -334,6 +412,14 @@ def _apply(device: Device, active: ActiveBatch, order: Step) -> None:
         flops=(1 - FORWARD) * active.split_model.flops("client", rows, tokens),
         launches=active.split_model.launches("client"),
     )
+
+
+def _arrived(sent: Wired, of: Features) -> Features:
+    """What came for these features, of their rows and tokens; raises Unusable where it is not."""
+    there = len(of.values) if of.mask is None else int(of.mask.sum())
+    need(len(sent.values) == there, f"{len(sent.values)} rows or tokens came, {there} are here")
+    need(sent.mask is None, "a mask came for a batch that is here")
+    return unwired(sent, of.mask)
 
 
 def _next(device: Device, held: Held) -> Held:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from fedspine.control.labels import class_log_ratios, distribution, reference
+from fedspine.core.checks import Asked, need, tensor_of
 from fedspine.core.device import FEWEST_OF_CLASS, Device, DeviceId, on_device
 from fedspine.core.message import Tensors, message
 from fedspine.core.reads import Reads
@@ -24,10 +25,24 @@ class LabelQuery:
     def reads(self) -> Reads:
         return Reads(classes=self.classes)  # all rows
 
+    def check(self, asked: Asked) -> None:
+        classes = asked.terms.classes
+        need(self.classes == classes, f"classes is {self.classes}, but the task has {classes}")
+        need(self.longest >= 1, f"longest is {self.longest}, but at least 1 is needed")
+
 
 @message
 class LabelDistribution:
     shares: np.ndarray  # float64 [classes]: V_i; at a site 0 for a class of too few rows
+
+    def check(self, asked: Asked) -> None:
+        """Shares of all classes, which sum to 1 but for rounding."""
+        tensor_of("shares", self.shares, np.float64, (asked.terms.classes or LENGTHS,))
+        need(bool((self.shares >= 0).all()), "shares has a negative one")
+        total = float(self.shares.sum())
+        # each share is rounded up to three times, and so is each of the sums
+        close = abs(total - 1) <= 4 * len(self.shares) * 2.0**-53
+        need(close, f"shares sum to {total:.6g}, but 1 was expected")
 
 
 @on_device

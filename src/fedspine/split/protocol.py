@@ -1,8 +1,8 @@
 """One round of split learning, for every method that has one: begin, iterate, end.
 
-A device may vanish, or send what is not finite, at any exchange. Its features then leave the merge,
-the round goes on with the others, and it is not asked again until the next round. The fleet counts
-what its exchanges cost.
+A device may vanish, or send what cannot be used, at any exchange. Its features then leave the
+merge, the round goes on with the others, and it is not asked again until the next round. The fleet
+counts what its exchanges cost.
 """
 
 import math
@@ -15,11 +15,11 @@ import numpy as np
 from fedspine.core.device import DeviceId, Work
 from fedspine.core.fleet import AllLost, Cost, Fleet, Idle, Reply, none_left
 from fedspine.core.message import Tensors
-from fedspine.core.tensors import finite, single
+from fedspine.core.tensors import single
 from fedspine.split import device as on_devices
-from fedspine.split.device import Answered, Begin, Ended, Forwarded, Resized, Step
+from fedspine.split.device import Begin, Ended, Forwarded, Resized, Step
 from fedspine.split.server import Part, ServerStep, StepResult
-from fedspine.split.wire import Wired, gradient_wired, labels_unwired, unwired
+from fedspine.split.wire import gradient_wired, labels_unwired, unwired
 
 
 @dataclass(frozen=True)
@@ -156,22 +156,21 @@ class SplitRound:
     def ask(
         self, work: Work[Any, Any], orders: Mapping[DeviceId, Any], quorum: float = 1.0
     ) -> list[Reply[Any]]:
-        """The usable replies of a share `quorum` of these devices, and of others that came
-        meanwhile.
+        """The replies of a share `quorum` of these devices, and of others that came meanwhile.
 
-        Devices whose replies are not finite are noted and left out for the rest of the round.
-        Raises AllLost where nobody is left.
+        A device without a usable reply is left out for the rest of the round. Raises AllLost where
+        nobody is left.
         """
         if quorum == 1 and not self._pending:
             replies = self._fleet.ask(work, orders)
         else:
             self._send(work, orders)
             replies = self._collect(orders, math.ceil(quorum * len(orders)))
-        flaws = self._flaws(replies)
-        usable = [reply for reply in replies if flaws[reply.device] is None]
-        if not usable and not self._ended:
-            raise none_left(len(orders), [flaw for flaw in flaws.values() if flaw is not None])
-        return usable
+        self._count_costs(replies)
+        if not replies and not self._ended:
+            unusable = self._fleet.unusable
+            raise none_left(len(orders), [unusable[id] for id in orders if id in unusable])
+        return replies
 
     def end_early(
         self, leaving: Collection[DeviceId], steps: Mapping[DeviceId, Step], end: Work[Step, Ended]
@@ -224,8 +223,8 @@ class SplitRound:
         together = not (self._ended or self._pending)
         replies = self.ask(end, steps) if steps else []
         late = self._collect(self._progress, len(self._pending))
-        flaws = self._flaws(late)
-        replies += [reply for reply in late if flaws[reply.device] is None]
+        self._count_costs(late)
+        replies += late
         for reply in replies:
             if isinstance(reply.value, Forwarded):
                 self._fleet.note(
@@ -266,15 +265,9 @@ class SplitRound:
                 replies.append(reply)
         return sorted(replies, key=lambda reply: self._places[reply.device])
 
-    def _flaws(self, replies: Sequence[Reply[Any]]) -> dict[DeviceId, str | None]:
-        """What is wrong with each reply, noted; its cost counts all the same."""
+    def _count_costs(self, replies: Sequence[Reply[Any]]) -> None:
         for reply in replies:
             self._progress[reply.device].costs.append(reply.cost)
-        flaws = {reply.device: flaw(reply.value) for reply in replies}
-        for device, found in flaws.items():
-            if found is not None:
-                self._fleet.note(device=device, left_out=found)
-        return flaws
 
 
 def part_of(reply: Reply[Forwarded]) -> Part:
@@ -284,25 +277,4 @@ def part_of(reply: Reply[Forwarded]) -> Part:
         device=reply.device,
         features=unwired(reply.value.features),
         labels=labels_unwired(reply.value.labels),
-    )
-
-
-def flaw(value: Forwarded | Answered | Ended) -> str | None:
-    """What is wrong with what came from a device, None where nothing is."""
-    match value:
-        case Ended():
-            sound = finite(value.weights) and (value.ending is None or finite(value.ending))
-            return None if sound else "weights are not finite"
-        case Forwarded():
-            return None if _sound(value.features) else "features are not finite"
-    if not math.isfinite(value.loss):
-        return f"loss is {value.loss}"
-    return None if _sound(value.gradient) else "its gradient is not finite"
-
-
-def _sound(sent: Wired) -> bool:
-    return finite(
-        {"values": sent.values}
-        if sent.scale is None
-        else {"values": sent.values, "scale": sent.scale}
     )

@@ -7,8 +7,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fedspine.core.checks import Asked, need
 from fedspine.core.errors import BadInput
 from fedspine.core.message import Tensors, message
+from fedspine.lm.received import check_settings
 
 Kind: TypeAlias = Literal["sgd", "adamw"]
 
@@ -21,6 +23,12 @@ class Optimising:
     learning_rate: float
     weight_decay: float = 0.0
     clip: float = 0.0  # of the gradient's norm; 0: never
+
+    def check(self, asked: Asked) -> None:
+        need(self.kind in ("sgd", "adamw"), "kind is not one of sgd, adamw")
+        check_settings(
+            learning_rate=self.learning_rate, weight_decay=self.weight_decay, clip=self.clip
+        )
 
 
 def check_optimising(optimising: Optimising) -> None:

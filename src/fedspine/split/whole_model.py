@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 
+from fedspine.core.checks import Asked, need
 from fedspine.core.device import Device
 from fedspine.core.fleet import Fleet, NoMemory, Profile
 from fedspine.core.message import Tensors, message
@@ -21,6 +22,7 @@ from fedspine.core.tensors import half, moved, single
 from fedspine.split.batches import rows_at
 from fedspine.split.device import Cutting
 from fedspine.split.interface import SplitModel
+from fedspine.split.received import check_model
 from fedspine.split.trainable_half import Optimising, TrainableHalf
 from fedspine.split.training_settings import ModelTraining, check_training, optimising_at
 
@@ -54,6 +56,9 @@ class Training:
     def reads(self) -> Reads:
         forgotten = self.optimising.learning_rate * self.optimising.weight_decay
         return Reads(steps=self.steps, batch=self.batch, lasting=lasting(self.steps, forgotten))
+
+    def check(self, asked: Asked) -> None:
+        need(min(self.steps, self.batch) >= 1, "steps and batch are 1 at least")
 
 
 @dataclass(frozen=True)
@@ -188,6 +193,11 @@ def model_of(split_model: SplitModel, like: Any, weights: Tensors) -> Any:
 def wired(weights: Tensors, wire: Wire) -> Tensors:
     """Weights as they are sent."""
     return half(weights) if wire == "fp16" else weights
+
+
+def check_sent(weights: Tensors, cutting: Cutting, precision: str, asked: Asked) -> None:
+    """Raise Unusable unless an order has all weights that training a whole model changes."""
+    check_model(weights, cutting.cut, cutting.rank, precision, asked)
 
 
 def with_memory(

@@ -12,12 +12,14 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from fedspine.core.checks import Asked, Unusable, need, tensor_of
 from fedspine.core.message import message
 from fedspine.core.tensors import extremes
 from fedspine.split.interface import Features
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "int8": 1}  # of one number
+DTYPES = (torch.float32, torch.float16, torch.int8)
 STEPS = 127  # of int8 on each side of zero
 LARGEST_EXPONENT = 15  # values are brought below 2^15, fp16 holds those below 2^16
 SMALL = 2**15  # labels below it fit int16
@@ -32,6 +34,33 @@ class Wired:
     scale: Tensor | None
     # bool [rows, tokens] where `values` holds tokens; None for arrays, and on the way back
     mask: Tensor | None
+
+    def check(self, asked: Asked) -> None:
+        """The parts fit each other."""
+        need(self.values.dtype in DTYPES, f"values are of {self.values.dtype}")
+        need(self.values.dim() >= 2, f"values are of {self.values.dim()} dimensions")
+        if self.values.dtype == torch.float32:
+            need(self.scale is None, "values of fp32 have a scale")
+        else:
+            steps = 1 if self.values.dtype == torch.float16 else len(self.values)
+            _check_scale(self.scale, steps)
+        if self.mask is not None:
+            _check_mask(self.mask, len(self.values))
+
+
+def _check_scale(scale: Tensor | None, steps: int) -> None:
+    if scale is None:
+        raise Unusable("values have no scale")
+    tensor_of("scale", scale, torch.float32, (steps,))
+    need(bool((scale >= 0).all()), "scale has a negative one")
+
+
+def _check_mask(mask: Tensor, tokens: int) -> None:
+    need(mask.dtype == torch.bool and mask.dim() == 2, "mask is not one bit for each token")
+    inside = int(mask.sum())
+    need(inside == tokens, f"mask has {inside} tokens, values have {tokens}")
+    holes = mask.shape[1] > 1 and bool((mask[:, 1:] & ~mask[:, :-1]).any())
+    need(not holes, "mask has padding before a token")
 
 
 def wired(features: Features, precision: Precision) -> Wired:

@@ -164,6 +164,12 @@ def run(
     within: Annotated[
         float, typer.Option(help="With --fleet: seconds that a site has for one order.", min=1)
     ] = 600.0,
+    largest_share: Annotated[
+        float,
+        typer.Option(
+            help="With --fleet: what one site of three or more counts for at most, 0 to 1."
+        ),
+    ] = 0.5,
     json: Json = False,
 ) -> None:
     """Fine-tune and prune across a simulated fleet; without a recipe, the embedded job (80 devices,
@@ -186,7 +192,7 @@ def run(
         )
     if resume is None and from_round is not None:
         raise BadInput("--from-round goes back in a run; name its folder with --resume")
-    place = _backend(fleet, sites, quorum, within)
+    place = _backend(fleet, sites, quorum, within, largest_share)
     if resume is None:
         result = python.run(config.load(recipe, settings, seed), out, json, sites=place)
     else:
@@ -201,16 +207,21 @@ def _prepare_torch() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
-def _backend(kit: Path | None, sites: int, quorum: int, within: float) -> Any:
+def _backend(kit: Path | None, sites: int, quorum: int, within: float, largest_share: float) -> Any:
     """The real sites, None for simulated devices."""
     from fedspine.flare.site_state import Timeouts
     from fedspine.runs.backend import RealSites
 
-    return (
-        None
-        if kit is None
-        else RealSites(kit, Timeouts(sites=max(sites, quorum), quorum=quorum, within=within))
+    if not 0 < largest_share <= 1:
+        raise BadInput(
+            f"--largest-share is {largest_share}, but a share above 0 and up to 1 was expected"
+        )
+    if kit is None:
+        return None
+    timeouts = Timeouts(
+        sites=max(sites, quorum), quorum=quorum, within=within, largest_share=largest_share
     )
+    return RealSites(kit, timeouts)
 
 
 def _wanted(recipe: Path | None, settings: list[str] | None, seed: int | None, folder: Path) -> Any:

@@ -72,6 +72,15 @@ def work_kinds(work: Callable[..., Any]) -> tuple[Any, Any]:
     return list(hints.values())[-1], result
 
 
+@cache
+def result_kind(work: Callable[..., Any]) -> Any:
+    """The declared type of a work's result; Any where it declares none that can be found."""
+    try:
+        return _hints(work).get("return", Any)
+    except NameError:  # imported for type checkers alone
+        return Any
+
+
 def _hints(annotated: Any) -> dict[str, Any]:
     import torch
 

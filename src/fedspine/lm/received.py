@@ -1,0 +1,93 @@
+"""What adapters, heads and losses must be that came in a message, by the model's own shapes."""
+
+import torch
+
+from fedspine.core.checks import MOST_FLOAT, Asked, Unusable, need, short, tensors_of, within
+from fedspine.core.message import Tensors
+from fedspine.lm.lora import a_name, b_name
+from fedspine.lm.prunable_layout import PrunableLayout
+from fedspine.lm.structure import Structure
+
+Specified = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def check_adapter(adapter: Tensors, layout: PrunableLayout, rank: int | None = None) -> None:
+    """Raise Unusable unless this is an fp16 adapter of the model, of this rank in all its layers
+    (default: of any in each); it may lack some layers, or all.
+    """
+    specified: Specified = {}
+    for site in layout.sites:
+        a, b = a_name(site.path), b_name(site.path)
+        if a in adapter:
+            own = rank_in({a: adapter[a]}) if rank is None else rank
+            check_rank_of(own, layout)
+            specified[a] = (torch.float16, (own, site.columns))
+            specified[b] = (torch.float16, (site.rows, own))
+    tensors_of("adapter", adapter, specified)
+
+
+def check_rank_of(rank: int, layout: PrunableLayout) -> None:
+    """Raise Unusable for a rank beyond the model's widest side, where it can only cost memory."""
+    most = max(max(site.rows, site.columns) for site in layout.sites)
+    need(1 <= rank <= most, f"rank is {rank}, but 1 to {most} was expected")
+
+
+def check_head(head: Tensors, asked: Asked) -> None:
+    """Raise Unusable unless this is the model's task head in fp16."""
+    tensors_of("head", head, head_shapes(asked))
+
+
+def check_loss(loss: float | int, name: str = "loss") -> None:
+    """Raise Unusable for a mean cross-entropy, in nats, that cannot be."""
+    within(name, loss, 0, MOST_FLOAT)
+
+
+def check_settings(**at_least_0: float | int | None) -> None:
+    """Raise Unusable for a setting below 0; None stands for one that is not given."""
+    for name, value in at_least_0.items():
+        need(value is None or value >= 0, f"{name} is {short(value)}, but it cannot be negative")
+
+
+def adapter_shapes(
+    layout: PrunableLayout,
+    rank: int,
+    structure: Structure | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> Specified:
+    """Types and shapes of the factors of `rank` for the sub-model `structure` (default: the full
+    model), by name.
+    """
+    kept = None
+    if structure is not None:
+        kept = {
+            "heads": structure.heads.sum(1).tolist(),
+            "channels": structure.channels.sum(1).tolist(),
+        }
+    shapes: Specified = {}
+    for site in layout.sites:
+        rows, columns = site.rows, site.columns
+        if kept is not None and site.row_units:
+            rows = kept[site.row_units][site.layer] * site.per_unit
+        if kept is not None and site.column_units:
+            columns = kept[site.column_units][site.layer] * site.per_unit
+        shapes[a_name(site.path)] = (dtype, (rank, columns))
+        shapes[b_name(site.path)] = (dtype, (rows, rank))
+    return shapes
+
+
+def head_shapes(asked: Asked, dtype: torch.dtype = torch.float16) -> Specified:
+    """Types and shapes of the task head's weights, by name; a language model has none."""
+    shapes: Specified = {}
+    for layer in asked.base.head:
+        shapes[f"{layer.path}.weight"] = (dtype, tuple(layer.weight.shape))
+        if layer.bias is not None:
+            shapes[f"{layer.path}.bias"] = (dtype, tuple(layer.bias.shape))
+    return shapes
+
+
+def rank_in(adapter: Tensors) -> int:
+    """The rank of the first factor A of a non-empty adapter that came; raises Unusable for none."""
+    for name, tensor in adapter.items():
+        if name.endswith(a_name("")) and tensor.dim() == 2:
+            return tensor.shape[0]
+    raise Unusable("adapter has no factor A")
