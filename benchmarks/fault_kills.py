@@ -64,7 +64,7 @@ def killed(
         process = subprocess.Popen(
             job.command(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
-        victim = _strike(process, draw.uniform(0.0, seconds), draw)
+        victim = _strike(process, seconds, draw)
         _, said = process.communicate()
         code, lines = process.returncode, [line for line in said.splitlines() if line.strip()]
         if victim is not None:
@@ -83,27 +83,40 @@ def killed(
     kills.wrong.append(f"not done after {ATTEMPTS} attempts")
 
 
-def _strike(process: "subprocess.Popen[str]", after: float, draw: random.Random) -> str | None:
-    """Kill the process, or one below it, after so many seconds; what it was, None where it was
-    over before.
+def _strike(process: "subprocess.Popen[str]", seconds: float, draw: random.Random) -> str | None:
+    """Kill the process, or one below it, within the `seconds` that it takes, half of the times
+    while it has processes below it; what was killed, None where it was over before.
     """
+    if draw.random() < 0.5:
+        while process.poll() is None and not _below(process.pid):
+            time.sleep(0.01)
+        seconds /= 4
     try:
-        process.wait(after)
+        process.wait(draw.uniform(0.0, seconds))
         return None
     except subprocess.TimeoutExpired:
         pass
-    try:
-        below = psutil.Process(process.pid).children(recursive=True)
-        if below and draw.random() < 0.5:
-            chosen = draw.choice(below)
-            what = "cell" if "fedspine" in chosen.cmdline() and len(below) > 1 else "worker"
+    below = _below(process.pid)
+    if below and draw.random() < 0.5:
+        chosen = draw.choice(below)
+        try:
+            # a sweep's cells are commands of their own, and workers are forked
+            what = "cell" if "fedspine.ui.sweep.cell" in chosen.cmdline() else "worker"
+            what = "cell's worker" if what == "cell" and chosen.ppid() != process.pid else what
             chosen.kill()
             return what
-    except psutil.NoSuchProcess:
-        return None
+        except psutil.NoSuchProcess:
+            return None
     number = draw.choice([signal.SIGKILL, signal.SIGTERM])
     process.send_signal(number)
     return "itself" if number == signal.SIGKILL else "itself, by SIGTERM"
+
+
+def _below(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 # --- the jobs ---
