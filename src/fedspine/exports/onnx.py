@@ -74,7 +74,7 @@ class Parity:
         return (
             f"parity on {self.rows} rows ({self.rows_from}): logits within "
             f"{self.largest_difference:.2g}, {self.equal_predictions:.2%} of predictions equal; "
-            f"{self.bytes / 1e6:.2f} MB; {small:.2g} ms at batch 1 and {large:.2g} ms at batch 32, "
+            f"{self.bytes / 1e6:.2f} MB; {small:.1f} ms at batch 1 and {large:.1f} ms at batch 32, "
             f"{self.tokens} tokens, one thread"
         )
 
