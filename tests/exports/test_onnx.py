@@ -136,11 +136,27 @@ def test_a_graph_outside_its_tolerance_is_refused(exported, tmp_path, monkeypatc
         BadInput, match=r"off in a logit, more than the 0\.0001 allowed, on 48 rows"
     ):
         onnx.export(stock, tmp_path / "x", rows_from="texts", **options)
-    with pytest.raises(BadInput, match=r"of 48 rows \(texts\), less than the 99\.5% required"):
+    with pytest.raises(BadInput, match=r"of 48 rows \(texts\); 99\.5%, or at most 0\.5 points"):
         onnx.export(stock, tmp_path / "x", rows_from="texts", quantize="int8", **options)
     with pytest.raises(BadInput, match="exists already"):
         onnx.export(stock, stock, rows_from="texts", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tolerance(exported):
+    _, _, good = exported("bert")
+    nan = dataclasses.replace(good, largest_difference=float("nan"))
+    with pytest.raises(BadInput, match="nan off in a logit"):
+        nan.check()
+    int8 = dataclasses.replace(good, quantize="int8", largest_difference=1.0)
+    few = dataclasses.replace(int8, equal_predictions=0.99)
+    as_right = dataclasses.replace(few, accuracy=0.746, accuracy_before=0.748)
+    for one in (good, int8, as_right):
+        one.check()
+    assert "accuracy 74.6% (before: 74.8%)" in as_right.line
+    for one in (few, dataclasses.replace(as_right, accuracy=0.74)):
+        with pytest.raises(BadInput, match=r"predicts the same for 99\.0% of 48 rows"):
+            one.check()
 
 
 def test_a_damaged_graph_is_refused(exported, tmp_path):
