@@ -149,7 +149,11 @@ def test_nothing_is_unpickled():
 
 @pytest.mark.parametrize(
     ("package", "file"),
-    [("datasets", "data/hub.py"), ("peft", "exports/peft.py"), ("matplotlib", "report/drawing.py")],
+    [
+        *(("datasets", "data/hub.py"), ("matplotlib", "report/drawing.py")),
+        *((name, "exports/onnx_graph.py") for name in ("onnx", "onnxruntime")),
+        ("peft", "exports/peft.py"),
+    ],
 )
 def test_heavy_packages_have_one_door(package, file):
     assert importers(package) == {file}

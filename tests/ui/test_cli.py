@@ -208,6 +208,30 @@ BAD_COMMANDS = {  # arguments, and what the line must say
         "export {place}/run --device nx-3 --to {place}/x",
         ["unknown device 'nx-3'", "did you mean 'nx-0"],
     ),
+    "quantisation": (
+        "export {place}/run --format onnx --quantize int88 --to {place}/x",
+        ["quantisation 'int88'", "did you mean 'int8'"],
+    ),
+    "quantisation of another format": (
+        "export {place}/run --quantize int8 --to {place}/x",
+        ["--quantize is for --format onnx, not hf"],
+    ),
+    "rows of another format": (
+        "export {place}/run --format peft --rows {place}/rows.csv --to {place}/x",
+        ["--rows is for --format onnx, not peft"],
+    ),
+    "graph with its base": (
+        "export {place}/run --format onnx --with-base --to {place}/x",
+        ["--with-base is for --format peft", "of --format onnx"],
+    ),
+    "graph to what exists": (
+        "export {place}/run --format onnx --to {place}/model",
+        ["exists already"],
+    ),
+    "rows that are gone": (
+        "export {place}/run --format onnx --rows {place}/gone.csv --to {place}/x",
+        ["gone.csv"],
+    ),
     "export to what exists": ("export {place}/run --to {place}/model", ["exists already"]),
     "predict without a model": ("predict {place}/run good", ["{place}/run"]),
     "predict in no folder": ("predict {place}/x good", ["{place}/x"]),

@@ -1,9 +1,9 @@
 """The costs of an exported model on this machine: latency, file size, peak memory, parameters.
 All measured.
 
-Latency is that of one forward pass over random token ids without padding, after a warm-up, in fp32
-on the CPU. Two models are timed in turns, call by call, so that whatever else the machine does
-meets both.
+Latency is that of one forward pass over random token ids without padding, after a warm-up, on the
+CPU, in the numbers and by the library that the format of the folder says. Two models are timed in
+turns, call by call, so that whatever else the machine does meets both.
 """
 
 import gc
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from fedspine.core.errors import BadInput
-from fedspine.exports.card import WEIGHTS
+from fedspine.core.process import peak_memory_bytes as own_peak_bytes
+from fedspine.exports.card import ONNX, weights_of
 from fedspine.exports.load import Loaded, load_model
 from fedspine.lm.fits import positions
 
@@ -88,11 +89,19 @@ def bench(folder: str | Path, *, tokens: int = 128, threads: int = 1, repeats: i
     shared machine disturb least. Raises BadInput for a folder that cannot be loaded and for more
     tokens than it has positions.
     """
-    model = load_model(folder)
+    model = load_model(folder, threads=threads)
+    seconds = latency_seconds(model, tokens=tokens, threads=threads, repeats=repeats)
+    return _bench(folder, model, seconds, tokens, threads)
+
+
+def latency_seconds(
+    model: Loaded, *, tokens: int, threads: int = 1, repeats: int = 7
+) -> dict[int, float]:
+    """Median seconds of a forward pass by batch size; an ONNX graph has the threads that it was
+    loaded with.
+    """
     seconds = _seconds([model], tokens=tokens, threads=threads, repeats=repeats)
-    return _bench(
-        folder, model, {batch: calls[0] for batch, calls in seconds.items()}, tokens, threads
-    )
+    return {batch: median(calls[0]) for batch, calls in seconds.items()}
 
 
 def compare(
@@ -104,11 +113,15 @@ def compare(
     repeats: int = 7,
 ) -> BenchComparison:
     """Measure two exported models side by side in one process; raises what `bench` raises."""
-    models = [load_model(folder), load_model(against)]
+    models = [load_model(path, threads=threads) for path in (folder, against)]
     seconds = _seconds(models, tokens=tokens, threads=threads, repeats=repeats)
     first, second = (
         _bench(
-            path, model, {batch: calls[index] for batch, calls in seconds.items()}, tokens, threads
+            path,
+            model,
+            {batch: median(calls[index]) for batch, calls in seconds.items()},
+            tokens,
+            threads,
         )
         for index, (path, model) in enumerate(zip((folder, against), models, strict=True))
     )
@@ -120,11 +133,11 @@ def compare(
 
 
 def _bench(
-    folder: str | Path, model: Loaded, seconds: dict[int, list[float]], tokens: int, threads: int
+    folder: str | Path, model: Loaded, seconds: dict[int, float], tokens: int, threads: int
 ) -> Bench:
     return Bench(
-        latency_seconds={batch: median(calls) for batch, calls in seconds.items()},
-        file_bytes=(Path(folder) / WEIGHTS).stat().st_size,
+        latency_seconds=seconds,
+        file_bytes=weights_of(Path(folder)).stat().st_size,
         peak_memory_bytes=peak_memory_bytes(folder, tokens=tokens, threads=threads),
         parameters=model.parameters,
         block_parameters=model.block_parameters,
@@ -186,14 +199,12 @@ def random_ids(model: Loaded, batch: int, tokens: int) -> Tensor:
 def peak_memory_bytes(folder: str | Path, *, tokens: int = 128, threads: int = 1) -> int:
     """Peak resident memory of a fresh process that loads this model and runs every batch size."""
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [
-        sys.executable,
-        "-m",
-        "fedspine.exports.bench",
-        str(folder),
-        str(tokens),
-        str(threads),
-    ]
+    weights = weights_of(Path(folder))
+    if weights.name == ONNX:  # without PyTorch, which a device does not need for it
+        arguments = ["fedspine.exports.onnx_graph", weights, tokens, threads, *CALLS]
+    else:
+        arguments = ["fedspine.exports.bench", folder, tokens, threads]
+    command = [sys.executable, "-m", *map(str, arguments)]
     done = subprocess.run(
         command, env=os.environ | path, capture_output=True, text=True, check=False
     )
@@ -202,27 +213,12 @@ def peak_memory_bytes(folder: str | Path, *, tokens: int = 128, threads: int = 1
     return int(done.stdout.split()[-1])
 
 
-def _own_peak_bytes() -> int:
-    # ru_maxrss starts from the parent's peak where the parent started this process, so Linux's own
-    # count is taken
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(
-            int(line.split()[1]) * 1024
-            for line in status.read_text().splitlines()
-            if line.startswith("VmHWM")
-        )
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
-
-
 def _main(folder: str, tokens: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     model = load_model(folder)
     for batch in CALLS:
         _call(model, random_ids(model, batch, int(tokens)))
-    print(_own_peak_bytes())
+    print(own_peak_bytes())
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from fedspine.lm.pooling import Pooling
 
 FORMAT = 2
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+ONNX = "model.onnx"  # instead of WEIGHTS in a folder for ONNX Runtime
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,16 @@ class Card:
     stock: bool  # whether stock transformers loads the folder
 
 
+def weights_of(folder: Path) -> Path:
+    """The file that holds the weights of an exported folder."""
+    graph = folder / ONNX
+    return graph if graph.is_file() else folder / WEIGHTS
+
+
 def read_card(folder: Path) -> Card:
     """The card of an exported folder; raises BadInput where it is none, saying what to do."""
     if not folder.is_dir():
-        raise BadInput(
-            f"{folder} is not a folder; give one that `fedspine export --format hf` wrote"
-        )
+        raise BadInput(f"{folder} is not a folder; give one that `fedspine export` wrote")
     if not (folder / CONFIG).is_file():
         raise BadInput(
             f"{folder} has no {CONFIG}, so it is no exported model; write one with `fedspine "

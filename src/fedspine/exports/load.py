@@ -1,8 +1,9 @@
-"""Load an exported folder: the stock class with linear layers of the stored sizes. No remote code,
-no pickle.
+"""Load an exported folder: the stock class with linear layers of the stored sizes, or an ONNX
+graph. No remote code, no pickle.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers.utils import logging
 
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Kind
-from fedspine.exports.card import WEIGHTS, Card, read_card
+from fedspine.exports.card import ONNX, WEIGHTS, Card, read_card, weights_of
 from fedspine.lm.pooling import CLASSES, reading
 from fedspine.lm.prunable_layout import PrunableSite, layout_of
 
@@ -24,7 +25,7 @@ from fedspine.lm.prunable_layout import PrunableSite, layout_of
 @dataclass(frozen=True)
 class Loaded:
     """An exported model ready to run: a stock transformers module, in fp32, with plain linear
-    layers.
+    layers, or of an ONNX folder an `OnnxModule`, which is called the same way.
     """
 
     module: nn.Module
@@ -37,9 +38,10 @@ class Loaded:
     block_parameters: int  # of the prunable linear layers' weights, which sparsity is counted on
 
 
-def load_model(folder: str | Path) -> Loaded:
-    """The model that `fedspine.export` wrote to `folder`.
+def load_model(folder: str | Path, *, threads: int | None = None) -> Loaded:
+    """The model that `fedspine.export` wrote to `folder` in the format hf or onnx.
 
+    `threads` are those of ONNX Runtime (None: as many as it likes); PyTorch's are the process's.
     Raises BadInput for a missing folder, one that is no export, and weights that are damaged or
     incomplete.
     """
@@ -48,11 +50,20 @@ def load_model(folder: str | Path) -> Loaded:
     card = read_card(folder)
     config = _read(folder, AutoConfig)
     tokenizer = _read(folder, AutoTokenizer)
-    module = _module(folder, card, config)
-    _fill(module, folder / WEIGHTS)
+    graph = weights_of(folder).name == ONNX
+    # of a graph only the sizes of the module that it was made of are of use
+    with torch.device("meta") if graph else nullcontext():
+        module = _module(folder, card, config)
+    if graph:
+        from fedspine.exports.onnx_module import OnnxModule  # needs fedspine[onnx]
+
+        running = OnnxModule(folder / ONNX, config, threads)
+    else:
+        _fill(module, folder / WEIGHTS)
+        running = reading(module, card.pooling)
     layout = layout_of(config, module.base_model_prefix)
     return Loaded(
-        module=reading(module, card.pooling).eval().requires_grad_(False),
+        module=running.eval().requires_grad_(False),
         tokenizer=tokenizer,
         kind=card.kind,
         labels=card.labels,

@@ -8,7 +8,7 @@ which must be those that the run was made with.
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from fedspine.runs.run_dir import FLEET, RECIPE, STATE, check_format, recipe_of
 from fedspine.runs.task_record import TaskRecord
 from fedspine.storage.store import Saved, Store
 
-FORMATS = ("hf", "peft")
+FORMATS = ("hf", "onnx", "peft")
+QUANTISATIONS = ("none", "fp16", "int8")  # of the format onnx
 GLOBAL, DENSE = "global", "dense"
 
 
@@ -82,25 +83,29 @@ def export_model(
     to: Path,
     with_base: bool = False,
     base: str | None = None,
+    quantize: str = "none",
+    rows: str | None = None,
 ) -> dict[str, Any]:
     """Write one model of the run in `folder` to the new folder `to`; returns what it is.
 
     `with_base` writes the model that a PEFT adapter fits beside it; `base` is where the run's base
-    is now. Raises BadInput for an unknown format or device, a folder that is no run, one that
-    exists where `to` should be, and an adapter that fits no model that stock tools could load.
+    is now. `quantize` is for ONNX, as is `rows`, data with the run's columns to compare the graph
+    on. Raises BadInput for an unknown format, device or quantisation, a folder that is no run, one
+    that exists where `to` should be, an adapter that fits no model that stock tools could load, a
+    model that has no such format, and a graph outside its tolerance.
     """
-    if format not in FORMATS:
-        raise unknown("export format", format, FORMATS)
-    if with_base and format != "peft":
-        raise BadInput(
-            "--with-base is for --format peft; a model of --format hf holds its base already, so "
-            "leave it out"
-        )
+    _check_options(format, with_base=with_base, quantize=quantize, rows=rows)
     if to.exists():
         raise BadInput(f"{to} exists already; name a new folder with --to")
     _check_device(device, device_ids_of(folder))
+    if format == "onnx":
+        from fedspine.exports import onnx, onnx_graph
+        from fedspine.exports.parity_rows import parity_rows
+
+        onnx_graph.check_installed()
     run = open_run(folder, base)
     model, record = run.model(device), run.record
+    more: dict[str, Any] = {}
     card = {
         "labels": record.classes,
         "kind": record.kind,
@@ -114,6 +119,15 @@ def export_model(
         export_adapter(
             run.base, model, run.tokenizer, to, origin=origin, with_base=with_base, **card
         )
+    elif format == "onnx":
+        _check_encoder(run.base)
+        examples, rows_from = parity_rows(run.recipe, record, run.tokenizer, rows)
+        with tempfile.TemporaryDirectory() as scratch:
+            merged = hf.export(run.base, model, run.tokenizer, Path(scratch) / "model", **card)
+            parity = onnx.export(
+                merged, to, examples=examples, rows_from=rows_from, quantize=quantize
+            )
+        more = {"quantize": quantize, "parity": asdict(parity) | {"line": parity.line}}
     else:
         hf.export(run.base, model, run.tokenizer, to, **card)
     return {
@@ -122,7 +136,30 @@ def export_model(
         "folder": str(to),
         "sparsity": sparsity(run.base.layout, model.structure),
         "bytes": sum(file.stat().st_size for file in to.rglob("*") if file.is_file()),
-    }
+    } | more
+
+
+def _check_options(format: str, *, with_base: bool, quantize: str, rows: str | None) -> None:
+    if format not in FORMATS:
+        raise unknown("export format", format, FORMATS)
+    if quantize not in QUANTISATIONS:
+        raise unknown("quantisation", quantize, QUANTISATIONS)
+    if with_base and format != "peft":
+        raise BadInput(
+            f"--with-base is for --format peft; a model of --format {format} holds its base "
+            "already, so leave it out"
+        )
+    for option, given in (("--quantize", quantize != "none"), ("--rows", rows is not None)):
+        if given and format != "onnx":
+            raise BadInput(f"{option} is for --format onnx, not {format}; leave one of them out")
+
+
+def _check_encoder(base: Base) -> None:
+    if base.layout.decoder:
+        raise BadInput(
+            f"--format onnx takes classifiers on encoders, and {base.config.model_type} is a "
+            "decoder; use --format hf or --format peft"
+        )
 
 
 class Models(Mapping[str, Any]):

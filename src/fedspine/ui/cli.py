@@ -475,7 +475,10 @@ def export(
         str, typer.Option(help="A device's id, `global`, or `dense` (unpruned).")
     ] = "global",
     format: Annotated[
-        str, typer.Option(help="hf (a merged model) or peft (base name and adapter).")
+        str,
+        typer.Option(
+            help="hf (a merged model), onnx (the same as a graph) or peft (base name and adapter)."
+        ),
     ] = "hf",
     with_base: Annotated[
         bool,
@@ -487,6 +490,16 @@ def export(
         str | None,
         typer.Option(help="Where the run's base is now; default: where it was for the run."),
     ] = None,
+    quantize: Annotated[
+        str, typer.Option(help="With --format onnx: none (fp32), fp16 or int8.")
+    ] = "none",
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="With --format onnx: data to compare the graph on; default: the run's test rows.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write one deployed model of a run to a folder: merged, physically smaller, ready for predict
@@ -494,11 +507,23 @@ def export(
     """
     from fedspine.ui import python
 
-    found = python.export(folder, to, device=device, format=format, with_base=with_base, base=base)
+    found = python.export(
+        folder,
+        to,
+        device=device,
+        format=format,
+        with_base=with_base,
+        base=base,
+        quantize=quantize,
+        rows=rows,
+    )
     if json:
         print(jsonlib.dumps(found))
         return
+    parity = found.pop("parity", None)
     _table(f"exported to {to}", [(key, str(value)) for key, value in found.items()])
+    if parity is not None:
+        print(parity["line"])
 
 
 @app.command()

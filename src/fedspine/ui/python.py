@@ -231,12 +231,16 @@ def export(
     format: str = "hf",
     with_base: bool = False,
     base: str | None = None,
+    quantize: str = "none",
+    rows: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write one deployed model of a run to the new folder `to`; returns what it is.
 
-    `device` is a device's id, `global` or `dense`; `format` is `hf`, a merged model, or `peft`, an
-    adapter, and `with_base` adds the model that it fits; `base` says where the run's base is now.
-    Raises BadInput for an unknown device or format, and for a folder that exists.
+    `device` is a device's id, `global` or `dense`; `format` is `hf`, a merged model, `onnx`, the
+    same for ONNX Runtime, or `peft`, an adapter, and `with_base` adds the model that it fits;
+    `base` says where the run's base is now. For ONNX, `quantize` is `none`, `fp16` or `int8`, and
+    `rows` names data to compare the graph on. Raises BadInput for an unknown device, format or
+    quantisation, for a folder that exists, and for a graph outside its tolerance.
 
     >>> from fedspine import export, load_model, predict
     >>> export("runs/fedlora-1", "models/nx", device="nx-01")["sparsity"]
@@ -245,7 +249,14 @@ def export(
     True
     """
     return export_model(
-        _folder(run), device=device, format=format, to=Path(to), with_base=with_base, base=base
+        _folder(run),
+        device=device,
+        format=format,
+        to=Path(to),
+        with_base=with_base,
+        base=base,
+        quantize=quantize,
+        rows=None if rows is None else str(rows),
     )
 
 

@@ -1,0 +1,74 @@
+"""The rows on which an exported graph is compared with the PyTorch model."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedspine.core.errors import BadInput
+from fedspine.core.task import Examples
+from fedspine.data.dataset import Rows
+from fedspine.data.tasks import load_stated
+from fedspine.lm.encode import encode
+from fedspine.runs.config import Recipe
+from fedspine.runs.read_data import dataset
+from fedspine.runs.task_record import TaskRecord, record_of
+
+MOST = 1000  # rows, spread evenly over those there are
+MADE_UP = 64  # texts, where there are none
+
+
+def parity_rows(
+    recipe: Recipe, record: TaskRecord, tokenizer: Any, place: str | None
+) -> tuple[Examples, str]:
+    """Encoded rows of the data in `place`, which has the run's columns; else the run's test rows,
+    if they are still what they were; else texts made up of the vocabulary. And what they are.
+
+    Raises BadInput for data in `place` that cannot be read.
+    """
+    if place is not None:
+        rows, rows_from = _stated(recipe, record, place), f"rows of {Path(place).name}"
+    elif (rows := _test(recipe, record)) is not None:
+        rows_from = "test rows of the run"
+    else:
+        rows = _made_up(record, tokenizer)
+        rows_from = "random words, since the run's data is not at hand; --rows names some"
+    if len(rows) > MOST:
+        rows = rows.take(np.linspace(0, len(rows) - 1, MOST).astype(int).tolist())
+    return encode(tokenizer, rows, record.kind, record.max_tokens, scored=True), rows_from
+
+
+def _stated(recipe: Recipe, record: TaskRecord, place: str) -> Rows:
+    rows = load_stated(
+        place,
+        kind=record.kind,
+        label_names=record.classes,
+        encoding=recipe.task.encoding,
+        **record.columns,
+    )
+    if not len(rows):
+        raise BadInput(f"{place} has no rows; name data with at least one with --rows")
+    return rows
+
+
+def _test(recipe: Recipe, record: TaskRecord) -> Rows | None:
+    """The run's test rows, None where they are gone or others."""
+    try:
+        data = dataset(recipe)
+    except BadInput:
+        return None
+    now = record_of(recipe, data, here=False)
+    same = (now.classes, now.splits["test"]) == (record.classes, record.splits["test"])
+    return data.test if same else None
+
+
+def _made_up(record: TaskRecord, tokenizer: Any) -> Rows:
+    """Texts of one to as many random tokens as the model was trained to read."""
+    rng = np.random.default_rng(0)
+    usual = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
+
+    def texts() -> tuple[str, ...]:
+        lengths = rng.integers(1, record.max_tokens, MADE_UP, endpoint=True)
+        return tuple(tokenizer.decode(rng.choice(usual, length)) for length in lengths)
+
+    return Rows(texts(), texts() if record.kind == "pair" else None, None, {})

@@ -1,0 +1,288 @@
+"""ONNX folders: the logits of the PyTorch model, smaller numbers, a device without fedspine, every
+refusal.
+"""
+
+import dataclasses
+import importlib
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from places import ROOT
+from runs import carried_out, in_process, python, tiny_job, write_csv
+from tiny_models import LABELS, load, model_on
+from transformers import AutoTokenizer
+
+from fedspine.core.errors import BadInput
+from fedspine.data.dataset import Rows
+from fedspine.exports import onnx, onnx_graph
+from fedspine.exports.bench import bench
+from fedspine.exports.hf import export, load_model, predict
+from fedspine.exports.of_run import QUANTISATIONS
+from fedspine.exports.parity_rows import parity_rows
+from fedspine.lm.encode import encode
+from fedspine.lm.tiny import VOCABULARY, write_tiny
+from fedspine.runs.run_dir import recipe_of
+from fedspine.runs.task_record import base_of, recorded
+
+EXAMPLE = ROOT / "examples" / "onnx-classify" / "classify.py"
+MODELS = {  # architecture, readout, kind; all with other widths in each layer
+    "bert": ("bert", "cls", "classification"),
+    "bert pairs": ("bert", "mean", "pair"),
+    "roberta": ("roberta", "cls", "classification"),
+    "distilbert": ("distilbert", "mean", "classification"),
+}
+
+
+def texts(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return tuple(" ".join(rng.choice(VOCABULARY[4:40], rng.integers(1, 90))) for _ in range(count))
+
+
+def rows_of(kind, count=48):
+    return Rows(texts(count), texts(count, seed=1) if kind == "pair" else None, None, {})
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A function that gives the folders of one of MODELS, as hf and as onnx, and the parity."""
+    root, made = tmp_path_factory.mktemp("onnx"), {}
+
+    def folders(name):
+        if name not in made:
+            made[name] = make(root / name.replace(" ", "-"), *MODELS[name])
+        return made[name]
+
+    return folders
+
+
+def make(root, architecture, pooling, kind):
+    place = str(write_tiny(root / "tiny", architecture))
+    base, tokenizer = load(place, kind=kind, classes=3, pooling=pooling)
+    model, about = model_on(base, [4, 2], [24, 30]), {"labels": LABELS, "kind": kind}
+    stock = export(base, model, tokenizer, root / "hf", max_tokens=64, name="toy", **about)
+    examples = encode(tokenizer, rows_of(kind), kind, 64)
+    parity = onnx.export(stock, root / "onnx", examples=examples, rows_from="texts")
+    return stock, root / "onnx", parity
+
+
+def inputs_of(tokenizer, rows, kind):
+    inputs = encode(tokenizer, rows, kind, 64).batch(range(len(rows)))
+    del inputs["labels"]  # these rows have none
+    return inputs
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_graph_gives_the_logits(exported, name):
+    stock, folder, parity = exported(name)
+    assert parity.largest_difference <= 1e-4
+    assert (parity.equal_predictions, parity.rows) == (1, 48)
+    written = json.loads((folder / "parity.json").read_text())
+    assert written == json.loads(json.dumps(dataclasses.asdict(parity)))
+    ours, theirs = load_model(stock), load_model(folder)
+    assert theirs == dataclasses.replace(ours, module=theirs.module, tokenizer=theirs.tokenizer)
+    # other numbers of rows and tokens than the traced ones, padded and not
+    for count in (1, 5):
+        rows = rows_of(ours.kind, count)
+        inputs = inputs_of(ours.tokenizer, rows, ours.kind)
+        with torch.inference_mode():
+            expected = ours.module(**inputs).logits
+        found = theirs.module(**inputs).logits
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert predict(theirs, rows.texts, rows.pairs) == [
+        dataclasses.replace(one, probability=pytest.approx(one.probability, abs=1e-4))
+        for one in predict(ours, rows.texts, rows.pairs)
+    ]
+
+
+def test_a_graph_tells_nothing_of_the_machine_that_wrote_it(exported):
+    _, folder, _ = exported("bert")
+    for file in folder.iterdir():
+        assert b".py" not in file.read_bytes() or file.name == "README.md", file
+        assert str(folder.parent).encode() not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize(("how", "bytes_each"), [("fp16", 2), ("int8", 1)])
+def test_smaller_numbers(exported, tmp_path, how, bytes_each):
+    _, folder, _ = exported("distilbert")
+    smaller = shutil.copytree(folder, tmp_path / how)
+    onnx_graph.quantise(smaller / "model.onnx", how)
+    before, after = load_model(folder), load_model(smaller)
+    inputs = inputs_of(before.tokenizer, rows_of("classification", 8), "classification")
+    whole, rounded = before.module(**inputs).logits, after.module(**inputs).logits
+    assert rounded.isfinite().all()
+    assert not torch.equal(whole, rounded)
+    size = [(place / "model.onnx").stat().st_size for place in (folder, smaller)]
+    # what is left out is at least the difference in the weights of the blocks
+    assert size[0] - size[1] > (4 - bytes_each) * before.block_parameters
+    assert set(QUANTISATIONS) == set(onnx_graph.QUANTISERS)
+
+
+def test_a_graph_outside_its_tolerance_is_refused(exported, tmp_path, monkeypatch):
+    stock, _, _ = exported("bert")
+    _, other, _ = exported("distilbert")
+
+    def wrong(module, path, segments):
+        shutil.copyfile(other / "model.onnx", path)
+
+    monkeypatch.setattr(onnx_graph, "write", wrong)
+    tokenizer = AutoTokenizer.from_pretrained(stock)
+    options = {"examples": encode(tokenizer, rows_of("classification"), "classification", 64)}
+    with pytest.raises(
+        BadInput, match=r"off in a logit, more than the 0\.0001 allowed, on 48 rows"
+    ):
+        onnx.export(stock, tmp_path / "x", rows_from="texts", **options)
+    with pytest.raises(BadInput, match=r"of 48 rows \(texts\); 99\.5%, or at most 0\.5 points"):
+        onnx.export(stock, tmp_path / "x", rows_from="texts", quantize="int8", **options)
+    with pytest.raises(BadInput, match="exists already"):
+        onnx.export(stock, stock, rows_from="texts", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tolerance(exported):
+    _, _, good = exported("bert")
+    nan = dataclasses.replace(good, largest_difference=float("nan"))
+    with pytest.raises(BadInput, match="nan off in a logit"):
+        nan.check()
+    int8 = dataclasses.replace(good, quantize="int8", largest_difference=1.0)
+    few = dataclasses.replace(int8, equal_predictions=0.99)
+    as_right = dataclasses.replace(few, accuracy=0.746, accuracy_before=0.748)
+    for one in (good, int8, as_right):
+        one.check()
+    assert "accuracy 74.6% (before: 74.8%)" in as_right.line
+    for one in (few, dataclasses.replace(as_right, accuracy=0.74)):
+        with pytest.raises(BadInput, match=r"predicts the same for 99\.0% of 48 rows"):
+            one.check()
+
+
+def test_a_damaged_graph_is_refused(exported, tmp_path):
+    _, folder, _ = exported("bert")
+    torn = shutil.copytree(folder, tmp_path / "torn")
+    graph = torn / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[:1000])
+    with pytest.raises(BadInput, match="export the model again"):
+        load_model(torn)
+
+
+def code_of(folder):
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    return code
+
+
+def test_a_device_needs_no_fedspine(exported):
+    _, folder, _ = exported("roberta")
+    rows = texts(3, seed=2)
+    done = python(EXAMPLE, folder, *rows)
+    assert done.returncode == 0, done.stderr
+    answers = zip(predict_in(folder, rows), rows, strict=True)
+    assert done.stdout.splitlines() == [f"{one.label}\t{text}" for one, text in answers]
+    assert EXAMPLE.read_text().endswith(code_of(folder))
+    assert "import fedspine" not in EXAMPLE.read_text()
+
+
+def predict_in(folder, rows, pairs=None):
+    return predict(load_model(folder), rows, pairs)
+
+
+def test_the_readme_of_a_model_of_pairs(exported, monkeypatch, capsys):
+    _, folder, _ = exported("bert pairs")
+    rows, pairs = texts(4, seed=3), texts(4, seed=4)
+    both = [text for pair in zip(rows, pairs, strict=True) for text in pair]
+    monkeypatch.setattr(sys, "argv", ["x", str(folder), *both])
+    exec(code_of(folder), {})
+    found = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
+    assert found == [one.label for one in predict_in(folder, rows, pairs)]
+
+
+def test_bench_takes_a_graph(exported):
+    stock, folder, _ = exported("bert")
+    found = bench(folder, tokens=8, repeats=1)
+    assert found.file_bytes == (folder / "model.onnx").stat().st_size
+    assert found.parameters == load_model(stock).parameters
+    assert set(found.latency_seconds) == {1, 32}
+    assert found.peak_memory_bytes > found.file_bytes
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "onnxscript"])
+def test_a_missing_package_is_named(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "fedspine.exports.onnx_graph")
+    with pytest.raises(BadInput, match=re.escape("pip install 'fedspine[onnx]'")):
+        importlib.import_module("fedspine.exports.onnx_graph").check_installed()
+
+
+# --- from a run ---
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder, tmp_path_factory):
+    """A run of the tiny job, and its data."""
+    root = tmp_path_factory.mktemp("run")
+    data = write_csv(root / "rows.csv")
+    job = tiny_job(tiny_folder("bert"), data, method__steps=20, method__learning_rate=1e-2)
+    carried_out("run", *job, "--out", root / "run", "--json")
+    return root / "run", data
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_export_of_a_run(run, tmp_path, monkeypatch, capsys, quantize):
+    def command(*words):
+        code, out, lines = in_process(monkeypatch, capsys, *words)
+        assert (code, lines) == (0, [])
+        return out
+
+    to, options = tmp_path / "model", ("--device", "nx-01")
+    words = ("export", run[0], *options, "--to", to, "--format", "onnx", "--quantize", quantize)
+    out = command(*words)
+    assert "parity on 16 rows (test rows of the run): logits within" in out
+    parity = json.loads((to / "parity.json").read_text())
+    assert (parity["quantize"], parity["equal_predictions"]) == (quantize, 1)
+    command("export", run[0], *options, "--to", tmp_path / "hf", "--json")
+    answers = [
+        [one["label"] for one in json.loads(command(*words, "--json"))["predictions"]]
+        for words in (("predict", place, *TEXTS) for place in (to, tmp_path / "hf"))
+    ]
+    assert answers[0] == answers[1]
+    assert {file.name for file in to.iterdir()} == {
+        *("README.md", "config.json", "model.onnx", "parity.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+
+
+TEXTS = ("good the very", "bad not small")
+
+
+def test_a_decoder_is_refused(tiny_folder, tmp_path, monkeypatch, capsys):
+    data = write_csv(tmp_path / "rows.csv")
+    job = tiny_job(tiny_folder("llama"), data, run__rounds=1, fleet__per_round=1)
+    carried_out("run", *job, "--out", tmp_path / "run", "--json")
+    words = ("export", tmp_path / "run", "--to", tmp_path / "model", "--format", "onnx")
+    code, out, (line,) = in_process(monkeypatch, capsys, *words)
+    assert (code, out) == (2, "")
+    assert "llama is a decoder; use --format hf" in line
+    assert not (tmp_path / "model").exists()
+
+
+def test_rows_to_compare_on(run, tmp_path):
+    folder, data = run
+    recipe, record = recipe_of(folder), recorded(folder)
+    tokenizer = AutoTokenizer.from_pretrained(base_of(folder))
+
+    def found(recipe, place=None):
+        examples, rows_from = parity_rows(recipe, record, tokenizer, place)
+        return len(examples), rows_from
+
+    assert found(recipe) == (16, "test rows of the run")
+    assert found(recipe, str(data)) == (80, "rows of rows.csv")
+    more = write_csv(tmp_path / "more.csv", rows=2000)
+    assert found(recipe, str(more)) == (1000, "rows of more.csv")
+    for other in (more, tmp_path / "gone.csv"):  # other test rows, and none
+        task = recipe.task.model_copy(update={"data": str(other)})
+        count, rows_from = found(dataclasses.replace(recipe, task=task))
+        assert (count, rows_from.split(",")[0]) == (64, "random words")
+    with pytest.raises(BadInput, match="gone.csv"):
+        found(recipe, str(tmp_path / "gone.csv"))
