@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 
 from fedspine.core.tensors import single
-from fedspine.lm.lora import adapter_rank, cut_rank
 from fedspine.methods.pyramidfl import PyramidResult
 from fedspine.pruning.device import SpineResult, contribution
 
@@ -26,9 +25,8 @@ def on_changes(reply, layout, change):
             continue
         back, sent = single(back), single(getattr(order, field))
         if field == "adapter" and isinstance(result, SpineResult):
-            sent = contribution(layout, order, result).sent
-        if field == "adapter":
-            sent = cut_rank(sent, adapter_rank(back))
+            sent = contribution(layout, reply).sent
+        sent = {name: sent[name][tuple(map(slice, tensor.shape))] for name, tensor in back.items()}
         now = change({name: back[name] - sent[name] for name in back})
         changed[field] = wired({name: sent[name] + now[name] for name in back})
     return replace(reply, value=replace(result, **changed))
