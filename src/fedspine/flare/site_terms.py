@@ -57,9 +57,7 @@ def check_run(site: str, allow: AllowSection, models: Collection[str], terms: Ru
             f"brings it here, and list it in allow.methods of {SITE_FILE}"
         )
         _refuse(site, line, "method")
-    with refusing("method"):
-        split = sends_features(find(terms.method))
-    if split and not named:
+    if not named and sends_features(find(terms.method)):
         line = (
             f"the method {terms.method!r} sends features of single rows; list it in allow.methods "
             f"of {SITE_FILE} to allow that"
@@ -107,7 +105,9 @@ def _check_part(site: str, allow: AllowSection, terms: RunTerms, reads: Reads) -
 def _check_features(site: str, allow: AllowSection, terms: RunTerms, reads: Reads) -> None:
     from fedspine.methods import find, sends_features
 
-    if terms.method not in (allow.methods or ()) or not sends_features(find(terms.method)):
+    with refusing("method"):
+        split = terms.method in (allow.methods or ()) and sends_features(find(terms.method))
+    if not split:
         _refuse(site, "features of rows leave only in a split method that it names", "split")
     if reads.labels and terms.kind == "causal-lm":
         line = (
