@@ -105,6 +105,16 @@ def test_a_run_at_sites_ends_in_the_state_of_the_simulated_run(place, federation
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+def test_a_run_that_the_sites_terms_contradict_ends_with_their_line(place, federation, tmp_path):
+    recipe = write_recipe(place, tmp_path / "recipe.toml", method=LORA | {"steps": 5000}, run=RUN)
+    done = fedspine(*over_flare(federation, recipe, tmp_path / "run"))
+    assert done.returncode == 2
+    assert "3 of 3 sites take no part: east: at most 1000 steps were expected, 5000 came" in (
+        done.stderr
+    )
+    assert not (tmp_path / "run").exists()
+
+
 # --- what dies on the way ---
 
 
