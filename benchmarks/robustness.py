@@ -309,6 +309,9 @@ def page(found: list[dict[str, Any]]) -> str:
             if any(run["attack"] == attack for run in these):
                 cells = [_cell(these, attack, how) for how in hows]
                 lines.append(f"| {attack} | {' | '.join(cells)} |")
+        missing = [name for name in ATTACKS if all(run["attack"] != name for run in these)]
+        if missing:
+            lines += ["", f"Not measured here: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 
