@@ -37,9 +37,10 @@ def check_head(head: Tensors, asked: Asked) -> None:
     tensors_of("head", head, head_shapes(asked))
 
 
-def check_loss(loss: float | int, name: str = "loss") -> None:
-    """Raise Unusable for a mean cross-entropy, in nats, that cannot be."""
-    within(name, loss, 0, MOST_FLOAT)
+def check_loss(loss: float | int | None, name: str = "loss") -> None:
+    """Raise Unusable for a mean cross-entropy, in nats, that cannot be; None is one that is private."""
+    if loss is not None:
+        within(name, loss, 0, MOST_FLOAT)
 
 
 def check_settings(**at_least_0: float | int | None) -> None:
