@@ -22,7 +22,7 @@ from fedspine.core.privacy import SPENT, Declined, Guard, Level, Privacy, Spent,
 from fedspine.core.strict import Section
 from fedspine.core.task import Examples
 from fedspine.flare.run_terms import Refused, RunTerms, refusing
-from fedspine.storage.store import write_atomically
+from fedspine.storage.store import STATE_SPARE_BYTES, sealed, unsealed, write_atomically
 
 FOLDER, KEY, LEDGER = "privacy", "key", "ledger.safetensors"  # in the site's folder
 KEY_BYTES = 32
@@ -122,7 +122,7 @@ class SiteLedger:
         )
         written = pack(SiteSpent(runs=whole.runs | {self.run: now})).payload
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, written)
+        write_atomically(self.path, sealed(written))
 
     def _check_site(self, others: list[RunSpent], after: Spent) -> None:
         """Raise Declined where all runs together exceed the site's own budget."""
@@ -140,11 +140,11 @@ class SiteLedger:
         if not self.path.is_file():
             return SiteSpent(runs={})
         try:
-            return unpack(self.path.read_bytes())
+            return unpack(unsealed(self.path.read_bytes()), spare_bytes=STATE_SPARE_BYTES)
         except NotAMessage as error:
             raise BadInput(
                 f"{self.path} is damaged, so nobody knows what is spent ({error}); the site "
-                "answers no private run until it is restored, or removed, which forgets what was spent"
+                "answers no private run until it is restored, or removed, which forgets it"
             ) from None
 
 

@@ -16,7 +16,7 @@ from fedspine.core.device import Device, DeviceId, keeps_privacy, on_device
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.message import Tensors, message
-from fedspine.core.method import method, usable
+from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
 from fedspine.core.tensors import average, half, single
 from fedspine.lm.base import Model
@@ -73,7 +73,7 @@ class FfaState:
     head: Tensors
 
 
-@method("ffa-lora")
+@method("ffa-lora", merges_late=tune_b)
 @dataclass(frozen=True)
 class FfaLora(LocalTraining):
     """FedAvg of LoRA's B factors at one rank; the A factors are frozen."""
@@ -124,6 +124,7 @@ class FfaLora(LocalTraining):
             tuning=tuning_at(self, state.round, state.rounds, state.turns),
         )
         replies = usable(fleet.ask(tune_b, {device.id: order for device in fleet.devices}), fleet)
+        replies = on_todays(replies, adapter=state.adapter, head=state.head)
         for reply in replies:
             fleet.note(device=reply.device, rank=self.rank, sparsity=0.0, loss=reply.value.loss)
         return replace(
