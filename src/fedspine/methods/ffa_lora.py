@@ -12,16 +12,19 @@ from typing import ClassVar, Self
 import numpy as np
 import torch
 
+from fedspine.core.checks import Asked, as_ordered
 from fedspine.core.device import Device, DeviceId, keeps_privacy, on_device
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
+from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
-from fedspine.core.tensors import average, half, single
+from fedspine.core.tensors import half, single
 from fedspine.lm.base import Model
 from fedspine.lm.lora import a_name, b_name, check_rank, fresh_a, is_a
 from fedspine.lm.prunable_layout import PrunableLayout
+from fedspine.lm.received import check_b, check_head, check_loss
 from fedspine.lm.structure import full
 from fedspine.lm.tune import LocalTraining, Tuning, check_tuning, tune, tuning_at
 
@@ -34,6 +37,11 @@ class FfaOrder:
     scale: float
     tuning: Tuning
 
+    def check(self, asked: Asked) -> None:
+        """B factors of one rank of some of the model's layers, and its head."""
+        check_b(self.adapter, asked.base.layout)
+        check_head(self.head, asked)
+
 
 @message
 class FfaResult:
@@ -41,6 +49,11 @@ class FfaResult:
     head: Tensors  # fp16
     loss: float | None  # mean over the last steps; None where the run promises privacy
     examples: int
+
+    def check(self, asked: Asked) -> None:
+        """B factors and head are of the order's shapes."""
+        as_ordered(self, asked)
+        check_loss(self.loss)
 
 
 @keeps_privacy
@@ -73,7 +86,7 @@ class FfaState:
     head: Tensors
 
 
-@method("ffa-lora", merges_late=tune_b)
+@method("ffa-lora", merges_late=tune_b, robust=True)
 @dataclass(frozen=True)
 class FfaLora(LocalTraining):
     """FedAvg of LoRA's B factors at one rank; the A factors are frozen."""
@@ -130,8 +143,7 @@ class FfaLora(LocalTraining):
         return replace(
             state,
             round=state.round + 1,
-            adapter=average((r.value.examples, r.value.adapter) for r in replies),
-            head=average((r.value.examples, r.value.head) for r in replies),
+            **merged(replies, fleet, adapter=state.adapter, head=state.head),
         )
 
     def deploy(self, state: FfaState, device: DeviceId | None = None) -> Model:
