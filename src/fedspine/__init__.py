@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from fedspine.methods.fedlora import FedLora as FedLora
     from fedspine.methods.fedspine import FedSpine as FedSpine
     from fedspine.methods.fedspine_plus import FedSpinePlus as FedSpinePlus
+    from fedspine.methods.ffa_lora import FfaLora as FfaLora
     from fedspine.methods.flexlora import FlexLora as FlexLora
     from fedspine.methods.hetlora import HetLora as HetLora
     from fedspine.methods.legend import Legend as Legend
@@ -69,6 +70,7 @@ _HOMES = {  # of each name
     "FedLora": "methods.fedlora",
     "FedSpine": "methods.fedspine",
     "FedSpinePlus": "methods.fedspine_plus",
+    "FfaLora": "methods.ffa_lora",
     "FlexLora": "methods.flexlora",
     "HetLora": "methods.hetlora",
     "Legend": "methods.legend",

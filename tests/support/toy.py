@@ -69,6 +69,7 @@ class Lab:
         together=1,
         seed=0,
         aggregation=Mean(),
+        privacy=None,
         **truth,
     ):
         order = np.random.default_rng(7).permutation(len(task.train))
@@ -95,6 +96,7 @@ class Lab:
             store=self.store,
             records=self.records,
             aggregation=aggregation,
+            privacy=privacy,
         )
         self.fleet = SimulatedFleet(world)
         self.exchanges = Exchanges()

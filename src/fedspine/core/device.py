@@ -11,7 +11,9 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
+from fedspine.core.draws import SeededDraws
 from fedspine.core.message import pack, unpack
+from fedspine.core.privacy import Declined, Guard, Ledger, MemoryLedger, Privacy
 from fedspine.core.task import Data
 
 DeviceId: TypeAlias = str
@@ -40,6 +42,7 @@ class Device:
     kept: Any = None  # kept by the last ask of this round, if this process still has it
     # the fewest distinct rows that may stand behind a number that leaves; 0, as in simulation: any
     fewest_rows: int = 0
+    privacy: Guard | None = None  # what training here must keep; None: the run promises nothing
     flops: float = field(default=0.0, init=False)
     launches: int = field(default=0, init=False)
     samples: int = field(default=0, init=False)
@@ -150,6 +153,19 @@ def on_device(work: Work[O, R]) -> Work[O, R]:
     return work
 
 
+def keeps_privacy(work: Work[O, R]) -> Work[O, R]:
+    """Mark work whose result follows from its order, from what `lm.tune` returns and from the
+    number of rows alone, so that it may serve runs with `[privacy]`.
+    """
+    work.__keeps_privacy__ = True  # type: ignore[attr-defined]
+    return work
+
+
+def keeps(work: Work[Any, Any]) -> bool:
+    """Whether work is marked by `keeps_privacy`."""
+    return getattr(work, "__keeps_privacy__", False)
+
+
 def name_of(work: Work[Any, Any]) -> str:
     """The name by which a device finds this work: `module:function`."""
     if not getattr(work, "__on_device__", False):
@@ -177,11 +193,15 @@ class Call:
     memory: bytes | None
     seed: tuple[int, ...]
     round: int = 0
+    privacy: Privacy | None = None  # of the run
 
 
 @dataclass(frozen=True)
 class Served:
-    """The packed result and memory of a call, and the resources that the work used."""
+    """The packed result and memory of a call, and the resources that the work used.
+
+    A device that declines has an empty result, its memory as before, and the reason.
+    """
 
     result: bytes
     memory: bytes
@@ -191,6 +211,8 @@ class Served:
     peak_memory_bytes: int
     kept: bool = False  # whether the process holds something for the device's next ask
     rows: int = 0  # distinct ones that the result rests on, as the work noted them
+    epsilon: float | None = None  # spent by the device in this run, where it promises privacy
+    declined: str | None = None
 
 
 def serve(
@@ -201,10 +223,12 @@ def serve(
     trainer: Callable[[Any], Any] | None = None,
     scratch: Scratch | None = None,
     fewest_rows: int = 0,
+    guard: Guard | None = None,
 ) -> Served:
     """Do the work of `call` on `data`, the device's own rows; `scratch` never changes the result.
 
-    `fewest_rows` is the device's.
+    `fewest_rows` is the device's. `guard` keeps the call's privacy; None: the one of a simulated
+    device.
     """
     found = None if scratch is None else scratch.take(call)
     memory, kept = (
@@ -220,8 +244,12 @@ def serve(
         trainer=trainer,
         kept=kept,
         fewest_rows=fewest_rows,
+        privacy=_simulated_guard(call, memory) if guard is None else guard,
     )
-    result = find_work(call.work)(device, unpack(call.order))
+    try:
+        result = _allowed(call)(device, unpack(call.order))
+    except Declined as reason:
+        return _declined(call, device, str(reason))
     remembered = pack(device.memory).payload
     keeps = (
         scratch is not None
@@ -237,4 +265,33 @@ def serve(
         peak_memory_bytes=device.peak_memory_bytes,
         kept=keeps,
         rows=device.rows_used if fewest_rows else 0,
+        epsilon=None if device.privacy is None else device.privacy.epsilon,
+    )
+
+
+def _allowed(call: Call) -> Work[Any, Any]:
+    """The work of a call; raises LookupError where it would break the run's promise."""
+    work = find_work(call.work)
+    if call.privacy is not None and not keeps(work):
+        raise LookupError(f"{call.work} cannot keep [privacy]; see @keeps_privacy")
+    return work
+
+
+def _simulated_guard(call: Call, memory: dict[str, Any]) -> Guard | None:
+    if call.privacy is None:
+        return None
+    ledger: Ledger = MemoryLedger(call.privacy, memory)
+    return Guard(call.privacy, SeededDraws(call.seed), ledger)
+
+
+def _declined(call: Call, device: Device, reason: str) -> Served:
+    return Served(
+        result=b"",
+        memory=pack({}).payload if call.memory is None else call.memory,
+        flops=0.0,
+        launches=0,
+        samples=0,
+        peak_memory_bytes=0,
+        epsilon=None if device.privacy is None else device.privacy.epsilon,
+        declined=reason,
     )

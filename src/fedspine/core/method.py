@@ -120,9 +120,10 @@ def method(
     aggregation other than the mean needs; see `core.merging.merged`.
 
     A method that can train nets on arrays says so by `models: ClassVar = ("transformer", "net")`;
-    the others know transformers only, and a recipe that gives them a net is refused. Raises
-    TypeError for a name that another class has; a class that is defined again, as in a notebook,
-    replaces itself.
+    the others know transformers only, and a recipe that gives them a net is refused. Likewise
+    `privacy: ClassVar = ("rows", "devices")` names the levels of `[privacy]` that it can keep; the
+    others keep none. Raises TypeError for a name that another class has; a class that is defined
+    again, as in a notebook, replaces itself.
 
     >>> from dataclasses import dataclass
     >>> from fedspine import method
@@ -148,6 +149,8 @@ def method(
         cls.robust = robust  # type: ignore[attr-defined]
         if "models" not in vars(cls):
             cls.models = ("transformer",)  # type: ignore[attr-defined]
+        if "privacy" not in vars(cls):  # not what it extends: a method says so itself
+            cls.privacy = ()  # type: ignore[attr-defined]
         return cls
 
     return register

@@ -9,6 +9,8 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+    from fedspine.core.privacy import Privacy
+
 Kind: TypeAlias = Literal["classification", "pair", "causal-lm", "array"]
 BUILT_IN_MODELS = ("minilm",)
 AUTO = "auto"  # the model is chosen for the data
@@ -190,3 +192,4 @@ class Task:
     rounds: int
     # how often a device trains in the whole run, on average; 0: nothing is worth keeping for it
     turns: float = 1.0
+    privacy: "Privacy | None" = None  # what the run promises each device

@@ -63,6 +63,7 @@ def _kind(request: Request) -> Any:
         tuple((name, tuple(tensor.shape)) for name, tensor in sorted(model.head.items())),
         request.reuses,
         request.lowest,
+        request.freeze_a,
     )
 
 

@@ -6,6 +6,7 @@ and paths stay in its log.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -13,6 +14,7 @@ import pydantic
 
 from fedspine.core.errors import BadInput
 from fedspine.core.message import message
+from fedspine.core.privacy import Privacy
 from fedspine.core.reads import Reads
 from fedspine.core.strict import validated
 from fedspine.core.task import BUILT_IN_MODELS, Kind
@@ -20,7 +22,7 @@ from fedspine.core.task import BUILT_IN_MODELS, Kind
 MOST_CLASSES = 10_000
 RefusalReason: TypeAlias = Literal[
     "terms", "model", "task", "method", "data", "rows", "content",
-    "split", "labels", "limits", "order", "weights", "rate", "disk",
+    "split", "labels", "limits", "order", "weights", "rate", "disk", "privacy",
 ]  # fmt: skip
 REFUSALS: dict[RefusalReason, str] = {
     "terms": "the terms of the run cannot be read; the server may run another version",
@@ -43,6 +45,7 @@ REFUSALS: dict[RefusalReason, str] = {
     "weights": "weights in the order are not of the run's model, or of a larger rank than allowed",
     "rate": "more orders came within a minute than it takes",
     "disk": "its disk quota is used up; its owner can raise limits.disk_bytes",
+    "privacy": "it demands more privacy than the run promises, or lacks the accountant for it",
 }
 
 
@@ -83,6 +86,7 @@ class RunTerms:
     max_tokens: int
     label_names: tuple[str, ...]  # in the order of their numbers; empty for language modelling
     foretold: Reads | None = None  # what orders will read, where the method says so; not binding
+    privacy: Privacy | None = None  # what is promised to each site
 
     def check(self) -> None:
         """Raise BadInput for invalid values."""
@@ -99,8 +103,21 @@ class RunTerms:
                 f"terms.label_names are {len(self.label_names)}: "
                 f"at most {MOST_CLASSES} were expected"
             )
+        if self.privacy is not None:
+            _check_privacy(self.privacy)
         if self.max_tokens < 4:
             raise BadInput(f"terms.max_tokens is {self.max_tokens}: at least 4 were expected")
+
+
+def _check_privacy(privacy: Privacy) -> None:
+    """Raise BadInput for a promise that cannot be."""
+    epsilon, delta, clip = privacy.epsilon, privacy.delta, privacy.clip
+    sound = (epsilon is None or 0 < epsilon < inf) and 0 < delta < 1 and 0 < clip < inf
+    if not sound or not 1 <= privacy.answers < 2**31:
+        raise BadInput(
+            f"terms.privacy has epsilon {epsilon}, delta {delta}, clip {clip} and "
+            f"{privacy.answers} answers: positive numbers and a delta below 1 were expected"
+        )
 
 
 def model_name(name: str) -> str:

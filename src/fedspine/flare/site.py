@@ -18,6 +18,12 @@ from fedspine.core.errors import BadInput
 from fedspine.core.strict import Section, known_keys, read_toml, section, validated
 from fedspine.core.task import BUILT_IN_DATA, BUILT_IN_MODELS, Examples
 from fedspine.flare.run_terms import Refused, RunTerms, refusing
+from fedspine.flare.site_privacy import (
+    SitePrivacySection,
+    check_promise,
+    check_rows,
+    check_section,
+)
 from fedspine.flare.site_terms import SITE_FILE, AllowSection, check_run
 
 if TYPE_CHECKING:
@@ -61,6 +67,7 @@ SECTIONS: dict[str, type[Section]] = {
     "limits": LimitsSection,
     "allow": AllowSection,
     "caches": CachesSection,
+    "privacy": SitePrivacySection,
 }
 
 
@@ -73,6 +80,7 @@ class Site:
     limits: LimitsSection
     allow: AllowSection
     caches: CachesSection
+    privacy: SitePrivacySection
     models: dict[str, str]  # the name in a recipe: a built-in name, a folder here, or a Hub id
 
     @property
@@ -89,6 +97,7 @@ class Site:
     def check(self, terms: RunTerms) -> None:
         """Raise Refused if the site's file does not allow these terms; no row is read, no model."""
         check_run(self.name, self.allow, self.models, terms)
+        check_promise(self.name, self.privacy, terms)
 
 
 @dataclass(frozen=True)
@@ -176,6 +185,7 @@ def site_examples(site: Site, terms: RunTerms, tokenizer: Any) -> Examples:
             f"rows, or lower allow.fewest_rows of its {SITE_FILE}",
             "rows",
         )
+    check_rows(site.name, terms.privacy, len(rows.texts))
     kept = Path(site.caches.folder)
     return tokens(tokenizer, rows, terms.kind, terms.max_tokens, folder=kept, kept=TOKENS_KEPT)
 
@@ -210,6 +220,7 @@ def _site(tables: dict[str, Any], folder: Path) -> Site:
             key, cls, {name: tuple(v) if isinstance(v, list) else v for name, v in table.items()}
         )
     data, caches = sections["data"], sections["caches"]
+    check_section(sections["privacy"])
     path = data.path if data.path in BUILT_IN_DATA else _local(data.path, folder)
     return Site(
         name=top.name,
@@ -221,6 +232,7 @@ def _site(tables: dict[str, Any], folder: Path) -> Site:
         caches=caches.model_copy(update={"folder": str((folder / _home(caches.folder)).resolve())}),
         limits=sections["limits"],
         allow=sections["allow"],
+        privacy=sections["privacy"],
     )
 
 

@@ -139,6 +139,7 @@ class AskResult:
     value: Any = None
     samples: int = 0
     missing: str | None = None
+    epsilon: float | None = None  # spent by the site in this run
 
 
 @dataclass(eq=False)

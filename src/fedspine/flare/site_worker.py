@@ -21,15 +21,17 @@ from typing import Any
 import torch
 
 from fedspine.core.checks import Asked, Terms, Unusable, need, why_unusable
-from fedspine.core.device import Call, Scratch, Served, Work, find_work, name_of, serve
+from fedspine.core.device import Call, Scratch, Served, Work, find_work, keeps, name_of, serve
 from fedspine.core.errors import BadInput
 from fedspine.core.message import NotAMessage, pack
+from fedspine.core.privacy import SPENT, Privacy
 from fedspine.core.process import keep_freed_memory
 from fedspine.core.schema import work_kinds
 from fedspine.flare import site_disk
 from fedspine.flare.run_terms import Refused, RunTerms
 from fedspine.flare.site import Holding, Site, load_site, open_site
 from fedspine.flare.site_disk import LOG, MEMORY, PREFIXES, RUNS_KEPT
+from fedspine.flare.site_privacy import opened_sha256, site_guard
 from fedspine.flare.site_secret import seed_of, site_secret
 from fedspine.flare.site_terms import check_order, check_used
 from fedspine.flare.site_weights import check_weights
@@ -65,6 +67,8 @@ class Open:
     holding: Holding
     works: frozenset[str]
     task: Terms  # of orders and rows
+    privacy: Privacy | None  # what the run promises
+    content: str  # a digest of terms and rows, where it promises something
 
 
 class SiteWorker:
@@ -112,7 +116,7 @@ class SiteWorker:
 
     def _join(self, asked: Opening) -> Opened:
         self._site.check(asked.terms)  # before the method's package is imported
-        works = works_of(asked.terms.method)
+        works = _keeping(works_of(asked.terms.method), asked.terms)
         terms, here = asked.terms, self._open
         holding = (
             here.holding
@@ -123,7 +127,10 @@ class SiteWorker:
         for folder, kept in ((MEMORY, RUNS_KEPT), (PREFIXES, 1)):
             site_disk.keep_newest(self._folder / folder / asked.run, kept)
         self._room(asked.run, needed=0)
-        here = Open(asked.run, terms, holding, works, _terms(asked, holding))
+        promised = asked.terms.privacy
+        content = "" if promised is None else opened_sha256(asked.terms, holding.examples)
+        task = _terms(asked, holding)
+        here = Open(asked.run, terms, holding, works, task, promised, content)
         self._open, self._scratch = here, Scratch()
         return Opened(examples=len(holding.examples), memory_bytes=self._site.memory_bytes)
 
@@ -150,17 +157,21 @@ class SiteWorker:
                 print(f"{path} is damaged: {error}", file=sys.stderr, flush=True)
                 return NotDone(reason="memory lost")
         served = self._served(here, asked, order, memory)
+        if served.declined is not None:
+            return NotDone(reason=SPENT)
         check_used(self._site.name, self._site.allow, served.rows)
         remembered = sealed(served.memory)
         self._room(asked.run, needed=len(remembered))
         write_atomically(self._version(asked.run, asked.version), remembered)
         self._sweep(asked)
+        told = here.privacy is None  # else resources tell of the rows
         return SiteAnswer(
             result=as_array(served.result),
-            flops=float(served.flops),
-            launches=int(served.launches),
-            samples=int(served.samples),
-            peak_memory_bytes=int(served.peak_memory_bytes),
+            flops=float(served.flops) if told else 0.0,
+            launches=int(served.launches) if told else 0,
+            samples=int(served.samples) if told else 0,
+            peak_memory_bytes=int(served.peak_memory_bytes) if told else 0,
+            epsilon=served.epsilon,
         )
 
     def _served(self, here: Open, asked: SiteOrder, order: bytes, memory: bytes | None) -> Served:
@@ -172,6 +183,7 @@ class SiteWorker:
             memory=memory,
             seed=seed_of(self._secret, asked),
             round=asked.round,
+            privacy=here.privacy,
         )
         prefixes = Prefixes(self._folder / PREFIXES / here.run, self._room_of_prefixes(here.run))
         return serve(
@@ -181,6 +193,7 @@ class SiteWorker:
             prefixes,
             scratch=self._scratch,
             fewest_rows=self._site.allow.fewest_rows,
+            guard=site_guard(self._folder, self._site.privacy, here.run, here.content, call),
         )
 
     def _check(self, here: Open, order: Any) -> None:
@@ -263,6 +276,13 @@ def _check_versions(asked: SiteOrder) -> None:
         raise NotAMessage(
             f"at most {NEEDED} needed versions from 0 to {MOST_VERSION} were expected"
         )
+
+
+def _keeping(works: frozenset[str], terms: RunTerms) -> frozenset[str]:
+    """Of these works, those that keep the run's promise."""
+    if terms.privacy is None:
+        return works
+    return frozenset(name for name in works if keeps(find_work(name)))
 
 
 @cache

@@ -19,7 +19,13 @@ from fedspine.flare.run_terms import RunTerms
 RUN = re.compile(r"[0-9a-f]{32}")
 
 FailureReason: TypeAlias = Literal[
-    "not opened", "bad order", "work not allowed", "memory lost", "work failed", "refused"
+    "not opened",
+    "bad order",
+    "work not allowed",
+    "memory lost",
+    "work failed",
+    "refused",
+    "its privacy budget is spent",
 ]
 
 
@@ -60,13 +66,17 @@ class SiteOrder:
 
 @message
 class SiteAnswer:
-    """The packed result of an order and the resources that the work used."""
+    """The packed result of an order and the resources that the work used.
+
+    Where the run promises privacy these are 0, since they tell of the rows.
+    """
 
     result: np.ndarray  # uint8
     flops: float
     launches: int
     samples: int
     peak_memory_bytes: int
+    epsilon: float | None = None  # spent by the site in this run, where it promises privacy
 
 
 @message

@@ -15,8 +15,9 @@ import numpy as np
 from fedspine.core.aggregation import Aggregation, Mean
 from fedspine.core.device import Call, DeviceId, O, R, Served, Work, name_of
 from fedspine.core.errors import BadInput
-from fedspine.core.fleet import Cost, Fleet, Idle, Profile, Reply, T
+from fedspine.core.fleet import AllLost, Cost, Fleet, Idle, Profile, Reply, T
 from fedspine.core.message import message, pack, unpack
+from fedspine.core.privacy import Privacy
 from fedspine.execution.workers import Workers
 from fedspine.fleets.hardware import KINDS, Hardware, Timing, device_ids
 from fedspine.fleets.rounds import Devices, Totals, Waits, mean_wait, round_row
@@ -62,6 +63,7 @@ class World:
     store: Store
     records: Records
     aggregation: Aggregation = Mean()
+    privacy: Privacy | None = None  # of the run
     round: int = 0
     asks: dict[DeviceId, int] = field(default_factory=dict)
     memories: dict[DeviceId, str] = field(default_factory=dict)  # files, as of the last save
@@ -134,6 +136,7 @@ class World:
             memory=self._memory(device),
             seed=(self.seed, index, self.asks.get(device, 0)),
             round=self.round,
+            privacy=self.privacy,
         )
 
     def _memory(self, device: DeviceId) -> bytes | None:
@@ -157,15 +160,15 @@ class World:
         device: DeviceId,
         started: float,
         cost: Cost,
-        samples: int,
+        served: Served,
         lost: bool,
     ) -> None:
-        """Write one exchange down and add it to the round's totals."""
+        """Write one exchange down and add it to the round's totals; note who declined."""
         self.totals.add(
             Totals(
                 exchanges=1,
                 lost=int(lost),
-                samples=samples,
+                samples=served.samples,
                 bytes_up=cost.bytes_up,
                 bytes_down=cost.bytes_down,
                 peak_memory_bytes=cost.peak_memory_bytes,
@@ -183,7 +186,14 @@ class World:
             flops=cost.flops,
             peak_memory_bytes=cost.peak_memory_bytes,
             lost=lost,
+            **({} if served.epsilon is None else {"epsilon": served.epsilon}),
         )
+        if served.declined is not None:
+            self.records.write(
+                "note",
+                now=started,
+                values={"device": device, "left_out": served.declined},
+            )
 
 
 class SimulatedFleet:
@@ -235,11 +245,13 @@ class SimulatedFleet:
     ) -> list[Reply[R]]:
         self._check(orders)
         started, replies, seconds = self.now, [], []
+        declined: list[str] = []
         with self._world.devices_wall.served():
             for device, order, served, cost in self._world.exchange(work, orders):
-                late = cost.seconds > within
-                self._world.record(work, device, started, cost, served.samples, late)
+                late = cost.seconds > within or served.declined is not None
+                self._world.record(work, device, started, cost, served, late)
                 seconds.append(min(cost.seconds, within))
+                declined += [] if served.declined is None else [served.declined]
                 if not late:
                     value = unpack(served.result)
                     replies.append(Reply(device=device, value=value, cost=cost, order=order))
@@ -247,6 +259,8 @@ class SimulatedFleet:
             self._clock.now += max(seconds)
         self._world.totals.waiting_seconds += mean_wait(seconds)
         self._world.waits.asked(orders, started, self.now)
+        if declined and len(declined) == len(orders):
+            raise AllLost(f"none of the {len(orders)} devices asked answers ({declined[0]})")
         return replies
 
     def send(self, work: Work[O, R], orders: Mapping[DeviceId, O]) -> None:
@@ -254,7 +268,9 @@ class SimulatedFleet:
         world = self._world
         with world.devices_wall.served():
             for device, order, served, cost in world.exchange(work, orders):
-                world.record(work, device, self.now, cost, served.samples, False)
+                world.record(work, device, self.now, cost, served, served.declined is not None)
+                if served.declined is not None:
+                    continue
                 end = self.now + cost.seconds
                 world.waits.busy(device, self.now, end)
                 world.pending.append(

@@ -27,6 +27,11 @@ def b_name(path: str) -> str:
     return f"{path}.lora_B"
 
 
+def is_a(name: str) -> bool:
+    """Whether a factor of this name is an A."""
+    return name.endswith(".lora_A")
+
+
 class AdaptedLinear(nn.Module):
     """A linear layer whose weight is frozen or trained, with an optional low-rank adapter in fp32.
 
@@ -81,7 +86,8 @@ class _Adapted(torch.autograd.Function):
         flat, weight, a_low, b_low, narrow = ctx.saved_tensors
         grad = grad.reshape(*a_low.shape[:-2], -1, grad.shape[-1])
         grad_narrow = grad @ b_low
-        grad_a = (grad_narrow.mT @ flat).float()
+        # FFA-LoRA's is frozen
+        grad_a = (grad_narrow.mT @ flat).float() if ctx.needs_input_grad[3] else None
         # in this order: few rows, many columns
         grad_b = (narrow.mT @ grad).mT.float().mul_(ctx.scale)
         grad_x = None

@@ -26,6 +26,16 @@ def check_adapter(adapter: Tensors, layout: PrunableLayout, rank: int | None = N
     tensors_of("adapter", adapter, specified)
 
 
+def check_b(factors: Tensors, layout: PrunableLayout) -> None:
+    """Raise Unusable unless these are fp16 B factors of one rank, of some of the model's layers."""
+    rank = next((factor.shape[1] for factor in factors.values() if factor.dim() == 2), 0)
+    if factors:
+        check_rank_of(rank, layout)
+    rows = {b_name(site.path): site.rows for site in layout.sites}
+    specified = {n: (torch.float16, (rows[n], rank)) for n in factors if n in rows}
+    tensors_of("adapter", factors, specified)
+
+
 def check_rank_of(rank: int, layout: PrunableLayout) -> None:
     """Raise Unusable for a rank beyond the model's widest side, where it can only cost memory."""
     most = max(max(site.rows, site.columns) for site in layout.sites)
@@ -37,9 +47,10 @@ def check_head(head: Tensors, asked: Asked) -> None:
     tensors_of("head", head, head_shapes(asked))
 
 
-def check_loss(loss: float | int, name: str = "loss") -> None:
-    """Raise Unusable for a mean cross-entropy, in nats, that cannot be."""
-    within(name, loss, 0, MOST_FLOAT)
+def check_loss(loss: float | int | None, name: str = "loss") -> None:
+    """Raise Unusable for a mean cross-entropy, in nats, that cannot be; None is a private one."""
+    if loss is not None:
+        within(name, loss, 0, MOST_FLOAT)
 
 
 def check_settings(**at_least_0: float | int | None) -> None:

@@ -11,7 +11,7 @@ from fedspine.core.message import Tensors
 from fedspine.core.tensors import padded
 from fedspine.lm.base import Base, Model
 from fedspine.lm.importance import Criterion, Scores, score_stack, unit_roots
-from fedspine.lm.lora import a_name, b_name
+from fedspine.lm.lora import a_name, b_name, is_a
 from fedspine.lm.prunable_layout import PrunableSite
 
 
@@ -39,6 +39,12 @@ class TrainableStack:
             if site.layer < block and a_name(site.path) in self.adapter:
                 self.adapter[a_name(site.path)].requires_grad_(False)
                 self.adapter[b_name(site.path)].requires_grad_(False)
+
+    def freeze_a(self) -> None:
+        """Train no A factor."""
+        for name, factor in self.adapter.items():
+            if is_a(name):
+                factor.requires_grad_(False)
 
     def fit(self) -> nn.Module:
         """The module that computes with these tensors, until the base is fitted again."""

@@ -1,7 +1,7 @@
 """Local training: adapter and task head on one device's rows, with a fresh optimiser each time."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,6 +13,8 @@ from fedspine.core.checks import Asked, need
 from fedspine.core.device import Device
 from fedspine.core.errors import BadInput
 from fedspine.core.message import Tensors, message
+from fedspine.core.noise import noise_like, noisy_update
+from fedspine.core.privacy import Guard
 from fedspine.core.reads import Reads, last_steps, lasting
 from fedspine.core.task import IGNORED, Examples
 from fedspine.core.tensors import moved
@@ -21,6 +23,7 @@ from fedspine.lm.cost import Extent, training_flops, training_memory_bytes
 from fedspine.lm.importance import Scores
 from fedspine.lm.importance_tracker import ImportanceTracker, Scoring
 from fedspine.lm.lora import a_name, adapter_rank
+from fedspine.lm.per_row import RowGradients, poisson_batches
 from fedspine.lm.prefix import activations, entering, first_block, name_of
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import check_settings
@@ -122,6 +125,7 @@ class Request:
     # of adapter and head, added to what is minimised
     penalty: Callable[[Tensors], Tensor] | None = None
     lowest: int = 0  # the block below which adapters are used but not trained
+    freeze_a: bool = False  # whether the adapter's A factors stay as they are
 
     @property
     def reuses(self) -> bool:
@@ -133,10 +137,13 @@ class Request:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """The tuned model, the mean loss of the last steps, and the importance if it was tracked."""
+    """The tuned model, the mean loss of the last steps, and the importance if it was tracked.
+
+    The loss is None where the run promises privacy, which it would break.
+    """
 
     model: Model
-    loss: float
+    loss: float | None
     scores: Scores | None
 
 
@@ -149,15 +156,84 @@ def tune(
     scores: Scores | None = None,
     penalty: Callable[[Tensors], Tensor] | None = None,
     lowest: int = 0,
+    freeze_a: bool = False,
 ) -> TuneResult:
     """Train `model` for `tuning.steps` optimiser steps on the device's rows.
 
     Adapters below the block `lowest` take part as they are. `penalty` of the adapter and the head,
     by name, is added to what is minimised, not to the loss that is returned. A loss that is not
     finite ends training at once and is returned as it is; the server leaves such a reply out.
+
+    Where the run promises privacy, the model that is returned keeps the promise and may leave the
+    device; raises Declined where the device's budget does not suffice.
     """
-    request = Request(device, model, tuning, scoring, scores, penalty, lowest)
-    return train([request])[0] if device.trainer is None else device.trainer(request)
+    request = Request(device, model, tuning, scoring, scores, penalty, lowest, freeze_a)
+    if device.privacy is not None:
+        return _tuned_privately(request, device.privacy)
+    return _tuned(request)
+
+
+def _tuned(request: Request) -> TuneResult:
+    trainer = request.device.trainer
+    return train([request])[0] if trainer is None else trainer(request)
+
+
+def _tuned_privately(request: Request, guard: Guard) -> TuneResult:
+    if request.scoring is not None or request.penalty is not None:
+        raise ValueError("importance and penalties of rows have no noise, so none may be asked for")
+    match guard.terms.level:
+        case "rows":
+            return _by_dp_sgd(request, guard)
+        case "devices":
+            multiplier = guard.spend(rate=1.0, steps=1)
+            tuned, sent = _tuned(request).model, request.model
+            before, after = sent.adapter | sent.head, tuned.adapter | tuned.head
+            stack = _stacked([request])
+            values = stack.adapter | stack.head
+            trained = {n: before[n] for n, value in values.items() if value.requires_grad}
+            released = before | noisy_update(trained, after, guard, multiplier)
+            return TuneResult(_with(sent, released), None, None)
+
+
+def _by_dp_sgd(request: Request, guard: Guard) -> TuneResult:
+    """Row level: noisy sums of clipped gradients of single rows, in batches of random size."""
+    device, tuning, model = request.device, request.tuning, request.model
+    base, data, draws, clip = device.base, device.data, guard.draws, guard.terms.clip
+    rate = min(1.0, tuning.batch / len(data))
+    multiplier = guard.spend(rate, tuning.steps)
+    first = first_block(base.layout, model)
+    stored = _prefix(request, first)
+    stack = _stacked([request])
+    optimiser = _optimiser(stack, tuning)
+    values = stack.adapter | stack.head
+    gradients = RowGradients(
+        base=base,
+        model=model,
+        names=[name for name, tensor in values.items() if tensor.requires_grad],
+        data=data,
+        losses_of=losses_of,
+        first=first,
+        stored=stored,
+    )
+    steps = []
+    for rows in poisson_batches(len(data), rate, tuning.steps, draws):
+        steps.append(gradients.extent(rows))
+        for name, total in gradients.clipped_sum(values, rows, clip).items():
+            noise = multiplier * clip * noise_like(total, draws)
+            # the expected size of a batch, since its true size tells who is in it
+            values[name].grad = (total + noise) / (rate * len(data))
+        optimiser.step()
+    _account_rows(request, gradients, steps, max(first, request.lowest))
+    return TuneResult(stack.model(0), None, None)
+
+
+def _with(model: Model, tensors: Tensors) -> Model:
+    """The model with these values of its adapter and its head."""
+    return replace(
+        model,
+        adapter={name: tensors[name] for name in model.adapter},
+        head={name: tensors[name] for name in model.head},
+    )
 
 
 def train(requests: Sequence[Request]) -> list[TuneResult]:
@@ -170,8 +246,7 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
     base, tuning, scoring = lead.device.base, lead.tuning, lead.scoring
     first = first_block(base.layout, lead.model)
     prefixes = [_prefix(request, first) for request in requests]
-    stack = TrainableStack(base, [request.model for request in requests])
-    stack.freeze_below(lead.lowest)
+    stack = _stacked(requests)
     module = stack.fit()
     entry = base.start_at(first) if prefixes[0] is not None else None
     optimiser = _optimiser(stack, tuning)
@@ -217,6 +292,16 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
         TuneResult(stack.model(i), _ended(seen, counted[i], requests[i].device), tracker.scores[i])
         for i, seen in enumerate(history)
     ]
+
+
+def _stacked(requests: Sequence[Request]) -> TrainableStack:
+    """The models of requests that agree, with what they freeze."""
+    lead = requests[0]
+    stack = TrainableStack(lead.device.base, [request.model for request in requests])
+    stack.freeze_below(lead.lowest)
+    if lead.freeze_a:
+        stack.freeze_a()
+    return stack
 
 
 def _optimiser(stack: TrainableStack, tuning: Tuning) -> torch.optim.Optimizer:
@@ -349,6 +434,35 @@ def _account(request: Request, widths: list[int], first: int) -> None:
             first=first,
             scoring=scoring,
         ),
+    )
+
+
+def _account_rows(
+    request: Request, gradients: RowGradients, steps: Sequence[Extent], first: int
+) -> None:
+    """What DP-SGD costs: each row's own tokens, and one gradient for each row of a pass."""
+    device, model, layout = request.device, request.model, request.device.base.layout
+    tensors, ranks = model.adapter | model.head, ranks_by_block(layout, model)
+    numbers = sum(tensors[name].numel() for name in gradients.names)
+    at_once = min(gradients.rows_at_once, len(device.data))
+    whole = Extent(
+        tokens=sum(step.tokens for step in steps),
+        squared_tokens=sum(step.squared_tokens for step in steps),
+    )
+    memory_bytes = training_memory_bytes(
+        layout,
+        model.structure,
+        rank=ranks,
+        embeddings=device.base.embeddings,
+        batch=at_once,
+        tokens=int(device.data.lengths.max()),
+        first=first,
+    )
+    device.spend(
+        flops=training_flops(layout, model.structure, ranks, whole, first),
+        launches=len(steps) * layout.layers,
+        samples=request.tuning.steps * min(request.tuning.batch, len(device.data)),
+        memory_bytes=memory_bytes + 4 * at_once * numbers,
     )
 
 

@@ -7,12 +7,12 @@ methods are measured against. Departures: docs/methods/fedlora.md.
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 
 from fedspine.core.checks import Asked, as_ordered
-from fedspine.core.device import Device, DeviceId, on_device
+from fedspine.core.device import Device, DeviceId, keeps_privacy, on_device
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.merging import merged
@@ -45,7 +45,7 @@ class LoraOrder:
 class LoraResult:
     adapter: Tensors  # fp16
     head: Tensors  # fp16
-    loss: float  # mean over the last steps
+    loss: float | None  # mean over the last steps; None where the run promises privacy
     examples: int
 
     def check(self, asked: Asked) -> None:
@@ -54,6 +54,7 @@ class LoraResult:
         check_loss(self.loss)
 
 
+@keeps_privacy
 @on_device
 def tune_adapter(device: Device, order: LoraOrder) -> LoraResult:
     model = Model(
@@ -95,6 +96,7 @@ class FedLora(LocalTraining):
     scale: float = 2.0  # alpha / rank
     depth: int = 0  # blocks that have an adapter, counted from the top; 0: all of them
     head_start: Start = "random"  # what the task head begins as
+    privacy: ClassVar = ("rows", "devices")
 
     @classmethod
     def toy(cls) -> Self:

@@ -7,12 +7,12 @@ docs/methods/linear_probe.md.
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 
 from fedspine.core.checks import Asked, as_ordered
-from fedspine.core.device import Device, DeviceId, on_device
+from fedspine.core.device import Device, DeviceId, keeps_privacy, on_device
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.merging import merged
@@ -39,7 +39,7 @@ class ProbeOrder:
 @message
 class ProbeResult:
     head: Tensors  # fp16
-    loss: float  # mean over the last steps
+    loss: float | None  # mean over the last steps; None where the run promises privacy
     examples: int
 
     def check(self, asked: Asked) -> None:
@@ -48,6 +48,7 @@ class ProbeResult:
         check_loss(self.loss)
 
 
+@keeps_privacy
 @on_device
 def tune_head(device: Device, order: ProbeOrder) -> ProbeResult:
     trace = tune(device, _probe(device.base.layout, single(order.head)), order.tuning)
@@ -69,6 +70,7 @@ class LinearProbe(HeadTraining):
     """FedAvg of the task head over a frozen base."""
 
     learning_rate: float = 1e-2  # falls linearly to zero over the rounds
+    privacy: ClassVar = ("rows", "devices")
 
     @classmethod
     def toy(cls) -> Self:

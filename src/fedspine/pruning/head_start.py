@@ -76,6 +76,11 @@ def check_head_start(fields: HeadStart, task: Task) -> None:
     """Raise BadInput where the head is not one linear layer over the mean of the tokens."""
     if fields.head_start not in get_args(Start):
         raise unknown("method.head_start", fields.head_start, get_args(Start))
+    if fields.head_start != "random" and task.privacy is not None:
+        raise BadInput(
+            f'method.head_start is "{fields.head_start}", but class means of rows have no noise, '
+            'which [privacy] needs; set it to "random"'
+        )
     if fields.head_start == "class-means" and getattr(task.base, "pooling", None) != "mean":
         raise BadInput(
             'method.head_start is "class-means", which needs a head over the mean of the tokens; '

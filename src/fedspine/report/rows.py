@@ -24,6 +24,7 @@ class Exchange:
     bytes_up: int
     peak_memory_bytes: int
     lost: bool
+    epsilon: float | None = None  # spent by the device so far, where the run promises privacy
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def _exchange(row: Mapping[str, Any]) -> Exchange:
         bytes_up=_count(row, "bytes_up"),
         peak_memory_bytes=_count(row, "peak_memory_bytes"),
         lost=bool(row.get("lost")),
+        epsilon=_number(row, "epsilon"),
     )
 
 

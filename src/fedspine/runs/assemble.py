@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedspine.core.accountant import needs_accountant
 from fedspine.core.aggregation import Mean
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput
@@ -33,6 +34,7 @@ from fedspine.methods import all_methods
 from fedspine.nets.load import load as load_net
 from fedspine.runs import task_record
 from fedspine.runs.config import Recipe
+from fedspine.runs.promise import check_delta, privacy_of
 from fedspine.runs.read_data import dataset, modelled, row_shares
 from fedspine.runs.task_record import TaskRecord
 from fedspine.storage.records import Records
@@ -65,6 +67,8 @@ def assemble(recipe: Recipe, *, here: bool = True, begun: Path | None = None) ->
     then = None if begun is None else task_record.read(begun)
     recipe, _ = modelled(recipe)
     _check_family(recipe)
+    if recipe.privacy.promised:
+        needs_accountant()
     kinds = fleet_mix(recipe.fleet.mix, recipe.fleet.devices)
     computing = _computing(recipe.run.device)
     with task_record.needing("data", begun):
@@ -80,6 +84,7 @@ def assemble(recipe: Recipe, *, here: bool = True, begun: Path | None = None) ->
         task_record.check_base(then, record.model_sha256, recipe.task.model, begun)
     task.base.to(computing)
     shares = share_out(recipe, data, task.train) if here else ()
+    check_delta(recipe, [len(share) for share in shares])
     recipe.method.check(task)
     return Assembled(
         recipe=recipe,
@@ -157,6 +162,7 @@ def build_task(recipe: Recipe, data: Dataset, *, kept: Path | None = None) -> tu
         turns=recipe.run.rounds * min(1.0, recipe.fleet.per_round / recipe.fleet.devices)
         if storable(base, train)
         else 0.0,
+        privacy=privacy_of(recipe),
     )
     return task, tokenizer
 
@@ -250,6 +256,7 @@ def simulate(
         store=store,
         records=records,
         aggregation=recipe.fleet.aggregation or Mean(),
+        privacy=assembled.task.privacy,
     )
     return SimulatedFleet(world)
 

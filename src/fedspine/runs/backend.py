@@ -212,4 +212,5 @@ def terms_of(assembled: Assembled) -> RunTerms:
         pooling=section.pooling,
         max_tokens=section.max_tokens,
         label_names=task.label_names,
+        privacy=task.privacy,
     )

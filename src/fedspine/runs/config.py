@@ -5,8 +5,8 @@ keys refused.
 import dataclasses
 import importlib.resources
 import json
+import math
 import tomllib
-from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ from fedspine.core import parts, strict
 from fedspine.core.aggregation import TINY, Aggregation, Mean, aggregation_of
 from fedspine.core.errors import BadInput, unknown
 from fedspine.core.method import registered
+from fedspine.core.privacy import Level
 from fedspine.core.strict import Section
 from fedspine.core.task import AUTO, BUILT_IN_DATA, BUILT_IN_MODELS, NETS, Kind
 from fedspine.methods import all_methods, find
@@ -77,7 +78,7 @@ class FleetSection(Section):
     @property
     def replies(self) -> int:
         """For how many a round waits."""
-        return ceil(self.quorum * min(self.per_round, self.devices) - TINY)
+        return math.ceil(self.quorum * min(self.per_round, self.devices) - TINY)
 
 
 class RunSection(Section):
@@ -116,12 +117,37 @@ class RunSection(Section):
             return round
         if not self.seconds or not now:
             return self.rounds
-        return min(self.rounds, max(round + 1, ceil(round * self.seconds / now)))
+        return min(self.rounds, max(round + 1, math.ceil(round * self.seconds / now)))
+
+
+class PrivacySection(Section):
+    """Differential privacy of what leaves a device; no promise unless `epsilon` is given."""
+
+    level: Level = "rows"  # of a device's rows, or of a whole device
+    # of each device in the whole run; "inf": clipped and sampled, without noise
+    epsilon: Annotated[
+        float | None,
+        pydantic.Field(gt=0, allow_inf_nan=True),
+        pydantic.BeforeValidator(lambda value: math.inf if value == "inf" else value),
+        pydantic.PlainSerializer(lambda value: "inf" if value == math.inf else value),
+    ] = None
+    delta: float | None = pydantic.Field(None, gt=0, lt=1)
+    clip: float = pydantic.Field(1.0, gt=0)  # norm of a row's gradient, or of a device's update
+
+    @property
+    def promised(self) -> bool:
+        """Whether the section is in force."""
+        return self.epsilon is not None
 
 
 # what the embedded job's method was tuned in, on that job's own data
 OF_ITS_DATA = ("learning_rate", "head_lr_multiplier")
-SECTIONS: dict[str, type[Section]] = {"task": TaskSection, "fleet": FleetSection, "run": RunSection}
+SECTIONS: dict[str, type[Section]] = {
+    "task": TaskSection,
+    "fleet": FleetSection,
+    "run": RunSection,
+    "privacy": PrivacySection,
+}
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -130,9 +156,9 @@ class Recipe:
 
     `method` is an instance of a registered method, its name, or its table in a recipe file.
     Everything else is given by the names that recipe files use (docs/recipes.md), which differ
-    between sections, or as whole sections, `task`, `fleet` and `run`; what is not given has the
-    default of recipe files. Raises BadInput for unknown names, with the nearest one, and for
-    values that cannot be.
+    between sections, or as whole sections, `task`, `fleet`, `run` and `privacy`; what is not given
+    has the default of recipe files. Raises BadInput for unknown names, with the nearest one, and
+    for values that cannot be.
 
     >>> from fedspine import FedLora, Recipe
     >>> recipe = Recipe(method=FedLora(rank=4), data="rows.csv", devices=20, rounds=5)
@@ -146,6 +172,7 @@ class Recipe:
     fleet: FleetSection
     method: Any
     run: RunSection
+    privacy: PrivacySection
 
     def __init__(
         self,
@@ -154,12 +181,15 @@ class Recipe:
         task: TaskSection | dict[str, Any] | None = None,
         fleet: FleetSection | dict[str, Any] | None = None,
         run: RunSection | dict[str, Any] | None = None,
+        privacy: PrivacySection | dict[str, Any] | None = None,
         **values: Any,
     ) -> None:
         made = {"method": _method(method)}
         flat = _by_section(values, made["method"])
-        for (name, cls), whole in zip(SECTIONS.items(), (task, fleet, run), strict=True):
+        given = (task, fleet, run, privacy)
+        for (name, cls), whole in zip(SECTIONS.items(), given, strict=True):
             made[name] = _section(name, cls, whole, flat[name])
+        _check_privacy(made["privacy"], made["method"])
         made["task"] = _of_one_kind(made["task"])
         _check_quorum(made["method"], made["fleet"])
         _check_aggregation(made["method"], made["fleet"])
@@ -169,12 +199,13 @@ class Recipe:
     def table(self) -> dict[str, dict[str, Any]]:
         """As nested tables for TOML, without None values."""
         sections = {name: getattr(self, name).model_dump(exclude_none=True) for name in SECTIONS}
-        return {
+        tables = {
             "task": sections["task"],
             "fleet": sections["fleet"],
             "method": parts.table_of(self.method),
             "run": sections["run"],
         }
+        return tables | ({"privacy": sections["privacy"]} if self.privacy.promised else {})
 
     def toml(self) -> str:
         return tomli_w.dumps({"format": FORMAT} | self.table())
@@ -326,6 +357,28 @@ def _section(name: str, cls: type[Section], whole: Any, values: dict[str, Any]) 
     if whole is not None and not isinstance(whole, dict):
         raise BadInput(f"{name} must be a {cls.__name__} or a table; {whole!r} came")
     return strict.section(name, cls, (whole or {}) | values)
+
+
+def _check_privacy(privacy: PrivacySection, method: Any) -> None:
+    """Raise BadInput for a promise that is not complete, or that the method cannot keep."""
+    if not privacy.promised:
+        if privacy.model_fields_set:
+            raise BadInput(
+                "privacy.epsilon is missing; give the epsilon of each device in the whole run, or "
+                "leave [privacy] out"
+            )
+        return
+    if privacy.delta is None:
+        raise BadInput(
+            f"privacy.epsilon is {privacy.epsilon} and privacy.delta is missing; give a delta well "
+            "below 1 over the rows of a device, such as 1e-5"
+        )
+    if privacy.level not in method.privacy:
+        able = [name for name, cls in all_methods().items() if privacy.level in cls.privacy]
+        raise BadInput(
+            f"method {method.name!r} cannot keep [privacy], since more leaves its devices than "
+            f"clipped updates with noise; choose one of {', '.join(able)}, or leave [privacy] out"
+        )
 
 
 def _of_one_kind(task: TaskSection) -> TaskSection:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedspine.core.errors import of_machine
 from fedspine.core.fleet import AllLost, Diverged, NoMemory
+from fedspine.core.privacy import SPENT
 from fedspine.execution.workers import WorkerLost, WorkFailed
 from fedspine.runs.config import Recipe
 
@@ -28,6 +29,8 @@ def advice(
             return f"lower method.learning_rate ({rate}) and start a new run; {anew}"
         case NoMemory():
             return f"start a new run with that; {anew}"
+        case AllLost() if SPENT in str(error):
+            return f"raise privacy.epsilon and start a new run; {anew}"
         case AllLost() if simulated and recipe.fleet.drop:
             return f"lower fleet.drop ({_number(recipe.fleet.drop)}) and start a new run; {anew}"
         case AllLost():

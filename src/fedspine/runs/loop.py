@@ -43,6 +43,7 @@ from fedspine.runs.config import Recipe
 from fedspine.runs.eta import Estimate, WorkPlan
 from fedspine.runs.failure_advice import advice
 from fedspine.runs.observer import RunObserver, RunStatus
+from fedspine.runs.promise import spent_of
 from fedspine.runs.read_data import dataset
 from fedspine.runs.run_dir import (
     CACHE,
@@ -298,6 +299,7 @@ def _run(
         progress.stage("scoring the deployed models")
         simulated = isinstance(backend, Simulation)
         summary = _summary(context, point, progress)
+        summary |= spent_of(recipe, _recorded(context, run_dir))
         summary |= _references(context, run_dir, progress, simulated=simulated)
         if lines := _last_doubts(context, point, run_dir):
             summary["warnings"] = lines

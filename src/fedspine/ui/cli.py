@@ -175,7 +175,8 @@ def run(
     """Fine-tune and prune across a simulated fleet; without a recipe, the embedded job (80 devices,
     MiniLM).
 
-    A recipe has the tables [task], [fleet], [method] and [run]; docs/recipes.md lists all keys.
+    A recipe has the tables [task], [fleet], [method] and [run], and may have
+    [privacy]; docs/recipes.md lists all keys.
 
     fedspine run --set method.sparsity=0.3 --set run.rounds=16
 

@@ -1,0 +1,216 @@
+"""What a site demands of a run's privacy, and what it has spent of its own budget over all runs.
+
+The server cannot set any of it back: ledger and key lie in the site's folder, and neither follows
+from the versions of memory that orders name.
+"""
+
+import hashlib
+import hmac
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import pydantic
+
+from fedspine.core.accountant import Spending, epsilon_of, needs_accountant
+from fedspine.core.device import Call
+from fedspine.core.draws import SecretDraws
+from fedspine.core.errors import BadInput
+from fedspine.core.message import NotAMessage, message, pack, unpack
+from fedspine.core.privacy import SPENT, Declined, Guard, Level, Privacy, Spent, added, afforded
+from fedspine.core.strict import Section
+from fedspine.core.task import Examples
+from fedspine.flare.run_terms import Refused, RunTerms, refusing
+from fedspine.storage.store import STATE_SPARE_BYTES, sealed, unsealed, write_atomically
+
+FOLDER, KEY, LEDGER = "privacy", "key", "ledger.safetensors"  # in the site's folder
+KEY_BYTES = 32
+
+
+class SitePrivacySection(Section):
+    """The least that a run must promise, and the site's own budget over all runs that promise
+    anything; None: nothing is demanded.
+    """
+
+    level: Level | None = None  # "rows": a promise of either level will do
+    epsilon: float | None = pydantic.Field(None, gt=0)
+    delta: float | None = pydantic.Field(None, gt=0, lt=1)
+
+    @property
+    def demands(self) -> bool:
+        return self.level is not None or self.epsilon is not None
+
+
+def check_section(section: SitePrivacySection) -> None:
+    """Raise BadInput for an epsilon without a delta, or a delta alone."""
+    if (section.epsilon is None) != (section.delta is None):
+        given, lacking = ("epsilon", "delta") if section.delta is None else ("delta", "epsilon")
+        raise BadInput(f"privacy.{given} is given and privacy.{lacking} is missing; give both")
+    if section.demands:
+        needs_accountant()
+
+
+def check_promise(site: str, section: SitePrivacySection, terms: RunTerms) -> None:
+    """Raise Refused for a run that promises less than the site demands."""
+    with refusing("privacy"):
+        if terms.privacy is not None:
+            needs_accountant()
+        if not section.demands:
+            return
+        if wrong := _short_of(section, terms.privacy):
+            raise BadInput(
+                f"site {site} does not take part: {wrong}; ask for a run that promises more, or "
+                "demand less in [privacy]"
+            )
+
+
+def check_rows(site: str, privacy: Privacy | None, rows: int) -> None:
+    """Raise Refused for a delta with which one of the site's rows might be published whole."""
+    if privacy is not None and privacy.level == "rows" and privacy.delta >= 1 / rows:
+        raise Refused(
+            f"site {site} does not take part: the run's delta is {privacy.delta:g}, and it has "
+            f"{rows} rows; below {1 / rows:.2g} was expected",
+            "privacy",
+        )
+
+
+@message
+class RunSpent:
+    """What a site has spent in one run; `answers` are the digests of the orders it was spent on."""
+
+    entries: tuple[Spending, ...]
+    epsilon: float
+    answers: tuple[str, ...]
+
+
+@message
+class SiteSpent:
+    """What a site has spent in each run, by the run's name."""
+
+    runs: dict[str, RunSpent]
+
+
+@dataclass
+class SiteLedger:
+    """The ledger of a site for one order, on disk before the order's answer exists.
+
+    An order that is served again draws what it drew before and gives the same answer, so it spends
+    nothing.
+    """
+
+    path: Path
+    section: SitePrivacySection
+    terms: Privacy
+    run: str
+    order: str  # its digest
+
+    @property
+    def spent(self) -> Spent:
+        found = self._read().runs.get(self.run)
+        return Spent() if found is None else Spent(entries=found.entries, epsilon=found.epsilon)
+
+    def spend(self, spending: Spending) -> None:
+        whole = self._read()
+        before = whole.runs.get(self.run) or RunSpent(entries=(), epsilon=0.0, answers=())
+        if self.order in before.answers:
+            return
+        after = afforded(before.entries, spending, self.terms)
+        self._check_site([run for name, run in whole.runs.items() if name != self.run], after)
+        now = RunSpent(
+            entries=after.entries, epsilon=after.epsilon, answers=(*before.answers, self.order)
+        )
+        written = pack(SiteSpent(runs=whole.runs | {self.run: now})).payload
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, sealed(written))
+
+    def _check_site(self, others: list[RunSpent], after: Spent) -> None:
+        """Raise Declined where all runs together exceed the site's own budget."""
+        epsilon, delta = self.section.epsilon, self.section.delta
+        if epsilon is None or delta is None:
+            return
+        entries = after.entries
+        for run in others:
+            for entry in run.entries:
+                entries = added(entries, entry)
+        if epsilon_of(entries, delta) > epsilon:
+            raise Declined(SPENT)
+
+    def _read(self) -> SiteSpent:
+        if not self.path.is_file():
+            return SiteSpent(runs={})
+        try:
+            return unpack(unsealed(self.path.read_bytes()), spare_bytes=STATE_SPARE_BYTES)
+        except NotAMessage as error:
+            raise BadInput(
+                f"{self.path} is damaged, so nobody knows what is spent ({error}); the site "
+                "answers no private run until it is restored, or removed, which forgets it"
+            ) from None
+
+
+def opened_sha256(terms: RunTerms, rows: Examples) -> str:
+    """A digest of all that answers depend on besides the orders: the terms and the rows."""
+    arrays = (rows.ids, rows.offsets, rows.labels, rows.segments)
+    held = hashlib.sha256(pack(terms).payload)
+    for array in arrays:
+        held.update(b"none" if array is None else hashlib.sha256(array.tobytes()).digest())
+    return held.hexdigest()
+
+
+def site_guard(
+    folder: Path, section: SitePrivacySection, run: str, opened: str, call: Call
+) -> Guard | None:
+    """What keeps the promise of a call's run at the site in `folder`; None where there is none.
+
+    The draws follow from the site's key and from all that the answer depends on, `opened` being the
+    digest of what no order says: so noise is never drawn twice for answers that differ.
+    """
+    if call.privacy is None:
+        return None
+    home = folder / FOLDER
+    named = pack((run, opened, call.device, call.work, call.seed, call.round)).payload
+    parts = (named, call.order, call.memory or b"")
+    digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts))
+    return Guard(
+        terms=call.privacy,
+        draws=SecretDraws(hmac.digest(_key(home), digest.digest(), hashlib.sha256)),
+        ledger=SiteLedger(home / LEDGER, section, call.privacy, run, digest.hexdigest()),
+    )
+
+
+def _key(home: Path) -> bytes:
+    """The key of the site's noise, made once; only its owner may read it.
+
+    Without it nobody can take the noise out of an answer, so it must never be empty or known.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    path = home / KEY
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        key = path.read_bytes()
+        if len(key) != KEY_BYTES:
+            raise BadInput(
+                f"{path} is damaged: {KEY_BYTES} bytes were expected; remove it, and the site "
+                "makes another"
+            ) from None
+        return key
+    with os.fdopen(descriptor, "wb") as file:
+        key = secrets.token_bytes(KEY_BYTES)
+        file.write(key)
+        file.flush()
+        os.fsync(file.fileno())
+    return key
+
+
+def _short_of(section: SitePrivacySection, privacy: Privacy | None) -> str | None:
+    """What a run lacks of the site's demands; None where it lacks nothing."""
+    if privacy is None or privacy.epsilon is None:
+        return "the run promises no privacy, which its [privacy] demands"
+    if section.level == "devices" and privacy.level == "rows":
+        return "the run promises privacy of rows, and its privacy.level demands that of devices"
+    for name in ("epsilon", "delta"):
+        most, came = getattr(section, name), getattr(privacy, name)
+        if most is not None and came > most:
+            return f"the run's {name} is {came:g}, and its privacy.{name} allows {most:g}"
+    return None
