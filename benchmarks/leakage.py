@@ -1,0 +1,476 @@
+"""What leaves a device, and what a server can read from it: membership, labels and tokens of the
+rows behind an answer, by published attacks.
+
+`python benchmarks/leakage.py --quick` takes minutes for each method on one core and writes
+results/leakage.md. A device holds 1, 8 or 32 rows of trec6 and answers one order of one step over
+all of them; the server knows the base, the order, and other rows of the same kind. A *curious*
+server sends what its method sends, a *hostile* one writes the order to learn from the answer.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import leakage_attacks as attacks
+import leakage_ground as ground
+import numpy as np
+import torch
+from leakage_ground import Wiretap
+
+from fedspine.core.task import Examples, Task
+from fedspine.data.dataset import Rows
+from fedspine.data.pydocs import TOPICS, read
+from fedspine.lm.encode import encode
+from fedspine.lm.load import load
+from fedspine.methods.fedavg import FedAvg
+from fedspine.methods.fedlora import FedLora
+from fedspine.methods.fedspine import FedSpine
+from fedspine.methods.linear_probe import LinearProbe
+from fedspine.methods.mergesfl import MergeSfl
+from fedspine.methods.splitlora import SplitLora
+from fedspine.pruning.head_start import ClassMeans
+
+HERE = Path(__file__).parent
+DATA = HERE.parent.parent / "shared" / "data"
+PLACES = 16  # tokens of a text that are read
+PUBLIC, POOL = 2000, 96  # rows that the server knows, rows that a device may hold
+ROUNDS = 10  # of the run of which the second round is attacked
+# answers for each number of rows, and shadow answers
+QUICK = {1: 24, 8: 12, 32: 8}, 12
+WHOLE = {1: 96, 8: 48, 32: 32}, 48
+
+# with the defaults of each; FedSpine at the largest of its ranks, which tells most
+METHODS: dict[str, Any] = {
+    "fedlora": FedLora(),
+    "fedlora, class means": FedLora(head_start="class-means"),
+    "linear_probe": LinearProbe(),
+    "fedspine": FedSpine(ranks=(32,)),
+    "fedavg": FedAvg(),
+    "splitlora": SplitLora(),
+    "splitlora, cut 0": SplitLora(cut=0),
+    "mergesfl": MergeSfl(),
+}
+
+
+@dataclass
+class Scene:
+    """What all attacks of a run share."""
+
+    task: Task
+    public: Examples
+    pool: Examples
+    vocabulary: attacks.Vocabulary
+    known: tuple[int, ...]  # tokens in every text
+    seed: int
+
+    @classmethod
+    def of(cls, task: Task, known: Sequence[int], *, public: int, pool: int, seed: int) -> "Scene":
+        """The first rows of a shuffle are the server's, the next may be the device's."""
+        order = np.random.default_rng(seed).permutation(len(task.train))
+        return cls(
+            task=task,
+            public=task.train.take(order[:public]),
+            pool=task.train.take(order[public : public + pool]),
+            vocabulary=attacks.Vocabulary.of(task.base, task.max_tokens, known),
+            known=tuple(known),
+            seed=seed,
+        )
+
+    @property
+    def prior(self) -> np.ndarray:
+        """The share of each class in the public rows."""
+        counts = np.bincount(self.public.labels, minlength=len(self.task.label_names))
+        return counts / counts.sum()
+
+    def draws(self, rows: int, answers: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """A seed, the device's rows and as many others, for each answer."""
+        for answer in range(answers):
+            rng = np.random.default_rng([self.seed, rows, answer])
+            chosen = rng.permutation(len(self.pool))
+            yield int(rng.integers(2**31)), chosen[:rows], chosen[rows : 2 * rows]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one attack gave over all answers: for each its score, and the same beside rows that the
+    answer is not about.
+    """
+
+    server: str
+    what: str  # "tokens", "labels" or "members"
+    attack: str
+    scores: list[float]
+    control: list[float]
+
+    def row(self, method: str, rows: int) -> dict[str, Any]:
+        low, high = attacks.interval(self.scores)
+        chance = attacks.interval(self.control) if self.control else (0.5, 0.5)
+        return {
+            "method": method,
+            "server": self.server,
+            "what": self.what,
+            "attack": self.attack,
+            "rows": rows,
+            "answers": len(self.scores),
+            "mean": float(np.mean(self.scores)),
+            "low": low,
+            "high": high,
+            "control": float(np.mean(self.control)) if self.control else 0.5,
+            "control_low": chance[0],
+            "control_high": chance[1],
+            "whole": float(np.mean([score >= 1 - 1e-9 for score in self.scores])),
+        }
+
+
+class Tally:
+    """Scores by server, what was sought and attack."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+        self._found: dict[tuple[str, str, str], Found] = {}
+
+    def add(
+        self, server: str, what: str, attack: str, score: float, control: float | None = None
+    ) -> None:
+        key = server, what, attack
+        found = self._found.setdefault(key, Found(*key, [], []))
+        found.scores.append(score)
+        if control is not None:
+            found.control.append(control)
+
+    def tokens(
+        self, server: str, attack: str, came: Any, used: np.ndarray, unused: np.ndarray
+    ) -> None:
+        """Recall of the distinct tokens of the rows used, and of others from the same answer.
+
+        `came` are tokens, or scores of all of them, of which as many count as there are.
+        """
+        recalls = []
+        for rows in (used, unused):
+            held = ground.distinct_tokens(self._scene.pool.take(rows), self._scene.known)
+            said = came if isinstance(came, set) else attacks.best(came, len(held))
+            recalls.append(len(said & held) / len(held))
+        self.add(server, "tokens", attack, *recalls)
+
+    def labels(
+        self, server: str, attack: str, counts: np.ndarray, used: np.ndarray, unused: np.ndarray
+    ) -> None:
+        """The share of rows whose class is among the counts, and of others from the same answer."""
+        shares = []
+        for rows in (used, unused):
+            held = np.bincount(self._scene.pool.labels[rows], minlength=len(counts))
+            shares.append(float(np.minimum(held, counts).sum() / len(rows)))
+        self.add(server, "labels", attack, *shares)
+
+    @property
+    def found(self) -> list[Found]:
+        return list(self._found.values())
+
+
+# --- methods whose devices send weights ---
+
+
+def attack_updates(scene: Scene, method: Any, rows: int, answers: int, shadows: int) -> list[Found]:
+    """All attacks on what comes back of weights that were sent."""
+    base, tally = scene.task.base, Tally(scene)
+    state = ground.warmed(method, scene.task, scene.public, scene.seed)
+    small = replace(method, steps=1, batch=rows)
+    before, flat, members, fallen = None, [], [], []
+    of_signs = of_base = None
+    for seed, used, unused in scene.draws(rows, answers):
+        tap = Wiretap(base, scene.pool.take(used), seed)
+        small.round(state, tap)
+        update = ground.updates(tap)[-1]
+        if before is None:
+            sent = update.model(update.sent)
+            before = ground.row_losses(base, sent, scene.pool)
+            of_signs = _decoder(scene, torch.sign(ground.readout(base, sent, scene.public)))
+            of_base = _decoder(scene, _base_features(scene))
+        counts = attacks.labels_by_sign(update.bias, scene.prior, rows)
+        tally.labels("curious", "signs of the bias", counts, used, unused)
+        seen = attacks.signed_features(update.bias, update.head)
+        tally.tokens("curious", "head", of_signs(seen, unit=False), used, unused)
+        if len(update.first_factors):
+            inside = attacks.tokens_in_span(update.first_factors, scene.vocabulary, signs=True)
+            tally.tokens("curious", "span", inside, used, unused)
+        _attack_hostile(scene, tally, tap, update, of_base, (used, unused))
+        after = ground.row_losses(base, update.model(update.back), scene.pool)
+        fallen.append(attacks.members_by_loss(before, after))
+        flat.append(update.flat)
+        members.append(np.isin(np.arange(len(scene.pool)), used))
+    out = _shadow_falls(scene, small, state, before, rows, shadows)
+    own = _cosines(scene, tap, update, flat)
+    for fall, near, member in zip(fallen, own, members, strict=True):
+        tally.add("curious", "members", "loss", attacks.auc(fall, member))
+        lira = attacks.members_by_lira(fall, out)
+        tally.add("curious", "members", "LiRA", attacks.auc(lira, member))
+        tally.add("curious", "members", "gradient", attacks.auc(near, member))
+    return tally.found
+
+
+def _attack_hostile(
+    scene: Scene,
+    tally: Tally,
+    tap: Wiretap,
+    update: ground.Update,
+    decoder: attacks.BagDecoder,
+    rows: tuple[np.ndarray, np.ndarray],
+) -> None:
+    """Labels, class features and tokens, from orders that are written for them."""
+    base = scene.task.base
+    answer = ground.asked_again(tap, update, ground.for_labels(base, update.order))
+    counts = attacks.labels_by_counts(answer.bias, answer.result.loss, ground.DOUBT, len(rows[0]))
+    tally.labels("hostile", "counts from the bias", counts, *rows)
+    seen = attacks.class_features(answer.head, counts)
+    tally.tokens("hostile", "head", decoder(seen, unit=True), *rows)
+    if len(update.first_factors):
+        answer = ground.asked_again(tap, update, ground.for_tokens(base, update.order))
+        inside = attacks.tokens_in_span(answer.first_factors, scene.vocabulary, signs=False)
+        tally.tokens("hostile", "span", inside, *rows)
+
+
+def _decoder(scene: Scene, features: torch.Tensor) -> attacks.BagDecoder:
+    return attacks.BagDecoder.learnt(
+        features, scene.public, scene.task.base.config.vocab_size, scene.known
+    )
+
+
+def _base_features(scene: Scene) -> torch.Tensor:
+    base = scene.task.base
+    head = base.initial_head(np.random.default_rng(0))
+    bare = ground.Model(structure=ground.full(base.layout), adapter={}, head=head, scale=1.0)
+    return ground.readout(base, bare, scene.public)
+
+
+def _shadow_falls(
+    scene: Scene, small: Any, state: Any, before: np.ndarray, rows: int, shadows: int
+) -> np.ndarray:
+    """How the losses of all candidates fall by answers about public rows, [shadows, candidates]."""
+    falls = []
+    for shadow in range(shadows):
+        rng = np.random.default_rng([scene.seed, rows, shadow, 1])
+        chosen = rng.permutation(len(scene.public))[:rows]
+        tap = Wiretap(scene.task.base, scene.public.take(chosen), int(rng.integers(2**31)))
+        small.round(state, tap)
+        update = ground.updates(tap)[-1]
+        after = ground.row_losses(scene.task.base, update.model(update.back), scene.pool)
+        falls.append(attacks.members_by_loss(before, after))
+    return np.stack(falls)
+
+
+def _cosines(
+    scene: Scene, tap: Wiretap, update: ground.Update, flat: Sequence[torch.Tensor]
+) -> np.ndarray:
+    """The likeness of each answer and each candidate's own, [answers, candidates]."""
+    order, found = ground.for_one(update.order), np.zeros((len(flat), len(scene.pool)))
+    for candidate in range(len(scene.pool)):
+        own = ground.asked_again(tap, update, order, scene.pool.take(np.array([candidate]))).flat
+        found[:, candidate] = [attacks.members_by_gradient(each, own) for each in flat]
+    return found
+
+
+# --- methods whose devices send class means or features ---
+
+
+def attack_class_means(scene: Scene, method: Any, rows: int, answers: int) -> list[Found]:
+    """The exchange before the first round, in which counts and means of classes are asked."""
+    tally, small = Tally(scene), replace(method, steps=1, batch=rows)
+    state = method.start(scene.task, np.random.default_rng(scene.seed))
+    decoder = _decoder(scene, _base_features(scene))
+    for seed, used, unused in scene.draws(rows, answers):
+        tap = Wiretap(scene.task.base, scene.pool.take(used), seed)
+        small.round(state, tap)
+        means = next(got for _, _, got in tap.seen if isinstance(got, ClassMeans))
+        counts = means.counts.numpy()
+        counts = counts + (rows - counts.sum()) * scene.prior
+        tally.labels("curious", "counts are sent", counts, used, unused)
+        seen = list(means.means["means"].float()[means.counts > 0])
+        tally.tokens("curious", "class means", decoder(seen, unit=False), used, unused)
+    return tally.found
+
+
+def attack_features(scene: Scene, method: Any, rows: int, answers: int) -> list[Found]:
+    """Features and labels of single rows, as split methods send them."""
+    base, tally = scene.task.base, Tally(scene)
+    state = ground.warmed(method, scene.task, scene.public, scene.seed)
+    small, inverter, own = replace(method, steps=1, batch=rows), None, None
+    for seed, used, unused in scene.draws(rows, answers):
+        tap = Wiretap(base, scene.pool.take(used), seed)
+        small.round(state, tap)
+        order, seen, labels = ground.first_features(tap)
+        if own is None:
+            own = ground.client_features(base, order, scene.pool)
+            whole = replace(order, weights={}, cutting=replace(order.cutting, cut=0))
+            if order.cutting.cut:
+                inverter = attacks.Inverter.learnt(
+                    ground.client_features(base, order, scene.public),
+                    ground.client_features(base, whole, scene.public),
+                )
+        rows_seen = seen if inverter is None else [inverter(row) for row in seen]
+        came = {
+            token for row in attacks.tokens_nearest(rows_seen, scene.vocabulary) for token in row
+        }
+        tally.tokens("curious", "nearest embedding", came - set(scene.known), used, unused)
+        counts = np.bincount(labels, minlength=len(scene.task.label_names))
+        tally.labels("curious", "labels are sent", counts, used, unused)
+        near = np.array([attacks.members_by_features(seen, each) for each in own])
+        member = np.isin(np.arange(len(scene.pool)), used)
+        tally.add("curious", "members", "features", attacks.auc(near, member))
+    return tally.found
+
+
+def attacked(scene: Scene, name: str, rows: int, answers: int, shadows: int) -> list[Found]:
+    """Everything that is tried on one method."""
+    method = METHODS[name]
+    match method:
+        case SplitLora() | MergeSfl():
+            return attack_features(scene, method, rows, answers)
+        case FedLora(head_start="class-means"):
+            return attack_class_means(scene, method, rows, answers)
+    return attack_updates(scene, method, rows, answers, shadows)
+
+
+# --- the run ---
+
+
+def scene_of(data: str, layers: int, seed: int) -> Scene:
+    """MiniLM's first blocks, and trec6 or pydoc-topics."""
+    if data == "trec6":
+        from pyarrow import parquet
+
+        table = parquet.read_table(DATA / "trec6" / "train.parquet")
+        names = tuple(json.loads(table.schema.metadata[b"label_names"]))
+        columns = table.to_pydict()
+        texts, labels = tuple(columns["text"]), np.array(columns["label"])
+    else:
+        names, found = tuple(TOPICS), read()
+        texts = tuple(text for text, _, _ in found)
+        labels = np.array([names.index(topic) for _, topic, _ in found])
+    base, tokenizer = load("minilm", kind="classification", classes=len(names), layers=layers)
+    rows = Rows(texts=texts, pairs=None, labels=labels, columns={})
+    train = encode(tokenizer, rows, "classification", PLACES)
+    task = Task(
+        kind="classification",
+        base=base,
+        train=train,
+        test=train,
+        label_names=names,
+        max_tokens=PLACES,
+        rounds=ROUNDS,
+    )
+    return Scene.of(task, tokenizer.all_special_ids, public=PUBLIC, pool=POOL, seed=seed)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer answers: minutes per method")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument(
+        "--rows", nargs="+", type=int, choices=list(QUICK[0]), default=list(QUICK[0])
+    )
+    parser.add_argument("--data", choices=["trec6", "pydoc-topics"], default="trec6")
+    parser.add_argument("--layers", type=int, default=3, help="blocks of MiniLM")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-write", dest="write", action="store_false", help="only print")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    answers, shadows = QUICK if options.quick else WHOLE
+    scene = scene_of(options.data, options.layers, options.seed)
+    print(f"{len(scene.public)} public rows, {len(scene.pool)} candidates", flush=True)
+    table: list[dict[str, Any]] = []
+    for name in options.methods:
+        for rows in options.rows:
+            began = time.monotonic()
+            found = attacked(scene, name, rows, answers[rows], shadows)
+            table += [each.row(name, rows) for each in found]
+            told = "; ".join(
+                f"{e.server} {e.what} {e.attack} {np.mean(e.scores):.2f}" for e in found
+            )
+            print(f"{name}, {rows} rows, {time.monotonic() - began:.0f} s: {told}", flush=True)
+        if options.write:
+            _write(table, options)
+    return 0
+
+
+def _write(table: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Put these rows in place of those that earlier calls with the same settings found."""
+    kept = HERE / "results" / "leakage.json"
+    how = {"quick": options.quick, "data": options.data, "layers": options.layers}
+    how |= {"seed": options.seed, "commit": _commit(), "torch": torch.__version__}
+    known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {"rows": []}
+    new = {(row["method"], row["rows"]) for row in table}
+    rows = [row for row in known["rows"] if (row["method"], row["rows"]) not in new] + [
+        row | {"how": how} for row in table
+    ]
+    rows.sort(key=lambda row: (list(METHODS).index(row["method"]), row["rows"]))
+    kept.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    kept.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout.strip()
+
+
+TITLES = {
+    "tokens": (
+        "Tokens",
+        "Recall of the distinct tokens of the rows, special ones apart: the mean over answers, its "
+        "95 % interval, and the share of answers of which every token was found. *Chance*: the same "
+        "tokens held against as many rows that the answer is not about.",
+        "recall",
+    ),
+    "labels": (
+        "Labels",
+        "The share of rows whose label is among those recovered. *Chance*: the same labels held "
+        "against rows that the answer is not about.",
+        "share",
+    ),
+    "members": (
+        "Membership",
+        "AUC of telling the rows behind an answer from the other candidates; chance is 0.5.",
+        "AUC",
+    ),
+}
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The tables of results/leakage.md."""
+    ways = {json.dumps(row["how"], sort_keys=True): row["how"] for row in rows}
+    lines = ["# What can be read from an answer", ""]
+    for how in ways.values():
+        command = f"python benchmarks/leakage.py{' --quick' if how['quick'] else ''}"
+        lines += [
+            f"`{command} --data {how['data']} --layers {how['layers']} --seed {how['seed']}`, "
+            f"commit {how['commit']}, torch {how['torch']}: MiniLM's first {how['layers']} blocks, "
+            f"fp32, {PLACES} tokens of a text, {PUBLIC} public rows, {POOL} candidates.",
+            "",
+        ]
+    for what, (title, text, measure) in TITLES.items():
+        lines += [f"## {title}", "", text, ""]
+        whole = what == "tokens"
+        heads = ["method", "server", "attack", "rows", "answers", measure, "95 %", "chance"]
+        heads += ["whole"] if whole else []
+        lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+        for row in rows:
+            if row["what"] != what:
+                continue
+            cells = [row["method"], row["server"], row["attack"], row["rows"], row["answers"]]
+            cells += [f"{row['mean']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}"]
+            chance = f"{row['control']:.2f}"
+            if what != "members":
+                chance += f" ({row['control_low']:.2f} to {row['control_high']:.2f})"
+            cells += [chance] + ([f"{row['whole']:.2f}"] if whole else [])
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

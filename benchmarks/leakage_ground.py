@@ -1,0 +1,347 @@
+"""What a server sees of one device: a tapped exchange, a server that is only curious, and one that
+writes its orders to learn as much as it can.
+
+Everything that leaves is taken from packed messages, of work served by `core.device.serve` as any
+fleet serves it. A hostile order stays within what a device does today: its shapes fit the model and
+its settings are of the declared types.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import inf
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedspine.core.device import Call, name_of, serve
+from fedspine.core.fleet import Cost, Idle, Profile, Reply
+from fedspine.core.message import Tensors, pack, unpack
+from fedspine.core.task import Examples, Task
+from fedspine.core.tensors import single
+from fedspine.lm.base import Base, Model
+from fedspine.lm.importance_sources import AtRandom
+from fedspine.lm.lora import a_name, b_name
+from fedspine.lm.pooling import mean_of_tokens
+from fedspine.lm.structure import full
+from fedspine.methods.fedavg import AverageOrder, AverageResult
+from fedspine.methods.fedlora import LoraOrder, LoraResult
+from fedspine.methods.linear_probe import ProbeOrder, ProbeResult
+from fedspine.pruning.device import SpineOrder, SpineResult
+from fedspine.split.device import Begin
+from fedspine.split.wire import labels_unwired, unwired
+
+ROWS = 64  # of a forward pass
+DEVICE = "device"
+# AdamW divides a gradient by its size plus 1e-8. One that was clipped far below that comes through
+# in proportion, so the order decides whether a step shows signs or the gradient itself.
+QUIET, LOUD = 1e-12, 1e7  # the clip, and a rate that brings the step back to what fp16 holds
+DOUBT = 10.0  # nats that the steered head takes from every class but the favoured one
+
+
+@dataclass
+class Wiretap:
+    """A fleet of one device that holds `data`, whose orders and answers are all kept."""
+
+    base: Base
+    data: Examples
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.devices = (
+            Profile(id=DEVICE, site="here", examples=len(self.data), memory_bytes=1 << 40),
+        )
+        self.seen: list[tuple[Any, Any, Any]] = []  # (work, order, result)
+        self.now = 0.0
+        self._memory: bytes | None = None
+        self._pending: deque[Reply[Any]] = deque()
+
+    def ask(self, work: Any, orders: Mapping[str, Any], *, within: float = inf) -> list[Reply[Any]]:
+        return [self._exchange(work, orders[DEVICE])] if DEVICE in orders else []
+
+    def send(self, work: Any, orders: Mapping[str, Any]) -> None:
+        self._pending.extend(self.ask(work, orders))
+
+    def next(self) -> Reply[Any]:
+        if not self._pending:
+            raise Idle("nothing is pending")
+        return self._pending.popleft()
+
+    def note(self, **values: Any) -> None:
+        """Nothing is recorded."""
+
+    def wait(self, seconds: float) -> None:
+        """Time does not pass."""
+
+    def foresee(self, device: str, **cost: float) -> None:
+        """Nobody knows times here."""
+
+    def only(self, ids: Iterable[str]) -> "Wiretap":
+        return self
+
+    def together(self, job: Callable[..., Any], groups: Mapping[str, Iterable[str]]) -> Any:
+        return {name: job(name, self) for name in groups}
+
+    def _exchange(self, work: Any, order: Any) -> Reply[Any]:
+        call = Call(
+            device=DEVICE,
+            index=0,
+            work=name_of(work),
+            order=pack(order).payload,
+            memory=self._memory,
+            seed=(self.seed, len(self.seen)),
+        )
+        served = serve(call, self.base, self.data)
+        self._memory = served.memory
+        result = unpack(served.result)
+        self.seen.append((work, unpack(call.order), result))
+        cost = Cost(
+            bytes_down=len(call.order),
+            bytes_up=len(served.result),
+            flops=served.flops,
+            peak_memory_bytes=served.peak_memory_bytes,
+            seconds=1.0,
+        )
+        return Reply(device=DEVICE, value=result, cost=cost)
+
+
+# --- what an exchange tells ---
+
+
+@dataclass(frozen=True)
+class Update:
+    """An order that sent weights, and the weights that came back; `rows` stand behind them."""
+
+    base: Base
+    order: Any
+    result: Any
+
+    @cached_property
+    def sent(self) -> Tensors:
+        return single(_weights(self.order))
+
+    @cached_property
+    def back(self) -> Tensors:
+        return single(_weights(self.result))
+
+    @cached_property
+    def gradient(self) -> Tensors:
+        """What the step followed, up to a factor: the signs of the gradient, or the gradient.
+
+        That is what came back less what was sent, without the decay of weights, negated.
+        """
+        head = tuple(f"{layer.path}." for layer in self.base.head)
+        kept = {inside: 1 - _decay(self.order, head=inside) for inside in (False, True)}
+        return {
+            name: kept[name.startswith(head)] * self.sent[name] - back
+            for name, back in self.back.items()
+        }
+
+    def model(self, weights: Tensors) -> Model:
+        """The model with the sent or the returned weights."""
+        heads = tuple(f"{layer.path}." for layer in self.base.head)
+        return Model(
+            structure=getattr(self.result, "structure", None) or full(self.base.layout),
+            adapter={n: t for n, t in weights.items() if not n.startswith(heads)},
+            head={n: t for n, t in weights.items() if n.startswith(heads)}
+            or self.base.initial_head(np.random.default_rng(0)),
+            scale=_scale(self.order),
+        )
+
+    @property
+    def bias(self) -> Tensor:
+        """The gradient of the head's bias, fp32 [classes], up to a factor."""
+        return self.gradient[f"{self.base.head[-1].path}.bias"]
+
+    @property
+    def head(self) -> Tensor:
+        """The gradient of the head's weight, fp32 [classes, width], up to a factor."""
+        return self.gradient[f"{self.base.head[-1].path}.weight"]
+
+    @property
+    def flat(self) -> Tensor:
+        """All of the gradient, fp32 [numbers], up to a factor."""
+        return torch.cat([tensor.flatten() for _, tensor in sorted(self.gradient.items())])
+
+    @property
+    def first_factors(self) -> Tensor:
+        """The gradients of all A that the embeddings enter, one under the other [any, width]."""
+        names = [a_name(path) for path in entered_by_embeddings(self.base)]
+        found = [self.gradient[name] for name in names if name in self.gradient]
+        return torch.cat(found) if found else torch.zeros(0, self.base.layout.width)
+
+
+def updates(tap: Wiretap) -> list[Update]:
+    """The weights that went and came."""
+    kinds = LoraResult | SpineResult | ProbeResult | AverageResult
+    return [Update(tap.base, order, got) for _, order, got in tap.seen if isinstance(got, kinds)]
+
+
+def first_features(tap: Wiretap) -> tuple[Begin, list[Tensor], np.ndarray]:
+    """The order that began a split round, and what came first: the features of each row's tokens,
+    [tokens, width] each, and the labels, int64 [rows].
+    """
+    _, order, got = next(seen for seen in tap.seen if isinstance(seen[1], Begin))
+    came = unwired(got.features)
+    rows = [row[inside].float() for row, inside in zip(came.values, came.mask, strict=True)]
+    return order, rows, labels_unwired(got.labels).numpy()
+
+
+def entered_by_embeddings(base: Base) -> list[str]:
+    """The linear layers that read what the embeddings make of a text."""
+    parts = ("query", "key", "value", "q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin")
+    first = (site.path for site in base.layout.sites if site.layer == 0)
+    return [path for path in first if path.rsplit(".", 1)[-1] in parts]
+
+
+def _weights(part: Any) -> Tensors:
+    match part:
+        case AverageOrder() | AverageResult():
+            return part.weights
+        case ProbeOrder() | ProbeResult():
+            return part.head
+    return {**part.adapter, **part.head}
+
+
+def _decay(order: Any, *, head: bool) -> float:
+    """What a step takes off the weights of the head, or of the adapter, as a share."""
+    if isinstance(order, AverageOrder):
+        how = order.training.optimising
+        return how.learning_rate * how.weight_decay
+    how = order.tuning
+    rate = (how.head_learning_rate or how.learning_rate) if head else how.learning_rate
+    return rate * how.weight_decay
+
+
+def _scale(order: Any) -> float:
+    if isinstance(order, AverageOrder):
+        return order.training.cutting.scale
+    return getattr(order, "scale", 1.0)
+
+
+# --- a server that writes its orders to learn ---
+
+
+def asked_again(tap: Wiretap, update: Update, order: Any, data: Examples | None = None) -> Update:
+    """What the same work answers to another order, on the same rows or other `data`."""
+    work = next(work for work, _, got in tap.seen if got is update.result)
+    other = Wiretap(tap.base, tap.data if data is None else data, tap.seed)
+    other.ask(work, {DEVICE: order})
+    return updates(other)[0]
+
+
+def for_tokens(base: Base, order: Any) -> Any:
+    """An order whose answer holds the gradient of the whole weights that the embeddings enter.
+
+    Factors of full rank with A zero and B the unit matrix change nothing, and the gradient of A is
+    then that of the weight.
+    """
+    factors: Tensors = {}
+    for path in entered_by_embeddings(base):
+        rows, columns = base.weights[path][0].shape
+        factors[a_name(path)] = torch.zeros(rows, columns)
+        factors[b_name(path)] = torch.eye(rows)
+    heads = tuple(f"{layer.path}." for layer in base.head)
+    head = {n: t for n, t in single(_weights(order)).items() if n.startswith(heads)}
+    return _with_weights(_unmasked(order), factors, head)
+
+
+def for_one(order: Any) -> Any:
+    """The same order, of a step on one row: what a server computes of a row that it suspects."""
+    if isinstance(order, AverageOrder):
+        return replace(order, training=replace(order.training, steps=1, batch=1))
+    return replace(order, tuning=replace(order.tuning, steps=1, batch=1))
+
+
+def for_labels(base: Base, order: Any, favoured: int = 0) -> Any:
+    """An order whose answer holds the counts of the labels and the mean features of each class.
+
+    The head knows nothing but that `favoured` is sure: the gradient of another class's row is then
+    the sum of the features of that class, and that of the bias its count.
+    """
+    name = base.head[-1].path
+    bias = torch.full((base.head[-1].weight.shape[0],), -DOUBT)
+    bias[favoured] = 0.0
+    head = {f"{name}.weight": torch.zeros_like(base.head[-1].weight), f"{name}.bias": bias}
+    return _with_weights(_unmasked(order), {}, head)
+
+
+def _unmasked(order: Any) -> Any:
+    """The order, with settings under which a step is proportional to the gradient."""
+    if isinstance(order, AverageOrder):
+        how = replace(order.training.optimising, kind="sgd", learning_rate=1.0, weight_decay=0.0)
+        training = replace(order.training, optimising=replace(how, clip=0.0))
+        return replace(order, training=training, precision="fp32")
+    how = replace(order.tuning, learning_rate=LOUD, head_learning_rate=LOUD)
+    return replace(order, tuning=replace(how, weight_decay=0.0, clip=QUIET))
+
+
+def _with_weights(order: Any, adapter: Tensors, head: Tensors) -> Any:
+    wired = {n: t.half() for n, t in adapter.items()}, {n: t.half() for n, t in head.items()}
+    match order:
+        case AverageOrder():
+            return replace(order, weights={**adapter, **head})
+        case ProbeOrder():
+            return replace(order, head=wired[1])
+        case LoraOrder():
+            return replace(order, adapter=wired[0], head=wired[1])
+        case SpineOrder():
+            return replace(order, adapter=wired[0], head=wired[1], scoring=AtRandom())
+    raise TypeError(f"{type(order).__name__} sends no weights to train")
+
+
+# --- what the server can compute itself, having the base ---
+
+
+def row_losses(base: Base, model: Model, data: Examples) -> np.ndarray:
+    """Cross-entropy of each row under a model, nats, float64 [rows]."""
+    found = []
+    with torch.inference_mode():
+        for start in range(0, len(data), ROWS):
+            module = base.fit(model)
+            inputs = data.batch(np.arange(start, min(start + ROWS, len(data))))
+            labels = inputs.pop("labels")
+            logits = module(**inputs).logits.float()
+            found.append(nn.functional.cross_entropy(logits, labels, reduction="none"))
+    return torch.cat(found).double().numpy()
+
+
+def readout(base: Base, model: Model, data: Examples) -> Tensor:
+    """The mean over tokens of what enters the head of a model, fp32 [rows, width]."""
+    found: list[Tensor] = []
+    entered: list[Tensor] = []
+    with torch.inference_mode():
+        for start in range(0, len(data), ROWS):
+            module = base.fit(model)
+            layer = base.skeleton.get_submodule(base.head[-1].path)
+            hook = layer.register_forward_pre_hook(lambda _, came: entered.append(came[0]))
+            inputs = data.batch(np.arange(start, min(start + ROWS, len(data))))
+            inputs.pop("labels")
+            module(**inputs)
+            hook.remove()
+            found.append(mean_of_tokens(entered.pop().float(), inputs["attention_mask"]))
+    return torch.cat(found)
+
+
+def client_features(base: Base, order: Begin, data: Examples) -> list[Tensor]:
+    """What each row's tokens become in the client model that `order` sent, [tokens, width] each."""
+    split_model, found = order.cutting.of(base), []
+    with torch.no_grad():
+        for row in range(len(data)):
+            got = split_model.client_forward(single(order.weights), data.batch([row]), seed=None)
+            found.append(got.values[0, : data.lengths[row]].float())
+    return found
+
+
+def warmed(method: Any, task: Task, public: Examples, seed: int) -> Any:
+    """The state after one round on rows that are not the device's."""
+    state = method.start(task, np.random.default_rng(seed))
+    return method.round(state, Wiretap(task.base, public, seed))
+
+
+def distinct_tokens(data: Examples, known: Sequence[int]) -> set[int]:
+    """The token ids of these rows but for those in every text."""
+    return set(np.unique(data.ids).tolist()) - set(known)
