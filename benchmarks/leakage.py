@@ -3,8 +3,9 @@ rows behind an answer, by published attacks.
 
 `python benchmarks/leakage.py --quick` takes minutes for each method on one core and writes
 results/leakage.md. A device holds 1, 8 or 32 rows of trec6 and answers one order of one step over
-all of them; the server knows the base, the order, and other rows of the same kind. A *curious*
-server sends what its method sends, a *hostile* one writes the order to learn from the answer.
+all of them, or 640 and answers one of 20 steps over 32 each; the server
+knows the base, the order, and other rows of the same kind. A *curious* server sends what its method
+sends, a *hostile* one writes the order to learn from the answer.
 """
 
 import argparse
@@ -13,7 +14,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,10 @@ from leakage_ground import Wiretap
 from fedspine.core.task import Examples, Task
 from fedspine.data.dataset import Rows
 from fedspine.data.pydocs import TOPICS, read
+from fedspine.lm.base import Model
 from fedspine.lm.encode import encode
 from fedspine.lm.load import load
+from fedspine.lm.structure import full
 from fedspine.methods.fedavg import FedAvg
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine import FedSpine
@@ -39,11 +43,12 @@ from fedspine.pruning.head_start import ClassMeans
 HERE = Path(__file__).parent
 DATA = HERE.parent.parent / "shared" / "data"
 PLACES = 16  # tokens of a text that are read
-PUBLIC, POOL = 2000, 96  # rows that the server knows, rows that a device may hold
+PUBLIC, POOL = 2000, 1500  # rows that the server knows, rows that a device may hold
+CANDIDATES = 96  # of the latter, of which a server asks whether they were used
 ROUNDS = 10  # of the run of which the second round is attacked
-# answers for each number of rows, and shadow answers
-QUICK = {1: 24, 8: 12, 32: 8}, 12
-WHOLE = {1: 96, 8: 48, 32: 32}, 48
+# answers for each (steps, rows of a step), and shadow answers
+QUICK = {(1, 1): 12, (1, 8): 8, (1, 32): 6, (20, 32): 4}, 6
+WHOLE = {(1, 1): 96, (1, 8): 48, (1, 32): 32, (20, 32): 16}, 48
 
 # with the defaults of each; FedSpine at the largest of its ranks, which tells most
 METHODS: dict[str, Any] = {
@@ -65,18 +70,30 @@ class Scene:
     task: Task
     public: Examples
     pool: Examples
+    candidates: Examples  # the first of the pool, from which answers about few rows are
     vocabulary: attacks.Vocabulary
     known: tuple[int, ...]  # tokens in every text
     seed: int
+    states: dict[Any, Any] = field(default_factory=dict)  # of methods, after one round
 
     @classmethod
-    def of(cls, task: Task, known: Sequence[int], *, public: int, pool: int, seed: int) -> "Scene":
+    def of(
+        cls,
+        task: Task,
+        known: Sequence[int],
+        *,
+        public: int,
+        pool: int,
+        candidates: int,
+        seed: int,
+    ) -> "Scene":
         """The first rows of a shuffle are the server's, the next may be the device's."""
         order = np.random.default_rng(seed).permutation(len(task.train))
         return cls(
             task=task,
             public=task.train.take(order[:public]),
             pool=task.train.take(order[public : public + pool]),
+            candidates=task.train.take(order[public : public + candidates]),
             vocabulary=attacks.Vocabulary.of(task.base, task.max_tokens, known),
             known=tuple(known),
             seed=seed,
@@ -88,11 +105,31 @@ class Scene:
         counts = np.bincount(self.public.labels, minlength=len(self.task.label_names))
         return counts / counts.sum()
 
+    def warmed(self, method: Any) -> Any:
+        """The state of a method after one round on public rows, so that its adapter is not zero."""
+        if method not in self.states:
+            self.states[method] = ground.warmed(method, self.task, self.public, self.seed)
+        return self.states[method]
+
+    @cached_property
+    def of_base(self) -> attacks.BagDecoder:
+        """What reads tokens from features of the base."""
+        base = self.task.base
+        head = base.initial_head(np.random.default_rng(0))
+        bare = Model(structure=full(base.layout), adapter={}, head=head, scale=1.0)
+        return self.decoder(ground.readout(base, bare, self.public))
+
+    def decoder(self, features: torch.Tensor) -> attacks.BagDecoder:
+        """What reads tokens from such features of the public rows."""
+        tokens = self.task.base.config.vocab_size
+        return attacks.BagDecoder.learnt(features, self.public, tokens, self.known)
+
     def draws(self, rows: int, answers: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """A seed, the device's rows and as many others, for each answer."""
         for answer in range(answers):
             rng = np.random.default_rng([self.seed, rows, answer])
-            chosen = rng.permutation(len(self.pool))
+            few = 2 * rows <= len(self.candidates)
+            chosen = rng.permutation(len(self.candidates if few else self.pool))
             yield int(rng.integers(2**31)), chosen[:rows], chosen[rows : 2 * rows]
 
 
@@ -108,7 +145,7 @@ class Found:
     scores: list[float]
     control: list[float]
 
-    def row(self, method: str, rows: int) -> dict[str, Any]:
+    def row(self, method: str, terms: tuple[int, int]) -> dict[str, Any]:
         low, high = attacks.interval(self.scores)
         chance = attacks.interval(self.control) if self.control else (0.5, 0.5)
         return {
@@ -116,7 +153,7 @@ class Found:
             "server": self.server,
             "what": self.what,
             "attack": self.attack,
-            "rows": rows,
+            "terms": terms,
             "answers": len(self.scores),
             "mean": float(np.mean(self.scores)),
             "low": low,
@@ -176,41 +213,44 @@ class Tally:
 # --- methods whose devices send weights ---
 
 
-def attack_updates(scene: Scene, method: Any, rows: int, answers: int, shadows: int) -> list[Found]:
+def attack_updates(
+    scene: Scene, method: Any, terms: tuple[int, int], answers: int, shadows: int
+) -> list[Found]:
     """All attacks on what comes back of weights that were sent."""
-    base, tally = scene.task.base, Tally(scene)
-    state = ground.warmed(method, scene.task, scene.public, scene.seed)
-    small = replace(method, steps=1, batch=rows)
+    base, tally, (steps, batch) = scene.task.base, Tally(scene), terms
+    state, small = scene.warmed(method), replace(method, steps=steps, batch=batch)
     before, flat, members, fallen = None, [], [], []
-    of_signs = of_base = None
-    for seed, used, unused in scene.draws(rows, answers):
+    of_signs = None
+    for seed, used, unused in scene.draws(steps * batch, answers):
         tap = Wiretap(base, scene.pool.take(used), seed)
         small.round(state, tap)
         update = ground.updates(tap)[-1]
         if before is None:
             sent = update.model(update.sent)
-            before = ground.row_losses(base, sent, scene.pool)
-            of_signs = _decoder(scene, torch.sign(ground.readout(base, sent, scene.public)))
-            of_base = _decoder(scene, _base_features(scene))
-        counts = attacks.labels_by_sign(update.bias, scene.prior, rows)
+            before = ground.row_losses(base, sent, scene.candidates)
+            of_signs = scene.decoder(torch.sign(ground.readout(base, sent, scene.public)))
+        counts = attacks.labels_by_sign(update.bias, scene.prior, len(used))
         tally.labels("curious", "signs of the bias", counts, used, unused)
         seen = attacks.signed_features(update.bias, update.head)
         tally.tokens("curious", "head", of_signs(seen, unit=False), used, unused)
         if len(update.first_factors):
             inside = attacks.tokens_in_span(update.first_factors, scene.vocabulary, signs=True)
             tally.tokens("curious", "span", inside, used, unused)
-        _attack_hostile(scene, tally, tap, update, of_base, (used, unused))
-        after = ground.row_losses(base, update.model(update.back), scene.pool)
+        if steps == 1:  # which a hostile server would choose
+            _attack_hostile(scene, tally, tap, update, (used, unused))
+        after = ground.row_losses(base, update.model(update.back), scene.candidates)
         fallen.append(attacks.members_by_loss(before, after))
         flat.append(update.flat)
-        members.append(np.isin(np.arange(len(scene.pool)), used))
-    out = _shadow_falls(scene, small, state, before, rows, shadows)
-    own = _cosines(scene, tap, update, flat)
-    for fall, near, member in zip(fallen, own, members, strict=True):
+        members.append(np.isin(np.arange(len(scene.candidates)), used))
+    for fall, member in zip(fallen, members, strict=True):
         tally.add("curious", "members", "loss", attacks.auc(fall, member))
-        lira = attacks.members_by_lira(fall, out)
-        tally.add("curious", "members", "LiRA", attacks.auc(lira, member))
-        tally.add("curious", "members", "gradient", attacks.auc(near, member))
+    if steps == 1:
+        out = _shadow_falls(scene, small, state, before, batch, shadows)
+        own = _cosines(scene, tap, update, flat)
+        for fall, near, member in zip(fallen, own, members, strict=True):
+            lira = attacks.members_by_lira(fall, out)
+            tally.add("curious", "members", "LiRA", attacks.auc(lira, member))
+            tally.add("curious", "members", "gradient", attacks.auc(near, member))
     return tally.found
 
 
@@ -219,7 +259,6 @@ def _attack_hostile(
     tally: Tally,
     tap: Wiretap,
     update: ground.Update,
-    decoder: attacks.BagDecoder,
     rows: tuple[np.ndarray, np.ndarray],
 ) -> None:
     """Labels, class features and tokens, from orders that are written for them."""
@@ -228,24 +267,16 @@ def _attack_hostile(
     counts = attacks.labels_by_counts(answer.bias, answer.result.loss, ground.DOUBT, len(rows[0]))
     tally.labels("hostile", "counts from the bias", counts, *rows)
     seen = attacks.class_features(answer.head, counts)
-    tally.tokens("hostile", "head", decoder(seen, unit=True), *rows)
+    tally.tokens("hostile", "head", scene.of_base(seen, unit=True), *rows)
     if len(update.first_factors):
         answer = ground.asked_again(tap, update, ground.for_tokens(base, update.order))
         inside = attacks.tokens_in_span(answer.first_factors, scene.vocabulary, signs=False)
         tally.tokens("hostile", "span", inside, *rows)
-
-
-def _decoder(scene: Scene, features: torch.Tensor) -> attacks.BagDecoder:
-    return attacks.BagDecoder.learnt(
-        features, scene.public, scene.task.base.config.vocab_size, scene.known
-    )
-
-
-def _base_features(scene: Scene) -> torch.Tensor:
-    base = scene.task.base
-    head = base.initial_head(np.random.default_rng(0))
-    bare = ground.Model(structure=ground.full(base.layout), adapter={}, head=head, scale=1.0)
-    return ground.readout(base, bare, scene.public)
+        # the same, where the rank is bound to the run's
+        order = ground.for_tokens(base, update.order, rank=update.rank)
+        answer = ground.asked_again(tap, update, order)
+        inside = attacks.tokens_in_span(answer.first_factors, scene.vocabulary, signs=False)
+        tally.tokens("hostile, rank bound", "span", inside, *rows)
 
 
 def _shadow_falls(
@@ -259,7 +290,7 @@ def _shadow_falls(
         tap = Wiretap(scene.task.base, scene.public.take(chosen), int(rng.integers(2**31)))
         small.round(state, tap)
         update = ground.updates(tap)[-1]
-        after = ground.row_losses(scene.task.base, update.model(update.back), scene.pool)
+        after = ground.row_losses(scene.task.base, update.model(update.back), scene.candidates)
         falls.append(attacks.members_by_loss(before, after))
     return np.stack(falls)
 
@@ -268,9 +299,11 @@ def _cosines(
     scene: Scene, tap: Wiretap, update: ground.Update, flat: Sequence[torch.Tensor]
 ) -> np.ndarray:
     """The likeness of each answer and each candidate's own, [answers, candidates]."""
-    order, found = ground.for_one(update.order), np.zeros((len(flat), len(scene.pool)))
-    for candidate in range(len(scene.pool)):
-        own = ground.asked_again(tap, update, order, scene.pool.take(np.array([candidate]))).flat
+    order, found = ground.for_one(update.order), np.zeros((len(flat), len(scene.candidates)))
+    for candidate in range(len(scene.candidates)):
+        own = ground.asked_again(
+            tap, update, order, scene.candidates.take(np.array([candidate]))
+        ).flat
         found[:, candidate] = [attacks.members_by_gradient(each, own) for each in flat]
     return found
 
@@ -278,11 +311,13 @@ def _cosines(
 # --- methods whose devices send class means or features ---
 
 
-def attack_class_means(scene: Scene, method: Any, rows: int, answers: int) -> list[Found]:
+def attack_class_means(
+    scene: Scene, method: Any, terms: tuple[int, int], answers: int
+) -> list[Found]:
     """The exchange before the first round, in which counts and means of classes are asked."""
-    tally, small = Tally(scene), replace(method, steps=1, batch=rows)
+    tally, rows = Tally(scene), terms[0] * terms[1]
+    small = replace(method, steps=terms[0], batch=terms[1])
     state = method.start(scene.task, np.random.default_rng(scene.seed))
-    decoder = _decoder(scene, _base_features(scene))
     for seed, used, unused in scene.draws(rows, answers):
         tap = Wiretap(scene.task.base, scene.pool.take(used), seed)
         small.round(state, tap)
@@ -291,21 +326,21 @@ def attack_class_means(scene: Scene, method: Any, rows: int, answers: int) -> li
         counts = counts + (rows - counts.sum()) * scene.prior
         tally.labels("curious", "counts are sent", counts, used, unused)
         seen = list(means.means["means"].float()[means.counts > 0])
-        tally.tokens("curious", "class means", decoder(seen, unit=False), used, unused)
+        tally.tokens("curious", "class means", scene.of_base(seen, unit=False), used, unused)
     return tally.found
 
 
 def attack_features(scene: Scene, method: Any, rows: int, answers: int) -> list[Found]:
     """Features and labels of single rows, as split methods send them."""
     base, tally = scene.task.base, Tally(scene)
-    state = ground.warmed(method, scene.task, scene.public, scene.seed)
+    state = scene.warmed(method)
     small, inverter, own = replace(method, steps=1, batch=rows), None, None
     for seed, used, unused in scene.draws(rows, answers):
         tap = Wiretap(base, scene.pool.take(used), seed)
         small.round(state, tap)
         order, seen, labels = ground.first_features(tap)
         if own is None:
-            own = ground.client_features(base, order, scene.pool)
+            own = ground.client_features(base, order, scene.candidates)
             whole = replace(order, weights={}, cutting=replace(order.cutting, cut=0))
             if order.cutting.cut:
                 inverter = attacks.Inverter.learnt(
@@ -320,20 +355,22 @@ def attack_features(scene: Scene, method: Any, rows: int, answers: int) -> list[
         counts = np.bincount(labels, minlength=len(scene.task.label_names))
         tally.labels("curious", "labels are sent", counts, used, unused)
         near = np.array([attacks.members_by_features(seen, each) for each in own])
-        member = np.isin(np.arange(len(scene.pool)), used)
+        member = np.isin(np.arange(len(scene.candidates)), used)
         tally.add("curious", "members", "features", attacks.auc(near, member))
     return tally.found
 
 
-def attacked(scene: Scene, name: str, rows: int, answers: int, shadows: int) -> list[Found]:
+def attacked(
+    scene: Scene, name: str, terms: tuple[int, int], answers: int, shadows: int
+) -> list[Found]:
     """Everything that is tried on one method."""
     method = METHODS[name]
     match method:
         case SplitLora() | MergeSfl():
-            return attack_features(scene, method, rows, answers)
+            return attack_features(scene, method, terms[1], answers)
         case FedLora(head_start="class-means"):
-            return attack_class_means(scene, method, rows, answers)
-    return attack_updates(scene, method, rows, answers, shadows)
+            return attack_class_means(scene, method, terms, answers)
+    return attack_updates(scene, method, terms, answers, shadows)
 
 
 # --- the run ---
@@ -364,16 +401,15 @@ def scene_of(data: str, layers: int, seed: int) -> Scene:
         max_tokens=PLACES,
         rounds=ROUNDS,
     )
-    return Scene.of(task, tokenizer.all_special_ids, public=PUBLIC, pool=POOL, seed=seed)
+    return Scene.of(
+        task, tokenizer.all_special_ids, public=PUBLIC, pool=POOL, candidates=CANDIDATES, seed=seed
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer answers: minutes per method")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument(
-        "--rows", nargs="+", type=int, choices=list(QUICK[0]), default=list(QUICK[0])
-    )
     parser.add_argument("--data", choices=["trec6", "pydoc-topics"], default="trec6")
     parser.add_argument("--layers", type=int, default=3, help="blocks of MiniLM")
     parser.add_argument("--seed", type=int, default=0)
@@ -382,17 +418,19 @@ def main() -> int:
     torch.set_num_threads(1)
     answers, shadows = QUICK if options.quick else WHOLE
     scene = scene_of(options.data, options.layers, options.seed)
-    print(f"{len(scene.public)} public rows, {len(scene.pool)} candidates", flush=True)
+    print(f"{len(scene.public)} public rows, {len(scene.candidates)} candidates", flush=True)
     table: list[dict[str, Any]] = []
     for name in options.methods:
-        for rows in options.rows:
+        for terms in answers:
+            if terms[0] > 1 and isinstance(METHODS[name], SplitLora | MergeSfl):
+                continue  # features of single rows leave in every step, as in the first
             began = time.monotonic()
-            found = attacked(scene, name, rows, answers[rows], shadows)
-            table += [each.row(name, rows) for each in found]
+            found = attacked(scene, name, terms, answers[terms], shadows)
+            table += [each.row(name, terms) for each in found]
             told = "; ".join(
                 f"{e.server} {e.what} {e.attack} {np.mean(e.scores):.2f}" for e in found
             )
-            print(f"{name}, {rows} rows, {time.monotonic() - began:.0f} s: {told}", flush=True)
+            print(f"{name}, {terms}, {time.monotonic() - began:.0f} s: {told}", flush=True)
         if options.write:
             _write(table, options)
     return 0
@@ -404,11 +442,11 @@ def _write(table: list[dict[str, Any]], options: argparse.Namespace) -> None:
     how = {"quick": options.quick, "data": options.data, "layers": options.layers}
     how |= {"seed": options.seed, "commit": _commit(), "torch": torch.__version__}
     known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {"rows": []}
-    new = {(row["method"], row["rows"]) for row in table}
-    rows = [row for row in known["rows"] if (row["method"], row["rows"]) not in new] + [
+    new = {row["method"] for row in table}
+    rows = [row for row in known["rows"] if row["method"] not in new] + [
         row | {"how": how} for row in table
     ]
-    rows.sort(key=lambda row: (list(METHODS).index(row["method"]), row["rows"]))
+    rows.sort(key=lambda row: (list(METHODS).index(row["method"]), tuple(row["terms"])))
     kept.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     kept.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
 
@@ -449,7 +487,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         lines += [
             f"`{command} --data {how['data']} --layers {how['layers']} --seed {how['seed']}`, "
             f"commit {how['commit']}, torch {how['torch']}: MiniLM's first {how['layers']} blocks, "
-            f"fp32, {PLACES} tokens of a text, {PUBLIC} public rows, {POOL} candidates.",
+            f"fp32, {PLACES} tokens of a text, {PUBLIC} public rows, {CANDIDATES} candidates.",
             "",
         ]
     for what, (title, text, measure) in TITLES.items():
@@ -461,7 +499,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows:
             if row["what"] != what:
                 continue
-            cells = [row["method"], row["server"], row["attack"], row["rows"], row["answers"]]
+            cells = [row["method"], row["server"], row["attack"], _rows(row), row["answers"]]
             cells += [f"{row['mean']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}"]
             chance = f"{row['control']:.2f}"
             if what != "members":
@@ -470,6 +508,12 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _rows(row: dict[str, Any]) -> str:
+    """The rows behind an answer, with the steps where there are several."""
+    steps, batch = row["terms"]
+    return str(batch) if steps == 1 else f"{steps} x {batch}"
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def signed_features(bias: Tensor, head: Tensor) -> list[Tensor]:
 
 @dataclass
 class Vocabulary:
-    """What the embeddings make of every token at every place, fp16 [tokens, places, width]."""
+    """What the embeddings make of every token at every place, fp32 [tokens, places, width]."""
 
     embedded: Tensor
     known: tuple[int, ...]  # tokens in every text
@@ -84,7 +84,7 @@ class Vocabulary:
         for start in range(0, tokens, CHUNK):
             ids = torch.arange(start, min(start + CHUNK, tokens))[:, None].expand(-1, places)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            parts.append(base.below(0, inputs).half())
+            parts.append(base.below(0, inputs).float())
         return cls(torch.cat(parts), tuple(known))
 
     def whitening(self, noise: float) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ class Vocabulary:
             scale = (values.clamp_min(0) + noise * values.mean()).rsqrt()
             matrix = ((vectors * scale) @ vectors.mT).float()
             chunks = self.embedded.split(CHUNK)
-            power = [(chunk.float() @ matrix).square().sum(-1) for chunk in chunks]
+            power = [(chunk @ matrix).square().sum(-1) for chunk in chunks]
             self.whitened[noise] = matrix, torch.cat(power)
         return self.whitened[noise]
 
@@ -111,7 +111,7 @@ def tokens_nearest(rows: Sequence[Tensor], vocabulary: Vocabulary) -> list[list[
     """
     found: list[list[int]] = [[] for _ in rows]
     for place in range(max(map(len, rows))):
-        candidates = vocabulary.embedded[:, place].float()
+        candidates = vocabulary.embedded[:, place]
         power = candidates.square().sum(1)[:, None]
         there = [i for i, row in enumerate(rows) if len(row) > place]
         wanted = torch.stack([rows[i][place] for i in there])
@@ -146,22 +146,27 @@ def tokens_in_span(gradient: Tensor, vocabulary: Vocabulary, *, signs: bool) -> 
     products with its inputs, so inputs lie in its row span where they are fewer than the span's
     room. The largest of all places counts. Directions are weighed by how common they are among
     embeddings, which does not move what lies in the span, and orders what lies there in part.
+    Where inputs are more than that, the directions with the most power stand for the span.
     """
     width = gradient.shape[1]
     noise = SIGN_NOISE if signs else 1e-4
     values, vectors = torch.linalg.eigh(gradient.double().mT @ gradient.double())
     rank = int((values > _rounding(gradient, signs)).sum())
-    # a span that is everything says nothing; its strongest half does
-    rank = rank if rank < width else width // 2
     matrix, power = vocabulary.whitening(noise)
-    basis, _ = torch.linalg.qr(matrix.double() @ vectors[:, width - rank :])
+    if signs:  # a third of the width did best on gradients with as many signs as the layer is wide
+        most = width // 3
+    else:  # a span that is everything says nothing; its strongest half does
+        most = width if rank < width else width // 2
+    if rank <= most:
+        basis, _ = torch.linalg.qr(matrix.double() @ vectors[:, width - rank :])
+    else:
+        rank, whole = most, gradient.double() @ matrix.double()
+        basis = torch.linalg.eigh(whole.mT @ whole).eigenvectors[:, width - most :]
     outside = rank > width // 2  # the smaller part is computed
     if outside:
         basis = torch.linalg.qr(basis, mode="complete")[0][:, rank:]
     reading = (matrix.double() @ basis).float()
-    read = [
-        (chunk.float() @ reading).square().sum(-1) for chunk in vocabulary.embedded.split(CHUNK)
-    ]
+    read = [(chunk @ reading).square().sum(-1) for chunk in vocabulary.embedded.split(CHUNK)]
     share = torch.cat(read) / power
     return _without_known((1 - share if outside else share).amax(1), vocabulary.known)
 
@@ -173,7 +178,9 @@ class BagDecoder:
     Multi-label inversion of Song and Raghunathan 2020 (arXiv:2004.00053).
     """
 
-    weights: Tensor  # [width + 1, tokens]
+    weights: Tensor  # [width + 1, tokens seen]
+    seen: Tensor  # int64 [tokens seen], of `tokens` in the vocabulary
+    tokens: int
     mean: Tensor
     spread: Tensor
     length: float  # the usual norm of features
@@ -184,9 +191,9 @@ class BagDecoder:
         cls, features: Tensor, public: Examples, tokens: int, known: Sequence[int]
     ) -> "BagDecoder":
         """The ridge is the one of `RIDGES` that is best on a tenth of the rows."""
-        held = torch.zeros(len(public), tokens)
-        rows = np.repeat(np.arange(len(public)), public.lengths)
-        held[torch.from_numpy(rows), torch.from_numpy(public.ids.astype(np.int64))] = 1.0
+        seen, places = np.unique(public.ids, return_inverse=True)
+        held = torch.zeros(len(public), len(seen))
+        held[torch.from_numpy(np.repeat(np.arange(len(public)), public.lengths)), places] = 1.0
         mean, spread = features.mean(0), features.std(0) + 1e-6
         x = _with_ones((features - mean) / spread)
         fit = len(public) * 9 // 10
@@ -195,14 +202,18 @@ class BagDecoder:
         tried = [torch.linalg.solve(gram + ridge * eye, moment) for ridge in RIDGES]
         errors = [(x[fit:] @ w - held[fit:]).square().sum() for w in tried]
         chosen = tried[int(torch.stack(errors).argmin())]
-        return cls(chosen, mean, spread, float(features.norm(dim=1).mean()), tuple(known))
+        length = float(features.norm(dim=1).mean())
+        there = torch.from_numpy(seen.astype(np.int64))
+        return cls(chosen, there, tokens, mean, spread, length, tuple(known))
 
     def __call__(self, features: Sequence[Tensor], *, unit: bool) -> Tensor:
         """Scores [tokens]: the sum over these features, of which only the direction counts if `unit`."""
-        scores = torch.zeros(self.weights.shape[1])
+        total = torch.zeros(len(self.seen))
         for each in features:
-            seen = each * (self.length / each.norm().clamp_min(1e-30)) if unit else each
-            scores += (_with_ones(((seen - self.mean) / self.spread)[None]) @ self.weights)[0]
+            scaled = each * (self.length / each.norm().clamp_min(1e-30)) if unit else each
+            total += (_with_ones(((scaled - self.mean) / self.spread)[None]) @ self.weights)[0]
+        scores = torch.full((self.tokens,), -torch.inf)
+        scores[self.seen] = total
         return _without_known(scores, self.known)
 
 

@@ -129,12 +129,12 @@ class Update:
 
     @cached_property
     def gradient(self) -> Tensors:
-        """What the step followed, up to a factor: the signs of the gradient, or the gradient.
+        """What the steps followed, up to a factor: the signs of a gradient, or the gradient.
 
         That is what came back less what was sent, without the decay of weights, negated.
         """
         head = tuple(f"{layer.path}." for layer in self.base.head)
-        kept = {inside: 1 - _decay(self.order, head=inside) for inside in (False, True)}
+        kept = {inside: _kept(self.order, head=inside) for inside in (False, True)}
         return {
             name: kept[name.startswith(head)] * self.sent[name] - back
             for name, back in self.back.items()
@@ -165,6 +165,11 @@ class Update:
     def flat(self) -> Tensor:
         """All of the gradient, fp32 [numbers], up to a factor."""
         return torch.cat([tensor.flatten() for _, tensor in sorted(self.gradient.items())])
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of the adapter that was sent."""
+        return max(len(t) for name, t in self.sent.items() if name.endswith(".lora_A"))
 
     @property
     def first_factors(self) -> Tensor:
@@ -206,14 +211,14 @@ def _weights(part: Any) -> Tensors:
     return {**part.adapter, **part.head}
 
 
-def _decay(order: Any, *, head: bool) -> float:
-    """What a step takes off the weights of the head, or of the adapter, as a share."""
+def _kept(order: Any, *, head: bool) -> float:
+    """What the decay of weights leaves of the head, or of the adapter, as a share."""
     if isinstance(order, AverageOrder):
         how = order.training.optimising
-        return how.learning_rate * how.weight_decay
+        return float((1 - how.learning_rate * how.weight_decay) ** order.training.steps)
     how = order.tuning
     rate = (how.head_learning_rate or how.learning_rate) if head else how.learning_rate
-    return rate * how.weight_decay
+    return float((1 - rate * how.weight_decay) ** how.steps)
 
 
 def _scale(order: Any) -> float:
@@ -233,17 +238,20 @@ def asked_again(tap: Wiretap, update: Update, order: Any, data: Examples | None 
     return updates(other)[0]
 
 
-def for_tokens(base: Base, order: Any) -> Any:
-    """An order whose answer holds the gradient of the whole weights that the embeddings enter.
+def for_tokens(base: Base, order: Any, rank: int | None = None) -> Any:
+    """An order whose answer holds the gradient of the weights that the embeddings enter, as far as
+    `rank` goes; None: all of it.
 
-    Factors of full rank with A zero and B the unit matrix change nothing, and the gradient of A is
-    then that of the weight.
+    Factors with A zero change nothing, whatever B is. The gradient of A is then that of the weight
+    times B, which is the unit matrix, or orthogonal and drawn.
     """
     factors: Tensors = {}
-    for path in entered_by_embeddings(base):
+    for number, path in enumerate(entered_by_embeddings(base)):
         rows, columns = base.weights[path][0].shape
-        factors[a_name(path)] = torch.zeros(rows, columns)
-        factors[b_name(path)] = torch.eye(rows)
+        drawn = torch.from_numpy(np.random.default_rng(number).normal(size=(rows, rank or rows)))
+        b = torch.eye(rows) if rank is None else torch.linalg.qr(drawn)[0].float()
+        factors[a_name(path)] = torch.zeros(b.shape[1], columns)
+        factors[b_name(path)] = b
     heads = tuple(f"{layer.path}." for layer in base.head)
     head = {n: t for n, t in single(_weights(order)).items() if n.startswith(heads)}
     return _with_weights(_unmasked(order), factors, head)
@@ -289,8 +297,18 @@ def _with_weights(order: Any, adapter: Tensors, head: Tensors) -> Any:
         case LoraOrder():
             return replace(order, adapter=wired[0], head=wired[1])
         case SpineOrder():
-            return replace(order, adapter=wired[0], head=wired[1], scoring=AtRandom())
+            # factors of zeros wherever nothing is sought, since pruning asks for all of them
+            filled = {**_nothing(order.adapter), **wired[0]}
+            return replace(order, adapter=filled, head=wired[1], scoring=AtRandom())
     raise TypeError(f"{type(order).__name__} sends no weights to train")
+
+
+def _nothing(adapter: Tensors) -> Tensors:
+    """Factors of rank 1 in place of each, which change nothing and learn nothing."""
+    return {
+        name: torch.zeros_like(tensor[:1] if name.endswith(".lora_A") else tensor[:, :1])
+        for name, tensor in adapter.items()
+    }
 
 
 # --- what the server can compute itself, having the base ---
