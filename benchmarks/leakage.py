@@ -140,7 +140,7 @@ class Found:
     """
 
     server: str
-    what: str  # "tokens", "labels" or "members"
+    what: str  # "tokens", "texts", "labels" or "members"
     attack: str
     scores: list[float]
     control: list[float]
@@ -161,7 +161,7 @@ class Found:
             "control": float(np.mean(self.control)) if self.control else 0.5,
             "control_low": chance[0],
             "control_high": chance[1],
-            "whole": float(np.mean([score >= 1 - 1e-9 for score in self.scores])),
+            "whole": float(np.mean([score >= 1 - 1e-9 for score in self.scores])),  # all found
         }
 
 
@@ -184,16 +184,21 @@ class Tally:
     def tokens(
         self, server: str, attack: str, came: Any, used: np.ndarray, unused: np.ndarray
     ) -> None:
-        """Recall of the distinct tokens of the rows used, and of others from the same answer.
+        """Recall of the distinct tokens of the rows used, and of others from the same answer; with
+        it the share of rows of which no token is missing.
 
         `came` are tokens, or scores of all of them, of which as many count as there are.
         """
-        recalls = []
+        recalls, whole = [], []
         for rows in (used, unused):
             held = ground.distinct_tokens(self._scene.pool.take(rows), self._scene.known)
             said = came if isinstance(came, set) else attacks.best(came, len(held))
             recalls.append(len(said & held) / len(held))
+            texts = (self._scene.pool.take(np.array([row])) for row in rows)
+            missing = [ground.distinct_tokens(text, self._scene.known) - said for text in texts]
+            whole.append(float(np.mean([not tokens for tokens in missing])))
         self.add(server, "tokens", attack, *recalls)
+        self.add(server, "texts", attack, *whole)
 
     def labels(
         self, server: str, attack: str, counts: np.ndarray, used: np.ndarray, unused: np.ndarray
@@ -244,7 +249,7 @@ def attack_updates(
         members.append(np.isin(np.arange(len(scene.candidates)), used))
     for fall, member in zip(fallen, members, strict=True):
         tally.add("curious", "members", "loss", attacks.auc(fall, member))
-    if steps == 1:
+    if steps == 1 and shadows:
         out = _shadow_falls(scene, small, state, before, batch, shadows)
         own = _cosines(scene, tap, update, flat)
         for fall, near, member in zip(fallen, own, members, strict=True):
@@ -463,6 +468,11 @@ TITLES = {
         "95 % interval, and the share of answers of which every token was found. *Chance*: the same "
         "tokens held against as many rows that the answer is not about.",
         "recall",
+    ),
+    "texts": (
+        "Texts",
+        "The share of rows of which no token is missing among those found, in the same way.",
+        "share",
     ),
     "labels": (
         "Labels",

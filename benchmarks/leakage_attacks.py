@@ -17,6 +17,7 @@ CHUNK = 1024  # tokens of the vocabulary at a time
 # An update of AdamW's first step is the sign of the gradient. Of a normal variable's sign 2/pi of
 # the power is the variable, the rest is noise (Bussgang 1952).
 SIGN_NOISE = (1 - 2 / np.pi) / (2 / np.pi)
+NEARLY = 0.9  # of a layer's width: a span that holds this much tells too little of what is in it
 FP16_STEP = 2.0**-11  # of a number, relative
 RIDGES = (1.0, 10.0, 100.0, 1000.0)
 
@@ -153,10 +154,8 @@ def tokens_in_span(gradient: Tensor, vocabulary: Vocabulary, *, signs: bool) -> 
     values, vectors = torch.linalg.eigh(gradient.double().mT @ gradient.double())
     rank = int((values > _rounding(gradient, signs)).sum())
     matrix, power = vocabulary.whitening(noise)
-    if signs:  # a third of the width did best on gradients with as many signs as the layer is wide
-        most = width // 3
-    else:  # a span that is everything says nothing; its strongest half does
-        most = width if rank < width else width // 2
+    # of many signs a third of the width did best; of what spans nearly all, its strongest half
+    most = width // 3 if signs else rank if rank < NEARLY * width else width // 2
     if rank <= most:
         basis, _ = torch.linalg.qr(matrix.double() @ vectors[:, width - rank :])
     else:

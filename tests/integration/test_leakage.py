@@ -43,7 +43,9 @@ def scene(tmp_path_factory):
         max_tokens=PLACES,
         rounds=5,
     )
-    return leakage.Scene.of(task, tokenizer.all_special_ids, public=450, pool=1300, candidates=72, seed=0)
+    return leakage.Scene.of(
+        task, tokenizer.all_special_ids, public=450, pool=1300, candidates=72, seed=0
+    )
 
 
 def texts(rows, tokenizer, first):
@@ -78,22 +80,46 @@ def test_features_that_left_before_the_first_block_are_the_texts(scene):
     assert np.mean(scores(found, "curious", "labels", "labels are sent")) == 1.0
 
 
-def test_an_answer_about_one_row_tells_its_label_its_tokens_and_whether_a_row_is_it(scene):
+def test_an_answer_about_one_row_tells_its_label_and_whether_a_row_is_it(scene):
     found = leakage.attacked(scene, "fedlora", (1, 1), answers=6, shadows=4)
     assert np.mean(scores(found, "curious", "labels", "signs of the bias")) == 1.0
     assert np.mean(scores(found, "curious", "members", "gradient")) == 1.0
-    # of an exact gradient, with fewer tokens than the layer is wide
+    assert np.mean(scores(found, "curious", "members", "LiRA")) > 0.8
+
+
+@pytest.mark.parametrize("method", ["fedlora", "fedspine", "fedavg"])
+def test_an_order_written_for_it_tells_all_of_a_few_rows(scene, method):
+    # 4 rows of 8 words and two marks have fewer tokens than the layer is wide
+    found = leakage.attacked(scene, method, (1, 4), answers=4, shadows=0)
     assert np.mean(scores(found, "hostile", "tokens", "span")) > 0.99
+    assert np.mean(scores(found, "hostile", "texts", "span")) > 0.9
     assert np.mean(scores(found, "hostile", "labels", "counts from the bias")) > 0.99
 
 
+@pytest.mark.parametrize("steps", [1, 20])
 @pytest.mark.parametrize("method", ADAPTERS)
-def test_what_a_method_orders_tells_no_tokens_of_32_rows(scene, method):
-    found = leakage.attacked(scene, method, (1, ROWS), answers=8, shadows=2)
-    tried = [each for each in found if (each.server, each.what) == ("curious", "tokens")]
+def test_what_a_method_orders_tells_no_text_of_32_rows_and_more(scene, method, steps):
+    found = leakage.attacked(scene, method, (steps, ROWS), answers=6, shadows=0)
+    tried = [each for each in found if (each.server, each.what) == ("curious", "texts")]
     assert tried
     for each in tried:
-        # the same tokens held against rows that the answer is not about
-        above = np.array(each.scores) - np.array(each.control)
-        noise = stats.t.ppf(0.995, len(above) - 1) * above.std(ddof=1) / np.sqrt(len(above))
-        assert above.mean() <= noise, f"{method}, {each.attack}: {above.mean():.3f} above chance"
+        above, noise = above_chance(each)
+        assert above <= noise, f"{method}, {each.attack}: {above:.3f} above chance"
+
+
+def test_a_step_over_32_rows_tells_some_tokens_all_the_same(scene):
+    """What docs/leakage.md warns of: words are found, texts are not."""
+    found = leakage.attacked(scene, "fedspine", (1, ROWS), answers=8, shadows=0)
+    above, noise = above_chance(
+        next(e for e in found if (e.server, e.what, e.attack) == ("curious", "tokens", "span"))
+    )
+    assert above > noise
+
+
+def above_chance(found):
+    """By how much an attack is better on the rows behind an answer than on others, and the 99 %
+    noise of that.
+    """
+    above = np.array(found.scores) - np.array(found.control)
+    noise = stats.t.ppf(0.995, len(above) - 1) * above.std(ddof=1) / np.sqrt(len(above))
+    return above.mean(), noise
