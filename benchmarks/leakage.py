@@ -10,7 +10,6 @@ sends, a *hostile* one writes the order to learn from the answer.
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 import leakage_attacks as attacks
 import leakage_ground as ground
+import leakage_report
 import numpy as np
 import torch
 from leakage_ground import Wiretap
@@ -46,6 +46,7 @@ PLACES = 16  # tokens of a text that are read
 PUBLIC, POOL = 2000, 1500  # rows that the server knows, rows that a device may hold
 CANDIDATES = 96  # of the latter, of which a server asks whether they were used
 ROUNDS = 10  # of the run of which the second round is attacked
+SIZES = {"places": PLACES, "public": PUBLIC, "candidates": CANDIDATES}
 # answers for each (steps, rows of a step), and shadow answers
 QUICK = {(1, 1): 12, (1, 8): 8, (1, 32): 6, (20, 32): 4}, 6
 WHOLE = {(1, 1): 96, (1, 8): 48, (1, 32): 32, (20, 32): 16}, 48
@@ -437,93 +438,9 @@ def main() -> int:
             )
             print(f"{name}, {terms}, {time.monotonic() - began:.0f} s: {told}", flush=True)
         if options.write:
-            _write(table, options)
+            how = {"quick": options.quick, "data": options.data, "layers": options.layers}
+            leakage_report.write(table, how | {"seed": options.seed, **SIZES}, list(METHODS))
     return 0
-
-
-def _write(table: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Put these rows in place of those that earlier calls with the same settings found."""
-    kept = HERE / "results" / "leakage.json"
-    how = {"quick": options.quick, "data": options.data, "layers": options.layers}
-    how |= {"seed": options.seed, "commit": _commit(), "torch": torch.__version__}
-    known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {"rows": []}
-    new = {row["method"] for row in table}
-    rows = [row for row in known["rows"] if row["method"] not in new] + [
-        row | {"how": how} for row in table
-    ]
-    rows.sort(key=lambda row: (list(METHODS).index(row["method"]), tuple(row["terms"])))
-    kept.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
-    kept.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout.strip()
-
-
-TITLES = {
-    "tokens": (
-        "Tokens",
-        "Recall of the distinct tokens of the rows, special ones apart: the mean over answers, its "
-        "95 % interval, and the share of answers of which every token was found. *Chance*: the same "
-        "tokens held against as many rows that the answer is not about.",
-        "recall",
-    ),
-    "texts": (
-        "Texts",
-        "The share of rows of which no token is missing among those found, in the same way.",
-        "share",
-    ),
-    "labels": (
-        "Labels",
-        "The share of rows whose label is among those recovered. *Chance*: the same labels held "
-        "against rows that the answer is not about.",
-        "share",
-    ),
-    "members": (
-        "Membership",
-        "AUC of telling the rows behind an answer from the other candidates; chance is 0.5.",
-        "AUC",
-    ),
-}
-
-
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The tables of results/leakage.md."""
-    ways = {json.dumps(row["how"], sort_keys=True): row["how"] for row in rows}
-    lines = ["# What can be read from an answer", ""]
-    for how in ways.values():
-        command = f"python benchmarks/leakage.py{' --quick' if how['quick'] else ''}"
-        lines += [
-            f"`{command} --data {how['data']} --layers {how['layers']} --seed {how['seed']}`, "
-            f"commit {how['commit']}, torch {how['torch']}: MiniLM's first {how['layers']} blocks, "
-            f"fp32, {PLACES} tokens of a text, {PUBLIC} public rows, {CANDIDATES} candidates.",
-            "",
-        ]
-    for what, (title, text, measure) in TITLES.items():
-        lines += [f"## {title}", "", text, ""]
-        whole = what == "tokens"
-        heads = ["method", "server", "attack", "rows", "answers", measure, "95 %", "chance"]
-        heads += ["whole"] if whole else []
-        lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-        for row in rows:
-            if row["what"] != what:
-                continue
-            cells = [row["method"], row["server"], row["attack"], _rows(row), row["answers"]]
-            cells += [f"{row['mean']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}"]
-            chance = f"{row['control']:.2f}"
-            if what != "members":
-                chance += f" ({row['control_low']:.2f} to {row['control_high']:.2f})"
-            cells += [chance] + ([f"{row['whole']:.2f}"] if whole else [])
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _rows(row: dict[str, Any]) -> str:
-    """The rows behind an answer, with the steps where there are several."""
-    steps, batch = row["terms"]
-    return str(batch) if steps == 1 else f"{steps} x {batch}"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from scipy import stats
 from transformers import AutoConfig, AutoModelForTokenClassification
 
 from fedspine.core.task import Examples, Task
+from fedspine.lm.base import Model
 from fedspine.lm.load import load
+from fedspine.lm.structure import full
 from fedspine.lm.tiny import write_tiny
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.splitlora import SplitLora
@@ -108,8 +110,8 @@ def test_a_head_written_for_it_tells_the_mean_features_of_each_class(scene):
     answer = ground.asked_again(tap, update, ground.for_labels(base, update.order))
     counts = np.bincount(few.labels, minlength=len(CLASSES))
     assert counts[1:].all()
-    bare = ground.Model(
-        structure=ground.full(base.layout), adapter={}, head=answer.model(answer.sent).head, scale=1
+    bare = Model(
+        structure=full(base.layout), adapter={}, head=answer.model(answer.sent).head, scale=1
     )
     features = ground.readout(base, bare, few)
     for c, told in zip((1, 2), attacks.class_features(answer.head, counts), strict=True):

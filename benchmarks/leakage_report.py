@@ -1,0 +1,100 @@
+"""The tables of leakage.py: results/leakage.json and, made of it, results/leakage.md; of other data
+than trec6 with its name in theirs.
+"""
+
+import json
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+def write(table: Sequence[dict[str, Any]], how: dict[str, Any], methods: Sequence[str]) -> None:
+    """Put these rows in place of what earlier calls found of the same methods; `how` is what they
+    were found with.
+    """
+    how = how | {"commit": _commit(), "torch": torch.__version__}
+    name = "leakage" if how["data"] == "trec6" else f"leakage-{how['data']}"
+    kept = HERE / "results" / f"{name}.json"
+    known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {"rows": []}
+    new = {row["method"] for row in table}
+    rows = [row for row in known["rows"] if row["method"] not in new]
+    rows += [row | {"how": how} for row in table]
+    rows.sort(key=lambda row: (methods.index(row["method"]), tuple(row["terms"])))
+    kept.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    kept.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout.strip()
+
+
+TITLES = {
+    "tokens": (
+        "Tokens",
+        "Recall of the distinct tokens of the rows, special ones apart: the mean over answers, its "
+        "95 % interval, and the share of answers of which every token was found. *Chance*: the same "
+        "tokens held against as many rows that the answer is not about.",
+        "recall",
+    ),
+    "texts": (
+        "Texts",
+        "The share of rows of which no token is missing among those found, in the same way.",
+        "share",
+    ),
+    "labels": (
+        "Labels",
+        "The share of rows whose label is among those recovered. *Chance*: the same labels held "
+        "against rows that the answer is not about.",
+        "share",
+    ),
+    "members": (
+        "Membership",
+        "AUC of telling the rows behind an answer from the other candidates; chance is 0.5.",
+        "AUC",
+    ),
+}
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The tables of results/leakage.md."""
+    ways = {json.dumps(row["how"], sort_keys=True): row["how"] for row in rows}
+    lines = ["# What can be read from an answer", ""]
+    for how in ways.values():
+        command = f"python benchmarks/leakage.py{' --quick' if how['quick'] else ''}"
+        lines += [
+            f"`{command} --data {how['data']} --layers {how['layers']} --seed {how['seed']}`, "
+            f"commit {how['commit']}, torch {how['torch']}: MiniLM's first {how['layers']} blocks, "
+            f"fp32, {how['places']} tokens of a text, {how['public']} public rows, "
+            f"{how['candidates']} candidates.",
+            "",
+        ]
+    for what, (title, text, measure) in TITLES.items():
+        lines += [f"## {title}", "", text, ""]
+        whole = what == "tokens"
+        heads = ["method", "server", "attack", "rows", "answers", measure, "95 %", "chance"]
+        heads += ["whole"] if whole else []
+        lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+        for row in rows:
+            if row["what"] != what:
+                continue
+            cells = [row["method"], row["server"], row["attack"], _rows(row), row["answers"]]
+            cells += [f"{row['mean']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}"]
+            chance = f"{row['control']:.2f}"
+            if what != "members":
+                chance += f" ({row['control_low']:.2f} to {row['control_high']:.2f})"
+            cells += [chance] + ([f"{row['whole']:.2f}"] if whole else [])
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _rows(row: dict[str, Any]) -> str:
+    """The rows behind an answer, with the steps where there are several."""
+    steps, batch = row["terms"]
+    return str(batch) if steps == 1 else f"{steps} x {batch}"
