@@ -74,6 +74,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             f"{how['candidates']} candidates.",
             "",
         ]
+    lines += summary(rows)
     for what, (title, text, measure) in TITLES.items():
         lines += [f"## {title}", "", text, ""]
         whole = what == "tokens"
@@ -92,6 +93,54 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+TERMS = {"1 row": [1, 1], "8 rows": [1, 8], "32 rows": [1, 32], "20 x 32 rows": [20, 32]}
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Two tables with the attack that went furthest beyond chance in each place."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    parts = {
+        "Tokens found (by chance); whole texts found": ("tokens", "texts"),
+        "Labels found (by chance); AUC of membership": ("labels", "members"),
+    }
+    lines = ["## The best attack", ""]
+    for title, (first, second) in parts.items():
+        lines += [f"{title}:", "", "| method | server | " + " | ".join(TERMS) + " |"]
+        lines += ["|" + "---|" * (2 + len(TERMS))]
+        for method in methods:
+            for server in ("curious", "hostile", "hostile, rank bound"):
+                cells = [_best(rows, method, server, first, second, t) for t in TERMS.values()]
+                if any(cells):
+                    lines.append(f"| {method} | {server} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return lines
+
+
+def _best(
+    rows: Sequence[dict[str, Any]],
+    method: str,
+    server: str,
+    first: str,
+    second: str,
+    terms: Sequence[int],
+) -> str:
+    """What one cell of the summary says, nothing where nothing was tried."""
+
+    def furthest(what: str) -> dict[str, Any] | None:
+        tried = [
+            row
+            for row in rows
+            if (row["method"], row["server"], row["what"], list(row["terms"]))
+            == (method, server, what, list(terms))
+        ]
+        return max(tried, key=lambda row: row["mean"] - row["control"], default=None)
+
+    told, more = furthest(first), furthest(second)
+    if told is None:
+        return ""
+    return f"{told['mean']:.2f} ({told['control']:.2f})" + (f"; {more['mean']:.2f}" if more else "")
 
 
 def _rows(row: dict[str, Any]) -> str:
