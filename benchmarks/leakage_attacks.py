@@ -206,7 +206,7 @@ class BagDecoder:
         return cls(chosen, there, tokens, mean, spread, length, tuple(known))
 
     def __call__(self, features: Sequence[Tensor], *, unit: bool) -> Tensor:
-        """Scores [tokens]: the sum over these features, of which only the direction counts if `unit`."""
+        """Scores [tokens], summed over these features; if `unit`, only their directions count."""
         total = torch.zeros(len(self.seen))
         for each in features:
             scaled = each * (self.length / each.norm().clamp_min(1e-30)) if unit else each
@@ -250,7 +250,9 @@ def members_by_loss(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 
 def members_by_lira(fallen: np.ndarray, shadows: np.ndarray) -> np.ndarray:
-    """The same in deviations from answers about other rows: [candidates], from [shadows, candidates].
+    """The same in deviations from answers about other rows, [candidates].
+
+    Those are the `shadows`, [answers, candidates].
 
     The offline form of LiRA (Carlini et al. 2022, arXiv:2112.03570), one normal distribution for
     each candidate.

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedspine.core.aggregation import Mean
 from fedspine.core.device import Call, name_of, serve
 from fedspine.core.fleet import Cost, Idle, Profile, Reply
 from fedspine.core.message import Tensors, pack, unpack
@@ -56,6 +57,7 @@ class Wiretap:
         )
         self.seen: list[tuple[Any, Any, Any]] = []  # (work, order, result)
         self.now = 0.0
+        self.aggregation = Mean()
         self._memory: bytes | None = None
         self._pending: deque[Reply[Any]] = deque()
 
@@ -105,7 +107,7 @@ class Wiretap:
             peak_memory_bytes=served.peak_memory_bytes,
             seconds=1.0,
         )
-        return Reply(device=DEVICE, value=result, cost=cost)
+        return Reply(device=DEVICE, value=result, cost=cost, order=self.seen[-1][1])
 
 
 # --- what an exchange tells ---

@@ -38,8 +38,8 @@ TITLES = {
     "tokens": (
         "Tokens",
         "Recall of the distinct tokens of the rows, special ones apart: the mean over answers, its "
-        "95 % interval, and the share of answers of which every token was found. *Chance*: the same "
-        "tokens held against as many rows that the answer is not about.",
+        "95 % interval, and the share of answers of which every token was found. *Chance*: the "
+        "same tokens held against as many rows that the answer is not about.",
         "recall",
     ),
     "texts": (

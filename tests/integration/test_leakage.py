@@ -31,7 +31,7 @@ ADAPTERS = ("fedlora", "fedspine", "linear_probe", "fedavg")
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
-    """A tiny BERT with a vocabulary that 640 rows do not use up, and rows of words drawn from it."""
+    """A tiny BERT with more words than 640 rows use up, and rows of words drawn from them."""
     folder = write_tiny(tmp_path_factory.mktemp("leakage") / "bert", "bert")
     config = AutoConfig.from_pretrained(folder)
     config.update({"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH})
@@ -111,7 +111,7 @@ def test_a_head_written_for_it_tells_the_mean_features_of_each_class(scene):
     counts = np.bincount(few.labels, minlength=len(CLASSES))
     assert counts[1:].all()
     bare = Model(
-        structure=full(base.layout), adapter={}, head=answer.model(answer.sent).head, scale=1
+        structure=full(base.layout), adapter={}, head=answer.model(answer.sent).head, scale=1.0
     )
     features = ground.readout(base, bare, few)
     for c, told in zip((1, 2), attacks.class_features(answer.head, counts), strict=True):
