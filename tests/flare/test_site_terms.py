@@ -174,12 +174,11 @@ def test_no_answer_rests_on_fewer_rows_than_the_site_says(hostile, which):
 
 
 def test_training_that_is_made_to_end_early_does_not_answer(hostile):
-    """A sibling: a rate that makes the second step's loss infinite, so that the first one's row is
-    all that the answer rests on.
+    """A sibling: a rate that makes the second step's loss overflow, so that two rows are all that
+    the answer rests on.
     """
     site = hostile().opened("fedlora")
-    rates = {"learning_rate": 0.0, "head_learning_rate": 1e38, "weight_decay": 0.0}
-    order = site.lora(steps=64, batch=1, **rates)
+    order = site.lora(steps=64, batch=1, learning_rate=1e20, weight_decay=0.0)
     reply = site.ask(tune_adapter, order)
     assert refused(reply, "at least 32 distinct rows behind the answer were expected, ")
     assert not list((site.folder / MEMORY / site.run).iterdir())
@@ -401,7 +400,7 @@ def test_runs_never_take_more_than_the_sites_quota(hostile):
     for _ in range(14):
         site.opened("mergesfl")
         for version in (1, 2, 3):
-            order = site.begin(weights=site.weights(2, rank=32), cut=2)
+            order = site.begin(cut=2, rank=32)
             assert not isinstance(
                 site.ask(begin, order, version=version, needed=(version - 1,)), NotDone
             )
@@ -411,7 +410,7 @@ def test_runs_never_take_more_than_the_sites_quota(hostile):
     assert memories > most / 2  # so they did press
     full_up = hostile("full", allow=allow, limits={"disk_bytes": most}).opened("mergesfl")
     (full_up.folder / MEMORY / full_up.run / "000000009.safetensors").write_bytes(bytes(most - 9))
-    order = full_up.begin(weights=full_up.weights(2, rank=32), cut=2)
+    order = full_up.begin(cut=2, rank=32)
     assert refused(full_up.ask(begin, order, needed=(9,)), REFUSALS["disk"])
 
 

@@ -102,7 +102,8 @@ def test_the_shapes_are_those_of_the_answers(hostile):
     head = site.base.initial_head(np.random.default_rng(0))
     site.opened("mergesfl-plus")
     features = site.ask(begin, site.begin(ending=head, ending_optimising=SGD))
-    came += [features, site.ask(answer, Answer(features=features.features), memory=1, version=2)]
+    back = Answer(features=gradient_wired(unwired(features.features), "fp32"))
+    came += [features, site.ask(answer, back, memory=1, version=2)]
     came += [site.ask(end, Step(gradient=None), memory=2, version=3)]
     came += [site.ask(label_distribution, LabelQuery(classes=3, longest=16))]
     assert {type(one).__name__ for one in came} == set(results())

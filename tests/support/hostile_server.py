@@ -9,6 +9,7 @@ from toy import toy_rows
 
 from fedspine.core.device import name_of
 from fedspine.core.message import pack, unpack
+from fedspine.core.tensors import half
 from fedspine.flare.provision import write_site_file
 from fedspine.flare.run_terms import RunTerms
 from fedspine.flare.site import load_site
@@ -119,10 +120,10 @@ class Hostile:
         client, server = model.start(np.random.default_rng(0))
         return client | server if cut is None else client
 
-    def begin(self, batch=32, cut=1, **more):
+    def begin(self, batch=32, cut=1, rank=4, **more):
         order = {
-            "weights": self.weights(cut),
-            "cutting": Cutting(cut=cut, rank=4),
+            "weights": self.weights(cut, rank),
+            "cutting": Cutting(cut=cut, rank=rank),
             "batch": batch,
             "optimising": SGD,
             "precision": "fp32",
@@ -132,8 +133,8 @@ class Hostile:
     def lora(self, **tuning):
         settings = {"steps": 2, "batch": 16, "learning_rate": 1e-2} | tuning
         return LoraOrder(
-            adapter=fresh(self.base.layout.sites, 4, np.random.default_rng(0)),
-            head=self.base.initial_head(np.random.default_rng(0)),
+            adapter=half(fresh(self.base.layout.sites, 4, np.random.default_rng(0))),
+            head=half(self.base.initial_head(np.random.default_rng(0))),
             scale=2.0,
             tuning=Tuning(**settings),
         )
@@ -157,8 +158,8 @@ def refused(reply, words):
 def few_rows(site, rows):
     """(method, work, order): one order of each kind that rests on so many rows."""
     base, tuning = site.base, Tuning(steps=1, batch=rows, learning_rate=1e-2)
-    head = base.initial_head(np.random.default_rng(0))
-    adapter = fresh(base.layout.sites, 4, np.random.default_rng(0))
+    head = half(base.initial_head(np.random.default_rng(0)))
+    adapter = half(fresh(base.layout.sites, 4, np.random.default_rng(0)))
     training = Training(cutting=Cutting(cut=1, rank=4), optimising=SGD, steps=1, batch=rows)
     weights = {"weights": site.weights(), "training": training, "precision": "fp32"}
     spine = {
