@@ -170,7 +170,7 @@ def test_the_sites_own_budget_is_over_all_runs(site, terms, order):
 
 def test_only_work_that_keeps_the_promise_is_done(site, terms, order):
     worker = site(terms=terms)
-    means = asked(MeansOrder(rows=20), work=class_means)
+    means = asked(MeansOrder(rows=60), work=class_means)
     assert answer(worker, means).reason == "work not allowed"
     assert isinstance(answer(site(terms=replace(terms, privacy=None)), means), SiteAnswer)
 
