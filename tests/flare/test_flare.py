@@ -722,7 +722,7 @@ def test_an_order_that_no_device_could_serve_is_refused_and_the_reply_says_why(s
     here = sites()
     order = next(iter(here.orders().values()))
     wrong = {
-        "east": replace(order, tuning=replace(order.tuning, steps=0)),
+        "east": replace(order, tuning=replace(order.tuning, learning_rate=-1.0)),
         "north": replace(order, head={}),
         "west": replace(order, adapter={k: v * float("nan") for k, v in order.adapter.items()}),
     }
@@ -730,7 +730,7 @@ def test_an_order_that_no_device_could_serve_is_refused_and_the_reply_says_why(s
     with pytest.raises(AllLost, match="of 3 sites asked 0 replied"):
         here.fleet.ask(tune_adapter, wrong)
     assert {note["device"]: note["left_out"] for note in here.notes()} == {
-        "east": "cannot use the order: steps is 0, but at least 1 is needed",
+        "east": "cannot use the order: learning_rate is -1, but it cannot be negative",
         "north": "cannot use the order: head has 0 tensors of other names; 4 were expected",
         "west": "cannot use the order: an entry of adapter is not finite",
     }

@@ -28,6 +28,7 @@ MOST_WHOLE = 2**63 - 1  # of a whole number, as tensors hold them
 MOST_ROWS = 2**31  # that a device may declare
 # of a float: fp32 holds numbers below 2^128, so it holds sums over 2^20 devices of up to 2^31 rows
 MOST_FLOAT = 2.0**76
+MOST_ORDERED = 2.0**128  # of a float in an order, which a device does not sum over others
 MOST_WEIGHT = 65504.0  # of a weight: what fp16 holds, in which weights cross the wire by default
 
 
@@ -112,7 +113,7 @@ def why_unusable(value: Any, kind: Any, asked: Asked) -> str | None:
     """
     try:
         _typed(value, kind)
-        _numbers(value, "it")
+        _numbers(value, "it", MOST_ORDERED if asked.order is None else MOST_FLOAT)
         _own(value, asked)
         if not isinstance(value, Checking):
             as_ordered(value, asked)
@@ -238,7 +239,7 @@ def _typed(value: Any, kind: Any) -> None:
     need(fits, f"{expected} was expected, {came} with other fields or types came")
 
 
-def _numbers(value: Any, name: str) -> None:
+def _numbers(value: Any, name: str, most: float) -> None:
     """Raise Unusable for a number or an entry that is not finite or too large. Names of dictionary
     entries came from elsewhere and are not repeated.
     """
@@ -250,21 +251,21 @@ def _numbers(value: Any, name: str) -> None:
         case float():
             need(isfinite(value), f"{name} is {value}")
             line = f"{name} is {short(value)}, which counts as not finite"
-            need(abs(value) <= MOST_FLOAT, line)
+            need(abs(value) <= most, line)
         case Tensor():
-            _entries(value, name)
+            _entries(value, name, most)
         case np.ndarray():
-            _entries(torch.from_numpy(value), name)
+            _entries(torch.from_numpy(value), name, most)
         case tuple():
             for item in value:
-                _numbers(item, name)
+                _numbers(item, name, most)
         case dict():
             for item in value.values():
-                _numbers(item, name)
+                _numbers(item, name, most)
         case _ if is_dataclass(value):
             # plain numbers first: where weights are not finite, the loss says more
             for inside, found in sorted(vars(value).items(), key=lambda item: not _plain(item[1])):
-                _numbers(found, inside if name == "it" else f"{name}.{inside}")
+                _numbers(found, inside if name == "it" else f"{name}.{inside}", most)
         case _:
             raise Unusable(f"{name} is of a type that no message has")
 
@@ -273,12 +274,12 @@ def _plain(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def _entries(tensor: Tensor, name: str) -> None:
+def _entries(tensor: Tensor, name: str, most: float) -> None:
     need(not tensor.is_complex(), f"{name} has complex numbers")
     if tensor.is_floating_point() and tensor.numel():
         low, high = extremes(tensor)
         need(isfinite(low) and isfinite(high), f"an entry of {name} is not finite")
-        _bounded(name, low, high, MOST_FLOAT)
+        _bounded(name, low, high, most)
 
 
 def _bounded(name: str, low: float, high: float, most: float) -> None:

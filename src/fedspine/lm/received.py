@@ -12,17 +12,18 @@ Specified = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def check_adapter(adapter: Tensors, layout: PrunableLayout, rank: int | None = None) -> None:
-    """Raise Unusable unless this is an fp16 adapter of the model, of this rank in all its layers
+    """Raise Unusable unless an order's adapter is the model's, of this rank in all its layers
     (default: of any in each); it may lack some layers, or all.
     """
+    dtype = float_of(adapter)
     specified: Specified = {}
     for site in layout.sites:
         a, b = a_name(site.path), b_name(site.path)
         if a in adapter:
             own = rank_in({a: adapter[a]}) if rank is None else rank
             check_rank_of(own, layout)
-            specified[a] = (torch.float16, (own, site.columns))
-            specified[b] = (torch.float16, (site.rows, own))
+            specified[a] = (dtype, (own, site.columns))
+            specified[b] = (dtype, (site.rows, own))
     tensors_of("adapter", adapter, specified)
 
 
@@ -36,6 +37,12 @@ def check_b(factors: Tensors, layout: PrunableLayout) -> None:
     tensors_of("adapter", factors, specified)
 
 
+def float_of(weights: Tensors) -> torch.dtype:
+    """The type that all weights of an order must have: that of the first one, fp32 or else fp16."""
+    first = next(iter(weights.values()), None)
+    return torch.float32 if first is not None and first.dtype == torch.float32 else torch.float16
+
+
 def check_rank_of(rank: int, layout: PrunableLayout) -> None:
     """Raise Unusable for a rank beyond the model's widest side, where it can only cost memory."""
     most = max(max(site.rows, site.columns) for site in layout.sites)
@@ -43,8 +50,11 @@ def check_rank_of(rank: int, layout: PrunableLayout) -> None:
 
 
 def check_head(head: Tensors, asked: Asked) -> None:
-    """Raise Unusable unless this is the model's task head in fp16."""
-    tensors_of("head", head, head_shapes(asked))
+    """Raise Unusable unless this is the model's task head, a result's in fp16, an order's in fp32
+    or fp16.
+    """
+    ordered = asked.order is None
+    tensors_of("head", head, head_shapes(asked, float_of(head) if ordered else torch.float16))
 
 
 def check_loss(loss: float | int | None, name: str = "loss") -> None:

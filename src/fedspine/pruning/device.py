@@ -18,7 +18,14 @@ from fedspine.lm.base import Model
 from fedspine.lm.importance import Scores, ballot, mixed, no_scores
 from fedspine.lm.importance_sources import ScoringOrder, remembered, tune_and_score
 from fedspine.lm.prunable_layout import PrunableLayout
-from fedspine.lm.received import adapter_shapes, check_head, check_loss, check_rank_of, rank_in
+from fedspine.lm.received import (
+    adapter_shapes,
+    check_head,
+    check_loss,
+    check_rank_of,
+    float_of,
+    rank_in,
+)
 from fedspine.lm.structure import Structure, cut_adapter, full, grain, shrink, sparsity
 from fedspine.lm.tune import Tuning
 
@@ -47,7 +54,8 @@ class SpineOrder:
         layout = asked.base.layout
         rank = rank_in(self.adapter)
         check_rank_of(rank, layout)
-        tensors_of("adapter", self.adapter, adapter_shapes(layout, rank, self.structure))
+        dtype = float_of(self.adapter)
+        tensors_of("adapter", self.adapter, adapter_shapes(layout, rank, self.structure, dtype))
         check_head(self.head, asked)
         within("global_importance_weight", self.global_importance_weight, 0, 1)
         within("target", self.target, 0, 0.95)

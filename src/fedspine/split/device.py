@@ -24,7 +24,7 @@ from fedspine.core.message import Tensors, message
 from fedspine.core.reads import Reads
 from fedspine.core.tensors import half, single
 from fedspine.lm.base import Base
-from fedspine.lm.received import check_loss
+from fedspine.lm.received import check_loss, float_of, rank_in
 from fedspine.nets.net import Net
 from fedspine.split.batches import Budget, drawn, most_rows
 from fedspine.split.cut import split_model_of
@@ -101,15 +101,15 @@ class Begin:
         """The client model is this model's, and so is what stays on the device in the U-shape."""
         need(self.precision in BYTES, f"precision is not one of {', '.join(BYTES)}")
         check_batch(self.batch)
-        cut, rank, dtype = self.cutting.cut, self.cutting.rank, as_sent(self.precision)
-        below, _ = model_shapes(asked.base, cut, rank, dtype)
         # what a method trains beside the client model it checks itself
         own = {name: self.weights[name] for name in self.weights if not name.startswith(BESIDE)}
+        rank = rank_in(own) if own and isinstance(asked.base, Base) else self.cutting.rank
+        below, _ = model_shapes(asked.base, self.cutting.cut, rank, float_of(own))
         tensors_of("weights", own, below)
         both = (self.ending is None) == (self.ending_optimising is None)
         need(both, "ending and ending_optimising belong together")
         if self.ending is not None:
-            tensors_of("ending", self.ending, ending_shapes(asked, dtype))
+            tensors_of("ending", self.ending, ending_shapes(asked, float_of(self.ending)))
 
     def agreed(self, before: Agreed | None, terms: Terms) -> Agreed:
         """What later messages of the round go by."""

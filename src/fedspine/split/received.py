@@ -23,7 +23,7 @@ from fedspine.core.message import Tensors
 from fedspine.core.task import IGNORED
 from fedspine.core.tensors import extremes
 from fedspine.lm.base import Base
-from fedspine.lm.received import Specified, adapter_shapes, check_rank_of, head_shapes
+from fedspine.lm.received import Specified, adapter_shapes, check_rank_of, float_of, head_shapes
 from fedspine.nets.net import Net
 from fedspine.split.batches import Budget
 from fedspine.split.wire import Wired
@@ -79,7 +79,7 @@ def model_shapes(base: Any, cut: int, rank: int, dtype: torch.dtype) -> tuple[Sp
 def check_model(weights: Tensors, cut: int, rank: int, precision: str, asked: Asked) -> None:
     """Raise Unusable unless these are all weights that training a whole model changes."""
     need(precision in ("fp32", "fp16"), "precision is not one of fp32, fp16")
-    dtype = as_sent(precision)
+    dtype = float_of(weights)
     below, above = model_shapes(asked.base, cut, rank, dtype)
     head = head_shapes(asked, dtype) if isinstance(asked.base, Base) else {}
     tensors_of("weights", weights, below | above | head)
