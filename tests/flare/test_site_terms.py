@@ -159,7 +159,7 @@ def test_a_rank_as_wide_as_the_model_would_undo_the_blocks_under_a_cut(hostile):
 # --- how many rows stand behind an answer ---
 
 
-@pytest.mark.parametrize("which", range(12))
+@pytest.mark.parametrize("which", range(13))
 def test_no_answer_rests_on_fewer_rows_than_the_site_says(hostile, which):
     """The attack: `fewest_rows = 10` answered about one row at batch 1, by all of these."""
     site = hostile(allow={"methods": list(all_methods()), "fewest_rows": 10})
