@@ -18,11 +18,12 @@ from fedspine.flare.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder,
 from fedspine.lm.content import content_sha256
 from fedspine.lm.importance_sources import Gradient
 from fedspine.lm.load import load
-from fedspine.lm.lora import fresh
+from fedspine.lm.lora import fresh, is_a
 from fedspine.lm.structure import full
 from fedspine.lm.tune import Tuning
 from fedspine.methods.fedavg import AverageOrder, train_and_send
 from fedspine.methods.fedlora import LoraOrder, tune_adapter
+from fedspine.methods.ffa_lora import FfaOrder, tune_b
 from fedspine.methods.hetlora import HetLoraOrder, tune_and_shrink
 from fedspine.methods.legend import DepthOrder, tune_top
 from fedspine.methods.linear_probe import ProbeOrder, tune_head
@@ -168,11 +169,13 @@ def few_rows(site, rows):
         "scale": 2.0, "tuning": tuning, "scoring": Gradient().order,
     }  # fmt: skip
     lora = {"adapter": adapter, "head": head, "scale": 2.0, "tuning": tuning}
+    b_factors = {name: factor for name, factor in adapter.items() if not is_a(name)}
     return [
         ("fedlora", tune_adapter, LoraOrder(**lora)),
         ("flexlora", tune_adapter, LoraOrder(**lora)),
         ("hetlora", tune_and_shrink, HetLoraOrder(**lora, rank=4, shrunk=2, penalty=0.0)),
         ("legend", tune_top, DepthOrder(**lora, lowest=0)),
+        ("ffa-lora", tune_b, FfaOrder(**lora | {"adapter": b_factors, "seed": 0})),
         ("linear_probe", tune_head, ProbeOrder(head=head, tuning=tuning)),
         ("fedspine", prune_and_tune, SpineOrder(**spine)),
         ("fedavg", train_and_send, AverageOrder(**weights)),
