@@ -28,12 +28,13 @@ def check_adapter(adapter: Tensors, layout: PrunableLayout, rank: int | None = N
 
 
 def check_b(factors: Tensors, layout: PrunableLayout) -> None:
-    """Raise Unusable unless these are fp16 B factors of one rank, of some of the model's layers."""
+    """Raise Unusable unless an order's B factors are of one rank, of some of the model's layers."""
     rank = next((factor.shape[1] for factor in factors.values() if factor.dim() == 2), 0)
     if factors:
         check_rank_of(rank, layout)
+    dtype = float_of(factors)
     rows = {b_name(site.path): site.rows for site in layout.sites}
-    specified = {n: (torch.float16, (rows[n], rank)) for n in factors if n in rows}
+    specified = {n: (dtype, (rows[n], rank)) for n in factors if n in rows}
     tensors_of("adapter", factors, specified)
 
 
