@@ -195,12 +195,14 @@ class Legend(LocalTraining):
         if state.round == 0:
             rows = self.steps * self.batch
             state = replace(state, head=started(self, state.head, fleet, rows=rows))
-        most = self._hosted(state, fleet)
-        state = replace(state, times=self._probed(state, fleet, most))
+        hosted = self._hosted(state, fleet)
+        times, silent = self._probed(state, fleet, hosted)
+        state = replace(state, times=times)
+        most = {id: depth for id, depth in hosted.items() if id not in silent}
         depths, expected, ranks = self._plan(state, most)
         orders = {id: self._order(state, depth, ranks.get(id)) for id, depth in depths.items()}
         came = fleet.ask(tune_top, orders)
-        if not (orders or came):
+        if not (hosted or came):
             raise NoMemory(
                 "no device has the memory to train even one block; lower method.batch, "
                 "method.rank or task.max_tokens"
@@ -277,16 +279,17 @@ class Legend(LocalTraining):
 
     def _probed(
         self, state: LegendState, fleet: Fleet, most: Mapping[DeviceId, int]
-    ) -> dict[str, np.ndarray]:
+    ) -> tuple[dict[str, np.ndarray], set[DeviceId]]:
         """The times with those of devices met for the first time, which train a few batches at two
-        depths, for nothing but their speed.
+        depths, for nothing but their speed; and the devices that did not answer, which are not
+        asked in this round.
         """
         times, new = state.times, [id for id in most if id not in state.times]
         if not self.probe_batches or self.depth_rule == "fixed" or not new:
-            return times
-        batches = min(self.probe_batches, self.steps)
+            return times, set()
+        batches, probed = min(self.probe_batches, self.steps), new
         for factor in (1, 2):
-            depths = {id: min(factor * self.least_depth, most[id]) for id in new}
+            depths = {id: min(factor * self.least_depth, most[id]) for id in probed}
             orders = {id: self._order(state, depth, steps=batches) for id, depth in depths.items()}
             try:
                 replies = fleet.ask(probe_top, orders)
@@ -297,7 +300,8 @@ class Legend(LocalTraining):
             for reply in replies:
                 seen = self._timed(state, times, reply, batches, depths[reply.device])
                 times = times | {reply.device: seen}
-        return times
+            probed = [reply.device for reply in replies]
+        return times, set(new) - set(probed)
 
     def _timed(
         self,
