@@ -112,19 +112,21 @@ def test_a_state_that_no_device_can_use_is_not_saved_over_the_last_good_one(
     arguments[at] = "method.rank=2"
     whole = ("run", *arguments, "--out", tmp_path / "whole", "--json")
     assert command(*whole)[0] == 0
-    average = fedlora.average
+    merged = fedlora.merged
     rounds = []
 
-    def spoils(weighted):
+    def spoils(replies, fleet, **before):
         rounds.append(0)
-        mean = average(weighted)
-        return {k: each * torch.nan for k, each in mean.items()} if len(rounds) > 2 else mean
+        found = merged(replies, fleet, **before)
+        if len(rounds) == 1:
+            return found
+        return {field: {k: t * torch.nan for k, t in each.items()} for field, each in found.items()}
 
-    monkeypatch.setattr(fedlora, "average", spoils)  # called for adapter and head in each round
+    monkeypatch.setattr(fedlora, "merged", spoils)
     code, _, lines = command("run", *arguments, "--out", folder, "--json")
     assert code == 2 and "the weights after this round are not finite" in lines[0]
     assert "1 round saved" in lines[0]
-    monkeypatch.setattr(fedlora, "average", average)
+    monkeypatch.setattr(fedlora, "merged", merged)
     code, _, lines = command("run", "--resume", folder, "--json")
     assert (code, lines) == (0, [])
     same = [summary_of(tmp_path / name)["state_sha256"] for name in ("whole", "run")]

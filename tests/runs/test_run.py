@@ -71,8 +71,11 @@ def test_all_devices_lost_later(job, command, tmp_path, monkeypatch) -> None:
     command("run", *job(), "--out", tmp_path / "whole", "--json")
     folder = tmp_path / "run"
 
-    def silent_later(recipe, fleet):
-        return Lossy(fleet, drop=1.0, seed=0) if fleet.now else fleet
+    around = loop.around
+
+    def silent_later(recipe, fleet, in_flight):
+        inner = Lossy(fleet, drop=1.0, seed=0) if fleet.now else fleet
+        return around(recipe, inner, in_flight)
 
     with monkeypatch.context() as patched:
         patched.setattr(loop, "around", silent_later)
