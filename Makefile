@@ -22,8 +22,9 @@ demo: $(VENV)/.demo
 	$(FEDSPINE) bench $(RUN)/models/nx-30 --against $(RUN)/models/dense
 	$(FEDSPINE) predict $(RUN)/models/nx-30 "Return the number of seconds since the epoch as a float."
 
+# three at a time also on two cores: tests of sites and networks wait for most of their minutes
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # a look while one works: no sites, no whole runs, no table over every method
 quick: $(VENV)/.test

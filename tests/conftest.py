@@ -66,7 +66,7 @@ class Sampling(type(jaxtyping.config)):
 jaxtyping.config.__class__ = Sampling
 
 
-# minutes each, so that two workers begin with them and neither is left with one at the end
+# minutes each, so that the workers begin with them and none is left with one at the end
 LONG = ("test_federation", "test_every_method", "test_controls", "test_sweep", "test_faults")
 
 
