@@ -84,10 +84,9 @@ def test_another_seed_gives_other_bits(name, lab, whole):
     assert bits(lab(seed=1).run(METHODS[name].toy(), rounds=SOME)) != whole
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_same_seed_same_bits_also_in_worker_processes(name, lab, whole, workers):
-    """One worker is this process, as is none, which `whole` was computed with."""
-    assert bits(lab(workers=workers).run(METHODS[name].toy(), rounds=SOME)) == whole
+def test_same_seed_same_bits_also_in_worker_processes(name, lab, whole):
+    """`whole` was computed in this process."""
+    assert bits(lab(workers=2).run(METHODS[name].toy(), rounds=SOME)) == whole
 
 
 def test_resumed_equals_uninterrupted(name, lab, whole):
