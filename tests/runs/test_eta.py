@@ -123,6 +123,18 @@ def test_the_final_scoring_counts_models_by_their_size() -> None:
     )
 
 
+def test_the_final_scoring_lasts_no_longer_than_it_was_expected_to() -> None:
+    job = plan([0.0, 0.5], final_devices=4, final_rows=100)
+    estimate = Estimate(job)
+    assert estimate.scoring_left(0, 0.0) is None
+    assert estimate.scoring_left(1, 10.0) == pytest.approx(25)  # nothing was expected: 2.5 halves
+    estimate.saw_round(0, ROUND_SECONDS, SAMPLES)
+    whole = 350 * ROW_SECONDS  # by hand
+    assert estimate.scoring_left(1, 0.5 * whole) == pytest.approx(0.5 * whole)
+    assert estimate.scoring_left(1, 0.1 * whole) == pytest.approx(0.25 * whole)
+    assert estimate.scoring_left(1, 2 * whole) == pytest.approx(5 * whole)
+
+
 def test_a_run_without_checks_has_its_final_scoring_only() -> None:
     job = plan([0.0] * 2, evaluate_every=0, final_rows=100)
     estimate = Estimate(job)

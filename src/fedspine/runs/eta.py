@@ -119,6 +119,19 @@ class Estimate:
         )
         return training + self.check_pace * checks + self.scoring_pace * self.plan.final_work()
 
+    def scoring_left(self, models: int, seconds: float) -> float | None:
+        """Wall seconds left of the final scoring, after so many models and `seconds`; None before
+        the first model.
+
+        Less than the models not yet done would take by these, where less was expected: equal models
+        are scored once, and which are equal shows late.
+        """
+        if not models:
+            return None
+        by_models = seconds * (1 / self.plan.scored_share(models) - 1)
+        expected = self.scoring_pace * self.plan.final_work() - seconds if self._paces else 0.0
+        return min(by_models, expected) if expected > 0 else by_models
+
     @property
     def pace(self) -> float:
         """Seconds per whole round; the first round, which prepares what later ones reuse, does not

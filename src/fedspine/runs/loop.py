@@ -295,10 +295,10 @@ def _run(
             f"{recipe.fleet.devices} devices"
         )
         progress.started(recipe.run.rounds, title, done=point.round)
-        _rounds(context, point, run_dir, progress)
+        estimate = _rounds(context, point, run_dir, progress)
         progress.stage("scoring the deployed models")
         simulated = isinstance(backend, Simulation)
-        summary = _summary(context, point, progress)
+        summary = _summary(context, point, estimate, progress)
         summary |= spent_of(recipe, _recorded(context, run_dir))
         summary |= _references(context, run_dir, progress, simulated=simulated)
         if lines := _last_doubts(context, point, run_dir):
@@ -344,8 +344,8 @@ def _restored(context: RunContext, saved: Saved) -> Point:
     )
 
 
-def _rounds(context: RunContext, point: Point, run_dir: Path, progress: RunObserver) -> None:
-    """The remaining rounds, each saved when it is done."""
+def _rounds(context: RunContext, point: Point, run_dir: Path, progress: RunObserver) -> Estimate:
+    """The remaining rounds, each saved when it is done; returns what they cost."""
     found: dict[str, Any] = {}
     run = context.recipe.run
     estimate = Estimate(_work_plan(context))
@@ -393,6 +393,7 @@ def _rounds(context: RunContext, point: Point, run_dir: Path, progress: RunObser
                 records_sha256=records.sha256,
             )
         )
+    return estimate
 
 
 def _work_plan(context: RunContext) -> WorkPlan:
@@ -523,14 +524,16 @@ def _references(
     return references.kept(run_dir, compute)
 
 
-def _summary(context: RunContext, point: Point, progress: RunObserver) -> dict[str, Any]:
+def _summary(
+    context: RunContext, point: Point, estimate: Estimate, progress: RunObserver
+) -> dict[str, Any]:
     recipe, sums, watch = context.recipe, point.sums, point.watch
     rows = recipe.run.final_rows_of(len(context.assembled.task.test))
-    begun, plan = time.monotonic(), _work_plan(context)
+    begun = time.monotonic()
 
     def on_progress(done: int, models: int) -> None:
-        seconds, share = time.monotonic() - begun, plan.scored_share(done)
-        progress.scored(done, models, seconds * (1 / share - 1) if done else None)
+        left = estimate.scoring_left(done, time.monotonic() - begun)
+        progress.scored(done, models, left)
 
     found = _score(
         context, point, rows, recipe.run.final_devices, final=True, on_progress=on_progress
