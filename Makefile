@@ -29,7 +29,7 @@ test: $(VENV)/.test
 # a look while one works: no sites, no whole runs, no table over every method
 quick: $(VENV)/.test
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" \
-		$(addprefix tests/,core control data storage lm nets pruning split execution fleets report) \
+		$(addprefix tests/,core control data storage lm nets pruning split fleets) \
 		tests/conformance/test_layers.py tests/runs/test_config.py tests/runs/test_eta.py
 
 check: $(VENV)/.test
