@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
-from fedspine.core.aggregation import Aggregation
 from fedspine.core.checks import Agreeing, Asked, Terms, why_unusable
 from fedspine.core.device import DeviceId, O, R, Work
 from fedspine.core.fleet import AllLost, Fleet, Idle, Profile, Reply, T
 from fedspine.core.schema import result_kind
+from fedspine.fleets.wrapper import FleetWrapper
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Exchanges:
     agreed: dict[DeviceId, Any] = field(default_factory=dict)  # see `core.checks.Agreeing`
 
 
-class Checked:
+class Checked(FleetWrapper):
     """A fleet whose replies are checked as `core.checks` says. One that cannot be used is noted and
     absent, as if it had been lost; `unusable` says why.
 
@@ -39,27 +39,12 @@ class Checked:
         quorum: int = 1,
         exchanges: Exchanges | None = None,
     ) -> None:
-        self._fleet, self._terms, self._quorum = fleet, terms, quorum
+        super().__init__(fleet)
+        self._terms, self._quorum = terms, quorum
         self._rows = {each.id: each.examples for each in (*fleet.devices, *everyone)}
         self._exchanges = exchanges or Exchanges()
         self._unusable: dict[DeviceId, str] = {}
         self._sent: set[DeviceId] = set()  # by `send`, since nothing was pending
-
-    @property
-    def devices(self) -> tuple[Profile, ...]:
-        return self._fleet.devices
-
-    @property
-    def now(self) -> float:
-        return self._fleet.now
-
-    @property
-    def base(self) -> Any:
-        return self._fleet.base
-
-    @property
-    def aggregation(self) -> Aggregation:
-        return self._fleet.aggregation
 
     @property
     def unusable(self) -> Mapping[DeviceId, str]:
@@ -102,19 +87,6 @@ class Checked:
         self, job: Callable[[str, Fleet], T], groups: Mapping[str, Iterable[DeviceId]]
     ) -> dict[str, T]:
         return self._fleet.together(lambda name, part: job(name, self._around(part)), groups)
-
-    def wait(self, seconds: float) -> None:
-        self._fleet.wait(seconds)
-
-    def note(self, **values: Any) -> None:
-        self._fleet.note(**values)
-
-    def foresee(
-        self, device: DeviceId, *, flops: float, launches: float, bytes_down: int, bytes_up: int
-    ) -> float | None:
-        return self._fleet.foresee(
-            device, flops=flops, launches=launches, bytes_down=bytes_down, bytes_up=bytes_up
-        )
 
     def _forget(self, asked: Iterable[DeviceId]) -> None:
         for device in asked:

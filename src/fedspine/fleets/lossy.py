@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from fedspine.core.aggregation import Aggregation
 from fedspine.core.device import DeviceId, O, R, Work
-from fedspine.core.fleet import Fleet, Profile, Reply, T
+from fedspine.core.fleet import Fleet, Reply, T
+from fedspine.fleets.wrapper import FleetWrapper
 
 
-class Lossy:
+class Lossy(FleetWrapper):
     """Loses each exchange with probability `drop`: half of them before the order arrives, half
     after the work is done.
 
@@ -31,25 +31,10 @@ class Lossy:
                 "0 <= drop <= 1 and delay_seconds >= 0 were "
                 f"expected, {drop} and {delay_seconds} came"
             )
-        self._fleet, self._drop, self._delay, self._seed = fleet, drop, delay_seconds, seed
+        super().__init__(fleet)
+        self._drop, self._delay, self._seed = drop, delay_seconds, seed
         # shared by all parts, so that each ask is a new draw
         self._draws: Counter[DeviceId] = Counter()
-
-    @property
-    def devices(self) -> tuple[Profile, ...]:
-        return self._fleet.devices
-
-    @property
-    def now(self) -> float:
-        return self._fleet.now
-
-    @property
-    def base(self) -> Any:
-        return self._fleet.base
-
-    @property
-    def aggregation(self) -> Aggregation:
-        return self._fleet.aggregation
 
     def ask(
         self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf
@@ -94,12 +79,6 @@ class Lossy:
         self, job: Callable[[str, Fleet], T], groups: Mapping[str, Iterable[DeviceId]]
     ) -> dict[str, T]:
         return self._fleet.together(lambda name, part: job(name, self._around(part)), groups)
-
-    def wait(self, seconds: float) -> None:
-        self._fleet.wait(seconds)
-
-    def note(self, **values: Any) -> None:
-        self._fleet.note(**values)
 
     @property
     def unusable(self) -> Mapping[DeviceId, str]:

@@ -6,20 +6,20 @@ a change (`core.method.on_todays`), as FedBuff does (Nguyen et al. 2022, arXiv:2
 of each round in the place of a buffer, and no discount for staleness, are ours.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from math import ceil, inf
 from typing import Any
 
-from fedspine.core.aggregation import Aggregation
 from fedspine.core.device import DeviceId, O, R, Work, name_of
-from fedspine.core.fleet import Fleet, Idle, Profile, Reply, T
+from fedspine.core.fleet import Fleet, Idle, Profile, Reply
+from fedspine.fleets.wrapper import FleetWrapper
 
 GIVEN_UP = 3  # rounds after which a reply is not waited for, and its device may be asked again
 TINY = 1e-9  # 0.28 of 25 replies are seven, whatever the last bit says
 
 
-class SemiAsync:
+class SemiAsync(FleetWrapper):
     """The part of a fleet that one round asks; `ask` returns once a share `quorum` has replied.
 
     This holds for the work named `late_work`, whose replies the method can merge in a later round:
@@ -37,33 +37,21 @@ class SemiAsync:
     ) -> None:
         if not 0 < quorum <= 1:
             raise ValueError(f"0 < quorum <= 1 was expected, {quorum} came")
-        self._fleet, self._quorum, self._late_work = fleet, quorum, late_work
+        super().__init__(fleet)
+        self._quorum, self._late_work = quorum, late_work
         self._busy = {id for id, rounds in in_flight.items() if rounds < GIVEN_UP}
 
     @property
     def devices(self) -> tuple[Profile, ...]:
         return tuple(each for each in self._fleet.devices if each.id not in self._busy)
 
-    @property
-    def now(self) -> float:
-        return self._fleet.now
-
-    @property
-    def base(self) -> Any:
-        return self._fleet.base
-
-    @property
-    def aggregation(self) -> Aggregation:
-        return self._fleet.aggregation
-
     def ask(
         self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf
     ) -> list[Reply[R]]:
         if self._quorum == 1 or within < inf or name_of(work) != self._late_work:
             return self._fleet.ask(work, orders, within=within)
-        counted = set(orders) or set(
-            self._busy
-        )  # where nobody is asked, late replies are the round
+        # where nobody is asked, late replies are the round
+        counted = set(orders) or set(self._busy)
         self.send(work, orders)
         came: list[Reply[R]] = []
         enough = ceil(self._quorum * len(counted) - TINY)
@@ -92,27 +80,6 @@ class SemiAsync:
             self._busy.discard(reply.device)
         return reply
 
-    def only(self, ids: Iterable[DeviceId]) -> Fleet:
-        return self._fleet.only(ids)
-
-    def together(
-        self, job: Callable[[str, Fleet], T], groups: Mapping[str, Iterable[DeviceId]]
-    ) -> dict[str, T]:
-        return self._fleet.together(job, groups)
-
-    def wait(self, seconds: float) -> None:
-        self._fleet.wait(seconds)
-
-    def note(self, **values: Any) -> None:
-        self._fleet.note(**values)
-
     @property
     def unusable(self) -> Mapping[DeviceId, str]:
         return self._fleet.unusable
-
-    def foresee(
-        self, device: DeviceId, *, flops: float, launches: float, bytes_down: int, bytes_up: int
-    ) -> float | None:
-        return self._fleet.foresee(
-            device, flops=flops, launches=launches, bytes_down=bytes_down, bytes_up=bytes_up
-        )
