@@ -147,6 +147,15 @@ def adapter_rank(adapter: Tensors) -> int:
     return max(ranks, default=0)
 
 
+def check_depth(depth: int, layout: PrunableLayout) -> None:
+    """Raise BadInput for a `method.depth` that is no number of the model's blocks; 0 means all."""
+    if not 0 <= depth <= layout.layers:
+        raise BadInput(
+            f"method.depth is {depth}, but 0 to {layout.layers} blocks of this model can be "
+            "adapted; 0 means all"
+        )
+
+
 def cut_rank(adapter: Tensors, rank: int) -> Tensors:
     """The first `rank` directions of every factor."""
     return {

@@ -13,7 +13,6 @@ import numpy as np
 
 from fedspine.core.checks import Asked, as_ordered
 from fedspine.core.device import Device, DeviceId, keeps_privacy, on_device
-from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
@@ -21,7 +20,7 @@ from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, single
 from fedspine.lm.base import Model
-from fedspine.lm.lora import check_rank, fresh
+from fedspine.lm.lora import check_depth, check_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import check_adapter, check_head, check_loss
 from fedspine.lm.structure import full
@@ -105,11 +104,7 @@ class FedLora(LocalTraining):
 
     def check(self, task: Task) -> None:
         check_rank("method.rank", (self.rank,), task.base.layout)
-        if not 0 <= self.depth <= task.base.layout.layers:
-            raise BadInput(
-                f"method.depth is {self.depth}, but 0 to {task.base.layout.layers} blocks of this "
-                "model can be adapted; 0 means all"
-            )
+        check_depth(self.depth, task.base.layout)
         check_tuning(self)
         check_head_start(self, task)
 

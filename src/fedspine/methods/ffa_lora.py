@@ -14,7 +14,6 @@ import torch
 
 from fedspine.core.checks import Asked, as_ordered
 from fedspine.core.device import Device, DeviceId, keeps_privacy, on_device
-from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
@@ -22,7 +21,7 @@ from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, single
 from fedspine.lm.base import Model
-from fedspine.lm.lora import a_name, b_name, check_rank, fresh_a, is_a
+from fedspine.lm.lora import a_name, b_name, check_depth, check_rank, fresh_a, is_a
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import check_b, check_head, check_loss
 from fedspine.lm.structure import full
@@ -103,11 +102,7 @@ class FfaLora(LocalTraining):
 
     def check(self, task: Task) -> None:
         check_rank("method.rank", (self.rank,), task.base.layout)
-        if not 0 <= self.depth <= task.base.layout.layers:
-            raise BadInput(
-                f"method.depth is {self.depth}, but 0 to {task.base.layout.layers} blocks of "
-                "this model can be adapted; 0 means all"
-            )
+        check_depth(self.depth, task.base.layout)
         check_tuning(self)
 
     def start(self, task: Task, rng: np.random.Generator) -> FfaState:

@@ -25,7 +25,7 @@ from fedspine.control.latency_model import add, coefficients, no_evidence
 from fedspine.core.checks import Asked, within
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput, check_ranges
-from fedspine.core.fleet import AllLost, Fleet, NoMemory, Profile, Reply
+from fedspine.core.fleet import AllLost, Fleet, NoMemory, Reply
 from fedspine.core.merging import Weighted, combined
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
@@ -35,7 +35,7 @@ from fedspine.lm.aggregate import Contribution, average_factors, bounded
 from fedspine.lm.base import Model
 from fedspine.lm.cost import HALF, adapter_parameters, training_memory_bytes
 from fedspine.lm.forecast import USABLE_MEMORY
-from fedspine.lm.lora import a_name, b_name, check_rank, fresh
+from fedspine.lm.lora import a_name, b_name, check_depth, check_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import check_adapter, check_head
 from fedspine.lm.structure import full
@@ -128,9 +128,8 @@ class Legend(LocalTraining):
     least_depth: int = 2  # k_min
     coverage: float = 0.1  # c_min: share of a round's devices that train each block
     discount: float = 0.8  # rho: what an old exchange still counts after a new one
-    probe_batches: int = (
-        2  # of a new device at two depths, to learn its speed; 0: taken as the fleet
-    )
+    # of a new device at each of two depths, to learn its speed; 0: it is taken to be as the fleet
+    probe_batches: int = 2
     skip_inactive: bool = True  # adapters of blocks that a device does not train are not used there
     weigh_by: Literal["examples", "equal"] = "examples"
     head_start: Start = "random"  # what the task head begins as
@@ -151,12 +150,12 @@ class Legend(LocalTraining):
         layers = task.base.layout.layers
         check_ranges(self, {"coverage": (0, 1), "discount": (0, 1)})
         check_rank("method.rank", (self.rank,), task.base.layout)
-        for name, lowest in (("depth", 0), ("least_depth", 1)):
-            if not lowest <= (value := getattr(self, name)) <= layers:
-                raise BadInput(
-                    f"method.{name} is {value}, but {lowest} to {layers} blocks of this model can "
-                    "be adapted"
-                )
+        check_depth(self.depth, task.base.layout)
+        if not 1 <= self.least_depth <= layers:
+            raise BadInput(
+                f"method.least_depth is {self.least_depth}, but 1 to {layers} blocks of this model "
+                "can be adapted"
+            )
         if self.probe_batches < 0:
             raise BadInput(
                 f"method.probe_batches is {self.probe_batches}, but it cannot be negative"
@@ -251,31 +250,27 @@ class Legend(LocalTraining):
 
     def _hosted(self, state: LegendState, fleet: Fleet) -> dict[DeviceId, int]:
         """The largest depth in each device's memory; one that hosts none is noted and not asked."""
-        most = {}
-        for profile in fleet.devices:
-            if depth := self._deepest(state, profile):
-                most[profile.id] = depth
-            else:
-                fleet.note(device=profile.id, left_out="no depth fits its memory")
-        return most
-
-    def _deepest(self, state: LegendState, profile: Profile) -> int:
         layout = state.layout
-        ranks = self._ranks(layout.layers)
-
-        def fits(depth: int) -> bool:
-            needed = training_memory_bytes(
+        needed = [
+            training_memory_bytes(
                 layout,
                 full(layout),
-                rank=ranks,
+                rank=self._ranks(layout.layers),
                 embeddings=state.embeddings,
                 batch=self.batch,
                 tokens=state.max_tokens,
                 first=layout.layers - depth,
             )
-            return needed <= USABLE_MEMORY * profile.memory_bytes
-
-        return sum(fits(depth) for depth in range(1, layout.layers + 1))
+            for depth in range(1, layout.layers + 1)
+        ]
+        most = {}
+        for profile in fleet.devices:
+            room = USABLE_MEMORY * profile.memory_bytes
+            if depth := sum(bytes <= room for bytes in needed):
+                most[profile.id] = depth
+            else:
+                fleet.note(device=profile.id, left_out="no depth fits its memory")
+        return most
 
     def _probed(
         self, state: LegendState, fleet: Fleet, most: Mapping[DeviceId, int]
