@@ -3,11 +3,12 @@
 import dataclasses
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from toy import TEST_ROWS, Spy, bits
+from toy import TEST_ROWS, Lab, Spy, bits
 
 from fedspine.core.fleet import AllLost
 from fedspine.core.message import pack, unpack
@@ -17,22 +18,42 @@ from fedspine.methods import all_methods
 
 METHODS = all_methods()
 SOME = 3  # rounds of the task's five, enough to prune, merge and prune again
-pytestmark = pytest.mark.parametrize("name", sorted(METHODS))
+# by method, so that what several tests look at is made once for each of them
+pytestmark = pytest.mark.parametrize("name", sorted(METHODS), scope="module")
+
+
+@dataclasses.dataclass(frozen=True)
+class Heard:
+    """An undisturbed start of a run with seed 0 that was listened to."""
+
+    state: Any
+    spies: list[Spy]  # one for each round
+    ids: list[str]
+    exchanges: list[dict]
+    rounds: list[dict]
+
+    @property
+    def values(self):
+        """All orders and results."""
+        return [value for spy in self.spies for _, value in spy.orders + spy.results]
 
 
 @pytest.fixture(scope="module")
-def whole_runs():
-    """The packed state of an undisturbed start of a run with seed 0, by method: what many tests
-    compare with.
-    """
-    return {}
+def heard(name, task, tmp_path_factory):
+    bench, spies = Lab(task, tmp_path_factory.mktemp("heard")), []
+    state = bench.run(
+        METHODS[name].toy(),
+        rounds=SOME,
+        around=lambda fleet: spies.append(Spy(fleet)) or spies[-1],
+    )
+    yield Heard(state, spies, bench.ids, bench.rows("exchange"), bench.rows("round"))
+    bench.close()
 
 
-@pytest.fixture
-def whole(name, lab, whole_runs):
-    if name not in whole_runs:
-        whole_runs[name] = bits(lab("whole").run(METHODS[name].toy(), rounds=SOME))
-    return whole_runs[name]
+@pytest.fixture(scope="module")
+def whole(heard):
+    """The packed state that many tests compare with, computed in this process."""
+    return bits(heard.state)
 
 
 def nan(value):
@@ -85,7 +106,6 @@ def test_another_seed_gives_other_bits(name, lab, whole):
 
 
 def test_same_seed_same_bits_also_in_worker_processes(name, lab, whole):
-    """`whole` was computed in this process."""
     assert bits(lab(workers=2).run(METHODS[name].toy(), rounds=SOME)) == whole
 
 
@@ -109,57 +129,29 @@ def test_rounds_change_no_state_in_place(name, lab):
     assert bits(state) == before
 
 
-@pytest.fixture(scope="module")
-def heard_runs():
-    return {}
-
-
-@pytest.fixture
-def heard(name, lab, heard_runs):
-    """A run that is listened to: its state, a spy for each round, and the records of exchanges and
-    of rounds.
-    """
-    if name not in heard_runs:
-        bench, spies = lab(), []
-        state = bench.run(
-            METHODS[name].toy(),
-            rounds=SOME,
-            around=lambda fleet: spies.append(Spy(fleet)) or spies[-1],
-        )
-        heard_runs.clear()  # of the method before
-        heard_runs[name] = state, spies, bench.ids, bench.rows("exchange"), bench.rows("round")
-    return heard_runs[name]
-
-
 def test_messages_round_trip(heard):
-    state, spies, ids, _, _ = heard
-    exchanged = [value for spy in spies for _, value in spy.orders + spy.results]
-    assert len(exchanged) >= 2 * len(ids)
-    for value in [state, *exchanged]:
+    assert len(heard.values) >= 2 * len(heard.ids)
+    for value in [heard.state, *heard.values]:
         again = unpack(pack(value))
         assert type(again) is type(value)
         assert pack(again).payload == pack(value).payload
 
 
 def test_recorded_bytes_are_the_bytes_packed(heard):
-    _, spies, _, rows, totals = heard
-    down = [(id, pack(order).bytes) for spy in spies for id, order in spy.orders]
-    up = [(id, pack(result).bytes) for spy in spies for id, result in spy.results]
+    rows, totals = heard.exchanges, heard.rounds
+    down = [(id, pack(order).bytes) for spy in heard.spies for id, order in spy.orders]
+    up = [(id, pack(result).bytes) for spy in heard.spies for id, result in spy.results]
     assert [(row["device"], row["bytes_down"]) for row in rows] == down
     assert [(row["device"], row["bytes_up"]) for row in rows] == up
     assert sum(row["bytes_down"] for row in totals) == sum(size for _, size in down)
     assert sum(row["bytes_up"] for row in totals) == sum(size for _, size in up)
 
 
-def test_what_is_trained_crosses_the_wire_in_fp16_by_default(name, lab):
-    method = METHODS[name]()
-    assert getattr(method, "precision", "fp16") == "fp16"
-    toy = METHODS[name].toy()
-    assert getattr(toy, "precision", "fp16") == "fp16"
-    bench, spies = lab(), []
-    bench.run(toy, rounds=1, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+def test_what_is_trained_crosses_the_wire_in_fp16_by_default(name, heard):
+    for method in (METHODS[name](), METHODS[name].toy()):
+        assert getattr(method, "precision", "fp16") == "fp16"
     seen = set()
-    for value in [value for spy in spies for _, value in spy.orders + spy.results]:
+    for value in heard.values:
         for tensor in floats(value):
             if tensor.numel() > 1:  # else it is fp16's power of two for a message
                 seen.add(tensor.dtype)
@@ -179,18 +171,16 @@ def floats(value):
 
 
 def test_the_clock_never_goes_back(heard):
-    _, spies, _, _, totals = heard
-    clock = [now for spy in spies for now in spy.clock]
+    clock = [now for spy in heard.spies for now in spy.clock]
     assert clock == sorted(clock)
-    ends = [row["now"] for row in totals]
+    ends = [row["now"] for row in heard.rounds]
     assert all(later > earlier for earlier, later in zip([0.0, *ends], ends, strict=False))
 
 
-def test_loses_devices_and_goes_on(name, lab, task):
-    method, bench, calm = METHODS[name].toy(), lab(), lab("calm")
-    calm.run(method, rounds=1)
+def test_loses_devices_and_goes_on(name, lab, task, heard):
+    method, bench = METHODS[name].toy(), lab()
     # of a device in a round, of which 30 % shall be lost
-    exchanges = len(calm.rows("exchange")) // len(calm.ids)
+    exchanges = len(heard.spies[0].results) // len(bench.ids)
     drop = 1 - (1 - 0.3) ** (1 / exchanges)
     state = bench.run(method, around=lambda fleet: Lossy(fleet, drop=drop, delay_seconds=0.1))
     lost = [row for row in bench.rows("note") if row["values"].get("left_out") == "lost"]
@@ -243,12 +233,12 @@ def test_a_device_recovers_from_a_loss_that_was_not_finite(name, lab):
     )
 
 
-def test_deploys_a_model_for_every_device(name, lab, task):
-    method, bench = METHODS[name].toy(), lab()
+def test_deploys_a_model_for_every_device(name, task, heard):
+    method = METHODS[name].toy()
     inputs = task.test.batch(np.arange(8))
     inputs.pop("labels")
-    for state in (method.start(task, np.random.default_rng(0)), bench.run(method, rounds=2)):
-        models = [method.deploy(state, id) for id in (None, *bench.ids, "never-asked")] + [
+    for state in (method.start(task, np.random.default_rng(0)), heard.state):
+        models = [method.deploy(state, id) for id in (None, *heard.ids, "never-asked")] + [
             method.unpruned(state)
         ]
         for model in models:
