@@ -36,6 +36,8 @@ class Place:
 
     folder: Path
     separate: bool  # whether one site has a network of its own
+    cut_seconds: float = 30.0  # that its network is cut
+    within: float = 15.0  # seconds that an order may take
     processes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
 
     @property

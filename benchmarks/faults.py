@@ -35,11 +35,9 @@ from fault_ground import AWAY, HERE, SITES, Place, cut, family, ground, hit
 
 from fedspine.flare import startup_kit as kits
 
-CUT = "network cut 30 s"
+CUT = "network cut"
 KILLS = "random kills"  # in results/faults.json
-CUT_SECONDS = 30.0
 METHOD = {"name": "brittle", "rank": 4, "steps": 12, "batch": 16, "learning_rate": 2e-2}
-WITHIN = 15.0  # seconds of an order
 
 
 def main() -> int:
@@ -54,11 +52,14 @@ def main() -> int:
     parser.add_argument(
         "--no-sites", dest="sites", action="store_false", help="with --kills: here alone"
     )
+    parser.add_argument("--cut", type=float, default=30.0, help="seconds that the network is cut")
+    parser.add_argument("--within", type=float, default=15.0, help="seconds that an order may take")
     options = parser.parse_args()
     if options.kills is not None:
         return killed(options.kills, options.seed, sites=options.sites, write=options.write)
     found: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder, ground(Path(folder)) as place:
+        place.cut_seconds, place.within = options.cut, options.within
         for name in options.only:
             if name == CUT and not place.separate:
                 print(f"{name}: not tried, since no network namespace can be made here", flush=True)
@@ -179,7 +180,7 @@ def begun(place: Place, number: str, rounds: int, pause: float) -> Going:
         "--sites",
         len(SITES),
         "--within",
-        WITHIN,
+        place.within,
         "--out",
         out,
         "--json",
@@ -199,7 +200,8 @@ def tried(place: Place, name: str, draw: random.Random, number: int) -> dict[str
     fault = FAULTS[name]
     site = AWAY if name == CUT else draw.choice(SITES)
     began = time.monotonic()
-    run = begun(place, f"{name.replace(' ', '-')}-{number}", fault.rounds, fault.pause)
+    rounds = fault.rounds + (round(place.cut_seconds) if name == CUT else 0)  # a second each
+    run = begun(place, f"{name.replace(' ', '-')}-{number}", rounds, fault.pause)
     run.past(draw.randint(2, 6))
     fault.happens(place, run, site)
     try:
@@ -226,11 +228,11 @@ def tried(place: Place, name: str, draw: random.Random, number: int) -> dict[str
         "seconds": round(time.monotonic() - began, 1),
         "lost": len(lost),
         "reported": fault.words is None or run.told(fault.words),
-        "back": bool(answered) and max(answered) == fault.rounds - 1,
+        "back": bool(answered) and max(answered) == rounds - 1,
         "same_state": state is not None
         and state == fault_replay.replayed(run.out, place.kits, place.folder / "again"),
         "load": round(os.getloadavg()[0], 1),
-    }
+    } | ({"cut": place.cut_seconds} if name == CUT else {})
     print(f"{name}: {outcome}", flush=True)
     if code != 0:
         print(run.out.with_suffix(".log").read_text()[-600:], flush=True)
@@ -281,7 +283,7 @@ def spoils(kind: str) -> Callable[[Place, Going, str], None]:
 
 def network_cut(place: Place, run: Going, site: str) -> None:
     cut(down=True)
-    time.sleep(CUT_SECONDS)
+    time.sleep(place.cut_seconds)
     cut(down=False)
 
 
@@ -303,7 +305,7 @@ FAULTS = {
     "site hangs": Fault(site_hangs, "did not reply in time", 25, 0.5),
     "reply with NaN": Fault(spoils("nan"), "not finite"),
     "reply with wrong shapes": Fault(spoils("shapes"), "was expected"),
-    CUT: Fault(network_cut, "does not answer", 50, 1.0),
+    CUT: Fault(network_cut, "does not answer", 20, 1.0),
 }
 
 
@@ -327,9 +329,10 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
             for key in ("exit", "reported", "back", "same_state")
         ]
         lost, seconds = ([one[key] for one in tries] for key in ("lost", "seconds"))
+        length = f" {tries[0]['cut']:g} s" if "cut" in tries[0] else ""
         reported = "nothing lost" if FAULTS[name].words is None else str(counts[1])
         lines.append(
-            f"| {name} | {len(tries)} | {counts[0]} | {reported} | {counts[2]} | {counts[3]} "
+            f"| {name}{length} | {len(tries)} | {counts[0]} | {reported} | {counts[2]} | {counts[3]} "
             f"| {min(lost)} to {max(lost)} | {min(seconds):.0f} to {max(seconds):.0f} |"
         )
     return "\n".join(lines) + "\n"
