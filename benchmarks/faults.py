@@ -323,16 +323,16 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
         ),
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, tries in found.items():
+    for fault, tries in found.items():
         counts = [
             sum(bool(one[key]) if key != "exit" else one[key] == 0 for one in tries)
             for key in ("exit", "reported", "back", "same_state")
         ]
         lost, seconds = ([one[key] for one in tries] for key in ("lost", "seconds"))
-        length = f" {tries[0]['cut']:g} s" if "cut" in tries[0] else ""
-        reported = "nothing lost" if FAULTS[name].words is None else str(counts[1])
+        name = f"{fault} {tries[0]['cut']:g} s" if fault == CUT else fault
+        reported = "nothing lost" if FAULTS[fault].words is None else str(counts[1])
         lines.append(
-            f"| {name}{length} | {len(tries)} | {counts[0]} | {reported} | {counts[2]} | {counts[3]} "
+            f"| {name} | {len(tries)} | {counts[0]} | {reported} | {counts[2]} | {counts[3]} "
             f"| {min(lost)} to {max(lost)} | {min(seconds):.0f} to {max(seconds):.0f} |"
         )
     return "\n".join(lines) + "\n"
