@@ -121,6 +121,15 @@ def keeping_freed_memory() -> dict[str, str]:
     return {"MALLOC_TRIM_THRESHOLD_": str(_KEPT), "MALLOC_MMAP_THRESHOLD_": str(_LARGE)}
 
 
+def limit_onednn_cache() -> None:
+    """Let oneDNN keep what it compiled for 128 shapes; with its default of 1024 that takes hundreds
+    of megabytes a process.
+
+    oneDNN reads it once, so this comes before torch is imported. A value that is set stays.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
+
 def cores() -> int:
     """The cores that this process may use, which can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

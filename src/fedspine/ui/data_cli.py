@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedspine.core.errors import BadInput
+from fedspine.ui.options import Json
 
 if TYPE_CHECKING:  # keeps `--help` fast
     import numpy as np
@@ -38,9 +39,7 @@ def data(
             help="Change one value of the embedded job; with one of fleet, devices are shown.",
         ),
     ] = None,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
-    ] = False,
+    json: Json = False,
 ) -> None:
     """Show what would be read from a data set: rows, classes, lengths, doubles, and what each
     device would hold.

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fedspine.core.errors import BadInput
 from fedspine.core.process import ends_on_sigterm, ends_when_told
+from fedspine.ui.options import Json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,7 +26,6 @@ app = typer.Typer(
 )
 
 Operator = Annotated[Path, typer.Option("--kit", metavar="DIR", help="The operator's kit.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 CONSOLE_LOG = "console.log"  # in a kit: the output of its process
 
 

@@ -1,0 +1,136 @@
+"""`fedspine export`, `fedspine predict` and `fedspine bench`: deployed models."""
+
+import dataclasses
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedspine.core.process import ends_when_told
+from fedspine.ui.options import Json, ModelFolder, RunFolder, print_table
+
+
+@ends_when_told()
+def export(
+    folder: RunFolder,
+    to: Annotated[Path, typer.Option(help="New folder for the model.")],
+    device: Annotated[
+        str, typer.Option(help="A device's id, `global`, or `dense` (unpruned).")
+    ] = "global",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="hf (a merged model), onnx (the same as a graph) or peft (base name and adapter)."
+        ),
+    ] = "hf",
+    with_base: Annotated[
+        bool,
+        typer.Option(
+            "--with-base", help="With --format peft: write the model that the adapter fits, too."
+        ),
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Where the run's base is now; default: where it was for the run."),
+    ] = None,
+    quantize: Annotated[
+        str, typer.Option(help="With --format onnx: none (fp32), fp16 or int8.")
+    ] = "none",
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="With --format onnx: data to compare the graph on; default: the run's test rows.",
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write one deployed model of a run to a folder: merged, physically smaller, ready for predict
+    and bench.
+    """
+    from fedspine.ui import python
+
+    found = python.export(
+        folder,
+        to,
+        device=device,
+        format=format,
+        with_base=with_base,
+        base=base,
+        quantize=quantize,
+        rows=rows,
+    )
+    if json:
+        print(jsonlib.dumps(found))
+        return
+    parity = found.pop("parity", None)
+    print_table(f"exported to {to}", [(key, str(value)) for key, value in found.items()])
+    if parity is not None:
+        print(parity["line"])
+
+
+@ends_when_told()
+def predict(
+    folder: ModelFolder,
+    texts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TEXT...",
+            help="Texts to label or to continue; -- before one that begins with a dash.",
+        ),
+    ],
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(help="Second text of each pair, in order; for models of text pairs."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Label texts, or continue them, with an exported model."""
+    from fedspine.exports.hf import load_model
+    from fedspine.exports.predict import predict as ask
+    from fedspine.storage.records import plain
+
+    found = [dataclasses.asdict(prediction) for prediction in ask(load_model(folder), texts, pair)]
+    if json:
+        print(jsonlib.dumps(plain({"predictions": found})))
+        return
+    table = Table("text", *found[0])
+    for text, entry in zip(texts, found, strict=True):
+        table.add_row(
+            escape(text),
+            *(f"{v:.3f}" if isinstance(v, float) else escape(str(v)) for v in entry.values()),
+        )
+    Console().print(table)
+
+
+@ends_when_told()
+def bench(
+    folder: ModelFolder,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Another exported model, measured in turns with the first."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens in a row.", min=1)] = 128,
+    threads: Annotated[int, typer.Option(help="Processor threads.", min=1)] = 1,
+    json: Json = False,
+) -> None:
+    """Measure an exported model on this machine: latency at batch 1 and 32, file size, peak memory,
+    parameters.
+    """
+    from fedspine.exports import bench as benches
+    from fedspine.report.tables import bench_table
+
+    if against is None:
+        found = {"model": dataclasses.asdict(benches.bench(folder, tokens=tokens, threads=threads))}
+    else:
+        found = benches.compare(folder, against, tokens=tokens, threads=threads).table()
+    if json:
+        print(jsonlib.dumps(found))
+        return
+    Console().print(bench_table(found))

@@ -1,0 +1,34 @@
+"""Options and arguments that several commands share, and the table that they print."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Change one value of the recipe; may be repeated.",
+    ),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `fedspine run` made.")]
+Reference = Annotated[
+    Path | None,
+    typer.Option(metavar="RUN", help="An unpruned run of the same data, seed and budget."),
+]
+ModelFolder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Folder that `fedspine export` made.")
+]
+
+
+def print_table(title: str, rows: list[tuple[str, str]]) -> None:
+    table = Table(title=escape(title), show_header=False, title_justify="left")
+    for key, value in rows:
+        table.add_row(escape(key), escape(value))
+    Console().print(table)
