@@ -17,7 +17,7 @@ import fedspine
 from fedspine import BadInput, FedAvg, FedLora, Recipe, compare, export, load, resume, run
 from fedspine.methods import all_methods, comes_with_fedspine
 from fedspine.runs import config
-from fedspine.runs.config import SECTIONS, FleetSection, TaskSection
+from fedspine.runs.sections import SECTIONS, FleetSection, TaskSection
 
 EXAMPLES = (  # names whose docstrings have an example, which the doctests run
     *("run", "Recipe", "FedLora", "FedSpine", "MergeSfl", "Method", "method", "message"),

@@ -17,8 +17,9 @@ from fedspine.flare.site_state import Timeouts
 from fedspine.fleets.rounds import RoundFleet
 from fedspine.lm.content import content_sha256
 from fedspine.runs.assemble import Assembled, assemble, simulate
-from fedspine.runs.config import FleetSection, Recipe
+from fedspine.runs.config import Recipe
 from fedspine.runs.run_dir import FLEET
+from fedspine.runs.sections import FleetSection
 from fedspine.storage.records import Records
 from fedspine.storage.store import Store, write_atomically
 

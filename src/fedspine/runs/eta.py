@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from fedspine.runs.config import RunSection
+from fedspine.runs.sections import RunSection
 
 # of the seconds of a training sample, those that a row costs in scoring; measured on the embedded
 # job

@@ -14,7 +14,8 @@ from fedspine.core.task import AUTO, BUILT_IN_DATA, BUILT_IN_MODELS
 from fedspine.data.files import READERS
 from fedspine.methods import find
 from fedspine.runs import config
-from fedspine.runs.config import SECTIONS, Recipe
+from fedspine.runs.config import Recipe
+from fedspine.runs.sections import SECTIONS
 from fedspine.ui.sweep.names import Settings, distinct, name_of, text_of
 
 KNOWN = {"seeds", *SECTIONS, "method", "methods", "data", "grid"}

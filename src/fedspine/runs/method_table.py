@@ -1,0 +1,72 @@
+"""The [method] table of a recipe: the method that it names, its settings checked."""
+
+import dataclasses
+from typing import Any
+
+import pydantic
+
+from fedspine.core import parts, strict
+from fedspine.core.errors import BadInput
+from fedspine.core.method import registered
+from fedspine.methods import all_methods, find
+from fedspine.runs.recipe_format import MOVED, OF_THE_FLEET
+
+
+def method_of(given: Any) -> Any:
+    """The method that a name, a table or an instance stands for, its settings checked."""
+    match given:
+        case str():
+            table = {"name": given}
+        case dict():
+            table = dict(given)
+        case _ if type(given) in registered().values():
+            table = parts.table_of(given)
+        case type() if given in registered().values():
+            raise BadInput(f"method is the class {given.__name__}; write {given.__name__}()")
+        case _:
+            raise BadInput(
+                f"method is {given!r}, which is no instance of a registered method; decorate its "
+                "class with @method(NAME), or give the name of a method"
+            )
+    name = table.pop("name", "fedspine")
+    if not isinstance(name, str):
+        raise BadInput(f"method.name must be a name in quotes; {name!r} came")
+    cls = find(name)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in (key for key in table if key not in fields):
+        _refuse_moved(name, cls, key)
+    strict.known_keys(f"key of [method] for {name}", table, fields)
+    composed = {
+        key: parts.part(f"method.{key}", choices, fields[key].default, table.pop(key))
+        for key, choices in parts.choices_of(cls).items()
+        if key in table
+    }
+    made = strict.validated("method", pydantic.TypeAdapter(cls), table, by_json=True)
+    return dataclasses.replace(made, **composed)
+
+
+def _refuse_moved(name: str, cls: type[Any], key: str) -> None:
+    """Raise BadInput for a key that has another name or place by now, or belongs to a method that
+    extends this one.
+    """
+    if key in OF_THE_FLEET:
+        raise BadInput(
+            f"method.{key} is no setting of a method any more; write fleet.{OF_THE_FLEET[key]}"
+        )
+    extended = {
+        other: found
+        for other, found in all_methods().items()
+        if issubclass(found, cls) and found is not cls
+    }
+    for other, found in {name: cls, **extended}.items():
+        now = (MOVED | getattr(found, "renamed", {})).get(key, key)
+        if now.partition(".")[0] in _keys(found):
+            write = f"write {now}" if other == name else f'write name = "{other}"'
+            also = f" and {now} for {key}" if other != name and now != key else ""
+            if other == name and extended:  # which is what it was by default
+                also = f'; for the form that it had before write name = "{next(iter(extended))}"'
+            raise BadInput(f"method.{key} is no setting of {name} any more; {write}{also}")
+
+
+def _keys(cls: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}

@@ -1,0 +1,59 @@
+"""What the sections of a recipe and its method demand of one another."""
+
+from typing import Any
+
+from fedspine.core.aggregation import Mean
+from fedspine.core.errors import BadInput
+from fedspine.methods import all_methods
+from fedspine.runs.sections import FleetSection, PrivacySection
+
+
+def check_privacy(privacy: PrivacySection, method: Any) -> None:
+    """Raise BadInput for a promise that is not complete, or that the method cannot keep."""
+    if not privacy.promised:
+        if privacy.model_fields_set:
+            raise BadInput(
+                "privacy.epsilon is missing; give the epsilon of each device in the whole run, or "
+                "leave [privacy] out"
+            )
+        return
+    if privacy.delta is None:
+        raise BadInput(
+            f"privacy.epsilon is {privacy.epsilon} and privacy.delta is missing; give a delta well "
+            "below 1 over the rows of a device, such as 1e-5"
+        )
+    if privacy.level not in method.privacy:
+        able = [name for name, cls in all_methods().items() if privacy.level in cls.privacy]
+        raise BadInput(
+            f"method {method.name!r} cannot keep [privacy], since more leaves its devices than "
+            f"clipped updates with noise; choose one of {', '.join(able)}, or leave [privacy] out"
+        )
+
+
+def check_quorum(method: Any, fleet: FleetSection) -> None:
+    """Raise BadInput for a quorum below 1 where late replies cannot be merged or timed."""
+    if fleet.quorum == 1:
+        return
+    if method.merges_late is None:
+        able = [name for name, cls in all_methods().items() if cls.merges_late is not None]
+        raise BadInput(
+            f"fleet.quorum is {fleet.quorum:g}, but {method.name} needs all replies of a round; "
+            f"set it to 1, or choose one of {', '.join(able)}"
+        )
+    if fleet.delay_seconds:
+        raise BadInput(
+            f"fleet.quorum is {fleet.quorum:g}, but fleet.delay_seconds delays only replies that "
+            "a round waits for; set the one to 1 or the other to 0"
+        )
+
+
+def check_aggregation(method: Any, fleet: FleetSection) -> None:
+    """Raise BadInput for an aggregation that the method lacks, or that needs more replies."""
+    how = fleet.aggregation or Mean()
+    if how != Mean() and not method.robust:
+        able = [name for name, cls in all_methods().items() if cls.robust]
+        raise BadInput(
+            f"fleet.aggregation is {how.name}, but {method.name} knows the mean alone; leave it "
+            f"out, or choose one of {', '.join(able)}"
+        )
+    how.check(fleet.replies)
