@@ -32,7 +32,7 @@ from fedspine.methods.fedavg import AverageOrder, AverageResult
 from fedspine.methods.fedlora import LoraOrder, LoraResult
 from fedspine.methods.linear_probe import ProbeOrder, ProbeResult
 from fedspine.pruning.device import SpineOrder, SpineResult
-from fedspine.split.device import Begin
+from fedspine.split.messages import Begin
 from fedspine.split.wire import labels_unwired, unwired
 
 ROWS = 64  # of a forward pass

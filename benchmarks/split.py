@@ -27,8 +27,8 @@ from fedspine.methods.mergesfl_plus import MergeSflPlusState
 from fedspine.runs.assemble import assemble, simulate
 from fedspine.runs.config import load
 from fedspine.split.batches import rows_at
-from fedspine.split.device import Begin
-from fedspine.split.server import Part, merged_features
+from fedspine.split.merged_batch import Part, merged_features
+from fedspine.split.messages import Begin
 from fedspine.storage.records import Records
 from fedspine.storage.store import Saved, Store
 

@@ -44,8 +44,8 @@ from fedspine.methods import all_methods, find
 from fedspine.methods.fedlora import LoraOrder, LoraResult, tune_adapter
 from fedspine.runs import config
 from fedspine.runs.backend import RealSites
-from fedspine.split.device import Step
 from fedspine.split.device import step as split_step
+from fedspine.split.messages import Step
 from fedspine.storage.records import Records
 
 RUN = "0123456789abcdef" * 2

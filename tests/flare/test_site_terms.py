@@ -31,8 +31,9 @@ from fedspine.pruning.device import prune_and_tune
 from fedspine.pruning.head_start import MeansOrder, class_means
 from fedspine.split.batches import Budget
 from fedspine.split.cut import split_model_of
-from fedspine.split.device import Cutting, Resized, Step, begin, end, resize
+from fedspine.split.device import begin, end, resize
 from fedspine.split.label_distribution import LabelQuery, label_distribution
+from fedspine.split.messages import Cutting, Resized, Step
 from fedspine.split.trainable_half import Optimising
 from fedspine.split.whole_model import Training
 from fedspine.split.wire import unwired

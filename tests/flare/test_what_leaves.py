@@ -24,9 +24,10 @@ from fedspine.methods import all_methods, sends_features
 from fedspine.methods.fedlora import tune_adapter
 from fedspine.pruning.head_start import MeansOrder, class_means
 from fedspine.split.cut import split_model_of
-from fedspine.split.device import HELD, Answer, Step, answer, begin, end
+from fedspine.split.device import HELD, answer, begin, end
 from fedspine.split.interface import Features
 from fedspine.split.label_distribution import LabelQuery, label_distribution
+from fedspine.split.messages import Answer, Step
 from fedspine.split.wire import gradient_wired, unwired
 from fedspine.storage.store import unsealed
 

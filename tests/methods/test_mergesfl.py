@@ -20,8 +20,8 @@ from fedspine.methods.mergesfl_plus import MergeSflPlus
 from fedspine.runs.config import recipe
 from fedspine.split.batches import drawn, rows_at
 from fedspine.split.cut import split_model_of
-from fedspine.split.device import Ended, Forwarded
 from fedspine.split.label_distribution import logit_adjustments
+from fedspine.split.messages import Ended, Forwarded
 
 # plain SGD on what is sent unrounded, so that the split can be compared with no split
 SGD = {

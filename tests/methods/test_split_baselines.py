@@ -27,9 +27,10 @@ from fedspine.nets.net import Net
 from fedspine.nets.score import score_nets
 from fedspine.split.auxiliary import DECODER, OUT_BIAS, DecodedCutting
 from fedspine.split.cut import split_model_of
-from fedspine.split.device import Begin, Cutting, Ended, Step
 from fedspine.split.interface import Features
-from fedspine.split.server import Copies, Merged, Part, Weighted
+from fedspine.split.merged_batch import Part
+from fedspine.split.messages import Begin, Cutting, Ended, Step
+from fedspine.split.server import Copies, Merged, Weighted
 from fedspine.split.trainable_half import Optimising
 
 PLAIN = {  # SGD, nothing rounded on the wire

@@ -18,7 +18,8 @@ from fedspine.nets.net import Net, NetModel
 from fedspine.nets.score import score_nets
 from fedspine.split.cut import split_model_of
 from fedspine.split.interface import Features
-from fedspine.split.server import Merged, Part
+from fedspine.split.merged_batch import Part
+from fedspine.split.server import Merged
 from fedspine.split.trainable_half import Optimising
 
 SMALL = {

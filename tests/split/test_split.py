@@ -28,10 +28,12 @@ from fedspine.lm.tune import losses_of
 from fedspine.nets.net import Net
 from fedspine.split.batches import Budget, drawn, rows_at, rows_from
 from fedspine.split.cut import split_model_of
-from fedspine.split.device import HELD, Begin, Cutting, Step, begin, ended
+from fedspine.split.device import HELD, begin, ended
 from fedspine.split.interface import Features
+from fedspine.split.merged_batch import Part, merged, per_device
+from fedspine.split.messages import Begin, Cutting, Step
 from fedspine.split.protocol import run_round
-from fedspine.split.server import Copies, InTurn, Merged, Part, merged, per_device
+from fedspine.split.server import Copies, InTurn, Merged
 from fedspine.split.trainable_half import (
     Optimising,
     TrainableHalf,

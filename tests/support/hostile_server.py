@@ -33,7 +33,8 @@ from fedspine.pruning.device import SpineOrder, prune_and_tune
 from fedspine.pruning.head_start import MeansOrder, class_means
 from fedspine.split.batches import Budget
 from fedspine.split.cut import split_model_of
-from fedspine.split.device import Begin, Cutting, begin
+from fedspine.split.device import begin
+from fedspine.split.messages import Begin, Cutting
 from fedspine.split.trainable_half import Optimising
 from fedspine.split.whole_model import Training
 

@@ -35,21 +35,13 @@ from fedspine.split.baseline import (
     set_up_round,
     weighted_mean,
 )
-from fedspine.split.device import (
-    HELD,
-    Begin,
-    Ended,
-    Forwarded,
-    LocalLoss,
-    Step,
-    begun,
-    ended,
-    stepped,
-)
+from fedspine.split.device import HELD, LocalLoss, begun, ended, stepped
 from fedspine.split.interface import Features, SplitModel
+from fedspine.split.merged_batch import Part
+from fedspine.split.messages import Begin, Ended, Forwarded, Step
 from fedspine.split.protocol import DeviceWork, run_round
 from fedspine.split.received import Agreed, as_sent
-from fedspine.split.server import ExtraLoss, Part, Weighted
+from fedspine.split.server import ExtraLoss, Weighted
 
 MOST_WIDTH = 4096  # channels of a decoder inside
 MIXING = 501  # the purpose of this random stream

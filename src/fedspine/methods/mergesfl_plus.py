@@ -41,8 +41,8 @@ from fedspine.split.baseline import (
     weighted_mean,
 )
 from fedspine.split.batch_control import BatchControl, row_costs
-from fedspine.split.device import Begin
 from fedspine.split.label_distribution import logit_adjustments
+from fedspine.split.messages import Begin
 from fedspine.split.protocol import RoundResult, run_round
 from fedspine.split.server import LogitAdjustments
 from fedspine.split.trainable_half import Optimising

@@ -17,8 +17,8 @@ from fedspine.core.tensors import moved
 from fedspine.lm.base import Base
 from fedspine.nets.net import Net
 from fedspine.split.cut import split_model_of
-from fedspine.split.device import Cutting
 from fedspine.split.interface import Features, SplitModel
+from fedspine.split.messages import Cutting
 
 INTO, INTO_BIAS, OUT, OUT_BIAS = (
     "decoder.into.weight",

@@ -19,8 +19,8 @@ from fedspine.core.message import Tensors, message
 from fedspine.core.reads import Reads
 from fedspine.core.task import Task
 from fedspine.core.tensors import average, half
-from fedspine.split.device import Begin, Cutting
 from fedspine.split.interface import SplitModel
+from fedspine.split.messages import Begin, Cutting
 from fedspine.split.protocol import RoundResult, run_round
 from fedspine.split.server import ServerStep
 from fedspine.split.trainable_half import Optimising

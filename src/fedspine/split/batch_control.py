@@ -22,7 +22,7 @@ from fedspine.control.split_plan import Goal, planned_again
 from fedspine.core.device import DeviceId
 from fedspine.core.fleet import Cost
 from fedspine.split.batches import Budget
-from fedspine.split.device import Resized, Step
+from fedspine.split.messages import Resized, Step
 from fedspine.split.protocol import Progress, Staggered
 from fedspine.split.trainable_half import Optimising
 

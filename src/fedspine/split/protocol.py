@@ -17,8 +17,9 @@ from fedspine.core.fleet import AllLost, Cost, Fleet, Idle, Reply, none_left
 from fedspine.core.message import Tensors
 from fedspine.core.tensors import single
 from fedspine.split import device as on_devices
-from fedspine.split.device import Begin, Ended, Forwarded, Resized, Step
-from fedspine.split.server import Part, ServerStep, StepResult
+from fedspine.split.merged_batch import Part
+from fedspine.split.messages import Begin, Ended, Forwarded, Resized, Step
+from fedspine.split.server import ServerStep, StepResult
 from fedspine.split.wire import gradient_wired, labels_unwired, unwired
 
 

@@ -18,23 +18,13 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from fedspine.core.device import DeviceId
 from fedspine.core.message import Tensors
-from fedspine.core.task import IGNORED
 from fedspine.core.tensors import average
 from fedspine.split.interface import Features, Losses, SplitModel
+from fedspine.split.merged_batch import Part, merged, per_device
 from fedspine.split.trainable_half import Optimising, TrainableHalf
-
-
-@dataclass(frozen=True)
-class Part:
-    """One device's share of an iteration."""
-
-    device: DeviceId
-    features: Features
-    labels: Tensor | None  # int64 [rows] or [rows, tokens]; None where they stay on the device
 
 
 @dataclass
@@ -289,45 +279,6 @@ class Copies:
         if self._every_iteration:
             return self._start
         return average((weight, self._copies[device].now()) for device, weight in weights.items())
-
-
-def merged(parts: Sequence[Part]) -> tuple[Features, Tensor]:
-    """All features and labels as one batch, padded to the longest row; the order is that of
-    `parts`.
-    """
-    features = merged_features(parts)
-    labels = [part.labels for part in parts if part.labels is not None]
-    if features.mask is not None and labels[0].dim() == 2:
-        width = features.mask.shape[1]
-        labels = [pad(own, (0, width - own.shape[1]), value=IGNORED) for own in labels]
-    return features, torch.cat(labels)
-
-
-def merged_features(parts: Sequence[Part]) -> Features:
-    """All features as one batch, padded to the longest row."""
-    masks = [part.features.mask for part in parts if part.features.mask is not None]
-    if not masks:
-        return Features(values=torch.cat([part.features.values for part in parts]))
-    width = max(mask.shape[1] for mask in masks)
-    values = [pad(p.features.values, (0, 0, 0, width - p.features.values.shape[1])) for p in parts]
-    mask = torch.cat([pad(mask, (0, width - mask.shape[1])) for mask in masks])
-    return Features(values=torch.cat(values), mask=mask)
-
-
-def per_device(values: Tensor | None, parts: Sequence[Part]) -> list[Features | None]:
-    """Each device's rows of what was computed for the merged batch, without the padding that
-    merging added.
-    """
-    if values is None:
-        return [None] * len(parts)
-    own = values.split([len(part.features) for part in parts])
-    return [
-        Features(
-            values=rows if part.features.mask is None else rows[:, : part.features.mask.shape[1]],
-            mask=part.features.mask,
-        )
-        for rows, part in zip(own, parts, strict=True)
-    ]
 
 
 def _forward(

@@ -15,10 +15,12 @@ from torch import Tensor
 from fedspine.core.device import DeviceId
 from fedspine.core.fleet import Fleet, Reply
 from fedspine.core.message import Tensors
-from fedspine.split.device import Answer, Answered, Begin, Forwarded, answer, begin, end, step
+from fedspine.split.device import answer, begin, end, step
 from fedspine.split.interface import Features, SplitModel
+from fedspine.split.merged_batch import Part, merged_features, per_device
+from fedspine.split.messages import Answer, Answered, Begin, Forwarded
 from fedspine.split.protocol import Resizing, RoundResult, SplitRound
-from fedspine.split.server import Part, StepResult, merged_features, per_device
+from fedspine.split.server import StepResult
 from fedspine.split.trainable_half import Optimising, TrainableHalf
 from fedspine.split.wire import gradient_wired, unwired
 

@@ -20,8 +20,8 @@ from fedspine.core.reads import Reads, last_steps, lasting
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, moved, single
 from fedspine.split.batches import rows_at
-from fedspine.split.device import Cutting
 from fedspine.split.interface import SplitModel
+from fedspine.split.messages import Cutting
 from fedspine.split.received import check_model
 from fedspine.split.trainable_half import Optimising, TrainableHalf
 from fedspine.split.training_settings import ModelTraining, check_training, optimising_at
