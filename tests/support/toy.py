@@ -12,7 +12,8 @@ from fedspine.data.dataset import Rows
 from fedspine.execution.workers import Workers, Workshop
 from fedspine.fleets.checked import Checked, Exchanges
 from fedspine.fleets.hardware import Hardware
-from fedspine.fleets.simulated import SimulatedFleet, World, profiles
+from fedspine.fleets.simulated import SimulatedFleet, profiles
+from fedspine.fleets.simulated_world import World
 from fedspine.lm.encode import encode
 from fedspine.storage.records import Records
 from fedspine.storage.store import Saved, Store

@@ -11,15 +11,98 @@ reports how long it took, so the three are fitted as `latency_model` does it: by
 squares with forgetting, where what a device's own rounds leave open comes from the fleet.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedspine.control.latency_model import coefficients, no_evidence
+from fedspine.core.device import DeviceId
+
 DepthRule: TypeAlias = Literal["barrier-floor", "align-fastest", "tiers", "fixed"]
 
 KEEP_WITHIN = 0.05  # of the round's time: a depth one away is not worth a change
+
+
+@dataclass(frozen=True)
+class DepthPlan:
+    """One round: each device's depth, the seconds it is expected to take, and its ranks where they
+    are not the common ones, from its lowest block up.
+    """
+
+    depths: dict[DeviceId, int]
+    seconds: dict[DeviceId, float]
+    ranks: dict[DeviceId, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class DepthPlanner:
+    """Depths by a rule of `choose_depths`, held where a change is not worth it."""
+
+    rule: DepthRule
+    ranks: tuple[int, ...]  # of the blocks, from input to output
+    traffic: NDArray[np.float64]  # bytes of a round, [depths 0 to layers]
+    least: int
+    coverage: float
+    fixed: int
+    fit_ranks: bool  # whether a device's ranks are lowered to what its link can send in time
+
+    def plan(
+        self,
+        times: Mapping[DeviceId, NDArray[np.float64]],
+        before: Mapping[DeviceId, int],
+        most: Mapping[DeviceId, int],
+    ) -> DepthPlan:
+        """The next round of the devices in `most`, which names the largest depth in each memory.
+
+        `times` is what exchanges took, as `latency_model` keeps it, and `before` each device's last
+        depth; both may lack devices, and name others.
+        """
+        if not most:  # all are busy
+            return DepthPlan({}, {}, {})
+        devices, largest = list(most), np.array(list(most.values()))
+        everybody = sum(times.values(), no_evidence())
+        costs = np.stack([coefficients(times.get(id, no_evidence()), everybody) for id in devices])
+        seconds = round_seconds(costs, self.traffic / self.traffic[-1])
+        if times or self.rule == "fixed":
+            chosen = choose_depths(
+                self.rule,
+                seconds,
+                largest,
+                self.ranks,
+                least=self.least,
+                coverage=self.coverage,
+                fixed=self.fixed,
+            )
+            last = np.array([before.get(id, 0) for id in devices])
+            chosen = settled(chosen, np.minimum(last, largest), seconds)
+        else:  # nobody was ever timed: depths spread out tell what a block costs
+            spread = np.linspace(self.least, len(self.ranks), len(devices))
+            chosen = np.minimum(spread.round().astype(int), largest)
+        expected = seconds[np.arange(len(devices)), chosen]
+        ranks = self._fitted(costs, chosen, expected) if self.fit_ranks and times else []
+        return DepthPlan(
+            depths=dict(zip(devices, map(int, chosen), strict=True)),
+            seconds=dict(zip(devices, map(float, expected), strict=True)),
+            ranks=dict(zip(devices, ranks, strict=True)) if ranks else {},
+        )
+
+    def _fitted(
+        self,
+        costs: NDArray[np.float64],
+        depths: NDArray[np.int64],
+        expected: NDArray[np.float64],
+    ) -> list[tuple[int, ...]]:
+        """Each device's ranks, such that it is done with the slowest of the round."""
+        found = []
+        for depth, cost, mine in zip(depths, costs, expected, strict=True):
+            link = cost[2] * self.traffic[depth] / self.traffic[-1]  # seconds of its traffic
+            tail = sum(self.ranks[len(self.ranks) - depth :])
+            spare = expected.max() - (mine - link)
+            found.append(own_ranks(self.ranks, int(depth), link / tail, spare))
+        return found
 
 
 def rising_ranks(layers: int, budget: int, difference: float) -> tuple[int, ...]:

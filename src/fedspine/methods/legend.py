@@ -13,15 +13,13 @@ from typing import Literal, Self
 import numpy as np
 
 from fedspine.control.depth import (
+    DepthPlan,
+    DepthPlanner,
     DepthRule,
-    choose_depths,
     features,
-    own_ranks,
     rising_ranks,
-    round_seconds,
-    settled,
 )
-from fedspine.control.latency_model import add, coefficients, no_evidence
+from fedspine.control.latency_model import add, no_evidence
 from fedspine.core.checks import Asked, within
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput, check_ranges
@@ -198,8 +196,8 @@ class Legend(LocalTraining):
         times, silent = self._probed(state, fleet, hosted)
         state = replace(state, times=times)
         most = {id: depth for id, depth in hosted.items() if id not in silent}
-        depths, expected, ranks = self._plan(state, most)
-        orders = {id: self._order(state, depth, ranks.get(id)) for id, depth in depths.items()}
+        plan = self._plan(state, most)
+        orders = {id: self._order(state, d, plan.ranks.get(id)) for id, d in plan.depths.items()}
         came = fleet.ask(tune_top, orders)
         if not (hosted or came):
             raise NoMemory(
@@ -217,7 +215,7 @@ class Legend(LocalTraining):
                 depth=depth,
                 sparsity=0.0,
                 loss=reply.value.loss,
-                expected_seconds=expected.get(reply.device),  # of a late one, another round's
+                expected_seconds=plan.seconds.get(reply.device),  # of a late one, another round's
                 seconds=reply.cost.seconds,
             )
         return replace(
@@ -311,48 +309,18 @@ class Legend(LocalTraining):
         before = times.get(reply.device, no_evidence())
         return add(before, seen, reply.cost.seconds, self.discount)
 
-    def _plan(
-        self, state: LegendState, most: Mapping[DeviceId, int]
-    ) -> tuple[dict[DeviceId, int], dict[DeviceId, float], dict[DeviceId, tuple[int, ...]]]:
-        """Each device's depth, its expected seconds, and its ranks where these are its own."""
-        if not most:  # all are busy
-            return {}, {}, {}
-        layers, devices = state.layout.layers, list(most)
-        everybody = sum(state.times.values(), no_evidence())
-        costs = np.stack(
-            [coefficients(state.times.get(id, no_evidence()), everybody) for id in devices]
+    def _plan(self, state: LegendState, most: Mapping[DeviceId, int]) -> DepthPlan:
+        layers = state.layout.layers
+        planner = DepthPlanner(
+            rule=self.depth_rule,
+            ranks=self._ranks(layers),
+            traffic=self._bytes(state),
+            least=self.least_depth,
+            coverage=self.coverage,
+            fixed=self.depth or layers,
+            fit_ranks=self.rank_mode == "per_device",
         )
-        traffic = self._bytes(state)
-        seconds = round_seconds(costs, traffic / traffic[-1])
-        ranks, largest = self._ranks(layers), np.array([most[id] for id in devices])
-        if state.times or self.depth_rule == "fixed":
-            chosen = choose_depths(
-                self.depth_rule,
-                seconds,
-                largest,
-                ranks,
-                least=self.least_depth,
-                coverage=self.coverage,
-                fixed=self.depth or layers,
-            )
-            before = np.array([state.depths.get(id, 0) for id in devices])
-            chosen = settled(chosen, np.minimum(before, largest), seconds)
-        else:  # nobody was ever timed: depths spread out tell what a block costs
-            spread = np.linspace(self.least_depth, layers, len(devices)).round().astype(int)
-            chosen = np.minimum(spread, largest)
-        expected = seconds[np.arange(len(devices)), chosen]
-        own = {}
-        if self.rank_mode == "per_device" and state.times:
-            for id, depth, cost, mine in zip(devices, chosen, costs, expected, strict=True):
-                link = cost[2] * traffic[depth] / traffic[-1]  # seconds of the device's traffic
-                tail = sum(ranks[layers - depth :])
-                spare = expected.max() - (mine - link)
-                own[id] = own_ranks(ranks, int(depth), link / tail, spare)
-        return (
-            dict(zip(devices, map(int, chosen), strict=True)),
-            dict(zip(devices, map(float, expected), strict=True)),
-            own,
-        )
+        return planner.plan(state.times, state.depths, most)
 
     def _bytes(self, state: LegendState) -> np.ndarray:
         """Bytes that a device of each depth sends and receives in a round, [0 to layers]."""

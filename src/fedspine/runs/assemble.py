@@ -22,7 +22,8 @@ from fedspine.execution.workers import Workers, Workshop
 from fedspine.fleets.hardware import Hardware, device_ids, fleet_mix
 from fedspine.fleets.lossy import Lossy
 from fedspine.fleets.semi_async import SemiAsync
-from fedspine.fleets.simulated import SimulatedFleet, World, profiles
+from fedspine.fleets.simulated import SimulatedFleet, profiles
+from fedspine.fleets.simulated_world import World
 from fedspine.lm.fits import longest_input
 from fedspine.lm.load import load as load_model
 from fedspine.lm.load import pooling_for

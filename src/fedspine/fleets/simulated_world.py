@@ -1,0 +1,191 @@
+"""What all views of a simulated fleet share: the devices' hardware and memories, the workers that
+serve them, what is under way, and the round's totals.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedspine.core.aggregation import Aggregation, Mean
+from fedspine.core.device import Call, DeviceId, Served, Work, name_of
+from fedspine.core.fleet import Cost, Profile
+from fedspine.core.message import message, pack
+from fedspine.core.privacy import Privacy
+from fedspine.execution.workers import Workers
+from fedspine.fleets.hardware import Hardware, Timing
+from fedspine.fleets.rounds import Devices, Totals, Waits
+from fedspine.storage.records import Records
+from fedspine.storage.store import Store
+
+
+@message
+class Snapshot:
+    """The saved state of a simulated fleet, without the devices' memories."""
+
+    now: float
+    asks: dict[str, int]  # served so far, by device
+    pending: tuple["PendingReply", ...]
+
+
+@message
+class PendingReply:
+    """A reply in flight, which arrives at `due` on the virtual clock."""
+
+    due: float
+    number: int  # breaks ties in the order of sending
+    device: str
+    round: int  # in which its order was sent
+    order: Any
+    result: np.ndarray  # uint8, the packed reply
+    cost: dict[str, float]
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+
+@dataclass
+class World:
+    """The mutable state shared by all views of a fleet."""
+
+    seed: int
+    profiles: tuple[Profile, ...]
+    hardware: Hardware
+    workers: Workers
+    store: Store
+    records: Records
+    aggregation: Aggregation = Mean()
+    privacy: Privacy | None = None  # of the run
+    round: int = 0
+    asks: dict[DeviceId, int] = field(default_factory=dict)
+    memories: dict[DeviceId, str] = field(default_factory=dict)  # files, as of the last save
+    # memories of the devices asked since
+    changed: dict[DeviceId, bytes] = field(default_factory=dict)
+    pending: list[PendingReply] = field(default_factory=list)
+    sent: int = 0
+    devices_wall: Devices = field(default_factory=Devices)  # of this round
+    totals: Totals = field(default_factory=Totals)
+    # of the devices to which orders were sent in this round
+    waits: Waits = field(default_factory=Waits)
+
+    def __post_init__(self) -> None:
+        self.index = {profile.id: i for i, profile in enumerate(self.profiles)}
+
+    def exchange(
+        self, work: Work[Any, Any], orders: Mapping[DeviceId, Any]
+    ) -> Iterator[tuple[DeviceId, Any, Served, Cost]]:
+        """Serve every order, and yield it with its result, one after another; the caller moves the
+        clock.
+        """
+        name, bytes_down, built = name_of(work), {}, {}
+
+        def calls() -> Iterator[Call]:
+            for device in orders:
+                with self.devices_wall.not_theirs():  # an order may be built when it is read
+                    built[device] = orders[device]
+                packed = pack(built[device])
+                bytes_down[device] = packed.bytes
+                yield self._call(device, name, packed.payload)
+
+        for device, served in zip(orders, self.workers.run(calls()), strict=True):
+            asked = self.asks.get(device, 0)
+            timing = self.timing(
+                device,
+                asked,
+                flops=served.flops,
+                launches=served.launches,
+                bytes_down=bytes_down[device],
+                bytes_up=len(served.result),
+            )
+            self.asks[device] = asked + 1
+            self.changed[device] = served.memory
+            yield (
+                device,
+                built.pop(device),
+                served,
+                Cost(
+                    bytes_down=bytes_down[device],
+                    bytes_up=len(served.result),
+                    flops=served.flops,
+                    peak_memory_bytes=served.peak_memory_bytes,
+                    seconds=timing.total,
+                ),
+            )
+
+    def timing(self, device: DeviceId, ask: int | None, **cost: Any) -> Timing:
+        """Seconds of an exchange of this `cost`, given how many the device served before; None:
+        without jitter.
+        """
+        return self.hardware.seconds(self.index[device], round=self.round, ask=ask, **cost)
+
+    def _call(self, device: DeviceId, work: str, order: bytes) -> Call:
+        index = self.index[device]
+        return Call(
+            device=device,
+            index=index,
+            work=work,
+            order=order,
+            memory=self._memory(device),
+            seed=(self.seed, index, self.asks.get(device, 0)),
+            round=self.round,
+            privacy=self.privacy,
+        )
+
+    def _memory(self, device: DeviceId) -> bytes | None:
+        """A device's memory; only its last version of a round is written, since a round may ask it
+        forty times.
+        """
+        if device in self.changed:
+            return self.changed[device]
+        file = self.memories.get(device)
+        return None if file is None else self.store.get_memory(file)
+
+    def keep_memories(self) -> None:
+        """Write the memories that changed since the last save, for the next one."""
+        for device, payload in self.changed.items():
+            self.memories[device] = self.store.put_memory(device, self.asks[device], payload)
+        self.changed.clear()
+
+    def record(
+        self,
+        work: Work[Any, Any],
+        device: DeviceId,
+        started: float,
+        cost: Cost,
+        served: Served,
+        lost: bool,
+    ) -> None:
+        """Write one exchange down and add it to the round's totals; note who declined."""
+        self.totals.add(
+            Totals(
+                exchanges=1,
+                lost=int(lost),
+                samples=served.samples,
+                bytes_up=cost.bytes_up,
+                bytes_down=cost.bytes_down,
+                peak_memory_bytes=cost.peak_memory_bytes,
+            )
+        )
+        self.records.write(
+            "exchange",
+            device=device,
+            kind=self.hardware.kinds[self.index[device]],
+            work=work.__name__,
+            started=started,
+            seconds=cost.seconds,
+            bytes_down=cost.bytes_down,
+            bytes_up=cost.bytes_up,
+            flops=cost.flops,
+            peak_memory_bytes=cost.peak_memory_bytes,
+            lost=lost,
+            **({} if served.epsilon is None else {"epsilon": served.epsilon}),
+        )
+        if served.declined is not None:
+            self.records.write(
+                "note",
+                now=started,
+                values={"device": device, "left_out": served.declined},
+            )
