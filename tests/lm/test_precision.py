@@ -59,7 +59,8 @@ def test_a_run_writes_what_it_chose_and_goes_on_with_it(
     """Begun where fp32 is faster, killed after a round, gone on with where bf16 is: fp32 to the
     end.
     """
-    from fedspine.runs.loop import Stopped, new_run, resume
+    from fedspine.core.errors import Stopped
+    from fedspine.runs.loop import new_run, resume
     from fedspine.ui.progress import Silent
 
     class Interrupting(Silent):

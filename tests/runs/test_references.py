@@ -8,13 +8,14 @@ import pytest
 from runs import tiny_job, write_csv
 from toy import toy_rows
 
+from fedspine.core.errors import Stopped
 from fedspine.data.dataset import ArrayRows, Rows
 from fedspine.report.page import REPORT, write_page
 from fedspine.report.rows import Note, ScoreRow, read_rows
 from fedspine.report.rows import RunRows as Recorded
 from fedspine.report.tables import headlines
 from fedspine.runs import config, references
-from fedspine.runs.loop import Stopped, new_run, resume
+from fedspine.runs.loop import new_run, resume
 from fedspine.runs.run_dir import SUMMARY, summary_of
 from fedspine.runs.run_warnings import CheckContext, doubt, due
 from fedspine.ui.progress import Silent

@@ -10,7 +10,7 @@ from runs import in_process, python, records_of, summary_of, tiny_job, without_w
 
 from fedspine.fleets.lossy import Lossy
 from fedspine.lm import importance_sources
-from fedspine.runs import loop
+from fedspine.runs import evaluation, loop
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_a_failure_that_nobody_expected(job, command, tmp_path, monkeypatch) -> 
         raise ZeroDivisionError("a bug\nof two lines")
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "marks", fails)
+        patched.setattr(evaluation, "marks", fails)
         code, _, lines = command("run", *job(), "--out", tmp_path / "run", "--json")
     (line,) = lines
     assert code == 2
