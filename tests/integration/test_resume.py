@@ -346,7 +346,7 @@ def test_a_folder_that_is_read_only(job) -> None:
     (plan,) = carry_out("read-only", {"read_only": str(folder)})
     assert plan["ends"][0]["code"] == 2
     (line,) = plan["ends"][0]["said"]
-    assert "Read-only file system; 2 rounds saved; go on with" in line
+    assert "Read-only file system; 2 rounds saved; resume with" in line
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     (plan,) = carry_out("read-only-new", {"read_only": str(folder.parent)})
     (line,) = plan["ends"][0]["said"]

@@ -32,7 +32,7 @@ def test_a_run_that_is_told_to_end(job, blow, workers) -> None:  # noqa: F811
     assert (first["code"], last["code"]) == (143, 0), plan
     (line,) = first["said"]
     assert line.startswith("fedspine: terminated; ")
-    assert line.endswith(f"go on with: fedspine run --resume {plan['folder']}")
+    assert line.endswith(f"resume with: fedspine run --resume {plan['folder']}")
     assert plan["orphans"] == []
     assert_same(plan["folder"], whole)
 

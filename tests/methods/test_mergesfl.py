@@ -332,7 +332,7 @@ def test_equal_batches_are_not_regulated_within_a_round_either(lab):
 def test_a_recipe_from_before_the_two_forms_is_told_what_to_write(key, value, write):
     with pytest.raises(BadInput) as refused:
         recipe({"method": {"name": "mergesfl", key: value}})
-    assert str(refused.value) == f"method.{key} is no setting of mergesfl any more; {write}"
+    assert str(refused.value) == f"method.{key} is no longer a setting of mergesfl; {write}"
     now = MergeSflPlus.renamed.get(key, key)
     plus = recipe({"method": {"name": "mergesfl-plus", now: value}}).method
     assert plus == MergeSflPlus(**{now: value})
@@ -340,7 +340,7 @@ def test_a_recipe_from_before_the_two_forms_is_told_what_to_write(key, value, wr
 
 def test_an_old_name_of_a_setting_is_told_the_new_one():
     with pytest.raises(
-        BadInput, match="no setting of mergesfl-plus any more; write client_weights"
+        BadInput, match="no longer a setting of mergesfl-plus; write client_weights"
     ):
         recipe({"method": {"name": "mergesfl-plus", "bottom_weights": "uniform"}})
 

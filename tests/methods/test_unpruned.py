@@ -78,7 +78,7 @@ NO_FIT = {  # what the other run has, and what the line must say
     "seed": ({"seed": 1}, ["their seeds differ", "run.seed is 0", "1"]),
     "model": ({"model_sha256": "ef" * 32}, ["their models differ", "sha256 of the base's weights"]),
     "layers": ({"settings": ("task.layers=3",)}, ["their models differ", "task.layers"]),
-    "pruned itself": ({"sparsity": 0.5}, ["prunes, too (sparsity 50.0 %)"]),
+    "pruned itself": ({"sparsity": 0.5}, ["prunes too (sparsity 50.0 %)"]),
 }
 
 

@@ -181,8 +181,8 @@ def test_a_part_that_cannot_be_is_refused(settings, says) -> None:
             "fleet_say=0.5",
             'write name = "fedspine-plus" and global_importance_weight for fleet_say',
         ),
-        ("enough=0.7", "method.enough is no setting of a method any more; write fleet.quorum"),
-        ("quorum=0.7", "method.quorum is no setting of a method any more; write fleet.quorum"),
+        ("enough=0.7", "method.enough is no longer a setting of methods; write fleet.quorum"),
+        ("quorum=0.7", "method.quorum is no longer a setting of methods; write fleet.quorum"),
         ("pooled=1.0", "unknown key of [method] for fedspine 'pooled'"),
     ],
 )

@@ -215,7 +215,7 @@ def worker_failure(error, **more):
 
 
 NO_CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-RESUME, NEW = f"go on with: fedspine run --resume {FOLDER}", "a resume would end the same way"
+RESUME, NEW = f"resume with: fedspine run --resume {FOLDER}", "a resume would end the same way"
 ADVICE = {  # the error, the recipe, whether devices are simulated, what is said and what is not
     "diverged": (
         Diverged("x"),

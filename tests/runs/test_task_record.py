@@ -280,16 +280,16 @@ CHANGES = {  # what happens to the files of a run, and what the line must say
     ),
     "data gone": (
         lambda place: (place / "rows.csv").unlink(),
-        "the run in {run} cannot go on, for want of its data: expected a data file or folder at",
+        "the run in {run} cannot be resumed without its data: expected a data file or folder at",
     ),
     "data unreadable": (
         lambda place: (place / "rows.csv").write_text("a,b\n1,2\n"),
-        "the run in {run} cannot go on, for want of its data: ",
+        "the run in {run} cannot be resumed without its data: ",
     ),
     "another base": (another_base, "bert is not the base that the run in {run} was made with"),
     "base gone": (
         lambda place: (place / "bert").rename(place / "elsewhere"),
-        "the run in {run} cannot go on, for want of its base: {place}/bert is not a folder",
+        "the run in {run} cannot be resumed without its base: {place}/bert is not a folder",
     ),
 }
 
@@ -459,7 +459,7 @@ def test_changes_are_named(changed, says) -> None:
 def test_other_tokens_of_a_text_are_said(monkeypatch) -> None:
     then = some_record()
     monkeypatch.setattr("fedspine.lm.tokens.FORMAT", "none")
-    with pytest.raises(BadInput, match="makes other tokens of a text"):
+    with pytest.raises(BadInput, match="tokenises texts differently"):
         task_record.check_data(then, some_record(), Path("run"))
 
 

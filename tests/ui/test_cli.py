@@ -268,15 +268,15 @@ WRONG_USAGE = {  # arguments, and what the line must say
     "low": (["bench", "DIR", "--tokens", "0"], ["'--tokens'"]),
     "text with two dashes": (["predict", "DIR", "-- a text"], [DASH]),
     "text with a dash": (["predict", "DIR", "-5 is cold"], [DASH]),
-    "no text": (["predict", "DIR", "good", ""], ["what comes after 'good' is empty"]),
-    "blank text": (["predict", "DIR", "--", " "], ["what comes after '--' is empty"]),
+    "no text": (["predict", "DIR", "good", ""], ["argument after 'good' is empty"]),
+    "blank text": (["predict", "DIR", "--", " "], ["argument after '--' is empty"]),
     "no second text": (["predict", "DIR", "good", "--pair="], ["--pair= has no value"]),
-    "no folder": (["run", "--out", ""], ["what comes after '--out' is empty"]),
+    "no folder": (["run", "--out", ""], ["argument after '--out' is empty"]),
     "no folder to go on": (["run", "--resume="], ["--resume= has no value"]),
-    "no run": (["show", ""], ["what comes after 'show' is empty"]),
-    "no setting": (["run", "--set", ""], ["what comes after '--set' is empty"]),
-    "no kit": (["fleet", "status", "--kit", ""], ["what comes after '--kit' is empty"]),
-    "nothing": ([""], ["what comes after 'fedspine' is empty"]),
+    "no run": (["show", ""], ["argument after 'show' is empty"]),
+    "no setting": (["run", "--set", ""], ["argument after '--set' is empty"]),
+    "no kit": (["fleet", "status", "--kit", ""], ["argument after '--kit' is empty"]),
+    "nothing": ([""], ["argument after 'fedspine' is empty"]),
 }
 
 

@@ -757,5 +757,5 @@ def test_what_changed_under_the_same_name_is_not_compared(tmp_path, changed, say
 def test_a_sweep_whose_data_changed_on_the_way_is_not_compared(tmp_path):
     for seed, digest in enumerate(("ab", "ab", "cd")):
         made_cell(tmp_path, f"a-{seed}", "a", seed=seed, data_sha256=digest * 32)
-    with pytest.raises(BadInput, match="the data pydoc-topics was changed between the runs in"):
+    with pytest.raises(BadInput, match="the data pydoc-topics changed between the runs in"):
         grouped(select([tmp_path]))

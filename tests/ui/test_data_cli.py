@@ -192,7 +192,7 @@ def test_pictures_beside_a_table_are_no_data(tmp_path, tiny_folder):
 
 REFUSED = {
     "nothing there": (["absent.csv"], "found nothing there"),
-    "an empty name": ([""], "what comes after 'data' is empty"),
+    "an empty name": ([""], "argument after 'data' is empty"),
     "no such column": (["rows.csv", "--set", "task.label=stars"], "the label column 'stars'"),
     "too many devices": (["rows.csv", "--set", "fleet.devices=99"], "between 1 and 39 devices"),
     "a setting that is none": (["rows.csv", "--set", "fleet.device=9"], "did you mean 'devices'?"),

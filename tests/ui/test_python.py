@@ -265,7 +265,7 @@ def test_a_finished_run_is_loaded_and_another_is_not(result, tmp_path) -> None:
         load(tmp_path)
     (tmp_path / "state").mkdir()
     (tmp_path / "recipe.toml").write_text(result.recipe.toml())
-    with pytest.raises(BadInput, match=r"not finished, 0 of 2 rounds are done; go on with"):
+    with pytest.raises(BadInput, match=r"not finished, 0 of 2 rounds are done; resume it with"):
         load(tmp_path)
 
 

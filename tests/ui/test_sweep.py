@@ -293,7 +293,7 @@ BAD = {  # what is added to the good file, or another file, and what the line mu
     ),
     "no table": (
         '[data.x]\ntask.data = "rwos.csv"\n',
-        ["task.data is 'rwos.csv'", "nothing is there"],
+        ["task.data is 'rwos.csv'", "nothing is at that path"],
     ),
     "value": (
         "[grid]\nfleet.alpha = [-1.0]\n",
@@ -545,7 +545,7 @@ def test_a_sweep_from_its_start_to_its_end(place, command, tmp_path):
     )
     code, out, _ = command("sweep", "sweep.toml")
     assert code == 0
-    assert f"1 run there that the file does not describe: {bad.name}" in out
+    assert f"1 run in the folder that the file does not describe: {bad.name}" in out
 
 
 @pytest.mark.slow
@@ -637,7 +637,7 @@ def test_interrupted_and_two_at_once(place, command):
     assert (sweep.returncode, out) == (130, "")
     *_, line = err.splitlines()
     assert line == (
-        "fedspine: interrupted; 0 of 4 cells done; go on with: fedspine sweep sweep.toml --jobs 2"
+        "fedspine: interrupted; 0 of 4 cells done; resume with: fedspine sweep sweep.toml --jobs 2"
     )
     assert left_alive(children) == []
     statuses = [
@@ -667,7 +667,7 @@ def test_a_sweep_that_ignores_ctrl_c_ends_when_it_is_told_to(place):
     assert time.monotonic() - asked < GOODBYE_SECONDS  # the cell needed no kill
     assert (sweep.returncode, out) == (143, "")
     *_, line = err.splitlines()
-    assert line.startswith("fedspine: terminated; 0 of 4 cells done; go on with: fedspine sweep")
+    assert line.startswith("fedspine: terminated; 0 of 4 cells done; resume with: fedspine sweep")
     assert left_alive([cell]) == []
     statuses = [
         cell_status.status for cell_status in overview_of(Path("sweep.toml"), None).cell_statuses
@@ -728,5 +728,5 @@ def test_what_a_killed_sweep_left_behind(place):
         for cell_status in overview_of(Path("sweep.toml"), Path("out")).cell_statuses
     ]
     assert found == ["open", "failed", "open", "open"]
-    with pytest.raises(BadInput, match="no sweep's folder"):
+    with pytest.raises(BadInput, match="not the folder of a sweep"):
         SweepFolder(Path("out/cells")).check(cells)

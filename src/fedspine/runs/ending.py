@@ -96,7 +96,7 @@ def _stopped(run_dir: Path, line: str, exit_code: int = 2) -> Stopped:
 
 
 def _kept(store: Store, run_dir: Path) -> str:
-    return f"{_saved(store)}; go on with: fedspine run --resume {run_dir}"
+    return f"{_saved(store)}; resume with: fedspine run --resume {run_dir}"
 
 
 def _saved(store: Store) -> str:

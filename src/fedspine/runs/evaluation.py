@@ -112,7 +112,7 @@ def reference_scores(
                 value = references.classical(data.train, data.test, scored)
                 found[f"reference_{name}"] = value
             except (BadInput, ImportError) as error:  # without it the run only lacks a reference
-                progress.say(f"no reference beside the results: {error}")
+                progress.say(f"no reference score: {error}")
         return {key: value for key, value in found.items() if value is not None}
 
     return references.kept(context.run_dir, compute)

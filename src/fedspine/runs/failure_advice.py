@@ -20,7 +20,7 @@ def advice(
     """What follows the cause in the one line that ends a run; `saved` says how many of its rounds
     are in `folder`.
     """
-    resume = f"{saved}; go on with: fedspine run --resume {folder}"
+    resume = f"{saved}; resume with: fedspine run --resume {folder}"
     anew = f"{saved}, but a resume would end the same way"
     match error:
         case Diverged():
@@ -58,9 +58,9 @@ def _with_less(recipe: Recipe, saved: str, folder: Path) -> str:
     """How to go on in less memory: fewer processes change no result."""
     resume = f"fedspine run --resume {folder}"
     if recipe.run.workers != 1:
-        return f"{saved}; go on with fewer processes: {resume} --set run.workers=1"
+        return f"{saved}; resume with fewer processes: {resume} --set run.workers=1"
     return (
-        f"{saved}; free memory and go on with: {resume}, or lower method.batch and start a new run"
+        f"{saved}; free memory and resume with: {resume}, or lower method.batch and start a new run"
     )
 
 

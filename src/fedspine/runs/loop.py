@@ -148,7 +148,7 @@ def _run(
     saved = store.open()
     if store.undigested:
         progress.say(
-            "an older version saved this run, without digests: its state is taken as it is"
+            "an older version saved this run without digests, so its state cannot be checked"
         )
     records = Records(run_dir / RECORDS, saved.records if saved else 0)
     try:
@@ -196,9 +196,9 @@ def _restored(context: RunContext, saved: Saved) -> Point:
         )
     if saved.state["computing"] != context.workers.computing:
         raise BadInput(
-            f"this run was computed by {saved.state['computing']}, here "
-            f"it would be by {context.workers.computing}, which rounds "
-            "otherwise; resume it where it began, or start a new run"
+            f"this run was computed by {saved.state['computing']}, and here it would be by "
+            f"{context.workers.computing}, which rounds differently; resume it where it began, or "
+            "start a new run"
         )
     context.fleet.restore(saved.fleet, saved.memories)
     context.records.round = saved.round - 1  # the round of the final score, if none is left

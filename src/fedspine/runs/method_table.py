@@ -51,7 +51,7 @@ def _refuse_moved(name: str, cls: type[Any], key: str) -> None:
     """
     if key in OF_THE_FLEET:
         raise BadInput(
-            f"method.{key} is no setting of a method any more; write fleet.{OF_THE_FLEET[key]}"
+            f"method.{key} is no longer a setting of methods; write fleet.{OF_THE_FLEET[key]}"
         )
     extended = {
         other: found
@@ -65,7 +65,7 @@ def _refuse_moved(name: str, cls: type[Any], key: str) -> None:
             also = f" and {now} for {key}" if other != name and now != key else ""
             if other == name and extended:  # which is what it was by default
                 also = f'; for the form that it had before write name = "{next(iter(extended))}"'
-            raise BadInput(f"method.{key} is no setting of {name} any more; {write}{also}")
+            raise BadInput(f"method.{key} is no longer a setting of {name}; {write}{also}")
 
 
 def _keys(cls: type[Any]) -> set[str]:

@@ -42,8 +42,8 @@ def check_delta(recipe: Recipe, rows: Sequence[int]) -> None:
         who = "a device holds" if of_rows else "the fleet has"
         what = "rows" if of_rows else "devices"
         raise BadInput(
-            f"privacy.delta is {section.delta:g}, but {who} {most} {what}, and at 1 over that many "
-            f"one of them could be published whole; set it well below {1 / most:.2g}"
+            f"privacy.delta is {section.delta:g}, but {who} {most} {what}, and a delta of 1 over "
+            f"that allows one of them to be published whole; set it well below {1 / most:.2g}"
         )
 
 

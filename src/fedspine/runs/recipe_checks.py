@@ -43,7 +43,7 @@ def check_quorum(method: Any, fleet: FleetSection) -> None:
     if fleet.delay_seconds:
         raise BadInput(
             f"fleet.quorum is {fleet.quorum:g}, but fleet.delay_seconds delays only replies that "
-            "a round waits for; set the one to 1 or the other to 0"
+            "a round waits for; set fleet.quorum to 1 or fleet.delay_seconds to 0"
         )
 
 
@@ -53,7 +53,7 @@ def check_aggregation(method: Any, fleet: FleetSection) -> None:
     if how != Mean() and not method.robust:
         able = [name for name, cls in all_methods().items() if cls.robust]
         raise BadInput(
-            f"fleet.aggregation is {how.name}, but {method.name} knows the mean alone; leave it "
+            f"fleet.aggregation is {how.name}, but {method.name} supports only the mean; leave it "
             f"out, or choose one of {', '.join(able)}"
         )
     how.check(fleet.replies)

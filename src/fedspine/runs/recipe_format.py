@@ -41,6 +41,6 @@ def format_of(tables: Mapping[str, Any]) -> int:
     if type(number) is not int or not 1 <= number <= FORMAT:
         raise BadInput(
             f"format is {number!r}, but this fedspine reads recipes of format {FORMAT}; "
-            "use the fedspine that wrote it"
+            "use the version of fedspine that wrote it"
         )
     return number

@@ -60,8 +60,8 @@ def _check_format(run_dir: Path, tables: dict[str, Any]) -> None:
     if format_of(tables) < FORMAT:
         raise BadInput(
             f"the run in {run_dir} is of format {format_of(tables)} and this fedspine reads format "
-            f"{FORMAT}; go on with the fedspine that began it, or "
-            "begin a new run with a recipe as in docs/recipes.md"
+            f"{FORMAT}; resume it with the version that began it, or start a new run with a "
+            "recipe as in docs/recipes.md"
         )
 
 

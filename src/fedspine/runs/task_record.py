@@ -203,9 +203,9 @@ def recorded(folder: Path) -> TaskRecord:
     record = read(folder)
     if record is None:
         raise BadInput(
-            f"{folder} was begun by an older version of fedspine, which did not keep what its "
-            f"classes and base are (it has no {TASK}), so it cannot be trusted to mean the same "
-            f"today; run its {folder / 'recipe.toml'} again"
+            f"{folder} was begun by an older version of fedspine that kept no record of classes "
+            f"and base (it has no {TASK}), so what its files mean today is not known; run its "
+            f"{folder / 'recipe.toml'} again"
         )
     return record
 
@@ -235,14 +235,14 @@ def _damaged(path: Path, why: object) -> BadInput:
 
 @contextmanager
 def needing(what: str, folder: Path | None) -> Iterator[None]:
-    """Add to a BadInput that the run in `folder` cannot go on, if one is being resumed."""
+    """Add to a BadInput that the run in `folder` cannot be resumed, where one is."""
     try:
         yield
     except BadInput as error:
         if folder is None:
             raise
         raise BadInput(
-            f"the run in {folder} cannot go on, for want of its {what}: {error}"
+            f"the run in {folder} cannot be resumed without its {what}: {error}"
         ) from None
 
 
@@ -250,8 +250,8 @@ def check_data(then: TaskRecord, now: TaskRecord, folder: Path) -> None:
     """Raise BadInput, which says what changed, where the run in `folder` began with other data."""
     if then.encoding != now.encoding:
         raise BadInput(
-            f"the run in {folder} was begun by a version of fedspine that makes other tokens of a "
-            "text; go on with that version, or start a new run"
+            f"the run in {folder} was begun by a version of fedspine that tokenises texts "
+            "differently; resume it with that version, or start a new run"
         )
     if changes := list(_changes(then, now)):
         raise BadInput(
@@ -266,7 +266,7 @@ def check_base(then: TaskRecord, found: str | None, where: str, folder: Path) ->
         raise BadInput(
             f"{where} is not the base that the run in {folder} was made with: its weights have "
             f"sha256 {str(found)[:SHOWN]}, those of the run had {str(then.model_sha256)[:SHOWN]}; "
-            "take the base of the run"
+            "use the base of the run"
         )
 
 

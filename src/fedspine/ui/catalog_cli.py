@@ -13,7 +13,7 @@ from fedspine.ui.options import Json, print_table
 
 
 def methods(json: Json = False) -> None:
-    """List the methods and their settings, those of installed packages too."""
+    """List the methods and their settings, including those of installed packages."""
     from fedspine.core import parts
     from fedspine.methods import all_methods, broken, packages
 

@@ -72,7 +72,7 @@ def _none_empty(arguments: list[str]) -> None:
         before = arguments[number - 1] if number else "fedspine"
         if not argument.strip():
             raise BadInput(
-                f"what comes after {before!r} is empty; give it a value, or leave it out"
+                f"the argument after {before!r} is empty; give it a value, or leave it out"
             )
         if options and argument.startswith("--") and argument.endswith("="):
             raise BadInput(f"{argument} has no value; give it one, or leave it out")

@@ -36,12 +36,12 @@ def data(
         typer.Option(
             "--set",
             metavar="SECTION.KEY=VALUE",
-            help="Change one value of the embedded job; with one of fleet, devices are shown.",
+            help="Change one value of the embedded job; one of [fleet] also shows the devices.",
         ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show what would be read from a data set: rows, classes, lengths, doubles, and what each
+    """Show what would be read from a data set: rows, classes, lengths, duplicates, and what each
     device would hold.
 
     fedspine data reviews.csv --set task.text=review --set task.label=stars

@@ -42,7 +42,7 @@ def create(
     """Make certificates and start-up kits: one for the server, one for each site, and one for the
     operator.
 
-    Again after a site was added, it makes that site's kit only.
+    Run again after a site is added, it makes only that site's kit.
     """
     from fedspine.flare import provision
 
@@ -53,9 +53,9 @@ def create(
     for name in kits.kept:
         print(f"kept {kits.folder / name}")
     print(
-        "Bring each kit to its machine over a channel that you "
-        f"trust, keep {kits.folder / provision.AUTHORITY} to "
-        f"yourself, and open port {wanted.port} of {wanted.host}."
+        "Copy each kit to its machine over a channel that you trust, keep "
+        f"{kits.folder / provision.AUTHORITY} private, and open port {wanted.port} of "
+        f"{wanted.host}."
     )
 
 
@@ -66,8 +66,8 @@ def start(
         Path | None, typer.Option(metavar="DIR", help="Its kit; default: the folder of that name.")
     ] = None,
 ) -> None:
-    """Run the server or a site, here and until Ctrl-C or `fedspine fleet stop`; what dies is
-    started again.
+    """Run the server or a site until Ctrl-C or `fedspine fleet stop`, and restart it when it
+    dies.
     """
     from fedspine.flare import startup_kit as kits
 
@@ -78,10 +78,10 @@ def start(
     if found.role == "site":
         kits.check_site(found)
         if problem := kits.check_reach(found):
-            print(f"{problem}; the site tries until it does")
+            print(f"{problem}; the site keeps trying")
     log = found.folder / CONSOLE_LOG
     with kits.only_one(found), open(log, "ab") as file, _until_told() as told:
-        print(f"{name} runs; its log is {log}; stop it with Ctrl-C", flush=True)
+        print(f"{name} is running; its log is {log}; stop it with Ctrl-C", flush=True)
         code = kits.serve(found, file)
     if told:  # a requested stop is no failure
         print(f"{name} stopped")

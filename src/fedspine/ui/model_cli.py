@@ -24,18 +24,18 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="hf (a merged model), onnx (the same as a graph) or peft (base name and adapter)."
+            help="hf (merged model), onnx (the same as a graph) or peft (adapter and base name)."
         ),
     ] = "hf",
     with_base: Annotated[
         bool,
         typer.Option(
-            "--with-base", help="With --format peft: write the model that the adapter fits, too."
+            "--with-base", help="With --format peft: also write the model that the adapter fits."
         ),
     ] = False,
     base: Annotated[
         str | None,
-        typer.Option(help="Where the run's base is now; default: where it was for the run."),
+        typer.Option(help="Where the run's base is now, if it has moved."),
     ] = None,
     quantize: Annotated[
         str, typer.Option(help="With --format onnx: none (fp32), fp16 or int8.")
@@ -80,7 +80,7 @@ def predict(
         list[str],
         typer.Argument(
             metavar="TEXT...",
-            help="Texts to label or to continue; -- before one that begins with a dash.",
+            help="Texts to label or to continue; put -- before one that begins with a dash.",
         ),
     ],
     pair: Annotated[
@@ -113,11 +113,11 @@ def bench(
     against: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Another exported model, measured in turns with the first."
+            metavar="DIR", help="Another exported model; the two are measured in alternation."
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens in a row.", min=1)] = 128,
-    threads: Annotated[int, typer.Option(help="Processor threads.", min=1)] = 1,
+    tokens: Annotated[int, typer.Option(help="Tokens per row.", min=1)] = 128,
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
     json: Json = False,
 ) -> None:
     """Measure an exported model on this machine: latency at batch 1 and 32, file size, peak memory,

@@ -20,7 +20,7 @@ Settings = Annotated[
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `fedspine run` made.")]
 Reference = Annotated[
     Path | None,
-    typer.Option(metavar="RUN", help="An unpruned run of the same data, seed and budget."),
+    typer.Option(metavar="RUN", help="Unpruned run of the same data, seed and budget."),
 ]
 ModelFolder = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder that `fedspine export` made.")

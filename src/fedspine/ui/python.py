@@ -194,7 +194,7 @@ def load(folder: str | Path) -> RunResult:
         found = status_of(folder)
         raise BadInput(
             f"the run in {folder} is not finished, {found['rounds_done']} of {found['rounds']} "
-            f"rounds are done; go on with fedspine.resume({str(folder)!r})"
+            f"rounds are done; resume it with fedspine.resume({str(folder)!r})"
         )
     return RunResult(folder, recipe, summary)
 

@@ -17,15 +17,18 @@ from fedspine.ui.options import Json, Reference, RunFolder
 def show(
     folder: RunFolder,
     everyone: Annotated[
-        bool, typer.Option("--all", help="Score every device's model on the test set and show it.")
+        bool,
+        typer.Option(
+            "--all", help="Score every device's model on the test set and show the scores."
+        ),
     ] = False,
     reference: Reference = None,
     json: Json = False,
 ) -> None:
-    """Show a run's summary, or how far it is."""
+    """Show a run's summary, or its progress."""
     if everyone:
         if reference is not None:
-            raise BadInput("--all shows no unpruned run; leave --reference or --all out")
+            raise BadInput("--all takes no unpruned run; leave --reference or --all out")
         _show_everyone(folder, json)
         return
     from fedspine.report.tables import print_table, summary_table, unpruned_table
@@ -41,13 +44,13 @@ def show(
     for line in found.get("warnings", ()):
         print(f"warning: {line}")
     if "state_sha256" not in found:
-        then = found.get("ended", f"go on with: fedspine run --resume {folder}")
+        then = found.get("ended", f"resume with: fedspine run --resume {folder}")
         print(f"not finished: {found['rounds_done']} of {found['rounds']} rounds; {then}")
 
 
 @ends_when_told()
 def report(folder: RunFolder, reference: Reference = None, json: Json = False) -> None:
-    """Write a run's report.html again, read against an unpruned run of the same budget."""
+    """Write a run's report.html again, with an unpruned run of the same budget beside it."""
     from fedspine.report.page import write_page
     from fedspine.ui.compare.unpruned import unpruned_runs
     from fedspine.ui.progress import progress_for
@@ -89,7 +92,7 @@ def compare(
     target: Annotated[
         str,
         typer.Option(
-            metavar="auto|X", help="Accuracy (0.7 or 70%) or loss that runs are timed to."
+            metavar="auto|X", help="Accuracy (0.7 or 70%) or loss for the time to target."
         ),
     ] = "auto",
     out: Annotated[

@@ -15,49 +15,48 @@ from fedspine.ui.options import Json, Settings
 def run(
     recipe: Annotated[
         Path | None,
-        typer.Argument(metavar="RECIPE.toml", help="What to run; default: the embedded job."),
+        typer.Argument(metavar="RECIPE.toml", help="Recipe to run; default: the embedded job."),
     ] = None,
     settings: Settings = None,
     out: Annotated[
         Path | None, typer.Option(help="New folder for results; default: runs/METHOD-N.")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Resume the run in this folder.")] = None,
     from_round: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="With --resume: go back to round N, as a damaged run says.", min=0
+            metavar="N", help="With --resume: go back to round N of a damaged run first.", min=0
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Short for --set run.seed=N.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Shorthand for --set run.seed=N.")] = None,
     fleet: Annotated[
         Path | None,
         typer.Option(
-            metavar="KIT", help="Run at the sites of a real fleet; KIT is the operator's."
+            metavar="KIT",
+            help="Run at the sites of a real fleet; KIT is the operator's start-up kit.",
         ),
     ] = None,
     sites: Annotated[
-        int, typer.Option(help="With --fleet: begin when so many sites are connected.", min=1)
+        int, typer.Option(help="With --fleet: start once this many sites are connected.", min=1)
     ] = 1,
     quorum: Annotated[
         int,
         typer.Option(
-            help="With --fleet: stop where fewer sites reply (a number; fleet.quorum is a share).",
+            help="With --fleet: stop if fewer sites reply (a count; fleet.quorum is a share).",
             min=1,
         ),
     ] = 1,
     within: Annotated[
-        float, typer.Option(help="With --fleet: seconds that a site has for one order.", min=1)
+        float, typer.Option(help="With --fleet: seconds that a site has to answer an order.", min=1)
     ] = 600.0,
     largest_share: Annotated[
         float,
-        typer.Option(
-            help="With --fleet: what one site of three or more counts for at most, 0 to 1."
-        ),
+        typer.Option(help="With --fleet: largest weight of one site out of three or more, 0 to 1."),
     ] = 0.5,
     json: Json = False,
 ) -> None:
-    """Fine-tune and prune across a simulated fleet; without a recipe, the embedded job (80 devices,
-    MiniLM).
+    """Fine-tune and prune a model across a simulated fleet; without a recipe, run the embedded job
+    (80 devices, MiniLM).
 
     A recipe has the tables [task], [fleet], [method] and [run], and may have
     [privacy]; docs/recipes.md lists all keys.
@@ -72,11 +71,11 @@ def run(
 
     if resume is not None and out is not None:
         raise BadInput(
-            "--resume goes on in its own folder, so --out "
-            "has no place beside it; leave one of them out"
+            "--resume writes to the folder of the run, so it cannot be combined with --out; leave "
+            "one of them out"
         )
     if resume is None and from_round is not None:
-        raise BadInput("--from-round goes back in a run; name its folder with --resume")
+        raise BadInput("--from-round needs a run to go back in; name its folder with --resume")
     place = _backend(fleet, sites, quorum, within, largest_share)
     if resume is None:
         result = python.run(config.load(recipe, settings, seed), out, json, sites=place)
@@ -119,21 +118,22 @@ def sweep(
     file: Annotated[
         Path, typer.Argument(metavar="FILE.toml", help="Methods, settings, data and seeds to run.")
     ],
-    jobs: Annotated[int, typer.Option(help="Runs at once, which share the cores.", min=1)] = 1,
+    jobs: Annotated[int, typer.Option(help="Runs at once; they share the cores.", min=1)] = 1,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the sweep; default: sweeps/NAME OF THE FILE.")
+        Path | None, typer.Option(help="Folder of the sweep; default: sweeps/ and the file's name.")
     ] = None,
     only_list: Annotated[
-        bool, typer.Option("--list", help="Say what is done; run nothing.")
+        bool, typer.Option("--list", help="Show the status of all runs; run nothing.")
     ] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Try again what failed before.")] = False,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Run those again that failed before.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Run every method under every setting, data set and seed of a file; what is done already is
-    not run again.
+    """Run every method under every setting, data set and seed of a file; finished runs are not
+    repeated.
 
-    docs/sweeps.md explains the file. Exit code 1: at least one run has failed, and the others are
-    done.
+    docs/sweeps.md explains the file. Exit code 1: at least one run failed; all others are done.
     """
     from fedspine.ui.sweep.display import print_overview, sweep_progress_for
     from fedspine.ui.sweep.work import carry_out, listed, overview_of
@@ -158,8 +158,8 @@ def demo(
         Path | None, typer.Option(help="New folder for results; default: runs/demo-N.")
     ] = None,
 ) -> None:
-    """A first look in half a minute: a small run from data to report, an exported model, and what
-    it answers.
+    """A first look in half a minute: a small run from data to report, an exported model, and its
+    predictions.
     """
     limit_onednn_cache()
     from fedspine.ui.demo import demo as first_look

@@ -127,8 +127,8 @@ def _check_same(runs: Iterable[Run], key: str, what: str) -> None:
     for run in recorded:
         if run.summary[key] != recorded[0].summary[key]:
             raise BadInput(
-                f"{what} was changed between the runs in {recorded[0].folder} and {run.folder}, "
-                "which name the same; leave one of them out, or run it again"
+                f"{what} changed between the runs in {recorded[0].folder} and {run.folder}; leave "
+                "one of them out, or run it again"
             )
 
 

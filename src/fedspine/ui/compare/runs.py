@@ -114,13 +114,13 @@ def _run(folder: Path) -> Run | LeftOut:
         return LeftOut(str(folder), _failure(folder) or "not finished")
     if "fleet_seconds" in summary:
         raise BadInput(
-            f"{folder} ran at the sites of a real fleet, whose seconds on the wall cannot stand "
-            f"beside simulated ones; leave it out, and look at it with: fedspine show {folder}"
+            f"{folder} ran at the sites of a real fleet, whose wall-clock seconds cannot be "
+            f"compared with simulated ones; leave it out, and see it with: fedspine show {folder}"
         )
     if lacking := [key for key in NEEDED if key not in summary]:
         raise BadInput(
-            f"{folder / SUMMARY} lacks {lacking[0]!r}; remove "
-            "it and resume the run to have it written anew"
+            f"{folder / SUMMARY} lacks {lacking[0]!r}; remove it and resume the run, which writes "
+            "it again"
         )
     label, settings = cell.get("label"), cell.get("settings")
     rows = read_rows(folder / RECORDS)

@@ -52,10 +52,10 @@ def unpruned_runs(folder: Path, reference: Path | None = None) -> tuple[Unpruned
         return tuple(other.as_reference() for other in _siblings(run) if not other.prunes)
     run, other = (_finished_or_refused(each) for each in (folder, reference))
     if not run.prunes:
-        raise BadInput(f"{folder} prunes nothing, so it is read as it is; leave --reference out")
+        raise BadInput(f"{folder} prunes nothing, so it needs no reference; leave --reference out")
     if other.prunes:
         raise BadInput(
-            f"{reference} prunes, too (sparsity {percent(other.summary['sparsity'])}), so it does "
+            f"{reference} prunes too (sparsity {percent(other.summary['sparsity'])}), so it does "
             "not show what pruning costs; name a run of a method that prunes nothing"
         )
     if line := _misfit(run, other):

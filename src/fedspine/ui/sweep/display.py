@@ -192,15 +192,15 @@ def print_overview(
     print(f"{counted(len(listed), 'cell')} in {folder}: {told}")
     if counts["failed"]:
         print(
-            f"why in full: {folder / 'failed'}; the same "
-            "command with --retry tries again what failed"
+            f"full reasons: {folder / 'failed'}; the same command with --retry runs the failed "
+            "cells again"
         )
     if counts["done"] == len(listed):
-        print(f"what came of it: fedspine compare {folder}")
+        print(f"compare the results: fedspine compare {folder}")
     if unlisted:
         print(
-            f"{counted(len(unlisted), 'run')} there that the "
-            f"file does not describe: {', '.join(unlisted)}"
+            f"{counted(len(unlisted), 'run')} in the folder that the file does not describe: "
+            f"{', '.join(unlisted)}"
         )
 
 

@@ -95,7 +95,7 @@ class SweepFolder:
         """
         if self.path.is_file() or (self.path.is_dir() and not self._is_ours()):
             raise BadInput(
-                f"{self.path} exists and is no sweep's folder "
+                f"{self.path} exists but is not the folder of a sweep "
                 f"(it has no {FILE}); choose another with --out"
             )
         for cell in cells:

@@ -241,7 +241,7 @@ def carry_out(
             + (f" --out {path}" if path else "")
         )
         raise Stopped(
-            f"{word}; {done} of {counted(len(cells), 'cell')} done; go on with: {again}",
+            f"{word}; {done} of {counted(len(cells), 'cell')} done; resume with: {again}",
             exit_code,
         ) from None
     finally:
