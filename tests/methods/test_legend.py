@@ -15,12 +15,12 @@ from fedspine.core.fleet import NoMemory
 from fedspine.core.message import pack
 from fedspine.lm.cost import Extent, adapter_width, training_flops, training_memory_bytes
 from fedspine.lm.load import load
-from fedspine.lm.lora import a_name, b_name
+from fedspine.lm.lora import a_name, b_name, on_blocks
 from fedspine.lm.structure import full
 from fedspine.lm.tiny import write_tiny
 from fedspine.lm.tune import tuning_at
 from fedspine.methods.fedlora import FedLora
-from fedspine.methods.legend import DepthOrder, Legend, on_blocks, tune_top
+from fedspine.methods.legend import DepthOrder, Legend, tune_top
 
 LAYERS = 4
 TOY = replace(Legend.toy(), rank=4, rank_difference=1.0)

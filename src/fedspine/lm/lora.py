@@ -162,3 +162,23 @@ def cut_rank(adapter: Tensors, rank: int) -> Tensors:
         name: factor[:rank] if name.endswith(".lora_A") else factor[:, :rank]
         for name, factor in adapter.items()
     }
+
+
+def on_blocks(layout: PrunableLayout, adapter: Tensors, lowest: int) -> Tensors:
+    """The part of an adapter on the blocks from `lowest` on."""
+    sites = (site for site in layout.sites if site.layer >= lowest)
+    return {
+        name: adapter[name] for site in sites for name in (a_name(site.path), b_name(site.path))
+    }
+
+
+def cut_blocks(
+    layout: PrunableLayout, adapter: Tensors, lowest: int, ranks: tuple[int, ...]
+) -> Tensors:
+    """The first directions of every trained block, as many as `ranks` says from `lowest` on."""
+    cut: Tensors = {}
+    for site in layout.sites:
+        if site.layer >= lowest:
+            rank, a, b = ranks[site.layer - lowest], a_name(site.path), b_name(site.path)
+            cut[a], cut[b] = adapter[a][:rank], adapter[b][:, :rank]
+    return cut

@@ -12,13 +12,7 @@ from typing import Literal, Self
 
 import numpy as np
 
-from fedspine.control.depth import (
-    DepthPlan,
-    DepthPlanner,
-    DepthRule,
-    features,
-    rising_ranks,
-)
+from fedspine.control.depth import DepthPlan, DepthPlanner, DepthRule, features, rising_ranks
 from fedspine.control.latency_model import add, no_evidence
 from fedspine.core.checks import Asked, within
 from fedspine.core.device import Device, DeviceId, on_device
@@ -33,7 +27,7 @@ from fedspine.lm.aggregate import Contribution, average_factors, bounded
 from fedspine.lm.base import Model
 from fedspine.lm.cost import HALF, adapter_parameters, training_memory_bytes
 from fedspine.lm.forecast import USABLE_MEMORY
-from fedspine.lm.lora import a_name, b_name, check_depth, check_rank, fresh
+from fedspine.lm.lora import check_depth, check_rank, cut_blocks, fresh, on_blocks
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import check_adapter, check_head
 from fedspine.lm.structure import full
@@ -83,14 +77,6 @@ def tune_top(device: Device, order: DepthOrder) -> LoraResult:
 def probe_top(device: Device, order: DepthOrder) -> LoraResult:
     """The same for its time alone: a work of its own, since nothing of it is merged."""
     return tune_top(device, order)
-
-
-def on_blocks(layout: PrunableLayout, adapter: Tensors, lowest: int) -> Tensors:
-    """The part of an adapter on the blocks from `lowest` on."""
-    sites = (site for site in layout.sites if site.layer >= lowest)
-    return {
-        name: adapter[name] for site in sites for name in (a_name(site.path), b_name(site.path))
-    }
 
 
 @message
@@ -354,7 +340,7 @@ class Legend(LocalTraining):
         if self.skip_inactive:
             adapter = on_blocks(layout, adapter, lowest)
         if ranks is not None:
-            adapter = adapter | _cut(layout, adapter, lowest, ranks)
+            adapter = adapter | cut_blocks(layout, adapter, lowest, ranks)
         tuning = tuning_at(self, state.round, state.rounds, state.turns)
         return DepthOrder(
             adapter=half(adapter),
@@ -386,13 +372,3 @@ class Legend(LocalTraining):
 
     def _weight(self, reply: Reply[LoraResult]) -> float:
         return float(reply.weight) if self.weigh_by == "examples" else 1.0
-
-
-def _cut(layout: PrunableLayout, adapter: Tensors, lowest: int, ranks: tuple[int, ...]) -> Tensors:
-    """The first directions of every trained block, as many as `ranks` says from `lowest` on."""
-    cut: Tensors = {}
-    for site in layout.sites:
-        if site.layer >= lowest:
-            rank, a, b = ranks[site.layer - lowest], a_name(site.path), b_name(site.path)
-            cut[a], cut[b] = adapter[a][:rank], adapter[b][:, :rank]
-    return cut

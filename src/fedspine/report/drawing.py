@@ -31,7 +31,7 @@ INK, FAINT, GRID = "#334155", "#94a3b8", "#e8ecf1"
 SIZE_INCHES = (
     5.6,
     3.5,
-)  # at 72 units an inch the text is legible on a telephone and not loud on a desk
+)  # at 72 units an inch the text is legible on a phone and not too large on a desktop
 LEGEND_LETTERS, LEGEND_ROW_INCHES = (
     80,
     0.2,

@@ -69,8 +69,7 @@ def modelled(recipe: Recipe) -> tuple[Recipe, str | None]:
         return recipe.with_net(net), f"model: {net}, for rows of shape {list(shape)}"
     if task.kind == "causal-lm":
         raise BadInput(
-            'task.kind is "causal-lm" and needs a decoder, but none is built in; '
-            "name a decoder as task.model: "
+            "a language model is to be tuned, and none is built in; name a decoder as task.model: "
             "a Hub id such as HuggingFaceTB/SmolLM2-135M, or the folder of one"
         )
     return recipe.choosing({"task": {"model": "minilm"}}), "model: minilm, for texts"
