@@ -185,7 +185,10 @@ BAD_COMMANDS = {  # arguments, and what the line must say
         ["not the folder of a run", "does not exist"],
     ),
     "resume no run": ("run --resume {place}/strange", ["not the folder of a run", "recipe.toml"]),
-    "resume into a folder": ("run --resume {place}/run --out {place}/x", ["cannot be combined with --out"]),
+    "resume into a folder": (
+        "run --resume {place}/run --out {place}/x",
+        ["cannot be combined with --out"],
+    ),
     "resume another seed": (
         "run --resume {place}/run --seed 5",
         ["recipe differs", "run.seed is 0 there, 5 here"],
