@@ -285,8 +285,8 @@ def _check_paths(recipe: Recipe) -> None:
         local = name.startswith((".", "/", "~")) or Path(name).suffix.lower() in READERS
         if name not in built_in and local and not Path(name).expanduser().exists():
             raise BadInput(
-                f"task.{key} is {name!r}, but nothing is at that path from {Path.cwd()}; check it, "
-                "or start the sweep in the folder that it is relative to"
+                f"task.{key} is {name!r}, but nothing is at that path from {Path.cwd()}; "
+                "check the path, or start the sweep in the folder that it is relative to"
             )
 
 
