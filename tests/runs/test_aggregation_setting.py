@@ -28,7 +28,9 @@ def test_methods_without_a_half_on_the_server_know_all_aggregations():
 def test_the_others_refuse_all_but_the_mean(name):
     assert Recipe(method=name, aggregation="mean").fleet.aggregation is not None
     for how in set(CHOICES) - {"mean"}:
-        with pytest.raises(BadInput, match=f"is {how}, but {name} knows .* choose one of fedavg, "):
+        with pytest.raises(
+            BadInput, match=f"is {how}, but {name} supports .* choose one of fedavg, "
+        ):
             Recipe(method=name, aggregation=how)
 
 
