@@ -15,6 +15,17 @@ from fedspine.core.message import message
 
 
 @message
+class Descent:
+    """How the steps of training turn gradients into what leaves."""
+
+    kind: str  # "adamw" or "sgd"
+    learning_rates: tuple[float, ...]  # of all that is trained
+    weight_decay: float
+    clip: float | None  # of the gradient's norm; None: never
+    penalty: float = 0.0  # weight of what is minimised beside the loss
+
+
+@message
 class Reads:
     """What one part of an order reads, and what of single rows leaves because of it.
 
@@ -28,6 +39,9 @@ class Reads:
     labels: bool = False  # whether the label of each row leaves with its features
     classes: int | None = None  # of which shares are asked
     names: tuple[str, ...] = ()  # of weights that the order brings beside the model's own
+    descent: Descent | None = None  # of training of which weights leave, not features
+    scale: float | None = None  # of the adapter's product
+    rank: int | None = None  # the adapter's largest, where the order itself does not bring one
 
 
 @runtime_checkable

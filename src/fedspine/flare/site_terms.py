@@ -5,16 +5,17 @@ is checked again when the work has noted the rows that it used.
 """
 
 from collections.abc import Collection
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import pydantic
 
-from fedspine.core.reads import Reads, reads_of
+from fedspine.core.reads import Descent, Reads, reads_of
 from fedspine.core.strict import Section
 from fedspine.core.task import Kind
 from fedspine.flare.run_terms import RefusalReason, Refused, RunTerms, refusing
 
 SITE_FILE = "fedspine-site.toml"
+Bounds: TypeAlias = tuple[float, float]  # the least and the most
 
 
 class AllowSection(Section):
@@ -30,7 +31,20 @@ class AllowSection(Section):
     most_steps: int = pydantic.Field(1000, ge=1)  # of an order
     largest_batch: int = pydantic.Field(256, ge=1)  # rows of a step
     # of adapters; those as wide as a layer could undo the blocks under a cut
-    largest_rank: int = pydantic.Field(64, ge=1)
+    largest_rank: int = pydantic.Field(32, ge=1)
+    # Of training of which weights leave. One step tells more than several that move on, and AdamW
+    # says how large a gradient is only where it is far below 1e-8. SGD says it always.
+    fewest_steps: int = pydantic.Field(8, ge=1)
+    optimisers: tuple[Literal["adamw", "sgd"], ...] = ("adamw",)
+    lowest_clip: float = pydantic.Field(0.5, ge=0)  # of the gradient's norm
+    rates: Bounds = (1e-7, 0.1)
+    largest_decay: float = pydantic.Field(1.0, ge=0)
+    largest_penalty: float = pydantic.Field(1.0, ge=0)  # beside the loss
+    scales: Bounds = (0.25, 16.0)  # of the adapter's product
+    # of the weights of the head, and of each direction of A and of B, where B is not zero
+    norms: Bounds = (1e-3, 100.0)
+    # nats by which the head's bias may prefer a class whatever the features are
+    largest_bias: float = pydantic.Field(4.0, ge=0)
     most_tokens: int = pydantic.Field(2048, ge=4)  # of a row
     orders_per_minute: int = pydantic.Field(6000, ge=1)  # openings included
 
@@ -63,7 +77,7 @@ def check_run(site: str, allow: AllowSection, models: Collection[str], terms: Ru
             f"of {SITE_FILE} to allow that"
         )
         _refuse(site, line, "split")
-    _within(site, "most_tokens", terms.max_tokens, "tokens of a row", most=allow.most_tokens)
+    require(site, "most_tokens", terms.max_tokens, "tokens of a row", most=allow.most_tokens)
     if terms.foretold is not None:
         _check_part(site, allow, terms, terms.foretold)
 
@@ -83,23 +97,49 @@ def check_used(site: str, allow: AllowSection, rows: int) -> None:
     Work that notes no rows passes, since only methods that the site names may bring it.
     """
     if rows:
-        _within(
+        require(
             site, "fewest_rows", rows, "distinct rows behind the answer", least=allow.fewest_rows
         )
 
 
 def _check_part(site: str, allow: AllowSection, terms: RunTerms, reads: Reads) -> None:
-    _within(site, "most_steps", reads.steps, "steps", least=1, most=allow.most_steps)
+    require(site, "most_steps", reads.steps, "steps", least=1, most=allow.most_steps)
+    shown = reads.steps if reads.lasting is None else min(reads.lasting, reads.steps)
     if reads.batch is not None:
-        shown = reads.steps if reads.lasting is None else min(reads.lasting, reads.steps)
         most, rows = allow.largest_batch, shown * reads.batch
-        _within(site, "largest_batch", reads.batch, "rows of a step", least=1, most=most)
-        _within(site, "fewest_rows", rows, "rows behind an answer", least=allow.fewest_rows)
+        require(site, "largest_batch", reads.batch, "rows of a step", least=1, most=most)
+        require(site, "fewest_rows", rows, "rows behind an answer", least=allow.fewest_rows)
+    if reads.descent is not None:
+        require(site, "fewest_steps", shown, "steps behind an answer", least=allow.fewest_steps)
+        _check_descent(site, allow, reads.descent)
+    if reads.scale is not None:
+        least, most = allow.scales
+        require(site, "scales", reads.scale, "as the adapter's scale", least=least, most=most)
+    if reads.rank is not None:
+        require(site, "largest_rank", reads.rank, "as a rank", least=1, most=allow.largest_rank)
     if reads.classes is not None and reads.classes != len(terms.label_names):
         line = f"shares of {reads.classes} classes are asked, the task has {len(terms.label_names)}"
         _refuse(site, line, "order")
     if reads.cut is not None:
         _check_features(site, allow, terms, reads)
+
+
+def _check_descent(site: str, allow: AllowSection, how: Descent) -> None:
+    """What makes a step show the gradient and not its signs, or one part of the rows alone."""
+    if how.kind not in allow.optimisers:
+        line = (
+            f"the optimiser {how.kind[:20]!r} is not among allow.optimisers of its {SITE_FILE} "
+            f"({', '.join(allow.optimisers)})"
+        )
+        _refuse(site, line, "limits", line)
+    if how.clip is not None:
+        require(site, "lowest_clip", how.clip, "as the gradient's clip", least=allow.lowest_clip)
+    least, fastest = allow.rates
+    for rate in how.learning_rates:
+        require(site, "rates", rate, "as a learning rate", least=least, most=fastest)
+    most = allow.largest_decay
+    require(site, "largest_decay", how.weight_decay, "as weight decay", most=most)
+    require(site, "largest_penalty", how.penalty, "as a penalty", most=allow.largest_penalty)
 
 
 def _check_features(site: str, allow: AllowSection, terms: RunTerms, reads: Reads) -> None:
@@ -116,19 +156,25 @@ def _check_features(site: str, allow: AllowSection, terms: RunTerms, reads: Read
         )
         _refuse(site, line, "labels")
     what = "blocks under the features that leave"
-    _within(site, "lowest_cut", reads.cut or 0, what, least=allow.lowest_cut)
+    require(site, "lowest_cut", reads.cut or 0, what, least=allow.lowest_cut)
 
 
-def _within(
-    site: str, key: str, came: int, what: str, *, least: int = 0, most: int | None = None
+def require(
+    site: str, key: str, came: float, what: str, *, least: float = 0, most: float | None = None
 ) -> None:
     """Refuse a number beyond a term of the site, which the server is told: it is no secret."""
     if least <= came and (most is None or came <= most):
         return
-    bound = f"at least {least}" if came < least else f"at most {most}"
-    came_short = came if abs(came) < 10**12 else "far more"
-    line = f"{bound} {what} were expected, {came_short} came (allow.{key} of its {SITE_FILE})"
+    above = most is not None and came > most
+    bound = f"at most {_short(most)}" if above else f"at least {_short(least)}"
+    line = f"{bound} {what} were expected, {_short(came)} came (allow.{key} of its {SITE_FILE})"
     _refuse(site, line, "limits", line)
+
+
+def _short(number: float) -> str:
+    if abs(number) >= 10**12:
+        return "far more" if number > 0 else "far less"
+    return str(number) if isinstance(number, int) else f"{number:.3g}"
 
 
 def _unlisted(what: str, came: str, known: Collection[str], where: str) -> str:

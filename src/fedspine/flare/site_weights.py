@@ -1,25 +1,31 @@
-"""The weights that an order brings to a site: those of its model only, and no larger."""
+"""The weights that an order brings to a site: those of its model only, no larger, and of such
+magnitudes as training gives.
+"""
 
 from dataclasses import fields, is_dataclass
+from math import sqrt
 from typing import Any
+
+import torch
 
 from fedspine.core.message import Tensors
 from fedspine.core.reads import reads_of
 from fedspine.core.tensors import is_tensors
 from fedspine.flare.run_terms import Refused
+from fedspine.flare.site_terms import AllowSection, require
 from fedspine.lm.base import Base
-from fedspine.lm.lora import a_name, b_name
+from fedspine.lm.lora import a_name, b_name, is_a, is_b
 
 WIDEST = 4096  # side of weights that are not the model's own, such as a decoder's
 
 
-def check_weights(site: str, order: Any, base: Base, rank: int) -> None:
+def check_weights(site: str, allow: AllowSection, order: Any, base: Base) -> None:
     """Raise Refused for weights whose name or size is none of this model's, wherever in the order,
-    and for adapters beyond this rank.
+    for adapters beyond the site's rank, and for weights of a magnitude beyond its terms.
 
     Weights of other names have to be declared by the order's messages.
     """
-    largest = _largest(base, rank)
+    largest = _largest(base, allow.largest_rank)
     extra = {name for reads in reads_of(order) for name in reads.names}
     for tensors in _weights(order):
         for name, tensor in tensors.items():
@@ -28,6 +34,50 @@ def check_weights(site: str, order: Any, base: Base, rank: int) -> None:
             if len(shape) != len(most) or any(map(int.__gt__, shape, most)):
                 came = f"{name[:80]!r} of {shape}, where {most or 'nothing'} was expected at most"
                 raise Refused(f"site {site} does not serve an order with {came}", "weights")
+        _check_factors(site, allow, tensors)
+        _check_head(site, allow, tensors, base)
+
+
+def _check_factors(site: str, allow: AllowSection, tensors: Tensors) -> None:
+    """Refuse directions of A or B that are next to nothing beside others, or far more than them.
+
+    The gradient of a direction of A has the size of that of B, and the other way round, and that of
+    all together is clipped: where one is far smaller, AdamW's step shows it as it is.
+    """
+    least, most = allow.norms
+    for name, tensor in tensors.items():
+        if not (is_a(name) or is_b(name)) or not tensor.numel():
+            continue
+        lengths = torch.linalg.vector_norm(tensor.float(), dim=1 if is_a(name) else 0)
+        if is_b(name):  # which starts as zeros
+            lengths = torch.where(lengths == 0, least, lengths.double())
+        what = f"as the norm of each direction of {'A' if is_a(name) else 'B'}"
+        for extreme in (lengths.min(), lengths.max()):  # NaN is both
+            require(site, "norms", float(extreme), what, least=least, most=most)
+
+
+def _check_head(site: str, allow: AllowSection, tensors: Tensors, base: Base) -> None:
+    """Refuse a head that is next to nothing, far more than that, or sure of a class.
+
+    Features have a norm of about sqrt(width). What the weights could not make up for on such
+    features is preferred whatever the text says.
+    """
+    least, most = allow.norms
+    for layer in base.head:
+        weight = tensors.get(f"{layer.path}.weight")
+        if weight is None:
+            continue
+        lengths = torch.linalg.vector_norm(weight.float(), dim=1)
+        whole = float(torch.linalg.vector_norm(lengths))
+        require(site, "norms", whole, "as the norm of the head", least=least)
+        what = "as the norm of a class in the head"
+        require(site, "norms", float(lengths.max()), what, most=most)
+        if (bias := tensors.get(f"{layer.path}.bias")) is not None and layer is base.head[-1]:
+            apart = torch.linalg.vector_norm(weight.float() - weight.float().mean(0), dim=1)
+            moved = 2 * sqrt(weight.shape[1]) * float(apart.max())
+            sure = float(bias.float().max() - bias.float().min()) - moved
+            what = "nats of the head's bias beyond what features make up for"
+            require(site, "largest_bias", max(sure, 0.0), what, most=allow.largest_bias)
 
 
 def _weights(part: Any) -> list[Tensors]:

@@ -199,7 +199,7 @@ class SiteWorker:
     def _check(self, here: Open, order: Any) -> None:
         """Raise Refused for an order that the site's terms do not allow; no row is read."""
         check_order(self._site.name, self._site.allow, here.terms, order)
-        check_weights(self._site.name, order, here.holding.base, self._site.allow.largest_rank)
+        check_weights(self._site.name, self._site.allow, order, here.holding.base)
 
     def _check_rate(self) -> None:
         now, most = self._now(), self._site.allow.orders_per_minute

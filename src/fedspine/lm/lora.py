@@ -32,6 +32,11 @@ def is_a(name: str) -> bool:
     return name.endswith(".lora_A")
 
 
+def is_b(name: str) -> bool:
+    """Whether a factor of this name is a B."""
+    return name.endswith(".lora_B")
+
+
 class AdaptedLinear(nn.Module):
     """A linear layer whose weight is frozen or trained, with an optional low-rank adapter in fp32.
 

@@ -15,7 +15,7 @@ from fedspine.core.errors import BadInput
 from fedspine.core.message import Tensors, message
 from fedspine.core.noise import noise_like, noisy_update
 from fedspine.core.privacy import Guard
-from fedspine.core.reads import Reads, last_steps, lasting
+from fedspine.core.reads import Descent, Reads, last_steps, lasting
 from fedspine.core.task import IGNORED, Examples
 from fedspine.core.tensors import moved
 from fedspine.lm.base import Model
@@ -47,9 +47,12 @@ class Tuning:
 
     @property
     def reads(self) -> Reads:
-        fastest = max(self.learning_rate, self.head_learning_rate or 0.0)
-        show = lasting(self.steps, fastest * self.weight_decay)
-        return Reads(steps=self.steps, batch=self.batch, lasting=show)
+        rates = (self.learning_rate, self.head_learning_rate or self.learning_rate)
+        show = lasting(self.steps, max(rates) * self.weight_decay)
+        how = Descent(
+            kind="adamw", learning_rates=rates, weight_decay=self.weight_decay, clip=self.clip
+        )
+        return Reads(steps=self.steps, batch=self.batch, lasting=show, descent=how)
 
     def check(self, asked: Asked) -> None:
         """A step at least, of a row at least; rates and limits are not negative."""
@@ -76,7 +79,10 @@ class HeadTraining:
 
     def foretold(self, base: Any) -> Reads:
         """What a device's orders will read."""
-        return Reads(steps=self.steps, batch=self.batch)
+        ranks = getattr(self, "ranks", ()) or (getattr(self, "rank", None),)
+        return replace(
+            tuning_at(self, 0, 1).reads, scale=getattr(self, "scale", None), rank=max(ranks)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

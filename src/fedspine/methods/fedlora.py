@@ -17,6 +17,7 @@ from fedspine.core.fleet import Fleet
 from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
+from fedspine.core.reads import Reads
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, single
 from fedspine.lm.base import Model
@@ -34,6 +35,10 @@ class LoraOrder:
     head: Tensors  # fp16
     scale: float
     tuning: Tuning
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(scale=self.scale)
 
     def check(self, asked: Asked) -> None:
         check_adapter(self.adapter, asked.base.layout)

@@ -18,6 +18,7 @@ from fedspine.core.fleet import Fleet
 from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
+from fedspine.core.reads import Reads
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, single
 from fedspine.lm.base import Model
@@ -35,6 +36,10 @@ class FfaOrder:
     head: Tensors  # fp16
     scale: float
     tuning: Tuning
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(scale=self.scale)
 
     def check(self, asked: Asked) -> None:
         """B factors of one rank of some of the model's layers, and its head."""

@@ -22,6 +22,7 @@ from fedspine.core.fleet import Fleet, Profile, Reply
 from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
+from fedspine.core.reads import Reads
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, single
 from fedspine.lm.aggregate import Contribution, average_factors, bounded, by_norm
@@ -50,6 +51,13 @@ class HetLoraOrder:
     shrunk: int  # the rank to give way to; the directions beyond are the tail
     penalty: float  # lambda, on the tail
     tuning: Tuning
+
+    @property
+    def reads(self) -> Reads:
+        """With what the penalty adds to the training that `tuning` declares."""
+        own = self.tuning.reads
+        how = own.descent and replace(own.descent, penalty=self.penalty)
+        return replace(own, scale=self.scale, descent=how)
 
     def check(self, asked: Asked) -> None:
         check_adapter(self.adapter, asked.base.layout, self.rank)

@@ -21,6 +21,7 @@ from fedspine.core.fleet import AllLost, Fleet, NoMemory, Reply
 from fedspine.core.merging import Weighted, combined
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
+from fedspine.core.reads import Reads
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, single
 from fedspine.lm.aggregate import Contribution, average_factors, bounded
@@ -43,6 +44,10 @@ class DepthOrder:
     scale: float
     lowest: int  # the first block to train, counted from the input
     tuning: Tuning
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(scale=self.scale)
 
     def check(self, asked: Asked) -> None:
         check_adapter(self.adapter, asked.base.layout)

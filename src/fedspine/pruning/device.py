@@ -48,7 +48,8 @@ class SpineOrder:
     def reads(self) -> Reads:
         """What the scores rest on: an average that forgets fast is of its last steps alone."""
         steps, batch = self.tuning.steps, self.tuning.batch
-        return Reads(steps=steps, batch=batch, lasting=remembered(self.scoring, steps))
+        shown = remembered(self.scoring, steps)
+        return Reads(steps=steps, batch=batch, lasting=shown, scale=self.scale)
 
     def check(self, asked: Asked) -> None:
         layout = asked.base.layout

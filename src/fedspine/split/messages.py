@@ -43,6 +43,10 @@ class Cutting:
     rank: int = 8
     scale: float = 2.0
 
+    @property
+    def reads(self) -> Reads:
+        return Reads(scale=self.scale, rank=self.rank)
+
     def check(self, asked: Asked) -> None:
         check_cut(self.cut, self.rank, asked.base)
 

@@ -6,7 +6,7 @@ everything is.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -16,7 +16,7 @@ from fedspine.core.checks import Asked, need
 from fedspine.core.device import Device
 from fedspine.core.fleet import Fleet, NoMemory, Profile
 from fedspine.core.message import Tensors, message
-from fedspine.core.reads import Reads, last_steps, lasting
+from fedspine.core.reads import Descent, Reads, last_steps, lasting
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, moved, single
 from fedspine.split.batches import rows_at
@@ -42,6 +42,10 @@ class WholeModelTraining(ModelTraining):
     clip: float = 0.0
     precision: Wire = "fp16"  # of weights on the wire
 
+    def foretold(self, base: Any) -> Reads:
+        """What a device's orders will read."""
+        return replace(training_at(self, base, 0, 1).reads, scale=self.scale, rank=self.rank)
+
 
 @message
 class Training:
@@ -54,8 +58,18 @@ class Training:
 
     @property
     def reads(self) -> Reads:
-        forgotten = self.optimising.learning_rate * self.optimising.weight_decay
-        return Reads(steps=self.steps, batch=self.batch, lasting=lasting(self.steps, forgotten))
+        how = self.optimising
+        return Reads(
+            steps=self.steps,
+            batch=self.batch,
+            lasting=lasting(self.steps, how.learning_rate * how.weight_decay),
+            descent=Descent(
+                kind=how.kind,
+                learning_rates=(how.learning_rate,),
+                weight_decay=how.weight_decay,
+                clip=how.clip or None,
+            ),
+        )
 
     def check(self, asked: Asked) -> None:
         need(min(self.steps, self.batch) >= 1, "steps and batch are 1 at least")
