@@ -5,7 +5,9 @@ rows behind an answer, by published attacks.
 results/leakage.md. A device holds 1, 8 or 32 rows of trec6 and answers one order of one step over
 all of them, or 640 and answers one of 20 steps over 32 each; the server
 knows the base, the order, and other rows of the same kind. A *curious* server sends what its method
-sends, a *hostile* one writes the order to learn from the answer.
+sends, a *hostile* one writes the order to learn from the answer. *Default terms*: of a site with
+these rows whose file says nothing of what it allows; there a curious server's order has all steps
+of its method, and a hostile one's goes as far as the terms let it.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from leakage_ground import Wiretap
 from fedspine.core.task import Examples, Task
 from fedspine.data.dataset import Rows
 from fedspine.data.pydocs import TOPICS, read
+from fedspine.flare.site_terms import AllowSection
 from fedspine.lm.base import Model
 from fedspine.lm.encode import encode
 from fedspine.lm.load import load
@@ -45,6 +48,8 @@ DATA = HERE.parent.parent / "shared" / "data"
 PLACES = 16  # tokens of a text that are read
 PUBLIC, POOL = 2000, 1500  # rows that the server knows, rows that a device may hold
 CANDIDATES = 96  # of the latter, of which a server asks whether they were used
+DEFAULT = AllowSection()  # what a site allows whose file says nothing else
+CURIOUS, HOSTILE = "curious, default terms", "hostile, default terms"
 ROUNDS = 10  # of the run of which the second round is attacked
 SIZES = {"places": PLACES, "public": PUBLIC, "candidates": CANDIDATES}
 # answers for each (steps, rows of a step), and shadow answers
@@ -141,12 +146,16 @@ class Found:
     """
 
     server: str
-    what: str  # "tokens", "texts", "labels" or "members"
+    what: str  # "tokens", "texts", "labels", "members" or "refused"
     attack: str
     scores: list[float]
     control: list[float]
+    refused: str | None = None  # a site's line, where `what` is "refused"
 
     def row(self, method: str, terms: tuple[int, int]) -> dict[str, Any]:
+        if self.refused is not None:
+            row = {"method": method, "server": self.server, "what": self.what}
+            return row | {"attack": self.attack, "terms": terms, "line": self.refused}
         low, high = attacks.interval(self.scores)
         chance = attacks.interval(self.control) if self.control else (0.5, 0.5)
         return {
@@ -167,11 +176,20 @@ class Found:
 
 
 class Tally:
-    """Scores by server, what was sought and attack."""
+    """Scores by server, what was sought and attack, and what the default terms refuse."""
 
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
         self._found: dict[tuple[str, str, str], Found] = {}
+
+    def allowed(self, server: str, attack: str, order: Any, method: str, rows: int) -> bool:
+        """Whether a site of the default terms and so many rows answers an order; its line is kept
+        where not.
+        """
+        line = ground.refusal(order, method, self._scene.task, DEFAULT, rows)
+        if line is not None:
+            self._found[server, "refused", attack] = Found(server, "refused", attack, [], [], line)
+        return line is None
 
     def add(
         self, server: str, what: str, attack: str, score: float, control: float | None = None
@@ -244,6 +262,7 @@ def attack_updates(
             tally.tokens("curious", "span", inside, used, unused)
         if steps == 1:  # which a hostile server would choose
             _attack_hostile(scene, tally, tap, update, (used, unused))
+        _attack_within_terms(scene, tally, tap, update, method, of_signs, (used, unused))
         after = ground.row_losses(base, update.model(update.back), scene.candidates)
         fallen.append(attacks.members_by_loss(before, after))
         flat.append(update.flat)
@@ -283,6 +302,61 @@ def _attack_hostile(
         answer = ground.asked_again(tap, update, order)
         inside = attacks.tokens_in_span(answer.first_factors, scene.vocabulary, signs=False)
         tally.tokens("hostile, rank bound", "span", inside, *rows)
+
+
+def _attack_within_terms(
+    scene: Scene,
+    tally: Tally,
+    tap: Wiretap,
+    update: ground.Update,
+    method: Any,
+    of_signs: attacks.BagDecoder,
+    rows: tuple[np.ndarray, np.ndarray],
+) -> None:
+    """What a site refuses whose terms are the default, and what is read from what it answers: to
+    the method's own order, and to those that go as far as the terms let them.
+    """
+    base, order, few = scene.task.base, update.order, len(rows[0])
+    beyond = {("hostile", "labels"): ground.for_labels(base, order)}
+    if len(update.first_factors):
+        beyond["hostile", "span"] = ground.for_tokens(base, order)
+        beyond["hostile, rank bound", "span"] = ground.for_tokens(base, order, rank=update.rank)
+    for (server, attack), each in beyond.items():
+        tally.allowed(server, attack, each, method.name, few)
+
+    steps, batch = DEFAULT.fewest_steps, min(method.batch, few)
+    # all rows in each step, or each row once
+    layouts = sorted({(steps, batch), (steps, max(1, few // steps))})
+    tries = {(CURIOUS, ""): ground.of_steps(order, method.steps, batch)}
+    for layout in layouts:
+        name = f"{layout[0]} x {layout[1]}"
+        tries[HOSTILE, f"labels, {name}"] = ground.labels_within(base, order, DEFAULT, *layout)
+        if len(update.first_factors):
+            tries[HOSTILE, f"span, {name}"] = ground.tokens_within(base, order, DEFAULT, *layout)
+    for (server, attack), each in tries.items():
+        if tally.allowed(server, attack or "own order", each, method.name, few):
+            answer = ground.asked_again(tap, update, each)
+            _read_signs(scene, tally, server, attack, answer, of_signs, rows)
+
+
+def _read_signs(
+    scene: Scene,
+    tally: Tally,
+    server: str,
+    attack: str,
+    answer: ground.Update,
+    of_signs: attacks.BagDecoder,
+    rows: tuple[np.ndarray, np.ndarray],
+) -> None:
+    """Labels and tokens from an answer of several steps, each of which shows signs."""
+    if not attack.startswith("span"):
+        counts = attacks.labels_by_sign(answer.bias, scene.prior, len(rows[0]))
+        tally.labels(server, attack or "signs of the bias", counts, *rows)
+        seen = attacks.signed_features(answer.bias, answer.head)
+        tally.tokens(server, attack or "head", of_signs(seen, unit=False), *rows)
+    if not attack.startswith("labels") and len(answer.first_factors):
+        inside = attacks.tokens_in_span(answer.first_factors, scene.vocabulary, signs=True)
+        tally.tokens(server, attack or "span", inside, *rows)
 
 
 def _shadow_falls(
@@ -434,7 +508,8 @@ def main() -> int:
             found = attacked(scene, name, terms, answers[terms], shadows)
             table += [each.row(name, terms) for each in found]
             told = "; ".join(
-                f"{e.server} {e.what} {e.attack} {np.mean(e.scores):.2f}" for e in found
+                f"{e.server} {e.what} {e.attack} {e.refused or f'{np.mean(e.scores):.2f}'}"
+                for e in found
             )
             print(f"{name}, {terms}, {time.monotonic() - began:.0f} s: {told}", flush=True)
         if options.write:

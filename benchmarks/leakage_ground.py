@@ -23,9 +23,12 @@ from fedspine.core.fleet import Cost, Idle, Profile, Reply
 from fedspine.core.message import Tensors, pack, unpack
 from fedspine.core.task import Examples, Task
 from fedspine.core.tensors import single
+from fedspine.flare.run_terms import Refused, RunTerms
+from fedspine.flare.site_terms import AllowSection, check_order, check_used
+from fedspine.flare.site_weights import check_weights
 from fedspine.lm.base import Base, Model
 from fedspine.lm.importance_sources import AtRandom
-from fedspine.lm.lora import a_name, b_name
+from fedspine.lm.lora import a_name, b_name, is_a
 from fedspine.lm.pooling import mean_of_tokens
 from fedspine.lm.structure import full
 from fedspine.methods.fedavg import AverageOrder, AverageResult
@@ -261,9 +264,14 @@ def for_tokens(base: Base, order: Any, rank: int | None = None) -> Any:
 
 def for_one(order: Any) -> Any:
     """The same order, of a step on one row: what a server computes of a row that it suspects."""
+    return of_steps(order, 1, 1)
+
+
+def of_steps(order: Any, steps: int, batch: int) -> Any:
+    """The same order, of so many steps on so many rows each."""
     if isinstance(order, AverageOrder):
-        return replace(order, training=replace(order.training, steps=1, batch=1))
-    return replace(order, tuning=replace(order.tuning, steps=1, batch=1))
+        return replace(order, training=replace(order.training, steps=steps, batch=batch))
+    return replace(order, tuning=replace(order.tuning, steps=steps, batch=batch))
 
 
 def for_labels(base: Base, order: Any, favoured: int = 0) -> Any:
@@ -277,6 +285,81 @@ def for_labels(base: Base, order: Any, favoured: int = 0) -> Any:
     bias[favoured] = 0.0
     head = {f"{name}.weight": torch.zeros_like(base.head[-1].weight), f"{name}.bias": bias}
     return _with_weights(_unmasked(order), {}, head)
+
+
+# --- the same within a site's terms ---
+
+# so small that all steps are at the same weights, and above what fp16 rounds away beside a small A
+STILL = 1e-5
+
+
+def refusal(order: Any, method: str, task: Task, allow: AllowSection, rows: int) -> str | None:
+    """What a site of these terms, with so many rows, replies to an order instead of an answer;
+    None: it answers.
+    """
+    terms = RunTerms(
+        method=method,
+        kind=task.kind,
+        model="minilm",
+        model_sha256="",
+        layers=None,
+        precision="fp32",
+        pooling="mean",
+        max_tokens=task.max_tokens,
+        label_names=task.label_names,
+    )
+    try:
+        check_order("site", allow, terms, order)
+        check_weights("site", allow, order, task.base)
+        check_used("site", allow, rows)
+    except Refused as error:
+        return error.detail
+    return None
+
+
+def tokens_within(base: Base, order: Any, allow: AllowSection, steps: int, batch: int) -> Any:
+    """`for_tokens` as far as a site's terms go: the largest rank, the smallest A and the lowest
+    clip, on B factors that show as many directions of the gradient as there are.
+    """
+    rank, least = min(allow.largest_rank, base.layout.width), allow.norms[0]
+    factors: Tensors = {}
+    entered = entered_by_embeddings(base)
+    for number, site in enumerate(base.layout.sites):
+        rng = np.random.default_rng(number)
+        a = torch.from_numpy(rng.normal(size=(rank, site.columns))).float()
+        b = torch.zeros(site.rows, rank)
+        if site.path in entered:
+            b = torch.linalg.qr(torch.from_numpy(rng.normal(size=(site.rows, rank))))[0].float()
+        factors[a_name(site.path)] = 2 * least * a / a.norm(dim=1, keepdim=True)
+        factors[b_name(site.path)] = b
+    heads = tuple(f"{layer.path}." for layer in base.head)
+    head = {n: t for n, t in single(_weights(order)).items() if n.startswith(heads)}
+    return _with_weights(_still(order, allow, rank, steps, batch), factors, head)
+
+
+def labels_within(base: Base, order: Any, allow: AllowSection, steps: int, batch: int) -> Any:
+    """`for_labels` as far as a site's terms go: a head as sure of the first class as it may be."""
+    weights, name = single(_weights(order)), base.head[-1].path
+    bias = torch.full((base.head[-1].weight.shape[0],), -allow.largest_bias)
+    bias[0] = 0.0
+    small = weights[f"{name}.weight"]
+    head = {f"{name}.weight": 2 * allow.norms[0] * small / small.norm(), f"{name}.bias": bias}
+    adapter = {n: t for n, t in weights.items() if not n.startswith(f"{name}.")}
+    rank = max((len(t) for n, t in adapter.items() if is_a(n)), default=1)
+    return _with_weights(_still(order, allow, rank, steps, batch), adapter, head)
+
+
+def _still(order: Any, allow: AllowSection, rank: int, steps: int, batch: int) -> Any:
+    """The order with so many steps, all of them at about the same weights."""
+    order = of_steps(order, steps, batch)
+    if isinstance(order, AverageOrder):
+        cutting = replace(order.training.cutting, rank=rank)
+        how = replace(order.training.optimising, kind="adamw", learning_rate=STILL)
+        how = replace(how, weight_decay=0.0, clip=allow.lowest_clip)
+        training = replace(order.training, cutting=cutting, optimising=how)
+        return replace(order, training=training)
+    how = replace(order.tuning, learning_rate=STILL, head_learning_rate=STILL)
+    return replace(order, tuning=replace(how, weight_decay=0.0, clip=allow.lowest_clip))
 
 
 def _unmasked(order: Any) -> Any:

@@ -92,9 +92,27 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             cells += [chance] + ([f"{row['whole']:.2f}"] if whole else [])
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines + _refused(rows))
 
 
+def _refused(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What a site of the default terms replies instead of an answer."""
+    lines = ["## Refused at the default terms", "", "What a site says instead of an answer.", ""]
+    lines += ["| method | server | attack | rows | the site's line |", "|" + "---|" * 5]
+    for row in rows:
+        if row["what"] == "refused":
+            cells = [row["method"], row["server"], row["attack"], _rows(row), row["line"]]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return [*lines, ""]
+
+
+SERVERS = (
+    "curious",
+    "hostile",
+    "hostile, rank bound",
+    "curious, default terms",
+    "hostile, default terms",
+)
 TERMS = {"1 row": [1, 1], "8 rows": [1, 8], "32 rows": [1, 32], "20 x 32 rows": [20, 32]}
 
 
@@ -110,7 +128,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
         lines += [f"{title}:", "", "| method | server | " + " | ".join(TERMS) + " |"]
         lines += ["|" + "---|" * (2 + len(TERMS))]
         for method in methods:
-            for server in ("curious", "hostile", "hostile, rank bound"):
+            for server in SERVERS:
                 cells = [_best(rows, method, server, first, second, t) for t in TERMS.values()]
                 if any(cells):
                     lines.append(f"| {method} | {server} | " + " | ".join(cells) + " |")
@@ -139,7 +157,12 @@ def _best(
 
     told, more = furthest(first), furthest(second)
     if told is None:
-        return ""
+        refused = any(
+            (row["method"], row["server"], row["what"], list(row["terms"]))
+            == (method, server, "refused", list(terms))
+            for row in rows
+        )
+        return "refused" if refused else ""
     return f"{told['mean']:.2f} ({told['control']:.2f})" + (f"; {more['mean']:.2f}" if more else "")
 
 

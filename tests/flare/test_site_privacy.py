@@ -63,7 +63,7 @@ def order(base):
         adapter=half(fresh(base[0].layout.sites, 2, rng)),
         head=half(base[0].initial_head(rng)),
         scale=2.0,
-        tuning=Tuning(steps=2, batch=20, learning_rate=1e-2),
+        tuning=Tuning(steps=8, batch=5, learning_rate=1e-2),
     )
 
 

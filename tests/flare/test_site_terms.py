@@ -140,7 +140,8 @@ def own_texts(site):
 
 def test_a_rank_as_wide_as_the_model_would_undo_the_blocks_under_a_cut(hostile):
     """A sibling: adapters that are minus the weights, so block 0 adds nothing to embeddings."""
-    site = hostile(allow={"methods": ["mergesfl"]}).opened("mergesfl")
+    wide = {"methods": ["mergesfl"], "largest_rank": 64}
+    site = hostile(allow=wide).opened("mergesfl")
     width, scale = site.base.layout.width, 2.0
     undone = site.weights(1, rank=width)
     for at in site.base.layout.sites:
@@ -154,7 +155,10 @@ def test_a_rank_as_wide_as_the_model_would_undo_the_blocks_under_a_cut(hostile):
     assert sorted(nearest_texts(site, features, table)) == own_texts(site)
 
     narrow = hostile("narrow", allow={"methods": ["mergesfl"], "largest_rank": width // 2})
-    assert refused(narrow.opened("mergesfl").ask(begin, order), REFUSALS["weights"])
+    words = f"at most {width // 2} as a rank were expected, {width} came (allow.largest_rank"
+    assert refused(narrow.opened("mergesfl").ask(begin, order), words)
+    unsaid = replace(order, cutting=Cutting(cut=1, rank=1, scale=scale))
+    assert refused(narrow.opened("mergesfl").ask(begin, unsaid), REFUSALS["weights"])
 
 
 # --- how many rows stand behind an answer ---
@@ -163,7 +167,8 @@ def test_a_rank_as_wide_as_the_model_would_undo_the_blocks_under_a_cut(hostile):
 @pytest.mark.parametrize("which", range(13))
 def test_no_answer_rests_on_fewer_rows_than_the_site_says(hostile, which):
     """The attack: `fewest_rows = 10` answered about one row at batch 1, by all of these."""
-    site = hostile(allow={"methods": list(all_methods()), "fewest_rows": 10})
+    few = {"fewest_rows": 10, "fewest_steps": 1}
+    site = hostile(allow={"methods": list(all_methods())} | few)
     for rows, least in ((1, True), (9, True), (10, False)):
         method, work, order = few_rows(site, rows)[which]
         site.opened(method)
@@ -178,7 +183,7 @@ def test_training_that_is_made_to_end_early_does_not_answer(hostile):
     """A sibling: a rate that makes the second step's loss overflow, so that two rows are all that
     the answer rests on.
     """
-    site = hostile().opened("fedlora")
+    site = hostile(allow={"rates": [0.0, 1e20]}).opened("fedlora")
     order = site.lora(steps=64, batch=1, learning_rate=1e20, weight_decay=0.0)
     reply = site.ask(tune_adapter, order)
     assert refused(reply, "at least 32 distinct rows behind the answer were expected, ")
@@ -188,7 +193,8 @@ def test_training_that_is_made_to_end_early_does_not_answer(hostile):
 @pytest.mark.parametrize("decay", [10.0, 110.0])
 def test_weights_that_forget_all_but_one_step_do_not_leave(hostile, decay):
     """Siblings: a rate times a decay of 1 leaves of all steps the last one, of 11 the first."""
-    site = hostile(allow={"methods": ["fedavg", "fedlora", "fedspine"]}).opened("fedavg")
+    wide = {"optimisers": ["sgd", "adamw"], "rates": [0.0, 1.0], "largest_decay": 1000.0}
+    site = hostile(allow={"methods": ["fedavg", "fedlora", "fedspine"]} | wide).opened("fedavg")
     sgd = Optimising(kind="sgd", learning_rate=0.1, weight_decay=decay)
     training = Training(cutting=Cutting(cut=1, rank=4), optimising=sgd, steps=64, batch=1)
     order = AverageOrder(weights=site.weights(), training=training, precision="fp32")
@@ -298,7 +304,7 @@ def test_the_secret_is_made_once_and_for_its_owner_alone(hostile, tmp_path):
 
 def test_rows_are_drawn_from_the_seed_and_the_secret_and_can_be_replayed(hostile, models):
     one, other = hostile().opened("fedlora"), hostile("other").opened("fedlora")
-    order = one.lora(steps=1, batch=32)
+    order = one.lora()
     came = pack(one.ask(tune_adapter, order)).payload
     assert pack(one.ask(tune_adapter, order)).payload == came
     assert pack(other.ask(tune_adapter, order)).payload != came

@@ -22,6 +22,14 @@ from fedspine.ui.fleet_demo import Federation, free_port, running
 
 SITES = ("east", "north", "west")
 NAMES = tuple(words[0] for words in CLASS_WORDS)  # of the classes, as a site's file spells them
+# what short runs ask for
+ALLOW = {
+    "methods": list(all_methods()),
+    "fewest_rows": 1,
+    "fewest_steps": 1,
+    "largest_rank": 64,
+    "optimisers": ["adamw", "sgd"],
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,8 @@ def shared_out(rows, sites=SITES):
 def make_place(folder, model, sites=SITES, *, model_name="tiny", **site_tables):
     """Kits and rows in `folder`; `site_tables` are further tables of every site's file.
 
-    Sites allow all methods and answers of any number of rows, and draw as simulations do.
+    Sites allow all methods and answers of any number of rows and steps, and draw as simulations
+    do.
     """
     train = toy_rows(TRAIN_ROWS, 0)
     made = create(
@@ -68,7 +77,7 @@ def make_place(folder, model, sites=SITES, *, model_name="tiny", **site_tables):
         tables = {
             "data": {"path": "rows.parquet"},
             "models": {model_name: str(model)},
-            "allow": {"methods": list(all_methods()), "fewest_rows": 1},
+            "allow": ALLOW,
         } | site_tables
         write_site_file(made.folder / site, name=site, **tables)
         (made.folder / site / SECRET).touch(0o600)  # empty: the draws of a simulation

@@ -40,6 +40,7 @@ from fedspine.split.whole_model import Training
 
 ROWS = 40  # of the site
 SGD = Optimising(kind="sgd", learning_rate=0.1)
+ADAMW = Optimising(kind="adamw", learning_rate=0.01, clip=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ class Hostile:
         return Begin(**order | more)
 
     def lora(self, **tuning):
-        settings = {"steps": 2, "batch": 16, "learning_rate": 1e-2} | tuning
+        settings = {"steps": 8, "batch": 4, "learning_rate": 1e-2} | tuning
         return LoraOrder(
             adapter=half(fresh(self.base.layout.sites, 4, np.random.default_rng(0))),
             head=half(self.base.initial_head(np.random.default_rng(0))),
@@ -158,11 +159,11 @@ def refused(reply, words):
 
 
 def few_rows(site, rows):
-    """(method, work, order): one order of each kind that rests on so many rows."""
+    """(method, work, order): one order of each kind that rests on so many rows, in one step."""
     base, tuning = site.base, Tuning(steps=1, batch=rows, learning_rate=1e-2)
     head = half(base.initial_head(np.random.default_rng(0)))
     adapter = half(fresh(base.layout.sites, 4, np.random.default_rng(0)))
-    training = Training(cutting=Cutting(cut=1, rank=4), optimising=SGD, steps=1, batch=rows)
+    training = Training(cutting=Cutting(cut=1, rank=4), optimising=ADAMW, steps=1, batch=rows)
     weights = {"weights": site.weights(), "training": training, "precision": "fp32"}
     spine = {
         "round": 0, "adapter": adapter, "head": head, "structure": full(base.layout),

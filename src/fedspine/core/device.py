@@ -166,6 +166,19 @@ def keeps(work: Work[Any, Any]) -> bool:
     return getattr(work, "__keeps_privacy__", False)
 
 
+def returns_sent_weights(work: Work[O, R]) -> Work[O, R]:
+    """Mark work that trains for its time and loss alone: the weights in its result are those of its
+    order, so a site does not bind how it trains.
+    """
+    work.__returns_sent_weights__ = True  # type: ignore[attr-defined]
+    return work
+
+
+def returns_learnt(work: Work[Any, Any]) -> bool:
+    """Whether the weights in the result of this work are trained; see `returns_sent_weights`."""
+    return not getattr(work, "__returns_sent_weights__", False)
+
+
 def name_of(work: Work[Any, Any]) -> str:
     """The name by which a device finds this work: `module:function`."""
     if not getattr(work, "__on_device__", False):

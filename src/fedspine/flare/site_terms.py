@@ -5,6 +5,7 @@ is checked again when the work has noted the rows that it used.
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any, Literal, NoReturn, TypeAlias
 
 import pydantic
@@ -82,13 +83,18 @@ def check_run(site: str, allow: AllowSection, models: Collection[str], terms: Ru
         _check_part(site, allow, terms, terms.foretold)
 
 
-def check_order(site: str, allow: AllowSection, terms: RunTerms, order: Any) -> None:
-    """Raise Refused if `site` does not allow what this order reads, or what would leave for it."""
+def check_order(
+    site: str, allow: AllowSection, terms: RunTerms, order: Any, *, learnt: bool = True
+) -> None:
+    """Raise Refused if `site` does not allow what this order reads, or what would leave for it.
+
+    How it trains counts only where what is `learnt` leaves.
+    """
     declared = list(reads_of(order))
     if not declared and terms.method not in (allow.methods or ()):
         _refuse(site, "the order does not declare what it reads", "order")
     for reads in declared:
-        _check_part(site, allow, terms, reads)
+        _check_part(site, allow, terms, reads if learnt else replace(reads, descent=None))
 
 
 def check_used(site: str, allow: AllowSection, rows: int) -> None:

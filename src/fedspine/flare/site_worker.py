@@ -21,7 +21,17 @@ from typing import Any
 import torch
 
 from fedspine.core.checks import Asked, Terms, Unusable, need, why_unusable
-from fedspine.core.device import Call, Scratch, Served, Work, find_work, keeps, name_of, serve
+from fedspine.core.device import (
+    Call,
+    Scratch,
+    Served,
+    Work,
+    find_work,
+    keeps,
+    name_of,
+    returns_learnt,
+    serve,
+)
 from fedspine.core.errors import BadInput
 from fedspine.core.message import NotAMessage, pack
 from fedspine.core.privacy import SPENT, Privacy
@@ -144,7 +154,7 @@ class SiteWorker:
         _check_versions(asked)
         order = asked.order.tobytes()
         value = decoded(order, work_kinds(work)[0])
-        self._check(here, value)
+        self._check(here, value, work)
         _check_form(here, value, work)
         memory = None
         if asked.memory is not None:
@@ -196,10 +206,11 @@ class SiteWorker:
             guard=site_guard(self._folder, self._site.privacy, here.run, here.content, call),
         )
 
-    def _check(self, here: Open, order: Any) -> None:
+    def _check(self, here: Open, order: Any, work: Work[Any, Any]) -> None:
         """Raise Refused for an order that the site's terms do not allow; no row is read."""
-        check_order(self._site.name, self._site.allow, here.terms, order)
-        check_weights(self._site.name, self._site.allow, order, here.holding.base)
+        site, allow = self._site.name, self._site.allow
+        check_order(site, allow, here.terms, order, learnt=returns_learnt(work))
+        check_weights(site, allow, order, here.holding.base)
 
     def _check_rate(self) -> None:
         now, most = self._now(), self._site.allow.orders_per_minute

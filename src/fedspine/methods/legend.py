@@ -15,7 +15,7 @@ import numpy as np
 from fedspine.control.depth import DepthPlan, DepthPlanner, DepthRule, features, rising_ranks
 from fedspine.control.latency_model import add, no_evidence
 from fedspine.core.checks import Asked, within
-from fedspine.core.device import Device, DeviceId, on_device
+from fedspine.core.device import Device, DeviceId, on_device, returns_sent_weights
 from fedspine.core.errors import BadInput, check_ranges
 from fedspine.core.fleet import AllLost, Fleet, NoMemory, Reply
 from fedspine.core.merging import Weighted, combined
@@ -78,10 +78,12 @@ def tune_top(device: Device, order: DepthOrder) -> LoraResult:
     )
 
 
+@returns_sent_weights
 @on_device
 def probe_top(device: Device, order: DepthOrder) -> LoraResult:
-    """The same for its time alone: a work of its own, since nothing of it is merged."""
-    return tune_top(device, order)
+    """The same for its time alone, which is why the weights come back as they were sent."""
+    sent = on_blocks(device.base.layout, order.adapter, order.lowest)
+    return replace(tune_top(device, order), adapter=half(sent), head=half(order.head))
 
 
 @message

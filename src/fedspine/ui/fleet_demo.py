@@ -30,7 +30,7 @@ from fedspine.runs.config import Recipe
 UP_SECONDS = 120.0  # for all sites to connect
 ALPHA = 1.0  # of the Dirichlet draw that shares classes out
 SETTINGS = [
-    "method.name=fedlora", "method.learning_rate=4e-3", "method.steps=5", "method.batch=16",
+    "method.name=fedlora", "method.learning_rate=4e-3", "method.steps=8", "method.batch=16",
     "run.rounds=3", "run.evaluate_every=1", "run.evaluate_rows=256", "run.precision=fp32",
 ]  # fmt: skip
 

@@ -1,0 +1,212 @@
+"""What a site's terms say of training: every order beyond them is refused with the term, and no
+method's own order is.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from flare_federation import NAMES
+from hostile_server import refused
+from toy import Spy
+
+from fedspine.core.device import returns_learnt
+from fedspine.core.reads import Descent, Reads, reads_of
+from fedspine.flare.run_terms import RunTerms
+from fedspine.flare.site_terms import AllowSection, check_order, check_run
+from fedspine.flare.site_weights import check_weights
+from fedspine.lm.lora import is_a, is_b
+from fedspine.methods import all_methods, sends_features
+from fedspine.methods.fedavg import AverageOrder, train_and_send
+from fedspine.methods.fedlora import tune_adapter
+from fedspine.methods.hetlora import HetLoraOrder, tune_and_shrink
+from fedspine.methods.legend import DepthOrder, on_blocks, probe_top, tune_top
+from fedspine.split.device import Cutting
+from fedspine.split.trainable_half import Optimising
+from fedspine.split.whole_model import Training
+
+ADAPTERS = sorted(name for name, cls in all_methods().items() if not sends_features(cls))
+ROUNDS = 2  # the first begins with B zero, the second does not
+
+
+def of_tuning(**changes):
+    return lambda order: replace(order, tuning=replace(order.tuning, **changes))
+
+
+def of_adapter(change, of):
+    """The order with `change` applied to the factors of one kind."""
+
+    def changed(order):
+        adapter = {n: change(t.clone()) if of(n) else t for n, t in order.adapter.items()}
+        return replace(order, adapter=adapter)
+
+    return changed
+
+
+def of_head(change):
+    def changed(order):
+        head = {n: change(n, t.clone()) for n, t in order.head.items()}
+        return replace(order, head=head)
+
+    return changed
+
+
+def first_row(value):
+    """One direction of A set to `value`."""
+
+    def change(tensor):
+        tensor[0] = value
+        return tensor
+
+    return change
+
+
+def sure(name, tensor):
+    """A head that knows only that the first class is sure, as attacks on labels send it."""
+    if name.endswith(".bias"):
+        return torch.tensor([0.0, -10.0, -10.0]).half()
+    return 1e-2 * tensor
+
+
+BEYOND = [
+    (of_tuning(steps=7, batch=5), "at least 8 steps behind an answer were expected, 7 came"),
+    # 64 steps of which the decay leaves one
+    (of_tuning(steps=64, batch=32, learning_rate=0.1, weight_decay=10.0), "fewest_steps"),
+    (of_tuning(weight_decay=1.5), "at most 1 as weight decay were expected, 1.5 came"),
+    (of_tuning(clip=1e-12), "at least 0.5 as the gradient's clip were expected, 1e-12 came"),
+    (of_tuning(clip=0.0), "allow.lowest_clip"),
+    (
+        of_tuning(learning_rate=1e7, weight_decay=0.0),
+        "at most 0.1 as a learning rate were expected, 1e+07 came",
+    ),
+    (of_tuning(head_learning_rate=0.2), "allow.rates"),
+    (of_tuning(learning_rate=1e-9, head_learning_rate=1e-3), "at least 1e-07 as a learning rate"),
+    (lambda order: replace(order, scale=1e-6), "at least 0.25 as the adapter's scale"),
+    (lambda order: replace(order, scale=1e6), "allow.scales"),
+    (of_adapter(torch.zeros_like, is_a), "at least 0.001 as the norm of each direction of A"),
+    (of_adapter(first_row(0.0), is_a), "allow.norms"),
+    (of_adapter(first_row(65504.0), is_a), "at most 100 as the norm of each direction of A"),
+    (of_adapter(first_row(float("nan")), is_a), "nan came (allow.norms"),
+    (of_adapter(lambda b: torch.full_like(b, 1e-5), is_b), "norm of each direction of B"),
+    (of_head(lambda _, tensor: torch.zeros_like(tensor)), "at least 0.001 as the norm of the head"),
+    (
+        of_head(lambda _, tensor: 10_000 * tensor),
+        "at most 100 as the norm of a class in the head",
+    ),
+    (of_head(sure), "at most 4 nats of the head's bias beyond what features make up for"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), BEYOND)
+def test_an_order_beyond_a_term_is_refused_with_the_term(hostile, change, words):
+    site = hostile().opened("fedlora")
+    assert refused(site.ask(tune_adapter, change(site.lora())), words)
+
+
+def test_the_gradient_itself_does_not_leave(hostile):
+    """SGD changes weights by it; a penalty that all else is clipped beside leaves it in AdamW."""
+    site = hostile().opened("fedavg")
+    training = Training(
+        cutting=Cutting(cut=1, rank=4),
+        optimising=Optimising(kind="sgd", learning_rate=0.1),
+        steps=8,
+        batch=4,
+    )
+    order = AverageOrder(weights=site.weights(), training=training, precision="fp32")
+    assert refused(site.ask(train_and_send, order), "the optimiser 'sgd' is not among allow.optim")
+    adamw = replace(training, optimising=Optimising(kind="adamw", learning_rate=0.1))
+    assert site.ask(train_and_send, replace(order, training=adamw)).examples
+
+    site.opened("hetlora")
+    lora = site.lora()
+    shrinking = HetLoraOrder(
+        adapter=lora.adapter,
+        head=lora.head,
+        scale=2.0,
+        tuning=lora.tuning,
+        rank=4,
+        shrunk=2,
+        penalty=1e6,
+    )
+    assert refused(site.ask(tune_and_shrink, shrinking), "at most 1 as a penalty")
+    assert site.ask(tune_and_shrink, replace(shrinking, penalty=1e-3)).examples
+
+
+@pytest.mark.parametrize(
+    ("foretold", "words"),
+    [
+        ({"steps": 5}, "at least 8 steps behind an answer were expected, 5 came"),
+        ({"rank": 64}, "at most 32 as a rank were expected, 64 came (allow.largest_rank"),
+        ({"scale": 32.0}, "at most 16 as the adapter's scale were expected, 32 came"),
+    ],
+)
+def test_a_run_beyond_a_term_is_refused_before_a_row_is_read(hostile, foretold, words):
+    site = hostile()
+    (site.folder / "rows.parquet").write_bytes(b"no rows at all")
+    how = Descent(kind="adamw", learning_rates=(1e-3,), weight_decay=0.1, clip=1.0)
+    asked = {"steps": 20, "batch": 32, "descent": how} | foretold
+    assert refused(site.open("fedlora", foretold=Reads(**asked)), words)
+    slow = replace(how, learning_rates=(1e-9,))
+    assert refused(site.open("fedlora", foretold=Reads(**asked | {"descent": slow})), "allow.")
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_no_order_of_a_method_with_its_defaults_is_refused(name, lab, task):
+    method = all_methods()[name]()
+    terms, allow = terms_of(name, method, task), AllowSection()
+    check_run("east", allow, ("tiny",), terms)
+    sent = []
+
+    def watched(fleet):
+        return Asked(fleet, sent)
+
+    # as few as the terms let them, since what is trained on is no matter here
+    quick = replace(method, steps=allow.fewest_steps, batch=16)
+    lab(kinds=("tx2",)).run(quick, rounds=ROUNDS, around=watched)
+    assert len(sent) >= ROUNDS
+    for work, order in sent:
+        check_order("east", allow, terms, order, learnt=returns_learnt(work))
+        check_weights("east", allow, order, task.base)
+    trained = [reads for _, order in sent for reads in reads_of(order) if reads.descent is not None]
+    assert len(trained) >= ROUNDS  # so all that trains says how
+
+
+class Asked(Spy):
+    """A fleet that records what was asked, as work and order, in `sent`."""
+
+    def __init__(self, fleet, sent):
+        super().__init__(fleet)
+        self._sent = sent
+
+    def ask(self, work, orders, **more):
+        self._sent += [(work, order) for order in orders.values()]
+        return super().ask(work, orders, **more)
+
+
+def test_a_probe_of_time_tells_nothing_that_was_learnt(hostile):
+    """LEGEND's has few steps, so what they changed stays."""
+    site = hostile().opened("legend")
+    lora = site.lora(steps=2, batch=16)
+    order = DepthOrder(
+        adapter=lora.adapter, head=lora.head, scale=2.0, lowest=1, tuning=lora.tuning
+    )
+    assert refused(site.ask(tune_top, order), "allow.fewest_steps")
+    came = site.ask(probe_top, order)
+    assert came.adapter.keys() == on_blocks(site.base.layout, order.adapter, 1).keys()
+    for name, tensor in (came.adapter | came.head).items():
+        assert torch.equal(tensor, (order.adapter | order.head)[name]), name
+
+
+def terms_of(name, method, task):
+    return RunTerms(
+        method=name,
+        foretold=method.foretold(task.base),
+        kind="classification",
+        model="tiny",
+        model_sha256="0" * 64,
+        layers=None,
+        precision="fp32",
+        pooling="auto",
+        max_tokens=task.max_tokens,
+        label_names=NAMES,
+    )
