@@ -1,5 +1,6 @@
 """The report: what it reads, what it draws, and the page as one file."""
 
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -22,6 +23,7 @@ from fedspine.report.series import (
     waiting,
 )
 from fedspine.report.tables import UnprunedRun
+from fedspine.report.trust import trust_lines, trust_of
 
 ROUNDS = 20
 SECONDS = {"tx2": 9.0, "nx": 4.0, "agx": 2.0}  # of an exchange before anything is pruned
@@ -416,3 +418,36 @@ def test_other_classes_get_colours_of_their_own() -> None:
     colours = figures.class_colours(["tx2", "pi5", "laptop"])
     assert colours["tx2"] == figures.CLASS_COLOURS["tx2"]
     assert len(set(colours.values())) == 3
+
+
+def test_show_and_report_say_who_spent_what_and_who_was_bounded(tmp_path: Path) -> None:
+    rows = generated(3)
+    devices = [row["device"] for row in rows if row["row"] == "exchange"]
+    first, second = sorted(set(devices))[:2]
+    for row in rows:
+        if row["row"] == "exchange" and row["device"] == first:
+            row["epsilon"] = 0.5 + row["round"]
+    for round, share in ((1, 0.5), (2, 0.25), (2, 0.75)):
+        bounded = {"device": second, "bounded": "adapter", "share": share}
+        rows.append({"row": "note", "round": round, "values": bounded})
+    folder = write_run(tmp_path / "run", rows, None)
+    (folder / "recipe.toml").write_text(
+        '[privacy]\nlevel = "rows"\nepsilon = 8.0\ndelta = 1e-5\nclip = 1.0\n'
+    )
+    found = trust_of(folder)
+    assert found["privacy"]["epsilon_spent"] == {first: 2.5}
+    assert found["bounded"] == {second: {"rounds": 2, "smallest_share": 0.25}}
+    lines = trust_lines(found)
+    assert lines[0].startswith("privacy of rows: epsilon 8 at delta 1e-05 promised to each device")
+    assert lines[0].endswith(f"spent: {first} 2.5")
+    assert lines[1] == f"bounded to a usual change: {second} in 2 rounds (25.0 % counted at least)"
+    left = [row["values"] for row in rows if "left_out" in row.get("values", {})]
+    assert lines[2].startswith(f"left out: {left[-1]['device']} 1 time (")
+    page = write_page(folder).read_text()
+    assert all(html.escape(line) in page for line in lines)
+
+
+def test_of_many_devices_a_line_names_the_first(tmp_path: Path) -> None:
+    many = {f"d{n:02d}": {"rounds": 1, "smallest_share": 0.5} for n in range(80)}
+    (line,) = trust_lines({"bounded": many})
+    assert line.endswith(", and 72 more")

@@ -114,6 +114,10 @@ def test_records_and_summary_say_what_was_spent(job, command, tmp_path):
     assert len(spent) == 3 and all(0 < epsilon <= 8.0 for epsilon in spent.values())
     notes = [row["values"] for row in records_of(tmp_path / "run") if row["row"] == "note"]
     assert notes and all(note["loss"] is None for note in notes)
+    _, shown, _ = command("show", tmp_path / "run")
+    (line,) = [line for line in shown.splitlines() if line.startswith("privacy of rows")]
+    assert "epsilon 8 at delta 0.001 promised to each device" in line
+    assert all(f"{device} {epsilon:.3g}" in line for device, epsilon in spent.items())
 
 
 def test_a_private_run_can_be_repeated(job, command, tmp_path):

@@ -22,8 +22,9 @@ from fedspine.report.tables import (
     seconds_text,
     summary_line,
 )
+from fedspine.report.trust import RECIPE, RECORDS, promised_in, trust, trust_lines
 
-REPORT, RECORDS, SUMMARY, RECIPE = "report.html", "records.jsonl", "summary.json", "recipe.toml"
+REPORT, SUMMARY = "report.html", "summary.json"
 
 
 def write_page(folder: Path, unpruned: Sequence[UnprunedRun] = ()) -> Path:
@@ -71,6 +72,7 @@ def page(
         headlines=headlines(numbers, unpruned),
         figures=[Figure.of(panel) for panel in figures.panels(rows, numbers, unpruned)],
         classes=[_class_row(line, colours[line.kind]) for line in classes],
+        trust=trust_lines(trust(rows, promised_in(recipe))),
         troubles=[_trouble_row(line) for line in troubles(rows)],
         recipe=recipe,
         footer=_footer(numbers),

@@ -37,6 +37,8 @@ class Note:
     sparsity: float | None
     left_out: str | None
     loss: float | None = None  # of its training
+    bounded: str | None = None  # what of its change was scaled down to a usual size
+    share: float | None = None  # of that, what counted
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def _note(row: Mapping[str, Any]) -> Note | None:
     # a note on the whole round appears only in the records
     if "device" not in values:
         return None
-    left_out = values.get("left_out")
+    left_out, bounded = values.get("left_out"), values.get("bounded")
     return Note(
         round=_count(row, "round"),
         device=str(values["device"]),
@@ -139,6 +141,8 @@ def _note(row: Mapping[str, Any]) -> Note | None:
         sparsity=_number(values, "sparsity"),
         left_out=None if left_out is None else str(left_out),
         loss=_number(values, "loss"),
+        bounded=None if bounded is None else str(bounded),
+        share=_number(values, "share"),
     )
 
 

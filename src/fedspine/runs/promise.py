@@ -7,6 +7,7 @@ from typing import Any
 from fedspine.core.errors import BadInput
 from fedspine.core.privacy import Privacy
 from fedspine.report.rows import RunRows
+from fedspine.report.trust import epsilon_spent
 from fedspine.runs.config import Recipe
 
 
@@ -54,9 +55,5 @@ def spent_of(recipe: Recipe, rows: RunRows) -> dict[str, Any]:
     section = recipe.privacy
     if not section.promised:
         return {}
-    spent: dict[str, float] = {}
-    for exchange in rows.exchanges:
-        if exchange.epsilon is not None:
-            spent[exchange.device] = exchange.epsilon
     told = section.model_dump()
-    return {"privacy": told | {"epsilon_spent": spent}}
+    return {"privacy": told | {"epsilon_spent": epsilon_spent(rows)}}

@@ -32,15 +32,18 @@ def show(
         _show_everyone(folder, json)
         return
     from fedspine.report.tables import print_table, summary_table, unpruned_table
+    from fedspine.report.trust import trust_lines, trust_of
     from fedspine.runs.run_dir import status_of
     from fedspine.ui.compare.unpruned import unpruned_runs
 
-    found, unpruned = status_of(folder), unpruned_runs(folder, reference)
+    found, unpruned, trusted = status_of(folder), unpruned_runs(folder, reference), trust_of(folder)
     if json:
         more = {"unpruned_runs": unpruned_table(found, unpruned)} if unpruned else {}
-        print(jsonlib.dumps(found | more))
+        print(jsonlib.dumps(found | trusted | more))
         return
     print_table(summary_table(found, unpruned), sys.stdout)
+    for line in trust_lines(trusted):
+        print(line)
     for line in found.get("warnings", ()):
         print(f"warning: {line}")
     if "state_sha256" not in found:
