@@ -14,27 +14,25 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import leakage_attacks as attacks
 import leakage_ground as ground
+import leakage_orders as orders
 import leakage_report
 import numpy as np
 import torch
 from leakage_ground import Wiretap
+from leakage_scene import DEFAULT, Found, Scene, Tally
 
-from fedspine.core.task import Examples, Task
+from fedspine.core.task import Task
 from fedspine.data.dataset import Rows
 from fedspine.data.pydocs import TOPICS, read
-from fedspine.flare.site_terms import AllowSection
-from fedspine.lm.base import Model
 from fedspine.lm.encode import encode
 from fedspine.lm.load import load
-from fedspine.lm.structure import full
 from fedspine.methods.fedavg import FedAvg
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine import FedSpine
@@ -48,7 +46,6 @@ DATA = HERE.parent.parent / "shared" / "data"
 PLACES = 16  # tokens of a text that are read
 PUBLIC, POOL = 2000, 1500  # rows that the server knows, rows that a device may hold
 CANDIDATES = 96  # of the latter, of which a server asks whether they were used
-DEFAULT = AllowSection()  # what a site allows whose file says nothing else
 CURIOUS, HOSTILE = "curious, default terms", "hostile, default terms"
 ROUNDS = 10  # of the run of which the second round is attacked
 SIZES = {"places": PLACES, "public": PUBLIC, "candidates": CANDIDATES}
@@ -67,171 +64,6 @@ METHODS: dict[str, Any] = {
     "splitlora, cut 0": SplitLora(cut=0),
     "mergesfl": MergeSfl(),
 }
-
-
-@dataclass
-class Scene:
-    """What all attacks of a run share."""
-
-    task: Task
-    public: Examples
-    pool: Examples
-    candidates: Examples  # the first of the pool, from which answers about few rows are
-    vocabulary: attacks.Vocabulary
-    known: tuple[int, ...]  # tokens in every text
-    seed: int
-    states: dict[Any, Any] = field(default_factory=dict)  # of methods, after one round
-
-    @classmethod
-    def of(
-        cls,
-        task: Task,
-        known: Sequence[int],
-        *,
-        public: int,
-        pool: int,
-        candidates: int,
-        seed: int,
-    ) -> "Scene":
-        """The first rows of a shuffle are the server's, the next may be the device's."""
-        order = np.random.default_rng(seed).permutation(len(task.train))
-        return cls(
-            task=task,
-            public=task.train.take(order[:public]),
-            pool=task.train.take(order[public : public + pool]),
-            candidates=task.train.take(order[public : public + candidates]),
-            vocabulary=attacks.Vocabulary.of(task.base, task.max_tokens, known),
-            known=tuple(known),
-            seed=seed,
-        )
-
-    @property
-    def prior(self) -> np.ndarray:
-        """The share of each class in the public rows."""
-        counts = np.bincount(self.public.labels, minlength=len(self.task.label_names))
-        return counts / counts.sum()
-
-    def warmed(self, method: Any) -> Any:
-        """The state of a method after one round on public rows, so that its adapter is not zero."""
-        if method not in self.states:
-            self.states[method] = ground.warmed(method, self.task, self.public, self.seed)
-        return self.states[method]
-
-    @cached_property
-    def of_base(self) -> attacks.BagDecoder:
-        """What reads tokens from features of the base."""
-        base = self.task.base
-        head = base.initial_head(np.random.default_rng(0))
-        bare = Model(structure=full(base.layout), adapter={}, head=head, scale=1.0)
-        return self.decoder(ground.readout(base, bare, self.public))
-
-    def decoder(self, features: torch.Tensor) -> attacks.BagDecoder:
-        """What reads tokens from such features of the public rows."""
-        tokens = self.task.base.config.vocab_size
-        return attacks.BagDecoder.learnt(features, self.public, tokens, self.known)
-
-    def draws(self, rows: int, answers: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """A seed, the device's rows and as many others, for each answer."""
-        for answer in range(answers):
-            rng = np.random.default_rng([self.seed, rows, answer])
-            few = 2 * rows <= len(self.candidates)
-            chosen = rng.permutation(len(self.candidates if few else self.pool))
-            yield int(rng.integers(2**31)), chosen[:rows], chosen[rows : 2 * rows]
-
-
-@dataclass(frozen=True)
-class Found:
-    """What one attack gave over all answers: for each its score, and the same beside rows that the
-    answer is not about.
-    """
-
-    server: str
-    what: str  # "tokens", "texts", "labels", "members" or "refused"
-    attack: str
-    scores: list[float]
-    control: list[float]
-    refused: str | None = None  # a site's line, where `what` is "refused"
-
-    def row(self, method: str, terms: tuple[int, int]) -> dict[str, Any]:
-        if self.refused is not None:
-            row = {"method": method, "server": self.server, "what": self.what}
-            return row | {"attack": self.attack, "terms": terms, "line": self.refused}
-        low, high = attacks.interval(self.scores)
-        chance = attacks.interval(self.control) if self.control else (0.5, 0.5)
-        return {
-            "method": method,
-            "server": self.server,
-            "what": self.what,
-            "attack": self.attack,
-            "terms": terms,
-            "answers": len(self.scores),
-            "mean": float(np.mean(self.scores)),
-            "low": low,
-            "high": high,
-            "control": float(np.mean(self.control)) if self.control else 0.5,
-            "control_low": chance[0],
-            "control_high": chance[1],
-            "whole": float(np.mean([score >= 1 - 1e-9 for score in self.scores])),  # all found
-        }
-
-
-class Tally:
-    """Scores by server, what was sought and attack, and what the default terms refuse."""
-
-    def __init__(self, scene: Scene) -> None:
-        self._scene = scene
-        self._found: dict[tuple[str, str, str], Found] = {}
-
-    def allowed(self, server: str, attack: str, order: Any, method: str, rows: int) -> bool:
-        """Whether a site of the default terms and so many rows answers an order; its line is kept
-        where not.
-        """
-        line = ground.refusal(order, method, self._scene.task, DEFAULT, rows)
-        if line is not None:
-            self._found[server, "refused", attack] = Found(server, "refused", attack, [], [], line)
-        return line is None
-
-    def add(
-        self, server: str, what: str, attack: str, score: float, control: float | None = None
-    ) -> None:
-        key = server, what, attack
-        found = self._found.setdefault(key, Found(*key, [], []))
-        found.scores.append(score)
-        if control is not None:
-            found.control.append(control)
-
-    def tokens(
-        self, server: str, attack: str, came: Any, used: np.ndarray, unused: np.ndarray
-    ) -> None:
-        """Recall of the distinct tokens of the rows used, and of others from the same answer; with
-        it the share of rows of which no token is missing.
-
-        `came` are tokens, or scores of all of them, of which as many count as there are.
-        """
-        recalls, whole = [], []
-        for rows in (used, unused):
-            held = ground.distinct_tokens(self._scene.pool.take(rows), self._scene.known)
-            said = came if isinstance(came, set) else attacks.best(came, len(held))
-            recalls.append(len(said & held) / len(held))
-            texts = (self._scene.pool.take(np.array([row])) for row in rows)
-            missing = [ground.distinct_tokens(text, self._scene.known) - said for text in texts]
-            whole.append(float(np.mean([not tokens for tokens in missing])))
-        self.add(server, "tokens", attack, *recalls)
-        self.add(server, "texts", attack, *whole)
-
-    def labels(
-        self, server: str, attack: str, counts: np.ndarray, used: np.ndarray, unused: np.ndarray
-    ) -> None:
-        """The share of rows whose class is among the counts, and of others from the same answer."""
-        shares = []
-        for rows in (used, unused):
-            held = np.bincount(self._scene.pool.labels[rows], minlength=len(counts))
-            shares.append(float(np.minimum(held, counts).sum() / len(rows)))
-        self.add(server, "labels", attack, *shares)
-
-    @property
-    def found(self) -> list[Found]:
-        return list(self._found.values())
 
 
 # --- methods whose devices send weights ---
@@ -288,18 +120,18 @@ def _attack_hostile(
 ) -> None:
     """Labels, class features and tokens, from orders that are written for them."""
     base = scene.task.base
-    answer = ground.asked_again(tap, update, ground.for_labels(base, update.order))
-    counts = attacks.labels_by_counts(answer.bias, answer.result.loss, ground.DOUBT, len(rows[0]))
+    answer = orders.asked_again(tap, update, orders.for_labels(base, update.order))
+    counts = attacks.labels_by_counts(answer.bias, answer.result.loss, orders.DOUBT, len(rows[0]))
     tally.labels("hostile", "counts from the bias", counts, *rows)
     seen = attacks.class_features(answer.head, counts)
     tally.tokens("hostile", "head", scene.of_base(seen, unit=True), *rows)
     if len(update.first_factors):
-        answer = ground.asked_again(tap, update, ground.for_tokens(base, update.order))
+        answer = orders.asked_again(tap, update, orders.for_tokens(base, update.order))
         inside = attacks.tokens_in_span(answer.first_factors, scene.vocabulary, signs=False)
         tally.tokens("hostile", "span", inside, *rows)
         # the same, where the rank is bound to the run's
-        order = ground.for_tokens(base, update.order, rank=update.rank)
-        answer = ground.asked_again(tap, update, order)
+        order = orders.for_tokens(base, update.order, rank=update.rank)
+        answer = orders.asked_again(tap, update, order)
         inside = attacks.tokens_in_span(answer.first_factors, scene.vocabulary, signs=False)
         tally.tokens("hostile, rank bound", "span", inside, *rows)
 
@@ -317,25 +149,27 @@ def _attack_within_terms(
     the method's own order, and to those that go as far as the terms let them.
     """
     base, order, few = scene.task.base, update.order, len(rows[0])
-    beyond = {("hostile", "labels"): ground.for_labels(base, order)}
+    beyond = {("hostile", "labels"): orders.for_labels(base, order)}
     if len(update.first_factors):
-        beyond["hostile", "span"] = ground.for_tokens(base, order)
-        beyond["hostile, rank bound", "span"] = ground.for_tokens(base, order, rank=update.rank)
+        beyond["hostile", "span"] = orders.for_tokens(base, order)
+        beyond["hostile, rank bound", "span"] = orders.for_tokens(base, order, rank=update.rank)
     for (server, attack), each in beyond.items():
         tally.allowed(server, attack, each, method.name, few)
 
     steps, batch = DEFAULT.fewest_steps, min(method.batch, few)
-    # all rows in each step, or each row once
-    layouts = sorted({(steps, batch), (steps, max(1, few // steps))})
-    tries = {(CURIOUS, ""): ground.of_steps(order, method.steps, batch)}
-    for layout in layouts:
+    layouts = {(steps, max(1, few // steps))}  # each row once
+    if few <= DEFAULT.largest_batch:
+        layouts.add((steps, few))  # all rows in each step
+    tries = {(CURIOUS, ""): orders.of_steps(order, method.steps, batch)}
+    for layout in sorted(layouts):
         name = f"{layout[0]} x {layout[1]}"
-        tries[HOSTILE, f"labels, {name}"] = ground.labels_within(base, order, DEFAULT, *layout)
+        tries[HOSTILE, f"labels, {name}"] = orders.labels_within(base, order, DEFAULT, *layout)
         if len(update.first_factors):
-            tries[HOSTILE, f"span, {name}"] = ground.tokens_within(base, order, DEFAULT, *layout)
+            tries[HOSTILE, f"span, {name}"] = orders.tokens_within(base, order, DEFAULT, *layout)
     for (server, attack), each in tries.items():
         if tally.allowed(server, attack or "own order", each, method.name, few):
-            answer = ground.asked_again(tap, update, each)
+            same = orders.steps_of(each) == orders.steps_of(order) and server == CURIOUS
+            answer = update if same else orders.asked_again(tap, update, each)
             _read_signs(scene, tally, server, attack, answer, of_signs, rows)
 
 
@@ -379,9 +213,9 @@ def _cosines(
     scene: Scene, tap: Wiretap, update: ground.Update, flat: Sequence[torch.Tensor]
 ) -> np.ndarray:
     """The likeness of each answer and each candidate's own, [answers, candidates]."""
-    order, found = ground.for_one(update.order), np.zeros((len(flat), len(scene.candidates)))
+    order, found = orders.for_one(update.order), np.zeros((len(flat), len(scene.candidates)))
     for candidate in range(len(scene.candidates)):
-        own = ground.asked_again(
+        own = orders.asked_again(
             tap, update, order, scene.candidates.take(np.array([candidate]))
         ).flat
         found[:, candidate] = [attacks.members_by_gradient(each, own) for each in flat]

@@ -2,12 +2,16 @@
 
 The attacks must work where theory says so, on features and on answers about one row; otherwise that
 they find nothing in answers about many rows would mean nothing. Rows here are words drawn alike; of
-real questions, which are short and share words, a step over 32 rows tells more (docs/leakage.md).
+real questions, which are short and share words, an answer about 32 rows tells more
+(docs/leakage.md).
 """
+
+from dataclasses import replace
 
 import leakage
 import leakage_attacks as attacks
 import leakage_ground as ground
+import leakage_orders as orders
 import numpy as np
 import pytest
 import torch
@@ -26,6 +30,7 @@ CLASSES, WORDS, PLACES = ("red", "green", "blue"), 8, 10
 VOCABULARY, WIDTH = 20_000, 64
 OF_CLASS = 30  # words that only rows of one class begin with
 ROWS = 32  # the fewest distinct rows behind an answer that a site accepts by default
+WITHIN = {"curious", leakage.CURIOUS, leakage.HOSTILE}  # the default terms
 ADAPTERS = ("fedlora", "fedspine", "linear_probe", "fedavg")
 
 
@@ -107,7 +112,7 @@ def test_a_head_written_for_it_tells_the_mean_features_of_each_class(scene):
     tap = ground.Wiretap(base, few, seed=0)
     FedLora(steps=1, batch=16).round(scene.warmed(FedLora()), tap)
     update = ground.updates(tap)[-1]
-    answer = ground.asked_again(tap, update, ground.for_labels(base, update.order))
+    answer = orders.asked_again(tap, update, orders.for_labels(base, update.order))
     counts = np.bincount(few.labels, minlength=len(CLASSES))
     assert counts[1:].all()
     bare = Model(
@@ -122,13 +127,40 @@ def test_a_head_written_for_it_tells_the_mean_features_of_each_class(scene):
 
 @pytest.mark.parametrize("steps", [1, 20])
 @pytest.mark.parametrize("method", ADAPTERS)
-def test_what_a_method_orders_tells_no_text_of_32_rows_and_more(scene, method, steps):
+def test_at_the_default_terms_no_text_of_32_rows_and_more_is_told(scene, method, steps):
+    """The guard: by a method's own order or by one that goes as far as the terms let it."""
     found = leakage.attacked(scene, method, (steps, ROWS), answers=6, shadows=0)
-    tried = [each for each in found if (each.server, each.what) == ("curious", "texts")]
-    assert tried
+    texts = [each for each in found if each.what == "texts"]
+    tried = [each for each in texts if each.server in WITHIN]
+    assert {each.server for each in tried} == WITHIN
     for each in tried:
         above, noise = above_chance(each)
-        assert above <= noise, f"{method}, {each.attack}: {above:.3f} above chance"
+        assert above <= noise, f"{method}, {each.server}, {each.attack}: {above:.3f} above chance"
+    refused = {(each.server, each.attack) for each in found if each.what == "refused"}
+    beyond = {(e.server, e.attack) for e in texts if e.server not in WITHIN and e.attack == "span"}
+    assert beyond | {("hostile", "labels")} <= refused
+
+
+def test_an_order_within_the_terms_tells_tokens_where_a_site_answers_about_few_rows(scene):
+    """So that it tells no text of many is no weakness of the attack."""
+    terms, few, method = leakage.DEFAULT, 4, leakage.METHODS["fedspine"]
+    found = leakage.Found("hostile", "tokens", "span", [], [])
+    for seed, used, unused in scene.draws(few, 4):
+        tap = ground.Wiretap(scene.task.base, scene.pool.take(used), seed)
+        replace(method, steps=1, batch=few).round(scene.warmed(method), tap)
+        update = ground.updates(tap)[-1]
+        order = orders.tokens_within(scene.task.base, update.order, terms, terms.fewest_steps, few)
+        twice = replace(order, tuning=replace(order.tuning, batch=2 * few))
+        refused = orders.refusal(twice, method.name, scene.task, terms, few)
+        assert "at least 32 distinct rows behind the answer were expected, 4 came" in refused
+        assert orders.refusal(twice, method.name, scene.task, terms, ROWS) is None
+        answer = orders.asked_again(tap, update, order)
+        scores = attacks.tokens_in_span(answer.first_factors, scene.vocabulary, signs=True)
+        for rows, shares in ((used, found.scores), (unused, found.control)):
+            held = ground.distinct_tokens(scene.pool.take(rows), scene.known)
+            shares.append(len(attacks.best(scores, len(held)) & held) / len(held))
+    above, noise = above_chance(found)
+    assert above > noise
 
 
 def test_a_step_over_32_rows_tells_some_tokens_all_the_same(scene):
