@@ -162,7 +162,7 @@ def _best(
             == (method, server, "refused", list(terms))
             for row in rows
         )
-        return "refused" if refused else ""
+        return "refused" if refused and "default terms" in server else ""
     return f"{told['mean']:.2f} ({told['control']:.2f})" + (f"; {more['mean']:.2f}" if more else "")
 
 

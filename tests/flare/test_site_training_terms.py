@@ -21,7 +21,7 @@ from fedspine.methods.fedavg import AverageOrder, train_and_send
 from fedspine.methods.fedlora import tune_adapter
 from fedspine.methods.hetlora import HetLoraOrder, tune_and_shrink
 from fedspine.methods.legend import DepthOrder, on_blocks, probe_top, tune_top
-from fedspine.split.device import Cutting
+from fedspine.split.messages import Cutting
 from fedspine.split.trainable_half import Optimising
 from fedspine.split.whole_model import Training
 

@@ -75,6 +75,19 @@ def texts(rows, tokenizer, first):
     )
 
 
+@pytest.fixture(scope="module")
+def told(scene):
+    """A function that gives what all attacks found at these terms, each tried once."""
+    found = {}
+
+    def of(method, terms):
+        if (method, terms) not in found:
+            found[method, terms] = leakage.attacked(scene, method, terms, answers=6, shadows=0)
+        return found[method, terms]
+
+    return of
+
+
 def scores(found, server, what, attack):
     """The scores of one attack, one for each answer."""
     return next(
@@ -127,9 +140,9 @@ def test_a_head_written_for_it_tells_the_mean_features_of_each_class(scene):
 
 @pytest.mark.parametrize("steps", [1, 20])
 @pytest.mark.parametrize("method", ADAPTERS)
-def test_at_the_default_terms_no_text_of_32_rows_and_more_is_told(scene, method, steps):
+def test_at_the_default_terms_no_text_of_32_rows_and_more_is_told(told, method, steps):
     """The guard: by a method's own order or by one that goes as far as the terms let it."""
-    found = leakage.attacked(scene, method, (steps, ROWS), answers=6, shadows=0)
+    found = told(method, (steps, ROWS))
     texts = [each for each in found if each.what == "texts"]
     tried = [each for each in texts if each.server in WITHIN]
     assert {each.server for each in tried} == WITHIN
@@ -163,11 +176,14 @@ def test_an_order_within_the_terms_tells_tokens_where_a_site_answers_about_few_r
     assert above > noise
 
 
-def test_a_step_over_32_rows_tells_some_tokens_all_the_same(scene):
+def test_a_step_over_32_rows_tells_some_tokens_all_the_same(told):
     """What docs/leakage.md warns of: words are found, texts are not."""
-    found = leakage.attacked(scene, "fedspine", (1, ROWS), answers=8, shadows=0)
     above, noise = above_chance(
-        next(e for e in found if (e.server, e.what, e.attack) == ("curious", "tokens", "span"))
+        next(
+            each
+            for each in told("fedspine", (1, ROWS))
+            if (each.server, each.what, each.attack) == ("curious", "tokens", "span")
+        )
     )
     assert above > noise
 
