@@ -3,15 +3,17 @@ method's own order is.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from flare_federation import NAMES
-from hostile_server import refused
+from hostile_server import ROWS, refused
 from toy import Spy
 
 from fedspine.core.device import returns_learnt
 from fedspine.core.reads import Descent, Reads, reads_of
+from fedspine.core.tensors import half, single
 from fedspine.flare.run_terms import RunTerms
 from fedspine.flare.site_terms import AllowSection, check_order, check_run
 from fedspine.flare.site_weights import check_weights
@@ -21,6 +23,7 @@ from fedspine.methods.fedavg import AverageOrder, train_and_send
 from fedspine.methods.fedlora import tune_adapter
 from fedspine.methods.hetlora import HetLoraOrder, tune_and_shrink
 from fedspine.methods.legend import DepthOrder, on_blocks, probe_top, tune_top
+from fedspine.pruning.head_start import MeansOrder, class_means, head_of
 from fedspine.split.messages import Cutting
 from fedspine.split.trainable_half import Optimising
 from fedspine.split.whole_model import Training
@@ -85,13 +88,13 @@ BEYOND = [
     (lambda order: replace(order, scale=1e6), "allow.scales"),
     (of_adapter(torch.zeros_like, is_a), "at least 0.001 as the norm of each direction of A"),
     (of_adapter(first_row(0.0), is_a), "allow.norms"),
-    (of_adapter(first_row(65504.0), is_a), "at most 100 as the norm of each direction of A"),
+    (of_adapter(first_row(65504.0), is_a), "at most 1000 as the norm of each direction of A"),
     (of_adapter(first_row(float("nan")), is_a), "nan came (allow.norms"),
     (of_adapter(lambda b: torch.full_like(b, 1e-5), is_b), "norm of each direction of B"),
     (of_head(lambda _, tensor: torch.zeros_like(tensor)), "at least 0.001 as the norm of the head"),
     (
         of_head(lambda _, tensor: 10_000 * tensor),
-        "at most 100 as the norm of a class in the head",
+        "at most 1000 as the norm of a class in the head",
     ),
     (of_head(sure), "at most 4 nats of the head's bias beyond what features make up for"),
 ]
@@ -181,6 +184,15 @@ class Asked(Spy):
     def ask(self, work, orders, **more):
         self._sent += [(work, order) for order in orders.values()]
         return super().ask(work, orders, **more)
+
+
+def test_a_head_of_class_means_is_within_the_terms(hostile):
+    site = hostile().opened("fedlora")
+    means, lora = site.ask(class_means, MeansOrder(rows=ROWS)), site.lora()
+    head = half(head_of(single(lora.head), [SimpleNamespace(value=means)]))
+    (bias,) = [tensor for name, tensor in head.items() if name.endswith(".bias")]
+    assert bias.any()
+    assert site.ask(tune_adapter, replace(lora, head=head)).examples == ROWS
 
 
 def test_a_probe_of_time_tells_nothing_that_was_learnt(hostile):

@@ -43,7 +43,7 @@ class AllowSection(Section):
     largest_penalty: float = pydantic.Field(1.0, ge=0)  # beside the loss
     scales: Bounds = (0.25, 16.0)  # of the adapter's product
     # of the weights of the head, and of each direction of A and of B, where B is not zero
-    norms: Bounds = (1e-3, 100.0)
+    norms: Bounds = (1e-3, 1000.0)
     # nats by which the head's bias may prefer a class whatever the features are
     largest_bias: float = pydantic.Field(4.0, ge=0)
     most_tokens: int = pydantic.Field(2048, ge=4)  # of a row
@@ -180,7 +180,7 @@ def require(
 def _short(number: float) -> str:
     if abs(number) >= 10**12:
         return "far more" if number > 0 else "far less"
-    return str(number) if isinstance(number, int) else f"{number:.3g}"
+    return str(number) if isinstance(number, int) else f"{number:.4g}"
 
 
 def _unlisted(what: str, came: str, known: Collection[str], where: str) -> str:

@@ -16,6 +16,7 @@ from fedspine.flare.site_terms import AllowSection, require
 from fedspine.lm.base import Base
 from fedspine.lm.lora import a_name, b_name, is_a, is_b
 
+FEATURES = 4.0  # root mean square of what enters a head, at most
 WIDEST = 4096  # side of weights that are not the model's own, such as a decoder's
 
 
@@ -59,8 +60,8 @@ def _check_factors(site: str, allow: AllowSection, tensors: Tensors) -> None:
 def _check_head(site: str, allow: AllowSection, tensors: Tensors, base: Base) -> None:
     """Refuse a head that is next to nothing, far more than that, or sure of a class.
 
-    Features have a norm of about sqrt(width). What the weights could not make up for on such
-    features is preferred whatever the text says.
+    Features have a norm of about sqrt(width), of some models a few times that. What the weights
+    could not make up for on such features is preferred whatever the text says.
     """
     least, most = allow.norms
     for layer in base.head:
@@ -74,7 +75,7 @@ def _check_head(site: str, allow: AllowSection, tensors: Tensors, base: Base) ->
         require(site, "norms", float(lengths.max()), what, most=most)
         if (bias := tensors.get(f"{layer.path}.bias")) is not None and layer is base.head[-1]:
             apart = torch.linalg.vector_norm(weight.float() - weight.float().mean(0), dim=1)
-            moved = 2 * sqrt(weight.shape[1]) * float(apart.max())
+            moved = 2 * FEATURES * sqrt(weight.shape[1]) * float(apart.max())
             sure = float(bias.float().max() - bias.float().min()) - moved
             what = "nats of the head's bias beyond what features make up for"
             require(site, "largest_bias", max(sure, 0.0), what, most=allow.largest_bias)
