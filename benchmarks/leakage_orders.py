@@ -13,8 +13,8 @@ from fedspine.core.message import Tensors
 from fedspine.core.task import Examples, Task
 from fedspine.core.tensors import single
 from fedspine.flare.run_terms import Refused, RunTerms
-from fedspine.flare.site_terms import AllowSection, check_order, check_used
-from fedspine.flare.site_weights import check_weights
+from fedspine.flare.site_terms import AllowSection, check_order, check_training, check_used
+from fedspine.flare.site_weights import check_magnitudes, check_weights
 from fedspine.lm.base import Base
 from fedspine.lm.importance_sources import AtRandom
 from fedspine.lm.lora import a_name, b_name, is_a
@@ -110,6 +110,8 @@ def refusal(order: Any, method: str, task: Task, allow: AllowSection, rows: int)
     try:
         check_order("site", allow, terms, order)
         check_weights("site", allow, order, task.base)
+        check_training("site", allow, order)
+        check_magnitudes("site", allow, order, task.base)
         check_used("site", allow, rows)
     except Refused as error:
         return error.detail

@@ -5,12 +5,11 @@ is checked again when the work has noted the rows that it used.
 """
 
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Any, Literal, NoReturn, TypeAlias
 
 import pydantic
 
-from fedspine.core.reads import Descent, Reads, reads_of
+from fedspine.core.reads import Reads, reads_of
 from fedspine.core.strict import Section
 from fedspine.core.task import Kind
 from fedspine.flare.run_terms import RefusalReason, Refused, RunTerms, refusing
@@ -81,20 +80,22 @@ def check_run(site: str, allow: AllowSection, models: Collection[str], terms: Ru
     require(site, "most_tokens", terms.max_tokens, "tokens of a row", most=allow.most_tokens)
     if terms.foretold is not None:
         _check_part(site, allow, terms, terms.foretold)
+        _check_training(site, allow, terms.foretold)
 
 
-def check_order(
-    site: str, allow: AllowSection, terms: RunTerms, order: Any, *, learnt: bool = True
-) -> None:
-    """Raise Refused if `site` does not allow what this order reads, or what would leave for it.
-
-    How it trains counts only where what is `learnt` leaves.
-    """
+def check_order(site: str, allow: AllowSection, terms: RunTerms, order: Any) -> None:
+    """Raise Refused if `site` does not allow what this order reads, or what would leave for it."""
     declared = list(reads_of(order))
     if not declared and terms.method not in (allow.methods or ()):
         _refuse(site, "the order does not declare what it reads", "order")
     for reads in declared:
-        _check_part(site, allow, terms, reads if learnt else replace(reads, descent=None))
+        _check_part(site, allow, terms, reads)
+
+
+def check_training(site: str, allow: AllowSection, order: Any) -> None:
+    """Raise Refused if `site` does not allow how this order trains what would leave for it."""
+    for reads in reads_of(order):
+        _check_training(site, allow, reads)
 
 
 def check_used(site: str, allow: AllowSection, rows: int) -> None:
@@ -110,14 +111,10 @@ def check_used(site: str, allow: AllowSection, rows: int) -> None:
 
 def _check_part(site: str, allow: AllowSection, terms: RunTerms, reads: Reads) -> None:
     require(site, "most_steps", reads.steps, "steps", least=1, most=allow.most_steps)
-    shown = reads.steps if reads.lasting is None else min(reads.lasting, reads.steps)
     if reads.batch is not None:
-        most, rows = allow.largest_batch, shown * reads.batch
+        most, rows = allow.largest_batch, _shown(reads) * reads.batch
         require(site, "largest_batch", reads.batch, "rows of a step", least=1, most=most)
         require(site, "fewest_rows", rows, "rows behind an answer", least=allow.fewest_rows)
-    if reads.descent is not None:
-        require(site, "fewest_steps", shown, "steps behind an answer", least=allow.fewest_steps)
-        _check_descent(site, allow, reads.descent)
     if reads.scale is not None:
         least, most = allow.scales
         require(site, "scales", reads.scale, "as the adapter's scale", least=least, most=most)
@@ -130,8 +127,17 @@ def _check_part(site: str, allow: AllowSection, terms: RunTerms, reads: Reads) -
         _check_features(site, allow, terms, reads)
 
 
-def _check_descent(site: str, allow: AllowSection, how: Descent) -> None:
+def _shown(reads: Reads) -> int:
+    """The steps that show in an answer."""
+    return reads.steps if reads.lasting is None else min(reads.lasting, reads.steps)
+
+
+def _check_training(site: str, allow: AllowSection, reads: Reads) -> None:
     """What makes a step show the gradient and not its signs, or one part of the rows alone."""
+    if (how := reads.descent) is None:
+        return
+    what = "steps behind an answer"
+    require(site, "fewest_steps", _shown(reads), what, least=allow.fewest_steps)
     if how.kind not in allow.optimisers:
         line = (
             f"the optimiser {how.kind[:20]!r} is not among allow.optimisers of its {SITE_FILE} "

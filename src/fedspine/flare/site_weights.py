@@ -22,7 +22,7 @@ WIDEST = 4096  # side of weights that are not the model's own, such as a decoder
 
 def check_weights(site: str, allow: AllowSection, order: Any, base: Base) -> None:
     """Raise Refused for weights whose name or size is none of this model's, wherever in the order,
-    for adapters beyond the site's rank, and for weights of a magnitude beyond its terms.
+    and for adapters beyond the site's rank.
 
     Weights of other names have to be declared by the order's messages.
     """
@@ -35,6 +35,13 @@ def check_weights(site: str, allow: AllowSection, order: Any, base: Base) -> Non
             if len(shape) != len(most) or any(map(int.__gt__, shape, most)):
                 came = f"{name[:80]!r} of {shape}, where {most or 'nothing'} was expected at most"
                 raise Refused(f"site {site} does not serve an order with {came}", "weights")
+
+
+def check_magnitudes(site: str, allow: AllowSection, order: Any, base: Base) -> None:
+    """Raise Refused for finite weights of a magnitude beyond the site's terms, wherever in the
+    order.
+    """
+    for tensors in _weights(order):
         _check_factors(site, allow, tensors)
         _check_head(site, allow, tensors, base)
 
@@ -53,7 +60,7 @@ def _check_factors(site: str, allow: AllowSection, tensors: Tensors) -> None:
         if is_b(name):  # which starts as zeros
             lengths = torch.where(lengths == 0, least, lengths.double())
         what = f"as the norm of each direction of {'A' if is_a(name) else 'B'}"
-        for extreme in (lengths.min(), lengths.max()):  # NaN is both
+        for extreme in (lengths.min(), lengths.max()):
             require(site, "norms", float(extreme), what, least=least, most=most)
 
 

@@ -43,8 +43,8 @@ from fedspine.flare.site import Holding, Site, load_site, open_site
 from fedspine.flare.site_disk import LOG, MEMORY, PREFIXES, RUNS_KEPT
 from fedspine.flare.site_privacy import opened_sha256, site_guard
 from fedspine.flare.site_secret import seed_of, site_secret
-from fedspine.flare.site_terms import check_order, check_used
-from fedspine.flare.site_weights import check_weights
+from fedspine.flare.site_terms import check_order, check_training, check_used
+from fedspine.flare.site_weights import check_magnitudes, check_weights
 from fedspine.flare.wire import (
     RUN,
     NotDone,
@@ -154,8 +154,9 @@ class SiteWorker:
         _check_versions(asked)
         order = asked.order.tobytes()
         value = decoded(order, work_kinds(work)[0])
-        self._check(here, value, work)
+        self._check(here, value)
         _check_form(here, value, work)
+        self._check_training(here, value, work)
         memory = None
         if asked.memory is not None:
             path = self._version(asked.run, asked.memory)
@@ -206,11 +207,20 @@ class SiteWorker:
             guard=site_guard(self._folder, self._site.privacy, here.run, here.content, call),
         )
 
-    def _check(self, here: Open, order: Any, work: Work[Any, Any]) -> None:
+    def _check(self, here: Open, order: Any) -> None:
         """Raise Refused for an order that the site's terms do not allow; no row is read."""
         site, allow = self._site.name, self._site.allow
-        check_order(site, allow, here.terms, order, learnt=returns_learnt(work))
+        check_order(site, allow, here.terms, order)
         check_weights(site, allow, order, here.holding.base)
+
+    def _check_training(self, here: Open, order: Any, work: Work[Any, Any]) -> None:
+        """Raise Refused for an order that makes its answer show more than the site's terms allow;
+        its numbers are sound, and no row is read.
+        """
+        site, allow = self._site.name, self._site.allow
+        if returns_learnt(work):
+            check_training(site, allow, order)
+        check_magnitudes(site, allow, order, here.holding.base)
 
     def _check_rate(self) -> None:
         now, most = self._now(), self._site.allow.orders_per_minute
