@@ -204,26 +204,26 @@ def smooth(before: Scores | None, now: Scores, keep: float) -> Scores | None:
     if before is None:
         return now
     old_share = kept_share(keep, before.updates)
-
-    def mix(old: Tensor, new: Tensor) -> Tensor:
-        return torch.where(new == 0, old, old_share * old + (1 - old_share) * new)
-
     return Scores(
-        heads=mix(before.heads, now.heads),
-        channels=mix(before.channels, now.channels),
+        heads=_smoothed(before.heads, now.heads, old_share),
+        channels=_smoothed(before.channels, now.channels, old_share),
         updates=before.updates + 1,
     )
+
+
+def _smoothed(old: Tensor, new: Tensor, old_share: float) -> Tensor:
+    return torch.where(new == 0, old, old_share * old + (1 - old_share) * new)
 
 
 def normalised(scores: Scores) -> Scores:
     """Scores divided by each layer's norm, so that devices with larger gradients do not outvote the
     others.
     """
+    return Scores(heads=_of_unit_norm(scores.heads), channels=_of_unit_norm(scores.channels))
 
-    def unit(rows: Tensor) -> Tensor:
-        return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
-    return Scores(heads=unit(scores.heads), channels=unit(scores.channels))
+def _of_unit_norm(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
 def ballot(scores: Scores, kept: Structure) -> Scores:

@@ -2,12 +2,13 @@
 gates.
 """
 
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedspine.core.checks import Asked, need, within
 from fedspine.core.message import Tensors, message
@@ -69,13 +70,8 @@ class ImportanceTracker:
     def __enter__(self) -> "ImportanceTracker":
         if self._scoring is not None and self._scoring.of != "gradient":
             for site, linear in self._stack.readers():
-
-                def record_input(
-                    _: Any, args: tuple[Tensor], path: str = site.path, width: int = site.per_unit
-                ) -> None:
-                    self._record_input(path, args[0], width)
-
-                self._hooks.append(linear.register_forward_pre_hook(record_input))
+                record = partial(self._record_input, site.path, site.per_unit)
+                self._hooks.append(linear.register_forward_pre_hook(record))
         return self
 
     def __exit__(
@@ -120,20 +116,24 @@ class ImportanceTracker:
     def _due(self, step: int) -> bool:
         return self._scoring is not None and step % self._scoring.every == 0
 
-    def _record_input(self, path: str, x: Float[Tensor, "rows tokens columns"], width: int) -> None:
+    def _record_input(self, path: str, width: int, _: nn.Module, args: tuple[Tensor]) -> None:
         if self._weights is None or self._scoring is None:
             return
-        models = len(self.scores)
+        models, (x,) = len(self.scores), args
         if self._scoring.of != "gate":
             with torch.no_grad():
                 squares = x.reshape(models, -1, x.shape[-1]).float().square()
                 self._squares[path] = (self._weights @ squares).squeeze(1)
         if self._scoring.of != "activation":
-            values = x.detach()
+            x.register_hook(partial(self._record_gate, path, width, x.detach()))
 
-            def gate(gradient: Tensor) -> None:
-                by_row = (values * gradient).float().sum(1).unflatten(-1, (-1, width)).sum(-1)
-                fisher = by_row.square_().view(models, -1, by_row.shape[-1]).sum(1)
-                self._gates[path] = fisher.repeat_interleave(width, -1) / width
-
-            x.register_hook(gate)
+    def _record_gate(
+        self,
+        path: str,
+        width: int,
+        values: Float[Tensor, "rows tokens columns"],
+        gradient: Float[Tensor, "rows tokens columns"],
+    ) -> None:
+        by_row = (values * gradient).float().sum(1).unflatten(-1, (-1, width)).sum(-1)
+        fisher = by_row.square_().view(len(self.scores), -1, by_row.shape[-1]).sum(1)
+        self._gates[path] = fisher.repeat_interleave(width, -1) / width
