@@ -49,17 +49,12 @@ from fedspine.pruning.device import prune_and_tune
 TOY = FedSpine.toy()
 SOME = 3  # rounds, enough to warm up, prune and merge
 RANDOM = controllers.Random()
-SETTINGS = {
+SETTINGS = {  # each choice at least once
     "paper": {},
-    "random": {"controller": RANDOM},
-    "fixed": {"controller": Fixed(rank=4)},
-    "oracle": {"controller": Oracle()},
-    "deadline": {"controller": Deadline()},
-    "magnitude": {"importance": sources.Magnitude()},
-    "chance": {"importance": sources.RandomImportance()},
-    "shared": {"controller": Deadline(), "importance": Blend()},
-    "hetlora": {"aggregation": "hetlora"},
-    "flexlora": {"aggregation": "flexlora"},
+    "chance": {"controller": RANDOM, "importance": sources.RandomImportance()},
+    "fixed": {"controller": Fixed(rank=4), "importance": sources.Magnitude()},
+    "oracle": {"controller": Oracle(), "aggregation": "hetlora"},
+    "shared": {"controller": Deadline(), "importance": Blend(), "aggregation": "flexlora"},
 }
 UNEQUAL = ("tx2", "tx2", "tx2", "agx", "agx")
 
@@ -71,7 +66,7 @@ def toy(**settings) -> FedSpine:
 # laws of every method, for every setting
 
 
-@pytest.mark.parametrize("name", ["random", "fixed", "oracle", "shared", "chance"])
+@pytest.mark.parametrize("name", ["chance", "fixed", "oracle", "shared"])
 def test_resumed_equals_uninterrupted(name, lab):
     method, first = toy(**SETTINGS[name]), lab("killed")
     first.save(first.run(method, rounds=2))
@@ -90,10 +85,9 @@ def test_learns_prunes_and_survives_losses(name, lab, task):
     assert sparsity(task.base.layout, model.structure) == pytest.approx(0.5, abs=0.005)
     assert score(task.base, model, task.test).mean_loss < math.log(3)  # of one that knows nothing
     learns = {
-        "random": set(),
+        "chance": set(),
         "fixed": set(),
         "oracle": {TextLoad},
-        "deadline": {LatencyModel},
         "shared": {LatencyModel},
     }
     assert {type(each) for each in state.device_models.values()} == learns.get(name, {Bandit})

@@ -565,16 +565,13 @@ MOMENTS = {  # when a sweep is killed: what must be there, somewhere in its fold
     "its first cell begins": "cells/*/cell.json",
     "a round is saved": "cells/*/state/current.json",
     "a cell is scored": "cells/*/summary.json",
-    "two cells are scored": "cells/*[12]/summary.json",
 }
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(place, tmp_path):
     Path("sweep.toml").write_text(
-        GOOD.replace("[0, 1]", "[0, 1, 2]")
-        .replace("rounds = 2", "rounds = 30")
-        .replace("[methods.fedspine]\nranks = [2, 4]", "")
+        GOOD.replace("rounds = 2", "rounds = 12").replace("[methods.fedspine]\nranks = [2, 4]", "")
     )
     cells, folder = plan(Path("sweep.toml")), place / "out"
     kills, seen = 0, set()
@@ -598,7 +595,7 @@ def test_killed_at_any_moment_it_goes_on(place, tmp_path):
             for cell_status in cell_statuses
             if cell_status.status == "done"
         }
-    assert kills >= 3
+    assert kills >= 2
     assert seen >= {"open", "half-done"}
     assert "failed" not in seen
 
