@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fedspine.core.privacy import Privacy
 
 Kind: TypeAlias = Literal["classification", "pair", "causal-lm", "array"]
-BUILT_IN_MODELS = ("minilm",)
+BUILT_IN_MODELS = ("minilm", "smollm2")
 AUTO = "auto"  # the model is chosen for the data
 NETS = ("alexnet", "alexnet-small", "cnn-h", "cnn-s", "vgg16", "vgg-small")  # models of arrays
 BUILT_IN_DATA = ("pydoc-topics",)

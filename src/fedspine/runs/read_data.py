@@ -69,8 +69,9 @@ def modelled(recipe: Recipe) -> tuple[Recipe, str | None]:
         return recipe.with_net(net), f"model: {net}, for rows of shape {list(shape)}"
     if task.kind == "causal-lm":
         raise BadInput(
-            "a language model is to be tuned, and none is built in; name a decoder as task.model: "
-            "a Hub id such as HuggingFaceTB/SmolLM2-135M, or the folder of one"
+            "a language model is to be tuned, and none is chosen for you; name a decoder as "
+            "task.model: smollm2, a .gguf file, a folder, or a Hub id such as "
+            "HuggingFaceTB/SmolLM2-135M"
         )
     return recipe.choosing({"task": {"model": "minilm"}}), "model: minilm, for texts"
 
