@@ -32,20 +32,23 @@ def load(
     label: str = "label",
     group: str | None = None,
     encoding: str | None = None,
+    answers: bool = False,
 ) -> Dataset:
     """The data set named `data`: a built-in name, a local file or folder, or an id of the Hugging
     Face Hub.
 
     `text`, `pair` (for kind "pair", "text2" if not named) and `label` name columns; `group` names
     one more to keep in `Rows.columns` for a partition. `encoding` is that of text files which are
-    not UTF-8. Where the data has no test rows, a random fifth with a fixed seed is taken from the
-    training rows. Raises BadInput for data that cannot be found, read or used, saying what to do.
+    not UTF-8. With `answers`, conversations are read as dialogues, of which a model learns the
+    answers alone. Where the data has no test rows, a random fifth with a fixed seed is taken from
+    the training rows. Raises BadInput for data that cannot be found, read or used, saying what to
+    do.
 
     >>> data = load("pydoc-topics", kind="classification")
     >>> data.label_names[:3], data.natural
     (('interface', 'network', 'language'), 'file')
     """
-    wanted = _wanted(data, kind, text, pair, label, group)
+    wanted = _wanted(data, kind, text, pair, label, group, answers)
     train, test, notes = _train_and_test(_source(data, encoding), wanted)
     left_out = train.left_out + (test.left_out if test is not None else Counter())
     splits = [train] if test is None else [train, test]
@@ -107,6 +110,7 @@ def load_stated(
     label: str = "label",
     spelled: Mapping[str, str] | None = None,
     encoding: str | None = None,
+    answers: bool = False,
     say: Callable[[str], None] = lambda remark: None,
 ) -> Rows:
     """All training rows of `data`, whose labels index `label_names`, the given classes.
@@ -118,7 +122,7 @@ def load_stated(
     the `remarks` on the rows. Raises BadInput as `load` does, and for a value that is none of the
     classes.
     """
-    wanted = _wanted(data, kind, text, pair, label, None)
+    wanted = _wanted(data, kind, text, pair, label, None, answers)
     train = checked(_source(data, encoding)["train"](picker(wanted, "train")), wanted, "train")
     for remark in _remarks(len(train.texts), train.left_out, train.notes):
         say(remark)
@@ -157,7 +161,13 @@ def _stated_class(
 
 
 def _wanted(
-    data: str, kind: Kind, text: str, pair: str | None, label: str, group: str | None
+    data: str,
+    kind: Kind,
+    text: str,
+    pair: str | None,
+    label: str,
+    group: str | None,
+    answers: bool,
 ) -> Wanted:
     if kind not in get_args(Kind):
         raise unknown("kind of task", kind, get_args(Kind))
@@ -172,6 +182,7 @@ def _wanted(
         pair=(pair or "text2") if kind == "pair" else None,
         label=None if kind == "causal-lm" else label,
         others=others,
+        answers=answers and kind == "causal-lm",
     )
 
 
@@ -261,4 +272,5 @@ def _rows(values: Values, labels: Sequence[int] | None) -> Rows:
         None if values.pairs is None else tuple(values.pairs),
         None if labels is None else np.array(labels, np.int64),
         {name: tuple(column) for name, column in values.columns.items()},
+        None if values.dialogues is None else tuple(values.dialogues),
     )

@@ -176,6 +176,7 @@ def site_examples(site: Site, terms: RunTerms, tokenizer: Any) -> Examples:
         label=data.label,
         spelled=data.labels,
         encoding=data.encoding,
+        answers=terms.loss_on == "answers",
         say=lambda remark: print(f"{data.path}: {remark}", file=sys.stderr, flush=True),
     )
     if len(rows.texts) < site.allow.fewest_rows:

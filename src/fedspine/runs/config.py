@@ -17,7 +17,12 @@ from fedspine.core.strict import Section
 from fedspine.core.task import AUTO, BUILT_IN_DATA, BUILT_IN_MODELS, NETS
 from fedspine.methods import find
 from fedspine.runs.method_table import method_of
-from fedspine.runs.recipe_checks import check_aggregation, check_privacy, check_quorum
+from fedspine.runs.recipe_checks import (
+    check_aggregation,
+    check_packing,
+    check_privacy,
+    check_quorum,
+)
 from fedspine.runs.recipe_format import FORMAT, format_of
 from fedspine.runs.sections import (
     SECTIONS,
@@ -74,6 +79,7 @@ class Recipe:
             made[name] = _section(name, cls, whole, flat[name])
         check_privacy(made["privacy"], made["method"])
         made["task"] = of_one_kind(made["task"])
+        check_packing(made["task"], made["privacy"])
         check_quorum(made["method"], made["fleet"])
         check_aggregation(made["method"], made["fleet"])
         for name, part in made.items():

@@ -50,6 +50,7 @@ def _whole(recipe: Recipe) -> Dataset:
         label=section.label,
         group=group,
         encoding=section.encoding,
+        answers=section.loss_on == "answers",
     )
 
 
