@@ -15,7 +15,7 @@ Kind: TypeAlias = Literal["classification", "pair", "causal-lm", "array"]
 BUILT_IN_MODELS = ("minilm", "smollm2")
 AUTO = "auto"  # the model is chosen for the data
 NETS = ("alexnet", "alexnet-small", "cnn-h", "cnn-s", "vgg16", "vgg-small")  # models of arrays
-BUILT_IN_DATA = ("pydoc-topics",)
+BUILT_IN_DATA = ("pydoc-topics", "pydoc-qa")
 IGNORED = -100  # a label position that no loss counts
 GRAIN = 8  # padded lengths are multiples of it: fewer shapes for kernels to be made for
 

@@ -20,7 +20,7 @@ from fedspine.data.columns import Values, Wanted, checked, hidden, picker
 from fedspine.data.dataset import Dataset, Rows, held_out
 from fedspine.data.parts import FilePart, Pick, Read, listed
 
-_NATURAL = {"pydoc-topics": "file"}  # the columns that name a natural device
+_NATURAL = {"pydoc-topics": "file", "pydoc-qa": "file"}  # the columns that name a natural device
 
 
 def load(
@@ -192,7 +192,7 @@ def _wanted(
 def _source(data: str, encoding: str | None) -> Mapping[str, Read]:
     """A reader for each split."""
     if data in BUILT_IN_DATA:
-        return {"train": _pydoc_topics}
+        return {"train": {"pydoc-topics": _pydoc_topics, "pydoc-qa": _pydoc_qa}[data]}
     if not data.strip():
         raise BadInput(
             f"expected the name of a data set, came {data!r}; name {BUILT_IN_DATA[0]!r}, a path or "
@@ -230,13 +230,25 @@ def _meant(name: str, known: Sequence[str]) -> str:
 def _pydoc_topics(pick: Pick) -> FilePart:
     topics = tuple(pydocs.TOPICS)
     texts, names, origins = zip(*pydocs.read(), strict=True)
-    table = {"text": texts, "label": [topics.index(name) for name in names], "file": origins}
+    labels = [topics.index(name) for name in names]
+    return _of_table({"text": texts, "label": labels, "file": origins}, pick, topics)
+
+
+def _pydoc_qa(pick: Pick) -> FilePart:
+    questions, answers, origins = zip(*pydocs.read_questions(), strict=True)
+    return _of_table({"prompt": questions, "completion": answers, "file": origins}, pick)
+
+
+def _of_table(
+    table: Mapping[str, Sequence[Any]], pick: Pick, names: tuple[str, ...] = ()
+) -> FilePart:
+    """The picked columns; `names` are what the numbers of a column "label" stand for."""
     columns = list(table.items())
     picked = {name: columns[place] for name, place in pick(list(table)).items()}
     return FilePart(
         columns={name: list(values) for name, (_, values) in picked.items()},
-        rows=len(texts),
-        stated={name: topics for name, (column, _) in picked.items() if column == "label"},
+        rows=len(columns[0][1]),
+        stated={name: names for name, (column, _) in picked.items() if column == "label"},
     )
 
 

@@ -36,6 +36,7 @@ from fedspine.runs.sections import (
 
 # what the embedded job's method was tuned in, on that job's own data
 OF_ITS_DATA = ("learning_rate", "head_lr_multiplier")
+EMBEDDED = ("chat", "default", "demo")  # recipes that come with the package
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -173,22 +174,18 @@ def embedded(name: str = "default") -> dict[str, Any]:
 
 
 def load(path: Path | None, settings: list[str] | None = None, seed: int | None = None) -> Recipe:
-    """Read a recipe, or the embedded default job, with `section.key=value` settings and the seed
-    laid over it.
+    """Read a recipe, or an embedded one by its name (None: the default job), with
+    `section.key=value` settings and the seed laid over it.
     """
     overlay = _settings(settings or [])
     if seed is not None:
         overlay.setdefault("run", {})["seed"] = seed
-    if path is None:
-        return anchored(recipe(_laid_over(_without_tuned_values(embedded(), overlay), overlay)))
-    return anchored(
-        recipe(
-            _laid_over(
-                strict.read_toml(path, "recipe", "give a TOML file, or none for the embedded job"),
-                overlay,
-            )
-        )
-    )
+    if path is None or (str(path) in EMBEDDED and not path.exists()):
+        tables = embedded("default" if path is None else str(path))
+        return anchored(recipe(_laid_over(_without_tuned_values(tables, overlay), overlay)))
+    known = ", ".join(EMBEDDED)
+    do = f"give a TOML file, the name of an embedded recipe ({known}), or none"
+    return anchored(recipe(_laid_over(strict.read_toml(path, "recipe", do), overlay)))
 
 
 def anchored(recipe: Recipe) -> Recipe:
@@ -279,12 +276,12 @@ def _without_tuned_values(defaults: dict[str, Any], overlay: dict[str, Any]) -> 
     """
     named = overlay.get("task", {})
     task, fleet, method = (dict(defaults[name]) for name in ("task", "fleet", "method"))
-    if "data" in named and "model" not in named:
+    if "data" in named and "model" not in named and task.get("kind") != "causal-lm":
         task.pop("model")
     name = overlay.get("method", {}).get("name", method["name"])
     other = name != method["name"] and isinstance(name, str)
     if other:
-        fleet.pop("quorum")
+        fleet.pop("quorum", None)
         method = parts.fitted(method, find(name)) | {"name": name}
     if other or "data" in named:
         method = {key: value for key, value in method.items() if key not in OF_ITS_DATA}
