@@ -7,10 +7,12 @@ import pytest
 
 from fedspine import Recipe, export, load_model, predict, run
 from fedspine.core.errors import BadInput
+from fedspine.data.dataset import Dialogue
+from fedspine.execution.answers import questions_of
 from fedspine.exports import predict as predicting
 from fedspine.exports.predict import Answered
 from fedspine.lm.decoding import Decoding
-from fedspine.lm.dialogues import PLAIN, prompt_ids
+from fedspine.lm.dialogues import PLAIN, encode_dialogues, prompt_ids
 from fedspine.lm.tiny import write_tiny
 from fedspine.methods import find
 from fedspine.runs.assemble import assemble
@@ -124,11 +126,27 @@ def test_prompts_that_fill_the_window_are_counted(place):
     ("changed", "said"),
     [
         ({"method": find("mergesfl").toy()}, "task.pack is for methods that tune adapters"),
+        ({"loss_on": "texts"}, r"run.answers is 3, but the rows of \S+ are no prompts"),
         ({"devices": 36}, r"device \S+ has no row whose prompt leaves room .* = 32; raise it"),
     ],
-    ids=["split", "no room"],
+    ids=["split", "no answers", "no room"],
 )
 def test_what_cannot_be_is_one_line(place, changed, said):
     with pytest.raises(BadInput, match=said):
         run(recipe(place, **changed), place / "never")
     assert not (place / "never").exists()
+
+
+def test_each_row_of_a_dialogue_has_its_own_question(place):
+    tokenizer = assemble(recipe(place, pack=False)).tokenizer
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}[SEP]{% endfor %}"
+        "{% if add_generation_prompt %}(at) {% endif %}"
+    )
+    said = Dialogue(
+        (("user", "good"), ("assistant", "bad"), ("user", "of"), ("assistant", "to the"))
+    )
+    test = encode_dialogues(tokenizer, [said], 32)
+    questions = questions_of(test, [said], np.arange(2), tokenizer)
+    found = [(each.prompt, each.reference) for each in questions]
+    assert found == [("good", "bad"), ("of", "to the")]

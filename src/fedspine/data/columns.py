@@ -170,10 +170,10 @@ def checked(part: FilePart, wanted: Wanted, split: str, stated: Sequence[str] = 
             kept.append(row)
     if not kept:
         reasons = " and ".join(f"{count:,} with {reason}" for reason, count in left_out.items())
+        instead = ', or set task.loss_on = "texts"' if left_out[turns.NO_ANSWER] else ""
         raise BadInput(
             f"expected rows that can be learnt from in the {split} set, found {reasons}, and no "
-            "other row; "
-            "fill them, or name other columns"
+            f"other row; fill them, or name other columns{instead}"
         )
     groups = {
         name: _group_names(part.columns[name], name, split)

@@ -13,7 +13,7 @@ from fedspine.execution.workers import AnswerJob, Workers
 from fedspine.lm.answer_scores import exact_match, rouge_l
 from fedspine.lm.base import Model
 from fedspine.lm.decoding import Decoding, ends_of
-from fedspine.lm.dialogues import end_of_answers
+from fedspine.lm.dialogues import end_of_answers, prompt_ids
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,21 @@ class Answers:
     rouge_l: float
 
 
-def questions_of(test: Examples, dialogues: Sequence[Dialogue], rows: np.ndarray) -> list[Question]:
-    """The questions of these rows of the encoded test set, by what the model is given for each."""
+def questions_of(
+    test: Examples, dialogues: Sequence[Dialogue], rows: np.ndarray, tokenizer: Any
+) -> list[Question]:
+    """The first question of each of these rows of the encoded test set, as the model is asked."""
     found = []
     for row in rows:
         begin, end = test.offsets[row], test.offsets[row + 1]
         prompt = int(np.argmax(test.counted[begin:end]))  # tokens before the first that is learnt
         messages = dialogues[test.sources[row]].messages
-        first = next(place for place, (role, _) in enumerate(messages) if role == ANSWERS)
-        ids = tuple(test.ids[begin : begin + prompt].tolist())
-        found.append(Question(messages[first - 1][1], ids, messages[first][1]))
+        ids = test.ids[begin : begin + prompt].tolist()
+        answers = [place for place, (role, _) in enumerate(messages) if role == ANSWERS]
+        # a dialogue may have several rows, each with a later answer
+        asked = (place for place in answers if prompt_ids(tokenizer, messages[:place]) == ids)
+        place = next(asked, answers[0])
+        found.append(Question(messages[place - 1][1], tuple(ids), messages[place][1]))
     return found
 
 

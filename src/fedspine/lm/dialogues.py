@@ -78,6 +78,12 @@ def encode_dialogues(tokenizer: Any, dialogues: Sequence[Dialogue], max_tokens: 
     )
 
 
+def text_of(tokenizer: Any, dialogue: Dialogue) -> str:
+    """The whole dialogue as the chat template writes it."""
+    settle_template(tokenizer)
+    return _rendered(tokenizer, dialogue.messages, dialogue.where)
+
+
 def prompt_ids(tokenizer: Any, messages: Messages, where: str = "the dialogue") -> list[int]:
     """The tokens that ask for the next answer, as they come before it in training."""
     settle_template(tokenizer)

@@ -126,6 +126,8 @@ def _scores(
             if labels.dim() == 2:
                 logits, labels = logits[:, :, :-1].flatten(1, 2), labels[:, 1:].flatten()
             valid = labels != IGNORED
+            if data.counted is not None:  # often few of the tokens, and logits are large
+                logits, labels, valid = logits[:, valid], labels[valid], valid[valid]
             for i, own in enumerate(logits):
                 loss[i] += float(
                     nn.functional.cross_entropy(own, labels, ignore_index=IGNORED, reduction="sum")

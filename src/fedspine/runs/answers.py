@@ -24,7 +24,7 @@ def answers_at_end(
     if not recipe.run.answers or assembled.dialogues is None:
         return {}
     rows = test_order(assembled)[: recipe.run.answers]
-    questions = questions_of(task.test, assembled.dialogues, rows)
+    questions = questions_of(task.test, assembled.dialogues, rows, assembled.tokenizer)
     decoding = Decoding(recipe.run.answer_tokens, recipe.run.temperature, recipe.run.seed)
     found = answers_of(
         _models(assembled, state), questions, task, assembled.tokenizer, workers, decoding

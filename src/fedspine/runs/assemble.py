@@ -89,6 +89,11 @@ def assemble(recipe: Recipe, *, here: bool = True, begun: Path | None = None) ->
         task_record.check_base(then, record.model_sha256, recipe.task.model, begun)
     task.base.to(computing)
     noted = _without_room(data, task)
+    if recipe.run.answers and (recipe.task.kind == "array" or data.test.dialogues is None):
+        raise BadInput(
+            f"run.answers is {recipe.run.answers}, but the rows of {recipe.task.data} are no "
+            "prompts with answers; set it to 0"
+        )
     shares = share_out(recipe, data, task.train) if here else ()
     if recipe.task.pack:
         task, shares = _packed(recipe, task, shares, here=here)
