@@ -1,6 +1,8 @@
 """A run on dialogues: answers are learnt, given at the end, shown, and asked for afterwards."""
 
+import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from fedspine.lm.dialogues import PLAIN, encode_dialogues, prompt_ids
 from fedspine.lm.tiny import write_tiny
 from fedspine.methods import find
 from fedspine.runs.assemble import assemble
-from fedspine.ui import chat
+from fedspine.ui import chat, cli
 
 WORDS = ("the", "good", "bad", "small", "very", "not", "of", "to", "in", "is")
 
@@ -77,9 +79,14 @@ def test_models_answer_at_the_end(result):
     assert "<h2>Answers</h2>" in page and "not very good" in page and "ROUGE-L" in page
 
 
-def test_the_exported_model_answers(result, place, capsys, monkeypatch):
+@pytest.fixture(scope="module")
+def exported(result, place):
     export(result, place / "exported", device="global")
-    loaded = load_model(place / "exported")
+    return place / "exported"
+
+
+def test_the_exported_model_answers(result, exported, capsys, monkeypatch):
+    loaded = load_model(exported)
     assert loaded.chat and loaded.tokenizer.chat_template == PLAIN
     rows = records(result, "answer")
     found = predict(loaded, [row["prompt"] for row in rows], new_tokens=5)
@@ -113,6 +120,24 @@ def test_the_exported_model_answers(result, place, capsys, monkeypatch):
     assert asked[-1] == asked[2]
     with pytest.raises(BadInput, match="shorten it"):
         predicting.answered(loaded, [("user", "good " * 130)], decoding)
+
+
+def test_the_command_answers_and_keeps_a_dialogue(exported, capsys, monkeypatch):
+    def said(*arguments, typed=""):
+        words = ["fedspine", "predict", str(exported), *arguments, "--tokens", "5"]
+        monkeypatch.setattr(sys, "argv", words)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert not left.value.code
+        return capsys.readouterr().out
+
+    whole = json.loads(said("good", "bad", "--json"))["predictions"]
+    texts = [each["answer"] for each in whole]
+    assert any(texts)
+    assert said("good", "bad").splitlines() == said(typed="good\n\nbad\n").splitlines()
+    assert [line.strip() for line in said("good", "bad").splitlines()] == texts
+    assert said("bad", "--temperature", "5", "--seed", "1") != said("bad")
 
 
 def test_prompts_that_fill_the_window_are_counted(place):
