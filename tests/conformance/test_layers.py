@@ -27,7 +27,7 @@ ARROWS = {
     "pruning": {"control", "core", "lm"},
     "split": {"control", "core", "lm", "nets"},
     "methods": {"control", "core", "lm", "pruning", "split"},
-    "execution": {"core", "lm", "nets"},
+    "execution": {"core", "data", "lm", "nets"},
     "fleets": {"core", "execution", "storage"},
     "flare": {"core", "data", "fleets", "lm", "methods", "storage"},
     "recipes": set(),

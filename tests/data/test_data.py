@@ -430,7 +430,7 @@ def test_a_name_that_is_nowhere_says_so_three_times(monkeypatch):
     logging.set_verbosity_warning()
     said = refused("pydoc-topic")
     assert logging.get_verbosity() == logging.ERROR  # else every further try is a line on stderr
-    assert "is not built in (known: pydoc-topics), not a path here" in said
+    assert "is not built in (known: pydoc-topics, pydoc-qa), not a path here" in said
     assert "the Hugging Face Hub does not give 'pydoc-topic': no network here" in said
     assert "did you mean 'pydoc-topics'?" in said
 
@@ -522,6 +522,23 @@ def test_pydoc_topics_is_the_same_every_time_and_quick(paragraphs):
     assert time.process_time() - begin < 15  # about 1.5 s on a slow core
 
 
+def test_pydoc_qa_asks_about_functions_and_answers_from_their_docs():
+    data = load("pydoc-qa", kind="causal-lm", answers=True)
+    assert data.natural == "file" and not data.left_out
+    rows = [*data.train.dialogues, *data.test.dialogues]
+    pairs = {prompt: answer for (_, prompt), (_, answer) in (row.messages for row in rows)}
+    assert len(pairs) == len(rows) == len(data.train) + len(data.test)
+    found = pairs["What does `textwrap.dedent(text)` do?"]
+    assert found == "Remove any common leading whitespace from every line in `text`."
+    assert all(20 <= len(answer) <= 400 for answer in pairs.values())
+    names = [prompt.partition("(")[0].rpartition(".")[2] for prompt in pairs]
+    assert not [name for name in names if name.startswith("_")]
+    files = {file for file in data.train.columns["file"] if file.startswith("json")}
+    assert "json/encoder.py" in files
+    if sys.version_info[:2] == (3, 11):
+        assert 3_900 <= len(rows) <= 4_700
+
+
 def test_no_module_has_two_topics():
     modules = [module for of_topic in pydocs.TOPICS.values() for module in of_topic]
     assert len(modules) == len(set(modules))
@@ -530,6 +547,8 @@ def test_no_module_has_two_topics():
 def test_an_interpreter_without_sources_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(pydocs.sysconfig, "get_path", lambda _: str(tmp_path))
     assert "expected the Python sources of the standard library" in refused("pydoc-topics")
+    with pytest.raises(BadInput, match="standard library .* for pydoc-qa, found none"):
+        load("pydoc-qa", kind="causal-lm")
 
 
 def test_broken_sources_are_passed_over(monkeypatch, tmp_path):

@@ -405,6 +405,23 @@ def test_minilm_is_named_as_stock_tools_know_it(tmp_path):
     assert settings["base_model_name_or_path"] == MINILM_HUB
 
 
+@pytest.mark.parametrize("name", ["smollm2", "/models/x.Q4_1.gguf"])
+def test_no_adapter_is_fitted_to_a_quantised_file(tmp_path, name):
+    base, tokenizer = tiny(tmp_path, "llama", "causal-lm")
+    options = {"labels": (), "kind": "causal-lm", "max_tokens": 64, "name": "toy"}
+    with pytest.raises(BadInput, match=r"quantised file.*--with-base"):
+        export_adapter(
+            base,
+            model_on(base),
+            tokenizer,
+            tmp_path / "a",
+            origin=Origin(name, False),
+            with_base=False,
+            **options,
+        )
+    assert not (tmp_path / "a").exists()
+
+
 def test_an_adapter_folder_appears_whole_or_not_at_all(tmp_path):
     base, tokenizer = tiny(tmp_path, "bert")
 

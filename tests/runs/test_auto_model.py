@@ -149,7 +149,7 @@ def test_a_folder_that_a_sweep_made_is_settled_as_it_begins(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["task.kind=causal-lm"], "none is built in; name a decoder as task.model"),
+        (["task.kind=causal-lm"], "name a decoder as task.model"),
         (["task.data=x.npz"], "method 'fedspine-plus' cannot train 'cnn-h', a net; choose one of"),
         (["task.data=x.npz", "task.kind=pair"], "arrays are read by a net, but task.kind is"),
         (["task.data=x.npz", "task.text=review"], "task.text is for texts, but arrays are"),

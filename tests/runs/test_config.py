@@ -99,6 +99,21 @@ def test_the_embedded_jobs_rate_holds_for_its_own_data_and_method():
     assert given.learning_rate == 0.001
 
 
+def test_embedded_recipes_have_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chat = config.load(Path("chat"), ["run.rounds=2"], seed=3)
+    assert (chat.task.data, chat.task.model, chat.task.kind) == ("pydoc-qa", "smollm2", "causal-lm")
+    assert (chat.run.rounds, chat.run.seed) == (2, 3) and chat.run.answers
+    other = config.load(Path("chat"), ["task.data=other.jsonl", "method.name=fedlora"])
+    assert other.task.model == "smollm2" and other.method.learning_rate == FedLora().learning_rate
+    for name in config.EMBEDDED:
+        assert config.load(Path(name)).table() == config.recipe(config.embedded(name)).table()
+    with pytest.raises(BadInput, match=r"embedded recipe \(chat, default, demo\), or none"):
+        config.load(Path("chatt"))
+    Path("chat").write_text('[task]\ndata = "mine.csv"\n')
+    assert config.load(Path("chat")).task.data == "mine.csv"  # a file of the name goes before
+
+
 # --- settings that are tables of their own ---
 
 

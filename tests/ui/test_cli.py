@@ -241,6 +241,7 @@ BAD_COMMANDS = {  # arguments, and what the line must say
     "pairs for single texts": ("predict {place}/model good --pair bad", ["pairs came"]),
     "bench without a model": ("bench {place}/run", ["{place}/run"]),
     "bench against no model": ("bench {place}/model --against {place}/run", ["{place}/run"]),
+    "predict nothing": ("predict {place}/model", ["no text came"]),
     "bench of long rows": ("bench {place}/model --tokens 100000", ["tokens"]),
 }
 
@@ -267,7 +268,6 @@ WRONG_USAGE = {  # arguments, and what the line must say
     "command of a fleet": (["fleet", "nonsense"], ["'nonsense'", "fedspine fleet --help"]),
     "argument": (["show"], ["missing argument 'DIR'", "fedspine show --help"]),
     "needed option": (["export", "DIR"], ["missing option '--to'"]),
-    "texts": (["predict", "DIR"], ["missing argument 'TEXT...'"]),
     "low": (["bench", "DIR", "--tokens", "0"], ["'--tokens'"]),
     "text with two dashes": (["predict", "DIR", "-- a text"], [DASH]),
     "text with a dash": (["predict", "DIR", "-5 is cold"], [DASH]),

@@ -171,7 +171,7 @@ def test_texts_to_continue_are_shown_without_a_decoder_and_measured_with_one(tmp
     path = tmp_path / "rows.jsonl"
     row = {"messages": [{"role": "user", "content": "good"}]}
     path.write_text((json.dumps(row) + "\n") * 10)
-    settings = ["task.kind=causal-lm"]
+    settings = ["task.kind=causal-lm", "task.loss_on=texts"]
     found = data_cli.look(str(path), settings)
     assert found["rows"] == {"train": 8, "test": 2} and found["classes"] == {}
     assert found["tokens"] is None and "name a decoder as task.model" in shown(found)
@@ -179,6 +179,18 @@ def test_texts_to_continue_are_shown_without_a_decoder_and_measured_with_one(tmp
     assert found["tokens"]["texts"] == 10 and "read in windows of" in shown(found)
     with pytest.raises(BadInput, match="is an encoder"):
         data_cli.look(str(path), [*settings, f"task.model={tiny_folder('bert')}"])
+    with pytest.raises(BadInput, match=r'10 with no answer.*or set task.loss_on = "texts"'):
+        data_cli.look(str(path), settings[:1])
+
+
+def test_dialogues_are_measured_in_their_template(tmp_path, tiny_folder):
+    path = tmp_path / "rows.jsonl"
+    row = {"prompt": "good", "completion": "bad"}
+    path.write_text((json.dumps(row) + "\n") * 10)
+    settings = ["task.kind=causal-lm", f"task.model={tiny_folder('llama')}"]
+    found = data_cli.look(str(path), settings)
+    # the beginning once by the tokenizer and once by the template, two words, the end
+    assert found["tokens"]["max"] == 5 and "are cut at" in shown(found)
 
 
 def test_pictures_beside_a_table_are_no_data(tmp_path, tiny_folder):

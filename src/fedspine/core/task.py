@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from fedspine.core.privacy import Privacy
 
 Kind: TypeAlias = Literal["classification", "pair", "causal-lm", "array"]
-BUILT_IN_MODELS = ("minilm",)
+BUILT_IN_MODELS = ("minilm", "smollm2")
 AUTO = "auto"  # the model is chosen for the data
 NETS = ("alexnet", "alexnet-small", "cnn-h", "cnn-s", "vgg16", "vgg-small")  # models of arrays
-BUILT_IN_DATA = ("pydoc-topics",)
+BUILT_IN_DATA = ("pydoc-topics", "pydoc-qa")
 IGNORED = -100  # a label position that no loss counts
 GRAIN = 8  # padded lengths are multiples of it: fewer shapes for kernels to be made for
 
@@ -33,6 +33,11 @@ class Examples:
     sources: np.ndarray | None = None
     # int64 [rows], tokens at the start of each row that are read and not counted; None: all count
     context: np.ndarray | None = None
+    # bool [tokens], those that are labels, never the first of a text; None: all
+    counted: np.ndarray | None = None
+    # int32 [tokens], the place of each token in its own text, where rows hold several texts, which
+    # do not see each other; None: every row is of one text
+    positions: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -55,6 +60,8 @@ class Examples:
             padding=self.padding,
             sources=None if self.sources is None else self.sources[rows],
             context=None if self.context is None else self.context[rows],
+            counted=None if self.counted is None else self.counted[index],
+            positions=None if self.positions is None else self.positions[index],
         )
 
     def texts_of(self, rows: np.ndarray) -> np.ndarray:
@@ -63,10 +70,13 @@ class Examples:
 
     def predicted(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """The number of labels in each of these rows: its class, or its tokens except the first and
-        the context.
+        the context, or those that are `counted`.
         """
         if self.labels is not None:
             return np.ones(len(rows), np.int64)
+        if self.counted is not None:
+            until = np.concatenate([[0], np.cumsum(self.counted)])
+            return until[self.offsets[1:][rows]] - until[self.offsets[:-1][rows]]
         skipped = 1 if self.context is None else np.maximum(1, self.context[rows])
         return np.maximum(0, self.lengths[rows] - skipped)
 
@@ -107,12 +117,18 @@ class Examples:
             inputs["token_type_ids"] = torch.from_numpy(
                 np.where(inside, self.segments[index], 0).astype(np.int64)
             )
+        if self.positions is not None:
+            inputs["position_ids"] = torch.from_numpy(
+                np.where(inside, self.positions[index], 0).astype(np.int64)
+            )
         if self.labels is not None:
             labels = self.labels[rows]
         else:
             counted = inside
             if self.context is not None:
                 counted = inside & (np.arange(ids.shape[1]) >= self.context[rows][:, None])
+            if self.counted is not None:
+                counted = counted & self.counted[index]
             labels = np.where(counted, ids, IGNORED)
         return inputs | {"labels": torch.from_numpy(labels)}
 

@@ -20,13 +20,14 @@ UNSEEN = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060"))  # characters
 @dataclass(frozen=True)
 class Wanted:
     """Which columns are read as what; `label` is None for language modelling, `pair` unless there
-    are pairs.
+    are pairs. With `answers`, conversations are read as dialogues.
     """
 
     text: str
     pair: str | None
     label: str | None
     others: tuple[str, ...]
+    answers: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Values:
     left_out: Counter[str]
     stated: tuple[str, ...]
     notes: tuple[str, ...]
+    dialogues: list[Any] | None = None  # a `Dialogue` for each row that is kept
 
     def take(self, rows: Iterable[int]) -> "Values":
         """The same columns with only the given rows, in the given order."""
@@ -59,6 +61,7 @@ class Values:
             texts=pick(self.texts),
             pairs=pick(self.pairs),
             labels=pick(self.labels),
+            dialogues=pick(self.dialogues),
             columns={name: pick(values) for name, values in self.columns.items()},
         )
 
@@ -71,7 +74,7 @@ def picker(wanted: Wanted, split: str) -> Pick:
     makes no difference.
 
     It raises BadInput for a column that is absent or there several times. Where there is no column
-    "text", language modelling reads "messages", or "prompt" and "completion".
+    "text", language modelling reads "messages", or a prompt and an answer: `turns.columns`.
     """
 
     def pick(names: Sequence[str]) -> dict[str, int]:
@@ -152,10 +155,13 @@ def checked(part: FilePart, wanted: Wanted, split: str, stated: Sequence[str] = 
     texts = _strings(part, wanted.text, split) if wanted.text in part.columns else turns.texts(part)
     pairs = None if wanted.pair is None else _strings(part, wanted.pair, split)
     labels = None if wanted.label is None else _labels(part, wanted.label, split, names)
+    dialogues = turns.dialogues(part, wanted.text, split) if wanted.answers else None
     kept, left_out = [], Counter[str]()
     for row in range(part.rows):
         if labels is not None and labels[row] is None:
             left_out[NO_LABEL] += 1
+        elif dialogues is not None and isinstance(dialogues[row], str):
+            left_out[dialogues[row]] += 1
         elif texts[row] is None:
             left_out[NO_TEXT] += 1
         elif pairs is not None and pairs[row] is None:
@@ -164,17 +170,17 @@ def checked(part: FilePart, wanted: Wanted, split: str, stated: Sequence[str] = 
             kept.append(row)
     if not kept:
         reasons = " and ".join(f"{count:,} with {reason}" for reason, count in left_out.items())
+        instead = ', or set task.loss_on = "texts"' if left_out[turns.NO_ANSWER] else ""
         raise BadInput(
             f"expected rows that can be learnt from in the {split} set, found {reasons}, and no "
-            "other row; "
-            "fill them, or name other columns"
+            f"other row; fill them, or name other columns{instead}"
         )
     groups = {
         name: _group_names(part.columns[name], name, split)
         for name in wanted.others
         if name in part.columns
     }
-    found = Values(split, texts, pairs, labels, groups, left_out, names, part.notes)
+    found = Values(split, texts, pairs, labels, groups, left_out, names, part.notes, dialogues)
     return _bare_labels(found.take(kept) if left_out else found, left_out)
 
 

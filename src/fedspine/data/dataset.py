@@ -8,8 +8,21 @@ import numpy as np
 
 from fedspine.core.errors import BadInput
 
+ANSWERS = "assistant"  # the role whose messages are answers
 TEST_FRACTION = 5  # one row in five is for testing where the data names no test rows
 _SPLIT_SEED = 20260101  # the same rows for everyone, whatever the seed of a run
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A conversation whose last message is an answer, with something before its first one.
+
+    `messages` are roles and contents in turn, those of the role `ANSWERS` what is learnt; `where`
+    is its row in the data, for messages to the user.
+    """
+
+    messages: tuple[tuple[str, str], ...]
+    where: str = "a row"
 
 
 @dataclass(frozen=True)
@@ -18,13 +31,15 @@ class Rows:
     [rows].
 
     `pairs` is None without a second sentence, `labels` is None for language modelling. `columns`
-    holds the columns a partition may need, as strings.
+    holds the columns a partition may need, as strings. `dialogues` are the rows whose answers are
+    to be learnt, their `texts` the same in plain words; None where texts are.
     """
 
     texts: tuple[str, ...]
     pairs: tuple[str, ...] | None
     labels: np.ndarray | None
     columns: Mapping[str, Sequence[str]]
+    dialogues: tuple[Dialogue, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -38,6 +53,9 @@ class Rows:
             columns={
                 name: tuple(values[row] for row in index) for name, values in self.columns.items()
             },
+            dialogues=None
+            if self.dialogues is None
+            else tuple(self.dialogues[row] for row in index),
         )
 
 

@@ -1,10 +1,11 @@
-"""`pydoc-topics`: a text classification set read from the running interpreter's own standard
-library.
+"""`pydoc-topics` and `pydoc-qa`: data sets read from the running interpreter's own standard
+library, for classification and for learning to answer.
 
-Each row is one paragraph (40 to 400 characters) of a docstring, labelled with the topic of the
-module it documents, and carries its source file, so that the natural partition gives a device whole
-files. It needs no network, no account and no download, and on Python 3.11 holds about ten thousand
-rows.
+A row of `pydoc-topics` is one paragraph (40 to 400 characters) of a docstring, labelled with the
+topic of the module it documents; on Python 3.11 there are about ten thousand. A row of `pydoc-qa`
+asks what a function with its signature does, and answers with the first paragraph of its docstring;
+there are about 4,300. Each row carries its source file, so that the natural partition gives a
+device whole modules. They need no network, no account and no download.
 """
 
 import ast
@@ -18,6 +19,9 @@ from pathlib import Path
 from fedspine.core.errors import BadInput
 
 SHORTEST, LONGEST = 40, 400  # characters of a paragraph
+SHORTEST_ANSWER, LONGEST_SIGNATURE = 20, 160  # characters of those of `pydoc-qa`
+
+DOCUMENTED = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 # Parts of a path that are left out: tests and demonstrations, packages installed later, and
 # packages that newer Pythons
@@ -93,18 +97,64 @@ def read() -> list[tuple[str, str, str]]:
     >>> topic in TOPICS and file.endswith(".py")
     True
     """
-    library = Path(sysconfig.get_path("stdlib"))
-    topic_of = {module: topic for topic, modules in TOPICS.items() for module in modules}
+    topic_of = _topic_of()
     rows: dict[str, tuple[str, str, str]] = {}
-    for path in _sources(library, topic_of):
-        file = path.relative_to(library)
+    for file, tree in _modules():
         topic = topic_of[_module(file)]
-        for text in _paragraphs(path.read_bytes()):
+        for text in _paragraphs(tree):
             rows.setdefault(text, (text, topic, file.as_posix()))
+    return _listed(rows, "pydoc-topics")
+
+
+def read_questions() -> list[tuple[str, str, str]]:
+    """A question about each public function and method as (question, answer, file), in the order of
+    the sorted file paths.
+
+    A question that comes twice, as of a property, has its first answer. Raises BadInput as `read`
+    does.
+    """
+    rows: dict[str, tuple[str, str, str]] = {}
+    for file, tree in _modules():
+        dotted = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
+        for signature, answer in _functions(tree, dotted):
+            question = f"What does `{signature}` do?"
+            rows.setdefault(question, (question, answer, file.as_posix()))
+    return _listed(rows, "pydoc-qa")
+
+
+def _functions(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
+    """Signature and first paragraph of every public function of a module or class, and those of its
+    public classes.
+    """
+    for child in ast.iter_child_nodes(node):
+        name = f"{prefix}.{getattr(child, 'name', '')}"
+        if not isinstance(child, DOCUMENTED) or child.name.startswith("_"):
+            continue
+        if isinstance(child, ast.ClassDef):
+            yield from _functions(child, name)
+            continue
+        signature = f"{name}({ast.unparse(child.args)})"
+        answer = " ".join(re.split(r"\n\s*\n", ast.get_docstring(child) or "")[0].split())
+        if len(signature) <= LONGEST_SIGNATURE and SHORTEST_ANSWER <= len(answer) <= LONGEST:
+            yield signature, answer
+
+
+def _topic_of() -> dict[str, str]:
+    return {module: topic for topic, modules in TOPICS.items() for module in modules}
+
+
+def _modules() -> Iterator[tuple[Path, ast.Module]]:
+    """The path below the library, and the tree, of every file that has a topic."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in _sources(library, _topic_of()):
+        yield path.relative_to(library), _tree(path.read_bytes())
+
+
+def _listed(rows: dict[str, tuple[str, str, str]], data: str) -> list[tuple[str, str, str]]:
     if not rows:
         raise BadInput(
             "expected the Python sources of the standard library in "
-            f"{library} for pydoc-topics, found none; run a Python that "
+            f"{sysconfig.get_path('stdlib')} for {data}, found none; run a Python that "
             "was installed with its sources, or name another data set"
         )
     return list(rows.values())
@@ -126,15 +176,18 @@ def _module(file: Path) -> str:
     return file.parts[0].removesuffix(".py")
 
 
-def _paragraphs(source: bytes) -> Iterator[str]:
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    tree = ast.Module(body=[], type_ignores=[])
+def _tree(source: bytes) -> ast.Module:
+    """The module's syntax tree, an empty one for a file that is no Python."""
     with warnings.catch_warnings(), suppress(SyntaxError, ValueError, RecursionError):
         # old escapes in the library's own strings are no concern of the user
         warnings.simplefilter("ignore")
-        tree = ast.parse(source)
+        return ast.parse(source)
+    return ast.Module(body=[], type_ignores=[])
+
+
+def _paragraphs(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
-        if isinstance(node, documented):
+        if isinstance(node, ast.Module | DOCUMENTED):
             for paragraph in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
                 text = " ".join(paragraph.split())
                 if SHORTEST <= len(text) <= LONGEST:

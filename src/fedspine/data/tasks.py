@@ -20,7 +20,7 @@ from fedspine.data.columns import Values, Wanted, checked, hidden, picker
 from fedspine.data.dataset import Dataset, Rows, held_out
 from fedspine.data.parts import FilePart, Pick, Read, listed
 
-_NATURAL = {"pydoc-topics": "file"}  # the columns that name a natural device
+_NATURAL = {"pydoc-topics": "file", "pydoc-qa": "file"}  # the columns that name a natural device
 
 
 def load(
@@ -32,20 +32,23 @@ def load(
     label: str = "label",
     group: str | None = None,
     encoding: str | None = None,
+    answers: bool = False,
 ) -> Dataset:
     """The data set named `data`: a built-in name, a local file or folder, or an id of the Hugging
     Face Hub.
 
     `text`, `pair` (for kind "pair", "text2" if not named) and `label` name columns; `group` names
     one more to keep in `Rows.columns` for a partition. `encoding` is that of text files which are
-    not UTF-8. Where the data has no test rows, a random fifth with a fixed seed is taken from the
-    training rows. Raises BadInput for data that cannot be found, read or used, saying what to do.
+    not UTF-8. With `answers`, conversations are read as dialogues, of which a model learns the
+    answers alone. Where the data has no test rows, a random fifth with a fixed seed is taken from
+    the training rows. Raises BadInput for data that cannot be found, read or used, saying what to
+    do.
 
     >>> data = load("pydoc-topics", kind="classification")
     >>> data.label_names[:3], data.natural
     (('interface', 'network', 'language'), 'file')
     """
-    wanted = _wanted(data, kind, text, pair, label, group)
+    wanted = _wanted(data, kind, text, pair, label, group, answers)
     train, test, notes = _train_and_test(_source(data, encoding), wanted)
     left_out = train.left_out + (test.left_out if test is not None else Counter())
     splits = [train] if test is None else [train, test]
@@ -107,6 +110,7 @@ def load_stated(
     label: str = "label",
     spelled: Mapping[str, str] | None = None,
     encoding: str | None = None,
+    answers: bool = False,
     say: Callable[[str], None] = lambda remark: None,
 ) -> Rows:
     """All training rows of `data`, whose labels index `label_names`, the given classes.
@@ -118,7 +122,7 @@ def load_stated(
     the `remarks` on the rows. Raises BadInput as `load` does, and for a value that is none of the
     classes.
     """
-    wanted = _wanted(data, kind, text, pair, label, None)
+    wanted = _wanted(data, kind, text, pair, label, None, answers)
     train = checked(_source(data, encoding)["train"](picker(wanted, "train")), wanted, "train")
     for remark in _remarks(len(train.texts), train.left_out, train.notes):
         say(remark)
@@ -157,7 +161,13 @@ def _stated_class(
 
 
 def _wanted(
-    data: str, kind: Kind, text: str, pair: str | None, label: str, group: str | None
+    data: str,
+    kind: Kind,
+    text: str,
+    pair: str | None,
+    label: str,
+    group: str | None,
+    answers: bool,
 ) -> Wanted:
     if kind not in get_args(Kind):
         raise unknown("kind of task", kind, get_args(Kind))
@@ -172,6 +182,7 @@ def _wanted(
         pair=(pair or "text2") if kind == "pair" else None,
         label=None if kind == "causal-lm" else label,
         others=others,
+        answers=answers and kind == "causal-lm",
     )
 
 
@@ -181,7 +192,7 @@ def _wanted(
 def _source(data: str, encoding: str | None) -> Mapping[str, Read]:
     """A reader for each split."""
     if data in BUILT_IN_DATA:
-        return {"train": _pydoc_topics}
+        return {"train": {"pydoc-topics": _pydoc_topics, "pydoc-qa": _pydoc_qa}[data]}
     if not data.strip():
         raise BadInput(
             f"expected the name of a data set, came {data!r}; name {BUILT_IN_DATA[0]!r}, a path or "
@@ -219,13 +230,25 @@ def _meant(name: str, known: Sequence[str]) -> str:
 def _pydoc_topics(pick: Pick) -> FilePart:
     topics = tuple(pydocs.TOPICS)
     texts, names, origins = zip(*pydocs.read(), strict=True)
-    table = {"text": texts, "label": [topics.index(name) for name in names], "file": origins}
+    labels = [topics.index(name) for name in names]
+    return _of_table({"text": texts, "label": labels, "file": origins}, pick, topics)
+
+
+def _pydoc_qa(pick: Pick) -> FilePart:
+    questions, answers, origins = zip(*pydocs.read_questions(), strict=True)
+    return _of_table({"prompt": questions, "completion": answers, "file": origins}, pick)
+
+
+def _of_table(
+    table: Mapping[str, Sequence[Any]], pick: Pick, names: tuple[str, ...] = ()
+) -> FilePart:
+    """The picked columns; `names` are what the numbers of a column "label" stand for."""
     columns = list(table.items())
     picked = {name: columns[place] for name, place in pick(list(table)).items()}
     return FilePart(
         columns={name: list(values) for name, (_, values) in picked.items()},
-        rows=len(texts),
-        stated={name: topics for name, (column, _) in picked.items() if column == "label"},
+        rows=len(columns[0][1]),
+        stated={name: names for name, (column, _) in picked.items() if column == "label"},
     )
 
 
@@ -261,4 +284,5 @@ def _rows(values: Values, labels: Sequence[int] | None) -> Rows:
         None if values.pairs is None else tuple(values.pairs),
         None if labels is None else np.array(labels, np.int64),
         {name: tuple(column) for name, column in values.columns.items()},
+        None if values.dialogues is None else tuple(values.dialogues),
     )

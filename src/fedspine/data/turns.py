@@ -1,17 +1,22 @@
-"""Conversations as texts, for language modelling: `messages`, or `prompt` and `completion`, become
-one text a row.
+"""Conversations in columns, for language modelling: `messages`, or a prompt and an answer.
 
-A message is "role: content", and messages stand one a line. A completion follows its prompt
-directly, or after a line break where neither of them has white space there.
+A dialogue keeps its messages apart, so that its answers alone can be learnt. As one text, a message
+is "role: content", and messages stand one a line; an answer follows its prompt directly, or after a
+line break where neither of them has white space there.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedspine.core.errors import BadInput
+from fedspine.data.dataset import ANSWERS, Dialogue
 from fedspine.data.parts import FilePart
 
 ALONE = "messages"
-TOGETHER = ("prompt", "completion")
+PAIRS = (("prompt", "completion"), ("instruction", "response"))
+CONTEXT = "context"  # of an instruction, where there is one
+ASKS = "user"  # the role of a prompt
+NO_PROMPT, NO_ANSWER = "no prompt", "no answer"  # why a row is left out
 
 
 def columns(names: Sequence[str]) -> tuple[str, ...]:
@@ -19,22 +24,87 @@ def columns(names: Sequence[str]) -> tuple[str, ...]:
 
     >>> columns(["completion", "prompt"])
     ('prompt', 'completion')
+    >>> columns(["instruction", "context", "response", "category"])
+    ('instruction', 'response', 'context')
     """
     bare = [name.strip() for name in names]
-    if bare.count(ALONE) == 1:
+    once = {name for name in bare if bare.count(name) == 1}
+    if ALONE in once:
         return (ALONE,)
-    return TOGETHER if all(bare.count(name) == 1 for name in TOGETHER) else ()
+    pair = next((pair for pair in PAIRS if once.issuperset(pair)), ())
+    return (*pair, CONTEXT) if pair == PAIRS[1] and CONTEXT in once else pair
 
 
 def texts(part: FilePart) -> list[str | None]:
     """One text for each row of the columns that `columns` names; None where there is none."""
     if ALONE in part.columns:
         return [_bare(value) for value in part.columns[ALONE]]
-    prompts, completions = (part.columns[name] for name in TOGETHER)
     return [
-        _followed(_bare(prompt), _bare(completion))
-        for prompt, completion in zip(prompts, completions, strict=True)
+        _followed(_bare(prompt) if context is None else _asked(prompt, context), _bare(answer))
+        for prompt, answer, context in _in_pairs(part)
     ]
+
+
+def dialogues(part: FilePart, text: str, split: str) -> list[Dialogue | str] | None:
+    """The dialogue of each row, up to its last answer, or why it is left out.
+
+    They are in the column `text`, or in those that `columns` names; None where the column holds
+    texts. Raises BadInput for a row in which all is empty.
+    """
+    if text in part.columns:
+        values = part.columns[text]
+        if not any(isinstance(value, list) for value in values) or not are_messages(values):
+            return None
+        said = [_messages(value, ASKS) for value in values]
+    elif ALONE in part.columns:
+        said = [_messages(value, ASKS) for value in part.columns[ALONE]]
+    else:
+        said = [
+            (
+                *_messages(prompt if context is None else _asked(prompt, context), ASKS),
+                *_messages(answer, ANSWERS),
+            )
+            for prompt, answer, context in _in_pairs(part)
+        ]
+    return [
+        _dialogue(messages, f"row {row} of the {split} set")
+        for row, messages in enumerate(said, start=1)
+    ]
+
+
+def _in_pairs(part: FilePart) -> list[tuple[Any, Any, Any]]:
+    """Prompt, answer and context of each row; the context is None where there is none."""
+    prompt, answer = next(pair for pair in PAIRS if pair[0] in part.columns)
+    contexts = part.columns.get(CONTEXT, [None] * part.rows)
+    return list(zip(part.columns[prompt], part.columns[answer], contexts, strict=True))
+
+
+def _asked(instruction: Any, context: Any) -> str | None:
+    """An instruction with what it is about."""
+    return "\n\n".join(filter(None, (_bare(instruction), _bare(context)))) or None
+
+
+def _messages(value: Any, role: str) -> tuple[tuple[str, str], ...]:
+    """Roles and contents of a cell: its messages, or its text as one of this role."""
+    if isinstance(value, list):
+        said = [(str(message.get("role") or role), _content(message)) for message in value]
+        return tuple((of, content) for of, content in said if content.strip())
+    text = _bare(value)
+    return () if text is None else ((role, text),)
+
+
+def _dialogue(messages: tuple[tuple[str, str], ...], where: str) -> Dialogue | str:
+    if not messages:
+        raise BadInput(
+            f"expected a prompt and an answer in {where}, found both empty; fill them, or remove "
+            "the row"
+        )
+    answers = [place for place, (role, _) in enumerate(messages) if role == ANSWERS]
+    if not answers:
+        return NO_ANSWER
+    if answers[0] == 0:
+        return NO_PROMPT
+    return Dialogue(messages[: answers[-1] + 1], where)
 
 
 def are_messages(values: Sequence[Any]) -> bool:

@@ -20,13 +20,14 @@ from typing import Any, TypeAlias
 
 import torch
 
-from fedspine.core.device import Call, Scratch, Served, serve
+from fedspine.core.device import Call, Scratch, serve
 from fedspine.core.errors import BadInput, of_machine
 from fedspine.core.message import unpack
 from fedspine.core.process import SIGNALS_TO_END, handling
 from fedspine.core.task import Data, Task
 from fedspine.execution.together import serve_together
 from fedspine.lm.base import Base
+from fedspine.lm.decoding import Decoding, written
 from fedspine.lm.prefix import Prefixes
 from fedspine.lm.score import Score, score, score_together
 from fedspine.nets.net import Net
@@ -34,7 +35,7 @@ from fedspine.nets.score import score_nets
 
 PARENT_CHECK_SECONDS = 1.0
 TRIES = 3  # so many workers in a row may be lost on one job
-Job: TypeAlias = "list[Call] | ScoreJob"
+Job: TypeAlias = "list[Call] | ScoreJob | AnswerJob"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,19 @@ class ScoreJob:
 
     models: tuple[bytes, ...]
     rows: int
+
+
+@dataclass(frozen=True)
+class AnswerJob:
+    """Let a packed model go on after prompts, given as tokens; its result is what it writes after
+    each.
+    """
+
+    model: bytes
+    prompts: tuple[tuple[int, ...], ...]
+    decoding: Decoding
+    ends: tuple[int, ...]
+    padding: int
 
 
 class WorkerLost(RuntimeError):
@@ -82,13 +96,15 @@ class Workshop:
     # differ
     taken: dict[int, Data] = field(default_factory=dict, init=False)
 
-    def do(self, job: Job) -> list[Served] | list[Score]:
+    def do(self, job: Job) -> list[Any]:
         """Run one job on one thread; several calls or models of a job run together."""
         torch.set_num_threads(1)
         if isinstance(job, ScoreJob):
             test = self.task.test.take(self.test_rows[: job.rows])
             models = [unpack(model) for model in job.models]
             return _scores(self.task.base, models, test, self.prefixes)
+        if isinstance(job, AnswerJob):
+            return [_answers(self.task.base, job)]
         data = [self._data(call.index) for call in job]
         if len(job) == 1:
             return [serve(job[0], self.task.base, data[0], self.prefixes, scratch=self.scratch)]
@@ -111,6 +127,11 @@ def _scores(
             rows = f"test-{len(test)}"
             return [score(base, models[0], test, prefixes=prefixes, rows=rows)]
     return score_together(base, models, test)
+
+
+def _answers(base: Base, job: AnswerJob) -> list[list[int]]:
+    module = base.fit(unpack(job.model).to(base.device), merge=True)
+    return written(module, job.prompts, job.decoding, ends=job.ends, padding=job.padding)
 
 
 class Workers:
@@ -150,7 +171,7 @@ class Workers:
         """
         return f"{self._workshop.task.base.device.type}, {self.together} in one pass"
 
-    def run(self, jobs: Iterable[Call | ScoreJob]) -> Iterator[Any]:
+    def run(self, jobs: Iterable[Call | ScoreJob | AnswerJob]) -> Iterator[Any]:
         """The results in the order of `jobs`, which are read only as workers become free."""
         bundles = _bundled(jobs, self.together)
         if self._count and not self._processes:
@@ -284,16 +305,16 @@ def _end_of(code: int | None) -> str:
     return f"by {name}" + (", perhaps for its memory" if name == "SIGKILL" else "")
 
 
-def _bundled(jobs: Iterable[Call | ScoreJob], most: int) -> Iterator[Job]:
+def _bundled(jobs: Iterable[Call | ScoreJob | AnswerJob], most: int) -> Iterator[Job]:
     """The jobs in their order, with up to `most` consecutive calls in one."""
     calls: list[Call] = []
     for job in jobs:
         if isinstance(job, Call):
             calls.append(job)
-        if calls and (len(calls) == most or isinstance(job, ScoreJob)):
+        if calls and (len(calls) == most or not isinstance(job, Call)):
             yield calls
             calls = []
-        if isinstance(job, ScoreJob):
+        if not isinstance(job, Call):
             yield job
     if calls:
         yield calls

@@ -17,6 +17,7 @@ from fedspine.exports.card import read_card
 from fedspine.exports.peft import write_adapter
 from fedspine.exports.whole_folder import whole_folder
 from fedspine.lm.base import Base, Model
+from fedspine.lm.gguf_files import is_gguf
 from fedspine.lm.load import MINILM_HUB
 from fedspine.lm.pooling import HOW, Pooling
 from fedspine.lm.structure import is_full, sparsity
@@ -31,12 +32,17 @@ AUTO: dict[Pooling | None, str] = {  # PEFT's class for each readout
 
 @dataclass(frozen=True)
 class Origin:
-    """The base that a run began with: its folder or Hub id, and whether the run kept only its first
-    blocks.
+    """The base that a run began with: its folder, file or Hub id, and whether the run kept only its
+    first blocks.
     """
 
     name: str
     cut: bool
+
+    @property
+    def dequantised(self) -> bool:
+        """Whether its weights are those of a quantised file, which PEFT cannot name as a base."""
+        return self.name == "smollm2" or is_gguf(self.name)
 
     @property
     def stock_name(self) -> str:
@@ -90,6 +96,11 @@ def _check(folder: Path, model: Model, origin: Origin, with_base: bool) -> None:
             f"this model is pruned, so its adapter does not fit {origin.name}; add --with-base to "
             "write the pruned base, too, or take --device dense for the adapter of the unpruned "
             "model, or --format hf for the merged one"
+        )
+    if origin.dequantised:
+        raise BadInput(
+            f"{origin.name} is a quantised file, to which PEFT fits no adapter; add --with-base to "
+            "write the dequantised base, too, or take --format hf for the merged model"
         )
     if origin.cut:
         raise BadInput(

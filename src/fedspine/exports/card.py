@@ -29,6 +29,7 @@ class Card:
     sparsity: float  # share of the blocks' linear weights that is pruned
     merged: bool  # whether the adapter is inside the weights
     stock: bool  # whether stock transformers loads the folder
+    chat: bool = False  # whether it was tuned on dialogues; older versions do not say
 
 
 def weights_of(folder: Path) -> Path:
@@ -77,7 +78,7 @@ def _checked(folder: Path, entry: dict[str, object]) -> Card:
         for i in values.get(key, ())  # type: ignore[attr-defined]
     )
     if (
-        {field.name for field in fields(Card)} != set(values)
+        {field.name for field in fields(Card)} != set(values) | {"chat"}
         or values["kind"] not in get_args(Kind)
         or not lists
     ):

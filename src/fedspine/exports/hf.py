@@ -23,7 +23,7 @@ from fedspine.core.message import Tensors
 from fedspine.core.task import Kind
 from fedspine.exports.card import CONFIG, FORMAT, WEIGHTS, Card
 from fedspine.exports.load import Loaded, load_model
-from fedspine.exports.predict import Continued, Labelled, Prediction, predict
+from fedspine.exports.predict import Answered, Continued, Labelled, Prediction, predict
 from fedspine.exports.whole_folder import whole_folder
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
@@ -31,6 +31,7 @@ from fedspine.lm.pooling import CLASSES, HOW, Pooling
 from fedspine.lm.structure import Structure, sparsity
 
 __all__ = [
+    "Answered",
     "Continued",
     "Labelled",
     "Loaded",
@@ -53,14 +54,15 @@ def export(
     max_tokens: int,
     name: str,
     merge: bool = True,
+    chat: bool = False,
 ) -> Path:
     """Write `model` as a folder of its own: config.json, model.safetensors, the tokenizer,
     README.md.
 
     The adapter is merged in fp32 as W + scale * B @ A; `merge=False` leaves it out, for use with an
-    adapter that `fedspine.exports.peft` writes. The folder appears at once and complete. Raises
-    BadInput where it exists already, where the base is not fp32, or where `labels` are not those
-    that the head was trained for.
+    adapter that `fedspine.exports.peft` writes. `chat` says that it was tuned on dialogues. The
+    folder appears at once and complete. Raises BadInput where it exists already, where the base is
+    not fp32, or where `labels` are not those that the head was trained for.
     """
     folder = Path(folder)
     _check(base, folder, labels, kind)
@@ -78,6 +80,7 @@ def export(
         sparsity=sparsity(base.layout, model.structure),
         merged=merge,
         stock=stock,
+        chat=chat,
     )
     _write(folder, config, card, tensors, tokenizer)
     return folder

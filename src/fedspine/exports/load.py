@@ -36,6 +36,7 @@ class Loaded:
     sparsity: float
     parameters: int
     block_parameters: int  # of the prunable linear layers' weights, which sparsity is counted on
+    chat: bool = False  # whether it was tuned on dialogues, so that it answers
 
 
 def load_model(folder: str | Path, *, threads: int | None = None) -> Loaded:
@@ -73,6 +74,7 @@ def load_model(folder: str | Path, *, threads: int | None = None) -> Loaded:
         block_parameters=sum(
             module.get_submodule(site.path).weight.numel() for site in layout.sites
         ),
+        chat=card.chat,
     )
 
 

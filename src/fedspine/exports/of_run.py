@@ -129,7 +129,7 @@ def export_model(
             )
         more = {"quantize": quantize, "parity": asdict(parity) | {"line": parity.line}}
     else:
-        hf.export(run.base, model, run.tokenizer, to, **card)
+        hf.export(run.base, model, run.tokenizer, to, chat=record.of_dialogues, **card)
     return {
         "device": device,
         "format": format,

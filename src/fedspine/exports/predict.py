@@ -1,10 +1,10 @@
-"""Run an exported model on texts: a label with its probability, or a continuation with the loss of
-what was given.
+"""Run an exported model on texts: a label with its probability, a continuation with the loss of
+what was given, or the answer of a model that was tuned on dialogues.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,12 +13,14 @@ from fedspine.core.errors import BadInput
 from fedspine.core.task import Examples
 from fedspine.data.dataset import Rows
 from fedspine.exports.load import Loaded
+from fedspine.lm.decoding import Decoding, ends_of, written
+from fedspine.lm.dialogues import Messages, end_of_answers, prompt_ids
 from fedspine.lm.encode import encode
 from fedspine.lm.fits import positions
 from fedspine.lm.score import score_module
 
 BATCH = 32  # texts at a time
-NEW_TOKENS = 40  # of a continuation
+NEW_TOKENS, ANSWER_TOKENS = 40, 256  # of a continuation and of an answer, where none are given
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,15 @@ class Continued:
     ended: bool
 
 
-Prediction: TypeAlias = Labelled | Continued
+@dataclass(frozen=True)
+class Answered:
+    """The model's answer; `ended` says whether it came to an end of its own."""
+
+    answer: str
+    ended: bool
+
+
+Prediction: TypeAlias = Labelled | Continued | Answered
 
 
 def predict(
@@ -50,13 +60,18 @@ def predict(
     texts: Sequence[str],
     pairs: Sequence[str] | None = None,
     *,
-    new_tokens: int = NEW_TOKENS,
+    new_tokens: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[Prediction]:
     """One prediction for each text, in order; `pairs` holds the second texts, for kind pair only.
 
+    A model that was tuned on dialogues answers each text in `new_tokens` at most (None: 256).
+
     A text longer than the model's `max_tokens` is cut for a label, and read in windows for a loss;
-    a continuation starts from its last tokens and has at most `new_tokens`. A text that is to be
-    continued has no end, so none counts in its loss. Raises BadInput for missing, surplus or
+    a continuation starts from its last tokens and has at most `new_tokens` (None: 40). A text that
+    is to be continued has no end, so none counts in its loss. Tokens are the likeliest ones, or
+    drawn with the seed where the temperature is above 0. Raises BadInput for missing, surplus or
     unequally many second texts.
     """
     if (pairs is not None) != (loaded.kind == "pair"):
@@ -72,7 +87,10 @@ def predict(
     if not texts:
         return []
     if loaded.kind == "causal-lm":
-        return [_continued(loaded, text, new_tokens) for text in texts]
+        decoding = decoding_for(loaded, new_tokens, temperature, seed)
+        if loaded.chat:
+            return [answered(loaded, [("user", text)], decoding) for text in texts]
+        return [_continued(loaded, text, decoding) for text in texts]
     return _labelled(loaded, _encoded(loaded, texts, pairs))
 
 
@@ -104,43 +122,60 @@ def _labelled(loaded: Loaded, examples: Examples) -> list[Prediction]:
     return [one for one in found if one is not None]
 
 
-def _continued(loaded: Loaded, text: str, new_tokens: int) -> Continued:
+def decoding_for(loaded: Loaded, new_tokens: int | None, temperature: float, seed: int) -> Decoding:
+    """How a model writes; so many tokens as are usual for it where none are given."""
+    usual = ANSWER_TOKENS if loaded.chat else NEW_TOKENS
+    return Decoding(new_tokens or usual, temperature, seed)
+
+
+def answered(
+    loaded: Loaded, messages: Messages, decoding: Decoding, streamer: Any = None
+) -> Answered:
+    """The answer to a dialogue; its oldest exchanges are left out where the model has no positions
+    for all of it.
+
+    `streamer` is one of transformers, which gets the tokens as they come. Raises BadInput for a
+    last message that is too long.
+    """
+    room = max(1, positions(loaded.module.config) - decoding.new_tokens)
+    ids = prompt_ids(loaded.tokenizer, messages)
+    while len(ids) > room and len(messages) > 2:
+        messages = messages[2:]
+        ids = prompt_ids(loaded.tokenizer, messages)
+    if len(ids) > room:
+        raise BadInput(
+            f"the text has {len(ids):,} tokens, and this model reads {room:,} before an answer of "
+            f"{decoding.new_tokens:,}; shorten it"
+        )
+    ends = _ends(loaded, end_of_answers(loaded.tokenizer))
+    padding = loaded.tokenizer.pad_token_id
+    (new,) = written(loaded.module, [ids], decoding, ends=ends, padding=padding, streamer=streamer)
+    text = loaded.tokenizer.decode(new, skip_special_tokens=True)
+    return Answered(text.strip(), ended=bool(set(new[-1:]) & set(ends)))
+
+
+def _continued(loaded: Loaded, text: str, decoding: Decoding) -> Continued:
     examples = _encoded(loaded, [text], None)
     score = score_module(loaded.module, examples)
     # the model has no positions beyond these
-    room = max(1, positions(loaded.module.config) - new_tokens)
+    room = max(1, positions(loaded.module.config) - decoding.new_tokens)
     prompt = _last(examples, min(loaded.max_tokens, room))
     ends = _ends(loaded)
-    with torch.inference_mode():
-        whole = loaded.module.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=loaded.tokenizer.pad_token_id,
-            eos_token_id=ends or None,
-        )
-    written = whole[0, prompt.shape[1] :]
-    continuation = loaded.tokenizer.decode(written, skip_special_tokens=True)
-    return Continued(
-        continuation, score.mean_loss, ended=bool(set(written[-1:].tolist()) & set(ends))
-    )
+    padding = loaded.tokenizer.pad_token_id
+    (new,) = written(loaded.module, [prompt], decoding, ends=ends, padding=padding)
+    continuation = loaded.tokenizer.decode(new, skip_special_tokens=True)
+    return Continued(continuation, score.mean_loss, ended=bool(set(new[-1:]) & set(ends)))
 
 
-def _last(examples: Examples, most: int) -> torch.Tensor:
-    """The last tokens of the only text, at most so many: int64 [1, tokens]."""
+def _last(examples: Examples, most: int) -> list[int]:
+    """The last tokens of the only text, at most so many."""
     # later windows repeat the end of the one before
     skipped = np.zeros(len(examples), np.int64) if examples.context is None else examples.context
     rows = zip(examples.offsets[:-1] + skipped, examples.offsets[1:], strict=True)
     ids = np.concatenate([examples.ids[first:last] for first, last in rows])
-    return torch.from_numpy(ids[-most:]).long()[None]
+    return ids[-most:].tolist()
 
 
-def _ends(loaded: Loaded) -> list[int]:
-    """The tokens that end a continuation: the tokenizer's end token, and those of the model's
-    settings.
-    """
-    stated = loaded.module.generation_config.eos_token_id
-    of_model = stated if isinstance(stated, list) else [stated]
-    return sorted({end for end in (loaded.tokenizer.eos_token_id, *of_model) if end is not None})
+def _ends(loaded: Loaded, *more: int | None) -> list[int]:
+    """The tokens that end what it writes."""
+    return ends_of(loaded.tokenizer, loaded.module.generation_config, *more)

@@ -87,6 +87,8 @@ class RunTerms:
     label_names: tuple[str, ...]  # in the order of their numbers; empty for language modelling
     foretold: Reads | None = None  # what orders will read, where the method says so; not binding
     privacy: Privacy | None = None  # what is promised to each site
+    # what is learnt of rows with prompts and answers
+    loss_on: Literal["answers", "texts"] = "answers"
 
     def check(self) -> None:
         """Raise BadInput for invalid values."""

@@ -29,6 +29,7 @@ from fedspine.flare.site_terms import SITE_FILE, AllowSection, check_run
 if TYPE_CHECKING:
     from fedspine.lm.base import Base
 
+MODELS = ("minilm",)  # of a site whose file names none
 TOKENS_KEPT = 4  # encodings of the rows that the cache holds, one for each kind and length
 # of a site; it is used in certificates and addresses
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
@@ -176,6 +177,7 @@ def site_examples(site: Site, terms: RunTerms, tokenizer: Any) -> Examples:
         label=data.label,
         spelled=data.labels,
         encoding=data.encoding,
+        answers=terms.loss_on == "answers",
         say=lambda remark: print(f"{data.path}: {remark}", file=sys.stderr, flush=True),
     )
     if len(rows.texts) < site.allow.fewest_rows:
@@ -204,7 +206,7 @@ def check_name(name: str) -> None:
 
 def _site(tables: dict[str, Any], folder: Path) -> Site:
     known_keys("part of a site file", tables, {"name", "models", *SECTIONS})
-    tables = {"models": {name: name for name in BUILT_IN_MODELS}, "data": {}} | tables
+    tables = {"models": {name: name for name in MODELS}, "data": {}} | tables
     top = validated(
         "site",
         pydantic.TypeAdapter(_Top),

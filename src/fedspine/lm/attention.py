@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from fedspine.core.message import Tensors
+
 NAME = "fedspine"
 VECTOR = 32  # numbers below which the backward pass of a bf16 softmax is not vectorised
 
@@ -19,9 +21,9 @@ VECTOR = 32  # numbers below which the backward pass of a bf16 softmax is not ve
 def attention(
     module: nn.Module,
     query: Float[Tensor, "batch heads tokens size"],
-    key: Float[Tensor, "batch key_heads tokens size"],
-    value: Float[Tensor, "batch key_heads tokens size"],
-    attention_mask: Float[Tensor, "#batch #heads tokens tokens"] | None,
+    key: Float[Tensor, "batch key_heads seen size"],
+    value: Float[Tensor, "batch key_heads seen size"],
+    attention_mask: Float[Tensor, "#batch #heads tokens seen"] | None,
     scaling: float | None = None,
     **_: object,
 ) -> tuple[Float[Tensor, "batch tokens heads size"], None]:
@@ -62,6 +64,16 @@ class _Attention(torch.autograd.Function):
         grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
         grad_scores = grad_scores.mul_(ctx.scaling).to(query.dtype)
         return grad_scores @ key, grad_scores.transpose(2, 3) @ query, grad_value, None, None
+
+
+def module_inputs(inputs: Tensors) -> Tensors:
+    """What a module is called with for a batch: all but its labels.
+
+    Rows of several texts come without a mask: then transformers tells the texts of a row apart by
+    their positions, and padding, whose positions are all 0, sees nothing but itself.
+    """
+    left_out = {"labels", "attention_mask"} if "position_ids" in inputs else {"labels"}
+    return {name: tensor for name, tensor in inputs.items() if name not in left_out}
 
 
 AttentionInterface.register(NAME, attention)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedspine.core.message import Tensors, message
 from fedspine.core.tensors import moved, padded
+from fedspine.lm.attention import module_inputs
 from fedspine.lm.digest import tensors_sha256
 from fedspine.lm.lora import AdaptedLinear, a_name, b_name
 from fedspine.lm.pooling import Pooling, reading
@@ -222,7 +223,7 @@ class Base:
             None if last < len(self._blocks) else self._blocks[-1].register_forward_hook(tap.watch)
         )
         try:
-            self.skeleton.get_submodule(self.layout.prefix)(**inputs)
+            self.skeleton.get_submodule(self.layout.prefix)(**module_inputs(inputs))
         finally:
             if watch is not None:
                 watch.remove()

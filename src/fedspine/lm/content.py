@@ -8,6 +8,7 @@ import torch
 
 from fedspine.core.message import pack
 from fedspine.lm.base import Base
+from fedspine.lm.dialogues import PLAIN, template_of
 from fedspine.lm.tokens import written
 
 
@@ -20,6 +21,8 @@ def content_sha256(base: Base, tokenizer: Any) -> str:
     digest = hashlib.sha256()
     digest.update(pack(base.layout).payload)
     digest.update(json.dumps(written(tokenizer), sort_keys=True).encode("utf-8", "surrogatepass"))
+    if (template := template_of(tokenizer)) != PLAIN:  # which stands for none
+        digest.update(json.dumps(template).encode("utf-8", "surrogatepass"))
     fresh = {
         f"{layer.path}.{part}" for layer in base.head if layer.fresh for part in ("weight", "bias")
     }

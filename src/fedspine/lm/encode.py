@@ -13,6 +13,7 @@ import numpy as np
 
 from fedspine.core.task import Examples, Kind
 from fedspine.data.dataset import Rows
+from fedspine.lm.dialogues import encode_dialogues
 
 
 def encode(
@@ -27,9 +28,12 @@ def encode(
     """Tokenise a split once; every row has at most `max_tokens` tokens, special ones included.
 
     For language modelling each text is `ended` by the tokenizer's end token, where it has one, and
-    rows that are only `scored` begin with tokens of the window before (`Examples.context`).
+    rows that are only `scored` begin with tokens of the window before (`Examples.context`). Of
+    dialogues the answers alone count: `lm.dialogues`.
     """
     texts = list(rows.texts)
+    if kind == "causal-lm" and rows.dialogues is not None:
+        return encode_dialogues(tokenizer, rows.dialogues, max_tokens)
     if kind == "causal-lm":
         coded = tokenizer(texts, verbose=False)["input_ids"]
         whole = [_ended(ids, tokenizer.eos_token_id, ended) for ids in coded]

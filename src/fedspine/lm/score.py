@@ -10,6 +10,7 @@ from torch import nn
 
 from fedspine.core.task import IGNORED, Examples
 from fedspine.core.tensors import moved
+from fedspine.lm.attention import module_inputs
 from fedspine.lm.base import Base, Model
 from fedspine.lm.prefix import (
     BATCH,
@@ -121,10 +122,12 @@ def _scores(
             labels = inputs.pop("labels")
             enter(rows)
             inputs = {name: tensor.repeat(models, 1) for name, tensor in inputs.items()}
-            logits = module(**inputs).logits.float().unflatten(0, (models, -1))
+            logits = module(**module_inputs(inputs)).logits.float().unflatten(0, (models, -1))
             if labels.dim() == 2:
                 logits, labels = logits[:, :, :-1].flatten(1, 2), labels[:, 1:].flatten()
             valid = labels != IGNORED
+            if data.counted is not None:  # often few of the tokens, and logits are large
+                logits, labels, valid = logits[:, valid], labels[valid], valid[valid]
             for i, own in enumerate(logits):
                 loss[i] += float(
                     nn.functional.cross_entropy(own, labels, ignore_index=IGNORED, reduction="sum")

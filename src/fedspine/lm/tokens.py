@@ -20,6 +20,7 @@ import numpy as np
 
 from fedspine.core.task import Examples, Kind
 from fedspine.data.dataset import Rows
+from fedspine.lm.dialogues import template_of
 from fedspine.lm.encode import encode
 
 ABOUT = "examples.json"
@@ -94,7 +95,10 @@ def _key(tokenizer: Any, rows: Rows, kind: Kind, max_tokens: int, scored: bool) 
     digest = hashlib.sha256()
     # rows with labels are the same whatever they are for
     use = "scored" if scored and kind == "causal-lm" else "trained on"
-    for part in (FORMAT, json.dumps(settings), kind, str(max_tokens), use, *_texts(rows)):
+    parts = [FORMAT, json.dumps(settings), kind, str(max_tokens), use]
+    if rows.dialogues is not None:
+        parts.append(json.dumps(template_of(tokenizer)))
+    for part in (*parts, *_texts(rows)):
         encoded = part.encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     digest.update(
@@ -108,6 +112,9 @@ def _texts(rows: Rows) -> Iterator[str]:
     if rows.pairs is not None:
         yield "pairs"
         yield from rows.pairs
+    if rows.dialogues is not None:
+        yield "dialogues"
+        yield from (json.dumps(dialogue.messages) for dialogue in rows.dialogues)
 
 
 def _store(examples: Examples, folder: Path, kept: int) -> None:

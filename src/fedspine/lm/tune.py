@@ -18,6 +18,7 @@ from fedspine.core.privacy import Guard
 from fedspine.core.reads import Descent, Reads, last_steps, lasting
 from fedspine.core.task import IGNORED, Examples
 from fedspine.core.tensors import moved
+from fedspine.lm.attention import module_inputs
 from fedspine.lm.base import Model
 from fedspine.lm.cost import Extent, training_flops, training_memory_bytes
 from fedspine.lm.importance import Scores
@@ -365,7 +366,7 @@ def losses_of(module: nn.Module, inputs: Tensors, models: int) -> Float[Tensor, 
     0 for a model of whose labels none counts, such as rows of one token.
     """
     labels = inputs["labels"]
-    logits = module(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+    logits = module(**module_inputs(inputs)).logits
     if labels.dim() == 2:
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     losses = nn.functional.cross_entropy(

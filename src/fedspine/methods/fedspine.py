@@ -11,7 +11,6 @@ from functools import cache
 from typing import Self
 
 import numpy as np
-import torch
 
 from fedspine.control.bandit import rewards
 from fedspine.control.controllers import Controller, DeviceModel, SUcb, TextLoad
@@ -33,7 +32,7 @@ from fedspine.lm.forecast import Frame, forecast, frame, ranks_that_fit, round_f
 from fedspine.lm.importance import Scores, tally
 from fedspine.lm.importance_sources import Gradient, Importance
 from fedspine.lm.lora import adapter_rank, check_rank, fresh
-from fedspine.lm.merge import RankMerging, change, merge, share
+from fedspine.lm.merge import RankMerging, change, merge, no_change, share
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, check_target, full, sparsity
 from fedspine.lm.tune import LocalTraining, check_tuning, tuning_at
@@ -122,7 +121,7 @@ class FedSpine(LocalTraining):
             line_energy=line_energy(task.base),
             embeddings=task.base.embeddings,
             max_tokens=task.max_tokens,
-            dense={site.path: torch.zeros(site.rows, site.columns) for site in layout.sites},
+            dense=no_change(self.aggregation, layout),
             scores=None,
             structures={},
             sparsities={},

@@ -9,11 +9,12 @@ from typing import Any
 from fedspine.core.errors import BadInput
 from fedspine.report import figures
 from fedspine.report.html import Figure, rendered
-from fedspine.report.rows import RunRows, read_rows
+from fedspine.report.rows import AnswerRow, RunRows, read_rows
 from fedspine.report.series import DeviceClass, Trouble, device_classes, summary_so_far, troubles
 from fedspine.report.tables import (
     MISSING,
     UnprunedRun,
+    answer_rows,
     bytes_text,
     counted,
     decimal,
@@ -74,6 +75,8 @@ def page(
         classes=[_class_row(line, colours[line.kind]) for line in classes],
         trust=trust_lines(trust(rows, promised_in(recipe))),
         troubles=[_trouble_row(line) for line in troubles(rows)],
+        answer_scores=answer_rows(numbers),
+        answers=[_answers(row) for row in _last_answers(rows, numbers)],
         recipe=recipe,
         footer=_footer(numbers),
     )
@@ -108,6 +111,16 @@ def _trouble_row(line: Trouble) -> dict[str, str]:
         "left_out": counted(line.left_out, "time") if line.left_out else MISSING,
         "reason": line.reason or MISSING,
     }
+
+
+def _last_answers(rows: RunRows, summary: Mapping[str, Any]) -> Sequence[AnswerRow]:
+    """Those of the last attempt to end the run."""
+    return rows.answers[-int(summary.get("answers") or len(rows.answers)) :]
+
+
+def _answers(row: AnswerRow) -> dict[str, Any]:
+    said = [("asked", row.prompt), ("in the data", row.reference), *row.answers.items()]
+    return {"said": said}
 
 
 def _footer(summary: Mapping[str, Any]) -> str:

@@ -77,6 +77,15 @@ class Round:
 
 
 @dataclass(frozen=True)
+class AnswerRow:
+    """The answers of models, by their names, to the prompt of a test row, and the one it gives."""
+
+    prompt: str
+    reference: str
+    answers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class RunRows:
     """A run's records by kind of row, in the order they were written."""
 
@@ -85,6 +94,7 @@ class RunRows:
     scores: tuple[ScoreRow, ...] = ()
     rounds: tuple[Round, ...] = ()
     warnings: tuple[Warned, ...] = ()
+    answers: tuple[AnswerRow, ...] = ()
 
 
 def read_rows(path: Path) -> RunRows:
@@ -171,6 +181,16 @@ def _warned(row: Mapping[str, Any]) -> Warned:
     return Warned(_count(row, "round"), str(row.get("line") or ""))
 
 
+def _answer(row: Mapping[str, Any]) -> AnswerRow:
+    answers = row.get("answers")
+    told = answers.items() if isinstance(answers, Mapping) else ()
+    return AnswerRow(
+        prompt=str(row.get("prompt") or ""),
+        reference=str(row.get("reference") or ""),
+        answers={str(name): str(text) for name, text in told},
+    )
+
+
 def _number(row: Mapping[str, Any], name: str) -> float | None:
     """A finite number, or None: plots cannot show nan, nor a method's list of ranks."""
     value = row.get(name)
@@ -188,4 +208,5 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "score": _score,
     "round": _round,
     "warning": _warned,
+    "answer": _answer,
 }

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite
+from math import exp, isfinite
 from typing import Any, Literal, TextIO
 
 from rich import box
@@ -227,7 +227,38 @@ def _quality(summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun]) -> lis
     return [
         *lines,
         *(Headline(what, form(value), note) for what, note, value in references(summary)),
+        *_answer_lines(summary),
     ]
+
+
+def answer_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Of each model that answered test rows: its name, exact match, ROUGE-L, and the perplexity of
+    the data's answers.
+    """
+    losses = {
+        "untuned": summary.get("reference_base"),
+        "unpruned": summary.get("loss_dense"),
+        "pruned": summary.get("loss_global"),
+    }
+    return [
+        (
+            name,
+            percent(each.get("exact_match")),
+            decimal(each.get("rouge_l")),
+            decimal(None if _missing(losses.get(name)) else exp(losses[name]), 2),
+        )
+        for name, each in (summary.get("answer_scores") or {}).items()
+    ]
+
+
+def _answer_lines(summary: Mapping[str, Any]) -> list[Headline]:
+    """ROUGE-L of the last model, beside those that it comes from."""
+    *others, last = answer_rows(summary) or [None]
+    if last is None:
+        return []
+    beside = ", ".join(f"{name} {rouge}" for name, _, rouge, _ in others)
+    to = counted(summary.get("answers") or 0, "test row")
+    return [Headline("ROUGE-L", last[2], f"{last[0]}, answers to {to}; {beside}")]
 
 
 def _signed(difference: float | None) -> str:

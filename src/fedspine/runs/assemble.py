@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.process import cores
 from fedspine.core.task import Arrays, Data, Task
-from fedspine.data.dataset import Dataset
+from fedspine.data.dataset import Dataset, Dialogue
 from fedspine.data.tasks import remarks
 from fedspine.execution.workers import Workers, Workshop
 from fedspine.fleets.hardware import Hardware, device_ids, fleet_mix
@@ -24,9 +24,11 @@ from fedspine.fleets.lossy import Lossy
 from fedspine.fleets.semi_async import SemiAsync
 from fedspine.fleets.simulated import SimulatedFleet, profiles
 from fedspine.fleets.simulated_world import World
+from fedspine.lm.dialogues import settle_template
 from fedspine.lm.fits import longest_input
 from fedspine.lm.load import load as load_model
 from fedspine.lm.load import pooling_for
+from fedspine.lm.packing import packed
 from fedspine.lm.pooling import READOUTS
 from fedspine.lm.precision import choose
 from fedspine.lm.prefix import Prefixes, storable
@@ -57,6 +59,8 @@ class Assembled:
     record: TaskRecord
     left_out: Mapping[str, int]  # unused rows of the data, by reason
     remarks: tuple[str, ...]  # remarks on how the data was read, one line each
+    # of the test rows, where answers are learnt
+    dialogues: tuple[Dialogue, ...] | None = None
 
 
 def assemble(recipe: Recipe, *, here: bool = True, begun: Path | None = None) -> Assembled:
@@ -84,7 +88,15 @@ def assemble(recipe: Recipe, *, here: bool = True, begun: Path | None = None) ->
     if then is not None:
         task_record.check_base(then, record.model_sha256, recipe.task.model, begun)
     task.base.to(computing)
+    noted = _without_room(data, task)
+    if recipe.run.answers and (recipe.task.kind == "array" or data.test.dialogues is None):
+        raise BadInput(
+            f"run.answers is {recipe.run.answers}, but the rows of {recipe.task.data} are no "
+            "prompts with answers; set it to 0"
+        )
     shares = share_out(recipe, data, task.train) if here else ()
+    if recipe.task.pack:
+        task, shares = _packed(recipe, task, shares, here=here)
     check_delta(recipe, [len(share) for share in shares])
     recipe.method.check(task)
     return Assembled(
@@ -95,7 +107,8 @@ def assemble(recipe: Recipe, *, here: bool = True, begun: Path | None = None) ->
         kinds=tuple(kinds),
         record=record,
         left_out=data.left_out,
-        remarks=remarks(data),
+        remarks=(*remarks(data), *noted),
+        dialogues=None if recipe.task.kind == "array" else data.test.dialogues,
     )
 
 
@@ -151,6 +164,8 @@ def build_task(recipe: Recipe, data: Dataset, *, kept: Path | None = None) -> tu
             f"task.max_tokens is {section.max_tokens}, but "
             f"{section.model} reads at most {longest}; lower it"
         )
+    if data.train.dialogues is not None:
+        settle_template(tokenizer)
     train = tokens(tokenizer, data.train, section.kind, section.max_tokens)
     task = Task(
         kind=section.kind,
@@ -205,9 +220,40 @@ def share_out(recipe: Recipe, data: Dataset, train: Data) -> tuple[np.ndarray, .
     if isinstance(train, Arrays) or train.sources is None:
         return tuple(shares)
     first = np.searchsorted(train.sources, np.arange(len(data.train) + 1))
-    return tuple(
+    held = tuple(
         np.concatenate([np.arange(first[row], first[row + 1]) for row in share]) for share in shares
     )
+    for device, rows in zip(identities(recipe), held, strict=True):
+        if not len(rows):  # of texts there is always one
+            raise BadInput(
+                f"device {device} has no row whose prompt leaves room for an answer within "
+                f"task.max_tokens = {recipe.task.max_tokens}; raise it, or take fewer devices"
+            )
+    return held
+
+
+def _without_room(data: Dataset, task: Task) -> list[str]:
+    """A remark about dialogues whose prompts fill all of `task.max_tokens`."""
+    if task.kind != "causal-lm" or data.train.dialogues is None:
+        return []
+    rows = len(data.train) + len(data.test)
+    found = sum(len(np.unique(split.sources)) for split in (task.train, task.test))
+    if found == rows:
+        return []
+    return [
+        f"{rows - found:,} of {rows:,} rows are left out: their prompts fill task.max_tokens = "
+        f"{task.max_tokens}"
+    ]
+
+
+def _packed(
+    recipe: Recipe, task: Task, shares: tuple[np.ndarray, ...], *, here: bool
+) -> tuple[Task, tuple[np.ndarray, ...]]:
+    """The task and the shares with several short texts in a row."""
+    if not here:
+        raise BadInput("task.pack is for simulated devices, not for real sites; leave it out")
+    train, shares = packed(task.train, shares, recipe.task.max_tokens)
+    return replace(task, train=train), shares
 
 
 def test_order(assembled: Assembled) -> np.ndarray:

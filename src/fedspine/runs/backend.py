@@ -212,6 +212,7 @@ def terms_of(assembled: Assembled) -> RunTerms:
         precision=assembled.recipe.run.precision,
         pooling=section.pooling,
         max_tokens=section.max_tokens,
+        loss_on=section.loss_on,
         label_names=task.label_names,
         privacy=task.privacy,
     )

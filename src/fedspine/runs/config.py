@@ -17,7 +17,12 @@ from fedspine.core.strict import Section
 from fedspine.core.task import AUTO, BUILT_IN_DATA, BUILT_IN_MODELS, NETS
 from fedspine.methods import find
 from fedspine.runs.method_table import method_of
-from fedspine.runs.recipe_checks import check_aggregation, check_privacy, check_quorum
+from fedspine.runs.recipe_checks import (
+    check_aggregation,
+    check_packing,
+    check_privacy,
+    check_quorum,
+)
 from fedspine.runs.recipe_format import FORMAT, format_of
 from fedspine.runs.sections import (
     SECTIONS,
@@ -31,6 +36,7 @@ from fedspine.runs.sections import (
 
 # what the embedded job's method was tuned in, on that job's own data
 OF_ITS_DATA = ("learning_rate", "head_lr_multiplier")
+EMBEDDED = ("chat", "default", "demo")  # recipes that come with the package
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -74,6 +80,7 @@ class Recipe:
             made[name] = _section(name, cls, whole, flat[name])
         check_privacy(made["privacy"], made["method"])
         made["task"] = of_one_kind(made["task"])
+        check_packing(made["task"], made["privacy"])
         check_quorum(made["method"], made["fleet"])
         check_aggregation(made["method"], made["fleet"])
         for name, part in made.items():
@@ -167,22 +174,18 @@ def embedded(name: str = "default") -> dict[str, Any]:
 
 
 def load(path: Path | None, settings: list[str] | None = None, seed: int | None = None) -> Recipe:
-    """Read a recipe, or the embedded default job, with `section.key=value` settings and the seed
-    laid over it.
+    """Read a recipe, or an embedded one by its name (None: the default job), with
+    `section.key=value` settings and the seed laid over it.
     """
     overlay = _settings(settings or [])
     if seed is not None:
         overlay.setdefault("run", {})["seed"] = seed
-    if path is None:
-        return anchored(recipe(_laid_over(_without_tuned_values(embedded(), overlay), overlay)))
-    return anchored(
-        recipe(
-            _laid_over(
-                strict.read_toml(path, "recipe", "give a TOML file, or none for the embedded job"),
-                overlay,
-            )
-        )
-    )
+    if path is None or (str(path) in EMBEDDED and not path.exists()):
+        tables = embedded("default" if path is None else str(path))
+        return anchored(recipe(_laid_over(_without_tuned_values(tables, overlay), overlay)))
+    known = ", ".join(EMBEDDED)
+    do = f"give a TOML file, the name of an embedded recipe ({known}), or none"
+    return anchored(recipe(_laid_over(strict.read_toml(path, "recipe", do), overlay)))
 
 
 def anchored(recipe: Recipe) -> Recipe:
@@ -273,12 +276,12 @@ def _without_tuned_values(defaults: dict[str, Any], overlay: dict[str, Any]) -> 
     """
     named = overlay.get("task", {})
     task, fleet, method = (dict(defaults[name]) for name in ("task", "fleet", "method"))
-    if "data" in named and "model" not in named:
+    if "data" in named and "model" not in named and task.get("kind") != "causal-lm":
         task.pop("model")
     name = overlay.get("method", {}).get("name", method["name"])
     other = name != method["name"] and isinstance(name, str)
     if other:
-        fleet.pop("quorum")
+        fleet.pop("quorum", None)
         method = parts.fitted(method, find(name)) | {"name": name}
     if other or "data" in named:
         method = {key: value for key, value in method.items() if key not in OF_ITS_DATA}

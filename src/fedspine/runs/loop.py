@@ -17,6 +17,7 @@ from fedspine.fleets.checked import Checked
 from fedspine.fleets.rounds import Totals
 from fedspine.report.page import REPORT, write_page
 from fedspine.runs import evaluation
+from fedspine.runs.answers import answers_at_end
 from fedspine.runs.assemble import START, Assembled, around, cohort, settled
 from fedspine.runs.backend import Backend, RealSites, Simulation, backend_of
 from fedspine.runs.config import Recipe
@@ -167,6 +168,9 @@ def _run(
         summary = evaluation.summary(context, point, estimate, progress)
         summary |= spent_of(recipe, evaluation.recorded(context))
         summary |= evaluation.reference_scores(context, progress, simulated=simulated)
+        if assembled.recipe.run.answers:
+            progress.stage("answering the test rows")
+            summary |= answers_at_end(assembled, workers, point.state, records)
         if lines := evaluation.last_doubts(context, point):
             summary["warnings"] = lines
             for line in lines:

@@ -50,6 +50,7 @@ def _whole(recipe: Recipe) -> Dataset:
         label=section.label,
         group=group,
         encoding=section.encoding,
+        answers=section.loss_on == "answers",
     )
 
 
@@ -69,8 +70,9 @@ def modelled(recipe: Recipe) -> tuple[Recipe, str | None]:
         return recipe.with_net(net), f"model: {net}, for rows of shape {list(shape)}"
     if task.kind == "causal-lm":
         raise BadInput(
-            "a language model is to be tuned, and none is built in; name a decoder as task.model: "
-            "a Hub id such as HuggingFaceTB/SmolLM2-135M, or the folder of one"
+            "a language model is to be tuned, and none is chosen for you; name a decoder as "
+            "task.model: smollm2, a .gguf file, a folder, or a Hub id such as "
+            "HuggingFaceTB/SmolLM2-135M"
         )
     return recipe.choosing({"task": {"model": "minilm"}}), "model: minilm, for texts"
 

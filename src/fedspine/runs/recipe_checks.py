@@ -5,7 +5,7 @@ from typing import Any
 from fedspine.core.aggregation import Mean
 from fedspine.core.errors import BadInput
 from fedspine.methods import all_methods
-from fedspine.runs.sections import FleetSection, PrivacySection
+from fedspine.runs.sections import FleetSection, PrivacySection, TaskSection
 
 
 def check_privacy(privacy: PrivacySection, method: Any) -> None:
@@ -27,6 +27,20 @@ def check_privacy(privacy: PrivacySection, method: Any) -> None:
         raise BadInput(
             f"method {method.name!r} cannot keep [privacy], since more leaves its devices than "
             f"clipped updates with noise; choose one of {', '.join(able)}, or leave [privacy] out"
+        )
+
+
+def check_packing(task: TaskSection, privacy: PrivacySection) -> None:
+    """Raise BadInput where rows of several texts have no place."""
+    if task.pack and task.kind != "causal-lm":
+        raise BadInput(
+            f"task.pack puts several texts in one row, which task.kind {task.kind!r} cannot read; "
+            'leave it out, or set task.kind to "causal-lm"'
+        )
+    if task.pack and privacy.promised:
+        raise BadInput(
+            "task.pack puts several rows in one, and [privacy] counts single rows; leave one of "
+            "them out"
         )
 
 

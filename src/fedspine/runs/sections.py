@@ -24,6 +24,9 @@ class TaskSection(Section):
     label: str = "label"  # column of the label
     encoding: str | None = None  # of text files which are not UTF-8, such as "latin-1"
     max_tokens: int = pydantic.Field(64, ge=4)
+    # what is learnt of rows with prompts and answers: the answers alone, or all of each as a text
+    loss_on: Literal["answers", "texts"] = "answers"
+    pack: bool = False  # several short texts in one row, which do not see each other
     train_rows: int = pydantic.Field(0, ge=0)  # a random sample of so many; 0: all
     layers: int | None = pydantic.Field(None, ge=1)  # keep only the first blocks of the model
     # the readout; auto: that of the model's training
@@ -84,6 +87,10 @@ class RunSection(Section):
     evaluate_devices: int = pydantic.Field(4, ge=1)  # device models of a check on the way
     final_devices: int = pydantic.Field(8, ge=1)  # device models scored at the end
     final_rows: int = pydantic.Field(0, ge=0)  # test rows of the end; 0: all
+    # test rows of dialogues that models answer at the end, each in so many tokens at most
+    answers: int = pydantic.Field(0, ge=0)
+    answer_tokens: int = pydantic.Field(64, ge=1)
+    temperature: float = pydantic.Field(0.0, ge=0)  # of their answers; 0: the likeliest token
     workers: int = pydantic.Field(0, ge=0)  # processes; 0: one per core. Never changes a result
     device: Literal["auto", "cpu", "cuda"] = "auto"  # what computes; auto: a GPU where there is one
     # devices trained in one batched pass; 0: 1 on a CPU, 32 on a GPU

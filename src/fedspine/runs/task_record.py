@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fedspine.nets.net import Net
 
 TASK, BASE = "task.json", "base"
+TURNS = "turns"  # the part of a split that its dialogues are
 FORMAT = 1
 SHOWN = 12  # characters of a digest in a message
 
@@ -61,6 +62,11 @@ class TaskRecord:
     model: str
     model_sha256: str | None  # of the base's weights; None for a net, which has none to start from
     files: dict[str, str] | None = None  # sha256 of each in `base/`; older versions kept none
+
+    @property
+    def of_dialogues(self) -> bool:
+        """Whether the model learnt answers."""
+        return TURNS in self.splits["test"].sha256
 
     @property
     def data_sha256(self) -> str:
@@ -109,6 +115,8 @@ def _encoding() -> str:
 
 def _of_texts(rows: "Rows", names: Sequence[str]) -> Split:
     parts = {"texts": rows.texts} | ({} if rows.pairs is None else {"pairs": rows.pairs})
+    if rows.dialogues is not None:
+        parts[TURNS] = [json.dumps(dialogue.messages) for dialogue in rows.dialogues]
     if rows.labels is not None:  # by name, so that neither order nor number of classes counts
         parts["labels"] = [names[label] for label in rows.labels.tolist()]
     parts |= {_column(name): values for name, values in rows.columns.items()}

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from fedspine.core.errors import BadInput
 from fedspine.core.reads import Reads
-from fedspine.core.task import Task
+from fedspine.core.task import Examples, Task
 from fedspine.lm.base import Base
 from fedspine.lm.lora import check_rank
 from fedspine.split.trainable_half import Optimising, check_optimising, learning_rate_at
@@ -37,6 +37,11 @@ class ModelTraining:
 
 def check_training(fields: ModelTraining, task: Task) -> None:
     """Raise BadInput for settings that cannot work on this task."""
+    if isinstance(task.train, Examples) and task.train.positions is not None:
+        raise BadInput(
+            "task.pack is for methods that tune adapters on a device's whole model; leave it out, "
+            "or choose one of these, such as fedlora"
+        )
     for name in ("steps", "batch", "rank"):
         if getattr(fields, name) < 1:
             raise BadInput(f"method.{name} is {getattr(fields, name)}, but at least 1 is needed")

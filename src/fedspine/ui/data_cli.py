@@ -110,7 +110,7 @@ def _tokens(recipe: Any, held: Any) -> dict[str, Any]:
 
     section = recipe.task
     tokenizer = _tokenizer(section)
-    texts = [*held.train.texts, *held.test.texts]
+    texts = _texts(tokenizer, held)
     pairs = None if held.train.pairs is None else [*held.train.pairs, *held.test.pairs]
     beside = pairs or [""] * len(texts)
     sizes = np.array([len(text) + len(pair) for text, pair in zip(texts, beside, strict=True)])
@@ -127,7 +127,17 @@ def _tokens(recipe: Any, held: Any) -> dict[str, Any]:
         "max": int(max(lengths.max(), longest.max())),
         "max_tokens": section.max_tokens,
         "cut": round(float((lengths > section.max_tokens).mean()), 4),
+        **({} if held.train.dialogues is None else {"dialogues": True}),
     }
+
+
+def _texts(tokenizer: Any, held: Any) -> list[str]:
+    """All texts, dialogues as the model's chat template writes them."""
+    if held.train.dialogues is None:
+        return [*held.train.texts, *held.test.texts]
+    from fedspine.lm.dialogues import text_of
+
+    return [text_of(tokenizer, d) for d in (*held.train.dialogues, *(held.test.dialogues or ()))]
 
 
 def _within(rows: "np.ndarray", sizes: "np.ndarray") -> "np.ndarray":
@@ -249,7 +259,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
             "to "
             f"{tokens['p99']:,}, longest {tokens['max']:,} {of}".rstrip()
         )
-        what = "read in windows of" if found["kind"] == "causal-lm" else "cut at"
+        whole = found["kind"] != "causal-lm" or "dialogues" in tokens
+        what = "cut at" if whole else "read in windows of"
         lines.append(
             f"{tokens['cut']:.1%} of them are {what} task.max_tokens = {tokens['max_tokens']}"
         )

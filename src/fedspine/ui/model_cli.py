@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedspine.core.errors import BadInput
 from fedspine.core.process import ends_when_told
 from fedspine.ui.options import Json, ModelFolder, RunFolder, print_table
 
@@ -77,24 +78,48 @@ def export(
 def predict(
     folder: ModelFolder,
     texts: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="TEXT...",
-            help="Texts to label or to continue; put -- before one that begins with a dash.",
+            help="Texts to label, to continue or to answer; put -- before one that begins with a "
+            "dash. Without any, a model that was tuned on dialogues reads one message a line and "
+            "keeps the dialogue.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     pair: Annotated[
         list[str] | None,
         typer.Option(help="Second text of each pair, in order; for models of text pairs."),
     ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens that are written at most; default: 40, of an answer 256.", min=1),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="Of the tokens that are written; 0: the likeliest.", min=0)
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn at a temperature.", min=0)] = 0,
     json: Json = False,
 ) -> None:
-    """Label texts, or continue them, with an exported model."""
+    """Label texts, continue them, or answer them, with an exported model."""
     from fedspine.exports.hf import load_model
+    from fedspine.exports.predict import decoding_for
     from fedspine.exports.predict import predict as ask
     from fedspine.storage.records import plain
+    from fedspine.ui.chat import answer_each, converse, lines_of_user
 
-    found = [dataclasses.asdict(prediction) for prediction in ask(load_model(folder), texts, pair)]
+    loaded = load_model(folder)
+    decoding = decoding_for(loaded, tokens, temperature, seed)
+    if loaded.chat and not json and not pair:
+        if texts:
+            answer_each(loaded, texts, decoding)
+        else:
+            converse(loaded, lines_of_user(), decoding)
+        return
+    if not texts:
+        raise BadInput("no text came; give at least one text after the folder")
+    predictions = ask(loaded, texts, pair, new_tokens=tokens, temperature=temperature, seed=seed)
+    found = [dataclasses.asdict(prediction) for prediction in predictions]
     if json:
         print(jsonlib.dumps(plain({"predictions": found})))
         return

@@ -15,7 +15,11 @@ from fedspine.ui.options import Json, Settings
 def run(
     recipe: Annotated[
         Path | None,
-        typer.Argument(metavar="RECIPE.toml", help="Recipe to run; default: the embedded job."),
+        typer.Argument(
+            metavar="RECIPE",
+            help="What to run: a TOML file, or `chat`, the embedded job of a language model; "
+            "default: the embedded job of a classifier.",
+        ),
     ] = None,
     settings: Settings = None,
     out: Annotated[
@@ -62,6 +66,8 @@ def run(
     [privacy]; docs/recipes.md lists all keys.
 
     fedspine run --set method.sparsity=0.3 --set run.rounds=16
+
+    fedspine run chat
 
     fedspine run --set task.data=reviews.csv --set task.text=review --set task.label=stars
     """
