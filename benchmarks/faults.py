@@ -170,7 +170,7 @@ def begun(place: Place, number: str, rounds: int, pause: float) -> Going:
         },
         "fleet": {"per_round": len(SITES)},
         "method": METHOD | {"pause": pause},
-        "run": {"rounds": rounds, "evaluate_every": 0, "precision": "fp32"},
+        "run": {"rounds": rounds, "evaluate_every": 0, "precision": "fp32", "references": False},
     }
     recipe.write_text(tomli_w.dumps(tables))
     out = place.folder / f"run-{number}"

@@ -21,7 +21,7 @@ from fedspine.runs.assemble import START, build_task, dataset
 from fedspine.runs.config import load
 
 pytestmark = pytest.mark.slow
-RUN = {"precision": "fp32", "evaluate_every": 0}
+RUN = {"precision": "fp32", "evaluate_every": 0, "references": False}
 
 
 def over_flare(federation, recipe, folder, *more):

@@ -55,6 +55,7 @@ per_round = 2
 rounds = 2
 evaluate_every = 0
 precision = "fp32"
+references = false
 [method]
 steps = 2
 [methods.fedspine]
