@@ -12,6 +12,7 @@ from scipy.stats import trim_mean
 from fedspine.core.aggregation import CHOICES, Mean, Median, NormClip, TrimmedMean, aggregation_of
 from fedspine.core.errors import BadInput
 from fedspine.core.merging import Weighted, combined, root_mean_square, trimmed
+from fedspine.core.server_optimiser import Server
 from fedspine.core.tensors import average
 
 seeds = st.integers(0, 2**32 - 1)
@@ -24,7 +25,12 @@ OFF = 2**-24
 
 def fleet_of(how):
     notes = []
-    return SimpleNamespace(aggregation=how, note=lambda **values: notes.append(values), notes=notes)
+    return SimpleNamespace(
+        aggregation=how,
+        server=Server(),
+        note=lambda **values: notes.append(values),
+        notes=notes,
+    )
 
 
 def tensors(rng, size=1.0):

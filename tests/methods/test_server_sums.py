@@ -13,6 +13,7 @@ from fedspine.control.controllers import Fixed
 from fedspine.control.plan import Plan
 from fedspine.core.aggregation import Mean
 from fedspine.core.fleet import Cost, Profile, Reply
+from fedspine.core.server_optimiser import Server
 from fedspine.lm.importance import Scores
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.structure import Structure, cut_adapter
@@ -34,7 +35,7 @@ OFF = 8 * 8 * 2**-24
 class Told:
     """A fleet whose devices reply as told, in the order of the orders; then the `late` ones."""
 
-    aggregation = Mean()
+    aggregation, server = Mean(), Server()
 
     def __init__(self, base, reply, names=tuple(ROWS), late=()):
         self.base, self.now, self._reply, self._late = base, 0.0, reply, list(late)

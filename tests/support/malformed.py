@@ -116,7 +116,7 @@ class Recorded:
     def __init__(self, fleet):
         self._fleet = fleet
         self.base, self.devices, self.unusable = fleet.base, fleet.devices, {}
-        self.aggregation = fleet.aggregation
+        self.aggregation, self.server = fleet.aggregation, fleet.server
         self.exchanges = defaultdict(list)  # (work, order, reply) by device
 
     @property
@@ -143,7 +143,7 @@ class Replayed:
 
     def __init__(self, recorded, change):
         self.base, self.devices, self.unusable = recorded.base, recorded.devices, {}
-        self.aggregation = recorded.aggregation
+        self.aggregation, self.server = recorded.aggregation, recorded.server
         self._left = {id: list(each) for id, each in recorded.exchanges.items()}
         self._taken, self._change, self._recorded = defaultdict(int), change, recorded
         self.now, self.left_out = 0.0, {}  # why, by device

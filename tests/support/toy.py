@@ -7,6 +7,7 @@ import numpy as np
 from fedspine.core.aggregation import Mean
 from fedspine.core.checks import Terms
 from fedspine.core.message import pack
+from fedspine.core.server_optimiser import Server
 from fedspine.core.task import Task
 from fedspine.data.dataset import Rows
 from fedspine.execution.workers import Workers, Workshop
@@ -70,6 +71,7 @@ class Lab:
         together=1,
         seed=0,
         aggregation=Mean(),
+        server=None,
         privacy=None,
         **truth,
     ):
@@ -97,6 +99,7 @@ class Lab:
             store=self.store,
             records=self.records,
             aggregation=aggregation,
+            server=server or Server(),
             privacy=privacy,
         )
         self.fleet = SimulatedFleet(world)
@@ -167,6 +170,10 @@ class Spy:
     @property
     def aggregation(self):
         return self._fleet.aggregation
+
+    @property
+    def server(self):
+        return self._fleet.server
 
     @property
     def now(self):

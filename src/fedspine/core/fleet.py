@@ -9,6 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from fedspine.core.aggregation import Aggregation
 from fedspine.core.device import DeviceId, O, R, Work
+from fedspine.core.server_optimiser import Server
 
 T = TypeVar("T")
 
@@ -78,6 +79,13 @@ class Fleet(Protocol):
     @property
     def aggregation(self) -> Aggregation:
         """How a method merges the replies of a round; see `core.merging`."""
+        ...
+
+    @property
+    def server(self) -> Server:
+        """What becomes of a merged change, and what the server remembers beside the method's state;
+        `core.merging` applies it.
+        """
         ...
 
     def ask(

@@ -2,7 +2,7 @@
 shapes here, for adapters of unequal ranks and shapes in `lm.aggregate`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,15 @@ class Weighted:
     tensors: Tensors
 
 
-def merged(replies: Sequence[Reply[Any]], fleet: Fleet, **before: Tensors) -> dict[str, Tensors]:
-    """The fields named in `before`, merged over the replies as `fleet.aggregation` says.
+def merged(
+    replies: Sequence[Reply[Any]],
+    fleet: Fleet,
+    *,
+    averaged: Collection[str] = (),
+    **before: Tensors,
+) -> dict[str, Tensors]:
+    """The fields named in `before`, merged over the replies as `fleet.aggregation` says, and moved
+    as `fleet.server` says; but for the tensors named in `averaged`, such as statistics of batches.
 
     A method gives for each field of its results, such as `head`, the tensors that the server has
     before the round, of equal names and shapes; replies weigh as `usable` says. What nothing
@@ -43,20 +50,33 @@ def merged(replies: Sequence[Reply[Any]], fleet: Fleet, **before: Tensors) -> di
             field,
             [Weighted(r.device, r.weight, getattr(r.value, field)) for r in replies],
             now,
+            averaged,
         )
         for field, now in before.items()
     }
 
 
-def combined(fleet: Fleet, what: str, parts: Sequence[Weighted], before: Tensors) -> Tensors:
-    """One dictionary of the devices' ones, as `fleet.aggregation` says, fp32.
+def combined(
+    fleet: Fleet,
+    what: str,
+    parts: Sequence[Weighted],
+    before: Tensors,
+    averaged: Collection[str] = (),
+) -> Tensors:
+    """One dictionary of the devices' ones, as `fleet.aggregation` and `fleet.server` say, fp32;
+    the latter but for the tensors named in `averaged`.
 
     `before` holds what devices changed; entries of which nothing can be said stay as there. `what`
-    it is stands in the notes. Raises ValueError where no device has a weight.
+    it is stands in the notes and in the server's memory. Raises ValueError where no device has a
+    weight.
     """
-    how = fleet.aggregation
-    if 0 < len(parts) < how.fewest(len(parts)):
+    if 0 < len(parts) < fleet.aggregation.fewest(len(parts)):
         return single(before)
+    return fleet.server.step(what, before, _combined(fleet, what, parts, before), averaged)
+
+
+def _combined(fleet: Fleet, what: str, parts: Sequence[Weighted], before: Tensors) -> Tensors:
+    how = fleet.aggregation
     shares = bounded(
         fleet, what, [part.device for part in parts], (_change(part, before) for part in parts)
     )

@@ -109,7 +109,12 @@ _METHODS: dict[str, type] = {}  # filled at import time only
 
 
 def method(
-    name: str, *, merges_late: Work[Any, Any] | None = None, robust: bool = False
+    name: str,
+    *,
+    merges_late: Work[Any, Any] | None = None,
+    robust: bool = False,
+    server_optimiser: bool = False,
+    same_shapes: bool = False,
 ) -> Callable[[type[T]], type[T]]:
     """Register a method class under the name that recipes use.
 
@@ -118,6 +123,10 @@ def method(
 
     `robust` says that it merges all that devices send as `fleet.aggregation` says, which an
     aggregation other than the mean needs; see `core.merging.merged`.
+
+    `server_optimiser` says that all that it merges moves as `fleet.server` says, which
+    `core.merging` sees to; `same_shapes`, that a device trains tensors of the same names, shapes
+    and meaning whenever it is asked, so that it can keep something about each of their entries.
 
     A method that can train nets on arrays says so by `models: ClassVar = ("transformer", "net")`;
     the others know transformers only, and a recipe that gives them a net is refused. Likewise
@@ -147,6 +156,8 @@ def method(
         cls.name = name  # type: ignore[attr-defined]
         cls.merges_late = None if merges_late is None else name_of(merges_late)  # type: ignore[attr-defined]
         cls.robust = robust  # type: ignore[attr-defined]
+        cls.server_optimiser = server_optimiser  # type: ignore[attr-defined]
+        cls.same_shapes = same_shapes  # type: ignore[attr-defined]
         if "models" not in vars(cls):
             cls.models = ("transformer",)  # type: ignore[attr-defined]
         if "privacy" not in vars(cls):  # not what it extends: a method says so itself

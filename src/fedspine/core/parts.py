@@ -7,12 +7,14 @@ name and the part's own settings; without a name it is the method's default one.
 
 import dataclasses
 import types
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import pydantic
 
 from fedspine.core import strict
 from fedspine.core.errors import BadInput, unknown
+
+T = TypeVar("T")
 
 
 def choices_of(cls: type) -> dict[str, dict[str, type]]:
@@ -31,10 +33,31 @@ def is_part(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and isinstance(getattr(value, "name", None), str)
 
 
+def quiet(default: T) -> T:
+    """A field that a recipe states only where it is not the default, so that recipes written before
+    there was such a field describe the same results.
+
+    >>> from typing import ClassVar
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Some:
+    ...     name: ClassVar = "some"
+    ...     rank: int = 8
+    ...     held: bool = quiet(False)
+    >>> table_of(Some()), table_of(Some(held=True))
+    ({'name': 'some', 'rank': 8}, {'name': 'some', 'rank': 8, 'held': True})
+    """
+    made: T = dataclasses.field(default=default, metadata={"quiet": True})
+    return made
+
+
 def table_of(value: Any) -> Any:
     """A field's value as TOML holds it."""
     if is_part(value):
-        settings = {f.name: table_of(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        settings = {
+            f.name: table_of(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if not (f.metadata.get("quiet") and getattr(value, f.name) == f.default)
+        }
         return {"name": value.name} | settings
     return list(value) if isinstance(value, tuple) else value
 

@@ -18,6 +18,7 @@ import torch
 from fedspine.core.aggregation import Aggregation
 from fedspine.core.device import DeviceId, O, R, Work, find_work, name_of
 from fedspine.core.fleet import AllLost, Cost, Fleet, Idle, Profile, Reply, T
+from fedspine.core.server_optimiser import Server
 from fedspine.flare.session import Declined, FlareSession
 from fedspine.flare.site_state import (
     AskResult,
@@ -25,6 +26,7 @@ from fedspine.flare.site_state import (
     InFlight,
     RelayLost,
     Sent,
+    ServedFlareSnapshot,
     SiteSnapshot,
     SiteState,
     TimeLimit,
@@ -72,6 +74,10 @@ class FlareFleet:
     @property
     def aggregation(self) -> Aggregation:
         return self._session.aggregation
+
+    @property
+    def server(self) -> Server:
+        return self._session.server
 
     def ask(
         self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf
@@ -180,12 +186,14 @@ class FlareFleet:
         session = self._session
         for site in session.sites.values():
             site.saved = (*site.saved, site.memory or 0)[-2:]
-        return FlareSnapshot(
-            run=session.run,
-            now=self.now,
-            sites=tuple(_site_snapshot(site) for site in session.sites.values()),
-            pending=tuple(_sent(entry) for entry in session.pending),
-        )
+        saved = {
+            "run": session.run,
+            "now": self.now,
+            "sites": tuple(_site_snapshot(site) for site in session.sites.values()),
+            "pending": tuple(_sent(entry) for entry in session.pending),
+        }
+        memory = session.server.memory
+        return ServedFlareSnapshot(**saved, server=memory) if memory else FlareSnapshot(**saved)
 
     def restore(self, snapshot: FlareSnapshot, memories: Mapping[DeviceId, str]) -> None:
         """Resume from a snapshot; sites that joined since come after those it names."""
@@ -199,6 +207,7 @@ class FlareFleet:
             site.asks, site.memory, site.saved = one.asks, one.memory, (one.memory or 0,)
             session.sites[one.name] = site
         session.sites |= here
+        session.server.restore(snapshot.server if isinstance(snapshot, ServedFlareSnapshot) else {})
         for entry in snapshot.pending:
             self._resend(entry)
 

@@ -22,6 +22,7 @@ from fedspine.core.device import DeviceId, Work, name_of
 from fedspine.core.fleet import Cost
 from fedspine.core.message import NotAMessage, pack
 from fedspine.core.schema import work_kinds
+from fedspine.core.server_optimiser import Server
 from fedspine.flare.run_terms import RunTerms
 from fedspine.flare.site_state import (
     AskResult,
@@ -57,6 +58,7 @@ class FlareSession:
     run: str
     timeouts: Timeouts
     aggregation: Aggregation = Mean()
+    server: Server = field(default_factory=Server)
     # of the run, which begins after its sites were asked to take part
     records: Records | None = None
     sites: dict[DeviceId, SiteState] = field(default_factory=dict)

@@ -98,6 +98,13 @@ class FlareSnapshot:
     pending: tuple[Sent, ...]
 
 
+@message
+class ServedFlareSnapshot(FlareSnapshot):
+    """That of a fleet whose server remembers something."""
+
+    server: dict[str, Any]  # as `core.server_optimiser.Server` gives it
+
+
 @dataclass
 class SiteState:
     """One site; changed only by its own thread and, between asks, by the run's thread."""

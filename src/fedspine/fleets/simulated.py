@@ -16,9 +16,16 @@ from fedspine.core.device import DeviceId, O, R, Work
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import AllLost, Cost, Fleet, Idle, Profile, Reply, T
 from fedspine.core.message import unpack
+from fedspine.core.server_optimiser import Server
 from fedspine.fleets.hardware import KINDS, device_ids
 from fedspine.fleets.rounds import Devices, Totals, Waits, mean_wait, round_row
-from fedspine.fleets.simulated_world import Clock, PendingReply, Snapshot, World
+from fedspine.fleets.simulated_world import (
+    Clock,
+    PendingReply,
+    ServedSnapshot,
+    Snapshot,
+    World,
+)
 
 
 class SimulatedFleet:
@@ -67,6 +74,10 @@ class SimulatedFleet:
     @property
     def aggregation(self) -> Aggregation:
         return self._world.aggregation
+
+    @property
+    def server(self) -> Server:
+        return self._world.server
 
     def ask(
         self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf
@@ -201,11 +212,13 @@ class SimulatedFleet:
         world.records.write("round", **row)
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(
-            now=self.now,
-            asks=dict(self._world.asks),
-            pending=tuple(self._world.pending),
-        )
+        saved = {
+            "now": self.now,
+            "asks": dict(self._world.asks),
+            "pending": tuple(self._world.pending),
+        }
+        memory = self._world.server.memory
+        return ServedSnapshot(**saved, server=memory) if memory else Snapshot(**saved)
 
     def restore(self, snapshot: Snapshot, memories: Mapping[DeviceId, str]) -> None:
         """Resume from a snapshot; the store must hold the memories it names."""
@@ -213,6 +226,7 @@ class SimulatedFleet:
         self._clock.now = snapshot.now
         world.asks, world.memories, world.changed = dict(snapshot.asks), dict(memories), {}
         world.pending = list(snapshot.pending)
+        world.server.restore(snapshot.server if isinstance(snapshot, ServedSnapshot) else {})
         world.sent = max((entry.number + 1 for entry in snapshot.pending), default=0)
 
     @property

@@ -13,6 +13,7 @@ from fedspine.core.device import Call, DeviceId, Served, Work, name_of
 from fedspine.core.fleet import Cost, Profile
 from fedspine.core.message import message, pack
 from fedspine.core.privacy import Privacy
+from fedspine.core.server_optimiser import Server
 from fedspine.execution.workers import Workers
 from fedspine.fleets.hardware import Hardware, Timing
 from fedspine.fleets.rounds import Devices, Totals, Waits
@@ -27,6 +28,13 @@ class Snapshot:
     now: float
     asks: dict[str, int]  # served so far, by device
     pending: tuple["PendingReply", ...]
+
+
+@message
+class ServedSnapshot(Snapshot):
+    """That of a fleet whose server remembers something."""
+
+    server: dict[str, Any]  # as `core.server_optimiser.Server` gives it
 
 
 @message
@@ -58,6 +66,7 @@ class World:
     store: Store
     records: Records
     aggregation: Aggregation = Mean()
+    server: Server = field(default_factory=Server)
     privacy: Privacy | None = None  # of the run
     round: int = 0
     asks: dict[DeviceId, int] = field(default_factory=dict)

@@ -6,6 +6,7 @@ from typing import Any
 from fedspine.core.aggregation import Aggregation
 from fedspine.core.device import DeviceId
 from fedspine.core.fleet import Fleet, Profile, T
+from fedspine.core.server_optimiser import Server
 
 
 class FleetWrapper:
@@ -31,6 +32,10 @@ class FleetWrapper:
     @property
     def aggregation(self) -> Aggregation:
         return self._fleet.aggregation
+
+    @property
+    def server(self) -> Server:
+        return self._fleet.server
 
     def only(self, ids: Iterable[DeviceId]) -> Fleet:
         return self._fleet.only(ids)

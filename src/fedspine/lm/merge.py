@@ -12,6 +12,7 @@ import torch
 
 from fedspine.core.aggregation import Aggregation, Mean
 from fedspine.core.message import Tensors
+from fedspine.core.server_optimiser import Server
 from fedspine.lm.aggregate import (
     Contribution,
     average_factors,
@@ -50,23 +51,28 @@ def merge(
     rank: int,
     seed: int,
     aggregation: Aggregation = Mean(),
+    server: Server | None = None,
 ) -> tuple[Tensors, Tensors]:
     """The dense change of every weight, without the scale, and the adapter of `rank`, from both
     `before`.
 
     The two ways that average factors leave the dense change alone. `how` says what is merged,
-    `aggregation` whether by its mean.
+    `aggregation` whether by its mean, `server` what becomes of it (default: it is taken as it is).
     """
     dense, adapter = before
+    server = server or Server()
     match how:
         case "zeropad":
-            return dense, average_factors(layout, adapter, parts, aggregation)
+            mean = average_factors(layout, adapter, parts, aggregation)
+            return dense, server.step("adapter", adapter, mean)
         case "hetlora":
-            return dense, average_factors(layout, adapter, by_norm(parts), aggregation)
+            mean = average_factors(layout, adapter, by_norm(parts), aggregation)
+            return dense, server.step("adapter", adapter, mean)
         case "flexlora":
-            dense = mean_product(layout, dense, parts, aggregation)
+            merged = mean_product(layout, dense, parts, aggregation)
         case "delta-product":
-            dense = merge_changes(layout, dense, parts, aggregation)
+            merged = merge_changes(layout, dense, parts, aggregation)
+    dense = server.step("products", dense, merged)
     return dense, factor(layout, dense, rank, adapter, seed)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fedspine.core.message import Tensors
 from fedspine.core.tensors import padded
 from fedspine.lm.base import Base, Model
+from fedspine.lm.held import AdamMoments
 from fedspine.lm.importance import Criterion, Scores, score_stack, unit_roots
 from fedspine.lm.lora import a_name, b_name, is_a
 from fedspine.lm.prunable_layout import PrunableSite
@@ -93,6 +94,35 @@ class TrainableStack:
         """Model i's head, likewise."""
         lead = self._models[i]
         return {name: self._own(i, tensor, lead.head[name]) for name, tensor in self.head.items()}
+
+    def go_on(self, optimiser: torch.optim.Optimizer, of_models: Sequence[AdamMoments]) -> None:
+        """Let AdamW go on with each model's moments, which are of as many steps."""
+        steps = float(of_models[0].steps)
+        for name in of_models[0].first:
+            tensor = self.adapter[name] if name in self.adapter else self.head[name]
+            kinds = ([m.first[name] for m in of_models], [m.second[name] for m in of_models])
+            first, second = (
+                (each[0].clone() if len(each) == 1 else padded(each)).to(tensor.device)
+                for each in kinds
+            )
+            optimiser.state[tensor] = {
+                "step": torch.tensor(steps, device=tensor.device),
+                "exp_avg": first,
+                "exp_avg_sq": second,
+            }
+
+    def moments(self, i: int, optimiser: torch.optim.Optimizer) -> AdamMoments:
+        """Model i's moments in AdamW, in its own shapes, on the CPU."""
+        lead, first, second, steps = self._models[i], {}, {}, 0
+        whole = {**lead.adapter, **lead.head}
+        for name, tensor in {**self.adapter, **self.head}.items():
+            if state := optimiser.state.get(tensor):
+                first[name], second[name] = (
+                    self._own(i, state[kind], whole[name]).detach().cpu().clone()
+                    for kind in ("exp_avg", "exp_avg_sq")
+                )
+                steps = int(state["step"])
+        return AdamMoments(first=first, second=second, steps=steps)
 
     def importance(self, criterion: Criterion) -> list[Scores]:
         """Each model's importance after a backward pass, while the base fits these models."""

@@ -1,4 +1,6 @@
-"""Local training: adapter and task head on one device's rows, with a fresh optimiser each time."""
+"""Local training: adapter and task head on one device's rows, with a fresh optimiser each time,
+unless the device is told to keep its own (`lm.held`).
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +16,7 @@ from fedspine.core.device import Device
 from fedspine.core.errors import BadInput
 from fedspine.core.message import Tensors, message
 from fedspine.core.noise import noise_like, noisy_update
+from fedspine.core.parts import quiet
 from fedspine.core.privacy import Guard
 from fedspine.core.reads import Descent, Reads, last_steps, lasting
 from fedspine.core.task import IGNORED, Examples
@@ -21,6 +24,8 @@ from fedspine.core.tensors import moved
 from fedspine.lm.attention import module_inputs
 from fedspine.lm.base import Model
 from fedspine.lm.cost import Extent, training_flops, training_memory_bytes
+from fedspine.lm.drift import Drift, FedDyn, FedProx, Free
+from fedspine.lm.held import AdamMoments, begun, penalty_of, remember
 from fedspine.lm.importance import Scores
 from fedspine.lm.importance_tracker import ImportanceTracker, Scoring
 from fedspine.lm.lora import a_name, adapter_rank
@@ -28,6 +33,7 @@ from fedspine.lm.per_row import RowGradients, poisson_batches
 from fedspine.lm.prefix import activations, entering, first_block, name_of
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import check_settings
+from fedspine.lm.schedules import Linear, Schedule
 from fedspine.lm.scoring_cost import tracking_cost
 from fedspine.lm.trainable_stack import TrainableStack
 
@@ -68,15 +74,35 @@ class Tuning:
         )
 
 
+@message
+class HeldTuning(Tuning):
+    """The same with what only some runs ask for, so that the orders of others are as short as
+    before.
+    """
+
+    proximal: float  # weight of the pull towards what was received: FedProx's mu, FedDyn's alpha
+    dynamic: bool  # whether the device keeps FedDyn's g and adds its term
+    keep_optimiser: bool  # whether AdamW goes on where the device's last training ended
+    personal_head: bool  # whether the device goes on with its own head
+
+    def check(self, asked: Asked) -> None:
+        super().check(asked)
+        check_settings(proximal=self.proximal)
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadTraining:
     """The hyper-parameters of training the task head alone on a device."""
 
     steps: int = 20  # optimiser steps of a device in a round
     batch: int = 32  # rows of one step
-    learning_rate: float = 2e-3  # falls linearly to zero over the rounds
+    learning_rate: float = 2e-3  # over the rounds as `schedule` says
     weight_decay: float = 0.1
     head_lr_multiplier: ClassVar[float] = 1.0
+    schedule: Schedule = quiet(Linear())  # of the learning rate over the rounds
+    drift: Drift = quiet(Free())  # what holds training near what was received
+    keep_optimiser: bool = quiet(False)  # whether a device's AdamW goes on from round to round
+    personal_head: ClassVar[bool] = False
 
     def foretold(self, base: Any) -> Reads:
         """What a device's orders will read."""
@@ -91,6 +117,7 @@ class LocalTraining(HeadTraining):
     """Those of training an adapter and the task head, which adapter methods share."""
 
     head_lr_multiplier: float = 3.0  # the task head's learning rate over the adapter's
+    personal_head: bool = quiet(False)  # whether each device trains and runs a head of its own
 
 
 def check_tuning(fields: HeadTraining) -> None:
@@ -105,18 +132,38 @@ def check_tuning(fields: HeadTraining) -> None:
             )
     if fields.weight_decay < 0:
         raise BadInput(f"method.weight_decay is {fields.weight_decay}, but it cannot be negative")
+    if fields.schedule.warmup_rounds < 0:
+        raise BadInput(
+            f"method.schedule.warmup_rounds is {fields.schedule.warmup_rounds}, but it cannot be "
+            "negative"
+        )
+    fields.drift.check()
 
 
 def tuning_at(fields: HeadTraining, round: int, rounds: int, turns: float = 1.0) -> Tuning:
-    """The settings of one round, counted from 0: rates fall linearly to zero over the run."""
-    learning_rate = fields.learning_rate * (1 - round / rounds)
-    return Tuning(
+    """The settings of one round, counted from 0: rates are as `fields.schedule` says."""
+    learning_rate = fields.learning_rate * fields.schedule.share(round, rounds)
+    tuning = Tuning(
         steps=fields.steps,
         batch=fields.batch,
         learning_rate=learning_rate,
         head_learning_rate=learning_rate * fields.head_lr_multiplier,
         weight_decay=fields.weight_decay,
         turns=turns,
+    )
+    match fields.drift:
+        case Free():
+            proximal = 0.0
+        case FedProx(mu=proximal) | FedDyn(alpha=proximal):
+            pass
+    if not (proximal or fields.keep_optimiser or fields.personal_head):
+        return tuning
+    return HeldTuning(
+        **vars(tuning),
+        proximal=proximal,
+        dynamic=isinstance(fields.drift, FedDyn),
+        keep_optimiser=fields.keep_optimiser,
+        personal_head=fields.personal_head,
     )
 
 
@@ -133,6 +180,10 @@ class Request:
     penalty: Callable[[Tensors], Tensor] | None = None
     lowest: int = 0  # the block below which adapters are used but not trained
     freeze_a: bool = False  # whether the adapter's A factors stay as they are
+    moments: AdamMoments | None = None  # AdamW's, to go on with
+    keeps_moments: bool = False  # whether they are wanted back
+    extra_bytes: int = 0  # of memory beside what training takes
+    step_flops: float = 0.0  # of each step beside those of training
 
     @property
     def reuses(self) -> bool:
@@ -152,6 +203,7 @@ class TuneResult:
     model: Model
     loss: float | None
     scores: Scores | None
+    moments: AdamMoments | None = None  # where they are wanted
 
 
 def tune(
@@ -177,7 +229,7 @@ def tune(
     request = Request(device, model, tuning, scoring, scores, penalty, lowest, freeze_a)
     if device.privacy is not None:
         return _tuned_privately(request, device.privacy)
-    return _tuned(request)
+    return _tuned_held(request, tuning) if isinstance(tuning, HeldTuning) else _tuned(request)
 
 
 def _tuned(request: Request) -> TuneResult:
@@ -185,7 +237,29 @@ def _tuned(request: Request) -> TuneResult:
     return train([request])[0] if trainer is None else trainer(request)
 
 
+def _tuned_held(request: Request, how: HeldTuning) -> TuneResult:
+    """Training with what the device has kept; it keeps nothing of one that was not finite."""
+    device = request.device
+    held = begun(device, request.model, how)
+    result = _tuned(
+        replace(
+            request,
+            model=held.model,
+            penalty=penalty_of(held, how, request.penalty, device.base.device),
+            moments=held.moments,
+            keeps_moments=how.keep_optimiser,
+            extra_bytes=held.extra_bytes,
+            step_flops=held.step_flops,
+        )
+    )
+    if result.loss is not None and np.isfinite(result.loss):
+        remember(device, held, how, result.model, result.moments)
+    return result
+
+
 def _tuned_privately(request: Request, guard: Guard) -> TuneResult:
+    if isinstance(request.tuning, HeldTuning):
+        raise ValueError("what a device keeps between rounds is not counted by its ledger")
     if request.scoring is not None or request.penalty is not None:
         raise ValueError("importance and penalties of rows have no noise, so none may be asked for")
     match guard.terms.level:
@@ -257,6 +331,8 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
     module = stack.fit()
     entry = base.start_at(first) if prefixes[0] is not None else None
     optimiser = _optimiser(stack, tuning)
+    if lead.moments is not None:
+        stack.go_on(optimiser, [request.moments for request in requests])
     losses: list[Float[Tensor, " models"]] = []
     # to which each device pads each of its batches, and its rows with a label that counts
     widths: list[list[int]] = [[] for _ in requests]
@@ -296,7 +372,12 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
     for request, padded, seen in zip(requests, widths, history, strict=True):
         _account(request, padded[: _steps(seen)], first)
     return [
-        TuneResult(stack.model(i), _ended(seen, counted[i], requests[i].device), tracker.scores[i])
+        TuneResult(
+            stack.model(i),
+            _ended(seen, counted[i], requests[i].device),
+            tracker.scores[i],
+            stack.moments(i, optimiser) if requests[i].keeps_moments else None,
+        )
         for i, seen in enumerate(history)
     ]
 
@@ -428,7 +509,9 @@ def _account(request: Request, widths: list[int], first: int) -> None:
         updates=len(scored),
     )
     device.spend(
-        flops=training_flops(layout, model.structure, ranks, extent, first) + scoring.flops,
+        flops=training_flops(layout, model.structure, ranks, extent, first)
+        + scoring.flops
+        + len(widths) * request.step_flops,
         launches=len(widths) * layout.layers,
         samples=len(widths) * batch,
         memory_bytes=training_memory_bytes(
@@ -440,7 +523,8 @@ def _account(request: Request, widths: list[int], first: int) -> None:
             tokens=max(widths),
             first=first,
             scoring=scoring,
-        ),
+        )
+        + request.extra_bytes,
     )
 
 

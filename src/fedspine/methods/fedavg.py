@@ -78,7 +78,7 @@ class AverageState:
     model: Any
 
 
-@method("fedavg", merges_late=train_and_send, robust=True)
+@method("fedavg", merges_late=train_and_send, robust=True, server_optimiser=True)
 @dataclass(frozen=True)
 class FedAvg(WholeModelTraining):
     """Whole models trained on devices and averaged by rows; defaults as in MergeSFL's code."""
@@ -117,7 +117,8 @@ class FedAvg(WholeModelTraining):
         for reply in replies:
             fleet.note(device=reply.device, loss=reply.value.loss)
         before = single(weights_of(split_model, state.model))
-        weights = merged(replies, fleet, weights=before)["weights"]
+        statistics = split_model.statistics
+        weights = merged(replies, fleet, averaged=statistics, weights=before)["weights"]
         return replace(
             state, round=state.round + 1, model=model_of(split_model, state.model, weights)
         )

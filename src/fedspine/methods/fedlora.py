@@ -86,7 +86,7 @@ class LoraState:
     head: Tensors
 
 
-@method("fedlora", merges_late=tune_adapter, robust=True)
+@method("fedlora", merges_late=tune_adapter, robust=True, server_optimiser=True, same_shapes=True)
 @dataclass(frozen=True)
 class FedLora(LocalTraining):
     """FedAvg of LoRA factors at one rank.

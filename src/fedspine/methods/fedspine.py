@@ -64,7 +64,7 @@ class SpineState:
     gain_scale: float | None  # the usual size of a loss change
 
 
-@method("fedspine", merges_late=prune_and_tune, robust=True)
+@method("fedspine", merges_late=prune_and_tune, robust=True, server_optimiser=True)
 @dataclass(frozen=True)
 class FedSpine(LocalTraining):
     """LoRA and structured pruning in turns, at a pruning ratio and a rank of each device's own, in
@@ -303,6 +303,7 @@ class FedSpine(LocalTraining):
             rank=self.ranks[-1],
             seed=state.seed + state.round,
             aggregation=fleet.aggregation,
+            server=fleet.server,
         )
         results = {
             reply.device: self._result(

@@ -20,7 +20,7 @@ from fedspine.pruning.device import SpineOrder, prune_and_tune
 from fedspine.pruning.head_start import Start, check_head_start, started
 
 
-@method("fedspine-plus", merges_late=prune_and_tune, robust=True)
+@method("fedspine-plus", merges_late=prune_and_tune, robust=True, server_optimiser=True)
 @dataclass(frozen=True)
 class FedSpinePlus(FedSpine):
     """FedSpine with a deadline for all devices, shared importance, and a head from class means.

@@ -90,7 +90,7 @@ class FfaState:
     head: Tensors
 
 
-@method("ffa-lora", merges_late=tune_b, robust=True)
+@method("ffa-lora", merges_late=tune_b, robust=True, server_optimiser=True, same_shapes=True)
 @dataclass(frozen=True)
 class FfaLora(LocalTraining):
     """FedAvg of LoRA's B factors at one rank; the A factors are frozen."""

@@ -41,7 +41,7 @@ class FlexLoraState:
     ranks: dict[str, int]  # of every device that has replied
 
 
-@method("flexlora", merges_late=tune_adapter, robust=True)
+@method("flexlora", merges_late=tune_adapter, robust=True, server_optimiser=True)
 @dataclass(frozen=True)
 class FlexLora(LocalTraining):
     """LoRA at ranks that differ by device, averaged as products and truncated by their SVD."""
@@ -151,7 +151,8 @@ class FlexLora(LocalTraining):
             for site in state.layout.sites
         }
         parts = bounded(fleet, replies, parts)
-        dense = mean_product(state.layout, before, parts, fleet.aggregation)
+        mean = mean_product(state.layout, before, parts, fleet.aggregation)
+        dense = fleet.server.step("products", before, mean)
         return factor(state.layout, dense, self.ranks[-1], state.adapter, state.seed + state.round)
 
 

@@ -131,7 +131,7 @@ class HetLoraState:
     ranks: dict[str, int]  # of every device that has replied
 
 
-@method("hetlora", merges_late=tune_and_shrink, robust=True)
+@method("hetlora", merges_late=tune_and_shrink, robust=True, server_optimiser=True)
 @dataclass(frozen=True)
 class HetLora(LocalTraining):
     """LoRA at ranks that differ between devices, zero-padded and averaged by norm."""
@@ -235,7 +235,8 @@ class HetLora(LocalTraining):
         ]
         parts = bounded(fleet, replies, parts)
         weighed = by_norm(parts) if self.weigh_by == "norm" else parts
-        return average_factors(state.layout, state.adapter, weighed, fleet.aggregation)
+        mean = average_factors(state.layout, state.adapter, weighed, fleet.aggregation)
+        return fleet.server.step("adapter", state.adapter, mean)
 
     def _orders(
         self, state: HetLoraState, devices: tuple[Profile, ...]

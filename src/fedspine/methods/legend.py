@@ -100,7 +100,7 @@ class LegendState:
     depths: dict[str, int]  # of every device that has replied
 
 
-@method("legend", merges_late=tune_top, robust=True)
+@method("legend", merges_late=tune_top, robust=True, server_optimiser=True)
 @dataclass(frozen=True)
 class Legend(LocalTraining):
     """LoRA depth for each device, and ranks that rise towards the output.
@@ -375,7 +375,8 @@ class Legend(LocalTraining):
             for reply in replies
         ]
         parts = bounded(fleet, replies, parts)
-        return average_factors(state.layout, state.adapter, parts, fleet.aggregation)
+        mean = average_factors(state.layout, state.adapter, parts, fleet.aggregation)
+        return fleet.server.step("adapter", state.adapter, mean)
 
     def _weight(self, reply: Reply[LoraResult]) -> float:
         return float(reply.weight) if self.weigh_by == "examples" else 1.0

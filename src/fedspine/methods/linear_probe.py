@@ -64,7 +64,7 @@ class ProbeState:
     head: Tensors
 
 
-@method("linear_probe", merges_late=tune_head, robust=True)
+@method("linear_probe", merges_late=tune_head, robust=True, server_optimiser=True, same_shapes=True)
 @dataclass(frozen=True)
 class LinearProbe(HeadTraining):
     """FedAvg of the task head over a frozen base."""

@@ -30,7 +30,7 @@ from fedspine.pruning.scheduled import (
 )
 
 
-@method("loraprune", merges_late=prune_and_tune, robust=True)
+@method("loraprune", merges_late=prune_and_tune, robust=True, server_optimiser=True)
 @dataclass(frozen=True)
 class LoraPrune(CubicPruning):
     """FedAvg of LoRA factors at one rank, pruned by LoRA gradients on a fixed schedule."""

@@ -29,7 +29,7 @@ from fedspine.pruning.scheduled import (
 )
 
 
-@method("magnitude", merges_late=prune_and_tune, robust=True)
+@method("magnitude", merges_late=prune_and_tune, robust=True, server_optimiser=True)
 @dataclass(frozen=True)
 class MagnitudePruning(CubicPruning):
     """FedAvg of LoRA factors at one rank, pruned by the size of the tuned weights on a fixed

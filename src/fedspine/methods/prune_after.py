@@ -41,7 +41,7 @@ class AfterState:
         return self.training.round
 
 
-@method("prune_after", merges_late=prune_and_tune, robust=True)
+@method("prune_after", merges_late=prune_and_tune, robust=True, server_optimiser=True)
 @dataclass(frozen=True)
 class PruneAfter(ScheduledPruning):
     """FedAvg of LoRA factors at one rank on the whole model, pruned when it is deployed."""

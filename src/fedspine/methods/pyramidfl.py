@@ -124,7 +124,7 @@ class PyramidState:
     times: dict[str, np.ndarray]  # what its rounds took, as `control.latency_model` keeps it
 
 
-@method("pyramidfl", merges_late=train_and_thin, robust=True)
+@method("pyramidfl", merges_late=train_and_thin, robust=True, server_optimiser=True)
 @dataclass(frozen=True)
 class PyramidFL(WholeModelTraining):
     """Selection by loss and speed, more work where there is slack, thinner updates where they are
@@ -214,7 +214,7 @@ class PyramidFL(WholeModelTraining):
             for reply in replies
         ]
         none = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-        change = combined(fleet, "weights", changes, none)
+        change = combined(fleet, "weights", changes, none, split_model.statistics)
         return replace(
             state,
             round=state.round + 1,

@@ -148,7 +148,11 @@ def prune_and_average(
     after = replace(
         state,
         round=state.round + 1,
-        adapter=average_factors(state.layout, state.adapter, parts, fleet.aggregation),
+        adapter=fleet.server.step(
+            "adapter",
+            state.adapter,
+            average_factors(state.layout, state.adapter, parts, fleet.aggregation),
+        ),
         **merged(replies, fleet, head=state.head),
         scores=tally(state.scores, [reply.value.scores for reply in replies], fleet.aggregation),
         structures=state.structures | {reply.device: reply.value.structure for reply in replies},

@@ -37,6 +37,7 @@ from fedspine.methods import all_methods
 from fedspine.nets.load import load as load_net
 from fedspine.runs import task_record
 from fedspine.runs.config import Recipe
+from fedspine.runs.optimisation import server_of
 from fedspine.runs.promise import check_delta, privacy_of
 from fedspine.runs.read_data import dataset, modelled, row_shares
 from fedspine.runs.task_record import TaskRecord
@@ -303,6 +304,7 @@ def simulate(
         store=store,
         records=records,
         aggregation=recipe.fleet.aggregation or Mean(),
+        server=server_of(recipe.method, recipe.fleet),
         privacy=assembled.task.privacy,
     )
     return SimulatedFleet(world)

@@ -18,6 +18,7 @@ from fedspine.fleets.rounds import RoundFleet
 from fedspine.lm.content import content_sha256
 from fedspine.runs.assemble import Assembled, assemble, simulate
 from fedspine.runs.config import Recipe
+from fedspine.runs.optimisation import server_of
 from fedspine.runs.run_dir import FLEET
 from fedspine.runs.sections import FleetSection
 from fedspine.storage.records import Records
@@ -119,6 +120,7 @@ class RealSites:
             run=secrets.token_hex(16),
             timeouts=self.timeouts,
             aggregation=recipe.fleet.aggregation or Mean(),
+            server=server_of(recipe.method, recipe.fleet),
         )
         refusals = FlareFleet(self._session).join()
         if refusals and len(self._session.sites) < max(self.timeouts.sites, self.timeouts.quorum):

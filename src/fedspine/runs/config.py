@@ -17,6 +17,7 @@ from fedspine.core.strict import Section
 from fedspine.core.task import AUTO, BUILT_IN_DATA, BUILT_IN_MODELS, NETS
 from fedspine.methods import find
 from fedspine.runs.method_table import method_of
+from fedspine.runs.optimisation import check_optimisation
 from fedspine.runs.recipe_checks import (
     check_aggregation,
     check_packing,
@@ -83,6 +84,8 @@ class Recipe:
         check_packing(made["task"], made["privacy"])
         check_quorum(made["method"], made["fleet"])
         check_aggregation(made["method"], made["fleet"])
+        private = made["privacy"].promised
+        check_optimisation(made["method"], made["fleet"], made["run"].rounds, private=private)
         for name, part in made.items():
             object.__setattr__(self, name, part)
 
@@ -223,7 +226,7 @@ def _by_section(values: dict[str, Any], method: Any) -> dict[str, dict[str, Any]
     homes = {key: name for name, cls in SECTIONS.items() for key in cls.model_fields}
     found: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for key, value in values.items():
-        if key not in homes and key in parts.table_of(method):
+        if key not in homes and key in {field.name for field in dataclasses.fields(method)}:
             raise BadInput(
                 f"{key!r} is a setting of the method; "
                 f"write method={type(method).__name__}({key}=...)"

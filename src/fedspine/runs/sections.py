@@ -9,6 +9,7 @@ from fedspine.core import parts
 from fedspine.core.aggregation import TINY, Aggregation, aggregation_of
 from fedspine.core.errors import BadInput
 from fedspine.core.privacy import Level
+from fedspine.core.server_optimiser import ServerOptimiser, server_optimiser_of
 from fedspine.core.strict import Section
 from fedspine.core.task import AUTO, NETS, Kind
 
@@ -53,6 +54,12 @@ class FleetSection(Section):
     aggregation: Annotated[
         Aggregation | None,
         pydantic.BeforeValidator(aggregation_of),
+        pydantic.PlainSerializer(parts.table_of),
+    ] = None
+    # what becomes of the merged change; none: it is taken as it is
+    server_optimiser: Annotated[
+        ServerOptimiser | None,
+        pydantic.BeforeValidator(server_optimiser_of),
         pydantic.PlainSerializer(parts.table_of),
     ] = None
     drop: float = pydantic.Field(0.0, ge=0, le=1)  # chance that an order or its reply is lost

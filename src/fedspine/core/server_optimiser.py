@@ -1,0 +1,237 @@
+"""What a server does with the merged change of a round: takes it as it is, or takes a step by it.
+
+The merged change is the mean (or what `fleet.aggregation` says) of what devices changed, and an
+optimiser takes it for a negative gradient. Each one is a part (`core.parts`) of the recipe,
+`fleet.server_optimiser`; a fleet carries it to the methods as `fleet.server`, and `core.merging`
+applies it. Source: Reddi et al. 2020, "Adaptive Federated Optimization" (arXiv:2003.00295); FedAvgM
+is Hsu et al. 2019 (arXiv:1909.06335).
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fedspine.core import parts
+from fedspine.core.errors import BadInput
+from fedspine.core.message import Tensors
+
+Moments: TypeAlias = "dict[str, Tensors]"  # by the moment's name, then by parameter name
+
+
+@dataclass(frozen=True)
+class NoOptimiser:
+    """The merged weights as they are, which is FedAvg."""
+
+    name: ClassVar = "none"
+
+    def check(self) -> None:
+        pass
+
+    def step(self, change: Tensor, moments: Tensors) -> tuple[Tensor, Tensors]:
+        return change, moments
+
+
+@dataclass(frozen=True)
+class FedAvgM:
+    """Momentum: m <- momentum m + change, and the weights move by learning_rate m."""
+
+    name: ClassVar = "fedavgm"
+    learning_rate: float = 1.0
+    momentum: float = 0.9
+
+    def check(self) -> None:
+        _check(self, positive=("learning_rate",), below_one=("momentum",))
+
+    def step(self, change: Tensor, moments: Tensors) -> tuple[Tensor, Tensors]:
+        """The change to make instead of this merged one, and the moments after it.
+
+        >>> step, moments = FedAvgM().step(torch.tensor([1.0]), {})
+        >>> FedAvgM().step(torch.tensor([1.0]), moments)[0]
+        tensor([1.9000])
+        """
+        first = self.momentum * moments["first"] + change if moments else change
+        return self.learning_rate * first, {"first": first}
+
+
+@dataclass(frozen=True)
+class FedAdam:
+    """Adam without bias correction: m <- beta1 m + (1 - beta1) change, v <- beta2 v + (1 - beta2)
+    change^2, and the weights move by learning_rate m / (sqrt(v) + tau). v begins at tau^2.
+    """
+
+    name: ClassVar = "fedadam"
+    learning_rate: float = 1e-2
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3  # the smaller, the more adaptive
+
+    def check(self) -> None:
+        _check(self, positive=("learning_rate", "tau"), below_one=("beta1", "beta2"))
+
+    def step(self, change: Tensor, moments: Tensors) -> tuple[Tensor, Tensors]:
+        first, second = _begun(self, change, moments)
+        second = self.beta2 * second + (1 - self.beta2) * change.square()
+        return _adaptive(self, first, second)
+
+
+@dataclass(frozen=True)
+class FedYogi:
+    """FedAdam whose v moves by at most (1 - beta2) change^2: v <- v - (1 - beta2) change^2
+    sign(v - change^2).
+    """
+
+    name: ClassVar = "fedyogi"
+    learning_rate: float = 1e-2
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3  # the smaller, the more adaptive
+
+    def check(self) -> None:
+        _check(self, positive=("learning_rate", "tau"), below_one=("beta1", "beta2"))
+
+    def step(self, change: Tensor, moments: Tensors) -> tuple[Tensor, Tensors]:
+        first, second = _begun(self, change, moments)
+        square = change.square()
+        second = second - (1 - self.beta2) * square * torch.sign(second - square)
+        return _adaptive(self, first, second)
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """The server's part of FedDyn (Acar et al. 2021, arXiv:2111.04263), which a method's `drift`
+    brings: s <- s + share change, and the weights move by change + s.
+
+    `share` is that of all devices which a round asks. In the paper's letters s is -h / alpha.
+    """
+
+    name: ClassVar = "feddyn"
+    share: float = 1.0
+
+    def check(self) -> None:
+        pass
+
+    def step(self, change: Tensor, moments: Tensors) -> tuple[Tensor, Tensors]:
+        first = self.share * change + (moments["first"] if moments else 0.0)
+        return change + first, {"first": first}
+
+
+class Adaptive(Protocol):
+    """The hyper-parameters of FedAdam and FedYogi."""
+
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def beta1(self) -> float: ...
+    @property
+    def tau(self) -> float: ...
+
+
+def _begun(how: Adaptive, change: Tensor, moments: Tensors) -> tuple[Tensor, Tensor]:
+    """The first moment after this change, and the second one before it."""
+    if not moments:
+        return (1 - how.beta1) * change, torch.full_like(change, how.tau**2)
+    return how.beta1 * moments["first"] + (1 - how.beta1) * change, moments["second"]
+
+
+def _adaptive(how: Adaptive, first: Tensor, second: Tensor) -> tuple[Tensor, Tensors]:
+    step = how.learning_rate * first / (second.sqrt() + how.tau)
+    return step, {"first": first, "second": second}
+
+
+ServerOptimiser: TypeAlias = NoOptimiser | FedAvgM | FedAdam | FedYogi
+CHOICES: dict[str, type[Any]] = {
+    part.name: part for part in (NoOptimiser, FedAvgM, FedAdam, FedYogi)
+}
+
+
+def server_optimiser_of(given: Any) -> Any:
+    """The part that a name or a table of a recipe describes; anything else is itself.
+
+    Raises BadInput for unknown names and settings.
+    """
+    match given:
+        case str():
+            return parts.part("fleet.server_optimiser", CHOICES, NoOptimiser(), {"name": given})
+        case dict():
+            return parts.part("fleet.server_optimiser", CHOICES, NoOptimiser(), given)
+        case _:
+            return given
+
+
+@dataclass
+class Server:
+    """A run's server optimiser, and what the server remembers from round to round beside the
+    method's state. A fleet carries it and keeps its memory in its snapshot.
+    """
+
+    optimiser: ServerOptimiser | Accumulated = NoOptimiser()
+    # moments by what was merged, such as "head": by moment, then by parameter name
+    moments: dict[str, Moments] = field(default_factory=dict)
+    # rows by class of the devices that were asked for them, int64 [classes]
+    counts: Tensors = field(default_factory=dict)
+
+    def step(
+        self, what: str, before: Tensors, merged: Tensors, averaged: Collection[str] = ()
+    ) -> Tensors:
+        """What becomes of `before` where a round's replies were `merged`, fp32; of equal names and
+        shapes.
+
+        An entry that nobody changed stays, and so do its moments. Tensors named in `averaged`, such
+        as statistics of batches, are taken as they were merged.
+        """
+        if isinstance(self.optimiser, NoOptimiser):
+            return merged
+        known, after = self.moments.get(what, {}), {}
+        moments: Moments = {}
+        for name, value in merged.items():
+            if name in averaged:
+                after[name] = value
+                continue
+            old = before[name].float()
+            change = value.float() - old
+            mine = {kind: tensors[name] for kind, tensors in known.items()}
+            step, new = self.optimiser.step(change, mine)
+            moved = change != 0
+            after[name] = torch.where(moved, old + step, old)
+            for kind, tensor in new.items():
+                kept = _unmoved(self.optimiser, kind, mine, tensor)
+                moments.setdefault(kind, {})[name] = torch.where(moved, tensor, kept)
+        self.moments = {**self.moments, what: moments}
+        return after
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What a fleet's snapshot keeps; empty where nothing is remembered."""
+        held = {"moments": self.moments, "counts": self.counts}
+        return {name: value for name, value in held.items() if value}
+
+    def restore(self, memory: dict[str, Any]) -> None:
+        """Go on from a snapshot's memory."""
+        self.moments = dict(memory.get("moments", {}))
+        self.counts = dict(memory.get("counts", {}))
+
+
+def _unmoved(how: Any, kind: str, moments: Tensors, like: Tensor) -> Tensor:
+    """A moment as it was before the round."""
+    if moments:
+        return moments[kind]
+    return torch.full_like(like, how.tau**2 if kind == "second" else 0.0)
+
+
+def _check(how: Any, positive: Collection[str], below_one: Collection[str]) -> None:
+    for name in positive:
+        value = getattr(how, name)
+        if not (value > 0 and isfinite(value)):
+            raise BadInput(
+                f"fleet.server_optimiser.{name} is {value:g}, but a positive number was expected"
+            )
+    for name in below_one:
+        value = getattr(how, name)
+        if not 0 <= value < 1:
+            raise BadInput(
+                f"fleet.server_optimiser.{name} is {value:g}, but 0 to below 1 was expected"
+            )
