@@ -190,6 +190,39 @@ def test_too_few_replies_leave_all_as_it_was(how):
     assert equal(found, those[0].tensors if how == Mean() else before)
 
 
+def test_rows_of_a_classifier_are_weighed_by_what_devices_have_of_their_class():
+    fleet = fleet_of(Mean())
+    values = [torch.tensor([[1.0], [1.0], [1.0]]), torch.tensor([[4.0], [4.0], [4.0]])]
+    those = [
+        Weighted(name, rows, {"w": value, "a": value})
+        for name, rows, value in zip("xy", (2, 1), values, strict=True)
+    ]
+    fleet.server.row_shares = {
+        "x": {"w": torch.tensor([0.5, 0.5, 0.0])},
+        "y": {"w": torch.tensor([0.0, 1.0, 0.0])},
+    }
+    found = combined(fleet, "head", those, {"w": torch.zeros(3, 1), "a": torch.zeros(3, 1)})
+    # x alone has rows of class 0, x and y have one each of class 1, and nobody any of class 2
+    assert found["w"].flatten().tolist() == [1.0, 2.5, 2.0]
+    assert found["a"].flatten().tolist() == [2.0, 2.0, 2.0]  # no classifier: by rows
+
+
+def test_a_device_of_unknown_labels_counts_alike_in_all_rows_and_medians_are_weighed_too():
+    values = [torch.full((2,), value) for value in (0.0, 1.0, 5.0)]
+    those = [Weighted(name, 2, {"b": v}) for name, v in zip("xyz", values, strict=True)]
+    for how, expected in (
+        (Mean(), [5 * 0.5 / 1.5, (1 + 5 * 0.5) / 1.5]),  # z has half of its weight in each row
+        (TrimmedMean(share=0.2), [0.0, 1.0]),  # of three the middle one is left, where it counts
+    ):
+        fleet = fleet_of(how)
+        fleet.server.row_shares = {
+            "x": {"b": torch.tensor([1.0, 0.0])},
+            "y": {"b": torch.tensor([0.0, 1.0])},
+        }
+        before = {"b": torch.zeros(2)}  # of an entry of which nothing is left
+        assert combined(fleet, "head", those, before)["b"].tolist() == pytest.approx(expected)
+
+
 def test_a_name_a_table_and_a_part_are_the_same():
     for name, cls in CHOICES.items():
         assert aggregation_of(name) == aggregation_of({"name": name}) == cls()

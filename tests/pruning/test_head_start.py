@@ -13,12 +13,20 @@ from transformers import AutoModel
 from fedspine.core.aggregation import Mean, Median, NormClip, TrimmedMean
 from fedspine.core.device import FEWEST_OF_CLASS
 from fedspine.core.errors import BadInput
+from fedspine.core.privacy import Privacy
 from fedspine.core.tensors import single
 from fedspine.lm.load import load
 from fedspine.lm.score import score
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine_plus import FedSpinePlus
-from fedspine.pruning.head_start import MARGIN, ClassMeans, features, head_of, started
+from fedspine.pruning.head_start import (
+    MARGIN,
+    ClassMeans,
+    MeansOrder,
+    features,
+    head_of,
+    started,
+)
 
 HEAD = {"classifier.weight": torch.zeros(3, 32), "classifier.bias": torch.zeros(3)}
 
@@ -210,6 +218,41 @@ def test_it_begins_where_a_random_head_does_not(mean_task, lab_of) -> None:
         ).accuracy
         # four standard errors of 90 rows at one in three: 0.2
     assert found["class-means"] > 1 / 3 + 0.2 and found["class-means"] > found["random"]
+
+
+def test_each_device_is_asked_once_for_its_labels_and_a_resume_knows_them(lab_of) -> None:
+    lab, spies = lab_of(kinds=("tx2", "nx", "agx")), []
+    method = dataclasses.replace(FedLora.toy(), steps=2, head_weights="labels")
+    after = lab.run(method, rounds=2, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
+    asked = [id for spy in spies for id, order in spy.orders if isinstance(order, MeansOrder)]
+    assert sorted(asked) == sorted(lab.ids)
+    names = {"classifier.weight", "classifier.bias"}
+    for id, rows in zip(lab.ids, lab.shares, strict=True):
+        shares = lab.fleet.server.row_shares[id]
+        assert shares.keys() == names
+        counts = np.bincount(lab.task.train.labels[rows], minlength=3)
+        # of 32 rows drawn from these, by steps and batch: three standard errors of a share
+        expected = torch.from_numpy(counts / counts.sum()).float()
+        off = 3 * (0.25 / 32) ** 0.5
+        torch.testing.assert_close(shares["classifier.bias"], expected, rtol=0, atol=off)
+    lab.save(after)
+    lab.close()
+    again = lab_of(kinds=("tx2", "nx", "agx"))
+    assert again.fleet.server.row_shares.keys() == set(lab.ids)
+
+
+def test_labels_need_a_head_over_the_mean(task, mean_task) -> None:
+    by_labels = dataclasses.replace(FedLora.toy(), head_weights="labels")
+    by_labels.check(mean_task)
+    with pytest.raises(BadInput, match='head_weights is "labels", which needs a head over'):
+        by_labels.check(task)
+    with pytest.raises(BadInput, match="unknown method.head_weights 'label'"):
+        dataclasses.replace(FedLora.toy(), head_weights="label").check(mean_task)
+    private = dataclasses.replace(
+        mean_task, privacy=Privacy(level="rows", epsilon=1.0, delta=1e-5, clip=1.0, answers=2)
+    )
+    with pytest.raises(BadInput, match="counts of rows have no noise"):
+        by_labels.check(private)
 
 
 def test_another_readout_and_another_word_are_refused(task, mean_task) -> None:

@@ -86,16 +86,45 @@ def _combined(fleet: Fleet, what: str, parts: Sequence[Weighted], before: Tensor
         else Weighted(part.device, part.weight, toward(before, part.tensors, share))
         for part, share in zip(parts, shares, strict=True)
     ]
+    by_row = {name for shares in fleet.server.row_shares.values() for name in shares}
     if not trims(how):
-        return average((part.weight, part.tensors) for part in parts)
-    weights = torch.tensor([float(part.weight) for part in parts])
+        mean = average((part.weight, part.tensors) for part in parts)
+        return mean | {name: _mean_by_row(fleet, name, parts) for name in mean if name in by_row}
     found = {}
     for name, tensor in before.items():
         values = torch.stack([part.tensors[name].float() for part in parts])
         owned = torch.ones_like(values, dtype=torch.bool)
+        weights = (
+            weights_by_row(fleet, name, parts)
+            if name in by_row
+            else torch.tensor([float(part.weight) for part in parts])
+        )
         mean, settled = trimmed(how, values, weights, owned)
         found[name] = torch.where(settled, mean, tensor.float())
     return found
+
+
+def weights_by_row(fleet: Fleet, name: str, parts: Sequence[Weighted]) -> Tensor:
+    """What each device counts for in each row of a tensor, fp32 [devices, rows]: its weight times
+    its share of the row, as `fleet.server` knows it.
+
+    A device of which nothing is known counts alike in all rows; in a row for which no device has a
+    share, all count by their weights.
+    """
+    rows = len(parts[0].tensors[name])
+    even = torch.full((rows,), 1 / rows)
+    known = fleet.server.row_shares
+    weights = torch.tensor([float(part.weight) for part in parts])[:, None]
+    shares = [known.get(part.device, {}).get(name, even) for part in parts]
+    by_row = weights * torch.stack(shares)
+    return torch.where(by_row.sum(0) > 0, by_row, weights)
+
+
+def _mean_by_row(fleet: Fleet, name: str, parts: Sequence[Weighted]) -> Tensor:
+    values = torch.stack([part.tensors[name].float() for part in parts])
+    weights = weights_by_row(fleet, name, parts)
+    weights = weights.view(*weights.shape, *([1] * (values.ndim - 2)))
+    return (weights * values).sum(0) / weights.sum(0)
 
 
 def bounded(

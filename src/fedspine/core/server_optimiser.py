@@ -171,8 +171,9 @@ class Server:
     optimiser: ServerOptimiser | Accumulated = NoOptimiser()
     # moments by what was merged, such as "head": by moment, then by parameter name
     moments: dict[str, Moments] = field(default_factory=dict)
-    # rows by class of the devices that were asked for them, int64 [classes]
-    counts: Tensors = field(default_factory=dict)
+    # by device, then by parameter name: of each row of a tensor, such as a classifier's, the share
+    # of the device's weight that counts for it, fp32 [rows]; see `pruning.head_start.know_classes`
+    row_shares: dict[str, Tensors] = field(default_factory=dict)
 
     def step(
         self, what: str, before: Tensors, merged: Tensors, averaged: Collection[str] = ()
@@ -206,13 +207,13 @@ class Server:
     @property
     def memory(self) -> dict[str, Any]:
         """What a fleet's snapshot keeps; empty where nothing is remembered."""
-        held = {"moments": self.moments, "counts": self.counts}
+        held = {"moments": self.moments, "row_shares": self.row_shares}
         return {name: value for name, value in held.items() if value}
 
     def restore(self, memory: dict[str, Any]) -> None:
         """Go on from a snapshot's memory."""
         self.moments = dict(memory.get("moments", {}))
-        self.counts = dict(memory.get("counts", {}))
+        self.row_shares = dict(memory.get("row_shares", {}))
 
 
 def _unmoved(how: Any, kind: str, moments: Tensors, like: Tensor) -> Tensor:

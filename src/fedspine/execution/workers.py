@@ -41,13 +41,14 @@ Job: TypeAlias = "list[Call] | ScoreJob | AnswerJob"
 @dataclass(frozen=True)
 class ScoreJob:
     """Score packed models on the first `rows` rows of the test set, in the order that
-    `Workshop.test_rows` fixes.
+    `Workshop.test_rows` fixes, or of those that a `device` holds out, named by its index.
 
     Several must be of one structure and are scored in one pass.
     """
 
     models: tuple[bytes, ...]
     rows: int
+    device: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Workshop:
     shares: tuple[Any, ...]  # int64 row indices by device
     test_rows: Any  # int64 [rows of the test set]
     prefixes: Prefixes | None = None
+    held_out: tuple[Any, ...] = ()  # int64 row indices by device, on which it is not trained
     # each worker process fills its own
     scratch: Scratch = field(default_factory=Scratch)
     # rows of the devices asked so far; one workshop's own, since another's task or shares may
@@ -100,8 +102,11 @@ class Workshop:
         """Run one job on one thread; several calls or models of a job run together."""
         torch.set_num_threads(1)
         if isinstance(job, ScoreJob):
-            test = self.task.test.take(self.test_rows[: job.rows])
             models = [unpack(model) for model in job.models]
+            if job.device is not None:
+                own = self.task.train.take(self.held_out[job.device][: job.rows])
+                return _scores(self.task.base, models, own, None)
+            test = self.task.test.take(self.test_rows[: job.rows])
             return _scores(self.task.base, models, test, self.prefixes)
         if isinstance(job, AnswerJob):
             return [_answers(self.task.base, job)]
@@ -163,6 +168,11 @@ class Workers:
     def base(self) -> Any:
         """The frozen model that all jobs compute with."""
         return self._workshop.task.base
+
+    def held_out(self, index: int) -> int:
+        """How many rows the device of this index holds out."""
+        held = self._workshop.held_out
+        return len(held[index]) if held else 0
 
     @property
     def computing(self) -> str:

@@ -17,6 +17,7 @@ from fedspine.core.fleet import Fleet
 from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
+from fedspine.core.parts import quiet
 from fedspine.core.reads import Reads
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, single
@@ -26,7 +27,13 @@ from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import check_adapter, check_head, check_loss
 from fedspine.lm.structure import full
 from fedspine.lm.tune import LocalTraining, Tuning, check_tuning, tune, tuning_at
-from fedspine.pruning.head_start import Start, check_head_start, started
+from fedspine.pruning.head_start import (
+    HeadWeights,
+    Start,
+    check_head_start,
+    know_classes,
+    started,
+)
 
 
 @message
@@ -100,6 +107,7 @@ class FedLora(LocalTraining):
     scale: float = 2.0  # alpha / rank
     depth: int = 0  # blocks that have an adapter, counted from the top; 0: all of them
     head_start: Start = "random"  # what the task head begins as
+    head_weights: HeadWeights = quiet("rows")  # what devices count by in the classifier
     privacy: ClassVar = ("rows", "devices")
 
     @classmethod
@@ -131,6 +139,7 @@ class FedLora(LocalTraining):
         head = state.head
         if state.round == 0:
             head = started(self, head, fleet, rows=self.steps * self.batch)
+        know_classes(self, fleet, rows=self.steps * self.batch)
         order = LoraOrder(
             adapter=half(state.adapter),
             head=half(head),

@@ -12,12 +12,19 @@ from fedspine.core.device import DeviceId
 from fedspine.core.errors import check_ranges
 from fedspine.core.fleet import Fleet
 from fedspine.core.method import method
+from fedspine.core.parts import quiet
 from fedspine.core.task import Task
 from fedspine.lm.importance import on_wire
 from fedspine.lm.importance_sources import Blend, Importance
 from fedspine.methods.fedspine import FedSpine, SpineState
 from fedspine.pruning.device import SpineOrder, prune_and_tune
-from fedspine.pruning.head_start import Start, check_head_start, started
+from fedspine.pruning.head_start import (
+    HeadWeights,
+    Start,
+    check_head_start,
+    know_classes,
+    started,
+)
 
 
 @method("fedspine-plus", merges_late=prune_and_tune, robust=True, server_optimiser=True)
@@ -35,6 +42,7 @@ class FedSpinePlus(FedSpine):
     # of the fleet's average importance in what a device drops
     global_importance_weight: float = 0.9
     head_start: Start = "auto"  # what the task head begins as
+    head_weights: HeadWeights = quiet("rows")  # what devices count by in the classifier
 
     def check(self, task: Task) -> None:
         super().check(task)
@@ -45,6 +53,7 @@ class FedSpinePlus(FedSpine):
         if state.round == 0:
             rows = self.steps * self.batch
             state = replace(state, head=started(self, state.head, fleet, rows=rows))
+        know_classes(self, fleet, rows=self.steps * self.batch)
         return super().round(state, fleet)
 
     def _knows_units(self, state: SpineState, device: DeviceId) -> bool:

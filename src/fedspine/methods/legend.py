@@ -21,6 +21,7 @@ from fedspine.core.fleet import AllLost, Fleet, NoMemory, Reply
 from fedspine.core.merging import Weighted, combined
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
+from fedspine.core.parts import quiet
 from fedspine.core.reads import Reads
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, single
@@ -34,7 +35,13 @@ from fedspine.lm.received import check_adapter, check_head
 from fedspine.lm.structure import full
 from fedspine.lm.tune import LocalTraining, Tuning, check_tuning, tune, tuning_at
 from fedspine.methods.fedlora import LoraResult
-from fedspine.pruning.head_start import Start, check_head_start, started
+from fedspine.pruning.head_start import (
+    HeadWeights,
+    Start,
+    check_head_start,
+    know_classes,
+    started,
+)
 
 
 @message
@@ -124,6 +131,7 @@ class Legend(LocalTraining):
     skip_inactive: bool = True  # adapters of blocks that a device does not train are not used there
     weigh_by: Literal["examples", "equal"] = "examples"
     head_start: Start = "random"  # what the task head begins as
+    head_weights: HeadWeights = quiet("rows")  # what devices count by in the classifier
 
     @classmethod
     def toy(cls) -> Self:
@@ -185,6 +193,7 @@ class Legend(LocalTraining):
         if state.round == 0:
             rows = self.steps * self.batch
             state = replace(state, head=started(self, state.head, fleet, rows=rows))
+        know_classes(self, fleet, rows=self.steps * self.batch)
         hosted = self._hosted(state, fleet)
         times, silent = self._probed(state, fleet, hosted)
         state = replace(state, times=times)

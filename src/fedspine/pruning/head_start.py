@@ -66,14 +66,22 @@ class ClassMeans:
 Start: TypeAlias = Literal["random", "class-means", "auto"]
 
 
+HeadWeights: TypeAlias = Literal["rows", "labels"]
+
+
 class HeadStart(Protocol):
-    """The hyper-parameter of methods whose head may start from class means."""
+    """The hyper-parameters of methods whose devices may be asked for class means."""
 
     head_start: Start  # "auto": class means where the head can start from them
+    head_weights: HeadWeights  # by what devices count in the classifier: rows, or rows of its class
 
 
 def check_head_start(fields: HeadStart, task: Task) -> None:
     """Raise BadInput where the head is not one linear layer over the mean of the tokens."""
+    if fields.head_weights not in get_args(HeadWeights):
+        raise unknown("method.head_weights", fields.head_weights, get_args(HeadWeights))
+    if fields.head_weights == "labels":
+        _check_labels(task)
     if fields.head_start not in get_args(Start):
         raise unknown("method.head_start", fields.head_start, get_args(Start))
     if fields.head_start != "random" and task.privacy is not None:
@@ -88,6 +96,19 @@ def check_head_start(fields: HeadStart, task: Task) -> None:
         )
 
 
+def _check_labels(task: Task) -> None:
+    if getattr(task.base, "pooling", None) != "mean":
+        raise BadInput(
+            'method.head_weights is "labels", which needs a head over the mean of the tokens; set '
+            'task.pooling = "mean", or leave it out'
+        )
+    if task.privacy is not None:
+        raise BadInput(
+            'method.head_weights is "labels", but counts of rows have no noise, which [privacy] '
+            "needs; leave it out"
+        )
+
+
 def started(fields: HeadStart, head: Tensors, fleet: Fleet, *, rows: int) -> Tensors:
     """The head that the first round begins with: `head` itself, or the one of the devices' class
     means.
@@ -96,6 +117,8 @@ def started(fields: HeadStart, head: Tensors, fleet: Fleet, *, rows: int) -> Ten
         return head
     orders = {profile.id: MeansOrder(rows=rows) for profile in fleet.devices}
     replies = fleet.ask(class_means, orders)
+    if fields.head_weights == "labels":
+        _know(fleet, replies)
     if len(replies) < fleet.aggregation.fewest(len(replies)):
         return head
     shares = bounded(
@@ -109,6 +132,31 @@ def started(fields: HeadStart, head: Tensors, fleet: Fleet, *, rows: int) -> Ten
         [_shortened(reply, share) for reply, share in zip(replies, shares, strict=True)],
         fleet.aggregation,
     )
+
+
+def know_classes(fields: HeadStart, fleet: Fleet, *, rows: int) -> None:
+    """Where the classifier is weighed by labels, ask the round's devices of which it is not known
+    how many of at most so many `rows` have each class; `fleet.server` remembers it for all rounds.
+
+    From then on a class's row of the classifier is averaged over devices by how many rows of the
+    class each has: a device without any has learnt of it only that it is never right.
+    """
+    if fields.head_weights != "labels":
+        return
+    new = [each.id for each in fleet.devices if each.id not in fleet.server.row_shares]
+    if new:
+        _know(fleet, fleet.ask(class_means, dict.fromkeys(new, MeansOrder(rows=rows))))
+
+
+def _know(fleet: Fleet, replies: Sequence[Reply[ClassMeans]]) -> None:
+    (layer,) = fleet.base.head
+    names = [f"{layer.path}.weight"] + ([] if layer.bias is None else [f"{layer.path}.bias"])
+    found = {}
+    for reply in replies:
+        counts = reply.value.counts.float()
+        shares = counts / counts.sum() if counts.any() else torch.ones_like(counts) / len(counts)
+        found[reply.device] = dict.fromkeys(names, shares)
+    fleet.server.row_shares = fleet.server.row_shares | found
 
 
 def _shortened(reply: Reply[ClassMeans], share: float) -> Reply[ClassMeans]:

@@ -211,6 +211,12 @@ def _quality(summary: Mapping[str, Any], unpruned: Sequence[UnprunedRun]) -> lis
         Headline("Device models", form(devices), f"mean {name} of {_sample(summary)}"),
         Headline("Global model", form(common), f"{name} of the one shared model"),
     ]
+    if f"{name}_own" in summary:
+        note = f"mean {name} on the rows that {counted(summary['devices_own'], 'device')} hold out"
+        lines += [
+            Headline("Own models", form(summary[f"{name}_own"]), note),
+            Headline("Global there", form(summary[f"{name}_own_global"]), "on the same rows"),
+        ]
     for run in unpruned:
         gap = gap_form(difference(summary, run))
         lines += [

@@ -38,6 +38,7 @@ from fedspine.nets.load import load as load_net
 from fedspine.runs import task_record
 from fedspine.runs.config import Recipe
 from fedspine.runs.optimisation import server_of
+from fedspine.runs.own_rows import held_out_of
 from fedspine.runs.promise import check_delta, privacy_of
 from fedspine.runs.read_data import dataset, modelled, row_shares
 from fedspine.runs.task_record import TaskRecord
@@ -45,7 +46,8 @@ from fedspine.storage.records import Records
 from fedspine.storage.store import Store
 
 GPU_TOGETHER = 32  # default number of devices trained in one batched pass
-ORDER, COHORT, START = 101, 102, 103  # purposes of random streams, which must differ
+# purposes of random streams, which must differ
+ORDER, COHORT, START, HELD_OUT = 101, 102, 103, 104
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Assembled:
     task: Task
     tokenizer: Any
     shares: tuple[np.ndarray, ...]  # int64 row indices of the training set, by device
+    held_out: tuple[np.ndarray, ...]  # the same of rows on which a device is scored, not trained
     kinds: tuple[str, ...]
     record: TaskRecord
     left_out: Mapping[str, int]  # unused rows of the data, by reason
@@ -98,6 +101,7 @@ def assemble(recipe: Recipe, *, here: bool = True, begun: Path | None = None) ->
     shares = share_out(recipe, data, task.train) if here else ()
     if recipe.task.pack:
         task, shares = _packed(recipe, task, shares, here=here)
+    shares, held_out = _held_out(recipe, shares)
     check_delta(recipe, [len(share) for share in shares])
     recipe.method.check(task)
     return Assembled(
@@ -105,6 +109,7 @@ def assemble(recipe: Recipe, *, here: bool = True, begun: Path | None = None) ->
         task=task,
         tokenizer=tokenizer,
         shares=shares,
+        held_out=held_out,
         kinds=tuple(kinds),
         record=record,
         left_out=data.left_out,
@@ -257,6 +262,16 @@ def _packed(
     return replace(task, train=train), shares
 
 
+def _held_out(
+    recipe: Recipe, shares: tuple[np.ndarray, ...]
+) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """The rows that devices train on, and those that they hold out."""
+    if recipe.fleet.held_out is None or not shares:
+        return shares, ()
+    rng = np.random.default_rng([recipe.run.seed, HELD_OUT])
+    return held_out_of(shares, recipe.fleet.held_out, rng)
+
+
 def test_order(assembled: Assembled) -> np.ndarray:
     """The order in which test rows are scored; a check uses the first ones."""
     return np.random.default_rng([assembled.recipe.run.seed, ORDER]).permutation(
@@ -270,6 +285,7 @@ def workers_for(assembled: Assembled, cache: Path) -> Workers:
     workshop = Workshop(
         task=task,
         shares=assembled.shares,
+        held_out=assembled.held_out,
         test_rows=test_order(assembled),
         prefixes=Prefixes(cache),
     )

@@ -94,6 +94,7 @@ class RealSites:
             "mix": None,
             "partition": "auto",
             "per_round": min(recipe.fleet.per_round, devices),
+            "held_out": None,  # of rows that are not here
         }
         fleet = recipe.fleet.model_copy(update=changed)
         if begun is not None:  # as it began, if the recipe does not say

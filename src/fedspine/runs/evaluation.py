@@ -16,6 +16,7 @@ from fedspine.runs import references, task_record
 from fedspine.runs.assemble import test_order
 from fedspine.runs.eta import Estimate
 from fedspine.runs.observer import RunObserver
+from fedspine.runs.own_rows import own_scores, with_own_head
 from fedspine.runs.read_data import dataset
 from fedspine.runs.run_context import Point, RunContext
 from fedspine.runs.run_dir import RECORDS
@@ -51,6 +52,20 @@ def _score(
     found = marks(scored, context.assembled.task.kind)
     context.records.write("score", now=context.fleet.now, final=final, **found)
     return found
+
+
+def _own_scores(context: RunContext, point: Point) -> dict[str, Any]:
+    """The scores of the devices' own models on the rows that they hold out, where they do."""
+    if not context.assembled.held_out:
+        return {}
+    everyone = tuple(profile.id for profile in context.fleet.devices)
+    method, memories = context.recipe.method, context.fleet.memories
+    models = {
+        id: with_own_head(method.deploy(point.state, id), id, memories, context.store)
+        for id in spread_out(everyone, context.recipe.run.final_devices)
+    }
+    indices = {id: index for index, id in enumerate(everyone)}
+    return own_scores(models, method.deploy(point.state), indices, context.workers)
 
 
 def current_doubt(context: RunContext, point: Point) -> str | None:
@@ -135,6 +150,7 @@ def summary(
     found = _score(
         context, point, rows, recipe.run.final_devices, final=True, on_progress=on_progress
     )
+    found |= _own_scores(context, point)
     context.records.flush()
     return plain(
         {

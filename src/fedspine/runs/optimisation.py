@@ -9,9 +9,10 @@ from fedspine.core.server_optimiser import Accumulated, NoOptimiser, Server
 from fedspine.lm.drift import FedDyn, Free
 from fedspine.lm.tune import HeadTraining
 from fedspine.methods import all_methods
+from fedspine.runs.sections import FleetSection, TaskSection
 
 
-def check_optimisation(method: Any, fleet: Any, rounds: int, *, private: bool) -> None:
+def check_optimisation(method: Any, fleet: FleetSection, rounds: int, *, private: bool) -> None:
     """Raise BadInput for settings of a method and a fleet section that do not go together."""
     how = fleet.server_optimiser or NoOptimiser()
     how.check()
@@ -45,7 +46,16 @@ def check_optimisation(method: Any, fleet: Any, rounds: int, *, private: bool) -
         _check_private(method)
 
 
-def server_of(method: Any, fleet: Any) -> Server:
+def check_held_out(task: TaskSection, fleet: FleetSection) -> None:
+    """Raise BadInput for rows that are held out where they cannot be scored."""
+    if fleet.held_out is not None and task.kind == "causal-lm":
+        raise BadInput(
+            f"fleet.held_out is {fleet.held_out:g}, but devices are scored on rows with labels, "
+            "which language modelling has none of; leave it out"
+        )
+
+
+def server_of(method: Any, fleet: FleetSection) -> Server:
     """The server of a run, with nothing to remember yet."""
     if isinstance(method, HeadTraining) and isinstance(method.drift, FedDyn):
         return Server(Accumulated(share=min(1.0, fleet.per_round / fleet.devices)))

@@ -62,6 +62,8 @@ class FleetSection(Section):
         pydantic.BeforeValidator(server_optimiser_of),
         pydantic.PlainSerializer(parts.table_of),
     ] = None
+    # share of each device's rows on which it is scored and not trained; none: of no rows
+    held_out: float | None = pydantic.Field(None, gt=0, lt=1)
     drop: float = pydantic.Field(0.0, ge=0, le=1)  # chance that an order or its reply is lost
     delay_seconds: float = pydantic.Field(0.0, ge=0)  # mean extra delay of a reply
     spread: float = pydantic.Field(1.0, ge=0)  # above 1 makes slow devices slower
