@@ -40,7 +40,7 @@ def test_a_recipe_that_was_written_out_is_the_same(tmp_path):
     other = config.load(path, ["method.drift.mu=0.2", "method.schedule.name=linear"])
     assert other.method.drift == FedProx(mu=0.2) and other.method.schedule == Linear()
     other = config.load(path, ["method.drift.mu=0.2"])
-    assert recipe.difference(other) == "method.drift.mu is 0.2 there, 0.1 here"
+    assert recipe.difference(other) == "method.drift.mu is 0.1 there, 0.2 here"
 
 
 def test_settings_on_the_command_line():

@@ -64,6 +64,7 @@ def _kind(request: Request) -> Any:
         request.reuses,
         request.lowest,
         request.freeze_a,
+        None if request.taught is None else astuple(request.taught.teaching),
         None if request.moments is None else request.moments.steps,
     )
 

@@ -230,6 +230,11 @@ class Base:
         return tap.seen
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, from input to output, as they were last fitted."""
+        return list(self._blocks)
+
+    @property
     def default_cut(self) -> int:
         """Blocks on a device in split learning by default: 2 of 12, and at least 1."""
         return max(1, self.layout.layers // 6)

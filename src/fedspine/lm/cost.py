@@ -87,6 +87,32 @@ def forward_flops(layout: PrunableLayout, extent: Extent) -> float:
     return 2.0 * layout.parameters * extent.tokens + attention
 
 
+def teaching_flops(layout: PrunableLayout, rank: int, extent: Extent) -> float:
+    """Operations of a teacher over this much text: the whole unpruned model with an adapter of this
+    rank, once and without a backward pass.
+    """
+    return forward_flops(layout, extent) + 2.0 * _whole_adapter(layout, rank) * extent.tokens
+
+
+def teaching_memory_bytes(
+    layout: PrunableLayout, rank: int, *, embeddings: int, rows: int, tokens: int
+) -> int:
+    """Peak memory of a teacher's pass over so many rows of so many tokens: a 16-bit base, an fp32
+    adapter, and one block's 16-bit activations at a time.
+    """
+    weights = HALF * (embeddings + layout.parameters)
+    adapter = SINGLE * _whole_adapter(layout, rank)
+    # what enters and leaves, queries, keys and values, and the widest inner layer
+    per_token = 5 * layout.width + layout.channels
+    block = rows * tokens * per_token + rows * layout.query_heads * tokens**2
+    return int(weights + adapter + HALF * block)
+
+
+def _whole_adapter(layout: PrunableLayout, rank: int) -> int:
+    """Parameters of an adapter of the unpruned model."""
+    return rank * sum(site.rows + site.columns for site in layout.sites)
+
+
 def _parameters_below(layout: PrunableLayout, structure: Structure, layer: int) -> int:
     heads, channels = int(structure.heads[:layer].sum()), int(structure.channels[:layer].sum())
     return heads * layout.shape.head_parameters + channels * layout.shape.channel_parameters

@@ -5,11 +5,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedspine.core.message import Tensors, pack
-from fedspine.lm.cost import HALF, Extent, adapter_width, training_flops, training_memory_bytes
+from fedspine.lm.cost import (
+    HALF,
+    Extent,
+    adapter_width,
+    teaching_flops,
+    training_flops,
+    training_memory_bytes,
+)
 from fedspine.lm.importance import no_scores
 from fedspine.lm.importance_sources import ScoringOrder, scoring_cost
 from fedspine.lm.prunable_layout import PrunableLayout
-from fedspine.lm.structure import Structure, shrink
+from fedspine.lm.structure import Structure, is_full, shrink
 
 USABLE_MEMORY = 0.8  # share of a device's memory that training may take
 
@@ -46,10 +53,14 @@ def round_flops(
     extent: Extent,
     steps: int,
     scoring: ScoringOrder,
+    taught: bool = False,
 ) -> float:
-    """Operations to train and score in a round of `steps` over this much text."""
+    """Operations to train and score in a round of `steps` over this much text; where it is `taught`
+    a pruned model's teacher reads the text, too, each row taken to be drawn once.
+    """
     scored = scoring_cost(scoring, layout, structure, rank=rank, tokens=extent.tokens, steps=steps)
-    return training_flops(layout, structure, rank, extent) + scored.flops
+    teacher = teaching_flops(layout, rank, extent) if taught and not is_full(structure) else 0.0
+    return training_flops(layout, structure, rank, extent) + scored.flops + teacher
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ class Frame:
     launches: int
     bytes_down: int
     bytes_up: int
+    taught: bool = False  # whether pruned models have a teacher
 
 
 def frame(
@@ -74,6 +86,7 @@ def frame(
     extent: Extent,
     steps: int,
     scoring: ScoringOrder,
+    taught: bool = False,
 ) -> Frame:
     """Measured on an order as it is sent, with `adapter` in it.
 
@@ -88,6 +101,7 @@ def frame(
         launches=steps * layout.layers,
         bytes_down=beside,
         bytes_up=beside + HALF * layout.layers * (layout.heads + layout.channels),
+        taught=taught,
     )
 
 
@@ -128,7 +142,10 @@ def forecast(
     before, after = adapter_width(layout, structure), adapter_width(layout, left)
     return [
         Spending(
-            flops=load * round_flops(layout, left, rank, frame.extent, frame.steps, frame.scoring),
+            flops=load
+            * round_flops(
+                layout, left, rank, frame.extent, frame.steps, frame.scoring, frame.taught
+            ),
             launches=frame.launches,
             bytes_down=frame.bytes_down + HALF * rank * before,
             bytes_up=frame.bytes_up + HALF * rank * after,

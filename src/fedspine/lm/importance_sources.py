@@ -13,6 +13,7 @@ from fedspine.core.message import message
 from fedspine.core.reads import lasting
 from fedspine.lm.base import Model
 from fedspine.lm.cost import NO_SCORING, ScoringCost, training_memory_bytes
+from fedspine.lm.distillation import Taught
 from fedspine.lm.importance import Scores, magnitude_scores, random_scores, smooth
 from fedspine.lm.importance_tracker import Scoring
 from fedspine.lm.prunable_layout import PrunableLayout
@@ -181,7 +182,12 @@ def scoring_cost(
 
 
 def tune_and_score(
-    device: Device, model: Model, tuning: Tuning, how: ScoringOrder, known: Scores | None
+    device: Device,
+    model: Model,
+    tuning: Tuning,
+    how: ScoringOrder,
+    known: Scores | None,
+    taught: Taught | None = None,
 ) -> TuneResult:
     """`tune`, with the importance of the units after training in its result.
 
@@ -191,9 +197,9 @@ def tune_and_score(
     """
     match how:
         case Scoring() as scoring:
-            return tune(device, model, tuning, scoring=scoring, scores=known)
+            return tune(device, model, tuning, scoring=scoring, scores=known, taught=taught)
         case ByMagnitude():
-            result = tune(device, model, tuning)
+            result = tune(device, model, tuning, taught=taught)
             now = magnitude_scores(device.base, result.model)
             _account(
                 device,
@@ -201,7 +207,7 @@ def tune_and_score(
                 scoring_cost(how, device.base.layout, model.structure, rank=rank_of(model)),
             )
         case AtRandom():
-            result = tune(device, model, tuning)
+            result = tune(device, model, tuning, taught=taught)
             now = random_scores(device.base.layout, model.structure, device.rng)
     return replace(result, scores=smooth(known, now, 0.0))
 

@@ -117,6 +117,24 @@ def cut_adapter(
     return sliced
 
 
+def widen_adapter(
+    adapter: Tensors, sites: tuple[PrunableSite, ...], structure: Structure
+) -> Tensors:
+    """The adapter of the whole model that is this one, of the sub-model `structure`, where it has
+    units, and zero elsewhere: what `cut_adapter` cuts to the same again.
+    """
+    wide: Tensors = {}
+    for site in sites:
+        a, b = adapter[a_name(site.path)], adapter[b_name(site.path)]
+        columns, rows = kept_columns(site, structure), kept_rows(site, structure)
+        if columns is not None:
+            a = a.new_zeros(len(a), site.columns).index_copy_(1, columns, a)
+        if rows is not None:
+            b = b.new_zeros(site.rows, b.shape[1]).index_copy_(0, rows, b)
+        wide[a_name(site.path)], wide[b_name(site.path)] = a, b
+    return wide
+
+
 def _position(
     kept, site: PrunableSite, structure: Structure, within: Structure | None
 ) -> Int[Tensor, " kept"] | None:  # type: ignore[no-untyped-def]

@@ -24,6 +24,14 @@ from fedspine.core.tensors import moved
 from fedspine.lm.attention import module_inputs
 from fedspine.lm.base import Model
 from fedspine.lm.cost import Extent, training_flops, training_memory_bytes
+from fedspine.lm.distillation import (
+    Hidden,
+    Taught,
+    Teaching,
+    distances,
+    hidden_distances,
+    lessons,
+)
 from fedspine.lm.drift import Drift, FedDyn, FedProx, Free
 from fedspine.lm.held import AdamMoments, begun, penalty_of, remember
 from fedspine.lm.importance import Scores
@@ -180,6 +188,7 @@ class Request:
     penalty: Callable[[Tensors], Tensor] | None = None
     lowest: int = 0  # the block below which adapters are used but not trained
     freeze_a: bool = False  # whether the adapter's A factors stay as they are
+    taught: Taught | None = None  # who teaches beside the labels
     moments: AdamMoments | None = None  # AdamW's, to go on with
     keeps_moments: bool = False  # whether they are wanted back
     extra_bytes: int = 0  # of memory beside what training takes
@@ -216,17 +225,19 @@ def tune(
     penalty: Callable[[Tensors], Tensor] | None = None,
     lowest: int = 0,
     freeze_a: bool = False,
+    taught: Taught | None = None,
 ) -> TuneResult:
     """Train `model` for `tuning.steps` optimiser steps on the device's rows.
 
     Adapters below the block `lowest` take part as they are. `penalty` of the adapter and the head,
-    by name, is added to what is minimised, not to the loss that is returned. A loss that is not
+    by name, is added to what is minimised, and so is the distance to the teacher of `taught`; the
+    loss that is returned is that of the labels. A loss that is not
     finite ends training at once and is returned as it is; the server leaves such a reply out.
 
     Where the run promises privacy, the model that is returned keeps the promise and may leave the
     device; raises Declined where the device's budget does not suffice.
     """
-    request = Request(device, model, tuning, scoring, scores, penalty, lowest, freeze_a)
+    request = Request(device, model, tuning, scoring, scores, penalty, lowest, freeze_a, taught)
     if device.privacy is not None:
         return _tuned_privately(request, device.privacy)
     return _tuned_held(request, tuning) if isinstance(tuning, HeldTuning) else _tuned(request)
@@ -260,8 +271,8 @@ def _tuned_held(request: Request, how: HeldTuning) -> TuneResult:
 def _tuned_privately(request: Request, guard: Guard) -> TuneResult:
     if isinstance(request.tuning, HeldTuning):
         raise ValueError("what a device keeps between rounds is not counted by its ledger")
-    if request.scoring is not None or request.penalty is not None:
-        raise ValueError("importance and penalties of rows have no noise, so none may be asked for")
+    if not (request.scoring is request.penalty is request.taught is None):
+        raise ValueError("importance, penalties and teachers have no noise, so none may be asked")
     match guard.terms.level:
         case "rows":
             return _by_dp_sgd(request, guard)
@@ -327,6 +338,13 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
     base, tuning, scoring = lead.device.base, lead.tuning, lead.scoring
     first = first_block(base.layout, lead.model)
     prefixes = [_prefix(request, first) for request in requests]
+    plans = [list(batches(r.device.data, tuning, r.device.rng)) for r in requests]
+    teaching = None if lead.taught is None else lead.taught.teaching
+    learnt = [
+        lessons(r.device, r.taught, plan)
+        for r, plan in zip(requests, plans, strict=True)
+        if r.taught is not None
+    ]
     stack = _stacked(requests)
     module = stack.fit()
     entry = base.start_at(first) if prefixes[0] is not None else None
@@ -337,10 +355,10 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
     # to which each device pads each of its batches, and its rows with a label that counts
     widths: list[list[int]] = [[] for _ in requests]
     counted: list[list[np.ndarray]] = [[] for _ in requests]
-    with ImportanceTracker(stack, scoring, [request.scores for request in requests]) as tracker:
-        for step, rows in enumerate(
-            zip(*(batches(r.device.data, tuning, r.device.rng) for r in requests), strict=True)
-        ):
+    looking = Hidden(base, teaching is not None and teaching.hidden > 0)
+    scores = [request.scores for request in requests]
+    with looking as states, ImportanceTracker(stack, scoring, scores) as tracker:
+        for step, rows in enumerate(zip(*plans, strict=True)):
             inputs, width = _joined(requests, rows, widths)
             for request, chosen, seen in zip(requests, rows, counted, strict=True):
                 request.device.uses(chosen)
@@ -354,7 +372,8 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
                     ]
                 )
             tracker.before_forward(step, inputs["attention_mask"])
-            loss = losses_of(module, inputs, len(requests))
+            logits = logits_of(module, inputs)
+            loss = cross_entropies(logits, inputs["labels"], len(requests))
             losses.append(loss.detach())
             if alone and not torch.isfinite(loss):
                 break
@@ -363,6 +382,10 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
                 for i, r in enumerate(requests)
                 if r.penalty is not None
             ]
+            if teaching is not None:
+                said = [each.of(chosen) for each, chosen in zip(learnt, rows, strict=True)]
+                hidden = states.take(inputs["attention_mask"], len(logits))
+                loss = _with_teacher(loss, logits, hidden, said, teaching)
             sum(penalties, start=loss.sum()).backward()
             tracker.update(step)
             stack.clip(tuning.clip)
@@ -380,6 +403,22 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
         )
         for i, seen in enumerate(history)
     ]
+
+
+def _with_teacher(
+    loss: Float[Tensor, " models"],
+    logits: Tensor,
+    hidden: Tensor,
+    said: Sequence[tuple[Tensor, Tensor]],
+    teaching: Teaching,
+) -> Float[Tensor, " models"]:
+    """What each model minimises, of its loss on the labels and of what its teacher `said`."""
+    answers, states = (torch.cat(each) for each in zip(*said, strict=True))
+    apart = distances(logits, answers, teaching.temperature, len(said))
+    whole = (1 - teaching.weight) * loss + teaching.weight * apart
+    if teaching.hidden:
+        whole = whole + teaching.hidden * hidden_distances(hidden, states, len(said))
+    return whole
 
 
 def _stacked(requests: Sequence[Request]) -> TrainableStack:
@@ -446,8 +485,16 @@ def losses_of(module: nn.Module, inputs: Tensors, models: int) -> Float[Tensor, 
 
     0 for a model of whose labels none counts, such as rows of one token.
     """
-    labels = inputs["labels"]
-    logits = module(**module_inputs(inputs)).logits
+    return cross_entropies(logits_of(module, inputs), inputs["labels"], models)
+
+
+def logits_of(module: nn.Module, inputs: Tensors) -> Tensor:
+    """What a module answers to a batch."""
+    return module(**module_inputs(inputs)).logits
+
+
+def cross_entropies(logits: Tensor, labels: Tensor, models: int) -> Float[Tensor, " models"]:
+    """The same, of logits."""
     if labels.dim() == 2:
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     losses = nn.functional.cross_entropy(

@@ -23,11 +23,13 @@ from fedspine.core.fleet import Fleet, NoMemory, Profile, Reply
 from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
+from fedspine.core.parts import quiet
 from fedspine.core.task import Task
 from fedspine.core.tensors import half
 from fedspine.lm.aggregate import Contribution, bounded
 from fedspine.lm.base import Model, line_energy
 from fedspine.lm.cost import Extent
+from fedspine.lm.distillation import NoTeacher, Teacher
 from fedspine.lm.forecast import Frame, forecast, frame, ranks_that_fit, round_flops
 from fedspine.lm.importance import Scores, tally
 from fedspine.lm.importance_sources import Gradient, Importance
@@ -42,6 +44,7 @@ from fedspine.pruning.device import (
     contribution,
     deployed,
     prune_and_tune,
+    with_teacher,
 )
 
 
@@ -85,6 +88,7 @@ class FedSpine(LocalTraining):
     until: float = 0.7  # t1: everything is pruned after
     floor: float = 0.8  # share of the cubic schedule that no device may stay below
     aggregation: RankMerging = "delta-product"
+    teacher: Teacher = quiet(NoTeacher())  # who teaches a pruned model beside the labels
 
     @classmethod
     def toy(cls) -> Self:
@@ -105,6 +109,7 @@ class FedSpine(LocalTraining):
         check_rising(self.ranks)
         check_rank("method.ranks", self.ranks, task.base.layout)
         check_tuning(self)
+        self.teacher.check(task)
         self._due(0, 1)
         self.controller.check(self.ranks)
         self.importance.check()
@@ -255,6 +260,7 @@ class FedSpine(LocalTraining):
             extent=self._extent(state),
             steps=self.steps,
             scoring=order.scoring,
+            taught=self.teacher.order is not None,
         )
 
     def _extent(self, state: SpineState) -> Extent:
@@ -264,7 +270,7 @@ class FedSpine(LocalTraining):
 
     def _order(self, state: SpineState, device: DeviceId, plan: Plan) -> SpineOrder:
         structure = state.structures.get(device, full(state.layout))
-        return SpineOrder(
+        order = SpineOrder(
             round=state.round,
             adapter=half(
                 share(self.aggregation, state.layout, state.adapter, structure, plan.rank)
@@ -279,6 +285,7 @@ class FedSpine(LocalTraining):
             tuning=tuning_at(self, state.round, state.rounds),
             scoring=self.importance.order,
         )
+        return with_teacher(order, self.teacher)
 
     # --- what came of them ---
 
@@ -348,6 +355,7 @@ class FedSpine(LocalTraining):
             self._extent(state),
             self.steps,
             self.importance.order,
+            taught=self.teacher.order is not None,
         )
         return PlanResult(
             plan=plan,

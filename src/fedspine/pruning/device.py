@@ -15,6 +15,7 @@ from fedspine.core.reads import Reads
 from fedspine.core.tensors import half, single
 from fedspine.lm.aggregate import Contribution
 from fedspine.lm.base import Model
+from fedspine.lm.distillation import Taught, Teacher, Teaching
 from fedspine.lm.importance import Scores, ballot, mixed, no_scores
 from fedspine.lm.importance_sources import ScoringOrder, remembered, tune_and_score
 from fedspine.lm.prunable_layout import PrunableLayout
@@ -26,7 +27,16 @@ from fedspine.lm.received import (
     float_of,
     rank_in,
 )
-from fedspine.lm.structure import Structure, cut_adapter, full, grain, shrink, sparsity
+from fedspine.lm.structure import (
+    Structure,
+    cut_adapter,
+    full,
+    grain,
+    is_full,
+    shrink,
+    sparsity,
+    widen_adapter,
+)
 from fedspine.lm.tune import Tuning
 
 
@@ -61,6 +71,19 @@ class SpineOrder:
         within("global_importance_weight", self.global_importance_weight, 0, 1)
         within("target", self.target, 0, 0.95)
         within("sparsity", self.sparsity, 0, self.target)
+
+
+@message
+class TaughtOrder(SpineOrder):
+    """The same with a teacher for a pruned model, which costs no traffic: the device has it."""
+
+    teaching: Teaching
+
+
+def with_teacher(order: SpineOrder, teacher: Teacher) -> SpineOrder:
+    """The order, with what the teacher of `method.teacher` says to a device, if there is one."""
+    teaching = teacher.order
+    return order if teaching is None else TaughtOrder(**vars(order), teaching=teaching)
 
 
 @message
@@ -116,7 +139,8 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
         )
     adapter = cut_adapter(single(order.adapter), layout.sites, kept, within=order.structure)
     model = Model(structure=kept, adapter=adapter, head=single(order.head), scale=order.scale)
-    trace = tune_and_score(device, model, order.tuning, order.scoring, known)
+    taught = _taught(layout, order) if not is_full(kept) else None
+    trace = tune_and_score(device, model, order.tuning, order.scoring, known, taught)
     loss_before = device.memory.get("loss")
     device.memory |= {"kept": kept, "scores": trace.scores}
     if isfinite(trace.loss):
@@ -131,6 +155,19 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
         loss_before=loss_before,
         examples=len(device.data),
     )
+
+
+def _taught(layout: PrunableLayout, order: SpineOrder) -> Taught | None:
+    """The teacher that an order brings: the unpruned base with what came of the adapter, and the
+    head.
+    """
+    if not isinstance(order, TaughtOrder):
+        return None
+    adapter = widen_adapter(single(order.adapter), layout.sites, order.structure)
+    teacher = Model(
+        structure=full(layout), adapter=adapter, head=single(order.head), scale=order.scale
+    )
+    return Taught(teacher, order.teaching)
 
 
 class Deployed(Protocol):

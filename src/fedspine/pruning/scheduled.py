@@ -18,17 +18,25 @@ from fedspine.core.fleet import Fleet, Reply
 from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import on_todays, usable
+from fedspine.core.parts import quiet
 from fedspine.core.task import Task
 from fedspine.core.tensors import half
 from fedspine.lm.aggregate import average_factors, bounded
 from fedspine.lm.base import Model
+from fedspine.lm.distillation import NoTeacher, Teacher
 from fedspine.lm.importance import Scores, on_wire, tally
 from fedspine.lm.importance_sources import ScoringOrder
 from fedspine.lm.lora import check_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, check_target, cut_adapter, full, sparsity
 from fedspine.lm.tune import LocalTraining, check_tuning, tuning_at
-from fedspine.pruning.device import SpineOrder, SpineResult, contribution, prune_and_tune
+from fedspine.pruning.device import (
+    SpineOrder,
+    SpineResult,
+    contribution,
+    prune_and_tune,
+    with_teacher,
+)
 
 _RANGES = {"sparsity": (0, 0.95), "global_importance_weight": (0, 1)}
 
@@ -41,6 +49,7 @@ class ScheduledPruning(LocalTraining):
     rank: int = 8
     scale: float = 2.0  # alpha / rank
     global_importance_weight: float = 0.0  # of the fleet's average in what a device drops
+    teacher: Teacher = quiet(NoTeacher())  # who teaches a pruned model beside the labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +91,7 @@ def check_pruning(fields: ScheduledPruning, task: Task) -> None:
     check_target(task.base.layout, fields.sparsity)
     check_rank("method.rank", (fields.rank,), task.base.layout)
     check_tuning(fields)
+    fields.teacher.check(task)
 
 
 def begin(fields: ScheduledPruning, task: Task, rng: np.random.Generator) -> PruningState:
@@ -179,7 +189,7 @@ def _order(
     # nothing is pruned before its importance is known
     now = target if device in state.structures else 0.0
     advised = now > 0 and fields.global_importance_weight > 0 and state.scores is not None
-    return SpineOrder(
+    order = SpineOrder(
         round=state.round,
         adapter=half(cut_adapter(state.adapter, state.layout.sites, structure)),
         head=half(state.head),
@@ -192,3 +202,4 @@ def _order(
         tuning=tuning_at(fields, state.round, state.rounds),
         scoring=scoring,
     )
+    return with_teacher(order, fields.teacher)

@@ -1,0 +1,211 @@
+"""Recovery by distillation: on its own rows a device teaches its pruned model what its unpruned one
+says, the dense base with the adapter and the head that it received.
+
+Before a device trains, the teacher runs once over the rows that will be drawn; its logits, and the
+mean over the tokens of what leaves each block, are held until training ends. Pruning leaves the
+width of the hidden states as it is, so each block of the student has its own block of the teacher.
+
+Sources: Hinton et al. 2015 (arXiv:1503.02531) for logits at a temperature; CoFi, Xia et al. 2022
+(arXiv:2204.00408), for hidden states of a model that is pruned, there of all tokens with a layer
+mapping that is learnt.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import ClassVar, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fedspine.core.checks import Asked, need, within
+from fedspine.core.device import Device
+from fedspine.core.errors import BadInput, check_ranges
+from fedspine.core.message import message
+from fedspine.core.task import Task
+from fedspine.core.tensors import moved
+from fedspine.lm.base import Base, Model
+from fedspine.lm.cost import Extent, teaching_flops, teaching_memory_bytes
+from fedspine.lm.lora import adapter_rank
+from fedspine.lm.pooling import mean_of_tokens
+from fedspine.lm.prefix import BATCH
+
+
+@message
+class Teaching:
+    """How a teacher counts in what a device minimises."""
+
+    temperature: float
+    weight: float  # of the teacher's answers; the rest is that of the labels
+    hidden: float  # weight of the hidden states, beside both; 0: they are not looked at
+
+    def check(self, asked: Asked) -> None:
+        within("weight", self.weight, 0, 1)
+        need(self.temperature > 0, f"temperature is {self.temperature}, but it must be positive")
+        need(self.hidden >= 0, f"hidden is {self.hidden}, but it cannot be negative")
+
+
+@dataclass(frozen=True)
+class NoTeacher:
+    """A pruned model learns from labels alone."""
+
+    name: ClassVar = "none"
+
+    @property
+    def order(self) -> Teaching | None:
+        return None
+
+    def check(self, task: Task) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class DenseTeacher:
+    """A pruned model learns from the device's unpruned one, too."""
+
+    name: ClassVar = "dense"
+    temperature: float = 2.0
+    weight: float = 0.5  # of the teacher's answers; the rest is that of the labels
+    hidden: float = 0.0  # weight of the squared distance of mean hidden states, beside both
+
+    @property
+    def order(self) -> Teaching | None:
+        return Teaching(temperature=self.temperature, weight=self.weight, hidden=self.hidden)
+
+    def check(self, task: Task) -> None:
+        """Raise BadInput for numbers that cannot be, and for a task without classes."""
+        check_ranges(self, {"weight": (0, 1)}, "method.teacher")
+        if not (self.temperature > 0 and isfinite(self.temperature)):
+            raise BadInput(
+                f"method.teacher.temperature is {self.temperature:g}, but a positive number was "
+                "expected"
+            )
+        if not (self.hidden >= 0 and isfinite(self.hidden)):
+            raise BadInput(f"method.teacher.hidden is {self.hidden:g}, but it cannot be negative")
+        if not task.base.head:
+            raise BadInput(
+                'method.teacher.name is "dense", which answers with classes, and a language model '
+                'has none; set it to "none"'
+            )
+
+
+Teacher: TypeAlias = NoTeacher | DenseTeacher
+
+
+@dataclass(frozen=True)
+class Taught:
+    """The teacher of one training, and how it counts."""
+
+    teacher: Model
+    teaching: Teaching
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What a teacher says about some of a device's rows."""
+
+    place: np.ndarray  # int64 [rows of the device], where a row is below
+    logits: Tensor  # fp32 [rows, classes]
+    hidden: Tensor  # fp32 [rows, blocks, width], means over tokens; of no blocks if not asked for
+
+    def of(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Logits and hidden states of these rows, in their order."""
+        at = torch.from_numpy(self.place[rows]).to(self.logits.device)
+        return self.logits[at], self.hidden[at]
+
+
+class Hidden:
+    """The means over tokens of what leaves each block in the last forward pass, while it is used as
+    a context manager.
+    """
+
+    def __init__(self, base: Base, asked: bool) -> None:
+        self._blocks = base.blocks if asked else []
+        self._seen: list[Tensor] = []
+
+    def __enter__(self) -> "Hidden":
+        self._handles = [block.register_forward_hook(self._see) for block in self._blocks]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _see(self, block: nn.Module, inputs: object, output: object) -> None:
+        self._seen.append(output[0] if isinstance(output, tuple) else output)  # type: ignore[arg-type]
+
+    def take(self, mask: Tensor, rows: int) -> Float[Tensor, "rows blocks width"]:
+        """[rows, blocks, width] of the last pass over this attention mask."""
+        seen, self._seen = self._seen, []
+        if not seen:
+            return torch.zeros(rows, 0, 0, device=mask.device)
+        return torch.stack([mean_of_tokens(each.float(), mask) for each in seen], 1)
+
+
+def lessons(device: Device, taught: Taught, plan: Sequence[np.ndarray]) -> Lessons:
+    """What the teacher says about all rows of a plan of batches; charged to the device.
+
+    The base must be fitted again afterwards.
+    """
+    base, rows = device.base, np.unique(np.concatenate(plan))
+    data, model = device.data.take(rows), taught.teacher
+    logits: list[Tensor] = []
+    hidden: list[Tensor] = []
+    seen: list[np.ndarray] = []
+    tokens, squared_tokens, longest = 0, 0, 0
+    with torch.no_grad(), Hidden(base, taught.teaching.hidden > 0) as states:
+        module = base.fit(model.to(base.device), merge=True)
+        for chosen in data.batches_by_length(BATCH):
+            inputs = moved(data.batch(chosen), base.device)
+            inputs.pop("labels")
+            logits.append(module(**inputs).logits.float())
+            hidden.append(states.take(inputs["attention_mask"], len(chosen)))
+            seen.append(chosen)
+            width = data.width(chosen)
+            longest = max(longest, width)
+            tokens += len(chosen) * width
+            squared_tokens += len(chosen) * width**2
+    order = torch.from_numpy(np.argsort(np.concatenate(seen))).to(base.device)
+    place = np.full(len(device.data), -1)
+    place[rows] = np.arange(len(rows))
+    found = Lessons(place, torch.cat(logits)[order], torch.cat(hidden)[order])
+    rank = adapter_rank(model.adapter)
+    extent = Extent(tokens=tokens, squared_tokens=squared_tokens)
+    device.spend(
+        flops=teaching_flops(base.layout, rank, extent),
+        launches=len(seen) * base.layout.layers,
+        memory_bytes=teaching_memory_bytes(
+            base.layout, rank, embeddings=base.embeddings, rows=BATCH, tokens=longest
+        ),
+    )
+    return found
+
+
+def distances(
+    logits: Float[Tensor, "rows classes"],
+    taught: Float[Tensor, "rows classes"],
+    temperature: float,
+    models: int,
+) -> Float[Tensor, " models"]:
+    """temperature^2 KL(teacher || student) of both at this temperature, in nats, the mean over each
+    model's rows; the square keeps the size of its gradient, as in the source.
+
+    >>> same = torch.tensor([[1.0, 2.0]])
+    >>> distances(same, same, 2.0, 1)
+    tensor([0.])
+    """
+    student = nn.functional.log_softmax(logits.float() / temperature, -1)
+    teacher = nn.functional.log_softmax(taught / temperature, -1)
+    each = (teacher.exp() * (teacher - student)).sum(-1)
+    return temperature**2 * each.view(models, -1).mean(1)
+
+
+def hidden_distances(
+    states: Float[Tensor, "rows blocks width"],
+    taught: Float[Tensor, "rows blocks width"],
+    models: int,
+) -> Float[Tensor, " models"]:
+    """The mean squared distance over each model's rows, blocks and entries."""
+    return (states - taught).square().view(models, -1).mean(1)
