@@ -83,7 +83,7 @@ class ProxState:
     head: Tensors
 
 
-@method("fedprox_lora", robust=True)
+@method("fedprox_lora", robust=True, server_optimiser=True)
 @dataclass(frozen=True)
 class FedProxLora(LocalTraining):
     """FedLoRA with FedProx's proximal term."""

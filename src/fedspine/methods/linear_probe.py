@@ -69,7 +69,7 @@ class ProbeState:
 class LinearProbe(HeadTraining):
     """FedAvg of the task head over a frozen base."""
 
-    learning_rate: float = 1e-2  # falls linearly to zero over the rounds
+    learning_rate: float = 1e-2  # over the rounds as `schedule` says
     privacy: ClassVar = ("rows", "devices")
 
     @classmethod

@@ -28,7 +28,9 @@ IN_EVERY_TITLE = {
     "fleet.alpha",
 }  # in every title
 OFFERED = "fleet.per_round"  # the devices asked per round; in a sweep a method may set its own
-QUORUM = "fleet.quorum"  # of a round's replies; methods may differ in it, and the caveats say so
+# methods may differ in these: the share of replies that a round waits for, of which the caveats say
+# so, and what becomes of their mean
+OF_METHODS = {"fleet.quorum", "fleet.server_optimiser"}
 CONTENT, WEIGHTS = "data_sha256", "model_sha256"  # of the summary: what was read from outside
 MEASURED = {
     "test_rows": "test rows",
@@ -89,7 +91,7 @@ def basis(run: Run) -> dict[str, Any]:
         key: value
         for key, value in flat.items()
         if key in CHECKS
-        or (key.startswith("fleet.") and key != QUORUM)
+        or (key.startswith("fleet.") and key not in OF_METHODS)
         or (key.startswith("task.") and (language or key not in MODEL))
     }
     return found | {key: run.summary[key] for key in MEASURED if key in run.summary}
