@@ -1,4 +1,6 @@
-"""One table over every method: those that take a server's step, and what the others are told."""
+"""One table over every method: those that take a server's step, with the settings of local training
+that go with it, and what the others are told.
+"""
 
 import dataclasses
 
@@ -7,9 +9,11 @@ import torch
 from toy import bits
 
 from fedspine.core.errors import BadInput
-from fedspine.core.server_optimiser import CHOICES, FedAvgM, Server
-from fedspine.lm.drift import FedDyn
-from fedspine.lm.tune import HeadTraining
+from fedspine.core.message import unpack
+from fedspine.core.server_optimiser import CHOICES, Accumulated, FedAvgM, Server
+from fedspine.lm.drift import FedDyn, FedProx
+from fedspine.lm.schedules import Cosine
+from fedspine.lm.tune import HeadTraining, LocalTraining
 from fedspine.methods import all_methods
 from fedspine.runs.config import Recipe
 
@@ -21,6 +25,16 @@ STEPS = [how for how in CHOICES if how != "none"]
 CASES = [(name, STEPS[i % len(STEPS)]) for i, name in enumerate(STEPPING)]
 
 
+def with_settings(method):
+    """The method with few steps, and what it knows of settings of local training."""
+    changed = {"steps": 2}
+    if isinstance(method, HeadTraining):
+        changed |= {"drift": FedProx(mu=0.1), "schedule": Cosine(warmup_rounds=1)}
+    if isinstance(method, LocalTraining):
+        changed["personal_head"] = True
+    return dataclasses.replace(method, **changed)
+
+
 def next_round(bench, method, state):
     bench.fleet.begin_round(state.round)
     after = method.round(state, bench.checked(bench.fleet))
@@ -30,7 +44,7 @@ def next_round(bench, method, state):
 
 @pytest.mark.parametrize(("name", "how"), CASES)
 def test_a_step_is_taken_and_a_resume_goes_on_with_its_moments(name, how, lab):
-    method, two = dataclasses.replace(METHODS[name].toy(), steps=2), ("tx2", "agx")
+    method, two = with_settings(METHODS[name].toy()), ("tx2", "agx")
     first = lab("run", kinds=two, server=Server(CHOICES[how]()))
     after = first.run(method, rounds=1)
     assert first.fleet.server.moments
@@ -42,6 +56,24 @@ def test_a_step_is_taken_and_a_resume_goes_on_with_its_moments(name, how, lab):
     second.close()
     plain = lab("run", kinds=two)  # goes on from there without a server's step
     assert bits(plain.run(method, rounds=2)) != bits(whole)
+
+
+@pytest.mark.parametrize("name", [name for name in STEPPING if METHODS[name].same_shapes])
+def test_feddyn_and_kept_optimisers_are_resumed(name, lab):
+    two, share = ("tx2", "agx"), Accumulated(share=1.0)
+    method = dataclasses.replace(
+        METHODS[name].toy(), steps=2, drift=FedDyn(alpha=0.5), keep_optimiser=True
+    )
+    first = lab("run", kinds=two, server=Server(share))
+    after = first.run(method, rounds=1)
+    first.save(after)
+    whole = next_round(first, method, after)
+    first.close()
+    second = lab("run", kinds=two, server=Server(share))
+    assert bits(second.run(method, rounds=2)) == bits(whole)
+    for file in second.fleet.memories.values():
+        memory = unpack(second.store.get_memory(file))
+        assert memory["optimiser"].steps == 4 and memory["drift"]
 
 
 def test_momentum_of_zero_at_rate_one_is_the_mean_but_for_rounding(lab):

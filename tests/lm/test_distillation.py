@@ -186,18 +186,18 @@ def test_all_methods_that_prune_can_be_taught():
 @pytest.mark.parametrize("name", TEACHABLE)
 def test_devices_are_taught_once_they_have_pruned(name, lab, task):
     cls = all_methods()[name]
-    changed = {"recover": 2} if name == "prune_after" else {"warmup": 0.0, "until": 0.4}
+    changed = {"recover": 4} if name == "prune_after" else {"warmup": 0.0, "until": 0.4}
     method = dataclasses.replace(cls.toy(), steps=2, teacher=DenseTeacher(), **changed)
     bench, sent = lab(kinds=("nx", "agx")), []
 
     method.check(task)
-    state = bench.run(method, around=lambda fleet: sent.append(Spy(fleet)) or sent[-1])
+    state = bench.run(method, rounds=2, around=lambda fleet: sent.append(Spy(fleet)) or sent[-1])
     orders = [order for spy in sent for _, order in spy.orders if hasattr(order, "structure")]
     assert orders and all(isinstance(order, TaughtOrder) for order in orders)
     assert bits(unpack(pack(orders[-1]).payload)) == bits(orders[-1])
     flops = [row["flops"] for row in bench.rows("exchange") if row["work"] == "prune_and_tune"]
     untaught = lab("untaught", kinds=("nx", "agx"))
-    untaught.run(dataclasses.replace(method, teacher=NoTeacher()))
+    untaught.run(dataclasses.replace(method, teacher=NoTeacher()), rounds=2)
     plain = [row["flops"] for row in untaught.rows("exchange") if row["work"] == "prune_and_tune"]
     assert flops[0] == plain[0]  # of a whole model there is nothing to teach
     assert flops[-1] > plain[-1]

@@ -88,9 +88,14 @@ def tune_top(device: Device, order: DepthOrder) -> LoraResult:
 @returns_sent_weights
 @on_device
 def probe_top(device: Device, order: DepthOrder) -> LoraResult:
-    """The same for its time alone, which is why the weights come back as they were sent."""
+    """The same for its time alone, which is why the weights come back as they were sent, and the
+    device keeps nothing of it.
+    """
+    before = dict(device.memory)
     sent = on_blocks(device.base.layout, order.adapter, order.lowest)
-    return replace(tune_top(device, order), adapter=half(sent), head=half(order.head))
+    result = replace(tune_top(device, order), adapter=half(sent), head=half(order.head))
+    device.memory = before
+    return result
 
 
 @message

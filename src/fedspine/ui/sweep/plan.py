@@ -24,8 +24,8 @@ ELSEWHERE = {  # keys set by a cell's place in the sweep, and where to write the
     "run.workers": "give --jobs, which shares the cores out",
     "method.name": "give every method a table of its own: [methods.LABEL]",
 }
-# what [methods.LABEL] may set besides fields: how many devices a method may choose from, how many of
-# their replies it waits for, and what becomes of their mean
+# what [methods.LABEL] may set besides fields: how many devices a method may choose from, how many
+# of their replies it waits for, and what becomes of their mean
 OWN = ("fleet.per_round", "fleet.quorum", "fleet.server_optimiser")
 
 
