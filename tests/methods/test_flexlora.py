@@ -11,7 +11,7 @@ from toy import Spy, bits
 
 from fedspine.core.errors import BadInput
 from fedspine.lm.lora import a_name, b_name, cut_rank
-from fedspine.lm.tune import rank_of
+from fedspine.lm.training_account import rank_of
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine import FedSpine
 from fedspine.methods.flexlora import FlexLora

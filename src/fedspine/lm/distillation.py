@@ -183,6 +183,53 @@ def lessons(device: Device, taught: Taught, plan: Sequence[np.ndarray]) -> Lesso
     return found
 
 
+class Teachers:
+    """The teachers of models that are trained in one pass, one for each or none for all; a context
+    manager, since it listens to the blocks of the base where hidden states count.
+
+    They are heard before training begins, for all rows of each one's plan of batches. Their ways of
+    counting must agree.
+    """
+
+    def __init__(
+        self, base: Base, taught: Sequence[tuple[Device, Taught, Sequence[np.ndarray]]]
+    ) -> None:
+        self._lessons = [lessons(device, teacher, plan) for device, teacher, plan in taught]
+        self._teaching = taught[0][1].teaching if taught else None
+        self._states = Hidden(base, self._teaching is not None and self._teaching.hidden > 0)
+
+    def __enter__(self) -> "Teachers":
+        self._states.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._states.__exit__(*error)
+
+    def heard(
+        self,
+        loss: Float[Tensor, " models"],
+        logits: Tensor,
+        mask: Tensor,
+        rows: Sequence[np.ndarray],
+    ) -> Float[Tensor, " models"]:
+        """What each model minimises: of its loss on the labels of its `rows`, and of how far its
+        `logits` and the hidden states of the last pass are from its teacher's.
+        """
+        how = self._teaching
+        if how is None:
+            return loss
+        said = [each.of(chosen) for each, chosen in zip(self._lessons, rows, strict=True)]
+        answers, states = (torch.cat(each) for each in zip(*said, strict=True))
+        models = len(said)
+        whole = (1 - how.weight) * loss + how.weight * distances(
+            logits, answers, how.temperature, models
+        )
+        if how.hidden:
+            seen = self._states.take(mask, len(logits))
+            whole = whole + how.hidden * hidden_distances(seen, states, models)
+        return whole
+
+
 def distances(
     logits: Float[Tensor, "rows classes"],
     taught: Float[Tensor, "rows classes"],

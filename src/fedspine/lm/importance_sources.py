@@ -19,7 +19,8 @@ from fedspine.lm.importance_tracker import Scoring
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.scoring_cost import magnitude_cost, tracking_cost, updates
 from fedspine.lm.structure import Structure
-from fedspine.lm.tune import TuneResult, Tuning, rank_of, tune
+from fedspine.lm.training_account import rank_of
+from fedspine.lm.tune import TuneResult, Tuning, tune
 
 
 @message

@@ -23,27 +23,17 @@ from fedspine.core.task import IGNORED, Examples
 from fedspine.core.tensors import moved
 from fedspine.lm.attention import module_inputs
 from fedspine.lm.base import Model
-from fedspine.lm.cost import Extent, training_flops, training_memory_bytes
-from fedspine.lm.distillation import (
-    Hidden,
-    Taught,
-    Teaching,
-    distances,
-    hidden_distances,
-    lessons,
-)
+from fedspine.lm.distillation import Taught, Teachers
 from fedspine.lm.drift import Drift, FedDyn, FedProx, Free
 from fedspine.lm.held import AdamMoments, begun, penalty_of, remember
 from fedspine.lm.importance import Scores
 from fedspine.lm.importance_tracker import ImportanceTracker, Scoring
-from fedspine.lm.lora import a_name, adapter_rank
 from fedspine.lm.per_row import RowGradients, poisson_batches
 from fedspine.lm.prefix import activations, entering, first_block, name_of
-from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import check_settings
 from fedspine.lm.schedules import Linear, Schedule
-from fedspine.lm.scoring_cost import tracking_cost
 from fedspine.lm.trainable_stack import TrainableStack
+from fedspine.lm.training_account import account, account_rows
 
 LAST = 5  # steps whose mean loss stands for where training ended
 
@@ -315,7 +305,7 @@ def _by_dp_sgd(request: Request, guard: Guard) -> TuneResult:
             # the expected size of a batch, since its true size tells who is in it
             values[name].grad = (total + noise) / (rate * len(data))
         optimiser.step()
-    _account_rows(request, gradients, steps, max(first, request.lowest))
+    account_rows(request, gradients, steps, max(first, request.lowest))
     return TuneResult(stack.model(0), None, None)
 
 
@@ -339,12 +329,14 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
     first = first_block(base.layout, lead.model)
     prefixes = [_prefix(request, first) for request in requests]
     plans = [list(batches(r.device.data, tuning, r.device.rng)) for r in requests]
-    teaching = None if lead.taught is None else lead.taught.teaching
-    learnt = [
-        lessons(r.device, r.taught, plan)
-        for r, plan in zip(requests, plans, strict=True)
-        if r.taught is not None
-    ]
+    teachers = Teachers(
+        base,
+        [
+            (r.device, r.taught, plan)
+            for r, plan in zip(requests, plans, strict=True)
+            if r.taught is not None
+        ],
+    )
     stack = _stacked(requests)
     module = stack.fit()
     entry = base.start_at(first) if prefixes[0] is not None else None
@@ -355,9 +347,8 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
     # to which each device pads each of its batches, and its rows with a label that counts
     widths: list[list[int]] = [[] for _ in requests]
     counted: list[list[np.ndarray]] = [[] for _ in requests]
-    looking = Hidden(base, teaching is not None and teaching.hidden > 0)
-    scores = [request.scores for request in requests]
-    with looking as states, ImportanceTracker(stack, scoring, scores) as tracker:
+    known = [request.scores for request in requests]
+    with teachers, ImportanceTracker(stack, scoring, known) as tracker:
         for step, rows in enumerate(zip(*plans, strict=True)):
             inputs, width = _joined(requests, rows, widths)
             for request, chosen, seen in zip(requests, rows, counted, strict=True):
@@ -382,10 +373,7 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
                 for i, r in enumerate(requests)
                 if r.penalty is not None
             ]
-            if teaching is not None:
-                said = [each.of(chosen) for each, chosen in zip(learnt, rows, strict=True)]
-                hidden = states.take(inputs["attention_mask"], len(logits))
-                loss = _with_teacher(loss, logits, hidden, said, teaching)
+            loss = teachers.heard(loss, logits, inputs["attention_mask"], rows)
             sum(penalties, start=loss.sum()).backward()
             tracker.update(step)
             stack.clip(tuning.clip)
@@ -393,7 +381,7 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
             optimiser.zero_grad()
     history = torch.stack(losses, 1).tolist()
     for request, padded, seen in zip(requests, widths, history, strict=True):
-        _account(request, padded[: _steps(seen)], first)
+        account(request, padded[: _steps(seen)], first)
     return [
         TuneResult(
             stack.model(i),
@@ -403,22 +391,6 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
         )
         for i, seen in enumerate(history)
     ]
-
-
-def _with_teacher(
-    loss: Float[Tensor, " models"],
-    logits: Tensor,
-    hidden: Tensor,
-    said: Sequence[tuple[Tensor, Tensor]],
-    teaching: Teaching,
-) -> Float[Tensor, " models"]:
-    """What each model minimises, of its loss on the labels and of what its teacher `said`."""
-    answers, states = (torch.cat(each) for each in zip(*said, strict=True))
-    apart = distances(logits, answers, teaching.temperature, len(said))
-    whole = (1 - teaching.weight) * loss + teaching.weight * apart
-    if teaching.hidden:
-        whole = whole + teaching.hidden * hidden_distances(hidden, states, len(said))
-    return whole
 
 
 def _stacked(requests: Sequence[Request]) -> TrainableStack:
@@ -536,83 +508,3 @@ def _joined(
         else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     )
     return moved(inputs, requests[0].device.base.device), width
-
-
-def _account(request: Request, widths: list[int], first: int) -> None:
-    device, model, batch = request.device, request.model, request.tuning.batch
-    layout, rank = device.base.layout, rank_of(model)
-    ranks, first = ranks_by_block(layout, model), max(first, request.lowest)
-    extent = Extent(
-        tokens=batch * sum(widths), squared_tokens=batch * sum(width**2 for width in widths)
-    )
-    scored = widths[:: request.scoring.every] if request.scoring else []
-    scoring = tracking_cost(
-        layout,
-        model.structure,
-        request.scoring,
-        rank=rank,
-        tokens=batch * sum(scored),
-        largest=batch * max(scored, default=0),
-        updates=len(scored),
-    )
-    device.spend(
-        flops=training_flops(layout, model.structure, ranks, extent, first)
-        + scoring.flops
-        + len(widths) * request.step_flops,
-        launches=len(widths) * layout.layers,
-        samples=len(widths) * batch,
-        memory_bytes=training_memory_bytes(
-            layout,
-            model.structure,
-            rank=ranks,
-            embeddings=device.base.embeddings,
-            batch=batch,
-            tokens=max(widths),
-            first=first,
-            scoring=scoring,
-        )
-        + request.extra_bytes,
-    )
-
-
-def _account_rows(
-    request: Request, gradients: RowGradients, steps: Sequence[Extent], first: int
-) -> None:
-    """What DP-SGD costs: each row's own tokens, and one gradient for each row of a pass."""
-    device, model, layout = request.device, request.model, request.device.base.layout
-    tensors, ranks = model.adapter | model.head, ranks_by_block(layout, model)
-    numbers = sum(tensors[name].numel() for name in gradients.names)
-    at_once = min(gradients.rows_at_once, len(device.data))
-    whole = Extent(
-        tokens=sum(step.tokens for step in steps),
-        squared_tokens=sum(step.squared_tokens for step in steps),
-    )
-    memory_bytes = training_memory_bytes(
-        layout,
-        model.structure,
-        rank=ranks,
-        embeddings=device.base.embeddings,
-        batch=at_once,
-        tokens=int(device.data.lengths.max()),
-        first=first,
-    )
-    device.spend(
-        flops=training_flops(layout, model.structure, ranks, whole, first),
-        launches=len(steps) * layout.layers,
-        samples=request.tuning.steps * min(request.tuning.batch, len(device.data)),
-        memory_bytes=memory_bytes + 4 * at_once * numbers,
-    )
-
-
-def rank_of(model: Model) -> int:
-    """The largest rank of the model's adapter, 0 without one."""
-    return adapter_rank(model.adapter)
-
-
-def ranks_by_block(layout: PrunableLayout, model: Model) -> list[int]:
-    """The largest rank of each block's adapter, from input to output; 0 for a block without one."""
-    ranks = [0] * layout.layers
-    for site in layout.sites:
-        if (factor := model.adapter.get(a_name(site.path))) is not None:
-            ranks[site.layer] = max(ranks[site.layer], factor.shape[0])
-    return ranks
