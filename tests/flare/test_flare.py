@@ -28,6 +28,7 @@ from fedspine.core.errors import BadInput
 from fedspine.core.fleet import AllLost, Idle, weights_of
 from fedspine.core.message import NotAMessage, message, pack, unpack
 from fedspine.core.schema import conforms, work_kinds
+from fedspine.core.server_optimiser import FedAvgM, Server
 from fedspine.flare.fleet import FlareFleet
 from fedspine.flare.framing import MOST_BYTES
 from fedspine.flare.run_terms import RunTerms
@@ -39,6 +40,7 @@ from fedspine.flare.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder,
 from fedspine.fleets.checked import Checked
 from fedspine.fleets.semi_async import SemiAsync
 from fedspine.lm.content import content_sha256
+from fedspine.lm.drift import FedProx
 from fedspine.lm.load import load
 from fedspine.methods import all_methods, find
 from fedspine.methods.fedlora import LoraOrder, LoraResult, tune_adapter
@@ -205,9 +207,9 @@ def sites(ground, model, tmp_path):
         each.close()
 
 
-def simulated(ground, model, folder, method, rounds):
+def simulated(ground, model, folder, method, rounds, **settings):
     """The state of the same run on simulated devices that hold the same rows."""
-    lab = Lab(toy_task(*model, rounds=4), folder / "simulated", kinds=("nx",) * 3)
+    lab = Lab(toy_task(*model, rounds=4), folder / "simulated", kinds=("nx",) * 3, **settings)
     lab.shares = tuple(ground.shares[site] for site in SITES)
     lab.workers._workshop = replace(lab.workers._workshop, shares=lab.shares)
     try:
@@ -527,6 +529,20 @@ def test_a_fleet_goes_on_from_its_snapshot(ground, model, sites, tmp_path):
     again.fleet.restore(kept, {})
     assert bits(again.run(method, 4, state)) == bits(simulated(ground, model, tmp_path, method, 4))
     assert again.fleet.now > kept.now
+
+
+def test_the_servers_moments_and_what_sites_keep_outlive_a_snapshot(ground, model, sites, tmp_path):
+    method = replace(find("fedlora").toy(), steps=2, drift=FedProx(mu=0.1), keep_optimiser=True)
+    here = sites()
+    here.session.server = Server(FedAvgM())
+    state = here.run(method, 2)
+    kept = unpack(pack(here.fleet.snapshot()))
+    here.run(method, 3, state)  # which a kill undoes
+    again = sites()
+    again.session.server = Server(FedAvgM())
+    again.fleet.restore(kept, {})
+    whole = simulated(ground, model, tmp_path, method, 3, server=Server(FedAvgM()))
+    assert bits(again.run(method, 3, state)) == bits(whole)
 
 
 def test_orders_under_way_are_sent_again_after_a_resume(sites):
