@@ -79,7 +79,9 @@ def test_feddyn_and_kept_optimisers_are_resumed(name, lab):
 def test_momentum_of_zero_at_rate_one_is_the_mean_but_for_rounding(lab):
     method = METHODS["fedlora"].toy()
     plain = lab("plain").run(method, rounds=1)
-    stepped = lab("stepped", server=Server(FedAvgM(momentum=0.0))).run(method, rounds=1)
+    stepped = lab("stepped", server=Server(FedAvgM(learning_rate=1.0, momentum=0.0))).run(
+        method, rounds=1
+    )
     for one, other in ((plain.adapter, stepped.adapter), (plain.head, stepped.head)):
         for name, tensor in one.items():
             # w + (mean - w) is rounded twice, by 2^-24 of numbers below 1

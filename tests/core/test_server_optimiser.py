@@ -42,7 +42,7 @@ def moved(optimiser, *merged):
 
 def test_fedavgm_by_hand():
     # m = 1, w = 1 * 1; then m = 0.9 + 2 = 2.9, w = 1 + 2.9
-    assert moved(FedAvgM(), 1.0, 2.0) == pytest.approx(3.9, abs=OFF)
+    assert moved(FedAvgM(learning_rate=1.0), 1.0, 2.0) == pytest.approx(3.9, abs=OFF)
     assert moved(FedAvgM(learning_rate=0.5, momentum=0.0), 1.0, 2.0) == pytest.approx(1.5, abs=OFF)
 
 
@@ -61,6 +61,14 @@ def test_fedyogi_by_hand():
     first = 1 / (3**0.5 + 1)
     assert moved(how, 2.0) == pytest.approx(first, abs=OFF)
     assert moved(how, 2.0, 1.0) == pytest.approx(first + 1 / (2.5**0.5 + 1), abs=OFF)
+
+
+def test_at_fedavgms_default_rate_a_steady_change_is_made_as_it_is():
+    # m tends to 1 / (1 - 0.9) = 10, so that after 200 rounds a step is 1 - 0.9^201 = 1 to 1e-9
+    server, now = Server(FedAvgM()), weights(0.0)
+    for _ in range(200):
+        before, now = now, server.step("w", now, {"w": now["w"] + 1.0})
+    assert float(now["w"] - before["w"]) == pytest.approx(1.0, abs=200 * OFF)
 
 
 def test_the_defaults_are_those_of_the_paper():

@@ -37,10 +37,13 @@ class NoOptimiser:
 
 @dataclass(frozen=True)
 class FedAvgM:
-    """Momentum: m <- momentum m + change, and the weights move by learning_rate m."""
+    """Momentum: m <- momentum m + change, and the weights move by learning_rate m.
+
+    At the default rate, 1 - momentum, changes that stay the same move them as far as without.
+    """
 
     name: ClassVar = "fedavgm"
-    learning_rate: float = 1.0
+    learning_rate: float = 0.1
     momentum: float = 0.9
 
     def check(self) -> None:
@@ -49,8 +52,8 @@ class FedAvgM:
     def step(self, change: Tensor, moments: Tensors) -> tuple[Tensor, Tensors]:
         """The change to make instead of this merged one, and the moments after it.
 
-        >>> step, moments = FedAvgM().step(torch.tensor([1.0]), {})
-        >>> FedAvgM().step(torch.tensor([1.0]), moments)[0]
+        >>> step, moments = FedAvgM(learning_rate=1.0).step(torch.tensor([1.0]), {})
+        >>> FedAvgM(learning_rate=1.0).step(torch.tensor([1.0]), moments)[0]
         tensor([1.9000])
         """
         first = self.momentum * moments["first"] + change if moments else change
