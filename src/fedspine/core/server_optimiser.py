@@ -67,7 +67,7 @@ class FedAdam:
     """
 
     name: ClassVar = "fedadam"
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-3
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3  # the smaller, the more adaptive
@@ -88,7 +88,7 @@ class FedYogi:
     """
 
     name: ClassVar = "fedyogi"
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-3
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3  # the smaller, the more adaptive
