@@ -14,6 +14,7 @@ from toy import Spy, bits
 
 from fedspine.core.errors import BadInput
 from fedspine.core.message import pack, unpack
+from fedspine.core.tensors import half
 from fedspine.execution.together import _kind
 from fedspine.lm.cost import Extent, forward_flops
 from fedspine.lm.distillation import (
@@ -32,7 +33,7 @@ from fedspine.methods.fedlora import FedLora
 from fedspine.pruning.device import TaughtOrder
 
 TUNING = Tuning(steps=6, batch=8, learning_rate=5e-3)
-TEACHING = Teaching(temperature=2.0, weight=0.5, hidden=0.0)
+TEACHING = Teaching(temperature=2.0, weight=0.5, hidden=0.0, own=False)
 
 
 def student_of(base):
@@ -111,7 +112,7 @@ def test_a_student_comes_nearer_to_its_teacher(task):
     apart = {}
     for weight, hidden in ((0.0, 0.0), (1.0, 0.0), (1.0, 1.0)):
         device = device_on(task)
-        taught = Taught(teacher, Teaching(temperature=2.0, weight=weight, hidden=hidden))
+        taught = Taught(teacher, Teaching(temperature=2.0, weight=weight, hidden=hidden, own=False))
         found = tune(device, student, TUNING, taught=taught).model
         data = device.data
         answers = logits_of(base, teacher, data)
@@ -168,6 +169,26 @@ def test_a_language_model_has_no_teacher(task, decoder):
     language = dataclasses.replace(task, base=decoder[0])
     with pytest.raises(BadInput, match="a language model has none"):
         DenseTeacher().check(language)
+
+
+def test_a_device_can_be_taught_by_what_it_was_before_it_pruned(task, lab):
+    """Two rounds, of which the second prunes: the teacher is the model of the first one, which the
+    device keeps while it is whole and not after.
+    """
+    cls = all_methods()["prune_after"]
+    method = dataclasses.replace(cls.toy(), steps=2, recover=4, teacher=DenseTeacher(adapter="own"))
+    bench = lab(kinds=("nx",))
+    after = bench.run(method, rounds=1)
+    (file,) = bench.fleet.memories.values()
+    kept = unpack(bench.store.get_memory(file))["teacher"]
+    assert bool(kept.structure.channels.all())
+    came = half(kept.adapter)  # of one device the server's adapter is what it sent
+    assert bits(half(after.training.adapter)) == bits(came)
+    bench.save(after)
+    bench.fleet.begin_round(1)
+    method.round(after, bench.checked(bench.fleet))
+    (file,) = bench.fleet.memories.values()
+    assert bits(unpack(bench.store.get_memory(file))["teacher"]) == bits(kept)
 
 
 TEACHABLE = sorted(

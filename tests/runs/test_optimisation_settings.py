@@ -63,6 +63,23 @@ def test_settings_on_the_command_line():
     assert server_of(plain.method, plain.fleet).optimiser == NoOptimiser()
 
 
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("method.teacher.adapter=mine", "method.teacher"),
+        ("method.teacher.temperature=hot", "method.teacher.temperature is 'hot'"),
+        ("method.teacher.name=sparse", "unknown method.teacher.name 'sparse'"),
+        ("method.schedule.warmup=3", "did you mean 'warmup_rounds'"),
+        ("method.drift.alpha=0.1", "unknown key of .method.drift. for none 'alpha'"),
+    ],
+)
+def test_what_a_part_lacks_is_refused_in_one_line(setting, line):
+    begun = ["method.name=magnitude", "method.teacher.name=dense"]
+    with pytest.raises(BadInput, match=line) as refused:
+        config.load(None, [*begun, setting])
+    assert "\n" not in str(refused.value)
+
+
 PRIVATE = {"epsilon": 8.0, "delta": 1e-5}
 
 

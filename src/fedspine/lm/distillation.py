@@ -13,7 +13,7 @@ mapping that is learnt.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ class Teaching:
     temperature: float
     weight: float  # of the teacher's answers; the rest is that of the labels
     hidden: float  # weight of the hidden states, beside both; 0: they are not looked at
+    own: bool  # whether the teacher is what the device trained itself before it pruned
 
     def check(self, asked: Asked) -> None:
         within("weight", self.weight, 0, 1)
@@ -63,16 +64,26 @@ class NoTeacher:
 
 @dataclass(frozen=True)
 class DenseTeacher:
-    """A pruned model learns from the device's unpruned one, too."""
+    """A pruned model learns from the device's unpruned one, too.
+
+    Its adapter is the one that came, which is tuned for pruned models meanwhile, or "own": the one
+    that the device last trained itself before it pruned, where it has one.
+    """
 
     name: ClassVar = "dense"
     temperature: float = 2.0
     weight: float = 0.5  # of the teacher's answers; the rest is that of the labels
     hidden: float = 0.0  # weight of the squared distance of mean hidden states, beside both
+    adapter: Literal["current", "own"] = "current"
 
     @property
     def order(self) -> Teaching | None:
-        return Teaching(temperature=self.temperature, weight=self.weight, hidden=self.hidden)
+        return Teaching(
+            temperature=self.temperature,
+            weight=self.weight,
+            hidden=self.hidden,
+            own=self.adapter == "own",
+        )
 
     def check(self, task: Task) -> None:
         """Raise BadInput for numbers that cannot be, and for a task without classes."""

@@ -139,8 +139,10 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
         )
     adapter = cut_adapter(single(order.adapter), layout.sites, kept, within=order.structure)
     model = Model(structure=kept, adapter=adapter, head=single(order.head), scale=order.scale)
-    taught = _taught(layout, order) if not is_full(kept) else None
+    taught = None if is_full(kept) else _taught(device, order)
     trace = tune_and_score(device, model, order.tuning, order.scoring, known, taught)
+    if isinstance(order, TaughtOrder) and order.teaching.own and is_full(kept):
+        device.memory["teacher"] = trace.model
     loss_before = device.memory.get("loss")
     device.memory |= {"kept": kept, "scores": trace.scores}
     if isfinite(trace.loss):
@@ -157,12 +159,15 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
     )
 
 
-def _taught(layout: PrunableLayout, order: SpineOrder) -> Taught | None:
-    """The teacher that an order brings: the unpruned base with what came of the adapter, and the
-    head.
+def _taught(device: Device, order: SpineOrder) -> Taught | None:
+    """The teacher that an order asks for: the unpruned base with the adapter and the head that the
+    device trained before it pruned, or with what came of them.
     """
+    layout = device.base.layout
     if not isinstance(order, TaughtOrder):
         return None
+    if order.teaching.own and "teacher" in device.memory:
+        return Taught(device.memory["teacher"], order.teaching)
     adapter = widen_adapter(single(order.adapter), layout.sites, order.structure)
     teacher = Model(
         structure=full(layout), adapter=adapter, head=single(order.head), scale=order.scale
