@@ -208,7 +208,7 @@ def test_all_methods_that_prune_can_be_taught():
 def test_devices_are_taught_once_they_have_pruned(name, lab, task):
     cls = all_methods()[name]
     changed = {"recover": 4} if name == "prune_after" else {"warmup": 0.0, "until": 0.4}
-    method = dataclasses.replace(cls.toy(), steps=2, teacher=DenseTeacher(), **changed)
+    method = dataclasses.replace(cls.toy(), steps=2, teacher=DenseTeacher(hidden=0.5), **changed)
     bench, sent = lab(kinds=("nx", "agx")), []
 
     method.check(task)
@@ -216,6 +216,7 @@ def test_devices_are_taught_once_they_have_pruned(name, lab, task):
     orders = [order for spy in sent for _, order in spy.orders if hasattr(order, "structure")]
     assert orders and all(isinstance(order, TaughtOrder) for order in orders)
     assert bits(unpack(pack(orders[-1]).payload)) == bits(orders[-1])
+    assert orders[-1].reads.descent.penalty == method.teacher.hidden == 0.5
     flops = [row["flops"] for row in bench.rows("exchange") if row["work"] == "prune_and_tune"]
     untaught = lab("untaught", kinds=("nx", "agx"))
     untaught.run(dataclasses.replace(method, teacher=NoTeacher()), rounds=2)

@@ -83,6 +83,13 @@ class HeldTuning(Tuning):
     keep_optimiser: bool  # whether AdamW goes on where the device's last training ended
     personal_head: bool  # whether the device goes on with its own head
 
+    @property
+    def reads(self) -> Reads:
+        """With the pull as what is minimised beside the loss."""
+        own = super().reads
+        how = own.descent and replace(own.descent, penalty=self.proximal)
+        return replace(own, descent=how)
+
     def check(self, asked: Asked) -> None:
         super().check(asked)
         check_settings(proximal=self.proximal)
@@ -105,8 +112,9 @@ class HeadTraining:
     def foretold(self, base: Any) -> Reads:
         """What a device's orders will read."""
         ranks = getattr(self, "ranks", ()) or (getattr(self, "rank", None),)
+        whole = replace(self, schedule=Linear())  # at the whole rate, without a warm-up
         return replace(
-            tuning_at(self, 0, 1).reads, scale=getattr(self, "scale", None), rank=max(ranks)
+            tuning_at(whole, 0, 1).reads, scale=getattr(self, "scale", None), rank=max(ranks)
         )
 
 

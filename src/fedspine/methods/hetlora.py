@@ -56,7 +56,7 @@ class HetLoraOrder:
     def reads(self) -> Reads:
         """With what the penalty adds to the training that `tuning` declares."""
         own = self.tuning.reads
-        how = own.descent and replace(own.descent, penalty=self.penalty)
+        how = own.descent and replace(own.descent, penalty=own.descent.penalty + self.penalty)
         return replace(own, scale=self.scale, descent=how)
 
     def check(self, asked: Asked) -> None:

@@ -4,6 +4,7 @@ its baselines; no method.
 What the server decides (how far, at which rank, how adapters are merged) is each method's own.
 """
 
+from dataclasses import replace
 from math import isfinite
 from typing import Protocol
 
@@ -78,6 +79,13 @@ class TaughtOrder(SpineOrder):
     """The same with a teacher for a pruned model, which costs no traffic: the device has it."""
 
     teaching: Teaching
+
+    @property
+    def reads(self) -> Reads:
+        """With the hidden states as what is minimised beside the loss."""
+        how = self.tuning.reads.descent
+        how = how and replace(how, penalty=how.penalty + self.teaching.hidden)
+        return replace(super().reads, descent=how)
 
 
 def with_teacher(order: SpineOrder, teacher: Teacher) -> SpineOrder:
