@@ -42,11 +42,12 @@ class FedProx:
 class FedDyn:
     """alpha / 2 ||w - w_t||^2 - <g, w>, where g is kept on the device and becomes g - alpha
     (w - w_t) after training. Acar et al. 2021 (arXiv:2111.04263), whose server part is
-    `core.server_optimiser.Accumulated`.
+    `core.server_optimiser.Accumulated`. A small alpha leaves the server's sum unopposed, since
+    AdamW's steps do not shrink with it.
     """
 
     name: ClassVar = "feddyn"
-    alpha: float = 0.01
+    alpha: float = 1.0
 
     def check(self) -> None:
         _positive("alpha", self.alpha)
