@@ -157,3 +157,7 @@ def test_nothing_is_unpickled():
 )
 def test_heavy_packages_have_one_door(package, file):
     assert importers(package) == {file}
+
+
+def test_gguf_has_a_door_to_read_and_one_to_write():
+    assert importers("gguf") == {"lm/gguf_files.py", "exports/gguf_file.py"}

@@ -119,7 +119,7 @@ def test_smaller_numbers(exported, tmp_path, how, bytes_each):
     size = [(place / "model.onnx").stat().st_size for place in (folder, smaller)]
     # what is left out is at least the difference in the weights of the blocks
     assert size[0] - size[1] > (4 - bytes_each) * before.block_parameters
-    assert set(QUANTISATIONS) == set(onnx_graph.QUANTISERS)
+    assert set(QUANTISATIONS["onnx"]) == set(onnx_graph.QUANTISERS)
 
 
 def test_a_graph_outside_its_tolerance_is_refused(exported, tmp_path, monkeypatch):
@@ -273,7 +273,7 @@ def test_rows_to_compare_on(run, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(base_of(folder))
 
     def found(recipe, place=None):
-        examples, rows_from = parity_rows(recipe, record, tokenizer, place)
+        examples, rows_from = parity_rows(recipe, record, tokenizer, place, onnx.ROWS)
         return len(examples), rows_from
 
     assert found(recipe) == (16, "test rows of the run")

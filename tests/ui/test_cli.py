@@ -215,9 +215,13 @@ BAD_COMMANDS = {  # arguments, and what the line must say
         "export {place}/run --format onnx --quantize int88 --to {place}/x",
         ["quantisation 'int88'", "did you mean 'int8'"],
     ),
+    "quantisation that needs llama.cpp": (
+        "export {place}/run --format gguf --quantize q4_k_m --to {place}/x",
+        ["quantisation 'q4_k_m'", "known: f16, q8_0", "llama-quantize"],
+    ),
     "quantisation of another format": (
         "export {place}/run --quantize int8 --to {place}/x",
-        ["--quantize is for --format onnx, not hf"],
+        ["--quantize is for --format onnx and gguf, not hf"],
     ),
     "rows of another format": (
         "export {place}/run --format peft --rows {place}/rows.csv --to {place}/x",

@@ -12,6 +12,8 @@ from fedspine.lm.pooling import Pooling
 FORMAT = 2
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ONNX = "model.onnx"  # instead of WEIGHTS in a folder for ONNX Runtime
+GGUF = "model.gguf"  # in a folder for llama.cpp
+PARITY = "parity.json"  # how far a folder for another runtime is from the PyTorch model
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ def read_card(folder: Path) -> Card:
     """The card of an exported folder; raises BadInput where it is none, saying what to do."""
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; give one that `fedspine export` wrote")
+    if (folder / GGUF).is_file():
+        raise BadInput(f"{folder} is for llama.cpp; run {GGUF} there, or export with --format hf")
     if not (folder / CONFIG).is_file():
         raise BadInput(
             f"{folder} has no {CONFIG}, so it is no exported model; write one with `fedspine "

@@ -27,8 +27,11 @@ from fedspine.runs.run_dir import FLEET, RECIPE, STATE, check_format, recipe_of
 from fedspine.runs.task_record import TaskRecord
 from fedspine.storage.store import Saved, Store
 
-FORMATS = ("hf", "onnx", "peft")
-QUANTISATIONS = ("none", "fp16", "int8")  # of the format onnx
+FORMATS = ("hf", "onnx", "gguf", "peft")
+QUANTISATIONS = {  # by format, the default first; the others have none
+    "onnx": ("none", "fp16", "int8"),
+    "gguf": ("f16", "q8_0"),
+}
 GLOBAL, DENSE = "global", "dense"
 
 
@@ -83,26 +86,23 @@ def export_model(
     to: Path,
     with_base: bool = False,
     base: str | None = None,
-    quantize: str = "none",
+    quantize: str | None = None,
     rows: str | None = None,
 ) -> dict[str, Any]:
     """Write one model of the run in `folder` to the new folder `to`; returns what it is.
 
     `with_base` writes the model that a PEFT adapter fits beside it; `base` is where the run's base
-    is now. `quantize` is for ONNX, as is `rows`, data with the run's columns to compare the graph
-    on. Raises BadInput for an unknown format, device or quantisation, a folder that is no run, one
-    that exists where `to` should be, an adapter that fits no model that stock tools could load, a
-    model that has no such format, and a graph outside its tolerance.
+    is now. `quantize` is one of the format's `QUANTISATIONS` (None: the first); ONNX and GGUF are
+    compared on `rows`, data with the run's columns. Raises BadInput for an unknown format, device
+    or quantisation, a folder that is no run, one that exists where `to` should be, an adapter that
+    fits no model that stock tools could load, a model that has no such format, and a graph or file
+    outside its tolerance.
     """
     _check_options(format, with_base=with_base, quantize=quantize, rows=rows)
     if to.exists():
         raise BadInput(f"{to} exists already; name a new folder with --to")
     _check_device(device, device_ids_of(folder))
-    if format == "onnx":
-        from fedspine.exports import onnx, onnx_graph
-        from fedspine.exports.parity_rows import parity_rows
-
-        onnx_graph.check_installed()
+    other = _other_runtime(format)
     run = open_run(folder, base)
     model, record = run.model(device), run.record
     more: dict[str, Any] = {}
@@ -119,12 +119,17 @@ def export_model(
         export_adapter(
             run.base, model, run.tokenizer, to, origin=origin, with_base=with_base, **card
         )
-    elif format == "onnx":
-        _check_encoder(run.base)
-        examples, rows_from = parity_rows(run.recipe, record, run.tokenizer, rows)
+    elif other is not None:
+        from fedspine.exports.parity_rows import parity_rows
+
+        _check_kind(format, run)
+        quantize = quantize or QUANTISATIONS[format][0]
+        examples, rows_from = parity_rows(run.recipe, record, run.tokenizer, rows, other.ROWS)
         with tempfile.TemporaryDirectory() as scratch:
-            merged = hf.export(run.base, model, run.tokenizer, Path(scratch) / "model", **card)
-            parity = onnx.export(
+            place = Path(scratch) / "model"
+            chat = record.of_dialogues
+            merged = hf.export(run.base, model, run.tokenizer, place, chat=chat, **card)
+            parity = other.export(
                 merged, to, examples=examples, rows_from=rows_from, quantize=quantize
             )
         more = {"quantize": quantize, "parity": asdict(parity) | {"line": parity.line}}
@@ -139,26 +144,70 @@ def export_model(
     } | more
 
 
-def _check_options(format: str, *, with_base: bool, quantize: str, rows: str | None) -> None:
+def _check_options(format: str, *, with_base: bool, quantize: str | None, rows: str | None) -> None:
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
-    if quantize not in QUANTISATIONS:
-        raise unknown("quantisation", quantize, QUANTISATIONS)
     if with_base and format != "peft":
         raise BadInput(
             f"--with-base is for --format peft; a model of --format {format} holds its base "
             "already, so leave it out"
         )
-    for option, given in (("--quantize", quantize != "none"), ("--rows", rows is not None)):
-        if given and format != "onnx":
-            raise BadInput(f"{option} is for --format onnx, not {format}; leave one of them out")
+    known = QUANTISATIONS.get(format)
+    for option, given in (("--quantize", quantize not in (None, "none")), ("--rows", rows)):
+        if given and known is None:
+            raise BadInput(
+                f"{option} is for --format {' and '.join(QUANTISATIONS)}, not {format}; leave one "
+                "of them out"
+            )
+    if known and quantize is not None and quantize not in known:
+        raise _unknown_quantisation(format, quantize, known)
 
 
-def _check_encoder(base: Base) -> None:
-    if base.layout.decoder:
+def _unknown_quantisation(format: str, quantize: str, known: tuple[str, ...]) -> BadInput:
+    error = unknown("quantisation", quantize, known)
+    if format != "gguf":
+        return error
+    return BadInput(
+        f"{error}; other types, such as Q4_K_M, are made from the f16 file by llama.cpp's own "
+        "llama-quantize"
+    )
+
+
+def _other_runtime(format: str) -> Any:
+    """The module that exports for a runtime that is not PyTorch; None for the other formats.
+
+    Raises BadInput where its packages are not installed.
+    """
+    match format:
+        case "onnx":
+            from fedspine.exports import onnx
+
+            onnx.onnx_graph.check_installed()
+            return onnx
+        case "gguf":
+            from fedspine.exports import gguf
+
+            return gguf
+    return None
+
+
+def _check_kind(format: str, run: RunModel) -> None:
+    """Raise BadInput for a model that a format does not take."""
+    decoder, architecture = run.base.layout.decoder, run.base.config.model_type
+    if format == "onnx" and decoder:
         raise BadInput(
-            f"--format onnx takes classifiers on encoders, and {base.config.model_type} is a "
-            "decoder; use --format hf or --format peft"
+            f"--format onnx takes classifiers on encoders, and {architecture} is a decoder; use "
+            "--format hf or --format peft, or --format gguf for a language model"
+        )
+    if format == "gguf" and not decoder:
+        raise BadInput(
+            f"--format gguf takes language models on decoders, and {architecture} is an encoder; "
+            "use --format hf, --format onnx or --format peft"
+        )
+    if format == "gguf" and run.record.kind != "causal-lm":
+        raise BadInput(
+            f"--format gguf takes language models, and this {architecture} was tuned as a "
+            "classifier; use --format hf or --format peft"
         )
 
 

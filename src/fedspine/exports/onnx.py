@@ -19,15 +19,16 @@ from fedspine.core.errors import BadInput
 from fedspine.core.task import Examples
 from fedspine.exports import onnx_graph
 from fedspine.exports.bench import latency_seconds
-from fedspine.exports.card import CONFIG, ONNX, WEIGHTS, Card, read_card
+from fedspine.exports.card import CONFIG, ONNX, PARITY, WEIGHTS, Card, read_card
 from fedspine.exports.load import Loaded, load_model
 from fedspine.exports.whole_folder import whole_folder
 
-PARITY, TOKENIZER = "parity.json", "tokenizer.json"
+TOKENIZER = "tokenizer.json"
 APART = 1e-4  # of fp32 logits; rounding came to 1e-5 in MiniLM's six blocks
 # where the numbers are smaller, so many predictions must be equal, or so little accuracy be lost:
 # a model that is often unsure answers otherwise in a few rows and is right as often
 EQUAL, LOST = 0.995, 0.005
+ROWS = 1000  # to compare on at most
 BATCH = 32  # rows at a time
 TOKENS = 128  # of the rows that are timed, or as many as the model was trained to read
 REPEATS = 3  # of each timing

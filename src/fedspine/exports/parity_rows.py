@@ -1,4 +1,4 @@
-"""The rows on which an exported graph is compared with the PyTorch model."""
+"""The rows on which a graph or a file is compared with the PyTorch model."""
 
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,15 @@ from fedspine.runs.config import Recipe
 from fedspine.runs.read_data import dataset
 from fedspine.runs.task_record import TaskRecord, record_of
 
-MOST = 1000  # rows, spread evenly over those there are
 MADE_UP = 64  # texts, where there are none
 
 
 def parity_rows(
-    recipe: Recipe, record: TaskRecord, tokenizer: Any, place: str | None
+    recipe: Recipe, record: TaskRecord, tokenizer: Any, place: str | None, most: int
 ) -> tuple[Examples, str]:
     """Encoded rows of the data in `place`, which has the run's columns; else the run's test rows,
-    if they are still what they were; else texts made up of the vocabulary. And what they are.
+    if they are still what they were; else texts made up of the vocabulary. And what they are. There
+    are at most `most`, spread evenly over those there are.
 
     Raises BadInput for data in `place` that cannot be read.
     """
@@ -33,8 +33,8 @@ def parity_rows(
     else:
         rows = _made_up(record, tokenizer)
         rows_from = "random words, since the run's data is not at hand; --rows names some"
-    if len(rows) > MOST:
-        rows = rows.take(np.linspace(0, len(rows) - 1, MOST).astype(int).tolist())
+    if len(rows) > most:
+        rows = rows.take(np.linspace(0, len(rows) - 1, most).astype(int).tolist())
     return encode(tokenizer, rows, record.kind, record.max_tokens, scored=True), rows_from
 
 

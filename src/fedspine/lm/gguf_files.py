@@ -2,7 +2,8 @@
 
 The folder lies in the cache, under the digest of the file, and appears there only when all of it is
 written. Its weights are what the file's quantised numbers stand for, in fp32; what the authors
-trained is another thing. The only file that imports the `gguf` package.
+trained is another thing. The only file that reads models with the `gguf` package;
+`exports/gguf_file.py` writes them.
 """
 
 import hashlib
@@ -95,6 +96,17 @@ def _make(file: Path, folder: Path) -> None:
 
 
 def _write(file: Path, folder: Path) -> None:
+    tokenizer, module = read_model(file)
+    module.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _forget_made_up(folder / "tokenizer.json", module.config.vocab_size)
+
+
+def read_model(file: Path) -> tuple[Any, Any]:
+    """The tokenizer and the dequantised module of a file, as transformers reads them.
+
+    Raises BadInput for a file that it cannot read, OSError where the disk fails.
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     named = {"gguf_file": file.name}
@@ -107,9 +119,7 @@ def _write(file: Path, folder: Path) -> None:
     except Exception as error:  # whatever the library meets in it
         raise _unreadable(file, error) from None
     _forget_quantisation(module)
-    module.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    _forget_made_up(folder / "tokenizer.json", module.config.vocab_size)
+    return tokenizer, module
 
 
 def _forget_quantisation(module: Any) -> None:

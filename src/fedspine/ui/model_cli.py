@@ -25,7 +25,8 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="hf (merged model), onnx (the same as a graph) or peft (adapter and base name)."
+            help="hf (merged model), onnx (the same as a graph), gguf (the same for llama.cpp) or "
+            "peft (adapter and base name)."
         ),
     ] = "hf",
     with_base: Annotated[
@@ -39,13 +40,19 @@ def export(
         typer.Option(help="Where the run's base is now, if it has moved."),
     ] = None,
     quantize: Annotated[
-        str, typer.Option(help="With --format onnx: none (fp32), fp16 or int8.")
-    ] = "none",
+        str | None,
+        typer.Option(
+            help="With --format onnx: none (fp32), fp16 or int8; with gguf: f16 or q8_0. Default: "
+            "the first.",
+            show_default=False,
+        ),
+    ] = None,
     rows: Annotated[
         str | None,
         typer.Option(
             metavar="DATA",
-            help="With --format onnx: data to compare the graph on; default: the run's test rows.",
+            help="With --format onnx or gguf: data to compare the export on; default: the run's "
+            "test rows.",
         ),
     ] = None,
     json: Json = False,

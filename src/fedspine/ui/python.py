@@ -231,16 +231,17 @@ def export(
     format: str = "hf",
     with_base: bool = False,
     base: str | None = None,
-    quantize: str = "none",
+    quantize: str | None = None,
     rows: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write one deployed model of a run to the new folder `to`; returns what it is.
 
     `device` is a device's id, `global` or `dense`; `format` is `hf`, a merged model, `onnx`, the
-    same for ONNX Runtime, or `peft`, an adapter, and `with_base` adds the model that it fits;
-    `base` says where the run's base is now. For ONNX, `quantize` is `none`, `fp16` or `int8`, and
-    `rows` names data to compare the graph on. Raises BadInput for an unknown device, format or
-    quantisation, for a folder that exists, and for a graph outside its tolerance.
+    same for ONNX Runtime, `gguf`, the same for llama.cpp, or `peft`, an adapter, and `with_base`
+    adds the model that it fits; `base` says where the run's base is now. `quantize` is `none`
+    (the default), `fp16` or `int8` for ONNX, and `f16` (the default) or `q8_0` for GGUF; `rows`
+    names data to compare either on. Raises BadInput for an unknown device, format or quantisation,
+    for a folder that exists, and for a graph or file outside its tolerance.
 
     >>> from fedspine import export, load_model, predict
     >>> export("runs/fedlora-1", "models/nx", device="nx-01")["sparsity"]

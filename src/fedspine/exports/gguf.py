@@ -1,0 +1,233 @@
+"""Export to a folder for llama.cpp: one GGUF file with weights, tokenizer and chat template, and a
+report of how near it is to the PyTorch model.
+
+Nothing of fedspine is needed to run it.
+"""
+
+import copy
+import json
+from dataclasses import asdict, dataclass
+from math import exp, sqrt
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fedspine.core.errors import BadInput
+from fedspine.core.task import Examples
+from fedspine.exports import gguf_file
+from fedspine.exports.card import GGUF, PARITY, Card, read_card
+from fedspine.exports.gguf_file import Widths
+from fedspine.exports.gguf_tokenizer import vocabulary
+from fedspine.exports.load import Loaded, load_model
+from fedspine.exports.whole_folder import whole_folder
+from fedspine.lm.attention import module_inputs
+from fedspine.lm.gguf_files import read_model
+from fedspine.lm.score import IGNORED
+
+ROWS = 128  # to compare on; each has many tokens
+BATCH = 4  # rows at a time: logits of large vocabularies are large
+# how far a stored weight may be off, over the size of the weights around it. F16: half a unit in
+# the last of 11 bits. Q8_0: half of a step, which is 1/127 of the largest of 32 weights, and that
+# is about twice their root mean square where they are normal
+ROUNDING = {"f16": 2.0**-11, "q8_0": 1 / 127}
+EQUAL = 0.995  # share of equal greedy tokens, which does where the logits are further apart
+STORED = {"f16": "F16", "q8_0": "Q8_0"}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How the numbers in a GGUF file differ from the PyTorch model that it was made of."""
+
+    rows_from: str  # what the rows are that both were compared on
+    rows: int
+    tokens: int  # of these rows, each with its logits
+    largest_difference: float  # of a logit
+    relative_difference: float  # root mean square, over that of logits around their mean
+    allowed_difference: float  # of the relative one
+    equal_tokens: float  # share of the likeliest next tokens, 0 to 1
+    perplexity: float  # of the file's numbers; NaN where no token is predicted
+    perplexity_before: float  # of the PyTorch model
+    architecture: str  # the id that the file names
+    quantize: str
+    stored_f16: tuple[str, ...]  # matrices whose rows do not fit the blocks of `quantize`
+    bytes: int  # of the file
+
+    @property
+    def line(self) -> str:
+        """The report in one line."""
+        unfit = f", {len(self.stored_f16)} matrices in F16" if self.stored_f16 else ""
+        return (
+            f"parity on {self.tokens:,} tokens of {self.rows} rows ({self.rows_from}): logits "
+            f"within {self.largest_difference:.2g} ({self.relative_difference:.2g} of their "
+            f"spread), {self.equal_tokens:.1%} of greedy tokens equal, perplexity "
+            f"{self.perplexity:.4g} (before: {self.perplexity_before:.4g}); {self.bytes / 1e6:.2f} "
+            f"MB, {STORED[self.quantize]}{unfit}, architecture {self.architecture}"
+        )
+
+    def check(self) -> None:
+        """Raise BadInput where the file is outside its tolerance."""
+        near = self.relative_difference <= self.allowed_difference  # False for NaN
+        if near or self.equal_tokens >= EQUAL:
+            return
+        raise BadInput(
+            f"the {STORED[self.quantize]} file's logits are {self.relative_difference:.2g} of "
+            f"their spread off, more than the {self.allowed_difference:.2g} allowed, and "
+            f"{self.equal_tokens:.1%} of the greedy tokens are equal, fewer than {EQUAL:.1%}, on "
+            f"{self.rows} rows ({self.rows_from}); use --format hf"
+        )
+
+
+def export(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    examples: Examples,
+    rows_from: str,
+    quantize: str = "f16",
+) -> Parity:
+    """Write the decoder that `fedspine.exports.hf.export` wrote to `source` as the new `folder`.
+
+    `examples` are the rows to compare both on, and `rows_from` says what they are; `quantize` is a
+    key of `gguf_file.FILE_TYPES`. The folder appears at once and complete. Raises BadInput where it
+    exists, for a model or a tokenizer that llama.cpp has none like, and for a file that is outside
+    its tolerance: logits as far apart as rounding takes them, or 99.5 % of the greedy tokens equal.
+    """
+    source, folder = Path(source), Path(folder)
+    if folder.exists():
+        raise BadInput(f"{folder} exists already; choose a new folder, or remove it first")
+    loaded, card = load_model(source), read_card(source)
+    config, widths = loaded.module.config, _widths(loaded, card)
+    architecture = gguf_file.id_of(config, widths)
+    words = vocabulary(source, loaded.tokenizer, config.vocab_size, chat=card.chat)
+    with whole_folder(folder) as partial:
+        unfit = gguf_file.write(
+            partial / GGUF, loaded.module, widths, words, name=card.name, how=quantize
+        )
+        written = _read_back(partial / GGUF, loaded.module, architecture, stock=card.stock)
+        parity = Parity(
+            **_differences(loaded.module, written, examples),
+            rows_from=rows_from,
+            rows=len(examples),
+            allowed_difference=_allowed(quantize, len(widths.heads)),
+            architecture=architecture,
+            quantize=quantize,
+            stored_f16=unfit,
+            bytes=(partial / GGUF).stat().st_size,
+        )
+        parity.check()
+        (partial / PARITY).write_text(json.dumps(asdict(parity), indent=2) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(_readme(card, parity), encoding="utf-8")
+    return parity
+
+
+def _widths(loaded: Loaded, card: Card) -> Widths:
+    layers = loaded.module.model.layers
+    head_dim = layers[0].self_attn.head_dim
+    return Widths(
+        heads=tuple(layer.self_attn.q_proj.out_features // head_dim for layer in layers),
+        key_heads=card.heads,
+        channels=card.channels,
+    )
+
+
+# --- parity ---
+
+
+def _read_back(file: Path, module: nn.Module, architecture: str, *, stock: bool) -> nn.Module:
+    """The numbers in the file as a module: that which transformers reads, where it can say the
+    sizes of such a file, else a copy of the module with the file's tensors.
+    """
+    if architecture == "llama" and stock:
+        return read_model(file)[1].eval()
+    written = copy.deepcopy(module)
+    tensors = gguf_file.read_tensors(file, module, architecture)
+    with torch.no_grad():
+        for name, parameter in written.named_parameters():
+            parameter.copy_(tensors[name])
+    return written
+
+
+def _allowed(quantize: str, layers: int) -> float:
+    """Rounding errors are independent, so their squares add up over the products that a token goes
+    through: six in a block one after another, embedding and head.
+    """
+    return ROUNDING[quantize] * sqrt(6 * layers + 2)
+
+
+def _differences(module: nn.Module, written: nn.Module, examples: Examples) -> dict[str, float]:
+    """The fields of a `Parity` that say how far the logits of two modules are apart."""
+    largest, apart, spread = 0.0, 0.0, 0.0
+    tokens, equal, predicted, losses = 0, 0, 0, [0.0, 0.0]
+    with torch.inference_mode():
+        for rows in examples.batches_by_length(BATCH):
+            inputs = examples.batch(rows)
+            labels, real = inputs.pop("labels"), inputs["attention_mask"].bool()
+            ours, theirs = (
+                each(**module_inputs(dict(inputs))).logits for each in (module, written)
+            )
+            a, b = ours[real], theirs[real]
+            # NaN stays the largest, which max() would lose
+            largest = float(torch.maximum(torch.tensor(largest), (a - b).abs().max()))
+            apart += float((a - b).square().sum(dtype=torch.float64))
+            spread += float((a - a.mean(-1, keepdim=True)).square().sum(dtype=torch.float64))
+            tokens += len(a)
+            equal += int((a.argmax(-1) == b.argmax(-1)).sum())
+            predicted += int((labels[:, 1:] != IGNORED).sum())
+            for i, logits in enumerate((theirs, ours)):
+                losses[i] += _loss(logits, labels)
+    after, before = (exp(loss / predicted) if predicted else float("nan") for loss in losses)
+    return {
+        "tokens": tokens,
+        "largest_difference": largest,
+        "relative_difference": sqrt(apart / spread) if spread else float("nan"),
+        "equal_tokens": equal / tokens,
+        "perplexity": after,
+        "perplexity_before": before,
+    }
+
+
+def _loss(logits: Tensor, labels: Tensor) -> float:
+    """The sum over the labels, in nats."""
+    return float(
+        nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1),
+            labels[:, 1:].flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
+        )
+    )
+
+
+def _readme(card: Card, parity: Parity) -> str:
+    unfit = ""
+    if parity.stored_f16:
+        unfit = (
+            f"\nRows of {len(parity.stored_f16)} matrices do not fit Q8_0's blocks of 32 numbers, "
+            "so these are F16 (`stored_f16`).\n"
+        )
+    chat = " -cnv" if card.chat else ' -no-cnv -p "A text to continue"'
+    return f"""---
+library_name: gguf
+tags: [fedspine, federated-learning, structured-pruning]
+---
+# {card.name}
+
+Fine-tuned over many devices and pruned by fedspine, as a file for llama.cpp.
+
+| | |
+|---|---|
+| task | {card.kind} |
+| numbers | {STORED[parity.quantize]} |
+| architecture that the file names | {parity.architecture} |
+| share of the blocks' weights pruned | {card.sparsity:.1%} |
+| key/value heads kept, by layer | {", ".join(map(str, card.heads))} |
+| channels kept, by layer | {", ".join(map(str, card.channels))} |
+| longest input in training, in tokens | {card.max_tokens} |
+
+Measured when it was written (`{PARITY}`), with the file's numbers in PyTorch: {parity.line}.
+{unfit}
+```
+llama-cli -m {GGUF}{chat}
+```
+"""

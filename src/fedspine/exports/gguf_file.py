@@ -1,0 +1,203 @@
+"""GGUF files, those of llama.cpp: written from a Llama-type module, and read back as its tensors.
+
+The one file that writes with the `gguf` package; `lm/gguf_files.py` reads whole models with it. A
+file whose layers have equal widths has the plain id of its architecture. With unequal ones the id
+is `deci`, under which llama.cpp reads heads, key/value heads and feed-forward widths as a list with
+one number for each layer; the computation is Llama's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedspine.core.errors import BadInput
+from fedspine.core.message import Tensors
+from fedspine.exports.gguf_tokenizer import Vocabulary
+from fedspine.lm.gguf_files import EXTRA
+
+try:
+    import gguf
+except ModuleNotFoundError:
+    raise BadInput(f"GGUF files are written with the package gguf; {EXTRA}") from None
+
+UNEQUAL = "deci"
+IDS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # by model_type
+ROTATED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # by position
+FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
+Q8_0 = gguf.GGMLQuantizationType.Q8_0
+BLOCK = gguf.GGML_QUANT_SIZES[Q8_0][0]  # numbers that share a scale, side by side in a row
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What each layer keeps."""
+
+    heads: tuple[int, ...]  # query heads
+    key_heads: tuple[int, ...]  # key/value heads
+    channels: tuple[int, ...]
+
+    @property
+    def equal(self) -> bool:
+        return all(len(set(each)) == 1 for each in (self.heads, self.key_heads, self.channels))
+
+
+def id_of(config: Any, widths: Widths) -> str:
+    """The architecture that a file of this model names.
+
+    Raises BadInput for a model that llama.cpp computes otherwise.
+    """
+    known = IDS.get(config.model_type)
+    if known is None:
+        raise BadInput(f"GGUF takes {', '.join(IDS)}, not {config.model_type}; use --format hf")
+    rope = config.rope_parameters.get("rope_type", "default")
+    biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
+    if rope != "default" or biased or config.hidden_act != "silu":
+        what = f"scaled positions ({rope})" if rope != "default" else "biases or an own activation"
+        raise BadInput(f"this {config.model_type} has {what}, not written to GGUF; use --format hf")
+    if widths.equal:
+        return known
+    if known != "llama":
+        raise BadInput(
+            f"llama.cpp reads {config.model_type} with the same width in every layer only, and this"
+            " model's layers differ; use --format hf, or --device dense for the unpruned model"
+        )
+    return UNEQUAL
+
+
+def write(
+    path: Path, module: nn.Module, widths: Widths, vocabulary: Vocabulary, *, name: str, how: str
+) -> tuple[str, ...]:
+    """Write the module, a stock one with linear layers of these widths, as one file.
+
+    `how` is a key of `FILE_TYPES`. Vectors stay fp32, as llama.cpp needs them. Returns the names of
+    those matrices that are F16 since their rows do not fit the blocks of `how`.
+    """
+    config: Any = module.config
+    architecture = id_of(config, widths)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name(name)
+    writer.add_file_type(FILE_TYPES[how])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_sizes(writer, config, widths)
+    _add_vocabulary(writer, vocabulary)
+    unfit = []
+    for ours, theirs, tensor in _named(module, architecture):
+        if architecture in (UNEQUAL, "llama") and ours.endswith(ROTATED):
+            tensor = paired(tensor, _head_dim(config))
+        values = np.ascontiguousarray(tensor.detach().float().numpy())
+        if values.ndim == 1:
+            writer.add_tensor(theirs, values)
+        elif how == "q8_0" and values.shape[-1] % BLOCK == 0:
+            writer.add_tensor(theirs, gguf.quantize(values, Q8_0), raw_dtype=Q8_0)
+        else:
+            with np.errstate(over="ignore"):  # infinities are found when the file is compared
+                writer.add_tensor(theirs, values.astype(np.float16))
+            unfit.append(theirs)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tuple(unfit) if how == "q8_0" else ()
+
+
+def read_tensors(path: Path, module: nn.Module, architecture: str) -> Tensors:
+    """The fp32 tensors of a file by the names that they have in a module like `module`.
+
+    Raises BadInput where a tensor is missing.
+    """
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    found = {}
+    for ours, theirs, tensor in _named(module, architecture):
+        if theirs not in stored:
+            raise BadInput(f"{path.name} lacks {theirs}; export the model again")
+        one = stored[theirs]
+        values = torch.from_numpy(gguf.dequantize(one.data, one.tensor_type).astype(np.float32))
+        if architecture in (UNEQUAL, "llama") and ours.endswith(ROTATED):
+            values = halved(values, _head_dim(module.config))
+        found[ours] = values.reshape(tensor.shape)
+    return found
+
+
+def paired(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of a rotated projection in llama.cpp's order: the two numbers of a pair, which turn
+    together, side by side; in transformers they are half a head apart.
+
+    >>> paired(torch.arange(8), head_dim=4).tolist()
+    [0, 2, 1, 3, 4, 6, 5, 7]
+    """
+    halves = weight.reshape(-1, 2, head_dim // 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def halved(weight: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `paired`."""
+    pairs = weight.reshape(-1, head_dim // 2, 2, *weight.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _named(module: Any, architecture: str) -> Iterator[tuple[str, str, Tensor]]:
+    """Names of each parameter here and there; a tied one once, under its first name."""
+    of_name = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(of_name[architecture], module.config.num_hidden_layers)
+    for ours, parameter in module.named_parameters():
+        theirs = names.get_name(ours, try_suffixes=(".weight", ".bias"))
+        if theirs is None:
+            raise BadInput(f"{architecture} has no place for {ours} in GGUF; use --format hf")
+        yield ours, theirs, parameter
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _add_sizes(writer: "gguf.GGUFWriter", config: Any, widths: Widths) -> None:
+    # llama.cpp's Llama sees all earlier tokens, which within a window is the same
+    positions = min(
+        config.max_position_embeddings,
+        getattr(config, "sliding_window", None) or config.max_position_embeddings,
+    )
+    writer.add_context_length(positions)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_vocab_size(config.vocab_size)
+    for add, each in (
+        (writer.add_head_count, widths.heads),
+        (writer.add_head_count_kv, widths.key_heads),
+        (writer.add_feed_forward_length, widths.channels),
+    ):
+        add(each[0] if widths.equal else list(each))
+    head_dim = _head_dim(config)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def _add_vocabulary(writer: "gguf.GGUFWriter", vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    writer.add_token_merges(vocabulary.merges)  # none are left out
+    writer.add_token_scores(vocabulary.scores)
+    if vocabulary.scores:
+        writer.add_add_space_prefix(vocabulary.space_prefix)
+    named = {
+        "bos": writer.add_bos_token_id,
+        "eos": writer.add_eos_token_id,
+        "unk": writer.add_unk_token_id,
+        "pad": writer.add_pad_token_id,
+        "eot": writer.add_eot_token_id,
+    }
+    for name, index in vocabulary.special.items():
+        named[name](index)
+    writer.add_add_bos_token(vocabulary.adds_bos)
+    writer.add_add_eos_token(vocabulary.adds_eos)
+    if vocabulary.template is not None:
+        writer.add_chat_template(vocabulary.template)
