@@ -264,6 +264,18 @@ def test_a_decoder_is_refused(tiny_folder, tmp_path, monkeypatch, capsys):
     code, out, (line,) = in_process(monkeypatch, capsys, *words)
     assert (code, out) == (2, "")
     assert "llama is a decoder; use --format hf" in line
+    code, out, (line,) = in_process(monkeypatch, capsys, *words[:-1], "gguf")
+    assert (code, out) == (2, "")
+    assert "this llama was tuned as a classifier; use --format hf" in line
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_encoder_is_no_gguf_file(run, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf")
+    words = ("export", run[0], "--to", tmp_path / "model", "--format", "gguf")
+    code, out, (line,) = in_process(monkeypatch, capsys, *words)
+    assert (code, out) == (2, "")
+    assert "bert is an encoder; use --format hf, --format onnx or --format peft" in line
     assert not (tmp_path / "model").exists()
 
 

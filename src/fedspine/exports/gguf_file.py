@@ -27,6 +27,10 @@ except ModuleNotFoundError:
 
 UNEQUAL = "deci"
 IDS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # by model_type
+WHOLE = {  # what llama.cpp takes of these; Llama may have any widths
+    "qwen2": "all its heads and as many channels in every layer",
+    "qwen3": "as many heads and channels in every layer",
+}
 ROTATED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # by position
 FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
@@ -59,12 +63,13 @@ def id_of(config: Any, widths: Widths) -> str:
     if rope != "default" or biased or config.hidden_act != "silu":
         what = f"scaled positions ({rope})" if rope != "default" else "biases or an own activation"
         raise BadInput(f"this {config.model_type} has {what}, not written to GGUF; use --format hf")
-    if widths.equal:
+    queries = widths.heads[0] * _head_dim(config)
+    if widths.equal and not (known == "qwen2" and queries != config.hidden_size):
         return known
     if known != "llama":
         raise BadInput(
-            f"llama.cpp reads {config.model_type} with the same width in every layer only, and this"
-            " model's layers differ; use --format hf, or --device dense for the unpruned model"
+            f"llama.cpp reads {config.model_type} with {WHOLE[known]} only, and this model is "
+            "pruned otherwise; use --format hf, or --device dense for the unpruned model"
         )
     return UNEQUAL
 
