@@ -225,7 +225,7 @@ BAD_COMMANDS = {  # arguments, and what the line must say
     ),
     "rows of another format": (
         "export {place}/run --format peft --rows {place}/rows.csv --to {place}/x",
-        ["--rows is for --format onnx, not peft"],
+        ["--rows is for --format onnx and gguf, not peft"],
     ),
     "graph with its base": (
         "export {place}/run --format onnx --with-base --to {place}/x",
