@@ -227,10 +227,14 @@ def test_a_file_outside_its_tolerance_is_refused(merged, tmp_path, monkeypatch):
 
 def test_the_tolerance(merged, tmp_path):
     good = written(merged, "equal", tmp_path / "x")
+    far = dataclasses.replace(good, relative_difference=0.5)
+    for one in (good, far):  # whose greedy tokens are all equal
+        one.check()
     nan = dataclasses.replace(good, relative_difference=float("nan"))
-    nan.check()  # all greedy tokens equal
-    with pytest.raises(BadInput, match=r"nan of their spread off.* 99\.0% of the greedy tokens"):
-        dataclasses.replace(nan, equal_tokens=0.99).check()
+    few = dataclasses.replace(far, equal_tokens=0.99)
+    for one, told in ((nan, "nan of .* 100.0%"), (few, "0.5 of .* 99.0%")):
+        with pytest.raises(BadInput, match=told):
+            one.check()
     assert "F16, architecture llama" in good.line
 
 

@@ -44,9 +44,11 @@ def read_card(folder: Path) -> Card:
     """The card of an exported folder; raises BadInput where it is none, saying what to do."""
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; give one that `fedspine export` wrote")
-    if (folder / GGUF).is_file():
-        raise BadInput(f"{folder} is for llama.cpp; run {GGUF} there, or export with --format hf")
     if not (folder / CONFIG).is_file():
+        if (folder / GGUF).is_file():
+            raise BadInput(
+                f"{folder} is for llama.cpp; run its {GGUF} there, or export with --format hf"
+            )
         raise BadInput(
             f"{folder} has no {CONFIG}, so it is no exported model; write one with `fedspine "
             "export`"
