@@ -26,7 +26,8 @@ from fedspine.lm.importance_tracker import Scoring
 from fedspine.lm.lora import fresh
 from fedspine.lm.score import score
 from fedspine.lm.structure import cut_adapter, full, shrink
-from fedspine.lm.tune import Tuning, tune
+from fedspine.lm.tune import tune
+from fedspine.lm.tuning import Tuning
 from fedspine.runs import config
 from fedspine.runs.assemble import assemble
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from fedspine.core.task import Examples
 from fedspine.data.dataset import Dataset, Rows
-from fedspine.lm.tune import Tuning, batches, tuning_at
+from fedspine.lm.tune import batches
+from fedspine.lm.tuning import Tuning, tuning_at
 from fedspine.runs.assemble import START, assemble, cohort
 from fedspine.runs.config import Recipe, recipe
 

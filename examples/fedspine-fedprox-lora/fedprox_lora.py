@@ -20,7 +20,8 @@ from fedspine.lm.base import Model
 from fedspine.lm.lora import check_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import full
-from fedspine.lm.tune import LocalTraining, Tuning, check_tuning, tune, tuning_at
+from fedspine.lm.tune import tune
+from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
 
 
 @message

@@ -13,7 +13,8 @@ from fedspine.fleets.lossy import Lossy
 from fedspine.lm.base import Model
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.structure import full
-from fedspine.lm.tune import tune, tuning_at
+from fedspine.lm.tune import tune
+from fedspine.lm.tuning import tuning_at
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine import FedSpine
 

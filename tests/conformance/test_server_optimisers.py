@@ -13,7 +13,7 @@ from fedspine.core.message import unpack
 from fedspine.core.server_optimiser import CHOICES, Accumulated, FedAvgM, Server
 from fedspine.lm.drift import FedDyn, FedProx
 from fedspine.lm.schedules import Cosine
-from fedspine.lm.tune import HeadTraining, LocalTraining
+from fedspine.lm.tuning import HeadTraining, LocalTraining
 from fedspine.methods import all_methods
 from fedspine.runs.config import Recipe
 

@@ -24,7 +24,8 @@ from fedspine.lm.lora import fresh
 from fedspine.lm.score import score, score_together
 from fedspine.lm.structure import Structure, cut_adapter, full, shrink
 from fedspine.lm.trainable_stack import TrainableStack
-from fedspine.lm.tune import Tuning, losses_of, train, tune
+from fedspine.lm.tune import losses_of, train, tune
+from fedspine.lm.tuning import Tuning
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine import FedSpine
 from fedspine.methods.hetlora import HetLora

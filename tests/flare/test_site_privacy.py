@@ -28,7 +28,7 @@ from fedspine.flare.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder,
 from fedspine.lm.content import content_sha256
 from fedspine.lm.load import load
 from fedspine.lm.lora import fresh
-from fedspine.lm.tune import Tuning
+from fedspine.lm.tuning import Tuning
 from fedspine.pruning.head_start import MeansOrder, class_means
 
 RUN, OTHER_RUN = "0123456789abcdef" * 2, "f" * 32

@@ -22,7 +22,8 @@ from fedspine.flare.site_worker import SiteWorker, works_of
 from fedspine.flare.wire import NotDone, Opened, SiteOrder, as_array
 from fedspine.lm.lora import a_name, b_name, fresh
 from fedspine.lm.structure import full
-from fedspine.lm.tune import Tuning, tune
+from fedspine.lm.tune import tune
+from fedspine.lm.tuning import Tuning
 from fedspine.methods import all_methods, sends_features
 from fedspine.methods.fedavg import AverageOrder, train_and_send
 from fedspine.methods.fedlora import tune_adapter

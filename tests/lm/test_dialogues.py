@@ -20,7 +20,8 @@ from fedspine.lm.load import load
 from fedspine.lm.packing import packed
 from fedspine.lm.score import score
 from fedspine.lm.tokens import tokens
-from fedspine.lm.tune import Tuning, losses_of, tune
+from fedspine.lm.tune import losses_of, tune
+from fedspine.lm.tuning import Tuning
 
 END = 3  # [SEP] of the tiny tokenizers
 EACH = "{% for m in messages %}[CLS]{{ m['role'] }}: {{ m['content'].strip() }}[SEP]\n{% endfor %}"

@@ -27,7 +27,8 @@ from fedspine.lm.distillation import (
     lessons,
 )
 from fedspine.lm.structure import cut_adapter, widen_adapter
-from fedspine.lm.tune import Request, Tuning, train, tune
+from fedspine.lm.tune import Request, train, tune
+from fedspine.lm.tuning import Tuning
 from fedspine.methods import all_methods
 from fedspine.methods.fedlora import FedLora
 from fedspine.pruning.device import TaughtOrder

@@ -13,7 +13,8 @@ from fedspine.core.errors import BadInput
 from fedspine.execution.together import _kind
 from fedspine.lm.drift import FedDyn, FedProx, Free
 from fedspine.lm.schedules import Constant, Cosine, Linear
-from fedspine.lm.tune import HeldTuning, Request, Tuning, check_tuning, train, tune, tuning_at
+from fedspine.lm.tune import Request, train, tune
+from fedspine.lm.tuning import HeldTuning, Tuning, check_tuning, tuning_at
 from fedspine.methods.fedlora import FedLora
 
 TOY = FedLora(rank=4, steps=4, batch=8, learning_rate=1e-2)

@@ -30,7 +30,8 @@ from fedspine.lm.importance_tracker import Scoring
 from fedspine.lm.lora import a_name, b_name, fresh
 from fedspine.lm.score import score
 from fedspine.lm.structure import Structure, cut_adapter, full, kept_columns, kept_rows
-from fedspine.lm.tune import Tuning, tune
+from fedspine.lm.tune import tune
+from fedspine.lm.tuning import Tuning
 
 SCALE = 2.0
 

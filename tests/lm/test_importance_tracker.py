@@ -14,7 +14,8 @@ from fedspine.lm.importance_tracker import ImportanceTracker, Scoring
 from fedspine.lm.lora import a_name, b_name, fresh
 from fedspine.lm.structure import cut_adapter, full, kept_columns
 from fedspine.lm.trainable_stack import TrainableStack
-from fedspine.lm.tune import Tuning, losses_of, tune
+from fedspine.lm.tune import losses_of, tune
+from fedspine.lm.tuning import Tuning
 
 ROWS = np.arange(12)
 

@@ -32,7 +32,8 @@ from fedspine.lm.lora import fresh
 from fedspine.lm.score import Score, score, score_module, score_together
 from fedspine.lm.structure import full
 from fedspine.lm.tokens import tokens
-from fedspine.lm.tune import Tuning, losses_of, tune
+from fedspine.lm.tune import losses_of, tune
+from fedspine.lm.tuning import Tuning
 from fedspine.methods import find
 from fedspine.split.cut import split_model_of
 

@@ -17,7 +17,8 @@ from fedspine.lm.importance_tracker import Scoring
 from fedspine.lm.lora import is_a
 from fedspine.lm.per_row import RowGradients, poisson_batches
 from fedspine.lm.trainable_stack import TrainableStack
-from fedspine.lm.tune import Tuning, losses_of, tune
+from fedspine.lm.tune import losses_of, tune
+from fedspine.lm.tuning import Tuning
 
 TUNING = Tuning(steps=3, batch=16, learning_rate=1e-2)
 NOISELESS = Privacy(level="rows", epsilon=None, delta=1e-5, clip=1.0, answers=1)

@@ -18,7 +18,8 @@ from fedspine.lm.lora import fresh
 from fedspine.lm.prefix import Prefixes, activations, first_block, storable
 from fedspine.lm.score import score
 from fedspine.lm.structure import full
-from fedspine.lm.tune import Tuning, tune
+from fedspine.lm.tune import tune
+from fedspine.lm.tuning import Tuning
 from fedspine.methods.fedlora import FedLora
 
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama", "mistral", "qwen2", "qwen3")

@@ -15,7 +15,8 @@ from fedspine.lm.importance_sources import AtRandom, ByMagnitude, scoring_cost, 
 from fedspine.lm.importance_tracker import Scoring
 from fedspine.lm.scoring_cost import tracking_cost
 from fedspine.lm.structure import full, sparsity
-from fedspine.lm.tune import Tuning, batches, tune
+from fedspine.lm.tune import batches, tune
+from fedspine.lm.tuning import Tuning
 from fedspine.methods import all_methods
 
 BLOCK = 7_077_888  # weights of a block of RoBERTa-base: four of 768 x 768, two of 768 x 3072

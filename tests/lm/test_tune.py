@@ -21,7 +21,8 @@ from fedspine.lm.lora import AdaptedLinear, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.score import score
 from fedspine.lm.structure import Structure, full, shrink, sparsity
-from fedspine.lm.tune import Tuning, batches, check_tuning, losses_of, tune, tuning_at
+from fedspine.lm.tune import batches, losses_of, tune
+from fedspine.lm.tuning import Tuning, check_tuning, tuning_at
 from fedspine.methods.fedlora import FedLora
 
 MIB = 2**20

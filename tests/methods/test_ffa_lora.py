@@ -10,7 +10,8 @@ from toy import Spy
 from fedspine.core.device import Device
 from fedspine.core.errors import BadInput
 from fedspine.lm.lora import a_name, b_name, is_a
-from fedspine.lm.tune import Tuning, tune
+from fedspine.lm.tune import tune
+from fedspine.lm.tuning import Tuning
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.ffa_lora import FfaLora
 

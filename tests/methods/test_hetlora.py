@@ -18,7 +18,8 @@ from fedspine.lm.base import Model
 from fedspine.lm.lora import a_name, b_name, cut_rank, fresh
 from fedspine.lm.structure import full
 from fedspine.lm.training_account import rank_of
-from fedspine.lm.tune import tune, tuning_at
+from fedspine.lm.tune import tune
+from fedspine.lm.tuning import tuning_at
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine import FedSpine
 from fedspine.methods.hetlora import HetLora, HetLoraOrder, tail, tune_and_shrink

@@ -18,7 +18,7 @@ from fedspine.lm.load import load
 from fedspine.lm.lora import a_name, b_name, on_blocks
 from fedspine.lm.structure import full
 from fedspine.lm.tiny import write_tiny
-from fedspine.lm.tune import tuning_at
+from fedspine.lm.tuning import tuning_at
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.legend import DepthOrder, Legend, tune_top
 

@@ -12,7 +12,7 @@ from fedspine.core.message import pack
 from fedspine.core.tensors import half
 from fedspine.lm.base import Base
 from fedspine.lm.prefix import Prefixes
-from fedspine.lm.tune import tuning_at
+from fedspine.lm.tuning import tuning_at
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.linear_probe import LinearProbe, ProbeOrder, tune_head
 

@@ -20,7 +20,7 @@ from fedspine.lm.importance_sources import Gradient
 from fedspine.lm.load import load
 from fedspine.lm.lora import fresh
 from fedspine.lm.structure import full
-from fedspine.lm.tune import Tuning
+from fedspine.lm.tuning import Tuning
 from fedspine.methods.fedavg import AverageOrder, train_and_send
 from fedspine.methods.fedlora import LoraOrder, tune_adapter
 from fedspine.methods.ffa_lora import FfaOrder, tune_b

@@ -20,7 +20,8 @@ from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.scoring_cost import magnitude_cost, tracking_cost, updates
 from fedspine.lm.structure import Structure
 from fedspine.lm.training_account import rank_of
-from fedspine.lm.tune import TuneResult, Tuning, tune
+from fedspine.lm.tune import TuneResult, tune
+from fedspine.lm.tuning import Tuning
 
 
 @message

@@ -4,173 +4,32 @@ unless the device is told to keep its own (`lm.held`).
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedspine.core.checks import Asked, need
 from fedspine.core.device import Device
-from fedspine.core.errors import BadInput
-from fedspine.core.message import Tensors, message
+from fedspine.core.message import Tensors
 from fedspine.core.noise import noise_like, noisy_update
-from fedspine.core.parts import quiet
 from fedspine.core.privacy import Guard
-from fedspine.core.reads import Descent, Reads, last_steps, lasting
+from fedspine.core.reads import last_steps
 from fedspine.core.task import IGNORED, Examples
 from fedspine.core.tensors import moved
 from fedspine.lm.attention import module_inputs
 from fedspine.lm.base import Model
 from fedspine.lm.distillation import Taught, Teachers
-from fedspine.lm.drift import Drift, FedDyn, FedProx, Free
 from fedspine.lm.held import AdamMoments, begun, penalty_of, remember
 from fedspine.lm.importance import Scores
 from fedspine.lm.importance_tracker import ImportanceTracker, Scoring
 from fedspine.lm.per_row import RowGradients, poisson_batches
 from fedspine.lm.prefix import activations, entering, first_block, name_of
-from fedspine.lm.received import check_settings
-from fedspine.lm.schedules import Linear, Schedule
 from fedspine.lm.trainable_stack import TrainableStack
 from fedspine.lm.training_account import account, account_rows
+from fedspine.lm.tuning import HeldTuning, Tuning
 
 LAST = 5  # steps whose mean loss stands for where training ended
-
-
-@message
-class Tuning:
-    """How a device trains in one round."""
-
-    steps: int
-    batch: int
-    learning_rate: float  # of the adapter
-    head_learning_rate: float | None = None  # of the task head, None: as the adapter
-    weight_decay: float = 0.1
-    clip: float = 1.0  # of the gradient's norm
-    turns: float = 1.0  # how often the device trains in the whole run, on average
-
-    @property
-    def reads(self) -> Reads:
-        rates = (self.learning_rate, self.head_learning_rate or self.learning_rate)
-        show = lasting(self.steps, max(rates) * self.weight_decay)
-        how = Descent(
-            kind="adamw", learning_rates=rates, weight_decay=self.weight_decay, clip=self.clip
-        )
-        return Reads(steps=self.steps, batch=self.batch, lasting=show, descent=how)
-
-    def check(self, asked: Asked) -> None:
-        """A step at least, of a row at least; rates and limits are not negative."""
-        need(self.steps >= 1, f"steps is {self.steps}, but at least 1 is needed")
-        need(self.batch >= 1, f"batch is {self.batch}, but at least 1 is needed")
-        check_settings(
-            learning_rate=self.learning_rate,
-            head_learning_rate=self.head_learning_rate,
-            weight_decay=self.weight_decay,
-            clip=self.clip,
-            turns=self.turns,
-        )
-
-
-@message
-class HeldTuning(Tuning):
-    """The same with what only some runs ask for, so that the orders of others are as short as
-    before.
-    """
-
-    proximal: float  # weight of the pull towards what was received: FedProx's mu, FedDyn's alpha
-    dynamic: bool  # whether the device keeps FedDyn's g and adds its term
-    keep_optimiser: bool  # whether AdamW goes on where the device's last training ended
-    personal_head: bool  # whether the device goes on with its own head
-
-    @property
-    def reads(self) -> Reads:
-        """With the pull as what is minimised beside the loss."""
-        own = super().reads
-        how = own.descent and replace(own.descent, penalty=self.proximal)
-        return replace(own, descent=how)
-
-    def check(self, asked: Asked) -> None:
-        super().check(asked)
-        check_settings(proximal=self.proximal)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadTraining:
-    """The hyper-parameters of training the task head alone on a device."""
-
-    steps: int = 20  # optimiser steps of a device in a round
-    batch: int = 32  # rows of one step
-    learning_rate: float = 2e-3  # over the rounds as `schedule` says
-    weight_decay: float = 0.1
-    head_lr_multiplier: ClassVar[float] = 1.0
-    schedule: Schedule = quiet(Linear())  # of the learning rate over the rounds
-    drift: Drift = quiet(Free())  # what holds training near what was received
-    keep_optimiser: bool = quiet(False)  # whether a device's AdamW goes on from round to round
-    personal_head: ClassVar[bool] = False
-
-    def foretold(self, base: Any) -> Reads:
-        """What a device's orders will read."""
-        ranks = getattr(self, "ranks", ()) or (getattr(self, "rank", None),)
-        whole = replace(self, schedule=Linear())  # at the whole rate, without a warm-up
-        return replace(
-            tuning_at(whole, 0, 1).reads, scale=getattr(self, "scale", None), rank=max(ranks)
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalTraining(HeadTraining):
-    """Those of training an adapter and the task head, which adapter methods share."""
-
-    head_lr_multiplier: float = 3.0  # the task head's learning rate over the adapter's
-    personal_head: bool = quiet(False)  # whether each device trains and runs a head of its own
-
-
-def check_tuning(fields: HeadTraining) -> None:
-    """Raise BadInput for training settings that cannot work."""
-    for name in ("steps", "batch"):
-        if getattr(fields, name) < 1:
-            raise BadInput(f"method.{name} is {getattr(fields, name)}, but at least 1 is needed")
-    for name in ("learning_rate", "head_lr_multiplier", "scale"):
-        if not getattr(fields, name, 1.0) > 0:
-            raise BadInput(
-                f"method.{name} is {getattr(fields, name)}, but a positive number is needed"
-            )
-    if fields.weight_decay < 0:
-        raise BadInput(f"method.weight_decay is {fields.weight_decay}, but it cannot be negative")
-    if fields.schedule.warmup_rounds < 0:
-        raise BadInput(
-            f"method.schedule.warmup_rounds is {fields.schedule.warmup_rounds}, but it cannot be "
-            "negative"
-        )
-    fields.drift.check()
-
-
-def tuning_at(fields: HeadTraining, round: int, rounds: int, turns: float = 1.0) -> Tuning:
-    """The settings of one round, counted from 0: rates are as `fields.schedule` says."""
-    learning_rate = fields.learning_rate * fields.schedule.share(round, rounds)
-    tuning = Tuning(
-        steps=fields.steps,
-        batch=fields.batch,
-        learning_rate=learning_rate,
-        head_learning_rate=learning_rate * fields.head_lr_multiplier,
-        weight_decay=fields.weight_decay,
-        turns=turns,
-    )
-    match fields.drift:
-        case Free():
-            proximal = 0.0
-        case FedProx(mu=proximal) | FedDyn(alpha=proximal):
-            pass
-    if not (proximal or fields.keep_optimiser or fields.personal_head):
-        return tuning
-    return HeldTuning(
-        **vars(tuning),
-        proximal=proximal,
-        dynamic=isinstance(fields.drift, FedDyn),
-        keep_optimiser=fields.keep_optimiser,
-        personal_head=fields.personal_head,
-    )
 
 
 @dataclass(frozen=True)

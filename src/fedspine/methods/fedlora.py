@@ -26,7 +26,8 @@ from fedspine.lm.lora import check_depth, check_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import check_adapter, check_head, check_loss
 from fedspine.lm.structure import full
-from fedspine.lm.tune import LocalTraining, Tuning, check_tuning, tune, tuning_at
+from fedspine.lm.tune import tune
+from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
 from fedspine.pruning.head_start import (
     HeadWeights,
     Start,

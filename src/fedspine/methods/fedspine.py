@@ -37,7 +37,7 @@ from fedspine.lm.lora import adapter_rank, check_rank, fresh
 from fedspine.lm.merge import RankMerging, change, merge, no_change, share
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, check_target, full, sparsity
-from fedspine.lm.tune import LocalTraining, check_tuning, tuning_at
+from fedspine.lm.tuning import LocalTraining, check_tuning, tuning_at
 from fedspine.pruning.device import (
     SpineOrder,
     SpineResult,

@@ -26,7 +26,7 @@ from fedspine.lm.base import Model
 from fedspine.lm.lora import a_name, adapter_rank, b_name, check_rank, cut_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import full
-from fedspine.lm.tune import LocalTraining, check_tuning, tuning_at
+from fedspine.lm.tuning import LocalTraining, check_tuning, tuning_at
 from fedspine.methods.fedlora import LoraOrder, LoraResult, tune_adapter
 
 

@@ -37,7 +37,8 @@ from fedspine.lm.received import (
     check_settings,
 )
 from fedspine.lm.structure import full
-from fedspine.lm.tune import LocalTraining, Tuning, check_tuning, tune, tuning_at
+from fedspine.lm.tune import tune
+from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
 
 TINY = 1e-9  # 0.7 of 10 directions are seven, whatever the last bit says
 

@@ -24,7 +24,8 @@ from fedspine.lm.base import Model
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import check_head, check_loss
 from fedspine.lm.structure import full
-from fedspine.lm.tune import HeadTraining, Tuning, check_tuning, tune, tuning_at
+from fedspine.lm.tune import tune
+from fedspine.lm.tuning import HeadTraining, Tuning, check_tuning, tuning_at
 
 
 @message

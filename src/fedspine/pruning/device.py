@@ -38,7 +38,7 @@ from fedspine.lm.structure import (
     sparsity,
     widen_adapter,
 )
-from fedspine.lm.tune import Tuning
+from fedspine.lm.tuning import Tuning
 
 
 @message

@@ -29,7 +29,7 @@ from fedspine.lm.importance_sources import ScoringOrder
 from fedspine.lm.lora import check_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, check_target, cut_adapter, full, sparsity
-from fedspine.lm.tune import LocalTraining, check_tuning, tuning_at
+from fedspine.lm.tuning import LocalTraining, check_tuning, tuning_at
 from fedspine.pruning.device import (
     SpineOrder,
     SpineResult,

@@ -7,7 +7,7 @@ from typing import Any
 from fedspine.core.errors import BadInput
 from fedspine.core.server_optimiser import Accumulated, NoOptimiser, Server
 from fedspine.lm.drift import FedDyn, Free
-from fedspine.lm.tune import HeadTraining
+from fedspine.lm.tuning import HeadTraining
 from fedspine.methods import all_methods
 from fedspine.runs.sections import FleetSection, TaskSection
 
