@@ -20,6 +20,7 @@ from fedspine.core.aggregation import Mean
 from fedspine.core.device import Call, name_of, serve
 from fedspine.core.fleet import Cost, Idle, Profile, Reply
 from fedspine.core.message import Tensors, pack, unpack
+from fedspine.core.server_optimiser import Server
 from fedspine.core.task import Examples, Task
 from fedspine.core.tensors import single
 from fedspine.lm.base import Base, Model
@@ -51,7 +52,7 @@ class Wiretap:
         )
         self.seen: list[tuple[Any, Any, Any]] = []  # (work, order, result)
         self.now = 0.0
-        self.aggregation = Mean()
+        self.aggregation, self.server = Mean(), Server()
         self._memory: bytes | None = None
         self._pending: deque[Reply[Any]] = deque()
 

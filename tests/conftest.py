@@ -67,7 +67,7 @@ jaxtyping.config.__class__ = Sampling
 
 
 # minutes each, so that the workers begin with them and none is left with one at the end
-LONG = ("test_federation", "test_every_method", "test_controls", "test_sweep", "test_faults")
+LONG = ("test_federation", "test_every_method", "test_sweep", "test_controls")
 
 
 def pytest_collection_modifyitems(items):

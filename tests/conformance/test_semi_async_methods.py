@@ -58,7 +58,7 @@ def test_learns_where_rounds_end_at_a_quorum(name, lab, task):
     assert after.accuracy > luck
 
 
-@pytest.mark.parametrize("name", MERGING)
+@pytest.mark.parametrize("name", OF_EACH_KIND)
 def test_resumed_equals_uninterrupted(name, lab):
     method, whole, first = METHODS[name].toy(), lab("whole"), lab("killed")
     expected = bits(whole.run(method, rounds=SOME, around=at_quorum(name, whole)))

@@ -9,7 +9,7 @@ from places import ROOT
 FAULTS = ROOT / "benchmarks" / "faults.py"
 
 
-@pytest.mark.slow
+@pytest.mark.network
 def test_a_network_that_is_cut_costs_replies_and_nothing_else():
     # twice as long as an order may take, and less than the benchmark's half minute
     seconds = ["--cut", "10", "--within", "5"]

@@ -31,7 +31,7 @@ VOCABULARY, WIDTH = 20_000, 64
 OF_CLASS = 30  # words that only rows of one class begin with
 ROWS = 32  # the fewest distinct rows behind an answer that a site accepts by default
 WITHIN = {"curious", leakage.CURIOUS, leakage.HOSTILE}  # the default terms
-ADAPTERS = ("fedlora", "fedspine", "linear_probe", "fedavg")
+ADAPTERS = ("fedlora", "fedspine", "linear_probe")
 
 
 @pytest.fixture(scope="module")

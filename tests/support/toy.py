@@ -107,12 +107,13 @@ class Lab:
         if self.saved:
             self.fleet.restore(self.saved.fleet, self.saved.memories)
 
-    def run(self, method, *, rounds=None, around=lambda fleet: fleet):
-        """The state after `rounds` rounds (default: all of the task's), from the saved state if
-        there is one.
+    def run(self, method, *, rounds=None, around=lambda fleet: fleet, state=None):
+        """The state after `rounds` rounds (default: all of the task's), from `state`, or from the
+        saved one if there is one.
         """
-        rng = np.random.default_rng([self.seed, 1])
-        state = self.saved.state if self.saved else method.start(self.task, rng)
+        if state is None:
+            rng = np.random.default_rng([self.seed, 1])
+            state = self.saved.state if self.saved else method.start(self.task, rng)
         for round in range(state.round, self.task.rounds if rounds is None else rounds):
             self.fleet.begin_round(round)
             state = method.round(state, self.checked(around(self.fleet)))
