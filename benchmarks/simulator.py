@@ -103,6 +103,7 @@ PEERS = {
 EVERYONE = {"devices": 6, "per_round": 6, "rounds": 5}  # so that each device prunes in every round
 SPINE = {
     "name": "fedspine-plus",
+    "aggregation": "delta-product",
     "sparsity": 0.5,
     "ranks": [8],
     "most_per_round": 0.5,

@@ -631,7 +631,12 @@ def test_nobody_is_credited_for_a_late_reply(lab):
 
 
 def test_without_what_it_adds_fedspine_plus_is_fedspine(lab):
-    paper = {"controller": TOY.controller, "importance": TOY.importance, "head_start": "random"}
+    paper = {
+        "controller": TOY.controller,
+        "importance": TOY.importance,
+        "aggregation": TOY.aggregation,
+        "head_start": "random",
+    }
     plus = dataclasses.replace(FedSpinePlus.toy(), global_importance_weight=0.0, **paper)
     states = [lab("plus").run(plus, rounds=SOME), lab("paper").run(TOY, rounds=SOME)]
     # of an order the weight 0.0 is written down in either case, so even the clocks agree

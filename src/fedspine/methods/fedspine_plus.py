@@ -16,6 +16,7 @@ from fedspine.core.parts import quiet
 from fedspine.core.task import Task
 from fedspine.lm.importance import on_wire
 from fedspine.lm.importance_sources import Blend, Importance
+from fedspine.lm.merge import RankMerging
 from fedspine.methods.fedspine import FedSpine, SpineState
 from fedspine.pruning.device import SpineOrder, prune_and_tune
 from fedspine.pruning.head_start import (
@@ -30,7 +31,8 @@ from fedspine.pruning.head_start import (
 @method("fedspine-plus", merges_late=prune_and_tune, robust=True, server_optimiser=True)
 @dataclass(frozen=True)
 class FedSpinePlus(FedSpine):
-    """FedSpine with a deadline for all devices, shared importance, and a head from class means.
+    """FedSpine with a deadline for all devices, shared importance, a head from class means, and
+    factors averaged.
 
     >>> from fedspine import FedSpinePlus, Recipe
     >>> Recipe(method=FedSpinePlus(sparsity=0.4), quorum=0.7).method.controller.name
@@ -39,6 +41,7 @@ class FedSpinePlus(FedSpine):
 
     controller: Controller = Deadline()
     importance: Importance = Blend()
+    aggregation: RankMerging = "zeropad"
     # of the fleet's average importance in what a device drops
     global_importance_weight: float = 0.9
     head_start: Start = "auto"  # what the task head begins as
