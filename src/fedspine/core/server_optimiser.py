@@ -10,7 +10,7 @@ is Hsu et al. 2019 (arXiv:1909.06335).
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,9 +31,6 @@ class NoOptimiser:
     def check(self) -> None:
         pass
 
-    def step(self, change: Tensor, moments: Tensors) -> tuple[Tensor, Tensors]:
-        return change, moments
-
 
 @dataclass(frozen=True)
 class FedAvgM:
@@ -49,14 +46,18 @@ class FedAvgM:
     def check(self) -> None:
         _check(self, positive=("learning_rate",), below_one=("momentum",))
 
+    def begin(self, like: Tensor) -> Tensors:
+        return {"first": torch.zeros_like(like)}
+
     def step(self, change: Tensor, moments: Tensors) -> tuple[Tensor, Tensors]:
         """The change to make instead of this merged one, and the moments after it.
 
-        >>> step, moments = FedAvgM(learning_rate=1.0).step(torch.tensor([1.0]), {})
-        >>> FedAvgM(learning_rate=1.0).step(torch.tensor([1.0]), moments)[0]
+        >>> how, change = FedAvgM(learning_rate=1.0), torch.tensor([1.0])
+        >>> step, moments = how.step(change, how.begin(change))
+        >>> how.step(change, moments)[0]
         tensor([1.9000])
         """
-        first = self.momentum * moments["first"] + change if moments else change
+        first = self.momentum * moments["first"] + change
         return self.learning_rate * first, {"first": first}
 
 
@@ -75,32 +76,29 @@ class FedAdam:
     def check(self) -> None:
         _check(self, positive=("learning_rate", "tau"), below_one=("beta1", "beta2"))
 
+    def begin(self, like: Tensor) -> Tensors:
+        return {"first": torch.zeros_like(like), "second": torch.full_like(like, self.tau**2)}
+
     def step(self, change: Tensor, moments: Tensors) -> tuple[Tensor, Tensors]:
-        first, second = _begun(self, change, moments)
-        second = self.beta2 * second + (1 - self.beta2) * change.square()
-        return _adaptive(self, first, second)
+        first = self.beta1 * moments["first"] + (1 - self.beta1) * change
+        second = self._second(moments["second"], change.square())
+        step = self.learning_rate * first / (second.sqrt() + self.tau)
+        return step, {"first": first, "second": second}
+
+    def _second(self, second: Tensor, square: Tensor) -> Tensor:
+        return self.beta2 * second + (1 - self.beta2) * square
 
 
 @dataclass(frozen=True)
-class FedYogi:
+class FedYogi(FedAdam):
     """FedAdam whose v moves by at most (1 - beta2) change^2: v <- v - (1 - beta2) change^2
     sign(v - change^2).
     """
 
     name: ClassVar = "fedyogi"
-    learning_rate: float = 3e-3
-    beta1: float = 0.9
-    beta2: float = 0.99
-    tau: float = 1e-3  # the smaller, the more adaptive
 
-    def check(self) -> None:
-        _check(self, positive=("learning_rate", "tau"), below_one=("beta1", "beta2"))
-
-    def step(self, change: Tensor, moments: Tensors) -> tuple[Tensor, Tensors]:
-        first, second = _begun(self, change, moments)
-        square = change.square()
-        second = second - (1 - self.beta2) * square * torch.sign(second - square)
-        return _adaptive(self, first, second)
+    def _second(self, second: Tensor, square: Tensor) -> Tensor:
+        return second - (1 - self.beta2) * square * torch.sign(second - square)
 
 
 @dataclass(frozen=True)
@@ -117,32 +115,12 @@ class Accumulated:
     def check(self) -> None:
         pass
 
+    def begin(self, like: Tensor) -> Tensors:
+        return {"first": torch.zeros_like(like)}
+
     def step(self, change: Tensor, moments: Tensors) -> tuple[Tensor, Tensors]:
-        first = self.share * change + (moments["first"] if moments else 0.0)
+        first = self.share * change + moments["first"]
         return change + first, {"first": first}
-
-
-class Adaptive(Protocol):
-    """The hyper-parameters of FedAdam and FedYogi."""
-
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def beta1(self) -> float: ...
-    @property
-    def tau(self) -> float: ...
-
-
-def _begun(how: Adaptive, change: Tensor, moments: Tensors) -> tuple[Tensor, Tensor]:
-    """The first moment after this change, and the second one before it."""
-    if not moments:
-        return (1 - how.beta1) * change, torch.full_like(change, how.tau**2)
-    return how.beta1 * moments["first"] + (1 - how.beta1) * change, moments["second"]
-
-
-def _adaptive(how: Adaptive, first: Tensor, second: Tensor) -> tuple[Tensor, Tensors]:
-    step = how.learning_rate * first / (second.sqrt() + how.tau)
-    return step, {"first": first, "second": second}
 
 
 ServerOptimiser: TypeAlias = NoOptimiser | FedAvgM | FedAdam | FedYogi
@@ -198,12 +176,12 @@ class Server:
             old = before[name].float()
             change = value.float() - old
             mine = {kind: tensors[name] for kind, tensors in known.items()}
+            mine = mine or self.optimiser.begin(change)
             step, new = self.optimiser.step(change, mine)
             moved = change != 0
             after[name] = torch.where(moved, old + step, old)
             for kind, tensor in new.items():
-                kept = _unmoved(self.optimiser, kind, mine, tensor)
-                moments.setdefault(kind, {})[name] = torch.where(moved, tensor, kept)
+                moments.setdefault(kind, {})[name] = torch.where(moved, tensor, mine[kind])
         self.moments = {**self.moments, what: moments}
         return after
 
@@ -217,13 +195,6 @@ class Server:
         """Go on from a snapshot's memory."""
         self.moments = dict(memory.get("moments", {}))
         self.row_shares = dict(memory.get("row_shares", {}))
-
-
-def _unmoved(how: Any, kind: str, moments: Tensors, like: Tensor) -> Tensor:
-    """A moment as it was before the round."""
-    if moments:
-        return moments[kind]
-    return torch.full_like(like, how.tau**2 if kind == "second" else 0.0)
 
 
 def _check(how: Any, positive: Collection[str], below_one: Collection[str]) -> None:
