@@ -169,7 +169,7 @@ class Workers:
         """The frozen model that all jobs compute with."""
         return self._workshop.task.base
 
-    def held_out(self, index: int) -> int:
+    def rows_held_out(self, index: int) -> int:
         """How many rows the device of this index holds out."""
         held = self._workshop.held_out
         return len(held[index]) if held else 0

@@ -15,7 +15,7 @@ from fedspine.core.task import Kind
 from fedspine.exports import hf
 from fedspine.exports.card import read_card
 from fedspine.exports.peft import write_adapter
-from fedspine.exports.whole_folder import whole_folder
+from fedspine.exports.whole_folder import check_new, whole_folder
 from fedspine.lm.base import Base, Model
 from fedspine.lm.gguf_files import is_gguf
 from fedspine.lm.load import MINILM_HUB
@@ -87,8 +87,7 @@ def export_adapter(
 
 
 def _check(folder: Path, model: Model, origin: Origin, with_base: bool) -> None:
-    if folder.exists():
-        raise BadInput(f"{folder} exists already; choose a new folder, or remove it first")
+    check_new(folder)
     if with_base:
         return
     if not is_full(model.structure):

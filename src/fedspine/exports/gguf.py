@@ -20,7 +20,7 @@ from fedspine.exports.card import GGUF, PARITY, Card, read_card
 from fedspine.exports.gguf_file import Widths
 from fedspine.exports.gguf_tokenizer import vocabulary
 from fedspine.exports.load import Loaded, load_model
-from fedspine.exports.whole_folder import whole_folder
+from fedspine.exports.whole_folder import check_new, whole_folder
 from fedspine.lm.attention import module_inputs
 from fedspine.lm.gguf_files import read_model
 from fedspine.lm.score import IGNORED
@@ -94,8 +94,7 @@ def export(
     its tolerance: logits as far apart as rounding takes them, or 99.5 % of the greedy tokens equal.
     """
     source, folder = Path(source), Path(folder)
-    if folder.exists():
-        raise BadInput(f"{folder} exists already; choose a new folder, or remove it first")
+    check_new(folder)
     loaded, card = load_model(source), read_card(source)
     config, widths = loaded.module.config, _widths(loaded, card)
     architecture = gguf_file.id_of(config, widths)

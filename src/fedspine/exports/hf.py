@@ -24,7 +24,7 @@ from fedspine.core.task import Kind
 from fedspine.exports.card import CONFIG, FORMAT, WEIGHTS, Card
 from fedspine.exports.load import Loaded, load_model
 from fedspine.exports.predict import Answered, Continued, Labelled, Prediction, predict
-from fedspine.exports.whole_folder import whole_folder
+from fedspine.exports.whole_folder import check_new, whole_folder
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.pooling import CLASSES, HOW, Pooling
@@ -87,8 +87,7 @@ def export(
 
 
 def _check(base: Base, folder: Path, labels: tuple[str, ...], kind: Kind) -> None:
-    if folder.exists():
-        raise BadInput(f"{folder} exists already; choose a new folder, or remove it first")
+    check_new(folder)
     if base.precision is not torch.float32:
         raise BadInput(
             f"export needs the base in fp32, but it is in {base.precision}; load it with "

@@ -21,7 +21,7 @@ from fedspine.exports import onnx_graph
 from fedspine.exports.bench import latency_seconds
 from fedspine.exports.card import CONFIG, ONNX, PARITY, WEIGHTS, Card, read_card
 from fedspine.exports.load import Loaded, load_model
-from fedspine.exports.whole_folder import whole_folder
+from fedspine.exports.whole_folder import check_new, whole_folder
 
 TOKENIZER = "tokenizer.json"
 APART = 1e-4  # of fp32 logits; rounding came to 1e-5 in MiniLM's six blocks
@@ -136,8 +136,7 @@ def export(
     """
     onnx_graph.check_installed()
     source, folder = Path(source), Path(folder)
-    if folder.exists():
-        raise BadInput(f"{folder} exists already; choose a new folder, or remove it first")
+    check_new(folder)
     loaded, card = load_model(source), read_card(source)
     if 4 * loaded.parameters > onnx_graph.MOST_BYTES:
         raise BadInput(

@@ -9,6 +9,12 @@ from pathlib import Path
 from fedspine.core.errors import BadInput
 
 
+def check_new(folder: Path) -> None:
+    """Raise BadInput where `folder` exists, before the work of filling it is begun."""
+    if folder.exists():
+        raise BadInput(f"{folder} exists already; choose a new folder, or remove it first")
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Yield a new sibling of `folder` to write into, which gets that name at the end.

@@ -26,6 +26,7 @@ from fedspine.core.errors import BadInput, check_ranges
 from fedspine.core.message import message
 from fedspine.core.task import Task
 from fedspine.core.tensors import moved
+from fedspine.lm.attention import module_inputs
 from fedspine.lm.base import Base, Model
 from fedspine.lm.cost import Extent, teaching_flops, teaching_memory_bytes
 from fedspine.lm.lora import adapter_rank
@@ -114,7 +115,7 @@ class Taught:
 
 
 @dataclass(frozen=True)
-class Lessons:
+class TeacherOutputs:
     """What a teacher says about some of a device's rows."""
 
     place: np.ndarray  # int64 [rows of the device], where a row is below
@@ -155,7 +156,7 @@ class Hidden:
         return torch.stack([mean_of_tokens(each.float(), mask) for each in seen], 1)
 
 
-def lessons(device: Device, taught: Taught, plan: Sequence[np.ndarray]) -> Lessons:
+def teacher_outputs(device: Device, taught: Taught, plan: Sequence[np.ndarray]) -> TeacherOutputs:
     """What the teacher says about all rows of a plan of batches; charged to the device.
 
     The base must be fitted again afterwards.
@@ -169,8 +170,7 @@ def lessons(device: Device, taught: Taught, plan: Sequence[np.ndarray]) -> Lesso
     with torch.no_grad(), Hidden(base, taught.teaching.hidden > 0) as states:
         module = base.fit(model.to(base.device), merge=True)
         for chosen in data.batches_by_length(BATCH):
-            inputs = moved(data.batch(chosen), base.device)
-            inputs.pop("labels")
+            inputs = module_inputs(moved(data.batch(chosen), base.device))
             logits.append(module(**inputs).logits.float())
             hidden.append(states.take(inputs["attention_mask"], len(chosen)))
             seen.append(chosen)
@@ -181,7 +181,7 @@ def lessons(device: Device, taught: Taught, plan: Sequence[np.ndarray]) -> Lesso
     order = torch.from_numpy(np.argsort(np.concatenate(seen))).to(base.device)
     place = np.full(len(device.data), -1)
     place[rows] = np.arange(len(rows))
-    found = Lessons(place, torch.cat(logits)[order], torch.cat(hidden)[order])
+    found = TeacherOutputs(place, torch.cat(logits)[order], torch.cat(hidden)[order])
     rank = adapter_rank(model.adapter)
     extent = Extent(tokens=tokens, squared_tokens=squared_tokens)
     device.spend(
@@ -198,14 +198,14 @@ class Teachers:
     """The teachers of models that are trained in one pass, one for each or none for all; a context
     manager, since it listens to the blocks of the base where hidden states count.
 
-    They are heard before training begins, for all rows of each one's plan of batches. Their ways of
-    counting must agree.
+    They run before training begins, over all rows of each one's plan of batches. Their weights and
+    temperatures must agree.
     """
 
     def __init__(
         self, base: Base, taught: Sequence[tuple[Device, Taught, Sequence[np.ndarray]]]
     ) -> None:
-        self._lessons = [lessons(device, teacher, plan) for device, teacher, plan in taught]
+        self._outputs = [teacher_outputs(device, teacher, plan) for device, teacher, plan in taught]
         self._teaching = taught[0][1].teaching if taught else None
         self._states = Hidden(base, self._teaching is not None and self._teaching.hidden > 0)
 
@@ -216,7 +216,7 @@ class Teachers:
     def __exit__(self, *error: object) -> None:
         self._states.__exit__(*error)
 
-    def heard(
+    def loss(
         self,
         loss: Float[Tensor, " models"],
         logits: Tensor,
@@ -229,7 +229,7 @@ class Teachers:
         how = self._teaching
         if how is None:
             return loss
-        said = [each.of(chosen) for each, chosen in zip(self._lessons, rows, strict=True)]
+        said = [each.of(chosen) for each, chosen in zip(self._outputs, rows, strict=True)]
         answers, states = (torch.cat(each) for each in zip(*said, strict=True))
         models = len(said)
         whole = (1 - how.weight) * loss + how.weight * distances(

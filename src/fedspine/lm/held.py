@@ -67,11 +67,14 @@ def begun(device: Device, received: Model, how: Holding) -> Held:
         model = replace(received, head=device.memory.get(HEAD, received.head))
     weights = model.adapter | model.head
     numbers = sum(tensor.numel() for tensor in weights.values())
-    zero = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    gradient = None
+    if how.dynamic:
+        zero = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+        gradient = device.memory.get(GRADIENT, zero)
     copies = int(how.proximal > 0) + int(how.dynamic)
     return Held(
         model=model,
-        gradient=device.memory.get(GRADIENT, zero) if how.dynamic else None,
+        gradient=gradient,
         moments=device.memory.get(OPTIMISER) if how.keep_optimiser else None,
         extra_bytes=copies * SINGLE * numbers,
         # a difference, a product and a sum for each number of the pull, the last of g

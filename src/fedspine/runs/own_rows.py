@@ -44,7 +44,7 @@ def own_scores(
     """Means over devices of the accuracy and the loss of each one's own model, and of the `common`
     one, on the rows that the device holds out; devices that hold out none are left out.
     """
-    rows = {id: workers.held_out(indices[id]) for id in models}
+    rows = {id: workers.rows_held_out(indices[id]) for id in models}
     scored = [id for id in models if rows[id]]
     if not scored:
         return {}
