@@ -24,7 +24,7 @@ from fedspine.lm.distillation import (
     Teaching,
     distances,
     hidden_distances,
-    lessons,
+    teacher_outputs,
 )
 from fedspine.lm.structure import cut_adapter, widen_adapter
 from fedspine.lm.tune import Request, train, tune
@@ -85,7 +85,9 @@ def test_a_widened_adapter_is_cut_to_the_same_and_is_zero_elsewhere(task):
 def test_a_teacher_says_what_it_would_say_of_each_row(task):
     device, teacher = device_on(task), teacher_of(task.base)
     plan = [np.array([5, 3, 5]), np.array([0, 59, 3])]
-    found = lessons(device, Taught(teacher, dataclasses.replace(TEACHING, hidden=1.0)), plan)
+    found = teacher_outputs(
+        device, Taught(teacher, dataclasses.replace(TEACHING, hidden=1.0)), plan
+    )
     answers, states = found.of(np.array([59, 3, 5]))
     expected = logits_of(task.base, teacher, device.data.take(np.array([59, 3, 5])))
     # the adapter is merged into the weights there, and rows are padded to other lengths: rounding
@@ -98,7 +100,7 @@ def test_its_pass_is_charged(task):
     """Four rows of one padded length: the whole model, its adapter, and no backward pass."""
     device, layout = device_on(task), task.base.layout
     plan = [np.array([5, 3, 0, 59])]
-    lessons(device, Taught(teacher_of(task.base), TEACHING), plan)
+    teacher_outputs(device, Taught(teacher_of(task.base), TEACHING), plan)
     width = device.data.take(plan[0]).width(np.arange(4))
     extent = Extent(tokens=4 * width, squared_tokens=4 * width**2)
     adapter = 3 * sum(site.rows + site.columns for site in layout.sites)
