@@ -9,7 +9,7 @@ rounded once. Where the paper's solver is not published, ours is named.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -20,7 +20,6 @@ from fedspine.control.genetic_selection import Search, any_workers, select
 from fedspine.control.labels import divergence, merged, reference
 from fedspine.core.errors import BadInput
 
-Selection: TypeAlias = Literal["genetic", "random"]
 ROUNDING = 1e-9  # nats
 FREE = 1e-4  # of an iteration: waiting that counts as none
 # of the limit on divergence that a choice of devices may use up, so that batches need little tuning
@@ -106,7 +105,7 @@ class SplitLimits:
 class SplitControl:
     """Which parts of the control are on: all of them in MergeSFL, fewer in its ablations."""
 
-    select: Selection = "genetic"  # "random": devices whatever their labels
+    select: Literal["genetic", "random", "all"] = "genetic"  # "random": whatever their labels
     regulate: bool = True  # False: equal batches, about as large in all, which are not tuned either
     tune: bool = True  # False: batches are not changed for the labels' sake
     population: int = 20
@@ -167,6 +166,8 @@ def plan_split(
             )
         case "random":
             chosen = any_workers(search, rng)
+        case "all":
+            chosen = np.arange(len(batches))
     goal = Goal(
         cost=workers.cost[chosen],
         labels=workers.labels[chosen],

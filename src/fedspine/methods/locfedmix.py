@@ -25,6 +25,7 @@ from fedspine.core.task import IGNORED, Task
 from fedspine.lm.received import check_settings
 from fedspine.split.auxiliary import DECODER, DecodedCutting, bare, decoder
 from fedspine.split.baseline import (
+    TOY,
     RoundSetup,
     SplitTraining,
     batch_caps,
@@ -179,7 +180,7 @@ class LocFedMix(SplitTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(cut=1, rank=4, steps=3, batch=16, optimiser="adamw", learning_rate=2e-2)
+        return cls(**TOY)
 
     def check(self, task: Task) -> None:
         check_split(self, task)

@@ -13,19 +13,15 @@ from fedspine.core.device import DeviceId
 from fedspine.core.fleet import Fleet
 from fedspine.core.method import method
 from fedspine.core.task import Task
-from fedspine.split.baseline import (
-    SplitState,
-    SplitTraining,
-    check_split,
-    first_state,
-    splitfed_round,
-)
+from fedspine.split.baseline import TOY, SplitState, first_state
+from fedspine.split.composed import ComposedTraining, check_composed, composed_state, deployed
+from fedspine.split.composed_round import RoundPlan, composed_round
 from fedspine.split.server import InTurn
 
 
 @method("splitfed_v2")
 @dataclass(frozen=True)
-class SplitFedV2(SplitTraining):
+class SplitFedV2(ComposedTraining):
     """Split learning with one server model, which sees the devices one after another; only the
     client models are averaged.
     """
@@ -35,26 +31,23 @@ class SplitFedV2(SplitTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(cut=1, rank=4, steps=3, batch=16, optimiser="adamw", learning_rate=2e-2)
+        return cls(**TOY)
 
     def check(self, task: Task) -> None:
-        check_split(self, task)
+        check_composed(self, task)
 
     def start(self, task: Task, rng: np.random.Generator) -> SplitState:
-        return first_state(self, task, rng)
+        return composed_state(self, first_state(self, task, rng), task)
 
     def round(self, state: SplitState, fleet: Fleet) -> SplitState:
-        return splitfed_round(
-            self,
-            state,
-            fleet,
-            lambda now: InTurn(
-                now.split_model, now.server_model, now.optimising, gradients=bool(now.client_model)
-            ),
-        )
+        return composed_round(self, state, fleet, _server)
 
     def deploy(self, state: SplitState, device: DeviceId | None = None) -> Any:
-        return state.model
+        return deployed(self, state)
 
     def unpruned(self, state: SplitState) -> Any:
-        return state.model
+        return deployed(self, state)
+
+
+def _server(plan: RoundPlan) -> InTurn:
+    return InTurn(**plan.halves)

@@ -5,7 +5,7 @@ Parameter-Efficient Fine-Tuning Framework for Large Language Models", arXiv:2407
 docs/methods/splitlora.md.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -15,23 +15,15 @@ from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.method import method
 from fedspine.core.task import Task
-from fedspine.split.baseline import (
-    SplitState,
-    SplitTraining,
-    batch_caps,
-    check_split,
-    first_state,
-    note_devices,
-    set_up_round,
-    weighted_mean,
-)
-from fedspine.split.protocol import run_round
+from fedspine.split.baseline import TOY, SplitState, first_state, weighted_mean
+from fedspine.split.composed import ComposedTraining, check_composed, composed_state, deployed
+from fedspine.split.composed_round import note_round, plan_round, remembered, train
 from fedspine.split.server import InTurn
 
 
 @method("splitlora")
 @dataclass(frozen=True)
-class SplitLora(SplitTraining):
+class SplitLora(ComposedTraining):
     """Split learning of LoRA factors on one server model that sees the devices in turn, with its
     authors' training settings.
 
@@ -47,48 +39,36 @@ class SplitLora(SplitTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(
-            cut=1, rank=4, steps=3, average_every=2, batch=16, optimiser="adamw", learning_rate=2e-2
-        )
+        return cls(**TOY, average_every=2)
 
     def check(self, task: Task) -> None:
-        check_split(self, task)
+        check_composed(self, task)
         if self.average_every < 1:
             raise BadInput(
                 f"method.average_every is {self.average_every}, but at least 1 iteration is needed"
             )
 
     def start(self, task: Task, rng: np.random.Generator) -> SplitState:
-        return first_state(self, task, rng)
+        return composed_state(self, first_state(self, task, rng), task)
 
     def round(self, state: SplitState, fleet: Fleet) -> SplitState:
-        now = set_up_round(self, state, fleet)
-        batches = batch_caps(fleet, now.split_model, self.batch, state.longest)
-        server_model = InTurn(
-            now.split_model,
-            now.server_model,
-            now.optimising,
-            gradients=bool(now.client_model),
-            shuffled=False,
-        )
-        client_model = now.client_model
+        plan = plan_round(self, state, fleet)
+        server_model = InTurn(**plan.halves, shuffled=False)
+        client_model, devices = plan.now.client_model, list(plan.rows)
         for first in range(0, self.steps, self.average_every):
             steps = min(self.average_every, self.steps - first)
-            orders = {device: now.begin(batch, client_model) for device, batch in batches.items()}
-            result = run_round(fleet, orders, steps, server_model, now.seed + first)
-            note_devices(fleet, result)
-            batches = {
-                device: batches[device] for device in result.client_models
-            }  # who vanished is back in the next round
-            client_model = weighted_mean(result.client_models, dict.fromkeys(batches, 1))
-        return replace(
-            state,
-            round=state.round + 1,
-            model=now.split_model.join(client_model, server_model.finish({})),
-        )
+            orders = plan.orders(steps, client_model, devices)
+            seed = plan.now.seed + first
+            result = train(plan, fleet, server_model, steps, seed=seed, orders=orders)
+            note_round(fleet, result, plan.labels)
+            # who vanished is back in the next round
+            devices = list(result.client_models)
+            client_model = weighted_mean(result.client_models, dict.fromkeys(devices, 1))
+        model = plan.now.split_model.join(client_model, server_model.finish({}))
+        return remembered(self, plan, state, result, model)
 
     def deploy(self, state: SplitState, device: DeviceId | None = None) -> Any:
-        return state.model
+        return deployed(self, state)
 
     def unpruned(self, state: SplitState) -> Any:
-        return state.model
+        return deployed(self, state)

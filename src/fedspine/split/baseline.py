@@ -4,8 +4,9 @@ SplitFed, LocFedMix-SL, AdaSFL, SplitLoRA and MergeSFL differ in how the server 
 how client models are weighted. All else is the same, so that a comparison means something.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,21 +15,19 @@ from fedspine.control.batch_sizes import rows_that_fit
 from fedspine.control.worker_state import WorkerState, observed, took_part
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import unknown
-from fedspine.core.fleet import Fleet, NoMemory, weights_of
+from fedspine.core.fleet import Fleet, NoMemory
 from fedspine.core.message import Tensors, message
 from fedspine.core.reads import Reads
 from fedspine.core.task import Task
 from fedspine.core.tensors import average, half
 from fedspine.split.interface import SplitModel
 from fedspine.split.messages import Begin, Cutting
-from fedspine.split.protocol import RoundResult, run_round
-from fedspine.split.server import ServerStep
+from fedspine.split.protocol import RoundResult
 from fedspine.split.trainable_half import Optimising
 from fedspine.split.training_settings import ModelTraining, check_training, optimising_at
 from fedspine.split.wire import BYTES
 
 MODEL_CUT = -1  # of `cut`: where the model says
-LATER = 3  # how much more the later rounds count in a mean of all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +39,19 @@ class SplitTraining(ModelTraining):
     def foretold(self, base: Any) -> Reads:
         """What a device's orders will read: features leave after each batch, with its labels."""
         return Reads(batch=self.batch, cut=cutting_of(self, base).cut, labels=True)
+
+
+# with which a tiny model learns a toy task in a few rounds
+TOY = MappingProxyType(
+    {
+        "cut": 1,
+        "rank": 4,
+        "steps": 3,
+        "batch": 16,
+        "optimiser": "adamw",
+        "learning_rate": 2e-2,
+    }
+)
 
 
 class ClientMemory(Protocol):
@@ -130,27 +142,6 @@ def set_up_round(fields: SplitTraining, state: SplitState, fleet: Fleet) -> Roun
     )
 
 
-def splitfed_round(
-    method: SplitTraining,
-    state: SplitState,
-    fleet: Fleet,
-    server_of: Callable[[RoundSetup], ServerStep],
-) -> SplitState:
-    """One round with the same batch for all devices and averages weighed by rows: SplitFed's.
-
-    `server_of` makes what trains the server model in this round.
-    """
-    now = set_up_round(method, state, fleet)
-    server = server_of(now)
-    batches = batch_caps(fleet, now.split_model, method.batch, state.longest)
-    orders = {device: now.begin(batch) for device, batch in batches.items()}
-    result = run_round(fleet, orders, method.steps, server, now.seed)
-    note_devices(fleet, result)
-    stayed = weights_of(fleet, result.client_models)
-    model = now.split_model.join(weighted_mean(result.client_models, stayed), server.finish(stayed))
-    return replace(state, round=state.round + 1, model=model)
-
-
 def updated_workers(
     known: Mapping[DeviceId, WorkerState], costs: Mapping[DeviceId, float], keep: float
 ) -> dict[DeviceId, WorkerState]:
@@ -192,20 +183,6 @@ def batch_caps(
 def weighted_mean(models: Mapping[DeviceId, Tensors], weights: Mapping[DeviceId, float]) -> Tensors:
     """The weighted mean of what devices returned."""
     return average((weights[device], model) for device, model in models.items())
-
-
-def running_mean(split_model: SplitModel, mean: Any, newest: Any, rounds: int) -> Any:
-    """The mean of the models of `rounds` rounds, from that of the rounds before and the newest.
-
-    Later ones count more: polynomial-decay averaging of Shamir and Zhang 2013 (arXiv:1212.1824).
-    The first round's model is its own mean, after 5 rounds the newest counts a half, after 25 a
-    seventh.
-    """
-    share = (LATER + 1) / (rounds + LATER)
-    pairs = zip(split_model.parts(mean), split_model.parts(newest), strict=True)
-    return split_model.join(
-        *(average([(1 - share, before), (share, now)]) for before, now in pairs)
-    )
 
 
 def note_devices(fleet: Fleet, result: RoundResult) -> None:

@@ -1,49 +1,31 @@
-"""Batch sizes of mergesfl-plus, planned again within a round from the times of the round's own
-exchanges. Ours.
+"""Batch sizes of a split round, planned again within a round from the times of the round's own
+exchanges: the part `within-round`. Ours.
 
 A round is planned from the rounds before it, but a device's link has another speed in each round.
 So batches are planned again after 1, 2, 4, 8 and so on iterations, and when a device joins late.
-The same times say when a device has to leave to finish with the others. `control/batch_timing.py`
-has the arithmetic.
+`control/batch_timing.py` has the arithmetic.
 
 Texts differ in length, so a few rows may take much or little time. Batches of texts are therefore
 so many tokens.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
-from fedspine.control.batch_timing import early, fitted
 from fedspine.control.split_plan import Goal, planned_again
 from fedspine.core.device import DeviceId
-from fedspine.core.fleet import Cost
 from fedspine.split.batches import Budget
+from fedspine.split.exchange_costs import RowCosts, exchange_bytes, row_costs
 from fedspine.split.messages import Resized, Step
-from fedspine.split.protocol import Progress, Staggered
+from fedspine.split.protocol import Progress
 from fedspine.split.trainable_half import Optimising
 
-USUAL_ROWS = 8  # weight, in rows, of the fleet's bytes per row beside a device's own
 FIRST = 4  # divides a round's first batches: few rows are enough to measure its links
 SECOND = 2  # divides the second ones, which rest on one exchange of weights and features
 PROBED = 8  # the fewest iterations of a round in which measuring its links pays
-QUORUM = 0.5  # share of the devices with which a round starts and ends, if others join late
-SHORTEST = 1e-9  # seconds of an exchange, so that none is free
-
-
-@dataclass(frozen=True)
-class RowCosts:
-    """What an iteration costs: `fixed` seconds, and the seconds and the bytes of each device's
-    rows.
-    """
-
-    fixed: float
-    cost: Float[np.ndarray, " devices"]
-    # both ways, with a row's part of what else an exchange sends
-    row_bytes: Float[np.ndarray, " devices"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +36,6 @@ class BatchControl:
     goal: Goal  # of the plan; its costs are those known before the round
     tune: bool
     steps: int  # of the round
-    weight_bytes: int  # of the client model
-    late: bool  # whether devices may begin and end at their own times
     optimising: Callable[[int], Optimising]  # for a batch of so many rows
     # texts: the most rows that data and memory allow; None: batches of rows, not of tokens
     room: Int[np.ndarray, " devices"] | None = None
@@ -105,31 +85,6 @@ class BatchControl:
     def _part(self, rows: np.ndarray, divisor: int) -> np.ndarray:
         return np.maximum(rows // divisor, 1) if self.steps >= PROBED else rows
 
-    @property
-    def staggered(self) -> Staggered | None:
-        """How devices begin and end at their own times, if they may."""
-        return Staggered(QUORUM, self._leaving) if self.late and self.steps >= PROBED else None
-
-    def _leaving(self, done: int, progress: Mapping[DeviceId, Progress]) -> Collection[DeviceId]:
-        """Devices that end the round after `done` iterations, since their links need long for the
-        client model.
-        """
-        if 2 * done < self.steps:
-            return ()
-        own = list(progress.values())
-        found = row_costs(own, self.goal.fixed)
-        rows = np.array([each.batch for each in own])
-        # the last gradient goes down, the client model up
-        ends = found.fixed + found.cost * (rows / 2 + self.weight_bytes / found.row_bytes)
-        before = early(
-            ends, max(each.costs[-1].seconds for each in own), ceil(QUORUM * len(self.devices))
-        )
-        return [
-            device
-            for device, steps in zip(progress, before, strict=True)
-            if steps >= self.steps - done
-        ]
-
     def _budgets(
         self,
         rows: np.ndarray,
@@ -155,43 +110,6 @@ class BatchControl:
         return None if same else optimising
 
 
-def row_costs(progress: Sequence[Progress], fixed: float, *, ended: bool = False) -> RowCosts:
-    """What rows cost by a round's exchanges so far, or by all of them once it has `ended`.
-
-    Exchanges are compared by their bytes, which the server knows and which count a text's tokens.
-    The first exchange carries weights and has no backward pass, so it counts only where a device
-    has no other. `fixed` is as in `fitted`.
-    """
-    inner = [own.costs[1:-1] if ended else own.costs[1:] for own in progress]
-    received = [costs or own.costs[:1] for costs, own in zip(inner, progress, strict=True)]
-    loads, seconds = [_bytes(costs) for costs in received], [_seconds(costs) for costs in received]
-    row_bytes = _row_bytes(progress, inner)
-    if any(inner):
-        fixed, each = fitted(loads, seconds, fixed)
-    else:
-        _, each = fitted(loads, seconds)
-    return RowCosts(fixed, each * row_bytes, row_bytes)
-
-
-def _row_bytes(
-    progress: Sequence[Progress], inner: Sequence[Sequence[Cost]]
-) -> Float[np.ndarray, " devices"]:
-    """Bytes of a row of each device both ways, from its exchanges without weights.
-
-    The fewer rows these had, the nearer it is to the fleet's mean.
-    """
-    exchanges = np.maximum([len(costs) for costs in inner], 1)
-    rows = exchanges * np.array([np.mean(own.rows) for own in progress])
-    # of the first exchange only what went up were features; their gradient is as large
-    pairs = zip(inner, progress, strict=True)
-    sent = np.array(
-        [_bytes(costs).sum() if costs else 2 * own.costs[0].bytes_up for costs, own in pairs]
-    )
-    if not any(inner):
-        return sent / rows
-    return (sent + USUAL_ROWS * sent.sum() / rows.sum()) / (rows + USUAL_ROWS)
-
-
 def _header(progress: Progress, token_bytes: float) -> float:
     """Bytes of an exchange both ways that are no features: the mean of the exchanges so far.
 
@@ -202,13 +120,8 @@ def _header(progress: Progress, token_bytes: float) -> float:
     if len(tokens) == 1:
         return max(0.0, 2 * (progress.costs[0].bytes_up - token_bytes * tokens[0]))
     return max(
-        0.0, float(np.mean(_bytes(progress.costs[1:]) - token_bytes * (tokens[1:] + tokens[:-1])))
+        0.0,
+        float(
+            np.mean(exchange_bytes(progress.costs[1:]) - token_bytes * (tokens[1:] + tokens[:-1]))
+        ),
     )
-
-
-def _bytes(costs: Sequence[Cost]) -> Float[np.ndarray, " exchanges"]:
-    return np.array([cost.bytes_down + cost.bytes_up for cost in costs], float)
-
-
-def _seconds(costs: Sequence[Cost]) -> Float[np.ndarray, " exchanges"]:
-    return np.maximum([cost.seconds for cost in costs], SHORTEST)

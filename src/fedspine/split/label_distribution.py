@@ -1,6 +1,8 @@
 """The label distribution of each device: asked once, to choose devices and to adjust logits."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -8,6 +10,8 @@ import torch
 from fedspine.control.labels import class_log_ratios, distribution, reference
 from fedspine.core.checks import Asked, need, tensor_of
 from fedspine.core.device import FEWEST_OF_CLASS, Device, DeviceId, on_device
+from fedspine.core.errors import BadInput
+from fedspine.core.fleet import AllLost, Fleet, none_left
 from fedspine.core.message import Tensors, message
 from fedspine.core.reads import Reads
 
@@ -64,6 +68,57 @@ def _without(rare: np.ndarray, shares: np.ndarray) -> np.ndarray:
     """The shares among the other classes; all classes alike where there are no others."""
     kept = np.where(rare, 0.0, shares)
     return kept / kept.sum() if kept.any() else np.full(len(shares), 1 / len(shares))
+
+
+def known_labels(
+    known: Mapping[DeviceId, np.ndarray], fleet: Fleet, *, classes: int, longest: int
+) -> dict[DeviceId, np.ndarray]:
+    """V_i of all devices known; those of the fleet that were never asked before are asked now.
+
+    Raises AllLost where none of the fleet's devices is known.
+    """
+    unknown = [profile.id for profile in fleet.devices if profile.id not in known]
+    order = LabelQuery(classes=classes, longest=longest)
+    someone = len(unknown) < len(fleet.devices)
+    try:
+        replies = fleet.ask(label_distribution, dict.fromkeys(unknown, order)) if unknown else []
+    except AllLost:  # too few of the new ones, without which the others go on
+        if not someone:
+            raise
+        replies = []
+    if not (replies or someone):
+        raise none_left(len(unknown), list(fleet.unusable.values()))
+    return {**known} | {reply.device: reply.value.shares for reply in replies}
+
+
+# --- the part of a split method that uses it for what client models learn ---
+
+
+@dataclass(frozen=True)
+class Unadjusted:
+    """Client models learn from the plain gradient."""
+
+    name: ClassVar = "none"
+
+
+@dataclass(frozen=True)
+class LabelSkew:
+    """Logits are adjusted by what tells which labels a device holds; not for language models, which
+    have no classes.
+    """
+
+    name: ClassVar = "label-skew"
+    share: float = 0.95  # of a device's label skew that its gradient leaves out
+
+
+LogitAdjustment: TypeAlias = Unadjusted | LabelSkew
+
+
+def check_logit_adjustment(adjustment: LogitAdjustment) -> None:
+    if isinstance(adjustment, LabelSkew) and not 0 <= adjustment.share < 1:
+        raise BadInput(
+            f"method.logit_adjustment.share is {adjustment.share}, but 0 to below 1 was expected"
+        )
 
 
 def logit_adjustments(labels: Mapping[DeviceId, np.ndarray], share: float) -> Tensors:

@@ -1,0 +1,143 @@
+"""What split methods are composed of: the parts of a round that each of them can switch on.
+
+Which devices take part, how large batches are, when devices begin and end, what client models learn
+and which model is deployed. A method's own file says how the server model learns from features and
+what the parts are by default; `split/composed_round.py` has the round.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fedspine.control.split_parts import (
+    Batches,
+    Equal,
+    Everyone,
+    Selection,
+    WithinRound,
+    check_control,
+    limits_of,
+    measures_speed,
+    needs_labels,
+)
+from fedspine.control.worker_state import WorkerState
+from fedspine.core.device import DeviceId
+from fedspine.core.errors import BadInput
+from fedspine.core.message import message
+from fedspine.core.parts import quiet
+from fedspine.core.task import Task
+from fedspine.split.averaging import Averaging, LastRound, first_mean
+from fedspine.split.baseline import SplitState, SplitTraining, check_split, cutting_of
+from fedspine.split.joining import AtOnce, Joining, check_joining
+from fedspine.split.label_distribution import LogitAdjustment, Unadjusted, check_logit_adjustment
+from fedspine.split.wire import row_bytes
+
+S = TypeVar("S", bound=SplitState)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposedTraining(SplitTraining):
+    """The settings of split methods that are composed; here all parts are off."""
+
+    selection: Selection = quiet(Everyone())  # who takes part of those that the fleet offers
+    batches: Batches = quiet(Equal())  # how many rows each takes
+    joining: Joining = quiet(AtOnce())  # when devices begin and end a round
+    logit_adjustment: LogitAdjustment = quiet(Unadjusted())  # of what client models learn
+    averaging: Averaging = quiet(LastRound())  # which model is deployed
+    client_lr_multiplier: float = quiet(1.0)  # learning rate of client models over the server's
+
+
+@message
+class ComposedState(SplitState):
+    """With what the parts need to know of devices and earlier rounds."""
+
+    classes: int
+    labels: dict[str, np.ndarray]  # V_i of the devices that were ever asked
+    workers: dict[str, WorkerState]  # of the devices that ever completed a round
+    fixed_seconds: float  # of an exchange whatever its rows, as the last round showed it
+    mean: Any  # of the models of all rounds; None where the last round's is deployed
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the parts know, of which a state has those fields that its method's settings need."""
+
+    classes: int = 0
+    labels: Mapping[DeviceId, np.ndarray] = field(default_factory=dict)
+    workers: Mapping[DeviceId, WorkerState] = field(default_factory=dict)
+    fixed_seconds: float = 0.0
+    mean: Any = None
+
+    @classmethod
+    def of(cls, state: SplitState) -> "Known":
+        kept = _names(cls) & _names(type(state))
+        return cls(**{name: getattr(state, name) for name in kept})
+
+    def put_into(self, state: S) -> S:
+        """The state with this in those fields that it has."""
+        kept = _names(Known) & _names(type(state))
+        return replace(state, **{name: getattr(self, name) for name in kept})
+
+
+def is_composed(method: ComposedTraining) -> bool:
+    """Whether any part has to know something of devices or earlier rounds."""
+    return (
+        asks_labels(method)
+        or measures_speed(method.selection, method.batches)
+        or method.averaging != LastRound()
+    )
+
+
+def asks_labels(method: ComposedTraining) -> bool:
+    """Whether devices are asked for their label distributions."""
+    adjusted = method.logit_adjustment != Unadjusted()
+    return adjusted or needs_labels(method.selection, method.batches)
+
+
+def learns_within(method: ComposedTraining) -> bool:
+    """Whether a round's own exchanges fix its batches."""
+    return isinstance(method.batches, WithinRound)
+
+
+def composed_state(method: ComposedTraining, first: SplitState, task: Task) -> SplitState:
+    """The first state: with the fields of `ComposedState` where the parts need them."""
+    if not is_composed(method):
+        return first
+    classes = len(task.label_names)
+    return ComposedState(
+        **vars(first),
+        classes=classes,
+        labels={},
+        workers={},
+        fixed_seconds=0.0,
+        mean=first_mean(method.averaging, first.model),
+    )
+
+
+def deployed(method: ComposedTraining, state: SplitState) -> Any:
+    """The model of the last round, or the mean of the rounds' models."""
+    return state.model if method.averaging == LastRound() else Known.of(state).mean
+
+
+def check_composed(method: ComposedTraining, task: Task) -> None:
+    """Raise BadInput for settings that cannot work on this task."""
+    check_split(method, task)
+    check_control(method.selection, method.batches)
+    check_joining(method.joining)
+    check_logit_adjustment(method.logit_adjustment)
+    if not method.client_lr_multiplier > 0:
+        raise BadInput(
+            f"method.client_lr_multiplier is {method.client_lr_multiplier}, but a positive number "
+            "was expected"
+        )
+    split_model = cutting_of(method, task.base).of(task.base)
+    bytes_of_row = row_bytes(split_model.feature_shape(task.max_tokens), method.precision)
+    limits_of(
+        method.selection, method.batches, devices=1, batch=method.batch, row_bytes=bytes_of_row
+    )
+
+
+def _names(cls: type) -> set[str]:
+    return {each.name for each in fields(cls)}
