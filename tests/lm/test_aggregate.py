@@ -10,18 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedspine.lm.aggregate import (
-    EXACT_BELOW,
     Contribution,
     average_factors,
     by_norm,
     change_factors,
-    change_spectra,
-    effective_rank,
-    factor,
-    hand_out,
     mean_product,
     merge_changes,
 )
+from fedspine.lm.factoring import EXACT_BELOW, change_spectra, effective_rank, factor, hand_out
 from fedspine.lm.lora import a_name, b_name, cut_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, cut_adapter, full, kept_columns, kept_rows

@@ -9,13 +9,16 @@ bonus.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
 
+from fedspine.core.errors import BadInput
 from fedspine.core.message import message
 
 MOST_MORE = 10  # times the usual work that a device with slack may add
+WHERE = "method.selection"
 UNCERTAIN = 0.1  # weight of the bonus for those not asked for long
 
 
@@ -30,18 +33,49 @@ class Seen:
 
 @dataclass(frozen=True)
 class Selecting:
-    """The settings of a selection."""
+    """The settings of a selection: `method.selection` of PyramidFL."""
 
-    participants: int  # devices of a round
-    explore: float  # share of them that was never asked, in the first round
-    explore_keep: float  # what is left of that share, each round
-    explore_least: float
-    cut_off: (
-        float  # devices with less than this share of the last chosen one's score are not considered
-    )
-    clip: float  # quantile of the rewards above which they count alike
-    patience: float  # quantile of the times that are not too long
-    penalty: float  # power by which longer times count
+    name: ClassVar = "oort"
+    participants: int = 10  # devices of a round, chosen from those that the fleet offers
+    explore: float = 0.9  # share of them that was never asked, in the first round
+    explore_keep: float = 0.95  # what is left of that share, each round
+    explore_least: float = 0.2
+    # devices below this share of the last chosen one's score are not considered
+    cut_off: float = 0.7
+    clip: float = 0.95  # quantile of the rewards above which they count alike
+    patience: float = 0.5  # quantile of the devices' times above which a device counts as slow
+    penalty: float = 2.0  # power by which longer times count
+
+    def check(self) -> None:
+        """Raise BadInput for settings that cannot work."""
+        if self.participants < 1:
+            raise BadInput(f"{WHERE}.participants is {self.participants}, but at least 1 is needed")
+        for name in ("explore", "explore_keep", "explore_least", "cut_off", "clip", "patience"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInput(
+                    f"{WHERE}.{name} is {getattr(self, name)}, but a share from 0 to 1 was expected"
+                )
+        if not self.penalty >= 0:
+            raise BadInput(f"{WHERE}.penalty is {self.penalty}, but it cannot be negative")
+
+
+@dataclass(frozen=True)
+class Thinning:
+    """How much of its update each device leaves out, by the norm of its last one:
+    `method.thinning` of PyramidFL.
+    """
+
+    name: ClassVar = "by-norm"
+    least: float = 0.1  # share of each tensor, of the update with the largest norm
+    most: float = 0.5  # of the one with the smallest
+
+    def check(self) -> None:
+        """Raise BadInput for settings that cannot work."""
+        if not 0 <= self.least <= self.most < 1:
+            raise BadInput(
+                f"method.thinning.least and most are {self.least} and {self.most}, but they must "
+                "rise, from 0 to below 1"
+            )
 
 
 def scores(

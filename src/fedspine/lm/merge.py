@@ -17,14 +17,11 @@ from fedspine.lm.aggregate import (
     Contribution,
     average_factors,
     by_norm,
-    change_spectra,
-    effective_rank,
-    factor,
-    hand_out,
     mean_product,
     merge_changes,
 )
 from fedspine.lm.base import site_norms
+from fedspine.lm.factoring import change_spectra, effective_rank, factor, hand_out
 from fedspine.lm.lora import cut_rank
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, cut_adapter

@@ -21,12 +21,14 @@ from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, single
-from fedspine.lm.aggregate import Contribution, bounded, factor, mean_product
+from fedspine.lm.aggregate import Contribution, bounded, mean_product
 from fedspine.lm.base import Model
-from fedspine.lm.lora import a_name, adapter_rank, b_name, check_rank, cut_rank, fresh
+from fedspine.lm.factoring import factor
+from fedspine.lm.lora import a_name, adapter_rank, b_name, check_rank, cut_rank
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import full
 from fedspine.lm.tuning import LocalTraining, check_tuning, tuning_at
+from fedspine.lm.unequal_ranks import TOY, first_fields, model_of
 from fedspine.methods.fedlora import LoraOrder, LoraResult, tune_adapter
 
 
@@ -57,14 +59,7 @@ class FlexLora(LocalTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(
-            ranks=(2, 4, 8),
-            rank_by="random",
-            steps=8,
-            batch=16,
-            learning_rate=2e-2,
-            head_lr_multiplier=1.0,
-        )
+        return cls(**TOY)
 
     def check(self, task: Task) -> None:
         check_rank_fields(self)
@@ -77,16 +72,7 @@ class FlexLora(LocalTraining):
             )
 
     def start(self, task: Task, rng: np.random.Generator) -> FlexLoraState:
-        layout = task.base.layout
-        return FlexLoraState(
-            round=0,
-            rounds=task.rounds,
-            layout=layout,
-            adapter=fresh(layout.sites, self.ranks[-1], rng),
-            head=task.base.initial_head(rng),
-            seed=int(rng.integers(2**31)),
-            ranks={},
-        )
+        return FlexLoraState(**first_fields(self, task, rng))
 
     def round(self, state: FlexLoraState, fleet: Fleet) -> FlexLoraState:
         ranks = {
@@ -111,17 +97,11 @@ class FlexLora(LocalTraining):
         )
 
     def deploy(self, state: FlexLoraState, device: DeviceId | None = None) -> Model:
-        """The best adapter of the device's rank; the largest for everybody, and for a device that
-        never replied.
-        """
-        rank = state.ranks.get(device, self.ranks[-1]) if device else self.ranks[-1]
-        adapter = cut_rank(state.adapter, rank)
-        return Model(
-            structure=full(state.layout), adapter=adapter, head=state.head, scale=self.scale
-        )
+        """At the device's own rank; at the largest for everybody."""
+        return model_of(self, state, device)
 
     def unpruned(self, state: FlexLoraState) -> Model:
-        return self.deploy(state)
+        return model_of(self, state)
 
     def _order(self, state: FlexLoraState, rank: int) -> LoraOrder:
         scale = self.alpha / rank if self.alpha else self.scale

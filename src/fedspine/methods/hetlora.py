@@ -25,9 +25,14 @@ from fedspine.core.method import method, on_todays, usable
 from fedspine.core.reads import Reads
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, single
-from fedspine.lm.aggregate import Contribution, average_factors, bounded, by_norm
+from fedspine.lm.aggregate import (
+    Contribution,
+    average_factors,
+    bounded,
+    by_norm,
+)
 from fedspine.lm.base import Model
-from fedspine.lm.lora import a_name, b_name, check_rank, cut_rank, fresh
+from fedspine.lm.lora import a_name, b_name, check_rank, cut_rank
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import (
     adapter_shapes,
@@ -39,6 +44,7 @@ from fedspine.lm.received import (
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
 from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
+from fedspine.lm.unequal_ranks import TOY, first_fields, model_of
 
 TINY = 1e-9  # 0.7 of 10 directions are seven, whatever the last bit says
 
@@ -137,16 +143,8 @@ class HetLoraState:
 class HetLora(LocalTraining):
     """LoRA at ranks that differ between devices, zero-padded and averaged by norm."""
 
-    ranks: tuple[int, ...] = (
-        4,
-        8,
-        12,
-        16,
-        20,
-        24,
-        28,
-        32,
-    )  # to start at; none shrinks below the first
+    # to start at; none shrinks below the first
+    ranks: tuple[int, ...] = (4, 8, 12, 16, 20, 24, 28, 32)
     rank_by: RankRule = "memory"  # declared, or "random"
     # declared memory that earns the largest rank; less earns its share
     largest_rank_gib: float = 32.0
@@ -158,14 +156,7 @@ class HetLora(LocalTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(
-            ranks=(2, 4, 8),
-            rank_by="random",
-            steps=8,
-            batch=16,
-            learning_rate=2e-2,
-            head_lr_multiplier=1.0,
-        )
+        return cls(**TOY)
 
     def check(self, task: Task) -> None:
         check_rank_fields(self)
@@ -179,16 +170,7 @@ class HetLora(LocalTraining):
             )
 
     def start(self, task: Task, rng: np.random.Generator) -> HetLoraState:
-        layout = task.base.layout
-        return HetLoraState(
-            round=0,
-            rounds=task.rounds,
-            layout=layout,
-            adapter=fresh(layout.sites, self.ranks[-1], rng),
-            head=task.base.initial_head(rng),
-            seed=int(rng.integers(2**31)),
-            ranks={},
-        )
+        return HetLoraState(**first_fields(self, task, rng))
 
     def round(self, state: HetLoraState, fleet: Fleet) -> HetLoraState:
         orders = self._orders(state, fleet.devices)
@@ -208,17 +190,11 @@ class HetLora(LocalTraining):
         )
 
     def deploy(self, state: HetLoraState, device: DeviceId | None = None) -> Model:
-        """The common adapter cut to the device's rank; whole for everybody, and for a device that
-        never replied.
-        """
-        rank = state.ranks.get(device, self.ranks[-1]) if device else self.ranks[-1]
-        adapter = cut_rank(state.adapter, rank)
-        return Model(
-            structure=full(state.layout), adapter=adapter, head=state.head, scale=self.scale
-        )
+        """At the device's own rank; at the largest for everybody."""
+        return model_of(self, state, device)
 
     def unpruned(self, state: HetLoraState) -> Model:
-        return self.deploy(state)
+        return model_of(self, state)
 
     def _merge(
         self, state: HetLoraState, fleet: Fleet, replies: Sequence[Reply[HetLoraResult]]

@@ -13,10 +13,16 @@ import numpy as np
 import torch
 
 from fedspine.control import latency_model
-from fedspine.control.selection import Seen, Selecting, dropped, select, steps_with_slack
+from fedspine.control.selection import (
+    Seen,
+    Selecting,
+    Thinning,
+    dropped,
+    select,
+    steps_with_slack,
+)
 from fedspine.core.checks import Asked, tensors_of, within
 from fedspine.core.device import Device, DeviceId, on_device
-from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet, Profile, Reply
 from fedspine.core.merging import Weighted, combined
 from fedspine.core.message import Tensors, message
@@ -133,18 +139,22 @@ class PyramidFL(WholeModelTraining):
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
 
-    participants: int = 10  # devices of a round, chosen from those that the fleet offers
-    explore: float = 0.9  # share of them that was never asked, in the first round
-    explore_keep: float = 0.95  # what is left of that share, each round
-    explore_least: float = 0.2
-    # devices below this share of the last chosen one's score are not considered
-    cut_off: float = 0.7
-    reward_clip: float = 0.95  # quantile of the rewards above which they count alike
-    patience: float = 0.5  # quantile of the devices' times above which a device counts as slow
-    penalty: float = 2.0  # power by which longer times count
+    renamed: ClassVar[dict[str, str]] = {  # settings of old recipes
+        "participants": "selection.participants",
+        "explore": "selection.explore",
+        "explore_keep": "selection.explore_keep",
+        "explore_least": "selection.explore_least",
+        "cut_off": "selection.cut_off",
+        "reward_clip": "selection.clip",
+        "patience": "selection.patience",
+        "penalty": "selection.penalty",
+        "drop_least": "thinning.least",
+        "drop_most": "thinning.most",
+    }
+
+    selection: Selecting = Selecting()
     slack: bool = True  # whether fast devices train more
-    drop_least: float = 0.1  # of the update with the largest norm: what is left out of each tensor
-    drop_most: float = 0.5  # of the one with the smallest
+    thinning: Thinning = Thinning()
 
     @classmethod
     def toy(cls) -> Self:
@@ -153,27 +163,8 @@ class PyramidFL(WholeModelTraining):
 
     def check(self, task: Task) -> None:
         check_whole(self, task)
-        if self.participants < 1:
-            raise BadInput(f"method.participants is {self.participants}, but at least 1 is needed")
-        for name in (
-            "explore",
-            "explore_keep",
-            "explore_least",
-            "cut_off",
-            "reward_clip",
-            "patience",
-        ):
-            if not 0 <= getattr(self, name) <= 1:
-                raise BadInput(
-                    f"method.{name} is {getattr(self, name)}, but a share from 0 to 1 was expected"
-                )
-        if self.penalty < 0:
-            raise BadInput(f"method.penalty is {self.penalty}, but it cannot be negative")
-        if not 0 <= self.drop_least <= self.drop_most < 1:
-            raise BadInput(
-                f"method.drop_least and drop_most are {self.drop_least} and {self.drop_most}, but "
-                "they must rise, from 0 to below 1"
-            )
+        self.selection.check()
+        self.thinning.check()
 
     def start(self, task: Task, rng: np.random.Generator) -> PyramidState:
         split_model = cutting_of(self, task.base).of(task.base)
@@ -241,20 +232,11 @@ class PyramidFL(WholeModelTraining):
             {device.id: device.examples for device in able},
             state.seen,
             {
-                device: forecast.seconds(device, work=1.0, drop=self.drop_least)
+                device: forecast.seconds(device, work=1.0, drop=self.thinning.least)
                 for device in state.seen
             },
             state.round + 1,
-            Selecting(
-                participants=self.participants,
-                explore=self.explore,
-                explore_keep=self.explore_keep,
-                explore_least=self.explore_least,
-                cut_off=self.cut_off,
-                clip=self.reward_clip,
-                patience=self.patience,
-                penalty=self.penalty,
-            ),
+            self.selection,
             np.random.default_rng([state.seed, CHOICE, state.round]),
         )
         return [device for device in able if device.id in names]
@@ -266,7 +248,7 @@ class PyramidFL(WholeModelTraining):
         norms = [
             state.seen[device.id].norm if device.id in state.seen else None for device in chosen
         ]
-        drops = dropped(norms, self.drop_least, self.drop_most)
+        drops = dropped(norms, self.thinning.least, self.thinning.most)
         seconds = [
             forecast.seconds(device.id, work=1.0, drop=drop)
             for device, drop in zip(chosen, drops, strict=True)

@@ -1,6 +1,7 @@
 """The [method] table of a recipe: the method that it names, its settings checked."""
 
 import dataclasses
+import json
 from typing import Any
 
 import pydantic
@@ -9,7 +10,7 @@ from fedspine.core import parts, strict
 from fedspine.core.errors import BadInput
 from fedspine.core.method import registered
 from fedspine.methods import all_methods, find
-from fedspine.runs.recipe_format import MOVED, OF_THE_FLEET
+from fedspine.runs.recipe_format import MOVED, OF_THE_FLEET, TABLES
 
 
 def method_of(given: Any) -> Any:
@@ -36,13 +37,21 @@ def method_of(given: Any) -> Any:
     for key in (key for key in table if key not in fields):
         _refuse_moved(name, cls, key)
     strict.known_keys(f"key of [method] for {name}", table, fields)
-    composed = {
-        key: parts.part(f"method.{key}", choices, fields[key].default, table.pop(key))
-        for key, choices in parts.choices_of(cls).items()
-        if key in table
-    }
+    composed = {}
+    for key, choices in parts.choices_of(cls).items():
+        if key in table:
+            _refuse_plain(key, table[key])
+            default = fields[key].default
+            composed[key] = parts.part(f"method.{key}", choices, default, table.pop(key))
     made = strict.validated("method", pydantic.TypeAdapter(cls), table, by_json=True)
     return dataclasses.replace(made, **composed)
+
+
+def _refuse_plain(key: str, value: Any) -> None:
+    """Raise BadInput for a plain value of what is a table by now."""
+    if key in TABLES and isinstance(value, str | int | float):
+        write = TABLES[key].format(value=json.dumps(value))
+        raise BadInput(f"method.{key} is {json.dumps(value)}, but it is a table now; write {write}")
 
 
 def _refuse_moved(name: str, cls: type[Any], key: str) -> None:
@@ -62,8 +71,9 @@ def _refuse_moved(name: str, cls: type[Any], key: str) -> None:
         now = (MOVED | getattr(found, "renamed", {})).get(key, key)
         if now.partition(".")[0] in _keys(found):
             write = f"write {now}" if other == name else f'write name = "{other}"'
-            also = f" and {now} for {key}" if other != name and now != key else ""
-            if other == name and extended:  # which is what it was by default
+            of_key = "" if " for " in now else f" for {key}"
+            also = f" and {now}{of_key}" if other != name and now != key else ""
+            if other == name and extended and key in MOVED:  # which is what it was by default
                 also = f'; for the form that it had before write name = "{next(iter(extended))}"'
             raise BadInput(f"method.{key} is no longer a setting of {name}; {write}{also}")
 

@@ -7,9 +7,16 @@ from typing import Any
 
 from fedspine.core.errors import BadInput
 
-# what a run writes; 1, which was not written, had FedSpine's settings in one flat table, and 2 the
-# quorum among those of fedspine-plus
-FORMAT = 3
+# what a run writes; 1, which was not written, had FedSpine's settings in one flat table, 2 the
+# quorum among those of fedspine-plus, and 3 the settings of MergeSFL, AdaSFL and PyramidFL in flat
+# tables
+FORMAT = 4
+
+# settings that are tables now, and what to write for a plain value
+TABLES = {
+    "selection": "selection = {{name = {value}}}",
+    "logit_adjustment": 'logit_adjustment = {{name = "label-skew", share = {value}}}',
+}
 
 # by their keys then; what one method alone renamed is in its class's `renamed`
 MOVED = {
