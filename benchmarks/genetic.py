@@ -16,13 +16,13 @@ import numpy as np
 
 from fedspine.control.batch_sizes import regulate, waiting_share
 from fedspine.control.genetic_selection import Search, fitness, select
-from fedspine.control.split_plan import Candidates, SplitControl, SplitLimits, plan_split
-from fedspine.methods.mergesfl_plus import GENERATIONS, POPULATION
+from fedspine.control.split_parts import LeastWaiting, Regulated, control_of
+from fedspine.control.split_plan import Candidates, SplitLimits, plan_split
 
 DEVICES, CLASSES, ROWS = 80, 10, 50_000
 FEATURE_BYTES, BUDGET_ROWS, LARGEST = 16_384, 400, 64
 WEIGHTS = 1.0  # rows of an iteration that the exchange of weights is worth
-LONGER = SplitControl(population=POPULATION, generations=GENERATIONS)
+LONGER = control_of(LeastWaiting(), Regulated())
 SEEDS, DRAWS = 10, 50  # fleets for each skew, random selections for each fleet
 LIMITS = SplitLimits(
     largest_batch=LARGEST,

@@ -23,10 +23,10 @@ from fedspine.core.process import keep_freed_memory
 from fedspine.core.task import Data
 from fedspine.execution.workers import Workers, Workshop
 from fedspine.fleets.simulated import SimulatedFleet
-from fedspine.methods.mergesfl_plus import MergeSflPlusState
 from fedspine.runs.assemble import assemble, simulate
 from fedspine.runs.config import load
 from fedspine.split.batches import rows_at
+from fedspine.split.composed import ComposedState
 from fedspine.split.merged_batch import Part, merged_features
 from fedspine.split.messages import Begin
 from fedspine.storage.records import Records
@@ -64,7 +64,7 @@ class Bench:
     records: Records
     asks: dict[str, int] = field(default_factory=dict)
 
-    def round(self, state: MergeSflPlusState) -> tuple[MergeSflPlusState, float, Heard]:
+    def round(self, state: ComposedState) -> tuple[ComposedState, float, Heard]:
         """One round of ours, as a run has it: the next state, seconds of this process, and what
         devices were told.
         """
@@ -79,7 +79,7 @@ class Bench:
         self.store.save(saved)
         return after, time.process_time() - started, heard
 
-    def bare(self, state: MergeSflPlusState, heard: Heard) -> tuple[float, int]:
+    def bare(self, state: ComposedState, heard: Heard) -> tuple[float, int]:
         """The passes of that round in a plain loop: seconds of this process, and rows."""
         assembled, rows, given = (
             self.assembled,
@@ -142,12 +142,13 @@ def main() -> None:
     ]
     settings += [
         "method.name=mergesfl-plus",
-        "method.regulate_within=false",  # so that the first order says what is repeated bare
+        "method.batches.name=regulated",
+        "method.joining.name=at-once",  # so that the first order says what is repeated bare
         f"method.steps={arguments.steps}",
         f"method.batch={arguments.batch}",
-        f"method.fewest={arguments.devices}",
-        f"method.most={arguments.devices}",
-        f"method.budget_rows={arguments.devices * arguments.batch}",
+        f"method.selection.fewest={arguments.devices}",
+        f"method.selection.most={arguments.devices}",
+        f"method.selection.budget_rows={arguments.devices * arguments.batch}",
         f"method.precision={arguments.precision}",
         f"fleet.devices={arguments.devices}",
         f"fleet.per_round={arguments.devices}",

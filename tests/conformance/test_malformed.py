@@ -14,6 +14,7 @@ from array_toy import array_task
 from malformed import Recorded, Replayed, Stray, changed, mutants
 from toy import Lab, bits, toy_task
 
+from fedspine.control.split_parts import Regulated
 from fedspine.core.checks import Agreeing, Asked, Terms, check_state, why_unusable
 from fedspine.core.fleet import AllLost, Diverged
 from fedspine.core.schema import work_kinds
@@ -75,11 +76,11 @@ def short(name):
 
 VARIANTS = {name: short(name) for name in sorted(METHODS)} | {
     # batches that are not planned again, since a replayed device goes on with those it had
-    "u-shape": replace(short("mergesfl-plus"), labels_stay=True, regulate_within=False),
+    "u-shape": replace(short("mergesfl-plus"), labels_stay=True, batches=Regulated()),
     "int8": replace(short("splitfed_v1"), precision="int8"),
     "fp32": replace(short("mergesfl"), precision="fp32"),
     "net": replace(short("splitfed_v2"), rank=4),
-    "net u-shape": replace(short("mergesfl-plus"), labels_stay=True, regulate_within=False),
+    "net u-shape": replace(short("mergesfl-plus"), labels_stay=True, batches=Regulated()),
     "net pyramidfl": short("pyramidfl"),
     "first mergesfl": short("mergesfl"),  # which asks for labels
     "first fedlora": replace(short("fedlora"), head_start="class-means"),

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from toy import Lab, bits, toy_task
 
 from fedspine.control.controllers import Fixed
+from fedspine.control.split_parts import LeastWaiting
 from fedspine.core.checks import Terms
 from fedspine.core.device import find_work, name_of
 from fedspine.core.errors import BadInput
@@ -480,7 +481,8 @@ def test_in_split_learning_a_slow_site_joins_late_and_one_that_dies_is_not_waite
         "east": [lambda reply: reply, slowly],
         "north": [lambda reply: reply] * 4 + ["died"],
     }
-    method = replace(find("mergesfl-plus").toy(), steps=30, fewest=3, budget_rows=100, rank=64)
+    few = LeastWaiting(fewest=3, budget_rows=100)
+    method = replace(find("mergesfl-plus").toy(), steps=30, selection=few, rank=64)
     state = here.run(method, 1)
     assert set(state.workers) == {"east", "west"}
     here.session.records.flush()

@@ -90,7 +90,14 @@ SPINE = {
     "batch": 8,
 }
 # batches follow measured seconds, equal ones do not
-MERGE = {"name": "mergesfl", "cut": 1, "rank": 4, "steps": 4, "batch": 8, "regulate": False}
+MERGE = {
+    "name": "mergesfl",
+    "cut": 1,
+    "rank": 4,
+    "steps": 4,
+    "batch": 8,
+    "batches": {"name": "equal"},
+}
 
 
 def test_a_run_at_sites_ends_in_the_state_of_the_simulated_run(place, federation, tmp_path):

@@ -4,6 +4,7 @@ it refuses.
 
 import dataclasses
 import math
+import tomllib
 
 import numpy as np
 import pytest
@@ -11,6 +12,15 @@ import torch
 from toy import KINDS, Lab, Spy, bits, toy_task
 
 from fedspine.control.batch_timing import SHORTER
+from fedspine.control.split_parts import (
+    Equal,
+    Everyone,
+    Genetic,
+    LeastWaiting,
+    RandomDevices,
+    Regulated,
+    WithinRound,
+)
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import AllLost
 from fedspine.lm.lora import b_name
@@ -18,9 +28,11 @@ from fedspine.lm.tune import losses_of
 from fedspine.methods.mergesfl import MergeSfl
 from fedspine.methods.mergesfl_plus import MergeSflPlus
 from fedspine.runs.config import recipe
+from fedspine.split.averaging import LastRound
 from fedspine.split.batches import drawn, rows_at
 from fedspine.split.cut import split_model_of
-from fedspine.split.label_distribution import logit_adjustments
+from fedspine.split.joining import AtOnce, Late
+from fedspine.split.label_distribution import LabelSkew, Unadjusted, logit_adjustments
 from fedspine.split.messages import Ended, Forwarded
 
 # plain SGD on what is sent unrounded, so that the split can be compared with no split
@@ -35,17 +47,23 @@ SGD = {
     "weight_decay": 0.0,
     "clip": 0.0,
     "precision": "fp32",
-    "budget_rows": 80,
 }
-PAPER = MergeSfl(**SGD)
-PLAIN = MergeSflPlus(**SGD, fill_tokens=False, logit_adjustment=0.0, client_lr_multiplier=1.0)
+PAPER = MergeSfl(**SGD, selection=Genetic(budget_rows=80))
+PLAIN = MergeSflPlus(
+    **SGD,
+    selection=LeastWaiting(budget_rows=80),
+    batches=WithinRound(fill_tokens=False),
+    logit_adjustment=Unadjusted(),
+    client_lr_multiplier=1.0,
+)
 # all that is ours switched off, which leaves the paper's form
 OFF = {
-    "logit_adjustment": 0.0,
+    "logit_adjustment": Unadjusted(),
     "client_lr_multiplier": 1.0,
-    "average": False,
-    "weigh_waiting": False,
-    "regulate_within": False,
+    "averaging": LastRound(),
+    "selection": Genetic(),
+    "batches": Regulated(),
+    "joining": AtOnce(),
 }
 EPS = 2.0**-24  # half a unit in the last place of fp32, relative
 
@@ -266,7 +284,7 @@ def test_without_rescale_client_models_move_by_their_share(lab):
 
 def test_batches_follow_the_speed_that_was_measured(lab):
     bench = lab()
-    method = dataclasses.replace(MergeSfl.toy(), batch=32, budget_rows=1000)
+    method = dataclasses.replace(MergeSfl.toy(), batch=32, selection=Genetic(budget_rows=1000))
     state, (first, second) = run(bench, method, rounds=2)
     assert set(first.values()) == {32}  # nothing is known yet, so all count as alike
     measured = {}
@@ -299,50 +317,65 @@ def test_the_papers_form_keeps_batches_within_a_round(lab):
     }
 
 
-@pytest.mark.parametrize("changed", [{}, {"merging": "in-turn"}, {"regulate": False}], ids=str)
+@pytest.mark.parametrize("changed", [{}, {"merging": "in-turn"}, {"batches": Equal()}], ids=str)
 def test_with_all_that_is_ours_switched_off_it_is_the_papers_form(lab, changed):
-    """The same model, labels and speeds, to the bit."""
+    """The same state, to the bit."""
     paper = dataclasses.replace(MergeSfl.toy(), batch=32, **changed)
-    off = dataclasses.replace(MergeSflPlus.toy(), batch=32, **OFF, **changed)
+    off = dataclasses.replace(MergeSflPlus.toy(), batch=32, **(OFF | changed))
     one, other = lab("paper").run(paper, rounds=2), lab("off").run(off, rounds=2)
-    for part in ("model", "labels", "workers"):
-        assert bits(getattr(one, part)) == bits(getattr(other, part))
+    assert bits(one) == bits(other)
     assert bits(paper.deploy(one)) == bits(off.deploy(other))
-    assert other.fixed_seconds == 0
-
-
-def test_equal_batches_are_not_regulated_within_a_round_either(lab):
-    both = dataclasses.replace(MergeSflPlus.toy(), regulate=False, regulate_within=False)
-    within = dataclasses.replace(both, regulate_within=True)
-    assert bits(lab("equal").run(both, rounds=2)) == bits(lab("within").run(within, rounds=2))
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "write"),
+    ("name", "key", "value", "write"),
     [
-        ("logit_adjustment", 0.5, 'write name = "mergesfl-plus"'),
-        ("labels_stay", True, 'write name = "mergesfl-plus"'),
+        ("mergesfl", "labels_stay", True, 'write name = "mergesfl-plus"'),
         (
+            "mergesfl",
             "bottom_rate",
             0.5,
             'write name = "mergesfl-plus" and client_lr_multiplier for bottom_rate',
         ),
+        ("mergesfl", "keep", 0.5, "write batches.keep"),
+        ("mergesfl", "regulate", False, 'write batches.name = "equal" for false'),
+        (
+            "mergesfl",
+            "join_late",
+            False,
+            'write name = "mergesfl-plus" and joining.name = "at-once" for false',
+        ),
+        ("mergesfl-plus", "fewest", 3, "write selection.fewest"),
+        ("mergesfl-plus", "bottom_weights", "uniform", "write client_weights"),
+        ("mergesfl-plus", "calibrate", 0.5, "write logit_adjustment.share"),
+        ("adasfl", "keep", 0.5, "write batches.keep"),
+        ("pyramidfl", "patience", 0.5, "write selection.patience"),
+        ("pyramidfl", "drop_most", 0.5, "write thinning.most"),
     ],
 )
-def test_a_recipe_from_before_the_two_forms_is_told_what_to_write(key, value, write):
+def test_an_older_recipe_is_told_what_to_write_now(name, key, value, write):
     with pytest.raises(BadInput) as refused:
-        recipe({"method": {"name": "mergesfl", key: value}})
-    assert str(refused.value) == f"method.{key} is no longer a setting of mergesfl; {write}"
-    now = MergeSflPlus.renamed.get(key, key)
-    plus = recipe({"method": {"name": "mergesfl-plus", now: value}}).method
-    assert plus == MergeSflPlus(**{now: value})
+        recipe({"method": {"name": name, key: value}})
+    assert str(refused.value) == f"method.{key} is no longer a setting of {name}; {write}"
 
 
-def test_an_old_name_of_a_setting_is_told_the_new_one():
-    with pytest.raises(
-        BadInput, match="no longer a setting of mergesfl-plus; write client_weights"
-    ):
-        recipe({"method": {"name": "mergesfl-plus", "bottom_weights": "uniform"}})
+@pytest.mark.parametrize("name", ["mergesfl", "mergesfl-plus", "splitfed_v2"])
+@pytest.mark.parametrize(
+    ("key", "value", "write"),
+    [
+        ("logit_adjustment", 0.5, 'logit_adjustment = {name = "label-skew", share = 0.5}'),
+        ("selection", "random", 'selection = {name = "random"}'),
+    ],
+)
+def test_a_plain_value_of_what_is_a_table_is_told_the_table(name, key, value, write):
+    with pytest.raises(BadInput) as refused:
+        recipe({"method": {"name": name, key: value}})
+    assert f"it is a table now; write {write}" in str(refused.value)
+    table = tomllib.loads(write)
+    assert getattr(recipe({"method": {"name": name, **table}}).method, key) in (
+        LabelSkew(share=0.5),
+        RandomDevices(),
+    )
 
 
 UNEQUAL = ("tx2", "tx2", "tx2", "nx", "nx", "nx", "agx", "agx")
@@ -364,11 +397,17 @@ def test_devices_wait_less_where_batches_follow_the_round(lab):
     links.
     """
     method = dataclasses.replace(
-        MergeSflPlus.toy(), batch=36, steps=16, precision="fp32", budget_rows=400
+        MergeSflPlus.toy(),
+        batch=36,
+        steps=16,
+        precision="fp32",
+        selection=LeastWaiting(budget_rows=400),
     )
     within = waiting_shares(lab("within", kinds=UNEQUAL), method, 3)
     fixed = waiting_shares(
-        lab("fixed", kinds=UNEQUAL), dataclasses.replace(method, regulate_within=False), 3
+        lab("fixed", kinds=UNEQUAL),
+        dataclasses.replace(method, batches=Regulated(), joining=AtOnce()),
+        3,
     )
     # not in each round: every exchange has a link of its own, which batches cannot follow
     assert within[0] < fixed[0]
@@ -406,10 +445,9 @@ def test_a_long_round_begins_with_a_part_of_its_batches(lab, steps, within, firs
     method = dataclasses.replace(
         MergeSflPlus.toy(),
         steps=steps,
-        regulate_within=within,
-        budget_rows=1000,
-        fill_tokens=False,
-        join_late=False,
+        batches=WithinRound(fill_tokens=False) if within else Regulated(),
+        selection=LeastWaiting(budget_rows=1000),
+        joining=AtOnce(),
     )
     _, batches = resized(lab(), method)
     assert {own[0] for own in batches.values()} == {first}
@@ -426,7 +464,11 @@ def test_batches_that_change_still_make_the_merged_steps(lab, labels_stay, fill_
     """
     bench = lab("x")
     method = dataclasses.replace(
-        PLAIN, steps=3, batch=32, labels_stay=labels_stay, fill_tokens=fill_tokens
+        PLAIN,
+        steps=3,
+        batch=32,
+        labels_stay=labels_stay,
+        batches=WithinRound(fill_tokens=fill_tokens),
     )
     split_model = split_model_of(bench.task.base, 1, rank=4)
     start = started(method, bench)
@@ -445,7 +487,7 @@ def test_batches_that_change_still_make_the_merged_steps(lab, labels_stay, fill_
 
 # a client model that is heavy beside a batch's features
 STAGGERED = dataclasses.replace(
-    PLAIN, steps=8, batch=32, rank=32, learning_rate=0.1, budget_rows=400
+    PLAIN, steps=8, batch=32, rank=32, learning_rate=0.1, selection=LeastWaiting(budget_rows=400)
 )
 
 
@@ -509,7 +551,7 @@ def test_devices_wait_less_where_slow_links_join_late(lab):
     method = dataclasses.replace(MergeSflPlus.toy(), steps=16, batch=12, precision="fp32", rank=32)
     late = waiting_shares(lab("late", kinds=UNEQUAL), method, 2)
     together = waiting_shares(
-        lab("together", kinds=UNEQUAL), dataclasses.replace(method, join_late=False), 2
+        lab("together", kinds=UNEQUAL), dataclasses.replace(method, joining=AtOnce()), 2
     )
     assert np.mean(late) < np.mean(together)
 
@@ -619,7 +661,7 @@ def test_texts_take_as_many_tokens_as_they_are_told_and_devices_wait_less(lab):
     take the same.
     """
     method = dataclasses.replace(
-        MergeSflPlus.toy(), steps=16, batch=12, precision="fp32", join_late=False
+        MergeSflPlus.toy(), steps=16, batch=12, precision="fp32", joining=AtOnce()
     )
     spies = []
     lab("spied", kinds=UNEQUAL).run(
@@ -636,7 +678,9 @@ def test_texts_take_as_many_tokens_as_they_are_told_and_devices_wait_less(lab):
     assert len(told) == len(UNEQUAL)
     filled = waiting_shares(lab("filled", kinds=UNEQUAL), method, 2)
     rows = waiting_shares(
-        lab("rows", kinds=UNEQUAL), dataclasses.replace(method, fill_tokens=False), 2
+        lab("rows", kinds=UNEQUAL),
+        dataclasses.replace(method, batches=WithinRound(fill_tokens=False)),
+        2,
     )
     assert np.mean(filled) < np.mean(rows)
 
@@ -645,7 +689,7 @@ def test_a_rate_that_follows_the_batch_does_so_within_a_round(lab):
     method = dataclasses.replace(
         MergeSflPlus.toy(), steps=3, batch=32, lr_scaling="linear", client_weights="uniform"
     )
-    method = dataclasses.replace(method, fill_tokens=False)
+    method = dataclasses.replace(method, batches=WithinRound(fill_tokens=False))
     spies = []
     lab("x").run(method, rounds=1, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])
     orders = [order for _, order in spies[0].orders if type(order).__name__ == "Resized"]
@@ -703,7 +747,7 @@ def test_regulated_within_a_resumed_run_is_the_uninterrupted_one(lab):
 
 
 def test_without_regulation_batches_are_equal(lab):
-    _, (_, second) = run(lab(), dataclasses.replace(MergeSfl.toy(), regulate=False), rounds=2)
+    _, (_, second) = run(lab(), dataclasses.replace(MergeSfl.toy(), batches=Equal()), rounds=2)
     assert len(set(second.values())) == 1
 
 
@@ -716,14 +760,14 @@ def test_it_chooses_devices_for_their_labels(lab):
     bench.shares = shares
     workshop = bench.workers._workshop
     bench.workers._workshop = dataclasses.replace(workshop, shares=shares)
-    method = dataclasses.replace(MergeSfl.toy(), fewest=3, most=3, steps=1)
+    method = dataclasses.replace(MergeSfl.toy(), selection=Genetic(fewest=3, most=3), steps=1)
     state, (batches,) = run(bench, method)
     assert {bench.ids.index(id) % 3 for id in batches} == {0, 1, 2}
     (note,) = [row["values"] for row in bench.rows("note") if "merged_kl" in row["values"]]
     assert note["merged_kl"] < 1e-12
     assert len(state.labels) == 9
     assert set(state.workers) == set(batches)  # only they took part
-    run(bench, dataclasses.replace(method, fewest=1, most=1, steps=9))
+    run(bench, dataclasses.replace(method, selection=Genetic(fewest=1, most=1), steps=9))
     merged = [
         row["values"]["round_kl"] for row in bench.rows("note") if "round_kl" in row["values"]
     ]
@@ -780,21 +824,24 @@ def test_a_batch_is_never_larger_than_a_devices_data(lab):
     [
         {"merging": "in-turn"},
         {"merging": "copies"},
-        {"selection": "random"},
-        {"fine_tune": False},
+        {"selection": RandomDevices(fewest=2)},
+        {"selection": Everyone()},
+        {"batches": WithinRound(tune=False)},
         {"client_weights": "uniform"},
         {"precision": "int8"},
         {"labels_stay": True},
         {"optimiser": "sgd", "learning_rate": 0.3, "decay": 0.9, "lowest": 0.1},
         {"cut": 0},
-        {"logit_adjustment": 0.0},
+        {"logit_adjustment": Unadjusted()},
         {"client_lr_multiplier": 1.0},
     ],
-    ids=lambda changed: "-".join(f"{key}-{value}" for key, value in changed.items()),
+    ids=str,
 )
 def test_every_variant_learns_something_else(lab, task, changed):
     # more than two of the devices hold
-    plain = dataclasses.replace(MergeSflPlus.toy(), fewest=2, steps=2, batch=60)
+    plain = dataclasses.replace(
+        MergeSflPlus.toy(), selection=LeastWaiting(fewest=2), steps=2, batch=60
+    )
     method = dataclasses.replace(plain, **changed)
     method.check(task)
     state = lab("changed").run(method, rounds=1)
@@ -806,9 +853,8 @@ def test_every_variant_learns_something_else(lab, task, changed):
         if name == b_name(name[: -len(".lora_B")])
     ]
     assert max(moved) > 0
-    if changed != {
-        "fine_tune": False
-    }:  # these devices' labels are near the fleet's, so there is nothing to tune
+    # these devices' labels are near the fleet's, so there is nothing to tune
+    if changed != {"batches": WithinRound(tune=False)}:
         assert bits(state.model) != bits(other.model)
 
 
@@ -820,15 +866,17 @@ def test_every_variant_learns_something_else(lab, task, changed):
         ({"batch": 301}, "hold 300 rows"),
         ({"batch": 0}, "at least 1"),
         ({"steps": 0}, "at least 1"),
-        ({"budget_rows": -1}, "budget_rows"),
-        ({"keep": 1.0}, "keep"),
-        ({"fewest": 6, "most": 5}, "devices a round"),
-        ({"divergence": -0.1}, "negative"),
+        ({"selection": LeastWaiting(budget_rows=-1)}, "selection.budget_rows is -1"),
+        ({"batches": WithinRound(keep=1.0)}, "batches.keep is 1.0"),
+        ({"selection": RandomDevices(fewest=6, most=5)}, "devices a round"),
+        ({"selection": Genetic(population=1)}, "selection.population is 1"),
+        ({"batches": Regulated(divergence=-0.1)}, "batches.divergence is -0.1"),
+        ({"joining": Late(quorum=0.0)}, "joining.quorum is 0.0"),
         ({"labels_stay": True, "merging": "copies"}, "needs merged features"),
         ({"rank": 100}, "rank"),
         ({"learning_rate": 0.0}, "learning_rate"),
-        ({"logit_adjustment": 1.0}, "logit_adjustment from 0 to below 1"),
-        ({"client_lr_multiplier": 0.0}, "client_lr_multiplier above 0"),
+        ({"logit_adjustment": LabelSkew(share=1.0)}, "logit_adjustment.share is 1.0"),
+        ({"client_lr_multiplier": 0.0}, "client_lr_multiplier is 0.0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -843,7 +891,10 @@ def test_what_is_deployed_is_the_mean_of_all_rounds_models(lab):
     """
     counts = [[1], [0.2, 0.8], [0.2 / 3, 0.8 / 3, 2 / 3]]
     bench, models = lab("averaged"), []
-    method, alone = MergeSflPlus.toy(), dataclasses.replace(MergeSflPlus.toy(), average=False)
+    method, alone = (
+        MergeSflPlus.toy(),
+        dataclasses.replace(MergeSflPlus.toy(), averaging=LastRound()),
+    )
     state = method.start(bench.task, np.random.default_rng(0))
     for round, weights in enumerate(counts):
         bench.fleet.begin_round(round)

@@ -15,6 +15,7 @@ from fedspine.control.selection import (
     MOST_MORE,
     Seen,
     Selecting,
+    Thinning,
     dropped,
     scores,
     select,
@@ -25,16 +26,8 @@ from fedspine.methods.fedavg import FedAvg
 from fedspine.methods.pyramidfl import Forecast, PyramidFL, kept, whole_update
 from fedspine.nets.score import score_nets
 
-USUAL = Selecting(
-    participants=4,
-    explore=0.9,
-    explore_keep=0.95,
-    explore_least=0.2,
-    cut_off=0.7,
-    clip=0.95,
-    patience=0.5,
-    penalty=2.0,
-)
+USUAL = Selecting(participants=4)
+NOTHING_LEFT_OUT = Thinning(least=0.0, most=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +51,10 @@ def bench(waves_task, tmp_path):
 SGD = {"optimiser": "sgd", "learning_rate": 0.3}
 
 
-def on_arrays(**changes):
-    return PyramidFL(
-        **({"steps": 6, "batch": 16, "participants": 5, "precision": "fp32"} | SGD | changes)
-    )
+def on_arrays(participants=5, **changes):
+    selection = Selecting(participants=participants)
+    usual = {"steps": 6, "batch": 16, "selection": selection, "precision": "fp32"}
+    return PyramidFL(**(usual | SGD | changes))
 
 
 # --- planning ---
@@ -144,7 +137,12 @@ def test_the_smallest_update_leaves_out_most():
 
 def test_with_everything_off_it_is_fedavg(bench):
     common = {"steps": 6, "batch": 16, "precision": "fp32"} | SGD
-    method = PyramidFL(**common, participants=5, slack=False, drop_least=0.0, drop_most=0.0)
+    method = PyramidFL(
+        **common,
+        selection=Selecting(participants=5),
+        slack=False,
+        thinning=NOTHING_LEFT_OUT,
+    )
     other = bench("b").run(FedAvg(**common), rounds=1).model.weights
     start = bench("c").run(FedAvg(**common), rounds=0).model.weights
     for name, tensor in bench("a").run(method, rounds=1).model.weights.items():
@@ -170,7 +168,7 @@ def test_half_as_many_bytes_in_fp16(bench, waves_task):
     costs = {}
     for precision in ("fp32", "fp16"):
         lab = bench(precision)
-        method = on_arrays(precision=precision, drop_least=0.0, drop_most=0.0)
+        method = on_arrays(precision=precision, thinning=NOTHING_LEFT_OUT)
         state = lab.run(method, rounds=1)
         numbers = sum(tensor.numel() for tensor in state.model.weights.values())
         costs[precision] = [(row["bytes_down"], row["bytes_up"]) for row in lab.rows("exchange")]
@@ -191,7 +189,7 @@ def test_asks_as_many_as_it_says_and_everybody_in_the_end(bench):
 
 def test_fast_devices_do_more_once_their_time_is_known(bench):
     lab = bench()
-    lab.run(on_arrays(steps=3, drop_least=0.0, drop_most=0.0), rounds=3)
+    lab.run(on_arrays(steps=3, thinning=NOTHING_LEFT_OUT), rounds=3)
     notes = [row for row in lab.rows("note") if "steps" in row["values"]]
     steps = {(row["round"], row["values"]["device"]): row["values"]["steps"] for row in notes}
     assert {count for (round, _), count in steps.items() if round == 0} == {3}
@@ -207,7 +205,7 @@ def test_a_thinned_update_weighs_less_and_is_put_back_where_it_was(bench, waves_
     spies = []
     lab = bench()
     state = lab.run(
-        on_arrays(slack=False, drop_least=0.0, drop_most=0.5),
+        on_arrays(slack=False, thinning=Thinning(least=0.0)),
         rounds=2,
         around=lambda fleet: spies.append(Spy(fleet)) or spies[-1],
     )
@@ -249,12 +247,12 @@ def test_a_forecast_tells_work_from_traffic():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"participants": 0}, "method.participants is 0"),
-        ({"explore": 1.5}, "method.explore is 1.5, but a share"),
-        ({"cut_off": -0.1}, "method.cut_off is -0.1"),
-        ({"penalty": -1.0}, "method.penalty is -1.0"),
-        ({"drop_least": 0.6}, "drop_least and drop_most are 0.6 and 0.5"),
-        ({"drop_most": 1.0}, "0.1 and 1.0, but they must rise"),
+        ({"participants": 0}, "method.selection.participants is 0"),
+        ({"selection": Selecting(explore=1.5)}, "method.selection.explore is 1.5, but a share"),
+        ({"selection": Selecting(cut_off=-0.1)}, "method.selection.cut_off is -0.1"),
+        ({"selection": Selecting(penalty=-1.0)}, "method.selection.penalty is -1.0"),
+        ({"thinning": Thinning(least=0.6)}, "thinning.least and most are 0.6 and 0.5"),
+        ({"thinning": Thinning(most=1.0)}, "0.1 and 1.0, but they must rise"),
         ({"steps": 0}, "method.steps is 0"),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from tiny_models import model_on
 from toy import Lab, Spy, bits, toy_task
 
+from fedspine.control.split_parts import Regulated
 from fedspine.control.worker_state import costs
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import AllLost
@@ -525,7 +526,7 @@ def test_settings_that_cannot_work_are_refused(task, method, change, words):
         (LocFedMix(decoder_width=0), "method.decoder_width is 0"),
         (AdaSfl(fewest=0.0), "method.fewest and method.most are 0.0 and 3.0"),
         (AdaSfl(most=0.5), "0.5 and 0.5"),
-        (AdaSfl(keep=1.0), "method.keep is 1.0"),
+        (AdaSfl(batches=Regulated(keep=1.0)), "method.batches.keep is 1.0"),
         (SplitLora(average_every=0), "method.average_every is 0"),
     ],
 )

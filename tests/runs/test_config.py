@@ -220,7 +220,7 @@ def test_a_quorum_does_not_go_with_delays_that_it_would_not_wait_for() -> None:
         config.load(None, ["fleet.delay_seconds=1.0"])
 
 
-@pytest.mark.parametrize("number", [0, 4, "3"])
+@pytest.mark.parametrize("number", [0, 5, "4"])
 def test_a_recipe_of_an_unknown_format_is_refused(number) -> None:
-    with pytest.raises(BadInput, match="format is .*, but this fedspine reads recipes of format 3"):
+    with pytest.raises(BadInput, match="format is .*, but this fedspine reads recipes of format 4"):
         config.recipe({"format": number})
