@@ -10,6 +10,7 @@ from fedspine.lm.importance_sources import Blend, Gradient, Magnitude
 from fedspine.methods import all_methods
 from fedspine.methods.fedlora import FedLora
 from fedspine.runs import config
+from fedspine.runs.recipe_format import state_is_read
 
 
 @pytest.mark.parametrize("method", all_methods())
@@ -224,3 +225,18 @@ def test_a_quorum_does_not_go_with_delays_that_it_would_not_wait_for() -> None:
 def test_a_recipe_of_an_unknown_format_is_refused(number) -> None:
     with pytest.raises(BadInput, match="format is .*, but this fedspine reads recipes of format 4"):
         config.recipe({"format": number})
+
+
+@pytest.mark.parametrize(
+    ("format", "method", "read"),
+    [
+        (2, "fedlora", False),
+        (3, "fedlora", True),
+        (3, "splitfed_v2", True),
+        (3, "mergesfl", False),
+        (3, "pyramidfl", False),
+        (4, "mergesfl", True),
+    ],
+)
+def test_runs_are_read_where_their_methods_settings_are_the_same(format, method, read) -> None:
+    assert state_is_read({"format": format, "method": {"name": method}}) == read

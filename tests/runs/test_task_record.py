@@ -335,11 +335,11 @@ def test_an_older_run_is_not_gone_on_with(place, command) -> None:
 )
 def test_a_run_of_an_older_format_is_refused(place, command, words) -> None:
     recipe = place / "run" / "recipe.toml"
-    recipe.write_text(recipe.read_text().replace("format = 3\n", ""))
+    recipe.write_text(recipe.read_text().replace("format = 4\n", ""))
     before = files(place / "run")
     code, _, (line,) = command(*(word.format(run=place / "run") for word in words))
     assert code == 2
-    assert "is of format 1 and this fedspine reads format 3" in line
+    assert "is of format 1 and this fedspine reads format 4" in line
     assert files(place / "run") == before
 
 

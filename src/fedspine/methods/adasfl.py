@@ -7,7 +7,7 @@ averaged. Departures: docs/methods/adasfl.md.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 
@@ -19,12 +19,14 @@ from fedspine.core.fleet import Fleet
 from fedspine.core.message import message
 from fedspine.core.method import method
 from fedspine.core.task import Task
-from fedspine.split.averaging import LastRound, first_mean
+from fedspine.split.averaging import LastRound
 from fedspine.split.baseline import TOY, SplitState, first_state, weighted_mean
 from fedspine.split.composed import (
+    ComposedState,
     ComposedTraining,
     asks_labels,
     check_composed,
+    composed_state,
     deployed,
     learns_within,
 )
@@ -40,13 +42,14 @@ class AdaSflState(SplitState):
 
 
 @message
-class AdaSflComposedState(AdaSflState):
-    """With what the parts that are not AdaSFL's need to know, as `ComposedState`."""
+class AdaSflComposedState(ComposedState):
+    """Where parts are on that are not AdaSFL's."""
 
-    classes: int
-    labels: dict[str, np.ndarray]
-    fixed_seconds: float
-    mean: Any
+    loss: float | None
+    first_loss: float | None
+
+
+S = TypeVar("S", AdaSflState, AdaSflComposedState)
 
 
 @method("adasfl")
@@ -78,21 +81,14 @@ class AdaSfl(ComposedTraining):
                 "method.steps were expected, the one up to 1 and the other from 1 on"
             )
 
-    def start(self, task: Task, rng: np.random.Generator) -> AdaSflState:
+    def start(self, task: Task, rng: np.random.Generator) -> AdaSflState | AdaSflComposedState:
         first = first_state(self, task, rng)
-        state = AdaSflState(**vars(first), workers={}, loss=None, first_loss=None)
         if not (asks_labels(self) or learns_within(self) or self.averaging != LastRound()):
-            return state
-        classes = len(task.label_names)
-        return AdaSflComposedState(
-            **vars(state),
-            classes=classes,
-            labels={},
-            fixed_seconds=0.0,
-            mean=first_mean(self.averaging, first.model),
-        )
+            return AdaSflState(**vars(first), workers={}, loss=None, first_loss=None)
+        composed = composed_state(self, first, task)
+        return AdaSflComposedState(**vars(composed), loss=None, first_loss=None)
 
-    def round(self, state: AdaSflState, fleet: Fleet) -> AdaSflState:
+    def round(self, state: S, fleet: Fleet) -> S:
         plan = plan_round(self, state, fleet)
         server_model = Copies(**plan.halves, every_iteration=True)
         result = train(plan, fleet, server_model, self._steps(state))
@@ -105,13 +101,13 @@ class AdaSfl(ComposedTraining):
         after = remembered(self, plan, state, result, model)
         return replace(after, loss=result.loss, first_loss=first_loss)
 
-    def deploy(self, state: AdaSflState, device: DeviceId | None = None) -> Any:
+    def deploy(self, state: SplitState, device: DeviceId | None = None) -> Any:
         return deployed(self, state)
 
-    def unpruned(self, state: AdaSflState) -> Any:
+    def unpruned(self, state: SplitState) -> Any:
         return deployed(self, state)
 
-    def _steps(self, state: AdaSflState) -> int:
+    def _steps(self, state: AdaSflState | AdaSflComposedState) -> int:
         """tau = tau_0 * sqrt(loss / first loss), within limits: fewer local steps as training
         settles.
         """

@@ -12,6 +12,10 @@ from fedspine.core.errors import BadInput
 # tables
 FORMAT = 4
 
+# the oldest format of a run whose state is read, and the methods for which only the newest one is
+OLDEST_READ = 3
+NEWEST_ONLY = ("adasfl", "mergesfl", "mergesfl-plus", "pyramidfl")
+
 # settings that are tables now, and what to write for a plain value
 TABLES = {
     "selection": "selection = {{name = {value}}}",
@@ -51,3 +55,10 @@ def format_of(tables: Mapping[str, Any]) -> int:
             "use the version of fedspine that wrote it"
         )
     return number
+
+
+def state_is_read(tables: Mapping[str, Any]) -> bool:
+    """Whether the state of a run with such a recipe is read; raises BadInput as `format_of`."""
+    method = tables.get("method")
+    name = method.get("name") if isinstance(method, Mapping) else None
+    return format_of(tables) >= (FORMAT if name in NEWEST_ONLY else OLDEST_READ)

@@ -12,7 +12,7 @@ from fedspine.core.errors import BadInput
 from fedspine.runs import task_record
 from fedspine.runs.config import Recipe
 from fedspine.runs.config import recipe as checked
-from fedspine.runs.recipe_format import FORMAT, format_of
+from fedspine.runs.recipe_format import FORMAT, format_of, state_is_read
 from fedspine.storage.records import RECORDS as RECORDS
 from fedspine.storage.store import Store, write_atomically
 
@@ -57,7 +57,7 @@ def _tables_of(run_dir: Path) -> dict[str, Any]:
 
 
 def _check_format(run_dir: Path, tables: dict[str, Any]) -> None:
-    if format_of(tables) < FORMAT:
+    if not state_is_read(tables):
         raise BadInput(
             f"the run in {run_dir} is of format {format_of(tables)} and this fedspine reads format "
             f"{FORMAT}; resume it with the version that began it, or start a new run with a "
