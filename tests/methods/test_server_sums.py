@@ -11,6 +11,7 @@ from array_toy import array_task, bars
 
 from fedspine.control.controllers import Fixed
 from fedspine.control.plan import Plan
+from fedspine.control.selection import Thinning
 from fedspine.core.aggregation import Mean
 from fedspine.core.fleet import Cost, Profile, Reply
 from fedspine.core.server_optimiser import Server
@@ -237,7 +238,7 @@ def test_late_statistics_of_batch_norm_count_as_they_came(name):
     net = array_task("vgg-small", make=bars, rounds=2, train=60, test=30)
     method = replace(METHODS[name].toy(), precision="fp32")
     if name == "pyramidfl":
-        method = replace(method, slack=False, drop_least=0.0, drop_most=0.0)
+        method = replace(method, slack=False, thinning=Thinning(least=0.0, most=0.0))
     first = method.start(net, np.random.default_rng(0))
     fallen, now = "block1.norm.running_var", "block1.norm.weight"
     then = dict(first.model.weights)
