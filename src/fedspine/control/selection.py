@@ -9,6 +9,7 @@ bonus.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar
 
 import numpy as np
@@ -55,8 +56,10 @@ class Selecting:
                 raise BadInput(
                     f"{WHERE}.{name} is {getattr(self, name)}, but a share from 0 to 1 was expected"
                 )
-        if not self.penalty >= 0:
-            raise BadInput(f"{WHERE}.penalty is {self.penalty}, but it cannot be negative")
+        if not 0 <= self.penalty < inf:
+            raise BadInput(
+                f"{WHERE}.penalty is {self.penalty}, but a finite number of at least 0 was expected"
+            )
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,8 @@ class LeastWaiting(_Few):
     """Ours: of choices whose merged labels are near enough to the fleet's, the one that waits
     least.
 
-    Near enough is half of the batches' limit on divergence. With the usual 20 and 20 a few devices
-    that wait would be left in, so the search is longer.
+    Near enough is half of the batches' limit on divergence, half of 0.05 nats for equal ones. With
+    the usual 20 and 20 a few devices that wait would be left in, so the search is longer.
     """
 
     name: ClassVar = "least-waiting"

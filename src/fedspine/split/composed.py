@@ -7,6 +7,7 @@ what the parts are by default; `split/composed_round.py` has the round.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from math import inf
 from typing import Any, TypeVar
 
 import numpy as np
@@ -127,10 +128,10 @@ def check_composed(method: ComposedTraining, task: Task) -> None:
     check_control(method.selection, method.batches)
     check_joining(method.joining)
     check_logit_adjustment(method.logit_adjustment)
-    if not method.client_lr_multiplier > 0:
+    if not 0 < method.client_lr_multiplier < inf:
         raise BadInput(
-            f"method.client_lr_multiplier is {method.client_lr_multiplier}, but a positive number "
-            "was expected"
+            f"method.client_lr_multiplier is {method.client_lr_multiplier}, but a finite number "
+            "above 0 was expected"
         )
     split_model = cutting_of(method, task.base).of(task.base)
     bytes_of_row = row_bytes(split_model.feature_shape(task.max_tokens), method.precision)
