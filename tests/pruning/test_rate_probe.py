@@ -1,4 +1,4 @@
-"""A learning rate that the run chooses: who tries what, what decides, and what a run does with it."""
+"""A learning rate that the run chooses: who tries what, what decides, what a run does with it."""
 
 import dataclasses
 import json
