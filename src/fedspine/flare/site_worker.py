@@ -56,9 +56,7 @@ from fedspine.flare.wire import (
     decoded,
 )
 from fedspine.lm.prefix import MOST_BYTES, Prefixes
-from fedspine.lm.tuning import LocalTraining
-from fedspine.methods import find, sends_features
-from fedspine.pruning.rate_probe import losses_at_rates, tune_at_rates
+from fedspine.methods import asked_by_runs, find, sends_features
 from fedspine.storage.store import sealed, unsealed, write_atomically
 
 MOST_VERSION = 10**9  # of a memory, whose file's name has so many digits
@@ -335,9 +333,7 @@ def works_of(method: str) -> frozenset[str]:
         if getattr(value, "__on_device__", False)
         and (value.__module__ != FEATURES or sends_features(cls))
     ]
-    if issubclass(cls, LocalTraining):  # whose learning rate the run may choose
-        works += [tune_at_rates, losses_at_rates]
-    return frozenset(name_of(work) for work in works)
+    return frozenset(name_of(work) for work in (*works, *asked_by_runs(cls)))
 
 
 def _home(value: Any) -> ModuleType | None:

@@ -301,9 +301,7 @@ def _price(summary: Mapping[str, Any]) -> list[Headline]:
     speed = get("samples_per_second")
     return [
         Headline("Sparsity", percent(get("sparsity")), "prunable parameters removed"),
-        Headline(
-            "Learning rate", _rate(get("learning_rate")), "chosen in the first round"
-        ),
+        Headline("Learning rate", _rate(get("learning_rate")), "chosen in the first round"),
         Headline("Fleet time", seconds_text(seconds), "on the wall, between real machines")
         if real
         else Headline("Simulated time", seconds_text(seconds), "on the devices' virtual clock"),
