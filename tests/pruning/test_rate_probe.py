@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from malformed import mutants
-from runs import carried_out, summary_of, tiny_job, write_csv
+from runs import carried_out, records_of, summary_of, tiny_job, write_csv
 from toy import Lab, Spy
 
 from fedspine.core.checks import Asked, Terms, why_unusable
@@ -16,11 +16,13 @@ from fedspine.core.device import name_of
 from fedspine.core.schema import work_kinds
 from fedspine.core.tensors import average, half, single
 from fedspine.flare.site_worker import works_of
+from fedspine.lm.tune import tune
 from fedspine.lm.tuning import RATES, UNPROBED
 from fedspine.methods import all_methods
 from fedspine.methods.fedlora import FedLora
 from fedspine.pruning import rate_probe
 from fedspine.pruning.rate_probe import (
+    HELD,
     MOST_LOSS,
     AveragesOrder,
     LossesAtRates,
@@ -57,22 +59,46 @@ def told(*losses, rows=10):
     return Told(LossesAtRates(losses=losses, rows=rows))
 
 
-def test_each_device_scores_what_the_others_have_trained(lab) -> None:
+def test_each_device_scores_the_averages_on_rows_that_none_has_seen(lab) -> None:
     spy = Spy(lab.fleet)
     found = probed(lab, spy)
     tuned = {id: value for id, value in spy.results if isinstance(value, TunedAtRates)}
     scored = {id: order for id, order in spy.orders if isinstance(order, AveragesOrder)}
     assert list(tuned) == list(scored) == lab.ids
-    own = lab.ids[1]
+    averages = scored[lab.ids[0]]
     for index in range(len(RATES)):
-        others = [(v.examples, single(v.adapters[index])) for id, v in tuned.items() if id != own]
-        expected = half(average(others))
-        for name, factor in expected.items():
-            assert torch.equal(scored[own].adapters[index][name], factor)
-    losses = [value.losses for _, value in spy.results if isinstance(value, LossesAtRates)]
-    rows = [min(len(share), OPEN.steps * OPEN.batch) for share in lab.shares]
+        parts = [(v.examples, single(v.adapters[index])) for v in tuned.values()]
+        for name, factor in half(average(parts)).items():
+            assert torch.equal(averages.adapters[index][name], factor)
+    said = [value for _, value in spy.results if isinstance(value, LossesAtRates)]
+    assert [value.rows for value in said] == [len(share) // HELD for share in lab.shares]
+    losses, rows = [value.losses for value in said], [value.rows for value in said]
     assert found.losses == pytest.approx(np.average(losses, axis=0, weights=rows))
     assert found.rate in RATES and f"learning rate: {found.rate:g};" in found.line
+
+
+def test_a_row_is_trained_on_or_held_back() -> None:
+    for rows in (5, 6, 124):
+        trained, held = rate_probe._parts(rows)
+        assert sorted([*trained, *held]) == list(range(rows)) and len(held) == rows // HELD
+    trained, held = rate_probe._parts(3)  # too few to hold one back
+    assert len(trained) == len(held) == 3
+
+
+def test_what_is_held_back_is_not_trained_on(lab, monkeypatch) -> None:
+    seen = []
+
+    def listening(device, model, tuning, **also):
+        seen.append((device.id, device.data.lengths.tolist()))
+        return tune(device, model, tuning, **also)
+
+    monkeypatch.setattr(rate_probe, "tune", listening)
+    probed(lab)
+    lengths = lab.task.train.lengths
+    for id, own in seen:
+        share = lab.shares[lab.ids.index(id)]
+        trained, _ = rate_probe._parts(len(share))
+        assert own == lengths[share[trained]].tolist() and len(own) < len(share)
 
 
 def test_all_rates_get_the_same_batches_of_the_same_start(lab) -> None:
@@ -106,8 +132,8 @@ def test_a_rate_that_diverges_is_out(lab, monkeypatch) -> None:
     assert found.rates == (1e-3,) and found.rate == 1e-3
 
 
-def test_one_device_is_too_few(lab) -> None:
-    assert probed(lab, lab.fleet.only(lab.ids[:1])) is None
+def test_one_device_decides_where_no_other_is_asked(lab) -> None:
+    assert probed(lab, lab.fleet.only(lab.ids[:1])).rate in RATES
 
 
 @pytest.mark.parametrize("work", [tune_at_rates, losses_at_rates])
@@ -174,13 +200,19 @@ def test_a_resumed_run_goes_on_at_its_rate(run) -> None:
     assert after["learning_rate"] == before["learning_rate"]
 
 
-def test_without_a_second_device_the_rate_is_the_usual_one(tiny_folder, tmp_path) -> None:
+def test_no_rate_is_tried_where_losses_may_not_leave(tiny_folder, tmp_path) -> None:
     job = tiny_job(
         tiny_folder("bert"),
         write_csv(tmp_path / "rows.csv"),
+        method__name="fedlora",
         method__learning_rate="auto",
-        fleet__per_round=1,
+        method__head_start="random",
+        privacy__epsilon=8.0,
+        privacy__delta=1e-3,
         run__rounds=1,
     )
-    carried_out("run", *job, "--out", tmp_path / "run")
+    at = next(i for i, word in enumerate(job) if word.startswith("method.ranks"))
+    carried_out("run", *job[: at - 1], *job[at + 1 :], "--out", tmp_path / "run")
     assert summary_of(tmp_path / "run")["learning_rate"] == UNPROBED
+    works = [row.get("work") for row in records_of(tmp_path / "run")]
+    assert name_of(tune_at_rates) not in works and "tune_at_rates" not in works

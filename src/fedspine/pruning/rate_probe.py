@@ -1,10 +1,10 @@
 """The learning rate of a run whose recipe leaves it open (`learning_rate = "auto"`).
 
 Before the first round's own exchanges its devices train a plain adapter from the same start at each
-of `RATES`. The server averages them, for each device those of all the others, and the device says
-how well these averages do on its rows, none of which they have seen. The rate with the lowest loss
-is that of the run; what was trained is thrown away. *Ours*; docs/optimisation.md has its cost and
-what it is worth.
+of `RATES`, on four fifths of their rows. The server averages what came of each rate, and every
+device says how well the averages do on its last fifth. The rate with the lowest loss is that of the
+run; what was trained is thrown away. *Ours*; docs/optimisation.md has its cost and what it is
+worth.
 """
 
 from collections.abc import Sequence
@@ -33,6 +33,8 @@ RANK = 8  # of the adapter that is tried, where the model is wide enough
 SCALE = 2.0  # alpha / rank of it
 # nats: what one device can say against a rate at most, so that none decides alone
 MOST_WORSE = 1.0
+HELD = 5  # one row in so many is not trained on
+SPLIT = 20261129  # seed of which these are: both exchanges have to know them
 MOST_LOSS = 100.0  # nats that a device says at most
 TIE = 0.01  # of a loss: a higher rate has to be better by more
 
@@ -112,6 +114,8 @@ class LossesAtRates:
 @on_device
 def tune_at_rates(device: Device, order: RatesOrder) -> TunedAtRates:
     """Train the same start at each rate, on the same batches."""
+    examples, (trained, _) = len(device.data), _parts(len(device.data))
+    device.data = device.data.take(trained)
     start = _model(device, order.adapter, order.head, order.scale)
     drawn = device.rng.bit_generator.state
     models, finite = [], []
@@ -124,14 +128,15 @@ def tune_at_rates(device: Device, order: RatesOrder) -> TunedAtRates:
         adapters=tuple(half(model.adapter) for model in models),
         heads=tuple(half(model.head) for model in models),
         finite=tuple(finite),
-        examples=len(device.data),
+        examples=examples,
     )
 
 
 @on_device
 def losses_at_rates(device: Device, order: AveragesOrder) -> LossesAtRates:
-    """Score each average on the same rows of the device."""
-    base, chosen = device.base, device.rng.permutation(len(device.data))[: order.rows]
+    """Score each average on the same rows of the device, none of which it was trained on."""
+    base, (_, held) = device.base, _parts(len(device.data))
+    chosen = held[: order.rows]
     device.uses(chosen)
     data = device.data.take(chosen)
     losses = []
@@ -156,8 +161,8 @@ class Probe:
         losses = ", ".join(f"{loss:.3f}" for loss in self.losses)
         rates = ", ".join(f"{rate:g}" for rate in self.rates)
         return (
-            f"learning rate: {self.rate:g}; after one round at {rates} the loss on devices that "
-            f"took no part in it was {losses}"
+            f"learning rate: {self.rate:g}; after one round at {rates} the loss on rows that it "
+            f"had not seen was {losses}"
         )
 
 
@@ -171,7 +176,7 @@ def probe(
 ) -> Probe | None:
     """Choose among `RATES` on the devices of the first round; the fleet's clock pays for it.
 
-    None where it cannot be told: fewer than two devices answered, or all rates diverged.
+    None where it cannot be told: no device answered, or all rates diverged.
     """
     layout = task.base.layout
     narrowest = min(min(site.rows, site.columns) for site in layout.sites)
@@ -182,35 +187,34 @@ def probe(
     )
     order = RatesOrder(adapter=adapter, head=head, scale=SCALE, tunings=tunings)
     tuned = fleet.ask(tune_at_rates, {device.id: order for device in fleet.devices})
-    if len(tuned) < 2:
+    if not tuned:
         return None
     tuned = usable(tuned, fleet)
-    usable_rates = [
-        index for index in range(len(RATES)) if all(reply.value.finite[index] for reply in tuned)
-    ]
-    if not usable_rates:
+    finite = [i for i in range(len(RATES)) if all(reply.value.finite[i] for reply in tuned)]
+    if not finite:
         return None
-    rows = method.steps * method.batch
-    orders = {
-        own.device: _averages([r for r in tuned if r is not own], usable_rates, rows)
-        for own in tuned
-    }
-    return _lowest(tuple(RATES[i] for i in usable_rates), fleet.ask(losses_at_rates, orders))
-
-
-def _averages(
-    others: Sequence[Reply[TunedAtRates]], rates: Sequence[int], rows: int
-) -> AveragesOrder:
-    def averaged(field: str, index: int) -> Tensors:
-        parts = [(r.weight, single(getattr(r.value, field)[index])) for r in others]
-        return half(average(parts))
-
-    return AveragesOrder(
-        adapters=tuple(averaged("adapters", index) for index in rates),
-        heads=tuple(averaged("heads", index) for index in rates),
+    averages = AveragesOrder(
+        adapters=tuple(_averaged(tuned, "adapters", index) for index in finite),
+        heads=tuple(_averaged(tuned, "heads", index) for index in finite),
         scale=SCALE,
-        rows=rows,
+        rows=method.steps * method.batch,
     )
+    replies = fleet.ask(losses_at_rates, {reply.device: averages for reply in tuned})
+    return _lowest(tuple(RATES[index] for index in finite), replies)
+
+
+def _averaged(replies: Sequence[Reply[TunedAtRates]], field: str, index: int) -> Tensors:
+    parts = [(reply.weight, single(getattr(reply.value, field)[index])) for reply in replies]
+    return half(average(parts))
+
+
+def _parts(rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that are trained on and those that are not, at random but the same whenever it is
+    asked; all are both where there are fewer than `HELD`.
+    """
+    order = np.random.default_rng(SPLIT).permutation(rows)
+    held = rows // HELD
+    return (order[held:], order[:held]) if held else (order, order)
 
 
 def _lowest(rates: tuple[float, ...], replies: Sequence[Reply[LossesAtRates]]) -> Probe | None:

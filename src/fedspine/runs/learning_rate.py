@@ -36,7 +36,7 @@ def choose_rate(context: RunContext, point: Point, fleet: Fleet) -> str | None:
         found = probe(method, task, fleet, rng)
     if found is None:
         point.learning_rate = UNPROBED
-        why = "losses would tell of rows" if task.privacy else "it takes two devices that answer"
+        why = "losses would tell of rows" if task.privacy else "no device answered"
         line = f"learning rate: {UNPROBED:g}, not chosen by a probe ({why})"
         context.records.write("learning_rate", rate=UNPROBED)
         return line
