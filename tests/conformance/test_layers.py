@@ -32,8 +32,8 @@ ARROWS = {
     "flare": {"core", "data", "fleets", "lm", "methods", "storage"},
     "recipes": set(),
     "runs": {
-        *("core", "data", "execution", "flare", "fleets", "lm", "methods", "nets", "pruning"),
-        *("report", "storage"),
+        *("core", "data", "execution", "flare", "fleets", "lm", "methods", "nets", "report"),
+        "storage",
     },
     "exports": {"core", "data", "flare", "fleets", "lm", "nets", "runs", "storage"},
     "ui": {

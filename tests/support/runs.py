@@ -52,7 +52,6 @@ def tiny_job(model, data, **changed):
         "run.precision": "fp32",
         "run.references": "false",
         "method.steps": 2,
-        "method.learning_rate": 2e-3,  # so that none has to be chosen
         "method.ranks": [2, 4],
     } | {key.replace("__", ".", 1): value for key, value in changed.items()}
     return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]

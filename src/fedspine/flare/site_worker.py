@@ -56,7 +56,7 @@ from fedspine.flare.wire import (
     decoded,
 )
 from fedspine.lm.prefix import MOST_BYTES, Prefixes
-from fedspine.methods import asked_by_runs, find, sends_features
+from fedspine.methods import find, sends_features
 from fedspine.storage.store import sealed, unsealed, write_atomically
 
 MOST_VERSION = 10**9  # of a memory, whose file's name has so many digits
@@ -333,7 +333,7 @@ def works_of(method: str) -> frozenset[str]:
         if getattr(value, "__on_device__", False)
         and (value.__module__ != FEATURES or sends_features(cls))
     ]
-    return frozenset(name_of(work) for work in (*works, *asked_by_runs(cls)))
+    return frozenset(name_of(work) for work in works)
 
 
 def _home(value: Any) -> ModuleType | None:

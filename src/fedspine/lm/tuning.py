@@ -1,7 +1,7 @@
 """The settings of local training: of a recipe, and what of them an order of one round carries."""
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar
 
 from fedspine.core.checks import Asked, need
 from fedspine.core.errors import BadInput
@@ -11,11 +11,6 @@ from fedspine.core.reads import Descent, Reads, lasting
 from fedspine.lm.drift import Drift, FedDyn, FedProx, Free
 from fedspine.lm.received import check_settings
 from fedspine.lm.schedules import Linear, Schedule
-
-LearningRate: TypeAlias = float | Literal["auto"]
-AUTO = "auto"  # a learning rate that the run chooses by a probe (`pruning.rate_probe`)
-RATES = (1e-3, 2e-3, 4e-3)  # what it chooses among
-UNPROBED = 2e-3  # where it cannot choose
 
 
 @message
@@ -81,7 +76,7 @@ class HeadTraining:
 
     steps: int = 20  # optimiser steps of a device in a round
     batch: int = 32  # rows of one step
-    learning_rate: LearningRate = UNPROBED  # over the rounds as `schedule` says
+    learning_rate: float = 2e-3  # over the rounds as `schedule` says
     weight_decay: float = 0.1
     head_lr_multiplier: ClassVar[float] = 1.0
     schedule: Schedule = quiet(Linear())  # of the learning rate over the rounds
@@ -92,9 +87,7 @@ class HeadTraining:
     def foretold(self, base: Any) -> Reads:
         """What a device's orders will read."""
         ranks = getattr(self, "ranks", ()) or (getattr(self, "rank", None),)
-        rate = max(RATES) if self.learning_rate == AUTO else self.learning_rate
-        # at the whole rate, without a warm-up
-        whole = replace(self, schedule=Linear(), learning_rate=rate)
+        whole = replace(self, schedule=Linear())  # at the whole rate, without a warm-up
         return replace(
             tuning_at(whole, 0, 1).reads, scale=getattr(self, "scale", None), rank=max(ranks)
         )
@@ -104,7 +97,6 @@ class HeadTraining:
 class LocalTraining(HeadTraining):
     """Those of training an adapter and the task head, which adapter methods share."""
 
-    learning_rate: LearningRate = AUTO  # over the rounds as `schedule` says
     head_lr_multiplier: float = 3.0  # the task head's learning rate over the adapter's
     personal_head: bool = quiet(False)  # whether each device trains and runs a head of its own
 
@@ -115,9 +107,10 @@ def check_tuning(fields: HeadTraining) -> None:
         if getattr(fields, name) < 1:
             raise BadInput(f"method.{name} is {getattr(fields, name)}, but at least 1 is needed")
     for name in ("learning_rate", "head_lr_multiplier", "scale"):
-        value = getattr(fields, name, 1.0)
-        if value != AUTO and not value > 0:
-            raise BadInput(f"method.{name} is {value}, but a positive number is needed")
+        if not getattr(fields, name, 1.0) > 0:
+            raise BadInput(
+                f"method.{name} is {getattr(fields, name)}, but a positive number is needed"
+            )
     if fields.weight_decay < 0:
         raise BadInput(f"method.weight_decay is {fields.weight_decay}, but it cannot be negative")
     if fields.schedule.warmup_rounds < 0:
@@ -130,8 +123,7 @@ def check_tuning(fields: HeadTraining) -> None:
 
 def tuning_at(fields: HeadTraining, round: int, rounds: int, turns: float = 1.0) -> Tuning:
     """The settings of one round, counted from 0: rates are as `fields.schedule` says."""
-    rate = UNPROBED if fields.learning_rate == AUTO else fields.learning_rate
-    learning_rate = rate * fields.schedule.share(round, rounds)
+    learning_rate = fields.learning_rate * fields.schedule.share(round, rounds)
     tuning = Tuning(
         steps=fields.steps,
         batch=fields.batch,

@@ -12,7 +12,6 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from fedspine.core.device import Work
 from fedspine.core.errors import BadInput, unknown
 from fedspine.core.method import forget, registered
 
@@ -71,16 +70,6 @@ def sends_features(cls: type) -> bool:
     from fedspine.split.baseline import SplitTraining
 
     return issubclass(cls, SplitTraining)
-
-
-def asked_by_runs(cls: type) -> tuple[Work[Any, Any], ...]:
-    """The works that a run asks devices for beside this method's own: those that choose its
-    learning rate.
-    """
-    from fedspine.lm.tuning import LocalTraining
-    from fedspine.pruning.rate_probe import losses_at_rates, tune_at_rates
-
-    return (tune_at_rates, losses_at_rates) if issubclass(cls, LocalTraining) else ()
 
 
 def packages() -> Mapping[str, str]:

@@ -23,7 +23,7 @@ from fedspine.core.fleet import Fleet, Reply
 from fedspine.core.merging import bounded, trimmed, trims
 from fedspine.core.message import Tensors, message
 from fedspine.core.reads import Reads
-from fedspine.core.task import Examples, Task
+from fedspine.core.task import Task
 from fedspine.core.tensors import half, moved, single
 from fedspine.lm.base import Base, Model
 from fedspine.lm.cost import HALF, Extent, forward_flops
@@ -180,21 +180,12 @@ def class_means(device: Device, order: MeansOrder) -> ClassMeans:
     data = device.data.take(chosen)
     classes, width = base.head[0].weight.shape
     sums, counts = torch.zeros(classes, width), torch.zeros(classes, dtype=torch.int64)
+    tokens, squared_tokens = 0, 0
     for rows in data.batches_by_length(BATCH):
         inputs = moved(data.batch(rows), base.device)
         labels = inputs.pop("labels").cpu()
         sums.index_add_(0, labels, features(base, inputs).cpu())
         counts += torch.bincount(labels, minlength=classes)
-    spend_forward(device, data)
-    counts[counts < FEWEST_OF_CLASS] = 0
-    means = sums * (counts > 0)[:, None] / counts.clamp_min(1)[:, None]
-    return ClassMeans(means=half({"means": means}), counts=counts)
-
-
-def spend_forward(device: Device, data: Examples) -> None:
-    """Charge the device for one pass of the frozen base over these rows, padded batch by batch."""
-    base, tokens, squared_tokens = device.base, 0, 0
-    for rows in data.batches_by_length(BATCH):
         padded = data.width(rows)
         tokens += len(rows) * padded
         squared_tokens += len(rows) * padded**2
@@ -203,6 +194,9 @@ def spend_forward(device: Device, data: Examples) -> None:
         flops=forward_flops(base.layout, extent),
         memory_bytes=HALF * (base.embeddings + base.layout.parameters),
     )
+    counts[counts < FEWEST_OF_CLASS] = 0
+    means = sums * (counts > 0)[:, None] / counts.clamp_min(1)[:, None]
+    return ClassMeans(means=half({"means": means}), counts=counts)
 
 
 def features(base: Base, inputs: Tensors) -> Float[Tensor, "rows width"]:

@@ -301,7 +301,6 @@ def _price(summary: Mapping[str, Any]) -> list[Headline]:
     speed = get("samples_per_second")
     return [
         Headline("Sparsity", percent(get("sparsity")), "prunable parameters removed"),
-        Headline("Learning rate", _rate(get("learning_rate")), "chosen in the first round"),
         Headline("Fleet time", seconds_text(seconds), "on the wall, between real machines")
         if real
         else Headline("Simulated time", seconds_text(seconds), "on the devices' virtual clock"),
@@ -318,10 +317,6 @@ def _price(summary: Mapping[str, Any]) -> list[Headline]:
             "" if _missing(speed) else f"{speed:,.0f} samples per wall second",
         ),
     ]
-
-
-def _rate(rate: float | None) -> str:
-    return MISSING if rate is None else f"{rate:g}"
 
 
 def _missing(value: float | None) -> bool:

@@ -47,7 +47,7 @@ from fedspine.storage.store import Store
 
 GPU_TOGETHER = 32  # default number of devices trained in one batched pass
 # purposes of random streams, which must differ
-ORDER, COHORT, START, HELD_OUT, PROBE = 101, 102, 103, 104, 105
+ORDER, COHORT, START, HELD_OUT = 101, 102, 103, 104
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from fedspine.report.rows import RunRows, read_rows
 from fedspine.runs import references, task_record
 from fedspine.runs.assemble import test_order
 from fedspine.runs.eta import Estimate
-from fedspine.runs.learning_rate import at_rate
 from fedspine.runs.observer import RunObserver
 from fedspine.runs.own_rows import own_scores, with_own_head
 from fedspine.runs.read_data import dataset
@@ -76,7 +75,7 @@ def current_doubt(context: RunContext, point: Point) -> str | None:
     final = bool(rows.scores) and rows.scores[-1].final
     scored = run.final_rows_of(len(task.test)) if final else min(run.evaluate_rows, len(task.test))
     seen = CheckContext(scored, _commonest(context, scored))
-    return doubt(at_rate(context.recipe, point.learning_rate), rows, seen, point.round)
+    return doubt(context.recipe, rows, seen, point.round)
 
 
 def last_doubts(context: RunContext, point: Point) -> list[str]:
@@ -166,7 +165,6 @@ def summary(
             "devices_scored": found.pop("devices"),
             "test_rows": rows,
             "rows_left_out": dict(context.assembled.left_out),
-            **({} if point.learning_rate is None else {"learning_rate": point.learning_rate}),
             **found,
             "tuned_unpruned": not any(planned_sparsities(recipe.method, recipe.run.rounds)),
             f"{context.fleet.clock}_seconds": context.fleet.now,

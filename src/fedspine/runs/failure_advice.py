@@ -11,7 +11,6 @@ from fedspine.core.errors import of_machine
 from fedspine.core.fleet import AllLost, Diverged, NoMemory
 from fedspine.core.privacy import SPENT
 from fedspine.execution.workers import WorkerLost, WorkFailed
-from fedspine.lm.tuning import AUTO, RATES
 from fedspine.runs.config import Recipe
 
 
@@ -26,10 +25,8 @@ def advice(
     match error:
         case Diverged():
             # all other rates of a method are multiples of this one
-            rate = recipe.method.learning_rate
-            if rate == AUTO:
-                return f"set method.learning_rate below {min(RATES):g} and start a new run; {anew}"
-            return f"lower method.learning_rate ({_number(rate)}) and start a new run; {anew}"
+            rate = _number(recipe.method.learning_rate)
+            return f"lower method.learning_rate ({rate}) and start a new run; {anew}"
         case NoMemory():
             return f"start a new run with that; {anew}"
         case AllLost() if SPENT in str(error):

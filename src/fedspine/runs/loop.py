@@ -23,7 +23,6 @@ from fedspine.runs.backend import Backend, RealSites, Simulation, backend_of
 from fedspine.runs.config import Recipe
 from fedspine.runs.ending import guarded
 from fedspine.runs.eta import Estimate, WorkPlan
-from fedspine.runs.learning_rate import choose_rate, with_rate
 from fedspine.runs.observer import RunObserver, RunStatus
 from fedspine.runs.promise import spent_of
 from fedspine.runs.run_context import Point, RunContext, Stopwatch
@@ -212,7 +211,6 @@ def _restored(context: RunContext, saved: Saved) -> Point:
         state=saved.state["method"],
         sums=Totals(**saved.state["sums"]),
         watch=Stopwatch(**saved.state["watch"]),
-        learning_rate=saved.state.get("learning_rate"),
     )
 
 
@@ -222,7 +220,7 @@ def _rounds(context: RunContext, point: Point, progress: RunObserver) -> Estimat
     run = context.recipe.run
     estimate = Estimate(_work_plan(context))
     while not run.over(point.round, context.fleet.now):
-        estimate.saw_round(point.round, *_one_round(context, point, progress))
+        estimate.saw_round(point.round, *_one_round(context, point))
         while context.workers.lost:
             progress.say(context.workers.lost.pop(0))
         begun = time.monotonic()
@@ -263,8 +261,6 @@ def _save(context: RunContext, point: Point) -> None:
         "recipe": context.recipe.fingerprint,
         "computing": context.workers.computing,
     }
-    if point.learning_rate is not None:
-        state["learning_rate"] = point.learning_rate
     fleet, records = context.fleet, context.records
     context.store.save(
         Saved(
@@ -285,10 +281,8 @@ def _work_plan(context: RunContext) -> WorkPlan:
     return WorkPlan.of(recipe.run, sparsities, len(context.fleet.devices), rows)
 
 
-def _one_round(context: RunContext, point: Point, progress: RunObserver) -> tuple[float, int]:
-    """One round, the first with the choice of a learning rate where the recipe leaves it open;
-    returns its wall seconds and the number of training samples.
-    """
+def _one_round(context: RunContext, point: Point) -> tuple[float, int]:
+    """One round; returns its wall seconds and the number of training samples."""
     started = time.monotonic()
     totals = context.fleet.begin_round(point.round)
     everyone = context.fleet.devices
@@ -303,9 +297,7 @@ def _one_round(context: RunContext, point: Point, progress: RunObserver) -> tupl
         quorum=context.fleet.quorum,
         exchanges=context.exchanges,
     )
-    if point.round == 0 and (line := choose_rate(context, point, fleet)):
-        progress.say(line)
-    state = with_rate(context.recipe.method, point.learning_rate).round(point.state, fleet)
+    state = context.recipe.method.round(point.state, fleet)
     check_state(state)
     point.state = state
     seconds = time.monotonic() - started

@@ -52,4 +52,3 @@ class Point:
     state: Any
     sums: Totals = field(default_factory=Totals)
     watch: Stopwatch = field(default_factory=Stopwatch)
-    learning_rate: float | None = None  # that a probe chose
