@@ -157,7 +157,7 @@ def runs(
     """The runs of one fleet that are not among those `found`, one after another."""
     bad, devices = map(int, fleet.split("/"))
     recipe = Recipe(
-        method=FedLora(rank=8, steps=options.steps, batch=16),
+        method=FedLora(rank=8, steps=options.steps, batch=16, learning_rate=2e-3),
         model="minilm",
         data=options.data,
         layers=3,
