@@ -34,6 +34,7 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] + '[SEP]' }}{% endfor %}"
 TEXTS = ("the cat and the dog", "no", "12 birds, or 13?", "they think of this and that")
 CUTS = {  # architecture, heads (with key/value heads) and channels of each layer, id in the file
     "equal": ("llama", [2, 2], [32, 32], "llama"),
+    "uniform": ("llama", [1, 1], [32, 32], "llama"),
     "unequal": ("llama", [2, 1], [64, 30], "deci"),
     "mistral": ("mistral", [1, 2], [24, 24], "deci"),
     "qwen2": ("qwen2", [2, 2], [24, 24], "qwen2"),

@@ -7,6 +7,7 @@ linears. Counts are exact and depend on the layer's shape only, so that all devi
 sparsity and none has to be told its number.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor
 
@@ -86,12 +87,14 @@ def counts(
     dropped: tuple[int, int] = (0, 0),
     keep_heads: int = 2,
     keep_channels: float = 0.25,
+    heads_dropped: Sequence[int] | None = None,
 ) -> tuple[int, int]:
     """Heads and channels to have dropped in all at cumulative `sparsity`, on the way to `target`.
 
-    Never below `dropped` (units do not grow back), never above `final_counts`, which any path
-    reaches at the target. Heads are coarse, so on the way the sparsity may be off by one head's
-    share. Raises BadInput as `final_counts`.
+    Where `heads_dropped` is given, the number of heads is one of these, 0 among them. Never below
+    `dropped` (units do not grow back), never above `final_counts`, which any path reaches at the
+    target. Heads are coarse, so on the way the sparsity may be off by one head's share. Raises
+    BadInput as `final_counts`.
 
     >>> minilm = LayerShape(heads=12, channels=1536, head_parameters=49_152, channel_parameters=768)
     >>> counts(minilm, 0.2, target=0.5), counts(minilm, 0.5, target=0.5, dropped=(2, 336))
@@ -99,7 +102,11 @@ def counts(
     """
     heads_before, channels_before = dropped
     heads_after, channels_after = final_counts(
-        shape, target, keep_heads=keep_heads, keep_channels=keep_channels
+        shape,
+        target,
+        keep_heads=keep_heads,
+        keep_channels=keep_channels,
+        heads_dropped=heads_dropped,
     )
     heads_after, channels_after = (
         max(heads_after, heads_before),
@@ -107,29 +114,37 @@ def counts(
     )
     if sparsity >= target:
         return heads_after, channels_after
-    heads = _clip(floor(shape.heads * sparsity + TINY), heads_before, heads_after)
+
+    def nearest_below(heads: int) -> int:
+        possible = heads if heads_dropped is None else _at_most(heads, heads_dropped)
+        return _clip(possible, heads_before, heads_after)
+
+    heads = nearest_below(floor(shape.heads * sparsity + TINY))
     channels = _channels_for(shape, sparsity, heads)
     if channels > channels_after:  # what the channels cannot give any more, heads must
-        heads = _clip(round(_heads_for(shape, sparsity, channels_after)), heads_before, heads_after)
-        return heads, channels_after
+        return nearest_below(round(_heads_for(shape, sparsity, channels_after))), channels_after
     if channels < channels_before:  # channels went ahead earlier, so fewer heads are due
-        heads = _clip(
-            floor(_heads_for(shape, sparsity, channels_before) + TINY), heads_before, heads_after
-        )
+        heads = nearest_below(floor(_heads_for(shape, sparsity, channels_before) + TINY))
         channels = _channels_for(shape, sparsity, heads)
     return heads, _clip(channels, channels_before, channels_after)
 
 
 def final_counts(
-    shape: LayerShape, target: float, *, keep_heads: int = 2, keep_channels: float = 0.25
+    shape: LayerShape,
+    target: float,
+    *,
+    keep_heads: int = 2,
+    keep_channels: float = 0.25,
+    heads_dropped: Sequence[int] | None = None,
 ) -> tuple[int, int]:
     """Heads and channels dropped at the end: the same share of both, within 0.0025 of `target`.
 
     A layer so small that one channel is more than 0.005 of it ends within half a channel. Where
     `keep_heads` (a count) and `keep_channels` (a share) forbid the target they give way only as far
-    as it requires: the channels first, down to one, then heads, down to one. Raises BadInput where
-    even that is not enough, or where one head outweighs all channels and the target falls between
-    two counts of heads.
+    as it requires: the channels first, down to one, then heads, down to one. Where `heads_dropped`
+    is given, the number of heads is one of these, and nearest to the same share. Raises BadInput
+    where even that is not enough, or where one head outweighs all channels and the target falls
+    between two counts of heads.
 
     >>> shape = LayerShape(
     ...     heads=2, channels=4864, head_parameters=917_504, channel_parameters=2_688
@@ -137,12 +152,10 @@ def final_counts(
     >>> final_counts(shape, 0.5)
     (0, 2776)
     """
+    if heads_dropped is not None:
+        return _final_among(shape, target, heads_dropped, keep_heads, keep_channels)
     if not 0 <= target <= highest(shape) + _tolerance(shape):
-        raise BadInput(
-            f"sparsity in [0, {floor(1000 * highest(shape)) / 1000:.3f}] was "
-            f"expected, which a layer of {shape.heads} heads and {shape.channels} "
-            f"channels can reach, {target} came; lower the target"
-        )
+        raise _unreachable(shape, target, highest(shape))
     heads = _clip(floor(shape.heads * target + TINY), 0, max(shape.heads - keep_heads, 0))
     floored, bare = (
         shape.channels - max(ceil(keep_channels * shape.channels), 1),
@@ -156,13 +169,52 @@ def final_counts(
         (more_heads, floored),
         (more_heads, bare),
     ):
-        channels = min(_channels_for(shape, target, dropped), most)
-        if abs(shape.sparsity(dropped, channels) - target) <= _tolerance(shape):
+        if (channels := _channels_within(shape, target, dropped, most)) is not None:
             return dropped, channels
     below, above = shape.sparsity(more_heads - 1, bare), shape.sparsity(more_heads, 0)
     raise BadInput(
         f"sparsity {target} came, but one head outweighs all channels, so that nothing between "
         f"{below:.4f} and {above:.4f} can be reached; choose a target outside"
+    )
+
+
+def _final_among(
+    shape: LayerShape,
+    target: float,
+    heads_dropped: Sequence[int],
+    keep_heads: int,
+    keep_channels: float,
+) -> tuple[int, int]:
+    """`final_counts` with one of these numbers of heads dropped."""
+    bare = shape.channels - 1
+    floored = shape.channels - max(ceil(keep_channels * shape.channels), 1)
+    nearest_first = sorted(heads_dropped, key=lambda n: (abs(n - shape.heads * target), n))
+    above_floor = [n for n in nearest_first if n <= max(shape.heads - keep_heads, 0)]
+    for choices, most in (
+        *((above_floor, floored), (above_floor, bare)),
+        *((nearest_first, floored), (nearest_first, bare)),
+    ):
+        for dropped in choices:
+            if (channels := _channels_within(shape, target, dropped, most)) is not None:
+                return dropped, channels
+    most_dropped = shape.sparsity(max(heads_dropped), bare)
+    if not 0 <= target <= most_dropped:
+        raise _unreachable(shape, target, most_dropped, heads_dropped)
+    kept = ", ".join(str(shape.heads - n) for n in sorted(heads_dropped))
+    raise BadInput(
+        f"sparsity {target} came, but no number of channels comes to it beside {kept} heads; "
+        "choose another target"
+    )
+
+
+def _unreachable(
+    shape: LayerShape, target: float, most: float, heads_dropped: Sequence[int] = ()
+) -> BadInput:
+    kept = f" that keeps {shape.heads - max(heads_dropped)} heads" if heads_dropped else ""
+    return BadInput(
+        f"sparsity in [0, {floor(1000 * most) / 1000:.3f}] was "
+        f"expected, which a layer of {shape.heads} heads and {shape.channels} "
+        f"channels{kept} can reach, {target} came; lower the target"
     )
 
 
@@ -208,6 +260,17 @@ def _channels_for(shape: LayerShape, sparsity: float, heads: int) -> int:
     multiple = _multiple(shape)
     kept = multiple * round((shape.channels - due) / multiple)
     return _clip(shape.channels - kept, 0, shape.channels)
+
+
+def _channels_within(shape: LayerShape, target: float, heads: int, most: int) -> int | None:
+    """Channels to drop beside `heads`, `most` at most; None where that misses the target."""
+    channels = min(_channels_for(shape, target, heads), most)
+    near = abs(shape.sparsity(heads, channels) - target) <= _tolerance(shape)
+    return channels if near else None
+
+
+def _at_most(value: int, choices: Sequence[int]) -> int:
+    return max((choice for choice in choices if choice <= value), default=0)
 
 
 def _heads_for(shape: LayerShape, sparsity: float, channels: int) -> float:

@@ -8,6 +8,7 @@ from typing import get_args
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Kind
 from fedspine.lm.pooling import Pooling
+from fedspine.lm.structure import StructureKind
 
 FORMAT = 2
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -31,7 +32,20 @@ class Card:
     sparsity: float  # share of the blocks' linear weights that is pruned
     merged: bool  # whether the adapter is inside the weights
     stock: bool  # whether stock transformers loads the folder
-    chat: bool = False  # whether it was tuned on dialogues; older versions do not say
+    # older versions do not say these
+    chat: bool = False  # whether it was tuned on dialogues
+    structure: StructureKind = "free"  # whether all layers were to keep as many units
+
+    @property
+    def structure_line(self) -> str:
+        """Which structure the model has, and how many units of each layer that is."""
+        if self.structure == "free":
+            return "free: layers may keep unequally many heads and channels"
+        units = f"{self.heads[0]} heads and {self.channels[0]} channels"
+        return f"uniform: {units} in every layer, so many as a stock configuration can say"
+
+
+OPTIONAL = ("chat", "structure")
 
 
 def weights_of(folder: Path) -> Path:
@@ -84,8 +98,9 @@ def _checked(folder: Path, entry: dict[str, object]) -> Card:
         for i in values.get(key, ())  # type: ignore[attr-defined]
     )
     if (
-        {field.name for field in fields(Card)} != set(values) | {"chat"}
+        {field.name for field in fields(Card)} != {*values, *OPTIONAL}
         or values["kind"] not in get_args(Kind)
+        or values.get("structure", "free") not in get_args(StructureKind)
         or not lists
     ):
         raise BadInput(

@@ -223,6 +223,7 @@ Fine-tuned over many devices and pruned by fedspine, as a file for llama.cpp.
 | share of the blocks' weights pruned | {card.sparsity:.1%} |
 | key/value heads kept, by layer | {", ".join(map(str, card.heads))} |
 | channels kept, by layer | {", ".join(map(str, card.channels))} |
+| structure | {card.structure_line} |
 | longest input in training, in tokens | {card.max_tokens} |
 
 Measured when it was written (`{PARITY}`), with the file's numbers in PyTorch: {parity.line}.

@@ -28,7 +28,7 @@ from fedspine.exports.whole_folder import check_new, whole_folder
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.pooling import CLASSES, HOW, Pooling
-from fedspine.lm.structure import Structure, sparsity
+from fedspine.lm.structure import Structure, StructureKind, is_even, sparsity
 
 __all__ = [
     "Answered",
@@ -55,14 +55,16 @@ def export(
     name: str,
     merge: bool = True,
     chat: bool = False,
+    structure: StructureKind = "free",
 ) -> Path:
     """Write `model` as a folder of its own: config.json, model.safetensors, the tokenizer,
     README.md.
 
     The adapter is merged in fp32 as W + scale * B @ A; `merge=False` leaves it out, for use with an
-    adapter that `fedspine.exports.peft` writes. `chat` says that it was tuned on dialogues. The
-    folder appears at once and complete. Raises BadInput where it exists already, where the base is
-    not fp32, or where `labels` are not those that the head was trained for.
+    adapter that `fedspine.exports.peft` writes. `chat` says that it was tuned on dialogues, and
+    `structure` which one the run's method asked for. The folder appears at once and complete.
+    Raises BadInput where it exists already, where the base is not fp32, or where `labels` are not
+    those that the head was trained for.
     """
     folder = Path(folder)
     _check(base, folder, labels, kind)
@@ -81,6 +83,7 @@ def export(
         merged=merge,
         stock=stock,
         chat=chat,
+        structure=structure,
     )
     _write(folder, config, card, tensors, tokenizer)
     return folder
@@ -143,14 +146,11 @@ def _uniform(config: PreTrainedConfig, base: Base, structure: Structure) -> PreT
     """The configuration with the kept sizes of every layer; None where layers differ or
     none says it.
     """
-    heads, channels = set(structure.heads.sum(1).tolist()), set(structure.channels.sum(1).tolist())
-    if len(heads) > 1 or len(channels) > 1:
+    if not is_even(structure):
         return None
-    (kept,) = heads
+    kept, channels = int(structure.heads[0].sum()), int(structure.channels[0].sum())
     sizes = {
-        "intermediate_size"
-        if "intermediate_size" in config.to_dict()
-        else "hidden_dim": channels.pop()
+        "intermediate_size" if "intermediate_size" in config.to_dict() else "hidden_dim": channels
     }
     if kept != base.layout.heads:
         groups = base.layout.query_heads // base.layout.heads
@@ -227,6 +227,7 @@ Fine-tuned over many devices and pruned by fedspine; the adapter is {adapter}.
 | share of the blocks' weights pruned | {card.sparsity:.1%} |
 | heads kept, by layer | {", ".join(map(str, card.heads))} |
 | channels kept, by layer | {", ".join(map(str, card.channels))} |
+| structure | {card.structure_line} |
 | longest input, in tokens | {card.max_tokens} |
 
 Load it with `fedspine.load_model(folder)` or run `fedspine predict`. {stock}

@@ -105,6 +105,7 @@ def export_model(
     other = _other_runtime(format)
     run = open_run(folder, base)
     model, record = run.model(device), run.record
+    structure = getattr(run.recipe.method, "structure", "free")
     more: dict[str, Any] = {}
     card = {
         "labels": record.classes,
@@ -128,13 +129,16 @@ def export_model(
         with tempfile.TemporaryDirectory() as scratch:
             place = Path(scratch) / "model"
             chat = record.of_dialogues
-            merged = hf.export(run.base, model, run.tokenizer, place, chat=chat, **card)
+            merged = hf.export(
+                run.base, model, run.tokenizer, place, chat=chat, structure=structure, **card
+            )
             parity = other.export(
                 merged, to, examples=examples, rows_from=rows_from, quantize=quantize
             )
         more = {"quantize": quantize, "parity": asdict(parity) | {"line": parity.line}}
     else:
-        hf.export(run.base, model, run.tokenizer, to, chat=record.of_dialogues, **card)
+        chat = record.of_dialogues
+        hf.export(run.base, model, run.tokenizer, to, chat=chat, structure=structure, **card)
     return {
         "device": device,
         "format": format,

@@ -124,6 +124,7 @@ def forecast(
     target: float,
     ranks: Sequence[int],
     load: float = 1.0,
+    uniform: bool = False,
 ) -> list[Spending]:
     """The cost at each rank for a device that has `structure`, prunes to `sparsity` on the way to
     `target` and tunes.
@@ -135,7 +136,7 @@ def forecast(
     units = no_scores(layout)
     votes = (units.heads, units.channels)
     left = (
-        shrink(layout, structure, votes, sparsity=sparsity, target=target)
+        shrink(layout, structure, votes, sparsity=sparsity, target=target, uniform=uniform)
         if sparsity > 0
         else structure
     )

@@ -6,7 +6,7 @@ one feed-forward channel. Removing it removes rows of the projections that write
 the one that reads it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
@@ -15,6 +15,9 @@ from fedspine.core.errors import BadInput, nearest
 from fedspine.core.message import message
 
 UnitKind: TypeAlias = Literal["heads", "channels"]
+# which fewer heads, the same in every layer, a stock configuration of `transformers` can say:
+# "none", where the size of a head is the width over the number of heads; "divisors" of the width
+FewerHeads: TypeAlias = Literal["none", "divisors", "any"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class UnitMap:
     up: tuple[str, ...]
     down: str
     decoder: bool = False
+    fewer_heads: FewerHeads = "none"
 
 
 _BERT = UnitMap(
@@ -64,7 +68,9 @@ _LLAMA = UnitMap(
     up=("mlp.gate_proj", "mlp.up_proj"),
     down="mlp.down_proj",
     decoder=True,
+    fewer_heads="divisors",
 )
+_QWEN = replace(_LLAMA, fewer_heads="any")
 UNIT_MAPS: dict[str, UnitMap] = {  # by the `model_type` of a transformers configuration
     "bert": _BERT,
     "roberta": _BERT,
@@ -72,8 +78,8 @@ UNIT_MAPS: dict[str, UnitMap] = {  # by the `model_type` of a transformers confi
     "distilbert": _DISTILBERT,
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
+    "qwen2": _QWEN,
+    "qwen3": _QWEN,
 }
 
 
@@ -140,6 +146,18 @@ class PrunableLayout:
                 self.width for s in block if "channels" in (s.row_units, s.column_units)
             ),
         )
+
+    @property
+    def heads_dropped(self) -> tuple[int, ...]:
+        """How many heads may be gone from every layer so that a stock configuration can say it."""
+        choices = range(self.heads)
+        match unit_map(self.architecture).fewer_heads:
+            case "none":
+                return (0,)
+            case "divisors":
+                group = self.query_heads // self.heads
+                return tuple(n for n in choices if self.width % ((self.heads - n) * group) == 0)
+        return tuple(choices)
 
     @property
     def parameters(self) -> int:

@@ -3,6 +3,7 @@ masks.
 """
 
 from math import ceil
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fedspine.control.sparsity import TOLERANCE, counts, layer_targets
 from fedspine.core.checks import Asked, need, tensor_of
+from fedspine.core.errors import BadInput, unknown
 from fedspine.core.message import Tensors, message
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
@@ -19,6 +21,10 @@ HEAD_FLOOR, CHANNEL_FLOOR = (
     2,
     0.25,
 )  # never fewer heads, never a smaller share of the channels, if it can be helped
+
+# whether layers may differ in how many units they keep, or all keep as many, so that a stock
+# configuration can say the sizes
+StructureKind: TypeAlias = Literal["free", "uniform"]
 
 
 @message
@@ -56,6 +62,13 @@ def key_of(structure: Structure, layers: int | None = None) -> bytes:
 
 def is_full(structure: Structure) -> bool:
     return bool(structure.heads.all() and structure.channels.all())
+
+
+def is_even(structure: Structure) -> bool:
+    """Whether every layer keeps as many heads, and as many channels."""
+    return all(
+        len(set(kept.sum(1).tolist())) == 1 for kept in (structure.heads, structure.channels)
+    )
 
 
 def sparsity(layout: PrunableLayout, structure: Structure) -> float:
@@ -151,15 +164,17 @@ def shrink(
     *,
     sparsity: float,
     target: float,
+    uniform: bool = False,
 ) -> Structure:
     """Drop the least important units of every layer, until the model's sparsity is `sparsity` on
     its way to `target`.
 
     Already dropped units stay dropped; ties go to the lower index. Layers that `final_targets`
     protects keep everything and the others take their share. At `sparsity == target` the sparsity
-    is exact to the units' grain. Source: FedSpine (reconstructed), section 2.3.
+    is exact to the units' grain. `uniform` keeps as many units in every layer, and so many heads as
+    a stock configuration can say. Source: FedSpine (reconstructed), section 2.3.
     """
-    finals = final_targets(layout, target)
+    finals = final_targets(layout, target, uniform=uniform)
     heads, channels = structure.heads.clone(), structure.channels.clone()
     for layer, final in enumerate(finals):
         if final == 0:
@@ -172,32 +187,45 @@ def shrink(
             dropped=dropped,
             keep_heads=HEAD_FLOOR,
             keep_channels=CHANNEL_FLOOR,
+            heads_dropped=layout.heads_dropped if uniform else None,
         )
         _drop(heads[layer], scores[0][layer], wanted[0])
         _drop(channels[layer], scores[1][layer], wanted[1])
     return Structure(heads=heads, channels=channels)
 
 
-def check_target(layout: PrunableLayout, target: float) -> None:
-    """Raise BadInput where no structure of this model has the sparsity `target`."""
-    for final in set(final_targets(layout, target)):
-        counts(
-            layout.shape, final, target=final, keep_heads=HEAD_FLOOR, keep_channels=CHANNEL_FLOOR
-        )
+def check_target(layout: PrunableLayout, target: float, kind: str = "free") -> None:
+    """Raise BadInput where no structure of this model has the sparsity `target`, and for an unknown
+    kind.
+    """
+    if kind not in get_args(StructureKind):
+        raise unknown("method.structure", kind, get_args(StructureKind))
+    uniform = kind == "uniform"
+    shares = {"keep_heads": HEAD_FLOOR, "keep_channels": CHANNEL_FLOOR}
+    for final in set(final_targets(layout, target, uniform=uniform)):
+        if not uniform:
+            counts(layout.shape, final, target=final, **shares)
+            continue
+        try:
+            may = layout.heads_dropped
+            counts(layout.shape, final, target=final, heads_dropped=may, **shares)
+        except BadInput as error:
+            raise BadInput(f'{error}, or set method.structure = "free"') from None
 
 
-def final_targets(layout: PrunableLayout, target: float) -> list[float]:
+def final_targets(layout: PrunableLayout, target: float, *, uniform: bool = False) -> list[float]:
     """The final sparsity of every layer, so that the model's is `target`.
 
-    Encoders: the same everywhere. Decoders keep the first tenth of their layers and the last one
-    whole, as LoRAPrune does, as long as the others can then keep their own floors; else fewer
-    layers are protected, the first ones first.
+    Uniform structures and encoders: the same everywhere. Decoders keep the first tenth of their
+    layers and the last one whole, as LoRAPrune does, as long as the others can then keep their own
+    floors; else fewer layers are protected, the first ones first.
     """
     shape = layout.shape
     floors = shape.sparsity(
         shape.heads - HEAD_FLOOR, shape.channels - ceil(CHANNEL_FLOOR * shape.channels)
     )
-    choices = ((int(0.1 * layout.layers), 1), (0, 1)) if layout.decoder else ()
+    protects = layout.decoder and not uniform
+    choices = ((int(0.1 * layout.layers), 1), (0, 1)) if protects else ()
     for first, last in choices:
         pruned = layout.layers - first - last
         if pruned > 0 and target * layout.layers / pruned <= floors:

@@ -36,15 +36,15 @@ from fedspine.lm.importance_sources import Gradient, Importance
 from fedspine.lm.lora import adapter_rank, check_rank, fresh
 from fedspine.lm.merge import RankMerging, change, merge, no_change, share
 from fedspine.lm.prunable_layout import PrunableLayout
-from fedspine.lm.structure import Structure, check_target, full, sparsity
+from fedspine.lm.structure import Structure, StructureKind, check_target, full, sparsity
 from fedspine.lm.tuning import LocalTraining, check_tuning, tuning_at
 from fedspine.pruning.device import (
     SpineOrder,
     SpineResult,
+    completed,
     contribution,
     deployed,
     prune_and_tune,
-    with_teacher,
 )
 
 
@@ -89,6 +89,7 @@ class FedSpine(LocalTraining):
     floor: float = 0.8  # share of the cubic schedule that no device may stay below
     aggregation: RankMerging = "delta-product"
     teacher: Teacher = quiet(NoTeacher())  # who teaches a pruned model beside the labels
+    structure: StructureKind = quiet("free")  # whether layers may keep unequally many units
 
     @classmethod
     def toy(cls) -> Self:
@@ -105,7 +106,7 @@ class FedSpine(LocalTraining):
 
     def check(self, task: Task) -> None:
         check_ranges(self, {"sparsity": (0, 0.95), "most_per_round": (1e-3, 1)})
-        check_target(task.base.layout, self.sparsity)
+        check_target(task.base.layout, self.sparsity, self.structure)
         check_rising(self.ranks)
         check_rank("method.ranks", self.ranks, task.base.layout)
         check_tuning(self)
@@ -240,6 +241,7 @@ class FedSpine(LocalTraining):
                 target=self.sparsity,
                 ranks=ranks,
                 load=state.device_models.get(device, TextLoad(load=1.0)).load,
+                uniform=self.structure == "uniform",
             )
             seconds = [fleet.foresee(device, **vars(cost)) for cost in costs]
             if None in seconds:
@@ -285,7 +287,7 @@ class FedSpine(LocalTraining):
             tuning=tuning_at(self, state.round, state.rounds),
             scoring=self.importance.order,
         )
-        return with_teacher(order, self.teacher)
+        return completed(order, self.teacher, self.structure)
 
     # --- what came of them ---
 

@@ -6,7 +6,7 @@ What the server decides (how far, at which rank, how adapters are merged) is eac
 
 from dataclasses import replace
 from math import isfinite
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from fedspine.core.checks import Asked, need, tensors_of, within
 from fedspine.core.device import Device, DeviceId, on_device
@@ -30,9 +30,11 @@ from fedspine.lm.received import (
 )
 from fedspine.lm.structure import (
     Structure,
+    StructureKind,
     cut_adapter,
     full,
     grain,
+    is_even,
     is_full,
     shrink,
     sparsity,
@@ -54,6 +56,7 @@ class SpineOrder:
     scale: float
     tuning: Tuning
     scoring: ScoringOrder
+    uniform: ClassVar[bool] = False  # whether every layer keeps as many units
 
     @property
     def reads(self) -> Reads:
@@ -88,10 +91,31 @@ class TaughtOrder(SpineOrder):
         return replace(super().reads, descent=how)
 
 
-def with_teacher(order: SpineOrder, teacher: Teacher) -> SpineOrder:
-    """The order, with what the teacher of `method.teacher` says to a device, if there is one."""
-    teaching = teacher.order
-    return order if teaching is None else TaughtOrder(**vars(order), teaching=teaching)
+@message
+class UniformOrder(SpineOrder):
+    """The same for a device that keeps as many units in every layer: its name is all that it
+    says.
+    """
+
+    uniform: ClassVar[bool] = True
+
+
+@message
+class TaughtUniformOrder(TaughtOrder):
+    """Both."""
+
+    uniform: ClassVar[bool] = True
+
+
+def completed(order: SpineOrder, teacher: Teacher, structure: StructureKind) -> SpineOrder:
+    """The order, with what the teacher of `method.teacher` says to a device, if there is one, and
+    for `method.structure`.
+    """
+    teaching, uniform = teacher.order, structure == "uniform"
+    if teaching is not None:
+        kind = TaughtUniformOrder if uniform else TaughtOrder
+        return kind(**vars(order), teaching=teaching)
+    return UniformOrder(**vars(order)) if uniform else order
 
 
 @message
@@ -128,6 +152,10 @@ class SpineResult:
             most = order.target + grain(layout)
             found = sparsity(layout, kept)
             need(found <= most, f"structure has sparsity {found:.3g}, but {most:.3g} is the most")
+            need(
+                not order.uniform or is_even(kept),
+                "structure keeps more units in one layer than in another, but is to be uniform",
+            )
 
 
 @on_device
@@ -144,6 +172,7 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
             (votes.heads, votes.channels),
             sparsity=order.sparsity,
             target=order.target,
+            uniform=order.uniform,
         )
     adapter = cut_adapter(single(order.adapter), layout.sites, kept, within=order.structure)
     model = Model(structure=kept, adapter=adapter, head=single(order.head), scale=order.scale)
@@ -188,6 +217,7 @@ class Deployed(Protocol):
 
     sparsity: float
     scale: float
+    structure: StructureKind
 
 
 class Tuned(Protocol):
@@ -213,7 +243,14 @@ def deployed(
     behind = due > (state.sparsities.get(device, 0.0) if device else 0.0)
     if behind and votes is not None:
         scores = (votes.heads, votes.channels)
-        structure = shrink(state.layout, structure, scores, sparsity=due, target=fields.sparsity)
+        structure = shrink(
+            state.layout,
+            structure,
+            scores,
+            sparsity=due,
+            target=fields.sparsity,
+            uniform=fields.structure == "uniform",
+        )
     adapter = cut_adapter(state.adapter, state.layout.sites, structure)
     return Model(structure=structure, adapter=adapter, head=state.head, scale=fields.scale)
 

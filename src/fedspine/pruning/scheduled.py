@@ -28,14 +28,21 @@ from fedspine.lm.importance import Scores, on_wire, tally
 from fedspine.lm.importance_sources import ScoringOrder
 from fedspine.lm.lora import check_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
-from fedspine.lm.structure import Structure, check_target, cut_adapter, full, sparsity
+from fedspine.lm.structure import (
+    Structure,
+    StructureKind,
+    check_target,
+    cut_adapter,
+    full,
+    sparsity,
+)
 from fedspine.lm.tuning import LocalTraining, check_tuning, tuning_at
 from fedspine.pruning.device import (
     SpineOrder,
     SpineResult,
+    completed,
     contribution,
     prune_and_tune,
-    with_teacher,
 )
 
 _RANGES = {"sparsity": (0, 0.95), "global_importance_weight": (0, 1)}
@@ -50,6 +57,7 @@ class ScheduledPruning(LocalTraining):
     scale: float = 2.0  # alpha / rank
     global_importance_weight: float = 0.0  # of the fleet's average in what a device drops
     teacher: Teacher = quiet(NoTeacher())  # who teaches a pruned model beside the labels
+    structure: StructureKind = quiet("free")  # whether layers may keep unequally many units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +96,7 @@ class PruningState:
 def check_pruning(fields: ScheduledPruning, task: Task) -> None:
     """Raise BadInput for settings that cannot work on this task."""
     check_ranges(fields, _RANGES)
-    check_target(task.base.layout, fields.sparsity)
+    check_target(task.base.layout, fields.sparsity, fields.structure)
     check_rank("method.rank", (fields.rank,), task.base.layout)
     check_tuning(fields)
     fields.teacher.check(task)
@@ -202,4 +210,4 @@ def _order(
         tuning=tuning_at(fields, state.round, state.rounds),
         scoring=scoring,
     )
-    return with_teacher(order, fields.teacher)
+    return completed(order, fields.teacher, fields.structure)

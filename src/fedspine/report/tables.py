@@ -301,6 +301,7 @@ def _price(summary: Mapping[str, Any]) -> list[Headline]:
     speed = get("samples_per_second")
     return [
         Headline("Sparsity", percent(get("sparsity")), "prunable parameters removed"),
+        *_structure(summary),
         Headline("Fleet time", seconds_text(seconds), "on the wall, between real machines")
         if real
         else Headline("Simulated time", seconds_text(seconds), "on the devices' virtual clock"),
@@ -317,6 +318,20 @@ def _price(summary: Mapping[str, Any]) -> list[Headline]:
             "" if _missing(speed) else f"{speed:,.0f} samples per wall second",
         ),
     ]
+
+
+def _structure(summary: Mapping[str, Any]) -> list[Headline]:
+    """Which structure a pruning method was to leave, and what it left of each layer."""
+    kind = summary.get("structure")
+    if kind is None:
+        return []
+    parts = []
+    for name in ("heads", "channels"):
+        kept = summary[f"{name}_kept"]
+        few, many = min(kept), max(kept)
+        parts.append(f"{few if few == many else f'{few} to {many}'} of {summary[name]} {name}")
+    note = f"{', '.join(parts)} a layer; asked: {percent(summary['sparsity_asked'])}"
+    return [Headline("Structure", kind, note)]
 
 
 def _missing(value: float | None) -> bool:

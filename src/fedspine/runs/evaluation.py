@@ -133,6 +133,25 @@ def reference_scores(
     return references.kept(context.run_dir, compute)
 
 
+def _structure(context: RunContext, point: Point) -> dict[str, Any]:
+    """Of a method that prunes: which structure it was to have, and what the global model, which has
+    as many units as each device's, keeps.
+    """
+    method = context.recipe.method
+    kind = getattr(method, "structure", None)
+    if kind is None:
+        return {}
+    layout, kept = context.assembled.task.base.layout, method.deploy(point.state).structure
+    return {
+        "structure": kind,
+        "sparsity_asked": method.sparsity,
+        "heads_kept": kept.heads.sum(1).tolist(),
+        "channels_kept": kept.channels.sum(1).tolist(),
+        "heads": layout.heads,
+        "channels": layout.channels,
+    }
+
+
 def summary(
     context: RunContext, point: Point, estimate: Estimate, progress: RunObserver
 ) -> dict[str, Any]:
@@ -166,6 +185,7 @@ def summary(
             "test_rows": rows,
             "rows_left_out": dict(context.assembled.left_out),
             **found,
+            **_structure(context, point),
             "tuned_unpruned": not any(planned_sparsities(recipe.method, recipe.run.rounds)),
             f"{context.fleet.clock}_seconds": context.fleet.now,
             "waiting_seconds": sums.waiting_seconds,
