@@ -13,7 +13,7 @@ from typing import Any
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Kind
 from fedspine.exports import hf
-from fedspine.exports.card import read_card
+from fedspine.exports.card import BASE, read_card
 from fedspine.exports.peft import write_adapter
 from fedspine.exports.whole_folder import check_new, whole_folder
 from fedspine.lm.base import Base, Model
@@ -22,7 +22,6 @@ from fedspine.lm.load import MINILM_HUB
 from fedspine.lm.pooling import HOW, Pooling
 from fedspine.lm.structure import is_full, sparsity
 
-BASE = "base"
 AUTO: dict[Pooling | None, str] = {  # PEFT's class for each readout
     "mean": "AutoPeftModelForTokenClassification",
     "cls": "AutoPeftModelForSequenceClassification",

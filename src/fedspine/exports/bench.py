@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -23,11 +23,14 @@ from torch import Tensor
 
 from fedspine.core.errors import BadInput
 from fedspine.core.process import peak_memory_bytes as own_peak_bytes
-from fedspine.exports.card import ONNX, weights_of
-from fedspine.exports.load import Loaded, load_model
+from fedspine.exports import llama_cpp
+from fedspine.exports.agreement import Agreement, agreements, comparable
+from fedspine.exports.card import format_of, weight_bytes, weights_of
+from fedspine.exports.load import load_model
+from fedspine.exports.loaded import Loaded
 from fedspine.lm.fits import positions
 
-CALLS = {1: 8, 32: 1}  # batch size: calls in one repeat, more of the short ones
+CALLS: Mapping[int, int] = {1: 8, 32: 1}  # batch size: calls in one repeat, more of short ones
 WARM_UP = 2  # calls before the first measured one
 
 
@@ -46,6 +49,8 @@ class Bench:
     block_parameters: int  # of the blocks' linear weights, which sparsity is counted on
     tokens: int
     threads: int
+    format: str = "hf"
+    runtime: str = "PyTorch"  # what computed it
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,43 @@ def bench(folder: str | Path, *, tokens: int = 128, threads: int = 1, repeats: i
     return _bench(folder, model, seconds, tokens, threads)
 
 
+def bench_all(
+    folders: Sequence[str | Path],
+    *,
+    tokens: int = 128,
+    threads: int = 1,
+    repeats: int = 7,
+    rows: str | None = None,
+) -> list[tuple[Bench, Agreement | None]]:
+    """Measure several exported models of any formats side by side, call by call, and compare what
+    they predict on `rows`, or on random words (None where they are of different tasks).
+
+    Raises what `bench` raises, and with `rows` BadInput for models of different tasks.
+    """
+    models = [load_model(path, threads=threads) for path in folders]
+    found: list[Agreement | None] = [None] * len(models)
+    if rows is not None or comparable(models):
+        found = [*agreements(models, rows)]
+    seconds = _seconds(models, tokens=tokens, threads=threads, repeats=repeats)
+    measured = [
+        _bench(path, model, {b: median(calls[i]) for b, calls in seconds.items()}, tokens, threads)
+        for i, (path, model) in enumerate(zip(folders, models, strict=True))
+    ]
+    return list(zip(measured, found, strict=True))
+
+
 def latency_seconds(
-    model: Loaded, *, tokens: int, threads: int = 1, repeats: int = 7
+    model: Loaded,
+    *,
+    tokens: int,
+    threads: int = 1,
+    repeats: int = 7,
+    calls: Mapping[int, int] = CALLS,
 ) -> dict[int, float]:
-    """Median seconds of a forward pass by batch size; an ONNX graph has the threads that it was
+    """Median seconds of a forward pass by batch size; a graph or a file has the threads that it was
     loaded with.
     """
-    seconds = _seconds([model], tokens=tokens, threads=threads, repeats=repeats)
+    seconds = _seconds([model], tokens=tokens, threads=threads, repeats=repeats, calls=calls)
     return {batch: median(calls[0]) for batch, calls in seconds.items()}
 
 
@@ -137,34 +172,41 @@ def _bench(
 ) -> Bench:
     return Bench(
         latency_seconds=seconds,
-        file_bytes=weights_of(Path(folder)).stat().st_size,
+        file_bytes=weight_bytes(Path(folder)),
         peak_memory_bytes=peak_memory_bytes(folder, tokens=tokens, threads=threads),
         parameters=model.parameters,
         block_parameters=model.block_parameters,
         tokens=tokens,
         threads=threads,
+        format=format_of(Path(folder)),
+        runtime=model.runtime,
     )
 
 
 def _seconds(
-    models: Sequence[Loaded], *, tokens: int, threads: int, repeats: int
+    models: Sequence[Loaded],
+    *,
+    tokens: int,
+    threads: int,
+    repeats: int,
+    calls: Mapping[int, int] = CALLS,
 ) -> dict[int, list[list[float]]]:
     """Seconds of every call, by batch size and model, the models taking turns."""
-    seconds: dict[int, list[list[float]]] = {batch: [[] for _ in models] for batch in CALLS}
-    inputs = {batch: [random_ids(model, batch, tokens) for model in models] for batch in CALLS}
+    seconds: dict[int, list[list[float]]] = {batch: [[] for _ in models] for batch in calls}
+    inputs = {batch: [random_ids(model, batch, tokens) for model in models] for batch in calls}
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     gc.collect()
     gc.disable()  # a collection in the middle of one call would be charged to that model
     try:
-        for batch in CALLS:
+        for batch in calls:
             for index, model in enumerate(models):
                 for _ in range(WARM_UP):
                     _call(model, inputs[batch][index])
         # one batch size after the other: a large batch would leave the caches cold for the small
         # one
-        for batch, calls in CALLS.items():
-            for _ in range(repeats * calls):
+        for batch, each in calls.items():
+            for _ in range(repeats * each):
                 for index, model in enumerate(models):
                     seconds[batch][index].append(_call(model, inputs[batch][index]))
     finally:
@@ -196,14 +238,18 @@ def random_ids(model: Loaded, batch: int, tokens: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(0).choice(usual, (batch, tokens)))
 
 
-def peak_memory_bytes(folder: str | Path, *, tokens: int = 128, threads: int = 1) -> int:
+def peak_memory_bytes(
+    folder: str | Path, *, tokens: int = 128, threads: int = 1, batches: Iterable[int] = CALLS
+) -> int:
     """Peak resident memory of a fresh process that loads this model and runs every batch size."""
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    weights = weights_of(Path(folder))
-    if weights.name == ONNX:  # without PyTorch, which a device does not need for it
-        arguments = ["fedspine.exports.onnx_graph", weights, tokens, threads, *CALLS]
+    format, weights = format_of(Path(folder)), weights_of(Path(folder))
+    if format == "onnx":  # without PyTorch, which a device does not need for it
+        arguments = ["fedspine.exports.onnx_graph", weights, tokens, threads, *batches]
+    elif format == "gguf" and llama_cpp.installed():
+        arguments = ["fedspine.exports.llama_cpp", weights, tokens, threads, *batches]
     else:
-        arguments = ["fedspine.exports.bench", folder, tokens, threads]
+        arguments = ["fedspine.exports.bench", folder, tokens, threads, *batches]
     command = [sys.executable, "-m", *map(str, arguments)]
     done = subprocess.run(
         command, env=os.environ | path, capture_output=True, text=True, check=False
@@ -213,10 +259,10 @@ def peak_memory_bytes(folder: str | Path, *, tokens: int = 128, threads: int = 1
     return int(done.stdout.split()[-1])
 
 
-def _main(folder: str, tokens: str, threads: str) -> None:
+def _main(folder: str, tokens: str, threads: str, *batches: str) -> None:
     torch.set_num_threads(int(threads))
     model = load_model(folder)
-    for batch in CALLS:
+    for batch in map(int, batches):
         _call(model, random_ids(model, batch, int(tokens)))
     print(own_peak_bytes())
 

@@ -1,9 +1,10 @@
 """The model card of an exported folder: the `fedspine` entry of its `config.json`."""
 
 import json
+import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Kind
@@ -14,6 +15,9 @@ FORMAT = 2
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ONNX = "model.onnx"  # instead of WEIGHTS in a folder for ONNX Runtime
 GGUF = "model.gguf"  # in a folder for llama.cpp
+WORDS = "tokenizer"  # in such a folder, what lies beside the weights of a merged one
+ADAPTER = "adapter_config.json"  # in a folder for PEFT
+BASE = "base"  # in a folder for PEFT, the model that the adapter fits
 PARITY = "parity.json"  # how far a folder for another runtime is from the PyTorch model
 
 
@@ -48,10 +52,46 @@ class Card:
 OPTIONAL = ("chat", "structure")
 
 
-def weights_of(folder: Path) -> Path:
+def format_of(place: Path) -> Literal["hf", "onnx", "gguf", "peft"]:
+    """The format of an exported folder, or of a `.gguf` file."""
+    if gguf_in(place) is not None:
+        return "gguf"
+    if (place / ADAPTER).is_file():
+        return "peft"
+    return "onnx" if (place / ONNX).is_file() else "hf"
+
+
+def gguf_in(place: Path) -> Path | None:
+    """The GGUF file that `place` is or holds, None for another format."""
+    if place.suffix.lower() == ".gguf" and not place.is_dir():
+        return place
+    return place / GGUF if (place / GGUF).is_file() else None
+
+
+def weights_of(place: Path) -> Path:
     """The file that holds the weights of an exported folder."""
-    graph = folder / ONNX
-    return graph if graph.is_file() else folder / WEIGHTS
+    match format_of(place):
+        case "gguf":
+            return gguf_in(place) or place
+        case "peft":
+            return place / BASE / WEIGHTS
+        case "onnx":
+            return place / ONNX
+    return place / WEIGHTS
+
+
+def weight_bytes(place: Path) -> int:
+    """Bytes of all files of weights, an adapter's beside those of its base."""
+    beside = place / "adapter_model.safetensors" if format_of(place) == "peft" else None
+    return weights_of(place).stat().st_size + (beside.stat().st_size if beside else 0)
+
+
+def copy_beside(source: Path, target: Path) -> None:
+    """Copy what lies beside the weights of a merged folder: configuration, card and tokenizer."""
+    target.mkdir(exist_ok=True)
+    for file in source.iterdir():
+        if file.name not in (WEIGHTS, "README.md"):
+            shutil.copyfile(file, target / file.name)
 
 
 def read_card(folder: Path) -> Card:
@@ -59,10 +99,6 @@ def read_card(folder: Path) -> Card:
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; give one that `fedspine export` wrote")
     if not (folder / CONFIG).is_file():
-        if (folder / GGUF).is_file():
-            raise BadInput(
-                f"{folder} is for llama.cpp; run its {GGUF} there, or export with --format hf"
-            )
         raise BadInput(
             f"{folder} has no {CONFIG}, so it is no exported model; write one with `fedspine "
             "export`"

@@ -6,17 +6,19 @@ Nothing of fedspine is needed to run it.
 
 import copy
 import json
+import tempfile
 from dataclasses import asdict, dataclass
 from math import isfinite, sqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Examples
-from fedspine.exports import gguf_file
-from fedspine.exports.card import GGUF, PARITY, Card, read_card
+from fedspine.exports import gguf_file, llama_cpp
+from fedspine.exports.card import GGUF, PARITY, WORDS, Card, copy_beside, read_card
 from fedspine.exports.gguf_file import Widths
 from fedspine.exports.gguf_tokenizer import vocabulary
 from fedspine.exports.load import Loaded, load_model
@@ -32,7 +34,8 @@ BATCH = 4  # rows at a time: logits of large vocabularies are large
 # is about twice their root mean square where they are normal
 ROUNDING = {"f16": 2.0**-11, "q8_0": 1 / 127}
 EQUAL = 0.995  # share of equal greedy tokens, which does where the logits are further apart
-STORED = {"f16": "F16", "q8_0": "Q8_0"}
+STORED = {"f16": "F16", "q8_0": "Q8_0", "q4_k_m": "Q4_K_M"}
+WORSE = 1.05  # of the perplexity, where llama.cpp has chosen the types by itself
 
 
 @dataclass(frozen=True)
@@ -44,19 +47,21 @@ class Parity:
     tokens: int  # of these rows, each with its logits
     largest_difference: float  # of a logit
     relative_difference: float  # root mean square, over that of logits around their mean
-    allowed_difference: float  # of the relative one
+    allowed_difference: float | None  # of the relative one; None: the perplexity decides
     equal_tokens: float  # share of the likeliest next tokens, 0 to 1
     perplexity: float  # of the file's numbers; NaN where no token is predicted
     perplexity_before: float  # of the PyTorch model
     architecture: str  # the id that the file names
     quantize: str
     stored_f16: tuple[str, ...]  # matrices whose rows do not fit the blocks of `quantize`
+    types: dict[str, int]  # number of matrices of each type
     bytes: int  # of the file
 
     @property
     def line(self) -> str:
         """The report in one line."""
-        unfit = f", {len(self.stored_f16)} matrices in F16" if self.stored_f16 else ""
+        types = ", ".join(f"{count} in {name}" for name, count in self.types.items())
+        unfit = f" ({types})" if len(self.types) > 1 else ""
         return (
             f"parity on {self.tokens:,} tokens of {self.rows} rows ({self.rows_from}): logits "
             f"within {self.largest_difference:.2g} ({self.relative_difference:.2g} of their "
@@ -67,12 +72,17 @@ class Parity:
 
     def check(self) -> None:
         """Raise BadInput where the file is outside its tolerance."""
-        near = self.relative_difference <= self.allowed_difference
+        if self.allowed_difference is None:
+            near = self.perplexity <= WORSE * self.perplexity_before
+            allowed = f"perplexity {self.perplexity:.4g}, before: {self.perplexity_before:.4g}"
+        else:
+            near = self.relative_difference <= self.allowed_difference
+            allowed = f"allowed: {self.allowed_difference:.2g}"
         if isfinite(self.relative_difference) and (near or self.equal_tokens >= EQUAL):
             return
         raise BadInput(
             f"the {STORED[self.quantize]} file's logits are {self.relative_difference:.2g} of "
-            f"their spread off (allowed: {self.allowed_difference:.2g}), and "
+            f"their spread off ({allowed}), and "
             f"{self.equal_tokens:.1%} of the greedy tokens are equal (enough: {EQUAL:.1%}), on "
             f"{self.rows} rows ({self.rows_from}); use --format hf"
         )
@@ -89,9 +99,10 @@ def export(
     """Write the decoder that `fedspine.exports.hf.export` wrote to `source` as the new `folder`.
 
     `examples` are the rows to compare both on, and `rows_from` says what they are; `quantize` is a
-    key of `gguf_file.FILE_TYPES`. The folder appears at once and complete. Raises BadInput where it
-    exists, for a model or a tokenizer that llama.cpp has none like, and for a file that is outside
-    its tolerance: logits as far apart as rounding takes them, or 99.5 % of the greedy tokens equal.
+    key of `STORED`; for Q4_K_M llama.cpp itself quantises the F16 file. The folder appears at once
+    and complete. Raises BadInput where it exists, for a model or a tokenizer that llama.cpp has
+    none like, and for a file that is outside its tolerance: logits as far apart as rounding takes
+    them (Q4_K_M: 5 % of the perplexity), or 99.5 % of the greedy tokens equal.
     """
     source, folder = Path(source), Path(folder)
     check_new(folder)
@@ -100,9 +111,8 @@ def export(
     architecture = gguf_file.id_of(config, widths)
     words = vocabulary(source, loaded.tokenizer, config.vocab_size, chat=card.chat)
     with whole_folder(folder) as partial:
-        unfit = gguf_file.write(
-            partial / GGUF, loaded.module, widths, words, name=card.name, how=quantize
-        )
+        copy_beside(source, partial / WORDS)  # which transformers would take for the file's own
+        unfit = _write(partial / GGUF, loaded.module, widths, words, name=card.name, how=quantize)
         written = _read_back(partial / GGUF, loaded.module, architecture, stock=card.stock)
         parity = Parity(
             **_differences(loaded.module, written, examples),
@@ -112,12 +122,23 @@ def export(
             architecture=architecture,
             quantize=quantize,
             stored_f16=unfit,
+            types=gguf_file.types_of(partial / GGUF),
             bytes=(partial / GGUF).stat().st_size,
         )
         parity.check()
         (partial / PARITY).write_text(json.dumps(asdict(parity), indent=2) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(_readme(card, parity), encoding="utf-8")
     return parity
+
+
+def _write(file: Path, *model: Any, name: str, how: str) -> tuple[str, ...]:
+    if how not in llama_cpp.QUANTISERS:
+        return gguf_file.write(file, *model, name=name, how=how)
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = Path(scratch) / GGUF
+        gguf_file.write(whole, *model, name=name, how="f16")
+        llama_cpp.quantise(whole, file, how)
+    return ()
 
 
 def _widths(loaded: Loaded, card: Card) -> Widths:
@@ -147,11 +168,12 @@ def _read_back(file: Path, module: nn.Module, architecture: str, *, stock: bool)
     return written
 
 
-def _allowed(quantize: str, layers: int) -> float:
+def _allowed(quantize: str, layers: int) -> float | None:
     """Rounding errors are independent, so their squares add up over the products that a token goes
     through: six in a block one after another, embedding and head.
     """
-    return ROUNDING[quantize] * sqrt(6 * layers + 2)
+    rounding = ROUNDING.get(quantize)
+    return None if rounding is None else rounding * sqrt(6 * layers + 2)
 
 
 def _differences(module: nn.Module, written: nn.Module, examples: Examples) -> dict[str, float]:
@@ -201,6 +223,9 @@ def _loss(logits: Tensor, labels: Tensor) -> float:
 
 def _readme(card: Card, parity: Parity) -> str:
     unfit = ""
+    if parity.quantize in llama_cpp.QUANTISERS:
+        types = ", ".join(f"{count} in {name}" for name, count in parity.types.items())
+        unfit = f"\nllama.cpp chose the types of the matrices, by their widths: {types}.\n"
     if parity.stored_f16:
         unfit = (
             f"\nRows of {len(parity.stored_f16)} matrices do not fit Q8_0's blocks of 32 numbers, "

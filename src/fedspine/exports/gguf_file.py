@@ -6,7 +6,8 @@ is `deci`, under which llama.cpp reads heads, key/value heads and feed-forward w
 one number for each layer; the computation is Llama's.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ try:
 except ModuleNotFoundError:
     raise BadInput(f"GGUF files are written with the package gguf; {EXTRA}") from None
 
+PRUNABLE = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 UNEQUAL = "deci"
 IDS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # by model_type
 WHOLE = {  # what llama.cpp takes of these; Llama may have any widths
@@ -110,6 +112,12 @@ def write(
     return tuple(unfit) if how == "q8_0" else ()
 
 
+def types_of(path: Path) -> dict[str, int]:
+    """The number of matrices in a file by the type of their numbers."""
+    tensors = gguf.GGUFReader(path).tensors
+    return dict(Counter(t.tensor_type.name for t in tensors if len(t.shape) > 1))
+
+
 def read_tensors(path: Path, module: nn.Module, architecture: str) -> Tensors:
     """The fp32 tensors of a file by the names that they have in a module like `module`.
 
@@ -126,6 +134,80 @@ def read_tensors(path: Path, module: nn.Module, architecture: str) -> Tensors:
             values = halved(values, _head_dim(module.config))
         found[ours] = values.reshape(tensor.shape)
     return found
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a file says of its model."""
+
+    path: Path
+    fields: Mapping[str, Any]
+    tensors: Mapping[str, int]  # numbers in each
+    architecture: str
+
+    def of(self, name: str, *usual: Any) -> Any:
+        """A field of the architecture; raises BadInput where it is missing and has no
+        usual value.
+        """
+        key = f"{self.architecture}.{name}"
+        if key not in self.fields and not usual:
+            raise BadInput(f"{self.path} lacks {key}, so it cannot be read; take another file")
+        return self.fields.get(key, *usual)
+
+    @property
+    def widths(self) -> Widths:
+        """Of each layer."""
+        layers = self.of("block_count")
+        heads = _each(self.of("attention.head_count"), layers)
+        key_heads = _each(self.of("attention.head_count_kv", heads), layers)
+        return Widths(heads, key_heads, _each(self.of("feed_forward_length"), layers))
+
+    @property
+    def block_parameters(self) -> int:
+        weights = {f"{name}.weight" for name in PRUNABLE}
+        return sum(n for name, n in self.tensors.items() if name.split(".", 2)[-1] in weights)
+
+
+def stored_in(path: Path, known: tuple[str, ...]) -> Stored:
+    """What the file says; raises BadInput for one that is damaged or of an architecture that is not
+    `known`.
+    """
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+    except Exception as error:  # the package checks little of what it reads
+        reason = " ".join(str(error).split())[:160]
+        raise BadInput(
+            f"{path} cannot be read as GGUF ({type(error).__name__}: {reason}); copy the file "
+            "again, or take another one"
+        ) from None
+    architecture = fields.get("general.architecture")
+    if architecture not in known:
+        raise BadInput(
+            f"{path} holds a model of architecture {architecture!r}, which is not known here; take "
+            f"one of: {', '.join(known)}"
+        )
+    return Stored(path, fields, tensors, architecture)
+
+
+def _each(value: Any, layers: int) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,) * layers
+
+
+def write_words(path: Path, target: Path) -> None:
+    """A file of the tokenizer alone under an id that transformers knows, which does not know all
+    that llama.cpp does.
+    """
+    writer = gguf.GGUFWriter(target, "llama")
+    for name, field in gguf.GGUFReader(path).fields.items():
+        if name.startswith("tokenizer.") or name == "general.name":
+            kind, *of = field.types
+            writer.add_key_value(name, field.contents(), kind, sub_type=of[-1] if of else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def paired(weight: Tensor, head_dim: int) -> Tensor:

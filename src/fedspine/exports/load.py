@@ -1,10 +1,10 @@
-"""Load an exported folder: the stock class with linear layers of the stored sizes, or an ONNX
-graph. No remote code, no pickle.
+"""Load an exported folder of any format: the stock class with linear layers of the stored sizes, an
+ONNX graph, or a GGUF file. No remote code, no pickle.
 """
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +16,40 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from fedspine.core.errors import BadInput
-from fedspine.core.task import Kind
-from fedspine.exports.card import ONNX, WEIGHTS, Card, read_card, weights_of
+from fedspine.exports.card import (
+    BASE,
+    CONFIG,
+    ONNX,
+    WEIGHTS,
+    Card,
+    format_of,
+    gguf_in,
+    read_card,
+    weights_of,
+)
+from fedspine.exports.loaded import Loaded
+from fedspine.lm.gguf_files import EXTRA
 from fedspine.lm.pooling import CLASSES, reading
 from fedspine.lm.prunable_layout import PrunableSite, layout_of
 
-
-@dataclass(frozen=True)
-class Loaded:
-    """An exported model ready to run: a stock transformers module, in fp32, with plain linear
-    layers, or of an ONNX folder an `OnnxModule`, which is called the same way.
-    """
-
-    module: nn.Module
-    tokenizer: Any
-    kind: Kind
-    labels: tuple[str, ...]
-    max_tokens: int
-    sparsity: float
-    parameters: int
-    block_parameters: int  # of the prunable linear layers' weights, which sparsity is counted on
-    chat: bool = False  # whether it was tuned on dialogues, so that it answers
+__all__ = ["Loaded", "load_model"]
 
 
 def load_model(folder: str | Path, *, threads: int | None = None) -> Loaded:
-    """The model that `fedspine.export` wrote to `folder` in the format hf or onnx.
+    """The model that `fedspine.export` wrote to `folder`, in any format; of GGUF the file, too.
 
-    `threads` are those of ONNX Runtime (None: as many as it likes); PyTorch's are the process's.
-    Raises BadInput for a missing folder, one that is no export, and weights that are damaged or
-    incomplete.
+    An adapter of PEFT needs its base beside it (`with_base`), into which it is merged. `threads`
+    are those of ONNX Runtime and llama.cpp (None: as many as they like); PyTorch's are the
+    process's. Raises BadInput for a missing folder, one that is no export, weights that are damaged
+    or incomplete, and a format whose package is missing.
     """
     folder = Path(folder)
     logging.set_verbosity_error()
+    if (file := gguf_in(folder)) is not None:
+        return _of_gguf(file, threads)
+    adapter = folder if format_of(folder) == "peft" else None
+    if adapter is not None:
+        folder = _base_of(adapter)
     card = read_card(folder)
     config = _read(folder, AutoConfig)
     tokenizer = _read(folder, AutoTokenizer)
@@ -61,6 +63,10 @@ def load_model(folder: str | Path, *, threads: int | None = None) -> Loaded:
         running = OnnxModule(folder / ONNX, config, threads)
     else:
         _fill(module, folder / WEIGHTS)
+        if adapter is not None:
+            from fedspine.exports.peft import merged_into  # needs fedspine[peft]
+
+            module = merged_into(module, adapter)
         running = reading(module, card.pooling)
     layout = layout_of(config, module.base_model_prefix)
     return Loaded(
@@ -75,7 +81,29 @@ def load_model(folder: str | Path, *, threads: int | None = None) -> Loaded:
             module.get_submodule(site.path).weight.numel() for site in layout.sites
         ),
         chat=card.chat,
+        runtime="ONNX Runtime" if graph else "PyTorch",
     )
+
+
+def _of_gguf(file: Path, threads: int | None) -> Loaded:
+    if not file.is_file():
+        raise BadInput(
+            f"{file} is not a file; give a folder or a file that `fedspine export` wrote"
+        )
+    if not find_spec("gguf"):
+        raise BadInput(f"{file.name} is read with the package gguf; {EXTRA}")
+    from fedspine.exports.gguf_load import load_gguf
+
+    return load_gguf(file, threads)
+
+
+def _base_of(adapter: Path) -> Path:
+    if not (adapter / BASE / CONFIG).is_file():
+        raise BadInput(
+            f"{adapter} is an adapter without the model that it fits; run it with PEFT as its "
+            "README.md says, or export it with --with-base, or with --format hf"
+        )
+    return adapter / BASE
 
 
 def _read(folder: Path, auto: Any) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedspine.core.errors import BadInput, nearest, unknown
-from fedspine.exports import hf
+from fedspine.exports import hf, llama_cpp
 
 # these two make the messages in a saved state known
 from fedspine.flare import site_state  # noqa: F401
@@ -30,7 +30,7 @@ from fedspine.storage.store import Saved, Store
 FORMATS = ("hf", "onnx", "gguf", "peft")
 QUANTISATIONS = {  # by format, the default first; the others have none
     "onnx": ("none", "fp16", "int8"),
-    "gguf": ("f16", "q8_0"),
+    "gguf": ("f16", "q8_0", "q4_k_m"),
 }
 GLOBAL, DENSE = "global", "dense"
 
@@ -165,6 +165,8 @@ def _check_options(format: str, *, with_base: bool, quantize: str | None, rows: 
             )
     if known and quantize is not None and quantize not in known:
         raise _unknown_quantisation(format, quantize, known)
+    if quantize in llama_cpp.QUANTISERS:
+        llama_cpp.runtime()
 
 
 def _unknown_quantisation(format: str, quantize: str, known: tuple[str, ...]) -> BadInput:
@@ -172,7 +174,7 @@ def _unknown_quantisation(format: str, quantize: str, known: tuple[str, ...]) ->
     if format != "gguf":
         return error
     return BadInput(
-        f"{error}; other types, such as Q4_K_M, are made from the f16 file by llama.cpp's own "
+        f"{error}; other types, such as Q5_K_M, are made from the f16 file by llama.cpp's own "
         "llama-quantize"
     )
 

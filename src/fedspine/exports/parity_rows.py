@@ -15,6 +15,7 @@ from fedspine.runs.read_data import dataset
 from fedspine.runs.task_record import TaskRecord, record_of
 
 MADE_UP = 64  # texts, where there are none
+RANDOM_WORDS = "random words, since the run's data is not at hand; --rows names some"
 
 
 def parity_rows(
@@ -31,8 +32,8 @@ def parity_rows(
     elif (rows := _test(recipe, record)) is not None:
         rows_from = "test rows of the run"
     else:
-        rows = _made_up(record, tokenizer)
-        rows_from = "random words, since the run's data is not at hand; --rows names some"
+        rows = made_up(tokenizer, record.max_tokens, pairs=record.kind == "pair")
+        rows_from = RANDOM_WORDS
     if len(rows) > most:
         rows = rows.take(np.linspace(0, len(rows) - 1, most).astype(int).tolist())
     return encode(tokenizer, rows, record.kind, record.max_tokens, scored=True), rows_from
@@ -62,13 +63,13 @@ def _test(recipe: Recipe, record: TaskRecord) -> Rows | None:
     return data.test if same else None
 
 
-def _made_up(record: TaskRecord, tokenizer: Any) -> Rows:
-    """Texts of one to as many random tokens as the model was trained to read."""
+def made_up(tokenizer: Any, max_tokens: int, *, pairs: bool) -> Rows:
+    """Texts, or pairs of them, of one to `max_tokens` random tokens, always the same ones."""
     rng = np.random.default_rng(0)
     usual = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
 
     def texts() -> tuple[str, ...]:
-        lengths = rng.integers(1, record.max_tokens, MADE_UP, endpoint=True)
+        lengths = rng.integers(1, max_tokens, MADE_UP, endpoint=True)
         return tuple(tokenizer.decode(rng.choice(usual, length)) for length in lengths)
 
-    return Rows(texts(), texts() if record.kind == "pair" else None, None, {})
+    return Rows(texts(), texts() if pairs else None, None, {})

@@ -8,12 +8,14 @@ structure and fits the module of an export that left the adapter out (`export(..
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fedspine.core.errors import BadInput
 from fedspine.core.message import NotAMessage, Tensors, pack, unpack
@@ -23,9 +25,9 @@ from fedspine.lm.prunable_layout import PrunableSite
 from fedspine.lm.structure import Structure, full, is_full, kept_columns, kept_rows
 
 try:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
 except ModuleNotFoundError:
-    raise BadInput("PEFT adapters need the package peft; install fedspine[peft]") from None
+    raise BadInput("PEFT adapters need the package peft; pip install 'fedspine[peft]'") from None
 
 CONFIG, WEIGHTS, STRUCTURE = (
     "adapter_config.json",
@@ -143,6 +145,21 @@ def read_adapter(folder: str | Path, base: Base) -> Model:
             "model's blocks; take the base model and the task that the adapter was made for"
         )
     return Model(structure=structure, adapter=adapter, head=head, scale=scale)
+
+
+def merged_into(module: nn.Module, folder: str | Path) -> nn.Module:
+    """A stock module with the adapter in `folder` merged into its weights, as PEFT does it.
+
+    Raises BadInput for an adapter that cannot be read or does not fit.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it does with transformers' own settings
+            return PeftModel.from_pretrained(module, str(folder)).merge_and_unload()
+    except Exception as error:  # it has many kinds
+        reason = " ".join(str(error).split())[:160]
+        what = f"the adapter in {folder} cannot be read ({reason}); export it again"
+        raise BadInput(what) from None
 
 
 def _settings(folder: Path) -> LoraConfig:

@@ -12,7 +12,7 @@ import torch
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Examples
 from fedspine.data.dataset import Rows
-from fedspine.exports.load import Loaded
+from fedspine.exports.loaded import Loaded
 from fedspine.lm.decoding import Decoding, ends_of, written
 from fedspine.lm.dialogues import Messages, end_of_answers, prompt_ids
 from fedspine.lm.encode import encode

@@ -1,6 +1,6 @@
 """Number formats with units, a run's headline numbers, and the table of a finished run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import exp, isfinite
 from typing import Any, Literal, TextIO
@@ -352,41 +352,3 @@ def device_table(scores: Mapping[str, Mapping[str, float]]) -> Table:
     means = (forms[n](sum(each[n] for each in scores.values()) / len(scores)) for n in names)
     table.add_row(f"mean of {counted(len(scores), 'device')}", *means)
     return table
-
-
-def bench_table(found: Mapping[str, Any]) -> Table:
-    """Measured costs of one model, or of two side by side with their ratios."""
-    model, against, ratios = found["model"], found.get("against"), found.get("ratio", {})
-    title = f"measured on {counted(model['threads'], 'thread')}, {model['tokens']} tokens a row"
-    table = Table(
-        "", "model", *(("against", "ratio") if against else ()), title=title, title_justify="left"
-    )
-    for batch in model["latency_seconds"]:
-        _bench_row(
-            table,
-            f"latency, batch {batch}",
-            found,
-            lambda b, n=batch: f"{1e3 * b['latency_seconds'][n]:.1f} ms",
-            ratios.get("latency", {}).get(batch),
-        )
-    for label, key, text in (
-        ("weights in the blocks", "block_parameters", "{:,}".format),
-        ("parameters in all", "parameters", "{:,}".format),
-        ("weight file", "file_bytes", bytes_text),
-        ("peak memory, libraries included", "peak_memory_bytes", bytes_text),
-    ):
-        _bench_row(table, label, found, lambda b, k=key, t=text: t(b[k]), ratios.get(key))
-    return table
-
-
-def _bench_row(
-    table: Table,
-    label: str,
-    found: Mapping[str, Any],
-    text: Callable[[Mapping[str, Any]], str],
-    ratio: float | None,
-) -> None:
-    cells = [text(found["model"])]
-    if found.get("against"):
-        cells += [text(found["against"]), decimal(ratio)]
-    table.add_row(label, *cells)

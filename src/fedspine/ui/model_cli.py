@@ -2,6 +2,7 @@
 
 import dataclasses
 import json as jsonlib
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -42,8 +43,8 @@ def export(
     quantize: Annotated[
         str | None,
         typer.Option(
-            help="With --format onnx: none (fp32), fp16 or int8; with gguf: f16 or q8_0. Default: "
-            "the first.",
+            help="With --format onnx: none (fp32), fp16 or int8; with gguf: f16, q8_0 or "
+            "q4_k_m. Default: the first.",
             show_default=False,
         ),
     ] = None,
@@ -55,6 +56,13 @@ def export(
             "test rows.",
         ),
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Repository of the Hugging Face Hub to push it to."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to-hub: a new repository is private.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Write one deployed model of a run to a folder: merged, physically smaller, ready for predict
@@ -62,6 +70,8 @@ def export(
     """
     from fedspine.ui import python
 
+    if private and push_to_hub is None:
+        raise BadInput("--private is for --push-to-hub; leave it out, or name a repository")
     found = python.export(
         folder,
         to,
@@ -71,6 +81,8 @@ def export(
         base=base,
         quantize=quantize,
         rows=rows,
+        push_to_hub=push_to_hub,
+        private=private,
     )
     if json:
         print(jsonlib.dumps(found))
@@ -116,6 +128,10 @@ def predict(
     from fedspine.ui.chat import answer_each, converse, lines_of_user
 
     loaded = load_model(folder)
+    if loaded.runtime.startswith("PyTorch, with"):
+        from fedspine.exports.llama_cpp import EXTRA
+
+        print(f"computed by {loaded.runtime}; for llama.cpp itself {EXTRA}", file=sys.stderr)
     decoding = decoding_for(loaded, tokens, temperature, seed)
     if loaded.chat and not json and not pair:
         if texts:
@@ -141,7 +157,10 @@ def predict(
 
 @ends_when_told()
 def bench(
-    folder: ModelFolder,
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="What `fedspine export` wrote, in any format."),
+    ],
     against: Annotated[
         Path | None,
         typer.Option(
@@ -150,14 +169,37 @@ def bench(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens per row.", min=1)] = 128,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Of several folders: data that all of them predict; default: random words.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Measure an exported model on this machine: latency at batch 1 and 32, file size, peak memory,
-    parameters.
+    """Measure exported models on this machine: latency at batch 1 and 32, file size, peak memory,
+    parameters. Several are measured in turns and predict the same rows, in one table.
     """
     from fedspine.exports import bench as benches
-    from fedspine.report.tables import bench_table
+    from fedspine.report.bench_tables import bench_table, benches_table
+    from fedspine.storage.records import plain
 
+    if against is not None and (len(folders) > 1 or rows is not None):
+        raise BadInput("--against takes one folder and no --rows; name all folders without it")
+    if len(folders) > 1 or rows is not None:
+        measured = benches.bench_all(folders, tokens=tokens, threads=threads, rows=rows)
+        entries = [
+            {"folder": str(folder), **dataclasses.asdict(one)}
+            | ({"same_rows": dataclasses.asdict(rows_of)} if rows_of else {})
+            for folder, (one, rows_of) in zip(folders, measured, strict=True)
+        ]
+        if json:
+            print(jsonlib.dumps(plain({"models": entries})))
+        else:
+            Console().print(benches_table(entries))
+        return
+    (folder,) = folders
     if against is None:
         found = {"model": dataclasses.asdict(benches.bench(folder, tokens=tokens, threads=threads))}
     else:

@@ -21,6 +21,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from fedspine.core.errors import BadInput
+from fedspine.exports import hub
 from fedspine.exports.of_run import GLOBAL, Models, export_model
 from fedspine.report.page import REPORT
 from fedspine.report.rows import read_rows
@@ -233,15 +234,19 @@ def export(
     base: str | None = None,
     quantize: str | None = None,
     rows: str | Path | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> dict[str, Any]:
     """Write one deployed model of a run to the new folder `to`; returns what it is.
 
     `device` is a device's id, `global` or `dense`; `format` is `hf`, a merged model, `onnx`, the
     same for ONNX Runtime, `gguf`, the same for llama.cpp, or `peft`, an adapter, and `with_base`
     adds the model that it fits; `base` says where the run's base is now. `quantize` is `none`
-    (the default), `fp16` or `int8` for ONNX, and `f16` (the default) or `q8_0` for GGUF; `rows`
-    names data to compare either on. Raises BadInput for an unknown device, format or quantisation,
-    for a folder that exists, and for a graph or file outside its tolerance.
+    (the default), `fp16` or `int8` for ONNX, and `f16` (the default), `q8_0` or `q4_k_m` for GGUF;
+    `rows` names data to compare either on; `push_to_hub` is a repository of the Hugging Face Hub
+    that gets the folder, too, made `private` where it is new. Raises BadInput for an unknown
+    device, format or quantisation, for a folder that exists, for a graph or file outside its
+    tolerance, and where the Hub refuses.
 
     >>> from fedspine import export, load_model, predict
     >>> export("runs/fedlora-1", "models/nx", device="nx-01")["sparsity"]
@@ -249,7 +254,8 @@ def export(
     >>> predict(load_model("models/nx"), ["good the very"])[0].label in ("kind", "unkind")
     True
     """
-    return export_model(
+    client = None if push_to_hub is None else hub.client_for(push_to_hub)
+    found = export_model(
         _folder(run),
         device=device,
         format=format,
@@ -259,6 +265,9 @@ def export(
         quantize=quantize,
         rows=None if rows is None else str(rows),
     )
+    if push_to_hub is not None and client is not None:
+        found["pushed_to"] = hub.push(Path(to), push_to_hub, client, private=private)
+    return found
 
 
 def free_folder(name: str) -> Path:

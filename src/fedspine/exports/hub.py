@@ -1,0 +1,87 @@
+"""Push an exported folder to a repository of the Hugging Face Hub.
+
+The one file that writes there, through `huggingface_hub`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from fedspine.core.errors import BadInput
+from fedspine.exports.card import ADAPTER
+
+LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+class Client(Protocol):
+    """What is used of `huggingface_hub.HfApi`."""
+
+    def whoami(self) -> Any: ...
+
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> Any: ...
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> Any: ...
+
+
+def client_for(repo: str, make: Any = HfApi) -> Client:
+    """The client that can write to `repo`, before anything is computed for it.
+
+    Raises BadInput for a name that the Hub does not take, and where nobody is logged in.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise BadInput(
+            f"--push-to-hub {repo!r} is no name of a repository ({reason}); write NAME or USER/NAME"
+        ) from None
+    client: Client = make()
+    try:
+        client.whoami()
+    except Exception as error:  # no token, a wrong one, no network
+        raise BadInput(
+            f"the Hub does not know who is pushing ({_reason(error)}); {LOGIN}"
+        ) from None
+    return client
+
+
+def push(folder: Path, repo: str, client: Client, *, private: bool = False) -> str:
+    """Upload all files of an exported folder to `repo`, which is made where it does not exist;
+    returns the name that the Hub gives it.
+
+    Raises BadInput for an adapter that names a base on this machine, and where the Hub refuses; the
+    folder stays as it is.
+    """
+    _check_adapter(folder)
+    try:
+        made = client.create_repo(repo, private=private, exist_ok=True)
+        whole = str(getattr(made, "repo_id", repo))
+        client.upload_folder(
+            repo_id=whole, folder_path=folder, commit_message=f"Export of fedspine: {folder.name}"
+        )
+    except Exception as error:  # the client has many kinds
+        raise BadInput(
+            f"{folder} is written, but pushing it to {repo} failed ({_reason(error)}); push it "
+            f"with: hf upload {repo} {folder}"
+        ) from None
+    return whole
+
+
+def _check_adapter(folder: Path) -> None:
+    """An adapter whose base is a path of this machine is of no use elsewhere, and tells of it."""
+    if not (folder / ADAPTER).is_file():
+        return
+    base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if Path(base).is_absolute() or Path(base).exists():
+        raise BadInput(
+            f"{folder} is written and not pushed: its adapter fits {base}, a path of this machine; "
+            "push --format hf, or an adapter of a base on the Hub"
+        )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
