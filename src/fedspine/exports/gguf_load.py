@@ -21,7 +21,7 @@ from fedspine.core.errors import BadInput
 from fedspine.exports import gguf_file, llama_cpp
 from fedspine.exports.card import CONFIG, WORDS, Card, read_card
 from fedspine.exports.gguf_file import Stored
-from fedspine.exports.loaded import Loaded
+from fedspine.exports.loaded import READ_BACK, Loaded
 from fedspine.lm.pooling import CLASSES
 from fedspine.lm.prunable_layout import layout_of
 
@@ -39,7 +39,7 @@ def load_gguf(path: Path, threads: int | None) -> Loaded:
     card = _card_beside(path)
     config = _config(stored)
     if llama_cpp.installed() is None:
-        module, runtime = _in_torch(stored, config), "PyTorch, with the numbers of the file"
+        module, runtime = _in_torch(stored, config), READ_BACK
     else:
         from fedspine.exports.gguf_module import LlamaModule
 

@@ -7,6 +7,8 @@ from torch import nn
 
 from fedspine.core.task import Kind
 
+READ_BACK = "PyTorch, with the numbers of the file"  # a runtime, where the format's own is missing
+
 
 @dataclass(frozen=True)
 class Loaded:

@@ -15,7 +15,7 @@ except ImportError:  # which older versions need
 
 import fedspine
 from fedspine.core.errors import BadInput, Stopped
-from fedspine.ui import catalog_cli, data_cli, fleet_cli, model_cli, results_cli, run_cli
+from fedspine.ui import catalog_cli, data_cli, fit_cli, fleet_cli, model_cli, results_cli, run_cli
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,7 +36,7 @@ for command in (
     *(catalog_cli.methods, catalog_cli.devices),
     run_cli.demo,
     *(results_cli.show, results_cli.report, results_cli.compare),
-    *(model_cli.export, model_cli.predict, model_cli.bench),
+    *(model_cli.export, model_cli.predict, model_cli.bench, fit_cli.fit),
 ):
     app.command()(command)
 

@@ -122,13 +122,14 @@ def predict(
 ) -> None:
     """Label texts, continue them, or answer them, with an exported model."""
     from fedspine.exports.hf import load_model
+    from fedspine.exports.loaded import READ_BACK
     from fedspine.exports.predict import decoding_for
     from fedspine.exports.predict import predict as ask
     from fedspine.storage.records import plain
     from fedspine.ui.chat import answer_each, converse, lines_of_user
 
     loaded = load_model(folder)
-    if loaded.runtime.startswith("PyTorch, with"):
+    if loaded.runtime == READ_BACK:
         from fedspine.exports.llama_cpp import EXTRA
 
         print(f"computed by {loaded.runtime}; for llama.cpp itself {EXTRA}", file=sys.stderr)

@@ -1,0 +1,199 @@
+"""`fedspine fit`: the most accurate model of runs that a stated device has room and time for."""
+
+import dataclasses
+import json as jsonlib
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fedspine.core.errors import BadInput
+from fedspine.core.process import ends_when_told
+from fedspine.ui.options import Json
+
+BYTES = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+PLOT = "fit.svg"
+NEAREST = 5  # misses that are shown
+
+
+@ends_when_told()
+def fit(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Folders that `fedspine run` made.")
+    ],
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of the device, such as 256MB.")
+    ] = None,
+    latency: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Of one call, such as 50ms.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Rows of a call.", min=1)] = 1,
+    formats: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Such as onnx,gguf; default: all that a model can have."),
+    ] = None,
+    device_kind: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Predict the latency for this kind of `fedspine devices`."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens per row; default: 128, or as many as it reads.", min=1),
+    ] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    rows: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Rows to score on; default: the run's test rows."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Where the runs' base is now, if it has moved.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help=f"The trade-off, SVG; default: {PLOT} in the first DIR."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """The most accurate deployed model, format and quantisation that fit a device, of one run or
+    of several; exit code 2 where nothing fits.
+    """
+    from fedspine.exports.fit import Question
+    from fedspine.exports.fit import fit as find
+    from fedspine.ui.progress import progress_for
+
+    question = Question(
+        limits=_limits(memory, latency, batch, device_kind),
+        formats=tuple(part.strip() for part in formats.split(",")) if formats else (),
+        device_kind=device_kind,
+        tokens=tokens,
+        threads=threads,
+        rows=rows,
+        base=base,
+    )
+    if plot is not None and plot.suffix != ".svg":
+        raise BadInput(f"--plot {plot} was given; it is written as SVG, so name a file in .svg")
+    progress = progress_for(json)
+    try:
+        fits = find(folders, question, progress.stage)
+    finally:
+        progress.close()
+    found = _plain(fits, question)
+    found["plot"] = _drawn(found, plot, folders[0])
+    if fits.best is None:  # the line first, whatever is piped where
+        print(f"fedspine: {_nothing(fits, question)}", file=sys.stderr, flush=True)
+    _show(found, json)
+    if fits.best is None:
+        raise typer.Exit(2)
+
+
+def quantity(option: str, text: str, units: dict[str, float]) -> float:
+    """A positive number with its unit.
+
+    >>> quantity("--memory", "1.5 GB", BYTES), quantity("--latency", "50ms", SECONDS)
+    (1500000000.0, 0.05)
+    """
+    parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]+)\s*", text)
+    known = {name.lower(): factor for name, factor in units.items()}
+    example = "256MB" if units is BYTES else "50ms"
+    if parts is None or parts[2].lower() not in known or not float(parts[1]):
+        raise BadInput(
+            f"{option} {text!r} was given, but a positive number with one of the units "
+            f"{', '.join(units)} was expected, such as {option} {example}"
+        )
+    return float(parts[1]) * known[parts[2].lower()]
+
+
+def _limits(memory: str | None, latency: str | None, batch: int, kind: str | None) -> Any:
+    from fedspine.exports.fit import Limits
+    from fedspine.fleets.hardware import KINDS
+
+    of_kind = KINDS[kind].memory_bytes if kind in KINDS else None
+    limits = Limits(
+        memory_bytes=of_kind if memory is None else quantity("--memory", memory, BYTES),
+        latency_seconds=None if latency is None else quantity("--latency", latency, SECONDS),
+        batch=batch,
+    )
+    if limits.memory_bytes is None and limits.latency_seconds is None and kind is None:
+        raise BadInput("no limit came; give --memory, --latency or --device-kind")
+    return limits
+
+
+def _plain(fits: Any, question: Any) -> dict[str, Any]:
+    return {
+        "measure": fits.measure,
+        "rows": fits.rows,
+        "rows_from": fits.rows_from,
+        "tokens": fits.tokens,
+        "batch": question.limits.batch,
+        "threads": question.threads,
+        "device_kind": question.device_kind,
+        "limits": dataclasses.asdict(question.limits),
+        "best": None if fits.best is None else dataclasses.asdict(fits.best),
+        "candidates": [dataclasses.asdict(one) for one in fits.candidates],
+        "nearest": [dataclasses.asdict(one) for one in fits.nearest[:NEAREST]],
+        "refused": dict(fits.refused),
+    }
+
+
+def _nothing(fits: Any, question: Any) -> str:
+    """The line where nothing fits."""
+    one = fits.nearest[0]
+    numbers = " ".join(filter(None, (one.format, one.quantize)))
+    return (
+        f"nothing fits {_told(question.limits)}; nearest is {one.device} of {one.run} as {numbers} "
+        f"with {one.memory_bytes / 1e6:.0f} MB and {1e3 * one.latency_seconds:.1f} ms"
+        f"{' (predicted)' if one.predicted else ''}: raise a limit, or prune further"
+    )
+
+
+def _told(limits: Any) -> str:
+    parts = []
+    if limits.memory_bytes is not None:
+        parts.append(f"{limits.memory_bytes / 1e6:g} MB")
+    if limits.latency_seconds is not None:
+        parts.append(f"{1e3 * limits.latency_seconds:g} ms")
+    return f"{' and '.join(parts)} at batch {limits.batch}"
+
+
+def _drawn(found: dict[str, Any], plot: Path | None, folder: Path) -> str | None:
+    from fedspine.report.drawing import svg
+    from fedspine.report.fit_report import fit_panel
+
+    text = svg(fit_panel(found), background=True)
+    place = folder / PLOT if plot is None else plot
+    if plot is None:  # a run's folder may be read-only
+        with suppress(OSError):
+            place.write_text(text, encoding="utf-8")
+            return str(place)
+        return None
+    place.write_text(text, encoding="utf-8")
+    return str(place)
+
+
+def _show(found: dict[str, Any], json: bool) -> None:
+    from fedspine.report.fit_report import fit_table
+    from fedspine.storage.records import plain
+
+    if json:
+        print(jsonlib.dumps(plain(found)))
+        return
+    best = found["best"]
+    shown = found["nearest"] if best is None else found["candidates"]
+    Console().print(fit_table(found, shown))
+    for name, why in found["refused"].items():
+        print(f"left out: {name}: {why}")
+    if found["plot"] is not None:
+        print(f"plot: {found['plot']}")
+    if best is not None:
+        numbers = f" --quantize {best['quantize']}" if best["quantize"] else ""
+        print(
+            f"fits best: fedspine export {best['run']} --device {best['device']} --format "
+            f"{best['format']}{numbers} --to MODEL"
+        )
