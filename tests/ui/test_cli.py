@@ -216,8 +216,8 @@ BAD_COMMANDS = {  # arguments, and what the line must say
         ["quantisation 'int88'", "did you mean 'int8'"],
     ),
     "quantisation that needs llama.cpp": (
-        "export {place}/run --format gguf --quantize q4_k_m --to {place}/x",
-        ["quantisation 'q4_k_m'", "known: f16, q8_0", "llama-quantize"],
+        "export {place}/run --format gguf --quantize q5_k_m --to {place}/x",
+        ["quantisation 'q5_k_m'", "known: f16, q4_k_m, q8_0", "llama-quantize"],
     ),
     "quantisation of another format": (
         "export {place}/run --quantize int8 --to {place}/x",

@@ -26,6 +26,7 @@ from fedspine.exports.of_run import (
     GLOBAL,
     QUANTISATIONS,
     RunModel,
+    check_kind,
     device_ids_of,
     export_model,
     open_run,
@@ -171,9 +172,12 @@ def fit(folders: Sequence[Path], question: Question, say: Say = lambda line: Non
     tokens = question.tokens or min(TOKENS, first.record.max_tokens)
     found: list[Candidate] = []
     refused: dict[str, str] = {}
-    for trial in chain.from_iterable(
-        _of_run(*each, examples, question, say) for each in runs.items()
-    ):
+    able = {
+        folder: _formats_of(folder, run, question.formats, refused) for folder, run in runs.items()
+    }
+    _check_formats(question.formats, set(chain.from_iterable(able.values())), refused)
+    trials = (_of_run(folder, run, examples, able[folder], say) for folder, run in runs.items())
+    for trial in chain.from_iterable(trials):
         say(f"measuring {trial.name}")
         with tempfile.TemporaryDirectory() as scratch:
             place = Path(scratch) / "model"
@@ -183,7 +187,7 @@ def fit(folders: Sequence[Path], question: Question, say: Say = lambda line: Non
                 refused[trial.name] = str(error)
                 continue
             found.append(_measured(trial, place, examples, question, tokens))
-    _check_formats(question.formats, found, refused)
+    _check_formats(question.formats, {one.format for one in found}, refused)
     kind = first.record.kind
     found.sort(key=lambda one: (_falling(one.quality, one.quality, kind), one.latency_seconds))
     return Fit(
@@ -208,11 +212,10 @@ def _export(trial: _Trial, place: Path, question: Question) -> None:
     )
 
 
-def _check_formats(
-    named: tuple[str, ...], found: Sequence[Candidate], refused: Mapping[str, str]
-) -> None:
-    """Raise BadInput for a format that was named and that no model can have."""
-    came = {one.format for one in found}
+def _check_formats(named: tuple[str, ...], came: set[str], refused: Mapping[str, str]) -> None:
+    """Raise BadInput for a format that was named and that no model can have, and where there is
+    none at all.
+    """
     for format in named or (() if came else FORMATS):
         if format not in came:
             why = next((line for name, line in refused.items() if f" as {format}" in name), "")
@@ -230,11 +233,28 @@ def _check_alike(runs: dict[Path, RunModel]) -> None:
             )
 
 
+def _formats_of(
+    folder: Path, run: RunModel, named: tuple[str, ...], refused: dict[str, str]
+) -> tuple[str, ...]:
+    """The formats that the models of a run can have; why the others are none goes to `refused`."""
+    able = []
+    for format in named or FORMATS:
+        try:
+            check_kind(format, run)
+        except BadInput as error:
+            refused[f"{folder.name} as {format}"] = str(error)
+        else:
+            able.append(format)
+    return tuple(able)
+
+
 def _of_run(
-    folder: Path, run: RunModel, examples: Examples, question: Question, say: Say
+    folder: Path, run: RunModel, examples: Examples, formats: Sequence[str], say: Say
 ) -> Iterator[_Trial]:
+    if not formats:
+        return
     for device, alike in _best_of_each_size(folder, run, examples, say):
-        for format in question.formats or FORMATS:
+        for format in formats:
             for quantize in QUANTISATIONS.get(format, (None,)):
                 yield _Trial(folder, run, device, alike, format, quantize)
 

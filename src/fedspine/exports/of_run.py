@@ -123,7 +123,7 @@ def export_model(
     elif other is not None:
         from fedspine.exports.parity_rows import parity_rows
 
-        _check_kind(format, run)
+        check_kind(format, run)
         quantize = quantize or QUANTISATIONS[format][0]
         examples, rows_from = parity_rows(run.recipe, record, run.tokenizer, rows, other.ROWS)
         with tempfile.TemporaryDirectory() as scratch:
@@ -197,7 +197,7 @@ def _other_runtime(format: str) -> Any:
     return None
 
 
-def _check_kind(format: str, run: RunModel) -> None:
+def check_kind(format: str, run: RunModel) -> None:
     """Raise BadInput for a model that a format does not take."""
     decoder, architecture = run.base.layout.decoder, run.base.config.model_type
     if format == "onnx" and decoder:

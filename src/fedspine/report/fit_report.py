@@ -1,6 +1,7 @@
 """The table and the plot of `fedspine fit`."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -30,13 +31,15 @@ def fit_table(found: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]])
     )
     for column in table.columns[4:8]:
         column.justify = "right"
+    places = {one["run"] for one in candidates}
+    short = len({Path(place).name for place in places}) == len(places)
     for one in candidates:
         quality = percent(one["quality"]) if measure == "accuracy" else decimal(one["quality"])
         table.add_row(
             *map(
                 Text,
                 (
-                    one["run"],
+                    Path(one["run"]).name if short else one["run"],
                     one["device"],
                     str(one["alike"]),
                     " ".join(filter(None, (one["format"], one["quantize"]))),

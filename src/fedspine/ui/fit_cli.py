@@ -187,8 +187,11 @@ def _show(found: dict[str, Any], json: bool) -> None:
     best = found["best"]
     shown = found["nearest"] if best is None else found["candidates"]
     Console().print(fit_table(found, shown))
+    by_reason: dict[str, list[str]] = {}
     for name, why in found["refused"].items():
-        print(f"left out: {name}: {why}")
+        by_reason.setdefault(why, []).append(name)
+    for why, names in by_reason.items():
+        print(f"left out: {', '.join(names)}: {why}")
     if found["plot"] is not None:
         print(f"plot: {found['plot']}")
     if best is not None:
