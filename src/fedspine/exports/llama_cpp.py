@@ -8,10 +8,12 @@ that runs a file (`python -m fedspine.exports.llama_cpp`) is the runtime's own.
 import ctypes
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import finalize
 
 import numpy as np
 
@@ -165,6 +167,8 @@ class _Compiled:
         words = library.llama_model_get_vocab(model)
         self._vocabulary = library.llama_vocab_n_tokens(words)
         self._batch = library.llama_batch_init(self._most, 0, rows)
+        finalize(self, library.llama_free, self._context)
+        finalize(self, library.llama_batch_free, self._batch)
 
     def decode(self, rows: Sequence[Sequence[int]], start: int = 0) -> None:
         batch, count = self._batch, 0
@@ -187,12 +191,6 @@ class _Compiled:
     def clear(self) -> None:
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
 
-    def __del__(self) -> None:
-        if getattr(self, "_batch", None) is not None:
-            self._library.llama_batch_free(self._batch)
-        if getattr(self, "_context", None):
-            self._library.llama_free(self._context)
-
     @staticmethod
     def quantise(source: Path, target: Path, how: int) -> bool:
         import llama_cpp as library
@@ -208,11 +206,10 @@ def _silence(library: Any) -> None:
     library.llama_log_set(_silent(library), ctypes.c_void_p(0))
 
 
-def _silent(library: Any, kept: list[Any] = []) -> Any:  # noqa: B006
+@cache
+def _silent(library: Any) -> Any:
     """A callback that says nothing, kept since C holds no reference to it."""
-    if not kept:
-        kept.append(library.llama_log_callback(lambda level, text, data: None))
-    return kept[0]
+    return library.llama_log_callback(lambda level, text, data: None)
 
 
 def _unreadable(path: Path) -> BadInput:

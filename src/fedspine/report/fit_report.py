@@ -77,9 +77,10 @@ def fit_panel(found: Mapping[str, Any]) -> Panel:
             axes.annotate(
                 f"{best['device']}, {best['format']} {best['quantize'] or ''}".strip(),
                 (1e3 * best["latency_seconds"], best["quality"]),
-                xytext=(6, 6),
+                xytext=(7, -14),
                 textcoords="offset points",
             )
+        axes.margins(0.12)
         if limits["latency_seconds"] is not None:
             axes.axvline(1e3 * limits["latency_seconds"], color="#94a3b8", linestyle="--")
         kind = "predicted" if found["candidates"][0]["predicted"] else "measured"
