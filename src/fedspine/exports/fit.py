@@ -335,7 +335,7 @@ def predicted_seconds(
     >>> minilm = PrunableLayout(architecture="bert", prefix="bert", layers=6, **sizes)
     >>> row = Extent(tokens=128, squared_tokens=128**2)
     >>> round(predicted_seconds("tx2", minilm, 0.5, row, single=False), 4)
-    0.0304
+    0.0305
     """
     flops = (1 - pruned) * forward_flops(layout, extent)
     peak = 1e12 * min(KINDS[kind].peaks_tflops)

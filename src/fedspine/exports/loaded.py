@@ -1,6 +1,6 @@
 """An exported model that runs, whatever its format is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -25,4 +25,4 @@ class Loaded:
     parameters: int
     block_parameters: int  # of the prunable linear layers' weights, which sparsity is counted on
     chat: bool = False  # whether it was tuned on dialogues, so that it answers
-    runtime: str = "PyTorch"  # what computes it
+    runtime: str = field(default="PyTorch", compare=False)  # what computes it
