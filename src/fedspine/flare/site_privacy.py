@@ -173,19 +173,23 @@ def site_guard(
     path = folder / FOLDER / LEDGER
     return Guard(
         terms=call.privacy,
-        draws=_draws(folder, digest),
+        draws=SecretDraws(hmac.digest(_key(folder / FOLDER), digest, hashlib.sha256)),
         ledger=SiteLedger(path, section, call.privacy, run, digest.hex()),
     )
 
 
-def site_noise(folder: Path, share: float, run: str, opened: str, call: Call) -> Noise | None:
-    """The noise of a call's answer at the site in `folder`, with draws as those of its guard; None
-    where the site adds none.
+def site_noise(folder: Path, secret: bytes, share: float, opened: str, call: Call) -> Noise | None:
+    """The noise of a call's answer at a site, None where the site adds none.
+
+    Its draws follow from the site's `secret`, with which the answer can be replayed, and from all
+    that the answer depends on, whichever run asks; where the secret is empty, from the key in
+    `folder`.
     """
     if not share:
         return None
-    asked = _asked_sha256(run, opened, call)
-    return Noise(share, _draws(folder, hashlib.sha256(b"noise" + asked).digest()))
+    named = hashlib.sha256(b"noise" + _asked_sha256("", opened, call)).digest()
+    key = secret or _key(folder / FOLDER)
+    return Noise(share, SecretDraws(hmac.digest(key, named, hashlib.sha256)))
 
 
 def _asked_sha256(run: str, opened: str, call: Call) -> bytes:
@@ -193,11 +197,6 @@ def _asked_sha256(run: str, opened: str, call: Call) -> bytes:
     named = pack((run, opened, call.device, call.work, call.seed, call.round)).payload
     parts = (named, call.order, call.memory or b"")
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
-
-
-def _draws(folder: Path, named: bytes) -> SecretDraws:
-    """The site's draws for what is named, once."""
-    return SecretDraws(hmac.digest(_key(folder / FOLDER), named, hashlib.sha256))
 
 
 def _key(home: Path) -> bytes:

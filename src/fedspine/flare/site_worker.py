@@ -199,6 +199,7 @@ class SiteWorker:
             round=asked.round,
             privacy=here.privacy,
         )
+        allow = self._site.allow
         prefixes = Prefixes(self._folder / PREFIXES / here.run, self._room_of_prefixes(here.run))
         return serve(
             call,
@@ -206,9 +207,9 @@ class SiteWorker:
             here.holding.examples,
             prefixes,
             scratch=self._scratch,
-            fewest_rows=self._site.allow.fewest_rows,
+            fewest_rows=allow.fewest_rows,
             guard=site_guard(self._folder, self._site.privacy, here.run, here.content, call),
-            noise=site_noise(self._folder, self._site.allow.noise, here.run, here.content, call),
+            noise=site_noise(self._folder, self._secret, allow.noise, here.run, here.content, call),
         )
 
     def _check(self, here: Open, order: Any) -> None:
