@@ -209,7 +209,7 @@ class SiteWorker:
             scratch=self._scratch,
             fewest_rows=allow.fewest_rows,
             guard=site_guard(self._folder, self._site.privacy, here.run, here.content, call),
-            noise=site_noise(self._folder, self._secret, allow.noise, here.run, here.content, call),
+            noise=site_noise(self._folder, self._secret, allow.noise, here.content, call),
         )
 
     def _check(self, here: Open, order: Any) -> None:
