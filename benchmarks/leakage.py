@@ -187,8 +187,8 @@ def _attack_within_terms(
         if tally.allowed(server, attack or "own order", each, method.name, few):
             answer = orders.asked_again(tap, update, each, noise=noise)
             _read_signs(scene, tally, server, attack, answer, of_signs, rows)
-    if len(update.first_factors) and times:
-        layout = max(layouts)
+    if len(update.first_factors) and times and few <= DEFAULT.largest_batch:
+        layout = steps, few
         drawn = [orders.tokens_within(base, order, DEFAULT, *layout, i) for i in range(times)]
         if tally.allowed(AGAIN, "span", drawn[0], method.name, few):
             came = [
@@ -369,9 +369,9 @@ def main() -> int:
                 for e in found
             )
             print(f"{name}, {terms}, {time.monotonic() - began:.0f} s: {told}", flush=True)
-        if options.write:
-            how = {"quick": options.quick, "data": options.data, "layers": options.layers}
-            leakage_report.write(table, how | {"seed": options.seed, **SIZES}, list(METHODS))
+            if options.write:
+                how = {"quick": options.quick, "data": options.data, "layers": options.layers}
+                leakage_report.write(table, how | {"seed": options.seed, **SIZES}, list(METHODS))
     return 0
 
 
