@@ -195,7 +195,7 @@ def _attack_within_terms(
                 orders.asked_again(tap, update, each, noise=noise, time=time)
                 for time, each in enumerate(drawn)
             ]
-            _read_span(scene, tally, AGAIN, "", torch.cat([a.first_factors for a in came]), rows)
+            read_span(scene, tally, AGAIN, "", torch.cat([a.first_factors for a in came]), rows)
 
 
 def _read_signs(
@@ -214,10 +214,10 @@ def _read_signs(
         seen = attacks.signed_features(answer.bias, answer.head)
         tally.tokens(server, attack or "head", of_signs(seen, unit=False), *rows)
     if not attack.startswith("labels") and len(answer.first_factors):
-        _read_span(scene, tally, server, attack, answer.first_factors, rows)
+        read_span(scene, tally, server, attack, answer.first_factors, rows)
 
 
-def _read_span(
+def read_span(
     scene: Scene,
     tally: Tally,
     server: str,

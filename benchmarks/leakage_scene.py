@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from fedspine.core.task import Examples, Task
 from fedspine.data.dataset import Rows
 from fedspine.data.pydocs import TOPICS, read
 from fedspine.flare.site_terms import AllowSection
-from fedspine.lm.base import Model
+from fedspine.lm.base import Base, Model
 from fedspine.lm.encode import encode
 from fedspine.lm.load import load
 from fedspine.lm.structure import full
@@ -101,8 +101,10 @@ class Scene:
             yield int(rng.integers(2**31)), chosen[:rows], chosen[rows : 2 * rows]
 
 
-def scene_of(data: str, layers: int, seed: int) -> Scene:
-    """MiniLM's first blocks, and trec6 or pydoc-topics."""
+def scene_of(data: str, layers: int, seed: int, *, own_words: bool = False) -> Scene:
+    """MiniLM's first blocks, and trec6 or pydoc-topics; if `own_words`, with the embeddings of the
+    tokens of these alone, among which a server then has to look.
+    """
     if data == "trec6":
         from pyarrow import parquet
 
@@ -116,7 +118,9 @@ def scene_of(data: str, layers: int, seed: int) -> Scene:
         labels = np.array([names.index(topic) for _, topic, _ in found])
     base, tokenizer = load("minilm", kind="classification", classes=len(names), layers=layers)
     rows = Rows(texts=texts, pairs=None, labels=labels, columns={})
-    train = encode(tokenizer, rows, "classification", PLACES)
+    train, known = encode(tokenizer, rows, "classification", PLACES), tokenizer.all_special_ids
+    if own_words:
+        train, known = _own_words(base, train, known)
     task = Task(
         kind="classification",
         base=base,
@@ -126,9 +130,21 @@ def scene_of(data: str, layers: int, seed: int) -> Scene:
         max_tokens=PLACES,
         rounds=ROUNDS,
     )
-    return Scene.of(
-        task, tokenizer.all_special_ids, public=PUBLIC, pool=POOL, candidates=CANDIDATES, seed=seed
-    )
+    return Scene.of(task, known, public=PUBLIC, pool=POOL, candidates=CANDIDATES, seed=seed)
+
+
+def _own_words(base: Base, rows: Examples, known: Sequence[int]) -> tuple[Examples, list[int]]:
+    """Rows and special tokens in the numbers of a vocabulary of these alone, which becomes that of
+    the base.
+    """
+    kept = np.unique([*rows.ids, *known, rows.padding])
+    embeddings = base.skeleton.get_input_embeddings()
+    embeddings.weight = torch.nn.Parameter(embeddings.weight[kept], requires_grad=False)
+    embeddings.num_embeddings = base.config.vocab_size = len(kept)
+    embeddings.padding_idx = int(np.searchsorted(kept, rows.padding))
+    ids = np.searchsorted(kept, rows.ids).astype(rows.ids.dtype)
+    numbered = replace(rows, ids=ids, padding=embeddings.padding_idx)
+    return numbered, np.searchsorted(kept, known).tolist()
 
 
 @dataclass(frozen=True)
