@@ -150,7 +150,8 @@ def test_at_the_default_terms_no_text_of_32_rows_and_more_is_told(told, method, 
         above, noise = above_chance(each)
         assert above <= noise, f"{method}, {each.server}, {each.attack}: {above:.3f} above chance"
     refused = {(each.server, each.attack) for each in found if each.what == "refused"}
-    beyond = {(e.server, e.attack) for e in texts if e.server not in WITHIN and e.attack == "span"}
+    others = [each for each in texts if each.server not in {*WITHIN, leakage.AGAIN}]
+    beyond = {(each.server, each.attack) for each in others if each.attack == "span"}
     assert beyond | {("hostile", "labels")} <= refused
 
 
