@@ -15,10 +15,10 @@ def noise_of(before, after, rows=32, share=3.0):
     return Noise(share, SeededDraws((7,))).added({"x": before}, {"x": after}, rows)["x"] - after
 
 
-def test_it_is_the_share_of_what_changed_and_falls_with_the_root_of_the_rows():
+def test_it_is_the_share_of_what_changed_and_falls_with_the_fourth_root_of_the_rows():
     before = torch.randn(SHAPE)
     change = torch.sign(torch.randn(SHAPE)) * 0.01  # as AdamW's
-    for rows, expected in ((32, 3.0), (128, 1.5), (3200, 0.3)):
+    for rows, expected in ((32, 3.0), (512, 1.5), (320_000, 0.3)):
         came = noise_of(before, before + change, rows)
         # the deviation of n draws is known to 1 / sqrt(2 n), of which this is five
         assert float(came.std() / 0.01) == pytest.approx(

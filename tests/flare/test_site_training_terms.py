@@ -230,7 +230,7 @@ def test_a_site_adds_noise_to_what_leaves_and_says_how_much(hostile):
     came = [answered(site, order) for order in orders]
     assert pack(answered(site.opened("fedlora"), orders[0])).payload == pack(came[0]).payload
     share = AllowSection().noise
-    expected = [share * (32 / rows) ** 0.5 for rows in (32, 40)]
+    expected = [share * (32 / rows) ** 0.25 for rows in (32, 40)]
     assert [answer.noise for answer in came] == pytest.approx(expected)
     plain = hostile("plain", allow={"noise": 0.0}).opened("fedlora")
     assert answered(plain, orders[0]).noise is None

@@ -46,7 +46,7 @@ class AllowSection(Section):
     # nats by which the head's bias may prefer a class whatever the features are
     largest_bias: float = pydantic.Field(4.0, ge=0)
     # that it adds to the weights that leave, as a share of what training changed in an answer about
-    # 32 rows; of answers about more it falls with their root
+    # 32 rows; of answers about more it falls with the fourth root of their number
     noise: float = pydantic.Field(8.0, ge=0)
     most_tokens: int = pydantic.Field(2048, ge=4)  # of a row
     orders_per_minute: int = pydantic.Field(6000, ge=1)  # openings included
