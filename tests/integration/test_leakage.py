@@ -155,6 +155,12 @@ def test_at_the_default_terms_no_text_of_32_rows_and_more_is_told(told, method, 
     assert beyond | {("hostile", "labels")} <= refused
 
 
+def test_what_the_default_terms_let_pass_can_be_tried_alone(scene):
+    found = leakage.attacked(scene, "fedlora", (1, ROWS), answers=1, shadows=0, within_terms=True)
+    tried = {each.server for each in found if each.what == "texts"}
+    assert tried == {leakage.CURIOUS, leakage.HOSTILE, leakage.AGAIN}
+
+
 @pytest.fixture(scope="module")
 def questions():
     """Questions of trec6 and the first block of MiniLM, which reads tokens as they are."""
