@@ -58,7 +58,12 @@ METHODS: dict[str, Any] = {
 
 
 def attack_updates(
-    scene: Scene, method: Any, terms: tuple[int, int], answers: int, shadows: int
+    scene: Scene,
+    method: Any,
+    terms: tuple[int, int],
+    answers: int,
+    shadows: int,
+    times: int = TIMES,
 ) -> list[Found]:
     """All attacks on what comes back of weights that were sent."""
     base, tally, (steps, batch) = scene.task.base, Tally(scene), terms
@@ -82,7 +87,8 @@ def attack_updates(
             tally.tokens("curious", "span", inside, used, unused)
         if steps == 1:  # which a hostile server would choose
             _attack_hostile(scene, tally, tap, update, (used, unused))
-        _attack_within_terms(scene, tally, tap, update, method, of_signs, (used, unused))
+        rows = used, unused
+        _attack_within_terms(scene, tally, tap, update, method, of_signs, rows, times)
         after = ground.row_losses(base, update.model(update.back), scene.candidates)
         fallen.append(attacks.members_by_loss(before, after))
         flat.append(update.flat)
@@ -321,17 +327,18 @@ def attacked(
     shadows: int,
     *,
     within_terms: bool = False,
+    times: int = TIMES,
 ) -> list[Found]:
     """Everything that is tried on one method, or what concerns a site of the default terms."""
     method = METHODS[name]
     if within_terms:
-        return attack_default_terms(scene, method, terms, answers)
+        return attack_default_terms(scene, method, terms, answers, times=times)
     match method:
         case SplitLora() | MergeSfl():
             return attack_features(scene, method, terms[1], answers)
         case FedLora(head_start="class-means"):
             return attack_class_means(scene, method, terms, answers)
-    return attack_updates(scene, method, terms, answers, shadows)
+    return attack_updates(scene, method, terms, answers, shadows, times)
 
 
 # --- the run ---

@@ -178,6 +178,8 @@ def tokens_by_power(gradient: Tensor, vocabulary: Vocabulary, public: Examples) 
     count in deviations over all tokens, that of how common they are half.
     """
     matrix, power = vocabulary.whitening(SIGN_NOISE)
+    if len(gradient) > gradient.shape[1]:  # a square one has the same power in every direction
+        gradient = torch.linalg.qr(gradient.double(), mode="r")[1]
     reading = (matrix.double() @ (gradient.double() @ matrix.double()).mT).float()
     read = [(chunk @ reading).square().sum(-1) for chunk in vocabulary.embedded.split(CHUNK)]
     found = (torch.cat(read) / power).amax(1)
