@@ -11,12 +11,10 @@ of its method, and a hostile one's goes as far as the terms let it.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import leakage_attacks as attacks
@@ -26,13 +24,8 @@ import leakage_report
 import numpy as np
 import torch
 from leakage_ground import Wiretap
-from leakage_scene import DEFAULT, Found, Scene, Tally
+from leakage_scene import DEFAULT, SIZES, Found, Scene, Tally, scene_of
 
-from fedspine.core.task import Task
-from fedspine.data.dataset import Rows
-from fedspine.data.pydocs import TOPICS, read
-from fedspine.lm.encode import encode
-from fedspine.lm.load import load
 from fedspine.methods.fedavg import FedAvg
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine import FedSpine
@@ -41,14 +34,9 @@ from fedspine.methods.mergesfl import MergeSfl
 from fedspine.methods.splitlora import SplitLora
 from fedspine.pruning.head_start import ClassMeans
 
-HERE = Path(__file__).parent
-DATA = HERE.parent.parent / "shared" / "data"
-PLACES = 16  # tokens of a text that are read
-PUBLIC, POOL = 2000, 1500  # rows that the server knows, rows that a device may hold
-CANDIDATES = 96  # of the latter, of which a server asks whether they were used
 CURIOUS, HOSTILE = "curious, default terms", "hostile, default terms"
-ROUNDS = 10  # of the run of which the second round is attacked
-SIZES = {"places": PLACES, "public": PUBLIC, "candidates": CANDIDATES}
+TIMES = 8  # that a hostile server asks, with other factors and so with new noise each time
+AGAIN = f"{HOSTILE}, {TIMES} times"
 # answers for each (steps, rows of a step), and shadow answers
 QUICK = {(1, 1): 12, (1, 8): 8, (1, 32): 6, (20, 32): 4}, 6
 WHOLE = {(1, 1): 96, (1, 8): 48, (1, 32): 32, (20, 32): 16}, 48
@@ -70,7 +58,12 @@ METHODS: dict[str, Any] = {
 
 
 def attack_updates(
-    scene: Scene, method: Any, terms: tuple[int, int], answers: int, shadows: int
+    scene: Scene,
+    method: Any,
+    terms: tuple[int, int],
+    answers: int,
+    shadows: int,
+    times: int = TIMES,
 ) -> list[Found]:
     """All attacks on what comes back of weights that were sent."""
     base, tally, (steps, batch) = scene.task.base, Tally(scene), terms
@@ -94,7 +87,8 @@ def attack_updates(
             tally.tokens("curious", "span", inside, used, unused)
         if steps == 1:  # which a hostile server would choose
             _attack_hostile(scene, tally, tap, update, (used, unused))
-        _attack_within_terms(scene, tally, tap, update, method, of_signs, (used, unused))
+        rows = used, unused
+        _attack_within_terms(scene, tally, tap, update, method, of_signs, rows, times)
         after = ground.row_losses(base, update.model(update.back), scene.candidates)
         fallen.append(attacks.members_by_loss(before, after))
         flat.append(update.flat)
@@ -108,6 +102,33 @@ def attack_updates(
             lira = attacks.members_by_lira(fall, out)
             tally.add("curious", "members", "LiRA", attacks.auc(lira, member))
             tally.add("curious", "members", "gradient", attacks.auc(near, member))
+    return tally.found
+
+
+def attack_default_terms(
+    scene: Scene,
+    method: Any,
+    terms: tuple[int, int],
+    answers: int,
+    *,
+    times: int = TIMES,
+    noise: float = DEFAULT.noise,
+) -> list[Found]:
+    """Of all this what concerns a site of the default terms alone, or of another `noise`."""
+    tally, (steps, batch) = Tally(scene), terms
+    state, small = scene.warmed(method), replace(method, steps=1, batch=1)  # for its order alone
+    of_signs = None
+    for seed, used, unused in scene.draws(steps * batch, answers):
+        tap = Wiretap(scene.task.base, scene.pool.take(used), seed)
+        small.round(state, tap)
+        update = ground.updates(tap)[-1]
+        if of_signs is None:
+            sent = update.model(update.sent)
+            of_signs = scene.decoder(
+                torch.sign(ground.readout(scene.task.base, sent, scene.public))
+            )
+        rows = used, unused
+        _attack_within_terms(scene, tally, tap, update, method, of_signs, rows, times, noise)
     return tally.found
 
 
@@ -144,6 +165,8 @@ def _attack_within_terms(
     method: Any,
     of_signs: attacks.BagDecoder,
     rows: tuple[np.ndarray, np.ndarray],
+    times: int = TIMES,
+    noise: float = DEFAULT.noise,
 ) -> None:
     """What a site refuses whose terms are the default, and what is read from what it answers: to
     the method's own order, and to those that go as far as the terms let them.
@@ -168,9 +191,17 @@ def _attack_within_terms(
             tries[HOSTILE, f"span, {name}"] = orders.tokens_within(base, order, DEFAULT, *layout)
     for (server, attack), each in tries.items():
         if tally.allowed(server, attack or "own order", each, method.name, few):
-            same = orders.steps_of(each) == orders.steps_of(order) and server == CURIOUS
-            answer = update if same else orders.asked_again(tap, update, each)
+            answer = orders.asked_again(tap, update, each, noise=noise)
             _read_signs(scene, tally, server, attack, answer, of_signs, rows)
+    if len(update.first_factors) and times and few <= DEFAULT.largest_batch:
+        layout = steps, few
+        drawn = [orders.tokens_within(base, order, DEFAULT, *layout, i) for i in range(times)]
+        if tally.allowed(AGAIN, "span", drawn[0], method.name, few):
+            came = [
+                orders.asked_again(tap, update, each, noise=noise, time=time)
+                for time, each in enumerate(drawn)
+            ]
+            read_span(scene, tally, AGAIN, "", torch.cat([a.first_factors for a in came]), rows)
 
 
 def _read_signs(
@@ -189,8 +220,22 @@ def _read_signs(
         seen = attacks.signed_features(answer.bias, answer.head)
         tally.tokens(server, attack or "head", of_signs(seen, unit=False), *rows)
     if not attack.startswith("labels") and len(answer.first_factors):
-        inside = attacks.tokens_in_span(answer.first_factors, scene.vocabulary, signs=True)
-        tally.tokens(server, attack or "span", inside, *rows)
+        read_span(scene, tally, server, attack, answer.first_factors, rows)
+
+
+def read_span(
+    scene: Scene,
+    tally: Tally,
+    server: str,
+    attack: str,
+    gradient: torch.Tensor,
+    rows: tuple[np.ndarray, np.ndarray],
+) -> None:
+    """Tokens from signs under noise: those in the span, and those with the most power."""
+    inside = attacks.tokens_in_span(gradient, scene.vocabulary, signs=True)
+    tally.tokens(server, attack or "span", inside, *rows)
+    most = attacks.tokens_by_power(gradient, scene.vocabulary, scene.public)
+    tally.tokens(server, f"{attack}, power".removeprefix(", "), most, *rows)
 
 
 def _shadow_falls(
@@ -275,49 +320,28 @@ def attack_features(scene: Scene, method: Any, rows: int, answers: int) -> list[
 
 
 def attacked(
-    scene: Scene, name: str, terms: tuple[int, int], answers: int, shadows: int
+    scene: Scene,
+    name: str,
+    terms: tuple[int, int],
+    answers: int,
+    shadows: int,
+    *,
+    within_terms: bool = False,
+    times: int = TIMES,
 ) -> list[Found]:
-    """Everything that is tried on one method."""
+    """Everything that is tried on one method, or what concerns a site of the default terms."""
     method = METHODS[name]
+    if within_terms:
+        return attack_default_terms(scene, method, terms, answers, times=times)
     match method:
         case SplitLora() | MergeSfl():
             return attack_features(scene, method, terms[1], answers)
         case FedLora(head_start="class-means"):
             return attack_class_means(scene, method, terms, answers)
-    return attack_updates(scene, method, terms, answers, shadows)
+    return attack_updates(scene, method, terms, answers, shadows, times)
 
 
 # --- the run ---
-
-
-def scene_of(data: str, layers: int, seed: int) -> Scene:
-    """MiniLM's first blocks, and trec6 or pydoc-topics."""
-    if data == "trec6":
-        from pyarrow import parquet
-
-        table = parquet.read_table(DATA / "trec6" / "train.parquet")
-        names = tuple(json.loads(table.schema.metadata[b"label_names"]))
-        columns = table.to_pydict()
-        texts, labels = tuple(columns["text"]), np.array(columns["label"])
-    else:
-        names, found = tuple(TOPICS), read()
-        texts = tuple(text for text, _, _ in found)
-        labels = np.array([names.index(topic) for _, topic, _ in found])
-    base, tokenizer = load("minilm", kind="classification", classes=len(names), layers=layers)
-    rows = Rows(texts=texts, pairs=None, labels=labels, columns={})
-    train = encode(tokenizer, rows, "classification", PLACES)
-    task = Task(
-        kind="classification",
-        base=base,
-        train=train,
-        test=train,
-        label_names=names,
-        max_tokens=PLACES,
-        rounds=ROUNDS,
-    )
-    return Scene.of(
-        task, tokenizer.all_special_ids, public=PUBLIC, pool=POOL, candidates=CANDIDATES, seed=seed
-    )
 
 
 def main() -> int:
@@ -327,6 +351,9 @@ def main() -> int:
     parser.add_argument("--data", choices=["trec6", "pydoc-topics"], default="trec6")
     parser.add_argument("--layers", type=int, default=3, help="blocks of MiniLM")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--default-terms", action="store_true", help="only answers of a site of the default terms"
+    )
     parser.add_argument("--no-write", dest="write", action="store_false", help="only print")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -336,19 +363,22 @@ def main() -> int:
     table: list[dict[str, Any]] = []
     for name in options.methods:
         for terms in answers:
-            if terms[0] > 1 and isinstance(METHODS[name], SplitLora | MergeSfl):
-                continue  # features of single rows leave in every step, as in the first
+            features = isinstance(METHODS[name], SplitLora | MergeSfl)
+            few = terms[0] * terms[1] < DEFAULT.fewest_rows
+            if (features and terms[0] > 1) or (options.default_terms and (features or few)):
+                continue  # features leave in every step as in the first; of few rows nothing does
             began = time.monotonic()
-            found = attacked(scene, name, terms, answers[terms], shadows)
+            within = options.default_terms
+            found = attacked(scene, name, terms, answers[terms], shadows, within_terms=within)
             table += [each.row(name, terms) for each in found]
             told = "; ".join(
                 f"{e.server} {e.what} {e.attack} {e.refused or f'{np.mean(e.scores):.2f}'}"
                 for e in found
             )
             print(f"{name}, {terms}, {time.monotonic() - began:.0f} s: {told}", flush=True)
-        if options.write:
-            how = {"quick": options.quick, "data": options.data, "layers": options.layers}
-            leakage_report.write(table, how | {"seed": options.seed, **SIZES}, list(METHODS))
+            if options.write:
+                how = {"quick": options.quick, "data": options.data, "layers": options.layers}
+                leakage_report.write(table, how | {"seed": options.seed, **SIZES}, list(METHODS))
     return 0
 
 

@@ -170,6 +170,25 @@ def tokens_in_span(gradient: Tensor, vocabulary: Vocabulary, *, signs: bool) -> 
     return _without_known((1 - share if outside else share).amax(1), vocabulary.known)
 
 
+def tokens_by_power(gradient: Tensor, vocabulary: Vocabulary, public: Examples) -> Tensor:
+    """The power of a gradient along each token's embedding, the largest of all places, [tokens],
+    raised for tokens that are common in public rows: for who knows of noise on what came.
+
+    Of a span under noise every direction holds some; those that inputs have hold more. Both parts
+    count in deviations over all tokens, that of how common they are half.
+    """
+    matrix, power = vocabulary.whitening(SIGN_NOISE)
+    if len(gradient) > gradient.shape[1]:  # a square one has the same power in every direction
+        gradient = torch.linalg.qr(gradient.double(), mode="r")[1]
+    reading = (matrix.double() @ (gradient.double() @ matrix.double()).mT).float()
+    read = [(chunk @ reading).square().sum(-1) for chunk in vocabulary.embedded.split(CHUNK)]
+    found = (torch.cat(read) / power).amax(1)
+    count = np.bincount(public.ids, minlength=len(found))
+    common = torch.log(torch.from_numpy(count).float() + 0.3)
+    parts = [(part - part.mean()) / part.std() for part in (found, common)]
+    return _without_known(parts[0] + 0.5 * parts[1], vocabulary.known)
+
+
 @dataclass(frozen=True)
 class BagDecoder:
     """Which tokens a text holds, from its features by linear regression on public rows.

@@ -45,6 +45,7 @@ class Wiretap:
     base: Base
     data: Examples
     seed: int
+    noise: float = 0.0  # that the device adds, as a site's term says
 
     def __post_init__(self) -> None:
         self.devices = (
@@ -90,6 +91,7 @@ class Wiretap:
             order=pack(order).payload,
             memory=self._memory,
             seed=(self.seed, len(self.seen)),
+            noise=self.noise,
         )
         served = serve(call, self.base, self.data)
         self._memory = served.memory

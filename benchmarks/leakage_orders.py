@@ -31,10 +31,20 @@ DOUBT = 10.0  # nats that the steered head takes from every class but the favour
 STILL = 1e-5
 
 
-def asked_again(tap: Wiretap, update: Update, order: Any, data: Examples | None = None) -> Update:
-    """What the same work answers to another order, on the same rows or other `data`."""
+def asked_again(
+    tap: Wiretap,
+    update: Update,
+    order: Any,
+    data: Examples | None = None,
+    *,
+    noise: float = 0.0,
+    time: int = 0,
+) -> Update:
+    """What the same work answers to another order, on the same rows or other `data`, with a site's
+    `noise`, which is drawn anew each `time`.
+    """
     work = next(work for work, _, got in tap.seen if got is update.result)
-    other = Wiretap(tap.base, tap.data if data is None else data, tap.seed)
+    other = Wiretap(tap.base, tap.data if data is None else data, tap.seed + time, noise)
     other.ask(work, {DEVICE: order})
     return updates(other)[0]
 
@@ -118,15 +128,18 @@ def refusal(order: Any, method: str, task: Task, allow: AllowSection, rows: int)
     return None
 
 
-def tokens_within(base: Base, order: Any, allow: AllowSection, steps: int, batch: int) -> Any:
+def tokens_within(
+    base: Base, order: Any, allow: AllowSection, steps: int, batch: int, draw: int = 0
+) -> Any:
     """`for_tokens` as far as a site's terms go: the largest rank, the smallest A and the lowest
-    clip, on B factors that show as many directions of the gradient as there are.
+    clip, on B factors that show as many directions of the gradient as there are, others at each
+    `draw`.
     """
     rank, least = min(allow.largest_rank, base.layout.width), allow.norms[0]
     factors: Tensors = {}
     entered = entered_by_embeddings(base)
     for number, site in enumerate(base.layout.sites):
-        rng = np.random.default_rng(number)
+        rng = np.random.default_rng([draw, number] if draw else number)
         a = torch.from_numpy(rng.normal(size=(rank, site.columns))).float()
         b = torch.zeros(site.rows, rank)
         if site.path in entered:

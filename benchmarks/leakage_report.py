@@ -14,15 +14,19 @@ HERE = Path(__file__).parent
 
 
 def write(table: Sequence[dict[str, Any]], how: dict[str, Any], methods: Sequence[str]) -> None:
-    """Put these rows in place of what earlier calls found of the same methods; `how` is what they
-    were found with.
+    """Put these rows in place of what earlier calls found of the same methods, servers and numbers
+    of rows; `how` is what they were found with.
     """
     how = how | {"commit": _commit(), "torch": torch.__version__}
     name = "leakage" if how["data"] == "trec6" else f"leakage-{how['data']}"
     kept = HERE / "results" / f"{name}.json"
     known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {"rows": []}
-    new = {row["method"] for row in table}
-    rows = [row for row in known["rows"] if row["method"] not in new]
+    new = {(row["method"], row["server"], tuple(row["terms"])) for row in table}
+    rows = [
+        row
+        for row in known["rows"]
+        if (row["method"], row["server"], tuple(row["terms"])) not in new
+    ]
     rows += [row | {"how": how} for row in table]
     rows.sort(key=lambda row: (methods.index(row["method"]), tuple(row["terms"])))
     kept.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
@@ -112,6 +116,7 @@ SERVERS = (
     "hostile, rank bound",
     "curious, default terms",
     "hostile, default terms",
+    "hostile, default terms, 8 times",
 )
 TERMS = {"1 row": [1, 1], "8 rows": [1, 8], "32 rows": [1, 32], "20 x 32 rows": [20, 32]}
 

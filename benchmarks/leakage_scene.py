@@ -1,8 +1,10 @@
 """What all attacks of leakage.py share: rows, what the server knows of them, and what is found."""
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import leakage_attacks as attacks
@@ -12,10 +14,20 @@ import numpy as np
 import torch
 
 from fedspine.core.task import Examples, Task
+from fedspine.data.dataset import Rows
+from fedspine.data.pydocs import TOPICS, read
 from fedspine.flare.site_terms import AllowSection
-from fedspine.lm.base import Model
+from fedspine.lm.base import Base, Model
+from fedspine.lm.encode import encode
+from fedspine.lm.load import load
 from fedspine.lm.structure import full
 
+DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+PLACES = 16  # tokens of a text that are read
+PUBLIC, POOL = 2000, 1500  # rows that the server knows, rows that a device may hold
+CANDIDATES = 96  # of the latter, of which a server asks whether they were used
+ROUNDS = 10  # of the run of which the second round is attacked
+SIZES = {"places": PLACES, "public": PUBLIC, "candidates": CANDIDATES}
 DEFAULT = AllowSection()  # what a site allows whose file says nothing else
 
 
@@ -87,6 +99,52 @@ class Scene:
             few = 2 * rows <= len(self.candidates)
             chosen = rng.permutation(len(self.candidates if few else self.pool))
             yield int(rng.integers(2**31)), chosen[:rows], chosen[rows : 2 * rows]
+
+
+def scene_of(data: str, layers: int, seed: int, *, own_words: bool = False) -> Scene:
+    """MiniLM's first blocks, and trec6 or pydoc-topics; if `own_words`, with the embeddings of the
+    tokens of these alone, among which a server then has to look.
+    """
+    if data == "trec6":
+        from pyarrow import parquet
+
+        table = parquet.read_table(DATA / "trec6" / "train.parquet")
+        names = tuple(json.loads(table.schema.metadata[b"label_names"]))
+        columns = table.to_pydict()
+        texts, labels = tuple(columns["text"]), np.array(columns["label"])
+    else:
+        names, found = tuple(TOPICS), read()
+        texts = tuple(text for text, _, _ in found)
+        labels = np.array([names.index(topic) for _, topic, _ in found])
+    base, tokenizer = load("minilm", kind="classification", classes=len(names), layers=layers)
+    rows = Rows(texts=texts, pairs=None, labels=labels, columns={})
+    train, known = encode(tokenizer, rows, "classification", PLACES), tokenizer.all_special_ids
+    if own_words:
+        train, known = _own_words(base, train, known)
+    task = Task(
+        kind="classification",
+        base=base,
+        train=train,
+        test=train,
+        label_names=names,
+        max_tokens=PLACES,
+        rounds=ROUNDS,
+    )
+    return Scene.of(task, known, public=PUBLIC, pool=POOL, candidates=CANDIDATES, seed=seed)
+
+
+def _own_words(base: Base, rows: Examples, known: Sequence[int]) -> tuple[Examples, list[int]]:
+    """Rows and special tokens in the numbers of a vocabulary of these alone, which becomes that of
+    the base.
+    """
+    kept = np.unique([*rows.ids, *known, rows.padding])
+    embeddings = base.skeleton.get_input_embeddings()
+    embeddings.weight = torch.nn.Parameter(embeddings.weight[kept], requires_grad=False)
+    embeddings.num_embeddings = base.config.vocab_size = len(kept)
+    embeddings.padding_idx = int(np.searchsorted(kept, rows.padding))
+    ids = np.searchsorted(kept, rows.ids).astype(rows.ids.dtype)
+    numbered = replace(rows, ids=ids, padding=embeddings.padding_idx)
+    return numbered, np.searchsorted(kept, known).tolist()
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,21 @@ from flare_federation import NAMES
 from hostile_server import ROWS, refused
 from toy import Spy
 
-from fedspine.core.device import returns_learnt
+from fedspine.core.device import Call, name_of, returns_learnt, serve
+from fedspine.core.message import pack
 from fedspine.core.reads import Descent, Reads, reads_of
 from fedspine.core.tensors import half, single
-from fedspine.flare.run_terms import RunTerms
-from fedspine.flare.site_terms import AllowSection, check_order, check_run, check_training
+from fedspine.flare.run_terms import Refused, RunTerms
+from fedspine.flare.site_terms import (
+    AllowSection,
+    check_noise,
+    check_order,
+    check_run,
+    check_training,
+)
 from fedspine.flare.site_weights import check_magnitudes, check_weights
+from fedspine.flare.site_worker import SiteWorker
+from fedspine.flare.wire import SiteAnswer, SiteOrder, as_array
 from fedspine.lm.lora import is_a, is_b
 from fedspine.methods import all_methods, sends_features
 from fedspine.methods.fedavg import AverageOrder, train_and_send
@@ -174,6 +183,32 @@ def test_no_order_of_a_method_with_its_defaults_is_refused(name, lab, task):
         check_magnitudes("east", allow, order, task.base)
     trained = [reads for _, order in sent for reads in reads_of(order) if reads.descent is not None]
     assert len(trained) >= ROUNDS  # so all that trains says how
+    last = next((w, o) for w, o in reversed(sent) if returns_learnt(w) and trains(o))
+    noise_is_added(*last, task, allow)
+
+
+def trains(order):
+    return any(reads.descent is not None for reads in reads_of(order))
+
+
+def noise_is_added(work, order, task, allow):
+    """What the work trained has the site's noise; an answer without it would not leave."""
+    plain = Call(
+        device="east",
+        index=0,
+        work=name_of(work),
+        order=pack(order).payload,
+        memory=None,
+        seed=(1,),
+    )
+    without = serve(plain, task.base, task.train)
+    noisy = serve(replace(plain, noise=allow.noise), task.base, task.train)
+    assert noisy.noise is not None and noisy.result != without.result
+    assert serve(replace(plain, noise=allow.noise), task.base, task.train).result == noisy.result
+    check_noise("east", allow, order, noisy.noise)
+    with pytest.raises(Refused, match="adds no noise, which allow.noise"):
+        check_noise("east", allow, order, without.noise)
+    check_noise("east", allow.model_copy(update={"noise": 0.0}), order, without.noise)
 
 
 class Asked(Spy):
@@ -186,6 +221,46 @@ class Asked(Spy):
     def ask(self, work, orders, **more):
         self._sent += [(work, order) for order in orders.values()]
         return super().ask(work, orders, **more)
+
+
+def test_a_site_adds_noise_to_what_leaves_and_says_how_much(hostile):
+    """More rows have less; the same order has the same answer, in another run too."""
+    site = hostile().opened("fedlora")
+    orders = [site.lora(steps=8, batch=batch) for batch in (4, 5)]
+    came = [answered(site, order) for order in orders]
+    assert pack(answered(site.opened("fedlora"), orders[0])).payload == pack(came[0]).payload
+    share = AllowSection().noise
+    expected = [share * (32 / rows) ** 0.25 for rows in (32, 40)]
+    assert [answer.noise for answer in came] == pytest.approx(expected)
+    plain = hostile("plain", allow={"noise": 0.0}).opened("fedlora")
+    assert answered(plain, orders[0]).noise is None
+
+
+def test_noise_is_the_sites_own_where_its_rows_are_drawn_as_in_a_simulation(hostile):
+    order, found = hostile("any").lora(), {}
+    for noise in (0.0, 4.0):
+        for name in ("one", "two"):
+            site = hostile(f"{name}{noise:g}", allow={"noise": noise})
+            site.worker = SiteWorker(site.site, site.folder, b"")
+            found[noise, name] = pack(site.opened("fedlora").ask(tune_adapter, order)).payload
+    assert found[0.0, "one"] == found[0.0, "two"]
+    assert found[4.0, "one"] != found[4.0, "two"]
+
+
+def answered(site, order):
+    asked = SiteOrder(
+        run=site.run,
+        work=name_of(tune_adapter),
+        order=as_array(pack(order).payload),
+        seed=(0, 0, 0),
+        round=0,
+        memory=None,
+        version=1,
+        needed=(),
+    )
+    reply = site.sent(asked)
+    assert isinstance(reply, SiteAnswer)
+    return reply
 
 
 def test_a_head_of_class_means_is_within_the_terms(hostile):

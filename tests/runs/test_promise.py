@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
-from runs import in_process, records_of, summary_of, tiny_job, without_wall, write_csv
+from runs import carried_out, in_process, records_of, summary_of, tiny_job, without_wall, write_csv
 
 from fedspine.core.errors import BadInput
 from fedspine.runs.assemble import cohort
@@ -55,6 +55,24 @@ def test_a_recipe_without_a_promise_is_as_before_and_one_with_it_comes_back():
         again = recipe(json.loads(json.dumps(made.table())))
         assert again == made and again.fingerprint == made.fingerprint
         assert privacy_of(made).epsilon == finite
+
+
+def test_noise_of_real_sites_can_be_simulated(tmp_path, tiny_folder):
+    data, found = tmp_path / "rows.csv", {}
+    write_csv(data)
+    for name, noise in (
+        ("none", {}),
+        ("some", {"fleet__noise": 4.0}),
+        ("again", {"fleet__noise": 4.0}),
+    ):
+        folder = tmp_path / name
+        job = tiny_job(tiny_folder("bert"), data, run__rounds=1, **noise)
+        carried_out("run", *job, "--out", folder)
+        asked = [row for row in records_of(folder) if row["row"] == "exchange"]
+        found[name] = summary_of(folder)["state_sha256"], [row.get("noise") for row in asked]
+    assert found["some"] == found["again"]
+    assert found["none"][0] != found["some"][0]
+    assert set(found["none"][1]) == {None} and all(found["some"][1])
 
 
 @given(devices=some.integers(1, 30), per_round=some.integers(1, 40), rounds=some.integers(1, 40))

@@ -27,6 +27,7 @@ ALLOW = {
     "methods": list(all_methods()),
     "fewest_rows": 1,
     "fewest_steps": 1,
+    "noise": 0.0,
     "largest_rank": 64,
     "optimisers": ["adamw", "sgd"],
 }

@@ -12,13 +12,15 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from fedspine.core.draws import SeededDraws
-from fedspine.core.message import pack, unpack
+from fedspine.core.message import Tensors, pack, unpack
+from fedspine.core.noise import Noise
 from fedspine.core.privacy import Declined, Guard, Ledger, MemoryLedger, Privacy
 from fedspine.core.task import Data
 
 DeviceId: TypeAlias = str
 O = TypeVar("O")  # noqa: E741 - what the server orders
 R = TypeVar("R")  # what a device returns
+NOISE = 105  # the purpose of the stream of its noise, apart from that of its promise
 FEWEST_OF_CLASS = 3  # rows of a class on a device, below which it says nothing of the class
 
 
@@ -43,12 +45,14 @@ class Device:
     # the fewest distinct rows that may stand behind a number that leaves; 0, as in simulation: any
     fewest_rows: int = 0
     privacy: Guard | None = None  # what training here must keep; None: the run promises nothing
+    noise: Noise | None = None  # on what training changed; None: what it gives leaves as it is
     flops: float = field(default=0.0, init=False)
     launches: int = field(default=0, init=False)
     samples: int = field(default=0, init=False)
     peak_memory_bytes: int = field(default=0, init=False)
     keeping: "Kept | None" = field(default=None, init=False)
     used: list[np.ndarray] = field(default_factory=list, init=False)  # rows, as `uses` notes them
+    noise_share: float | None = field(default=None, init=False)  # that was added, beside the change
 
     def uses(self, rows: np.ndarray) -> None:
         """Note that what this ask returns rests on these rows; see `rows_used`.
@@ -62,6 +66,18 @@ class Device:
         """How many distinct rows were noted; windows of one text are one row."""
         noted = np.unique(np.concatenate(self.used)) if self.used else np.empty(0, np.int64)
         return len(np.unique(self.data.texts_of(noted)))
+
+    def released(self, before: Tensors, after: Tensors, rows: int | None = None) -> Tensors:
+        """Weights as they may leave: those of `after`, with the device's noise on what differs from
+        `before`, which it was sent. What trains weights has to return what this does.
+
+        `rows` stand behind them; None: those that were noted.
+        """
+        if self.noise is None:
+            return after
+        rows = self.rows_used if rows is None else rows
+        self.noise_share = self.noise.share_of(rows)
+        return self.noise.added(before, after, rows)
 
     def keep(self, value: Any, bytes: int) -> None:
         """Cache `value`, of about this size, for this device's next ask in this round.
@@ -207,6 +223,7 @@ class Call:
     seed: tuple[int, ...]
     round: int = 0
     privacy: Privacy | None = None  # of the run
+    noise: float = 0.0  # share of it beside what training changes, as the run asks for; 0: none
 
 
 @dataclass(frozen=True)
@@ -225,6 +242,7 @@ class Served:
     kept: bool = False  # whether the process holds something for the device's next ask
     rows: int = 0  # distinct ones that the result rests on, as the work noted them
     epsilon: float | None = None  # spent by the device in this run, where it promises privacy
+    noise: float | None = None  # share beside the change of weights; None: none was added
     declined: str | None = None
 
 
@@ -237,11 +255,12 @@ def serve(
     scratch: Scratch | None = None,
     fewest_rows: int = 0,
     guard: Guard | None = None,
+    noise: Noise | None = None,
 ) -> Served:
     """Do the work of `call` on `data`, the device's own rows; `scratch` never changes the result.
 
-    `fewest_rows` is the device's. `guard` keeps the call's privacy; None: the one of a simulated
-    device.
+    `fewest_rows` is the device's. `guard` keeps the call's privacy, `noise` is on what leaves;
+    None: those of a simulated device.
     """
     found = None if scratch is None else scratch.take(call)
     memory, kept = (
@@ -258,6 +277,7 @@ def serve(
         kept=kept,
         fewest_rows=fewest_rows,
         privacy=_simulated_guard(call, memory) if guard is None else guard,
+        noise=_simulated_noise(call) if noise is None else noise,
     )
     try:
         result = _allowed(call)(device, unpack(call.order))
@@ -279,6 +299,7 @@ def serve(
         kept=keeps,
         rows=device.rows_used if fewest_rows else 0,
         epsilon=None if device.privacy is None else device.privacy.epsilon,
+        noise=device.noise_share,
     )
 
 
@@ -295,6 +316,10 @@ def _simulated_guard(call: Call, memory: dict[str, Any]) -> Guard | None:
         return None
     ledger: Ledger = MemoryLedger(call.privacy, memory)
     return Guard(call.privacy, SeededDraws(call.seed), ledger)
+
+
+def _simulated_noise(call: Call) -> Noise | None:
+    return Noise(call.noise, SeededDraws((*call.seed, NOISE))) if call.noise else None
 
 
 def _declined(call: Call, device: Device, reason: str) -> Served:

@@ -233,6 +233,7 @@ class FlareSession:
                 **vars(cost),
                 lost=lost,
                 **({} if came.epsilon is None else {"epsilon": came.epsilon}),
+                **({} if came.noise is None else {"noise": came.noise}),
             )
         if lost:
             self.note(device=device, left_out=came.missing)
@@ -273,4 +274,5 @@ def _came(spent: Any, missing: str | None, bytes_down: int, seconds: float) -> A
     if answer is None:
         return AskResult(Cost(bytes_down, 0, 0.0, 0, seconds), missing=missing)
     cost = Cost(bytes_down, len(answer.result), answer.flops, answer.peak_memory_bytes, seconds)
-    return AskResult(cost, value, answer.samples, epsilon=answer.epsilon)
+    told = {"epsilon": answer.epsilon, "noise": answer.noise}
+    return AskResult(cost, value, answer.samples, **told)

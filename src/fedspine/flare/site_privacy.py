@@ -1,4 +1,5 @@
-"""What a site demands of a run's privacy, and what it has spent of its own budget over all runs.
+"""What a site demands of a run's privacy, what it has spent of its own budget over all runs, and
+the noise of its answers.
 
 The server cannot set any of it back: ledger and key lie in the site's folder, and neither follows
 from the versions of memory that orders name.
@@ -18,6 +19,7 @@ from fedspine.core.device import Call
 from fedspine.core.draws import SecretDraws
 from fedspine.core.errors import BadInput
 from fedspine.core.message import NotAMessage, message, pack, unpack
+from fedspine.core.noise import Noise
 from fedspine.core.privacy import SPENT, Declined, Guard, Level, Privacy, Spent, added, afforded
 from fedspine.core.strict import Section
 from fedspine.core.task import Examples
@@ -167,15 +169,34 @@ def site_guard(
     """
     if call.privacy is None:
         return None
-    home = folder / FOLDER
-    named = pack((run, opened, call.device, call.work, call.seed, call.round)).payload
-    parts = (named, call.order, call.memory or b"")
-    digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts))
+    digest = _asked_sha256(run, opened, call)
+    path = folder / FOLDER / LEDGER
     return Guard(
         terms=call.privacy,
-        draws=SecretDraws(hmac.digest(_key(home), digest.digest(), hashlib.sha256)),
-        ledger=SiteLedger(home / LEDGER, section, call.privacy, run, digest.hexdigest()),
+        draws=SecretDraws(hmac.digest(_key(folder / FOLDER), digest, hashlib.sha256)),
+        ledger=SiteLedger(path, section, call.privacy, run, digest.hex()),
     )
+
+
+def site_noise(folder: Path, secret: bytes, share: float, opened: str, call: Call) -> Noise | None:
+    """The noise of a call's answer at a site, None where the site adds none.
+
+    Its draws follow from the site's `secret`, with which the answer can be replayed, and from all
+    that the answer depends on, whichever run asks; where the secret is empty, from the key in
+    `folder`.
+    """
+    if not share:
+        return None
+    named = hashlib.sha256(b"noise" + _asked_sha256("", opened, call)).digest()
+    key = secret or _key(folder / FOLDER)
+    return Noise(share, SecretDraws(hmac.digest(key, named, hashlib.sha256)))
+
+
+def _asked_sha256(run: str, opened: str, call: Call) -> bytes:
+    """A digest of all that the answer to a call depends on."""
+    named = pack((run, opened, call.device, call.work, call.seed, call.round)).payload
+    parts = (named, call.order, call.memory or b"")
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
 
 def _key(home: Path) -> bytes:

@@ -147,6 +147,7 @@ class AskResult:
     samples: int = 0
     missing: str | None = None
     epsilon: float | None = None  # spent by the site in this run
+    noise: float | None = None  # share that the site added beside the change of weights
 
 
 @dataclass(eq=False)

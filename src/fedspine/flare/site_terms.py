@@ -45,6 +45,9 @@ class AllowSection(Section):
     norms: Bounds = (1e-3, 1000.0)
     # nats by which the head's bias may prefer a class whatever the features are
     largest_bias: float = pydantic.Field(4.0, ge=0)
+    # that it adds to the weights that leave, as a share of what training changed in an answer about
+    # 32 rows; of answers about more it falls with the fourth root of their number
+    noise: float = pydantic.Field(8.0, ge=0)
     most_tokens: int = pydantic.Field(2048, ge=4)  # of a row
     orders_per_minute: int = pydantic.Field(6000, ge=1)  # openings included
 
@@ -107,6 +110,16 @@ def check_used(site: str, allow: AllowSection, rows: int) -> None:
         require(
             site, "fewest_rows", rows, "distinct rows behind the answer", least=allow.fewest_rows
         )
+
+
+def check_noise(site: str, allow: AllowSection, order: Any, share: float | None) -> None:
+    """Raise Refused if an answer to this order, with noise of this share, lacks the noise of
+    `site`: its work does not let `lm.tune` or `split.whole_model` train.
+    """
+    trained = any(reads.descent is not None for reads in reads_of(order))
+    if allow.noise and trained and share is None:
+        line = f"the work adds no noise, which allow.noise of its {SITE_FILE} demands"
+        _refuse(site, line, "limits", line)
 
 
 def _check_part(site: str, allow: AllowSection, terms: RunTerms, reads: Reads) -> None:

@@ -41,9 +41,9 @@ from fedspine.flare import site_disk
 from fedspine.flare.run_terms import Refused, RunTerms
 from fedspine.flare.site import Holding, Site, load_site, open_site
 from fedspine.flare.site_disk import LOG, MEMORY, PREFIXES, RUNS_KEPT
-from fedspine.flare.site_privacy import opened_sha256, site_guard
+from fedspine.flare.site_privacy import opened_sha256, site_guard, site_noise
 from fedspine.flare.site_secret import seed_of, site_secret
-from fedspine.flare.site_terms import check_order, check_training, check_used
+from fedspine.flare.site_terms import check_noise, check_order, check_training, check_used
 from fedspine.flare.site_weights import check_magnitudes, check_weights
 from fedspine.flare.wire import (
     RUN,
@@ -78,7 +78,7 @@ class Open:
     works: frozenset[str]
     task: Terms  # of orders and rows
     privacy: Privacy | None  # what the run promises
-    content: str  # a digest of terms and rows, where it promises something
+    content: str  # a digest of terms and rows, on which draws of noise depend
 
 
 class SiteWorker:
@@ -138,7 +138,7 @@ class SiteWorker:
             site_disk.keep_newest(self._folder / folder / asked.run, kept)
         self._room(asked.run, needed=0)
         promised = asked.terms.privacy
-        content = "" if promised is None else opened_sha256(asked.terms, holding.examples)
+        content = opened_sha256(asked.terms, holding.examples)
         task = _terms(asked, holding)
         here = Open(asked.run, terms, holding, works, task, promised, content)
         self._open, self._scratch = here, Scratch()
@@ -171,6 +171,8 @@ class SiteWorker:
         if served.declined is not None:
             return NotDone(reason=SPENT)
         check_used(self._site.name, self._site.allow, served.rows)
+        if returns_learnt(work):
+            check_noise(self._site.name, self._site.allow, value, served.noise)
         remembered = sealed(served.memory)
         self._room(asked.run, needed=len(remembered))
         write_atomically(self._version(asked.run, asked.version), remembered)
@@ -183,6 +185,7 @@ class SiteWorker:
             samples=int(served.samples) if told else 0,
             peak_memory_bytes=int(served.peak_memory_bytes) if told else 0,
             epsilon=served.epsilon,
+            noise=served.noise,
         )
 
     def _served(self, here: Open, asked: SiteOrder, order: bytes, memory: bytes | None) -> Served:
@@ -196,6 +199,7 @@ class SiteWorker:
             round=asked.round,
             privacy=here.privacy,
         )
+        allow = self._site.allow
         prefixes = Prefixes(self._folder / PREFIXES / here.run, self._room_of_prefixes(here.run))
         return serve(
             call,
@@ -203,8 +207,9 @@ class SiteWorker:
             here.holding.examples,
             prefixes,
             scratch=self._scratch,
-            fewest_rows=self._site.allow.fewest_rows,
+            fewest_rows=allow.fewest_rows,
             guard=site_guard(self._folder, self._site.privacy, here.run, here.content, call),
+            noise=site_noise(self._folder, self._secret, allow.noise, here.content, call),
         )
 
     def _check(self, here: Open, order: Any) -> None:

@@ -77,6 +77,7 @@ class SiteAnswer:
     samples: int
     peak_memory_bytes: int
     epsilon: float | None = None  # spent by the site in this run, where it promises privacy
+    noise: float | None = None  # share of it beside the change of weights; None: none was added
 
 
 @message

@@ -68,6 +68,7 @@ class World:
     aggregation: Aggregation = Mean()
     server: Server = field(default_factory=Server)
     privacy: Privacy | None = None  # of the run
+    noise: float = 0.0  # that devices add beside what training changes
     round: int = 0
     asks: dict[DeviceId, int] = field(default_factory=dict)
     memories: dict[DeviceId, str] = field(default_factory=dict)  # files, as of the last save
@@ -141,6 +142,7 @@ class World:
             seed=(self.seed, index, self.asks.get(device, 0)),
             round=self.round,
             privacy=self.privacy,
+            noise=self.noise,
         )
 
     def _memory(self, device: DeviceId) -> bytes | None:
@@ -191,6 +193,7 @@ class World:
             peak_memory_bytes=cost.peak_memory_bytes,
             lost=lost,
             **({} if served.epsilon is None else {"epsilon": served.epsilon}),
+            **({} if served.noise is None else {"noise": served.noise}),
         )
         if served.declined is not None:
             self.records.write(

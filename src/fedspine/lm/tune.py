@@ -91,13 +91,21 @@ def tune(
     loss that is returned is that of the labels. A loss that is not
     finite ends training at once and is returned as it is; the server leaves such a reply out.
 
-    Where the run promises privacy, the model that is returned keeps the promise and may leave the
-    device; raises Declined where the device's budget does not suffice.
+    The model that is returned may leave the device: it has the noise of the device, and keeps the
+    promise of the run; raises Declined where the device's budget does not suffice.
     """
     request = Request(device, model, tuning, scoring, scores, penalty, lowest, freeze_a, taught)
+    rows = None
     if device.privacy is not None:
-        return _tuned_privately(request, device.privacy)
-    return _tuned_held(request, tuning) if isinstance(tuning, HeldTuning) else _tuned(request)
+        result = _tuned_privately(request, device.privacy)
+        rows = min(len(device.data), tuning.steps * tuning.batch)  # how many it drew is private
+    elif isinstance(tuning, HeldTuning):
+        result = _tuned_held(request, tuning)
+    else:
+        result = _tuned(request)
+    tuned = result.model.adapter | result.model.head
+    released = device.released(model.adapter | model.head, tuned, rows)
+    return replace(result, model=_with(result.model, released))
 
 
 def _tuned(request: Request) -> TuneResult:

@@ -25,6 +25,7 @@ class Exchange:
     peak_memory_bytes: int
     lost: bool
     epsilon: float | None = None  # spent by the device so far, where the run promises privacy
+    noise: float | None = None  # share that the device added beside the change of its weights
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def _exchange(row: Mapping[str, Any]) -> Exchange:
         peak_memory_bytes=_count(row, "peak_memory_bytes"),
         lost=bool(row.get("lost")),
         epsilon=_number(row, "epsilon"),
+        noise=_number(row, "noise"),
     )
 
 

@@ -1,11 +1,12 @@
-"""What a run's records say of trust: the epsilon that each device has spent, whose change was
-bounded, and who was left out, a line each.
+"""What a run's records say of trust: the epsilon that each device has spent, the noise that it
+added, whose change was bounded, and who was left out, a line each.
 """
 
 import tomllib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ def epsilon_spent(rows: RunRows) -> dict[str, float]:
         for exchange in rows.exchanges
         if exchange.epsilon is not None
     }
+
+
+def noise_added(rows: RunRows) -> dict[str, float]:
+    """The least noise that each device added to an answer, beside the change of its weights."""
+    least: dict[str, float] = {}
+    for exchange in rows.exchanges:
+        if exchange.noise is not None:
+            least[exchange.device] = min(exchange.noise, least.get(exchange.device, inf))
+    return least
 
 
 def bounded_devices(rows: RunRows) -> dict[str, dict[str, Any]]:
@@ -62,7 +72,8 @@ def trust(rows: RunRows, promised: Mapping[str, Any] | None) -> dict[str, Any]:
     the run's recipe.
     """
     privacy = {"privacy": {**promised, "epsilon_spent": epsilon_spent(rows)}} if promised else {}
-    found = {"bounded": bounded_devices(rows), "left_out": left_out_devices(rows)}
+    found = {"noise": noise_added(rows), "bounded": bounded_devices(rows)}
+    found |= {"left_out": left_out_devices(rows)}
     return privacy | {name: devices for name, devices in found.items() if devices}
 
 
@@ -89,6 +100,9 @@ def trust_lines(found: Mapping[str, Any]) -> list[str]:
             f"privacy of {privacy['level']}: epsilon {float(privacy['epsilon']):g} at delta "
             f"{privacy['delta']:g} promised to each device; spent: {_named(spent) or 'nothing yet'}"
         )
+    if noise := found.get("noise"):
+        told = [f"{device} {least:.2g}" for device, least in noise.items()]
+        lines.append(f"noise beside the change of weights that left, at least: {_named(told)}")
     if bounded := found.get("bounded"):
         told = [
             f"{device} in {counted(each['rounds'], 'round')} "

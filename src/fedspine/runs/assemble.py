@@ -322,6 +322,7 @@ def simulate(
         aggregation=recipe.fleet.aggregation or Mean(),
         server=server_of(recipe.method, recipe.fleet),
         privacy=assembled.task.privacy,
+        noise=recipe.fleet.noise or 0.0,
     )
     return SimulatedFleet(world)
 

@@ -95,6 +95,7 @@ class RealSites:
             "partition": "auto",
             "per_round": min(recipe.fleet.per_round, devices),
             "held_out": None,  # of rows that are not here
+            "noise": None,  # which each site decides
         }
         fleet = recipe.fleet.model_copy(update=changed)
         if begun is not None:  # as it began, if the recipe does not say

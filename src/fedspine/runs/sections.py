@@ -64,6 +64,9 @@ class FleetSection(Section):
     ] = None
     # share of each device's rows on which it is scored and not trained; none: of no rows
     held_out: float | None = pydantic.Field(None, gt=0, lt=1)
+    # share of noise that devices add to what training changes, in an answer about 32 rows, as real
+    # sites do; none: no noise
+    noise: float | None = pydantic.Field(None, gt=0)
     drop: float = pydantic.Field(0.0, ge=0, le=1)  # chance that an order or its reply is lost
     delay_seconds: float = pydantic.Field(0.0, ge=0)  # mean extra delay of a reply
     spread: float = pydantic.Field(1.0, ge=0)  # above 1 makes slow devices slower

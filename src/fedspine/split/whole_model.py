@@ -127,8 +127,10 @@ def train_whole(device: Device, weights: Tensors, training: Training) -> LocalRe
         loss.backward()
         under.step()
     _account(device, split_model, sizes, tokens)
+    trained = moved(under.now(), torch.device("cpu"))
+    sent = {n: t for n, t in single(weights).items() if n not in split_model.statistics}
     return LocalResult(
-        weights=moved(under.now(), torch.device("cpu")),
+        weights=device.released(sent, trained),
         losses=tuple(losses),
         last=last_steps(counted, LAST, device.fewest_rows),
     )
