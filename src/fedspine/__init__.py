@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from fedspine.methods.fedspine_plus import FedSpinePlus as FedSpinePlus
     from fedspine.methods.ffa_lora import FfaLora as FfaLora
     from fedspine.methods.flexlora import FlexLora as FlexLora
+    from fedspine.methods.flora import Flora as Flora
     from fedspine.methods.hetlora import HetLora as HetLora
     from fedspine.methods.legend import Legend as Legend
     from fedspine.methods.linear_probe import LinearProbe as LinearProbe
@@ -72,6 +73,7 @@ _HOMES = {  # of each name
     "FedSpinePlus": "methods.fedspine_plus",
     "FfaLora": "methods.ffa_lora",
     "FlexLora": "methods.flexlora",
+    "Flora": "methods.flora",
     "HetLora": "methods.hetlora",
     "Legend": "methods.legend",
     "LinearProbe": "methods.linear_probe",

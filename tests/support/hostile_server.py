@@ -24,6 +24,7 @@ from fedspine.lm.tuning import Tuning
 from fedspine.methods.fedavg import AverageOrder, train_and_send
 from fedspine.methods.fedlora import LoraOrder, tune_adapter
 from fedspine.methods.ffa_lora import FfaOrder, tune_b
+from fedspine.methods.flora import FloraOrder, merge_and_tune
 from fedspine.methods.hetlora import HetLoraOrder, tune_and_shrink
 from fedspine.methods.legend import DepthOrder, tune_top
 from fedspine.methods.linear_probe import ProbeOrder, tune_head
@@ -172,12 +173,17 @@ def few_rows(site, rows):
     }  # fmt: skip
     b_factors = {name: each for name, each in adapter.items() if name.endswith(".lora_B")}
     lora = {"adapter": adapter, "head": head, "scale": 2.0, "tuning": tuning}
+    flora = FloraOrder(
+        round=0, since=0, stacks={}, change={}, merged_rank=0, head=head, rank=4, scale=2.0,
+        tuning=tuning,
+    )  # fmt: skip
     return [
         ("fedlora", tune_adapter, LoraOrder(**lora)),
         ("flexlora", tune_adapter, LoraOrder(**lora)),
         ("hetlora", tune_and_shrink, HetLoraOrder(**lora, rank=4, shrunk=2, penalty=0.0)),
         ("legend", tune_top, DepthOrder(**lora, lowest=0)),
         ("ffa-lora", tune_b, FfaOrder(**lora | {"adapter": b_factors}, seed=0)),
+        ("flora", merge_and_tune, flora),
         ("linear_probe", tune_head, ProbeOrder(head=head, tuning=tuning)),
         ("fedspine", prune_and_tune, SpineOrder(**spine)),
         ("fedavg", train_and_send, AverageOrder(**weights)),

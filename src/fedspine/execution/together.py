@@ -17,6 +17,7 @@ import torch
 from fedspine.core.device import Call, Scratch, Served, serve
 from fedspine.core.task import Data
 from fedspine.lm.base import Base
+from fedspine.lm.digest import tensors_sha256
 from fedspine.lm.prefix import Prefixes
 from fedspine.lm.tune import Request, TuneResult, train
 from fedspine.nets.net import Net
@@ -65,6 +66,7 @@ def _kind(request: Request) -> Any:
         request.lowest,
         request.freeze_a,
         None if request.taught is None else astuple(request.taught.teaching),
+        None if request.change is None else tensors_sha256(request.change),
         None if request.moments is None else request.moments.steps,
     )
 

@@ -19,7 +19,7 @@ from fedspine.core.message import Tensors, message
 from fedspine.core.tensors import moved, padded
 from fedspine.lm.attention import module_inputs
 from fedspine.lm.digest import tensors_sha256
-from fedspine.lm.lora import AdaptedLinear, a_name, b_name
+from fedspine.lm.lora import AdaptedLinear, a_name, b_name, w_name
 from fedspine.lm.pooling import Pooling, reading
 from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite, unit_map
 from fedspine.lm.structure import Structure, cut, is_full, kept_columns, kept_rows, key_of
@@ -173,6 +173,16 @@ class Base:
             a, b = adapter.get(a_name(site.path)), adapter.get(b_name(site.path))
             self._linears[site.path].put(weight, bias, a, b, scale)
         return self._with_head(head)
+
+    def add(self, change: Tensors, scale: float) -> None:
+        """Add `scale * change` to weights of the model that was last fitted, of which the full
+        structure is kept, until the next one is; `change` is named `<path>.weight`.
+        """
+        for site in self.layout.sites:
+            linear, extra = self._linears[site.path], change.get(w_name(site.path))
+            if extra is not None:
+                added = extra.to(linear.weight.device).float()
+                linear.weight = linear.weight.float().add(added, alpha=scale).to(self.precision)
 
     def whole_skeleton(self) -> nn.Module:
         """The skeleton with all its parts put back, some of which `through` and `start_at` take

@@ -27,6 +27,11 @@ def b_name(path: str) -> str:
     return f"{path}.lora_B"
 
 
+def w_name(path: str) -> str:
+    """The name of the weight itself."""
+    return f"{path}.weight"
+
+
 def is_a(name: str) -> bool:
     """Whether a factor of this name is an A."""
     return name.endswith(".lora_A")

@@ -46,6 +46,7 @@ class Request:
     lowest: int = 0  # the block below which adapters are used but not trained
     freeze_a: bool = False  # whether the adapter's A factors stay as they are
     taught: Taught | None = None  # who teaches beside the labels
+    change: "Tensors | None" = None  # of the base's weights, in units of B A; frozen
     moments: AdamMoments | None = None  # AdamW's, to go on with
     keeps_moments: bool = False  # whether they are wanted back
     extra_bytes: int = 0  # of memory beside what training takes
@@ -83,18 +84,22 @@ def tune(
     lowest: int = 0,
     freeze_a: bool = False,
     taught: Taught | None = None,
+    change: "Tensors | None" = None,
 ) -> TuneResult:
     """Train `model` for `tuning.steps` optimiser steps on the device's rows.
 
     Adapters below the block `lowest` take part as they are. `penalty` of the adapter and the head,
     by name, is added to what is minimised, and so is the distance to the teacher of `taught`; the
-    loss that is returned is that of the labels. A loss that is not
+    loss that is returned is that of the labels. `change`, times the model's scale, is added to the
+    base's weights, named `<path>.weight`, and frozen like them. A loss that is not
     finite ends training at once and is returned as it is; the server leaves such a reply out.
 
     The model that is returned may leave the device: it has the noise of the device, and keeps the
     promise of the run; raises Declined where the device's budget does not suffice.
     """
-    request = Request(device, model, tuning, scoring, scores, penalty, lowest, freeze_a, taught)
+    request = Request(
+        device, model, tuning, scoring, scores, penalty, lowest, freeze_a, taught, change
+    )
     rows = None
     if device.privacy is not None:
         result = _tuned_privately(request, device.privacy)
@@ -136,7 +141,7 @@ def _tuned_held(request: Request, how: HeldTuning) -> TuneResult:
 def _tuned_privately(request: Request, guard: Guard) -> TuneResult:
     if isinstance(request.tuning, HeldTuning):
         raise ValueError("what a device keeps between rounds is not counted by its ledger")
-    if not (request.scoring is request.penalty is request.taught is None):
+    if not (request.scoring is request.penalty is request.taught is request.change is None):
         raise ValueError("importance, penalties and teachers have no noise, so none may be asked")
     match guard.terms.level:
         case "rows":
@@ -214,6 +219,8 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
     )
     stack = _stacked(requests)
     module = stack.fit()
+    if lead.change is not None:
+        base.add(lead.change, lead.model.scale)
     entry = base.start_at(first) if prefixes[0] is not None else None
     optimiser = _optimiser(stack, tuning)
     if lead.moments is not None:

@@ -1,0 +1,323 @@
+"""FLoRA: devices tune adapters of ranks of their own; the server stacks them, and everybody merges
+the stack into the base and begins anew.
+
+Wang et al. 2024, "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
+Adaptations", NeurIPS, arXiv:2409.05976. The product of the stacks is the weighted sum of the
+devices' products, so nothing is lost in aggregation. Departures: docs/methods/flora.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from fedspine.control.ranks import RankRule, check_rank_fields, rank_of_device
+from fedspine.core.checks import Asked, need, tensors_of
+from fedspine.core.device import Device, DeviceId, on_device
+from fedspine.core.fleet import Fleet
+from fedspine.core.merging import merged
+from fedspine.core.message import Tensors, message
+from fedspine.core.method import method, on_todays, usable
+from fedspine.core.reads import Reads
+from fedspine.core.task import Task
+from fedspine.core.tensors import half, single
+from fedspine.lm.base import Model
+from fedspine.lm.cost import HALF
+from fedspine.lm.lora import a_name, adapter_rank, b_name, check_rank, fresh, is_a, w_name
+from fedspine.lm.prunable_layout import PrunableLayout
+from fedspine.lm.received import adapter_shapes, check_head, check_rank_of, rank_in
+from fedspine.lm.structure import full
+from fedspine.lm.tune import tune
+from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
+from fedspine.methods.fedlora import LoraResult
+
+MERGED = "flora"  # what a device has merged, in its memory
+
+
+@message
+class FloraOrder:
+    round: int  # whose weights the device trains on
+    since: int  # the round whose weights it has; 0: the base
+    stacks: dict[str, Tensors]  # fp16, the stacked factors of each round from `since` on, by round
+    change: Tensors  # fp16, all that was merged since the base; empty where the stacks are shorter
+    merged_rank: int  # of all that is then merged, at most the model's width
+    head: Tensors  # fp16
+    rank: int  # of the device's own fresh adapter
+    scale: float
+    tuning: Tuning
+
+    @property
+    def rounds(self) -> list[str]:
+        """Those of the stacks, in the order in which they are merged."""
+        return [str(self.since + number) for number in range(len(self.stacks))]
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(
+            scale=self.scale, rank=max(self.rank, self.merged_rank), names=tuple(self.change)
+        )
+
+    def check(self, asked: Asked) -> None:
+        layout = asked.base.layout
+        need(0 <= self.since <= self.round, f"since is {self.since}, in round {self.round}")
+        if self.change:
+            need(not self.stacks and self.since == 0, "stacks and the whole change came")
+            tensors_of("change", self.change, _dense_shapes(layout))
+            need(self.merged_rank >= _narrowest(layout), "merged_rank is below the change's")
+        else:
+            came, expected = len(self.stacks), self.round - self.since
+            need(came == expected, f"stacks of {came} rounds came, {expected} were expected")
+            need(self.stacks.keys() == set(self.rounds), "stacks are of other rounds")
+        for stack in self.stacks.values():
+            rank = rank_in(stack)
+            check_rank_of(rank, layout)
+            tensors_of("a stack", stack, adapter_shapes(layout, rank))
+        check_rank_of(self.rank, layout)
+        need(self.merged_rank >= 0, f"merged_rank is {self.merged_rank}")
+        check_head(self.head, asked)
+
+    def returned(self, asked: Asked) -> dict[str, Tensors]:
+        """An adapter of the device's rank on all layers."""
+        shapes = adapter_shapes(asked.base.layout, self.rank)
+        return {
+            "adapter": {
+                name: torch.empty(shape, dtype=dtype, device="meta")
+                for name, (dtype, shape) in shapes.items()
+            }
+        }
+
+
+@message
+class Merged:
+    """What a device has merged into its base by a round, and the rank of that."""
+
+    round: int
+    rank: int
+    change: Tensors  # fp16, by `<path>.weight`
+
+
+@on_device
+def merge_and_tune(device: Device, order: FloraOrder) -> LoraResult:
+    """Merge the stacks that the device lacks, and train a fresh adapter on the result."""
+    layout = device.base.layout
+    now = _merged_on(device, order)
+    device.memory[MERGED] = now
+    model = Model(
+        structure=full(layout),
+        adapter=fresh(layout.sites, order.rank, device.rng),
+        head=single(order.head),
+        scale=order.scale,
+    )
+    trace = tune(device, model, order.tuning, change=now.change or None)
+    return LoraResult(
+        adapter=half(trace.model.adapter),
+        head=half(trace.model.head),
+        loss=trace.loss,
+        examples=len(device.data),
+    )
+
+
+def _merged_on(device: Device, order: FloraOrder) -> Merged:
+    """What the device has merged when it has done as the order says, which it is charged for."""
+    layout = device.base.layout
+    before = device.memory.get(MERGED) if order.since else Merged(round=0, rank=0, change={})
+    if before is None or before.round != order.since:
+        raise ValueError(f"the order builds on round {order.since}, whose weights are not here")
+    rank, change = before.rank, order.change or before.change
+    for number in order.rounds:
+        change = merged_stack(layout, change, order.stacks[number])
+        rank += adapter_rank(order.stacks[number])
+    rank = _narrowest(layout) if order.change else min(rank, _narrowest(layout))
+    if order.merged_rank < rank:
+        raise ValueError(f"the order says rank {order.merged_rank}, but {rank} is merged then")
+    came = sum(t.numel() for each in (*order.stacks.values(), order.change) for t in each.values())
+    device.spend(
+        flops=sum(2.0 * layout.parameters * adapter_rank(s) for s in order.stacks.values()),
+        memory_bytes=HALF * (device.base.embeddings + layout.parameters + came),
+    )
+    return Merged(round=order.round, rank=rank, change=change)
+
+
+def stacked(weighted: Sequence[tuple[float, Tensors]]) -> Tensors:
+    """Adapters of any ranks as one whose product is the weighted sum of theirs, in fp16: A is all
+    p_k A_k one below another, B all B_k side by side. The weights sum to 1.
+    """
+    total = sum(weight for weight, _ in weighted)
+    return {
+        name: torch.cat(
+            [
+                (weight / total if is_a(name) else 1.0) * adapter[name].float()
+                for weight, adapter in weighted
+            ],
+            0 if is_a(name) else 1,
+        ).half()
+        for name in weighted[0][1]
+    }
+
+
+def merged_stack(layout: PrunableLayout, change: Tensors, stack: Tensors) -> Tensors:
+    """The change of all weights with the product of this stack, by `<path>.weight`, in fp16.
+
+    The server and every device do just this, round by round, so they have the same bits.
+    """
+    after: Tensors = {}
+    for site in layout.sites:
+        product = stack[b_name(site.path)].float() @ stack[a_name(site.path)].float()
+        before = change.get(w_name(site.path))
+        after[w_name(site.path)] = (product if before is None else product + before.float()).half()
+    return after
+
+
+@message
+class FloraState:
+    round: int
+    rounds: int
+    seed: int
+    layout: PrunableLayout
+    change: (
+        Tensors  # fp16, of all weights since the base, without the scale; empty before the first
+    )
+    merged_rank: int  # of the change, at most the model's width
+    stacks: dict[str, Tensors]  # fp16, of the last rounds, by round
+    head: Tensors
+    versions: dict[str, int]  # the round whose weights a device has; others have the base
+
+
+@method("flora", merges_late=merge_and_tune)
+@dataclass(frozen=True)
+class Flora(LocalTraining):
+    """LoRA at ranks that differ by device, aggregated by stacking and merged into the base.
+
+    >>> from fedspine import Recipe
+    >>> Recipe(method=Flora(ranks=(4, 8)), rounds=5).method.ranks
+    (4, 8)
+    """
+
+    ranks: tuple[int, ...] = (4, 8, 12, 16, 20, 24, 28, 32)  # that a device may have
+    rank_by: RankRule = "memory"  # declared, or "random"
+    # declared memory that earns the largest rank; less earns its share
+    largest_rank_gib: float = 32.0
+    scale: float = 2.0  # alpha / rank, the same for all ranks
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        return cls(
+            ranks=(2, 4, 8),
+            rank_by="random",
+            steps=8,
+            batch=16,
+            learning_rate=2e-2,
+            head_lr_multiplier=1.0,
+        )
+
+    def check(self, task: Task) -> None:
+        check_rank_fields(self)
+        check_rank("method.ranks", self.ranks, task.base.layout)
+        check_tuning(self)
+
+    def foretold(self, base: Any) -> Reads:
+        """With the rank of all that is merged in the end, that of the weights themselves."""
+        return replace(super().foretold(base), rank=_narrowest(base.layout))
+
+    def start(self, task: Task, rng: np.random.Generator) -> FloraState:
+        return FloraState(
+            round=0,
+            rounds=task.rounds,
+            seed=int(rng.integers(2**31)),
+            layout=task.base.layout,
+            change={},
+            merged_rank=0,
+            stacks={},
+            head=task.base.initial_head(rng),
+            versions={},
+        )
+
+    def round(self, state: FloraState, fleet: Fleet) -> FloraState:
+        orders = self._orders(state, fleet)
+        replies = usable(fleet.ask(merge_and_tune, orders), fleet)
+        replies = on_todays(replies, head=state.head)
+        for reply in replies:
+            fleet.note(
+                device=reply.device, rank=reply.order.rank, sparsity=0.0, loss=reply.value.loss
+            )
+        stack = stacked([(float(reply.weight), reply.value.adapter) for reply in replies])
+        # of a device whose reply did not come nobody knows what it has
+        known = {id: version for id, version in state.versions.items() if id not in orders}
+        return replace(
+            state,
+            round=state.round + 1,
+            change=merged_stack(state.layout, state.change, stack),
+            merged_rank=min(state.merged_rank + adapter_rank(stack), _narrowest(state.layout)),
+            stacks=_worth_keeping(state.layout, state.stacks | {str(state.round): stack}),
+            **merged(replies, fleet, head=state.head),
+            versions=known | {reply.device: reply.order.round for reply in replies},
+        )
+
+    def deploy(self, state: FloraState, device: DeviceId | None = None) -> Model:
+        """The base with all that was merged, the same for everybody, as factors of full rank."""
+        adapter: Tensors = {}
+        for site in state.layout.sites if state.change else ():
+            weight = state.change[w_name(site.path)].float()
+            wide = site.rows <= site.columns
+            adapter[a_name(site.path)] = weight if wide else torch.eye(site.columns)
+            adapter[b_name(site.path)] = torch.eye(site.rows) if wide else weight
+        return Model(
+            structure=full(state.layout), adapter=adapter, head=state.head, scale=self.scale
+        )
+
+    def unpruned(self, state: FloraState) -> Model:
+        return self.deploy(state)
+
+    def _orders(self, state: FloraState, fleet: Fleet) -> dict[DeviceId, FloraOrder]:
+        tuning, head = tuning_at(self, state.round, state.rounds), half(state.head)
+        made: dict[tuple[int, int], FloraOrder] = {}
+        orders = {}
+        for profile in fleet.devices:
+            rank = rank_of_device(self, profile.id, profile.memory_bytes, state.seed)
+            since = state.versions.get(profile.id, 0)
+            if (since, rank) not in made:
+                made[since, rank] = FloraOrder(
+                    round=state.round,
+                    **_missing(state, since),
+                    head=head,
+                    rank=rank,
+                    scale=self.scale,
+                    tuning=tuning,
+                )
+            orders[profile.id] = made[since, rank]
+        return orders
+
+
+def _missing(state: FloraState, since: int) -> dict[str, Any]:
+    """What a device lacks that has the weights of round `since`: the stacks of the rounds from then
+    on, or the whole change where that is shorter.
+    """
+    rounds = [str(number) for number in range(since, state.round)]
+    if all(number in state.stacks for number in rounds):
+        stacks, rank = {number: state.stacks[number] for number in rounds}, state.merged_rank
+        return {"since": since, "stacks": stacks, "change": {}, "merged_rank": rank}
+    widest = _narrowest(state.layout)  # a dense change can be of any rank
+    return {"since": 0, "stacks": {}, "change": state.change, "merged_rank": widest}
+
+
+def _worth_keeping(layout: PrunableLayout, stacks: Mapping[str, Tensors]) -> dict[str, Tensors]:
+    """The stacks of the last rounds that are together no longer than the whole change."""
+    kept, left = {}, layout.parameters
+    for number in sorted(stacks, key=int, reverse=True):
+        left -= sum(factor.numel() for factor in stacks[number].values())
+        if left < 0:
+            break
+        kept[number] = stacks[number]
+    return dict(reversed(kept.items()))
+
+
+def _narrowest(layout: PrunableLayout) -> int:
+    """The largest rank that a change of every layer can have."""
+    return min(min(site.rows, site.columns) for site in layout.sites)
+
+
+def _dense_shapes(layout: PrunableLayout) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {w_name(site.path): (torch.float16, (site.rows, site.columns)) for site in layout.sites}
