@@ -21,6 +21,7 @@ from fedspine.lm.load import load
 from fedspine.lm.lora import fresh
 from fedspine.lm.structure import full
 from fedspine.lm.tuning import Tuning
+from fedspine.methods.fed_hello import BlocksOrder, tune_blocks
 from fedspine.methods.fedavg import AverageOrder, train_and_send
 from fedspine.methods.fedlora import LoraOrder, tune_adapter
 from fedspine.methods.ffa_lora import FfaOrder, tune_b
@@ -184,6 +185,7 @@ def few_rows(site, rows):
         ("legend", tune_top, DepthOrder(**lora, lowest=0)),
         ("ffa-lora", tune_b, FfaOrder(**lora | {"adapter": b_factors}, seed=0)),
         ("flora", merge_and_tune, flora),
+        ("fed-hello", tune_blocks, BlocksOrder(**lora, blocks=(1,))),
         ("linear_probe", tune_head, ProbeOrder(head=head, tuning=tuning)),
         ("fedspine", prune_and_tune, SpineOrder(**spine)),
         ("fedavg", train_and_send, AverageOrder(**weights)),

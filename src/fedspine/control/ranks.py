@@ -47,13 +47,27 @@ def check_rising(ranks: tuple[int, ...]) -> None:
 
 
 def rank_of_device(fields: RankFields, device: str, memory_bytes: int, seed: int) -> int:
-    """The rank of one device, the same whenever and beside whomever it is asked.
-
-    By memory: the largest rank whose share of the largest one the declared memory covers as a share
-    of `largest_rank_gib`, at least the smallest. At random: every rank equally likely, drawn from
-    (seed, device).
+    """The rank of one device, the same whenever and beside whomever it is asked; see
+    `one_of_device`.
     """
-    if fields.rank_by == "random":
-        return int(np.random.default_rng([seed, DRAW, *device.encode()]).choice(fields.ranks))
-    earned = fields.ranks[-1] * (memory_bytes / 2**30) / fields.largest_rank_gib
-    return max((rank for rank in fields.ranks if rank <= earned), default=fields.ranks[0])
+    largest_gib = fields.largest_rank_gib
+    return one_of_device(fields.ranks, fields.rank_by, largest_gib, device, memory_bytes, seed)
+
+
+def one_of_device(
+    choices: tuple[int, ...],
+    by: RankRule,
+    largest_gib: float,
+    device: str,
+    memory_bytes: int,
+    seed: int,
+) -> int:
+    """One of the rising `choices`, such as ranks, for one device.
+
+    By memory: the largest one whose share of the last one the declared memory covers as a share of
+    `largest_gib`, at least the first. At random: each equally likely, drawn from (seed, device).
+    """
+    if by == "random":
+        return int(np.random.default_rng([seed, DRAW, *device.encode()]).choice(choices))
+    earned = choices[-1] * (memory_bytes / 2**30) / largest_gib
+    return max((each for each in choices if each <= earned), default=choices[0])

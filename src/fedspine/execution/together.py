@@ -64,6 +64,7 @@ def _kind(request: Request) -> Any:
         tuple((name, tuple(tensor.shape)) for name, tensor in sorted(model.head.items())),
         request.reuses,
         request.lowest,
+        request.blocks,
         request.freeze_a,
         None if request.taught is None else astuple(request.taught.teaching),
         None if request.change is None else tensors_sha256(request.change),

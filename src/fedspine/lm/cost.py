@@ -5,7 +5,7 @@ Source: FedSpine (reconstructed), section 5. Frozen weights take a forward produ
 gradient, 4 operations per weight and token; an adapter takes 6.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -77,6 +77,25 @@ def training_flops(
     layers = 4 * layout.layers + 8 * (layout.layers - first)
     attention = layers * layout.width * kept * extent.squared_tokens
     return extent.tokens * per_token + attention
+
+
+def frozen_adapter(
+    layout: PrunableLayout,
+    structure: Structure,
+    ranks: Sequence[int],
+    trained: Collection[int],
+) -> tuple[int, int]:
+    """What adapters cost that take part as they are where only the blocks `trained` are trained,
+    beside an adapter that is trained from the lowest of them on: operations for each token, bytes.
+
+    Above that block a factor takes no gradient of its own, 2 operations less, and no room for it
+    and for two moments. Below, it takes a forward product, 2 operations, and its own room.
+    """
+    lowest = min(trained)
+    above = [0 if block in trained or block < lowest else rank for block, rank in enumerate(ranks)]
+    below = [rank if block < lowest else 0 for block, rank in enumerate(ranks)]
+    more, less = (adapter_parameters(layout, structure, some) for some in (below, above))
+    return 2 * (more - less), SINGLE * (more - 3 * less)
 
 
 def forward_flops(layout: PrunableLayout, extent: Extent) -> float:

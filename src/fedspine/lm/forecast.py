@@ -8,6 +8,7 @@ from fedspine.core.message import Tensors, pack
 from fedspine.lm.cost import (
     HALF,
     Extent,
+    Ranks,
     adapter_width,
     teaching_flops,
     training_flops,
@@ -16,7 +17,7 @@ from fedspine.lm.cost import (
 from fedspine.lm.importance import no_scores
 from fedspine.lm.importance_sources import ScoringOrder, scoring_cost
 from fedspine.lm.prunable_layout import PrunableLayout
-from fedspine.lm.structure import Structure, is_full, shrink
+from fedspine.lm.structure import Structure, full, is_full, shrink
 
 USABLE_MEMORY = 0.8  # share of a device's memory that training may take
 
@@ -44,6 +45,41 @@ def ranks_that_fit(
     # an adapter's memory is proportional to its rank
     needed = (without + rank * (one - without) for rank in ranks)
     return sum(bytes <= USABLE_MEMORY * memory_bytes for bytes in needed)
+
+
+def depth_bytes(
+    layout: PrunableLayout, rank: Ranks, *, embeddings: int, batch: int, tokens: int
+) -> list[int]:
+    """Peak memory of training the upper 1, 2, ... blocks of the unpruned model, in bytes."""
+    return [
+        training_memory_bytes(
+            layout,
+            full(layout),
+            rank=rank,
+            embeddings=embeddings,
+            batch=batch,
+            tokens=tokens,
+            first=layout.layers - depth,
+        )
+        for depth in range(1, layout.layers + 1)
+    ]
+
+
+def depths_hosted(
+    fleet: Any,  # a `Fleet`, which the checks of this package's annotations cannot check
+    needed: Sequence[int],
+) -> dict[str, int]:
+    """The largest depth in each device's memory, where depths 1, 2, ... take `needed` bytes; a
+    device that hosts none is noted and left out.
+    """
+    most = {}
+    for profile in fleet.devices:
+        room = USABLE_MEMORY * profile.memory_bytes
+        if depth := sum(bytes <= room for bytes in needed):
+            most[profile.id] = depth
+        else:
+            fleet.note(device=profile.id, left_out="no depth fits its memory")
+    return most
 
 
 def round_flops(

@@ -7,7 +7,7 @@ arXiv:2106.09685).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import torch
@@ -87,7 +87,10 @@ class _Adapted(torch.autograd.Function):
         a_low, b_low = a.to(x.dtype), (scale * b).to(x.dtype)
         narrow = flat @ a_low.mT
         out = _add_product(_product(flat, weight, bias), narrow, b_low.mT)
-        ctx.save_for_backward(flat, weight, a_low, b_low, narrow)
+        # what only the gradient of a frozen factor needs is not kept
+        wanted_a, wanted_b = ctx.needs_input_grad[3:5]
+        kept = (flat if wanted_a else None, weight, a_low, b_low, narrow if wanted_b else None)
+        ctx.save_for_backward(*kept)
         ctx.scale, ctx.shape = scale, x.shape
         return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -96,11 +99,11 @@ class _Adapted(torch.autograd.Function):
         flat, weight, a_low, b_low, narrow = ctx.saved_tensors
         grad = grad.reshape(*a_low.shape[:-2], -1, grad.shape[-1])
         grad_narrow = grad @ b_low
-        # FFA-LoRA's is frozen
-        grad_a = (grad_narrow.mT @ flat).float() if ctx.needs_input_grad[3] else None
-        # in this order: few rows, many columns
-        grad_b = (narrow.mT @ grad).mT.float().mul_(ctx.scale)
-        grad_x = None
+        grad_x = grad_a = grad_b = None
+        if flat is not None:
+            grad_a = (grad_narrow.mT @ flat).float()
+        if narrow is not None:  # in this order: few rows, many columns
+            grad_b = (narrow.mT @ grad).mT.float().mul_(ctx.scale)
         if ctx.needs_input_grad[0]:
             grad_x = _add_product(_product(grad, weight.mT, None), grad_narrow, a_low).view(
                 ctx.shape
@@ -176,7 +179,12 @@ def cut_rank(adapter: Tensors, rank: int) -> Tensors:
 
 def on_blocks(layout: PrunableLayout, adapter: Tensors, lowest: int) -> Tensors:
     """The part of an adapter on the blocks from `lowest` on."""
-    sites = (site for site in layout.sites if site.layer >= lowest)
+    return of_blocks(layout, adapter, range(lowest, layout.layers))
+
+
+def of_blocks(layout: PrunableLayout, adapter: Tensors, blocks: Collection[int]) -> Tensors:
+    """The part of an adapter on these blocks."""
+    sites = (site for site in layout.sites if site.layer in blocks)
     return {
         name: adapter[name] for site in sites for name in (a_name(site.path), b_name(site.path))
     }

@@ -2,7 +2,7 @@
 pass.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,10 @@ class TrainableStack:
         """All of them, the adapter's first."""
         return [*self.adapter.values(), *self.head.values()]
 
-    def freeze_below(self, block: int) -> None:
-        """Train no adapter of a block before `block`; nothing is propagated back to them either."""
+    def freeze_but(self, blocks: Collection[int]) -> None:
+        """Train adapters of these blocks only; nothing is propagated back below the lowest."""
         for site in self._base.layout.sites:
-            if site.layer < block and a_name(site.path) in self.adapter:
+            if site.layer not in blocks and a_name(site.path) in self.adapter:
                 self.adapter[a_name(site.path)].requires_grad_(False)
                 self.adapter[b_name(site.path)].requires_grad_(False)
 

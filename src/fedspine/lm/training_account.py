@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedspine.lm.base import Model
-from fedspine.lm.cost import Extent, training_flops, training_memory_bytes
+from fedspine.lm.cost import Extent, frozen_adapter, training_flops, training_memory_bytes
 from fedspine.lm.lora import a_name, adapter_rank
 from fedspine.lm.per_row import RowGradients
 from fedspine.lm.prunable_layout import PrunableLayout
@@ -21,6 +21,11 @@ def account(request: Any, widths: list[int], first: int) -> None:
     extent = Extent(
         tokens=batch * sum(widths), squared_tokens=batch * sum(width**2 for width in widths)
     )
+    flops_each, frozen_bytes = (
+        (0, 0)
+        if request.blocks is None
+        else frozen_adapter(layout, model.structure, ranks, request.blocks)
+    )
     scored = widths[:: request.scoring.every] if request.scoring else []
     scoring = tracking_cost(
         layout,
@@ -33,6 +38,7 @@ def account(request: Any, widths: list[int], first: int) -> None:
     )
     device.spend(
         flops=training_flops(layout, model.structure, ranks, extent, first)
+        + extent.tokens * flops_each
         + scoring.flops
         + len(widths) * request.step_flops,
         launches=len(widths) * layout.layers,
@@ -47,6 +53,7 @@ def account(request: Any, widths: list[int], first: int) -> None:
             first=first,
             scoring=scoring,
         )
+        + frozen_bytes
         + request.extra_bytes,
     )
 

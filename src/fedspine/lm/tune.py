@@ -2,7 +2,7 @@
 unless the device is told to keep its own (`lm.held`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,11 +46,18 @@ class Request:
     lowest: int = 0  # the block below which adapters are used but not trained
     freeze_a: bool = False  # whether the adapter's A factors stay as they are
     taught: Taught | None = None  # who teaches beside the labels
+    blocks: tuple[int, ...] | None = None  # whose adapters are trained; None: all from `lowest` on
     change: "Tensors | None" = None  # of the base's weights, in units of B A; frozen
     moments: AdamMoments | None = None  # AdamW's, to go on with
     keeps_moments: bool = False  # whether they are wanted back
     extra_bytes: int = 0  # of memory beside what training takes
     step_flops: float = 0.0  # of each step beside those of training
+
+    @property
+    def trained(self) -> Collection[int]:
+        """The blocks whose adapters are trained."""
+        layers = self.device.base.layout.layers
+        return range(self.lowest, layers) if self.blocks is None else self.blocks
 
     @property
     def reuses(self) -> bool:
@@ -85,10 +92,12 @@ def tune(
     freeze_a: bool = False,
     taught: Taught | None = None,
     change: "Tensors | None" = None,
+    blocks: tuple[int, ...] | None = None,
 ) -> TuneResult:
     """Train `model` for `tuning.steps` optimiser steps on the device's rows.
 
-    Adapters below the block `lowest` take part as they are. `penalty` of the adapter and the head,
+    Adapters below the block `lowest` take part as they are, and so do those of other than `blocks`,
+    where these are given. `penalty` of the adapter and the head,
     by name, is added to what is minimised, and so is the distance to the teacher of `taught`; the
     loss that is returned is that of the labels. `change`, times the model's scale, is added to the
     base's weights, named `<path>.weight`, and frozen like them. A loss that is not
@@ -98,7 +107,17 @@ def tune(
     promise of the run; raises Declined where the device's budget does not suffice.
     """
     request = Request(
-        device, model, tuning, scoring, scores, penalty, lowest, freeze_a, taught, change
+        device=device,
+        model=model,
+        tuning=tuning,
+        scoring=scoring,
+        scores=scores,
+        penalty=penalty,
+        lowest=lowest if blocks is None else min(blocks),
+        freeze_a=freeze_a,
+        taught=taught,
+        blocks=blocks,
+        change=change,
     )
     rows = None
     if device.privacy is not None:
@@ -279,7 +298,7 @@ def _stacked(requests: Sequence[Request]) -> TrainableStack:
     """The models of requests that agree, with what they freeze."""
     lead = requests[0]
     stack = TrainableStack(lead.device.base, [request.model for request in requests])
-    stack.freeze_below(lead.lowest)
+    stack.freeze_but(lead.trained)
     if lead.freeze_a:
         stack.freeze_a()
     return stack

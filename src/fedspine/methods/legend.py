@@ -25,13 +25,13 @@ from fedspine.core.parts import quiet
 from fedspine.core.reads import Reads
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, single
-from fedspine.lm.aggregate import Contribution, average_factors, bounded
 from fedspine.lm.base import Model
-from fedspine.lm.cost import HALF, adapter_parameters, training_memory_bytes
-from fedspine.lm.forecast import USABLE_MEMORY
+from fedspine.lm.cost import HALF, adapter_parameters
+from fedspine.lm.forecast import depth_bytes, depths_hosted
 from fedspine.lm.lora import check_depth, check_rank, cut_blocks, fresh, on_blocks
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import check_adapter, check_head
+from fedspine.lm.replies import average_replies
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
 from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
@@ -229,7 +229,7 @@ class Legend(LocalTraining):
         return replace(
             state,
             round=state.round + 1,
-            adapter=self._merged(state, fleet, replies),
+            adapter=average_replies(fleet, state.layout, state.adapter, replies, self._weight),
             head=combined(
                 fleet,
                 "head",
@@ -256,27 +256,14 @@ class Legend(LocalTraining):
 
     def _hosted(self, state: LegendState, fleet: Fleet) -> dict[DeviceId, int]:
         """The largest depth in each device's memory; one that hosts none is noted and not asked."""
-        layout = state.layout
-        needed = [
-            training_memory_bytes(
-                layout,
-                full(layout),
-                rank=self._ranks(layout.layers),
-                embeddings=state.embeddings,
-                batch=self.batch,
-                tokens=state.max_tokens,
-                first=layout.layers - depth,
-            )
-            for depth in range(1, layout.layers + 1)
-        ]
-        most = {}
-        for profile in fleet.devices:
-            room = USABLE_MEMORY * profile.memory_bytes
-            if depth := sum(bytes <= room for bytes in needed):
-                most[profile.id] = depth
-            else:
-                fleet.note(device=profile.id, left_out="no depth fits its memory")
-        return most
+        needed = depth_bytes(
+            state.layout,
+            self._ranks(state.layout.layers),
+            embeddings=state.embeddings,
+            batch=self.batch,
+            tokens=state.max_tokens,
+        )
+        return depths_hosted(fleet, needed)
 
     def _probed(
         self, state: LegendState, fleet: Fleet, most: Mapping[DeviceId, int]
@@ -371,27 +358,6 @@ class Legend(LocalTraining):
             lowest=lowest,
             tuning=tuning if steps is None else replace(tuning, steps=steps),
         )
-
-    def _merged(
-        self,
-        state: LegendState,
-        fleet: Fleet,
-        replies: list[Reply[LoraResult]],
-    ) -> Tensors:
-        """Every block averaged over the devices that trained it; one that nobody trained stays."""
-        parts = [
-            Contribution(
-                single(reply.order.adapter),
-                single(reply.value.adapter),
-                full(state.layout),
-                self._weight(reply),
-                late=reply.late > 0,
-            )
-            for reply in replies
-        ]
-        parts = bounded(fleet, replies, parts)
-        mean = average_factors(state.layout, state.adapter, parts, fleet.aggregation)
-        return fleet.server.step("adapter", state.adapter, mean)
 
     def _weight(self, reply: Reply[LoraResult]) -> float:
         return float(reply.weight) if self.weigh_by == "examples" else 1.0

@@ -1,0 +1,225 @@
+"""Fed-HeLLo: each device trains adapters on as many blocks as it has resources for, and a geometric
+pattern says on which.
+
+Zhang et al. 2025, "Fed-HeLLo: Efficient Federated Foundation Model Fine-Tuning with Heterogeneous
+LoRA Allocation", IEEE TNNLS, arXiv:2506.12213. What is the paper's and what is ours:
+docs/methods/fed_hello.md.
+"""
+
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Self
+
+import numpy as np
+
+from fedspine.control.patterns import Pattern, blocks_of_device
+from fedspine.control.ranks import RankRule, one_of_device
+from fedspine.core.checks import Asked, need
+from fedspine.core.device import Device, DeviceId, on_device
+from fedspine.core.errors import BadInput
+from fedspine.core.fleet import Fleet, NoMemory
+from fedspine.core.merging import merged
+from fedspine.core.message import Tensors, message
+from fedspine.core.method import method, on_todays, usable
+from fedspine.core.reads import Reads
+from fedspine.core.task import Task
+from fedspine.core.tensors import half, single
+from fedspine.lm.base import Model
+from fedspine.lm.forecast import depth_bytes, depths_hosted
+from fedspine.lm.lora import check_rank, fresh, of_blocks
+from fedspine.lm.prunable_layout import PrunableLayout
+from fedspine.lm.received import check_adapter, check_head
+from fedspine.lm.replies import average_replies
+from fedspine.lm.structure import full
+from fedspine.lm.tune import tune
+from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
+from fedspine.methods.fedlora import LoraResult
+
+
+@message
+class BlocksOrder:
+    adapter: Tensors  # fp16, of all blocks
+    head: Tensors  # fp16
+    scale: float
+    blocks: tuple[int, ...]  # to train, rising, counted from the input
+    tuning: Tuning
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(scale=self.scale)
+
+    def check(self, asked: Asked) -> None:
+        layout = asked.base.layout
+        check_adapter(self.adapter, layout)
+        check_head(self.head, asked)
+        known = len(self.blocks) <= layout.layers and set(self.blocks) <= set(range(layout.layers))
+        need(bool(self.blocks) and known, f"blocks are not some of the model's {layout.layers}")
+        need(list(self.blocks) == sorted(set(self.blocks)), "blocks do not rise")
+
+    def returned(self, asked: Asked) -> dict[str, Tensors]:
+        """What was trained."""
+        return {"adapter": of_blocks(asked.base.layout, self.adapter, self.blocks)}
+
+
+@on_device
+def tune_blocks(device: Device, order: BlocksOrder) -> LoraResult:
+    """Train the adapters of some blocks and the head, beside those of the others as they are."""
+    layout = device.base.layout
+    model = Model(
+        structure=full(layout),
+        adapter=single(order.adapter),
+        head=single(order.head),
+        scale=order.scale,
+    )
+    trace = tune(device, model, order.tuning, blocks=order.blocks)
+    return LoraResult(
+        adapter=half(of_blocks(layout, trace.model.adapter, order.blocks)),
+        head=half(trace.model.head),
+        loss=trace.loss,
+        examples=len(device.data),
+    )
+
+
+@message
+class FedHelloState:
+    round: int
+    rounds: int
+    turns: float  # of a device in the whole run, on average
+    seed: int
+    layout: PrunableLayout
+    embeddings: int  # parameters outside the blocks, for the memory bound
+    max_tokens: int
+    adapter: Tensors
+    head: Tensors
+
+
+@method("fed-hello", merges_late=tune_blocks, robust=True, server_optimiser=True)
+@dataclass(frozen=True)
+class FedHello(LocalTraining):
+    """LoRA on some blocks of each device, in a pattern over the fleet.
+
+    >>> from fedspine import Recipe
+    >>> Recipe(method=FedHello(pattern="inverted"), rounds=5).method.shares
+    (0.5, 0.75, 1.0)
+    """
+
+    pattern: Pattern = "bottleneck"  # which blocks most devices train
+    randomised: bool = False  # drawn anew in each round, with the pattern's probabilities
+    shares: tuple[float, ...] = (0.5, 0.75, 1.0)  # of the blocks, that a device may train
+    share_by: RankRule = "memory"  # declared, or "random"
+    # declared memory that earns the largest share; less earns its part
+    largest_share_gib: float = 32.0
+    rank: int = 8
+    scale: float = 2.0  # alpha / rank
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        return cls(
+            rank=4,
+            share_by="random",
+            steps=8,
+            batch=16,
+            learning_rate=2e-2,
+            head_lr_multiplier=1.0,
+        )
+
+    def check(self, task: Task) -> None:
+        check_rank("method.rank", (self.rank,), task.base.layout)
+        rising = bool(self.shares) and list(self.shares) == sorted(set(self.shares))
+        if not (rising and self.shares[0] > 0 and self.shares[-1] <= 1):
+            raise BadInput(
+                f"method.shares is {list(self.shares)}, but rising shares of the blocks, above 0 "
+                "and up to 1, were expected"
+            )
+        if not self.largest_share_gib > 0:
+            raise BadInput(
+                f"method.largest_share_gib is {self.largest_share_gib}, but a positive number is "
+                "needed"
+            )
+        check_tuning(self)
+
+    def start(self, task: Task, rng: np.random.Generator) -> FedHelloState:
+        layout = task.base.layout
+        return FedHelloState(
+            round=0,
+            rounds=task.rounds,
+            turns=task.turns,
+            layout=layout,
+            embeddings=task.base.embeddings,
+            max_tokens=task.max_tokens,
+            adapter=fresh(layout.sites, self.rank, rng),
+            head=task.base.initial_head(rng),
+            seed=int(rng.integers(2**31)),
+        )
+
+    def round(self, state: FedHelloState, fleet: Fleet) -> FedHelloState:
+        orders = self._orders(state, fleet)
+        came = fleet.ask(tune_blocks, orders)
+        if not (orders or came):
+            raise NoMemory(
+                "no device has the memory to train even one block; lower method.batch, "
+                "method.rank or task.max_tokens"
+            )
+        replies = on_todays(usable(came, fleet), head=state.head)
+        for reply in replies:
+            fleet.note(
+                device=reply.device,
+                blocks=list(reply.order.blocks),
+                rank=self.rank,
+                sparsity=0.0,
+                loss=reply.value.loss,
+            )
+        return replace(
+            state,
+            round=state.round + 1,
+            adapter=average_replies(fleet, state.layout, state.adapter, replies),
+            **merged(replies, fleet, head=state.head),
+        )
+
+    def deploy(self, state: FedHelloState, device: DeviceId | None = None) -> Model:
+        """The base with the adapters of all blocks, the same for everybody."""
+        return Model(
+            structure=full(state.layout), adapter=state.adapter, head=state.head, scale=self.scale
+        )
+
+    def unpruned(self, state: FedHelloState) -> Model:
+        return self.deploy(state)
+
+    def _orders(self, state: FedHelloState, fleet: Fleet) -> dict[DeviceId, BlocksOrder]:
+        layers = state.layout.layers
+        needed = depth_bytes(
+            state.layout,
+            self.rank,
+            embeddings=state.embeddings,
+            batch=self.batch,
+            tokens=state.max_tokens,
+        )
+        hosted = depths_hosted(fleet, needed)
+        adapter, head = half(state.adapter), half(state.head)
+        tuning = tuning_at(self, state.round, state.rounds, state.turns)
+        counts = tuple(sorted({ceil(share * layers - 1e-9) for share in self.shares}))
+        orders = {}
+        for profile in fleet.devices:
+            if profile.id in hosted:
+                count = one_of_device(
+                    counts,
+                    self.share_by,
+                    self.largest_share_gib,
+                    profile.id,
+                    profile.memory_bytes,
+                    state.seed,
+                )
+                blocks = blocks_of_device(
+                    self.pattern,
+                    layers,
+                    count,
+                    profile.id,
+                    state.seed,
+                    lowest=layers - hosted[profile.id],
+                    round=state.round if self.randomised else None,
+                )
+                orders[profile.id] = BlocksOrder(
+                    adapter=adapter, head=head, scale=self.scale, blocks=blocks, tuning=tuning
+                )
+        return orders
