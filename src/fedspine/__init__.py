@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from fedspine.fleets.simulated import SimulatedFleet as SimulatedFleet
     from fedspine.methods.adasfl import AdaSfl as AdaSfl
     from fedspine.methods.fed_hello import FedHello as FedHello
+    from fedspine.methods.fedadapter import FedAdapter as FedAdapter
     from fedspine.methods.fedavg import FedAvg as FedAvg
     from fedspine.methods.fedlora import FedLora as FedLora
     from fedspine.methods.fedspine import FedSpine as FedSpine
@@ -69,6 +70,7 @@ _HOMES = {  # of each name
     "SimulatedFleet": "fleets.simulated",
     "AdaSfl": "methods.adasfl",
     "FedHello": "methods.fed_hello",
+    "FedAdapter": "methods.fedadapter",
     "FedAvg": "methods.fedavg",
     "FedLora": "methods.fedlora",
     "FedSpine": "methods.fedspine",

@@ -22,6 +22,7 @@ from fedspine.lm.lora import fresh
 from fedspine.lm.structure import full
 from fedspine.lm.tuning import Tuning
 from fedspine.methods.fed_hello import BlocksOrder, tune_blocks
+from fedspine.methods.fedadapter import TrialOrder, score_branches
 from fedspine.methods.fedavg import AverageOrder, train_and_send
 from fedspine.methods.fedlora import LoraOrder, tune_adapter
 from fedspine.methods.ffa_lora import FfaOrder, tune_b
@@ -174,6 +175,7 @@ def few_rows(site, rows):
     }  # fmt: skip
     b_factors = {name: each for name, each in adapter.items() if name.endswith(".lora_B")}
     lora = {"adapter": adapter, "head": head, "scale": 2.0, "tuning": tuning}
+    trial = TrialOrder(adapters={"present": adapter}, heads={"present": head}, scale=2.0, rows=rows)
     flora = FloraOrder(
         round=0, since=0, stacks={}, change={}, merged_rank=0, head=head, rank=4, scale=2.0,
         tuning=tuning,
@@ -184,6 +186,7 @@ def few_rows(site, rows):
         ("hetlora", tune_and_shrink, HetLoraOrder(**lora, rank=4, shrunk=2, penalty=0.0)),
         ("legend", tune_top, DepthOrder(**lora, lowest=0)),
         ("ffa-lora", tune_b, FfaOrder(**lora | {"adapter": b_factors}, seed=0)),
+        ("fedadapter", score_branches, trial),
         ("flora", merge_and_tune, flora),
         ("fed-hello", tune_blocks, BlocksOrder(**lora, blocks=(1,))),
         ("linear_probe", tune_head, ProbeOrder(head=head, tuning=tuning)),
