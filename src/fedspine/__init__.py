@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from fedspine.methods.fedadapter import FedAdapter as FedAdapter
     from fedspine.methods.fedavg import FedAvg as FedAvg
     from fedspine.methods.fedlora import FedLora as FedLora
+    from fedspine.methods.fedquad import FedQuad as FedQuad
     from fedspine.methods.fedspine import FedSpine as FedSpine
     from fedspine.methods.fedspine_plus import FedSpinePlus as FedSpinePlus
     from fedspine.methods.ffa_lora import FfaLora as FfaLora
@@ -73,6 +74,7 @@ _HOMES = {  # of each name
     "FedAdapter": "methods.fedadapter",
     "FedAvg": "methods.fedavg",
     "FedLora": "methods.fedlora",
+    "FedQuad": "methods.fedquad",
     "FedSpine": "methods.fedspine",
     "FedSpinePlus": "methods.fedspine_plus",
     "FfaLora": "methods.ffa_lora",

@@ -170,6 +170,7 @@ def test_a_contribution_is_against_the_order_cut_to_what_the_device_kept(task):
 LATE = {
     "fedlora": {},
     "fed-hello": {"shares": (1.0,)},
+    "fedquad": {"least_depth": 2},  # all blocks
     "hetlora": {"ranks": (8,), "weigh_by": "examples"},
     "legend": {"depth_rule": "fixed"},
     "linear_probe": {},

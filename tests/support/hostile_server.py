@@ -25,6 +25,7 @@ from fedspine.methods.fed_hello import BlocksOrder, tune_blocks
 from fedspine.methods.fedadapter import TrialOrder, score_branches
 from fedspine.methods.fedavg import AverageOrder, train_and_send
 from fedspine.methods.fedlora import LoraOrder, tune_adapter
+from fedspine.methods.fedquad import QuadOrder, tune_quantised
 from fedspine.methods.ffa_lora import FfaOrder, tune_b
 from fedspine.methods.flora import FloraOrder, merge_and_tune
 from fedspine.methods.hetlora import HetLoraOrder, tune_and_shrink
@@ -187,6 +188,7 @@ def few_rows(site, rows):
         ("legend", tune_top, DepthOrder(**lora, lowest=0)),
         ("ffa-lora", tune_b, FfaOrder(**lora | {"adapter": b_factors}, seed=0)),
         ("fedadapter", score_branches, trial),
+        ("fedquad", tune_quantised, QuadOrder(**lora, lowest=0, quantised=2, bits=4)),
         ("flora", merge_and_tune, flora),
         ("fed-hello", tune_blocks, BlocksOrder(**lora, blocks=(1,))),
         ("linear_probe", tune_head, ProbeOrder(head=head, tuning=tuning)),

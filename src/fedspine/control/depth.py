@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fedspine.control.latency_model import coefficients, no_evidence
+from fedspine.control.latency_model import add, coefficients, no_evidence
 from fedspine.core.device import DeviceId
 
 DepthRule: TypeAlias = Literal["barrier-floor", "align-fastest", "tiers", "fixed"]
@@ -134,6 +134,18 @@ def rising_ranks(layers: int, budget: int, difference: float) -> tuple[int, ...]
 def features(work: float, depth: int, layers: int, traffic: float) -> NDArray[np.float64]:
     """What the time of an exchange depends on; `traffic` is a share of that of full depth."""
     return np.array([work, work * depth / layers, traffic])
+
+
+def observed(
+    before: NDArray[np.float64] | None,
+    seen: NDArray[np.float64],
+    seconds: float,
+    discount: float,
+) -> NDArray[np.float64]:
+    """What is known of a device's times after an exchange with these `features`; None: nothing was
+    known.
+    """
+    return add(no_evidence() if before is None else before, seen, seconds, discount)
 
 
 def round_seconds(

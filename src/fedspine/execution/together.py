@@ -19,7 +19,8 @@ from fedspine.core.task import Data
 from fedspine.lm.base import Base
 from fedspine.lm.digest import tensors_sha256
 from fedspine.lm.prefix import Prefixes
-from fedspine.lm.tune import Request, TuneResult, train
+from fedspine.lm.request import Request, TuneResult
+from fedspine.lm.tune import train
 from fedspine.nets.net import Net
 
 
@@ -67,6 +68,8 @@ def _kind(request: Request) -> Any:
         request.blocks,
         request.freeze_a,
         None if request.taught is None else astuple(request.taught.teaching),
+        # groups of 128 numbers would be others beside other devices
+        None if request.quantised is None else id(request),
         None if request.change is None else tensors_sha256(request.change),
         None if request.moments is None else request.moments.steps,
     )

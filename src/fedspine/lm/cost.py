@@ -13,6 +13,7 @@ from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, kept_columns, kept_rows, sparsity
 
 HALF, SINGLE = 2, 4  # bytes of one number
+QUANTISING = 8  # operations to quantise a number and to read it back
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,24 @@ def _parameters_below(layout: PrunableLayout, structure: Structure, layer: int) 
     return heads * layout.shape.head_parameters + channels * layout.shape.channel_parameters
 
 
+def _kept_bytes(layout: PrunableLayout, kept: float, extent: Extent) -> float:
+    """What a block keeps for the backward pass over this much text, in 16 bits."""
+    return (
+        extent.tokens * layout.width * (10 + 24 * kept)
+        + 5 * extent.squared_tokens * layout.query_heads * kept
+    )
+
+
+def quantising_flops(
+    layout: PrunableLayout, structure: Structure, extent: Extent, blocks: int
+) -> float:
+    """Operations to quantise what so many blocks keep over this much text, and to read it back:
+    for each number its group's two extremes, its place between them, rounded and bounded, and back.
+    """
+    kept = 1 - sparsity(layout, structure)
+    return blocks * QUANTISING * _kept_bytes(layout, kept, extent) / HALF
+
+
 def training_memory_bytes(
     layout: PrunableLayout,
     structure: Structure,
@@ -147,6 +166,8 @@ def training_memory_bytes(
     tokens: int,
     first: int = 0,
     scoring: ScoringCost = NO_SCORING,
+    quantised: int = 0,
+    bits: float = 16,
 ) -> int:
     """Peak memory of one training step: a 16-bit base, fp32 adapter with gradient and two moments,
     activations.
@@ -155,14 +176,16 @@ def training_memory_bytes(
     `embeddings` counts the parameters outside the blocks. Activations take 10 bytes per token and
     unit of width that pruning cannot cut, 24 that it can, and the attention scores. `scoring` is
     what a device that scores units needs besides: some of it beside the activations, some when they
-    are gone.
+    are gone. The lowest `quantised` of the trained blocks keep their activations at so many `bits`
+    a number instead of 16; each is whole while it is computed.
     """
     kept = 1 - sparsity(layout, structure)
     weights = HALF * (embeddings + layout.parameters * kept)
     adapter = 4 * SINGLE * adapter_parameters(layout, structure, rank, first)
-    per_layer = (
-        batch * tokens * layout.width * (10 + 24 * kept)
-        + 5 * batch * tokens**2 * layout.query_heads * kept
-    )
-    activations = (layout.layers - first) * per_layer
+    per_layer = _kept_bytes(layout, kept, Extent(batch * tokens, batch * tokens**2))
+    blocks = layout.layers - first
+    if quantised:
+        ratio = bits / (8 * HALF)
+        blocks = max(blocks - quantised + ratio * quantised, 1 + ratio * (quantised - 1))
+    activations = blocks * per_layer
     return int(weights + adapter + max(activations + scoring.bytes_beside, scoring.bytes_after))

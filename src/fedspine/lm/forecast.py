@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fedspine.core.message import Tensors, pack
 from fedspine.lm.cost import (
     HALF,
     Extent,
     Ranks,
+    adapter_parameters,
     adapter_width,
     teaching_flops,
     training_flops,
@@ -63,6 +66,23 @@ def depth_bytes(
         )
         for depth in range(1, layout.layers + 1)
     ]
+
+
+def depth_traffic(
+    layout: PrunableLayout, rank: Ranks, head: Tensors, *, all_down: bool = False
+) -> np.ndarray:
+    """Bytes that a device sends and receives in a round whose upper 0, 1, ... blocks are trained,
+    with the head; `all_down` where it receives the adapters of the others, too.
+    """
+    numbers = sum(tensor.numel() for tensor in head.values())
+    up = np.array(
+        [
+            adapter_parameters(layout, full(layout), rank, layout.layers - depth)
+            for depth in range(layout.layers + 1)
+        ]
+    )
+    down = np.full_like(up, up[-1]) if all_down else up
+    return HALF * (2.0 * numbers + up + down)
 
 
 def depths_hosted(

@@ -17,10 +17,11 @@ from fedspine.lm.distillation import Taught
 from fedspine.lm.importance import Scores, magnitude_scores, random_scores, smooth
 from fedspine.lm.importance_tracker import Scoring
 from fedspine.lm.prunable_layout import PrunableLayout
+from fedspine.lm.request import TuneResult
 from fedspine.lm.scoring_cost import magnitude_cost, tracking_cost, updates
 from fedspine.lm.structure import Structure
 from fedspine.lm.training_account import rank_of
-from fedspine.lm.tune import TuneResult, tune
+from fedspine.lm.tune import tune
 from fedspine.lm.tuning import Tuning
 
 

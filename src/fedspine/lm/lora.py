@@ -87,16 +87,17 @@ class _Adapted(torch.autograd.Function):
         a_low, b_low = a.to(x.dtype), (scale * b).to(x.dtype)
         narrow = flat @ a_low.mT
         out = _add_product(_product(flat, weight, bias), narrow, b_low.mT)
-        # what only the gradient of a frozen factor needs is not kept
+        # what only the gradient of a frozen factor needs is not kept; weights are no activations
         wanted_a, wanted_b = ctx.needs_input_grad[3:5]
-        kept = (flat if wanted_a else None, weight, a_low, b_low, narrow if wanted_b else None)
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(flat if wanted_a else None, narrow if wanted_b else None)
+        ctx.weight, ctx.a_low, ctx.b_low = weight, a_low, b_low
         ctx.scale, ctx.shape = scale, x.shape
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        flat, weight, a_low, b_low, narrow = ctx.saved_tensors
+        flat, narrow = ctx.saved_tensors
+        weight, a_low, b_low = ctx.weight, ctx.a_low, ctx.b_low
         grad = grad.reshape(*a_low.shape[:-2], -1, grad.shape[-1])
         grad_narrow = grad @ b_low
         grad_x = grad_a = grad_b = None

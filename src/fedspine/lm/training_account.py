@@ -4,11 +4,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedspine.lm.base import Model
-from fedspine.lm.cost import Extent, frozen_adapter, training_flops, training_memory_bytes
+from fedspine.lm.cost import (
+    Extent,
+    frozen_adapter,
+    quantising_flops,
+    training_flops,
+    training_memory_bytes,
+)
 from fedspine.lm.lora import a_name, adapter_rank
 from fedspine.lm.per_row import RowGradients
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.scoring_cost import tracking_cost
+from fedspine.lm.stored import bits_each
 
 
 def account(request: Any, widths: list[int], first: int) -> None:
@@ -26,6 +33,10 @@ def account(request: Any, widths: list[int], first: int) -> None:
         if request.blocks is None
         else frozen_adapter(layout, model.structure, ranks, request.blocks)
     )
+    how, bits = request.quantised, 16.0
+    quantised = 0 if how is None else len(how.blocks)
+    if how is not None:
+        bits = bits_each(how.bits)
     scored = widths[:: request.scoring.every] if request.scoring else []
     scoring = tracking_cost(
         layout,
@@ -39,6 +50,7 @@ def account(request: Any, widths: list[int], first: int) -> None:
     device.spend(
         flops=training_flops(layout, model.structure, ranks, extent, first)
         + extent.tokens * flops_each
+        + quantising_flops(layout, model.structure, extent, quantised)
         + scoring.flops
         + len(widths) * request.step_flops,
         launches=len(widths) * layout.layers,
@@ -52,6 +64,8 @@ def account(request: Any, widths: list[int], first: int) -> None:
             tokens=max(widths),
             first=first,
             scoring=scoring,
+            quantised=quantised,
+            bits=bits,
         )
         + frozen_bytes
         + request.extra_bytes,

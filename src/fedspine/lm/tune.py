@@ -2,8 +2,9 @@
 unless the device is told to keep its own (`lm.held`).
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,64 +21,18 @@ from fedspine.core.tensors import moved
 from fedspine.lm.attention import module_inputs
 from fedspine.lm.base import Model
 from fedspine.lm.distillation import Taught, Teachers
-from fedspine.lm.held import AdamMoments, begun, penalty_of, remember
+from fedspine.lm.held import begun, penalty_of, remember
 from fedspine.lm.importance import Scores
 from fedspine.lm.importance_tracker import ImportanceTracker, Scoring
 from fedspine.lm.per_row import RowGradients, poisson_batches
 from fedspine.lm.prefix import activations, entering, first_block, name_of
+from fedspine.lm.request import Request, TuneResult
+from fedspine.lm.stored import Quantised, Stored
 from fedspine.lm.trainable_stack import TrainableStack
 from fedspine.lm.training_account import account, account_rows
 from fedspine.lm.tuning import HeldTuning, Tuning
 
 LAST = 5  # steps whose mean loss stands for where training ended
-
-
-@dataclass(frozen=True)
-class Request:
-    """One device's training of `model`; `scores` is the importance followed so far."""
-
-    device: Device
-    model: Model
-    tuning: Tuning
-    scoring: Scoring | None = None
-    scores: Scores | None = None
-    # of adapter and head, added to what is minimised
-    penalty: Callable[[Tensors], Tensor] | None = None
-    lowest: int = 0  # the block below which adapters are used but not trained
-    freeze_a: bool = False  # whether the adapter's A factors stay as they are
-    taught: Taught | None = None  # who teaches beside the labels
-    blocks: tuple[int, ...] | None = None  # whose adapters are trained; None: all from `lowest` on
-    change: "Tensors | None" = None  # of the base's weights, in units of B A; frozen
-    moments: AdamMoments | None = None  # AdamW's, to go on with
-    keeps_moments: bool = False  # whether they are wanted back
-    extra_bytes: int = 0  # of memory beside what training takes
-    step_flops: float = 0.0  # of each step beside those of training
-
-    @property
-    def trained(self) -> Collection[int]:
-        """The blocks whose adapters are trained."""
-        layers = self.device.base.layout.layers
-        return range(self.lowest, layers) if self.blocks is None else self.blocks
-
-    @property
-    def reuses(self) -> bool:
-        """Whether each of the device's rows is trained on often enough to keep what enters the
-        lowest trained block.
-        """
-        return len(self.device.data) < self.tuning.turns * self.tuning.steps * self.tuning.batch
-
-
-@dataclass(frozen=True)
-class TuneResult:
-    """The tuned model, the mean loss of the last steps, and the importance if it was tracked.
-
-    The loss is None where the run promises privacy, which it would break.
-    """
-
-    model: Model
-    loss: float | None
-    scores: Scores | None
-    moments: AdamMoments | None = None  # where they are wanted
 
 
 def tune(
@@ -93,6 +48,7 @@ def tune(
     taught: Taught | None = None,
     change: "Tensors | None" = None,
     blocks: tuple[int, ...] | None = None,
+    quantised: Quantised | None = None,
 ) -> TuneResult:
     """Train `model` for `tuning.steps` optimiser steps on the device's rows.
 
@@ -100,7 +56,8 @@ def tune(
     where these are given. `penalty` of the adapter and the head,
     by name, is added to what is minimised, and so is the distance to the teacher of `taught`; the
     loss that is returned is that of the labels. `change`, times the model's scale, is added to the
-    base's weights, named `<path>.weight`, and frozen like them. A loss that is not
+    base's weights, named `<path>.weight`, and frozen like them. Blocks keep what the backward pass
+    reads as `quantised` says. A loss that is not
     finite ends training at once and is returned as it is; the server leaves such a reply out.
 
     The model that is returned may leave the device: it has the noise of the device, and keeps the
@@ -118,6 +75,7 @@ def tune(
         taught=taught,
         blocks=blocks,
         change=change,
+        quantised=quantised,
     )
     rows = None
     if device.privacy is not None:
@@ -249,7 +207,8 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
     widths: list[list[int]] = [[] for _ in requests]
     counted: list[list[np.ndarray]] = [[] for _ in requests]
     known = [request.scores for request in requests]
-    with teachers, ImportanceTracker(stack, scoring, known) as tracker:
+    stored = nullcontext() if lead.quantised is None else Stored(base, lead.quantised)
+    with teachers, stored, ImportanceTracker(stack, scoring, known) as tracker:
         for step, rows in enumerate(zip(*plans, strict=True)):
             inputs, width = _joined(requests, rows, widths)
             for request, chosen, seen in zip(requests, rows, counted, strict=True):

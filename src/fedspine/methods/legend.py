@@ -12,8 +12,14 @@ from typing import Literal, Self
 
 import numpy as np
 
-from fedspine.control.depth import DepthPlan, DepthPlanner, DepthRule, features, rising_ranks
-from fedspine.control.latency_model import add, no_evidence
+from fedspine.control.depth import (
+    DepthPlan,
+    DepthPlanner,
+    DepthRule,
+    features,
+    observed,
+    rising_ranks,
+)
 from fedspine.core.checks import Asked, within
 from fedspine.core.device import Device, DeviceId, on_device, returns_sent_weights
 from fedspine.core.errors import BadInput, check_ranges
@@ -26,8 +32,7 @@ from fedspine.core.reads import Reads
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, single
 from fedspine.lm.base import Model
-from fedspine.lm.cost import HALF, adapter_parameters
-from fedspine.lm.forecast import depth_bytes, depths_hosted
+from fedspine.lm.forecast import depth_bytes, depth_traffic, depths_hosted
 from fedspine.lm.lora import check_depth, check_rank, cut_blocks, fresh, on_blocks
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import check_adapter, check_head
@@ -300,9 +305,12 @@ class Legend(LocalTraining):
         depth: int,
     ) -> np.ndarray:
         traffic = (reply.cost.bytes_down + reply.cost.bytes_up) / self._bytes(state)[-1]
-        seen = features(steps / self.steps, depth, state.layout.layers, traffic)
-        before = times.get(reply.device, no_evidence())
-        return add(before, seen, reply.cost.seconds, self.discount)
+        return observed(
+            times.get(reply.device),
+            features(steps / self.steps, depth, state.layout.layers, traffic),
+            reply.cost.seconds,
+            self.discount,
+        )
 
     def _plan(self, state: LegendState, most: Mapping[DeviceId, int]) -> DepthPlan:
         layers = state.layout.layers
@@ -319,17 +327,8 @@ class Legend(LocalTraining):
 
     def _bytes(self, state: LegendState) -> np.ndarray:
         """Bytes that a device of each depth sends and receives in a round, [0 to layers]."""
-        layout = state.layout
-        ranks = self._ranks(layout.layers)
-        head = sum(tensor.numel() for tensor in state.head.values())
-        upper = np.array(
-            [
-                adapter_parameters(layout, full(layout), ranks, layout.layers - depth)
-                for depth in range(layout.layers + 1)
-            ]
-        )
-        down = upper if self.skip_inactive else np.full_like(upper, upper[-1])
-        return HALF * (2.0 * head + upper + down)
+        ranks = self._ranks(state.layout.layers)
+        return depth_traffic(state.layout, ranks, state.head, all_down=not self.skip_inactive)
 
     # --- messages ---
 

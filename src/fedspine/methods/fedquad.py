@@ -1,0 +1,280 @@
+"""FedQuad: each device tunes adapters on as many upper blocks as it has time for, and buys room for
+them by quantising what blocks keep for the backward pass.
+
+Li et al. 2025, "FedQuad: Adaptive Layer-wise LoRA Deployment and Activation Quantization for
+Federated Fine-Tuning", arXiv:2506.01001. A reconstruction of its abstract. What is the paper's and
+what is ours: docs/methods/fedquad.md.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import numpy as np
+
+from fedspine.control.depth import DepthPlan, DepthPlanner, features, observed
+from fedspine.core.checks import Asked, need, within
+from fedspine.core.device import Device, DeviceId, on_device
+from fedspine.core.errors import BadInput, check_ranges
+from fedspine.core.fleet import Fleet, NoMemory, Reply
+from fedspine.core.merging import merged
+from fedspine.core.message import Tensors, message
+from fedspine.core.method import method, on_todays, usable
+from fedspine.core.task import Task
+from fedspine.core.tensors import half, single
+from fedspine.lm.base import Model
+from fedspine.lm.cost import training_memory_bytes
+from fedspine.lm.forecast import USABLE_MEMORY, depth_traffic
+from fedspine.lm.lora import check_rank, fresh, on_blocks
+from fedspine.lm.prunable_layout import PrunableLayout
+from fedspine.lm.replies import average_replies
+from fedspine.lm.stored import Quantised, bits_each
+from fedspine.lm.structure import full
+from fedspine.lm.tune import tune
+from fedspine.lm.tuning import LocalTraining, check_tuning, tuning_at
+from fedspine.methods.fedlora import LoraResult
+from fedspine.methods.legend import DepthOrder
+
+BITS = (4, 8)
+
+
+@message
+class QuadOrder(DepthOrder):
+    quantised: int  # of the trained blocks, counted from the lowest
+    bits: int  # of what they keep for the backward pass
+
+    def check(self, asked: Asked) -> None:
+        super().check(asked)
+        within("quantised", self.quantised, 0, asked.base.layout.layers - self.lowest)
+        need(self.bits in BITS, f"bits is {self.bits}, but 4 or 8 was expected")
+
+
+@on_device
+def tune_quantised(device: Device, order: QuadOrder) -> LoraResult:
+    """Train the adapters from block `lowest` on and the head, at gradients of quantised
+    activations.
+    """
+    layout = device.base.layout
+    model = Model(
+        structure=full(layout),
+        adapter=single(order.adapter),
+        head=single(order.head),
+        scale=order.scale,
+    )
+    blocks = tuple(range(order.lowest, order.lowest + order.quantised))
+    trace = tune(
+        device,
+        model,
+        order.tuning,
+        lowest=order.lowest,
+        quantised=Quantised(blocks, order.bits) if blocks else None,
+    )
+    return LoraResult(
+        adapter=half(on_blocks(layout, trace.model.adapter, order.lowest)),
+        head=half(trace.model.head),
+        loss=trace.loss,
+        examples=len(device.data),
+    )
+
+
+@message
+class FedQuadState:
+    round: int
+    rounds: int
+    turns: float  # of a device in the whole run, on average
+    layout: PrunableLayout
+    embeddings: int  # parameters outside the blocks, for the memory bound
+    max_tokens: int
+    adapter: Tensors
+    head: Tensors
+    times: dict[str, np.ndarray]  # what exchanges took, as `control.latency_model` keeps it
+    depths: dict[str, int]  # of every device that has replied
+
+
+@method("fedquad", merges_late=tune_quantised, robust=True, server_optimiser=True)
+@dataclass(frozen=True)
+class FedQuad(LocalTraining):
+    """LoRA depth for each device, in memory that quantised activations leave.
+
+    >>> from fedspine import Recipe
+    >>> Recipe(method=FedQuad(bits=8), rounds=5).method.quantise
+    'as_needed'
+    """
+
+    rank: int = 8
+    scale: float = 2.0  # alpha / rank
+    bits: Literal[4, 8] = 4  # of what quantised blocks keep for the backward pass
+    # as few blocks as let a depth fit the memory, none, or all that are trained
+    quantise: Literal["as_needed", "never", "all"] = "as_needed"
+    least_depth: int = 1
+    coverage: float = 0.1  # share of a round's devices that train each block
+    discount: float = 0.8  # what an old exchange still counts after a new one
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        return cls(
+            rank=4,
+            quantise="all",
+            steps=8,
+            batch=16,
+            learning_rate=2e-2,
+            head_lr_multiplier=1.0,
+        )
+
+    def check(self, task: Task) -> None:
+        layers = task.base.layout.layers
+        check_ranges(self, {"coverage": (0, 1), "discount": (0, 1)})
+        check_rank("method.rank", (self.rank,), task.base.layout)
+        if not 1 <= self.least_depth <= layers:
+            raise BadInput(
+                f"method.least_depth is {self.least_depth}, but 1 to {layers} blocks of this model "
+                "can be adapted"
+            )
+        if self.bits not in BITS:
+            raise BadInput(f"method.bits is {self.bits}, but 4 or 8 was expected")
+        check_tuning(self)
+
+    def start(self, task: Task, rng: np.random.Generator) -> FedQuadState:
+        layout = task.base.layout
+        return FedQuadState(
+            round=0,
+            rounds=task.rounds,
+            turns=task.turns,
+            layout=layout,
+            embeddings=task.base.embeddings,
+            max_tokens=task.max_tokens,
+            adapter=fresh(layout.sites, self.rank, rng),
+            head=task.base.initial_head(rng),
+            times={},
+            depths={},
+        )
+
+    def round(self, state: FedQuadState, fleet: Fleet) -> FedQuadState:
+        hosted = self._hosted(state, fleet)
+        plan = self._plan(state, {id: len(counts) for id, counts in hosted.items()})
+        orders = {
+            id: self._order(state, depth, hosted[id][depth - 1])
+            for id, depth in plan.depths.items()
+        }
+        came = fleet.ask(tune_quantised, orders)
+        if not (hosted or came):
+            raise NoMemory(
+                "no device has the memory to train even one block; lower method.batch, "
+                "method.rank or task.max_tokens"
+            )
+        replies = on_todays(usable(came, fleet), head=state.head)
+        depths = {reply.device: state.layout.layers - reply.order.lowest for reply in replies}
+        for reply in replies:
+            fleet.note(
+                device=reply.device,
+                depth=depths[reply.device],
+                quantised=reply.order.quantised,
+                rank=self.rank,
+                sparsity=0.0,
+                loss=reply.value.loss,
+                expected_seconds=plan.seconds.get(reply.device),  # of a late one, another round's
+                seconds=reply.cost.seconds,
+            )
+        return replace(
+            state,
+            round=state.round + 1,
+            adapter=average_replies(fleet, state.layout, state.adapter, replies),
+            **merged(replies, fleet, head=state.head),
+            times=state.times | {r.device: self._timed(state, r) for r in replies},
+            depths=state.depths | depths,
+        )
+
+    def deploy(self, state: FedQuadState, device: DeviceId | None = None) -> Model:
+        """The base with the adapters of all blocks, the same for everybody."""
+        return Model(
+            structure=full(state.layout), adapter=state.adapter, head=state.head, scale=self.scale
+        )
+
+    def unpruned(self, state: FedQuadState) -> Model:
+        return self.deploy(state)
+
+    # --- depths, and what is quantised for them ---
+
+    def _hosted(self, state: FedQuadState, fleet: Fleet) -> dict[DeviceId, tuple[int, ...]]:
+        """For depths 1, 2, ... in each device's memory the blocks that are quantised for it; one
+        that hosts none is noted and not asked.
+        """
+        layers = state.layout.layers
+        needed = {
+            (depth, quantised): self._bytes(state, depth, quantised)
+            for depth in range(1, layers + 1)
+            for quantised in self._allowed(depth)
+        }
+        found = {}
+        for profile in fleet.devices:
+            room = USABLE_MEMORY * profile.memory_bytes
+            counts = []
+            for depth in range(1, layers + 1):
+                fitting = [q for q in self._allowed(depth) if needed[depth, q] <= room]
+                if not fitting:
+                    break
+                counts.append(fitting[0])
+            if counts:
+                found[profile.id] = tuple(counts)
+            else:
+                fleet.note(device=profile.id, left_out="no depth fits its memory")
+        return found
+
+    def _allowed(self, depth: int) -> range:
+        """The numbers of quantised blocks that may be tried at this depth, the preferred first."""
+        match self.quantise:
+            case "never":
+                return range(1)
+            case "all":
+                return range(depth, depth + 1)
+            case "as_needed":
+                return range(depth + 1)
+
+    def _bytes(self, state: FedQuadState, depth: int, quantised: int) -> int:
+        return training_memory_bytes(
+            state.layout,
+            full(state.layout),
+            rank=self.rank,
+            embeddings=state.embeddings,
+            batch=self.batch,
+            tokens=state.max_tokens,
+            first=state.layout.layers - depth,
+            quantised=quantised,
+            bits=bits_each(self.bits),
+        )
+
+    def _plan(self, state: FedQuadState, most: dict[DeviceId, int]) -> DepthPlan:
+        layers = state.layout.layers
+        planner = DepthPlanner(
+            rule="barrier-floor",
+            ranks=(self.rank,) * layers,
+            traffic=depth_traffic(state.layout, self.rank, state.head),
+            least=self.least_depth,
+            coverage=self.coverage,
+            fixed=layers,
+            fit_ranks=False,
+        )
+        return planner.plan(state.times, state.depths, most)
+
+    def _timed(self, state: FedQuadState, reply: Reply[LoraResult]) -> np.ndarray:
+        full_bytes = depth_traffic(state.layout, self.rank, state.head)[-1]
+        depth = state.layout.layers - reply.order.lowest
+        traffic = (reply.cost.bytes_down + reply.cost.bytes_up) / full_bytes
+        return observed(
+            state.times.get(reply.device),
+            features(1.0, depth, state.layout.layers, traffic),
+            reply.cost.seconds,
+            self.discount,
+        )
+
+    def _order(self, state: FedQuadState, depth: int, quantised: int) -> QuadOrder:
+        lowest = state.layout.layers - depth
+        return QuadOrder(
+            adapter=half(on_blocks(state.layout, state.adapter, lowest)),
+            head=half(state.head),
+            scale=self.scale,
+            lowest=lowest,
+            tuning=tuning_at(self, state.round, state.rounds, state.turns),
+            quantised=quantised,
+            bits=self.bits,
+        )
