@@ -13,15 +13,45 @@ squares with forgetting, where what a device's own rounds leave open comes from 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedspine.control.latency_model import add, coefficients, no_evidence
 from fedspine.core.device import DeviceId
+from fedspine.core.errors import check_ranges
 
 DepthRule: TypeAlias = Literal["barrier-floor", "align-fastest", "tiers", "fixed"]
+
+
+@dataclass(frozen=True)
+class AllBlocks:
+    """Every device trains the adapters of all blocks."""
+
+    name: ClassVar = "all"
+
+    def check(self, layers: int) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Lcd:
+    """Each device trains those of as many upper blocks as it has time for, as LEGEND chooses."""
+
+    name: ClassVar = "lcd"
+    rule: DepthRule = "barrier-floor"
+    fixed: int = 0  # the depth of all where the rule is "fixed"; 0: all blocks
+    least: int = 2  # k_min
+    coverage: float = 0.1  # c_min: share of a round's devices that train each block
+    discount: float = 0.8  # rho: what an old exchange still counts after a new one
+
+    def check(self, layers: int) -> None:
+        check_ranges(self, {"coverage": (0, 1), "discount": (0, 1)}, "method.depths")
+        check_ranges(self, {"least": (1, layers), "fixed": (0, layers)}, "method.depths")
+
+
+Depths: TypeAlias = AllBlocks | Lcd
 
 KEEP_WITHIN = 0.05  # of the round's time: a depth one away is not worth a change
 

@@ -191,18 +191,22 @@ def tune_and_score(
     how: ScoringOrder,
     known: Scores | None,
     taught: Taught | None = None,
+    blocks: tuple[int, ...] | None = None,
 ) -> TuneResult:
     """`tune`, with the importance of the units after training in its result.
 
     Gradients and activations are tracked during training, starting from what is `known`. Weights
     and chance are scored once, after training; known scores stay only for dropped units, and where
-    a weight is not finite.
+    a weight is not finite. Of adapters that are trained on some `blocks` only, gradients tell
+    nothing of the others.
     """
     match how:
         case Scoring() as scoring:
-            return tune(device, model, tuning, scoring=scoring, scores=known, taught=taught)
+            return tune(
+                device, model, tuning, scoring=scoring, scores=known, taught=taught, blocks=blocks
+            )
         case ByMagnitude():
-            result = tune(device, model, tuning, taught=taught)
+            result = tune(device, model, tuning, taught=taught, blocks=blocks)
             now = magnitude_scores(device.base, result.model)
             _account(
                 device,
@@ -210,7 +214,7 @@ def tune_and_score(
                 scoring_cost(how, device.base.layout, model.structure, rank=rank_of(model)),
             )
         case AtRandom():
-            result = tune(device, model, tuning, taught=taught)
+            result = tune(device, model, tuning, taught=taught, blocks=blocks)
             now = random_scores(device.base.layout, model.structure, device.rng)
     return replace(result, scores=smooth(known, now, 0.0))
 

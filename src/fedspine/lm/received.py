@@ -75,9 +75,10 @@ def adapter_shapes(
     rank: int,
     structure: Structure | None = None,
     dtype: torch.dtype = torch.float16,
+    lowest: int = 0,
 ) -> Specified:
     """Types and shapes of the factors of `rank` for the sub-model `structure` (default: the full
-    model), by name.
+    model), by name, of the blocks from `lowest` on.
     """
     kept = None
     if structure is not None:
@@ -87,6 +88,8 @@ def adapter_shapes(
         }
     shapes: Specified = {}
     for site in layout.sites:
+        if site.layer < lowest:
+            continue
         rows, columns = site.rows, site.columns
         if kept is not None and site.row_units:
             rows = kept[site.row_units][site.layer] * site.per_unit

@@ -348,6 +348,7 @@ class FedSpine(LocalTraining):
         self, state: SpineState, plan: Plan, reply: Reply[SpineResult], part: Contribution
     ) -> PlanResult:
         """What came of a plan; the size of a change is measured as section 3.3 says."""
+        part = replace(part, back={**part.sent, **part.back})  # what was not trained did not change
         importance, directions = change(state.layout, state.line_energy, part, self.scale)
         before = reply.value.loss_before
         full_length = round_flops(

@@ -4,21 +4,33 @@ A method of our own on the frame of FedSpine (Yao et al. 2025, arXiv:2501.02438)
 docs/methods/fedspine_plus.md.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from fedspine.control.controllers import Controller, Deadline
+from fedspine.control.depth import AllBlocks, DepthPlanner, Depths, Lcd, features, observed
 from fedspine.control.plan import Plan
 from fedspine.core.device import DeviceId
-from fedspine.core.errors import check_ranges
-from fedspine.core.fleet import Fleet
+from fedspine.core.errors import BadInput, check_ranges
+from fedspine.core.fleet import Fleet, Reply
+from fedspine.core.message import message
 from fedspine.core.method import method
 from fedspine.core.parts import quiet
 from fedspine.core.task import Task
+from fedspine.lm.distillation import NoTeacher
+from fedspine.lm.forecast import depth_traffic
 from fedspine.lm.importance import on_wire
 from fedspine.lm.importance_sources import Blend, Importance
-from fedspine.lm.merge import RankMerging
+from fedspine.lm.merge import FACTORS, RankMerging
 from fedspine.methods.fedspine import FedSpine, SpineState
-from fedspine.pruning.device import SpineOrder, prune_and_tune
+from fedspine.pruning.device import (
+    DepthSpineOrder,
+    SpineOrder,
+    SpineResult,
+    prune_and_tune,
+)
 from fedspine.pruning.head_start import (
     HeadWeights,
     Start,
@@ -26,6 +38,15 @@ from fedspine.pruning.head_start import (
     know_classes,
     started,
 )
+
+
+@message
+class DepthSpineState(SpineState):
+    """The state of a run in which devices differ in depth."""
+
+    times: dict[str, np.ndarray]  # what exchanges took, as `control.latency_model` keeps it
+    depths: dict[str, int]  # of every device that has replied
+    planned: dict[str, int]  # of the devices of this round
 
 
 @method("fedspine-plus", merges_late=prune_and_tune, robust=True, server_optimiser=True)
@@ -46,13 +67,44 @@ class FedSpinePlus(FedSpine):
     global_importance_weight: float = 0.9
     head_start: Start = "auto"  # what the task head begins as
     head_weights: HeadWeights = quiet("rows")  # what devices count by in the classifier
+    depths: Depths = quiet(AllBlocks())  # on how many upper blocks a device trains adapters
 
     def check(self, task: Task) -> None:
         super().check(task)
+        self.depths.check(task.base.layout.layers)
+        if isinstance(self.depths, Lcd):
+            self._check_with_depths()
         check_ranges(self, {"global_importance_weight": (0, 1)})
         check_head_start(self, task)
 
+    def _check_with_depths(self) -> None:
+        """Raise BadInput for what needs a gradient or a change of every block, or orders of its
+        own.
+        """
+        for field, came, able in (
+            ("importance", self.importance.name, ("activation", "magnitude", "random")),
+            ("aggregation", self.aggregation, FACTORS),
+            ("teacher", self.teacher.name, (NoTeacher.name,)),
+            ("structure", self.structure, ("free",)),
+        ):
+            if came not in able:
+                raise BadInput(
+                    f"method.{field} is {came}, which does not go with method.depths = lcd; "
+                    f"choose one of {', '.join(able)}"
+                )
+
+    def start(self, task: Task, rng: np.random.Generator) -> SpineState:
+        state = super().start(task, rng)
+        if isinstance(self.depths, AllBlocks):
+            return state
+        return DepthSpineState(**vars(state), times={}, depths={}, planned={})
+
     def round(self, state: SpineState, fleet: Fleet) -> SpineState:
+        if isinstance(state, DepthSpineState):
+            most = {profile.id: state.layout.layers for profile in fleet.devices}
+            state = replace(
+                state, planned=self._planner(state).plan(state.times, state.depths, most).depths
+            )
         if state.round == 0:
             rows = self.steps * self.batch
             state = replace(state, head=started(self, state.head, fleet, rows=rows))
@@ -66,8 +118,51 @@ class FedSpinePlus(FedSpine):
 
     def _order(self, state: SpineState, device: DeviceId, plan: Plan) -> SpineOrder:
         shared = self.global_importance_weight > 0 and state.scores is not None
-        return replace(
+        order = replace(
             super()._order(state, device, plan),
             scores=on_wire(state.scores) if shared else None,
             global_importance_weight=self.global_importance_weight,
+        )
+        if not isinstance(state, DepthSpineState):
+            return order
+        layers = state.layout.layers
+        lowest = layers - state.planned.get(device, layers)
+        return DepthSpineOrder(**vars(order), lowest=lowest)
+
+    # --- depth, of which pruning knows nothing ---
+
+    def _merged(
+        self,
+        state: SpineState,
+        fleet: Fleet,
+        plans: dict[DeviceId, Plan],
+        replies: Sequence[Reply[SpineResult]],
+    ) -> SpineState:
+        after = super()._merged(state, fleet, plans, replies)
+        if not isinstance(after, DepthSpineState):
+            return after
+        times, depths, layers = dict(after.times), dict(after.depths), after.layout.layers
+        full_bytes = self._planner(after).traffic[-1]
+        for reply in replies:
+            depth = depths[reply.device] = layers - reply.order.lowest
+            traffic = (reply.cost.bytes_down + reply.cost.bytes_up) / full_bytes
+            seen = features(1.0, depth, layers, traffic)
+            before = times.get(reply.device)
+            times[reply.device] = observed(before, seen, reply.cost.seconds, self.depths.discount)
+            fleet.note(device=reply.device, depth=depth)
+        return replace(after, times=times, depths=depths)
+
+    def _planner(self, state: SpineState) -> DepthPlanner:
+        """Times are taken as those of the unpruned model at the largest rank, and forget: what
+        pruning saves shows in the next ones.
+        """
+        how, layers, rank = self.depths, state.layout.layers, self.ranks[-1]
+        return DepthPlanner(
+            rule=how.rule,
+            ranks=(rank,) * layers,
+            traffic=depth_traffic(state.layout, rank, state.head, all_down=True),
+            least=how.least,
+            coverage=how.coverage,
+            fixed=how.fixed or layers,
+            fit_ranks=False,
         )

@@ -19,6 +19,7 @@ from fedspine.lm.base import Model
 from fedspine.lm.distillation import Taught, Teacher, Teaching
 from fedspine.lm.importance import Scores, ballot, mixed, no_scores
 from fedspine.lm.importance_sources import ScoringOrder, remembered, tune_and_score
+from fedspine.lm.lora import on_blocks
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import (
     adapter_shapes,
@@ -92,6 +93,24 @@ class TaughtOrder(SpineOrder):
 
 
 @message
+class DepthSpineOrder(SpineOrder):
+    """The same where only the adapters from a block on are trained; the others are used as they
+    are, and all blocks are pruned.
+    """
+
+    lowest: int  # the first block to train, counted from the input
+
+    def check(self, asked: Asked) -> None:
+        super().check(asked)
+        within("lowest", self.lowest, 0, asked.base.layout.layers - 1)
+
+
+def _lowest(order: SpineOrder | None) -> int:
+    """The first block that an order trains."""
+    return order.lowest if isinstance(order, DepthSpineOrder) else 0
+
+
+@message
 class UniformOrder(SpineOrder):
     """The same for a device that keeps as many units in every layer: its name is all that it
     says.
@@ -140,7 +159,8 @@ class SpineResult:
             check_loss(self.loss_before, "loss_before")
         check_head(self.head, asked)
         kept, rank = self.structure, rank_in(self.adapter if order is None else order.adapter)
-        tensors_of("adapter", self.adapter, adapter_shapes(layout, rank, kept))
+        shapes = adapter_shapes(layout, rank, kept, lowest=_lowest(order))
+        tensors_of("adapter", self.adapter, shapes)
         for name in ("heads", "channels"):
             dropped = ~getattr(kept, name)
             scored = bool(getattr(self.scores, name)[dropped].any())
@@ -177,7 +197,9 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
     adapter = cut_adapter(single(order.adapter), layout.sites, kept, within=order.structure)
     model = Model(structure=kept, adapter=adapter, head=single(order.head), scale=order.scale)
     taught = None if is_full(kept) else _taught(device, order)
-    trace = tune_and_score(device, model, order.tuning, order.scoring, known, taught)
+    lowest = _lowest(order)
+    blocks = tuple(range(lowest, layout.layers)) if lowest else None
+    trace = tune_and_score(device, model, order.tuning, order.scoring, known, taught, blocks)
     if isinstance(order, TaughtOrder) and order.teaching.own and is_full(kept):
         device.memory["teacher"] = trace.model
     loss_before = device.memory.get("loss")
@@ -186,7 +208,7 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
         device.memory["loss"] = trace.loss
     return SpineResult(
         round=order.round,
-        adapter=half(trace.model.adapter),
+        adapter=half(on_blocks(layout, trace.model.adapter, lowest)),
         head=half(trace.model.head),
         structure=kept,
         scores=ballot(trace.scores or no_scores(layout), kept),
