@@ -15,6 +15,7 @@ from fedspine.execution.together import _kind
 from fedspine.lm.cost import Extent, quantising_flops
 from fedspine.lm.load import load
 from fedspine.lm.request import Request
+from fedspine.lm.score import score
 from fedspine.lm.stored import Quantised
 from fedspine.lm.structure import full
 from fedspine.lm.tiny import write_tiny
@@ -22,7 +23,7 @@ from fedspine.methods.fedquad import FedQuad, QuadOrder, tune_quantised
 from fedspine.methods.legend import Legend
 
 LAYERS = 3
-TOY = replace(FedQuad.toy(), steps=2, batch=8, quantise="as_needed")
+TOY = replace(FedQuad.toy(), steps=2, batch=8)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,16 @@ def test_without_quantising_it_is_legend_at_one_rank(bench):
     assert ours.depths == theirs.depths
     assert bits(ours.adapter) == bits(theirs.adapter)
     assert bits(ours.head) == bits(theirs.head)
+
+
+def test_all_blocks_at_four_bits_learn_and_repeat(lab, task):
+    """The bound is that of test_every_method.py: four standard errors above a third."""
+    method = replace(FedQuad.toy(), quantise="all")
+    bench = lab(kinds=("tx2", "agx"))
+    state = bench.run(method)
+    assert score(task.base, method.deploy(state), task.test).accuracy > 1 / 3 + 4 * 0.05
+    first, again = (lab(name, kinds=("agx",)).run(method, rounds=1) for name in ("a", "b"))
+    assert bits(first) == bits(again)
 
 
 def test_quantising_buys_depth(bench, deep):

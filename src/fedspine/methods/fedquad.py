@@ -114,7 +114,6 @@ class FedQuad(LocalTraining):
         """Settings with which a tiny model learns a toy task in a few rounds."""
         return cls(
             rank=4,
-            quantise="all",
             steps=8,
             batch=16,
             learning_rate=2e-2,

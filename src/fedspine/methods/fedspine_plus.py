@@ -149,7 +149,7 @@ class FedSpinePlus(FedSpine):
             seen = features(1.0, depth, layers, traffic)
             before = times.get(reply.device)
             times[reply.device] = observed(before, seen, reply.cost.seconds, self.depths.discount)
-            fleet.note(device=reply.device, depth=depth)
+        fleet.note(depths={reply.device: depths[reply.device] for reply in replies})
         return replace(after, times=times, depths=depths)
 
     def _planner(self, state: SpineState) -> DepthPlanner:
