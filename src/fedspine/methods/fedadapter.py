@@ -25,7 +25,7 @@ from fedspine.core.tensors import half, single
 from fedspine.lm.base import Base, Model
 from fedspine.lm.cost import HALF, Extent, forward_flops, training_memory_bytes
 from fedspine.lm.forecast import USABLE_MEMORY
-from fedspine.lm.lora import a_name, adapter_rank, b_name, check_depth, check_rank, fresh_a
+from fedspine.lm.lora import a_name, adapter_rank, b_name, check_rank, fresh_a
 from fedspine.lm.prefix import BATCH
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import check_adapter, check_head
@@ -174,7 +174,12 @@ class FedAdapter(LocalTraining):
         )
 
     def check(self, task: Task) -> None:
-        check_depth(self.depth, task.base.layout)
+        layers = task.base.layout.layers
+        if not 0 <= self.depth <= layers:
+            raise BadInput(
+                f"method.depth is {self.depth}, but 0 to {layers} blocks of this model can be "
+                "adapted; 0 means the head alone"
+            )
         check_rank("method.width", (self.width,), task.base.layout)
         check_rank("method.largest_width", (self.largest_width,), task.base.layout)
         if self.largest_width < self.width:

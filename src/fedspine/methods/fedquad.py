@@ -102,7 +102,7 @@ class FedQuad(LocalTraining):
 
     rank: int = 8
     scale: float = 2.0  # alpha / rank
-    bits: Literal[4, 8] = 4  # of what quantised blocks keep for the backward pass
+    bits: int = 4  # or 8, of what quantised blocks keep for the backward pass
     # as few blocks as let a depth fit the memory, none, or all that are trained
     quantise: Literal["as_needed", "never", "all"] = "as_needed"
     least_depth: int = 1
