@@ -1,5 +1,5 @@
 """What methods share whose devices train the first directions of one adapter, each as many as its
-rank: HetLoRA and FlexLoRA.
+rank: HetLoRA and FlexLoRA, and FLoRA the settings of its toy task.
 """
 
 from types import MappingProxyType

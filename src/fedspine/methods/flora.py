@@ -31,6 +31,7 @@ from fedspine.lm.received import adapter_shapes, check_head, check_rank_of, rank
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
 from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
+from fedspine.lm.unequal_ranks import TOY
 from fedspine.methods.fedlora import LoraResult
 
 MERGED = "flora"  # what a device has merged, in its memory
@@ -204,14 +205,7 @@ class Flora(LocalTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(
-            ranks=(2, 4, 8),
-            rank_by="random",
-            steps=8,
-            batch=16,
-            learning_rate=2e-2,
-            head_lr_multiplier=1.0,
-        )
+        return cls(**TOY)
 
     def check(self, task: Task) -> None:
         check_rank_fields(self)
