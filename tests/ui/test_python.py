@@ -174,7 +174,7 @@ def test_a_run_is_that_of_the_command_line(place, result) -> None:
     arguments = tiny_job(place / "bert", place / "rows.csv", **job)
     at = next(i for i, word in enumerate(arguments) if word.startswith("method.ranks"))
     defaults = {"task.max_tokens": 64, "method.batch": 32, "method.head_start": "random"}
-    defaults |= {"method.learning_rate": 2e-3, "method.head_lr_multiplier": 3.0}
+    defaults |= {"method.learning_rate": 3e-3, "method.head_lr_multiplier": 3.0}
     arguments = arguments[: at - 1] + arguments[at + 1 :]
     arguments += [part for item in defaults.items() for part in ("--set", "{}={}".format(*item))]
     carried_out("run", *arguments, "--out", place / "cli", "--json")

@@ -76,7 +76,7 @@ class HeadTraining:
 
     steps: int = 20  # optimiser steps of a device in a round
     batch: int = 32  # rows of one step
-    learning_rate: float = 2e-3  # over the rounds as `schedule` says
+    learning_rate: float = 3e-3  # over the rounds as `schedule` says
     weight_decay: float = 0.1
     head_lr_multiplier: ClassVar[float] = 1.0
     schedule: Schedule = quiet(Linear())  # of the learning rate over the rounds
