@@ -30,6 +30,7 @@ try:
 except ModuleNotFoundError:
     raise BadInput(MISSING) from None
 
+ROWS_IN = "input"  # of a net: uint8 or fp32 [rows, ...]
 IDS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"  # int64 [rows, tokens]
 LOGITS = "logits"  # fp32 [rows, classes], of decoders [rows, tokens, vocabulary]
 PAST, PRESENT = "past_key_values", "present"  # of a decoder: PAST.0.key, PRESENT.0.value, ...
@@ -170,12 +171,20 @@ class Graph:
         half = one.type == "tensor(float16)"
         return np.zeros((len(ids), heads, 0, width), np.float16 if half else np.float32)
 
+    def example(self, rows: int, tokens: int) -> dict[str, np.ndarray]:
+        """Inputs of so many rows, of so many tokens where it reads tokens."""
+        if ROWS_IN in self.inputs:
+            one = self._inputs[ROWS_IN]
+            type = np.uint8 if one.type == "tensor(uint8)" else np.float32
+            return {ROWS_IN: np.zeros((rows, *one.shape[1:]), type)}
+        ids = np.ones((rows, tokens), np.int64)
+        return {IDS: ids, MASK: ids}
+
 
 def _main(path: str, tokens: str, threads: str, *batches: str) -> None:
     graph = Graph(Path(path), int(threads))
     for batch in batches:
-        ids = np.ones((int(batch), int(tokens)), np.int64)
-        graph.logits({IDS: ids, MASK: ids})
+        graph.logits(graph.example(int(batch), int(tokens)))
     print(peak_memory_bytes())
 
 

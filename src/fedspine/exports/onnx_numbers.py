@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from fedspine.core.errors import BadInput
-from fedspine.exports.onnx_graph import LOGITS, quiet
+from fedspine.exports.onnx_graph import LOGITS, PAST, quiet
 
 if TYPE_CHECKING:
     import onnx
@@ -54,14 +54,32 @@ def _fp16(path: Path, scratch: Path, feeds: Feeds) -> None:
     from onnxruntime.transformers import float16
 
     graph = onnx.load(path)
-    reads = {one.name for one in graph.graph.input}
+    decoder = any(one.name.startswith(PAST) for one in graph.graph.input)
     smaller = float16.convert_float_to_float16(
         graph,
-        keep_io_types=[LOGITS] if "input_ids" in reads else True,
+        keep_io_types=[LOGITS] if decoder else True,
         op_block_list=[*float16.DEFAULT_OP_BLOCK_LIST, *WIDE],
         node_block_list=_of_angles(graph),
     )
+    _keep_fractions(smaller)
     onnx.save(smaller, path)
+
+
+def _keep_fractions(graph: "onnx.ModelProto") -> None:
+    """Let nodes that stay in fp32 hand each other fp32, which the converter rounds on the way."""
+    nodes = graph.graph.node
+    rounded = {n.output[0]: n.input[0] for n in nodes if n.name.endswith("_cast_to_fp16_node")}
+    whole = {
+        n.output[0]: rounded[n.input[0]]
+        for n in nodes
+        if n.name.endswith("_cast_to_fp32_node") and n.input[0] in rounded
+    }
+    for node in nodes:
+        for i, name in enumerate(node.input):
+            node.input[i] = whole.get(name, name)
+    read = {name for node in nodes for name in node.input} | {o.name for o in graph.graph.output}
+    for node in [n for n in nodes if n.op_type == "Cast" and n.output[0] not in read]:
+        nodes.remove(node)
 
 
 def _of_angles(graph: "onnx.ModelProto") -> list[str]:
