@@ -3,22 +3,16 @@ refusal.
 """
 
 import dataclasses
-import functools
 import importlib
 import json
 import re
 import shutil
-import subprocess
 import sys
-import threading
-from contextlib import contextmanager
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from browser import Browser, installed
 from places import ROOT
 from runs import carried_out, in_process, python, tiny_job, write_csv
 from tiny_models import LABELS, load, model_on
@@ -333,69 +327,3 @@ def test_rows_to_calibrate_on(run, tmp_path):
         task = recipe.task.model_copy(update={"data": str(place)})
         with pytest.raises(BadInput, match=told):
             calibration_rows(dataclasses.replace(recipe, task=task), record, tokenizer, 10)
-
-
-# --- in a web page ---
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    installed() is None or shutil.which("npm") is None, reason="needs Chromium and npm"
-)
-def test_a_web_page_labels_texts(exported, tmp_path):
-    _, folder, _ = exported("roberta")
-    site = shutil.copytree(ROOT / "examples" / "onnx-web", tmp_path / "site")
-    quiet = ("--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline")
-    done = subprocess.run(["npm", "install", *quiet], cwd=site, capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.skip(f"npm cannot install onnxruntime-web: {done.stderr.strip()[-200:]}")
-    shutil.copytree(folder, site / "model")
-    rows = (*texts(2, seed=7), " ".join(texts(4, seed=8)))  # the last one is cut
-    with served(site) as address:
-        tab = Browser(tmp_path / "profile")
-        try:
-            tab.open(address)
-            found = [labelled(tab, text) for text in rows]
-        finally:
-            tab.close()
-    assert [label for label, _ in found] == [one.label for one in predict_in(folder, rows)]
-    assert all(milliseconds > 0 for _, milliseconds in found)
-    # all that was asked for are files of this site, and none with a text in its address
-    assert all(
-        one.startswith((address, "blob:", "data:")) and "?" not in one for one in tab.requests
-    )
-    assert [one for one in tab.complaints if "favicon" not in str(one)] == []
-
-
-@contextmanager
-def served(folder):
-    """The address of the files in a folder; only GET is answered."""
-    handler = functools.partial(SilentFiles, directory=str(folder))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/index.html"
-        server.shutdown()
-
-
-class SilentFiles(SimpleHTTPRequestHandler):
-    def log_message(self, *words):
-        pass
-
-
-def labelled(tab, text):
-    """What the page says of a text: a label and milliseconds."""
-    told = tab.run(
-        f"""(async () => {{
-          const until = async (test) => {{
-            for (let i = 0; i < 600 && !test(); i++) await new Promise((r) => setTimeout(r, 100));
-          }};
-          const [button, output] = ["button", "output"].map((one) => document.querySelector(one));
-          await until(() => !button.disabled || output.value.includes("cannot"));
-          document.querySelector("textarea").value = {json.dumps(text)};
-          button.click();
-          await until(() => !button.disabled);
-          return output.value;
-        }})()"""
-    )
-    label, milliseconds = re.fullmatch(r"(\w+), ([\d.]+) ms", told).groups()
-    return label, float(milliseconds)

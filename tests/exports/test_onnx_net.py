@@ -156,7 +156,7 @@ def test_refusals(run, tmp_path, monkeypatch, capsys):
         (
             "--format",
             "hf",
-        ): "is a net on arrays, which --format hf does not take; use --format onnx",
+        ): "a net on arrays, which --format hf does not take; use --format onnx",
         ("--format", "gguf"): "which --format gguf does not take",
         ("--format", "onnx", "--base", "x"): "was not made of a base; leave --base out",
         ("--format", "onnx", "--device", "x"): "unknown device 'x'",
@@ -166,7 +166,7 @@ def test_refusals(run, tmp_path, monkeypatch, capsys):
             "onnx",
             "--rows",
             tmp_path / "short.npz",
-        ): "rows of shape [3, 12], and the run",
+        ): "rows of shape [3, 12], and the",
         ("--format", "onnx", "--rows", tmp_path / "named.npz"): "has the class '0', which the run",
         ("--format", "onnx", "--rows", tmp_path / "gone.npz"): "found nothing there",
     }

@@ -7,6 +7,7 @@ folder shows.
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,8 @@ def export(
     with whole_folder(folder) as partial:
         copy_beside(source, partial)
         _settle_tokenizer(partial / TOKENIZER, loaded)
-        signature = _signature(segments=examples.segments is not None)
-        onnx_graph.write(_Logits(loaded.module), partial / ONNX, signature, facts_of(card))
+        segments = examples.segments is not None
+        write_graph(loaded.module, partial / ONNX, segments=segments, facts=facts_of(card))
         quantise(partial / ONNX, quantize, calibrating(partial / ONNX, calibration))
         parity = _parity(loaded, partial, examples, rows_from, quantize)
         parity.check()
@@ -102,14 +103,20 @@ def export(
     return parity
 
 
-def _signature(*, segments: bool) -> Signature:
+def write_graph(
+    module: nn.Module, path: Path, *, segments: bool, facts: Mapping[str, str] | None = None
+) -> None:
+    """Write a stock classifier, or a module called like one, as an fp32 graph; with `segments` it
+    reads these too. Raises BadInput for a module that cannot be exported.
+    """
     names = (IDS, MASK, SEGMENTS) if segments else (IDS, MASK)
-    return Signature(
+    signature = Signature(
         inputs=names,
         outputs=(LOGITS,),
         example={name: torch.ones(2, 8, dtype=torch.int64) for name in names},
         free={name: {0: "rows", 1: "tokens"} for name in names},
     )
+    onnx_graph.write(_Logits(module), path, signature, facts)
 
 
 # --- what all graphs of transformers have in common ---
