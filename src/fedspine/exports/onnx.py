@@ -38,7 +38,6 @@ CODE = """\
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
