@@ -22,11 +22,12 @@ from fedspine.lm.encode import encode
 from fedspine.lm.tiny import VOCABULARY
 
 
-def made(root):
+def made(root, monkeypatch):
     """A folder as `fedspine export --format onnx` writes it."""
     base, tokenizer = tiny(root, "roberta")
     about = {"labels": LABELS, "kind": "classification", "max_tokens": 32, "name": "toy"}
     source = export(base, model_on(base, [4, 2], [24, 30]), tokenizer, root / "hf", **about)
+    monkeypatch.setattr(onnx.bench, "peak_memory_bytes", lambda folder, tokens: 1)
     rows = encode(tokenizer, Rows(texts(8), None, None, {}), "classification", 32)
     onnx.export(source, root / "onnx", examples=rows, rows_from="texts")
     return root / "onnx"
@@ -41,8 +42,8 @@ def texts(count, seed=0):
 @pytest.mark.skipif(
     installed() is None or shutil.which("npm") is None, reason="needs Chromium and npm"
 )
-def test_a_web_page_labels_texts(tmp_path):
-    folder = made(tmp_path)
+def test_a_web_page_labels_texts(tmp_path, monkeypatch):
+    folder = made(tmp_path, monkeypatch)
     site = shutil.copytree(ROOT / "examples" / "onnx-web", tmp_path / "site")
     quiet = ("--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline")
     done = subprocess.run(["npm", "install", *quiet], cwd=site, capture_output=True, text=True)
