@@ -72,6 +72,7 @@ def exported(tmp_path_factory):
 def test_the_graph_gives_the_logits(exported):
     source, folder, parity, examples = exported
     assert parity.largest_difference <= 1e-4
+    assert parity.largest_logit < onnx_decoder.LARGE
     assert (parity.equal_tokens, parity.equal_continuations) == (1, 1)
     assert (parity.rows, parity.tokens_compared) == (len(examples), int(examples.lengths.sum()))
     assert parity.perplexity == pytest.approx(parity.perplexity_before, rel=1e-4)
@@ -174,7 +175,8 @@ def test_the_tolerance(exported):
         with pytest.raises(BadInput, match=told):
             one.check()
     near = dataclasses.replace(few, quantize="int8", perplexity=1.04 * good.perplexity_before)
-    for one in (good, dataclasses.replace(far, quantize="int8"), near):
+    large = dataclasses.replace(far, largest_logit=30.0)
+    for one in (good, large, dataclasses.replace(far, quantize="int8"), near):
         one.check()
     worse = dataclasses.replace(near, perplexity=1.06 * good.perplexity_before)
     for one in (worse, dataclasses.replace(near, relative_difference=float("nan"))):

@@ -19,11 +19,11 @@ def differences(
     """`module` is the PyTorch model, and `written` what was made of it; both map inputs to logits
     as transformers models do.
 
-    Gives `tokens`, `largest_difference` of a logit, `relative_difference` (root mean square, over
+    Gives `tokens`, `largest_logit` of `module`, `largest_difference`, `relative_difference` (root mean square, over
     that of logits around their mean), `equal_tokens` (share of the likeliest next tokens, 0 to 1),
     `perplexity` of `written` and `perplexity_before` (NaN where no token is predicted).
     """
-    largest, apart, spread = 0.0, 0.0, 0.0
+    largest, logit, apart, spread = 0.0, 0.0, 0.0, 0.0
     tokens, equal, predicted, losses = 0, 0, 0, [0.0, 0.0]
     with torch.inference_mode():
         for rows in examples.batches_by_length(BATCH):
@@ -35,6 +35,7 @@ def differences(
             a, b = ours[real], theirs[real]
             # NaN stays the largest, which max() would lose
             largest = float(torch.maximum(torch.tensor(largest), (a - b).abs().max()))
+            logit = max(logit, float(a.abs().max()))
             apart += float((a - b).square().sum(dtype=torch.float64))
             spread += float((a - a.mean(-1, keepdim=True)).square().sum(dtype=torch.float64))
             tokens += len(a)
@@ -46,6 +47,7 @@ def differences(
     after, before = torch.tensor(losses, dtype=torch.float64).div(predicted).exp().tolist()
     return {
         "tokens": tokens,
+        "largest_logit": logit,
         "largest_difference": largest,
         "relative_difference": sqrt(apart / spread) if spread else float("nan"),
         "equal_tokens": equal / tokens,
