@@ -118,8 +118,8 @@ class Parity:
         if self.quantize == "none" and not (self.largest_difference <= allowed and enough):
             raise BadInput(
                 f"the ONNX graph is {self.largest_difference:.2g} off in a logit (allowed: "
-                f"{allowed:.2g}), and {self.equal_tokens:.1%} of the greedy tokens are equal (needed: "
-                f"{EQUAL:.1%}), on {self.rows} rows ({self.rows_from}); use --format hf"
+                f"{allowed:.2g}), and {self.equal_tokens:.1%} of the greedy tokens are equal "
+                f"(needed: {EQUAL:.1%}), on {self.rows} rows ({self.rows_from}); use --format hf"
             )
         near = enough or self.perplexity <= (1 + WORSE) * self.perplexity_before
         if self.quantize != "none" and not (isfinite(self.relative_difference) and near):
@@ -145,8 +145,9 @@ def export(
     `folder`.
 
     Takes the arguments of `fedspine.exports.onnx.export` and raises what it raises; the tolerances
-    are: fp32 logits within 1e-4, or 1e-5 of the largest where that is more, and 99.5 % of the greedy tokens equal; else 99.5 % of the greedy
-    tokens equal, or a perplexity that is at most 5 % higher.
+    are: fp32 logits within 1e-4, or 1e-5 of the largest where that is more, and 99.5 % of the
+    greedy tokens equal; else 99.5 % of the greedy tokens equal, or a perplexity that is at most 5 %
+    higher.
     """
     source, folder = Path(source), Path(folder)
     loaded, card = opened(source, folder)

@@ -19,8 +19,9 @@ def differences(
     """`module` is the PyTorch model, and `written` what was made of it; both map inputs to logits
     as transformers models do.
 
-    Gives `tokens`, `largest_logit` of `module`, `largest_difference`, `relative_difference` (root mean square, over
-    that of logits around their mean), `equal_tokens` (share of the likeliest next tokens, 0 to 1),
+    Gives `tokens`, `largest_logit` of `module`, `largest_difference`, `relative_difference` (root
+    mean square, over that of logits around their mean), `equal_tokens` (share of the likeliest next
+    tokens, 0 to 1),
     `perplexity` of `written` and `perplexity_before` (NaN where no token is predicted).
     """
     largest, logit, apart, spread = 0.0, 0.0, 0.0, 0.0
