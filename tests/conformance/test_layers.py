@@ -151,12 +151,16 @@ def test_nothing_is_unpickled():
     ("package", "file"),
     [
         *(("datasets", "data/hub.py"), ("matplotlib", "report/drawing.py")),
-        *((name, "exports/onnx_graph.py") for name in ("onnx", "onnxruntime")),
         ("peft", "exports/peft.py"),
     ],
 )
 def test_heavy_packages_have_one_door(package, file):
     assert importers(package) == {file}
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
+def test_graphs_have_two_doors(package):
+    assert importers(package) == {"exports/onnx_graph.py", "exports/onnx_numbers.py"}
 
 
 def test_gguf_has_a_door_to_read_and_one_to_write():

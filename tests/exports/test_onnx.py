@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,11 +20,11 @@ from transformers import AutoTokenizer
 
 from fedspine.core.errors import BadInput
 from fedspine.data.dataset import Rows
-from fedspine.exports import onnx, onnx_graph
+from fedspine.exports import onnx, onnx_graph, onnx_numbers
 from fedspine.exports.bench import bench
 from fedspine.exports.hf import export, load_model, predict
 from fedspine.exports.of_run import QUANTISATIONS
-from fedspine.exports.parity_rows import parity_rows
+from fedspine.exports.parity_rows import calibration_rows, parity_rows
 from fedspine.lm.encode import encode
 from fedspine.lm.tiny import VOCABULARY, write_tiny
 from fedspine.runs.run_dir import recipe_of
@@ -66,7 +67,9 @@ def make(root, architecture, pooling, kind):
     model, about = model_on(base, [4, 2], [24, 30]), {"labels": LABELS, "kind": kind}
     stock = export(base, model, tokenizer, root / "hf", max_tokens=64, name="toy", **about)
     examples = encode(tokenizer, rows_of(kind), kind, 64)
-    parity = onnx.export(stock, root / "onnx", examples=examples, rows_from="texts")
+    with pytest.MonkeyPatch.context() as patch:  # which the exports of a run measure, below
+        patch.setattr(onnx.bench, "peak_memory_bytes", lambda folder, tokens: 1)
+        parity = onnx.export(stock, root / "onnx", examples=examples, rows_from="texts")
     return stock, root / "onnx", parity
 
 
@@ -106,11 +109,13 @@ def test_a_graph_tells_nothing_of_the_machine_that_wrote_it(exported):
         assert str(folder.parent).encode() not in file.read_bytes(), file
 
 
-@pytest.mark.parametrize(("how", "bytes_each"), [("fp16", 2), ("int8", 1)])
+@pytest.mark.parametrize(("how", "bytes_each"), [("fp16", 2), ("int8", 1), ("int8-static", 1)])
 def test_smaller_numbers(exported, tmp_path, how, bytes_each):
     _, folder, _ = exported("distilbert")
     smaller = shutil.copytree(folder, tmp_path / how)
-    onnx_graph.quantise(smaller / "model.onnx", how)
+    rows = encode(load_model(folder).tokenizer, rows_of("classification"), "classification", 64)
+    feeds = onnx.calibrating(smaller / "model.onnx", rows)
+    onnx_numbers.quantise(smaller / "model.onnx", how, feeds)
     before, after = load_model(folder), load_model(smaller)
     inputs = inputs_of(before.tokenizer, rows_of("classification", 8), "classification")
     whole, rounded = before.module(**inputs).logits, after.module(**inputs).logits
@@ -119,14 +124,26 @@ def test_smaller_numbers(exported, tmp_path, how, bytes_each):
     size = [(place / "model.onnx").stat().st_size for place in (folder, smaller)]
     # what is left out is at least the difference in the weights of the blocks
     assert size[0] - size[1] > (4 - bytes_each) * before.block_parameters
-    assert set(QUANTISATIONS["onnx"]) == set(onnx_graph.QUANTISERS)
+    assert set(QUANTISATIONS["onnx"]) == set(onnx_numbers.QUANTISERS)
+
+
+def test_what_cannot_be_calibrated_is_told(exported, tmp_path):
+    _, folder, _ = exported("distilbert")
+    graph = Path(shutil.copy(folder / "model.onnx", tmp_path))
+    with pytest.raises(
+        BadInput, match="is calibrated on rows, and none came; take --quantize int8"
+    ):
+        onnx_numbers.quantise(graph, "int8-static")
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(BadInput, match=r"cannot make this graph int8 \("):
+        onnx_numbers.quantise(graph, "int8")
 
 
 def test_a_graph_outside_its_tolerance_is_refused(exported, tmp_path, monkeypatch):
     stock, _, _ = exported("bert")
     _, other, _ = exported("distilbert")
 
-    def wrong(module, path, segments):
+    def wrong(module, path, signature, facts):
         shutil.copyfile(other / "model.onnx", path)
 
     monkeypatch.setattr(onnx_graph, "write", wrong)
@@ -228,7 +245,7 @@ def run(tiny_folder, tmp_path_factory):
     return root / "run", data
 
 
-@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("quantize", ["none", "int8-static"])
 def test_export_of_a_run(run, tmp_path, monkeypatch, capsys, quantize):
     def command(*words):
         code, out, lines = in_process(monkeypatch, capsys, *words)
@@ -241,6 +258,7 @@ def test_export_of_a_run(run, tmp_path, monkeypatch, capsys, quantize):
     assert "parity on 16 rows (test rows of the run): logits within" in out
     parity = json.loads((to / "parity.json").read_text())
     assert (parity["quantize"], parity["equal_predictions"]) == (quantize, 1)
+    assert parity["peak_memory_bytes"] > parity["bytes"]
     command("export", run[0], *options, "--to", tmp_path / "hf", "--json")
     answers = [
         [one["label"] for one in json.loads(command(*words, "--json"))["predictions"]]
@@ -256,17 +274,15 @@ def test_export_of_a_run(run, tmp_path, monkeypatch, capsys, quantize):
 TEXTS = ("good the very", "bad not small")
 
 
-def test_a_decoder_is_refused(tiny_folder, tmp_path, monkeypatch, capsys):
+def test_a_classifier_on_a_decoder_is_no_gguf_file(tiny_folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf")
     data = write_csv(tmp_path / "rows.csv")
     job = tiny_job(tiny_folder("llama"), data, run__rounds=1, fleet__per_round=1)
     carried_out("run", *job, "--out", tmp_path / "run", "--json")
-    words = ("export", tmp_path / "run", "--to", tmp_path / "model", "--format", "onnx")
+    words = ("export", tmp_path / "run", "--to", tmp_path / "model", "--format", "gguf")
     code, out, (line,) = in_process(monkeypatch, capsys, *words)
     assert (code, out) == (2, "")
-    assert "llama is a decoder; use --format hf" in line
-    code, out, (line,) = in_process(monkeypatch, capsys, *words[:-1], "gguf")
-    assert (code, out) == (2, "")
-    assert "this llama was tuned as a classifier; use --format hf" in line
+    assert "this llama was tuned as a classifier; use --format hf, --format onnx" in line
     assert not (tmp_path / "model").exists()
 
 
@@ -298,3 +314,19 @@ def test_rows_to_compare_on(run, tmp_path):
         assert (count, rows_from.split(",")[0]) == (64, "random words")
     with pytest.raises(BadInput, match="gone.csv"):
         found(recipe, str(tmp_path / "gone.csv"))
+
+
+def test_rows_to_calibrate_on(run, tmp_path):
+    folder, _ = run
+    recipe, record = recipe_of(folder), recorded(folder)
+    tokenizer = AutoTokenizer.from_pretrained(base_of(folder))
+    assert len(calibration_rows(recipe, record, tokenizer, 1000)) == 64
+    assert len(calibration_rows(recipe, record, tokenizer, 10)) == 10
+    on_devices = dataclasses.replace(record, splits={"test": record.splits["test"]})
+    with pytest.raises(BadInput, match="training rows, which are on its devices; take"):
+        calibration_rows(recipe, on_devices, tokenizer, 10)
+    others = write_csv(tmp_path / "others.csv", rows=50)
+    for place, told in ((others, "has changed since"), (tmp_path / "gone.csv", "not at hand")):
+        task = recipe.task.model_copy(update={"data": str(place)})
+        with pytest.raises(BadInput, match=told):
+            calibration_rows(dataclasses.replace(recipe, task=task), record, tokenizer, 10)

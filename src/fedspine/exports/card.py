@@ -99,6 +99,11 @@ def read_card(folder: Path) -> Card:
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; give one that `fedspine export` wrote")
     if not (folder / CONFIG).is_file():
+        if (folder / ONNX).is_file():
+            raise BadInput(
+                f"{folder} is a net on arrays for ONNX Runtime; run its {ONNX} there, as its "
+                "README.md shows"
+            )
         raise BadInput(
             f"{folder} has no {CONFIG}, so it is no exported model; write one with `fedspine "
             "export`"

@@ -58,9 +58,11 @@ def load_model(folder: str | Path, *, threads: int | None = None) -> Loaded:
     with torch.device("meta") if graph else nullcontext():
         module = _module(folder, card, config)
     if graph:
-        from fedspine.exports.onnx_module import OnnxModule  # needs fedspine[onnx]
+        from fedspine.exports import onnx_module  # needs fedspine[onnx]
 
-        running = OnnxModule(folder / ONNX, config, threads)
+        of_tokens = card.pooling is None
+        kind = onnx_module.OnnxDecoder if of_tokens else onnx_module.OnnxModule
+        running = kind(folder / ONNX, config, threads)
     else:
         _fill(module, folder / WEIGHTS)
         if adapter is not None:

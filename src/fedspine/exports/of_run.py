@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedspine.core.errors import BadInput, nearest, unknown
+from fedspine.core.task import Kind
 from fedspine.exports import hf, llama_cpp
 
 # these two make the messages in a saved state known
@@ -29,7 +30,7 @@ from fedspine.storage.store import Saved, Store
 
 FORMATS = ("hf", "onnx", "gguf", "peft")
 QUANTISATIONS = {  # by format, the default first; the others have none
-    "onnx": ("none", "fp16", "int8"),
+    "onnx": ("none", "fp16", "int8", "int8-static"),
     "gguf": ("f16", "q8_0", "q4_k_m"),
 }
 GLOBAL, DENSE = "global", "dense"
@@ -59,8 +60,8 @@ def open_run(folder: Path, base: str | None = None) -> RunModel:
     recipe = recipe_of(folder)
     if recipe.task.kind == "array":
         raise BadInput(
-            f"{folder} trained {recipe.task.model!r}, a net on arrays; only transformers can be "
-            "exported so far"
+            f"{folder} trained {recipe.task.model!r}, a net on arrays, and only transformers have "
+            "a base; leave this run out"
         )
     saved, record = saved_state(folder), task_record.recorded(folder)
     _check_unedited(folder, recipe, saved.state["recipe"])
@@ -93,16 +94,20 @@ def export_model(
 
     `with_base` writes the model that a PEFT adapter fits beside it; `base` is where the run's base
     is now. `quantize` is one of the format's `QUANTISATIONS` (None: the first); ONNX and GGUF are
-    compared on `rows`, data with the run's columns. Raises BadInput for an unknown format, device
-    or quantisation, a folder that is no run, one that exists where `to` should be, an adapter that
-    fits no model that stock tools could load, a model that has no such format, and a graph or file
-    outside its tolerance.
+    compared on `rows`, data with the run's columns. Nets on arrays have the format onnx alone.
+    Raises BadInput for an unknown format, device or quantisation, a folder that is no run, one that
+    exists where `to` should be, an adapter that fits no model that stock tools could load, a model
+    that has no such format, and a graph or file outside its tolerance.
     """
     _check_options(format, with_base=with_base, quantize=quantize, rows=rows)
     if to.exists():
         raise BadInput(f"{to} exists already; name a new folder with --to")
     _check_device(device, device_ids_of(folder))
-    other = _other_runtime(format)
+    recipe = recipe_of(folder)
+    if recipe.task.kind == "array":
+        _check_net(recipe, format, base)
+        return _exported_net(folder, device, to, quantize=quantize or "none", rows=rows)
+    other = _other_runtime(format, recipe.task.kind)
     run = open_run(folder, base)
     model, record = run.model(device), run.record
     structure = getattr(run.recipe.method, "structure", "free")
@@ -121,11 +126,16 @@ def export_model(
             run.base, model, run.tokenizer, to, origin=origin, with_base=with_base, **card
         )
     elif other is not None:
-        from fedspine.exports.parity_rows import parity_rows
+        from fedspine.exports.parity_rows import calibration_rows, parity_rows
 
         check_kind(format, run)
         quantize = quantize or QUANTISATIONS[format][0]
         examples, rows_from = parity_rows(run.recipe, record, run.tokenizer, rows, other.ROWS)
+        calibrated = {}
+        if quantize == "int8-static":
+            from fedspine.exports.onnx_numbers import CALIBRATION_ROWS as most
+
+            calibrated["calibration"] = calibration_rows(run.recipe, record, run.tokenizer, most)
         with tempfile.TemporaryDirectory() as scratch:
             place = Path(scratch) / "model"
             chat = record.of_dialogues
@@ -133,7 +143,12 @@ def export_model(
                 run.base, model, run.tokenizer, place, chat=chat, structure=structure, **card
             )
             parity = other.export(
-                merged, to, examples=examples, rows_from=rows_from, quantize=quantize
+                merged,
+                to,
+                examples=examples,
+                rows_from=rows_from,
+                quantize=quantize,
+                **calibrated,
             )
         more = {"quantize": quantize, "parity": asdict(parity) | {"line": parity.line}}
     else:
@@ -144,8 +159,49 @@ def export_model(
         "format": format,
         "folder": str(to),
         "sparsity": sparsity(run.base.layout, model.structure),
-        "bytes": sum(file.stat().st_size for file in to.rglob("*") if file.is_file()),
+        "bytes": _bytes_in(to),
     } | more
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _check_net(recipe: Recipe, format: str, base: str | None) -> None:
+    if format != "onnx":
+        raise BadInput(
+            f"{recipe.task.model!r} is a net on arrays, which --format {format} does not take; use "
+            "--format onnx"
+        )
+    if base is not None:
+        raise BadInput(f"{recipe.task.model!r} was not made of a base; leave --base out")
+
+
+def _exported_net(
+    folder: Path, device: str, to: Path, *, quantize: str, rows: str | None
+) -> dict[str, Any]:
+    """`export_model` of a run on arrays."""
+    from fedspine.exports import onnx_net  # needs fedspine[onnx]
+
+    recipe, record = recipe_of(folder), task_record.recorded(folder)
+    saved = saved_state(folder)
+    _check_unedited(folder, recipe, saved.state["recipe"])
+    parity = onnx_net.export(
+        _chosen(recipe.method, saved.state["method"], device),
+        onnx_net.data_of(recipe, record, rows),
+        to,
+        name=f"{recipe.method.name} {device}",
+        record=record,
+        quantize=quantize,
+    )
+    return {
+        "device": device,
+        "format": "onnx",
+        "folder": str(to),
+        "bytes": _bytes_in(to),
+        "quantize": quantize,
+        "parity": asdict(parity) | {"line": parity.line},
+    }
 
 
 def _check_options(format: str, *, with_base: bool, quantize: str | None, rows: str | None) -> None:
@@ -179,17 +235,17 @@ def _unknown_quantisation(format: str, quantize: str, known: tuple[str, ...]) ->
     )
 
 
-def _other_runtime(format: str) -> Any:
+def _other_runtime(format: str, kind: Kind) -> Any:
     """The module that exports for a runtime that is not PyTorch; None for the other formats.
 
     Raises BadInput where its packages are not installed.
     """
     match format:
         case "onnx":
-            from fedspine.exports import onnx
+            from fedspine.exports import onnx, onnx_decoder, onnx_graph
 
-            onnx.onnx_graph.check_installed()
-            return onnx
+            onnx_graph.check_installed()
+            return onnx_decoder if kind == "causal-lm" else onnx
         case "gguf":
             from fedspine.exports import gguf
 
@@ -200,11 +256,6 @@ def _other_runtime(format: str) -> Any:
 def check_kind(format: str, run: RunModel) -> None:
     """Raise BadInput for a model that a format does not take."""
     decoder, architecture = run.base.layout.decoder, run.base.config.model_type
-    if format == "onnx" and decoder:
-        raise BadInput(
-            f"--format onnx takes classifiers on encoders, and {architecture} is a decoder; use "
-            "--format hf or --format peft, or --format gguf for a language model"
-        )
     if format == "gguf" and not decoder:
         raise BadInput(
             f"--format gguf takes language models on decoders, and {architecture} is an encoder; "
@@ -213,7 +264,7 @@ def check_kind(format: str, run: RunModel) -> None:
     if format == "gguf" and run.record.kind != "causal-lm":
         raise BadInput(
             f"--format gguf takes language models, and this {architecture} was tuned as a "
-            "classifier; use --format hf or --format peft"
+            "classifier; use --format hf, --format onnx or --format peft"
         )
 
 

@@ -7,8 +7,10 @@ folder shows.
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,17 +19,15 @@ from torch import Tensor, nn
 
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Examples
-from fedspine.exports import onnx_graph
-from fedspine.exports.bench import latency_seconds
+from fedspine.exports import bench, onnx_graph
 from fedspine.exports.card import CONFIG, ONNX, PARITY, WEIGHTS, Card, read_card
 from fedspine.exports.load import Loaded, load_model
+from fedspine.exports.onnx_graph import IDS, LOGITS, MASK, SEGMENTS, Graph, Signature
+from fedspine.exports.onnx_numbers import Feeds, quantise
+from fedspine.exports.onnx_parity import Parity, agreement
 from fedspine.exports.whole_folder import check_new, whole_folder
 
 TOKENIZER = "tokenizer.json"
-APART = 1e-4  # of fp32 logits; rounding came to 1e-5 in MiniLM's six blocks
-# where the numbers are smaller, so many predictions must be equal, or so little accuracy be lost:
-# a model that is often unsure answers otherwise in a few rows and is right as often
-EQUAL, LOST = 0.995, 0.005
 ROWS = 1000  # to compare on at most
 BATCH = 32  # rows at a time
 TOKENS = 128  # of the rows that are timed, or as many as the model was trained to read
@@ -55,57 +55,8 @@ for text, label in zip(texts, logits.argmax(1), strict=True):
 """
 
 
-@dataclass(frozen=True)
-class Parity:
-    """How an exported graph differs from the PyTorch model that it was made of, and its costs."""
-
-    rows_from: str  # what the rows are that both were compared on
-    rows: int
-    largest_difference: float  # of a logit
-    equal_predictions: float  # share of the rows, 0 to 1
-    accuracy: float | None  # of the graph, 0 to 1; None for rows without labels
-    accuracy_before: float | None  # of the PyTorch model
-    quantize: str
-    bytes: int  # of the graph, with its weights
-    latency_seconds: dict[int, float]  # median by batch size, on one thread
-    tokens: int  # of the rows that were timed
-
-    @property
-    def line(self) -> str:
-        """The report in one line."""
-        small, large = (1e3 * seconds for _, seconds in sorted(self.latency_seconds.items()))
-        return (
-            f"parity on {self.rows} rows ({self.rows_from}): logits within "
-            f"{self.largest_difference:.2g}, {self.equal_predictions:.1%} of predictions equal"
-            f"{self._accuracies}; {self.bytes / 1e6:.2f} MB; {small:.1f} ms at batch 1 and "
-            f"{large:.1f} ms at batch 32, {self.tokens} tokens, one thread"
-        )
-
-    @property
-    def _accuracies(self) -> str:
-        if self.accuracy is None:
-            return ""
-        return f", accuracy {self.accuracy:.1%} (before: {self.accuracy_before:.1%})"
-
-    def check(self) -> None:
-        """Raise BadInput where the graph is outside its tolerance."""
-        as_right = self.accuracy is not None and self.accuracy_before - self.accuracy <= LOST
-        if self.quantize == "none" and not self.largest_difference <= APART:
-            raise BadInput(
-                f"the ONNX graph is {self.largest_difference:.2g} off in a logit, more than the "
-                f"{APART:g} allowed, on {self.rows} rows ({self.rows_from}); use --format hf"
-            )
-        if self.quantize != "none" and self.equal_predictions < EQUAL and not as_right:
-            raise BadInput(
-                f"the {self.quantize} graph predicts the same for {self.equal_predictions:.1%} of "
-                f"{self.rows} rows ({self.rows_from}){self._accuracies}; {EQUAL:.1%}, or at most "
-                f"{100 * LOST} points of accuracy lost, is required: take --quantize none, or name "
-                "other rows with --rows"
-            )
-
-
 class _Logits(nn.Module):
-    """The module that is traced: from `onnx_graph.INPUTS` to a tensor."""
+    """The module that is traced: from token ids, mask and, of pairs, segments to a tensor."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -125,30 +76,25 @@ def export(
     examples: Examples,
     rows_from: str,
     quantize: str = "none",
+    calibration: Examples | None = None,
 ) -> Parity:
     """Write the classifier that `fedspine.exports.hf.export` wrote to `source` as the new `folder`.
 
     `examples` are the rows to compare both on, and `rows_from` says what they are; `quantize` is a
-    key of `onnx_graph.QUANTISERS`. The folder appears at once and complete. Raises BadInput where
-    it exists, for a model of more than 2 GB or without a tokenizer.json, and for a graph that is
-    outside its tolerance: fp32 logits within 1e-4; else 99.5 % of the predictions equal, or of
-    rows with labels at most 0.5 points of accuracy lost.
+    key of `onnx_numbers.QUANTISERS`, and `calibration` the rows that `int8-static` needs. The
+    folder appears at once and complete. Raises BadInput where it exists, for a model of more than
+    2 GB or without a tokenizer.json, and for a graph that is outside its tolerance: fp32 logits
+    within 1e-4; else 99.5 % of the predictions equal, or of rows with labels at most 0.5 points of
+    accuracy lost.
     """
-    onnx_graph.check_installed()
     source, folder = Path(source), Path(folder)
-    check_new(folder)
-    loaded, card = load_model(source), read_card(source)
-    if 4 * loaded.parameters > onnx_graph.MOST_BYTES:
-        raise BadInput(
-            f"{loaded.parameters:,} parameters in fp32 do not fit into one ONNX file of 2 GB; use "
-            "--format hf"
-        )
+    loaded, card = opened(source, folder)
     with whole_folder(folder) as partial:
-        _copy(source, partial)
+        copy_beside(source, partial)
         _settle_tokenizer(partial / TOKENIZER, loaded)
         segments = examples.segments is not None
-        onnx_graph.write(_Logits(loaded.module), partial / ONNX, segments=segments)
-        onnx_graph.quantise(partial / ONNX, quantize)
+        write_graph(loaded.module, partial / ONNX, segments=segments, facts=facts_of(card))
+        quantise(partial / ONNX, quantize, calibrating(partial / ONNX, calibration))
         parity = _parity(loaded, partial, examples, rows_from, quantize)
         parity.check()
         (partial / PARITY).write_text(json.dumps(asdict(parity), indent=2) + "\n", encoding="utf-8")
@@ -156,7 +102,61 @@ def export(
     return parity
 
 
-def _copy(source: Path, partial: Path) -> None:
+def write_graph(
+    module: nn.Module, path: Path, *, segments: bool, facts: Mapping[str, str] | None = None
+) -> None:
+    """Write a stock classifier, or a module called like one, as an fp32 graph; with `segments` it
+    reads these too. Raises BadInput for a module that cannot be exported.
+    """
+    names = (IDS, MASK, SEGMENTS) if segments else (IDS, MASK)
+    signature = Signature(
+        inputs=names,
+        outputs=(LOGITS,),
+        example={name: torch.ones(2, 8, dtype=torch.int64) for name in names},
+        free={name: {0: "rows", 1: "tokens"} for name in names},
+    )
+    onnx_graph.write(_Logits(module), path, signature, facts)
+
+
+# --- what all graphs of transformers have in common ---
+
+
+def opened(source: Path, folder: Path) -> tuple[Loaded, Card]:
+    """The model in `source`, which is to become the new `folder`; raises what `export` raises."""
+    onnx_graph.check_installed()
+    check_new(folder)
+    loaded, card = load_model(source), read_card(source)
+    if 4 * loaded.parameters > onnx_graph.MOST_BYTES:
+        raise BadInput(
+            f"{loaded.parameters:,} parameters in fp32 do not fit into one ONNX file of 2 GB; use "
+            "--format hf"
+        )
+    if not (source / TOKENIZER).is_file():
+        raise BadInput(
+            f"the tokenizer of this model has no {TOKENIZER}, which a device needs; use --format hf"
+        )
+    return loaded, card
+
+
+def facts_of(card: Card) -> dict[str, str]:
+    """What the graph says of itself."""
+    told = {"name": card.name, "task": card.kind, "max_tokens": str(card.max_tokens)}
+    return told | ({"labels": json.dumps(card.labels)} if card.labels else {})
+
+
+def calibrating(graph: Path, rows: Examples | None) -> Feeds:
+    """Every input of the graph for these rows, in batches of rows of like length."""
+    if rows is None or not len(rows):
+        return ()
+    reader, feeds = Graph(graph), []
+    for chosen in rows.batches_by_length(BATCH):
+        inputs = {name: tensor.numpy() for name, tensor in rows.batch(chosen).items()}
+        feeds.append(reader.given(inputs))
+    return feeds
+
+
+def copy_beside(source: Path, partial: Path) -> None:
+    """Copy tokenizer and configuration, which no longer fits a stock model."""
     for file in source.iterdir():
         if file.name not in (WEIGHTS, "README.md"):
             shutil.copyfile(file, partial / file.name)
@@ -168,10 +168,6 @@ def _copy(source: Path, partial: Path) -> None:
 
 def _settle_tokenizer(path: Path, loaded: Loaded) -> None:
     """Let the stored tokenizer cut and fill rows by itself, as the model needs it."""
-    if not path.is_file():
-        raise BadInput(
-            f"the tokenizer of this model has no {TOKENIZER}, which a device needs; use --format hf"
-        )
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.enable_truncation(loaded.max_tokens)
     tokenizer.enable_padding(
@@ -188,20 +184,24 @@ def _parity(
 ) -> Parity:
     written = load_model(folder, threads=1)
     ours, theirs = _logits_of_both(loaded.module, written.module, examples)
-    before, after, labels = ours.argmax(1), theirs.argmax(1), examples.labels
-    tokens = min(TOKENS, loaded.max_tokens)
     return Parity(
         rows_from=rows_from,
         rows=len(examples),
-        largest_difference=float(np.abs(ours - theirs).max()),  # NaN if there is one
-        equal_predictions=float((before == after).mean()),
-        accuracy=None if labels is None else float((after == labels).mean()),
-        accuracy_before=None if labels is None else float((before == labels).mean()),
+        **agreement(ours, theirs, examples.labels),
         quantize=quantize,
-        bytes=(folder / ONNX).stat().st_size,
-        latency_seconds=latency_seconds(written, tokens=tokens, threads=1, repeats=REPEATS),
-        tokens=tokens,
+        **costs_of(folder, written, TOKENS),
     )
+
+
+def costs_of(folder: Path, written: Loaded, tokens: int) -> dict[str, Any]:
+    """The fields of a parity report that say what the graph in `folder` costs on one thread."""
+    tokens = min(tokens, written.max_tokens)
+    return {
+        "bytes": (folder / ONNX).stat().st_size,
+        "latency_seconds": bench.latency_seconds(written, tokens=tokens, repeats=REPEATS),
+        "tokens": tokens,
+        "peak_memory_bytes": bench.peak_memory_bytes(folder, tokens=tokens),
+    }
 
 
 def _logits_of_both(

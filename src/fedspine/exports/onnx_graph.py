@@ -1,19 +1,19 @@
-"""ONNX graphs: written from a module, quantised, and run.
+"""ONNX graphs: written from a module, and run.
 
-The only file that imports ONNX's libraries. PyTorch is imported only where a module is exported, so
-that the peak memory of a process that runs a graph (`python -m fedspine.exports.onnx_graph`) is the
-runtime's own.
+With `onnx_numbers` the only file that imports ONNX's libraries. PyTorch is imported only where a
+module is exported, so that the peak memory of a process that runs a graph (`python -m
+fedspine.exports.onnx_graph`) is the runtime's own.
 """
 
 import logging
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,10 +30,27 @@ try:
 except ModuleNotFoundError:
     raise BadInput(MISSING) from None
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # int64 [rows, tokens] each
-LOGITS = "logits"  # fp32 [rows, classes]
+ROWS_IN = "input"  # of a net: uint8 or fp32 [rows, ...]
+IDS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"  # int64 [rows, tokens]
+LOGITS = "logits"  # fp32 [rows, classes], of decoders [rows, tokens, vocabulary]
+PAST, PRESENT = "past_key_values", "present"  # of a decoder: PAST.0.key, PRESENT.0.value, ...
+FREE = "past"  # the dimension of a cache that grows
 MOST_BYTES = 2_000_000_000  # a protobuf file holds less than 2 GiB
-EXAMPLE = (2, 8)  # rows and tokens of the traced inputs; unequal and above 1, so both stay free
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a graph reads and gives, and what it is traced with.
+
+    `example` are the module's arguments, and `free` the names of their free dimensions, as
+    `torch.export` takes them; a free one is above 1 in the example, and no two are equal, else it
+    would be taken for a constant.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    example: Mapping[str, Any]
+    free: Mapping[str, Any]
 
 
 def check_installed() -> None:
@@ -42,24 +59,27 @@ def check_installed() -> None:
         raise BadInput(MISSING)
 
 
-def write(module: "nn.Module", path: Path, *, segments: bool) -> None:
-    """Write a module as an fp32 graph whose numbers of rows and of tokens are free.
+def write(
+    module: "nn.Module",
+    path: Path,
+    signature: Signature,
+    facts: Mapping[str, str] | None = None,
+) -> None:
+    """Write a module as an fp32 graph, with `facts` as its metadata.
 
-    `module` maps `INPUTS`, with `segments` all three and else the first two, to a tensor of logits.
     Raises BadInput for a module that cannot be exported.
     """
     import onnx
     import torch
 
-    names = INPUTS if segments else INPUTS[:2]
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 module.eval(),
-                kwargs={name: torch.ones(EXAMPLE, dtype=torch.int64) for name in names},
-                dynamic_shapes={name: {0: "rows", 1: "tokens"} for name in names},
-                input_names=names,
-                output_names=[LOGITS],
+                kwargs=dict(signature.example),
+                dynamic_shapes=dict(signature.free),
+                input_names=signature.inputs,
+                output_names=signature.outputs,
                 dynamo=True,
                 verbose=False,
             )
@@ -71,11 +91,13 @@ def write(module: "nn.Module", path: Path, *, segments: bool) -> None:
         ) from error
     graph = program.model_proto
     _strip(graph)
+    for key, value in (facts or {}).items():
+        graph.metadata_props.add(key=key, value=value)
     onnx.save(graph, path)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the libraries' remarks on their own code and on packages that are not needed."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -94,48 +116,6 @@ def _strip(graph: "onnx.ModelProto") -> None:  # noqa: F821
         del part.metadata_props[:]
     for node in inner.node:
         node.doc_string = ""
-
-
-# --- smaller numbers ---
-
-
-def quantise(path: Path, how: str) -> None:
-    """Replace the fp32 graph in `path` by one of smaller numbers, `how` being a key of
-    `QUANTISERS`; inputs and logits stay as they are.
-    """
-    with tempfile.TemporaryDirectory() as scratch, _quiet():
-        QUANTISERS[how](path, Path(scratch))
-
-
-def _fp16(path: Path, scratch: Path) -> None:
-    import onnx
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
-
-
-def _int8(path: Path, scratch: Path) -> None:
-    """int8 weights, one scale for each output unit; activations are quantised as they come."""
-    from onnxruntime.quantization import quantize_dynamic
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    folded, embedded = scratch / "folded.onnx", scratch / "embedded.onnx"
-    # folds the transposes of weights, since only products with a constant are quantised
-    quant_pre_process(path, folded, skip_symbolic_shape=True)
-    quantize_dynamic(folded, embedded, op_types_to_quantize=["Gather"])
-    # weights of products in 7 bits, without which sums of two products overflow on processors that
-    # have AVX2 and no VNNI (ONNX Runtime's page on quantisation)
-    products = ["Conv", "MatMul"]
-    quantize_dynamic(
-        embedded, path, op_types_to_quantize=products, per_channel=True, reduce_range=True
-    )
-
-
-QUANTISERS: dict[str, Callable[[Path, Path], None]] = {
-    "none": lambda path, scratch: None,
-    "fp16": _fp16,
-    "int8": _int8,
-}
 
 
 # --- running ---
@@ -159,23 +139,52 @@ class Graph:
         except Exception as error:  # the runtime has many kinds
             reason = " ".join(str(error).split())[:160]
             raise BadInput(f"{path} cannot be read ({reason}); export the model again") from None
-        self.inputs = tuple(one.name for one in self._session.get_inputs())
+        self._inputs = {one.name: one for one in self._session.get_inputs()}
+        self.inputs = tuple(self._inputs)
+        self.outputs = tuple(one.name for one in self._session.get_outputs())
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs by name; inputs that the graph does not read are left out.
+
+        Of those that it reads, segments that are missing are all of the first text, and a missing
+        cache is empty.
+        """
+        return dict(zip(self.outputs, self._session.run(None, self.given(inputs)), strict=True))
 
     def logits(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """fp32 [rows, classes] of `INPUTS`, int64 [rows, tokens]; segments that are missing are all
-        of the first text, and those that the graph does not read are left out.
-        """
-        ids = inputs[INPUTS[0]]
-        given = {name: inputs.get(name, np.zeros_like(ids)) for name in self.inputs}
-        (found,) = self._session.run([LOGITS], given)
+        """The logits alone; see `run`."""
+        (found,) = self._session.run([LOGITS], self.given(inputs))
         return found
+
+    def given(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Every input of the graph, with what `run` adds."""
+        return {
+            name: inputs[name] if name in inputs else self._start(name, inputs[IDS])
+            for name in self.inputs
+        }
+
+    def _start(self, name: str, ids: np.ndarray) -> np.ndarray:
+        if name == SEGMENTS:
+            return np.zeros_like(ids)
+        one = self._inputs[name]
+        _, heads, _, width = one.shape
+        half = one.type == "tensor(float16)"
+        return np.zeros((len(ids), heads, 0, width), np.float16 if half else np.float32)
+
+    def example(self, rows: int, tokens: int) -> dict[str, np.ndarray]:
+        """Inputs of so many rows, of so many tokens where it reads tokens."""
+        if ROWS_IN in self.inputs:
+            one = self._inputs[ROWS_IN]
+            type = np.uint8 if one.type == "tensor(uint8)" else np.float32
+            return {ROWS_IN: np.zeros((rows, *one.shape[1:]), type)}
+        ids = np.ones((rows, tokens), np.int64)
+        return {IDS: ids, MASK: ids}
 
 
 def _main(path: str, tokens: str, threads: str, *batches: str) -> None:
     graph = Graph(Path(path), int(threads))
     for batch in batches:
-        ids = np.ones((int(batch), int(tokens)), np.int64)
-        graph.logits({"input_ids": ids, "attention_mask": ids})
+        graph.logits(graph.example(int(batch), int(tokens)))
     print(peak_memory_bytes())
 
 

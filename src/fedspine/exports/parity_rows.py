@@ -1,4 +1,6 @@
-"""The rows on which a graph or a file is compared with the PyTorch model."""
+"""The rows on which a graph or a file is compared with the PyTorch model, and those on which it is
+calibrated.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -34,9 +36,33 @@ def parity_rows(
     else:
         rows = made_up(tokenizer, record.max_tokens, pairs=record.kind == "pair")
         rows_from = RANDOM_WORDS
-    if len(rows) > most:
-        rows = rows.take(np.linspace(0, len(rows) - 1, most).astype(int).tolist())
+    rows = _thinned(rows, most)
     return encode(tokenizer, rows, record.kind, record.max_tokens, scored=True), rows_from
+
+
+def calibration_rows(recipe: Recipe, record: TaskRecord, tokenizer: Any, most: int) -> Examples:
+    """At most `most` encoded training rows of the run, spread evenly over those there are.
+
+    Raises BadInput where they are gone, changed, or on devices only.
+    """
+    needed = "int8-static is calibrated on the run's training rows"
+    instead = "take --quantize int8, which needs no rows"
+    if "train" not in record.splits:
+        raise BadInput(f"{needed}, which are on its devices; {instead}")
+    try:
+        data = dataset(recipe)
+    except BadInput as error:
+        raise BadInput(f"{needed}, which are not at hand: {error}; or {instead}") from None
+    if record_of(recipe, data).splits["train"] != record.splits["train"]:
+        raise BadInput(f"{needed}, and {recipe.task.data} has changed since; {instead}")
+    rows = _thinned(data.train, most)
+    return encode(tokenizer, rows, record.kind, record.max_tokens, scored=True)
+
+
+def _thinned(rows: Rows, most: int) -> Rows:
+    if len(rows) <= most:
+        return rows
+    return rows.take(np.linspace(0, len(rows) - 1, most).astype(int).tolist())
 
 
 def _stated(recipe: Recipe, record: TaskRecord, place: str) -> Rows:

@@ -6,7 +6,7 @@ from torch import nn
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Arrays
 from fedspine.nets.choice import CHANNELS
-from fedspine.nets.models import Layout, blocks_of, design_of
+from fedspine.nets.models import blocks_of, design_of
 from fedspine.nets.net import Net, NetModel
 
 
@@ -22,10 +22,10 @@ def load(
     Floats are standardised by the mean and deviation of each channel of the training rows; uint8
     stays as it is. Raises BadInput for an unknown net or rows that it cannot read.
     """
-    layout = design_of(name).layout
-    rows, others = (_arranged(name, layout, x) for x, _ in (train, test))
-    if rows.dtype != np.uint8:
-        rows, others = _standardised(rows, others)
+    rows, others = (_arranged(name, x) for x, _ in (train, test))
+    if (scale := scale_of(rows)) is not None:
+        mean, deviation = scale
+        rows, others = (rows - mean) / deviation, (others - mean) / deviation
     net = Net(name, rows.shape[1:], classes)
     return net, Arrays(x=rows, labels=train[1]), Arrays(x=others, labels=test[1])
 
@@ -35,39 +35,57 @@ def stored(model: NetModel, shape: tuple[int, ...], classes: int) -> nn.Module:
 
     It reads rows as `load` gives them: channels first, floats standardised, uint8 as 0 to 1.
     """
-    rows = _arranged(model.net, design_of(model.net).layout, np.empty((0, *shape)))
+    rows = _arranged(model.net, np.empty((0, *shape)))
     module = nn.Sequential(blocks_of(model.net, rows.shape[1:], classes))
     module.load_state_dict(model.weights)
     return module.eval().requires_grad_(False)
 
 
-def _arranged(name: str, layout: Layout, x: np.ndarray) -> np.ndarray:
-    """[rows, channels, time] or [rows, channels, height, width]."""
-    match layout, x.ndim:
-        case "series", 2:
-            return x[:, None]
-        case "series", 3 if x.shape[1] <= x.shape[2]:
-            return x
-        case "image", 3:
-            return x[:, None]
-        case "image", 4 if x.shape[1] in CHANNELS:
-            return x
-        case "image", 4 if x.shape[3] in CHANNELS:
-            return np.ascontiguousarray(np.moveaxis(x, 3, 1))
+def scale_of(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Mean and standard deviation, float32 [1, channels, 1, ...], of training rows of floats,
+    [rows, channels, ...]; None for uint8, which is not standardised.
+    """
+    if rows.dtype == np.uint8:
+        return None
+    others = (0, *range(2, rows.ndim))
+    mean = rows.mean(others, dtype=np.float64, keepdims=True)
+    deviation = rows.std(others, dtype=np.float64, keepdims=True)
+    deviation[deviation == 0] = 1  # a channel that never changes says nothing
+    return mean.astype(np.float32), deviation.astype(np.float32)
+
+
+def channels_at(name: str, shape: tuple[int, ...]) -> int | None:
+    """Which dimension of [rows, *shape] holds the channels for the net called `name`; None where
+    rows have none.
+
+    Raises BadInput for rows that it cannot read.
+    """
+    layout = design_of(name).layout
+    match layout, len(shape):
+        case ("series", 1) | ("image", 2):
+            return None
+        case "series", 2 if shape[0] <= shape[1]:
+            return 1
+        case "image", 3 if shape[0] in CHANNELS:
+            return 1
+        case "image", 3 if shape[2] in CHANNELS:
+            return 3
     wanted = {
         "series": "[time] or [channels, time] with no more channels than times",
         "image": "[height, width], or with 1, 3 or 4 channels before or after",
     }[layout]
     raise BadInput(
-        f"{name} reads rows of {wanted}, rows of shape {list(x.shape[1:])} "
-        "came; transpose them, or choose another task.model"
+        f"{name} reads rows of {wanted}, rows of shape {list(shape)} came; transpose them, or "
+        "choose another task.model"
     )
 
 
-def _standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    others = (0, *range(2, train.ndim))
-    mean = train.mean(others, dtype=np.float64, keepdims=True)
-    deviation = train.std(others, dtype=np.float64, keepdims=True)
-    deviation[deviation == 0] = 1  # a channel that never changes says nothing
-    mean, deviation = mean.astype(np.float32), deviation.astype(np.float32)
-    return (train - mean) / deviation, (test - mean) / deviation
+def _arranged(name: str, x: np.ndarray) -> np.ndarray:
+    """[rows, channels, time] or [rows, channels, height, width]."""
+    match channels_at(name, x.shape[1:]):
+        case None:
+            return x[:, None]
+        case 1:
+            return x
+        case place:
+            return np.ascontiguousarray(np.moveaxis(x, place, 1))

@@ -26,8 +26,8 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="hf (merged model), onnx (the same as a graph), gguf (the same for llama.cpp) or "
-            "peft (adapter and base name)."
+            help="hf (merged model), onnx (the same as a graph; nets on arrays, too), gguf (the "
+            "same for llama.cpp) or peft (adapter and base name)."
         ),
     ] = "hf",
     with_base: Annotated[
@@ -43,8 +43,8 @@ def export(
     quantize: Annotated[
         str | None,
         typer.Option(
-            help="With --format onnx: none (fp32), fp16 or int8; with gguf: f16, q8_0 or "
-            "q4_k_m. Default: the first.",
+            help="With --format onnx: none (fp32), fp16, int8 or int8-static (calibrated on the "
+            "run's training rows); with gguf: f16, q8_0 or q4_k_m. Default: the first.",
             show_default=False,
         ),
     ] = None,

@@ -242,11 +242,11 @@ def export(
     `device` is a device's id, `global` or `dense`; `format` is `hf`, a merged model, `onnx`, the
     same for ONNX Runtime, `gguf`, the same for llama.cpp, or `peft`, an adapter, and `with_base`
     adds the model that it fits; `base` says where the run's base is now. `quantize` is `none`
-    (the default), `fp16` or `int8` for ONNX, and `f16` (the default), `q8_0` or `q4_k_m` for GGUF;
-    `rows` names data to compare either on; `push_to_hub` is a repository of the Hugging Face Hub
-    that gets the folder, too, made `private` where it is new. Raises BadInput for an unknown
-    device, format or quantisation, for a folder that exists, for a graph or file outside its
-    tolerance, and where the Hub refuses.
+    (the default), `fp16`, `int8` or `int8-static` (calibrated on the run's training rows) for ONNX,
+    and `f16` (the default), `q8_0` or `q4_k_m` for GGUF; `rows` names data to compare either on;
+    `push_to_hub` is a repository of the Hugging Face Hub that gets the folder, too, made `private`
+    where it is new. Raises BadInput for an unknown device, format or quantisation, for a folder
+    that exists, for a graph or file outside its tolerance, and where the Hub refuses.
 
     >>> from fedspine import export, load_model, predict
     >>> export("runs/fedlora-1", "models/nx", device="nx-01")["sparsity"]

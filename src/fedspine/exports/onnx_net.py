@@ -1,0 +1,241 @@
+"""Export of a convolutional net to a folder for ONNX Runtime: one graph from a row of the data, as
+it is, to class logits, and a report of how near it is to the PyTorch model.
+
+How a row is arranged and scaled is part of the graph; class names and the shape of a row are in its
+metadata. Nothing of fedspine is needed to run it.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedspine.core.errors import BadInput
+from fedspine.core.task import Arrays
+from fedspine.data import arrays
+from fedspine.data.dataset import ArrayRows
+from fedspine.exports import bench, onnx_graph
+from fedspine.exports.card import ONNX, PARITY
+from fedspine.exports.onnx_graph import LOGITS, ROWS_IN, Graph, Signature
+from fedspine.exports.onnx_numbers import CALIBRATION_ROWS, quantise
+from fedspine.exports.onnx_parity import Parity, agreement
+from fedspine.exports.whole_folder import check_new, whole_folder
+from fedspine.nets.load import channels_at, load, scale_of, stored
+from fedspine.nets.net import NetModel
+from fedspine.runs.config import Recipe
+from fedspine.runs.read_data import dataset
+from fedspine.runs.task_record import TaskRecord, record_of
+
+ROWS = 1000  # to compare on at most
+BATCH = 32  # rows at a time
+BATCHES = (1, 32)  # that are timed
+REPEATS = 7  # of each timing
+
+CODE = """\
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession(str(Path(sys.argv[1]) / "model.onnx"))
+rows = np.load(sys.argv[2])  # {type} [rows, {shape}]
+(logits,) = session.run(["logits"], {{"input": rows}})
+labels = json.loads(session.get_modelmeta().custom_metadata_map["labels"])
+print(*(labels[row] for row in logits.argmax(1)), sep="\\n")
+"""
+
+
+@dataclass(frozen=True)
+class NetData:
+    """The rows of a run on arrays, as the data has them and as its net reads them."""
+
+    raw: ArrayRows  # to compare on
+    read: Arrays  # the same rows
+    rows_from: str  # what they are
+    calibration: np.ndarray  # of the training rows, as the data has them
+    scale: tuple[np.ndarray, np.ndarray] | None  # as `fedspine.nets.load.scale_of` says
+
+
+class _OfRows(nn.Module):
+    """The module that is traced: from rows as the data has them to logits."""
+
+    def __init__(self, net: nn.Module, place: int | None, scale: Any) -> None:
+        super().__init__()
+        self.net, self.place = net, place
+        for name, value in zip(("mean", "deviation"), scale or (0.0, 255.0), strict=True):
+            self.register_buffer(name, torch.as_tensor(value))
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.unsqueeze(1) if self.place is None else input.movedim(self.place, 1)
+        return self.net((rows.float() - self.mean) / self.deviation)
+
+
+def export(
+    model: NetModel, data: NetData, folder: Path, *, name: str, record: TaskRecord, quantize: str
+) -> Parity:
+    """Write the net of a run as the new `folder`; `quantize` is a key of `onnx_numbers.QUANTISERS`.
+
+    The folder appears at once and complete. Raises BadInput where it exists, and for a graph that
+    is outside its tolerance, which is that of `fedspine.exports.onnx`.
+    """
+    onnx_graph.check_installed()
+    check_new(folder)
+    shape, classes = data.raw.x.shape[1:], record.classes
+    net = stored(model, shape, len(classes))
+    facts = {
+        "name": name,
+        "task": record.kind,
+        "net": model.net,
+        "labels": json.dumps(classes),
+        "input_shape": json.dumps(shape),
+        "input_type": data.raw.x.dtype.name,
+    }
+    with whole_folder(folder) as partial:
+        traced = _OfRows(net, channels_at(model.net, shape), data.scale)
+        onnx_graph.write(traced, partial / ONNX, _signature(data.raw.x), facts)
+        feeds = [{ROWS_IN: data.calibration[i : i + BATCH]} for i in _starts(data.calibration)]
+        quantise(partial / ONNX, quantize, feeds)
+        parity = _parity(net, partial, data, quantize)
+        parity.check()
+        (partial / PARITY).write_text(json.dumps(asdict(parity), indent=2) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(_readme(facts, parity), encoding="utf-8")
+    return parity
+
+
+def _signature(rows: np.ndarray) -> Signature:
+    return Signature(
+        inputs=(ROWS_IN,),
+        outputs=(LOGITS,),
+        example={ROWS_IN: torch.zeros(2, *rows.shape[1:], dtype=torch.from_numpy(rows[:0]).dtype)},
+        free={ROWS_IN: {0: "rows"}},
+    )
+
+
+def _starts(rows: np.ndarray) -> range:
+    return range(0, len(rows), BATCH)
+
+
+# --- the rows ---
+
+
+def data_of(recipe: Recipe, record: TaskRecord, place: str | None) -> NetData:
+    """The rows to compare on, at most 1000, spread evenly: those in `place`, or the run's test
+    rows; and what follows from its training rows.
+
+    Raises BadInput where the run's data is gone or changed, or `place` holds other arrays.
+    """
+    needed = "how a net's rows are scaled follows from the run's training rows"
+    try:
+        data = dataset(recipe)
+    except BadInput as error:
+        raise BadInput(f"{needed}, which are not at hand: {error}") from None
+    if record_of(recipe, data).data_sha256 != record.data_sha256:
+        raise BadInput(f"{needed}, and {recipe.task.data} has changed since; put it back as it was")
+    raw, rows_from = data.test, "test rows of the run"
+    if place is not None:
+        raw, rows_from = _stated(place, data.test, record), f"rows of {Path(place).name}"
+    raw, calibration = _thinned(raw, ROWS), _thinned(data.train, CALIBRATION_ROWS)
+    splits = [(rows.x, rows.labels) for rows in (data.train, raw)]
+    net, train, read = load(recipe.task.model, *splits, classes=len(record.classes))
+    del net, train
+    return NetData(raw, read, rows_from, calibration.x, _scale(recipe.task.model, data.train.x))
+
+
+def _scale(name: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    place = channels_at(name, x.shape[1:])
+    return scale_of(x[:, None] if place is None else np.moveaxis(x, place, 1))
+
+
+def _thinned(rows: ArrayRows, most: int) -> ArrayRows:
+    if len(rows) <= most:
+        return rows
+    return rows.take(np.linspace(0, len(rows) - 1, most).astype(int))
+
+
+def _stated(place: str, like: ArrayRows, record: TaskRecord) -> ArrayRows:
+    """All rows of the arrays in `place`, with the run's classes."""
+    found = arrays.load(place)
+    x = np.concatenate([found.train.x, found.test.x])
+    if (x.shape[1:], x.dtype) != (like.x.shape[1:], like.x.dtype):
+        raise BadInput(
+            f"{place} holds {x.dtype} rows of shape {list(x.shape[1:])}, and the run's are "
+            f"{like.x.dtype} of shape {list(like.x.shape[1:])}; name rows like these with --rows"
+        )
+    codes = {name: code for code, name in enumerate(record.classes)}
+    if unknown := [name for name in found.label_names if name not in codes]:
+        raise BadInput(
+            f"{place} has the class {unknown[0]!r}, which the run has not; its classes are "
+            f"{', '.join(record.classes)}"
+        )
+    labels = np.concatenate([found.train.labels, found.test.labels])
+    ours = np.array([codes[name] for name in found.label_names])
+    return ArrayRows(x, ours[labels], {})
+
+
+# --- parity ---
+
+
+def _parity(net: nn.Module, folder: Path, data: NetData, quantize: str) -> Parity:
+    graph = Graph(folder / ONNX, threads=1)
+    with torch.inference_mode():
+        batches = data.read.batches_by_length(BATCH)
+        ours = np.concatenate([net(data.read.batch(b)["inputs"]).numpy() for b in batches])
+    starts = _starts(data.raw.x)
+    theirs = np.concatenate([graph.logits({ROWS_IN: data.raw.x[i : i + BATCH]}) for i in starts])
+    return Parity(
+        rows_from=data.rows_from,
+        rows=len(data.raw),
+        **agreement(ours, theirs, data.raw.labels),
+        quantize=quantize,
+        bytes=(folder / ONNX).stat().st_size,
+        latency_seconds={rows: _seconds(graph, rows) for rows in BATCHES},
+        tokens=None,
+        peak_memory_bytes=bench.peak_memory_bytes(folder),
+    )
+
+
+def _seconds(graph: Graph, rows: int) -> float:
+    inputs, seconds = graph.example(rows, 0), []
+    graph.logits(inputs)  # the first call is slower
+    for _ in range(REPEATS):
+        start = perf_counter()
+        graph.logits(inputs)
+        seconds.append(perf_counter() - start)
+    return median(seconds)
+
+
+def _readme(facts: Mapping[str, str], parity: Parity) -> str:
+    shape = ", ".join(map(str, json.loads(facts["input_shape"])))
+    labels = ", ".join(json.loads(facts["labels"]))
+    return f"""---
+library_name: onnx
+tags: [fedspine, federated-learning]
+---
+# {facts["name"]}
+
+Trained over many devices by fedspine, as one ONNX graph: rows of the data in, class logits out.
+
+| | |
+|---|---|
+| net | {facts["net"]} |
+| classes | {labels} |
+| `{ROWS_IN}` | {facts["input_type"]} [rows, {shape}], not scaled |
+| `{LOGITS}` | fp32 [rows, classes] |
+| numbers | {"fp32" if parity.quantize == "none" else parity.quantize} |
+
+Measured when it was written (`{PARITY}`): {parity.line}.
+
+Class names, shape and type are in the graph's metadata. With `onnxruntime` alone:
+
+```python
+{CODE.format(type=facts["input_type"], shape=shape)}```
+"""
