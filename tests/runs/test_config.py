@@ -89,9 +89,12 @@ def test_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert config.load(None, [f"task.data={tmp_path / 'rows.csv'}"]).difference(here) is None
 
 
-def test_the_embedded_jobs_rate_holds_for_its_own_data_and_method():
+def test_the_embedded_jobs_rate_holds_for_its_own_data_and_method(monkeypatch):
+    job = config.embedded()
+    tuned = job | {"method": job["method"] | {"learning_rate": 5e-3}}  # by chance it is the default
+    monkeypatch.setattr(config, "embedded", lambda name="default": tuned)
     own, default = config.load(None, []).method, FedLora()
-    assert own.learning_rate != default.learning_rate
+    assert own.learning_rate == 5e-3 != default.learning_rate
     for setting in ("task.data=other.csv", "method.name=fedlora"):
         other = config.load(None, [setting]).method
         assert other.learning_rate == default.learning_rate and other.steps == own.steps
