@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Examples
@@ -22,13 +22,11 @@ from fedspine.exports.card import GGUF, PARITY, WORDS, Card, copy_beside, read_c
 from fedspine.exports.gguf_file import Widths
 from fedspine.exports.gguf_tokenizer import vocabulary
 from fedspine.exports.load import Loaded, load_model
+from fedspine.exports.token_differences import differences
 from fedspine.exports.whole_folder import check_new, whole_folder
-from fedspine.lm.attention import module_inputs
 from fedspine.lm.gguf_files import read_model
-from fedspine.lm.score import IGNORED
 
 ROWS = 32  # to compare on; each has many tokens
-BATCH = 4  # rows at a time: logits of large vocabularies are large
 # how far a stored weight may be off, over the size of the weights around it. F16: half a unit in
 # the last of 11 bits. Q8_0: half of a step, which is 1/127 of the largest of 32 weights, and that
 # is about twice their root mean square where they are normal
@@ -45,6 +43,7 @@ class Parity:
     rows_from: str  # what the rows are that both were compared on
     rows: int
     tokens: int  # of these rows, each with its logits
+    largest_logit: float  # of the PyTorch model, by size
     largest_difference: float  # of a logit
     relative_difference: float  # root mean square, over that of logits around their mean
     allowed_difference: float | None  # of the relative one; None: the perplexity decides
@@ -115,7 +114,7 @@ def export(
         unfit = _write(partial / GGUF, loaded.module, widths, words, name=card.name, how=quantize)
         written = _read_back(partial / GGUF, loaded.module, architecture, stock=card.stock)
         parity = Parity(
-            **_differences(loaded.module, written, examples),
+            **differences(loaded.module, written, examples),
             rows_from=rows_from,
             rows=len(examples),
             allowed_difference=_allowed(quantize, len(widths.heads)),
@@ -174,51 +173,6 @@ def _allowed(quantize: str, layers: int) -> float | None:
     """
     rounding = ROUNDING.get(quantize)
     return None if rounding is None else rounding * sqrt(6 * layers + 2)
-
-
-def _differences(module: nn.Module, written: nn.Module, examples: Examples) -> dict[str, float]:
-    """The fields of a `Parity` that say how far the logits of two modules are apart."""
-    largest, apart, spread = 0.0, 0.0, 0.0
-    tokens, equal, predicted, losses = 0, 0, 0, [0.0, 0.0]
-    with torch.inference_mode():
-        for rows in examples.batches_by_length(BATCH):
-            inputs = examples.batch(rows)
-            labels, real = inputs.pop("labels"), inputs["attention_mask"].bool()
-            ours, theirs = (
-                each(**module_inputs(dict(inputs))).logits for each in (module, written)
-            )
-            a, b = ours[real], theirs[real]
-            # NaN stays the largest, which max() would lose
-            largest = float(torch.maximum(torch.tensor(largest), (a - b).abs().max()))
-            apart += float((a - b).square().sum(dtype=torch.float64))
-            spread += float((a - a.mean(-1, keepdim=True)).square().sum(dtype=torch.float64))
-            tokens += len(a)
-            equal += int((a.argmax(-1) == b.argmax(-1)).sum())
-            predicted += int((labels[:, 1:] != IGNORED).sum())
-            for i, logits in enumerate((theirs, ours)):
-                losses[i] += _loss(logits, labels)
-    # infinite where exp() of a float would fail
-    after, before = torch.tensor(losses, dtype=torch.float64).div(predicted).exp().tolist()
-    return {
-        "tokens": tokens,
-        "largest_difference": largest,
-        "relative_difference": sqrt(apart / spread) if spread else float("nan"),
-        "equal_tokens": equal / tokens,
-        "perplexity": after,
-        "perplexity_before": before,
-    }
-
-
-def _loss(logits: Tensor, labels: Tensor) -> float:
-    """The sum over the labels, in nats."""
-    return float(
-        nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1),
-            labels[:, 1:].flatten(),
-            ignore_index=IGNORED,
-            reduction="sum",
-        )
-    )
 
 
 def _readme(card: Card, parity: Parity) -> str:

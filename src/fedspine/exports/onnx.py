@@ -6,7 +6,6 @@ folder shows.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Examples
 from fedspine.exports import bench, onnx_graph
-from fedspine.exports.card import CONFIG, ONNX, PARITY, WEIGHTS, Card, read_card
+from fedspine.exports.card import CONFIG, ONNX, PARITY, Card, copy_beside, read_card
 from fedspine.exports.load import Loaded, load_model
 from fedspine.exports.onnx_graph import IDS, LOGITS, MASK, SEGMENTS, Graph, Signature
 from fedspine.exports.onnx_numbers import Feeds, quantise
@@ -90,7 +89,7 @@ def export(
     source, folder = Path(source), Path(folder)
     loaded, card = opened(source, folder)
     with whole_folder(folder) as partial:
-        copy_beside(source, partial)
+        copy_as_graph(source, partial)
         _settle_tokenizer(partial / TOKENIZER, loaded)
         segments = examples.segments is not None
         write_graph(loaded.module, partial / ONNX, segments=segments, facts=facts_of(card))
@@ -155,11 +154,9 @@ def calibrating(graph: Path, rows: Examples | None) -> Feeds:
     return feeds
 
 
-def copy_beside(source: Path, partial: Path) -> None:
-    """Copy tokenizer and configuration, which no longer fits a stock model."""
-    for file in source.iterdir():
-        if file.name not in (WEIGHTS, "README.md"):
-            shutil.copyfile(file, partial / file.name)
+def copy_as_graph(source: Path, partial: Path) -> None:
+    """Copy what lies beside the weights, with a configuration that no longer fits a stock model."""
+    copy_beside(source, partial)
     config = partial / CONFIG
     settings = json.loads(config.read_text(encoding="utf-8"))
     settings["fedspine"]["stock"] = False

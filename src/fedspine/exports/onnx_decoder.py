@@ -25,7 +25,7 @@ from fedspine.core.task import Examples
 from fedspine.exports import onnx_graph
 from fedspine.exports.card import ONNX, PARITY, Card
 from fedspine.exports.load import Loaded, load_model
-from fedspine.exports.onnx import calibrating, copy_beside, costs_of, facts_of, opened
+from fedspine.exports.onnx import calibrating, copy_as_graph, costs_of, facts_of, opened
 from fedspine.exports.onnx_graph import FREE, IDS, LOGITS, MASK, PAST, PRESENT, Signature
 from fedspine.exports.onnx_numbers import quantise
 from fedspine.exports.onnx_parity import APART, EQUAL, costs
@@ -157,7 +157,7 @@ def export(
         end_of_answers(loaded.tokenizer) if card.chat else None,
     )
     with whole_folder(folder) as partial:
-        copy_beside(source, partial)
+        copy_as_graph(source, partial)
         _write_json(partial / GENERATION, {"eos_token_id": ends})
         traced = _Cached(loaded.module)
         onnx_graph.write(traced, partial / ONNX, _signature(loaded.module, card), facts_of(card))
