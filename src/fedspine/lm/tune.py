@@ -53,12 +53,12 @@ def tune(
     """Train `model` for `tuning.steps` optimiser steps on the device's rows.
 
     Adapters below the block `lowest` take part as they are, and so do those of other than `blocks`,
-    where these are given. `penalty` of the adapter and the head,
-    by name, is added to what is minimised, and so is the distance to the teacher of `taught`; the
-    loss that is returned is that of the labels. `change`, times the model's scale, is added to the
-    base's weights, named `<path>.weight`, and frozen like them. Blocks keep what the backward pass
-    reads as `quantised` says. A loss that is not
-    finite ends training at once and is returned as it is; the server leaves such a reply out.
+    where these are given. `penalty` of the adapter and the head, by name, is added to what is
+    minimised, and so is the distance to the teacher of `taught`; the loss that is returned is that
+    of the labels. `change`, times the model's scale, is added to the base's weights, named
+    `<path>.weight`, and frozen like them. Blocks keep what the backward pass reads as `quantised`
+    says. A loss that is not finite ends training at once and is returned as it is; the server
+    leaves such a reply out.
 
     The model that is returned may leave the device: it has the noise of the device, and keeps the
     promise of the run; raises Declined where the device's budget does not suffice.
