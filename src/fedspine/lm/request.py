@@ -31,7 +31,7 @@ class Request:
     freeze_a: bool = False  # whether the adapter's A factors stay as they are
     taught: Taught | None = None  # who teaches beside the labels
     blocks: tuple[int, ...] | None = None  # whose adapters are trained; None: all from `lowest` on
-    change: "Tensors | None" = None  # of the base's weights, in units of B A; frozen
+    change: dict[str, Tensor] | None = None  # of the base's weights, in units of B A; frozen
     quantised: Quantised | None = None  # what blocks keep for the backward pass
     moments: AdamMoments | None = None  # AdamW's, to go on with
     keeps_moments: bool = False  # whether they are wanted back

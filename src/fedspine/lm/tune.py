@@ -46,7 +46,7 @@ def tune(
     lowest: int = 0,
     freeze_a: bool = False,
     taught: Taught | None = None,
-    change: "Tensors | None" = None,
+    change: dict[str, Tensor] | None = None,
     blocks: tuple[int, ...] | None = None,
     quantised: Quantised | None = None,
 ) -> TuneResult:
