@@ -109,51 +109,21 @@ def export_model(
         return _exported_net(folder, device, to, quantize=quantize or "none", rows=rows)
     other = _other_runtime(format, recipe.task.kind)
     run = open_run(folder, base)
-    model, record = run.model(device), run.record
-    structure = getattr(run.recipe.method, "structure", "free")
+    model = run.model(device)
     more: dict[str, Any] = {}
-    card = {
-        "labels": record.classes,
-        "kind": record.kind,
-        "max_tokens": record.max_tokens,
-        "name": f"{run.recipe.method.name} {device}",
-    }
     if format == "peft":
         from fedspine.exports.adapter import Origin, export_adapter
 
-        origin = Origin(base or record.model, cut=record.layers is not None)
-        export_adapter(
-            run.base, model, run.tokenizer, to, origin=origin, with_base=with_base, **card
-        )
+        origin = Origin(base or run.record.model, cut=run.record.layers is not None)
+        described = {"origin": origin, "with_base": with_base, **_card_of(run, device)}
+        export_adapter(run.base, model, run.tokenizer, to, **described)
     elif other is not None:
-        from fedspine.exports.parity_rows import calibration_rows, parity_rows
-
         check_kind(format, run)
         quantize = quantize or QUANTISATIONS[format][0]
-        examples, rows_from = parity_rows(run.recipe, record, run.tokenizer, rows, other.ROWS)
-        calibrated = {}
-        if quantize == "int8-static":
-            from fedspine.exports.onnx_numbers import CALIBRATION_ROWS as most
-
-            calibrated["calibration"] = calibration_rows(run.recipe, record, run.tokenizer, most)
-        with tempfile.TemporaryDirectory() as scratch:
-            place = Path(scratch) / "model"
-            chat = record.of_dialogues
-            merged = hf.export(
-                run.base, model, run.tokenizer, place, chat=chat, structure=structure, **card
-            )
-            parity = other.export(
-                merged,
-                to,
-                examples=examples,
-                rows_from=rows_from,
-                quantize=quantize,
-                **calibrated,
-            )
+        parity = _exported_elsewhere(other, run, device, to, quantize=quantize, rows=rows)
         more = {"quantize": quantize, "parity": asdict(parity) | {"line": parity.line}}
     else:
-        chat = record.of_dialogues
-        hf.export(run.base, model, run.tokenizer, to, chat=chat, structure=structure, **card)
+        _merged(run, device, to)
     return {
         "device": device,
         "format": format,
@@ -161,6 +131,53 @@ def export_model(
         "sparsity": sparsity(run.base.layout, model.structure),
         "bytes": _bytes_in(to),
     } | more
+
+
+def _card_of(run: RunModel, device: str) -> dict[str, Any]:
+    """What every export of this model says of it."""
+    return {
+        "labels": run.record.classes,
+        "kind": run.record.kind,
+        "max_tokens": run.record.max_tokens,
+        "name": f"{run.recipe.method.name} {device}",
+    }
+
+
+def _merged(run: RunModel, device: str, to: Path) -> Path:
+    """The model as a Hugging Face folder."""
+    return hf.export(
+        run.base,
+        run.model(device),
+        run.tokenizer,
+        to,
+        chat=run.record.of_dialogues,
+        structure=getattr(run.recipe.method, "structure", "free"),
+        **_card_of(run, device),
+    )
+
+
+def _exported_elsewhere(
+    other: Any, run: RunModel, device: str, to: Path, *, quantize: str, rows: str | None
+) -> Any:
+    """The model for the runtime whose export is in the module `other`; returns its parity."""
+    from fedspine.exports.parity_rows import calibration_rows, parity_rows
+
+    recipe, record, tokenizer = run.recipe, run.record, run.tokenizer
+    examples, rows_from = parity_rows(recipe, record, tokenizer, rows, other.ROWS)
+    calibrated = {}
+    if quantize == "int8-static":
+        from fedspine.exports.onnx_numbers import CALIBRATION_ROWS as most
+
+        calibrated["calibration"] = calibration_rows(recipe, record, tokenizer, most)
+    with tempfile.TemporaryDirectory() as scratch:
+        return other.export(
+            _merged(run, device, Path(scratch) / "model"),
+            to,
+            examples=examples,
+            rows_from=rows_from,
+            quantize=quantize,
+            **calibrated,
+        )
 
 
 def _bytes_in(folder: Path) -> int:

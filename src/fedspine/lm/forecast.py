@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fedspine.core.fleet import NoMemory
 from fedspine.core.message import Tensors, pack
 from fedspine.lm.cost import (
     HALF,
@@ -209,3 +210,13 @@ def forecast(
         )
         for rank in ranks
     ]
+
+
+def no_block_fits(rank: str = "method.rank") -> NoMemory:
+    """The error of a round in which no device has the memory to be asked; `rank` is the setting
+    that says how large adapters are.
+    """
+    return NoMemory(
+        f"no device has the memory to train even one block; lower method.batch, {rank} or "
+        "task.max_tokens"
+    )

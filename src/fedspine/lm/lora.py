@@ -170,6 +170,15 @@ def check_depth(depth: int, layout: PrunableLayout) -> None:
         )
 
 
+def check_least_depth(depth: int, layout: PrunableLayout) -> None:
+    """The same for a `method.least_depth`, which is one block at least."""
+    if not 1 <= depth <= layout.layers:
+        raise BadInput(
+            f"method.least_depth is {depth}, but 1 to {layout.layers} blocks of this model can be "
+            "adapted"
+        )
+
+
 def cut_rank(adapter: Tensors, rank: int) -> Tensors:
     """The first `rank` directions of every factor."""
     return {

@@ -1,14 +1,30 @@
-"""What adapters, heads and losses must be that came in a message, by the model's own shapes."""
+"""The model that an order brings, and what adapters, heads and losses must be that came in a
+message, by the model's own shapes.
+"""
+
+from typing import Any
 
 import torch
 
 from fedspine.core.checks import MOST_FLOAT, Asked, Unusable, need, short, tensors_of, within
 from fedspine.core.message import Tensors
+from fedspine.core.tensors import single
+from fedspine.lm.base import Model
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.prunable_layout import PrunableLayout
-from fedspine.lm.structure import Structure
+from fedspine.lm.structure import Structure, full
 
 Specified = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def model_of(order: Any, layout: PrunableLayout) -> Model:
+    """The unpruned model with the `adapter`, `head` and `scale` of an order, fp32."""
+    return Model(
+        structure=full(layout),
+        adapter=single(order.adapter),
+        head=single(order.head),
+        scale=order.scale,
+    )
 
 
 def check_adapter(adapter: Tensors, layout: PrunableLayout, rank: int | None = None) -> None:

@@ -17,18 +17,18 @@ from fedspine.control.ranks import RankRule, one_of_device
 from fedspine.core.checks import Asked, need
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput
-from fedspine.core.fleet import Fleet, NoMemory
+from fedspine.core.fleet import Fleet
 from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
 from fedspine.core.reads import Reads
 from fedspine.core.task import Task
-from fedspine.core.tensors import half, single
+from fedspine.core.tensors import half
 from fedspine.lm.base import Model
-from fedspine.lm.forecast import depth_bytes, depths_hosted
+from fedspine.lm.forecast import depth_bytes, depths_hosted, no_block_fits
 from fedspine.lm.lora import check_rank, fresh, of_blocks
 from fedspine.lm.prunable_layout import PrunableLayout
-from fedspine.lm.received import check_adapter, check_head
+from fedspine.lm.received import check_adapter, check_head, model_of
 from fedspine.lm.replies import average_replies
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
@@ -65,12 +65,7 @@ class BlocksOrder:
 def tune_blocks(device: Device, order: BlocksOrder) -> LoraResult:
     """Train the adapters of some blocks and the head, beside those of the others as they are."""
     layout = device.base.layout
-    model = Model(
-        structure=full(layout),
-        adapter=single(order.adapter),
-        head=single(order.head),
-        scale=order.scale,
-    )
+    model = model_of(order, layout)
     trace = tune(device, model, order.tuning, blocks=order.blocks)
     return LoraResult(
         adapter=half(of_blocks(layout, trace.model.adapter, order.blocks)),
@@ -157,10 +152,7 @@ class FedHello(LocalTraining):
         orders = self._orders(state, fleet)
         came = fleet.ask(tune_blocks, orders)
         if not (orders or came):
-            raise NoMemory(
-                "no device has the memory to train even one block; lower method.batch, "
-                "method.rank or task.max_tokens"
-            )
+            raise no_block_fits()
         replies = on_todays(usable(came, fleet), head=state.head)
         for reply in replies:
             fleet.note(

@@ -15,7 +15,7 @@ import torch
 from fedspine.core.checks import Asked, need, within
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput
-from fedspine.core.fleet import Fleet, NoMemory, Reply
+from fedspine.core.fleet import Fleet, Reply
 from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
@@ -24,7 +24,7 @@ from fedspine.core.task import Task
 from fedspine.core.tensors import half, single
 from fedspine.lm.base import Base, Model
 from fedspine.lm.cost import HALF, Extent, forward_flops, training_memory_bytes
-from fedspine.lm.forecast import USABLE_MEMORY
+from fedspine.lm.forecast import USABLE_MEMORY, no_block_fits
 from fedspine.lm.lora import a_name, adapter_rank, b_name, check_rank, fresh_a
 from fedspine.lm.prefix import BATCH
 from fedspine.lm.prunable_layout import PrunableLayout
@@ -217,10 +217,7 @@ class FedAdapter(LocalTraining):
         orders = self._orders(state, fleet)
         came = fleet.ask(tune_adapter, orders)
         if not (orders or came):
-            raise NoMemory(
-                "no device has the memory to train even one block; lower method.batch, "
-                "method.width or task.max_tokens"
-            )
+            raise no_block_fits("method.width")
         branches = dict(state.branches)
         replies = self._of_trial(state, fleet, usable(came, fleet))
         for name, of_branch in replies.items():

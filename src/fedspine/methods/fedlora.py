@@ -20,11 +20,11 @@ from fedspine.core.method import method, on_todays, usable
 from fedspine.core.parts import quiet
 from fedspine.core.reads import Reads
 from fedspine.core.task import Task
-from fedspine.core.tensors import half, single
+from fedspine.core.tensors import half
 from fedspine.lm.base import Model
 from fedspine.lm.lora import check_depth, check_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
-from fedspine.lm.received import check_adapter, check_head, check_loss
+from fedspine.lm.received import check_adapter, check_head, check_loss, model_of
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
 from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
@@ -69,12 +69,7 @@ class LoraResult:
 @keeps_privacy
 @on_device
 def tune_adapter(device: Device, order: LoraOrder) -> LoraResult:
-    model = Model(
-        structure=full(device.base.layout),
-        adapter=single(order.adapter),
-        head=single(order.head),
-        scale=order.scale,
-    )
+    model = model_of(order, device.base.layout)
     trace = tune(device, model, order.tuning)
     return LoraResult(
         adapter=half(trace.model.adapter),

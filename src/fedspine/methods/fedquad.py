@@ -15,17 +15,18 @@ from fedspine.control.depth import DepthPlan, DepthPlanner, features, observed
 from fedspine.core.checks import Asked, need, within
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput, check_ranges
-from fedspine.core.fleet import Fleet, NoMemory, Reply
+from fedspine.core.fleet import Fleet, Reply
 from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
 from fedspine.core.task import Task
-from fedspine.core.tensors import half, single
+from fedspine.core.tensors import half
 from fedspine.lm.base import Model
 from fedspine.lm.cost import training_memory_bytes
-from fedspine.lm.forecast import USABLE_MEMORY, depth_traffic
-from fedspine.lm.lora import check_rank, fresh, on_blocks
+from fedspine.lm.forecast import USABLE_MEMORY, depth_traffic, no_block_fits
+from fedspine.lm.lora import check_least_depth, check_rank, fresh, on_blocks
 from fedspine.lm.prunable_layout import PrunableLayout
+from fedspine.lm.received import model_of
 from fedspine.lm.replies import average_replies
 from fedspine.lm.stored import Quantised, bits_each
 from fedspine.lm.structure import full
@@ -54,12 +55,7 @@ def tune_quantised(device: Device, order: QuadOrder) -> LoraResult:
     activations.
     """
     layout = device.base.layout
-    model = Model(
-        structure=full(layout),
-        adapter=single(order.adapter),
-        head=single(order.head),
-        scale=order.scale,
-    )
+    model = model_of(order, layout)
     blocks = tuple(range(order.lowest, order.lowest + order.quantised))
     trace = tune(
         device,
@@ -121,14 +117,9 @@ class FedQuad(LocalTraining):
         )
 
     def check(self, task: Task) -> None:
-        layers = task.base.layout.layers
         check_ranges(self, {"coverage": (0, 1), "discount": (0, 1)})
         check_rank("method.rank", (self.rank,), task.base.layout)
-        if not 1 <= self.least_depth <= layers:
-            raise BadInput(
-                f"method.least_depth is {self.least_depth}, but 1 to {layers} blocks of this model "
-                "can be adapted"
-            )
+        check_least_depth(self.least_depth, task.base.layout)
         if self.bits not in BITS:
             raise BadInput(f"method.bits is {self.bits}, but 4 or 8 was expected")
         check_tuning(self)
@@ -157,10 +148,7 @@ class FedQuad(LocalTraining):
         }
         came = fleet.ask(tune_quantised, orders)
         if not (hosted or came):
-            raise NoMemory(
-                "no device has the memory to train even one block; lower method.batch, "
-                "method.rank or task.max_tokens"
-            )
+            raise no_block_fits()
         replies = on_todays(usable(came, fleet), head=state.head)
         depths = {reply.device: state.layout.layers - reply.order.lowest for reply in replies}
         for reply in replies:

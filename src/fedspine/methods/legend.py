@@ -23,19 +23,26 @@ from fedspine.control.depth import (
 from fedspine.core.checks import Asked, within
 from fedspine.core.device import Device, DeviceId, on_device, returns_sent_weights
 from fedspine.core.errors import BadInput, check_ranges
-from fedspine.core.fleet import AllLost, Fleet, NoMemory, Reply
+from fedspine.core.fleet import AllLost, Fleet, Reply
 from fedspine.core.merging import Weighted, combined
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
 from fedspine.core.parts import quiet
 from fedspine.core.reads import Reads
 from fedspine.core.task import Task
-from fedspine.core.tensors import half, single
+from fedspine.core.tensors import half
 from fedspine.lm.base import Model
-from fedspine.lm.forecast import depth_bytes, depth_traffic, depths_hosted
-from fedspine.lm.lora import check_depth, check_rank, cut_blocks, fresh, on_blocks
+from fedspine.lm.forecast import depth_bytes, depth_traffic, depths_hosted, no_block_fits
+from fedspine.lm.lora import (
+    check_depth,
+    check_least_depth,
+    check_rank,
+    cut_blocks,
+    fresh,
+    on_blocks,
+)
 from fedspine.lm.prunable_layout import PrunableLayout
-from fedspine.lm.received import check_adapter, check_head
+from fedspine.lm.received import check_adapter, check_head, model_of
 from fedspine.lm.replies import average_replies
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
@@ -76,12 +83,7 @@ class DepthOrder:
 def tune_top(device: Device, order: DepthOrder) -> LoraResult:
     """Train the adapters from block `lowest` on and the head; send back what was trained."""
     layout = device.base.layout
-    model = Model(
-        structure=full(layout),
-        adapter=single(order.adapter),
-        head=single(order.head),
-        scale=order.scale,
-    )
+    model = model_of(order, layout)
     trace = tune(device, model, order.tuning, lowest=order.lowest)
     return LoraResult(
         adapter=half(on_blocks(layout, trace.model.adapter, order.lowest)),
@@ -161,11 +163,7 @@ class Legend(LocalTraining):
         check_ranges(self, {"coverage": (0, 1), "discount": (0, 1)})
         check_rank("method.rank", (self.rank,), task.base.layout)
         check_depth(self.depth, task.base.layout)
-        if not 1 <= self.least_depth <= layers:
-            raise BadInput(
-                f"method.least_depth is {self.least_depth}, but 1 to {layers} blocks of this model "
-                "can be adapted"
-            )
+        check_least_depth(self.least_depth, task.base.layout)
         if self.probe_batches < 0:
             raise BadInput(
                 f"method.probe_batches is {self.probe_batches}, but it cannot be negative"
@@ -213,10 +211,7 @@ class Legend(LocalTraining):
         orders = {id: self._order(state, d, plan.ranks.get(id)) for id, d in plan.depths.items()}
         came = fleet.ask(tune_top, orders)
         if not (hosted or came):
-            raise NoMemory(
-                "no device has the memory to train even one block; lower method.batch, "
-                "method.rank or task.max_tokens"
-            )
+            raise no_block_fits()
         replies = on_todays(usable(came, fleet), head=state.head)
         depths = {reply.device: state.layout.layers - reply.order.lowest for reply in replies}
         times = state.times
