@@ -133,25 +133,34 @@ def test_a_teacher_without_weight_changes_no_bit(task):
 
 
 def test_students_in_one_pass_have_their_own_teachers(task):
+    # at next to no rate the weights stay, so losses differ by rounding; AdamW at a rate turns
+    # rounding into steps, which differ from one processor to the next
+    still = dataclasses.replace(TUNING, learning_rate=1e-9)
     teaching = dataclasses.replace(TEACHING, hidden=0.5)
     teachers = [teacher_of(task.base), model_on(task.base, seed=3)]
     student = student_of(task.base)
-    requests = [
-        Request(device_on(task, seed=i), student, TUNING, taught=Taught(teacher, teaching))
-        for i, teacher in enumerate(teachers)
-    ]
-    assert _kind(requests[0]) == _kind(requests[1])
-    assert _kind(dataclasses.replace(requests[0], taught=None)) != _kind(requests[1])
-    together = train(requests)
+
+    def requests(tuning):
+        return [
+            Request(device_on(task, seed=i), student, tuning, taught=Taught(teacher, teaching))
+            for i, teacher in enumerate(teachers)
+        ]
+
+    first = requests(TUNING)
+    assert _kind(first[0]) == _kind(first[1])
+    assert _kind(dataclasses.replace(first[0], taught=None)) != _kind(first[1])
+    trained, losses = train(first), [found.loss for found in train(requests(still))]
     for i, teacher in enumerate(teachers):
-        device = device_on(task, seed=i)
-        alone = tune(device, student, TUNING, taught=Taught(teacher, teaching))
-        for name, tensor in alone.model.adapter.items():
-            # the same but for rounding, of which AdamW makes a share of its rate at most
-            assert torch.allclose(
-                tensor, together[i].model.adapter[name], atol=TUNING.learning_rate
-            )
-        assert together[i].loss == pytest.approx(alone.loss, rel=1e-3)
+        taught = Taught(teacher, teaching)
+        alone = tune(device_on(task, seed=i), student, TUNING, taught=taught).model.adapter
+        apart = moved = 0.0
+        for name, tensor in alone.items():
+            apart += float((tensor - trained[i].model.adapter[name]).square().sum())
+            moved += float((tensor - student.adapter[name]).square().sum())
+        assert apart < 0.05**2 * moved
+        alone = tune(device_on(task, seed=i), student, still, taught=taught)
+        assert losses[i] == pytest.approx(alone.loss, rel=1e-5)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
 @pytest.mark.parametrize(

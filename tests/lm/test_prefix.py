@@ -65,13 +65,24 @@ def test_training_above_kept_activations_is_training(tiny_folder, architecture):
     task = toy_task(base, tokenizer, rounds=1)
     model = top_model(base)
     assert first_block(base.layout, model) == base.layout.layers - 1
-    short = dataclasses.replace(TUNING, steps=20)
-    kept, plain = (
-        tune(device_on(task), model, t) for t in (short, dataclasses.replace(short, turns=0.0))
-    )
-    assert kept.loss == pytest.approx(plain.loss, rel=1e-4)
+
+    def both(**changed):
+        tuning = dataclasses.replace(TUNING, **changed)
+        return (
+            tune(device_on(task), model, t)
+            for t in (tuning, dataclasses.replace(tuning, turns=0.0))
+        )
+
+    # at next to no rate the weights stay, so the losses are those of the same weights
+    kept, plain = both(steps=20, learning_rate=1e-9)
+    assert kept.loss == pytest.approx(plain.loss, rel=1e-5)
+    # AdamW turns rounding into steps of its rate, so of training the direction is compared
+    kept, plain = both(steps=5)
+    apart = moved = 0.0
     for name, tensor in kept.model.adapter.items():
-        assert float((tensor - plain.model.adapter[name]).abs().mean()) < 1e-4, name
+        apart += float((tensor - plain.model.adapter[name]).square().sum())
+        moved += float((tensor - model.adapter[name]).square().sum())
+    assert apart < 0.01**2 * moved
 
 
 def test_kept_in_a_file_or_computed_anew_the_bits_are_the_same(task, tmp_path, passes):
