@@ -67,11 +67,14 @@ def measured(
 def task_of(name: str, folder: Path | None, seed: int) -> Task:
     """Three layers of MiniLM on a built-in set or one in the folder, texts of 32 tokens."""
     data = name if folder is None or not (folder / name).exists() else str(folder / name)
+    kind = "pair" if name in ("mrpc", "rte") else "classification"
     settings = [
         f"task.data={data}",
+        f"task.kind={kind}",
         "task.layers=3",
         "task.max_tokens=32",
         "method.name=fedlora",
+        "run.precision=fp32",
         f"run.seed={seed}",
     ]
     return assemble(config.load(None, settings)).task
