@@ -287,3 +287,11 @@ def test_export_of_a_run(tmp_path, monkeypatch, capsys):
     assert (parity["quantize"], parity["architecture"]) == ("q8_0", "llama")
     code, out, _ = in_process(monkeypatch, capsys, "predict", to, "the cat")
     assert code == 0 and "continuation" in out
+    # PyTorch's own formats are compared, too
+    for words in (("hf",), ("peft", "--with-base")):
+        export = ("export", run, "--to", tmp_path / words[0], "--json", "--format", *words)
+        code, out, _ = in_process(monkeypatch, capsys, *export)
+        parity = json.loads(out)["parity"]
+        assert code == 0 and 0 < parity["largest_difference"] < 1e-4
+        assert (parity["equal_tokens"], parity["equal_continuations"]) == (1, 1)
+        assert parity["perplexity"] == pytest.approx(parity["perplexity_before"], rel=1e-5)

@@ -18,7 +18,7 @@ from tiny_models import load, model_on
 
 from fedspine.core.errors import BadInput
 from fedspine.data.dataset import Rows
-from fedspine.exports import of_run, onnx, onnx_decoder, onnx_numbers
+from fedspine.exports import decoder_parity, of_run, onnx, onnx_decoder, onnx_numbers
 from fedspine.exports.hf import export, load_model, predict
 from fedspine.exports.onnx_graph import Graph
 from fedspine.exports.predict import answered
@@ -72,7 +72,7 @@ def exported(tmp_path_factory):
 def test_the_graph_gives_the_logits(exported):
     source, folder, parity, examples = exported
     assert parity.largest_difference <= 1e-4
-    assert parity.largest_logit < onnx_decoder.LARGE
+    assert parity.largest_logit < decoder_parity.LARGE
     assert (parity.equal_tokens, parity.equal_continuations) == (1, 1)
     assert (parity.rows, parity.tokens_compared) == (len(examples), int(examples.lengths.sum()))
     assert parity.perplexity == pytest.approx(parity.perplexity_before, rel=1e-4)

@@ -20,6 +20,7 @@ from runs import (
     write_csv,
 )
 
+from fedspine.exports import hf
 from fedspine.ui import cli
 
 PROMISED = {
@@ -74,7 +75,7 @@ def place(tiny_folder, tmp_path_factory):
     (root / "other.toml").write_text("[run]\nrounds = 3\n")
     job = tiny_job(root / "bert", root / "rows.csv")
     carried_out("run", *job, "--out", root / "run", "--json")
-    carried_out("export", root / "run", "--to", root / "model", "--json")
+    carried_out("export", root / "run", "--to", root / "model", "--no-parity", "--json")
     return root
 
 
@@ -389,6 +390,43 @@ def test_export_says_what_it_wrote(place, command) -> None:
     found = json.loads(out)
     assert found["sparsity"] == pytest.approx(summary_of(place / "run")["sparsity"], abs=0.005)
     assert found["bytes"] == sum(path.stat().st_size for path in (place / "nx").iterdir())
+    parity, card = found["parity"], (place / "nx" / "README.md").read_text()
+    assert parity.pop("line") in card
+    assert parity == json.loads((place / "nx" / "parity.json").read_text())
+    assert parity["rows_from"] == "test rows of the run"
+    assert parity["equal_predictions"] == 1 and parity["accuracy"] == parity["accuracy_before"]
+    assert 0 < parity["largest_difference"] < 1e-4  # merged against unmerged products
+    assert parity["peak_memory_bytes"] > parity["bytes"] and len(parity["latency_seconds"]) == 2
+    assert "| method | fedspine-plus, 2 rounds over 3 devices |" in card
+    assert "| data | rows.csv |" in card and str(place) not in card
+    assert "| base | bert |" in card and "not stated where bert was loaded from" in card
+    assert "base_model" not in card and "license" not in card
+
+
+def test_an_export_that_is_not_the_model_is_refused(place, command, monkeypatch) -> None:
+    written = hf.merged_tensors
+
+    def damaged(*given, **options):
+        tensors = written(*given, **options)
+        name = next(name for name in tensors if name.endswith("query.weight"))
+        return tensors | {name: tensors[name] + 0.1}
+
+    monkeypatch.setattr(hf, "merged_tensors", damaged)
+    code, _, (line,) = command("export", place / "run", "--to", place / "wrong")
+    assert code == 2 and "off in a logit, more than the 0.0001 allowed, on" in line
+    assert not (place / "wrong").exists() and not list(place.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--format", "onnx", "--no-parity"), "--no-parity is for --format hf and peft"),
+        (("--rows", "rows.csv", "--no-parity"), "--rows are compared on, which --no-parity"),
+    ],
+)
+def test_a_comparison_that_cannot_be_left_out(place, command, words, expected) -> None:
+    code, _, (line,) = command("export", place / "run", "--to", place / "x", *words)
+    assert code == 2 and expected in line and not (place / "x").exists()
 
 
 @pytest.mark.slow

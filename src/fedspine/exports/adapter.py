@@ -6,6 +6,10 @@ only that base cut to the same structure, which `with_base` writes to `base/` in
 """
 
 import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,9 @@ from fedspine.core.errors import BadInput
 from fedspine.core.task import Kind
 from fedspine.exports import hf
 from fedspine.exports.card import BASE, read_card
+from fedspine.exports.parity import Prove, proved
 from fedspine.exports.peft import write_adapter
+from fedspine.exports.provenance import Provenance, rows_of
 from fedspine.exports.whole_folder import check_new, whole_folder
 from fedspine.lm.base import Base, Model
 from fedspine.lm.gguf_files import is_gguf
@@ -61,12 +67,15 @@ def export_adapter(
     kind: Kind,
     max_tokens: int,
     name: str,
+    provenance: Provenance | None = None,
+    prove: Prove | None = None,
 ) -> Path:
     """Write the adapter and the task head of `model` to the new `folder`, which appears at once and
     complete.
 
-    Raises BadInput where the folder exists, and for an adapter that fits no model that stock tools
-    could load.
+    `provenance` and `prove` are as `fedspine.exports.hf.export` takes them. Raises BadInput where
+    the folder exists, for an adapter that fits no model that stock tools could load, and what
+    `prove` raises.
     """
     folder = Path(folder)
     _check(folder, model, origin, with_base)
@@ -80,7 +89,12 @@ def export_adapter(
         tokenizer.save_pretrained(partial)
         needed = {} if with_base else _needed(base, labels)
         pruned = sparsity(base.layout, model.structure)
-        card = _readme(origin, fits, needed, pruned, base.pooling, **about)
+        measured = ""
+        if prove is not None:
+            with _with_base_beside(partial, base, model, tokenizer, **about) as whole:
+                measured = proved(prove(whole), partial)
+        came = rows_of(provenance), measured
+        card = _readme(origin, fits, needed, pruned, base.pooling, *came, **about)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return folder
 
@@ -119,6 +133,21 @@ def _write_base(base: Base, model: Model, tokenizer: Any, place: Path, **about: 
         )
 
 
+@contextmanager
+def _with_base_beside(
+    folder: Path, base: Base, model: Model, tokenizer: Any, **about: Any
+) -> Iterator[Path]:
+    """The folder itself if it holds the base, else a copy that does, so that it can be loaded."""
+    if (folder / BASE).is_dir():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = Path(scratch) / "adapter"
+        shutil.copytree(folder, whole)
+        hf.export(base, model, tokenizer, whole / BASE, merge=False, **about)
+        yield whole
+
+
 def _needed(base: Base, labels: tuple[str, ...]) -> dict[str, Any]:
     """What the base's own configuration does not say, and a user has to, in order to load the
     adapter onto it.
@@ -140,6 +169,8 @@ def _readme(
     needed: dict[str, Any],
     pruned: float,
     pooling: Pooling | None,
+    came: str,
+    measured: str,
     *,
     labels: tuple[str, ...],
     kind: Kind,
@@ -170,10 +201,10 @@ It fits `{fits}`.
 | | |
 |---|---|
 | task | {kind}{": " + ", ".join(labels) if labels else ""} |
-| share of the blocks' weights pruned | {pruned:.1%} |
+{came}| share of the blocks' weights pruned | {pruned:.1%} |
 | longest input, in tokens | {max_tokens} |
 
-```python
+{measured}```python
 from peft import {auto}
 from transformers import AutoTokenizer
 

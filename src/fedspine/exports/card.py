@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Kind
+from fedspine.exports.provenance import Provenance
 from fedspine.lm.pooling import Pooling
 from fedspine.lm.structure import StructureKind
 
@@ -39,6 +40,7 @@ class Card:
     # older versions do not say these
     chat: bool = False  # whether it was tuned on dialogues
     structure: StructureKind = "free"  # whether all layers were to keep as many units
+    provenance: Provenance | None = None  # the run, the data and the base
 
     @property
     def structure_line(self) -> str:
@@ -49,7 +51,7 @@ class Card:
         return f"uniform: {units} in every layer, so many as a stock configuration can say"
 
 
-OPTIONAL = ("chat", "structure")
+OPTIONAL = ("chat", "structure", "provenance")
 
 
 def format_of(place: Path) -> Literal["hf", "onnx", "gguf", "peft"]:
@@ -143,8 +145,16 @@ def _checked(folder: Path, entry: dict[str, object]) -> Card:
         or values["kind"] not in get_args(Kind)
         or values.get("structure", "free") not in get_args(StructureKind)
         or not lists
+        or not _is_provenance(values.get("provenance"))
     ):
         raise BadInput(
             f"the `fedspine` entry of {folder / CONFIG} is damaged; export the model again"
         )
-    return Card(**values)  # type: ignore[arg-type]
+    entry = values.pop("provenance", None)
+    known = None if entry is None else Provenance(**entry)  # type: ignore[arg-type]
+    return Card(**values, provenance=known)  # type: ignore[arg-type]
+
+
+def _is_provenance(entry: object) -> bool:
+    names = {field.name for field in fields(Provenance)}
+    return entry is None or (isinstance(entry, dict) and names == set(entry))

@@ -209,6 +209,7 @@ def _export(trial: _Trial, place: Path, question: Question) -> None:
         base=question.base,
         quantize=trial.quantize,
         rows=question.rows if trial.format in QUANTISATIONS else None,
+        parity=trial.format in QUANTISATIONS,
     )
 
 

@@ -5,9 +5,8 @@ Nothing of fedspine is needed to run it.
 """
 
 import copy
-import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,12 @@ from torch import nn
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Examples
 from fedspine.exports import gguf_file, llama_cpp
-from fedspine.exports.card import GGUF, PARITY, WORDS, Card, copy_beside, read_card
+from fedspine.exports.card import GGUF, WORDS, Card, copy_beside, read_card
 from fedspine.exports.gguf_file import Widths
 from fedspine.exports.gguf_tokenizer import vocabulary
 from fedspine.exports.load import Loaded, load_model
+from fedspine.exports.parity import proved
+from fedspine.exports.provenance import front_matter, rows_of
 from fedspine.exports.token_differences import differences
 from fedspine.exports.whole_folder import check_new, whole_folder
 from fedspine.lm.gguf_files import read_model
@@ -124,9 +125,8 @@ def export(
             types=gguf_file.types_of(partial / GGUF),
             bytes=(partial / GGUF).stat().st_size,
         )
-        parity.check()
-        (partial / PARITY).write_text(json.dumps(asdict(parity), indent=2) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(_readme(card, parity), encoding="utf-8")
+        measured = proved(parity, partial)
+        (partial / "README.md").write_text(_readme(card, parity, measured), encoding="utf-8")
     return parity
 
 
@@ -175,7 +175,7 @@ def _allowed(quantize: str, layers: int) -> float | None:
     return None if rounding is None else rounding * sqrt(6 * layers + 2)
 
 
-def _readme(card: Card, parity: Parity) -> str:
+def _readme(card: Card, parity: Parity, measured: str) -> str:
     unfit = ""
     if parity.quantize in llama_cpp.QUANTISERS:
         types = ", ".join(f"{count} in {name}" for name, count in parity.types.items())
@@ -186,10 +186,7 @@ def _readme(card: Card, parity: Parity) -> str:
             "so these are F16 (`stored_f16`).\n"
         )
     chat = " -cnv" if card.chat else ' -no-cnv -p "A text to continue"'
-    return f"""---
-library_name: gguf
-tags: [fedspine, federated-learning, structured-pruning]
----
+    return f"""{front_matter("gguf", card.provenance)}
 # {card.name}
 
 Fine-tuned over many devices and pruned by fedspine, as a file for llama.cpp.
@@ -197,7 +194,7 @@ Fine-tuned over many devices and pruned by fedspine, as a file for llama.cpp.
 | | |
 |---|---|
 | task | {card.kind} |
-| numbers | {STORED[parity.quantize]} |
+{rows_of(card.provenance)}| numbers | {STORED[parity.quantize]} |
 | architecture that the file names | {parity.architecture} |
 | share of the blocks' weights pruned | {card.sparsity:.1%} |
 | key/value heads kept, by layer | {", ".join(map(str, card.heads))} |
@@ -205,7 +202,7 @@ Fine-tuned over many devices and pruned by fedspine, as a file for llama.cpp.
 | structure | {card.structure_line} |
 | longest input in training, in tokens | {card.max_tokens} |
 
-Measured when it was written (`{PARITY}`), with the file's numbers in PyTorch: {parity.line}.
+{measured}The comparison read the file's numbers back into PyTorch.
 {unfit}
 ```
 llama-cli -m {GGUF}{chat}

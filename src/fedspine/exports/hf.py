@@ -23,7 +23,9 @@ from fedspine.core.message import Tensors
 from fedspine.core.task import Kind
 from fedspine.exports.card import CONFIG, FORMAT, WEIGHTS, Card
 from fedspine.exports.load import Loaded, load_model
+from fedspine.exports.parity import Prove, proved
 from fedspine.exports.predict import Answered, Continued, Labelled, Prediction, predict
+from fedspine.exports.provenance import Provenance, front_matter, rows_of
 from fedspine.exports.whole_folder import check_new, whole_folder
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
@@ -56,15 +58,19 @@ def export(
     merge: bool = True,
     chat: bool = False,
     structure: StructureKind = "free",
+    provenance: Provenance | None = None,
+    prove: Prove | None = None,
 ) -> Path:
     """Write `model` as a folder of its own: config.json, model.safetensors, the tokenizer,
     README.md.
 
     The adapter is merged in fp32 as W + scale * B @ A; `merge=False` leaves it out, for use with an
     adapter that `fedspine.exports.peft` writes. `chat` says that it was tuned on dialogues, and
-    `structure` which one the run's method asked for. The folder appears at once and complete.
-    Raises BadInput where it exists already, where the base is not fp32, or where `labels` are not
-    those that the head was trained for.
+    `structure` which one the run's method asked for; `provenance` is where it comes from. `prove`
+    compares what was written with the run's model, and its report goes into parity.json and
+    README.md. The folder appears at once and complete. Raises BadInput where it exists already,
+    where the base is not fp32, where `labels` are not those that the head was trained for, and
+    what `prove` raises.
     """
     folder = Path(folder)
     _check(base, folder, labels, kind)
@@ -84,8 +90,9 @@ def export(
         stock=stock,
         chat=chat,
         structure=structure,
+        provenance=provenance,
     )
-    _write(folder, config, card, tensors, tokenizer)
+    _write(folder, config, card, tensors, tokenizer, prove)
     return folder
 
 
@@ -182,7 +189,12 @@ def _fits(config: PreTrainedConfig, tensors: Tensors, pooling: Pooling | None) -
 
 
 def _write(
-    folder: Path, config: PreTrainedConfig, card: Card, tensors: Tensors, tokenizer: Any
+    folder: Path,
+    config: PreTrainedConfig,
+    card: Card,
+    tensors: Tensors,
+    tokenizer: Any,
+    prove: Prove | None,
 ) -> None:
     with whole_folder(folder) as partial:
         settings = config.to_diff_dict() | {"fedspine": asdict(card)}
@@ -192,10 +204,11 @@ def _write(
         )
         save_file(tensors, partial / WEIGHTS, {"format": "pt"})
         tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(_readme(card, tensors), encoding="utf-8")
+        measured = "" if prove is None else proved(prove(partial), partial)
+        (partial / "README.md").write_text(_readme(card, tensors, measured), encoding="utf-8")
 
 
-def _readme(card: Card, tensors: Tensors) -> str:
+def _readme(card: Card, tensors: Tensors, measured: str) -> str:
     parameters = sum(tensor.numel() for tensor in tensors.values())
     auto = CLASSES[card.pooling].__name__
     how = f" {HOW}" if card.pooling == "mean" else ""
@@ -212,10 +225,7 @@ def _readme(card: Card, tensors: Tensors) -> str:
         if card.merged
         else "not in the weights; load it beside them with PEFT"
     )
-    return f"""---
-library_name: transformers
-tags: [fedspine, federated-learning, structured-pruning]
----
+    return f"""{front_matter("transformers", card.provenance)}
 # {card.name}
 
 Fine-tuned over many devices and pruned by fedspine; the adapter is {adapter}.
@@ -223,12 +233,12 @@ Fine-tuned over many devices and pruned by fedspine; the adapter is {adapter}.
 | | |
 |---|---|
 | task | {card.kind}{": " + ", ".join(card.labels) if card.labels else ""} |
-| parameters | {parameters:,} |
+{rows_of(card.provenance)}| parameters | {parameters:,} |
 | share of the blocks' weights pruned | {card.sparsity:.1%} |
 | heads kept, by layer | {", ".join(map(str, card.heads))} |
 | channels kept, by layer | {", ".join(map(str, card.channels))} |
 | structure | {card.structure_line} |
 | longest input, in tokens | {card.max_tokens} |
 
-Load it with `fedspine.load_model(folder)` or run `fedspine predict`. {stock}
+{measured}Load it with `fedspine.load_model(folder)` or run `fedspine predict`. {stock}
 """

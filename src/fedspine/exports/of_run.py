@@ -15,6 +15,9 @@ from typing import Any
 from fedspine.core.errors import BadInput, nearest, unknown
 from fedspine.core.task import Kind
 from fedspine.exports import hf, llama_cpp
+from fedspine.exports.parity import Prove
+from fedspine.exports.proof import Proof
+from fedspine.exports.provenance import Provenance, provenance_of
 
 # these two make the messages in a saved state known
 from fedspine.flare import site_state  # noqa: F401
@@ -89,17 +92,19 @@ def export_model(
     base: str | None = None,
     quantize: str | None = None,
     rows: str | None = None,
+    parity: bool = True,
 ) -> dict[str, Any]:
     """Write one model of the run in `folder` to the new folder `to`; returns what it is.
 
     `with_base` writes the model that a PEFT adapter fits beside it; `base` is where the run's base
-    is now. `quantize` is one of the format's `QUANTISATIONS` (None: the first); ONNX and GGUF are
-    compared on `rows`, data with the run's columns. Nets on arrays have the format onnx alone.
+    is now. `quantize` is one of the format's `QUANTISATIONS` (None: the first). What was written
+    is compared with the run's model on `rows`, data with the run's columns (None: its test rows),
+    which `parity=False` leaves out for hf and peft. Nets on arrays have the format onnx alone.
     Raises BadInput for an unknown format, device or quantisation, a folder that is no run, one that
     exists where `to` should be, an adapter that fits no model that stock tools could load, a model
-    that has no such format, and a graph or file outside its tolerance.
+    that has no such format, and an export outside its tolerance.
     """
-    _check_options(format, with_base=with_base, quantize=quantize, rows=rows)
+    _check_options(format, with_base=with_base, quantize=quantize, rows=rows, parity=parity)
     if to.exists():
         raise BadInput(f"{to} exists already; name a new folder with --to")
     _check_device(device, device_ids_of(folder))
@@ -110,20 +115,25 @@ def export_model(
     other = _other_runtime(format, recipe.task.kind)
     run = open_run(folder, base)
     model = run.model(device)
+    proof = None
+    if parity and other is None:
+        proof = Proof(run.recipe, run.record, run.base, run.tokenizer, model, rows)
     more: dict[str, Any] = {}
     if format == "peft":
         from fedspine.exports.adapter import Origin, export_adapter
 
         origin = Origin(base or run.record.model, cut=run.record.layers is not None)
         described = {"origin": origin, "with_base": with_base, **_card_of(run, device)}
-        export_adapter(run.base, model, run.tokenizer, to, **described)
+        export_adapter(run.base, model, run.tokenizer, to, **described, prove=proof)
     elif other is not None:
         check_kind(format, run)
         quantize = quantize or QUANTISATIONS[format][0]
-        parity = _exported_elsewhere(other, run, device, to, quantize=quantize, rows=rows)
-        more = {"quantize": quantize, "parity": asdict(parity) | {"line": parity.line}}
+        found = _exported_elsewhere(other, run, device, to, quantize=quantize, rows=rows)
+        more = {"quantize": quantize, "parity": asdict(found) | {"line": found.line}}
     else:
-        _merged(run, device, to)
+        _merged(run, device, to, prove=proof)
+    if proof is not None:
+        more = {"parity": asdict(proof.found) | {"line": proof.found.line}}
     return {
         "device": device,
         "format": format,
@@ -140,10 +150,16 @@ def _card_of(run: RunModel, device: str) -> dict[str, Any]:
         "kind": run.record.kind,
         "max_tokens": run.record.max_tokens,
         "name": f"{run.recipe.method.name} {device}",
+        "provenance": _provenance(run.recipe),
     }
 
 
-def _merged(run: RunModel, device: str, to: Path) -> Path:
+def _provenance(recipe: Recipe) -> Provenance:
+    spread = f"{recipe.run.rounds} rounds over {recipe.fleet.devices} devices"
+    return provenance_of(f"{recipe.method.name}, {spread}", recipe.task.data, recipe.task.model)
+
+
+def _merged(run: RunModel, device: str, to: Path, prove: Prove | None = None) -> Path:
     """The model as a Hugging Face folder."""
     return hf.export(
         run.base,
@@ -152,6 +168,7 @@ def _merged(run: RunModel, device: str, to: Path) -> Path:
         to,
         chat=run.record.of_dialogues,
         structure=getattr(run.recipe.method, "structure", "free"),
+        prove=prove,
         **_card_of(run, device),
     )
 
@@ -221,7 +238,9 @@ def _exported_net(
     }
 
 
-def _check_options(format: str, *, with_base: bool, quantize: str | None, rows: str | None) -> None:
+def _check_options(
+    format: str, *, with_base: bool, quantize: str | None, rows: str | None, parity: bool
+) -> None:
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
     if with_base and format != "peft":
@@ -230,12 +249,18 @@ def _check_options(format: str, *, with_base: bool, quantize: str | None, rows: 
             "already, so leave it out"
         )
     known = QUANTISATIONS.get(format)
-    for option, given in (("--quantize", quantize not in (None, "none")), ("--rows", rows)):
-        if given and known is None:
-            raise BadInput(
-                f"{option} is for --format {' and '.join(QUANTISATIONS)}, not {format}; leave one "
-                "of them out"
-            )
+    if known is None and quantize not in (None, "none"):
+        raise BadInput(
+            f"--quantize is for --format {' and '.join(QUANTISATIONS)}, not {format}; leave one of "
+            "them out"
+        )
+    if not parity and known is not None:
+        raise BadInput(
+            f"--no-parity is for --format hf and peft; a {format} export is always compared, so "
+            "leave it out"
+        )
+    if not parity and rows is not None:
+        raise BadInput("--rows are compared on, which --no-parity leaves out; give one of them")
     if known and quantize is not None and quantize not in known:
         raise _unknown_quantisation(format, quantize, known)
     if quantize in llama_cpp.QUANTISERS:
@@ -312,7 +337,7 @@ class Models(Mapping[str, Any]):
             return self._net(recipe, device)
         with tempfile.TemporaryDirectory() as scratch:
             to = Path(scratch) / "model"
-            export_model(self._folder, device=device, format="hf", to=to)
+            export_model(self._folder, device=device, format="hf", to=to, parity=False)
             return hf.load_model(to)
 
     def _net(self, recipe: Recipe, device: str) -> Any:

@@ -7,30 +7,28 @@ folder shows.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Examples
-from fedspine.exports import bench, onnx_graph
-from fedspine.exports.card import CONFIG, ONNX, PARITY, Card, copy_beside, read_card
+from fedspine.exports import onnx_graph
+from fedspine.exports.card import CONFIG, ONNX, Card, copy_beside, read_card
+from fedspine.exports.classifier_parity import ROWS, Parity, parity_of
 from fedspine.exports.load import Loaded, load_model
 from fedspine.exports.onnx_graph import IDS, LOGITS, MASK, SEGMENTS, Graph, Signature
 from fedspine.exports.onnx_numbers import Feeds, quantise
-from fedspine.exports.onnx_parity import Parity, agreement
+from fedspine.exports.parity import proved
+from fedspine.exports.provenance import front_matter, rows_of
 from fedspine.exports.whole_folder import check_new, whole_folder
 
+__all__ = ["ROWS", "export", "write_graph"]
+
 TOKENIZER = "tokenizer.json"
-ROWS = 1000  # to compare on at most
 BATCH = 32  # rows at a time
-TOKENS = 128  # of the rows that are timed, or as many as the model was trained to read
-REPEATS = 3  # of each timing
 
 # what a device runs; examples/onnx-classify has the same
 CODE = """\
@@ -94,10 +92,9 @@ def export(
         segments = examples.segments is not None
         write_graph(loaded.module, partial / ONNX, segments=segments, facts=facts_of(card))
         quantise(partial / ONNX, quantize, calibrating(partial / ONNX, calibration))
-        parity = _parity(loaded, partial, examples, rows_from, quantize)
-        parity.check()
-        (partial / PARITY).write_text(json.dumps(asdict(parity), indent=2) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(_readme(card, parity), encoding="utf-8")
+        parity = parity_of(loaded.module, partial, examples, rows_from, quantize)
+        card_text = _readme(card, quantize, proved(parity, partial))
+        (partial / "README.md").write_text(card_text, encoding="utf-8")
     return parity
 
 
@@ -173,58 +170,11 @@ def _settle_tokenizer(path: Path, loaded: Loaded) -> None:
     tokenizer.save(str(path))
 
 
-# --- parity ---
-
-
-def _parity(
-    loaded: Loaded, folder: Path, examples: Examples, rows_from: str, quantize: str
-) -> Parity:
-    written = load_model(folder, threads=1)
-    ours, theirs = _logits_of_both(loaded.module, written.module, examples)
-    return Parity(
-        rows_from=rows_from,
-        rows=len(examples),
-        **agreement(ours, theirs, examples.labels),
-        quantize=quantize,
-        **costs_of(folder, written, TOKENS),
-    )
-
-
-def costs_of(folder: Path, written: Loaded, tokens: int) -> dict[str, Any]:
-    """The fields of a parity report that say what the graph in `folder` costs on one thread."""
-    tokens = min(tokens, written.max_tokens)
-    return {
-        "bytes": (folder / ONNX).stat().st_size,
-        "latency_seconds": bench.latency_seconds(written, tokens=tokens, repeats=REPEATS),
-        "tokens": tokens,
-        "peak_memory_bytes": bench.peak_memory_bytes(folder, tokens=tokens),
-    }
-
-
-def _logits_of_both(
-    module: nn.Module, written: nn.Module, examples: Examples
-) -> tuple[np.ndarray, np.ndarray]:
-    """fp32 [rows, classes] each."""
-    batches = list(examples.batches_by_length(BATCH))
-    order = np.argsort(np.concatenate(batches))
-    found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    with torch.inference_mode():
-        for rows in batches:
-            inputs = examples.batch(rows)
-            del inputs["labels"]
-            for each, model in zip(found, (module, written), strict=True):
-                each.append(model(**inputs).logits.numpy())
-    return np.concatenate(found[0])[order], np.concatenate(found[1])[order]
-
-
-def _readme(card: Card, parity: Parity) -> str:
+def _readme(card: Card, quantize: str, measured: str) -> str:
     code = CODE
     if card.kind == "pair":
         code = CODE.replace("sys.argv[2:]", "list(zip(sys.argv[2::2], sys.argv[3::2]))")
-    return f"""---
-library_name: onnx
-tags: [fedspine, federated-learning, structured-pruning]
----
+    return f"""{front_matter("onnx", card.provenance)}
 # {card.name}
 
 Fine-tuned over many devices and pruned by fedspine, as one ONNX graph: token ids in, class logits
@@ -233,15 +183,13 @@ out.
 | | |
 |---|---|
 | task | {card.kind}: {", ".join(card.labels)} |
-| numbers | {"fp32" if parity.quantize == "none" else parity.quantize} |
+{rows_of(card.provenance)}| numbers | {"fp32" if quantize == "none" else quantize} |
 | share of the blocks' weights pruned | {card.sparsity:.1%} |
 | heads kept, by layer | {", ".join(map(str, card.heads))} |
 | channels kept, by layer | {", ".join(map(str, card.channels))} |
 | longest input, in tokens | {card.max_tokens} |
 
-Measured when it was written (`{PARITY}`): {parity.line}.
-
-`{TOKENIZER}` cuts and fills rows by itself. With `onnxruntime` and `tokenizers` alone:
+{measured}`{TOKENIZER}` cuts and fills rows by itself. With `onnxruntime` and `tokenizers` alone:
 
 ```python
 {code}```

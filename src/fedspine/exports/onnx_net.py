@@ -7,7 +7,7 @@ metadata. Nothing of fedspine is needed to run it.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -22,10 +22,11 @@ from fedspine.core.task import Arrays
 from fedspine.data import arrays
 from fedspine.data.dataset import ArrayRows
 from fedspine.exports import bench, onnx_graph
-from fedspine.exports.card import ONNX, PARITY
+from fedspine.exports.card import ONNX
+from fedspine.exports.classifier_parity import Parity, agreement
 from fedspine.exports.onnx_graph import LOGITS, ROWS_IN, Graph, Signature
 from fedspine.exports.onnx_numbers import CALIBRATION_ROWS, quantise
-from fedspine.exports.onnx_parity import Parity, agreement
+from fedspine.exports.parity import proved
 from fedspine.exports.whole_folder import check_new, whole_folder
 from fedspine.nets.load import channels_at, load, scale_of, stored
 from fedspine.nets.net import NetModel
@@ -105,9 +106,8 @@ def export(
         feeds = [{ROWS_IN: data.calibration[i : i + BATCH]} for i in _starts(data.calibration)]
         quantise(partial / ONNX, quantize, feeds)
         parity = _parity(net, partial, data, quantize)
-        parity.check()
-        (partial / PARITY).write_text(json.dumps(asdict(parity), indent=2) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(_readme(facts, parity), encoding="utf-8")
+        card_text = _readme(facts, quantize, proved(parity, partial))
+        (partial / "README.md").write_text(card_text, encoding="utf-8")
     return parity
 
 
@@ -213,7 +213,7 @@ def _seconds(graph: Graph, rows: int) -> float:
     return median(seconds)
 
 
-def _readme(facts: Mapping[str, str], parity: Parity) -> str:
+def _readme(facts: Mapping[str, str], quantize: str, measured: str) -> str:
     shape = ", ".join(map(str, json.loads(facts["input_shape"])))
     labels = ", ".join(json.loads(facts["labels"]))
     return f"""---
@@ -230,11 +230,9 @@ Trained over many devices by fedspine, as one ONNX graph: rows of the data in, c
 | classes | {labels} |
 | `{ROWS_IN}` | {facts["input_type"]} [rows, {shape}], not scaled |
 | `{LOGITS}` | fp32 [rows, classes] |
-| numbers | {"fp32" if parity.quantize == "none" else parity.quantize} |
+| numbers | {"fp32" if quantize == "none" else quantize} |
 
-Measured when it was written (`{PARITY}`): {parity.line}.
-
-Class names, shape and type are in the graph's metadata. With `onnxruntime` alone:
+{measured}Class names, shape and type are in the graph's metadata. With `onnxruntime` alone:
 
 ```python
 {CODE.format(type=facts["input_type"], shape=shape)}```

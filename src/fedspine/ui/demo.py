@@ -37,7 +37,7 @@ def demo(out: Path) -> None:
     console.print(curve(out))
     device = identities(recipe)[-1]
     folder = out / "models" / device
-    found = export_model(out, device=device, format="hf", to=folder)
+    found = export_model(out, device=device, format="hf", to=folder, parity=False)
     table = Table("text", "topic", "probability", title=f"the model of device {device} answers")
     for text, answer in zip(TEXTS, predict(load_model(folder), TEXTS), strict=True):
         table.add_row(text, answer.label, f"{answer.probability:.2f}")

@@ -52,10 +52,18 @@ def export(
         str | None,
         typer.Option(
             metavar="DATA",
-            help="With --format onnx or gguf: data to compare the export on; default: the run's "
-            "test rows.",
+            help="Data to compare the export with the run's model on; default: the run's test "
+            "rows.",
         ),
     ] = None,
+    parity: Annotated[
+        bool,
+        typer.Option(
+            "--parity/--no-parity",
+            help="With --format hf or peft: whether the export is compared with the run's model "
+            "and measured; the other formats always are.",
+        ),
+    ] = True,
     push_to_hub: Annotated[
         str | None,
         typer.Option(metavar="REPO", help="Repository of the Hugging Face Hub to push it to."),
@@ -81,6 +89,7 @@ def export(
         base=base,
         quantize=quantize,
         rows=rows,
+        parity=parity,
         push_to_hub=push_to_hub,
         private=private,
     )

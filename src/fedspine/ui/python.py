@@ -234,6 +234,7 @@ def export(
     base: str | None = None,
     quantize: str | None = None,
     rows: str | Path | None = None,
+    parity: bool = True,
     push_to_hub: str | None = None,
     private: bool = False,
 ) -> dict[str, Any]:
@@ -243,10 +244,11 @@ def export(
     same for ONNX Runtime, `gguf`, the same for llama.cpp, or `peft`, an adapter, and `with_base`
     adds the model that it fits; `base` says where the run's base is now. `quantize` is `none`
     (the default), `fp16`, `int8` or `int8-static` (calibrated on the run's training rows) for ONNX,
-    and `f16` (the default), `q8_0` or `q4_k_m` for GGUF; `rows` names data to compare either on;
-    `push_to_hub` is a repository of the Hugging Face Hub that gets the folder, too, made `private`
-    where it is new. Raises BadInput for an unknown device, format or quantisation, for a folder
-    that exists, for a graph or file outside its tolerance, and where the Hub refuses.
+    and `f16` (the default), `q8_0` or `q4_k_m` for GGUF. What was written is compared with the
+    run's model on `rows` (None: the run's test rows), which `parity=False` leaves out for `hf` and
+    `peft`. `push_to_hub` is a repository of the Hugging Face Hub that gets the folder, too, made
+    `private` where it is new. Raises BadInput for an unknown device, format or quantisation, for a
+    folder that exists, for an export outside its tolerance, and where the Hub refuses.
 
     >>> from fedspine import export, load_model, predict
     >>> export("runs/fedlora-1", "models/nx", device="nx-01")["sparsity"]
@@ -264,6 +266,7 @@ def export(
         base=base,
         quantize=quantize,
         rows=None if rows is None else str(rows),
+        parity=parity,
     )
     if push_to_hub is not None and client is not None:
         found["pushed_to"] = hub.push(Path(to), push_to_hub, client, private=private)

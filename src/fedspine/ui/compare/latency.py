@@ -101,8 +101,9 @@ def _measured(run: Run) -> Latency:
     device, tokens = device_of(run), run.recipe.task.max_tokens
     with tempfile.TemporaryDirectory() as place:
         try:
-            export_model(run.folder, device=device, format="hf", to=Path(place) / "model")
-            found = bench(Path(place) / "model", tokens=tokens, threads=THREADS, repeats=REPEATS)
+            model = Path(place) / "model"
+            export_model(run.folder, device=device, format="hf", to=model, parity=False)
+            found = bench(model, tokens=tokens, threads=THREADS, repeats=REPEATS)
         except OSError as error:
             raise BadInput(
                 f"the model of {run.folder} cannot be measured ({error.strerror or error})"

@@ -1,10 +1,24 @@
-"""How near an ONNX graph of a classifier is to the PyTorch model it was made of, and its costs."""
+"""How near an exported classifier is to the model of the run that it was made of, and its costs."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from fedspine.core.errors import BadInput
+from fedspine.core.task import Examples
+from fedspine.exports import bench
+from fedspine.exports.card import weight_bytes
+from fedspine.exports.load import Loaded, load_model
+from fedspine.lm.attention import module_inputs
+
+ROWS = 1000  # to compare on at most
+BATCH = 32  # rows at a time
+TOKENS = 128  # of the rows that are timed, or as many as the model was trained to read
+REPEATS = 3  # of each timing
 
 APART = 1e-4  # of fp32 logits; rounding came to 1e-5 in MiniLM's six blocks
 # where the numbers are smaller, so many predictions must be equal, or so little accuracy be lost:
@@ -14,16 +28,16 @@ EQUAL, LOST = 0.995, 0.005
 
 @dataclass(frozen=True)
 class Parity:
-    """How an exported graph differs from the PyTorch model that it was made of, and its costs."""
+    """How an exported classifier differs from the PyTorch model it was made of, and its costs."""
 
     rows_from: str  # what the rows are that both were compared on
     rows: int
     largest_difference: float  # of a logit
     equal_predictions: float  # share of the rows, 0 to 1
-    accuracy: float | None  # of the graph, 0 to 1; None for rows without labels
+    accuracy: float | None  # of the export, 0 to 1; None for rows without labels
     accuracy_before: float | None  # of the PyTorch model
     quantize: str
-    bytes: int  # of the graph, with its weights
+    bytes: int  # of the weights
     latency_seconds: dict[int, float]  # median by batch size, on one thread
     tokens: int | None  # of the rows that were timed; None for nets, whose rows have one shape
     peak_memory_bytes: int  # of a fresh process that runs both batch sizes
@@ -44,20 +58,62 @@ class Parity:
         return f", accuracy {self.accuracy:.1%} (before: {self.accuracy_before:.1%})"
 
     def check(self) -> None:
-        """Raise BadInput where the graph is outside its tolerance."""
+        """Raise BadInput where the export is outside its tolerance."""
         as_right = self.accuracy is not None and self.accuracy_before - self.accuracy <= LOST
         if self.quantize == "none" and not self.largest_difference <= APART:
             raise BadInput(
-                f"the ONNX graph is {self.largest_difference:.2g} off in a logit, more than the "
-                f"{APART:g} allowed, on {self.rows} rows ({self.rows_from}); use --format hf"
+                f"the export is {self.largest_difference:.2g} off in a logit, more than the "
+                f"{APART:g} allowed, on {self.rows} rows ({self.rows_from}); take another format"
             )
         if self.quantize != "none" and self.equal_predictions < EQUAL and not as_right:
             raise BadInput(
-                f"the {self.quantize} graph predicts the same for {self.equal_predictions:.1%} of "
+                f"the {self.quantize} model predicts the same for {self.equal_predictions:.1%} of "
                 f"{self.rows} rows ({self.rows_from}){self._accuracies}; {EQUAL:.1%}, or at most "
                 f"{100 * LOST} points of accuracy lost, is required: take --quantize none, or name "
                 "other rows with --rows"
             )
+
+
+def parity_of(
+    module: nn.Module, place: Path, examples: Examples, rows_from: str, quantize: str = "none"
+) -> Parity:
+    """Compare the export in `place` with the PyTorch module that it was made of, on these rows."""
+    written = load_model(place, threads=1)
+    ours, theirs = _logits_of_both(module, written.module, examples)
+    return Parity(
+        rows_from=rows_from,
+        rows=len(examples),
+        **agreement(ours, theirs, examples.labels),
+        quantize=quantize,
+        **costs_of(place, written, TOKENS),
+    )
+
+
+def costs_of(place: Path, written: Loaded, tokens: int) -> dict[str, Any]:
+    """The fields of a parity report that say what the export in `place` costs on one thread."""
+    tokens = min(tokens, written.max_tokens)
+    return {
+        "bytes": weight_bytes(place),
+        "latency_seconds": bench.latency_seconds(written, tokens=tokens, repeats=REPEATS),
+        "tokens": tokens,
+        "peak_memory_bytes": bench.peak_memory_bytes(place, tokens=tokens),
+    }
+
+
+def _logits_of_both(
+    module: nn.Module, written: nn.Module, examples: Examples
+) -> tuple[np.ndarray, np.ndarray]:
+    """fp32 [rows, classes] each."""
+    batches = list(examples.batches_by_length(BATCH))
+    order = np.argsort(np.concatenate(batches))
+    found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    with torch.inference_mode():
+        for rows in batches:
+            inputs = examples.batch(rows)
+            del inputs["labels"]
+            for each, model in zip(found, (module, written), strict=True):
+                each.append(model(**module_inputs(dict(inputs))).logits.numpy())
+    return np.concatenate(found[0])[order], np.concatenate(found[1])[order]
 
 
 def costs(parity: object) -> str:
