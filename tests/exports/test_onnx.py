@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from fedspine.core.errors import BadInput
 from fedspine.data.dataset import Rows
+from fedspine.exports import bench as bench_module
 from fedspine.exports import onnx, onnx_graph, onnx_numbers
 from fedspine.exports.bench import bench
 from fedspine.exports.hf import export, load_model, predict
@@ -68,7 +69,7 @@ def make(root, architecture, pooling, kind):
     stock = export(base, model, tokenizer, root / "hf", max_tokens=64, name="toy", **about)
     examples = encode(tokenizer, rows_of(kind), kind, 64)
     with pytest.MonkeyPatch.context() as patch:  # which the exports of a run measure, below
-        patch.setattr(onnx.bench, "peak_memory_bytes", lambda folder, tokens: 1)
+        patch.setattr(bench_module, "peak_memory_bytes", lambda folder, tokens: 1)
         parity = onnx.export(stock, root / "onnx", examples=examples, rows_from="texts")
     return stock, root / "onnx", parity
 

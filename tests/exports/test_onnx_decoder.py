@@ -18,7 +18,7 @@ from tiny_models import load, model_on
 
 from fedspine.core.errors import BadInput
 from fedspine.data.dataset import Rows
-from fedspine.exports import decoder_parity, of_run, onnx, onnx_decoder, onnx_numbers
+from fedspine.exports import bench, decoder_parity, of_run, onnx, onnx_decoder, onnx_numbers
 from fedspine.exports.hf import export, load_model, predict
 from fedspine.exports.onnx_graph import Graph
 from fedspine.exports.predict import answered
@@ -56,7 +56,7 @@ def merged(root, architecture, layers, *, kind="causal-lm", **changed):
 def _no_process_for_memory():
     """What a process needs is measured in test_onnx.py."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx.bench, "peak_memory_bytes", lambda folder, tokens: 1)
+        patch.setattr(bench, "peak_memory_bytes", lambda folder, tokens: 1)
         yield
 
 
@@ -180,7 +180,7 @@ def test_the_tolerance(exported):
         one.check()
     worse = dataclasses.replace(near, perplexity=1.06 * good.perplexity_before)
     for one in (worse, dataclasses.replace(near, relative_difference=float("nan"))):
-        with pytest.raises(BadInput, match=r"the int8 graph has 99\.0% of the greedy tokens equal"):
+        with pytest.raises(BadInput, match=r"the int8 model has 99\.0% of the greedy tokens equal"):
             one.check()
     assert "ms for a new token" in good.line
 

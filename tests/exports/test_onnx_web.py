@@ -16,7 +16,7 @@ from places import ROOT
 from tiny_models import LABELS, model_on, tiny
 
 from fedspine.data.dataset import Rows
-from fedspine.exports import onnx
+from fedspine.exports import bench, onnx
 from fedspine.exports.hf import export, load_model, predict
 from fedspine.lm.encode import encode
 from fedspine.lm.tiny import VOCABULARY
@@ -27,7 +27,7 @@ def made(root, monkeypatch):
     base, tokenizer = tiny(root, "roberta")
     about = {"labels": LABELS, "kind": "classification", "max_tokens": 32, "name": "toy"}
     source = export(base, model_on(base, [4, 2], [24, 30]), tokenizer, root / "hf", **about)
-    monkeypatch.setattr(onnx.bench, "peak_memory_bytes", lambda folder, tokens: 1)
+    monkeypatch.setattr(bench, "peak_memory_bytes", lambda folder, tokens: 1)
     rows = encode(tokenizer, Rows(texts(8), None, None, {}), "classification", 32)
     onnx.export(source, root / "onnx", examples=rows, rows_from="texts")
     return root / "onnx"
