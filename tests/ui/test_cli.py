@@ -136,7 +136,7 @@ BAD_RUNS = {  # what to change in the good job, and what the line must say
     "one class": ({"task__data": "{place}/one.csv"}, ["at least 2 classes", "'kind'"]),
     "few rows": (
         {"task__data": "{place}/few.csv", "fleet__devices": 9},
-        ["between 1 and 8 devices", "came 9"],
+        ["expected 1 to 8 devices", "got 9"],
     ),
     "no rows": (
         {"task__data": "{place}/by.csv", "fleet__partition": "column:by"},
@@ -144,7 +144,7 @@ BAD_RUNS = {  # what to change in the good job, and what the line must say
     ),
     "torn table": (
         {"task__data": "{place}/torn.csv"},
-        ["a quote opens a value in line 18 and nothing closes it"],
+        ["a quote opens a value in line 18 and is never closed"],
     ),
     "no unit map": (
         {"task__model": "{place}/gpt2"},
