@@ -51,7 +51,7 @@ def everything(runs):
     """All candidates of both runs, by run and sparsity."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit, "peak_memory_bytes", lambda place, **_: weight_bytes(place))
-        question = fit.Question(fit.Limits(None, None), formats=("hf",), tokens=8)
+        question = fit.FitQuery(fit.DeviceLimits(None, None), formats=("hf",), tokens=8)
         return fit.fit([runs / "a", runs / "b"], question)
 
 
@@ -111,7 +111,7 @@ def test_a_device_kind_is_predicted(ask):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "no limit came; give --memory"),
+        ((), "no limit was given; pass --memory"),
         (("--memory", "256"), "units B, kB, MB"),
         (("--memory", "-1MB"), "positive number"),
         (("--memory", "0MB"), "positive number"),

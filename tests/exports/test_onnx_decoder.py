@@ -171,7 +171,7 @@ def test_the_tolerance(exported):
     far = dataclasses.replace(good, largest_difference=2e-4)
     nan = dataclasses.replace(good, largest_difference=float("nan"))
     few = dataclasses.replace(good, equal_tokens=0.99)
-    for one, told in ((far, "is 0.0002 off"), (nan, "is nan off"), (few, "99.0% of the greedy")):
+    for one, told in ((far, "off by 0.0002"), (nan, "off by nan"), (few, "99.0% of the greedy")):
         with pytest.raises(BadInput, match=told):
             one.check()
     near = dataclasses.replace(few, quantize="int8", perplexity=1.04 * good.perplexity_before)

@@ -243,7 +243,7 @@ BAD_COMMANDS = {  # arguments, and what the line must say
     "export to what exists": ("export {place}/run --to {place}/model", ["exists already"]),
     "predict without a model": ("predict {place}/run good", ["{place}/run"]),
     "predict in no folder": ("predict {place}/x good", ["{place}/x"]),
-    "pairs for single texts": ("predict {place}/model good --pair bad", ["pairs came"]),
+    "pairs for single texts": ("predict {place}/model good --pair bad", ["got pairs"]),
     "bench without a model": ("bench {place}/run", ["{place}/run"]),
     "bench against no model": ("bench {place}/model --against {place}/run", ["{place}/run"]),
     "predict nothing": ("predict {place}/model", ["no text came"]),

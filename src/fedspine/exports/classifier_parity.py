@@ -21,8 +21,8 @@ TOKENS = 128  # of the rows that are timed, or as many as the model was trained 
 REPEATS = 3  # of each timing
 
 APART = 1e-4  # of fp32 logits; rounding came to 1e-5 in MiniLM's six blocks
-# where the numbers are smaller, so many predictions must be equal, or so little accuracy be lost:
-# a model that is often unsure answers otherwise in a few rows and is right as often
+# in lower precision, the least share of equal predictions, or the largest loss of accuracy: a model
+# that is often unsure predicts differently on a few rows and is right equally often
 EQUAL, LOST = 0.995, 0.005
 
 
@@ -30,7 +30,7 @@ EQUAL, LOST = 0.995, 0.005
 class Parity:
     """How an exported classifier differs from the PyTorch model it was made of, and its costs."""
 
-    rows_from: str  # what the rows are that both were compared on
+    rows_from: str  # where the rows come from that both were compared on
     rows: int
     largest_difference: float  # of a logit
     equal_predictions: float  # share of the rows, 0 to 1
@@ -69,7 +69,7 @@ class Parity:
             raise BadInput(
                 f"the {self.quantize} model predicts the same for {self.equal_predictions:.1%} of "
                 f"{self.rows} rows ({self.rows_from}){self._accuracies}; {EQUAL:.1%}, or at most "
-                f"{100 * LOST} points of accuracy lost, is required: take --quantize none, or name "
+                f"{100 * LOST} points of accuracy lost, is required: use --quantize none, or give "
                 "other rows with --rows"
             )
 
