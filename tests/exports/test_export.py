@@ -363,7 +363,7 @@ def test_refusals_of_damaged_exports(tmp_path):
     save_file(
         {name: tensor for name, tensor in tensors.items() if name != "classifier.bias"}, weights
     )
-    with pytest.raises(BadInput, match=r"lacks 1 of \d+ tensors, classifier\.bias"):
+    with pytest.raises(BadInput, match=r"lacks 1 of \d+ tensors, such as classifier\.bias"):
         load_model(folder)
     save_file(tensors | {"extra": torch.zeros(1)}, weights)
     with pytest.raises(BadInput, match="does not have, such as extra"):

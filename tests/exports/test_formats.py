@@ -101,7 +101,7 @@ def test_an_adapter_with_its_base(tmp_path):
     torch.testing.assert_close(there, here, atol=1e-4, rtol=0)
     assert theirs.parameters == ours.parameters
     shutil.rmtree(place / "base")
-    with pytest.raises(BadInput, match="adapter without the model.*--with-base"):
+    with pytest.raises(BadInput, match="adapter without its base model.*--with-base"):
         load_model(place)
 
 

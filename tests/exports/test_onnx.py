@@ -135,7 +135,7 @@ def test_what_cannot_be_calibrated_is_told(exported, tmp_path):
     ):
         onnx_numbers.quantise(graph, "int8-static")
     (tmp_path / "model.onnx").write_bytes(b"no graph")
-    with pytest.raises(BadInput, match=r"cannot make this graph int8 \("):
+    with pytest.raises(BadInput, match=r"cannot convert this graph to int8 \("):
         onnx_numbers.quantise(graph, "int8")
 
 
@@ -321,7 +321,7 @@ def test_rows_to_calibrate_on(run, tmp_path):
     assert len(calibration_rows(recipe, record, tokenizer, 1000)) == 64
     assert len(calibration_rows(recipe, record, tokenizer, 10)) == 10
     on_devices = dataclasses.replace(record, splits={"test": record.splits["test"]})
-    with pytest.raises(BadInput, match="training rows, which are on its devices; take"):
+    with pytest.raises(BadInput, match="training rows, which are on its devices; use"):
         calibration_rows(recipe, on_devices, tokenizer, 10)
     others = write_csv(tmp_path / "others.csv", rows=50)
     for place, told in ((others, "has changed since"), (tmp_path / "gone.csv", "not available")):

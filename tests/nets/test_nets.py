@@ -19,7 +19,7 @@ from fedspine.nets.score import score_nets
 from fedspine.split.cut import split_model_of
 from fedspine.split.interface import Features
 from fedspine.split.merged_batch import Part
-from fedspine.split.server import Merged
+from fedspine.split.server import MergedStep
 from fedspine.split.trainable_half import Optimising
 
 SMALL = {
@@ -163,8 +163,10 @@ def test_a_first_block_of_the_top_that_makes_features_learns_as_they_do(name, en
     )
     sgd = Optimising(kind="sgd", learning_rate=0.5)
     plain, adjusted = (
-        Merged(split_model, server_model, sgd),
-        Merged(split_model, server_model, sgd, adjustments={"d": torch.tensor([0.0, 2.0, -1.0])}),
+        MergedStep(split_model, server_model, sgd),
+        MergedStep(
+            split_model, server_model, sgd, adjustments={"d": torch.tensor([0.0, 2.0, -1.0])}
+        ),
     )
     sent, changed = (server.step([part], 5).gradients["d"].values for server in (plain, adjusted))
     assert not torch.allclose(sent, changed)

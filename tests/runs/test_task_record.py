@@ -227,7 +227,7 @@ def test_adapters_of_a_pruned_run(place, command) -> None:
     assert "--format hf" in line
     code, _, (line,) = command(*export, "--with-base")  # a BERT with fewer heads
     assert code == 2
-    assert "cannot be said in a stock configuration" in line
+    assert "a stock configuration cannot describe" in line
     code, _, (line,) = command("export", place / "run", "--to", place / "x", "--with-base")
     assert code == 2
     assert "--with-base is for --format peft" in line

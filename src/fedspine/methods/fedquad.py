@@ -159,9 +159,7 @@ class FedQuad(LocalTraining):
                 rank=self.rank,
                 sparsity=0.0,
                 loss=reply.value.loss,
-                expected_seconds=plan.seconds.get(
-                    reply.device
-                ),  # late: another round's
+                expected_seconds=plan.seconds.get(reply.device),  # late: another round's
                 seconds=reply.cost.seconds,
             )
         return replace(

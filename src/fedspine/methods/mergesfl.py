@@ -20,7 +20,7 @@ from fedspine.core.task import Task
 from fedspine.split.baseline import TOY, SplitState, first_state, weighted_mean
 from fedspine.split.composed import ComposedTraining, check_composed, composed_state, deployed
 from fedspine.split.composed_round import RoundPlan, next_state, note_round, plan_round, train
-from fedspine.split.server import Copies, InTurn, Merged, ServerStep
+from fedspine.split.server import Copies, InTurn, MergedStep, ServerStep
 
 Merging = Literal["merged", "in-turn", "copies"]
 
@@ -89,7 +89,7 @@ def server_of(merging: Merging, plan: RoundPlan, *, rescale: bool = True) -> Ser
     """What trains the server model in this round."""
     match merging:
         case "merged":
-            return Merged(**plan.server_arguments, rescale=rescale)
+            return MergedStep(**plan.server_arguments, rescale=rescale)
         case "in-turn":
             return InTurn(**plan.server_arguments)
         case "copies":

@@ -118,7 +118,7 @@ class AsPicture(nn.Module):
         return x.transpose(1, 2).unsqueeze(1)
 
 
-class Mean(nn.Module):
+class MeanPooling(nn.Module):
     """The mean over everything but rows and channels: [rows, channels]. Its gradient is the same on
     every run.
     """
@@ -183,7 +183,7 @@ def _cnn_s(shape: Shape, classes: int) -> list[nn.Module]:
         made = nn.Conv1d(inputs, outputs, width, stride)
         return _named(conv=made, norm=BatchNorm(outputs), relu=nn.ReLU(), pool=nn.MaxPool1d(4))
 
-    last = nn.Sequential(OrderedDict([*conv(64, 64).named_children(), ("mean", Mean())]))
+    last = nn.Sequential(OrderedDict([*conv(64, 64).named_children(), ("mean", MeanPooling())]))
     return [conv(shape[0], 32, 80, 16), conv(32, 32), conv(32, 64), last, nn.Linear(64, classes)]
 
 
@@ -226,7 +226,7 @@ def _vgg_small(shape: Shape, classes: int) -> list[nn.Module]:
         convs.append(_conv(inputs, outputs, norm=True, pool=nn.MaxPool2d(2) if pooled else None))
         inputs = outputs
     last = nn.Sequential(
-        OrderedDict([*_conv(128, 128, norm=True).named_children(), ("mean", Mean())])
+        OrderedDict([*_conv(128, 128, norm=True).named_children(), ("mean", MeanPooling())])
     )
     return [*convs, last, nn.Linear(128, classes)]
 

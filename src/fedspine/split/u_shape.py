@@ -42,7 +42,7 @@ class ForwardPass:
 
 
 class MergedMiddle:
-    """The middle of a model under training for one round, on all features as one batch: `Merged`
+    """The middle of a model under training for one round, on all features as one batch: `MergedStep`
     without labels.
     """
 
