@@ -261,7 +261,7 @@ def test_what_llama_cpp_cannot_read_is_named(merged, tmp_path):
         with pytest.raises(BadInput, match=message):
             gguf_file.id_of(other, unequal)
     equal = gguf_file.Widths(heads=(2, 2), key_heads=(1, 1), channels=(64, 64))
-    with pytest.raises(BadInput, match="qwen2 with all its heads"):
+    with pytest.raises(BadInput, match="qwen2 only with all its heads"):
         gguf_file.id_of(type("Config", (), config.to_dict() | {"model_type": "qwen2"}), equal)
 
 

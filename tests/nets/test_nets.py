@@ -305,7 +305,7 @@ def test_models_of_144_pixels_need_no_weights_to_be_planned():
         (lambda: Net("cnn", (9, 128), 6), "unknown net for arrays 'cnn'; did you mean 'cnn-"),
         (
             lambda: Net("cnn-h", (1, 28, 28), 6),
-            "reads rows of [channels, time], rows of shape [1, 28, 28] came",
+            "reads rows of [channels, time], got rows of shape [1, 28, 28]",
         ),
         (lambda: Net("alexnet", (9, 128), 6), "reads rows of [channels, height, width]"),
         (lambda: Net("cnn-h", (9, 3), 6), "needs at least 4 samples in time"),
@@ -318,7 +318,7 @@ def test_models_of_144_pixels_need_no_weights_to_be_planned():
         (lambda: split_model_of(Net("cnn-h", (9, 128), 6), 5), "choose 1 to 4"),
         (
             lambda: load("cnn-h", waves(4, 0, channels=20), waves(4, 1, channels=20), 3),
-            "rows of shape [20, 16] came",
+            "got rows of shape [20, 16]",
         ),
         (
             lambda: load("alexnet-small", waves(4, 0), waves(4, 1), 3),

@@ -246,7 +246,7 @@ BAD_COMMANDS = {  # arguments, and what the line must say
     "pairs for single texts": ("predict {place}/model good --pair bad", ["got pairs"]),
     "bench without a model": ("bench {place}/run", ["{place}/run"]),
     "bench against no model": ("bench {place}/model --against {place}/run", ["{place}/run"]),
-    "predict nothing": ("predict {place}/model", ["no text came"]),
+    "predict nothing": ("predict {place}/model", ["no text was given"]),
     "bench of long rows": ("bench {place}/model --tokens 100000", ["tokens"]),
 }
 

@@ -3,8 +3,8 @@ any two.
 
 Shapes and default cuts follow section 4 of the MergeSFL reconstruction (arXiv:2311.13348), whose
 authors' code trains CNN-H on UCI-HAR, CNN-S (the M5 of Dai et al. 2016, arXiv:1610.00087) on
-sounds, AlexNet on CIFAR-10 and VGG16-BN (Simonyan and Zisserman 2014, arXiv:1409.1556) on pictures
-of 144 x 144. The small ones are ours, for small pictures. Each is sized for the rows that come.
+speech, AlexNet on CIFAR-10 and VGG16-BN (Simonyan and Zisserman 2014, arXiv:1409.1556) on images
+of 144 x 144. The small ones are ours, for small images. Each is sized for the rows that come.
 """
 
 import copy
@@ -59,15 +59,15 @@ def _check(name: str, layout: Layout, shape: Shape) -> None:
     wanted = {"series": ("channels", "time"), "image": ("channels", "height", "width")}[layout]
     if len(shape) != len(wanted):
         raise BadInput(
-            f"{name} reads rows of [{', '.join(wanted)}], rows of "
-            f"shape {list(shape)} came; choose another task.model"
+            f"{name} reads rows of [{', '.join(wanted)}], got rows of "
+            f"shape {list(shape)}; choose another task.model"
         )
     short = {"series": LONG_ENOUGH.get(name, 1), "image": SMALLEST}[layout]
     if min(shape[1:]) < short:
         what = "samples in time" if layout == "series" else "pixels each way"
         raise BadInput(
-            f"{name} needs at least {short} {what}, rows of "
-            f"shape {list(shape)} came; choose another net"
+            f"{name} needs at least {short} {what}, got rows of "
+            f"shape {list(shape)}; choose another net"
         )
 
 
@@ -112,7 +112,7 @@ class BatchNorm(nn.Module):
 
 
 class AsPicture(nn.Module):
-    """[rows, channels, time] as pictures of one channel, [rows, 1, time, channels]."""
+    """[rows, channels, time] as images of one channel, [rows, 1, time, channels]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2).unsqueeze(1)
