@@ -222,7 +222,7 @@ def changed(payload, edit):
         (lambda tree: tree | {"message": "Unregistered"}, "unknown message 'Unregistered'"),
         (
             lambda tree: tree | {"fields": {"name": "x"}},
-            r"has the fields \['name', 'value'\], but \['name'\] came",
+            r"has the fields \['name', 'value'\], got \['name'\]",
         ),
         (lambda tree: tree | {"fields": tree["fields"] | {"more": 1}}, "got .*'more'"),
         (

@@ -205,7 +205,8 @@ def reward(
     """
     if not all(map(isfinite, (gain, scale, progress, importance, lateness))):
         raise ValueError(
-            f"finite values were expected, got {gain=} {scale=} {progress=} {importance=} {lateness=}"
+            f"finite values were expected, got {gain=} {scale=} {progress=} {importance=} "
+            f"{lateness=}"
         )
     if min(scale, lateness) < 0:
         raise ValueError(f"{scale=} and {lateness=} must not be negative")
