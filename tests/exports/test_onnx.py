@@ -114,7 +114,7 @@ def test_smaller_numbers(exported, tmp_path, how, bytes_each):
     _, folder, _ = exported("distilbert")
     smaller = shutil.copytree(folder, tmp_path / how)
     rows = encode(load_model(folder).tokenizer, rows_of("classification"), "classification", 64)
-    feeds = onnx.calibrating(smaller / "model.onnx", rows)
+    feeds = onnx.calibration_feeds(smaller / "model.onnx", rows)
     onnx_numbers.quantise(smaller / "model.onnx", how, feeds)
     before, after = load_model(folder), load_model(smaller)
     inputs = inputs_of(before.tokenizer, rows_of("classification", 8), "classification")

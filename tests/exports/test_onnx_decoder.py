@@ -130,7 +130,7 @@ def test_it_writes_what_the_model_writes(exported):
 def test_smaller_numbers(exported, tmp_path, how, bytes_each):
     _, folder, _, examples = exported
     smaller = shutil.copytree(folder, tmp_path / how)
-    feeds = onnx.calibrating(smaller / "model.onnx", examples)
+    feeds = onnx.calibration_feeds(smaller / "model.onnx", examples)
     onnx_numbers.quantise(smaller / "model.onnx", how, feeds)
     before, after = load_model(folder), load_model(smaller)
     ids = torch.from_numpy(np.random.default_rng(0).integers(4, 40, (2, 9)))

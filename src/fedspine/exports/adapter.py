@@ -91,10 +91,10 @@ def export_adapter(
         pruned = sparsity(base.layout, model.structure)
         measured = ""
         if prove is not None:
-            with _with_base_beside(partial, base, model, tokenizer, **about) as whole:
+            with _with_base_beside(partial, base, model, tokenizer, **card_facts) as whole:
                 measured = proved(prove(whole), partial)
         came = rows_of(provenance), measured
-        card = _readme(origin, fits, needed, pruned, base.pooling, *came, **about)
+        card = _readme(origin, fits, needed, pruned, base.pooling, *came, **card_facts)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return folder
 
@@ -135,7 +135,7 @@ def _write_base(base: Base, model: Model, tokenizer: Any, place: Path, **card_fa
 
 @contextmanager
 def _with_base_beside(
-    folder: Path, base: Base, model: Model, tokenizer: Any, **about: Any
+    folder: Path, base: Base, model: Model, tokenizer: Any, **card_facts: Any
 ) -> Iterator[Path]:
     """The folder itself if it holds the base, else a copy that does, so that it can be loaded."""
     if (folder / BASE).is_dir():
@@ -144,7 +144,7 @@ def _with_base_beside(
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch) / "adapter"
         shutil.copytree(folder, whole)
-        hf.export(base, model, tokenizer, whole / BASE, merge=False, **about)
+        hf.export(base, model, tokenizer, whole / BASE, merge=False, **card_facts)
         yield whole
 
 

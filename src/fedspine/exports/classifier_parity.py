@@ -27,7 +27,7 @@ EQUAL, LOST = 0.995, 0.005
 
 
 @dataclass(frozen=True)
-class Parity:
+class ClassifierParity:
     """How an exported classifier differs from the PyTorch model it was made of, and its costs."""
 
     rows_from: str  # where the rows come from that both were compared on
@@ -76,11 +76,11 @@ class Parity:
 
 def parity_of(
     module: nn.Module, place: Path, examples: Examples, rows_from: str, quantize: str = "none"
-) -> Parity:
+) -> ClassifierParity:
     """Compare the export in `place` with the PyTorch module that it was made of, on these rows."""
     written = load_model(place, threads=1)
     ours, theirs = _logits_of_both(module, written.module, examples)
-    return Parity(
+    return ClassifierParity(
         rows_from=rows_from,
         rows=len(examples),
         **agreement(ours, theirs, examples.labels),
@@ -129,7 +129,7 @@ def costs(parity: object) -> str:
 def agreement(
     ours: np.ndarray, theirs: np.ndarray, labels: np.ndarray | None
 ) -> dict[str, float | None]:
-    """The fields of a `Parity` that compare logits, fp32 [rows, classes]; `ours` are PyTorch's."""
+    """The fields that compare logits, fp32 [rows, classes]; `ours` are PyTorch's."""
     before, after = ours.argmax(1), theirs.argmax(1)
     return {
         "largest_difference": float(np.abs(ours - theirs).max()),  # NaN if there is one

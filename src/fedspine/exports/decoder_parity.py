@@ -30,7 +30,7 @@ STEPS = 8  # that are timed after such a row
 
 
 @dataclass(frozen=True)
-class Parity:
+class DecoderParity:
     """How an exported language model differs from the one it was made of, and its costs.
 
     Each row is read in two steps, the second with the cache of the first.
@@ -93,7 +93,7 @@ def parity_of(
     rows_from: str,
     quantize: str = "none",
     ends: list[int] | None = None,
-) -> Parity:
+) -> DecoderParity:
     """Compare the export in `place` with the PyTorch module that it was made of, on these rows;
     `ends` are the tokens that end a text, None: those of the export.
     """
@@ -101,7 +101,7 @@ def parity_of(
     if ends is None:
         ends = ends_in(exported)
     found = differences(module, _in_two_steps(exported.module), examples)
-    return Parity(
+    return DecoderParity(
         rows_from=rows_from,
         rows=len(examples),
         tokens_compared=found.pop("tokens"),

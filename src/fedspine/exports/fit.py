@@ -206,7 +206,7 @@ def _export(trial: _Trial, place: Path, query: FitQuery) -> None:
         to=place,
         base=query.base,
         quantize=trial.quantize,
-        rows=question.rows if trial.format in QUANTISATIONS else None,
+        rows=query.rows if trial.format in QUANTISATIONS else None,
         parity=trial.format in QUANTISATIONS,
     )
 

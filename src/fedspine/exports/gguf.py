@@ -17,7 +17,7 @@ from torch import nn
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Examples
 from fedspine.exports import gguf_file, llama_cpp
-from fedspine.exports.card import GGUF, WORDS, Card, copy_beside, read_card
+from fedspine.exports.card import GGUF, TOKENIZER, Card, copy_beside, read_card
 from fedspine.exports.gguf_file import Widths
 from fedspine.exports.gguf_tokenizer import vocabulary
 from fedspine.exports.load import Loaded, load_model
@@ -175,7 +175,7 @@ def _allowed(quantize: str, layers: int) -> float | None:
     return None if rounding is None else rounding * sqrt(6 * layers + 2)
 
 
-def _readme(card: Card, parity: Parity, measured: str) -> str:
+def _readme(card: Card, parity: GgufParity, measured: str) -> str:
     unfit = ""
     if parity.quantize in llama_cpp.QUANTISERS:
         types = ", ".join(f"{count} in {name}" for name, count in parity.types.items())

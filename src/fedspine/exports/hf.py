@@ -24,7 +24,7 @@ from fedspine.core.task import Kind
 from fedspine.exports.card import CONFIG, FORMAT, WEIGHTS, Card
 from fedspine.exports.load import Loaded, load_model
 from fedspine.exports.parity import Prove, proved
-from fedspine.exports.predict import Answered, Continued, Labelled, Prediction, predict
+from fedspine.exports.predict import ChatAnswer, Continued, Labelled, Prediction, predict
 from fedspine.exports.provenance import Provenance, front_matter, rows_of
 from fedspine.exports.whole_folder import check_new, whole_folder
 from fedspine.lm.base import Base, Model

@@ -16,7 +16,7 @@ from fedspine.core.errors import BadInput
 from fedspine.core.task import Examples
 from fedspine.exports import onnx_graph
 from fedspine.exports.card import CONFIG, ONNX, Card, copy_beside, read_card
-from fedspine.exports.classifier_parity import ROWS, Parity, parity_of
+from fedspine.exports.classifier_parity import ROWS, ClassifierParity, parity_of
 from fedspine.exports.load import Loaded, load_model
 from fedspine.exports.onnx_graph import IDS, LOGITS, MASK, SEGMENTS, Graph, Signature
 from fedspine.exports.onnx_numbers import Feeds, quantise
@@ -73,7 +73,7 @@ def export(
     rows_from: str,
     quantize: str = "none",
     calibration: Examples | None = None,
-) -> Parity:
+) -> ClassifierParity:
     """Write the classifier that `fedspine.exports.hf.export` wrote to `source` as the new `folder`.
 
     `examples` are the rows to compare both on, and `rows_from` says where they come from;
@@ -90,7 +90,7 @@ def export(
         _set_up_tokenizer(partial / TOKENIZER, loaded)
         segments = examples.segments is not None
         write_graph(loaded.module, partial / ONNX, segments=segments, facts=facts_of(card))
-        quantise(partial / ONNX, quantize, calibrating(partial / ONNX, calibration))
+        quantise(partial / ONNX, quantize, calibration_feeds(partial / ONNX, calibration))
         parity = parity_of(loaded.module, partial, examples, rows_from, quantize)
         card_text = _readme(card, quantize, proved(parity, partial))
         (partial / "README.md").write_text(card_text, encoding="utf-8")

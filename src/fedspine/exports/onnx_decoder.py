@@ -17,8 +17,8 @@ from transformers import DynamicCache
 from fedspine.core.task import Examples
 from fedspine.exports import onnx_graph
 from fedspine.exports.card import ONNX, Card
-from fedspine.exports.decoder_parity import ROWS, Parity, ends_in, parity_of
-from fedspine.exports.onnx import calibrating, copy_as_graph, facts_of, opened
+from fedspine.exports.decoder_parity import ROWS, DecoderParity, ends_in, parity_of
+from fedspine.exports.onnx import calibration_feeds, copy_as_graph, facts_of, opened
 from fedspine.exports.onnx_graph import FREE, IDS, LOGITS, MASK, PAST, PRESENT, Signature
 from fedspine.exports.onnx_numbers import quantise
 from fedspine.exports.parity import proved
@@ -86,7 +86,7 @@ def export(
         _write_json(partial / GENERATION, {"eos_token_id": ends})
         traced = _Cached(loaded.module)
         onnx_graph.write(traced, partial / ONNX, _signature(loaded.module, card), facts_of(card))
-        quantise(partial / ONNX, quantize, calibrating(partial / ONNX, calibration))
+        quantise(partial / ONNX, quantize, calibration_feeds(partial / ONNX, calibration))
         parity = parity_of(loaded.module, partial, examples, rows_from, quantize, ends)
         card_text = _readme(card, quantize, proved(parity, partial))
         (partial / "README.md").write_text(card_text, encoding="utf-8")

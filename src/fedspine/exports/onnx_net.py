@@ -23,7 +23,7 @@ from fedspine.data import arrays
 from fedspine.data.dataset import ArrayRows
 from fedspine.exports import bench, onnx_graph
 from fedspine.exports.card import ONNX
-from fedspine.exports.classifier_parity import Parity, agreement
+from fedspine.exports.classifier_parity import ClassifierParity, agreement
 from fedspine.exports.onnx_graph import LOGITS, ROWS_IN, Graph, Signature
 from fedspine.exports.onnx_numbers import CALIBRATION_ROWS, quantise
 from fedspine.exports.parity import proved
@@ -82,7 +82,7 @@ class _OfRows(nn.Module):
 
 def export(
     model: NetModel, data: NetData, folder: Path, *, name: str, record: TaskRecord, quantize: str
-) -> Parity:
+) -> ClassifierParity:
     """Write the net of a run as the new `folder`; `quantize` is a key of `onnx_numbers.QUANTISERS`.
 
     The folder appears only when it is complete. Raises BadInput if it exists, and for a graph
@@ -184,14 +184,14 @@ def _stated(place: str, like: ArrayRows, record: TaskRecord) -> ArrayRows:
 # --- parity ---
 
 
-def _parity(net: nn.Module, folder: Path, data: NetData, quantize: str) -> Parity:
+def _parity(net: nn.Module, folder: Path, data: NetData, quantize: str) -> ClassifierParity:
     graph = Graph(folder / ONNX, threads=1)
     with torch.inference_mode():
         batches = data.read.batches_by_length(BATCH)
         ours = np.concatenate([net(data.read.batch(b)["inputs"]).numpy() for b in batches])
     starts = _starts(data.raw.x)
     theirs = np.concatenate([graph.logits({ROWS_IN: data.raw.x[i : i + BATCH]}) for i in starts])
-    return Parity(
+    return ClassifierParity(
         rows_from=data.rows_from,
         rows=len(data.raw),
         **agreement(ours, theirs, data.raw.labels),
