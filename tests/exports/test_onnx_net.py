@@ -162,7 +162,7 @@ def test_refusals(run, tmp_path, monkeypatch, capsys):
             "--format",
             "hf",
         ): "a net on arrays, which --format hf does not support; use --format onnx",
-        ("--format", "gguf"): "which --format gguf does not take",
+        ("--format", "gguf"): "which --format gguf does not support",
         ("--format", "onnx", "--base", "x"): "has no base; leave --base out",
         ("--format", "onnx", "--device", "x"): "unknown device 'x'",
         ("--format", "onnx", "--quantize", "int9"): "did you mean 'int8'",
