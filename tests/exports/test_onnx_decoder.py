@@ -180,7 +180,7 @@ def test_the_tolerance(exported):
         one.check()
     worse = dataclasses.replace(near, perplexity=1.06 * good.perplexity_before)
     for one in (worse, dataclasses.replace(near, relative_difference=float("nan"))):
-        with pytest.raises(BadInput, match=r"the int8 graph has 99\.0% of the greedy tokens equal"):
+        with pytest.raises(BadInput, match=r"the int8 model has 99\.0% of the greedy tokens equal"):
             one.check()
     assert "ms for a new token" in good.line
 

@@ -62,7 +62,7 @@ class ClassifierParity:
         as_right = self.accuracy is not None and self.accuracy_before - self.accuracy <= LOST
         if self.quantize == "none" and not self.largest_difference <= APART:
             raise BadInput(
-                f"the export is {self.largest_difference:.2g} off in a logit, more than the "
+                f"the export is off by {self.largest_difference:.2g} in a logit, more than the "
                 f"{APART:g} allowed, on {self.rows} rows ({self.rows_from}); take another format"
             )
         if self.quantize != "none" and self.equal_predictions < EQUAL and not as_right:

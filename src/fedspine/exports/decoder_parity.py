@@ -70,7 +70,7 @@ class DecoderParity:
         allowed = APART * max(1.0, self.largest_logit / LARGE)
         if self.quantize == "none" and not (self.largest_difference <= allowed and enough):
             raise BadInput(
-                f"the export is {self.largest_difference:.2g} off in a logit (allowed: "
+                f"the export is off by {self.largest_difference:.2g} in a logit (allowed: "
                 f"{allowed:.2g}), and {self.equal_tokens:.1%} of the greedy tokens are equal "
                 f"(needed: {EQUAL:.1%}), on {self.rows} rows ({self.rows_from}); take another "
                 "format"
@@ -81,7 +81,7 @@ class DecoderParity:
                 f"the {self.quantize} model has {self.equal_tokens:.1%} of the greedy tokens equal "
                 f"and perplexity {self.perplexity:.4g} (before: {self.perplexity_before:.4g}) on "
                 f"{self.rows} rows ({self.rows_from}); {EQUAL:.1%}, or a perplexity at most "
-                f"{WORSE:.0%} higher, is required: take --quantize none, or name other rows with "
+                f"{WORSE:.0%} higher, is required: use --quantize none, or give other rows with "
                 "--rows"
             )
 
