@@ -413,7 +413,7 @@ def test_an_export_that_is_not_the_model_is_refused(place, command, monkeypatch)
 
     monkeypatch.setattr(hf, "merged_tensors", damaged)
     code, _, (line,) = command("export", place / "run", "--to", place / "wrong")
-    assert code == 2 and "off in a logit, more than the 0.0001 allowed, on" in line
+    assert code == 2 and "in a logit, more than the 0.0001 allowed, on" in line
     assert not (place / "wrong").exists() and not list(place.glob("*.partial"))
 
 
