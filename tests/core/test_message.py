@@ -222,9 +222,9 @@ def changed(payload, edit):
         (lambda tree: tree | {"message": "Unregistered"}, "unknown message 'Unregistered'"),
         (
             lambda tree: tree | {"fields": {"name": "x"}},
-            r"has the fields \['name', 'value'\], but \['name'\] came",
+            r"has the fields \['name', 'value'\], got \['name'\]",
         ),
-        (lambda tree: tree | {"fields": tree["fields"] | {"more": 1}}, "but .*'more'.* came"),
+        (lambda tree: tree | {"fields": tree["fields"] | {"more": 1}}, "got .*'more'"),
         (
             lambda tree: tree | {"fields": {"name": "x", "value": {"tensor": "00009"}}},
             "tensor '00009' is missing",

@@ -15,7 +15,7 @@ from fedspine.core.accountant import GRID, Spending, epsilon_of, noise_multiplie
 from fedspine.core.draws import SecretDraws, SeededDraws
 from fedspine.core.errors import BadInput
 from fedspine.core.noise import clipped, noise_like, noisy_update
-from fedspine.core.privacy import Declined, Guard, MemoryLedger, Privacy, added
+from fedspine.core.privacy import BudgetExceeded, Guard, MemoryLedger, Privacy, added
 
 KEY = bytes(range(32))
 COUNT = 200_000
@@ -162,7 +162,7 @@ def test_the_budget_lasts_for_the_planned_answers_and_no_more():
     assert multiplier == noise_multiplier(2.0, 1e-5, 0.1, 80)
     assert epsilons == sorted(epsilons) and 1.9 < epsilons[-1] <= 2.0
     before = memory["privacy"]
-    with pytest.raises(Declined, match="its privacy budget is spent"):
+    with pytest.raises(BudgetExceeded, match="its privacy budget is spent"):
         guard(memory).spend(0.1, 20)
     assert memory["privacy"] is before  # what is declined costs nothing
 
@@ -173,7 +173,7 @@ def test_other_orders_cannot_spend_more_than_the_budget():
     while not declined:
         try:
             guard(memory).spend(0.2, steps)
-        except Declined:
+        except BudgetExceeded:
             declined = True
         steps *= 10
     assert 0 < memory["privacy"].epsilon <= 2.0

@@ -145,36 +145,36 @@ NAN[[4, 7], 1, 2] = np.nan
 BAD = {
     "no x": ({"x": None}, "expected an array 'x' in a.npz, found y"),
     "no y": ({"y": None}, "expected an array 'y' in a.npz, found x"),
-    "objects": ({"y": np.array([1, "a"] * 10, object)}, "without objects"),
-    "texts as x": ({"x": np.array(["a"] * ROWS)}, "came shape [20]"),
-    "flat x": ({"x": np.zeros(ROWS)}, "1 to 3 dimensions a row"),
-    "x of five": ({"x": np.zeros((ROWS, 1, 1, 1, 1))}, "came shape [20, 1, 1, 1, 1]"),
+    "objects": ({"y": np.array([1, "a"] * 10, object)}, "without object arrays"),
+    "texts as x": ({"x": np.array(["a"] * ROWS)}, "got shape [20]"),
+    "flat x": ({"x": np.zeros(ROWS)}, "1 to 3 dimensions per row"),
+    "x of five": ({"x": np.zeros((ROWS, 1, 1, 1, 1))}, "got shape [20, 1, 1, 1, 1]"),
     "empty rows": ({"x": np.zeros((ROWS, 0))}, "none of them empty"),
-    "no rows": ({"x": np.zeros((0, 3)), "y": np.zeros(0, int)}, "came shape [0, 3]"),
+    "no rows": ({"x": np.zeros((0, 3)), "y": np.zeros(0, int)}, "got shape [0, 3]"),
     "complex x": (
         {"x": np.zeros((ROWS, 3), complex)},
-        "expected numbers in x of a.npz, came complex128",
+        "expected numbers in x of a.npz, got complex128",
     ),
     "nan": ({"x": NAN}, "2 rows hold NaN or infinity, the first is row 4"),
     "infinity": ({"x": np.where(np.isnan(NAN), np.inf, NAN)}, "the first is row 4"),
     "too large": ({"x": np.full((ROWS, 3), 1e300)}, "20 rows hold NaN or infinity"),
-    "short y": ({"y": np.zeros(19, int)}, "as long as x, 20 rows, came shape [19]"),
+    "short y": ({"y": np.zeros(19, int)}, "as long as x, 20 rows, got shape [19]"),
     "one-hot y": (
         {"y": np.eye(ROWS, dtype=int)},
-        "one label for each row in y of a.npz, came shape [20, 20]",
+        "one label per row in y of a.npz, got shape [20, 20]",
     ),
     "floats as y": (
         {"y": np.arange(ROWS) / 2},
-        "whole numbers or texts as labels in y of a.npz, came 0.5",
+        "integers or strings as labels in y of a.npz, got 0.5",
     ),
     "negative y": ({"y": np.arange(ROWS) - 3}, "labels of at least 0 in y of a.npz, row 0 has -3"),
     "one class": ({"y": np.zeros(ROWS, int)}, "at least 2 classes in y of a.npz, found only 0"),
     "beyond the names": ({"y": np.arange(ROWS), "label_names": np.array(["a", "b"])}, "found 2"),
     "names of numbers": (
         {"label_names": np.array([1, 2])},
-        "label_names of a.npz to be a list of different texts",
+        "label_names of a.npz to be a list of distinct strings",
     ),
-    "equal names": ({"label_names": np.array(["a", "a"])}, "a list of different texts"),
+    "equal names": ({"label_names": np.array(["a", "a"])}, "a list of distinct strings"),
 }
 
 
@@ -247,15 +247,15 @@ def nothing(folder):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (other_shape, "rows of [3, 16] float32, came [3, 17] float32"),
-        (other_type, "came [3, 16] uint8"),
+        (other_shape, "rows of [3, 16] float32, got [3, 17] float32"),
+        (other_type, "got [3, 16] uint8"),
         (other_classes, "in y of test.npz (0, 1), found 2"),
         (no_training_rows, "expected train.npz in the folder"),
-        (pictures_of_two_sizes, "bring them to one size"),
-        (no_picture, "as a picture"),
+        (pictures_of_two_sizes, "convert them to one size"),
+        (no_picture, "as an image"),
         (pictures_and_sounds, "found .png, .wav; keep one format"),
-        (no_sound, "as a sound"),
-        (sounds_of_two_rates, "one sampling rate, came 16000"),
+        (no_sound, "as audio"),
+        (sounds_of_two_rates, "one sampling rate, got 16000"),
         (cut_off, "as arrays"),
         (nothing, "found none; keep one format, or name an .npz file"),
     ],
@@ -333,7 +333,7 @@ def test_a_recipe_of_arrays_is_built(tmp_path):
         (["task.data=pydoc-topics"], "'pydoc-topics' is text, but a net reads arrays"),
         (["fleet.partition=column:who"], "an array 'who'"),
         (["fleet.partition=natural"], "names its devices"),
-        (["fleet.devices=17"], "between 1 and 16 devices"),
+        (["fleet.devices=17"], "1 to 16 devices"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_one_clear_line(tmp_path, settings, said):
@@ -383,8 +383,8 @@ def test_rows_without_a_label_are_left_out_and_counted(tmp_path):
 @pytest.mark.parametrize(
     ("y", "said"),
     [
-        (np.arange(24), "each of the 24 rows has a label of its own; give classes"),
-        (np.arange(24) / 2, "expected whole numbers or texts as labels in y of d.npz, came 0.5"),
+        (np.arange(24), "each of the 24 rows has its own label; give class labels"),
+        (np.arange(24) / 2, "expected integers or strings as labels in y of d.npz, got 0.5"),
         (np.full(24, np.nan), "expected labels in y of d.npz, found none"),
     ],
 )

@@ -179,7 +179,7 @@ LABELS = {
     "white space around a label": Case(
         {"x.csv": csv(["neg", "neg ", "pos", " pos"] * 3)},
         {"neg": 6, "pos": 6},
-        says=("6 labels of the train set: white space around a label is no part of it",),
+        says=("white space around 6 labels of the train set is ignored",),
     ),
     "labels that look alike": Case(
         {"x.csv": csv(["neg", "Neg", "pos"] * 4)},
@@ -223,14 +223,14 @@ LABELS = {
         {"train.csv": csv(WORDS), "test.csv": csv(["", ""])},
         AB,
         says=(
-            "no row of the test set shows its label, so a fifth of the training rows is for "
+            "the labels of the test set are withheld, so a fifth of the training rows is used for "
             "testing",
         ),
     ),
     "a test set of -1, as floats": Case(
         {"train.parquet": parquet([0.0, 1.0] * 6), "test.parquet": parquet([-1.0, -1.0])},
         {"0": 6, "1": 6},
-        says=("no row of the test set shows its label",),
+        says=("the labels of the test set are withheld",),
     ),
     "class names and their texts": Case(
         {
@@ -245,7 +245,7 @@ LABELS = {
     ),
     "every row its own label": Case(
         {"x.csv": csv([f"id {n}" for n in range(200)])},
-        refused="each of the 200 rows has a label of its own; name another label column",
+        refused="each of the 200 rows has its own label; name another label column",
     ),
     "nearly so": Case(
         {"x.csv": csv([f"id {n // 2 * 2 if n < 80 else n}" for n in range(200)])},
@@ -269,7 +269,7 @@ CELLS = {
         {"x.tsv": "text\tlabel\n" + '"two\nlines"\ta\n"a\ttab"\tb\n' * 6},
         AB,
         ["two\nlines", "a\ttab"] * 6,
-        says=("quotes enclose its values", "6 rows of several lines each, 12 in all"),
+        says=("values are enclosed in quotes", "6 rows of several lines each, 12 in all"),
     ),
     "tsv as R writes it": Case(
         {"x.tsv": '"text"\t"label"\n' + '"fine"\t"a"\n"bad"\t"b"\n' * 6}, AB, ["fine", "bad"] * 6
@@ -278,7 +278,7 @@ CELLS = {
         {"x.csv": "".join(STRAY).replace("\t", ",")},
         {"a": 100, "b": 100},
         [line.split("\t")[0] for line in STRAY[1:]],
-        says=("x.csv: a quote encloses no whole value in 2 lines, so it is read as text there",),
+        says=("x.csv: a quote that does not enclose a whole value is read as text in 2 lines",),
     ),
     "quotes within a cell of csv": Case(
         {"x.csv": "text,label\n" + '"Good" film,a\n5" wide,b\n' * 6},
@@ -292,7 +292,7 @@ CELLS = {
         {"x.csv": "text,label\n" + '"one\ntwo\n",a\n"a ""b""",b\n' * 6},
         AB,
         ["one\ntwo\n", 'a "b"'] * 6,
-        says=("x.csv: 6 rows of several lines each, 18 in all, since quotes enclose them",),
+        says=("x.csv: quotes enclose 6 rows of several lines each, 18 in all",),
     ),
     "a quoted word in the only column": Case(
         {"x.csv": "text\n" + '"Good" film\nfine\n' * 3},
@@ -303,11 +303,11 @@ CELLS = {
         {"x.csv": csv(WORDS).replace("text 3", '"text 3')},
         AB,
         [t if t != "text 3" else '"text 3' for t in TEXTS],
-        says=("x.csv: a quote encloses no whole value in 1 line, so it is read as text there",),
+        says=("x.csv: a quote that does not enclose a whole value is read as text in 1 line",),
     ),
     "a torn file": Case(
         {"x.csv": csv(WORDS) + '"torn, a'},
-        refused="a quote opens a value in line 14 and nothing closes it",
+        refused="a quote opens a value in line 14 and is never closed",
     ),
     "a quote in the only column": Case(
         {"x.csv": 'text\n"one\ntwo\n"three\n'},
@@ -317,16 +317,16 @@ CELLS = {
     ),
     "a quote that nothing closes": Case(
         {"x.csv": csv(WORDS) + '"torn\nlast,b\n'},
-        refused="as csv: a quote opens a value in line 14 and nothing closes it, so that 2 lines "
+        refused="as csv: a quote opens a value in line 14 and is never closed, so that 2 lines "
         "would be one",
     ),
     "a row that is too long": Case(
         {"x.csv": csv(WORDS) + "one, two,a\n"},
-        refused="as csv: line 14 has 3 values, the header 2; enclose",
+        refused="as csv: line 14 has 3 values, the header 2; put values",
     ),
     "a row that is too short": Case(
         {"x.tsv": tsv(WORDS) + "one\n"},
-        refused="as tsv: line 14 has 1 value, the header 2; enclose",
+        refused="as tsv: line 14 has 1 value, the header 2; put values",
     ),
     "empty cells behind a row": Case({"x.csv": csv(WORDS).replace(",a\n", ",a,,\n")}, AB, TEXTS),
     "empty rows of a spreadsheet": Case(
@@ -337,14 +337,14 @@ CELLS = {
         {"x.csv": csv(WORDS, ";", ["a, b"] * 12)},
         AB,
         ["a, b"] * 12,
-        says=("x.csv: semicolons separate",),
+        says=("x.csv: values are separated by semicolons",),
     ),
     "semicolons, as a spreadsheet says it": Case(
         {"x.csv": "sep=;\r\n" + csv(WORDS, ";")}, AB, TEXTS
     ),
     "which says no more": Case({"x.csv": "sep=;\r\n"}, refused="as csv: it is empty"),
     "tabs in csv": Case(
-        {"x.csv": csv(WORDS, "\t")}, AB, TEXTS, says=("x.csv: tabs separate its values",)
+        {"x.csv": csv(WORDS, "\t")}, AB, TEXTS, says=("x.csv: values are separated by tabs",)
     ),
     "commas in tsv": Case({"x.tsv": csv(WORDS)}, AB, TEXTS),
     "spaces around names": Case(
@@ -384,15 +384,15 @@ ENCODED = {
     "utf-16 json": Case({"x.jsonl": lines(rows(WORDS)).encode("utf-16")}, AB, TEXTS),
     "utf-16 without a mark": Case(
         {"x.csv": csv(WORDS).encode("utf-16-le")},
-        refused='name its encoding, such as task.encoding = "utf-16-le"',
+        refused='set its encoding, such as task.encoding = "utf-16-le"',
     ),
     "and named": Case(
         {"x.csv": csv(WORDS).encode("utf-16-le")}, AB, TEXTS, options={"encoding": "utf-16-le"}
     ),
     "latin-1": Case(
         {"x.csv": csv(WORDS, texts=["café"] * 12).encode("latin-1")},
-        refused="as csv: byte 0xe9 in line 2 is not UTF-8; if it is text in another encoding, "
-        "name that, such as "
+        refused="as csv: byte 0xe9 in line 2 is not UTF-8; if the text has another encoding, "
+        "set it, such as "
         'task.encoding = "latin-1"',
     ),
     "latin-1, named": Case(
@@ -404,10 +404,10 @@ ENCODED = {
     "no encoding": Case(
         {"x.csv": csv(WORDS)},
         options={"encoding": "latin1252"},
-        refused="which is no encoding of text",
+        refused="which is not a text encoding",
     ),
     "not of text": Case(
-        {"x.csv": csv(WORDS)}, options={"encoding": "zip"}, refused="which is no encoding of text"
+        {"x.csv": csv(WORDS)}, options={"encoding": "zip"}, refused="which is not a text encoding"
     ),
     "csv.gz": Case({"x.csv.gz": gz(csv(WORDS))}, AB, TEXTS),
     "tsv.gz": Case({"x.tsv.gz": gz(tsv(WORDS))}, AB, TEXTS),
@@ -485,7 +485,7 @@ OBJECTS = {
     ),
     "rows that are none": Case({"x.jsonl": "[1]\n[2]\n"}, refused="as jsonl: Extra data"),
     "half a character": Case(
-        {"x.jsonl": lines(rows(WORDS, ["\ud800"] * 12))}, refused="found half of a character"
+        {"x.jsonl": lines(rows(WORDS, ["\ud800"] * 12))}, refused="found an unpaired surrogate"
     ),
     "messages": Case(
         {"x.jsonl": lines([{"messages": CHAT}] * 5)},

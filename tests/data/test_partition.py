@@ -180,23 +180,23 @@ def test_ten_thousand_devices_in_seconds(how, alpha):
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        ({"devices": 41}, "expected between 1 and 40 devices"),
-        ({"devices": 0}, "came 0"),
-        ({"how": "dirichlet", "alpha": 0.0}, "alpha above 0, came 0.0"),
-        ({"how": "dirichlet", "alpha": -1.0}, "alpha above 0, came -1.0"),
-        ({"how": "dirichlet", "alpha": float("nan")}, "alpha above 0, came nan"),
-        ({"how": "dirichlet", "labels": np.zeros(3)}, "each of 40 rows, came 3"),
+        ({"devices": 41}, "expected 1 to 40 devices"),
+        ({"devices": 0}, "got 0"),
+        ({"how": "dirichlet", "alpha": 0.0}, "alpha above 0, got 0.0"),
+        ({"how": "dirichlet", "alpha": -1.0}, "alpha above 0, got -1.0"),
+        ({"how": "dirichlet", "alpha": float("nan")}, "alpha above 0, got nan"),
+        ({"how": "dirichlet", "labels": np.zeros(3)}, "each of 40 rows, got 3"),
         ({"how": "column:by", "groups": ["a"] * 39 + ["b"]}, "4 devices, found 2 groups"),
-        ({"how": "column:by", "groups": ["a"] * 3}, "each of 40 rows, came 3"),
-        ({"how": "natural"}, "each of 40 rows, came none"),
+        ({"how": "column:by", "groups": ["a"] * 3}, "each of 40 rows, got 3"),
+        ({"how": "natural"}, "each of 40 rows, got none"),
         ({"how": "dirichlett"}, "did you mean 'dirichlet'?"),
         ({"how": "p:-1"}, "partition 'p:-1' expects a number of at least 0 after 'p:'"),
         ({"how": "p:nan"}, "expects a number of at least 0"),
-        ({"how": "p:"}, "say for example 'p:10'"),
-        ({"how": "p:1"}, "partition 'p:1' expects labels"),
+        ({"how": "p:"}, "write for example 'p:10'"),
+        ({"how": "p:1"}, "partition 'p:1' needs labels"),
         ({"how": "dominant:1.1"}, "at least 0 and at most 1 after 'dominant:'"),
-        ({"how": "dominant:most"}, "say for example 'dominant:0.8'"),
-        ({"how": "dominant:0.8", "labels": np.zeros(3)}, "each of 40 rows, came 3"),
+        ({"how": "dominant:most"}, "write for example 'dominant:0.8'"),
+        ({"how": "dominant:0.8", "labels": np.zeros(3)}, "each of 40 rows, got 3"),
     ],
 )
 def test_refuses_what_would_leave_a_device_without_rows(case, said):
@@ -207,7 +207,7 @@ def test_refuses_what_would_leave_a_device_without_rows(case, said):
 
 
 def test_dirichlet_without_labels_is_refused():
-    with pytest.raises(BadInput, match="expects labels, this task has none"):
+    with pytest.raises(BadInput, match="needs labels, and this task has none"):
         partition("dirichlet", devices=2, rows=10, labels=None, groups=None, alpha=1.0, seed=0)
 
 

@@ -51,7 +51,7 @@ def everything(runs):
     """All candidates of both runs, by run and sparsity."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit, "peak_memory_bytes", lambda place, **_: weight_bytes(place))
-        question = fit.Question(fit.Limits(None, None), formats=("hf",), tokens=8)
+        question = fit.FitQuery(fit.DeviceLimits(None, None), formats=("hf",), tokens=8)
         return fit.fit([runs / "a", runs / "b"], question)
 
 
@@ -111,15 +111,15 @@ def test_a_device_kind_is_predicted(ask):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "no limit came; give --memory"),
+        ((), "no limit was given; pass --memory"),
         (("--memory", "256"), "units B, kB, MB"),
         (("--memory", "-1MB"), "positive number"),
         (("--memory", "0MB"), "positive number"),
         (("--latency", "50MB"), "units us, ms, s"),
         (("--latency", "5ms", "--device-kind", "nano"), "unknown device kind 'nano'"),
         (("--latency", "5ms", "--formats", "hf,onix"), "did you mean 'onnx'"),
-        (("--latency", "5ms", "--formats", "hf,gguf"), "takes language models on decoders"),
-        (("--latency", "5ms", "--plot", "x.png"), "written as SVG"),
+        (("--latency", "5ms", "--formats", "hf,gguf"), "is for language models on decoders"),
+        (("--latency", "5ms", "--plot", "x.png"), "plots are SVG"),
         (("--latency", "5ms", "--rows", "nowhere.csv"), "nowhere.csv"),
         (("--latency", "5ms", "--tokens", "9999"), "positions of this model"),
     ],
@@ -137,7 +137,7 @@ def test_runs_of_other_data_and_folders_that_are_none(ask):
         return SimpleNamespace(record=record)
 
     fit._check_alike({"one": run("x"), "two": run("x")})
-    with pytest.raises(BadInput, match="one and two are of different data"):
+    with pytest.raises(BadInput, match="one and two are runs on different data"):
         fit._check_alike({"one": run("x"), "two": run("y")})
     code, _, lines = ask("--memory", "1MB", names=("nothing",))
     assert code == 2 and len(lines) == 1
@@ -147,7 +147,7 @@ def test_without_its_data_a_run_needs_rows(ask, runs, monkeypatch):
     shutil.move(runs / "rows.csv", runs / "moved.csv")
     try:
         code, _, lines = ask("--memory", "1GB")
-        assert code == 2 and "name rows with --rows" in lines[0]
+        assert code == 2 and "give rows with --rows" in lines[0]
         options = ("--rows", runs / "moved.csv", "--plot", runs / "own.svg", "--tokens", "8")
         code, out, _ = ask("--memory", "1GB", *options)
         assert code == 0 and "80 rows" in out

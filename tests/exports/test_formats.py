@@ -101,7 +101,7 @@ def test_an_adapter_with_its_base(tmp_path):
     torch.testing.assert_close(there, here, atol=1e-4, rtol=0)
     assert theirs.parameters == ours.parameters
     shutil.rmtree(place / "base")
-    with pytest.raises(BadInput, match="adapter without the model.*--with-base"):
+    with pytest.raises(BadInput, match="adapter without its base model.*--with-base"):
         load_model(place)
 
 
@@ -157,4 +157,4 @@ def test_models_of_different_tasks_are_not_compared(folders, tmp_path, monkeypat
     export(base, model_on(base), tokenizer, tmp_path / "bert", **about)
     words = ("bench", folders / "deci", tmp_path / "bert", "--rows", "x.csv")
     code, _, lines = in_process(monkeypatch, capsys, *words)
-    assert code == 2 and "models of one task were expected" in lines[0]
+    assert code == 2 and "expected models of one task" in lines[0]

@@ -207,7 +207,10 @@ def test_a_tokenizer_of_sentencepiece(tmp_path):
     split = {"type": "Split", "pattern": {"Regex": "x"}}
     for steps, message in (
         (None, "kind BPE, and llama.cpp reads"),
-        ({"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel"}]}, "known: gpt-2, "),
+        (
+            {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel"}]},
+            "supported ones of llama.cpp .gpt-2, ",
+        ),
     ):
         (tmp_path / "tokenizer.json").write_text(json.dumps(told | {"pre_tokenizer": steps}))
         with pytest.raises(BadInput, match=message):
@@ -222,7 +225,9 @@ def test_a_file_outside_its_tolerance_is_refused(merged, tmp_path, monkeypatch):
         written(merged, "equal", tmp_path)
     monkeypatch.setattr(gguf_file, "paired", lambda weight, head_dim: weight)
     for name in ("equal", "unequal"):
-        with pytest.raises(BadInput, match=r"the F16 file's logits are .* of their spread off"):
+        with pytest.raises(
+            BadInput, match=r"the logits of the F16 file are off by .* of their spread"
+        ):
             written(merged, name, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 
@@ -247,8 +252,8 @@ def test_what_llama_cpp_cannot_read_is_named(merged, tmp_path):
     config = load_model(merged("equal")[0]).module.config
     unequal = gguf_file.Widths(heads=(4, 2), key_heads=(2, 1), channels=(64, 64))
     for change, message in (
-        ({"model_type": "gemma"}, "GGUF takes llama, mistral, qwen2, qwen3, not gemma"),
-        ({"model_type": "qwen2"}, "qwen2 with all its heads and as many channels in "),
+        ({"model_type": "gemma"}, "GGUF supports llama, mistral, qwen2, qwen3, not gemma"),
+        ({"model_type": "qwen2"}, "qwen2 only with all its heads and equally many channels in "),
         ({"attention_bias": True}, "llama has biases"),
         ({"rope_parameters": {"rope_type": "yarn"}}, r"scaled positions \(yarn\)"),
     ):
@@ -256,7 +261,7 @@ def test_what_llama_cpp_cannot_read_is_named(merged, tmp_path):
         with pytest.raises(BadInput, match=message):
             gguf_file.id_of(other, unequal)
     equal = gguf_file.Widths(heads=(2, 2), key_heads=(1, 1), channels=(64, 64))
-    with pytest.raises(BadInput, match="qwen2 with all its heads"):
+    with pytest.raises(BadInput, match="qwen2 only with all its heads"):
         gguf_file.id_of(type("Config", (), config.to_dict() | {"model_type": "qwen2"}), equal)
 
 

@@ -62,7 +62,7 @@ def test_the_stand_in_is_called_as_the_client_is():
 
 @pytest.mark.parametrize("name", ["a b", "a/b/c", "/x", "--x", ""])
 def test_a_name_that_is_none_is_refused_before_anything(name):
-    with pytest.raises(BadInput, match="no name of a repository"):
+    with pytest.raises(BadInput, match="is not a repository name"):
         hub.client_for(name, make=None)
 
 
@@ -94,7 +94,7 @@ def test_a_path_of_this_machine_is_not_pushed(folder):
     (folder / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": str(folder)})
     )
-    with pytest.raises(BadInput, match="a path of this machine"):
+    with pytest.raises(BadInput, match="a path on this machine"):
         hub.push(folder, "ann/x", client)
     assert not client.repos
     (folder / "adapter_config.json").write_text(

@@ -115,7 +115,7 @@ def test_smaller_numbers(exported, tmp_path, how, bytes_each):
     _, folder, _ = exported("distilbert")
     smaller = shutil.copytree(folder, tmp_path / how)
     rows = encode(load_model(folder).tokenizer, rows_of("classification"), "classification", 64)
-    feeds = onnx.calibrating(smaller / "model.onnx", rows)
+    feeds = onnx.calibration_feeds(smaller / "model.onnx", rows)
     onnx_numbers.quantise(smaller / "model.onnx", how, feeds)
     before, after = load_model(folder), load_model(smaller)
     inputs = inputs_of(before.tokenizer, rows_of("classification", 8), "classification")
@@ -132,11 +132,11 @@ def test_what_cannot_be_calibrated_is_told(exported, tmp_path):
     _, folder, _ = exported("distilbert")
     graph = Path(shutil.copy(folder / "model.onnx", tmp_path))
     with pytest.raises(
-        BadInput, match="is calibrated on rows, and none came; take --quantize int8"
+        BadInput, match="needs calibration rows, and there are none; use --quantize int8"
     ):
         onnx_numbers.quantise(graph, "int8-static")
     (tmp_path / "model.onnx").write_bytes(b"no graph")
-    with pytest.raises(BadInput, match=r"cannot make this graph int8 \("):
+    with pytest.raises(BadInput, match=r"cannot convert this graph to int8 \("):
         onnx_numbers.quantise(graph, "int8")
 
 
@@ -150,9 +150,7 @@ def test_a_graph_outside_its_tolerance_is_refused(exported, tmp_path, monkeypatc
     monkeypatch.setattr(onnx_graph, "write", wrong)
     tokenizer = AutoTokenizer.from_pretrained(stock)
     options = {"examples": encode(tokenizer, rows_of("classification"), "classification", 64)}
-    with pytest.raises(
-        BadInput, match=r"off in a logit, more than the 0\.0001 allowed, on 48 rows"
-    ):
+    with pytest.raises(BadInput, match=r"in a logit, more than the 0\.0001 allowed, on 48 rows"):
         onnx.export(stock, tmp_path / "x", rows_from="texts", **options)
     with pytest.raises(BadInput, match=r"of 48 rows \(texts\); 99\.5%, or at most 0\.5 points"):
         onnx.export(stock, tmp_path / "x", rows_from="texts", quantize="int8", **options)
@@ -164,7 +162,7 @@ def test_a_graph_outside_its_tolerance_is_refused(exported, tmp_path, monkeypatc
 def test_the_tolerance(exported):
     _, _, good = exported("bert")
     nan = dataclasses.replace(good, largest_difference=float("nan"))
-    with pytest.raises(BadInput, match="nan off in a logit"):
+    with pytest.raises(BadInput, match="off by nan in a logit"):
         nan.check()
     int8 = dataclasses.replace(good, quantize="int8", largest_difference=1.0)
     few = dataclasses.replace(int8, equal_predictions=0.99)
@@ -324,10 +322,10 @@ def test_rows_to_calibrate_on(run, tmp_path):
     assert len(calibration_rows(recipe, record, tokenizer, 1000)) == 64
     assert len(calibration_rows(recipe, record, tokenizer, 10)) == 10
     on_devices = dataclasses.replace(record, splits={"test": record.splits["test"]})
-    with pytest.raises(BadInput, match="training rows, which are on its devices; take"):
+    with pytest.raises(BadInput, match="training rows, which are on its devices; use"):
         calibration_rows(recipe, on_devices, tokenizer, 10)
     others = write_csv(tmp_path / "others.csv", rows=50)
-    for place, told in ((others, "has changed since"), (tmp_path / "gone.csv", "not at hand")):
+    for place, told in ((others, "has changed since"), (tmp_path / "gone.csv", "not available")):
         task = recipe.task.model_copy(update={"data": str(place)})
         with pytest.raises(BadInput, match=told):
             calibration_rows(dataclasses.replace(recipe, task=task), record, tokenizer, 10)

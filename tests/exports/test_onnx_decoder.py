@@ -130,7 +130,7 @@ def test_it_writes_what_the_model_writes(exported):
 def test_smaller_numbers(exported, tmp_path, how, bytes_each):
     _, folder, _, examples = exported
     smaller = shutil.copytree(folder, tmp_path / how)
-    feeds = onnx.calibrating(smaller / "model.onnx", examples)
+    feeds = onnx.calibration_feeds(smaller / "model.onnx", examples)
     onnx_numbers.quantise(smaller / "model.onnx", how, feeds)
     before, after = load_model(folder), load_model(smaller)
     ids = torch.from_numpy(np.random.default_rng(0).integers(4, 40, (2, 9)))
@@ -171,7 +171,7 @@ def test_the_tolerance(exported):
     far = dataclasses.replace(good, largest_difference=2e-4)
     nan = dataclasses.replace(good, largest_difference=float("nan"))
     few = dataclasses.replace(good, equal_tokens=0.99)
-    for one, told in ((far, "is 0.0002 off"), (nan, "is nan off"), (few, "99.0% of the greedy")):
+    for one, told in ((far, "off by 0.0002"), (nan, "off by nan"), (few, "99.0% of the greedy")):
         with pytest.raises(BadInput, match=told):
             one.check()
     near = dataclasses.replace(few, quantize="int8", perplexity=1.04 * good.perplexity_before)

@@ -161,9 +161,9 @@ def test_refusals(run, tmp_path, monkeypatch, capsys):
         (
             "--format",
             "hf",
-        ): "a net on arrays, which --format hf does not take; use --format onnx",
-        ("--format", "gguf"): "which --format gguf does not take",
-        ("--format", "onnx", "--base", "x"): "was not made of a base; leave --base out",
+        ): "a net on arrays, which --format hf does not support; use --format onnx",
+        ("--format", "gguf"): "which --format gguf does not support",
+        ("--format", "onnx", "--base", "x"): "has no base; leave --base out",
         ("--format", "onnx", "--device", "x"): "unknown device 'x'",
         ("--format", "onnx", "--quantize", "int9"): "did you mean 'int8'",
         (
@@ -189,7 +189,7 @@ def test_a_net_needs_its_training_rows(run, tmp_path):
     assert len(onnx_net.data_of(recipe, record, recipe.task.data).raw) == 40
     others = rows_of((3, 16), np.float32, seed=3)
     np.savez(tmp_path / "others.npz", x=others.x, y=others.labels)
-    for place, told in (("others.npz", "has changed since"), ("gone.npz", "are not at hand")):
+    for place, told in (("others.npz", "has changed since"), ("gone.npz", "are not available")):
         task = recipe.task.model_copy(update={"data": str(tmp_path / place)})
         with pytest.raises(BadInput, match=told):
             onnx_net.data_of(dataclasses.replace(recipe, task=task), record, None)

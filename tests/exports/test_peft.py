@@ -365,7 +365,7 @@ def test_unequal_layers_have_no_stock_base(tmp_path, name):
     base, tokenizer = tiny(tmp_path, name)
     model = model_on(base, channels=[24, 30])
     for with_base, says in (
-        (True, "cannot be said in a stock configuration"),
+        (True, "a stock configuration cannot describe"),
         (False, "is pruned"),
     ):
         with pytest.raises(BadInput, match=says) as refused:

@@ -12,7 +12,7 @@ from fedspine.core.errors import BadInput
 from fedspine.data.dataset import Dialogue
 from fedspine.execution.answers import questions_of
 from fedspine.exports import predict as predicting
-from fedspine.exports.predict import Answered
+from fedspine.exports.predict import ChatAnswer
 from fedspine.lm.decoding import Decoding
 from fedspine.lm.dialogues import PLAIN, encode_dialogues, prompt_ids
 from fedspine.lm.tiny import write_tiny
@@ -91,7 +91,7 @@ def test_the_exported_model_answers(result, exported, capsys, monkeypatch):
     rows = records(result, "answer")
     found = predict(loaded, [row["prompt"] for row in rows], new_tokens=5)
     assert [each.answer for each in found] == [row["answers"]["pruned"] for row in rows]
-    assert all(isinstance(each, Answered) for each in found)
+    assert all(isinstance(each, ChatAnswer) for each in found)
     assert predict(loaded, ["good"], temperature=2.0, seed=1, new_tokens=5) == predict(
         loaded, ["good"], temperature=2.0, seed=1, new_tokens=5
     )

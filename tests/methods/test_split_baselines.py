@@ -31,7 +31,7 @@ from fedspine.split.cut import split_model_of
 from fedspine.split.interface import Features
 from fedspine.split.merged_batch import Part
 from fedspine.split.messages import Begin, Cutting, Ended, Step
-from fedspine.split.server import Copies, Merged, Weighted
+from fedspine.split.server import Copies, MergedStep, WeightedStep
 from fedspine.split.trainable_half import Optimising
 
 PLAIN = {  # SGD, nothing rounded on the wire
@@ -139,7 +139,7 @@ def test_weighed_by_their_rows_separate_passes_are_the_merged_step(task, split_m
     made, client_model, server_model = split_model
     parts = server_parts(task, made, client_model, sizes=(3, 9, 5))
     rows = {part.device: float(len(part.features)) for part in parts}
-    servers = Weighted(made, server_model, SGD, rows), Merged(made, server_model, SGD)
+    servers = WeightedStep(made, server_model, SGD, rows), MergedStep(made, server_model, SGD)
     one, other = (server.step(parts, 0) for server in servers)
     assert one.losses == pytest.approx(other.losses, rel=OFF)
     for device in rows:
@@ -161,7 +161,7 @@ def test_averaging_copies_after_each_step_of_sgd_is_one_step_on_the_mean_loss(ta
     parts = server_parts(task, made, client_model)
     alike = dict.fromkeys((part.device for part in parts), 1.0)
     servers = (
-        Weighted(made, server_model, SGD, alike),
+        WeightedStep(made, server_model, SGD, alike),
         Copies(made, server_model, SGD, every_iteration=True),
     )
     for seed in range(2):
@@ -183,14 +183,14 @@ def test_a_loss_that_is_not_finite_leaves_the_weighted_sum(task, split_model):
     )
     shares = {"d0": 1.0, "d1": 5.0, "d2": 2.0}
     bad, without = (
-        Weighted(made, server_model, SGD, shares),
-        Weighted(made, server_model, SGD, shares),
+        WeightedStep(made, server_model, SGD, shares),
+        WeightedStep(made, server_model, SGD, shares),
     )
     outcome = bad.step([parts[0], huge, parts[2]], 0)
     assert (list(outcome.losses), list(outcome.left_out)) == (["d0", "d2"], ["d1"])
     without.step([parts[0], parts[2]], 0)
     assert bits(bad.finish({})) == bits(without.finish({}))
-    assert not Weighted(made, server_model, SGD, shares).step([huge], 0).losses
+    assert not WeightedStep(made, server_model, SGD, shares).step([huge], 0).losses
 
 
 # --- LocFedMix-SL: mixup ---
@@ -201,8 +201,8 @@ def test_mixup_teaches_the_top_alone(task, split_model):
     parts = server_parts(task, made, client_model)
     shares = {"d0": 1.0, "d1": 3.0, "d2": 2.0}
     plain, mixing = (
-        Weighted(made, server_model, SGD, shares),
-        Weighted(made, server_model, SGD, shares, extra=mixup(made, shares, 1.0)),
+        WeightedStep(made, server_model, SGD, shares),
+        WeightedStep(made, server_model, SGD, shares, extra=mixup(made, shares, 1.0)),
     )
     one, other = plain.step(parts, 0), mixing.step(parts, 0)
     assert bits(one.gradients) == bits(other.gradients)

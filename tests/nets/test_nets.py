@@ -19,7 +19,7 @@ from fedspine.nets.score import score_nets
 from fedspine.split.cut import split_model_of
 from fedspine.split.interface import Features
 from fedspine.split.merged_batch import Part
-from fedspine.split.server import Merged
+from fedspine.split.server import MergedStep
 from fedspine.split.trainable_half import Optimising
 
 SMALL = {
@@ -163,8 +163,10 @@ def test_a_first_block_of_the_top_that_makes_features_learns_as_they_do(name, en
     )
     sgd = Optimising(kind="sgd", learning_rate=0.5)
     plain, adjusted = (
-        Merged(split_model, server_model, sgd),
-        Merged(split_model, server_model, sgd, adjustments={"d": torch.tensor([0.0, 2.0, -1.0])}),
+        MergedStep(split_model, server_model, sgd),
+        MergedStep(
+            split_model, server_model, sgd, adjustments={"d": torch.tensor([0.0, 2.0, -1.0])}
+        ),
     )
     sent, changed = (server.step([part], 5).gradients["d"].values for server in (plain, adjusted))
     assert not torch.allclose(sent, changed)
@@ -303,7 +305,7 @@ def test_models_of_144_pixels_need_no_weights_to_be_planned():
         (lambda: Net("cnn", (9, 128), 6), "unknown net for arrays 'cnn'; did you mean 'cnn-"),
         (
             lambda: Net("cnn-h", (1, 28, 28), 6),
-            "reads rows of [channels, time], rows of shape [1, 28, 28] came",
+            "reads rows of [channels, time], got rows of shape [1, 28, 28]",
         ),
         (lambda: Net("alexnet", (9, 128), 6), "reads rows of [channels, height, width]"),
         (lambda: Net("cnn-h", (9, 3), 6), "needs at least 4 samples in time"),
@@ -316,7 +318,7 @@ def test_models_of_144_pixels_need_no_weights_to_be_planned():
         (lambda: split_model_of(Net("cnn-h", (9, 128), 6), 5), "choose 1 to 4"),
         (
             lambda: load("cnn-h", waves(4, 0, channels=20), waves(4, 1, channels=20), 3),
-            "rows of shape [20, 16] came",
+            "got rows of shape [20, 16]",
         ),
         (
             lambda: load("alexnet-small", waves(4, 0), waves(4, 1), 3),

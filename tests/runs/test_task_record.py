@@ -156,7 +156,7 @@ def test_export_needs_no_rows(place, command) -> None:
     rename(place / "rows.csv", unkind="AAA")
     assert files(exported(command, place)) == before
     code, out, _ = command("export", place / "run", "--to", place / "compared")
-    assert code == 0 and "64 rows (random words, since the run's data is not at hand" in out
+    assert code == 0 and "64 rows (random words, since the run's data is not available" in out
     (place / "rows.csv").unlink()
     assert files(exported(command, place)) == before
     labels = json.loads(before[Path("config.json")])["id2label"]
@@ -227,7 +227,7 @@ def test_adapters_of_a_pruned_run(place, command) -> None:
     assert "--format hf" in line
     code, _, (line,) = command(*export, "--with-base")  # a BERT with fewer heads
     assert code == 2
-    assert "cannot be said in a stock configuration" in line
+    assert "a stock configuration cannot describe" in line
     code, _, (line,) = command("export", place / "run", "--to", place / "x", "--with-base")
     assert code == 2
     assert "--with-base is for --format peft" in line

@@ -33,7 +33,7 @@ from fedspine.split.interface import Features
 from fedspine.split.merged_batch import Part, merged, per_device
 from fedspine.split.messages import Begin, Cutting, Step
 from fedspine.split.protocol import run_round
-from fedspine.split.server import Copies, InTurn, Merged
+from fedspine.split.server import Copies, InTurn, MergedStep
 from fedspine.split.trainable_half import (
     Optimising,
     TrainableHalf,
@@ -316,8 +316,8 @@ def test_merging_and_parting_are_inverse(task):
 def test_dispatch_rescales_the_slices_of_one_gradient(task):
     split_model, _, (client_model, server_model) = split_model_and_weights(task.base, 1)
     parts = parts_of(task, split_model, client_model)
-    rescaled = Merged(split_model, server_model, SGD).step(parts, 0)
-    plain = Merged(split_model, server_model, SGD, rescale=False).step(parts, 0)
+    rescaled = MergedStep(split_model, server_model, SGD).step(parts, 0)
+    plain = MergedStep(split_model, server_model, SGD, rescale=False).step(parts, 0)
     rows = sum(len(part.features) for part in parts)
     for part in parts:
         share = len(part.features) / rows  # d_i / Q
@@ -342,9 +342,11 @@ def test_shifts_change_what_features_and_the_first_block_of_the_top_learn_and_no
     }
     if kind == "in-turn":  # the second device meets a server model that has moved
         parts = parts[:1]
-    make = {"merged": Merged, "in-turn": InTurn, "copies": partial(Copies, every_iteration=False)}[
-        kind
-    ]
+    make = {
+        "merged": MergedStep,
+        "in-turn": InTurn,
+        "copies": partial(Copies, every_iteration=False),
+    }[kind]
     adjusted, plain = (
         make(split_model, server_model, SGD, adjustments=adjustments),
         make(split_model, server_model, SGD),
@@ -391,7 +393,7 @@ def test_with_one_device_all_strategies_are_one(task):
     split_model, _, (client_model, server_model) = split_model_and_weights(task.base, 1)
     (part, *_) = parts_of(task, split_model, client_model)
     servers = [
-        Merged(split_model, server_model, ADAMW),
+        MergedStep(split_model, server_model, ADAMW),
         InTurn(split_model, server_model, ADAMW),
         Copies(split_model, server_model, ADAMW, every_iteration=False),
         Copies(split_model, server_model, ADAMW, every_iteration=True),
@@ -430,7 +432,7 @@ def test_a_loss_that_is_not_finite_leaves_the_iteration_to_the_others(task):
         parts[1],
         features=Features(values=parts[1].features.values * 1e30, mask=parts[1].features.mask),
     )
-    for server in (Merged, InTurn):
+    for server in (MergedStep, InTurn):
         bad, without = (
             server(split_model, server_model, SGD),
             server(split_model, server_model, SGD),
@@ -500,7 +502,7 @@ def whole_round(
     steps=3,
     optimising=ADAMW,
     precision="fp16",
-    server=Merged,
+    server=MergedStep,
     round=0,
 ):
     """Both halves after one round of all devices, and how it went."""
@@ -668,7 +670,7 @@ def test_when_all_vanish_the_round_ends_in_so_many_words(lab):
             silent,
             dict.fromkeys(bench.ids, order),
             2,
-            Merged(split_model, server_model, SGD),
+            MergedStep(split_model, server_model, SGD),
             seed=0,
         )
 
@@ -699,7 +701,7 @@ def test_the_ledger_is_what_one_computes_by_hand(lab, precision, number):
         precision=precision,
     )
     id = bench.ids[0]
-    run_round(spy, {id: order}, steps, Merged(split_model, server_model, SGD), seed=0)
+    run_round(spy, {id: order}, steps, MergedStep(split_model, server_model, SGD), seed=0)
 
     # per block: query, key, value and output of 32 x 32, up and down of 32 x 64, each with A and B
     # of rank 4

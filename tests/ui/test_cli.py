@@ -136,7 +136,7 @@ BAD_RUNS = {  # what to change in the good job, and what the line must say
     "one class": ({"task__data": "{place}/one.csv"}, ["at least 2 classes", "'kind'"]),
     "few rows": (
         {"task__data": "{place}/few.csv", "fleet__devices": 9},
-        ["between 1 and 8 devices", "came 9"],
+        ["expected 1 to 8 devices", "got 9"],
     ),
     "no rows": (
         {"task__data": "{place}/by.csv", "fleet__partition": "column:by"},
@@ -144,7 +144,7 @@ BAD_RUNS = {  # what to change in the good job, and what the line must say
     ),
     "torn table": (
         {"task__data": "{place}/torn.csv"},
-        ["a quote opens a value in line 18 and nothing closes it"],
+        ["a quote opens a value in line 18 and is never closed"],
     ),
     "no unit map": (
         {"task__model": "{place}/gpt2"},
@@ -243,10 +243,10 @@ BAD_COMMANDS = {  # arguments, and what the line must say
     "export to what exists": ("export {place}/run --to {place}/model", ["exists already"]),
     "predict without a model": ("predict {place}/run good", ["{place}/run"]),
     "predict in no folder": ("predict {place}/x good", ["{place}/x"]),
-    "pairs for single texts": ("predict {place}/model good --pair bad", ["pairs came"]),
+    "pairs for single texts": ("predict {place}/model good --pair bad", ["got pairs"]),
     "bench without a model": ("bench {place}/run", ["{place}/run"]),
     "bench against no model": ("bench {place}/model --against {place}/run", ["{place}/run"]),
-    "predict nothing": ("predict {place}/model", ["no text came"]),
+    "predict nothing": ("predict {place}/model", ["no text was given"]),
     "bench of long rows": ("bench {place}/model --tokens 100000", ["tokens"]),
 }
 
@@ -413,7 +413,7 @@ def test_an_export_that_is_not_the_model_is_refused(place, command, monkeypatch)
 
     monkeypatch.setattr(hf, "merged_tensors", damaged)
     code, _, (line,) = command("export", place / "run", "--to", place / "wrong")
-    assert code == 2 and "off in a logit, more than the 0.0001 allowed, on" in line
+    assert code == 2 and "in a logit, more than the 0.0001 allowed, on" in line
     assert not (place / "wrong").exists() and not list(place.glob("*.partial"))
 
 

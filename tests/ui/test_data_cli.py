@@ -206,7 +206,7 @@ REFUSED = {
     "nothing there": (["absent.csv"], "found nothing there"),
     "an empty name": ([""], "argument after 'data' is empty"),
     "no such column": (["rows.csv", "--set", "task.label=stars"], "the label column 'stars'"),
-    "too many devices": (["rows.csv", "--set", "fleet.devices=99"], "between 1 and 39 devices"),
+    "too many devices": (["rows.csv", "--set", "fleet.devices=99"], "1 to 39 devices"),
     "a setting that is none": (["rows.csv", "--set", "fleet.device=9"], "did you mean 'devices'?"),
     "arrays for a text model": (
         ["x.npz", "--set", "task.model=minilm"],

@@ -301,7 +301,7 @@ def test_a_run_on_arrays_gives_its_nets(tmp_path) -> None:
     module = result.models["global"]
     assert module(torch.from_numpy(x[:5])).shape == (5, 3)
     assert not module.training
-    with pytest.raises(BadInput, match="which --format hf does not take; use --format onnx"):
+    with pytest.raises(BadInput, match="which --format hf does not support; use --format onnx"):
         result.export(tmp_path / "model")
 
 

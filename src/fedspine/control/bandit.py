@@ -114,8 +114,7 @@ def credit(
     """
     if not isfinite(reward):
         raise ValueError(
-            f"a finite reward was expected, {reward} came; "
-            "leave devices without a measured loss out"
+            f"a finite reward was expected, got {reward}; leave devices without a measured loss out"
         )
     hit = leaf_of(bandit, u, v)
     leaves = bandit.leaves.copy()
@@ -134,7 +133,7 @@ def leaf_of(bandit: Bandit, u: float, v: float) -> int:
     """
     if not (0 <= u <= 1 and 0 <= v <= 1):
         raise ValueError(
-            f"an action in the unit square was expected, ({u}, {v}) came; clip it first"
+            f"an action in the unit square was expected, got ({u}, {v}); clip it first"
         )
     leaves = bandit.leaves
     inside = _meets(leaves[:, U0], leaves[:, SIDE], u, u) & _meets(
@@ -206,8 +205,8 @@ def reward(
     """
     if not all(map(isfinite, (gain, scale, progress, importance, lateness))):
         raise ValueError(
-            f"finite values were expected, {gain=} {scale=} "
-            f"{progress=} {importance=} {lateness=} came"
+            f"finite values were expected, got {gain=} {scale=} {progress=} {importance=} "
+            f"{lateness=}"
         )
     if min(scale, lateness) < 0:
         raise ValueError(f"{scale=} and {lateness=} must not be negative")
@@ -229,8 +228,8 @@ def update_scale(scale: float | None, gains: Iterable[float], *, keep: float = 0
     sizes = np.abs(np.fromiter(gains, dtype=float))
     if not np.isfinite(sizes).all():
         raise ValueError(
-            f"finite gains were expected, {sizes.tolist()} "
-            "came; leave devices without a measured loss out"
+            f"finite gains were expected, got {sizes.tolist()}; "
+            "leave devices without a measured loss out"
         )
     if not len(sizes):
         return scale
@@ -268,5 +267,5 @@ def _meets(
 def _check_window(within: tuple[tuple[float, float], tuple[float, float]]) -> None:
     if not all(0 <= low <= high <= 1 for low, high in within):
         raise ValueError(
-            f"((lowest u, highest u), (lowest v, highest v)) in [0, 1] was expected, {within} came"
+            f"((lowest u, highest u), (lowest v, highest v)) in [0, 1] was expected, got {within}"
         )

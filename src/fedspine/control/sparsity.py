@@ -64,11 +64,11 @@ def cubic_floor(
     """
     if not 0 <= warmup < until <= 1:
         raise BadInput(
-            f"0 <= warmup < until <= 1 was expected, warmup {warmup} and until {until} came"
+            f"0 <= warmup < until <= 1 was expected, got warmup {warmup} and until {until}"
         )
     if not (0 <= target < 1 and 0 <= share <= 1):
         raise BadInput(
-            f"target in [0, 1) and share in [0, 1] were expected, {target} and {share} came"
+            f"target in [0, 1) and share in [0, 1] were expected, got {target} and {share}"
         )
     start, end = warmup * rounds, until * rounds
     if rounds > 1 and (round >= end - TINY or round >= rounds - 1):
@@ -173,8 +173,8 @@ def final_counts(
             return dropped, channels
     below, above = shape.sparsity(more_heads - 1, bare), shape.sparsity(more_heads, 0)
     raise BadInput(
-        f"sparsity {target} came, but one head outweighs all channels, so that nothing between "
-        f"{below:.4f} and {above:.4f} can be reached; choose a target outside"
+        f"sparsity {target} cannot be reached: one head outweighs all channels, so nothing between "
+        f"{below:.4f} and {above:.4f} can be; choose a target outside"
     )
 
 
@@ -202,8 +202,8 @@ def _final_among(
         raise _unreachable(shape, target, most_dropped, heads_dropped)
     kept = ", ".join(str(shape.heads - n) for n in sorted(heads_dropped))
     raise BadInput(
-        f"sparsity {target} came, but no number of channels comes to it beside {kept} heads; "
-        "choose another target"
+        f"sparsity {target} cannot be reached with {kept} heads and any number of channels; choose "
+        "another target"
     )
 
 
@@ -214,7 +214,7 @@ def _unreachable(
     return BadInput(
         f"sparsity in [0, {floor(1000 * most) / 1000:.3f}] was "
         f"expected, which a layer of {shape.heads} heads and {shape.channels} "
-        f"channels{kept} can reach, {target} came; lower the target"
+        f"channels{kept} can reach, got {target}; lower the target"
     )
 
 

@@ -1,9 +1,10 @@
 """The parts of a split round's control, as settings: who takes part, and how large batches are.
 
 Each is a part (`core.parts`) of the split methods, `method.selection` and `method.batches`;
-`control/split_plan.py` makes plans of them. Selection by labels, regulated batches and their tuning
-are MergeSFL's (Liao et al. 2024, arXiv:2311.13348), regulated batches AdaSFL's too (Liao et al.
-2024, IEEE/ACM Transactions on Networking). What is weighed and planned within a round is ours.
+`control/split_plan.py` plans rounds with them. Selection by labels, regulated batches and their
+tuning are MergeSFL's (Liao et al. 2024, arXiv:2311.13348), regulated batches also AdaSFL's (Liao et
+al. 2024, IEEE/ACM Transactions on Networking). Selection by waiting and batches replanned within a
+round are ours.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import ClassVar, Literal, TypeAlias
 from fedspine.control.split_plan import SplitControl, SplitLimits
 from fedspine.core.errors import BadInput, check_ranges
 
-FULL_BATCHES = 10  # the budget of an iteration where none is set
+FULL_BATCHES = 10  # the default budget of an iteration
 
 
 # --- who takes part ---
@@ -28,23 +29,23 @@ class Everyone:
 
 @dataclass(frozen=True)
 class _Few:
-    """What binds every choice of a few devices."""
+    """The limits of every selection of a few devices."""
 
     fewest: int = 5  # m_min: devices of a round
     most: int = 20  # m_max
-    budget_rows: int = 0  # features that the server takes in one iteration; 0: ten full batches
+    budget_rows: int = 0  # rows of features per iteration at the server; 0: ten full batches
 
 
 @dataclass(frozen=True)
 class RandomDevices(_Few):
-    """Devices drawn whatever their labels: the control of the searches."""
+    """Devices drawn regardless of their labels: the baseline for the searches."""
 
     name: ClassVar = "random"
 
 
 @dataclass(frozen=True)
 class Genetic(_Few):
-    """MergeSFL's: a genetic search for the merged labels nearest the fleet's."""
+    """MergeSFL's selection: a genetic search for merged labels close to the fleet's."""
 
     name: ClassVar = "genetic"
     population: int = 20
@@ -53,11 +54,11 @@ class Genetic(_Few):
 
 @dataclass(frozen=True)
 class LeastWaiting(_Few):
-    """Ours: of choices whose merged labels are near enough to the fleet's, the one that waits
-    least.
+    """Ours: among selections whose merged labels are close enough to the fleet's, the one with the
+    least waiting.
 
-    Near enough is half of the batches' limit on divergence, half of 0.05 nats for equal ones. With
-    the usual 20 and 20 a few devices that wait would be left in, so the search is longer.
+    Close enough is half of the batches' limit on divergence, half of 0.05 nats for equal batches.
+    The search is longer than MergeSFL's 20 and 20, which leaves in a few devices that wait.
     """
 
     name: ClassVar = "least-waiting"
@@ -73,34 +74,34 @@ Selection: TypeAlias = Everyone | RandomDevices | Genetic | LeastWaiting
 
 @dataclass(frozen=True)
 class Equal:
-    """The same rows for all, as far as data and memory allow; no speed is measured for them."""
+    """The same rows for all devices, as far as data and memory allow, without measuring speed."""
 
     name: ClassVar = "equal"
 
 
 @dataclass(frozen=True)
 class Regulated:
-    """Rows in proportion to the speed that earlier rounds showed, Eq. 9 of MergeSFL."""
+    """Rows in proportion to the speed measured in earlier rounds, Eq. 9 of MergeSFL."""
 
     name: ClassVar = "regulated"
-    keep: float = 0.8  # a: share of the old average when a device's speed is measured again
-    unmeasured: Literal["slowest", "median"] = "slowest"  # what a device never measured counts as
-    tune: bool = True  # batches are changed by single rows to bring the merged labels nearer
-    divergence: float = 0.05  # eps: nats of KL from the fleet's labels above which that is done
+    keep: float = 0.8  # a: weight of the old average when a device's speed is measured again
+    unmeasured: Literal["slowest", "median"] = "slowest"  # speed assumed for unmeasured devices
+    tune: bool = True  # change batches by single rows to bring the merged labels closer
+    divergence: float = 0.05  # eps: nats of KL from the fleet's labels above which to tune
 
 
 @dataclass(frozen=True)
 class WithinRound:
-    """Ours: rows are planned again within a round, from its own exchanges.
+    """Ours: rows are replanned within a round, from its own exchanges.
 
-    A device never measured counts as the median of the others.
+    A device not measured yet counts as the median of the others.
     """
 
     name: ClassVar = "within-round"
     keep: float = 0.8
     tune: bool = True
     divergence: float = 0.05
-    fill_tokens: bool = True  # batches of texts are so many tokens; else so many rows
+    fill_tokens: bool = True  # batches of texts have a fixed number of tokens, else of rows
 
 
 Batches: TypeAlias = Equal | Regulated | WithinRound
@@ -137,15 +138,15 @@ def measures_speed(selection: Selection, batches: Batches) -> bool:
 
 
 def kept_share(batches: Batches) -> float:
-    """The share of the old average when a device's speed is measured again."""
+    """The weight of the old average when a device's speed is measured again."""
     return Regulated.keep if isinstance(batches, Equal) else batches.keep
 
 
 def limits_of(
     selection: Selection, batches: Batches, *, devices: int, batch: int, row_bytes: float
 ) -> SplitLimits:
-    """What binds a plan for so many `devices`, of at most `batch` rows each; `row_bytes` are those
-    of a row's features.
+    """The limits of a plan for a number of `devices` with at most `batch` rows each; `row_bytes` is
+    the size of a row's features.
 
     Raises BadInput for limits that no plan can meet.
     """

@@ -54,7 +54,7 @@ def observed(
     ):
         raise ValueError(
             "finite seconds per row were expected, none below "
-            f"0, {compute_seconds} and {transfer_seconds} came"
+            f"0, got {compute_seconds} and {transfer_seconds}"
         )
     if before is None:
         return WorkerState(compute_seconds=compute_seconds, transfer_seconds=transfer_seconds)

@@ -14,7 +14,7 @@ import numpy as np
 from fedspine.core.draws import SeededDraws
 from fedspine.core.message import Tensors, pack, unpack
 from fedspine.core.noise import Noise
-from fedspine.core.privacy import Declined, Guard, Ledger, MemoryLedger, Privacy
+from fedspine.core.privacy import BudgetExceeded, Guard, Ledger, MemoryLedger, Privacy
 from fedspine.core.task import Data
 
 DeviceId: TypeAlias = str
@@ -281,7 +281,7 @@ def serve(
     )
     try:
         result = _allowed(call)(device, unpack(call.order))
-    except Declined as reason:
+    except BudgetExceeded as reason:
         return _declined(call, device, str(reason))
     remembered = pack(device.memory).payload
     keeps = (

@@ -48,7 +48,7 @@ class SecretDraws:
 
     def __init__(self, key: bytes) -> None:
         if len(key) < 32:
-            raise ValueError(f"a key of at least 32 bytes was expected, {len(key)} came")
+            raise ValueError(f"a key of at least 32 bytes was expected, got {len(key)}")
         self._key, self._calls = key, 0
 
     def uniform(self, count: int) -> Float[np.ndarray, " count"]:

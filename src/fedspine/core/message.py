@@ -264,9 +264,7 @@ class _Reader:
         if cls is None:
             raise NotAMessage(f"unknown message {name!r}")
         if values.keys() != set(_FIELDS[cls]):
-            raise NotAMessage(
-                f"{name} has the fields {sorted(_FIELDS[cls])}, but {sorted(values)} came"
-            )
+            raise NotAMessage(f"{name} has the fields {sorted(_FIELDS[cls])}, got {sorted(values)}")
         return cls(**{key: self._decode(item, depth) for key, item in values.items()})
 
     def _entry(self, name: str) -> "_Entry":

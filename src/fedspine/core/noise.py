@@ -1,4 +1,4 @@
-"""Gaussian noise on tensors: beside the size of a change, and of a clipped update of a device."""
+"""Gaussian noise on tensors: in proportion to a change, and on a device's clipped update."""
 
 import math
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from fedspine.core.draws import Draws
 from fedspine.core.message import Tensors
 from fedspine.core.privacy import Guard
 
-ROWS = 32  # behind an answer, whose noise has the whole share
-LARGEST = float(torch.finfo(torch.float16).max)  # what can cross the wire
+ROWS = 32  # rows behind an answer at which its noise has the full share
+LARGEST = float(torch.finfo(torch.float16).max)  # the largest value that can be sent
 
 
 def noise_like(tensor: Tensor, draws: Draws) -> Tensor:
@@ -21,7 +21,7 @@ def noise_like(tensor: Tensor, draws: Draws) -> Tensor:
 
 
 def clipped(tensors: Tensors, most: float) -> Tensors:
-    """The tensors scaled down so that their joint norm is at most `most`; zeros where it is not
+    """The tensors scaled down so that their joint norm is at most `most`; zeros if the norm is not
     finite.
 
     >>> clipped({"x": torch.tensor([3.0]), "y": torch.tensor([4.0])}, 1.0)
@@ -34,10 +34,9 @@ def clipped(tensors: Tensors, most: float) -> Tensors:
 
 
 def noisy_update(before: Tensors, after: Tensors, guard: Guard, multiplier: float) -> Tensors:
-    """`before` with the clipped and noisy difference to `after`, all by name and of the same
-    shapes.
+    """`before` plus the clipped and noisy difference to `after`, by name and with equal shapes.
 
-    Two data sets of a device may move the update from one end of the ball of radius `clip` to the
+    Replacing a device's data may move the update from one end of the ball of radius `clip` to the
     other, so its sensitivity is twice the radius.
     """
     update = clipped({name: after[name] - before[name] for name in before}, guard.terms.clip)
@@ -52,19 +51,19 @@ def noisy_update(before: Tensors, after: Tensors, guard: Guard, multiplier: floa
 
 @dataclass(frozen=True)
 class Noise:
-    """What a device adds to the weights that it trained, so that an answer tells less of its rows.
+    """The noise that a device adds to trained weights, so that an answer reveals less of its rows.
 
-    It promises nothing in numbers, as differential privacy does: docs/leakage.md says what attacks
-    find beside it.
+    It gives no numerical guarantee, unlike differential privacy: docs/leakage.md says what attacks
+    find in spite of it.
     """
 
-    share: float  # of the change, where the answer is about `ROWS` rows
+    share: float  # of the change, for an answer from `ROWS` rows
     draws: Draws
 
     def share_of(self, rows: int) -> float:
-        """The share in an answer about so many distinct rows: an answer about more says less of
-        each, so it falls with the fourth root of their number. With the root itself, some texts of
-        640 rows stood out (docs/leakage.md).
+        """The share for an answer from `rows` distinct rows: the more rows, the less an answer
+        reveals of each, so it falls with the fourth root of their number. With the square root,
+        some texts among 640 rows could be recovered (docs/leakage.md).
 
         >>> from fedspine.core.draws import SeededDraws
         >>> Noise(4.0, SeededDraws((1,))).share_of(512)
@@ -73,8 +72,8 @@ class Noise:
         return self.share * (ROWS / max(rows, 1)) ** 0.25
 
     def added(self, before: Tensors, after: Tensors, rows: int) -> Tensors:
-        """`after` with noise on what differs from `before`, of the same names and shapes; other
-        names stay.
+        """`after` with noise on the tensors that are also in `before`, in the same shapes; others
+        are unchanged.
         """
         share, released = self.share_of(rows), dict(after)
         for name, sent in before.items():
@@ -86,11 +85,11 @@ class Noise:
 
 
 def _sizes(change: Tensor) -> Tensor:
-    """The root mean square of the row or of the column of each entry, whichever is larger, in the
-    shape of `change`; of a vector that of all.
+    """For each entry, the root mean square of its row or of its column, whichever is larger, in the
+    shape of `change`; for a vector, that of all entries.
 
-    An order that lets only a few rows of a factor learn gathers all of the change there, so beside
-    the mean of the whole tensor they would stand out.
+    An order that trains only a few rows of a factor concentrates the change there, so these rows
+    would stand out from noise scaled by the mean of the whole tensor.
     """
     power = change.double().square()
     if change.dim() < 2:

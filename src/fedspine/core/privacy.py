@@ -19,8 +19,8 @@ SPENT = "its privacy budget is spent"
 KEPT = "privacy"  # under which a device's memory holds its ledger
 
 
-class Declined(RuntimeError):
-    """A device does not do what it was asked; the text says why."""
+class BudgetExceeded(RuntimeError):
+    """The privacy budget of a device does not cover an order, so the device declines it."""
 
 
 @message
@@ -56,7 +56,7 @@ class Ledger(Protocol):
         ...
 
     def spend(self, spending: Spending) -> None:
-        """Write down what is about to be spent; raises Declined, with nothing written, if that is
+        """Record what is about to be spent; raises BudgetExceeded, and records nothing, if that is
         more than is left.
         """
         ...
@@ -90,7 +90,7 @@ class Guard:
         probability `rate`; returns the noise multiplier.
 
         The noise is what `terms.answers` such answers need to stay within the budget. Raises
-        Declined where the budget does not suffice.
+        BudgetExceeded where the budget does not suffice.
         """
         terms = self.terms
         if terms.epsilon is None:
@@ -106,11 +106,11 @@ class Guard:
 
 
 def afforded(entries: Iterable[Spending], spending: Spending, terms: Privacy) -> Spent:
-    """All that is spent after `spending`; raises Declined where that exceeds the run's budget."""
+    """The total spent after `spending`; raises BudgetExceeded if that exceeds the run's budget."""
     after = added(entries, spending)
     epsilon = epsilon_of(after, terms.delta)
     if terms.epsilon is None or epsilon > terms.epsilon:
-        raise Declined(SPENT)
+        raise BudgetExceeded(SPENT)
     return Spent(entries=after, epsilon=epsilon)
 
 

@@ -141,7 +141,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Arrays:
-    """Rows of numbers, all of one shape: pictures, sensor windows, sounds.
+    """Rows of numbers, all of one shape: images, sensor windows, audio clips.
 
     uint8 values go from 0 to 255 and stand for 0 to 1; float32 values are what a net reads.
     """

@@ -1,10 +1,9 @@
-"""Arrays as a data set: pictures, sensor windows or sounds with a label each, read and checked
-once.
+"""Arrays as a data set: labelled images, sensor windows or audio clips, read and checked once.
 
-Data is an `.npz` file with `x`, `y` and, if wished, `label_names`; a folder with `train.npz` and
-`test.npz`; or a folder with one sub-folder per class (`fedspine.data.class_folders`). Nothing
-pickled is ever read. Whatever is wrong is found here, as one `BadInput`, so nothing after this
-checks values or labels again; what a net can read, the net says.
+Data is an `.npz` file with `x`, `y` and, optionally, `label_names`; a folder with `train.npz` and
+`test.npz`; or a folder with one sub-folder per class (`fedspine.data.class_folders`). Pickled data
+is never read. Every error in the data is reported here, as a `BadInput`, so later code does not
+check values or labels again; each net checks the shapes that it reads.
 """
 
 import os
@@ -31,40 +30,39 @@ HOW = "np.savez(path, x=..., y=...)"
 
 @dataclass(frozen=True)
 class Raw:
-    """One split as it was found at `where`: nothing is checked yet."""
+    """One split as read from `where`, before any check."""
 
     where: str
     x: np.ndarray
     y: np.ndarray
     names: tuple[str, ...]  # of the classes, where the data states them
     columns: Mapping[str, np.ndarray]
-    left_out: int = 0  # rows without a label, which are not among these
+    left_out: int = 0  # rows without a label, which are left out of these
 
 
 def is_arrays(data: str) -> bool:
-    """Whether the data named `data` can only be arrays: an `.npz` file, or a folder of such.
+    """Whether `data` can only be arrays: an `.npz` file, or a folder of them.
 
     >>> is_arrays("pydoc-topics")
     False
     """
-    if not data.strip():  # which is the folder that we are in
+    if not data.strip():  # an empty path is the current folder
         return False
     path = Path(os.path.expanduser(data))
     if not path.is_dir():
         return path.suffix.lower() == ".npz"
     if _npz_files(path):
         return True
-    # a download from the Hub may have pictures of its own beside its tables
+    # a download from the Hub may have images of its own beside its tables
     return class_folders.is_one(path) and not has_training_file(path)
 
 
 def load(data: str, *, group: str | None = None) -> Dataset:
     """The arrays at the path `data`; `group` names one more array, [rows], to keep for a partition.
 
-    Where there are no test rows, a random fifth with a fixed seed is taken from the training rows.
-    Rows whose label is NaN or an empty text are left out and counted. Floats come back as float32
-    and may be of any scale, uint8 as it is. Raises BadInput for data that cannot be found, read or
-    used.
+    Without test rows, a random fifth of the training rows (fixed seed) is held out. Rows whose
+    label is NaN or an empty string are left out and counted. Floats are returned as float32 at any
+    scale, uint8 unchanged. Raises BadInput for data that cannot be found, read or used.
     """
     splits = {split: _checked(raw, group) for split, raw in _splits(data, group).items()}
     train, test = splits["train"], splits.get("test", splits.get("validation"))
@@ -89,7 +87,7 @@ def load(data: str, *, group: str | None = None) -> Dataset:
 
 
 def row_of(data: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of one training row, from the files' headers where these tell it.
+    """Shape and dtype of one training row, from the file headers where they state it.
 
     Raises BadInput for data that cannot be found or read.
     """
@@ -100,14 +98,14 @@ def row_of(data: str) -> tuple[tuple[int, ...], np.dtype]:
         found = _header(_by_split(path, files)["train"])
     else:
         found = class_folders.row_of(path) if path.is_dir() else None
-    if found is None:  # which says what is wrong, if anything is
+    if found is None:  # `load` reports what is wrong with the data
         x = load(data).train.x
         return x.shape[1:], x.dtype
     return found
 
 
 def _header(path: Path) -> tuple[tuple[int, ...], np.dtype] | None:
-    """Shape and type of one row of `x` in an .npz file; None where its header does not say."""
+    """Shape and dtype of one row of `x` in an .npz file; None if its header does not state them."""
     readers = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}
     try:
         with zipfile.ZipFile(path) as file, file.open("x.npy") as member:
@@ -134,7 +132,7 @@ def _splits(data: str, group: str | None) -> dict[str, Raw]:
     if path.is_file():
         if path.suffix.lower() != ".npz":
             raise BadInput(
-                f"expected an .npz file or a folder of arrays, came {path.name!r}; write it with "
+                f"expected an .npz file or a folder of arrays, got {path.name!r}; write it with "
                 f"{HOW}"
             )
         return {"train": _read(path, group)}
@@ -166,7 +164,7 @@ def _by_split(folder: Path, files: list[Path]) -> dict[str, Path]:
 
 def _read(path: Path, group: str | None) -> Raw:
     try:
-        with path.open("rb") as opened:  # which numpy leaves open where it stumbles
+        with path.open("rb") as opened:  # np.load leaves a file open when it fails
             file = np.load(opened, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise BadInput(
@@ -194,8 +192,8 @@ def _read(path: Path, group: str | None) -> Raw:
         raise
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(
-            f"cannot read {str(path)!r} as arrays: {one_line(error)}; write it again with {HOW}, "
-            "without objects"
+            f"cannot read {str(path)!r} as arrays: {one_line(error)}; save it again with {HOW}, "
+            "without object arrays"
         ) from error
 
 
@@ -203,7 +201,7 @@ def _names(where: str, names: np.ndarray) -> tuple[str, ...]:
     found = tuple(map(str, names.tolist())) if names.ndim == 1 else ()
     if names.ndim != 1 or (names.dtype.kind != "U" and found) or len(set(found)) < len(found):
         raise BadInput(
-            f"expected label_names of {where} to be a list of different texts, came "
+            f"expected label_names of {where} to be a list of distinct strings, got "
             f"{one_line(names)}"
         )
     return found
@@ -216,46 +214,43 @@ def _checked(raw: Raw, group: str | None) -> Raw:
     x, y, where = raw.x, raw.y, raw.where
     if x.ndim not in (2, 3, 4) or 0 in x.shape:
         raise BadInput(
-            f"expected x of {where} to be [rows, ...] with 1 to 3 dimensions a row and none of "
-            "them empty, "
-            f"came shape {list(x.shape)}; reshape it"
+            f"expected x of {where} to be [rows, ...] with 1 to 3 dimensions per row, none of "
+            f"them empty, got shape {list(x.shape)}; reshape it"
         )
     if x.dtype.kind not in "fiu":
         raise BadInput(
-            f"expected numbers in x of {where}, came {x.dtype}; convert it to uint8 or float32"
+            f"expected numbers in x of {where}, got {x.dtype}; convert it to uint8 or float32"
         )
     if y.ndim != 1:
         raise BadInput(
-            f"expected one label for each row in y of {where}, came shape {list(y.shape)}; give "
-            "classes"
+            f"expected one label per row in y of {where}, got shape {list(y.shape)}; give class "
+            "labels"
         )
     for name, values in {"y": y, **raw.columns}.items():
         if values.shape != (len(x),):
             raise BadInput(
-                f"expected {name} of {where} to be as long as x, {len(x)} rows, came shape "
-                f"{list(values.shape)}; "
-                "the rows of one of them are missing"
+                f"expected {name} of {where} to be as long as x, {len(x)} rows, got shape "
+                f"{list(values.shape)}; one of them lacks rows"
             )
     if y.dtype.kind not in "iuUbf":
         raise BadInput(
-            f"expected whole numbers or texts as labels in y of {where}, came {y.dtype}; convert "
-            "them"
+            f"expected integers or strings as labels in y of {where}, got {y.dtype}; convert them"
         )
     y = np.char.strip(y) if y.dtype.kind == "U" else y
     has = {"f": lambda: ~np.isnan(y), "U": lambda: y != ""}.get(y.dtype.kind, lambda: y == y)()
     if not has.any():
-        raise BadInput(f"expected labels in y of {where}, found none; fill them")
+        raise BadInput(f"expected labels in y of {where}, found none; fill them in")
     labels = y[has]
     if y.dtype.kind == "f" and not np.all(labels == np.floor(labels)):
         found = labels[labels != np.floor(labels)][0]
         raise BadInput(
-            f"expected whole numbers or texts as labels in y of {where}, came {found}; convert them"
+            f"expected integers or strings as labels in y of {where}, got {found}; convert them"
         )
     if y.dtype.kind in "if" and labels.min() < 0:
         row = int(np.nanargmin(y))
         raise BadInput(
-            f"expected labels of at least 0 in y of {where}, row {row} has {y[row]}; correct or "
-            "remove it"
+            f"expected labels of at least 0 in y of {where}, row {row} has {y[row]}; fix or remove "
+            "it"
         )
     return Raw(
         where,
@@ -268,7 +263,7 @@ def _checked(raw: Raw, group: str | None) -> Raw:
 
 
 def _finite(x: np.ndarray, where: str) -> np.ndarray:
-    """The values as uint8, or as float32 where they are anything else."""
+    """The values unchanged if they are uint8, else as float32."""
     if x.dtype == np.uint8:
         return x
     with np.errstate(over="ignore"):
@@ -277,8 +272,7 @@ def _finite(x: np.ndarray, where: str) -> np.ndarray:
     if bad.any():
         raise BadInput(
             f"expected finite numbers in x of {where}, {int(bad.sum())} rows hold NaN or infinity, "
-            "the first is row "
-            f"{int(np.argmax(bad))}; correct or remove them"
+            f"the first is row {int(np.argmax(bad))}; fix or remove them"
         )
     return single
 
@@ -288,12 +282,12 @@ def _same_kind(train: Raw, test: Raw) -> None:
         raise BadInput(
             f"expected x of {test.where} to be like that of {train.where}, rows of "
             f"{list(train.x.shape[1:])} {train.x.dtype}, "
-            f"came {list(test.x.shape[1:])} {test.x.dtype}; write both the same way"
+            f"got {list(test.x.shape[1:])} {test.x.dtype}; save both the same way"
         )
 
 
 def _classes(train: Raw) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The class names, and the class of every label, written as a string."""
+    """The class names, and the index of each label's class, by the label as a string."""
     distinct = np.unique(train.y).tolist()
     if len(distinct) < 2:
         raise BadInput(
@@ -302,7 +296,7 @@ def _classes(train: Raw) -> tuple[tuple[str, ...], dict[str, int]]:
         )
     names = tuple(map(str, distinct))
     if not train.names:
-        refuse_too_many(len(distinct), len(train.y), f"y of {train.where}", "give classes")
+        refuse_too_many(len(distinct), len(train.y), f"y of {train.where}", "give class labels")
         return names, {name: index for index, name in enumerate(names)}
     if train.y.dtype.kind == "U":
         return train.names, {name: index for index, name in enumerate(train.names)}
@@ -316,8 +310,7 @@ def _coded(raw: Raw, code: Mapping[str, int]) -> ArrayRows:
         known = listed(code)
         raise BadInput(
             f"expected only labels of the training rows or of label_names in y of {raw.where} "
-            f"({known}), "
-            f"found {unknown[0]!r}; correct the labels, or name the class"
+            f"({known}), found {unknown[0]!r}; fix the labels, or name the class"
         )
     labels = np.array([code[str(value)] for value in values.tolist()], np.int64)[
         inverse.reshape(-1)

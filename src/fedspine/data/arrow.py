@@ -1,5 +1,5 @@
-"""Arrow tables as rows: Parquet, the Arrow files of `datasets`, and what the Hugging Face Hub
-gives.
+"""Arrow tables as rows: Parquet, the Arrow files of `datasets`, and data sets of the Hugging Face
+Hub.
 """
 
 import json
@@ -19,18 +19,17 @@ from fedspine.data.parts import FilePart, Pick
 
 def parquet(path: Path, pick: Pick) -> FilePart:
     """The picked columns of a Parquet file."""
-    # One file and not Arrow's data set reader, which would take folders named key=value for
-    # columns.
+    # one file, since Arrow's data set reader would turn folders named key=value into columns
     with pyarrow.parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
         wanted = {names[place] for place in pick(names).values()}
-        nested = any("." in name for name in wanted)  # which Parquet takes for a path
+        nested = any("." in name for name in wanted)  # Parquet reads a dot as a path
         return part(file.read(None if nested else sorted(wanted)), pick, names)
 
 
 def ipc(path: Path, pick: Pick, features: Mapping[str, Any] | None = None) -> FilePart:
-    """The picked columns of an Arrow file or stream; `features` are those of `datasets`, where they
-    lie beside it.
+    """The picked columns of an Arrow file or stream; `features` are what `datasets` stored beside
+    it, if anything.
     """
     with pa.memory_map(str(path)) as source:
         try:
@@ -47,14 +46,14 @@ def part(
     names: Sequence[str] | None = None,
     features: Mapping[str, Any] | None = None,
 ) -> FilePart:
-    """The picked columns of a table; `names` are all those of its file, where it holds only some of
+    """The picked columns of a table; `names` are all columns of its file, if it holds only some of
     them.
     """
     names = table.schema.names if names is None else names
     metadata = table.schema.metadata or {}
     if features is None:
         features = {}
-        with suppress(ValueError, KeyError, TypeError):  # metadata is anybody's
+        with suppress(ValueError, KeyError, TypeError):  # anyone may write metadata
             features = json.loads(metadata[b"huggingface"])["info"]["features"]
     general: Any = None
     with suppress(ValueError, KeyError):
@@ -87,8 +86,8 @@ def _names(features: Any, column: str) -> Any:
 
 
 def _class_names(names: Any) -> tuple[str, ...]:
-    """The names, stripped of white space as all labels are; none where they are no list of
-    different texts.
+    """The names without surrounding white space, as all labels are; empty unless they are a list
+    of distinct strings.
     """
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return ()
@@ -97,7 +96,7 @@ def _class_names(names: Any) -> tuple[str, ...]:
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
-    """One Python value a row: text, number, true or false, list or struct; times as text."""
+    """One Python value per row: string, number, boolean, list or struct; times as strings."""
     column = _plain(column)
     column.validate(full=True)  # no reader checks that strings are UTF-8
     kind = column.type
@@ -113,7 +112,7 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Without a dictionary, and bytes as the text that they should have been called."""
+    """The column with dictionaries decoded, and bytes read as strings where they are UTF-8."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         column = column.cast(kind.value_type)

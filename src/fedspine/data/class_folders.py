@@ -1,8 +1,7 @@
-"""A folder with one sub-folder per class, of pictures, arrays or sounds, a common form of data
-sets.
+"""Data sets as a folder with one sub-folder per class, of images, arrays or audio clips.
 
-`cat/1.png dog/2.png`, or the same below `train/` and `test/`. Pictures are PNG or JPEG, arrays
-`.npy`, sounds `.wav`.
+`cat/1.png dog/2.png`, or the same below `train/` and `test/`. Images are PNG or JPEG, arrays
+`.npy`, audio clips `.wav`.
 """
 
 import wave
@@ -16,11 +15,11 @@ from PIL import Image
 from fedspine.core.errors import BadInput
 from fedspine.data.files import SPLITS, one_line
 
-WIDTHS = {1: np.dtype("u1"), 2: np.dtype("<i2"), 4: np.dtype("<i4")}  # bytes of a sample in a sound
+WIDTHS = {1: np.dtype("u1"), 2: np.dtype("<i2"), 4: np.dtype("<i4")}  # bytes of an audio sample
 
 
 def is_one(folder: Path) -> bool:
-    """Whether there are readable files one level down, or two below a split."""
+    """Whether there are readable files one level down, or two levels down below a split."""
     return any(
         _files(sub) or any(_files(deeper) for deeper in _folders(sub)) for sub in _folders(folder)
     )
@@ -29,8 +28,8 @@ def is_one(folder: Path) -> bool:
 def read(folder: Path) -> Iterator[tuple[str, Path, np.ndarray, np.ndarray]]:
     """Each split's name and folder, its rows [rows, ...] and the names of their classes [rows].
 
-    All files are of one format. Pictures and arrays must be of one size; sounds are cut, or filled
-    with silence at the end, to the most common length of the training sounds. Raises BadInput for
+    All files have one format. Images and arrays must have one size; audio clips are cut, or padded
+    with silence at the end, to the most common length of the training clips. Raises BadInput for
     files that cannot be read or do not fit together.
     """
     splits, length = _splits(folder), None
@@ -38,11 +37,11 @@ def read(folder: Path) -> Iterator[tuple[str, Path, np.ndarray, np.ndarray]]:
         files = [(file, sub.name) for sub in _folders(splits[split]) for file in _files(sub)]
         reader = _reader(splits[split], [file for file, _ in files])
         rows = (
-            _pictures([file for file, _ in files])
-            if reader is _picture
+            _images([file for file, _ in files])
+            if reader is _image
             else [reader(file) for file, _ in files]
         )
-        if reader is _sound:
+        if reader is _audio:
             _one_rate([file for file, _ in files])
             length = length or Counter(row.shape[-1] for row in rows).most_common(1)[0][0]
             rows = [_fitted(row, length) for row in rows]
@@ -51,9 +50,9 @@ def read(folder: Path) -> Iterator[tuple[str, Path, np.ndarray, np.ndarray]]:
 
 
 def row_of(folder: Path) -> tuple[tuple[int, ...], np.dtype] | None:
-    """Shape and type of the first training row, a sound at the most common length.
+    """Shape and dtype of the first training row, an audio clip at the most common length.
 
-    None where there is none. Raises BadInput where it cannot be read.
+    None without training rows. Raises BadInput for a row that cannot be read.
     """
     files = [file for sub in _folders(_splits(folder)["train"]) for file in _files(sub)]
     if not files:
@@ -65,7 +64,7 @@ def row_of(folder: Path) -> tuple[tuple[int, ...], np.dtype] | None:
 
 
 def _samples(path: Path) -> int | None:
-    """Samples of a sound, None for what is none."""
+    """The number of samples of an audio clip, None for a file that is not one."""
     try:
         with wave.open(str(path), "rb") as file:
             return file.getnframes()
@@ -74,7 +73,7 @@ def _samples(path: Path) -> int | None:
 
 
 def _splits(folder: Path) -> dict[str, Path]:
-    """The folder of each split by its name; all of it is for training where none has a name."""
+    """The folder of each split; without folders named after splits, all of it is for training."""
     splits = {
         SPLITS[sub.name.lower()]: sub for sub in _folders(folder) if sub.name.lower() in SPLITS
     }
@@ -107,30 +106,30 @@ def _alike(rows: list[np.ndarray], files: list[Path]) -> None:
         if row.shape != rows[0].shape or row.dtype != rows[0].dtype:
             raise BadInput(
                 f"expected all rows to be like {files[0]}, {list(rows[0].shape)} {rows[0].dtype}, "
-                f"came {list(row.shape)} {row.dtype} in {file}; bring them to one size and type"
+                f"got {list(row.shape)} {row.dtype} in {file}; convert them to one size and type"
             )
 
 
 # --- formats ---
 
 
-def _pictures(paths: list[Path]) -> list[np.ndarray]:
-    """All with one channel where none has colour, else all with three."""
-    read = [_picture(path) for path in paths]
-    if all(len(picture) == 1 for picture in read):
+def _images(paths: list[Path]) -> list[np.ndarray]:
+    """Images with one channel each if none has colour, else with three."""
+    read = [_image(path) for path in paths]
+    if all(len(image) == 1 for image in read):
         return read
-    return [np.broadcast_to(picture, (3, *picture.shape[1:])) for picture in read]
+    return [np.broadcast_to(image, (3, *image.shape[1:])) for image in read]
 
 
-def _picture(path: Path) -> np.ndarray:
-    """uint8 [3, height, width] in colour, or [1, height, width]; what is transparent is dropped."""
+def _image(path: Path) -> np.ndarray:
+    """uint8 [3, height, width] in colour, or [1, height, width]; transparency is dropped."""
     try:
-        with Image.open(path, formats=("PNG", "JPEG")) as picture:
-            grey = picture.mode in GREY
-            values = np.asarray(picture.convert("L" if grey else "RGB"))
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            grey = image.mode in GREY
+            values = np.asarray(image.convert("L" if grey else "RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInput(
-            f"cannot read {str(path)!r} as a picture: {one_line(error)}; repair or remove it"
+            f"cannot read {str(path)!r} as an image: {one_line(error)}; repair or remove it"
         ) from error
     return values[None] if grey else values.transpose(2, 0, 1)
 
@@ -145,7 +144,7 @@ def _array(path: Path) -> np.ndarray:
     return found
 
 
-def _sound(path: Path) -> np.ndarray:
+def _audio(path: Path) -> np.ndarray:
     """float32 [channels, samples], from -1 to 1."""
     try:
         with wave.open(str(path), "rb") as file:
@@ -153,11 +152,11 @@ def _sound(path: Path) -> np.ndarray:
             frames = file.readframes(file.getnframes())
     except (OSError, EOFError, wave.Error) as error:
         raise BadInput(
-            f"cannot read {str(path)!r} as a sound: {one_line(error)}; repair or remove it"
+            f"cannot read {str(path)!r} as audio: {one_line(error)}; repair or remove it"
         ) from error
     if width not in WIDTHS:
         raise BadInput(
-            f"expected 8, 16 or 32 bits a sample, came {8 * width} in {path}; convert it to 16 bits"
+            f"expected 8, 16 or 32 bits per sample, got {8 * width} in {path}; convert to 16 bits"
         )
     values = np.frombuffer(frames, WIDTHS[width]).astype(np.float32)
     middle, largest = (128, 128) if width == 1 else (0, 2 ** (8 * width - 1))
@@ -170,20 +169,20 @@ def _one_rate(paths: list[Path]) -> None:
         with wave.open(str(path), "rb") as file:
             rates.setdefault(file.getframerate(), path)
     if len(rates) > 1:
-        came = ", ".join(f"{rate} in {path}" for rate, path in list(rates.items())[:2])
-        raise BadInput(f"expected sounds of one sampling rate, came {came}; convert them to one")
+        found = ", ".join(f"{rate} in {path}" for rate, path in list(rates.items())[:2])
+        raise BadInput(f"expected audio with one sampling rate, got {found}; convert it to one")
 
 
-def _fitted(sound: np.ndarray, length: int) -> np.ndarray:
-    """The sound cut to `length` samples, or with silence after it."""
-    return np.pad(sound[:, :length], ((0, 0), (0, max(0, length - sound.shape[1]))))
+def _fitted(clip: np.ndarray, length: int) -> np.ndarray:
+    """The clip cut, or padded with silence, to `length` samples."""
+    return np.pad(clip[:, :length], ((0, 0), (0, max(0, length - clip.shape[1]))))
 
 
-GREY = ("1", "L", "LA")  # modes of pictures without colour
+GREY = ("1", "L", "LA")  # modes of images without colour
 READERS: dict[str, Callable[[Path], np.ndarray]] = {
-    ".png": _picture,
-    ".jpg": _picture,
-    ".jpeg": _picture,
+    ".png": _image,
+    ".jpg": _image,
+    ".jpeg": _image,
     ".npy": _array,
-    ".wav": _sound,
+    ".wav": _audio,
 }

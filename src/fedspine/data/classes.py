@@ -1,9 +1,9 @@
-"""Labels are texts, decided once over all splits; from texts to class names and their numbers.
+"""How raw label values become strings, once for all splits, and strings become class numbers.
 
-A whole number means its digits, or the class name that the data states for it; a number with
-nothing after its point is a whole one where all such labels are, as other tools write whole numbers
-as floats once a value was missing. True and false of formats with types are the texts `true` and
-`false`, or `True` and `False` where only these are among the other splits' texts.
+An integer stands for its digits, or for the class name that the data gives it. Floats without a
+fraction count as integers if all float labels are such, since other tools write integers as floats
+once a value is missing. Booleans of typed formats become `true` and `false`, or `True` and `False`
+where the string labels use only these.
 """
 
 import re
@@ -17,11 +17,11 @@ from fedspine.data.parts import counted, listed
 
 _NUMBER = re.compile(r"-?\d+(\.\d+)?", re.ASCII)
 _DIGITS = re.compile(r"0|[1-9]\d*", re.ASCII)
-FEW = 10  # classes that any number of rows may have
+FEW = 10  # so few classes are accepted for any number of rows
 
 
 def texts(splits: Sequence[Values]) -> list[list[str]]:
-    """The labels of every split as texts, in the order of its rows."""
+    """The labels of every split as strings, in row order."""
     labels = [value for split in splits for value in split.labels or ()]
     whole = all(value.is_integer() for value in labels if isinstance(value, float))
     written = {value for value in labels if isinstance(value, str)}
@@ -49,8 +49,8 @@ def texts(splits: Sequence[Values]) -> list[list[str]]:
 
 
 def _stated(splits: Sequence[Values], whole: bool) -> tuple[str, ...]:
-    """The class names that whole numbers stand for; none where a number is none of theirs, or there
-    are no numbers.
+    """The class names that integers stand for; empty if an integer is out of their range, or there
+    are no integers.
     """
     names = next((split.stated for split in splits if split.stated), ())
     numbers = [
@@ -68,18 +68,17 @@ def _is_number_of(text: str, names: Sequence[str]) -> bool:
 
 
 def named(train: Values, labels: Sequence[str], column: str) -> tuple[str, ...]:
-    """The class names in the order of their numbers: as the data states them, as numbers, or by the
-    alphabet.
+    """The class names in the order of their numbers: as the data states them, by numeric value, or
+    alphabetically.
 
-    `labels` are those of the training rows, as texts. Raises BadInput for a single class, and for
-    so many that the column cannot be one of classes.
+    `labels` are the training labels as strings. Raises BadInput for a single class, and for so many
+    that the column cannot hold classes.
     """
     distinct = dict.fromkeys(labels)
     if len(distinct) < 2:
         raise BadInput(
             f"expected at least 2 classes in column {column!r} of the train set, found only "
-            f"{labels[0]!r}; "
-            "give rows of another class, or name another label column"
+            f"{labels[0]!r}; give rows of another class, or name another label column"
         )
     refuse_too_many(len(distinct), len(labels), f"column {column!r}", "name another label column")
     numbered = all(type(value) in (int, float) for value in train.labels or ())
@@ -89,11 +88,10 @@ def named(train: Values, labels: Sequence[str], column: str) -> tuple[str, ...]:
 
 
 def refuse_too_many(classes: int, rows: int, where: str, do: str) -> None:
-    """Raise BadInput where the labels of `where` cannot be classes, and say what to `do`."""
+    """Raise BadInput if the labels of `where` are too many to be classes; `do` says what to do."""
     if classes == rows and rows > FEW:
         raise BadInput(
-            f"expected classes in {where}, but each of the {rows:,} rows has a label of its own; "
-            f"{do}"
+            f"expected classes in {where}, but each of the {rows:,} rows has its own label; {do}"
         )
     if classes > max(FEW, rows / 2):
         raise BadInput(
@@ -103,7 +101,7 @@ def refuse_too_many(classes: int, rows: int, where: str, do: str) -> None:
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """Names of classes in their order: by value where all are numbers, else by the alphabet.
+    """Class names sorted by value if all are numbers, else alphabetically.
 
     >>> ordered(["10", "9", "1.5"]), ordered(["10", "9", "n/a"])
     (['1.5', '9', '10'], ['10', '9', 'n/a'])
@@ -115,7 +113,7 @@ def ordered(names: Iterable[str]) -> list[str]:
 
 
 def look_alike(names: Iterable[str]) -> list[str]:
-    """A remark for each pair of class names that a reader would take for one: neg and Neg."""
+    """A remark for each pair of class names that look the same to a reader: neg and Neg."""
     seen: dict[str, str] = {}
     remarks = []
     for name in names:
@@ -125,13 +123,13 @@ def look_alike(names: Iterable[str]) -> list[str]:
         other = seen.setdefault(" ".join(bare.casefold().split()), name)
         if other != name:
             remarks.append(
-                f"{other!r} and {name!r} are two classes; write them alike if they are one"
+                f"{other!r} and {name!r} are two classes; spell them alike if they are one"
             )
     return remarks
 
 
 def numbers(labels: Sequence[str], names: Sequence[str], column: str) -> list[int]:
-    """The number of each label of the test rows; raises BadInput for one that is no class of the
+    """The class number of each label; raises BadInput for a label that is not a class of the
     training rows.
     """
     code = {name: number for number, name in enumerate(names)}
@@ -139,9 +137,7 @@ def numbers(labels: Sequence[str], names: Sequence[str], column: str) -> list[in
     if unseen:
         raise BadInput(
             f"expected only labels of the train set in the test set, found {unseen[0]!r} in column "
-            f"{column!r} of "
-            f"{counted(len(unseen), 'row')}; the train set has {listed(map(repr, names))}; add "
-            "such rows to it, "
-            "or remove them from the test set"
+            f"{column!r} of {counted(len(unseen), 'row')}; the train set has "
+            f"{listed(map(repr, names))}; add such rows to it, or remove them from the test set"
         )
     return [code[label] for label in labels]

@@ -1,5 +1,5 @@
-"""From a part to checked values: which columns are read, which rows are left out, and what is
-refused in them.
+"""Checked values from the columns of a file: which columns are read, which rows are left out, and
+what is refused.
 """
 
 import textwrap
@@ -13,14 +13,14 @@ from fedspine.data import turns
 from fedspine.data.parts import MOST, FilePart, Pick, counted
 
 NO_LABEL, NO_TEXT, NO_PAIR = "no label", "no text", "no second text"  # why a row is left out
-NONE = {"-1", "-1.0"}  # how contests write a withheld label
-UNSEEN = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060"))  # characters without a width
+NONE = {"-1", "-1.0"}  # how benchmarks mark a withheld label
+UNSEEN = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060"))  # zero-width characters
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which columns are read as what; `label` is None for language modelling, `pair` unless there
-    are pairs. With `answers`, conversations are read as dialogues.
+    """The role of each column; `label` is None for language modelling, `pair` without sentence
+    pairs. With `answers`, conversations are read as dialogues.
     """
 
     text: str
@@ -32,11 +32,10 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Values:
-    """Rows before the labels have their numbers; `labels` holds texts, whole numbers, numbers, true
-    and false.
+    """Rows whose labels have no class numbers yet: strings, integers, floats or booleans.
 
-    `left_out` counts the rows that are not among them, by reason; `stated` are the class names that
-    a whole number stands for.
+    `left_out` counts the rows left out, by reason; `stated` are the class names that integers stand
+    for.
     """
 
     split: str
@@ -70,11 +69,10 @@ class Values:
 
 
 def picker(wanted: Wanted, split: str) -> Pick:
-    """A function that finds the wanted columns among those of a file; white space around a name
-    makes no difference.
+    """A function that finds the wanted columns in a file; white space around a name is ignored.
 
-    It raises BadInput for a column that is absent or there several times. Where there is no column
-    "text", language modelling reads "messages", or a prompt and an answer: `turns.columns`.
+    It raises BadInput for a missing or repeated column. Without a column "text", language modelling
+    reads "messages", or a prompt and an answer: `turns.columns`.
     """
 
     def pick(names: Sequence[str]) -> dict[str, int]:
@@ -135,7 +133,7 @@ def _not_one(role: str, name: str, names: Sequence[str], split: str, places: lis
 
 
 def _short(column: str) -> str:
-    # A file without a header has a whole first row, texts and all, for column names.
+    # without a header, the cells of the first row are read as column names, long texts included
     return textwrap.shorten(column, 40, placeholder="...")
 
 
@@ -145,9 +143,10 @@ def _short(column: str) -> str:
 def checked(part: FilePart, wanted: Wanted, split: str, stated: Sequence[str] = ()) -> Values:
     """The wanted columns of `part`, the rows of the split named `split` ("train" or "test").
 
-    Rows without a text or a label are left out and counted; white space counts as no text. `stated`
-    are class names of another split, for one that states none. Raises BadInput for a column of
-    another type, for no rows, and for a missing value of a column that a partition reads.
+    Rows without a text or a label are left out and counted; white space alone is not a text.
+    `stated` are class names of another split, used if this one states none. Raises BadInput for a
+    column of the wrong type, for a split without rows, and for a missing value in a column that a
+    partition reads.
     """
     if part.rows == 0:
         raise BadInput(f"expected rows in the {split} set, found none; give a file that has rows")
@@ -172,8 +171,8 @@ def checked(part: FilePart, wanted: Wanted, split: str, stated: Sequence[str] = 
         reasons = " and ".join(f"{count:,} with {reason}" for reason, count in left_out.items())
         instead = ', or set task.loss_on = "texts"' if left_out[turns.NO_ANSWER] else ""
         raise BadInput(
-            f"expected rows that can be learnt from in the {split} set, found {reasons}, and no "
-            f"other row; fill them, or name other columns{instead}"
+            f"expected usable rows in the {split} set, found only {reasons}; fill them in, or name "
+            f"other columns{instead}"
         )
     groups = {
         name: _group_names(part.columns[name], name, split)
@@ -185,22 +184,20 @@ def checked(part: FilePart, wanted: Wanted, split: str, stated: Sequence[str] = 
 
 
 def _bare_labels(found: Values, left_out: Counter[str]) -> Values:
-    """The values with labels without white space around them, and a remark where there was some."""
+    """The values with surrounding white space stripped from labels, and a note if there was any."""
     labels, notes = found.labels, found.notes
     spaced = sum(isinstance(label, str) and label != label.strip() for label in labels or ())
     if labels is not None and spaced:
         labels = [label.strip() if isinstance(label, str) else label for label in labels]
         of = f"{counted(spaced, 'label')} of the {found.split} set"
-        said = f"{of}: white space around a label is no part of it"
-        notes = (*notes, said)
+        notes = (*notes, f"white space around {of} is ignored")
     return replace(found, labels=labels, notes=notes, left_out=left_out)
 
 
 def hidden(part: FilePart, label: str | None, known: Iterable[Any]) -> bool:
-    """Whether a split keeps its labels secret: all are missing, or -1, which is none of those
-    `known`.
+    """Whether a split withholds its labels: all are missing, or -1 where -1 is not a `known` label.
 
-    Test sets of public contests come so; the validation set is then the one to test on.
+    Test sets of public benchmarks often do; the validation set is then used for testing.
     """
     if label is None or not part.rows:
         return False
@@ -209,7 +206,7 @@ def hidden(part: FilePart, label: str | None, known: Iterable[Any]) -> bool:
 
 
 def _strings(part: FilePart, name: str, split: str) -> list[str | None]:
-    """The texts of a column, None where there is none; numbers are texts where the file states no
+    """The strings of a column, None where one is missing; numbers become strings if the file has no
     types.
     """
     values = part.columns[name]
@@ -231,8 +228,8 @@ def _strings(part: FilePart, name: str, split: str) -> list[str | None]:
         "".join(value for value in found if value).encode()
     except UnicodeEncodeError as error:
         raise BadInput(
-            f"expected text in column {name!r} of the {split} set, found half of a character "
-            f"({error.object[error.start : error.start + 1]!r}); write the file again"
+            f"expected text in column {name!r} of the {split} set, found an unpaired surrogate "
+            f"({error.object[error.start : error.start + 1]!r}); save the file again"
         ) from None
     return found
 
@@ -242,9 +239,8 @@ def _labels(part: FilePart, name: str, split: str, stated: Sequence[str]) -> lis
     if not all(isinstance(value, str | int | float | None) for value in values):
         kind = part.types.get(name) or _kind(values)
         raise BadInput(
-            f"expected texts, numbers or true/false in column {name!r} of the {split} set, found "
-            f"{kind}; "
-            "name a label column"
+            f"expected strings, numbers or booleans in column {name!r} of the {split} set, found "
+            f"{kind}; name a label column"
         )
     return [None if _is_absent(value) or (stated and value == -1) else value for value in values]
 
@@ -254,7 +250,7 @@ def _written(value: float | str) -> str:
 
 
 def _kind(values: Sequence[Any]) -> str:
-    """The type of the first value that is neither text nor number, as text."""
+    """The type of the first value that is neither a string nor a number, in words."""
     other = next(value for value in values if not isinstance(value, str | int | float | None))
     return {"list": "a list", "dict": "an object"}.get(type(other).__name__, type(other).__name__)
 
@@ -268,7 +264,7 @@ def _group_names(values: list[Any], name: str, split: str) -> list[str]:
     if absent and split == "train":
         raise BadInput(
             f"expected a group in column {name!r} of every row, found {len(absent)} empty in the "
-            f"{split} set, "
-            f"the first in row {absent[0]} (counted from 1); fill or remove them"
+            f"{split} set, the first in row {absent[0]} (counted from 1); fill them in or remove "
+            "the rows"
         )
     return [str(value) for value in values]

@@ -9,15 +9,15 @@ import numpy as np
 from fedspine.core.errors import BadInput
 
 ANSWERS = "assistant"  # the role whose messages are answers
-TEST_FRACTION = 5  # one row in five is for testing where the data names no test rows
+TEST_FRACTION = 5  # one row in five is held out for testing if the data has no test rows
 _SPLIT_SEED = 20260101  # the same rows for everyone, whatever the seed of a run
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A conversation whose last message is an answer, with something before its first one.
+    """A conversation that ends with an answer and does not begin with one.
 
-    `messages` are roles and contents in turn, those of the role `ANSWERS` what is learnt; `where`
+    `messages` are pairs of role and content; the contents of the role `ANSWERS` are learnt. `where`
     is its row in the data, for messages to the user.
     """
 
@@ -31,8 +31,9 @@ class Rows:
     [rows].
 
     `pairs` is None without a second sentence, `labels` is None for language modelling. `columns`
-    holds the columns a partition may need, as strings. `dialogues` are the rows whose answers are
-    to be learnt, their `texts` the same in plain words; None where texts are.
+    holds the columns that a partition may need, as strings. `dialogues` are the rows as
+    conversations whose answers are learnt, with the same content in `texts`; None if whole texts
+    are learnt.
     """
 
     texts: tuple[str, ...]
@@ -45,7 +46,7 @@ class Rows:
         return len(self.texts)
 
     def take(self, index: Sequence[int]) -> "Rows":
-        """The rows at these places, in their order."""
+        """The rows at these indices, in this order."""
         return Rows(
             texts=tuple(self.texts[row] for row in index),
             pairs=None if self.pairs is None else tuple(self.pairs[row] for row in index),
@@ -73,7 +74,7 @@ class ArrayRows:
         return len(self.x)
 
     def take(self, index: Sequence[int]) -> "ArrayRows":
-        """The rows at these places, in their order."""
+        """The rows at these indices, in this order."""
         return ArrayRows(
             x=self.x[index],
             labels=self.labels[index],
@@ -89,8 +90,8 @@ class Dataset:
     device, if any.
 
     A label is an index into `label_names`, which is empty for language modelling. `left_out` counts
-    the rows of both splits that are not in them, by reason; `remarks` says it with the other
-    `notes` about how the data was read.
+    the rows left out of both splits, by reason; `tasks.remarks` reports them with the other `notes`
+    on how the data was read.
     """
 
     name: str
@@ -100,14 +101,14 @@ class Dataset:
     natural: str | None
     left_out: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    not_drawn: int = 0  # training rows that are not in the sample of them
+    not_drawn: int = 0  # training rows outside the random sample
 
 
 def held_out(labels: Sequence[Any] | np.ndarray | None, rows: int) -> tuple[list[int], list[int]]:
-    """The rows to learn from, and a random fifth for testing, less those of a class that would have
-    no row to learn from.
+    """The indices of the training rows, and of a random fifth for testing; a class keeps its rows
+    for training if it would have none there.
 
-    Both ascending. Raises BadInput where one of them would be empty.
+    Both ascending. Raises BadInput if either would be empty.
     """
     order = np.random.default_rng(_SPLIT_SEED).permutation(rows)
     count = max(1, len(order) // TEST_FRACTION)
@@ -119,6 +120,6 @@ def held_out(labels: Sequence[Any] | np.ndarray | None, rows: int) -> tuple[list
     if not kept or not held:
         raise BadInput(
             f"expected enough rows to set a fifth aside for testing, found {len(order)}; "
-            "give more rows, or a test file of their own"
+            "give more rows, or a separate test file"
         )
     return sorted(kept), sorted(held)

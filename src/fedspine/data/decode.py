@@ -1,4 +1,4 @@
-"""From the bytes of a text file to its text: compression, byte order marks, encodings."""
+"""Decoding of text files: compression, byte order marks, encodings."""
 
 import codecs
 from pathlib import Path
@@ -9,7 +9,7 @@ from fedspine.core.errors import BadInput
 from fedspine.data.parts import Unreadable
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # Arrow's name of the codec
-MARKS = (  # the longer one of two that begin alike goes first
+MARKS = (  # of two with the same beginning, the longer one goes first
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -21,9 +21,9 @@ MARKS = (  # the longer one of two that begin alike goes first
 def text_of(path: Path, encoding: str | None) -> str:
     """The text of a file, which may be compressed, without its byte order mark.
 
-    It is UTF-8, or what its byte order mark says, or else in `encoding`. Raises BadInput for an
-    unknown encoding, Unreadable for bytes that are no text in it, OSError for a file that cannot be
-    read.
+    The encoding is that of the byte order mark, else `encoding`, else UTF-8. Raises BadInput for an
+    unknown encoding, Unreadable for bytes that are not valid in it, OSError for a file that cannot
+    be read.
     """
     if encoding is not None:
         _check(encoding)
@@ -35,9 +35,9 @@ def text_of(path: Path, encoding: str | None) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         do = (
-            'if it is text in another encoding, name that, such as task.encoding = "latin-1"'
+            'if the text has another encoding, set it, such as task.encoding = "latin-1"'
             if encoding is None
-            else "name another one as task.encoding"
+            else "set another one as task.encoding"
         )
         raise Unreadable(
             f"byte 0x{data[error.start]:02x} in line {line} is not {name.upper()}", do
@@ -45,19 +45,19 @@ def text_of(path: Path, encoding: str | None) -> str:
     if "\0" in text[:200]:
         raise Unreadable(
             "it holds zero bytes, as UTF-16 does",
-            'name its encoding, such as task.encoding = "utf-16-le"',
+            'set its encoding, such as task.encoding = "utf-16-le"',
         )
     return text
 
 
 def _check(encoding: str) -> None:
     try:
-        b"    ".decode(encoding)  # nothing at all would be decoded without a look at the name
+        b"    ".decode(encoding)  # decoding an empty string would not check the name
     except UnicodeDecodeError:
         return
     except LookupError:
         raise BadInput(
-            f"task.encoding is {encoding!r}, which is no encoding of text; say for example "
+            f"task.encoding is {encoding!r}, which is not a text encoding; use for example "
             "'latin-1', 'cp1252' or 'utf-16'"
         ) from None
 

@@ -1,9 +1,9 @@
-"""Local data files: one file, or a folder whose names say which split each file holds.
+"""Local data files: one file, or a folder whose file names tell the splits apart.
 
 A folder may hold one file per split (`train.csv`, `test.csv`), shards
-(`train-00000-of-00002.parquet`, `part-0.csv`), a folder per split (`train/*.parquet`), either of
-them one level down, as downloads from the Hugging Face Hub do, or what `save_to_disk` of `datasets`
-writes.
+(`train-00000-of-00002.parquet`, `part-0.csv`), or a folder per split (`train/*.parquet`); any of
+these may lie one level down, as in downloads from the Hugging Face Hub. It may also be one that
+`save_to_disk` of `datasets` wrote.
 """
 
 import json
@@ -25,7 +25,7 @@ SPLITS = {
 }  # fmt: skip
 _SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 _NUMBERED = re.compile(r"([a-z]*)[-_.]?\d+")  # part-00000-c000, 0000, data-00000-of-00002
-ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 def source(path: Path, encoding: str | None = None) -> dict[str, Read]:
@@ -43,7 +43,7 @@ def source(path: Path, encoding: str | None = None) -> dict[str, Read]:
 
 
 def has_training_file(folder: Path) -> bool:
-    """Whether a file or folder of rows is called after the training split, here or in `data/`."""
+    """Whether a file or folder of rows is named after the training split, here or in `data/`."""
     within = [path for sub in (folder, folder / "data") for path in _data_files(sub)]
     return any(split_of(_stem(path)) == "train" for path in within) or bool(
         _saved(folder) or _folder_for_each_split(folder)
@@ -62,8 +62,8 @@ def split_of(name: str) -> str | None:
 
 
 def format_of(path: Path) -> str:
-    """The last suffix of a file's name without that of its compression, in lower case; "" without
-    one.
+    """The last suffix of a file name apart from that of its compression, in lower case; "" if there
+    is none.
 
     >>> format_of(Path("train.CSV.gz")), format_of(Path("rows.parquet"))
     ('.csv', '.parquet')
@@ -121,8 +121,8 @@ def _in_folder(folder: Path) -> dict[str, list[Path]]:
 
 
 def _folder_for_each_split(folder: Path) -> dict[str, list[Path]]:
-    """The files of train/, test/ and validation/, each of them all shards of its split; none
-    without train/.
+    """The files of train/, test/ and validation/, all of them shards of their split; empty without
+    train/.
     """
     splits: dict[str, list[Path]] = {}
     for sub in _folders(folder):
@@ -131,8 +131,7 @@ def _folder_for_each_split(folder: Path) -> dict[str, list[Path]]:
             if split in splits:
                 raise BadInput(
                     f"expected one folder for the {split} split in {str(folder)!r}, found "
-                    f"{splits[split][0].parent.name} "
-                    f"and {sub.name}; keep one of them"
+                    f"{splits[split][0].parent.name} and {sub.name}; keep one of them"
                 )
             splits[split] = found
     if "train" not in splits:
@@ -149,13 +148,13 @@ def _by_name(found: list[Path], split: Callable[[Path], str | None]) -> dict[str
 
 
 def _split_within(path: Path) -> str | None:
-    """The one split that any word of the name stands for: reviews_train."""
+    """The split that a word of the name stands for, if there is only one: reviews_train."""
     words = {SPLITS[word] for word in re.split(r"[-_.]", _stem(path).lower()) if word in SPLITS}
     return words.pop() if len(words) == 1 else None
 
 
 def _are_shards(found: list[Path]) -> bool:
-    """Whether all names are one word, or none, with a number: part-0, part-1; 0000, 0001."""
+    """Whether all names are numbers, after the same word if any: part-0, part-1; 0000, 0001."""
     matches = [_NUMBERED.match(_stem(path).lower()) for path in found]
     return all(matches) and len({match[1] for match in matches if match}) == 1
 
@@ -165,11 +164,11 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """In the order of their names, in which numbers count as numbers: part-2 before part-10."""
+    """Sorted by name, with numbers by value: part-2 before part-10."""
     found = [
         path
         for path in folder.glob("[!._]*")
-        if path.is_file() and format_of(path) in READERS and path.name not in ABOUT
+        if path.is_file() and format_of(path) in READERS and path.name not in METADATA
     ]
     return sorted(
         found,
@@ -180,8 +179,7 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _of_one_split(split: str, paths: list[Path]) -> list[Path]:
-    # A file named exactly after the split is the split: what lies beside it (train_old.csv) is
-    # something else.
+    # a file named exactly after the split is the whole split; others (train_old.csv) are ignored
     exact = [path for path in paths if _stem(path).lower() in SPLITS]
     chosen = exact or paths
     shards = [match for path in chosen if (match := _SHARD.search(_stem(path)))]
@@ -196,7 +194,7 @@ def _of_one_split(split: str, paths: list[Path]) -> list[Path]:
     ):
         raise BadInput(
             f"expected all {int(shards[0][2])} shards of the {split} split and nothing else, "
-            f"found {len(chosen)} files ({names}); fetch what is missing and remove the rest"
+            f"found {len(chosen)} files ({names}); add the missing ones and remove the rest"
         )
     return chosen
 
@@ -205,11 +203,11 @@ def _of_one_split(split: str, paths: list[Path]) -> list[Path]:
 
 
 def _saved(folder: Path) -> dict[str, Read]:
-    """A reader for each split of a folder that `save_to_disk` of `datasets` wrote; none for any
+    """A reader for each split of a folder that `save_to_disk` of `datasets` wrote; empty for any
     other folder.
     """
     if (folder / "dataset_dict.json").is_file():
-        named = _about(folder / "dataset_dict.json").get("splits")
+        named = _metadata(folder / "dataset_dict.json").get("splits")
         known = {split_of(str(name)): folder / str(name) for name in named or ()}
         splits = {split: sub for split, sub in known.items() if split is not None}
         if "train" not in splits:
@@ -224,10 +222,10 @@ def _saved(folder: Path) -> dict[str, Read]:
 
 
 def _saved_split(folder: Path, pick: Pick) -> FilePart:
-    state, info = _about(folder / "state.json"), _about(folder / "dataset_info.json")
+    state, info = _metadata(folder / "state.json"), _metadata(folder / "dataset_info.json")
     if state.get("_indices_data_files"):
         raise BadInput(
-            f"{str(folder)!r} names rows by an index of their own; call flatten_indices() before "
+            f"{str(folder)!r} selects its rows by an index mapping; call flatten_indices() before "
             "save_to_disk"
         )
     try:
@@ -247,11 +245,11 @@ def _saved_split(folder: Path, pick: Pick) -> FilePart:
     )
 
 
-def _about(path: Path) -> dict[str, Any]:
+def _metadata(path: Path) -> dict[str, Any]:
     def read(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not a JSON object")
         return found
 
     return _readable(path, read, path)
@@ -281,10 +279,10 @@ def _readable(path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
             f"cannot read {str(path)!r} as {_format_name(path)}: {error}; {error.do}"
         ) from None
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        # pyarrow's own errors are among these
+        # pyarrow's errors derive from these
         raise BadInput(
             f"cannot read {str(path)!r} as {_format_name(path)}: {one_line(error)}; "
-            "repair the file or write it again"
+            "repair the file or save it again"
         ) from error
 
 

@@ -26,15 +26,13 @@ def source(name: str) -> dict[str, Read]:
             f"reading {name!r} from the Hugging Face Hub needs the package datasets: pip install "
             "'fedspine[hub]'"
         ) from error
-    logging.set_verbosity_error()  # not a line for each time that it tries again
+    logging.set_verbosity_error()  # no line for each retry
     identifier, _, configuration = name.partition(":")
     try:
         loaded = datasets.load_dataset(identifier, configuration or None)
-    except (
-        Exception
-    ) as error:  # the loader passes on whatever its network, file and builder libraries raise
+    except Exception as error:  # whatever the loader's network, file and builder libraries raise
         raise BadInput(
-            f"the Hugging Face Hub does not give {name!r}: {one_line(error)}; "
+            f"the Hugging Face Hub does not provide {name!r}: {one_line(error)}; "
             "check the name and the network, and name a configuration after a colon, as in "
             "'nyu-mll/glue:sst2'"
         ) from error
@@ -46,8 +44,7 @@ def source(name: str) -> dict[str, Read]:
     if "train" not in splits:
         raise BadInput(
             f"expected a split 'train' in {name!r} of the Hugging Face Hub, found "
-            f"{listed(loaded)}; "
-            "name another data set or configuration"
+            f"{listed(loaded)}; name another data set or configuration"
         )
     return {split: _reader(part) for split, part in splits.items() if split is not None}
 

@@ -1,4 +1,4 @@
-"""JSON as rows: one object a line, one list of objects, or the objects of columns that pandas
+"""JSON as rows: one object per line, a list of objects, or the object of columns that pandas
 writes.
 """
 
@@ -14,8 +14,8 @@ HOW = 'df.to_json(path, orient="records", lines=True)'
 
 
 def part(text: str, pick: Pick) -> FilePart:
-    """The picked values of every object; what an object lacks is None. Raises Unreadable for what
-    holds no rows.
+    """The picked values of every object, None for a missing key. Raises Unreadable for a text
+    without rows.
     """
     begin = text.lstrip()[:1]
     if not begin:
@@ -24,7 +24,7 @@ def part(text: str, pick: Pick) -> FilePart:
         rows = _whole(text)
     else:
         lines = [line for line in text.split("\n") if line.strip()]
-        if _goes_on(lines[0]):
+        if _continues(lines[0]):
             return _of_object(_whole(text), pick)
         if not lines[1:] and (columns := _columns(_whole(text))):
             return _of_object(columns, pick)
@@ -43,7 +43,7 @@ def _of_rows(rows: Sequence[dict[str, Any]], pick: Pick) -> FilePart:
 
 
 def _of_object(found: Any, pick: Pick) -> FilePart:
-    """The rows of one object: of columns, or of rows by their index, as pandas writes either."""
+    """The rows of one object, of columns or of rows by their index; pandas writes both."""
     columns = _columns(found)
     if columns is None:
         keys = listed(found) if isinstance(found, dict) else type(found).__name__
@@ -67,8 +67,8 @@ def _of_object(found: Any, pick: Pick) -> FilePart:
 
 
 def _columns(found: Any) -> dict[str, Any] | None:
-    """The columns of what pandas writes, each a list, or an object by the same row names; None for
-    anything else.
+    """The columns as pandas writes them, each a list, or an object with the same row names; None
+    for anything else.
     """
     if not isinstance(found, dict) or not found:
         return None
@@ -110,8 +110,8 @@ def _whole(text: str) -> Any:
         raise _broken("it is nested too deeply") from None
 
 
-def _goes_on(line: str) -> bool:
-    """Whether an object begins in the line that goes on in the next; a row that is broken does not
+def _continues(line: str) -> bool:
+    """Whether the line begins an object that continues on the next one; a broken row does not
     count.
     """
     try:
@@ -122,11 +122,11 @@ def _goes_on(line: str) -> bool:
 
 
 def _broken(reason: str) -> Unreadable:
-    return Unreadable(reason, f"repair the file or write it again with {HOW}")
+    return Unreadable(reason, f"repair the file or save it again with {HOW}")
 
 
 def _first_other(rows: Sequence[Any]) -> str:
-    kinds = {str: "a text", list: "a list", int: "a number", float: "a number"}
+    kinds = {str: "a string", list: "a list", int: "a number", float: "a number"}
     other = [row for row in rows if not isinstance(row, dict)]
     if not other:
         return "none"

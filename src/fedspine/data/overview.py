@@ -1,4 +1,4 @@
-"""Statistics of a data set: rows, classes, doubles, and each device's share."""
+"""Statistics of a data set: rows, classes, duplicates, and each device's share."""
 
 import hashlib
 from collections.abc import Hashable, Sequence
@@ -10,9 +10,9 @@ from fedspine.data.dataset import Dataset, Rows
 
 
 def overview(data: Dataset) -> dict[str, Any]:
-    """Rows by split, rows left out by reason, rows of each class, and doubles between the splits.
+    """Rows by split, rows left out by reason, rows of each class, and duplicates across the splits.
 
-    A double is a test row whose text, or pair of texts, or array, is that of a training row.
+    `doubles` counts the test rows whose text, pair of texts, or array is also a training row.
 
     >>> train = Rows(("a", "b"), None, np.array([0, 1]), {})
     >>> test = Rows(("b",), None, np.array([1]), {})
@@ -39,7 +39,7 @@ def overview(data: Dataset) -> dict[str, Any]:
 def holdings(
     data: Dataset, names: Sequence[str], shares: Sequence[np.ndarray]
 ) -> list[dict[str, Any]]:
-    """For each device its name, its training rows, and how many of each class it holds of."""
+    """For each device its name, its number of training rows, and its rows of each class."""
     found = []
     for name, share in zip(names, shares, strict=True):
         held = None if data.train.labels is None else data.train.labels[share]
@@ -56,8 +56,8 @@ def _counts(data: Dataset, labels: np.ndarray | None) -> list[int]:
 
 
 def _contents(rows: Any) -> list[Hashable]:
-    """The key by which two rows are doubles; case and the amount of white space do not count in
-    texts.
+    """Keys that are equal for duplicate rows; texts are compared without case and extra white
+    space.
     """
     if isinstance(rows, Rows):
         pairs = rows.pairs or [""] * len(rows.texts)

@@ -3,7 +3,7 @@
 Label skew follows Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for
 Federated Visual Classification", 2019 (arXiv:1909.06335), in its common form: every class is
 divided by its own Dirichlet draw. The levels p and the dominant classes are those of MergeSFL
-(arXiv:2311.13348; p is alpha turned over, as its code's values of alpha suggest).
+(arXiv:2311.13348; p is 1 / alpha, as the values of alpha in its code suggest).
 """
 
 import heapq
@@ -14,13 +14,13 @@ import numpy as np
 from fedspine.core.errors import BadInput, unknown
 
 KNOWN = ("iid", "dirichlet", "natural", "column:NAME", "p:LEVEL", "dominant:SHARE")
-DRAWS = 50  # tries for a Dirichlet division in which every device has `FEWEST` rows
-FEWEST = 2  # rows of a device, where the rows are enough for it
+DRAWS = 50  # attempts at a Dirichlet split in which every device has `FEWEST` rows
+FEWEST = 2  # rows of a device, if there are enough rows
 _STREAM = 0x7061  # keeps these draws apart from others of the same seed
 
 
 def column_of(how: str, natural: str | None) -> str | None:
-    """The column that the partition `how` goes by, or None where it goes by no column.
+    """The column that the partition `how` is based on, or None.
 
     `natural` is the data set's own column for devices. Raises BadInput for an unknown partition, or
     for "natural" where the data names no such column.
@@ -34,8 +34,8 @@ def column_of(how: str, natural: str | None) -> str | None:
         case ("natural", "", ""):
             if natural is None:
                 raise BadInput(
-                    "partition 'natural' expects data that names its devices, this data does not; "
-                    "use 'column:NAME' with a column of the data, 'iid' or 'dirichlet'"
+                    "partition 'natural' needs data that names its devices, and this data does "
+                    "not; use 'column:NAME' with a column of the data, 'iid' or 'dirichlet'"
                 )
             return natural
         case ("column", ":", name) if name:
@@ -60,11 +60,11 @@ def partition(
     device is empty.
 
     `labels` [rows] is needed by "dirichlet", whose skew grows as `alpha` falls, by "p:LEVEL", which
-    is "dirichlet" with alpha = 1 / LEVEL ("p:0" is "iid"), and by "dominant:SHARE", where the
-    devices whose number is that of a class, counted round and round, hold this share of the class
-    together and the others the rest. `groups` [rows], the values of the column, is needed by
-    "natural" and "column:NAME". The same arguments give the same bytes. Raises BadInput where a
-    device would be left without rows or the arguments do not fit the partition.
+    is "dirichlet" with alpha = 1 / LEVEL ("p:0" is "iid"), and by "dominant:SHARE", where dominant
+    classes are assigned to devices in turn: the devices that a class dominates together hold this
+    share of it, the others the rest. `groups` [rows], the values of the column, is needed by
+    "natural" and "column:NAME". The same arguments give the same bytes. Raises BadInput if a device
+    would be left without rows or the arguments do not fit the partition.
 
     >>> parts = partition(
     ...     "column:by", devices=2, rows=4, labels=None, groups="abba", alpha=1, seed=0
@@ -75,16 +75,16 @@ def partition(
     column = column_of(how, natural="natural")
     if devices < 1 or devices > rows:
         raise BadInput(
-            f"expected between 1 and {rows} devices, as many as there are training rows at most, "
-            f"came {devices}; change the number of devices or give more rows"
+            f"expected 1 to {rows} devices, no more than training rows, got {devices}; change the "
+            "number of devices or give more rows"
         )
     rng = np.random.default_rng([seed, _STREAM])
     if column is not None:
         if groups is None or len(groups) != rows:
-            came = "none" if groups is None else len(groups)
+            found = "none" if groups is None else len(groups)
             raise BadInput(
-                f"partition {how!r} expects a value of its "
-                f"column for each of {rows} rows, came {came}"
+                f"partition {how!r} expects a value of its column for each of {rows} rows, got "
+                f"{found}"
             )
         owner = _by_group(groups, devices, how, rng)
     elif how.startswith("dominant:"):
@@ -109,12 +109,12 @@ def _rows_of(owner: np.ndarray, devices: int) -> list[np.ndarray]:
 def _checked(labels: np.ndarray | None, rows: int, how: str) -> np.ndarray:
     if labels is None:
         raise BadInput(
-            f"partition {how!r} expects labels, this task has "
-            "none; use 'iid', 'natural' or 'column:NAME'"
+            f"partition {how!r} needs labels, and this task has none; use 'iid', 'natural' or "
+            "'column:NAME'"
         )
     if len(labels) != rows:
         raise BadInput(
-            f"partition {how!r} expects a label for each of {rows} rows, came {len(labels)}"
+            f"partition {how!r} expects a label for each of {rows} rows, got {len(labels)}"
         )
     return np.asarray(labels)
 
@@ -130,20 +130,19 @@ def _number_in(how: str) -> float:
     if not 0 <= number <= most or number == np.inf:
         raise BadInput(
             f"partition {how!r} expects a number of at least 0{' and at most 1' * (most == 1)} "
-            f"after {name + ':'!r}; say for example {example!r}"
+            f"after {name + ':'!r}; write for example {example!r}"
         )
     return number
 
 
-Shares = Callable[
-    [int, int], np.ndarray
-]  # from a class and the number of classes: what each device gets of it
+# from a class and the number of classes to each device's share of that class
+Shares = Callable[[int, int], np.ndarray]
 
 
 def _dirichlet(alpha: float, devices: int, rng: np.random.Generator) -> Shares:
     if not 0 < alpha < np.inf:
         raise BadInput(
-            "partition 'dirichlet' expects alpha above 0, came "
+            "partition 'dirichlet' expects alpha above 0, got "
             f"{alpha}; 0.1 is strong skew, 100 next to none"
         )
     return lambda _class, _classes: rng.dirichlet(np.full(devices, alpha))
@@ -151,8 +150,7 @@ def _dirichlet(alpha: float, devices: int, rng: np.random.Generator) -> Shares:
 
 def _dominant(share: float, devices: int) -> Shares:
     def of_class(number: int, classes: int) -> np.ndarray:
-        # as many classes as devices is the authors' case; with fewer classes several devices share
-        # a class's part
+        # the authors have as many classes as devices; with fewer classes several devices share one
         theirs = (
             np.arange(devices) % classes == number
             if devices >= classes
@@ -216,7 +214,7 @@ def _by_group(
     counts = np.bincount(group)
     shuffled = rng.permutation(len(index))
     device_of = np.empty(len(index), dtype=np.int64)
-    emptiest = [(0, device) for device in range(devices)]  # a heap as it stands
+    emptiest = [(0, device) for device in range(devices)]  # already a heap
     for number in shuffled[np.argsort(-counts[shuffled], kind="stable")].tolist():
         rows, device = emptiest[0]
         device_of[number] = device

@@ -1,4 +1,4 @@
-"""The result of every file reader: the wanted columns, with values as the file types them."""
+"""What every file reader returns: the wanted columns, with values typed as in the file."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,15 +9,15 @@ from fedspine.core.errors import BadInput
 Pick = Callable[[Sequence[str]], Mapping[str, int]]
 """Maps the names of all columns to the position of each wanted one, by its name in the request."""
 
-MOST = 10  # names in a list of a message
+MOST = 10  # names that a message lists
 
 
 @dataclass(frozen=True)
 class FilePart:
-    """Rows of a file or split: each of `columns` holds one value a row, None where it is missing.
+    """Rows of a file or split: each of `columns` holds one value per row, None for a missing one.
 
     `types` names the type of a column where the file states one, `stated` the class names that the
-    whole numbers of a column stand for. `notes` are one-line remarks for the user.
+    integers of a column stand for. `notes` are one-line remarks for the user.
     """
 
     columns: Mapping[str, list[Any]]
@@ -56,8 +56,8 @@ def joined(parts: Sequence[FilePart]) -> FilePart:
             if names and stated.setdefault(name, names) != names:
                 raise BadInput(
                     f"expected the same class names of column {name!r} in every shard, found "
-                    f"{listed(stated[name])} "
-                    f"and {listed(names)}; write the shards again from one table"
+                    f"{listed(stated[name])} and {listed(names)}; write the shards again from one "
+                    "table"
                 )
     return FilePart(
         columns={
@@ -72,7 +72,7 @@ def joined(parts: Sequence[FilePart]) -> FilePart:
 
 
 def listed(names: Iterable[Any], most: int = MOST) -> str:
-    """The first names of a list, in words.
+    """The first names of a list, and how many more there are.
 
     >>> listed("abcd", most=2)
     'a, b and 2 more'

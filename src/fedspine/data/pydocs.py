@@ -1,5 +1,5 @@
 """`pydoc-topics` and `pydoc-qa`: data sets read from the running interpreter's own standard
-library, for classification and for learning to answer.
+library, for classification and for question answering.
 
 A row of `pydoc-topics` is one paragraph (40 to 400 characters) of a docstring, labelled with the
 topic of the module it documents; on Python 3.11 there are about ten thousand. A row of `pydoc-qa`
@@ -19,14 +19,13 @@ from pathlib import Path
 from fedspine.core.errors import BadInput
 
 SHORTEST, LONGEST = 40, 400  # characters of a paragraph
-SHORTEST_ANSWER, LONGEST_SIGNATURE = 20, 160  # characters of those of `pydoc-qa`
+SHORTEST_ANSWER, LONGEST_SIGNATURE = 20, 160  # characters, in `pydoc-qa`
 
 DOCUMENTED = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
-# Parts of a path that are left out: tests and demonstrations, packages installed later, and
-# packages that newer Pythons
-# no longer have, as the modules absent from TOPICS, so that the set changes little from one Python
-# to the next.
+# Parts of a path that are left out: tests, demos, packages installed later, and packages that newer
+# Pythons have dropped (dropped modules are absent from TOPICS), so that the data changes little
+# from one Python version to the next.
 LEFT_OUT = frozenset(
     (
         "site-packages",
@@ -90,8 +89,8 @@ def read() -> list[tuple[str, str, str]]:
     sorted file paths.
 
     `file` is the path below the standard library with forward slashes. A paragraph that several
-    files share belongs to the first of them. Raises BadInput where the interpreter came without the
-    sources of its library.
+    files share belongs to the first of them. Raises BadInput if the interpreter was installed
+    without the sources of its library.
 
     >>> text, topic, file = read()[0]
     >>> topic in TOPICS and file.endswith(".py")
@@ -110,8 +109,7 @@ def read_questions() -> list[tuple[str, str, str]]:
     """A question about each public function and method as (question, answer, file), in the order of
     the sorted file paths.
 
-    A question that comes twice, as of a property, has its first answer. Raises BadInput as `read`
-    does.
+    A repeated question, as for a property, keeps its first answer. Raises BadInput as `read` does.
     """
     rows: dict[str, tuple[str, str, str]] = {}
     for file, tree in _modules():
@@ -161,8 +159,8 @@ def _listed(rows: dict[str, tuple[str, str, str]], data: str) -> list[tuple[str,
 
 
 def _sources(library: Path, topic_of: dict[str, str]) -> Iterator[Path]:
-    # Only what has a topic is walked: the packages installed below the library can be many times
-    # its own size.
+    # only modules with a topic are walked: packages installed in the library's folder can be many
+    # times its size
     for top in sorted(library.glob("*"), key=lambda path: path.name):
         if _module(Path(top.name)) not in topic_of:
             continue
@@ -177,9 +175,9 @@ def _module(file: Path) -> str:
 
 
 def _tree(source: bytes) -> ast.Module:
-    """The module's syntax tree, an empty one for a file that is no Python."""
+    """The module's syntax tree, an empty one for a file that does not parse."""
     with warnings.catch_warnings(), suppress(SyntaxError, ValueError, RecursionError):
-        # old escapes in the library's own strings are no concern of the user
+        # the library's own strings may hold escapes that Python warns of
         warnings.simplefilter("ignore")
         return ast.parse(source)
     return ast.Module(body=[], type_ignores=[])

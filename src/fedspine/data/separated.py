@@ -1,7 +1,7 @@
-"""Texts of separated values: every cell is a string, and only an empty one is missing.
+"""Delimited text: every cell is a string, and only an empty one is missing.
 
-Between commas or semicolons a quote encloses a value; between tabs it is text like any other
-character, unless the rows only fit the header with quotes that enclose values.
+With commas or semicolons, quotes enclose values; with tabs, a quote is an ordinary character,
+unless the rows fit the header only if quotes enclose values.
 """
 
 import csv
@@ -21,8 +21,8 @@ def part(text: str, suffix: str, pick: Pick) -> FilePart:
     """The picked columns of a text with a header; `suffix` is that of its format, ".csv" or ".tsv".
 
     Separators are commas, semicolons or tabs, whichever the header has. Raises Unreadable for a
-    text without a header, for rows of another number of cells, and for a quote that is never
-    closed, each with its line.
+    text without a header, for rows with more or fewer cells than the header, and for a quote that
+    is never closed, with the line.
     """
     lines = list(io.StringIO(text, newline=""))
     filled = [number for number, line in enumerate(lines) if line.strip()]
@@ -37,7 +37,7 @@ def part(text: str, suffix: str, pick: Pick) -> FilePart:
     rows = [row for _, row in numbered[1:]]
     columns = {name: [row[place] or None for row in rows] for name, place in pick(header).items()}
     if separator != SEPARATORS[suffix][0]:
-        notes.insert(0, f"{_CALLED.get(separator, repr(separator))} separate its values")
+        notes.insert(0, f"values are separated by {_CALLED.get(separator, repr(separator))}")
     return FilePart(columns=columns, rows=len(rows), notes=tuple(notes))
 
 
@@ -62,7 +62,7 @@ def _rows(lines: list[str], first: int, separator: str) -> tuple[list[Numbered],
 def _all_enclosed(
     lines: list[str], first: int, separator: str
 ) -> tuple[list[Numbered], list[str]] | None:
-    """The rows if quotes enclose values, or None where a single one does not fit that."""
+    """The rows with quotes that enclose values, or None if any row does not fit the header then."""
     try:
         with _any_length():
             rows = list(csv.reader(lines[first:], delimiter=separator, strict=True))
@@ -71,15 +71,15 @@ def _all_enclosed(
     if _first_unequal([(0, row) for row in rows if row]) is not None:
         return None
     found, notes = _enclosed(lines, first, separator)
-    return found, ["quotes enclose its values", *notes]
+    return found, ["values are enclosed in quotes", *notes]
 
 
 def _enclosed(lines: list[str], first: int, separator: str) -> tuple[list[Numbered], list[str]]:
-    """The header and all rows, where a quote at the beginning of a cell encloses it up to the next
-    single quote.
+    """The header and all rows, where a quote at the start of a cell encloses it up to the next
+    unpaired quote.
 
-    A quote that nothing closes, or that is closed in the middle of a cell, encloses nothing: its
-    line is a row of its own and holds it as text, if it has as many cells as the header.
+    A quote that is never closed, or that is closed in the middle of a cell, encloses nothing: its
+    line is read as a row with the quote as text, if it has as many cells as the header.
     """
     rows: list[Numbered] = []
     spaced = bool(re.search(re.escape(separator) + r" +\S", lines[first]))  # so may be the rows
@@ -108,13 +108,11 @@ def _enclosed(lines: list[str], first: int, separator: str) -> tuple[list[Number
                 # any line of text would fit a single column, and the last line may be cut off
                 unsure = width == 1 or (torn and not any(map(str.strip, lines[begin + 1 :])))
                 if row is None or (unsure and (torn or merged > 1)):
-                    where = (
-                        "and nothing closes it" if torn else "and is closed in the middle of one"
-                    )
+                    where = "and is never closed" if torn else "and is closed in the middle of one"
                     raise Unreadable(
                         f"a quote opens a value in line {begin + 1} {where}, so that "
                         f"{counted(merged, 'line')} would be one row",
-                        "close the value, or write a quote in it twice",
+                        "close the quote, or double it to keep it as text",
                     ) from None
                 rows.append((begin + 1, row))
                 begin, unclosed = begin + 1, unclosed + 1
@@ -122,20 +120,19 @@ def _enclosed(lines: list[str], first: int, separator: str) -> tuple[list[Number
     notes = []
     if unclosed:
         notes.append(
-            f"a quote encloses no whole value in {counted(unclosed, 'line')}, so it is read as "
-            "text there"
+            f"a quote that does not enclose a whole value is read as text in "
+            f"{counted(unclosed, 'line')}"
         )
     if several:
         notes.append(
-            f"{counted(several, 'row')} of several lines each, {spanned:,} in all, since quotes "
-            "enclose them"
+            f"quotes enclose {counted(several, 'row')} of several lines each, {spanned:,} in all"
         )
     return rows, notes
 
 
 def _as_it_stands(line: str, settings: dict, width: int | None) -> list[str] | None:
-    """The cells of one line in which a quote encloses no whole cell; None where they do not fit the
-    header.
+    """The cells of one line, with a quote that encloses no whole cell read as text; None if they do
+    not fit the header.
     """
     tries = [{"quoting": csv.QUOTE_NONE}, {}]
     if '\\"' in line:
@@ -168,13 +165,13 @@ def _refuse_unequal(rows: Sequence[Numbered]) -> None:
         number, row = found
         raise Unreadable(
             f"line {number} has {counted(len(row), 'value')}, the header {len(rows[0][1])}",
-            "enclose a value that holds a separator in quotes, or mend the line",
+            "put values that contain a separator in quotes, or fix the line",
         )
 
 
 @contextmanager
 def _any_length() -> Iterator[None]:
-    """Within it, a cell may be of any length; the limit is one of the whole process."""
+    """Lift the csv module's limit on the length of a cell, which holds for the whole process."""
     before = csv.field_size_limit(2**31 - 1)
     try:
         yield

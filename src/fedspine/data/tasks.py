@@ -1,8 +1,8 @@
 """A data set as the rest of the library sees it: texts, pairs and labels of a train and a test
 split, checked once.
 
-Whatever is wrong with the data is found here, as one `BadInput`, so nothing after this checks texts
-or labels again.
+Every error in the data is reported here, as a `BadInput`, so later code does not check texts or
+labels again.
 """
 
 import os
@@ -39,10 +39,9 @@ def load(
 
     `text`, `pair` (for kind "pair", "text2" if not named) and `label` name columns; `group` names
     one more to keep in `Rows.columns` for a partition. `encoding` is that of text files which are
-    not UTF-8. With `answers`, conversations are read as dialogues, of which a model learns the
-    answers alone. Where the data has no test rows, a random fifth with a fixed seed is taken from
-    the training rows. Raises BadInput for data that cannot be found, read or used, saying what to
-    do.
+    not UTF-8. With `answers`, conversations are read as dialogues, and a model learns only their
+    answers. If the data has no test rows, a random fifth of the training rows (fixed seed) is held
+    out. Raises BadInput for data that cannot be found, read or used.
 
     >>> data = load("pydoc-topics", kind="classification")
     >>> data.label_names[:3], data.natural
@@ -77,8 +76,7 @@ def load(
 
 
 def remarks(data: Dataset) -> tuple[str, ...]:
-    """Remarks on how the data was read, each in one line: the rows left out
-    first.
+    """One-line remarks on how the data was read, the rows left out first.
 
     >>> rows = Rows(("a",), None, None, {})
     >>> remarks(Dataset("x.csv", rows, rows, (), None, left_out={"no text": 1, "no label": 2}))
@@ -115,12 +113,12 @@ def load_stated(
 ) -> Rows:
     """All training rows of `data`, whose labels index `label_names`, the given classes.
 
-    For a site that holds a part of a federated task: it may lack classes, so its own values cannot
-    number them. A value means the class that `spelled` gives it, else the one that the data's own
-    class names give a number, else the class of its name; so the rows get the numbers that `load`
-    gives them in a data set with all classes. Nothing is held out for testing. `say` is called with
-    the `remarks` on the rows. Raises BadInput as `load` does, and for a value that is none of the
-    classes.
+    For a site that holds part of a federated task: it may lack classes, so its own values cannot
+    number them. A value stands for the class that `spelled` maps it to, else for the one that the
+    data's own class names give to an integer, else for the class of the same name; so rows get the
+    numbers that `load` gives them in a data set with all classes. Nothing is held out for testing.
+    `say` is called with each of the `remarks` on the rows. Raises BadInput as `load` does, and for
+    a value that is not one of the classes.
     """
     wanted = _wanted(data, kind, text, pair, label, None, answers)
     train = checked(_source(data, encoding)["train"](picker(wanted, "train")), wanted, "train")
@@ -137,8 +135,7 @@ def load_stated(
             if name is None:
                 raise BadInput(
                     f"expected only the classes {listed(map(repr, label_names))} in column "
-                    f"{label!r}, found {value!r}; "
-                    "say which class it means, or remove such rows"
+                    f"{label!r}, found {value!r}; say which class it means, or remove such rows"
                 )
             known[key] = list(label_names).index(name)
         numbers.append(known[key])
@@ -148,8 +145,8 @@ def load_stated(
 def _stated_class(
     value: Any, spelling: str, spelled: Mapping[str, str], known: Sequence[str]
 ) -> str | None:
-    """The class that a value means, or None if it is unknown; true and false in any
-    case are alike.
+    """The class that a value stands for, or None if it is unknown; the case of true and false is
+    ignored.
     """
     written = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     names = [spelling, written]
@@ -173,7 +170,7 @@ def _wanted(
         raise unknown("kind of task", kind, get_args(Kind))
     if pair is not None and kind != "pair":
         raise BadInput(
-            f"expected no pair column for kind {kind!r}, came {pair!r}; set kind 'pair' or leave "
+            f"expected no pair column for kind {kind!r}, got {pair!r}; set kind 'pair' or leave "
             "it out"
         )
     others = tuple(dict.fromkeys(name for name in (group, _NATURAL.get(data)) if name is not None))
@@ -195,13 +192,12 @@ def _source(data: str, encoding: str | None) -> Mapping[str, Read]:
         return {"train": {"pydoc-topics": _pydoc_topics, "pydoc-qa": _pydoc_qa}[data]}
     if not data.strip():
         raise BadInput(
-            f"expected the name of a data set, came {data!r}; name {BUILT_IN_DATA[0]!r}, a path or "
+            f"expected the name of a data set, got {data!r}; name {BUILT_IN_DATA[0]!r}, a path or "
             "a Hub id"
         )
     path = Path(os.path.expanduser(data))
-    if os.path.exists(
-        path
-    ):  # which, unlike Path.exists, takes a name that no file can have for an absent one
+    # unlike Path.exists, False for a name that no file can have
+    if os.path.exists(path):
         return files.source(path, encoding)
     if (
         data.startswith((".", "/", "~"))
@@ -255,7 +251,7 @@ def _of_table(
 def _train_and_test(
     source: Mapping[str, Read], wanted: Wanted
 ) -> tuple[Values, Values | None, list[str]]:
-    """The checked splits, the second None where the data has none with labels; and remarks."""
+    """The checked splits, the second None if the data has no labelled one; and remarks."""
     notes = []
     train = checked(source["train"](picker(wanted, "train")), wanted, "train")
     for name in ("test", "validation"):
@@ -266,7 +262,7 @@ def _train_and_test(
             return train, checked(part, wanted, "test", train.stated), notes
         more = name == "test" and "validation" in source
         instead = "the validation set" if more else "a fifth of the training rows"
-        notes.append(f"no row of the {name} set shows its label, so {instead} is for testing")
+        notes.append(f"the labels of the {name} set are withheld, so {instead} is used for testing")
     return train, None, notes
 
 

@@ -1,8 +1,8 @@
 """Conversations in columns, for language modelling: `messages`, or a prompt and an answer.
 
-A dialogue keeps its messages apart, so that its answers alone can be learnt. As one text, a message
-is "role: content", and messages stand one a line; an answer follows its prompt directly, or after a
-line break where neither of them has white space there.
+A dialogue keeps its messages separate, so that only its answers are learnt. As one text, a message
+is "role: content", one per line; an answer follows its prompt directly, or after a line break if
+there is no white space between them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,15 +12,15 @@ from fedspine.core.errors import BadInput
 from fedspine.data.dataset import ANSWERS, Dialogue
 from fedspine.data.parts import FilePart
 
-ALONE = "messages"
+MESSAGES = "messages"
 PAIRS = (("prompt", "completion"), ("instruction", "response"))
 CONTEXT = "context"  # of an instruction, where there is one
-ASKS = "user"  # the role of a prompt
+PROMPTS = "user"  # the role of a prompt
 NO_PROMPT, NO_ANSWER = "no prompt", "no answer"  # why a row is left out
 
 
 def columns(names: Sequence[str]) -> tuple[str, ...]:
-    """Those columns of a file that hold conversations, or none.
+    """The columns of a file that hold conversations; empty if there are none.
 
     >>> columns(["completion", "prompt"])
     ('prompt', 'completion')
@@ -29,16 +29,16 @@ def columns(names: Sequence[str]) -> tuple[str, ...]:
     """
     bare = [name.strip() for name in names]
     once = {name for name in bare if bare.count(name) == 1}
-    if ALONE in once:
-        return (ALONE,)
+    if MESSAGES in once:
+        return (MESSAGES,)
     pair = next((pair for pair in PAIRS if once.issuperset(pair)), ())
     return (*pair, CONTEXT) if pair == PAIRS[1] and CONTEXT in once else pair
 
 
 def texts(part: FilePart) -> list[str | None]:
-    """One text for each row of the columns that `columns` names; None where there is none."""
-    if ALONE in part.columns:
-        return [_bare(value) for value in part.columns[ALONE]]
+    """One text for each row of the columns that `columns` names; None for a row without one."""
+    if MESSAGES in part.columns:
+        return [_bare(value) for value in part.columns[MESSAGES]]
     return [
         _followed(_bare(prompt) if context is None else _asked(prompt, context), _bare(answer))
         for prompt, answer, context in _in_pairs(part)
@@ -48,20 +48,20 @@ def texts(part: FilePart) -> list[str | None]:
 def dialogues(part: FilePart, text: str, split: str) -> list[Dialogue | str] | None:
     """The dialogue of each row, up to its last answer, or why it is left out.
 
-    They are in the column `text`, or in those that `columns` names; None where the column holds
-    texts. Raises BadInput for a row in which all is empty.
+    They are in the column `text`, or in those that `columns` names; None if that column holds plain
+    texts. Raises BadInput for an empty row.
     """
     if text in part.columns:
         values = part.columns[text]
         if not any(isinstance(value, list) for value in values) or not are_messages(values):
             return None
-        said = [_messages(value, ASKS) for value in values]
-    elif ALONE in part.columns:
-        said = [_messages(value, ASKS) for value in part.columns[ALONE]]
+        said = [_messages(value, PROMPTS) for value in values]
+    elif MESSAGES in part.columns:
+        said = [_messages(value, PROMPTS) for value in part.columns[MESSAGES]]
     else:
         said = [
             (
-                *_messages(prompt if context is None else _asked(prompt, context), ASKS),
+                *_messages(prompt if context is None else _asked(prompt, context), PROMPTS),
                 *_messages(answer, ANSWERS),
             )
             for prompt, answer, context in _in_pairs(part)
@@ -73,14 +73,14 @@ def dialogues(part: FilePart, text: str, split: str) -> list[Dialogue | str] | N
 
 
 def _in_pairs(part: FilePart) -> list[tuple[Any, Any, Any]]:
-    """Prompt, answer and context of each row; the context is None where there is none."""
+    """Prompt, answer and context of each row; the context may be None."""
     prompt, answer = next(pair for pair in PAIRS if pair[0] in part.columns)
     contexts = part.columns.get(CONTEXT, [None] * part.rows)
     return list(zip(part.columns[prompt], part.columns[answer], contexts, strict=True))
 
 
 def _asked(instruction: Any, context: Any) -> str | None:
-    """An instruction with what it is about."""
+    """An instruction with its context."""
     return "\n\n".join(filter(None, (_bare(instruction), _bare(context)))) or None
 
 
@@ -96,8 +96,8 @@ def _messages(value: Any, role: str) -> tuple[tuple[str, str], ...]:
 def _dialogue(messages: tuple[tuple[str, str], ...], where: str) -> Dialogue | str:
     if not messages:
         raise BadInput(
-            f"expected a prompt and an answer in {where}, found both empty; fill them, or remove "
-            "the row"
+            f"expected a prompt and an answer in {where}, found both empty; fill them in, or "
+            "remove the row"
         )
     answers = [place for place, (role, _) in enumerate(messages) if role == ANSWERS]
     if not answers:
@@ -139,7 +139,7 @@ def _is_one(message: Any) -> bool:
 
 def _content(message: Mapping[str, Any]) -> str:
     content = message.get("content")
-    if isinstance(content, list):  # parts of a message; pictures among them are passed over
+    if isinstance(content, list):  # parts of a message, of which images are skipped
         content = "".join(
             str(piece.get("text") or "") for piece in content if isinstance(piece, Mapping)
         )

@@ -1,7 +1,7 @@
-"""A PEFT adapter as a folder that stock tools load: adapter, tokenizer, README.md and, if wished,
-the base it fits.
+"""A PEFT adapter as a folder that stock tools load: adapter, tokenizer, README.md and, optionally,
+the base that it fits.
 
-An adapter of an unpruned model fits the base that the run began with. One of a pruned model fits
+An adapter of an unpruned model fits the base that the run started from. One of a pruned model fits
 only that base cut to the same structure, which `with_base` writes to `base/` inside the folder.
 """
 
@@ -37,8 +37,8 @@ AUTO: dict[Pooling | None, str] = {  # PEFT's class for each readout
 
 @dataclass(frozen=True)
 class Origin:
-    """The base that a run began with: its folder, file or Hub id, and whether the run kept only its
-    first blocks.
+    """The base that a run started from: its folder, file or Hub id, and whether the run kept only
+    its first blocks.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Origin:
 
     @property
     def dequantised(self) -> bool:
-        """Whether its weights are those of a quantised file, which PEFT cannot name as a base."""
+        """Whether its weights come from a quantised file, which PEFT cannot use as a base."""
         return self.name == "smollm2" or is_gguf(self.name)
 
     @property
@@ -70,8 +70,8 @@ def export_adapter(
     provenance: Provenance | None = None,
     prove: Prove | None = None,
 ) -> Path:
-    """Write the adapter and the task head of `model` to the new `folder`, which appears at once and
-    complete.
+    """Write the adapter and the task head of `model` to the new `folder`, which appears only when
+    it is complete.
 
     `provenance` and `prove` are as `fedspine.exports.hf.export` takes them. Raises BadInput where
     the folder exists, for an adapter that fits no model that stock tools could load, and what
@@ -79,11 +79,11 @@ def export_adapter(
     """
     folder = Path(folder)
     _check(folder, model, origin, with_base)
-    about = {"labels": labels, "kind": kind, "max_tokens": max_tokens, "name": name}
+    card_facts = {"labels": labels, "kind": kind, "max_tokens": max_tokens, "name": name}
     with whole_folder(folder) as partial:
         fits = origin.stock_name
         if with_base:
-            _write_base(base, model, tokenizer, partial / BASE, **about)
+            _write_base(base, model, tokenizer, partial / BASE, **card_facts)
             fits = str(folder.absolute() / BASE)
         write_adapter(partial, model, base, fits)
         tokenizer.save_pretrained(partial)
@@ -91,10 +91,10 @@ def export_adapter(
         pruned = sparsity(base.layout, model.structure)
         measured = ""
         if prove is not None:
-            with _with_base_beside(partial, base, model, tokenizer, **about) as whole:
+            with _with_base_beside(partial, base, model, tokenizer, **card_facts) as whole:
                 measured = proved(prove(whole), partial)
         came = rows_of(provenance), measured
-        card = _readme(origin, fits, needed, pruned, base.pooling, *came, **about)
+        card = _readme(origin, fits, needed, pruned, base.pooling, *came, **card_facts)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return folder
 
@@ -106,36 +106,36 @@ def _check(folder: Path, model: Model, origin: Origin, with_base: bool) -> None:
     if not is_full(model.structure):
         raise BadInput(
             f"this model is pruned, so its adapter does not fit {origin.name}; add --with-base to "
-            "write the pruned base, too, or take --device dense for the adapter of the unpruned "
+            "write the pruned base, too, or use --device dense for the adapter of the unpruned "
             "model, or --format hf for the merged one"
         )
     if origin.dequantised:
         raise BadInput(
-            f"{origin.name} is a quantised file, to which PEFT fits no adapter; add --with-base to "
-            "write the dequantised base, too, or take --format hf for the merged model"
+            f"{origin.name} is a quantised file, onto which PEFT cannot load an adapter; add "
+            "--with-base to write the dequantised base, too, or use --format hf for the merged "
+            "model"
         )
     if origin.cut:
         raise BadInput(
             f"this run kept only the first blocks of {origin.name} (task.layers), so its adapter "
-            "does not fit the whole; add --with-base to write the base with these blocks, too, "
-            "or take --format hf for the merged model"
+            "does not fit the full model; add --with-base to write the base with these blocks, "
+            "too, or use --format hf for the merged model"
         )
 
 
-def _write_base(base: Base, model: Model, tokenizer: Any, place: Path, **about: Any) -> None:
-    hf.export(base, model, tokenizer, place, merge=False, **about)
+def _write_base(base: Base, model: Model, tokenizer: Any, place: Path, **card_facts: Any) -> None:
+    hf.export(base, model, tokenizer, place, merge=False, **card_facts)
     if not read_card(place).stock:
         raise BadInput(
-            "the heads and channels that this model keeps cannot be said in a stock "
-            "configuration, so PEFT could not load such a base; take --device dense for the "
-            "adapter of the unpruned model, or --format hf for the merged one, which fedspine "
-            "predict runs"
+            "a stock configuration cannot describe the heads and channels that this model keeps, "
+            "so PEFT could not load such a base; use --device dense for the adapter of the "
+            "unpruned model, or --format hf for the merged one, which fedspine predict runs"
         )
 
 
 @contextmanager
 def _with_base_beside(
-    folder: Path, base: Base, model: Model, tokenizer: Any, **about: Any
+    folder: Path, base: Base, model: Model, tokenizer: Any, **card_facts: Any
 ) -> Iterator[Path]:
     """The folder itself if it holds the base, else a copy that does, so that it can be loaded."""
     if (folder / BASE).is_dir():
@@ -144,13 +144,13 @@ def _with_base_beside(
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch) / "adapter"
         shutil.copytree(folder, whole)
-        hf.export(base, model, tokenizer, whole / BASE, merge=False, **about)
+        hf.export(base, model, tokenizer, whole / BASE, merge=False, **card_facts)
         yield whole
 
 
 def _needed(base: Base, labels: tuple[str, ...]) -> dict[str, Any]:
-    """What the base's own configuration does not say, and a user has to, in order to load the
-    adapter onto it.
+    """The options that a user must pass to load the adapter onto the base, since the base's own
+    configuration lacks them.
     """
     if not labels:
         return {}
@@ -182,8 +182,8 @@ def _readme(
     options = "".join(f",\n    {key}={value!r}" for key, value in needed.items())
     moved = (
         f"""
-The base is in `{BASE}/`. `adapter_config.json` names it by its absolute path; where the folder was
-moved, set `base_model_name_or_path` there to its new place.
+The base is in `{BASE}/`. `adapter_config.json` names it by its absolute path; if the folder was
+moved, set `base_model_name_or_path` there to the new path.
 """
         if fits != origin.stock_name
         else ""

@@ -1,4 +1,4 @@
-"""Exported models of one task on the same rows: what each predicts, and how often that is right."""
+"""Exported models of one task compared on the same rows: their predictions and their accuracy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,18 +22,18 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Agreement:
-    """One model on the rows."""
+    """The result of one model on the rows."""
 
     rows: int
-    rows_from: str  # what they are
-    equal_predictions: float  # with the first model, 0 to 1: of labels, or of likeliest next tokens
+    rows_from: str  # where they come from
+    equal_predictions: float  # share equal to the first model's, 0 to 1: labels, or top next tokens
     accuracy: float | None  # 0 to 1; None without labels, and for language models
-    mean_loss: float | None  # nats per token; None for classifiers, NaN where no token is predicted
+    mean_loss: float | None  # nats per token; None for classifiers, NaN if no token is predicted
 
 
 def agreements(models: Sequence[Loaded], data: str | None) -> list[Agreement]:
-    """Each model on the rows of `data`, whose columns are `text`, `label` and, of pairs, `pair`;
-    else on texts that are made up of the first one's vocabulary.
+    """Each model on the rows of `data`, with columns `text`, `label` and, for pairs, `pair`; None:
+    on random texts from the first model's vocabulary.
 
     Raises BadInput for models of different tasks, and for data that cannot be read.
     """
@@ -41,8 +41,8 @@ def agreements(models: Sequence[Loaded], data: str | None) -> list[Agreement]:
     for other in models[1:]:
         if (other.kind, other.labels) != (first.kind, first.labels):
             raise BadInput(
-                f"models of one task were expected, {_task(first)} and {_task(other)} came; bench "
-                "them apart"
+                f"expected models of one task, got {_task(first)} and {_task(other)}; bench them "
+                "separately"
             )
     rows, rows_from = _rows(first, data)
     found = [
@@ -61,7 +61,7 @@ def agreements(models: Sequence[Loaded], data: str | None) -> list[Agreement]:
 
 
 def comparable(models: Sequence[Loaded]) -> bool:
-    """Whether all are of one task."""
+    """Whether all models are of one task."""
     return len({(model.kind, model.labels) for model in models}) == 1
 
 
@@ -72,18 +72,18 @@ def _task(model: Loaded) -> str:
 def _rows(model: Loaded, data: str | None) -> tuple[Rows, str]:
     if data is None:
         rows = made_up(model.tokenizer, model.max_tokens, pairs=model.kind == "pair")
-        return rows, "random words; --rows names data"
+        return rows, "random words; give data with --rows"
     columns = {"pair": "pair"} if model.kind == "pair" else {}
     rows = load_stated(data, kind=model.kind, label_names=model.labels, **columns)
     if not len(rows):
-        raise BadInput(f"{data} has no rows; name data with at least one with --rows")
+        raise BadInput(f"{data} has no rows; give data with at least one row with --rows")
     if len(rows) > ROWS:
         rows = rows.take(np.linspace(0, len(rows) - 1, ROWS).astype(int).tolist())
     return rows, f"rows of {Path(data).name}"
 
 
 def answers(model: Loaded, examples: Examples) -> tuple[np.ndarray, float | None, float | None]:
-    """Predictions, one of a row or of a token; accuracy and mean loss of an `Agreement`."""
+    """Predictions, one per row or per token; then accuracy and mean loss, as in `Agreement`."""
     if model.kind == "causal-lm":
         return _tokens(model, examples)
     batches = list(examples.batches_by_length(BATCH))
@@ -99,7 +99,9 @@ def answers(model: Loaded, examples: Examples) -> tuple[np.ndarray, float | None
 def _tokens(model: Loaded, examples: Examples) -> tuple[np.ndarray, None, float]:
     found, losses, count = [], 0.0, 0
     with torch.inference_mode():
-        for batch in examples.batches_by_length(1):  # whose order is that of all models
+        for batch in examples.batches_by_length(
+            1
+        ):  # one row each, so the order is the same for all models
             inputs = examples.batch(batch)
             labels = inputs.pop("labels")[0, 1:]
             logits = model.module(**inputs).logits[0].float()
@@ -121,5 +123,5 @@ def _logits(model: Loaded, examples: Examples, rows: np.ndarray) -> np.ndarray:
 
 
 def _equal(first: np.ndarray, other: np.ndarray) -> float:
-    """The share of equal predictions; 0 where tokenizers cut the rows differently."""
+    """The share of equal predictions; 0 if the tokenizers split the rows differently."""
     return float((first == other).mean()) if first.shape == other.shape else 0.0

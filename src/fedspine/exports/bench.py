@@ -1,9 +1,9 @@
-"""The costs of an exported model on this machine: latency, file size, peak memory, parameters.
-All measured.
+"""The measured costs of an exported model on this machine: latency, file size, peak memory,
+parameters.
 
 Latency is that of one forward pass over random token ids without padding, after a warm-up, on the
-CPU, in the numbers and by the library that the format of the folder says. Two models are timed in
-turns, call by call, so that whatever else the machine does meets both.
+CPU, in the precision and with the runtime of the folder's format. Models are timed in turns, call
+by call, so that other load on the machine affects all of them alike.
 """
 
 import gc
@@ -30,7 +30,7 @@ from fedspine.exports.load import load_model
 from fedspine.exports.loaded import Loaded
 from fedspine.lm.fits import positions
 
-CALLS: Mapping[int, int] = {1: 8, 32: 1}  # batch size: calls in one repeat, more of short ones
+CALLS: Mapping[int, int] = {1: 8, 32: 1}  # batch size: calls per repeat, more if they are short
 WARM_UP = 2  # calls before the first measured one
 
 
@@ -42,15 +42,13 @@ class Bench:
 
     latency_seconds: dict[int, float]  # median over repeats
     file_bytes: int  # of the weights
-    peak_memory_bytes: (
-        int  # of a fresh process that loads and runs this one model, libraries included
-    )
+    peak_memory_bytes: int  # of a fresh process that runs only this model, libraries included
     parameters: int
-    block_parameters: int  # of the blocks' linear weights, which sparsity is counted on
+    block_parameters: int  # of the blocks' linear weights, which sparsity refers to
     tokens: int
     threads: int
     format: str = "hf"
-    runtime: str = "PyTorch"  # what computed it
+    runtime: str = "PyTorch"  # that ran it
 
 
 @dataclass(frozen=True)
@@ -83,16 +81,16 @@ class BenchComparison:
 
     @property
     def memory_ratio(self) -> float:
-        """Peak memory; the libraries' own share is in both and pulls it towards 1."""
+        """Peak memory; the libraries' own memory is in both and pulls the ratio towards 1."""
         return self.model.peak_memory_bytes / self.against.peak_memory_bytes
 
 
 def bench(folder: str | Path, *, tokens: int = 128, threads: int = 1, repeats: int = 7) -> Bench:
     """Measure the exported model in `folder`.
 
-    One thread is the default because it is what a small device has, and what other processes on a
-    shared machine disturb least. Raises BadInput for a folder that cannot be loaded and for more
-    tokens than it has positions.
+    One thread is the default because small devices have few cores, and because other processes on a
+    shared machine disturb it least. Raises BadInput for a folder that cannot be loaded and for more
+    tokens than the model has positions.
     """
     model = load_model(folder, threads=threads)
     seconds = latency_seconds(model, tokens=tokens, threads=threads, repeats=repeats)
@@ -107,8 +105,8 @@ def bench_all(
     repeats: int = 7,
     rows: str | None = None,
 ) -> list[tuple[Bench, Agreement | None]]:
-    """Measure several exported models of any formats side by side, call by call, and compare what
-    they predict on `rows`, or on random words (None where they are of different tasks).
+    """Measure exported models of any formats side by side, call by call, and compare what they
+    predict on `rows`, or on random words (None for models of different tasks).
 
     Raises what `bench` raises, and with `rows` BadInput for models of different tasks.
     """
@@ -132,8 +130,8 @@ def latency_seconds(
     repeats: int = 7,
     calls: Mapping[int, int] = CALLS,
 ) -> dict[int, float]:
-    """Median seconds of a forward pass by batch size; a graph or a file has the threads that it was
-    loaded with.
+    """Median seconds of a forward pass by batch size; `threads` is PyTorch's, other runtimes have
+    the number of threads that the model was loaded with.
     """
     seconds = _seconds([model], tokens=tokens, threads=threads, repeats=repeats, calls=calls)
     return {batch: median(calls[0]) for batch, calls in seconds.items()}
@@ -191,7 +189,7 @@ def _seconds(
     repeats: int,
     calls: Mapping[int, int] = CALLS,
 ) -> dict[int, list[list[float]]]:
-    """Seconds of every call, by batch size and model, the models taking turns."""
+    """Seconds of every call, by batch size and model; the models take turns."""
     seconds: dict[int, list[list[float]]] = {batch: [[] for _ in models] for batch in calls}
     inputs = {batch: [random_ids(model, batch, tokens) for model in models] for batch in calls}
     threads_before = torch.get_num_threads()
@@ -203,8 +201,7 @@ def _seconds(
             for index, model in enumerate(models):
                 for _ in range(WARM_UP):
                     _call(model, inputs[batch][index])
-        # one batch size after the other: a large batch would leave the caches cold for the small
-        # one
+        # one batch size after the other: a large batch would evict the small one's caches
         for batch, each in calls.items():
             for _ in range(repeats * each):
                 for index, model in enumerate(models):
@@ -223,8 +220,8 @@ def _call(model: Loaded, ids: Tensor) -> float:
 
 
 def random_ids(model: Loaded, batch: int, tokens: int) -> Tensor:
-    """Token ids int64 [batch, tokens], the same at every call; none is special, so none counts as
-    padding.
+    """Token ids int64 [batch, tokens], the same at every call, without special tokens, so that none
+    counts as padding.
 
     Raises BadInput for more tokens than the model has positions.
     """
@@ -232,7 +229,7 @@ def random_ids(model: Loaded, batch: int, tokens: int) -> Tensor:
     room = positions(config)
     if tokens > room:
         raise BadInput(
-            f"{tokens} tokens are more than the {room} positions of this model; lower tokens"
+            f"{tokens} tokens are more than the {room} positions of this model; use fewer tokens"
         )
     usual = np.setdiff1d(np.arange(config.vocab_size), model.tokenizer.all_special_ids)
     return torch.from_numpy(np.random.default_rng(0).choice(usual, (batch, tokens)))

@@ -16,15 +16,15 @@ FORMAT = 2
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ONNX = "model.onnx"  # instead of WEIGHTS in a folder for ONNX Runtime
 GGUF = "model.gguf"  # in a folder for llama.cpp
-WORDS = "tokenizer"  # in such a folder, what lies beside the weights of a merged one
+TOKENIZER = "tokenizer"  # in a folder for llama.cpp: configuration, card and tokenizer of the model
 ADAPTER = "adapter_config.json"  # in a folder for PEFT
 BASE = "base"  # in a folder for PEFT, the model that the adapter fits
-PARITY = "parity.json"  # how far a folder for another runtime is from the PyTorch model
+PARITY = "parity.json"  # how much a folder for another runtime differs from the PyTorch model
 
 
 @dataclass(frozen=True)
 class Card:
-    """The facts about an exported model that neither its weights nor a stock configuration hold."""
+    """The facts about a model that are in neither its weights nor a stock configuration."""
 
     format: int
     name: str
@@ -37,18 +37,18 @@ class Card:
     sparsity: float  # share of the blocks' linear weights that is pruned
     merged: bool  # whether the adapter is inside the weights
     stock: bool  # whether stock transformers loads the folder
-    # older versions do not say these
+    # absent in cards of older versions
     chat: bool = False  # whether it was tuned on dialogues
     structure: StructureKind = "free"  # whether all layers were to keep as many units
     provenance: Provenance | None = None  # the run, the data and the base
 
     @property
     def structure_line(self) -> str:
-        """Which structure the model has, and how many units of each layer that is."""
+        """The kind of structure, and the units per layer if it is uniform."""
         if self.structure == "free":
-            return "free: layers may keep unequally many heads and channels"
+            return "free: layers may keep different numbers of heads and channels"
         units = f"{self.heads[0]} heads and {self.channels[0]} channels"
-        return f"uniform: {units} in every layer, so many as a stock configuration can say"
+        return f"uniform: {units} in every layer, which a stock configuration can describe"
 
 
 OPTIONAL = ("chat", "structure", "provenance")
@@ -64,7 +64,7 @@ def format_of(place: Path) -> Literal["hf", "onnx", "gguf", "peft"]:
 
 
 def gguf_in(place: Path) -> Path | None:
-    """The GGUF file that `place` is or holds, None for another format."""
+    """The GGUF file at or in `place`, None for another format."""
     if place.suffix.lower() == ".gguf" and not place.is_dir():
         return place
     return place / GGUF if (place / GGUF).is_file() else None
@@ -83,7 +83,7 @@ def weights_of(place: Path) -> Path:
 
 
 def weight_bytes(place: Path) -> int:
-    """Bytes of all files of weights, an adapter's beside those of its base."""
+    """Bytes of all weight files; for an adapter, those of its base included."""
     beside = place / "adapter_model.safetensors" if format_of(place) == "peft" else None
     return weights_of(place).stat().st_size + (beside.stat().st_size if beside else 0)
 
@@ -97,7 +97,7 @@ def copy_beside(source: Path, target: Path) -> None:
 
 
 def read_card(folder: Path) -> Card:
-    """The card of an exported folder; raises BadInput where it is none, saying what to do."""
+    """The card of an exported folder; raises BadInput for any other folder."""
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; give one that `fedspine export` wrote")
     if not (folder / CONFIG).is_file():
@@ -107,7 +107,7 @@ def read_card(folder: Path) -> Card:
                 "README.md shows"
             )
         raise BadInput(
-            f"{folder} has no {CONFIG}, so it is no exported model; write one with `fedspine "
+            f"{folder} has no {CONFIG}, so it is not an exported model; write one with `fedspine "
             "export`"
         )
     try:

@@ -21,16 +21,16 @@ TOKENS = 128  # of the rows that are timed, or as many as the model was trained 
 REPEATS = 3  # of each timing
 
 APART = 1e-4  # of fp32 logits; rounding came to 1e-5 in MiniLM's six blocks
-# where the numbers are smaller, so many predictions must be equal, or so little accuracy be lost:
-# a model that is often unsure answers otherwise in a few rows and is right as often
+# in lower precision, the least share of equal predictions, or the largest loss of accuracy: a model
+# that is often unsure predicts differently on a few rows and is right equally often
 EQUAL, LOST = 0.995, 0.005
 
 
 @dataclass(frozen=True)
-class Parity:
+class ClassifierParity:
     """How an exported classifier differs from the PyTorch model it was made of, and its costs."""
 
-    rows_from: str  # what the rows are that both were compared on
+    rows_from: str  # where the rows come from that both were compared on
     rows: int
     largest_difference: float  # of a logit
     equal_predictions: float  # share of the rows, 0 to 1
@@ -62,25 +62,25 @@ class Parity:
         as_right = self.accuracy is not None and self.accuracy_before - self.accuracy <= LOST
         if self.quantize == "none" and not self.largest_difference <= APART:
             raise BadInput(
-                f"the export is {self.largest_difference:.2g} off in a logit, more than the "
+                f"the export is off by {self.largest_difference:.2g} in a logit, more than the "
                 f"{APART:g} allowed, on {self.rows} rows ({self.rows_from}); take another format"
             )
         if self.quantize != "none" and self.equal_predictions < EQUAL and not as_right:
             raise BadInput(
                 f"the {self.quantize} model predicts the same for {self.equal_predictions:.1%} of "
                 f"{self.rows} rows ({self.rows_from}){self._accuracies}; {EQUAL:.1%}, or at most "
-                f"{100 * LOST} points of accuracy lost, is required: take --quantize none, or name "
+                f"{100 * LOST} points of accuracy lost, is required: use --quantize none, or give "
                 "other rows with --rows"
             )
 
 
 def parity_of(
     module: nn.Module, place: Path, examples: Examples, rows_from: str, quantize: str = "none"
-) -> Parity:
+) -> ClassifierParity:
     """Compare the export in `place` with the PyTorch module that it was made of, on these rows."""
     written = load_model(place, threads=1)
     ours, theirs = _logits_of_both(module, written.module, examples)
-    return Parity(
+    return ClassifierParity(
         rows_from=rows_from,
         rows=len(examples),
         **agreement(ours, theirs, examples.labels),
@@ -129,7 +129,7 @@ def costs(parity: object) -> str:
 def agreement(
     ours: np.ndarray, theirs: np.ndarray, labels: np.ndarray | None
 ) -> dict[str, float | None]:
-    """The fields of a `Parity` that compare logits, fp32 [rows, classes]; `ours` are PyTorch's."""
+    """The fields that compare logits, fp32 [rows, classes]; `ours` are PyTorch's."""
     before, after = ours.argmax(1), theirs.argmax(1)
     return {
         "largest_difference": float(np.abs(ours - theirs).max()),  # NaN if there is one

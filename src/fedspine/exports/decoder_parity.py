@@ -30,7 +30,7 @@ STEPS = 8  # that are timed after such a row
 
 
 @dataclass(frozen=True)
-class Parity:
+class DecoderParity:
     """How an exported language model differs from the one it was made of, and its costs.
 
     Each row is read in two steps, the second with the cache of the first.
@@ -70,7 +70,7 @@ class Parity:
         allowed = APART * max(1.0, self.largest_logit / LARGE)
         if self.quantize == "none" and not (self.largest_difference <= allowed and enough):
             raise BadInput(
-                f"the export is {self.largest_difference:.2g} off in a logit (allowed: "
+                f"the export is off by {self.largest_difference:.2g} in a logit (allowed: "
                 f"{allowed:.2g}), and {self.equal_tokens:.1%} of the greedy tokens are equal "
                 f"(needed: {EQUAL:.1%}), on {self.rows} rows ({self.rows_from}); take another "
                 "format"
@@ -81,7 +81,7 @@ class Parity:
                 f"the {self.quantize} model has {self.equal_tokens:.1%} of the greedy tokens equal "
                 f"and perplexity {self.perplexity:.4g} (before: {self.perplexity_before:.4g}) on "
                 f"{self.rows} rows ({self.rows_from}); {EQUAL:.1%}, or a perplexity at most "
-                f"{WORSE:.0%} higher, is required: take --quantize none, or name other rows with "
+                f"{WORSE:.0%} higher, is required: use --quantize none, or give other rows with "
                 "--rows"
             )
 
@@ -93,7 +93,7 @@ def parity_of(
     rows_from: str,
     quantize: str = "none",
     ends: list[int] | None = None,
-) -> Parity:
+) -> DecoderParity:
     """Compare the export in `place` with the PyTorch module that it was made of, on these rows;
     `ends` are the tokens that end a text, None: those of the export.
     """
@@ -101,7 +101,7 @@ def parity_of(
     if ends is None:
         ends = ends_in(exported)
     found = differences(module, _in_two_steps(exported.module), examples)
-    return Parity(
+    return DecoderParity(
         rows_from=rows_from,
         rows=len(examples),
         tokens_compared=found.pop("tokens"),

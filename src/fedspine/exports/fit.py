@@ -1,9 +1,9 @@
-"""Which deployed model of a run fits a device: every model, format and quantisation with its
+"""Which deployed models of a run fit a device: every model, format and quantisation with its
 quality, memory and latency.
 
-Models of equal sizes cost the same, so of the devices' models of one size only the best is
-exported; all of them are scored. Memory is measured in a fresh process on this machine. Latency is
-measured here, or predicted for a device kind from operations and that kind's slowest power mode.
+Models of the same size cost the same, so all are scored, but only the best of each size is
+exported. Memory is measured in a fresh process on this machine. Latency is measured here, or
+predicted for a device kind from operation counts and that kind's slowest power mode.
 """
 
 import tempfile
@@ -39,29 +39,29 @@ from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.score import score
 from fedspine.lm.structure import sparsity
 
-FORMATS = ("hf", "onnx", "gguf")  # an adapter alone is no deployed model
+FORMATS = ("hf", "onnx", "gguf")  # an adapter alone is not a deployed model
 ROWS = 1000  # that models are scored on, at most
 TOKENS = 128  # of the rows that are timed, or as many as the models were trained to read
 REPEATS = 5
-CALLS_OF_ONE = 8  # in a repeat at batch 1, as `bench` has it
-# of a launch of one layer in a training step, which goes forward and back
+CALLS_OF_ONE = 8  # per repeat at batch 1, as in `bench`
+# share of a layer's launch time in a training step, which has a forward and a backward pass
 FORWARD = 0.5
 Say: TypeAlias = Callable[[str], None]
-FP32 = 2.0  # times as long as at the fp16 peak that a kind states
+FP32 = 2.0  # time of fp32 over that at a device kind's fp16 peak
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a device has; None: no limit."""
+class DeviceLimits:
+    """The limits of a device; None: no limit."""
 
     memory_bytes: float | None
     latency_seconds: float | None
     batch: int = 1
 
     def excess(self, memory_bytes: float, latency_seconds: float) -> float:
-        """The worst ratio of what is needed to what there is; at most 1 fits.
+        """The worst ratio of need to limit; a model with at most 1 fits.
 
-        >>> Limits(memory_bytes=100, latency_seconds=None).excess(150, 9)
+        >>> DeviceLimits(memory_bytes=100, latency_seconds=None).excess(150, 9)
         1.5
         """
         pairs = ((memory_bytes, self.memory_bytes), (latency_seconds, self.latency_seconds))
@@ -70,11 +70,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One model of a run in one format, and what it takes."""
+    """One model of a run in one format, and what it costs."""
 
     run: str
-    device: str  # the best-scored model of these sizes
-    alike: int  # models of the run that have these sizes
+    device: str  # whose model scores best among those of its size
+    alike: int  # models of the run with this size
     format: str
     quantize: str | None
     runtime: str
@@ -82,9 +82,9 @@ class Candidate:
     quality: float  # accuracy, 0 to 1, or loss in nats per token, on the same rows
     memory_bytes: int  # peak of a process that runs it
     latency_seconds: float
-    predicted: bool  # whether the latency is
+    predicted: bool  # whether the latency is predicted
     file_bytes: int
-    excess: float  # the worst of its needs over the limit; at most 1 fits
+    excess: float  # the worst ratio of need to limit; at most 1 fits
 
     @property
     def fits(self) -> bool:
@@ -93,7 +93,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Fit:
-    """All candidates, the best first; `refused` says why a format has none of a model."""
+    """All candidates, the best first; `refused` says why a model is missing in a format."""
 
     measure: str  # "accuracy" or "loss"
     rows: int
@@ -104,21 +104,21 @@ class Fit:
 
     @property
     def best(self) -> Candidate | None:
-        """The most accurate that fits, of equal ones the fastest."""
+        """The most accurate candidate that fits; among equals the fastest."""
         return next((one for one in self.candidates if one.fits), None)
 
     @property
     def nearest(self) -> tuple[Candidate, ...]:
-        """Those that come nearest to the limits, the nearest first."""
+        """All candidates by how close they are to the limits, the closest first."""
         return tuple(sorted(self.candidates, key=lambda one: one.excess))
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked of all runs."""
+class FitQuery:
+    """What to look for in all runs."""
 
-    limits: Limits
-    formats: tuple[str, ...] = ()  # none: all that a model can have
+    limits: DeviceLimits
+    formats: tuple[str, ...] = ()  # empty: all that a model can be exported to
     device_kind: str | None = None
     tokens: int | None = None
     threads: int = 1
@@ -128,7 +128,7 @@ class Question:
 
 @dataclass(frozen=True)
 class _Trial:
-    """One model of a run, to be tried in one format."""
+    """One model of a run to export and measure in one format."""
 
     folder: Path
     run: RunModel
@@ -143,51 +143,49 @@ class _Trial:
         return f"{self.folder.name} {self.device} as {self.format}{numbers}"
 
 
-def fit(folders: Sequence[Path], question: Question, say: Say = lambda line: None) -> Fit:
-    """Every model of these runs in every format, measured; `say` is told how far it is.
+def fit(folders: Sequence[Path], query: FitQuery, say: Say = lambda line: None) -> Fit:
+    """Measure every model of these runs in every format; `say` is called with the progress.
 
-    Raises BadInput for folders that are no runs or of different tasks, formats that no model of
-    them can have, an unknown device kind, and where no rows are at hand to score on.
+    Raises BadInput for folders that are not runs or of different tasks, formats that no model can
+    be exported to, an unknown device kind, and without rows to score on.
     """
-    for format in question.formats:
+    for format in query.formats:
         if format not in FORMATS:
             raise unknown("format", format, FORMATS)
-    if question.device_kind is not None and question.device_kind not in KINDS:
-        raise unknown("device kind", question.device_kind, KINDS)
-    runs = {folder: open_run(folder, question.base) for folder in dict.fromkeys(folders)}
+    if query.device_kind is not None and query.device_kind not in KINDS:
+        raise unknown("device kind", query.device_kind, KINDS)
+    runs = {folder: open_run(folder, query.base) for folder in dict.fromkeys(folders)}
     _check_alike(runs)
     first = next(iter(runs.values()))
-    examples, rows_from = parity_rows(
-        first.recipe, first.record, first.tokenizer, question.rows, ROWS
-    )
+    examples, rows_from = parity_rows(first.recipe, first.record, first.tokenizer, query.rows, ROWS)
     if rows_from == RANDOM_WORDS:
         raise BadInput(
-            f"the data of {next(iter(runs))} is not at hand, so its models cannot be scored; name "
-            "rows with --rows"
+            f"the data of {next(iter(runs))} is not available, so its models cannot be scored; "
+            "give rows with --rows"
         )
     if first.record.kind != "causal-lm" and examples.labels is None:
         raise BadInput(
-            "the rows have no labels, so models cannot be scored; name others with --rows"
+            "the rows have no labels, so models cannot be scored; give others with --rows"
         )
-    tokens = question.tokens or min(TOKENS, first.record.max_tokens)
+    tokens = query.tokens or min(TOKENS, first.record.max_tokens)
     found: list[Candidate] = []
     refused: dict[str, str] = {}
     able = {
-        folder: _formats_of(folder, run, question.formats, refused) for folder, run in runs.items()
+        folder: _formats_of(folder, run, query.formats, refused) for folder, run in runs.items()
     }
-    _check_formats(question.formats, set(chain.from_iterable(able.values())), refused)
+    _check_formats(query.formats, set(chain.from_iterable(able.values())), refused)
     trials = (_of_run(folder, run, examples, able[folder], say) for folder, run in runs.items())
     for trial in chain.from_iterable(trials):
         say(f"measuring {trial.name}")
         with tempfile.TemporaryDirectory() as scratch:
             place = Path(scratch) / "model"
             try:
-                _export(trial, place, question)
+                _export(trial, place, query)
             except BadInput as error:
                 refused[trial.name] = str(error)
                 continue
-            found.append(_measured(trial, place, examples, question, tokens))
-    _check_formats(question.formats, {one.format for one in found}, refused)
+            found.append(_measured(trial, place, examples, query, tokens))
+    _check_formats(query.formats, {one.format for one in found}, refused)
     kind = first.record.kind
     found.sort(key=lambda one: (_falling(one.quality, one.quality, kind), one.latency_seconds))
     return Fit(
@@ -200,23 +198,21 @@ def fit(folders: Sequence[Path], question: Question, say: Say = lambda line: Non
     )
 
 
-def _export(trial: _Trial, place: Path, question: Question) -> None:
+def _export(trial: _Trial, place: Path, query: FitQuery) -> None:
     export_model(
         trial.folder,
         device=trial.device,
         format=trial.format,
         to=place,
-        base=question.base,
+        base=query.base,
         quantize=trial.quantize,
-        rows=question.rows if trial.format in QUANTISATIONS else None,
+        rows=query.rows if trial.format in QUANTISATIONS else None,
         parity=trial.format in QUANTISATIONS,
     )
 
 
 def _check_formats(named: tuple[str, ...], came: set[str], refused: Mapping[str, str]) -> None:
-    """Raise BadInput for a format that was named and that no model can have, and where there is
-    none at all.
-    """
+    """Raise BadInput for a requested format without any model, and if no format has one."""
     for format in named or (() if came else FORMATS):
         if format not in came:
             why = next((line for name, line in refused.items() if f" as {format}" in name), "")
@@ -229,15 +225,17 @@ def _check_alike(runs: dict[Path, RunModel]) -> None:
         mine, its = first.record, run.record
         if (mine.kind, mine.classes, mine.data_sha256) != (its.kind, its.classes, its.data_sha256):
             raise BadInput(
-                f"{place} and {other} are of different data, so their models have no common rows; "
-                "name runs of one data set"
+                f"{place} and {other} are runs on different data, so their models have no common "
+                "rows; give runs on one data set"
             )
 
 
 def _formats_of(
     folder: Path, run: RunModel, named: tuple[str, ...], refused: dict[str, str]
 ) -> tuple[str, ...]:
-    """The formats that the models of a run can have; why the others are none goes to `refused`."""
+    """The formats that the run's models can be exported to; reasons against the others go to
+    `refused`.
+    """
     able = []
     for format in named or FORMATS:
         try:
@@ -263,7 +261,7 @@ def _of_run(
 def _best_of_each_size(
     folder: Path, run: RunModel, examples: Examples, say: Say
 ) -> Iterator[tuple[str, int]]:
-    """Of the models of each size the name of the best, and how many there are."""
+    """For each model size, the name of the best model and the number of models."""
     names = (DENSE, GLOBAL, *device_ids_of(folder))
     losses: dict[str, float] = {}
     by_size: dict[Any, list[tuple[float, int]]] = {}
@@ -282,24 +280,24 @@ def _best_of_each_size(
 
 
 def _falling(loss: float, accuracy: float, kind: Kind) -> float:
-    """A number that is the lower, the better the model is; what is no number is worst."""
+    """A number that is lower for a better model; NaN counts as the worst."""
     value = loss if kind == "causal-lm" else -accuracy
     return inf if isnan(value) else value
 
 
 def _measured(
-    trial: _Trial, place: Path, examples: Examples, question: Question, tokens: int
+    trial: _Trial, place: Path, examples: Examples, query: FitQuery, tokens: int
 ) -> Candidate:
-    loaded = load_model(place, threads=question.threads)
+    loaded = load_model(place, threads=query.threads)
     _, accuracy, loss = answers(loaded, examples)
-    batch, costs = question.limits.batch, {"tokens": tokens, "threads": question.threads}
+    batch, costs = query.limits.batch, {"tokens": tokens, "threads": query.threads}
     pruned = sparsity(trial.run.base.layout, trial.run.model(trial.device).structure)
-    if question.device_kind is None:
+    if query.device_kind is None:
         calls = {batch: CALLS_OF_ONE if batch == 1 else 1}
         seconds = latency_seconds(loaded, repeats=REPEATS, calls=calls, **costs)[batch]
     else:
         seconds = predicted_seconds(
-            question.device_kind,
+            query.device_kind,
             trial.run.base.layout,
             pruned,
             Extent(tokens=batch * tokens, squared_tokens=batch * tokens**2),
@@ -317,9 +315,9 @@ def _measured(
         quality=float(loss if accuracy is None else accuracy),
         memory_bytes=memory,
         latency_seconds=seconds,
-        predicted=question.device_kind is not None,
+        predicted=query.device_kind is not None,
         file_bytes=weight_bytes(place),
-        excess=question.limits.excess(memory, seconds),
+        excess=query.limits.excess(memory, seconds),
     )
 
 
@@ -327,10 +325,10 @@ def predicted_seconds(
     kind: str, layout: PrunableLayout, pruned: float, extent: Extent, *, single: bool
 ) -> float:
     """Seconds of a forward pass on a device kind in its slowest power mode, from the operations in
-    the blocks; `single` says that the numbers are fp32.
+    the blocks; `single` says that the weights are fp32.
 
-    The peaks, how much of them is used and what a layer's launch takes are those of the simulated
-    fleet (`fleets/hardware.py`); integers are taken to be as fast as fp16.
+    Peak rates, utilisation and the launch time of a layer are those of the simulated fleet
+    (`fleets/hardware.py`); integers are assumed to be as fast as fp16.
 
     >>> sizes = {"heads": 12, "channels": 1536, "width": 384, "query_heads": 12, "head_dim": 32}
     >>> minilm = PrunableLayout(architecture="bert", prefix="bert", layers=6, **sizes)

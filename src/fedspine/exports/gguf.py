@@ -1,7 +1,7 @@
 """Export to a folder for llama.cpp: one GGUF file with weights, tokenizer and chat template, and a
-report of how near it is to the PyTorch model.
+parity report against the PyTorch model.
 
-Nothing of fedspine is needed to run it.
+It runs without fedspine.
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch import nn
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Examples
 from fedspine.exports import gguf_file, llama_cpp
-from fedspine.exports.card import GGUF, WORDS, Card, copy_beside, read_card
+from fedspine.exports.card import GGUF, TOKENIZER, Card, copy_beside, read_card
 from fedspine.exports.gguf_file import Widths
 from fedspine.exports.gguf_tokenizer import vocabulary
 from fedspine.exports.load import Loaded, load_model
@@ -28,28 +28,28 @@ from fedspine.exports.whole_folder import check_new, whole_folder
 from fedspine.lm.gguf_files import read_model
 
 ROWS = 32  # to compare on; each has many tokens
-# how far a stored weight may be off, over the size of the weights around it. F16: half a unit in
-# the last of 11 bits. Q8_0: half of a step, which is 1/127 of the largest of 32 weights, and that
-# is about twice their root mean square where they are normal
+# rounding error of a stored weight, relative to the size of the weights around it. F16: half a unit
+# in the last of 11 bits. Q8_0: half of a step; a step is 1/127 of the largest of 32 weights, which
+# is about twice their root mean square if they are normally distributed
 ROUNDING = {"f16": 2.0**-11, "q8_0": 1 / 127}
-EQUAL = 0.995  # share of equal greedy tokens, which does where the logits are further apart
+EQUAL = 0.995  # share of equal greedy tokens that suffices if the logits differ more
 STORED = {"f16": "F16", "q8_0": "Q8_0", "q4_k_m": "Q4_K_M"}
-WORSE = 1.05  # of the perplexity, where llama.cpp has chosen the types by itself
+WORSE = 1.05  # largest ratio of perplexities if llama.cpp has chosen the types
 
 
 @dataclass(frozen=True)
-class Parity:
-    """How the numbers in a GGUF file differ from the PyTorch model that it was made of."""
+class GgufParity:
+    """How the weights in a GGUF file differ from those of the PyTorch model it was made from."""
 
-    rows_from: str  # what the rows are that both were compared on
+    rows_from: str  # where the rows come from that both were compared on
     rows: int
     tokens: int  # of these rows, each with its logits
-    largest_logit: float  # of the PyTorch model, by size
+    largest_logit: float  # of the PyTorch model, in magnitude
     largest_difference: float  # of a logit
     relative_difference: float  # root mean square, over that of logits around their mean
     allowed_difference: float | None  # of the relative one; None: the perplexity decides
     equal_tokens: float  # share of the likeliest next tokens, 0 to 1
-    perplexity: float  # of the file's numbers; NaN where no token is predicted
+    perplexity: float  # with the file's weights; NaN if no token is predicted
     perplexity_before: float  # of the PyTorch model
     architecture: str  # the id that the file names
     quantize: str
@@ -71,7 +71,7 @@ class Parity:
         )
 
     def check(self) -> None:
-        """Raise BadInput where the file is outside its tolerance."""
+        """Raise BadInput if the file is outside its tolerance."""
         if self.allowed_difference is None:
             near = self.perplexity <= WORSE * self.perplexity_before
             allowed = f"perplexity {self.perplexity:.4g}, before: {self.perplexity_before:.4g}"
@@ -81,9 +81,9 @@ class Parity:
         if isfinite(self.relative_difference) and (near or self.equal_tokens >= EQUAL):
             return
         raise BadInput(
-            f"the {STORED[self.quantize]} file's logits are {self.relative_difference:.2g} of "
-            f"their spread off ({allowed}), and "
-            f"{self.equal_tokens:.1%} of the greedy tokens are equal (enough: {EQUAL:.1%}), on "
+            f"the logits of the {STORED[self.quantize]} file are off by "
+            f"{self.relative_difference:.2g} of their spread ({allowed}), and "
+            f"{self.equal_tokens:.1%} of the greedy tokens are equal (needed: {EQUAL:.1%}), on "
             f"{self.rows} rows ({self.rows_from}); use --format hf"
         )
 
@@ -95,14 +95,14 @@ def export(
     examples: Examples,
     rows_from: str,
     quantize: str = "f16",
-) -> Parity:
+) -> GgufParity:
     """Write the decoder that `fedspine.exports.hf.export` wrote to `source` as the new `folder`.
 
-    `examples` are the rows to compare both on, and `rows_from` says what they are; `quantize` is a
-    key of `STORED`; for Q4_K_M llama.cpp itself quantises the F16 file. The folder appears at once
-    and complete. Raises BadInput where it exists, for a model or a tokenizer that llama.cpp has
-    none like, and for a file that is outside its tolerance: logits as far apart as rounding takes
-    them (Q4_K_M: 5 % of the perplexity), or 99.5 % of the greedy tokens equal.
+    `examples` are the rows to compare both on, and `rows_from` says where they come from;
+    `quantize` is a key of `STORED`; for Q4_K_M llama.cpp itself quantises the F16 file. The folder
+    appears only when it is complete. Raises BadInput if it exists, for a model or a tokenizer that
+    llama.cpp does not support, and for a file outside its tolerance: logits that differ as much as
+    rounding explains (Q4_K_M: 5 % of the perplexity), or 99.5 % of the greedy tokens equal.
     """
     source, folder = Path(source), Path(folder)
     check_new(folder)
@@ -111,10 +111,10 @@ def export(
     architecture = gguf_file.id_of(config, widths)
     words = vocabulary(source, loaded.tokenizer, config.vocab_size, chat=card.chat)
     with whole_folder(folder) as partial:
-        copy_beside(source, partial / WORDS)  # which transformers would take for the file's own
+        copy_beside(source, partial / TOKENIZER)  # at the top, transformers would read these
         unfit = _write(partial / GGUF, loaded.module, widths, words, name=card.name, how=quantize)
         written = _read_back(partial / GGUF, loaded.module, architecture, stock=card.stock)
-        parity = Parity(
+        parity = GgufParity(
             **differences(loaded.module, written, examples),
             rows_from=rows_from,
             rows=len(examples),
@@ -154,8 +154,8 @@ def _widths(loaded: Loaded, card: Card) -> Widths:
 
 
 def _read_back(file: Path, module: nn.Module, architecture: str, *, stock: bool) -> nn.Module:
-    """The numbers in the file as a module: that which transformers reads, where it can say the
-    sizes of such a file, else a copy of the module with the file's tensors.
+    """The weights in the file as a module: as transformers reads the file, if it supports its
+    sizes, else a copy of the module with the file's tensors.
     """
     if architecture == "llama" and stock:
         return read_model(file)[1].eval()
@@ -168,22 +168,22 @@ def _read_back(file: Path, module: nn.Module, architecture: str, *, stock: bool)
 
 
 def _allowed(quantize: str, layers: int) -> float | None:
-    """Rounding errors are independent, so their squares add up over the products that a token goes
-    through: six in a block one after another, embedding and head.
+    """Rounding errors are independent, so their squares add up over the products that a token
+    passes through: six in sequence per block, the embedding and the head.
     """
     rounding = ROUNDING.get(quantize)
     return None if rounding is None else rounding * sqrt(6 * layers + 2)
 
 
-def _readme(card: Card, parity: Parity, measured: str) -> str:
+def _readme(card: Card, parity: GgufParity, measured: str) -> str:
     unfit = ""
     if parity.quantize in llama_cpp.QUANTISERS:
         types = ", ".join(f"{count} in {name}" for name, count in parity.types.items())
-        unfit = f"\nllama.cpp chose the types of the matrices, by their widths: {types}.\n"
+        unfit = f"\nllama.cpp chose the types of the matrices by their widths: {types}.\n"
     if parity.stored_f16:
         unfit = (
-            f"\nRows of {len(parity.stored_f16)} matrices do not fit Q8_0's blocks of 32 numbers, "
-            "so these are F16 (`stored_f16`).\n"
+            f"\nThe rows of {len(parity.stored_f16)} matrices do not fit Q8_0's blocks of 32 "
+            "weights, so these are F16 (`stored_f16`).\n"
         )
     chat = " -cnv" if card.chat else ' -no-cnv -p "A text to continue"'
     return f"""{front_matter("gguf", card.provenance)}

@@ -1,9 +1,9 @@
-"""GGUF files, those of llama.cpp: written from a Llama-type module, and read back as its tensors.
+"""GGUF files of llama.cpp: written from a Llama-type module, and read back as its tensors.
 
-The one file that writes with the `gguf` package; `lm/gguf_files.py` reads whole models with it. A
-file whose layers have equal widths has the plain id of its architecture. With unequal ones the id
-is `deci`, under which llama.cpp reads heads, key/value heads and feed-forward widths as a list with
-one number for each layer; the computation is Llama's.
+Only this file writes with the `gguf` package; `lm/gguf_files.py` reads whole models with it. A file
+whose layers have equal widths has the plain id of its architecture. With unequal ones the id is
+`deci`, for which llama.cpp reads heads, key/value heads and feed-forward widths as lists with one
+number per layer; the computation is Llama's.
 """
 
 from collections import Counter
@@ -29,14 +29,14 @@ except ModuleNotFoundError:
 PRUNABLE = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 UNEQUAL = "deci"
 IDS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # by model_type
-WHOLE = {  # what llama.cpp takes of these; Llama may have any widths
-    "qwen2": "all its heads and as many channels in every layer",
-    "qwen3": "as many heads and channels in every layer",
+WHOLE = {  # what llama.cpp supports of these; Llama may have any widths
+    "qwen2": "all its heads and equally many channels in every layer",
+    "qwen3": "equally many heads and channels in every layer",
 }
 ROTATED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # by position
 FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
-BLOCK = gguf.GGML_QUANT_SIZES[Q8_0][0]  # numbers that share a scale, side by side in a row
+BLOCK = gguf.GGML_QUANT_SIZES[Q8_0][0]  # consecutive weights of a row that share a scale
 
 
 @dataclass(frozen=True)
@@ -53,25 +53,28 @@ class Widths:
 
 
 def id_of(config: Any, widths: Widths) -> str:
-    """The architecture that a file of this model names.
+    """The architecture id for a file of this model.
 
-    Raises BadInput for a model that llama.cpp computes otherwise.
+    Raises BadInput for a model that llama.cpp would compute differently.
     """
     known = IDS.get(config.model_type)
     if known is None:
-        raise BadInput(f"GGUF takes {', '.join(IDS)}, not {config.model_type}; use --format hf")
+        raise BadInput(f"GGUF supports {', '.join(IDS)}, not {config.model_type}; use --format hf")
     rope = config.rope_parameters.get("rope_type", "default")
     biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
     if rope != "default" or biased or config.hidden_act != "silu":
-        what = f"scaled positions ({rope})" if rope != "default" else "biases or an own activation"
-        raise BadInput(f"this {config.model_type} has {what}, not written to GGUF; use --format hf")
+        what = f"scaled positions ({rope})" if rope != "default" else "biases or another activation"
+        raise BadInput(
+            f"this {config.model_type} has {what}, which the GGUF export does not support; use "
+            "--format hf"
+        )
     queries = widths.heads[0] * _head_dim(config)
     if widths.equal and not (known == "qwen2" and queries != config.hidden_size):
         return known
     if known != "llama":
         raise BadInput(
-            f"llama.cpp reads {config.model_type} with {WHOLE[known]} only, and this model is "
-            "pruned otherwise; use --format hf, or --device dense for the unpruned model"
+            f"llama.cpp reads {config.model_type} only with {WHOLE[known]}, and this model is "
+            "pruned differently; use --format hf, or --device dense for the unpruned model"
         )
     return UNEQUAL
 
@@ -82,7 +85,7 @@ def write(
     """Write the module, a stock one with linear layers of these widths, as one file.
 
     `how` is a key of `FILE_TYPES`. Vectors stay fp32, as llama.cpp needs them. Returns the names of
-    those matrices that are F16 since their rows do not fit the blocks of `how`.
+    the matrices that are F16 because their rows do not fit the blocks of `how`.
     """
     config: Any = module.config
     architecture = id_of(config, widths)
@@ -102,7 +105,7 @@ def write(
         elif how == "q8_0" and values.shape[-1] % BLOCK == 0:
             writer.add_tensor(theirs, gguf.quantize(values, Q8_0), raw_dtype=Q8_0)
         else:
-            with np.errstate(over="ignore"):  # infinities are found when the file is compared
+            with np.errstate(over="ignore"):  # the parity check finds infinities
                 writer.add_tensor(theirs, values.astype(np.float16))
             unfit.append(theirs)
     writer.write_header_to_file()
@@ -113,15 +116,15 @@ def write(
 
 
 def types_of(path: Path) -> dict[str, int]:
-    """The number of matrices in a file by the type of their numbers."""
+    """The number of matrices in a file, by weight type."""
     tensors = gguf.GGUFReader(path).tensors
     return dict(Counter(t.tensor_type.name for t in tensors if len(t.shape) > 1))
 
 
 def read_tensors(path: Path, module: nn.Module, architecture: str) -> Tensors:
-    """The fp32 tensors of a file by the names that they have in a module like `module`.
+    """The tensors of a file in fp32, by their parameter names in `module`.
 
-    Raises BadInput where a tensor is missing.
+    Raises BadInput for a missing tensor.
     """
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     found = {}
@@ -137,26 +140,24 @@ def read_tensors(path: Path, module: nn.Module, architecture: str) -> Tensors:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """What a file says of its model."""
+class GgufHeader:
+    """The metadata of a file and the sizes of its tensors."""
 
     path: Path
     fields: Mapping[str, Any]
-    tensors: Mapping[str, int]  # numbers in each
+    tensors: Mapping[str, int]  # weights in each
     architecture: str
 
-    def of(self, name: str, *usual: Any) -> Any:
-        """A field of the architecture; raises BadInput where it is missing and has no
-        usual value.
-        """
+    def of(self, name: str, *default: Any) -> Any:
+        """A field of the architecture; raises BadInput if it is missing and has no default."""
         key = f"{self.architecture}.{name}"
-        if key not in self.fields and not usual:
-            raise BadInput(f"{self.path} lacks {key}, so it cannot be read; take another file")
-        return self.fields.get(key, *usual)
+        if key not in self.fields and not default:
+            raise BadInput(f"{self.path} lacks {key}, so it cannot be read; use another file")
+        return self.fields.get(key, *default)
 
     @property
     def widths(self) -> Widths:
-        """Of each layer."""
+        """The widths of each layer."""
         layers = self.of("block_count")
         heads = _each(self.of("attention.head_count"), layers)
         key_heads = _each(self.of("attention.head_count_kv", heads), layers)
@@ -168,10 +169,8 @@ class Stored:
         return sum(n for name, n in self.tensors.items() if name.split(".", 2)[-1] in weights)
 
 
-def stored_in(path: Path, known: tuple[str, ...]) -> Stored:
-    """What the file says; raises BadInput for one that is damaged or of an architecture that is not
-    `known`.
-    """
+def read_header(path: Path, known: tuple[str, ...]) -> GgufHeader:
+    """The header of a file; raises BadInput for damage and for an architecture not in `known`."""
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -180,24 +179,24 @@ def stored_in(path: Path, known: tuple[str, ...]) -> Stored:
         reason = " ".join(str(error).split())[:160]
         raise BadInput(
             f"{path} cannot be read as GGUF ({type(error).__name__}: {reason}); copy the file "
-            "again, or take another one"
+            "again, or use another one"
         ) from None
     architecture = fields.get("general.architecture")
     if architecture not in known:
         raise BadInput(
-            f"{path} holds a model of architecture {architecture!r}, which is not known here; take "
+            f"{path} holds a model of architecture {architecture!r}, which is not supported; use "
             f"one of: {', '.join(known)}"
         )
-    return Stored(path, fields, tensors, architecture)
+    return GgufHeader(path, fields, tensors, architecture)
 
 
 def _each(value: Any, layers: int) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,) * layers
 
 
-def write_words(path: Path, target: Path) -> None:
-    """A file of the tokenizer alone under an id that transformers knows, which does not know all
-    that llama.cpp does.
+def write_tokenizer(path: Path, target: Path) -> None:
+    """Write a file with the tokenizer alone under the id `llama`, since transformers does not know
+    all ids of llama.cpp.
     """
     writer = gguf.GGUFWriter(target, "llama")
     for name, field in gguf.GGUFReader(path).fields.items():
@@ -211,8 +210,8 @@ def write_words(path: Path, target: Path) -> None:
 
 
 def paired(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of a rotated projection in llama.cpp's order: the two numbers of a pair, which turn
-    together, side by side; in transformers they are half a head apart.
+    """Rows of a rotary projection in llama.cpp's order, with the two rows of a rotated pair next to
+    each other; in transformers they are half a head apart.
 
     >>> paired(torch.arange(8), head_dim=4).tolist()
     [0, 2, 1, 3, 4, 6, 5, 7]
@@ -228,13 +227,13 @@ def halved(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def _named(module: Any, architecture: str) -> Iterator[tuple[str, str, Tensor]]:
-    """Names of each parameter here and there; a tied one once, under its first name."""
+    """Each parameter with its names in the module and in GGUF; tied ones once, by first name."""
     of_name = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(of_name[architecture], module.config.num_hidden_layers)
     for ours, parameter in module.named_parameters():
         theirs = names.get_name(ours, try_suffixes=(".weight", ".bias"))
         if theirs is None:
-            raise BadInput(f"{architecture} has no place for {ours} in GGUF; use --format hf")
+            raise BadInput(f"GGUF has no name for {ours} of {architecture}; use --format hf")
         yield ours, theirs, parameter
 
 
@@ -243,7 +242,7 @@ def _head_dim(config: Any) -> int:
 
 
 def _add_sizes(writer: "gguf.GGUFWriter", config: Any, widths: Widths) -> None:
-    # llama.cpp's Llama sees all earlier tokens, which within a window is the same
+    # llama.cpp's Llama has no sliding window, which makes no difference within one
     positions = min(
         config.max_position_embeddings,
         getattr(config, "sliding_window", None) or config.max_position_embeddings,

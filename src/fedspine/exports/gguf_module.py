@@ -1,6 +1,4 @@
-"""A GGUF file as a module that llama.cpp computes, so that whatever reads the stock module of a
-decoder reads it, too.
-"""
+"""A GGUF file as a module that llama.cpp runs, with the interface of the stock decoder module."""
 
 import os
 from collections.abc import Sequence
@@ -14,18 +12,18 @@ from transformers import GenerationConfig
 
 from fedspine.exports.llama_cpp import Context, File
 
-CONTEXTS = 4  # that are kept, since making one costs more than a short call
+CONTEXTS = 4  # kept, since creating one costs more than a short call
 
 
 class Output:
-    """Logits that are fetched when they are asked for: copying them is no part of a latency."""
+    """Logits that are copied only when they are read: copying is not part of the latency."""
 
     def __init__(self, context: Context, mask: np.ndarray) -> None:
         self._context, self._mask = context, mask
 
     @property
     def logits(self) -> Tensor:
-        """fp32 [rows, tokens, vocabulary]; zero where the mask is."""
+        """fp32 [rows, tokens, vocabulary]; zero where the mask is zero."""
         found = self._context.logits(range(int(self._mask.sum())))
         whole = np.zeros((*self._mask.shape, found.shape[1]), np.float32)
         whole[self._mask] = found
@@ -33,7 +31,7 @@ class Output:
 
 
 class LlamaModule(nn.Module):
-    """The file in `path`; `threads` None: as many as there are cores.
+    """The model in the file `path`; `threads` None: one per core.
 
     Raises BadInput for a file that llama.cpp cannot read.
     """
@@ -43,11 +41,11 @@ class LlamaModule(nn.Module):
         self.config, self.generation_config = config, GenerationConfig(eos_token_id=ends)
         self._file = File(path, threads or os.cpu_count() or 1)
         self._contexts: dict[tuple[int, int], Context] = {}
-        # empty: scoring and writing ask the parameters on which device to compute
+        # empty: scoring and generation take the device to compute on from the parameters
         self.place = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Output:
-        """The logits of int64 [rows, tokens]; padding is behind a row's tokens."""
+        """The logits of int64 [rows, tokens]; rows are padded at the end."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         kept = mask.bool().numpy()
         rows = [ids[real] for ids, real in zip(input_ids.numpy(), kept, strict=True)]
@@ -70,7 +68,7 @@ class LlamaModule(nn.Module):
     ) -> Tensor:
         """int64 [rows, tokens and new ones], as `generate` of transformers; one step per token.
 
-        Padding is before a row's tokens; draws are torch's.
+        Rows are padded at the start; sampling uses torch's generator.
         """
         ends = frozenset(eos_token_id or ())
         new = [
@@ -104,7 +102,7 @@ class LlamaModule(nn.Module):
         return new
 
     def _context(self, rows: int, tokens: int) -> Context:
-        """An empty context for these."""
+        """An empty context of at least this size."""
         key = rows, -(-tokens // 256)
         if key not in self._contexts:
             while len(self._contexts) >= CONTEXTS:

@@ -1,10 +1,10 @@
-"""Export to a folder in Hugging Face form: the adapter merged into physically smaller weights, no
+"""Export to a folder in Hugging Face format: the adapter merged into physically smaller weights, no
 remote code.
 
-Parameters keep the names of the stock `transformers` class. Where the sizes that are left fit a
-stock configuration, it says so and `transformers` loads the folder as it is; else
-`fedspine.load_model` does, and `transformers` stops at the shapes. The `fedspine` entry of
-`config.json` holds what neither the weights nor a stock configuration say.
+Parameters keep the names of the stock `transformers` class. If a stock configuration can describe
+the pruned sizes, it does and `transformers` loads the folder as it is; else only
+`fedspine.load_model` does, and `transformers` fails on the shapes. The `fedspine` entry of
+`config.json` holds what is in neither the weights nor a stock configuration.
 """
 
 import copy
@@ -24,7 +24,7 @@ from fedspine.core.task import Kind
 from fedspine.exports.card import CONFIG, FORMAT, WEIGHTS, Card
 from fedspine.exports.load import Loaded, load_model
 from fedspine.exports.parity import Prove, proved
-from fedspine.exports.predict import Answered, Continued, Labelled, Prediction, predict
+from fedspine.exports.predict import ChatAnswer, Continued, Labelled, Prediction, predict
 from fedspine.exports.provenance import Provenance, front_matter, rows_of
 from fedspine.exports.whole_folder import check_new, whole_folder
 from fedspine.lm.base import Base, Model
@@ -33,7 +33,7 @@ from fedspine.lm.pooling import CLASSES, HOW, Pooling
 from fedspine.lm.structure import Structure, StructureKind, is_even, sparsity
 
 __all__ = [
-    "Answered",
+    "ChatAnswer",
     "Continued",
     "Labelled",
     "Loaded",
@@ -61,8 +61,7 @@ def export(
     provenance: Provenance | None = None,
     prove: Prove | None = None,
 ) -> Path:
-    """Write `model` as a folder of its own: config.json, model.safetensors, the tokenizer,
-    README.md.
+    """Write `model` as a new folder: config.json, model.safetensors, the tokenizer, README.md.
 
     The adapter is merged in fp32 as W + scale * B @ A; `merge=False` leaves it out, for use with an
     adapter that `fedspine.exports.peft` writes. `chat` says that it was tuned on dialogues, and
@@ -106,7 +105,7 @@ def _check(base: Base, folder: Path, labels: tuple[str, ...], kind: Kind) -> Non
     expected = 0 if kind == "causal-lm" else base.config.num_labels
     if len(labels) != expected:
         raise BadInput(
-            f"{len(labels)} labels came for a head of {expected}; pass the task's label_names"
+            f"got {len(labels)} labels for a head of {expected}; pass the task's label_names"
         )
 
 
@@ -150,8 +149,8 @@ def _config(
 
 
 def _uniform(config: PreTrainedConfig, base: Base, structure: Structure) -> PreTrainedConfig | None:
-    """The configuration with the kept sizes of every layer; None where layers differ or
-    none says it.
+    """The configuration with the kept sizes of every layer; None if layers differ or no
+    configuration can describe them.
     """
     if not is_even(structure):
         return None
@@ -168,20 +167,18 @@ def _uniform(config: PreTrainedConfig, base: Base, structure: Structure) -> PreT
         }
     try:
         return type(config).from_dict(config.to_dict() | sizes)
-    except (
-        Exception
-    ):  # configuration classes have checks of their own, such as heads that must divide the width
+    except Exception:  # configuration classes check, for example, that heads divide the width
         return None
 
 
 def _fits(config: PreTrainedConfig, tensors: Tensors, pooling: Pooling | None) -> bool:
-    # asking the class itself is the only rule that holds for every architecture: BERT, for one,
-    # ignores `head_dim`
+    # building the class is the only check that works for every architecture: BERT, for one, ignores
+    # `head_dim`
     try:
         with torch.device("meta"), no_init_weights():
             module = CLASSES[pooling].from_config(config)
-            module.tie_weights()  # a step of the initialisation that was left out
-    except Exception:  # whatever keeps the class from being built, it is no stock model
+            module.tie_weights()  # part of the initialisation that is skipped here
+    except Exception:  # if the class cannot be built, this is not a stock model
         return False
     return {n: p.shape for n, p in module.named_parameters()} == {
         n: t.shape for n, t in tensors.items()
@@ -216,8 +213,8 @@ def _readme(card: Card, tensors: Tensors, measured: str) -> str:
         f"Stock transformers loads it: `{auto}.from_pretrained(folder)`.{how}"
         if card.stock
         else (
-            "Its layers have sizes that no stock configuration "
-            "can say, so `from_pretrained` refuses it."
+            "No stock configuration can describe the sizes of its layers, so `from_pretrained` "
+            "refuses it."
         )
     )
     adapter = (

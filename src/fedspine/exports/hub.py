@@ -1,6 +1,6 @@
 """Push an exported folder to a repository of the Hugging Face Hub.
 
-The one file that writes there, through `huggingface_hub`.
+Only this file writes there, through `huggingface_hub`.
 """
 
 import json
@@ -18,7 +18,7 @@ LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 class Client(Protocol):
-    """What is used of `huggingface_hub.HfApi`."""
+    """The part of `huggingface_hub.HfApi` that is used."""
 
     def whoami(self) -> Any: ...
 
@@ -28,33 +28,31 @@ class Client(Protocol):
 
 
 def client_for(repo: str, make: Any = HfApi) -> Client:
-    """The client that can write to `repo`, before anything is computed for it.
+    """A client for pushing to `repo`, checked before anything is computed.
 
-    Raises BadInput for a name that the Hub does not take, and where nobody is logged in.
+    Raises BadInput for an invalid repository name, and if nobody is logged in.
     """
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
         reason = " ".join(str(error).split())[:160]
         raise BadInput(
-            f"--push-to-hub {repo!r} is no name of a repository ({reason}); write NAME or USER/NAME"
+            f"--push-to-hub {repo!r} is not a repository name ({reason}); write NAME or USER/NAME"
         ) from None
     client: Client = make()
     try:
         client.whoami()
     except Exception as error:  # no token, a wrong one, no network
-        raise BadInput(
-            f"the Hub does not know who is pushing ({_reason(error)}); {LOGIN}"
-        ) from None
+        raise BadInput(f"nobody is logged in to the Hub ({_reason(error)}); {LOGIN}") from None
     return client
 
 
 def push(folder: Path, repo: str, client: Client, *, private: bool = False) -> str:
-    """Upload all files of an exported folder to `repo`, which is made where it does not exist;
-    returns the name that the Hub gives it.
+    """Upload all files of an exported folder to `repo`, which is created if it does not exist;
+    returns its full name.
 
-    Raises BadInput for an adapter that names a base on this machine, and where the Hub refuses; the
-    folder stays as it is.
+    Raises BadInput for an adapter whose base is on this machine, and if the Hub refuses; the folder
+    stays as it is.
     """
     _check_adapter(folder)
     try:
@@ -63,7 +61,7 @@ def push(folder: Path, repo: str, client: Client, *, private: bool = False) -> s
         client.upload_folder(
             repo_id=whole, folder_path=folder, commit_message=f"Export of fedspine: {folder.name}"
         )
-    except Exception as error:  # the client has many kinds
+    except Exception as error:  # the client raises many types
         raise BadInput(
             f"{folder} is written, but pushing it to {repo} failed ({_reason(error)}); push it "
             f"with: hf upload {repo} {folder}"
@@ -72,14 +70,14 @@ def push(folder: Path, repo: str, client: Client, *, private: bool = False) -> s
 
 
 def _check_adapter(folder: Path) -> None:
-    """An adapter whose base is a path of this machine is of no use elsewhere, and tells of it."""
+    """An adapter whose base is a local path is useless elsewhere, and discloses the path."""
     if not (folder / ADAPTER).is_file():
         return
     base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
     if Path(base).is_absolute() or Path(base).exists():
         raise BadInput(
-            f"{folder} is written and not pushed: its adapter fits {base}, a path of this machine; "
-            "push --format hf, or an adapter of a base on the Hub"
+            f"{folder} is written but not pushed: its adapter fits {base}, a path on this machine; "
+            "push --format hf, or an adapter for a base on the Hub"
         )
 
 

@@ -1,8 +1,7 @@
-"""llama.cpp as the packages llama-cpp-python and cyllama bring it: it runs GGUF files and quantises
-them.
+"""llama.cpp through the packages llama-cpp-python and cyllama: runs GGUF files and quantises them.
 
-The only file that imports either. PyTorch is not imported, so that the peak memory of a process
-that runs a file (`python -m fedspine.exports.llama_cpp`) is the runtime's own.
+Only this file imports either. PyTorch is not imported, so that the peak memory of a process that
+runs a file (`python -m fedspine.exports.llama_cpp`) is the runtime's own.
 """
 
 import ctypes
@@ -27,27 +26,27 @@ STEP = 256  # llama.cpp rounds the length of a context up to a multiple of it
 
 
 class Context(Protocol):
-    """Rows of one model in llama.cpp, each with a cache of its own."""
+    """A batch of rows of one model in llama.cpp, each with its own cache."""
 
     def decode(self, rows: Sequence[Sequence[int]], start: int = 0) -> None:
-        """Read these tokens, the next of each row, whose places begin at `start`."""
+        """Read these next tokens of each row, whose positions begin at `start`."""
 
     def logits(self, places: Sequence[int]) -> np.ndarray:
-        """fp32 [places, vocabulary] of the last `decode`, counted over row after row."""
+        """fp32 [places, vocabulary] of the last `decode`; places count over all rows in order."""
 
     def clear(self) -> None:
         """Forget all tokens."""
 
 
 def installed() -> str | None:
-    """The package that brings llama.cpp, None where none is installed."""
+    """The installed package with llama.cpp, None without one."""
     return next((package for name, package in PACKAGES.items() if find_spec(name)), None)
 
 
 def runtime() -> str:
-    """llama.cpp with the package that brings it.
+    """llama.cpp with the name and version of its package, in words.
 
-    Raises BadInput where none is installed.
+    Raises BadInput if none is installed.
     """
     package = installed()
     if package is None:
@@ -58,7 +57,7 @@ def runtime() -> str:
 class File:
     """A GGUF file in llama.cpp.
 
-    Raises BadInput where no package is installed, and for a file that llama.cpp cannot read.
+    Raises BadInput if no package is installed, and for a file that llama.cpp cannot read.
     """
 
     def __init__(self, path: Path, threads: int) -> None:
@@ -68,24 +67,24 @@ class File:
         self._model = self._library.model(path)
 
     def context(self, rows: int, tokens: int) -> Context:
-        """Room for so many rows of so many tokens."""
+        """A context with room for `rows` rows of `tokens` tokens each."""
         made: Context = self._library(self._model, rows, -(-tokens // STEP) * STEP, self._threads)
         return made
 
 
 def quantise(source: Path, target: Path, how: str) -> None:
-    """Write the F16 file `source` as `target` in the numbers of `how`, a key of `QUANTISERS`.
+    """Write the F16 file `source` as `target`, quantised by `how`, a key of `QUANTISERS`.
 
-    Raises BadInput where llama.cpp is not installed or refuses.
+    Raises BadInput if llama.cpp is not installed or refuses.
     """
     runtime()
     library = _Compiled if find_spec("llama_cpp") else _Wheel
     if library.quantise(source, target, QUANTISERS[how]) or not target.is_file():
-        raise BadInput(f"llama.cpp cannot write {how}; take --quantize f16 or q8_0")
+        raise BadInput(f"llama.cpp cannot write {how}; use --quantize f16 or q8_0")
 
 
 class _Wheel:
-    """Of cyllama."""
+    """The context of cyllama."""
 
     @staticmethod
     def model(path: Path) -> Any:
@@ -93,14 +92,14 @@ class _Wheel:
 
         library.disable_logging()
 
-        class Model(library.LlamaModel):  # type: ignore[misc, name-defined]
+        class WithVocabulary(library.LlamaModel):  # type: ignore[misc, name-defined]
             @property
-            def n_vocab(self) -> int:  # which a context of 0.2.18 looks for here
+            def n_vocab(self) -> int:  # a context of 0.2.18 expects it here
                 return int(self.get_vocab().n_vocab)
 
         try:
-            return Model(str(path), library.LlamaModelParams())
-        except Exception as error:  # it has many kinds
+            return WithVocabulary(str(path), library.LlamaModelParams())
+        except Exception as error:  # it raises many types
             raise _unreadable(path) from error
 
     def __init__(self, model: Any, rows: int, tokens: int, threads: int) -> None:
@@ -138,7 +137,7 @@ class _Wheel:
 
 
 class _Compiled:
-    """Of llama-cpp-python, whose functions are those of llama.h."""
+    """The context of llama-cpp-python, whose functions are those of llama.h."""
 
     @staticmethod
     def model(path: Path) -> Any:
@@ -183,7 +182,7 @@ class _Compiled:
             raise _refused()
 
     def logits(self, places: Sequence[int]) -> np.ndarray:
-        # all rows of it in one block, in the order of the batch
+        # the logits of all rows in one block, in the order of the batch
         first = self._library.llama_get_logits(self._context)
         shape = (self._batch.n_tokens, self._vocabulary)
         return np.ctypeslib.as_array(first, shape=shape)[list(places)]
@@ -208,22 +207,22 @@ def _silence(library: Any) -> None:
 
 @cache
 def _silent(library: Any) -> Any:
-    """A callback that says nothing, kept since C holds no reference to it."""
+    """A callback that discards log lines, kept since C holds no reference to it."""
     return library.llama_log_callback(lambda level, text, data: None)
 
 
 def _unreadable(path: Path) -> BadInput:
-    return BadInput(f"llama.cpp cannot read {path}; export the model again, or take another file")
+    return BadInput(f"llama.cpp cannot read {path}; export the model again, or use another file")
 
 
 def _refused() -> BadInput:
-    return BadInput("llama.cpp has no room for so many tokens; lower the tokens or the rows")
+    return BadInput("llama.cpp has no room for so many tokens; use fewer tokens or rows")
 
 
 def _main(path: str, tokens: str, threads: str, *batches: str) -> None:
     file = File(Path(path), int(threads))
     for rows in map(int, batches):
-        # the second token, since some files have a vocabulary of few
+        # token id 1, since the vocabulary may be tiny
         file.context(rows, int(tokens)).decode([[1] * int(tokens)] * rows)
     print(peak_memory_bytes())
 

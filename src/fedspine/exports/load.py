@@ -36,12 +36,13 @@ __all__ = ["Loaded", "load_model"]
 
 
 def load_model(folder: str | Path, *, threads: int | None = None) -> Loaded:
-    """The model that `fedspine.export` wrote to `folder`, in any format; of GGUF the file, too.
+    """The model that `fedspine.export` wrote to `folder`, in any format; for GGUF, the file itself
+    also works.
 
-    An adapter of PEFT needs its base beside it (`with_base`), into which it is merged. `threads`
-    are those of ONNX Runtime and llama.cpp (None: as many as they like); PyTorch's are the
-    process's. Raises BadInput for a missing folder, one that is no export, weights that are damaged
-    or incomplete, and a format whose package is missing.
+    A PEFT adapter needs its base in the folder (`with_base`), into which it is merged. `threads`
+    is for ONNX Runtime and llama.cpp (None: their default); PyTorch uses the process's setting.
+    Raises BadInput for a missing folder, one that is not an export, weights that are damaged or
+    incomplete, and a format whose package is missing.
     """
     folder = Path(folder)
     logging.set_verbosity_error()
@@ -54,7 +55,7 @@ def load_model(folder: str | Path, *, threads: int | None = None) -> Loaded:
     config = _read(folder, AutoConfig)
     tokenizer = _read(folder, AutoTokenizer)
     graph = weights_of(folder).name == ONNX
-    # of a graph only the sizes of the module that it was made of are of use
+    # for a graph, only the sizes of the module that it was made from are needed
     with torch.device("meta") if graph else nullcontext():
         module = _module(folder, card, config)
     if graph:
@@ -102,7 +103,7 @@ def _of_gguf(file: Path, threads: int | None) -> Loaded:
 def _base_of(adapter: Path) -> Path:
     if not (adapter / BASE / CONFIG).is_file():
         raise BadInput(
-            f"{adapter} is an adapter without the model that it fits; run it with PEFT as its "
+            f"{adapter} is an adapter without its base model; run it with PEFT as its "
             "README.md says, or export it with --with-base, or with --format hf"
         )
     return adapter / BASE
@@ -111,7 +112,7 @@ def _base_of(adapter: Path) -> Path:
 def _read(folder: Path, auto: Any) -> Any:
     try:
         return auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds
+    except Exception as error:  # transformers raises many types
         what = "configuration" if auto is AutoConfig else "tokenizer"
         reason = " ".join(str(error).split())[:160]
         raise BadInput(
@@ -121,7 +122,7 @@ def _read(folder: Path, auto: Any) -> Any:
 
 def _module(folder: Path, card: Card, config: PreTrainedConfig) -> nn.Module:
     """The stock class with empty parameters of the exported sizes."""
-    # nothing is drawn, so that loading touches only the memory of the weights that are kept
+    # without initialisation, loading touches only the memory of the weights that are kept
     with no_init_weights():
         module = CLASSES[card.pooling].from_config(
             config, dtype=torch.float32, trust_remote_code=False
@@ -130,8 +131,8 @@ def _module(folder: Path, card: Card, config: PreTrainedConfig) -> nn.Module:
         if not len(card.heads) == len(card.channels) == layout.layers:
             listed = len(card.heads)
             raise BadInput(
-                f"{folder} lists the sizes of {listed} layers of {layout.layers}; export the "
-                "model again"
+                f"{folder} lists the sizes of {listed} of {layout.layers} layers; export the model "
+                "again"
             )
         for site in layout.sites:
             columns, rows = _sizes(site, card)
@@ -159,8 +160,8 @@ def _sizes(site: PrunableSite, card: Card) -> tuple[int, int]:
 
 
 def _fill(module: nn.Module, path: Path) -> None:
-    """Copy the stored tensors into the module's parameters, each of which must be there in its own
-    shape.
+    """Copy the stored tensors into the module's parameters, which must all be there in their exact
+    shapes.
     """
     # a tied parameter counts once, under its first name
     parameters = dict(module.named_parameters())
@@ -171,7 +172,7 @@ def _fill(module: nn.Module, path: Path) -> None:
         for problem in _problems({name: tuple(p.shape) for name, p in parameters.items()}, stored):
             raise BadInput(f"{path} {problem}; export the model again")
         for name, parameter in parameters.items():
-            # opened for each tensor: one mapping for all would hold the whole file in memory beside
+            # opened for each tensor: a single mapping would keep the whole file in memory besides
             # the copies
             with safe_open(path, framework="pt") as file, torch.no_grad():
                 parameter.copy_(file.get_tensor(name))
@@ -185,11 +186,9 @@ def _problems(
     expected: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]
 ) -> Iterator[str]:
     if missing := sorted(expected.keys() - stored.keys()):
-        yield f"lacks {len(missing)} of {len(expected)} tensors, {missing[0]} among them"
+        yield f"lacks {len(missing)} of {len(expected)} tensors, such as {missing[0]}"
     if surplus := sorted(stored.keys() - expected.keys()):
-        yield (
-            f"holds {len(surplus)} tensors that the model has no place for, {surplus[0]} among them"
-        )
+        yield (f"holds {len(surplus)} tensors that the model does not have, such as {surplus[0]}")
     for name in sorted(expected.keys() & stored.keys()):
         if expected[name] != stored[name]:
             yield f"holds {name} in shape {stored[name]}, but {expected[name]} was expected"

@@ -1,4 +1,4 @@
-"""An exported model that runs, whatever its format is."""
+"""An exported model ready to run, whatever its format."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,13 +7,13 @@ from torch import nn
 
 from fedspine.core.task import Kind
 
-READ_BACK = "PyTorch, with the numbers of the file"  # a runtime, where the format's own is missing
+READ_BACK = "PyTorch, with the numbers of the file"  # the runtime if the format's own is missing
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """An exported model ready to run: a stock transformers module, in fp32, with plain linear
-    layers, or one that another runtime computes and that is called the same way.
+    """An exported model ready to run: a stock transformers module in fp32 with plain linear layers,
+    or a module with the same interface that another runtime computes.
     """
 
     module: nn.Module
@@ -21,8 +21,8 @@ class Loaded:
     kind: Kind
     labels: tuple[str, ...]
     max_tokens: int
-    sparsity: float  # NaN where a file of others does not say
+    sparsity: float  # NaN for a file of another tool, which does not state it
     parameters: int
-    block_parameters: int  # of the prunable linear layers' weights, which sparsity is counted on
-    chat: bool = False  # whether it was tuned on dialogues, so that it answers
+    block_parameters: int  # of the prunable linear layers' weights, which sparsity refers to
+    chat: bool = False  # whether it was tuned on dialogues and so answers
     runtime: str = field(default="PyTorch", compare=False)  # what computes it

@@ -1,8 +1,8 @@
-"""From a run's folder to a model: rebuild the base in fp32, deploy from the last saved state, write
-it down.
+"""From a run's folder to a model: rebuild the base in fp32, deploy from the last saved state,
+export.
 
-What the model means comes from the run; of the world outside only the base's weights are needed,
-which must be those that the run was made with.
+Everything about the model comes from the run, except the base's weights, which must be those that
+the run was made with.
 """
 
 import json
@@ -19,7 +19,7 @@ from fedspine.exports.parity import Prove
 from fedspine.exports.proof import Proof
 from fedspine.exports.provenance import Provenance, provenance_of
 
-# these two make the messages in a saved state known
+# these two register the messages of a saved state
 from fedspine.flare import site_state  # noqa: F401
 from fedspine.fleets import simulated  # noqa: F401
 from fedspine.lm.base import Base, Model
@@ -32,7 +32,7 @@ from fedspine.runs.task_record import TaskRecord
 from fedspine.storage.store import Saved, Store
 
 FORMATS = ("hf", "onnx", "gguf", "peft")
-QUANTISATIONS = {  # by format, the default first; the others have none
+QUANTISATIONS = {  # by format, the default first; other formats have none
     "onnx": ("none", "fp16", "int8", "int8-static"),
     "gguf": ("f16", "q8_0", "q4_k_m"),
 }
@@ -55,9 +55,9 @@ class RunModel:
 
 
 def open_run(folder: Path, base: str | None = None) -> RunModel:
-    """Load a run from its directory, with its base from the recorded place or from `base`.
+    """Load a run from its directory, with its base from the recorded path or from `base`.
 
-    Raises BadInput for a folder that is no run or has no saved round, and for a base that is
+    Raises BadInput for a folder that is not a run or has no saved round, and for a base that is
     missing or different.
     """
     recipe = recipe_of(folder)
@@ -75,8 +75,8 @@ def open_run(folder: Path, base: str | None = None) -> RunModel:
         loaded, tokenizer = load_base(placed, len(record.classes), precision="fp32", kept=kept)
     except BadInput as error:
         raise BadInput(
-            f"the base of {folder} cannot be loaded: {error}; where it lies elsewhere now, name "
-            "that place with --base"
+            f"the base of {folder} cannot be loaded: {error}; if it has moved, give its path with "
+            "--base"
         ) from None
     task_record.check_base(record, loaded.weights_sha256, place, folder)
     return RunModel(recipe, record, loaded, tokenizer, saved.state["method"])
@@ -94,7 +94,7 @@ def export_model(
     rows: str | None = None,
     parity: bool = True,
 ) -> dict[str, Any]:
-    """Write one model of the run in `folder` to the new folder `to`; returns what it is.
+    """Write one model of the run in `folder` to the new folder `to`; returns a description of it.
 
     `with_base` writes the model that a PEFT adapter fits beside it; `base` is where the run's base
     is now. `quantize` is one of the format's `QUANTISATIONS` (None: the first). What was written
@@ -144,7 +144,7 @@ def export_model(
 
 
 def _card_of(run: RunModel, device: str) -> dict[str, Any]:
-    """What every export of this model says of it."""
+    """The facts on this model that every export records."""
     return {
         "labels": run.record.classes,
         "kind": run.record.kind,
@@ -176,7 +176,7 @@ def _merged(run: RunModel, device: str, to: Path, prove: Prove | None = None) ->
 def _exported_elsewhere(
     other: Any, run: RunModel, device: str, to: Path, *, quantize: str, rows: str | None
 ) -> Any:
-    """The model for the runtime whose export is in the module `other`; returns its parity."""
+    """Export the model with the module `other`, for another runtime; returns its parity."""
     from fedspine.exports.parity_rows import calibration_rows, parity_rows
 
     recipe, record, tokenizer = run.recipe, run.record, run.tokenizer
@@ -204,11 +204,11 @@ def _bytes_in(folder: Path) -> int:
 def _check_net(recipe: Recipe, format: str, base: str | None) -> None:
     if format != "onnx":
         raise BadInput(
-            f"{recipe.task.model!r} is a net on arrays, which --format {format} does not take; use "
-            "--format onnx"
+            f"{recipe.task.model!r} is a net on arrays, which --format {format} does not support; "
+            "use --format onnx"
         )
     if base is not None:
-        raise BadInput(f"{recipe.task.model!r} was not made of a base; leave --base out")
+        raise BadInput(f"{recipe.task.model!r} has no base; leave --base out")
 
 
 def _exported_net(
@@ -245,7 +245,7 @@ def _check_options(
         raise unknown("export format", format, FORMATS)
     if with_base and format != "peft":
         raise BadInput(
-            f"--with-base is for --format peft; a model of --format {format} holds its base "
+            f"--with-base is for --format peft; a model of --format {format} includes its base "
             "already, so leave it out"
         )
     known = QUANTISATIONS.get(format)
@@ -272,15 +272,14 @@ def _unknown_quantisation(format: str, quantize: str, known: tuple[str, ...]) ->
     if format != "gguf":
         return error
     return BadInput(
-        f"{error}; other types, such as Q5_K_M, are made from the f16 file by llama.cpp's own "
-        "llama-quantize"
+        f"{error}; for other types, such as Q5_K_M, run llama.cpp's llama-quantize on the f16 file"
     )
 
 
 def _other_runtime(format: str, kind: Kind) -> Any:
-    """The module that exports for a runtime that is not PyTorch; None for the other formats.
+    """The module that exports for a runtime other than PyTorch; None for the other formats.
 
-    Raises BadInput where its packages are not installed.
+    Raises BadInput if its packages are not installed.
     """
     match format:
         case "onnx":
@@ -296,26 +295,26 @@ def _other_runtime(format: str, kind: Kind) -> Any:
 
 
 def check_kind(format: str, run: RunModel) -> None:
-    """Raise BadInput for a model that a format does not take."""
+    """Raise BadInput for a model that a format does not support."""
     decoder, architecture = run.base.layout.decoder, run.base.config.model_type
     if format == "gguf" and not decoder:
         raise BadInput(
-            f"--format gguf takes language models on decoders, and {architecture} is an encoder; "
+            f"--format gguf is for language models on decoders, and {architecture} is an encoder; "
             "use --format hf, --format onnx or --format peft"
         )
     if format == "gguf" and run.record.kind != "causal-lm":
         raise BadInput(
-            f"--format gguf takes language models, and this {architecture} was tuned as a "
+            f"--format gguf is for language models, and this {architecture} was tuned as a "
             "classifier; use --format hf, --format onnx or --format peft"
         )
 
 
 class Models(Mapping[str, Any]):
-    """The deployed models of a finished run, by device, besides those of `global` and `dense`.
+    """The deployed models of a finished run: `global`, `dense`, and those of the devices by name.
 
-    Each is made when it is asked for: of texts as `fedspine export` writes it and `load_model`
-    reads it, a stock transformers module with its tokenizer; of arrays a stock module, in the form
-    that `fedspine.nets.load.stored` describes.
+    Each is built on access. For texts it is what `fedspine export` writes and `load_model` reads, a
+    stock transformers module with its tokenizer; for arrays a stock module as described in
+    `fedspine.nets.load.stored`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -369,7 +368,7 @@ def saved_state(folder: Path) -> Saved:
 def _check_unedited(folder: Path, recipe: Recipe, then: str) -> None:
     """Raise BadInput if the recipe is not the one that the saved state belongs to.
 
-    Keys that a later version added are not held against it; of data and base the digests count.
+    Keys that a later version added are ignored; data and base are compared by digest instead.
     """
     now = json.loads(recipe.fingerprint)
     for section, table in json.loads(then).items():
@@ -383,7 +382,7 @@ def _check_unedited(folder: Path, recipe: Recipe, then: str) -> None:
 
 
 def device_ids_of(folder: Path) -> list[str]:
-    """The run's devices: simulated ones by the recipe, of a real fleet the sites that took part."""
+    """The run's devices: those of the recipe in a simulation, the joined sites in a real fleet."""
     recipe = recipe_of(folder)
     if not (folder / FLEET).exists():
         return identities(recipe)

@@ -1,8 +1,7 @@
 """Export to a folder for ONNX Runtime: one graph from token ids to class logits, its tokenizer and
-its labels, and a report of how near it is to the PyTorch model.
+its labels, and a parity report against the PyTorch model.
 
-The readout is part of the graph. Nothing of fedspine is needed to run it, as the README.md in the
-folder shows.
+The readout is part of the graph. It runs without fedspine, as the README.md in the folder shows.
 """
 
 import json
@@ -17,7 +16,7 @@ from fedspine.core.errors import BadInput
 from fedspine.core.task import Examples
 from fedspine.exports import onnx_graph
 from fedspine.exports.card import CONFIG, ONNX, Card, copy_beside, read_card
-from fedspine.exports.classifier_parity import ROWS, Parity, parity_of
+from fedspine.exports.classifier_parity import ROWS, ClassifierParity, parity_of
 from fedspine.exports.load import Loaded, load_model
 from fedspine.exports.onnx_graph import IDS, LOGITS, MASK, SEGMENTS, Graph, Signature
 from fedspine.exports.onnx_numbers import Feeds, quantise
@@ -30,7 +29,7 @@ __all__ = ["ROWS", "export", "write_graph"]
 TOKENIZER = "tokenizer.json"
 BATCH = 32  # rows at a time
 
-# what a device runs; examples/onnx-classify has the same
+# the code for a device; examples/onnx-classify has the same
 CODE = """\
 import json
 import sys
@@ -53,7 +52,7 @@ for text, label in zip(texts, logits.argmax(1), strict=True):
 
 
 class _Logits(nn.Module):
-    """The module that is traced: from token ids, mask and, of pairs, segments to a tensor."""
+    """The module that is traced: from token ids, mask and, for pairs, segments to logits."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -74,24 +73,24 @@ def export(
     rows_from: str,
     quantize: str = "none",
     calibration: Examples | None = None,
-) -> Parity:
+) -> ClassifierParity:
     """Write the classifier that `fedspine.exports.hf.export` wrote to `source` as the new `folder`.
 
-    `examples` are the rows to compare both on, and `rows_from` says what they are; `quantize` is a
-    key of `onnx_numbers.QUANTISERS`, and `calibration` the rows that `int8-static` needs. The
-    folder appears at once and complete. Raises BadInput where it exists, for a model of more than
-    2 GB or without a tokenizer.json, and for a graph that is outside its tolerance: fp32 logits
-    within 1e-4; else 99.5 % of the predictions equal, or of rows with labels at most 0.5 points of
+    `examples` are the rows to compare both on, and `rows_from` says where they come from;
+    `quantize` is a key of `onnx_numbers.QUANTISERS`, and `calibration` the rows that `int8-static`
+    needs. The folder appears only when it is complete. Raises BadInput if it exists, for a model of
+    more than 2 GB or without a tokenizer.json, and for a graph outside its tolerance: in fp32,
+    logits within 1e-4; else 99.5 % of the predictions equal or, with labels, at most 0.5 points of
     accuracy lost.
     """
     source, folder = Path(source), Path(folder)
     loaded, card = opened(source, folder)
     with whole_folder(folder) as partial:
         copy_as_graph(source, partial)
-        _settle_tokenizer(partial / TOKENIZER, loaded)
+        _set_up_tokenizer(partial / TOKENIZER, loaded)
         segments = examples.segments is not None
         write_graph(loaded.module, partial / ONNX, segments=segments, facts=facts_of(card))
-        quantise(partial / ONNX, quantize, calibrating(partial / ONNX, calibration))
+        quantise(partial / ONNX, quantize, calibration_feeds(partial / ONNX, calibration))
         parity = parity_of(loaded.module, partial, examples, rows_from, quantize)
         card_text = _readme(card, quantize, proved(parity, partial))
         (partial / "README.md").write_text(card_text, encoding="utf-8")
@@ -101,8 +100,8 @@ def export(
 def write_graph(
     module: nn.Module, path: Path, *, segments: bool, facts: Mapping[str, str] | None = None
 ) -> None:
-    """Write a stock classifier, or a module called like one, as an fp32 graph; with `segments` it
-    reads these too. Raises BadInput for a module that cannot be exported.
+    """Write a stock classifier, or a module with its interface, as an fp32 graph; with `segments`
+    the graph reads these, too. Raises BadInput for a module that cannot be exported.
     """
     names = (IDS, MASK, SEGMENTS) if segments else (IDS, MASK)
     signature = Signature(
@@ -114,17 +113,17 @@ def write_graph(
     onnx_graph.write(_Logits(module), path, signature, facts)
 
 
-# --- what all graphs of transformers have in common ---
+# --- shared by all graphs of transformers ---
 
 
 def opened(source: Path, folder: Path) -> tuple[Loaded, Card]:
-    """The model in `source`, which is to become the new `folder`; raises what `export` raises."""
+    """The model in `source`, to be exported to the new `folder`; raises what `export` raises."""
     onnx_graph.check_installed()
     check_new(folder)
     loaded, card = load_model(source), read_card(source)
     if 4 * loaded.parameters > onnx_graph.MOST_BYTES:
         raise BadInput(
-            f"{loaded.parameters:,} parameters in fp32 do not fit into one ONNX file of 2 GB; use "
+            f"{loaded.parameters:,} parameters in fp32 exceed the 2 GB of an ONNX file; use "
             "--format hf"
         )
     if not (source / TOKENIZER).is_file():
@@ -135,13 +134,13 @@ def opened(source: Path, folder: Path) -> tuple[Loaded, Card]:
 
 
 def facts_of(card: Card) -> dict[str, str]:
-    """What the graph says of itself."""
-    told = {"name": card.name, "task": card.kind, "max_tokens": str(card.max_tokens)}
-    return told | ({"labels": json.dumps(card.labels)} if card.labels else {})
+    """The metadata of the graph."""
+    facts = {"name": card.name, "task": card.kind, "max_tokens": str(card.max_tokens)}
+    return facts | ({"labels": json.dumps(card.labels)} if card.labels else {})
 
 
-def calibrating(graph: Path, rows: Examples | None) -> Feeds:
-    """Every input of the graph for these rows, in batches of rows of like length."""
+def calibration_feeds(graph: Path, rows: Examples | None) -> Feeds:
+    """Every input of the graph for these rows, in batches of rows of similar length."""
     if rows is None or not len(rows):
         return ()
     reader, feeds = Graph(graph), []
@@ -152,7 +151,7 @@ def calibrating(graph: Path, rows: Examples | None) -> Feeds:
 
 
 def copy_as_graph(source: Path, partial: Path) -> None:
-    """Copy what lies beside the weights, with a configuration that no longer fits a stock model."""
+    """Copy everything but the weights, and mark the configuration as unusable by stock tools."""
     copy_beside(source, partial)
     config = partial / CONFIG
     settings = json.loads(config.read_text(encoding="utf-8"))
@@ -160,8 +159,8 @@ def copy_as_graph(source: Path, partial: Path) -> None:
     config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _settle_tokenizer(path: Path, loaded: Loaded) -> None:
-    """Let the stored tokenizer cut and fill rows by itself, as the model needs it."""
+def _set_up_tokenizer(path: Path, loaded: Loaded) -> None:
+    """Make the stored tokenizer truncate and pad rows as the model needs it."""
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.enable_truncation(loaded.max_tokens)
     tokenizer.enable_padding(

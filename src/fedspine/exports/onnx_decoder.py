@@ -1,9 +1,9 @@
 """Export of a language model to a folder for ONNX Runtime: one graph with its key/value cache, so
-that each new token is one step, the tokenizer with its chat template, and a report of how near it
-is to the PyTorch model.
+that each new token is one step, the tokenizer with its chat template, and a parity report against
+the PyTorch model.
 
-Inputs and outputs have the names that optimum, transformers.js and onnxruntime-genai use. Positions
-follow from the mask inside the graph. Nothing of fedspine is needed to run it.
+Inputs and outputs have the names that optimum, transformers.js and onnxruntime-genai use. The graph
+derives positions from the mask. It runs without fedspine.
 """
 
 import json
@@ -17,8 +17,8 @@ from transformers import DynamicCache
 from fedspine.core.task import Examples
 from fedspine.exports import onnx_graph
 from fedspine.exports.card import ONNX, Card
-from fedspine.exports.decoder_parity import ROWS, Parity, ends_in, parity_of
-from fedspine.exports.onnx import calibrating, copy_as_graph, facts_of, opened
+from fedspine.exports.decoder_parity import ROWS, DecoderParity, ends_in, parity_of
+from fedspine.exports.onnx import calibration_feeds, copy_as_graph, facts_of, opened
 from fedspine.exports.onnx_graph import FREE, IDS, LOGITS, MASK, PAST, PRESENT, Signature
 from fedspine.exports.onnx_numbers import quantise
 from fedspine.exports.parity import proved
@@ -29,7 +29,7 @@ __all__ = ["ROWS", "export"]
 
 GENERATION = "generation_config.json"
 
-# what a device runs; examples/onnx-chat answers dialogues
+# the code for a device; examples/onnx-chat answers dialogues
 CODE = """\
 import json
 import sys
@@ -70,14 +70,13 @@ def export(
     rows_from: str,
     quantize: str = "none",
     calibration: Examples | None = None,
-) -> Parity:
+) -> DecoderParity:
     """Write the language model that `fedspine.exports.hf.export` wrote to `source` as the new
     `folder`.
 
-    Takes the arguments of `fedspine.exports.onnx.export` and raises what it raises; the tolerances
-    are: fp32 logits within 1e-4, or 1e-5 of the largest where that is more, and 99.5 % of the
-    greedy tokens equal; else 99.5 % of the greedy tokens equal, or a perplexity that is at most 5 %
-    higher.
+    Takes the arguments of `fedspine.exports.onnx.export` and raises what it raises. The tolerance
+    in fp32 is logits within 1e-4, or 1e-5 of the largest if that is more, and 99.5 % of the greedy
+    tokens equal; otherwise 99.5 % of the greedy tokens equal, or a perplexity at most 5 % higher.
     """
     source, folder = Path(source), Path(folder)
     loaded, card = opened(source, folder)
@@ -87,7 +86,7 @@ def export(
         _write_json(partial / GENERATION, {"eos_token_id": ends})
         traced = _Cached(loaded.module)
         onnx_graph.write(traced, partial / ONNX, _signature(loaded.module, card), facts_of(card))
-        quantise(partial / ONNX, quantize, calibrating(partial / ONNX, calibration))
+        quantise(partial / ONNX, quantize, calibration_feeds(partial / ONNX, calibration))
         parity = parity_of(loaded.module, partial, examples, rows_from, quantize, ends)
         card_text = _readme(card, quantize, proved(parity, partial))
         (partial / "README.md").write_text(card_text, encoding="utf-8")
@@ -107,7 +106,7 @@ class _Cached(nn.Module):
         attention_mask: Tensor,
         past_key_values: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        # which keeps all of it: a window is the mask's business
+        # it keeps every token; a sliding window is applied by the mask
         cache = DynamicCache()
         for i, (keys, values) in enumerate(past_key_values):
             cache.update(keys, values, i)
@@ -123,7 +122,7 @@ class _Cached(nn.Module):
 
 
 def _signature(module: nn.Module, card: Card) -> Signature:
-    rows, tokens, past = 2, 3, 5  # unequal and above 1, so that all stay free
+    rows, tokens, past = 2, 3, 5  # distinct and above 1, so that all stay dynamic
     width = module.model.layers[0].self_attn.head_dim
     names = [f"{i}.{part}" for i in range(len(card.heads)) for part in ("key", "value")]
     cache = [tuple(torch.zeros(2, rows, heads, past, width)) for heads in card.heads]

@@ -1,7 +1,7 @@
 """ONNX graphs: written from a module, and run.
 
-With `onnx_numbers` the only file that imports ONNX's libraries. PyTorch is imported only where a
-module is exported, so that the peak memory of a process that runs a graph (`python -m
+Only this file and `onnx_numbers` import ONNX's libraries. PyTorch is imported only to export a
+module, so that the peak memory of a process that runs a graph (`python -m
 fedspine.exports.onnx_graph`) is the runtime's own.
 """
 
@@ -40,11 +40,11 @@ MOST_BYTES = 2_000_000_000  # a protobuf file holds less than 2 GiB
 
 @dataclass(frozen=True)
 class Signature:
-    """What a graph reads and gives, and what it is traced with.
+    """Inputs and outputs of a graph, and the arguments it is traced with.
 
-    `example` are the module's arguments, and `free` the names of their free dimensions, as
-    `torch.export` takes them; a free one is above 1 in the example, and no two are equal, else it
-    would be taken for a constant.
+    `example` are the module's arguments, and `free` the names of their dynamic dimensions, as
+    `torch.export` takes them. In the example a dynamic dimension is above 1 and no two are equal,
+    else it would become a constant.
     """
 
     inputs: tuple[str, ...]
@@ -54,7 +54,7 @@ class Signature:
 
 
 def check_installed() -> None:
-    """Raise BadInput where a package that writes graphs is missing."""
+    """Raise BadInput if a package that writes graphs is missing."""
     if not all(find_spec(package) for package in ("onnx", "onnxscript")):
         raise BadInput(MISSING)
 
@@ -83,7 +83,7 @@ def write(
                 dynamo=True,
                 verbose=False,
             )
-    except Exception as error:  # the exporter has many kinds, of several lines each
+    except Exception as error:  # the exporter raises many types, with messages of several lines
         reason = " ".join(str(error).split())[:160]
         raise BadInput(
             f"PyTorch {torch.__version__} cannot export this model to ONNX ({reason}); use "
@@ -98,7 +98,7 @@ def write(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' remarks on their own code and on packages that are not needed."""
+    """Silence the libraries' warnings about their own code and about packages not needed here."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -110,7 +110,7 @@ def quiet() -> Iterator[None]:
 
 
 def _strip(graph: "onnx.ModelProto") -> None:  # noqa: F821
-    """Remove the stack traces, which hold paths of this machine and outweigh a tiny model."""
+    """Remove the stack traces, which hold local paths and can be larger than a tiny model."""
     inner = graph.graph
     for part in (graph, inner, *inner.node, *inner.input, *inner.output, *inner.value_info):
         del part.metadata_props[:]
@@ -122,9 +122,9 @@ def _strip(graph: "onnx.ModelProto") -> None:  # noqa: F821
 
 
 class Graph:
-    """A graph in ONNX Runtime on the CPU; `threads` None leaves their number to it.
+    """A graph in ONNX Runtime on the CPU; `threads` None: the runtime's default.
 
-    Raises BadInput for a file that is no graph.
+    Raises BadInput for a file that is not a graph.
     """
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
@@ -136,7 +136,7 @@ class Graph:
             self._session = onnxruntime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # the runtime has many kinds
+        except Exception as error:  # the runtime raises many types
             reason = " ".join(str(error).split())[:160]
             raise BadInput(f"{path} cannot be read ({reason}); export the model again") from None
         self._inputs = {one.name: one for one in self._session.get_inputs()}
@@ -144,10 +144,9 @@ class Graph:
         self.outputs = tuple(one.name for one in self._session.get_outputs())
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All outputs by name; inputs that the graph does not read are left out.
+        """All outputs by name; inputs that the graph does not read are ignored.
 
-        Of those that it reads, segments that are missing are all of the first text, and a missing
-        cache is empty.
+        Missing segments default to the first text, a missing cache to an empty one.
         """
         return dict(zip(self.outputs, self._session.run(None, self.given(inputs)), strict=True))
 
@@ -157,7 +156,7 @@ class Graph:
         return found
 
     def given(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Every input of the graph, with what `run` adds."""
+        """Every input of the graph, with the defaults of `run`."""
         return {
             name: inputs[name] if name in inputs else self._start(name, inputs[IDS])
             for name in self.inputs
@@ -172,7 +171,7 @@ class Graph:
         return np.zeros((len(ids), heads, 0, width), np.float16 if half else np.float32)
 
     def example(self, rows: int, tokens: int) -> dict[str, np.ndarray]:
-        """Inputs of so many rows, of so many tokens where it reads tokens."""
+        """Inputs with `rows` rows, and `tokens` tokens each if the graph reads tokens."""
         if ROWS_IN in self.inputs:
             one = self._inputs[ROWS_IN]
             type = np.uint8 if one.type == "tensor(uint8)" else np.float32

@@ -1,4 +1,4 @@
-"""An ONNX graph as a module, so that whatever reads the stock module of an export reads it, too."""
+"""An ONNX graph as a module with the interface of an export's stock module."""
 
 import copy
 from pathlib import Path
@@ -16,7 +16,7 @@ from fedspine.exports.onnx_graph import IDS, LOGITS, MASK, PAST, PRESENT, Graph
 class OnnxModule(nn.Module):
     """The graph in `path`, run by ONNX Runtime; without parameters, since the graph holds them.
 
-    Raises BadInput for a file that is no graph.
+    Raises BadInput for a file that is not a graph.
     """
 
     def __init__(self, path: Path, config: Any, threads: int | None = None) -> None:
@@ -39,21 +39,21 @@ class OnnxModule(nn.Module):
 class OnnxDecoder(PreTrainedModel, GenerationMixin):
     """A decoder's graph with its cache, which transformers' `generate` runs token by token.
 
-    Raises BadInput for a file that is no graph.
+    Raises BadInput for a file that is not a graph.
     """
 
     main_input_name = IDS
 
     def __init__(self, path: Path, config: Any, threads: int | None = None) -> None:
         config = copy.deepcopy(config)
-        config._attn_implementation = "eager"  # of no use here, and known to every class
+        config._attn_implementation = "eager"  # unused here, and valid for every class
         super().__init__(config)
         self.graph = Graph(path, threads)
-        # empty: generation and scoring ask the parameters on which device to compute
+        # empty: generation and scoring take the device to compute on from the parameters
         self.place = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def generate(self, *arguments: Any, **settings: Any) -> Any:
-        """As transformers' own, with a cache that keeps all: windows are the graph's business."""
+        """As transformers' own, with a cache that keeps all tokens: the graph applies windows."""
         return super().generate(*arguments, past_key_values=DynamicCache(), **settings)
 
     def forward(
@@ -65,8 +65,8 @@ class OnnxDecoder(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """`logits` fp32 [rows, tokens, vocabulary], of int64 [rows, tokens] after what is cached.
 
-        The mask is int64 [rows, cached and new tokens]; without one all count. Positions follow
-        from it, so those that come are not read.
+        The mask is int64 [rows, cached and new tokens]; without one all tokens count. Positions are
+        derived from it, so position ids are ignored.
         """
         cache = DynamicCache() if past_key_values is None else past_key_values
         rows, tokens = input_ids.shape
@@ -85,7 +85,7 @@ class OnnxDecoder(PreTrainedModel, GenerationMixin):
 
 
 def _keep(cache: DynamicCache, found: dict[str, np.ndarray]) -> None:
-    """Put what a graph gave into the cache, which it gave whole."""
+    """Replace the cache by the one that the graph returned."""
     layers = sum(name.startswith(PRESENT) for name in found) // 2
     for i in range(layers):
         keys, values = (

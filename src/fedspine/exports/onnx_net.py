@@ -1,8 +1,8 @@
-"""Export of a convolutional net to a folder for ONNX Runtime: one graph from a row of the data, as
-it is, to class logits, and a report of how near it is to the PyTorch model.
+"""Export of a convolutional net to a folder for ONNX Runtime: one graph from raw rows of the data
+to class logits, and a parity report against the PyTorch model.
 
-How a row is arranged and scaled is part of the graph; class names and the shape of a row are in its
-metadata. Nothing of fedspine is needed to run it.
+Moving channels and scaling are part of the graph; class names and the shape of a row are in its
+metadata. It runs without fedspine.
 """
 
 import json
@@ -23,7 +23,7 @@ from fedspine.data import arrays
 from fedspine.data.dataset import ArrayRows
 from fedspine.exports import bench, onnx_graph
 from fedspine.exports.card import ONNX
-from fedspine.exports.classifier_parity import Parity, agreement
+from fedspine.exports.classifier_parity import ClassifierParity, agreement
 from fedspine.exports.onnx_graph import LOGITS, ROWS_IN, Graph, Signature
 from fedspine.exports.onnx_numbers import CALIBRATION_ROWS, quantise
 from fedspine.exports.parity import proved
@@ -36,7 +36,7 @@ from fedspine.runs.task_record import TaskRecord, record_of
 
 ROWS = 1000  # to compare on at most
 BATCH = 32  # rows at a time
-BATCHES = (1, 32)  # that are timed
+BATCHES = (1, 32)  # timed batch sizes
 REPEATS = 7  # of each timing
 
 CODE = """\
@@ -57,17 +57,17 @@ print(*(labels[row] for row in logits.argmax(1)), sep="\\n")
 
 @dataclass(frozen=True)
 class NetData:
-    """The rows of a run on arrays, as the data has them and as its net reads them."""
+    """The rows of a run on arrays, as they are in the data and as the net reads them."""
 
     raw: ArrayRows  # to compare on
-    read: Arrays  # the same rows
-    rows_from: str  # what they are
-    calibration: np.ndarray  # of the training rows, as the data has them
-    scale: tuple[np.ndarray, np.ndarray] | None  # as `fedspine.nets.load.scale_of` says
+    read: Arrays  # the same rows, as the net reads them
+    rows_from: str  # where they come from
+    calibration: np.ndarray  # training rows as they are in the data
+    scale: tuple[np.ndarray, np.ndarray] | None  # see `fedspine.nets.load.scale_of`
 
 
 class _OfRows(nn.Module):
-    """The module that is traced: from rows as the data has them to logits."""
+    """The module that is traced: from raw rows of the data to logits."""
 
     def __init__(self, net: nn.Module, place: int | None, scale: Any) -> None:
         super().__init__()
@@ -82,11 +82,11 @@ class _OfRows(nn.Module):
 
 def export(
     model: NetModel, data: NetData, folder: Path, *, name: str, record: TaskRecord, quantize: str
-) -> Parity:
+) -> ClassifierParity:
     """Write the net of a run as the new `folder`; `quantize` is a key of `onnx_numbers.QUANTISERS`.
 
-    The folder appears at once and complete. Raises BadInput where it exists, and for a graph that
-    is outside its tolerance, which is that of `fedspine.exports.onnx`.
+    The folder appears only when it is complete. Raises BadInput if it exists, and for a graph
+    outside its tolerance, which is that of `fedspine.exports.onnx`.
     """
     onnx_graph.check_installed()
     check_new(folder)
@@ -129,17 +129,17 @@ def _starts(rows: np.ndarray) -> range:
 
 def data_of(recipe: Recipe, record: TaskRecord, place: str | None) -> NetData:
     """The rows to compare on, at most 1000, spread evenly: those in `place`, or the run's test
-    rows; and what follows from its training rows.
+    rows; and calibration rows and scale, from its training rows.
 
-    Raises BadInput where the run's data is gone or changed, or `place` holds other arrays.
+    Raises BadInput if the run's data is gone or changed, or `place` holds other arrays.
     """
-    needed = "how a net's rows are scaled follows from the run's training rows"
+    needed = "a net's rows are scaled by the run's training rows"
     try:
         data = dataset(recipe)
     except BadInput as error:
-        raise BadInput(f"{needed}, which are not at hand: {error}") from None
+        raise BadInput(f"{needed}, which are not available: {error}") from None
     if record_of(recipe, data).data_sha256 != record.data_sha256:
-        raise BadInput(f"{needed}, and {recipe.task.data} has changed since; put it back as it was")
+        raise BadInput(f"{needed}, and {recipe.task.data} has changed since; restore it")
     raw, rows_from = data.test, "test rows of the run"
     if place is not None:
         raw, rows_from = _stated(place, data.test, record), f"rows of {Path(place).name}"
@@ -168,12 +168,12 @@ def _stated(place: str, like: ArrayRows, record: TaskRecord) -> ArrayRows:
     if (x.shape[1:], x.dtype) != (like.x.shape[1:], like.x.dtype):
         raise BadInput(
             f"{place} holds {x.dtype} rows of shape {list(x.shape[1:])}, and the run's are "
-            f"{like.x.dtype} of shape {list(like.x.shape[1:])}; name rows like these with --rows"
+            f"{like.x.dtype} of shape {list(like.x.shape[1:])}; give rows like these with --rows"
         )
     codes = {name: code for code, name in enumerate(record.classes)}
     if unknown := [name for name in found.label_names if name not in codes]:
         raise BadInput(
-            f"{place} has the class {unknown[0]!r}, which the run has not; its classes are "
+            f"{place} has the class {unknown[0]!r}, which the run does not have; its classes are "
             f"{', '.join(record.classes)}"
         )
     labels = np.concatenate([found.train.labels, found.test.labels])
@@ -184,14 +184,14 @@ def _stated(place: str, like: ArrayRows, record: TaskRecord) -> ArrayRows:
 # --- parity ---
 
 
-def _parity(net: nn.Module, folder: Path, data: NetData, quantize: str) -> Parity:
+def _parity(net: nn.Module, folder: Path, data: NetData, quantize: str) -> ClassifierParity:
     graph = Graph(folder / ONNX, threads=1)
     with torch.inference_mode():
         batches = data.read.batches_by_length(BATCH)
         ours = np.concatenate([net(data.read.batch(b)["inputs"]).numpy() for b in batches])
     starts = _starts(data.raw.x)
     theirs = np.concatenate([graph.logits({ROWS_IN: data.raw.x[i : i + BATCH]}) for i in starts])
-    return Parity(
+    return ClassifierParity(
         rows_from=data.rows_from,
         rows=len(data.raw),
         **agreement(ours, theirs, data.raw.labels),

@@ -1,7 +1,7 @@
-"""Smaller numbers for an ONNX graph: fp16, and int8 by ONNX Runtime's quantiser.
+"""Lower precision for an ONNX graph: fp16, and int8 by ONNX Runtime's quantiser.
 
-With `int8` activations are scaled as they come; with `int8-static` by what they came to on
-calibration rows, which saves that work on the device.
+`int8` scales activations dynamically; `int8-static` uses scales from calibration rows, which saves
+that work on the device.
 """
 
 import tempfile
@@ -19,33 +19,34 @@ if TYPE_CHECKING:
 
 Feeds: TypeAlias = Sequence[Mapping[str, np.ndarray]]  # every input of the graph, by batch
 STATIC = "int8-static"
-CALIBRATION_ROWS = 128  # of which activations are scaled, at most
-# Sums of squares and their roots overflow fp16 above 255, which activations of decoders reach
+CALIBRATION_ROWS = 128  # at most
+# squares overflow fp16 above 255, which activations of decoders exceed
 WIDE = ["Pow", "ReduceMean", "Sqrt", "Reciprocal"]
-# weights of products in 7 bits, without which sums of two products overflow on processors that have
-# AVX2 and no VNNI (ONNX Runtime's page on quantisation)
+# weights of products in 7 bits, since sums of two 8-bit products overflow on processors with AVX2
+# but without VNNI (ONNX Runtime's page on quantisation)
 SEVEN_BITS = {"per_channel": True, "reduce_range": True}
 PRODUCTS = ["Conv", "MatMul", "Gemm"]
 
 
 def quantise(path: Path, how: str, feeds: Feeds = ()) -> None:
-    """Replace the fp32 graph in `path` by one of smaller numbers, `how` being a key of
-    `QUANTISERS`; inputs and logits stay as they are, and a decoder's cache has the numbers of fp16.
+    """Replace the fp32 graph in `path` by one in lower precision; `how` is a key of `QUANTISERS`.
 
-    `feeds` are the rows on which `STATIC` is calibrated. Raises BadInput where there are none, or
-    where ONNX Runtime cannot quantise the graph.
+    Types of inputs and logits do not change; with fp16, a decoder's cache is fp16. `feeds` are the
+    rows on which `STATIC` is calibrated. Raises BadInput if it gets none, or if ONNX Runtime cannot
+    quantise the graph.
     """
     if how == STATIC and not feeds:
         raise BadInput(
-            f"{STATIC} is calibrated on rows, and none came; take --quantize int8, which needs none"
+            f"{STATIC} needs calibration rows, and there are none; use --quantize int8, which "
+            "needs none"
         )
     with tempfile.TemporaryDirectory() as scratch, quiet():
         try:
             QUANTISERS[how](path, Path(scratch), feeds)
-        except Exception as error:  # the quantiser has many kinds
+        except Exception as error:  # the quantiser raises many types
             reason = " ".join(str(error).split())[:160]
             raise BadInput(
-                f"ONNX Runtime cannot make this graph {how} ({reason}); use --quantize none"
+                f"ONNX Runtime cannot convert this graph to {how} ({reason}); use --quantize none"
             ) from error
 
 
@@ -66,7 +67,7 @@ def _fp16(path: Path, scratch: Path, feeds: Feeds) -> None:
 
 
 def _keep_fractions(graph: "onnx.ModelProto") -> None:
-    """Let nodes that stay in fp32 hand each other fp32, which the converter rounds on the way."""
+    """Remove the casts to fp16 that the converter puts between two nodes that stay in fp32."""
     nodes = graph.graph.node
     rounded = {n.output[0]: n.input[0] for n in nodes if n.name.endswith("_cast_to_fp16_node")}
     whole = {
@@ -83,7 +84,7 @@ def _keep_fractions(graph: "onnx.ModelProto") -> None:
 
 
 def _of_angles(graph: "onnx.ModelProto") -> list[str]:
-    """The nodes that lead to a sine or a cosine: an angle of many turns has no fraction in fp16."""
+    """The nodes before a sine or a cosine: a large angle in fp16 has no fractional digits."""
     makers = {name: node for node in graph.graph.node for name in node.output}
     found = [node for node in graph.graph.node if node.op_type in ("Cos", "Sin")]
     seen: dict[str, Any] = {}
@@ -96,7 +97,7 @@ def _of_angles(graph: "onnx.ModelProto") -> list[str]:
 
 
 def _int8(path: Path, scratch: Path, feeds: Feeds) -> None:
-    """int8 weights, one scale for each output unit; activations are quantised as they come."""
+    """int8 weights with one scale per output unit; activations are quantised dynamically."""
     from onnxruntime.quantization import quantize_dynamic
 
     quantize_dynamic(
@@ -105,19 +106,19 @@ def _int8(path: Path, scratch: Path, feeds: Feeds) -> None:
 
 
 def _embedded(path: Path, scratch: Path) -> Path:
-    """The graph with its embeddings in 8 bits, ready for its products to be quantised."""
+    """The graph with 8-bit embeddings, prepared for the quantisation of its products."""
     from onnxruntime.quantization import quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     folded, embedded = scratch / "folded.onnx", scratch / "embedded.onnx"
-    # folds the transposes of weights, since only products with a constant are quantised
+    # fold the transposes of weights, since only products with a constant are quantised
     quant_pre_process(path, folded, skip_symbolic_shape=True)
     quantize_dynamic(folded, embedded, op_types_to_quantize=["Gather"])
     return embedded
 
 
 def _int8_static(path: Path, scratch: Path, feeds: Feeds) -> None:
-    """int8 weights as in `_int8`; one scale and zero for each input of a product, made of the
+    """int8 weights as in `_int8`; one scale and zero point for each input of a product, from the
     smallest and the largest value of each batch, averaged over the batches.
     """
     from onnxruntime.quantization import QuantType, quantize_static
@@ -125,7 +126,7 @@ def _int8_static(path: Path, scratch: Path, feeds: Feeds) -> None:
     quantize_static(
         _embedded(path, scratch),
         path,
-        _Reader(feeds),
+        _CalibrationReader(feeds),
         op_types_to_quantize=PRODUCTS,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
@@ -138,8 +139,8 @@ def _int8_static(path: Path, scratch: Path, feeds: Feeds) -> None:
     )
 
 
-class _Reader:
-    """Feeds in the interface of ONNX Runtime's calibration."""
+class _CalibrationReader:
+    """Feeds with the interface of ONNX Runtime's calibration."""
 
     def __init__(self, feeds: Iterable[Mapping[str, np.ndarray]]) -> None:
         self._feeds = iter(feeds)

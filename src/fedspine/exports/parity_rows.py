@@ -1,6 +1,4 @@
-"""The rows on which a graph or a file is compared with the PyTorch model, and those on which it is
-calibrated.
-"""
+"""The rows on which a graph or a file is compared with the PyTorch model, and calibration rows."""
 
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,16 @@ from fedspine.runs.config import Recipe
 from fedspine.runs.read_data import dataset
 from fedspine.runs.task_record import TaskRecord, record_of
 
-MADE_UP = 64  # texts, where there are none
-RANDOM_WORDS = "random words, since the run's data is not at hand; --rows names some"
+MADE_UP = 64  # random texts, if there is no data
+RANDOM_WORDS = "random words, since the run's data is not available; give rows with --rows"
 
 
 def parity_rows(
     recipe: Recipe, record: TaskRecord, tokenizer: Any, place: str | None, most: int
 ) -> tuple[Examples, str]:
     """Encoded rows of the data in `place`, which has the run's columns; else the run's test rows,
-    if they are still what they were; else texts made up of the vocabulary. And what they are. There
-    are at most `most`, spread evenly over those there are.
+    if they are unchanged; else random texts from the vocabulary. At most `most`, spread evenly over
+    all of them, and a note on where they come from.
 
     Raises BadInput for data in `place` that cannot be read.
     """
@@ -41,18 +39,18 @@ def parity_rows(
 
 
 def calibration_rows(recipe: Recipe, record: TaskRecord, tokenizer: Any, most: int) -> Examples:
-    """At most `most` encoded training rows of the run, spread evenly over those there are.
+    """At most `most` encoded training rows of the run, spread evenly over all of them.
 
-    Raises BadInput where they are gone, changed, or on devices only.
+    Raises BadInput if they are gone, changed, or on devices only.
     """
     needed = "int8-static is calibrated on the run's training rows"
-    instead = "take --quantize int8, which needs no rows"
+    instead = "use --quantize int8, which needs no rows"
     if "train" not in record.splits:
         raise BadInput(f"{needed}, which are on its devices; {instead}")
     try:
         data = dataset(recipe)
     except BadInput as error:
-        raise BadInput(f"{needed}, which are not at hand: {error}; or {instead}") from None
+        raise BadInput(f"{needed}, which are not available: {error}; or {instead}") from None
     if record_of(recipe, data).splits["train"] != record.splits["train"]:
         raise BadInput(f"{needed}, and {recipe.task.data} has changed since; {instead}")
     rows = _thinned(data.train, most)
@@ -74,12 +72,12 @@ def _stated(recipe: Recipe, record: TaskRecord, place: str) -> Rows:
         **record.columns,
     )
     if not len(rows):
-        raise BadInput(f"{place} has no rows; name data with at least one with --rows")
+        raise BadInput(f"{place} has no rows; give data with at least one row with --rows")
     return rows
 
 
 def _test(recipe: Recipe, record: TaskRecord) -> Rows | None:
-    """The run's test rows, None where they are gone or others."""
+    """The run's test rows, None if they are gone or have changed."""
     try:
         data = dataset(recipe)
     except BadInput:
@@ -90,7 +88,7 @@ def _test(recipe: Recipe, record: TaskRecord) -> Rows | None:
 
 
 def made_up(tokenizer: Any, max_tokens: int, *, pairs: bool) -> Rows:
-    """Texts, or pairs of them, of one to `max_tokens` random tokens, always the same ones."""
+    """Texts, or pairs of texts, of one to `max_tokens` random tokens, the same in every call."""
     rng = np.random.default_rng(0)
     usual = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
 

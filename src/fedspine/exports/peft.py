@@ -1,8 +1,8 @@
 """Adapters as PEFT reads and writes them: `adapter_config.json` and `adapter_model.safetensors`.
 
 An adapter of an unpruned model fits the stock base model. One of a pruned model is cut to its
-structure and fits the module of an export that left the adapter out (`export(..., merge=False)`);
-`fedspine_structure.safetensors`, which PEFT ignores, says which units that structure keeps.
+structure and fits the module of an export without the adapter (`export(..., merge=False)`);
+`fedspine_structure.safetensors`, which PEFT ignores, lists the units that this structure keeps.
 """
 
 import json
@@ -35,7 +35,7 @@ CONFIG, WEIGHTS, STRUCTURE = (
     "fedspine_structure.safetensors",
 )
 PREFIX = "base_model.model."
-TASK_TYPES = {"mean": "TOKEN_CLS", "cls": "SEQ_CLS", None: "CAUSAL_LM"}  # of each readout
+TASK_TYPES = {"mean": "TOKEN_CLS", "cls": "SEQ_CLS", None: "CAUSAL_LM"}  # by readout
 
 
 def write_adapter(folder: str | Path, model: Model, base: Base, base_name: str) -> Path:
@@ -88,7 +88,7 @@ def _lora_config(model: Model, base: Base, base_name: str, ranks: dict[str, int]
         base_model_name_or_path=base_name,
         inference_mode=True,
         r=usual,
-        # PEFT divides by r, so any number will do
+        # PEFT divides by r, so alpha need not be an integer
         lora_alpha=model.scale * usual,  # type: ignore[arg-type]
         target_modules=sorted(ranks),
         modules_to_save=sorted({_saved_module(layer, base) for layer in base.head}) or None,
@@ -100,24 +100,24 @@ def _lora_config(model: Model, base: Base, base_name: str, ranks: dict[str, int]
 
 
 def _saved_module(layer: HeadLayer, base: Base) -> str:
-    # PEFT saves `classifier` of every text classifier as a whole, so its inner layers must not be
-    # named on their own
+    # PEFT saves the whole `classifier` of every text classifier, so its inner layers must not be
+    # listed as well
     inside = layer.path.startswith(base.skeleton.base_model_prefix + ".")
     return layer.path if inside else layer.path.split(".")[0]
 
 
 def read_adapter(folder: str | Path, base: Base) -> Model:
     """The model that an adapter folder describes on top of `base`; its structure is full unless the
-    folder says.
+    folder has one.
 
-    A part of the task head that the folder lacks is the checkpoint's. Raises BadInput for a folder
-    or a kind of adapter that cannot be read, modules that have no place in `base`, tensors of
-    another shape, and a head that is nowhere.
+    Parts of the task head that the folder lacks come from the checkpoint. Raises BadInput for a
+    folder or a type of adapter that cannot be read, modules that `base` does not have, tensors of
+    another shape, and a head that neither has.
     """
     folder = Path(folder)
     settings = _settings(folder)
     try:
-        # a copy of each: a mapped file that is written again would take the process down
+        # copies, since overwriting a memory-mapped file would crash the process
         tensors = {
             name.removeprefix(PREFIX): t.float().clone()
             for name, t in load_file(folder / WEIGHTS).items()
@@ -136,13 +136,13 @@ def read_adapter(folder: str | Path, base: Base) -> Model:
             continue
         _check_shapes(folder, site, structure, a, b)
         alpha = _pattern(settings.alpha_pattern, site.path, settings.lora_alpha)
-        # one scale for the whole model: what a module has more or less of it goes into its B
+        # one scale for the whole model: a module's own scale, relative to it, goes into its B
         own = _scale(settings, a.shape[0], alpha)
         adapter[a_name(site.path)], adapter[b_name(site.path)] = a, b * (own / scale)
     if tensors:
         raise BadInput(
-            f"{folder} adapts {min(tensors)}, which is no attention or feed-forward layer of this "
-            "model's blocks; take the base model and the task that the adapter was made for"
+            f"{folder} adapts {min(tensors)}, which is not an attention or feed-forward layer of "
+            "this model's blocks; use the base model and the task that the adapter was made for"
         )
     return Model(structure=structure, adapter=adapter, head=head, scale=scale)
 
@@ -154,9 +154,9 @@ def merged_into(module: nn.Module, folder: str | Path) -> nn.Module:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what it does with transformers' own settings
+            warnings.simplefilter("ignore")  # of how PEFT handles transformers' settings
             return PeftModel.from_pretrained(module, str(folder)).merge_and_unload()
-    except Exception as error:  # it has many kinds
+    except Exception as error:  # PEFT raises many types
         reason = " ".join(str(error).split())[:160]
         what = f"the adapter in {folder} cannot be read ({reason}); export it again"
         raise BadInput(what) from None
@@ -175,7 +175,7 @@ def _settings(folder: Path) -> LoraConfig:
         raise BadInput(f"{folder} holds an adapter of type {kind!r}, but only LORA can be read")
     if settings.use_dora or settings.bias != "none":
         what = "DoRA" if settings.use_dora else f"trained biases (bias={settings.bias!r})"
-        raise BadInput(f"{folder} uses {what}, which has no place here; save a plain LoRA adapter")
+        raise BadInput(f"{folder} uses {what}, which is not supported; save a plain LoRA adapter")
     return settings
 
 
@@ -196,7 +196,7 @@ def _structure(folder: Path, base: Base) -> Structure:
         whole.channels.shape,
     ):
         raise BadInput(
-            f"{path} is for another base model; take the one that the adapter was made for"
+            f"{path} is for another base model; use the one that the adapter was made for"
         )
     return structure
 
@@ -217,7 +217,7 @@ def _head(folder: Path, base: Base, tensors: Tensors) -> Tensors:
                 )
             if found is not None and found.shape != own.shape:
                 raise BadInput(
-                    f"{folder} has {name} in shape {tuple(found.shape)}, the task needs "
+                    f"{folder} has {name} in shape {tuple(found.shape)}, but the task needs "
                     f"{tuple(own.shape)}"
                 )
             head[name] = own.clone() if found is None else found
@@ -235,7 +235,7 @@ def _check_shapes(
     if (b.shape[0], a.shape[1]) != expected or a.shape[0] != b.shape[1]:
         raise BadInput(
             f"{folder} adapts {site.path} as a layer of {b.shape[0]} x {a.shape[1]}, but the base "
-            f"has {expected[0]} x {expected[1]}; take the base model that the adapter was made for"
+            f"has {expected[0]} x {expected[1]}; use the base model that the adapter was made for"
         )
 
 
@@ -243,11 +243,11 @@ def _scale(settings: LoraConfig, rank: int, alpha: float) -> float:
     return alpha / (math.sqrt(rank) if settings.use_rslora else rank)
 
 
-def _pattern(pattern: dict[str, float] | None, path: str, usual: float) -> float:
+def _pattern(pattern: dict[str, float] | None, path: str, default: float) -> float:
     """The value of the first entry whose key, a regular expression, matches the end of the path."""
     return next(
         (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", path)),
-        usual,
+        default,
     )
 
 

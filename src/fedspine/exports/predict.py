@@ -1,5 +1,5 @@
-"""Run an exported model on texts: a label with its probability, a continuation with the loss of
-what was given, or the answer of a model that was tuned on dialogues.
+"""Run an exported model on texts: a label with its probability, a continuation with the loss of the
+given text, or the answer of a model that was tuned on dialogues.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from fedspine.lm.fits import positions
 from fedspine.lm.score import score_module
 
 BATCH = 32  # texts at a time
-NEW_TOKENS, ANSWER_TOKENS = 40, 256  # of a continuation and of an answer, where none are given
+NEW_TOKENS, ANSWER_TOKENS = 40, 256  # defaults for a continuation and for an answer
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Continued:
     """The model's continuation, and its mean loss in nats per token of the given text (NaN
     for one token).
 
-    `ended` says whether the model came to an end of its own, or was stopped after so many tokens.
+    `ended` says whether the model ended the text itself, or was stopped at the token limit.
     """
 
     continuation: str
@@ -45,14 +45,14 @@ class Continued:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """The model's answer; `ended` says whether it came to an end of its own."""
+class ChatAnswer:
+    """The model's answer; `ended` says whether the model ended it itself."""
 
     answer: str
     ended: bool
 
 
-Prediction: TypeAlias = Labelled | Continued | Answered
+Prediction: TypeAlias = Labelled | Continued | ChatAnswer
 
 
 def predict(
@@ -66,23 +66,23 @@ def predict(
 ) -> list[Prediction]:
     """One prediction for each text, in order; `pairs` holds the second texts, for kind pair only.
 
-    A model that was tuned on dialogues answers each text in `new_tokens` at most (None: 256).
+    A model that was tuned on dialogues answers each text with at most `new_tokens` (None: 256).
 
-    A text longer than the model's `max_tokens` is cut for a label, and read in windows for a loss;
-    a continuation starts from its last tokens and has at most `new_tokens` (None: 40). A text that
-    is to be continued has no end, so none counts in its loss. Tokens are the likeliest ones, or
-    drawn with the seed where the temperature is above 0. Raises BadInput for missing, surplus or
-    unequally many second texts.
+    A text longer than the model's `max_tokens` is truncated for a label, and read in windows for a
+    loss; a continuation starts from its last tokens and has at most `new_tokens` (None: 40). A text
+    to be continued has no end token, so none counts in its loss. Decoding is greedy at temperature
+    0, else tokens are sampled with `seed`. Raises BadInput for missing, unexpected or unequally
+    many second texts.
     """
     if (pairs is not None) != (loaded.kind == "pair"):
         have, want = ("pairs", "single texts") if pairs is not None else ("single texts", "pairs")
         raise BadInput(
-            f"{have} came, but this model of kind {loaded.kind} reads {want}; give it those"
+            f"got {have}, but this model of kind {loaded.kind} reads {want}; pass {want}"
         )
     if pairs is not None and len(pairs) != len(texts):
         raise BadInput(
-            f"{len(texts)} texts and {len(pairs)} second texts came; give one second text for "
-            "each text"
+            f"got {len(texts)} texts and {len(pairs)} second texts; pass one second text for each "
+            "text"
         )
     if not texts:
         return []
@@ -95,7 +95,7 @@ def predict(
 
 
 def _encoded(loaded: Loaded, texts: Sequence[str], pairs: Sequence[str] | None) -> Examples:
-    # as in training, so that a prediction equals the run's
+    # as in training, so that predictions equal those of the run
     rows = Rows(tuple(texts), None if pairs is None else tuple(pairs), None, {})
     examples = encode(
         loaded.tokenizer, rows, loaded.kind, loaded.max_tokens, scored=True, ended=False
@@ -103,7 +103,7 @@ def _encoded(loaded: Loaded, texts: Sequence[str], pairs: Sequence[str] | None) 
     for index, length in enumerate(examples.lengths):
         if length == 0:
             raise BadInput(
-                f"text {index + 1} is empty for this model's tokenizer; give it at least one word"
+                f"text {index + 1} has no tokens in this model's tokenizer; pass at least one word"
             )
     return examples
 
@@ -123,19 +123,19 @@ def _labelled(loaded: Loaded, examples: Examples) -> list[Prediction]:
 
 
 def decoding_for(loaded: Loaded, new_tokens: int | None, temperature: float, seed: int) -> Decoding:
-    """How a model writes; so many tokens as are usual for it where none are given."""
+    """The decoding settings; without `new_tokens`, the default for this kind of model."""
     usual = ANSWER_TOKENS if loaded.chat else NEW_TOKENS
     return Decoding(new_tokens or usual, temperature, seed)
 
 
 def answered(
     loaded: Loaded, messages: Messages, decoding: Decoding, streamer: Any = None
-) -> Answered:
-    """The answer to a dialogue; its oldest exchanges are left out where the model has no positions
-    for all of it.
+) -> ChatAnswer:
+    """The answer to a dialogue; its oldest exchanges are dropped if the model lacks positions for
+    all of it.
 
-    `streamer` is one of transformers, which gets the tokens as they come. Raises BadInput for a
-    last message that is too long.
+    `streamer` is one of transformers, called with each new token. Raises BadInput for a last
+    message that is too long.
     """
     room = max(1, positions(loaded.module.config) - decoding.new_tokens)
     ids = prompt_ids(loaded.tokenizer, messages)
@@ -151,13 +151,13 @@ def answered(
     padding = loaded.tokenizer.pad_token_id
     (new,) = written(loaded.module, [ids], decoding, ends=ends, padding=padding, streamer=streamer)
     text = loaded.tokenizer.decode(new, skip_special_tokens=True)
-    return Answered(text.strip(), ended=bool(set(new[-1:]) & set(ends)))
+    return ChatAnswer(text.strip(), ended=bool(set(new[-1:]) & set(ends)))
 
 
 def _continued(loaded: Loaded, text: str, decoding: Decoding) -> Continued:
     examples = _encoded(loaded, [text], None)
     score = score_module(loaded.module, examples)
-    # the model has no positions beyond these
+    # within the model's positions
     room = max(1, positions(loaded.module.config) - decoding.new_tokens)
     prompt = _last(examples, min(loaded.max_tokens, room))
     ends = _ends(loaded)
@@ -168,8 +168,8 @@ def _continued(loaded: Loaded, text: str, decoding: Decoding) -> Continued:
 
 
 def _last(examples: Examples, most: int) -> list[int]:
-    """The last tokens of the only text, at most so many."""
-    # later windows repeat the end of the one before
+    """The last tokens of the only text, at most `most`."""
+    # each window repeats the end of the previous one
     skipped = np.zeros(len(examples), np.int64) if examples.context is None else examples.context
     rows = zip(examples.offsets[:-1] + skipped, examples.offsets[1:], strict=True)
     ids = np.concatenate([examples.ids[first:last] for first, last in rows])
@@ -177,5 +177,5 @@ def _last(examples: Examples, most: int) -> list[int]:
 
 
 def _ends(loaded: Loaded, *more: int | None) -> list[int]:
-    """The tokens that end what it writes."""
+    """The tokens that end a generated text."""
     return ends_of(loaded.tokenizer, loaded.module.generation_config, *more)

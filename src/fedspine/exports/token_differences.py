@@ -1,4 +1,4 @@
-"""How far the logits of two language models are apart, token by token."""
+"""How much the logits of two language models differ, token by token."""
 
 from collections.abc import Callable
 from math import sqrt
@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from fedspine.core.task import IGNORED, Examples
 from fedspine.lm.attention import module_inputs
 
-BATCH = 4  # rows at a time: logits of large vocabularies are large
+BATCH = 4  # rows at a time, since a large vocabulary has many logits
 
 
 def differences(
     module: Callable[..., Any], written: Callable[..., Any], examples: Examples
 ) -> dict[str, float]:
-    """`module` is the PyTorch model, and `written` what was made of it; both map inputs to logits
-    as transformers models do.
+    """`module` is the PyTorch model, and `written` the model exported from it; both map inputs to
+    logits as transformers models do.
 
-    Gives `tokens`, `largest_logit` of `module`, `largest_difference`, `relative_difference` (root
+    Returns `tokens`, `largest_logit` of `module`, `largest_difference`, `relative_difference` (root
     mean square, over that of logits around their mean), `equal_tokens` (share of the likeliest next
-    tokens, 0 to 1),
-    `perplexity` of `written` and `perplexity_before` (NaN where no token is predicted).
+    tokens, 0 to 1), `perplexity` of `written` and `perplexity_before` (NaN if no token is
+    predicted).
     """
     largest, logit, apart, spread = 0.0, 0.0, 0.0, 0.0
     tokens, equal, predicted, losses = 0, 0, 0, [0.0, 0.0]
@@ -34,7 +34,7 @@ def differences(
                 each(**module_inputs(dict(inputs))).logits for each in (module, written)
             )
             a, b = ours[real], theirs[real]
-            # NaN stays the largest, which max() would lose
+            # unlike max(), this keeps NaN
             largest = float(torch.maximum(torch.tensor(largest), (a - b).abs().max()))
             logit = max(logit, float(a.abs().max()))
             apart += float((a - b).square().sum(dtype=torch.float64))
@@ -44,7 +44,7 @@ def differences(
             predicted += int((labels[:, 1:] != IGNORED).sum())
             for i, logits in enumerate((theirs, ours)):
                 losses[i] += _loss(logits, labels)
-    # infinite where exp() of a float would fail
+    # gives infinity where math.exp would raise
     after, before = torch.tensor(losses, dtype=torch.float64).div(predicted).exp().tolist()
     return {
         "tokens": tokens,

@@ -1,4 +1,4 @@
-"""A folder that appears under its name only when all of it is written."""
+"""A folder that appears under its name only when it is complete."""
 
 import os
 import shutil
@@ -10,16 +10,16 @@ from fedspine.core.errors import BadInput
 
 
 def check_new(folder: Path) -> None:
-    """Raise BadInput where `folder` exists, before the work of filling it is begun."""
+    """Raise BadInput if `folder` exists, before any work on its content."""
     if folder.exists():
         raise BadInput(f"{folder} exists already; choose a new folder, or remove it first")
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new sibling of `folder` to write into, which gets that name at the end.
+    """Yield a new folder beside `folder` to write into; it gets that name at the end.
 
-    Where something fails, nothing stays; what the disk refuses is a BadInput.
+    After a failure nothing remains; an OSError becomes a BadInput.
     """
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:

@@ -20,7 +20,16 @@ from fedspine.core.draws import SecretDraws
 from fedspine.core.errors import BadInput
 from fedspine.core.message import NotAMessage, message, pack, unpack
 from fedspine.core.noise import Noise
-from fedspine.core.privacy import SPENT, Declined, Guard, Level, Privacy, Spent, added, afforded
+from fedspine.core.privacy import (
+    SPENT,
+    BudgetExceeded,
+    Guard,
+    Level,
+    Privacy,
+    Spent,
+    added,
+    afforded,
+)
 from fedspine.core.strict import Section
 from fedspine.core.task import Examples
 from fedspine.flare.run_terms import Refused, RunTerms, refusing
@@ -127,7 +136,7 @@ class SiteLedger:
         write_atomically(self.path, sealed(written))
 
     def _check_site(self, others: list[RunSpent], after: Spent) -> None:
-        """Raise Declined where all runs together exceed the site's own budget."""
+        """Raise BudgetExceeded where all runs together exceed the site's own budget."""
         epsilon, delta = self.section.epsilon, self.section.delta
         if epsilon is None or delta is None:
             return
@@ -136,7 +145,7 @@ class SiteLedger:
             for entry in run.entries:
                 entries = added(entries, entry)
         if epsilon_of(entries, delta) > epsilon:
-            raise Declined(SPENT)
+            raise BudgetExceeded(SPENT)
 
     def _read(self) -> SiteSpent:
         if not self.path.is_file():

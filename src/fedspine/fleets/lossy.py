@@ -29,7 +29,7 @@ class Lossy(FleetWrapper):
         if not 0 <= drop <= 1 or delay_seconds < 0:
             raise ValueError(
                 "0 <= drop <= 1 and delay_seconds >= 0 were "
-                f"expected, {drop} and {delay_seconds} came"
+                f"expected, got {drop} and {delay_seconds}"
             )
         super().__init__(fleet)
         self._drop, self._delay, self._seed = drop, delay_seconds, seed

@@ -1,12 +1,11 @@
 """Aggregates adapters of unequal rank and shape; `lm/factoring.py` cuts the result to any of them.
 
-Three ways. Factor averaging is FedAvg of A and B with zero-padding, and plain FedAvg where all
-ranks are equal; HetLoRA does it with weights `by_norm`. Product averaging, FlexLoRA's, takes the
-mean of the products B A. The way of FedSpine here (section 3.1 of the reconstruction) takes the
-mean of what each device *changed* in W's own coordinates. The last two go entry by entry over the
-devices that still own the entry, and the best rank-R factors of the sum are kept; only in the last
-is a rank that few devices can carry not diluted by the others, and a round without training changes
-nothing.
+There are three ways. Factor averaging is FedAvg of A and B with zero-padding, and plain FedAvg if
+all ranks are equal; HetLoRA uses it with the weights of `by_norm`. Product averaging, FlexLoRA's,
+averages the products B A. FedSpine (section 3.1 of the reconstruction) averages each device's
+*change* in the coordinates of W. The last two average each entry over the devices that still own
+it, and keep the best rank-R factors of the sum; only in the last are directions that few devices
+have the rank for not diluted by the others, and a round without training changes nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,16 +26,17 @@ from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 from fedspine.lm.structure import Structure, cut_adapter, kept_columns, kept_rows
 
-AT_ONCE = 1 << 22  # entries over all devices that are sorted at once
+AT_ONCE = 1 << 22  # entries sorted at once, over all devices
 A_SUFFIX = a_name("")
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """One device's contribution: the adapters `sent` and `back`, both cut to `structure`, and its
-    `weight`.
+    """One device's contribution: the adapter `sent` to it and the one that came `back`, both cut to
+    `structure`, and its `weight`.
 
-    A `late` one was sent an adapter of an earlier round, so it counts as a change on today's.
+    A `late` one was sent an adapter of an earlier round, so it counts as a change to the current
+    one.
     """
 
     sent: Tensors
@@ -51,10 +51,10 @@ def bounded(
     replies: Sequence[Reply[Any]],
     contributions: Sequence[Contribution],
 ) -> list[Contribution]:
-    """The contributions of these replies, with what they changed in A and in B bounded, as
-    `fleet.aggregation` says, before anything is made of them; `core.merging.bounded` notes whose.
+    """The contributions of these replies, with their changes to A and B bounded as
+    `fleet.aggregation` says, before any use; `core.merging.bounded` records which were.
 
-    So a product changes by a bounded amount, too: it is that of factors which did.
+    So the change of a product is bounded, too, since those of its factors are.
     """
     sent = [_like(part.back, part.sent) for part in contributions]
     changes = (
@@ -75,13 +75,13 @@ def average_factors(
     contributions: Sequence[Contribution],
     how: Aggregation = Mean(),
 ) -> Tensors:
-    """FedAvg of A and of B, each padded with zeros to the largest rank that came and averaged entry
+    """FedAvg of A and of B, each padded with zeros to the largest rank received and averaged entry
     by entry over owners.
 
     A device owns nothing of a site that its adapter lacks. An entry that no device owns keeps its
     value in `before`, and so does a direction beyond every device's rank: zeros in both factors
     could never be trained again. A median or a trimmed mean leaves out devices of a lower rank
-    instead of padding them, since most values would be zeros.
+    instead of padding them, since otherwise most values could be zeros.
     """
     contributions = [_factors_today(layout, before, part) for part in contributions]
     if merging.trims(how):
@@ -112,10 +112,10 @@ def average_factors(
 
 
 def by_norm(contributions: Sequence[Contribution]) -> list[Contribution]:
-    """The same contributions, each with a weight proportional to ||B A||_F of what came back, over
-    all sites at once.
+    """The same contributions, each weighted in proportion to ||B A||_F of the adapter that came
+    back, over all sites together.
 
-    Weights sum to 1 and replace the old ones; they are equal where no device has learnt anything.
+    Weights sum to 1 and replace the old ones; they are equal if no device has learnt anything.
     Source: HetLoRA, Cho et al. 2024 (arXiv:2401.06432), which weighs by the norm and not by rows.
     """
     norms = [product_norm(part.back) for part in contributions]
@@ -145,9 +145,9 @@ def mean_product(
     """FlexLoRA's aggregate: the weighted mean of the devices' products B A, dense, by path and
     without the scale.
 
-    An entry is the mean over the devices that own it, or what `how` says in its place, and keeps
-    its value in `before`, of the same form, where none does. Of a late contribution it is B'A' - BA
-    on `before`. Source: Bai et al. 2024 (arXiv:2402.11505), whose devices own everything.
+    An entry is the mean over the devices that own it, or the robust aggregate `how`; without an
+    owner it keeps its value in `before`, which has the same form. A late contribution counts as
+    `before` + B'A' - BA. Source: Bai et al. 2024 (arXiv:2402.11505), whose devices own everything.
     """
     late = [part for part in contributions if part.late]
 
@@ -177,15 +177,15 @@ def merge_changes(
     contributions.
 
     Each device's change is B'A' - BA; an entry moves by the weighted mean over the devices that own
-    it, or by what `how` says in its place, and stays where none does.
+    it, or by the robust aggregate `how`, and does not move without an owner.
     """
 
     def moved(site: PrunableSite) -> Tensor:
         if merging.trims(how):
             found, _ = _trimmed_products(how, site, contributions, change_factors)
-            return dense[site.path] + found  # which is zero where nothing can be said
+            return dense[site.path] + found  # zero where no aggregate can be formed
         total, weight = _sum_over_owners(site, contributions, change_factors)
-        # where nobody owns an entry, its total is zero anyway
+        # the total of an entry without owners is zero anyway
         return dense[site.path] + total / torch.where(weight > 0, weight, 1.0)
 
     return _by_site(layout, moved)
@@ -202,7 +202,7 @@ def change_factors(
 
 
 def _factors_today(layout: PrunableLayout, today: Tensors, part: Contribution) -> Contribution:
-    """The contribution; of a late one what its device changed in A and in B, on today's factors."""
+    """The contribution; for a late one, the current factors plus its device's change of A and B."""
     if not part.late:
         return part
     cut = cut_adapter(today, layout.sites, part.structure)
@@ -261,10 +261,11 @@ def _trimmed_products(
     factors: Callable[[Contribution, PrunableSite], tuple[Tensor, Tensor]],
     today: Float[Tensor, "rows columns"] | None = None,
 ) -> tuple[Float[Tensor, "rows columns"], Bool[Tensor, "rows columns"]]:
-    """The products of `factors` merged over the devices that own an entry, as `how` says, and where
-    it says anything; 0 elsewhere. Those of late contributions are changes of `today`, if given.
+    """The products of `factors` merged over the devices that own an entry, as `how` says, and a
+    mask of the merged entries; the others are 0. Those of late contributions are changes to
+    `today`, if given.
 
-    It takes some rows at a time, since every device's product is needed at once.
+    A block of rows is merged at a time, since every device's product is needed at once.
     """
     weights = torch.tensor([part.weight for part in contributions])
     pairs, owners = [], []
@@ -306,8 +307,8 @@ def _sum_over_owners(
 
 
 def _weight_of_owners(site: PrunableSite, contributions: Sequence[Contribution]) -> Tensor:
-    """The sum of the weights of each entry's owners: one for every row or column of the site that
-    can be cut, which broadcasts over its entries.
+    """The sum of the weights of each entry's owners: one for each row or column that can be cut,
+    which broadcasts over the site's entries.
     """
     by_row = site.row_units is not None
     weight = torch.zeros(site.rows if by_row else site.columns)
@@ -318,7 +319,7 @@ def _weight_of_owners(site: PrunableSite, contributions: Sequence[Contribution])
 
 
 def _owned(site: PrunableSite, structure: Structure) -> tuple[int, Tensor]:
-    """The dimension in which a site can be cut, and the rows or columns that are left of it."""
+    """The dimension in which a site can be cut, and the rows or columns that are kept."""
     if site.row_units is not None:
         return 0, kept_rows(site, structure)
     return 1, kept_columns(site, structure)

@@ -1,5 +1,5 @@
-"""Factors of low rank: the best adapter for a dense change, a rank or a sub-model, and what the
-singular values of a device's change say.
+"""Low-rank factors: the best adapter for a dense change, a rank or a sub-model, and the singular
+values of a device's change.
 
 Section 3 of the reconstruction of FedSpine; randomised SVD after Halko et al. 2011.
 """
@@ -16,9 +16,9 @@ from fedspine.lm.lora import a_name, b_name, fresh_a
 from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 from fedspine.lm.structure import Structure, cut_adapter
 
-EXACT_BELOW = 96  # matrices with a side up to this are factored by a full SVD
+EXACT_BELOW = 96  # matrices with a side up to this get a full SVD
 OVERSAMPLING, POWER_STEPS = 10, 2
-NEGLIGIBLE = 1e-6  # a singular value below this share of the largest is taken for zero
+NEGLIGIBLE = 1e-6  # a singular value below this share of the largest counts as zero
 
 
 def factor(
@@ -27,9 +27,9 @@ def factor(
     """The best factors of `rank` for every dense change, with the singular values shared evenly
     between B and A.
 
-    Where the change has a lower rank, A gets fresh rows and B zeros, so that training can use them.
-    `before`, the last factors, starts the search for the new ones. Source: section 3.1; randomised
-    SVD after Halko et al. 2011.
+    If the change has a lower rank, A gets fresh rows and B zeros, so that they can be trained.
+    `before`, the previous factors, warm-starts the SVD. Source: section 3.1; randomised SVD after
+    Halko et al. 2011.
     """
     rngs = np.random.default_rng(seed).spawn(len(layout.sites))
 
@@ -51,10 +51,11 @@ def factor(
 
 
 def hand_out(layout: PrunableLayout, adapter: Tensors, structure: Structure, rank: int) -> Tensors:
-    """The best adapter of `rank` for the sub-model `structure`, out of a wider one (section 3.2).
+    """The best adapter of `rank` for the sub-model `structure`, from an adapter of higher rank
+    (section 3.2).
 
     Thin decompositions of the cut factors give the SVD of their product at the cost of small square
-    matrices. Nothing is lost where `rank` is at least the adapter's.
+    matrices. Nothing is lost if `rank` is at least the adapter's.
     """
     sliced = cut_adapter(adapter, layout.sites, structure)
     if rank >= sliced[a_name(layout.sites[0].path)].shape[0]:
@@ -90,9 +91,7 @@ def change_spectra(layout: PrunableLayout, part: Contribution) -> Float[Tensor, 
 
 
 def effective_rank(spectra: Float[Tensor, "sites ranks"]) -> float:
-    """exp of the entropy of each site's energy shares, averaged over sites; 0 where nothing
-    changed.
-    """
+    """exp of the entropy of each site's energy shares, averaged over sites; 0 for no change."""
     energy = spectra.double().square()
     total = energy.sum(1)
     shares = energy[total > 0] / total[total > 0, None]
@@ -105,7 +104,7 @@ def effective_rank(spectra: Float[Tensor, "sites ranks"]) -> float:
 def _revive(
     small: Tensors, path: str, values: Float[Tensor, " rank"], rows: Float[Tensor, "wide columns"]
 ) -> None:
-    """Fill zero directions with the wide adapter's own rows, so that they can be trained."""
+    """Fill zero directions with rows of the original adapter, so that they can be trained."""
     dead = values <= NEGLIGIBLE * values.max().clamp_min(1e-30)
     if dead.any():
         small[a_name(path)][dead] = (

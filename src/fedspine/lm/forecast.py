@@ -163,7 +163,7 @@ def frame(
 
 
 @dataclass(frozen=True)
-class Spending:
+class ExchangeCost:
     """The forecast cost of one exchange."""
 
     flops: float
@@ -182,7 +182,7 @@ def forecast(
     ranks: Sequence[int],
     load: float = 1.0,
     uniform: bool = False,
-) -> list[Spending]:
+) -> list[ExchangeCost]:
     """The cost at each rank for a device that has `structure`, prunes to `sparsity` on the way to
     `target` and tunes.
 
@@ -199,7 +199,7 @@ def forecast(
     )
     before, after = adapter_width(layout, structure), adapter_width(layout, left)
     return [
-        Spending(
+        ExchangeCost(
             flops=load
             * round_flops(
                 layout, left, rank, frame.extent, frame.steps, frame.scoring, frame.taught

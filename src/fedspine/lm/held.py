@@ -34,7 +34,7 @@ class AdamMoments:
 
 
 @runtime_checkable
-class Holding(Protocol):
+class HoldingSettings(Protocol):
     """What of a training's settings this is about."""
 
     @property
@@ -48,7 +48,7 @@ class Holding(Protocol):
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldState:
     """What one training of a device begins with, beside what it received."""
 
     model: Model  # that is trained
@@ -58,7 +58,7 @@ class Held:
     step_flops: float = 0.0  # of each step
 
 
-def begun(device: Device, received: Model, how: Holding) -> Held:
+def begun(device: Device, received: Model, how: HoldingSettings) -> HeldState:
     """What the device has kept, and the received model with the device's own head where it has
     one.
     """
@@ -72,7 +72,7 @@ def begun(device: Device, received: Model, how: Holding) -> Held:
         zero = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
         gradient = device.memory.get(GRADIENT, zero)
     copies = int(how.proximal > 0) + int(how.dynamic)
-    return Held(
+    return HeldState(
         model=model,
         gradient=gradient,
         moments=device.memory.get(OPTIMISER) if how.keep_optimiser else None,
@@ -82,7 +82,9 @@ def begun(device: Device, received: Model, how: Holding) -> Held:
     )
 
 
-def penalty_of(held: Held, how: Holding, own: Penalty | None, to: torch.device) -> Penalty | None:
+def penalty_of(
+    held: HeldState, how: HoldingSettings, own: Penalty | None, to: torch.device
+) -> Penalty | None:
     """What is added to what the device minimises: `own`, which its method asks for, and the terms
     of `method.drift`.
     """
@@ -101,7 +103,11 @@ def penalty_of(held: Held, how: Holding, own: Penalty | None, to: torch.device) 
 
 
 def remember(
-    device: Device, held: Held, how: Holding, trained: Model, moments: AdamMoments | None
+    device: Device,
+    held: HeldState,
+    how: HoldingSettings,
+    trained: Model,
+    moments: AdamMoments | None,
 ) -> None:
     """Keep in the device's memory what the next training begins with."""
     if how.personal_head:

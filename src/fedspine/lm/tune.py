@@ -61,7 +61,7 @@ def tune(
     leaves such a reply out.
 
     The model that is returned may leave the device: it has the noise of the device, and keeps the
-    promise of the run; raises Declined where the device's budget does not suffice.
+    promise of the run; raises BudgetExceeded where the device's budget does not suffice.
     """
     request = Request(
         device=device,

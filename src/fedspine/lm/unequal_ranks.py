@@ -1,5 +1,5 @@
-"""What methods share whose devices train the first directions of one adapter, each as many as its
-rank: HetLoRA and FlexLoRA, and FLoRA the settings of its toy task.
+"""Shared by HetLoRA and FlexLoRA, in which each device trains the first directions of one adapter,
+up to its own rank; FLoRA uses the settings of the toy task.
 """
 
 from types import MappingProxyType
@@ -29,7 +29,7 @@ TOY = MappingProxyType(
 
 @runtime_checkable
 class Ranked(Protocol):
-    """The settings that these methods share here; `ranks` rise."""
+    """The settings that these methods share; `ranks` are ascending."""
 
     @property
     def ranks(self) -> tuple[int, ...]: ...
@@ -49,7 +49,7 @@ class RankedState(Protocol):
 
 
 def first_fields(fields: Ranked, task: Task, rng: np.random.Generator) -> dict[str, Any]:
-    """The fields of a first state: a fresh adapter of the largest rank, and no device known."""
+    """The fields of a first state: a fresh adapter of the largest rank, and no known devices."""
     layout = task.base.layout
     return {
         "round": 0,
@@ -63,8 +63,8 @@ def first_fields(fields: Ranked, task: Task, rng: np.random.Generator) -> dict[s
 
 
 def model_of(fields: Ranked, state: RankedState, device: str | None = None) -> Model:
-    """The unpruned model with the adapter cut to the device's rank; whole for everybody, and for a
-    device that never replied.
+    """The unpruned model with the adapter cut to the device's rank; at full rank for the global
+    model and for a device that has never replied.
     """
     rank = state.ranks.get(device, fields.ranks[-1]) if device else fields.ranks[-1]
     return Model(

@@ -30,7 +30,7 @@ from fedspine.split.composed import (
     deployed,
     learns_within,
 )
-from fedspine.split.composed_round import note_round, plan_round, remembered, train
+from fedspine.split.composed_round import next_state, note_round, plan_round, train
 from fedspine.split.server import Copies
 
 
@@ -90,7 +90,7 @@ class AdaSfl(ComposedTraining):
 
     def round(self, state: S, fleet: Fleet) -> S:
         plan = plan_round(self, state, fleet)
-        server_model = Copies(**plan.halves, every_iteration=True)
+        server_model = Copies(**plan.server_arguments, every_iteration=True)
         result = train(plan, fleet, server_model, self._steps(state))
         note_round(fleet, result, plan.labels)
         alike = dict.fromkeys(result.client_models, 1)
@@ -98,7 +98,7 @@ class AdaSfl(ComposedTraining):
             weighted_mean(result.client_models, alike), server_model.finish(alike)
         )
         first_loss = result.loss if state.first_loss is None else state.first_loss
-        after = remembered(self, plan, state, result, model)
+        after = next_state(self, plan, state, result, model)
         return replace(after, loss=result.loss, first_loss=first_loss)
 
     def deploy(self, state: SplitState, device: DeviceId | None = None) -> Any:

@@ -1,5 +1,5 @@
-"""Fed-HeLLo: each device trains adapters on as many blocks as it has resources for, and a geometric
-pattern says on which.
+"""Fed-HeLLo: each device trains adapters on as many blocks as its resources allow; a geometric
+pattern decides on which.
 
 Zhang et al. 2025, "Fed-HeLLo: Efficient Federated Foundation Model Fine-Tuning with Heterogeneous
 LoRA Allocation", IEEE TNNLS, arXiv:2506.12213. What is the paper's and what is ours:
@@ -41,7 +41,7 @@ class BlocksOrder:
     adapter: Tensors  # fp16, of all blocks
     head: Tensors  # fp16
     scale: float
-    blocks: tuple[int, ...]  # to train, rising, counted from the input
+    blocks: tuple[int, ...]  # to train, ascending, counted from the input
     tuning: Tuning
 
     @property
@@ -57,13 +57,13 @@ class BlocksOrder:
         need(list(self.blocks) == sorted(set(self.blocks)), "blocks do not rise")
 
     def returned(self, asked: Asked) -> dict[str, Tensors]:
-        """What was trained."""
+        """The trained adapters."""
         return {"adapter": of_blocks(asked.base.layout, self.adapter, self.blocks)}
 
 
 @on_device
 def tune_blocks(device: Device, order: BlocksOrder) -> LoraResult:
-    """Train the adapters of some blocks and the head, beside those of the others as they are."""
+    """Train the head and the adapters of some blocks; those of the other blocks are frozen."""
     layout = device.base.layout
     model = model_of(order, layout)
     trace = tune(device, model, order.tuning, blocks=order.blocks)
@@ -99,8 +99,8 @@ class FedHello(LocalTraining):
     """
 
     pattern: Pattern = "bottleneck"  # which blocks most devices train
-    randomised: bool = False  # drawn anew in each round, with the pattern's probabilities
-    shares: tuple[float, ...] = (0.5, 0.75, 1.0)  # of the blocks, that a device may train
+    randomised: bool = False  # draw blocks in each round, with the pattern's probabilities
+    shares: tuple[float, ...] = (0.5, 0.75, 1.0)  # shares of the blocks that a device may train
     share_by: RankRule = "memory"  # declared, or "random"
     # declared memory that earns the largest share; less earns its part
     largest_share_gib: float = 32.0
@@ -170,7 +170,7 @@ class FedHello(LocalTraining):
         )
 
     def deploy(self, state: FedHelloState, device: DeviceId | None = None) -> Model:
-        """The base with the adapters of all blocks, the same for everybody."""
+        """The base with the adapters of all blocks, the same for all devices."""
         return Model(
             structure=full(state.layout), adapter=state.adapter, head=state.head, scale=self.scale
         )

@@ -1,5 +1,5 @@
-"""FedAdapter: adapters begin shallow and narrow; trial groups of devices try a deeper and a wider
-one, and the best of the three branches goes on.
+"""FedAdapter: adapters start shallow and narrow; in trials, groups of devices try a deeper and a
+wider one, and training continues with the best of the three branches.
 
 Cai et al. 2023, "Efficient Federated Learning for Modern NLP", MobiCom, arXiv:2205.10162. What is
 the paper's and what is ours: docs/methods/fedadapter.md.
@@ -35,7 +35,7 @@ from fedspine.lm.tuning import LocalTraining, check_tuning, tuning_at
 from fedspine.methods.fedlora import LoraOrder, LoraResult, tune_adapter
 
 PRESENT, WIDER, DEEPER = "present", "wider", "deeper"
-BRANCHES = (PRESENT, WIDER, DEEPER)  # of equals the first wins
+BRANCHES = (PRESENT, WIDER, DEEPER)  # the first wins a tie
 GROUPS, GROWTH = 403, 404  # the purposes of two random streams
 
 
@@ -84,7 +84,7 @@ class TrialResult:
 
 @on_device
 def score_branches(device: Device, order: TrialOrder) -> TrialResult:
-    """How often each branch is right on some of the device's rows, the same for all."""
+    """The accuracy of each branch on some of the device's rows, the same rows for all branches."""
     base: Base = device.base
     chosen = device.rng.permutation(len(device.data))[: order.rows]
     device.uses(chosen)
@@ -116,11 +116,11 @@ class Branch:
     width: int
     adapter: Tensors
     head: Tensors
-    exchanges: int  # that it had in this trial
+    exchanges: int  # in this trial so far
     seconds: float  # that they took
 
     def has_time(self, other: "Branch", exchanges: int) -> bool:
-        """Whether it can be done with one more exchange when `other` is with so many."""
+        """Whether one more exchange ends no later than `exchanges` exchanges of `other`."""
         if not (self.exchanges and other.exchanges):
             return True
         window = exchanges * other.seconds / other.exchanges
@@ -150,12 +150,12 @@ class FedAdapter(LocalTraining):
     8
     """
 
-    depth: int = 1  # blocks with an adapter to begin with, counted from the output
-    width: int = 8  # rank to begin with
-    width_step: int = 8  # that the wider branch has more
+    depth: int = 1  # blocks with an adapter at the start, counted from the output
+    width: int = 8  # rank at the start
+    width_step: int = 8  # additional rank of the wider branch
     largest_width: int = 32
     trial_rounds: int = 5  # exchanges of the present configuration in a trial
-    trial_rows: int = 128  # of a device, on which branches are compared
+    trial_rows: int = 128  # rows of each device on which branches are compared
     scale: float = 2.0  # of every adapter
 
     @classmethod
@@ -227,7 +227,7 @@ class FedAdapter(LocalTraining):
         return self._concluded(state, fleet) if done else state
 
     def deploy(self, state: FedAdapterState, device: DeviceId | None = None) -> Model:
-        """The base with the adapter of the present configuration, the same for everybody."""
+        """The base with the adapter of the present configuration, the same for all devices."""
         best = state.branches[PRESENT]
         return Model(
             structure=full(state.layout), adapter=best.adapter, head=best.head, scale=self.scale
@@ -239,8 +239,8 @@ class FedAdapter(LocalTraining):
     # --- one round of a trial ---
 
     def _orders(self, state: FedAdapterState, fleet: Fleet) -> dict[DeviceId, BranchOrder]:
-        """The devices dealt out anew to the branches that have time left; one without the memory
-        for its branch goes to another one.
+        """A new random assignment of devices to the branches that have time left; a device without
+        the memory for its branch goes to another one.
         """
         present = state.branches[PRESENT]
         names = [
@@ -287,7 +287,7 @@ class FedAdapter(LocalTraining):
     def _of_trial(
         self, state: FedAdapterState, fleet: Fleet, replies: Sequence[Reply[LoraResult]]
     ) -> dict[str, list[Reply[LoraResult]]]:
-        """The replies of this trial, by branch; what was trained for an earlier one is lost."""
+        """The replies of this trial, by branch; those of an earlier trial are dropped."""
         found: dict[str, list[Reply[LoraResult]]] = {}
         for reply in replies:
             name = reply.order.branch
@@ -309,7 +309,7 @@ class FedAdapter(LocalTraining):
     # --- the end of a trial ---
 
     def _concluded(self, state: FedAdapterState, fleet: Fleet) -> FedAdapterState:
-        """The next trial, which begins with the branch that is right most often."""
+        """The next trial, which starts from the branch with the highest accuracy."""
         tried = {name: each for name, each in state.branches.items() if each.exchanges}
         winner = self._best(fleet, tried) if len(tried) > 1 else PRESENT
         best = replace(state.branches[winner], exchanges=0, seconds=0.0)
@@ -317,7 +317,7 @@ class FedAdapter(LocalTraining):
         return replace(state, branches=self._branches(state, best))
 
     def _best(self, fleet: Fleet, tried: Mapping[str, Branch]) -> str:
-        """The branch of the highest mean accuracy over the rows of all devices that answer."""
+        """The branch with the highest mean accuracy over the rows of all devices that reply."""
         order = TrialOrder(
             adapters={name: half(branch.adapter) for name, branch in tried.items()},
             heads={name: half(branch.head) for name, branch in tried.items()},
@@ -333,13 +333,13 @@ class FedAdapter(LocalTraining):
             name: sum(r.weight * r.value.accuracies[name] for r in weighed) / total
             for name in tried
         }
-        winner = max(means, key=means.__getitem__)  # of equals the first
+        winner = max(means, key=means.__getitem__)  # the first wins a tie
         fleet.note(trial=means, winner=winner, depth=tried[winner].depth, rank=tried[winner].width)
         return winner
 
     def _branches(self, state: FedAdapterState, best: Branch) -> dict[str, Branch]:
-        """What is tried next, from the weights of `best`; a limit that is reached is not tried."""
-        # a depth of 1 is left out by what begins without an adapter, as in the released code
+        """The next branches, from the weights of `best`; without those beyond a limit."""
+        # without an adapter, the deeper branch skips depth 1, as in the released code
         deeper = min(state.layout.layers, best.depth + 1 if best.depth else 2)
         wider = min(self.largest_width, best.width + self.width_step)
         sizes = {
@@ -357,7 +357,7 @@ class FedAdapter(LocalTraining):
 
 
 def _trained(fleet: Fleet, branch: Branch, replies: list[Reply[LoraResult]]) -> Branch:
-    """The branch after a round of its devices, FedAvg of A and B."""
+    """The branch after a round: FedAvg of A and B over its devices."""
     replies = on_todays(replies, adapter=branch.adapter, head=branch.head)
     in_time = [reply.cost.seconds for reply in replies if not reply.late]
     return replace(
@@ -371,8 +371,8 @@ def _trained(fleet: Fleet, branch: Branch, replies: list[Reply[LoraResult]]) -> 
 def grown(
     layout: PrunableLayout, adapter: Tensors, depth: int, width: int, rng: np.random.Generator
 ) -> Tensors:
-    """The adapter with what it lacks to have this rank on the upper `depth` blocks: A random, B
-    zero, so that the model computes what it did.
+    """The adapter extended to rank `width` on the upper `depth` blocks: new parts of A are random
+    and of B zero, so that the model's output does not change.
     """
     found: Tensors = {}
     for site in layout.sites:

@@ -1,5 +1,5 @@
-"""FedQuad: each device tunes adapters on as many upper blocks as it has time for, and buys room for
-them by quantising what blocks keep for the backward pass.
+"""FedQuad: each device tunes adapters on as many upper blocks as its speed allows, and makes room
+for them by quantising the activations that blocks keep for the backward pass.
 
 Li et al. 2025, "FedQuad: Adaptive Layer-wise LoRA Deployment and Activation Quantization for
 Federated Fine-Tuning", arXiv:2506.01001. A reconstruction of its abstract. What is the paper's and
@@ -51,7 +51,7 @@ class QuadOrder(DepthOrder):
 
 @on_device
 def tune_quantised(device: Device, order: QuadOrder) -> LoraResult:
-    """Train the adapters from block `lowest` on and the head, at gradients of quantised
+    """Train the adapters from block `lowest` on and the head, with gradients from quantised
     activations.
     """
     layout = device.base.layout
@@ -89,7 +89,7 @@ class FedQuadState:
 @method("fedquad", merges_late=tune_quantised, robust=True, server_optimiser=True)
 @dataclass(frozen=True)
 class FedQuad(LocalTraining):
-    """LoRA depth for each device, in memory that quantised activations leave.
+    """LoRA with a depth for each device, in memory that quantised activations free.
 
     >>> from fedspine import Recipe
     >>> Recipe(method=FedQuad(bits=8), rounds=5).method.quantise
@@ -98,12 +98,12 @@ class FedQuad(LocalTraining):
 
     rank: int = 8
     scale: float = 2.0  # alpha / rank
-    bits: int = 4  # or 8, of what quantised blocks keep for the backward pass
-    # as few blocks as let a depth fit the memory, none, or all that are trained
+    bits: int = 4  # or 8, per activation that quantised blocks keep for the backward pass
+    # as few blocks as a depth needs to fit the memory, none, or all trained ones
     quantise: Literal["as_needed", "never", "all"] = "as_needed"
     least_depth: int = 1
     coverage: float = 0.1  # share of a round's devices that train each block
-    discount: float = 0.8  # what an old exchange still counts after a new one
+    discount: float = 0.8  # weight of earlier exchanges after each new one
 
     @classmethod
     def toy(cls) -> Self:
@@ -159,7 +159,7 @@ class FedQuad(LocalTraining):
                 rank=self.rank,
                 sparsity=0.0,
                 loss=reply.value.loss,
-                expected_seconds=plan.seconds.get(reply.device),  # of a late one, another round's
+                expected_seconds=plan.seconds.get(reply.device),  # late: another round's
                 seconds=reply.cost.seconds,
             )
         return replace(
@@ -172,7 +172,7 @@ class FedQuad(LocalTraining):
         )
 
     def deploy(self, state: FedQuadState, device: DeviceId | None = None) -> Model:
-        """The base with the adapters of all blocks, the same for everybody."""
+        """The base with the adapters of all blocks, the same for all devices."""
         return Model(
             structure=full(state.layout), adapter=state.adapter, head=state.head, scale=self.scale
         )
@@ -180,11 +180,11 @@ class FedQuad(LocalTraining):
     def unpruned(self, state: FedQuadState) -> Model:
         return self.deploy(state)
 
-    # --- depths, and what is quantised for them ---
+    # --- depths, and the blocks quantised for them ---
 
     def _hosted(self, state: FedQuadState, fleet: Fleet) -> dict[DeviceId, tuple[int, ...]]:
-        """For depths 1, 2, ... in each device's memory the blocks that are quantised for it; one
-        that hosts none is noted and not asked.
+        """For each device, the number of blocks to quantise at depth 1, 2, ... up to the depth that
+        fits its memory; a device that fits none is noted and left out.
         """
         layers = state.layout.layers
         needed = {
@@ -208,7 +208,7 @@ class FedQuad(LocalTraining):
         return found
 
     def _allowed(self, depth: int) -> range:
-        """The numbers of quantised blocks that may be tried at this depth, the preferred first."""
+        """The numbers of quantised blocks allowed at this depth, the preferred one first."""
         match self.quantise:
             case "never":
                 return range(1)

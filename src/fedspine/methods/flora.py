@@ -1,5 +1,5 @@
-"""FLoRA: devices tune adapters of ranks of their own; the server stacks them, and everybody merges
-the stack into the base and begins anew.
+"""FLoRA: devices tune adapters of different ranks; the server stacks them, and all devices merge
+the stack into the base and start a fresh adapter.
 
 Wang et al. 2024, "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
 Adaptations", NeurIPS, arXiv:2409.05976. The product of the stacks is the weighted sum of the
@@ -42,8 +42,8 @@ class FloraOrder:
     round: int  # whose weights the device trains on
     since: int  # the round whose weights it has; 0: the base
     stacks: dict[str, Tensors]  # fp16, the stacked factors of each round from `since` on, by round
-    change: Tensors  # fp16, all that was merged since the base; empty where the stacks are shorter
-    merged_rank: int  # of all that is then merged, at most the model's width
+    change: Tensors  # fp16, everything merged since the base; empty if the stacks are smaller
+    merged_rank: int  # of everything merged then, at most the model's width
     head: Tensors  # fp16
     rank: int  # of the device's own fresh adapter
     scale: float
@@ -51,7 +51,7 @@ class FloraOrder:
 
     @property
     def rounds(self) -> list[str]:
-        """Those of the stacks, in the order in which they are merged."""
+        """The rounds of the stacks, in the order in which they are merged."""
         return [str(self.since + number) for number in range(len(self.stacks))]
 
     @property
@@ -92,7 +92,7 @@ class FloraOrder:
 
 @message
 class Merged:
-    """What a device has merged into its base by a round, and the rank of that."""
+    """What a device has merged into its base up to a round, and its rank."""
 
     round: int
     rank: int
@@ -121,7 +121,7 @@ def merge_and_tune(device: Device, order: FloraOrder) -> LoraResult:
 
 
 def _merged_on(device: Device, order: FloraOrder) -> Merged:
-    """What the device has merged when it has done as the order says, which it is charged for."""
+    """What the device has merged after this order; the device is charged for the merging."""
     layout = device.base.layout
     before = device.memory.get(MERGED) if order.since else Merged(round=0, rank=0, change={})
     if before is None or before.round != order.since:
@@ -142,8 +142,8 @@ def _merged_on(device: Device, order: FloraOrder) -> Merged:
 
 
 def stacked(weighted: Sequence[tuple[float, Tensors]]) -> Tensors:
-    """Adapters of any ranks as one whose product is the weighted sum of theirs, in fp16: A is all
-    p_k A_k one below another, B all B_k side by side. The weights sum to 1.
+    """One adapter in fp16 whose product is the weighted sum of those of adapters of any ranks: A is
+    all p_k A_k stacked vertically, B all B_k side by side. The weights p_k sum to 1.
     """
     total = sum(weight for weight, _ in weighted)
     return {
@@ -159,9 +159,9 @@ def stacked(weighted: Sequence[tuple[float, Tensors]]) -> Tensors:
 
 
 def merged_stack(layout: PrunableLayout, change: Tensors, stack: Tensors) -> Tensors:
-    """The change of all weights with the product of this stack, by `<path>.weight`, in fp16.
+    """The change of all weights plus the product of this stack, by `<path>.weight`, in fp16.
 
-    The server and every device do just this, round by round, so they have the same bits.
+    The server and every device compute the same sums, round by round, so they have the same bits.
     """
     after: Tensors = {}
     for site in layout.sites:
@@ -213,7 +213,7 @@ class Flora(LocalTraining):
         check_tuning(self)
 
     def foretold(self, base: Any) -> Reads:
-        """With the rank of all that is merged in the end, that of the weights themselves."""
+        """With the rank of everything merged at the end: the full rank of the weights."""
         return replace(super().foretold(base), rank=_narrowest(base.layout))
 
     def start(self, task: Task, rng: np.random.Generator) -> FloraState:
@@ -238,7 +238,7 @@ class Flora(LocalTraining):
                 device=reply.device, rank=reply.order.rank, sparsity=0.0, loss=reply.value.loss
             )
         stack = stacked([(float(reply.weight), reply.value.adapter) for reply in replies])
-        # of a device whose reply did not come nobody knows what it has
+        # without a reply, the server does not know what a device has merged
         known = {id: version for id, version in state.versions.items() if id not in orders}
         return replace(
             state,
@@ -251,7 +251,7 @@ class Flora(LocalTraining):
         )
 
     def deploy(self, state: FloraState, device: DeviceId | None = None) -> Model:
-        """The base with all that was merged, the same for everybody, as factors of full rank."""
+        """The base with everything merged, the same for all devices, as factors of full rank."""
         adapter: Tensors = {}
         for site in state.layout.sites if state.change else ():
             weight = state.change[w_name(site.path)].float()
@@ -286,8 +286,8 @@ class Flora(LocalTraining):
 
 
 def _missing(state: FloraState, since: int) -> dict[str, Any]:
-    """What a device lacks that has the weights of round `since`: the stacks of the rounds from then
-    on, or the whole change where that is shorter.
+    """What a device with the weights of round `since` lacks: the stacks of the rounds from then on,
+    or the whole change if that is smaller.
     """
     rounds = [str(number) for number in range(since, state.round)]
     if all(number in state.stacks for number in rounds):
@@ -298,7 +298,7 @@ def _missing(state: FloraState, since: int) -> dict[str, Any]:
 
 
 def _worth_keeping(layout: PrunableLayout, stacks: Mapping[str, Tensors]) -> dict[str, Tensors]:
-    """The stacks of the last rounds that are together no longer than the whole change."""
+    """The stacks of the last rounds, as many as are together no larger than the whole change."""
     kept, left = {}, layout.parameters
     for number in sorted(stacks, key=int, reverse=True):
         left -= sum(factor.numel() for factor in stacks[number].values())

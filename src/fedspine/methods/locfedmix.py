@@ -42,7 +42,7 @@ from fedspine.split.merged_batch import Part
 from fedspine.split.messages import Begin, Ended, Forwarded, Step
 from fedspine.split.protocol import DeviceWork, run_round
 from fedspine.split.received import Agreed, as_sent
-from fedspine.split.server import ExtraLoss, Weighted
+from fedspine.split.server import ExtraLoss, WeightedStep
 
 MOST_WIDTH = 4096  # channels of a decoder inside
 MIXING = 501  # the purpose of this random stream
@@ -203,7 +203,7 @@ class LocFedMix(SplitTraining):
         now = set_up_round(self, state, fleet)
         rows = weights_of(fleet, [profile.id for profile in fleet.devices])
         extra = mixup(now.split_model, rows, self.mixup) if self.mixup else None
-        server_model = Weighted(
+        server_model = WeightedStep(
             now.split_model,
             now.server_model,
             now.optimising,

@@ -19,8 +19,8 @@ from fedspine.core.method import method
 from fedspine.core.task import Task
 from fedspine.split.baseline import TOY, SplitState, first_state, weighted_mean
 from fedspine.split.composed import ComposedTraining, check_composed, composed_state, deployed
-from fedspine.split.composed_round import RoundPlan, note_round, plan_round, remembered, train
-from fedspine.split.server import Copies, InTurn, Merged, ServerStep
+from fedspine.split.composed_round import RoundPlan, next_state, note_round, plan_round, train
+from fedspine.split.server import Copies, InTurn, MergedStep, ServerStep
 
 Merging = Literal["merged", "in-turn", "copies"]
 
@@ -76,7 +76,7 @@ class MergeSfl(ComposedTraining):
         model = plan.now.split_model.join(
             weighted_mean(result.client_models, weights), server.finish(weights)
         )
-        return remembered(self, plan, state, result, model)
+        return next_state(self, plan, state, result, model)
 
     def deploy(self, state: SplitState, device: DeviceId | None = None) -> Any:
         return deployed(self, state)
@@ -89,8 +89,8 @@ def server_of(merging: Merging, plan: RoundPlan, *, rescale: bool = True) -> Ser
     """What trains the server model in this round."""
     match merging:
         case "merged":
-            return Merged(**plan.halves, rescale=rescale)
+            return MergedStep(**plan.server_arguments, rescale=rescale)
         case "in-turn":
-            return InTurn(**plan.halves)
+            return InTurn(**plan.server_arguments)
         case "copies":
-            return Copies(**plan.halves, every_iteration=True)
+            return Copies(**plan.server_arguments, every_iteration=True)

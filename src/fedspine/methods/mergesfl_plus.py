@@ -22,7 +22,7 @@ from fedspine.methods.mergesfl import MergeSfl, server_of
 from fedspine.split.averaging import Averaging, RoundsMean
 from fedspine.split.baseline import RoundSetup, SplitState, weighted_mean
 from fedspine.split.composed import Known, check_composed
-from fedspine.split.composed_round import RoundPlan, note_round, plan_round, remembered, train
+from fedspine.split.composed_round import RoundPlan, next_state, note_round, plan_round, train
 from fedspine.split.joining import AtOnce, Joining, Late
 from fedspine.split.label_distribution import LabelSkew, LogitAdjustment, Unadjusted
 from fedspine.split.protocol import RoundResult
@@ -137,7 +137,7 @@ class MergeSflPlus(MergeSfl):
         note_round(fleet, result, plan.labels)
         client_model = weighted_mean(result.client_models, self._weights(result))
         model = plan.now.split_model.join(client_model, server_model)
-        return remembered(self, plan, state, result, model)
+        return next_state(self, plan, state, result, model)
 
     def _optimising(self, now: RoundSetup, rows: int) -> Optimising:
         """How a client model is trained with batches of so many rows."""

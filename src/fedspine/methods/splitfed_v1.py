@@ -50,4 +50,4 @@ class SplitFedV1(ComposedTraining):
 
 
 def _server(plan: RoundPlan) -> Copies:
-    return Copies(**plan.halves, every_iteration=False)
+    return Copies(**plan.server_arguments, every_iteration=False)

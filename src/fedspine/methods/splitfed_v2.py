@@ -50,4 +50,4 @@ class SplitFedV2(ComposedTraining):
 
 
 def _server(plan: RoundPlan) -> InTurn:
-    return InTurn(**plan.halves)
+    return InTurn(**plan.server_arguments)

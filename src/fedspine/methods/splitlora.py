@@ -17,7 +17,7 @@ from fedspine.core.method import method
 from fedspine.core.task import Task
 from fedspine.split.baseline import TOY, SplitState, first_state, weighted_mean
 from fedspine.split.composed import ComposedTraining, check_composed, composed_state, deployed
-from fedspine.split.composed_round import note_round, plan_round, remembered, train
+from fedspine.split.composed_round import next_state, note_round, plan_round, train
 from fedspine.split.server import InTurn
 
 
@@ -53,7 +53,7 @@ class SplitLora(ComposedTraining):
 
     def round(self, state: SplitState, fleet: Fleet) -> SplitState:
         plan = plan_round(self, state, fleet)
-        server_model = InTurn(**plan.halves, shuffled=False)
+        server_model = InTurn(**plan.server_arguments, shuffled=False)
         client_model, devices = plan.now.client_model, list(plan.rows)
         for first in range(0, self.steps, self.average_every):
             steps = min(self.average_every, self.steps - first)
@@ -65,7 +65,7 @@ class SplitLora(ComposedTraining):
             devices = list(result.client_models)
             client_model = weighted_mean(result.client_models, dict.fromkeys(devices, 1))
         model = plan.now.split_model.join(client_model, server_model.finish({}))
-        return remembered(self, plan, state, result, model)
+        return next_state(self, plan, state, result, model)
 
     def deploy(self, state: SplitState, device: DeviceId | None = None) -> Any:
         return deployed(self, state)

@@ -2,20 +2,20 @@
 
 from fedspine.core.errors import BadInput
 
-SMALLEST = 8  # height and width of a picture in pixels, from which three poolings leave something
+SMALLEST = 8  # height and width of an image in pixels, from which three poolings leave something
 # samples in time that leave one after all poolings: CNN-H halves twice, CNN-S takes 80 every 16 and
 # quarters four times
 LONG_ENOUGH = {"cnn-h": 4, "cnn-s": ((((4 + 2) * 4 + 2) * 4 + 2) * 4 - 1) * 16 + 80}
-CHANNELS = (1, 3, 4)  # of a picture: grey, colour, colour and transparency
+CHANNELS = (1, 3, 4)  # of an image: grey, colour, colour and transparency
 SMALL = 32  # pixels up to which AlexNet's flat layer is cheap; it grows with height times width
-OBLONG = 2  # longest over shortest side up to which floats of two dimensions are a picture
+OBLONG = 2  # longest over shortest side up to which floats of two dimensions are an image
 
 
 def net_for(shape: tuple[int, ...], *, bytes: bool) -> str:
     """The cheapest net that reads rows of this shape; `bytes` says whether their values are uint8.
 
-    Rows of one dimension are sounds, or other series. Rows of two are pictures where their values
-    are bytes or their sides are alike, else windows, [channels, time]. Rows of three are pictures.
+    Rows of one dimension are audio clips or other series. Rows of two are images if their values
+    are bytes or their sides are alike, else windows, [channels, time]. Rows of three are images.
     Raises BadInput for rows that no net reads.
 
     >>> net_for((16000,), bytes=False), net_for((9, 128), bytes=False)
@@ -31,14 +31,14 @@ def net_for(shape: tuple[int, ...], *, bytes: bool) -> str:
             if shape[-1] >= LONG_ENOUGH[net]:
                 return net
     raise BadInput(
-        f"no net reads rows of shape {list(shape)}: pictures are [height, width] of at least "
+        f"no net reads rows of shape {list(shape)}: images are [height, width] of at least "
         f"{SMALLEST} pixels, with 1, 3 or 4 channels before or after, and windows [channels, time] "
         f"with at least {LONG_ENOUGH['cnn-h']} times and no more channels than times; reshape them"
     )
 
 
 def _sides(shape: tuple[int, ...], bytes: bool) -> tuple[int, ...] | None:
-    """Height and width, where the rows are pictures."""
+    """Height and width, if the rows are images."""
     match len(shape):
         case 2 if (bytes and min(shape) >= SMALLEST) or max(shape) <= OBLONG * min(shape):
             return shape

@@ -75,7 +75,7 @@ def channels_at(name: str, shape: tuple[int, ...]) -> int | None:
         "image": "[height, width], or with 1, 3 or 4 channels before or after",
     }[layout]
     raise BadInput(
-        f"{name} reads rows of {wanted}, rows of shape {list(shape)} came; transpose them, or "
+        f"{name} reads rows of {wanted}, got rows of shape {list(shape)}; transpose them, or "
         "choose another task.model"
     )
 

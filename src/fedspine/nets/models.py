@@ -3,8 +3,8 @@ any two.
 
 Shapes and default cuts follow section 4 of the MergeSFL reconstruction (arXiv:2311.13348), whose
 authors' code trains CNN-H on UCI-HAR, CNN-S (the M5 of Dai et al. 2016, arXiv:1610.00087) on
-sounds, AlexNet on CIFAR-10 and VGG16-BN (Simonyan and Zisserman 2014, arXiv:1409.1556) on pictures
-of 144 x 144. The small ones are ours, for small pictures. Each is sized for the rows that come.
+speech, AlexNet on CIFAR-10 and VGG16-BN (Simonyan and Zisserman 2014, arXiv:1409.1556) on images
+of 144 x 144. The small ones are ours, for small images. Each is sized for the rows that come.
 """
 
 import copy
@@ -59,15 +59,15 @@ def _check(name: str, layout: Layout, shape: Shape) -> None:
     wanted = {"series": ("channels", "time"), "image": ("channels", "height", "width")}[layout]
     if len(shape) != len(wanted):
         raise BadInput(
-            f"{name} reads rows of [{', '.join(wanted)}], rows of "
-            f"shape {list(shape)} came; choose another task.model"
+            f"{name} reads rows of [{', '.join(wanted)}], got rows of "
+            f"shape {list(shape)}; choose another task.model"
         )
     short = {"series": LONG_ENOUGH.get(name, 1), "image": SMALLEST}[layout]
     if min(shape[1:]) < short:
         what = "samples in time" if layout == "series" else "pixels each way"
         raise BadInput(
-            f"{name} needs at least {short} {what}, rows of "
-            f"shape {list(shape)} came; choose another net"
+            f"{name} needs at least {short} {what}, got rows of "
+            f"shape {list(shape)}; choose another net"
         )
 
 
@@ -112,13 +112,13 @@ class BatchNorm(nn.Module):
 
 
 class AsPicture(nn.Module):
-    """[rows, channels, time] as pictures of one channel, [rows, 1, time, channels]."""
+    """[rows, channels, time] as images of one channel, [rows, 1, time, channels]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2).unsqueeze(1)
 
 
-class Mean(nn.Module):
+class MeanPooling(nn.Module):
     """The mean over everything but rows and channels: [rows, channels]. Its gradient is the same on
     every run.
     """
@@ -183,7 +183,7 @@ def _cnn_s(shape: Shape, classes: int) -> list[nn.Module]:
         made = nn.Conv1d(inputs, outputs, width, stride)
         return _named(conv=made, norm=BatchNorm(outputs), relu=nn.ReLU(), pool=nn.MaxPool1d(4))
 
-    last = nn.Sequential(OrderedDict([*conv(64, 64).named_children(), ("mean", Mean())]))
+    last = nn.Sequential(OrderedDict([*conv(64, 64).named_children(), ("mean", MeanPooling())]))
     return [conv(shape[0], 32, 80, 16), conv(32, 32), conv(32, 64), last, nn.Linear(64, classes)]
 
 
@@ -226,7 +226,7 @@ def _vgg_small(shape: Shape, classes: int) -> list[nn.Module]:
         convs.append(_conv(inputs, outputs, norm=True, pool=nn.MaxPool2d(2) if pooled else None))
         inputs = outputs
     last = nn.Sequential(
-        OrderedDict([*_conv(128, 128, norm=True).named_children(), ("mean", Mean())])
+        OrderedDict([*_conv(128, 128, norm=True).named_children(), ("mean", MeanPooling())])
     )
     return [*convs, last, nn.Linear(128, classes)]
 

@@ -14,7 +14,7 @@ COLOURS = {"hf": "#2563eb", "onnx": "#ea580c", "gguf": "#16a34a"}
 
 
 def fit_table(found: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> Table:
-    """These candidates of a fit, one a row."""
+    """A table of these candidates, one per row."""
     batch, measure = found["batch"], found["measure"]
     predicted = bool(candidates) and candidates[0]["predicted"]
     title = (
@@ -55,7 +55,7 @@ def fit_table(found: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]])
 
 
 def fit_panel(found: Mapping[str, Any]) -> Panel:
-    """Quality over latency, the area of a point its memory; what fits is filled."""
+    """Quality over latency; a point's area is its memory, and it is filled if it fits."""
     with styled():
         figure, axes = blank()
         limits, measure = found["limits"], found["measure"]

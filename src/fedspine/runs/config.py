@@ -218,7 +218,7 @@ def recipe(tables: dict[str, Any]) -> Recipe:
         if name not in {*SECTIONS, "method"}:
             raise unknown("section", name, {*SECTIONS, "method"})
         if not isinstance(table, dict):
-            raise BadInput(f"[{name}] must be a table of keys and values; {table!r} came")
+            raise BadInput(f"[{name}] must be a table of keys and values, got {table!r}")
     return Recipe(**tables)
 
 
@@ -245,7 +245,7 @@ def _section(name: str, cls: type[Section], whole: Any, values: dict[str, Any]) 
             return whole
         whole = whole.model_dump(exclude_unset=True)
     if whole is not None and not isinstance(whole, dict):
-        raise BadInput(f"{name} must be a {cls.__name__} or a table; {whole!r} came")
+        raise BadInput(f"{name} must be a {cls.__name__} or a table, got {whole!r}")
     return strict.section(name, cls, (whole or {}) | values)
 
 

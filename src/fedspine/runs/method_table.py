@@ -31,7 +31,7 @@ def method_of(given: Any) -> Any:
             )
     name = table.pop("name", "fedspine")
     if not isinstance(name, str):
-        raise BadInput(f"method.name must be a name in quotes; {name!r} came")
+        raise BadInput(f"method.name must be a name in quotes, got {name!r}")
     cls = find(name)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in (key for key in table if key not in fields):

@@ -1,8 +1,8 @@
-"""What split methods are composed of: the parts of a round that each of them can switch on.
+"""The parts that split methods are composed of, as settings and state.
 
-Which devices take part, how large batches are, when devices begin and end, what client models learn
-and which model is deployed. A method's own file says how the server model learns from features and
-what the parts are by default; `split/composed_round.py` has the round.
+The parts decide which devices take part, how large batches are, when devices start and stop, what
+client models learn and which model is deployed. A method's own file says how the server model
+learns from features and which parts are its defaults; `split/composed_round.py` has the round.
 """
 
 from collections.abc import Mapping
@@ -40,30 +40,30 @@ S = TypeVar("S", bound=SplitState)
 
 @dataclass(frozen=True, kw_only=True)
 class ComposedTraining(SplitTraining):
-    """The settings of split methods that are composed; here all parts are off."""
+    """The settings of composed split methods; all parts are off by default."""
 
-    selection: Selection = quiet(Everyone())  # who takes part of those that the fleet offers
-    batches: Batches = quiet(Equal())  # how many rows each takes
-    joining: Joining = quiet(AtOnce())  # when devices begin and end a round
-    logit_adjustment: LogitAdjustment = quiet(Unadjusted())  # of what client models learn
+    selection: Selection = quiet(Everyone())  # which of the offered devices take part
+    batches: Batches = quiet(Equal())  # rows per device and iteration
+    joining: Joining = quiet(AtOnce())  # when devices join and leave a round
+    logit_adjustment: LogitAdjustment = quiet(Unadjusted())  # in the loss of client models
     averaging: Averaging = quiet(LastRound())  # which model is deployed
     client_lr_multiplier: float = quiet(1.0)  # learning rate of client models over the server's
 
 
 @message
 class ComposedState(SplitState):
-    """With what the parts need to know of devices and earlier rounds."""
+    """The state with what the parts know of devices and earlier rounds."""
 
     classes: int
-    labels: dict[str, np.ndarray]  # V_i of the devices that were ever asked
-    workers: dict[str, WorkerState]  # of the devices that ever completed a round
-    fixed_seconds: float  # of an exchange whatever its rows, as the last round showed it
-    mean: Any  # of the models of all rounds; None where the last round's is deployed
+    labels: dict[str, np.ndarray]  # V_i of every device asked so far
+    workers: dict[str, WorkerState]  # of every device that has completed a round
+    fixed_seconds: float  # of an exchange regardless of its rows, estimated in the last round
+    mean: Any  # of the models of all rounds; None if the last round's model is deployed
 
 
 @dataclass(frozen=True)
 class Known:
-    """What the parts know, of which a state has those fields that its method's settings need."""
+    """What the parts know; a state has only the fields that its method's settings need."""
 
     classes: int = 0
     labels: Mapping[DeviceId, np.ndarray] = field(default_factory=dict)
@@ -77,13 +77,13 @@ class Known:
         return cls(**{name: getattr(state, name) for name in kept})
 
     def put_into(self, state: S) -> S:
-        """The state with this in those fields that it has."""
+        """The state with its own fields set from this."""
         kept = _names(Known) & _names(type(state))
         return replace(state, **{name: getattr(self, name) for name in kept})
 
 
 def is_composed(method: ComposedTraining) -> bool:
-    """Whether any part has to know something of devices or earlier rounds."""
+    """Whether any part needs knowledge of devices or earlier rounds."""
     return (
         asks_labels(method)
         or measures_speed(method.selection, method.batches)
@@ -98,12 +98,12 @@ def asks_labels(method: ComposedTraining) -> bool:
 
 
 def learns_within(method: ComposedTraining) -> bool:
-    """Whether a round's own exchanges fix its batches."""
+    """Whether batches are replanned from the round's own exchanges."""
     return isinstance(method.batches, WithinRound)
 
 
 def composed_state(method: ComposedTraining, first: SplitState, task: Task) -> SplitState:
-    """The first state: with the fields of `ComposedState` where the parts need them."""
+    """The first state, with the fields of `ComposedState` if the parts need them."""
     if not is_composed(method):
         return first
     classes = len(task.label_names)

@@ -1,8 +1,8 @@
-"""A round of a split method that is composed of parts: its plan, its training, and what it leaves.
+"""A round of a composed split method: its plan, its training, and the state after it.
 
-`plan_round` turns the settings and what is known of devices into batches and all that the round
-needs; `train` runs it on the method's server step, once or several times in a round; `remembered`
-is the state after it.
+`plan_round` turns the settings and what is known of devices into a plan with the batches; `train`
+runs it with the method's server step, once or several times per round; `next_state` is the state
+after the round.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -51,7 +51,7 @@ from fedspine.split.trainable_half import Optimising
 from fedspine.split.wire import row_bytes
 
 PLANNING = 601  # the purpose of a random stream
-SHORT = 2  # times `batch`: the most rows of a batch of short texts
+SHORT = 2  # times `batch`: the largest batch of short texts, in rows
 
 S = TypeVar("S", bound=SplitState)
 Labels = Mapping[DeviceId, np.ndarray]
@@ -59,19 +59,19 @@ Labels = Mapping[DeviceId, np.ndarray]
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What a round is to be."""
+    """The plan of a round."""
 
     now: RoundSetup
-    labels: dict[DeviceId, np.ndarray]  # V_i of the devices known; empty where nobody asked
-    rows: dict[DeviceId, int]  # of each device chosen, in every iteration
-    optimising: Callable[[int], Optimising]  # of a client model with batches of so many rows
-    control: BatchControl | None  # batches again within the round
+    labels: dict[DeviceId, np.ndarray]  # V_i of the known devices; empty if none was asked
+    rows: dict[DeviceId, int]  # of each chosen device, per iteration
+    optimising: Callable[[int], Optimising]  # of a client model, by the rows of its batches
+    control: BatchControl | None  # replans batches within the round
     joining: LateJoining | None
     adjustments: LogitAdjustments
 
     @property
-    def halves(self) -> dict[str, Any]:
-        """What a server step is made of."""
+    def server_arguments(self) -> dict[str, Any]:
+        """The arguments of a server step."""
         return {
             "split_model": self.now.split_model,
             "server_model": self.now.server_model,
@@ -86,7 +86,7 @@ class RoundPlan:
         client_model: "Tensors | None" = None,
         devices: Collection[DeviceId] | None = None,
     ) -> dict[DeviceId, Begin]:
-        """The first orders of so many steps, of all devices chosen or of these."""
+        """The first orders of a round of `steps` steps, for all chosen devices or for `devices`."""
         rows = {
             device: own for device, own in self.rows.items() if devices is None or device in devices
         }
@@ -105,9 +105,9 @@ def composed_round(
     fleet: Fleet,
     server_of: Callable[[RoundPlan], ServerStep],
 ) -> S:
-    """One round with averages weighed by rows: SplitFed's, where no part is on.
+    """One round with averages weighted by rows; without parts, it is SplitFed's.
 
-    `server_of` makes what trains the server model in this round.
+    `server_of` makes the step that trains the server model in this round.
     """
     plan = plan_round(method, state, fleet)
     server = server_of(plan)
@@ -117,7 +117,7 @@ def composed_round(
     model = plan.now.split_model.join(
         weighted_mean(result.client_models, stayed), server.finish(stayed)
     )
-    return remembered(method, plan, state, result, model)
+    return next_state(method, plan, state, result, model)
 
 
 def plan_round(
@@ -130,9 +130,9 @@ def plan_round(
 ) -> RoundPlan:
     """The round's devices and batches, and how client models are trained.
 
-    `labels` are those to go by, where devices are not to be asked for theirs; `optimising` is how
-    client models are trained with batches of so many rows, if not at `client_lr_multiplier`.
-    Raises AllLost where no device can take part.
+    `labels` are used instead of asking the devices for theirs; `optimising` gives the optimiser
+    settings of client models by the rows of their batches, instead of `client_lr_multiplier`.
+    Raises AllLost if no device can take part.
     """
     now, known = set_up_round(method, state, fleet), Known.of(state)
     asked = labels is None and asks_labels(method)
@@ -169,7 +169,7 @@ def train(
     seed: int | None = None,
     orders: Mapping[DeviceId, Begin] | None = None,
 ) -> RoundResult:
-    """So many steps of the devices that were planned, or of those with these orders."""
+    """Train for `steps` steps, with the planned devices or with those in `orders`."""
     orders = plan.orders(steps) if orders is None else orders
     return run_round(
         fleet,
@@ -182,7 +182,7 @@ def train(
     )
 
 
-def remembered(
+def next_state(
     method: ComposedTraining, plan: RoundPlan, state: S, result: RoundResult, model: Any
 ) -> S:
     """The state after the round, with the speed of the devices that stayed to its end."""
@@ -204,17 +204,17 @@ def remembered(
 
 
 def row_seconds(method: ComposedTraining, result: RoundResult) -> dict[DeviceId, float]:
-    """Seconds of a row at each device that stayed to the end.
+    """Seconds per row of each device that stayed to the end.
 
-    1 where speed is not measured: a time that nothing uses would make each run's state another one.
+    1 if no part uses speed: unused times would make the states of equal runs differ.
     """
     measured = measures_speed(method.selection, method.batches)
     return {device: own.row_seconds if measured else 1.0 for device, own in result.progress.items()}
 
 
 def note_round(fleet: Fleet, result: RoundResult, labels: Labels) -> None:
-    """Record each device's batch and loss; where labels are known, the round's loss, and how far
-    the labels of all merged rows were from the fleet's, in nats.
+    """Record each device's batch and loss; if labels are known, also the round's loss, and the KL
+    divergence in nats of the merged rows' labels from the fleet's.
     """
     if not labels:
         return note_devices(fleet, result)
@@ -238,8 +238,8 @@ def _planned(
     room: dict[DeviceId, int],
     optimising: Callable[[int], Optimising],
 ) -> tuple[dict[DeviceId, int], BatchControl | None]:
-    """Devices with the rows of each, and how batches are planned again within the round, if they
-    are.
+    """The rows of each chosen device, and the control that replans batches within the round, if
+    any.
     """
     selection, batches = method.selection, method.batches
     if isinstance(selection, Everyone) and isinstance(batches, Equal):
@@ -254,7 +254,7 @@ def _planned(
     )
     candidates = _candidates(batches, known, labels, room, method.batch)
     if isinstance(selection, LeastWaiting):
-        # a row sends features up and their gradient down, a round the client model down and up
+        # each row costs features up and their gradient down, each round the client model both ways
         exchange = candidates.cost * (weight_bytes(now) / limits.feature_bytes / method.steps)
         candidates = replace(candidates, weights=exchange)
     rng = np.random.default_rng([now.seed, PLANNING])
@@ -292,7 +292,7 @@ def _candidates(
 ) -> Candidates:
     """The devices that may take part, and what is known of each; `room` is the rows that fit each.
 
-    All count as alike where nobody asked for labels.
+    If nobody was asked for labels, all devices count as having the same.
     """
     workers = [known.workers.get(device) for device in room]
     alike = np.ones(1)
@@ -307,17 +307,17 @@ def _candidates(
             return replace(candidates, fixed=known.fixed_seconds)
         case Regulated(unmeasured="median"):
             return candidates
-        case _:  # all wait for one that is slower than expected, and none for one that is faster
+        case _:  # assumed slowest: all wait for a device slower than planned, none for a faster one
             new = np.array([worker is None for worker in workers])
             return replace(candidates, cost=np.where(new, candidates.cost.max(), candidates.cost))
 
 
 def _of_known_labels(room: dict[DeviceId, int], labels: Labels) -> dict[DeviceId, int]:
-    """The devices whose labels are known; raises AllLost where that is none."""
+    """The devices whose labels are known; raises AllLost if there are none."""
     able = {device: rows for device, rows in room.items() if device in labels}
     if not able:
         raise AllLost(
-            f"of {len(room)} devices with memory for a row none has said what labels it holds"
+            f"of {len(room)} devices with memory for a row none has sent its label distribution"
         )
     return able
 
@@ -340,7 +340,7 @@ def _joining(
 
 
 def _adjustments(method: ComposedTraining, known: Known, labels: Labels) -> LogitAdjustments:
-    """What is added to each device's logits; None for tasks without classes."""
+    """The adjustment of each device's logits; None for tasks without classes."""
     match method.logit_adjustment:
         case LabelSkew(share=share) if share and known.classes:
             return logit_adjustments(labels, share)
@@ -349,7 +349,7 @@ def _adjustments(method: ComposedTraining, known: Known, labels: Labels) -> Logi
 
 
 def _usual(method: ComposedTraining, now: RoundSetup, rows: int) -> Optimising:
-    """As the server model, at the client models' share of its learning rate."""
+    """The server model's settings, with the learning rate times `client_lr_multiplier`."""
     rate = now.optimising.learning_rate * method.client_lr_multiplier
     return replace(now.optimising, learning_rate=rate)
 

@@ -54,7 +54,7 @@ ExtraLoss: TypeAlias = Callable[[Tensors, Sequence[Part], int], Tensor]
 LogitAdjustments: TypeAlias = "Mapping[DeviceId, Tensor] | None"
 
 
-class Merged:
+class MergedStep:
     """One step of one server model on all features as one batch.
 
     `rescale`: each device gets the gradient of its own mean loss, whatever else was merged;
@@ -164,7 +164,7 @@ class InTurn:
         return self._server_model.now()
 
 
-class Weighted:
+class WeightedStep:
     """One step of one server model on a weighted sum of the devices' own mean losses.
 
     `shares` weighs devices; over those of an iteration the weights sum to 1. Each gets the gradient

@@ -42,8 +42,8 @@ class ForwardPass:
 
 
 class MergedMiddle:
-    """The middle of a model under training for one round, on all features as one batch: `Merged`
-    without labels.
+    """The middle of a model under training for one round, on all features as one batch, as in
+    `MergedStep` but without labels.
     """
 
     def __init__(

@@ -249,7 +249,7 @@ def _class_table(classes: dict[str, int]) -> Table:
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
-    """Lengths and doubles, as text."""
+    """Lengths and duplicates, as text."""
     lines = []
     if tokens := found.get("tokens"):
         some = tokens["texts"] < sum(found["rows"].values())

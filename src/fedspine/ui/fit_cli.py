@@ -1,4 +1,4 @@
-"""`fedspine fit`: the most accurate model of runs that a stated device has room and time for."""
+"""`fedspine fit`: the most accurate model of some runs that meets a device's limits."""
 
 import dataclasses
 import json as jsonlib
@@ -18,7 +18,7 @@ from fedspine.ui.options import Json
 BYTES = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 PLOT = "fit.svg"
-NEAREST = 5  # misses that are shown
+NEAREST = 5  # near misses that are shown
 
 
 @ends_when_told()
@@ -27,15 +27,15 @@ def fit(
         list[Path], typer.Argument(metavar="DIR...", help="Folders that `fedspine run` made.")
     ],
     memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Of the device, such as 256MB.")
+        str | None, typer.Option(metavar="SIZE", help="Memory of the device, such as 256MB.")
     ] = None,
     latency: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Of one call, such as 50ms.")
+        str | None, typer.Option(metavar="TIME", help="Limit for one call, such as 50ms.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Rows of a call.", min=1)] = 1,
+    batch: Annotated[int, typer.Option(help="Rows per call.", min=1)] = 1,
     formats: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help="Such as onnx,gguf; default: all that a model can have."),
+        typer.Option(metavar="LIST", help="Such as onnx,gguf; default: all that a model supports."),
     ] = None,
     device_kind: Annotated[
         str | None,
@@ -45,7 +45,7 @@ def fit(
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens per row; default: 128, or as many as it reads.", min=1),
+        typer.Option(help="Tokens per row; default: 128, or fewer if it reads fewer.", min=1),
     ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
     rows: Annotated[
@@ -53,22 +53,22 @@ def fit(
         typer.Option(metavar="DATA", help="Rows to score on; default: the run's test rows."),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Where the runs' base is now, if it has moved.")
+        str | None, typer.Option(help="Path of the runs' base, if it has moved.")
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help=f"The trade-off, SVG; default: {PLOT} in the first DIR."),
+        typer.Option(metavar="FILE", help=f"Plot as SVG; default: {PLOT} in the first DIR."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """The most accurate deployed model, format and quantisation that fit a device, of one run or
-    of several; exit code 2 where nothing fits.
+    """The most accurate deployed model, format and quantisation that fit a device, from one or more
+    runs; exit code 2 if nothing fits.
     """
-    from fedspine.exports.fit import Question
+    from fedspine.exports.fit import FitQuery
     from fedspine.exports.fit import fit as find
     from fedspine.ui.progress import progress_for
 
-    question = Question(
+    query = FitQuery(
         limits=_limits(memory, latency, batch, device_kind),
         formats=tuple(part.strip() for part in formats.split(",")) if formats else (),
         device_kind=device_kind,
@@ -78,16 +78,16 @@ def fit(
         base=base,
     )
     if plot is not None and plot.suffix != ".svg":
-        raise BadInput(f"--plot {plot} was given; it is written as SVG, so name a file in .svg")
+        raise BadInput(f"--plot {plot} was given, but plots are SVG; name a file ending in .svg")
     progress = progress_for(json)
     try:
-        fits = find(folders, question, progress.stage)
+        fits = find(folders, query, progress.stage)
     finally:
         progress.close()
-    found = _plain(fits, question)
+    found = _plain(fits, query)
     found["plot"] = _drawn(found, plot, folders[0])
-    if fits.best is None:  # the line first, whatever is piped where
-        print(f"fedspine: {_nothing(fits, question)}", file=sys.stderr, flush=True)
+    if fits.best is None:  # this line first, wherever the streams go
+        print(f"fedspine: {_nothing(fits, query)}", file=sys.stderr, flush=True)
     _show(found, json)
     if fits.best is None:
         raise typer.Exit(2)
@@ -111,30 +111,30 @@ def quantity(option: str, text: str, units: dict[str, float]) -> float:
 
 
 def _limits(memory: str | None, latency: str | None, batch: int, kind: str | None) -> Any:
-    from fedspine.exports.fit import Limits
+    from fedspine.exports.fit import DeviceLimits
     from fedspine.fleets.hardware import KINDS
 
     of_kind = KINDS[kind].memory_bytes if kind in KINDS else None
-    limits = Limits(
+    limits = DeviceLimits(
         memory_bytes=of_kind if memory is None else quantity("--memory", memory, BYTES),
         latency_seconds=None if latency is None else quantity("--latency", latency, SECONDS),
         batch=batch,
     )
     if limits.memory_bytes is None and limits.latency_seconds is None and kind is None:
-        raise BadInput("no limit came; give --memory, --latency or --device-kind")
+        raise BadInput("no limit was given; pass --memory, --latency or --device-kind")
     return limits
 
 
-def _plain(fits: Any, question: Any) -> dict[str, Any]:
+def _plain(fits: Any, query: Any) -> dict[str, Any]:
     return {
         "measure": fits.measure,
         "rows": fits.rows,
         "rows_from": fits.rows_from,
         "tokens": fits.tokens,
-        "batch": question.limits.batch,
-        "threads": question.threads,
-        "device_kind": question.device_kind,
-        "limits": dataclasses.asdict(question.limits),
+        "batch": query.limits.batch,
+        "threads": query.threads,
+        "device_kind": query.device_kind,
+        "limits": dataclasses.asdict(query.limits),
         "best": None if fits.best is None else dataclasses.asdict(fits.best),
         "candidates": [dataclasses.asdict(one) for one in fits.candidates],
         "nearest": [dataclasses.asdict(one) for one in fits.nearest[:NEAREST]],
@@ -142,18 +142,18 @@ def _plain(fits: Any, question: Any) -> dict[str, Any]:
     }
 
 
-def _nothing(fits: Any, question: Any) -> str:
-    """The line where nothing fits."""
+def _nothing(fits: Any, query: Any) -> str:
+    """The message if nothing fits."""
     one = fits.nearest[0]
     numbers = " ".join(filter(None, (one.format, one.quantize)))
     return (
-        f"nothing fits {_told(question.limits)}; nearest is {one.device} of {one.run} as {numbers} "
-        f"with {one.memory_bytes / 1e6:.0f} MB and {1e3 * one.latency_seconds:.1f} ms"
+        f"nothing fits {_in_words(query.limits)}; nearest is {one.device} of {one.run} as "
+        f"{numbers} with {one.memory_bytes / 1e6:.0f} MB and {1e3 * one.latency_seconds:.1f} ms"
         f"{' (predicted)' if one.predicted else ''}: raise a limit, or prune further"
     )
 
 
-def _told(limits: Any) -> str:
+def _in_words(limits: Any) -> str:
     parts = []
     if limits.memory_bytes is not None:
         parts.append(f"{limits.memory_bytes / 1e6:g} MB")

@@ -150,7 +150,7 @@ def predict(
             converse(loaded, lines_of_user(), decoding)
         return
     if not texts:
-        raise BadInput("no text came; give at least one text after the folder")
+        raise BadInput("no text was given; give at least one text after the folder")
     predictions = ask(loaded, texts, pair, new_tokens=tokens, temperature=temperature, seed=seed)
     found = [dataclasses.asdict(prediction) for prediction in predictions]
     if json:

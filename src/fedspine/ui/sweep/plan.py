@@ -307,7 +307,7 @@ def _refuse_repetition(cells: list[Cell]) -> None:
 def _table(tables: dict[str, Any], name: str, prefix: str = "") -> dict[str, Any]:
     table = tables.get(name, {})
     if not isinstance(table, dict):
-        raise BadInput(f"[{prefix}{name}] must be a table of keys and values; {table!r} came")
+        raise BadInput(f"[{prefix}{name}] must be a table of keys and values, got {table!r}")
     return table
 
 
