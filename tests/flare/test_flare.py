@@ -19,6 +19,7 @@ import torch
 from flare_federation import MAX_TOKENS, NAMES, SITES, make_place, write_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import in_process
 from toy import Lab, bits, toy_task
 
 from fedspine.control.controllers import Fixed
@@ -219,9 +220,19 @@ def simulated(ground, model, folder, method, rounds, **settings):
         lab.close()
 
 
-def test_it_gives_the_bits_of_the_simulated_fleet(ground, model, sites, tmp_path):
-    method = find("fedlora").toy()
-    assert bits(sites().run(method, 3)) == bits(simulated(ground, model, tmp_path, method, 3))
+def fixed_rank(name):
+    """FedSpine with what depends on no measured seconds."""
+    controller = Fixed(rank=4)
+    return replace(find(name).toy(), head_start="random", controller=controller)
+
+
+@pytest.mark.parametrize(
+    "method", [find("fedlora").toy(), fixed_rank("fedspine")], ids=lambda method: method.name
+)
+def test_it_gives_the_bits_of_the_simulated_fleet(ground, model, sites, tmp_path, method):
+    """A method of split learning over processes that die: test_federation.py."""
+    found = sites(method=method.name).run(method, 3)
+    assert bits(found) == bits(simulated(ground, model, tmp_path, method, 3))
 
 
 # --- what is lost ---
@@ -317,24 +328,33 @@ def test_a_site_that_refuses_an_order_says_why_and_is_not_lost(ground, sites):
         here.run(method, 3, state)
 
 
-def test_a_run_that_the_sites_terms_contradict_ends_before_a_row_is_read(ground, sites, tmp_path):
+def test_a_run_that_the_sites_terms_contradict_ends_before_a_row_is_read(
+    ground, sites, tmp_path, monkeypatch, capsys
+):
     here = sites()
     here.link.workers = {site: with_terms(ground, site, largest_batch=8) for site in SITES}
     for worker in here.link.workers.values():
         worker._site = replace(worker._site, data=DataSection(path="nowhere.csv"))
-    backend = RealSites(ground.kits.folder / "admin")
-    backend._link = here.link
-    recipe = config.load(
-        write_recipe(
-            ground, tmp_path / "r.toml", method={"name": "fedlora"}, run={"precision": "fp32"}
-        )
+    monkeypatch.setattr(RealSites, "_connected", lambda backend: setlink(backend, here.link))
+    recipe = write_recipe(
+        ground, tmp_path / "r.toml", method={"name": "fedlora"}, run={"precision": "fp32"}
     )
-    with pytest.raises(BadInput) as error:
-        backend.assemble(recipe)
-    line = "at most 8 rows of a step were expected, 32 came (allow.largest_batch of its"
-    assert str(error.value).startswith("3 of 3 sites take no part: east: ")
-    assert str(error.value).count(line) == 3
-    assert "\n" not in str(error.value)
+    at_sites = ("--fleet", ground.kits.folder / "admin", "--sites", len(SITES))
+    folder = tmp_path / "run"
+    code, out, lines = in_process(
+        monkeypatch, capsys, "run", recipe, *at_sites, "--out", folder, "--json"
+    )
+    assert (code, out) == (2, "")
+    told = "at most 8 rows of a step were expected, 32 came (allow.largest_batch of its"
+    line = lines[-1]
+    assert line.startswith("fedspine: 3 of 3 sites take no part: east: ")
+    assert line.count(told) == 3
+    assert not folder.exists()
+
+
+def setlink(backend, link):
+    backend._link = link
+    return link
 
 
 def test_fewer_replies_than_the_quorum_stop_the_run(sites):
@@ -448,12 +468,9 @@ def test_a_cohort_gets_pending_replies_of_all_devices(sites):
     assert {cohort.next().device for _ in SITES} == set(SITES)
 
 
-def plus_toy():
-    controller = Fixed(rank=4)
-    return replace(find("fedspine-plus").toy(), head_start="random", controller=controller)
-
-
-@pytest.mark.parametrize("method", [find("fedlora").toy(), plus_toy()], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [find("fedlora").toy(), fixed_rank("fedspine-plus")], ids=lambda m: m.name
+)
 def test_a_round_need_not_wait_for_every_site(sites, method):
     here, merged = sites(method=method.name), set()
     here.fleet.note = lambda **values: merged.add(values["device"])  # of each reply
@@ -468,7 +485,7 @@ def test_a_round_that_does_not_wait_for_all_needs_the_quorum_too(sites):
     here = sites(method="fedspine-plus", quorum=2)
     here.link.faults = {"east": ["died"], "north": ["died"]}
     with pytest.raises(AllLost, match="of 3 sites asked 1 replied, 2 are the quorum"):
-        here.run(plus_toy(), 1, quorum=0.6)
+        here.run(fixed_rank("fedspine-plus"), 1, quorum=0.6)
 
 
 def test_in_split_learning_a_slow_site_joins_late_and_one_that_dies_is_not_waited_for(sites):
