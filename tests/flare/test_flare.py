@@ -26,7 +26,6 @@ from fedspine.control.controllers import Fixed
 from fedspine.control.split_parts import LeastWaiting
 from fedspine.core.checks import Terms
 from fedspine.core.device import find_work, name_of
-from fedspine.core.errors import BadInput
 from fedspine.core.fleet import AllLost, Idle, weights_of
 from fedspine.core.message import NotAMessage, message, pack, unpack
 from fedspine.core.schema import conforms, work_kinds
@@ -46,7 +45,6 @@ from fedspine.lm.drift import FedProx
 from fedspine.lm.load import load
 from fedspine.methods import all_methods, find
 from fedspine.methods.fedlora import LoraOrder, LoraResult, tune_adapter
-from fedspine.runs import config
 from fedspine.runs.backend import RealSites
 from fedspine.split.device import step as split_step
 from fedspine.split.messages import Step
@@ -220,10 +218,9 @@ def simulated(ground, model, folder, method, rounds, **settings):
         lab.close()
 
 
-def fixed_rank(name):
-    """FedSpine with what depends on no measured seconds."""
-    controller = Fixed(rank=4)
-    return replace(find(name).toy(), head_start="random", controller=controller)
+def fixed_rank(name, **changes):
+    """A method whose toy settings depend on measured seconds, without that."""
+    return replace(find(name).toy(), controller=Fixed(rank=4), **changes)
 
 
 @pytest.mark.parametrize(
@@ -469,7 +466,9 @@ def test_a_cohort_gets_pending_replies_of_all_devices(sites):
 
 
 @pytest.mark.parametrize(
-    "method", [find("fedlora").toy(), fixed_rank("fedspine-plus")], ids=lambda m: m.name
+    "method",
+    [find("fedlora").toy(), fixed_rank("fedspine-plus", head_start="random")],
+    ids=lambda m: m.name,
 )
 def test_a_round_need_not_wait_for_every_site(sites, method):
     here, merged = sites(method=method.name), set()
@@ -485,7 +484,7 @@ def test_a_round_that_does_not_wait_for_all_needs_the_quorum_too(sites):
     here = sites(method="fedspine-plus", quorum=2)
     here.link.faults = {"east": ["died"], "north": ["died"]}
     with pytest.raises(AllLost, match="of 3 sites asked 1 replied, 2 are the quorum"):
-        here.run(fixed_rank("fedspine-plus"), 1, quorum=0.6)
+        here.run(fixed_rank("fedspine-plus", head_start="random"), 1, quorum=0.6)
 
 
 def test_in_split_learning_a_slow_site_joins_late_and_one_that_dies_is_not_waited_for(sites):

@@ -138,7 +138,7 @@ class Going:
         self.process.wait()
         self.log.close()
 
-    def until(self, come, seconds=120):
+    def until(self, come, seconds=300):
         """Wait until `come` says so; the run must not end before."""
         end = time.monotonic() + seconds
         while not come():

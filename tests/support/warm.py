@@ -2,8 +2,8 @@
 
 One process imports everything and waits. Each command is a fork of it: a process with its own
 session, signals, files and exit, which can be killed as any other. What it starts as
-`python -m MODULE` (the cells of a sweep) is a fork, too, of the process that starts it. Tests of how
-a process comes up use the real command: `runs.fedspine`.
+`python -m MODULE` (the cells of a sweep) is a fork, too, of the process that starts it. Tests of
+how a process comes up use the real command: `runs.fedspine`.
 """
 
 import atexit
@@ -16,10 +16,16 @@ import sys
 import tempfile
 import time
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 
+import torch
 from runs import environment
 
+COMMON = (
+    *("fedspine.ui.cli", "fedspine.ui.sweep.work", "fedspine.runs.loop", "fedspine.exports.hf"),
+    *("matplotlib.pyplot", "transformers.models.bert.modeling_bert"),
+)
 POLL_SECONDS = 0.01
 MANY_FILES = 4096  # above the descriptors that a process here has open
 
@@ -103,16 +109,8 @@ def _warm_process():
 
 def import_all():
     """Import what commands import, most of it late."""
-    import matplotlib.pyplot
-    import torch
-    import transformers.models.bert.modeling_bert  # noqa: F401
-
-    import fedspine.exports
-    import fedspine.runs.loop
-    import fedspine.ui.cli
-    import fedspine.ui.run_cli
-    import fedspine.ui.sweep.work  # noqa: F401
-
+    for module in COMMON:
+        import_module(module)
     torch.set_num_threads(1)
 
 
