@@ -33,15 +33,16 @@ MANY_FILES = 4096  # above the descriptors that a process here has open
 class Forked:
     """A command that was started; to be used as a `subprocess.Popen` with text pipes."""
 
-    def __init__(self, *arguments, deaf=False, cwd=None):
-        self.args = ["fedspine", *map(str, arguments)]
+    def __init__(self, *arguments, code=None):
+        """The command `fedspine` with these arguments, or `code` as `python -c` takes it."""
+        self.args = ["fedspine" if code is None else "-c", *map(str, arguments)]
         self._said = tempfile.mkdtemp(prefix="fedspine-said-")
         self.returncode = None
         self.pid = _ask(
-            start=self.args[1:],
+            start=self.args,
+            code=code,
             said=self._said,
-            deaf=deaf,
-            cwd=str(cwd or os.getcwd()),
+            cwd=os.getcwd(),
             environment=environment(),
         )
 
@@ -115,7 +116,7 @@ def import_all():
 
 
 def serve():
-    """Answer requests until there are no more; the arguments of a command in a fork."""
+    """Answer requests until there are no more; in a fork, return what is to be started."""
     ended = {}
     for line in sys.stdin:
         asked = json.loads(line)
@@ -154,9 +155,10 @@ def prepare(asked):
     for descriptor in (1, 2):
         path = os.path.join(asked["said"], str(descriptor))
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
-    signal.signal(signal.SIGINT, signal.SIG_IGN if asked["deaf"] else signal.default_int_handler)
+    # whatever the tests' own parent ignores
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     subprocess.Popen = Forking
-    sys.argv = ["fedspine", *asked["start"]]
+    sys.argv = asked["start"]
 
 
 class Forking(subprocess.Popen):
@@ -190,6 +192,9 @@ def become(module, *arguments):
 
 if __name__ == "__main__":
     import_all()
-    if (command := serve()) is not None:
-        prepare(command)
-        runpy.run_module("fedspine", run_name="__main__", alter_sys=True)
+    if (asked := serve()) is not None:
+        prepare(asked)
+        if asked["code"] is None:
+            runpy.run_module("fedspine", run_name="__main__", alter_sys=True)
+        else:
+            exec(asked["code"], {"__name__": "__main__"})
