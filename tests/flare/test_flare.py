@@ -208,10 +208,18 @@ def sites(ground, model, tmp_path):
 
 
 def simulated(ground, model, folder, method, rounds, **settings):
-    """The state of the same run on simulated devices that hold the same rows."""
+    """The state of the same run on simulated devices that hold the same rows and bear the same
+    names.
+    """
     lab = Lab(toy_task(*model, rounds=4), folder / "simulated", kinds=("nx",) * 3, **settings)
     lab.shares = tuple(ground.shares[site] for site in SITES)
     lab.workers._workshop = replace(lab.workers._workshop, shares=lab.shares)
+    world = lab.fleet._world
+    world.profiles = tuple(
+        replace(one, id=site) for one, site in zip(world.profiles, SITES, strict=True)
+    )
+    world.__post_init__()
+    lab.fleet = type(lab.fleet)(world)
     try:
         return lab.run(method, rounds=rounds)
     finally:
