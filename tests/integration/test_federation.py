@@ -228,11 +228,11 @@ def killed_at_work(run, kit):
     return run.told("its worker ended")
 
 
-def at_work(process, seconds=0.1):
-    """Whether it computes for most of a short time."""
+def at_work(process, seconds=0.2):
+    """Whether it computes: a tenth of the time will do, since others may want the cores."""
     before = sum(process.cpu_times()[:2])
     time.sleep(seconds)
-    return sum(process.cpu_times()[:2]) - before > seconds / 2
+    return sum(process.cpu_times()[:2]) - before > seconds / 10
 
 
 def test_a_run_that_is_killed_goes_on_to_the_state_of_the_simulated_run(
