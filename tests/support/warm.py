@@ -36,7 +36,7 @@ class Forked:
     def __init__(self, *arguments, code=None):
         """The command `fedspine` with these arguments, or `code` as `python -c` takes it."""
         self.args = ["fedspine" if code is None else "-c", *map(str, arguments)]
-        self._said = tempfile.mkdtemp(prefix="fedspine-said-")
+        self._said = tempfile.mkdtemp(dir=_folder().name)
         self.returncode = None
         self.pid = _ask(
             start=self.args,
@@ -93,6 +93,12 @@ def _ask(**request):
 
 
 @cache
+def _folder():
+    """Where what was said is kept until the tests end."""
+    return tempfile.TemporaryDirectory(prefix="fedspine-said-")
+
+
+@cache
 def _warm_process():
     process = subprocess.Popen(
         [sys.executable, __file__],
@@ -133,7 +139,7 @@ def serve():
 
 def threads():
     """The names of further threads here, which a fork has not; jemalloc starts its own anew."""
-    tasks = Path("/proc/self/task").iterdir()
+    tasks = Path("/proc/self/task").glob("*")  # nothing on other systems than Linux
     return {(task / "comm").read_text().strip() for task in tasks if task.name != str(os.getpid())}
 
 
