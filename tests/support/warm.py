@@ -22,9 +22,12 @@ from pathlib import Path
 import torch
 from runs import environment
 
+from fedspine.methods import all_methods
+
 COMMON = (
     *("fedspine.ui.cli", "fedspine.ui.sweep.work", "fedspine.runs.loop", "fedspine.exports.hf"),
-    *("matplotlib.pyplot", "transformers.models.bert.modeling_bert"),
+    *("matplotlib.pyplot", "scipy.stats", "sklearn.linear_model"),
+    "transformers.models.bert.modeling_bert",
 )
 POLL_SECONDS = 0.01
 MANY_FILES = 4096  # above the descriptors that a process here has open
@@ -118,6 +121,7 @@ def import_all():
     """Import what commands import, most of it late."""
     for module in COMMON:
         import_module(module)
+    all_methods()
     torch.set_num_threads(1)
 
 
