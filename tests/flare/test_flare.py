@@ -24,6 +24,7 @@ from toy import Lab, bits, toy_task
 
 from fedspine.control.controllers import Fixed
 from fedspine.control.split_parts import LeastWaiting
+from fedspine.core.aggregation import Mean, NormClip
 from fedspine.core.checks import Terms
 from fedspine.core.device import find_work, name_of
 from fedspine.core.fleet import AllLost, Idle, weights_of
@@ -113,7 +114,7 @@ def model(tiny_folder):
 class Sites:
     """A session over local sites, its records, and the fleet."""
 
-    def __init__(self, ground, model, folder, method="fedlora", **timeouts):
+    def __init__(self, ground, model, folder, method="fedlora", aggregation=None, **timeouts):
         base, tokenizer = model
         self.link = LocalLink({site: open_site_worker(ground.kits.folder / site) for site in SITES})
         self.path = folder / "records.jsonl"
@@ -135,6 +136,7 @@ class Sites:
             seed=0,
             run=os.urandom(16).hex(),
             timeouts=Timeouts(**timeouts),
+            aggregation=aggregation or Mean(),
         )
         self.fleet = FlareFleet(self.session)
         assert self.fleet.join() == {}
@@ -232,12 +234,15 @@ def fixed_rank(name, **changes):
 
 
 @pytest.mark.parametrize(
-    "method", [find("fedlora").toy(), fixed_rank("fedspine")], ids=lambda method: method.name
+    ("method", "how"),
+    [(find("fedlora").toy(), Mean()), (fixed_rank("fedspine"), NormClip())],
+    ids=["fedlora", "fedspine-norm_clip"],
 )
-def test_it_gives_the_bits_of_the_simulated_fleet(ground, model, sites, tmp_path, method):
+def test_it_gives_the_bits_of_the_simulated_fleet(ground, model, sites, tmp_path, method, how):
     """A method of split learning over processes that die: test_federation.py."""
-    found = sites(method=method.name).run(method, 3)
-    assert bits(found) == bits(simulated(ground, model, tmp_path, method, 3))
+    found = sites(method=method.name, aggregation=how).run(method, 3)
+    expected = simulated(ground, model, tmp_path, method, 3, aggregation=how)
+    assert bits(found) == bits(expected)
 
 
 # --- what is lost ---
