@@ -19,13 +19,14 @@ import torch
 from flare_federation import MAX_TOKENS, NAMES, SITES, make_place, write_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import in_process
 from toy import Lab, bits, toy_task
 
 from fedspine.control.controllers import Fixed
 from fedspine.control.split_parts import LeastWaiting
+from fedspine.core.aggregation import Mean, NormClip
 from fedspine.core.checks import Terms
 from fedspine.core.device import find_work, name_of
-from fedspine.core.errors import BadInput
 from fedspine.core.fleet import AllLost, Idle, weights_of
 from fedspine.core.message import NotAMessage, message, pack, unpack
 from fedspine.core.schema import conforms, work_kinds
@@ -45,7 +46,6 @@ from fedspine.lm.drift import FedProx
 from fedspine.lm.load import load
 from fedspine.methods import all_methods, find
 from fedspine.methods.fedlora import LoraOrder, LoraResult, tune_adapter
-from fedspine.runs import config
 from fedspine.runs.backend import RealSites
 from fedspine.split.device import step as split_step
 from fedspine.split.messages import Step
@@ -114,7 +114,7 @@ def model(tiny_folder):
 class Sites:
     """A session over local sites, its records, and the fleet."""
 
-    def __init__(self, ground, model, folder, method="fedlora", **timeouts):
+    def __init__(self, ground, model, folder, method="fedlora", aggregation=None, **timeouts):
         base, tokenizer = model
         self.link = LocalLink({site: open_site_worker(ground.kits.folder / site) for site in SITES})
         self.path = folder / "records.jsonl"
@@ -136,6 +136,7 @@ class Sites:
             seed=0,
             run=os.urandom(16).hex(),
             timeouts=Timeouts(**timeouts),
+            aggregation=aggregation or Mean(),
         )
         self.fleet = FlareFleet(self.session)
         assert self.fleet.join() == {}
@@ -209,19 +210,39 @@ def sites(ground, model, tmp_path):
 
 
 def simulated(ground, model, folder, method, rounds, **settings):
-    """The state of the same run on simulated devices that hold the same rows."""
+    """The state of the same run on simulated devices that hold the same rows and bear the same
+    names.
+    """
     lab = Lab(toy_task(*model, rounds=4), folder / "simulated", kinds=("nx",) * 3, **settings)
     lab.shares = tuple(ground.shares[site] for site in SITES)
     lab.workers._workshop = replace(lab.workers._workshop, shares=lab.shares)
+    world = lab.fleet._world
+    world.profiles = tuple(
+        replace(one, id=site) for one, site in zip(world.profiles, SITES, strict=True)
+    )
+    world.__post_init__()
+    lab.fleet = type(lab.fleet)(world)
     try:
         return lab.run(method, rounds=rounds)
     finally:
         lab.close()
 
 
-def test_it_gives_the_bits_of_the_simulated_fleet(ground, model, sites, tmp_path):
-    method = find("fedlora").toy()
-    assert bits(sites().run(method, 3)) == bits(simulated(ground, model, tmp_path, method, 3))
+def fixed_rank(name, **changes):
+    """A method whose toy settings depend on measured seconds, without that."""
+    return replace(find(name).toy(), controller=Fixed(rank=4), **changes)
+
+
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [(find("fedlora").toy(), Mean()), (fixed_rank("fedspine"), NormClip())],
+    ids=["fedlora", "fedspine-norm_clip"],
+)
+def test_it_gives_the_bits_of_the_simulated_fleet(ground, model, sites, tmp_path, method, how):
+    """A method of split learning over processes that die: test_federation.py."""
+    found = sites(method=method.name, aggregation=how).run(method, 3)
+    expected = simulated(ground, model, tmp_path, method, 3, aggregation=how)
+    assert bits(found) == bits(expected)
 
 
 # --- what is lost ---
@@ -317,24 +338,33 @@ def test_a_site_that_refuses_an_order_says_why_and_is_not_lost(ground, sites):
         here.run(method, 3, state)
 
 
-def test_a_run_that_the_sites_terms_contradict_ends_before_a_row_is_read(ground, sites, tmp_path):
+def test_a_run_that_the_sites_terms_contradict_ends_before_a_row_is_read(
+    ground, sites, tmp_path, monkeypatch, capsys
+):
     here = sites()
     here.link.workers = {site: with_terms(ground, site, largest_batch=8) for site in SITES}
     for worker in here.link.workers.values():
         worker._site = replace(worker._site, data=DataSection(path="nowhere.csv"))
-    backend = RealSites(ground.kits.folder / "admin")
-    backend._link = here.link
-    recipe = config.load(
-        write_recipe(
-            ground, tmp_path / "r.toml", method={"name": "fedlora"}, run={"precision": "fp32"}
-        )
+    monkeypatch.setattr(RealSites, "_connected", lambda backend: setlink(backend, here.link))
+    recipe = write_recipe(
+        ground, tmp_path / "r.toml", method={"name": "fedlora"}, run={"precision": "fp32"}
     )
-    with pytest.raises(BadInput) as error:
-        backend.assemble(recipe)
-    line = "at most 8 rows of a step were expected, 32 came (allow.largest_batch of its"
-    assert str(error.value).startswith("3 of 3 sites take no part: east: ")
-    assert str(error.value).count(line) == 3
-    assert "\n" not in str(error.value)
+    at_sites = ("--fleet", ground.kits.folder / "admin", "--sites", len(SITES))
+    folder = tmp_path / "run"
+    code, out, lines = in_process(
+        monkeypatch, capsys, "run", recipe, *at_sites, "--out", folder, "--json"
+    )
+    assert (code, out) == (2, "")
+    told = "at most 8 rows of a step were expected, 32 came (allow.largest_batch of its"
+    line = lines[-1]
+    assert line.startswith("fedspine: 3 of 3 sites take no part: east: ")
+    assert line.count(told) == 3
+    assert not folder.exists()
+
+
+def setlink(backend, link):
+    backend._link = link
+    return link
 
 
 def test_fewer_replies_than_the_quorum_stop_the_run(sites):
@@ -448,12 +478,11 @@ def test_a_cohort_gets_pending_replies_of_all_devices(sites):
     assert {cohort.next().device for _ in SITES} == set(SITES)
 
 
-def plus_toy():
-    controller = Fixed(rank=4)
-    return replace(find("fedspine-plus").toy(), head_start="random", controller=controller)
-
-
-@pytest.mark.parametrize("method", [find("fedlora").toy(), plus_toy()], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method",
+    [find("fedlora").toy(), fixed_rank("fedspine-plus", head_start="random")],
+    ids=lambda m: m.name,
+)
 def test_a_round_need_not_wait_for_every_site(sites, method):
     here, merged = sites(method=method.name), set()
     here.fleet.note = lambda **values: merged.add(values["device"])  # of each reply
@@ -468,7 +497,7 @@ def test_a_round_that_does_not_wait_for_all_needs_the_quorum_too(sites):
     here = sites(method="fedspine-plus", quorum=2)
     here.link.faults = {"east": ["died"], "north": ["died"]}
     with pytest.raises(AllLost, match="of 3 sites asked 1 replied, 2 are the quorum"):
-        here.run(plus_toy(), 1, quorum=0.6)
+        here.run(fixed_rank("fedspine-plus", head_start="random"), 1, quorum=0.6)
 
 
 def test_in_split_learning_a_slow_site_joins_late_and_one_that_dies_is_not_waited_for(sites):

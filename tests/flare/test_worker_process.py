@@ -307,14 +307,18 @@ def test_a_worker_that_hangs_is_killed_in_time_and_replaced(process, order, term
 
 
 def test_whoever_comes_while_it_works_waits_for_its_turn_no_longer_than_allowed(process, order):
-    long = replace(order, tuning=replace(order.tuning, steps=100_000))
-    first = threading.Thread(target=ask_worker, args=(process, asked(long), 3.0))
+    busy, outcomes = process.pid, []
+    os.kill(busy, signal.SIGSTOP)  # so that it is at work for as long as this test wants
+    first = threading.Thread(target=lambda: outcomes.append(ask_worker(process, asked(order))))
     first.start()
     time.sleep(0.3)
-    busy = process.pid
     assert ask_worker(process, asked(order), seconds=0.5) == ("late", None)
     assert process.pid == busy  # it was not on this message
+    os.kill(busy, signal.SIGCONT)
     first.join()
+    ((outcome, answered),) = outcomes
+    assert (outcome, process.pid) == ("done", busy)
+    assert isinstance(answered, SiteAnswer)
 
 
 def test_a_worker_ends_with_its_supervisor(kit, terms):

@@ -11,9 +11,10 @@ from dataclasses import replace
 import numpy as np
 import psutil
 import pytest
-from flare_federation import SITES, write_recipe
-from runs import fedspine, hearing_ctrl_c
+from flare_federation import write_recipe
+from runs import hearing_ctrl_c
 from toy import Lab
+from warm import forked
 
 from fedspine.core.aggregation import Mean, NormClip
 from fedspine.core.message import pack
@@ -32,7 +33,7 @@ def over_flare(federation, recipe, folder, *more):
         "--fleet",
         str(federation.admin),
         "--sites",
-        "3",
+        str(len(federation.sites)),
         "--out",
         str(folder),
         *more,
@@ -47,13 +48,11 @@ def simulated(place, recipe, folder):
     task, _ = build_task(recipe, dataset(recipe))
     # what a run at sites has where its recipe says nothing
     aggregation = NormClip() if recipe.method.robust else Mean()
-    lab = Lab(task, folder, kinds=("nx",) * 3, aggregation=aggregation)
-    lab.workers._workshop = replace(
-        lab.workers._workshop, shares=tuple(place.shares[site] for site in SITES)
-    )
+    lab = Lab(task, folder, kinds=("nx",) * len(place.shares), aggregation=aggregation)
+    lab.workers._workshop = replace(lab.workers._workshop, shares=tuple(place.shares.values()))
     world = lab.fleet._world
     world.profiles = tuple(
-        replace(one, id=site) for one, site in zip(world.profiles, SITES, strict=True)
+        replace(one, id=site) for one, site in zip(world.profiles, place.shares, strict=True)
     )
     world.__post_init__()
     lab.fleet = type(lab.fleet)(world)
@@ -80,13 +79,12 @@ def rows(folder, kind):
     return [line for line in whole if line["row"] == kind]
 
 
-LORA = {"name": "fedlora", "rank": 4, "steps": 4, "batch": 8, "learning_rate": 2e-2}
 # what FedSpine's bandit earns depends on measured seconds, a fixed choice does not
 SPINE = {
     "name": "fedspine",
     "controller": {"name": "fixed", "rank": 4},
     "ranks": [2, 4],
-    "steps": 4,
+    "steps": 40,
     "batch": 8,
 }
 # batches follow measured seconds, equal ones do not
@@ -98,28 +96,6 @@ MERGE = {
     "batch": 8,
     "batches": {"name": "equal"},
 }
-
-
-def test_a_run_at_sites_ends_in_the_state_of_the_simulated_run(place, federation, tmp_path):
-    """A method of split learning here, one of adapters where a run is killed."""
-    recipe = write_recipe(place, tmp_path / "recipe.toml", method=MERGE, run=RUN | {"rounds": 2})
-    done = fedspine(*over_flare(federation, recipe, tmp_path / "run"))
-    assert done.returncode == 0, done.stderr
-    found = summary(tmp_path / "run")
-    assert found["state_sha256"] == pack(simulated(place, recipe, tmp_path / "simulated")).sha256
-    assert "simulated_seconds" not in found
-    assert found["fleet_seconds"] > 0
-    assert (tmp_path / "run" / "report.html").is_file()
-
-
-def test_a_run_that_the_sites_terms_contradict_ends_with_their_line(place, federation, tmp_path):
-    recipe = write_recipe(place, tmp_path / "recipe.toml", method=LORA | {"steps": 5000}, run=RUN)
-    done = fedspine(*over_flare(federation, recipe, tmp_path / "run"))
-    assert done.returncode == 2
-    assert "3 of 3 sites take no part: east: at most 1000 steps were expected, 5000 came" in (
-        done.stderr
-    )
-    assert not (tmp_path / "run").exists()
 
 
 # --- what dies on the way ---
@@ -162,13 +138,21 @@ class Going:
         self.process.wait()
         self.log.close()
 
-    def until(self, come, seconds=120):
+    def until(self, come, seconds=300):
         """Wait until `come` says so; the run must not end before."""
         end = time.monotonic() + seconds
         while not come():
             assert self.process.poll() is None, self.folder.with_suffix(".log").read_text()
             assert time.monotonic() < end, self.folder.with_suffix(".log").read_text()
             time.sleep(0.1)
+
+    def at_rest(self, seconds=0.5):
+        """Stop the run for a while, in which the sites are done with what they were asked; rounds
+        that nobody looks at would take all cores from what is waited for.
+        """
+        self.process.send_signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        self.process.send_signal(signal.SIGCONT)
 
     def past(self, round):
         """Wait until so many rounds are in the records."""
@@ -178,6 +162,12 @@ class Going:
         """The rounds and sites of the notes that say these words."""
         notes = [note for note in rows(self.folder, "note") if words in str(note["values"])]
         return [(note["round"], note["values"].get("device")) for note in notes]
+
+    def lost(self):
+        """The rounds and sites of the replies that were lost."""
+        return {
+            (row["round"], row["device"]) for row in rows(self.folder, "exchange") if row["lost"]
+        }
 
     def answered(self, site, round):
         """Whether the site answered in this round or later."""
@@ -194,19 +184,22 @@ def test_whatever_dies_is_reported_and_takes_part_again(place, federation, tmp_p
     again.
     """
     kits = federation.folder
-    recipe = write_recipe(
-        place, tmp_path / "recipe.toml", method=LORA | {"steps": 40}, run=RUN | {"rounds": 2000}
-    )
+    recipe = write_recipe(place, tmp_path / "recipe.toml", method=SPINE, run=RUN | {"rounds": 2000})
     with Going(
-        over_flare(federation, recipe, tmp_path / "run", "--within", "20"), tmp_path / "run"
+        over_flare(federation, recipe, tmp_path / "run", "--within", "30"), tmp_path / "run"
     ) as run:
         run.past(1)
         run.until(lambda: killed_at_work(run, kits / "west"))
         lost_in, site = run.told("its worker ended")[-1]
         assert site == "west"
         run.until(lambda: run.answered("west", lost_in + 1))
+        missed = run.lost()
         hit(family(["runner_process", kits / "server"]))
         run.until(lambda: run.told("another took its place"))
+        relayed_in = run.told("another took its place")[0][0]
+        for site in federation.sites:
+            run.until(lambda site=site: run.answered(site, relayed_in))
+        assert run.lost() == missed  # the lost relay cost nobody's reply
         hit(
             [
                 pid
@@ -217,33 +210,43 @@ def test_whatever_dies_is_reported_and_takes_part_again(place, federation, tmp_p
         run.until(lambda: run.told("does not answer"))
         lost_in, site = run.told("does not answer")[0]
         assert site == "east"
-        run.until(lambda: run.answered("east", lost_in + 1))
+        run.until(lambda: run.answered("east", lost_in + 1) or run.at_rest())
         run.process.send_signal(signal.SIGINT)
         assert run.process.wait(60) == 130
     assert "interrupted" in tmp_path.joinpath("run.log").read_text()
-    lost = {(row["round"], row["device"]) for row in rows(run.folder, "exchange") if row["lost"]}
-    assert lost
-    assert lost <= set(run.told("left_out"))
-    assert {site for _, site in lost} <= {"west", "east"}  # the lost relay cost nobody's reply
+    assert {site for _, site in run.lost()} == {"west", "east"}
+    assert run.lost() <= set(run.told("left_out"))
 
 
 def killed_at_work(run, kit):
-    """Kill the site's worker, whatever it does, until the records tell of a reply lost with it."""
+    """Kill the site's worker when it works, until the records tell of a reply lost with it."""
     if not run.told("its worker ended"):
-        if workers := family(["fedspine.flare.worker_process", kit]):
+        workers = family(["fedspine.flare.worker_process", kit])
+        if workers and at_work(psutil.Process(workers[0])):
             os.kill(workers[0], signal.SIGKILL)
-        time.sleep(1.0)
+            time.sleep(3.0)  # until the round is in the records; a new worker need not die too
     return run.told("its worker ended")
 
 
-def test_a_run_that_is_killed_goes_on_to_the_same_state(place, federation, tmp_path):
-    recipe = write_recipe(place, tmp_path / "recipe.toml", method=SPINE, run=RUN | {"rounds": 8})
+def at_work(process, seconds=0.2):
+    """Whether it computes: a tenth of the time will do, since others may want the cores."""
+    before = sum(process.cpu_times()[:2])
+    time.sleep(seconds)
+    return sum(process.cpu_times()[:2]) - before > seconds / 10
+
+
+def test_a_run_that_is_killed_goes_on_to_the_state_of_the_simulated_run(
+    place, federation, tmp_path
+):
+    """A method of split learning here, one that prunes above."""
+    recipe = write_recipe(place, tmp_path / "recipe.toml", method=MERGE, run=RUN | {"rounds": 8})
     with Going(over_flare(federation, recipe, tmp_path / "run"), tmp_path / "run") as run:
-        run.past(4)
-    done = fedspine("run", "--resume", tmp_path / "run")  # the folder knows its fleet
+        run.past(2)
+    done = forked("run", "--resume", tmp_path / "run")  # the folder knows its fleet
     assert done.returncode == 0, done.stderr
     assert "of them done before" in done.stderr + done.stdout
-    assert (
-        summary(tmp_path / "run")["state_sha256"]
-        == pack(simulated(place, recipe, tmp_path / "simulated")).sha256
-    )
+    found = summary(tmp_path / "run")
+    assert found["state_sha256"] == pack(simulated(place, recipe, tmp_path / "simulated")).sha256
+    assert "simulated_seconds" not in found
+    assert found["fleet_seconds"] > 0
+    assert (tmp_path / "run" / "report.html").is_file()

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from places import ROOT
-from runs import environment, fedspine, records_of, summary_of, tiny_job, without_wall, write_csv
+from runs import environment, records_of, summary_of, tiny_job, without_wall, write_csv
+from warm import forked
 
 DRIVER = ROOT / "tests" / "support" / "kill_driver.py"
 ENOUGH: dict = {}  # an attempt that nothing disturbs
@@ -214,6 +215,40 @@ def test_interrupted(job, seconds) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    ("blow", "workers"), [("TERM", 1), ("TERM", 2), ("TERM to all", 1), ("TERM to all", 2)]
+)
+def test_a_run_that_is_told_to_end(job, blow, workers) -> None:
+    """One line, exit code 143, no worker is left, and the run goes on to the end that it would have
+    had.
+    """
+    carry_out, whole = job
+    struck = {"seconds": 0.1, "signal": blow, "slow": 0.1}
+    (plan,) = carry_out(f"told-{blow}-{workers}", struck, ENOUGH, run__workers=workers)
+    first, last = plan["ends"]
+    assert (first["code"], last["code"]) == (143, 0), plan
+    (line,) = first["said"]
+    assert line.startswith("fedspine: terminated; ")
+    assert line.endswith(f"resume with: fedspine run --resume {plan['folder']}")
+    assert plan["orphans"] == []
+    assert_same(plan["folder"], whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("blow", "code"), [("INT", 0), ("TERM to all", 143)])
+def test_a_run_under_nohup(job, blow, code) -> None:
+    """It goes on at Ctrl-C, workers included, and ends when it is told to."""
+    carry_out, whole = job
+    struck = {"seconds": 0.1, "signal": blow, "slow": 0.1, "deaf": True}
+    (plan,) = carry_out(f"deaf-{blow}", struck, ENOUGH, run__workers=2)
+    first, last = plan["ends"]
+    assert (first["code"], last["code"]) == (code, 0), plan
+    assert len(first["said"]) == (1 if code else 0)
+    assert plan["orphans"] == []
+    assert_same(plan["folder"], whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("job_number", "how", "workers", "says"),
     [
         (1, "exit", 2, "3 worker processes in a row"),
@@ -306,7 +341,7 @@ def test_a_finished_run_whose_state_is_damaged_goes_back_too(job) -> None:
     folder = Path(plan["folder"])
     path = folder / "state" / "round-000002.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\7")
-    done = fedspine("export", folder, "--to", folder / "model")
+    done = forked("export", folder, "--to", folder / "model")
     assert done.returncode == 2
     assert "is damaged: round-000002.safetensors has other bytes" in done.stderr
     for wrong in ("2", "5"):

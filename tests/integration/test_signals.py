@@ -1,5 +1,5 @@
-"""Ctrl-C, SIGTERM and those who ignore Ctrl-C: whole runs are in kill_driver.py, here is also what
-handles the signals.
+"""Ctrl-C, SIGTERM and those who ignore Ctrl-C: what handles the signals; test_resume.py sends them
+to whole runs.
 """
 
 import os
@@ -10,45 +10,10 @@ import time
 
 import pytest
 from runs import deaf_to_ctrl_c, environment, hearing_ctrl_c, python
-from test_resume import ENOUGH, assert_same, job  # noqa: F401
 
 from fedspine.core import process
 from fedspine.core.errors import Stopped
 from fedspine.core.process import Terminated, ends_on_sigterm, ends_when_told
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("blow", "workers"), [("TERM", 1), ("TERM", 2), ("TERM to all", 1), ("TERM to all", 2)]
-)
-def test_a_run_that_is_told_to_end(job, blow, workers) -> None:  # noqa: F811
-    """One line, exit code 143, no worker is left, and the run goes on to the end that it would have
-    had.
-    """
-    carry_out, whole = job
-    struck = {"seconds": 0.1, "signal": blow, "slow": 0.1}
-    (plan,) = carry_out(f"told-{blow}-{workers}", struck, ENOUGH, run__workers=workers)
-    first, last = plan["ends"]
-    assert (first["code"], last["code"]) == (143, 0), plan
-    (line,) = first["said"]
-    assert line.startswith("fedspine: terminated; ")
-    assert line.endswith(f"resume with: fedspine run --resume {plan['folder']}")
-    assert plan["orphans"] == []
-    assert_same(plan["folder"], whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("blow", "code"), [("INT", 0), ("TERM to all", 143)])
-def test_a_run_under_nohup(job, blow, code) -> None:  # noqa: F811
-    """It goes on at Ctrl-C, workers included, and ends when it is told to."""
-    carry_out, whole = job
-    struck = {"seconds": 0.1, "signal": blow, "slow": 0.1, "deaf": True}
-    (plan,) = carry_out(f"deaf-{blow}", struck, ENOUGH, run__workers=2)
-    first, last = plan["ends"]
-    assert (first["code"], last["code"]) == (code, 0), plan
-    assert len(first["said"]) == (1 if code else 0)
-    assert plan["orphans"] == []
-    assert_same(plan["folder"], whole)
 
 
 def hit(number):

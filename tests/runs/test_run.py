@@ -6,7 +6,8 @@ import math
 from dataclasses import replace
 
 import pytest
-from runs import in_process, python, records_of, summary_of, tiny_job, without_wall, write_csv
+from runs import in_process, records_of, summary_of, tiny_job, without_wall, write_csv
+from warm import forked
 
 from fedspine.fleets.lossy import Lossy
 from fedspine.lm import importance_sources
@@ -147,7 +148,7 @@ def test_memory_does_not_grow_with_the_number_of_devices(tiny_folder, tmp_path) 
     for devices in (10, 1000):
         changed = {"fleet__devices": devices, "fleet__per_round": 10, "run__rounds": 3}
         arguments = tiny_job(tiny_folder("bert"), data, **changed)
-        done = python("-c", PEAK, *arguments, "--out", tmp_path / str(devices))
+        done = forked(*arguments, "--out", tmp_path / str(devices), code=PEAK)
         assert done.returncode == 0, done.stderr
         peaks[devices] = int(done.stderr.split()[-1])
         assert summary_of(tmp_path / str(devices))["devices_scored"] == 4

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from array_toy import waves
-from runs import fedspine, in_process, summary_of, tiny_job, without_wall, write_csv
+from runs import in_process, summary_of, tiny_job, without_wall, write_csv
 from safetensors.torch import load_file, save_file
 from tiny_models import as_its_readme_says, fp32_apart
 from transformers import AutoConfig, AutoTokenizer
+from warm import forked
 
 from fedspine.core.errors import BadInput
 from fedspine.data.dataset import Dataset, Rows
@@ -46,7 +47,7 @@ def made(tiny_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("made") / "place"
     shutil.copytree(tiny_folder("bert"), root / "bert")
     job = tiny_job(root / "bert", write_csv(root / "rows.csv"))
-    done = fedspine("run", *job, "--out", root / "run", "--json")
+    done = forked("run", *job, "--out", root / "run", "--json")
     assert done.returncode == 0, done.stderr
     summary = summary_of(root / "run")
     (root / "run" / "summary.json").unlink()  # so that it waits to be resumed

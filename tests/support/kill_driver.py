@@ -24,6 +24,7 @@ import random
 import resource
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from fedspine.runs import loop
 from fedspine.runs.assemble import assemble
 from fedspine.runs.config import load
 from fedspine.ui import cli
+from fedspine.ui.progress import Silent
 
 POLL_SECONDS = 0.001
 GONE_SECONDS = 5.0  # within which a killed run's workers must have ended
@@ -57,10 +59,17 @@ def main():
     for line in sys.stdin:
         asked = json.loads(line)
         if not warm:
-            # what loading imports late is imported here
-            assemble(load(None, asked["arguments"][1::2]))
+            warm_up(load(None, asked["arguments"][1::2]))
             warm = True
         print(json.dumps(list(carry_out_all(asked["arguments"], asked["plan"]))), flush=True)
+
+
+def warm_up(recipe):
+    """Import what is imported late, and do once what takes half of a small run's time at first."""
+    assemble(recipe)
+    if not torch.cuda.is_available():  # where it is, what has trained cannot be forked
+        with tempfile.TemporaryDirectory() as folder:
+            loop.new_run(recipe, Path(folder) / "run", Silent())
 
 
 def carry_out_all(arguments, plan):

@@ -19,6 +19,7 @@ from runs import (
     tiny_job,
     write_csv,
 )
+from warm import forked
 
 from fedspine.exports import hf
 from fedspine.ui import cli
@@ -362,7 +363,7 @@ def test_show_of_an_unfinished_run(place, tmp_path) -> None:
     shutil.copytree(place / "run", tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     # in a process of its own, which has not run anything
-    done = fedspine("show", tmp_path / "run", "--json")
+    done = forked("show", tmp_path / "run", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert found["rounds_done"] == found["rounds"] == 2

@@ -19,19 +19,20 @@ from rich.console import Console
 from runs import (
     deaf_to_ctrl_c,
     environment,
-    hearing_ctrl_c,
     in_process,
     records_of,
     summary_of,
     without_wall,
     write_csv,
 )
+from warm import Forked, forked
 
 from fedspine.control.controllers import Deadline, Fixed, SUcb
 from fedspine.core.errors import BadInput
 from fedspine.methods import all_methods
 from fedspine.runs import config
 from fedspine.runs.loop import new_run
+from fedspine.storage.store import lock
 from fedspine.ui.progress import Silent
 from fedspine.ui.sweep import display
 from fedspine.ui.sweep.eta import Ahead, seconds_left
@@ -455,18 +456,10 @@ def test_list_runs_nothing(place, command):
 # --- what is run ---
 
 
-def start(*arguments, hearing=hearing_ctrl_c):
-    """A sweep in a process of its own, and session, so that Ctrl-C can be sent to all of it."""
-    whole = [sys.executable, "-m", "fedspine", "sweep", *arguments]
-    with hearing():
-        return subprocess.Popen(
-            whole,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment(),
-            start_new_session=True,
-        )
+def swept(*arguments):
+    """Exit code, stdout and the lines of stderr of a sweep that is carried out."""
+    done = forked("sweep", *arguments)
+    return done.returncode, done.stdout, done.stderr.splitlines()
 
 
 def wait_for(true, process, seconds=120.0):
@@ -499,7 +492,7 @@ def assert_as_alone(cell, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_from_its_start_to_its_end(place, command, tmp_path):
+def test_a_sweep_from_its_start_to_its_end(place, tmp_path):
     """One cell fails and is put right; the others are done, and never again."""
     write_csv(place / "few.csv", rows=2)  # of which none can be set aside for testing
     text = GOOD.replace("[0, 1]", "[0]") + '[data.rows]\n[data.few]\ntask.data = "few.csv"\n'
@@ -507,7 +500,7 @@ def test_a_sweep_from_its_start_to_its_end(place, command, tmp_path):
     good, bad = cells = plan(Path("sweep.toml"))
     folder = place / "sweeps" / "sweep"
 
-    code, out, lines = command("sweep", "sweep.toml", "--jobs", "2")
+    code, out, lines = swept("sweep.toml", "--jobs", "2")
     assert code == 1
     assert "2 cells in sweeps/sweep: 1 done, 1 failed" in out
     assert any(line.startswith(f"{bad.name}: failed: ") for line in lines)
@@ -516,14 +509,14 @@ def test_a_sweep_from_its_start_to_its_end(place, command, tmp_path):
     assert_as_alone(good, folder, tmp_path)
 
     before = stamps(folder / "cells")
-    code, out, _ = command("sweep", "sweep.toml", "--json")
+    code, out, _ = swept("sweep.toml", "--json")
     found = json.loads(out)
     assert (code, found["done"], found["failed"]) == (1, 1, 1)
     assert "rows" in found["cells"][1]["reason"] and "\n" not in found["cells"][1]["reason"]
     assert stamps(folder / "cells") == before
 
     write_csv(place / "few.csv")
-    code, out, _ = command("sweep", "sweep.toml", "--json", "--retry")
+    code, out, _ = swept("sweep.toml", "--json", "--retry")
     assert (code, json.loads(out)["done"]) == (0, 2)
     assert {
         path: stamp for path, stamp in stamps(folder / "cells").items() if good.name in str(path)
@@ -538,23 +531,23 @@ def test_a_sweep_from_its_start_to_its_end(place, command, tmp_path):
     Path("sweep.toml").write_text(
         Path("sweep.toml").read_text().replace("rounds = 2", "rounds = 3")
     )
-    code, out, (line,) = command("sweep", "sweep.toml", "--json")
+    code, out, (line,) = swept("sweep.toml", "--json")
     assert (code, out) == (2, "")
     assert "run.rounds is 2 there, 3 here" in line and "--out" in line
     Path("sweep.toml").write_text(
         Path("sweep.toml").read_text().replace("rounds = 3", "rounds = 2").split("[data.few")[0]
     )
-    code, out, _ = command("sweep", "sweep.toml")
+    code, out, _ = swept("sweep.toml")
     assert code == 0
     assert f"1 run in the folder that the file does not describe: {bad.name}" in out
 
 
 @pytest.mark.slow
-def test_a_pruned_cell_is_read_against_the_unpruned_one(place, command):
+def test_a_pruned_cell_is_read_against_the_unpruned_one(place):
     """The unpruned cell is done later, and the report of the pruned one is written again."""
     Path("sweep.toml").write_text(GOOD.replace("[0, 1]", "[0]"))
     pruned, unpruned = plan(Path("sweep.toml"))
-    assert command("sweep", "sweep.toml")[0] == 0
+    assert swept("sweep.toml")[0] == 0
     cells = place / "sweeps" / "sweep" / "cells"
     page = (cells / pruned.name / "report.html").read_text()
     assert "Unpruned run" in page and "Unpruned base" not in page
@@ -562,9 +555,11 @@ def test_a_pruned_cell_is_read_against_the_unpruned_one(place, command):
     assert "Unpruned" not in (cells / unpruned.name / "report.html").read_text()
 
 
+# once a second round is being saved, the first one is; two rounds at a time are there
+SAVED = "cells/*/state/round-*[2-9].safetensors"
 MOMENTS = {  # when a sweep is killed: what must be there, somewhere in its folder
     "its first cell begins": "cells/*/cell.json",
-    "a round is saved": "cells/*/state/current.json",
+    "a round is saved": SAVED,
     "a cell is scored": "cells/*/summary.json",
 }
 
@@ -572,14 +567,13 @@ MOMENTS = {  # when a sweep is killed: what must be there, somewhere in its fold
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(place, tmp_path):
     Path("sweep.toml").write_text(
-        GOOD.replace("rounds = 2", "rounds = 12").replace("[methods.fedspine]\nranks = [2, 4]", "")
+        GOOD.replace("rounds = 2", "rounds = 8").replace("[methods.fedspine]\nranks = [2, 4]", "")
     )
     cells, folder = plan(Path("sweep.toml")), place / "out"
     kills, seen = 0, set()
     for number, (moment, pattern) in enumerate(MOMENTS.items()):
-        sweep = start(
-            "sweep.toml", "--out", "out", "--json", *(["--jobs", "2"] if number % 2 else [])
-        )
+        jobs = ["--jobs", "2"] if number % 2 else []
+        sweep = Forked("sweep", "sweep.toml", "--out", "out", "--json", *jobs)
         if not wait_for(lambda pattern=pattern: list(folder.glob(pattern)), sweep):
             raise AssertionError(f"{moment} never came: {sweep.communicate()}")
         children = (
@@ -600,9 +594,8 @@ def test_killed_at_any_moment_it_goes_on(place, tmp_path):
     assert seen >= {"open", "half-done"}
     assert "failed" not in seen
 
-    sweep = start("sweep.toml", "--out", "out", "--json")
-    out, err = sweep.communicate()
-    assert (sweep.returncode, err) == (0, "")
+    code, out, lines = swept("sweep.toml", "--out", "out", "--json")
+    assert (code, lines) == (0, [])
     assert json.loads(out)["done"] == len(cells)
     for name, before in done.items():
         assert stamps(folder / "cells" / name) == before  # what was done is not touched again
@@ -613,9 +606,9 @@ def test_killed_at_any_moment_it_goes_on(place, tmp_path):
 @pytest.mark.slow
 def test_interrupted_and_two_at_once(place, command):
     Path("sweep.toml").write_text(GOOD.replace("rounds = 2", "rounds = 5000"))
-    sweep = start("sweep.toml", "--jobs", "2")
+    sweep = Forked("sweep", "sweep.toml", "--jobs", "2")
     folder = Path("sweeps/sweep")
-    assert wait_for(lambda: len(list(folder.glob("cells/*/state/current.json"))) == 2, sweep), (
+    assert wait_for(lambda: len({path.parent for path in folder.glob(SAVED)}) == 2, sweep), (
         sweep.communicate()
     )
 
@@ -646,13 +639,22 @@ def test_interrupted_and_two_at_once(place, command):
 
 @pytest.mark.slow
 def test_a_sweep_that_ignores_ctrl_c_ends_when_it_is_told_to(place):
-    """As under `nohup`; its cells ignore Ctrl-C too, so it must not rely on that to end them."""
+    """As under `nohup`; its cells ignore Ctrl-C too, so it must not rely on that to end them.
+
+    The sweep and its cell are started as users start them.
+    """
     Path("sweep.toml").write_text(GOOD.replace("rounds = 2", "rounds = 5000"))
-    sweep = start("sweep.toml", hearing=deaf_to_ctrl_c)
+    with deaf_to_ctrl_c():
+        sweep = subprocess.Popen(
+            [sys.executable, "-m", "fedspine", "sweep", "sweep.toml"],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            start_new_session=True,  # so that Ctrl-C can be sent to all of it
+        )
     folder = Path("sweeps/sweep")
-    assert wait_for(lambda: list(folder.glob("cells/*/state/current.json")), sweep), (
-        sweep.communicate()
-    )
+    assert wait_for(lambda: list(folder.glob(SAVED)), sweep), sweep.communicate()
     (cell,) = psutil.Process(sweep.pid).children()
     os.killpg(sweep.pid, signal.SIGINT)
     cell.send_signal(signal.SIGINT)
@@ -674,7 +676,7 @@ def test_a_sweep_that_ignores_ctrl_c_ends_when_it_is_told_to(place):
 
 
 @pytest.mark.slow
-def test_a_run_that_somebody_else_works_on_is_waited_for(place, command):
+def test_a_run_that_somebody_else_works_on_is_waited_for(place):
     """As where a killed sweep's run outlives it, on systems that cannot end it."""
     Path("sweep.toml").write_text(
         GOOD.replace("[0, 1]", "[0]").replace("[methods.fedspine]\nranks = [2, 4]\n", "")
@@ -684,20 +686,12 @@ def test_a_run_that_somebody_else_works_on_is_waited_for(place, command):
     sweep.open(Path("sweep.toml"))
     run = sweep.prepare(cell)
     sweep.close()
-    code = "import sys, time; from pathlib import Path; from fedspine.storage.store import lock\n"
-    code += "held = lock(Path(sys.argv[1]), 'it'); print('held', flush=True); sys.stdin.read()"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, run / "state" / "lock"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment(),
-    )
-    assert holder.stdout.readline() == b"held\n"
-    waiting = start("sweep.toml", "--json")
+    holder = lock(run / "state" / "lock", "it")
+    waiting = Forked("sweep", "sweep.toml", "--json")
     assert wait_for(lambda: held(Path("sweeps/sweep/lock")), waiting), waiting.communicate()
-    time.sleep(2)  # in which it would have begun
+    time.sleep(1)  # in which it would have begun
     assert not Path("sweeps/sweep/running.json").exists()
-    holder.communicate(b"")
+    holder.close()
     out, err = waiting.communicate()
     assert (waiting.returncode, err) == (0, "")
     assert json.loads(out)["done"] == 1

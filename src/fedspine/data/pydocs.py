@@ -12,6 +12,7 @@ import ast
 import re
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ SHORTEST, LONGEST = 40, 400  # characters of a paragraph
 SHORTEST_ANSWER, LONGEST_SIGNATURE = 20, 160  # characters, in `pydoc-qa`
 
 DOCUMENTED = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+HOLDS_STATEMENTS = ast.stmt | ast.excepthandler | ast.match_case
 
 # Parts of a path that are left out: tests, demos, packages installed later, and packages that newer
 # Pythons have dropped (dropped modules are absent from TOPICS), so that the data changes little
@@ -184,9 +186,22 @@ def _tree(source: bytes) -> ast.Module:
 
 
 def _paragraphs(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Module | DOCUMENTED):
             for paragraph in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
                 text = " ".join(paragraph.split())
                 if SHORTEST <= len(text) <= LONGEST:
                     yield text
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """The tree and its statements in the order of `ast.walk`, which also takes the expressions:
+    most of a tree, and nothing in them has a docstring.
+    """
+    todo: deque[ast.AST] = deque([tree])
+    while todo:
+        node = todo.popleft()
+        todo.extend(
+            child for child in ast.iter_child_nodes(node) if isinstance(child, HOLDS_STATEMENTS)
+        )
+        yield node

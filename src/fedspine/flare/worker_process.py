@@ -109,6 +109,9 @@ class WorkerProcess:
 def work(folder: Path, connection: socket.socket, parent: int) -> None:
     """Serve the site's orders until the parent process is gone."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    from fedspine.flare.site import load_site
+
+    load_site(folder)  # before seconds of imports, so that a broken file is told at once
     from fedspine.flare.site_worker import open_site_worker
 
     worker = open_site_worker(folder)
