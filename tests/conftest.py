@@ -5,11 +5,11 @@ In each test the first calls of each function are checked, and then every so man
 of them took more than half of the time of a run of the toy task.
 """
 
+import functools
+import gc
+import inspect
 import os
-import sys
 import tempfile
-from collections import Counter
-from typing import ClassVar
 
 # what is first imported under the hook below is compiled again, so here comes what takes seconds
 import beartype.claw  # noqa: F401
@@ -34,6 +34,7 @@ from toy import Lab, toy_task  # noqa: E402
 
 from fedspine.lm.load import load  # noqa: E402
 from fedspine.lm.tiny import write_tiny  # noqa: E402
+from fedspine.report import drawing  # noqa: E402
 
 collect_ignore = ["conftest.py"]  # has no examples, and src has a module of this name, too
 
@@ -43,27 +44,35 @@ settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", max_examples=1000, deadline=None)
 settings.load_profile("same")
 
-FIRST_CALLS = 10  # of a function in a test, all checked
+FIRST_CALLS = 4  # of a function in a test, all checked
 # of the calls after those; a prime, so that it does not keep step with layers or batches
-EVERY = 31
+EVERY = 97
+CALLS = []  # of each checked function in this test, as a list of one number
+JAXTYPED = jaxtyping.jaxtyped
 
 
-class Sampling(type(jaxtyping.config)):
-    """jaxtyping's configuration, which each annotated function reads at each call, with its checks
-    switched off by turns.
+def sampled(fn=None, *, typechecker):
+    """jaxtyping's decorator, which the import hook puts on each function, with its checks left out
+    by turns.
     """
+    if fn is None:
+        return functools.partial(sampled, typechecker=typechecker)
+    if not inspect.isfunction(fn):
+        return JAXTYPED(fn, typechecker=typechecker)
+    checked, calls = JAXTYPED(fn, typechecker=typechecker), [0]
+    CALLS.append(calls)
 
-    calls: ClassVar[Counter] = Counter()  # in this test
+    @functools.wraps(fn)
+    def called(*args, **kwargs):
+        calls[0] = count = calls[0] + 1
+        if count > FIRST_CALLS and count % EVERY:
+            return fn(*args, **kwargs)
+        return checked(*args, **kwargs)
 
-    @property
-    def jaxtyping_disable(self):
-        # of jaxtyping's wrapper, the function that it wraps
-        called = sys._getframe(1).f_locals.get("fn")
-        self.calls[called] += 1
-        return self.calls[called] > FIRST_CALLS and self.calls[called] % EVERY != 0
+    return called
 
 
-jaxtyping.config.__class__ = Sampling
+jaxtyping.jaxtyped = sampled  # what the hook writes into a module looks it up there
 
 
 # minutes each, so that the workers begin with them and none is left with one at the end
@@ -74,9 +83,33 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
+def pytest_collection_finish():
+    # half a million objects that imports made, which each full collection would look through
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _shapes_are_checked_anew():
-    Sampling.calls.clear()
+    for calls in CALLS:
+        calls[0] = 0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def real_drawing():
+    """A figure as text, which takes 50 ms; in the pages that tests write in this process, an empty
+    element takes its place.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        real = drawing._drawn
+        patch.setattr(drawing, "_drawn", lambda panel: "<svg>not drawn</svg>")
+        yield real
+
+
+@pytest.fixture
+def drawn(real_drawing, monkeypatch):
+    """Pages that the test writes contain their figures."""
+    monkeypatch.setattr(drawing, "_drawn", real_drawing)
 
 
 torch.set_num_threads(1)  # sums must not depend on how many cores there are
