@@ -47,8 +47,8 @@ settings.load_profile("same")
 FIRST_CALLS = 4  # of a function in a test, all checked
 # of the calls after those; a prime, so that it does not keep step with layers or batches
 EVERY = 97
-CALLS = []  # of each checked function in this test, as a list of one number
 JAXTYPED = jaxtyping.jaxtyped
+this_test = 0  # the number of the test that runs
 
 
 def sampled(fn=None, *, typechecker):
@@ -59,12 +59,12 @@ def sampled(fn=None, *, typechecker):
         return functools.partial(sampled, typechecker=typechecker)
     if not inspect.isfunction(fn):
         return JAXTYPED(fn, typechecker=typechecker)
-    checked, calls = JAXTYPED(fn, typechecker=typechecker), [0]
-    CALLS.append(calls)
+    checked, test, count = JAXTYPED(fn, typechecker=typechecker), this_test, 0
 
     @functools.wraps(fn)
     def called(*args, **kwargs):
-        calls[0] = count = calls[0] + 1
+        nonlocal test, count
+        test, count = this_test, count + 1 if test == this_test else 1
         if count > FIRST_CALLS and count % EVERY:
             return fn(*args, **kwargs)
         return checked(*args, **kwargs)
@@ -91,8 +91,8 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def _shapes_are_checked_anew():
-    for calls in CALLS:
-        calls[0] = 0
+    global this_test
+    this_test += 1
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -59,9 +59,10 @@ def test_it_is_fedspine_on_the_cubic_at_one_rank(lab, global_importance_weight):
 
 
 def test_importance_settings_reach_the_devices(lab):
-    plain = lab("plain").run(TOY)
+    plain = lab("plain").run(TOY, rounds=3)
     squared = lab("squared").run(
-        dataclasses.replace(TOY, importance=Gradient(square=True, normalise=True, cross=1.0))
+        dataclasses.replace(TOY, importance=Gradient(square=True, normalise=True, cross=1.0)),
+        rounds=3,
     )
     assert bits(plain.structures) != bits(squared.structures)
 
