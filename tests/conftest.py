@@ -5,6 +5,7 @@ In each test the first calls of each function are checked, and then every so man
 of them took more than half of the time of a run of the toy task.
 """
 
+import dataclasses
 import functools
 import gc
 import inspect
@@ -18,6 +19,38 @@ import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel  # noqa: F401
 
 os.environ["FEDSPINE_CACHE"] = tempfile.mkdtemp(prefix="fedspine-cache-")  # never the user's own
+
+FIRST_CALLS = 4  # of a function in a test, all checked
+# of the calls after those; a prime, so that it does not keep step with layers or batches
+EVERY = 97
+JAXTYPED = jaxtyping.jaxtyped
+this_test = 0  # the number of the test that runs
+
+
+def sampled(fn=None, *, typechecker):
+    """jaxtyping's decorator, which the import hook puts on each function, with its checks left out
+    by turns.
+    """
+    if fn is None:
+        return functools.partial(sampled, typechecker=typechecker)
+    if inspect.isclass(fn):  # whose methods are decorated, but for what dataclass wrote
+        if dataclasses.is_dataclass(fn):
+            fn.__init__ = sampled(fn.__init__, typechecker=typechecker)
+        return fn
+    checked, test, count = JAXTYPED(fn, typechecker=typechecker), this_test, 0
+
+    @functools.wraps(fn)
+    def called(*args, **kwargs):
+        nonlocal test, count
+        test, count = this_test, count + 1 if test == this_test else 1
+        if count > FIRST_CALLS and count % EVERY:
+            return fn(*args, **kwargs)
+        return checked(*args, **kwargs)
+
+    return called
+
+
+jaxtyping.jaxtyped = sampled  # what the hook writes into a module looks it up there
 
 # before fedspine is imported; elsewhere annotations name protocols and forward references that
 # cannot be checked
@@ -43,37 +76,6 @@ collect_ignore = ["conftest.py"]  # has no examples, and src has a module of thi
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", max_examples=1000, deadline=None)
 settings.load_profile("same")
-
-FIRST_CALLS = 4  # of a function in a test, all checked
-# of the calls after those; a prime, so that it does not keep step with layers or batches
-EVERY = 97
-JAXTYPED = jaxtyping.jaxtyped
-this_test = 0  # the number of the test that runs
-
-
-def sampled(fn=None, *, typechecker):
-    """jaxtyping's decorator, which the import hook puts on each function, with its checks left out
-    by turns.
-    """
-    if fn is None:
-        return functools.partial(sampled, typechecker=typechecker)
-    if not inspect.isfunction(fn):
-        return JAXTYPED(fn, typechecker=typechecker)
-    checked, test, count = JAXTYPED(fn, typechecker=typechecker), this_test, 0
-
-    @functools.wraps(fn)
-    def called(*args, **kwargs):
-        nonlocal test, count
-        test, count = this_test, count + 1 if test == this_test else 1
-        if count > FIRST_CALLS and count % EVERY:
-            return fn(*args, **kwargs)
-        return checked(*args, **kwargs)
-
-    return called
-
-
-jaxtyping.jaxtyped = sampled  # what the hook writes into a module looks it up there
-
 
 # minutes each, so that the workers begin with them and none is left with one at the end
 LONG = ("test_federation", "test_every_method", "test_sweep", "test_controls")
