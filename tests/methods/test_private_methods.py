@@ -16,7 +16,7 @@ from fedspine.methods import all_methods
 from fedspine.pruning.head_start import MeansOrder, class_means
 
 METHODS = {name: cls for name, cls in all_methods().items() if cls.privacy}
-SOME = 2
+SOME = 3
 ROWS = Privacy(level="rows", epsilon=8.0, delta=1e-3, clip=1.0, answers=SOME)
 PROMISES = {"rows": ROWS, "devices": replace(ROWS, level="devices")}
 BARE = {"loss", "examples"}  # what results hold besides tensors that were clipped and noised
