@@ -5,11 +5,12 @@ In each test the first calls of each function are checked, and then every so man
 of them took more than half of the time of a run of the toy task.
 """
 
+import dataclasses
+import functools
+import gc
+import inspect
 import os
-import sys
 import tempfile
-from collections import Counter
-from typing import ClassVar
 
 # what is first imported under the hook below is compiled again, so here comes what takes seconds
 import beartype.claw  # noqa: F401
@@ -18,6 +19,38 @@ import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel  # noqa: F401
 
 os.environ["FEDSPINE_CACHE"] = tempfile.mkdtemp(prefix="fedspine-cache-")  # never the user's own
+
+FIRST_CALLS = 4  # of a function in a test, all checked
+# of the calls after those; a prime, so that it does not keep step with layers or batches
+EVERY = 97
+JAXTYPED = jaxtyping.jaxtyped
+this_test = 0  # the number of the test that runs
+
+
+def sampled(fn=None, *, typechecker):
+    """jaxtyping's decorator, which the import hook puts on each function, with its checks left out
+    by turns.
+    """
+    if fn is None:
+        return functools.partial(sampled, typechecker=typechecker)
+    if inspect.isclass(fn):  # whose methods are decorated, but for what dataclass wrote
+        if dataclasses.is_dataclass(fn):
+            fn.__init__ = sampled(fn.__init__, typechecker=typechecker)
+        return fn
+    checked, test, count = JAXTYPED(fn, typechecker=typechecker), this_test, 0
+
+    @functools.wraps(fn)
+    def called(*args, **kwargs):
+        nonlocal test, count
+        test, count = this_test, count + 1 if test == this_test else 1
+        if count > FIRST_CALLS and count % EVERY:
+            return fn(*args, **kwargs)
+        return checked(*args, **kwargs)
+
+    return called
+
+
+jaxtyping.jaxtyped = sampled  # what the hook writes into a module looks it up there
 
 # before fedspine is imported; elsewhere annotations name protocols and forward references that
 # cannot be checked
@@ -34,6 +67,7 @@ from toy import Lab, toy_task  # noqa: E402
 
 from fedspine.lm.load import load  # noqa: E402
 from fedspine.lm.tiny import write_tiny  # noqa: E402
+from fedspine.report import drawing  # noqa: E402
 
 collect_ignore = ["conftest.py"]  # has no examples, and src has a module of this name, too
 
@@ -43,29 +77,6 @@ settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", max_examples=1000, deadline=None)
 settings.load_profile("same")
 
-FIRST_CALLS = 10  # of a function in a test, all checked
-# of the calls after those; a prime, so that it does not keep step with layers or batches
-EVERY = 31
-
-
-class Sampling(type(jaxtyping.config)):
-    """jaxtyping's configuration, which each annotated function reads at each call, with its checks
-    switched off by turns.
-    """
-
-    calls: ClassVar[Counter] = Counter()  # in this test
-
-    @property
-    def jaxtyping_disable(self):
-        # of jaxtyping's wrapper, the function that it wraps
-        called = sys._getframe(1).f_locals.get("fn")
-        self.calls[called] += 1
-        return self.calls[called] > FIRST_CALLS and self.calls[called] % EVERY != 0
-
-
-jaxtyping.config.__class__ = Sampling
-
-
 # minutes each, so that the workers begin with them and none is left with one at the end
 LONG = ("test_federation", "test_every_method", "test_sweep", "test_controls")
 
@@ -74,9 +85,33 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
+def pytest_collection_finish():
+    # half a million objects that imports made, which each full collection would look through
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _shapes_are_checked_anew():
-    Sampling.calls.clear()
+    global this_test
+    this_test += 1
+
+
+@pytest.fixture(scope="session", autouse=True)
+def real_drawing():
+    """A figure as text, which takes 50 ms; in the pages that tests write in this process, an empty
+    element takes its place.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        real = drawing._drawn
+        patch.setattr(drawing, "_drawn", lambda panel: "<svg>not drawn</svg>")
+        yield real
+
+
+@pytest.fixture
+def drawn(real_drawing, monkeypatch):
+    """Pages that the test writes contain their figures."""
+    monkeypatch.setattr(drawing, "_drawn", real_drawing)
 
 
 torch.set_num_threads(1)  # sums must not depend on how many cores there are

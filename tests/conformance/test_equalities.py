@@ -26,9 +26,9 @@ def test_fedspine_without_pruning_at_one_rank_is_fedlora(lab, rank):
     toy = FedLora.toy()
     shared = {"steps": toy.steps, "batch": toy.batch, "learning_rate": toy.learning_rate}
     spine = lab("spine").run(
-        FedSpine(sparsity=0.0, ranks=(rank,), aggregation="zeropad", **shared), rounds=3
+        FedSpine(sparsity=0.0, ranks=(rank,), aggregation="zeropad", **shared), rounds=2
     )
-    lora = lab("lora").run(FedLora(rank=rank, **shared), rounds=3)
+    lora = lab("lora").run(FedLora(rank=rank, **shared), rounds=2)
     assert list(spine.adapter) == list(lora.adapter)
     assert bits(spine.adapter) == bits(lora.adapter)
     assert bits(spine.head) == bits(lora.head)

@@ -66,9 +66,9 @@ def test_at_full_depth_and_one_rank_it_is_fedlora(bench, deep):
     shared = {name: getattr(TOY, name) for name in ("rank", "steps", "batch", "learning_rate")}
     shared |= {"head_lr_multiplier": 1.0}
     ours = bench("ours").run(
-        Legend(depth_rule="fixed", rank_difference=0.0, least_depth=1, **shared), rounds=3
+        Legend(depth_rule="fixed", rank_difference=0.0, least_depth=1, **shared), rounds=2
     )
-    theirs = bench("theirs").run(FedLora(**shared), rounds=3)
+    theirs = bench("theirs").run(FedLora(**shared), rounds=2)
     assert bits(ours.adapter) == bits(theirs.adapter)
     assert bits(ours.head) == bits(theirs.head)
 
@@ -164,9 +164,16 @@ def paced(fleet):
     return Spy(fleet, reply=timed)
 
 
-def test_rounds_last_as_foreseen(bench):
-    lab = bench()
-    lab.run(TOY, around=paced)
+@pytest.fixture(scope="module")
+def paced_run(deep, tmp_path_factory):
+    """The fleet of a run in such a fleet, and its last state."""
+    lab = Lab(deep, tmp_path_factory.mktemp("paced"))
+    yield lab, lab.run(TOY, around=paced)
+    lab.close()
+
+
+def test_rounds_last_as_foreseen(paced_run):
+    lab, _ = paced_run
     notes = [row["values"] | row for row in lab.rows("note")]
     later = [row for row in notes if row["round"] >= 5 and "expected_seconds" in row]
     assert len(later) == 3 * len(lab.ids)
@@ -174,10 +181,9 @@ def test_rounds_last_as_foreseen(bench):
     assert np.median(off) < 0.1
 
 
-def test_slow_devices_train_fewer_blocks(bench):
-    lab = bench()
-    depths = list(lab.run(TOY, around=paced).depths.items())
-    by_place = [dict(depths)[id] for id in lab.ids]
+def test_slow_devices_train_fewer_blocks(paced_run):
+    lab, state = paced_run
+    by_place = [state.depths[id] for id in lab.ids]
     assert by_place == sorted(by_place, reverse=True)
     assert by_place[0] == LAYERS > by_place[-1]
 
@@ -252,17 +258,16 @@ def test_memory_bounds_the_depth(deep, bench):
 
 
 def test_own_ranks_save_traffic_of_slow_links(bench):
+    spies = []
     common, own = (
-        bench(mode).run(replace(TOY, rank_mode=mode, rank=8), rounds=4)
+        bench(mode).run(
+            replace(TOY, rank_mode=mode, rank=8),
+            rounds=3,
+            around=lambda fleet: spies.append(Spy(fleet)) or spies[-1],
+        )
         for mode in ("global", "per_device")
     )
     assert bits(common) != bits(own)
-    spies = []
-    bench("listen").run(
-        replace(TOY, rank_mode="per_device", rank=8),
-        rounds=4,
-        around=lambda fleet: spies.append(Spy(fleet)) or spies[-1],
-    )
     most = Legend._ranks(replace(TOY, rank=8), LAYERS)
     for _, order in spies[-1].orders:
         assert isinstance(order, DepthOrder)

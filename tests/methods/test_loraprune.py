@@ -26,8 +26,8 @@ SHARED = {
 
 
 def test_without_pruning_it_is_fedlora(lab):
-    pruned = lab("loraprune").run(dataclasses.replace(TOY, sparsity=0.0), rounds=3)
-    plain = lab("lora").run(FedLora(rank=TOY.rank, **SHARED), rounds=3)
+    pruned = lab("loraprune").run(dataclasses.replace(TOY, sparsity=0.0), rounds=2)
+    plain = lab("lora").run(FedLora(rank=TOY.rank, **SHARED), rounds=2)
     assert bits(pruned.adapter) == bits(plain.adapter)
     assert bits(pruned.head) == bits(plain.head)
 
@@ -59,9 +59,10 @@ def test_it_is_fedspine_on_the_cubic_at_one_rank(lab, global_importance_weight):
 
 
 def test_importance_settings_reach_the_devices(lab):
-    plain = lab("plain").run(TOY)
+    plain = lab("plain").run(TOY, rounds=3)
     squared = lab("squared").run(
-        dataclasses.replace(TOY, importance=Gradient(square=True, normalise=True, cross=1.0))
+        dataclasses.replace(TOY, importance=Gradient(square=True, normalise=True, cross=1.0)),
+        rounds=3,
     )
     assert bits(plain.structures) != bits(squared.structures)
 

@@ -24,8 +24,8 @@ SHARED = {
 
 
 def test_without_pruning_it_is_fedlora(lab):
-    pruned = lab("magnitude").run(dataclasses.replace(TOY, sparsity=0.0), rounds=3)
-    plain = lab("lora").run(FedLora(rank=TOY.rank, **SHARED), rounds=3)
+    pruned = lab("magnitude").run(dataclasses.replace(TOY, sparsity=0.0), rounds=2)
+    plain = lab("lora").run(FedLora(rank=TOY.rank, **SHARED), rounds=2)
     assert bits(pruned.adapter) == bits(plain.adapter)
     assert bits(pruned.head) == bits(plain.head)
 

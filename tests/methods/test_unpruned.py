@@ -36,7 +36,7 @@ def unpruned(folder, **changed):
     return made_run(folder, **made)
 
 
-def test_a_run_is_read_against_the_one_that_is_named(command, pruned, tmp_path):
+def test_a_run_is_read_against_the_one_that_is_named(drawn, command, pruned, tmp_path):
     other = unpruned(tmp_path / "other", settings=("method.rank=4", "method.learning_rate=1e-3"))
     code, out, lines = command("show", pruned, "--reference", other, "--json")
     assert (code, lines) == (0, [])

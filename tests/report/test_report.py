@@ -25,6 +25,7 @@ from fedspine.report.series import (
 from fedspine.report.tables import UnprunedRun
 from fedspine.report.trust import trust_lines, trust_of
 
+pytestmark = pytest.mark.usefixtures("drawn")
 ROUNDS = 20
 SECONDS = {"tx2": 9.0, "nx": 4.0, "agx": 2.0}  # of an exchange before anything is pruned
 RANKS = {"tx2": 6, "nx": 12, "agx": 16}

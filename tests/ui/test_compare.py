@@ -333,7 +333,7 @@ METHODS = ("fedlora", "fedspine")
 LANGUAGE = ("task.kind='causal-lm'",)
 
 
-def test_language_models_are_compared_by_their_loss(compare, tmp_path):
+def test_language_models_are_compared_by_their_loss(drawn, compare, tmp_path):
     folders = [
         made_run(
             tmp_path / f"{name}-{seed}",
@@ -583,7 +583,7 @@ def test_an_output_folder_that_cannot_be(command, tmp_path):
 # --- what is written ---
 
 
-def test_the_page_fetches_nothing_and_escapes(compare, tmp_path):
+def test_the_page_fetches_nothing_and_escapes(drawn, compare, tmp_path):
     for seed in (0, 1):
         made_cell(tmp_path / "s", f"a{seed}", "<b>$x$ _&amp; | 名", seed=seed, curve=(0.5, 0.6))
         made_cell(tmp_path / "s", f"b{seed}", "_under", seed=seed, method="fedspine")
@@ -605,7 +605,7 @@ def test_the_page_fetches_nothing_and_escapes(compare, tmp_path):
     assert "_under" in svg
 
 
-def test_all_files_are_written_and_agree(compare, command, tmp_path):
+def test_all_files_are_written_and_agree(drawn, compare, command, tmp_path):
     folders = two_methods(tmp_path)
     found = compare(*folders)
     out = tmp_path / "compared"
@@ -614,7 +614,12 @@ def test_all_files_are_written_and_agree(compare, command, tmp_path):
     text = (out / "compare.md").read_text()
     assert "| fedlora | 72.0 ± 2.0 % | 3 |" in text
     for name in re.findall(r"\]\((.*?)\)", text):
-        assert (out / name).read_text().startswith("<svg")
+        figure = (out / name).read_text()
+        assert figure.startswith("<svg") and "<path" in figure
+        # it is white, and the page's is transparent
+        paper = '<rect width="100%" height="100%" fill="#ffffff"/>'
+        assert figure.count(paper) == 1
+        assert figure.replace(f"\n {paper}", "") in (out / "compare.html").read_text()
     before = (out / "compare.html").read_bytes()
     compare(*folders)
     assert (out / "compare.html").read_bytes() == before

@@ -6,6 +6,7 @@ import pytest
 from browser import Browser, installed
 from made_runs import made_cell
 
+from fedspine.report import drawing
 from fedspine.ui.compare.comparison import find
 from fedspine.ui.compare.write import write
 from fedspine.ui.progress import Silent
@@ -17,7 +18,7 @@ METHODS = {"ours": 0.7, "theirs, with a longer name than most": 0.6, "late": 0.4
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def address(tmp_path_factory, real_drawing):
     """The page of four methods over two seeds in two settings; one of them never reaches the
     target.
     """
@@ -32,7 +33,9 @@ def address(tmp_path_factory):
                 }
                 made_cell(root, f"{alpha}-{place}-{seed}", label, {"fleet.alpha": alpha}, **made)
     found = find([root], target="0.45", latency=False, progress=Silent())
-    return write(found, root / "out").as_uri()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "_drawn", real_drawing)
+        return write(found, root / "out").as_uri()
 
 
 @pytest.fixture(scope="module")

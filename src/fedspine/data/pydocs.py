@@ -23,7 +23,6 @@ SHORTEST, LONGEST = 40, 400  # characters of a paragraph
 SHORTEST_ANSWER, LONGEST_SIGNATURE = 20, 160  # characters, in `pydoc-qa`
 
 DOCUMENTED = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-HOLDS_STATEMENTS = ast.stmt | ast.excepthandler | ast.match_case
 
 # Parts of a path that are left out: tests, demos, packages installed later, and packages that newer
 # Pythons have dropped (dropped modules are absent from TOPICS), so that the data changes little
@@ -195,13 +194,12 @@ def _paragraphs(tree: ast.Module) -> Iterator[str]:
 
 
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """The tree and its statements in the order of `ast.walk`, which also takes the expressions:
-    most of a tree, and nothing in them has a docstring.
+    """The module and its statements in the order of `ast.walk`, which would visit every expression,
+    too, and they are nine of ten nodes.
     """
-    todo: deque[ast.AST] = deque([tree])
-    while todo:
-        node = todo.popleft()
-        todo.extend(
-            child for child in ast.iter_child_nodes(node) if isinstance(child, HOLDS_STATEMENTS)
-        )
+    waiting: deque[ast.AST] = deque((tree,))
+    while waiting:
+        node = waiting.popleft()
         yield node
+        for field in ("body", "handlers", "orelse", "finalbody", "cases"):  # in the order of each
+            waiting.extend(getattr(node, field, ()))

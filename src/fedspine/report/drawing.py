@@ -9,12 +9,14 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from io import StringIO
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import (
@@ -76,6 +78,13 @@ class Panel:
     caption: str
     figure: Figure
 
+    @cached_property
+    def element(self) -> str:
+        """The figure, which must be finished, as an <svg> element; drawn once, since a comparison
+        needs it for the page and for a file.
+        """
+        return _drawn(self)
+
 
 def styled() -> AbstractContextManager[Any]:
     """Figures made in this context use the style of this file."""
@@ -88,11 +97,21 @@ def svg(panel: Panel, *, background: bool = False) -> str:
 
     As a file of its own it needs a white `background`, since it may be shown on a dark page.
     """
-    out = StringIO()
+    if not background:
+        return panel.element
+    tag, rest = panel.element.split(">", 1)
+    return f'{tag}>\n <rect width="100%" height="100%" fill="#ffffff"/>{rest}'
+
+
+def _drawn(panel: Panel) -> str:
+    figure, out = panel.figure, StringIO()
+    for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+        patch.set(facecolor="none", edgecolor="none")
     # a letter that the font lacks is measured as a box, and drawn by the reader's own font
     with styled(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        panel.figure.savefig(out, format="svg", transparent=not background)
+        # not figure.savefig, which draws a figure with a layout once more to lay it out
+        FigureCanvasSVG(figure).print_svg(out)
     text = out.getvalue()
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     # figures share a page, and matplotlib counts from figure_1 in each
