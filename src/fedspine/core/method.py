@@ -87,6 +87,17 @@ class FitsMemory(Protocol):
         ...
 
 
+@runtime_checkable
+class Prunable(Protocol):
+    """An order whose device prunes."""
+
+    def pruned(self, layout: Any, sparsity: float) -> Self:
+        """The same to a device whose model has this sparsity, from which the cost of later rounds
+        is planned.
+        """
+        ...
+
+
 def planned_sparsities(method: Any, rounds: int) -> list[float]:
     """The sparsity planned for each of `rounds` rounds, 0 for a method that does not prune."""
     if not isinstance(method, Prunes):
