@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from fedspine.core.fleet import NoMemory
-from fedspine.core.message import Tensors, pack
+from fedspine.core.message import Tensors
 from fedspine.core.method import LeastWork
+from fedspine.core.outline import outline
 from fedspine.core.task import Task
 from fedspine.lm.cost import (
     HALF,
@@ -172,7 +173,7 @@ def frame(
     The result is taken to hold as much beside its adapter, and the scores of all units, which is
     right to a kilobyte where the order holds none.
     """
-    beside = pack(order).bytes - HALF * sum(tensor.numel() for tensor in adapter.values())
+    beside = outline(order).bytes - HALF * sum(tensor.numel() for tensor in adapter.values())
     return Frame(
         extent=extent,
         steps=steps,

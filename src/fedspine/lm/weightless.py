@@ -36,7 +36,10 @@ FACTORIES = frozenset(
 )
 STAYING = frozenset((Tensor.cpu, Tensor.to, Tensor.cuda))
 READING = frozenset(
-    (Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__float__, Tensor.__int__, Tensor.__index__)
+    (
+        *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.data_ptr, Tensor.__array__),
+        *(Tensor.__float__, Tensor.__int__, Tensor.__index__),
+    )
 )
 # of which the shape may follow from a mask
 INDEXING = frozenset((Tensor.__getitem__, Tensor.__setitem__))
