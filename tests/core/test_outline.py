@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedspine.core.message import DTYPES, NotAMessage, message, pack
@@ -32,6 +32,7 @@ VALUES = st.builds(
 )
 
 
+@settings(max_examples=40)
 @given(VALUES)
 def test_an_outline_has_the_bytes_of_the_packed_message(value):
     assert outline(value).bytes == pack(value).bytes

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from runs import in_process, tiny_job, write_csv
@@ -10,10 +12,13 @@ from toy import toy_task
 
 from fedspine.core.errors import BadInput
 from fedspine.core.method import FitsMemory
+from fedspine.flare.fleet import FlareFleet
+from fedspine.flare.site_state import SiteState
 from fedspine.fleets import hardware
 from fedspine.lm.forecast import USABLE_MEMORY
 from fedspine.lm.tiny import write_tiny
 from fedspine.methods import all_methods
+from fedspine.runs import backend
 from fedspine.runs.config import Recipe
 from fedspine.runs.memory_check import check_memory
 from fedspine.runs.plan import plan
@@ -69,6 +74,23 @@ def test_who_does_not_say_how_much_it_has_is_not_judged(task):
     with pytest.raises(BadInput):
         check_memory(method, task, [1, 2])
     check_memory(all_methods()["fedlora"].toy(), task, [1])  # which leaves no device out
+
+
+def test_real_sites_are_judged_by_what_they_report(task, monkeypatch):
+    recipe = Recipe(method=all_methods()["legend"].toy())
+    assembled = SimpleNamespace(task=task, recipe=recipe, remarks=(), tokenizer=None)
+    monkeypatch.setattr(backend, "assemble", lambda *_, **__: assembled)
+    monkeypatch.setattr(backend, "terms_of", lambda _: None)
+
+    def join(fleet):
+        fleet._session.sites |= {name: SiteState(name, 10, 1000) for name in ("a", "b")}
+        return {}
+
+    monkeypatch.setattr(FlareFleet, "join", join)
+    sites = backend.RealSites(Path("kit"))
+    sites._link = SimpleNamespace(sites=["a", "b"])
+    with pytest.raises(BadInput, match="no device has the memory for the least that legend"):
+        sites.assemble(recipe)
 
 
 @pytest.mark.parametrize("name", FITTING)

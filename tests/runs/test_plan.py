@@ -221,10 +221,12 @@ def test_an_unknown_kind_of_device_is_named_with_the_nearest(monkeypatch, capsys
 
 
 def test_data_that_is_not_here_leaves_the_classes_to_a_guess(models, monkeypatch, capsys):
-    job = ("--set", f"task.model={models['classification'][2]}", "--set", "task.data=none.csv")
+    settings = (f"task.model={models['classification'][2]}", "task.data=none.csv")
+    settings += ("method.name=fedlora",)
+    job = [part for one in settings for part in ("--set", one)]
     status, out, _ = in_process(monkeypatch, capsys, "plan", *job)
     assert status == 0
-    assert "2 classes are assumed" in out and "asked when pruned" in out
+    assert "2 classes are assumed" in out and "unpruned, rank 8" in out
     status, out, _ = in_process(monkeypatch, capsys, "plan", *job, "--classes", "2", "--json")
     assert not any("assumed" in line for line in json.loads(out)["remarks"])
 

@@ -52,12 +52,12 @@ def _rows(
             [_sizes(kind["memory_bytes"], kind["usable_bytes"]) for kind in kinds],
         ),
         (
-            f"unpruned, rank {found['rank']} on all blocks",
+            f"unpruned, rank {found['rank']}",
             [_fitting(kind["dense_memory_bytes"], kind["dense_fits"]) for kind in kinds],
         ),
-        ("  largest depth that fits", [str(kind["largest"]["depth"]) for kind in kinds]),
-        ("  largest rank that fits", [str(kind["largest"]["rank"]) for kind in kinds]),
-        ("  largest batch that fits", [str(kind["largest"]["batch"]) for kind in kinds]),
+        ("  largest depth", [str(kind["largest"]["depth"]) for kind in kinds]),
+        ("  largest rank", [str(kind["largest"]["rank"]) for kind in kinds]),
+        ("  largest batch", [str(kind["largest"]["batch"]) for kind in kinds]),
     ]
     for part, title in (("training", "asked at first"), ("pruned", "asked when pruned")):
         told = any(kind[part] for kind in kinds)

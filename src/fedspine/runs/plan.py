@@ -321,7 +321,8 @@ def _range(values: Iterable[float]) -> Range:
 
 def _remarks(recipe: Recipe, first: PlannedFleet) -> list[str]:
     section, method = recipe.fleet, recipe.method
-    beside = sorted({one.work.__name__ for one in first.exchanges if not one.quote.price.trained})
+    last = {one.work.__name__ for one in trainings(first).values()}
+    beside = sorted({one.work.__name__ for one in first.exchanges} - last)
     lines = [
         f"every row is taken to have task.max_tokens = {recipe.task.max_tokens} tokens; shorter "
         "ones take less memory and time",
