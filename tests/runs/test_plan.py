@@ -231,10 +231,19 @@ def test_data_that_is_not_here_leaves_the_classes_to_a_guess(models, monkeypatch
     assert not any("assumed" in line for line in json.loads(out)["remarks"])
 
 
+def test_a_run_that_ends_by_its_clock_has_no_total(models):
+    recipe = recipe_of("fedlora", models["classification"][2])
+    assert plan(recipe, classes=CLASSES).run.seconds > 0
+    ended = plan(recipe.choosing({"run": {"seconds": 5.0}}), classes=CLASSES)
+    assert ended.run.seconds is None
+    assert any("run.seconds" in remark for remark in ended.remarks)
+
+
 def test_numbers_of_tensors_without_numbers_are_refused():
     with Weightless():
         made = fresh_a(np.random.default_rng(0), 2, 3)
         assert made.is_meta and torch.ones(2, dtype=torch.bool).device.type == "cpu"
+        assert made.to(dtype=torch.float16).dtype is torch.float16 and made.to("cpu") is made
         for read in (made.tolist, made.numpy, made.data_ptr, lambda: float(made.sum())):
             with pytest.raises(NotImplementedError):
                 read()

@@ -68,7 +68,8 @@ class Weightless(TorchFunctionMode):
             return False
         if func in READING:
             raise NotImplementedError(f"{func.__name__} of a tensor without numbers")
-        if func in STAYING and not any(isinstance(arg, torch.dtype) for arg in args):
+        given = (*args, *kwargs.values())
+        if func in STAYING and not any(isinstance(one, torch.dtype) for one in given):
             return args[0]
         if func not in INDEXING:
             args = [_without_numbers(arg) for arg in args]

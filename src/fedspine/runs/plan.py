@@ -338,6 +338,8 @@ def _remarks(recipe: Recipe, first: PlannedFleet) -> list[str]:
         )
     if section.drop or section.delay_seconds:
         lines.append("fleet.drop and fleet.delay_seconds are left out")
+    if recipe.run.seconds:
+        lines.append("run.seconds ends the run by its clock, so the run's total is not said")
     if not method.same_shapes:
         lines.append(
             f"rounds of {method.name} differ in what they cost, so the run's total is not said"
