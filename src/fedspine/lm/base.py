@@ -59,8 +59,8 @@ class HeadLayer:
 class Base:
     """A frozen transformer for one task, in one precision.
 
-    Use `skeleton` only through `fit`. `weights_sha256` is of the module as it came, so
-    it is the same in every precision.
+    Use `skeleton` only through `fit`. `weights_sha256` is of the module as it came, so it is the
+    same in every precision; it is given where the module has no weights (`lm.weightless`).
     """
 
     def __init__(
@@ -70,10 +70,13 @@ class Base:
         head: tuple[HeadLayer, ...],
         precision: torch.dtype,
         pooling: Pooling | None = None,
+        weights_sha256: str | None = None,
     ) -> None:
         self.layout, self.head, self.precision = layout, head, precision
         self.pooling = pooling  # None: a language model, which has no task head
-        self.weights_sha256 = _weights_sha256(module, head)
+        self.weights_sha256 = (
+            _weights_sha256(module, head) if weights_sha256 is None else weights_sha256
+        )
         self.skeleton = module.eval().requires_grad_(False).to(precision)
         self.config = module.config
         self.config.use_cache = False  # nothing here generates token by token

@@ -166,7 +166,6 @@ def teacher_outputs(device: Device, taught: Taught, plan: Sequence[np.ndarray]) 
     logits: list[Tensor] = []
     hidden: list[Tensor] = []
     seen: list[np.ndarray] = []
-    tokens, squared_tokens, longest = 0, 0, 0
     with torch.no_grad(), Hidden(base, taught.teaching.hidden > 0) as states:
         module = base.fit(model.to(base.device), merge=True)
         for chosen in data.batches_by_length(BATCH):
@@ -174,24 +173,31 @@ def teacher_outputs(device: Device, taught: Taught, plan: Sequence[np.ndarray]) 
             logits.append(module(**inputs).logits.float())
             hidden.append(states.take(inputs["attention_mask"], len(chosen)))
             seen.append(chosen)
-            width = data.width(chosen)
-            longest = max(longest, width)
-            tokens += len(chosen) * width
-            squared_tokens += len(chosen) * width**2
     order = torch.from_numpy(np.argsort(np.concatenate(seen))).to(base.device)
     place = np.full(len(device.data), -1)
     place[rows] = np.arange(len(rows))
     found = TeacherOutputs(place, torch.cat(logits)[order], torch.cat(hidden)[order])
-    rank = adapter_rank(model.adapter)
-    extent = Extent(tokens=tokens, squared_tokens=squared_tokens)
+    charge(device, taught, rows)
+    return found
+
+
+def charge(device: Device, taught: Taught, rows: np.ndarray) -> None:
+    """What it costs a device that the teacher reads these of its rows, each once."""
+    base, data = device.base, device.data.take(rows)
+    sizes = [(len(chosen), data.width(chosen)) for chosen in data.batches_by_length(BATCH)]
+    rank = adapter_rank(taught.teacher.adapter)
+    extent = Extent(
+        tokens=sum(count * width for count, width in sizes),
+        squared_tokens=sum(count * width**2 for count, width in sizes),
+    )
+    longest = max(width for _, width in sizes)
     device.spend(
         flops=teaching_flops(base.layout, rank, extent),
-        launches=len(seen) * base.layout.layers,
+        launches=len(sizes) * base.layout.layers,
         memory_bytes=teaching_memory_bytes(
             base.layout, rank, embeddings=base.embeddings, rows=BATCH, tokens=longest
         ),
     )
-    return found
 
 
 class Teachers:

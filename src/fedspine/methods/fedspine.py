@@ -22,7 +22,7 @@ from fedspine.core.errors import BadInput, check_ranges
 from fedspine.core.fleet import Fleet, NoMemory, Profile, Reply
 from fedspine.core.merging import merged
 from fedspine.core.message import Tensors, message
-from fedspine.core.method import method, on_todays, usable
+from fedspine.core.method import LeastWork, method, on_todays, usable
 from fedspine.core.parts import quiet
 from fedspine.core.task import Task
 from fedspine.core.tensors import half
@@ -30,7 +30,7 @@ from fedspine.lm.aggregate import Contribution, bounded
 from fedspine.lm.base import Model, line_energy
 from fedspine.lm.cost import Extent
 from fedspine.lm.distillation import NoTeacher, Teacher
-from fedspine.lm.forecast import Frame, forecast, frame, ranks_that_fit, round_flops
+from fedspine.lm.forecast import Frame, forecast, frame, least_rank, ranks_that_fit, round_flops
 from fedspine.lm.importance import Scores, tally
 from fedspine.lm.importance_sources import Gradient, Importance
 from fedspine.lm.lora import adapter_rank, check_rank, fresh
@@ -114,6 +114,9 @@ class FedSpine(LocalTraining):
         self._due(0, 1)
         self.controller.check(self.ranks)
         self.importance.check()
+
+    def least_work(self, task: Task) -> LeastWork:
+        return least_rank(task, self.ranks[0], batch=self.batch, scoring=self.importance.order)
 
     def start(self, task: Task, rng: np.random.Generator) -> SpineState:
         layout = task.base.layout

@@ -26,13 +26,19 @@ from fedspine.core.errors import BadInput, check_ranges
 from fedspine.core.fleet import AllLost, Fleet, Reply
 from fedspine.core.merging import Weighted, combined
 from fedspine.core.message import Tensors, message
-from fedspine.core.method import method, on_todays, usable
+from fedspine.core.method import LeastWork, method, on_todays, usable
 from fedspine.core.parts import quiet
 from fedspine.core.reads import Reads
 from fedspine.core.task import Task
 from fedspine.core.tensors import half
 from fedspine.lm.base import Model
-from fedspine.lm.forecast import depth_bytes, depth_traffic, depths_hosted, no_block_fits
+from fedspine.lm.forecast import (
+    depth_bytes,
+    depth_traffic,
+    depths_hosted,
+    least_work,
+    no_block_fits,
+)
 from fedspine.lm.lora import (
     check_depth,
     check_least_depth,
@@ -179,6 +185,10 @@ class Legend(LocalTraining):
         check_tuning(self)
         check_head_start(self, task)
 
+    def least_work(self, task: Task) -> LeastWork:
+        base = task.base
+        return least_work(self._needed(base.layout, base.embeddings, task.max_tokens)[0])
+
     def start(self, task: Task, rng: np.random.Generator) -> LegendState:
         layout = task.base.layout
         ranks = self._ranks(layout.layers)
@@ -256,14 +266,18 @@ class Legend(LocalTraining):
 
     def _hosted(self, state: LegendState, fleet: Fleet) -> dict[DeviceId, int]:
         """The largest depth in each device's memory; one that hosts none is noted and not asked."""
-        needed = depth_bytes(
-            state.layout,
-            self._ranks(state.layout.layers),
-            embeddings=state.embeddings,
-            batch=self.batch,
-            tokens=state.max_tokens,
-        )
+        needed = self._needed(state.layout, state.embeddings, state.max_tokens)
         return depths_hosted(fleet, needed)
+
+    def _needed(self, layout: PrunableLayout, embeddings: int, tokens: int) -> list[int]:
+        """Bytes of memory at depths 1, 2, ..."""
+        return depth_bytes(
+            layout,
+            self._ranks(layout.layers),
+            embeddings=embeddings,
+            batch=self.batch,
+            tokens=tokens,
+        )
 
     def _probed(
         self, state: LegendState, fleet: Fleet, most: Mapping[DeviceId, int]

@@ -6,7 +6,10 @@ What the server decides (how far, at which rank, how adapters are merged) is eac
 
 from dataclasses import replace
 from math import isfinite
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, Self
+
+import numpy as np
+import torch
 
 from fedspine.core.checks import Asked, need, tensors_of, within
 from fedspine.core.device import Device, DeviceId, on_device
@@ -17,7 +20,7 @@ from fedspine.core.tensors import half, single
 from fedspine.lm.aggregate import Contribution
 from fedspine.lm.base import Model
 from fedspine.lm.distillation import Taught, Teacher, Teaching
-from fedspine.lm.importance import Scores, ballot, mixed, no_scores
+from fedspine.lm.importance import Scores, ballot, mixed, no_scores, on_wire
 from fedspine.lm.importance_sources import ScoringOrder, remembered, tune_and_score
 from fedspine.lm.lora import on_blocks
 from fedspine.lm.prunable_layout import PrunableLayout
@@ -65,6 +68,30 @@ class SpineOrder:
         steps, batch = self.tuning.steps, self.tuning.batch
         shown = remembered(self.scoring, steps)
         return Reads(steps=steps, batch=batch, lasting=shown, scale=self.scale)
+
+    def pruned(self, layout: PrunableLayout, sparsity: float) -> Self:
+        """The order to a device that has pruned its model to this sparsity, by equal scores: what
+        its work costs does not depend on which units go.
+        """
+        votes = Scores(
+            heads=torch.from_numpy(np.zeros((layout.layers, layout.heads), np.float32)),
+            channels=torch.from_numpy(np.zeros((layout.layers, layout.channels), np.float32)),
+        )
+        kept = shrink(
+            layout,
+            self.structure,
+            (votes.heads, votes.channels),
+            sparsity=sparsity,
+            target=self.target,
+            uniform=self.uniform,
+        )
+        return replace(
+            self,
+            structure=kept,
+            adapter=cut_adapter(self.adapter, layout.sites, kept, within=self.structure),
+            scores=on_wire(votes) if self.global_importance_weight else None,
+            sparsity=sparsity,
+        )
 
     def check(self, asked: Asked) -> None:
         layout = asked.base.layout

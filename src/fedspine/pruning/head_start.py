@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, Protocol, TypeAlias, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedspine.core.aggregation import Aggregation, Mean
 from fedspine.core.checks import Asked, need, tensor_of, tensors_of
-from fedspine.core.device import FEWEST_OF_CLASS, Device, on_device
+from fedspine.core.device import FEWEST_OF_CLASS, Device, on_device, priced_by
 from fedspine.core.errors import BadInput, unknown
 from fedspine.core.fleet import Fleet, Reply
 from fedspine.core.merging import bounded, trimmed, trims
@@ -173,6 +174,29 @@ def _reads_the_mean(head: Tensors) -> bool:
     return len(head) == 2
 
 
+def _charged(device: Device, order: MeansOrder) -> ClassMeans:
+    """What class means cost, and means of no row."""
+    data = device.data.take(np.arange(min(order.rows, len(device.data))))
+    _charge(device, [(rows, data.width(rows)) for rows in data.batches_by_length(BATCH)])
+    classes, width = device.base.head[0].weight.shape
+    means = {"means": torch.zeros(classes, width)}
+    return ClassMeans(means=half(means), counts=torch.zeros(classes, dtype=torch.int64))
+
+
+def _charge(device: Device, batches: Sequence[tuple[np.ndarray, int]]) -> None:
+    """One forward pass over these batches of rows, each padded to a width."""
+    extent = Extent(
+        tokens=sum(len(rows) * width for rows, width in batches),
+        squared_tokens=sum(len(rows) * width**2 for rows, width in batches),
+    )
+    base = device.base
+    device.spend(
+        flops=forward_flops(base.layout, extent),
+        memory_bytes=HALF * (base.embeddings + base.layout.parameters),
+    )
+
+
+@priced_by(_charged)
 @on_device
 def class_means(device: Device, order: MeansOrder) -> ClassMeans:
     base, chosen = device.base, device.rng.permutation(len(device.data))[: order.rows]
@@ -180,20 +204,13 @@ def class_means(device: Device, order: MeansOrder) -> ClassMeans:
     data = device.data.take(chosen)
     classes, width = base.head[0].weight.shape
     sums, counts = torch.zeros(classes, width), torch.zeros(classes, dtype=torch.int64)
-    tokens, squared_tokens = 0, 0
-    for rows in data.batches_by_length(BATCH):
+    batches = [(rows, data.width(rows)) for rows in data.batches_by_length(BATCH)]
+    for rows, _ in batches:
         inputs = moved(data.batch(rows), base.device)
         labels = inputs.pop("labels").cpu()
         sums.index_add_(0, labels, features(base, inputs).cpu())
         counts += torch.bincount(labels, minlength=classes)
-        padded = data.width(rows)
-        tokens += len(rows) * padded
-        squared_tokens += len(rows) * padded**2
-    extent = Extent(tokens=tokens, squared_tokens=squared_tokens)
-    device.spend(
-        flops=forward_flops(base.layout, extent),
-        memory_bytes=HALF * (base.embeddings + base.layout.parameters),
-    )
+    _charge(device, batches)
     counts[counts < FEWEST_OF_CLASS] = 0
     means = sums * (counts > 0)[:, None] / counts.clamp_min(1)[:, None]
     return ClassMeans(means=half({"means": means}), counts=counts)

@@ -1,7 +1,7 @@
 """From a recipe to a task and a fleet: load the data and the model, give every device its rows."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from fedspine.core.task import Arrays, Data, Task
 from fedspine.data.dataset import Dataset, Dialogue
 from fedspine.data.tasks import remarks
 from fedspine.execution.workers import Workers, Workshop
-from fedspine.fleets.hardware import Hardware, device_ids, fleet_mix
+from fedspine.fleets.hardware import KINDS, Hardware, device_ids, fleet_mix
 from fedspine.fleets.lossy import Lossy
 from fedspine.fleets.semi_async import SemiAsync
 from fedspine.fleets.simulated import SimulatedFleet, profiles
@@ -37,6 +37,7 @@ from fedspine.methods import all_methods
 from fedspine.nets.load import load as load_net
 from fedspine.runs import task_record
 from fedspine.runs.config import Recipe
+from fedspine.runs.memory_check import check_memory
 from fedspine.runs.optimisation import server_of
 from fedspine.runs.own_rows import held_out_of
 from fedspine.runs.promise import check_delta, privacy_of
@@ -104,6 +105,8 @@ def assemble(recipe: Recipe, *, here: bool = True, begun: Path | None = None) ->
     shares, held_out = _held_out(recipe, shares)
     check_delta(recipe, [len(share) for share in shares])
     recipe.method.check(task)
+    if here:
+        check_memory(recipe.method, task, [KINDS[kind].memory_bytes for kind in kinds])
     return Assembled(
         recipe=recipe,
         task=task,
@@ -181,9 +184,7 @@ def build_task(recipe: Recipe, data: Dataset, *, kept: Path | None = None) -> tu
         label_names=data.label_names,
         max_tokens=section.max_tokens,
         rounds=recipe.run.rounds,
-        turns=recipe.run.rounds * min(1.0, recipe.fleet.per_round / recipe.fleet.devices)
-        if storable(base, train)
-        else 0.0,
+        turns=turns_of(recipe) if storable(base, train) else 0.0,
         privacy=privacy_of(recipe),
     )
     return task, tokenizer
@@ -301,21 +302,35 @@ def _computing(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def begun(recipe: Recipe, task: Task) -> Any:
+    """The method's state before the first round."""
+    return recipe.method.start(task, np.random.default_rng([recipe.run.seed, START]))
+
+
+def hardware_of(recipe: Recipe, kinds: Sequence[str]) -> Hardware:
+    """The true speeds of the recipe's simulated devices, which are of these kinds."""
+    return Hardware(
+        seed=recipe.run.seed,
+        kinds=tuple(kinds),
+        spread=recipe.fleet.spread,
+        round_trip_seconds=tuple(recipe.fleet.round_trip_seconds),
+    )
+
+
+def turns_of(recipe: Recipe) -> float:
+    """How often a device trains in the whole run, on average."""
+    return recipe.run.rounds * min(1.0, recipe.fleet.per_round / recipe.fleet.devices)
+
+
 def simulate(
     assembled: Assembled, workers: Workers, store: Store, records: Records
 ) -> SimulatedFleet:
     """The simulated fleet that the recipe describes."""
     recipe = assembled.recipe
-    hardware = Hardware(
-        seed=recipe.run.seed,
-        kinds=assembled.kinds,
-        spread=recipe.fleet.spread,
-        round_trip_seconds=tuple(recipe.fleet.round_trip_seconds),
-    )
     world = World(
         seed=recipe.run.seed,
         profiles=profiles(list(assembled.kinds), [len(share) for share in assembled.shares]),
-        hardware=hardware,
+        hardware=hardware_of(recipe, assembled.kinds),
         workers=workers,
         store=store,
         records=records,

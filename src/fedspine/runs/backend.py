@@ -18,6 +18,7 @@ from fedspine.fleets.rounds import RoundFleet
 from fedspine.lm.content import content_sha256
 from fedspine.runs.assemble import Assembled, assemble, simulate
 from fedspine.runs.config import Recipe
+from fedspine.runs.memory_check import check_memory
 from fedspine.runs.optimisation import server_of
 from fedspine.runs.run_dir import FLEET
 from fedspine.runs.sections import FleetSection
@@ -128,6 +129,8 @@ class RealSites:
         if refusals and len(self._session.sites) < max(self.timeouts.sites, self.timeouts.quorum):
             told = "; ".join(f"{name}: {why}" for name, why in refusals.items())
             raise BadInput(f"{len(refusals)} of {len(self._link.sites)} sites take no part: {told}")
+        joined = [site.memory_bytes for site in self._session.sites.values()]
+        check_memory(recipe.method, assembled.task, joined)
         absent = [f"site {name} takes no part: {why}" for name, why in refusals.items()]
         return replace(assembled, remarks=(*assembled.remarks, _told(recipe), *absent))
 

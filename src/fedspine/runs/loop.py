@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fedspine.core.checks import Terms, check_state
@@ -18,7 +17,7 @@ from fedspine.fleets.rounds import Totals
 from fedspine.report.page import REPORT, write_page
 from fedspine.runs import evaluation
 from fedspine.runs.answers import answers_at_end
-from fedspine.runs.assemble import START, Assembled, around, cohort, settled
+from fedspine.runs.assemble import Assembled, around, begun, cohort, settled
 from fedspine.runs.backend import Backend, RealSites, Simulation, backend_of
 from fedspine.runs.config import Recipe
 from fedspine.runs.ending import guarded
@@ -189,8 +188,7 @@ def _wrap_up(run_dir: Path) -> None:
 
 
 def _begun(context: RunContext) -> Point:
-    rng = np.random.default_rng([context.recipe.run.seed, START])
-    return Point(round=0, state=context.recipe.method.start(context.assembled.task, rng))
+    return Point(round=0, state=begun(context.recipe, context.assembled.task))
 
 
 def _restored(context: RunContext, saved: Saved) -> Point:

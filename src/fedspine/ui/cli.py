@@ -15,7 +15,16 @@ except ImportError:  # which older versions need
 
 import fedspine
 from fedspine.core.errors import BadInput, Stopped
-from fedspine.ui import catalog_cli, data_cli, fit_cli, fleet_cli, model_cli, results_cli, run_cli
+from fedspine.ui import (
+    catalog_cli,
+    data_cli,
+    fit_cli,
+    fleet_cli,
+    model_cli,
+    plan_cli,
+    results_cli,
+    run_cli,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,7 +41,7 @@ app = typer.Typer(
 app.add_typer(fleet_cli.app, name="fleet")
 app.command("data")(data_cli.data)
 for command in (
-    *(run_cli.run, run_cli.sweep),
+    *(run_cli.run, plan_cli.plan, run_cli.sweep),
     *(catalog_cli.methods, catalog_cli.devices),
     run_cli.demo,
     *(results_cli.show, results_cli.report, results_cli.compare),

@@ -1,0 +1,160 @@
+"""A fleet of simulated devices that are charged and do nothing: one round of it is a plan.
+
+A method plans its round for it and cannot tell it from the simulated fleet. It prices each order
+(`execution.pricing`) and times it by the same `Hardware`. What comes before training is answered;
+training itself is the end of the plan.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+from fedspine.core.aggregation import Aggregation, Mean
+from fedspine.core.device import DeviceId, Work, name_of, returns_learnt
+from fedspine.core.fleet import Cost, Profile, Reply
+from fedspine.core.outline import Outline, outline
+from fedspine.core.server_optimiser import Server
+from fedspine.core.task import Data
+from fedspine.execution.pricing import Price, price
+from fedspine.fleets.hardware import Hardware, Timing
+
+
+class Planned(Exception):
+    """The orders that a round trains with are known, which is all that a plan needs."""
+
+
+@dataclass(frozen=True)
+class Quote:
+    """What one order and its reply are charged, whichever device serves it."""
+
+    price: Price
+    bytes_down: int
+    bytes_up: int
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One order and its reply, as they would be charged."""
+
+    device: DeviceId
+    work: Work[Any, Any]
+    order: Any
+    quote: Quote
+    timing: Timing
+
+
+@dataclass
+class Prices:
+    """Prices that are known, by work and outline of the order: of devices without a memory they
+    depend on nothing else.
+    """
+
+    base: Any
+    data: Data
+    _known: dict[tuple[str, Outline], "Quote"] = field(default_factory=dict)
+    # by identity, since a method may send one order to many devices; the order is kept with it
+    _sent: dict[int, tuple[Any, Outline]] = field(default_factory=dict)
+
+    def of(self, work: Work[Any, Any], order: Any) -> "Quote":
+        """What an order costs wherever it is served."""
+        if id(order) not in self._sent:
+            self._sent[id(order)] = (order, outline(order))
+        _, sent = self._sent[id(order)]
+        key = (name_of(work), sent)
+        if key not in self._known:
+            found = price(work, order, base=self.base, data=self.data, memory={})
+            self._known[key] = Quote(found, sent.bytes, outline(found.result).bytes)
+        return self._known[key]
+
+
+@dataclass
+class PlannedFleet:
+    """The devices that the first round asks, of `ids` in the order of `hardware`.
+
+    Raises Planned where the method sends the orders that train.
+    """
+
+    devices: tuple[Profile, ...]
+    ids: tuple[DeviceId, ...]  # of the whole fleet
+    hardware: Hardware
+    prices: Prices
+    aggregation: Aggregation = Mean()
+    server: Server = field(default_factory=Server)
+    now: float = 0.0
+    exchanges: list[Exchange] = field(default_factory=list)
+    left_out: dict[DeviceId, str] = field(default_factory=dict)  # the reason, by device
+    unusable: Mapping[DeviceId, str] = field(default_factory=dict)
+    _asks: dict[DeviceId, int] = field(default_factory=dict)
+
+    @property
+    def base(self) -> Any:
+        return self.prices.base
+
+    def ask(
+        self, work: Work[Any, Any], orders: Mapping[DeviceId, Any], *, within: float = inf
+    ) -> list[Reply[Any]]:
+        built = {id: orders[id] for id in orders}
+        made = [self._exchange(work, id, order) for id, order in built.items()]
+        self.exchanges += made
+        self.now += max((one.timing.total for one in made), default=0.0)
+        if any(one.quote.price.trained for one in made) and returns_learnt(work):
+            raise Planned
+        return [
+            Reply(
+                device=one.device,
+                value=one.quote.price.result,
+                cost=Cost(
+                    bytes_down=one.quote.bytes_down,
+                    bytes_up=one.quote.bytes_up,
+                    flops=one.quote.price.flops,
+                    peak_memory_bytes=one.quote.price.peak_memory_bytes,
+                    seconds=one.timing.total,
+                ),
+                order=one.order,
+            )
+            for one in made
+        ]
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotImplementedError(f"a plan has no {name}")
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    def note(self, **values: Any) -> None:
+        if "left_out" in values:
+            self.left_out[values["device"]] = values["left_out"]
+
+    def foresee(
+        self, device: DeviceId, *, flops: float, launches: float, bytes_down: int, bytes_up: int
+    ) -> float | None:
+        """As the simulated fleet does."""
+        return self.hardware.seconds(
+            self.ids.index(device),
+            round=0,
+            ask=None,
+            flops=flops,
+            launches=launches,
+            bytes_down=bytes_down,
+            bytes_up=bytes_up,
+        ).total
+
+    def timing(self, device: DeviceId, quote: Quote, *, round: int, ask: int | None) -> Timing:
+        """Seconds of an exchange of this cost, given how many the device served before; None:
+        without jitter.
+        """
+        return self.hardware.seconds(
+            self.ids.index(device),
+            round=round,
+            ask=ask,
+            flops=quote.price.flops,
+            launches=quote.price.launches,
+            bytes_down=quote.bytes_down,
+            bytes_up=quote.bytes_up,
+        )
+
+    def _exchange(self, work: Work[Any, Any], device: DeviceId, order: Any) -> Exchange:
+        quote, asked = self.prices.of(work, order), self._asks.get(device, 0)
+        self._asks[device] = asked + 1
+        return Exchange(device, work, order, quote, self.timing(device, quote, round=0, ask=asked))

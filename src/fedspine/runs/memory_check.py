@@ -1,0 +1,30 @@
+"""Whether any device of a fleet has the memory for the least that a method may ask."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from fedspine.core.errors import BadInput
+from fedspine.core.method import FitsMemory
+from fedspine.core.task import Task
+from fedspine.lm.forecast import USABLE_MEMORY
+
+
+def check_memory(method: Any, task: Task, memories: Iterable[int]) -> None:
+    """Raise BadInput where none of the devices' `memories`, in bytes, has room for the least work.
+
+    A method that leaves no device out for its memory passes, and so do devices that do not say how
+    much they have, 0.
+    """
+    known = list(memories)
+    if not isinstance(method, FitsMemory) or not known or min(known) <= 0:
+        return
+    least, most = method.least_work(task), max(known)
+    if least.memory_bytes <= USABLE_MEMORY * most:
+        return
+    *others, last = least.settings
+    raise BadInput(
+        f"no device has the memory for the least that {method.name} trains: "
+        f"{least.memory_bytes / 2**30:.3g} GiB, and of the largest memory, "
+        f"{most / 2**30:.3g} GiB, {USABLE_MEMORY:.0%} may be used; lower {', '.join(others)} or "
+        f"{last}"
+    )

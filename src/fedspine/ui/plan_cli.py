@@ -1,0 +1,55 @@
+"""`fedspine plan`: what a recipe would cost each kind of device, before anything is loaded."""
+
+import dataclasses
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fedspine.core.process import ends_when_told
+from fedspine.ui.options import Json, Settings
+
+
+@ends_when_told()
+def plan(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="RECIPE",
+            help="As for `fedspine run`; default: the embedded job of a classifier.",
+        ),
+    ] = None,
+    settings: Settings = None,
+    seed: Annotated[int | None, typer.Option(help="Shorthand for --set run.seed=N.")] = None,
+    device_kind: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Take all devices to be of this kind."),
+    ] = None,
+    classes: Annotated[
+        int | None,
+        typer.Option(help="Classes of the task; default: those of its data, if it is here.", min=1),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """What a recipe would cost each kind of simulated device: peak memory, seconds and bytes of a
+    round, without loading weights or training.
+
+    A model of any size is planned from its configuration, such as a folder with config.json.
+
+    fedspine plan --set task.model=./llama-1b --set task.kind=causal-lm --set method.name=fedlora
+    """
+    from fedspine.report.plan_report import kind_table, told
+    from fedspine.runs import config
+    from fedspine.runs.plan import plan as made
+
+    found = dataclasses.asdict(
+        made(config.load(recipe, settings, seed), classes=classes, kind=device_kind)
+    )
+    if json:
+        print(jsonlib.dumps(found))
+        return
+    Console().print(kind_table(found))
+    for line in told(found):
+        print(line)
