@@ -1,5 +1,5 @@
 """What one exchange costs on a fleet of real processes: two sites, 40 KB and 4 MB each way, beside
-Flower's.
+Flower's; with `--noise`, what the noise of a site adds to one.
 
 `python benchmarks/exchange.py --flower PYTHON`, where PYTHON is an interpreter that has flwr.
 Writes results/exchange.md. On loopback: an order goes from the run over the server to both sites at
@@ -34,10 +34,16 @@ SIZES = (40_000, 4_000_000)
 GOALS = {40_000: 0.050, 4_000_000: 0.150}  # seconds
 ROWS = "text,label\n" + "a good row,fine\na bad row,fault\n" * 20
 Seconds = dict[int, list[float]]
+RANK, NOISES = 8, (0.0, 8.0)  # of the adapter in answers with noise, and `allow.noise`
+RUN, WARM_UP = "0" * 32, 3
+NOISE_TITLE = "## With the noise of a site"
 
 
 def main() -> None:
     options = _options()
+    if options.noise:
+        _noise(options.exchanges, options.write)
+        return
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         ours = _fedspine(Path(folder), options.exchanges, options.repeats, options.scheme)
@@ -64,7 +70,9 @@ def main() -> None:
     print(text)
     if options.write:
         kept.write_text(json.dumps(entries), encoding="utf-8")
-        kept.with_suffix(".md").write_text(text, encoding="utf-8")
+        page = kept.with_suffix(".md")
+        _, title, noise = page.read_text(encoding="utf-8").partition(NOISE_TITLE)
+        page.write_text(text + (f"\n{title}{noise}" if title else ""), encoding="utf-8")
 
 
 def _options() -> argparse.Namespace:
@@ -81,6 +89,9 @@ def _options() -> argparse.Namespace:
         default="tcp",
         choices=["tcp", "grpc", "http"],
         help="how ours goes over the wire",
+    )
+    parser.add_argument(
+        "--noise", action="store_true", help="the answers of sites with and without noise alone"
     )
     parser.add_argument("--fresh", action="store_true", help="forget what earlier calls measured")
     parser.add_argument("--no-write", dest="write", action="store_false", help="only print")
@@ -142,6 +153,107 @@ def _one_run(recipe: Path, admin: Path, out: Path) -> Seconds:
         if row["row"] == "note" and "size" in row["values"]:
             found[row["values"]["size"]].append(row["values"]["seconds"])
     return found
+
+
+# --- the answer of a site, with noise and without ---
+
+
+def _noise(answers: int, write: bool) -> None:
+    """CPU time of a site's worker for an answer, in this process, the two in turn: wall time beside
+    other work would tell of that work.
+    """
+    sys.path.insert(0, str(HERE / "exchange_site"))
+    import sitecustomize  # noqa: F401 - so that the method is found
+
+    with tempfile.TemporaryDirectory() as folder:
+        workers = {noise: Answering(Path(folder) / f"{noise:g}", noise) for noise in NOISES}
+        found: dict[float, list[float]] = {noise: [] for noise in NOISES}
+        for number in range(answers + WARM_UP):
+            for noise, worker in workers.items():
+                found[noise].append(1000 * worker.seconds(number))
+    ms = {noise: sorted(each[WARM_UP:]) for noise, each in found.items()}
+    without, with_noise = (statistics.median(ms[noise]) for noise in NOISES)
+    rows = [f"| {n:g} | {ms[n][0]:.1f} | {statistics.median(ms[n]):.1f} |" for n in NOISES]
+    text = (
+        f"{NOISE_TITLE}\n\n`python benchmarks/exchange.py --noise`: CPU time of a site's worker "
+        f"for one answer, from packed order to packed answer; an adapter of rank {RANK} for "
+        f"MiniLM's 6 blocks in fp16 each way, no training; {answers} answers each, one thread, "
+        f"load {os.getloadavg()[0]:.1f}. Sites work at the same time, so an exchange takes longer "
+        "by the difference once.\n\n| `allow.noise` | least, ms | median, ms |\n|---|---|---|\n"
+        + "\n".join(rows)
+        + f"\n\nThe noise, with the count of answers, adds {with_noise - without:.1f} ms.\n"
+    )
+    print(text)
+    if write:
+        page = HERE / "results" / "exchange.md"
+        before = page.read_text(encoding="utf-8").split(NOISE_TITLE)[0].rstrip()
+        page.write_text(f"{before}\n\n{text}", encoding="utf-8")
+
+
+class Answering:
+    """A site's worker in this process, which returns the adapters that it is sent."""
+
+    def __init__(self, folder: Path, noise: float) -> None:
+        import torch
+
+        from fedspine.core.message import pack
+        from fedspine.flare.run_terms import RunTerms
+        from fedspine.flare.site import load_site
+        from fedspine.flare.site_worker import SiteWorker
+        from fedspine.flare.wire import Opening
+        from fedspine.lm.content import content_sha256
+        from fedspine.lm.load import load
+
+        torch.set_num_threads(1)
+        folder.mkdir()
+        (folder / "rows.csv").write_text(ROWS)
+        allow = {"methods": ["echo_adapter"], "noise": noise}
+        data = {"path": "rows.csv"}
+        write_site_file(folder, name="one", data=data, models={"minilm": "minilm"}, allow=allow)
+        base, tokenizer = load("minilm", kind="classification", classes=2)
+        terms = RunTerms(
+            method="echo_adapter",
+            kind="classification",
+            model="minilm",
+            model_sha256=content_sha256(base, tokenizer),
+            layers=None,
+            precision="fp32",
+            pooling="auto",
+            max_tokens=8,
+            label_names=("fault", "fine"),
+        )
+        self._layout = base.layout
+        self._worker = SiteWorker(load_site(folder), folder)
+        self._worker.answer(pack(Opening(run=RUN, terms=terms)).payload)
+
+    def seconds(self, number: int) -> float:
+        """CPU time of one answer; another adapter each `number`, since the same counts once."""
+        import numpy as np
+        from fedspine.methods.echo_adapter import AdapterOrder, echo_trained
+
+        from fedspine.core.device import name_of
+        from fedspine.core.message import pack
+        from fedspine.core.tensors import half
+        from fedspine.flare.wire import NotDone, SiteAnswer, SiteOrder, as_array, decoded
+        from fedspine.lm.lora import fresh
+
+        adapter = half(fresh(self._layout.sites, RANK, np.random.default_rng(number)))
+        order = SiteOrder(
+            run=RUN,
+            work=name_of(echo_trained),
+            order=as_array(pack(AdapterOrder(adapter=adapter)).payload),
+            seed=(0, 0, number),
+            round=number,
+            memory=None,
+            version=number,
+            needed=(),
+        )
+        packed = pack(order).payload
+        began = time.process_time()
+        reply = self._worker.answer(packed)
+        seconds = time.process_time() - began
+        assert isinstance(decoded(reply, SiteAnswer, NotDone), SiteAnswer)
+        return seconds
 
 
 # --- Flower's ---

@@ -35,7 +35,7 @@ from fedspine.methods.splitlora import SplitLora
 from fedspine.pruning.head_start import ClassMeans
 
 CURIOUS, HOSTILE = "curious, default terms", "hostile, default terms"
-TIMES = 8  # that a hostile server asks, with other factors and so with new noise each time
+TIMES = 8  # that a hostile server asks, with other factors each time
 AGAIN = f"{HOSTILE}, {TIMES} times"
 # answers for each (steps, rows of a step), and shadow answers
 QUICK = {(1, 1): 12, (1, 8): 8, (1, 32): 6, (20, 32): 4}, 6
@@ -197,10 +197,7 @@ def _attack_within_terms(
         layout = steps, few
         drawn = [orders.tokens_within(base, order, DEFAULT, *layout, i) for i in range(times)]
         if tally.allowed(AGAIN, "span", drawn[0], method.name, few):
-            came = [
-                orders.asked_again(tap, update, each, noise=noise, time=time)
-                for time, each in enumerate(drawn)
-            ]
+            came = orders.asked_often(tap, update, drawn, noise=noise)
             read_span(scene, tally, AGAIN, "", torch.cat([a.first_factors for a in came]), rows)
 
 

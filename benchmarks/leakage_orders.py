@@ -2,6 +2,7 @@
 the terms of a site besides.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,15 +39,27 @@ def asked_again(
     data: Examples | None = None,
     *,
     noise: float = 0.0,
-    time: int = 0,
 ) -> Update:
     """What the same work answers to another order, on the same rows or other `data`, with a site's
-    `noise`, which is drawn anew each `time`.
+    `noise`.
     """
+    return asked_often(tap, update, [order], data, noise=noise)[0]
+
+
+def asked_often(
+    tap: Wiretap,
+    update: Update,
+    orders: Sequence[Any],
+    data: Examples | None = None,
+    *,
+    noise: float = 0.0,
+) -> list[Update]:
+    """The answers to orders one after another, whose noise grows as that of a site does."""
     work = next(work for work, _, got in tap.seen if got is update.result)
-    other = Wiretap(tap.base, tap.data if data is None else data, tap.seed + time, noise)
-    other.ask(work, {DEVICE: order})
-    return updates(other)[0]
+    other = Wiretap(tap.base, tap.data if data is None else data, tap.seed, noise)
+    for order in orders:
+        other.ask(work, {DEVICE: order})
+    return updates(other)
 
 
 def for_tokens(base: Base, order: Any, rank: int | None = None) -> Any:

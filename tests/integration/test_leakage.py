@@ -15,10 +15,14 @@ import leakage_orders as orders
 import numpy as np
 import pytest
 import torch
+from leakage_ground import weights_in
 from scipy import stats
 from transformers import AutoConfig, AutoModelForTokenClassification
 
+from fedspine.core.draws import SeededDraws
+from fedspine.core.noise import GrowingNoise, InMemory
 from fedspine.core.task import Examples, Task
+from fedspine.core.tensors import single
 from fedspine.lm.base import Model
 from fedspine.lm.load import load
 from fedspine.lm.structure import full
@@ -32,6 +36,7 @@ OF_CLASS = 30  # words that only rows of one class begin with
 ROWS = 32  # the fewest distinct rows behind an answer that a site accepts by default
 WITHIN = {"curious", leakage.CURIOUS, leakage.HOSTILE}  # the default terms
 ADAPTERS = ("fedlora", "fedspine", "linear_probe")
+AGAIN = "20 times, default terms"
 
 
 @pytest.fixture(scope="module")
@@ -188,13 +193,40 @@ def test_of_32_real_questions_the_default_terms_tell_no_text(questions):
         answer = orders.asked_again(tap, update, written)
         seen = attacks.tokens_in_span(answer.first_factors, questions.vocabulary, signs=True)
         tally.tokens("no noise", "span", seen, *rows)
+        for server, plain in ((AGAIN, terms.answers), ("no growth", 0.0)):
+            many = averaged(answer, terms.noise, plain, seed)
+            seen = attacks.tokens_by_power(many, questions.vocabulary, questions.public)
+            tally.tokens(server, "power", seen, *rows)
     texts = {(e.server, e.attack): e for e in tally.found if e.what == "texts"}
     above, noise = above_chance(texts.pop(("no noise", "span")))
     assert above > noise
-    assert len(texts) == 4
+    steady = texts.pop(("no growth", "power"))
+    assert np.mean(steady.scores) > np.mean(steady.control)
+    assert not any(texts[AGAIN, "power"].scores)
+    assert len(texts) == 5
     for (server, attack), each in texts.items():
         above, noise = above_chance(each)
         assert above <= noise, f"{server}, {attack}: {above:.3f} above chance"
+
+
+def averaged(answer, share, plain, seed):
+    """What a server makes of the gradients in the first block when it asks the same 20 times: the
+    sum of what comes, in which each answer has the weight that its noise deserves.
+    """
+    noise = GrowingNoise(share, lambda n: SeededDraws((seed, int(n))), InMemory({}), plain)
+    total, weights = 0.0, 0.0
+    for _ in range(20):
+        drawn = noise.about(np.arange(ROWS))
+        back = drawn.added(answer.sent, single(weights_in(answer.result)), ROWS)
+        noisy = replace(answer, result=replace(answer.result, **parts(back)))
+        total, weights = total + noisy.first_factors, weights + drawn.weight
+    return total / weights
+
+
+def parts(weights):
+    """The adapter and the head of an answer of FedLoRA."""
+    adapter = {name: tensor for name, tensor in weights.items() if ".lora_" in name}
+    return {"adapter": adapter, "head": {n: t for n, t in weights.items() if n not in adapter}}
 
 
 def test_an_order_within_the_terms_tells_tokens_where_a_site_answers_about_few_rows(scene):

@@ -225,10 +225,6 @@ BAD_COMMANDS = {  # arguments, and what the line must say
         "export {place}/run --quantize int8 --to {place}/x",
         ["--quantize is for --format onnx and gguf, not hf"],
     ),
-    "rows of another format": (
-        "export {place}/run --format peft --rows {place}/rows.csv --to {place}/x",
-        ["--rows is for --format onnx and gguf, not peft"],
-    ),
     "graph with its base": (
         "export {place}/run --format onnx --with-base --to {place}/x",
         ["--with-base is for --format peft", "of --format onnx"],

@@ -7,13 +7,17 @@ worker process, batched with other devices, or on another machine, with the same
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from fedspine.core.draws import SeededDraws
 from fedspine.core.message import Tensors, pack, unpack
-from fedspine.core.noise import Noise
+from fedspine.core.noise import GrowingNoise, InMemory, Noise
 from fedspine.core.privacy import BudgetExceeded, Guard, Ledger, MemoryLedger, Privacy
 from fedspine.core.task import Data
 
@@ -21,7 +25,8 @@ DeviceId: TypeAlias = str
 O = TypeVar("O")  # noqa: E741 - what the server orders
 R = TypeVar("R")  # what a device returns
 NOISE = 105  # the purpose of the stream of its noise, apart from that of its promise
-FEWEST_OF_CLASS = 3  # rows of a class on a device, below which it says nothing of the class
+# rows of a class on a simulated device, below which it says nothing of the class
+FEWEST_OF_CLASS = 3
 
 
 @dataclass
@@ -44,8 +49,9 @@ class Device:
     kept: Any = None  # kept by the last ask of this round, if this process still has it
     # the fewest distinct rows that may stand behind a number that leaves; 0, as in simulation: any
     fewest_rows: int = 0
+    fewest_of_class: int = FEWEST_OF_CLASS  # rows of a class, below which nothing of it leaves
     privacy: Guard | None = None  # what training here must keep; None: the run promises nothing
-    noise: Noise | None = None  # on what training changed; None: what it gives leaves as it is
+    noise: GrowingNoise | None = None  # on what leaves; None: it leaves as it is
     flops: float = field(default=0.0, init=False)
     launches: int = field(default=0, init=False)
     samples: int = field(default=0, init=False)
@@ -53,6 +59,8 @@ class Device:
     keeping: "Kept | None" = field(default=None, init=False)
     used: list[np.ndarray] = field(default_factory=list, init=False)  # rows, as `uses` notes them
     noise_share: float | None = field(default=None, init=False)  # that was added, beside the change
+    # the texts that this ask was counted for, and its noise
+    _noisy: tuple[np.ndarray, Noise] | None = field(default=None, init=False)
 
     def uses(self, rows: np.ndarray) -> None:
         """Note that what this ask returns rests on these rows; see `rows_used`.
@@ -64,8 +72,11 @@ class Device:
     @property
     def rows_used(self) -> int:
         """How many distinct rows were noted; windows of one text are one row."""
+        return len(self._texts_used())
+
+    def _texts_used(self) -> np.ndarray:
         noted = np.unique(np.concatenate(self.used)) if self.used else np.empty(0, np.int64)
-        return len(np.unique(self.data.texts_of(noted)))
+        return np.unique(self.data.texts_of(noted))
 
     def released(self, before: Tensors, after: Tensors, rows: int | None = None) -> Tensors:
         """Weights as they may leave: those of `after`, with the device's noise on what differs from
@@ -75,9 +86,48 @@ class Device:
         """
         if self.noise is None:
             return after
-        rows = self.rows_used if rows is None else rows
-        self.noise_share = self.noise.share_of(rows)
-        return self.noise.added(before, after, rows)
+        if rows is None:
+            rows, noise = self.rows_used, self._noise_of(self._texts_used())
+        else:  # which of them are behind it is private
+            noise = self._noise_of(np.unique(self.data.texts_of(np.arange(len(self.data)))))
+        self.noise_share = noise.share_of(rows)
+        return noise.added(before, after, rows)
+
+    def beside(self, values: Tensor, one_row: float | Tensor) -> Tensor:
+        """Numbers that rest on the rows noted so far, as they may leave: with the device's noise,
+        beside what one row more or less changes in each. What returns numbers of rows that are no
+        weights has to return what this does.
+        """
+        if self.noise is None:
+            return values
+        return self._noise_of(self._texts_used()).beside(values, one_row)
+
+    def mean_beside(self, mean: float, rows: int, unit: float = 1.0) -> float:
+        """The same of one mean of at least 0 over so many rows, of which each may be `unit` off;
+        one that is not finite stays.
+        """
+        if self.noise is None or not isfinite(mean):
+            return mean
+        one_row = unit / max(1, rows)
+        return max(0.0, float(self.beside(torch.tensor([mean]), one_row)))
+
+    def counts_beside(self, counts: Int[Tensor, " classes"]) -> Int[Tensor, " classes"]:
+        """Numbers of the noted rows that each class has, as they may leave: 0 of a class with fewer
+        than `fewest_of_class`, with the device's noise, and in all no more than there are.
+        """
+        enough, most = counts >= self.fewest_of_class, int(counts.sum())
+        if self.noise is None:
+            return counts * enough
+        told = self.beside(counts, 1.0).round().long()
+        told = torch.where(enough & (told >= self.fewest_of_class), told, 0)
+        return told * most // max(most, int(told.sum()))
+
+    def _noise_of(self, texts: np.ndarray) -> Noise:
+        """This ask's noise; it is counted once for the same texts."""
+        assert self.noise is not None
+        if self._noisy is None or not np.array_equal(self._noisy[0], texts):
+            self._noisy = texts, self.noise.about(texts)
+        return self._noisy[1]
 
     def keep(self, value: Any, bytes: int) -> None:
         """Cache `value`, of about this size, for this device's next ask in this round.
@@ -271,13 +321,14 @@ def serve(
     trainer: Callable[[Any], Any] | None = None,
     scratch: Scratch | None = None,
     fewest_rows: int = 0,
+    fewest_of_class: int = FEWEST_OF_CLASS,
     guard: Guard | None = None,
-    noise: Noise | None = None,
+    noise: GrowingNoise | None = None,
 ) -> Served:
     """Do the work of `call` on `data`, the device's own rows; `scratch` never changes the result.
 
-    `fewest_rows` is the device's. `guard` keeps the call's privacy, `noise` is on what leaves;
-    None: those of a simulated device.
+    `fewest_rows` and `fewest_of_class` are the device's. `guard` keeps the call's privacy, `noise`
+    is on what leaves; None: those of a simulated device.
     """
     found = None if scratch is None else scratch.take(call)
     memory, kept = (
@@ -293,8 +344,9 @@ def serve(
         trainer=trainer,
         kept=kept,
         fewest_rows=fewest_rows,
+        fewest_of_class=fewest_of_class,
         privacy=_simulated_guard(call, memory) if guard is None else guard,
-        noise=_simulated_noise(call) if noise is None else noise,
+        noise=_simulated_noise(call, memory) if noise is None else noise,
     )
     try:
         result = _allowed(call)(device, unpack(call.order))
@@ -335,8 +387,12 @@ def _simulated_guard(call: Call, memory: dict[str, Any]) -> Guard | None:
     return Guard(call.privacy, SeededDraws(call.seed), ledger)
 
 
-def _simulated_noise(call: Call) -> Noise | None:
-    return Noise(call.noise, SeededDraws((*call.seed, NOISE))) if call.noise else None
+def _simulated_noise(call: Call, memory: dict[str, Any]) -> GrowingNoise | None:
+    if not call.noise:
+        return None
+    return GrowingNoise(
+        call.noise, lambda answers: SeededDraws((*call.seed, NOISE)), InMemory(memory)
+    )
 
 
 def _declined(call: Call, device: Device, reason: str) -> Served:

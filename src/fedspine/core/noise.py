@@ -1,8 +1,13 @@
-"""Gaussian noise on tensors: in proportion to a change, and on a device's clipped update."""
+"""Gaussian noise on what leaves: beside the size of a change, beside what one row changes, and on a
+clipped update of a device.
+"""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,11 +17,19 @@ from fedspine.core.privacy import Guard
 
 ROWS = 32  # rows behind an answer at which its noise has the full share
 LARGEST = float(torch.finfo(torch.float16).max)  # the largest value that can be sent
+PLAIN_ANSWERS = 2.0  # about the same 32 rows, by default, after which noise grows
+COUNTED = "answers"  # under which a device's memory holds how many it gave about each text
 
 
 def noise_like(tensor: Tensor, draws: Draws) -> Tensor:
     """Standard normal noise, fp32, in the tensor's shape and on its device."""
     drawn = torch.from_numpy(draws.normal(tensor.numel())).float()
+    return drawn.view(tensor.shape).to(tensor.device)
+
+
+def coarse_noise_like(tensor: Tensor, draws: Draws) -> Tensor:
+    """The same of `Draws.coarse_normal`."""
+    drawn = torch.from_numpy(draws.coarse_normal(tensor.numel()))
     return drawn.view(tensor.shape).to(tensor.device)
 
 
@@ -49,6 +62,20 @@ def noisy_update(before: Tensors, after: Tensors, guard: Guard, multiplier: floa
     }
 
 
+def grown(answers: float, plain: float = PLAIN_ANSWERS) -> float:
+    """How many times the noise of the first answer the n-th about the same rows has, of which
+    `plain` have no more; 0: none has.
+
+    Who averages all of them, each with the weight that its noise deserves, is left with the noise
+    of the first over the root of the sum of 1 / grown(k) ** 2. That sum is below 2 `plain` however
+    many there are: about 3.6 where two are plain, which leaves 1 / 1.9 of the noise for good.
+
+    >>> [grown(answers) for answers in (1, 2, 3, 20)]
+    [1.0, 1.0, 1.5, 10.0]
+    """
+    return max(1.0, answers / plain) if plain else 1.0
+
+
 @dataclass(frozen=True)
 class Noise:
     """The noise that a device adds to trained weights, so that an answer reveals less of its rows.
@@ -59,6 +86,7 @@ class Noise:
 
     share: float  # of the change, for an answer from `ROWS` rows
     draws: Draws
+    weight: float = 1.0  # of the change and its noise together
 
     def share_of(self, rows: int) -> float:
         """The share for an answer from `rows` distinct rows: the more rows, the less an answer
@@ -71,29 +99,93 @@ class Noise:
         """
         return self.share * (ROWS / max(rows, 1)) ** 0.25
 
+    def beside(self, values: Tensor, one_row: float | Tensor) -> Tensor:
+        """`values`, fp32, with the whole share of what one row more or less changes in each.
+
+        >>> from fedspine.core.draws import SeededDraws
+        >>> bool(Noise(8.0, SeededDraws((1,))).beside(torch.zeros(999), 0.1).std() > 0.7)
+        True
+        """
+        return values.float() + self.share * one_row * coarse_noise_like(values, self.draws)
+
     def added(self, before: Tensors, after: Tensors, rows: int) -> Tensors:
-        """`after` with noise on the tensors that are also in `before`, in the same shapes; others
-        are unchanged.
+        """`after` with noise on what differs from `before`, of the same names and shapes, and of
+        both the `weight`; other names stay.
         """
         share, released = self.share_of(rows), dict(after)
         for name, sent in before.items():
             if not after[name].numel():
                 continue
-            noise = share * _sizes(after[name] - sent) * noise_like(after[name], self.draws)
-            released[name] = (after[name] + noise).clamp(-LARGEST, LARGEST)
+            change = after[name] - sent
+            noisy = coarse_noise_like(change, self.draws).mul_(_sizes(change, share))
+            if self.weight == 1:
+                noisy.add_(after[name])
+            else:
+                noisy.add_(change).mul_(self.weight).add_(sent)
+            released[name] = noisy.clamp_(-LARGEST, LARGEST)
         return released
 
 
-def _sizes(change: Tensor) -> Tensor:
-    """For each entry, the root mean square of its row or of its column, whichever is larger, in the
-    shape of `change`; for a vector, that of all entries.
+@runtime_checkable
+class Answered(Protocol):
+    """Where a device counts its answers about each of its texts."""
+
+    def count(self, texts: np.ndarray) -> float:
+        """Note one more answer about these texts, int64; returns how many there are about each on
+        average, this one included.
+        """
+        ...
+
+
+@dataclass
+class InMemory:
+    """The count of a simulated device, in its memory, which is saved and restored with the run."""
+
+    memory: dict[str, Any]
+
+    def count(self, texts: np.ndarray) -> float:
+        counts = np.zeros(int(texts.max(initial=-1)) + 1, np.int32)
+        before = self.memory.get(COUNTED, counts[:0])
+        counts = np.pad(before, (0, max(0, len(counts) - len(before))))
+        counts[texts] += 1
+        self.memory[COUNTED] = counts
+        return float(counts[texts].mean()) if len(texts) else 1.0
+
+
+@dataclass(frozen=True)
+class GrowingNoise:
+    """The noise of a device that is asked again: the more, the more answers about the same rows it
+    gave. Answers about many rows, which say less of each, may be more before it grows.
+
+    A change whose noise has grown comes with the weight that averages give it, the inverse of its
+    variance, so that late answers stop to teach before their noise spoils what was learnt.
+
+    `draws` makes those of the n-th answer about the same rows, so that no two answers with unlike
+    shares of noise have the same draws, from which the noise could be computed.
+    """
+
+    share: float  # of a first answer
+    draws: Callable[[float], Draws]
+    answered: Answered
+    plain: float = PLAIN_ANSWERS  # of `grown`, about `ROWS` rows and fewer
+
+    def about(self, texts: np.ndarray) -> Noise:
+        """The noise of an answer about these texts, which is counted."""
+        answers = self.answered.count(texts)
+        larger = grown(answers, self.plain * max(1.0, len(texts) / ROWS))
+        return Noise(self.share * larger, self.draws(answers), larger**-2.0)
+
+
+def _sizes(change: Tensor, share: float) -> Tensor:
+    """This share of the root mean square of the row or of the column of each entry, whichever is
+    larger, fp32 in the shape of `change`; of a vector that of all, [].
 
     An order that trains only a few rows of a factor concentrates the change there, so these rows
     would stand out from noise scaled by the mean of the whole tensor.
     """
-    power = change.double().square()
+    power = change.float().square()
     if change.dim() < 2:
-        return power.mean().sqrt().float().expand(change.shape)
+        return share * power.mean().sqrt()
     flat = power.flatten(1)
-    larger = torch.maximum(flat.mean(1, keepdim=True), flat.mean(0, keepdim=True))
-    return larger.sqrt().float().view(change.shape)
+    by_row, by_column = (flat.mean(dim, keepdim=True).sqrt().mul_(share) for dim in (1, 0))
+    return torch.maximum(by_row, by_column).view(change.shape)

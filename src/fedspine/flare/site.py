@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pydantic
 
 from fedspine.core.errors import BadInput
 from fedspine.core.strict import Section, known_keys, read_toml, section, validated
 from fedspine.core.task import BUILT_IN_DATA, BUILT_IN_MODELS, Examples
 from fedspine.flare.run_terms import Refused, RunTerms, refusing
+from fedspine.flare.site_noise import text_names
 from fedspine.flare.site_privacy import (
     SitePrivacySection,
     check_promise,
@@ -27,6 +29,7 @@ from fedspine.flare.site_privacy import (
 from fedspine.flare.site_terms import SITE_FILE, AllowSection, check_run
 
 if TYPE_CHECKING:
+    from fedspine.data.dataset import Rows
     from fedspine.lm.base import Base
 
 MODELS = ("minilm",)  # of a site whose file names none
@@ -108,6 +111,7 @@ class Holding:
     base: "Base"
     tokenizer: Any
     examples: Examples
+    texts: np.ndarray  # the names of the texts that they are of, by `site_noise.text_names`
 
 
 def load_site(path: Path) -> Site:
@@ -153,19 +157,32 @@ def open_site(site: Site, terms: RunTerms) -> Holding:
             "content",
         )
     with refusing("data"):
-        return Holding(
-            base=base, tokenizer=tokenizer, examples=site_examples(site, terms, tokenizer)
-        )
+        rows = site_rows(site, terms)
+        examples = _encoded(site, terms, tokenizer, rows)
+        return Holding(base, tokenizer, examples, text_names(rows.texts))
 
 
 def site_examples(site: Site, terms: RunTerms, tokenizer: Any) -> Examples:
-    """All of the site's rows, encoded as a simulation over the same rows would encode them.
+    """All of the site's rows, encoded as a simulation over the same rows would encode them; raises
+    as `site_rows`.
+    """
+    return _encoded(site, terms, tokenizer, site_rows(site, terms))
+
+
+def _encoded(site: Site, terms: RunTerms, tokenizer: Any, rows: "Rows") -> Examples:
+    from fedspine.lm.tokens import tokens
+
+    kept = Path(site.caches.folder)
+    return tokens(tokenizer, rows, terms.kind, terms.max_tokens, folder=kept, kept=TOKENS_KEPT)
+
+
+def site_rows(site: Site, terms: RunTerms) -> "Rows":
+    """All of the site's rows, before they are encoded.
 
     Raises Refused for fewer rows than the site answers about, BadInput for rows that do not fit the
     terms.
     """
     from fedspine.data.tasks import load_stated
-    from fedspine.lm.tokens import tokens
 
     data = site.data
     rows = load_stated(
@@ -188,8 +205,7 @@ def site_examples(site: Site, terms: RunTerms, tokenizer: Any) -> Examples:
             "rows",
         )
     check_rows(site.name, terms.privacy, len(rows.texts))
-    kept = Path(site.caches.folder)
-    return tokens(tokenizer, rows, terms.kind, terms.max_tokens, folder=kept, kept=TOKENS_KEPT)
+    return rows
 
 
 def check_name(name: str) -> None:

@@ -1,5 +1,4 @@
-"""What a site demands of a run's privacy, what it has spent of its own budget over all runs, and
-the noise of its answers.
+"""What a site demands of a run's privacy, and what it has spent of its own budget over all runs.
 
 The server cannot set any of it back: ledger and key lie in the site's folder, and neither follows
 from the versions of memory that orders name.
@@ -19,7 +18,6 @@ from fedspine.core.device import Call
 from fedspine.core.draws import SecretDraws
 from fedspine.core.errors import BadInput
 from fedspine.core.message import NotAMessage, message, pack, unpack
-from fedspine.core.noise import Noise
 from fedspine.core.privacy import (
     SPENT,
     BudgetExceeded,
@@ -178,38 +176,24 @@ def site_guard(
     """
     if call.privacy is None:
         return None
-    digest = _asked_sha256(run, opened, call)
+    digest = asked_sha256(run, opened, call)
     path = folder / FOLDER / LEDGER
     return Guard(
         terms=call.privacy,
-        draws=SecretDraws(hmac.digest(_key(folder / FOLDER), digest, hashlib.sha256)),
+        draws=SecretDraws(hmac.digest(key(folder / FOLDER), digest, hashlib.sha256)),
         ledger=SiteLedger(path, section, call.privacy, run, digest.hex()),
     )
 
 
-def site_noise(folder: Path, secret: bytes, share: float, opened: str, call: Call) -> Noise | None:
-    """The noise of a call's answer at a site, None where the site adds none.
-
-    Its draws follow from the site's `secret`, with which the answer can be replayed, and from all
-    that the answer depends on, whichever run asks; where the secret is empty, from the key in
-    `folder`.
-    """
-    if not share:
-        return None
-    named = hashlib.sha256(b"noise" + _asked_sha256("", opened, call)).digest()
-    key = secret or _key(folder / FOLDER)
-    return Noise(share, SecretDraws(hmac.digest(key, named, hashlib.sha256)))
-
-
-def _asked_sha256(run: str, opened: str, call: Call) -> bytes:
+def asked_sha256(run: str, opened: str, call: Call) -> bytes:
     """A digest of all that the answer to a call depends on."""
     named = pack((run, opened, call.device, call.work, call.seed, call.round)).payload
     parts = (named, call.order, call.memory or b"")
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
 
-def _key(home: Path) -> bytes:
-    """The key of the site's noise, made once; only its owner may read it.
+def key(home: Path) -> bytes:
+    """The key of a site's noise, made once in the folder `home`; only its owner may read it.
 
     Without it nobody can take the noise out of an answer, so it must never be empty or known.
     """
@@ -218,19 +202,19 @@ def _key(home: Path) -> bytes:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        key = path.read_bytes()
-        if len(key) != KEY_BYTES:
+        found = path.read_bytes()
+        if len(found) != KEY_BYTES:
             raise BadInput(
                 f"{path} is damaged: {KEY_BYTES} bytes were expected; remove it, and the site "
                 "makes another"
             ) from None
-        return key
+        return found
     with os.fdopen(descriptor, "wb") as file:
-        key = secrets.token_bytes(KEY_BYTES)
-        file.write(key)
+        made = secrets.token_bytes(KEY_BYTES)
+        file.write(made)
         file.flush()
         os.fsync(file.fileno())
-    return key
+    return made
 
 
 def _short_of(section: SitePrivacySection, privacy: Privacy | None) -> str | None:

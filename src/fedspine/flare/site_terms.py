@@ -9,6 +9,7 @@ from typing import Any, Literal, NoReturn, TypeAlias
 
 import pydantic
 
+from fedspine.core.noise import PLAIN_ANSWERS
 from fedspine.core.reads import Reads, reads_of
 from fedspine.core.strict import Section
 from fedspine.core.task import Kind
@@ -26,6 +27,7 @@ class AllowSection(Section):
     methods: tuple[str, ...] | None = None
     # distinct rows behind each answer; of fewer, a reply could reveal one
     fewest_rows: int = pydantic.Field(32, ge=1)
+    fewest_of_class: int = pydantic.Field(8, ge=1)  # rows of a class behind its mean and its count
     # blocks that features have passed which leave; in none, they are embeddings of the tokens
     lowest_cut: int = pydantic.Field(1, ge=0)
     most_steps: int = pydantic.Field(1000, ge=1)  # of an order
@@ -45,9 +47,13 @@ class AllowSection(Section):
     norms: Bounds = (1e-3, 1000.0)
     # nats by which the head's bias may prefer a class whatever the features are
     largest_bias: float = pydantic.Field(4.0, ge=0)
-    # that it adds to the weights that leave, as a share of what training changed in an answer about
-    # 32 rows; of answers about more it falls with the fourth root of their number
+    # that it adds to the weights that leave, as a share of what training changed in a first answer
+    # about 32 rows, and to other numbers, as a multiple of what one row changes: `core.noise`
     noise: float = pydantic.Field(8.0, ge=0)
+    # about the same 32 rows, over all runs, that have this noise, and in proportion more about more
+    # rows; noise of later ones grows in proportion to their number, so that all together never tell
+    # more than twice as many; 0: all have it
+    answers: float = pydantic.Field(PLAIN_ANSWERS, ge=0)
     most_tokens: int = pydantic.Field(2048, ge=4)  # of a row
     orders_per_minute: int = pydantic.Field(6000, ge=1)  # openings included
 
@@ -116,8 +122,9 @@ def check_noise(site: str, allow: AllowSection, order: Any, share: float | None)
     """Raise Refused if an answer to this order, with noise of this share, lacks the noise of
     `site`: its work does not let `lm.tune` or `split.whole_model` train.
     """
-    trained = any(reads.descent is not None for reads in reads_of(order))
-    if allow.noise and trained and share is None:
+    if not allow.noise or share is not None:
+        return
+    if any(reads.descent is not None for reads in reads_of(order)):
         line = f"the work adds no noise, which allow.noise of its {SITE_FILE} demands"
         _refuse(site, line, "limits", line)
 

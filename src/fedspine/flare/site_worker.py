@@ -41,7 +41,8 @@ from fedspine.flare import site_disk
 from fedspine.flare.run_terms import Refused, RunTerms
 from fedspine.flare.site import Holding, Site, load_site, open_site
 from fedspine.flare.site_disk import LOG, MEMORY, PREFIXES, RUNS_KEPT
-from fedspine.flare.site_privacy import opened_sha256, site_guard, site_noise
+from fedspine.flare.site_noise import site_noise
+from fedspine.flare.site_privacy import opened_sha256, site_guard
 from fedspine.flare.site_secret import seed_of, site_secret
 from fedspine.flare.site_terms import check_noise, check_order, check_training, check_used
 from fedspine.flare.site_weights import check_magnitudes, check_weights
@@ -208,8 +209,11 @@ class SiteWorker:
             prefixes,
             scratch=self._scratch,
             fewest_rows=allow.fewest_rows,
+            fewest_of_class=allow.fewest_of_class,
             guard=site_guard(self._folder, self._site.privacy, here.run, here.content, call),
-            noise=site_noise(self._folder, self._secret, allow.noise, here.content, call),
+            noise=site_noise(
+                self._folder, self._secret, allow, here.content, here.holding.texts, call
+            ),
         )
 
     def _check(self, here: Open, order: Any) -> None:

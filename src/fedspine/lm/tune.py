@@ -292,9 +292,12 @@ def _ended(losses: list[float], counted: list[np.ndarray], device: Device) -> fl
     """
     steps = zip(losses[: _steps(losses)], counted, strict=False)
     told = [(loss, rows) for loss, rows in steps if len(rows) or not np.isfinite(loss)]
-    texts = [device.data.texts_of(rows) for _, rows in told] if device.fewest_rows else []
+    if not told:
+        return 0.0
+    texts = [device.data.texts_of(rows) for _, rows in told]
     last = last_steps(texts, LAST, device.fewest_rows)
-    return float(np.mean([loss for loss, _ in told][-last:])) if told else 0.0
+    behind = len(np.unique(np.concatenate(texts[-last:])))
+    return device.mean_beside(float(np.mean([loss for loss, _ in told][-last:])), behind)
 
 
 def _prefix(request: Request, first: int) -> Tensor | None:

@@ -97,7 +97,8 @@ def score_branches(device: Device, order: TrialOrder) -> TrialResult:
             scale=order.scale,
         )
         found = score(base, model, data)
-        accuracies[branch] = found.correct / max(1, found.count)
+        accuracy = device.mean_beside(found.correct / max(1, found.count), device.rows_used)
+        accuracies[branch] = min(1.0, accuracy)
         for rows in data.batches_by_length(BATCH):
             tokens += len(rows) * data.width(rows)
             squared += len(rows) * data.width(rows) ** 2

@@ -93,12 +93,13 @@ def train_and_thin(device: Device, order: PyramidOrder) -> PyramidResult:
     seed = int(device.rng.integers(2**31))
     losses = np.concatenate(result.losses)
     squared = float(np.mean(losses**2)) if len(losses) else 0.0  # no label counted
+    root = device.mean_beside(float(np.sqrt(squared)), device.rows_used)
     update = {name: tensor[kept(seed, name, tensor, order.drop)] for name, tensor in change.items()}
     return PyramidResult(
         update=wired(update, order.precision),  # type: ignore[arg-type]
         seed=seed,
         loss=result.ended,
-        reward=len(device.data) * float(np.sqrt(squared)),
+        reward=len(device.data) * root,
         norm=float(torch.stack([tensor.square().sum() for tensor in change.values()]).sum().sqrt()),
         examples=len(device.data),
     )

@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedspine.core.checks import Asked, need, tensors_of, within
 from fedspine.core.device import Device, DeviceId, on_device
@@ -238,11 +239,21 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
         adapter=half(on_blocks(layout, trace.model.adapter, lowest)),
         head=half(trace.model.head),
         structure=kept,
-        scores=ballot(trace.scores or no_scores(layout), kept),
+        scores=ballot(_beside(device, trace.scores or no_scores(layout)), kept),
         loss=trace.loss,
         loss_before=loss_before,
         examples=len(device.data),
     )
+
+
+def _beside(device: Device, scores: Scores) -> Scores:
+    """The scores as they may leave: a sum over rows, each of which may be its share of it off."""
+    one_row = 1 / max(1, device.rows_used)
+
+    def told(values: Tensor) -> Tensor:
+        return values * device.beside(torch.zeros_like(values), one_row).exp()
+
+    return replace(scores, heads=told(scores.heads), channels=told(scores.channels))
 
 
 def _taught(device: Device, order: SpineOrder) -> Taught | None:

@@ -9,6 +9,7 @@ arXiv:1703.05175); class means over clients are FedNCM's (Legate et al. 2023, ar
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import sqrt
 from typing import Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fedspine.core.aggregation import Aggregation, Mean
 from fedspine.core.checks import Asked, need, tensor_of, tensors_of
-from fedspine.core.device import FEWEST_OF_CLASS, Device, on_device, priced_by
+from fedspine.core.device import Device, on_device, priced_by
 from fedspine.core.errors import BadInput, unknown
 from fedspine.core.fleet import Fleet, Reply
 from fedspine.core.merging import bounded, trimmed, trims
@@ -204,16 +205,23 @@ def class_means(device: Device, order: MeansOrder) -> ClassMeans:
     data = device.data.take(chosen)
     classes, width = base.head[0].weight.shape
     sums, counts = torch.zeros(classes, width), torch.zeros(classes, dtype=torch.int64)
+    squares = 0.0
     batches = [(rows, data.width(rows)) for rows in data.batches_by_length(BATCH)]
     for rows, _ in batches:
         inputs = moved(data.batch(rows), base.device)
         labels = inputs.pop("labels").cpu()
-        sums.index_add_(0, labels, features(base, inputs).cpu())
+        found = features(base, inputs).cpu()
+        sums.index_add_(0, labels, found)
+        squares += float(found.square().sum())
         counts += torch.bincount(labels, minlength=classes)
     _charge(device, batches)
-    counts[counts < FEWEST_OF_CLASS] = 0
-    means = sums * (counts > 0)[:, None] / counts.clamp_min(1)[:, None]
-    return ClassMeans(means=half({"means": means}), counts=counts)
+    told, rows = device.counts_beside(counts), len(chosen)
+    spread = max(0.0, squares / rows - float((sums.sum(0) / rows).square().sum())) / width
+    each = counts.clamp_min(1)[:, None]
+    # one row more or less moves the mean of its class by its distance over their number
+    means = device.beside(sums * (told > 0)[:, None] / each, sqrt(spread) / each)
+    means = torch.where((told > 0)[:, None], means, 0.0)
+    return ClassMeans(means=half({"means": means}), counts=told)
 
 
 def features(base: Base, inputs: Tensors) -> Float[Tensor, "rows width"]:

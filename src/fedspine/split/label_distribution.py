@@ -9,7 +9,7 @@ import torch
 
 from fedspine.control.labels import class_log_ratios, distribution, reference
 from fedspine.core.checks import Asked, need, tensor_of
-from fedspine.core.device import FEWEST_OF_CLASS, Device, DeviceId, on_device
+from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import AllLost, Fleet, none_left
 from fedspine.core.message import Tensors, message
@@ -57,17 +57,12 @@ def label_distribution(device: Device, order: LabelQuery) -> LabelDistribution:
         labels = np.minimum(device.data.lengths * LENGTHS // (order.longest + 1), LENGTHS - 1)
     device.uses(np.arange(len(device.data)))
     shares = distribution(labels, classes)
-    counts = np.bincount(labels, minlength=classes)
-    rare = (counts > 0) & (counts < FEWEST_OF_CLASS)
-    if device.fewest_rows and rare.any():
-        shares = _without(rare, shares)
-    return LabelDistribution(shares=shares)
-
-
-def _without(rare: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """The shares among the other classes; all classes alike where there are no others."""
-    kept = np.where(rare, 0.0, shares)
-    return kept / kept.sum() if kept.any() else np.full(len(shares), 1 / len(shares))
+    if not (device.fewest_rows or device.noise):
+        return LabelDistribution(shares=shares)
+    counts = torch.from_numpy(np.bincount(labels, minlength=classes))
+    told = device.counts_beside(counts).numpy()
+    even = np.full(classes, 1 / classes)
+    return LabelDistribution(shares=told / told.sum() if told.any() else even)
 
 
 def known_labels(

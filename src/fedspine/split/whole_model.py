@@ -83,16 +83,9 @@ class LocalResult:
 
     weights: Tensors
     losses: tuple[np.ndarray, ...]  # one for each step, [rows of which a label counted]
-    last: int = LAST  # steps that `ended` is over
-
-    @property
-    def ended(self) -> float:
-        """The mean of the last steps' mean losses, in nats; not finite where one of them is not.
-
-        0 where no label counted.
-        """
-        means = [losses.mean() for losses in self.losses if len(losses)]
-        return float(np.mean(means[-self.last :])) if means else 0.0
+    # the mean of the last steps' mean losses, in nats, with the device's noise; not finite where
+    # one of them is not, 0 where no label counted
+    ended: float
 
 
 def train_whole(device: Device, weights: Tensors, training: Training) -> LocalResult:
@@ -132,8 +125,16 @@ def train_whole(device: Device, weights: Tensors, training: Training) -> LocalRe
     return LocalResult(
         weights=device.released(sent, trained),
         losses=tuple(losses),
-        last=last_steps(counted, LAST, device.fewest_rows),
+        ended=_ended(device, [float(each.mean()) for each in losses if len(each)], counted),
     )
+
+
+def _ended(device: Device, losses: Sequence[float], counted: Sequence[np.ndarray]) -> float:
+    if not losses:
+        return 0.0
+    last = last_steps(counted, LAST, device.fewest_rows)
+    behind = len(np.unique(np.concatenate(counted[-last:])))
+    return device.mean_beside(float(np.mean(losses[-last:])), behind)
 
 
 def _account(

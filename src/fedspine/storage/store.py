@@ -351,16 +351,17 @@ def lock(path: Path, what: str) -> BinaryIO:
     return file
 
 
-def write_atomically(path: Path, payload: bytes) -> None:
-    """Write a file so that its name holds either the old bytes or all of the new ones, even after a
-    power failure.
+def write_atomically(path: Path, payload: bytes, *, sync: bool = True) -> None:
+    """Write a file so that its name holds either the old bytes or all of the new ones, after a kill
+    of the process and, with `sync`, which takes milliseconds, after a power failure too.
     """
     partial = path.with_name(path.name + ".part")
     try:
         with open(partial, "wb") as file:
             file.write(payload)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)
