@@ -41,7 +41,7 @@ from fedspine.runs import task_record
 from fedspine.runs.config import Recipe
 from fedspine.runs.memory_check import check_memory
 from fedspine.runs.optimisation import server_of
-from fedspine.runs.own_rows import held_out_of
+from fedspine.runs.own_rows import held_out_by
 from fedspine.runs.promise import check_delta, privacy_of
 from fedspine.runs.read_data import dataset, modelled, row_shares
 from fedspine.runs.task_record import TaskRecord
@@ -51,7 +51,7 @@ from fedspine.storage.store import Store
 
 GPU_TOGETHER = 32  # default number of devices trained in one batched pass
 # purposes of random streams, which must differ
-ORDER, COHORT, START, HELD_OUT = 101, 102, 103, 104
+ORDER, COHORT, START = 101, 102, 103
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def assemble(recipe: Recipe, *, here: bool = True, begun: Path | None = None) ->
     shares = share_out(recipe, data, task.train) if here else ()
     if recipe.task.pack:
         task, shares = _packed(recipe, task, shares, here=here)
-    shares, held_out = _held_out(recipe, shares)
+    shares, held_out = held_out_by(recipe, shares)
     check_delta(recipe, [len(share) for share in shares])
     recipe.method.check(task)
     if here:
@@ -291,16 +291,6 @@ def _packed(
         raise BadInput("task.pack is for simulated devices, not for real sites; leave it out")
     train, shares = packed(task.train, shares, recipe.task.max_tokens)
     return replace(task, train=train), shares
-
-
-def _held_out(
-    recipe: Recipe, shares: tuple[np.ndarray, ...]
-) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """The rows that devices train on, and those that they hold out."""
-    if recipe.fleet.held_out is None or not shares:
-        return shares, ()
-    rng = np.random.default_rng([recipe.run.seed, HELD_OUT])
-    return held_out_of(shares, recipe.fleet.held_out, rng)
 
 
 def test_order(assembled: Assembled) -> np.ndarray:
