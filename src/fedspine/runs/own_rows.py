@@ -14,7 +14,6 @@ from fedspine.lm.score import Score
 from fedspine.runs.config import Recipe
 from fedspine.storage.store import Store
 
-
 HELD_OUT = 104  # the purpose of its random stream, apart from those of `assemble`
 
 
