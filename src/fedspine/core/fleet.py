@@ -37,6 +37,20 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class EarlyExchange:
+    """An exchange on which the task itself rests, so that it comes before the first round; its
+    seconds are those of the fleet that is charged for it.
+    """
+
+    device: DeviceId
+    work: str
+    bytes_down: int
+    bytes_up: int
+    flops: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
 class Reply(Generic[R]):
     """A device's result, its cost, and the order that it answers, as it was sent.
 

@@ -27,6 +27,7 @@ from fedspine.lm.gguf_files import is_gguf
 from fedspine.lm.load import MINILM_HUB
 from fedspine.lm.pooling import HOW, Pooling
 from fedspine.lm.structure import is_full, sparsity
+from fedspine.lm.vocabulary import VocabularyCut
 
 AUTO: dict[Pooling | None, str] = {  # PEFT's class for each readout
     "mean": "AutoPeftModelForTokenClassification",
@@ -38,11 +39,12 @@ AUTO: dict[Pooling | None, str] = {  # PEFT's class for each readout
 @dataclass(frozen=True)
 class Origin:
     """The base that a run started from: its folder, file or Hub id, and whether the run kept only
-    its first blocks.
+    its first blocks, or only some of its tokens.
     """
 
     name: str
     cut: bool
+    fewer_tokens: bool = False  # whether it kept a part of its vocabulary
 
     @property
     def dequantised(self) -> bool:
@@ -69,6 +71,7 @@ def export_adapter(
     name: str,
     provenance: Provenance | None = None,
     prove: Prove | None = None,
+    vocabulary: VocabularyCut | None = None,
 ) -> Path:
     """Write the adapter and the task head of `model` to the new `folder`, which appears only when
     it is complete.
@@ -79,7 +82,8 @@ def export_adapter(
     """
     folder = Path(folder)
     _check(folder, model, origin, with_base)
-    card_facts = {"labels": labels, "kind": kind, "max_tokens": max_tokens, "name": name}
+    card_facts: dict[str, Any] = {"labels": labels, "kind": kind, "max_tokens": max_tokens}
+    card_facts |= {"name": name, "vocabulary": vocabulary}
     with whole_folder(folder) as partial:
         fits = origin.stock_name
         if with_base:
@@ -114,6 +118,12 @@ def _check(folder: Path, model: Model, origin: Origin, with_base: bool) -> None:
             f"{origin.name} is a quantised file, onto which PEFT cannot load an adapter; add "
             "--with-base to write the dequantised base, too, or use --format hf for the merged "
             "model"
+        )
+    if origin.fewer_tokens:
+        raise BadInput(
+            f"this run kept a part of the vocabulary of {origin.name} (task.vocabulary), so its "
+            "tokens are not those of the whole; add --with-base to write the base with these "
+            "tokens, too, or take --format hf for the merged model"
         )
     if origin.cut:
         raise BadInput(
@@ -176,6 +186,7 @@ def _readme(
     kind: Kind,
     max_tokens: int,
     name: str,
+    vocabulary: VocabularyCut | None,
 ) -> str:
     auto = AUTO[pooling]
     how = f"\n{HOW}\n" if pooling == "mean" else ""
@@ -202,6 +213,7 @@ It fits `{fits}`.
 |---|---|
 | task | {kind}{": " + ", ".join(labels) if labels else ""} |
 {came}| share of the blocks' weights pruned | {pruned:.1%} |
+| vocabulary | {"all tokens" if vocabulary is None else vocabulary.line} |
 | longest input, in tokens | {max_tokens} |
 
 {measured}```python

@@ -6,11 +6,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
+import pydantic
+
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Kind
 from fedspine.exports.provenance import Provenance
 from fedspine.lm.pooling import Pooling
 from fedspine.lm.structure import StructureKind
+from fedspine.lm.vocabulary import VocabularyCut
 
 FORMAT = 2
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -41,6 +44,7 @@ class Card:
     chat: bool = False  # whether it was tuned on dialogues
     structure: StructureKind = "free"  # whether all layers were to keep as many units
     provenance: Provenance | None = None  # the run, the data and the base
+    vocabulary: VocabularyCut | None = None  # what is left of the model's; None: all
 
     @property
     def structure_line(self) -> str:
@@ -50,8 +54,13 @@ class Card:
         units = f"{self.heads[0]} heads and {self.channels[0]} channels"
         return f"uniform: {units} in every layer, which a stock configuration can describe"
 
+    @property
+    def vocabulary_line(self) -> str:
+        """How many tokens the model has of those it began with."""
+        return "all tokens" if self.vocabulary is None else self.vocabulary.line
 
-OPTIONAL = ("chat", "structure", "provenance")
+
+OPTIONAL = ("chat", "structure", "provenance", "vocabulary")
 
 
 def format_of(place: Path) -> Literal["hf", "onnx", "gguf", "peft"]:
@@ -150,11 +159,22 @@ def _checked(folder: Path, entry: dict[str, object]) -> Card:
         raise BadInput(
             f"the `fedspine` entry of {folder / CONFIG} is damaged; export the model again"
         )
+    if (words := values.pop("vocabulary", None)) is not None:
+        words = _vocabulary(folder, words)
     entry = values.pop("provenance", None)
     known = None if entry is None else Provenance(**entry)  # type: ignore[arg-type]
-    return Card(**values, provenance=known)  # type: ignore[arg-type]
+    return Card(**values, provenance=known, vocabulary=words)  # type: ignore[arg-type]
 
 
 def _is_provenance(entry: object) -> bool:
     names = {field.name for field in fields(Provenance)}
     return entry is None or (isinstance(entry, dict) and names == set(entry))
+
+
+def _vocabulary(folder: Path, words: object) -> VocabularyCut:
+    try:
+        return pydantic.TypeAdapter(VocabularyCut).validate_python(words)
+    except pydantic.ValidationError:
+        raise BadInput(
+            f"the `fedspine` entry of {folder / CONFIG} is damaged; export the model again"
+        ) from None

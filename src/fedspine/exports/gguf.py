@@ -200,6 +200,7 @@ Fine-tuned over many devices and pruned by fedspine, as a file for llama.cpp.
 | key/value heads kept, by layer | {", ".join(map(str, card.heads))} |
 | channels kept, by layer | {", ".join(map(str, card.channels))} |
 | structure | {card.structure_line} |
+| vocabulary | {card.vocabulary_line} |
 | longest input in training, in tokens | {card.max_tokens} |
 
 {measured}The comparison read the file's numbers back into PyTorch.

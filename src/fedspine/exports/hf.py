@@ -31,6 +31,7 @@ from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.pooling import CLASSES, HOW, Pooling
 from fedspine.lm.structure import Structure, StructureKind, is_even, sparsity
+from fedspine.lm.vocabulary import VocabularyCut
 
 __all__ = [
     "ChatAnswer",
@@ -60,16 +61,17 @@ def export(
     structure: StructureKind = "free",
     provenance: Provenance | None = None,
     prove: Prove | None = None,
+    vocabulary: VocabularyCut | None = None,
 ) -> Path:
     """Write `model` as a new folder: config.json, model.safetensors, the tokenizer, README.md.
 
     The adapter is merged in fp32 as W + scale * B @ A; `merge=False` leaves it out, for use with an
     adapter that `fedspine.exports.peft` writes. `chat` says that it was tuned on dialogues, and
-    `structure` which one the run's method asked for; `provenance` is where it comes from. `prove`
-    compares what was written with the run's model, and its report goes into parity.json and
-    README.md. The folder appears at once and complete. Raises BadInput where it exists already,
-    where the base is not fp32, where `labels` are not those that the head was trained for, and
-    what `prove` raises.
+    `structure` which one the run's method asked for; `provenance` is where it comes from, and
+    `vocabulary` what is left of the model's (None: all). `prove` compares what was written with the
+    run's model, and its report goes into parity.json and README.md. The folder appears at once and
+    complete. Raises BadInput where it exists already, where the base is not fp32, where `labels`
+    are not those that the head was trained for, and what `prove` raises.
     """
     folder = Path(folder)
     _check(base, folder, labels, kind)
@@ -90,6 +92,7 @@ def export(
         chat=chat,
         structure=structure,
         provenance=provenance,
+        vocabulary=vocabulary,
     )
     _write(folder, config, card, tensors, tokenizer, prove)
     return folder
@@ -235,6 +238,7 @@ Fine-tuned over many devices and pruned by fedspine; the adapter is {adapter}.
 | heads kept, by layer | {", ".join(map(str, card.heads))} |
 | channels kept, by layer | {", ".join(map(str, card.channels))} |
 | structure | {card.structure_line} |
+| vocabulary | {card.vocabulary_line} |
 | longest input, in tokens | {card.max_tokens} |
 
 {measured}Load it with `fedspine.load_model(folder)` or run `fedspine predict`. {stock}

@@ -18,12 +18,14 @@ from fedspine.exports import hf, llama_cpp
 from fedspine.exports.parity import Prove
 from fedspine.exports.proof import Proof
 from fedspine.exports.provenance import Provenance, provenance_of
+from fedspine.exports.whole_folder import bytes_in
 
 # these two register the messages of a saved state
 from fedspine.flare import site_state  # noqa: F401
 from fedspine.fleets import simulated  # noqa: F401
 from fedspine.lm.base import Base, Model
 from fedspine.lm.structure import sparsity
+from fedspine.lm.vocabulary import VocabularyCut, cut_in
 from fedspine.runs import task_record
 from fedspine.runs.assemble import identities, load_base
 from fedspine.runs.config import Recipe
@@ -48,6 +50,7 @@ class RunModel:
     base: Base
     tokenizer: Any
     state: Any
+    vocabulary: VocabularyCut | None = None  # None: all tokens are kept
 
     def model(self, device: str) -> Model:
         """A device's deployed model, the global one (`global`) or the unpruned one (`dense`)."""
@@ -79,7 +82,7 @@ def open_run(folder: Path, base: str | None = None) -> RunModel:
             "--base"
         ) from None
     task_record.check_base(record, loaded.weights_sha256, place, folder)
-    return RunModel(recipe, record, loaded, tokenizer, saved.state["method"])
+    return RunModel(recipe, record, loaded, tokenizer, saved.state["method"], cut_in(kept))
 
 
 def export_model(
@@ -122,7 +125,8 @@ def export_model(
     if format == "peft":
         from fedspine.exports.adapter import Origin, export_adapter
 
-        origin = Origin(base or run.record.model, cut=run.record.layers is not None)
+        of_fewer = run.record.layers is not None, run.vocabulary is not None
+        origin = Origin(base or run.record.model, *of_fewer)
         described = {"origin": origin, "with_base": with_base, **_card_of(run, device)}
         export_adapter(run.base, model, run.tokenizer, to, **described, prove=proof)
     elif other is not None:
@@ -139,7 +143,7 @@ def export_model(
         "format": format,
         "folder": str(to),
         "sparsity": sparsity(run.base.layout, model.structure),
-        "bytes": _bytes_in(to),
+        "bytes": bytes_in(to),
     } | more
 
 
@@ -151,6 +155,7 @@ def _card_of(run: RunModel, device: str) -> dict[str, Any]:
         "max_tokens": run.record.max_tokens,
         "name": f"{run.recipe.method.name} {device}",
         "provenance": _provenance(run.recipe),
+        "vocabulary": run.vocabulary,
     }
 
 
@@ -197,10 +202,6 @@ def _exported_elsewhere(
         )
 
 
-def _bytes_in(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
 def _check_net(recipe: Recipe, format: str, base: str | None) -> None:
     if format != "onnx":
         raise BadInput(
@@ -232,7 +233,7 @@ def _exported_net(
         "device": device,
         "format": "onnx",
         "folder": str(to),
-        "bytes": _bytes_in(to),
+        "bytes": bytes_in(to),
         "quantize": quantize,
         "parity": asdict(parity) | {"line": parity.line},
     }

@@ -186,6 +186,7 @@ out.
 | share of the blocks' weights pruned | {card.sparsity:.1%} |
 | heads kept, by layer | {", ".join(map(str, card.heads))} |
 | channels kept, by layer | {", ".join(map(str, card.channels))} |
+| vocabulary | {card.vocabulary_line} |
 | longest input, in tokens | {card.max_tokens} |
 
 {measured}`{TOKENIZER}` cuts and fills rows by itself. With `onnxruntime` and `tokenizers` alone:

@@ -159,6 +159,7 @@ Fine-tuned over many devices and pruned by fedspine, as one ONNX graph with a ke
 | share of the blocks' weights pruned | {card.sparsity:.1%} |
 | key/value heads kept, by layer | {", ".join(map(str, card.heads))} |
 | channels kept, by layer | {", ".join(map(str, card.channels))} |
+| vocabulary | {card.vocabulary_line} |
 | longest input in training, in tokens | {card.max_tokens} |
 
 {measured}`{IDS}` [rows, tokens] are new tokens, `{MASK}` [rows, past and new tokens] is 1 where a

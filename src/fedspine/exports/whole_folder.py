@@ -15,6 +15,11 @@ def check_new(folder: Path) -> None:
         raise BadInput(f"{folder} exists already; choose a new folder, or remove it first")
 
 
+def bytes_in(folder: Path) -> int:
+    """Bytes of all files in a folder, at any depth."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Yield a new folder beside `folder` to write into; it gets that name at the end.

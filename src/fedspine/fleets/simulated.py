@@ -194,13 +194,20 @@ class SimulatedFleet:
         return {entry.device: self._world.round - entry.round for entry in self._world.pending}
 
     def begin_round(self, round: int) -> Totals:
-        """Move modes and links on to `round`; returns its totals, which the fleet updates."""
+        """Move modes and links on to `round`; returns its totals, which the fleet updates.
+
+        The first one is charged with the exchanges before it.
+        """
         self._world.round = self._world.records.round = round
         self._world.totals, self._world.waits, self._world.devices_wall = (
             Totals(),
             Waits(),
             Devices(),
         )
+        if round == 0 and self._world.early:
+            seconds = [self._world.charge(early, self.now) for early in self._world.early]
+            self._clock.now += max(seconds)
+            self._world.totals.waiting_seconds += mean_wait(seconds)
         return self._world.totals
 
     def end_round(self, wall_seconds: float) -> None:

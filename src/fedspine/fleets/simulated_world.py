@@ -10,7 +10,7 @@ import numpy as np
 
 from fedspine.core.aggregation import Aggregation, Mean
 from fedspine.core.device import Call, DeviceId, Served, Work, name_of
-from fedspine.core.fleet import Cost, Profile
+from fedspine.core.fleet import Cost, EarlyExchange, Profile
 from fedspine.core.message import message, pack
 from fedspine.core.privacy import Privacy
 from fedspine.core.server_optimiser import Server
@@ -69,6 +69,7 @@ class World:
     server: Server = field(default_factory=Server)
     privacy: Privacy | None = None  # of the run
     noise: float = 0.0  # that devices add beside what training changes
+    early: tuple[EarlyExchange, ...] = ()  # all at once, charged to the first round
     round: int = 0
     asks: dict[DeviceId, int] = field(default_factory=dict)
     memories: dict[DeviceId, str] = field(default_factory=dict)  # files, as of the last save
@@ -170,11 +171,47 @@ class World:
         lost: bool,
     ) -> None:
         """Write one exchange down and add it to the round's totals; note who declined."""
+        told = {} if served.epsilon is None else {"epsilon": served.epsilon}
+        told |= {} if served.noise is None else {"noise": served.noise}
+        self._write(work.__name__, device, started, cost, served.samples, lost=lost, **told)
+        if served.declined is not None:
+            self.records.write(
+                "note",
+                now=started,
+                values={"device": device, "left_out": served.declined},
+            )
+
+    def charge(self, early: EarlyExchange, started: float) -> float:
+        """Charge a device for an exchange before the first round; returns its seconds."""
+        device, moved = early.device, {"bytes_down": early.bytes_down, "bytes_up": early.bytes_up}
+        asked = self.asks.get(device, 0)
+        timing = self.timing(device, asked, flops=early.flops, launches=0, **moved)
+        self.asks[device] = asked + 1
+        cost = Cost(
+            flops=early.flops,
+            peak_memory_bytes=early.peak_memory_bytes,
+            seconds=timing.total,
+            **moved,
+        )
+        self._write(early.work, device, started, cost, 0, lost=False)
+        return cost.seconds
+
+    def _write(
+        self,
+        work: str,
+        device: DeviceId,
+        started: float,
+        cost: Cost,
+        samples: int,
+        *,
+        lost: bool,
+        **told: float,
+    ) -> None:
         self.totals.add(
             Totals(
                 exchanges=1,
                 lost=int(lost),
-                samples=served.samples,
+                samples=samples,
                 bytes_up=cost.bytes_up,
                 bytes_down=cost.bytes_down,
                 peak_memory_bytes=cost.peak_memory_bytes,
@@ -184,7 +221,7 @@ class World:
             "exchange",
             device=device,
             kind=self.hardware.kinds[self.index[device]],
-            work=work.__name__,
+            work=work,
             started=started,
             seconds=cost.seconds,
             bytes_down=cost.bytes_down,
@@ -192,12 +229,5 @@ class World:
             flops=cost.flops,
             peak_memory_bytes=cost.peak_memory_bytes,
             lost=lost,
-            **({} if served.epsilon is None else {"epsilon": served.epsilon}),
-            **({} if served.noise is None else {"noise": served.noise}),
+            **told,
         )
-        if served.declined is not None:
-            self.records.write(
-                "note",
-                now=started,
-                values={"device": device, "left_out": served.declined},
-            )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fedspine.core.message import Tensors, message
@@ -99,9 +99,28 @@ class Base:
         backbone, names = module.get_submodule(layout.prefix), unit_map(layout.architecture)
         self._embeddings = backbone.get_submodule(names.embeddings)
         self._blocks = list(backbone.get_submodule(names.layers))
-        # what is left are embeddings and norms: all that neither pruning nor the head's training
-        # touches
-        self.embeddings = sum(parameter.numel() for parameter in module.parameters())
+        self.embeddings = self._parameters_left()
+
+    def _parameters_left(self) -> int:
+        """Parameters of embeddings and norms: all that neither pruning nor the head's training
+        touches.
+        """
+        return sum(parameter.numel() for parameter in self.whole_skeleton().parameters())
+
+    def keep_tokens(self, kept: Int[Tensor, " tokens"]) -> None:
+        """Cut the token embedding, and an output layer that is not tied to it, to these rows, in
+        this order; `weights_sha256` stays that of the whole.
+        """
+        module = self.whole_skeleton()
+        rows = [layer.weight.data[kept.to(layer.weight.device)] for layer in _of_tokens(module)]
+        with torch.random.fork_rng(devices=[]):  # it draws new rows, of which there are none here
+            module.resize_token_embeddings(len(kept), mean_resizing=False)
+        for layer, weight in zip(_of_tokens(module), rows, strict=True):
+            layer.weight.data.copy_(weight)
+        names = unit_map(self.layout.architecture)
+        self._embeddings = module.get_submodule(self.layout.prefix).get_submodule(names.embeddings)
+        self.skeleton.requires_grad_(False)
+        self.embeddings = self._parameters_left()
 
     def initial_head(self, rng: np.random.Generator) -> Tensors:
         """The task head to start from: the checkpoint's where it has one, else normal weights and
@@ -121,6 +140,12 @@ class Base:
                     torch.zeros_like(layer.bias) if layer.fresh else layer.bias.clone()
                 )
         return tensors
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes in fp32 of all weights with a row for each token; a tied one counts once."""
+        weights = {id(layer.weight): layer.weight for layer in _of_tokens(self.whole_skeleton())}
+        return 4 * sum(weight.numel() for weight in weights.values())
 
     @property
     def device(self) -> torch.device:
@@ -297,6 +322,12 @@ class Base:
         weight, bias = self.weights[site.path]
         rows, columns = kept_rows(site, structure), kept_columns(site, structure)
         return cut(cut(weight, rows, 0), columns, 1), None if bias is None else cut(bias, rows, 0)
+
+
+def _of_tokens(module: nn.Module) -> list[nn.Module]:
+    """The layers with a row for each token: the embedding, and the output layer of a decoder."""
+    found = (module.get_input_embeddings(), module.get_output_embeddings())
+    return [layer for layer in found if layer is not None]
 
 
 def _weights_sha256(module: nn.Module, head: tuple[HeadLayer, ...]) -> str:

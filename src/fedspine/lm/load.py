@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from fedspine.core.errors import BadInput, nearest
 from fedspine.core.task import BUILT_IN_MODELS, Kind
-from fedspine.lm import attention, gguf_files
+from fedspine.lm import attention, gguf_files, vocabulary
 from fedspine.lm.base import Base, HeadLayer
 from fedspine.lm.fits import check_complete, check_finite, check_folder, check_tokenizer, settle_end
 from fedspine.lm.pooling import CLASSES, Pooling, pooling_of
@@ -48,8 +48,8 @@ def load(
 
     `layers` keeps only the first blocks; `pooling` is how a classifier reads them, "auto" as the
     model was made for. `kept` is a folder with the configuration and the tokenizer to use instead
-    of the model's own, such as a run's. Raises BadInput for a model that cannot be found or read,
-    or whose architecture has no unit map.
+    of the model's own, such as a run's, and with the vocabulary that it keeps, if not all. Raises
+    BadInput for a model that cannot be found or read, or whose architecture has no unit map.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -57,18 +57,24 @@ def load(
     source = locate(name)
     described = source if kept is None else str(kept)
     config = config_of(name, described, kind=kind, layers=layers)
+    reduced = vocabulary.read(kept)
+    if reduced is not None:
+        vocabulary.whole_config(config, reduced)
     check_folder(name, described)
     tokenizer = read(name, AutoTokenizer.from_pretrained, described)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     check_tokenizer(name, tokenizer, config)
-    config.pad_token_id = tokenizer.pad_token_id
+    if reduced is None:
+        config.pad_token_id = tokenizer.pad_token_id
     readout: Pooling | None = None
     if kind != "causal-lm":
         readout = pooling_of(source, config) if pooling == "auto" else pooling
         config.num_labels = classes
     base = _base(name, source, config, readout, precision)
-    if kind == "causal-lm":
+    if reduced is not None:
+        vocabulary.keep_rows(base, reduced.kept)
+    elif kind == "causal-lm":  # a kept tokenizer of a cut base was settled before it was cut
         settle_end(tokenizer, base.skeleton)
     return base, tokenizer
 

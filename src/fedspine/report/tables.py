@@ -302,6 +302,7 @@ def _price(summary: Mapping[str, Any]) -> list[Headline]:
     return [
         Headline("Sparsity", percent(get("sparsity")), "prunable parameters removed"),
         *_structure(summary),
+        *_vocabulary(summary),
         Headline("Fleet time", seconds_text(seconds), "on the wall, between real machines")
         if real
         else Headline("Simulated time", seconds_text(seconds), "on the devices' virtual clock"),
@@ -332,6 +333,20 @@ def _structure(summary: Mapping[str, Any]) -> list[Headline]:
         parts.append(f"{few if few == many else f'{few} to {many}'} of {summary[name]} {name}")
     note = f"{', '.join(parts)} a layer; asked: {percent(summary['sparsity_asked'])}"
     return [Headline("Structure", kind, note)]
+
+
+def _vocabulary(summary: Mapping[str, Any]) -> list[Headline]:
+    """How many tokens of the model's are kept, and what that saves."""
+    found = summary.get("vocabulary")
+    if found is None:
+        return []
+    note = (
+        f"of {found['whole']:,} tokens; {bytes_text(found['bytes_saved'])} saved in fp32; "
+        f"{percent(found['same'])} of the test texts' tokens as before"
+    )
+    if found["epsilon"] is not None:
+        note += f"; counted with epsilon {found['epsilon']:g} of each text"
+    return [Headline("Vocabulary", f"{found['kept']:,}", note)]
 
 
 def _missing(value: float | None) -> bool:

@@ -15,7 +15,7 @@ from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.process import cores
-from fedspine.core.task import Arrays, Data, Task
+from fedspine.core.task import Arrays, Data, Examples, Task
 from fedspine.data.dataset import Dataset, Dialogue
 from fedspine.data.tasks import remarks
 from fedspine.execution.workers import Workers, Workshop
@@ -33,22 +33,25 @@ from fedspine.lm.pooling import READOUTS
 from fedspine.lm.precision import choose
 from fedspine.lm.prefix import Prefixes, storable
 from fedspine.lm.tokens import tokens
+from fedspine.lm.vocabulary import Vocabulary
+from fedspine.lm.vocabulary import read as read_vocabulary
 from fedspine.methods import all_methods
 from fedspine.nets.load import load as load_net
 from fedspine.runs import task_record
 from fedspine.runs.config import Recipe
 from fedspine.runs.memory_check import check_memory
 from fedspine.runs.optimisation import server_of
-from fedspine.runs.own_rows import held_out_of
+from fedspine.runs.own_rows import held_out_by
 from fedspine.runs.promise import check_delta, privacy_of
 from fedspine.runs.read_data import dataset, modelled, row_shares
 from fedspine.runs.task_record import TaskRecord
+from fedspine.runs.vocabulary import reduced, told
 from fedspine.storage.records import Records
 from fedspine.storage.store import Store
 
 GPU_TOGETHER = 32  # default number of devices trained in one batched pass
 # purposes of random streams, which must differ
-ORDER, COHORT, START, HELD_OUT = 101, 102, 103, 104
+ORDER, COHORT, START = 101, 102, 103
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Assembled:
     remarks: tuple[str, ...]  # remarks on how the data was read, one line each
     # of the test rows, where answers are learnt
     dialogues: tuple[Dialogue, ...] | None = None
+    vocabulary: Vocabulary | None = None  # None: all tokens are kept
 
 
 def assemble(recipe: Recipe, *, here: bool = True, begun: Path | None = None) -> Assembled:
@@ -92,6 +96,7 @@ def assemble(recipe: Recipe, *, here: bool = True, begun: Path | None = None) ->
     record = task_record.on_base(record, task.base)
     if then is not None:
         task_record.check_base(then, record.model_sha256, recipe.task.model, begun)
+    task, tokenizer, words, lines = _with_words(recipe, data, task, tokenizer, kept)
     task.base.to(computing)
     noted = _without_room(data, task)
     if recipe.run.answers and (recipe.task.kind == "array" or data.test.dialogues is None):
@@ -102,7 +107,7 @@ def assemble(recipe: Recipe, *, here: bool = True, begun: Path | None = None) ->
     shares = share_out(recipe, data, task.train) if here else ()
     if recipe.task.pack:
         task, shares = _packed(recipe, task, shares, here=here)
-    shares, held_out = _held_out(recipe, shares)
+    shares, held_out = held_out_by(recipe, shares)
     check_delta(recipe, [len(share) for share in shares])
     recipe.method.check(task)
     if here:
@@ -116,8 +121,9 @@ def assemble(recipe: Recipe, *, here: bool = True, begun: Path | None = None) ->
         kinds=tuple(kinds),
         record=record,
         left_out=data.left_out,
-        remarks=(*remarks(data), *noted),
+        remarks=(*remarks(data), *noted, *lines),
         dialogues=None if recipe.task.kind == "array" else data.test.dialogues,
+        vocabulary=words,
     )
 
 
@@ -175,12 +181,12 @@ def build_task(recipe: Recipe, data: Dataset, *, kept: Path | None = None) -> tu
         )
     if data.train.dialogues is not None:
         settle_template(tokenizer)
-    train = tokens(tokenizer, data.train, section.kind, section.max_tokens)
+    train, test = _encoded(recipe, data, tokenizer)
     task = Task(
         kind=section.kind,
         base=base,
         train=train,
-        test=tokens(tokenizer, data.test, section.kind, section.max_tokens, scored=True),
+        test=test,
         label_names=data.label_names,
         max_tokens=section.max_tokens,
         rounds=recipe.run.rounds,
@@ -188,6 +194,30 @@ def build_task(recipe: Recipe, data: Dataset, *, kept: Path | None = None) -> tu
         privacy=privacy_of(recipe),
     )
     return task, tokenizer
+
+
+def _encoded(recipe: Recipe, data: Dataset, tokenizer: Any) -> tuple[Examples, Examples]:
+    """The rows to train on and those to test on, as tokens."""
+    how = (recipe.task.kind, recipe.task.max_tokens)
+    train = tokens(tokenizer, data.train, *how)
+    return train, tokens(tokenizer, data.test, *how, scored=True)
+
+
+def _with_words(
+    recipe: Recipe, data: Dataset, task: Task, tokenizer: Any, kept: Path | None
+) -> tuple[Task, Any, Vocabulary | None, list[str]]:
+    """The task and the tokenizer with the vocabulary that the recipe keeps, that vocabulary, and a
+    line about it; `kept` is the folder of a run that has chosen it already.
+    """
+    if recipe.task.vocabulary is None:
+        return task, tokenizer, None, []
+    if (found := read_vocabulary(kept)) is not None:  # by which all was cut when it was loaded
+        return task, tokenizer, found, []
+    shares = share_out(recipe, data, task.train)
+    tokenizer, found = reduced(recipe, data, task, tokenizer, shares)
+    train, test = _encoded(recipe, data, tokenizer)
+    task = replace(task, train=train, test=test)
+    return task, tokenizer, found, [told(recipe, found)]
 
 
 def load_base(
@@ -263,16 +293,6 @@ def _packed(
     return replace(task, train=train), shares
 
 
-def _held_out(
-    recipe: Recipe, shares: tuple[np.ndarray, ...]
-) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """The rows that devices train on, and those that they hold out."""
-    if recipe.fleet.held_out is None or not shares:
-        return shares, ()
-    rng = np.random.default_rng([recipe.run.seed, HELD_OUT])
-    return held_out_of(shares, recipe.fleet.held_out, rng)
-
-
 def test_order(assembled: Assembled) -> np.ndarray:
     """The order in which test rows are scored; a check uses the first ones."""
     return np.random.default_rng([assembled.recipe.run.seed, ORDER]).permutation(
@@ -338,6 +358,7 @@ def simulate(
         server=server_of(recipe.method, recipe.fleet),
         privacy=assembled.task.privacy,
         noise=recipe.fleet.noise or 0.0,
+        early=() if assembled.vocabulary is None else assembled.vocabulary.exchanges,
     )
     return SimulatedFleet(world)
 

@@ -89,6 +89,11 @@ class RealSites:
                 "but the sites of a fleet hold texts; leave --fleet out to "
                 "run on simulated devices, or choose a model for texts"
             )
+        if recipe.task.vocabulary is not None:
+            raise BadInput(
+                "task.vocabulary is for simulated devices, and the sites of a fleet load the whole "
+                "model; leave it out, or leave --fleet out"
+            )
         devices = len(self._connected().sites) if begun is None else begun.fleet.devices
         changed = {
             "devices": devices,

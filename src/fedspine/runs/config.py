@@ -23,9 +23,11 @@ from fedspine.runs.recipe_checks import (
     check_packing,
     check_privacy,
     check_quorum,
+    check_vocabulary,
 )
 from fedspine.runs.recipe_format import FORMAT, format_of
 from fedspine.runs.sections import (
+    FLEET,
     SECTIONS,
     FleetSection,
     PrivacySection,
@@ -82,6 +84,7 @@ class Recipe:
         check_privacy(made["privacy"], made["method"])
         made["task"] = of_one_kind(made["task"])
         check_packing(made["task"], made["privacy"])
+        check_vocabulary(made["task"], made["privacy"])
         check_quorum(made["method"], made["fleet"])
         check_aggregation(made["method"], made["fleet"])
         private = made["privacy"].promised
@@ -197,7 +200,7 @@ def anchored(recipe: Recipe) -> Recipe:
     folder.
     """
     task = recipe.task
-    local = {
+    local: dict[str, Any] = {
         key: str(Path(name).expanduser().resolve())
         for key, name, built_in in (
             ("model", task.model, (AUTO, *BUILT_IN_MODELS, *NETS)),
@@ -205,6 +208,9 @@ def anchored(recipe: Recipe) -> Recipe:
         )
         if name.strip() and name not in built_in and Path(name).expanduser().exists()
     }
+    if (words := task.vocabulary) is not None and words.texts != FLEET:
+        texts = str(Path(words.texts).expanduser().resolve())
+        local["vocabulary"] = words.model_copy(update={"texts": texts})
     return dataclasses.replace(recipe, task=task.model_copy(update=local))
 
 

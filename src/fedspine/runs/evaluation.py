@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from fedspine.core.errors import BadInput
@@ -152,6 +153,15 @@ def _structure(context: RunContext, point: Point) -> dict[str, Any]:
     }
 
 
+def _vocabulary(context: RunContext) -> dict[str, Any]:
+    """What is left of the model's vocabulary, where the run reduces it."""
+    found, section = context.assembled.vocabulary, context.recipe.task.vocabulary
+    if found is None or section is None:
+        return {}
+    counted = {"texts": section.texts, "epsilon": section.epsilon_of_texts}
+    return {"vocabulary": asdict(found.about) | counted}
+
+
 def summary(
     context: RunContext, point: Point, estimate: Estimate, progress: RunObserver
 ) -> dict[str, Any]:
@@ -186,6 +196,7 @@ def summary(
             "rows_left_out": dict(context.assembled.left_out),
             **found,
             **_structure(context, point),
+            **_vocabulary(context),
             "tuned_unpruned": not any(planned_sparsities(recipe.method, recipe.run.rounds)),
             f"{context.fleet.clock}_seconds": context.fleet.now,
             "waiting_seconds": sums.waiting_seconds,

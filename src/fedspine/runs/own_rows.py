@@ -11,7 +11,20 @@ from fedspine.core.message import pack, unpack
 from fedspine.execution.workers import ScoreJob, Workers
 from fedspine.lm.held import HEAD
 from fedspine.lm.score import Score
+from fedspine.runs.config import Recipe
 from fedspine.storage.store import Store
+
+HELD_OUT = 104  # the purpose of its random stream, apart from those of `assemble`
+
+
+def held_out_by(
+    recipe: Recipe, shares: tuple[np.ndarray, ...]
+) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """The rows that devices train on, and those that they hold out, as the recipe says."""
+    if recipe.fleet.held_out is None or not shares:
+        return shares, ()
+    rng = np.random.default_rng([recipe.run.seed, HELD_OUT])
+    return held_out_of(shares, recipe.fleet.held_out, rng)
 
 
 def held_out_of(

@@ -5,7 +5,11 @@ from typing import Any
 from fedspine.core.aggregation import Mean
 from fedspine.core.errors import BadInput
 from fedspine.methods import all_methods
-from fedspine.runs.sections import FleetSection, PrivacySection, TaskSection
+from fedspine.runs.sections import FLEET, FleetSection, PrivacySection, TaskSection
+
+LEAST_EPSILON = (
+    1e-3  # of counts of tokens; with less, the noise of 4 tokens is 5,000 counts and more
+)
 
 
 def check_privacy(privacy: PrivacySection, method: Any) -> None:
@@ -41,6 +45,33 @@ def check_packing(task: TaskSection, privacy: PrivacySection) -> None:
         raise BadInput(
             "task.pack puts several rows in one, and [privacy] counts single rows; leave one of "
             "them out"
+        )
+
+
+def check_vocabulary(task: TaskSection, privacy: PrivacySection) -> None:
+    """Raise BadInput where the devices' counts have no promise, or break that of the run."""
+    section = task.vocabulary
+    if section is None:
+        return
+    if section.texts != FLEET and section.epsilon is not None:
+        raise BadInput(
+            f"task.vocabulary.epsilon is for counts of devices, and task.vocabulary.texts names a "
+            f'public text; leave epsilon out, or set texts to "{FLEET}"'
+        )
+    if section.texts == FLEET and section.epsilon is None:
+        raise BadInput(
+            "task.vocabulary.epsilon is missing; give the epsilon of each text, such as 8, or "
+            '"inf" for counts without noise'
+        )
+    if section.epsilon is not None and section.epsilon < LEAST_EPSILON:
+        raise BadInput(
+            f"task.vocabulary.epsilon is {section.epsilon:g}, with which counts would be "
+            f"nothing but noise; give at least {LEAST_EPSILON:g}"
+        )
+    if section.texts == FLEET and privacy.promised:
+        raise BadInput(
+            "task.vocabulary lets devices count their tokens, whose epsilon [privacy] does not "
+            "count; name a public text as task.vocabulary.texts, or leave one of them out"
         )
 
 

@@ -123,7 +123,7 @@ def make(run_dir: Path, recipe: Recipe, assembled: "Assembled | None" = None) ->
         (partial / STATE).mkdir(parents=True)
         write_atomically(partial / RECIPE, recipe.toml().encode())
         if assembled is not None:
-            task_record.write(partial, assembled.record, assembled.task.base, assembled.tokenizer)
+            _write_record(partial, assembled)
         partial.rename(run_dir)
     except OSError as error:
         raise BadInput(
@@ -136,7 +136,12 @@ def make(run_dir: Path, recipe: Recipe, assembled: "Assembled | None" = None) ->
 def remember(run_dir: Path, assembled: "Assembled") -> None:
     """Write the task record into the run directory, unless it is there; raises OSError."""
     if task_record.read(run_dir) is None:
-        task_record.write(run_dir, assembled.record, assembled.task.base, assembled.tokenizer)
+        _write_record(run_dir, assembled)
+
+
+def _write_record(folder: Path, assembled: "Assembled") -> None:
+    base, tokenizer = assembled.task.base, assembled.tokenizer
+    task_record.write(folder, assembled.record, base, tokenizer, assembled.vocabulary)
 
 
 def check_age(run_dir: Path) -> None:

@@ -1,17 +1,63 @@
 """The sections of a recipe beside [method]: their keys, their defaults, and what a value may be."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import pydantic
 
-from fedspine.core import parts
+from fedspine.core import parts, strict
 from fedspine.core.aggregation import TINY, Aggregation, aggregation_of
 from fedspine.core.errors import BadInput
 from fedspine.core.privacy import Level
 from fedspine.core.server_optimiser import ServerOptimiser, server_optimiser_of
 from fedspine.core.strict import Section
 from fedspine.core.task import AUTO, NETS, Kind
+
+
+def _infinite(value: Any) -> Any:
+    return math.inf if value == "inf" else value
+
+
+# of differential privacy; "inf": everything but the noise
+Epsilon: TypeAlias = Annotated[
+    float | None,
+    pydantic.Field(gt=0, allow_inf_nan=True),
+    pydantic.BeforeValidator(_infinite),
+    pydantic.PlainSerializer(lambda value: "inf" if value == math.inf else value),
+]
+FLEET = "fleet"  # where devices count their own tokens
+
+
+class VocabularySection(Section):
+    """Which tokens of the model are kept, by how often texts have them."""
+
+    texts: str  # "fleet": those of the devices, as a private histogram; or a public text file
+    coverage: float = pydantic.Field(0.999, gt=0, le=1)  # share of the counted tokens to keep
+    size: int | None = pydantic.Field(None, ge=1)  # tokens that are kept at most
+    epsilon: Epsilon = None  # of each text, where devices count; "inf": nothing is hidden
+    # tokens of one text that count, where devices count. The noise grows with it, and what is
+    # counted does no more where texts are as short, so it is below the length of most texts
+    clip: int = pydantic.Field(4, ge=1, le=10**6)
+
+    @property
+    def epsilon_of_texts(self) -> float | None:
+        """That of the counts; None where they have no noise."""
+        return self.epsilon if self.epsilon is not None and math.isfinite(self.epsilon) else None
+
+
+def _vocabulary(given: Any) -> Any:
+    """A name alone is the texts; a table is checked key by key."""
+    match given:
+        case None | VocabularySection():
+            return given
+        case str():
+            return strict.section("task.vocabulary", VocabularySection, {"texts": given})
+        case dict():
+            return strict.section("task.vocabulary", VocabularySection, given)
+    raise BadInput(
+        f"task.vocabulary is {given!r}, but the path of a text or a table was expected, such as "
+        '{texts = "fleet", epsilon = 8}'
+    )
 
 
 class TaskSection(Section):
@@ -32,6 +78,8 @@ class TaskSection(Section):
     layers: int | None = pydantic.Field(None, ge=1)  # keep only the first blocks of the model
     # the readout; auto: that of the model's training
     pooling: Literal["auto", "mean", "cls"] = "auto"
+    # the tokens that are kept, with the embeddings and the tokenizer cut to them; none: all
+    vocabulary: Annotated[VocabularySection | None, pydantic.BeforeValidator(_vocabulary)] = None
 
 
 def _for_all_groups(seconds: Any) -> Any:
@@ -133,12 +181,7 @@ class PrivacySection(Section):
 
     level: Level = "rows"  # of a device's rows, or of a whole device
     # of each device in the whole run; "inf": clipped and sampled, without noise
-    epsilon: Annotated[
-        float | None,
-        pydantic.Field(gt=0, allow_inf_nan=True),
-        pydantic.BeforeValidator(lambda value: math.inf if value == "inf" else value),
-        pydantic.PlainSerializer(lambda value: "inf" if value == math.inf else value),
-    ] = None
+    epsilon: Epsilon = None
     delta: float | None = pydantic.Field(None, gt=0, lt=1)
     clip: float = pydantic.Field(1.0, gt=0)  # norm of a row's gradient, or of a device's update
 
@@ -179,7 +222,7 @@ def of_arrays(task: TaskSection, net: str) -> TaskSection:
         raise BadInput(
             f'{reads}, but task.kind is {task.kind!r}; leave task.kind out, or say "array"'
         )
-    for key in ("text", "pair", "label", "encoding", "layers"):
+    for key in ("text", "pair", "label", "encoding", "layers", "vocabulary"):
         if getattr(task, key) != TaskSection.model_fields[key].default:
             raise BadInput(f"task.{key} is for texts, but {reads}; leave it out")
     return task.model_copy(update={"kind": "array"})

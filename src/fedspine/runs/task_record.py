@@ -26,6 +26,7 @@ from fedspine.storage.store import write_atomically
 if TYPE_CHECKING:
     from fedspine.data.dataset import ArrayRows, Dataset, Rows
     from fedspine.lm.base import Base
+    from fedspine.lm.vocabulary import Vocabulary
     from fedspine.nets.net import Net
 
 TASK, BASE = "task.json", "base"
@@ -147,19 +148,27 @@ def _strings_sha256(values: Sequence[str]) -> str:
 # --- in the run's folder ---
 
 
-def write(folder: Path, record: TaskRecord, base: "Base | Net", tokenizer: Any) -> None:
-    """Keep a run's record, and its base's configuration and tokenizer, in its folder.
+def write(
+    folder: Path,
+    record: TaskRecord,
+    base: "Base | Net",
+    tokenizer: Any,
+    vocabulary: "Vocabulary | None" = None,
+) -> None:
+    """Keep a run's record, and its base's configuration, tokenizer and vocabulary, in its folder.
 
     `task.json` comes last, so that it vouches for the rest. Raises OSError where they cannot be
     written.
     """
     if tokenizer is not None:
-        _write_base(folder / BASE, base, tokenizer)
+        _write_base(folder / BASE, base, tokenizer, vocabulary)
         record = replace(record, files=_files_sha256(folder / BASE))
     write_atomically(folder / TASK, json.dumps(asdict(record), indent=1).encode())
 
 
-def _write_base(place: Path, base: "Base | Net", tokenizer: Any) -> None:
+def _write_base(
+    place: Path, base: "Base | Net", tokenizer: Any, vocabulary: "Vocabulary | None"
+) -> None:
     partial = place.with_name(f".{place.name}.part")
     for leftover in (partial, place):  # of a kill; without `task.json` they count for nothing
         shutil.rmtree(leftover, ignore_errors=True)
@@ -170,6 +179,10 @@ def _write_base(place: Path, base: "Base | Net", tokenizer: Any) -> None:
         partial.mkdir()
         base.config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        if vocabulary is not None:
+            from fedspine.lm.vocabulary import write as keep  # imports torch, so only here
+
+            keep(partial, vocabulary)
         for path in partial.iterdir():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
