@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from tiny_models import model_on, tiny
 from toy import Lab, Spy, bits, toy_task
 
-from fedspine.core.device import Call, Device, Kept, Scratch, on_device, serve
+from fedspine.core.device import Call, Device, on_device, serve
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import AllLost
 from fedspine.core.message import message, pack
+from fedspine.core.scratch import Kept, Scratch
 from fedspine.core.task import Arrays, Task
 from fedspine.core.tensors import average
 from fedspine.exports.hf import merged_tensors
@@ -602,19 +603,19 @@ def test_a_device_goes_on_where_its_work_was_left(lab):
 def test_what_is_kept_counts_only_for_the_memory_it_belongs_to():
     scratch = Scratch(most_bytes=10)
 
-    def call(memory=b"m", round=0):
-        return Call(device="d", index=0, work="", order=b"", memory=memory, seed=(0,), round=round)
+    def taken(memory=b"m", round=0):
+        return scratch.take("d", memory, round)
 
-    assert scratch.take(call()) is None
+    assert taken() is None
     assert not scratch.put("d", b"m", {}, Kept("too much", 11))
     assert scratch.put("d", b"m", {"x": 1}, Kept("graph", 10))
     assert not scratch.put("e", b"m", {}, Kept("no room", 1))
-    assert scratch.take(call()) == ({"x": 1}, "graph")
-    assert scratch.take(call()) is None  # once
-    for other in (call(memory=b"another"), call(round=1)):
+    assert taken() == ({"x": 1}, "graph")
+    assert taken() is None  # once
+    for other in ({"memory": b"another"}, {"round": 1}):
         # what was taken or is of no use makes room
         assert scratch.put("d", b"m", {}, Kept("graph", 10))
-        assert scratch.take(other) is None
+        assert taken(**other) is None
 
 
 def test_memories_are_written_when_a_round_is_saved(lab):

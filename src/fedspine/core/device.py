@@ -19,6 +19,7 @@ from fedspine.core.draws import SeededDraws
 from fedspine.core.message import Tensors, pack, unpack
 from fedspine.core.noise import GrowingNoise, InMemory, Noise
 from fedspine.core.privacy import BudgetExceeded, Guard, Ledger, MemoryLedger, Privacy
+from fedspine.core.scratch import Kept, Scratch
 from fedspine.core.task import Data
 
 DeviceId: TypeAlias = str
@@ -144,51 +145,6 @@ class Device:
         self.launches += launches
         self.samples += samples
         self.peak_memory_bytes = max(self.peak_memory_bytes, memory_bytes)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What a device's work kept, and its size."""
-
-    value: Any
-    bytes: int
-
-
-class Scratch:
-    """A process's cache between the asks of a round, up to `most_bytes`; it only saves time.
-
-    An entry is returned only to a device whose memory equals the one that its last ask here
-    returned.
-    """
-
-    def __init__(self, most_bytes: int = 2 << 30) -> None:
-        self._most = most_bytes
-        self._round: int | None = None
-        self._entries: dict[DeviceId, tuple[bytes, dict[str, Any], Kept]] = {}
-        self._bytes = 0  # of what is kept
-
-    def take(self, call: "Call") -> tuple[dict[str, Any], Any] | None:
-        """Remove and return the entry of this call's device: its memory and the cached value."""
-        if call.round != self._round:  # entries of earlier rounds will not be used any more
-            self._round = call.round
-            self._entries.clear()
-            self._bytes = 0
-        entry = self._entries.pop(call.device, None)
-        if entry is None:
-            return None
-        payload, memory, kept = entry
-        self._bytes -= kept.bytes
-        return (memory, kept.value) if payload == call.memory else None
-
-    def put(self, device: DeviceId, payload: bytes, memory: dict[str, Any], kept: Kept) -> bool:
-        """Add an entry if there is room. Nothing is evicted: in turns, each entry would go just
-        before its use.
-        """
-        if self._bytes + kept.bytes > self._most:
-            return False
-        self._entries[device] = (payload, memory, kept)
-        self._bytes += kept.bytes
-        return True
 
 
 Work: TypeAlias = Callable[[Device, O], R]
@@ -330,7 +286,7 @@ def serve(
     `fewest_rows` and `fewest_of_class` are the device's. `guard` keeps the call's privacy, `noise`
     is on what leaves; None: those of a simulated device.
     """
-    found = None if scratch is None else scratch.take(call)
+    found = None if scratch is None else scratch.take(call.device, call.memory, call.round)
     memory, kept = (
         (unpack(call.memory) if call.memory is not None else {}, None) if found is None else found
     )

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from fedspine.core.device import Call, Scratch, Served, serve
+from fedspine.core.device import Call, Served, serve
+from fedspine.core.scratch import Scratch
 from fedspine.core.task import Data
 from fedspine.lm.base import Base
 from fedspine.lm.digest import tensors_sha256

@@ -20,10 +20,11 @@ from typing import Any, TypeAlias
 
 import torch
 
-from fedspine.core.device import Call, Scratch, serve
+from fedspine.core.device import Call, serve
 from fedspine.core.errors import BadInput, of_machine
 from fedspine.core.message import unpack
 from fedspine.core.process import SIGNALS_TO_END, handling
+from fedspine.core.scratch import Scratch
 from fedspine.core.task import Data, Task
 from fedspine.execution.together import serve_together
 from fedspine.lm.base import Base
