@@ -378,7 +378,7 @@ def test_refusals_of_damaged_exports(tmp_path):
     for change, message in (
         ({"format": 99}, "export format 99"),
         ({"heads": ["four", 2]}, "damaged"),
-        ({"heads": [4]}, "sizes of 1 layers of 2"),
+        ({"heads": [4]}, "sizes of 1 of 2 layers"),
     ):
         config.write_text(json.dumps(settings | {"fedspine": settings["fedspine"] | change}))
         with pytest.raises(BadInput, match=message):

@@ -322,7 +322,7 @@ def test_models_of_144_pixels_need_no_weights_to_be_planned():
         ),
         (
             lambda: load("alexnet-small", waves(4, 0), waves(4, 1), 3),
-            "8 pixels each way, rows of shape [1, 2, 16]",
+            "8 pixels each way, got rows of shape [1, 2, 16]",
         ),
         (
             lambda: load("vgg-small", bars(4, 0, channels=2), bars(4, 1, channels=2), 3),

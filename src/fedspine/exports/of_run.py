@@ -17,7 +17,7 @@ from fedspine.core.task import Kind
 from fedspine.exports import hf, llama_cpp
 from fedspine.exports.parity import Prove
 from fedspine.exports.proof import Proof
-from fedspine.exports.provenance import Provenance, provenance_of
+from fedspine.exports.provenance import provenance_of
 from fedspine.exports.whole_folder import bytes_in
 
 # these two register the messages of a saved state
@@ -48,6 +48,7 @@ class RunModel:
     recipe: Recipe
     record: TaskRecord
     base: Base
+    place: str  # that the base was loaded from
     tokenizer: Any
     state: Any
     vocabulary: VocabularyCut | None = None  # None: all tokens are kept
@@ -82,7 +83,8 @@ def open_run(folder: Path, base: str | None = None) -> RunModel:
             "--base"
         ) from None
     task_record.check_base(record, loaded.weights_sha256, place, folder)
-    return RunModel(recipe, record, loaded, tokenizer, saved.state["method"], cut_in(kept))
+    state = saved.state["method"]
+    return RunModel(recipe, record, loaded, place, tokenizer, state, cut_in(kept))
 
 
 def export_model(
@@ -149,19 +151,16 @@ def export_model(
 
 def _card_of(run: RunModel, device: str) -> dict[str, Any]:
     """The facts on this model that every export records."""
+    recipe = run.recipe
+    method = f"{recipe.method.name}, {recipe.run.rounds} rounds over {recipe.fleet.devices} devices"
     return {
         "labels": run.record.classes,
         "kind": run.record.kind,
         "max_tokens": run.record.max_tokens,
-        "name": f"{run.recipe.method.name} {device}",
-        "provenance": _provenance(run.recipe),
+        "name": f"{recipe.method.name} {device}",
+        "provenance": provenance_of(method, recipe.task.data, recipe.task.model, run.place),
         "vocabulary": run.vocabulary,
     }
-
-
-def _provenance(recipe: Recipe) -> Provenance:
-    spread = f"{recipe.run.rounds} rounds over {recipe.fleet.devices} devices"
-    return provenance_of(f"{recipe.method.name}, {spread}", recipe.task.data, recipe.task.model)
 
 
 def _merged(run: RunModel, device: str, to: Path, prove: Prove | None = None) -> Path:

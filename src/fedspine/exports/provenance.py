@@ -28,15 +28,15 @@ class Provenance:
     licence: str | None  # of the base, as its own model card says; None where it says none
 
 
-def provenance_of(method: str, data: str, model: str) -> Provenance:
-    """Of a recipe's method, `task.data` and `task.model`."""
-    here = model not in HUB and (is_gguf(model) or Path(model).expanduser().exists())
+def provenance_of(method: str, data: str, model: str, place: str) -> Provenance:
+    """Of a recipe's method, `task.data` and `task.model`, whose base was loaded from `place`."""
+    on_hub = model in HUB or not (is_gguf(place) or Path(place).expanduser().exists())
     return Provenance(
         method=method,
         data=_named(data),
-        base=Path(model).name if here else HUB.get(model, model),
-        on_hub=not here,
-        licence=licence_of(model),
+        base=HUB.get(model, model) if on_hub else Path(model).name,
+        on_hub=on_hub,
+        licence=licence_of(place),
     )
 
 
