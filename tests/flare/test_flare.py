@@ -323,7 +323,7 @@ def test_a_site_that_refuses_an_order_says_why_and_is_not_lost(ground, sites):
     here, method = sites(), find("fedlora").toy()
     here.link.workers["north"] = with_terms(ground, "north", most_steps=4)
     state = here.run(method, 2)
-    why = "refuses the order: at most 4 steps were expected, 8 came (allow.most_steps of its"
+    why = "refuses the order: expected at most 4 steps, got 8 (allow.most_steps of its"
     notes = here.notes()
     assert [note["device"] for note in notes] == ["north", "north"]
     assert all(why in note["left_out"] for note in notes)
@@ -355,7 +355,7 @@ def test_a_run_that_the_sites_terms_contradict_ends_before_a_row_is_read(
         monkeypatch, capsys, "run", recipe, *at_sites, "--out", folder, "--json"
     )
     assert (code, out) == (2, "")
-    told = "at most 8 rows of a step were expected, 32 came (allow.largest_batch of its"
+    told = "expected at most 8 rows of a step, got 32 (allow.largest_batch of its"
     line = lines[-1]
     assert line.startswith("fedspine: 3 of 3 sites take no part: east: ")
     assert line.count(told) == 3
@@ -372,7 +372,7 @@ def test_fewer_replies_than_the_quorum_stop_the_run(sites):
     here.link.faults = {"east": ["died"]}
     state = here.run(method, 1)
     here.link.faults = {"east": ["died"], "west": ["late"]}
-    with pytest.raises(AllLost, match="of 3 sites asked 1 replied, 2 are the quorum"):
+    with pytest.raises(AllLost, match="1 of 3 sites asked replied, but the quorum is 2"):
         here.run(method, 2, state)
 
 
@@ -380,7 +380,7 @@ def test_a_run_waits_for_its_quorum_no_longer_than_its_timeout(sites):
     here, method = sites(quorum=3, outage=0.5), find("fedlora").toy()
     del here.link.workers["east"]
     here.session.sites["east"].missed = True
-    with pytest.raises(AllLost, match="2 sites answer, 3 are the quorum"):
+    with pytest.raises(AllLost, match="2 sites answer, but the quorum is 3"):
         here.run(method, 1)
 
 
@@ -496,7 +496,7 @@ def test_a_round_need_not_wait_for_every_site(sites, method):
 def test_a_round_that_does_not_wait_for_all_needs_the_quorum_too(sites):
     here = sites(method="fedspine-plus", quorum=2)
     here.link.faults = {"east": ["died"], "north": ["died"]}
-    with pytest.raises(AllLost, match="of 3 sites asked 1 replied, 2 are the quorum"):
+    with pytest.raises(AllLost, match="1 of 3 sites asked replied, but the quorum is 2"):
         here.run(fixed_rank("fedspine-plus", head_start="random"), 1, quorum=0.6)
 
 
@@ -790,5 +790,5 @@ def test_a_step_of_a_round_that_never_began_is_refused(sites):
     with pytest.raises(AllLost):
         here.fleet.ask(split_step, {"east": Step(gradient=None)})
     assert here.notes()[0]["left_out"] == (
-        "cannot use the order: a step came, but no round was begun"
+        "cannot use the order: got a step before the first order of a round"
     )

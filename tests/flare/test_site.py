@@ -106,7 +106,12 @@ def test_a_short_site_file_allows_the_built_in_model_and_the_machines_memory(tmp
             "[limit]\nthreads = 2",
             "unknown part of a site file 'limit'; did you mean 'limits'?",
         ),
-        ('name = "a"\nlimits = 3', "", "", "[limits] must be a table of keys and values; 3 came"),
+        (
+            'name = "a"\nlimits = 3',
+            "",
+            "",
+            "[limits] is 3, but a table of keys",
+        ),
         (
             'name = "a"',
             "",

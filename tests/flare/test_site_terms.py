@@ -71,9 +71,9 @@ def test_labels_of_a_language_model_do_not_leave(hostile):
     allow = {"methods": ["splitlora", "mergesfl-plus", "locfedmix"]}
     site = hostile(allow=allow, kind="causal-lm")
     for honest in ("splitlora", "mergesfl-plus", "locfedmix"):
-        foretold = Reads(batch=32, cut=1, labels=True)
-        assert refused(site.open(honest, foretold=foretold), "labels of a language model")
-    site.opened("splitlora")  # a server that foretells nothing
+        predicted = Reads(batch=32, cut=1, labels=True)
+        assert refused(site.open(honest, foretold=predicted), "labels of a language model")
+    site.opened("splitlora")  # a server that predicts nothing
     assert refused(site.ask(begin, site.begin()), "labels of a language model")
     site.opened("locfedmix")
     order = ReadingOrder(begin=site.begin(), width=4, weight=1.0)
@@ -117,7 +117,7 @@ def test_texts_are_read_from_features_of_no_block_so_the_lowest_cut_holds(hostil
     site = hostile(allow=named)
     assert refused(
         site.open("mergesfl", foretold=Reads(batch=32, cut=0)),
-        "at least 1 blocks under the features that leave were expected, 0 came (allow.lowest_cut",
+        "expected at least 1 blocks under the features that leave, got 0 (allow.lowest_cut",
     )
     site.opened("mergesfl")
     assert refused(site.ask(begin, site.begin(cut=0)), "allow.lowest_cut")
@@ -156,7 +156,7 @@ def test_a_rank_as_wide_as_the_model_would_undo_the_blocks_under_a_cut(hostile):
     assert sorted(nearest_texts(site, features, table)) == own_texts(site)
 
     narrow = hostile("narrow", allow={"methods": ["mergesfl"], "largest_rank": width // 2})
-    words = f"at most {width // 2} as a rank were expected, {width} came (allow.largest_rank"
+    words = f"expected at most {width // 2} for a rank, got {width} (allow.largest_rank"
     assert refused(narrow.opened("mergesfl").ask(begin, order), words)
     unsaid = replace(order, cutting=Cutting(cut=1, rank=1, scale=scale))
     assert refused(narrow.opened("mergesfl").ask(begin, unsaid), REFUSALS["weights"])
@@ -175,7 +175,7 @@ def test_no_answer_rests_on_fewer_rows_than_the_site_says(hostile, which):
         site.opened(method)
         reply = site.ask(work, order)
         if least:
-            assert refused(reply, f"at least 10 rows behind an answer were expected, {rows} came")
+            assert refused(reply, f"expected at least 10 rows behind an answer, got {rows}")
         elif method != "locfedmix":  # whose order lacks the decoder, which is no matter of rows
             assert not isinstance(reply, NotDone)
 
@@ -187,7 +187,7 @@ def test_training_that_is_made_to_end_early_does_not_answer(hostile):
     site = hostile(allow={"rates": [0.0, 1e20]}).opened("fedlora")
     order = site.lora(steps=64, batch=1, learning_rate=1e20, weight_decay=0.0)
     reply = site.ask(tune_adapter, order)
-    assert refused(reply, "at least 32 distinct rows behind the answer were expected, ")
+    assert refused(reply, "expected at least 32 distinct rows behind the answer, got ")
     assert not list((site.folder / MEMORY / site.run).iterdir())
 
 
@@ -199,7 +199,7 @@ def test_weights_that_forget_all_but_one_step_do_not_leave(hostile, decay):
     sgd = Optimising(kind="sgd", learning_rate=0.1, weight_decay=decay)
     training = Training(cutting=Cutting(cut=1, rank=4), optimising=sgd, steps=64, batch=1)
     order = AverageOrder(weights=site.weights(), training=training, precision="fp32")
-    words = "at least 32 rows behind an answer were expected, 1 came"
+    words = "expected at least 32 rows behind an answer, got 1"
     assert refused(site.ask(train_and_send, order), words)
     usual = replace(training, optimising=replace(sgd, weight_decay=0.1))
     assert site.ask(train_and_send, replace(order, training=usual)).weights
@@ -332,9 +332,9 @@ def test_rows_are_drawn_from_the_seed_and_the_secret_and_can_be_replayed(hostile
 @pytest.mark.parametrize(
     ("tuning", "words"),
     [
-        ({"steps": 10**7}, "at most 1000 steps were expected, 10000000 came (allow.most_steps"),
-        ({"batch": 10**12}, "at most 256 rows of a step were expected, far more came"),
-        ({"batch": 257}, "at most 256 rows of a step were expected, 257 came (allow.largest_batch"),
+        ({"steps": 10**7}, "expected at most 1000 steps, got 10000000 (allow.most_steps"),
+        ({"batch": 10**12}, "expected at most 256 rows of a step, got far more"),
+        ({"batch": 257}, "expected at most 256 rows of a step, got 257 (allow.largest_batch"),
         ({"steps": 0}, "at least 1 steps"),
         ({"steps": -5, "batch": -5}, "at least 1 steps"),
         ({"batch": 0}, "at least 1 rows"),
@@ -443,12 +443,12 @@ def test_refusals_do_not_fill_the_log(hostile):
     assert kept.endswith(b"athe end")
 
 
-def test_what_a_run_foretells_is_refused_before_a_row_is_read(hostile):
+def test_predicted_reads_beyond_a_term_are_refused_before_a_row_is_read(hostile):
     site = hostile()
     (site.folder / "rows.parquet").write_bytes(b"no rows at all")
     assert refused(
         site.open("fedlora", foretold=Reads(steps=1, batch=8)),
-        "at least 32 rows behind an answer were expected, 8 came (allow.fewest_rows of its",
+        "expected at least 32 rows behind an answer, got 8 (allow.fewest_rows of its",
     )
     assert refused(site.open("fedlora", foretold=Reads(steps=2000, batch=8)), "allow.most_steps")
     assert refused(site.open("fedlora"), REFUSALS["data"])  # which is only then opened

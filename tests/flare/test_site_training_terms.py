@@ -81,28 +81,31 @@ def sure(name, tensor):
 
 
 BEYOND = [
-    (of_tuning(steps=7, batch=5), "at least 8 steps behind an answer were expected, 7 came"),
+    (of_tuning(steps=7, batch=5), "expected at least 8 steps behind an answer, got 7"),
     # 64 steps of which the decay leaves one
     (of_tuning(steps=64, batch=32, learning_rate=0.1, weight_decay=10.0), "fewest_steps"),
-    (of_tuning(weight_decay=1.5), "at most 1 as weight decay were expected, 1.5 came"),
-    (of_tuning(clip=1e-12), "at least 0.5 as the gradient's clip were expected, 1e-12 came"),
+    (of_tuning(weight_decay=1.5), "expected at most 1 for weight decay, got 1.5"),
+    (of_tuning(clip=1e-12), "expected at least 0.5 for the gradient's clip, got 1e-12"),
     (of_tuning(clip=0.0), "allow.lowest_clip"),
     (
         of_tuning(learning_rate=1e7, weight_decay=0.0),
-        "at most 0.1 as a learning rate",
+        "at most 0.1 for a learning rate",
     ),
     (of_tuning(head_learning_rate=0.2), "allow.rates"),
-    (of_tuning(learning_rate=1e-9, head_learning_rate=1e-3), "at least 1e-07 as a learning rate"),
-    (lambda order: replace(order, scale=1e-6), "at least 0.25 as the adapter's scale"),
+    (of_tuning(learning_rate=1e-9, head_learning_rate=1e-3), "at least 1e-07 for a learning rate"),
+    (lambda order: replace(order, scale=1e-6), "at least 0.25 for the adapter's scale"),
     (lambda order: replace(order, scale=1e6), "allow.scales"),
-    (of_adapter(torch.zeros_like, is_a), "at least 0.001 as the norm of each direction of A"),
+    (of_adapter(torch.zeros_like, is_a), "at least 0.001 for the norm of each direction of A"),
     (of_adapter(first_row(0.0), is_a), "allow.norms"),
-    (of_adapter(first_row(65504.0), is_a), "at most 1000 as the norm of each direction of A"),
+    (of_adapter(first_row(65504.0), is_a), "at most 1000 for the norm of each direction of A"),
     (of_adapter(lambda b: torch.full_like(b, 1e-5), is_b), "norm of each direction of B"),
-    (of_head(lambda _, tensor: torch.zeros_like(tensor)), "at least 0.001 as the norm of the head"),
+    (
+        of_head(lambda _, tensor: torch.zeros_like(tensor)),
+        "0.001 for the norm of the head",
+    ),
     (
         of_head(lambda _, tensor: 10_000 * tensor),
-        "at most 1000 as the norm of a class in the head",
+        "at most 1000 for the norm of a class in the head",
     ),
     (of_head(sure), "at most 4 nats of the head's bias beyond what features make up for"),
 ]
@@ -139,23 +142,23 @@ def test_the_gradient_itself_does_not_leave(hostile):
         shrunk=2,
         penalty=1e6,
     )
-    assert refused(site.ask(tune_and_shrink, shrinking), "at most 1 as a penalty")
+    assert refused(site.ask(tune_and_shrink, shrinking), "at most 1 for a penalty")
     assert site.ask(tune_and_shrink, replace(shrinking, penalty=1e-3)).examples
 
 
 @pytest.mark.parametrize(
-    ("foretold", "words"),
+    ("predicted", "words"),
     [
-        ({"steps": 5}, "at least 8 steps behind an answer were expected, 5 came"),
-        ({"rank": 64}, "at most 32 as a rank were expected, 64 came (allow.largest_rank"),
-        ({"scale": 32.0}, "at most 16 as the adapter's scale were expected, 32 came"),
+        ({"steps": 5}, "expected at least 8 steps behind an answer, got 5"),
+        ({"rank": 64}, "expected at most 32 for a rank, got 64 (allow.largest_rank"),
+        ({"scale": 32.0}, "expected at most 16 for the adapter's scale, got 32"),
     ],
 )
-def test_a_run_beyond_a_term_is_refused_before_a_row_is_read(hostile, foretold, words):
+def test_a_run_beyond_a_term_is_refused_before_a_row_is_read(hostile, predicted, words):
     site = hostile()
     (site.folder / "rows.parquet").write_bytes(b"no rows at all")
     how = Descent(kind="adamw", learning_rates=(1e-3,), weight_decay=0.1, clip=1.0)
-    asked = {"steps": 20, "batch": 32, "descent": how} | foretold
+    asked = {"steps": 20, "batch": 32, "descent": how} | predicted
     assert refused(site.open("fedlora", foretold=Reads(**asked)), words)
     slow = replace(how, learning_rates=(1e-9,))
     assert refused(site.open("fedlora", foretold=Reads(**asked | {"descent": slow})), "allow.")
@@ -289,7 +292,7 @@ def test_a_probe_of_time_tells_nothing_that_was_learnt(hostile):
 def terms_of(name, method, task):
     return RunTerms(
         method=name,
-        foretold=method.foretold(task.base),
+        foretold=method.predicted_reads(task.base),
         kind="classification",
         model="tiny",
         model_sha256="0" * 64,

@@ -104,7 +104,7 @@ def test_a_reply_is_given_up_after_three_rounds_and_left_out_when_it_comes(lab):
     assert [slow in ids for ids in free] == [True, *[False] * (GIVEN_UP - 1), True]
     assert all(reply.order.flops == Job().flops for reply in replies)
     notes = [row["values"] for row in bench.rows("note")]
-    assert notes == [{"device": slow, "left_out": "its reply came too late"}]
+    assert notes == [{"device": slow, "left_out": "its reply arrived too late"}]
 
 
 def test_other_work_limits_and_parts_wait_for_all(lab):

@@ -240,7 +240,7 @@ def test_an_order_within_the_terms_tells_tokens_where_a_site_answers_about_few_r
         order = orders.tokens_within(scene.task.base, update.order, terms, terms.fewest_steps, few)
         twice = replace(order, tuning=replace(order.tuning, batch=2 * few))
         refused = orders.refusal(twice, method.name, scene.task, terms, few)
-        assert "at least 32 distinct rows behind the answer were expected, 4 came" in refused
+        assert "expected at least 32 distinct rows behind the answer, got 4" in refused
         assert orders.refusal(twice, method.name, scene.task, terms, ROWS) is None
         answer = orders.asked_again(tap, update, order)
         scores = attacks.tokens_in_span(answer.first_factors, scene.vocabulary, signs=True)

@@ -13,7 +13,7 @@ from runs import deaf_to_ctrl_c, environment, hearing_ctrl_c, python
 
 from fedspine.core import process
 from fedspine.core.errors import Stopped
-from fedspine.core.process import Terminated, ends_on_sigterm, ends_when_told
+from fedspine.core.process import Terminated, ends_on_signal, ends_on_sigterm
 
 
 def hit(number):
@@ -49,7 +49,7 @@ def test_two_that_come_together_are_one(monkeypatch):
     [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)],
 )
 def test_a_command_that_is_told_to_end(number, word, code):
-    with hearing_ctrl_c(), pytest.raises(Stopped, match=f"^{word}$") as end, ends_when_told():
+    with hearing_ctrl_c(), pytest.raises(Stopped, match=f"^{word}$") as end, ends_on_signal():
         hit(number)
     assert end.value.exit_code == code
 

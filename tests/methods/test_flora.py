@@ -169,7 +169,7 @@ def test_an_order_that_does_not_fit_what_a_device_has_is_refused(heard, task):
 
 
 def test_a_site_is_told_that_the_merged_rank_grows_to_the_models_width(heard, task):
-    assert TOY.foretold(task.base).rank == 32
+    assert TOY.predicted_reads(task.base).rank == 32
     ranks = [heard.orders[number][heard.bench.ids[0]].reads.rank for number in range(3)]
     assert ranks == [max(state.merged_rank, ranks[0]) for state in heard.states[:3]]
     assert ranks[0] < ranks[1] < ranks[2]

@@ -119,9 +119,9 @@ class Device:
         enough, most = counts >= self.fewest_of_class, int(counts.sum())
         if self.noise is None:
             return counts * enough
-        told = self.beside(counts, 1.0).round().long()
-        told = torch.where(enough & (told >= self.fewest_of_class), told, 0)
-        return told * most // max(most, int(told.sum()))
+        reported = self.beside(counts, 1.0).round().long()
+        reported = torch.where(enough & (reported >= self.fewest_of_class), reported, 0)
+        return reported * most // max(most, int(reported.sum()))
 
     def _noise_of(self, texts: np.ndarray) -> Noise:
         """This ask's noise; it is counted once for the same texts."""

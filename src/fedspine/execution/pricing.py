@@ -1,6 +1,6 @@
 """What work costs a device that would do it: the charges of the simulator, without the work.
 
-The work itself runs, on a base without weights (`lm.weightless`); only `lm.tune` is told to account
+The work itself runs, on a base without weights (`lm.weightless`); only `lm.tune` accounts
 for training instead of training.
 """
 

@@ -247,7 +247,8 @@ class FlareFleet:
             if len(here) >= min(session.timeouts.quorum, len(session.sites)):
                 return
             if time.monotonic() > end:
-                raise AllLost(f"{len(here)} sites answer, {session.timeouts.quorum} are the quorum")
+                quorum = session.timeouts.quorum
+                raise AllLost(f"{len(here)} sites answer, but the quorum is {quorum}")
             time.sleep(LOOK_SECONDS)
 
     def _new_relay_needed(self) -> bool:
@@ -297,7 +298,7 @@ class FlareFleet:
             refused = [str(one.missing) for one in came if isinstance(one.missing, Declined)]
             why = f" (one {refused[0]})" if refused else ""
             raise AllLost(
-                f"of {len(came)} sites asked {replied} replied, {quorum} are the quorum{why}"
+                f"{replied} of {len(came)} sites asked replied, but the quorum is {quorum}{why}"
             )
 
     def _part(self, ids: Iterable[DeviceId]) -> tuple[DeviceId, ...]:

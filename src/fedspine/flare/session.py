@@ -247,8 +247,8 @@ def false_count(opened: Opened) -> str | None:
     """What is wrong with the numbers that a site declares, None where nothing is."""
     for name, most in (("examples", MOST_ROWS), ("memory_bytes", MOST_WHOLE)):
         if not 1 <= getattr(opened, name) <= most:
-            came = short(getattr(opened, name))
-            return f"it declares {name} of {came}, but 1 to {most} was expected"
+            got = short(getattr(opened, name))
+            return f"it declares {name} of {got}, but 1 to {most} was expected"
     return None
 
 
@@ -274,5 +274,5 @@ def _came(spent: Any, missing: str | None, bytes_down: int, seconds: float) -> A
     if answer is None:
         return AskResult(Cost(bytes_down, 0, 0.0, 0, seconds), missing=missing)
     cost = Cost(bytes_down, len(answer.result), answer.flops, answer.peak_memory_bytes, seconds)
-    told = {"epsilon": answer.epsilon, "noise": answer.noise}
-    return AskResult(cost, value, answer.samples, **told)
+    private = {"epsilon": answer.epsilon, "noise": answer.noise}
+    return AskResult(cost, value, answer.samples, **private)

@@ -233,7 +233,7 @@ def _site(tables: dict[str, Any], folder: Path) -> Site:
     for key, cls in SECTIONS.items():
         table = tables.get(key, {})
         if not isinstance(table, dict):
-            raise BadInput(f"[{key}] must be a table of keys and values; {table!r} came")
+            raise BadInput(f"[{key}] is {table!r}, but a table of keys and values was expected")
         sections[key] = section(
             key, cls, {name: tuple(v) if isinstance(v, list) else v for name, v in table.items()}
         )

@@ -61,7 +61,7 @@ class SemiAsync(FleetWrapper):
                 if reply.late < GIVEN_UP:
                     came.append(reply)
                 else:
-                    self.note(device=reply.device, left_out="its reply came too late")
+                    self.note(device=reply.device, left_out="its reply arrived too late")
         return came
 
     def send(self, work: Work[O, R], orders: Mapping[DeviceId, O]) -> None:

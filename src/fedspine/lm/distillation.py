@@ -146,7 +146,8 @@ class Hidden:
             handle.remove()
 
     def _see(self, block: nn.Module, inputs: object, output: object) -> None:
-        self._seen.append(output[0] if isinstance(output, tuple) else output)  # type: ignore[arg-type]
+        hidden = output[0] if isinstance(output, tuple) else output
+        self._seen.append(hidden)  # type: ignore[arg-type]
 
     def take(self, mask: Tensor, rows: int) -> Float[Tensor, "rows blocks width"]:
         """[rows, blocks, width] of the last pass over this attention mask."""

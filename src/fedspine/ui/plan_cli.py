@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedspine.core.process import ends_when_told
+from fedspine.core.process import ends_on_signal
 from fedspine.ui.options import Json, Settings
 
 
-@ends_when_told()
+@ends_on_signal()
 def plan(
     recipe: Annotated[
         Path | None,
@@ -40,16 +40,16 @@ def plan(
 
     fedspine plan --set task.model=./llama-1b --set task.kind=causal-lm --set method.name=fedlora
     """
-    from fedspine.report.plan_report import kind_table, told
+    from fedspine.report.plan_report import kind_table, summary_lines
     from fedspine.runs import config
-    from fedspine.runs.plan import plan as made
+    from fedspine.runs.plan import plan as planned_run
 
-    found = dataclasses.asdict(
-        made(config.load(recipe, settings, seed), classes=classes, kind=device_kind)
+    planned = dataclasses.asdict(
+        planned_run(config.load(recipe, settings, seed), classes=classes, kind=device_kind)
     )
     if json:
-        print(jsonlib.dumps(found))
+        print(jsonlib.dumps(planned))
         return
-    Console().print(kind_table(found))
-    for line in told(found):
+    Console().print(kind_table(planned))
+    for line in summary_lines(planned):
         print(line)

@@ -83,7 +83,7 @@ def verdict(comparison: Comparison, pair: Pair) -> Verdict:
 
 
 def told_first(comparison: Comparison) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
-    """The pairs that a reader is told of at once, and the rest: of many pairs, those of the best
+    """The pairs that are shown first, and the rest: of many pairs, those of the best
     method come first.
     """
     pairs = comparison.pairs
