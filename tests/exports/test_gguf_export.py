@@ -175,13 +175,13 @@ def test_the_tokenizer_is_in_the_file(merged, tmp_path):
     }
     source = merged("unequal")[0]
     tokenizer = AutoTokenizer.from_pretrained(source)
-    told = gguf_tokenizer.vocabulary(source, tokenizer, len(TOKENS), chat=True)
-    assert told.special == {"bos": 2, "eos": 3, "unk": 1, "pad": 0, "eot": 3}
+    vocabulary = gguf_tokenizer.vocabulary(source, tokenizer, len(TOKENS), chat=True)
+    assert vocabulary.special == {"bos": 2, "eos": 3, "unk": 1, "pad": 0, "eot": 3}
 
 
 def test_a_tokenizer_of_sentencepiece(tmp_path):
     words = ["<unk>", "<s>", "</s>", "<0x0A>", "▁", "a", "b", "ab", "▁ab"]
-    told = {
+    description = {
         "model": {
             "type": "BPE",
             "byte_fallback": True,
@@ -192,9 +192,9 @@ def test_a_tokenizer_of_sentencepiece(tmp_path):
         "added_tokens": [{"id": i, "content": words[i], "special": True} for i in range(3)],
         "normalizer": {"type": "Prepend", "prepend": "▁"},
     }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(told))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE(told["model"]["vocab"], [])), eos_token="</s>"
+        tokenizer_object=Tokenizer(models.BPE(description["model"]["vocab"], [])), eos_token="</s>"
     )
     found = gguf_tokenizer.vocabulary(tmp_path, fast, rows=10, chat=False)
     assert (found.model, found.pre, found.space_prefix) == ("llama", "default", True)
@@ -203,7 +203,7 @@ def test_a_tokenizer_of_sentencepiece(tmp_path):
     # what is merged first has the highest score, and single characters have the lowest
     assert found.scores == (*(-2.0,) * 7, 0.0, -1.0, -2.0)
     assert (found.merges, found.special) == ((), {"eos": 2})
-    told["model"]["byte_fallback"] = False
+    description["model"]["byte_fallback"] = False
     split = {"type": "Split", "pattern": {"Regex": "x"}}
     for steps, message in (
         (None, "kind BPE, and llama.cpp reads"),
@@ -212,7 +212,7 @@ def test_a_tokenizer_of_sentencepiece(tmp_path):
             "supported ones of llama.cpp .gpt-2, ",
         ),
     ):
-        (tmp_path / "tokenizer.json").write_text(json.dumps(told | {"pre_tokenizer": steps}))
+        (tmp_path / "tokenizer.json").write_text(json.dumps(description | {"pre_tokenizer": steps}))
         with pytest.raises(BadInput, match=message):
             gguf_tokenizer.vocabulary(tmp_path, fast, rows=10, chat=False)
 
@@ -239,8 +239,8 @@ def test_the_tolerance(merged, tmp_path):
         one.check()
     nan = dataclasses.replace(good, relative_difference=float("nan"))
     few = dataclasses.replace(far, equal_tokens=0.99)
-    for one, told in ((nan, "nan of .* 100.0%"), (few, "0.5 of .* 99.0%")):
-        with pytest.raises(BadInput, match=told):
+    for one, why in ((nan, "nan of .* 100.0%"), (few, "0.5 of .* 99.0%")):
+        with pytest.raises(BadInput, match=why):
             one.check()
     assert "F16, architecture llama" in good.line
 

@@ -28,6 +28,6 @@ def test_the_example_continues_a_text(tmp_path):
     gguf.export(source, tmp_path / "gguf", examples=rows, rows_from="texts")
     done = python(EXAMPLE, tmp_path / "gguf", input="Once upon a time\n")
     assert done.returncode == 0, done.stderr
-    (told,) = predict(load_model(source), ["Once upon a time"], new_tokens=20)
-    assert done.stdout.strip()[:SAME] == told.continuation.strip()[:SAME]
+    (ours,) = predict(load_model(source), ["Once upon a time"], new_tokens=20)
+    assert done.stdout.strip()[:SAME] == ours.continuation.strip()[:SAME]
     assert "import fedspine" not in EXAMPLE.read_text()

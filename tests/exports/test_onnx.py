@@ -325,7 +325,7 @@ def test_rows_to_calibrate_on(run, tmp_path):
     with pytest.raises(BadInput, match="training rows, which are on its devices; use"):
         calibration_rows(recipe, on_devices, tokenizer, 10)
     others = write_csv(tmp_path / "others.csv", rows=50)
-    for place, told in ((others, "has changed since"), (tmp_path / "gone.csv", "not available")):
+    for place, why in ((others, "has changed since"), (tmp_path / "gone.csv", "not available")):
         task = recipe.task.model_copy(update={"data": str(place)})
-        with pytest.raises(BadInput, match=told):
+        with pytest.raises(BadInput, match=why):
             calibration_rows(dataclasses.replace(recipe, task=task), record, tokenizer, 10)

@@ -171,8 +171,8 @@ def test_the_tolerance(exported):
     far = dataclasses.replace(good, largest_difference=2e-4)
     nan = dataclasses.replace(good, largest_difference=float("nan"))
     few = dataclasses.replace(good, equal_tokens=0.99)
-    for one, told in ((far, "off by 0.0002"), (nan, "off by nan"), (few, "99.0% of the greedy")):
-        with pytest.raises(BadInput, match=told):
+    for one, why in ((far, "off by 0.0002"), (nan, "off by nan"), (few, "99.0% of the greedy")):
+        with pytest.raises(BadInput, match=why):
             one.check()
     near = dataclasses.replace(few, quantize="int8", perplexity=1.04 * good.perplexity_before)
     large = dataclasses.replace(far, largest_logit=30.0)
@@ -196,12 +196,12 @@ def test_the_example_chats(exported):
     messages, loaded = [], load_model(source)
     for line in lines:
         messages.append(("user", line))
-        told = answered(loaded, messages, Decoding(40))
-        messages.append(("assistant", told.answer))
+        turn = answered(loaded, messages, Decoding(40))
+        messages.append(("assistant", turn.answer))
     found = done.stdout.splitlines()
     # the example writes longer answers than the model has positions to be asked for here
-    assert [one[: len(told)] for one, (_, told) in zip(found, messages[1::2], strict=True)] == [
-        told for _, told in messages[1::2]
+    assert [one[: len(answer)] for one, (_, answer) in zip(found, messages[1::2], strict=True)] == [
+        answer for _, answer in messages[1::2]
     ]
     assert "import fedspine" not in EXAMPLE.read_text()
 

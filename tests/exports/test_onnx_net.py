@@ -74,8 +74,8 @@ def test_a_graph_reads_rows_as_the_data_has_them(exported, name, monkeypatch, ca
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
     (read,) = session.get_inputs()
     assert (read.name, read.shape) == ("input", ["rows", *shape])
-    told = session.get_modelmeta().custom_metadata_map
-    assert told == {
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert metadata == {
         "name": "toy",
         "task": "array",
         "net": net,
@@ -101,7 +101,7 @@ def test_smaller_numbers(exported, tmp_path, how):
     if how == "fp16":  # half a unit in the last of 11 bits, in inputs and weights of eight layers
         apart, size = (np.sqrt((part**2).mean()) for part in (found[0] - found[1], found[0]))
         assert 0 < apart < 2.0**-11 * np.sqrt(2 * 8) * size
-    else:  # rows are told apart as before; how much rounding shows depends on what was learnt
+    else:  # rows differ as before; how much rounding shows depends on what was learnt
         assert not np.array_equal(*found)
         assert np.corrcoef(*((part - part.mean(0)).ravel() for part in found))[0, 1] > 0.9
     bytes = [path.stat().st_size for path in (folder / "model.onnx", smaller)]
@@ -175,11 +175,11 @@ def test_refusals(run, tmp_path, monkeypatch, capsys):
         ("--format", "onnx", "--rows", tmp_path / "named.npz"): "has the class '0', which the run",
         ("--format", "onnx", "--rows", tmp_path / "gone.npz"): "found nothing there",
     }
-    for words, told in cases.items():
+    for words, why in cases.items():
         words = ("export", run, "--to", tmp_path / "model", *words)
         code, out, (line,) = in_process(monkeypatch, capsys, *words)
         assert (code, out) == (2, "")
-        assert told in line
+        assert why in line
         assert not (tmp_path / "model").exists()
 
 
@@ -189,7 +189,7 @@ def test_a_net_needs_its_training_rows(run, tmp_path):
     assert len(onnx_net.data_of(recipe, record, recipe.task.data).raw) == 40
     others = rows_of((3, 16), np.float32, seed=3)
     np.savez(tmp_path / "others.npz", x=others.x, y=others.labels)
-    for place, told in (("others.npz", "has changed since"), ("gone.npz", "are not available")):
+    for place, why in (("others.npz", "has changed since"), ("gone.npz", "are not available")):
         task = recipe.task.model_copy(update={"data": str(tmp_path / place)})
-        with pytest.raises(BadInput, match=told):
+        with pytest.raises(BadInput, match=why):
             onnx_net.data_of(dataclasses.replace(recipe, task=task), record, None)

@@ -84,7 +84,7 @@ class SilentFiles(SimpleHTTPRequestHandler):
 
 def labelled(tab, text):
     """What the page says of a text: a label and milliseconds."""
-    told = tab.run(
+    shown = tab.run(
         f"""(async () => {{
           const until = async (test) => {{
             for (let i = 0; i < 600 && !test(); i++) await new Promise((r) => setTimeout(r, 100));
@@ -97,5 +97,5 @@ def labelled(tab, text):
           return output.value;
         }})()"""
     )
-    label, milliseconds = re.fullmatch(r"(\w+), ([\d.]+) ms", told).groups()
+    label, milliseconds = re.fullmatch(r"(\w+), ([\d.]+) ms", shown).groups()
     return label, float(milliseconds)

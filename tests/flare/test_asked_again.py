@@ -224,16 +224,16 @@ def test_counts_of_classes_are_not_exact_and_keep_the_terms(hostile, one_of_a_cl
     assert shares[1][place] == 0
     assert shares[1].sum() == pytest.approx(1.0)
     site.opened("fedlora")
-    told = np.stack(
+    reported = np.stack(
         [
             site.ask(class_means, MeansOrder(rows=ROWS), seed=(0, 0, n)).counts.numpy()
             for n in range(6)
         ]
     )
     own = np.bincount(site.worker._open.holding.examples.labels, minlength=3)
-    assert told.sum(1).max() <= ROWS
-    assert len(np.unique(told[:, own.argmax()])) > 3  # of 6 answers, noise of 8 rows and more
-    assert not told[:, own < RARE].any()
+    assert reported.sum(1).max() <= ROWS
+    assert len(np.unique(reported[:, own.argmax()])) > 3  # of 6 answers, noise of 8 rows and more
+    assert not reported[:, own < RARE].any()
 
 
 def test_losses_accuracies_rewards_and_scores_have_noise(hostile):

@@ -62,7 +62,7 @@ class LocalLink:
     def __init__(self, workers):
         self.workers, self.faults = workers, {}
         self.relay, self.sites = "relay-0", tuple(sorted(workers))
-        self.heard = []  # (site, what was asked), pings as None
+        self.asked = []  # (site, what was asked), pings as None
         self.gone = 0  # exchanges for which the relay is lost
         # each site is a process of its own, and threads cannot load models side by side
         self._loading = threading.Lock()
@@ -76,7 +76,7 @@ class LocalLink:
             self.gone -= 1
             raise RelayLost("gone")
         asked = decoded(payload, Opening, SiteOrder)
-        self.heard.append((site, asked))
+        self.asked.append((site, asked))
         if isinstance(asked, SiteOrder) and self.faults.get(site):
             fault = self.faults[site].pop(0)
             return (
@@ -88,7 +88,7 @@ class LocalLink:
             return "done", self.workers[site].answer(payload)
 
     def ping(self, site, seconds):
-        self.heard.append((site, None))
+        self.asked.append((site, None))
         return site in self.workers
 
     def mend(self, broken, give_up):
@@ -257,7 +257,7 @@ def test_a_lost_site_is_noted_pinged_and_asked_again_as_if_it_had_not_been_asked
     assert here.notes()[0]["left_out"]
     north = [
         asked
-        for site, asked in here.link.heard
+        for site, asked in here.link.asked
         if site == "north" and not isinstance(asked, Opening)
     ]
     assert north[1] is None  # pinged before it got work again
@@ -328,12 +328,12 @@ def test_a_site_that_refuses_an_order_says_why_and_is_not_lost(ground, sites):
     assert [note["device"] for note in notes] == ["north", "north"]
     assert all(why in note["left_out"] for note in notes)
     assert not here.session.sites["north"].missed
-    assert all(asked is not None for _, asked in here.link.heard)  # nobody is pinged
+    assert all(asked is not None for _, asked in here.link.asked)  # nobody is pinged
     assert here.session.sites["east"].asks == 2
     for site in SITES:
         here.link.workers[site] = with_terms(ground, site, most_steps=4)
     with pytest.raises(
-        AllLost, match=r"of 3 sites asked 0 replied.*one refuses .*allow.most_steps"
+        AllLost, match=r"0 of 3 sites asked replied.*one refuses .*allow.most_steps"
     ):
         here.run(method, 3, state)
 
@@ -355,10 +355,10 @@ def test_a_run_that_the_sites_terms_contradict_ends_before_a_row_is_read(
         monkeypatch, capsys, "run", recipe, *at_sites, "--out", folder, "--json"
     )
     assert (code, out) == (2, "")
-    told = "expected at most 8 rows of a step, got 32 (allow.largest_batch of its"
+    expected = "expected at most 8 rows of a step, got 32 (allow.largest_batch of its"
     line = lines[-1]
     assert line.startswith("fedspine: 3 of 3 sites take no part: east: ")
-    assert line.count(told) == 3
+    assert line.count(expected) == 3
     assert not folder.exists()
 
 
@@ -489,7 +489,7 @@ def test_a_round_need_not_wait_for_every_site(sites, method):
     here.run(method, 4, quorum=0.6)
     assert merged == set(SITES)  # whoever was late was merged later
     assert len(here.fleet.in_flight) <= 1
-    orders = sum(isinstance(asked, SiteOrder) for _, asked in here.link.heard)
+    orders = sum(isinstance(asked, SiteOrder) for _, asked in here.link.asked)
     assert 2 * len(SITES) <= orders < 4 * len(SITES)  # who is late is not asked
 
 
@@ -774,7 +774,7 @@ def test_an_order_that_no_device_could_serve_is_refused_and_the_reply_says_why(s
         "west": replace(order, adapter={k: v * float("nan") for k, v in order.adapter.items()}),
     }
     here.fleet.begin_round(0)
-    with pytest.raises(AllLost, match="of 3 sites asked 0 replied"):
+    with pytest.raises(AllLost, match="0 of 3 sites asked replied"):
         here.fleet.ask(tune_adapter, wrong)
     assert {note["device"]: note["left_out"] for note in here.notes()} == {
         "east": "cannot use the order: learning_rate is -1, but it cannot be negative",

@@ -156,7 +156,8 @@ def test_the_site_stops_where_the_runs_budget_is_spent(site, terms, order):
     for again in (worker, site(terms=terms)):
         refused = answer(again, asked(order, seed=(0, 0, 2), memory=None))
         assert refused.reason == SPENT
-    assert isinstance(answer(worker, asked(order)), SiteAnswer)  # what is told is told
+    # an answer sent again spends nothing
+    assert isinstance(answer(worker, asked(order)), SiteAnswer)
 
 
 def test_the_sites_own_budget_is_over_all_runs(site, terms, order):

@@ -238,8 +238,8 @@ def test_work_that_fails_is_told_without_its_reason(worker, order, capfd, monkey
         raise ZeroDivisionError("row 7 of rows.csv")
 
     monkeypatch.setattr(fedlora, "tune", breaks)
-    told = pack(NotDone(reason="work failed")).payload
-    assert pack(answer(worker, asked(order))).payload == told
+    expected = pack(NotDone(reason="work failed")).payload
+    assert pack(answer(worker, asked(order))).payload == expected
     assert "Traceback" in capfd.readouterr().err  # which is the site's own log
 
 

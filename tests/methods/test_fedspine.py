@@ -91,12 +91,12 @@ def test_what_a_lost_reply_pruned_stays_pruned(task, order):
     one = device(task, {})
     prune_and_tune(one, order)  # learns its importance
     further = dataclasses.replace(order, sparsity=0.5)
-    # which the server never hears of: it goes on from the full structure
+    # whose reply never reaches the server, which goes on from the full structure
     lost = prune_and_tune(one, further)
-    heard = prune_and_tune(one, order)
-    assert torch.equal(heard.structure.heads, lost.structure.heads)
-    assert torch.equal(heard.structure.channels, lost.structure.channels)
-    assert {name: tensor.shape for name, tensor in heard.adapter.items()} == {
+    replied = prune_and_tune(one, order)
+    assert torch.equal(replied.structure.heads, lost.structure.heads)
+    assert torch.equal(replied.structure.channels, lost.structure.channels)
+    assert {name: tensor.shape for name, tensor in replied.adapter.items()} == {
         name: tensor.shape for name, tensor in lost.adapter.items()
     }
 

@@ -1,4 +1,4 @@
-"""The state on disk: damage is told, and one process at a time works on it. Kills are in
+"""The state on disk: damage is reported, and one process at a time works on it. Kills are in
 test_resume.py.
 """
 

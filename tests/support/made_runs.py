@@ -78,6 +78,6 @@ def made_run(
 def made_cell(sweep, name, label, shared=None, **made):
     """The same as a cell of a sweep; `shared` are the settings of all methods."""
     folder = made_run(sweep / "cells" / name, **made)
-    told = {"label": label, "settings": shared or {}, "seed": made.get("seed", 0)}
-    (folder / "cell.json").write_text(json.dumps(told))
+    record = {"label": label, "settings": shared or {}, "seed": made.get("seed", 0)}
+    (folder / "cell.json").write_text(json.dumps(record))
     return folder

@@ -58,7 +58,7 @@ class Lab:
     """A simulated fleet of `kinds` in `folder`, and what belongs to it; an existing folder is gone
     on with.
 
-    `truth` is what `Hardware` is told besides, such as its jitter.
+    `truth` has further arguments of `Hardware`, such as its jitter.
     """
 
     def __init__(

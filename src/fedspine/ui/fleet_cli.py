@@ -120,7 +120,7 @@ def status(
     if json:
         print(jsonlib.dumps(found))
         return
-    table = Table("site", "last heard of", title="connected sites", title_justify="left")
+    table = Table("site", "last seen", title="connected sites", title_justify="left")
     for site in found["sites"]:
         table.add_row(escape(site["name"]), escape(site["last_heard_of"]))
     Console().print(table)
