@@ -128,7 +128,7 @@ def test_smaller_numbers(exported, tmp_path, how, bytes_each):
     assert set(QUANTISATIONS["onnx"]) == set(onnx_numbers.QUANTISERS)
 
 
-def test_what_cannot_be_calibrated_is_told(exported, tmp_path):
+def test_what_cannot_be_calibrated_is_reported(exported, tmp_path):
     _, folder, _ = exported("distilbert")
     graph = Path(shutil.copy(folder / "model.onnx", tmp_path))
     with pytest.raises(

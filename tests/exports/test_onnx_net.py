@@ -109,7 +109,7 @@ def test_smaller_numbers(exported, tmp_path, how):
     assert bytes[1] < (0.55 if how == "fp16" else 0.35) * bytes[0]
 
 
-def test_it_is_told_what_it_is(exported):
+def test_loading_it_as_a_transformer_is_refused(exported):
     folder, _, _ = exported("pictures")
     with pytest.raises(BadInput, match="is a net on arrays for ONNX Runtime; run its model.onnx"):
         load_model(folder)

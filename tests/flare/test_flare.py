@@ -179,7 +179,7 @@ class Sites:
         sent = {}
         method = find("fedlora").toy()
 
-        class Listener:
+        class OrderRecorder:
             devices = self.fleet.devices
 
             def ask(self, work, orders, **_):
@@ -187,7 +187,7 @@ class Sites:
                 raise InterruptedError
 
         with pytest.raises(InterruptedError):
-            method.round(method.start(self.task, np.random.default_rng(0)), Listener())
+            method.round(method.start(self.task, np.random.default_rng(0)), OrderRecorder())
         return sent
 
     def close(self):

@@ -254,12 +254,12 @@ def test_a_kit_refuses_a_server_of_others(made, foreign, listener, tmp_path):
 
 
 def test_a_server_refuses_a_kit_of_others_even_if_that_trusts_it(made, foreign, listener, tmp_path):
-    stranger = at_port(foreign / "north", listener(made / "server"), tmp_path / "north")
+    untrusted = at_port(foreign / "north", listener(made / "server"), tmp_path / "north")
     shutil.copy(
-        made / "server" / "startup" / "rootCA.pem", stranger.folder / "startup" / "rootCA.pem"
+        made / "server" / "startup" / "rootCA.pem", untrusted.folder / "startup" / "rootCA.pem"
     )
     with pytest.raises(BadInput, match="refuses this kit's certificate"):
-        kits.check_reach(stranger)
+        kits.check_reach(untrusted)
 
 
 def test_a_server_that_is_not_there_is_waited_for(made, tmp_path):
@@ -369,7 +369,7 @@ def fleet_status(federation):
 
 
 @pytest.mark.slow
-def test_who_is_connected_is_told(federation):
+def test_fleet_status_shows_who_is_connected(federation):
     done = fedspine("fleet", "status", "--kit", federation.admin, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -381,21 +381,21 @@ def test_a_kit_that_was_not_provisioned_is_let_in_nowhere(federation, tmp_path, 
     """Neither by our command, which says why, nor by FLARE's own client without our check."""
     port = kit_at(federation.admin).port
     create(
-        project(name="toys", port=port, sites=("stranger", *federation.sites)), tmp_path / "kits"
+        project(name="toys", port=port, sites=("untrusted", *federation.sites)), tmp_path / "kits"
     )
-    for name in ("stranger", federation.sites[0]):
+    for name in ("untrusted", federation.sites[0]):
         write_site_file(tmp_path / "kits" / name, name=name, data={"path": "pydoc-topics"})
         assert "does not belong to this kit" in refused(
             "start", name, "--kit", tmp_path / "kits" / name
         )
     assert "does not belong to this kit" in refused("status", "--kit", tmp_path / "kits" / "admin")
-    stranger = kit_at(tmp_path / "kits" / "stranger")
+    untrusted = kit_at(tmp_path / "kits" / "untrusted")
     shutil.copy(
-        federation.admin / "startup" / "rootCA.pem", stranger.folder / "startup" / "rootCA.pem"
+        federation.admin / "startup" / "rootCA.pem", untrusted.folder / "startup" / "rootCA.pem"
     )
     with open(tmp_path / "log", "wb") as log:
         process = subprocess.Popen(
-            stranger.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            untrusted.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         # the last line before it connects

@@ -77,16 +77,16 @@ def order(task):
     state = method.start(task, np.random.default_rng(0))
     sent = {}
 
-    class Listener:
+    class OrderRecorder:
         devices = ()
 
         def ask(self, work, orders, **_):
             sent.update(orders)
             raise StopIteration
 
-    Listener.devices = (type("Profile", (), {"id": "east"}),)
+    OrderRecorder.devices = (type("Profile", (), {"id": "east"}),)
     with pytest.raises(StopIteration):
-        method.round(state, Listener())
+        method.round(state, OrderRecorder())
     return sent["east"]
 
 
@@ -224,7 +224,7 @@ def test_an_order_of_another_type_is_refused(worker, order):
     assert answer(worker, asked(b"not safetensors")).reason == "bad order"
 
 
-def test_an_order_of_other_shapes_is_told_what_is_wrong_with_it(worker, order):
+def test_the_refusal_of_an_order_of_other_shapes_says_what_is_wrong(worker, order):
     broken = replace(order, adapter={name: tensor[:, :3] for name, tensor in order.adapter.items()})
     reply = answer(worker, asked(broken))
     assert (reply.reason, reply.detail) == (
@@ -233,7 +233,7 @@ def test_an_order_of_other_shapes_is_told_what_is_wrong_with_it(worker, order):
     )
 
 
-def test_work_that_fails_is_told_without_its_reason(worker, order, capfd, monkeypatch):
+def test_work_that_fails_is_reported_without_its_reason(worker, order, capfd, monkeypatch):
     def breaks(*values, **options):
         raise ZeroDivisionError("row 7 of rows.csv")
 
@@ -334,7 +334,7 @@ def test_a_worker_ends_with_its_supervisor(kit, terms):
     assert not _alive(pid)
 
 
-def test_a_site_file_that_cannot_be_read_is_told_in_its_log(tmp_path):
+def test_a_site_file_that_cannot_be_read_is_reported_in_its_log(tmp_path):
     (tmp_path / "fedspine-site.toml").write_text("name = ")
     process = WorkerProcess(tmp_path)
     assert process.exchange(b"anything", SECONDS) == ("died", b"")

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 from flare_federation import write_recipe
-from runs import hearing_ctrl_c
+from runs import handling_ctrl_c
 from toy import Lab
 from warm import forked
 
@@ -123,7 +123,7 @@ class Going:
     def __init__(self, arguments, folder):
         self.folder = folder
         self.log = open(folder.with_suffix(".log"), "w")  # noqa: SIM115 - closed by `end`
-        with hearing_ctrl_c():
+        with handling_ctrl_c():
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "fedspine", *map(str, arguments)],
                 stdout=self.log,

@@ -217,7 +217,7 @@ def test_interrupted(job, seconds) -> None:
 @pytest.mark.parametrize(
     ("blow", "workers"), [("TERM", 1), ("TERM", 2), ("TERM to all", 1), ("TERM to all", 2)]
 )
-def test_a_run_that_is_told_to_end(job, blow, workers) -> None:
+def test_a_run_that_gets_a_signal(job, blow, workers) -> None:
     """One line, exit code 143, no worker is left, and the run goes on to the end that it would have
     had.
     """
@@ -238,8 +238,8 @@ def test_a_run_that_is_told_to_end(job, blow, workers) -> None:
 def test_a_run_under_nohup(job, blow, code) -> None:
     """It goes on at Ctrl-C, workers included, and ends on a signal."""
     carry_out, whole = job
-    struck = {"seconds": 0.1, "signal": blow, "slow": 0.1, "deaf": True}
-    (plan,) = carry_out(f"deaf-{blow}", struck, ENOUGH, run__workers=2)
+    struck = {"seconds": 0.1, "signal": blow, "slow": 0.1, "ignores_ctrl_c": True}
+    (plan,) = carry_out(f"ignoring-{blow}", struck, ENOUGH, run__workers=2)
     first, last = plan["ends"]
     assert (first["code"], last["code"]) == (code, 0), plan
     assert len(first["said"]) == (1 if code else 0)

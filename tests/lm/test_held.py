@@ -221,7 +221,7 @@ def test_a_personal_head_stays_whatever_comes(task):
     assert bits(second.model) == bits(third.model)
 
 
-def test_a_site_is_told_of_terms_and_of_the_whole_rate(task):
+def test_predicted_reads_have_the_penalty_and_the_whole_rate(task):
     method = dataclasses.replace(TOY, drift=FedProx(mu=0.2), schedule=Cosine(warmup_rounds=3))
     assert tuning_at(TOY, 0, 4).reads.descent.penalty == 0
     assert tuning_at(method, 0, 4).reads.descent.penalty == 0.2

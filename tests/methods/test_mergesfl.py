@@ -353,7 +353,7 @@ def test_with_all_that_is_ours_switched_off_it_is_the_papers_form(lab, changed):
         ("pyramidfl", "drop_most", 0.5, "write thinning.most"),
     ],
 )
-def test_an_older_recipe_is_told_what_to_write_now(name, key, value, write):
+def test_the_refusal_of_an_older_recipe_says_what_to_write_now(name, key, value, write):
     with pytest.raises(BadInput) as refused:
         recipe({"method": {"name": name, key: value}})
     assert str(refused.value) == f"method.{key} is no longer a setting of {name}; {write}"
@@ -367,7 +367,7 @@ def test_an_older_recipe_is_told_what_to_write_now(name, key, value, write):
         ("selection", "random", 'selection = {name = "random"}'),
     ],
 )
-def test_a_plain_value_of_what_is_a_table_is_told_the_table(name, key, value, write):
+def test_the_refusal_of_a_plain_value_names_the_table(name, key, value, write):
     with pytest.raises(BadInput) as refused:
         recipe({"method": {"name": name, key: value}})
     assert f"it is a table now; write {write}" in str(refused.value)
@@ -499,16 +499,16 @@ class Watch(Spy):
         self.iterations, self.joined, self.early = 0, {}, set()
 
     def ask(self, work, orders, **limits):
-        self._hear(work, orders)
+        self._record(work, orders)
         return super().ask(work, orders, **limits)
 
     def send(self, work, orders):
-        self._hear(work, orders)
+        self._record(work, orders)
         if work.__name__ == "end" and self.iterations < 7:
             self.early |= set(orders)
         super().send(work, orders)
 
-    def _hear(self, work, orders):
+    def _record(self, work, orders):
         if work.__name__ in ("step", "resize", "end"):
             for id in orders:
                 self.joined.setdefault(id, self.iterations)
@@ -656,7 +656,7 @@ def batches_of(bench, id, sizes, asks):
     return [data.batch(batch.rows) for batch in found]
 
 
-def test_texts_take_as_many_tokens_as_they_are_told_and_devices_wait_less(lab):
+def test_texts_take_the_tokens_that_the_server_sets_and_devices_wait_less(lab):
     """Few rows of unequal length take now more time, now less; filled to a number of tokens they
     take the same.
     """

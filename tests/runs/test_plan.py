@@ -133,7 +133,7 @@ def test_the_total_of_a_run_is_that_of_the_simulated_clock(models, tmp_path, mon
         assert found["run"][way] == pytest.approx(sum(row[way] for row in exchanges), abs=slack)
 
 
-def test_a_kind_without_room_is_told_with_the_most_that_fits(models, monkeypatch):
+def test_a_kind_without_room_is_reported_with_the_most_that_fits(models, monkeypatch):
     folder = models["classification"][2]
     small = dataclasses.replace(hardware.KINDS["tx2"], memory_bytes=100_000)
     monkeypatch.setitem(hardware.KINDS, "tx2", small)

@@ -11,7 +11,7 @@ that find the folder resume it. An attempt may be struck
 - by a limit on the bytes of a file,
 - by a folder that is `read_only`, or by a wall `clock` that jumps by years at each look.
 One may have `more` arguments. One that is `slow` takes so many seconds longer for each job. One
-that is `deaf` ignores Ctrl-C, as under `nohup`. A plan with `every` is repeated with call 1, 2, ...
+with `ignores_ctrl_c` does so, as under `nohup`. A plan with `every` is repeated with call 1, 2, ...
 of its first attempt until that attempt is not struck any more.
 """
 
@@ -135,7 +135,7 @@ def fork(arguments, attempt, said):
 def prepare(attempt):
     if not attempt.get("report"):  # which takes longer than all the rest
         loop.write_page = lambda folder: (folder / REPORT).write_text("a report")
-    if attempt.get("deaf"):
+    if attempt.get("ignores_ctrl_c"):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if "file_bytes" in attempt:
         resource.setrlimit(resource.RLIMIT_FSIZE, (attempt["file_bytes"], resource.RLIM_INFINITY))

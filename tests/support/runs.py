@@ -90,10 +90,10 @@ def python(*arguments, **options):
 
 
 @contextmanager
-def hearing_ctrl_c():
+def handling_ctrl_c():
     """Processes started in this context receive Ctrl-C.
 
-    Tests that `nohup` or a shell's background job runs are deaf to it, and so would be what they
+    Tests that `nohup` or a shell's background job runs ignore it, and so would what they
     start.
     """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -104,7 +104,7 @@ def hearing_ctrl_c():
 
 
 @contextmanager
-def deaf_to_ctrl_c():
+def ignoring_ctrl_c():
     """What is started within ignores Ctrl-C, as under `nohup`."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -1,4 +1,4 @@
-"""A toy task that a tiny model learns, a simulated fleet over it, and one that listens in."""
+"""A toy task that a tiny model learns, a simulated fleet over it, and a spy on its traffic."""
 
 import json
 
@@ -211,7 +211,7 @@ class Spy:
         return self._fleet.unusable
 
     def __getattr__(self, name):
-        raise NotImplementedError(f"no method needs {name} yet; teach the spy to listen to it")
+        raise NotImplementedError(f"no method needs {name} yet; let the spy record it")
 
 
 def bits(value):

@@ -663,7 +663,7 @@ def test_a_grid_of_one_curve_is_the_curve():
     assert (xs.tolist(), values.tolist()) == ([1.0, 2.0], [[0.3, 0.4]])
 
 
-def test_many_methods_are_told_apart(compare, tmp_path):
+def test_many_methods_are_distinguished(compare, tmp_path):
     for number in range(9):
         made_cell(
             tmp_path / "s",

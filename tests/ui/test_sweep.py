@@ -17,8 +17,8 @@ import pytest
 from places import ROOT
 from rich.console import Console
 from runs import (
-    deaf_to_ctrl_c,
     environment,
+    ignoring_ctrl_c,
     in_process,
     records_of,
     summary_of,
@@ -638,13 +638,13 @@ def test_interrupted_and_two_at_once(place, command):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_ignores_ctrl_c_ends_when_it_is_told_to(place):
+def test_a_sweep_that_ignores_ctrl_c_ends_on_sigterm(place):
     """As under `nohup`; its cells ignore Ctrl-C too, so it must not rely on that to end them.
 
     The sweep and its cell are started as users start them.
     """
     Path("sweep.toml").write_text(GOOD.replace("rounds = 2", "rounds = 5000"))
-    with deaf_to_ctrl_c():
+    with ignoring_ctrl_c():
         sweep = subprocess.Popen(
             [sys.executable, "-m", "fedspine", "sweep", "sweep.toml"],
             stderr=subprocess.PIPE,

@@ -35,7 +35,7 @@ from fedspine.flare.wire import Opened
 from fedspine.fleets.rounds import Devices, Totals, Waits, mean_wait, round_row
 
 OPEN_SECONDS = 600.0  # for a site to load model and rows
-LOOK_SECONDS = 2.0  # between two checks of which sites are there
+CHECK_SECONDS = 2.0  # between two checks of which sites are there
 MOST_TIMES = 1000  # the median of the others' rows that a site may declare
 
 
@@ -249,7 +249,7 @@ class FlareFleet:
             if time.monotonic() > end:
                 quorum = session.timeouts.quorum
                 raise AllLost(f"{len(here)} sites answer, but the quorum is {quorum}")
-            time.sleep(LOOK_SECONDS)
+            time.sleep(CHECK_SECONDS)
 
     def _new_relay_needed(self) -> bool:
         """Whether a new relay would reach a site that the present one does not."""
@@ -341,7 +341,7 @@ def _without_false(
 
 def _answers(session: FlareSession, site: SiteState) -> bool:
     try:
-        site.missed = not session.reached(site, TimeLimit(LOOK_SECONDS))
+        site.missed = not session.answers_ping(site, TimeLimit(CHECK_SECONDS))
     except (TimeoutError, RelayLost):
         return False
     return not site.missed

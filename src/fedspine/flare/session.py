@@ -95,13 +95,13 @@ class FlareSession:
             came = str(error)
         site.missed = isinstance(came, str) and not isinstance(came, Declined)
         spent = came if isinstance(came, tuple) else (None, None)
-        return _came(
+        return _ask_result(
             spent, came if isinstance(came, str) else None, len(payload), time.monotonic() - began
         )
 
     def _asked(self, site: SiteState, work: Work[Any, Any], payload: bytes, end: TimeLimit) -> Any:
         """The result and the site's answer, or a line that says why there is none."""
-        if site.missed and not self.reached(site, end):
+        if site.missed and not self.answers_ping(site, end):
             return "does not answer"
         for _ in range(3):  # again after the run was opened anew, and after memory was lost
             asked = SiteOrder(
@@ -144,7 +144,7 @@ class FlareSession:
         site.memory = site.asks
         return value, reply
 
-    def reached(self, site: SiteState, end: TimeLimit) -> bool:
+    def answers_ping(self, site: SiteState, end: TimeLimit) -> bool:
         """Ping a site that missed its last ask before any work is sent to it."""
         return self._with_retries(
             site.name, lambda left: self.link.ping(site.name, min(PING_SECONDS, left)), end
@@ -269,7 +269,7 @@ FAILURES = {
 }
 
 
-def _came(spent: Any, missing: str | None, bytes_down: int, seconds: float) -> AskResult:
+def _ask_result(spent: Any, missing: str | None, bytes_down: int, seconds: float) -> AskResult:
     value, answer = spent
     if answer is None:
         return AskResult(Cost(bytes_down, 0, 0.0, 0, seconds), missing=missing)

@@ -203,7 +203,7 @@ def charge(device: Device, taught: Taught, rows: np.ndarray) -> None:
 
 class Teachers:
     """The teachers of models that are trained in one pass, one for each or none for all; a context
-    manager, since it listens to the blocks of the base where hidden states count.
+    manager, since it hooks the blocks of the base where hidden states count.
 
     They run before training begins, over all rows of each one's plan of batches. Their weights and
     temperatures must agree.

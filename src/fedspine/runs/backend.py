@@ -138,7 +138,7 @@ class RealSites:
         joined = [site.memory_bytes for site in self._session.sites.values()]
         check_memory(recipe.method, assembled.task, joined)
         absent = [f"site {name} takes no part: {why}" for name, why in refusals.items()]
-        return replace(assembled, remarks=(*assembled.remarks, _told(recipe), *absent))
+        return replace(assembled, remarks=(*assembled.remarks, _aggregation_line(recipe), *absent))
 
     def fleet(
         self, assembled: Assembled, workers: Workers, store: Store, records: Records
@@ -178,7 +178,7 @@ def _by_default(method: Any, fleet: FleetSection) -> Aggregation | None:
     return how if method.robust and fleet.replies >= how.fewest(fleet.replies) else None
 
 
-def _told(recipe: Recipe) -> str:
+def _aggregation_line(recipe: Recipe) -> str:
     """A line on how what the sites send is merged."""
     match recipe.fleet.aggregation:
         case None | Mean():

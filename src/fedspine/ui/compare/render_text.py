@@ -82,7 +82,7 @@ def verdict(comparison: Comparison, pair: Pair) -> Verdict:
     return Verdict(badge(pair.final), " ".join(text for text in texts if text))
 
 
-def told_first(comparison: Comparison) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
+def shown_first(comparison: Comparison) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
     """The pairs that are shown first, and the rest: of many pairs, those of the best
     method come first.
     """
