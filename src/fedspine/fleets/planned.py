@@ -1,8 +1,7 @@
-"""A fleet of simulated devices that are charged and do nothing: one round of it is a plan.
+"""A fleet of simulated devices that are charged but do not train: one round of it is a plan.
 
-A method plans its round for it and cannot tell it from the simulated fleet. It prices each order
-(`execution.pricing`) and times it by the same `Hardware`. What comes before training is answered;
-training itself is the end of the plan.
+A method cannot distinguish it from the simulated fleet. It prices each order (`execution.pricing`)
+and times it by the same `Hardware`. Orders before training are answered; training ends the plan.
 """
 
 from collections.abc import Mapping
@@ -21,12 +20,12 @@ from fedspine.fleets.hardware import Hardware, Timing
 
 
 class Planned(Exception):
-    """The orders that a round trains with are known, which is all that a plan needs."""
+    """Raised once the training orders of a round are known, which is all that a plan needs."""
 
 
 @dataclass(frozen=True)
 class Quote:
-    """What one order and its reply are charged, whichever device serves it."""
+    """The charge of one order and its reply on any device."""
 
     price: Price
     bytes_down: int
@@ -46,8 +45,8 @@ class Exchange:
 
 @dataclass
 class Prices:
-    """Prices that are known, by work and outline of the order: of devices without a memory they
-    depend on nothing else.
+    """Known prices, by work and outline of the order, on which alone they depend for devices
+    without a memory.
     """
 
     base: Any
@@ -57,7 +56,7 @@ class Prices:
     _sent: dict[int, tuple[Any, Outline]] = field(default_factory=dict)
 
     def of(self, work: Work[Any, Any], order: Any) -> "Quote":
-        """What an order costs wherever it is served."""
+        """The cost of an order on any device."""
         if id(order) not in self._sent:
             self._sent[id(order)] = (order, outline(order))
         _, sent = self._sent[id(order)]

@@ -27,7 +27,7 @@ def kind_table(plan: Mapping[str, Any]) -> Table:
 
 
 def summary_lines(plan: Mapping[str, Any]) -> list[str]:
-    """The lines below the table: the first round, the run, and what was assumed."""
+    """The lines below the table: the first round, the run, and the assumptions."""
     first, run = plan["round"], plan["run"]
     lines = [
         f"first round, {counted(first['devices'], 'device')}: {seconds_text(first['seconds'])}, "
@@ -39,7 +39,7 @@ def summary_lines(plan: Mapping[str, Any]) -> list[str]:
             f"{bytes_text(run['bytes_down'])} down, {bytes_text(run['bytes_up'])} up"
         )
     if not first["devices"]:
-        lines = ["nothing would be trained: no device of the first round has the memory"]
+        lines = ["nothing would be trained: no device of the first round has enough memory"]
     return [*lines, *(f"note: {remark}" for remark in plan["remarks"])]
 
 
@@ -48,7 +48,7 @@ def _rows(
 ) -> list[tuple[str, list[str]]]:
     rows = [
         (
-            "memory, of it usable",
+            "total, usable memory",
             [_sizes(kind["memory_bytes"], kind["usable_bytes"]) for kind in kinds],
         ),
         (
@@ -59,7 +59,7 @@ def _rows(
         ("  largest rank", [str(kind["largest"]["rank"]) for kind in kinds]),
         ("  largest batch", [str(kind["largest"]["batch"]) for kind in kinds]),
     ]
-    for part, title in (("training", "asked at first"), ("pruned", "asked when pruned")):
+    for part, title in (("training", "first training"), ("pruned", "training when pruned")):
         present = any(kind[part] for kind in kinds)
         if present or part == "training":
             rows.append((title, [kind["left_out"] or "" for kind in kinds]))
@@ -101,8 +101,8 @@ _CELLS = (
     ("peak memory", lambda part: _fitting(part["peak_memory_bytes"], part["fits"])),
     ("bytes down", lambda part: _bytes(part["bytes_down"])),
     ("bytes up", lambda part: _bytes(part["bytes_up"])),
-    ("computing", lambda part: _seconds(part["seconds"]["computing"])),
+    ("compute", lambda part: _seconds(part["seconds"]["computing"])),
     ("down", lambda part: _seconds(part["seconds"]["down"])),
     ("up", lambda part: _seconds(part["seconds"]["up"])),
-    ("in all", lambda part: _seconds(part["seconds"]["total"])),
+    ("total", lambda part: _seconds(part["seconds"]["total"])),
 )

@@ -1,4 +1,4 @@
-"""`fedspine plan`: what a recipe would cost each kind of device, before anything is loaded."""
+"""`fedspine plan`: the cost of a recipe for each kind of device, before anything is loaded."""
 
 import dataclasses
 import json as jsonlib
@@ -25,18 +25,21 @@ def plan(
     seed: Annotated[int | None, typer.Option(help="Shorthand for --set run.seed=N.")] = None,
     device_kind: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Take all devices to be of this kind."),
+        typer.Option(metavar="NAME", help="Assume that all devices are of this kind."),
     ] = None,
     classes: Annotated[
         int | None,
-        typer.Option(help="Classes of the task; default: those of its data, if it is here.", min=1),
+        typer.Option(
+            help="Number of classes of the task; default: from its data, if that can be read.",
+            min=1,
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """What a recipe would cost each kind of simulated device: peak memory, seconds and bytes of a
-    round, without loading weights or training.
+    """Show what a recipe would cost each kind of simulated device: peak memory, seconds and bytes
+    of a round, without loading weights or training.
 
-    A model of any size is planned from its configuration, such as a folder with config.json.
+    A model of any size can be planned from its configuration, such as a folder with config.json.
 
     fedspine plan --set task.model=./llama-1b --set task.kind=causal-lm --set method.name=fedlora
     """
