@@ -1,5 +1,5 @@
-"""GGUF files of pruned decoders: the numbers of the PyTorch model in llama.cpp's order, its
-tokenizer, every refusal.
+"""GGUF files of pruned decoders: the PyTorch model's weights in llama.cpp's order, its
+tokenizer, and every refusal.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ UNFIT = ["blk.1.attn_output.weight", "blk.1.ffn_down.weight"]  # of "unequal": 1
 
 
 def spelt(folder):
-    """Give a tiny decoder the tokenizer of Llama-type models: BPE of bytes."""
+    """Give a tiny decoder a byte-level BPE tokenizer, as Llama-type models have."""
     ids = {token: index for index, token in enumerate(TOKENS)}
     tokenizer = Tokenizer(models.BPE(ids, [("t", "h")], unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -123,7 +123,7 @@ def test_the_file_holds_the_model(merged, tmp_path, name, how):
         query = block.self_attn.q_proj.weight.numpy()
         if architecture in ("llama", "deci"):
             half = block.self_attn.head_dim // 2
-            # row i turns with row i + half, and llama.cpp has the two side by side
+            # row i is rotated with row i + half, and llama.cpp has the two side by side
             order = [row + second for row in range(half) for second in (0, half)]
             query = query.reshape(-1, 2 * half, query.shape[-1])[:, order].reshape(query.shape)
         for part, weight in (("attn_q", query), ("ffn_down", block.mlp.down_proj.weight.numpy())):
@@ -200,7 +200,7 @@ def test_a_tokenizer_of_sentencepiece(tmp_path):
     assert (found.model, found.pre, found.space_prefix) == ("llama", "default", True)
     assert found.tokens == (*words, "[PAD9]")
     assert found.types == (2, 3, 3, 6, 1, 1, 1, 1, 1, 5)
-    # what is merged first has the highest score, and single characters have the lowest
+    # earlier merges have higher scores, and single characters the lowest
     assert found.scores == (*(-2.0,) * 7, 0.0, -1.0, -2.0)
     assert (found.merges, found.special) == ((), {"eos": 2})
     description["model"]["byte_fallback"] = False
@@ -292,7 +292,7 @@ def test_export_of_a_run(tmp_path, monkeypatch, capsys):
     assert (parity["quantize"], parity["architecture"]) == ("q8_0", "llama")
     code, out, _ = in_process(monkeypatch, capsys, "predict", to, "the cat")
     assert code == 0 and "continuation" in out
-    # PyTorch's own formats are compared, too
+    # formats for PyTorch are compared, too
     for words in (("hf",), ("peft", "--with-base")):
         export = ("export", run, "--to", tmp_path / words[0], "--json", "--format", *words)
         code, out, _ = in_process(monkeypatch, capsys, *export)

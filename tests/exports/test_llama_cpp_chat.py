@@ -1,4 +1,4 @@
-"""The example that chats in llama.cpp, where llama-cpp-python is installed."""
+"""The chat example in llama.cpp, if llama-cpp-python is installed."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from fedspine.lm.encode import encode
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python, which builds llama.cpp")
 EXAMPLE = ROOT / "examples" / "llama-cpp-chat" / "chat.py"
-SAME = 20  # characters of a continuation that rounding to F16 leaves as they are
+SAME = 20  # characters of a continuation that rounding to F16 does not change
 
 
 def test_the_example_continues_a_text(tmp_path):

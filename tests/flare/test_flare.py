@@ -1,8 +1,8 @@
-"""A fleet of sites: what it does with replies that are lost, broken or hostile, and that it gives
-what simulation gives.
+"""A fleet of sites: its handling of lost, broken and hostile replies, and its equality with
+simulation.
 
-The sites' side is in this process, behind a link that fails on command; everything else is real.
-The same over NVIDIA FLARE, between processes that are killed: test_federation.py.
+The sites run in this process, behind a link that fails on command; everything else is real.
+test_federation.py does the same over NVIDIA FLARE, between processes that are killed.
 """
 
 import json
@@ -55,8 +55,8 @@ RUN = "0123456789abcdef" * 2
 
 
 class LocalLink:
-    """Sites in this process. `faults` says by site what becomes of the next exchanges: an outcome,
-    or a reply changed.
+    """Sites in this process. `faults` gives by site the outcomes of the next exchanges, or
+    functions that change the reply.
     """
 
     def __init__(self, workers):
@@ -64,7 +64,7 @@ class LocalLink:
         self.relay, self.sites = "relay-0", tuple(sorted(workers))
         self.asked = []  # (site, what was asked), pings as None
         self.gone = 0  # exchanges for which the relay is lost
-        # each site is a process of its own, and threads cannot load models side by side
+        # real sites are processes of their own; threads cannot load models concurrently
         self._loading = threading.Lock()
 
     def connected(self):
@@ -210,9 +210,7 @@ def sites(ground, model, tmp_path):
 
 
 def simulated(ground, model, folder, method, rounds, **settings):
-    """The state of the same run on simulated devices that hold the same rows and bear the same
-    names.
-    """
+    """The state of the same run on simulated devices with the same rows and names."""
     lab = Lab(toy_task(*model, rounds=4), folder / "simulated", kinds=("nx",) * 3, **settings)
     lab.shares = tuple(ground.shares[site] for site in SITES)
     lab.workers._workshop = replace(lab.workers._workshop, shares=lab.shares)
@@ -229,7 +227,7 @@ def simulated(ground, model, folder, method, rounds, **settings):
 
 
 def fixed_rank(name, **changes):
-    """A method whose toy settings depend on measured seconds, without that."""
+    """A method with toy settings that do not depend on measured seconds."""
     return replace(find(name).toy(), controller=Fixed(rank=4), **changes)
 
 
@@ -239,7 +237,7 @@ def fixed_rank(name, **changes):
     ids=["fedlora", "fedspine-norm_clip"],
 )
 def test_it_gives_the_bits_of_the_simulated_fleet(ground, model, sites, tmp_path, method, how):
-    """A method of split learning over processes that die: test_federation.py."""
+    """Over processes that are killed: test_federation.py."""
     found = sites(method=method.name, aggregation=how).run(method, 3)
     expected = simulated(ground, model, tmp_path, method, 3, aggregation=how)
     assert bits(found) == bits(expected)
@@ -313,7 +311,7 @@ def test_a_reply_that_cannot_be_used_is_noted_and_the_round_goes_on_without_it(
 
 
 def with_terms(ground, site, **terms):
-    """The worker of a site whose file allows what is said here."""
+    """The worker of a site with these `[allow]` terms."""
     folder = ground.kits.folder / site
     own = load_site(folder)
     return SiteWorker(replace(own, allow=own.allow.model_copy(update=terms)), folder)
@@ -328,7 +326,7 @@ def test_a_site_that_refuses_an_order_says_why_and_is_not_lost(ground, sites):
     assert [note["device"] for note in notes] == ["north", "north"]
     assert all(why in note["left_out"] for note in notes)
     assert not here.session.sites["north"].missed
-    assert all(asked is not None for _, asked in here.link.asked)  # nobody is pinged
+    assert all(asked is not None for _, asked in here.link.asked)  # no site is pinged
     assert here.session.sites["east"].asks == 2
     for site in SITES:
         here.link.workers[site] = with_terms(ground, site, most_steps=4)
@@ -419,7 +417,7 @@ def test_the_new_workers_of_a_new_relay_may_come_up_slower_than_an_order_may_tak
     monkeypatch.setattr(here.link, "exchange", slowly)
     here.link.gone = 3
     here.run(method, 2, state)
-    assert {key for note in here.notes() for key in note} == {"relay"}  # and nobody was left out
+    assert {key for note in here.notes() for key in note} == {"relay"}  # and no site was left out
 
 
 def test_a_worker_that_was_replaced_is_opened_again_within_the_ask(ground, model, sites, tmp_path):
@@ -487,10 +485,10 @@ def test_a_round_need_not_wait_for_every_site(sites, method):
     here, merged = sites(method=method.name), set()
     here.fleet.note = lambda **values: merged.add(values["device"])  # of each reply
     here.run(method, 4, quorum=0.6)
-    assert merged == set(SITES)  # whoever was late was merged later
+    assert merged == set(SITES)  # late replies are merged later
     assert len(here.fleet.in_flight) <= 1
     orders = sum(isinstance(asked, SiteOrder) for _, asked in here.link.asked)
-    assert 2 * len(SITES) <= orders < 4 * len(SITES)  # who is late is not asked
+    assert 2 * len(SITES) <= orders < 4 * len(SITES)  # sites with pending replies are not asked
 
 
 def test_a_round_that_does_not_wait_for_all_needs_the_quorum_too(sites):
@@ -589,7 +587,7 @@ def test_orders_under_way_are_sent_again_after_a_resume(sites):
     rest = [again.fleet.next(), again.fleet.next()]
     assert {reply.device for reply in rest} | {taken.device} == set(SITES)
     assert taken.late == 0 and {reply.late for reply in rest} == {1}
-    assert {bits(reply.order) for reply in rest} == {bits(taken.order)}  # the first are all alike
+    assert {bits(reply.order) for reply in rest} == {bits(taken.order)}  # the first ones are equal
     assert again.fleet.in_flight == {}
 
 
@@ -721,7 +719,7 @@ def test_few_bytes_cannot_claim_many_bits():
 
 
 def declaring(here, site, **numbers):
-    """Let a site declare other numbers than its own."""
+    """Make a site declare numbers other than its own."""
     answer = here.link.workers[site].answer
 
     def lie(payload):

@@ -1,5 +1,5 @@
-"""Start-up kits: what is in them, what they allow, and that a kit which was not provisioned is let
-in nowhere.
+"""Start-up kits: their contents, what they allow, and that a kit from elsewhere is refused
+everywhere.
 """
 
 import json
@@ -44,7 +44,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
-    """Kits of a project with the same names, made by somebody else."""
+    """Kits of another project with the same names."""
     folder = tmp_path_factory.mktemp("foreign") / "clinic"
     create(project(), folder)
     return folder
@@ -196,14 +196,12 @@ def test_a_site_whose_file_does_not_fit_is_not_started(made, tmp_path):
     kits.check_site(kit)
 
 
-# --- who meets whom ---
+# --- mutual TLS ---
 
 
 @pytest.fixture
 def listener(made, tmp_path):
-    """A function that serves TLS with a server's kit, clients' certificates demanded; returns the
-    port.
-    """
+    """A function that serves mutual TLS with a server's kit; returns the port."""
     with socket.socket() as open_socket:
         open_socket.bind(("127.0.0.1", 0))
         open_socket.listen()
@@ -234,7 +232,7 @@ def listener(made, tmp_path):
 
 
 def at_port(folder, port, to):
-    """A copy of a site's kit that looks for its server at another port."""
+    """A copy of a site's kit with another port of its server."""
     shutil.copytree(folder, to)
     file = to / "startup" / "fed_client.json"
     file.write_text(file.read_text().replace("127.0.0.1:8002", f"127.0.0.1:{port}"))
@@ -281,8 +279,8 @@ def test_the_same_kit_is_not_started_twice(made):
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """A function that runs a command of `fedspine fleet` in this process, which is refused: its one
-    line.
+    """A function that runs a command of `fedspine fleet` that is refused, in this process; returns
+    its one line.
     """
 
     def run(*arguments):
@@ -378,7 +376,7 @@ def test_fleet_status_shows_who_is_connected(federation):
 
 @pytest.mark.slow
 def test_a_kit_that_was_not_provisioned_is_let_in_nowhere(federation, tmp_path, refused):
-    """Neither by our command, which says why, nor by FLARE's own client without our check."""
+    """Our command refuses it and says why; so does FLARE's own client without our check."""
     port = kit_at(federation.admin).port
     create(
         project(name="toys", port=port, sites=("untrusted", *federation.sites)), tmp_path / "kits"
@@ -400,7 +398,7 @@ def test_a_kit_that_was_not_provisioned_is_let_in_nowhere(federation, tmp_path, 
     try:
         # the last line before it connects
         wait_for(lambda: b"ObjectStreamer.Abort" in (tmp_path / "log").read_bytes())
-        time.sleep(5)  # within which any of the federation's own sites is in
+        time.sleep(5)  # within which each of the federation's own sites connects
         assert b"registered client" not in (tmp_path / "log").read_bytes()
         assert [site["name"] for site in fleet_status(federation)["sites"]] == list(
             federation.sites

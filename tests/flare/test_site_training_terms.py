@@ -1,5 +1,5 @@
-"""What a site's terms say of training: every order beyond them is refused with the term, and no
-method's own order is.
+"""A site's terms of training: every order beyond them is refused with the term, and no method's own
+order is.
 """
 
 from dataclasses import replace
@@ -38,7 +38,7 @@ from fedspine.split.trainable_half import Optimising
 from fedspine.split.whole_model import Training
 
 ADAPTERS = sorted(name for name, cls in all_methods().items() if not sends_features(cls))
-ROUNDS = 2  # the first begins with B zero, the second does not
+ROUNDS = 2  # B is zero at first and not later
 
 
 def of_tuning(**changes):
@@ -74,7 +74,7 @@ def first_row(value):
 
 
 def sure(name, tensor):
-    """A head that knows only that the first class is sure, as attacks on labels send it."""
+    """A head that is certain of the first class, as in attacks on labels."""
     if name.endswith(".bias"):
         return torch.tensor([0.0, -10.0, -10.0]).half()
     return 1e-2 * tensor
@@ -118,7 +118,7 @@ def test_an_order_beyond_a_term_is_refused_with_the_term(hostile, change, words)
 
 
 def test_the_gradient_itself_does_not_leave(hostile):
-    """SGD changes weights by it; a penalty that all else is clipped beside leaves it in AdamW."""
+    """SGD changes weights in proportion to the gradient; a dominant penalty does so in AdamW."""
     site = hostile().opened("fedavg")
     training = Training(
         cutting=Cutting(cut=1, rank=4),
@@ -174,7 +174,7 @@ def test_no_order_of_a_method_with_its_defaults_is_refused(name, lab, task):
     def watched(fleet):
         return Asked(fleet, sent)
 
-    # as few as the terms let them, since what is trained on is no matter here
+    # as few as the terms allow, since the rows do not matter here
     quick = replace(method, steps=allow.fewest_steps, batch=16)
     lab(kinds=("tx2",)).run(quick, rounds=ROUNDS, around=watched)
     assert len(sent) >= ROUNDS
@@ -185,7 +185,7 @@ def test_no_order_of_a_method_with_its_defaults_is_refused(name, lab, task):
             check_training("east", allow, order)
         check_magnitudes("east", allow, order, task.base)
     trained = [reads for _, order in sent for reads in reads_of(order) if reads.descent is not None]
-    assert len(trained) >= ROUNDS  # so all that trains says how
+    assert len(trained) >= ROUNDS  # so everything that trains declares it
     last = next((w, o) for w, o in reversed(sent) if returns_learnt(w) and trains(o))
     noise_is_added(*last, task, allow)
 
@@ -195,7 +195,7 @@ def trains(order):
 
 
 def noise_is_added(work, order, task, allow):
-    """What the work trained has the site's noise; an answer without it would not leave."""
+    """Trained weights have the site's noise; an answer without it would not leave."""
     plain = Call(
         device="east",
         index=0,
@@ -215,7 +215,7 @@ def noise_is_added(work, order, task, allow):
 
 
 class Asked(Spy):
-    """A fleet that records what was asked, as work and order, in `sent`."""
+    """A fleet that records the work and order of each ask in `sent`."""
 
     def __init__(self, fleet, sent):
         super().__init__(fleet)
@@ -227,7 +227,7 @@ class Asked(Spy):
 
 
 def test_a_site_adds_noise_to_what_leaves_and_says_how_much(hostile):
-    """More rows have less; the same order has the same answer, in another run too."""
+    """More rows get less noise; the same order gets the same answer, also in another run."""
     site = hostile().opened("fedlora")
     orders = [site.lora(steps=8, batch=batch) for batch in (4, 5)]
     came = [answered(site, order) for order in orders]
@@ -276,7 +276,7 @@ def test_a_head_of_class_means_is_within_the_terms(hostile):
 
 
 def test_a_probe_of_time_tells_nothing_that_was_learnt(hostile):
-    """LEGEND's has few steps, so what they changed stays."""
+    """LEGEND's probe has few steps, so it sends no changed weights."""
     site = hostile().opened("legend")
     lora = site.lora(steps=2, batch=16)
     order = DepthOrder(

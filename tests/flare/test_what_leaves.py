@@ -1,5 +1,5 @@
-"""That docs/fleets.md says what leaves a site, and what can be read from it: its tables against the
-messages, its sentences against attacks.
+"""docs/fleets.md on what leaves a site and what can be read from it: its tables are compared with
+the messages, its sentences with attacks.
 """
 
 import re
@@ -37,7 +37,7 @@ NAME = re.compile(r"`([\w.-]+)`")
 
 
 def tables(page, first):
-    """The rows of the table whose first heading is this one, as cells."""
+    """The cells of the rows of the table with this first heading."""
     lines = (DOCS / page).read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
     found = []
@@ -49,7 +49,7 @@ def tables(page, first):
 
 
 def results():
-    """The message of every result that a site can be asked for, by name."""
+    """The message class of every result of a site, by name."""
     works = {work for method in all_methods() for work in works_of(method)}
     kinds = [work_kinds(find_work(work))[1] for work in works]
     return {kind.__name__: kind for kind in kinds}
@@ -70,7 +70,7 @@ def test_the_table_of_methods_has_all_works_with_their_results():
 
 
 def described():
-    """(result, field, shape) of each row, names repeated where a cell is empty."""
+    """(result, field, shape) of each row; an empty cell repeats the name above."""
     found, result = [], ""
     for first, names, shape, _, _ in tables("fleets.md", "result"):
         result = NAME.findall(first)[0] if first else result
@@ -134,11 +134,11 @@ def test_the_terms_have_the_defaults_that_the_guide_says():
             assert tomllib.loads(f"it = {documented[name]}") == {"it": given}, name
 
 
-# --- what can be read, as the page says ---
+# --- what the page says can be read ---
 
 
 def held(site, version=1):
-    """Labels, lengths and tokens of the rows of the site's current batch, as it remembers them."""
+    """Labels, lengths and tokens of the site's current batch, from its memory."""
     path = site.folder / MEMORY / site.run / f"{version:09d}.safetensors"
     rows = unpack(unsealed(path.read_bytes()))[HELD].rows
     return site.worker._open.holding.examples.take(rows)
@@ -201,7 +201,7 @@ def test_the_heads_bias_tells_which_classes_are_rare(hostile):
     )
     site = hostile(rows=two, allow={"noise": 0.0}).opened("fedlora")
     order = site.lora(batch=32, learning_rate=1e-4)
-    # all classes are about as likely to it
+    # to which all classes are about equally likely
     even = {name: 1e-2 * tensor for name, tensor in order.head.items()}
     order = replace(order, head=even)
     came = site.ask(tune_adapter, order)

@@ -37,7 +37,7 @@ def toy_rows(rows, seed):
 
 
 def toy_task(base, tokenizer, *, rounds, kind="classification"):
-    """Telling the three classes apart, or continuing their texts."""
+    """The task of classifying the three classes, or of continuing their texts."""
     train, test = (
         encode(tokenizer, toy_rows(rows, seed), kind, MAX_TOKENS)
         for rows, seed in ((TRAIN_ROWS, 0), (TEST_ROWS, 1))
@@ -55,8 +55,8 @@ def toy_task(base, tokenizer, *, rounds, kind="classification"):
 
 
 class Lab:
-    """A simulated fleet of `kinds` in `folder`, and what belongs to it; an existing folder is gone
-    on with.
+    """A simulated fleet of `kinds` in `folder`, with its store and records; an existing folder is
+    resumed.
 
     `truth` has further arguments of `Hardware`, such as its jitter.
     """
@@ -126,7 +126,7 @@ class Lab:
         return Checked(fleet, terms, everyone=everyone, exchanges=self.exchanges)
 
     def save(self, state):
-        """Put everything on disk, as the run loop does after a round."""
+        """Save everything, as the run loop does after a round."""
         self.store.save(
             Saved(
                 round=state.round,
@@ -138,7 +138,7 @@ class Lab:
         )
 
     def rows(self, kind):
-        """The records of this kind so far."""
+        """The records of this kind."""
         self.records.flush()
         rows = map(json.loads, self.records_path.read_text().splitlines())
         return [row for row in rows if row["row"] == kind]
@@ -215,5 +215,5 @@ class Spy:
 
 
 def bits(value):
-    """What makes two states the same: their packed bytes."""
+    """The packed bytes of a state, which are equal for equal states."""
     return pack(value).sha256
