@@ -4,7 +4,7 @@ channels.
 Section 2.3 and 2.4 of the FedSpine reconstruction; the cubic is that of gradual pruning (Zhu &
 Gupta 2017, arXiv 1710.01878). Sparsity is 1 - kept/original parameters of a layer's prunable
 linears. Counts are exact and depend on the layer's shape only, so that all devices end at one
-sparsity and none has to be told its number.
+sparsity without being sent the counts.
 """
 
 from collections.abc import Sequence

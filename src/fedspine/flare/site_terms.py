@@ -194,7 +194,7 @@ def _check_features(site: str, allow: AllowSection, terms: RunTerms, reads: Read
 def require(
     site: str, key: str, got: float, what: str, *, least: float = 0, most: float | None = None
 ) -> None:
-    """Refuse a number beyond a term of the site, which the server is told: it is no secret."""
+    """Refuse a number beyond a term of the site. The server learns the term, which is no secret."""
     if least <= got and (most is None or got <= most):
         return
     above = most is not None and got > most
