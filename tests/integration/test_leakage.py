@@ -20,7 +20,7 @@ from scipy import stats
 from transformers import AutoConfig, AutoModelForTokenClassification
 
 from fedspine.core.draws import SeededDraws
-from fedspine.core.noise import GrowingNoise, InMemory
+from fedspine.core.noise import GrowingNoise, MemoryAnswerCounter
 from fedspine.core.task import Examples, Task
 from fedspine.core.tensors import single
 from fedspine.lm.base import Model
@@ -210,10 +210,12 @@ def test_of_32_real_questions_the_default_terms_tell_no_text(questions):
 
 
 def averaged(answer, share, plain, seed):
-    """What a server makes of the gradients in the first block when it asks the same 20 times: the
-    sum of what comes, in which each answer has the weight that its noise deserves.
+    """A server's average of 20 answers to the same question, for the first block's gradients: their
+    sum, since each is already weighted by its inverse variance.
     """
-    noise = GrowingNoise(share, lambda n: SeededDraws((seed, int(n))), InMemory({}), plain)
+    noise = GrowingNoise(
+        share, lambda n: SeededDraws((seed, int(n))), MemoryAnswerCounter({}), plain
+    )
     total, weights = 0.0, 0.0
     for _ in range(20):
         drawn = noise.about(np.arange(ROWS))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedspine.core.draws import SeededDraws
 from fedspine.core.message import Tensors, pack, unpack
-from fedspine.core.noise import GrowingNoise, InMemory, Noise
+from fedspine.core.noise import GrowingNoise, MemoryAnswerCounter, Noise
 from fedspine.core.privacy import BudgetExceeded, Guard, Ledger, MemoryLedger, Privacy
 from fedspine.core.scratch import Kept, Scratch
 from fedspine.core.task import Data
@@ -347,7 +347,7 @@ def _simulated_noise(call: Call, memory: dict[str, Any]) -> GrowingNoise | None:
     if not call.noise:
         return None
     return GrowingNoise(
-        call.noise, lambda answers: SeededDraws((*call.seed, NOISE)), InMemory(memory)
+        call.noise, lambda answers: SeededDraws((*call.seed, NOISE)), MemoryAnswerCounter(memory)
     )
 
 

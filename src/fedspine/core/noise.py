@@ -129,7 +129,7 @@ class Noise:
 
 
 @runtime_checkable
-class Answered(Protocol):
+class AnswerCounter(Protocol):
     """A counter of a device's answers about each of its texts."""
 
     def count(self, texts: np.ndarray) -> float:
@@ -140,7 +140,7 @@ class Answered(Protocol):
 
 
 @dataclass
-class InMemory:
+class MemoryAnswerCounter:
     """The counter of a simulated device, in its memory, which is saved with the run."""
 
     memory: dict[str, Any]
@@ -169,12 +169,12 @@ class GrowingNoise:
 
     share: float  # of a first answer
     draws: Callable[[float], Draws]
-    answered: Answered
+    counter: AnswerCounter
     plain: float = PLAIN_ANSWERS  # of `grown`, about `ROWS` rows and fewer
 
     def about(self, texts: np.ndarray) -> Noise:
         """The noise of an answer about these texts; counts the answer."""
-        answers = self.answered.count(texts)
+        answers = self.counter.count(texts)
         larger = grown(answers, self.plain * max(1.0, len(texts) / ROWS))
         return Noise(self.share * larger, self.draws(answers), larger**-2.0)
 

@@ -56,14 +56,13 @@ def site_noise(
         named = asked + struct.pack("<d", answers)
         return SecretDraws(hmac.digest(own, named, hashlib.sha256))
 
-    answered = SiteAnswered(folder / FOLDER / ANSWERED, texts, asked)
-    return GrowingNoise(allow.noise, draws, answered, allow.answers)
+    counter = SiteAnswerCounter(folder / FOLDER / ANSWERED, texts, asked)
+    return GrowingNoise(allow.noise, draws, counter, allow.answers)
 
 
 @message
 class SiteCount:
-    """The number of answers about each text, by name, and what `SiteAnswered.count` returned for
-    recent orders.
+    """The number of answers about each text, by name, and the counts returned for recent orders.
     """
 
     texts: np.ndarray  # int64 [texts], ascending
@@ -72,7 +71,7 @@ class SiteCount:
 
 
 @dataclass
-class SiteAnswered:
+class SiteAnswerCounter:
     """The counter of a site for one order; it is written before the answer is computed.
 
     An order that is served again gives the same answer and is not counted again.
@@ -84,7 +83,7 @@ class SiteAnswered:
     _calls: int = field(default=0, init=False)
 
     def count(self, texts: np.ndarray) -> float:
-        """Count one more answer about these texts of the site, as `core.noise.Answered` says.
+        """Count one more answer about these texts of the site, as `core.noise.AnswerCounter` says.
 
         Raises BadInput for a damaged file.
         """

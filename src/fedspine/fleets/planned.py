@@ -33,7 +33,7 @@ class Quote:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class PlannedExchange:
     """One order and its reply, as they would be charged."""
 
     device: DeviceId
@@ -81,7 +81,7 @@ class PlannedFleet:
     aggregation: Aggregation = Mean()
     server: Server = field(default_factory=Server)
     now: float = 0.0
-    exchanges: list[Exchange] = field(default_factory=list)
+    exchanges: list[PlannedExchange] = field(default_factory=list)
     left_out: dict[DeviceId, str] = field(default_factory=dict)  # the reason, by device
     unusable: Mapping[DeviceId, str] = field(default_factory=dict)
     _asks: dict[DeviceId, int] = field(default_factory=dict)
@@ -153,7 +153,9 @@ class PlannedFleet:
             bytes_up=quote.bytes_up,
         )
 
-    def _exchange(self, work: Work[Any, Any], device: DeviceId, order: Any) -> Exchange:
+    def _exchange(self, work: Work[Any, Any], device: DeviceId, order: Any) -> PlannedExchange:
         quote, asked = self.prices.of(work, order), self._asks.get(device, 0)
         self._asks[device] = asked + 1
-        return Exchange(device, work, order, quote, self.timing(device, quote, round=0, ask=asked))
+        return PlannedExchange(
+            device, work, order, quote, self.timing(device, quote, round=0, ask=asked)
+        )

@@ -39,7 +39,7 @@ class Seconds:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingCost:
     """What a kind's devices would be asked to train in a round, as ranges over those in the planned
     cohorts.
     """
@@ -66,7 +66,7 @@ class Largest:
 
 
 @dataclass(frozen=True)
-class KindPlan:
+class KindCost:
     """The plan of one kind of device."""
 
     kind: str
@@ -76,8 +76,8 @@ class KindPlan:
     dense_memory_bytes: int  # to train an adapter on all blocks of the unpruned model
     dense_fits: bool
     largest: Largest
-    training: Training | None  # None if nothing fits
-    pruned: Training | None  # at the target sparsity; None unless the method prunes
+    training: TrainingCost | None  # None if nothing fits
+    pruned: TrainingCost | None  # at the target sparsity; None unless the method prunes
     left_out: str | None  # why no device of this kind is asked
 
 
@@ -96,7 +96,7 @@ class Charged:
 
 
 @dataclass(frozen=True)
-class RoundPlan:
+class RoundCost:
     """The first round, with the draws of the simulated clock."""
 
     devices: int
@@ -107,7 +107,7 @@ class RoundPlan:
 
 
 @dataclass(frozen=True)
-class RunPlan:
+class RunCost:
     """The whole run; None if the costs of rounds differ."""
 
     rounds: int
@@ -117,7 +117,7 @@ class RunPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CostPlan:
     """The cost of a recipe; `remarks` state the assumptions."""
 
     method: str
@@ -130,13 +130,13 @@ class Plan:
     batch: int
     tokens: int
     steps: int
-    kinds: tuple[KindPlan, ...]
-    round: RoundPlan
-    run: RunPlan
+    kinds: tuple[KindCost, ...]
+    round: RoundCost
+    run: RunCost
     remarks: tuple[str, ...]
 
 
-def plan(recipe: Recipe, *, classes: int | None = None, kind: str | None = None) -> Plan:
+def plan(recipe: Recipe, *, classes: int | None = None, kind: str | None = None) -> CostPlan:
     """The plan of a recipe; `classes` is the task's number of classes, and `kind` gives all devices
     one kind.
 
@@ -151,7 +151,7 @@ def plan(recipe: Recipe, *, classes: int | None = None, kind: str | None = None)
     known, doubt = classes_of(recipe, classes)
     rounds = rounds_of(recipe, kinds, known)
     base, method = rounds.task.base, recipe.method
-    return Plan(
+    return CostPlan(
         method=method.name,
         model=recipe.task.model,
         architecture=base.layout.architecture,
@@ -178,9 +178,9 @@ def _of_kind(recipe: Recipe, kind: str) -> Recipe:
 # --- totals
 
 
-def _round_plan(fleet: PlannedFleet, kinds: list[str]) -> RoundPlan:
+def _round_plan(fleet: PlannedFleet, kinds: list[str]) -> RoundCost:
     of = dict(zip(fleet.ids, kinds, strict=True))
-    return RoundPlan(
+    return RoundCost(
         devices=len(trainings(fleet)),
         seconds=fleet.now,
         bytes_down=sum(one.quote.bytes_down for one in fleet.exchanges),
@@ -201,14 +201,14 @@ def _round_plan(fleet: PlannedFleet, kinds: list[str]) -> RoundPlan:
     )
 
 
-def _run(recipe: Recipe, first: PlannedFleet) -> RunPlan:
+def _run(recipe: Recipe, first: PlannedFleet) -> RunCost:
     """The totals over all rounds, if every device trains the same whenever it is asked and rounds
     wait for every reply.
     """
     rounds, section, asked = recipe.run.rounds, recipe.fleet, trainings(first)
     waits = section.quorum == 1 and not (section.drop or section.delay_seconds)
     if not (asked and recipe.method.same_shapes and waits) or recipe.run.seconds:
-        return RunPlan(rounds, None, None, None)
+        return RunCost(rounds, None, None, None)
     same = next(iter(asked.values())).quote
     asks = Counter(one.device for one in first.exchanges)
     seconds = first.now
@@ -218,7 +218,7 @@ def _run(recipe: Recipe, first: PlannedFleet) -> RunPlan:
         asks.update(part)
     quotes = [one.quote for one in first.exchanges]
     later = asks.total() - len(quotes)
-    return RunPlan(
+    return RunCost(
         rounds,
         seconds,
         sum(quote.bytes_down for quote in quotes) + later * same.bytes_down,
@@ -229,7 +229,7 @@ def _run(recipe: Recipe, first: PlannedFleet) -> RunPlan:
 # --- kinds
 
 
-def _kind(recipe: Recipe, rounds: Rounds, name: str, kinds: list[str]) -> KindPlan:
+def _kind(recipe: Recipe, rounds: Rounds, name: str, kinds: list[str]) -> KindCost:
     task, memory, first = rounds.task, KINDS[name].memory_bytes, rounds.first
     mine = {id for id, kind in zip(first.ids, kinds, strict=True) if kind == name}
     dense = _memory(task, _rank(recipe.method), recipe.method.batch)
@@ -237,7 +237,7 @@ def _kind(recipe: Recipe, rounds: Rounds, name: str, kinds: list[str]) -> KindPl
     room = USABLE_MEMORY * memory
     asked = {one.quote for id, one in rounds.trainings.items() if id in mine}
     later = {quote for id, quote in rounds.pruned.items() if id in mine}
-    return KindPlan(
+    return KindCost(
         kind=name,
         devices=len(mine),
         memory_bytes=memory,
@@ -253,7 +253,7 @@ def _kind(recipe: Recipe, rounds: Rounds, name: str, kinds: list[str]) -> KindPl
 
 def _summed(
     fleet: PlannedFleet, devices: Collection[str], quotes: Collection[Quote], room: float
-) -> Training | None:
+) -> TrainingCost | None:
     """The ranges of these orders' costs; each device of the kind may get any of them."""
     if not quotes:
         return None
@@ -262,7 +262,7 @@ def _summed(
         fleet.timing(id, quote, round=0, ask=None) for id in sorted(devices) for quote in quotes
     ]
     peak = max(quote.price.peak_memory_bytes for quote in quotes)
-    return Training(
+    return TrainingCost(
         rank=_range(one.rank for one in trained),
         depth=_range(one.depth for one in trained),
         blocks=_range(one.blocks for one in trained),

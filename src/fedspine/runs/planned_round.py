@@ -16,7 +16,7 @@ from fedspine.core.fleet import NoMemory
 from fedspine.core.method import Prunable, planned_sparsities
 from fedspine.core.task import BUILT_IN_DATA, Examples, Task
 from fedspine.data.pydocs import TOPICS
-from fedspine.fleets.planned import Exchange, Planned, PlannedFleet, Prices, Quote
+from fedspine.fleets.planned import Planned, PlannedExchange, PlannedFleet, Prices, Quote
 from fedspine.fleets.simulated import profiles
 from fedspine.lm.fits import positions
 from fedspine.lm.tuning import HeadTraining
@@ -48,7 +48,7 @@ class Rounds:
         return self.plans[0]
 
     @property
-    def trainings(self) -> dict[DeviceId, Exchange]:
+    def trainings(self) -> dict[DeviceId, PlannedExchange]:
         """The training exchange of each device that has one."""
         return {id: one for fleet in self.plans for id, one in trainings(fleet).items()}
 
@@ -191,6 +191,6 @@ def _pruned(recipe: Recipe, rounds: Rounds, prices: Prices) -> dict[DeviceId, Qu
     return found
 
 
-def trainings(fleet: PlannedFleet) -> dict[DeviceId, Exchange]:
+def trainings(fleet: PlannedFleet) -> dict[DeviceId, PlannedExchange]:
     """The training exchange of each device that has one: its last."""
     return {one.device: one for one in fleet.exchanges if one.quote.price.trained is not None}
