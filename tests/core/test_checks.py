@@ -89,7 +89,7 @@ WRONG = {
     "loss inf": ({"loss": math.inf}, "loss is inf"),
     "loss large": ({"loss": 1e308}, "loss is 1e+308, which counts as not finite"),
     "loss of many bits": ({"loss": 10**400}, "loss is a number of 1329 bits"),
-    "loss true": ({"loss": True}, "Plain was expected, got Plain with other fields or types"),
+    "loss true": ({"loss": True}, "expected Plain, got Plain with other fields or types"),
     "loss none": ({"loss": None}, "other fields or types"),
     "examples": ({"examples": 11}, "examples is 11, the device declared 10"),
     "no tensors": ({"adapter": {}}, "adapter has 0 tensors of other names; 2 were expected"),

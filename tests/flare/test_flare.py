@@ -293,7 +293,7 @@ def _another_type(payload):
     [
         (_not_finite, "not finite"),
         (_reshaped, "was expected"),
-        (_another_type, "LoraResult was expected, NotDone"),
+        (_another_type, "expected LoraResult, got NotDone"),
         (lambda payload: payload[:-7], "cannot be read"),
         (lambda payload: b"", "cannot be read"),
         (lambda payload: pack(Opened(examples=1, memory_bytes=1)).payload, "cannot be read"),

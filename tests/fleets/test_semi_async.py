@@ -169,5 +169,5 @@ def test_the_future_after_a_snapshot_is_the_same(lab):
 
 @pytest.mark.parametrize("quorum", [0.0, 1.1])
 def test_a_share_that_is_none_is_refused(lab, quorum):
-    with pytest.raises(ValueError, match="0 < quorum <= 1 was expected"):
+    with pytest.raises(ValueError, match="expected 0 < quorum <= 1"):
         at_quorum(lab(), quorum)

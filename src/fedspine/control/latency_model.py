@@ -48,7 +48,7 @@ def observe(
     [0.25, 0.5, 0.5, 2.0]
     """
     if not np.isfinite(seconds):
-        raise ValueError(f"finite seconds were expected, got {seconds}")
+        raise ValueError(f"expected finite seconds, got {seconds}")
     return add(evidence, _features(sparsity, rank), seconds, discount)
 
 

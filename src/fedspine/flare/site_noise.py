@@ -62,8 +62,7 @@ def site_noise(
 
 @message
 class SiteCount:
-    """The number of answers about each text, by name, and the counts returned for recent orders.
-    """
+    """The number of answers about each text, by name, and the counts returned for recent orders."""
 
     texts: np.ndarray  # int64 [texts], ascending
     answers: np.ndarray  # int64 [texts]

@@ -103,7 +103,7 @@ def decoded(payload: bytes | np.ndarray, *kinds: Any) -> Any:
     if not any(conforms(value, kind) for kind in kinds):
         names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
         raise NotAMessage(
-            f"{names} was expected, got {type(value).__name__} with other fields or types"
+            f"expected {names}, got {type(value).__name__} with other fields or types"
         )
     return value
 
