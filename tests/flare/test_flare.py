@@ -436,7 +436,7 @@ def test_a_site_that_lost_its_memory_starts_anew_and_that_is_noted(ground, sites
     shutil.rmtree(ground.kits.folder / "west" / "memory" / here.session.run)
     (ground.kits.folder / "west" / "memory" / here.session.run).mkdir()
     assert here.run(method, 4, state).round == 4
-    assert {"device": "west", "memory": "lost; it starts anew"} in here.notes()
+    assert {"device": "west", "memory": "lost; it starts afresh"} in here.notes()
 
 
 def test_a_site_that_joins_later_takes_part_from_the_next_round_on(ground, sites):

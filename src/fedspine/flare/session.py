@@ -123,7 +123,7 @@ class FlareSession:
                     if not isinstance(opened, Opened):
                         return opened
                 case NotDone(reason="memory lost"):
-                    self.note(device=site.name, memory="lost; it starts anew")
+                    self.note(device=site.name, memory="lost; it starts afresh")
                     site.memory = None
                 case NotDone(reason="refused"):
                     return Declined(f"refuses the order: {one_line(reply.detail)}")
@@ -262,8 +262,8 @@ def one_line(text: str) -> str:
 
 
 FAILURES = {
-    "late": "did not reply in time; its worker was started anew",
-    "died": "its worker ended before it replied and was started anew",
+    "late": "did not reply in time; its worker was restarted",
+    "died": "its worker ended before it replied and was restarted",
     "refused": "does not take messages of this size or from here",
     "unreachable": "does not answer",
 }

@@ -126,7 +126,7 @@ def _merged_on(device: Device, order: FloraOrder) -> Merged:
     layout = device.base.layout
     before = device.memory.get(MERGED) if order.since else Merged(round=0, rank=0, change={})
     if before is None or before.round != order.since:
-        raise ValueError(f"the order builds on round {order.since}, whose weights are not here")
+        raise ValueError(f"the order builds on round {order.since}, whose weights are missing")
     rank, change = before.rank, order.change or before.change
     for number in order.rounds:
         change = merged_stack(layout, change, order.stacks[number])
