@@ -95,7 +95,7 @@ def killed(number: int, seed: int, *, sites: bool, write: bool) -> int:
 
 
 def as_it_should(outcome: dict[str, Any]) -> bool:
-    """Whether the run ended well, told of the fault, had the site back and the right state."""
+    """Whether the run ended well, reported the fault, had the site back and the right state."""
     return (
         outcome["exit"] == 0 and outcome["reported"] and outcome["back"] and outcome["same_state"]
     )
@@ -153,7 +153,7 @@ class Going:
         while not come() and self.process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
 
-    def told(self, words: str) -> bool:
+    def noted(self, words: str) -> bool:
         """Whether a note of the records says these words."""
         return any(
             words in json.dumps(row["values"]) for row in self.records() if row["row"] == "note"
@@ -227,7 +227,7 @@ def tried(place: Place, name: str, draw: random.Random, number: int) -> dict[str
         "rounds": run.saved(),
         "seconds": round(time.monotonic() - began, 1),
         "lost": len(lost),
-        "reported": fault.words is None or run.told(fault.words),
+        "reported": fault.words is None or run.noted(fault.words),
         "back": bool(answered) and max(answered) == rounds - 1,
         "same_state": state is not None
         and state == fault_replay.replayed(run.out, place.kits, place.folder / "again"),
@@ -246,7 +246,7 @@ def tried(place: Place, name: str, draw: random.Random, number: int) -> dict[str
 def worker_killed(place: Place, run: Going, site: str) -> None:
     """Until it was hit at work, of which the records tell."""
     end = time.monotonic() + 60
-    while not run.told(FAULTS["worker killed in training"].words or "") and time.monotonic() < end:
+    while not run.noted(FAULTS["worker killed in training"].words or "") and time.monotonic() < end:
         hit(family("fedspine.flare.worker_process", str(place.kits / site)))
         run.past(run.saved() + 1)
 

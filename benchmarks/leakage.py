@@ -368,11 +368,11 @@ def main() -> int:
             within = options.default_terms
             found = attacked(scene, name, terms, answers[terms], shadows, within_terms=within)
             table += [each.row(name, terms) for each in found]
-            told = "; ".join(
+            line = "; ".join(
                 f"{e.server} {e.what} {e.attack} {e.refused or f'{np.mean(e.scores):.2f}'}"
                 for e in found
             )
-            print(f"{name}, {terms}, {time.monotonic() - began:.0f} s: {told}", flush=True)
+            print(f"{name}, {terms}, {time.monotonic() - began:.0f} s: {line}", flush=True)
             if options.write:
                 how = {"quick": options.quick, "data": options.data, "layers": options.layers}
                 leakage_report.write(table, how | {"seed": options.seed, **SIZES}, list(METHODS))

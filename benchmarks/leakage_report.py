@@ -160,15 +160,15 @@ def _best(
         ]
         return max(tried, key=lambda row: row["mean"] - row["control"], default=None)
 
-    told, more = furthest(first), furthest(second)
-    if told is None:
+    best, more = furthest(first), furthest(second)
+    if best is None:
         refused = any(
             (row["method"], row["server"], row["what"], list(row["terms"]))
             == (method, server, "refused", list(terms))
             for row in rows
         )
         return "refused" if refused and "default terms" in server else ""
-    return f"{told['mean']:.2f} ({told['control']:.2f})" + (f"; {more['mean']:.2f}" if more else "")
+    return f"{best['mean']:.2f} ({best['control']:.2f})" + (f"; {more['mean']:.2f}" if more else "")
 
 
 def _rows(row: dict[str, Any]) -> str:

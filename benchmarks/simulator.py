@@ -43,7 +43,7 @@ class Contender:
 
     what: str
     module: str
-    told: tuple[Any, ...]
+    arguments: tuple[Any, ...]
     more: dict[str, Any] = field(default_factory=dict)
     work: dict[str, Any] = field(default_factory=dict)  # what differs from the common work
     once: bool = False  # with the first seed only
@@ -51,7 +51,8 @@ class Contender:
 
     @property
     def precision(self) -> str:
-        return self.told[0].precision if isinstance(self.told[0], Way) else self.told[0]
+        first = self.arguments[0]
+        return first.precision if isinstance(first, Way) else first
 
 
 AS_WRITTEN = Way("fp32", "fixed", "sdpa")
@@ -195,7 +196,7 @@ def _one(name: str, work: Work, out: Path) -> None:
         case _:
             contender = CONTENDERS[name]
             outcome: Outcome = importlib.import_module(f"peers.{contender.module}").run(
-                work, *contender.told, **contender.more
+                work, *contender.arguments, **contender.more
             )
             found = asdict(outcome)
     out.write_text(json.dumps(found))

@@ -82,8 +82,8 @@ def _row(name: str, contender: Any, results: dict[str, Any]) -> Row | None:
     runs = _runs(name, results)
     if not runs:
         return None
-    first, told = results["turns"][0], contender.told[0]
-    operations = first["operations"][key(told) if isinstance(told, Way) else "fedspine"]
+    first, way = results["turns"][0], contender.arguments[0]
+    operations = first["operations"][key(way) if isinstance(way, Way) else "fedspine"]
     under = "ceiling_avx2" if contender.avx2 else "ceiling"
     ceiling = median(turn[under][contender.precision] for turn in results["turns"])
     samples = results["samples_per_round"]

@@ -34,8 +34,8 @@ from fedspine.storage.store import Saved, Store
 
 
 @dataclass
-class Heard:
-    """A fleet that remembers what devices were told to begin with, and how often each had been
+class BeginRecorder:
+    """A fleet that records the first order of each device, and how often the device had been
     asked by then.
     """
 
@@ -64,37 +64,37 @@ class Bench:
     records: Records
     asks: dict[str, int] = field(default_factory=dict)
 
-    def round(self, state: ComposedState) -> tuple[ComposedState, float, Heard]:
-        """One round of ours, as a run has it: the next state, seconds of this process, and what
-        devices were told.
+    def round(self, state: ComposedState) -> tuple[ComposedState, float, BeginRecorder]:
+        """One round of ours, as a run has it: the next state, seconds of this process, and the
+        first orders of devices.
         """
-        heard = Heard(self.fleet, self.asks)
+        recorder = BeginRecorder(self.fleet, self.asks)
         started = time.process_time()
         self.fleet.begin_round(state.round)
-        after = self.assembled.recipe.method.round(state, heard)
+        after = self.assembled.recipe.method.round(state, recorder)
         self.fleet.end_round(0.0)
         saved = Saved(
             after.round, after, self.fleet.snapshot(), self.fleet.memories, self.records.flush()
         )
         self.store.save(saved)
-        return after, time.process_time() - started, heard
+        return after, time.process_time() - started, recorder
 
-    def bare(self, state: ComposedState, heard: Heard) -> tuple[float, int]:
+    def bare(self, state: ComposedState, recorder: BeginRecorder) -> tuple[float, int]:
         """The passes of that round in a plain loop: seconds of this process, and rows."""
         assembled, rows, given = (
             self.assembled,
             0,
-            {id: self._given(id, asks) for id, (_, asks) in heard.orders.items()},
+            {id: self._given(id, asks) for id, (_, asks) in recorder.orders.items()},
         )
         started = time.process_time()
-        (some, _), *_ = heard.orders.values()
+        (some, _), *_ = recorder.orders.values()
         split_model = some.cutting.of(assembled.task.base)
         client_model, server_model = split_model.parts(state.model)
         server_model = _leaves(server_model, split_model.statistics)
-        own = {id: _leaves(client_model, split_model.statistics) for id in heard.orders}
+        own = {id: _leaves(client_model, split_model.statistics) for id in recorder.orders}
         for step in range(assembled.recipe.method.steps):
             sent = []
-            for id, (order, _) in heard.orders.items():
+            for id, (order, _) in recorder.orders.items():
                 data, seed = given[id]
                 inputs = data.batch(rows_at(len(data), order.batch, seed, step))
                 sent.append(
@@ -172,8 +172,8 @@ def _measure(assembled: Any, folder: Path, rounds: int) -> None:
     ratios = []
     for round in range(rounds + 1):  # the first one loads kernels and is not counted
         before = state
-        state, ours, heard = bench.round(state)
-        bare, rows = bench.bare(before, heard)
+        state, ours, recorder = bench.round(state)
+        bare, rows = bench.bare(before, recorder)
         if round:
             ratios.append(ours / bare)
             print(f"| {round} | {rows} | {ours:.2f} | {bare:.2f} | {ours / bare:.3f} |", flush=True)

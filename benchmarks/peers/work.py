@@ -61,7 +61,7 @@ class Way:
 
     precision: Precision = "fp32"  # of the frozen base
     padding: Padding = "fixed"
-    attention: str = "sdpa"  # transformers' name; sdpa is what it takes unless told
+    attention: str = "sdpa"  # transformers' name; sdpa is its default
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.parametrize("name", sorted(METHODS), scope="module")
 
 
 @dataclasses.dataclass(frozen=True)
-class Heard:
-    """An undisturbed start of a run with seed 0 that was listened to."""
+class Recorded:
+    """The recorded first rounds of an undisturbed run with seed 0."""
 
     states: list[Any]  # before and after each round
     kept: list[bytes]  # what each packed to before the next round began
@@ -45,13 +45,13 @@ class Heard:
 
 @pytest.fixture(scope="module")
 def bench(name, task, tmp_path_factory):
-    made = Lab(task, tmp_path_factory.mktemp("heard"))
+    made = Lab(task, tmp_path_factory.mktemp("recorded"))
     yield made
     made.close()
 
 
 @pytest.fixture(scope="module")
-def heard(name, bench):
+def recorded(name, bench):
     method, spies = METHODS[name].toy(), []
     states = [method.start(bench.task, np.random.default_rng([bench.seed, 1]))]
     kept = []
@@ -65,13 +65,13 @@ def heard(name, bench):
                 around=lambda fleet: spies.append(Spy(fleet)) or spies[-1],
             )
         )
-    return Heard(states, kept, spies, bench.ids, bench.rows("exchange"), bench.rows("round"))
+    return Recorded(states, kept, spies, bench.ids, bench.rows("exchange"), bench.rows("round"))
 
 
 @pytest.fixture(scope="module")
-def whole(heard):
+def whole(recorded):
     """The packed state that many tests compare with, computed in this process."""
-    return bits(heard.state)
+    return bits(recorded.state)
 
 
 def nan(value):
@@ -104,27 +104,27 @@ def test_its_settings_suit_the_toy_task(name, task):
     METHODS[name].toy().check(task)
 
 
-def test_improves_on_the_toy_task(name, task, heard):
+def test_improves_on_the_toy_task(name, task, recorded):
     # A model that knows nothing of the text cannot get below ln 3 nats on classes of equal size,
     # and its accuracy is a mean of 90 draws at 1/3: standard error sqrt(1/3 * 2/3 / 90) = 0.050,
     # and four of them above is no luck.
-    method, start = METHODS[name].toy(), heard.states[0]
+    method, start = METHODS[name].toy(), recorded.states[0]
     before = score(task.base, method.deploy(start), task.test)
     luck = 1 / 3 + 4 * math.sqrt(1 / 3 * 2 / 3 / TEST_ROWS)
-    models = [method.deploy(heard.state, id) for id in (None, *heard.ids)]
-    for model in [*models, method.unpruned(heard.state)]:
+    models = [method.deploy(recorded.state, id) for id in (None, *recorded.ids)]
+    for model in [*models, method.unpruned(recorded.state)]:
         after = score(task.base, model, task.test)
         assert after.mean_loss < min(before.mean_loss, math.log(3))
         assert after.accuracy > luck
 
 
-def test_another_seed_gives_other_bits(name, lab, heard):
-    assert bits(lab(seed=1).run(METHODS[name].toy(), rounds=1)) != bits(heard.states[1])
+def test_another_seed_gives_other_bits(name, lab, recorded):
+    assert bits(lab(seed=1).run(METHODS[name].toy(), rounds=1)) != bits(recorded.states[1])
 
 
-def test_same_seed_same_bits_also_in_worker_processes(name, lab, heard):
+def test_same_seed_same_bits_also_in_worker_processes(name, lab, recorded):
     again = lab(workers=2).run(METHODS[name].toy(), rounds=SOME - 1)
-    assert bits(again) == bits(heard.states[SOME - 1])
+    assert bits(again) == bits(recorded.states[SOME - 1])
 
 
 def test_resumed_equals_uninterrupted(name, lab, whole):
@@ -139,33 +139,33 @@ def test_resumed_equals_uninterrupted(name, lab, whole):
     assert bits(second.run(method, rounds=SOME)) == whole
 
 
-def test_rounds_change_no_state_in_place(heard):
-    assert [bits(state) for state in heard.states[:-1]] == heard.kept
+def test_rounds_change_no_state_in_place(recorded):
+    assert [bits(state) for state in recorded.states[:-1]] == recorded.kept
 
 
-def test_messages_round_trip(heard):
-    assert len(heard.values) >= 2 * len(heard.ids)
-    for value in [heard.state, *heard.values]:
+def test_messages_round_trip(recorded):
+    assert len(recorded.values) >= 2 * len(recorded.ids)
+    for value in [recorded.state, *recorded.values]:
         again = unpack(pack(value))
         assert type(again) is type(value)
         assert pack(again).payload == pack(value).payload
 
 
-def test_recorded_bytes_are_the_bytes_packed(heard):
-    rows, totals = heard.exchanges, heard.rounds
-    down = [(id, pack(order).bytes) for spy in heard.spies for id, order in spy.orders]
-    up = [(id, pack(result).bytes) for spy in heard.spies for id, result in spy.results]
+def test_recorded_bytes_are_the_bytes_packed(recorded):
+    rows, totals = recorded.exchanges, recorded.rounds
+    down = [(id, pack(order).bytes) for spy in recorded.spies for id, order in spy.orders]
+    up = [(id, pack(result).bytes) for spy in recorded.spies for id, result in spy.results]
     assert [(row["device"], row["bytes_down"]) for row in rows] == down
     assert [(row["device"], row["bytes_up"]) for row in rows] == up
     assert sum(row["bytes_down"] for row in totals) == sum(size for _, size in down)
     assert sum(row["bytes_up"] for row in totals) == sum(size for _, size in up)
 
 
-def test_what_is_trained_crosses_the_wire_in_fp16_by_default(name, heard):
+def test_what_is_trained_crosses_the_wire_in_fp16_by_default(name, recorded):
     for method in (METHODS[name](), METHODS[name].toy()):
         assert getattr(method, "precision", "fp16") == "fp16"
     seen = set()
-    for value in heard.values:
+    for value in recorded.values:
         for tensor in floats(value):
             if tensor.numel() > 1:  # else it is fp16's power of two for a message
                 seen.add(tensor.dtype)
@@ -184,17 +184,17 @@ def floats(value):
     return [tensor for part in inside for tensor in floats(part)]
 
 
-def test_the_clock_never_goes_back(heard):
-    clock = [now for spy in heard.spies for now in spy.clock]
+def test_the_clock_never_goes_back(recorded):
+    clock = [now for spy in recorded.spies for now in spy.clock]
     assert clock == sorted(clock)
-    ends = [row["now"] for row in heard.rounds]
+    ends = [row["now"] for row in recorded.rounds]
     assert all(later > earlier for earlier, later in zip([0.0, *ends], ends, strict=False))
 
 
-def test_loses_devices_and_goes_on(name, lab, task, heard):
+def test_loses_devices_and_goes_on(name, lab, task, recorded):
     method, bench = METHODS[name].toy(), lab()
     # of a device in a round, of which 30 % shall be lost
-    exchanges = len(heard.spies[0].results) // len(bench.ids)
+    exchanges = len(recorded.spies[0].results) // len(bench.ids)
     drop = 1 - (1 - 0.3) ** (1 / exchanges)
     state = bench.run(method, around=lambda fleet: Lossy(fleet, drop=drop, delay_seconds=0.1))
     lost = [row for row in bench.rows("note") if row["values"].get("left_out") == "lost"]
@@ -260,12 +260,12 @@ def test_a_device_recovers_from_a_loss_that_was_not_finite(name, lab):
     )
 
 
-def test_deploys_a_model_for_every_device(name, task, heard):
+def test_deploys_a_model_for_every_device(name, task, recorded):
     method = METHODS[name].toy()
     inputs = task.test.batch(np.arange(8))
     inputs.pop("labels")
-    for state in (method.start(task, np.random.default_rng(0)), heard.state):
-        models = [method.deploy(state, id) for id in (None, *heard.ids, "never-asked")] + [
+    for state in (method.start(task, np.random.default_rng(0)), recorded.state):
+        models = [method.deploy(state, id) for id in (None, *recorded.ids, "never-asked")] + [
             method.unpruned(state)
         ]
         for model in models:

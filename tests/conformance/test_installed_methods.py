@@ -159,8 +159,8 @@ def test_what_is_wrong_with_a_package_is_one_line_and_others_work(
     assert set(methods.all_methods()) == before | {"sound"}
     assert methods.packages()["sound"] == "sound 1.0"
     assert methods.find("fedlora") is FedLora
-    told = {one.name: one.line for one in methods.broken()}
-    assert told == {
+    broken = {one.name: one.line for one in methods.broken()}
+    assert broken == {
         "lost": "method 'lost' of gone 1.0 cannot be used: ModuleNotFoundError: No module named "
         "'no_such_module'",
         "fedlora": "method 'fedlora' of taken 1.0 cannot be used: TypeError: the name 'fedlora' is "
@@ -175,7 +175,7 @@ def test_what_is_wrong_with_a_package_is_one_line_and_others_work(
         methods.find("soun")
     code, out, lines = in_process(monkeypatch, capsys, "methods", "--json")
     assert code == 0
-    assert sorted(lines) == sorted(f"fedspine: {line}" for line in told.values())
+    assert sorted(lines) == sorted(f"fedspine: {line}" for line in broken.values())
     assert json.loads(out)["sound"]["package"] == "sound 1.0"
 
 

@@ -39,12 +39,12 @@ def test_learns_where_rounds_end_at_a_quorum(name, lab, task):
     """Every late reply is merged in a later round or still under way at the end."""
     method, bench, spies = METHODS[name].toy(), lab(), []
 
-    def listening(fleet):
+    def recording(fleet):
         spies.append(Spy(fleet))
         return spies[-1]
 
     start = method.start(task, np.random.default_rng([0, 1]))
-    state = bench.run(method, rounds=SOME, around=at_quorum(name, bench, inner=listening))
+    state = bench.run(method, rounds=SOME, around=at_quorum(name, bench, inner=recording))
     sent, came = sum(len(spy.orders) for spy in spies), sum(len(spy.results) for spy in spies)
     assert came + len(bench.fleet.in_flight) == sent
     late_work = method.merges_late.partition(":")[2]

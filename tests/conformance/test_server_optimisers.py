@@ -1,5 +1,5 @@
 """One table over every method: those that take a server's step, with the settings of local training
-that go with it, and what the others are told.
+that go with it, and the refusal of the others.
 """
 
 import dataclasses

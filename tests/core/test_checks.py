@@ -89,7 +89,7 @@ WRONG = {
     "loss inf": ({"loss": math.inf}, "loss is inf"),
     "loss large": ({"loss": 1e308}, "loss is 1e+308, which counts as not finite"),
     "loss of many bits": ({"loss": 10**400}, "loss is a number of 1329 bits"),
-    "loss true": ({"loss": True}, "Plain was expected, got Plain with other fields or types"),
+    "loss true": ({"loss": True}, "expected Plain, got Plain with other fields or types"),
     "loss none": ({"loss": None}, "other fields or types"),
     "examples": ({"examples": 11}, "examples is 11, the device declared 10"),
     "no tensors": ({"adapter": {}}, "adapter has 0 tensors of other names; 2 were expected"),
@@ -145,8 +145,8 @@ def test_a_state_with_a_weight_that_is_not_finite_is_none():
 # --- around a fleet ---
 
 
-class Told:
-    """A fleet of devices that reply what they are told, or nothing."""
+class ScriptedFleet:
+    """A fleet of devices that send given replies, or none."""
 
     def __init__(self, **values):
         self.values, self.notes, self.base = values, [], None
@@ -165,36 +165,36 @@ class Told:
         self.notes.append(values)
 
 
-def asked(told, work=plainly, **more):
-    fleet = Checked(told, TERMS, **more)
+def asked(scripted, work=plainly, **more):
+    fleet = Checked(scripted, TERMS, **more)
     return fleet, fleet.ask(work, {device.id: ORDER for device in fleet.devices})
 
 
 def test_what_cannot_be_used_is_noted_and_absent():
-    told = Told(a=plain(), b=plain(loss=math.nan), c=None, d=plain(examples=10**9))
-    fleet, replies = asked(told)
+    scripted = ScriptedFleet(a=plain(), b=plain(loss=math.nan), c=None, d=plain(examples=10**9))
+    fleet, replies = asked(scripted)
     assert [(reply.device, reply.order is ORDER) for reply in replies] == [("a", True)]
     assert fleet.unusable == {
         "b": "loss is nan",
         "d": "examples is 1000000000, the device declared 10",
     }
-    assert [note["left_out"] for note in told.notes] == [
+    assert [note["left_out"] for note in scripted.notes] == [
         f"cannot be used: {why}" for why in fleet.unusable.values()
     ]
-    told.values["b"] = plain()
+    scripted.values["b"] = plain()
     assert [r.device for r in fleet.ask(plainly, {"b": ORDER})] == ["b"]
     assert set(fleet.unusable) == {"d"}  # of the last order alone
 
 
 def test_fewer_usable_replies_than_the_quorum_stop_the_run():
-    with pytest.raises(Exception, match="of 3 devices asked 1 sent what can be used, 2 are"):
-        asked(Told(a=plain(), b=Inner, c=plain(loss=math.nan)), quorum=2)
-    _, replies = asked(Told(a=Inner, b=Inner), quorum=2)  # the method says why
+    with pytest.raises(Exception, match="1 of 3 devices .* the quorum is 2"):
+        asked(ScriptedFleet(a=plain(), b=Inner, c=plain(loss=math.nan)), quorum=2)
+    _, replies = asked(ScriptedFleet(a=Inner, b=Inner), quorum=2)  # the method says why
     assert replies == []
 
 
 def test_work_without_annotations_is_checked_for_its_numbers():
-    assert [r.device for r in asked(Told(a=plain(), b=Inner), anyhow)[1]] == ["a"]
+    assert [r.device for r in asked(ScriptedFleet(a=plain(), b=Inner), anyhow)[1]] == ["a"]
 
 
 def test_a_type_that_only_type_checkers_know_is_not_compared():

@@ -31,8 +31,8 @@ class Probed:
 
 def made(tree, tensors="", data=b"", **more):
     """The bytes of a message: the text of its tree, that of its tensors' entries, their bytes."""
-    told = {"__metadata__": {"fedspine": tree} | more}
-    header = json.dumps(told)[:-1] + (f",{tensors}" if tensors else "") + "}"
+    entries = {"__metadata__": {"fedspine": tree} | more}
+    header = json.dumps(entries)[:-1] + (f",{tensors}" if tensors else "") + "}"
     return len(header).to_bytes(8, "little") + header.encode() + data
 
 

@@ -1,4 +1,4 @@
-"""Arrays as data: what is read, from which files, and what is refused; recipes that name them."""
+"""Arrays as data: the files that are read, the refusals, and recipes that name arrays."""
 
 import wave
 from pathlib import Path
@@ -368,7 +368,7 @@ def test_real_arrays_are_read(net, name, shape, classes):
 
 
 def test_rows_without_a_label_are_left_out_and_counted(tmp_path):
-    """NaN among whole floats, as tools write them once a value was missing, and empty texts."""
+    """NaN among whole floats, as tools write them for missing values, and empty texts."""
     x = np.arange(24 * 16, dtype=np.float32).reshape(24, 2, 8)
     for name, y in (("f", [1.0, 2.0, np.nan]), ("u", ["1", " 2", ""])):
         np.savez(tmp_path / f"{name}.npz", x=x, y=np.array(y * 8), by=np.arange(24))

@@ -1,5 +1,5 @@
-"""Data sets: every format written and read back, the real sets where they lie beside the
-repository, every refusal.
+"""Data sets: every format written and read back, the real sets if they are beside the
+repository, and every refusal.
 """
 
 import csv
@@ -184,7 +184,7 @@ def test_a_partition_by_label_leaves_the_order_of_the_labels(tmp_path):
 def test_types_are_not_guessed_from_the_first_megabyte_alone(tmp_path):
     rows = labelled([n % 2 for n in range(6000)]) + labelled(["maybe"] * 2)
     for row in rows:
-        row["text"] = "1" * 300  # numbers as far as a reader of CSV can tell, 1.8 MB of them
+        row["text"] = "1" * 300  # 1.8 MB of what a CSV reader takes for numbers
     for suffix in (".csv", ".tsv"):
         data = load(str(write(tmp_path / f"rows{suffix}", rows)), kind="classification")
         assert data.label_names == ("0", "1", "maybe")
@@ -204,9 +204,7 @@ def test_int_labels_without_names_sort_as_numbers(tmp_path):
     [(".csv", ("False", "True")), (".jsonl", ("false", "true")), (".parquet", ("false", "true"))],
 )
 def test_bool_labels(tmp_path, suffix, names):
-    """As they are written in CSV, here by Python; without a spelling of their own, as JSON has
-    them.
-    """
+    """As CSV has them, here written by Python; JSON has its own spelling."""
     path = write(tmp_path / f"rows{suffix}", labelled([True, False] * 10))
     assert load(str(path), kind="classification").label_names == names
 
@@ -283,7 +281,7 @@ def test_a_broken_file_is_refused_by_name(tmp_path, suffix, content):
     path = tmp_path / f"rows{suffix}"
     path.write_bytes(content)
     said = refused(path)
-    if (suffix, content) == (".csv", b"[1, 2"):  # which is a header and nothing else
+    if (suffix, content) == (".csv", b"[1, 2"):  # which is only a header
         assert "found the columns [1, 2; name the text column" in said
     else:
         assert f"cannot read {str(path)!r} as {suffix[1:]}: " in said
@@ -429,7 +427,7 @@ def test_a_name_that_is_nowhere_says_so_three_times(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     logging.set_verbosity_warning()
     said = refused("pydoc-topic")
-    assert logging.get_verbosity() == logging.ERROR  # else every further try is a line on stderr
+    assert logging.get_verbosity() == logging.ERROR  # otherwise every retry is a line on stderr
     assert "is not built in (known: pydoc-topics, pydoc-qa), not a path here" in said
     assert "the Hugging Face Hub does not provide 'pydoc-topic': no network here" in said
     assert "did you mean 'pydoc-topics'?" in said
@@ -442,7 +440,7 @@ def test_without_the_package_the_command_to_install_it_is_named(monkeypatch):
 
 @pytest.fixture
 def datasets(monkeypatch, tmp_path):
-    """The package, with its cache in the test's own folder."""
+    """The package, with its cache in the test's folder."""
     package = pytest.importorskip(
         "datasets", reason="the package datasets (extra hub) is not installed"
     )
@@ -564,7 +562,7 @@ def test_broken_sources_are_passed_over(monkeypatch, tmp_path):
 
 
 def test_pydoc_topics_as_a_task(paragraphs, monkeypatch):
-    monkeypatch.setattr(pydocs, "read", lambda: paragraphs)  # of which the same come every time
+    monkeypatch.setattr(pydocs, "read", lambda: paragraphs)  # the same ones every time
     data = load("pydoc-topics", kind="classification")
     assert data.label_names == (
         "interface", "network", "language", "concurrency", "testing", "text", "files", "numbers"

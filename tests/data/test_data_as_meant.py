@@ -1,5 +1,5 @@
-"""One table of what people have: every input, and what is to be read from it, or what is to be said
-about it.
+"""One table of the inputs that people have, each with the data that it should give or the line that
+refuses it.
 """
 
 import bz2
@@ -22,15 +22,15 @@ TEXTS = [f"text {n}" for n in range(12)]
 
 @dataclass(frozen=True)
 class Case:
-    """Files by their path in a folder, and what becomes of them; `at` is the path to load, the
-    folder by default.
+    """Files by their path in a folder, and the expected result; `at` is the path to load, by
+    default the folder.
     """
 
     files: dict
     classes: dict | None = None  # rows of each class, in the order of the classes
     texts: list | None = None  # of all rows, in any order
     left_out: dict = field(default_factory=dict)
-    says: tuple = ()  # in one remark each
+    says: tuple = ()  # each in one remark
     refused: str = ""  # in the one line that refuses it
     at: str = ""
     options: dict = field(default_factory=dict)
@@ -77,7 +77,7 @@ def arrow(table):
 
 
 def saved(labels, names=None, folder="", shards=1):
-    """What `save_to_disk` of `datasets` writes; test_data_cli writes it with the package itself."""
+    """The files of `save_to_disk` of `datasets`; test_data_cli has the package write them."""
     parts = np.array_split(np.arange(len(labels)), shards)
     files = [f"data-{n:05}-of-{shards:05}.arrow" for n in range(shards)]
     feature = (

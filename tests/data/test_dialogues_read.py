@@ -1,4 +1,4 @@
-"""Rows with prompts and answers, read as dialogues whose answers are to be learnt."""
+"""Rows with prompts and answers, read as dialogues whose answers are trained on."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Partitions: laws that hold for all of them, label skew, whole groups, and what is refused."""
+"""Partitions: laws of all of them, label skew, whole groups, and refusals."""
 
 import time
 from itertools import pairwise
@@ -13,7 +13,7 @@ from fedspine.data.partition import column_of, partition
 
 
 def split(how="iid", *, devices=4, rows=40, labels=None, groups=None, alpha=1.0, seed=0):
-    """`partition` with small defaults; labels and groups are made where it needs them."""
+    """`partition` with small defaults; makes labels and groups if it needs them."""
     if how.startswith(("dirichlet", "dominant")) and labels is None:
         labels = np.arange(rows) % 5
     return partition(

@@ -1,6 +1,4 @@
-"""The benchmark's numbers: what can be derived is derived, what is measured is checked for its
-order only.
-"""
+"""The benchmark's numbers: derived ones are checked exactly, measured ones only for their order."""
 
 import pytest
 import torch
@@ -30,8 +28,8 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(folders):
-    """The whole one measured alone, by a process that holds 600 MB itself; and its threads before
-    and after.
+    """The measurement of the whole model, by a process that itself holds 600 MB; and the numbers of
+    threads before and after.
     """
     held, threads = torch.ones(150_000_000), torch.get_num_threads()
     found = bench(folders[0], tokens=8, repeats=2)
@@ -68,7 +66,7 @@ def test_two_side_by_side(folders, two):
         < 1
     )
     assert set(two.latency_ratio) == set(CALLS)
-    assert 0.5 < two.memory_ratio < 1.5  # tiny models: nearly all of it is libraries
+    assert 0.5 < two.memory_ratio < 1.5  # nearly all of a tiny model's memory is that of libraries
 
 
 def test_peak_memory_is_that_of_the_child(one, two):
@@ -88,7 +86,7 @@ def test_more_tokens_than_positions_are_refused(tmp_path, name, room):
 
 
 def test_half_of_minilm(tmp_path):
-    # how much faster it runs is measured by benchmarks/deployed.py: a test asserts no time
+    # benchmarks/deployed.py measures the speed: no test asserts a time
     base, tokenizer = minilm()
     labels = tuple("abcdefgh")
     for name, model in (("whole", model_on(base)), ("half", model_on(base, [6] * 6, [768] * 6))):

@@ -1,4 +1,4 @@
-"""Exported folders: the same logits back, stock transformers where it can, predictions, every
+"""Exported folders: equal logits, stock transformers where possible, predictions, and every
 refusal.
 """
 
@@ -88,7 +88,7 @@ def test_logits_come_back(tmp_path, name, kind, size):
         type(layer) for layer in loaded.module.modules() if "Linear" in type(layer).__name__
     } == {torch.nn.Linear}
 
-    # BERT and its like have no configuration for fewer heads of the same size; unequal layers have
+    # BERT-like models have no configuration for fewer heads of the same size; unequal layers have
     # none anywhere
     expressible = size in ("full", "channels") or (size == "equal" and base.layout.decoder)
     assert entry(folder)["stock"] is expressible
@@ -354,7 +354,7 @@ def test_refusals_of_damaged_exports(tmp_path):
     _, _, _, folder = exported(tmp_path, "bert", "classification", "unequal")
     weights, config = folder / "model.safetensors", folder / "config.json"
     good, settings = weights.read_bytes(), json.loads(config.read_text())
-    # copies, because the file is about to change under its mapping
+    # copies, because the mapped file is about to change
     tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
 
     weights.write_bytes(good[: len(good) // 2])

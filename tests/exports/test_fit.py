@@ -33,8 +33,8 @@ def runs(tmp_path_factory, tiny_folder):
 
 @pytest.fixture
 def ask(runs, monkeypatch, capsys):
-    """The command line, with memory that is the weights': a process for each is tested in
-    test_bench.py.
+    """The command line, with the size of the weights as memory: test_bench.py tests a process for
+    each.
     """
     monkeypatch.setattr(fit, "peak_memory_bytes", lambda place, **_: weight_bytes(place))
 
@@ -61,7 +61,7 @@ def test_every_model_of_every_run_is_known(runs, everything):
         mine = [one for one in found if one.run == str(runs / name)]
         assert sum(one.alike for one in mine) == 3 + 2  # devices, global and dense
         assert {round(one.sparsity, 1) for one in mine} == {0.0, share}
-        # of a size that a device has the quality is at least that of the one the run scored
+        # the best model of a size that a device has is at least as good as the one the run scored
         best = max(one.quality for one in mine if one.sparsity)
         assert best >= summary_of(runs / name)["accuracy"]
         dense = next(one for one in mine if not one.sparsity)

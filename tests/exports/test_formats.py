@@ -1,4 +1,4 @@
-"""`predict` and `bench` take whatever `export` writes: merged folders, adapters with their base,
+"""`predict` and `bench` accept all that `export` writes: merged folders, adapters with their base,
 GGUF folders and files, in llama.cpp or read back into PyTorch.
 """
 
@@ -27,7 +27,7 @@ ABOUT = {"labels": (), "kind": "causal-lm", "max_tokens": 64, "name": "toy"}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A merged folder, and the same as GGUF, of stories260k cut in two ways."""
+    """A merged folder of stories260k, pruned in two ways, and the same model as GGUF."""
     (base, tokenizer), root = stories(), tmp_path_factory.mktemp("formats")
     examples = encode(tokenizer, Rows(TEXTS, None, None, {}), "causal-lm", 64, scored=True)
     for name, (heads, channels) in WIDTHS.items():
@@ -97,7 +97,7 @@ def test_an_adapter_with_its_base(tmp_path):
     export_adapter(base, model, tokenizer, place, origin=origin, with_base=True, **about)
     ours, theirs = load_model(tmp_path / "merged"), load_model(place)
     there, here = (logits(m.module, tokenizer) for m in (theirs, ours))
-    # both add the same fp32 products, in another order
+    # both add the same fp32 products, in different orders
     torch.testing.assert_close(there, here, atol=1e-4, rtol=0)
     assert theirs.parameters == ours.parameters
     shutil.rmtree(place / "base")
@@ -136,7 +136,7 @@ def test_q4_k_m_is_made_by_llama_cpp(folders, tmp_path):
             quantize="q4_k_m",
         )
         assert parity.perplexity <= 1.05 * parity.perplexity_before
-        # rows of 64 numbers hold no block of 256, so llama.cpp takes types of smaller blocks
+        # rows of 64 numbers have no block of 256, so llama.cpp uses types of smaller blocks
         assert sum(parity.types.values()) == 5 * 7 + 1
         assert parity.bytes < 0.75 * (folders / f"{name}-gguf" / "model.gguf").stat().st_size
         assert load_model(tmp_path / name).block_parameters > 0

@@ -1,5 +1,5 @@
-"""GGUF files of pruned decoders: the numbers of the PyTorch model in llama.cpp's order, its
-tokenizer, every refusal.
+"""GGUF files of pruned decoders: the PyTorch model's weights in llama.cpp's order, its
+tokenizer, and every refusal.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ UNFIT = ["blk.1.attn_output.weight", "blk.1.ffn_down.weight"]  # of "unequal": 1
 
 
 def spelt(folder):
-    """Give a tiny decoder the tokenizer of Llama-type models: BPE of bytes."""
+    """Give a tiny decoder a byte-level BPE tokenizer, as Llama-type models have."""
     ids = {token: index for index, token in enumerate(TOKENS)}
     tokenizer = Tokenizer(models.BPE(ids, [("t", "h")], unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -123,7 +123,7 @@ def test_the_file_holds_the_model(merged, tmp_path, name, how):
         query = block.self_attn.q_proj.weight.numpy()
         if architecture in ("llama", "deci"):
             half = block.self_attn.head_dim // 2
-            # row i turns with row i + half, and llama.cpp has the two side by side
+            # row i is rotated with row i + half, and llama.cpp has the two side by side
             order = [row + second for row in range(half) for second in (0, half)]
             query = query.reshape(-1, 2 * half, query.shape[-1])[:, order].reshape(query.shape)
         for part, weight in (("attn_q", query), ("ffn_down", block.mlp.down_proj.weight.numpy())):
@@ -175,13 +175,13 @@ def test_the_tokenizer_is_in_the_file(merged, tmp_path):
     }
     source = merged("unequal")[0]
     tokenizer = AutoTokenizer.from_pretrained(source)
-    told = gguf_tokenizer.vocabulary(source, tokenizer, len(TOKENS), chat=True)
-    assert told.special == {"bos": 2, "eos": 3, "unk": 1, "pad": 0, "eot": 3}
+    vocabulary = gguf_tokenizer.vocabulary(source, tokenizer, len(TOKENS), chat=True)
+    assert vocabulary.special == {"bos": 2, "eos": 3, "unk": 1, "pad": 0, "eot": 3}
 
 
 def test_a_tokenizer_of_sentencepiece(tmp_path):
     words = ["<unk>", "<s>", "</s>", "<0x0A>", "▁", "a", "b", "ab", "▁ab"]
-    told = {
+    description = {
         "model": {
             "type": "BPE",
             "byte_fallback": True,
@@ -192,18 +192,18 @@ def test_a_tokenizer_of_sentencepiece(tmp_path):
         "added_tokens": [{"id": i, "content": words[i], "special": True} for i in range(3)],
         "normalizer": {"type": "Prepend", "prepend": "▁"},
     }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(told))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE(told["model"]["vocab"], [])), eos_token="</s>"
+        tokenizer_object=Tokenizer(models.BPE(description["model"]["vocab"], [])), eos_token="</s>"
     )
     found = gguf_tokenizer.vocabulary(tmp_path, fast, rows=10, chat=False)
     assert (found.model, found.pre, found.space_prefix) == ("llama", "default", True)
     assert found.tokens == (*words, "[PAD9]")
     assert found.types == (2, 3, 3, 6, 1, 1, 1, 1, 1, 5)
-    # what is merged first has the highest score, and single characters have the lowest
+    # earlier merges have higher scores, and single characters the lowest
     assert found.scores == (*(-2.0,) * 7, 0.0, -1.0, -2.0)
     assert (found.merges, found.special) == ((), {"eos": 2})
-    told["model"]["byte_fallback"] = False
+    description["model"]["byte_fallback"] = False
     split = {"type": "Split", "pattern": {"Regex": "x"}}
     for steps, message in (
         (None, "kind BPE, and llama.cpp reads"),
@@ -212,7 +212,7 @@ def test_a_tokenizer_of_sentencepiece(tmp_path):
             "supported ones of llama.cpp .gpt-2, ",
         ),
     ):
-        (tmp_path / "tokenizer.json").write_text(json.dumps(told | {"pre_tokenizer": steps}))
+        (tmp_path / "tokenizer.json").write_text(json.dumps(description | {"pre_tokenizer": steps}))
         with pytest.raises(BadInput, match=message):
             gguf_tokenizer.vocabulary(tmp_path, fast, rows=10, chat=False)
 
@@ -239,8 +239,8 @@ def test_the_tolerance(merged, tmp_path):
         one.check()
     nan = dataclasses.replace(good, relative_difference=float("nan"))
     few = dataclasses.replace(far, equal_tokens=0.99)
-    for one, told in ((nan, "nan of .* 100.0%"), (few, "0.5 of .* 99.0%")):
-        with pytest.raises(BadInput, match=told):
+    for one, why in ((nan, "nan of .* 100.0%"), (few, "0.5 of .* 99.0%")):
+        with pytest.raises(BadInput, match=why):
             one.check()
     assert "F16, architecture llama" in good.line
 
@@ -292,7 +292,7 @@ def test_export_of_a_run(tmp_path, monkeypatch, capsys):
     assert (parity["quantize"], parity["architecture"]) == ("q8_0", "llama")
     code, out, _ = in_process(monkeypatch, capsys, "predict", to, "the cat")
     assert code == 0 and "continuation" in out
-    # PyTorch's own formats are compared, too
+    # formats for PyTorch are compared, too
     for words in (("hf",), ("peft", "--with-base")):
         export = ("export", run, "--to", tmp_path / words[0], "--json", "--format", *words)
         code, out, _ = in_process(monkeypatch, capsys, *export)

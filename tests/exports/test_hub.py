@@ -1,4 +1,4 @@
-"""Pushing an export to the Hub, against a stand-in of huggingface_hub's client."""
+"""Pushing an export to the Hub, with a fake of huggingface_hub's client."""
 
 import inspect
 import json

@@ -1,4 +1,4 @@
-"""The example that chats in llama.cpp, where llama-cpp-python is installed."""
+"""The chat example in llama.cpp, if llama-cpp-python is installed."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from fedspine.lm.encode import encode
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python, which builds llama.cpp")
 EXAMPLE = ROOT / "examples" / "llama-cpp-chat" / "chat.py"
-SAME = 20  # characters of a continuation that rounding to F16 leaves as they are
+SAME = 20  # characters of a continuation that rounding to F16 does not change
 
 
 def test_the_example_continues_a_text(tmp_path):
@@ -28,6 +28,6 @@ def test_the_example_continues_a_text(tmp_path):
     gguf.export(source, tmp_path / "gguf", examples=rows, rows_from="texts")
     done = python(EXAMPLE, tmp_path / "gguf", input="Once upon a time\n")
     assert done.returncode == 0, done.stderr
-    (told,) = predict(load_model(source), ["Once upon a time"], new_tokens=20)
-    assert done.stdout.strip()[:SAME] == told.continuation.strip()[:SAME]
+    (ours,) = predict(load_model(source), ["Once upon a time"], new_tokens=20)
+    assert done.stdout.strip()[:SAME] == ours.continuation.strip()[:SAME]
     assert "import fedspine" not in EXAMPLE.read_text()

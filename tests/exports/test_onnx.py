@@ -1,5 +1,5 @@
-"""ONNX folders: the logits of the PyTorch model, smaller numbers, a device without fedspine, every
-refusal.
+"""ONNX folders: the logits of the PyTorch model, quantised weights, a device without fedspine, and
+every refusal.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from fedspine.runs.run_dir import recipe_of
 from fedspine.runs.task_record import base_of, recorded
 
 EXAMPLE = ROOT / "examples" / "onnx-classify" / "classify.py"
-MODELS = {  # architecture, readout, kind; all with other widths in each layer
+MODELS = {  # architecture, readout, kind; all with different widths in each layer
     "bert": ("bert", "cls", "classification"),
     "bert pairs": ("bert", "mean", "pair"),
     "roberta": ("roberta", "cls", "classification"),
@@ -68,7 +68,7 @@ def make(root, architecture, pooling, kind):
     model, about = model_on(base, [4, 2], [24, 30]), {"labels": LABELS, "kind": kind}
     stock = export(base, model, tokenizer, root / "hf", max_tokens=64, name="toy", **about)
     examples = encode(tokenizer, rows_of(kind), kind, 64)
-    with pytest.MonkeyPatch.context() as patch:  # which the exports of a run measure, below
+    with pytest.MonkeyPatch.context() as patch:  # tests of exports of a run measure it
         patch.setattr(bench_module, "peak_memory_bytes", lambda folder, tokens: 1)
         parity = onnx.export(stock, root / "onnx", examples=examples, rows_from="texts")
     return stock, root / "onnx", parity
@@ -89,7 +89,7 @@ def test_the_graph_gives_the_logits(exported, name):
     assert written == json.loads(json.dumps(dataclasses.asdict(parity)))
     ours, theirs = load_model(stock), load_model(folder)
     assert theirs == dataclasses.replace(ours, module=theirs.module, tokenizer=theirs.tokenizer)
-    # other numbers of rows and tokens than the traced ones, padded and not
+    # numbers of rows and tokens other than the traced ones, padded and not
     for count in (1, 5):
         rows = rows_of(ours.kind, count)
         inputs = inputs_of(ours.tokenizer, rows, ours.kind)
@@ -123,12 +123,12 @@ def test_smaller_numbers(exported, tmp_path, how, bytes_each):
     assert rounded.isfinite().all()
     assert not torch.equal(whole, rounded)
     size = [(place / "model.onnx").stat().st_size for place in (folder, smaller)]
-    # what is left out is at least the difference in the weights of the blocks
+    # the file is smaller by at least the pruned weights of the blocks
     assert size[0] - size[1] > (4 - bytes_each) * before.block_parameters
     assert set(QUANTISATIONS["onnx"]) == set(onnx_numbers.QUANTISERS)
 
 
-def test_what_cannot_be_calibrated_is_told(exported, tmp_path):
+def test_what_cannot_be_calibrated_is_reported(exported, tmp_path):
     _, folder, _ = exported("distilbert")
     graph = Path(shutil.copy(folder / "model.onnx", tmp_path))
     with pytest.raises(
@@ -325,7 +325,7 @@ def test_rows_to_calibrate_on(run, tmp_path):
     with pytest.raises(BadInput, match="training rows, which are on its devices; use"):
         calibration_rows(recipe, on_devices, tokenizer, 10)
     others = write_csv(tmp_path / "others.csv", rows=50)
-    for place, told in ((others, "has changed since"), (tmp_path / "gone.csv", "not available")):
+    for place, why in ((others, "has changed since"), (tmp_path / "gone.csv", "not available")):
         task = recipe.task.model_copy(update={"data": str(place)})
-        with pytest.raises(BadInput, match=told):
+        with pytest.raises(BadInput, match=why):
             calibration_rows(dataclasses.replace(recipe, task=task), record, tokenizer, 10)

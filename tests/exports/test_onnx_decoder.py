@@ -1,5 +1,5 @@
-"""ONNX graphs of language models: one step per token with the cache of the steps before, smaller
-numbers, and the example that chats without fedspine.
+"""ONNX graphs of language models: one step per token with a key/value cache, quantised weights,
+and the chat example without fedspine.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ def merged(root, architecture, layers, *, kind="causal-lm", **changed):
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_process_for_memory():
-    """What a process needs is measured in test_onnx.py."""
+    """test_onnx.py measures the memory of a process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "peak_memory_bytes", lambda folder, tokens: 1)
         yield
@@ -62,7 +62,7 @@ def _no_process_for_memory():
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Folders of a Mistral with a window and other widths in each layer, and the parity."""
+    """Folders of a Mistral with a window and different widths in each layer, and the parity."""
     root = tmp_path_factory.mktemp("decoder")
     source, examples = merged(root, "mistral", 2, sliding_window=WINDOW)
     parity = onnx_decoder.export(source, root / "onnx", examples=examples, rows_from="texts")
@@ -101,7 +101,7 @@ def test_names_and_free_dimensions(exported):
 
 
 def test_one_token_at_a_time_behind_padding(exported):
-    """Rows of unequal length, padded before their first token, as when several are continued."""
+    """Rows of unequal length, left-padded, as when several are continued."""
     source, folder, _, _ = exported
     ids = torch.from_numpy(np.random.default_rng(0).integers(4, 40, (3, 12)))
     mask = torch.ones_like(ids)
@@ -162,7 +162,7 @@ def test_an_angle_keeps_its_fraction_in_fp16(exported, tmp_path):
     for place, type in ((folder, np.float32), (smaller, np.float16)):
         caches = {name: one.astype(type) for name, one in inputs.items() if name.startswith("past")}
         found.append(Graph(place / "model.onnx").logits(inputs | caches))
-    # caches and products in fp16 come to 0.004 of the spread
+    # caches and products in fp16 differ by 0.004 of the spread
     assert np.abs(found[0] - found[1]).max() < 0.02 * found[0].std()
 
 
@@ -171,8 +171,8 @@ def test_the_tolerance(exported):
     far = dataclasses.replace(good, largest_difference=2e-4)
     nan = dataclasses.replace(good, largest_difference=float("nan"))
     few = dataclasses.replace(good, equal_tokens=0.99)
-    for one, told in ((far, "off by 0.0002"), (nan, "off by nan"), (few, "99.0% of the greedy")):
-        with pytest.raises(BadInput, match=told):
+    for one, why in ((far, "off by 0.0002"), (nan, "off by nan"), (few, "99.0% of the greedy")):
+        with pytest.raises(BadInput, match=why):
             one.check()
     near = dataclasses.replace(few, quantize="int8", perplexity=1.04 * good.perplexity_before)
     large = dataclasses.replace(far, largest_logit=30.0)
@@ -196,12 +196,12 @@ def test_the_example_chats(exported):
     messages, loaded = [], load_model(source)
     for line in lines:
         messages.append(("user", line))
-        told = answered(loaded, messages, Decoding(40))
-        messages.append(("assistant", told.answer))
+        turn = answered(loaded, messages, Decoding(40))
+        messages.append(("assistant", turn.answer))
     found = done.stdout.splitlines()
-    # the example writes longer answers than the model has positions to be asked for here
-    assert [one[: len(told)] for one, (_, told) in zip(found, messages[1::2], strict=True)] == [
-        told for _, told in messages[1::2]
+    # the example's limit of an answer is longer than this model's context
+    assert [one[: len(answer)] for one, (_, answer) in zip(found, messages[1::2], strict=True)] == [
+        answer for _, answer in messages[1::2]
     ]
     assert "import fedspine" not in EXAMPLE.read_text()
 

@@ -1,5 +1,5 @@
-"""ONNX graphs of convolutional nets: rows of the data in, the logits of the PyTorch net out, every
-refusal.
+"""ONNX graphs of convolutional nets: rows of the data in, logits of the PyTorch net out, and
+every refusal.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from fedspine.runs.task_record import TaskRecord, recorded
 
 CLASSES = ("red", "green", "blue")
 RECORD = TaskRecord(1, "array", CLASSES, {}, 1, None, None, "rows", {}, "net", None)
-ROWS = {  # net, shape of a row, type
+ROWS = {  # net, shape of a row, dtype
     "sounds": ("cnn-s", (8300,), np.float32),
     "pictures": ("alexnet-small", (9, 8, 3), np.uint8),  # channels last
 }
@@ -59,7 +59,7 @@ def make(folder, net, shape, type):
     loaded, _, read = load(net, (train.x, train.labels), (test.x, test.labels), classes=3)
     model = NetModel(net=net, weights=loaded.start(np.random.default_rng(0)))
     data = NetData(test, read, "rows", train.x, onnx_net._scale(net, train.x))
-    with pytest.MonkeyPatch.context() as patch:  # which the export of a run measures, below
+    with pytest.MonkeyPatch.context() as patch:  # the test of a run's export measures it
         patch.setattr(onnx_net.bench, "peak_memory_bytes", lambda folder: 1)
         parity = onnx_net.export(model, data, folder, name="toy", record=RECORD, quantize="none")
     return folder, data, parity
@@ -74,8 +74,8 @@ def test_a_graph_reads_rows_as_the_data_has_them(exported, name, monkeypatch, ca
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
     (read,) = session.get_inputs()
     assert (read.name, read.shape) == ("input", ["rows", *shape])
-    told = session.get_modelmeta().custom_metadata_map
-    assert told == {
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert metadata == {
         "name": "toy",
         "task": "array",
         "net": net,
@@ -98,18 +98,18 @@ def test_smaller_numbers(exported, tmp_path, how):
     smaller = shutil.copytree(folder, tmp_path / how) / "model.onnx"
     onnx_numbers.quantise(smaller, how, [{"input": data.calibration}])
     found = [Graph(path).logits({"input": data.raw.x}) for path in (folder / "model.onnx", smaller)]
-    if how == "fp16":  # half a unit in the last of 11 bits, in inputs and weights of eight layers
+    if how == "fp16":  # half a unit in the last of 11 bits, for inputs and weights of eight layers
         apart, size = (np.sqrt((part**2).mean()) for part in (found[0] - found[1], found[0]))
         assert 0 < apart < 2.0**-11 * np.sqrt(2 * 8) * size
-    else:  # rows are told apart as before; how much rounding shows depends on what was learnt
+    else:  # rows differ as before; how much rounding shows depends on what was learnt
         assert not np.array_equal(*found)
         assert np.corrcoef(*((part - part.mean(0)).ravel() for part in found))[0, 1] > 0.9
     bytes = [path.stat().st_size for path in (folder / "model.onnx", smaller)]
-    # layers of whole numbers have their biases, and the graph its names, as they were
+    # layers in int8 keep their biases in fp32, and the graph its names
     assert bytes[1] < (0.55 if how == "fp16" else 0.35) * bytes[0]
 
 
-def test_it_is_told_what_it_is(exported):
+def test_loading_it_as_a_transformer_is_refused(exported):
     folder, _, _ = exported("pictures")
     with pytest.raises(BadInput, match="is a net on arrays for ONNX Runtime; run its model.onnx"):
         load_model(folder)
@@ -175,11 +175,11 @@ def test_refusals(run, tmp_path, monkeypatch, capsys):
         ("--format", "onnx", "--rows", tmp_path / "named.npz"): "has the class '0', which the run",
         ("--format", "onnx", "--rows", tmp_path / "gone.npz"): "found nothing there",
     }
-    for words, told in cases.items():
+    for words, why in cases.items():
         words = ("export", run, "--to", tmp_path / "model", *words)
         code, out, (line,) = in_process(monkeypatch, capsys, *words)
         assert (code, out) == (2, "")
-        assert told in line
+        assert why in line
         assert not (tmp_path / "model").exists()
 
 
@@ -189,7 +189,7 @@ def test_a_net_needs_its_training_rows(run, tmp_path):
     assert len(onnx_net.data_of(recipe, record, recipe.task.data).raw) == 40
     others = rows_of((3, 16), np.float32, seed=3)
     np.savez(tmp_path / "others.npz", x=others.x, y=others.labels)
-    for place, told in (("others.npz", "has changed since"), ("gone.npz", "are not available")):
+    for place, why in (("others.npz", "has changed since"), ("gone.npz", "are not available")):
         task = recipe.task.model_copy(update={"data": str(tmp_path / place)})
-        with pytest.raises(BadInput, match=told):
+        with pytest.raises(BadInput, match=why):
             onnx_net.data_of(dataclasses.replace(recipe, task=task), record, None)

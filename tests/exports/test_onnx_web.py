@@ -60,7 +60,7 @@ def test_a_web_page_labels_texts(tmp_path, monkeypatch):
             tab.close()
     assert [label for label, _ in found] == [one.label for one in predict(load_model(folder), rows)]
     assert all(milliseconds > 0 for _, milliseconds in found)
-    # all that was asked for are files of this site, and none with a text in its address
+    # only files of this site are requested, and no address contains a text
     assert all(
         one.startswith((address, "blob:", "data:")) and "?" not in one for one in tab.requests
     )
@@ -83,8 +83,8 @@ class SilentFiles(SimpleHTTPRequestHandler):
 
 
 def labelled(tab, text):
-    """What the page says of a text: a label and milliseconds."""
-    told = tab.run(
+    """The page's result for a text: a label and milliseconds."""
+    shown = tab.run(
         f"""(async () => {{
           const until = async (test) => {{
             for (let i = 0; i < 600 && !test(); i++) await new Promise((r) => setTimeout(r, 100));
@@ -97,5 +97,5 @@ def labelled(tab, text):
           return output.value;
         }})()"""
     )
-    label, milliseconds = re.fullmatch(r"(\w+), ([\d.]+) ms", told).groups()
+    label, milliseconds = re.fullmatch(r"(\w+), ([\d.]+) ms", shown).groups()
     return label, float(milliseconds)

@@ -1,4 +1,4 @@
-"""Adapters against PEFT itself: each computes alike what the other writes."""
+"""Adapters against PEFT itself: each gives the same logits with the other's files."""
 
 import json
 
@@ -30,7 +30,7 @@ from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.structure import is_full
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
-# PEFT asks transformers for something by its old name
+# PEFT uses an old name of transformers
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 CASES = [
     ("bert", "classification"),
@@ -55,7 +55,7 @@ def with_peft(module, folder):
 
 
 def unequal_ranks(base, model):
-    """The model with a rank of its own on one site, and no adapter on another."""
+    """The model with a different rank on one site, and no adapter on another."""
     adapter = dict(model.adapter)
     wide, bare = base.layout.sites[0].path, base.layout.sites[1].path
     adapter[a_name(wide)] = torch.cat([adapter[a_name(wide)]] * 2)
@@ -99,7 +99,7 @@ def test_we_compute_what_peft_writes(tmp_path, name, kind, rslora):
         lora_alpha=8,
         target_modules=values,
         use_rslora=rslora,
-        init_lora_weights=False,  # random B too
+        init_lora_weights=False,  # B is random, too
         rank_pattern={values[0]: 2},
         alpha_pattern={values[1]: 5},
     )
@@ -198,7 +198,7 @@ def test_other_kinds_of_adapter_are_refused(tmp_path, change, message):
 
 def test_adapters_of_another_model_are_refused(tmp_path):
     base, _ = tiny(tmp_path, "llama")
-    other, _ = tiny(tmp_path, "qwen3")  # the same names, other shapes
+    other, _ = tiny(tmp_path, "qwen3")  # equal names, other shapes
     write_adapter(tmp_path / "a", model_on(other), other, "toy")
     with pytest.raises(BadInput, match="as a layer of 64 x 32, but the base has 32 x 32"):
         read_adapter(tmp_path / "a", base)
@@ -239,7 +239,7 @@ def test_a_fresh_head_must_come_with_the_adapter(tmp_path):
 
 
 def with_auto_peft(folder, kind):
-    """The same without a word of it: PEFT's own class for the task, and no options."""
+    """The same without its help: PEFT's own class for the task, and no options."""
     auto = (
         peft.AutoPeftModelForCausalLM
         if kind == "causal-lm"
@@ -249,7 +249,7 @@ def with_auto_peft(folder, kind):
 
 
 def assert_stock(base, model, kind, loaded):
-    """What stock tools loaded computes what the run deployed, knows its classes, and would not
+    """What stock tools load computes what the run deployed and knows its classes, and does not
     without the adapter.
     """
     module, tokenizer = loaded
@@ -296,7 +296,7 @@ def test_an_adapter_loads_with_the_base_beside_it(tmp_path, name, kind, size):
     base, tokenizer = tiny(tmp_path, name, kind)
     heads = [1, 1] if size == "heads" else None
     model = model_on(base, heads, None if size == "whole" else [24, 24])
-    if size == "heads" and not base.layout.decoder:  # whose configurations cannot say it
+    if size == "heads" and not base.layout.decoder:  # whose configurations cannot express it
         with pytest.raises(BadInput, match=r"stock configuration.*--device dense.*--format hf"):
             written(tmp_path, base, model, tokenizer, kind, with_base=True)
         assert {path.name for path in tmp_path.iterdir()} == {f"tiny-{name}"}
@@ -308,7 +308,7 @@ def test_an_adapter_loads_with_the_base_beside_it(tmp_path, name, kind, size):
     assert_stock(base, model, kind, as_its_readme_says(folder))
     auto = AutoModelForCausalLM if kind == "causal-lm" else AutoModelForSequenceClassification
     expected = logits(base.fit(model), tokenizer).clone()
-    torch.testing.assert_close(  # transformers finds the base by the adapter, too
+    torch.testing.assert_close(  # transformers also finds the base from the adapter
         logits(auto.from_pretrained(folder), tokenizer),
         expected,
         atol=fp32_apart(base, expected),
@@ -353,7 +353,7 @@ def test_tied_embeddings_stay_tied(tmp_path, channels):
 
 
 def test_the_real_stories_model_with_its_base(tmp_path):
-    """Tied too, with eight query heads on four of keys and values."""
+    """Also tied, with eight query heads on four key/value heads."""
     base, tokenizer = stories()
     model = model_on(base, [2] * 5, [100] * 5)
     folder = written(tmp_path, base, model, tokenizer, "causal-lm", with_base=True)

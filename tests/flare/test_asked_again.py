@@ -1,5 +1,5 @@
-"""What a server learns that asks a site again and again: the noise of answers about the same rows
-grows, whatever differs between them, and no number beside weights tells of a single row.
+"""What a server learns by asking a site repeatedly: the noise of answers about the same rows grows,
+whatever differs between the orders, and no number beside the weights reveals a single row.
 """
 
 from dataclasses import replace
@@ -32,7 +32,7 @@ SHARE, RARE = AllowSection().noise, AllowSection().fewest_of_class
 OFTEN = AllowSection().answers * ROWS / 32  # answers about all rows before noise grows
 TIMES = 20
 EVERY = {"steps": 8, "batch": ROWS}  # all rows of the site in each step
-PLAIN = {"noise": 0.0, "fewest_of_class": 1}  # a site without the terms that are tested here
+PLAIN = {"noise": 0.0, "fewest_of_class": 1}  # terms of a site without those that are tested here
 
 
 def answered(site, work, order, **more):
@@ -55,7 +55,7 @@ def share_of(site, order, **more):
 
 
 def test_every_further_answer_about_the_same_rows_has_more_noise(hostile):
-    """Whatever differs: seed, weights, rank, run, method, the length of texts."""
+    """Noise grows whatever differs: seed, weights, rank, run, method, length of texts."""
     site = hostile().opened("fedlora")
     order = site.lora(**EVERY)
     wider = half(fresh(site.base.layout.sites, 8, np.random.default_rng(1)))
@@ -65,7 +65,7 @@ def test_every_further_answer_about_the_same_rows_has_more_noise(hostile):
     came.append(share_of(site, replace(order, adapter=wider)))
     came.append(share_of(site.opened("flexlora"), order, seed=(0, 0, 2)))
     came.append(share_of(site.opened("fedlora", max_tokens=9), order))
-    site.worker = SiteWorker(site.site, site.folder)  # started again
+    site.worker = SiteWorker(site.site, site.folder)  # a restarted worker
     came.append(share_of(site.opened("fedlora"), order, seed=(0, 0, 3)))
     first = SHARE * (32 / ROWS) ** 0.25
     assert came == pytest.approx([first * grown(n + 1, OFTEN) for n in range(len(came))])
@@ -91,7 +91,7 @@ def test_the_same_order_has_the_same_answer_and_counts_once(hostile):
 
 
 def test_answers_with_unlike_shares_of_noise_never_share_its_draws(hostile):
-    """Two answers to one order, of which one has more of the same noise, would tell the noise."""
+    """Two answers to one order with different shares of the same noise would reveal the noise."""
     site = hostile().opened("fedlora")
     order = site.lora(**EVERY)
     one = unpack(answered(site, tune_adapter, order).result.tobytes())
@@ -125,7 +125,7 @@ def test_a_damaged_count_stops_answers(hostile):
 
 
 def test_the_best_average_of_many_answers_keeps_the_noise_that_the_terms_say(hostile):
-    """The attack: the same question 20 times. What comes has the weight that its noise deserves, so
+    """The attack: the same question 20 times. Answers are already weighted by inverse variance, so
     the best average is that of the sum. Without growth 1 / 4.5 of the noise of one would be left.
     """
     site = hostile().opened("fedlora")
@@ -155,7 +155,7 @@ def test_the_best_average_of_many_answers_keeps_the_noise_that_the_terms_say(hos
 
 @pytest.fixture
 def one_of_a_class():
-    """Rows of which only one is of the last class, and its place."""
+    """Rows with a single one of the last class, and its place."""
     rows = toy_rows(ROWS + 40, 0)
     alone = np.flatnonzero(rows.labels == 2)[:1]
     keep = np.concatenate([np.flatnonzero(rows.labels != 2)[: ROWS - 1], alone])
@@ -206,7 +206,7 @@ def test_the_difference_of_two_class_means_tells_no_row(hostile):
         gone = counts[0] - counts[1]
         found[name] = gone.abs().sum() == 1, nearest(site, (sums[0] - sums[1])[gone.argmax()])
         own = features_of(site)
-        # what the missing row's features are, as the noise leaves them
+        # the missing row's features, with noise
         error = (own - (sums[0] - sums[1])[gone.argmax()]).norm(dim=1).min() / own.std(0).norm()
         assert (error < 1) == (name == "plain"), (name, error)
     assert found["plain"][0]
@@ -224,16 +224,16 @@ def test_counts_of_classes_are_not_exact_and_keep_the_terms(hostile, one_of_a_cl
     assert shares[1][place] == 0
     assert shares[1].sum() == pytest.approx(1.0)
     site.opened("fedlora")
-    told = np.stack(
+    reported = np.stack(
         [
             site.ask(class_means, MeansOrder(rows=ROWS), seed=(0, 0, n)).counts.numpy()
             for n in range(6)
         ]
     )
     own = np.bincount(site.worker._open.holding.examples.labels, minlength=3)
-    assert told.sum(1).max() <= ROWS
-    assert len(np.unique(told[:, own.argmax()])) > 3  # of 6 answers, noise of 8 rows and more
-    assert not told[:, own < RARE].any()
+    assert reported.sum(1).max() <= ROWS
+    assert len(np.unique(reported[:, own.argmax()])) > 3  # of 6 answers, noise of 8 rows and more
+    assert not reported[:, own < RARE].any()
 
 
 def test_losses_accuracies_rewards_and_scores_have_noise(hostile):

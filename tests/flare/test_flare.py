@@ -1,8 +1,8 @@
-"""A fleet of sites: what it does with replies that are lost, broken or hostile, and that it gives
-what simulation gives.
+"""A fleet of sites: its handling of lost, broken and hostile replies, and its equality with
+simulation.
 
-The sites' side is in this process, behind a link that fails on command; everything else is real.
-The same over NVIDIA FLARE, between processes that are killed: test_federation.py.
+The sites run in this process, behind a link that fails on command; everything else is real.
+test_federation.py does the same over NVIDIA FLARE, between processes that are killed.
 """
 
 import json
@@ -55,16 +55,16 @@ RUN = "0123456789abcdef" * 2
 
 
 class LocalLink:
-    """Sites in this process. `faults` says by site what becomes of the next exchanges: an outcome,
-    or a reply changed.
+    """Sites in this process. `faults` gives by site the outcomes of the next exchanges, or
+    functions that change the reply.
     """
 
     def __init__(self, workers):
         self.workers, self.faults = workers, {}
         self.relay, self.sites = "relay-0", tuple(sorted(workers))
-        self.heard = []  # (site, what was asked), pings as None
+        self.asked = []  # (site, what was asked), pings as None
         self.gone = 0  # exchanges for which the relay is lost
-        # each site is a process of its own, and threads cannot load models side by side
+        # real sites are processes of their own; threads cannot load models concurrently
         self._loading = threading.Lock()
 
     def connected(self):
@@ -76,7 +76,7 @@ class LocalLink:
             self.gone -= 1
             raise RelayLost("gone")
         asked = decoded(payload, Opening, SiteOrder)
-        self.heard.append((site, asked))
+        self.asked.append((site, asked))
         if isinstance(asked, SiteOrder) and self.faults.get(site):
             fault = self.faults[site].pop(0)
             return (
@@ -88,7 +88,7 @@ class LocalLink:
             return "done", self.workers[site].answer(payload)
 
     def ping(self, site, seconds):
-        self.heard.append((site, None))
+        self.asked.append((site, None))
         return site in self.workers
 
     def mend(self, broken, give_up):
@@ -179,7 +179,7 @@ class Sites:
         sent = {}
         method = find("fedlora").toy()
 
-        class Listener:
+        class OrderRecorder:
             devices = self.fleet.devices
 
             def ask(self, work, orders, **_):
@@ -187,7 +187,7 @@ class Sites:
                 raise InterruptedError
 
         with pytest.raises(InterruptedError):
-            method.round(method.start(self.task, np.random.default_rng(0)), Listener())
+            method.round(method.start(self.task, np.random.default_rng(0)), OrderRecorder())
         return sent
 
     def close(self):
@@ -210,9 +210,7 @@ def sites(ground, model, tmp_path):
 
 
 def simulated(ground, model, folder, method, rounds, **settings):
-    """The state of the same run on simulated devices that hold the same rows and bear the same
-    names.
-    """
+    """The state of the same run on simulated devices with the same rows and names."""
     lab = Lab(toy_task(*model, rounds=4), folder / "simulated", kinds=("nx",) * 3, **settings)
     lab.shares = tuple(ground.shares[site] for site in SITES)
     lab.workers._workshop = replace(lab.workers._workshop, shares=lab.shares)
@@ -229,7 +227,7 @@ def simulated(ground, model, folder, method, rounds, **settings):
 
 
 def fixed_rank(name, **changes):
-    """A method whose toy settings depend on measured seconds, without that."""
+    """A method with toy settings that do not depend on measured seconds."""
     return replace(find(name).toy(), controller=Fixed(rank=4), **changes)
 
 
@@ -239,7 +237,7 @@ def fixed_rank(name, **changes):
     ids=["fedlora", "fedspine-norm_clip"],
 )
 def test_it_gives_the_bits_of_the_simulated_fleet(ground, model, sites, tmp_path, method, how):
-    """A method of split learning over processes that die: test_federation.py."""
+    """Over processes that are killed: test_federation.py."""
     found = sites(method=method.name, aggregation=how).run(method, 3)
     expected = simulated(ground, model, tmp_path, method, 3, aggregation=how)
     assert bits(found) == bits(expected)
@@ -257,7 +255,7 @@ def test_a_lost_site_is_noted_pinged_and_asked_again_as_if_it_had_not_been_asked
     assert here.notes()[0]["left_out"]
     north = [
         asked
-        for site, asked in here.link.heard
+        for site, asked in here.link.asked
         if site == "north" and not isinstance(asked, Opening)
     ]
     assert north[1] is None  # pinged before it got work again
@@ -295,7 +293,7 @@ def _another_type(payload):
     [
         (_not_finite, "not finite"),
         (_reshaped, "was expected"),
-        (_another_type, "LoraResult was expected, NotDone"),
+        (_another_type, "expected LoraResult, got NotDone"),
         (lambda payload: payload[:-7], "cannot be read"),
         (lambda payload: b"", "cannot be read"),
         (lambda payload: pack(Opened(examples=1, memory_bytes=1)).payload, "cannot be read"),
@@ -313,7 +311,7 @@ def test_a_reply_that_cannot_be_used_is_noted_and_the_round_goes_on_without_it(
 
 
 def with_terms(ground, site, **terms):
-    """The worker of a site whose file allows what is said here."""
+    """The worker of a site with these `[allow]` terms."""
     folder = ground.kits.folder / site
     own = load_site(folder)
     return SiteWorker(replace(own, allow=own.allow.model_copy(update=terms)), folder)
@@ -323,17 +321,17 @@ def test_a_site_that_refuses_an_order_says_why_and_is_not_lost(ground, sites):
     here, method = sites(), find("fedlora").toy()
     here.link.workers["north"] = with_terms(ground, "north", most_steps=4)
     state = here.run(method, 2)
-    why = "refuses the order: at most 4 steps were expected, 8 came (allow.most_steps of its"
+    why = "refuses the order: expected at most 4 steps, got 8 (allow.most_steps of its"
     notes = here.notes()
     assert [note["device"] for note in notes] == ["north", "north"]
     assert all(why in note["left_out"] for note in notes)
     assert not here.session.sites["north"].missed
-    assert all(asked is not None for _, asked in here.link.heard)  # nobody is pinged
+    assert all(asked is not None for _, asked in here.link.asked)  # no site is pinged
     assert here.session.sites["east"].asks == 2
     for site in SITES:
         here.link.workers[site] = with_terms(ground, site, most_steps=4)
     with pytest.raises(
-        AllLost, match=r"of 3 sites asked 0 replied.*one refuses .*allow.most_steps"
+        AllLost, match=r"0 of 3 sites asked replied.*one refuses .*allow.most_steps"
     ):
         here.run(method, 3, state)
 
@@ -355,10 +353,10 @@ def test_a_run_that_the_sites_terms_contradict_ends_before_a_row_is_read(
         monkeypatch, capsys, "run", recipe, *at_sites, "--out", folder, "--json"
     )
     assert (code, out) == (2, "")
-    told = "at most 8 rows of a step were expected, 32 came (allow.largest_batch of its"
+    expected = "expected at most 8 rows of a step, got 32 (allow.largest_batch of its"
     line = lines[-1]
     assert line.startswith("fedspine: 3 of 3 sites take no part: east: ")
-    assert line.count(told) == 3
+    assert line.count(expected) == 3
     assert not folder.exists()
 
 
@@ -372,7 +370,7 @@ def test_fewer_replies_than_the_quorum_stop_the_run(sites):
     here.link.faults = {"east": ["died"]}
     state = here.run(method, 1)
     here.link.faults = {"east": ["died"], "west": ["late"]}
-    with pytest.raises(AllLost, match="of 3 sites asked 1 replied, 2 are the quorum"):
+    with pytest.raises(AllLost, match="1 of 3 sites asked replied, but the quorum is 2"):
         here.run(method, 2, state)
 
 
@@ -380,7 +378,7 @@ def test_a_run_waits_for_its_quorum_no_longer_than_its_timeout(sites):
     here, method = sites(quorum=3, outage=0.5), find("fedlora").toy()
     del here.link.workers["east"]
     here.session.sites["east"].missed = True
-    with pytest.raises(AllLost, match="2 sites answer, 3 are the quorum"):
+    with pytest.raises(AllLost, match="2 sites answer, but the quorum is 3"):
         here.run(method, 1)
 
 
@@ -419,7 +417,7 @@ def test_the_new_workers_of_a_new_relay_may_come_up_slower_than_an_order_may_tak
     monkeypatch.setattr(here.link, "exchange", slowly)
     here.link.gone = 3
     here.run(method, 2, state)
-    assert {key for note in here.notes() for key in note} == {"relay"}  # and nobody was left out
+    assert {key for note in here.notes() for key in note} == {"relay"}  # and no site was left out
 
 
 def test_a_worker_that_was_replaced_is_opened_again_within_the_ask(ground, model, sites, tmp_path):
@@ -438,7 +436,7 @@ def test_a_site_that_lost_its_memory_starts_anew_and_that_is_noted(ground, sites
     shutil.rmtree(ground.kits.folder / "west" / "memory" / here.session.run)
     (ground.kits.folder / "west" / "memory" / here.session.run).mkdir()
     assert here.run(method, 4, state).round == 4
-    assert {"device": "west", "memory": "lost; it starts anew"} in here.notes()
+    assert {"device": "west", "memory": "lost; it starts afresh"} in here.notes()
 
 
 def test_a_site_that_joins_later_takes_part_from_the_next_round_on(ground, sites):
@@ -487,16 +485,16 @@ def test_a_round_need_not_wait_for_every_site(sites, method):
     here, merged = sites(method=method.name), set()
     here.fleet.note = lambda **values: merged.add(values["device"])  # of each reply
     here.run(method, 4, quorum=0.6)
-    assert merged == set(SITES)  # whoever was late was merged later
+    assert merged == set(SITES)  # late replies are merged later
     assert len(here.fleet.in_flight) <= 1
-    orders = sum(isinstance(asked, SiteOrder) for _, asked in here.link.heard)
-    assert 2 * len(SITES) <= orders < 4 * len(SITES)  # who is late is not asked
+    orders = sum(isinstance(asked, SiteOrder) for _, asked in here.link.asked)
+    assert 2 * len(SITES) <= orders < 4 * len(SITES)  # sites with pending replies are not asked
 
 
 def test_a_round_that_does_not_wait_for_all_needs_the_quorum_too(sites):
     here = sites(method="fedspine-plus", quorum=2)
     here.link.faults = {"east": ["died"], "north": ["died"]}
-    with pytest.raises(AllLost, match="of 3 sites asked 1 replied, 2 are the quorum"):
+    with pytest.raises(AllLost, match="1 of 3 sites asked replied, but the quorum is 2"):
         here.run(fixed_rank("fedspine-plus", head_start="random"), 1, quorum=0.6)
 
 
@@ -589,7 +587,7 @@ def test_orders_under_way_are_sent_again_after_a_resume(sites):
     rest = [again.fleet.next(), again.fleet.next()]
     assert {reply.device for reply in rest} | {taken.device} == set(SITES)
     assert taken.late == 0 and {reply.late for reply in rest} == {1}
-    assert {bits(reply.order) for reply in rest} == {bits(taken.order)}  # the first are all alike
+    assert {bits(reply.order) for reply in rest} == {bits(taken.order)}  # the first ones are equal
     assert again.fleet.in_flight == {}
 
 
@@ -721,7 +719,7 @@ def test_few_bytes_cannot_claim_many_bits():
 
 
 def declaring(here, site, **numbers):
-    """Let a site declare other numbers than its own."""
+    """Make a site declare numbers other than its own."""
     answer = here.link.workers[site].answer
 
     def lie(payload):
@@ -774,7 +772,7 @@ def test_an_order_that_no_device_could_serve_is_refused_and_the_reply_says_why(s
         "west": replace(order, adapter={k: v * float("nan") for k, v in order.adapter.items()}),
     }
     here.fleet.begin_round(0)
-    with pytest.raises(AllLost, match="of 3 sites asked 0 replied"):
+    with pytest.raises(AllLost, match="0 of 3 sites asked replied"):
         here.fleet.ask(tune_adapter, wrong)
     assert {note["device"]: note["left_out"] for note in here.notes()} == {
         "east": "cannot use the order: learning_rate is -1, but it cannot be negative",
@@ -790,5 +788,5 @@ def test_a_step_of_a_round_that_never_began_is_refused(sites):
     with pytest.raises(AllLost):
         here.fleet.ask(split_step, {"east": Step(gradient=None)})
     assert here.notes()[0]["left_out"] == (
-        "cannot use the order: a step came, but no round was begun"
+        "cannot use the order: got a step before the first order of a round"
     )

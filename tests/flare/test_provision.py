@@ -1,5 +1,5 @@
-"""Start-up kits: what is in them, what they allow, and that a kit which was not provisioned is let
-in nowhere.
+"""Start-up kits: their contents, what they allow, and that a kit from elsewhere is refused
+everywhere.
 """
 
 import json
@@ -44,7 +44,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
-    """Kits of a project with the same names, made by somebody else."""
+    """Kits of another project with the same names."""
     folder = tmp_path_factory.mktemp("foreign") / "clinic"
     create(project(), folder)
     return folder
@@ -196,14 +196,12 @@ def test_a_site_whose_file_does_not_fit_is_not_started(made, tmp_path):
     kits.check_site(kit)
 
 
-# --- who meets whom ---
+# --- mutual TLS ---
 
 
 @pytest.fixture
 def listener(made, tmp_path):
-    """A function that serves TLS with a server's kit, clients' certificates demanded; returns the
-    port.
-    """
+    """A function that serves mutual TLS with a server's kit; returns the port."""
     with socket.socket() as open_socket:
         open_socket.bind(("127.0.0.1", 0))
         open_socket.listen()
@@ -234,7 +232,7 @@ def listener(made, tmp_path):
 
 
 def at_port(folder, port, to):
-    """A copy of a site's kit that looks for its server at another port."""
+    """A copy of a site's kit with another port of its server."""
     shutil.copytree(folder, to)
     file = to / "startup" / "fed_client.json"
     file.write_text(file.read_text().replace("127.0.0.1:8002", f"127.0.0.1:{port}"))
@@ -254,12 +252,12 @@ def test_a_kit_refuses_a_server_of_others(made, foreign, listener, tmp_path):
 
 
 def test_a_server_refuses_a_kit_of_others_even_if_that_trusts_it(made, foreign, listener, tmp_path):
-    stranger = at_port(foreign / "north", listener(made / "server"), tmp_path / "north")
+    untrusted = at_port(foreign / "north", listener(made / "server"), tmp_path / "north")
     shutil.copy(
-        made / "server" / "startup" / "rootCA.pem", stranger.folder / "startup" / "rootCA.pem"
+        made / "server" / "startup" / "rootCA.pem", untrusted.folder / "startup" / "rootCA.pem"
     )
     with pytest.raises(BadInput, match="refuses this kit's certificate"):
-        kits.check_reach(stranger)
+        kits.check_reach(untrusted)
 
 
 def test_a_server_that_is_not_there_is_waited_for(made, tmp_path):
@@ -281,8 +279,8 @@ def test_the_same_kit_is_not_started_twice(made):
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """A function that runs a command of `fedspine fleet` in this process, which is refused: its one
-    line.
+    """A function that runs a command of `fedspine fleet` that is refused, in this process; returns
+    its one line.
     """
 
     def run(*arguments):
@@ -369,7 +367,7 @@ def fleet_status(federation):
 
 
 @pytest.mark.slow
-def test_who_is_connected_is_told(federation):
+def test_fleet_status_shows_who_is_connected(federation):
     done = fedspine("fleet", "status", "--kit", federation.admin, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -378,29 +376,29 @@ def test_who_is_connected_is_told(federation):
 
 @pytest.mark.slow
 def test_a_kit_that_was_not_provisioned_is_let_in_nowhere(federation, tmp_path, refused):
-    """Neither by our command, which says why, nor by FLARE's own client without our check."""
+    """Our command refuses it and says why; so does FLARE's own client without our check."""
     port = kit_at(federation.admin).port
     create(
-        project(name="toys", port=port, sites=("stranger", *federation.sites)), tmp_path / "kits"
+        project(name="toys", port=port, sites=("untrusted", *federation.sites)), tmp_path / "kits"
     )
-    for name in ("stranger", federation.sites[0]):
+    for name in ("untrusted", federation.sites[0]):
         write_site_file(tmp_path / "kits" / name, name=name, data={"path": "pydoc-topics"})
         assert "does not belong to this kit" in refused(
             "start", name, "--kit", tmp_path / "kits" / name
         )
     assert "does not belong to this kit" in refused("status", "--kit", tmp_path / "kits" / "admin")
-    stranger = kit_at(tmp_path / "kits" / "stranger")
+    untrusted = kit_at(tmp_path / "kits" / "untrusted")
     shutil.copy(
-        federation.admin / "startup" / "rootCA.pem", stranger.folder / "startup" / "rootCA.pem"
+        federation.admin / "startup" / "rootCA.pem", untrusted.folder / "startup" / "rootCA.pem"
     )
     with open(tmp_path / "log", "wb") as log:
         process = subprocess.Popen(
-            stranger.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            untrusted.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         # the last line before it connects
         wait_for(lambda: b"ObjectStreamer.Abort" in (tmp_path / "log").read_bytes())
-        time.sleep(5)  # within which any of the federation's own sites is in
+        time.sleep(5)  # within which each of the federation's own sites connects
         assert b"registered client" not in (tmp_path / "log").read_bytes()
         assert [site["name"] for site in fleet_status(federation)["sites"]] == list(
             federation.sites

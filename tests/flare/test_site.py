@@ -1,5 +1,5 @@
-"""A site's file and its rows: classes numbered as everywhere else, and every refusal in one line
-that tells nothing.
+"""A site's file and its rows: classes are numbered as at all other sites, and every refusal is one
+line that reveals nothing.
 """
 
 import dataclasses
@@ -106,7 +106,12 @@ def test_a_short_site_file_allows_the_built_in_model_and_the_machines_memory(tmp
             "[limit]\nthreads = 2",
             "unknown part of a site file 'limit'; did you mean 'limits'?",
         ),
-        ('name = "a"\nlimits = 3', "", "", "[limits] must be a table of keys and values; 3 came"),
+        (
+            'name = "a"\nlimits = 3',
+            "",
+            "",
+            "[limits] is 3, but a table of keys",
+        ),
         (
             'name = "a"',
             "",
@@ -195,7 +200,7 @@ def table_of(rows, names):
 def test_a_site_without_class_names_says_which_number_means_which(tmp_path, tokenizer):
     rows = [
         row | {"label": NAMES.index(row["label"]) + 1} for row in ROWS
-    ]  # counted from 1, as some do
+    ]  # counted from 1, as in some data sets
     folder = written(tmp_path, rows)
     with pytest.raises(
         BadInput, match="expected only the classes 'maybe', 'no', 'yes' in column 'label', found 2"

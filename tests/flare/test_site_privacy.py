@@ -1,4 +1,4 @@
-"""A site and the privacy of its rows: what it demands, what it counts, and what stays spent."""
+"""A site and the privacy of its rows: the demands of its file, its ledger, and that it keeps it."""
 
 import math
 from dataclasses import replace
@@ -69,7 +69,7 @@ def order(base):
 
 @pytest.fixture
 def site(tiny_folder, tmp_path):
-    """A function that makes the worker of a site with this `[privacy]` in its file."""
+    """A function that makes the worker of a site with this `[privacy]` section."""
 
     def make(more="", terms=None, run=RUN):
         folder = tmp_path / "site"
@@ -109,7 +109,7 @@ def asked(order, *, run=RUN, work=fedlora.tune_adapter, seed=(0, 0, 0), memory=N
 
 
 def noise_between(first, second):
-    """How far two results lie apart, in all their tensors."""
+    """The distance of two results over all their tensors."""
     one, two = (unpack(reply.result.tobytes()) for reply in (first, second))
     return max(float((one.adapter[n] - t).abs().max()) for n, t in two.adapter.items())
 
@@ -118,7 +118,7 @@ def test_an_order_that_is_served_again_gives_the_same_and_spends_nothing(site, t
     worker = site(terms=terms)
     first = answer(worker, asked(order))
     assert 0 < first.epsilon < 4.0
-    for again in (worker, site(terms=terms)):  # a worker that was started anew, too
+    for again in (worker, site(terms=terms)):  # also a restarted worker
         same = answer(again, asked(order))
         assert (same.result == first.result).all() and same.epsilon == first.epsilon
     assert answer(worker, asked(order, seed=(0, 0, 1))).epsilon > first.epsilon
@@ -149,14 +149,15 @@ def test_the_resources_of_a_private_answer_tell_nothing(site, terms, order):
 
 
 def test_the_site_stops_where_the_runs_budget_is_spent(site, terms, order):
-    """Whatever versions of memory the server names, nothing is given back."""
+    """No version of memory that the server names restores spent budget."""
     worker = site(terms=terms)
     for seed in ((0, 0, 0), (0, 0, 1)):
         assert isinstance(answer(worker, asked(order, seed=seed)), SiteAnswer)
     for again in (worker, site(terms=terms)):
         refused = answer(again, asked(order, seed=(0, 0, 2), memory=None))
         assert refused.reason == SPENT
-    assert isinstance(answer(worker, asked(order)), SiteAnswer)  # what is told is told
+    # an answer sent again spends nothing
+    assert isinstance(answer(worker, asked(order)), SiteAnswer)
 
 
 def test_the_sites_own_budget_is_over_all_runs(site, terms, order):

@@ -1,5 +1,5 @@
-"""What a hostile server asks of a site, and that the site's terms hold: attacks that were run
-against earlier versions, and their siblings.
+"""The site's terms against a hostile server: attacks that worked on earlier versions, and variants
+of them.
 """
 
 import stat
@@ -71,9 +71,9 @@ def test_labels_of_a_language_model_do_not_leave(hostile):
     allow = {"methods": ["splitlora", "mergesfl-plus", "locfedmix"]}
     site = hostile(allow=allow, kind="causal-lm")
     for honest in ("splitlora", "mergesfl-plus", "locfedmix"):
-        foretold = Reads(batch=32, cut=1, labels=True)
-        assert refused(site.open(honest, foretold=foretold), "labels of a language model")
-    site.opened("splitlora")  # a server that foretells nothing
+        predicted = Reads(batch=32, cut=1, labels=True)
+        assert refused(site.open(honest, foretold=predicted), "labels of a language model")
+    site.opened("splitlora")  # a server that predicts nothing
     assert refused(site.ask(begin, site.begin()), "labels of a language model")
     site.opened("locfedmix")
     order = ReadingOrder(begin=site.begin(), width=4, weight=1.0)
@@ -85,8 +85,8 @@ def test_labels_of_a_language_model_do_not_leave(hostile):
 
 
 def nearest_texts(site, features, embeddings):
-    """The ids that a server reads from features at cut 0, by a search over the vocabulary at each
-    place: the nearest embedding.
+    """The ids that a server reads from features at cut 0: at each position the nearest embedding of
+    the vocabulary.
     """
     read = []
     for row, mask in zip(features.values, features.mask, strict=True):
@@ -101,7 +101,7 @@ def nearest_texts(site, features, embeddings):
 
 
 def features_at(base, tokenizer, weights=None, **cutting):
-    """What leaves the client model for each token at each place, [places, vocabulary, width]."""
+    """The client model's output for each token at each position, [positions, vocabulary, width]."""
     model, vocabulary = split_model_of(base, **({"cut": 0} | cutting)), len(tokenizer)
     rows = []
     for first in range(vocabulary):
@@ -117,7 +117,7 @@ def test_texts_are_read_from_features_of_no_block_so_the_lowest_cut_holds(hostil
     site = hostile(allow=named)
     assert refused(
         site.open("mergesfl", foretold=Reads(batch=32, cut=0)),
-        "at least 1 blocks under the features that leave were expected, 0 came (allow.lowest_cut",
+        "expected at least 1 blocks under the features that leave, got 0 (allow.lowest_cut",
     )
     site.opened("mergesfl")
     assert refused(site.ask(begin, site.begin(cut=0)), "allow.lowest_cut")
@@ -131,7 +131,7 @@ def test_texts_are_read_from_features_of_no_block_so_the_lowest_cut_holds(hostil
     answered = open_to_it.ask(begin, open_to_it.begin(batch=ROWS, cut=0))
     table = features_at(open_to_it.base, open_to_it.tokenizer)
     read = nearest_texts(open_to_it, unwired(answered.features), table)
-    assert sorted(read) == own_texts(open_to_it)  # the attack is real where a site lets it be
+    assert sorted(read) == own_texts(open_to_it)  # the attack works if a site allows it
 
 
 def own_texts(site):
@@ -140,7 +140,7 @@ def own_texts(site):
 
 
 def test_a_rank_as_wide_as_the_model_would_undo_the_blocks_under_a_cut(hostile):
-    """A sibling: adapters that are minus the weights, so block 0 adds nothing to embeddings."""
+    """A variant: adapters equal to minus the weights, so block 0 adds nothing to embeddings."""
     wide = {"methods": ["mergesfl"], "largest_rank": 64}
     site = hostile(allow=wide).opened("mergesfl")
     width, scale = site.base.layout.width, 2.0
@@ -156,7 +156,7 @@ def test_a_rank_as_wide_as_the_model_would_undo_the_blocks_under_a_cut(hostile):
     assert sorted(nearest_texts(site, features, table)) == own_texts(site)
 
     narrow = hostile("narrow", allow={"methods": ["mergesfl"], "largest_rank": width // 2})
-    words = f"at most {width // 2} as a rank were expected, {width} came (allow.largest_rank"
+    words = f"expected at most {width // 2} for a rank, got {width} (allow.largest_rank"
     assert refused(narrow.opened("mergesfl").ask(begin, order), words)
     unsaid = replace(order, cutting=Cutting(cut=1, rank=1, scale=scale))
     assert refused(narrow.opened("mergesfl").ask(begin, unsaid), REFUSALS["weights"])
@@ -175,31 +175,33 @@ def test_no_answer_rests_on_fewer_rows_than_the_site_says(hostile, which):
         site.opened(method)
         reply = site.ask(work, order)
         if least:
-            assert refused(reply, f"at least 10 rows behind an answer were expected, {rows} came")
-        elif method != "locfedmix":  # whose order lacks the decoder, which is no matter of rows
+            assert refused(reply, f"expected at least 10 rows behind an answer, got {rows}")
+        elif (
+            method != "locfedmix"
+        ):  # whose order lacks the decoder, which has nothing to do with rows
             assert not isinstance(reply, NotDone)
 
 
 def test_training_that_is_made_to_end_early_does_not_answer(hostile):
-    """A sibling: a rate that makes the second step's loss overflow, so that two rows are all that
-    the answer rests on.
+    """A variant: a rate at which the second step's loss overflows, so that the answer rests on two
+    rows alone.
     """
     site = hostile(allow={"rates": [0.0, 1e20]}).opened("fedlora")
     order = site.lora(steps=64, batch=1, learning_rate=1e20, weight_decay=0.0)
     reply = site.ask(tune_adapter, order)
-    assert refused(reply, "at least 32 distinct rows behind the answer were expected, ")
+    assert refused(reply, "expected at least 32 distinct rows behind the answer, got ")
     assert not list((site.folder / MEMORY / site.run).iterdir())
 
 
 @pytest.mark.parametrize("decay", [10.0, 110.0])
 def test_weights_that_forget_all_but_one_step_do_not_leave(hostile, decay):
-    """Siblings: a rate times a decay of 1 leaves of all steps the last one, of 11 the first."""
+    """Variants: with rate times decay of 1 only the last step remains, with 11 the first."""
     wide = {"optimisers": ["sgd", "adamw"], "rates": [0.0, 1.0], "largest_decay": 1000.0}
     site = hostile(allow={"methods": ["fedavg", "fedlora", "fedspine"]} | wide).opened("fedavg")
     sgd = Optimising(kind="sgd", learning_rate=0.1, weight_decay=decay)
     training = Training(cutting=Cutting(cut=1, rank=4), optimising=sgd, steps=64, batch=1)
     order = AverageOrder(weights=site.weights(), training=training, precision="fp32")
-    words = "at least 32 rows behind an answer were expected, 1 came"
+    words = "expected at least 32 rows behind an answer, got 1"
     assert refused(site.ask(train_and_send, order), words)
     usual = replace(training, optimising=replace(sgd, weight_decay=0.1))
     assert site.ask(train_and_send, replace(order, training=usual)).weights
@@ -209,7 +211,7 @@ def test_weights_that_forget_all_but_one_step_do_not_leave(hostile, decay):
 
 
 def test_scores_of_the_last_step_alone_do_not_leave(hostile):
-    """A sibling: importance that keeps nothing of the steps before."""
+    """A variant: importance that forgets all earlier steps."""
     site = hostile().opened("fedspine")
     (order,) = [order for _, work, order in few_rows(site, 1) if work is prune_and_tune]
     order = replace(order, tuning=replace(order.tuning, steps=64))
@@ -236,7 +238,7 @@ def test_a_batch_of_tokens_with_few_rows_is_refused_once_its_rows_are_known(host
 
 
 def test_windows_of_one_text_are_one_row(models):
-    """A sibling: rows of four tokens, of which one long text has many."""
+    """A variant: rows of four tokens, many of them from one long text."""
     _, base, tokenizer = models["causal-lm"]
     from fedspine.lm.encode import encode
 
@@ -248,7 +250,7 @@ def test_windows_of_one_text_are_one_row(models):
 
 
 def test_a_loss_is_of_as_many_rows_as_the_answer(task):
-    """A sibling: the loss of the last five steps of one row each."""
+    """A variant: the loss of the last five steps of one row each."""
     data = task.train.take(np.arange(64))
     from fedspine.lm.base import Model
 
@@ -275,7 +277,9 @@ def test_of_a_rare_class_no_share_and_no_mean_leaves(hostile):
     few = [at for at, label in enumerate(rows.labels) if label == 2][: FEWEST_OF_CLASS - 1]
     keep = np.array(sorted({*np.flatnonzero(rows.labels != 2).tolist(), *few}))
     rare = replace(rows, texts=tuple(rows.texts[i] for i in keep), labels=rows.labels[keep])
-    site = hostile(allow={"methods": ["mergesfl", "fedlora"], "fewest_rows": 10}, rows=rare)
+    # without noise, which could hide the counts of all classes
+    allow = {"methods": ["mergesfl", "fedlora"], "fewest_rows": 10, "noise": 0}
+    site = hostile(allow=allow, rows=rare)
     shares = site.opened("mergesfl").ask(label_distribution, LabelQuery(classes=3, longest=16))
     place = site.terms("fedlora").label_names.index(NAMES[2])
     assert shares.shares[place] == 0
@@ -289,7 +293,7 @@ def test_of_a_rare_class_no_share_and_no_mean_leaves(hostile):
     )
 
 
-# --- what rows a step takes is the site's secret ---
+# --- the rows of a step depend on the site's secret ---
 
 
 def test_the_secret_is_made_once_and_for_its_owner_alone(hostile, tmp_path):
@@ -317,13 +321,13 @@ def test_rows_are_drawn_from_the_seed_and_the_secret_and_can_be_replayed(hostile
         run=one.run, work="a", order=as_array(b"1"), seed=(0, 1, 2), round=0, memory=None,
         version=1, needed=(),
     )  # fmt: skip
-    assert seed_of(b"", asked) == asked.seed  # of a simulation, whose results stay as they are
+    assert seed_of(b"", asked) == asked.seed  # as in a simulation
     drawn = {
         seed_of(secret, each)
         for secret in (b"1", b"2")
         for each in (asked, replace(asked, order=as_array(b"2")), replace(asked, seed=(0, 1, 3)))
     }
-    assert len(drawn) == 6  # nor do two orders that differ in one setting share rows
+    assert len(drawn) == 6  # two orders that differ in one setting do not share rows either
 
 
 # --- what fills or stalls a site ---
@@ -332,9 +336,9 @@ def test_rows_are_drawn_from_the_seed_and_the_secret_and_can_be_replayed(hostile
 @pytest.mark.parametrize(
     ("tuning", "words"),
     [
-        ({"steps": 10**7}, "at most 1000 steps were expected, 10000000 came (allow.most_steps"),
-        ({"batch": 10**12}, "at most 256 rows of a step were expected, far more came"),
-        ({"batch": 257}, "at most 256 rows of a step were expected, 257 came (allow.largest_batch"),
+        ({"steps": 10**7}, "expected at most 1000 steps, got 10000000 (allow.most_steps"),
+        ({"batch": 10**12}, "expected at most 256 rows of a step, got far more"),
+        ({"batch": 257}, "expected at most 256 rows of a step, got 257 (allow.largest_batch"),
         ({"steps": 0}, "at least 1 steps"),
         ({"steps": -5, "batch": -5}, "at least 1 steps"),
         ({"batch": 0}, "at least 1 rows"),
@@ -415,7 +419,7 @@ def test_runs_never_take_more_than_the_sites_quota(hostile):
             found = used(site.folder, site.folder / "cache")
             assert sum(found.values()) <= most
             memories = max(memories, found[MEMORY])
-    assert memories > most / 2  # so they did press
+    assert memories > most / 2  # so the quota did apply
     full_up = hostile("full", allow=allow, limits={"disk_bytes": most}).opened("mergesfl")
     (full_up.folder / MEMORY / full_up.run / "000000009.safetensors").write_bytes(bytes(most - 9))
     order = full_up.begin(cut=2, rank=32)
@@ -443,12 +447,12 @@ def test_refusals_do_not_fill_the_log(hostile):
     assert kept.endswith(b"athe end")
 
 
-def test_what_a_run_foretells_is_refused_before_a_row_is_read(hostile):
+def test_predicted_reads_beyond_a_term_are_refused_before_a_row_is_read(hostile):
     site = hostile()
     (site.folder / "rows.parquet").write_bytes(b"no rows at all")
     assert refused(
         site.open("fedlora", foretold=Reads(steps=1, batch=8)),
-        "at least 32 rows behind an answer were expected, 8 came (allow.fewest_rows of its",
+        "expected at least 32 rows behind an answer, got 8 (allow.fewest_rows of its",
     )
     assert refused(site.open("fedlora", foretold=Reads(steps=2000, batch=8)), "allow.most_steps")
     assert refused(site.open("fedlora"), REFUSALS["data"])  # which is only then opened

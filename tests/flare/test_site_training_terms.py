@@ -1,5 +1,5 @@
-"""What a site's terms say of training: every order beyond them is refused with the term, and no
-method's own order is.
+"""A site's terms of training: every order beyond them is refused with the term, and no method's own
+order is.
 """
 
 from dataclasses import replace
@@ -38,7 +38,7 @@ from fedspine.split.trainable_half import Optimising
 from fedspine.split.whole_model import Training
 
 ADAPTERS = sorted(name for name, cls in all_methods().items() if not sends_features(cls))
-ROUNDS = 2  # the first begins with B zero, the second does not
+ROUNDS = 2  # B is zero at first and not later
 
 
 def of_tuning(**changes):
@@ -74,35 +74,38 @@ def first_row(value):
 
 
 def sure(name, tensor):
-    """A head that knows only that the first class is sure, as attacks on labels send it."""
+    """A head that is certain of the first class, as in attacks on labels."""
     if name.endswith(".bias"):
         return torch.tensor([0.0, -10.0, -10.0]).half()
     return 1e-2 * tensor
 
 
 BEYOND = [
-    (of_tuning(steps=7, batch=5), "at least 8 steps behind an answer were expected, 7 came"),
+    (of_tuning(steps=7, batch=5), "expected at least 8 steps behind an answer, got 7"),
     # 64 steps of which the decay leaves one
     (of_tuning(steps=64, batch=32, learning_rate=0.1, weight_decay=10.0), "fewest_steps"),
-    (of_tuning(weight_decay=1.5), "at most 1 as weight decay were expected, 1.5 came"),
-    (of_tuning(clip=1e-12), "at least 0.5 as the gradient's clip were expected, 1e-12 came"),
+    (of_tuning(weight_decay=1.5), "expected at most 1 for weight decay, got 1.5"),
+    (of_tuning(clip=1e-12), "expected at least 0.5 for the gradient's clip, got 1e-12"),
     (of_tuning(clip=0.0), "allow.lowest_clip"),
     (
         of_tuning(learning_rate=1e7, weight_decay=0.0),
-        "at most 0.1 as a learning rate",
+        "at most 0.1 for a learning rate",
     ),
     (of_tuning(head_learning_rate=0.2), "allow.rates"),
-    (of_tuning(learning_rate=1e-9, head_learning_rate=1e-3), "at least 1e-07 as a learning rate"),
-    (lambda order: replace(order, scale=1e-6), "at least 0.25 as the adapter's scale"),
+    (of_tuning(learning_rate=1e-9, head_learning_rate=1e-3), "at least 1e-07 for a learning rate"),
+    (lambda order: replace(order, scale=1e-6), "at least 0.25 for the adapter's scale"),
     (lambda order: replace(order, scale=1e6), "allow.scales"),
-    (of_adapter(torch.zeros_like, is_a), "at least 0.001 as the norm of each direction of A"),
+    (of_adapter(torch.zeros_like, is_a), "at least 0.001 for the norm of each direction of A"),
     (of_adapter(first_row(0.0), is_a), "allow.norms"),
-    (of_adapter(first_row(65504.0), is_a), "at most 1000 as the norm of each direction of A"),
+    (of_adapter(first_row(65504.0), is_a), "at most 1000 for the norm of each direction of A"),
     (of_adapter(lambda b: torch.full_like(b, 1e-5), is_b), "norm of each direction of B"),
-    (of_head(lambda _, tensor: torch.zeros_like(tensor)), "at least 0.001 as the norm of the head"),
+    (
+        of_head(lambda _, tensor: torch.zeros_like(tensor)),
+        "0.001 for the norm of the head",
+    ),
     (
         of_head(lambda _, tensor: 10_000 * tensor),
-        "at most 1000 as the norm of a class in the head",
+        "at most 1000 for the norm of a class in the head",
     ),
     (of_head(sure), "at most 4 nats of the head's bias beyond what features make up for"),
 ]
@@ -115,7 +118,7 @@ def test_an_order_beyond_a_term_is_refused_with_the_term(hostile, change, words)
 
 
 def test_the_gradient_itself_does_not_leave(hostile):
-    """SGD changes weights by it; a penalty that all else is clipped beside leaves it in AdamW."""
+    """SGD changes weights in proportion to the gradient; a dominant penalty does so in AdamW."""
     site = hostile().opened("fedavg")
     training = Training(
         cutting=Cutting(cut=1, rank=4),
@@ -139,23 +142,23 @@ def test_the_gradient_itself_does_not_leave(hostile):
         shrunk=2,
         penalty=1e6,
     )
-    assert refused(site.ask(tune_and_shrink, shrinking), "at most 1 as a penalty")
+    assert refused(site.ask(tune_and_shrink, shrinking), "at most 1 for a penalty")
     assert site.ask(tune_and_shrink, replace(shrinking, penalty=1e-3)).examples
 
 
 @pytest.mark.parametrize(
-    ("foretold", "words"),
+    ("predicted", "words"),
     [
-        ({"steps": 5}, "at least 8 steps behind an answer were expected, 5 came"),
-        ({"rank": 64}, "at most 32 as a rank were expected, 64 came (allow.largest_rank"),
-        ({"scale": 32.0}, "at most 16 as the adapter's scale were expected, 32 came"),
+        ({"steps": 5}, "expected at least 8 steps behind an answer, got 5"),
+        ({"rank": 64}, "expected at most 32 for a rank, got 64 (allow.largest_rank"),
+        ({"scale": 32.0}, "expected at most 16 for the adapter's scale, got 32"),
     ],
 )
-def test_a_run_beyond_a_term_is_refused_before_a_row_is_read(hostile, foretold, words):
+def test_a_run_beyond_a_term_is_refused_before_a_row_is_read(hostile, predicted, words):
     site = hostile()
     (site.folder / "rows.parquet").write_bytes(b"no rows at all")
     how = Descent(kind="adamw", learning_rates=(1e-3,), weight_decay=0.1, clip=1.0)
-    asked = {"steps": 20, "batch": 32, "descent": how} | foretold
+    asked = {"steps": 20, "batch": 32, "descent": how} | predicted
     assert refused(site.open("fedlora", foretold=Reads(**asked)), words)
     slow = replace(how, learning_rates=(1e-9,))
     assert refused(site.open("fedlora", foretold=Reads(**asked | {"descent": slow})), "allow.")
@@ -171,7 +174,7 @@ def test_no_order_of_a_method_with_its_defaults_is_refused(name, lab, task):
     def watched(fleet):
         return Asked(fleet, sent)
 
-    # as few as the terms let them, since what is trained on is no matter here
+    # as few as the terms allow, since the rows do not matter here
     quick = replace(method, steps=allow.fewest_steps, batch=16)
     lab(kinds=("tx2",)).run(quick, rounds=ROUNDS, around=watched)
     assert len(sent) >= ROUNDS
@@ -182,7 +185,7 @@ def test_no_order_of_a_method_with_its_defaults_is_refused(name, lab, task):
             check_training("east", allow, order)
         check_magnitudes("east", allow, order, task.base)
     trained = [reads for _, order in sent for reads in reads_of(order) if reads.descent is not None]
-    assert len(trained) >= ROUNDS  # so all that trains says how
+    assert len(trained) >= ROUNDS  # so everything that trains declares it
     last = next((w, o) for w, o in reversed(sent) if returns_learnt(w) and trains(o))
     noise_is_added(*last, task, allow)
 
@@ -192,7 +195,7 @@ def trains(order):
 
 
 def noise_is_added(work, order, task, allow):
-    """What the work trained has the site's noise; an answer without it would not leave."""
+    """Trained weights have the site's noise; an answer without it would not leave."""
     plain = Call(
         device="east",
         index=0,
@@ -212,7 +215,7 @@ def noise_is_added(work, order, task, allow):
 
 
 class Asked(Spy):
-    """A fleet that records what was asked, as work and order, in `sent`."""
+    """A fleet that records the work and order of each ask in `sent`."""
 
     def __init__(self, fleet, sent):
         super().__init__(fleet)
@@ -224,7 +227,7 @@ class Asked(Spy):
 
 
 def test_a_site_adds_noise_to_what_leaves_and_says_how_much(hostile):
-    """More rows have less; the same order has the same answer, in another run too."""
+    """More rows get less noise; the same order gets the same answer, also in another run."""
     site = hostile().opened("fedlora")
     orders = [site.lora(steps=8, batch=batch) for batch in (4, 5)]
     came = [answered(site, order) for order in orders]
@@ -273,7 +276,7 @@ def test_a_head_of_class_means_is_within_the_terms(hostile):
 
 
 def test_a_probe_of_time_tells_nothing_that_was_learnt(hostile):
-    """LEGEND's has few steps, so what they changed stays."""
+    """LEGEND's probe has few steps, so it sends no changed weights."""
     site = hostile().opened("legend")
     lora = site.lora(steps=2, batch=16)
     order = DepthOrder(
@@ -289,7 +292,7 @@ def test_a_probe_of_time_tells_nothing_that_was_learnt(hostile):
 def terms_of(name, method, task):
     return RunTerms(
         method=name,
-        foretold=method.foretold(task.base),
+        foretold=method.predicted_reads(task.base),
         kind="classification",
         model="tiny",
         model_sha256="0" * 64,

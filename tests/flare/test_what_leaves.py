@@ -1,5 +1,5 @@
-"""That docs/fleets.md says what leaves a site, and what can be read from it: its tables against the
-messages, its sentences against attacks.
+"""docs/fleets.md on what leaves a site and what can be read from it: its tables are compared with
+the messages, its sentences with attacks.
 """
 
 import re
@@ -37,7 +37,7 @@ NAME = re.compile(r"`([\w.-]+)`")
 
 
 def tables(page, first):
-    """The rows of the table whose first heading is this one, as cells."""
+    """The cells of the rows of the table with this first heading."""
     lines = (DOCS / page).read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
     found = []
@@ -49,19 +49,19 @@ def tables(page, first):
 
 
 def results():
-    """The message of every result that a site can be asked for, by name."""
+    """The message class of every result of a site, by name."""
     works = {work for method in all_methods() for work in works_of(method)}
     kinds = [work_kinds(find_work(work))[1] for work in works]
     return {kind.__name__: kind for kind in kinds}
 
 
 def test_the_table_of_methods_has_all_works_with_their_results():
-    told = {}
+    documented = {}
     for methods, works in tables("fleets.md", "method"):
         names = NAME.findall(works)
         for method in NAME.findall(methods):
-            told[method] = dict(zip(names[::2], names[1::2], strict=True))
-    assert told == {
+            documented[method] = dict(zip(names[::2], names[1::2], strict=True))
+    assert documented == {
         method: {
             work.split(":")[1]: work_kinds(find_work(work))[1].__name__ for work in works_of(method)
         }
@@ -70,7 +70,7 @@ def test_the_table_of_methods_has_all_works_with_their_results():
 
 
 def described():
-    """(result, field, shape) of each row, names repeated where a cell is empty."""
+    """(result, field, shape) of each row; an empty cell repeats the name above."""
     found, result = [], ""
     for first, names, shape, _, _ in tables("fleets.md", "result"):
         result = NAME.findall(first)[0] if first else result
@@ -79,8 +79,8 @@ def described():
 
 
 def test_the_table_of_results_has_all_their_fields():
-    told = sorted((result, name) for result, name, _ in described())
-    assert told == sorted(
+    documented = sorted((result, name) for result, name, _ in described())
+    assert documented == sorted(
         (name, field.name) for name, kind in results().items() for field in fields(kind)
     )
 
@@ -114,29 +114,31 @@ def test_the_shapes_are_those_of_the_answers(hostile):
             value, shape = getattr(one, field.name), shapes[type(one).__name__, field.name]
             if "as `LoraResult`" in shape:
                 shape += shapes.get(("LoraResult", field.name), shapes["LoraResult", "loss"])
-            told = {len(part.split(",")) for part in re.findall(r"\[([a-z, ]+)\]", shape)}
+            documented = {len(part.split(",")) for part in re.findall(r"\[([a-z, ]+)\]", shape)}
             for tensor in numbers(value):
-                assert tensor.ndim in told, (type(one).__name__, field.name, tensor.shape)
+                assert tensor.ndim in documented, (type(one).__name__, field.name, tensor.shape)
             if isinstance(value, int | float):
                 assert "number" in shape, (type(one).__name__, field.name)
 
 
 def test_the_terms_have_the_defaults_that_the_guide_says():
     section = (DOCS / "real-devices.md").read_text().split("## What a site allows")[1]
-    told = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", section.split("\n## ")[0], re.MULTILINE))
+    documented = dict(
+        re.findall(r"^\| `(\w+)` \| (.*?) \|", section.split("\n## ")[0], re.MULTILINE)
+    )
     known = {name: field.default for name, field in AllowSection.model_fields.items()}
-    assert told.keys() == known.keys()
+    assert documented.keys() == known.keys()
     for name, default in known.items():
         if default is not None:
             given = list(default) if isinstance(default, tuple) else default
-            assert tomllib.loads(f"it = {told[name]}") == {"it": given}, name
+            assert tomllib.loads(f"it = {documented[name]}") == {"it": given}, name
 
 
-# --- what can be read, as the page says ---
+# --- what the page says can be read ---
 
 
 def held(site, version=1):
-    """Labels, lengths and tokens of the rows of the site's current batch, as it remembers them."""
+    """Labels, lengths and tokens of the site's current batch, from its memory."""
     path = site.folder / MEMORY / site.run / f"{version:09d}.safetensors"
     rows = unpack(unsealed(path.read_bytes()))[HELD].rows
     return site.worker._open.holding.examples.take(rows)
@@ -199,7 +201,7 @@ def test_the_heads_bias_tells_which_classes_are_rare(hostile):
     )
     site = hostile(rows=two, allow={"noise": 0.0}).opened("fedlora")
     order = site.lora(batch=32, learning_rate=1e-4)
-    # all classes are about as likely to it
+    # to which all classes are about equally likely
     even = {name: 1e-2 * tensor for name, tensor in order.head.items()}
     order = replace(order, head=even)
     came = site.ask(tune_adapter, order)
@@ -222,7 +224,7 @@ def test_without_noise_class_means_and_label_distributions_tell_the_exact_counts
 @pytest.mark.parametrize("method", sorted(all_methods()))
 def test_the_page_of_real_devices_names_the_methods_that_send_features(method):
     page = (DOCS / "real-devices.md").read_text()
-    told = re.search(r"Split methods \((.*?)\)", page).group(1)
+    documented = re.search(r"Split methods \((.*?)\)", page).group(1)
     families = {
         "adasfl": "AdaSFL", "locfedmix": "LocFedMix", "mergesfl": "both MergeSFL",
         "mergesfl-plus": "both MergeSFL", "splitfed_v1": "SplitFed", "splitfed_v2": "SplitFed",
@@ -230,4 +232,4 @@ def test_the_page_of_real_devices_names_the_methods_that_send_features(method):
     }  # fmt: skip
     assert sends_features(all_methods()[method]) == (method in families)
     if method in families:
-        assert families[method] in told.split(", ")
+        assert families[method] in documented.split(", ")

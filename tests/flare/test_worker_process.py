@@ -1,4 +1,4 @@
-"""The worker process of a site: what it may serve, what it keeps, and what happens when it dies,
+"""The worker process of a site: what it serves, what it keeps, and what happens if it is killed,
 hangs or fails.
 """
 
@@ -34,7 +34,7 @@ from fedspine.lm.load import load
 from fedspine.pruning.device import prune_and_tune
 
 RUN = "0123456789abcdef" * 2
-SECONDS = 120.0  # for a worker to come up and work, on a machine that is busy
+SECONDS = 120.0  # for a worker to start and work on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def kit(tiny_folder, tmp_path_factory):
         name="east",
         data={"path": "rows.parquet"},
         models={"tiny": str(tiny_folder("bert"))},
-        # so many steps take longer than any test waits; without noise as a call here
+        # more steps than any test waits for; without noise, like the direct calls here
         allow={"most_steps": 100_000, "noise": 0.0},
     )
     (folder / SECRET).touch(0o600)  # empty: the draws of a simulation
@@ -72,21 +72,21 @@ def terms(tiny_folder):
 
 @pytest.fixture(scope="module")
 def order(task):
-    """A real order of FedLoRA, as its first round sends it."""
+    """An order of FedLoRA's first round."""
     method = fedlora.FedLora.toy()
     state = method.start(task, np.random.default_rng(0))
     sent = {}
 
-    class Listener:
+    class OrderRecorder:
         devices = ()
 
         def ask(self, work, orders, **_):
             sent.update(orders)
             raise StopIteration
 
-    Listener.devices = (type("Profile", (), {"id": "east"}),)
+    OrderRecorder.devices = (type("Profile", (), {"id": "east"}),)
     with pytest.raises(StopIteration):
-        method.round(state, Listener())
+        method.round(state, OrderRecorder())
     return sent["east"]
 
 
@@ -119,7 +119,7 @@ def answer(worker, message):
 
 @pytest.fixture
 def worker(kit, terms):
-    """The worker's own side, in this process, with the run open."""
+    """The site's worker in this process, with the run open."""
     made = open_site_worker(kit)
     assert isinstance(answer(made, Opening(run=RUN, terms=terms)), Opened)
     return made
@@ -127,7 +127,7 @@ def worker(kit, terms):
 
 @pytest.fixture(scope="module")
 def supervised(kit):
-    """One worker after the other, since each takes seconds to come up."""
+    """One worker at a time, since each takes seconds to start."""
     made = WorkerProcess(kit)
     yield made
     made.close()
@@ -135,7 +135,7 @@ def supervised(kit):
 
 @pytest.fixture
 def process(supervised, terms):
-    """The present worker, with the run open."""
+    """The current worker, with the run open."""
     assert ask_worker(supervised, Opening(run=RUN, terms=terms))[1].examples == 40
     return supervised
 
@@ -224,7 +224,7 @@ def test_an_order_of_another_type_is_refused(worker, order):
     assert answer(worker, asked(b"not safetensors")).reason == "bad order"
 
 
-def test_an_order_of_other_shapes_is_told_what_is_wrong_with_it(worker, order):
+def test_the_refusal_of_an_order_of_other_shapes_says_what_is_wrong(worker, order):
     broken = replace(order, adapter={name: tensor[:, :3] for name, tensor in order.adapter.items()})
     reply = answer(worker, asked(broken))
     assert (reply.reason, reply.detail) == (
@@ -233,13 +233,13 @@ def test_an_order_of_other_shapes_is_told_what_is_wrong_with_it(worker, order):
     )
 
 
-def test_work_that_fails_is_told_without_its_reason(worker, order, capfd, monkeypatch):
+def test_work_that_fails_is_reported_without_its_reason(worker, order, capfd, monkeypatch):
     def breaks(*values, **options):
         raise ZeroDivisionError("row 7 of rows.csv")
 
     monkeypatch.setattr(fedlora, "tune", breaks)
-    told = pack(NotDone(reason="work failed")).payload
-    assert pack(answer(worker, asked(order))).payload == told
+    expected = pack(NotDone(reason="work failed")).payload
+    assert pack(answer(worker, asked(order))).payload == expected
     assert "Traceback" in capfd.readouterr().err  # which is the site's own log
 
 
@@ -271,7 +271,7 @@ def test_works_of_a_method_are_its_own_and_those_it_builds_on():
         works_of("../fedlora")
 
 
-# --- when it dies ---
+# --- when it is killed ---
 
 
 def test_a_worker_that_is_killed_at_work_is_a_missing_reply_and_its_memory_stays(
@@ -308,12 +308,12 @@ def test_a_worker_that_hangs_is_killed_in_time_and_replaced(process, order, term
 
 def test_whoever_comes_while_it_works_waits_for_its_turn_no_longer_than_allowed(process, order):
     busy, outcomes = process.pid, []
-    os.kill(busy, signal.SIGSTOP)  # so that it is at work for as long as this test wants
+    os.kill(busy, signal.SIGSTOP)  # so that it works for as long as this test needs
     first = threading.Thread(target=lambda: outcomes.append(ask_worker(process, asked(order))))
     first.start()
     time.sleep(0.3)
     assert ask_worker(process, asked(order), seconds=0.5) == ("late", None)
-    assert process.pid == busy  # it was not on this message
+    assert process.pid == busy  # not because of this message
     os.kill(busy, signal.SIGCONT)
     first.join()
     ((outcome, answered),) = outcomes
@@ -334,7 +334,7 @@ def test_a_worker_ends_with_its_supervisor(kit, terms):
     assert not _alive(pid)
 
 
-def test_a_site_file_that_cannot_be_read_is_told_in_its_log(tmp_path):
+def test_a_site_file_that_cannot_be_read_is_reported_in_its_log(tmp_path):
     (tmp_path / "fedspine-site.toml").write_text("name = ")
     process = WorkerProcess(tmp_path)
     assert process.exchange(b"anything", SECONDS) == ("died", b"")

@@ -522,19 +522,19 @@ def test_losses_are_absent_and_noted(lab):
     assert all(note["left_out"] == "lost" and note["device"] in bench.ids for note in notes)
     # a fair coin 60 times: 30 with a standard error of sqrt(60)/2 = 3.9; four of them
     assert abs(answered - 30) < 4 * 3.9
-    # half of the losses come before the order arrives, so the work was done more often than was
-    # heard of
+    # half of the losses come before the order arrives, so more work was done than replies
+    # arrived
     served = len(bench.rows("exchange"))
     assert answered < served < asked
 
 
 def test_losses_follow_the_seed_and_the_time(lab):
-    def heard(name, seed):
+    def replied(name, seed):
         fleet = lossy(lab(name), drop=0.5, seed=seed)
         return [[reply.device for reply in fleet.ask(do, everyone(fleet))] for _ in range(4)]
 
-    first = heard("first", 1)
-    assert first == heard("again", 1) != heard("other", 2)
+    first = replied("first", 1)
+    assert first == replied("again", 1) != replied("other", 2)
     assert len({tuple(devices) for devices in first}) > 1
 
 
@@ -548,11 +548,11 @@ def test_asking_again_is_another_chance_even_if_no_time_passed(lab):
 def test_groups_lose_independently(lab):
     fleet, lost = lossy(lab(), drop=0.5), []
     for _ in range(8):
-        heard = fleet.together(
+        replied = fleet.together(
             lambda name, part: bool(part.ask(do, everyone(part))),
             {"one": ["nx-02"], "other": ["nx-03"]},
         )
-        lost.append(heard["one"] == heard["other"])
+        lost.append(replied["one"] == replied["other"])
     assert 0 < sum(lost) < 8
 
 
@@ -584,17 +584,17 @@ def test_whoever_is_lost_is_waited_for_until_the_time_is_up(lab):
 def test_sent_orders_are_lost_too(lab):
     bench = lab()
     fleet = lossy(bench, drop=0.5, seed=2)
-    heard = 0
+    replied = 0
     for _ in range(12):
         fleet.send(do, everyone(fleet))
         try:
             while fleet.next():
-                heard += 1
+                replied += 1
         except Idle:
             pass
-    assert abs(heard - 30) < 4 * 3.9  # as for ask
-    assert len(bench.rows("note")) == 60 - heard
-    assert heard < len(bench.rows("exchange")) < 60
+    assert abs(replied - 30) < 4 * 3.9  # as for ask
+    assert len(bench.rows("note")) == 60 - replied
+    assert replied < len(bench.rows("exchange")) < 60
 
 
 def test_a_lossy_fleet_is_a_fleet(lab):

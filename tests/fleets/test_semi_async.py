@@ -104,7 +104,7 @@ def test_a_reply_is_given_up_after_three_rounds_and_left_out_when_it_comes(lab):
     assert [slow in ids for ids in free] == [True, *[False] * (GIVEN_UP - 1), True]
     assert all(reply.order.flops == Job().flops for reply in replies)
     notes = [row["values"] for row in bench.rows("note")]
-    assert notes == [{"device": slow, "left_out": "its reply came too late"}]
+    assert notes == [{"device": slow, "left_out": "its reply arrived too late"}]
 
 
 def test_other_work_limits_and_parts_wait_for_all(lab):
@@ -169,5 +169,5 @@ def test_the_future_after_a_snapshot_is_the_same(lab):
 
 @pytest.mark.parametrize("quorum", [0.0, 1.1])
 def test_a_share_that_is_none_is_refused(lab, quorum):
-    with pytest.raises(ValueError, match="0 < quorum <= 1 was expected"):
+    with pytest.raises(ValueError, match="expected 0 < quorum <= 1"):
         at_quorum(lab(), quorum)

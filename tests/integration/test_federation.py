@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 from flare_federation import write_recipe
-from runs import hearing_ctrl_c
+from runs import handling_ctrl_c
 from toy import Lab
 from warm import forked
 
@@ -123,7 +123,7 @@ class Going:
     def __init__(self, arguments, folder):
         self.folder = folder
         self.log = open(folder.with_suffix(".log"), "w")  # noqa: SIM115 - closed by `end`
-        with hearing_ctrl_c():
+        with handling_ctrl_c():
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "fedspine", *map(str, arguments)],
                 stdout=self.log,
@@ -158,7 +158,7 @@ class Going:
         """Wait until so many rounds are in the records."""
         self.until(lambda: len(rows(self.folder, "round")) >= round)
 
-    def told(self, words):
+    def noted(self, words):
         """The rounds and sites of the notes that say these words."""
         notes = [note for note in rows(self.folder, "note") if words in str(note["values"])]
         return [(note["round"], note["values"].get("device")) for note in notes]
@@ -190,13 +190,13 @@ def test_whatever_dies_is_reported_and_takes_part_again(place, federation, tmp_p
     ) as run:
         run.past(1)
         run.until(lambda: killed_at_work(run, kits / "west"))
-        lost_in, site = run.told("its worker ended")[-1]
+        lost_in, site = run.noted("its worker ended")[-1]
         assert site == "west"
         run.until(lambda: run.answered("west", lost_in + 1))
         missed = run.lost()
         hit(family(["runner_process", kits / "server"]))
-        run.until(lambda: run.told("another took its place"))
-        relayed_in = run.told("another took its place")[0][0]
+        run.until(lambda: run.noted("another took its place"))
+        relayed_in = run.noted("another took its place")[0][0]
         for site in federation.sites:
             run.until(lambda site=site: run.answered(site, relayed_in))
         assert run.lost() == missed  # the lost relay cost nobody's reply
@@ -207,25 +207,25 @@ def test_whatever_dies_is_reported_and_takes_part_again(place, federation, tmp_p
                 if "fleet start" not in " ".join(psutil.Process(pid).cmdline())
             ]
         )
-        run.until(lambda: run.told("does not answer"))
-        lost_in, site = run.told("does not answer")[0]
+        run.until(lambda: run.noted("does not answer"))
+        lost_in, site = run.noted("does not answer")[0]
         assert site == "east"
         run.until(lambda: run.answered("east", lost_in + 1) or run.at_rest())
         run.process.send_signal(signal.SIGINT)
         assert run.process.wait(60) == 130
     assert "interrupted" in tmp_path.joinpath("run.log").read_text()
     assert {site for _, site in run.lost()} == {"west", "east"}
-    assert run.lost() <= set(run.told("left_out"))
+    assert run.lost() <= set(run.noted("left_out"))
 
 
 def killed_at_work(run, kit):
     """Kill the site's worker when it works, until the records tell of a reply lost with it."""
-    if not run.told("its worker ended"):
+    if not run.noted("its worker ended"):
         workers = family(["fedspine.flare.worker_process", kit])
         if workers and at_work(psutil.Process(workers[0])):
             os.kill(workers[0], signal.SIGKILL)
             time.sleep(3.0)  # until the round is in the records; a new worker need not die too
-    return run.told("its worker ended")
+    return run.noted("its worker ended")
 
 
 def at_work(process, seconds=0.2):

@@ -20,7 +20,7 @@ from scipy import stats
 from transformers import AutoConfig, AutoModelForTokenClassification
 
 from fedspine.core.draws import SeededDraws
-from fedspine.core.noise import GrowingNoise, InMemory
+from fedspine.core.noise import GrowingNoise, MemoryAnswerCounter
 from fedspine.core.task import Examples, Task
 from fedspine.core.tensors import single
 from fedspine.lm.base import Model
@@ -81,7 +81,7 @@ def texts(rows, tokenizer, first):
 
 
 @pytest.fixture(scope="module")
-def told(scene):
+def recovered(scene):
     """A function that gives what all attacks found at these terms, each tried once."""
     found = {}
 
@@ -139,17 +139,17 @@ def test_a_head_written_for_it_tells_the_mean_features_of_each_class(scene):
         structure=full(base.layout), adapter={}, head=answer.model(answer.sent).head, scale=1.0
     )
     features = ground.readout(base, bare, few)
-    for c, told in zip((1, 2), attacks.class_features(answer.head, counts), strict=True):
+    for c, found in zip((1, 2), attacks.class_features(answer.head, counts), strict=True):
         own = features[few.labels == c].mean(0)
         # the sure class takes exp(-10) of each row's gradient, and fp16 one part in 2,000
-        assert torch.nn.functional.cosine_similarity(told, own, dim=0) > 0.999
+        assert torch.nn.functional.cosine_similarity(found, own, dim=0) > 0.999
 
 
 @pytest.mark.parametrize("steps", [1, 20])
 @pytest.mark.parametrize("method", ADAPTERS)
-def test_at_the_default_terms_no_text_of_32_rows_and_more_is_told(told, method, steps):
+def test_at_the_default_terms_no_text_of_32_rows_and_more_is_recovered(recovered, method, steps):
     """The guard: by a method's own order or by one that goes as far as the terms let it."""
-    found = told(method, (steps, ROWS))
+    found = recovered(method, (steps, ROWS))
     texts = [each for each in found if each.what == "texts"]
     tried = [each for each in texts if each.server in WITHIN]
     assert {each.server for each in tried} == WITHIN
@@ -210,10 +210,12 @@ def test_of_32_real_questions_the_default_terms_tell_no_text(questions):
 
 
 def averaged(answer, share, plain, seed):
-    """What a server makes of the gradients in the first block when it asks the same 20 times: the
-    sum of what comes, in which each answer has the weight that its noise deserves.
+    """A server's average of 20 answers to the same question, for the first block's gradients: their
+    sum, since each is already weighted by its inverse variance.
     """
-    noise = GrowingNoise(share, lambda n: SeededDraws((seed, int(n))), InMemory({}), plain)
+    noise = GrowingNoise(
+        share, lambda n: SeededDraws((seed, int(n))), MemoryAnswerCounter({}), plain
+    )
     total, weights = 0.0, 0.0
     for _ in range(20):
         drawn = noise.about(np.arange(ROWS))
@@ -240,7 +242,7 @@ def test_an_order_within_the_terms_tells_tokens_where_a_site_answers_about_few_r
         order = orders.tokens_within(scene.task.base, update.order, terms, terms.fewest_steps, few)
         twice = replace(order, tuning=replace(order.tuning, batch=2 * few))
         refused = orders.refusal(twice, method.name, scene.task, terms, few)
-        assert "at least 32 distinct rows behind the answer were expected, 4 came" in refused
+        assert "expected at least 32 distinct rows behind the answer, got 4" in refused
         assert orders.refusal(twice, method.name, scene.task, terms, ROWS) is None
         answer = orders.asked_again(tap, update, order)
         scores = attacks.tokens_in_span(answer.first_factors, scene.vocabulary, signs=True)
@@ -251,12 +253,12 @@ def test_an_order_within_the_terms_tells_tokens_where_a_site_answers_about_few_r
     assert above > noise
 
 
-def test_a_step_over_32_rows_tells_some_tokens_all_the_same(told):
+def test_a_step_over_32_rows_still_reveals_some_tokens(recovered):
     """What docs/leakage.md warns of: words are found, texts are not."""
     above, noise = above_chance(
         next(
             each
-            for each in told("fedspine", (1, ROWS))
+            for each in recovered("fedspine", (1, ROWS))
             if (each.server, each.what, each.attack) == ("curious", "tokens", "span")
         )
     )

@@ -217,13 +217,13 @@ def test_interrupted(job, seconds) -> None:
 @pytest.mark.parametrize(
     ("blow", "workers"), [("TERM", 1), ("TERM", 2), ("TERM to all", 1), ("TERM to all", 2)]
 )
-def test_a_run_that_is_told_to_end(job, blow, workers) -> None:
+def test_a_run_that_gets_a_signal(job, blow, workers) -> None:
     """One line, exit code 143, no worker is left, and the run goes on to the end that it would have
     had.
     """
     carry_out, whole = job
     struck = {"seconds": 0.1, "signal": blow, "slow": 0.1}
-    (plan,) = carry_out(f"told-{blow}-{workers}", struck, ENOUGH, run__workers=workers)
+    (plan,) = carry_out(f"stopped-{blow}-{workers}", struck, ENOUGH, run__workers=workers)
     first, last = plan["ends"]
     assert (first["code"], last["code"]) == (143, 0), plan
     (line,) = first["said"]
@@ -236,10 +236,10 @@ def test_a_run_that_is_told_to_end(job, blow, workers) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("blow", "code"), [("INT", 0), ("TERM to all", 143)])
 def test_a_run_under_nohup(job, blow, code) -> None:
-    """It goes on at Ctrl-C, workers included, and ends when it is told to."""
+    """It goes on at Ctrl-C, workers included, and ends on a signal."""
     carry_out, whole = job
-    struck = {"seconds": 0.1, "signal": blow, "slow": 0.1, "deaf": True}
-    (plan,) = carry_out(f"deaf-{blow}", struck, ENOUGH, run__workers=2)
+    struck = {"seconds": 0.1, "signal": blow, "slow": 0.1, "ignores_ctrl_c": True}
+    (plan,) = carry_out(f"ignoring-{blow}", struck, ENOUGH, run__workers=2)
     first, last = plan["ends"]
     assert (first["code"], last["code"]) == (code, 0), plan
     assert len(first["said"]) == (1 if code else 0)
@@ -305,14 +305,14 @@ def test_a_flipped_bit_ends_in_one_line_and_a_way_back(job, file) -> None:
     (plan,) = carry_out(name, ENOUGH)
     assert plan["ends"][0]["code"] == 2
     (line,) = plan["ends"][0]["said"]
-    told = re.search(
+    advice = re.search(
         rf"is damaged: .*; go back to round (\d) with: fedspine run --resume {folder} "
         r"--from-round \1",
         line,
     )
-    assert told, line
-    assert FLIPPED[file] in (None, int(told[1]))
-    (plan,) = carry_out(name, {"more": ["--from-round", told[1]]})
+    assert advice, line
+    assert FLIPPED[file] in (None, int(advice[1]))
+    (plan,) = carry_out(name, {"more": ["--from-round", advice[1]]})
     assert plan["ends"][0]["code"] == 0, plan
     assert_same(folder, whole)
 

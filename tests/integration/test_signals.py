@@ -9,11 +9,11 @@ import sys
 import time
 
 import pytest
-from runs import deaf_to_ctrl_c, environment, hearing_ctrl_c, python
+from runs import environment, handling_ctrl_c, ignoring_ctrl_c, python
 
 from fedspine.core import process
 from fedspine.core.errors import Stopped
-from fedspine.core.process import Terminated, ends_on_sigterm, ends_when_told
+from fedspine.core.process import Terminated, ends_on_signal, ends_on_sigterm
 
 
 def hit(number):
@@ -48,33 +48,33 @@ def test_two_that_come_together_are_one(monkeypatch):
     ("number", "word", "code"),
     [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)],
 )
-def test_a_command_that_is_told_to_end(number, word, code):
-    with hearing_ctrl_c(), pytest.raises(Stopped, match=f"^{word}$") as end, ends_when_told():
+def test_a_command_that_gets_a_signal(number, word, code):
+    with handling_ctrl_c(), pytest.raises(Stopped, match=f"^{word}$") as end, ends_on_signal():
         hit(number)
     assert end.value.exit_code == code
 
 
 def test_what_is_ignored_stays_ignored():
-    with deaf_to_ctrl_c(), process.handling(process.SIGNALS_TO_END, lambda *_: None):
+    with ignoring_ctrl_c(), process.handling(process.SIGNALS_TO_END, lambda *_: None):
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
         hit(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-@pytest.mark.parametrize("hearing", [hearing_ctrl_c, deaf_to_ctrl_c])
-def test_what_tests_start_hears_or_does_not(hearing):
-    """The helpers of the tests themselves hold where the parent of the tests is deaf, too."""
-    with hearing():
+@pytest.mark.parametrize("context", [handling_ctrl_c, ignoring_ctrl_c])
+def test_what_tests_start_handles_ctrl_c_or_ignores_it(context):
+    """The tests' own helpers hold where the parent of the tests ignores Ctrl-C, too."""
+    with context():
         done = python(
             "-c",
             "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)",
         )
-    assert done.stdout.strip() == str(hearing is hearing_ctrl_c)
+    assert done.stdout.strip() == str(context is handling_ctrl_c)
 
 
 @pytest.mark.slow
-def test_told_to_end_while_it_loads(tmp_path):
+def test_a_signal_while_it_loads(tmp_path):
     """Before there is anything to save; also where the signal comes while modules are imported."""
     child = subprocess.Popen(
         [sys.executable, "-X", "importtime", "-m", "fedspine", "run", "--out", tmp_path / "run"],

@@ -126,9 +126,9 @@ def test_a_student_comes_nearer_to_its_teacher(task):
 
 def test_a_teacher_without_weight_changes_no_bit(task):
     teacher, student = teacher_of(task.base), student_of(task.base)
-    unheard = Taught(teacher, dataclasses.replace(TEACHING, weight=0.0))
+    weightless = Taught(teacher, dataclasses.replace(TEACHING, weight=0.0))
     alone = tune(device_on(task), student, TUNING)
-    found = tune(device_on(task), student, TUNING, taught=unheard)
+    found = tune(device_on(task), student, TUNING, taught=weightless)
     assert bits(found.model) == bits(alone.model) and found.loss == alone.loss
 
 

@@ -132,7 +132,7 @@ SPOILT = {
 
 @pytest.mark.parametrize("model_type", ["llama", "bert"])
 @pytest.mark.parametrize("what", SPOILT)
-def test_what_does_not_fit_is_told_in_one_line(tmp_path, what, model_type):
+def test_what_does_not_fit_is_reported_in_one_line(tmp_path, what, model_type):
     spoil, said = SPOILT[what]
     folder = write_tiny(tmp_path / "model", model_type)
     spoil(folder)

@@ -145,9 +145,9 @@ def test_a_file_that_is_damaged_or_absent_is_one_line(tmp_path, file, cache):
     damaged = tmp_path / "damaged.gguf"
     for content in (b"", b"GGUF", file.read_bytes()[:3000], file.read_bytes()[:-3000]):
         damaged.write_bytes(content)
-        with pytest.raises(BadInput, match=r"damaged\.gguf cannot be read as GGUF") as told:
+        with pytest.raises(BadInput, match=r"damaged\.gguf cannot be read as GGUF") as error:
             locate(str(damaged))
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(error.value)
     with pytest.raises(BadInput, match="found no file there"):
         locate(str(tmp_path / "absent.gguf"))
     assert not cache.exists() or not any(cache.iterdir())

@@ -221,13 +221,13 @@ def test_a_personal_head_stays_whatever_comes(task):
     assert bits(second.model) == bits(third.model)
 
 
-def test_a_site_is_told_of_terms_and_of_the_whole_rate(task):
+def test_predicted_reads_have_the_penalty_and_the_whole_rate(task):
     method = dataclasses.replace(TOY, drift=FedProx(mu=0.2), schedule=Cosine(warmup_rounds=3))
     assert tuning_at(TOY, 0, 4).reads.descent.penalty == 0
     assert tuning_at(method, 0, 4).reads.descent.penalty == 0.2
-    told = method.foretold(task.base).descent
-    assert told.penalty == 0.2
-    assert told.learning_rates == TOY.foretold(task.base).descent.learning_rates
+    descent = method.predicted_reads(task.base).descent
+    assert descent.penalty == 0.2
+    assert descent.learning_rates == TOY.predicted_reads(task.base).descent.learning_rates
 
 
 def test_orders_are_as_short_as_before_unless_more_is_asked(task):

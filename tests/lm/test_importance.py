@@ -292,7 +292,7 @@ def test_no_round_of_a_tally_weighs_more_than_a_later_one():
     assert found.updates == 9
 
 
-def test_importance_foretells_what_removal_costs(task):
+def test_importance_predicts_what_removal_costs(task):
     # The specification's check on a synthetic network found a rank correlation of 0.82. Here: two
     # layers of 64 channels; unrelated rankings would correlate by 0 with a standard error of
     # 1/sqrt(2 * 63) = 0.089 in the mean over layers, so four of them (0.36) are no luck.

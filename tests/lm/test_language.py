@@ -97,7 +97,7 @@ def test_a_tokenizer_without_an_end_adds_none(tiny_folder):
     assert texts_of(encode(tokenizer, of("good"), "causal-lm", 32)) == [plain]
 
 
-def test_classes_are_told_from_texts_as_they_are(tiny_folder):
+def test_classes_are_distinguished_from_texts(tiny_folder):
     _, tokenizer = fresh_decoder(tiny_folder)
     rows = dataclasses.replace(of("good"), labels=np.array([0]))
     plain = tokenizer("good")["input_ids"]
@@ -411,7 +411,7 @@ def test_a_stock_model_stops_there_too(short_stories, tmp_path):
     assert stock.decode(whole[0], skip_special_tokens=True).endswith("was very happy.")
 
 
-def test_an_end_that_cannot_be_told_from_others_makes_way(tiny_folder):
+def test_an_end_token_with_the_row_of_others_is_replaced(tiny_folder):
     _, tokenizer = stories()
     assert tokenizer.eos_token == "<s>"  # </s> has the same row as 170 others that were never used
     base, own = fresh_decoder(tiny_folder)

@@ -24,9 +24,9 @@ READ = 768 * 768 + 768 * 3072  # of these in the two layers that read units
 WIDE = 4 * 768 * 3072  # bytes of its largest matrix in fp32
 TOKENS, LARGEST, UPDATES, RANK = 20_000, 4096, 10, 16
 GRADIENT = ScoringCost(float(UPDATES * 12 * BLOCK * (6 * RANK + 5)), 0, 2 * WIDE)
-HEARD = 12 * (768 + 3072)  # columns of all layers that read units
-BY_OUTPUT = 3 * TOKENS * HEARD + UPDATES * 12 * READ * (2 * RANK + 4)
-BY_GATE = 2 * TOKENS * HEARD
+COLUMNS = 12 * (768 + 3072)  # columns of all layers that read units
+BY_OUTPUT = 3 * TOKENS * COLUMNS + UPDATES * 12 * READ * (2 * RANK + 4)
+BY_GATE = 2 * TOKENS * COLUMNS
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_only_steps_that_score_are_paid(every, updates):
     assert cost.flops == updates * 12 * BLOCK * (6 * RANK + 5)
     gate = Scoring(of="gate", every=every)
     cost = scoring_cost(gate, ROBERTA, full(ROBERTA), rank=RANK, tokens=TOKENS, steps=20)
-    assert cost.flops == pytest.approx(2 * TOKENS * updates / 20 * HEARD)
+    assert cost.flops == pytest.approx(2 * TOKENS * updates / 20 * COLUMNS)
 
 
 def test_memory_is_needed_beside_the_activations_or_after_them():
@@ -126,19 +126,19 @@ def test_the_products_that_run_are_those_that_are_charged(task, source, every):
     updates = len(rows[::every])
     readers = [site for site in layout.sites if site.column_units]
     read = sum(site.rows * site.columns for site in readers)
-    heard = sum(site.columns for site in readers)
+    columns_read = sum(site.columns for site in readers)
     ran = {
         "gradient": updates * 6 * rank * layout.parameters,
-        "activation": updates * 2 * rank * read + 2 * tokens * heard,
+        "activation": updates * 2 * rank * read + 2 * tokens * columns_read,
         "gate": 0,
-        "blend": updates * 2 * rank * read + 2 * tokens * heard,
+        "blend": updates * 2 * rank * read + 2 * tokens * columns_read,
         "magnitude": 2 * rank * layout.parameters,
     }[source]
     passes = {
         "gradient": updates * 5 * layout.parameters,
-        "activation": updates * 4 * read + tokens * heard,
-        "gate": 2 * tokens * heard,
-        "blend": updates * 4 * read + 3 * tokens * heard,
+        "activation": updates * 4 * read + tokens * columns_read,
+        "gate": 2 * tokens * columns_read,
+        "blend": updates * 4 * read + 3 * tokens * columns_read,
         "magnitude": 4 * layout.parameters,
     }[source]
     assert with_it - without == ran

@@ -271,7 +271,7 @@ def test_the_oracle_knows_what_a_plan_will_cost(lab, task):
 
 
 class Seer(Spy):
-    """Listens to a fleet that foresees."""
+    """A spy on a fleet that foresees."""
 
     def foresee(self, device, **cost):
         return self._fleet.foresee(device, **cost)

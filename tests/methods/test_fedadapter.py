@@ -47,7 +47,7 @@ def bench(deep, tmp_path):
 def rigged(spies, *, accuracies=None, seconds=None):
     """A fleet in which branches are as right, or as slow, as said."""
 
-    def told(reply):
+    def scripted(reply):
         if isinstance(reply.value, TrialResult) and accuracies is not None:
             known = {name: accuracies[name] for name in reply.value.accuracies}
             return replace(reply, value=replace(reply.value, accuracies=known))
@@ -56,7 +56,7 @@ def rigged(spies, *, accuracies=None, seconds=None):
             return replace(reply, cost=replace(reply.cost, seconds=took))
         return reply
 
-    return lambda fleet: spies.append(Spy(fleet, reply=told)) or spies[-1]
+    return lambda fleet: spies.append(Spy(fleet, reply=scripted)) or spies[-1]
 
 
 def sizes(state):

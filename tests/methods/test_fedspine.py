@@ -91,12 +91,12 @@ def test_what_a_lost_reply_pruned_stays_pruned(task, order):
     one = device(task, {})
     prune_and_tune(one, order)  # learns its importance
     further = dataclasses.replace(order, sparsity=0.5)
-    # which the server never hears of: it goes on from the full structure
+    # whose reply never reaches the server, which goes on from the full structure
     lost = prune_and_tune(one, further)
-    heard = prune_and_tune(one, order)
-    assert torch.equal(heard.structure.heads, lost.structure.heads)
-    assert torch.equal(heard.structure.channels, lost.structure.channels)
-    assert {name: tensor.shape for name, tensor in heard.adapter.items()} == {
+    replied = prune_and_tune(one, order)
+    assert torch.equal(replied.structure.heads, lost.structure.heads)
+    assert torch.equal(replied.structure.channels, lost.structure.channels)
+    assert {name: tensor.shape for name, tensor in replied.adapter.items()} == {
         name: tensor.shape for name, tensor in lost.adapter.items()
     }
 
@@ -197,12 +197,12 @@ def test_settings_that_cannot_work_are_refused(task, settings, complaint):
         dataclasses.replace(TOY, **settings).check(task)
 
 
-@pytest.mark.parametrize("say", [0.0, 0.9])
-def test_a_newcomer_prunes_by_the_fleets_scores_where_these_have_a_say(task, lab, say):
+@pytest.mark.parametrize("weight", [0.0, 0.9])
+def test_a_newcomer_prunes_by_the_fleets_scores_where_these_have_weight(task, lab, weight):
     """Asked for the first time in the last round, when all others are at the target."""
     bench = lab()
     method = dataclasses.replace(
-        FedSpinePlus.toy(), global_importance_weight=say, controller=Fixed(rank=4)
+        FedSpinePlus.toy(), global_importance_weight=weight, controller=Fixed(rank=4)
     )
     *others, newcomer = bench.ids
     state = method.start(task, np.random.default_rng(0))
@@ -215,6 +215,6 @@ def test_a_newcomer_prunes_by_the_fleets_scores_where_these_have_a_say(task, lab
     found = {id: sparsity(layout, structure) for id, structure in state.structures.items()}
     # what is cut is counted in whole heads and channels, within 0.25 % of what was asked for
     assert all(abs(found[id] - method.sparsity) < 0.0025 for id in others)
-    assert (found[newcomer] > 0) is (say > 0)
-    if say:
+    assert (found[newcomer] > 0) is (weight > 0)
+    if weight:
         assert abs(found[newcomer] - method.sparsity) < 0.0025

@@ -22,7 +22,7 @@ TOY = replace(Flora.toy(), ranks=(1, 2), steps=2)
 KINDS = ("tx2", "nx", "agx")
 
 
-class Heard:
+class Recorded:
     """Three rounds with three devices: the states and the orders and results of each round."""
 
     def __init__(self, bench, rounds=3, lost=None):
@@ -32,11 +32,11 @@ class Heard:
         for number in range(rounds):
             spies, quiet = [], bench.ids[1] if number == lost else None
 
-            def listening(fleet, spies=spies, quiet=quiet):
+            def recording(fleet, spies=spies, quiet=quiet):
                 spies.append(Spy(fleet, reply=lambda r: None if r.device == quiet else r))
                 return spies[-1]
 
-            state = bench.run(TOY, rounds=number + 1, around=listening, state=self.states[-1])
+            state = bench.run(TOY, rounds=number + 1, around=recording, state=self.states[-1])
             self.states.append(state)
             self.orders.append(dict(spies[0].orders))
             self.results.append(dict(spies[0].results))
@@ -47,14 +47,14 @@ class Heard:
 
 
 @pytest.fixture(scope="module")
-def heard(task, tmp_path_factory):
+def recorded(task, tmp_path_factory):
     bench = Lab(task, tmp_path_factory.mktemp("flora"), kinds=KINDS)
-    yield Heard(bench)
+    yield Recorded(bench)
     bench.close()
 
 
-def test_the_product_of_the_stack_is_the_weighted_sum_of_products(heard, task):
-    results = heard.results[0].values()
+def test_the_product_of_the_stack_is_the_weighted_sum_of_products(recorded, task):
+    results = recorded.results[0].values()
     rows = sum(result.examples for result in results)
     assert len({adapter_rank(result.adapter) for result in results}) == 2
     for site in task.base.layout.sites:
@@ -66,7 +66,7 @@ def test_the_product_of_the_stack_is_the_weighted_sum_of_products(heard, task):
         wire = sum(
             left.abs() @ (share * right.abs() * 2**-11 + 2**-25) for share, left, right in parts
         )
-        off = (heard.states[1].change[w_name(site.path)].double() - expected).abs()
+        off = (recorded.states[1].change[w_name(site.path)].double() - expected).abs()
         assert bool((off <= 1.01 * (wire + expected.abs() * 2**-11 + 2**-25)).all()), site.path
         assert expected.abs().max() > 10 * wire.max()
 
@@ -82,31 +82,31 @@ def test_weights_are_in_a_and_ranks_add_up(task):
     assert torch.equal(stack[other], torch.cat([one[other], two[other]], 1).half())
 
 
-def test_a_device_gets_the_stack_of_the_last_round_and_has_the_servers_bits(heard):
-    for number, orders in enumerate(heard.orders):
+def test_a_device_gets_the_stack_of_the_last_round_and_has_the_servers_bits(recorded):
+    for number, orders in enumerate(recorded.orders):
         for order in orders.values():
             assert list(order.stacks) == ([str(number - 1)] if number else [])
             assert (order.since, order.change) == (max(number - 1, 0), {})
-    ranks = [adapter_rank(result.adapter) for result in heard.results[0].values()]
-    (sent,) = heard.orders[1][heard.bench.ids[0]].stacks.values()
-    assert adapter_rank(sent) == sum(ranks) == heard.states[1].merged_rank
-    for id in heard.bench.ids:  # by its last order, of the third round
-        assert bits(heard.merged(id).change) == bits(heard.states[2].change)
-        assert heard.merged(id).rank == heard.states[2].merged_rank
+    ranks = [adapter_rank(result.adapter) for result in recorded.results[0].values()]
+    (sent,) = recorded.orders[1][recorded.bench.ids[0]].stacks.values()
+    assert adapter_rank(sent) == sum(ranks) == recorded.states[1].merged_rank
+    for id in recorded.bench.ids:  # by its last order, of the third round
+        assert bits(recorded.merged(id).change) == bits(recorded.states[2].change)
+        assert recorded.merged(id).rank == recorded.states[2].merged_rank
 
 
-def test_a_stack_costs_its_ranks_times_the_sides_in_fp16(heard, task):
+def test_a_stack_costs_its_ranks_times_the_sides_in_fp16(recorded, task):
     sides = sum(site.rows + site.columns for site in task.base.layout.sites)
-    ranks = sum(adapter_rank(result.adapter) for result in heard.results[0].values())
-    id = heard.bench.ids[0]
-    first, second = (pack(heard.orders[number][id]).bytes for number in (0, 1))
+    ranks = sum(adapter_rank(result.adapter) for result in recorded.results[0].values())
+    id = recorded.bench.ids[0]
+    first, second = (pack(recorded.orders[number][id]).bytes for number in (0, 1))
     assert second - first >= 2 * ranks * sides
     # names of the factors and their places: some 200 bytes for each of them
     assert second - first <= 2 * ranks * sides + 200 * 2 * len(task.base.layout.sites)
 
 
-def test_what_is_deployed_is_the_base_with_the_change(heard, task):
-    state, inputs = heard.states[3], task.test.batch(np.arange(4))
+def test_what_is_deployed_is_the_base_with_the_change(recorded, task):
+    state, inputs = recorded.states[3], task.test.batch(np.arange(4))
     inputs.pop("labels")
     plain = Model(structure=full(task.base.layout), adapter={}, head=state.head, scale=TOY.scale)
     with torch.no_grad():
@@ -120,24 +120,24 @@ def test_what_is_deployed_is_the_base_with_the_change(heard, task):
     assert torch.equal(before, again) and not torch.equal(before, changed)
 
 
-def test_the_base_is_trained_on_with_the_change(heard, task):
+def test_the_base_is_trained_on_with_the_change(recorded, task):
     """The loss of a second round is that of a model that has the first one's change."""
     first, second = (
-        np.mean([result.loss for result in heard.results[number].values()]) for number in (0, 2)
+        np.mean([result.loss for result in recorded.results[number].values()]) for number in (0, 2)
     )
     assert second < first
 
 
 def test_a_device_whose_reply_was_lost_gets_all_again(lab):
     """The server cannot know whether the device has merged what the lost reply answers."""
-    heard = Heard(lab("lost", kinds=KINDS), rounds=4, lost=1)
-    lost = heard.bench.ids[1]
-    since = [{id: order.since for id, order in orders.items()} for orders in heard.orders]
-    assert since[2] == {id: 0 if id == lost else 1 for id in heard.bench.ids}
-    assert list(heard.orders[2][lost].stacks) == ["0", "1"]
+    recorded = Recorded(lab("lost", kinds=KINDS), rounds=4, lost=1)
+    lost = recorded.bench.ids[1]
+    since = [{id: order.since for id, order in orders.items()} for orders in recorded.orders]
+    assert since[2] == {id: 0 if id == lost else 1 for id in recorded.bench.ids}
+    assert list(recorded.orders[2][lost].stacks) == ["0", "1"]
     assert set(since[3].values()) == {2}
-    for id in heard.bench.ids:
-        assert bits(heard.merged(id).change) == bits(heard.states[3].change)
+    for id in recorded.bench.ids:
+        assert bits(recorded.merged(id).change) == bits(recorded.states[3].change)
 
 
 def test_the_whole_change_is_sent_where_it_is_shorter(lab):
@@ -148,9 +148,9 @@ def test_the_whole_change_is_sent_where_it_is_shorter(lab):
     assert all(order.change and not order.stacks for _, order in spies[1].orders)
 
 
-def test_an_order_that_does_not_fit_what_a_device_has_is_refused(heard, task):
+def test_an_order_that_does_not_fit_what_a_device_has_is_refused(recorded, task):
     asked = Asked(Terms.of(task), rows=100)
-    order = heard.orders[2][heard.bench.ids[0]]
+    order = recorded.orders[2][recorded.bench.ids[0]]
     assert why_unusable(order, FloraOrder, asked) is None
     for wrong in (
         {"since": 3},
@@ -158,20 +158,20 @@ def test_an_order_that_does_not_fit_what_a_device_has_is_refused(heard, task):
         {"stacks": {}},
         {"stacks": {"7": order.stacks["1"]}},
         {"stacks": {"1": half(single(order.stacks["1"])) | {"x": torch.zeros(1).half()}}},
-        {"change": heard.states[2].change},
+        {"change": recorded.states[2].change},
         {"rank": 0},
         {"merged_rank": -1},
     ):
         assert why_unusable(replace(order, **wrong), FloraOrder, asked), wrong
-    dense = replace(order, since=0, stacks={}, change=heard.states[2].change)
+    dense = replace(order, since=0, stacks={}, change=recorded.states[2].change)
     assert "merged_rank" in why_unusable(dense, FloraOrder, asked)  # which a site's terms bound
     assert why_unusable(replace(dense, merged_rank=32), FloraOrder, asked) is None
 
 
-def test_a_site_is_told_that_the_merged_rank_grows_to_the_models_width(heard, task):
-    assert TOY.foretold(task.base).rank == 32
-    ranks = [heard.orders[number][heard.bench.ids[0]].reads.rank for number in range(3)]
-    assert ranks == [max(state.merged_rank, ranks[0]) for state in heard.states[:3]]
+def test_the_predicted_rank_is_the_models_width_to_which_the_merged_rank_grows(recorded, task):
+    assert TOY.predicted_reads(task.base).rank == 32
+    ranks = [recorded.orders[number][recorded.bench.ids[0]].reads.rank for number in range(3)]
+    assert ranks == [max(state.merged_rank, ranks[0]) for state in recorded.states[:3]]
     assert ranks[0] < ranks[1] < ranks[2]
 
 

@@ -31,7 +31,7 @@ SHARED = {
 GIB = 2**30
 
 
-def listening(spies):
+def recording(spies):
     return lambda fleet: spies.append(Spy(fleet)) or spies[-1]
 
 
@@ -119,7 +119,7 @@ def test_a_device_gets_the_first_directions_of_the_common_adapter(lab):
     method = HetLora(ranks=(2, 8), **SHARED)
     before = bench.run(method, rounds=1)
     bench.fleet.begin_round(1)
-    method.round(before, listening(spies)(bench.fleet))
+    method.round(before, recording(spies)(bench.fleet))
     for id, order in orders_of(spies):
         rank = 8 if id.startswith("agx") else 2  # 8 of 32 GiB earn a quarter of rank 8
         assert order.rank == rank
@@ -128,7 +128,7 @@ def test_a_device_gets_the_first_directions_of_the_common_adapter(lab):
 
 def test_factors_are_averaged_by_the_norm_of_their_product(lab, task):
     bench, spies = lab(), []
-    state = bench.run(TOY, rounds=1, around=listening(spies))
+    state = bench.run(TOY, rounds=1, around=recording(spies))
     results = [result for spy in spies for _, result in spy.results]
     assert len({result.rank for result in results}) > 1
 
@@ -243,7 +243,7 @@ def test_the_server_remembers_who_gave_up_rank(lab):
     method = dataclasses.replace(
         TOY, penalty=100.0, decay=0.75, ranks=(2, 8), largest_rank_gib=8.0, rank_by="memory"
     )
-    state = bench.run(method, rounds=5, around=listening(spies))
+    state = bench.run(method, rounds=5, around=recording(spies))
     ranks = {id: [order.rank for who, order in orders_of(spies) if who == id] for id in bench.ids}
     # everybody starts at 8; a B of zeros cannot shrink, so the first round keeps it; then 6, 4 (3/4
     # of 6 is 4.5), 3

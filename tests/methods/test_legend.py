@@ -295,7 +295,7 @@ def test_what_cannot_work_is_refused(deep, change, said):
 
 
 def test_probes_move_no_weight(bench):
-    """Devices are told apart before the first round; what they trained then is thrown away."""
+    """Devices are distinguished before the first round; what they trained then is thrown away."""
     spies = []
     lab = bench()
     lab.run(TOY, rounds=1, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1])

@@ -69,7 +69,7 @@ EPS = 2.0**-24  # half a unit in the last place of fp32, relative
 
 
 def run(bench, method, rounds=1):
-    """The state after some rounds, and all orders of batches by round: what each device was told to
+    """The state after some rounds, and all orders of batches by round: what each device was to
     take.
     """
     spies = []
@@ -353,7 +353,7 @@ def test_with_all_that_is_ours_switched_off_it_is_the_papers_form(lab, changed):
         ("pyramidfl", "drop_most", 0.5, "write thinning.most"),
     ],
 )
-def test_an_older_recipe_is_told_what_to_write_now(name, key, value, write):
+def test_the_refusal_of_an_older_recipe_says_what_to_write_now(name, key, value, write):
     with pytest.raises(BadInput) as refused:
         recipe({"method": {"name": name, key: value}})
     assert str(refused.value) == f"method.{key} is no longer a setting of {name}; {write}"
@@ -367,7 +367,7 @@ def test_an_older_recipe_is_told_what_to_write_now(name, key, value, write):
         ("selection", "random", 'selection = {name = "random"}'),
     ],
 )
-def test_a_plain_value_of_what_is_a_table_is_told_the_table(name, key, value, write):
+def test_the_refusal_of_a_plain_value_names_the_table(name, key, value, write):
     with pytest.raises(BadInput) as refused:
         recipe({"method": {"name": name, key: value}})
     assert f"it is a table now; write {write}" in str(refused.value)
@@ -424,7 +424,7 @@ def resized(bench, method, rounds=1):
 
 
 def sizes_of(orders):
-    """Each device's batches by iteration, as it was told in a round."""
+    """Each device's batches by iteration, as the server set them in a round."""
     batches = {}
     for id, order in orders:
         match type(order).__name__:
@@ -499,16 +499,16 @@ class Watch(Spy):
         self.iterations, self.joined, self.early = 0, {}, set()
 
     def ask(self, work, orders, **limits):
-        self._hear(work, orders)
+        self._record(work, orders)
         return super().ask(work, orders, **limits)
 
     def send(self, work, orders):
-        self._hear(work, orders)
+        self._record(work, orders)
         if work.__name__ == "end" and self.iterations < 7:
             self.early |= set(orders)
         super().send(work, orders)
 
-    def _hear(self, work, orders):
+    def _record(self, work, orders):
         if work.__name__ in ("step", "resize", "end"):
             for id in orders:
                 self.joined.setdefault(id, self.iterations)
@@ -558,7 +558,7 @@ def test_devices_wait_less_where_slow_links_join_late(lab):
 
 @pytest.mark.parametrize("lost", ["begin", "step", "end"])
 def test_a_device_that_is_lost_while_the_others_go_on_is_not_waited_for(lab, lost):
-    """Its orders and replies are heard of no more, and the client models of the others count."""
+    """It is asked no more, its replies are dropped, and the other client models count."""
     bench = lab("x", kinds=UNEQUAL)
     watches = []
     bench.run(STAGGERED, rounds=1, around=lambda fleet: watches.append(Watch(fleet)) or watches[-1])
@@ -656,7 +656,7 @@ def batches_of(bench, id, sizes, asks):
     return [data.batch(batch.rows) for batch in found]
 
 
-def test_texts_take_as_many_tokens_as_they_are_told_and_devices_wait_less(lab):
+def test_texts_take_the_tokens_that_the_server_sets_and_devices_wait_less(lab):
     """Few rows of unequal length take now more time, now less; filled to a number of tokens they
     take the same.
     """
@@ -667,15 +667,15 @@ def test_texts_take_as_many_tokens_as_they_are_told_and_devices_wait_less(lab):
     lab("spied", kinds=UNEQUAL).run(
         method, rounds=1, around=lambda fleet: spies.append(Spy(fleet)) or spies[-1]
     )
-    told = {}
+    batches = {}
     for (id, order), (_, result) in zip(spies[0].orders, spies[0].results, strict=True):
         if type(order).__name__ == "Resized":
-            told[id] = order.batch
-        if id in told and type(result).__name__ == "Forwarded":
+            batches[id] = order.batch
+        if id in batches and type(result).__name__ == "Forwarded":
             tokens, rows = int(result.features.mask.sum()), len(result.features.mask)
-            assert rows <= told[id].rows
-            assert tokens <= told[id].tokens or rows == 1
-    assert len(told) == len(UNEQUAL)
+            assert rows <= batches[id].rows
+            assert tokens <= batches[id].tokens or rows == 1
+    assert len(batches) == len(UNEQUAL)
     filled = waiting_shares(lab("filled", kinds=UNEQUAL), method, 2)
     rows = waiting_shares(
         lab("rows", kinds=UNEQUAL),

@@ -72,7 +72,7 @@ def test_what_is_deployed_is_pruned_to_the_target_at_any_time(lab, task):
     assert is_full(TOY.unpruned(state).structure)
 
 
-def test_the_fleet_decides_for_all_where_it_has_all_the_say(lab):
+def test_the_fleet_decides_for_all_where_it_has_all_the_weight(lab):
     method, bench = dataclasses.replace(TOY, global_importance_weight=1.0), lab()
     state = bench.run(method, rounds=2)
     assert len({bits(method.deploy(state, id)) for id in (None, *bench.ids)}) == 1

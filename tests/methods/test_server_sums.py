@@ -33,8 +33,8 @@ ROWS = {"one": 1, "three": 3}  # so that a mean over devices is not one over row
 OFF = 8 * 8 * 2**-24
 
 
-class Told:
-    """A fleet whose devices reply as told, in the order of the orders; then the `late` ones."""
+class ScriptedFleet:
+    """A fleet whose devices send given replies, in the orders' order; then the `late` ones."""
 
     aggregation, server = Mean(), Server()
 
@@ -113,7 +113,7 @@ def reply(id, order):
 def test_factors_and_heads_are_weighed_by_rows(name, task):
     method = METHODS[name].toy()
     state = trained(method, task)
-    after = method.round(state, Told(task.base, reply))
+    after = method.round(state, ScriptedFleet(task.base, reply))
     for before, now in ((state.head, after.head), (state.adapter, after.adapter)):
         for key, tensor in before.items():
             assert torch.allclose(now[key], tensor + MEAN, rtol=0, atol=OFF), key
@@ -132,7 +132,7 @@ def test_changes_are_against_what_was_sent_and_weighed_by_rows(task):
     device was sent.
     """
     method = spine()
-    state, fleet = trained(method, task), Told(task.base, reply)
+    state, fleet = trained(method, task), ScriptedFleet(task.base, reply)
     after = method.round(state, fleet)
     for key, tensor in state.head.items():
         assert torch.allclose(after.head[key], tensor + MEAN, rtol=0, atol=OFF)
@@ -186,11 +186,11 @@ def late_round(method, first, today, base, reply=reply):
     """The state after a round from `today` in which one device is asked, and another replies to the
     order of a round from `first`.
     """
-    earlier = Told(base, reply)
+    earlier = ScriptedFleet(base, reply)
     method.round(first, earlier)
     order = earlier.orders["three"]
     late = Reply("three", reply("three", order), COST, order, late=1, weight=ROWS["three"])
-    return method.round(today, Told(base, reply, names=("one",), late=[late]))
+    return method.round(today, ScriptedFleet(base, reply, names=("one",), late=[late]))
 
 
 @pytest.mark.parametrize("name", LATE)

@@ -54,13 +54,13 @@ EPS = 2.0**-24  # half a unit in the last place of fp32, relative
 OFF = 64 * EPS
 
 
-def run(bench, method, rounds=1, **listening):
-    """The state after some rounds and what a spy heard in each."""
+def run(bench, method, rounds=1, **spying):
+    """The state after some rounds and what a spy recorded in each."""
     spies = []
     state = bench.run(
         method,
         rounds=rounds,
-        around=lambda fleet: spies.append(Spy(fleet, **listening)) or spies[-1],
+        around=lambda fleet: spies.append(Spy(fleet, **spying)) or spies[-1],
     )
     return state, spies
 
@@ -446,11 +446,11 @@ def test_splitlora_serves_devices_in_a_fixed_order_and_splitfed_in_a_random_one(
 
 @pytest.mark.parametrize("method", BASELINES)
 def test_who_vanishes_in_mid_round_is_not_asked_again_in_it(lab, method):
-    heard = []
+    replied = []
 
     def losing(reply):
-        heard.append(reply.device)
-        return None if reply.device == "nx-02" and heard.count("nx-02") == 2 else reply
+        replied.append(reply.device)
+        return None if reply.device == "nx-02" and replied.count("nx-02") == 2 else reply
 
     bench = lab()
     state, spies = run(bench, method.toy(), rounds=2, reply=losing)
@@ -465,11 +465,11 @@ def test_who_vanishes_in_mid_round_is_not_asked_again_in_it(lab, method):
 
 def test_in_splitfed_v1_a_vanished_device_leaves_no_trace(lab):
     def silent_after(asks):
-        heard = []
+        replied = []
 
         def losing(reply):
-            heard.append(reply.device)
-            return None if reply.device == "nx-02" and heard.count("nx-02") > asks else reply
+            replied.append(reply.device)
+            return None if reply.device == "nx-02" and replied.count("nx-02") > asks else reply
 
         return losing
 

@@ -55,7 +55,7 @@ def lab_of(mean_task, tmp_path):
 
 
 @dataclasses.dataclass
-class Came:
+class FakeReply:
     """A reply, as far as its value counts."""
 
     value: ClassMeans
@@ -136,7 +136,7 @@ def test_the_head_finds_the_nearest_mean() -> None:
     rng = np.random.default_rng(0)
     means = torch.from_numpy(rng.normal(size=(3, 32)).astype(np.float32))
     counts = torch.tensor([10, 20, 30])
-    halves = [Came(ClassMeans(means={"means": means}, counts=counts // 2)) for _ in range(2)]
+    halves = [FakeReply(ClassMeans(means={"means": means}, counts=counts // 2)) for _ in range(2)]
     head = head_of(HEAD, halves)
     weight, bias = head["classifier.weight"], head["classifier.bias"]
     points = torch.from_numpy(rng.normal(size=(200, 32)).astype(np.float32))
@@ -150,17 +150,17 @@ def test_the_head_finds_the_nearest_mean() -> None:
 def test_a_class_that_nobody_has_is_as_likely_as_the_mid() -> None:
     means = torch.eye(3, 32)
     counts = torch.tensor([4, 4, 0])
-    head = head_of(HEAD, [Came(ClassMeans(means={"means": means}, counts=counts))])
+    head = head_of(HEAD, [FakeReply(ClassMeans(means={"means": means}, counts=counts))])
     assert not head["classifier.weight"][2].any() and head["classifier.bias"][2] == 0
     nobody = ClassMeans(means={"means": means}, counts=torch.tensor([4, 0, 0]))
-    assert head_of(HEAD, [Came(nobody)]) is HEAD
+    assert head_of(HEAD, [FakeReply(nobody)]) is HEAD
 
 
 MEANS = torch.eye(3, 32)
 
 
-def longer(means: torch.Tensor, times: float) -> Came:
-    return Came(ClassMeans(means={"means": times * means}, counts=torch.tensor([9, 9, 9])))
+def longer(means: torch.Tensor, times: float) -> FakeReply:
+    return FakeReply(ClassMeans(means={"means": times * means}, counts=torch.tensor([9, 9, 9])))
 
 
 @pytest.mark.parametrize("how", [TrimmedMean(), Median()], ids=lambda how: how.name)

@@ -123,7 +123,7 @@ def settings_of(cls, **more):
     return cls(**few | more)
 
 
-def heard(method, task, folder):
+def recorded(method, task, folder):
     """The last state of a run, its orders, and its replies with their orders."""
     orders, replies = [], []
 
@@ -148,7 +148,7 @@ def test_what_a_method_deploys_loads_by_its_stock_config(tasks, tmp_path, cls, n
     base, tokenizer, task = tasks[name]
     method = settings_of(cls)
     method.check(task)
-    state, orders, replies = heard(method, task, tmp_path / "lab")
+    state, orders, replies = recorded(method, task, tmp_path / "lab")
     assert {type(order) for order in orders if isinstance(order, SpineOrder)} == {UniformOrder}
     kind = task.kind
     auto = AutoModelForCausalLM if kind == "causal-lm" else AutoModelForSequenceClassification
@@ -164,13 +164,13 @@ def test_what_a_method_deploys_loads_by_its_stock_config(tasks, tmp_path, cls, n
         expected = logits(base.fit(model), tokenizer)
         assert (found - expected).abs().max() <= fp32_apart(base, expected)
         heads, channels = kept_of(model.structure)
-        told = f"uniform: {heads} heads and {channels} channels in every layer"
-        assert told in (folder / "README.md").read_text()
+        line = f"uniform: {heads} heads and {channels} channels in every layer"
+        assert line in (folder / "README.md").read_text()
 
 
 def test_an_uneven_structure_is_not_believed(tasks, tmp_path):
     base, _, task = tasks["llama"]
-    _, _, replies = heard(settings_of(LoraPrune), task, tmp_path / "lab")
+    _, _, replies = recorded(settings_of(LoraPrune), task, tmp_path / "lab")
     reply = replies[0]
     reply.value.check(Asked(Terms.of(task), rows=reply.value.examples, order=reply.order))
     kept = full(base.layout)
@@ -187,7 +187,7 @@ def test_an_uneven_structure_is_not_believed(tasks, tmp_path):
 def test_a_taught_device_keeps_as_many_units_too(tasks, tmp_path):
     _, _, task = tasks["bert"]
     method = settings_of(MagnitudePruning, teacher=DenseTeacher())
-    state, orders, _ = heard(method, task, tmp_path / "lab")
+    state, orders, _ = recorded(method, task, tmp_path / "lab")
     assert orders and {type(order) for order in orders} == {TaughtUniformOrder}
     assert is_even(method.deploy(state).structure)
 

@@ -292,7 +292,7 @@ def rows_loss(rows: list[dict]) -> float:
     return [row["loss"] for row in rows if row["row"] == "score"][-1]
 
 
-def test_an_unfinished_run_is_told_from_its_records(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_reported_from_its_records(tmp_path: Path) -> None:
     rows = generated(3)
     text = parsed(write_page(write_run(tmp_path / "run", rows, None)).read_text()).text
     assert "has not finished" in text

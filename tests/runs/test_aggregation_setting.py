@@ -94,7 +94,7 @@ def real_sites(count):
     return sites
 
 
-def test_real_sites_bound_norms_unless_told_otherwise():
+def test_real_sites_bound_norms_by_default():
     adapted = real_sites(5).adapted(Recipe(method="fedlora"))
     assert adapted.fleet.aggregation == NormClip()
     for how in CHOICES:

@@ -205,7 +205,7 @@ def test_a_part_that_cannot_be_is_refused(settings, says) -> None:
         ("pooled=1.0", "unknown key of [method] for fedspine 'pooled'"),
     ],
 )
-def test_an_older_recipe_is_told_what_to_write_now(key, says) -> None:
+def test_the_refusal_of_an_older_recipe_says_what_to_write_now(key, says) -> None:
     with pytest.raises(BadInput) as refused:
         config.load(None, ["method.name=fedspine", f"method.{key}"])
     assert says in str(refused.value)

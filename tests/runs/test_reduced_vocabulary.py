@@ -37,8 +37,8 @@ def test_only_tokens_of_the_fleet_and_what_spells_any_text_are_kept(ground):
     kept = vocabulary.read(folder / "run" / "base").kept
     assert {VOCABULARY[id] for id in range(len(VOCABULARY)) if id not in kept} == set(NEVER)
     found = summary_of(folder / "run")["vocabulary"]
-    told = {"kept": 96, "whole": 101, "same": 1.0, "bytes_saved": 5 * 32 * 4}
-    assert found == told | {"texts": "fleet", "epsilon": None}
+    about = {"kept": 96, "whole": 101, "same": 1.0, "bytes_saved": 5 * 32 * 4}
+    assert found == about | {"texts": "fleet", "epsilon": None}
 
 
 def test_all_devices_are_charged_for_counting_before_anything_else(ground):

@@ -82,9 +82,9 @@ def test_adasfl_with_parts_is_mergesfl_plus_with_them_and_copies(lab, parts):
     (one, spies), (other, others) = run(lab("rival"), rival), run(lab("ours"), ours)
     assert bits(one.model) == bits(other.model)
     assert bits(rival.deploy(one)) == bits(ours.deploy(other))
-    for spy, heard in zip(spies, others, strict=True):
+    for spy, other in zip(spies, others, strict=True):
         assert [(id, pack(order).sha256) for id, order in spy.orders] == [
-            (id, pack(order).sha256) for id, order in heard.orders
+            (id, pack(order).sha256) for id, order in other.orders
         ]
 
 

@@ -132,7 +132,7 @@ def test_a_whole_file_in_place_of_another_is_found(run, file, other):
 
 
 @pytest.mark.parametrize("file", [file for file in FLIPPED if "current" not in file])
-def test_a_file_that_is_gone_is_told(run, file):
+def test_a_file_that_is_gone_is_reported(run, file):
     os.unlink(run / file)
     with pytest.raises(BadInput, match=f"is missing; go back to round {FLIPPED[file]} with"):
         opened(run)
@@ -199,7 +199,7 @@ def test_both_rounds_damaged_leaves_the_start(run):
 
 
 @pytest.mark.parametrize("gone", ["current.json", "current.json previous.json"])
-def test_a_lost_list_is_told_and_nothing_starts_anew(run, gone):
+def test_a_lost_list_is_reported_and_nothing_starts_anew(run, gone):
     for name in gone.split():
         os.unlink(run / "state" / name)
     back = 0 if "previous" in gone else 2
@@ -212,7 +212,7 @@ def test_a_lost_list_is_told_and_nothing_starts_anew(run, gone):
     assert went_back(run, back) == back
 
 
-def test_a_state_that_is_gone_altogether_is_told_by_the_records(run):
+def test_a_state_that_is_gone_altogether_is_reported_by_the_records(run):
     for path in (run / "state").iterdir():
         path.unlink()
     with pytest.raises(BadInput, match=r"current\.json is missing"):
@@ -264,7 +264,7 @@ def test_what_was_written_after_the_last_round_is_no_damage(run):
     assert opened(run)[0] == ROUNDS
 
 
-def test_records_that_are_gone_are_told(run):
+def test_records_that_are_gone_are_reported(run):
     os.unlink(run / "records.jsonl")
     with pytest.raises(BadInput, match=r"records\.jsonl has lost rows"):
         opened(run)

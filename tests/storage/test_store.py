@@ -1,4 +1,4 @@
-"""The state on disk: damage is told, and one process at a time works on it. Kills are in
+"""The state on disk: damage is reported, and one process at a time works on it. Kills are in
 test_resume.py.
 """
 
@@ -68,13 +68,13 @@ def test_leftovers_are_swept(store, tmp_path) -> None:
         ("round-000002.safetensors", b"torn"),
     ],
 )
-def test_damage_is_told(store, tmp_path, file, content) -> None:
+def test_damage_is_reported(store, tmp_path, file, content) -> None:
     (tmp_path / "state" / file).write_bytes(content)
     with pytest.raises(BadInput, match="is damaged"):
         store.load()
 
 
-def test_a_memory_that_is_gone_is_told(store) -> None:
+def test_a_memory_that_is_gone_is_reported(store) -> None:
     with pytest.raises(BadInput, match="memory-a-000009 is missing"):
         store.get_memory("memory-a-000009")
 

@@ -1,5 +1,5 @@
-"""A toy task on arrays that a small net can learn, in the shapes that sensors, sounds and pictures
-have.
+"""A toy task on arrays that a small net can learn, in the shapes of sensor, sound
+and picture data.
 """
 
 import numpy as np
@@ -11,8 +11,8 @@ CLASSES = ("slow", "middle", "fast")
 
 
 def waves(rows, seed, *, channels=2, samples=16):
-    """Noisy waves of one of three frequencies, float32 [rows, channels, samples], and which, int64
-    [rows].
+    """Noisy waves of one of three frequencies, float32 [rows, channels, samples], and its number,
+    int64 [rows].
     """
     rng = np.random.default_rng(seed)
     labels = np.arange(rows) % len(CLASSES)
@@ -38,7 +38,7 @@ def bars(rows, seed, *, side=8, channels=1):
 
 
 def array_task(net="cnn-h", *, make=waves, rounds=5, train=240, test=90):
-    """Telling three kinds of arrays apart."""
+    """The task of classifying three kinds of arrays."""
     base, rows, others = load(net, make(train, 0), make(test, 1), len(CLASSES))
     return Task(
         kind="array",

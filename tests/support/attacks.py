@@ -1,6 +1,4 @@
-"""What a bad device may reply: attacks on the replies of every method that merges what devices
-trained.
-"""
+"""Replies of a bad device: attacks on every method that merges what devices trained."""
 
 from dataclasses import replace
 
@@ -14,7 +12,7 @@ MOST = torch.finfo(torch.float16).max
 
 
 def on_changes(reply, layout, change):
-    """The reply with `change` done to what its device changed, by name and field, in fp16."""
+    """The reply with `change` applied to its device's change, by name and field, in fp16."""
     result, order = reply.value, reply.order
     if isinstance(result, PyramidResult):
         return replace(reply, value=replace(result, update=wired(change(single(result.update)))))
@@ -37,5 +35,5 @@ def wired(tensors):
 
 
 def flipped(times):
-    """The change turned round, and so many times as long."""
+    """The change, negated and scaled."""
     return lambda change: {name: -times * tensor for name, tensor in change.items()}

@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-# nothing of the browser's own on the network, so that a request that is seen is the page's
+# no network traffic of the browser itself, so that every observed request is the page's
 QUIET = (
     *(
         "--headless",
@@ -33,13 +33,13 @@ TIMEOUT_SECONDS = 60
 
 
 def installed():
-    """The path of a browser, None where there is none."""
+    """The path of a browser, None if there is none."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
 class Browser:
-    """One tab of a browser that is started for it; `requests` are the addresses that its page asked
-    for.
+    """One tab of a browser that is started for it; `requests` are the addresses that its page
+    requested.
     """
 
     def __init__(self, profile):
@@ -89,7 +89,7 @@ class Browser:
         return answer["result"].get("value")
 
     def click(self, selector):
-        """Press and let go the mouse in the middle of the first element that the selector finds."""
+        """Click in the middle of the first element that matches the selector."""
         found = f"document.querySelector({json.dumps(selector)})"
         box = self.run(
             f"(() => {{ {found}.scrollIntoView({{block: 'center', inline: 'center'}});"

@@ -1,5 +1,5 @@
-"""A federation for tests on this machine: a server and three sites with the toy task's rows, as
-real as on several.
+"""A federation for tests on this machine: a server and three sites with the toy task's rows, with
+the same processes as on several machines.
 """
 
 import shutil
@@ -21,8 +21,8 @@ from fedspine.methods import all_methods
 from fedspine.ui.fleet_demo import Federation, free_port, running
 
 SITES = ("east", "north", "west")
-NAMES = tuple(words[0] for words in CLASS_WORDS)  # of the classes, as a site's file spells them
-# what short runs ask for
+NAMES = tuple(words[0] for words in CLASS_WORDS)  # of the classes, as in a site's file
+# settings of short runs
 ALLOW = {
     "methods": list(all_methods()),
     "fewest_rows": 1,
@@ -35,12 +35,12 @@ ALLOW = {
 
 @dataclass(frozen=True)
 class Place:
-    """A folder with kits, each site's rows in them, and the data of the one who runs."""
+    """A folder with kits, each with its site's rows, and the operator's data."""
 
     folder: Path
     kits: Kits
     shares: dict[str, np.ndarray]  # the row indices of the toy task by site
-    recipe: dict[str, dict]  # tables to run, to be completed
+    recipe: dict[str, dict]  # tables of a recipe, to be completed
 
 
 def labelled(rows):
@@ -48,7 +48,7 @@ def labelled(rows):
 
 
 def shared_out(rows, sites=SITES):
-    """Unequal shares, so that weights matter; no row twice."""
+    """Unequal shares, so that weights matter; disjoint."""
     order = np.random.default_rng(7).permutation(rows)
     sizes = np.arange(4, 4 + len(sites))
     cuts = rows * np.cumsum(sizes)[:-1] // sizes.sum()
@@ -58,8 +58,8 @@ def shared_out(rows, sites=SITES):
 def make_place(folder, model, sites=SITES, *, model_name="tiny", **site_tables):
     """Kits and rows in `folder`; `site_tables` are further tables of every site's file.
 
-    Sites allow all methods and answers of any number of rows and steps, and draw as simulations
-    do.
+    Sites allow all methods, and answers of any number of rows and steps; their draws are those of
+    simulations.
     """
     train = toy_rows(TRAIN_ROWS, 0)
     made = create(
@@ -85,15 +85,15 @@ def make_place(folder, model, sites=SITES, *, model_name="tiny", **site_tables):
     (folder / "data").mkdir()
     pq.write_table(labelled(train), folder / "data" / "train.parquet")
     pq.write_table(labelled(toy_rows(TEST_ROWS, 1)), folder / "data" / "test.parquet")
-    named = folder / model_name  # a folder of models is known to sites by its last part
-    shutil.copytree(model, named)  # not a link, which a recipe would follow to another name
+    named = folder / model_name  # sites know a model folder by its last part
+    shutil.copytree(model, named)  # no link, which a recipe would resolve to another name
     task = {"model": str(named), "data": str(folder / "data"), "max_tokens": MAX_TOKENS}
     recipe = {"task": task, "fleet": {"devices": len(sites), "per_round": len(sites)}}
     return Place(folder, made, shares, recipe)
 
 
 def write_recipe(place, path, **tables):
-    """A recipe over the place's data with these tables laid over it."""
+    """A recipe over the place's data, overridden by these tables."""
     path.write_text(
         tomli_w.dumps(
             {

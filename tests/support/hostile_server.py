@@ -1,4 +1,4 @@
-"""A hostile server for one site: it opens runs and sends orders as it likes, in this process."""
+"""A hostile server for one site: it opens runs and sends arbitrary orders, in this process."""
 
 import numpy as np
 import pyarrow as pa
@@ -59,7 +59,7 @@ def models(tiny_folder):
 
 
 class Hostile:
-    """A server that sends one site what it likes."""
+    """A server that sends arbitrary orders to one site."""
 
     def __init__(
         self, folder, models, *, allow=None, limits=None, kind="classification", rows=None
@@ -119,7 +119,7 @@ class Hostile:
     def sent(self, message):
         return decoded(self.worker.answer(pack(message).payload), Opened, SiteAnswer, NotDone)
 
-    # orders, all of them as a method would send them but for what is asked
+    # orders as a method would send them, except for the given settings
 
     def weights(self, cut=None, rank=4):
         """The client model's weights at this cut, or all that is trained."""
@@ -163,7 +163,7 @@ def refused(reply, words):
 
 
 def few_rows(site, rows):
-    """(method, work, order): one order of each kind that rests on so many rows, in one step."""
+    """(method, work, order): one order of each kind, with one step over so many rows."""
     base, tuning = site.base, Tuning(steps=1, batch=rows, learning_rate=1e-2)
     head = half(base.initial_head(np.random.default_rng(0)))
     adapter = half(fresh(base.layout.sites, 4, np.random.default_rng(0)))

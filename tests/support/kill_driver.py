@@ -2,8 +2,8 @@
 fraction of starting each.
 
 Each line of stdin is a JSON object with the arguments of a run and a plan; the answer is one line
-with what became of it. A plan is a list of attempts on one folder: the first is a new run, those
-that find the folder resume it. An attempt may be struck
+with the result. A plan is a list of attempts on one folder: the first is a new run, and those that
+find the folder resume it. An attempt may be struck
 - at a call of a function of `os`, before or after it does its work: killed, or failed with an
   error number,
 - from outside, by a signal (a name of BLOWS) so many seconds after its folder is there,
@@ -11,8 +11,8 @@ that find the folder resume it. An attempt may be struck
 - by a limit on the bytes of a file,
 - by a folder that is `read_only`, or by a wall `clock` that jumps by years at each look.
 One may have `more` arguments. One that is `slow` takes so many seconds longer for each job. One
-that is `deaf` ignores Ctrl-C, as under `nohup`. A plan with `every` is repeated with call 1, 2, ...
-of its first attempt until that attempt is not struck any more.
+with `ignores_ctrl_c` does so, as under `nohup`. A plan with `every` is repeated with call 1, 2, ...
+of its first attempt until that attempt is no longer struck.
 """
 
 import builtins
@@ -41,7 +41,7 @@ from fedspine.ui.progress import Silent
 
 POLL_SECONDS = 0.001
 GONE_SECONDS = 5.0  # within which a killed run's workers must have ended
-BLOWS = {  # what is sent to a run and its group
+BLOWS = {  # signals to a run and its group
     "KILL": lambda run: os.kill(run, signal.SIGKILL),
     "INT": lambda run: os.killpg(run, signal.SIGINT),  # as a terminal does
     "TERM": lambda run: os.kill(run, signal.SIGTERM),
@@ -53,7 +53,7 @@ BLOWS = {  # what is sent to a run and its group
 def main():
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads before the forks
     torch.set_num_threads(1)
-    # whatever the tests' own parent ignores
+    # whatever the tests' parent process ignores
     signal.signal(signal.SIGINT, signal.default_int_handler)
     warm = False
     for line in sys.stdin:
@@ -65,9 +65,9 @@ def main():
 
 
 def warm_up(recipe):
-    """Import what is imported late, and do once what takes half of a small run's time at first."""
+    """Import what is imported late, and do once what takes half of a small run's time."""
     assemble(recipe)
-    if not torch.cuda.is_available():  # where it is, what has trained cannot be forked
+    if not torch.cuda.is_available():  # where it is, a process that has trained cannot be forked
         with tempfile.TemporaryDirectory() as folder:
             loop.new_run(recipe, Path(folder) / "run", Silent())
 
@@ -86,7 +86,7 @@ def carry_out_all(arguments, plan):
 
 
 def carry_out(arguments, folder, attempts):
-    """How each attempt ended, what it said, and the workers that outlived a kill."""
+    """How each attempt ended, its output, and the workers that outlived a kill."""
     folder, ends, orphans = Path(folder), [], []
     for attempt in attempts:
         said = folder.with_name(folder.name + ".stderr")
@@ -135,7 +135,7 @@ def fork(arguments, attempt, said):
 def prepare(attempt):
     if not attempt.get("report"):  # which takes longer than all the rest
         loop.write_page = lambda folder: (folder / REPORT).write_text("a report")
-    if attempt.get("deaf"):
+    if attempt.get("ignores_ctrl_c"):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if "file_bytes" in attempt:
         resource.setrlimit(resource.RLIMIT_FSIZE, (attempt["file_bytes"], resource.RLIM_INFINITY))
@@ -177,7 +177,7 @@ def strike(error):
 
 
 def make_read_only(folder):
-    """Refuse all that would change this folder, as a file system does that is mounted so."""
+    """Refuse every change to this folder, like a read-only file system."""
 
     def refuse(*paths):
         for path in paths:

@@ -1,22 +1,20 @@
-"""Folders as runs leave them, with numbers made up by the test: what a comparison reads, and
-nothing else.
-"""
+"""Folders of runs with numbers made up by the test: only what a comparison reads."""
 
 import json
 
 from fedspine.runs import config
 
-ROUND_BYTES = 1_000_000  # of one made round, both ways together
+ROUND_BYTES = 1_000_000  # of one made round, in both directions together
 
 
 def made_run(
     folder, *, method="fedlora", seed=0, curve=(0.4, 0.6, 0.7), seconds=10.0, settings=(), **changed
 ):
-    """A finished run of three checks or more, one a round, `seconds` of simulated time each;
+    """A finished run of three checks or more, one per round, each of `seconds` simulated seconds;
     returns the folder.
 
     `curve` is the accuracy (or, for language modelling, the loss) of each check; the final one is
-    the last of them unless `changed` says otherwise, as it may of every key of the summary.
+    the last of them unless `changed`, which may set any key of the summary, has another.
     """
     language = "task.kind='causal-lm'" in settings
     rounds = len(curve) + 1
@@ -76,8 +74,8 @@ def made_run(
 
 
 def made_cell(sweep, name, label, shared=None, **made):
-    """The same as a cell of a sweep; `shared` are the settings of all methods."""
+    """The same as a cell of a sweep; `shared` has the settings of all methods."""
     folder = made_run(sweep / "cells" / name, **made)
-    told = {"label": label, "settings": shared or {}, "seed": made.get("seed", 0)}
-    (folder / "cell.json").write_text(json.dumps(told))
+    record = {"label": label, "settings": shared or {}, "seed": made.get("seed", 0)}
+    (folder / "cell.json").write_text(json.dumps(record))
     return folder

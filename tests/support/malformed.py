@@ -1,7 +1,7 @@
-"""Messages that are not what they should be: every field at every depth, changed in many ways.
+"""Malformed messages: every field at every depth, changed in many ways.
 
-And a round's messages recorded, so that a method can be given them again with one of them changed,
-without any training.
+Also a recording of a round's messages, which can be replayed to a method with one of them changed,
+without training.
 """
 
 import copy
@@ -111,7 +111,7 @@ def _tensors(value):
 
 
 class Recorded:
-    """A fleet that records what is exchanged with another one, by work and device, in order."""
+    """A fleet that records the exchanges with another one, by work and device, in order."""
 
     def __init__(self, fleet):
         self._fleet = fleet
@@ -137,8 +137,8 @@ class Recorded:
 
 
 class Replayed:
-    """A fleet whose devices reply as recorded, whatever they are asked, one of them with `change`d
-    replies: (device, number of the exchange) to a value, or to None for no reply.
+    """A fleet whose devices reply as recorded, whatever the order; `change` maps (device, number of
+    the exchange) to another value, or to None for no reply.
     """
 
     def __init__(self, recorded, change):
@@ -153,7 +153,7 @@ class Replayed:
         for id in orders:
             number = self._taken[id]
             left = self._left[id]
-            while left and left[0][0] is not work:  # the round goes on without some of the others
+            while left and left[0][0] is not work:  # the round continues without some of the others
                 left.pop(0)
                 number = self._taken[id] = number + 1
             if not left:

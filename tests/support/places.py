@@ -1,4 +1,4 @@
-"""Where the parts of the repository are, and the data beside it."""
+"""Paths of the repository's parts and of the data beside it."""
 
 from pathlib import Path
 

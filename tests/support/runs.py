@@ -1,4 +1,4 @@
-"""Tiny jobs for the tests of whole runs, and what a run left behind."""
+"""Tiny jobs for the tests of whole runs, and the files of a run."""
 
 import json
 import os
@@ -21,11 +21,11 @@ WALL = {
     "wall_seconds",
     "server_wall_seconds",
     "samples_per_second",
-}  # what a clock on the wall measured, which no two runs share
+}  # wall-clock measurements, which differ between runs
 
 
 def write_csv(path, rows=80, labels=tuple(CLASS_WORDS)):
-    """A CSV file of short texts of two classes, which a tiny model can tell apart."""
+    """A CSV file of short texts of two classes, which a tiny model can learn."""
     rng = np.random.default_rng(0)
     lines = ["text,label"]
     for row in range(rows):
@@ -48,7 +48,7 @@ def tiny_job(model, data, **changed):
         "fleet.per_round": 2,
         "run.rounds": 2,
         "run.workers": 1,
-        # bf16 takes ten times as long where the processor has no instructions for it
+        # bf16 takes ten times as long on processors without instructions for it
         "run.precision": "fp32",
         "run.references": "false",
         "method.steps": 2,
@@ -58,7 +58,7 @@ def tiny_job(model, data, **changed):
 
 
 def carried_out(*arguments):
-    """Run the command line in this process, for shared fixtures; it must end well."""
+    """Run the command line in this process, for shared fixtures; it must succeed."""
     said = StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
         patch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # which a run sets for its process
@@ -90,10 +90,10 @@ def python(*arguments, **options):
 
 
 @contextmanager
-def hearing_ctrl_c():
+def handling_ctrl_c():
     """Processes started in this context receive Ctrl-C.
 
-    Tests that `nohup` or a shell's background job runs are deaf to it, and so would be what they
+    Tests that `nohup` or a shell's background job runs ignore it, and so would what they
     start.
     """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -104,8 +104,8 @@ def hearing_ctrl_c():
 
 
 @contextmanager
-def deaf_to_ctrl_c():
-    """What is started within ignores Ctrl-C, as under `nohup`."""
+def ignoring_ctrl_c():
+    """Processes started in this context ignore Ctrl-C, as under `nohup`."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -122,7 +122,7 @@ def summary_of(folder):
 
 
 def records_of(folder):
-    """All rows, without what was measured on the wall."""
+    """All rows, without wall-clock measurements."""
     rows = [json.loads(line) for line in (Path(folder) / "records.jsonl").read_text().splitlines()]
     return [without_wall(row) for row in rows]
 

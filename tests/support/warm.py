@@ -30,7 +30,7 @@ COMMON = (
     "transformers.models.bert.modeling_bert",
 )
 POLL_SECONDS = 0.01
-MANY_FILES = 4096  # above the descriptors that a process here has open
+MANY_FILES = 4096  # above the open descriptors of the processes here
 
 
 class Forked:
@@ -63,7 +63,7 @@ class Forked:
         return self.returncode
 
     def said(self):
-        """What came to stdout and stderr so far."""
+        """The output on stdout and stderr so far."""
         return tuple((Path(self._said) / name).read_text() for name in ("1", "2"))
 
     def communicate(self):
@@ -82,7 +82,7 @@ class Forked:
 
 
 def forked(*arguments, **options):
-    """Carry out a command to its end, as `runs.fedspine` does."""
+    """Run a command to its end, as `runs.fedspine` does."""
     process = Forked(*arguments, **options)
     out, err = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -97,7 +97,7 @@ def _ask(**request):
 
 @cache
 def _folder():
-    """Where what was said is kept until the tests end."""
+    """The folder of the outputs until the tests end."""
     return tempfile.TemporaryDirectory(prefix="fedspine-said-")
 
 
@@ -110,7 +110,7 @@ def _warm_process():
         text=True,
         env=environment(),
     )
-    atexit.register(process.communicate)  # it ends with its input
+    atexit.register(process.communicate)  # it ends when its input ends
     return process
 
 
@@ -126,7 +126,7 @@ def import_all():
 
 
 def serve():
-    """Answer requests until there are no more; in a fork, return what is to be started."""
+    """Answer requests until there are no more; in a fork, return the command to start."""
     ended = {}
     for line in sys.stdin:
         asked = json.loads(line)
@@ -142,8 +142,8 @@ def serve():
 
 
 def threads():
-    """The names of further threads here, which a fork has not; jemalloc starts its own anew."""
-    tasks = Path("/proc/self/task").glob("*")  # nothing on other systems than Linux
+    """The names of other threads, which a fork lacks; jemalloc restarts its own."""
+    tasks = Path("/proc/self/task").glob("*")  # empty on systems other than Linux
     return {(task / "comm").read_text().strip() for task in tasks if task.name != str(os.getpid())}
 
 
@@ -156,7 +156,7 @@ def ended_with(child, ended):
 
 
 def prepare(asked):
-    """Make a fork what the command would be by itself."""
+    """Give a fork the state of a freshly started command."""
     os.setsid()
     os.environ.clear()
     os.environ.update(asked["environment"])
@@ -165,24 +165,24 @@ def prepare(asked):
     for descriptor in (1, 2):
         path = os.path.join(asked["said"], str(descriptor))
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
-    # whatever the tests' own parent ignores
+    # whatever the tests' parent process ignores
     signal.signal(signal.SIGINT, signal.default_int_handler)
     subprocess.Popen = Forking
     sys.argv = asked["start"]
 
 
 class Forking(subprocess.Popen):
-    """A `Popen` that carries out `python -m MODULE ARGUMENT...` in a fork of this process."""
+    """A `Popen` that runs `python -m MODULE ARGUMENT...` in a fork of this process."""
 
     def __init__(self, command, **options):
         if command[:2] == [sys.executable, "-m"]:
-            # it has its files, session and signals by then
+            # by then it has its files, session and signals
             options["preexec_fn"] = partial(become, *command[2:])
         super().__init__(command, **options)
 
 
 def become(module, *arguments):
-    """Carry out a module in this process, and end it."""
+    """Run a module in this process, then exit."""
     code = 1
     try:
         # the last one tells `Popen` that the command has been started

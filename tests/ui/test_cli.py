@@ -475,9 +475,9 @@ def test_help_loses_nothing(command, words) -> None:
     code, out, lines = command(*words, "--help")
     assert (code, lines) == (0, [])
     asked = COMMANDS[words]
-    told = "".join(out.split())
+    shown = "".join(out.split())
     for text in filter(None, [asked.help, *(param.help for param in asked.params)]):
-        assert "".join(text.split()) in told
+        assert "".join(text.split()) in shown
 
 
 def test_help_knows_all_commands() -> None:

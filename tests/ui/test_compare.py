@@ -663,7 +663,7 @@ def test_a_grid_of_one_curve_is_the_curve():
     assert (xs.tolist(), values.tolist()) == ([1.0, 2.0], [[0.3, 0.4]])
 
 
-def test_many_methods_are_told_apart(compare, tmp_path):
+def test_many_methods_are_distinguished(compare, tmp_path):
     for number in range(9):
         made_cell(
             tmp_path / "s",
@@ -673,7 +673,7 @@ def test_many_methods_are_told_apart(compare, tmp_path):
         )
     compare(tmp_path / "s")
     html = (tmp_path / "compared" / "compare.html").read_text()
-    assert "28 other pairs" in html  # of 36, those of the best method are told at once
+    assert "28 other pairs" in html  # of 36, those of the best method are shown first
     found = find([tmp_path / "s"], target="auto", latency=False, progress=Silent())
     axes = found.sections[0].panels[0].figure.axes[0]
     lines = [line for line in axes.lines if line.get_label().startswith("method")]

@@ -17,8 +17,8 @@ import pytest
 from places import ROOT
 from rich.console import Console
 from runs import (
-    deaf_to_ctrl_c,
     environment,
+    ignoring_ctrl_c,
     in_process,
     records_of,
     summary_of,
@@ -410,12 +410,12 @@ def test_lines_go_to_stderr(capsys):
     shown.update(STATUS)  # within the same minute
     shown.ended("fedspine--seed=1", "accuracy 71.0 %, 12.3 s", STATUS)
     shown.close()
-    told = "3 of 12 cells done, 1 failed, about 2 min 05 s left"
+    counts = "3 of 12 cells done, 1 failed, about 2 min 05 s left"
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        f"{told}; lora--seed=1 5/24",
-        f"fedspine--seed=1: accuracy 71.0 %, 12.3 s; {told}",
+        f"{counts}; lora--seed=1 5/24",
+        f"fedspine--seed=1: accuracy 71.0 %, 12.3 s; {counts}",
     ]
 
 
@@ -504,8 +504,8 @@ def test_a_sweep_from_its_start_to_its_end(place, tmp_path):
     assert code == 1
     assert "2 cells in sweeps/sweep: 1 done, 1 failed" in out
     assert any(line.startswith(f"{bad.name}: failed: ") for line in lines)
-    told = json.loads((folder / "cells" / good.name / "cell.json").read_text())
-    assert told == {"label": "lora", "settings": {"data": "rows"}, "seed": 0}
+    record = json.loads((folder / "cells" / good.name / "cell.json").read_text())
+    assert record == {"label": "lora", "settings": {"data": "rows"}, "seed": 0}
     assert_as_alone(good, folder, tmp_path)
 
     before = stamps(folder / "cells")
@@ -526,7 +526,7 @@ def test_a_sweep_from_its_start_to_its_end(place, tmp_path):
         cell_status.status for cell_status in overview_of(Path("sweep.toml"), None).cell_statuses
     ] == ["done"] * len(cells)
 
-    # another version of the file is refused where the same cell means another run, and told of
+    # another version of the file is refused where the same cell means another run, and reported
     # where it lacks one
     Path("sweep.toml").write_text(
         Path("sweep.toml").read_text().replace("rounds = 2", "rounds = 3")
@@ -638,13 +638,13 @@ def test_interrupted_and_two_at_once(place, command):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_ignores_ctrl_c_ends_when_it_is_told_to(place):
+def test_a_sweep_that_ignores_ctrl_c_ends_on_sigterm(place):
     """As under `nohup`; its cells ignore Ctrl-C too, so it must not rely on that to end them.
 
     The sweep and its cell are started as users start them.
     """
     Path("sweep.toml").write_text(GOOD.replace("rounds = 2", "rounds = 5000"))
-    with deaf_to_ctrl_c():
+    with ignoring_ctrl_c():
         sweep = subprocess.Popen(
             [sys.executable, "-m", "fedspine", "sweep", "sweep.toml"],
             stderr=subprocess.PIPE,
@@ -705,7 +705,7 @@ def test_a_killed_run_is_named_in_one_line(place):
 
 
 def test_what_a_killed_sweep_left_behind(place):
-    """Who runs what is only told by a sweep that is at work; a leftover of a killed one says
+    """Who runs what is only reported by a sweep that is at work; a leftover of a killed one says
     nothing.
     """
     cells = planned(GOOD)

@@ -114,7 +114,7 @@ def credit(
     """
     if not isfinite(reward):
         raise ValueError(
-            f"a finite reward was expected, got {reward}; leave devices without a measured loss out"
+            f"expected a finite reward, got {reward}; leave devices without a measured loss out"
         )
     hit = leaf_of(bandit, u, v)
     leaves = bandit.leaves.copy()
@@ -132,9 +132,7 @@ def leaf_of(bandit: Bandit, u: float, v: float) -> int:
     3
     """
     if not (0 <= u <= 1 and 0 <= v <= 1):
-        raise ValueError(
-            f"an action in the unit square was expected, got ({u}, {v}); clip it first"
-        )
+        raise ValueError(f"expected an action in the unit square, got ({u}, {v}); clip it first")
     leaves = bandit.leaves
     inside = _meets(leaves[:, U0], leaves[:, SIDE], u, u) & _meets(
         leaves[:, V0], leaves[:, SIDE], v, v
@@ -205,8 +203,7 @@ def reward(
     """
     if not all(map(isfinite, (gain, scale, progress, importance, lateness))):
         raise ValueError(
-            f"finite values were expected, got {gain=} {scale=} {progress=} {importance=} "
-            f"{lateness=}"
+            f"expected finite values, got {gain=} {scale=} {progress=} {importance=} {lateness=}"
         )
     if min(scale, lateness) < 0:
         raise ValueError(f"{scale=} and {lateness=} must not be negative")
@@ -228,7 +225,7 @@ def update_scale(scale: float | None, gains: Iterable[float], *, keep: float = 0
     sizes = np.abs(np.fromiter(gains, dtype=float))
     if not np.isfinite(sizes).all():
         raise ValueError(
-            f"finite gains were expected, got {sizes.tolist()}; "
+            f"expected finite gains, got {sizes.tolist()}; "
             "leave devices without a measured loss out"
         )
     if not len(sizes):
@@ -267,5 +264,5 @@ def _meets(
 def _check_window(within: tuple[tuple[float, float], tuple[float, float]]) -> None:
     if not all(0 <= low <= high <= 1 for low, high in within):
         raise ValueError(
-            f"((lowest u, highest u), (lowest v, highest v)) in [0, 1] was expected, got {within}"
+            f"expected ((lowest u, highest u), (lowest v, highest v)) in [0, 1], got {within}"
         )

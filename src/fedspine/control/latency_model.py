@@ -48,7 +48,7 @@ def observe(
     [0.25, 0.5, 0.5, 2.0]
     """
     if not np.isfinite(seconds):
-        raise ValueError(f"finite seconds were expected, got {seconds}")
+        raise ValueError(f"expected finite seconds, got {seconds}")
     return add(evidence, _features(sparsity, rank), seconds, discount)
 
 
@@ -70,9 +70,9 @@ def coefficients(own: Evidence, fleet: Evidence) -> NDArray[np.float64]:
     common = _least_squares(fleet[:, :FEATURES] + undecided, fleet[:, FEATURES])
     # of its squared times, if it were as fast as the fleet
     expected = common @ own[:, :FEATURES] @ common
-    pace = common @ own[:, FEATURES] / expected if expected > 0 else 1.0
+    slowdown = common @ own[:, FEATURES] / expected if expected > 0 else 1.0
     prior = LIKE_THE_FLEET * np.eye(FEATURES)
-    return _least_squares(own[:, :FEATURES] + prior, own[:, FEATURES] + prior @ (pace * common))
+    return _least_squares(own[:, :FEATURES] + prior, own[:, FEATURES] + prior @ (slowdown * common))
 
 
 def coefficients_of(

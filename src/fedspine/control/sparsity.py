@@ -4,7 +4,7 @@ channels.
 Section 2.3 and 2.4 of the FedSpine reconstruction; the cubic is that of gradual pruning (Zhu &
 Gupta 2017, arXiv 1710.01878). Sparsity is 1 - kept/original parameters of a layer's prunable
 linears. Counts are exact and depend on the layer's shape only, so that all devices end at one
-sparsity and none has to be told its number.
+sparsity without being sent the counts.
 """
 
 from collections.abc import Sequence
@@ -63,13 +63,9 @@ def cubic_floor(
     [0.0, 0.0, 0.338, 0.4, 0.5]
     """
     if not 0 <= warmup < until <= 1:
-        raise BadInput(
-            f"0 <= warmup < until <= 1 was expected, got warmup {warmup} and until {until}"
-        )
+        raise BadInput(f"expected 0 <= warmup < until <= 1, got warmup {warmup} and until {until}")
     if not (0 <= target < 1 and 0 <= share <= 1):
-        raise BadInput(
-            f"target in [0, 1) and share in [0, 1] were expected, got {target} and {share}"
-        )
+        raise BadInput(f"expected target in [0, 1) and share in [0, 1], got {target} and {share}")
     start, end = warmup * rounds, until * rounds
     if rounds > 1 and (round >= end - TINY or round >= rounds - 1):
         return target

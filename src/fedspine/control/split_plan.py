@@ -50,7 +50,7 @@ class Candidates:
         lengths = {len(self.cost), len(self.labels), len(self.most), len(self.rounds)}
         if len(lengths) != 1 or lengths == {0}:
             raise ValueError(
-                f"one entry for each of at least one device was expected, got {sorted(lengths)}"
+                f"expected one entry for each of at least one device, got {sorted(lengths)}"
             )
         if not (self.cost.min() > 0 and np.isfinite(self.cost).all() and self.most.min() >= 1):
             raise ValueError(

@@ -236,7 +236,7 @@ def _typed(value: Any, kind: Any) -> None:
     except NameError:  # a type that was imported for type checkers alone
         return
     expected, came = getattr(kind, "__name__", str(kind)), type(value).__name__
-    need(fits, f"{expected} was expected, got {came} with other fields or types")
+    need(fits, f"expected {expected}, got {came} with other fields or types")
 
 
 def _numbers(value: Any, name: str, most: float) -> None:

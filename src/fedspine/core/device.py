@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedspine.core.draws import SeededDraws
 from fedspine.core.message import Tensors, pack, unpack
-from fedspine.core.noise import GrowingNoise, InMemory, Noise
+from fedspine.core.noise import GrowingNoise, MemoryAnswerCounter, Noise
 from fedspine.core.privacy import BudgetExceeded, Guard, Ledger, MemoryLedger, Privacy
 from fedspine.core.scratch import Kept, Scratch
 from fedspine.core.task import Data
@@ -119,9 +119,9 @@ class Device:
         enough, most = counts >= self.fewest_of_class, int(counts.sum())
         if self.noise is None:
             return counts * enough
-        told = self.beside(counts, 1.0).round().long()
-        told = torch.where(enough & (told >= self.fewest_of_class), told, 0)
-        return told * most // max(most, int(told.sum()))
+        reported = self.beside(counts, 1.0).round().long()
+        reported = torch.where(enough & (reported >= self.fewest_of_class), reported, 0)
+        return reported * most // max(most, int(reported.sum()))
 
     def _noise_of(self, texts: np.ndarray) -> Noise:
         """This ask's noise; it is counted once for the same texts."""
@@ -347,7 +347,7 @@ def _simulated_noise(call: Call, memory: dict[str, Any]) -> GrowingNoise | None:
     if not call.noise:
         return None
     return GrowingNoise(
-        call.noise, lambda answers: SeededDraws((*call.seed, NOISE)), InMemory(memory)
+        call.noise, lambda answers: SeededDraws((*call.seed, NOISE)), MemoryAnswerCounter(memory)
     )
 
 

@@ -57,7 +57,7 @@ class SecretDraws:
 
     def __init__(self, key: bytes) -> None:
         if len(key) < 32:
-            raise ValueError(f"a key of at least 32 bytes was expected, got {len(key)}")
+            raise ValueError(f"expected a key of at least 32 bytes, got {len(key)}")
         self._key, self._calls = key, 0
 
     def uniform(self, count: int) -> Float[np.ndarray, " count"]:

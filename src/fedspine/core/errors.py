@@ -27,7 +27,7 @@ def of_machine(error: BaseException) -> bool:
 
 
 class Stopped(RuntimeError):
-    """A command that cannot go on or was told to end, with its last good state saved; the text is
+    """A command that cannot continue or got a signal, with its last good state saved; the text is
     one line.
     """
 

@@ -176,7 +176,7 @@ class NoMemory(AllLost):
 def capped(weights: Mapping[DeviceId, float], largest_share: float) -> dict[DeviceId, float]:
     """The weights with none above `largest_share` of their sum; all equal where that is too low.
 
-    Of two devices neither is capped, since which of them is right cannot be told.
+    Of two devices neither is capped, since nothing says which of them is right.
 
     >>> capped({"a": 10, "b": 20, "c": 1000}, 0.5)
     {'a': 10, 'b': 20, 'c': 30.0}
@@ -230,7 +230,7 @@ def none_left(asked: int, flaws: Sequence[str]) -> AllLost:
         return Diverged(
             f"the training loss of {who} is not finite" + (f" ({values})" if values else "")
         )
-    told = ", ".join(sorted(set(flaws)))
+    listed = ", ".join(sorted(set(flaws)))
     if any(flaw.endswith(("is nan", "is inf", "is -inf", "not finite")) for flaw in flaws):
-        return Diverged(f"what {who} sent is not finite ({told})")
-    return AllLost(f"what {who} sent cannot be used ({told})")
+        return Diverged(f"what {who} sent is not finite ({listed})")
+    return AllLost(f"what {who} sent cannot be used ({listed})")

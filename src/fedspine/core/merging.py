@@ -43,7 +43,7 @@ def merged(
     how = fleet.aggregation
     if len(replies) < how.fewest(len(replies)):
         needed = how.fewest(len(replies))
-        fleet.note(not_merged=f"{how.name} needs {needed} replies, {len(replies)} came")
+        fleet.note(not_merged=f"{how.name} needs {needed} replies, got {len(replies)}")
     return {
         field: combined(
             fleet,

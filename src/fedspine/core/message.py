@@ -310,8 +310,8 @@ class _Entry(NamedTuple):
 def _entries(header: dict[str, Any], size: int) -> dict[str, _Entry]:
     """The tensors of a header; raises NotAMessage unless they fill `size` bytes without a gap."""
     entries, end = {}, 0
-    for name, told in header.items():
-        dtype, shape, (begin, stop) = told["dtype"], told["shape"], told["data_offsets"]
+    for name, entry in header.items():
+        dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if dtype not in DTYPES:
             raise NotAMessage(f"tensor {name!r} is of the unknown type {str(dtype)[:60]!r}")
         count = _elements(shape)

@@ -186,7 +186,8 @@ def method(
             )
         _METHODS[name] = cls
         cls.name = name  # type: ignore[attr-defined]
-        cls.merges_late = None if merges_late is None else name_of(merges_late)  # type: ignore[attr-defined]
+        late = None if merges_late is None else name_of(merges_late)
+        cls.merges_late = late  # type: ignore[attr-defined]
         cls.robust = robust  # type: ignore[attr-defined]
         cls.server_optimiser = server_optimiser  # type: ignore[attr-defined]
         cls.same_shapes = same_shapes  # type: ignore[attr-defined]

@@ -1,5 +1,5 @@
-"""Gaussian noise on what leaves: beside the size of a change, beside what one row changes, and on a
-clipped update of a device.
+"""Gaussian noise on what leaves a device: relative to the size of a change, to what one row
+changes, and on a clipped update.
 """
 
 import math
@@ -17,8 +17,8 @@ from fedspine.core.privacy import Guard
 
 ROWS = 32  # rows behind an answer at which its noise has the full share
 LARGEST = float(torch.finfo(torch.float16).max)  # the largest value that can be sent
-PLAIN_ANSWERS = 2.0  # about the same 32 rows, by default, after which noise grows
-COUNTED = "answers"  # under which a device's memory holds how many it gave about each text
+PLAIN_ANSWERS = 2.0  # default number about the same 32 rows, after which noise grows
+COUNTED = "answers"  # key of a device's memory: its number of answers about each text
 
 
 def noise_like(tensor: Tensor, draws: Draws) -> Tensor:
@@ -28,7 +28,7 @@ def noise_like(tensor: Tensor, draws: Draws) -> Tensor:
 
 
 def coarse_noise_like(tensor: Tensor, draws: Draws) -> Tensor:
-    """The same of `Draws.coarse_normal`."""
+    """The same from `Draws.coarse_normal`, which is coarser and faster."""
     drawn = torch.from_numpy(draws.coarse_normal(tensor.numel()))
     return drawn.view(tensor.shape).to(tensor.device)
 
@@ -63,12 +63,13 @@ def noisy_update(before: Tensors, after: Tensors, guard: Guard, multiplier: floa
 
 
 def grown(answers: float, plain: float = PLAIN_ANSWERS) -> float:
-    """How many times the noise of the first answer the n-th about the same rows has, of which
-    `plain` have no more; 0: none has.
+    """The factor of the noise of the n-th answer about the same rows, relative to the first.
 
-    Who averages all of them, each with the weight that its noise deserves, is left with the noise
-    of the first over the root of the sum of 1 / grown(k) ** 2. That sum is below 2 `plain` however
-    many there are: about 3.6 where two are plain, which leaves 1 / 1.9 of the noise for good.
+    It is 1 for the first `plain` answers, and for all if `plain` is 0.
+
+    Averaging all answers, weighted by inverse variance, leaves the noise of the first divided by
+    the root of the sum of 1 / grown(k) ** 2. That sum stays below 2 `plain` for any number of
+    answers: it is about 3.6 for two plain ones, so 1 / 1.9 of the noise always remains.
 
     >>> [grown(answers) for answers in (1, 2, 3, 20)]
     [1.0, 1.0, 1.5, 10.0]
@@ -80,18 +81,18 @@ def grown(answers: float, plain: float = PLAIN_ANSWERS) -> float:
 class Noise:
     """The noise that a device adds to trained weights, so that an answer reveals less of its rows.
 
-    It gives no numerical guarantee, unlike differential privacy: docs/leakage.md says what attacks
-    find in spite of it.
+    It gives no numerical guarantee, unlike differential privacy: docs/leakage.md states what
+    attacks find in spite of it.
     """
 
-    share: float  # of the change, for an answer from `ROWS` rows
+    share: float  # of the change, for an answer about `ROWS` rows
     draws: Draws
     weight: float = 1.0  # of the change and its noise together
 
     def share_of(self, rows: int) -> float:
-        """The share for an answer from `rows` distinct rows: the more rows, the less an answer
-        reveals of each, so it falls with the fourth root of their number. With the square root,
-        some texts among 640 rows could be recovered (docs/leakage.md).
+        """The share for an answer about `rows` distinct rows. The more rows, the less an answer
+        reveals of each, so the share falls with the fourth root of their number. With the square
+        root, some texts among 640 rows could be recovered (docs/leakage.md).
 
         >>> from fedspine.core.draws import SeededDraws
         >>> Noise(4.0, SeededDraws((1,))).share_of(512)
@@ -100,7 +101,7 @@ class Noise:
         return self.share * (ROWS / max(rows, 1)) ** 0.25
 
     def beside(self, values: Tensor, one_row: float | Tensor) -> Tensor:
-        """`values`, fp32, with the whole share of what one row more or less changes in each.
+        """`values`, fp32, with noise of `share` times what one row more or less changes in each.
 
         >>> from fedspine.core.draws import SeededDraws
         >>> bool(Noise(8.0, SeededDraws((1,))).beside(torch.zeros(999), 0.1).std() > 0.7)
@@ -109,8 +110,9 @@ class Noise:
         return values.float() + self.share * one_row * coarse_noise_like(values, self.draws)
 
     def added(self, before: Tensors, after: Tensors, rows: int) -> Tensors:
-        """`after` with noise on what differs from `before`, of the same names and shapes, and of
-        both the `weight`; other names stay.
+        """`after` with noise on its change from `before`, whose names it has with equal shapes.
+
+        Change and noise are scaled by `weight`; other names are not changed.
         """
         share, released = self.share_of(rows), dict(after)
         for name, sent in before.items():
@@ -127,19 +129,19 @@ class Noise:
 
 
 @runtime_checkable
-class Answered(Protocol):
-    """Where a device counts its answers about each of its texts."""
+class AnswerCounter(Protocol):
+    """A counter of a device's answers about each of its texts."""
 
     def count(self, texts: np.ndarray) -> float:
-        """Note one more answer about these texts, int64; returns how many there are about each on
-        average, this one included.
+        """Count one more answer about these texts, int64; returns the mean number of answers about
+        each of them, this one included.
         """
         ...
 
 
 @dataclass
-class InMemory:
-    """The count of a simulated device, in its memory, which is saved and restored with the run."""
+class MemoryAnswerCounter:
+    """The counter of a simulated device, in its memory, which is saved with the run."""
 
     memory: dict[str, Any]
 
@@ -154,31 +156,32 @@ class InMemory:
 
 @dataclass(frozen=True)
 class GrowingNoise:
-    """The noise of a device that is asked again: the more, the more answers about the same rows it
-    gave. Answers about many rows, which say less of each, may be more before it grows.
+    """The noise of a device that is asked repeatedly: it grows with the number of answers about the
+    same rows. Answers about many rows reveal less of each, so more of them are given before it
+    grows.
 
-    A change whose noise has grown comes with the weight that averages give it, the inverse of its
-    variance, so that late answers stop to teach before their noise spoils what was learnt.
+    A change whose noise has grown is scaled by its inverse variance, as in an optimal average, so
+    that the effect of late answers vanishes before their noise spoils what was learnt.
 
-    `draws` makes those of the n-th answer about the same rows, so that no two answers with unlike
-    shares of noise have the same draws, from which the noise could be computed.
+    `draws` gives the draws of the n-th answer about the same rows: two answers with different
+    shares of noise but the same draws would reveal the noise.
     """
 
     share: float  # of a first answer
     draws: Callable[[float], Draws]
-    answered: Answered
+    counter: AnswerCounter
     plain: float = PLAIN_ANSWERS  # of `grown`, about `ROWS` rows and fewer
 
     def about(self, texts: np.ndarray) -> Noise:
-        """The noise of an answer about these texts, which is counted."""
-        answers = self.answered.count(texts)
+        """The noise of an answer about these texts; counts the answer."""
+        answers = self.counter.count(texts)
         larger = grown(answers, self.plain * max(1.0, len(texts) / ROWS))
         return Noise(self.share * larger, self.draws(answers), larger**-2.0)
 
 
 def _sizes(change: Tensor, share: float) -> Tensor:
-    """This share of the root mean square of the row or of the column of each entry, whichever is
-    larger, fp32 in the shape of `change`; of a vector that of all, [].
+    """`share` times the root mean square of each entry's row or column, whichever is larger, fp32
+    in the shape of `change`; for a vector, that of all entries, [].
 
     An order that trains only a few rows of a factor concentrates the change there, so these rows
     would stand out from noise scaled by the mean of the whole tensor.

@@ -1,6 +1,6 @@
-"""A message without its numbers, and the bytes that it has on the wire.
+"""A message without its values, and its size on the wire.
 
-A plan charges messages that are never packed, whose tensors may be gigabytes.
+A plan charges messages that are never packed, since their tensors may have gigabytes.
 """
 
 import math
@@ -12,8 +12,8 @@ from fedspine.core.message import DTYPES, JSON_TEXT, LENGTH, encoded
 if TYPE_CHECKING:
     import torch
 
-ALIGNED = 8  # bytes of which the length of safetensors' header is a multiple
-# torch's names of types, in the order in which safetensors writes the tensors of a file
+ALIGNED = 8  # bytes; the length of a safetensors header is a multiple of it
+# torch's names of dtypes, in the order in which safetensors writes a file's tensors
 WRITTEN = ("uint64", "int64", "float64", "float32", "uint32", "int32", "bfloat16", "float16",
            "uint16", "int16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8")  # fmt: skip
 IN_HEADER = {torch_name: (name, size) for name, (torch_name, size) in DTYPES.items()}
@@ -21,14 +21,14 @@ IN_HEADER = {torch_name: (name, size) for name, (torch_name, size) in DTYPES.ite
 
 @dataclass(frozen=True)
 class Outline:
-    """The JSON of a message, and the type and the shape of each of its tensors."""
+    """The JSON of a message, and the dtype and shape of each of its tensors."""
 
     text: str
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
 
     @property
     def bytes(self) -> int:
-        """Those of the packed message: a header, with each tensor's place, and the tensors."""
+        """The size of the packed message: a header with each tensor's offsets, and the tensors."""
         header: dict[str, Any] = {"__metadata__": {"fedspine": self.text}}
         end = 0
         numbered = sorted(enumerate(self.tensors), key=lambda one: WRITTEN.index(one[1][0]))
@@ -43,7 +43,7 @@ class Outline:
 
 def outline(value: Any) -> Outline:
     """The outline of what `core.message.pack` would make of `value`, whose floating-point tensors
-    may be on PyTorch's meta device, which holds no numbers.
+    may be on PyTorch's meta device.
 
     Raises NotAMessage as `pack` does.
 

@@ -76,22 +76,22 @@ def handling(
 
 
 @contextmanager
-def ends_when_told() -> Iterator[None]:
+def ends_on_signal() -> Iterator[None]:
     """Turn Ctrl-C and SIGTERM within the block into Stopped, so a command ends with one line."""
     with ends_on_sigterm():
         try:
             yield
-        except KeyboardInterrupt as told:
-            raise Stopped(*farewell(told)) from None
+        except KeyboardInterrupt as interrupt:
+            raise Stopped(*farewell(interrupt)) from None
 
 
-def farewell(told: KeyboardInterrupt) -> tuple[str, int]:
+def farewell(interrupt: KeyboardInterrupt) -> tuple[str, int]:
     """The last line of an interrupted command and its exit code: 128 and the number of the signal.
 
     >>> farewell(KeyboardInterrupt()), farewell(Terminated())
     (('interrupted', 130), ('terminated', 143))
     """
-    if isinstance(told, Terminated):
+    if isinstance(interrupt, Terminated):
         return "terminated", 128 + signal.SIGTERM
     return "interrupted", 128 + signal.SIGINT
 

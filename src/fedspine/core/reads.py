@@ -53,12 +53,12 @@ class Declares(Protocol):
 
 
 @runtime_checkable
-class Foretells(Protocol):
-    """A method that foretells what its orders will read, so that a site can refuse before the first
+class PredictsReads(Protocol):
+    """A method that predicts what its orders will read, so that a site can refuse before the first
     one.
     """
 
-    def foretold(self, base: Any) -> Reads: ...
+    def predicted_reads(self, base: Any) -> Reads: ...
 
 
 def reads_of(order: Any) -> Iterator[Reads]:

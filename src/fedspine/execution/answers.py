@@ -75,11 +75,11 @@ def answers_of(
         )
         for payload in different.values()
     ]
-    told = {
+    by_digest = {
         sha256: _marked(tokenizer.batch_decode(ids, skip_special_tokens=True), questions)
         for sha256, ids in zip(different, workers.run(jobs), strict=True)
     }
-    return {name: told[each.sha256] for name, each in packed.items()}
+    return {name: by_digest[each.sha256] for name, each in packed.items()}
 
 
 def _marked(texts: Sequence[str], questions: Sequence[Question]) -> Answers:

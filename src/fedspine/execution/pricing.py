@@ -1,7 +1,7 @@
-"""What work costs a device that would do it: the charges of the simulator, without the work.
+"""The price of work on a device: the simulator's charges without the training.
 
-The work itself runs, on a base without weights (`lm.weightless`); only `lm.tune` is told to account
-for training instead of training.
+The work function runs on a base without weights (`lm.weightless`); only `lm.tune` accounts for
+training instead of training.
 """
 
 from collections.abc import Mapping
@@ -18,33 +18,33 @@ from fedspine.lm.request import Request, TuneResult
 from fedspine.lm.structure import sparsity
 from fedspine.lm.training_account import account, ranks_by_block
 
-LOSS = 1.0986122886681098  # ln 3: a number of as many digits as most losses have
+LOSS = 1.0986122886681098  # ln 3, which has as many digits in a message as most losses
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What of a model one training changes."""
+    """The part of a model that one training changes."""
 
-    rank: int  # the largest of the trained blocks'
+    rank: int  # the largest of the trained blocks
     depth: int  # from the lowest trained block to the output
-    blocks: int  # that are trained
+    blocks: int  # trained blocks
     sparsity: float
 
 
 @dataclass(frozen=True)
 class Price:
-    """What one ask costs a device, and the result that stands for what it would return."""
+    """The cost of one ask on a device, and a placeholder for its result."""
 
     flops: float
     launches: int
     peak_memory_bytes: int
     result: Any
-    trained: Trained | None  # None: it trained nothing
+    trained: Trained | None  # None without training
 
 
 @dataclass
 class _Accountant:
-    """A trainer, as `lm.tune` calls one, that trains nothing."""
+    """A trainer for `lm.tune` that accounts for training and trains nothing."""
 
     trained: Trained | None = field(default=None, init=False)
 
@@ -73,10 +73,10 @@ class _Accountant:
 def price(
     work: Work[Any, Any], order: Any, *, base: Any, data: Data, memory: Mapping[str, Any]
 ) -> Price:
-    """What it costs a device with these rows and this memory, which stays as it is, to do `work`.
+    """The cost of `work` on a device with these rows and this memory, which is not changed.
 
-    Called within `lm.weightless.Weightless`. Rows are drawn from no seed: all of `data` are taken
-    to be as long as the longest.
+    Call it within `lm.weightless.Weightless`. The draws of rows do not matter, since all rows of
+    `data` are assumed to be as long as the longest.
     """
     accountant = _Accountant()
     device = Device(

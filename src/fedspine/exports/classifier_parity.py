@@ -1,4 +1,4 @@
-"""How near an exported classifier is to the model of the run that it was made of, and its costs."""
+"""Parity of an exported classifier with the model of the run, and its costs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,31 +15,31 @@ from fedspine.exports.card import weight_bytes
 from fedspine.exports.load import Loaded, load_model
 from fedspine.lm.attention import module_inputs
 
-ROWS = 1000  # to compare on at most
+ROWS = 1000  # compared at most
 BATCH = 32  # rows at a time
-TOKENS = 128  # of the rows that are timed, or as many as the model was trained to read
+TOKENS = 128  # of the timed rows, or the model's maximum
 REPEATS = 3  # of each timing
 
-APART = 1e-4  # of fp32 logits; rounding came to 1e-5 in MiniLM's six blocks
-# in lower precision, the least share of equal predictions, or the largest loss of accuracy: a model
-# that is often unsure predicts differently on a few rows and is right equally often
+APART = 1e-4  # of fp32 logits; rounding reached 1e-5 in MiniLM's six blocks
+# in lower precision: the least share of equal predictions, or the largest loss of accuracy, since a
+# model with many uncertain rows may predict a few of them differently and be right equally often
 EQUAL, LOST = 0.995, 0.005
 
 
 @dataclass(frozen=True)
 class ClassifierParity:
-    """How an exported classifier differs from the PyTorch model it was made of, and its costs."""
+    """How an exported classifier differs from its PyTorch source, and its costs."""
 
-    rows_from: str  # where the rows come from that both were compared on
+    rows_from: str  # the source of the rows that both were compared on
     rows: int
     largest_difference: float  # of a logit
     equal_predictions: float  # share of the rows, 0 to 1
-    accuracy: float | None  # of the export, 0 to 1; None for rows without labels
+    accuracy: float | None  # of the export, 0 to 1; None for unlabelled rows
     accuracy_before: float | None  # of the PyTorch model
     quantize: str
     bytes: int  # of the weights
     latency_seconds: dict[int, float]  # median by batch size, on one thread
-    tokens: int | None  # of the rows that were timed; None for nets, whose rows have one shape
+    tokens: int | None  # of the timed rows; None for nets, whose rows have one shape
     peak_memory_bytes: int  # of a fresh process that runs both batch sizes
 
     @property
@@ -58,7 +58,7 @@ class ClassifierParity:
         return f", accuracy {self.accuracy:.1%} (before: {self.accuracy_before:.1%})"
 
     def check(self) -> None:
-        """Raise BadInput where the export is outside its tolerance."""
+        """Raise BadInput if the export is outside its tolerance."""
         as_right = self.accuracy is not None and self.accuracy_before - self.accuracy <= LOST
         if self.quantize == "none" and not self.largest_difference <= APART:
             raise BadInput(
@@ -77,7 +77,7 @@ class ClassifierParity:
 def parity_of(
     module: nn.Module, place: Path, examples: Examples, rows_from: str, quantize: str = "none"
 ) -> ClassifierParity:
-    """Compare the export in `place` with the PyTorch module that it was made of, on these rows."""
+    """Compare the export in `place` with its PyTorch source on these rows."""
     written = load_model(place, threads=1)
     ours, theirs = _logits_of_both(module, written.module, examples)
     return ClassifierParity(
@@ -90,7 +90,7 @@ def parity_of(
 
 
 def costs_of(place: Path, written: Loaded, tokens: int) -> dict[str, Any]:
-    """The fields of a parity report that say what the export in `place` costs on one thread."""
+    """The cost fields of a parity report: the export in `place` on one thread."""
     tokens = min(tokens, written.max_tokens)
     return {
         "bytes": weight_bytes(place),
@@ -117,7 +117,7 @@ def _logits_of_both(
 
 
 def costs(parity: object) -> str:
-    """Size, latency and memory of a parity report, in words."""
+    """Size, latency and memory of a parity report as text."""
     small, large = (1e3 * seconds for _, seconds in sorted(parity.latency_seconds.items()))
     tokens = "" if parity.tokens is None else f", {parity.tokens} tokens"
     return (
@@ -129,10 +129,10 @@ def costs(parity: object) -> str:
 def agreement(
     ours: np.ndarray, theirs: np.ndarray, labels: np.ndarray | None
 ) -> dict[str, float | None]:
-    """The fields that compare logits, fp32 [rows, classes]; `ours` are PyTorch's."""
+    """The fields that compare logits, fp32 [rows, classes]; `ours` are those of PyTorch."""
     before, after = ours.argmax(1), theirs.argmax(1)
     return {
-        "largest_difference": float(np.abs(ours - theirs).max()),  # NaN if there is one
+        "largest_difference": float(np.abs(ours - theirs).max()),  # NaN if a logit is NaN
         "equal_predictions": float((before == after).mean()),
         "accuracy": None if labels is None else float((after == labels).mean()),
         "accuracy_before": None if labels is None else float((before == labels).mean()),

@@ -1,4 +1,4 @@
-"""How near an exported language model is to the model of the run, and what it costs."""
+"""Parity of an exported language model with the model of the run, and its costs."""
 
 from dataclasses import dataclass
 from math import isfinite
@@ -20,36 +20,36 @@ from fedspine.exports.token_differences import differences
 from fedspine.lm.decoding import Decoding, ends_of, written
 from fedspine.lm.dialogues import end_of_answers
 
-ROWS = 32  # to compare on at most; each has many tokens
-# logits up to which APART holds; rounding grows with them, and those of real models reach 30
+ROWS = 32  # compared at most; each has many tokens
+# logits up to which APART applies; rounding grows with them, and those of real models reach 30
 LARGE = 10.0
-WORSE = 0.05  # of the perplexity, which does where fewer tokens are equal
-CONTINUED, NEW = 4, 16  # prompts that both continue, by so many tokens
-TOKENS = 32  # of the rows that are timed; each has logits of the whole vocabulary
-STEPS = 8  # that are timed after such a row
+WORSE = 0.05  # share by which perplexity may be higher where fewer tokens are equal
+CONTINUED, NEW = 4, 16  # prompts that both models continue, and the tokens of each continuation
+TOKENS = 32  # of the timed rows; each token has logits of the whole vocabulary
+STEPS = 8  # timed after such a row
 
 
 @dataclass(frozen=True)
 class DecoderParity:
-    """How an exported language model differs from the one it was made of, and its costs.
+    """How an exported language model differs from its source, and its costs.
 
     Each row is read in two steps, the second with the cache of the first.
     """
 
-    rows_from: str  # what the rows are that both were compared on
+    rows_from: str  # the source of the rows that both were compared on
     rows: int
     tokens_compared: int  # of these rows, each with its logits
-    largest_logit: float  # of the PyTorch model, by size
+    largest_logit: float  # of the PyTorch model, in magnitude
     largest_difference: float  # of a logit
     relative_difference: float  # root mean square, over that of logits around their mean
-    equal_tokens: float  # share of the likeliest next tokens, 0 to 1
-    equal_continuations: float  # share of greedy continuations of a few prompts, 0 to 1
-    perplexity: float  # of the export; NaN where no token is predicted
+    equal_tokens: float  # share of equal greedy next tokens, 0 to 1
+    equal_continuations: float  # share of equal greedy continuations of a few prompts, 0 to 1
+    perplexity: float  # of the export; NaN if no token is predicted
     perplexity_before: float  # of the PyTorch model
     quantize: str
     bytes: int  # of the weights
-    latency_seconds: dict[int, float]  # of reading rows; median by batch size, on one thread
-    tokens: int  # of the rows that were timed
+    latency_seconds: dict[int, float]  # of reading rows; median by batch size, one thread
+    tokens: int  # of the timed rows
     step_seconds: float  # of one more token after such a row, batch 1
     peak_memory_bytes: int  # of a fresh process that runs both batch sizes
 
@@ -65,7 +65,7 @@ class DecoderParity:
         )
 
     def check(self) -> None:
-        """Raise BadInput where the export is outside its tolerance."""
+        """Raise BadInput if the export is outside its tolerance."""
         enough = self.equal_tokens >= EQUAL
         allowed = APART * max(1.0, self.largest_logit / LARGE)
         if self.quantize == "none" and not (self.largest_difference <= allowed and enough):
@@ -94,8 +94,8 @@ def parity_of(
     quantize: str = "none",
     ends: list[int] | None = None,
 ) -> DecoderParity:
-    """Compare the export in `place` with the PyTorch module that it was made of, on these rows;
-    `ends` are the tokens that end a text, None: those of the export.
+    """Compare the export in `place` with its PyTorch source on these rows; `ends` are the tokens
+    that end a text, None: those of the export.
     """
     exported = load_model(place, threads=1)
     if ends is None:
@@ -114,7 +114,7 @@ def parity_of(
 
 
 def ends_in(exported: Loaded) -> list[int]:
-    """The tokens that end a text of an exported model that PyTorch runs."""
+    """The tokens that end a text, of an exported model that PyTorch runs."""
     tokenizer, settings = exported.tokenizer, exported.module.generation_config
     return ends_of(tokenizer, settings, end_of_answers(tokenizer) if exported.chat else None)
 
@@ -140,7 +140,7 @@ def _in_two_steps(module: nn.Module) -> Any:
 def _equal_continuations(
     module: nn.Module, exported: Loaded, examples: Examples, ends: list[int]
 ) -> float:
-    """The share of prompts, the first halves of a few rows, that both continue the same."""
+    """The share of prompts, the first halves of a few rows, that both models continue alike."""
     rows = np.flatnonzero(examples.lengths)[:CONTINUED]
     prompts = [
         examples.ids[examples.offsets[row] :][: max(1, examples.lengths[row] // 2)].tolist()

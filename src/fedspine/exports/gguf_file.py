@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedspine.core.errors import BadInput
 from fedspine.core.message import Tensors
-from fedspine.exports.gguf_tokenizer import Vocabulary
+from fedspine.exports.gguf_tokenizer import GgufVocabulary
 from fedspine.lm.gguf_files import EXTRA
 
 try:
@@ -80,7 +80,13 @@ def id_of(config: Any, widths: Widths) -> str:
 
 
 def write(
-    path: Path, module: nn.Module, widths: Widths, vocabulary: Vocabulary, *, name: str, how: str
+    path: Path,
+    module: nn.Module,
+    widths: Widths,
+    vocabulary: GgufVocabulary,
+    *,
+    name: str,
+    how: str,
 ) -> tuple[str, ...]:
     """Write the module, a stock one with linear layers of these widths, as one file.
 
@@ -265,7 +271,7 @@ def _add_sizes(writer: "gguf.GGUFWriter", config: Any, widths: Widths) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def _add_vocabulary(writer: "gguf.GGUFWriter", vocabulary: Vocabulary) -> None:
+def _add_vocabulary(writer: "gguf.GGUFWriter", vocabulary: GgufVocabulary) -> None:
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)

@@ -30,7 +30,7 @@ RULES = {
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class GgufVocabulary:
     """A tokenizer as a GGUF file holds it; the fields are those of `tokenizer.ggml.*`."""
 
     model: str  # "gpt2": byte-level BPE, "llama": SentencePiece's BPE
@@ -46,7 +46,7 @@ class Vocabulary:
     template: str | None
 
 
-def vocabulary(folder: Path, tokenizer: Any, rows: int, *, chat: bool) -> Vocabulary:
+def vocabulary(folder: Path, tokenizer: Any, rows: int, *, chat: bool) -> GgufVocabulary:
     """The vocabulary of the tokenizer in `folder`, loaded as `tokenizer`, for an embedding with
     `rows` rows; `chat` says that the model was tuned on dialogues.
 
@@ -63,7 +63,7 @@ def vocabulary(folder: Path, tokenizer: Any, rows: int, *, chat: bool) -> Vocabu
     model, pre = _kind(spec)
     tokens, types = _tokens(spec, rows, model)
     scored = model == "llama"
-    return Vocabulary(
+    return GgufVocabulary(
         model=model,
         pre=pre,
         tokens=tokens,

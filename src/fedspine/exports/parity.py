@@ -1,4 +1,4 @@
-"""The report that every export has: how near it is to the model of the run, and what it costs."""
+"""The parity report of every export: how close it is to the model of the run, and what it costs."""
 
 import json
 from collections.abc import Callable
@@ -17,17 +17,17 @@ class Parity(Protocol):
         """The report in one line."""
 
     def check(self) -> None:
-        """Raise BadInput where the export is outside its tolerance."""
+        """Raise BadInput if the export is outside its tolerance."""
 
 
 Prove: TypeAlias = Callable[[Path], Parity]  # compares the export in a folder with the run's model
 
 
 def proved(parity: Any, folder: Path) -> str:
-    """Check a report, write it to `parity.json` in `folder`, and give the paragraph of the model
-    card that says what was measured.
+    """Check a report and write it to `parity.json` in `folder`; returns the paragraph of the model
+    card with the measurements.
     """
     parity.check()
     text = json.dumps(asdict(parity), indent=2) + "\n"
     (folder / PARITY).write_text(text, encoding="utf-8")
-    return f"Measured when it was written (`{PARITY}`): {parity.line}.\n\n"
+    return f"Measured at export (`{PARITY}`): {parity.line}.\n\n"

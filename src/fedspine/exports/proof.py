@@ -1,4 +1,4 @@
-"""The comparison of an export that PyTorch runs with the model of the run."""
+"""Parity of an export that PyTorch runs with the model of the run."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from fedspine.runs.task_record import TaskRecord
 
 
 class Proof:
-    """Compares what was written in a folder with the run's `model`, whose adapter is not merged.
+    """Compares the export in a folder with the run's `model`, whose adapter is not merged.
 
-    `rows` names the data to compare on; None: the run's test rows. `found` is the report.
+    `rows` names the data to compare on; None: the run's test rows. `found` is the parity report.
     """
 
     def __init__(

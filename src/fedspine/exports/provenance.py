@@ -1,4 +1,4 @@
-"""Where an exported model comes from, as its model card says it: method, data, base and licence."""
+"""The provenance of an exported model for its model card: method, data, base and licence."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from fedspine.lm.gguf_files import is_gguf
 from fedspine.lm.load import MINILM_HUB, locate
 
 HUB = {"minilm": MINILM_HUB, "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-LICENCES = {"smollm2": "apache-2.0"}  # of a package without a model card
+LICENCES = {"smollm2": "apache-2.0"}  # of packages without a model card
 TAGS = "[fedspine, federated-learning, structured-pruning]"
 CARD = "README.md"
 
@@ -25,7 +25,7 @@ class Provenance:
     data: str
     base: str  # a Hub id, or the name of a file or folder
     on_hub: bool  # whether `base` is a Hub id
-    licence: str | None  # of the base, as its own model card says; None where it says none
+    licence: str | None  # of the base, from its own model card; None if that states none
 
 
 def provenance_of(method: str, data: str, model: str, place: str) -> Provenance:
@@ -41,7 +41,7 @@ def provenance_of(method: str, data: str, model: str, place: str) -> Provenance:
 
 
 def licence_of(model: str) -> str | None:
-    """The licence that the model card beside a base states; None where there is none."""
+    """The licence in the model card next to a base; None if there is none."""
     if model in LICENCES:
         return LICENCES[model]
     if is_gguf(model):
@@ -62,7 +62,7 @@ def licence_of(model: str) -> str | None:
 
 
 def rows_of(provenance: Provenance | None) -> str:
-    """The lines of a model card's table, none where nothing is known."""
+    """The rows of a model card's table; none without a provenance."""
     if provenance is None:
         return ""
     licence = provenance.licence or f"not stated where {provenance.base} was loaded from"
@@ -73,7 +73,7 @@ def rows_of(provenance: Provenance | None) -> str:
 
 
 def front_matter(library: str, provenance: Provenance | None) -> str:
-    """The head of a model card that the Hub reads."""
+    """The metadata of a model card, which the Hub reads."""
     lines = ["---", f"library_name: {library}", f"tags: {TAGS}"]
     if provenance is not None and provenance.on_hub:
         lines.append(f"base_model: {json.dumps(provenance.base)}")
@@ -83,6 +83,6 @@ def front_matter(library: str, provenance: Provenance | None) -> str:
 
 
 def _named(data: str) -> str:
-    """A path by its last part, which says enough and nothing of a machine."""
+    """The last part of a path, which is enough and reveals nothing about the machine."""
     path = Path(data).expanduser()
     return path.name if path.is_absolute() or path.exists() or data.startswith(".") else data

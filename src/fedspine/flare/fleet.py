@@ -35,7 +35,7 @@ from fedspine.flare.wire import Opened
 from fedspine.fleets.rounds import Devices, Totals, Waits, mean_wait, round_row
 
 OPEN_SECONDS = 600.0  # for a site to load model and rows
-LOOK_SECONDS = 2.0  # between two checks of which sites are there
+CHECK_SECONDS = 2.0  # between two checks of which sites are there
 MOST_TIMES = 1000  # the median of the others' rows that a site may declare
 
 
@@ -247,8 +247,9 @@ class FlareFleet:
             if len(here) >= min(session.timeouts.quorum, len(session.sites)):
                 return
             if time.monotonic() > end:
-                raise AllLost(f"{len(here)} sites answer, {session.timeouts.quorum} are the quorum")
-            time.sleep(LOOK_SECONDS)
+                quorum = session.timeouts.quorum
+                raise AllLost(f"{len(here)} sites answer, but the quorum is {quorum}")
+            time.sleep(CHECK_SECONDS)
 
     def _new_relay_needed(self) -> bool:
         """Whether a new relay would reach a site that the present one does not."""
@@ -297,7 +298,7 @@ class FlareFleet:
             refused = [str(one.missing) for one in came if isinstance(one.missing, Declined)]
             why = f" (one {refused[0]})" if refused else ""
             raise AllLost(
-                f"of {len(came)} sites asked {replied} replied, {quorum} are the quorum{why}"
+                f"{replied} of {len(came)} sites asked replied, but the quorum is {quorum}{why}"
             )
 
     def _part(self, ids: Iterable[DeviceId]) -> tuple[DeviceId, ...]:
@@ -340,7 +341,7 @@ def _without_false(
 
 def _answers(session: FlareSession, site: SiteState) -> bool:
     try:
-        site.missed = not session.reached(site, TimeLimit(LOOK_SECONDS))
+        site.missed = not session.answers_ping(site, TimeLimit(CHECK_SECONDS))
     except (TimeoutError, RelayLost):
         return False
     return not site.missed

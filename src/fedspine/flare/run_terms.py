@@ -43,7 +43,7 @@ REFUSALS: dict[RefusalReason, str] = {
     "limits": "it allows less than was asked",
     "order": "the order asks for what the terms of the run do not say",
     "weights": "weights in the order are not of the run's model, or of a larger rank than allowed",
-    "rate": "more orders came within a minute than it takes",
+    "rate": "it got more orders within a minute than it accepts",
     "disk": "its disk quota is used up; its owner can raise limits.disk_bytes",
     "privacy": "it demands more privacy than the run promises, or lacks the accountant for it",
 }
@@ -85,7 +85,7 @@ class RunTerms:
     pooling: Literal["auto", "mean", "cls"]  # the classifier's readout
     max_tokens: int
     label_names: tuple[str, ...]  # in the order of their numbers; empty for language modelling
-    foretold: Reads | None = None  # what orders will read, where the method says so; not binding
+    foretold: Reads | None = None  # the method's `predicted_reads`, if it has them; not binding
     privacy: Privacy | None = None  # what is promised to each site
     # what is learnt of rows with prompts and answers
     loss_on: Literal["answers", "texts"] = "answers"

@@ -95,13 +95,13 @@ class FlareSession:
             came = str(error)
         site.missed = isinstance(came, str) and not isinstance(came, Declined)
         spent = came if isinstance(came, tuple) else (None, None)
-        return _came(
+        return _ask_result(
             spent, came if isinstance(came, str) else None, len(payload), time.monotonic() - began
         )
 
     def _asked(self, site: SiteState, work: Work[Any, Any], payload: bytes, end: TimeLimit) -> Any:
         """The result and the site's answer, or a line that says why there is none."""
-        if site.missed and not self.reached(site, end):
+        if site.missed and not self.answers_ping(site, end):
             return "does not answer"
         for _ in range(3):  # again after the run was opened anew, and after memory was lost
             asked = SiteOrder(
@@ -123,7 +123,7 @@ class FlareSession:
                     if not isinstance(opened, Opened):
                         return opened
                 case NotDone(reason="memory lost"):
-                    self.note(device=site.name, memory="lost; it starts anew")
+                    self.note(device=site.name, memory="lost; it starts afresh")
                     site.memory = None
                 case NotDone(reason="refused"):
                     return Declined(f"refuses the order: {one_line(reply.detail)}")
@@ -144,7 +144,7 @@ class FlareSession:
         site.memory = site.asks
         return value, reply
 
-    def reached(self, site: SiteState, end: TimeLimit) -> bool:
+    def answers_ping(self, site: SiteState, end: TimeLimit) -> bool:
         """Ping a site that missed its last ask before any work is sent to it."""
         return self._with_retries(
             site.name, lambda left: self.link.ping(site.name, min(PING_SECONDS, left)), end
@@ -247,8 +247,8 @@ def false_count(opened: Opened) -> str | None:
     """What is wrong with the numbers that a site declares, None where nothing is."""
     for name, most in (("examples", MOST_ROWS), ("memory_bytes", MOST_WHOLE)):
         if not 1 <= getattr(opened, name) <= most:
-            came = short(getattr(opened, name))
-            return f"it declares {name} of {came}, but 1 to {most} was expected"
+            got = short(getattr(opened, name))
+            return f"it declares {name} of {got}, but 1 to {most} was expected"
     return None
 
 
@@ -262,17 +262,17 @@ def one_line(text: str) -> str:
 
 
 FAILURES = {
-    "late": "did not reply in time; its worker was started anew",
-    "died": "its worker ended before it replied and was started anew",
+    "late": "did not reply in time; its worker was restarted",
+    "died": "its worker ended before it replied and was restarted",
     "refused": "does not take messages of this size or from here",
     "unreachable": "does not answer",
 }
 
 
-def _came(spent: Any, missing: str | None, bytes_down: int, seconds: float) -> AskResult:
+def _ask_result(spent: Any, missing: str | None, bytes_down: int, seconds: float) -> AskResult:
     value, answer = spent
     if answer is None:
         return AskResult(Cost(bytes_down, 0, 0.0, 0, seconds), missing=missing)
     cost = Cost(bytes_down, len(answer.result), answer.flops, answer.peak_memory_bytes, seconds)
-    told = {"epsilon": answer.epsilon, "noise": answer.noise}
-    return AskResult(cost, value, answer.samples, **told)
+    private = {"epsilon": answer.epsilon, "noise": answer.noise}
+    return AskResult(cost, value, answer.samples, **private)

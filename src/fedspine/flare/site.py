@@ -223,17 +223,17 @@ def check_name(name: str) -> None:
 def _site(tables: dict[str, Any], folder: Path) -> Site:
     known_keys("part of a site file", tables, {"name", "models", *SECTIONS})
     tables = {"models": {name: name for name in MODELS}, "data": {}} | tables
-    top = validated(
+    top_level = validated(
         "site",
         pydantic.TypeAdapter(_Top),
         {key: tables[key] for key in ("name", "models") if key in tables},
     )
-    check_name(top.name)
+    check_name(top_level.name)
     sections = {}
     for key, cls in SECTIONS.items():
         table = tables.get(key, {})
         if not isinstance(table, dict):
-            raise BadInput(f"[{key}] must be a table of keys and values; {table!r} came")
+            raise BadInput(f"[{key}] is {table!r}, but a table of keys and values was expected")
         sections[key] = section(
             key, cls, {name: tuple(v) if isinstance(v, list) else v for name, v in table.items()}
         )
@@ -241,10 +241,10 @@ def _site(tables: dict[str, Any], folder: Path) -> Site:
     check_section(sections["privacy"])
     path = data.path if data.path in BUILT_IN_DATA else _local(data.path, folder)
     return Site(
-        name=top.name,
+        name=top_level.name,
         models={
             name: where if where in BUILT_IN_MODELS else _local(where, folder)
-            for name, where in top.models.items()
+            for name, where in top_level.models.items()
         },
         data=data.model_copy(update={"path": path}),
         caches=caches.model_copy(update={"folder": str((folder / _home(caches.folder)).resolve())}),

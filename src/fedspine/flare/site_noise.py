@@ -1,7 +1,7 @@
-"""The noise of a site's answers, and how often its rows have answered, over all runs.
+"""The noise of a site's answers, and how often its rows have been used in answers, over all runs.
 
-The count lies in the site's folder and goes by the rows' texts, so neither another run nor another
-name, model, rank, seed or length of text begins it anew.
+The counts are kept in the site's folder by the rows' texts, so that neither another run nor another
+name, model, rank, seed or length of text resets them.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ from fedspine.flare.site_terms import AllowSection
 from fedspine.storage.store import STATE_SPARE_BYTES, sealed, unsealed, write_atomically
 
 ANSWERED = "answered.safetensors"  # in the same folder
-NAME_BYTES = 8  # of a text's digest: of a million texts two share one with a chance of 3e-8
-ORDERS_KEPT = 128  # whose answers can be repeated as they were
+NAME_BYTES = 8  # of a text's digest: among a million texts the probability of a collision is 3e-8
+ORDERS_KEPT = 128  # whose answers can be repeated bit for bit
 
 
 def text_names(texts: Sequence[str]) -> np.ndarray:
-    """A number for each text, int64, the same wherever and in whichever run it is read."""
+    """An identifier of each text, int64, the same on every machine and in every run."""
     digests = (
         hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=NAME_BYTES).digest()
         for text in texts
@@ -39,11 +39,13 @@ def text_names(texts: Sequence[str]) -> np.ndarray:
 def site_noise(
     folder: Path, secret: bytes, allow: AllowSection, opened: str, texts: np.ndarray, call: Call
 ) -> GrowingNoise | None:
-    """The noise of a call's answer at the site in `folder`, None where its terms ask for none;
-    `texts` are the names of all of the site's.
+    """The noise of a call's answer at the site in `folder`, None if its terms have none.
 
-    Its draws follow from the site's `secret`, with which the answer can be replayed, and from all
-    that the answer depends on, whichever run asks; where the secret is empty, from the site's key.
+    `texts` are the names of all texts of the site.
+
+    The draws depend on the site's `secret`, with which the answer can be replayed, and on all that
+    the answer depends on, but not on the run that asks. If the secret is empty, the site's key
+    replaces it.
     """
     if not allow.noise:
         return None
@@ -54,26 +56,24 @@ def site_noise(
         named = asked + struct.pack("<d", answers)
         return SecretDraws(hmac.digest(own, named, hashlib.sha256))
 
-    answered = SiteAnswered(folder / FOLDER / ANSWERED, texts, asked)
-    return GrowingNoise(allow.noise, draws, answered, allow.answers)
+    counter = SiteAnswerCounter(folder / FOLDER / ANSWERED, texts, asked)
+    return GrowingNoise(allow.noise, draws, counter, allow.answers)
 
 
 @message
 class SiteCount:
-    """How many answers there are about each text, by name, and how many there were about those of
-    an order.
-    """
+    """The number of answers about each text, by name, and the counts returned for recent orders."""
 
     texts: np.ndarray  # int64 [texts], ascending
     answers: np.ndarray  # int64 [texts]
-    orders: dict[str, float]  # by digest, the latest last
+    orders: dict[str, float]  # by digest, latest last
 
 
 @dataclass
-class SiteAnswered:
-    """The count of a site for one order, written before the order's answer exists.
+class SiteAnswerCounter:
+    """The counter of a site for one order; it is written before the answer is computed.
 
-    An order that is served again gives the same answer, so it does not count again.
+    An order that is served again gives the same answer and is not counted again.
     """
 
     path: Path
@@ -82,9 +82,9 @@ class SiteAnswered:
     _calls: int = field(default=0, init=False)
 
     def count(self, texts: np.ndarray) -> float:
-        """Note one more answer about these of the site's texts; see `core.noise.Answered`.
+        """Count one more answer about these texts of the site, as `core.noise.AnswerCounter` says.
 
-        Raises BadInput for a file that is damaged.
+        Raises BadInput for a damaged file.
         """
         self._calls += 1
         order, before = f"{self.order.hex()[:32]}-{self._calls}", self._read()
@@ -100,7 +100,7 @@ class SiteAnswered:
         orders = dict([*before.orders.items(), (order, found)][-ORDERS_KEPT:])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         now = SiteCount(texts=every, answers=answers, orders=orders)
-        # a server cannot cut the power, after which the latest answers might count no more
+        # no fsync: only a power cut, which no server can cause, may lose the latest counts
         write_atomically(self.path, sealed(pack(now).payload), sync=False)
         return found
 
@@ -111,7 +111,7 @@ class SiteAnswered:
             return unpack(unsealed(self.path.read_bytes()), spare_bytes=STATE_SPARE_BYTES)
         except NotAMessage as error:
             raise BadInput(
-                f"{self.path} is damaged, so nobody knows how often the rows have answered "
-                f"({error}); the site answers nothing until it is restored, or removed, which "
-                "forgets it"
+                f"{self.path} is damaged, so the number of answers about each row is unknown "
+                f"({error}); restore it, or remove it, which resets the counts; the site answers "
+                "nothing until then"
             ) from None

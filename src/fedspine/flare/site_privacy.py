@@ -152,7 +152,7 @@ class SiteLedger:
             return unpack(unsealed(self.path.read_bytes()), spare_bytes=STATE_SPARE_BYTES)
         except NotAMessage as error:
             raise BadInput(
-                f"{self.path} is damaged, so nobody knows what is spent ({error}); the site "
+                f"{self.path} is damaged, so the spent budget is unknown ({error}); the site "
                 "answers no private run until it is restored, or removed, which forgets it"
             ) from None
 

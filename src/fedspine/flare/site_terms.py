@@ -59,7 +59,7 @@ class AllowSection(Section):
 
 
 def check_run(site: str, allow: AllowSection, models: Collection[str], terms: RunTerms) -> None:
-    """Raise Refused if `site` does not allow a run of these terms, or what it foretells.
+    """Raise Refused if `site` does not allow a run of these terms, or the reads that it predicts.
 
     A method of another package must be named, and is not imported before this check.
     """
@@ -137,9 +137,9 @@ def _check_part(site: str, allow: AllowSection, terms: RunTerms, reads: Reads) -
         require(site, "fewest_rows", rows, "rows behind an answer", least=allow.fewest_rows)
     if reads.scale is not None:
         least, most = allow.scales
-        require(site, "scales", reads.scale, "as the adapter's scale", least=least, most=most)
+        require(site, "scales", reads.scale, "for the adapter's scale", least=least, most=most)
     if reads.rank is not None:
-        require(site, "largest_rank", reads.rank, "as a rank", least=1, most=allow.largest_rank)
+        require(site, "largest_rank", reads.rank, "for a rank", least=1, most=allow.largest_rank)
     if reads.classes is not None and reads.classes != len(terms.label_names):
         line = f"shares of {reads.classes} classes are asked, the task has {len(terms.label_names)}"
         _refuse(site, line, "order")
@@ -165,13 +165,13 @@ def _check_training(site: str, allow: AllowSection, reads: Reads) -> None:
         )
         _refuse(site, line, "limits", line)
     if how.clip is not None:
-        require(site, "lowest_clip", how.clip, "as the gradient's clip", least=allow.lowest_clip)
+        require(site, "lowest_clip", how.clip, "for the gradient's clip", least=allow.lowest_clip)
     least, fastest = allow.rates
     for rate in how.learning_rates:
-        require(site, "rates", rate, "as a learning rate", least=least, most=fastest)
+        require(site, "rates", rate, "for a learning rate", least=least, most=fastest)
     most = allow.largest_decay
-    require(site, "largest_decay", how.weight_decay, "as weight decay", most=most)
-    require(site, "largest_penalty", how.penalty, "as a penalty", most=allow.largest_penalty)
+    require(site, "largest_decay", how.weight_decay, "for weight decay", most=most)
+    require(site, "largest_penalty", how.penalty, "for a penalty", most=allow.largest_penalty)
 
 
 def _check_features(site: str, allow: AllowSection, terms: RunTerms, reads: Reads) -> None:
@@ -192,14 +192,14 @@ def _check_features(site: str, allow: AllowSection, terms: RunTerms, reads: Read
 
 
 def require(
-    site: str, key: str, came: float, what: str, *, least: float = 0, most: float | None = None
+    site: str, key: str, got: float, what: str, *, least: float = 0, most: float | None = None
 ) -> None:
-    """Refuse a number beyond a term of the site, which the server is told: it is no secret."""
-    if least <= came and (most is None or came <= most):
+    """Refuse a number beyond a term of the site. The server learns the term, which is no secret."""
+    if least <= got and (most is None or got <= most):
         return
-    above = most is not None and came > most
+    above = most is not None and got > most
     bound = f"at most {_short(most)}" if above else f"at least {_short(least)}"
-    line = f"{bound} {what} were expected, {_short(came)} came (allow.{key} of its {SITE_FILE})"
+    line = f"expected {bound} {what}, got {_short(got)} (allow.{key} of its {SITE_FILE})"
     _refuse(site, line, "limits", line)
 
 
@@ -209,10 +209,10 @@ def _short(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:.4g}"
 
 
-def _unlisted(what: str, came: str, known: Collection[str], where: str) -> str:
+def _unlisted(what: str, name: str, known: Collection[str], where: str) -> str:
     listed = ", ".join(known) or "nothing"
     return (
-        f"the {what} {came!r} is not among what {where} of its {SITE_FILE} lists ({listed}); "
+        f"the {what} {name!r} is not among what {where} of its {SITE_FILE} lists ({listed}); "
         "add it there to allow it"
     )
 

@@ -33,8 +33,8 @@ def check_weights(site: str, allow: AllowSection, order: Any, base: Base) -> Non
             most = largest.get(name) or ((WIDEST,) * tensor.dim() if name in extra else ())
             shape = tuple(tensor.shape)
             if len(shape) != len(most) or any(map(int.__gt__, shape, most)):
-                came = f"{name[:80]!r} of {shape}, where {most or 'nothing'} was expected at most"
-                raise Refused(f"site {site} does not serve an order with {came}", "weights")
+                line = f"expected at most {most or 'nothing'} as {name[:80]!r}, got {shape}"
+                raise Refused(f"site {site} refuses an order: {line}", "weights")
 
 
 def check_magnitudes(site: str, allow: AllowSection, order: Any, base: Base) -> None:
@@ -59,7 +59,7 @@ def _check_factors(site: str, allow: AllowSection, tensors: Tensors) -> None:
         lengths = torch.linalg.vector_norm(tensor.float(), dim=1 if is_a(name) else 0)
         if is_b(name):  # which starts as zeros
             lengths = torch.where(lengths == 0, least, lengths.double())
-        what = f"as the norm of each direction of {'A' if is_a(name) else 'B'}"
+        what = f"for the norm of each direction of {'A' if is_a(name) else 'B'}"
         for extreme in (lengths.min(), lengths.max()):
             require(site, "norms", float(extreme), what, least=least, most=most)
 
@@ -77,8 +77,8 @@ def _check_head(site: str, allow: AllowSection, tensors: Tensors, base: Base) ->
             continue
         lengths = torch.linalg.vector_norm(weight.float(), dim=1)
         whole = float(torch.linalg.vector_norm(lengths))
-        require(site, "norms", whole, "as the norm of the head", least=least)
-        what = "as the norm of a class in the head"
+        require(site, "norms", whole, "for the norm of the head", least=least)
+        what = "for the norm of a class in the head"
         require(site, "norms", float(lengths.max()), what, most=most)
         if (bias := tensors.get(f"{layer.path}.bias")) is not None and layer is base.head[-1]:
             apart = torch.linalg.vector_norm(weight.float() - weight.float().mean(0), dim=1)

@@ -178,13 +178,13 @@ class SiteWorker:
         self._room(asked.run, needed=len(remembered))
         write_atomically(self._version(asked.run, asked.version), remembered)
         self._sweep(asked)
-        told = here.privacy is None  # else resources tell of the rows
+        reveals = here.privacy is None  # else resources would tell of the rows
         return SiteAnswer(
             result=as_array(served.result),
-            flops=float(served.flops) if told else 0.0,
-            launches=int(served.launches) if told else 0,
-            samples=int(served.samples) if told else 0,
-            peak_memory_bytes=int(served.peak_memory_bytes) if told else 0,
+            flops=float(served.flops) if reveals else 0.0,
+            launches=int(served.launches) if reveals else 0,
+            samples=int(served.samples) if reveals else 0,
+            peak_memory_bytes=int(served.peak_memory_bytes) if reveals else 0,
             epsilon=served.epsilon,
             noise=served.noise,
         )
@@ -236,7 +236,7 @@ class SiteWorker:
         while self._came and now - self._came[0] >= MINUTE:
             self._came.popleft()
         if len(self._came) >= most:
-            raise Refused(f"more than {most} orders came within a minute", "rate")
+            raise Refused(f"expected at most {most} orders within a minute, got more", "rate")
         self._came.append(now)
 
     def _not_done(self, reason: Any, error: Exception, detail: str = "") -> bytes:

@@ -92,7 +92,7 @@ def kit_at(folder: Path, role: str | None = None) -> StartupKit:
                 return _read(folder.resolve(), found, json.loads(path.read_text(encoding="utf-8")))
             except (OSError, ValueError, KeyError, IndexError, TypeError):
                 raise BadInput(
-                    f"the kit {folder} is damaged ({path.name} cannot be read); copy it anew"
+                    f"the kit {folder} is damaged ({path.name} cannot be read); copy it again"
                 ) from None
     raise BadInput(f"{folder} is no start-up kit; name a folder that `fedspine fleet create` made")
 
@@ -273,7 +273,7 @@ def logged_in(kit: StartupKit, timeout: float = LOGIN_SECONDS) -> Any:
             )
     except Exception as error:  # FLARE's errors have no common type
         raise BadInput(
-            f"the server at {kit.host}:{kit.port} lets nobody in with {kit.folder}: "
+            f"the server at {kit.host}:{kit.port} refuses {kit.folder}: "
             f"{' '.join(str(error).split())}"
         ) from None
 

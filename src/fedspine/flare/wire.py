@@ -98,12 +98,12 @@ def decoded(payload: bytes | np.ndarray, *kinds: Any) -> Any:
     """
     size = payload.nbytes if isinstance(payload, np.ndarray) else len(payload)
     if size > MOST_BYTES:
-        raise NotAMessage(f"a message of {size} bytes came; at most {MOST_BYTES} are read")
+        raise NotAMessage(f"expected a message of at most {MOST_BYTES} bytes, got {size}")
     value = unpack(payload)
     if not any(conforms(value, kind) for kind in kinds):
         names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
         raise NotAMessage(
-            f"{names} was expected, got {type(value).__name__} with other fields or types"
+            f"expected {names}, got {type(value).__name__} with other fields or types"
         )
     return value
 

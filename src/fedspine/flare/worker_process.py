@@ -111,7 +111,7 @@ def work(folder: Path, connection: socket.socket, parent: int) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     from fedspine.flare.site import load_site
 
-    load_site(folder)  # before seconds of imports, so that a broken file is told at once
+    load_site(folder)  # before seconds of imports, so that a broken file is reported at once
     from fedspine.flare.site_worker import open_site_worker
 
     worker = open_site_worker(folder)

@@ -57,7 +57,7 @@ class Checked(FleetWrapper):
         self._forget(orders)
         found = [self._checked(work, reply) for reply in replies]
         good = [reply for reply in found if reply is not None]
-        self._check_quorum(len(orders), len(good), came=len(replies))
+        self._check_quorum(len(orders), len(good), received=len(replies))
         return good
 
     def send(self, work: Work[O, R], orders: Mapping[DeviceId, O]) -> None:
@@ -73,7 +73,7 @@ class Checked(FleetWrapper):
             except Idle:
                 asked, bad = len(self._sent), len(self._sent & self._unusable.keys())
                 self._sent.clear()
-                self._check_quorum(asked, asked - bad, came=asked)
+                self._check_quorum(asked, asked - bad, received=asked)
                 raise
             # None after a resume: then the fleet itself has compared the types
             work = self._exchanges.works.pop(reply.device, None)
@@ -109,11 +109,11 @@ class Checked(FleetWrapper):
             agreed[device] = reply.value.agreed(before, self._terms)
         return replace(reply, weight=self._rows[device])
 
-    def _check_quorum(self, asked: int, good: int, *, came: int) -> None:
-        if came > good and 0 < good < min(self._quorum, asked):
+    def _check_quorum(self, asked: int, good: int, *, received: int) -> None:
+        if received > good and 0 < good < min(self._quorum, asked):
             raise AllLost(
-                f"of {asked} devices asked {good} sent what can be used, "
-                f"{self._quorum} are the quorum"
+                f"{good} of {asked} devices asked sent what can be used, "
+                f"but the quorum is {self._quorum}"
             )
 
     def _around(self, fleet: Fleet) -> "Checked":

@@ -101,13 +101,11 @@ class Hardware:
     def __post_init__(self) -> None:
         if not self.kinds or min(self.spread, self.compute_jitter) < 0:
             raise BadInput(
-                "a device, spread >= 0 and compute_jitter >= 0 were expected, "
+                "expected a device, spread >= 0 and compute_jitter >= 0, "
                 f"got {len(self.kinds)} devices, {self.spread} and {self.compute_jitter}"
             )
         if not 0 <= self.link_jitter <= LINK_SIGMA:
-            raise BadInput(
-                f"a link_jitter from 0 to {LINK_SIGMA} was expected, got {self.link_jitter}"
-            )
+            raise BadInput(f"expected a link_jitter from 0 to {LINK_SIGMA}, got {self.link_jitter}")
         if len(self.round_trip_seconds) != len(GROUP_MBPS) or min(self.round_trip_seconds) < 0:
             raise BadInput(
                 f"round_trip_seconds of at least 0 for each of {len(GROUP_MBPS)} Wi-Fi groups were "
@@ -220,14 +218,14 @@ def fleet_mix(mix: Mapping[str, int] | None, devices: int) -> list[str]:
     (['tx2', 'nx', 'nx'], ['agx', 'tx2'])
     """
     if devices < 1:
-        raise BadInput(f"at least one device was expected, got {devices}")
+        raise BadInput(f"expected at least one device, got {devices}")
     if mix is None:
         mix = _scaled(DEFAULT_MIX, devices)
     for name in mix:
         _kind(name)
     if min(mix.values(), default=0) < 0 or sum(mix.values()) != devices:
         raise BadInput(
-            f"counts that sum to {devices} devices were expected, "
+            f"expected counts that sum to {devices} devices, "
             f"got {dict(mix)}; change the mix or devices"
         )
     return [name for name, count in mix.items() for _ in range(count)]

@@ -1,8 +1,7 @@
-"""A fleet of simulated devices that are charged and do nothing: one round of it is a plan.
+"""A fleet of simulated devices that are charged but do not train: one round of it is a plan.
 
-A method plans its round for it and cannot tell it from the simulated fleet. It prices each order
-(`execution.pricing`) and times it by the same `Hardware`. What comes before training is answered;
-training itself is the end of the plan.
+A method cannot distinguish it from the simulated fleet. It prices each order (`execution.pricing`)
+and times it by the same `Hardware`. Orders before training are answered; training ends the plan.
 """
 
 from collections.abc import Mapping
@@ -21,12 +20,12 @@ from fedspine.fleets.hardware import Hardware, Timing
 
 
 class Planned(Exception):
-    """The orders that a round trains with are known, which is all that a plan needs."""
+    """Raised once the training orders of a round are known, which is all that a plan needs."""
 
 
 @dataclass(frozen=True)
 class Quote:
-    """What one order and its reply are charged, whichever device serves it."""
+    """The charge of one order and its reply on any device."""
 
     price: Price
     bytes_down: int
@@ -34,7 +33,7 @@ class Quote:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class PlannedExchange:
     """One order and its reply, as they would be charged."""
 
     device: DeviceId
@@ -46,8 +45,8 @@ class Exchange:
 
 @dataclass
 class Prices:
-    """Prices that are known, by work and outline of the order: of devices without a memory they
-    depend on nothing else.
+    """Known prices, by work and outline of the order, on which alone they depend for devices
+    without a memory.
     """
 
     base: Any
@@ -57,7 +56,7 @@ class Prices:
     _sent: dict[int, tuple[Any, Outline]] = field(default_factory=dict)
 
     def of(self, work: Work[Any, Any], order: Any) -> "Quote":
-        """What an order costs wherever it is served."""
+        """The cost of an order on any device."""
         if id(order) not in self._sent:
             self._sent[id(order)] = (order, outline(order))
         _, sent = self._sent[id(order)]
@@ -82,7 +81,7 @@ class PlannedFleet:
     aggregation: Aggregation = Mean()
     server: Server = field(default_factory=Server)
     now: float = 0.0
-    exchanges: list[Exchange] = field(default_factory=list)
+    exchanges: list[PlannedExchange] = field(default_factory=list)
     left_out: dict[DeviceId, str] = field(default_factory=dict)  # the reason, by device
     unusable: Mapping[DeviceId, str] = field(default_factory=dict)
     _asks: dict[DeviceId, int] = field(default_factory=dict)
@@ -154,7 +153,9 @@ class PlannedFleet:
             bytes_up=quote.bytes_up,
         )
 
-    def _exchange(self, work: Work[Any, Any], device: DeviceId, order: Any) -> Exchange:
+    def _exchange(self, work: Work[Any, Any], device: DeviceId, order: Any) -> PlannedExchange:
         quote, asked = self.prices.of(work, order), self._asks.get(device, 0)
         self._asks[device] = asked + 1
-        return Exchange(device, work, order, quote, self.timing(device, quote, round=0, ask=asked))
+        return PlannedExchange(
+            device, work, order, quote, self.timing(device, quote, round=0, ask=asked)
+        )

@@ -36,7 +36,7 @@ class SemiAsync(FleetWrapper):
         self, fleet: Fleet, *, quorum: float, late_work: str, in_flight: Mapping[DeviceId, int]
     ) -> None:
         if not 0 < quorum <= 1:
-            raise ValueError(f"0 < quorum <= 1 was expected, got {quorum}")
+            raise ValueError(f"expected 0 < quorum <= 1, got {quorum}")
         super().__init__(fleet)
         self._quorum, self._late_work = quorum, late_work
         self._busy = {id for id, rounds in in_flight.items() if rounds < GIVEN_UP}
@@ -61,7 +61,7 @@ class SemiAsync(FleetWrapper):
                 if reply.late < GIVEN_UP:
                     came.append(reply)
                 else:
-                    self.note(device=reply.device, left_out="its reply came too late")
+                    self.note(device=reply.device, left_out="its reply arrived too late")
         return came
 
     def send(self, work: Work[O, R], orders: Mapping[DeviceId, O]) -> None:

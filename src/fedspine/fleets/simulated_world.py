@@ -171,9 +171,9 @@ class World:
         lost: bool,
     ) -> None:
         """Write one exchange down and add it to the round's totals; note who declined."""
-        told = {} if served.epsilon is None else {"epsilon": served.epsilon}
-        told |= {} if served.noise is None else {"noise": served.noise}
-        self._write(work.__name__, device, started, cost, served.samples, lost=lost, **told)
+        private = {} if served.epsilon is None else {"epsilon": served.epsilon}
+        private |= {} if served.noise is None else {"noise": served.noise}
+        self._write(work.__name__, device, started, cost, served.samples, lost=lost, **private)
         if served.declined is not None:
             self.records.write(
                 "note",
@@ -205,7 +205,7 @@ class World:
         samples: int,
         *,
         lost: bool,
-        **told: float,
+        **private: float,
     ) -> None:
         self.totals.add(
             Totals(
@@ -229,5 +229,5 @@ class World:
             flops=cost.flops,
             peak_memory_bytes=cost.peak_memory_bytes,
             lost=lost,
-            **told,
+            **private,
         )

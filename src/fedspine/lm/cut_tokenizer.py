@@ -32,11 +32,11 @@ class Definition:
     Raises BadInput for a tokenizer that has none, and for a kind that cannot be cut.
     """
 
-    told: dict[str, Any]
+    content: dict[str, Any]
     _parts: dict[str, tuple[str, ...]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        kind = self.told["model"].get("type")
+        kind = self.content["model"].get("type")
         if kind not in KINDS:
             raise BadInput(
                 f"the model's tokenizer is of the kind {kind}, whose vocabulary cannot be cut; "
@@ -86,8 +86,8 @@ class Definition:
         """
         places = {id: place for place, id in enumerate(kept)}
         self._check(places)
-        told = json.loads(json.dumps(self.told)) | {"truncation": None, "padding": None}
-        model = told["model"]
+        content = json.loads(json.dumps(self.content)) | {"truncation": None, "padding": None}
+        model = content["model"]
         if model["type"] == "Unigram":
             unknown = model.get("unk_id")
             model["vocab"] = [model["vocab"][id] for id in kept if id < len(model["vocab"])]
@@ -103,9 +103,9 @@ class Definition:
                 for merge, (left, right) in zip(self._model["merges"], self._merges, strict=True)
                 if left in there and right in there and self._joined(left, right) in there
             ]
-        told["added_tokens"] = [token | {"id": places[token["id"]]} for token in self._added]
-        told["post_processor"] = _renumbered(told.get("post_processor"), self.ids, places)
-        return Definition(told)
+        content["added_tokens"] = [token | {"id": places[token["id"]]} for token in self._added]
+        content["post_processor"] = _renumbered(content.get("post_processor"), self.ids, places)
+        return Definition(content)
 
     def _check(self, places: dict[int, int]) -> None:
         if missing := sorted(self.required() - places.keys()):
@@ -125,12 +125,12 @@ class Definition:
 
     @property
     def _model(self) -> dict[str, Any]:
-        model: dict[str, Any] = self.told["model"]
+        model: dict[str, Any] = self.content["model"]
         return model
 
     @property
     def _added(self) -> list[dict[str, Any]]:
-        return list(self.told.get("added_tokens") or ())
+        return list(self.content.get("added_tokens") or ())
 
     @cached_property
     def _own_ids(self) -> dict[str, int]:
@@ -170,7 +170,7 @@ class Definition:
         falls_back = self._model.get("byte_fallback") and all(byte in own for byte in _BYTES)
         if falls_back:
             yield from _BYTES
-            steps = (self.told.get("normalizer"), self.told.get("pre_tokenizer"))
+            steps = (self.content.get("normalizer"), self.content.get("pre_tokenizer"))
             yield from {mark for step in steps for mark in _inserted(step)}
             return
         for token in own:
@@ -226,7 +226,7 @@ def cut_tokenizer(tokenizer: Any, kept: Sequence[int]) -> Any:
             if path.suffix == ".model" or path.name in ("vocab.txt", "vocab.json", "merges.txt"):
                 path.unlink()
         (folder / "added_tokens.json").unlink(missing_ok=True)
-        (folder / FILE).write_text(json.dumps(after.told), encoding="utf-8")
+        (folder / FILE).write_text(json.dumps(after.content), encoding="utf-8")
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         settings.pop("added_tokens_decoder", None)  # by old ids; tokenizer.json has them
         (folder / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")

@@ -146,7 +146,8 @@ class Hidden:
             handle.remove()
 
     def _see(self, block: nn.Module, inputs: object, output: object) -> None:
-        self._seen.append(output[0] if isinstance(output, tuple) else output)  # type: ignore[arg-type]
+        hidden = output[0] if isinstance(output, tuple) else output
+        self._seen.append(hidden)  # type: ignore[arg-type]
 
     def take(self, mask: Tensor, rows: int) -> Float[Tensor, "rows blocks width"]:
         """[rows, blocks, width] of the last pass over this attention mask."""
@@ -202,7 +203,7 @@ def charge(device: Device, taught: Taught, rows: np.ndarray) -> None:
 
 class Teachers:
     """The teachers of models that are trained in one pass, one for each or none for all; a context
-    manager, since it listens to the blocks of the base where hidden states count.
+    manager, since it hooks the blocks of the base where hidden states count.
 
     They run before training begins, over all rows of each one's plan of batches. Their weights and
     temperatures must agree.

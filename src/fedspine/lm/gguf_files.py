@@ -141,9 +141,10 @@ def _forget_made_up(path: Path, rows: int) -> None:
     """Drop special tokens that the library adds to each tokenizer of a kind, beyond the embedding's
     `rows`, and that the file does not have.
     """
-    told = json.loads(path.read_text(encoding="utf-8"))
-    told["added_tokens"] = [token for token in told["added_tokens"] if token["id"] < rows]
-    path.write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    added = tokenizer["added_tokens"]
+    tokenizer["added_tokens"] = [token for token in added if token["id"] < rows]
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 
 def _unreadable(file: Path, error: Exception) -> BadInput:

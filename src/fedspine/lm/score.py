@@ -113,7 +113,7 @@ def _scores(
 ) -> list[Score]:
     """Of each model that `module` computes, whose inputs hold the rows of one model after another.
 
-    `enter` is told the rows of a batch before it is computed.
+    `enter` receives the rows of a batch before it is computed.
     """
     loss, correct, count = np.zeros(models), np.zeros(models, np.int64), 0
     with torch.inference_mode():

@@ -33,7 +33,7 @@ from fedspine.lm.importance_tracker import Scoring
 from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 from fedspine.lm.structure import Structure, kept_columns, kept_rows
 
-HEARD, GATED = 8, 6  # bytes per input value of a site whose inputs are recorded, or gated
+RECORDED, GATED = 8, 6  # bytes per input value of a site whose inputs are recorded, or gated
 
 
 def updates(scoring: Scoring, steps: int) -> int:
@@ -67,18 +67,18 @@ def tracking_cost(
         matrices = 3 if scoring.cross else 2
         return ScoringCost(flops=float(updates * each * entries), bytes_after=matrices * matrix)
     readers = [(rows, columns) for site, rows, columns in sizes if site.column_units]
-    heard = sum(columns for _, columns in readers)
+    columns_read = sum(columns for _, columns in readers)
     widest = max(columns for _, columns in readers)
     read = sum(rows * columns for rows, columns in readers)
-    by_output = tokens * 3 * heard + updates * (2 * rank + 4) * read
-    by_gate = tokens * 2 * heard
+    by_output = tokens * 3 * columns_read + updates * (2 * rank + 4) * read
+    by_gate = tokens * 2 * columns_read
     after = SINGLE * max(rows * columns for rows, columns in readers)
     match scoring.of:
         case "activation":
-            return ScoringCost(float(by_output), HEARD * largest * widest, after)
+            return ScoringCost(float(by_output), RECORDED * largest * widest, after)
         case "gate":
             return ScoringCost(float(by_gate), GATED * largest * widest)
-    return ScoringCost(float(by_output + by_gate), HEARD * largest * widest, after)
+    return ScoringCost(float(by_output + by_gate), RECORDED * largest * widest, after)
 
 
 def magnitude_cost(layout: PrunableLayout, structure: Structure, rank: int) -> ScoringCost:

@@ -1,5 +1,5 @@
 """Local training: adapter and task head on one device's rows, with a fresh optimiser each time,
-unless the device is told to keep its own (`lm.held`).
+unless the order has the device keep its own (`lm.held`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -291,13 +291,13 @@ def _ended(losses: list[float], counted: list[np.ndarray], device: Device) -> fl
     where the last ones have fewer rows than the device answers about.
     """
     steps = zip(losses[: _steps(losses)], counted, strict=False)
-    told = [(loss, rows) for loss, rows in steps if len(rows) or not np.isfinite(loss)]
-    if not told:
+    counting = [(loss, rows) for loss, rows in steps if len(rows) or not np.isfinite(loss)]
+    if not counting:
         return 0.0
-    texts = [device.data.texts_of(rows) for _, rows in told]
+    texts = [device.data.texts_of(rows) for _, rows in counting]
     last = last_steps(texts, LAST, device.fewest_rows)
     behind = len(np.unique(np.concatenate(texts[-last:])))
-    return device.mean_beside(float(np.mean([loss for loss, _ in told][-last:])), behind)
+    return device.mean_beside(float(np.mean([loss for loss, _ in counting][-last:])), behind)
 
 
 def _prefix(request: Request, first: int) -> Tensor | None:

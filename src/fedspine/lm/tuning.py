@@ -84,7 +84,7 @@ class HeadTraining:
     keep_optimiser: bool = quiet(False)  # whether a device's AdamW goes on from round to round
     personal_head: ClassVar[bool] = False
 
-    def foretold(self, base: Any) -> Reads:
+    def predicted_reads(self, base: Any) -> Reads:
         """What a device's orders will read."""
         ranks = getattr(self, "ranks", ()) or (getattr(self, "rank", None),)
         whole = replace(self, schedule=Linear())  # at the whole rate, without a warm-up

@@ -136,8 +136,8 @@ def read(folder: Path | None) -> Vocabulary | None:
         return None
     path = folder / FILE
     try:
-        told = path.read_bytes()
-        return pydantic.TypeAdapter(Vocabulary).validate_json(told, strict=True)
+        payload = path.read_bytes()
+        return pydantic.TypeAdapter(Vocabulary).validate_json(payload, strict=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise BadInput(

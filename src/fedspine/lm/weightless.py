@@ -1,8 +1,9 @@
-"""A base without weights, from a model's configuration alone, and tensors that have shapes only.
+"""A base without weights, built from a model's configuration alone, and tensors that have only
+shapes.
 
-A model of any size takes seconds and no memory: its parameters are on PyTorch's meta device. Within
-`Weightless` new floating-point tensors are there, too, so what server and devices do with adapters
-goes on without a number; masks and indices are real, since shapes follow from them.
+A model of any size loads in seconds and takes no memory: its parameters are on PyTorch's meta
+device. Within `Weightless` new floating-point tensors are on it too, so that server and devices can
+handle adapters without values; masks and indices are real, since shapes depend on them.
 """
 
 from collections.abc import Callable
@@ -41,14 +42,14 @@ READING = frozenset(
         *(Tensor.__float__, Tensor.__int__, Tensor.__index__),
     )
 )
-# of which the shape may follow from a mask
+# whose result's shape may depend on a mask
 INDEXING = frozenset((Tensor.__getitem__, Tensor.__setitem__))
 
 
 class Weightless(TorchFunctionMode):
-    """While it is used as a context manager, floating-point tensors are made without numbers.
+    """A context manager within which new floating-point tensors have no values.
 
-    What is asked of such numbers is taken as not so, such as whether one is above another.
+    The truth value of a tensor without values is False, so every comparison of them is.
 
     >>> with Weightless():
     ...     weights = torch.zeros(1 << 40, 4)
@@ -67,18 +68,18 @@ class Weightless(TorchFunctionMode):
         if func is Tensor.__bool__:
             return False
         if func in READING:
-            raise NotImplementedError(f"{func.__name__} of a tensor without numbers")
+            raise NotImplementedError(f"{func.__name__} of a tensor without values")
         given = (*args, *kwargs.values())
         if func in STAYING and not any(isinstance(one, torch.dtype) for one in given):
             return args[0]
         if func not in INDEXING:
-            args = [_without_numbers(arg) for arg in args]
-            kwargs = {name: _without_numbers(arg) for name, arg in kwargs.items()}
+            args = [_without_values(arg) for arg in args]
+            kwargs = {name: _without_values(arg) for name, arg in kwargs.items()}
         return func(*args, **kwargs)
 
 
 def _made(func: Callable[..., Tensor], args: Any, kwargs: dict[str, Any]) -> Tensor:
-    """What a factory makes, without numbers where it is of floating point."""
+    """The tensor of a factory, without values if it is a floating-point one."""
     if func in (torch.tensor, torch.as_tensor):
         made = func(*args, **kwargs)
         return made.to(META) if made.is_floating_point() else made
@@ -88,16 +89,16 @@ def _made(func: Callable[..., Tensor], args: Any, kwargs: dict[str, Any]) -> Ten
 
 
 def _bare(value: Any) -> bool:
-    """Whether an argument is a tensor without numbers, or a sequence with one."""
+    """Whether an argument is a tensor without values, or a sequence with one."""
     if isinstance(value, list | tuple):
         return any(map(_bare, value))
     return isinstance(value, Tensor) and value.device.type == META.type
 
 
-def _without_numbers(value: Any) -> Any:
-    """An argument without numbers, where it is a tensor or a sequence."""
+def _without_values(value: Any) -> Any:
+    """An argument without its values, if it is a tensor or a sequence."""
     if type(value) in (list, tuple):
-        return type(value)(map(_without_numbers, value))
+        return type(value)(map(_without_values, value))
     return value.to(META) if isinstance(value, Tensor) else value
 
 
@@ -109,14 +110,15 @@ def load(
     layers: int | None = None,
     pooling: Pooling | Literal["auto"] = "auto",
 ) -> Base:
-    """The base model `name` for this kind of task on the meta device; no file of weights is read.
+    """The base model `name` for this kind of task on the meta device; no weights are read.
 
-    Of a `.gguf` file only the header is. As in `lm.load`; layers behind the backbone are taken to
-    be new, but for those of a checkpoint that was saved as the same kind of model. Raises BadInput
-    for a configuration that cannot be found or read, or whose architecture has no unit map.
+    Only the header of a `.gguf` file is read. Arguments are those of `lm.load`. Layers after the
+    backbone are assumed to be new unless the checkpoint was saved as the same kind of model. Raises
+    BadInput for a configuration that cannot be found or read, or whose architecture has no unit
+    map.
     """
     logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()  # not a line for each time that it tries again
+    hub_logging.set_verbosity_error()  # no line for each retry
     source, options = described(name)
     config = config_of(name, source, kind=kind, layers=layers, **options)
     readout: Pooling | None = None
@@ -132,16 +134,16 @@ def load(
 
 
 def _held(path: str, saved: bool) -> bool:
-    """Whether a checkpoint holds the layer at `path` of the head; that of a bare backbone has its
+    """Whether a checkpoint holds the layer at `path` of the head; a bare backbone's has only the
     pooler.
     """
     return saved or ".pooler." in f".{path}."
 
 
 def described(name: str) -> tuple[str, dict[str, Any]]:
-    """Where the configuration of the model `name` is, and how it is read from there.
+    """The place of the configuration of the model `name`, and the options for reading it.
 
-    Raises BadInput for a local path that is no model.
+    Raises BadInput for a local path without a model.
     """
     if name == "smollm2":
         return _header(smollm2_file())

@@ -62,7 +62,7 @@ class TrialOrder:
 
     def check(self, asked: Asked) -> None:
         same = self.adapters.keys() == self.heads.keys()
-        need(same and set(self.adapters) <= set(BRANCHES), "branches of another kind came")
+        need(same and set(self.adapters) <= set(BRANCHES), "branches are of another kind")
         need(self.rows >= 1, f"rows is {self.rows}, but at least 1 is needed")
         for branch, adapter in self.adapters.items():
             check_adapter(adapter, asked.base.layout)
@@ -77,7 +77,7 @@ class TrialResult:
     def check(self, asked: Asked) -> None:
         asked.examples(self.examples)
         known = BRANCHES if asked.order is None else asked.order.adapters
-        need(set(self.accuracies) == set(known), "accuracies of other branches came")
+        need(set(self.accuracies) == set(known), "accuracies are of other branches")
         for accuracy in self.accuracies.values():
             within("accuracy", accuracy, 0, 1)
 
@@ -192,9 +192,9 @@ class FedAdapter(LocalTraining):
                 raise BadInput(f"method.{name} is {getattr(self, name)}, but at least 1 is needed")
         check_tuning(self)
 
-    def foretold(self, base: Any) -> Reads:
+    def predicted_reads(self, base: Any) -> Reads:
         """With the rank to which adapters may grow."""
-        return replace(super().foretold(base), rank=self.largest_width)
+        return replace(super().predicted_reads(base), rank=self.largest_width)
 
     def least_work(self, task: Task) -> LeastWork:
         """The configuration to begin with, which no branch is smaller than."""

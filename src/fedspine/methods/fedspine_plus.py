@@ -81,15 +81,15 @@ class FedSpinePlus(FedSpine):
         """Raise BadInput for what needs a gradient or a change of every block, or orders of its
         own.
         """
-        for field, came, able in (
+        for field, named, able in (
             ("importance", self.importance.name, ("activation", "magnitude", "random")),
             ("aggregation", self.aggregation, FACTORS),
             ("teacher", self.teacher.name, (NoTeacher.name,)),
             ("structure", self.structure, ("free",)),
         ):
-            if came not in able:
+            if named not in able:
                 raise BadInput(
-                    f"method.{field} is {came}, which does not go with method.depths = lcd; "
+                    f"method.{field} is {named}, which does not go with method.depths = lcd; "
                     f"choose one of {', '.join(able)}"
                 )
 

@@ -64,12 +64,13 @@ class FloraOrder:
         layout = asked.base.layout
         need(0 <= self.since <= self.round, f"since is {self.since}, in round {self.round}")
         if self.change:
-            need(not self.stacks and self.since == 0, "stacks and the whole change came")
+            alone = not self.stacks and self.since == 0
+            need(alone, "expected stacks or the whole change, got both")
             tensors_of("change", self.change, _dense_shapes(layout))
             need(self.merged_rank >= _narrowest(layout), "merged_rank is below the change's")
         else:
-            came, expected = len(self.stacks), self.round - self.since
-            need(came == expected, f"stacks of {came} rounds came, {expected} were expected")
+            got, expected = len(self.stacks), self.round - self.since
+            need(got == expected, f"expected stacks of {expected} rounds, got {got}")
             need(self.stacks.keys() == set(self.rounds), "stacks are of other rounds")
         for stack in self.stacks.values():
             rank = rank_in(stack)
@@ -125,7 +126,7 @@ def _merged_on(device: Device, order: FloraOrder) -> Merged:
     layout = device.base.layout
     before = device.memory.get(MERGED) if order.since else Merged(round=0, rank=0, change={})
     if before is None or before.round != order.since:
-        raise ValueError(f"the order builds on round {order.since}, whose weights are not here")
+        raise ValueError(f"the order builds on round {order.since}, whose weights are missing")
     rank, change = before.rank, order.change or before.change
     for number in order.rounds:
         change = merged_stack(layout, change, order.stacks[number])
@@ -133,10 +134,11 @@ def _merged_on(device: Device, order: FloraOrder) -> Merged:
     rank = _narrowest(layout) if order.change else min(rank, _narrowest(layout))
     if order.merged_rank < rank:
         raise ValueError(f"the order says rank {order.merged_rank}, but {rank} is merged then")
-    came = sum(t.numel() for each in (*order.stacks.values(), order.change) for t in each.values())
+    parts = (*order.stacks.values(), order.change)
+    received = sum(tensor.numel() for part in parts for tensor in part.values())
     device.spend(
         flops=sum(2.0 * layout.parameters * adapter_rank(s) for s in order.stacks.values()),
-        memory_bytes=HALF * (device.base.embeddings + layout.parameters + came),
+        memory_bytes=HALF * (device.base.embeddings + layout.parameters + received),
     )
     return Merged(round=order.round, rank=rank, change=change)
 
@@ -212,9 +214,9 @@ class Flora(LocalTraining):
         check_rank("method.ranks", self.ranks, task.base.layout)
         check_tuning(self)
 
-    def foretold(self, base: Any) -> Reads:
+    def predicted_reads(self, base: Any) -> Reads:
         """With the rank of everything merged at the end: the full rank of the weights."""
-        return replace(super().foretold(base), rank=_narrowest(base.layout))
+        return replace(super().predicted_reads(base), rank=_narrowest(base.layout))
 
     def start(self, task: Task, rng: np.random.Generator) -> FloraState:
         return FloraState(

@@ -68,8 +68,8 @@ class MergeSflPlus(MergeSfl):
                 f"method.labels_stay needs merged features; method.merging is {self.merging!r}"
             )
 
-    def foretold(self, base: Any) -> Reads:
-        return replace(super().foretold(base), labels=not self.labels_stay)
+    def predicted_reads(self, base: Any) -> Reads:
+        return replace(super().predicted_reads(base), labels=not self.labels_stay)
 
     def round(self, state: SplitState, fleet: Fleet) -> SplitState:
         if self.labels_stay:

@@ -250,10 +250,10 @@ def _beside(device: Device, scores: Scores) -> Scores:
     """The scores as they may leave: a sum over rows, each of which may be its share of it off."""
     one_row = 1 / max(1, device.rows_used)
 
-    def told(values: Tensor) -> Tensor:
+    def noisy(values: Tensor) -> Tensor:
         return values * device.beside(torch.zeros_like(values), one_row).exp()
 
-    return replace(scores, heads=told(scores.heads), channels=told(scores.channels))
+    return replace(scores, heads=noisy(scores.heads), channels=noisy(scores.channels))
 
 
 def _taught(device: Device, order: SpineOrder) -> Taught | None:

@@ -215,13 +215,13 @@ def class_means(device: Device, order: MeansOrder) -> ClassMeans:
         squares += float(found.square().sum())
         counts += torch.bincount(labels, minlength=classes)
     _charge(device, batches)
-    told, rows = device.counts_beside(counts), len(chosen)
+    reported, rows = device.counts_beside(counts), len(chosen)
     spread = max(0.0, squares / rows - float((sums.sum(0) / rows).square().sum())) / width
     each = counts.clamp_min(1)[:, None]
     # one row more or less moves the mean of its class by its distance over their number
-    means = device.beside(sums * (told > 0)[:, None] / each, sqrt(spread) / each)
-    means = torch.where((told > 0)[:, None], means, 0.0)
-    return ClassMeans(means=half({"means": means}), counts=told)
+    means = device.beside(sums * (reported > 0)[:, None] / each, sqrt(spread) / each)
+    means = torch.where((reported > 0)[:, None], means, 0.0)
+    return ClassMeans(means=half({"means": means}), counts=reported)
 
 
 def features(base: Base, inputs: Tensors) -> Float[Tensor, "rows width"]:

@@ -151,7 +151,7 @@ def prune_and_average(
     replies it rests on.
 
     A device prunes by its own importance, mixed with the fleet's by `global_importance_weight`; one
-    never heard of has none yet.
+    that has never replied has none yet.
     """
     orders = {
         profile.id: _order(fields, state, profile.id, target, scoring) for profile in fleet.devices

@@ -9,26 +9,26 @@ from rich.text import Text
 from fedspine.report.tables import MISSING, bytes_text, counted, percent, seconds_text
 
 
-def kind_table(found: Mapping[str, Any]) -> Table:
+def kind_table(plan: Mapping[str, Any]) -> Table:
     """A column for each kind of device of a plan."""
-    kinds = found["kinds"]
+    kinds = plan["kinds"]
     title = (
-        f"{found['method']} on {found['model']}: {found['architecture']}, {found['layers']} "
-        f"blocks, {found['parameters']:,} parameters; {found['steps']} steps of {found['batch']} "
-        f"rows of {found['tokens']} tokens"
+        f"{plan['method']} on {plan['model']}: {plan['architecture']}, {plan['layers']} "
+        f"blocks, {plan['parameters']:,} parameters; {plan['steps']} steps of {plan['batch']} "
+        f"rows of {plan['tokens']} tokens"
     )
     heads = [f"{kind['kind']}, {counted(kind['devices'], 'device')}" for kind in kinds]
     table = Table("", title=Text(title), title_justify="left")
     for head in heads:
         table.add_column(Text(head))
-    for label, cells in _rows(found, kinds):
+    for label, cells in _rows(plan, kinds):
         table.add_row(Text(label), *map(Text, cells))
     return table
 
 
-def told(found: Mapping[str, Any]) -> list[str]:
-    """The lines below the table: the first round, the run, and what was assumed."""
-    first, run = found["round"], found["run"]
+def summary_lines(plan: Mapping[str, Any]) -> list[str]:
+    """The lines below the table: the first round, the run, and the assumptions."""
+    first, run = plan["round"], plan["run"]
     lines = [
         f"first round, {counted(first['devices'], 'device')}: {seconds_text(first['seconds'])}, "
         f"{bytes_text(first['bytes_down'])} down, {bytes_text(first['bytes_up'])} up"
@@ -39,33 +39,33 @@ def told(found: Mapping[str, Any]) -> list[str]:
             f"{bytes_text(run['bytes_down'])} down, {bytes_text(run['bytes_up'])} up"
         )
     if not first["devices"]:
-        lines = ["nothing would be trained: no device of the first round has the memory"]
-    return [*lines, *(f"note: {remark}" for remark in found["remarks"])]
+        lines = ["nothing would be trained: no device of the first round has enough memory"]
+    return [*lines, *(f"note: {remark}" for remark in plan["remarks"])]
 
 
 def _rows(
-    found: Mapping[str, Any], kinds: Sequence[Mapping[str, Any]]
+    plan: Mapping[str, Any], kinds: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, list[str]]]:
     rows = [
         (
-            "memory, of it usable",
+            "total, usable memory",
             [_sizes(kind["memory_bytes"], kind["usable_bytes"]) for kind in kinds],
         ),
         (
-            f"unpruned, rank {found['rank']}",
+            f"unpruned, rank {plan['rank']}",
             [_fitting(kind["dense_memory_bytes"], kind["dense_fits"]) for kind in kinds],
         ),
         ("  largest depth", [str(kind["largest"]["depth"]) for kind in kinds]),
         ("  largest rank", [str(kind["largest"]["rank"]) for kind in kinds]),
         ("  largest batch", [str(kind["largest"]["batch"]) for kind in kinds]),
     ]
-    for part, title in (("training", "asked at first"), ("pruned", "asked when pruned")):
-        told = any(kind[part] for kind in kinds)
-        if told or part == "training":
+    for part, title in (("training", "first training"), ("pruned", "training when pruned")):
+        present = any(kind[part] for kind in kinds)
+        if present or part == "training":
             rows.append((title, [kind["left_out"] or "" for kind in kinds]))
             rows += [
                 (f"  {label}", [cell(kind[part]) if kind[part] else MISSING for kind in kinds])
-                for label, cell in (_CELLS if told else ())
+                for label, cell in (_CELLS if present else ())
             ]
     return rows
 
@@ -101,8 +101,8 @@ _CELLS = (
     ("peak memory", lambda part: _fitting(part["peak_memory_bytes"], part["fits"])),
     ("bytes down", lambda part: _bytes(part["bytes_down"])),
     ("bytes up", lambda part: _bytes(part["bytes_up"])),
-    ("computing", lambda part: _seconds(part["seconds"]["computing"])),
+    ("compute", lambda part: _seconds(part["seconds"]["computing"])),
     ("down", lambda part: _seconds(part["seconds"]["down"])),
     ("up", lambda part: _seconds(part["seconds"]["up"])),
-    ("in all", lambda part: _seconds(part["seconds"]["total"])),
+    ("total", lambda part: _seconds(part["seconds"]["total"])),
 )

@@ -185,11 +185,11 @@ def _warned(row: Mapping[str, Any]) -> Warned:
 
 def _answer(row: Mapping[str, Any]) -> AnswerRow:
     answers = row.get("answers")
-    told = answers.items() if isinstance(answers, Mapping) else ()
+    texts = answers.items() if isinstance(answers, Mapping) else ()
     return AnswerRow(
         prompt=str(row.get("prompt") or ""),
         reference=str(row.get("reference") or ""),
-        answers={str(name): str(text) for name, text in told},
+        answers={str(name): str(text) for name, text in texts},
     )
 
 

@@ -1,4 +1,4 @@
-"""Figures that compare methods: one line for each with its band over seeds, told apart by colour,
+"""Figures that compare methods: a line for each with its band over seeds, distinguished by colour,
 dash and mark.
 """
 

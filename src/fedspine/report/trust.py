@@ -101,22 +101,22 @@ def trust_lines(found: Mapping[str, Any]) -> list[str]:
             f"{privacy['delta']:g} promised to each device; spent: {_named(spent) or 'nothing yet'}"
         )
     if noise := found.get("noise"):
-        told = [f"{device} {least:.2g}" for device, least in noise.items()]
-        lines.append(f"noise beside the change of weights that left, at least: {_named(told)}")
+        listed = [f"{device} {least:.2g}" for device, least in noise.items()]
+        lines.append(f"noise beside the change of weights that left, at least: {_named(listed)}")
     if bounded := found.get("bounded"):
-        told = [
+        listed = [
             f"{device} in {counted(each['rounds'], 'round')} "
             f"({percent(each['smallest_share'])} counted at least)"
             for device, each in bounded.items()
         ]
-        lines.append(f"bounded to a usual change: {_named(told)}")
+        lines.append(f"bounded to a usual change: {_named(listed)}")
     if left_out := found.get("left_out"):
-        told = [
+        listed = [
             f"{device} {counted(each['times'], 'time')}"
             + (f" ({each['reason']})" if each["reason"] else "")
             for device, each in left_out.items()
         ]
-        lines.append(f"left out: {_named(told)}")
+        lines.append(f"left out: {_named(listed)}")
     return lines
 
 

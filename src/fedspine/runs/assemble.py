@@ -45,7 +45,7 @@ from fedspine.runs.own_rows import held_out_by
 from fedspine.runs.promise import check_delta, privacy_of
 from fedspine.runs.read_data import dataset, modelled, row_shares
 from fedspine.runs.task_record import TaskRecord
-from fedspine.runs.vocabulary import reduced, told
+from fedspine.runs.vocabulary import reduced, vocabulary_line
 from fedspine.storage.records import Records
 from fedspine.storage.store import Store
 
@@ -217,7 +217,7 @@ def _with_words(
     tokenizer, found = reduced(recipe, data, task, tokenizer, shares)
     train, test = _encoded(recipe, data, tokenizer)
     task = replace(task, train=train, test=test)
-    return task, tokenizer, found, [told(recipe, found)]
+    return task, tokenizer, found, [vocabulary_line(recipe, found)]
 
 
 def load_base(

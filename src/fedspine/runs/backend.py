@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from fedspine.core.aggregation import Aggregation, Mean, NormClip
 from fedspine.core.errors import BadInput
-from fedspine.core.reads import Foretells
+from fedspine.core.reads import PredictsReads
 from fedspine.execution.workers import Workers
 from fedspine.flare.run_terms import RunTerms, model_name
 from fedspine.flare.session import FlareSession
@@ -132,12 +132,13 @@ class RealSites:
         )
         refusals = FlareFleet(self._session).join()
         if refusals and len(self._session.sites) < max(self.timeouts.sites, self.timeouts.quorum):
-            told = "; ".join(f"{name}: {why}" for name, why in refusals.items())
-            raise BadInput(f"{len(refusals)} of {len(self._link.sites)} sites take no part: {told}")
+            reasons = "; ".join(f"{name}: {why}" for name, why in refusals.items())
+            sites = len(self._link.sites)
+            raise BadInput(f"{len(refusals)} of {sites} sites take no part: {reasons}")
         joined = [site.memory_bytes for site in self._session.sites.values()]
         check_memory(recipe.method, assembled.task, joined)
         absent = [f"site {name} takes no part: {why}" for name, why in refusals.items()]
-        return replace(assembled, remarks=(*assembled.remarks, _told(recipe), *absent))
+        return replace(assembled, remarks=(*assembled.remarks, _aggregation_line(recipe), *absent))
 
     def fleet(
         self, assembled: Assembled, workers: Workers, store: Store, records: Records
@@ -177,7 +178,7 @@ def _by_default(method: Any, fleet: FleetSection) -> Aggregation | None:
     return how if method.robust and fleet.replies >= how.fewest(fleet.replies) else None
 
 
-def _told(recipe: Recipe) -> str:
+def _aggregation_line(recipe: Recipe) -> str:
     """A line on how what the sites send is merged."""
     match recipe.fleet.aggregation:
         case None | Mean():
@@ -216,7 +217,7 @@ def terms_of(assembled: Assembled) -> RunTerms:
     section, task, method = assembled.recipe.task, assembled.task, assembled.recipe.method
     return RunTerms(
         method=method.name,
-        foretold=method.foretold(task.base) if isinstance(method, Foretells) else None,
+        foretold=method.predicted_reads(task.base) if isinstance(method, PredictsReads) else None,
         kind=section.kind,
         model=model_name(section.model),
         model_sha256=content_sha256(task.base, assembled.tokenizer),

@@ -91,13 +91,13 @@ class Estimate:
     """The wall seconds left, estimated from the rounds and checks of this process."""
 
     plan: WorkPlan
-    _paces: list[float] = field(default_factory=list)  # seconds per whole round
+    _rounds: list[float] = field(default_factory=list)  # seconds per whole round
     _samples: list[float] = field(default_factory=list)  # training samples of a round
     _scoring: list[float] = field(default_factory=list)  # seconds per row of a whole model
 
     def saw_round(self, round: int, seconds: float, samples: int) -> None:
         """Add the measurement of a round, counted from 0."""
-        self._paces.append(seconds / self.plan.round_work(round))
+        self._rounds.append(seconds / self.plan.round_work(round))
         self._samples.append(max(1, samples))
 
     def saw_check(self, round: int, seconds: float) -> None:
@@ -108,16 +108,20 @@ class Estimate:
         """Wall seconds until the run's end where `done` of `rounds` are done; None before the
         first.
         """
-        if not self._paces:
+        if not self._rounds:
             return None
         coming = range(done, rounds)
-        training = self.pace * sum(map(self.plan.round_work, coming))
+        training = self.round_seconds * sum(map(self.plan.round_work, coming))
         checks = sum(
             self.plan.check_work(round + 1)
             for round in coming
             if self.plan.is_check(round + 1, rounds)
         )
-        return training + self.check_pace * checks + self.scoring_pace * self.plan.final_work()
+        return (
+            training
+            + self.check_row_seconds * checks
+            + self.scoring_row_seconds * self.plan.final_work()
+        )
 
     def scoring_left(self, models: int, seconds: float) -> float | None:
         """Wall seconds left of the final scoring, after so many models and `seconds`; None before
@@ -129,28 +133,30 @@ class Estimate:
         if not models:
             return None
         by_models = seconds * (1 / self.plan.scored_share(models) - 1)
-        expected = self.scoring_pace * self.plan.final_work() - seconds if self._paces else 0.0
+        expected = (
+            self.scoring_row_seconds * self.plan.final_work() - seconds if self._rounds else 0.0
+        )
         return min(by_models, expected) if expected > 0 else by_models
 
     @property
-    def pace(self) -> float:
+    def round_seconds(self) -> float:
         """Seconds per whole round; the first round, which prepares what later ones reuse, does not
         count.
         """
-        return median(self._paces[1:] or self._paces)
+        return median(self._rounds[1:] or self._rounds)
 
     @property
-    def check_pace(self) -> float:
+    def check_row_seconds(self) -> float:
         """Seconds per row of a whole model in a check, expected from training before the first."""
-        return median(self._scoring) if self._scoring else self._forward_pace
+        return median(self._scoring) if self._scoring else self._forward_row_seconds
 
     @property
-    def scoring_pace(self) -> float:
+    def scoring_row_seconds(self) -> float:
         """The same in the final scoring: a short check pays for its start on few rows, and can only
         seem slower.
         """
-        return min(self.check_pace, self._forward_pace)
+        return min(self.check_row_seconds, self._forward_row_seconds)
 
     @property
-    def _forward_pace(self) -> float:
-        return FORWARD_SHARE * self.pace / median(self._samples)
+    def _forward_row_seconds(self) -> float:
+        return FORWARD_SHARE * self.round_seconds / median(self._samples)

@@ -1,4 +1,4 @@
-"""Whether any device of a fleet has the memory for the least that a method may ask."""
+"""A check that some device of a fleet has the memory for the least work of a method."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,10 +10,10 @@ from fedspine.lm.forecast import USABLE_MEMORY
 
 
 def check_memory(method: Any, task: Task, memories: Iterable[int]) -> None:
-    """Raise BadInput where none of the devices' `memories`, in bytes, has room for the least work.
+    """Raise BadInput if none of the devices' `memories`, in bytes, has room for the least work.
 
-    A method that leaves no device out for its memory passes, and so do devices that do not say how
-    much they have, 0.
+    A method that leaves no device out for its memory passes, and so does a fleet with a device that
+    does not state its memory, 0.
     """
     known = list(memories)
     if not isinstance(method, FitsMemory) or not known or min(known) <= 0:
@@ -24,7 +24,6 @@ def check_memory(method: Any, task: Task, memories: Iterable[int]) -> None:
     *others, last = least.settings
     raise BadInput(
         f"no device has the memory for the least that {method.name} trains: "
-        f"{least.memory_bytes / 2**30:.3g} GiB, and of the largest memory, "
-        f"{most / 2**30:.3g} GiB, {USABLE_MEMORY:.0%} may be used; lower {', '.join(others)} or "
-        f"{last}"
+        f"{least.memory_bytes / 2**30:.3g} GiB; at most {USABLE_MEMORY:.0%} of the largest memory, "
+        f"{most / 2**30:.3g} GiB, may be used; lower {', '.join(others)} or {last}"
     )

@@ -1,7 +1,7 @@
-"""What a recipe would cost, before anything is loaded or trained: memory, seconds and bytes for
-each kind of device.
+"""The cost of a recipe before anything is loaded or trained: memory, seconds and bytes by kind of
+device.
 
-The method plans its first round for a fleet that is charged as the simulated one and trains nothing
+The method runs its first round on a fleet that is charged like the simulated one but trains nothing
 (`fleets.planned`), on a base without weights (`lm.weightless`).
 """
 
@@ -23,14 +23,14 @@ from fedspine.runs.config import Recipe
 from fedspine.runs.planned_round import Rounds, check_able, classes_of, rounds_of, trainings
 from fedspine.runs.read_data import modelled
 
-MOST_BATCH = 1 << 16  # rows that are tried
+MOST_BATCH = 1 << 16  # the largest batch that is tried
 
 Range = tuple[float, float]  # the least and the most
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one exchange of a kind's devices, without random jitter: each the least and the most."""
+    """The times of one exchange with a kind's devices, without random jitter, as ranges."""
 
     computing: Range
     down: Range
@@ -39,14 +39,14 @@ class Seconds:
 
 
 @dataclass(frozen=True)
-class Training:
-    """What devices of a kind would be asked to train in a round: each the least and the most, of
-    those in the cohorts that were planned.
+class TrainingCost:
+    """What a kind's devices would be asked to train in a round, as ranges over those in the planned
+    cohorts.
     """
 
     rank: Range
     depth: Range  # from the lowest trained block to the output
-    blocks: Range  # that are trained
+    blocks: Range  # trained blocks
     sparsity: float
     peak_memory_bytes: int
     fits: bool
@@ -58,7 +58,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Largest:
-    """The most that a kind's memory has room for, with all else as in the recipe; 0: nothing."""
+    """The largest values that fit a kind's memory, all else as in the recipe; 0: none does."""
 
     depth: int
     rank: int  # on all blocks
@@ -66,8 +66,8 @@ class Largest:
 
 
 @dataclass(frozen=True)
-class KindPlan:
-    """One kind of device."""
+class KindCost:
+    """The plan of one kind of device."""
 
     kind: str
     devices: int
@@ -76,14 +76,14 @@ class KindPlan:
     dense_memory_bytes: int  # to train an adapter on all blocks of the unpruned model
     dense_fits: bool
     largest: Largest
-    training: Training | None  # None: nothing fits
-    pruned: Training | None  # at the target sparsity, of methods that prune
-    left_out: str | None  # why a device of this kind is asked nothing
+    training: TrainingCost | None  # None if nothing fits
+    pruned: TrainingCost | None  # at the target sparsity; None unless the method prunes
+    left_out: str | None  # why no device of this kind is asked
 
 
 @dataclass(frozen=True)
 class Charged:
-    """One exchange of the first round, as it would be recorded but for its losses."""
+    """One exchange of the first round, as it would be recorded, without losses."""
 
     device: str
     kind: str
@@ -96,7 +96,7 @@ class Charged:
 
 
 @dataclass(frozen=True)
-class RoundPlan:
+class RoundCost:
     """The first round, with the draws of the simulated clock."""
 
     devices: int
@@ -107,8 +107,8 @@ class RoundPlan:
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    """The whole run; None where rounds differ in what they cost."""
+class RunCost:
+    """The whole run; None if the costs of rounds differ."""
 
     rounds: int
     seconds: float | None
@@ -117,30 +117,31 @@ class RunPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a recipe would cost; `remarks` say what was assumed."""
+class CostPlan:
+    """The cost of a recipe; `remarks` state the assumptions."""
 
     method: str
     model: str
     architecture: str
     parameters: int
-    block_parameters: int  # of the blocks' linear layers, of which sparsity is a share
+    block_parameters: int  # of the blocks' linear layers, to which sparsity refers
     layers: int
-    rank: int  # the largest of the method
+    rank: int  # the method's largest
     batch: int
     tokens: int
     steps: int
-    kinds: tuple[KindPlan, ...]
-    round: RoundPlan
-    run: RunPlan
+    kinds: tuple[KindCost, ...]
+    round: RoundCost
+    run: RunCost
     remarks: tuple[str, ...]
 
 
-def plan(recipe: Recipe, *, classes: int | None = None, kind: str | None = None) -> Plan:
-    """The plan of a recipe; `classes` are those of the task, `kind` makes all devices of one kind.
+def plan(recipe: Recipe, *, classes: int | None = None, kind: str | None = None) -> CostPlan:
+    """The plan of a recipe; `classes` is the task's number of classes, and `kind` gives all devices
+    one kind.
 
-    Raises BadInput for a recipe that a run refuses before it begins, and for one that cannot be
-    planned.
+    Raises BadInput for a recipe that a run would refuse before it begins, and for one that cannot
+    be planned.
     """
     if kind is not None:
         recipe = _of_kind(recipe, kind)
@@ -150,7 +151,7 @@ def plan(recipe: Recipe, *, classes: int | None = None, kind: str | None = None)
     known, doubt = classes_of(recipe, classes)
     rounds = rounds_of(recipe, kinds, known)
     base, method = rounds.task.base, recipe.method
-    return Plan(
+    return CostPlan(
         method=method.name,
         model=recipe.task.model,
         architecture=base.layout.architecture,
@@ -174,12 +175,12 @@ def _of_kind(recipe: Recipe, kind: str) -> Recipe:
     return recipe.choosing({"fleet": {"mix": {kind: recipe.fleet.devices}}})
 
 
-# --- sums
+# --- totals
 
 
-def _round_plan(fleet: PlannedFleet, kinds: list[str]) -> RoundPlan:
+def _round_plan(fleet: PlannedFleet, kinds: list[str]) -> RoundCost:
     of = dict(zip(fleet.ids, kinds, strict=True))
-    return RoundPlan(
+    return RoundCost(
         devices=len(trainings(fleet)),
         seconds=fleet.now,
         bytes_down=sum(one.quote.bytes_down for one in fleet.exchanges),
@@ -200,14 +201,14 @@ def _round_plan(fleet: PlannedFleet, kinds: list[str]) -> RoundPlan:
     )
 
 
-def _run(recipe: Recipe, first: PlannedFleet) -> RunPlan:
-    """The sums over all rounds, where every device trains the same whenever it is asked, and a
-    round waits for every reply.
+def _run(recipe: Recipe, first: PlannedFleet) -> RunCost:
+    """The totals over all rounds, if every device trains the same whenever it is asked and rounds
+    wait for every reply.
     """
     rounds, section, asked = recipe.run.rounds, recipe.fleet, trainings(first)
     waits = section.quorum == 1 and not (section.drop or section.delay_seconds)
     if not (asked and recipe.method.same_shapes and waits) or recipe.run.seconds:
-        return RunPlan(rounds, None, None, None)
+        return RunCost(rounds, None, None, None)
     same = next(iter(asked.values())).quote
     asks = Counter(one.device for one in first.exchanges)
     seconds = first.now
@@ -217,7 +218,7 @@ def _run(recipe: Recipe, first: PlannedFleet) -> RunPlan:
         asks.update(part)
     quotes = [one.quote for one in first.exchanges]
     later = asks.total() - len(quotes)
-    return RunPlan(
+    return RunCost(
         rounds,
         seconds,
         sum(quote.bytes_down for quote in quotes) + later * same.bytes_down,
@@ -228,7 +229,7 @@ def _run(recipe: Recipe, first: PlannedFleet) -> RunPlan:
 # --- kinds
 
 
-def _kind(recipe: Recipe, rounds: Rounds, name: str, kinds: list[str]) -> KindPlan:
+def _kind(recipe: Recipe, rounds: Rounds, name: str, kinds: list[str]) -> KindCost:
     task, memory, first = rounds.task, KINDS[name].memory_bytes, rounds.first
     mine = {id for id, kind in zip(first.ids, kinds, strict=True) if kind == name}
     dense = _memory(task, _rank(recipe.method), recipe.method.batch)
@@ -236,7 +237,7 @@ def _kind(recipe: Recipe, rounds: Rounds, name: str, kinds: list[str]) -> KindPl
     room = USABLE_MEMORY * memory
     asked = {one.quote for id, one in rounds.trainings.items() if id in mine}
     later = {quote for id, quote in rounds.pruned.items() if id in mine}
-    return KindPlan(
+    return KindCost(
         kind=name,
         devices=len(mine),
         memory_bytes=memory,
@@ -252,8 +253,8 @@ def _kind(recipe: Recipe, rounds: Rounds, name: str, kinds: list[str]) -> KindPl
 
 def _summed(
     fleet: PlannedFleet, devices: Collection[str], quotes: Collection[Quote], room: float
-) -> Training | None:
-    """The costs of these orders; each device of the kind may get any of them."""
+) -> TrainingCost | None:
+    """The ranges of these orders' costs; each device of the kind may get any of them."""
     if not quotes:
         return None
     trained = [quote.price.trained for quote in quotes if quote.price.trained is not None]
@@ -261,7 +262,7 @@ def _summed(
         fleet.timing(id, quote, round=0, ask=None) for id in sorted(devices) for quote in quotes
     ]
     peak = max(quote.price.peak_memory_bytes for quote in quotes)
-    return Training(
+    return TrainingCost(
         rank=_range(one.rank for one in trained),
         depth=_range(one.depth for one in trained),
         blocks=_range(one.blocks for one in trained),
@@ -294,7 +295,7 @@ def _largest(recipe: Recipe, task: Task, room: float) -> Largest:
 
 
 def _memory(task: Task, rank: int, batch: int) -> int:
-    """Peak bytes to train an adapter of this rank on all blocks of the unpruned model."""
+    """Peak bytes of training an adapter of this rank on all blocks of the unpruned model."""
     layout = task.base.layout
     return training_memory_bytes(
         layout,
@@ -307,7 +308,7 @@ def _memory(task: Task, rank: int, batch: int) -> int:
 
 
 def _rank(method: Any) -> int:
-    """The largest rank that the method's settings name; 0 where it trains a head alone."""
+    """The largest rank in the method's settings; 0 for a method that trains only a head."""
     for name in ("ranks", "largest_width", "rank"):
         if found := getattr(method, name, 0):
             return max(found) if isinstance(found, tuple) else found
@@ -324,13 +325,13 @@ def _remarks(recipe: Recipe, first: PlannedFleet) -> list[str]:
     last = {one.work.__name__ for one in trainings(first).values()}
     beside = sorted({one.work.__name__ for one in first.exchanges} - last)
     lines = [
-        f"every row is taken to have task.max_tokens = {recipe.task.max_tokens} tokens; shorter "
-        "ones take less memory and time",
-        f"what fits takes at most {USABLE_MEMORY:.0%} of a device's memory; seconds of a kind span "
+        f"every row is assumed to have task.max_tokens = {recipe.task.max_tokens} tokens; shorter "
+        "rows take less memory and time",
+        f"a device may use at most {USABLE_MEMORY:.0%} of its memory; the seconds of a kind cover "
         "the power modes and links of its devices in the first round, without jitter",
     ]
     if beside:
-        lines.append(f"before training, the first round asks for {', '.join(beside)}, too")
+        lines.append(f"before training, the first round also asks for {', '.join(beside)}")
     if section.quorum < 1:
         lines.append(
             f"rounds are planned as if they waited for every reply; fleet.quorum = "
@@ -339,9 +340,7 @@ def _remarks(recipe: Recipe, first: PlannedFleet) -> list[str]:
     if section.drop or section.delay_seconds:
         lines.append("fleet.drop and fleet.delay_seconds are left out")
     if recipe.run.seconds:
-        lines.append("run.seconds ends the run by its clock, so the run's total is not said")
+        lines.append("run.seconds ends the run by its clock, so there is no total of the run")
     if not method.same_shapes:
-        lines.append(
-            f"rounds of {method.name} differ in what they cost, so the run's total is not said"
-        )
+        lines.append(f"rounds of {method.name} differ in cost, so there is no total of the run")
     return lines

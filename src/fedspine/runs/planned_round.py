@@ -1,5 +1,5 @@
-"""The first round of a recipe as a plan: its task without weights and rows, and what its devices
-would be asked.
+"""The first round of a recipe as a plan: its task without weights and rows, and the orders of its
+devices.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from fedspine.core.fleet import NoMemory
 from fedspine.core.method import Prunable, planned_sparsities
 from fedspine.core.task import BUILT_IN_DATA, Examples, Task
 from fedspine.data.pydocs import TOPICS
-from fedspine.fleets.planned import Exchange, Planned, PlannedFleet, Prices, Quote
+from fedspine.fleets.planned import Planned, PlannedExchange, PlannedFleet, Prices, Quote
 from fedspine.fleets.simulated import profiles
 from fedspine.lm.fits import positions
 from fedspine.lm.tuning import HeadTraining
@@ -28,19 +28,19 @@ from fedspine.runs.config import Recipe
 from fedspine.runs.optimisation import server_of
 from fedspine.runs.read_data import dataset
 
-ASSUMED_CLASSES = 2  # where neither the data nor the user says how many there are
-ENOUGH = 3  # devices of a kind that are planned, if there are as many
+ASSUMED_CLASSES = 2  # if neither the data nor the user gives their number
+ENOUGH = 3  # planned devices of each kind, if there are so many
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """What would be asked of devices; `plans` are first rounds of the run's first cohorts, as many
-    as it takes to meet a few devices of each kind.
+    """The planned orders; `plans` are first rounds of the run's first cohorts, as many as needed to
+    include a few devices of each kind.
     """
 
     task: Task  # without weights and rows
     plans: list[PlannedFleet]
-    pruned: dict[DeviceId, Quote]  # of the same devices once they are pruned; empty if they are not
+    pruned: dict[DeviceId, Quote]  # of the same devices once pruned; empty if they never are
 
     @property
     def first(self) -> PlannedFleet:
@@ -48,16 +48,16 @@ class Rounds:
         return self.plans[0]
 
     @property
-    def trainings(self) -> dict[DeviceId, Exchange]:
-        """The exchange that trains, of each device that has one."""
+    def trainings(self) -> dict[DeviceId, PlannedExchange]:
+        """The training exchange of each device that has one."""
         return {id: one for fleet in self.plans for id, one in trainings(fleet).items()}
 
 
 def rounds_of(recipe: Recipe, kinds: list[str], classes: int) -> Rounds:
-    """The rounds of a fleet with devices of these kinds, on a task of so many classes.
+    """The planned rounds of a fleet with devices of these kinds, on a task with `classes` classes.
 
-    Raises BadInput for a recipe that a run refuses before it begins, and for one that cannot be
-    planned.
+    Raises BadInput for a recipe that a run would refuse before it begins, and for one that cannot
+    be planned.
     """
     task = _task(recipe, classes)
     recipe.method.check(task)
@@ -85,7 +85,7 @@ def check_able(recipe: Recipe) -> None:
         raise _unable(recipe, "it does not tune an adapter or a head of a transformer")
     if recipe.privacy.promised:
         raise BadInput(
-            "a run with [privacy] cannot be planned, since its batches are drawn by chance; leave "
+            "a run with [privacy] cannot be planned, since its batches are drawn at random; leave "
             "privacy.epsilon out"
         )
 
@@ -99,9 +99,9 @@ def _unable(recipe: Recipe, why: str) -> BadInput:
 
 
 def classes_of(recipe: Recipe, given: int | None) -> tuple[int, str | None]:
-    """How many classes the task has, and a remark where that is a guess.
+    """The number of the task's classes, and a remark if it is assumed.
 
-    Rows are read for it alone, and only where it is not given.
+    The data is read only if the number is not `given`.
     """
     if recipe.task.kind == "causal-lm":
         return 0, None
@@ -146,7 +146,7 @@ def _task(recipe: Recipe, classes: int) -> Task:
 
 
 def _rows(recipe: Recipe, count: int) -> Examples:
-    """So many rows of full length, of which nothing but their length counts."""
+    """`count` rows of full length; only their lengths matter."""
     count, tokens = max(1, count), recipe.task.max_tokens
     return Examples(
         ids=np.zeros(count * tokens, np.int32),
@@ -178,19 +178,19 @@ def _round(
 
 
 def _pruned(recipe: Recipe, rounds: Rounds, prices: Prices) -> dict[DeviceId, Quote]:
-    """What devices would be charged at the last round's sparsity."""
+    """The charges of devices at the last round's sparsity."""
     sparsity = planned_sparsities(recipe.method, recipe.run.rounds)[-1]
     layout, found, known = rounds.task.base.layout, {}, {}
     for id, one in rounds.trainings.items():
         if not sparsity or not isinstance(one.order, Prunable):
             continue
-        alike = (one.work, one.quote)  # of two orders that cost the same, both do so when pruned
+        alike = (one.work, one.quote)  # two orders that cost the same also do when pruned
         if alike not in known:
             known[alike] = prices.of(one.work, one.order.pruned(layout, sparsity))
         found[id] = known[alike]
     return found
 
 
-def trainings(fleet: PlannedFleet) -> dict[DeviceId, Exchange]:
-    """The exchange that trains, of each device that has one: its last."""
+def trainings(fleet: PlannedFleet) -> dict[DeviceId, PlannedExchange]:
+    """The training exchange of each device that has one: its last."""
     return {one.device: one for one in fleet.exchanges if one.quote.price.trained is not None}

@@ -55,5 +55,5 @@ def spent_of(recipe: Recipe, rows: RunRows) -> dict[str, Any]:
     section = recipe.privacy
     if not section.promised:
         return {}
-    told = section.model_dump()
-    return {"privacy": told | {"epsilon_spent": epsilon_spent(rows)}}
+    promised = section.model_dump()
+    return {"privacy": promised | {"epsilon_spent": epsilon_spent(rows)}}

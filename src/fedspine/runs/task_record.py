@@ -204,13 +204,13 @@ def read(folder: Path) -> TaskRecord | None:
     """The record in a run's folder, None where there is none; BadInput where it cannot be read."""
     path = folder / TASK
     try:
-        told = path.read_bytes()
+        payload = path.read_bytes()
     except FileNotFoundError:
         return None
     try:
-        found = json.loads(told)["format"]
+        found = json.loads(payload)["format"]
         if found == FORMAT:
-            return pydantic.TypeAdapter(TaskRecord).validate_json(told, strict=True)
+            return pydantic.TypeAdapter(TaskRecord).validate_json(payload, strict=True)
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from None
     raise BadInput(

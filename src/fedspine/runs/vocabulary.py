@@ -65,7 +65,7 @@ def reduced(
     return after, Vocabulary(kept, about, exchanges)
 
 
-def told(recipe: Recipe, found: Vocabulary) -> str:
+def vocabulary_line(recipe: Recipe, found: Vocabulary) -> str:
     """A line on what was kept, and by what it was counted."""
     section = recipe.task.vocabulary
     assert section is not None

@@ -36,7 +36,7 @@ class SplitTraining(ModelTraining):
 
     cut: int = MODEL_CUT  # blocks on the devices; -1: as many as the model says
 
-    def foretold(self, base: Any) -> Reads:
+    def predicted_reads(self, base: Any) -> Reads:
         """What a device's orders will read: features leave after each batch, with its labels."""
         return Reads(batch=self.batch, cut=cutting_of(self, base).cut, labels=True)
 

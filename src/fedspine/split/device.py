@@ -106,7 +106,7 @@ def answer(device: Device, order: Answer) -> Answered:
     held = active.held
     device.uses(held.rows)
     if held.ending is None or held.order.ending_optimising is None:
-        raise Unusable("the middle's output came, but labels and ending are not here")
+        raise Unusable("got the middle's output, but labels and ending are not on this device")
     ending = TrainableHalf(
         held.ending,
         held.order.ending_optimising,
@@ -184,7 +184,7 @@ def resumed(device: Device, local_loss: LocalLoss | None) -> ActiveBatch:
         return device.kept
     held: Held | None = device.memory.get(HELD)
     if held is None:
-        raise Unusable("a step came, but no round was begun")
+        raise Unusable("got a step before the first order of a round")
     split_model = held.order.cutting.of(device.base)
     client_model = TrainableHalf(
         held.weights, held.order.optimising, split_model.statistics, held.moments
@@ -250,8 +250,8 @@ def _apply(device: Device, active: ActiveBatch, order: Step) -> None:
 def _arrived(sent: Wired, of: Features) -> Features:
     """What came for these features, of their rows and tokens; raises Unusable where it is not."""
     there = len(of.values) if of.mask is None else int(of.mask.sum())
-    need(len(sent.values) == there, f"{len(sent.values)} rows or tokens came, {there} are here")
-    need(sent.mask is None, "a mask came for a batch that is here")
+    need(len(sent.values) == there, f"expected {there} rows or tokens, got {len(sent.values)}")
+    need(sent.mask is None, "got a mask for a batch that has one already")
     return unwired(sent, of.mask)
 
 

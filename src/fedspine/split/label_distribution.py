@@ -60,9 +60,9 @@ def label_distribution(device: Device, order: LabelQuery) -> LabelDistribution:
     if not (device.fewest_rows or device.noise):
         return LabelDistribution(shares=shares)
     counts = torch.from_numpy(np.bincount(labels, minlength=classes))
-    told = device.counts_beside(counts).numpy()
+    reported = device.counts_beside(counts).numpy()
     even = np.full(classes, 1 / classes)
-    return LabelDistribution(shares=told / told.sum() if told.any() else even)
+    return LabelDistribution(shares=reported / reported.sum() if reported.any() else even)
 
 
 def known_labels(

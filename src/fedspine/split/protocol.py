@@ -229,7 +229,7 @@ class SplitRound:
         for reply in replies:
             if isinstance(reply.value, Forwarded):
                 self._fleet.note(
-                    device=reply.device, left_out="its first features came after the last step"
+                    device=reply.device, left_out="its first features arrived after the last step"
                 )
         ended = self._ended + [reply for reply in replies if isinstance(reply.value, Ended)]
         if not ended:

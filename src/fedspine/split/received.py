@@ -127,8 +127,8 @@ def check_features(sent: Wired, labels: Tensor | None, asked: Asked) -> None:
     """
     agreed = agreed_in(asked)
     need(sent.values.dtype == DTYPES[agreed.precision], f"features are of {sent.values.dtype}")
-    came = tuple(sent.values.shape[1:])
-    need(came == agreed.features, f"features are {came} wide, but {agreed.features} was expected")
+    width = tuple(sent.values.shape[1:])
+    need(width == agreed.features, f"features are {width} wide, but {agreed.features} was expected")
     texts = isinstance(asked.base, Base)
     need((sent.mask is not None) == texts, f"features have {'no' if texts else 'a'} mask")
     rows = len(sent.values) if sent.mask is None else len(sent.mask)
@@ -137,7 +137,7 @@ def check_features(sent: Wired, labels: Tensor | None, asked: Asked) -> None:
         within("the length of texts", sent.mask.shape[1], 1, asked.terms.longest)
     check_size("features", sent)
     if agreed.ending is not None:
-        need(labels is None, "labels came, but they stay on the device")
+        need(labels is None, "labels are there, but they stay on the device")
         return
     if labels is None:
         raise Unusable("labels are missing")
@@ -178,7 +178,7 @@ def agreed_in(asked: Asked) -> Agreed:
     match asked.agreed:
         case Agreed() as agreed:
             return agreed
-    raise Unusable("it came before the first order of a round")
+    raise Unusable("it arrived before the first order of a round")
 
 
 def batch_of(sent: Wired) -> tuple[int, int]:

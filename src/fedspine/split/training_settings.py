@@ -30,7 +30,7 @@ class ModelTraining:
     clip: float = 1.0  # of the gradient's norm in each half; 0: never
     precision: Precision = "fp16"  # of what crosses the wire
 
-    def foretold(self, base: Any) -> Reads:
+    def predicted_reads(self, base: Any) -> Reads:
         """What a device's orders will read."""
         return Reads(steps=self.steps, batch=self.batch)
 

@@ -42,7 +42,7 @@ class WholeModelTraining(ModelTraining):
     clip: float = 0.0
     precision: Wire = "fp16"  # of weights on the wire
 
-    def foretold(self, base: Any) -> Reads:
+    def predicted_reads(self, base: Any) -> Reads:
         """What a device's orders will read."""
         return replace(training_at(self, base, 0, 1).reads, scale=self.scale, rank=self.rank)
 

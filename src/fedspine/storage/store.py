@@ -219,7 +219,7 @@ class Store:
         except FileNotFoundError:
             return None
         if not isinstance(entry["round"], int):
-            raise TypeError("its round is no number")
+            raise TypeError("its round is not a number")
         if ("sha256" in entry or DIGEST in entry) and entry != _with_digest(entry):
             raise ValueError("its digest is that of another list")
         return entry

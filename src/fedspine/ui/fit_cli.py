@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from fedspine.core.errors import BadInput
-from fedspine.core.process import ends_when_told
+from fedspine.core.process import ends_on_signal
 from fedspine.ui.options import Json
 
 BYTES = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -21,7 +21,7 @@ PLOT = "fit.svg"
 NEAREST = 5  # near misses that are shown
 
 
-@ends_when_told()
+@ends_on_signal()
 def fit(
     folders: Annotated[
         list[Path], typer.Argument(metavar="DIR...", help="Folders that `fedspine run` made.")

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedspine.core.errors import BadInput
-from fedspine.core.process import ends_on_sigterm, ends_when_told
+from fedspine.core.process import ends_on_signal, ends_on_sigterm
 from fedspine.ui.options import Json
 
 app = typer.Typer(
@@ -80,10 +80,10 @@ def start(
         if problem := kits.check_reach(found):
             print(f"{problem}; the site keeps trying")
     log = found.folder / CONSOLE_LOG
-    with kits.only_one(found), open(log, "ab") as file, _until_told() as told:
+    with kits.only_one(found), open(log, "ab") as file, _until_signal() as interrupts:
         print(f"{name} is running; its log is {log}; stop it with Ctrl-C", flush=True)
         code = kits.serve(found, file)
-    if told:  # a requested stop is no failure
+    if interrupts:  # a requested stop is no failure
         print(f"{name} stopped")
     elif code == 0:
         print(f"{name} was stopped by the operator")
@@ -120,7 +120,7 @@ def status(
     if json:
         print(jsonlib.dumps(found))
         return
-    table = Table("site", "last heard of", title="connected sites", title_justify="left")
+    table = Table("site", "last seen", title="connected sites", title_justify="left")
     for site in found["sites"]:
         table.add_row(escape(site["name"]), escape(site["last_heard_of"]))
     Console().print(table)
@@ -153,12 +153,12 @@ def stop(
     from fedspine.flare import startup_kit as kits
 
     with kits.session(kits.kit_at(kit, "admin")) as session:
-        told = kits.stop(session, name)
-    print(f"told to stop: {', '.join(told) or 'nothing was connected'}")
+        stopped = kits.stop(session, name)
+    print(f"told to stop: {', '.join(stopped) or 'nothing was connected'}")
 
 
 @app.command()
-@ends_when_told()
+@ends_on_signal()
 def demo(
     sites: Annotated[int, typer.Option(help="Sites on this machine.", min=2, max=16)] = 3,
     out: Annotated[
@@ -174,11 +174,11 @@ def demo(
 
 
 @contextmanager
-def _until_told() -> Iterator[list[KeyboardInterrupt]]:
+def _until_signal() -> Iterator[list[KeyboardInterrupt]]:
     """Ctrl-C and SIGTERM both end the block; the list is then not empty."""
-    told: list[KeyboardInterrupt] = []
+    interrupts: list[KeyboardInterrupt] = []
     with ends_on_sigterm():
         try:
-            yield told
-        except KeyboardInterrupt as came:
-            told.append(came)
+            yield interrupts
+        except KeyboardInterrupt as interrupt:
+            interrupts.append(interrupt)

@@ -12,11 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedspine.core.errors import BadInput
-from fedspine.core.process import ends_when_told
+from fedspine.core.process import ends_on_signal
 from fedspine.ui.options import Json, ModelFolder, RunFolder, print_table
 
 
-@ends_when_told()
+@ends_on_signal()
 def export(
     folder: RunFolder,
     to: Annotated[Path, typer.Option(help="New folder for the model.")],
@@ -102,7 +102,7 @@ def export(
         print(parity["line"])
 
 
-@ends_when_told()
+@ends_on_signal()
 def predict(
     folder: ModelFolder,
     texts: Annotated[
@@ -165,7 +165,7 @@ def predict(
     Console().print(table)
 
 
-@ends_when_told()
+@ends_on_signal()
 def bench(
     folders: Annotated[
         list[Path],

@@ -93,8 +93,8 @@ class RunResult:
 
     def __repr__(self) -> str:
         first = headlines(self.summary)[0]
-        told = f"{summary_line(self.summary)}: {first.label.lower()} {first.value}"
-        return f"<RunResult {str(self.folder)!r}: {told}>"
+        text = f"{summary_line(self.summary)}: {first.label.lower()} {first.value}"
+        return f"<RunResult {str(self.folder)!r}: {text}>"
 
     def __rich__(self) -> RenderableType:
         return Group(summary_table(self.summary), Text(f"report: {self.report}"))

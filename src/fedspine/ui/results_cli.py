@@ -9,11 +9,11 @@ import typer
 from rich.console import Console
 
 from fedspine.core.errors import BadInput
-from fedspine.core.process import ends_when_told, limit_onednn_cache
+from fedspine.core.process import ends_on_signal, limit_onednn_cache
 from fedspine.ui.options import Json, Reference, RunFolder
 
 
-@ends_when_told()
+@ends_on_signal()
 def show(
     folder: RunFolder,
     everyone: Annotated[
@@ -51,7 +51,7 @@ def show(
         print(f"not finished: {found['rounds_done']} of {found['rounds']} rounds; {then}")
 
 
-@ends_when_told()
+@ends_on_signal()
 def report(folder: RunFolder, reference: Reference = None, json: Json = False) -> None:
     """Write a run's report.html again, with an unpruned run of the same budget beside it."""
     from fedspine.report.page import write_page
@@ -84,7 +84,7 @@ def _show_everyone(folder: Path, json: bool) -> None:
     Console().print(device_table(found))
 
 
-@ends_when_told()
+@ends_on_signal()
 def compare(
     runs: Annotated[
         list[Path] | None,

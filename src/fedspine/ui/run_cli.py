@@ -7,11 +7,11 @@ from typing import Annotated, Any
 import typer
 
 from fedspine.core.errors import BadInput
-from fedspine.core.process import ends_when_told, limit_onednn_cache
+from fedspine.core.process import ends_on_signal, limit_onednn_cache
 from fedspine.ui.options import Json, Settings
 
 
-@ends_when_told()
+@ends_on_signal()
 def run(
     recipe: Annotated[
         Path | None,
@@ -119,7 +119,7 @@ def _wanted(recipe: Path | None, settings: list[str] | None, seed: int | None, f
     return config.load(recipe or folder / RECIPE, settings, seed)
 
 
-@ends_when_told()
+@ends_on_signal()
 def sweep(
     file: Annotated[
         Path, typer.Argument(metavar="FILE.toml", help="Methods, settings, data and seeds to run.")
@@ -158,7 +158,7 @@ def sweep(
         raise typer.Exit(1)
 
 
-@ends_when_told()
+@ends_on_signal()
 def demo(
     out: Annotated[
         Path | None, typer.Option(help="New folder for results; default: runs/demo-N.")

@@ -15,8 +15,8 @@ from fedspine.ui.compare.render_text import (
     WITHIN,
     methods_sheet,
     pairs_sheet,
+    shown_first,
     target_line,
-    told_first,
     verdict,
 )
 
@@ -58,10 +58,10 @@ def _what(report: ComparisonReport) -> str:
 def _section(section: ComparisonSection) -> dict[str, Any]:
     """The template's values for one comparison."""
     comparison = section.comparison
-    first, later = told_first(comparison)
+    first, later = shown_first(comparison)
     return {
         "title": comparison.title,
-        "told_first": [verdict(comparison, pair) for pair in first],
+        "shown_first": [verdict(comparison, pair) for pair in first],
         "told_later": [verdict(comparison, pair) for pair in later],
         "later": counted(len(later), "other pair"),
         "target": target_line(comparison),

@@ -82,8 +82,8 @@ def verdict(comparison: Comparison, pair: Pair) -> Verdict:
     return Verdict(badge(pair.final), " ".join(text for text in texts if text))
 
 
-def told_first(comparison: Comparison) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
-    """The pairs that a reader is told of at once, and the rest: of many pairs, those of the best
+def shown_first(comparison: Comparison) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
+    """The pairs that are shown first, and the rest: of many pairs, those of the best
     method come first.
     """
     pairs = comparison.pairs

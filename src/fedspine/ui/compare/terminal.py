@@ -10,7 +10,7 @@ from rich.text import Text
 
 from fedspine.report.tables import counted
 from fedspine.ui.compare.comparison import ComparisonReport, ComparisonSection
-from fedspine.ui.compare.render_text import methods_sheet, target_line, told_first, verdict
+from fedspine.ui.compare.render_text import methods_sheet, shown_first, target_line, verdict
 
 WIDE = 120  # columns where there is no window
 
@@ -45,7 +45,7 @@ def _section(section: ComparisonSection) -> Iterator[RenderableType]:
     for row in sheet.rows:
         table.add_row(*(Text(cell.text) for cell in row))
     yield table
-    first, rest = told_first(comparison)
+    first, rest = shown_first(comparison)
     for pair in first:
         yield Text(verdict(comparison, pair).text)
     if rest:

@@ -188,8 +188,8 @@ def print_overview(
     if shown:
         Console().print(_table(shown))
     counts = Counter(cell.status for cell in listed)
-    told = ", ".join(f"{counts[status]} {status}" for status in STYLES if counts[status])
-    print(f"{counted(len(listed), 'cell')} in {folder}: {told}")
+    text = ", ".join(f"{counts[status]} {status}" for status in STYLES if counts[status])
+    print(f"{counted(len(listed), 'cell')} in {folder}: {text}")
     if counts["failed"]:
         print(
             f"full reasons: {folder / 'failed'}; the same command with --retry runs the failed "

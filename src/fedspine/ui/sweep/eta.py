@@ -27,14 +27,14 @@ def seconds_left(
 
     `finished` has the wall seconds of the finished cells by label. A cell takes what the median
     cell of its label took, which no outlier moves; without one, what the median of all took, and
-    before any is finished what the running cells take at their pace.
+    before any is finished what the running cells take at the speed of their rounds so far.
 
     >>> ahead = [Ahead("a", 0, 10), Ahead("a", 5, 10), Ahead("b", 0, 10)]
     >>> seconds_left(ahead, {"a": [60, 100, 9000]}, jobs=2)
     125.0
     """
-    paces = [pace for cell in ahead if (pace := _at_its_pace(cell)) is not None]
-    everything = [seconds for label in finished.values() for seconds in label] or paces
+    predicted = [whole for cell in ahead if (whole := _extrapolated(cell)) is not None]
+    everything = [seconds for label in finished.values() for seconds in label] or predicted
     if not ahead or not everything:
         return None if ahead else 0.0
     lefts = [_eta(cell, median(finished.get(cell.label) or everything)) for cell in ahead]
@@ -45,9 +45,9 @@ def _eta(cell: Ahead, whole: float) -> float:
     return whole * (1 - cell.round / cell.rounds)
 
 
-def _at_its_pace(cell: Ahead) -> float | None:
-    """The wall seconds of the whole cell at the pace of the rounds done so far; loading counts as a
-    part of them.
+def _extrapolated(cell: Ahead) -> float | None:
+    """The wall seconds of the whole cell at the speed of the rounds done so far, in which loading
+    counts.
     """
     if cell.seconds is None or cell.round <= cell.began:
         return None

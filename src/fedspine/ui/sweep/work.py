@@ -232,8 +232,8 @@ def carry_out(
     try:
         SweepRunner(folder, folder.cell_statuses(cells), jobs, retry, progress()).run()
         return folder.overview(cells)
-    except KeyboardInterrupt as told:
-        word, exit_code = farewell(told)
+    except KeyboardInterrupt as interrupt:
+        word, exit_code = farewell(interrupt)
         done = sum(cell_status.status == "done" for cell_status in folder.cell_statuses(cells))
         again = (
             f"fedspine sweep {file}"
@@ -262,5 +262,5 @@ def reason_of(code: int, output: str) -> str:
             ", perhaps for its memory" if name == "SIGKILL" else ""
         )
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    told = [line.removeprefix("fedspine: ") for line in lines if line.startswith("fedspine: ")]
-    return (told or lines or [f"its process ended with exit code {code}"])[-1]
+    messages = [line.removeprefix("fedspine: ") for line in lines if line.startswith("fedspine: ")]
+    return (messages or lines or [f"its process ended with exit code {code}"])[-1]
