@@ -30,8 +30,8 @@ class Linear:
 
         >>> [Linear(warmup_rounds=1).share(round, 5) for round in range(5)]
         [0.5, 1.0, 0.75, 0.5, 0.25]
-        >>> [Linear(floor=0.2).share(round, 4) for round in (0, 2)]
-        [1.0, 0.6]
+        >>> [Linear(floor=0.5).share(round, 4) for round in (0, 2)]
+        [1.0, 0.75]
         """
         left = 1 - _done(self.warmup_rounds, round, rounds)
         return _rising(self.warmup_rounds, round) or _above(self.floor, left)
