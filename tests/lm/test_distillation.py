@@ -177,12 +177,6 @@ def test_settings_that_cannot_work(task, teacher, line):
     NoTeacher().check(task)
 
 
-def test_a_language_model_has_no_teacher(task, decoder):
-    language = dataclasses.replace(task, base=decoder[0])
-    with pytest.raises(BadInput, match="a language model has none"):
-        DenseTeacher().check(language)
-
-
 def test_a_device_can_be_taught_by_what_it_was_before_it_pruned(task, lab):
     """Two rounds, of which the second prunes: the teacher is the model of the first one, which the
     device keeps while it is whole and not after.

@@ -54,6 +54,10 @@ def test_the_default_is_the_fall_that_there_always_was():
         (Constant(warmup_rounds=1), [1 / 2, 1, 1, 1, 1, 1]),
         (Constant(), [1, 1, 1, 1, 1, 1]),
         (Cosine(warmup_rounds=2), [1 / 3, 2 / 3, 1, (2 + 2**0.5) / 4, 1 / 2, (2 - 2**0.5) / 4]),
+        # the same falls, of four fifths of the rate above the fifth that stays
+        (Linear(warmup_rounds=2, floor=0.2), [1 / 3, 2 / 3, 1, 0.8, 0.6, 0.4]),
+        (Cosine(warmup_rounds=3, floor=0.2), [1 / 4, 2 / 4, 3 / 4, 1, 0.8, 0.4]),
+        (Linear(floor=1.0), [1, 1, 1, 1, 1, 1]),
     ],
 )
 def test_rates_of_a_run_of_six_rounds(schedule, shares):
@@ -68,6 +72,8 @@ def test_rates_of_a_run_of_six_rounds(schedule, shares):
     ("changed", "line"),
     [
         ({"schedule": Cosine(warmup_rounds=-1)}, "schedule.warmup_rounds is -1"),
+        ({"schedule": Cosine(floor=-0.1)}, "schedule.floor is -0.1, but 0 to 1 was expected"),
+        ({"schedule": Linear(floor=float("nan"))}, "schedule.floor is nan, but 0 to 1"),
         ({"drift": FedProx(mu=0.0)}, "drift.mu is 0, but a positive number"),
         ({"drift": FedDyn(alpha=float("nan"))}, "drift.alpha is nan, but a positive number"),
     ],

@@ -3,6 +3,7 @@ adapters.
 """
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -157,6 +158,19 @@ def test_decoders_keep_their_first_tenth_and_their_last_layer():
     whole = end.heads.all(1) & end.channels.all(1)
     assert whole.tolist() == [True] * 2 + [False] * 17 + [True]
     assert abs(sparsity(DECODER, end) - 0.4) <= 0.0025
+
+
+@pytest.mark.parametrize(("layers", "protected"), [(1, 0), (2, 0), (5, 0), (11, 0), (12, 2)])
+def test_no_layer_of_a_short_decoder_stays_whole(layers, protected):
+    """One of five would leave the others a quarter more to lose."""
+    short = replace(DECODER, layers=layers)
+    targets = final_targets(short, 0.5)
+    assert targets.count(0.0) == protected
+    assert targets[protected and 1 : layers - (protected and 1)] == [
+        0.5 * layers / (layers - protected)
+    ] * (layers - protected)
+    end = shrink(short, full(short), random_scores(short, 0), sparsity=0.5, target=0.5)
+    assert abs(sparsity(short, end) - 0.5) <= 0.0025
 
 
 def test_a_target_that_no_structure_has_is_refused():

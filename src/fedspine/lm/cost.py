@@ -128,6 +128,13 @@ def teaching_memory_bytes(
     return int(weights + adapter + HALF * block)
 
 
+def taught_states_bytes(layout: PrunableLayout, tokens: int) -> int:
+    """What a language model's teacher says about so many tokens, held while its student trains: the
+    16-bit states that enter the output layer.
+    """
+    return HALF * tokens * layout.width
+
+
 def _whole_adapter(layout: PrunableLayout, rank: int) -> int:
     """Parameters of an adapter of the unpruned model."""
     return rank * sum(site.rows + site.columns for site in layout.sites)

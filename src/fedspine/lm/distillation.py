@@ -2,8 +2,10 @@
 says, the dense base with the adapter and the head that it received.
 
 Before a device trains, the teacher runs once over the rows that will be drawn; its logits, and the
-mean over the tokens of what leaves each block, are held until training ends. Pruning leaves the
-width of the hidden states as it is, so each block of the student has its own block of the teacher.
+mean over the tokens of what leaves each block, are held until training ends. Of a language model,
+what enters the output layer is held in place of the logits of every token, which follow from it: no
+method trains that layer. Pruning leaves the width of the hidden states as it is, so each block of
+the student has its own block of the teacher.
 
 Sources: Hinton et al. 2015 (arXiv:1503.02531) for logits at a temperature; CoFi, Xia et al. 2022
 (arXiv:2204.00408), for hidden states of a model that is pruned, there of all tokens with a layer
@@ -17,14 +19,14 @@ from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fedspine.core.checks import Asked, need, within
 from fedspine.core.device import Device
 from fedspine.core.errors import BadInput, check_ranges
-from fedspine.core.message import message
-from fedspine.core.task import Task
+from fedspine.core.message import Tensors, message
+from fedspine.core.task import IGNORED, Task
 from fedspine.core.tensors import moved
 from fedspine.lm.attention import module_inputs
 from fedspine.lm.base import Base, Model
@@ -68,7 +70,8 @@ class DenseTeacher:
     """A pruned model learns from the device's unpruned one, too.
 
     Its adapter is the one that came, which is tuned for pruned models meanwhile, or "own": the one
-    that the device last trained itself before it pruned, where it has one.
+    that the device last trained itself before it pruned. A device that has none takes the one that
+    came; if it has a language model, none, since the base alone is one, too.
     """
 
     name: ClassVar = "dense"
@@ -87,7 +90,7 @@ class DenseTeacher:
         )
 
     def check(self, task: Task) -> None:
-        """Raise BadInput for numbers that cannot be, and for a task without classes."""
+        """Raise BadInput for numbers that cannot be."""
         check_ranges(self, {"weight": (0, 1)}, "method.teacher")
         if not (self.temperature > 0 and isfinite(self.temperature)):
             raise BadInput(
@@ -96,11 +99,6 @@ class DenseTeacher:
             )
         if not (self.hidden >= 0 and isfinite(self.hidden)):
             raise BadInput(f"method.teacher.hidden is {self.hidden:g}, but it cannot be negative")
-        if not task.base.head:
-            raise BadInput(
-                'method.teacher.name is "dense", which answers with classes, and a language model '
-                'has none; set it to "none"'
-            )
 
 
 Teacher: TypeAlias = NoTeacher | DenseTeacher
@@ -126,6 +124,35 @@ class TeacherOutputs:
         """Logits and hidden states of these rows, in their order."""
         at = torch.from_numpy(self.place[rows]).to(self.logits.device)
         return self.logits[at], self.hidden[at]
+
+
+@dataclass(frozen=True)
+class TokenOutputs:
+    """What a teacher says about every token of some of a device's rows."""
+
+    place: np.ndarray  # int64 [rows of the device], where a row's hidden states are below
+    starts: np.ndarray  # int64 [rows of the device], where a row's tokens begin below
+    states: Tensor  # [tokens, width], what enters the output layer, in the base's precision
+    output: nn.Module  # the output layer, which the student shares
+    hidden: Tensor  # as those of `TeacherOutputs`
+
+    def distance(
+        self,
+        logits: Float[Tensor, "rows tokens vocabulary"],
+        labels: Int[Tensor, "rows tokens"],
+        rows: np.ndarray,
+        temperature: float,
+    ) -> Float[Tensor, ""]:
+        """The mean of `distances` over the tokens of these rows that count as labels, 0 where none
+        does.
+        """
+        row, token = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        starts = torch.from_numpy(self.starts[rows]).to(row.device)
+        with torch.no_grad():
+            answers = self.output(self.states[starts[row] + token]).float()
+        if not len(row):
+            return logits.new_zeros((), dtype=torch.float32)
+        return distances(logits[row, token], answers, temperature, 1)[0]
 
 
 class Hidden:
@@ -157,29 +184,41 @@ class Hidden:
         return torch.stack([mean_of_tokens(each.float(), mask) for each in seen], 1)
 
 
-def teacher_outputs(device: Device, taught: Taught, plan: Sequence[np.ndarray]) -> TeacherOutputs:
+def teacher_outputs(
+    device: Device, taught: Taught, plan: Sequence[np.ndarray]
+) -> TeacherOutputs | TokenOutputs:
     """What the teacher says about all rows of a plan of batches; charged to the device.
 
     The base must be fitted again afterwards.
     """
     base, rows = device.base, np.unique(np.concatenate(plan))
     data, model = device.data.take(rows), taught.teacher
-    logits: list[Tensor] = []
+    told: list[Tensor] = []
     hidden: list[Tensor] = []
     seen: list[np.ndarray] = []
     with torch.no_grad(), Hidden(base, taught.teaching.hidden > 0) as states:
         module = base.fit(model.to(base.device), merge=True)
+        backbone = base.skeleton.get_submodule(base.layout.prefix)
         for chosen in data.batches_by_length(BATCH):
-            inputs = module_inputs(moved(data.batch(chosen), base.device))
-            logits.append(module(**inputs).logits.float())
-            hidden.append(states.take(inputs["attention_mask"], len(chosen)))
+            batch = moved(data.batch(chosen), base.device)
+            inputs, mask = module_inputs(batch), batch["attention_mask"]
+            if base.head:
+                told.append(module(**inputs).logits.float())
+            else:  # row after row, without padding
+                told.append(backbone(**inputs).last_hidden_state[mask.bool()])
+            hidden.append(states.take(mask, len(chosen)))
             seen.append(chosen)
-    order = torch.from_numpy(np.argsort(np.concatenate(seen))).to(base.device)
+    came = np.concatenate(seen)
     place = np.full(len(device.data), -1)
-    place[rows] = np.arange(len(rows))
-    found = TeacherOutputs(place, torch.cat(logits)[order], torch.cat(hidden)[order])
+    place[rows[came]] = np.arange(len(rows))
     charge(device, taught, rows)
-    return found
+    if base.head:
+        return TeacherOutputs(place, torch.cat(told), torch.cat(hidden))
+    lengths = data.lengths[came]
+    starts = np.full(len(device.data), -1)
+    starts[rows[came]] = np.cumsum(lengths) - lengths
+    output = base.skeleton.get_output_embeddings()
+    return TokenOutputs(place, starts, torch.cat(told), output, torch.cat(hidden))
 
 
 def charge(device: Device, taught: Taught, rows: np.ndarray) -> None:
@@ -227,7 +266,7 @@ class Teachers:
         self,
         loss: Float[Tensor, " models"],
         logits: Tensor,
-        mask: Tensor,
+        inputs: Tensors,
         rows: Sequence[np.ndarray],
     ) -> Float[Tensor, " models"]:
         """What each model minimises: of its loss on the labels of its `rows`, and of how far its
@@ -236,16 +275,42 @@ class Teachers:
         how = self._teaching
         if how is None:
             return loss
-        said = [each.of(chosen) for each, chosen in zip(self._outputs, rows, strict=True)]
-        answers, states = (torch.cat(each) for each in zip(*said, strict=True))
-        models = len(said)
-        whole = (1 - how.weight) * loss + how.weight * distances(
-            logits, answers, how.temperature, models
+        models = len(self._outputs)
+        each = zip(
+            self._outputs,
+            logits.chunk(models),
+            inputs["labels"].chunk(models),
+            rows,
+            strict=True,
         )
+        apart = [
+            _distance(outputs, answers, labels, chosen, how.temperature)
+            for outputs, answers, labels, chosen in each
+        ]
+        whole = (1 - how.weight) * loss + how.weight * torch.stack(apart)
         if how.hidden:
-            seen = self._states.take(mask, len(logits))
-            whole = whole + how.hidden * hidden_distances(seen, states, models)
+            seen = self._states.take(inputs["attention_mask"], len(logits))
+            taught = [
+                outputs.hidden[torch.from_numpy(outputs.place[chosen]).to(logits.device)]
+                for outputs, chosen in zip(self._outputs, rows, strict=True)
+            ]
+            whole = whole + how.hidden * hidden_distances(seen, torch.cat(taught), models)
         return whole
+
+
+def _distance(
+    outputs: TeacherOutputs | TokenOutputs,
+    logits: Tensor,
+    labels: Tensor,
+    rows: np.ndarray,
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """How far a model's logits of these rows are from its teacher's."""
+    match outputs:
+        case TeacherOutputs():
+            return distances(logits, outputs.of(rows)[0], temperature, 1)[0]
+        case TokenOutputs():
+            return outputs.distance(logits, labels, rows, temperature)
 
 
 def distances(

@@ -1,28 +1,40 @@
 """How the learning rate of local training goes over the rounds of a run, the same for all devices.
 
 Each schedule is a part (`core.parts`) of a recipe, `method.schedule`. All may begin with a warm-up:
-in its rounds the rate rises in equal steps, and the round after it has the whole rate.
+in its rounds the rate rises in equal steps, and the round after it has the whole rate. Those that
+fall may end at a floor: what is pruned late then still recovers at a rate that moves it.
 """
 
 from dataclasses import dataclass
 from math import cos, pi
 from typing import ClassVar, TypeAlias
 
+from fedspine.core.errors import check_ranges
+from fedspine.core.parts import quiet
+
 
 @dataclass(frozen=True)
 class Linear:
-    """A fall in equal steps, to zero after the last round."""
+    """A fall in equal steps, to the floor after the last round."""
 
     name: ClassVar = "linear"
     warmup_rounds: int = 0
+    floor: float = quiet(0.0)  # of the full rate
+
+    def check(self) -> None:
+        """Raise BadInput for a floor that is no share."""
+        _check_floor(self)
 
     def share(self, round: int, rounds: int) -> float:
         """Of the full rate, in this round, counted from 0.
 
         >>> [Linear(warmup_rounds=1).share(round, 5) for round in range(5)]
         [0.5, 1.0, 0.75, 0.5, 0.25]
+        >>> [Linear(floor=0.5).share(round, 4) for round in (0, 2)]
+        [1.0, 0.75]
         """
-        return _rising(self.warmup_rounds, round) or 1 - _done(self.warmup_rounds, round, rounds)
+        left = 1 - _done(self.warmup_rounds, round, rounds)
+        return _rising(self.warmup_rounds, round) or _above(self.floor, left)
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,9 @@ class Constant:
     name: ClassVar = "constant"
     warmup_rounds: int = 0
 
+    def check(self) -> None:
+        """Nothing more can be wrong."""
+
     def share(self, round: int, rounds: int) -> float:
         """Of the full rate, in this round, counted from 0."""
         return _rising(self.warmup_rounds, round) or 1.0
@@ -39,12 +54,17 @@ class Constant:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Half a wave of the cosine, to zero after the last round (Loshchilov and Hutter 2016,
+    """Half a wave of the cosine, to the floor after the last round (Loshchilov and Hutter 2016,
     arXiv:1608.03983, without restarts).
     """
 
     name: ClassVar = "cosine"
     warmup_rounds: int = 0
+    floor: float = quiet(0.0)  # of the full rate
+
+    def check(self) -> None:
+        """Raise BadInput for a floor that is no share."""
+        _check_floor(self)
 
     def share(self, round: int, rounds: int) -> float:
         """Of the full rate, in this round, counted from 0.
@@ -53,7 +73,7 @@ class Cosine:
         [1.0, 0.854, 0.5, 0.146]
         """
         done = _done(self.warmup_rounds, round, rounds)
-        return _rising(self.warmup_rounds, round) or (1 + cos(pi * done)) / 2
+        return _rising(self.warmup_rounds, round) or _above(self.floor, (1 + cos(pi * done)) / 2)
 
 
 Schedule: TypeAlias = Linear | Constant | Cosine
@@ -62,6 +82,15 @@ Schedule: TypeAlias = Linear | Constant | Cosine
 def _rising(warmup_rounds: int, round: int) -> float:
     """The share in a round of the warm-up; 0 after it."""
     return (round + 1) / (warmup_rounds + 1) if round < warmup_rounds else 0.0
+
+
+def _above(floor: float, share: float) -> float:
+    """A share that falls from 1 to 0, as one that falls from 1 to the floor."""
+    return floor + (1 - floor) * share if floor else share
+
+
+def _check_floor(schedule: Linear | Cosine) -> None:
+    check_ranges(schedule, {"floor": (0, 1)}, "method.schedule")
 
 
 def _done(warmup_rounds: int, round: int, rounds: int) -> float:

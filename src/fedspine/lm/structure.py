@@ -22,6 +22,8 @@ HEAD_FLOOR, CHANNEL_FLOOR = (
     0.25,
 )  # never fewer heads, never a smaller share of the channels, if it can be helped
 
+PROTECTED_FROM = 12  # layers of a decoder: of fewer, the last is too large a share to stay whole
+
 # whether layers may differ in how many units they keep, or all keep as many, so that a stock
 # configuration can say the sizes
 StructureKind: TypeAlias = Literal["free", "uniform"]
@@ -216,15 +218,16 @@ def check_target(layout: PrunableLayout, target: float, kind: str = "free") -> N
 def final_targets(layout: PrunableLayout, target: float, *, uniform: bool = False) -> list[float]:
     """The final sparsity of every layer, so that the model's is `target`.
 
-    Uniform structures and encoders: the same everywhere. Decoders keep the first tenth of their
-    layers and the last one whole, as LoRAPrune does, as long as the others can then keep their own
-    floors; else fewer layers are protected, the first ones first.
+    Uniform structures, encoders, and decoders of fewer than `PROTECTED_FROM` layers: the same
+    everywhere. Other decoders keep the first tenth of their layers and the last one whole, as
+    LoRAPrune does, as long as the others can then keep their own floors; else fewer layers are
+    protected, the first ones first.
     """
     shape = layout.shape
     floors = shape.sparsity(
         shape.heads - HEAD_FLOOR, shape.channels - ceil(CHANNEL_FLOOR * shape.channels)
     )
-    protects = layout.decoder and not uniform
+    protects = layout.decoder and not uniform and layout.layers >= PROTECTED_FROM
     choices = ((int(0.1 * layout.layers), 1), (0, 1)) if protects else ()
     for first, last in choices:
         pruned = layout.layers - first - last

@@ -8,6 +8,7 @@ from fedspine.lm.cost import (
     Extent,
     frozen_adapter,
     quantising_flops,
+    taught_states_bytes,
     training_flops,
     training_memory_bytes,
 )
@@ -34,6 +35,10 @@ def account(request: Any, widths: list[int], first: int) -> None:
         else frozen_adapter(layout, model.structure, ranks, request.blocks)
     )
     how, bits = request.quantised, 16.0
+    taught_bytes = 0
+    if request.taught is not None and not device.base.head:
+        held = min(extent.tokens, int(device.data.lengths.sum()))  # each row once
+        taught_bytes = taught_states_bytes(layout, held)
     quantised = 0 if how is None else len(how.blocks)
     if how is not None:
         bits = bits_each(how.bits)
@@ -68,6 +73,7 @@ def account(request: Any, widths: list[int], first: int) -> None:
             bits=bits,
         )
         + frozen_bytes
+        + taught_bytes
         + request.extra_bytes,
     )
 

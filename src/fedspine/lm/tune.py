@@ -233,7 +233,7 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
                 for i, r in enumerate(requests)
                 if r.penalty is not None
             ]
-            loss = teachers.loss(loss, logits, inputs["attention_mask"], rows)
+            loss = teachers.loss(loss, logits, inputs, rows)
             sum(penalties, start=loss.sum()).backward()
             tracker.update(step)
             stack.clip(tuning.clip)

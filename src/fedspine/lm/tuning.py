@@ -118,6 +118,7 @@ def check_tuning(fields: HeadTraining) -> None:
             f"method.schedule.warmup_rounds is {fields.schedule.warmup_rounds}, but it cannot be "
             "negative"
         )
+    fields.schedule.check()
     fields.drift.check()
 
 

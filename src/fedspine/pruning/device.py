@@ -258,7 +258,7 @@ def _beside(device: Device, scores: Scores) -> Scores:
 
 def _taught(device: Device, order: SpineOrder) -> Taught | None:
     """The teacher that an order asks for: the unpruned base with the adapter and the head that the
-    device trained before it pruned, or with what came of them.
+    device trained before it pruned, or with what came of them, or alone.
     """
     layout = device.base.layout
     if not isinstance(order, TaughtOrder):
@@ -266,6 +266,8 @@ def _taught(device: Device, order: SpineOrder) -> Taught | None:
     if order.teaching.own and "teacher" in device.memory:
         return Taught(device.memory["teacher"], order.teaching)
     adapter = widen_adapter(single(order.adapter), layout.sites, order.structure)
+    if order.teaching.own and not device.base.head:
+        adapter = {}  # a language model can teach as it came
     teacher = Model(
         structure=full(layout), adapter=adapter, head=single(order.head), scale=order.scale
     )
