@@ -15,18 +15,19 @@ WIDE = (7, 70)
 
 
 def graph_of(path, *, wide=30.0):
-    """Embeddings of which two channels are `wide` times as wide as the others, and words that
-    differ in size; a product, twice, of the same input.
+    """Embeddings of unlike sizes; gains as those of a norm, two of them `wide` times the others;
+    two products of the same input.
     """
     rng = np.random.default_rng(0)
     table = rng.normal(size=(WORDS, WIDTH)) * rng.uniform(0.3, 1, (WORDS, 1))
-    table[:, WIDE] *= wide
-    weights = {"table": table}
+    weights = {"table": table, "gains": np.ones(WIDTH)}
+    weights["gains"][list(WIDE)] = wide
     for name in ("first", "second"):
         weights[name] = rng.normal(size=(WIDTH, OUT))
         weights[name][WIDE, :] /= wide  # they count no more than the others
     nodes = [
-        helper.make_node("Gather", ["table", "input_ids"], ["x"], name="look up"),
+        helper.make_node("Gather", ["table", "input_ids"], ["words"], name="look up"),
+        helper.make_node("Mul", ["words", "gains"], ["x"], name="gain"),
         helper.make_node("MatMul", ["x", "first"], ["a"], name="one"),
         helper.make_node("MatMul", ["x", "second"], ["b"], name="two"),
         helper.make_node("Add", ["a", "b"], ["logits"], name="sum"),
@@ -76,7 +77,9 @@ def test_split_computes_the_same(tmp_path):
 
 
 def test_int8_loses_less(tmp_path, monkeypatch):
-    """Two channels 30 times as wide leave 255 / 30 steps for the others: ten times the error."""
+    """Two channels 30 times as wide leave 255 / 30 steps for the others, about one to each side of
+    a typical value; alone they have 255, and their error is that of 7 bits in the weights.
+    """
     path = graph_of(tmp_path / "x.onnx")
     expected = answers(path)
     onnx_numbers.quantise(path, "int8")
@@ -84,6 +87,8 @@ def test_int8_loses_less(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_wide, "APART", np.inf)  # nothing is kept apart
     together = graph_of(tmp_path / "y.onnx")
     onnx_numbers.quantise(together, "int8")
+    # apart: a step of 7 bits in weights up to 2.5, of 8 bits in inputs of +-3.5 and of 0.65 on
+    # average, each over the root of 12: 1.1 % and 1.2 %. Together: steps of 0.7 in such inputs, 30 %
     assert error(path, expected) < 0.02 < 0.1 < error(together, expected)
 
 
