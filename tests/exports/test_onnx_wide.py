@@ -88,7 +88,7 @@ def test_int8_loses_less(tmp_path, monkeypatch):
     together = graph_of(tmp_path / "y.onnx")
     onnx_numbers.quantise(together, "int8")
     # apart: a step of 7 bits in weights up to 2.5, of 8 bits in inputs of +-3.5 and of 0.65 on
-    # average, each over the root of 12: 1.1 % and 1.2 %. Together: steps of 0.7 in such inputs, 30 %
+    # average, each over the root of 12: 1.1 % and 1.2 %. Together: steps of 0.7 in inputs, 30 %
     assert error(path, expected) < 0.02 < 0.1 < error(together, expected)
 
 
