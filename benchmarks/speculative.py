@@ -24,11 +24,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PROMPT = 8  # tokens of a test row that are continued, or half of a shorter one
-PROMPTS, TOKENS, DRAFTED = (
-    12,
-    48,
-    (2, 4, 8),
-)  # texts, new tokens of each, and draft tokens at a time
+PROMPTS, TOKENS = 12, 48  # prompts, and new tokens of each
+DRAFTED = (2, 4, 8)  # tokens of the draft before each call of the dense model
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,7 @@ class Written:
 
 
 def main(folder: Path, device: str, base: str | None, prompts: int, new: int) -> None:
+    import numpy as np
     import torch
     import transformers
 
@@ -71,10 +69,14 @@ def main(folder: Path, device: str, base: str | None, prompts: int, new: int) ->
     dense, draft = loaded["dense"], loaded[device]
     run = open_run(folder, base)
     rows, rows_from = parity_rows(run.recipe, run.record, run.tokenizer, None, prompts)
+    # a text may be cut into several rows, so of these as many as were asked for
+    rows = rows.take(np.linspace(0, len(rows) - 1, min(prompts, len(rows))).astype(int))
+    starts, lengths = rows.offsets[:-1], np.minimum(PROMPT, -(-rows.lengths // 2))
     texts = [
-        rows.ids[start:end] for start, end in zip(rows.offsets, rows.offsets[1:], strict=False)
+        rows.ids[start : start + length].tolist()
+        for start, length in zip(starts, lengths, strict=True)
+        if length
     ]
-    texts = [text[: min(PROMPT, -(-len(text) // 2))].tolist() for text in texts if len(text)]
     lines = [
         f"{run.recipe.task.model} of a run of {run.recipe.method.name}; the draft is its model "
         f"`{device}`, sparsity {draft.sparsity:.2f}, {draft.parameters / dense.parameters:.2f} of "
