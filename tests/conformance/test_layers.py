@@ -159,8 +159,9 @@ def test_heavy_packages_have_one_door(package, file):
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
-def test_graphs_have_two_doors(package):
-    assert importers(package) == {"exports/onnx_graph.py", "exports/onnx_numbers.py"}
+def test_graphs_have_three_doors(package):
+    names = ("onnx_graph", "onnx_numbers", "onnx_wide")
+    assert importers(package) == {f"exports/{name}.py" for name in names}
 
 
 def test_gguf_has_a_door_to_read_and_one_to_write():

@@ -123,3 +123,18 @@ def test_own_ranks_fit_the_link() -> None:
     assert own_ranks(ranks, 3, 0.1, 100.0) == (8, 8, 10)
     assert own_ranks(ranks, 3, 1.0, 13.0) == (4, 4, 5)
     assert own_ranks(ranks, 3, 1.0, -5.0) == (1, 1, 1)
+
+
+def test_a_stack_of_devices_has_the_coefficients_of_each() -> None:
+    """To the last bit: how many devices a round asks changes no device's depth."""
+    rng, evidence = np.random.default_rng(0), []
+    for rounds in (0, 1, 2, 5, 9):  # none, too few, and enough to tell the three apart
+        own, costs = no_evidence(), rng.uniform(0, 20, 3) * [1, 1, rounds != 5]
+        for _ in range(rounds):
+            seen = features(1.0, int(rng.integers(1, 7)), 6, rng.random())
+            own = add(own, seen, float(seen @ costs), discount=0.8)
+        evidence.append(own)
+    everybody = sum(evidence, no_evidence())
+    found = coefficients(np.stack(evidence), everybody)
+    assert found.tolist() == [coefficients(own, everybody).tolist() for own in evidence]
+    assert (found >= 0).all()

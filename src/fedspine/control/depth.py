@@ -94,7 +94,8 @@ class DepthPlanner:
             return DepthPlan({}, {}, {})
         devices, largest = list(most), np.array(list(most.values()))
         everybody = sum(times.values(), no_evidence())
-        costs = np.stack([coefficients(times.get(id, no_evidence()), everybody) for id in devices])
+        own = np.stack([times.get(id, no_evidence()) for id in devices])
+        costs = coefficients(own, everybody)
         seconds = round_seconds(costs, self.traffic / self.traffic[-1])
         if times or self.rule == "fixed":
             chosen = choose_depths(

@@ -61,7 +61,7 @@ def add(
 
 def coefficients(own: Evidence, fleet: Evidence) -> NDArray[np.float64]:
     """a, b and c of a device, none of them negative, from its own evidence and the sum over the
-    fleet's.
+    fleet's; of a stack of devices, [..., 3] from [..., 3, 4].
 
     What the device's own rounds leave open is filled by the fleet's coefficients, times how much
     slower or faster the device was in them.
@@ -69,10 +69,14 @@ def coefficients(own: Evidence, fleet: Evidence) -> NDArray[np.float64]:
     undecided = UNDECIDED * max(np.trace(fleet[:, :FEATURES]), 1.0) * np.eye(FEATURES)
     common = _least_squares(fleet[:, :FEATURES] + undecided, fleet[:, FEATURES])
     # of its squared times, if it were as fast as the fleet
-    expected = common @ own[:, :FEATURES] @ common
-    slowdown = common @ own[:, FEATURES] / expected if expected > 0 else 1.0
+    expected = _form(common, own[..., :FEATURES], common)
+    moment = own[..., FEATURES]
+    slowdown = np.ones_like(expected)
+    np.divide(_dot(common, moment), expected, out=slowdown, where=expected > 0)
     prior = LIKE_THE_FLEET * np.eye(FEATURES)
-    return _least_squares(own[:, :FEATURES] + prior, own[:, FEATURES] + prior @ (slowdown * common))
+    return _least_squares(
+        own[..., :FEATURES] + prior, moment + LIKE_THE_FLEET * (slowdown[..., None] * common)
+    )
 
 
 def coefficients_of(
@@ -83,7 +87,9 @@ def coefficients_of(
     own = {
         device: known[device].evidence if device in known else no_evidence() for device in devices
     }
-    return {device: coefficients(evidence, fleet) for device, evidence in own.items()}
+    if not own:
+        return {}
+    return dict(zip(own, coefficients(np.stack(list(own.values())), fleet), strict=True))
 
 
 def predicted(coefficients: NDArray[np.float64], *, sparsity: float, rank: float) -> float:
@@ -97,14 +103,28 @@ def _features(sparsity: float, rank: float) -> NDArray[np.float64]:
 
 def _least_squares(gram: NDArray[np.float64], moment: NDArray[np.float64]) -> NDArray[np.float64]:
     """Least squares without negative coefficients: no device gets faster by more work. Tries every
-    set of zeros.
+    set of zeros. All sums [..., 3, 3] and [..., 3] of a stack at once.
     """
-    best, lowest = np.zeros(FEATURES), 0.0
+    best, lowest = np.zeros_like(moment), np.zeros(moment.shape[:-1])
     for size in range(1, FEATURES + 1):
         for used in map(list, combinations(range(FEATURES), size)):
-            trial = np.zeros(FEATURES)
-            trial[used] = np.linalg.solve(gram[np.ix_(used, used)], moment[used])
-            error = trial @ gram @ trial - 2 * moment @ trial
-            if trial.min() >= 0 and error < lowest:
-                best, lowest = trial, error
+            trial = np.zeros_like(moment)
+            within = gram[..., used, :][..., used]
+            trial[..., used] = np.linalg.solve(within, moment[..., used, None])[..., 0]
+            error = _form(trial, gram, trial) - _dot(2 * moment, trial)
+            better = (trial.min(-1) >= 0) & (error < lowest)
+            best = np.where(better[..., None], trial, best)
+            lowest = np.where(better, error, lowest)
     return best
+
+
+def _form(
+    left: NDArray[np.float64], gram: NDArray[np.float64], right: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """left^T gram right of each of a stack."""
+    return (left[..., None, :] @ gram @ right[..., :, None])[..., 0, 0]
+
+
+def _dot(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The inner product of each of a stack."""
+    return (left[..., None, :] @ right[..., :, None])[..., 0, 0]

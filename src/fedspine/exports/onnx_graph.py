@@ -1,7 +1,7 @@
 """ONNX graphs: written from a module, and run.
 
-Only this file and `onnx_numbers` import ONNX's libraries. PyTorch is imported only to export a
-module, so that the peak memory of a process that runs a graph (`python -m
+Only this file, `onnx_numbers` and `onnx_wide` import ONNX's libraries. PyTorch is imported only to
+export a module, so that the peak memory of a process that runs a graph (`python -m
 fedspine.exports.onnx_graph`) is the runtime's own.
 """
 

@@ -5,19 +5,20 @@ that work on the device.
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedspine.core.errors import BadInput
+from fedspine.exports import onnx_wide
 from fedspine.exports.onnx_graph import LOGITS, PAST, quiet
+from fedspine.exports.onnx_wide import Feeds
 
 if TYPE_CHECKING:
     import onnx
 
-Feeds: TypeAlias = Sequence[Mapping[str, np.ndarray]]  # every input of the graph, by batch
 STATIC = "int8-static"
 CALIBRATION_ROWS = 128  # at most
 # squares overflow fp16 above 255, which activations of decoders exceed
@@ -100,21 +101,33 @@ def _int8(path: Path, scratch: Path, feeds: Feeds) -> None:
     """int8 weights with one scale per output unit; activations are quantised dynamically."""
     from onnxruntime.quantization import quantize_dynamic
 
+    prepared, apart = _prepared(path, scratch, feeds)
     quantize_dynamic(
-        _embedded(path, scratch), path, op_types_to_quantize=["Conv", "MatMul"], **SEVEN_BITS
+        prepared,
+        path,
+        op_types_to_quantize=["Conv", "MatMul"],
+        nodes_to_exclude=apart,
+        **SEVEN_BITS,
     )
 
 
-def _embedded(path: Path, scratch: Path) -> Path:
-    """The graph with 8-bit embeddings, prepared for the quantisation of its products."""
-    from onnxruntime.quantization import quantize_dynamic
+def _prepared(path: Path, scratch: Path, feeds: Feeds) -> tuple[Path, list[str]]:
+    """The graph with 8-bit embeddings and with wide channels apart, for the quantisation of its
+    products, and the products that stay in fp32.
+
+    Wide channels are those of `feeds`, or of random tokens where there are none.
+    """
+    import onnx
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    folded, embedded = scratch / "folded.onnx", scratch / "embedded.onnx"
+    folded, prepared = scratch / "folded.onnx", scratch / "prepared.onnx"
     # fold the transposes of weights, since only products with a constant are quantised
     quant_pre_process(path, folded, skip_symbolic_shape=True)
-    quantize_dynamic(folded, embedded, op_types_to_quantize=["Gather"])
-    return embedded
+    graph = onnx.load(folded)
+    apart = onnx_wide.split(graph, feeds or onnx_wide.random_tokens(graph), scratch)
+    onnx_wide.quantise_tables(graph)
+    onnx.save(graph, prepared)
+    return prepared, apart
 
 
 def _int8_static(path: Path, scratch: Path, feeds: Feeds) -> None:
@@ -123,11 +136,13 @@ def _int8_static(path: Path, scratch: Path, feeds: Feeds) -> None:
     """
     from onnxruntime.quantization import QuantType, quantize_static
 
+    prepared, apart = _prepared(path, scratch, feeds)
     quantize_static(
-        _embedded(path, scratch),
+        prepared,
         path,
         _CalibrationReader(feeds),
         op_types_to_quantize=PRODUCTS,
+        nodes_to_exclude=apart,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         # products of two activations, as in attention, stay as they are; so do outputs
