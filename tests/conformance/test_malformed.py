@@ -231,7 +231,7 @@ SCORES = "scores.heads"
 BEGIN, LABELS = "begin", "label_distribution"
 MALFORMED = {  # variant, work, change, what is said
     "scores wide": ("fedspine", None, field(SCORES, lambda t: t[:, :-1]), "where (2, 4)"),
-    "scores flat": ("loraprune", None, field(SCORES, torch.flatten), "SpineResult was"),
+    "scores flat": ("loraprune", None, field(SCORES, torch.flatten), "expected SpineResult, got"),
     "scores nan": ("fedspine", None, field(SCORES, nan_in), "scores.heads is not finite"),
     "scores negative": ("magnitude", None, field(SCORES, lambda t: t - 2), "0 to 1 was"),
     "scores deeper": ("fedspine", None, field(SCORES, with_layer), "where (2, 4)"),

@@ -106,7 +106,7 @@ def test_real_sites_bound_norms_by_default():
 def test_where_norms_cannot_be_bounded_the_run_says_so(method, sites):
     adapted = real_sites(sites).adapted(Recipe(method=method))
     assert adapted.fleet.aggregation is None
-    assert backend._told(adapted) == (
+    assert backend._aggregation_line(adapted) == (
         "aggregation: mean, so one bad site can spoil the model (docs/robustness.md)"
     )
 
