@@ -18,7 +18,7 @@ from fedspine.core.errors import BadInput
 from fedspine.core.task import Kind
 from fedspine.exports import hf
 from fedspine.exports.card import BASE, read_card
-from fedspine.exports.parity import Prove, proved
+from fedspine.exports.parity import ParityCheck, write_parity
 from fedspine.exports.peft import write_adapter
 from fedspine.exports.provenance import Provenance, rows_of
 from fedspine.exports.whole_folder import check_new, whole_folder
@@ -70,15 +70,15 @@ def export_adapter(
     max_tokens: int,
     name: str,
     provenance: Provenance | None = None,
-    prove: Prove | None = None,
+    parity_check: ParityCheck | None = None,
     vocabulary: VocabularyCut | None = None,
 ) -> Path:
     """Write the adapter and the task head of `model` to the new `folder`, which appears only when
     it is complete.
 
-    `provenance` and `prove` are as `fedspine.exports.hf.export` takes them. Raises BadInput where
-    the folder exists, for an adapter that fits no model that stock tools could load, and what
-    `prove` raises.
+    `provenance` and `parity_check` are as `fedspine.exports.hf.export` takes them. Raises BadInput
+    where the folder exists, for an adapter that fits no model that stock tools could load, and what
+    `parity_check` raises.
     """
     folder = Path(folder)
     _check(folder, model, origin, with_base)
@@ -94,9 +94,9 @@ def export_adapter(
         needed = {} if with_base else _needed(base, labels)
         pruned = sparsity(base.layout, model.structure)
         measured = ""
-        if prove is not None:
+        if parity_check is not None:
             with _with_base_beside(partial, base, model, tokenizer, **card_facts) as whole:
-                measured = proved(prove(whole), partial)
+                measured = write_parity(parity_check(whole), partial)
         came = rows_of(provenance), measured
         card = _readme(origin, fits, needed, pruned, base.pooling, *came, **card_facts)
         (partial / "README.md").write_text(card, encoding="utf-8")

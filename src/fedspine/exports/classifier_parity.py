@@ -27,20 +27,36 @@ EQUAL, LOST = 0.995, 0.005
 
 
 @dataclass(frozen=True)
-class ClassifierParity:
-    """How an exported classifier differs from its PyTorch source, and its costs."""
+class MeasuredExport:
+    """What every parity report with measured costs says."""
 
     rows_from: str  # the source of the rows that both were compared on
     rows: int
     largest_difference: float  # of a logit
+    quantize: str
+    bytes: int  # of the weights
+    latency_seconds: dict[int, float]  # of reading rows; median by batch size, on one thread
+    tokens: int | None  # of the timed rows; None for nets, whose rows have one shape
+    peak_memory_bytes: int  # of a fresh process that runs both batch sizes
+
+    @property
+    def costs(self) -> str:
+        """Size, latency and memory, in words."""
+        small, large = (1e3 * seconds for _, seconds in sorted(self.latency_seconds.items()))
+        tokens = "" if self.tokens is None else f", {self.tokens} tokens"
+        return (
+            f"{self.bytes / 1e6:.2f} MB; {small:.1f} ms at batch 1 and {large:.1f} ms at batch 32"
+            f"{tokens}, one thread, {self.peak_memory_bytes / 1e6:.0f} MB of memory at most"
+        )
+
+
+@dataclass(frozen=True)
+class ClassifierParity(MeasuredExport):
+    """How an exported classifier differs from its PyTorch source, and its costs."""
+
     equal_predictions: float  # share of the rows, 0 to 1
     accuracy: float | None  # of the export, 0 to 1; None for unlabelled rows
     accuracy_before: float | None  # of the PyTorch model
-    quantize: str
-    bytes: int  # of the weights
-    latency_seconds: dict[int, float]  # median by batch size, on one thread
-    tokens: int | None  # of the timed rows; None for nets, whose rows have one shape
-    peak_memory_bytes: int  # of a fresh process that runs both batch sizes
 
     @property
     def line(self) -> str:
@@ -48,7 +64,7 @@ class ClassifierParity:
         return (
             f"parity on {self.rows} rows ({self.rows_from}): logits within "
             f"{self.largest_difference:.2g}, {self.equal_predictions:.1%} of predictions equal"
-            f"{self._accuracies}; {costs(self)}"
+            f"{self._accuracies}; {self.costs}"
         )
 
     @property
@@ -114,16 +130,6 @@ def _logits_of_both(
             for each, model in zip(found, (module, written), strict=True):
                 each.append(model(**module_inputs(dict(inputs))).logits.numpy())
     return np.concatenate(found[0])[order], np.concatenate(found[1])[order]
-
-
-def costs(parity: object) -> str:
-    """Size, latency and memory of a parity report as text."""
-    small, large = (1e3 * seconds for _, seconds in sorted(parity.latency_seconds.items()))
-    tokens = "" if parity.tokens is None else f", {parity.tokens} tokens"
-    return (
-        f"{parity.bytes / 1e6:.2f} MB; {small:.1f} ms at batch 1 and {large:.1f} ms at batch 32"
-        f"{tokens}, one thread, {parity.peak_memory_bytes / 1e6:.0f} MB of memory at most"
-    )
 
 
 def agreement(

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Examples
-from fedspine.exports.classifier_parity import APART, EQUAL, costs, costs_of
+from fedspine.exports.classifier_parity import APART, EQUAL, MeasuredExport, costs_of
 from fedspine.exports.load import Loaded, load_model
 from fedspine.exports.token_differences import differences
 from fedspine.lm.decoding import Decoding, ends_of, written
@@ -30,28 +30,20 @@ STEPS = 8  # timed after such a row
 
 
 @dataclass(frozen=True)
-class DecoderParity:
+class DecoderParity(MeasuredExport):
     """How an exported language model differs from its source, and its costs.
 
     Each row is read in two steps, the second with the cache of the first.
     """
 
-    rows_from: str  # the source of the rows that both were compared on
-    rows: int
     tokens_compared: int  # of these rows, each with its logits
     largest_logit: float  # of the PyTorch model, in magnitude
-    largest_difference: float  # of a logit
     relative_difference: float  # root mean square, over that of logits around their mean
     equal_tokens: float  # share of equal greedy next tokens, 0 to 1
     equal_continuations: float  # share of equal greedy continuations of a few prompts, 0 to 1
     perplexity: float  # of the export; NaN if no token is predicted
     perplexity_before: float  # of the PyTorch model
-    quantize: str
-    bytes: int  # of the weights
-    latency_seconds: dict[int, float]  # of reading rows; median by batch size, one thread
-    tokens: int  # of the timed rows
     step_seconds: float  # of one more token after such a row, batch 1
-    peak_memory_bytes: int  # of a fresh process that runs both batch sizes
 
     @property
     def line(self) -> str:
@@ -60,7 +52,7 @@ class DecoderParity:
             f"parity on {self.tokens_compared:,} tokens of {self.rows} rows ({self.rows_from}): "
             f"logits within {self.largest_difference:.2g}, {self.equal_tokens:.1%} of greedy "
             f"tokens and {self.equal_continuations:.0%} of continuations equal, perplexity "
-            f"{self.perplexity:.4g} (before: {self.perplexity_before:.4g}); {costs(self)}, "
+            f"{self.perplexity:.4g} (before: {self.perplexity_before:.4g}); {self.costs}, "
             f"{1e3 * self.step_seconds:.1f} ms for a new token"
         )
 

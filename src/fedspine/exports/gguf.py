@@ -21,7 +21,7 @@ from fedspine.exports.card import GGUF, TOKENIZER, Card, copy_beside, read_card
 from fedspine.exports.gguf_file import Widths
 from fedspine.exports.gguf_tokenizer import vocabulary
 from fedspine.exports.load import Loaded, load_model
-from fedspine.exports.parity import proved
+from fedspine.exports.parity import write_parity
 from fedspine.exports.provenance import front_matter, rows_of
 from fedspine.exports.token_differences import differences
 from fedspine.exports.whole_folder import check_new, whole_folder
@@ -125,7 +125,7 @@ def export(
             types=gguf_file.types_of(partial / GGUF),
             bytes=(partial / GGUF).stat().st_size,
         )
-        measured = proved(parity, partial)
+        measured = write_parity(parity, partial)
         (partial / "README.md").write_text(_readme(card, parity, measured), encoding="utf-8")
     return parity
 

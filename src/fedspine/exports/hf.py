@@ -23,7 +23,7 @@ from fedspine.core.message import Tensors
 from fedspine.core.task import Kind
 from fedspine.exports.card import CONFIG, FORMAT, WEIGHTS, Card
 from fedspine.exports.load import Loaded, load_model
-from fedspine.exports.parity import Prove, proved
+from fedspine.exports.parity import ParityCheck, write_parity
 from fedspine.exports.predict import ChatAnswer, Continued, Labelled, Prediction, predict
 from fedspine.exports.provenance import Provenance, front_matter, rows_of
 from fedspine.exports.whole_folder import check_new, whole_folder
@@ -60,7 +60,7 @@ def export(
     chat: bool = False,
     structure: StructureKind = "free",
     provenance: Provenance | None = None,
-    prove: Prove | None = None,
+    parity_check: ParityCheck | None = None,
     vocabulary: VocabularyCut | None = None,
 ) -> Path:
     """Write `model` as a new folder: config.json, model.safetensors, the tokenizer, README.md.
@@ -68,10 +68,10 @@ def export(
     The adapter is merged in fp32 as W + scale * B @ A; `merge=False` leaves it out, for use with an
     adapter that `fedspine.exports.peft` writes. `chat` says that it was tuned on dialogues, and
     `structure` which one the run's method asked for; `provenance` is where it comes from, and
-    `vocabulary` what is left of the model's (None: all). `prove` compares what was written with the
-    run's model, and its report goes into parity.json and README.md. The folder appears at once and
-    complete. Raises BadInput where it exists already, where the base is not fp32, where `labels`
-    are not those that the head was trained for, and what `prove` raises.
+    `vocabulary` what is left of the model's (None: all). `parity_check` compares what was written
+    with the run's model, and its report goes into parity.json and README.md. The folder appears at
+    once and complete. Raises BadInput where it exists already, where the base is not fp32, where
+    `labels` are not those that the head was trained for, and what `parity_check` raises.
     """
     folder = Path(folder)
     _check(base, folder, labels, kind)
@@ -94,7 +94,7 @@ def export(
         provenance=provenance,
         vocabulary=vocabulary,
     )
-    _write(folder, config, card, tensors, tokenizer, prove)
+    _write(folder, config, card, tensors, tokenizer, parity_check)
     return folder
 
 
@@ -194,7 +194,7 @@ def _write(
     card: Card,
     tensors: Tensors,
     tokenizer: Any,
-    prove: Prove | None,
+    parity_check: ParityCheck | None,
 ) -> None:
     with whole_folder(folder) as partial:
         settings = config.to_diff_dict() | {"fedspine": asdict(card)}
@@ -204,7 +204,7 @@ def _write(
         )
         save_file(tensors, partial / WEIGHTS, {"format": "pt"})
         tokenizer.save_pretrained(partial)
-        measured = "" if prove is None else proved(prove(partial), partial)
+        measured = "" if parity_check is None else write_parity(parity_check(partial), partial)
         (partial / "README.md").write_text(_readme(card, tensors, measured), encoding="utf-8")
 
 

@@ -15,9 +15,9 @@ from typing import Any
 from fedspine.core.errors import BadInput, nearest, unknown
 from fedspine.core.task import Kind
 from fedspine.exports import hf, llama_cpp
-from fedspine.exports.parity import Prove
-from fedspine.exports.proof import Proof
+from fedspine.exports.parity import ParityCheck
 from fedspine.exports.provenance import provenance_of
+from fedspine.exports.run_parity import RunParityCheck
 from fedspine.exports.whole_folder import bytes_in
 
 # these two register the messages of a saved state
@@ -120,9 +120,9 @@ def export_model(
     other = _other_runtime(format, recipe.task.kind)
     run = open_run(folder, base)
     model = run.model(device)
-    proof = None
+    check = None
     if parity and other is None:
-        proof = Proof(run.recipe, run.record, run.base, run.tokenizer, model, rows)
+        check = RunParityCheck(run.recipe, run.record, run.base, run.tokenizer, model, rows)
     more: dict[str, Any] = {}
     if format == "peft":
         from fedspine.exports.adapter import Origin, export_adapter
@@ -130,16 +130,16 @@ def export_model(
         of_fewer = run.record.layers is not None, run.vocabulary is not None
         origin = Origin(base or run.record.model, *of_fewer)
         described = {"origin": origin, "with_base": with_base, **_card_of(run, device)}
-        export_adapter(run.base, model, run.tokenizer, to, **described, prove=proof)
+        export_adapter(run.base, model, run.tokenizer, to, **described, parity_check=check)
     elif other is not None:
         check_kind(format, run)
         quantize = quantize or QUANTISATIONS[format][0]
-        found = _exported_elsewhere(other, run, device, to, quantize=quantize, rows=rows)
+        found = _exported_elsewhere(other, run, model, device, to, quantize=quantize, rows=rows)
         more = {"quantize": quantize, "parity": asdict(found) | {"line": found.line}}
     else:
-        _merged(run, device, to, prove=proof)
-    if proof is not None:
-        more = {"parity": asdict(proof.found) | {"line": proof.found.line}}
+        _merged(run, model, device, to, parity_check=check)
+    if check is not None:
+        more = {"parity": asdict(check.found) | {"line": check.found.line}}
     return {
         "device": device,
         "format": format,
@@ -163,22 +163,31 @@ def _card_of(run: RunModel, device: str) -> dict[str, Any]:
     }
 
 
-def _merged(run: RunModel, device: str, to: Path, prove: Prove | None = None) -> Path:
+def _merged(
+    run: RunModel, model: Model, device: str, to: Path, parity_check: ParityCheck | None = None
+) -> Path:
     """The model as a Hugging Face folder."""
     return hf.export(
         run.base,
-        run.model(device),
+        model,
         run.tokenizer,
         to,
         chat=run.record.of_dialogues,
         structure=getattr(run.recipe.method, "structure", "free"),
-        prove=prove,
+        parity_check=parity_check,
         **_card_of(run, device),
     )
 
 
 def _exported_elsewhere(
-    other: Any, run: RunModel, device: str, to: Path, *, quantize: str, rows: str | None
+    other: Any,
+    run: RunModel,
+    model: Model,
+    device: str,
+    to: Path,
+    *,
+    quantize: str,
+    rows: str | None,
 ) -> Any:
     """Export the model with the module `other`, for another runtime; returns its parity."""
     from fedspine.exports.parity_rows import calibration_rows, parity_rows
@@ -192,7 +201,7 @@ def _exported_elsewhere(
         calibrated["calibration"] = calibration_rows(recipe, record, tokenizer, most)
     with tempfile.TemporaryDirectory() as scratch:
         return other.export(
-            _merged(run, device, Path(scratch) / "model"),
+            _merged(run, model, device, Path(scratch) / "model"),
             to,
             examples=examples,
             rows_from=rows_from,

@@ -20,7 +20,7 @@ from fedspine.exports.classifier_parity import ROWS, ClassifierParity, parity_of
 from fedspine.exports.load import Loaded, load_model
 from fedspine.exports.onnx_graph import IDS, LOGITS, MASK, SEGMENTS, Graph, Signature
 from fedspine.exports.onnx_numbers import Feeds, quantise
-from fedspine.exports.parity import proved
+from fedspine.exports.parity import write_parity
 from fedspine.exports.provenance import front_matter, rows_of
 from fedspine.exports.whole_folder import check_new, whole_folder
 
@@ -92,7 +92,7 @@ def export(
         write_graph(loaded.module, partial / ONNX, segments=segments, facts=facts_of(card))
         quantise(partial / ONNX, quantize, calibration_feeds(partial / ONNX, calibration))
         parity = parity_of(loaded.module, partial, examples, rows_from, quantize)
-        card_text = _readme(card, quantize, proved(parity, partial))
+        card_text = _readme(card, quantize, write_parity(parity, partial))
         (partial / "README.md").write_text(card_text, encoding="utf-8")
     return parity
 

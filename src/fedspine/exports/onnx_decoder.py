@@ -21,7 +21,7 @@ from fedspine.exports.decoder_parity import ROWS, DecoderParity, ends_in, parity
 from fedspine.exports.onnx import calibration_feeds, copy_as_graph, facts_of, opened
 from fedspine.exports.onnx_graph import FREE, IDS, LOGITS, MASK, PAST, PRESENT, Signature
 from fedspine.exports.onnx_numbers import quantise
-from fedspine.exports.parity import proved
+from fedspine.exports.parity import write_parity
 from fedspine.exports.provenance import front_matter, rows_of
 from fedspine.exports.whole_folder import whole_folder
 
@@ -88,7 +88,7 @@ def export(
         onnx_graph.write(traced, partial / ONNX, _signature(loaded.module, card), facts_of(card))
         quantise(partial / ONNX, quantize, calibration_feeds(partial / ONNX, calibration))
         parity = parity_of(loaded.module, partial, examples, rows_from, quantize, ends)
-        card_text = _readme(card, quantize, proved(parity, partial))
+        card_text = _readme(card, quantize, write_parity(parity, partial))
         (partial / "README.md").write_text(card_text, encoding="utf-8")
     return parity
 

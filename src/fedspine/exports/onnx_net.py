@@ -26,7 +26,7 @@ from fedspine.exports.card import ONNX
 from fedspine.exports.classifier_parity import ClassifierParity, agreement
 from fedspine.exports.onnx_graph import LOGITS, ROWS_IN, Graph, Signature
 from fedspine.exports.onnx_numbers import CALIBRATION_ROWS, quantise
-from fedspine.exports.parity import proved
+from fedspine.exports.parity import write_parity
 from fedspine.exports.whole_folder import check_new, whole_folder
 from fedspine.nets.load import channels_at, load, scale_of, stored
 from fedspine.nets.net import NetModel
@@ -106,7 +106,7 @@ def export(
         feeds = [{ROWS_IN: data.calibration[i : i + BATCH]} for i in _starts(data.calibration)]
         quantise(partial / ONNX, quantize, feeds)
         parity = _parity(net, partial, data, quantize)
-        card_text = _readme(facts, quantize, proved(parity, partial))
+        card_text = _readme(facts, quantize, write_parity(parity, partial))
         (partial / "README.md").write_text(card_text, encoding="utf-8")
     return parity
 

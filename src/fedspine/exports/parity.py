@@ -20,10 +20,11 @@ class Parity(Protocol):
         """Raise BadInput if the export is outside its tolerance."""
 
 
-Prove: TypeAlias = Callable[[Path], Parity]  # compares the export in a folder with the run's model
+# compares the export in a folder with the model of the run
+ParityCheck: TypeAlias = Callable[[Path], Parity]
 
 
-def proved(parity: Any, folder: Path) -> str:
+def write_parity(parity: Any, folder: Path) -> str:
     """Check a report and write it to `parity.json` in `folder`; returns the paragraph of the model
     card with the measurements.
     """

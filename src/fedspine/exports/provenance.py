@@ -9,7 +9,8 @@ from yaml import YAMLError
 
 from fedspine.core.errors import BadInput
 from fedspine.lm.gguf_files import is_gguf
-from fedspine.lm.load import MINILM_HUB, locate
+from fedspine.lm.load import MINILM_HUB
+from fedspine.lm.weightless import described
 
 HUB = {"minilm": MINILM_HUB, "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 LICENCES = {"smollm2": "apache-2.0"}  # of packages without a model card
@@ -47,7 +48,7 @@ def licence_of(model: str) -> str | None:
     if is_gguf(model):
         return None
     try:
-        place = Path(locate(model))
+        place = Path(described(model)[0])  # without the digest of its weights
     except BadInput:  # the base has moved
         return None
     cached = None if place.is_dir() else try_to_load_from_cache(str(place), CARD)

@@ -42,6 +42,17 @@ class PlannedExchange:
     quote: Quote
     timing: Timing
 
+    @property
+    def cost(self) -> Cost:
+        """As the simulated fleet would charge it."""
+        return Cost(
+            bytes_down=self.quote.bytes_down,
+            bytes_up=self.quote.bytes_up,
+            flops=self.quote.price.flops,
+            peak_memory_bytes=self.quote.price.peak_memory_bytes,
+            seconds=self.timing.total,
+        )
+
 
 @dataclass
 class Prices:
@@ -51,11 +62,11 @@ class Prices:
 
     base: Any
     data: Data
-    _known: dict[tuple[str, Outline], "Quote"] = field(default_factory=dict)
+    _known: dict[tuple[str, Outline], Quote] = field(default_factory=dict)
     # by identity, since a method may send one order to many devices; the order is kept with it
     _sent: dict[int, tuple[Any, Outline]] = field(default_factory=dict)
 
-    def of(self, work: Work[Any, Any], order: Any) -> "Quote":
+    def of(self, work: Work[Any, Any], order: Any) -> Quote:
         """The cost of an order on any device."""
         if id(order) not in self._sent:
             self._sent[id(order)] = (order, outline(order))
@@ -93,25 +104,13 @@ class PlannedFleet:
     def ask(
         self, work: Work[Any, Any], orders: Mapping[DeviceId, Any], *, within: float = inf
     ) -> list[Reply[Any]]:
-        built = {id: orders[id] for id in orders}
-        made = [self._exchange(work, id, order) for id, order in built.items()]
+        made = [self._exchange(work, id, order) for id, order in orders.items()]
         self.exchanges += made
         self.now += max((one.timing.total for one in made), default=0.0)
         if any(one.quote.price.trained for one in made) and returns_learnt(work):
             raise Planned
         return [
-            Reply(
-                device=one.device,
-                value=one.quote.price.result,
-                cost=Cost(
-                    bytes_down=one.quote.bytes_down,
-                    bytes_up=one.quote.bytes_up,
-                    flops=one.quote.price.flops,
-                    peak_memory_bytes=one.quote.price.peak_memory_bytes,
-                    seconds=one.timing.total,
-                ),
-                order=one.order,
-            )
+            Reply(device=one.device, value=one.quote.price.result, cost=one.cost, order=one.order)
             for one in made
         ]
 

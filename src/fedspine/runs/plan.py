@@ -190,11 +190,7 @@ def _round_plan(fleet: PlannedFleet, kinds: list[str]) -> RoundCost:
                 device=one.device,
                 kind=of[one.device],
                 work=one.work.__name__,
-                bytes_down=one.quote.bytes_down,
-                bytes_up=one.quote.bytes_up,
-                flops=one.quote.price.flops,
-                peak_memory_bytes=one.quote.price.peak_memory_bytes,
-                seconds=one.timing.total,
+                **vars(one.cost),
             )
             for one in fleet.exchanges
         ),

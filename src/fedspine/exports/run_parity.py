@@ -10,7 +10,7 @@ from fedspine.runs.config import Recipe
 from fedspine.runs.task_record import TaskRecord
 
 
-class Proof:
+class RunParityCheck:
     """Compares the export in a folder with the run's `model`, whose adapter is not merged.
 
     `rows` names the data to compare on; None: the run's test rows. `found` is the parity report.
