@@ -42,7 +42,7 @@ from fedspine.ui.sweep.sweep_dir import SweepFolder, held
 from fedspine.ui.sweep.work import GOODBYE_SECONDS, overview_of, reason_of
 
 EXPERIMENTS = ROOT / "experiments"
-GONE_SECONDS = 10.0  # within which the processes of a killed sweep must have ended
+GONE_SECONDS = 2.0  # within which the processes of a killed sweep have ended; cells take longer
 
 GOOD = """
 seeds = [0, 1]
