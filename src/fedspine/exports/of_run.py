@@ -7,7 +7,6 @@ the run was made with.
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ class RunModel:
 
     def model(self, device: str) -> Model:
         """A device's deployed model, the global one (`global`) or the unpruned one (`dense`)."""
-        return _chosen(self.recipe.method, self.state, device)
+        return chosen(self.recipe.method, self.state, device)
 
 
 def open_run(folder: Path, base: str | None = None) -> RunModel:
@@ -112,7 +111,7 @@ def export_model(
     _check_options(format, with_base=with_base, quantize=quantize, rows=rows, parity=parity)
     if to.exists():
         raise BadInput(f"{to} exists already; name a new folder with --to")
-    _check_device(device, device_ids_of(folder))
+    check_device(device, device_ids_of(folder))
     recipe = recipe_of(folder)
     if recipe.task.kind == "array":
         _check_net(recipe, format, base)
@@ -230,7 +229,7 @@ def _exported_net(
     saved = saved_state(folder)
     _check_unedited(folder, recipe, saved.state["recipe"])
     parity = onnx_net.export(
-        _chosen(recipe.method, saved.state["method"], device),
+        chosen(recipe.method, saved.state["method"], device),
         onnx_net.data_of(recipe, record, rows),
         to,
         name=f"{recipe.method.name} {device}",
@@ -318,46 +317,7 @@ def check_kind(format: str, run: RunModel) -> None:
         )
 
 
-class Models(Mapping[str, Any]):
-    """The deployed models of a finished run: `global`, `dense`, and those of the devices by name.
-
-    Each is built on access. For texts it is what `fedspine export` writes and `load_model` reads, a
-    stock transformers module with its tokenizer; for arrays a stock module as described in
-    `fedspine.nets.load.stored`.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __iter__(self) -> Iterator[str]:
-        return iter((GLOBAL, DENSE, *device_ids_of(self._folder)))
-
-    def __len__(self) -> int:
-        return len(device_ids_of(self._folder)) + 2
-
-    def __contains__(self, device: object) -> bool:
-        return device in tuple(self)
-
-    def __getitem__(self, device: str) -> Any:
-        _check_device(device, device_ids_of(self._folder))
-        recipe = recipe_of(self._folder)
-        if recipe.task.kind == "array":
-            return self._net(recipe, device)
-        with tempfile.TemporaryDirectory() as scratch:
-            to = Path(scratch) / "model"
-            export_model(self._folder, device=device, format="hf", to=to, parity=False)
-            return hf.load_model(to)
-
-    def _net(self, recipe: Recipe, device: str) -> Any:
-        from fedspine.nets.load import stored
-
-        record = task_record.recorded(self._folder)
-        state = saved_state(self._folder).state["method"]
-        shape = record.splits["test"].shape
-        return stored(_chosen(recipe.method, state, device), shape, len(record.classes))
-
-
-def _chosen(method: Any, state: Any, device: str) -> Any:
+def chosen(method: Any, state: Any, device: str) -> Any:
     """The deployed model of a device, the global one (`global`), or the unpruned one (`dense`)."""
     if device == DENSE:
         return method.unpruned(state)
@@ -398,7 +358,7 @@ def device_ids_of(folder: Path) -> list[str]:
     return [site.name for site in saved_state(folder).fleet.sites]
 
 
-def _check_device(device: str, ids: list[str]) -> None:
+def check_device(device: str, ids: list[str]) -> None:
     if device not in (GLOBAL, DENSE, *ids):
         guess = nearest(device, (GLOBAL, DENSE, *ids))
         hint = f"; did you mean {guess!r}?" if guess else ";"
