@@ -202,7 +202,8 @@ def test_a_part_that_cannot_be_is_refused(settings, says) -> None:
         ),
         ("enough=0.7", "method.enough is no longer a setting of methods; write fleet.quorum"),
         ("quorum=0.7", "method.quorum is no longer a setting of methods; write fleet.quorum"),
-        ("pooled=1.0", "unknown key of [method] for fedspine 'pooled'"),
+        ("pooled=1.0", "method.pooled is no longer a setting of methods; leave it out"),
+        ("importance=blend", 'it is a table now; write importance = {name = "blend"}'),
     ],
 )
 def test_the_refusal_of_an_older_recipe_says_what_to_write_now(key, says) -> None:

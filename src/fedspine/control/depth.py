@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from fedspine.control.latency_model import add, coefficients, no_evidence
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import check_ranges
+from fedspine.core.fleet import Cost
 
 DepthRule: TypeAlias = Literal["barrier-floor", "align-fastest", "tiers", "fixed"]
 
@@ -167,16 +168,23 @@ def features(work: float, depth: int, layers: int, traffic: float) -> NDArray[np
     return np.array([work, work * depth / layers, traffic])
 
 
-def observed(
+def timed(
     before: NDArray[np.float64] | None,
-    seen: NDArray[np.float64],
-    seconds: float,
+    cost: Cost,
+    *,
+    depth: int,
+    layers: int,
+    full_bytes: float,
     discount: float,
+    work: float = 1.0,
 ) -> NDArray[np.float64]:
-    """What is known of a device's times after an exchange with these `features`; None: nothing was
-    known.
+    """What is known of a device's times after an exchange at this depth; None: nothing was known.
+
+    `full_bytes` is the traffic of full depth, `work` the share of a round's batches.
     """
-    return add(no_evidence() if before is None else before, seen, seconds, discount)
+    traffic = (cost.bytes_down + cost.bytes_up) / full_bytes
+    seen = features(work, depth, layers, traffic)
+    return add(no_evidence() if before is None else before, seen, cost.seconds, discount)
 
 
 def round_seconds(

@@ -1,7 +1,8 @@
 """One device's plan for a round: how sparse it gets and at which rank it tunes.
 
 Schedule and memory bind every plan. FedSpine (reconstructed), sections 2.4 and 4; the bandit's
-choice among what they allow is in `bandit.py`.
+choice among what they allow is in `bandit.py`. The schedule's cubic is that of gradual pruning (Zhu
+& Gupta 2017, arXiv 1710.01878), which the pruning baselines share.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,11 +11,46 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fedspine.core.errors import BadInput
+
 NOTHING_LEFT = 1e-9
+TINY = 1e-9  # 0.7 * 10 rounds are seven rounds, whatever the last bit says
 SHARES = 5  # between the least pruning due and the most allowed, among which times are compared
 
 # seconds that a device would take to reach a sparsity, at each of these ranks
 Foresee = Callable[[str, float, Sequence[int]], Sequence[float]]
+
+
+def cubic_floor(
+    round: int,
+    rounds: int,
+    target: float,
+    *,
+    warmup: float = 0.05,
+    until: float = 0.7,
+    share: float = 0.8,
+) -> float:
+    """The least cumulative sparsity in `round`, counted from 0: 0, then share*target*(1-(1-x)^3),
+    then the target.
+
+    warmup and until are parts of the run. The last of several rounds is at the target even where
+    the run is too short to reach `until`; a run of one round only warms up. Raises BadInput for
+    parts out of order or values out of range.
+
+    >>> [round(cubic_floor(r, 20, 0.5), 3) for r in (0, 1, 7, 13, 14)]
+    [0.0, 0.0, 0.338, 0.4, 0.5]
+    """
+    if not 0 <= warmup < until <= 1:
+        raise BadInput(f"expected 0 <= warmup < until <= 1, got warmup {warmup} and until {until}")
+    if not (0 <= target < 1 and 0 <= share <= 1):
+        raise BadInput(f"expected target in [0, 1) and share in [0, 1], got {target} and {share}")
+    start, end = warmup * rounds, until * rounds
+    if rounds > 1 and (round >= end - TINY or round >= rounds - 1):
+        return target
+    if round <= start:
+        return 0.0  # nothing is pruned before its importance is known
+    x = min((round - start) / (end - start), 1.0)
+    return share * target * (1 - (1 - x) ** 3)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ import numpy as np
 
 from fedspine.control.bandit import rewards
 from fedspine.control.controllers import Controller, DeviceModel, SUcb, TextLoad
-from fedspine.control.plan import Foresee, Limits, Plan, PlanResult, Turn
+from fedspine.control.plan import Foresee, Limits, Plan, PlanResult, Turn, cubic_floor
 from fedspine.control.ranks import check_rising
-from fedspine.control.sparsity import cubic_floor
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput, check_ranges
 from fedspine.core.fleet import Fleet, NoMemory, Profile, Reply

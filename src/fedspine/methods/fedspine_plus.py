@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedspine.control.controllers import Controller, Deadline
-from fedspine.control.depth import AllBlocks, DepthPlanner, Depths, Lcd, features, observed
+from fedspine.control.depth import AllBlocks, DepthPlanner, Depths, Lcd, timed
 from fedspine.control.plan import Plan
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput, check_ranges
@@ -145,10 +145,14 @@ class FedSpinePlus(FedSpine):
         full_bytes = self._planner(after).traffic[-1]
         for reply in replies:
             depth = depths[reply.device] = layers - reply.order.lowest
-            traffic = (reply.cost.bytes_down + reply.cost.bytes_up) / full_bytes
-            seen = features(1.0, depth, layers, traffic)
-            before = times.get(reply.device)
-            times[reply.device] = observed(before, seen, reply.cost.seconds, self.depths.discount)
+            times[reply.device] = timed(
+                times.get(reply.device),
+                reply.cost,
+                depth=depth,
+                layers=layers,
+                full_bytes=full_bytes,
+                discount=self.depths.discount,
+            )
         fleet.note(depths={reply.device: depths[reply.device] for reply in replies})
         return replace(after, times=times, depths=depths)
 

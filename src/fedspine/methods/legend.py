@@ -16,9 +16,8 @@ from fedspine.control.depth import (
     DepthPlan,
     DepthPlanner,
     DepthRule,
-    features,
-    observed,
     rising_ranks,
+    timed,
 )
 from fedspine.core.checks import Asked, within
 from fedspine.core.device import Device, DeviceId, on_device, returns_sent_weights
@@ -53,7 +52,7 @@ from fedspine.lm.replies import average_replies
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
 from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
-from fedspine.methods.fedlora import LoraResult
+from fedspine.methods.fedlora import LoraResult, lora_result
 from fedspine.pruning.head_start import (
     HeadWeights,
     Start,
@@ -91,12 +90,7 @@ def tune_top(device: Device, order: DepthOrder) -> LoraResult:
     layout = device.base.layout
     model = model_of(order, layout)
     trace = tune(device, model, order.tuning, lowest=order.lowest)
-    return LoraResult(
-        adapter=half(on_blocks(layout, trace.model.adapter, order.lowest)),
-        head=half(trace.model.head),
-        loss=trace.loss,
-        examples=len(device.data),
-    )
+    return lora_result(device, trace, on_blocks(layout, trace.model.adapter, order.lowest))
 
 
 @returns_sent_weights
@@ -313,12 +307,14 @@ class Legend(LocalTraining):
         steps: int,
         depth: int,
     ) -> np.ndarray:
-        traffic = (reply.cost.bytes_down + reply.cost.bytes_up) / self._bytes(state)[-1]
-        return observed(
+        return timed(
             times.get(reply.device),
-            features(steps / self.steps, depth, state.layout.layers, traffic),
-            reply.cost.seconds,
-            self.discount,
+            reply.cost,
+            depth=depth,
+            layers=state.layout.layers,
+            full_bytes=self._bytes(state)[-1],
+            discount=self.discount,
+            work=steps / self.steps,
         )
 
     def _plan(self, state: LegendState, most: Mapping[DeviceId, int]) -> DepthPlan:
