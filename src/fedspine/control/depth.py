@@ -94,9 +94,9 @@ class DepthPlanner:
         if not most:  # all are busy
             return DepthPlan({}, {}, {})
         devices, largest = list(most), np.array(list(most.values()))
-        everybody = sum(times.values(), no_evidence())
+        fleet = sum(times.values(), no_evidence())
         own = np.stack([times.get(id, no_evidence()) for id in devices])
-        costs = coefficients(own, everybody)
+        costs = coefficients(own, fleet)
         seconds = round_seconds(costs, self.traffic / self.traffic[-1])
         if times or self.rule == "fixed":
             chosen = choose_depths(

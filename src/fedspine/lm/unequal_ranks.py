@@ -3,7 +3,7 @@ two a device trains the first directions of one common adapter.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -29,7 +29,7 @@ class UnequalRanks(LocalTraining):
     scale: float = 2.0  # alpha / rank, the same for all ranks
 
     @classmethod
-    def toy(cls) -> Self:
+    def toy(cls) -> Any:
         """Settings with which a tiny model learns a toy task in a few rounds."""
         return cls(
             ranks=(2, 4, 8),

@@ -150,11 +150,11 @@ class FedSpine(LocalTraining):
         return self._merged(state, fleet, plans, replies)
 
     def deploy(self, state: SpineState, device: DeviceId | None = None) -> Model:
-        """The device's own structure, or for None the one that the fleet's average scores give; the
-        common adapter.
+        """The device's own structure with the common adapter; for None the global model, pruned by
+        the fleet's average scores.
 
-        Whoever is behind the schedule, because it was not asked lately, is pruned to it by the
-        fleet's scores.
+        A device that was not asked recently may be behind the schedule, and is pruned to it by
+        the fleet's scores.
         """
         done = state.round >= state.rounds
         floor = self.sparsity if done else self._due(state.round - 1, state.rounds)

@@ -89,7 +89,7 @@ class FlexLora(UnequalRanks):
         )
 
     def deploy(self, state: FlexLoraState, device: DeviceId | None = None) -> Model:
-        """At the device's own rank; at the largest for everybody."""
+        """At the device's own rank; the global model at the largest."""
         return model_of(self, state, device)
 
     def unpruned(self, state: FlexLoraState) -> Model:

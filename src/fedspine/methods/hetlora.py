@@ -182,7 +182,7 @@ class HetLora(UnequalRanks):
         )
 
     def deploy(self, state: HetLoraState, device: DeviceId | None = None) -> Model:
-        """At the device's own rank; at the largest for everybody."""
+        """At the device's own rank; the global model at the largest."""
         return model_of(self, state, device)
 
     def unpruned(self, state: HetLoraState) -> Model:

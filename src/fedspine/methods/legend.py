@@ -245,7 +245,7 @@ class Legend(LocalTraining):
         )
 
     def deploy(self, state: LegendState, device: DeviceId | None = None) -> Model:
-        """The base with the adapters of all blocks, the same for everybody."""
+        """The base with the adapters of all blocks, the same for all devices."""
         return Model(
             structure=full(state.layout), adapter=state.adapter, head=state.head, scale=self.scale
         )
