@@ -174,7 +174,7 @@ def test_recipes_differ_by_the_setting_of_a_part() -> None:
         (["method.controller.name=dedline"], "did you mean 'deadline'?"),
         (["method.controller.latency_margn=1"], "did you mean 'latency_margin'?"),
         (["method.controller.name=oracle", "method.controller.rank=4"], "for oracle 'rank'"),
-        (["method.controller=deadline"], "a table was expected; name one of deadline, fixed,"),
+        (["method.controller=deadline"], 'write controller = {name = "deadline"}'),
         (["method.controller.latency_margin=x"], "method.controller.latency_margin is 'x'"),
         (["method.controller.name=3"], "unknown method.controller.name '3'"),
         (["method.name=prune_after", "method.importance.name=blend"], "known: gradient, magnitude"),

@@ -3,13 +3,13 @@ two a device trains the first directions of one common adapter.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from fedspine.control.ranks import RankRule, check_rising, one_of_device
 from fedspine.core.errors import BadInput
-from fedspine.core.message import Tensors
+from fedspine.core.message import Tensors, message
 from fedspine.core.task import Task
 from fedspine.lm.base import Model
 from fedspine.lm.lora import check_rank, cut_rank, fresh
@@ -41,10 +41,13 @@ class UnequalRanks(LocalTraining):
         )
 
 
-@runtime_checkable
-class RankedState(Protocol):
-    """What the states of HetLoRA and FlexLoRA have in common."""
+@message
+class RankedState:
+    """What the states of HetLoRA and FlexLoRA have."""
 
+    round: int
+    rounds: int
+    seed: int
     layout: PrunableLayout
     adapter: Tensors  # of the largest rank
     head: Tensors

@@ -17,7 +17,7 @@ from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput, check_ranges
 from fedspine.core.fleet import Fleet, Reply
 from fedspine.core.merging import merged
-from fedspine.core.message import Tensors, message
+from fedspine.core.message import message
 from fedspine.core.method import LeastWork, method, on_todays, usable
 from fedspine.core.task import Task
 from fedspine.core.tensors import half
@@ -33,7 +33,7 @@ from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
 from fedspine.lm.tuning import LocalTraining, check_tuning, tuning_at
 from fedspine.methods.fedlora import LoraResult, lora_result
-from fedspine.methods.legend import DepthOrder
+from fedspine.methods.legend import DepthOrder, LegendState
 
 BITS = (4, 8)
 
@@ -68,17 +68,8 @@ def tune_quantised(device: Device, order: QuadOrder) -> LoraResult:
 
 
 @message
-class FedQuadState:
-    round: int
-    rounds: int
-    turns: float  # of a device in the whole run, on average
-    layout: PrunableLayout
-    embeddings: int  # parameters outside the blocks, for the memory bound
-    max_tokens: int
-    adapter: Tensors
-    head: Tensors
-    times: dict[str, np.ndarray]  # what exchanges took, as `control.latency_model` keeps it
-    depths: dict[str, int]  # of every device that has replied
+class FedQuadState(LegendState):
+    """Depths and times as LEGEND keeps them."""
 
 
 @method("fedquad", merges_late=tune_quantised, robust=True, server_optimiser=True)

@@ -23,10 +23,10 @@ from fedspine.lm.aggregate import Contribution, bounded, mean_product
 from fedspine.lm.base import Model
 from fedspine.lm.factoring import factor
 from fedspine.lm.lora import a_name, adapter_rank, b_name, cut_rank
-from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import full
 from fedspine.lm.tuning import tuning_at
 from fedspine.lm.unequal_ranks import (
+    RankedState,
     UnequalRanks,
     check_ranks,
     first_fields,
@@ -37,14 +37,8 @@ from fedspine.methods.fedlora import LoraOrder, LoraResult, tune_adapter
 
 
 @message
-class FlexLoraState:
-    round: int
-    rounds: int
-    seed: int
-    layout: PrunableLayout
-    adapter: Tensors  # of the largest rank, its directions in the order of what they carry
-    head: Tensors
-    ranks: dict[str, int]  # of every device that has replied
+class FlexLoraState(RankedState):
+    """The adapter's directions are in the order of what they carry."""
 
 
 @method("flexlora", merges_late=tune_adapter, robust=True, server_optimiser=True)

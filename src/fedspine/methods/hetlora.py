@@ -44,6 +44,7 @@ from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
 from fedspine.lm.tuning import Tuning, tuning_at
 from fedspine.lm.unequal_ranks import (
+    RankedState,
     UnequalRanks,
     check_ranks,
     first_fields,
@@ -133,14 +134,8 @@ def tail(layout: PrunableLayout, adapter: Tensors, start: int) -> Tensor:
 
 
 @message
-class HetLoraState:
-    round: int
-    rounds: int
-    seed: int
-    layout: PrunableLayout
-    adapter: Tensors  # of the largest rank
-    head: Tensors
-    ranks: dict[str, int]  # of every device that has replied
+class HetLoraState(RankedState):
+    """The adapter is of the largest rank."""
 
 
 @method("hetlora", merges_late=tune_and_shrink, robust=True, server_optimiser=True)
