@@ -38,7 +38,9 @@ class AllBlocks:
 
 @dataclass(frozen=True)
 class Lcd:
-    """Each device trains those of as many upper blocks as it has time for, as LEGEND chooses."""
+    """Each device trains the adapters of as many upper blocks as it has time for, as LEGEND
+    chooses.
+    """
 
     name: ClassVar = "lcd"
     rule: DepthRule = "barrier-floor"
@@ -70,7 +72,9 @@ class DepthPlan:
 
 @dataclass(frozen=True)
 class DepthPlanner:
-    """Depths by a rule of `choose_depths`, held where a change is not worth it."""
+    """Chooses depths by a rule of `choose_depths`, and keeps a device's last depth where a change
+    gains little.
+    """
 
     rule: DepthRule
     ranks: tuple[int, ...]  # of the blocks, from input to output
@@ -275,8 +279,8 @@ def _filled(
 def settled(
     chosen: NDArray[np.int64], before: NDArray[np.int64], seconds: NDArray[np.float64]
 ) -> NDArray[np.int64]:
-    """`chosen`, or a device's depth `before` (0: none) where that is one away and ends within a
-    twentieth of the round's end.
+    """`chosen`, or a device's depth `before` (0: none) if that is one away and would end within a
+    twentieth of the round's time of the round's end.
     """
     rows = np.arange(len(chosen))
     end = seconds[rows, chosen].max()
@@ -289,7 +293,8 @@ def settled(
 def own_ranks(
     ranks: Sequence[int], depth: int, seconds_a_rank: float, budget_seconds: float
 ) -> tuple[int, ...]:
-    """The ranks of a device whose traffic has so many seconds, from its lowest block up; section 6.
+    """The ranks of a device from its lowest block up, such that its traffic, at `seconds_a_rank`,
+    takes `budget_seconds` at most; section 6.
 
     Each is the common rank times one factor of at most 1, at least 1.
 

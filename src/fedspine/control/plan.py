@@ -55,11 +55,11 @@ def cubic_floor(
 
 @dataclass(frozen=True)
 class Plan:
-    """What a device is to do: prune to `sparsity`, tune at `rank`.
+    """A device's plan: prune to `sparsity`, tune at `rank`.
 
-    `action` is the point of the unit square that this is, for which its bandit is credited, None
-    where the device only warms up; `progress` the sparsity gained over the most that a round
-    allows, 0 once the target is reached.
+    `action` is the plan's point in the unit square, at which the device's bandit is credited; None
+    if the device only warms up. `progress` is the sparsity gained as a share of the most that a
+    round allows, 0 once the target is reached.
     """
 
     sparsity: float
@@ -70,11 +70,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """What a plan took and brought: seconds, the drop in loss (None while unknown), the adapter's
-    change.
+    """The result of a plan: seconds, the drop in loss (None if unknown), and the adapter's change.
 
-    `importance` is the size of that change against the weights, `effective_rank` the number of
-    directions over which it spreads; `load` the operations over those of batches of full-length
+    `importance` is the size of that change relative to the weights, `effective_rank` the number of
+    directions over which it spreads, and `load` the operations relative to batches of full-length
     texts.
     """
 
@@ -88,8 +87,8 @@ class PlanResult:
 
 @dataclass(frozen=True)
 class Limits:
-    """What binds a plan: sparsity so far, the least due this round, the target, and the affordable
-    ranks, rising.
+    """The limits of a plan: the sparsity so far, the least due this round, the target, and the
+    affordable ranks, rising.
     """
 
     sparsity: float
@@ -106,12 +105,12 @@ class Limits:
 
     @property
     def most(self) -> float:
-        """The most sparsity that may be chosen to be gained."""
+        """The largest sparsity gain that may be chosen."""
         return min(self.most_per_round, self.target - self.sparsity)
 
     @property
     def lowest(self) -> float:
-        """The least share of `most` that the schedule allows."""
+        """The smallest share of `most` that the schedule allows."""
         return 0.0 if self.frozen else min(max((self.due - self.sparsity) / self.most, 0.0), 1.0)
 
     @property
@@ -121,7 +120,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Turn:
-    """A device's turn to be planned; it only warms up where nothing is known of its units yet."""
+    """A device to be planned; it only warms up while nothing is known of its units."""
 
     limits: Limits
     warm: bool
@@ -135,21 +134,21 @@ class Turn:
 
 
 def warm_up(limits: Limits, rng: np.random.Generator) -> Plan:
-    """No pruning, since no importance is known yet, and any rank, so its time becomes known."""
+    """A plan without pruning, since no importance is known yet, at a random rank, so that its time
+    becomes known.
+    """
     return Plan(limits.sparsity, limits.ranks[int(rng.integers(limits.affordable))], None, 0.0)
 
 
 def random_plan(limits: Limits, rng: np.random.Generator) -> Plan:
-    """Any pruning and any rank that the schedule and the memory allow, each as likely as the
-    others.
-    """
+    """A random pruning and rank among all that the schedule and the memory allow, uniformly."""
     u = 0.0 if limits.frozen else rng.uniform(limits.lowest, 1.0)
     return _plan_of(limits, float(u), int(rng.integers(limits.affordable)))
 
 
 def fixed_plan(limits: Limits, ratio: float, rank: int) -> Plan:
-    """In every round `ratio` of the most that one may prune, or what is due, and `rank` or what
-    fits the memory.
+    """Prunes `ratio` of the most that a round may, or what is due if that is more, and tunes at
+    `rank`, or the largest below it that fits the memory.
 
     A ratio of 0 prunes as the schedule demands and no more.
 

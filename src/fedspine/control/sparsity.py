@@ -51,11 +51,11 @@ def counts(
     keep_channels: float = 0.25,
     heads_dropped: Sequence[int] | None = None,
 ) -> tuple[int, int]:
-    """Heads and channels to have dropped in all at cumulative `sparsity`, on the way to `target`.
+    """Total heads and channels dropped at cumulative `sparsity`, on the way to `target`.
 
     Where `heads_dropped` is given, the number of heads is one of these, 0 among them. Never below
-    `dropped` (units do not grow back), never above `final_counts`, which any path reaches at the
-    target. Heads are coarse, so on the way the sparsity may be off by one head's share. Raises
+    `dropped` (units do not grow back) and never above `final_counts`, which every path reaches at
+    the target. Heads are coarse, so on the way the sparsity may be off by one head's share. Raises
     BadInput as `final_counts`.
 
     >>> minilm = LayerShape(heads=12, channels=1536, head_parameters=49_152, channel_parameters=768)
@@ -242,7 +242,7 @@ def _heads_for(shape: LayerShape, sparsity: float, channels: int) -> float:
 
 
 def _multiple(shape: LayerShape) -> int:
-    """The largest multiple whose rounding, half of it at most, stays within the tolerance."""
+    """The largest of 8, 4, 2 and 1 such that rounding to its multiples stays in the tolerance."""
     fitting = (
         m for m in (8, 4, 2) if m * shape.channel_parameters / (2 * shape.parameters) <= TOLERANCE
     )

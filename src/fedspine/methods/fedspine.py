@@ -349,7 +349,7 @@ class FedSpine(LocalTraining):
     def _result(
         self, state: SpineState, plan: Plan, reply: Reply[SpineResult], part: Contribution
     ) -> PlanResult:
-        """What came of a plan; the size of a change is measured as section 3.3 says."""
+        """The result of a plan; the size of a change is measured as in section 3.3."""
         part = replace(part, back={**part.sent, **part.back})  # what was not trained did not change
         importance, directions = change(state.layout, state.line_energy, part, self.scale)
         before = reply.value.loss_before
@@ -373,7 +373,7 @@ class FedSpine(LocalTraining):
 
 
 def _late_plan(order: SpineOrder) -> Plan:
-    """What is left of a plan when the reply is late: nobody is credited for it."""
+    """What is left of the plan of a late reply: no bandit is credited for it."""
     return Plan(order.sparsity, adapter_rank(order.adapter), action=None, progress=0.0)
 
 

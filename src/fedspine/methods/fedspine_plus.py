@@ -112,7 +112,7 @@ class FedSpinePlus(FedSpine):
         return super().round(state, fleet)
 
     def _knows_units(self, state: SpineState, device: DeviceId) -> bool:
-        """A newcomer prunes by the fleet's scores, where these have a say."""
+        """A new device prunes by the fleet's scores, if these are shared."""
         shared = self.global_importance_weight > 0 and state.scores is not None
         return shared or super()._knows_units(state, device)
 
@@ -157,8 +157,8 @@ class FedSpinePlus(FedSpine):
         return replace(after, times=times, depths=depths)
 
     def _planner(self, state: SpineState) -> DepthPlanner:
-        """Times are taken as those of the unpruned model at the largest rank, and forget: what
-        pruning saves shows in the next ones.
+        """Times count as those of the unpruned model at the largest rank, with forgetting: what
+        pruning saves shows in later reports.
         """
         how, layers, rank = self.depths, state.layout.layers, self.ranks[-1]
         return DepthPlanner(

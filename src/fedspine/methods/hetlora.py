@@ -88,7 +88,7 @@ class HetLoraResult:
     examples: int
 
     def check(self, asked: Asked) -> None:
-        """The adapter is of the rank that was given, or of the one to give way to."""
+        """The adapter has the order's rank, or the one to shrink to."""
         asked.examples(self.examples)
         check_loss(self.loss)
         check_head(self.head, asked)

@@ -96,8 +96,8 @@ def tune_top(device: Device, order: DepthOrder) -> LoraResult:
 @returns_sent_weights
 @on_device
 def probe_top(device: Device, order: DepthOrder) -> LoraResult:
-    """The same for its time alone, which is why the weights come back as they were sent, and the
-    device keeps nothing of it.
+    """The same, only to measure its time: the weights are returned as they were sent, and the
+    device keeps nothing.
     """
     before = dict(device.memory)
     sent = on_blocks(device.base.layout, order.adapter, order.lowest)
@@ -276,9 +276,8 @@ class Legend(LocalTraining):
     def _probed(
         self, state: LegendState, fleet: Fleet, most: Mapping[DeviceId, int]
     ) -> tuple[dict[str, np.ndarray], set[DeviceId]]:
-        """The times with those of devices met for the first time, which train a few batches at two
-        depths, for nothing but their speed; and the devices that did not answer, which are not
-        asked in this round.
+        """The times, with those of new devices, which train a few batches at two depths only to
+        measure their speed; and the devices that did not answer, which are not asked in this round.
         """
         times, new = state.times, [id for id in most if id not in state.times]
         if not self.probe_batches or self.depth_rule == "fixed" or not new:
