@@ -139,7 +139,7 @@ def cell_of(folder: Path) -> dict[str, Any]:
     try:
         cell = json.loads((folder / CELL).read_bytes())
         return {"label": str(cell["label"]), "settings": dict(cell["settings"])}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(
