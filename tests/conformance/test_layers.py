@@ -128,6 +128,23 @@ def test_a_file_in_methods_is_a_registered_method():
     assert sorted(ours) == sorted(files - {"fedspine.methods"})
 
 
+def test_a_type_has_a_name_of_its_own():
+    """One word, one type: classes and aliases of types, wherever they are."""
+    homes = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            match node:
+                case ast.ClassDef(name=name) | ast.Assign(targets=[ast.Name(id=name)]):
+                    pass
+                case ast.AnnAssign(target=ast.Name(id=name)):
+                    pass
+                case _:
+                    continue
+            if name[0].isupper() and not name.isupper():
+                homes.setdefault(name, []).append(str(path.relative_to(SOURCE)))
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
 def test_control_is_numpy_only():
     for path in (SOURCE / "control").rglob("*.py"):
         used = {name.split(".")[0] for name in IMPORTS[path]} - set(sys.stdlib_module_names)

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from fedspine.control.plan import cubic_floor
 from fedspine.control.sparsity import (
     LayerShape,
     counts,
-    cubic_floor,
     final_counts,
     highest,
     layer_targets,

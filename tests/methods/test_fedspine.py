@@ -11,8 +11,7 @@ import torch
 from toy import Spy
 
 from fedspine.control.controllers import Fixed, SUcb
-from fedspine.control.plan import Plan
-from fedspine.control.sparsity import cubic_floor
+from fedspine.control.plan import Plan, cubic_floor
 from fedspine.core.device import Device
 from fedspine.core.errors import BadInput
 from fedspine.fleets.lossy import Lossy

@@ -8,7 +8,6 @@ import pytest
 import torch
 from toy import Spy, bits
 
-from fedspine.control.ranks import rank_of_device
 from fedspine.core.device import Call, Device, name_of, serve
 from fedspine.core.errors import BadInput
 from fedspine.core.message import pack, unpack
@@ -20,6 +19,7 @@ from fedspine.lm.structure import full
 from fedspine.lm.training_account import rank_of
 from fedspine.lm.tune import tune
 from fedspine.lm.tuning import tuning_at
+from fedspine.lm.unequal_ranks import rank_of_device
 from fedspine.methods.fedlora import FedLora
 from fedspine.methods.fedspine import FedSpine
 from fedspine.methods.hetlora import HetLora, HetLoraOrder, tail, tune_and_shrink

@@ -10,7 +10,7 @@ import pytest
 from toy import Spy, bits
 
 from fedspine.control.controllers import Fixed
-from fedspine.control.sparsity import cubic_floor
+from fedspine.control.plan import cubic_floor
 from fedspine.core.errors import BadInput
 from fedspine.fleets.lossy import Lossy
 from fedspine.lm.importance_sources import Gradient

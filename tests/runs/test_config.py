@@ -174,7 +174,7 @@ def test_recipes_differ_by_the_setting_of_a_part() -> None:
         (["method.controller.name=dedline"], "did you mean 'deadline'?"),
         (["method.controller.latency_margn=1"], "did you mean 'latency_margin'?"),
         (["method.controller.name=oracle", "method.controller.rank=4"], "for oracle 'rank'"),
-        (["method.controller=deadline"], "a table was expected; name one of deadline, fixed,"),
+        (["method.controller=deadline"], 'write controller = {name = "deadline"}'),
         (["method.controller.latency_margin=x"], "method.controller.latency_margin is 'x'"),
         (["method.controller.name=3"], "unknown method.controller.name '3'"),
         (["method.name=prune_after", "method.importance.name=blend"], "known: gradient, magnitude"),
@@ -202,7 +202,8 @@ def test_a_part_that_cannot_be_is_refused(settings, says) -> None:
         ),
         ("enough=0.7", "method.enough is no longer a setting of methods; write fleet.quorum"),
         ("quorum=0.7", "method.quorum is no longer a setting of methods; write fleet.quorum"),
-        ("pooled=1.0", "unknown key of [method] for fedspine 'pooled'"),
+        ("pooled=1.0", "method.pooled is no longer a setting of methods; leave it out"),
+        ("importance=blend", 'it is a table now; write importance = {name = "blend"}'),
     ],
 )
 def test_the_refusal_of_an_older_recipe_says_what_to_write_now(key, says) -> None:

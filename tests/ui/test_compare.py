@@ -256,6 +256,12 @@ def test_a_target_is_a_share_or_a_percentage(compare, tmp_path, text):
     assert found["target"]["value"] == pytest.approx(0.7)
 
 
+def test_a_file_among_the_folders_is_named(tmp_path):
+    (tmp_path / "run.log").touch()
+    with pytest.raises(BadInput, match="run.log is not the folder of a run"):
+        select([tmp_path / "run.log"])
+
+
 @pytest.mark.parametrize("text", ["fast", "0", "-1", "101", "nan", "inf", ""])
 def test_a_bad_target(command, tmp_path, text):
     made_run(tmp_path / "run")

@@ -31,7 +31,8 @@ def _quadrants() -> Leaves:
 
 @message
 class Bandit:
-    """What one device's trials have taught: the leaves of its tree, which tile the unit square.
+    """What one device's trials have taught: the leaves of its tree, which partition the unit
+    square.
 
     >>> Bandit().leaves.shape
     (4, 6)
@@ -165,8 +166,8 @@ def bands(bandit: Bandit) -> Leaves:
 def rewards(
     results: Mapping[str, PlanResult], gain_scale: float | None
 ) -> tuple[dict[str, float], float | None]:
-    """The reward of every device that had a choice and whose gain is known, and the new scale of
-    gains.
+    """The reward of every device that had a choice and whose gain is known, and the updated scale
+    of gains.
     """
     mean_seconds = float(np.mean([result.seconds for result in results.values()]))
     largest = max(result.importance for result in results.values()) or 1.0

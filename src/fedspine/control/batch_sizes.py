@@ -15,11 +15,12 @@ def regulate(
     most: Int[np.ndarray, " workers"],
     fastest: float | None = None,
 ) -> Int[np.ndarray, " workers"]:
-    """Rows of each worker: as many as it manages while the fastest does `largest` (D); Eq. 9.
+    """Rows of each worker: as many as it processes while the fastest processes `largest` (D); Eq.
+    9.
 
     `cost`, and `fastest` of the fastest worker, are in seconds per row. Without `fastest` it is the
-    least `cost`: give all eligible workers, since the fastest counts even where it is not chosen.
-    Every worker gets at least one row and at most its own `most`, what its data and memory allow.
+    smallest `cost`, so pass all eligible workers: the fastest counts even if it is not chosen.
+    Every worker gets at least one row and at most `most`, which its data and memory allow.
 
     >>> regulate(np.array([1.0, 2.0, 100.0]), 64, np.array([64, 20, 64])).tolist()
     [64, 20, 1]
@@ -66,7 +67,8 @@ def scaled_up(
 
 
 def waiting_share(seconds: Float[np.ndarray, " chosen"]) -> float:
-    """The mean time that workers wait for the slowest one (W), over the time that this one takes.
+    """The mean time that workers wait for the slowest one (W), as a share of the slowest one's
+    time.
 
     >>> waiting_share(np.array([4.0, 2.0]))
     0.25

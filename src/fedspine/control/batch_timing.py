@@ -1,9 +1,9 @@
-"""Speeds of devices as a split round's own exchanges show them, and the batches with which all are
-done at the same time.
+"""Device speeds from the exchanges of the current split round, and batches with which all devices
+finish at the same time.
 
-Ours, beside MergeSFL's Eq. 9, which knows only the speed of earlier rounds and no cost that an
-exchange has whatever its rows. The model: seconds of an exchange = fixed + each * load, one `fixed`
-for the fleet, `each` a device's own.
+Ours, beside MergeSFL's Eq. 9, which knows only the speed of earlier rounds and no fixed cost of an
+exchange. The model: seconds of an exchange = fixed + each * load, with one `fixed` for the fleet
+and one `each` per device.
 """
 
 from collections.abc import Sequence
@@ -64,13 +64,14 @@ def levelled(
     most: Int[np.ndarray, " workers"],
     budget_rows: int,
 ) -> Int[np.ndarray, " workers"]:
-    """Rows with which all are done at the same time: the longest iteration that keeps the limits,
-    or one of little less.
+    """Batch sizes with which all workers finish at the same time, in the longest iteration within
+    the limits or one slightly shorter.
 
-    `cost` and `fixed` are seconds per row and of an iteration besides. Every worker gets from 1 row
-    to its own `most`, `largest` (D) at most, `budget_rows` in all, which are no fewer than workers.
-    Of all iterations of at least `SHORTER` times the longest one, that in which workers below their
-    `most` wait least.
+    `cost` is in seconds per row, and `fixed` the seconds that an iteration takes besides. Every
+    worker gets at least 1 row and at most its own `most` and `largest` (D); together they get at
+    most `budget_rows`, which is at least the number of workers. Of all iterations that last at
+    least `SHORTER` times the longest one, the one is taken in which workers below their `most` wait
+    least.
 
     >>> levelled(np.array([1.0, 2.0, 4.0]), 3.0, 8, np.array([8, 8, 8]), 100).tolist()
     [8, 4, 2]
@@ -113,12 +114,12 @@ def levelled(
 def early(
     ends: Float[np.ndarray, " workers"], step: float, least: int
 ) -> Int[np.ndarray, " workers"]:
-    """How many steps before the others workers leave a round that it takes them `ends` seconds to
-    end.
+    """How many steps before the end each worker leaves the round, if it then needs `ends` seconds
+    to finish.
 
-    `least` of them stay to the last step, or all if they are fewer. A step takes `step` seconds. Of
-    all lengths that the round may then have, the one is chosen that takes the least time together
-    with what the mean worker waits.
+    `least` workers stay to the last step, or all if there are fewer. A step takes `step` seconds.
+    Of the possible lengths of the round, the one is chosen with the smallest sum of its time and
+    the mean worker's waiting.
 
     >>> early(np.array([1.0, 1.0, 1.2, 4.1]), step=1.0, least=2).tolist()
     [0, 0, 0, 3]

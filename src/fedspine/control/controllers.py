@@ -37,7 +37,7 @@ WHERE = "method.controller"
 
 @message
 class TextLoad:
-    """The operations that a device reports, over those of batches of full-length texts."""
+    """The operations that a device reported, relative to those of batches of full-length texts."""
 
     load: float
 
@@ -47,7 +47,7 @@ DeviceModel: TypeAlias = Bandit | LatencyModel | TextLoad  # what a controller k
 
 @dataclass(frozen=True)
 class SUcb:
-    """The paper's: a bandit for each device, credited with the round's reward."""
+    """The paper's controller: a bandit for each device, credited with the round's reward."""
 
     name: ClassVar = "s-ucb"
     exploration: float = 0.1  # c
@@ -86,7 +86,7 @@ class SUcb:
         earned: Mapping[str, float],
         largest_rank: int,
     ) -> dict[str, Bandit]:
-        """A device is credited at the point of the unit square that its plan was."""
+        """A device is credited at its plan's point in the unit square."""
         credited = {}
         for id, result in results.items():
             if id in earned and result.plan.action is not None:
@@ -102,7 +102,7 @@ class SUcb:
 
 
 class _LearnsNothing:
-    """What controllers share whose plans do not depend on earlier rounds."""
+    """The `learn` of controllers whose plans do not depend on earlier rounds."""
 
     def learn(
         self,
@@ -116,7 +116,7 @@ class _LearnsNothing:
 
 @dataclass(frozen=True)
 class Random(_LearnsNothing):
-    """Any pruning and any rank that schedule and memory allow, each as likely as the others."""
+    """Random pruning and rank among all that the schedule and the memory allow, uniformly."""
 
     name: ClassVar = "random"
 
@@ -157,9 +157,7 @@ class Fixed(_LearnsNothing):
 
 @dataclass(frozen=True)
 class Deadline:
-    """Plans for the moment at which the last device can be done, by times learnt from what devices
-    report.
-    """
+    """Plans that all end by one deadline, with times learnt from what devices report."""
 
     name: ClassVar = "deadline"
     latency_margin: float = 0.3  # by how much a predicted time may be too short
@@ -215,8 +213,8 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Oracle:
-    """Plans as `Deadline`, with the true times that only a simulated fleet knows: the bound of what
-    planning can give.
+    """Plans as `Deadline`, with the true times that only a simulated fleet knows: an upper bound on
+    what planning can gain.
     """
 
     name: ClassVar = "oracle"
@@ -238,7 +236,7 @@ class Oracle:
         earned: Mapping[str, float],
         largest_rank: int,
     ) -> dict[str, TextLoad]:
-        """How long each device's texts are, which no other report tells."""
+        """How long each device's texts are, which only its operations show."""
         return {**known, **{id: TextLoad(load=result.load) for id, result in results.items()}}
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from fedspine.control.latency_model import add, coefficients, no_evidence
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import check_ranges
+from fedspine.core.fleet import Cost
 
 DepthRule: TypeAlias = Literal["barrier-floor", "align-fastest", "tiers", "fixed"]
 
@@ -37,7 +38,9 @@ class AllBlocks:
 
 @dataclass(frozen=True)
 class Lcd:
-    """Each device trains those of as many upper blocks as it has time for, as LEGEND chooses."""
+    """Each device trains the adapters of as many upper blocks as it has time for, as LEGEND
+    chooses.
+    """
 
     name: ClassVar = "lcd"
     rule: DepthRule = "barrier-floor"
@@ -69,7 +72,9 @@ class DepthPlan:
 
 @dataclass(frozen=True)
 class DepthPlanner:
-    """Depths by a rule of `choose_depths`, held where a change is not worth it."""
+    """Chooses depths by a rule of `choose_depths`, and keeps a device's last depth where a change
+    gains little.
+    """
 
     rule: DepthRule
     ranks: tuple[int, ...]  # of the blocks, from input to output
@@ -93,9 +98,9 @@ class DepthPlanner:
         if not most:  # all are busy
             return DepthPlan({}, {}, {})
         devices, largest = list(most), np.array(list(most.values()))
-        everybody = sum(times.values(), no_evidence())
+        fleet = sum(times.values(), no_evidence())
         own = np.stack([times.get(id, no_evidence()) for id in devices])
-        costs = coefficients(own, everybody)
+        costs = coefficients(own, fleet)
         seconds = round_seconds(costs, self.traffic / self.traffic[-1])
         if times or self.rule == "fixed":
             chosen = choose_depths(
@@ -167,16 +172,23 @@ def features(work: float, depth: int, layers: int, traffic: float) -> NDArray[np
     return np.array([work, work * depth / layers, traffic])
 
 
-def observed(
+def timed(
     before: NDArray[np.float64] | None,
-    seen: NDArray[np.float64],
-    seconds: float,
+    cost: Cost,
+    *,
+    depth: int,
+    layers: int,
+    full_bytes: float,
     discount: float,
+    work: float = 1.0,
 ) -> NDArray[np.float64]:
-    """What is known of a device's times after an exchange with these `features`; None: nothing was
-    known.
+    """What is known of a device's times after an exchange at this depth; None: nothing was known.
+
+    `full_bytes` is the traffic of full depth, `work` the share of a round's batches.
     """
-    return add(no_evidence() if before is None else before, seen, seconds, discount)
+    traffic = (cost.bytes_down + cost.bytes_up) / full_bytes
+    seen = features(work, depth, layers, traffic)
+    return add(no_evidence() if before is None else before, seen, cost.seconds, discount)
 
 
 def round_seconds(
@@ -267,8 +279,8 @@ def _filled(
 def settled(
     chosen: NDArray[np.int64], before: NDArray[np.int64], seconds: NDArray[np.float64]
 ) -> NDArray[np.int64]:
-    """`chosen`, or a device's depth `before` (0: none) where that is one away and ends within a
-    twentieth of the round's end.
+    """`chosen`, or a device's depth `before` (0: none) if that is one away and would end within a
+    twentieth of the round's time of the round's end.
     """
     rows = np.arange(len(chosen))
     end = seconds[rows, chosen].max()
@@ -281,7 +293,8 @@ def settled(
 def own_ranks(
     ranks: Sequence[int], depth: int, seconds_a_rank: float, budget_seconds: float
 ) -> tuple[int, ...]:
-    """The ranks of a device whose traffic has so many seconds, from its lowest block up; section 6.
+    """The ranks of a device from its lowest block up, such that its traffic, at `seconds_a_rank`,
+    takes `budget_seconds` at most; section 6.
 
     Each is the common rank times one factor of at most 1, at least 1.
 

@@ -1,9 +1,9 @@
-"""Which devices take part in a round of split learning: a genetic search for a merged batch with
-the fleet's labels.
+"""Which devices take part in a round of split learning: a genetic search for a merged batch whose
+labels match the fleet's.
 
-MergeSFL (Liao et al. 2024, arXiv:2311.13348) searches so under the server's bandwidth; its
-operators and sizes are not published. Here: a binary genetic search, individuals as rows of a
-boolean matrix, so that one numpy operation serves all.
+MergeSFL (Liao et al. 2024, arXiv:2311.13348) searches in this way under the server's bandwidth; its
+operators and sizes are not published. Here it is a binary genetic search. Individuals are the rows
+of a boolean matrix, so that one numpy operation handles all of them.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ Members = Bool[np.ndarray, "individuals workers"]
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched in: the eligible workers and what binds a choice of them."""
+    """The eligible workers, and the limits of a selection."""
 
     batches: Int[
         np.ndarray, " workers"
@@ -44,8 +44,8 @@ class Search:
 
     @property
     def reachable(self) -> int:
-        """The fewest workers that can be demanded: `fewest`, or as many as fit where not even the
-        smallest ones do.
+        """The fewest workers that can be demanded: `fewest`, or as many as fit if even the smallest
+        batches exceed the budget.
         """
         fit = int((np.cumsum(np.sort(self.batches)) <= self.budget_rows).sum())
         return min(self.fewest, self.most, fit)
@@ -54,12 +54,12 @@ class Search:
 def select(
     search: Search, rng: np.random.Generator, *, population: int = 20, generations: int = 20
 ) -> Int[np.ndarray, " chosen"]:
-    """Workers whose merged labels are nearest the fleet's, ascending; never worse than the fittest
-    of `founders`.
+    """Workers whose merged labels are closest to the fleet's, ascending; never worse than the
+    fittest of `founders`.
 
-    Fitness: the divergence, then the bandwidth left unused, then the workers' numbers, all the
-    smaller the better. With seconds (ours), of the divergence only what is above `enough`, and then
-    the `seconds_lost`. The fittest individual always survives.
+    Fitness compares the divergence, then the bandwidth left unused, then the workers' numbers;
+    smaller is better. With seconds (ours) only the divergence above `enough` counts, and then
+    `seconds_lost`. The fittest individual always survives.
     """
     members = founders(search, rng, population)
     for _ in range(generations):
@@ -71,12 +71,12 @@ def select(
 
 
 def founders(search: Search, rng: np.random.Generator, population: int) -> Members:
-    """The first individuals: random sizes, workers drawn by `priorities` without replacement,
-    repaired.
+    """The first individuals: of random size, with workers drawn by `priorities` without
+    replacement, repaired.
 
-    This is the only place where priorities pull; the fitness does not know them. With seconds, each
-    individual is drawn from more workers than the one before, up to all: the slowest links cost
-    only together, so single flips do not get rid of them.
+    Priorities count only here and not in the fitness. With seconds, each individual is drawn from
+    more workers than the one before, fastest links first, up to all: as long as one slow link is in
+    a selection, removing others gains nothing, so single flips do not lead away from slow links.
     """
     workers = len(search.batches)
     # the largest of log(weight) + Gumbel noise are a draw without replacement with these weights
@@ -88,8 +88,8 @@ def founders(search: Search, rng: np.random.Generator, population: int) -> Membe
 
 
 def any_workers(search: Search, rng: np.random.Generator) -> Int[np.ndarray, " chosen"]:
-    """Workers drawn without regard to labels or turns, ascending, within the same limits: the
-    control of `select`.
+    """Workers drawn regardless of labels and turns, ascending, within the same limits: the baseline
+    of `select`.
     """
     return np.flatnonzero(_drawn(search, rng.random((1, len(search.batches))), rng)[0])
 
@@ -102,10 +102,9 @@ def fitness(search: Search, members: Members) -> Float[np.ndarray, " individuals
 
 
 def seconds_lost(search: Search, members: Members) -> Float[np.ndarray, " individuals"]:
-    """The seconds of the round and those that the mean member waits in it, summed; 0 where seconds
-    are not weighed.
+    """The seconds of the round plus the mean member's waiting in it; 0 if seconds are not weighed.
 
-    The share of waiting alone would be small among workers that are all slow.
+    Waiting as a share of the round would be small for a selection of slow workers only.
     """
     if search.seconds is None:
         return np.zeros(len(members))
@@ -129,7 +128,7 @@ def _drawn(
 
 
 def _smallest(search: Search) -> Bool[np.ndarray, " workers"]:
-    """The fewest workers there may be, those with the smallest batches: they always fit."""
+    """The smallest selection, of the workers with the smallest batches, which always fits."""
     members = np.zeros(len(search.batches), bool)
     members[np.argsort(search.batches, kind="stable")[: search.reachable]] = True
     return members
@@ -145,7 +144,7 @@ def _ranked(search: Search, members: Members) -> Int[np.ndarray, " individuals"]
 
 
 def _children(parents: Members, rng: np.random.Generator) -> Members:
-    """One child fewer than parents, which stand in the order of fitness: tournaments, one-point
+    """One child fewer than there are parents, which are sorted by fitness: tournaments, one-point
     crossover, mutation.
     """
     individuals, workers = parents.shape
@@ -156,10 +155,11 @@ def _children(parents: Members, rng: np.random.Generator) -> Members:
 
 
 def _repaired(search: Search, members: Members) -> tuple[Members, Bool[np.ndarray, " individuals"]]:
-    """The individuals brought within the limits, and for which that was possible.
+    """The individuals within the limits, and for which of them that was possible.
 
-    Over the budget or the most: the workers whose turn it is least go first, of equals those with
-    the larger batches. Under the fewest: those whose turn it is most come, if they fit.
+    Over the budget or the largest number: workers with the lowest priority leave first, of equal
+    ones those with the larger batches. Under the smallest number: those with the highest priority
+    join, if they fit.
     """
     # whom to keep, the first before the others
     order = np.lexsort((search.batches, -priorities(search.rounds)))

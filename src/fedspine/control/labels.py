@@ -1,4 +1,4 @@
-"""Which labels a batch merged from many devices holds, and how far that is from the fleet's.
+"""Which labels a batch merged from many devices holds, and how far these are from the fleet's.
 
 MergeSFL (Liao et al. 2024, arXiv:2311.13348), Eq. 11 and 12, as reconstructed.
 """
@@ -20,7 +20,7 @@ def distribution(labels: Int[np.ndarray, " rows"], classes: int) -> Float[np.nda
 
 
 def reference(labels: Float[np.ndarray, "workers classes"]) -> Float[np.ndarray, " classes"]:
-    """The distribution to aim at (Phi_0): the plain mean over all eligible workers."""
+    """The target distribution (Phi_0): the plain mean over all eligible workers."""
     return labels.mean(axis=0)
 
 
@@ -28,8 +28,8 @@ def merged(
     batches: Float[np.ndarray, "*plans workers"] | Int[np.ndarray, "*plans workers"],
     labels: Float[np.ndarray, "workers classes"],
 ) -> Float[np.ndarray, "*plans classes"]:
-    """The labels that merged batches are expected to hold (Phi), for one plan or many; a worker
-    left out has 0 rows.
+    """The expected label distribution of merged batches (Phi), for one plan or many; a worker left
+    out has 0 rows.
 
     >>> merged(np.array([30, 10]), np.array([[1.0, 0.0], [0.0, 1.0]])).tolist()
     [0.75, 0.25]
@@ -42,12 +42,12 @@ def class_log_ratios(
     reference: Float[np.ndarray, " classes"],
     share: float,
 ) -> Float[np.ndarray, "workers classes"]:
-    """How much likelier each class is at a worker than in the fleet, in nats: log(V_i / Phi_0), of
-    which `share` counts.
+    """How much more likely each class is at a worker than in the fleet, in nats: log(V_i / Phi_0),
+    of which `share` counts.
 
-    Logits adjusted with it, as in logit adjustment (Menon et al. 2021, arXiv:2007.07314) and FedLC
-    (Zhang et al. 2022, arXiv:2209.00189), gain nothing from knowing whose rows these are; 0 for a
-    worker whose labels are the fleet's.
+    With logits adjusted by it, as in logit adjustment (Menon et al. 2021, arXiv:2007.07314) and
+    FedLC (Zhang et al. 2022, arXiv:2209.00189), a model gains nothing from knowing which worker
+    rows come from. 0 for a worker whose labels are distributed as the fleet's.
 
     >>> labels = np.array([[1.0, 0.0], [0.5, 0.5]])
     >>> class_log_ratios(labels, np.array([0.5, 0.5]), 0.5).round(3).tolist()

@@ -1,7 +1,8 @@
 """One device's plan for a round: how sparse it gets and at which rank it tunes.
 
 Schedule and memory bind every plan. FedSpine (reconstructed), sections 2.4 and 4; the bandit's
-choice among what they allow is in `bandit.py`.
+choice among what they allow is in `bandit.py`. The schedule's cubic is that of gradual pruning (Zhu
+& Gupta 2017, arXiv 1710.01878), which the pruning baselines share.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,20 +11,55 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fedspine.core.errors import BadInput
+
 NOTHING_LEFT = 1e-9
+TINY = 1e-9  # 0.7 * 10 rounds are seven rounds, whatever the last bit says
 SHARES = 5  # between the least pruning due and the most allowed, among which times are compared
 
 # seconds that a device would take to reach a sparsity, at each of these ranks
 Foresee = Callable[[str, float, Sequence[int]], Sequence[float]]
 
 
+def cubic_floor(
+    round: int,
+    rounds: int,
+    target: float,
+    *,
+    warmup: float = 0.05,
+    until: float = 0.7,
+    share: float = 0.8,
+) -> float:
+    """The least cumulative sparsity in `round`, counted from 0: 0, then share*target*(1-(1-x)^3),
+    then the target.
+
+    warmup and until are parts of the run. The last of several rounds is at the target even where
+    the run is too short to reach `until`; a run of one round only warms up. Raises BadInput for
+    parts out of order or values out of range.
+
+    >>> [round(cubic_floor(r, 20, 0.5), 3) for r in (0, 1, 7, 13, 14)]
+    [0.0, 0.0, 0.338, 0.4, 0.5]
+    """
+    if not 0 <= warmup < until <= 1:
+        raise BadInput(f"expected 0 <= warmup < until <= 1, got warmup {warmup} and until {until}")
+    if not (0 <= target < 1 and 0 <= share <= 1):
+        raise BadInput(f"expected target in [0, 1) and share in [0, 1], got {target} and {share}")
+    start, end = warmup * rounds, until * rounds
+    if rounds > 1 and (round >= end - TINY or round >= rounds - 1):
+        return target
+    if round <= start:
+        return 0.0  # nothing is pruned before its importance is known
+    x = min((round - start) / (end - start), 1.0)
+    return share * target * (1 - (1 - x) ** 3)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What a device is to do: prune to `sparsity`, tune at `rank`.
+    """A device's plan: prune to `sparsity`, tune at `rank`.
 
-    `action` is the point of the unit square that this is, for which its bandit is credited, None
-    where the device only warms up; `progress` the sparsity gained over the most that a round
-    allows, 0 once the target is reached.
+    `action` is the plan's point in the unit square, at which the device's bandit is credited; None
+    if the device only warms up. `progress` is the sparsity gained as a share of the most that a
+    round allows, 0 once the target is reached.
     """
 
     sparsity: float
@@ -34,11 +70,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """What a plan took and brought: seconds, the drop in loss (None while unknown), the adapter's
-    change.
+    """The result of a plan: seconds, the drop in loss (None if unknown), and the adapter's change.
 
-    `importance` is the size of that change against the weights, `effective_rank` the number of
-    directions over which it spreads; `load` the operations over those of batches of full-length
+    `importance` is the size of that change relative to the weights, `effective_rank` the number of
+    directions over which it spreads, and `load` the operations relative to batches of full-length
     texts.
     """
 
@@ -52,8 +87,8 @@ class PlanResult:
 
 @dataclass(frozen=True)
 class Limits:
-    """What binds a plan: sparsity so far, the least due this round, the target, and the affordable
-    ranks, rising.
+    """The limits of a plan: the sparsity so far, the least due this round, the target, and the
+    affordable ranks, rising.
     """
 
     sparsity: float
@@ -70,12 +105,12 @@ class Limits:
 
     @property
     def most(self) -> float:
-        """The most sparsity that may be chosen to be gained."""
+        """The largest sparsity gain that may be chosen."""
         return min(self.most_per_round, self.target - self.sparsity)
 
     @property
     def lowest(self) -> float:
-        """The least share of `most` that the schedule allows."""
+        """The smallest share of `most` that the schedule allows."""
         return 0.0 if self.frozen else min(max((self.due - self.sparsity) / self.most, 0.0), 1.0)
 
     @property
@@ -85,7 +120,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Turn:
-    """A device's turn to be planned; it only warms up where nothing is known of its units yet."""
+    """A device to be planned; it only warms up while nothing is known of its units."""
 
     limits: Limits
     warm: bool
@@ -99,21 +134,21 @@ class Turn:
 
 
 def warm_up(limits: Limits, rng: np.random.Generator) -> Plan:
-    """No pruning, since no importance is known yet, and any rank, so its time becomes known."""
+    """A plan without pruning, since no importance is known yet, at a random rank, so that its time
+    becomes known.
+    """
     return Plan(limits.sparsity, limits.ranks[int(rng.integers(limits.affordable))], None, 0.0)
 
 
 def random_plan(limits: Limits, rng: np.random.Generator) -> Plan:
-    """Any pruning and any rank that the schedule and the memory allow, each as likely as the
-    others.
-    """
+    """A random pruning and rank among all that the schedule and the memory allow, uniformly."""
     u = 0.0 if limits.frozen else rng.uniform(limits.lowest, 1.0)
     return _plan_of(limits, float(u), int(rng.integers(limits.affordable)))
 
 
 def fixed_plan(limits: Limits, ratio: float, rank: int) -> Plan:
-    """In every round `ratio` of the most that one may prune, or what is due, and `rank` or what
-    fits the memory.
+    """Prunes `ratio` of the most that a round may, or what is due if that is more, and tunes at
+    `rank`, or the largest below it that fits the memory.
 
     A ratio of 0 prunes as the schedule demands and no more.
 

@@ -6,7 +6,7 @@ What a device declares here is its memory, never its speed; so rank follows memo
 in FlexLoRA's released code.
 """
 
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -16,42 +16,12 @@ RankRule: TypeAlias = Literal["memory", "random"]
 DRAW = 401  # the purpose of this random stream
 
 
-class RankFields(Protocol):
-    """The settings that say which device gets which rank."""
-
-    @property
-    def ranks(self) -> tuple[int, ...]: ...
-
-    @property
-    def rank_by(self) -> RankRule: ...
-
-    @property
-    def largest_rank_gib(self) -> float: ...
-
-
-def check_rank_fields(fields: RankFields) -> None:
-    """Raise BadInput for ranks that do not rise, or for memory that is not positive."""
-    check_rising(fields.ranks)
-    if not fields.largest_rank_gib > 0:
-        raise BadInput(
-            f"method.largest_rank_gib is {fields.largest_rank_gib}, but a positive number is needed"
-        )
-
-
 def check_rising(ranks: tuple[int, ...]) -> None:
     """Raise BadInput for no ranks, or for ranks that do not rise."""
     if not ranks or list(ranks) != sorted(set(ranks)):
         raise BadInput(
             f"method.ranks is {list(ranks)}, but rising ranks without repeats were expected"
         )
-
-
-def rank_of_device(fields: RankFields, device: str, memory_bytes: int, seed: int) -> int:
-    """The rank of one device, the same whenever and beside whomever it is asked; see
-    `one_of_device`.
-    """
-    largest_gib = fields.largest_rank_gib
-    return one_of_device(fields.ranks, fields.rank_by, largest_gib, device, memory_bytes, seed)
 
 
 def one_of_device(

@@ -84,8 +84,7 @@ class Thinning:
 def scores(
     seen: Sequence[Seen], seconds: Float[np.ndarray, " devices"], round: int, selecting: Selecting
 ) -> Float[np.ndarray, " devices"]:
-    """How much each device is worth asking in `round`, counted from 1; `seconds` is what its round
-    would take.
+    """The score of each device in `round`, counted from 1; `seconds` is what its round would take.
 
     >>> same = Selecting(
     ...     participants=1, explore=0, explore_keep=1, explore_least=0, cut_off=1, clip=1,
@@ -138,7 +137,9 @@ def select(
 def _drawn(
     devices: Sequence[str], weights: Float[np.ndarray, " n"], count: int, rng: np.random.Generator
 ) -> set[str]:
-    """So many devices, the likelier the larger their weight; those without any come last."""
+    """So many devices, drawn with probability proportional to their weight; those of weight 0 come
+    last.
+    """
     if count == 0:
         return set()
     floor = max(float(weights.max()), 1.0) * 1e-9

@@ -1,10 +1,8 @@
-"""How much of a layer goes and when: the cubic floor of the schedule, and exact counts of heads and
-channels.
+"""How many heads and channels of a layer go at a given sparsity, in exact counts.
 
-Section 2.3 and 2.4 of the FedSpine reconstruction; the cubic is that of gradual pruning (Zhu &
-Gupta 2017, arXiv 1710.01878). Sparsity is 1 - kept/original parameters of a layer's prunable
-linears. Counts are exact and depend on the layer's shape only, so that all devices end at one
-sparsity without being sent the counts.
+Section 2.3 of the FedSpine reconstruction. Sparsity is 1 - kept/original parameters of a layer's
+prunable linears. Counts are exact and depend on the layer's shape only, so that all devices end at
+one sparsity without being sent the counts.
 """
 
 from collections.abc import Sequence
@@ -43,38 +41,6 @@ class LayerShape:
         return (heads * self.head_parameters + channels * self.channel_parameters) / self.parameters
 
 
-def cubic_floor(
-    round: int,
-    rounds: int,
-    target: float,
-    *,
-    warmup: float = 0.05,
-    until: float = 0.7,
-    share: float = 0.8,
-) -> float:
-    """The least cumulative sparsity in `round`, counted from 0: 0, then share*target*(1-(1-x)^3),
-    then the target.
-
-    warmup and until are parts of the run. The last of several rounds is at the target even where
-    the run is too short to reach `until`; a run of one round only warms up. Raises BadInput for
-    parts out of order or values out of range.
-
-    >>> [round(cubic_floor(r, 20, 0.5), 3) for r in (0, 1, 7, 13, 14)]
-    [0.0, 0.0, 0.338, 0.4, 0.5]
-    """
-    if not 0 <= warmup < until <= 1:
-        raise BadInput(f"expected 0 <= warmup < until <= 1, got warmup {warmup} and until {until}")
-    if not (0 <= target < 1 and 0 <= share <= 1):
-        raise BadInput(f"expected target in [0, 1) and share in [0, 1], got {target} and {share}")
-    start, end = warmup * rounds, until * rounds
-    if rounds > 1 and (round >= end - TINY or round >= rounds - 1):
-        return target
-    if round <= start:
-        return 0.0  # nothing is pruned before its importance is known
-    x = min((round - start) / (end - start), 1.0)
-    return share * target * (1 - (1 - x) ** 3)
-
-
 def counts(
     shape: LayerShape,
     sparsity: float,
@@ -85,11 +51,11 @@ def counts(
     keep_channels: float = 0.25,
     heads_dropped: Sequence[int] | None = None,
 ) -> tuple[int, int]:
-    """Heads and channels to have dropped in all at cumulative `sparsity`, on the way to `target`.
+    """Total heads and channels dropped at cumulative `sparsity`, on the way to `target`.
 
     Where `heads_dropped` is given, the number of heads is one of these, 0 among them. Never below
-    `dropped` (units do not grow back), never above `final_counts`, which any path reaches at the
-    target. Heads are coarse, so on the way the sparsity may be off by one head's share. Raises
+    `dropped` (units do not grow back) and never above `final_counts`, which every path reaches at
+    the target. Heads are coarse, so on the way the sparsity may be off by one head's share. Raises
     BadInput as `final_counts`.
 
     >>> minilm = LayerShape(heads=12, channels=1536, head_parameters=49_152, channel_parameters=768)
@@ -276,7 +242,7 @@ def _heads_for(shape: LayerShape, sparsity: float, channels: int) -> float:
 
 
 def _multiple(shape: LayerShape) -> int:
-    """The largest multiple whose rounding, half of it at most, stays within the tolerance."""
+    """The largest of 8, 4, 2 and 1 such that rounding to its multiples stays in the tolerance."""
     fitting = (
         m for m in (8, 4, 2) if m * shape.channel_parameters / (2 * shape.parameters) <= TOLERANCE
     )

@@ -57,8 +57,9 @@ class LeastWaiting(_Few):
     """Ours: among selections whose merged labels are close enough to the fleet's, the one with the
     least waiting.
 
-    Close enough is half of the batches' limit on divergence, half of 0.05 nats for equal batches.
-    The search is longer than MergeSFL's 20 and 20, which leaves in a few devices that wait.
+    Close enough means half of the divergence that batches may have, and half of 0.05 nats for equal
+    batches. MergeSFL's smaller search (20 and 20) leaves a few devices in the selection that make
+    others wait.
     """
 
     name: ClassVar = "least-waiting"
@@ -127,13 +128,13 @@ def check_control(selection: Selection, batches: Batches) -> None:
 
 
 def needs_labels(selection: Selection, batches: Batches) -> bool:
-    """Whether plans depend on the labels that devices hold."""
+    """Whether plans depend on the devices' labels."""
     tuned = isinstance(batches, Regulated | WithinRound) and batches.tune
     return tuned or not isinstance(selection, Everyone)
 
 
 def measures_speed(selection: Selection, batches: Batches) -> bool:
-    """Whether plans depend on how long a row takes each device."""
+    """Whether plans depend on the seconds that a row takes each device."""
     return not isinstance(batches, Equal) or isinstance(selection, LeastWaiting)
 
 

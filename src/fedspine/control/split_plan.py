@@ -68,7 +68,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class SplitLimits:
-    """What binds every plan; raises BadInput for limits that no plan can meet."""
+    """The limits of every plan; raises BadInput for limits that no plan can meet."""
 
     largest_batch: int = 64  # D: rows of the fastest device
     fewest: int = 5  # m_min: devices of a round; fewer only where the budget has no room for them
@@ -103,7 +103,7 @@ class SplitLimits:
 
 @dataclass(frozen=True)
 class SplitControl:
-    """Which parts of the control are on: all of them in MergeSFL, fewer in its ablations."""
+    """Which parts of the control are on: all of them in MergeSFL, fewer in ablations."""
 
     select: Literal["genetic", "random", "all"] = "genetic"  # "random": whatever their labels
     regulate: bool = True  # False: equal batches, about as large in all, which are not tuned either
@@ -114,7 +114,7 @@ class SplitControl:
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """What a round is to be, and what is expected of it."""
+    """The plan of a round, and what is expected of it."""
 
     chosen: Int[np.ndarray, " chosen"]  # places among the candidates, ascending
     batches: Int[np.ndarray, " chosen"]  # rows of each in every iteration
@@ -197,7 +197,7 @@ def plan_split(
 
 @dataclass(frozen=True)
 class Goal:
-    """What the batches of the chosen devices are tuned for, and within."""
+    """What the batches of the chosen devices are tuned for, and their limits."""
 
     cost: Float[np.ndarray, " chosen"]
     labels: Float[np.ndarray, "chosen classes"]
@@ -216,7 +216,7 @@ class Goal:
 
 
 def planned_again(goal: Goal, *, tune: bool = True) -> Int[np.ndarray, " chosen"]:
-    """Batches of devices already chosen, from what is known of their speed by now: levelled, and
+    """Batches of devices already chosen, from what is known of their speed so far: levelled, and
     tuned if wanted.
     """
     batches = levelled(

@@ -1,5 +1,5 @@
-"""What the server knows of the devices of a split model: how long a row takes each, and how often
-each took part.
+"""What the server knows of the devices of a split model: the seconds that a row takes each of them,
+and in how many rounds each took part.
 
 MergeSFL (Liao et al. 2024, arXiv:2311.13348), Eq. 5, 6 and 13, as reconstructed.
 """
@@ -15,7 +15,7 @@ from fedspine.core.message import message
 
 @message
 class WorkerState:
-    """A device's speed and its turns.
+    """A device's speed, and the number of rounds in which it took part.
 
     >>> WorkerState(compute_seconds=0.2, transfer_seconds=0.1).cost_seconds > 0.29
     True
@@ -83,8 +83,8 @@ def costs(states: Sequence[WorkerState | None]) -> Float[np.ndarray, " workers"]
 
 
 def priorities(rounds: Int[np.ndarray, " workers"]) -> Float[np.ndarray, " workers"]:
-    """How much each worker's turn it is, from the rounds K it took part in: sum of (K + 1) over K_i
-    + 1, Eq. 13.
+    """The priority of each worker by the rounds K that it took part in: sum of (K + 1) over K_i +
+    1, Eq. 13.
 
     >>> priorities(np.array([0, 1, 3])).tolist()
     [7.0, 3.5, 1.75]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from fedspine.core.privacy import Privacy
 
-Kind: TypeAlias = Literal["classification", "pair", "causal-lm", "array"]
+TaskKind: TypeAlias = Literal["classification", "pair", "causal-lm", "array"]
 BUILT_IN_MODELS = ("minilm", "smollm2")
 AUTO = "auto"  # the model is chosen for the data
 NETS = ("alexnet", "alexnet-small", "cnn-h", "cnn-s", "vgg16", "vgg-small")  # models of arrays
@@ -199,7 +199,7 @@ Data: TypeAlias = Examples | Arrays
 class Task:
     """Everything that a method knows before the first round."""
 
-    kind: Kind
+    kind: TaskKind
     base: Any  # a `Base` of `lm` for texts, a `Net` of `nets` for arrays
     train: Data
     test: Data

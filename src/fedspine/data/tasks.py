@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 
 from fedspine.core.errors import BadInput, nearest, unknown
-from fedspine.core.task import BUILT_IN_DATA, Kind
+from fedspine.core.task import BUILT_IN_DATA, TaskKind
 from fedspine.data import classes, files, hub, pydocs
 from fedspine.data.columns import Values, Wanted, checked, hidden, picker
 from fedspine.data.dataset import Dataset, Rows, held_out
@@ -26,7 +26,7 @@ _NATURAL = {"pydoc-topics": "file", "pydoc-qa": "file"}  # the columns that name
 def load(
     data: str,
     *,
-    kind: Kind,
+    kind: TaskKind,
     text: str = "text",
     pair: str | None = None,
     label: str = "label",
@@ -101,7 +101,7 @@ def _remarks(kept: int, left_out: Mapping[str, int], notes: tuple[str, ...]) -> 
 def load_stated(
     data: str,
     *,
-    kind: Kind,
+    kind: TaskKind,
     label_names: Sequence[str],
     text: str = "text",
     pair: str | None = None,
@@ -159,15 +159,15 @@ def _stated_class(
 
 def _wanted(
     data: str,
-    kind: Kind,
+    kind: TaskKind,
     text: str,
     pair: str | None,
     label: str,
     group: str | None,
     answers: bool,
 ) -> Wanted:
-    if kind not in get_args(Kind):
-        raise unknown("kind of task", kind, get_args(Kind))
+    if kind not in get_args(TaskKind):
+        raise unknown("kind of task", kind, get_args(TaskKind))
     if pair is not None and kind != "pair":
         raise BadInput(
             f"expected no pair column for kind {kind!r}, got {pair!r}; set kind 'pair' or leave "

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedspine.core.errors import BadInput
-from fedspine.core.task import Kind
+from fedspine.core.task import TaskKind
 from fedspine.exports import hf
 from fedspine.exports.card import BASE, read_card
 from fedspine.exports.parity import ParityCheck, write_parity
@@ -66,7 +66,7 @@ def export_adapter(
     origin: Origin,
     with_base: bool,
     labels: tuple[str, ...],
-    kind: Kind,
+    kind: TaskKind,
     max_tokens: int,
     name: str,
     provenance: Provenance | None = None,
@@ -183,7 +183,7 @@ def _readme(
     measured: str,
     *,
     labels: tuple[str, ...],
-    kind: Kind,
+    kind: TaskKind,
     max_tokens: int,
     name: str,
     vocabulary: VocabularyCut | None,

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import pydantic
 
 from fedspine.core.errors import BadInput
-from fedspine.core.task import Kind
+from fedspine.core.task import TaskKind
 from fedspine.exports.provenance import Provenance
 from fedspine.lm.pooling import Pooling
 from fedspine.lm.structure import StructureKind
@@ -31,7 +31,7 @@ class Card:
 
     format: int
     name: str
-    kind: Kind
+    kind: TaskKind
     labels: tuple[str, ...]  # empty for language modelling
     pooling: Pooling | None  # the readout; None for language modelling
     max_tokens: int
@@ -151,7 +151,7 @@ def _checked(folder: Path, entry: dict[str, object]) -> Card:
     )
     if (
         {field.name for field in fields(Card)} != {*values, *OPTIONAL}
-        or values["kind"] not in get_args(Kind)
+        or values["kind"] not in get_args(TaskKind)
         or values.get("structure", "free") not in get_args(StructureKind)
         or not lists
         or not _is_provenance(values.get("provenance"))

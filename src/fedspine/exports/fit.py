@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from fedspine.core.errors import BadInput, unknown
 from fedspine.core.message import pack
-from fedspine.core.task import Examples, Kind
+from fedspine.core.task import Examples, TaskKind
 from fedspine.exports.agreement import answers
 from fedspine.exports.bench import latency_seconds, peak_memory_bytes
 from fedspine.exports.card import weight_bytes
@@ -279,7 +279,7 @@ def _best_of_each_size(
         yield names[min(alike)[1]], len(alike)
 
 
-def _falling(loss: float, accuracy: float, kind: Kind) -> float:
+def _falling(loss: float, accuracy: float, kind: TaskKind) -> float:
     """A number that is lower for a better model; NaN counts as the worst."""
     value = loss if kind == "causal-lm" else -accuracy
     return inf if isnan(value) else value

@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 
 from fedspine.core.errors import BadInput
 from fedspine.core.message import Tensors
-from fedspine.core.task import Kind
+from fedspine.core.task import TaskKind
 from fedspine.exports.card import CONFIG, FORMAT, WEIGHTS, Card
 from fedspine.exports.load import Loaded, load_model
 from fedspine.exports.parity import ParityCheck, write_parity
@@ -53,7 +53,7 @@ def export(
     folder: str | Path,
     *,
     labels: tuple[str, ...],
-    kind: Kind,
+    kind: TaskKind,
     max_tokens: int,
     name: str,
     merge: bool = True,
@@ -98,7 +98,7 @@ def export(
     return folder
 
 
-def _check(base: Base, folder: Path, labels: tuple[str, ...], kind: Kind) -> None:
+def _check(base: Base, folder: Path, labels: tuple[str, ...], kind: TaskKind) -> None:
     check_new(folder)
     if base.precision is not torch.float32:
         raise BadInput(
@@ -133,7 +133,7 @@ def merged_tensors(base: Base, model: Model, *, merge: bool = True) -> Tensors:
 
 
 def _config(
-    base: Base, structure: Structure, tensors: Tensors, labels: tuple[str, ...], kind: Kind
+    base: Base, structure: Structure, tensors: Tensors, labels: tuple[str, ...], kind: TaskKind
 ) -> tuple[PreTrainedConfig, bool]:
     """The configuration to write, and whether the stock class built from it has the shapes of
     `tensors`.

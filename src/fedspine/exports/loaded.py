@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from fedspine.core.task import Kind
+from fedspine.core.task import TaskKind
 
 READ_BACK = "PyTorch, with the numbers of the file"  # the runtime if the format's own is missing
 
@@ -18,7 +18,7 @@ class Loaded:
 
     module: nn.Module
     tokenizer: Any
-    kind: Kind
+    kind: TaskKind
     labels: tuple[str, ...]
     max_tokens: int
     sparsity: float  # NaN for a file of another tool, which does not state it

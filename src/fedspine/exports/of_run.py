@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedspine.core.errors import BadInput, nearest, unknown
-from fedspine.core.task import Kind
+from fedspine.core.task import TaskKind
 from fedspine.exports import hf, llama_cpp
 from fedspine.exports.parity import ParityCheck
 from fedspine.exports.provenance import provenance_of
@@ -284,7 +284,7 @@ def _unknown_quantisation(format: str, quantize: str, known: tuple[str, ...]) ->
     )
 
 
-def _other_runtime(format: str, kind: Kind) -> Any:
+def _other_runtime(format: str, kind: TaskKind) -> Any:
     """The module that exports for a runtime other than PyTorch; None for the other formats.
 
     Raises BadInput if its packages are not installed.

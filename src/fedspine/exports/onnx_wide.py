@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import onnx
 
 Feeds: TypeAlias = Sequence[Mapping[str, np.ndarray]]  # every input of a graph, by batch
-Widths: TypeAlias = dict[str, np.ndarray]  # largest size of each channel, by input of a product
+# the largest size of each channel, by input of a product
+LargestInputs: TypeAlias = dict[str, np.ndarray]
 SHARE = 48  # one channel of so many is wide: 8 of 384
 APART = 1.5  # times as wide as the next channel, or nothing is worth keeping apart
 ROWS, TOKENS, BATCH = 64, 32, 16  # of random tokens
@@ -130,7 +131,7 @@ def _widths(
     weights: Mapping[str, "onnx.TensorProto"],
     feeds: Feeds,
     scratch: Path,
-) -> Widths:
+) -> LargestInputs:
     """How large each channel of the inputs of products gets on these rows, padding aside."""
     import onnx
     import onnxruntime
@@ -146,7 +147,7 @@ def _widths(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = onnxruntime.InferenceSession(str(scratch / "watched.onnx"), options)
-    found: Widths = {}
+    found: LargestInputs = {}
     for feed in feeds:
         for name, values in zip(names, session.run(names, dict(feed)), strict=True):
             mask = feed.get(MASK)

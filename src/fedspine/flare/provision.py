@@ -23,7 +23,7 @@ from fedspine.core.strict import Section, known_keys, read_toml, validated
 from fedspine.flare.site import SITE_FILE, check_name
 from fedspine.flare.startup_kit import ADMIN_KIT, needs_flare
 
-# folder with the private key that signs certificates; it stays with whoever provisions
+# folder with the private key that signs certificates; it stays with the person who provisions
 AUTHORITY = "authority"
 PROJECT_FILE = "project.toml"  # in the folder of kits: what they were made from
 ORGANISATION = "fedspine"

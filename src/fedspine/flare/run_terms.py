@@ -17,7 +17,7 @@ from fedspine.core.message import message
 from fedspine.core.privacy import Privacy
 from fedspine.core.reads import Reads
 from fedspine.core.strict import validated
-from fedspine.core.task import BUILT_IN_MODELS, Kind
+from fedspine.core.task import BUILT_IN_MODELS, TaskKind
 
 MOST_CLASSES = 10_000
 RefusalReason: TypeAlias = Literal[
@@ -77,7 +77,7 @@ class RunTerms:
     """Everything a site needs in order to join a run."""
 
     method: str
-    kind: Kind
+    kind: TaskKind
     model: str  # as sites know it: see `model_name`
     model_sha256: str  # `content_sha256` of the server's
     layers: int | None  # only the first blocks of the model; None: all

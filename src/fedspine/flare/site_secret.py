@@ -2,7 +2,7 @@
 
 A server that chose the seed alone would choose the rows of every step. The secret is made once and
 kept in the site's folder, so that the site can replay its own work. An empty file makes the draws
-those of a simulation, for whoever compares the two.
+those of a simulation, for a comparison of the two.
 """
 
 import hashlib

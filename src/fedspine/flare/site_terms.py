@@ -12,7 +12,7 @@ import pydantic
 from fedspine.core.noise import PLAIN_ANSWERS
 from fedspine.core.reads import Reads, reads_of
 from fedspine.core.strict import Section
-from fedspine.core.task import Kind
+from fedspine.core.task import TaskKind
 from fedspine.flare.run_terms import RefusalReason, Refused, RunTerms, refusing
 
 SITE_FILE = "fedspine-site.toml"
@@ -22,7 +22,7 @@ Bounds: TypeAlias = tuple[float, float]  # the least and the most
 class AllowSection(Section):
     """What a run may ask; of lists, None stands for all that comes with fedspine."""
 
-    kinds: tuple[Kind, ...] | None = None
+    kinds: tuple[TaskKind, ...] | None = None
     # split methods and those of other packages only by name
     methods: tuple[str, ...] | None = None
     # distinct rows behind each answer; of fewer, a reply could reveal one

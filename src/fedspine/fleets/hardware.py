@@ -36,7 +36,7 @@ LINKS, MODES, EXCHANGES, MEANS = range(4)  # purposes of random streams, which m
 
 
 @dataclass(frozen=True)
-class Kind:
+class DeviceKind:
     """A kind of device: fp16 peaks in TFLOPS, one per power mode, and memory that processor and GPU
     share.
     """
@@ -46,12 +46,12 @@ class Kind:
     memory_bytes: int
 
 
-KINDS: Mapping[str, Kind] = {
+KINDS: Mapping[str, DeviceKind] = {
     kind.name: kind
     for kind in (
-        Kind("tx2", (1.33, 0.87, 1.15, 1.15), 8 * 2**30),
-        Kind("nx", (6.76, 6.76, 6.76, 3.28, 3.28, 2.09, 6.76, 6.76), 8 * 2**30),
-        Kind("agx", (11.28, 2.13, 5.49, 7.37, 7.37, 7.37, 7.37, 5.49), 32 * 2**30),
+        DeviceKind("tx2", (1.33, 0.87, 1.15, 1.15), 8 * 2**30),
+        DeviceKind("nx", (6.76, 6.76, 6.76, 3.28, 3.28, 2.09, 6.76, 6.76), 8 * 2**30),
+        DeviceKind("agx", (11.28, 2.13, 5.49, 7.37, 7.37, 7.37, 7.37, 5.49), 32 * 2**30),
     )
 }
 DEFAULT_MIX: Mapping[str, int] = {"tx2": 30, "nx": 40, "agx": 10}
@@ -251,7 +251,7 @@ def _scaled(mix: Mapping[str, int], devices: int) -> dict[str, int]:
     return scaled
 
 
-def _kind(name: str) -> Kind:
+def _kind(name: str) -> DeviceKind:
     if name not in KINDS:
         raise unknown("device kind", name, KINDS)
     return KINDS[name]

@@ -98,9 +98,7 @@ def mean_wait(seconds: Sequence[float]) -> float:
 def round_row(
     totals: Totals, waits: Waits, devices_wall: Devices, *, now: float, wall_seconds: float
 ) -> dict[str, Any]:
-    """The row of a round that ends at `now`, whose last waits and server seconds `totals` takes
-    up.
-    """
+    """The row of a round that ends at `now`; adds its last waits and server seconds to `totals`."""
     totals.waiting_seconds += waits.mean(now)
     totals.server_wall_seconds += max(0.0, wall_seconds - devices_wall.seconds)
     return {

@@ -10,8 +10,8 @@ from fedspine.core.server_optimiser import Server
 
 
 class FleetWrapper:
-    """All of a fleet but `ask`, `send` and `next`, which a wrapper is about; parts of the fleet are
-    not wrapped unless it says so.
+    """Passes on all of a fleet but `ask`, `send` and `next`, which each wrapper defines; parts of
+    the fleet are not wrapped unless the wrapper says so.
     """
 
     def __init__(self, fleet: Fleet) -> None:

@@ -193,7 +193,7 @@ def teacher_outputs(
     """
     base, rows = device.base, np.unique(np.concatenate(plan))
     data, model = device.data.take(rows), taught.teacher
-    told: list[Tensor] = []
+    outputs: list[Tensor] = []
     hidden: list[Tensor] = []
     seen: list[np.ndarray] = []
     with torch.no_grad(), Hidden(base, taught.teaching.hidden > 0) as states:
@@ -203,9 +203,9 @@ def teacher_outputs(
             batch = moved(data.batch(chosen), base.device)
             inputs, mask = module_inputs(batch), batch["attention_mask"]
             if base.head:
-                told.append(module(**inputs).logits.float())
+                outputs.append(module(**inputs).logits.float())
             else:  # row after row, without padding
-                told.append(backbone(**inputs).last_hidden_state[mask.bool()])
+                outputs.append(backbone(**inputs).last_hidden_state[mask.bool()])
             hidden.append(states.take(mask, len(chosen)))
             seen.append(chosen)
     came = np.concatenate(seen)
@@ -213,12 +213,12 @@ def teacher_outputs(
     place[rows[came]] = np.arange(len(rows))
     charge(device, taught, rows)
     if base.head:
-        return TeacherOutputs(place, torch.cat(told), torch.cat(hidden))
+        return TeacherOutputs(place, torch.cat(outputs), torch.cat(hidden))
     lengths = data.lengths[came]
     starts = np.full(len(device.data), -1)
     starts[rows[came]] = np.cumsum(lengths) - lengths
     output = base.skeleton.get_output_embeddings()
-    return TokenOutputs(place, starts, torch.cat(told), output, torch.cat(hidden))
+    return TokenOutputs(place, starts, torch.cat(outputs), output, torch.cat(hidden))
 
 
 def charge(device: Device, taught: Taught, rows: np.ndarray) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fedspine.core.task import Examples, Kind
+from fedspine.core.task import Examples, TaskKind
 from fedspine.data.dataset import Rows
 from fedspine.lm.dialogues import encode_dialogues
 
@@ -19,7 +19,7 @@ from fedspine.lm.dialogues import encode_dialogues
 def encode(
     tokenizer: Any,
     rows: Rows,
-    kind: Kind,
+    kind: TaskKind,
     max_tokens: int,
     *,
     scored: bool = False,

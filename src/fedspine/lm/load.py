@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from fedspine.core.errors import BadInput, nearest
-from fedspine.core.task import BUILT_IN_MODELS, Kind
+from fedspine.core.task import BUILT_IN_MODELS, TaskKind
 from fedspine.lm import attention, gguf_files, vocabulary
 from fedspine.lm.base import Base, HeadLayer
 from fedspine.lm.fits import check_complete, check_finite, check_folder, check_tokenizer, settle_end
@@ -37,7 +37,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def load(
     name: str,
     *,
-    kind: Kind,
+    kind: TaskKind,
     classes: int = 0,
     precision: str = "fp32",
     layers: int | None = None,
@@ -79,7 +79,7 @@ def load(
     return base, tokenizer
 
 
-def config_of(name: str, source: str, *, kind: Kind, layers: int | None, **options: Any) -> Any:
+def config_of(name: str, source: str, *, kind: TaskKind, layers: int | None, **options: Any) -> Any:
     """The configuration of the model `name`, which is in `source`, with only the first `layers`
     blocks; `options` are for transformers' reader.
 

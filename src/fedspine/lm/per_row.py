@@ -24,7 +24,7 @@ from fedspine.lm.prefix import entering
 MOST_ROWS = 32  # of one pass
 MOST_BYTES = 1 << 28  # of the gradients of one pass
 
-Losses = Callable[[nn.Module, Tensors, int], Float[Tensor, " models"]]
+LossesOf = Callable[[nn.Module, Tensors, int], Float[Tensor, " models"]]
 
 
 def poisson_batches(rows: int, rate: float, steps: int, draws: Draws) -> Iterator[np.ndarray]:
@@ -45,7 +45,7 @@ class RowGradients:
     model: Model
     names: Sequence[str]
     data: Examples
-    losses_of: Losses
+    losses_of: LossesOf
     first: int = 0
     stored: Tensor | None = None
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fedspine.core.task import Examples, Kind
+from fedspine.core.task import Examples, TaskKind
 from fedspine.data.dataset import Rows
 from fedspine.lm.dialogues import template_of
 from fedspine.lm.encode import encode
@@ -46,7 +46,7 @@ _SETTINGS = (
 def tokens(
     tokenizer: Any,
     rows: Rows,
-    kind: Kind,
+    kind: TaskKind,
     max_tokens: int,
     *,
     scored: bool = False,
@@ -87,7 +87,7 @@ def written(tokenizer: Any) -> list[Any] | None:
     return [[getattr(tokenizer, name, None) for name in _SETTINGS], lasting]
 
 
-def _key(tokenizer: Any, rows: Rows, kind: Kind, max_tokens: int, scored: bool) -> str | None:
+def _key(tokenizer: Any, rows: Rows, kind: TaskKind, max_tokens: int, scored: bool) -> str | None:
     """A digest of all that the tokens depend on; None for a tokenizer that cannot be serialised."""
     settings = written(tokenizer)
     if settings is None:

@@ -1,54 +1,77 @@
-"""Shared by HetLoRA and FlexLoRA, in which each device trains the first directions of one adapter,
-up to its own rank; FLoRA uses the settings of the toy task.
+"""Shared by HetLoRA, FlexLoRA and FLoRA, in which every device has a rank of its own. In the first
+two a device trains the first directions of one common adapter.
 """
 
-from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from fedspine.core.message import Tensors
+from fedspine.control.ranks import RankRule, check_rising, one_of_device
+from fedspine.core.errors import BadInput
+from fedspine.core.message import Tensors, message
 from fedspine.core.task import Task
 from fedspine.lm.base import Model
-from fedspine.lm.lora import cut_rank, fresh
+from fedspine.lm.lora import check_rank, cut_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import full
-
-# with which a tiny model learns a toy task in a few rounds
-TOY = MappingProxyType(
-    {
-        "ranks": (2, 4, 8),
-        "rank_by": "random",
-        "steps": 8,
-        "batch": 16,
-        "learning_rate": 2e-2,
-        "head_lr_multiplier": 1.0,
-    }
-)
+from fedspine.lm.tuning import LocalTraining, check_tuning
 
 
-@runtime_checkable
-class Ranked(Protocol):
-    """The settings that these methods share; `ranks` are ascending."""
+@dataclass(frozen=True)
+class UnequalRanks(LocalTraining):
+    """The hyper-parameters that these methods share."""
 
-    @property
-    def ranks(self) -> tuple[int, ...]: ...
+    ranks: tuple[int, ...] = (4, 8, 12, 16, 20, 24, 28, 32)  # that a device may have, rising
+    rank_by: RankRule = "memory"  # declared, or "random"
+    # declared memory that earns the largest rank; less earns its share
+    largest_rank_gib: float = 32.0
+    scale: float = 2.0  # alpha / rank, the same for all ranks
 
-    @property
-    def scale(self) -> float: ...
+    @classmethod
+    def toy(cls) -> Any:
+        """Settings with which a tiny model learns a toy task in a few rounds."""
+        return cls(
+            ranks=(2, 4, 8),
+            rank_by="random",
+            steps=8,
+            batch=16,
+            learning_rate=2e-2,
+            head_lr_multiplier=1.0,
+        )
 
 
-@runtime_checkable
-class RankedState(Protocol):
-    """What their states have in common."""
+@message
+class RankedState:
+    """What the states of HetLoRA and FlexLoRA have."""
 
+    round: int
+    rounds: int
+    seed: int
     layout: PrunableLayout
     adapter: Tensors  # of the largest rank
     head: Tensors
     ranks: dict[str, int]  # of every device that has replied
 
 
-def first_fields(fields: Ranked, task: Task, rng: np.random.Generator) -> dict[str, Any]:
+def check_ranks(fields: UnequalRanks, task: Task) -> None:
+    """Raise BadInput for ranks, memory or training that cannot work on this task."""
+    check_rising(fields.ranks)
+    if not fields.largest_rank_gib > 0:
+        raise BadInput(
+            f"method.largest_rank_gib is {fields.largest_rank_gib}, but a positive number is needed"
+        )
+    check_rank("method.ranks", fields.ranks, task.base.layout)
+    check_tuning(fields)
+
+
+def rank_of_device(fields: UnequalRanks, device: str, memory_bytes: int, seed: int) -> int:
+    """The rank of one device, the same whenever and beside whomever it is asked."""
+    largest_gib = fields.largest_rank_gib
+    return one_of_device(fields.ranks, fields.rank_by, largest_gib, device, memory_bytes, seed)
+
+
+def first_fields(fields: UnequalRanks, task: Task, rng: np.random.Generator) -> dict[str, Any]:
     """The fields of a first state: a fresh adapter of the largest rank, and no known devices."""
     layout = task.base.layout
     return {
@@ -62,7 +85,7 @@ def first_fields(fields: Ranked, task: Task, rng: np.random.Generator) -> dict[s
     }
 
 
-def model_of(fields: Ranked, state: RankedState, device: str | None = None) -> Model:
+def model_of(fields: UnequalRanks, state: RankedState, device: str | None = None) -> Model:
     """The unpruned model with the adapter cut to the device's rank; at full rank for the global
     model and for a device that has never replied.
     """

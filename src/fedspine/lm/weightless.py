@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
-from fedspine.core.task import Kind
+from fedspine.core.task import TaskKind
 from fedspine.lm import gguf_files
 from fedspine.lm.base import Base
 from fedspine.lm.load import (
@@ -105,7 +105,7 @@ def _without_values(value: Any) -> Any:
 def load(
     name: str,
     *,
-    kind: Kind,
+    kind: TaskKind,
     classes: int = 0,
     layers: int | None = None,
     pooling: Pooling | Literal["auto"] = "auto",

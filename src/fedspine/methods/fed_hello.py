@@ -33,7 +33,7 @@ from fedspine.lm.replies import average_replies
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
 from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
-from fedspine.methods.fedlora import LoraResult
+from fedspine.methods.fedlora import LoraResult, lora_result
 
 
 @message
@@ -67,12 +67,7 @@ def tune_blocks(device: Device, order: BlocksOrder) -> LoraResult:
     layout = device.base.layout
     model = model_of(order, layout)
     trace = tune(device, model, order.tuning, blocks=order.blocks)
-    return LoraResult(
-        adapter=half(of_blocks(layout, trace.model.adapter, order.blocks)),
-        head=half(trace.model.head),
-        loss=trace.loss,
-        examples=len(device.data),
-    )
+    return lora_result(device, trace, of_blocks(layout, trace.model.adapter, order.blocks))
 
 
 @message

@@ -25,6 +25,7 @@ from fedspine.lm.base import Model
 from fedspine.lm.lora import check_depth, check_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import check_adapter, check_head, check_loss, model_of
+from fedspine.lm.request import TuneResult
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
 from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
@@ -71,8 +72,13 @@ class LoraResult:
 def tune_adapter(device: Device, order: LoraOrder) -> LoraResult:
     model = model_of(order, device.base.layout)
     trace = tune(device, model, order.tuning)
+    return lora_result(device, trace, trace.model.adapter)
+
+
+def lora_result(device: Device, trace: TuneResult, adapter: Tensors) -> LoraResult:
+    """What a device sends back of its training, with the part of the adapter that it trained."""
     return LoraResult(
-        adapter=half(trace.model.adapter),
+        adapter=half(adapter),
         head=half(trace.model.head),
         loss=trace.loss,
         examples=len(device.data),

@@ -11,13 +11,13 @@ from typing import Literal, Self
 
 import numpy as np
 
-from fedspine.control.depth import DepthPlan, DepthPlanner, features, observed
+from fedspine.control.depth import DepthPlan, DepthPlanner, timed
 from fedspine.core.checks import Asked, need, within
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput, check_ranges
 from fedspine.core.fleet import Fleet, Reply
 from fedspine.core.merging import merged
-from fedspine.core.message import Tensors, message
+from fedspine.core.message import message
 from fedspine.core.method import LeastWork, method, on_todays, usable
 from fedspine.core.task import Task
 from fedspine.core.tensors import half
@@ -32,8 +32,8 @@ from fedspine.lm.stored import Quantised, bits_each
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
 from fedspine.lm.tuning import LocalTraining, check_tuning, tuning_at
-from fedspine.methods.fedlora import LoraResult
-from fedspine.methods.legend import DepthOrder
+from fedspine.methods.fedlora import LoraResult, lora_result
+from fedspine.methods.legend import DepthOrder, LegendState
 
 BITS = (4, 8)
 
@@ -64,26 +64,12 @@ def tune_quantised(device: Device, order: QuadOrder) -> LoraResult:
         lowest=order.lowest,
         quantised=Quantised(blocks, order.bits) if blocks else None,
     )
-    return LoraResult(
-        adapter=half(on_blocks(layout, trace.model.adapter, order.lowest)),
-        head=half(trace.model.head),
-        loss=trace.loss,
-        examples=len(device.data),
-    )
+    return lora_result(device, trace, on_blocks(layout, trace.model.adapter, order.lowest))
 
 
 @message
-class FedQuadState:
-    round: int
-    rounds: int
-    turns: float  # of a device in the whole run, on average
-    layout: PrunableLayout
-    embeddings: int  # parameters outside the blocks, for the memory bound
-    max_tokens: int
-    adapter: Tensors
-    head: Tensors
-    times: dict[str, np.ndarray]  # what exchanges took, as `control.latency_model` keeps it
-    depths: dict[str, int]  # of every device that has replied
+class FedQuadState(LegendState):
+    """Depths and times as LEGEND keeps them."""
 
 
 @method("fedquad", merges_late=tune_quantised, robust=True, server_optimiser=True)
@@ -251,14 +237,13 @@ class FedQuad(LocalTraining):
         return planner.plan(state.times, state.depths, most)
 
     def _timed(self, state: FedQuadState, reply: Reply[LoraResult]) -> np.ndarray:
-        full_bytes = depth_traffic(state.layout, self.rank, state.head)[-1]
-        depth = state.layout.layers - reply.order.lowest
-        traffic = (reply.cost.bytes_down + reply.cost.bytes_up) / full_bytes
-        return observed(
+        return timed(
             state.times.get(reply.device),
-            features(1.0, depth, state.layout.layers, traffic),
-            reply.cost.seconds,
-            self.discount,
+            reply.cost,
+            depth=state.layout.layers - reply.order.lowest,
+            layers=state.layout.layers,
+            full_bytes=depth_traffic(state.layout, self.rank, state.head)[-1],
+            discount=self.discount,
         )
 
     def _order(self, state: FedQuadState, depth: int, quantised: int) -> QuadOrder:

@@ -14,9 +14,8 @@ import numpy as np
 
 from fedspine.control.bandit import rewards
 from fedspine.control.controllers import Controller, DeviceModel, SUcb, TextLoad
-from fedspine.control.plan import Foresee, Limits, Plan, PlanResult, Turn
+from fedspine.control.plan import Foresee, Limits, Plan, PlanResult, Turn, cubic_floor
 from fedspine.control.ranks import check_rising
-from fedspine.control.sparsity import cubic_floor
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput, check_ranges
 from fedspine.core.fleet import Fleet, NoMemory, Profile, Reply
@@ -151,11 +150,11 @@ class FedSpine(LocalTraining):
         return self._merged(state, fleet, plans, replies)
 
     def deploy(self, state: SpineState, device: DeviceId | None = None) -> Model:
-        """The device's own structure, or for None the one that the fleet's average scores give; the
-        common adapter.
+        """The device's own structure with the common adapter; for None the global model, pruned by
+        the fleet's average scores.
 
-        Whoever is behind the schedule, because it was not asked lately, is pruned to it by the
-        fleet's scores.
+        A device that was not asked recently may be behind the schedule, and is pruned to it by
+        the fleet's scores.
         """
         done = state.round >= state.rounds
         floor = self.sparsity if done else self._due(state.round - 1, state.rounds)
@@ -350,7 +349,7 @@ class FedSpine(LocalTraining):
     def _result(
         self, state: SpineState, plan: Plan, reply: Reply[SpineResult], part: Contribution
     ) -> PlanResult:
-        """What came of a plan; the size of a change is measured as section 3.3 says."""
+        """The result of a plan; the size of a change is measured as in section 3.3."""
         part = replace(part, back={**part.sent, **part.back})  # what was not trained did not change
         importance, directions = change(state.layout, state.line_energy, part, self.scale)
         before = reply.value.loss_before
@@ -374,7 +373,7 @@ class FedSpine(LocalTraining):
 
 
 def _late_plan(order: SpineOrder) -> Plan:
-    """What is left of a plan when the reply is late: nobody is credited for it."""
+    """What is left of the plan of a late reply: no bandit is credited for it."""
     return Plan(order.sparsity, adapter_rank(order.adapter), action=None, progress=0.0)
 
 

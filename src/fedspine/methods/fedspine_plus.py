@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedspine.control.controllers import Controller, Deadline
-from fedspine.control.depth import AllBlocks, DepthPlanner, Depths, Lcd, features, observed
+from fedspine.control.depth import AllBlocks, DepthPlanner, Depths, Lcd, timed
 from fedspine.control.plan import Plan
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput, check_ranges
@@ -112,7 +112,7 @@ class FedSpinePlus(FedSpine):
         return super().round(state, fleet)
 
     def _knows_units(self, state: SpineState, device: DeviceId) -> bool:
-        """A newcomer prunes by the fleet's scores, where these have a say."""
+        """A new device prunes by the fleet's scores, if these are shared."""
         shared = self.global_importance_weight > 0 and state.scores is not None
         return shared or super()._knows_units(state, device)
 
@@ -145,16 +145,20 @@ class FedSpinePlus(FedSpine):
         full_bytes = self._planner(after).traffic[-1]
         for reply in replies:
             depth = depths[reply.device] = layers - reply.order.lowest
-            traffic = (reply.cost.bytes_down + reply.cost.bytes_up) / full_bytes
-            seen = features(1.0, depth, layers, traffic)
-            before = times.get(reply.device)
-            times[reply.device] = observed(before, seen, reply.cost.seconds, self.depths.discount)
+            times[reply.device] = timed(
+                times.get(reply.device),
+                reply.cost,
+                depth=depth,
+                layers=layers,
+                full_bytes=full_bytes,
+                discount=self.depths.discount,
+            )
         fleet.note(depths={reply.device: depths[reply.device] for reply in replies})
         return replace(after, times=times, depths=depths)
 
     def _planner(self, state: SpineState) -> DepthPlanner:
-        """Times are taken as those of the unpruned model at the largest rank, and forget: what
-        pruning saves shows in the next ones.
+        """Times count as those of the unpruned model at the largest rank, with forgetting: what
+        pruning saves shows in later reports.
         """
         how, layers, rank = self.depths, state.layout.layers, self.ranks[-1]
         return DepthPlanner(

@@ -8,11 +8,9 @@ docs/methods/flexlora.md.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
 
 import numpy as np
 
-from fedspine.control.ranks import RankRule, check_rank_fields, rank_of_device
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet, Reply
@@ -24,47 +22,35 @@ from fedspine.core.tensors import half, single
 from fedspine.lm.aggregate import Contribution, bounded, mean_product
 from fedspine.lm.base import Model
 from fedspine.lm.factoring import factor
-from fedspine.lm.lora import a_name, adapter_rank, b_name, check_rank, cut_rank
-from fedspine.lm.prunable_layout import PrunableLayout
+from fedspine.lm.lora import a_name, adapter_rank, b_name, cut_rank
 from fedspine.lm.structure import full
-from fedspine.lm.tuning import LocalTraining, check_tuning, tuning_at
-from fedspine.lm.unequal_ranks import TOY, first_fields, model_of
+from fedspine.lm.tuning import tuning_at
+from fedspine.lm.unequal_ranks import (
+    RankedState,
+    UnequalRanks,
+    check_ranks,
+    first_fields,
+    model_of,
+    rank_of_device,
+)
 from fedspine.methods.fedlora import LoraOrder, LoraResult, tune_adapter
 
 
 @message
-class FlexLoraState:
-    round: int
-    rounds: int
-    seed: int
-    layout: PrunableLayout
-    adapter: Tensors  # of the largest rank, its directions in the order of what they carry
-    head: Tensors
-    ranks: dict[str, int]  # of every device that has replied
+class FlexLoraState(RankedState):
+    """The adapter's directions are in the order of what they carry."""
 
 
 @method("flexlora", merges_late=tune_adapter, robust=True, server_optimiser=True)
 @dataclass(frozen=True)
-class FlexLora(LocalTraining):
+class FlexLora(UnequalRanks):
     """LoRA at ranks that differ by device, averaged as products and truncated by their SVD."""
 
-    ranks: tuple[int, ...] = (4, 8, 12, 16, 20, 24, 28, 32)  # that a device may have
-    rank_by: RankRule = "memory"  # declared, or "random"
-    # declared memory that earns the largest rank; less earns its share
-    largest_rank_gib: float = 32.0
-    scale: float = 2.0  # of the adapter that the server keeps, and of every device's
     # above 0 a device of rank r trains at scale alpha / r instead, as in the released code with 16
     alpha: float = 0.0
 
-    @classmethod
-    def toy(cls) -> Self:
-        """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(**TOY)
-
     def check(self, task: Task) -> None:
-        check_rank_fields(self)
-        check_rank("method.ranks", self.ranks, task.base.layout)
-        check_tuning(self)
+        check_ranks(self, task)
         if not self.alpha >= 0:
             raise BadInput(
                 f"method.alpha is {self.alpha}, but a positive "
@@ -97,7 +83,7 @@ class FlexLora(LocalTraining):
         )
 
     def deploy(self, state: FlexLoraState, device: DeviceId | None = None) -> Model:
-        """At the device's own rank; at the largest for everybody."""
+        """At the device's own rank; the global model at the largest."""
         return model_of(self, state, device)
 
     def unpruned(self, state: FlexLoraState) -> Model:

@@ -8,12 +8,11 @@ devices' products, so nothing is lost in aggregation. Departures: docs/methods/f
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 
-from fedspine.control.ranks import RankRule, check_rank_fields, rank_of_device
 from fedspine.core.checks import Asked, need, tensors_of
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.fleet import Fleet
@@ -25,14 +24,14 @@ from fedspine.core.task import Task
 from fedspine.core.tensors import half, single
 from fedspine.lm.base import Model
 from fedspine.lm.cost import HALF
-from fedspine.lm.lora import a_name, adapter_rank, b_name, check_rank, fresh, is_a, w_name
+from fedspine.lm.lora import a_name, adapter_rank, b_name, fresh, is_a, w_name
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import adapter_shapes, check_head, check_rank_of, rank_in
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
-from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
-from fedspine.lm.unequal_ranks import TOY
-from fedspine.methods.fedlora import LoraResult
+from fedspine.lm.tuning import Tuning, tuning_at
+from fedspine.lm.unequal_ranks import UnequalRanks, check_ranks, rank_of_device
+from fedspine.methods.fedlora import LoraResult, lora_result
 
 MERGED = "flora"  # what a device has merged, in its memory
 
@@ -113,12 +112,7 @@ def merge_and_tune(device: Device, order: FloraOrder) -> LoraResult:
         scale=order.scale,
     )
     trace = tune(device, model, order.tuning, change=now.change or None)
-    return LoraResult(
-        adapter=half(trace.model.adapter),
-        head=half(trace.model.head),
-        loss=trace.loss,
-        examples=len(device.data),
-    )
+    return lora_result(device, trace, trace.model.adapter)
 
 
 def _merged_on(device: Device, order: FloraOrder) -> Merged:
@@ -190,7 +184,7 @@ class FloraState:
 
 @method("flora", merges_late=merge_and_tune)
 @dataclass(frozen=True)
-class Flora(LocalTraining):
+class Flora(UnequalRanks):
     """LoRA at ranks that differ by device, aggregated by stacking and merged into the base.
 
     >>> from fedspine import Recipe
@@ -198,21 +192,8 @@ class Flora(LocalTraining):
     (4, 8)
     """
 
-    ranks: tuple[int, ...] = (4, 8, 12, 16, 20, 24, 28, 32)  # that a device may have
-    rank_by: RankRule = "memory"  # declared, or "random"
-    # declared memory that earns the largest rank; less earns its share
-    largest_rank_gib: float = 32.0
-    scale: float = 2.0  # alpha / rank, the same for all ranks
-
-    @classmethod
-    def toy(cls) -> Self:
-        """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(**TOY)
-
     def check(self, task: Task) -> None:
-        check_rank_fields(self)
-        check_rank("method.ranks", self.ranks, task.base.layout)
-        check_tuning(self)
+        check_ranks(self, task)
 
     def predicted_reads(self, base: Any) -> Reads:
         """With the rank of everything merged at the end: the full rank of the weights."""

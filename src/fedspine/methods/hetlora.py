@@ -8,13 +8,12 @@ EMNLP, arXiv:2401.06432. Nothing is pruned but rank. Departures: docs/methods/he
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import floor
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedspine.control.ranks import RankRule, check_rank_fields, rank_of_device
 from fedspine.core.checks import Asked, need, tensors_of, within
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput
@@ -32,7 +31,7 @@ from fedspine.lm.aggregate import (
     by_norm,
 )
 from fedspine.lm.base import Model
-from fedspine.lm.lora import a_name, b_name, check_rank, cut_rank
+from fedspine.lm.lora import a_name, b_name, cut_rank
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import (
     adapter_shapes,
@@ -43,8 +42,15 @@ from fedspine.lm.received import (
 )
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
-from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
-from fedspine.lm.unequal_ranks import TOY, first_fields, model_of
+from fedspine.lm.tuning import Tuning, tuning_at
+from fedspine.lm.unequal_ranks import (
+    RankedState,
+    UnequalRanks,
+    check_ranks,
+    first_fields,
+    model_of,
+    rank_of_device,
+)
 
 TINY = 1e-9  # 0.7 of 10 directions are seven, whatever the last bit says
 
@@ -82,7 +88,7 @@ class HetLoraResult:
     examples: int
 
     def check(self, asked: Asked) -> None:
-        """The adapter is of the rank that was given, or of the one to give way to."""
+        """The adapter has the order's rank, or the one to shrink to."""
         asked.examples(self.examples)
         check_loss(self.loss)
         check_head(self.head, asked)
@@ -128,40 +134,21 @@ def tail(layout: PrunableLayout, adapter: Tensors, start: int) -> Tensor:
 
 
 @message
-class HetLoraState:
-    round: int
-    rounds: int
-    seed: int
-    layout: PrunableLayout
-    adapter: Tensors  # of the largest rank
-    head: Tensors
-    ranks: dict[str, int]  # of every device that has replied
+class HetLoraState(RankedState):
+    """The adapter is of the largest rank."""
 
 
 @method("hetlora", merges_late=tune_and_shrink, robust=True, server_optimiser=True)
 @dataclass(frozen=True)
-class HetLora(LocalTraining):
+class HetLora(UnequalRanks):
     """LoRA at ranks that differ between devices, zero-padded and averaged by norm."""
 
-    # to start at; none shrinks below the first
-    ranks: tuple[int, ...] = (4, 8, 12, 16, 20, 24, 28, 32)
-    rank_by: RankRule = "memory"  # declared, or "random"
-    # declared memory that earns the largest rank; less earns its share
-    largest_rank_gib: float = 32.0
-    scale: float = 2.0  # alpha / rank, the same for all ranks
     penalty: float = 1e-3  # lambda: weight of the tail's norm in the loss
     decay: float = 0.99  # gamma: share of its rank that a device keeps when it shrinks; 1: never
     weigh_by: Literal["norm", "examples"] = "norm"  # what a device's say in the adapter is
 
-    @classmethod
-    def toy(cls) -> Self:
-        """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(**TOY)
-
     def check(self, task: Task) -> None:
-        check_rank_fields(self)
-        check_rank("method.ranks", self.ranks, task.base.layout)
-        check_tuning(self)
+        check_ranks(self, task)
         if not self.penalty >= 0:
             raise BadInput(f"method.penalty is {self.penalty}, but it cannot be negative")
         if not 0 < self.decay <= 1:
@@ -190,7 +177,7 @@ class HetLora(LocalTraining):
         )
 
     def deploy(self, state: HetLoraState, device: DeviceId | None = None) -> Model:
-        """At the device's own rank; at the largest for everybody."""
+        """At the device's own rank; the global model at the largest."""
         return model_of(self, state, device)
 
     def unpruned(self, state: HetLoraState) -> Model:

@@ -16,9 +16,8 @@ from fedspine.control.depth import (
     DepthPlan,
     DepthPlanner,
     DepthRule,
-    features,
-    observed,
     rising_ranks,
+    timed,
 )
 from fedspine.core.checks import Asked, within
 from fedspine.core.device import Device, DeviceId, on_device, returns_sent_weights
@@ -53,7 +52,7 @@ from fedspine.lm.replies import average_replies
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
 from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
-from fedspine.methods.fedlora import LoraResult
+from fedspine.methods.fedlora import LoraResult, lora_result
 from fedspine.pruning.head_start import (
     HeadWeights,
     Start,
@@ -91,19 +90,14 @@ def tune_top(device: Device, order: DepthOrder) -> LoraResult:
     layout = device.base.layout
     model = model_of(order, layout)
     trace = tune(device, model, order.tuning, lowest=order.lowest)
-    return LoraResult(
-        adapter=half(on_blocks(layout, trace.model.adapter, order.lowest)),
-        head=half(trace.model.head),
-        loss=trace.loss,
-        examples=len(device.data),
-    )
+    return lora_result(device, trace, on_blocks(layout, trace.model.adapter, order.lowest))
 
 
 @returns_sent_weights
 @on_device
 def probe_top(device: Device, order: DepthOrder) -> LoraResult:
-    """The same for its time alone, which is why the weights come back as they were sent, and the
-    device keeps nothing of it.
+    """The same, only to measure its time: the weights are returned as they were sent, and the
+    device keeps nothing.
     """
     before = dict(device.memory)
     sent = on_blocks(device.base.layout, order.adapter, order.lowest)
@@ -251,7 +245,7 @@ class Legend(LocalTraining):
         )
 
     def deploy(self, state: LegendState, device: DeviceId | None = None) -> Model:
-        """The base with the adapters of all blocks, the same for everybody."""
+        """The base with the adapters of all blocks, the same for all devices."""
         return Model(
             structure=full(state.layout), adapter=state.adapter, head=state.head, scale=self.scale
         )
@@ -282,9 +276,8 @@ class Legend(LocalTraining):
     def _probed(
         self, state: LegendState, fleet: Fleet, most: Mapping[DeviceId, int]
     ) -> tuple[dict[str, np.ndarray], set[DeviceId]]:
-        """The times with those of devices met for the first time, which train a few batches at two
-        depths, for nothing but their speed; and the devices that did not answer, which are not
-        asked in this round.
+        """The times, with those of new devices, which train a few batches at two depths only to
+        measure their speed; and the devices that did not answer, which are not asked in this round.
         """
         times, new = state.times, [id for id in most if id not in state.times]
         if not self.probe_batches or self.depth_rule == "fixed" or not new:
@@ -313,12 +306,14 @@ class Legend(LocalTraining):
         steps: int,
         depth: int,
     ) -> np.ndarray:
-        traffic = (reply.cost.bytes_down + reply.cost.bytes_up) / self._bytes(state)[-1]
-        return observed(
+        return timed(
             times.get(reply.device),
-            features(steps / self.steps, depth, state.layout.layers, traffic),
-            reply.cost.seconds,
-            self.discount,
+            reply.cost,
+            depth=depth,
+            layers=state.layout.layers,
+            full_bytes=self._bytes(state)[-1],
+            discount=self.discount,
+            work=steps / self.steps,
         )
 
     def _plan(self, state: LegendState, most: Mapping[DeviceId, int]) -> DepthPlan:

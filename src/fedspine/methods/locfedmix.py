@@ -27,6 +27,7 @@ from fedspine.split.auxiliary import DECODER, DecodedCutting, bare, decoder
 from fedspine.split.baseline import (
     TOY,
     RoundSetup,
+    SplitState,
     SplitTraining,
     batch_caps,
     check_split,
@@ -155,12 +156,7 @@ def blended(one: Part, other: Part, lam: float) -> tuple[Features, Tensor, Tenso
 
 
 @message
-class LocFedMixState:
-    round: int
-    rounds: int
-    seed: int
-    longest: int  # tokens of a text, 1 for arrays
-    model: Any  # as `SplitModel.join` gives it
+class LocFedMixState(SplitState):
     decoder: Tensors  # of all devices, on the devices only while they train
 
 

@@ -55,8 +55,8 @@ class LoraPrune(CubicPruning):
         return cubic(self, round, rounds)
 
     def deploy(self, state: PruningState, device: DeviceId | None = None) -> Model:
-        """The device's own structure; whoever is behind the schedule is pruned to it by the fleet's
-        average scores.
+        """The device's own structure; a device that is behind the schedule is pruned to it by the
+        fleet's average scores.
         """
         return deployed(self, state, device, due=cubic_reached(self, state), votes=state.scores)
 

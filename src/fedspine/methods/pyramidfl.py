@@ -304,8 +304,8 @@ class Forecast:
     """What a round will take each device: a * work + b * traffic + c seconds, fitted by
     `control.latency_model`.
 
-    Pace's features are there for others to fill: `1 - sparsity` is the work here, in usual rounds,
-    and `rank` the traffic.
+    The model's features stand for other quantities here: `1 - sparsity` for the work, in usual
+    rounds, and `rank` for the traffic.
     """
 
     def __init__(self, times: Mapping[str, np.ndarray]) -> None:

@@ -298,7 +298,7 @@ def deployed(
     """The device's own structure, pruned by `votes` where it is behind `due`, and the common
     adapter cut to it.
 
-    None stands for everybody: the whole model, pruned by `votes`.
+    None stands for the global model: the whole structure, pruned by `votes`.
     """
     whole = full(state.layout)
     structure = state.structures.get(device, whole) if device else whole

@@ -11,7 +11,7 @@ from typing import Self
 
 import numpy as np
 
-from fedspine.control.sparsity import cubic_floor
+from fedspine.control.plan import cubic_floor
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import check_ranges
 from fedspine.core.fleet import Fleet, Reply

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Collection
 from typing import Any
 
 import pydantic
@@ -10,7 +11,7 @@ from fedspine.core import parts, strict
 from fedspine.core.errors import BadInput
 from fedspine.core.method import registered
 from fedspine.methods import all_methods, find
-from fedspine.runs.recipe_format import MOVED, OF_THE_FLEET, TABLES
+from fedspine.runs.recipe_format import GONE, MOVED, OF_THE_FLEET, TABLES
 
 
 def method_of(given: Any) -> Any:
@@ -40,17 +41,20 @@ def method_of(given: Any) -> Any:
     composed = {}
     for key, choices in parts.choices_of(cls).items():
         if key in table:
-            _refuse_plain(key, table[key])
+            _refuse_plain(key, table[key], choices)
             default = fields[key].default
             composed[key] = parts.part(f"method.{key}", choices, default, table.pop(key))
     made = strict.validated("method", pydantic.TypeAdapter(cls), table, by_json=True)
     return dataclasses.replace(made, **composed)
 
 
-def _refuse_plain(key: str, value: Any) -> None:
+def _refuse_plain(key: str, value: Any, choices: Collection[str]) -> None:
     """Raise BadInput for a plain value of what is a table by now."""
-    if key in TABLES and isinstance(value, str | int | float):
-        write = TABLES[key].format(value=json.dumps(value))
+    if not isinstance(value, str | int | float):
+        return
+    named = f"{key} = {{{{name = {{value}}}}}}" if value in choices else None
+    if template := TABLES.get(key, named):
+        write = template.format(value=json.dumps(value))
         raise BadInput(f"method.{key} is {json.dumps(value)}, but it is a table now; write {write}")
 
 
@@ -76,6 +80,8 @@ def _refuse_moved(name: str, cls: type[Any], key: str) -> None:
             if other == name and extended and key in MOVED:  # which is what it was by default
                 also = f'; for the form that it had before write name = "{next(iter(extended))}"'
             raise BadInput(f"method.{key} is no longer a setting of {name}; {write}{also}")
+    if key in GONE:
+        raise BadInput(f"method.{key} is no longer a setting of methods; leave it out")
 
 
 def _keys(cls: type[Any]) -> set[str]:

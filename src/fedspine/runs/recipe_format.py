@@ -42,6 +42,9 @@ MOVED = {
     "head_speed": "head_lr_multiplier",
 }
 
+# settings that are gone, since no experiment showed one to matter
+GONE = ("budget_bytes", "lipschitz", "lipschitz_decay", "pooled", "reward", "weights")
+
 # settings that were a method's and hold for every method now, by their keys then
 OF_THE_FLEET = {"enough": "quorum", "quorum": "quorum"}
 

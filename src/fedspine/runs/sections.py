@@ -11,7 +11,7 @@ from fedspine.core.errors import BadInput
 from fedspine.core.privacy import Level
 from fedspine.core.server_optimiser import ServerOptimiser, server_optimiser_of
 from fedspine.core.strict import Section
-from fedspine.core.task import AUTO, NETS, Kind
+from fedspine.core.task import AUTO, NETS, TaskKind
 
 
 def _infinite(value: Any) -> Any:
@@ -65,7 +65,7 @@ class TaskSection(Section):
 
     model: str = AUTO  # built-in name, folder, or Hub id; a net makes the kind "array"
     data: str = "pydoc-topics"  # built-in name, file, folder, or Hub id
-    kind: Kind = "classification"
+    kind: TaskKind = "classification"
     text: str = "text"  # column of the text
     pair: str | None = None  # column of the second text; naming one makes the kind "pair"
     label: str = "label"  # column of the label

@@ -19,7 +19,7 @@ import numpy as np
 import pydantic
 
 from fedspine.core.errors import BadInput
-from fedspine.core.task import Kind
+from fedspine.core.task import TaskKind
 from fedspine.runs.config import Recipe
 from fedspine.storage.store import write_atomically
 
@@ -52,7 +52,7 @@ class TaskRecord:
     """What a run's recipe leaves to its data and model; a label is an index into `classes`."""
 
     format: int
-    kind: Kind
+    kind: TaskKind
     classes: tuple[str, ...]  # empty for language modelling
     columns: dict[str, str]  # by what they are: text, pair, label
     max_tokens: int

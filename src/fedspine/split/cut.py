@@ -21,7 +21,7 @@ def split_model_of(base: Base | Net, cut: int, *, rank: int = 8, scale: float = 
             key = (cut, rank, scale)
             if key not in base.split_models:
                 base.split_models[key] = SplitTransformer(base, cut, rank, scale)
-                if len(base.split_models) > KEPT:  # whoever sends orders chooses the keys
+                if len(base.split_models) > KEPT:  # the sender of orders chooses the keys
                     del base.split_models[next(iter(base.split_models))]
         case Net():
             key = (cut,)

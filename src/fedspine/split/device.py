@@ -27,8 +27,8 @@ from fedspine.split.interface import Features, SplitModel
 from fedspine.split.messages import Answer, Answered, Begin, Ended, Forwarded, Resized, Step
 from fedspine.split.trainable_half import TrainableHalf
 from fedspine.split.wire import (
-    Precision,
     Wired,
+    WirePrecision,
     gradient_wired,
     labels_wired,
     unwired,
@@ -286,7 +286,7 @@ def _tokens(features: Features) -> int:
     return 1 if features.mask is None else features.mask.shape[1]
 
 
-def _precision(held: Held) -> Precision:
+def _precision(held: Held) -> WirePrecision:
     return held.order.precision  # type: ignore[return-value]
 
 

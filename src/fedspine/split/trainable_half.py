@@ -2,8 +2,6 @@
 taken up again.
 """
 
-from typing import Literal, TypeAlias
-
 import torch
 from torch import Tensor, nn
 
@@ -11,8 +9,6 @@ from fedspine.core.checks import Asked, need
 from fedspine.core.errors import BadInput
 from fedspine.core.message import Tensors, message
 from fedspine.lm.received import check_settings
-
-Kind: TypeAlias = Literal["sgd", "adamw"]
 
 
 @message

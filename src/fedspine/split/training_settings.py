@@ -11,7 +11,7 @@ from fedspine.core.task import Examples, Task
 from fedspine.lm.base import Base
 from fedspine.lm.lora import check_rank
 from fedspine.split.trainable_half import Optimising, check_optimising, learning_rate_at
-from fedspine.split.wire import Precision
+from fedspine.split.wire import WirePrecision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class ModelTraining:
     lowest: float = 0.0  # the rate does not fall below it
     weight_decay: float = 0.1
     clip: float = 1.0  # of the gradient's norm in each half; 0: never
-    precision: Precision = "fp16"  # of what crosses the wire
+    precision: WirePrecision = "fp16"  # of what crosses the wire
 
     def predicted_reads(self, base: Any) -> Reads:
         """What a device's orders will read."""

@@ -17,7 +17,7 @@ from fedspine.core.message import message
 from fedspine.core.tensors import extremes
 from fedspine.split.interface import Features
 
-Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
+WirePrecision: TypeAlias = Literal["fp32", "fp16", "int8"]
 BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "int8": 1}  # of one number
 DTYPES = (torch.float32, torch.float16, torch.int8)
 STEPS = 127  # of int8 on each side of zero
@@ -63,7 +63,7 @@ def _check_mask(mask: Tensor, tokens: int) -> None:
     need(not holes, "mask has padding before a token")
 
 
-def wired(features: Features, precision: Precision) -> Wired:
+def wired(features: Features, precision: WirePrecision) -> Wired:
     """Features as they are sent."""
     values = features.values.detach().float()
     flat = values if features.mask is None else values[features.mask.to(values.device)]
@@ -86,13 +86,13 @@ def unwired(sent: Wired, mask: Tensor | None = None) -> Features:
     return Features(values=padded, mask=mask)
 
 
-def gradient_wired(gradient: Features, precision: Precision) -> Wired:
+def gradient_wired(gradient: Features, precision: WirePrecision) -> Wired:
     """A gradient as it is sent: the device knows which tokens it sent."""
     sent = wired(gradient, precision)
     return Wired(values=sent.values, scale=sent.scale, mask=None)
 
 
-def row_bytes(shape: tuple[int, ...], precision: Precision) -> int:
+def row_bytes(shape: tuple[int, ...], precision: WirePrecision) -> int:
     """Bytes of one row's features of this shape, [tokens, width] for text; the mask's bits and the
     header apart.
 
@@ -115,7 +115,7 @@ def labels_unwired(sent: Tensor) -> Tensor:
     return sent.long()
 
 
-def _rounded(flat: Tensor, precision: Precision, mask: Tensor | None) -> Wired:
+def _rounded(flat: Tensor, precision: WirePrecision, mask: Tensor | None) -> Wired:
     match precision:
         case "fp32":
             return Wired(values=flat, scale=None, mask=mask)

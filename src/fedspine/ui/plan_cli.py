@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from fedspine.core.process import ends_on_signal
-from fedspine.ui.options import Json, Settings
+from fedspine.ui.options import Json, SettingsOption
 
 
 @ends_on_signal()
@@ -21,7 +21,7 @@ def plan(
             help="As for `fedspine run`; default: the embedded job of a classifier.",
         ),
     ] = None,
-    settings: Settings = None,
+    settings: SettingsOption = None,
     seed: Annotated[int | None, typer.Option(help="Shorthand for --set run.seed=N.")] = None,
     device_kind: Annotated[
         str | None,

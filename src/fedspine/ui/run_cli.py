@@ -8,7 +8,7 @@ import typer
 
 from fedspine.core.errors import BadInput
 from fedspine.core.process import ends_on_signal, limit_onednn_cache
-from fedspine.ui.options import Json, Settings
+from fedspine.ui.options import Json, SettingsOption
 
 
 @ends_on_signal()
@@ -21,7 +21,7 @@ def run(
             "default: the embedded job of a classifier.",
         ),
     ] = None,
-    settings: Settings = None,
+    settings: SettingsOption = None,
     out: Annotated[
         Path | None, typer.Option(help="New folder for results; default: runs/METHOD-N.")
     ] = None,

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fedspine.core.errors import BadInput
-from fedspine.core.task import Kind
+from fedspine.core.task import TaskKind
 from fedspine.report.tables import counted
 from fedspine.runs.config import Recipe
-from fedspine.ui.compare.runs import Run, Selection
+from fedspine.ui.compare.runs import Run, SelectedRuns
 
 CLOCK = {"fleet.spread", "fleet.drop", "fleet.delay_seconds", "fleet.round_trip_seconds"}
 MODEL = {
@@ -52,11 +52,11 @@ class Group:
     """Runs that may be compared: the same data, devices, clock and checks."""
 
     title: str
-    kind: Kind
+    kind: TaskKind
     methods: tuple[MethodRuns, ...]
 
 
-def grouped(selection: Selection) -> tuple[Group, ...]:
+def grouped(selection: SelectedRuns) -> tuple[Group, ...]:
     """The comparisons of a selection.
 
     With a sweep among the named, there is one for each of its settings, model, data and fleet. Runs

@@ -62,7 +62,7 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
-class Selection:
+class SelectedRuns:
     """The selected runs. Those of a `sweep` are sorted into comparisons; others form one."""
 
     runs: tuple[Run, ...]
@@ -70,7 +70,7 @@ class Selection:
     sweep: bool
 
 
-def select(paths: Iterable[Path]) -> Selection:
+def select(paths: Iterable[Path]) -> SelectedRuns:
     """The runs in these folders, each a run's or a sweep's; those that are not finished are left
     out.
 
@@ -92,7 +92,7 @@ def select(paths: Iterable[Path]) -> Selection:
             f"none of {len(left_out)} named runs is finished "
             f"({first.folder}: {first.why}); finish one first"
         )
-    return Selection(tuple(runs), tuple(left_out), sweep)
+    return SelectedRuns(tuple(runs), tuple(left_out), sweep)
 
 
 def _folders(path: Path) -> list[Path]:
@@ -139,7 +139,7 @@ def cell_of(folder: Path) -> dict[str, Any]:
     try:
         cell = json.loads((folder / CELL).read_bytes())
         return {"label": str(cell["label"]), "settings": dict(cell["settings"])}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(
