@@ -36,13 +36,13 @@ class Stopped(RuntimeError):
         self.exit_code = exit_code
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like `name`, or None where nothing comes near.
+def nearest(name: str, known: Iterable[str], alike: float = 0.5) -> str | None:
+    """The known name most like `name`, or None where none is `alike`, from 0 to 1: the same.
 
     >>> nearest("fedspin", ["fedlora", "fedspine"])
     'fedspine'
     """
-    matches = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=alike)
     return matches[0] if matches else None
 
 
