@@ -12,9 +12,9 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import MOST, BadInput, listed
 from fedspine.data.columns import Values
-from fedspine.data.parts import MOST, counted, listed, shown
+from fedspine.data.parts import counted, shown
 
 _NUMBER = re.compile(r"-?\d+(\.\d+)?", re.ASCII)
 _DIGITS = re.compile(r"0|[1-9]\d*", re.ASCII)

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedspine.core.errors import BadInput, nearest
+from fedspine.core.errors import BadInput, listed, nearest
 from fedspine.data import turns
-from fedspine.data.parts import FilePart, Pick, composed, counted, listed, shown, trimmed
+from fedspine.data.parts import FilePart, Pick, composed, counted, shown, trimmed
 
 NO_LABEL, NO_TEXT, NO_PAIR = "no label", "no text", "no second text"  # why a row is left out
 NONE = {"-1", "-1.0"}  # how benchmarks mark a withheld label

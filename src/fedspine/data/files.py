@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedspine.core.errors import BadInput, nearest
+from fedspine.core.errors import BadInput, listed, nearest
 from fedspine.data import arrow, json_rows, separated
 from fedspine.data.decode import COMPRESSED, text_of
-from fedspine.data.parts import Empty, FilePart, Pick, Read, Unreadable, counted, joined, listed
+from fedspine.data.parts import Empty, FilePart, Pick, Read, Unreadable, counted, joined
 
 SPLITS = {
     "train": "train", "training": "train", "trainset": "train",

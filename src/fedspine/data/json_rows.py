@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from fedspine.core.errors import BadInput
-from fedspine.data.parts import Empty, FilePart, Pick, Unreadable, counted, listed
+from fedspine.core.errors import BadInput, listed
+from fedspine.data.parts import Empty, FilePart, Pick, Unreadable, counted
 
 _LINE_END = re.compile(r"\r\n|\r|\n")  # within a string of JSON, none may stand
 HOW = 'df.to_json(path, orient="records", lines=True)'

@@ -1,16 +1,15 @@
 """What every file reader returns: the wanted columns, with values typed as in the file."""
 
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, listed
 
 Pick = Callable[[Sequence[str]], Mapping[str, int]]
 """Maps the names of all columns to the position of each wanted one, by its name in the request."""
 
-MOST = 10  # names that a message lists
 LONGEST = 60  # characters of a value that a message quotes
 UNSEEN = "\ufeff\u200b\u200c\u200d\u2060"  # zero-width characters
 
@@ -81,17 +80,6 @@ def joined(parts: Sequence[FilePart]) -> FilePart:
         stated=stated,
         notes=tuple(notes),
     )
-
-
-def listed(names: Iterable[Any], most: int = MOST) -> str:
-    """The first names of a list, and how many more there are.
-
-    >>> listed("abcd", most=2)
-    'a, b and 2 more'
-    """
-    known = [str(name) for name in names]
-    shown = ", ".join(known[:most])
-    return f"{shown} and {len(known) - most:,} more" if len(known) > most else shown
 
 
 def trimmed(text: str) -> str:

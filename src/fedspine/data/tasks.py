@@ -13,12 +13,12 @@ from typing import Any, get_args
 
 import numpy as np
 
-from fedspine.core.errors import BadInput, nearest, unknown
+from fedspine.core.errors import BadInput, listed, nearest, unknown
 from fedspine.core.task import BUILT_IN_DATA, Kind
 from fedspine.data import classes, files, hub, pydocs
 from fedspine.data.columns import Values, Wanted, checked, hidden, picker
 from fedspine.data.dataset import Dataset, Rows, held_out
-from fedspine.data.parts import FilePart, Pick, Read, listed, shown
+from fedspine.data.parts import FilePart, Pick, Read, shown
 
 _NATURAL = {"pydoc-topics": "file", "pydoc-qa": "file"}  # the columns that name a natural device
 
@@ -260,6 +260,8 @@ def _train_and_test(
             continue
         part = source[name](picker(wanted, "test"))
         if not hidden(part, wanted.label, train.labels or ()):
+            if name == "test" and "validation" in source:
+                notes.append("the validation set is not read, as there is a test set")
             return train, checked(part, wanted, "test", train.stated), notes
         more = name == "test" and "validation" in source
         instead = "the validation set" if more else "a fifth of the training rows"
