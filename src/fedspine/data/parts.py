@@ -104,7 +104,7 @@ def shown(value: Any) -> str:
     """A value as a message quotes it, cut where it is long.
 
     >>> shown("a" * 99)[-6:]
-    "aaa...'"
+    "aa...'"
     """
     text = str(value)
     return repr(value if len(text) <= LONGEST else text[:LONGEST] + "...")
