@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -181,6 +182,60 @@ LABELS = {
         {"neg": 6, "pos": 6},
         says=("white space around 6 labels of the train set is ignored",),
     ),
+    "zero-width characters around a label": Case(
+        {"x.csv": csv(["neg", "\ufeffneg", "pos", "\u200b"] * 3)},
+        {"neg": 6, "pos": 3},
+        left_out={"no label": 3},
+        says=("white space around 3 labels", "3 of 12 rows are left out: 3 with no label"),
+    ),
+    "accents of both forms": Case(
+        {"x.csv": csv(["caf\u00e9", "cafe\u0301", "no"] * 4)},
+        {"caf\u00e9": 8, "no": 4},
+        says=("letters and accents of 4 labels of the train set are read as one character",),
+    ),
+    "also where the file names them": Case(
+        {
+            "train.parquet": parquet([0, 1] * 6, ["cafe\u0301", "no"]),
+            "test.csv": csv(["caf\u00e9"]),
+        },
+        {"caf\u00e9": 7, "no": 6},
+    ),
+    "true and false as a spreadsheet writes them": Case(
+        {"train.jsonl": lines(rows([True, False] * 6)), "test.csv": csv(["TRUE", "FALSE"])},
+        {"FALSE": 7, "TRUE": 7},
+    ),
+    "one integer, in one shard a float beside fractions": Case(
+        {"part-0.parquet": parquet([1, 2] * 6), "part-1.parquet": parquet([1.0, 2.5] * 6)},
+        {"1": 12, "2": 6, "2.5": 6},
+    ),
+    "floats that stand for no integer": Case(
+        {"x.jsonl": lines(rows([1e300, 2.0] * 6))}, {"1e+300": 6, "2.0": 6}
+    ),
+    "a label beyond the class names": Case(
+        {"x.parquet": parquet([0, 7] * 6, ["no", "yes"])},
+        {"0": 6, "7": 6},
+        says=("the class names 'no', 'yes' are not used, as the label 7 of 6 rows has none",),
+    ),
+    "times of day": Case(
+        {"x.parquet": parquet([1, 2] * 6, kind=pa.time32("s"))}, {"00:00:01": 6, "00:00:02": 6}
+    ),
+    "bytes of one length": Case(
+        {"x.parquet": parquet([b"no", b"so"] * 6, kind=pa.binary(2))}, {"no": 6, "so": 6}
+    ),
+    "half a character in a label": Case(
+        {"x.jsonl": lines(rows(["\ud800", "b"] * 6))}, refused="found an unpaired surrogate"
+    ),
+    "a label as long as a book": Case(
+        {"train.csv": csv(WORDS), "test.csv": csv(["y" * 5000])},
+        refused=f"found '{'y' * 60}...' in column 'label' of 1 row",
+    ),
+    "many labels that look alike": Case(
+        {"x.csv": csv([f"{c}{n}" for c in "nN" for n in range(40)] * 3)},
+        says=(*(f"'N{n}' and" for n in (0, 1, *range(10, 18))), "30 more classes look like"),
+    ),
+    "few rows, each its own label": Case(
+        {"x.csv": csv(list("abcde"))}, refused="each of the 5 rows has its own label; name another"
+    ),
     "labels that look alike": Case(
         {"x.csv": csv(["neg", "Neg", "pos"] * 4)},
         {"Neg": 4, "neg": 4, "pos": 4},
@@ -339,6 +394,42 @@ CELLS = {
         ["a, b"] * 12,
         says=("x.csv: values are separated by semicolons",),
     ),
+    "semicolons, with a comma in another name": Case(
+        {"x.csv": "text;label;m,n\n" + "a;a;1\nb;b;2\n" * 6}, AB, ["a", "b"] * 6
+    ),
+    "vertical bars": Case(
+        {"x.csv": csv(WORDS, "|")},
+        AB,
+        TEXTS,
+        says=("x.csv: values are separated by vertical bars",),
+    ),
+    "spaces": Case(
+        {"x.csv": csv(WORDS, " ")},
+        refused="the columns text label; separate values by commas, semicolons, tabs or",
+    ),
+    "a quoted remark on semicolons": Case({"x.csv": '"sep=;"\n' + csv(WORDS, ";")}, AB, TEXTS),
+    "lines of white space": Case({"x.csv": csv(WORDS) + "\n \n\t\n"}, AB, TEXTS),
+    "also in tsv, lines of white space": Case({"x.tsv": tsv(WORDS) + "\n  \n"}, AB, TEXTS),
+    "carriage returns in a text": Case(
+        {"x.tsv": "text\tlabel\n" + "a\rb\ta\nc\tb\n" * 6},
+        AB,
+        ["a\rb", "c"] * 6,
+        says=("read as text: 6 carriage returns",),
+    ),
+    "carriage returns in the only column": Case(
+        {"x.csv": "text\r\n" + "a\rb\r\nc\r\n" * 3}, texts=["a\rb", "c"] * 3, options=LM
+    ),
+    "line ends of two kinds": Case(
+        {"x.csv": csv(WORDS[:6]) + csv(WORDS[6:]).partition("\n")[2].replace("\n", "\r")}, AB
+    ),
+    "a zero byte in a text": Case({"x.csv": csv(WORDS, texts=["a\0b"] * 12)}, AB, ["a\0b"] * 12),
+    "a name with letters that look the same": Case(
+        {"x.csv": csv(WORDS).replace("text,label", "t\u0435xt,label")},
+        refused="did you mean 't\u0435xt', which is 't\\u0435xt'?",
+    ),
+    "names in quotes, wide letters": Case(
+        {"x.csv": csv(WORDS).replace("text,label", '"text" ,\uff4cabel')}, AB, TEXTS
+    ),
     "semicolons, as a spreadsheet says it": Case(
         {"x.csv": "sep=;\r\n" + csv(WORDS, ";")}, AB, TEXTS
     ),
@@ -386,6 +477,14 @@ ENCODED = {
         {"x.csv": csv(WORDS).encode("utf-16-le")},
         refused='set its encoding, such as task.encoding = "utf-16-le"',
     ),
+    "utf-16 without a mark, big end first": Case(
+        {"x.csv": csv(WORDS).encode("utf-16-be")},
+        refused='set its encoding, such as task.encoding = "utf-16-be"',
+    ),
+    "utf-16 with a mark, torn": Case(
+        {"x.csv": csv(WORDS).encode("utf-16") + b"\0"},
+        refused="is not UTF-16; repair the file, or save it again as UTF-8",
+    ),
     "and named": Case(
         {"x.csv": csv(WORDS).encode("utf-16-le")}, AB, TEXTS, options={"encoding": "utf-16-le"}
     ),
@@ -405,6 +504,9 @@ ENCODED = {
         {"x.csv": csv(WORDS)},
         options={"encoding": "latin1252"},
         refused="which is not a text encoding",
+    ),
+    "no name of an encoding": Case(
+        {"x.csv": csv(WORDS)}, options={"encoding": "a\0b"}, refused="is not a text encoding"
     ),
     "not of text": Case(
         {"x.csv": csv(WORDS)}, options={"encoding": "zip"}, refused="which is not a text encoding"
@@ -462,6 +564,23 @@ OBJECTS = {
         },
         AB,
         TEXTS,
+    ),
+    "pandas, table": Case({"x.json": json.dumps({"schema": {}, "data": rows(WORDS)})}, AB, TEXTS),
+    "splits in one object": Case(
+        {"x.json": json.dumps({"train": rows(WORDS), "test": rows(["a"])})},
+        refused="found one object with lists of objects: train, test; write each list to a file",
+    ),
+    "a table without rows": Case(
+        {"x.json": '{"text": [], "label": []}'},
+        refused="expected rows in the train set, found none",
+    ),
+    "an object of nothing": Case({"x.json": "{}"}, refused="found the columns none; name"),
+    "lines that end as on an old Mac": Case(
+        {"x.jsonl": lines(rows(WORDS)).replace("\n", "\r")}, AB, TEXTS
+    ),
+    "a number of many digits": Case(
+        {"x.jsonl": f'{{"text": "a", "label": {"1" * 5000}}}\n' + lines(rows(WORDS))},
+        refused="line 1: a number has more than 4,300 digits",
     ),
     "indented": Case({"x.json": json.dumps({"text": TEXTS, "label": WORDS}, indent=2)}, AB, TEXTS),
     "an indented list": Case({"x.json": json.dumps(rows(WORDS), indent=2)}, AB, TEXTS),
@@ -533,6 +652,36 @@ OBJECTS = {
         },
         texts=["2 + 2 = 4", "Hi\nHello."] * 3,
         options=LM,
+    ),
+    "prompts that are lists of texts": Case(
+        {"x.jsonl": lines([{"prompt": ["a"], "completion": ["b"]}] * 5)},
+        options=LM | {"answers": True},
+        refused="expected a text or a list of messages in column 'prompt', row 1 of the train set",
+    ),
+    "messages that are texts": Case(
+        {"x.jsonl": lines([{"messages": ["a", "b"]}] * 5)},
+        options=LM,
+        refused="in column 'messages', row 1 of the train set, found ['a', 'b']; write a message",
+    ),
+    "other roles": Case(
+        {"x.jsonl": lines([{"messages": [{"role": "bot", "content": "a"}]}] * 5)},
+        options=LM | {"answers": True},
+        refused="5 with no answer (roles: 'bot'; 'assistant' answers)",
+    ),
+    "calls of tools": Case(
+        {
+            "x.jsonl": lines(
+                [{"messages": [CHAT[0], {"role": "assistant", "content": None}, *CHAT]}] * 5
+            )
+        },
+        options=LM | {"answers": True},
+        texts=["user: Hi\nuser: Hi\nassistant: Hello."] * 5,
+        says=("5 messages of the train set without a text",),
+    ),
+    "half a character in messages": Case(
+        {"x.jsonl": lines([{"messages": [{"role": "user", "content": "\ud800"}]}] * 5)},
+        options=LM,
+        refused="found an unpaired surrogate",
     ),
     "prompts of messages": Case(
         {"x.jsonl": lines([{"prompt": CHAT[:1], "completion": CHAT[1:]}] * 5)},
@@ -623,6 +772,60 @@ FOLDERS = {
     ),
     "a part that is gone": Case(
         {"part-00000-of-00002.csv": csv(WORDS)}, refused="expected all 2 shards of the train split"
+    ),
+    "a part that is gone, with a digest in the names": Case(
+        {"data/train-00000-of-00002-abc123def4567890.parquet": parquet(WORDS)},
+        refused="expected all 2 shards of the train split",
+    ),
+    "empty parts": Case(
+        {"part-0.csv": csv(WORDS), "part-1.csv": "", "part-2.csv": "text,label\n"},
+        AB,
+        TEXTS,
+        says=("1 shard of 3 without a header or a row",),
+    ),
+    "empty parts alone": Case(
+        {"part-0.jsonl": "", "part-1.jsonl": ""},
+        refused="expected rows in the train set, found none",
+    ),
+    "folders named after values": Case(
+        {
+            "train/lang=de/part-0.parquet": parquet(WORDS),
+            "train/lang=en/part-0.parquet": parquet(["a"]),
+        },
+        {"a": 7, "b": 6},
+    ),
+    "some levels down": Case({"a/b/train.csv": csv(WORDS)}, AB, TEXTS),
+    "other names of splits": Case(
+        {"train.csv": csv(WORDS), "eval.csv": csv(["a"])}, {"a": 7, "b": 6}
+    ),
+    "files of no split": Case(
+        {"train.csv": csv(WORDS), "train_old.csv": csv(WORDS), "config.json": "{}"},
+        AB,
+        TEXTS,
+        says=("not read, as no split is named so: train_old.csv",),
+    ),
+    "a split of save_to_disk that is not read": Case(
+        {"dataset_dict.json": json.dumps({"splits": ["train", "unsupervised"]})}
+        | saved(WORDS, folder="train/"),
+        AB,
+        says=("not read, as no split is named so: unsupervised",),
+    ),
+    "a split of save_to_disk without rows": Case(
+        {
+            "dataset_dict.json": json.dumps({"splits": ["train", "test"]}),
+            "test/state.json": json.dumps({"_data_files": []}),
+            "test/dataset_info.json": "{}",
+        }
+        | saved(WORDS, folder="train/"),
+        refused="expected rows in the test set, found none",
+    ),
+    "a link that leads nowhere": Case(
+        {"train.csv": csv(WORDS), "test.csv": lambda path: path.symlink_to("gone.csv")},
+        refused="test.csv' as csv: [Errno 2] No such file",
+    ),
+    "a pipe": Case({"x.csv": os.mkfifo}, at="x.csv", refused="is neither; name another"),
+    "a format that is not read": Case(
+        {"x.txt": "a"}, at="x.txt", refused="'.txt'; save it as one of .arrow, .csv"
     ),
     "files of no relation": Case(
         {f"file_{name}.csv": csv(WORDS) for name in "abcdefghijkl"},

@@ -288,7 +288,8 @@ CHANGES = {  # what happens to the files of a run, and what the line must say
     ),
     "data unreadable": (
         lambda place: (place / "rows.csv").write_text("a,b\n1,2\n"),
-        "the run in {run} cannot be resumed without its data: ",
+        "the run in {run} cannot be resumed without its data: expected the text column 'text' in "
+        "the train set, found the columns a, b; put {place}/rows.csv back as it was",
     ),
     "another base": (another_base, "bert is not the base that the run in {run} was made with"),
     "base gone": (

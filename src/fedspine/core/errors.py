@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class BadInput(ValueError):
@@ -36,13 +37,13 @@ class Stopped(RuntimeError):
         self.exit_code = exit_code
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like `name`, or None where nothing comes near.
+def nearest(name: str, known: Iterable[str], alike: float = 0.5) -> str | None:
+    """The known name most like `name`, or None where none is `alike`, from 0 to 1: the same.
 
     >>> nearest("fedspin", ["fedlora", "fedspine"])
     'fedspine'
     """
-    matches = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=alike)
     return matches[0] if matches else None
 
 
@@ -55,7 +56,21 @@ def unknown(what: str, name: str, known: Iterable[str]) -> BadInput:
     known = sorted(known)
     guess = nearest(name, known)
     hint = f"; did you mean {guess!r}?" if guess else ";"
-    return BadInput(f"unknown {what} {name!r}{hint} known: {', '.join(known)}")
+    return BadInput(f"unknown {what} {name!r}{hint} known: {listed(known)}")
+
+
+MOST = 10  # names that a message lists
+
+
+def listed(names: Iterable[Any], most: int = MOST) -> str:
+    """The first names of a list, and how many more there are.
+
+    >>> listed("abcd", most=2)
+    'a, b and 2 more'
+    """
+    known = [str(name) for name in names]
+    shown = ", ".join(known[:most])
+    return f"{shown} and {len(known) - most:,} more" if len(known) > most else shown
 
 
 def check_ranges(

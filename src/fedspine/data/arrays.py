@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, listed
 from fedspine.core.task import BUILT_IN_DATA
 from fedspine.data import class_folders
 from fedspine.data.classes import look_alike, refuse_too_many
 from fedspine.data.columns import NO_LABEL
 from fedspine.data.dataset import ArrayRows, Dataset, held_out
 from fedspine.data.files import has_training_file, one_line, split_of
-from fedspine.data.parts import listed
+from fedspine.data.parts import composed, trimmed
 
 HOW = "np.savez(path, x=..., y=...)"
 
@@ -236,7 +236,8 @@ def _checked(raw: Raw, group: str | None) -> Raw:
         raise BadInput(
             f"expected integers or strings as labels in y of {where}, got {y.dtype}; convert them"
         )
-    y = np.char.strip(y) if y.dtype.kind == "U" else y
+    if y.dtype.kind == "U":
+        y = np.array([composed(trimmed(label)) for label in y.tolist()])
     has = {"f": lambda: ~np.isnan(y), "U": lambda: y != ""}.get(y.dtype.kind, lambda: y == y)()
     if not has.any():
         raise BadInput(f"expected labels in y of {where}, found none; fill them in")

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
-from fedspine.data.parts import FilePart, Pick
+from fedspine.data.parts import FilePart, Pick, composed, trimmed
 
 
 def parquet(path: Path, pick: Pick) -> FilePart:
@@ -86,12 +86,12 @@ def _names(features: Any, column: str) -> Any:
 
 
 def _class_names(names: Any) -> tuple[str, ...]:
-    """The names without surrounding white space, as all labels are; empty unless they are a list
+    """The names trimmed and composed, as all labels are; empty unless they are a list
     of distinct strings.
     """
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return ()
-    stripped = tuple(name.strip() for name in names)
+    stripped = tuple(composed(trimmed(name)) for name in names)
     return stripped if len(set(stripped)) == len(names) and all(stripped) else ()
 
 
@@ -106,7 +106,7 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
         return [
             None if moment is None else str(moment.date() if days else moment) for moment in moments
         ]
-    if pa.types.is_date(kind) or pa.types.is_decimal(kind):
+    if pa.types.is_date(kind) or pa.types.is_time(kind) or pa.types.is_decimal(kind):
         return [None if value is None else str(value) for value in column.to_pylist()]
     return column.to_pylist()
 
@@ -116,6 +116,9 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     kind = column.type
     if pa.types.is_dictionary(kind):
         column = column.cast(kind.value_type)
+        kind = column.type
+    if pa.types.is_fixed_size_binary(kind):
+        column = column.cast(pa.binary())
         kind = column.type
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         with suppress(pa.ArrowInvalid):

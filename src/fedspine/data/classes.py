@@ -2,18 +2,19 @@
 
 An integer stands for its digits, or for the class name that the data gives it. Floats without a
 fraction count as integers if all float labels are such, since other tools write integers as floats
-once a value is missing. Booleans of typed formats become `true` and `false`, or `True` and `False`
-where the string labels use only these.
+once a value is missing, and where the same integer is a label, too. Booleans of typed formats
+become `true` and `false`, or `True` and `False`, or `TRUE` and `FALSE`, where the string labels use
+only these.
 """
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import MOST, BadInput, listed
 from fedspine.data.columns import Values
-from fedspine.data.parts import counted, listed
+from fedspine.data.parts import counted, shown
 
 _NUMBER = re.compile(r"-?\d+(\.\d+)?", re.ASCII)
 _DIGITS = re.compile(r"0|[1-9]\d*", re.ASCII)
@@ -23,17 +24,18 @@ FEW = 10  # so few classes are accepted for any number of rows
 def texts(splits: Sequence[Values]) -> list[list[str]]:
     """The labels of every split as strings, in row order."""
     labels = [value for split in splits for value in split.labels or ()]
-    whole = all(value.is_integer() for value in labels if isinstance(value, float))
+    whole = all(_is_whole(value) for value in labels if isinstance(value, float))
+    integers = {value for value in labels if type(value) is int}
     written = {value for value in labels if isinstance(value, str)}
-    capital = {"True", "False"} & written and not {"true", "false"} & written
+    of_booleans = _of_booleans(written)
     stated = _stated(splits, whole)
     digits = stated and all(name in stated or _is_number_of(name, stated) for name in written)
 
     def text(value: Any, names: Sequence[str]) -> str:
         if isinstance(value, bool):
-            return str(value) if capital else str(value).lower()
+            return of_booleans(str(value))
         if isinstance(value, float):
-            if not whole:
+            if not whole and value not in integers:
                 return str(value)
             value = int(value)
         if isinstance(value, int):
@@ -48,6 +50,23 @@ def texts(splits: Sequence[Values]) -> list[list[str]]:
     return found
 
 
+def _is_whole(value: float) -> bool:
+    """Whether a float stands for one integer, as those above 2^53 do not."""
+    return value.is_integer() and abs(value) < 2**53
+
+
+def _of_booleans(written: Collection[str]) -> Callable[[str], str]:
+    """How true and false are spelled, given the labels that are strings: in lower case, unless
+    these use one other spelling.
+    """
+    used = [
+        spell
+        for spell in (str.lower, str.title, str.upper)
+        if not {spell("true"), spell("false")}.isdisjoint(written)
+    ]
+    return used[0] if len(used) == 1 else str.lower
+
+
 def _stated(splits: Sequence[Values], whole: bool) -> tuple[str, ...]:
     """The class names that integers stand for; empty if an integer is out of their range, or there
     are no integers.
@@ -60,6 +79,23 @@ def _stated(splits: Sequence[Values], whole: bool) -> tuple[str, ...]:
     ]
     fit = whole and numbers and all(0 <= value < len(of) for value, of in numbers)
     return names if fit else ()
+
+
+def unnamed(splits: Sequence[Values]) -> list[str]:
+    """A remark where the class names that the data states are not used, as a label has none."""
+    names = next((split.stated for split in splits if split.stated), ())
+    found = [
+        value
+        for split in splits
+        for value in split.labels or ()
+        if type(value) in (int, float) and value not in range(len(split.stated or names))
+    ]
+    if not names or not found:
+        return []
+    return [
+        f"the class names {listed(map(shown, names))} are not used, as the label {found[0]} of "
+        f"{counted(len(found), 'row')} has none"
+    ]
 
 
 def _is_number_of(text: str, names: Sequence[str]) -> bool:
@@ -78,7 +114,7 @@ def named(train: Values, labels: Sequence[str], column: str) -> tuple[str, ...]:
     if len(distinct) < 2:
         raise BadInput(
             f"expected at least 2 classes in column {column!r} of the train set, found only "
-            f"{labels[0]!r}; give rows of another class, or name another label column"
+            f"{shown(labels[0])}; give rows of another class, or name another label column"
         )
     refuse_too_many(len(distinct), len(labels), f"column {column!r}", "name another label column")
     numbered = all(type(value) in (int, float) for value in train.labels or ())
@@ -113,19 +149,24 @@ def ordered(names: Iterable[str]) -> list[str]:
 
 
 def look_alike(names: Iterable[str]) -> list[str]:
-    """A remark for each pair of class names that look the same to a reader: neg and Neg."""
+    """Remarks on pairs of class names that look the same to a reader: neg and Neg; of many pairs,
+    on the first.
+    """
     seen: dict[str, str] = {}
-    remarks = []
+    pairs = []
     for name in names:
         bare = "".join(
             c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf"
         )
         other = seen.setdefault(" ".join(bare.casefold().split()), name)
         if other != name:
-            remarks.append(
-                f"{other!r} and {name!r} are two classes; spell them alike if they are one"
-            )
-    return remarks
+            pairs.append((other, name))
+    remarks = [
+        f"{shown(other)} and {shown(name)} are two classes; spell them alike if they are one"
+        for other, name in pairs[:MOST]
+    ]
+    more = len(pairs) - MOST
+    return [*remarks, f"{more:,} more classes look like another"] if more > 0 else remarks
 
 
 def numbers(labels: Sequence[str], names: Sequence[str], column: str) -> list[int]:
@@ -136,8 +177,8 @@ def numbers(labels: Sequence[str], names: Sequence[str], column: str) -> list[in
     unseen = [label for label in labels if label not in code]
     if unseen:
         raise BadInput(
-            f"expected only labels of the train set in the test set, found {unseen[0]!r} in column "
-            f"{column!r} of {counted(len(unseen), 'row')}; the train set has "
-            f"{listed(map(repr, names))}; add such rows to it, or remove them from the test set"
+            f"expected only labels of the train set in the test set, found {shown(unseen[0])} in "
+            f"column {column!r} of {counted(len(unseen), 'row')}; the train set has "
+            f"{listed(map(shown, names))}; add such rows to it, or remove them from the test set"
         )
     return [code[label] for label in labels]

@@ -3,18 +3,18 @@ what is refused.
 """
 
 import textwrap
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedspine.core.errors import BadInput, nearest
+from fedspine.core.errors import BadInput, listed, nearest
 from fedspine.data import turns
-from fedspine.data.parts import MOST, FilePart, Pick, counted
+from fedspine.data.parts import FilePart, Pick, composed, counted, shown, trimmed
 
 NO_LABEL, NO_TEXT, NO_PAIR = "no label", "no text", "no second text"  # why a row is left out
 NONE = {"-1", "-1.0"}  # how benchmarks mark a withheld label
-UNSEEN = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060"))  # zero-width characters
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Values:
 
 
 def picker(wanted: Wanted, split: str) -> Pick:
-    """A function that finds the wanted columns in a file; white space around a name is ignored.
+    """A function that finds the wanted columns in a file; names that look the same are the same.
 
     It raises BadInput for a missing or repeated column. Without a column "text", language modelling
     reads "messages", or a prompt and an answer: `turns.columns`.
@@ -108,12 +108,17 @@ def _places(name: str, names: Sequence[str]) -> list[int]:
 
 
 def _bare(name: str) -> str:
-    return name.translate(UNSEEN).strip()
+    """A name without what cannot be seen, and without quotes that enclose nothing else.
+
+    >>> _bare('\ufeff"label" ')
+    'label'
+    """
+    seen = unicodedata.normalize("NFKC", name)
+    return "".join(c for c in seen if unicodedata.category(c) != "Cf").strip(' \t"')
 
 
 def _not_one(role: str, name: str, names: Sequence[str], split: str, places: list[int]) -> BadInput:
-    here = ", ".join(_short(column) for column in names[:MOST])
-    here += f" and {len(names) - MOST:,} more" if len(names) > MOST else ""
+    here = listed(_short(column) or "''" for column in names) or "none"
     if places:
         apart = "" if name in names else ", which differ only in white space"
         return BadInput(
@@ -121,10 +126,17 @@ def _not_one(role: str, name: str, names: Sequence[str], split: str, places: lis
             "rename all but one"
         )
     guess = nearest(name, names)
-    if guess:
+    foreign = name.isascii() and guess is not None and not guess.isascii()
+    if len(names) == 1 and name in names[0]:
+        hint = "separate values by commas, semicolons, tabs or vertical bars"
+    elif guess:
         hint = f"did you mean {_short(guess)!r}?"
+        if foreign:  # a letter of another alphabet may look the same
+            hint = f"did you mean {_short(guess)!r}, which is {_short(guess)!a}?"
     elif role == "label" and (turns.columns(names) or len(names) == 1):
         hint = 'name the label column, or set task.kind = "causal-lm" for language modelling'
+    elif role == "group":
+        hint = 'name another column in fleet.partition = "column:NAME"'
     else:
         hint = f"name the {role} column as task.{role}, or give the file a header"
     return BadInput(
@@ -151,7 +163,12 @@ def checked(part: FilePart, wanted: Wanted, split: str, stated: Sequence[str] = 
     if part.rows == 0:
         raise BadInput(f"expected rows in the {split} set, found none; give a file that has rows")
     names = part.stated.get(wanted.label or "", ()) or tuple(stated)
-    texts = _strings(part, wanted.text, split) if wanted.text in part.columns else turns.texts(part)
+    if wanted.text in part.columns:
+        texts = _strings(part, wanted.text, split)
+    else:
+        turns.refuse_others(part, split)
+        texts = turns.texts(part)
+        _refuse_surrogates(texts, f"the {split} set")
     pairs = None if wanted.pair is None else _strings(part, wanted.pair, split)
     labels = None if wanted.label is None else _labels(part, wanted.label, split, names)
     dialogues = turns.dialogues(part, wanted.text, split) if wanted.answers else None
@@ -169,6 +186,8 @@ def checked(part: FilePart, wanted: Wanted, split: str, stated: Sequence[str] = 
             kept.append(row)
     if not kept:
         reasons = " and ".join(f"{count:,} with {reason}" for reason, count in left_out.items())
+        roles = turns.roles(part, wanted.text) if left_out[turns.NO_ANSWER] else ()
+        reasons += f" (roles: {listed(map(shown, roles))}; 'assistant' answers)" * bool(roles)
         instead = ', or set task.loss_on = "texts"' if left_out[turns.NO_ANSWER] else ""
         raise BadInput(
             f"expected usable rows in the {split} set, found only {reasons}; fill them in, or name "
@@ -179,18 +198,26 @@ def checked(part: FilePart, wanted: Wanted, split: str, stated: Sequence[str] = 
         for name in wanted.others
         if name in part.columns
     }
-    found = Values(split, texts, pairs, labels, groups, left_out, names, part.notes, dialogues)
+    notes = part.notes
+    if dialogues is not None and (unread := turns.unread(part, wanted.text)):
+        of = f"{counted(unread, 'message')} of the {split} set"
+        notes = (*notes, f"{of} without a text, such as calls of tools, left out of their rows")
+    found = Values(split, texts, pairs, labels, groups, left_out, names, notes, dialogues)
     return _bare_labels(found.take(kept) if left_out else found, left_out)
 
 
 def _bare_labels(found: Values, left_out: Counter[str]) -> Values:
-    """The values with surrounding white space stripped from labels, and a note if there was any."""
+    """The values with labels trimmed and composed, and a note where that changed any."""
     labels, notes = found.labels, found.notes
-    spaced = sum(isinstance(label, str) and label != label.strip() for label in labels or ())
-    if labels is not None and spaced:
-        labels = [label.strip() if isinstance(label, str) else label for label in labels]
-        of = f"{counted(spaced, 'label')} of the {found.split} set"
-        notes = (*notes, f"white space around {of} is ignored")
+    if labels is not None:
+        trims = [trimmed(label) if isinstance(label, str) else label for label in labels]
+        of = f"of the {found.split} set"
+        if spaced := sum(new != old for new, old in zip(trims, labels, strict=True)):
+            notes = (*notes, f"white space around {counted(spaced, 'label')} {of} is ignored")
+        labels = [composed(label) if isinstance(label, str) else label for label in trims]
+        if apart := sum(new != old for new, old in zip(labels, trims, strict=True)):
+            what = f"{counted(apart, 'label')} {of}"
+            notes = (*notes, f"letters and accents of {what} are read as one character (NFC)")
     return replace(found, labels=labels, notes=notes, left_out=left_out)
 
 
@@ -223,15 +250,20 @@ def _strings(part: FilePart, name: str, split: str) -> list[str | None]:
             )
     else:
         found = [None if _is_absent(value) else _written(value) for value in values]
-    found = [value if value is None or value.strip() else None for value in found]
+    found = [value if value is None or trimmed(value) else None for value in found]
+    _refuse_surrogates(found, f"column {name!r} of the {split} set")
+    return found
+
+
+def _refuse_surrogates(values: Iterable[Any], where: str) -> None:
+    """Raise BadInput for half a character, which nothing can write."""
     try:
-        "".join(value for value in found if value).encode()
+        "".join(value for value in values if isinstance(value, str)).encode()
     except UnicodeEncodeError as error:
         raise BadInput(
-            f"expected text in column {name!r} of the {split} set, found an unpaired surrogate "
+            f"expected text in {where}, found an unpaired surrogate "
             f"({error.object[error.start : error.start + 1]!r}); save the file again"
         ) from None
-    return found
 
 
 def _labels(part: FilePart, name: str, split: str, stated: Sequence[str]) -> list[Any]:
@@ -242,6 +274,7 @@ def _labels(part: FilePart, name: str, split: str, stated: Sequence[str]) -> lis
             f"expected strings, numbers or booleans in column {name!r} of the {split} set, found "
             f"{kind}; name a label column"
         )
+    _refuse_surrogates(values, f"column {name!r} of the {split} set")
     return [None if _is_absent(value) or (stated and value == -1) else value for value in values]
 
 
@@ -256,15 +289,23 @@ def _kind(values: Sequence[Any]) -> str:
 
 
 def _is_absent(value: Any) -> bool:
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
+    return value is None or value != value or (isinstance(value, str) and not trimmed(value))
 
 
 def _group_names(values: list[Any], name: str, split: str) -> list[str]:
-    absent = [row for row, value in enumerate(values, start=1) if value is None]
+    absent = [row for row, value in enumerate(values, start=1) if _is_absent(value)]
     if absent and split == "train":
         raise BadInput(
             f"expected a group in column {name!r} of every row, found {len(absent)} empty in the "
             f"{split} set, the first in row {absent[0]} (counted from 1); fill them in or remove "
             "the rows"
         )
-    return [str(value) for value in values]
+    _refuse_surrogates(values, f"column {name!r} of the {split} set")
+    return [_group(value) for value in values]
+
+
+def _group(value: Any) -> str:
+    """The name of a group, by which 1 and 1.0 are one, as they are one label."""
+    if isinstance(value, str):
+        return composed(trimmed(value))
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -117,6 +117,12 @@ def held_out(labels: Sequence[Any] | np.ndarray | None, rows: int) -> tuple[list
         learned = {labels[row] for row in kept}
         kept += [row for row in held if labels[row] not in learned]
         held = [row for row in held if labels[row] in learned]
+    if labels is not None and not held and len(set(labels)) == rows > 2:
+        raise BadInput(
+            f"expected classes of several rows each, to set a fifth of them aside for testing, but "
+            f"each of the {rows} rows has its own label; name another label column, or give a "
+            "separate test file"
+        )
     if not kept or not held:
         raise BadInput(
             f"expected enough rows to set a fifth aside for testing, found {len(order)}; "

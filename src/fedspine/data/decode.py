@@ -34,18 +34,20 @@ def text_of(path: Path, encoding: str | None) -> str:
         text = data.decode(name)
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        do = (
-            'if the text has another encoding, set it, such as task.encoding = "latin-1"'
-            if encoding is None
-            else "set another one as task.encoding"
-        )
+        do = "set another one as task.encoding"
+        if marked:  # which goes before any setting
+            do = "repair the file, or save it again as UTF-8"
+        elif encoding is None:
+            do = 'if the text has another encoding, set it, such as task.encoding = "latin-1"'
         raise Unreadable(
             f"byte 0x{data[error.start]:02x} in line {line} is not {name.upper()}", do
         ) from None
-    if "\0" in text[:200]:
+    if text[:200].count("\0") > len(text[:200]) / 3:
+        order = "be" if text[0] == "\0" else "le"
+        size = 32 if "\0\0" in text[:200] else 16
         raise Unreadable(
-            "it holds zero bytes, as UTF-16 does",
-            'set its encoding, such as task.encoding = "utf-16-le"',
+            f"it holds zero bytes, as UTF-{size} does",
+            f'set its encoding, such as task.encoding = "utf-{size}-{order}"',
         )
     return text
 
@@ -55,7 +57,7 @@ def _check(encoding: str) -> None:
         b"    ".decode(encoding)  # decoding an empty string would not check the name
     except UnicodeDecodeError:
         return
-    except LookupError:
+    except (LookupError, ValueError):
         raise BadInput(
             f"task.encoding is {encoding!r}, which is not a text encoding; use for example "
             "'latin-1', 'cp1252' or 'utf-16'"

@@ -14,18 +14,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedspine.core.errors import BadInput, unknown
+from fedspine.core.errors import BadInput, listed, nearest
 from fedspine.data import arrow, json_rows, separated
 from fedspine.data.decode import COMPRESSED, text_of
-from fedspine.data.parts import FilePart, Pick, Read, Unreadable, joined, listed
+from fedspine.data.parts import Empty, FilePart, Pick, Read, Unreadable, counted, joined
 
 SPLITS = {
-    "train": "train", "training": "train", "test": "test",
+    "train": "train", "training": "train", "trainset": "train",
+    "test": "test", "testing": "test", "testset": "test", "holdout": "test", "heldout": "test",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "eval": "validation", "evaluation": "validation",
 }  # fmt: skip
-_SHARD = re.compile(r"-(\d+)-of-(\d+)$")
+_SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?$")  # the Hub once added a part of a digest
+DEPTH = 3  # levels that are searched for data below a folder
 _NUMBERED = re.compile(r"([a-z]*)[-_.]?\d+")  # part-00000-c000, 0000, data-00000-of-00002
-METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+METADATA = (
+    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json",  # of `datasets`
+    "config.json", "metadata.json", "dataset-metadata.json", "croissant.json", "datapackage.json",
+)  # fmt: skip
 
 
 def source(path: Path, encoding: str | None = None) -> dict[str, Read]:
@@ -38,8 +44,22 @@ def source(path: Path, encoding: str | None = None) -> dict[str, Read]:
     """
     if path.is_dir() and (saved := _saved(path)):
         return saved
+    if not path.is_dir() and not path.is_file():  # a pipe would be waited for
+        raise BadInput(f"expected a file or a folder, but {str(path)!r} is neither; name another")
     files = _in_folder(path) if path.is_dir() else {"train": [path]}
-    return {split: partial(_shards, shards, encoding) for split, shards in files.items()}
+    beside = _not_read(files) if path.is_dir() else ()
+    return {
+        split: partial(_shards, shards, encoding, beside if split == "train" else ())
+        for split, shards in files.items()
+    }
+
+
+def _not_read(files: Mapping[str, list[Path]]) -> tuple[str, ...]:
+    """A remark on the data files that lie beside those of the splits and belong to none."""
+    read = {path for paths in files.values() for path in paths}
+    places = dict.fromkeys(path.parent for path in read)
+    others = [other.name for place in places for other in _data_files(place) if other not in read]
+    return (f"not read, as no split is named so: {listed(others)}",) if others else ()
 
 
 def has_training_file(folder: Path) -> bool:
@@ -51,7 +71,7 @@ def has_training_file(folder: Path) -> bool:
 
 
 def split_of(name: str) -> str | None:
-    """The split that a file or split name stands for, or None.
+    """The split that the first word of a file or split name stands for, or None.
 
     >>> split_of("dev"), split_of("train-00000-of-00002"), split_of("training_notes")
     ('validation', 'train', 'train')
@@ -92,8 +112,10 @@ def _in_folder(folder: Path) -> dict[str, list[Path]]:
     if by_folder := _folder_for_each_split(folder):
         return by_folder
     found = _data_files(folder)
+    if not found and (found := _partitions(folder)):
+        return {"train": _of_one_split("train", found)}
     if not found:
-        below = [sub for sub in _folders(folder) if _data_files(sub) or _folder_for_each_split(sub)]
+        below = [sub for sub in _folders(folder) if _holds_data(sub)]
         named = [sub for sub in below if sub.name == "data"] or below
         if len(named) == 1:
             return _in_folder(named[0])
@@ -104,6 +126,7 @@ def _in_folder(folder: Path) -> dict[str, list[Path]]:
                 several
                 if below
                 else "found none; put train.* and test.* there, or name another folder"
+                + (f" (this one has {listed(names)})" if (names := _names(folder)) else "")
             )
         )
     splits = _by_name(found, lambda path: split_of(_stem(path)))
@@ -120,6 +143,16 @@ def _in_folder(folder: Path) -> dict[str, list[Path]]:
     return {split: _of_one_split(split, paths) for split, paths in splits.items()}
 
 
+def _holds_data(folder: Path, depth: int = DEPTH) -> bool:
+    """Whether there are data files in a folder or some levels below it."""
+    below = (_holds_data(sub, depth - 1) for sub in (_folders(folder) if depth else ()))
+    return bool(_data_files(folder)) or any(below)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("[!.]*"))
+
+
 def _folder_for_each_split(folder: Path) -> dict[str, list[Path]]:
     """The files of train/, test/ and validation/, all of them shards of their split; empty without
     train/.
@@ -127,7 +160,7 @@ def _folder_for_each_split(folder: Path) -> dict[str, list[Path]]:
     splits: dict[str, list[Path]] = {}
     for sub in _folders(folder):
         split = SPLITS.get(sub.name.lower())
-        if split and (found := _data_files(sub)):
+        if split and (found := _data_files(sub) or _partitions(sub)):
             if split in splits:
                 raise BadInput(
                     f"expected one folder for the {split} split in {str(folder)!r}, found "
@@ -137,6 +170,16 @@ def _folder_for_each_split(folder: Path) -> dict[str, list[Path]]:
     if "train" not in splits:
         return {}
     return {split: _of_one_split(split, paths) for split, paths in splits.items()}
+
+
+def _partitions(folder: Path) -> list[Path]:
+    """The files in folders such as lang=de, one for each value of a column, as Spark writes them;
+    empty where there are others.
+    """
+    subs = _folders(folder)
+    if not all("=" in sub.name for sub in subs):
+        return []
+    return [path for sub in subs for path in _data_files(sub) or _partitions(sub)]
 
 
 def _by_name(found: list[Path], split: Callable[[Path], str | None]) -> dict[str, list[Path]]:
@@ -167,8 +210,11 @@ def _data_files(folder: Path) -> list[Path]:
     """Sorted by name, with numbers by value: part-2 before part-10."""
     found = [
         path
-        for path in folder.glob("[!._]*")
-        if path.is_file() and format_of(path) in READERS and path.name not in METADATA
+        for path in folder.glob("[!._~]*")
+        # a link that leads nowhere is refused when it is read, and not left out
+        if (path.is_file() or not path.exists())
+        and format_of(path) in READERS
+        and path.name not in METADATA
     ]
     return sorted(
         found,
@@ -210,24 +256,31 @@ def _saved(folder: Path) -> dict[str, Read]:
         named = _metadata(folder / "dataset_dict.json").get("splits")
         known = {split_of(str(name)): folder / str(name) for name in named or ()}
         splits = {split: sub for split, sub in known.items() if split is not None}
+        others = [name for name in named or () if split_of(str(name)) is None]
+        beside = (f"not read, as no split is named so: {listed(others)}",) if others else ()
         if "train" not in splits:
             raise BadInput(
                 f"expected a split 'train' in {str(folder)!r}, found {listed(named or ['none'])}; "
                 "name the folder of one of them"
             )
-        return {split: partial(_saved_split, sub) for split, sub in splits.items()}
+        return {
+            split: partial(_saved_split, sub, beside if split == "train" else ())
+            for split, sub in splits.items()
+        }
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-        return {"train": partial(_saved_split, folder)}
+        return {"train": partial(_saved_split, folder, ())}
     return {}
 
 
-def _saved_split(folder: Path, pick: Pick) -> FilePart:
+def _saved_split(folder: Path, notes: tuple[str, ...], pick: Pick) -> FilePart:
     state, info = _metadata(folder / "state.json"), _metadata(folder / "dataset_info.json")
     if state.get("_indices_data_files"):
         raise BadInput(
             f"{str(folder)!r} selects its rows by an index mapping; call flatten_indices() before "
             "save_to_disk"
         )
+    if state.get("_data_files") == []:
+        return FilePart(columns={}, rows=0)  # a split without rows
     try:
         files = [folder / entry["filename"] for entry in state["_data_files"]]
     except (KeyError, TypeError):
@@ -235,14 +288,15 @@ def _saved_split(folder: Path, pick: Pick) -> FilePart:
     features = info.get("features")
     features = features if isinstance(features, Mapping) else {}
     if not files or (missing := [path.name for path in files if not path.is_file()]):
-        names = listed(missing) if files else "any file"
+        names = listed(missing) if files else "names"
         raise BadInput(
             f"expected the files that state.json of {str(folder)!r} names, found no {names}; save "
             "the data again"
         )
-    return joined(
+    found = joined(
         [_readable(path, lambda path: arrow.ipc(path, pick, features), path) for path in files]
     )
+    return replace(found, notes=(*found.notes, *notes))
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -258,23 +312,37 @@ def _metadata(path: Path) -> dict[str, Any]:
 # --- files ---
 
 
-def _shards(paths: list[Path], encoding: str | None, pick: Pick) -> FilePart:
-    return joined([_file(path, encoding, pick) for path in paths])
+def _shards(
+    paths: list[Path], encoding: str | None, notes: tuple[str, ...], pick: Pick
+) -> FilePart:
+    found = [part for path in paths if (part := _file(path, encoding, pick, bool(paths[1:])))]
+    if not found:  # all of several
+        return FilePart(columns={}, rows=0)
+    whole = joined(found)
+    if empty := len(paths) - len(found):
+        notes = (*notes, f"{counted(empty, 'shard')} of {len(paths)} without a header or a row")
+    return replace(whole, notes=(*whole.notes, *notes))
 
 
-def _file(path: Path, encoding: str | None, pick: Pick) -> FilePart:
+def _file(path: Path, encoding: str | None, pick: Pick, is_shard: bool) -> FilePart | None:
+    """The rows of a file; None for a shard without any."""
     form = format_of(path)
     if form not in READERS or (form in BINARY and path.suffix.lower() in COMPRESSED):
-        raise unknown(f"file format of {path.name!r}:", path.suffix.lower(), READERS)
-    return _readable(path, READERS[form], path, encoding, pick)
+        suffix = path.suffix.lower()
+        guess = nearest(suffix, READERS, alike=0.7)  # with less, .txt would be .tsv
+        hint = f"did you mean {guess!r}? known: " if guess else "save it as one of "
+        raise BadInput(f"unknown file format of {path.name!r}: {suffix!r}; {hint}{_formats()}")
+    return _readable(path, READERS[form], path, encoding, pick, is_shard=is_shard)
 
 
-def _readable(path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
+def _readable(path: Path, read: Callable[..., Any], *arguments: Any, is_shard: bool = False) -> Any:
     try:
         return read(*arguments)
     except BadInput:
         raise
     except Unreadable as error:
+        if is_shard and isinstance(error, Empty):
+            return None
         raise BadInput(
             f"cannot read {str(path)!r} as {_format_name(path)}: {error}; {error.do}"
         ) from None

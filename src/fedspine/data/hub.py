@@ -4,10 +4,10 @@
 
 from typing import Any
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, listed
 from fedspine.data import arrow
 from fedspine.data.files import one_line, split_of
-from fedspine.data.parts import FilePart, Pick, Read, listed
+from fedspine.data.parts import FilePart, Pick, Read
 
 
 def source(name: str) -> dict[str, Read]:

@@ -4,12 +4,15 @@ writes.
 
 import json
 import re
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-from fedspine.core.errors import BadInput
-from fedspine.data.parts import FilePart, Pick, Unreadable, counted, listed
+from fedspine.core.errors import BadInput, listed
+from fedspine.data.parts import Empty, FilePart, Pick, Unreadable, counted
 
+_LINE_END = re.compile(r"\r\n|\r|\n")  # within a string of JSON, none may stand
 HOW = 'df.to_json(path, orient="records", lines=True)'
 
 
@@ -19,15 +22,17 @@ def part(text: str, pick: Pick) -> FilePart:
     """
     begin = text.lstrip()[:1]
     if not begin:
-        raise Unreadable("it is empty", "give a file with rows")
+        raise Empty
     if begin == "[":
         rows = _whole(text)
     else:
-        lines = [line for line in text.split("\n") if line.strip()]
+        lines = [line for line in _LINE_END.split(text) if line.strip()]
         if _continues(lines[0]):
             return _of_object(_whole(text), pick)
-        if not lines[1:] and (columns := _columns(_whole(text))):
-            return _of_object(columns, pick)
+        if not lines[1:]:
+            found = _whole(text)
+            if (columns := _columns(found)) or _is_nested(found, pick):
+                return _of_object(columns or found, pick)
         rows = _lines(text)
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise Unreadable(
@@ -44,11 +49,21 @@ def _of_rows(rows: Sequence[dict[str, Any]], pick: Pick) -> FilePart:
 
 def _of_object(found: Any, pick: Pick) -> FilePart:
     """The rows of one object, of columns or of rows by their index; pandas writes both."""
+    if _is_nested(found, pick):
+        rows = found.get("data")
+        if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+            return _of_rows(rows, pick)  # orient="table"
+        raise Unreadable(
+            f"expected rows, found one object with lists of objects: {listed(found)}",
+            f"write each list to a file of its own with {HOW}",
+        )
     columns = _columns(found)
     if columns is None:
         keys = listed(found) if isinstance(found, dict) else type(found).__name__
         raise Unreadable(f"expected rows, found one object of {keys}", f"write it with {HOW}")
     values = list(columns.values())
+    if not any(values):  # a table without rows
+        return FilePart(columns={name: [] for name in pick(list(columns))}, rows=0)
     if isinstance(values[0], list):
         return _of_rows(
             [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)], pick
@@ -66,6 +81,19 @@ def _of_object(found: Any, pick: Pick) -> FilePart:
     return _of_rows([{name: of[row] for name, of in columns.items()} for row in inner], pick)
 
 
+def _is_nested(found: Any, pick: Pick) -> bool:
+    """Whether an object holds lists of objects and is not a row with such values itself."""
+    if not isinstance(found, dict):
+        return False
+    lists = [value for value in found.values() if isinstance(value, list)]
+    if not any(value and all(isinstance(item, dict) for item in value) for value in lists):
+        return False
+    with suppress(BadInput):
+        pick(list(found))
+        return False
+    return True
+
+
 def _columns(found: Any) -> dict[str, Any] | None:
     """The columns as pandas writes them, each a list, or an object with the same row names; None
     for anything else.
@@ -80,34 +108,40 @@ def _columns(found: Any) -> dict[str, Any] | None:
             return None
     values = list(found.values())
     if all(isinstance(value, dict) for value in values):
-        alike = values[0] and all(value.keys() == values[0].keys() for value in values)
+        alike = all(value.keys() == values[0].keys() for value in values)
         return found if alike else None
     if all(isinstance(value, list) for value in values):
         # a list of objects is a conversation, a value of one row
         alike = all(len(value) == len(values[0]) for value in values)
         plain = not any(isinstance(item, dict) for value in values for item in value)
-        return found if alike and plain and values[0] else None
+        return found if alike and plain else None
     return None
 
 
 def _lines(text: str) -> list[Any]:
     rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(_LINE_END.split(text), start=1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise _broken(f"line {number}: {error}") from None
+            except (ValueError, RecursionError) as error:
+                raise _broken(f"line {number}: {_reason(error)}") from None
     return rows
 
 
 def _whole(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise _broken(str(error)) from None
-    except RecursionError:
-        raise _broken("it is nested too deeply") from None
+    except (ValueError, RecursionError) as error:
+        raise _broken(_reason(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        return str(error)
+    return f"a number has more than {sys.get_int_max_str_digits():,} digits"  # Python's limit
 
 
 def _continues(line: str) -> bool:
@@ -116,7 +150,7 @@ def _continues(line: str) -> bool:
     """
     try:
         json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return bool(re.fullmatch(r"\s*\{\s*(\"[^\"]*\"\s*:\s*[\[{]?\s*)?", line))
     return False
 

@@ -1,15 +1,17 @@
 """What every file reader returns: the wanted columns, with values typed as in the file."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, listed
 
 Pick = Callable[[Sequence[str]], Mapping[str, int]]
 """Maps the names of all columns to the position of each wanted one, by its name in the request."""
 
-MOST = 10  # names that a message lists
+LONGEST = 60  # characters of a value that a message quotes
+UNSEEN = "\ufeff\u200b\u200c\u200d\u2060"  # zero-width characters
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,13 @@ class Unreadable(ValueError):
         self.do = do
 
 
+class Empty(Unreadable):
+    """A file without a header or a row, which may be one of several shards."""
+
+    def __init__(self) -> None:
+        super().__init__("it is empty", "give a file with rows")
+
+
 Read = Callable[[Pick], FilePart]
 """Reads the columns that are picked."""
 
@@ -46,6 +55,8 @@ def joined(parts: Sequence[FilePart]) -> FilePart:
     first = parts[0]
     if not parts[1:]:
         return first
+    # a note that all shards have is said once
+    notes = dict.fromkeys(note for part in parts for note in part.notes)
     if any(set(part.columns) != set(first.columns) for part in parts):
         raise BadInput(
             "expected the same columns in every shard; write the shards again from one table"
@@ -67,19 +78,36 @@ def joined(parts: Sequence[FilePart]) -> FilePart:
         rows=sum(part.rows for part in parts),
         types={name: kind for part in parts for name, kind in part.types.items()},
         stated=stated,
-        notes=tuple(note for part in parts for note in part.notes),
+        notes=tuple(notes),
     )
 
 
-def listed(names: Iterable[Any], most: int = MOST) -> str:
-    """The first names of a list, and how many more there are.
+def trimmed(text: str) -> str:
+    """The text without white space and zero-width characters at its ends.
 
-    >>> listed("abcd", most=2)
-    'a, b and 2 more'
+    >>> trimmed("\ufeffneg \u200b")
+    'neg'
     """
-    known = [str(name) for name in names]
-    shown = ", ".join(known[:most])
-    return f"{shown} and {len(known) - most:,} more" if len(known) > most else shown
+    bare = text.strip()
+    # an accent or emoji within may need them
+    while bare and (bare[0] in UNSEEN or bare[-1] in UNSEEN):
+        bare = bare.strip(UNSEEN).strip()
+    return bare
+
+
+def composed(text: str) -> str:
+    """The text in Unicode's normal form NFC, where an accent is part of its letter."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it, cut where it is long.
+
+    >>> shown("a" * 99)[-6:]
+    "aa...'"
+    """
+    text = str(value)
+    return repr(value if len(text) <= LONGEST else text[:LONGEST] + "...")
 
 
 def counted(number: int, what: str) -> str:

@@ -8,37 +8,81 @@ import csv
 import io
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
-from fedspine.data.parts import FilePart, Pick, Unreadable, counted
+from fedspine.core.errors import BadInput
+from fedspine.data.parts import Empty, FilePart, Pick, Unreadable, counted
 
 Numbered = tuple[int, list[str]]  # the line that a row begins in, counted from 1, and its cells
-SEPARATORS = {".csv": (",", ";", "\t"), ".tsv": ("\t", ",", ";")}  # in the order they are tried
-_CALLED = {",": "commas", ";": "semicolons", "\t": "tabs"}
+SEPARATORS = {".csv": (",", ";", "\t", "|"), ".tsv": ("\t", ",", ";", "|")}  # as they are tried
+_CALLED = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+_ALONE = re.compile(r"\r(?!\r*\n)")  # a carriage return that no line feed follows
 
 
 def part(text: str, suffix: str, pick: Pick) -> FilePart:
     """The picked columns of a text with a header; `suffix` is that of its format, ".csv" or ".tsv".
 
-    Separators are commas, semicolons or tabs, whichever the header has. Raises Unreadable for a
-    text without a header, for rows with more or fewer cells than the header, and for a quote that
-    is never closed, with the line.
+    Separators are commas, semicolons, tabs or vertical bars, whichever the header has. Raises
+    Unreadable for a text without a header, for rows with more or fewer cells than the header, and
+    for a quote that is never closed, with the line.
+    """
+    alone = len(_ALONE.findall(text)) if "\n" in text else 0
+    if not alone:
+        return _part(text, suffix, pick)[0]
+    try:  # it ends lines if the rows then fit the header, which any line of one column does
+        found, width = _part(text, suffix, pick)
+        if width > 1:
+            return found
+    except Unreadable:
+        pass
+    mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+    found, _ = _part(_ALONE.sub(mark, text), suffix, pick)
+    columns = {
+        name: [cell and cell.replace(mark, "\r") for cell in cells]
+        for name, cells in found.columns.items()
+    }
+    note = f"read as text: {counted(alone, 'carriage return')} that no line feed follows"
+    return replace(found, columns=columns, notes=(*found.notes, note))
+
+
+def _part(text: str, suffix: str, pick: Pick) -> tuple[FilePart, int]:
+    """The picked columns of a text in which each line end ends a line, and how many columns there
+    are.
     """
     lines = list(io.StringIO(text, newline=""))
     filled = [number for number, line in enumerate(lines) if line.strip()]
-    said = re.fullmatch(r"sep=(.)\s*", lines[filled[0]]) if filled else None  # as Excel has it
+    # as Excel has it
+    said = re.fullmatch(r"\"?sep=(.)\"?\s*", lines[filled[0]]) if filled else None
     if len(filled) <= bool(said):
-        raise Unreadable("it is empty", "give a file with rows")
+        raise Empty
     first = filled[bool(said)]
     marks = (said[1],) if said else SEPARATORS[suffix]
-    separator = next((mark for mark in marks if mark in lines[first]), marks[0])
+    separator = _separator(lines[first], marks, pick)
     numbered, notes = _rows(lines, first, separator)
     header = numbered[0][1] if numbered else []
     rows = [row for _, row in numbered[1:]]
     columns = {name: [row[place] or None for row in rows] for name, place in pick(header).items()}
     if separator != SEPARATORS[suffix][0]:
         notes.insert(0, f"values are separated by {_CALLED.get(separator, repr(separator))}")
-    return FilePart(columns=columns, rows=len(rows), notes=tuple(notes))
+    return FilePart(columns=columns, rows=len(rows), notes=tuple(notes)), len(header)
+
+
+def _separator(header: str, marks: Sequence[str], pick: Pick) -> str:
+    """The first mark in the header that separates the names of the wanted columns, else the first
+    one in it.
+    """
+    there = [mark for mark in marks if mark in header]
+    for mark in there[: len(there) if there[1:] else 0]:
+        with suppress(BadInput, csv.Error, StopIteration):
+            pick(next(csv.reader([header.rstrip("\r\n")], delimiter=mark, skipinitialspace=True)))
+            return mark
+    return there[0] if there else marks[0]
+
+
+def _is_blank(row: Sequence[str], width: int) -> bool:
+    """Whether a line is no row: it has no cell, or white space where the header has columns."""
+    return not row or (width > 1 and len(row) == 1 and not row[0].strip())
 
 
 def _rows(lines: list[str], first: int, separator: str) -> tuple[list[Numbered], list[str]]:
@@ -50,6 +94,7 @@ def _rows(lines: list[str], first: int, separator: str) -> tuple[list[Numbered],
         for number, line in enumerate(lines[first:], start=first + 1)
         if line.strip("\r\n")
     ]
+    plain = [row for row in plain if not _is_blank(row[1], len(plain[0][1]))]
     quoted_header = all(re.fullmatch('".+"', name) for name in plain[0][1])
     if quoted_header or _first_unequal(plain) is not None:
         enclosed = _all_enclosed(lines, first, separator)
@@ -68,7 +113,8 @@ def _all_enclosed(
             rows = list(csv.reader(lines[first:], delimiter=separator, strict=True))
     except csv.Error:
         return None
-    if _first_unequal([(0, row) for row in rows if row]) is not None:
+    rows = [(0, row) for row in rows if not _is_blank(row, len(rows[0]))]
+    if _first_unequal(rows) is not None:
         return None
     found, notes = _enclosed(lines, first, separator)
     return found, ["values are enclosed in quotes", *notes]
@@ -94,7 +140,7 @@ def _enclosed(lines: list[str], first: int, separator: str) -> tuple[list[Number
             try:
                 for row in reader:
                     end = start + reader.line_num
-                    if row:
+                    if not _is_blank(row, len(rows[0][1]) if rows else 0):
                         rows.append((begin + 1, row))
                     if end - begin > 1:
                         several, spanned = several + 1, spanned + end - begin

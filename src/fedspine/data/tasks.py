@@ -13,12 +13,12 @@ from typing import Any, get_args
 
 import numpy as np
 
-from fedspine.core.errors import BadInput, nearest, unknown
+from fedspine.core.errors import BadInput, listed, nearest, unknown
 from fedspine.core.task import BUILT_IN_DATA, TaskKind
 from fedspine.data import classes, files, hub, pydocs
 from fedspine.data.columns import Values, Wanted, checked, hidden, picker
 from fedspine.data.dataset import Dataset, Rows, held_out
-from fedspine.data.parts import FilePart, Pick, Read, listed
+from fedspine.data.parts import FilePart, Pick, Read, shown
 
 _NATURAL = {"pydoc-topics": "file", "pydoc-qa": "file"}  # the columns that name a natural device
 
@@ -58,7 +58,7 @@ def load(
     else:
         spelled = classes.texts(splits)
         names = classes.named(train, spelled[0], label)
-        notes += classes.look_alike(names)
+        notes += [*classes.unnamed(splits), *classes.look_alike(names)]
         coded = [
             _rows(split, classes.numbers(texts, names, label))
             for split, texts in zip(splits, spelled, strict=True)
@@ -134,8 +134,9 @@ def load_stated(
             name = _stated_class(value, spelling, spelled or {}, label_names)
             if name is None:
                 raise BadInput(
-                    f"expected only the classes {listed(map(repr, label_names))} in column "
-                    f"{label!r}, found {value!r}; say which class it means, or remove such rows"
+                    f"expected only the classes {listed(map(shown, label_names))} in column "
+                    f"{label!r}, found {shown(value)}; say which class it means, or remove "
+                    "such rows"
                 )
             known[key] = list(label_names).index(name)
         numbers.append(known[key])
@@ -151,7 +152,7 @@ def _stated_class(
     written = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     names = [spelling, written]
     if written.lower() in ("true", "false"):
-        names += [written.capitalize(), written.lower()]
+        names += [written.capitalize(), written.lower(), written.upper()]
     if stated := next((spelled[name] for name in (written, *names) if name in spelled), None):
         names = [stated]
     return next((name for name in names if name in known), None)
@@ -204,7 +205,7 @@ def _source(data: str, encoding: str | None) -> Mapping[str, Read]:
         or path.is_absolute()
         or files.format_of(path) in files.READERS
     ):
-        beside = [other.name for other in path.parent.glob("*")]
+        beside = [other.name for other in path.parent.glob("*") if other.exists()]
         raise BadInput(
             f"expected a data file or folder at {data!r}, found nothing there; "
             f"check the path{_meant(path.name, beside)}"
@@ -259,6 +260,8 @@ def _train_and_test(
             continue
         part = source[name](picker(wanted, "test"))
         if not hidden(part, wanted.label, train.labels or ()):
+            if name == "test" and "validation" in source:
+                notes.append("the validation set is not read, as there is a test set")
             return train, checked(part, wanted, "test", train.stated), notes
         more = name == "test" and "validation" in source
         instead = "the validation set" if more else "a fifth of the training rows"

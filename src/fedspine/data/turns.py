@@ -5,12 +5,12 @@ is "role: content", one per line; an answer follows its prompt directly, or afte
 there is no white space between them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedspine.core.errors import BadInput
 from fedspine.data.dataset import ANSWERS, Dialogue
-from fedspine.data.parts import FilePart
+from fedspine.data.parts import FilePart, shown
 
 MESSAGES = "messages"
 PAIRS = (("prompt", "completion"), ("instruction", "response"))
@@ -70,6 +70,37 @@ def dialogues(part: FilePart, text: str, split: str) -> list[Dialogue | str] | N
         _dialogue(messages, f"row {row} of the {split} set")
         for row, messages in enumerate(said, start=1)
     ]
+
+
+def roles(part: FilePart, text: str) -> list[str]:
+    """The roles of all messages, each once; of plain texts none."""
+    return list(dict.fromkeys(str(one["role"]) for one in _all(part, text) if one.get("role")))
+
+
+def unread(part: FilePart, text: str) -> int:
+    """The number of messages without a text, such as calls of tools, which no dialogue keeps."""
+    return sum(not _content(one).strip() for one in _all(part, text))
+
+
+def _all(part: FilePart, text: str) -> Iterator[Mapping[str, Any]]:
+    """All messages of the columns that hold lists of them."""
+    for name in (text,) if text in part.columns else columns(list(part.columns)):
+        for value in part.columns[name]:
+            if isinstance(value, list):
+                yield from value
+
+
+def refuse_others(part: FilePart, split: str) -> None:
+    """Raise BadInput for a value of the columns that `columns` names that is no conversation."""
+    for name in columns(list(part.columns)):
+        for row, value in enumerate(part.columns[name], start=1):
+            plain = isinstance(value, str | int | float | None)
+            if not plain and not (isinstance(value, list) and all(map(_is_one, value))):
+                raise BadInput(
+                    f"expected a text or a list of messages in column {name!r}, row {row} of the "
+                    f'{split} set, found {shown(value)}; write a message as {{"role": "user", '
+                    '"content": "..."}'
+                )
 
 
 def _in_pairs(part: FilePart) -> list[tuple[Any, Any, Any]]:
@@ -143,7 +174,7 @@ def _content(message: Mapping[str, Any]) -> str:
         content = "".join(
             str(piece.get("text") or "") for piece in content if isinstance(piece, Mapping)
         )
-    return content if isinstance(content, str) else ""
+    return content if isinstance(content, str) else _bare(content) or ""
 
 
 def _followed(prompt: str | None, completion: str | None) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, listed
 from fedspine.core.task import Examples
 from fedspine.data.dataset import Rows
 from fedspine.data.tasks import load_stated
@@ -66,7 +66,7 @@ def comparable(models: Sequence[Loaded]) -> bool:
 
 
 def _task(model: Loaded) -> str:
-    return f"{model.kind} of {', '.join(model.labels)}" if model.labels else model.kind
+    return f"{model.kind} of {listed(model.labels)}" if model.labels else model.kind
 
 
 def _rows(model: Loaded, data: str | None) -> tuple[Rows, str]:

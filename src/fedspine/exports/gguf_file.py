@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, listed
 from fedspine.core.message import Tensors
 from fedspine.exports.gguf_tokenizer import GgufVocabulary
 from fedspine.lm.gguf_files import EXTRA
@@ -191,7 +191,7 @@ def read_header(path: Path, known: tuple[str, ...]) -> GgufHeader:
     if architecture not in known:
         raise BadInput(
             f"{path} holds a model of architecture {architecture!r}, which is not supported; use "
-            f"one of: {', '.join(known)}"
+            f"one of: {listed(known)}"
         )
     return GgufHeader(path, fields, tensors, architecture)
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, listed
 from fedspine.core.task import Arrays
 from fedspine.data import arrays
 from fedspine.data.dataset import ArrayRows
@@ -174,7 +174,7 @@ def _stated(place: str, like: ArrayRows, record: TaskRecord) -> ArrayRows:
     if unknown := [name for name in found.label_names if name not in codes]:
         raise BadInput(
             f"{place} has the class {unknown[0]!r}, which the run does not have; its classes are "
-            f"{', '.join(record.classes)}"
+            f"{listed(record.classes)}"
         )
     labels = np.concatenate([found.train.labels, found.test.labels])
     ours = np.array([codes[name] for name in found.label_names])

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, listed
 from fedspine.lm.prunable_layout import UNIT_MAPS
 from fedspine.lm.tokens import home
 
@@ -81,7 +81,7 @@ def check_architecture(file: Path) -> None:
     if found not in known:
         raise BadInput(
             f"{file.name} holds a model of architecture {found!r}, whose heads and channels are "
-            f"not known, so it cannot be pruned; take one of: {', '.join(known)}"
+            f"not known, so it cannot be pruned; take one of: {listed(known)}"
         )
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from fedspine.control.sparsity import LayerShape
-from fedspine.core.errors import BadInput, nearest
+from fedspine.core.errors import BadInput, listed, nearest
 from fedspine.core.message import message
 
 UnitKind: TypeAlias = Literal["heads", "channels"]
@@ -90,7 +90,7 @@ def unit_map(model_type: str) -> UnitMap:
         hint = f" (nearest: {near})" if near else ""
         raise BadInput(
             f"architecture {model_type!r} has no unit map, so nothing is known of its heads and "
-            f"channels{hint}; take a model of one of: {', '.join(UNIT_MAPS)}"
+            f"channels{hint}; take a model of one of: {listed(UNIT_MAPS)}"
         )
     return UNIT_MAPS[model_type]
 

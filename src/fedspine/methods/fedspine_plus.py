@@ -13,7 +13,7 @@ from fedspine.control.controllers import Controller, Deadline
 from fedspine.control.depth import AllBlocks, DepthPlanner, Depths, Lcd, timed
 from fedspine.control.plan import Plan
 from fedspine.core.device import DeviceId
-from fedspine.core.errors import BadInput, check_ranges
+from fedspine.core.errors import BadInput, check_ranges, listed
 from fedspine.core.fleet import Fleet, Reply
 from fedspine.core.message import message
 from fedspine.core.method import method
@@ -90,7 +90,7 @@ class FedSpinePlus(FedSpine):
             if named not in able:
                 raise BadInput(
                     f"method.{field} is {named}, which does not go with method.depths = lcd; "
-                    f"choose one of {', '.join(able)}"
+                    f"choose one of {listed(able)}"
                 )
 
     def start(self, task: Task, rng: np.random.Generator) -> SpineState:

@@ -85,12 +85,12 @@ def assemble(recipe: Recipe, *, here: bool = True, begun: Path | None = None) ->
         needs_accountant()
     kinds = fleet_mix(recipe.fleet.mix, recipe.fleet.devices)
     computing = _computing(recipe.run.device)
-    with task_record.needing("data", begun):
+    with task_record.needing("data", recipe.task.data, begun):
         data = dataset(recipe)
     record = task_record.record_of(recipe, data, here=here)
     if then is not None:
         task_record.check_data(then, record, begun)
-    with task_record.needing("base", begun):
+    with task_record.needing("base", recipe.task.model, begun):
         kept = None if then is None or then.encoding is None else task_record.base_of(begun)
         task, tokenizer = build_task(recipe, data, kept=kept)
     record = task_record.on_base(record, task.base)

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedspine.core.aggregation import Mean
 from fedspine.core.device import DeviceId
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, listed
 from fedspine.core.fleet import NoMemory
 from fedspine.core.method import Prunable, planned_sparsities
 from fedspine.core.task import BUILT_IN_DATA, Examples, Task
@@ -94,7 +94,7 @@ def _unable(recipe: Recipe, why: str) -> BadInput:
     able = [name for name, cls in all_methods().items() if issubclass(cls, HeadTraining)]
     return BadInput(
         f"method {recipe.method.name!r} on {recipe.task.model!r} cannot be planned: {why}; methods "
-        f"that can be, on texts: {', '.join(able)}"
+        f"that can be, on texts: {listed(able)}"
     )
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fedspine.core.aggregation import Mean
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, listed
 from fedspine.methods import all_methods
 from fedspine.runs.sections import FLEET, FleetSection, PrivacySection, TaskSection
 
@@ -30,7 +30,7 @@ def check_privacy(privacy: PrivacySection, method: Any) -> None:
         able = [name for name, cls in all_methods().items() if privacy.level in cls.privacy]
         raise BadInput(
             f"method {method.name!r} cannot keep [privacy], since more leaves its devices than "
-            f"clipped updates with noise; choose one of {', '.join(able)}, or leave [privacy] out"
+            f"clipped updates with noise; choose one of {listed(able)}, or leave [privacy] out"
         )
 
 
@@ -83,7 +83,7 @@ def check_quorum(method: Any, fleet: FleetSection) -> None:
         able = [name for name, cls in all_methods().items() if cls.merges_late is not None]
         raise BadInput(
             f"fleet.quorum is {fleet.quorum:g}, but {method.name} needs all replies of a round; "
-            f"set it to 1, or choose one of {', '.join(able)}"
+            f"set it to 1, or choose one of {listed(able)}"
         )
     if fleet.delay_seconds:
         raise BadInput(
@@ -99,6 +99,6 @@ def check_aggregation(method: Any, fleet: FleetSection) -> None:
         able = [name for name, cls in all_methods().items() if cls.robust]
         raise BadInput(
             f"fleet.aggregation is {how.name}, but {method.name} supports only the mean; leave it "
-            f"out, or choose one of {', '.join(able)}"
+            f"out, or choose one of {listed(able)}"
         )
     how.check(fleet.replies)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pydantic
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, listed
 from fedspine.core.task import TaskKind
 from fedspine.runs.config import Recipe
 from fedspine.storage.store import write_atomically
@@ -255,15 +255,20 @@ def _damaged(path: Path, why: object) -> BadInput:
 
 
 @contextmanager
-def needing(what: str, folder: Path | None) -> Iterator[None]:
-    """Add to a BadInput that the run in `folder` cannot be resumed, where one is."""
+def needing(what: str, place: str, folder: Path | None) -> Iterator[None]:
+    """Add to a BadInput that the run in `folder` cannot be resumed, where one is, and name the
+    `place` that is not as it was.
+    """
     try:
         yield
     except BadInput as error:
         if folder is None:
             raise
+        reason = str(error)
+        if os.path.exists(os.path.expanduser(place)):  # what else to do is for a new run
+            reason = f"{reason.partition('; ')[0]}; put {place} back as it was, or start a new run"
         raise BadInput(
-            f"the run in {folder} cannot be resumed without its {what}: {error}"
+            f"the run in {folder} cannot be resumed without its {what}: {reason}"
         ) from None
 
 
@@ -293,7 +298,8 @@ def check_base(then: TaskRecord, found: str | None, where: str, folder: Path) ->
 
 def _changes(then: TaskRecord, now: TaskRecord) -> Iterator[str]:
     if then.classes != now.classes:
-        yield f"the classes were {_listed(then.classes)}, now they are {_listed(now.classes)}"
+        was, are = (listed(record.classes) or "none" for record in (then, now))
+        yield f"the classes were {was}, now they are {are}"
     for name, old in then.splits.items():
         new = now.splits.get(name)
         if new is None:
@@ -312,8 +318,3 @@ def _changes(then: TaskRecord, now: TaskRecord) -> Iterator[str]:
 
 def _differ(part: str, old: Split, new: Split) -> bool:
     return old.sha256.get(part) != new.sha256.get(part)
-
-
-def _listed(names: Sequence[str], most: int = 10) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more if names else "none"
