@@ -14,11 +14,17 @@ from array_toy import array_task
 from malformed import Recorded, Replayed, Stray, changed, mutants
 from toy import Lab, bits, toy_task
 
+from fedspine.control.depth import Lcd
 from fedspine.control.split_parts import Regulated
 from fedspine.core.checks import Agreeing, Asked, Terms, check_state, why_unusable
+from fedspine.core.device import find_work
 from fedspine.core.fleet import AllLost, Diverged
 from fedspine.core.schema import work_kinds
+from fedspine.flare.site_worker import works_of
 from fedspine.fleets.checked import Checked
+from fedspine.lm.distillation import DenseTeacher
+from fedspine.lm.drift import FedDyn
+from fedspine.lm.importance_sources import Activation
 from fedspine.lm.load import load
 from fedspine.methods import all_methods
 
@@ -82,6 +88,17 @@ VARIANTS = {name: short(name) for name in sorted(METHODS)} | {
     "net": replace(short("splitfed_v2"), rank=4),
     "net u-shape": replace(short("mergesfl-plus"), labels_stay=True, batches=Regulated()),
     "net pyramidfl": short("pyramidfl"),
+    "held": replace(short("fedlora"), drift=FedDyn(), keep_optimiser=True, personal_head=True),
+    "uniform": replace(
+        short("fedspine"), structure="uniform", sparsity=0.4, teacher=DenseTeacher(hidden=0.1)
+    ),
+    "deep": replace(
+        short("fedspine-plus"),
+        depths=Lcd(rule="fixed", fixed=1),
+        importance=Activation(),
+        head_start="random",
+    ),
+    "first legend": short("legend"),  # which probes devices
     "first mergesfl": short("mergesfl"),  # which asks for labels
     "first fedlora": replace(short("fedlora"), head_start="class-means"),
 }
@@ -109,6 +126,12 @@ def rounds(task, tiny_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def cases():
     return []
+
+
+@pytest.fixture(scope="module")
+def reached():
+    """The types of the results."""
+    return set()
 
 
 def results_of(round):
@@ -154,24 +177,27 @@ def test_no_result_ends_a_run_or_changes_more_than_that_its_site_is_left_out(nam
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_no_order_is_more_than_refused_by_a_device(name, rounds, cases):
+def test_no_order_is_more_than_refused_by_a_device(name, rounds, cases, reached):
     here = rounds(name)
     asked = Asked(here.terms, rows=here.rows)
     for number in results_of(here):
         work, order, _ = here.exchanges[number]
         kind = work_kinds(work)[0]
         assert why_unusable(order, kind, asked) is None
+        reached.add(type(here.exchanges[number][2].value))
         for value in mutants(order):
             why = why_unusable(value, kind, asked)
             cases.append(name)
             assert why is None or (why and "\n" not in why and len(why) < 200)
 
 
-def test_these_were_many_cases(cases, request):
+def test_these_were_many_cases_of_all_results(cases, reached, request):
     ran = {item.name for item in request.session.items}
     if not {f"test_no_order_is_more_than_refused_by_a_device[{name}]" for name in VARIANTS} <= ran:
         pytest.skip("only where all variants run")
     assert len(cases) >= FEWEST_CASES
+    works = {work for method in METHODS for work in works_of(method)}
+    assert reached == {work_kinds(find_work(work))[1] for work in works}
 
 
 # --- replies that once ended a run, or spoilt it without a word ---

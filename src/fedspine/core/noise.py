@@ -18,6 +18,9 @@ from fedspine.core.privacy import Guard
 ROWS = 32  # rows behind an answer at which its noise has the full share
 LARGEST = float(torch.finfo(torch.float16).max)  # the largest value that can be sent
 PLAIN_ANSWERS = 2.0  # default number about the same 32 rows, after which noise grows
+# nats that a label's loss counts for at most in what leaves with noise: else weights that make the
+# loss of some rows huge would tell their number through any noise
+MOST_LOSS = 4.0
 TOGETHER = 2**19  # entries of weights that get their noise together
 COUNTED = "answers"  # key of a device's memory: its number of answers about each text
 
