@@ -6,6 +6,7 @@ messages of one round are recorded and given to the method again, one of them ch
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,14 +20,17 @@ from fedspine.control.split_parts import Regulated
 from fedspine.core.checks import Agreeing, Asked, Terms, check_state, why_unusable
 from fedspine.core.device import find_work
 from fedspine.core.fleet import AllLost, Diverged
-from fedspine.core.schema import work_kinds
+from fedspine.core.schema import conforms, work_kinds
+from fedspine.flare.session import FlareSession
 from fedspine.flare.site_worker import works_of
+from fedspine.flare.wire import SiteAnswer
 from fedspine.fleets.checked import Checked
 from fedspine.lm.distillation import DenseTeacher
 from fedspine.lm.drift import FedDyn
 from fedspine.lm.importance_sources import Activation
 from fedspine.lm.load import load
 from fedspine.methods import all_methods
+from fedspine.methods.fedlora import tune_adapter
 
 METHODS = all_methods()
 KINDS = ("tx2", "nx", "agx")  # of the devices; the second one is bad
@@ -189,6 +193,30 @@ def test_no_order_is_more_than_refused_by_a_device(name, rounds, cases, reached)
             why = why_unusable(value, kind, asked)
             cases.append(name)
             assert why is None or (why and "\n" not in why and len(why) < 200)
+
+
+COST = SiteAnswer(
+    result=np.zeros(0, np.uint8), flops=1.0, launches=1, samples=1, peak_memory_bytes=1,
+    epsilon=1.0, noise=1.0,
+)  # fmt: skip
+
+
+def test_no_cost_that_a_site_declares_is_taken_where_it_cannot_be(cases):
+    taken, refused = [], 0
+    for value in mutants(COST):
+        if not conforms(value, SiteAnswer):  # which ends where it is decoded
+            continue
+        cases.append("cost")
+        numbers = [each for each in vars(value).values() if isinstance(each, int | float)]
+        found = FlareSession._taken(None, SimpleNamespace(asks=0), tune_adapter, value)
+        # the result is none, which is said of those whose cost is taken
+        if "its result cannot be used" in found:
+            taken += numbers
+        else:
+            refused += 1
+            assert "its answer cannot be used" in found and len(found) < 200
+    assert refused > 20
+    assert all(math.isfinite(each) and 0 <= each <= 2**76 for each in taken)
 
 
 def test_these_were_many_cases_of_all_results(cases, reached, request):
