@@ -209,8 +209,8 @@ def tried(
         yield "a run over a server and three sites", kills
 
 
-def table(found: dict[str, dict[str, Any]], machine: str) -> str:
-    """What `tried` found, as rows that `as_row` made."""
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """What `tried` found, each row with the machine and the commit that it was measured on."""
     lines = [
         "# Random kills",
         "",
@@ -219,16 +219,15 @@ def table(found: dict[str, dict[str, Any]], machine: str) -> str:
         "another state than that of an undisturbed one (over sites: than that of a replay), "
         "another exit code than 0, 1, 143 or that of a kill, or more than one line.",
         "",
-        f"Measured on {machine}.",
-        "",
-        "| what ran | kills | of what | wrong | minutes |",
-        "|---|---|---|---|---|",
+        "| what ran | kills | of what | wrong | minutes | measured on |",
+        "|---|---|---|---|---|---|",
     ]
     for name, row in found.items():
         of_what = ", ".join(f"{count} {victim}" for victim, count in sorted(row["victims"].items()))
         kills = sum(row["victims"].values())
         lines.append(
-            f"| {name} | {kills} | {of_what} | {len(row['wrong'])} | {row['seconds'] / 60:.0f} |"
+            f"| {name} | {kills} | {of_what} | {len(row['wrong'])} | {row['seconds'] / 60:.0f} "
+            f"| {row['machine']} |"
         )
     return "\n".join(lines) + "\n"
 

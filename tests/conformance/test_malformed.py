@@ -6,6 +6,7 @@ messages of one round are recorded and given to the method again, one of them ch
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +15,22 @@ from array_toy import array_task
 from malformed import Recorded, Replayed, Stray, changed, mutants
 from toy import Lab, bits, toy_task
 
+from fedspine.control.depth import Lcd
 from fedspine.control.split_parts import Regulated
 from fedspine.core.checks import Agreeing, Asked, Terms, check_state, why_unusable
+from fedspine.core.device import find_work
 from fedspine.core.fleet import AllLost, Diverged
-from fedspine.core.schema import work_kinds
+from fedspine.core.schema import conforms, work_kinds
+from fedspine.flare.session import FlareSession
+from fedspine.flare.site_worker import works_of
+from fedspine.flare.wire import SiteAnswer
 from fedspine.fleets.checked import Checked
+from fedspine.lm.distillation import DenseTeacher
+from fedspine.lm.drift import FedDyn
+from fedspine.lm.importance_sources import Activation
 from fedspine.lm.load import load
 from fedspine.methods import all_methods
+from fedspine.methods.fedlora import tune_adapter
 
 METHODS = all_methods()
 KINDS = ("tx2", "nx", "agx")  # of the devices; the second one is bad
@@ -82,6 +92,17 @@ VARIANTS = {name: short(name) for name in sorted(METHODS)} | {
     "net": replace(short("splitfed_v2"), rank=4),
     "net u-shape": replace(short("mergesfl-plus"), labels_stay=True, batches=Regulated()),
     "net pyramidfl": short("pyramidfl"),
+    "held": replace(short("fedlora"), drift=FedDyn(), keep_optimiser=True, personal_head=True),
+    "uniform": replace(
+        short("fedspine"), structure="uniform", sparsity=0.4, teacher=DenseTeacher(hidden=0.1)
+    ),
+    "deep": replace(
+        short("fedspine-plus"),
+        depths=Lcd(rule="fixed", fixed=1),
+        importance=Activation(),
+        head_start="random",
+    ),
+    "first legend": short("legend"),  # which probes devices
     "first mergesfl": short("mergesfl"),  # which asks for labels
     "first fedlora": replace(short("fedlora"), head_start="class-means"),
 }
@@ -109,6 +130,12 @@ def rounds(task, tiny_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def cases():
     return []
+
+
+@pytest.fixture(scope="module")
+def reached():
+    """The types of the results."""
+    return set()
 
 
 def results_of(round):
@@ -154,24 +181,51 @@ def test_no_result_ends_a_run_or_changes_more_than_that_its_site_is_left_out(nam
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_no_order_is_more_than_refused_by_a_device(name, rounds, cases):
+def test_no_order_is_more_than_refused_by_a_device(name, rounds, cases, reached):
     here = rounds(name)
     asked = Asked(here.terms, rows=here.rows)
     for number in results_of(here):
         work, order, _ = here.exchanges[number]
         kind = work_kinds(work)[0]
         assert why_unusable(order, kind, asked) is None
+        reached.add(type(here.exchanges[number][2].value))
         for value in mutants(order):
             why = why_unusable(value, kind, asked)
             cases.append(name)
             assert why is None or (why and "\n" not in why and len(why) < 200)
 
 
-def test_these_were_many_cases(cases, request):
+COST = SiteAnswer(
+    result=np.zeros(0, np.uint8), flops=1.0, launches=1, samples=1, peak_memory_bytes=1,
+    epsilon=1.0, noise=1.0,
+)  # fmt: skip
+
+
+def test_no_cost_that_a_site_declares_is_taken_where_it_cannot_be(cases):
+    taken, refused = [], 0
+    for value in mutants(COST):
+        if not conforms(value, SiteAnswer):  # which ends where it is decoded
+            continue
+        cases.append("cost")
+        numbers = [each for each in vars(value).values() if isinstance(each, int | float)]
+        found = FlareSession._taken(None, SimpleNamespace(asks=0), tune_adapter, value)
+        # the result is none, which is said of those whose cost is taken
+        if "its result cannot be used" in found:
+            taken += numbers
+        else:
+            refused += 1
+            assert "its answer cannot be used" in found and len(found) < 200
+    assert refused > 20
+    assert all(math.isfinite(each) and 0 <= each <= 2**76 for each in taken)
+
+
+def test_these_were_many_cases_of_all_results(cases, reached, request):
     ran = {item.name for item in request.session.items}
     if not {f"test_no_order_is_more_than_refused_by_a_device[{name}]" for name in VARIANTS} <= ran:
         pytest.skip("only where all variants run")
     assert len(cases) >= FEWEST_CASES
+    works = {work for method in METHODS for work in works_of(method)}
+    assert reached == {work_kinds(find_work(work))[1] for work in works}
 
 
 # --- replies that once ended a run, or spoilt it without a word ---

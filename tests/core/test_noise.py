@@ -2,8 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from fedspine.core.draws import SecretDraws, SeededDraws
 from fedspine.core.noise import LARGEST, Noise
@@ -51,3 +53,60 @@ def test_what_comes_out_crosses_the_wire():
         {"x": torch.zeros(50)}, {"x": torch.full((50,), LARGEST)}, 1
     )
     assert came["x"].half().isfinite().all()
+
+
+# --- the draws of a real site ---
+
+WORDS = np.array([0, 1, 2**24 + 1, 2**31 - 1, 2**31, 2**32 - 257, 2**32 - 1], np.uint64)
+
+
+def test_every_draw_is_the_exact_one_of_its_bits(monkeypatch):
+    """Box and Muller's in float64, for random bits and all edges. The docstring's bound on the
+    distribution follows: the density is 0.4 at most, and float32 holds each of the two uniform
+    numbers to 2**-24.
+    """
+    some = np.frombuffer(np.random.default_rng(0).bytes(4 * 2**18), "<u4").reshape(2, -1)
+    edges = np.stack([each.ravel() for each in np.meshgrid(WORDS, WORDS)])
+    words = np.concatenate([some, edges], 1).astype("<u4")
+    monkeypatch.setattr(SecretDraws, "_bytes", lambda _, count: words.tobytes()[:count])
+    came = SecretDraws(b"k" * 32).coarse_normal(words.size).reshape(2, -1)
+    uniform = (words[0].astype(np.float32) + np.float32(0.5)).astype(float) / 2**32
+    assert np.abs(uniform - (words[0] + 0.5) / 2**32).max() < 2**-24
+    radius = np.sqrt(-2 * np.log(uniform))
+    angle = words[1].view("<i4") * (np.pi / 2**31)
+    exact = np.stack([radius * np.cos(angle), radius * np.sin(angle)])
+    assert np.abs(came - exact).max() < 2e-6
+    assert 6.7 < np.abs(came).max() < 6.77
+
+
+def test_draws_are_normal_to_five_deviations():
+    draws, counts, whole = SecretDraws(b"k" * 32), np.zeros(5), 2**24
+    for _ in range(8):
+        came = draws.coarse_normal(whole // 8)
+        counts += [np.count_nonzero(np.abs(came) > most) for most in range(1, 6)]
+    expected = whole * 2 * stats.norm.sf(np.arange(1, 6))
+    assert expected[-1] > 9
+    least, most = stats.poisson.interval(1 - 1e-4, expected)
+    assert (least <= counts).all() and (counts <= most).all(), (counts, expected)
+    some, half = came[: 2**19], len(came) // 2
+    # the last of eight calls; Kolmogorov's distribution is beyond 1.95 once in a thousand
+    assert stats.kstest(some, stats.norm.cdf).statistic * len(some) ** 0.5 < 1.95
+    # the two of a pair, of one radius
+    assert abs(np.corrcoef(came[:half], came[half:])[0, 1]) < 4 / half**0.5
+    assert abs(np.corrcoef(came[:half] ** 2, came[half:] ** 2)[0, 1]) < 4 / half**0.5
+
+
+def test_many_tensors_at_a_time_get_what_each_would_alone(monkeypatch):
+    """In the order of their names, however they are stacked and in however many parts."""
+    shapes = [(4, 9), (7, 4), (4, 9), (3,), (2, 3, 3, 3), (7, 4), (), (4, 9), (2, 3, 3, 3)]
+    before = {f"l{place}": torch.randn(shape) for place, shape in enumerate(shapes)}
+    after = {name: tensor + torch.randn(tensor.shape) for name, tensor in before.items()}
+    draws = SeededDraws((7,))
+    alone = {}
+    for name, sent in before.items():
+        alone |= Noise(8.0, draws, 0.3).added({name: sent}, {name: after[name]}, 32)
+    for entries in (1, 50, 2**19):
+        monkeypatch.setattr("fedspine.core.noise.TOGETHER", entries)
+        came = Noise(8.0, SeededDraws((7,)), 0.3).added(before, after, 32)
+        assert list(came) == list(after)
+        assert all(torch.equal(came[name], alone[name]) for name in after), entries

@@ -283,6 +283,9 @@ def test_a_probe_of_time_tells_nothing_that_was_learnt(hostile):
         adapter=lora.adapter, head=lora.head, scale=2.0, lowest=1, tuning=lora.tuning
     )
     assert refused(site.ask(tune_top, order), "allow.fewest_steps")
+    hot = replace(order.tuning, head_learning_rate=1e30, weight_decay=0.0)
+    # whose loss, finite or not, would tell of the rows without noise
+    assert refused(site.ask(probe_top, replace(order, tuning=hot)), "allow.rates")
     came = site.ask(probe_top, order)
     assert came.adapter.keys() == on_blocks(site.base.layout, order.adapter, 1).keys()
     for name, tensor in (came.adapter | came.head).items():

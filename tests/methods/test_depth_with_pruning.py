@@ -14,7 +14,7 @@ from fedspine.core.checks import Asked, Terms, why_unusable
 from fedspine.core.errors import BadInput
 from fedspine.core.message import pack
 from fedspine.lm.distillation import DenseTeacher
-from fedspine.lm.importance_sources import Activation, Magnitude
+from fedspine.lm.importance_sources import Activation, Gradient, Magnitude
 from fedspine.lm.load import load
 from fedspine.lm.lora import a_name, b_name, on_blocks
 from fedspine.lm.structure import sparsity
@@ -120,6 +120,8 @@ def test_orders_and_results_of_another_depth_are_refused(bench, deep):
     asked = Asked(Terms.of(deep), rows=result.examples)
     assert why_unusable(order, DepthSpineOrder, asked) is None
     assert why_unusable(replace(order, lowest=LAYERS), DepthSpineOrder, asked)
+    by_gradients = replace(order, scoring=Gradient().order)
+    assert "gradients" in why_unusable(by_gradients, DepthSpineOrder, asked)
     answered = replace(asked, order=order)
     assert why_unusable(result, SpineResult, answered) is None
     assert why_unusable(replace(result, adapter=order.adapter), SpineResult, answered)

@@ -103,13 +103,10 @@ class Device:
             return values
         return self._noise_of(self._texts_used()).beside(values, one_row)
 
-    def mean_beside(self, mean: float, rows: int, unit: float = 1.0) -> float:
-        """The same of one mean of at least 0 over so many rows, of which each may be `unit` off;
-        one that is not finite stays.
-        """
+    def mean_beside(self, mean: float, one_row: float) -> float:
+        """The same of one mean of at least 0; one that is not finite stays."""
         if self.noise is None or not isfinite(mean):
             return mean
-        one_row = unit / max(1, rows)
         return max(0.0, float(self.beside(torch.tensor([mean]), one_row)))
 
     def counts_beside(self, counts: Int[Tensor, " classes"]) -> Int[Tensor, " classes"]:

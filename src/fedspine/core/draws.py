@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
+PART = 2**13  # draws that are computed at a time, so that they stay in the cache
 STREAM = 104  # the purpose of this stream of a device, which must differ from that of its own
 
 
@@ -26,7 +27,7 @@ class Draws(Protocol):
         ...
 
     def coarse_normal(self, count: int) -> Float[np.ndarray, " count"]:
-        """float32, the same from half as many bits, in a third of the time: for noise of which
+        """float32, the same from half as many bits, in a fifth of the time: for noise of which
         nothing is promised in numbers.
         """
         ...
@@ -71,13 +72,31 @@ class SecretDraws:
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
     def coarse_normal(self, count: int) -> Float[np.ndarray, " count"]:
+        """As `Draws.coarse_normal`: Box and Muller's, from 32 bits for the radius and 32 for the
+        angle, computed in fp32.
+
+        Each draw is within 2e-6 of the exact one of its 32 bits as float32 holds them, whose
+        distribution function is within 2**-23 of the normal one; that of the draws is within 1e-6.
+        None is beyond 6.77, where a normal one is with a probability of 1.3e-11. With fewer bits
+        than a float32 has, values would lie on a grid, by which a guess of what is under the noise
+        could be checked.
+        """
         pairs = -(-count // 2)
-        stream = self._bytes(6 * pairs)
-        words = np.frombuffer(stream, "<u4", pairs).astype(np.float32)
-        uniform = (words + np.float32(0.5)) * np.float32(2.0**-32)  # no radius is beyond 6.8
-        radius = np.sqrt(np.float32(-2) * np.log(uniform))
-        angle = np.frombuffer(stream, "<u2", pairs, 4 * pairs) * np.float32(2 * np.pi / 2**16)
-        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+        words = np.frombuffer(self._bytes(8 * pairs), "<i4").reshape(2, pairs)
+        drawn = np.empty((2, pairs), np.float32)
+        for first in range(0, pairs, PART):
+            part = slice(first, first + PART)
+            uniform = words[0, part].view("<u4").astype(np.float32)
+            uniform += np.float32(0.5)
+            uniform *= np.float32(2.0**-32)
+            radius = np.log(uniform, out=uniform)
+            radius *= np.float32(-2)
+            np.sqrt(radius, out=radius)
+            angle = words[1, part].astype(np.float32)
+            angle *= np.float32(np.pi * 2.0**-31)
+            np.multiply(radius, np.cos(angle), out=drawn[0, part])
+            np.multiply(radius, np.sin(angle), out=drawn[1, part])
+        return drawn.reshape(-1)[:count]
 
     def _bytes(self, count: int) -> bytes:
         self._calls += 1

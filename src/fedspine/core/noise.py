@@ -3,7 +3,7 @@ changes, and on a clipped update.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +18,10 @@ from fedspine.core.privacy import Guard
 ROWS = 32  # rows behind an answer at which its noise has the full share
 LARGEST = float(torch.finfo(torch.float16).max)  # the largest value that can be sent
 PLAIN_ANSWERS = 2.0  # default number about the same 32 rows, after which noise grows
+# nats that a label's loss counts for at most in what leaves with noise: else weights that make the
+# loss of some rows huge would tell their number through any noise
+MOST_LOSS = 4.0
+TOGETHER = 2**19  # entries of weights that get their noise together
 COUNTED = "answers"  # key of a device's memory: its number of answers about each text
 
 
@@ -115,17 +119,28 @@ class Noise:
         Change and noise are scaled by `weight`; other names are not changed.
         """
         share, released = self.share_of(rows), dict(after)
-        for name, sent in before.items():
-            if not after[name].numel():
-                continue
-            change = after[name] - sent
-            noisy = coarse_noise_like(change, self.draws).mul_(_sizes(change, share))
-            if self.weight == 1:
-                noisy.add_(after[name])
-            else:
-                noisy.add_(change).mul_(self.weight).add_(sent)
-            released[name] = noisy.clamp_(-LARGEST, LARGEST)
+        for names in _parts([name for name in before if after[name].numel()], after):
+            count = sum(after[name].numel() for name in names)
+            drawn = torch.from_numpy(self.draws.coarse_normal(count))
+            noise = dict(
+                zip(names, drawn.split([after[name].numel() for name in names]), strict=True)
+            )
+            for alike in _alike(names, before, after):
+                stacked = [torch.stack([each[name] for name in alike]) for each in (before, after)]
+                drawn = torch.stack([noise[name] for name in alike]).view(stacked[0].shape)
+                noisy = self._with_noise(*stacked, drawn.to(stacked[0].device), share)
+                released |= zip(alike, noisy.unbind(), strict=True)
         return released
+
+    def _with_noise(self, sent: Tensor, trained: Tensor, drawn: Tensor, share: float) -> Tensor:
+        """`trained` with noise, of weights of one shape in a stack; uses `drawn` up."""
+        change = trained - sent
+        drawn.mul_(_sizes(change, share))
+        if self.weight == 1:
+            drawn.add_(trained)
+        else:
+            drawn.add_(change).mul_(self.weight).add_(sent)
+        return drawn.clamp_(-LARGEST, LARGEST)
 
 
 @runtime_checkable
@@ -179,16 +194,42 @@ class GrowingNoise:
         return Noise(self.share * larger, self.draws(answers), larger**-2.0)
 
 
-def _sizes(change: Tensor, share: float) -> Tensor:
+def _parts(names: list[str], tensors: Tensors) -> Iterator[list[str]]:
+    """The names in turn, in parts of about `TOGETHER` entries: few calls for many small tensors,
+    and little memory beside large ones.
+    """
+    part: list[str] = []
+    entries = 0
+    for name in names:
+        part.append(name)
+        entries += tensors[name].numel()
+        if entries >= TOGETHER:
+            yield part
+            part, entries = [], 0
+    if part:
+        yield part
+
+
+def _alike(names: list[str], before: Tensors, after: Tensors) -> Iterable[list[str]]:
+    """The names of tensors that can be stacked."""
+    groups: dict[Any, list[str]] = {}
+    for name in names:
+        kind = (after[name].shape, after[name].dtype, before[name].dtype, after[name].device)
+        groups.setdefault(kind, []).append(name)
+    return groups.values()
+
+
+def _sizes(changes: Tensor, share: float) -> Tensor:
     """`share` times the root mean square of each entry's row or column, whichever is larger, fp32
-    in the shape of `change`; for a vector, that of all entries, [].
+    in the shape of `changes`, which is a stack; for vectors, that of all entries of each.
 
     An order that trains only a few rows of a factor concentrates the change there, so these rows
     would stand out from noise scaled by the mean of the whole tensor.
     """
-    power = change.float().square()
-    if change.dim() < 2:
-        return share * power.mean().sqrt()
-    flat = power.flatten(1)
-    by_row, by_column = (flat.mean(dim, keepdim=True).sqrt().mul_(share) for dim in (1, 0))
-    return torch.maximum(by_row, by_column).view(change.shape)
+    power = changes.float().square()
+    if changes.dim() < 3:
+        flat = power.view(len(power), -1).mean(1).sqrt().mul_(share)
+        return flat.view(-1, *[1] * (changes.dim() - 1))
+    flat = power.flatten(2)
+    by_row, by_column = (flat.mean(dim, keepdim=True).sqrt().mul_(share) for dim in (2, 1))
+    return torch.maximum(by_row, by_column).view(changes.shape)

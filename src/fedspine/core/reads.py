@@ -90,6 +90,18 @@ def lasting(steps: int, forgotten: float) -> int:
     return max(1, min(steps, round(min(1 / forgotten, 1e9)))) if forgotten < 1 else 1
 
 
+def largest_share(texts: Sequence[np.ndarray], counts: Sequence[np.ndarray]) -> float:
+    """The largest share that one text has in the mean of the means of some steps, of which each is
+    over so many labels of each of its rows.
+
+    >>> largest_share([np.array([7, 8]), np.array([8, 9])], [np.array([1, 1]), np.array([3, 1])])
+    0.625
+    """
+    _, place = np.unique(np.concatenate(texts), return_inverse=True)
+    shares = np.concatenate([each / each.sum() for each in counts])
+    return float(np.bincount(place, shares).max()) / len(texts)
+
+
 def last_steps(rows: Sequence[np.ndarray], least: int, fewest: int) -> int:
     """How many of the last steps, with these rows each, a mean has to be over: `least`, and more
     where those have fewer than `fewest` distinct rows; all where there are too few in all.

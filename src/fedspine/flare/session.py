@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fedspine.core.aggregation import Aggregation, Mean
-from fedspine.core.checks import MOST_ROWS, MOST_WHOLE, short
+from fedspine.core.checks import MOST_FLOAT, MOST_ROWS, MOST_WHOLE, short
 from fedspine.core.device import DeviceId, Work, name_of
 from fedspine.core.fleet import Cost
 from fedspine.core.message import NotAMessage, pack
@@ -136,6 +136,8 @@ class FlareSession:
         return "could not be opened"
 
     def _taken(self, site: SiteState, work: Work[Any, Any], reply: SiteAnswer) -> Any:
+        if why := false_cost(reply):
+            return f"its answer cannot be used: {why}"
         try:
             value = decoded(reply.result, work_kinds(work)[1])
         except NotAMessage as error:
@@ -249,6 +251,18 @@ def false_count(opened: Opened) -> str | None:
         if not 1 <= getattr(opened, name) <= most:
             got = short(getattr(opened, name))
             return f"it declares {name} of {got}, but 1 to {most} was expected"
+    return None
+
+
+def false_cost(answer: SiteAnswer) -> str | None:
+    """What is wrong with the numbers of an answer beside its result, None where nothing is. Methods
+    plan by them, and records hold them.
+    """
+    for name, came in vars(answer).items():
+        if isinstance(came, int | float):
+            most = MOST_WHOLE if isinstance(came, int) else MOST_FLOAT
+            if not 0 <= came <= most:  # nor for nan
+                return f"{name} is {short(came)}, but 0 to {short(most)} was expected"
     return None
 
 

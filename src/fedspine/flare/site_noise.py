@@ -44,12 +44,13 @@ def site_noise(
     `texts` are the names of all texts of the site.
 
     The draws depend on the site's `secret`, with which the answer can be replayed, and on all that
-    the answer depends on, but not on the run that asks. If the secret is empty, the site's key
-    replaces it.
+    the answer depends on, the site's terms among it, but not on the run that asks. If the secret is
+    empty, the site's key replaces it.
     """
     if not allow.noise:
         return None
-    asked = hashlib.sha256(b"noise" + asked_sha256("", opened, call)).digest()
+    terms = allow.model_dump_json().encode()  # once changed, another share of the same would tell
+    asked = hashlib.sha256(b"noise" + asked_sha256("", opened, call) + terms).digest()
     own = secret or key(folder / FOLDER)
 
     def draws(answers: float) -> SecretDraws:

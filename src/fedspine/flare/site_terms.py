@@ -101,10 +101,12 @@ def check_order(site: str, allow: AllowSection, terms: RunTerms, order: Any) -> 
         _check_part(site, allow, terms, reads)
 
 
-def check_training(site: str, allow: AllowSection, order: Any) -> None:
-    """Raise Refused if `site` does not allow how this order trains what would leave for it."""
+def check_training(site: str, allow: AllowSection, order: Any, *, learnt: bool = True) -> None:
+    """Raise Refused if `site` does not allow how this order trains what would leave for it; unless
+    weights are `learnt`, only a loss leaves, which may be of few steps.
+    """
     for reads in reads_of(order):
-        _check_training(site, allow, reads)
+        _check_training(site, allow, reads, learnt)
 
 
 def check_used(site: str, allow: AllowSection, rows: int) -> None:
@@ -152,12 +154,12 @@ def _shown(reads: Reads) -> int:
     return reads.steps if reads.lasting is None else min(reads.lasting, reads.steps)
 
 
-def _check_training(site: str, allow: AllowSection, reads: Reads) -> None:
+def _check_training(site: str, allow: AllowSection, reads: Reads, learnt: bool = True) -> None:
     """What makes a step show the gradient and not its signs, or one part of the rows alone."""
     if (how := reads.descent) is None:
         return
     what = "steps behind an answer"
-    require(site, "fewest_steps", _shown(reads), what, least=allow.fewest_steps)
+    require(site, "fewest_steps", _shown(reads), what, least=allow.fewest_steps if learnt else 1)
     if how.kind not in allow.optimisers:
         line = (
             f"the optimiser {how.kind[:20]!r} is not among allow.optimisers of its {SITE_FILE} "

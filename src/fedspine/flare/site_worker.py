@@ -227,8 +227,7 @@ class SiteWorker:
         its numbers are sound, and no row is read.
         """
         site, allow = self._site.name, self._site.allow
-        if returns_learnt(work):
-            check_training(site, allow, order)
+        check_training(site, allow, order, learnt=returns_learnt(work))
         check_magnitudes(site, allow, order, here.holding.base)
 
     def _check_rate(self) -> None:

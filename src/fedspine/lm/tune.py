@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from fedspine.core.device import Device
 from fedspine.core.message import Tensors
-from fedspine.core.noise import noise_like, noisy_update
+from fedspine.core.noise import MOST_LOSS, noise_like, noisy_update
 from fedspine.core.privacy import Guard
-from fedspine.core.reads import last_steps
+from fedspine.core.reads import largest_share, last_steps
 from fedspine.core.task import IGNORED, Examples
 from fedspine.core.tensors import moved
 from fedspine.lm.attention import module_inputs
@@ -207,6 +207,7 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
     widths: list[list[int]] = [[] for _ in requests]
     counted: list[list[np.ndarray]] = [[] for _ in requests]
     known = [request.scores for request in requests]
+    noisy = lead.device.noise is not None
     stored = nullcontext() if lead.quantised is None else Stored(base, lead.quantised)
     with teachers, stored, ImportanceTracker(stack, scoring, known) as tracker:
         for step, rows in enumerate(zip(*plans, strict=True)):
@@ -224,8 +225,14 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
                 )
             tracker.before_forward(step, inputs["attention_mask"])
             logits = logits_of(module, inputs)
-            loss = cross_entropies(logits, inputs["labels"], len(requests))
+            every = label_losses(logits, inputs["labels"])
+            loss = mean_losses(every, inputs["labels"], len(requests))
             losses.append(loss.detach())
+            if noisy:
+                shown = mean_losses(
+                    every.detach().clamp(max=MOST_LOSS), inputs["labels"], len(requests)
+                )
+                losses[-1] = torch.where(loss.isfinite(), shown, losses[-1])
             if alone and not torch.isfinite(loss):
                 break
             penalties = [
@@ -296,8 +303,11 @@ def _ended(losses: list[float], counted: list[np.ndarray], device: Device) -> fl
         return 0.0
     texts = [device.data.texts_of(rows) for _, rows in counting]
     last = last_steps(texts, LAST, device.fewest_rows)
-    behind = len(np.unique(np.concatenate(texts[-last:])))
-    return device.mean_beside(float(np.mean([loss for loss, _ in counting][-last:])), behind)
+    mean = float(np.mean([loss for loss, _ in counting][-last:]))
+    if device.noise is None or not np.isfinite(mean):
+        return mean
+    labels = [device.data.predicted(rows) for _, rows in counting[-last:]]
+    return device.mean_beside(mean, MOST_LOSS * largest_share(texts[-last:], labels))
 
 
 def _prefix(request: Request, first: int) -> Tensor | None:
@@ -320,7 +330,8 @@ def losses_of(module: nn.Module, inputs: Tensors, models: int) -> Float[Tensor, 
 
     0 for a model of whose labels none counts, such as rows of one token.
     """
-    return cross_entropies(logits_of(module, inputs), inputs["labels"], models)
+    every = label_losses(logits_of(module, inputs), inputs["labels"])
+    return mean_losses(every, inputs["labels"], models)
 
 
 def logits_of(module: nn.Module, inputs: Tensors) -> Tensor:
@@ -328,16 +339,25 @@ def logits_of(module: nn.Module, inputs: Tensors) -> Tensor:
     return module(**module_inputs(inputs)).logits
 
 
-def cross_entropies(logits: Tensor, labels: Tensor, models: int) -> Float[Tensor, " models"]:
-    """The same, of logits."""
+def label_losses(logits: Tensor, labels: Tensor) -> Float[Tensor, " labels"]:
+    """The cross-entropy of each label, 0 of one that does not count."""
     if labels.dim() == 2:
-        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    losses = nn.functional.cross_entropy(
-        logits.float(), labels, ignore_index=IGNORED, reduction="none"
+        logits = logits[:, :-1].flatten(0, 1)
+    return nn.functional.cross_entropy(
+        logits.float(), _predicted(labels), ignore_index=IGNORED, reduction="none"
     )
-    each = (models, len(labels) // models)
-    counted = (labels != IGNORED).view(each).sum(1)
+
+
+def mean_losses(losses: Tensor, labels: Tensor, models: int) -> Float[Tensor, " models"]:
+    """The mean of each model's own over the labels that count."""
+    each = (models, len(losses) // models)
+    counted = (_predicted(labels) != IGNORED).view(each).sum(1)
     return losses.view(each).sum(1) / counted.clamp(min=1)
+
+
+def _predicted(labels: Tensor) -> Tensor:
+    """Labels as predictions: of texts of each token but the first."""
+    return labels[:, 1:].flatten() if labels.dim() == 2 else labels
 
 
 def batches(data: Examples, tuning: Tuning, rng: np.random.Generator) -> Iterator[np.ndarray]:

@@ -89,6 +89,8 @@ def score_branches(device: Device, order: TrialOrder) -> TrialResult:
     chosen = device.rng.permutation(len(device.data))[: order.rows]
     device.uses(chosen)
     data, accuracies, tokens, squared = device.data.take(chosen), {}, 0, 0
+    # the same model in all branches tells no more than in one
+    one_row = len(order.adapters) ** 0.5 / max(1, device.rows_used)
     for branch, adapter in order.adapters.items():
         model = Model(
             structure=full(base.layout),
@@ -97,7 +99,7 @@ def score_branches(device: Device, order: TrialOrder) -> TrialResult:
             scale=order.scale,
         )
         found = score(base, model, data)
-        accuracy = device.mean_beside(found.correct / max(1, found.count), device.rows_used)
+        accuracy = device.mean_beside(found.correct / max(1, found.count), one_row)
         accuracies[branch] = min(1.0, accuracy)
         for rows in data.batches_by_length(BATCH):
             tokens += len(rows) * data.width(rows)

@@ -24,7 +24,7 @@ from fedspine.core.tensors import half, single
 from fedspine.lm.base import Model
 from fedspine.lm.lora import a_name, b_name, check_depth, check_rank, fresh_a, is_a
 from fedspine.lm.prunable_layout import PrunableLayout
-from fedspine.lm.received import check_b, check_head, check_loss
+from fedspine.lm.received import check_b, check_head, check_loss, check_settings
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
 from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
@@ -44,6 +44,7 @@ class FfaOrder:
 
     def check(self, asked: Asked) -> None:
         """B factors of one rank of some of the model's layers, and its head."""
+        check_settings(seed=self.seed)
         check_b(self.adapter, asked.base.layout)
         check_head(self.head, asked)
 

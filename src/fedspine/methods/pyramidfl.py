@@ -27,10 +27,13 @@ from fedspine.core.fleet import Fleet, Profile, Reply
 from fedspine.core.merging import Weighted, combined
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, usable
+from fedspine.core.noise import MOST_LOSS
+from fedspine.core.reads import largest_share
 from fedspine.core.task import Task
 from fedspine.core.tensors import single
 from fedspine.lm.received import check_loss, check_settings
 from fedspine.split.whole_model import (
+    LocalResult,
     Training,
     WholeModelTraining,
     check_sent,
@@ -91,18 +94,25 @@ def train_and_thin(device: Device, order: PyramidOrder) -> PyramidResult:
     result = train_whole(device, before, order.training)
     change = {name: result.weights[name] - tensor for name, tensor in before.items()}
     seed = int(device.rng.integers(2**31))
-    losses = np.concatenate(result.losses)
-    squared = float(np.mean(losses**2)) if len(losses) else 0.0  # no label counted
-    root = device.mean_beside(float(np.sqrt(squared)), device.rows_used)
+    root = np.sqrt(_mean_square(device, result))
     update = {name: tensor[kept(seed, name, tensor, order.drop)] for name, tensor in change.items()}
     return PyramidResult(
         update=wired(update, order.precision),  # type: ignore[arg-type]
         seed=seed,
         loss=result.ended,
-        reward=len(device.data) * root,
+        reward=len(device.data) * float(root),
         norm=float(torch.stack([tensor.square().sum() for tensor in change.values()]).sum().sqrt()),
         examples=len(device.data),
     )
+
+
+def _mean_square(device: Device, result: LocalResult) -> float:
+    """Of all rows' losses, with the device's noise; of a root one row could change far more."""
+    if not result.losses:  # no label counted
+        return 0.0
+    texts = np.concatenate(result.texts)
+    one_row = MOST_LOSS**2 * largest_share([texts], [np.ones(len(texts))])
+    return device.mean_beside(float(np.mean(np.concatenate(result.losses) ** 2)), one_row)
 
 
 def kept(seed: int, name: str, tensor: torch.Tensor, drop: float) -> torch.Tensor:

@@ -23,6 +23,7 @@ from fedspine.lm.base import Model
 from fedspine.lm.distillation import Taught, Teacher, Teaching
 from fedspine.lm.importance import Scores, ballot, mixed, no_scores, on_wire
 from fedspine.lm.importance_sources import ScoringOrder, remembered, tune_and_score
+from fedspine.lm.importance_tracker import Scoring
 from fedspine.lm.lora import on_blocks
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import (
@@ -131,6 +132,8 @@ class DepthSpineOrder(SpineOrder):
     def check(self, asked: Asked) -> None:
         super().check(asked)
         within("lowest", self.lowest, 0, asked.base.layout.layers - 1)
+        tells = not isinstance(self.scoring, Scoring) or self.scoring.of == "activation"
+        need(tells or not self.lowest, "gradients tell nothing of blocks that are not trained")
 
 
 def _lowest(order: SpineOrder | None) -> int:
@@ -209,10 +212,11 @@ class SpineResult:
 @on_device
 def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
     layout, known = device.base.layout, device.memory.get("scores")
+    shown = device.memory.get("shown", known)
     kept: Structure = device.memory.get("kept", order.structure)
-    votes = known
+    votes = shown
     if order.scores is not None:  # a newcomer has no scores of its own, so the fleet's are its own
-        votes = mixed(known or order.scores, order.scores, order.global_importance_weight)
+        votes = mixed(shown or order.scores, order.scores, order.global_importance_weight)
     if votes is not None and order.sparsity > 0:  # nothing is pruned before its importance is known
         kept = shrink(
             layout,
@@ -232,6 +236,10 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
         device.memory["teacher"] = trace.model
     loss_before = device.memory.get("loss")
     device.memory |= {"kept": kept, "scores": trace.scores}
+    shown = _beside(device, trace.scores or no_scores(layout))
+    # what is pruned follows from what has left, and tells no more
+    if device.noise is not None and trace.scores is not None:
+        device.memory["shown"] = shown
     if isfinite(trace.loss):
         device.memory["loss"] = trace.loss
     return SpineResult(
@@ -239,7 +247,7 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
         adapter=half(on_blocks(layout, trace.model.adapter, lowest)),
         head=half(trace.model.head),
         structure=kept,
-        scores=ballot(_beside(device, trace.scores or no_scores(layout)), kept),
+        scores=ballot(shown, kept),
         loss=trace.loss,
         loss_before=loss_before,
         examples=len(device.data),

@@ -16,7 +16,8 @@ from fedspine.core.checks import Asked, need
 from fedspine.core.device import Device
 from fedspine.core.fleet import Fleet, NoMemory, Profile
 from fedspine.core.message import Tensors, message
-from fedspine.core.reads import Descent, Reads, last_steps, lasting
+from fedspine.core.noise import MOST_LOSS
+from fedspine.core.reads import Descent, Reads, largest_share, last_steps, lasting
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, moved, single
 from fedspine.split.batches import rows_at
@@ -82,7 +83,9 @@ class LocalResult:
     """
 
     weights: Tensors
-    losses: tuple[np.ndarray, ...]  # one for each step, [rows of which a label counted]
+    # one for each step, [rows of which a label counted]; with noise `MOST_LOSS` at most
+    losses: tuple[np.ndarray, ...]
+    texts: tuple[np.ndarray, ...]  # of these rows
     # the mean of the last steps' mean losses, in nats, with the device's noise; not finite where
     # one of them is not, 0 where no label counted
     ended: float
@@ -109,7 +112,7 @@ def train_whole(device: Device, weights: Tensors, training: Training) -> LocalRe
         found = split_model.server_forward(under.weights, features, batch["labels"], seed=drawn[1])
         labelled = found.counted > 0
         mean = (found.total[labelled] / found.counted[labelled]).detach()
-        losses.append(mean.cpu().double().numpy())
+        losses.append(_shown(device, mean.cpu().double().numpy()))
         if len(losses[-1]):
             counted.append(device.data.texts_of(rows[labelled.cpu().numpy()]))
         sizes.append(len(rows))
@@ -124,7 +127,8 @@ def train_whole(device: Device, weights: Tensors, training: Training) -> LocalRe
     sent = {n: t for n, t in single(weights).items() if n not in split_model.statistics}
     return LocalResult(
         weights=device.released(sent, trained),
-        losses=tuple(losses),
+        losses=tuple(each for each in losses if len(each)),
+        texts=tuple(counted),
         ended=_ended(device, [float(each.mean()) for each in losses if len(each)], counted),
     )
 
@@ -133,8 +137,16 @@ def _ended(device: Device, losses: Sequence[float], counted: Sequence[np.ndarray
     if not losses:
         return 0.0
     last = last_steps(counted, LAST, device.fewest_rows)
-    behind = len(np.unique(np.concatenate(counted[-last:])))
-    return device.mean_beside(float(np.mean(losses[-last:])), behind)
+    rows = [np.ones(len(texts)) for texts in counted[-last:]]
+    one_row = MOST_LOSS * largest_share(counted[-last:], rows)
+    return device.mean_beside(float(np.mean(losses[-last:])), one_row)
+
+
+def _shown(device: Device, losses: np.ndarray) -> np.ndarray:
+    """Rows' losses as they count in what leaves."""
+    if device.noise is None:
+        return losses
+    return np.where(np.isfinite(losses), np.minimum(losses, MOST_LOSS), losses)
 
 
 def _account(
