@@ -75,6 +75,7 @@ def test_an_export_has_the_expanded_weights(ground, tmp_path):
     export_model(ground / "few", device="dense", format="hf", to=tmp_path / "hf")
     assert "had 4 bits and are expanded here" in (tmp_path / "hf" / "README.md").read_text()
     base = open_run(ground / "few").base
+    assert base.layout.held_bits == 4
     loaded = load_model(tmp_path / "hf").module.state_dict()
     for site in base.layout.sites:
         # nothing but the adapter, of rank 4 at most, was added to them
