@@ -223,9 +223,16 @@ class QuantisedLayout(PrunableLayout):
 
 
 def held_in(layout: PrunableLayout, bits: int | None) -> PrunableLayout:
-    """The layout of the same model with frozen weights of so many bits; None: as it is."""
+    """The layout of the same model with frozen weights of so many bits; None: as it is. Raises
+    BadInput for an odd width.
+    """
     if bits is None:
         return layout
+    if layout.width % 2:  # two codes of 4 bits share a byte
+        raise BadInput(
+            f"the model's width is {layout.width}, and quantised weights need an even one; leave "
+            "run.frozen_bits out"
+        )
     return QuantisedLayout(**{f.name: getattr(layout, f.name) for f in fields(layout)}, bits=bits)
 
 

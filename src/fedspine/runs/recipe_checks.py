@@ -94,7 +94,7 @@ def check_frozen_bits(run: RunSection, task: TaskSection, method: Any) -> None:
     ]
     raise BadInput(
         f"run.frozen_bits is {run.frozen_bits}, but {method.name} does not keep the whole model "
-        f"frozen below adapters; leave it out, or choose one of {', '.join(able)}"
+        f"frozen below adapters; leave it out, or choose one of {listed(able)}"
     )
 
 
