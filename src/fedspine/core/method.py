@@ -147,6 +147,7 @@ def method(
     robust: bool = False,
     server_optimiser: bool = False,
     same_shapes: bool = False,
+    changes_base: bool = False,
 ) -> Callable[[type[T]], type[T]]:
     """Register a method class under the name that recipes use.
 
@@ -159,6 +160,9 @@ def method(
     `server_optimiser` says that all that it merges moves as `fleet.server` says, which
     `core.merging` sees to; `same_shapes`, that a device trains tensors of the same names, shapes
     and meaning whenever it is asked, so that it can keep something about each of their entries.
+
+    `changes_base` says that a method that tunes adapters also changes the weights below them, which
+    therefore cannot be held quantised (`run.frozen_bits`).
 
     A method that can train nets on arrays says so by `models: ClassVar = ("transformer", "net")`;
     the others know transformers only, and a recipe that gives them a net is refused. Likewise
@@ -191,6 +195,7 @@ def method(
         cls.robust = robust  # type: ignore[attr-defined]
         cls.server_optimiser = server_optimiser  # type: ignore[attr-defined]
         cls.same_shapes = same_shapes  # type: ignore[attr-defined]
+        cls.changes_base = changes_base  # type: ignore[attr-defined]
         if "models" not in vars(cls):
             cls.models = ("transformer",)  # type: ignore[attr-defined]
         if "privacy" not in vars(cls):  # not what it extends: a method says so itself

@@ -39,12 +39,13 @@ AUTO: dict[Pooling | None, str] = {  # PEFT's class for each readout
 @dataclass(frozen=True)
 class Origin:
     """The base that a run started from: its folder, file or Hub id, and whether the run kept only
-    its first blocks, or only some of its tokens.
+    its first blocks, or only some of its tokens, or its weights in fewer bits.
     """
 
     name: str
     cut: bool
     fewer_tokens: bool = False  # whether it kept a part of its vocabulary
+    bits: int | None = None  # of the blocks' weights, where the run held them quantised
 
     @property
     def dequantised(self) -> bool:
@@ -118,6 +119,12 @@ def _check(folder: Path, model: Model, origin: Origin, with_base: bool) -> None:
             f"{origin.name} is a quantised file, onto which PEFT cannot load an adapter; add "
             "--with-base to write the dequantised base, too, or use --format hf for the merged "
             "model"
+        )
+    if origin.bits is not None:
+        raise BadInput(
+            f"this run held the weights of {origin.name} in {origin.bits} bits (run.frozen_bits), "
+            "so its adapter belongs to what these expand to; add --with-base to write that base, "
+            "too, or take --format hf for the merged model"
         )
     if origin.fewer_tokens:
         raise BadInput(

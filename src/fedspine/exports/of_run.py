@@ -127,7 +127,8 @@ def export_model(
         from fedspine.exports.adapter import Origin, export_adapter
 
         of_fewer = run.record.layers is not None, run.vocabulary is not None
-        origin = Origin(base or run.record.model, *of_fewer)
+        bits = run.recipe.run.frozen_bits
+        origin = Origin(base or run.record.model, *of_fewer, bits)
         described = {"origin": origin, "with_base": with_base, **_card_of(run, device)}
         export_adapter(run.base, model, run.tokenizer, to, **described, parity_check=check)
     elif other is not None:
@@ -152,6 +153,8 @@ def _card_of(run: RunModel, device: str) -> dict[str, Any]:
     """The facts on this model that every export records."""
     recipe = run.recipe
     method = f"{recipe.method.name}, {recipe.run.rounds} rounds over {recipe.fleet.devices} devices"
+    if (bits := recipe.run.frozen_bits) is not None:
+        method += f"; the blocks' frozen weights had {bits} bits and are expanded here"
     return {
         "labels": run.record.classes,
         "kind": run.record.kind,

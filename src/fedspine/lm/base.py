@@ -19,9 +19,10 @@ from fedspine.core.message import Tensors, message
 from fedspine.core.tensors import moved, padded
 from fedspine.lm.attention import module_inputs
 from fedspine.lm.digest import tensors_sha256
+from fedspine.lm.frozen import Frozen, QuantisedWeight, expanded, quantised
 from fedspine.lm.lora import AdaptedLinear, a_name, b_name, w_name
 from fedspine.lm.pooling import Pooling, reading
-from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite, unit_map
+from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite, QuantisedLayout, unit_map
 from fedspine.lm.structure import Structure, cut, is_full, kept_columns, kept_rows, key_of
 
 SLICED = 2  # structures whose slices are kept: what is trained, and what was scored in between
@@ -60,7 +61,8 @@ class Base:
     """A frozen transformer for one task, in one precision.
 
     Use `skeleton` only through `fit`. `weights_sha256` is of the module as it came, so it is the
-    same in every precision; it is given where the module has no weights (`lm.weightless`).
+    same in every precision; it is given where the module has no weights (`lm.weightless`). A
+    `QuantisedLayout` says that the blocks' weights are held quantised.
     """
 
     def __init__(
@@ -77,29 +79,36 @@ class Base:
         self.weights_sha256 = (
             _weights_sha256(module, head) if weights_sha256 is None else weights_sha256
         )
-        self.skeleton = module.eval().requires_grad_(False).to(precision)
+        self.skeleton = module.eval().requires_grad_(False)
         self.config = module.config
         self.config.use_cache = False  # nothing here generates token by token
-        self.weights: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.weights: dict[str, tuple[Frozen, Tensor | None]] = {}
         self._linears: dict[str, AdaptedLinear] = {}
         self.split_models: dict[Any, Any] = {}  # kept by `split.cut`
-        self._slices: OrderedDict[bytes, dict[str, tuple[Tensor, Tensor | None]]] = OrderedDict()
+        self._slices: OrderedDict[bytes, dict[str, tuple[Frozen, Tensor | None]]] = OrderedDict()
         for site in layout.sites:
             linear = module.get_submodule(site.path)
             self.weights[site.path] = (
-                linear.weight.data,
-                None if linear.bias is None else linear.bias.data,
+                self._held(linear.weight.data, site),
+                None if linear.bias is None else linear.bias.data.to(precision),
             )
             self._linears[site.path] = AdaptedLinear(*self.weights[site.path])
         for layer in head:
             self._linears[layer.path] = AdaptedLinear(layer.weight, layer.bias)
         for path, linear in self._linears.items():
             module.set_submodule(path, linear)
+        module.to(precision)
         self._readout = reading(module, pooling)
         backbone, names = module.get_submodule(layout.prefix), unit_map(layout.architecture)
         self._embeddings = backbone.get_submodule(names.embeddings)
         self._blocks = list(backbone.get_submodule(names.layers))
         self.embeddings = self._parameters_left()
+
+    def _held(self, weight: Tensor, site: PrunableSite) -> Frozen:
+        """A weight as devices hold it; one without values stays as it is."""
+        if isinstance(self.layout, QuantisedLayout) and not weight.is_meta:
+            return quantised(weight, site, self.layout, self.precision)
+        return weight.to(self.precision)
 
     def _parameters_left(self) -> int:
         """Parameters of embeddings and norms: all that neither pruning nor the head's training
@@ -175,9 +184,9 @@ class Base:
             weight, bias = slices[site.path]
             a, b = model.adapter.get(a_name(site.path)), model.adapter.get(b_name(site.path))
             if merge and a is not None and b is not None:
-                weight = torch.addmm(weight.float(), b.float(), a.float(), alpha=model.scale).to(
-                    weight.dtype
-                )
+                whole = expanded(weight)
+                merged = torch.addmm(whole.float(), b.float(), a.float(), alpha=model.scale)
+                weight = merged.to(whole.dtype)
                 a = b = None
             self._linears[site.path].put(weight, bias, a, b, model.scale)
         return self._with_head(model.head)
@@ -196,7 +205,7 @@ class Base:
         for site in self.layout.sites:
             weight, bias = slices[0][site.path]
             if not shared:
-                weight = padded([each[site.path][0] for each in slices])
+                weight = padded([expanded(each[site.path][0]) for each in slices])
                 bias = None if bias is None else padded([each[site.path][1] for each in slices])
             a, b = adapter.get(a_name(site.path)), adapter.get(b_name(site.path))
             self._linears[site.path].put(weight, bias, a, b, scale)
@@ -209,8 +218,9 @@ class Base:
         for site in self.layout.sites:
             linear, extra = self._linears[site.path], change.get(w_name(site.path))
             if extra is not None:
-                added = extra.to(linear.weight.device).float()
-                linear.weight = linear.weight.float().add(added, alpha=scale).to(self.precision)
+                whole = expanded(linear.weight)
+                added = extra.to(whole.device).float()
+                linear.weight = whole.float().add(added, alpha=scale).to(self.precision)
 
     def whole_skeleton(self) -> nn.Module:
         """The skeleton with all its parts put back, some of which `through` and `start_at` take
@@ -293,17 +303,18 @@ class Base:
         for i, block in enumerate(blocks):
             places[i] = block
 
-    def fitted_weights(self) -> Tensors:
+    def fitted_weights(self) -> dict[str, Frozen]:
         """The weights of all sites, by path, as they were last fitted: stacked where several models
-        were.
+        were, quantised where they are held so.
         """
         return {site.path: self._linears[site.path].weight for site in self.layout.sites}
 
     def slice(self, path: str, structure: Structure) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of one site, physically cut to `structure`."""
-        return self._sliced(structure)[path]
+        """Weight and bias of one site, physically cut to `structure`; a quantised one expanded."""
+        weight, bias = self._sliced(structure)[path]
+        return expanded(weight), bias
 
-    def _sliced(self, structure: Structure) -> dict[str, tuple[Tensor, Tensor | None]]:
+    def _sliced(self, structure: Structure) -> dict[str, tuple[Frozen, Tensor | None]]:
         """Weight and bias of every site cut to `structure`; those of the last few structures are
         kept.
         """
@@ -318,10 +329,13 @@ class Base:
             self._slices.popitem(last=False)
         return slices
 
-    def _cut(self, site: PrunableSite, structure: Structure) -> tuple[Tensor, Tensor | None]:
+    def _cut(self, site: PrunableSite, structure: Structure) -> tuple[Frozen, Tensor | None]:
         weight, bias = self.weights[site.path]
         rows, columns = kept_rows(site, structure), kept_columns(site, structure)
-        return cut(cut(weight, rows, 0), columns, 1), None if bias is None else cut(bias, rows, 0)
+        bias = None if bias is None else cut(bias, rows, 0)
+        if isinstance(weight, QuantisedWeight):
+            return weight.cut(rows if columns is None else columns), bias
+        return cut(cut(weight, rows, 0), columns, 1), bias
 
 
 def _of_tokens(module: nn.Module) -> list[nn.Module]:
@@ -367,24 +381,3 @@ class _Tap(_Passing):
     def watch(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Record the output of the last block, which no block follows."""
         self.seen = output
-
-
-def line_energy(base: Base) -> Tensors:
-    """Squared norms of the rows (or columns, where those are cut) of every site's unpruned weight,
-    by path.
-    """
-    return {
-        site.path: base.weights[site.path][0].float().square().sum(1 if site.row_units else 0).cpu()
-        for site in base.layout.sites
-    }
-
-
-def site_norms(
-    layout: PrunableLayout, energy: Tensors, structure: Structure
-) -> Float[Tensor, " sites"]:
-    """Frobenius norm of every site's weight cut to `structure`, from `line_energy`."""
-    sums = []
-    for site in layout.sites:
-        kept = kept_rows(site, structure) if site.row_units else kept_columns(site, structure)
-        sums.append(energy[site.path][kept].sum())
-    return torch.stack(sums).sqrt()

@@ -9,6 +9,7 @@ import torch
 from fedspine.core.message import pack
 from fedspine.lm.base import Base
 from fedspine.lm.dialogues import PLAIN, template_of
+from fedspine.lm.frozen import expanded
 from fedspine.lm.tokens import written
 
 
@@ -28,7 +29,9 @@ def content_sha256(base: Base, tokenizer: Any) -> str:
     }
     tensors = dict(base.whole_skeleton().state_dict())
     for path, (weight, bias) in base.weights.items():
-        tensors |= {f"{path}.weight": weight} | ({} if bias is None else {f"{path}.bias": bias})
+        tensors |= {f"{path}.weight": expanded(weight)} | (
+            {} if bias is None else {f"{path}.bias": bias}
+        )
     for layer in base.head:
         tensors |= {f"{layer.path}.weight": layer.weight} | (
             {} if layer.bias is None else {f"{layer.path}.bias": layer.bias}

@@ -9,11 +9,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from fedspine.lm.prunable_layout import PrunableLayout
-from fedspine.lm.structure import Structure, kept_columns, kept_rows, sparsity
+from fedspine.lm.prunable_layout import PrunableLayout, QuantisedLayout
+from fedspine.lm.structure import Structure, full, kept_columns, kept_rows, sparsity
 
 HALF, SINGLE = 2, 4  # bytes of one number
 QUANTISING = 8  # operations to quantise a number and to read it back
+EXPANDING = 2  # the latter of a weight: less the zero point, times the scale
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,31 @@ def adapter_parameters(
         width += site.columns if columns is None else len(columns)
         total += width * (rank if isinstance(rank, int) else rank[site.layer])
     return total
+
+
+def frozen_bytes(layout: PrunableLayout, structure: Structure, embeddings: int) -> float:
+    """Memory of the frozen weights: 16 bits each, or as the blocks' are held and, of these, the
+    largest layer expanded to 16 bits.
+
+    `embeddings` counts the parameters outside the blocks.
+    """
+    kept = layout.parameters * (1 - sparsity(layout, structure))
+    if not isinstance(layout, QuantisedLayout):
+        return HALF * (embeddings + kept)
+    queries = layout.query_heads // layout.heads * layout.head_dim
+    heads, channels = (int(units.sum(1).max()) for units in (structure.heads, structure.channels))
+    largest = layout.width * max(heads * queries, channels)
+    return HALF * (embeddings + largest) + kept * layout.bits_each / 8
+
+
+def expanding_flops(layout: PrunableLayout, structure: Structure, first: int = 0) -> float:
+    """Operations to expand quantised weights in a training step: of all blocks for the forward
+    pass, and of those from `first` on once more for the backward pass.
+    """
+    if layout.held_bits is None:
+        return 0.0
+    kept = layout.parameters * (1 - sparsity(layout, structure))
+    return EXPANDING * (2 * kept - _parameters_below(layout, structure, first))
 
 
 def training_flops(
@@ -117,10 +143,10 @@ def teaching_flops(layout: PrunableLayout, rank: int, extent: Extent) -> float:
 def teaching_memory_bytes(
     layout: PrunableLayout, rank: int, *, embeddings: int, rows: int, tokens: int
 ) -> int:
-    """Peak memory of a teacher's pass over so many rows of so many tokens: a 16-bit base, an fp32
-    adapter, and one block's 16-bit activations at a time.
+    """Peak memory of a teacher's pass over so many rows of so many tokens: the unpruned base, an
+    fp32 adapter, and one block's 16-bit activations at a time.
     """
-    weights = HALF * (embeddings + layout.parameters)
+    weights = frozen_bytes(layout, full(layout), embeddings)
     adapter = SINGLE * _whole_adapter(layout, rank)
     # what enters and leaves, queries, keys and values, and the widest inner layer
     per_token = 5 * layout.width + layout.channels
@@ -176,8 +202,8 @@ def training_memory_bytes(
     quantised: int = 0,
     bits: float = 16,
 ) -> int:
-    """Peak memory of one training step: a 16-bit base, fp32 adapter with gradient and two moments,
-    activations.
+    """Peak memory of one training step: the frozen base, an fp32 adapter with its gradient and two
+    moments, activations.
 
     The adapter sits on the blocks from `first` on; nothing below is kept for a backward pass.
     `embeddings` counts the parameters outside the blocks. Activations take 10 bytes per token and
@@ -187,7 +213,7 @@ def training_memory_bytes(
     a number instead of 16; each is whole while it is computed.
     """
     kept = 1 - sparsity(layout, structure)
-    weights = HALF * (embeddings + layout.parameters * kept)
+    weights = frozen_bytes(layout, structure, embeddings)
     adapter = 4 * SINGLE * adapter_parameters(layout, structure, rank, first)
     per_layer = _kept_bytes(layout, kept, Extent(batch * tokens, batch * tokens**2))
     blocks = layout.layers - first

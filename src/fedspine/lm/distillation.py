@@ -197,7 +197,9 @@ def teacher_outputs(
     hidden: list[Tensor] = []
     seen: list[np.ndarray] = []
     with torch.no_grad(), Hidden(base, taught.teaching.hidden > 0) as states:
-        module = base.fit(model.to(base.device), merge=True)
+        # merged, quantised weights would all be whole at once
+        merge = base.layout.held_bits is None
+        module = base.fit(model.to(base.device), merge=merge)
         backbone = base.skeleton.get_submodule(base.layout.prefix)
         for chosen in data.batches_by_length(BATCH):
             batch = moved(data.batch(chosen), base.device)

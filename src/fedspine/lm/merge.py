@@ -9,6 +9,8 @@ compared with: plain zero-padding, HetLoRA's weights, FlexLoRA's mean of product
 from typing import Literal, TypeAlias
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from fedspine.core.aggregation import Aggregation, Mean
 from fedspine.core.message import Tensors
@@ -20,11 +22,12 @@ from fedspine.lm.aggregate import (
     mean_product,
     merge_changes,
 )
-from fedspine.lm.base import site_norms
+from fedspine.lm.base import Base
 from fedspine.lm.factoring import change_spectra, effective_rank, factor, hand_out
+from fedspine.lm.frozen import expanded
 from fedspine.lm.lora import cut_rank
 from fedspine.lm.prunable_layout import PrunableLayout
-from fedspine.lm.structure import Structure, cut_adapter
+from fedspine.lm.structure import Structure, cut_adapter, kept_columns, kept_rows
 
 RankMerging: TypeAlias = Literal["delta-product", "zeropad", "hetlora", "flexlora"]
 FACTORS = ("zeropad", "hetlora")  # the ways that average factors
@@ -95,3 +98,28 @@ def change(
     spectra = scale * change_spectra(layout, part)
     norms = site_norms(layout, energy, part.structure)
     return float((spectra.norm(dim=1) / norms).mean()), effective_rank(spectra)
+
+
+def line_energy(base: Base) -> Tensors:
+    """Squared norms of the rows (or columns, where those are cut) of every site's unpruned weight,
+    by path.
+    """
+    return {
+        site.path: expanded(base.weights[site.path][0])
+        .float()
+        .square()
+        .sum(1 if site.row_units else 0)
+        .cpu()
+        for site in base.layout.sites
+    }
+
+
+def site_norms(
+    layout: PrunableLayout, energy: Tensors, structure: Structure
+) -> Float[Tensor, " sites"]:
+    """Frobenius norm of every site's weight cut to `structure`, from `line_energy`."""
+    sums = []
+    for site in layout.sites:
+        kept = kept_rows(site, structure) if site.row_units else kept_columns(site, structure)
+        sums.append(energy[site.path][kept].sum())
+    return torch.stack(sums).sqrt()

@@ -6,7 +6,7 @@ one feed-forward channel. Removing it removes rows of the projections that write
 the one that reads it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
@@ -18,6 +18,9 @@ UnitKind: TypeAlias = Literal["heads", "channels"]
 # which fewer heads, the same in every layer, a stock configuration of `transformers` can say:
 # "none", where the size of a head is the width over the number of heads; "divisors" of the width
 FewerHeads: TypeAlias = Literal["none", "divisors", "any"]
+
+MOST_GROUP = 64  # quantised weights that share a scale and a zero point
+RANGE_BITS = 16 + 8  # of both
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,11 @@ class PrunableLayout:
     head_dim: int
 
     @property
+    def held_bits(self) -> int | None:
+        """Bits in which a device holds a frozen weight of the blocks; None: as the base has it."""
+        return None
+
+    @property
     def decoder(self) -> bool:
         return unit_map(self.architecture).decoder
 
@@ -183,6 +191,49 @@ class PrunableLayout:
             ),
             PrunableSite(path + names.down, layer, width, self.channels, None, "channels", 1),
         ]
+
+
+@message
+class QuantisedLayout(PrunableLayout):
+    """The same of a model whose blocks' frozen weights are quantised (`lm.frozen`)."""
+
+    bits: int  # of a weight, 8 or 4
+
+    @property
+    def held_bits(self) -> int:
+        return self.bits
+
+    @property
+    def group(self) -> int:
+        """How many weights share a scale and a zero point: the largest divisor of the width up to
+        64.
+        """
+        return max(size for size in range(1, MOST_GROUP + 1) if self.width % size == 0)
+
+    @property
+    def bits_each(self) -> float:
+        """What a weight takes with its part of its group's scale and zero point.
+
+        >>> shape = {"layers": 1, "heads": 4, "channels": 256, "width": 64, "head_dim": 16}
+        >>> names = {"architecture": "bert", "prefix": "bert"}
+        >>> QuantisedLayout(**shape, **names, query_heads=4, bits=4).bits_each
+        4.375
+        """
+        return self.bits + RANGE_BITS / self.group
+
+
+def held_in(layout: PrunableLayout, bits: int | None) -> PrunableLayout:
+    """The layout of the same model with frozen weights of so many bits; None: as it is. Raises
+    BadInput for an odd width.
+    """
+    if bits is None:
+        return layout
+    if layout.width % 2:  # two codes of 4 bits share a byte
+        raise BadInput(
+            f"the model's width is {layout.width}, and quantised weights need an even one; leave "
+            "run.frozen_bits out"
+        )
+    return QuantisedLayout(**{f.name: getattr(layout, f.name) for f in fields(layout)}, bits=bits)
 
 
 def layout_of(config: Any, prefix: str) -> PrunableLayout:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedspine.lm.base import Base
+from fedspine.lm.frozen import packed, unpacked
 
 GROUP = 128  # numbers that share a range
 HIDDEN = ("hidden_states", "x")  # what transformers calls what enters a block
@@ -58,14 +59,14 @@ class Codes:
         step = torch.where(step > 0, step, 1.0)
         codes = groups.sub_(least).div_(step).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
         if bits == 4:
-            codes = codes[:, ::2] | (codes[:, 1::2] << 4)
+            codes = packed(codes)
         return cls(codes=codes, least=least, step=step, bits=bits, size=len(numbers))
 
     def numbers(self) -> Tensor:
         """What they stand for, a flat fp32 tensor."""
         codes = self.codes
         if self.bits == 4:
-            codes = torch.stack([codes & 15, codes >> 4], 2).flatten(1)
+            codes = unpacked(codes)
         return torch.addcmul(self.least, codes.float(), self.step).flatten()[: self.size]
 
     @property
@@ -84,7 +85,8 @@ class Stored:
 
     def __init__(self, base: Base, how: Quantised) -> None:
         self._blocks = [base.blocks[block] for block in how.blocks]
-        self._weights = {_place(weight) for weight in base.fitted_weights().values()}
+        weights = base.fitted_weights().values()  # a quantised one is expanded, and then forgotten
+        self._weights = {_place(weight) for weight in weights if isinstance(weight, Tensor)}
         self._bits, self._inside = how.bits, False
         self._shared: set[int] = set()  # storages of what enters a block beside the hidden states
         self._seen: dict[Any, tuple[Tensor, Codes]] = {}  # of the block that is computed

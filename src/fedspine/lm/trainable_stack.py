@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fedspine.core.message import Tensors
 from fedspine.core.tensors import padded
 from fedspine.lm.base import Base, Model
+from fedspine.lm.frozen import expanded
 from fedspine.lm.held import AdamMoments
 from fedspine.lm.importance import Criterion, Scores, score_stack, unit_roots
 from fedspine.lm.lora import a_name, b_name, is_a
@@ -142,7 +143,8 @@ class TrainableStack:
         with torch.no_grad():
             for site, _ in self.readers():
                 a, b = self.adapter[a_name(site.path)], self.adapter[b_name(site.path)]
-                effective = (b @ a).mul_(self._models[0].scale).add_(weights[site.path])
+                effective = (b @ a).mul_(self._models[0].scale)
+                effective = effective.add_(expanded(weights[site.path]))
                 lines[site.path] = effective.square_().sum(-2) * squares[site.path]
         return self.importance_by_gate(lines)
 

@@ -6,6 +6,7 @@ from typing import Any
 from fedspine.lm.base import Model
 from fedspine.lm.cost import (
     Extent,
+    expanding_flops,
     frozen_adapter,
     quantising_flops,
     taught_states_bytes,
@@ -57,7 +58,7 @@ def account(request: Any, widths: list[int], first: int) -> None:
         + extent.tokens * flops_each
         + quantising_flops(layout, model.structure, extent, quantised)
         + scoring.flops
-        + len(widths) * request.step_flops,
+        + len(widths) * (expanding_flops(layout, model.structure, first) + request.step_flops),
         launches=len(widths) * layout.layers,
         samples=len(widths) * batch,
         memory_bytes=training_memory_bytes(
@@ -100,7 +101,8 @@ def account_rows(
         first=first,
     )
     device.spend(
-        flops=training_flops(layout, model.structure, ranks, whole, first),
+        flops=training_flops(layout, model.structure, ranks, whole, first)
+        + len(steps) * expanding_flops(layout, model.structure, first),
         launches=len(steps) * layout.layers,
         samples=request.tuning.steps * min(request.tuning.batch, len(device.data)),
         memory_bytes=memory_bytes + 4 * at_once * numbers,

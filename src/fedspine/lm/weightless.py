@@ -29,7 +29,7 @@ from fedspine.lm.load import (
     smollm2_file,
 )
 from fedspine.lm.pooling import CLASSES, Pooling, pooling_of
-from fedspine.lm.prunable_layout import layout_of
+from fedspine.lm.prunable_layout import held_in, layout_of
 
 META = torch.device("meta")
 FACTORIES = frozenset(
@@ -109,6 +109,7 @@ def load(
     classes: int = 0,
     layers: int | None = None,
     pooling: Pooling | Literal["auto"] = "auto",
+    bits: int | None = None,
 ) -> Base:
     """The base model `name` for this kind of task on the meta device; no weights are read.
 
@@ -127,7 +128,7 @@ def load(
         config.num_labels = classes
     with META:
         module = read(name, CLASSES[readout].from_config, config, dtype=torch.float32)
-    layout = layout_of(module.config, module.base_model_prefix)
+    layout = held_in(layout_of(module.config, module.base_model_prefix), bits)
     saved = type(module).__name__ in (config.architectures or ())
     head = () if readout is None else head_layers(module, lambda path: not _held(path, saved))
     return Base(module, layout, head, torch.float32, readout, weights_sha256="")

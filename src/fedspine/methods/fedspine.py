@@ -26,14 +26,14 @@ from fedspine.core.parts import quiet
 from fedspine.core.task import Task
 from fedspine.core.tensors import half
 from fedspine.lm.aggregate import Contribution, bounded
-from fedspine.lm.base import Model, line_energy
+from fedspine.lm.base import Model
 from fedspine.lm.cost import Extent
 from fedspine.lm.distillation import NoTeacher, Teacher
 from fedspine.lm.forecast import Frame, forecast, frame, least_rank, ranks_that_fit, round_flops
 from fedspine.lm.importance import Scores, tally
 from fedspine.lm.importance_sources import Gradient, Importance
 from fedspine.lm.lora import adapter_rank, check_rank, fresh
-from fedspine.lm.merge import RankMerging, change, merge, no_change, share
+from fedspine.lm.merge import RankMerging, change, line_energy, merge, no_change, share
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, StructureKind, check_target, full, sparsity
 from fedspine.lm.tuning import LocalTraining, check_tuning, tuning_at

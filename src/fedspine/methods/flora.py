@@ -182,7 +182,7 @@ class FloraState:
     versions: dict[str, int]  # the round whose weights a device has; others have the base
 
 
-@method("flora", merges_late=merge_and_tune)
+@method("flora", merges_late=merge_and_tune, changes_base=True)
 @dataclass(frozen=True)
 class Flora(UnequalRanks):
     """LoRA at ranks that differ by device, aggregated by stacking and merged into the base.

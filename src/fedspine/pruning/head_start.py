@@ -28,7 +28,7 @@ from fedspine.core.reads import Reads
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, moved, single
 from fedspine.lm.base import Base, Model
-from fedspine.lm.cost import HALF, Extent, forward_flops
+from fedspine.lm.cost import Extent, forward_flops, frozen_bytes
 from fedspine.lm.pooling import mean_of_tokens
 from fedspine.lm.prefix import BATCH
 from fedspine.lm.structure import full
@@ -193,7 +193,7 @@ def _charge(device: Device, batches: Sequence[tuple[np.ndarray, int]]) -> None:
     base = device.base
     device.spend(
         flops=forward_flops(base.layout, extent),
-        memory_bytes=HALF * (base.embeddings + base.layout.parameters),
+        memory_bytes=int(frozen_bytes(base.layout, full(base.layout), base.embeddings)),
     )
 
 

@@ -26,6 +26,7 @@ from fedspine.fleets.simulated import SimulatedFleet, profiles
 from fedspine.fleets.simulated_world import World
 from fedspine.lm.dialogues import settle_template
 from fedspine.lm.fits import longest_input
+from fedspine.lm.frozen import needs_torchao
 from fedspine.lm.load import load as load_model
 from fedspine.lm.load import pooling_for
 from fedspine.lm.packing import packed
@@ -83,6 +84,7 @@ def assemble(recipe: Recipe, *, here: bool = True, begun: Path | None = None) ->
     _check_family(recipe)
     if recipe.privacy.promised:
         needs_accountant()
+    needs_torchao(recipe.run.frozen_bits)
     kinds = fleet_mix(recipe.fleet.mix, recipe.fleet.devices)
     computing = _computing(recipe.run.device)
     with task_record.needing("data", recipe.task.data, begun):
@@ -233,6 +235,7 @@ def load_base(
         layers=section.layers,
         pooling=section.pooling,
         kept=kept,
+        bits=recipe.run.frozen_bits,
     )
 
 

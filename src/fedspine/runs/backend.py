@@ -94,6 +94,11 @@ class RealSites:
                 "task.vocabulary is for simulated devices, and the sites of a fleet load the whole "
                 "model; leave it out, or leave --fleet out"
             )
+        if recipe.run.frozen_bits is not None:
+            raise BadInput(
+                "run.frozen_bits is for simulated devices, and the sites of a fleet load the model "
+                "as run.precision says; leave it out, or leave --fleet out"
+            )
         devices = len(self._connected().sites) if begun is None else begun.fleet.devices
         changed = {
             "devices": devices,

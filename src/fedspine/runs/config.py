@@ -20,6 +20,7 @@ from fedspine.runs.method_table import method_of
 from fedspine.runs.optimisation import check_held_out, check_optimisation
 from fedspine.runs.recipe_checks import (
     check_aggregation,
+    check_frozen_bits,
     check_packing,
     check_privacy,
     check_quorum,
@@ -90,6 +91,7 @@ class Recipe:
         private = made["privacy"].promised
         check_optimisation(made["method"], made["fleet"], made["run"].rounds, private=private)
         check_held_out(made["task"], made["fleet"])
+        check_frozen_bits(made["run"], made["task"], made["method"])
         for name, part in made.items():
             object.__setattr__(self, name, part)
 

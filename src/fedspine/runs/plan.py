@@ -326,6 +326,10 @@ def _remarks(recipe: Recipe, first: PlannedFleet) -> list[str]:
         f"a device may use at most {USABLE_MEMORY:.0%} of its memory; the seconds of a kind cover "
         "the power modes and links of its devices in the first round, without jitter",
     ]
+    if (bits := recipe.run.frozen_bits) is not None:
+        lines.append(
+            f"the blocks' frozen weights are held in {bits} bits and expanded one layer at a time"
+        )
     if beside:
         lines.append(f"before training, the first round also asks for {', '.join(beside)}")
     if section.quorum < 1:

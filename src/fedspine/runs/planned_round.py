@@ -126,6 +126,7 @@ def _task(recipe: Recipe, classes: int) -> Task:
         classes=classes,
         layers=section.layers,
         pooling=section.pooling,
+        bits=recipe.run.frozen_bits,
     )
     if section.max_tokens > (longest := positions(base.config)):
         raise BadInput(

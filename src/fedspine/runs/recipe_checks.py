@@ -4,8 +4,9 @@ from typing import Any
 
 from fedspine.core.aggregation import Mean
 from fedspine.core.errors import BadInput, listed
+from fedspine.lm.tuning import HeadTraining
 from fedspine.methods import all_methods
-from fedspine.runs.sections import FLEET, FleetSection, PrivacySection, TaskSection
+from fedspine.runs.sections import FLEET, FleetSection, PrivacySection, RunSection, TaskSection
 
 LEAST_EPSILON = (
     1e-3  # of counts of tokens; with less, the noise of 4 tokens is 5,000 counts and more
@@ -73,6 +74,28 @@ def check_vocabulary(task: TaskSection, privacy: PrivacySection) -> None:
             "task.vocabulary lets devices count their tokens, whose epsilon [privacy] does not "
             "count; name a public text as task.vocabulary.texts, or leave one of them out"
         )
+
+
+def check_frozen_bits(run: RunSection, task: TaskSection, method: Any) -> None:
+    """Raise BadInput for quantised weights where there is no frozen transformer."""
+    if run.frozen_bits is None:
+        return
+    if task.kind == "array":
+        raise BadInput(
+            f"run.frozen_bits is {run.frozen_bits}, but all weights of a net are trained; leave it "
+            "out"
+        )
+    if isinstance(method, HeadTraining) and not method.changes_base:
+        return
+    able = [
+        name
+        for name, cls in all_methods().items()
+        if issubclass(cls, HeadTraining) and not cls.changes_base
+    ]
+    raise BadInput(
+        f"run.frozen_bits is {run.frozen_bits}, but {method.name} does not keep the whole model "
+        f"frozen below adapters; leave it out, or choose one of {listed(able)}"
+    )
 
 
 def check_quorum(method: Any, fleet: FleetSection) -> None:

@@ -142,6 +142,8 @@ class RunSection(Section):
     seed: int = pydantic.Field(0, ge=0)
     # of the frozen base; auto: the faster one here
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    # of a frozen weight of a transformer's blocks on devices; none: as `precision` says
+    frozen_bits: Literal[8, 4] | None = None
     evaluate_every: int = pydantic.Field(4, ge=0)  # rounds; 0: only at the end
     evaluate_rows: int = pydantic.Field(512, ge=1)  # test rows of a check on the way
     evaluate_devices: int = pydantic.Field(4, ge=1)  # device models of a check on the way

@@ -45,7 +45,7 @@ for command in (
     *(catalog_cli.methods, catalog_cli.devices),
     run_cli.demo,
     *(results_cli.show, results_cli.report, results_cli.compare),
-    *(model_cli.export, model_cli.predict, model_cli.bench, fit_cli.fit),
+    *(model_cli.export, model_cli.predict, model_cli.bench, model_cli.lm_eval, fit_cli.fit),
 ):
     app.command()(command)
 

@@ -1,4 +1,4 @@
-"""`fedspine export`, `fedspine predict` and `fedspine bench`: deployed models."""
+"""`fedspine export`, `predict`, `bench` and `lm-eval`: deployed models."""
 
 import dataclasses
 import json as jsonlib
@@ -218,3 +218,40 @@ def bench(
         print(jsonlib.dumps(found))
         return
     Console().print(bench_table(found))
+
+
+@ends_on_signal()
+def lm_eval(
+    folder: ModelFolder,
+    tasks: Annotated[str, typer.Option(help="Names of tasks, separated by commas.")],
+    include: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder with task files of your own; the tasks that come with lm_eval are then "
+            "left out.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="First rows of each task; default: all.", min=1)
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Rows of a pass.", min=1)] = 1,
+    json: Json = False,
+) -> None:
+    """Score an exported language model with EleutherAI's lm_eval, on its tasks or your own."""
+    from fedspine.exports.harness import evaluate
+    from fedspine.storage.records import plain
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise BadInput("--tasks names no task; give at least one")
+    found = evaluate(folder, names, include=include, limit=limit, batch=batch)
+    if json:
+        print(jsonlib.dumps(plain({"results": found})))
+        return
+    table = Table("task", "metric", "value")
+    for task, metrics in found.items():
+        for metric, value in metrics.items():
+            if isinstance(value, float):
+                table.add_row(escape(task), escape(metric.removesuffix(",none")), f"{value:.4f}")
+    Console().print(table)
