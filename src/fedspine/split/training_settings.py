@@ -23,7 +23,7 @@ class ModelTraining:
     steps: int = 20  # optimiser steps of a round
     batch: int = 32  # rows of one step
     optimiser: Literal["sgd", "adamw"] = "adamw"  # fresh in every round; SGD without momentum
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     decay: float = 0.0  # factor on the rate after each round; 0: linear to zero over the rounds
     lowest: float = 0.0  # the rate does not fall below it
     weight_decay: float = 0.1
