@@ -8,11 +8,13 @@ from rich.text import Text
 
 from fedspine.report.tables import bytes_text, counted, decimal, percent
 
+FP32 = (None, "none")  # what a report calls numbers that are stored as they are
+
 
 def bench_table(found: Mapping[str, Any]) -> Table:
     """Measured costs of one model, or of two side by side with their ratios."""
     model, against, ratios = found["model"], found.get("against"), found.get("ratio", {})
-    title = f"measured on {counted(model['threads'], 'thread')}, {model['tokens']} tokens a row"
+    title = _measured(model)
     table = Table(
         "", "model", *(("against", "ratio") if against else ()), title=title, title_justify="left"
     )
@@ -32,6 +34,8 @@ def bench_table(found: Mapping[str, Any]) -> Table:
         ("format", "format", str),
         ("run by", "runtime", str),
     ):
+        if model[key] is None:  # nets have no blocks that are pruned
+            continue
         _bench_row(table, label, found, lambda b, k=key, t=text: t(b[k]), ratios.get(key))
     return table
 
@@ -39,35 +43,38 @@ def bench_table(found: Mapping[str, Any]) -> Table:
 def benches_table(entries: Sequence[Mapping[str, Any]]) -> Table:
     """Measured costs of several models, one a row, and how they predict the same rows."""
     first = entries[0]
-    title = f"measured on {counted(first['threads'], 'thread')}, {first['tokens']} tokens a row"
-    shared = first.get("same_rows")
-    if shared:
-        title += f"; predictions on {counted(shared['rows'], 'row')} ({shared['rows_from']})"
+    shared = first["same_rows"]
+    title = f"{_measured(first)}; predictions on {counted(shared['rows'], 'row')} "
+    title += f"({shared['rows_from']})"
     batches = list(first["latency_seconds"])
     columns = ["format", "run by", *(f"ms, batch {batch}" for batch in batches), "weights"]
-    columns += ["peak memory", "parameters"]
-    quality = shared and ("loss" if shared["accuracy"] is None else "accuracy")
-    if shared:
-        columns += ["as the first", *([quality] if _quality_of(shared) is not None else [])]
+    columns += ["peak memory", "parameters", "as the first"]
+    measure = next((key for key in ("accuracy", "perplexity") if shared[key] is not None), None)
+    columns += [measure] if measure else []
     table = Table("", *columns, title=title, title_justify="left")
     for column in table.columns[3:]:
         column.justify = "right"
     for entry in entries:
-        cells = [entry["folder"], entry["format"], entry["runtime"]]
+        cells = [entry["folder"], _numbers(entry), entry["runtime"]]
         cells += [f"{1e3 * entry['latency_seconds'][batch]:.1f}" for batch in batches]
         cells += [bytes_text(entry["file_bytes"]), bytes_text(entry["peak_memory_bytes"])]
         cells.append(f"{entry['parameters']:,}")
-        if shared:
-            cells.append(percent(entry["same_rows"]["equal_predictions"]))
-            if (value := _quality_of(entry["same_rows"])) is not None:
-                cells.append(percent(value) if quality == "accuracy" else decimal(value))
+        cells.append(percent(entry["same_rows"]["equal_predictions"]))
+        if measure:
+            value = entry["same_rows"][measure]
+            cells.append(percent(value) if measure == "accuracy" else decimal(value))
         table.add_row(*map(Text, cells))
     return table
 
 
-def _quality_of(rows: Mapping[str, Any]) -> float | None:
-    value = rows["accuracy"] if rows["mean_loss"] is None else rows["mean_loss"]
-    return None if value is None else float(value)
+def _numbers(entry: Mapping[str, Any]) -> str:
+    """The format, with how its numbers are stored where that is not fp32."""
+    return " ".join([entry["format"], *([q] if (q := entry["quantize"]) not in FP32 else [])])
+
+
+def _measured(model: Mapping[str, Any]) -> str:
+    tokens = "" if model["tokens"] is None else f", {model['tokens']} tokens a row"
+    return f"measured on {counted(model['threads'], 'thread')}{tokens}"
 
 
 def _bench_row(
