@@ -59,7 +59,7 @@ def rows_at(data: str, wanted: RowShape) -> GivenRows:
         return _of_array(path, wanted)
     if not path.exists():
         raise BadInput(
-            f"expected rows at {data!r}, found nothing there; name an .npy or .npz file, or a folder"
+            f"expected rows at {data!r}, found nothing there; name an .npy or .npz file or a folder"
         )
     splits = arrays.read_splits(data, labelled=False)
     chosen = splits.get("test", splits.get("validation", splits["train"]))

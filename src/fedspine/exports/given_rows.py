@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from fedspine.core.errors import BadInput
-from fedspine.core.task import Kind
+from fedspine.core.task import TaskKind
 from fedspine.data.array_rows import UNKNOWN, GivenRows, RowShape, fitting, rows_at
 from fedspine.data.dataset import Dataset, Rows
 from fedspine.data.tasks import load_stated
@@ -18,7 +18,7 @@ RANDOM_ROWS = 64
 OF_RUN = "test rows of {}"
 
 
-def text_rows(data: str, kind: Kind, classes: Sequence[str]) -> tuple[Rows, str]:
+def text_rows(data: str, kind: TaskKind, classes: Sequence[str]) -> tuple[Rows, str]:
     """The test rows of the run in the folder `data`; else the rows of `data`, with columns `text`,
     `label` and, for pairs, `pair`. Then where they come from.
 
@@ -58,7 +58,7 @@ def is_run(data: str) -> bool:
     return (Path(data) / RECIPE).is_file() and (Path(data) / STATE).is_dir()
 
 
-def run_test_rows(folder: str, kind: Kind, classes: Sequence[str]) -> Dataset:
+def run_test_rows(folder: str, kind: TaskKind, classes: Sequence[str]) -> Dataset:
     """The data of a run, whose test rows are as the run had them.
 
     Raises BadInput if they are gone or changed, and for a run of another task.

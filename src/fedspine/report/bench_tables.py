@@ -1,6 +1,7 @@
 """Tables of measured costs of exported models."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -8,6 +9,7 @@ from rich.text import Text
 
 from fedspine.report.tables import bytes_text, counted, decimal, percent
 
+USUAL = {"hf": "PyTorch", "peft": "PyTorch", "onnx": "ONNX", "gguf": "llama.cpp"}  # runtimes
 FP32 = (None, "none")  # what a report calls numbers that are stored as they are
 
 
@@ -47,24 +49,38 @@ def benches_table(entries: Sequence[Mapping[str, Any]]) -> Table:
     title = f"{_measured(first)}; predictions on {counted(shared['rows'], 'row')} "
     title += f"({shared['rows_from']})"
     batches = list(first["latency_seconds"])
-    columns = ["format", "run by", *(f"ms, batch {batch}" for batch in batches), "weights"]
-    columns += ["peak memory", "parameters", "as the first"]
     measure = next((key for key in ("accuracy", "perplexity") if shared[key] is not None), None)
-    columns += [measure] if measure else []
-    table = Table("", *columns, title=title, title_justify="left")
-    for column in table.columns[3:]:
-        column.justify = "right"
-    for entry in entries:
-        cells = [entry["folder"], _numbers(entry), entry["runtime"]]
+    unusual = any(not one["runtime"].startswith(USUAL[one["format"]]) for one in entries)
+    table = Table("", "format", title=title, title_justify="left")
+    columns = [*(f"ms, batch {batch}" for batch in batches), "weights", "peak memory", "parameters"]
+    for name in (*columns, "as the first", *([measure] if measure else [])):
+        table.add_column(name, justify="right")
+    if unusual:
+        table.add_column("run by")
+    for column in table.columns:
+        column.overflow = "fold"  # no part of a name is lost
+    names = _short([entry["folder"] for entry in entries])
+    for name, entry in zip(names, entries, strict=True):
+        same = entry["same_rows"]
+        cells = [name, _numbers(entry)]
         cells += [f"{1e3 * entry['latency_seconds'][batch]:.1f}" for batch in batches]
         cells += [bytes_text(entry["file_bytes"]), bytes_text(entry["peak_memory_bytes"])]
-        cells.append(f"{entry['parameters']:,}")
-        cells.append(percent(entry["same_rows"]["equal_predictions"]))
+        cells += [f"{entry['parameters'] / 1e6:.2f} M", percent(same["equal_predictions"])]
         if measure:
-            value = entry["same_rows"][measure]
+            value = same[measure]
             cells.append(percent(value) if measure == "accuracy" else decimal(value))
-        table.add_row(*map(Text, cells))
+        table.add_row(*map(Text, [*cells, *([entry["runtime"]] if unusual else [])]))
     return table
+
+
+def _short(places: Sequence[str]) -> list[str]:
+    """The last parts of paths, where they tell them apart.
+
+    >>> _short(["models/a", "models/b"]), _short(["x/a", "y/a"])
+    (['a', 'b'], ['x/a', 'y/a'])
+    """
+    last = [Path(place).name for place in places]
+    return last if len(set(last)) == len(set(places)) else list(places)
 
 
 def _numbers(entry: Mapping[str, Any]) -> str:
