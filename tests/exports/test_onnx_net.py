@@ -12,11 +12,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from runs import carried_out, in_process
+
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedspine.core.errors import BadInput
 from fedspine.data.dataset import ArrayRows
-from fedspine.exports import bench, onnx_net, onnx_numbers
+from fedspine.exports import bench, fit, onnx_net, onnx_numbers
+from fedspine.exports.card import weight_bytes
 from fedspine.exports.load import load_model
 from fedspine.exports.of_run import export_model
 from fedspine.exports.onnx_graph import Graph
@@ -286,15 +290,66 @@ def test_refusals(run, tmp_path, monkeypatch, capsys):
             "--rows",
             tmp_path / "short.npz",
         ): "rows of shape [3, 12], and the",
-        ("--format", "onnx", "--rows", tmp_path / "named.npz"): "has the class '0', which the run",
+        (
+            "--format",
+            "onnx",
+            "--rows",
+            tmp_path / "named.npz",
+        ): "has the class '0', which the model",
         ("--format", "onnx", "--rows", tmp_path / "gone.npz"): "found nothing there",
     }
     for words, why in cases.items():
-        words = ("export", run, "--to", tmp_path / "model", *words)
+        words = ("export", run, "--to", tmp_path / "new" / "model", *words)
         code, out, (line,) = in_process(monkeypatch, capsys, *words)
         assert (code, out) == (2, "")
         assert why in line
-        assert not (tmp_path / "model").exists()
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, BadInput("outside"), OSError("full")])
+def test_an_export_that_ends_early_leaves_nothing(exported, tmp_path, monkeypatch, end):
+    _, data, _ = exported("pictures")
+
+    def parity(*_):
+        raise end
+
+    monkeypatch.setattr(onnx_net, "_parity", parity)
+    net, shape, _ = ROWS["pictures"]
+    model = NetModel(net=net, weights=empty(net, shape, 3).state_dict())
+    (tmp_path / "kept").mkdir()
+    with pytest.raises((KeyboardInterrupt, BadInput)):
+        onnx_net.export(
+            model, data, tmp_path / "kept" / "a" / "b", name="x", record=RECORD, quantize="none"
+        )
+    assert list(tmp_path.rglob("*")) == [tmp_path / "kept"]
+
+
+def test_fit_takes_nets(run, monkeypatch, capsys):
+    """Predicted, and with the size of the graph as memory, so that nothing is timed."""
+    opened = []
+    monkeypatch.setattr(fit, "peak_memory_bytes", lambda place, **_: weight_bytes(place))
+    real = onnx_net.data_of
+    monkeypatch.setattr(onnx_net, "data_of", lambda *a: opened.append(a) or real(*a))
+    words = ("fit", run, "--device-kind", "tx2", "--memory", "1MB", "--json")
+    code, out, lines = in_process(monkeypatch, capsys, *words)
+    found = json.loads(out)
+    assert (code, lines, len(opened)) == (0, [], 1)
+    by_numbers = {one["quantize"]: one for one in found["candidates"]}
+    assert {"none", "fp16"} <= {*by_numbers} and found["tokens"] is None
+    parity = onnx_net.data_of(recipe_of(run), recorded(run), None)
+    assert found["rows"] == len(parity.raw)
+    for one in found["candidates"]:
+        assert one["alike"] == 4 and one["predicted"]  # two devices, global and dense
+    # CNN-H on [3, 16]: products of its layers, twice each, at 30 % of 0.87 TFLOPS, fp32 at half of
+    # it, and half of 1/120 s for each of its blocks
+    with FlopCounterMode(display=False) as counter:
+        blocks = empty("cnn-h", (3, 16), 3)
+        blocks.eval()(torch.zeros(1, 3, 16))
+    expected = 2 * counter.get_total_flops() / (0.3 * 0.87e12) + len(blocks) / 240
+    assert by_numbers["none"]["latency_seconds"] == pytest.approx(expected)
+    assert "is a net on arrays" in found["refused"]["run as hf"]
+    code, out, (line,) = in_process(monkeypatch, capsys, *words[:5], "1kB")
+    assert code == 2 and "nothing fits 0.001 MB at batch 1; nearest is" in line
 
 
 def test_a_net_needs_its_training_rows(run, tmp_path):
