@@ -14,7 +14,6 @@ import onnxruntime
 import pytest
 import torch
 from runs import carried_out, in_process
-
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedspine.core.errors import BadInput
@@ -289,7 +288,7 @@ def test_refusals(run, tmp_path, monkeypatch, capsys):
             "onnx",
             "--rows",
             tmp_path / "short.npz",
-        ): "rows of shape [3, 12], and the",
+        ): "rows of shape [3, 12], but float32",
         (
             "--format",
             "onnx",
