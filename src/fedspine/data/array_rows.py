@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, listed
 from fedspine.data import arrays
 from fedspine.data.files import one_line
 
@@ -110,7 +110,7 @@ def _labels(raw: arrays.Raw, names: Sequence[str], data: str, wanted: RowShape) 
         if name and name not in codes:
             raise BadInput(
                 f"{data} has the class {name!r}, which the model does not have; its classes are "
-                f"{', '.join(wanted.classes)}"
+                f"{listed(wanted.classes)}"
             )
         found.append(codes[name] if name else UNKNOWN)
     return np.array(found, np.int64)[places.reshape(-1)]

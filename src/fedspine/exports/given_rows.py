@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, listed
 from fedspine.core.task import TaskKind
 from fedspine.data.array_rows import UNKNOWN, GivenRows, RowShape, fitting, rows_at
 from fedspine.data.dataset import Dataset, Rows
@@ -67,7 +67,7 @@ def run_test_rows(folder: str, kind: TaskKind, classes: Sequence[str]) -> Datase
     if (record.kind, tuple(record.classes)) != (kind, tuple(classes)):
         raise BadInput(
             f"the run in {folder} is of another task than the model; its classes are "
-            f"{', '.join(record.classes) or 'none'}; name the run that the model is from"
+            f"{listed(record.classes) or 'none'}; name the run that the model is from"
         )
     try:
         data = dataset(recipe)
