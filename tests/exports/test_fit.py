@@ -12,7 +12,7 @@ from rich.console import Console
 from runs import carried_out, in_process, summary_of, tiny_job, write_csv
 
 from fedspine.core.errors import BadInput
-from fedspine.exports import fit
+from fedspine.exports import fit, fit_runs, of_run
 from fedspine.exports.card import weight_bytes
 from fedspine.fleets.hardware import KINDS
 from fedspine.report.fit_report import fit_table
@@ -67,6 +67,14 @@ def test_every_model_of_every_run_is_known(runs, everything):
         dense = next(one for one in mine if not one.sparsity)
         assert dense.quality == pytest.approx(summary_of(runs / name)["accuracy_dense"])
     assert [one.quality for one in found] == sorted((one.quality for one in found), reverse=True)
+
+
+def test_each_run_is_opened_once(runs, monkeypatch):
+    opened, real = [], of_run.open_run
+    monkeypatch.setattr(fit, "peak_memory_bytes", lambda place, **_: weight_bytes(place))
+    monkeypatch.setattr(of_run, "open_run", lambda *a: opened.append(a[0]) or real(*a))
+    fit.fit([runs / "b"], fit.FitQuery(fit.DeviceLimits(None, None), formats=("hf",), tokens=8))
+    assert opened == [runs / "b"]
 
 
 def test_the_best_that_fits_is_named(drawn, ask, runs, everything):
@@ -134,11 +142,11 @@ def test_what_is_refused_in_one_line(ask, runs, words, said):
 def test_runs_of_other_data_and_folders_that_are_none(ask):
     def run(data):
         record = SimpleNamespace(kind="classification", classes=("a", "b"), data_sha256=data)
-        return SimpleNamespace(record=record)
+        return SimpleNamespace(record=record, folder=f"run-{data}")
 
-    fit._check_alike({"one": run("x"), "two": run("x")})
-    with pytest.raises(BadInput, match="one and two are runs on different data"):
-        fit._check_alike({"one": run("x"), "two": run("y")})
+    fit_runs._check_alike(run("x"), run("x"))
+    with pytest.raises(BadInput, match="run-x and run-y are runs on different data"):
+        fit_runs._check_alike(run("x"), run("y"))
     code, _, lines = ask("--memory", "1MB", names=("nothing",))
     assert code == 2 and len(lines) == 1
 

@@ -9,18 +9,25 @@ import shutil
 import sys
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+import torch
 from runs import carried_out, in_process
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedspine.core.errors import BadInput
 from fedspine.data.dataset import ArrayRows
-from fedspine.exports import onnx_net, onnx_numbers
+from fedspine.exports import bench, fit, onnx_net, onnx_numbers
+from fedspine.exports.card import weight_bytes
 from fedspine.exports.load import load_model
+from fedspine.exports.of_run import export_model
 from fedspine.exports.onnx_graph import Graph
 from fedspine.exports.onnx_net import NetData
-from fedspine.nets.load import load
+from fedspine.exports.predict import predict
+from fedspine.nets.load import empty, load
 from fedspine.nets.net import NetModel
+from fedspine.runs.read_data import dataset
 from fedspine.runs.run_dir import recipe_of
 from fedspine.runs.task_record import TaskRecord, recorded
 
@@ -109,10 +116,20 @@ def test_smaller_numbers(exported, tmp_path, how):
     assert bytes[1] < (0.55 if how == "fp16" else 0.35) * bytes[0]
 
 
-def test_loading_it_as_a_transformer_is_refused(exported):
-    folder, _, _ = exported("pictures")
-    with pytest.raises(BadInput, match="is a net on arrays for ONNX Runtime; run its model.onnx"):
-        load_model(folder)
+def test_predictions_are_those_of_the_net(exported):
+    folder, data, _ = exported("pictures")
+    net, rows = load_model(folder), data.raw
+    logits = Graph(folder / "model.onnx").logits({"input": rows.x})
+    found = predict(net, rows.x)
+    assert [one.label for one in found] == [CLASSES[row] for row in logits.argmax(1)]
+    likeliest = np.exp(logits - logits.max(1, keepdims=True))
+    expected = 1 / likeliest.sum(1)  # in batches of 32 sums have another order
+    assert [one.probability for one in found] == pytest.approx(expected.tolist(), rel=1e-4)
+    assert (net.kind, net.labels, net.runtime) == ("array", CLASSES, "ONNX Runtime")
+    trained = empty(*ROWS["pictures"][:2], 3).parameters()
+    assert net.parameters == sum(tensor.numel() for tensor in trained)
+    with pytest.raises(BadInput, match="holds float32 rows of shape .*, but uint8 of shape"):
+        predict(net, rows.x.astype(np.float32))
 
 
 # --- from a run ---
@@ -152,6 +169,106 @@ def test_export_of_a_run(run, tmp_path, monkeypatch, capsys):
     }
 
 
+@pytest.fixture(scope="module")
+def models(run):
+    """The run's net in fp32 and in fp16, and one whose labels have other names."""
+    folders = {how: run.parent / how for how in ("none", "fp16")}
+    for how, folder in folders.items():
+        export_model(run, device="global", format="onnx", to=folder, quantize=how)
+    folders["other"] = shutil.copytree(folders["none"], run.parent / "other")
+    graph = onnx.load(folders["other"] / "model.onnx")
+    (labels,) = (one for one in graph.metadata_props if one.key == "labels")
+    labels.value = json.dumps(["left", "right", "flat"])
+    onnx.save(graph, folders["other"] / "model.onnx")
+    return folders
+
+
+def test_predict_reads_rows_from_files_and_of_the_run(run, models, tmp_path, monkeypatch, capsys):
+    def asked(*words):
+        words = ("predict", models["none"], *words, "--json")
+        code, out, lines = in_process(monkeypatch, capsys, *words)
+        assert (code, lines) == (0, [])
+        return json.loads(out)
+
+    of_run = asked("--rows", run)
+    test = dataset(recipe_of(run)).test
+    logits = Graph(models["none"] / "model.onnx").logits({"input": test.x})
+    names = recorded(run).classes
+    assert [one["label"] for one in of_run["predictions"]] == [names[i] for i in logits.argmax(1)]
+    assert [one["true_label"] for one in of_run["predictions"]] == [names[i] for i in test.labels]
+    assert of_run["accuracy"] == (logits.argmax(1) == test.labels).mean()
+    assert asked("--rows", run, "--row", 5, "--row", 2)["predictions"] == [
+        of_run["predictions"][5],
+        of_run["predictions"][2],
+    ]
+    # all of these hold test row 3, in numbers of other widths, alone, or without its label
+    np.save(tmp_path / "one.npy", test.x[3].astype(np.float64))
+    np.save(tmp_path / "more.npy", test.x[3:])
+    np.savez(tmp_path / "bare.npz", x=test.x[3:])
+    np.savez(tmp_path / "partly.npz", x=test.x[3:6], y=np.array(["", names[1], names[2]]))
+    for name in ("one.npy", "more.npy", "bare.npz", "partly.npz"):
+        first = asked("--rows", tmp_path / name)["predictions"][0]
+        assert first == of_run["predictions"][3] | {"row": 0, "true_label": None, **near(first)}
+    assert asked("--rows", tmp_path / "partly.npz")["predictions"][2]["true_label"] == names[2]
+
+
+def near(one):
+    """A probability may differ in its last bits, since rows are computed in other batches."""
+    return {"probability": pytest.approx(one["probability"], rel=1e-5)}
+
+
+def test_formats_of_a_net_are_compared_on_the_runs_rows(run, models, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "peak_memory_bytes", lambda *_, **__: 1)
+    words = ("bench", models["none"], models["fp16"], "--rows", run)
+    code, out, _ = in_process(monkeypatch, capsys, *words, "--json")
+    assert code == 0
+    whole, half = json.loads(out)["models"]
+    assert [one["quantize"] for one in (whole, half)] == ["none", "fp16"]
+    assert whole["same_rows"]["rows_from"] == "test rows of run" and whole["tokens"] is None
+    parity = json.loads((models["none"] / "parity.json").read_text())
+    assert whole["same_rows"]["accuracy"] == parity["accuracy"]
+    assert half["same_rows"]["equal_predictions"] == 1  # 8 rows
+    assert half["file_bytes"] < 0.6 * whole["file_bytes"] and not whole["block_parameters"]
+    assert set(half["latency_seconds"]) == {"1", "32"}
+    code, out, _ = in_process(monkeypatch, capsys, *words)
+    assert code == 0 and "fp16" in out and "run by" not in out
+    code, out, _ = in_process(monkeypatch, capsys, *words[:2], "--against", words[2])
+    assert code == 0 and "weight file" in out and "weights in the blocks" not in out
+
+
+def test_what_predict_and_bench_refuse_of_a_net(run, models, tmp_path, monkeypatch, capsys):
+    place, other = models["none"], models["other"]
+    np.save(tmp_path / "short.npy", np.zeros((2, 3, 12), np.float32))
+    np.save(tmp_path / "bytes.npy", np.zeros((2, 3, 16), np.uint8))
+    np.save(tmp_path / "none.npy", np.zeros((0, 3, 16), np.float32))
+    np.save(tmp_path / "object.npy", np.array([{}], object))
+    foreign = shutil.copytree(place, tmp_path / "foreign") / "model.onnx"
+    graph = onnx.load(foreign)
+    del graph.metadata_props[:]
+    onnx.save(graph, foreign)
+    rows = ("predict", place, "--rows")
+    cases = {
+        ("predict", place, "text"): "reads no texts; give rows with --rows FILE",
+        ("predict", place): "reads no texts; give rows with --rows FILE",
+        (*rows, tmp_path / "short.npy"): "holds float32 rows of shape [3, 12], but float32",
+        (*rows, tmp_path / "bytes.npy"): "holds uint8 rows of shape [3, 16], but float32",
+        (*rows, tmp_path / "none.npy"): "has no rows",
+        (*rows, tmp_path / "object.npy"): "cannot read",
+        (*rows, tmp_path / "gone.npy"): "found nothing there; name an .npy or .npz file",
+        (*rows, run, "--row", "8"): "has 8 rows, numbered from 0 to 7",
+        ("predict", other, "--rows", run): "of another task than the model",
+        ("predict", foreign.parent, "--rows", run): "not the graph of a net that `fedspine export`",
+        ("bench", place, other): "expected models of one task",
+        ("bench", place, "--against", other): "expected models of one task",
+        ("bench", place, "--tokens", "4"): "whose rows have one shape; leave --tokens out",
+        ("bench", tmp_path): "has no config.json, so it is not an exported model",
+    }
+    for words, why in cases.items():
+        code, out, (line,) = in_process(monkeypatch, capsys, *words)
+        assert (code, out) == (2, ""), words
+        assert why in line
+
+
 def test_refusals(run, tmp_path, monkeypatch, capsys):
     other = rows_of((3, 12), np.float32)
     np.savez(tmp_path / "short.npz", x=other.x, y=other.labels)
@@ -171,16 +288,67 @@ def test_refusals(run, tmp_path, monkeypatch, capsys):
             "onnx",
             "--rows",
             tmp_path / "short.npz",
-        ): "rows of shape [3, 12], and the",
-        ("--format", "onnx", "--rows", tmp_path / "named.npz"): "has the class '0', which the run",
+        ): "rows of shape [3, 12], but float32",
+        (
+            "--format",
+            "onnx",
+            "--rows",
+            tmp_path / "named.npz",
+        ): "has the class '0', which the model",
         ("--format", "onnx", "--rows", tmp_path / "gone.npz"): "found nothing there",
     }
     for words, why in cases.items():
-        words = ("export", run, "--to", tmp_path / "model", *words)
+        words = ("export", run, "--to", tmp_path / "new" / "model", *words)
         code, out, (line,) = in_process(monkeypatch, capsys, *words)
         assert (code, out) == (2, "")
         assert why in line
-        assert not (tmp_path / "model").exists()
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, BadInput("outside"), OSError("full")])
+def test_an_export_that_ends_early_leaves_nothing(exported, tmp_path, monkeypatch, end):
+    _, data, _ = exported("pictures")
+
+    def parity(*_):
+        raise end
+
+    monkeypatch.setattr(onnx_net, "_parity", parity)
+    net, shape, _ = ROWS["pictures"]
+    model = NetModel(net=net, weights=empty(net, shape, 3).state_dict())
+    (tmp_path / "kept").mkdir()
+    with pytest.raises((KeyboardInterrupt, BadInput)):
+        onnx_net.export(
+            model, data, tmp_path / "kept" / "a" / "b", name="x", record=RECORD, quantize="none"
+        )
+    assert list(tmp_path.rglob("*")) == [tmp_path / "kept"]
+
+
+def test_fit_takes_nets(run, monkeypatch, capsys):
+    """Predicted, and with the size of the graph as memory, so that nothing is timed."""
+    opened = []
+    monkeypatch.setattr(fit, "peak_memory_bytes", lambda place, **_: weight_bytes(place))
+    real = onnx_net.data_of
+    monkeypatch.setattr(onnx_net, "data_of", lambda *a: opened.append(a) or real(*a))
+    words = ("fit", run, "--device-kind", "tx2", "--memory", "1MB", "--json")
+    code, out, lines = in_process(monkeypatch, capsys, *words)
+    found = json.loads(out)
+    assert (code, lines, len(opened)) == (0, [], 1)
+    by_numbers = {one["quantize"]: one for one in found["candidates"]}
+    assert {"none", "fp16"} <= {*by_numbers} and found["tokens"] is None
+    parity = onnx_net.data_of(recipe_of(run), recorded(run), None)
+    assert found["rows"] == len(parity.raw)
+    for one in found["candidates"]:
+        assert one["alike"] == 4 and one["predicted"]  # two devices, global and dense
+    # CNN-H on [3, 16]: products of its layers, twice each, at 30 % of 0.87 TFLOPS, fp32 at half of
+    # it, and half of 1/120 s for each of its blocks
+    with FlopCounterMode(display=False) as counter:
+        blocks = empty("cnn-h", (3, 16), 3)
+        blocks.eval()(torch.zeros(1, 3, 16))
+    expected = 2 * counter.get_total_flops() / (0.3 * 0.87e12) + len(blocks) / 240
+    assert by_numbers["none"]["latency_seconds"] == pytest.approx(expected)
+    assert "is a net on arrays" in found["refused"]["run as hf"]
+    code, out, (line,) = in_process(monkeypatch, capsys, *words[:5], "1kB")
+    assert code == 2 and "nothing fits 0.001 MB at batch 1; nearest is" in line
 
 
 def test_a_net_needs_its_training_rows(run, tmp_path):

@@ -64,7 +64,7 @@ def load(data: str, *, group: str | None = None) -> Dataset:
     label is NaN or an empty string are left out and counted. Floats are returned as float32 at any
     scale, uint8 unchanged. Raises BadInput for data that cannot be found, read or used.
     """
-    splits = {split: _checked(raw, group) for split, raw in _splits(data, group).items()}
+    splits = {split: _checked(raw, group) for split, raw in read_splits(data, group).items()}
     train, test = splits["train"], splits.get("test", splits.get("validation"))
     names, code = _classes(train)
     rows = _coded(train, code)
@@ -118,7 +118,12 @@ def _header(path: Path) -> tuple[tuple[int, ...], np.dtype] | None:
 # --- finding and reading ---
 
 
-def _splits(data: str, group: str | None) -> dict[str, Raw]:
+def read_splits(data: str, group: str | None = None, *, labelled: bool = True) -> dict[str, Raw]:
+    """The splits of `data` as they are in its files, unchecked; without `labelled`, `y` may be
+    missing from a file, whose rows then have empty labels.
+
+    Raises BadInput for data that cannot be found or read.
+    """
     if data in BUILT_IN_DATA:
         raise BadInput(
             f"{data!r} is text, but a net reads arrays; name an .npz file or a folder as task.data"
@@ -135,10 +140,12 @@ def _splits(data: str, group: str | None) -> dict[str, Raw]:
                 f"expected an .npz file or a folder of arrays, got {path.name!r}; write it with "
                 f"{HOW}"
             )
-        return {"train": _read(path, group)}
+        return {"train": _read(path, group, labelled)}
     files = _npz_files(path)
     if files:
-        return {split: _read(file, group) for split, file in _by_split(path, files).items()}
+        return {
+            split: _read(file, group, labelled) for split, file in _by_split(path, files).items()
+        }
     return {
         split: Raw(where=str(folder), x=x, y=y, names=(), columns={})
         for split, folder, x, y in class_folders.read(path)
@@ -162,7 +169,7 @@ def _by_split(folder: Path, files: list[Path]) -> dict[str, Path]:
     return splits
 
 
-def _read(path: Path, group: str | None) -> Raw:
+def _read(path: Path, group: str | None, labelled: bool) -> Raw:
     try:
         with path.open("rb") as opened:  # np.load leaves a file open when it fails
             file = np.load(opened, allow_pickle=False)
@@ -170,9 +177,8 @@ def _read(path: Path, group: str | None) -> Raw:
                 raise BadInput(
                     f"expected several arrays in {str(path)!r}, found one; write it with {HOW}"
                 )
-            missing = [
-                name for name in ("x", "y", *([group] if group else [])) if name not in file.files
-            ]
+            needed = ["x", *(["y"] if labelled else []), *([group] if group else [])]
+            missing = [name for name in needed if name not in file.files]
             if missing:
                 raise BadInput(
                     f"expected an array {missing[0]!r} in {path.name}, found "
@@ -181,10 +187,11 @@ def _read(path: Path, group: str | None) -> Raw:
                 )
             names = file["label_names"] if "label_names" in file.files else np.array([], str)
             columns = {group: file[group]} if group else {}
+            x = file["x"]
             return Raw(
                 where=path.name,
-                x=file["x"],
-                y=file["y"],
+                x=x,
+                y=file["y"] if "y" in file.files else np.full(len(x), ""),
                 names=_names(path.name, names),
                 columns=columns,
             )
@@ -255,7 +262,7 @@ def _checked(raw: Raw, group: str | None) -> Raw:
         )
     return Raw(
         where,
-        _finite(x, where)[has],
+        finite(x, where)[has],
         labels.astype(np.int64) if y.dtype.kind in "buf" else labels,
         raw.names,
         {name: values[has] for name, values in raw.columns.items()},
@@ -263,7 +270,7 @@ def _checked(raw: Raw, group: str | None) -> Raw:
     )
 
 
-def _finite(x: np.ndarray, where: str) -> np.ndarray:
+def finite(x: np.ndarray, where: str) -> np.ndarray:
     """The values unchanged if they are uint8, else as float32."""
     if x.dtype == np.uint8:
         return x

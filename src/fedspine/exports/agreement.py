@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from fedspine.core.errors import BadInput, listed
 from fedspine.core.task import Examples
-from fedspine.data.dataset import Rows
-from fedspine.data.tasks import load_stated
-from fedspine.exports.loaded import Loaded
+from fedspine.data.array_rows import GivenRows
+from fedspine.exports.given_rows import array_rows, random_rows, text_rows
+from fedspine.exports.loaded import AnyLoaded, Loaded, LoadedNet
 from fedspine.exports.parity_rows import made_up
 from fedspine.lm.encode import encode
 from fedspine.lm.score import IGNORED
@@ -29,25 +29,26 @@ class Agreement:
     equal_predictions: float  # share equal to the first model's, 0 to 1: labels, or top next tokens
     accuracy: float | None  # 0 to 1; None without labels, and for language models
     mean_loss: float | None  # nats per token; None for classifiers, NaN if no token is predicted
+    perplexity: float | None  # its exponential
 
 
-def agreements(models: Sequence[Loaded], data: str | None) -> list[Agreement]:
-    """Each model on the rows of `data`, with columns `text`, `label` and, for pairs, `pair`; None:
-    on random texts from the first model's vocabulary.
+def agreements(models: Sequence[AnyLoaded], data: str | None) -> list[Agreement]:
+    """Each model on the rows of `data`: of a run's folder the test rows, else, of texts, with
+    columns `text`, `label` and, for pairs, `pair`. None: on random rows, of texts from the first
+    model's vocabulary.
 
     Raises BadInput for models of different tasks, and for data that cannot be read.
     """
-    first = models[0]
-    for other in models[1:]:
-        if (other.kind, other.labels) != (first.kind, first.labels):
-            raise BadInput(
-                f"expected models of one task, got {_task(first)} and {_task(other)}; bench them "
-                "separately"
-            )
-    rows, rows_from = _rows(first, data)
-    found = [
-        answers(m, encode(m.tokenizer, rows, m.kind, m.max_tokens, scored=True)) for m in models
-    ]
+    check_one_task(models)
+    first: Any = models[0]
+    if isinstance(first, LoadedNet):
+        rows, rows_from = _array_rows(first, data)
+        found = [net_answers(m, rows) for m in models]
+    else:
+        rows, rows_from = _text_rows(first, data)
+        found = [
+            answers(m, encode(m.tokenizer, rows, m.kind, m.max_tokens, scored=True)) for m in models
+        ]
     return [
         Agreement(
             rows=len(rows),
@@ -55,31 +56,60 @@ def agreements(models: Sequence[Loaded], data: str | None) -> list[Agreement]:
             equal_predictions=_equal(found[0][0], predicted),
             accuracy=accuracy,
             mean_loss=loss,
+            perplexity=None if loss is None else float(np.exp(loss)),
         )
         for predicted, accuracy, loss in found
     ]
 
 
-def comparable(models: Sequence[Loaded]) -> bool:
-    """Whether all models are of one task."""
-    return len({(model.kind, model.labels) for model in models}) == 1
+def check_one_task(models: Sequence[AnyLoaded]) -> None:
+    """Raise BadInput for models that cannot predict the same rows."""
+    first = models[0]
+    for other in models[1:]:
+        if _task(other) != _task(first):
+            raise BadInput(
+                f"expected models of one task, got {_task(first)} and {_task(other)}; bench them "
+                "separately"
+            )
 
 
-def _task(model: Loaded) -> str:
-    return f"{model.kind} of {listed(model.labels)}" if model.labels else model.kind
+def _task(model: AnyLoaded) -> str:
+    of = f"{model.kind} of {listed(model.labels)}" if model.labels else model.kind
+    match model:
+        case LoadedNet(reads=reads):
+            return f"{of} from {reads.type} rows of shape {list(reads.shape)}"
+    return of
 
 
-def _rows(model: Loaded, data: str | None) -> tuple[Rows, str]:
+def _text_rows(model: Loaded, data: str | None) -> tuple[Any, str]:
     if data is None:
         rows = made_up(model.tokenizer, model.max_tokens, pairs=model.kind == "pair")
         return rows, "random words; give data with --rows"
-    columns = {"pair": "pair"} if model.kind == "pair" else {}
-    rows = load_stated(data, kind=model.kind, label_names=model.labels, **columns)
-    if not len(rows):
-        raise BadInput(f"{data} has no rows; give data with at least one row with --rows")
-    if len(rows) > ROWS:
-        rows = rows.take(np.linspace(0, len(rows) - 1, ROWS).astype(int).tolist())
-    return rows, f"rows of {Path(data).name}"
+    rows, rows_from = text_rows(data, model.kind, model.labels)
+    return rows.take(spread(len(rows), ROWS).tolist()), rows_from
+
+
+def _array_rows(net: LoadedNet, data: str | None) -> tuple[GivenRows, str]:
+    if data is None:
+        return random_rows(net.reads), "random numbers; give data with --rows"
+    rows, rows_from = array_rows(data, net.reads)
+    return rows.take(spread(len(rows), ROWS)), rows_from
+
+
+def spread(rows: int, most: int) -> np.ndarray:
+    """The places of at most so many rows, evenly over all.
+
+    >>> spread(3, 10).tolist(), spread(10, 4).tolist()
+    ([0, 1, 2], [0, 3, 6, 9])
+    """
+    return np.linspace(0, rows - 1, min(rows, most)).astype(int)
+
+
+def net_answers(net: LoadedNet, rows: GivenRows) -> tuple[np.ndarray, float | None, float | None]:
+    """A net's predictions and accuracy, as `answers` gives them."""
+    starts = range(0, len(rows), BATCH)
+    predicted = np.concatenate([net.logits(rows.x[i : i + BATCH]).argmax(-1) for i in starts])
+    return predicted, rows.accuracy(predicted), None
 
 
 def answers(model: Loaded, examples: Examples) -> tuple[np.ndarray, float | None, float | None]:

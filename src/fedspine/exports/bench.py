@@ -1,9 +1,10 @@
 """The measured costs of an exported model on this machine: latency, file size, peak memory,
 parameters.
 
-Latency is that of one forward pass over random token ids without padding, after a warm-up, on the
-CPU, in the precision and with the runtime of the folder's format. Models are timed in turns, call
-by call, so that other load on the machine affects all of them alike.
+Latency is that of one forward pass over random token ids without padding, or of a net over rows of
+random numbers, after a warm-up, on the CPU, in the precision and with the runtime of the folder's
+format. Models are timed in turns, call by call, so that other load on the machine affects all of
+them alike.
 """
 
 import gc
@@ -11,8 +12,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,31 +26,35 @@ from torch import Tensor
 from fedspine.core.errors import BadInput
 from fedspine.core.process import peak_memory_bytes as own_peak_bytes
 from fedspine.exports import llama_cpp
-from fedspine.exports.agreement import Agreement, agreements, comparable
-from fedspine.exports.card import format_of, weight_bytes, weights_of
+from fedspine.exports.agreement import Agreement, agreements, check_one_task
+from fedspine.exports.card import format_of, quantize_of, weight_bytes, weights_of
+from fedspine.exports.given_rows import random_rows
 from fedspine.exports.load import load_model
-from fedspine.exports.loaded import Loaded
+from fedspine.exports.loaded import AnyLoaded, Loaded, LoadedNet
 from fedspine.lm.fits import positions
 
 CALLS: Mapping[int, int] = {1: 8, 32: 1}  # batch size: calls per repeat, more if they are short
 WARM_UP = 2  # calls before the first measured one
+TOKENS = 128  # per row
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The costs of one model; `latency_seconds` by batch size, at `tokens` per row on `threads`
-    threads.
+    """The costs of one model; `latency_seconds` by batch size, at `tokens` per row (None: a net's
+    rows) on `threads` threads.
     """
 
     latency_seconds: dict[int, float]  # median over repeats
     file_bytes: int  # of the weights
     peak_memory_bytes: int  # of a fresh process that runs only this model, libraries included
     parameters: int
-    block_parameters: int  # of the blocks' linear weights, which sparsity refers to
-    tokens: int
+    # of the blocks' linear weights, which sparsity refers to; None for nets
+    block_parameters: int | None
+    tokens: int | None
     threads: int
     format: str = "hf"
     runtime: str = "PyTorch"  # that ran it
+    quantize: str | None = None  # its numbers; None if they are not stated
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,10 @@ class BenchComparison:
         return {"model": asdict(self.model), "against": asdict(self.against), "ratio": ratio}
 
     @property
-    def block_ratio(self) -> float:
-        """Linear weights in the blocks."""
+    def block_ratio(self) -> float | None:
+        """Linear weights in the blocks; None for nets."""
+        if not (self.model.block_parameters and self.against.block_parameters):
+            return None
         return self.model.block_parameters / self.against.block_parameters
 
     @property
@@ -85,14 +93,17 @@ class BenchComparison:
         return self.model.peak_memory_bytes / self.against.peak_memory_bytes
 
 
-def bench(folder: str | Path, *, tokens: int = 128, threads: int = 1, repeats: int = 7) -> Bench:
-    """Measure the exported model in `folder`.
+def bench(
+    folder: str | Path, *, tokens: int | None = None, threads: int = 1, repeats: int = 7
+) -> Bench:
+    """Measure the exported model in `folder`, with 128 tokens per row where `tokens` is None.
 
     One thread is the default because small devices have few cores, and because other processes on a
-    shared machine disturb it least. Raises BadInput for a folder that cannot be loaded and for more
-    tokens than the model has positions.
+    shared machine disturb it least. Raises BadInput for a folder that cannot be loaded, for more
+    tokens than the model has positions, and for tokens of a net.
     """
     model = load_model(folder, threads=threads)
+    tokens = _tokens([model], tokens)
     seconds = latency_seconds(model, tokens=tokens, threads=threads, repeats=repeats)
     return _bench(folder, model, seconds, tokens, threads)
 
@@ -100,20 +111,19 @@ def bench(folder: str | Path, *, tokens: int = 128, threads: int = 1, repeats: i
 def bench_all(
     folders: Sequence[str | Path],
     *,
-    tokens: int = 128,
+    tokens: int | None = None,
     threads: int = 1,
     repeats: int = 7,
     rows: str | None = None,
-) -> list[tuple[Bench, Agreement | None]]:
+) -> list[tuple[Bench, Agreement]]:
     """Measure exported models of any formats side by side, call by call, and compare what they
-    predict on `rows`, or on random words (None for models of different tasks).
+    predict on `rows`, as `agreements` does.
 
-    Raises what `bench` raises, and with `rows` BadInput for models of different tasks.
+    Raises what `bench` raises, and BadInput for models of different tasks.
     """
     models = [load_model(path, threads=threads) for path in folders]
-    found: list[Agreement | None] = [None] * len(models)
-    if rows is not None or comparable(models):
-        found = [*agreements(models, rows)]
+    tokens = _tokens(models, tokens)
+    found = agreements(models, rows)
     seconds = _seconds(models, tokens=tokens, threads=threads, repeats=repeats)
     measured = [
         _bench(path, model, {b: median(calls[i]) for b, calls in seconds.items()}, tokens, threads)
@@ -122,10 +132,20 @@ def bench_all(
     return list(zip(measured, found, strict=True))
 
 
+def _tokens(models: Sequence[AnyLoaded], tokens: int | None) -> int | None:
+    """Tokens per row: None for nets, whose rows have one shape."""
+    nets = [model.net for model in models if isinstance(model, LoadedNet)]
+    if nets and tokens is not None:
+        raise BadInput(
+            f"{nets[0]} is a net on arrays, whose rows have one shape; leave --tokens out"
+        )
+    return None if nets else tokens or TOKENS
+
+
 def latency_seconds(
-    model: Loaded,
+    model: AnyLoaded,
     *,
-    tokens: int,
+    tokens: int | None,
     threads: int = 1,
     repeats: int = 7,
     calls: Mapping[int, int] = CALLS,
@@ -141,12 +161,14 @@ def compare(
     folder: str | Path,
     against: str | Path,
     *,
-    tokens: int = 128,
+    tokens: int | None = None,
     threads: int = 1,
     repeats: int = 7,
 ) -> BenchComparison:
-    """Measure two exported models side by side in one process; raises what `bench` raises."""
+    """Measure two exported models side by side in one process; raises what `bench_all` raises."""
     models = [load_model(path, threads=threads) for path in (folder, against)]
+    check_one_task(models)
+    tokens = _tokens(models, tokens)
     seconds = _seconds(models, tokens=tokens, threads=threads, repeats=repeats)
     first, second = (
         _bench(
@@ -166,56 +188,68 @@ def compare(
 
 
 def _bench(
-    folder: str | Path, model: Loaded, seconds: dict[int, float], tokens: int, threads: int
+    folder: str | Path,
+    model: AnyLoaded,
+    seconds: dict[int, float],
+    tokens: int | None,
+    threads: int,
 ) -> Bench:
     return Bench(
         latency_seconds=seconds,
         file_bytes=weight_bytes(Path(folder)),
         peak_memory_bytes=peak_memory_bytes(folder, tokens=tokens, threads=threads),
         parameters=model.parameters,
-        block_parameters=model.block_parameters,
+        block_parameters=None if isinstance(model, LoadedNet) else model.block_parameters,
         tokens=tokens,
         threads=threads,
         format=format_of(Path(folder)),
         runtime=model.runtime,
+        quantize=quantize_of(Path(folder)),
     )
 
 
 def _seconds(
-    models: Sequence[Loaded],
+    models: Sequence[AnyLoaded],
     *,
-    tokens: int,
+    tokens: int | None,
     threads: int,
     repeats: int,
     calls: Mapping[int, int] = CALLS,
 ) -> dict[int, list[list[float]]]:
     """Seconds of every call, by batch size and model; the models take turns."""
     seconds: dict[int, list[list[float]]] = {batch: [[] for _ in models] for batch in calls}
-    inputs = {batch: [random_ids(model, batch, tokens) for model in models] for batch in calls}
+    ready = {batch: [_ready(model, batch, tokens) for model in models] for batch in calls}
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     gc.collect()
     gc.disable()  # a collection in the middle of one call would be charged to that model
     try:
         for batch in calls:
-            for index, model in enumerate(models):
+            for call in ready[batch]:
                 for _ in range(WARM_UP):
-                    _call(model, inputs[batch][index])
+                    _timed(call)
         # one batch size after the other: a large batch would evict the small one's caches
         for batch, each in calls.items():
             for _ in range(repeats * each):
-                for index, model in enumerate(models):
-                    seconds[batch][index].append(_call(model, inputs[batch][index]))
+                for index, call in enumerate(ready[batch]):
+                    seconds[batch][index].append(_timed(call))
     finally:
         gc.enable()
         torch.set_num_threads(threads_before)
     return seconds
 
 
-def _call(model: Loaded, ids: Tensor) -> float:
+def _ready(model: AnyLoaded, batch: int, tokens: int | None) -> Callable[[], Any]:
+    """A call of the model on random input."""
+    if isinstance(model, LoadedNet):
+        return partial(model.logits, random_rows(model.reads, batch).x)
+    return partial(model.module, input_ids=random_ids(model, batch, tokens or TOKENS))
+
+
+def _timed(call: Callable[[], Any]) -> float:
     with torch.inference_mode():
         start = time.perf_counter()
-        model.module(input_ids=ids)
+        call()
         return time.perf_counter() - start
 
 
@@ -236,9 +270,14 @@ def random_ids(model: Loaded, batch: int, tokens: int) -> Tensor:
 
 
 def peak_memory_bytes(
-    folder: str | Path, *, tokens: int = 128, threads: int = 1, batches: Iterable[int] = CALLS
+    folder: str | Path,
+    *,
+    tokens: int | None = None,
+    threads: int = 1,
+    batches: Iterable[int] = CALLS,
 ) -> int:
     """Peak resident memory of a fresh process that loads this model and runs every batch size."""
+    tokens = tokens or TOKENS  # which a net ignores
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     format, weights = format_of(Path(folder)), weights_of(Path(folder))
     if format == "onnx":  # without PyTorch, which a device does not need for it
@@ -260,7 +299,7 @@ def _main(folder: str, tokens: str, threads: str, *batches: str) -> None:
     torch.set_num_threads(int(threads))
     model = load_model(folder)
     for batch in map(int, batches):
-        _call(model, random_ids(model, batch, int(tokens)))
+        _timed(_ready(model, batch, int(tokens)))
     print(own_peak_bytes())
 
 

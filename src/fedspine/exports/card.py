@@ -72,6 +72,20 @@ def format_of(place: Path) -> Literal["hf", "onnx", "gguf", "peft"]:
     return "onnx" if (place / ONNX).is_file() else "hf"
 
 
+def quantize_of(place: Path) -> str | None:
+    """How the numbers of an exported folder are stored, as its parity report says; None without."""
+    try:
+        report = json.loads((place / PARITY).read_text(encoding="utf-8"))
+        return str(report["quantize"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_net(place: Path) -> bool:
+    """Whether an exported folder is a net on arrays, which has neither card nor tokenizer."""
+    return (place / ONNX).is_file() and not (place / CONFIG).is_file()
+
+
 def gguf_in(place: Path) -> Path | None:
     """The GGUF file at or in `place`, None for another format."""
     if place.suffix.lower() == ".gguf" and not place.is_dir():
@@ -110,11 +124,6 @@ def read_card(folder: Path) -> Card:
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; give one that `fedspine export` wrote")
     if not (folder / CONFIG).is_file():
-        if (folder / ONNX).is_file():
-            raise BadInput(
-                f"{folder} is a net on arrays for ONNX Runtime; run its {ONNX} there, as its "
-                "README.md shows"
-            )
         raise BadInput(
             f"{folder} has no {CONFIG}, so it is not an exported model; write one with `fedspine "
             "export`"

@@ -24,20 +24,21 @@ from fedspine.exports.card import (
     Card,
     format_of,
     gguf_in,
+    is_net,
     read_card,
     weights_of,
 )
-from fedspine.exports.loaded import Loaded
+from fedspine.exports.loaded import Loaded, LoadedNet
 from fedspine.lm.gguf_files import EXTRA
 from fedspine.lm.pooling import CLASSES, reading
 from fedspine.lm.prunable_layout import PrunableSite, layout_of
 
-__all__ = ["Loaded", "load_model"]
+__all__ = ["Loaded", "LoadedNet", "load_model"]
 
 
-def load_model(folder: str | Path, *, threads: int | None = None) -> Loaded:
-    """The model that `fedspine.export` wrote to `folder`, in any format; for GGUF, the file itself
-    also works.
+def load_model(folder: str | Path, *, threads: int | None = None) -> Any:
+    """The model that `fedspine.export` wrote to `folder`, in any format: a `Loaded`, or of a run on
+    arrays a `LoadedNet`. For GGUF, the file itself also works.
 
     A PEFT adapter needs its base in the folder (`with_base`), into which it is merged. `threads`
     is for ONNX Runtime and llama.cpp (None: their default); PyTorch uses the process's setting.
@@ -48,6 +49,10 @@ def load_model(folder: str | Path, *, threads: int | None = None) -> Loaded:
     logging.set_verbosity_error()
     if (file := gguf_in(folder)) is not None:
         return _of_gguf(file, threads)
+    if is_net(folder):
+        from fedspine.exports.onnx_net_load import load_net  # needs fedspine[onnx]
+
+        return load_net(folder, threads)
     adapter = folder if format_of(folder) == "peft" else None
     if adapter is not None:
         folder = _base_of(adapter)

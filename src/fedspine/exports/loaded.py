@@ -1,11 +1,13 @@
 """An exported model ready to run, whatever its format."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 from torch import nn
 
 from fedspine.core.task import TaskKind
+from fedspine.data.array_rows import RowShape
 
 READ_BACK = "PyTorch, with the numbers of the file"  # the runtime if the format's own is missing
 
@@ -26,3 +28,27 @@ class Loaded:
     block_parameters: int  # of the prunable linear layers' weights, which sparsity refers to
     chat: bool = False  # whether it was tuned on dialogues and so answers
     runtime: str = field(default="PyTorch", compare=False)  # what computes it
+
+
+@dataclass(frozen=True)
+class LoadedNet:
+    """An exported net on arrays ready to run, whose graph reads rows as the data has them."""
+
+    graph: Any  # an `onnx_graph.Graph`
+    net: str
+    reads: RowShape
+    parameters: int
+    kind: TaskKind = "array"
+    runtime: str = field(default="ONNX Runtime", compare=False)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.reads.classes
+
+    def logits(self, rows: np.ndarray) -> np.ndarray:
+        """fp32 [rows, classes], of rows of the shape and type that the net reads."""
+        found: np.ndarray = self.graph.logits({"input": rows})
+        return found
+
+
+AnyLoaded: TypeAlias = Loaded | LoadedNet

@@ -5,39 +5,39 @@ Everything about the model comes from the run, except the base's weights, which 
 the run was made with.
 """
 
-import json
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedspine.core.errors import BadInput, nearest, unknown
+from fedspine.core.errors import BadInput, unknown
 from fedspine.core.task import TaskKind
 from fedspine.exports import hf, llama_cpp
 from fedspine.exports.parity import ParityCheck
 from fedspine.exports.provenance import provenance_of
 from fedspine.exports.run_parity import RunParityCheck
+from fedspine.exports.saved_run import (
+    check_device,
+    check_unedited,
+    chosen,
+    device_ids_of,
+    saved_state,
+)
 from fedspine.exports.whole_folder import bytes_in
-
-# these two register the messages of a saved state
-from fedspine.flare import site_state  # noqa: F401
-from fedspine.fleets import simulated  # noqa: F401
 from fedspine.lm.base import Base, Model
 from fedspine.lm.structure import sparsity
 from fedspine.lm.vocabulary import VocabularyCut, cut_in
 from fedspine.runs import task_record
-from fedspine.runs.assemble import identities, load_base
+from fedspine.runs.assemble import load_base
 from fedspine.runs.config import Recipe
-from fedspine.runs.run_dir import FLEET, RECIPE, STATE, check_format, recipe_of
+from fedspine.runs.run_dir import recipe_of
 from fedspine.runs.task_record import TaskRecord
-from fedspine.storage.store import Saved, Store
 
 FORMATS = ("hf", "onnx", "gguf", "peft")
 QUANTISATIONS = {  # by format, the default first; other formats have none
     "onnx": ("none", "fp16", "int8", "int8-static"),
     "gguf": ("f16", "q8_0", "q4_k_m"),
 }
-GLOBAL, DENSE = "global", "dense"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def open_run(folder: Path, base: str | None = None) -> RunModel:
             "a base; leave this run out"
         )
     saved, record = saved_state(folder), task_record.recorded(folder)
-    _check_unedited(folder, recipe, saved.state["recipe"])
+    check_unedited(folder, recipe, saved.state["recipe"])
     place = base or recipe.task.model
     kept = task_record.base_of(folder)
     try:
@@ -108,16 +108,37 @@ def export_model(
     exists where `to` should be, an adapter that fits no model that stock tools could load, a model
     that has no such format, and an export outside its tolerance.
     """
-    _check_options(format, with_base=with_base, quantize=quantize, rows=rows, parity=parity)
+    check_options(format, with_base=with_base, quantize=quantize, rows=rows, parity=parity)
     if to.exists():
         raise BadInput(f"{to} exists already; name a new folder with --to")
     check_device(device, device_ids_of(folder))
     recipe = recipe_of(folder)
     if recipe.task.kind == "array":
         _check_net(recipe, format, base)
-        return _exported_net(folder, device, to, quantize=quantize or "none", rows=rows)
-    other = _other_runtime(format, recipe.task.kind)
-    run = open_run(folder, base)
+        from fedspine.exports import net_of_run  # needs fedspine[onnx]
+
+        net = net_of_run.open_net_run(folder, rows)
+        return net_of_run.export_net(net, device, to, quantize=quantize or "none")
+    _other_runtime(format, recipe.task.kind)  # before the base is read
+    options = {"with_base": with_base, "base": base, "quantize": quantize, "rows": rows}
+    opened = open_run(folder, base)
+    return export_opened(opened, device=device, format=format, to=to, parity=parity, **options)
+
+
+def export_opened(
+    run: RunModel,
+    *,
+    device: str,
+    format: str,
+    to: Path,
+    with_base: bool = False,
+    base: str | None = None,
+    quantize: str | None = None,
+    rows: str | None = None,
+    parity: bool = True,
+) -> dict[str, Any]:
+    """`export_model` of a run that is open already, with options that were checked."""
+    other = _other_runtime(format, run.record.kind)
     model = run.model(device)
     check = None
     if parity and other is None:
@@ -213,45 +234,25 @@ def _exported_elsewhere(
 
 
 def _check_net(recipe: Recipe, format: str, base: str | None) -> None:
+    """Raise BadInput for what only transformers have."""
+    check_net_format(recipe, format)
+    if base is not None:
+        raise BadInput(f"{recipe.task.model!r} has no base; leave --base out")
+
+
+def check_net_format(recipe: Recipe, format: str) -> None:
+    """Raise BadInput for a format that nets on arrays do not have."""
     if format != "onnx":
         raise BadInput(
             f"{recipe.task.model!r} is a net on arrays, which --format {format} does not support; "
             "use --format onnx"
         )
-    if base is not None:
-        raise BadInput(f"{recipe.task.model!r} has no base; leave --base out")
 
 
-def _exported_net(
-    folder: Path, device: str, to: Path, *, quantize: str, rows: str | None
-) -> dict[str, Any]:
-    """`export_model` of a run on arrays."""
-    from fedspine.exports import onnx_net  # needs fedspine[onnx]
-
-    recipe, record = recipe_of(folder), task_record.recorded(folder)
-    saved = saved_state(folder)
-    _check_unedited(folder, recipe, saved.state["recipe"])
-    parity = onnx_net.export(
-        chosen(recipe.method, saved.state["method"], device),
-        onnx_net.data_of(recipe, record, rows),
-        to,
-        name=f"{recipe.method.name} {device}",
-        record=record,
-        quantize=quantize,
-    )
-    return {
-        "device": device,
-        "format": "onnx",
-        "folder": str(to),
-        "bytes": bytes_in(to),
-        "quantize": quantize,
-        "parity": asdict(parity) | {"line": parity.line},
-    }
-
-
-def _check_options(
+def check_options(
     format: str, *, with_base: bool, quantize: str | None, rows: str | None, parity: bool
 ) -> None:
+    """Raise BadInput for options that a format does not have."""
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
     if with_base and format != "peft":
@@ -317,54 +318,4 @@ def check_kind(format: str, run: RunModel) -> None:
         raise BadInput(
             f"--format gguf is for language models, and this {architecture} was tuned as a "
             "classifier; use --format hf, --format onnx or --format peft"
-        )
-
-
-def chosen(method: Any, state: Any, device: str) -> Any:
-    """The deployed model of a device, the global one (`global`), or the unpruned one (`dense`)."""
-    if device == DENSE:
-        return method.unpruned(state)
-    return method.deploy(state, None if device == GLOBAL else device)
-
-
-def saved_state(folder: Path) -> Saved:
-    check_format(folder)
-    saved = Store(folder / STATE).load()
-    if saved is None:
-        raise BadInput(
-            f"{folder} has not finished its first round, so there is no model yet; resume it first"
-        )
-    return saved
-
-
-def _check_unedited(folder: Path, recipe: Recipe, then: str) -> None:
-    """Raise BadInput if the recipe is not the one that the saved state belongs to.
-
-    Keys that a later version added are ignored; data and base are compared by digest instead.
-    """
-    now = json.loads(recipe.fingerprint)
-    for section, table in json.loads(then).items():
-        for key, value in table.items():
-            moved = section == "task" and key in ("model", "data")
-            if not moved and now[section].get(key) != value:
-                raise BadInput(
-                    f"{folder / RECIPE} was changed after the run: {section}.{key} was {value!r}; "
-                    "undo the change"
-                )
-
-
-def device_ids_of(folder: Path) -> list[str]:
-    """The run's devices: those of the recipe in a simulation, the joined sites in a real fleet."""
-    recipe = recipe_of(folder)
-    if not (folder / FLEET).exists():
-        return identities(recipe)
-    return [site.name for site in saved_state(folder).fleet.sites]
-
-
-def check_device(device: str, ids: list[str]) -> None:
-    if device not in (GLOBAL, DENSE, *ids):
-        guess = nearest(device, (GLOBAL, DENSE, *ids))
-        hint = f"; did you mean {guess!r}?" if guess else ";"
-        raise BadInput(
-            f"unknown device {device!r}{hint} known: {GLOBAL}, {DENSE}, and {ids[0]} to {ids[-1]}"
         )

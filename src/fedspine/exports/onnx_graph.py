@@ -142,6 +142,7 @@ class Graph:
         self._inputs = {one.name: one for one in self._session.get_inputs()}
         self.inputs = tuple(self._inputs)
         self.outputs = tuple(one.name for one in self._session.get_outputs())
+        self.facts: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All outputs by name; inputs that the graph does not read are ignored.

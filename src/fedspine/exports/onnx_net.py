@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedspine.core.errors import BadInput, listed
+from fedspine.core.errors import BadInput
 from fedspine.core.task import Arrays
-from fedspine.data import arrays
+from fedspine.data.array_rows import UNKNOWN, RowShape
 from fedspine.data.dataset import ArrayRows
 from fedspine.exports import bench, onnx_graph
+from fedspine.exports.agreement import spread
 from fedspine.exports.card import ONNX
 from fedspine.exports.classifier_parity import ClassifierParity, agreement
+from fedspine.exports.given_rows import array_rows
 from fedspine.exports.onnx_graph import LOGITS, ROWS_IN, Graph, Signature
 from fedspine.exports.onnx_numbers import CALIBRATION_ROWS, quantise
 from fedspine.exports.parity import write_parity
@@ -156,29 +158,16 @@ def _scale(name: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _thinned(rows: ArrayRows, most: int) -> ArrayRows:
-    if len(rows) <= most:
-        return rows
-    return rows.take(np.linspace(0, len(rows) - 1, most).astype(int))
+    return rows.take(spread(len(rows), most))
 
 
 def _stated(place: str, like: ArrayRows, record: TaskRecord) -> ArrayRows:
-    """All rows of the arrays in `place`, with the run's classes."""
-    found = arrays.load(place)
-    x = np.concatenate([found.train.x, found.test.x])
-    if (x.shape[1:], x.dtype) != (like.x.shape[1:], like.x.dtype):
-        raise BadInput(
-            f"{place} holds {x.dtype} rows of shape {list(x.shape[1:])}, and the run's are "
-            f"{like.x.dtype} of shape {list(like.x.shape[1:])}; give rows like these with --rows"
-        )
-    codes = {name: code for code, name in enumerate(record.classes)}
-    if unknown := [name for name in found.label_names if name not in codes]:
-        raise BadInput(
-            f"{place} has the class {unknown[0]!r}, which the run does not have; its classes are "
-            f"{listed(record.classes)}"
-        )
-    labels = np.concatenate([found.train.labels, found.test.labels])
-    ours = np.array([codes[name] for name in found.label_names])
-    return ArrayRows(x, ours[labels], {})
+    """The labelled rows in `place`, which are like those of the run."""
+    rows, _ = array_rows(place, RowShape(like.x.shape[1:], like.x.dtype, record.classes))
+    labelled = rows.take(np.flatnonzero(rows.labels != UNKNOWN))
+    if not len(labelled):
+        raise BadInput(f"{place} has no labels; give rows with labels with --rows")
+    return ArrayRows(labelled.x, labelled.labels, {})
 
 
 # --- parity ---

@@ -1,5 +1,5 @@
-"""Run an exported model on texts: a label with its probability, a continuation with the loss of the
-given text, or the answer of a model that was tuned on dialogues.
+"""Run an exported model on texts or on rows of arrays: a label with its probability, a continuation
+with the loss of the given text, or the answer of a model that was tuned on dialogues.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,9 @@ import torch
 
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Examples
+from fedspine.data.array_rows import fitting
 from fedspine.data.dataset import Rows
-from fedspine.exports.loaded import Loaded
+from fedspine.exports.loaded import AnyLoaded, Loaded, LoadedNet
 from fedspine.lm.decoding import Decoding, ends_of, written
 from fedspine.lm.dialogues import Messages, end_of_answers, prompt_ids
 from fedspine.lm.encode import encode
@@ -25,7 +26,7 @@ NEW_TOKENS, ANSWER_TOKENS = 40, 256  # defaults for a continuation and for an an
 
 @dataclass(frozen=True)
 class Labelled:
-    """The likeliest label of a text or a pair, and its probability, 0 to 1."""
+    """The likeliest label of a text, a pair or a row, and its probability, 0 to 1."""
 
     label: str
     probability: float
@@ -56,8 +57,8 @@ Prediction: TypeAlias = Labelled | Continued | ChatAnswer
 
 
 def predict(
-    loaded: Loaded,
-    texts: Sequence[str],
+    loaded: AnyLoaded,
+    texts: Sequence[str] | np.ndarray,
     pairs: Sequence[str] | None = None,
     *,
     new_tokens: int | None = None,
@@ -66,14 +67,20 @@ def predict(
 ) -> list[Prediction]:
     """One prediction for each text, in order; `pairs` holds the second texts, for kind pair only.
 
-    A model that was tuned on dialogues answers each text with at most `new_tokens` (None: 256).
+    A net on arrays gets rows, [rows, ...], of the shape and type of its training data in place of
+    texts. A model that was tuned on dialogues answers each text with at most `new_tokens` (None:
+    256).
 
     A text longer than the model's `max_tokens` is truncated for a label, and read in windows for a
     loss; a continuation starts from its last tokens and has at most `new_tokens` (None: 40). A text
     to be continued has no end token, so none counts in its loss. Decoding is greedy at temperature
     0, else tokens are sampled with `seed`. Raises BadInput for missing, unexpected or unequally
-    many second texts.
+    many second texts, and for rows of another shape or type.
     """
+    if isinstance(loaded, LoadedNet):
+        return label_rows(loaded, texts)
+    if isinstance(texts, np.ndarray):
+        raise BadInput(f"got rows of arrays, but this model of kind {loaded.kind} reads texts")
     if (pairs is not None) != (loaded.kind == "pair"):
         have, want = ("pairs", "single texts") if pairs is not None else ("single texts", "pairs")
         raise BadInput(
@@ -92,6 +99,18 @@ def predict(
             return [answered(loaded, [("user", text)], decoding) for text in texts]
         return [_continued(loaded, text, decoding) for text in texts]
     return _labelled(loaded, _encoded(loaded, texts, pairs))
+
+
+def label_rows(net: LoadedNet, rows: Any) -> list[Prediction]:
+    """The likeliest class of each row of an array, [rows, ...]; raises what `predict` raises."""
+    x = fitting(np.asarray(rows), "what was given", net.reads)
+    found: list[Prediction] = []
+    for first in range(0, len(x), BATCH):
+        logits = torch.from_numpy(net.logits(x[first : first + BATCH]))
+        best = logits.softmax(-1).max(-1)
+        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        found += [Labelled(net.labels[index], probability) for probability, index in pairs]
+    return found
 
 
 def _encoded(loaded: Loaded, texts: Sequence[str], pairs: Sequence[str] | None) -> Examples:

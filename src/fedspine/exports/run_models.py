@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from fedspine.exports import hf
-from fedspine.exports.of_run import (
+from fedspine.exports.of_run import export_model
+from fedspine.exports.saved_run import (
     DENSE,
     GLOBAL,
     check_device,
     chosen,
     device_ids_of,
-    export_model,
     saved_state,
 )
 from fedspine.runs import task_record

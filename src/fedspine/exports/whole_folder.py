@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedspine.core.errors import BadInput
@@ -27,6 +27,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     After a failure nothing remains; an OSError becomes a BadInput.
     """
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    made = [parent for parent in folder.parents if not parent.exists()]
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -38,3 +39,6 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:  # the deepest first; those that hold something stay
+            with suppress(OSError):
+                parent.rmdir()

@@ -35,10 +35,19 @@ def stored(model: NetModel, shape: tuple[int, ...], classes: int) -> nn.Module:
 
     It reads rows as `load` gives them: channels first, floats standardised, uint8 as 0 to 1.
     """
-    rows = _arranged(model.net, np.empty((0, *shape)))
-    module = nn.Sequential(blocks_of(model.net, rows.shape[1:], classes))
+    module = empty(model.net, shape, classes)
     module.load_state_dict(model.weights)
     return module.eval().requires_grad_(False)
+
+
+def empty(name: str, shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """The net called `name` for rows of `shape`, with weights that mean nothing."""
+    return nn.Sequential(blocks_of(name, arranged_shape(name, shape), classes))
+
+
+def arranged_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a row, [channels, ...], as the net called `name` reads it."""
+    return _arranged(name, np.empty((0, *shape))).shape[1:]
 
 
 def scale_of(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:

@@ -1,6 +1,7 @@
 """Tables of measured costs of exported models."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -8,11 +9,14 @@ from rich.text import Text
 
 from fedspine.report.tables import bytes_text, counted, decimal, percent
 
+USUAL = {"hf": "PyTorch", "peft": "PyTorch", "onnx": "ONNX", "gguf": "llama.cpp"}  # runtimes
+FP32 = (None, "none")  # what a report calls numbers that are stored as they are
+
 
 def bench_table(found: Mapping[str, Any]) -> Table:
     """Measured costs of one model, or of two side by side with their ratios."""
     model, against, ratios = found["model"], found.get("against"), found.get("ratio", {})
-    title = f"measured on {counted(model['threads'], 'thread')}, {model['tokens']} tokens a row"
+    title = _measured(model)
     table = Table(
         "", "model", *(("against", "ratio") if against else ()), title=title, title_justify="left"
     )
@@ -32,6 +36,8 @@ def bench_table(found: Mapping[str, Any]) -> Table:
         ("format", "format", str),
         ("run by", "runtime", str),
     ):
+        if model[key] is None:  # nets have no blocks that are pruned
+            continue
         _bench_row(table, label, found, lambda b, k=key, t=text: t(b[k]), ratios.get(key))
     return table
 
@@ -39,35 +45,52 @@ def bench_table(found: Mapping[str, Any]) -> Table:
 def benches_table(entries: Sequence[Mapping[str, Any]]) -> Table:
     """Measured costs of several models, one a row, and how they predict the same rows."""
     first = entries[0]
-    title = f"measured on {counted(first['threads'], 'thread')}, {first['tokens']} tokens a row"
-    shared = first.get("same_rows")
-    if shared:
-        title += f"; predictions on {counted(shared['rows'], 'row')} ({shared['rows_from']})"
+    shared = first["same_rows"]
+    title = f"{_measured(first)}; predictions on {counted(shared['rows'], 'row')} "
+    title += f"({shared['rows_from']})"
     batches = list(first["latency_seconds"])
-    columns = ["format", "run by", *(f"ms, batch {batch}" for batch in batches), "weights"]
-    columns += ["peak memory", "parameters"]
-    quality = shared and ("loss" if shared["accuracy"] is None else "accuracy")
-    if shared:
-        columns += ["as the first", *([quality] if _quality_of(shared) is not None else [])]
-    table = Table("", *columns, title=title, title_justify="left")
-    for column in table.columns[3:]:
-        column.justify = "right"
-    for entry in entries:
-        cells = [entry["folder"], entry["format"], entry["runtime"]]
+    measure = next((key for key in ("accuracy", "perplexity") if shared[key] is not None), None)
+    unusual = any(not one["runtime"].startswith(USUAL[one["format"]]) for one in entries)
+    table = Table("", "format", title=title, title_justify="left")
+    columns = [*(f"ms, batch {batch}" for batch in batches), "weights", "peak memory", "parameters"]
+    for name in (*columns, "as the first", *([measure] if measure else [])):
+        table.add_column(name, justify="right")
+    if unusual:
+        table.add_column("run by")
+    for column in table.columns:
+        column.overflow = "fold"  # no part of a name is lost
+    names = _short([entry["folder"] for entry in entries])
+    for name, entry in zip(names, entries, strict=True):
+        same = entry["same_rows"]
+        cells = [name, _numbers(entry)]
         cells += [f"{1e3 * entry['latency_seconds'][batch]:.1f}" for batch in batches]
         cells += [bytes_text(entry["file_bytes"]), bytes_text(entry["peak_memory_bytes"])]
-        cells.append(f"{entry['parameters']:,}")
-        if shared:
-            cells.append(percent(entry["same_rows"]["equal_predictions"]))
-            if (value := _quality_of(entry["same_rows"])) is not None:
-                cells.append(percent(value) if quality == "accuracy" else decimal(value))
-        table.add_row(*map(Text, cells))
+        cells += [f"{entry['parameters'] / 1e6:.2f} M", percent(same["equal_predictions"])]
+        if measure:
+            value = same[measure]
+            cells.append(percent(value) if measure == "accuracy" else decimal(value))
+        table.add_row(*map(Text, [*cells, *([entry["runtime"]] if unusual else [])]))
     return table
 
 
-def _quality_of(rows: Mapping[str, Any]) -> float | None:
-    value = rows["accuracy"] if rows["mean_loss"] is None else rows["mean_loss"]
-    return None if value is None else float(value)
+def _short(places: Sequence[str]) -> list[str]:
+    """The last parts of paths, where they tell them apart.
+
+    >>> _short(["models/a", "models/b"]), _short(["x/a", "y/a"])
+    (['a', 'b'], ['x/a', 'y/a'])
+    """
+    last = [Path(place).name for place in places]
+    return last if len(set(last)) == len(set(places)) else list(places)
+
+
+def _numbers(entry: Mapping[str, Any]) -> str:
+    """The format, with how its numbers are stored where that is not fp32."""
+    return " ".join([entry["format"], *([q] if (q := entry["quantize"]) not in FP32 else [])])
+
+
+def _measured(model: Mapping[str, Any]) -> str:
+    tokens = "" if model["tokens"] is None else f", {model['tokens']} tokens a row"
+    return f"measured on {counted(model['threads'], 'thread')}{tokens}"
 
 
 def _bench_row(

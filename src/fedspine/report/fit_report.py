@@ -17,10 +17,8 @@ def fit_table(found: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]])
     """A table of these candidates, one per row."""
     batch, measure = found["batch"], found["measure"]
     predicted = bool(candidates) and candidates[0]["predicted"]
-    title = (
-        f"{found['tokens']} tokens a row, batch {batch}; {measure} on {found['rows']} rows "
-        f"({found['rows_from']})"
-    )
+    tokens = "" if found["tokens"] is None else f"{found['tokens']} tokens a row, "
+    title = f"{tokens}batch {batch}; {measure} on {found['rows']} rows ({found['rows_from']})"
     if predicted:
         title += f"; latency predicted for {found['device_kind']}"
     latency = f"ms{', predicted' if predicted else ''}"
@@ -31,6 +29,8 @@ def fit_table(found: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]])
     )
     for column in table.columns[4:8]:
         column.justify = "right"
+    for column in table.columns:
+        column.overflow = "fold"  # no part of a name is lost
     places = {one["run"] for one in candidates}
     short = len({Path(place).name for place in places}) == len(places)
     for one in candidates:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedspine.execution.scoring import Deployment, Scored, score_models
-from fedspine.exports.of_run import device_ids_of, saved_state
+from fedspine.exports.saved_run import device_ids_of, saved_state
 from fedspine.runs.assemble import assemble, workers_for
 from fedspine.runs.observer import RunObserver
 from fedspine.runs.run_dir import DEVICE_SCORES, recipe_of

@@ -145,11 +145,12 @@ def _plain(fits: Any, query: Any) -> dict[str, Any]:
 def _nothing(fits: Any, query: Any) -> str:
     """The message if nothing fits."""
     one = fits.nearest[0]
+    further = "" if fits.tokens is None else ", or prune further"  # nets are not pruned
     numbers = " ".join(filter(None, (one.format, one.quantize)))
     return (
         f"nothing fits {_in_words(query.limits)}; nearest is {one.device} of {one.run} as "
         f"{numbers} with {one.memory_bytes / 1e6:.0f} MB and {1e3 * one.latency_seconds:.1f} ms"
-        f"{' (predicted)' if one.predicted else ''}: raise a limit, or prune further"
+        f"{' (predicted)' if one.predicted else ''}: raise a limit{further}"
     )
 
 

@@ -127,17 +127,48 @@ def predict(
         float, typer.Option(help="Of the tokens that are written; 0: the likeliest.", min=0)
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of what is drawn at a temperature.", min=0)] = 0,
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Of a net on arrays: an .npy or .npz file or a folder, or a run's folder for its "
+            "test rows.",
+        ),
+    ] = None,
+    row: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N",
+            help="Number of a row in --rows, from 0; may be repeated. Default: all rows.",
+            min=0,
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Label texts, continue them, or answer them, with an exported model."""
+    """Label texts, continue them, or answer them, with an exported model; label rows of arrays."""
     from fedspine.exports.hf import load_model
-    from fedspine.exports.loaded import READ_BACK
+    from fedspine.exports.loaded import READ_BACK, LoadedNet
     from fedspine.exports.predict import decoding_for
     from fedspine.exports.predict import predict as ask
     from fedspine.storage.records import plain
     from fedspine.ui.chat import answer_each, converse, lines_of_user
 
     loaded = load_model(folder)
+    if isinstance(loaded, LoadedNet):
+        from fedspine.ui.rows import label_rows
+
+        if texts or pair or rows is None:
+            raise BadInput(
+                f"{folder} is {loaded.net}, a net on arrays, which reads no texts; give rows with "
+                "--rows FILE, or --rows RUN for the test rows of its run"
+            )
+        label_rows(loaded, rows, row or (), json=json)
+        return
+    if rows is not None or row:
+        raise BadInput(
+            f"--rows and --row are for nets on arrays, and {folder} reads texts; give texts after "
+            "the folder"
+        )
     if loaded.runtime == READ_BACK:
         from fedspine.exports.llama_cpp import EXTRA
 
@@ -177,13 +208,16 @@ def bench(
             metavar="DIR", help="Another exported model; the two are measured in alternation."
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens per row.", min=1)] = 128,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens per row; default: 128.", min=1, show_default=False)
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
     rows: Annotated[
         str | None,
         typer.Option(
             metavar="DATA",
-            help="Of several folders: data that all of them predict; default: random words.",
+            help="Data that all of them predict, or a run's folder for its test rows; default: "
+            "random words or numbers.",
         ),
     ] = None,
     json: Json = False,
@@ -201,7 +235,7 @@ def bench(
         measured = benches.bench_all(folders, tokens=tokens, threads=threads, rows=rows)
         entries = [
             {"folder": str(folder), **dataclasses.asdict(one)}
-            | ({"same_rows": dataclasses.asdict(rows_of)} if rows_of else {})
+            | {"same_rows": dataclasses.asdict(rows_of)}
             for folder, (one, rows_of) in zip(folders, measured, strict=True)
         ]
         if json:

@@ -22,8 +22,9 @@ from rich.text import Text
 
 from fedspine.core.errors import BadInput
 from fedspine.exports import hub
-from fedspine.exports.of_run import GLOBAL, export_model
+from fedspine.exports.of_run import export_model
 from fedspine.exports.run_models import Models
+from fedspine.exports.saved_run import GLOBAL
 from fedspine.report.page import REPORT
 from fedspine.report.rows import read_rows
 from fedspine.report.series import Checks, Traffic, Waiting, checks, traffic, waiting
