@@ -140,7 +140,7 @@ class Legend(LocalTraining):
     coverage: float = 0.1  # c_min: share of a round's devices that train each block
     discount: float = 0.8  # rho: what an old exchange still counts after a new one
     # of a new device at each of two depths, to learn its speed; 0: it is taken to be as the fleet
-    probe_batches: int = 2
+    probe_batches: int = 0
     skip_inactive: bool = True  # adapters of blocks that a device does not train are not used there
     weigh_by: Literal["examples", "equal"] = "examples"
     head_start: Start = "random"  # what the task head begins as
@@ -152,6 +152,7 @@ class Legend(LocalTraining):
         return cls(
             rank=4,
             least_depth=1,
+            probe_batches=2,
             steps=8,
             batch=16,
             learning_rate=2e-2,
