@@ -47,8 +47,10 @@ __all__ = [
 
 # what the README says of a bi-encoder, whose backbone a stock class loads
 BI_ENCODER = """\
-Each text of a pair is
-read for itself. Stock transformers loads the backbone, and the head is one linear layer:
+
+
+Each text of a pair is read for itself. Stock transformers loads the backbone, and the head is one
+linear layer:
 
 ```python
 import torch
