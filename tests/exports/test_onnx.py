@@ -35,6 +35,7 @@ EXAMPLE = ROOT / "examples" / "onnx-classify" / "classify.py"
 MODELS = {  # architecture, readout, kind; all with different widths in each layer
     "bert": ("bert", "cls", "classification"),
     "bert pairs": ("bert", "mean", "pair"),
+    "pairs apart": ("bert", "bi-encoder", "pair"),
     "roberta": ("roberta", "cls", "classification"),
     "distilbert": ("distilbert", "mean", "classification"),
 }
@@ -67,15 +68,15 @@ def make(root, architecture, pooling, kind):
     base, tokenizer = load(place, kind=kind, classes=3, pooling=pooling)
     model, about = model_on(base, [4, 2], [24, 30]), {"labels": LABELS, "kind": kind}
     stock = export(base, model, tokenizer, root / "hf", max_tokens=64, name="toy", **about)
-    examples = encode(tokenizer, rows_of(kind), kind, 64)
+    examples = encode(tokenizer, rows_of(kind), kind, 64, apart=pooling == "bi-encoder")
     with pytest.MonkeyPatch.context() as patch:  # tests of exports of a run measure it
         patch.setattr(bench_module, "peak_memory_bytes", lambda folder, tokens: 1)
         parity = onnx.export(stock, root / "onnx", examples=examples, rows_from="texts")
     return stock, root / "onnx", parity
 
 
-def inputs_of(tokenizer, rows, kind):
-    inputs = encode(tokenizer, rows, kind, 64).batch(range(len(rows)))
+def inputs_of(tokenizer, rows, kind, apart=False):
+    inputs = encode(tokenizer, rows, kind, 64, apart=apart).batch(range(len(rows)))
     del inputs["labels"]  # these rows have none
     return inputs
 
@@ -92,7 +93,7 @@ def test_the_graph_gives_the_logits(exported, name):
     # numbers of rows and tokens other than the traced ones, padded and not
     for count in (1, 5):
         rows = rows_of(ours.kind, count)
-        inputs = inputs_of(ours.tokenizer, rows, ours.kind)
+        inputs = inputs_of(ours.tokenizer, rows, ours.kind, ours.apart)
         with torch.inference_mode():
             expected = ours.module(**inputs).logits
         found = theirs.module(**inputs).logits
@@ -204,8 +205,9 @@ def predict_in(folder, rows, pairs=None):
     return predict(load_model(folder), rows, pairs)
 
 
-def test_the_readme_of_a_model_of_pairs(exported, monkeypatch, capsys):
-    _, folder, _ = exported("bert pairs")
+@pytest.mark.parametrize("name", ["bert pairs", "pairs apart"])
+def test_the_readme_of_a_model_of_pairs(exported, monkeypatch, capsys, name):
+    _, folder, _ = exported(name)
     rows, pairs = texts(4, seed=3), texts(4, seed=4)
     both = [text for pair in zip(rows, pairs, strict=True) for text in pair]
     monkeypatch.setattr(sys, "argv", ["x", str(folder), *both])

@@ -224,8 +224,12 @@ def test_a_csv_of_true_and_false_fits_a_task_that_has_more_classes(tmp_path, tok
 def test_pairs_and_language_modelling(tmp_path, tokenizer):
     rows = [row | {"text2": f"and {n}"} for n, row in enumerate(ROWS)]
     site = load_site(written(tmp_path, rows))
-    pairs = site_examples(site, terms(kind="pair"), tokenizer)
+    pairs = site_examples(site, terms(kind="pair", max_tokens=64), tokenizer)
     assert pairs.segments is not None and len(pairs) == len(rows)
+    stated = terms(kind="pair", pooling="bi-encoder", max_tokens=64)
+    apart = site_examples(site, stated, tokenizer)
+    # the second text has a first token of its own
+    assert (apart.lengths == pairs.lengths + 1).all()
     texts = site_examples(site, terms(kind="causal-lm", label_names=()), tokenizer)
     assert texts.labels is None and texts.sources.max() == len(rows) - 1
 

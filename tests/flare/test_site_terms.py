@@ -391,6 +391,8 @@ def test_openings_leave_little(hostile):
         MEMORY: 16, PREFIXES: 1, TOKENS: 4,
     }  # fmt: skip
     assert refused(site.open("fedlora", max_tokens=10**6), "at most 2048 tokens of a row")
+    apart = {"kind": "pair", "pooling": "bi-encoder", "max_tokens": 1025}  # of each text
+    assert refused(site.open("fedlora", **apart), "at most 2048 tokens of a row")
     names = tuple(str(n) for n in range(10**5))
     assert refused(site.open("fedlora", label_names=names), REFUSALS["terms"])
 

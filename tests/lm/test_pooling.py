@@ -21,6 +21,8 @@ from fedspine.lm.lora import fresh
 from fedspine.lm.pooling import mean_of_tokens
 from fedspine.lm.score import score, score_together
 from fedspine.lm.structure import full
+from fedspine.runs.assemble import settled
+from fedspine.runs.config import recipe
 
 CLASSES = 3
 
@@ -72,6 +74,25 @@ def model_on(base, seed=0):
 )
 def test_a_model_is_read_as_it_was_made_for(encoder, model_type, stated, expected) -> None:
     assert pooling_for(encoder(model_type, stated)) == expected
+
+
+@pytest.mark.parametrize(
+    ("stated", "method", "expected"),
+    [
+        ("mean_tokens", "fedlora", "bi-encoder"),
+        ("mean_tokens", "mergesfl", "mean"),  # which cannot read texts apart
+        ("cls_token", "fedlora", "cls"),
+        (None, "fedlora", "mean"),
+    ],
+)
+def test_models_that_embed_sentences_by_their_mean_read_pairs_apart(
+    encoder, stated, method, expected
+) -> None:
+    task = {"model": encoder("bert", stated), "kind": "pair"}
+    begun, _ = settled(recipe({"task": task, "method": {"name": method}}))
+    assert begun.task.pooling == expected
+    base, _ = load(task["model"], kind="pair", classes=CLASSES)
+    assert base.pooling == ("mean" if stated is None else pooling_for(task["model"], apart=True))
 
 
 def test_classifiers_and_decoders_keep_their_own_head(tiny_folder) -> None:

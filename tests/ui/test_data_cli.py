@@ -83,6 +83,21 @@ def test_lengths_are_those_of_the_tokenizer(tmp_path, tiny_folder):
     }
 
 
+def test_texts_of_pairs_that_are_read_apart_are_measured_apart(tmp_path, tiny_folder):
+    """Five words and two special tokens beside one and two, of which six are left of the longer."""
+    path = tmp_path / "rows.csv"
+    row = f"{'good ' * 5},bad"
+    path.write_text("text,text2,label\n" + "".join(f"{row},{n % 2}\n" for n in range(50)))
+    settings = [f"task.model={tiny_folder('bert')}", "task.max_tokens=6", "task.kind=pair"]
+    apart = data_cli.look(str(path), [*settings, "task.pooling=bi-encoder"])
+    tokens = apart["tokens"]
+    assert (tokens["texts"], tokens["max"], tokens["cut"]) == (100, 7, 0.5)
+    assert "50.0% of them are cut at task.max_tokens = 6" in shown(apart)
+    assert "drawn at random" not in shown(apart)
+    joint = data_cli.look(str(path), [*settings, "task.pooling=mean"])["tokens"]
+    assert (joint["texts"], joint["max"], joint["cut"]) == (50, 9, 1.0)
+
+
 def test_of_many_texts_some_are_drawn_and_the_longest_is_among_them(
     tmp_path, tiny_folder, monkeypatch
 ):

@@ -17,7 +17,16 @@ AUTO = "auto"  # the model is chosen for the data
 NETS = ("alexnet", "alexnet-small", "cnn-h", "cnn-s", "vgg16", "vgg-small")  # models of arrays
 BUILT_IN_DATA = ("pydoc-topics", "pydoc-qa")
 IGNORED = -100  # a label position that no loss counts
+# how a classifier reads rows
+Pooling: TypeAlias = Literal["mean", "cls", "bi-encoder"]
 GRAIN = 8  # padded lengths are multiples of it: fewer shapes for kernels to be made for
+
+
+def row_tokens(pooling: Pooling | Literal["auto"] | None, max_tokens: int) -> int:
+    """Tokens of the longest row where a text has at most `max_tokens`: a bi-encoder's rows hold the
+    two texts of a pair, each cut for itself.
+    """
+    return 2 * max_tokens if pooling == "bi-encoder" else max_tokens
 
 
 @dataclass(frozen=True)
@@ -204,7 +213,7 @@ class Task:
     train: Data
     test: Data
     label_names: tuple[str, ...]
-    max_tokens: int  # 1 for arrays
+    max_tokens: int  # of a row; 1 for arrays
     rounds: int
     # how often a device trains in the whole run, on average; 0: nothing is worth keeping for it
     turns: float = 1.0

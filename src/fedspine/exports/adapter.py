@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from fedspine.core.errors import BadInput
-from fedspine.core.task import TaskKind
+from fedspine.core.task import Pooling, TaskKind
 from fedspine.exports import hf
 from fedspine.exports.card import BASE, read_card
 from fedspine.exports.parity import ParityCheck, write_parity
-from fedspine.exports.peft import write_adapter
+from fedspine.exports.peft import check_readout, write_adapter
 from fedspine.exports.provenance import Provenance, rows_of
 from fedspine.exports.whole_folder import check_new, whole_folder
 from fedspine.lm.base import Base, Model
 from fedspine.lm.gguf_files import is_gguf
 from fedspine.lm.load import MINILM_HUB
-from fedspine.lm.pooling import HOW, Pooling
+from fedspine.lm.pooling import HOW
 from fedspine.lm.structure import is_full, sparsity
 from fedspine.lm.vocabulary import VocabularyCut
 
@@ -82,6 +82,7 @@ def export_adapter(
     `parity_check` raises.
     """
     folder = Path(folder)
+    check_readout(base)
     _check(folder, model, origin, with_base)
     card_facts: dict[str, Any] = {"labels": labels, "kind": kind, "max_tokens": max_tokens}
     card_facts |= {"name": name, "vocabulary": vocabulary}

@@ -47,7 +47,8 @@ def agreements(models: Sequence[AnyLoaded], data: str | None) -> list[Agreement]
     else:
         rows, rows_from = _text_rows(first, data)
         found = [
-            answers(m, encode(m.tokenizer, rows, m.kind, m.max_tokens, scored=True)) for m in models
+            answers(m, encode(m.tokenizer, rows, m.kind, m.max_tokens, scored=True, apart=m.apart))
+            for m in models
         ]
     return [
         Agreement(

@@ -9,9 +9,8 @@ from typing import Literal, get_args
 import pydantic
 
 from fedspine.core.errors import BadInput
-from fedspine.core.task import TaskKind
+from fedspine.core.task import Pooling, TaskKind
 from fedspine.exports.provenance import Provenance
-from fedspine.lm.pooling import Pooling
 from fedspine.lm.structure import StructureKind
 from fedspine.lm.vocabulary import VocabularyCut
 

@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 
 from fedspine.core.errors import BadInput
 from fedspine.core.message import Tensors
-from fedspine.core.task import TaskKind
+from fedspine.core.task import Pooling, TaskKind
 from fedspine.exports.card import CONFIG, FORMAT, WEIGHTS, Card
 from fedspine.exports.load import Loaded, load_model
 from fedspine.exports.parity import ParityCheck, write_parity
@@ -29,7 +29,7 @@ from fedspine.exports.provenance import Provenance, front_matter, rows_of
 from fedspine.exports.whole_folder import check_new, whole_folder
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
-from fedspine.lm.pooling import CLASSES, HOW, Pooling
+from fedspine.lm.pooling import CLASSES, HOW, built
 from fedspine.lm.structure import Structure, StructureKind, is_even, sparsity
 from fedspine.lm.vocabulary import VocabularyCut
 
@@ -44,6 +44,37 @@ __all__ = [
     "merged_tensors",
     "predict",
 ]
+
+# what the README says of a bi-encoder, whose backbone a stock class loads
+BI_ENCODER = """\
+
+
+Each text of a pair is read for itself. Stock transformers loads the backbone, and the head is one
+linear layer:
+
+```python
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+folder = "."  # this one
+backbone, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+weights = load_file(f"{{folder}}/model.safetensors")
+
+
+@torch.inference_mode()
+def mean(texts):
+    options = {{"padding": True, "truncation": True, "max_length": {max_tokens}}}
+    inputs = tokenizer(texts, return_tensors="pt", **options)
+    mask = inputs.attention_mask[..., None]
+    return (backbone(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+
+
+def logits(texts, others):
+    u, v = mean(texts), mean(others)
+    read = torch.cat([u, v, (u - v).abs()], 1)
+    return read @ weights["classifier.weight"].T + weights["classifier.bias"]
+```"""
 
 
 def export(
@@ -179,7 +210,7 @@ def _fits(config: PreTrainedConfig, tensors: Tensors, pooling: Pooling | None) -
     # `head_dim`
     try:
         with torch.device("meta"), no_init_weights():
-            module = CLASSES[pooling].from_config(config)
+            module = built(CLASSES[pooling].from_config(config), pooling)
             module.tie_weights()  # part of the initialisation that is skipped here
     except Exception:  # if the class cannot be built, this is not a stock model
         return False
@@ -212,14 +243,14 @@ def _readme(card: Card, tensors: Tensors, measured: str) -> str:
     parameters = sum(tensor.numel() for tensor in tensors.values())
     auto = CLASSES[card.pooling].__name__
     how = f" {HOW}" if card.pooling == "mean" else ""
-    stock = (
-        f"Stock transformers loads it: `{auto}.from_pretrained(folder)`.{how}"
-        if card.stock
-        else (
+    stock = f"Stock transformers loads it: `{auto}.from_pretrained(folder)`.{how}"
+    if card.pooling == "bi-encoder":
+        stock = BI_ENCODER.format(max_tokens=card.max_tokens)
+    if not card.stock:
+        stock = (
             "No stock configuration can describe the sizes of its layers, so `from_pretrained` "
             "refuses it."
         )
-    )
     adapter = (
         "merged into the weights"
         if card.merged

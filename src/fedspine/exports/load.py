@@ -30,7 +30,7 @@ from fedspine.exports.card import (
 )
 from fedspine.exports.loaded import Loaded, LoadedNet
 from fedspine.lm.gguf_files import EXTRA
-from fedspine.lm.pooling import CLASSES, reading
+from fedspine.lm.pooling import CLASSES, built, reading
 from fedspine.lm.prunable_layout import PrunableSite, layout_of
 
 __all__ = ["Loaded", "LoadedNet", "load_model"]
@@ -89,6 +89,7 @@ def load_model(folder: str | Path, *, threads: int | None = None) -> Any:
             module.get_submodule(site.path).weight.numel() for site in layout.sites
         ),
         chat=card.chat,
+        apart=card.pooling == "bi-encoder",
         runtime="ONNX Runtime" if graph else "PyTorch",
     )
 
@@ -132,6 +133,7 @@ def _module(folder: Path, card: Card, config: PreTrainedConfig) -> nn.Module:
         module = CLASSES[card.pooling].from_config(
             config, dtype=torch.float32, trust_remote_code=False
         )
+        module = built(module, card.pooling)
         layout = layout_of(config, module.base_model_prefix)
         if not len(card.heads) == len(card.channels) == layout.layers:
             listed = len(card.heads)

@@ -50,6 +50,31 @@ for text, label in zip(texts, logits.argmax(1), strict=True):
     print(labels[str(label)], text, sep="\\t")
 """
 
+# the same for a bi-encoder: the two texts of each pair, cut and padded for themselves
+CODE_APART = """\
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+folder, texts = Path(sys.argv[1]), sys.argv[2:]
+labels = json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"]
+tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+sides = [tokenizer.encode_batch(texts[side::2]) for side in (0, 1)]
+inputs = {
+    "input_ids": np.hstack([[row.ids for row in side] for side in sides]),
+    "attention_mask": np.hstack([[row.attention_mask for row in side] for side in sides]),
+    "token_type_ids": np.hstack([[[i] * len(row) for row in sides[i]] for i in (0, 1)]),
+}
+session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+(logits,) = session.run(["logits"], inputs)
+for text, other, label in zip(texts[::2], texts[1::2], logits.argmax(1), strict=True):
+    print(labels[str(label)], text, other, sep="\\t")
+"""
+
 
 class _Logits(nn.Module):
     """The module that is traced: from token ids, mask and, for pairs, segments to logits."""
@@ -173,6 +198,8 @@ def _readme(card: Card, quantize: str, measured: str) -> str:
     code = CODE
     if card.kind == "pair":
         code = CODE.replace("sys.argv[2:]", "list(zip(sys.argv[2::2], sys.argv[3::2]))")
+    if card.pooling == "bi-encoder":
+        code = CODE_APART
     return f"""{front_matter("onnx", card.provenance)}
 # {card.name}
 

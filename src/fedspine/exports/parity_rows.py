@@ -35,7 +35,7 @@ def parity_rows(
         rows = made_up(tokenizer, record.max_tokens, pairs=record.kind == "pair")
         rows_from = RANDOM_WORDS
     rows = _thinned(rows, most)
-    return encode(tokenizer, rows, record.kind, record.max_tokens, scored=True), rows_from
+    return _encoded(recipe, record, tokenizer, rows), rows_from
 
 
 def calibration_rows(recipe: Recipe, record: TaskRecord, tokenizer: Any, most: int) -> Examples:
@@ -53,8 +53,13 @@ def calibration_rows(recipe: Recipe, record: TaskRecord, tokenizer: Any, most: i
         raise BadInput(f"{needed}, which are not available: {error}; or {instead}") from None
     if record_of(recipe, data).splits["train"] != record.splits["train"]:
         raise BadInput(f"{needed}, and {recipe.task.data} has changed since; {instead}")
-    rows = _thinned(data.train, most)
-    return encode(tokenizer, rows, record.kind, record.max_tokens, scored=True)
+    return _encoded(recipe, record, tokenizer, _thinned(data.train, most))
+
+
+def _encoded(recipe: Recipe, record: TaskRecord, tokenizer: Any, rows: Rows) -> Examples:
+    """The rows as the run's model reads them."""
+    apart = recipe.task.pooling == "bi-encoder"
+    return encode(tokenizer, rows, record.kind, record.max_tokens, scored=True, apart=apart)
 
 
 def _thinned(rows: Rows, most: int) -> Rows:

@@ -38,13 +38,22 @@ PREFIX = "base_model.model."
 TASK_TYPES = {"mean": "TOKEN_CLS", "cls": "SEQ_CLS", None: "CAUSAL_LM"}  # by readout
 
 
+def check_readout(base: Base) -> None:
+    """Raise BadInput for a bi-encoder."""
+    if base.pooling == "bi-encoder":
+        raise BadInput(
+            "PEFT has no class for the readout of a bi-encoder (task.pooling); use --format hf"
+        )
+
+
 def write_adapter(folder: str | Path, model: Model, base: Base, base_name: str) -> Path:
     """Write the adapter and the task head of `model`; `base_name` is the folder or Hub id that PEFT
     loads it onto.
 
     Modules of different rank are written with PEFT's rank and alpha patterns. Raises BadInput for a
-    model without an adapter.
+    model without an adapter, and for a bi-encoder.
     """
+    check_readout(base)
     ranks = {
         path: len(model.adapter[a_name(path)])
         for path in _paths(base)

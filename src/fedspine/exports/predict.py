@@ -117,7 +117,13 @@ def _encoded(loaded: Loaded, texts: Sequence[str], pairs: Sequence[str] | None) 
     # as in training, so that predictions equal those of the run
     rows = Rows(tuple(texts), None if pairs is None else tuple(pairs), None, {})
     examples = encode(
-        loaded.tokenizer, rows, loaded.kind, loaded.max_tokens, scored=True, ended=False
+        loaded.tokenizer,
+        rows,
+        loaded.kind,
+        loaded.max_tokens,
+        scored=True,
+        ended=False,
+        apart=loaded.apart,
     )
     for index, length in enumerate(examples.lengths):
         if length == 0:

@@ -17,7 +17,7 @@ from fedspine.core.message import message
 from fedspine.core.privacy import Privacy
 from fedspine.core.reads import Reads
 from fedspine.core.strict import validated
-from fedspine.core.task import BUILT_IN_MODELS, TaskKind
+from fedspine.core.task import BUILT_IN_MODELS, Pooling, TaskKind, row_tokens
 
 MOST_CLASSES = 10_000
 RefusalReason: TypeAlias = Literal[
@@ -82,13 +82,19 @@ class RunTerms:
     model_sha256: str  # `content_sha256` of the server's
     layers: int | None  # only the first blocks of the model; None: all
     precision: Literal["bf16", "fp32"]
-    pooling: Literal["auto", "mean", "cls"]  # the classifier's readout
+    pooling: Pooling | Literal["auto"]  # the classifier's readout
     max_tokens: int
     label_names: tuple[str, ...]  # in the order of their numbers; empty for language modelling
     foretold: Reads | None = None  # the method's `predicted_reads`, if it has them; not binding
     privacy: Privacy | None = None  # what is promised to each site
     # what is learnt of rows with prompts and answers
     loss_on: Literal["answers", "texts"] = "answers"
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of the longest row, which "auto" may make one of two texts."""
+        auto_pair = self.pooling == "auto" and self.kind == "pair"
+        return row_tokens("bi-encoder" if auto_pair else self.pooling, self.max_tokens)
 
     def check(self) -> None:
         """Raise BadInput for invalid values."""

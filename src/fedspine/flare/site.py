@@ -158,7 +158,7 @@ def open_site(site: Site, terms: RunTerms) -> Holding:
         )
     with refusing("data"):
         rows = site_rows(site, terms)
-        examples = _encoded(site, terms, tokenizer, rows)
+        examples = _encoded(site, terms, tokenizer, rows, apart=base.pooling == "bi-encoder")
         return Holding(base, tokenizer, examples, text_names(rows.texts))
 
 
@@ -166,14 +166,23 @@ def site_examples(site: Site, terms: RunTerms, tokenizer: Any) -> Examples:
     """All of the site's rows, encoded as a simulation over the same rows would encode them; raises
     as `site_rows`.
     """
-    return _encoded(site, terms, tokenizer, site_rows(site, terms))
+    apart = terms.pooling == "bi-encoder"
+    return _encoded(site, terms, tokenizer, site_rows(site, terms), apart=apart)
 
 
-def _encoded(site: Site, terms: RunTerms, tokenizer: Any, rows: "Rows") -> Examples:
+def _encoded(site: Site, terms: RunTerms, tokenizer: Any, rows: "Rows", *, apart: bool) -> Examples:
     from fedspine.lm.tokens import tokens
 
     kept = Path(site.caches.folder)
-    return tokens(tokenizer, rows, terms.kind, terms.max_tokens, folder=kept, kept=TOKENS_KEPT)
+    return tokens(
+        tokenizer,
+        rows,
+        terms.kind,
+        terms.max_tokens,
+        apart=apart,
+        folder=kept,
+        kept=TOKENS_KEPT,
+    )
 
 
 def site_rows(site: Site, terms: RunTerms) -> "Rows":

@@ -86,7 +86,7 @@ def check_run(site: str, allow: AllowSection, models: Collection[str], terms: Ru
             f"of {SITE_FILE} to allow that"
         )
         _refuse(site, line, "split")
-    require(site, "most_tokens", terms.max_tokens, "tokens of a row", most=allow.most_tokens)
+    require(site, "most_tokens", terms.row_tokens, "tokens of a row", most=allow.most_tokens)
     if terms.foretold is not None:
         _check_part(site, allow, terms, terms.foretold)
         _check_training(site, allow, terms.foretold)

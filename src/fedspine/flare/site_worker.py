@@ -276,7 +276,7 @@ class SiteWorker:
 
 
 def _terms(asked: Opening, holding: Holding) -> Terms:
-    return Terms(holding.base, len(asked.terms.label_names), asked.terms.max_tokens)
+    return Terms(holding.base, len(asked.terms.label_names), asked.terms.row_tokens)
 
 
 def _check_form(here: Open, order: Any, work: Work[Any, Any]) -> None:

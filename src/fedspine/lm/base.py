@@ -16,12 +16,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fedspine.core.message import Tensors, message
+from fedspine.core.task import Pooling
 from fedspine.core.tensors import moved, padded
 from fedspine.lm.attention import module_inputs
 from fedspine.lm.digest import tensors_sha256
 from fedspine.lm.frozen import Frozen, QuantisedWeight, expanded, quantised
 from fedspine.lm.lora import AdaptedLinear, a_name, b_name, w_name
-from fedspine.lm.pooling import Pooling, reading
+from fedspine.lm.pooling import BiEncoder, reading
 from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite, QuantisedLayout, unit_map
 from fedspine.lm.structure import Structure, cut, is_full, kept_columns, kept_rows, key_of
 
@@ -271,11 +272,18 @@ class Base:
             None if last < len(self._blocks) else self._blocks[-1].register_forward_hook(tap.watch)
         )
         try:
-            self.skeleton.get_submodule(self.layout.prefix)(**module_inputs(inputs))
+            self.skeleton.get_submodule(self.layout.prefix)(**self._backbone_inputs(inputs))
         finally:
             if watch is not None:
                 watch.remove()
         return tap.seen
+
+    def _backbone_inputs(self, inputs: Tensors) -> Tensors:
+        of_module = module_inputs(inputs)
+        match self._readout:
+            case BiEncoder():
+                return self._readout.backbone_inputs(**of_module)
+        return of_module
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -24,8 +24,12 @@ def encode(
     *,
     scored: bool = False,
     ended: bool = True,
+    apart: bool = False,
 ) -> Examples:
     """Tokenise a split once; every row has at most `max_tokens` tokens, special ones included.
+
+    Both texts of a pair make one text, or with `apart` each is one of its own with at most
+    `max_tokens`, one behind the other in the row.
 
     For language modelling each text is `ended` by the tokenizer's end token, where it has one, and
     rows that are only `scored` begin with tokens of the window before (`Examples.context`). Of
@@ -39,6 +43,15 @@ def encode(
         whole = [_ended(ids, tokenizer.eos_token_id, ended) for ids in coded]
         return _in_windows(whole, max_tokens, _overlap(max_tokens, scored), tokenizer.pad_token_id)
     pairs = None if rows.pairs is None else list(rows.pairs)
+    if apart:
+        firsts, seconds = (
+            tokenizer(each, truncation=True, max_length=max_tokens)["input_ids"]
+            for each in (texts, pairs)
+        )
+        both = list(zip(firsts, seconds, strict=True))
+        of_text = [[0] * len(first) + [1] * len(second) for first, second in both]
+        whole = [first + second for first, second in both]
+        return _flat(whole, rows.labels, of_text, tokenizer.pad_token_id)
     coded = tokenizer(texts, pairs, truncation=True, max_length=max_tokens)
     segments = coded.get("token_type_ids") if pairs is not None else None
     return _flat(coded["input_ids"], rows.labels, segments, tokenizer.pad_token_id)

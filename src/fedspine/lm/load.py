@@ -18,11 +18,11 @@ from transformers import (
 from transformers.utils import logging
 
 from fedspine.core.errors import BadInput, nearest
-from fedspine.core.task import BUILT_IN_MODELS, TaskKind
+from fedspine.core.task import BUILT_IN_MODELS, Pooling, TaskKind
 from fedspine.lm import attention, gguf_files, vocabulary
 from fedspine.lm.base import Base, HeadLayer
 from fedspine.lm.fits import check_complete, check_finite, check_folder, check_tokenizer, settle_end
-from fedspine.lm.pooling import CLASSES, Pooling, pooling_of
+from fedspine.lm.pooling import CLASSES, HEAD, built, pooling_of, readout_of
 from fedspine.lm.prunable_layout import held_in, layout_of, unit_map
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -69,9 +69,8 @@ def load(
     check_tokenizer(name, tokenizer, config)
     if reduced is None:
         config.pad_token_id = tokenizer.pad_token_id
-    readout: Pooling | None = None
-    if kind != "causal-lm":
-        readout = pooling_of(source, config) if pooling == "auto" else pooling
+    readout = readout_of(pooling, source, config, kind)
+    if readout is not None:
         config.num_labels = classes
     base = _base(name, source, config, readout, precision, bits)
     if reduced is not None:
@@ -103,12 +102,13 @@ def config_of(name: str, source: str, *, kind: TaskKind, layers: int | None, **o
     return config
 
 
-def pooling_for(name: str) -> Pooling:
-    """The readout for which the model `name` was trained; raises BadInput if it cannot be found or
-    read.
+def pooling_for(name: str, *, apart: bool = False) -> Pooling:
+    """The readout for which the model `name` was trained, where `apart` says that rows are pairs
+    whose texts may be read each for itself; raises BadInput if it cannot be found or read.
     """
     source = locate(name)
-    return pooling_of(source, read(name, AutoConfig.from_pretrained, source))
+    config = read(name, AutoConfig.from_pretrained, source)
+    return pooling_of(source, config, apart=apart)
 
 
 def _base(
@@ -133,10 +133,13 @@ def _base(
             attn_implementation=attention.NAME,
             ignore_mismatched_sizes=True,
         )
+        module = built(module, pooling)
     fresh = {key.removesuffix(".weight") for key in info["missing_keys"]} | {
         (key[0] if isinstance(key, tuple) else key).removesuffix(".weight")
         for key in info["mismatched_keys"]
     }
+    if pooling == "bi-encoder":
+        fresh.add(HEAD)
     layout = held_in(layout_of(module.config, module.base_model_prefix), bits)
     head = () if pooling is None else head_layers(module, fresh.__contains__)
     trained = {layer.path for layer in head}

@@ -50,18 +50,20 @@ def tokens(
     max_tokens: int,
     *,
     scored: bool = False,
+    apart: bool = False,
     folder: Path | None = None,
     kept: int | None = None,
 ) -> Examples:
     """The result of `encode`, memory-mapped if it could be stored: among `kept` (None: `KEPT`) in a
     cache folder, by default the user's.
     """
-    key = _key(tokenizer, rows, kind, max_tokens, scored)
+    how = {"scored": scored, "apart": apart}
+    key = _key(tokenizer, rows, kind, max_tokens, **how)
     if key is None:
-        return encode(tokenizer, rows, kind, max_tokens, scored=scored)
+        return encode(tokenizer, rows, kind, max_tokens, **how)
     with suppress(*_UNUSABLE):
         return _opened((folder or home()) / "tokens" / key)
-    examples = encode(tokenizer, rows, kind, max_tokens, scored=scored)
+    examples = encode(tokenizer, rows, kind, max_tokens, **how)
     with suppress(*_UNUSABLE):
         _store(examples, (folder or home()) / "tokens" / key, kept or KEPT)
         return _opened((folder or home()) / "tokens" / key)
@@ -87,7 +89,9 @@ def written(tokenizer: Any) -> list[Any] | None:
     return [[getattr(tokenizer, name, None) for name in _SETTINGS], lasting]
 
 
-def _key(tokenizer: Any, rows: Rows, kind: TaskKind, max_tokens: int, scored: bool) -> str | None:
+def _key(
+    tokenizer: Any, rows: Rows, kind: TaskKind, max_tokens: int, *, scored: bool, apart: bool
+) -> str | None:
     """A digest of all that the tokens depend on; None for a tokenizer that cannot be serialised."""
     settings = written(tokenizer)
     if settings is None:
@@ -96,6 +100,8 @@ def _key(tokenizer: Any, rows: Rows, kind: TaskKind, max_tokens: int, scored: bo
     # rows with labels are the same whatever they are for
     use = "scored" if scored and kind == "causal-lm" else "trained on"
     parts = [FORMAT, json.dumps(settings), kind, str(max_tokens), use]
+    if apart:
+        parts.append("apart")
     if rows.dialogues is not None:
         parts.append(json.dumps(template_of(tokenizer)))
     for part in (*parts, *_texts(rows)):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
-from fedspine.core.task import TaskKind
+from fedspine.core.task import Pooling, TaskKind
 from fedspine.lm import gguf_files
 from fedspine.lm.base import Base
 from fedspine.lm.load import (
@@ -28,7 +28,7 @@ from fedspine.lm.load import (
     read,
     smollm2_file,
 )
-from fedspine.lm.pooling import CLASSES, Pooling, pooling_of
+from fedspine.lm.pooling import CLASSES, built, readout_of
 from fedspine.lm.prunable_layout import held_in, layout_of
 
 META = torch.device("meta")
@@ -122,12 +122,12 @@ def load(
     hub_logging.set_verbosity_error()  # no line for each retry
     source, options = described(name)
     config = config_of(name, source, kind=kind, layers=layers, **options)
-    readout: Pooling | None = None
-    if kind != "causal-lm":
-        readout = pooling_of(source, config) if pooling == "auto" else pooling
+    readout = readout_of(pooling, source, config, kind)
+    if readout is not None:
         config.num_labels = classes
     with META:
         module = read(name, CLASSES[readout].from_config, config, dtype=torch.float32)
+        module = built(module, readout)
     layout = held_in(layout_of(module.config, module.base_model_prefix), bits)
     saved = type(module).__name__ in (config.architectures or ())
     head = () if readout is None else head_layers(module, lambda path: not _held(path, saved))

@@ -35,6 +35,7 @@ from fedspine.lm.structure import full
 
 # mean logit of a class mean for its own class over that of the mid; docs/methods/fedlora.md
 MARGIN = 1.25
+LINEAR = ("mean", "bi-encoder")  # readouts whose head is one linear layer
 
 
 @message
@@ -91,18 +92,18 @@ def check_head_start(fields: HeadStart, task: Task) -> None:
             f'method.head_start is "{fields.head_start}", but class means of rows have no noise, '
             'which [privacy] needs; set it to "random"'
         )
-    if fields.head_start == "class-means" and getattr(task.base, "pooling", None) != "mean":
+    if fields.head_start == "class-means" and getattr(task.base, "pooling", None) not in LINEAR:
         raise BadInput(
             'method.head_start is "class-means", which needs a head over the mean of the tokens; '
-            'set task.pooling = "mean", or leave method.head_start out'
+            'set task.pooling = "mean" (for pairs "bi-encoder" too), or leave method.head_start out'
         )
 
 
 def _check_labels(task: Task) -> None:
-    if getattr(task.base, "pooling", None) != "mean":
+    if getattr(task.base, "pooling", None) not in LINEAR:
         raise BadInput(
             'method.head_weights is "labels", which needs a head over the mean of the tokens; set '
-            'task.pooling = "mean", or leave it out'
+            'task.pooling = "mean" (for pairs "bi-encoder" too), or leave it out'
         )
     if task.privacy is not None:
         raise BadInput(
@@ -225,7 +226,9 @@ def class_means(device: Device, order: MeansOrder) -> ClassMeans:
 
 
 def features(base: Base, inputs: Tensors) -> Float[Tensor, "rows width"]:
-    """The mean over the tokens of what enters the task head of the frozen base, fp32."""
+    """What the linear layer of the frozen base's readout is given of each row, fp32: the mean over
+    the tokens of what enters it, where it reads every token.
+    """
     head = {
         f"{layer.path}.{name}": tensor
         for layer in base.head
@@ -242,7 +245,8 @@ def features(base: Base, inputs: Tensors) -> Float[Tensor, "rows width"]:
             module(**inputs)
         finally:
             hook.remove()
-        return mean_of_tokens(seen[0].float(), inputs["attention_mask"])
+        entered = seen[0].float()
+        return entered if entered.dim() == 2 else mean_of_tokens(entered, inputs["attention_mask"])
 
 
 def head_of(

@@ -15,7 +15,7 @@ from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
 from fedspine.core.process import cores
-from fedspine.core.task import Arrays, Data, Examples, Task
+from fedspine.core.task import Arrays, Data, Examples, Task, row_tokens
 from fedspine.data.dataset import Dataset, Dialogue
 from fedspine.data.tasks import remarks
 from fedspine.execution.workers import Workers, Workshop
@@ -28,7 +28,6 @@ from fedspine.lm.dialogues import settle_template
 from fedspine.lm.fits import longest_input
 from fedspine.lm.frozen import needs_torchao
 from fedspine.lm.load import load as load_model
-from fedspine.lm.load import pooling_for
 from fedspine.lm.packing import packed
 from fedspine.lm.pooling import READOUTS
 from fedspine.lm.precision import choose
@@ -45,6 +44,7 @@ from fedspine.runs.optimisation import server_of
 from fedspine.runs.own_rows import held_out_by
 from fedspine.runs.promise import check_delta, privacy_of
 from fedspine.runs.read_data import dataset, modelled, row_shares
+from fedspine.runs.readout import auto_pooling
 from fedspine.runs.task_record import TaskRecord
 from fedspine.runs.vocabulary import reduced, vocabulary_line
 from fedspine.storage.records import Records
@@ -143,7 +143,7 @@ def settled(recipe: Recipe) -> tuple[Recipe, list[str]]:
         choices["run"] = {"precision": precision.precision}
         lines.append(precision.line)
     if ("task", "pooling") in recipe.open_choices:
-        pooling = pooling_for(recipe.task.model)
+        pooling = auto_pooling(recipe)
         choices["task"] = {"pooling": pooling}
         lines.append(f"readout: {READOUTS[pooling]}")
     return recipe.choosing(choices), lines
@@ -183,14 +183,14 @@ def build_task(recipe: Recipe, data: Dataset, *, kept: Path | None = None) -> tu
         )
     if data.train.dialogues is not None:
         settle_template(tokenizer)
-    train, test = _encoded(recipe, data, tokenizer)
+    train, test = _encoded(recipe, data, base, tokenizer)
     task = Task(
         kind=section.kind,
         base=base,
         train=train,
         test=test,
         label_names=data.label_names,
-        max_tokens=section.max_tokens,
+        max_tokens=row_tokens(base.pooling, section.max_tokens),
         rounds=recipe.run.rounds,
         turns=turns_of(recipe) if storable(base, train) else 0.0,
         privacy=privacy_of(recipe),
@@ -198,11 +198,11 @@ def build_task(recipe: Recipe, data: Dataset, *, kept: Path | None = None) -> tu
     return task, tokenizer
 
 
-def _encoded(recipe: Recipe, data: Dataset, tokenizer: Any) -> tuple[Examples, Examples]:
+def _encoded(recipe: Recipe, data: Dataset, base: Any, tokenizer: Any) -> tuple[Examples, Examples]:
     """The rows to train on and those to test on, as tokens."""
-    how = (recipe.task.kind, recipe.task.max_tokens)
-    train = tokens(tokenizer, data.train, *how)
-    return train, tokens(tokenizer, data.test, *how, scored=True)
+    how, apart = (recipe.task.kind, recipe.task.max_tokens), base.pooling == "bi-encoder"
+    train = tokens(tokenizer, data.train, *how, apart=apart)
+    return train, tokens(tokenizer, data.test, *how, scored=True, apart=apart)
 
 
 def _with_words(
@@ -217,7 +217,7 @@ def _with_words(
         return task, tokenizer, found, []
     shares = share_out(recipe, data, task.train)
     tokenizer, found = reduced(recipe, data, task, tokenizer, shares)
-    train, test = _encoded(recipe, data, tokenizer)
+    train, test = _encoded(recipe, data, task.base, tokenizer)
     task = replace(task, train=train, test=test)
     return task, tokenizer, found, [vocabulary_line(recipe, found)]
 

@@ -228,7 +228,7 @@ def terms_of(assembled: Assembled) -> RunTerms:
         model_sha256=content_sha256(task.base, assembled.tokenizer),
         layers=section.layers,
         precision=assembled.recipe.run.precision,
-        pooling=section.pooling,
+        pooling=task.base.pooling or section.pooling,
         max_tokens=section.max_tokens,
         loss_on=section.loss_on,
         label_names=task.label_names,

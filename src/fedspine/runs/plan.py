@@ -160,12 +160,12 @@ def plan(recipe: Recipe, *, classes: int | None = None, kind: str | None = None)
         layers=base.layout.layers,
         rank=_rank(method),
         batch=method.batch,
-        tokens=recipe.task.max_tokens,
+        tokens=rounds.task.max_tokens,
         steps=method.steps,
         kinds=tuple(_kind(recipe, rounds, name, kinds) for name in dict.fromkeys(kinds)),
         round=_round_plan(rounds.first, kinds),
         run=_run(recipe, rounds.first),
-        remarks=tuple(filter(None, (line, doubt, *_remarks(recipe, rounds.first)))),
+        remarks=tuple(filter(None, (line, doubt, *_remarks(recipe, rounds)))),
     )
 
 
@@ -316,12 +316,14 @@ def _range(values: Iterable[float]) -> Range:
     return min(found), max(found)
 
 
-def _remarks(recipe: Recipe, first: PlannedFleet) -> list[str]:
-    section, method = recipe.fleet, recipe.method
+def _remarks(recipe: Recipe, rounds: Rounds) -> list[str]:
+    section, method, first = recipe.fleet, recipe.method, rounds.first
+    most, tokens = recipe.task.max_tokens, rounds.task.max_tokens
+    twice = "" if tokens == most else f"2 x {most} = "
     last = {one.work.__name__ for one in trainings(first).values()}
     beside = sorted({one.work.__name__ for one in first.exchanges} - last)
     lines = [
-        f"every row is assumed to have task.max_tokens = {recipe.task.max_tokens} tokens; shorter "
+        f"every row is assumed to have {twice or 'task.max_tokens = '}{tokens} tokens; shorter "
         "rows take less memory and time",
         f"a device may use at most {USABLE_MEMORY:.0%} of its memory; the seconds of a kind cover "
         "the power modes and links of its devices in the first round, without jitter",

@@ -14,7 +14,7 @@ from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput, listed
 from fedspine.core.fleet import NoMemory
 from fedspine.core.method import Prunable, planned_sparsities
-from fedspine.core.task import BUILT_IN_DATA, Examples, Task
+from fedspine.core.task import BUILT_IN_DATA, Examples, Task, row_tokens
 from fedspine.data.pydocs import TOPICS
 from fedspine.fleets.planned import Planned, PlannedExchange, PlannedFleet, Prices, Quote
 from fedspine.fleets.simulated import profiles
@@ -64,7 +64,8 @@ def rounds_of(recipe: Recipe, kinds: list[str], classes: int) -> Rounds:
     try:
         with Weightless():
             state = begun(recipe, task)
-            prices = Prices(task.base, _rows(recipe, recipe.method.steps * recipe.method.batch))
+            drawn = recipe.method.steps * recipe.method.batch
+            prices = Prices(task.base, _rows(recipe, drawn, task.max_tokens))
             plans, met, wanted = [], set(), Counter(kinds)
             while any(
                 sum(kinds[i] == kind for i in met) < min(ENOUGH, count)
@@ -133,22 +134,23 @@ def _task(recipe: Recipe, classes: int) -> Task:
             f"task.max_tokens is {section.max_tokens}, but {section.model} reads at most "
             f"{longest}; lower it"
         )
-    rows = _rows(recipe, 1)
+    tokens = row_tokens(base.pooling, section.max_tokens)
+    rows = _rows(recipe, 1, tokens)
     return Task(
         kind=section.kind,
         base=base,
         train=rows,
         test=rows,
         label_names=tuple(map(str, range(classes))),
-        max_tokens=section.max_tokens,
+        max_tokens=tokens,
         rounds=recipe.run.rounds,
         turns=turns_of(recipe),
     )
 
 
-def _rows(recipe: Recipe, count: int) -> Examples:
-    """`count` rows of full length; only their lengths matter."""
-    count, tokens = max(1, count), recipe.task.max_tokens
+def _rows(recipe: Recipe, count: int, tokens: int) -> Examples:
+    """`count` rows of so many `tokens`; only their lengths matter."""
+    count = max(1, count)
     return Examples(
         ids=np.zeros(count * tokens, np.int32),
         offsets=np.arange(count + 1, dtype=np.int64) * tokens,

@@ -11,7 +11,7 @@ from fedspine.core.errors import BadInput
 from fedspine.core.privacy import Level
 from fedspine.core.server_optimiser import ServerOptimiser, server_optimiser_of
 from fedspine.core.strict import Section
-from fedspine.core.task import AUTO, NETS, TaskKind
+from fedspine.core.task import AUTO, NETS, Pooling, TaskKind
 
 
 def _infinite(value: Any) -> Any:
@@ -77,7 +77,7 @@ class TaskSection(Section):
     train_rows: int = pydantic.Field(0, ge=0)  # a random sample of so many; 0: all
     layers: int | None = pydantic.Field(None, ge=1)  # keep only the first blocks of the model
     # the readout; auto: that of the model's training
-    pooling: Literal["auto", "mean", "cls"] = "auto"
+    pooling: Pooling | Literal["auto"] = "auto"
     # the tokens that are kept, with the embeddings and the tokenizer cut to them; none: all
     vocabulary: Annotated[VocabularySection | None, pydantic.BeforeValidator(_vocabulary)] = None
 

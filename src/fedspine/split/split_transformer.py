@@ -28,12 +28,17 @@ from fedspine.split.interface import Features, Losses, adjusted_losses
 class SplitTransformer:
     """`SplitModel` of a transformer with adapters of one rank on all linear layers of its blocks.
 
-    Raises BadInput for a cut outside the model: 0 leaves the embeddings alone to the devices, which
-    then train nothing; with all blocks below the cut the server has the head.
+    Raises BadInput for a bi-encoder, and for a cut outside the model: 0 leaves the embeddings alone
+    to the devices, which then train nothing; with all blocks below the cut the server has the head.
     """
 
     def __init__(self, base: Base, cut: int, rank: int, scale: float) -> None:
         layers = base.layout.layers
+        if base.pooling == "bi-encoder":
+            raise BadInput(
+                'task.pooling is "bi-encoder", but features of split learning do not say which '
+                'text of a pair a token is of; set it to "mean"'
+            )
         if not 0 <= cut <= layers:
             raise BadInput(
                 f"the cut is after block {cut}, but this model "

@@ -112,6 +112,8 @@ def _tokens(recipe: Any, held: Any) -> dict[str, Any]:
     tokenizer = _tokenizer(section)
     texts = _texts(tokenizer, held)
     pairs = None if held.train.pairs is None else [*held.train.pairs, *held.test.pairs]
+    if apart := pairs is not None and _apart(recipe):  # each is cut for itself
+        texts, pairs = [*texts, *pairs], None
     beside = pairs or [""] * len(texts)
     sizes = np.array([len(text) + len(pair) for text, pair in zip(texts, beside, strict=True)])
     drawn = np.random.default_rng(_SAMPLE_SEED).permutation(len(texts))[:MEASURED]
@@ -128,7 +130,16 @@ def _tokens(recipe: Any, held: Any) -> dict[str, Any]:
         "max_tokens": section.max_tokens,
         "cut": round(float((lengths > section.max_tokens).mean()), 4),
         **({} if held.train.dialogues is None else {"dialogues": True}),
+        **({"apart": True} if apart else {}),
     }
+
+
+def _apart(recipe: Any) -> bool:
+    """Whether a run would read the two texts of a pair each for itself."""
+    from fedspine.runs.readout import auto_pooling
+
+    pooling = recipe.task.pooling
+    return (auto_pooling(recipe) if pooling == "auto" else pooling) == "bi-encoder"
 
 
 def _texts(tokenizer: Any, held: Any) -> list[str]:
@@ -252,7 +263,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
     """Lengths and duplicates, as text."""
     lines = []
     if tokens := found.get("tokens"):
-        some = tokens["texts"] < sum(found["rows"].values())
+        each = 2 if "apart" in tokens else 1
+        some = tokens["texts"] < each * sum(found["rows"].values())
         of = f"of {tokens['texts']:,} texts drawn at random" * some
         lines.append(
             f"tokens of a text: median {tokens['median']:,}, 90 % up to {tokens['p90']:,}, 99 % up "
