@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from toy import TEST_ROWS, Spy, bits
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, listed
 from fedspine.fleets.lossy import Lossy
 from fedspine.fleets.semi_async import SemiAsync
 from fedspine.lm.score import score
@@ -92,7 +92,7 @@ def test_loses_devices_and_goes_on(name, lab, task):
 
 @pytest.mark.parametrize("name", WAITING)
 def test_a_method_that_needs_all_replies_is_refused(name):
-    able = "choose one of " + ", ".join(MERGING)
+    able = f"choose one of {listed(MERGING)}"
     with pytest.raises(BadInput) as refused:
         Recipe(method=name, quorum=QUORUM)
     assert str(refused.value) == (
