@@ -131,13 +131,14 @@ def test_rows_that_were_lost_are_missed(job, command, tmp_path) -> None:
 
 
 PEAK = """
-import resource, sys
+import sys
+from fedspine.core.process import peak_memory_bytes
 from fedspine.ui import cli
 sys.argv = ["fedspine", "run", *sys.argv[1:], "--json"]
 try:
     cli.main()
 finally:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+    print(peak_memory_bytes(), file=sys.stderr)
 """
 
 
