@@ -127,8 +127,8 @@ class Noise:
             )
             for alike in _alike(names, before, after):
                 stacked = [torch.stack([each[name] for name in alike]) for each in (before, after)]
-                drawn = torch.stack([noise[name] for name in alike]).view(stacked[0].shape)
-                noisy = self._with_noise(*stacked, drawn.to(stacked[0].device), share)
+                own = torch.stack([noise[name] for name in alike]).view(stacked[0].shape)
+                noisy = self._with_noise(*stacked, own.to(stacked[0].device), share)
                 released |= zip(alike, noisy.unbind(), strict=True)
         return released
 

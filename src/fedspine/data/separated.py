@@ -73,7 +73,7 @@ def _separator(header: str, marks: Sequence[str], pick: Pick) -> str:
     one in it.
     """
     there = [mark for mark in marks if mark in header]
-    for mark in there[: len(there) if there[1:] else 0]:
+    for mark in there if len(there) > 1 else ():
         with suppress(BadInput, csv.Error, StopIteration):
             pick(next(csv.reader([header.rstrip("\r\n")], delimiter=mark, skipinitialspace=True)))
             return mark

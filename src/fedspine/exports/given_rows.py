@@ -11,8 +11,10 @@ from fedspine.data.array_rows import UNKNOWN, GivenRows, RowShape, fitting, rows
 from fedspine.data.dataset import Dataset, Rows
 from fedspine.data.tasks import load_stated
 from fedspine.runs import task_record
+from fedspine.runs.config import Recipe
 from fedspine.runs.read_data import dataset
 from fedspine.runs.run_dir import RECIPE, STATE, recipe_of
+from fedspine.runs.task_record import TaskRecord
 
 RANDOM_ROWS = 64
 OF_RUN = "test rows of {}"
@@ -73,10 +75,24 @@ def run_test_rows(folder: str, kind: TaskKind, classes: Sequence[str]) -> Datase
         data = dataset(recipe)
     except BadInput as error:
         raise BadInput(f"the test rows of {folder} are not available: {error}") from None
-    now = task_record.record_of(recipe, data, here=False)
-    if (now.classes, now.splits["test"]) != (record.classes, record.splits["test"]):
+    if not same_test_rows(recipe, record, data):
         raise BadInput(
             f"the test rows of {folder} are not available: {recipe.task.data} has changed since; "
             "restore it"
         )
     return data
+
+
+def same_test_rows(recipe: Recipe, record: TaskRecord, data: Dataset) -> bool:
+    """Whether the test rows and the classes of `data` are those that the run had."""
+    now = task_record.record_of(recipe, data, here=False)
+    return (now.classes, now.splits["test"]) == (record.classes, record.splits["test"])
+
+
+def spread(rows: int, most: int) -> np.ndarray:
+    """The places of at most so many rows, evenly over all.
+
+    >>> spread(3, 10).tolist(), spread(10, 4).tolist()
+    ([0, 1, 2], [0, 3, 6, 9])
+    """
+    return np.linspace(0, rows - 1, min(rows, most)).astype(int)
