@@ -68,15 +68,15 @@ def make(root, architecture, pooling, kind):
     base, tokenizer = load(place, kind=kind, classes=3, pooling=pooling)
     model, about = model_on(base, [4, 2], [24, 30]), {"labels": LABELS, "kind": kind}
     stock = export(base, model, tokenizer, root / "hf", max_tokens=64, name="toy", **about)
-    examples = encode(tokenizer, rows_of(kind), kind, 64, apart=pooling == "bi-encoder")
+    examples = encode(tokenizer, rows_of(kind), kind, 64, bi_encoder=pooling == "bi-encoder")
     with pytest.MonkeyPatch.context() as patch:  # tests of exports of a run measure it
         patch.setattr(bench_module, "peak_memory_bytes", lambda folder, tokens: 1)
         parity = onnx.export(stock, root / "onnx", examples=examples, rows_from="texts")
     return stock, root / "onnx", parity
 
 
-def inputs_of(tokenizer, rows, kind, apart=False):
-    inputs = encode(tokenizer, rows, kind, 64, apart=apart).batch(range(len(rows)))
+def inputs_of(tokenizer, rows, kind, bi_encoder=False):
+    inputs = encode(tokenizer, rows, kind, 64, bi_encoder=bi_encoder).batch(range(len(rows)))
     del inputs["labels"]  # these rows have none
     return inputs
 
@@ -93,7 +93,7 @@ def test_the_graph_gives_the_logits(exported, name):
     # numbers of rows and tokens other than the traced ones, padded and not
     for count in (1, 5):
         rows = rows_of(ours.kind, count)
-        inputs = inputs_of(ours.tokenizer, rows, ours.kind, ours.apart)
+        inputs = inputs_of(ours.tokenizer, rows, ours.kind, ours.bi_encoder)
         with torch.inference_mode():
             expected = ours.module(**inputs).logits
         found = theirs.module(**inputs).logits

@@ -61,7 +61,7 @@ def plain(base, seed=0):
 
 
 def inputs_of(tokenizer, given):
-    data = encode(tokenizer, given, "pair", MOST, apart=True)
+    data = encode(tokenizer, given, "pair", MOST, bi_encoder=True)
     inputs = data.batch(np.arange(len(given.texts)))
     inputs.pop("labels")
     return data, inputs
@@ -117,10 +117,10 @@ def test_each_text_is_cut_for_itself(opened):
 
 def test_kept_tokens_are_those_of_the_readout(opened, tmp_path):
     _, tokenizer = opened()
-    for apart in (False, True):
+    for bi_encoder in (False, True):
         for _ in range(2):
-            kept = tokens(tokenizer, rows(), "pair", MOST, apart=apart, folder=tmp_path)
-            made = encode(tokenizer, rows(), "pair", MOST, apart=apart)
+            kept = tokens(tokenizer, rows(), "pair", MOST, bi_encoder=bi_encoder, folder=tmp_path)
+            made = encode(tokenizer, rows(), "pair", MOST, bi_encoder=bi_encoder)
             assert kept.ids.tolist() == made.ids.tolist()
             assert kept.segments.tolist() == made.segments.tolist()
 
@@ -163,7 +163,7 @@ def pair_rows(count, seed):
 def pair_task(tiny_folder):
     base, tokenizer = load(str(tiny_folder("bert")), kind="pair", classes=2, pooling="bi-encoder")
     train, test = (
-        encode(tokenizer, pair_rows(count, seed), "pair", MOST, apart=True)
+        encode(tokenizer, pair_rows(count, seed), "pair", MOST, bi_encoder=True)
         for count, seed in ((TRAIN_ROWS, 0), (TEST_ROWS, 1))
     )
     names = ("other", "same")
@@ -223,9 +223,9 @@ def test_a_plan_charges_both_passes(tiny_folder):
         return found.tokens, [(t.flops, t.peak_memory_bytes) for t in trainings], found.remarks
 
     joint = planned(pooling="mean", max_tokens=32)
-    apart = planned(pooling="bi-encoder", max_tokens=16)
-    assert apart[:2] == joint[:2]
-    assert "2 x 16 = 32 tokens" in str(apart[2])
+    bi_encoder = planned(pooling="bi-encoder", max_tokens=16)
+    assert bi_encoder[:2] == joint[:2]
+    assert "2 x 16 = 32 tokens" in str(bi_encoder[2])
 
 
 # --- exports

@@ -92,7 +92,9 @@ def test_models_that_embed_sentences_by_their_mean_read_pairs_apart(
     begun, _ = settled(recipe({"task": task, "method": {"name": method}}))
     assert begun.task.pooling == expected
     base, _ = load(task["model"], kind="pair", classes=CLASSES)
-    assert base.pooling == ("mean" if stated is None else pooling_for(task["model"], apart=True))
+    assert base.pooling == (
+        "mean" if stated is None else pooling_for(task["model"], bi_encoder=True)
+    )
 
 
 def test_classifiers_and_decoders_keep_their_own_head(tiny_folder) -> None:

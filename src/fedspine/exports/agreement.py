@@ -10,7 +10,7 @@ import torch
 from fedspine.core.errors import BadInput, listed
 from fedspine.core.task import Examples
 from fedspine.data.array_rows import GivenRows
-from fedspine.exports.given_rows import array_rows, random_rows, text_rows
+from fedspine.exports.given_rows import array_rows, random_rows, spread, text_rows
 from fedspine.exports.loaded import AnyLoaded, Loaded, LoadedNet
 from fedspine.exports.parity_rows import made_up
 from fedspine.lm.encode import encode
@@ -47,7 +47,12 @@ def agreements(models: Sequence[AnyLoaded], data: str | None) -> list[Agreement]
     else:
         rows, rows_from = _text_rows(first, data)
         found = [
-            answers(m, encode(m.tokenizer, rows, m.kind, m.max_tokens, scored=True, apart=m.apart))
+            answers(
+                m,
+                encode(
+                    m.tokenizer, rows, m.kind, m.max_tokens, scored=True, bi_encoder=m.bi_encoder
+                ),
+            )
             for m in models
         ]
     return [
@@ -95,15 +100,6 @@ def _array_rows(net: LoadedNet, data: str | None) -> tuple[GivenRows, str]:
         return random_rows(net.reads), "random numbers; give data with --rows"
     rows, rows_from = array_rows(data, net.reads)
     return rows.take(spread(len(rows), ROWS)), rows_from
-
-
-def spread(rows: int, most: int) -> np.ndarray:
-    """The places of at most so many rows, evenly over all.
-
-    >>> spread(3, 10).tolist(), spread(10, 4).tolist()
-    ([0, 1, 2], [0, 3, 6, 9])
-    """
-    return np.linspace(0, rows - 1, min(rows, most)).astype(int)
 
 
 def net_answers(net: LoadedNet, rows: GivenRows) -> tuple[np.ndarray, float | None, float | None]:

@@ -89,7 +89,7 @@ def load_model(folder: str | Path, *, threads: int | None = None) -> Any:
             module.get_submodule(site.path).weight.numel() for site in layout.sites
         ),
         chat=card.chat,
-        apart=card.pooling == "bi-encoder",
+        bi_encoder=card.pooling == "bi-encoder",
         runtime="ONNX Runtime" if graph else "PyTorch",
     )
 

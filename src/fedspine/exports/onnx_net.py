@@ -22,10 +22,9 @@ from fedspine.core.task import Arrays
 from fedspine.data.array_rows import UNKNOWN, RowShape
 from fedspine.data.dataset import ArrayRows
 from fedspine.exports import bench, onnx_graph
-from fedspine.exports.agreement import spread
 from fedspine.exports.card import ONNX
 from fedspine.exports.classifier_parity import ClassifierParity, agreement
-from fedspine.exports.given_rows import array_rows
+from fedspine.exports.given_rows import array_rows, spread
 from fedspine.exports.onnx_graph import LOGITS, ROWS_IN, Graph, Signature
 from fedspine.exports.onnx_numbers import CALIBRATION_ROWS, quantise
 from fedspine.exports.parity import write_parity

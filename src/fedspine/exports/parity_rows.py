@@ -9,6 +9,7 @@ from fedspine.core.errors import BadInput
 from fedspine.core.task import Examples
 from fedspine.data.dataset import Rows
 from fedspine.data.tasks import load_stated
+from fedspine.exports.given_rows import same_test_rows, spread
 from fedspine.lm.encode import encode
 from fedspine.runs.config import Recipe
 from fedspine.runs.read_data import dataset
@@ -58,14 +59,14 @@ def calibration_rows(recipe: Recipe, record: TaskRecord, tokenizer: Any, most: i
 
 def _encoded(recipe: Recipe, record: TaskRecord, tokenizer: Any, rows: Rows) -> Examples:
     """The rows as the run's model reads them."""
-    apart = recipe.task.pooling == "bi-encoder"
-    return encode(tokenizer, rows, record.kind, record.max_tokens, scored=True, apart=apart)
+    bi_encoder = recipe.task.pooling == "bi-encoder"
+    return encode(
+        tokenizer, rows, record.kind, record.max_tokens, scored=True, bi_encoder=bi_encoder
+    )
 
 
 def _thinned(rows: Rows, most: int) -> Rows:
-    if len(rows) <= most:
-        return rows
-    return rows.take(np.linspace(0, len(rows) - 1, most).astype(int).tolist())
+    return rows.take(spread(len(rows), most).tolist())
 
 
 def _stated(recipe: Recipe, record: TaskRecord, place: str) -> Rows:
@@ -87,9 +88,7 @@ def _test(recipe: Recipe, record: TaskRecord) -> Rows | None:
         data = dataset(recipe)
     except BadInput:
         return None
-    now = record_of(recipe, data, here=False)
-    same = (now.classes, now.splits["test"]) == (record.classes, record.splits["test"])
-    return data.test if same else None
+    return data.test if same_test_rows(recipe, record, data) else None
 
 
 def made_up(tokenizer: Any, max_tokens: int, *, pairs: bool) -> Rows:

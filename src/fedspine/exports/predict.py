@@ -78,7 +78,7 @@ def predict(
     many second texts, and for rows of another shape or type.
     """
     if isinstance(loaded, LoadedNet):
-        return label_rows(loaded, texts)
+        return _labelled_rows(loaded, texts)
     if isinstance(texts, np.ndarray):
         raise BadInput(f"got rows of arrays, but this model of kind {loaded.kind} reads texts")
     if (pairs is not None) != (loaded.kind == "pair"):
@@ -101,7 +101,7 @@ def predict(
     return _labelled(loaded, _encoded(loaded, texts, pairs))
 
 
-def label_rows(net: LoadedNet, rows: Any) -> list[Prediction]:
+def _labelled_rows(net: LoadedNet, rows: Any) -> list[Prediction]:
     """The likeliest class of each row of an array, [rows, ...]; raises what `predict` raises."""
     x = fitting(np.asarray(rows), "what was given", net.reads)
     found: list[Prediction] = []
@@ -123,7 +123,7 @@ def _encoded(loaded: Loaded, texts: Sequence[str], pairs: Sequence[str] | None) 
         loaded.max_tokens,
         scored=True,
         ended=False,
-        apart=loaded.apart,
+        bi_encoder=loaded.bi_encoder,
     )
     for index, length in enumerate(examples.lengths):
         if length == 0:

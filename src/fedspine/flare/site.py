@@ -158,7 +158,7 @@ def open_site(site: Site, terms: RunTerms) -> Holding:
         )
     with refusing("data"):
         rows = site_rows(site, terms)
-        examples = _encoded(site, terms, tokenizer, rows, apart=base.pooling == "bi-encoder")
+        examples = _encoded(site, terms, tokenizer, rows, bi_encoder=base.pooling == "bi-encoder")
         return Holding(base, tokenizer, examples, text_names(rows.texts))
 
 
@@ -166,11 +166,13 @@ def site_examples(site: Site, terms: RunTerms, tokenizer: Any) -> Examples:
     """All of the site's rows, encoded as a simulation over the same rows would encode them; raises
     as `site_rows`.
     """
-    apart = terms.pooling == "bi-encoder"
-    return _encoded(site, terms, tokenizer, site_rows(site, terms), apart=apart)
+    bi_encoder = terms.pooling == "bi-encoder"
+    return _encoded(site, terms, tokenizer, site_rows(site, terms), bi_encoder=bi_encoder)
 
 
-def _encoded(site: Site, terms: RunTerms, tokenizer: Any, rows: "Rows", *, apart: bool) -> Examples:
+def _encoded(
+    site: Site, terms: RunTerms, tokenizer: Any, rows: "Rows", *, bi_encoder: bool
+) -> Examples:
     from fedspine.lm.tokens import tokens
 
     kept = Path(site.caches.folder)
@@ -179,7 +181,7 @@ def _encoded(site: Site, terms: RunTerms, tokenizer: Any, rows: "Rows", *, apart
         rows,
         terms.kind,
         terms.max_tokens,
-        apart=apart,
+        bi_encoder=bi_encoder,
         folder=kept,
         kept=TOKENS_KEPT,
     )

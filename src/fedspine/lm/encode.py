@@ -24,11 +24,11 @@ def encode(
     *,
     scored: bool = False,
     ended: bool = True,
-    apart: bool = False,
+    bi_encoder: bool = False,
 ) -> Examples:
     """Tokenise a split once; every row has at most `max_tokens` tokens, special ones included.
 
-    Both texts of a pair make one text, or with `apart` each is one of its own with at most
+    Both texts of a pair make one text, or with `bi_encoder` each is one of its own with at most
     `max_tokens`, one behind the other in the row.
 
     For language modelling each text is `ended` by the tokenizer's end token, where it has one, and
@@ -43,7 +43,7 @@ def encode(
         whole = [_ended(ids, tokenizer.eos_token_id, ended) for ids in coded]
         return _in_windows(whole, max_tokens, _overlap(max_tokens, scored), tokenizer.pad_token_id)
     pairs = None if rows.pairs is None else list(rows.pairs)
-    if apart:
+    if bi_encoder:
         firsts, seconds = (
             tokenizer(each, truncation=True, max_length=max_tokens)["input_ids"]
             for each in (texts, pairs)

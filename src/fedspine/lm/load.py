@@ -102,13 +102,13 @@ def config_of(name: str, source: str, *, kind: TaskKind, layers: int | None, **o
     return config
 
 
-def pooling_for(name: str, *, apart: bool = False) -> Pooling:
-    """The readout for which the model `name` was trained, where `apart` says that rows are pairs
-    whose texts may be read each for itself; raises BadInput if it cannot be found or read.
+def pooling_for(name: str, *, bi_encoder: bool = False) -> Pooling:
+    """The readout for which the model `name` was trained, a bi-encoder only where the caller can
+    have one, with `bi_encoder`; raises BadInput if it cannot be found or read.
     """
     source = locate(name)
     config = read(name, AutoConfig.from_pretrained, source)
-    return pooling_of(source, config, apart=apart)
+    return pooling_of(source, config, bi_encoder=bi_encoder)
 
 
 def _base(

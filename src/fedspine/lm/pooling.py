@@ -181,7 +181,9 @@ def readout_of(
     """
     if kind == "causal-lm":
         return None
-    readout = pooling_of(source, config, apart=kind == "pair") if pooling == "auto" else pooling
+    readout = (
+        pooling_of(source, config, bi_encoder=kind == "pair") if pooling == "auto" else pooling
+    )
     if readout == "bi-encoder" and kind != "pair":
         raise BadInput(
             f'task.pooling is "bi-encoder", which reads pairs, but task.kind is "{kind}"; set it '
@@ -195,17 +197,17 @@ def readout_of(
     return readout
 
 
-def pooling_of(source: str, config: Any, *, apart: bool = False) -> Pooling:
+def pooling_of(source: str, config: Any, *, bi_encoder: bool = False) -> Pooling:
     """The readout for which the model in folder or Hub id `source` was trained.
 
     sentence-transformers states its pooling in `1_Pooling`; an encoder that was trained on means of
-    single texts reads pairs, where they may be read `apart`, as a bi-encoder. A checkpoint that was
-    saved as a sequence classifier keeps its head, and a decoder reads its last token. Every other
-    encoder takes the mean.
+    single texts reads pairs, as a `bi_encoder` where the caller can have one. A checkpoint that
+    was saved as a sequence classifier keeps its head, and a decoder reads its last token. Every
+    other encoder takes the mean.
     """
     decoder = unit_map(config.model_type).decoder
     if stated := _stated(source):
-        return "bi-encoder" if apart and stated == "mean" and not decoder else stated
+        return "bi-encoder" if bi_encoder and stated == "mean" and not decoder else stated
     saved_as = (config.architectures or [""])[0]
     own_head = saved_as.endswith("ForSequenceClassification")
     return "cls" if own_head or decoder else "mean"

@@ -50,14 +50,14 @@ def tokens(
     max_tokens: int,
     *,
     scored: bool = False,
-    apart: bool = False,
+    bi_encoder: bool = False,
     folder: Path | None = None,
     kept: int | None = None,
 ) -> Examples:
     """The result of `encode`, memory-mapped if it could be stored: among `kept` (None: `KEPT`) in a
     cache folder, by default the user's.
     """
-    how = {"scored": scored, "apart": apart}
+    how = {"scored": scored, "bi_encoder": bi_encoder}
     key = _key(tokenizer, rows, kind, max_tokens, **how)
     if key is None:
         return encode(tokenizer, rows, kind, max_tokens, **how)
@@ -90,7 +90,7 @@ def written(tokenizer: Any) -> list[Any] | None:
 
 
 def _key(
-    tokenizer: Any, rows: Rows, kind: TaskKind, max_tokens: int, *, scored: bool, apart: bool
+    tokenizer: Any, rows: Rows, kind: TaskKind, max_tokens: int, *, scored: bool, bi_encoder: bool
 ) -> str | None:
     """A digest of all that the tokens depend on; None for a tokenizer that cannot be serialised."""
     settings = written(tokenizer)
@@ -100,8 +100,8 @@ def _key(
     # rows with labels are the same whatever they are for
     use = "scored" if scored and kind == "causal-lm" else "trained on"
     parts = [FORMAT, json.dumps(settings), kind, str(max_tokens), use]
-    if apart:
-        parts.append("apart")
+    if bi_encoder:
+        parts.append("bi-encoder")
     if rows.dialogues is not None:
         parts.append(json.dumps(template_of(tokenizer)))
     for part in (*parts, *_texts(rows)):

@@ -200,9 +200,9 @@ def build_task(recipe: Recipe, data: Dataset, *, kept: Path | None = None) -> tu
 
 def _encoded(recipe: Recipe, data: Dataset, base: Any, tokenizer: Any) -> tuple[Examples, Examples]:
     """The rows to train on and those to test on, as tokens."""
-    how, apart = (recipe.task.kind, recipe.task.max_tokens), base.pooling == "bi-encoder"
-    train = tokens(tokenizer, data.train, *how, apart=apart)
-    return train, tokens(tokenizer, data.test, *how, scored=True, apart=apart)
+    how, bi_encoder = (recipe.task.kind, recipe.task.max_tokens), base.pooling == "bi-encoder"
+    train = tokens(tokenizer, data.train, *how, bi_encoder=bi_encoder)
+    return train, tokens(tokenizer, data.test, *how, scored=True, bi_encoder=bi_encoder)
 
 
 def _with_words(

@@ -11,5 +11,5 @@ def auto_pooling(recipe: Recipe) -> Pooling:
     cannot be found or read.
     """
     # a model that is split cannot be a bi-encoder
-    apart = recipe.task.kind == "pair" and isinstance(recipe.method, HeadTraining)
-    return pooling_for(recipe.task.model, apart=apart)
+    bi_encoder = recipe.task.kind == "pair" and isinstance(recipe.method, HeadTraining)
+    return pooling_for(recipe.task.model, bi_encoder=bi_encoder)

@@ -112,7 +112,7 @@ def _tokens(recipe: Any, held: Any) -> dict[str, Any]:
     tokenizer = _tokenizer(section)
     texts = _texts(tokenizer, held)
     pairs = None if held.train.pairs is None else [*held.train.pairs, *held.test.pairs]
-    if apart := pairs is not None and _apart(recipe):  # each is cut for itself
+    if bi_encoder := pairs is not None and _is_bi_encoder(recipe):  # each is cut for itself
         texts, pairs = [*texts, *pairs], None
     beside = pairs or [""] * len(texts)
     sizes = np.array([len(text) + len(pair) for text, pair in zip(texts, beside, strict=True)])
@@ -130,11 +130,11 @@ def _tokens(recipe: Any, held: Any) -> dict[str, Any]:
         "max_tokens": section.max_tokens,
         "cut": round(float((lengths > section.max_tokens).mean()), 4),
         **({} if held.train.dialogues is None else {"dialogues": True}),
-        **({"apart": True} if apart else {}),
+        **({"bi_encoder": True} if bi_encoder else {}),
     }
 
 
-def _apart(recipe: Any) -> bool:
+def _is_bi_encoder(recipe: Any) -> bool:
     """Whether a run would read the two texts of a pair each for itself."""
     from fedspine.runs.readout import auto_pooling
 
@@ -263,7 +263,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     """Lengths and duplicates, as text."""
     lines = []
     if tokens := found.get("tokens"):
-        each = 2 if "apart" in tokens else 1
+        each = 2 if "bi_encoder" in tokens else 1
         some = tokens["texts"] < each * sum(found["rows"].values())
         of = f"of {tokens['texts']:,} texts drawn at random" * some
         lines.append(

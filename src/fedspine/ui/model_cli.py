@@ -155,14 +155,14 @@ def predict(
 
     loaded = load_model(folder)
     if isinstance(loaded, LoadedNet):
-        from fedspine.ui.rows import label_rows
+        from fedspine.ui.rows import print_labels
 
         if texts or pair or rows is None:
             raise BadInput(
                 f"{folder} is {loaded.net}, a net on arrays, which reads no texts; give rows with "
                 "--rows FILE, or --rows RUN for the test rows of its run"
             )
-        label_rows(loaded, rows, row or (), json=json)
+        print_labels(loaded, rows, row or (), json=json)
         return
     if rows is not None or row:
         raise BadInput(

@@ -19,7 +19,7 @@ from fedspine.report.tables import counted, percent
 SHOWN = 20  # lines of the table; --json has all rows
 
 
-def label_rows(net: LoadedNet, data: str, numbers: Sequence[int], *, json: bool) -> None:
+def print_labels(net: LoadedNet, data: str, numbers: Sequence[int], *, json: bool) -> None:
     """Print the label of each row of `data`, or of those with these numbers, from 0."""
     rows, rows_from = array_rows(data, net.reads)
     if wrong := [number for number in numbers if number >= len(rows)]:
