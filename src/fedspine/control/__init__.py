@@ -1,1 +1,3 @@
-"""What the server decides: who takes part, with how much, when to prune. Pure numpy functions."""
+"""The server's decisions: which devices take part, with how much work, and when to prune. Pure
+functions over numpy.
+"""

@@ -31,8 +31,8 @@ def _quadrants() -> Leaves:
 
 @message
 class Bandit:
-    """What one device's trials have taught: the leaves of its tree, which partition the unit
-    square.
+    """The bandit of one device: the leaves of its tree, which partition the unit square, with the
+    evidence of its trials.
 
     >>> Bandit().leaves.shape
     (4, 6)
@@ -51,11 +51,11 @@ def choose(
 ) -> tuple[float, float]:
     """A point (u, v) drawn uniformly from the leaf with the highest bound S/N + c*sqrt(ln n/N).
 
-    Leaves never played come first; ties are broken at random. `frozen_ratio` (nothing is left to
-    prune): u is 0 and the arms are the `bands` of v. `within` = ((lowest u, highest u), (lowest v,
-    highest v)): what can be executed; a leaf that lies outside it could be chosen but never
-    credited, so it would stay the most promising for ever. Raises ValueError where `within` is not
-    an ordered part of the unit square.
+    Leaves never played come first; ties are broken at random. With `frozen_ratio` (nothing is left
+    to prune), u is 0 and the arms are the `bands` of v. `within` = ((lowest u, highest u), (lowest
+    v, highest v)) is what can be executed. Leaves outside it are not chosen: they could never be
+    credited and would stay the most promising forever. Raises ValueError if `within` is not an
+    ordered part of the unit square.
 
     >>> u, v = choose(Bandit(), exploration=0.1, rng=np.random.default_rng(0))
     >>> 0 <= u < 1 and 0 <= v < 1
@@ -79,7 +79,7 @@ def choose(
 def choose_plan(
     bandit: Bandit, limits: Limits, *, exploration: float, rng: np.random.Generator
 ) -> Plan:
-    """The bandit's choice among what the schedule and the memory allow."""
+    """The bandit's choice among the plans that the schedule and the memory allow."""
     last, affordable = limits.last, limits.affordable
     highest = min((affordable - 0.5) / last, 1.0) if last else 1.0
     u, v = choose(
@@ -102,8 +102,8 @@ def credit(
     split_at: float = 2,
     max_tree_depth: int = 2,
 ) -> Bandit:
-    """The bandit after the executed action (u, v) earned `reward`: all leaves discounted, its leaf
-    credited, then refined.
+    """The bandit after the executed action (u, v) earned `reward`: all leaves are discounted, the
+    leaf of (u, v) is credited and then split.
 
     (u, v) is what the device did, not what was chosen; with a frozen ratio, u = 0. A leaf above
     `max_tree_depth` with at least `split_at` plays is cut at its midpoints, and each child inherits
@@ -145,10 +145,9 @@ def bands(bandit: Bandit) -> Leaves:
     """The evidence about v alone, as leaves of full width in u (their U0 is 0; SIDE and DEPTH are
     those of v).
 
-    The edges of all leaves cut v into elementary bands. A leaf taller than a band gives it the part
-    of its evidence that its height says, as if its plays were spread evenly: the assumption by
-    which a split hands down quarters. So bands neither overlap nor lose evidence, however unevenly
-    u was refined. (A choice of this project.)
+    The edges of all leaves cut v into elementary bands. A leaf taller than a band gives it the
+    share of its evidence that the band covers, as if its plays were spread evenly, which a split
+    assumes, too. So bands neither overlap nor lose evidence, however unevenly u was split. (Ours.)
 
     >>> bands(credit(Bandit(), 0.7, 0.2, 1.0))[:, N]
     array([1., 0.])
@@ -191,7 +190,7 @@ def rewards(
 def reward(
     *, gain: float, scale: float, progress: float, importance: float, lateness: float
 ) -> float:
-    """How well a round served, in [0, 1]: the mean of three merits, divided by 1 + lateness.
+    """The reward of a round, in [0, 1]: the mean of three merits, divided by 1 + lateness.
 
     gain: loss before minus loss after; scale: the fleet's usual |gain| (`update_scale`); progress:
     sparsity gained over the most allowed, 0 once the target is reached; importance: of the
@@ -215,8 +214,8 @@ def reward(
 
 
 def update_scale(scale: float | None, gains: Iterable[float], *, keep: float = 0.9) -> float | None:
-    """The running median of |gain| over a round's devices; None starts it, and no gains leave it as
-    it is.
+    """The running average of the median |gain| over a round's devices, in which the old value has
+    the weight `keep`; None starts it, and without gains it does not change.
 
     Raises ValueError for a gain that is not finite.
 

@@ -15,12 +15,13 @@ def regulate(
     most: Int[np.ndarray, " workers"],
     fastest: float | None = None,
 ) -> Int[np.ndarray, " workers"]:
-    """Rows of each worker: as many as it processes while the fastest processes `largest` (D); Eq.
-    9.
+    """Rows of each worker, int64 [workers]: as many as it processes while the fastest processes
+    `largest` (D); Eq. 9.
 
-    `cost`, and `fastest` of the fastest worker, are in seconds per row. Without `fastest` it is the
-    smallest `cost`, so pass all eligible workers: the fastest counts even if it is not chosen.
-    Every worker gets at least one row and at most `most`, which its data and memory allow.
+    `cost` [workers], and `fastest` of the fastest worker, are in seconds per row. Without
+    `fastest`, it is the smallest `cost`, so pass all eligible workers: the fastest counts even if
+    it is not chosen. Every worker gets at least one row and at most `most` [workers], which its
+    data and memory allow.
 
     >>> regulate(np.array([1.0, 2.0, 100.0]), 64, np.array([64, 20, 64])).tolist()
     [64, 20, 1]
@@ -40,12 +41,13 @@ def scaled_up(
     budget_rows: int,
     fastest: float,
 ) -> Int[np.ndarray, " chosen"]:
-    """Eq. 9 at the longest iteration that `budget_rows` in all and `largest` for each allow.
+    """Eq. 9 for the longest iteration in which all batches together have at most `budget_rows` rows
+    and each has at most `largest`.
 
-    It is no shorter than `largest` rows of the `fastest`, for which the budget must suffice.
-    Batches grow in proportion to speed and are rounded once; scaling rounded ones makes some
-    workers wait. The limit of `largest` matters: without it the fast workers would stay there while
-    slow ones grow, and all wait for them. A worker at its own `most` holds nobody back.
+    The iteration is no shorter than `largest` rows take the `fastest` worker, for which the budget
+    must suffice. Batches grow in proportion to speed and are rounded once, since scaling rounded
+    batches makes some workers wait. Growth ends when a worker reaches `largest`: beyond that, slow
+    workers would grow while fast ones wait for them. A worker at its own `most` does not end it.
 
     >>> scaled_up(np.array([1.0, 2.1]), 64, np.array([64, 64]), 30, fastest=0.1).tolist()
     [20, 9]
@@ -67,8 +69,7 @@ def scaled_up(
 
 
 def waiting_share(seconds: Float[np.ndarray, " chosen"]) -> float:
-    """The mean time that workers wait for the slowest one (W), as a share of the slowest one's
-    time.
+    """The mean time that workers wait for the slowest one (W), divided by the slowest one's time.
 
     >>> waiting_share(np.array([4.0, 2.0]))
     0.25
@@ -77,8 +78,8 @@ def waiting_share(seconds: Float[np.ndarray, " chosen"]) -> float:
 
 
 def rows_that_fit(needs: Callable[[int], int], memory_bytes: int, at_most: int) -> int:
-    """The most rows, up to `at_most`, whose training needs no more than `memory_bytes`; 0 where one
-    needs more.
+    """The most rows, up to `at_most`, whose training needs no more than `memory_bytes`; 0 if a
+    single row needs more.
 
     `needs(rows)` gives bytes and never falls as rows grow.
 

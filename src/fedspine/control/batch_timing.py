@@ -1,9 +1,9 @@
 """Device speeds from the exchanges of the current split round, and batches with which all devices
 finish at the same time.
 
-Ours, beside MergeSFL's Eq. 9, which knows only the speed of earlier rounds and no fixed cost of an
-exchange. The model: seconds of an exchange = fixed + each * load, with one `fixed` for the fleet
-and one `each` per device.
+Ours; MergeSFL's Eq. 9 uses only the speed of earlier rounds and has no fixed cost of an exchange.
+The model: seconds of an exchange = fixed + each * load, with one `fixed` for the fleet and one
+`each` per device.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ def fitted(
     """The fixed part and each device's seconds per unit of load, by least squares of the relative
     errors.
 
-    Loads and seconds are above 0, with at least one exchange of each device. `usual` is the fixed
-    part known before: it counts like `TRUST` exchanges of every device, and is all there is to know
-    where loads do not vary.
+    Loads and seconds, one array per device, are above 0 and have at least one exchange each.
+    `usual` is the fixed part known before. It counts like `TRUST` exchanges of every device, and
+    decides alone if loads do not vary.
 
     >>> seconds = [np.array([3.0, 6.0]), np.array([4.0, 10.0])]
     >>> fixed, each = fitted([np.array([10.0, 40.0])] * 2, seconds)
@@ -114,12 +114,11 @@ def levelled(
 def early(
     ends: Float[np.ndarray, " workers"], step: float, least: int
 ) -> Int[np.ndarray, " workers"]:
-    """How many steps before the end each worker leaves the round, if it then needs `ends` seconds
-    to finish.
+    """The number of steps before the end at which each worker leaves the round, if it then needs
+    `ends` seconds to finish.
 
     `least` workers stay to the last step, or all if there are fewer. A step takes `step` seconds.
-    Of the possible lengths of the round, the one is chosen with the smallest sum of its time and
-    the mean worker's waiting.
+    The chosen length of the round has the smallest sum of its time and the mean worker's waiting.
 
     >>> early(np.array([1.0, 1.0, 1.2, 4.1]), step=1.0, least=2).tolist()
     [0, 0, 0, 3]

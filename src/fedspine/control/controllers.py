@@ -1,9 +1,9 @@
-"""Who picks each device's pruning and rank: the paper's S-UCB, and what it is compared with.
+"""Controllers, which choose each device's pruning and rank: the paper's S-UCB and its baselines.
 
-FedSpine (reconstructed), section 4. A controller is its settings and three functions: `check`
-refuses settings that cannot work, `plan` plans the devices whose turn it is, `learn` gives what is
-known of devices after a round. Schedule and memory bind every plan. `known` holds what `learn`
-gave; `foresee` tells true times, which only the oracle asks.
+FedSpine (reconstructed), section 4. A controller has settings and three functions: `check` refuses
+settings that cannot work, `plan` plans the devices whose turn it is, and `learn` returns what is
+known of devices after a round, which the next `plan` gets as `known`. Every plan keeps to the
+schedule and the device's memory. `foresee` returns true times; only the oracle calls it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -102,7 +102,7 @@ class SUcb:
 
 
 class _LearnsNothing:
-    """The `learn` of controllers whose plans do not depend on earlier rounds."""
+    """A controller whose plans do not depend on earlier rounds."""
 
     def learn(
         self,
@@ -116,7 +116,7 @@ class _LearnsNothing:
 
 @dataclass(frozen=True)
 class Random(_LearnsNothing):
-    """Random pruning and rank among all that the schedule and the memory allow, uniformly."""
+    """Pruning and rank drawn uniformly among those that the schedule and the memory allow."""
 
     name: ClassVar = "random"
 
@@ -134,9 +134,7 @@ class Random(_LearnsNothing):
 
 @dataclass(frozen=True)
 class Fixed(_LearnsNothing):
-    """The same share of the most that a round may prune, and the same rank, from the first round
-    on.
-    """
+    """In every round, the same share of the largest pruning that it allows, and the same rank."""
 
     name: ClassVar = "fixed"
     ratio: float = 0.5  # of method.most_per_round; 0 prunes as the schedule demands and no more
@@ -157,7 +155,7 @@ class Fixed(_LearnsNothing):
 
 @dataclass(frozen=True)
 class Deadline:
-    """Plans that all end by one deadline, with times learnt from what devices report."""
+    """Plans that all end by one deadline, with times predicted from what devices report."""
 
     name: ClassVar = "deadline"
     latency_margin: float = 0.3  # by how much a predicted time may be too short

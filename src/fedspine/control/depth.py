@@ -1,7 +1,7 @@
 """LoRA depth and ranks for every device, from the times that rounds took: LEGEND's control.
 
 LEGEND (reconstructed), sections 6 to 9; arXiv:2412.20004. The depth of a device is the number of
-blocks with an adapter, counted from the output. A round of depth k lasts
+blocks with an adapter, counted from the output. A round of depth k takes
 
     seconds = a * work + b * work * k / layers + c * bytes / full bytes,
 
@@ -38,9 +38,7 @@ class AllBlocks:
 
 @dataclass(frozen=True)
 class Lcd:
-    """Each device trains the adapters of as many upper blocks as it has time for, as LEGEND
-    chooses.
-    """
+    """Each device trains the adapters of as many upper blocks as LEGEND's rule allows it."""
 
     name: ClassVar = "lcd"
     rule: DepthRule = "barrier-floor"
@@ -61,8 +59,8 @@ KEEP_WITHIN = 0.05  # of the round's time: a depth one away is not worth a chang
 
 @dataclass(frozen=True)
 class DepthPlan:
-    """One round: each device's depth, the seconds it is expected to take, and its ranks where they
-    are not the common ones, from its lowest block up.
+    """The plan of one round: each device's depth, its expected seconds, and its ranks from its
+    lowest block up, if they are not the common ones.
     """
 
     depths: dict[DeviceId, int]
@@ -72,7 +70,7 @@ class DepthPlan:
 
 @dataclass(frozen=True)
 class DepthPlanner:
-    """Chooses depths by a rule of `choose_depths`, and keeps a device's last depth where a change
+    """Chooses depths by a rule of `choose_depths`, but keeps a device's last depth if a change
     gains little.
     """
 
@@ -144,8 +142,8 @@ class DepthPlanner:
 def rising_ranks(layers: int, budget: int, difference: float) -> tuple[int, ...]:
     """Ranks of the blocks, from input to output, `difference` apart and `budget` in all; section 6.
 
-    Rounding is made good at the output end where ranks are missing, at the input end where there
-    are too many; none falls below 1. A negative difference gives falling ranks, from the same sum.
+    After rounding, missing ranks are added at the output end and surplus ones removed at the input
+    end; none falls below 1. A negative difference gives falling ranks with the same sum.
 
     >>> rising_ranks(4, 32, 1.0), rising_ranks(3, 24, 0.0)
     ((6, 8, 8, 10), (8, 8, 8))
@@ -168,7 +166,7 @@ def rising_ranks(layers: int, budget: int, difference: float) -> tuple[int, ...]
 
 
 def features(work: float, depth: int, layers: int, traffic: float) -> NDArray[np.float64]:
-    """What the time of an exchange depends on; `traffic` is a share of that of full depth."""
+    """The three regressors of an exchange's time; `traffic` is a share of that of full depth."""
     return np.array([work, work * depth / layers, traffic])
 
 
@@ -182,7 +180,8 @@ def timed(
     discount: float,
     work: float = 1.0,
 ) -> NDArray[np.float64]:
-    """What is known of a device's times after an exchange at this depth; None: nothing was known.
+    """The evidence about a device's times after one more exchange at this depth; None: there was
+    none before.
 
     `full_bytes` is the traffic of full depth, `work` the share of a round's batches.
     """
@@ -217,12 +216,14 @@ def choose_depths(
 
     `seconds` [devices, layers + 1] never falls with depth, `most` [devices] is the largest depth
     that fits a device's memory, at least 1, and `ranks` [layers] are those of the blocks from input
-    to output. No depth is below `least`, unless memory forbids it.
+    to output. No depth is below `least`, unless memory forbids it. The rules are:
 
-    - `barrier-floor`: of all times at which a round could end, the one with the most rank-weighted
-      coverage of the blocks per second, such that each block is trained by a share `coverage` of
-      the devices where memory lets it; every device then takes the largest depth done by then.
-    - `align-fastest`: the time at which the fastest device is done with all blocks.
+    - `barrier-floor`: of all times at which a round could end, take the one with the most
+      rank-weighted coverage of the blocks per second, among those at which each block is trained by
+      a share `coverage` of the devices as far as memory allows; every device takes the largest
+      depth that it finishes by then.
+    - `align-fastest`: every device takes the largest depth that it finishes by the time at which
+      the fastest device is done with all blocks.
     - `tiers`: three groups of equal size by speed, at a half, three quarters and all of the blocks.
     - `fixed`: the depth `fixed` for all.
     """
@@ -272,14 +273,14 @@ def _filled(
     floor: NDArray[np.int64],
     most: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """Every device's largest depth that is done by `end`, within its bounds."""
+    """The largest depth that each device finishes by `end`, within its bounds."""
     return np.clip((seconds[:, 1:] <= end).sum(1), floor, most)
 
 
 def settled(
     chosen: NDArray[np.int64], before: NDArray[np.int64], seconds: NDArray[np.float64]
 ) -> NDArray[np.int64]:
-    """`chosen`, or a device's depth `before` (0: none) if that is one away and would end within a
+    """`chosen`, or a device's depth `before` (0: none) if it differs by one and would end within a
     twentieth of the round's time of the round's end.
     """
     rows = np.arange(len(chosen))
@@ -293,10 +294,10 @@ def settled(
 def own_ranks(
     ranks: Sequence[int], depth: int, seconds_a_rank: float, budget_seconds: float
 ) -> tuple[int, ...]:
-    """The ranks of a device from its lowest block up, such that its traffic, at `seconds_a_rank`,
-    takes `budget_seconds` at most; section 6.
+    """The ranks of a device from its lowest block up with which its traffic, at `seconds_a_rank`,
+    takes at most `budget_seconds`; section 6.
 
-    Each is the common rank times one factor of at most 1, at least 1.
+    Each is the common rank times one factor of at most 1, but at least 1.
 
     >>> own_ranks((6, 8, 8, 10), 2, seconds_a_rank=0.5, budget_seconds=4.5)
     (4, 5)

@@ -1,9 +1,8 @@
-"""Which devices take part in a round of split learning: a genetic search for a merged batch whose
-labels match the fleet's.
+"""A genetic search for the devices of a split round whose merged labels match the fleet's.
 
 MergeSFL (Liao et al. 2024, arXiv:2311.13348) searches in this way under the server's bandwidth; its
-operators and sizes are not published. Here it is a binary genetic search. Individuals are the rows
-of a boolean matrix, so that one numpy operation handles all of them.
+operators and sizes are not published. Individuals are the rows of a boolean matrix, so that one
+numpy operation handles all of them.
 """
 
 from dataclasses import dataclass
@@ -57,8 +56,8 @@ def select(
     """Workers whose merged labels are closest to the fleet's, ascending; never worse than the
     fittest of `founders`.
 
-    Fitness compares the divergence, then the bandwidth left unused, then the workers' numbers;
-    smaller is better. With seconds (ours) only the divergence above `enough` counts, and then
+    Fitness compares the divergence, then the unused bandwidth, then the indices of the workers;
+    smaller is better. With seconds (ours), it compares the divergence above `enough` and then
     `seconds_lost`. The fittest individual always survives.
     """
     members = founders(search, rng, population)
@@ -74,9 +73,10 @@ def founders(search: Search, rng: np.random.Generator, population: int) -> Membe
     """The first individuals: of random size, with workers drawn by `priorities` without
     replacement, repaired.
 
-    Priorities count only here and not in the fitness. With seconds, each individual is drawn from
-    more workers than the one before, fastest links first, up to all: as long as one slow link is in
-    a selection, removing others gains nothing, so single flips do not lead away from slow links.
+    Priorities count only here and not in the fitness. With seconds, the first individual is drawn
+    from the workers with the fastest links, and each further one from more workers, up to all. Such
+    founders are needed because single flips do not lead away from slow links: while one slow link
+    is in a selection, removing another gains nothing.
     """
     workers = len(search.batches)
     # the largest of log(weight) + Gumbel noise are a draw without replacement with these weights
@@ -88,15 +88,15 @@ def founders(search: Search, rng: np.random.Generator, population: int) -> Membe
 
 
 def any_workers(search: Search, rng: np.random.Generator) -> Int[np.ndarray, " chosen"]:
-    """Workers drawn regardless of labels and turns, ascending, within the same limits: the baseline
-    of `select`.
+    """Workers drawn regardless of labels and priorities, ascending, within the same limits; the
+    baseline for `select`.
     """
     return np.flatnonzero(_drawn(search, rng.random((1, len(search.batches))), rng)[0])
 
 
 def fitness(search: Search, members: Members) -> Float[np.ndarray, " individuals"]:
-    """The divergence of each individual's merged labels from the mean of all workers'; each has a
-    member.
+    """The divergence of each individual's merged labels from the mean over all workers; every
+    individual must have a member.
     """
     return divergence(merged(members * search.batches, search.labels), reference(search.labels))
 
@@ -157,9 +157,9 @@ def _children(parents: Members, rng: np.random.Generator) -> Members:
 def _repaired(search: Search, members: Members) -> tuple[Members, Bool[np.ndarray, " individuals"]]:
     """The individuals within the limits, and for which of them that was possible.
 
-    Over the budget or the largest number: workers with the lowest priority leave first, of equal
-    ones those with the larger batches. Under the smallest number: those with the highest priority
-    join, if they fit.
+    Over the budget or the largest number, the workers with the lowest priority leave first, and of
+    equal ones those with the larger batches. Under the smallest number, the workers with the
+    highest priority join, if they fit.
     """
     # whom to keep, the first before the others
     order = np.lexsort((search.batches, -priorities(search.rounds)))

@@ -1,4 +1,4 @@
-"""Which labels a batch merged from many devices holds, and how far these are from the fleet's.
+"""The label distribution of a batch merged from many devices, and its distance from the fleet's.
 
 MergeSFL (Liao et al. 2024, arXiv:2311.13348), Eq. 11 and 12, as reconstructed.
 """
@@ -42,12 +42,12 @@ def class_log_ratios(
     reference: Float[np.ndarray, " classes"],
     share: float,
 ) -> Float[np.ndarray, "workers classes"]:
-    """How much more likely each class is at a worker than in the fleet, in nats: log(V_i / Phi_0),
-    of which `share` counts.
+    """`share` times log(V_i / Phi_0): how much more likely each class is at a worker than in the
+    fleet, in nats, [workers, classes]; 0 for a worker with the fleet's label distribution.
 
     With logits adjusted by it, as in logit adjustment (Menon et al. 2021, arXiv:2007.07314) and
-    FedLC (Zhang et al. 2022, arXiv:2209.00189), a model gains nothing from knowing which worker
-    rows come from. 0 for a worker whose labels are distributed as the fleet's.
+    FedLC (Zhang et al. 2022, arXiv:2209.00189), a model gains nothing from knowing which worker a
+    row comes from.
 
     >>> labels = np.array([[1.0, 0.0], [0.5, 0.5]])
     >>> class_log_ratios(labels, np.array([0.5, 0.5]), 0.5).round(3).tolist()
@@ -60,10 +60,10 @@ def class_log_ratios(
 def divergence(
     merged: Float[np.ndarray, "*plans classes"], reference: Float[np.ndarray, " classes"]
 ) -> Float[np.ndarray, "*plans"]:
-    """KL(merged || reference) in nats, never below 0; a class that `merged` lacks adds nothing.
+    """KL(merged || reference) in nats, at least 0; a class that `merged` lacks adds nothing.
 
-    Infinite where `merged` holds a class that `reference` lacks, which cannot be when both come
-    from the same workers.
+    Infinite if `merged` has a class that `reference` lacks, which is impossible if both come from
+    the same workers.
 
     >>> round(float(divergence(np.array([1.0, 0.0, 0.0]), np.array([0.5, 0.5, 0.0]))), 4)  # ln 2
     0.6931

@@ -1,9 +1,9 @@
-"""How long a device takes, learnt from nothing but the times it reported.
+"""A latency model of each device, fitted to the times that it reported.
 
 The option `rls` of FedSpine (reconstructed), section 4: seconds = a * (1 - sparsity) + b * rank + c
-is fitted to each device by recursive least squares with forgetting. In information form, that is a
-sum of outer products, so that devices can be added up: a device with few rounds behind it is taken
-to be like the fleet.
+is fitted to each device by recursive least squares with forgetting. In information form the
+evidence is a sum of outer products, so it can be added up over devices: a device with few rounds is
+assumed to be like the fleet.
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ UNDECIDED = 1e-6
 
 @message
 class LatencyModel:
-    """What is known of one device's times: the `evidence` of the rounds that it reported."""
+    """The latency model of one device: the `evidence` of the rounds that it reported."""
 
     evidence: np.ndarray
 
@@ -60,11 +60,11 @@ def add(
 
 
 def coefficients(own: Evidence, fleet: Evidence) -> NDArray[np.float64]:
-    """a, b and c of a device, none of them negative, from its own evidence and the sum over the
-    fleet's; of a stack of devices, [..., 3] from [..., 3, 4].
+    """a, b and c of a device, none negative, from its own evidence and the sum over the fleet's;
+    for a stack of devices, [..., 3] from [..., 3, 4].
 
-    What the device's own rounds leave open is filled by the fleet's coefficients, times how much
-    slower or faster the device was in them.
+    What the device's own rounds do not determine comes from the fleet's coefficients, scaled by how
+    much slower or faster the device was in its rounds.
     """
     undecided = UNDECIDED * max(np.trace(fleet[:, :FEATURES]), 1.0) * np.eye(FEATURES)
     common = _least_squares(fleet[:, :FEATURES] + undecided, fleet[:, FEATURES])
@@ -102,8 +102,8 @@ def _features(sparsity: float, rank: float) -> NDArray[np.float64]:
 
 
 def _least_squares(gram: NDArray[np.float64], moment: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Least squares without negative coefficients: no device gets faster by more work. Tries every
-    set of zeros. All sums [..., 3, 3] and [..., 3] of a stack at once.
+    """Least squares with nonnegative coefficients, since no device gets faster by more work. Tries
+    every set of zeros, for all sums [..., 3, 3] and [..., 3] of a stack at once.
     """
     best, lowest = np.zeros_like(moment), np.zeros(moment.shape[:-1])
     for size in range(1, FEATURES + 1):

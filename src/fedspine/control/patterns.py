@@ -1,4 +1,4 @@
-"""Which blocks a device trains that has room for some of them: Fed-HeLLo's geometric patterns.
+"""Fed-HeLLo's geometric patterns, which choose the blocks of a device that can train only some.
 
 Zhang et al. 2025, arXiv:2506.12213. A pattern says how many devices of a fleet train each block.
 """
@@ -16,7 +16,7 @@ DRAW = 402  # the purpose of this random stream
 
 
 def heights(pattern: Pattern, layers: int) -> NDArray[np.float64]:
-    """How many devices train each block, from input to output, relative to each other.
+    """The relative number of devices that train each block, [layers], from input to output.
 
     >>> [heights(pattern, 4).tolist() for pattern in ("triangle", "inverted")]
     [[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]]
@@ -45,11 +45,12 @@ def blocks_of_device(
     lowest: int = 0,
     round: int | None = None,
 ) -> tuple[int, ...]:
-    """The `count` blocks that a device trains, rising, none below `lowest`; as many as there are,
-    if fewer.
+    """The `count` blocks that a device trains, ascending, none below `lowest`; all if there are
+    fewer.
 
-    They are the highest of the pattern, of equal ones those nearer to the output. `uniform` draws
-    them for each device. With a `round` they are drawn anew for each round, by `shares`.
+    They are the highest blocks of the pattern, and of equal ones those nearer to the output.
+    `uniform` draws them for each device. With a `round`, they are drawn for each round, with
+    probabilities in proportion to `shares`.
 
     >>> [blocks_of_device("bottleneck", 6, count, "a", seed=0) for count in (1, 2, 3)]
     [(5,), (0, 5), (0, 4, 5)]
@@ -70,8 +71,8 @@ def blocks_of_device(
 
 
 def shares(height: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
-    """How likely each block is drawn: 3 for the highest third of a pattern, 2 and 1 for the others,
-    as in the released code; equal for equal heights.
+    """The weight of each block in a draw: 3 for the highest third of a pattern, 2 and 1 for the
+    others, as in the released code; equal for equal heights.
 
     >>> shares([6, 4, 2, 2, 4, 6]).tolist(), shares([1, 1, 1]).tolist()
     ([3.0, 2.0, 1.0, 1.0, 2.0, 3.0], [1.0, 1.0, 1.0])

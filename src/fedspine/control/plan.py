@@ -1,8 +1,8 @@
-"""One device's plan for a round: how sparse it gets and at which rank it tunes.
+"""A device's plan for a round: the sparsity to which it prunes and the rank at which it tunes.
 
-Schedule and memory bind every plan. FedSpine (reconstructed), sections 2.4 and 4; the bandit's
-choice among what they allow is in `bandit.py`. The schedule's cubic is that of gradual pruning (Zhu
-& Gupta 2017, arXiv 1710.01878), which the pruning baselines share.
+Every plan keeps to the schedule and the device's memory; `bandit.py` chooses among the allowed
+plans. FedSpine (reconstructed), sections 2.4 and 4. The cubic schedule is that of gradual pruning
+(Zhu & Gupta 2017, arXiv 1710.01878), which the pruning baselines share.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,9 +33,9 @@ def cubic_floor(
     """The least cumulative sparsity in `round`, counted from 0: 0, then share*target*(1-(1-x)^3),
     then the target.
 
-    warmup and until are parts of the run. The last of several rounds is at the target even where
+    `warmup` and `until` are shares of the run. The last of several rounds is at the target even if
     the run is too short to reach `until`; a run of one round only warms up. Raises BadInput for
-    parts out of order or values out of range.
+    shares out of order or values out of range.
 
     >>> [round(cubic_floor(r, 20, 0.5), 3) for r in (0, 1, 7, 13, 14)]
     [0.0, 0.0, 0.338, 0.4, 0.5]
@@ -134,23 +134,23 @@ class Turn:
 
 
 def warm_up(limits: Limits, rng: np.random.Generator) -> Plan:
-    """A plan without pruning, since no importance is known yet, at a random rank, so that its time
-    becomes known.
+    """A plan without pruning, since no importance is known yet, at a random rank, so that the
+    device's time at that rank becomes known.
     """
     return Plan(limits.sparsity, limits.ranks[int(rng.integers(limits.affordable))], None, 0.0)
 
 
 def random_plan(limits: Limits, rng: np.random.Generator) -> Plan:
-    """A random pruning and rank among all that the schedule and the memory allow, uniformly."""
+    """A plan drawn uniformly among those that the schedule and the memory allow."""
     u = 0.0 if limits.frozen else rng.uniform(limits.lowest, 1.0)
     return _plan_of(limits, float(u), int(rng.integers(limits.affordable)))
 
 
 def fixed_plan(limits: Limits, ratio: float, rank: int) -> Plan:
-    """Prunes `ratio` of the most that a round may, or what is due if that is more, and tunes at
-    `rank`, or the largest below it that fits the memory.
+    """A plan that prunes `ratio` of the largest pruning that a round allows, or what is due if that
+    is more, and tunes at `rank`, or at the largest rank below it that fits the memory.
 
-    A ratio of 0 prunes as the schedule demands and no more.
+    A ratio of 0 prunes only what the schedule demands.
 
     >>> limits = Limits(
     ...     sparsity=0.1, due=0.0, target=0.5, most_per_round=0.05, ranks=(4, 8), affordable=2
@@ -172,11 +172,11 @@ def plans_for_deadline(
     """Plans that all end by one deadline: each device's largest rank that can, with the least
     pruning that lets it.
 
-    The deadline is the earliest moment at which all can be done, moved by `slack` (0 to 1) towards
-    the moment at which all are done that prune no more than is due at their largest rank. So with
-    slack 0 no other plans end the round sooner, and none that end it as soon give any device a
-    larger rank. With `margin`, times that are not certain have to fit even if they get longer by
-    that share; a device that then has no plan left takes its fastest.
+    The deadline is the earliest moment at which all devices can be done, moved by `slack` (0 to 1)
+    towards the moment at which they are done if they prune only what is due and tune at their
+    largest rank. So with slack 0, no other plans end the round sooner, and none that end it as soon
+    give any device a larger rank. With `margin`, uncertain times must fit even if they are longer
+    by that share; a device without such a plan takes its fastest plan.
     """
     plans = {id: _menu(each) for id, each in limits.items()}
     times = {

@@ -1,9 +1,8 @@
-"""A rank for every device, fixed by what it declares: for methods whose ranks differ and are not
-chosen on the way.
+"""Fixed ranks that differ by device, for methods that do not choose ranks during a run.
 
-HetLoRA (arXiv:2401.06432) and FlexLoRA (arXiv:2402.11505) presuppose that a device's rank suits it.
-What a device declares here is its memory, never its speed; so rank follows memory, or is drawn, as
-in FlexLoRA's released code.
+HetLoRA (arXiv:2401.06432) and FlexLoRA (arXiv:2402.11505) assume that a device's rank suits it. A
+device declares its memory here, never its speed; so its rank follows from its memory, or is drawn
+at random, as in FlexLoRA's released code.
 """
 
 from typing import Literal, TypeAlias
@@ -17,7 +16,7 @@ DRAW = 401  # the purpose of this random stream
 
 
 def check_rising(ranks: tuple[int, ...]) -> None:
-    """Raise BadInput for no ranks, or for ranks that do not rise."""
+    """Raise BadInput if there are no ranks, or if they do not rise."""
     if not ranks or list(ranks) != sorted(set(ranks)):
         raise BadInput(
             f"method.ranks is {list(ranks)}, but rising ranks without repeats were expected"
@@ -34,8 +33,9 @@ def one_of_device(
 ) -> int:
     """One of the rising `choices`, such as ranks, for one device.
 
-    By memory: the largest one whose share of the last one the declared memory covers as a share of
-    `largest_gib`, at least the first. At random: each equally likely, drawn from (seed, device).
+    By memory: the largest choice whose ratio to the last choice is at most the ratio of the
+    declared memory to `largest_gib`, or else the first choice. At random: each choice is equally
+    likely, drawn from (seed, device).
     """
     if by == "random":
         return int(np.random.default_rng([seed, DRAW, *device.encode()]).choice(choices))

@@ -1,10 +1,8 @@
-"""Which devices take part, and how much more the fast ones do: guided selection with slack, as pure
-functions.
+"""PyramidFL's control: guided selection of devices, and more local steps for the fast ones.
 
-PyramidFL (Li et al. 2022, MobiCom), whose selection is that of Oort (Lai et al. 2021, OSDI,
-arXiv:2010.06081). A device is worth asking where its rows still have a high loss, unless it is
-slow; now and then one that was never asked gets its chance; and who was not asked for long gets a
-bonus.
+PyramidFL (Li et al. 2022, MobiCom) uses the selection of Oort (Lai et al. 2021, OSDI,
+arXiv:2010.06081). A device's score rises with the loss of its rows and with the time since it was
+last asked, and falls if it is slow. A share of each round explores devices that were never asked.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +23,7 @@ UNCERTAIN = 0.1  # weight of the bonus for those not asked for long
 
 @message
 class Seen:
-    """What the server has learnt of one device."""
+    """What the server knows of one device."""
 
     reward: float  # rows times the root of the mean squared loss
     norm: float  # of its last update
@@ -84,7 +82,8 @@ class Thinning:
 def scores(
     seen: Sequence[Seen], seconds: Float[np.ndarray, " devices"], round: int, selecting: Selecting
 ) -> Float[np.ndarray, " devices"]:
-    """The score of each device in `round`, counted from 1; `seconds` is what its round would take.
+    """The score of each device in `round`, counted from 1; `seconds` [devices] is the expected time
+    of each device's round.
 
     >>> same = Selecting(
     ...     participants=1, explore=0, explore_keep=1, explore_least=0, cut_off=1, clip=1,
@@ -116,8 +115,8 @@ def select(
     """The devices of `round`, counted from 1, in the order of `examples`, the rows of all that
     could take part.
 
-    `seconds` is what a round takes each device in `seen`. Of those never asked, the ones with more
-    rows are likelier.
+    `seconds` is the expected time of a round of each device in `seen`. Among devices never asked,
+    the probability is in proportion to the rows.
     """
     known = [device for device in examples if device in seen]
     new = [device for device in examples if device not in seen]
@@ -150,11 +149,10 @@ def _drawn(
 
 
 def steps_with_slack(steps: int, slack_seconds: float, pass_seconds: float, pass_steps: int) -> int:
-    """The usual steps, and as many whole passes over the device's rows as it can make while it
-    would wait.
+    """The usual steps, plus those of as many whole passes over the device's rows as fit the time
+    that it would wait.
 
-    At most `MOST_MORE` times the usual steps are added; none where it is not known how long a pass
-    takes (0).
+    At most `MOST_MORE` times the usual steps are added; none if the time of a pass is unknown (0).
 
     >>> steps_with_slack(20, slack_seconds=7.0, pass_seconds=3.0, pass_steps=5)
     30
@@ -169,7 +167,8 @@ def dropped(norms: Sequence[float | None], lowest: float, highest: float) -> lis
     """The share of its update that each device leaves out: `lowest` for the largest norm, `highest`
     for the smallest.
 
-    Between them by rank. A device whose norm is not known yet leaves out `lowest`.
+    The others are spaced evenly by the rank of their norms. A device whose norm is unknown leaves
+    out `lowest`.
 
     >>> dropped([3.0, None, 1.0, 2.0], 0.0, 0.5)
     [0.0, 0.0, 0.5, 0.25]

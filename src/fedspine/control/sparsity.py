@@ -1,8 +1,8 @@
-"""How many heads and channels of a layer go at a given sparsity, in exact counts.
+"""The numbers of heads and channels that a layer drops at a given sparsity.
 
 Section 2.3 of the FedSpine reconstruction. Sparsity is 1 - kept/original parameters of a layer's
-prunable linears. Counts are exact and depend on the layer's shape only, so that all devices end at
-one sparsity without being sent the counts.
+prunable linear layers. Counts depend on the layer's shape only, so all devices end at the same
+sparsity without being sent the counts.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ TINY = 1e-9  # 0.3 * 10 heads are three heads, whatever the last bit says
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The prunable units of one layer, and the parameters that leave with each (grouped queries:
-    heads are KV heads).
+    """The prunable units of one layer, and the number of parameters of each; with grouped queries,
+    heads are KV heads.
 
     >>> shape = LayerShape(
     ...     heads=12, channels=1536, head_parameters=49_152, channel_parameters=768
@@ -51,12 +51,12 @@ def counts(
     keep_channels: float = 0.25,
     heads_dropped: Sequence[int] | None = None,
 ) -> tuple[int, int]:
-    """Total heads and channels dropped at cumulative `sparsity`, on the way to `target`.
+    """The total heads and channels dropped at cumulative `sparsity`, on the way to `target`.
 
-    Where `heads_dropped` is given, the number of heads is one of these, 0 among them. Never below
-    `dropped` (units do not grow back) and never above `final_counts`, which every path reaches at
-    the target. Heads are coarse, so on the way the sparsity may be off by one head's share. Raises
-    BadInput as `final_counts`.
+    If `heads_dropped` is given, the number of heads is one of these, which include 0. Counts are
+    never below `dropped` (units do not grow back) and never above `final_counts`, which they reach
+    at the target. Heads are coarse, so before the target the sparsity may be off by one head's
+    share. Raises BadInput as `final_counts` does.
 
     >>> minilm = LayerShape(heads=12, channels=1536, head_parameters=49_152, channel_parameters=768)
     >>> counts(minilm, 0.2, target=0.5), counts(minilm, 0.5, target=0.5, dropped=(2, 336))
@@ -99,14 +99,14 @@ def final_counts(
     keep_channels: float = 0.25,
     heads_dropped: Sequence[int] | None = None,
 ) -> tuple[int, int]:
-    """Heads and channels dropped at the end: the same share of both, within 0.0025 of `target`.
+    """The heads and channels dropped at the end: the same share of both, within 0.0025 of `target`.
 
-    A layer so small that one channel is more than 0.005 of it ends within half a channel. Where
-    `keep_heads` (a count) and `keep_channels` (a share) forbid the target they give way only as far
-    as it requires: the channels first, down to one, then heads, down to one. Where `heads_dropped`
-    is given, the number of heads is one of these, and nearest to the same share. Raises BadInput
-    where even that is not enough, or where one head outweighs all channels and the target falls
-    between two counts of heads.
+    A layer so small that one channel is more than 0.005 of it ends within half a channel. If
+    `keep_heads` (a count) and `keep_channels` (a share) forbid the target, they are relaxed only as
+    far as it requires: first the channels, down to one, then the heads, down to one. If
+    `heads_dropped` is given, the number of heads is the one of these that is nearest to the same
+    share. Raises BadInput if even that is not enough, or if one head outweighs all channels and the
+    target falls between two counts of heads.
 
     >>> shape = LayerShape(
     ...     heads=2, channels=4864, head_parameters=917_504, channel_parameters=2_688
@@ -192,9 +192,9 @@ def highest(shape: LayerShape) -> float:
 def layer_targets(
     layers: int, target: float, *, protect_first: int = 0, protect_last: int = 0
 ) -> list[float]:
-    """Each layer's target when some stay whole and the others, of equal size, make up for them.
+    """Each layer's target if some layers stay whole and the others, of equal size, compensate.
 
-    Raises BadInput where the others would have to lose more than 0.999.
+    Raises BadInput if the others would have to lose more than 0.999.
 
     >>> [round(t, 3) for t in layer_targets(32, 0.30, protect_first=3, protect_last=1)[2:5]]
     [0.0, 0.343, 0.343]

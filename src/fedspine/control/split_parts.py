@@ -1,4 +1,5 @@
-"""The parts of a split round's control, as settings: who takes part, and how large batches are.
+"""The parts of a split round's control, as settings: which devices take part, and how large batches
+are.
 
 Each is a part (`core.parts`) of the split methods, `method.selection` and `method.batches`;
 `control/split_plan.py` plans rounds with them. Selection by labels, regulated batches and their
@@ -57,9 +58,9 @@ class LeastWaiting(_Few):
     """Ours: among selections whose merged labels are close enough to the fleet's, the one with the
     least waiting.
 
-    Close enough means half of the divergence that batches may have, and half of 0.05 nats for equal
-    batches. MergeSFL's smaller search (20 and 20) leaves a few devices in the selection that make
-    others wait.
+    Close enough means within half of `batches.divergence`, or of 0.05 nats for equal batches. The
+    search is larger than MergeSFL's (20 and 20), which leaves a few devices in the selection that
+    make others wait.
     """
 
     name: ClassVar = "least-waiting"

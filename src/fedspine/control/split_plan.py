@@ -1,11 +1,12 @@
-"""A round's plan in split learning: which devices take part, and with how many rows in every
+"""The plan of a round of split learning: which devices take part, and with how many rows in every
 iteration.
 
-MergeSFL (Liao et al. 2024, arXiv:2311.13348), its control module as reconstructed: batches
-regulated to the devices' speed, devices chosen for the labels of the merged batch, batches scaled
-up to what the server can take, and tuned to bring those labels nearer. The paper scales after
-tuning; here the tuning comes last, so that nothing moves the labels after it, and batches are
-rounded once. Where the paper's solver is not published, ours is named.
+This is the control module of MergeSFL (Liao et al. 2024, arXiv:2311.13348), as reconstructed.
+Batches are regulated to the devices' speed, devices are chosen for the labels of the merged batch,
+batches are scaled up to what the server can take, and then tuned to bring those labels nearer to
+the fleet's. The paper scales after tuning; here the tuning comes last, so that nothing moves the
+labels after it, and batches are rounded once. The paper does not publish its solver; ours is marked
+as such.
 """
 
 from dataclasses import dataclass, replace
@@ -28,8 +29,8 @@ ROOM = 0.5
 
 @dataclass(frozen=True)
 class Candidates:
-    """The devices that may take part in a round, one entry each; raises ValueError for arrays that
-    do not fit together.
+    """The devices that may take part in a round, one entry each; raises ValueError for arrays of
+    unequal lengths or invalid values.
     """
 
     cost: Float[np.ndarray, " workers"]  # seconds that one row takes, compute and transfer; above 0
@@ -134,11 +135,12 @@ def plan_split(
     rng: np.random.Generator,
     control: SplitControl = SplitControl(),
 ) -> SplitPlan:
-    """Choose devices and batches (Eq. 9 to 14); same arguments and generator, same plan.
+    """Choose devices and batches (Eq. 9 to 14); the same arguments and generator state give the
+    same plan.
 
     The merged batch always fits the budget, no batch exceeds `limits.largest_batch` or the device's
-    `most`, and all have at least one row. Rounds of those chosen are not counted here, but when
-    they complete one.
+    `most`, and all have at least one row. A round counts as a device's turn when it is complete,
+    not here.
 
     >>> alike = Candidates(np.ones(4), np.full((4, 2), 0.5), np.full(4, 100), np.zeros(4, int))
     >>> limits = SplitLimits(largest_batch=8, fewest=4, most=4)
@@ -216,8 +218,8 @@ class Goal:
 
 
 def planned_again(goal: Goal, *, tune: bool = True) -> Int[np.ndarray, " chosen"]:
-    """Batches of devices already chosen, from what is known of their speed so far: levelled, and
-    tuned if wanted.
+    """New batches of devices already chosen, from the speeds known so far: levelled, and with
+    `tune` tuned.
     """
     batches = levelled(
         goal.cost, goal.fixed, goal.limits.largest_batch, goal.most, goal.limits.budget_rows
@@ -232,12 +234,12 @@ def _idle(goal: Goal, batches: np.ndarray) -> np.ndarray:
 
 
 def tuned(goal: Goal, start: Int[np.ndarray, " chosen"]) -> Int[np.ndarray, " chosen"]:
-    """Batches whose merged labels keep the limit on divergence, with as little more waiting as a
-    search by single rows finds.
+    """Batches whose merged labels keep the limit on divergence, with as little added waiting as a
+    search by single rows finds; `start` if it keeps the limit.
 
-    In place of the paper's Lagrange dual (Eq. 14), ours: of all changes of one batch by one row,
-    the one that brings the labels nearest for the waiting that it adds, until they keep the limit
-    or no change helps. Unchanged where `start` keeps the limit.
+    Ours, in place of the paper's Lagrange dual (Eq. 14): of all changes of one batch by one row,
+    take the one that reduces the divergence most for the waiting that it adds, until the limit is
+    kept or no change helps.
     """
     steps = np.concatenate(
         [np.eye(len(start), dtype=np.int64), -np.eye(len(start), dtype=np.int64)]

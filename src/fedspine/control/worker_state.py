@@ -1,5 +1,5 @@
-"""What the server knows of the devices of a split model: the seconds that a row takes each of them,
-and in how many rounds each took part.
+"""What the server knows of the devices of a split model: each device's seconds per row, and the
+number of rounds in which it took part.
 
 MergeSFL (Liao et al. 2024, arXiv:2311.13348), Eq. 5, 6 and 13, as reconstructed.
 """
@@ -40,7 +40,7 @@ def observed(
 ) -> WorkerState:
     """The state after one more measurement, in seconds per row: moving averages, Eq. 5 and 6.
 
-    The first measurement starts them. Where only the sum of both times is known, it counts as
+    The first measurement starts them. If only the sum of both times is known, pass it as
     `compute_seconds`. Raises ValueError for times that are negative, not finite, or both 0.
 
     >>> first = observed(None, compute_seconds=1.0)
@@ -66,13 +66,13 @@ def observed(
 
 
 def took_part(state: WorkerState) -> WorkerState:
-    """The state after a round that the device completed."""
+    """The state after one more round that the device completed."""
     return replace(state, rounds=state.rounds + 1)
 
 
 def costs(states: Sequence[WorkerState | None]) -> Float[np.ndarray, " workers"]:
-    """Seconds that a row takes each worker. Those not measured yet count as the median of the
-    others, or as 1.
+    """Seconds per row of each worker, [workers]; the median of the others, or 1, for those not
+    measured yet.
 
     >>> costs([WorkerState(compute_seconds=3.0), None]).tolist()
     [3.0, 3.0]
@@ -83,8 +83,8 @@ def costs(states: Sequence[WorkerState | None]) -> Float[np.ndarray, " workers"]
 
 
 def priorities(rounds: Int[np.ndarray, " workers"]) -> Float[np.ndarray, " workers"]:
-    """The priority of each worker by the rounds K that it took part in: sum of (K + 1) over K_i +
-    1, Eq. 13.
+    """The priority of each worker from the rounds K_i in which it took part, Eq. 13: the sum of
+    K + 1 over all workers, divided by K_i + 1.
 
     >>> priorities(np.array([0, 1, 3])).tolist()
     [7.0, 3.5, 1.75]

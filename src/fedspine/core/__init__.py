@@ -1,1 +1,1 @@
-"""What a method sees, and the types that go between it, a fleet and a device."""
+"""The interface of methods, fleets and devices, and the messages between them."""

@@ -1,8 +1,8 @@
-"""The accountant of differential privacy: Rényi accounting of Gaussian noise on Poisson-sampled
+"""Accounting of differential privacy: Rényi accounting of Gaussian noise on Poisson-sampled
 batches, by Google's `dp-accounting`, which only this file imports.
 
-Mironov et al. 2019 (arXiv:1908.10530), converted to epsilon and delta as Canonne et al. 2020
-(arXiv:2004.00010, proposition 12). What it gives is an upper bound.
+Mironov et al. 2019 (arXiv:1908.10530), converted to epsilon and delta as in Canonne et al. 2020
+(arXiv:2004.00010, proposition 12). The result is an upper bound.
 """
 
 import importlib.util
@@ -18,12 +18,12 @@ from fedspine.core.message import message
 # Rényi orders: some of the library's, none below 2, whose sums often do not converge
 ORDERS = (2, 2.5, *range(3, 17), 18, 20, 24, 28, 32, 40, 48, 64, 96, 128, 256, 512)
 GRID = 1e4  # noise multipliers are rounded up to multiples of 1 / GRID, so that the budget suffices
-LEAST, MOST = 0.1, 1e5  # noise multipliers that are looked at
+LEAST, MOST = 0.1, 1e5  # the range of noise multipliers
 
 
 @message
 class Spending:
-    """What was spent on one device: `steps` releases of a sum with Gaussian noise.
+    """What one device has spent: `steps` releases of a sum with Gaussian noise.
 
     The noise's standard deviation is `noise_multiplier` times the sum's sensitivity; `rate` is the
     probability with which a row takes part in a step.
@@ -35,7 +35,7 @@ class Spending:
 
 
 def needs_accountant() -> None:
-    """Raise BadInput where `dp-accounting` is not installed."""
+    """Raise BadInput if `dp-accounting` is not installed."""
     if importlib.util.find_spec("dp_accounting") is None:
         raise BadInput("[privacy] needs an accountant: pip install 'fedspine[privacy]'")
 
@@ -43,7 +43,7 @@ def needs_accountant() -> None:
 def epsilon_of(spent: Iterable[Spending], delta: float) -> float:
     """The epsilon, at this delta, of all that was spent; 0 for nothing, infinite without noise.
 
-    Neighbours differ in that a row is there or not.
+    Neighbouring data sets differ by the presence of one row.
     """
     from dp_accounting.rdp import RdpAccountant
 
@@ -61,10 +61,10 @@ def epsilon_of(spent: Iterable[Spending], delta: float) -> float:
 
 @lru_cache(maxsize=4096)
 def noise_multiplier(epsilon: float, delta: float, rate: float, steps: int) -> float:
-    """The least noise multiplier, a multiple of 1 / GRID, with which `steps` releases at this
-    sampling rate spend at most `epsilon` at `delta`.
+    """The smallest noise multiplier, a multiple of 1 / GRID, with which `steps` releases at this
+    sampling rate spend at most `epsilon` at `delta`; at least LEAST.
 
-    Raises BadInput where none up to MOST does.
+    Raises BadInput if none up to MOST suffices.
     """
 
     from scipy.optimize import brentq

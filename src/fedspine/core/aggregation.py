@@ -1,11 +1,15 @@
-"""How a server merges what the devices of a round send: by their mean, or by what a bad device
-cannot move far.
+"""Aggregations: how a server merges what the devices of a round send, by the mean or by a rule that
+one bad device cannot move far.
 
-Each way is a part (`core.parts`) of the recipe, `fleet.aggregation`; `core.merging` does the sums.
-A fleet carries it to the methods. Sources: the coordinate-wise median and trimmed mean are those of
-Yin et al. 2018 (arXiv:1803.01498); bounds on the norm of an update are those of Sun et al. 2019
-(arXiv:1911.07963), here relative to the round's median, as Andrew et al. 2021 (arXiv:1905.03871)
-track a quantile of the norms. Weights in the trimmed mean are ours.
+Each is a part (`core.parts`) of the recipe, `fleet.aggregation`. A fleet carries it to the methods,
+and `core.merging` applies it. Each has `check(replies)`, which raises BadInput for settings that
+cannot work or too few replies in a round; `shares(norms)`, the share of each device's change that
+counts; and `fewest(replies)`, the owners that an entry needs.
+
+Sources: the coordinate-wise median and trimmed mean are those of Yin et al. 2018
+(arXiv:1803.01498). Bounds on the norm of an update are those of Sun et al. 2019 (arXiv:1911.07963),
+here relative to the round's median, as Andrew et al. 2021 (arXiv:1905.03871) track a quantile of
+the norms. Weights in the trimmed mean are ours.
 """
 
 from collections.abc import Sequence
@@ -16,12 +20,12 @@ from typing import Any, ClassVar, TypeAlias
 from fedspine.core import parts
 from fedspine.core.errors import BadInput
 
-TINY = 1e-9  # a share of 0.2 of ten devices is two, whatever the last bit says
+TINY = 1e-9  # guards against rounding: a share of 0.2 of ten devices is two
 
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean, weighed by rows: one device can move it as far as it likes."""
+    """The mean, weighted by rows; one device can move it arbitrarily far."""
 
     name: ClassVar = "mean"
 
@@ -37,7 +41,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class TrimmedMean:
-    """Entry by entry the mean, weighed by rows, without the lowest and the highest values."""
+    """For each entry, the mean without the lowest and the highest values, weighted by rows."""
 
     name: ClassVar = "trimmed_mean"
     share: float = 0.2  # of a round's replies, left out at each end; one at least
@@ -60,9 +64,10 @@ class TrimmedMean:
         return [1.0] * len(norms)
 
     def cut(self, replies: int) -> int:
-        """How many values are left out at each end of every entry: as many bad devices do no harm.
+        """The number of values left out at each end of every entry; so many bad devices do no harm.
 
-        It counts the round's replies and not an entry's owners, since all that are bad may own it.
+        It depends on the round's replies and not on an entry's owners, since all bad devices may
+        own it.
 
         >>> TrimmedMean(share=0.2).cut(10), TrimmedMean(share=0.2).cut(4)
         (2, 1)
@@ -70,13 +75,13 @@ class TrimmedMean:
         return max(1, floor(self.share * replies + TINY))
 
     def fewest(self, replies: int) -> int:
-        """Owners of an entry, of so many replies, below which nothing is left of it."""
+        """The owners that an entry needs for a value to be left, of so many `replies`."""
         return 2 * self.cut(replies) + 1
 
 
 @dataclass(frozen=True)
 class Median:
-    """Entry by entry the median; of an even number the mean of the two in the middle, weighed by
+    """For each entry, the median; of an even number the mean of the two in the middle, weighted by
     rows.
     """
 
@@ -89,12 +94,14 @@ class Median:
         return [1.0] * len(norms)
 
     def fewest(self, replies: int) -> int:
-        return 3  # of two values nothing says which is the bad one
+        return 3  # nothing shows which of two values is the bad one
 
 
 @dataclass(frozen=True)
 class NormClip:
-    """The mean, weighed by rows, of changes of which none is larger than the round's median one."""
+    """The mean, weighted by rows, of changes that are scaled down to at most `bound` times the
+    round's median norm.
+    """
 
     name: ClassVar = "norm_clip"
     bound: float = 1.0  # the largest norm, as a multiple of the median one
@@ -108,10 +115,10 @@ class NormClip:
         _at_least(self.name, self.fewest(replies), replies)
 
     def shares(self, norms: Sequence[float]) -> list[float]:
-        """Of each device's change the share that counts, 1 for those within the bound.
+        """The share of each device's change that counts, 1 for those within the bound.
 
-        The median of an even number is the lower one, which fewer than half cannot raise. The norm
-        of a single device bounds nothing, so nothing of it counts.
+        Of an even number the lower median is used, which fewer than half cannot raise. A single
+        device has no bound, so nothing of its change counts.
 
         >>> NormClip(bound=2.0).shares([1.0, 1.0, 8.0])
         [1.0, 1.0, 0.25]
@@ -130,7 +137,7 @@ CHOICES: dict[str, type[Any]] = {part.name: part for part in (Mean, TrimmedMean,
 
 
 def aggregation_of(given: Any) -> Any:
-    """The part that a name or a table of a recipe describes; anything else is itself.
+    """The part that a name or a table of a recipe describes; any other value is returned as it is.
 
     Raises BadInput for unknown names and settings.
     """

@@ -1,12 +1,12 @@
-"""What a message is checked against where it enters: a result before a method sees it, an order
-before a site works on it.
+"""Checks of received messages: of a result before a method sees it, of an order before a site works
+on it.
 
-Nothing that came from elsewhere is trusted for its types, shapes or numbers. Three things hold for
-every message at every depth: its fields have their declared types, numbers are finite and within
-bounds, and tensors of floats are finite. What else a message must be it says itself in a method
-`check(asked)`, which raises Unusable; messages inside others are asked too. A result without one
-has tensors and arrays like those of its order, where a field has the same name, and the `examples`
-that its device declared.
+Types, shapes and numbers of a received message are never trusted. For every message, at every
+depth, fields must have their declared types, numbers must be finite and within bounds, and tensors
+of floats must be finite. A message states further conditions in a method `check(asked)`, which
+raises Unusable; messages inside others are checked, too. A result without `check` must have tensors
+and arrays like those of its order in fields of the same name, and the `examples` that its device
+declared.
 """
 
 from collections.abc import Iterable
@@ -33,14 +33,14 @@ MOST_WEIGHT = 65504.0  # of a weight: what fp16 holds, in which weights cross th
 
 
 class Unusable(ValueError):
-    """A message that cannot be used; the text is one line that says why and names nothing that came
-    with it but numbers.
+    """A message that cannot be used. The text is one line with the reason, which repeats nothing of
+    the message but numbers.
     """
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a run fixes for all messages."""
+    """What is the same for all messages of a run."""
 
     base: Any  # the frozen base; for arrays the net
     classes: int  # 0 for language modelling
@@ -58,8 +58,8 @@ class Asked:
 
     terms: Terms
     rows: int  # that the device declared
-    order: Any = None  # that a result answers; None where it is not known, and for an order itself
-    # what the device's earlier messages of this round fixed, as their `agreed` gave it
+    order: Any = None  # that a result answers; None if it is not known, and for an order itself
+    # what the device's earlier messages of this round fixed, as their `agreed` returned it
     agreed: Any = None
 
     @property
@@ -73,7 +73,7 @@ class Asked:
 
 @runtime_checkable
 class Checking(Protocol):
-    """A message that knows what it must be, beyond its types.
+    """A message that has conditions beyond its types.
 
     >>> from fedspine import message
     >>> @message
@@ -90,24 +90,24 @@ class Checking(Protocol):
 
 @runtime_checkable
 class Agreeing(Protocol):
-    """An order or a result that fixes what later messages of its device in this round must be."""
+    """An order or a result that fixes conditions for later messages of its device in this round."""
 
     def agreed(self, before: Any, terms: Terms) -> Any:
-        """What is fixed from now on, from what was fixed `before` (None: nothing)."""
+        """What is fixed from now on, given what was fixed `before` (None: nothing)."""
         ...
 
 
 @runtime_checkable
 class Returning(Protocol):
-    """An order of which something else comes back than what it has in a field of the same name."""
+    """An order whose result has other shapes than the order's fields of the same name."""
 
     def returned(self, asked: Asked) -> dict[str, Any]:
-        """Fields of the result, each like this value."""
+        """By field of the result, a value with the expected types and shapes."""
         ...
 
 
 def why_unusable(value: Any, kind: Any, asked: Asked) -> str | None:
-    """Why a decoded value cannot be used as a message of this declared type; None where it can.
+    """Why a decoded value cannot be used as a message of this declared type; None if it can.
 
     Raises nothing, whatever the value.
     """
@@ -129,7 +129,7 @@ def why_unusable(value: Any, kind: Any, asked: Asked) -> str | None:
 
 def check_state(state: Any) -> None:
     """Raise Diverged for a method's state with a weight that is not finite: no device could use it,
-    and it must not take the place of the last one that some could.
+    and it must not replace the last usable state.
     """
     match state:
         case Tensor() if state.is_floating_point() and state.numel():
@@ -158,8 +158,9 @@ def within(name: str, value: float, low: float, high: float) -> None:
 
 
 def as_ordered(value: Any, asked: Asked) -> None:
-    """The check of a result without one of its own, of its fields that the order has too, and of
-    `examples`; for use in others too.
+    """Check that fields of a result that its order has, too, have the same types and shapes, and
+    check `examples`. This is the check of results without one of their own; `check` methods may
+    call it.
     """
     if not is_dataclass(value) or asked.order is None:
         return
@@ -185,7 +186,9 @@ def tensors_like(name: str, came: Tensors, sent: Tensors) -> None:
 def tensors_of(
     name: str, came: Tensors, specified: "dict[str, tuple[torch.dtype, tuple[int, ...]]]"
 ) -> None:
-    """Raise Unusable unless these are weights of these names, types and shapes, none too large."""
+    """Raise Unusable unless the weights have these names, types and shapes, and no fp32 or fp64
+    entry exceeds `MOST_WEIGHT`.
+    """
     if came.keys() != specified.keys():
         expected = len(specified)
         raise Unusable(f"{name} has {len(came)} tensors of other names; {expected} were expected")
@@ -217,7 +220,7 @@ def no_larger(name: str, tensor: Tensor, most: float, least: float | None = None
 
 
 def short(value: Any) -> str:
-    """A number in a line, however many digits it has.
+    """A number as short text, however many digits it has.
 
     >>> short(3), short(1e308), short(10**400)
     ('3', '1e+308', 'a number of 1329 bits')
@@ -240,8 +243,8 @@ def _typed(value: Any, kind: Any) -> None:
 
 
 def _numbers(value: Any, name: str, most: float) -> None:
-    """Raise Unusable for a number or an entry that is not finite or too large. Names of dictionary
-    entries came from elsewhere and are not repeated.
+    """Raise Unusable for a number or an entry that is not finite or too large. Keys of dictionaries
+    are part of the received message, so the text does not repeat them.
     """
     match value:
         case None | bool() | str():

@@ -1,7 +1,8 @@
 """The device's side of an exchange: the device that a work function gets, and serving an order.
 
-Serving is a pure function of (order, data, memory, seed). So it can run in this process, in a
-worker process, batched with other devices, or on another machine, with the same result.
+Serving is a pure function of (order, data, memory, seed). So it gives the same result in this
+process, in a worker process and on another machine, and up to rounding in a pass with other
+devices.
 """
 
 import importlib
@@ -25,8 +26,8 @@ from fedspine.core.task import Data
 DeviceId: TypeAlias = str
 O = TypeVar("O")  # noqa: E741 - what the server orders
 R = TypeVar("R")  # what a device returns
-NOISE = 105  # the purpose of the stream of its noise, apart from that of its promise
-# rows of a class on a simulated device, below which it says nothing of the class
+NOISE = 105  # appended to a simulated device's seed for the draws of its noise
+# rows that a class needs on a simulated device for its mean and its count to leave
 FEWEST_OF_CLASS = 3
 
 
@@ -43,36 +44,37 @@ class Device:
     base: Any  # a `Base` of `lm` for texts, a `Net` of `nets` for arrays
     memory: dict[str, Any]
     rng: np.random.Generator
-    # `lm.prefix.Prefixes`, or None: where activations of the frozen blocks may be kept
-    prefixes: Any = None
+    prefixes: Any = None  # `lm.prefix.Prefixes`, a cache of activations of frozen blocks, or None
     # trains this device together with others; None: on its own
     trainer: Callable[[Any], Any] | None = None
-    kept: Any = None  # kept by the last ask of this round, if this process still has it
-    # the fewest distinct rows that may stand behind a number that leaves; 0, as in simulation: any
+    kept: Any = None  # what the last ask of this round cached, if this process still has it
+    # the fewest distinct rows behind a number that leaves; 0, as in simulation: any
     fewest_rows: int = 0
-    fewest_of_class: int = FEWEST_OF_CLASS  # rows of a class, below which nothing of it leaves
-    privacy: Guard | None = None  # what training here must keep; None: the run promises nothing
-    noise: GrowingNoise | None = None  # on what leaves; None: it leaves as it is
+    # rows that a class needs for its mean and its count to leave
+    fewest_of_class: int = FEWEST_OF_CLASS
+    privacy: Guard | None = None  # enforces `[privacy]` in training; None: no promise
+    noise: GrowingNoise | None = None  # added to what leaves; None: no noise
     flops: float = field(default=0.0, init=False)
     launches: int = field(default=0, init=False)
     samples: int = field(default=0, init=False)
     peak_memory_bytes: int = field(default=0, init=False)
     keeping: "Kept | None" = field(default=None, init=False)
     used: list[np.ndarray] = field(default_factory=list, init=False)  # rows, as `uses` notes them
-    noise_share: float | None = field(default=None, init=False)  # that was added, beside the change
+    # noise that was added, relative to the change of weights
+    noise_share: float | None = field(default=None, init=False)
     # the texts that this ask was counted for, and its noise
     _noisy: tuple[np.ndarray, Noise] | None = field(default=None, init=False)
 
     def uses(self, rows: np.ndarray) -> None:
-        """Note that what this ask returns rests on these rows; see `rows_used`.
+        """Note that the result of this ask depends on these rows; see `rows_used`.
 
-        A site answers only where enough rows are noted, so work that reads rows has to call it.
+        A site answers only if enough rows are noted, so work that reads rows must call it.
         """
         self.used.append(rows)
 
     @property
     def rows_used(self) -> int:
-        """How many distinct rows were noted; windows of one text are one row."""
+        """The number of distinct rows noted by `uses`; windows of one text are one row."""
         return len(self._texts_used())
 
     def _texts_used(self) -> np.ndarray:
@@ -80,10 +82,10 @@ class Device:
         return np.unique(self.data.texts_of(noted))
 
     def released(self, before: Tensors, after: Tensors, rows: int | None = None) -> Tensors:
-        """Weights as they may leave: those of `after`, with the device's noise on what differs from
-        `before`, which it was sent. What trains weights has to return what this does.
+        """The weights `after` training as they may leave: with the device's noise on their change
+        from `before`, the weights that it was sent. Work that trains weights must return these.
 
-        `rows` stand behind them; None: those that were noted.
+        `rows` is the number of rows behind them; None: those that were noted.
         """
         if self.noise is None:
             return after
@@ -95,23 +97,23 @@ class Device:
         return noise.added(before, after, rows)
 
     def beside(self, values: Tensor, one_row: float | Tensor) -> Tensor:
-        """Numbers that rest on the rows noted so far, as they may leave: with the device's noise,
-        beside what one row more or less changes in each. What returns numbers of rows that are no
-        weights has to return what this does.
+        """Numbers computed from the rows noted so far, as they may leave: with the device's noise
+        times `one_row`, which is what one row more or less changes in each. Work that returns such
+        numbers, other than weights, must return these.
         """
         if self.noise is None:
             return values
         return self._noise_of(self._texts_used()).beside(values, one_row)
 
     def mean_beside(self, mean: float, one_row: float) -> float:
-        """The same of one mean of at least 0; one that is not finite stays."""
+        """As `beside`, for a mean of at least 0; one that is not finite is returned as it is."""
         if self.noise is None or not isfinite(mean):
             return mean
         return max(0.0, float(self.beside(torch.tensor([mean]), one_row)))
 
     def counts_beside(self, counts: Int[Tensor, " classes"]) -> Int[Tensor, " classes"]:
-        """Numbers of the noted rows that each class has, as they may leave: 0 of a class with fewer
-        than `fewest_of_class`, with the device's noise, and in all no more than there are.
+        """The counts of the noted rows by class, int64, as they may leave: with the device's noise,
+        0 for a class with fewer than `fewest_of_class`, and no larger in sum than the true ones.
         """
         enough, most = counts >= self.fewest_of_class, int(counts.sum())
         if self.noise is None:
@@ -121,14 +123,14 @@ class Device:
         return reported * most // max(most, int(reported.sum()))
 
     def _noise_of(self, texts: np.ndarray) -> Noise:
-        """This ask's noise; it is counted once for the same texts."""
+        """This ask's noise; asking again for the same texts counts once."""
         assert self.noise is not None
         if self._noisy is None or not np.array_equal(self._noisy[0], texts):
             self._noisy = texts, self.noise.about(texts)
         return self._noisy[1]
 
     def keep(self, value: Any, bytes: int) -> None:
-        """Cache `value`, of about this size, for this device's next ask in this round.
+        """Cache `value`, of about `bytes` bytes, for this device's next ask in this round.
 
         It only saves time: it may be gone by then, and the result must be the same without it.
         """
@@ -173,8 +175,8 @@ def on_device(work: Work[O, R]) -> Work[O, R]:
 
 
 def keeps_privacy(work: Work[O, R]) -> Work[O, R]:
-    """Mark work whose result follows from its order, from what `lm.tune` returns and from the
-    number of rows alone, so that it may serve runs with `[privacy]`.
+    """Mark work whose result depends on nothing but its order, what `lm.tune` returns and the
+    number of rows, so that it may serve runs with `[privacy]`.
     """
     work.__keeps_privacy__ = True  # type: ignore[attr-defined]
     return work
@@ -186,16 +188,17 @@ def keeps(work: Work[Any, Any]) -> bool:
 
 
 def returns_sent_weights(work: Work[O, R]) -> Work[O, R]:
-    """Mark work that trains for its time and loss alone: the weights in its result are those of its
-    order, so a site does not bind how it trains.
+    """Mark work that trains only for its time and loss: the weights in its result are those of its
+    order, so `allow.fewest_steps` and `allow.noise` of a site do not apply to it.
     """
     work.__returns_sent_weights__ = True  # type: ignore[attr-defined]
     return work
 
 
 def priced_by(charged: Work[Any, Any]) -> Callable[[Work[O, R]], Work[O, R]]:
-    """Mark work that does more than `lm.tune`: `charged` spends what the work would on the device
-    and returns a result of its shapes, without a number of the base.
+    """Mark work that does more than `lm.tune`. In a plan, `charged` runs in its place: it spends on
+    the device what the work would spend and returns a result of the same shapes, without reading
+    the base's weights.
     """
 
     def mark(work: Work[O, R]) -> Work[O, R]:
@@ -206,7 +209,7 @@ def priced_by(charged: Work[Any, Any]) -> Callable[[Work[O, R]], Work[O, R]]:
 
 
 def pricing_of(work: Work[Any, Any]) -> Work[Any, Any]:
-    """What a plan runs in the place of this work; see `priced_by`."""
+    """The work that a plan runs in place of this one; see `priced_by`."""
     return getattr(work, "__priced_by__", work)
 
 
@@ -216,7 +219,9 @@ def returns_learnt(work: Work[Any, Any]) -> bool:
 
 
 def name_of(work: Work[Any, Any]) -> str:
-    """The name by which a device finds this work: `module:function`."""
+    """The name by which a device finds this work, `module:function`; raises TypeError for a
+    function that is not marked by `on_device`.
+    """
     if not getattr(work, "__on_device__", False):
         raise TypeError(f"{work!r} is not work for a device; decorate it with @on_device")
     return f"{work.__module__}:{work.__qualname__}"
@@ -243,14 +248,15 @@ class Call:
     seed: tuple[int, ...]
     round: int = 0
     privacy: Privacy | None = None  # of the run
-    noise: float = 0.0  # share of it beside what training changes, as the run asks for; 0: none
+    noise: float = 0.0  # `fleet.noise` of the run, relative to what training changes; 0: none
 
 
 @dataclass(frozen=True)
 class Served:
     """The packed result and memory of a call, and the resources that the work used.
 
-    A device that declines has an empty result, its memory as before, and the reason.
+    If the device declines, the result is empty, the memory is as before, and `declined` has the
+    reason.
     """
 
     result: bytes
@@ -260,9 +266,9 @@ class Served:
     samples: int
     peak_memory_bytes: int
     kept: bool = False  # whether the process holds something for the device's next ask
-    rows: int = 0  # distinct ones that the result rests on, as the work noted them
-    epsilon: float | None = None  # spent by the device in this run, where it promises privacy
-    noise: float | None = None  # share beside the change of weights; None: none was added
+    rows: int = 0  # distinct rows that the work noted; 0 without `fewest_rows`
+    epsilon: float | None = None  # spent by the device in this run, if it promises privacy
+    noise: float | None = None  # relative to the change of weights; None: none was added
     declined: str | None = None
 
 
@@ -278,10 +284,12 @@ def serve(
     guard: Guard | None = None,
     noise: GrowingNoise | None = None,
 ) -> Served:
-    """Do the work of `call` on `data`, the device's own rows; `scratch` never changes the result.
+    """Do the work of `call` on `data`, the device's own rows; `prefixes` and `scratch` never change
+    the result.
 
-    `fewest_rows` and `fewest_of_class` are the device's. `guard` keeps the call's privacy, `noise`
-    is on what leaves; None: those of a simulated device.
+    `trainer`, `fewest_rows` and `fewest_of_class` are as in `Device`. `guard` enforces the call's
+    privacy and `noise` is added to what leaves; None: those of a simulated device. Raises
+    LookupError for a name that is no work, or for work that cannot keep the promised privacy.
     """
     found = None if scratch is None else scratch.take(call.device, call.memory, call.round)
     memory, kept = (
@@ -326,7 +334,7 @@ def serve(
 
 
 def _allowed(call: Call) -> Work[Any, Any]:
-    """The work of a call; raises LookupError where it would break the run's promise."""
+    """The work of a call; raises LookupError if it would break the run's promise."""
     work = find_work(call.work)
     if call.privacy is not None and not keeps(work):
         raise LookupError(f"{call.work} cannot keep [privacy]; see @keeps_privacy")

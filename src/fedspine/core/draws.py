@@ -1,4 +1,5 @@
-"""Random draws for differential privacy: which rows a step takes, and its noise.
+"""Random draws for differential privacy and for the noise of a site: which rows a step takes, and
+its noise.
 
 In simulation they follow from the run's seed, so that a run can be repeated. At a real site they
 come from a cryptographic generator whose key never leaves the site.
@@ -11,24 +12,24 @@ import numpy as np
 from jaxtyping import Float
 
 PART = 2**13  # draws that are computed at a time, so that they stay in the cache
-STREAM = 104  # the purpose of this stream of a device, which must differ from that of its own
+STREAM = 104  # appended to a device's seed, so that this stream differs from the device's `rng`
 
 
 @runtime_checkable
 class Draws(Protocol):
-    """A stream of draws; each call goes on where the last one ended."""
+    """A stream of draws; each call continues the stream."""
 
     def uniform(self, count: int) -> Float[np.ndarray, " count"]:
-        """float64, from 0 to below 1."""
+        """Uniform draws, float64, from 0 to below 1."""
         ...
 
     def normal(self, count: int) -> Float[np.ndarray, " count"]:
-        """float64, of the standard normal distribution."""
+        """Standard normal draws, float64."""
         ...
 
     def coarse_normal(self, count: int) -> Float[np.ndarray, " count"]:
-        """float32, the same from half as many bits, in a fifth of the time: for noise of which
-        nothing is promised in numbers.
+        """Standard normal draws, float32, from half as many bits and in a fifth of the time; for
+        noise without a guarantee.
         """
         ...
 
@@ -52,8 +53,8 @@ class SeededDraws:
 class SecretDraws:
     """The draws of a real site: the stream of SHAKE-256 (FIPS 202) under a key that is used once.
 
-    Who does not know the key cannot tell them from random ones. Normal draws are those of Box and
-    Muller (1958). Raises ValueError for a key of fewer than 32 bytes.
+    Without the key they cannot be distinguished from random bits. Normal draws use the transform of
+    Box and Muller (1958). Raises ValueError for a key of fewer than 32 bytes.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -72,14 +73,14 @@ class SecretDraws:
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
     def coarse_normal(self, count: int) -> Float[np.ndarray, " count"]:
-        """As `Draws.coarse_normal`: Box and Muller's, from 32 bits for the radius and 32 for the
-        angle, computed in fp32.
+        """As `Draws.coarse_normal`: the transform of Box and Muller, with 32 bits for the radius
+        and 32 for the angle, computed in fp32.
 
-        Each draw is within 2e-6 of the exact one of its 32 bits as float32 holds them, whose
+        Each draw is within 2e-6 of the exact transform of its bits as float32 holds them, whose
         distribution function is within 2**-23 of the normal one; that of the draws is within 1e-6.
-        None is beyond 6.77, where a normal one is with a probability of 1.3e-11. With fewer bits
-        than a float32 has, values would lie on a grid, by which a guess of what is under the noise
-        could be checked.
+        No draw is beyond 6.77, which a normal one exceeds with probability 1.3e-11. With fewer bits
+        than a float32 has, values would lie on a grid, and a guess of the value under the noise
+        could be checked against it.
         """
         pairs = -(-count // 2)
         words = np.frombuffer(self._bytes(8 * pairs), "<i4").reshape(2, pairs)

@@ -6,20 +6,19 @@ from typing import Any
 
 
 class BadInput(ValueError):
-    """Input that the program cannot use; its text is one line, printed by the CLI, which then exits
-    with code 2.
+    """Input that the program cannot use. Its text is one line, which the command line prints before
+    it exits with code 2.
     """
 
 
 def of_machine(error: BaseException) -> bool:
-    """Whether an error tells of the machine's memory or disk, and so need not come again; others
-    follow from the input.
+    """Whether an error is due to the machine's memory or disk, so that another attempt may succeed;
+    other errors follow from the input.
 
     >>> of_machine(MemoryError()), of_machine(ZeroDivisionError())
     (True, False)
     """
-    # PyTorch raises its own kinds; a RuntimeError with this name in it is how a CPU has no memory
-    # left
+    # PyTorch raises errors of its own; on a CPU without memory, a RuntimeError with this name in it
     return (
         isinstance(error, MemoryError | OSError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -28,8 +27,8 @@ def of_machine(error: BaseException) -> bool:
 
 
 class Stopped(RuntimeError):
-    """A command that cannot continue or got a signal, with its last good state saved; the text is
-    one line.
+    """A command that cannot continue or got a signal, with its last good state saved. The text is
+    one line; `exit_code` is the command's.
     """
 
     def __init__(self, line: str, exit_code: int = 2) -> None:
@@ -38,7 +37,8 @@ class Stopped(RuntimeError):
 
 
 def nearest(name: str, known: Iterable[str], alike: float = 0.5) -> str | None:
-    """The known name most like `name`, or None where none is `alike`, from 0 to 1: the same.
+    """The known name most similar to `name`, or None if none has the similarity `alike`, from 0 to
+    1 (equal).
 
     >>> nearest("fedspin", ["fedlora", "fedspine"])
     'fedspine'
@@ -76,7 +76,9 @@ def listed(names: Iterable[Any], most: int = MOST) -> str:
 def check_ranges(
     fields: object, ranges: Mapping[str, tuple[float, float]], where: str = "method"
 ) -> None:
-    """Raise BadInput for a field that is not in its range, or is no number; `where` it is set."""
+    """Raise BadInput for a field outside its range (low, high), which includes its ends, or that is
+    NaN; `where` names the fields' table.
+    """
     for name, (low, high) in ranges.items():
         if not low <= getattr(fields, name) <= high:
             raise BadInput(

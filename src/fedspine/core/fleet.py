@@ -1,5 +1,5 @@
-"""The server's side of an exchange: the interface between a method and the transport of its
-messages.
+"""The server's side of an exchange: the interface between a method and the fleet that transports
+its messages.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ class Profile:
     site: str
     examples: int
     memory_bytes: int
-    largest_share: float = 1.0  # of the weights of an average: what the device counts for at most
+    largest_share: float = 1.0  # the largest weight of the device in an average
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class EarlyExchange:
-    """An exchange on which the task itself rests, so that it comes before the first round; its
-    seconds are those of the fleet that is charged for it.
+    """An exchange before the first round, on which the task itself depends; the fleet that is
+    charged for it determines its seconds.
     """
 
     device: DeviceId
@@ -62,7 +62,7 @@ class Reply(Generic[R]):
     cost: Cost
     order: Any
     late: int = 0
-    weight: float = 1  # what it counts for in an average, as `usable` says
+    weight: float = 1  # in an average; see `core.method.usable`
 
 
 class Fleet(Protocol):
@@ -97,7 +97,7 @@ class Fleet(Protocol):
 
     @property
     def server(self) -> Server:
-        """What becomes of a merged change, and what the server remembers beside the method's state;
+        """The server optimiser, and what the server remembers beside the method's state;
         `core.merging` applies it.
         """
         ...
@@ -108,9 +108,9 @@ class Fleet(Protocol):
         """Send every order and wait; devices that are lost or later than `within` seconds are
         absent.
 
-        Replies come in the order of `orders`. A mapping may build its orders when they are read.
-        Where rounds end at a quorum (`fleets.semi_async`), replies to the work that a method merges
-        late come as they arrive, those to orders of earlier rounds among them.
+        Replies come in the order of `orders`. A mapping may build its orders when they are read. If
+        rounds end at a quorum (`fleets.semi_async`), replies to the work that a method merges late
+        come in the order of arrival, including replies to orders of earlier rounds.
         """
         ...
 
@@ -129,7 +129,9 @@ class Fleet(Protocol):
     def together(
         self, job: Callable[[str, "Fleet"], T], groups: Mapping[str, Iterable[DeviceId]]
     ) -> dict[str, T]:
-        """Run `job(name, part)` for every group in parallel; the clock advances by the longest."""
+        """Run `job(name, part)` for every group in parallel and return its results by name; the
+        clock advances by the longest.
+        """
         ...
 
     def wait(self, seconds: float) -> None:
@@ -142,7 +144,7 @@ class Fleet(Protocol):
 
     @property
     def unusable(self) -> Mapping[DeviceId, str]:
-        """Why a device's reply to its last order was left out, for devices of which one was."""
+        """The reason, by device, why the reply to its last order was left out."""
         ...
 
     def foresee(
@@ -160,7 +162,9 @@ class Idle(LookupError):
 
 
 class AllLost(RuntimeError):
-    """A round got no usable reply, so the run cannot go on; its last state is saved."""
+    """A round got no usable reply, or fewer than the quorum, so the run stops; its last state is
+    saved.
+    """
 
 
 class Diverged(AllLost):
@@ -170,13 +174,13 @@ class Diverged(AllLost):
 
 
 class NoMemory(AllLost):
-    """None of a round's devices has enough memory for its part, and none will have."""
+    """None of a round's devices has enough memory for its part, so retrying does not help."""
 
 
 def capped(weights: Mapping[DeviceId, float], largest_share: float) -> dict[DeviceId, float]:
-    """The weights with none above `largest_share` of their sum; all equal where that is too low.
+    """The weights, with none above `largest_share` of their sum; all equal if that is impossible.
 
-    Of two devices neither is capped, since nothing says which of them is right.
+    Two devices are not capped, since nothing shows which of them is right.
 
     >>> capped({"a": 10, "b": 20, "c": 1000}, 0.5)
     {'a': 10, 'b': 20, 'c': 30.0}
@@ -202,19 +206,19 @@ def rows_of(fleet: Fleet) -> dict[DeviceId, int]:
 
 
 def largest_share(fleet: Fleet) -> float:
-    """What any device of the fleet may count for at most in an average, 0 to 1."""
+    """The largest share of an average, 0 to 1, that any device of the fleet may have."""
     return min((profile.largest_share for profile in fleet.devices), default=1.0)
 
 
 def weights_of(fleet: Fleet, devices: Iterable[DeviceId]) -> dict[DeviceId, float]:
-    """What each of these devices counts for in an average: the rows that it declared, capped."""
+    """The weight of each of these devices in an average: the rows that it declared, capped."""
     rows = rows_of(fleet)
     return capped({id: rows[id] for id in devices}, largest_share(fleet))
 
 
 def none_left(asked: int, flaws: Sequence[str]) -> AllLost:
-    """The error for a round of so many devices in which every reply has a flaw, such as "loss is
-    nan".
+    """The error for a round that asked `asked` devices and got no usable reply; `flaws` has a line,
+    such as "loss is nan", about each reply. It is Diverged if numbers are not finite.
 
     >>> str(none_left(2, ["loss is nan", "loss is nan"]))
     'the training loss of all 2 devices is not finite (nan)'

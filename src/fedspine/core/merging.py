@@ -1,5 +1,5 @@
-"""What becomes of the replies of a round under the fleet's aggregation: for dictionaries of equal
-shapes here, for adapters of unequal ranks and shapes in `lm.aggregate`.
+"""Merges the replies of a round by the fleet's aggregation, for dictionaries of equal shapes;
+`lm.aggregate` does the same for adapters of unequal ranks and shapes.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ from fedspine.core.tensors import average, single
 
 @dataclass(frozen=True)
 class Weighted:
-    """What one device has in a merge: `tensors`, and their weight, its number of rows."""
+    """One device's part of a merge: its tensors, and their weight, usually its number of rows."""
 
     device: DeviceId
     weight: int | float
@@ -32,13 +32,14 @@ def merged(
     averaged: Collection[str] = (),
     **before: Tensors,
 ) -> dict[str, Tensors]:
-    """The fields named in `before`, merged over the replies as `fleet.aggregation` says, and moved
-    as `fleet.server` says; but for the tensors named in `averaged`, such as statistics of batches.
+    """The fields named in `before`, merged over the replies by `fleet.aggregation` and then moved
+    by `fleet.server`; fp32.
 
-    A method gives for each field of its results, such as `head`, the tensors that the server has
-    before the round, of equal names and shapes; replies weigh as `usable` says. What nothing
-    can be said of stays as it was: everything, where too few devices replied. That is noted, and so
-    is each device whose change was bounded, by field.
+    For each field of its results, such as `head`, a method gives the server's tensors before the
+    round, of equal names and shapes. Replies have the weights of `core.method.usable`. Tensors
+    named in `averaged`, such as batch statistics, take no server step. Entries with too few owners
+    stay as they were; so do all if too few devices replied, which is noted. Each device whose
+    change was bounded is noted by field.
     """
     how = fleet.aggregation
     if len(replies) < how.fewest(len(replies)):
@@ -63,12 +64,12 @@ def combined(
     before: Tensors,
     averaged: Collection[str] = (),
 ) -> Tensors:
-    """One dictionary of the devices' ones, as `fleet.aggregation` and `fleet.server` say, fp32;
-    the latter but for the tensors named in `averaged`.
+    """The devices' dictionaries, merged by `fleet.aggregation` and moved by `fleet.server`, fp32.
 
-    `before` holds what devices changed; entries of which nothing can be said stay as there. `what`
-    it is stands in the notes and in the server's memory. Raises ValueError where no device has a
-    weight.
+    `before` holds the tensors before the devices changed them, with equal names and shapes; entries
+    with too few owners keep its values. Tensors named in `averaged` take no server step. `what`
+    names the merged tensors in notes and in the server's memory. Raises ValueError if no device has
+    a positive weight.
     """
     if 0 < len(parts) < fleet.aggregation.fewest(len(parts)):
         return single(before)
@@ -105,11 +106,11 @@ def _combined(fleet: Fleet, what: str, parts: Sequence[Weighted], before: Tensor
 
 
 def weights_by_row(fleet: Fleet, name: str, parts: Sequence[Weighted]) -> Tensor:
-    """What each device counts for in each row of a tensor, fp32 [devices, rows]: its weight times
-    its share of the row, as `fleet.server` knows it.
+    """The weight of each device in each row of a tensor, fp32 [devices, rows]: the device's weight
+    times its share of the row in `fleet.server.row_shares`.
 
-    A device of which nothing is known counts alike in all rows; in a row for which no device has a
-    share, all count by their weights.
+    A device without known shares has equal shares in all rows. In a row in which no device has a
+    share, all devices have their plain weights.
     """
     rows = len(parts[0].tensors[name])
     even = torch.full((rows,), 1 / rows)
@@ -130,11 +131,11 @@ def _mean_by_row(fleet: Fleet, name: str, parts: Sequence[Weighted]) -> Tensor:
 def bounded(
     fleet: Fleet, what: str, devices: Sequence[DeviceId], changes: Iterable[Tensors]
 ) -> list[float]:
-    """Of each device's change the share that counts; devices for which it is below 1 are noted.
+    """The share of each device's change that counts, 0 to 1, all 1 unless the aggregation is
+    `NormClip`; devices with a share below 1 are noted.
 
-    Sizes are compared as root mean squares over all entries of a change, so that a device of a
-    higher rank, or with fewer units left, is not bounded for that. Of equal shapes that is as
-    comparing norms.
+    Sizes are root mean squares over all entries of a change, so a higher rank or fewer units do not
+    make a change larger. For equal shapes this equals comparing norms.
     """
     if not isinstance(fleet.aggregation, NormClip):
         return [1.0] * len(devices)
@@ -146,7 +147,7 @@ def bounded(
 
 
 def root_mean_square(tensors: Tensors) -> float:
-    """Over the entries of all tensors; 0 where there are none.
+    """The root mean square over the entries of all tensors; 0 if there are none.
 
     >>> root_mean_square({"x": torch.tensor([3.0, 4.0]), "y": torch.tensor([0.0, 0.0])})
     2.5
@@ -157,7 +158,7 @@ def root_mean_square(tensors: Tensors) -> float:
 
 
 def toward(before: Mapping[str, Tensor], after: Mapping[str, Tensor], share: float) -> Tensors:
-    """What lies a `share` of the way from `before` to `after`, fp32."""
+    """The tensors at a `share` of the way from `before` to `after`, fp32."""
     return {
         name: before[name].float() + share * (tensor.float() - before[name].float())
         for name, tensor in after.items()
@@ -165,8 +166,10 @@ def toward(before: Mapping[str, Tensor], after: Mapping[str, Tensor], share: flo
 
 
 def middle(how: Aggregation, values: Tensor, before: Tensor) -> Tensor:
-    """One tensor of the devices', which are the first dimension of `values`, weigh alike and have
-    the norms of their values; where nothing can be said, it is `before`.
+    """The devices' tensors, merged with equal weights; devices are the first dimension of `values`.
+
+    `NormClip` bounds the values themselves, not their change. Entries with too few devices are
+    those of `before`.
 
     >>> middle(Median(), torch.tensor([[1.0], [2.0], [9.0]]), torch.zeros(1))
     tensor([2.])
@@ -182,19 +185,21 @@ def middle(how: Aggregation, values: Tensor, before: Tensor) -> Tensor:
 
 
 def trims(how: Aggregation) -> bool:
-    """Whether single entries are left out, so that a sum over devices does not do."""
+    """Whether the aggregation leaves out single entries, so that a sum over devices does not
+    suffice.
+    """
     return isinstance(how, TrimmedMean | Median)
 
 
 def trimmed(
     how: Aggregation, values: Tensor, weights: Tensor, owned: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The trimmed mean or median over devices, the first dimension of `values` and of `owned`, and
-    the entries of which it says anything; 0 at the others.
+    """The trimmed mean or median over devices, and a mask of the entries for which it exists; the
+    other entries are 0.
 
-    A value counts where it is owned. `weights` have the first dimension too, and either no other or
-    those of `values`. Nothing depends on the order of the devices. Raises ValueError for an
-    aggregation that does not trim.
+    Devices are the first dimension of `values` and of `owned`, a mask of the values that count.
+    `weights` are [devices], or have further dimensions of `values`. The result does not depend on
+    the order of the devices. Raises ValueError for an aggregation that does not trim.
 
     >>> values, weights = torch.tensor([[1.0], [2.0], [9.0]]), torch.ones(3)
     >>> trimmed(Median(), values, weights, torch.ones(3, 1, dtype=torch.bool))

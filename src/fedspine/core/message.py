@@ -1,14 +1,14 @@
-"""The messages that may cross the wire, and the one codec behind traffic, checkpoints and equality
-tests.
+"""The messages that may cross the wire, and the codec for traffic, checkpoints and the comparison
+of states.
 
 A message is a frozen, keyword-only dataclass. It is packed as one safetensors file whose metadata
 holds the JSON of everything that is not a tensor; never a pickle. Fields may be None, bool, int,
 float, str, tuples, dicts with string keys, torch tensors, numpy arrays and other messages. Boolean
 tensors travel as bits.
 
-What came may have been made to fill a memory. So each tensor has one place in a value, sizes and
-depth are bounded, and decoding takes, with the message itself, at most three times its bytes and
-SPARE_BYTES.
+A received message may be meant to exhaust memory. So each tensor is referenced once, sizes and
+nesting are bounded, and decoding needs at most three times the bytes of the message, itself
+included, plus SPARE_BYTES.
 """
 
 import ctypes
@@ -94,7 +94,7 @@ class Packed:
 def pack(value: Any) -> Packed:
     """Encode a message, or a tuple or dict of what messages may hold.
 
-    Raises NotAMessage for anything else, naming the place inside the value.
+    Raises NotAMessage for anything else; the text names the place inside the value.
     """
     from safetensors import TensorSpec, serialize
 
@@ -124,8 +124,9 @@ def unpack(packed: Packed | Buffer, *, spare_bytes: int = SPARE_BYTES) -> Any:
     """Decode what `pack` made; raises NotAMessage for bytes that are not such a file or name an
     unknown message.
 
-    All that is decoded takes at most twice the bytes of the message and `spare_bytes`, which is
-    checked before it is allocated. A run's own state, whose digest holds, may take more.
+    All that is decoded takes at most twice the bytes of the message plus `spare_bytes`, which is
+    checked before memory is allocated. Callers raise it for a run's own state, whose digest they
+    checked.
     """
     payload = packed.payload if isinstance(packed, Packed) else packed
     try:
@@ -137,7 +138,10 @@ def unpack(packed: Packed | Buffer, *, spare_bytes: int = SPARE_BYTES) -> Any:
 
 
 def encoded(value: Any, keep: Callable[["torch.Tensor"], str], where: str, depth: int) -> Any:
-    """What stands for a value in the JSON; `keep` takes its tensors and gives each a name."""
+    """The JSON form of a value; `keep` takes each of its tensors and returns a name for it.
+
+    `where` names the place in errors. Raises NotAMessage as `pack` does.
+    """
     if type(value) is int:
         return value if -LARGEST_INT <= value <= LARGEST_INT else _too_large(value, where)
     if value is None or isinstance(value, _PLAIN):
@@ -202,7 +206,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 class _Reader:
-    """Reads one message; nothing is allocated before its size is known and there is room for it."""
+    """Reads one message; it counts what an allocation takes before it makes it."""
 
     def __init__(self, payload: Buffer, spare_bytes: int) -> None:
         self._bytes = np.frombuffer(payload, np.uint8)
@@ -217,7 +221,7 @@ class _Reader:
         self._entries = _entries(header, self._bytes.size - self._start)
 
     def value(self) -> Any:
-        """The whole value; each tensor must have its one place in it."""
+        """The whole value; each tensor must be referenced exactly once."""
         value = self._decode(_JSON_OBJECTS.decode(self._text), 0)
         if self._entries:
             raise NotAMessage(f"tensor {next(iter(self._entries))!r} has no place in the value")
@@ -326,7 +330,7 @@ def _entries(header: dict[str, Any], size: int) -> dict[str, _Entry]:
 
 
 def _elements(shape: Any) -> int | None:
-    """The number of elements; None for a shape that no tensor of ours has."""
+    """The number of elements; None for an invalid shape or one beyond the limits."""
     if type(shape) is not list or len(shape) > MOST_DIMENSIONS:
         return None
     count = whole = 1

@@ -1,5 +1,5 @@
-"""The protocol of methods and their registration: a frozen dataclass whose fields are its
-hyper-parameters.
+"""The protocol of methods, and their registration. A method is a frozen dataclass whose fields are
+its hyper-parameters.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 
 class Method(Protocol[S]):
-    """A federated method: it owns the round, the fleet owns transport, time and bytes.
+    """A federated method. It owns the round; the fleet owns transport, time and bytes.
 
-    The state is a message; `round` returns a new one and changes nothing in place. It has a field
-    `round`, the rounds done so far. docs/python.md writes a method in one file.
+    The state is a message with a field `round`, the number of rounds done. `round` returns a new
+    state and changes nothing in place. docs/python.md writes a method in one file.
 
     >>> from fedspine import FedLora, Method
     >>> def parts(method: Method) -> list[str]:
@@ -42,17 +42,21 @@ class Method(Protocol[S]):
         """Raise BadInput if these settings cannot work on this task, before any computation."""
         ...
 
-    def start(self, task: Task, rng: np.random.Generator) -> S: ...
+    def start(self, task: Task, rng: np.random.Generator) -> S:
+        """The state before the first round."""
+        ...
 
-    def round(self, state: S, fleet: Fleet) -> S: ...
+    def round(self, state: S, fleet: Fleet) -> S:
+        """The state after one more round; raises AllLost if no device sent a usable reply."""
+        ...
 
     def deploy(self, state: S, device: DeviceId | None = None) -> Any:
-        """The model that `device` will run, or the global one."""
+        """The model that `device` will run; None: the global one."""
         ...
 
     def unpruned(self, state: S) -> Any:
-        """The trained weights on the unpruned base, for which a pruned model's adapter was not
-        tuned.
+        """The trained weights on the unpruned base. For a method that prunes, the adapter was not
+        tuned for that base.
         """
         ...
 
@@ -78,12 +82,12 @@ class LeastWork:
 
 @runtime_checkable
 class FitsMemory(Protocol):
-    """A method that asks of a device only what fits its memory, and nothing of one in which
-    nothing fits.
+    """A method that asks a device only for work that fits its memory, and does not ask a device in
+    whose memory nothing fits.
     """
 
     def least_work(self, task: Task) -> LeastWork:
-        """What the device with the least memory may still be asked in the first round."""
+        """The least work that the method may ask of a device in the first round."""
         ...
 
 
@@ -92,8 +96,8 @@ class Prunable(Protocol):
     """An order whose device prunes."""
 
     def pruned(self, layout: Any, sparsity: float) -> Self:
-        """The same to a device whose model has this sparsity, from which the cost of later rounds
-        is planned.
+        """The same order for a device whose model has this sparsity; plans predict the cost of
+        later rounds from it.
         """
         ...
 
@@ -106,10 +110,10 @@ def planned_sparsities(method: Any, rounds: int) -> list[float]:
 
 
 def usable(replies: Sequence[Reply[R]], fleet: Fleet) -> list[Reply[R]]:
-    """The replies, each with the weight that it has in an average.
+    """The replies, each with its weight in an average: the rows that its device declared, capped.
 
-    What cannot be used has not come this far; see `fleets.checked`. Raises AllLost if no reply
-    came, Diverged if those that came were not finite.
+    `fleets.checked` has already left out replies that cannot be used. Raises AllLost if no reply is
+    left, Diverged if that is because numbers were not finite.
     """
     if not replies:
         raise none_left(len(fleet.devices), list(fleet.unusable.values()))
@@ -120,11 +124,11 @@ def usable(replies: Sequence[Reply[R]], fleet: Fleet) -> list[Reply[R]]:
 
 
 def on_todays(replies: Sequence[Reply[R]], **today: Tensors) -> list[Reply[R]]:
-    """The replies; in a late one the weights are what its device changed, on today's.
+    """The replies, with the weights of late ones replaced by the current weights plus the change
+    that the device made. So a device that began with older weights does not pull the server back.
 
-    `today` holds weights by the field that orders and results call them. So a device that began
-    with older weights does not bring the server back to them. Names that are not in today's
-    weights stay as they came.
+    `today` has the current weights by field name of orders and results. Names that the current
+    weights lack stay as they came.
     """
 
     def moved(reply: Reply[R]) -> Reply[R]:
@@ -151,24 +155,21 @@ def method(
 ) -> Callable[[type[T]], type[T]]:
     """Register a method class under the name that recipes use.
 
-    `merges_late` is the work whose results the method can merge in a later round than that of
-    their order, which `fleet.quorum` below 1 needs; see `on_todays`.
+    - `merges_late`: the work whose results the method can merge in a later round than that of their
+      order, which `fleet.quorum` below 1 needs; see `on_todays`.
+    - `robust`: the method merges everything that devices send by `fleet.aggregation`, which any
+      aggregation but the mean needs; see `core.merging.merged`.
+    - `server_optimiser`: everything that it merges takes the step of `fleet.server`, as
+      `core.merging` does it.
+    - `same_shapes`: a device trains tensors of the same names, shapes and meaning whenever it is
+      asked, so it can keep values for each of their entries.
+    - `changes_base`: a method that tunes adapters also changes the weights below them, which
+      therefore cannot be held quantised (`run.frozen_bits`).
 
-    `robust` says that it merges all that devices send as `fleet.aggregation` says, which an
-    aggregation other than the mean needs; see `core.merging.merged`.
-
-    `server_optimiser` says that all that it merges moves as `fleet.server` says, which
-    `core.merging` sees to; `same_shapes`, that a device trains tensors of the same names, shapes
-    and meaning whenever it is asked, so that it can keep something about each of their entries.
-
-    `changes_base` says that a method that tunes adapters also changes the weights below them, which
-    therefore cannot be held quantised (`run.frozen_bits`).
-
-    A method that can train nets on arrays says so by `models: ClassVar = ("transformer", "net")`;
-    the others know transformers only, and a recipe that gives them a net is refused. Likewise
-    `privacy: ClassVar = ("rows", "devices")` names the levels of `[privacy]` that it can keep; the
-    others keep none. Raises TypeError for a name that another class has; a class that is defined
-    again, as in a notebook, replaces itself.
+    A method that can train nets on arrays has `models: ClassVar = ("transformer", "net")`; without
+    it, a recipe with a net is refused. `privacy: ClassVar = ("rows", "devices")` names the levels
+    of `[privacy]` that a method supports; without it, none. Raises TypeError for a name that
+    another class has; a class that is defined again, as in a notebook, replaces itself.
 
     >>> from dataclasses import dataclass
     >>> from fedspine import method
@@ -206,13 +207,15 @@ def method(
 
 
 def registered() -> dict[str, type]:
-    """The methods whose modules were imported, by name; `fedspine.methods.all_methods` imports them
-    all.
+    """The methods whose modules were imported, by name, in alphabetical order;
+    `fedspine.methods.all_methods` imports all of them.
     """
     return dict(sorted(_METHODS.items()))
 
 
 def forget(names: Iterable[str]) -> None:
-    """Undo the registration of methods, those of a file whose import failed after it."""
+    """Undo the registration of these methods, for a file whose import failed after it registered
+    them.
+    """
     for name in names:
         del _METHODS[name]

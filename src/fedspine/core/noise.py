@@ -1,5 +1,5 @@
-"""Gaussian noise on what leaves a device: relative to the size of a change, to what one row
-changes, and on a clipped update.
+"""Gaussian noise on what leaves a device: relative to the size of a change, relative to what one
+row changes, or on a clipped update.
 """
 
 import math
@@ -18,8 +18,8 @@ from fedspine.core.privacy import Guard
 ROWS = 32  # rows behind an answer at which its noise has the full share
 LARGEST = float(torch.finfo(torch.float16).max)  # the largest value that can be sent
 PLAIN_ANSWERS = 2.0  # default number about the same 32 rows, after which noise grows
-# nats that a label's loss counts for at most in what leaves with noise: else weights that make the
-# loss of some rows huge would tell their number through any noise
+# nats that a label's loss counts for at most in a number that leaves with noise; otherwise weights
+# that make the loss of some rows huge would reveal their number through any noise
 MOST_LOSS = 4.0
 TOGETHER = 2**19  # entries of weights that get their noise together
 COUNTED = "answers"  # key of a device's memory: its number of answers about each text
@@ -32,7 +32,7 @@ def noise_like(tensor: Tensor, draws: Draws) -> Tensor:
 
 
 def coarse_noise_like(tensor: Tensor, draws: Draws) -> Tensor:
-    """The same from `Draws.coarse_normal`, which is coarser and faster."""
+    """As `noise_like`, from `Draws.coarse_normal`, which is coarser and faster."""
     drawn = torch.from_numpy(draws.coarse_normal(tensor.numel()))
     return drawn.view(tensor.shape).to(tensor.device)
 
@@ -67,13 +67,13 @@ def noisy_update(before: Tensors, after: Tensors, guard: Guard, multiplier: floa
 
 
 def grown(answers: float, plain: float = PLAIN_ANSWERS) -> float:
-    """The factor of the noise of the n-th answer about the same rows, relative to the first.
+    """The noise of the n-th answer about the same rows, relative to the first.
 
     It is 1 for the first `plain` answers, and for all if `plain` is 0.
 
-    Averaging all answers, weighted by inverse variance, leaves the noise of the first divided by
-    the root of the sum of 1 / grown(k) ** 2. That sum stays below 2 `plain` for any number of
-    answers: it is about 3.6 for two plain ones, so 1 / 1.9 of the noise always remains.
+    The average of all answers, weighted by inverse variance, has the noise of the first divided by
+    the square root of the sum of 1 / grown(k) ** 2. That sum stays below 2 `plain` for any number
+    of answers. For `plain` = 2 it is about 3.6, so 1 / 1.9 of the noise always remains.
 
     >>> [grown(answers) for answers in (1, 2, 3, 20)]
     [1.0, 1.0, 1.5, 10.0]
@@ -83,10 +83,10 @@ def grown(answers: float, plain: float = PLAIN_ANSWERS) -> float:
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise that a device adds to trained weights, so that an answer reveals less of its rows.
+    """The noise that a device adds to an answer, so that it reveals less of its rows.
 
-    It gives no numerical guarantee, unlike differential privacy: docs/leakage.md states what
-    attacks find in spite of it.
+    Unlike differential privacy it gives no numerical guarantee; docs/leakage.md states what attacks
+    find in spite of it.
     """
 
     share: float  # of the change, for an answer about `ROWS` rows
@@ -94,9 +94,11 @@ class Noise:
     weight: float = 1.0  # of the change and its noise together
 
     def share_of(self, rows: int) -> float:
-        """The share for an answer about `rows` distinct rows. The more rows, the less an answer
-        reveals of each, so the share falls with the fourth root of their number. With the square
-        root, some texts among 640 rows could be recovered (docs/leakage.md).
+        """The share for an answer about `rows` distinct rows.
+
+        It falls with the fourth root of their number, since an answer about more rows reveals less
+        of each. With the square root, some texts among 640 rows could be recovered
+        (docs/leakage.md).
 
         >>> from fedspine.core.draws import SeededDraws
         >>> Noise(4.0, SeededDraws((1,))).share_of(512)
@@ -114,9 +116,9 @@ class Noise:
         return values.float() + self.share * one_row * coarse_noise_like(values, self.draws)
 
     def added(self, before: Tensors, after: Tensors, rows: int) -> Tensors:
-        """`after` with noise on its change from `before`, whose names it has with equal shapes.
+        """`after` with noise on its change from `before`; tensors of one name have equal shapes.
 
-        Change and noise are scaled by `weight`; other names are not changed.
+        Change and noise are scaled by `weight`. Names that `before` lacks are not changed.
         """
         share, released = self.share_of(rows), dict(after)
         for names in _parts([name for name in before if after[name].numel()], after):
@@ -172,14 +174,13 @@ class MemoryAnswerCounter:
 @dataclass(frozen=True)
 class GrowingNoise:
     """The noise of a device that is asked repeatedly: it grows with the number of answers about the
-    same rows. Answers about many rows reveal less of each, so more of them are given before it
-    grows.
+    same rows. Answers about more rows reveal less of each, so the growth starts later for them.
 
-    A change whose noise has grown is scaled by its inverse variance, as in an optimal average, so
-    that the effect of late answers vanishes before their noise spoils what was learnt.
+    A change whose noise has grown is scaled by its inverse variance, as in an optimal average. So
+    late answers lose their effect before their noise spoils what was learnt.
 
-    `draws` gives the draws of the n-th answer about the same rows: two answers with different
-    shares of noise but the same draws would reveal the noise.
+    `draws` returns the draws of the n-th answer about the same rows: two answers with different
+    shares of noise and the same draws would reveal the noise.
     """
 
     share: float  # of a first answer

@@ -1,6 +1,6 @@
 """A message without its values, and its size on the wire.
 
-A plan charges messages that are never packed, since their tensors may have gigabytes.
+`fedspine plan` charges messages without packing them, since their tensors may take gigabytes.
 """
 
 import math

@@ -1,8 +1,7 @@
-"""Settings that are composed: a method's field that holds one of several dataclasses, chosen by its
-`name`.
+"""Composed settings: a method's field that holds one of several dataclasses, chosen by `name`.
 
 A part is a frozen dataclass with a class variable `name`. In TOML it is a nested table with that
-name and the part's own settings; without a name it is the method's default one.
+name and the part's own settings; without a name it is the method's default part.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ T = TypeVar("T")
 
 
 def choices_of(cls: type) -> dict[str, dict[str, type]]:
-    """The parts that each composed field of a dataclass may hold, by field and name."""
+    """The classes that each composed field of a dataclass may hold, by field, then by name."""
     hints = get_type_hints(cls)
     found = {field.name: _members(hints[field.name]) for field in dataclasses.fields(cls)}
     return {
@@ -34,8 +33,8 @@ def is_part(value: Any) -> bool:
 
 
 def quiet(default: T) -> T:
-    """A field that a recipe states only where it is not the default, so that recipes written before
-    there was such a field describe the same results.
+    """A field that a recipe states only if it differs from the default, so that recipes from before
+    the field existed describe the same results.
 
     >>> from typing import ClassVar
     >>> @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,7 @@ def quiet(default: T) -> T:
 
 
 def table_of(value: Any) -> Any:
-    """A field's value as TOML holds it."""
+    """A field's value in the form of TOML: a table for a part, a list for a tuple."""
     if is_part(value):
         settings = {
             f.name: table_of(getattr(value, f.name))
@@ -63,8 +62,11 @@ def table_of(value: Any) -> Any:
 
 
 def part(where: str, choices: dict[str, type], default: Any, table: Any) -> Any:
-    """The part that a table describes; settings that it leaves out are those of `default`, or of
-    the class it names.
+    """The part that a table describes. Settings that it leaves out are those of `default`, or, if
+    it names another class, that class's defaults.
+
+    `where` is the table's key in errors. Raises BadInput for a value that is no table, an unknown
+    name or key, and an invalid value.
     """
     if not isinstance(table, dict):
         raise BadInput(
@@ -100,7 +102,7 @@ def nested(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def dotted(table: dict[str, Any]) -> dict[str, Any]:
-    """What `nested` made nested, by dotted keys.
+    """The inverse of `nested`: nested tables as dotted keys.
 
     >>> dotted({"rank": 8, "controller": {"name": "fixed", "rank": 4}})
     {'rank': 8, 'controller.name': 'fixed', 'controller.rank': 4}
@@ -113,8 +115,9 @@ def dotted(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def fitted(table: dict[str, Any], cls: type) -> dict[str, Any]:
-    """What of another method's table a method of this class has, with its own parts for that
-    method's.
+    """The settings of another method's table that a method of class `cls` has, too, in nested form.
+
+    Of a part, they are the settings that the default part of `cls` has.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     fitting: dict[str, Any] = {}
@@ -129,7 +132,8 @@ def fitted(table: dict[str, Any], cls: type) -> dict[str, Any]:
 
 
 def laid_over(table: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
-    """A method's table with another laid over it; a part's settings go where another part is named.
+    """A method's table with another laid over it, in nested form. If the overlay names another
+    part, the settings of the part below are dropped.
 
     >>> laid_over({"controller": {"name": "fixed", "rank": 4}}, {"controller.rank": 8})
     {'controller': {'name': 'fixed', 'rank': 8}}

@@ -1,5 +1,5 @@
-"""Differential privacy of what leaves a device: what a run promises, what it has spent, and the end
-of a budget. docs/privacy.md says what is promised to whom.
+"""Differential privacy of what leaves a device: the promise of a run, what a device has spent, and
+the end of its budget. docs/privacy.md states the guarantee.
 
 Row level is DP-SGD (Abadi et al. 2016, arXiv:1607.00133) on each device. Device level is the
 Gaussian mechanism on a device's whole update (clipped as in McMahan et al. 2018, arXiv:1710.06963,
@@ -27,7 +27,7 @@ class BudgetExceeded(RuntimeError):
 class Privacy:
     """What a run promises each device.
 
-    With `epsilon` None everything is clipped and sampled, but without noise, and nothing is
+    If `epsilon` is None, everything is clipped and sampled, but no noise is added and nothing is
     promised.
     """
 
@@ -35,7 +35,7 @@ class Privacy:
     epsilon: float | None
     delta: float
     clip: float  # norm of a row's gradient, or of a device's update
-    answers: int  # of a device in the whole run, at most; the budget is laid out for so many
+    answers: int  # the most of a device in the whole run, among which the budget is divided
 
 
 @message
@@ -52,12 +52,12 @@ class Ledger(Protocol):
 
     @property
     def spent(self) -> Spent:
-        """In this run so far."""
+        """What the device has spent in this run so far."""
         ...
 
     def spend(self, spending: Spending) -> None:
-        """Record what is about to be spent; raises BudgetExceeded, and records nothing, if that is
-        more than is left.
+        """Record what is about to be spent; if the budget does not cover it, raise BudgetExceeded
+        and record nothing.
         """
         ...
 
@@ -79,7 +79,7 @@ class MemoryLedger:
 
 @dataclass(frozen=True)
 class Guard:
-    """What keeps a run's promise on a device: its terms, its draws, and its ledger."""
+    """Enforces a run's promise on a device, with its terms, its draws and its ledger."""
 
     terms: Privacy
     draws: Draws
@@ -89,8 +89,8 @@ class Guard:
         """Spend the budget of one answer of `steps` steps, each of which takes a row with
         probability `rate`; returns the noise multiplier.
 
-        The noise is what `terms.answers` such answers need to stay within the budget. Raises
-        BudgetExceeded where the budget does not suffice.
+        The multiplier is the smallest with which `terms.answers` such answers stay within the
+        budget; 0 if the run promises nothing. Raises BudgetExceeded if the budget is used up.
         """
         terms = self.terms
         if terms.epsilon is None:

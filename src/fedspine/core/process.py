@@ -1,4 +1,4 @@
-"""Memory, cores and signals of a process that trains, scores or aggregates."""
+"""Memory, cores and signals of this process."""
 
 import ctypes
 import os
@@ -21,13 +21,13 @@ R = TypeVar("R")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's names for mallopt
 _KEPT = 512 << 20  # bytes of freed memory that the process keeps
 _LARGE = 32 << 20  # bytes from which a block is mapped on its own; glibc allows no more
-_SAME_SECONDS = 1.0  # `timeout` sends its signal to a process and to its group: two that mean one
+_SAME_SECONDS = 1.0  # `timeout` signals a process and its group, so it gets two within this time
 
 SIGNALS_TO_END = (signal.SIGINT, signal.SIGTERM)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came, from `kill`, a service manager or a batch system; it ends a command just as
+    """SIGTERM arrived, from `kill`, a service manager or a batch system; it ends a command as
     Ctrl-C does.
     """
 
@@ -57,8 +57,8 @@ def handling(
 ) -> Iterator[None]:
     """Handle these signals by `handler` within the block, except those that the process ignores.
 
-    What `nohup` or a script's background job starts ignores SIGINT, and its user relies on that.
-    Only the main thread can handle signals; in another one nothing happens.
+    A process under `nohup`, or in the background of a script, ignores SIGINT, and its user relies
+    on that. In a thread other than the main one, which cannot handle signals, nothing happens.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -86,7 +86,7 @@ def ends_on_signal() -> Iterator[None]:
 
 
 def farewell(interrupt: KeyboardInterrupt) -> tuple[str, int]:
-    """The last line of an interrupted command and its exit code: 128 and the number of the signal.
+    """The last word of an interrupted command and its exit code: 128 plus the signal's number.
 
     >>> farewell(KeyboardInterrupt()), farewell(Terminated())
     (('interrupted', 130), ('terminated', 143))
@@ -97,12 +97,11 @@ def farewell(interrupt: KeyboardInterrupt) -> tuple[str, int]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks, which the next step needs again, instead of returning them to
-    the kernel.
+    """Let glibc keep freed blocks for the next step instead of returning them to the kernel.
 
-    Every product makes blocks of some megabytes. Getting their pages anew each time took 28 % of
-    scoring 64 rows of 64 tokens at a time; with 32 rows it makes no difference. Elsewhere than on
-    Linux with glibc nothing happens.
+    Every product allocates blocks of some megabytes. Mapping their pages again each time took 28 %
+    of the time of scoring 64 rows of 64 tokens at once; with 32 rows it makes no difference. It has
+    no effect except on Linux with glibc.
     """
     if sys.platform != "linux":
         return
@@ -113,33 +112,34 @@ def keep_freed_memory() -> None:
 
 
 def keeping_freed_memory() -> dict[str, str]:
-    """The same as environment variables for child processes.
+    """The settings of `keep_freed_memory` as environment variables for child processes.
 
-    Of an exchange of 4 MB over NVIDIA FLARE a fifth to a third of all processor time went into
-    getting pages anew.
+    In an exchange of 4 MB over NVIDIA FLARE, mapping pages again took a fifth to a third of all
+    processor time.
     """
     return {"MALLOC_TRIM_THRESHOLD_": str(_KEPT), "MALLOC_MMAP_THRESHOLD_": str(_LARGE)}
 
 
 def limit_onednn_cache() -> None:
-    """Let oneDNN keep what it compiled for 128 shapes; with its default of 1024 that takes hundreds
-    of megabytes a process.
+    """Limit oneDNN's cache to the kernels of 128 shapes; its default of 1024 takes hundreds of
+    megabytes per process.
 
-    oneDNN reads it once, so this comes before torch is imported. A value that is set stays.
+    oneDNN reads the limit once, so call this before torch is imported. A value in the environment
+    is kept.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 def cores() -> int:
-    """The cores that this process may use, which can be fewer than the machine has."""
+    """The number of cores that this process may use, which can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def spread(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """The function's values in the order of `items`, computed by one thread per core.
+    """The function's values in the order of `items`, computed on one thread per core.
 
-    Each works with one of PyTorch's threads, so the values do not depend on how many there are. The
-    threads end with the call: none is left when processes are forked.
+    Each thread uses one PyTorch thread, so the values do not depend on the number of cores. The
+    threads end with the call, so none is left when processes are forked.
     """
     import torch
 
@@ -148,9 +148,8 @@ def spread(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident memory that this process has had."""
-    # ru_maxrss starts from the parent's peak where the parent started this process, so Linux's own
-    # count is taken
+    """The largest resident memory that this process has had, in bytes."""
+    # ru_maxrss starts at the peak of the parent process, unlike VmHWM
     status = Path("/proc/self/status")
     if status.exists():
         return next(

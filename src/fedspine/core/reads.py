@@ -1,8 +1,7 @@
-"""What an order reads of a device's rows, as its messages declare it, and how many rows stand
-behind an answer.
+"""What an order declares that it reads of a device's rows, and how many rows are behind an answer.
 
-A site checks orders by it (`flare.site_terms`) before any row is read; the device notes the rows
-that it did use (`Device.uses`), which are counted before the answer leaves.
+A site checks the declaration (`flare.site_terms`) before any row is read. The device notes the rows
+that it used (`Device.uses`), which are counted before the answer leaves.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,9 +26,9 @@ class Descent:
 
 @message
 class Reads:
-    """What one part of an order reads, and what of single rows leaves because of it.
+    """What one part of an order reads, and what leaves about single rows because of it.
 
-    An answer rests on `lasting * batch` rows at most. None says nothing of that kind.
+    An answer depends on at most `lasting * batch` rows. A field that is None declares nothing.
     """
 
     steps: int = 1  # optimiser steps, or passes over a batch, behind one answer
@@ -79,8 +78,9 @@ def reads_of(order: Any) -> Iterator[Reads]:
 
 
 def lasting(steps: int, forgotten: float) -> int:
-    """The steps that show in an average, or in weights that decay, of which each step forgets this
-    share: those that weigh 1 / e or more beside the last one, at least 1.
+    """The steps that still show in an average, or in weights that decay, if each step forgets the
+    share `forgotten` of what came before: those that weigh at least 1 / e of the last one; at least
+    1.
 
     >>> lasting(20, 0.1), lasting(20, 2e-4), lasting(20, 1.0), lasting(20, 11.0)
     (10, 20, 1, 1)
@@ -91,8 +91,9 @@ def lasting(steps: int, forgotten: float) -> int:
 
 
 def largest_share(texts: Sequence[np.ndarray], counts: Sequence[np.ndarray]) -> float:
-    """The largest share that one text has in the mean of the means of some steps, of which each is
-    over so many labels of each of its rows.
+    """The largest share that one text has in the mean over steps of each step's mean over labels.
+
+    For each step, `texts` has the text of each row and `counts` the row's number of labels.
 
     >>> largest_share([np.array([7, 8]), np.array([8, 9])], [np.array([1, 1]), np.array([3, 1])])
     0.625
@@ -103,8 +104,8 @@ def largest_share(texts: Sequence[np.ndarray], counts: Sequence[np.ndarray]) -> 
 
 
 def last_steps(rows: Sequence[np.ndarray], least: int, fewest: int) -> int:
-    """How many of the last steps, with these rows each, a mean has to be over: `least`, and more
-    where those have fewer than `fewest` distinct rows; all where there are too few in all.
+    """The number of last steps over which a mean has to be taken: `least`, or as many as have
+    `fewest` distinct rows, or all if there are not so many. `rows` has the rows of each step.
 
     >>> last_steps([np.array([row]) for row in range(9)], 5, 0)
     5

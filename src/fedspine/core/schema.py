@@ -15,10 +15,11 @@ import numpy as np
 
 
 def conforms(value: Any, kind: Any) -> bool:
-    """Whether `value` is of this type: message, tuple, dict, union, Literal, tensor, array or
-    plain.
+    """Whether `value` has the type `kind`: a class such as a message, tensor or array, a tuple,
+    dict, union or Literal, bool, int, float or str, None, or Any.
 
-    A whole number may stand for a float. An annotation that is none of these admits nothing.
+    An int conforms to float, but a bool does not conform to int. Nothing conforms to any other
+    annotation.
 
     >>> conforms((1, 2.0), tuple[float, ...]), conforms((1, "2"), tuple[float, ...])
     (True, False)
@@ -74,7 +75,7 @@ def work_kinds(work: Callable[..., Any]) -> tuple[Any, Any]:
 
 @cache
 def result_kind(work: Callable[..., Any]) -> Any:
-    """The declared type of a work's result; Any where it declares none that can be found."""
+    """The declared type of a work's result; Any if there is none, or none that can be resolved."""
     try:
         return _hints(work).get("return", Any)
     except NameError:  # imported for type checkers alone

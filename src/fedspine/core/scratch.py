@@ -1,4 +1,4 @@
-"""What a process keeps of devices between the asks of a round, to save time."""
+"""A process's cache of devices' values between the asks of a round."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kept:
-    """What a device's work kept, and its size."""
+    """A value that a device's work cached, and its size in bytes."""
 
     value: Any
     bytes: int
@@ -28,8 +28,8 @@ class Scratch:
     def take(
         self, device: str, payload: bytes | None, round: int | None
     ) -> tuple[dict[str, Any], Any] | None:
-        """Remove and return the entry of a device whose memory is `payload`: that memory, decoded,
-        and the cached value.
+        """Remove the entry of a device and return the decoded memory and the cached value; None
+        without an entry, or if the device's memory is not `payload` any more.
         """
         if round != self._round:  # entries of earlier rounds will not be used any more
             self._round = round
@@ -43,8 +43,8 @@ class Scratch:
         return (memory, kept.value) if found == payload else None
 
     def put(self, device: str, payload: bytes, memory: dict[str, Any], kept: Kept) -> bool:
-        """Add an entry if there is room. Nothing is evicted: in turns, each entry would go just
-        before its use.
+        """Add an entry and return whether there was room. Nothing is evicted: devices take turns,
+        so the oldest entry is the next to be used.
         """
         if self._bytes + kept.bytes > self._most:
             return False

@@ -1,10 +1,12 @@
-"""What a server does with the merged change of a round: takes it as it is, or takes a step by it.
+"""Server optimisers, which use the merged change of a round as a pseudo-gradient.
 
-The merged change is the mean (or what `fleet.aggregation` says) of what devices changed, and an
-optimiser takes it for a negative gradient. Each one is a part (`core.parts`) of the recipe,
-`fleet.server_optimiser`; a fleet carries it to the methods as `fleet.server`, and `core.merging`
-applies it. Source: Reddi et al. 2020, "Adaptive Federated Optimization" (arXiv:2003.00295); FedAvgM
-is Hsu et al. 2019 (arXiv:1909.06335).
+The merged change is the mean of what devices changed, or another merge by `fleet.aggregation`. Each
+optimiser is a part (`core.parts`) of the recipe, `fleet.server_optimiser`; a fleet carries it to
+the methods as `fleet.server`, and `core.merging` applies it. Each has `check()`, which raises
+BadInput for invalid settings, `begin(like)`, the first moments, and `step(change, moments)`.
+
+Source: Reddi et al. 2020, "Adaptive Federated Optimization" (arXiv:2003.00295); FedAvgM is Hsu et
+al. 2019 (arXiv:1909.06335).
 """
 
 from collections.abc import Collection
@@ -24,7 +26,7 @@ Moments: TypeAlias = "dict[str, Tensors]"  # by the moment's name, then by param
 
 @dataclass(frozen=True)
 class NoOptimiser:
-    """The merged weights as they are, which is FedAvg."""
+    """No server step: the merged weights are the new ones, as in FedAvg."""
 
     name: ClassVar = "none"
 
@@ -36,7 +38,7 @@ class NoOptimiser:
 class FedAvgM:
     """Momentum: m <- momentum m + change, and the weights move by learning_rate m.
 
-    At the default rate, 1 - momentum, changes that stay the same move them as far as without.
+    At the default rate, 1 - momentum, constant changes move the weights as far as without momentum.
     """
 
     name: ClassVar = "fedavgm"
@@ -50,7 +52,7 @@ class FedAvgM:
         return {"first": torch.zeros_like(like)}
 
     def step(self, change: Tensor, moments: Tensors) -> tuple[Tensor, Tensors]:
-        """The change to make instead of this merged one, and the moments after it.
+        """The change to apply instead of the merged one, and the new moments.
 
         >>> how, change = FedAvgM(learning_rate=1.0), torch.tensor([1.0])
         >>> step, moments = how.step(change, how.begin(change))
@@ -103,10 +105,10 @@ class FedYogi(FedAdam):
 
 @dataclass(frozen=True)
 class Accumulated:
-    """The server's part of FedDyn (Acar et al. 2021, arXiv:2111.04263), which a method's `drift`
-    brings: s <- s + share change, and the weights move by change + s.
+    """The server's part of FedDyn (Acar et al. 2021, arXiv:2111.04263), which `method.drift` turns
+    on: s <- s + share change, and the weights move by change + s.
 
-    `share` is that of all devices which a round asks. In the paper's letters s is -h / alpha.
+    `share` is the share of all devices that a round asks. In the paper's notation s is -h / alpha.
     """
 
     name: ClassVar = "feddyn"
@@ -130,7 +132,7 @@ CHOICES: dict[str, type[Any]] = {
 
 
 def server_optimiser_of(given: Any) -> Any:
-    """The part that a name or a table of a recipe describes; anything else is itself.
+    """The part that a name or a table of a recipe describes; any other value is returned as it is.
 
     Raises BadInput for unknown names and settings.
     """
@@ -145,8 +147,8 @@ def server_optimiser_of(given: Any) -> Any:
 
 @dataclass
 class Server:
-    """A run's server optimiser, and what the server remembers from round to round beside the
-    method's state. A fleet carries it and keeps its memory in its snapshot.
+    """A run's server optimiser, and what the server remembers between rounds beside the method's
+    state. A fleet carries it and saves its memory in the fleet's snapshot.
     """
 
     optimiser: ServerOptimiser | Accumulated = NoOptimiser()
@@ -159,11 +161,11 @@ class Server:
     def step(
         self, what: str, before: Tensors, merged: Tensors, averaged: Collection[str] = ()
     ) -> Tensors:
-        """What becomes of `before` where a round's replies were `merged`, fp32; of equal names and
-        shapes.
+        """The weights after the optimiser's step from `before` towards `merged`, fp32; all have
+        equal names and shapes. Updates the moments of `what`.
 
-        An entry that nobody changed stays, and so do its moments. Tensors named in `averaged`, such
-        as statistics of batches, are taken as they were merged.
+        An entry that no device changed stays, and so do its moments. Tensors named in `averaged`,
+        such as batch statistics, are those of `merged`.
         """
         if isinstance(self.optimiser, NoOptimiser):
             return merged
@@ -187,12 +189,12 @@ class Server:
 
     @property
     def memory(self) -> dict[str, Any]:
-        """What a fleet's snapshot keeps; empty where nothing is remembered."""
+        """What a fleet's snapshot saves; empty if nothing is remembered."""
         held = {"moments": self.moments, "row_shares": self.row_shares}
         return {name: value for name, value in held.items() if value}
 
     def restore(self, memory: dict[str, Any]) -> None:
-        """Go on from a snapshot's memory."""
+        """Restore the memory of a snapshot."""
         self.moments = dict(memory.get("moments", {}))
         self.row_shares = dict(memory.get("row_shares", {}))
 

@@ -27,8 +27,8 @@ class Section(pydantic.BaseModel):
 
 
 def read_toml(path: Path, what: str, instead: str) -> dict[str, Any]:
-    """The tables of a file; `what` it is and what to do `instead` where it does not exist are for
-    the BadInput.
+    """The tables of a TOML file. Raises BadInput for a file that is missing or cannot be read; its
+    text says `what` the file is and, if it is missing, what to do `instead`.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -39,7 +39,9 @@ def read_toml(path: Path, what: str, instead: str) -> dict[str, Any]:
 
 
 def section(name: str, cls: type[Section], table: dict[str, Any]) -> Any:
-    """The table called `name` as a `cls`; BadInput names the nearest key for an unknown one."""
+    """The table called `name` as a `cls`; raises BadInput for an invalid value, and for an unknown
+    key with the nearest valid one.
+    """
     known_keys(f"key of [{name}]", table, cls.model_fields)
     return validated(name, pydantic.TypeAdapter(cls), table)
 
@@ -55,10 +57,10 @@ def known_keys(what: str, table: Iterable[str], known: Iterable[str]) -> None:
 def validated(
     section: str, adapter: pydantic.TypeAdapter[Any], table: Any, *, by_json: bool = False
 ) -> Any:
-    """Validate a table or an instance; any error becomes one line that names the key.
+    """The validated table or instance; raises BadInput with one line that names the key.
 
-    `by_json` is for plain dataclasses, which pydantic takes strictly from JSON alone; there TOML's
-    dates become text.
+    `by_json` is for plain dataclasses, which pydantic reads strictly from JSON only; TOML's dates
+    then become text.
     """
     for key, value in table.items() if isinstance(table, dict) else ():
         if value == "":  # as of `--set task.data=`, which as a path would be the current folder

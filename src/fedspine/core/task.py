@@ -23,8 +23,8 @@ GRAIN = 8  # padded lengths are multiples of it: fewer shapes for kernels to be 
 
 
 def row_tokens(pooling: Pooling | Literal["auto"] | None, max_tokens: int) -> int:
-    """Tokens of the longest row where a text has at most `max_tokens`: a bi-encoder's rows hold the
-    two texts of a pair, each cut for itself.
+    """The most tokens of a row if a text has at most `max_tokens`: a bi-encoder's row holds both
+    texts of a pair, each truncated separately.
     """
     return 2 * max_tokens if pooling == "bi-encoder" else max_tokens
 
@@ -74,7 +74,7 @@ class Examples:
         )
 
     def texts_of(self, rows: np.ndarray) -> np.ndarray:
-        """The text that each of these rows was cut from; of most tasks the row itself."""
+        """The index of the text that each of these rows was cut from; for most tasks the row."""
         return rows if self.sources is None else self.sources[rows]
 
     def predicted(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -90,8 +90,8 @@ class Examples:
         return np.maximum(0, self.lengths[rows] - skipped)
 
     def width(self, rows: Sequence[int] | np.ndarray) -> int:
-        """Tokens to which these rows are padded; never beyond the longest row there is, which the
-        model can read.
+        """The tokens to which these rows are padded: their longest, rounded up to `GRAIN`, but not
+        beyond the longest row of all, which the model can read.
         """
         lengths = self.lengths[rows]
         # at least 1: a text may have no token at all
@@ -108,11 +108,12 @@ class Examples:
     def batch(
         self, rows: Sequence[int] | np.ndarray, width: int | None = None
     ) -> dict[str, "torch.Tensor"]:
-        """Model inputs for these rows, padded to `width` (default: their own); `labels` as the loss
-        wants them.
+        """Model inputs for these rows, padded to `width` (default: their own).
 
-        What is padding goes by place: a padding id within a text, which may be its end token, is a
-        label.
+        All are int64: `input_ids`, `attention_mask` and, if there are any, `token_type_ids` and
+        `position_ids` of [rows, width]; `labels` of [rows], or for language models [rows, width]
+        with `IGNORED` where no label counts. Padding is decided by place: a padding id within a
+        text, which may be its end token, is a label.
         """
         import torch
 
@@ -142,7 +143,7 @@ class Examples:
         return inputs | {"labels": torch.from_numpy(labels)}
 
     def batches_by_length(self, size: int) -> Iterator[np.ndarray]:
-        """All rows once, in batches of rows of like length, so that little is padded."""
+        """All rows once, in batches of `size` rows of similar length, so that little is padded."""
         order = np.argsort(self.lengths, kind="stable")
         for start in range(0, len(order), size):
             yield order[start : start + size]
@@ -163,7 +164,7 @@ class Arrays:
 
     @property
     def lengths(self) -> np.ndarray:
-        """1 for each row: what `Examples` call tokens, so that batches are cut the same way."""
+        """1 for each row, in place of the tokens of `Examples`."""
         return np.ones(len(self), np.int64)
 
     def take(self, rows: np.ndarray) -> "Arrays":
@@ -215,6 +216,6 @@ class Task:
     label_names: tuple[str, ...]
     max_tokens: int  # of a row; 1 for arrays
     rounds: int
-    # how often a device trains in the whole run, on average; 0: nothing is worth keeping for it
+    # how often a device trains in the whole run, on average; 0: caches for later rounds do not pay
     turns: float = 1.0
     privacy: "Privacy | None" = None  # what the run promises each device

@@ -59,9 +59,9 @@ def average(weighted: Iterable[tuple[int | float, Mapping[str, Tensor]]]) -> Ten
 
 
 def rebased(came: Tensors, sent: Tensors, today: Tensors) -> Tensors:
-    """What was changed between `sent` and `came`, on `today`'s tensors, fp32.
+    """`today` plus the change from `sent` to `came`, fp32.
 
-    Names that `today` lacks stay as they came.
+    Names that `today` lacks are returned as they came.
 
     >>> import torch
     >>> came, sent, today = ({"x": torch.tensor([value])} for value in (3.0, 1.0, 5.0))
@@ -75,7 +75,7 @@ def rebased(came: Tensors, sent: Tensors, today: Tensors) -> Tensors:
 
 
 def is_tensors(value: object) -> bool:
-    """Whether this is a dictionary of nothing but tensors, an empty one included."""
+    """Whether this is a dictionary whose values are all tensors; true for an empty one."""
     return isinstance(value, dict) and all(isinstance(entry, Tensor) for entry in value.values())
 
 
@@ -91,7 +91,7 @@ def finite(tensors: Tensors) -> bool:
 
 
 def extremes(tensor: Tensor) -> tuple[float, float]:
-    """The smallest and the largest entry, of one at least; NaN where there is one.
+    """The smallest and the largest entry of a tensor that is not empty; NaN if any entry is NaN.
 
     >>> import torch
     >>> extremes(torch.tensor([2.0, -3.0, 1.0]))

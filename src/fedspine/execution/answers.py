@@ -1,4 +1,4 @@
-"""What models answer to the prompts of test rows, beside what they should."""
+"""Models' answers to the prompts of test rows, compared with the reference answers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +37,9 @@ class Answers:
 def questions_of(
     test: Examples, dialogues: Sequence[Dialogue], rows: np.ndarray, tokenizer: Any
 ) -> list[Question]:
-    """The first question of each of these rows of the encoded test set, as the model is asked."""
+    """The first question of each of these rows of the encoded test set, tokenised as the model
+    gets it.
+    """
     found = []
     for row in rows:
         begin, end = test.offsets[row], test.offsets[row + 1]
@@ -45,7 +47,7 @@ def questions_of(
         messages = dialogues[test.sources[row]].messages
         ids = test.ids[begin : begin + prompt].tolist()
         answers = [place for place, (role, _) in enumerate(messages) if role == ANSWERS]
-        # a dialogue may have several rows, each with a later answer
+        # a dialogue may fill several rows, each of which begins with a later answer
         asked = (place for place in answers if prompt_ids(tokenizer, messages[:place]) == ids)
         place = next(asked, answers[0])
         found.append(Question(messages[place - 1][1], tuple(ids), messages[place][1]))

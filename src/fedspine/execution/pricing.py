@@ -18,12 +18,12 @@ from fedspine.lm.request import Request, TuneResult
 from fedspine.lm.structure import sparsity
 from fedspine.lm.training_account import account, ranks_by_block
 
-LOSS = 1.0986122886681098  # ln 3, which has as many digits in a message as most losses
+LOSS = 1.0986122886681098  # ln 3: in a message it has as many digits as most losses
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The part of a model that one training changes."""
+    """The extent of one training: which part of the model it changes."""
 
     rank: int  # the largest of the trained blocks
     depth: int  # from the lowest trained block to the output
@@ -75,8 +75,8 @@ def price(
 ) -> Price:
     """The cost of `work` on a device with these rows and this memory, which is not changed.
 
-    Call it within `lm.weightless.Weightless`. The draws of rows do not matter, since all rows of
-    `data` are assumed to be as long as the longest.
+    Call it within `lm.weightless.Weightless`. All rows of `data` are assumed to be as long as the
+    longest, so which rows are drawn does not matter.
     """
     accountant = _Accountant()
     device = Device(

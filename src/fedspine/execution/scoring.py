@@ -1,4 +1,4 @@
-"""Scores of the models that a run deploys: each device's, the global one, and the unpruned one."""
+"""Scores the models that a run deploys: those of devices, the global one, and the unpruned one."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Scored:
 
 
 def spread_out(devices: tuple[DeviceId, ...], most: int) -> tuple[DeviceId, ...]:
-    """At most `most` of the devices, evenly over their order, the first and the last among them.
+    """At most `most` of the devices, spread evenly over their order, with the first and the last.
 
     >>> spread_out(("a", "b", "c", "d", "e"), 3)
     ('a', 'c', 'e')
@@ -57,11 +57,10 @@ def score_models(
     rows: int,
     on_progress: Callable[[int, int], None] = lambda done, models: None,
 ) -> list[Scored]:
-    """Every model of the deployment in its order, on the first `rows` rows of the shuffled test
-    set.
+    """The score of every model of the deployment, in its order, on the first `rows` rows of the
+    shuffled test set.
 
-    Equal models are scored once. `on_progress` is called with the numbers of scored and of all
-    models.
+    Equal models are scored once. `on_progress` gets the number of scored models and of all models.
     """
     sparsities: list[float] = []
     names: list[str] = []  # the digest of each model in turn
@@ -104,8 +103,8 @@ def score_models(
 
 
 def marks(scored: list[Scored], kind: str) -> dict[str, Any]:
-    """Per-client metrics of the result of `score_models`: the mean over devices, the global and the
-    unpruned model's.
+    """The metrics of a result of `score_models`: means over devices, and those of the global and
+    the unpruned model.
     """
     unpruned, common, *devices = (each.score for each in scored)
     found = {
@@ -126,7 +125,7 @@ def marks(scored: list[Scored], kind: str) -> dict[str, Any]:
 
 
 def _shape(model: Model | NetModel) -> Any:
-    """What models that are scored in one pass must share."""
+    """The key of a model; models with equal keys can be scored in one pass."""
     if isinstance(model, NetModel):
         return model.net
     return (

@@ -1,9 +1,9 @@
-"""Serving several asks at once, with their training in one batched pass, for GPUs, where kernel
-launches dominate.
+"""Serving several asks at once, with their training in one batched pass. This is for GPUs, where
+kernel launches dominate.
 
-Each ask runs on a thread of its own, but only one thread runs at a time, until it requests training
-or is done. Once all wait, the requests with equal settings are trained together. So the order of
-execution is fixed.
+Each ask runs on its own thread, but only one thread runs at a time, until it requests training or
+is done. When all threads wait, the requests with equal settings are trained together. So the order
+of execution is fixed.
 """
 
 import threading
@@ -32,7 +32,10 @@ def serve_together(
     prefixes: Prefixes | None = None,
     scratch: Scratch | None = None,
 ) -> list[Served]:
-    """What `serve` returns for each call, up to rounding, since sums run over other shapes."""
+    """What `serve` returns for each call, up to rounding, since sums run over other shapes.
+
+    `shares` has the rows of each call's device.
+    """
     asks: list[_Ask] = []
     try:
         for call, data in zip(calls, shares, strict=True):
@@ -56,7 +59,7 @@ def _served(asks: list["_Ask"]) -> list[Served]:
 
 
 def _kind(request: Request) -> Any:
-    """What must be equal for requests to be trained in one pass."""
+    """The key of a request; requests with equal keys can be trained in one pass."""
     model = request.model
     return (
         astuple(request.tuning),
@@ -69,7 +72,7 @@ def _kind(request: Request) -> Any:
         request.blocks,
         request.freeze_a,
         None if request.taught is None else astuple(request.taught.teaching),
-        # groups of 128 numbers would be others beside other devices
+        # quantised in groups of 128 numbers, which would differ in a stack, so it trains alone
         None if request.quantised is None else id(request),
         None if request.change is None else tensors_sha256(request.change),
         None if request.moments is None else request.moments.steps,
@@ -77,8 +80,8 @@ def _kind(request: Request) -> Any:
 
 
 class _Ask:
-    """One ask on its thread; `latest` is the training request it waits for, or in the end its
-    result.
+    """One ask on its own thread; `latest` is the training request that it waits for, or at the end
+    its result.
     """
 
     latest: Request | Served

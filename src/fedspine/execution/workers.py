@@ -1,7 +1,6 @@
-"""Serving asks and scoring models, in this process or in worker processes: the same bytes either
-way.
+"""Serving asks and scoring models, in this process or in worker processes, with the same bytes.
 
-Workers are forked after the base and the data are loaded, so they share those pages; nothing is
+Workers are forked after the base and the data are loaded, so they share those pages and nothing is
 rebuilt per round. Every job runs on one thread, because the number of threads changes the order of
 floating-point sums.
 """
@@ -35,16 +34,16 @@ from fedspine.nets.net import Net
 from fedspine.nets.score import score_nets
 
 PARENT_CHECK_SECONDS = 1.0
-TRIES = 3  # so many workers in a row may be lost on one job
+TRIES = 3  # lost workers in a row on one job, after which the run stops
 Job: TypeAlias = "list[Call] | ScoreJob | AnswerJob"
 
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """Score packed models on the first `rows` rows of the test set, in the order that
-    `Workshop.test_rows` fixes, or of those that a `device` holds out, named by its index.
+    """Score packed models on the first `rows` rows of the test set, in the order of
+    `Workshop.test_rows`, or of the rows that the device with the index `device` holds out.
 
-    Several must be of one structure and are scored in one pass.
+    Several models must have one structure and are scored in one pass.
     """
 
     models: tuple[bytes, ...]
@@ -54,8 +53,8 @@ class ScoreJob:
 
 @dataclass(frozen=True)
 class AnswerJob:
-    """Let a packed model go on after prompts, given as tokens; its result is what it writes after
-    each.
+    """Let a packed model continue prompts, given as tokens; the result is the tokens that it writes
+    after each.
     """
 
     model: bytes
@@ -66,12 +65,12 @@ class AnswerJob:
 
 
 class WorkerLost(RuntimeError):
-    """Several worker processes in a row ended in the middle of one job; the message says how."""
+    """TRIES worker processes in a row died at one job; the message says how."""
 
 
 class WorkFailed(RuntimeError):
-    """Work raised an error in a worker process; the message is its traceback. `of_machine`: see
-    that function.
+    """Work raised an error in a worker process; the message is its traceback. `of_machine` is as in
+    `core.errors.of_machine`.
     """
 
     def __init__(self, text: str, of_machine: bool) -> None:
@@ -92,7 +91,7 @@ class Workshop:
     shares: tuple[Any, ...]  # int64 row indices by device
     test_rows: Any  # int64 [rows of the test set]
     prefixes: Prefixes | None = None
-    held_out: tuple[Any, ...] = ()  # int64 row indices by device, on which it is not trained
+    held_out: tuple[Any, ...] = ()  # int64 indices by device, of rows that it does not train on
     # each worker process fills its own
     scratch: Scratch = field(default_factory=Scratch)
     # rows of the devices asked so far; one workshop's own, since another's task or shares may
@@ -100,7 +99,7 @@ class Workshop:
     taken: dict[int, Data] = field(default_factory=dict, init=False)
 
     def do(self, job: Job) -> list[Any]:
-        """Run one job on one thread; several calls or models of a job run together."""
+        """The results of one job, run on one thread; its calls or models run together."""
         torch.set_num_threads(1)
         if isinstance(job, ScoreJob):
             models = [unpack(model) for model in job.models]
@@ -141,12 +140,12 @@ def _answers(base: Base, job: AnswerJob) -> list[list[int]]:
 
 
 class Workers:
-    """A pool of `count` worker processes; with 0 or 1, or where processes cannot be forked, this
-    process works.
+    """A pool of `count` worker processes. If `count` is 0 or 1, or processes cannot be forked, this
+    process does the work.
 
-    Up to `together` calls are served in one batched pass. A worker that ends, killed for its memory
-    for example, is started again and its job done once more, with the same result; `lost` has a
-    line about each. `run` raises WorkerLost where one job lost TRIES workers in a row.
+    Up to `together` calls are served in one batched pass. A worker that dies, for example killed
+    for its memory, is replaced and its job is done again, with the same result; `lost` has a line
+    about each. `run` raises WorkerLost if one job lost TRIES workers in a row.
     """
 
     def __init__(self, workshop: Workshop, count: int, together: int = 1) -> None:
@@ -177,13 +176,15 @@ class Workers:
 
     @property
     def computing(self) -> str:
-        """What rounding depends on besides the recipe: cpu or cuda, and the number of devices in
-        one pass.
+        """A line on what rounding depends on besides the recipe: cpu or cuda, and the number of
+        devices in one pass.
         """
         return f"{self._workshop.task.base.device.type}, {self.together} in one pass"
 
     def run(self, jobs: Iterable[Call | ScoreJob | AnswerJob]) -> Iterator[Any]:
-        """The results in the order of `jobs`, which are read only as workers become free."""
+        """The results in the order of `jobs`, which are read as workers become free. Raises
+        BadInput, WorkFailed or WorkerLost.
+        """
         bundles = _bundled(jobs, self.together)
         if self._count and not self._processes:
             self._start()
@@ -305,7 +306,7 @@ class Workers:
 
 
 def _end_of(code: int | None) -> str:
-    """How a process ended that should not have, by its exit code; None: it still ends.
+    """How a process died, by its exit code; None: it has not exited yet.
 
     >>> _end_of(-9), _end_of(1)
     ('by SIGKILL, perhaps for its memory', 'with exit code 1')
@@ -317,7 +318,7 @@ def _end_of(code: int | None) -> str:
 
 
 def _bundled(jobs: Iterable[Call | ScoreJob | AnswerJob], most: int) -> Iterator[Job]:
-    """The jobs in their order, with up to `most` consecutive calls in one."""
+    """The jobs in their order, with up to `most` consecutive calls combined into one."""
     calls: list[Call] = []
     for job in jobs:
         if isinstance(job, Call):
@@ -358,10 +359,10 @@ def _work(workshop: Workshop, pipe: Connection, inherited: list[Connection], par
 
 @contextmanager
 def _signals_put_off() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the end: callbacks that libraries run at a fork would
-    swallow them.
+    """Defer Ctrl-C and SIGTERM to the end of the block: callbacks that libraries run at a fork
+    would swallow them.
 
-    The forked workers keep ignoring both: they are for the run, which ends its workers.
+    Forked workers keep ignoring both signals; the run's process handles them and ends its workers.
     """
     came: list[int] = []
     with handling(SIGNALS_TO_END, lambda number, _: came.append(number)):

@@ -1,10 +1,10 @@
 """The application that NVIDIA FLARE starts: the object that each site publishes, and the server's
-relay to them.
+relay to the sites.
 
 The run loop stays in the operator's process. Its orders go over the operator's FLARE connection to
 the relay, a job on the server, and from there to the sites by the Collab API. Neither the relay nor
-the site object decodes messages or imports torch. No code is sent: a site runs what is installed on
-it.
+the site object decodes messages or imports torch. A job carries no code: a site runs what is
+installed on it.
 """
 
 import hmac
@@ -32,8 +32,8 @@ UNREACHABLE = "unreachable"  # beside a worker's statuses: the site did not answ
 
 
 class SiteApp:
-    """The object a site publishes. It passes bytes to the worker process and answers pings
-    meanwhile.
+    """The object that a site publishes. It passes bytes to the worker process, and answers pings
+    while the worker is busy.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """A fleet of real machines over NVIDIA FLARE: one device per site, in wall-clock time.
 
-Methods see the same interface as that of the simulated fleet. `fedspine.flare.session` holds the
-state of the sites; NVFlare itself is used only in `fedspine.flare.link` on this side and in
-`fedspine.flare.app` on the others.
+Methods see the interface of the simulated fleet. `fedspine.flare.session` holds the state of the
+sites. On this side only `fedspine.flare.link` and `fedspine.flare.startup_kit` use NVIDIA FLARE, on
+the sites and the server `fedspine.flare.app`.
 """
 
 import time
@@ -36,7 +36,7 @@ from fedspine.fleets.rounds import Devices, Totals, Waits, mean_wait, round_row
 
 OPEN_SECONDS = 600.0  # for a site to load model and rows
 CHECK_SECONDS = 2.0  # between two checks of which sites are there
-MOST_TIMES = 1000  # the median of the others' rows that a site may declare
+MOST_TIMES = 1000  # times the median of the others' rows: the most rows that a site may declare
 
 
 class FlareFleet:
@@ -196,7 +196,7 @@ class FlareFleet:
         return ServedFlareSnapshot(**saved, server=memory) if memory else FlareSnapshot(**saved)
 
     def restore(self, snapshot: FlareSnapshot, memories: Mapping[DeviceId, str]) -> None:
-        """Resume from a snapshot; sites that joined since come after those it names."""
+        """Resume from a snapshot; sites that joined since come after those that it names."""
         session, here = self._session, self._session.sites
         session.run, session.began = snapshot.run, time.monotonic() - snapshot.now
         session.sites = {}
@@ -325,7 +325,9 @@ def _opened(session: FlareSession, site: str) -> Opened | str:
 def _without_false(
     session: FlareSession, opened: dict[str, Opened | str]
 ) -> dict[str, Opened | str]:
-    """The answers, with a refusal for a site that declares far more rows than the others."""
+    """The answers, with a refusal in place of that of a site that declares far more rows than the
+    others.
+    """
     rows = {name: site.examples for name, site in session.sites.items()}
     rows |= {name: one.examples for name, one in opened.items() if isinstance(one, Opened)}
     for name in opened.keys() & rows.keys():

@@ -1,8 +1,8 @@
-"""The connection from a run to its sites over NVIDIA FLARE: the admin's session and the relay job
-it submits.
+"""The connection from a run to its sites over NVIDIA FLARE: the operator's session and the relay
+job that it submits.
 
-The only file on the run's side that uses NVFlare. A lost relay is replaced by a new one, which
-serves all sites connected at that time, including new ones.
+A lost relay is replaced by a new one, which serves all sites connected at that time, including new
+ones.
 """
 
 import logging
@@ -46,7 +46,9 @@ FRESH_SECONDS = 25.0  # sites report every 10
 
 
 class FlareLink:
-    """A logged-in admin and a running relay; may be used from many threads."""
+    """The operator's session and a running relay; may be used from many threads. Raises BadInput if
+    the login fails.
+    """
 
     def __init__(self, kit: Path, fewest: int) -> None:
         logging.getLogger("nvflare").setLevel(logging.CRITICAL)  # the fleet records losses itself
@@ -68,8 +70,8 @@ class FlareLink:
         return self._sites
 
     def connected(self) -> tuple[str, ...]:
-        """The sites connected to the server now, known to the relay or not; empty if the server
-        does not answer.
+        """The sites connected to the server now, whether the relay serves them or not; empty if the
+        server does not answer.
         """
         try:
             clients = self._session.get_connected_client_list()
@@ -101,7 +103,9 @@ class FlareLink:
             raise BadInput(f"the sites cannot be reached: {error}") from None
 
     def exchange(self, site: str, payload: bytes, seconds: float) -> tuple[str, bytes]:
-        """An `ExchangeStatus`, "refused" or "unreachable", and the reply; raises RelayLost."""
+        """A site's status ("done", "died", "late", "refused" or "unreachable") and its reply, empty
+        unless "done"; raises RelayLost.
+        """
         reply = self._asked(
             ASK, seconds + 2 * GRACE_SECONDS, site=site, payload=payload, seconds=float(seconds)
         )

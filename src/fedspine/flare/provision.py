@@ -1,10 +1,10 @@
-"""From a project file to start-up kits: certificates and settings for the server, every site and
+"""Makes start-up kits from a project file: certificates and settings for the server, every site and
 the operator.
 
 NVIDIA FLARE's provisioner makes keys and certificates; all traffic is mutual TLS. A kit allows less
 than FLARE's default: a job carries no code and can only consist of fedspine's application, the
-operator gets no shell on a site, and a site's logs stay there. Run again after a site was added, it
-makes that site's kit and leaves the others.
+operator gets no shell on a site, and a site's logs stay there. A second call, after a site was
+added, makes only that site's kit.
 """
 
 import importlib.resources
@@ -55,7 +55,7 @@ class Project(Section):
 
 @dataclass(frozen=True)
 class Kits:
-    """Folders of start-up kits by name: `made` now, `kept` as they were."""
+    """The start-up kits in `folder`, by name: those `made` now, and those `kept` as they were."""
 
     folder: Path
     made: tuple[str, ...]
@@ -85,8 +85,8 @@ def create(project: Project, folder: Path) -> Kits:
     """Make the kits that `folder` does not hold yet: `folder/server`, one for each site, and
     `folder/admin`.
 
-    Raises BadInput for a folder of something else or of other settings, and where NVIDIA FLARE is
-    not installed.
+    Raises BadInput for a folder with other content or with kits of other settings, and if NVIDIA
+    FLARE is not installed.
     """
     needs_flare()
     _check(project)
@@ -107,7 +107,7 @@ def create(project: Project, folder: Path) -> Kits:
 
 
 def write_site_file(folder: Path, **values: Any) -> None:
-    """A `fedspine-site.toml` of a few keys, for a site whose rows were put there by a program."""
+    """Write a `fedspine-site.toml` with these keys, for a site that a program sets up."""
     (folder / SITE_FILE).write_text(tomli_w.dumps(values), encoding="utf-8")
 
 
@@ -137,8 +137,8 @@ def _check(project: Project) -> None:
 
 
 def _check_folder(project: Project, folder: Path) -> None:
-    """Raise BadInput for a folder of something else, and for kits that would not fit the existing
-    ones.
+    """Raise BadInput for a folder with other content, and for settings that differ from those of
+    the existing kits.
     """
     if not folder.exists():
         folder.mkdir(parents=True)

@@ -1,7 +1,7 @@
-"""The terms of a run, which a server sends before the first round, and a site's refusal of them.
+"""The terms of a run, which a server sends before the first round, and a site's refusal.
 
-The terms name no path on a site, and a refusal reveals nothing about the site: file names, values
-and paths stay in its log.
+The terms name no path on a site. A refusal reveals at most a term of the site's file: file names,
+values and paths stay in its log.
 """
 
 from collections.abc import Iterator
@@ -74,7 +74,7 @@ def refusing(reason: RefusalReason) -> Iterator[None]:
 @message
 @pydantic.with_config(pydantic.ConfigDict(strict=True, revalidate_instances="always"))
 class RunTerms:
-    """Everything a site needs in order to join a run."""
+    """Everything that a site needs in order to join a run."""
 
     method: str
     kind: TaskKind
@@ -85,14 +85,14 @@ class RunTerms:
     pooling: Pooling | Literal["auto"]  # the classifier's readout
     max_tokens: int
     label_names: tuple[str, ...]  # in the order of their numbers; empty for language modelling
-    foretold: Reads | None = None  # the method's `predicted_reads`, if it has them; not binding
+    foretold: Reads | None = None  # the method's `predicted_reads`, if it has any; not binding
     privacy: Privacy | None = None  # what is promised to each site
     # what is learnt of rows with prompts and answers
     loss_on: Literal["answers", "texts"] = "answers"
 
     @property
     def row_tokens(self) -> int:
-        """Tokens of the longest row, which "auto" may make one of two texts."""
+        """The most tokens of a row; for pairs, pooling "auto" counts as a bi-encoder."""
         auto_pair = self.pooling == "auto" and self.kind == "pair"
         return row_tokens("bi-encoder" if auto_pair else self.pooling, self.max_tokens)
 
@@ -118,7 +118,7 @@ class RunTerms:
 
 
 def _check_privacy(privacy: Privacy) -> None:
-    """Raise BadInput for a promise that cannot be."""
+    """Raise BadInput for invalid numbers."""
     epsilon, delta, clip = privacy.epsilon, privacy.delta, privacy.clip
     sound = (epsilon is None or 0 < epsilon < inf) and 0 < delta < 1 and 0 < clip < inf
     if not sound or not 1 <= privacy.answers < 2**31:

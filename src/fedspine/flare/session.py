@@ -1,9 +1,9 @@
 """The session of a run with its sites: their state, and asking them over any link.
 
 An ask is a transaction. It names the seed and the memory version to start from, so it can be
-repeated with the same result; only a valid reply within its time limit advances the device. So a
-lost site, worker, server or run leaves nothing half done, and the same seed gives the same state as
-the simulated fleet over the same rows.
+repeated with the same result, and only a valid reply within its time limit advances the device. So
+a lost site, worker, server or run leaves nothing half done. With an empty secret and no noise at
+the sites, the same seed gives the state of the simulated fleet over the same rows.
 """
 
 import threading
@@ -39,12 +39,12 @@ from fedspine.storage.records import Records
 
 PING_SECONDS = 5.0
 READY_SECONDS = 120.0  # for a site to start a worker that loads model and rows
-MOST_SHOWN = 200  # letters of a site's text
-KIND = "site"  # in the records, where simulated devices have their kind
+MOST_SHOWN = 200  # characters of a site's text in the records
+KIND = "site"  # the kind of device in the records
 
 
 class Declined(str):
-    """Why a site that is there does not do what was asked: its own terms, in its own words."""
+    """The reason, in the site's words, why a reachable site refuses by its own terms."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class FlareSession:
     timeouts: Timeouts
     aggregation: Aggregation = Mean()
     server: Server = field(default_factory=Server)
-    # of the run, which begins after its sites were asked to take part
+    # None until the run begins, after its sites were asked to take part
     records: Records | None = None
     sites: dict[DeviceId, SiteState] = field(default_factory=dict)
     pending: list[InFlight] = field(default_factory=list)
@@ -100,7 +100,7 @@ class FlareSession:
         )
 
     def _asked(self, site: SiteState, work: Work[Any, Any], payload: bytes, end: TimeLimit) -> Any:
-        """The result and the site's answer, or a line that says why there is none."""
+        """The result and the site's answer, or a line with the reason why there is none."""
         if site.missed and not self.answers_ping(site, end):
             return "does not answer"
         for _ in range(3):  # again after the run was opened anew, and after memory was lost
@@ -147,13 +147,13 @@ class FlareSession:
         return value, reply
 
     def answers_ping(self, site: SiteState, end: TimeLimit) -> bool:
-        """Ping a site that missed its last ask before any work is sent to it."""
+        """Whether a site answers a ping; raises TimeoutError, RelayLost."""
         return self._with_retries(
             site.name, lambda left: self.link.ping(site.name, min(PING_SECONDS, left)), end
         )
 
     def open(self, site: str, end: TimeLimit) -> Opened | str:
-        """Open the run at a site; a line with the reason if it refuses."""
+        """Open the run at a site; returns a line with the reason if it does not join."""
         asked = Opening(run=self.run, terms=self.terms)
         reply = self.exchange(site, asked, end, Opened, NotDone)
         match reply:
@@ -164,7 +164,7 @@ class FlareSession:
         return reply
 
     def exchange(self, site: str, asked: Any, end: TimeLimit, *kinds: type) -> Any:
-        """A site's reply of one of these types, or a line that says why there is none; raises
+        """A site's reply of one of these types, or a line with the reason why there is none; raises
         TimeoutError, RelayLost.
         """
         payload = pack(asked).payload
@@ -179,7 +179,9 @@ class FlareSession:
             return f"its reply cannot be read: {error}"
 
     def _with_retries(self, site: str, attempt: Callable[[float], Any], end: TimeLimit) -> Any:
-        """Retry with a new relay while there is time; every message can safely be sent twice."""
+        """The value of `attempt`, repeated with a new relay while there is time; every message can
+        safely be sent twice. Raises TimeoutError, RelayLost.
+        """
         while True:
             left, relay = end.left, self.link.relay
             if left <= 0:
@@ -194,7 +196,7 @@ class FlareSession:
                 end.at = time.monotonic() + left  # the site does not lose the time of the outage
 
     def _prepare(self, site: str) -> None:
-        """Open the run at a site under a new relay, which first starts a new worker."""
+        """Open the run at a site under a new relay, whose site object starts a new worker."""
         with suppress(RelayLost):  # the next attempt reports it
             self.link.exchange(
                 site, pack(Opening(run=self.run, terms=self.terms)).payload, READY_SECONDS
@@ -214,7 +216,7 @@ class FlareSession:
             self.note(relay="lost; another took its place and what was under way was sent again")
 
     def record(self, work: str, device: DeviceId, started: float, came: AskResult) -> None:
-        """Write one exchange down and add it to the round's totals."""
+        """Write one exchange to the records and add it to the round's totals."""
         cost, lost = came.cost, came.missing is not None
         found = Totals(
             exchanges=1,
@@ -246,7 +248,7 @@ class FlareSession:
 
 
 def false_count(opened: Opened) -> str | None:
-    """What is wrong with the numbers that a site declares, None where nothing is."""
+    """What is wrong with the numbers that a site declares; None if nothing is."""
     for name, most in (("examples", MOST_ROWS), ("memory_bytes", MOST_WHOLE)):
         if not 1 <= getattr(opened, name) <= most:
             got = short(getattr(opened, name))
@@ -255,8 +257,8 @@ def false_count(opened: Opened) -> str | None:
 
 
 def false_cost(answer: SiteAnswer) -> str | None:
-    """What is wrong with the numbers of an answer beside its result, None where nothing is. Methods
-    plan by them, and records hold them.
+    """What is wrong with the numbers of an answer beside its result; None if nothing is. Methods
+    plan by these numbers, and the records have them.
     """
     for name, came in vars(answer).items():
         if isinstance(came, int | float):
@@ -267,7 +269,7 @@ def false_cost(answer: SiteAnswer) -> str | None:
 
 
 def one_line(text: str) -> str:
-    """The text of a site, which is not trusted, as a short line that a terminal can show.
+    """The untrusted text of a site as a short line that a terminal can show.
 
     >>> one_line("a" + chr(27) + "[2J" + chr(10) + "b"), len(one_line("c" * 500))
     ('a [2J b', 200)

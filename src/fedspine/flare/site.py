@@ -1,5 +1,5 @@
-"""A site of a real fleet: its data, limits and permissions as `fedspine-site.toml` sets them, and
-their enforcement.
+"""A site of a real fleet: the data, limits and permissions of its `fedspine-site.toml`, and how a
+run is opened by them.
 
 The server sends the terms of a run and never names a path. The site's own file decides whether it
 joins, and the site loads its own rows and its own copy of the model.
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from fedspine.data.dataset import Rows
     from fedspine.lm.base import Base
 
-MODELS = ("minilm",)  # of a site whose file names none
+MODELS = ("minilm",)  # the models of a site whose file names none
 TOKENS_KEPT = 4  # encodings of the rows that the cache holds, one for each kind and length
-# of a site; it is used in certificates and addresses
+# of a site's name, which is used in certificates and addresses
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 RESERVED = {"server", "admin", "all"}
 
@@ -47,7 +47,7 @@ class DataSection(Section):
     pair: str = "text2"  # read for pairs of texts only
     label: str = "label"
     encoding: str | None = None  # of text files that are not UTF-8
-    # a value of the label column: the class that it means
+    # class names by value of the label column
     labels: dict[str, str] = pydantic.Field({})
 
 
@@ -61,9 +61,9 @@ class LimitsSection(Section):
 
 
 class CachesSection(Section):
-    """Folder of the site's caches."""
+    """The folder of encoded rows."""
 
-    folder: str = "cache"  # below the site's own folder, and within its disk quota
+    folder: str = "cache"  # relative to the site's folder; counts towards its disk quota
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -99,27 +99,26 @@ class Site:
         return threads | {"FEDSPINE_CACHE": self.caches.folder}
 
     def check(self, terms: RunTerms) -> None:
-        """Raise Refused if the site's file does not allow these terms; no row is read, no model."""
+        """Raise Refused if the site's file does not allow these terms; reads no rows."""
         check_run(self.name, self.allow, self.models, terms)
         check_promise(self.name, self.privacy, terms)
 
 
 @dataclass(frozen=True)
 class Holding:
-    """A site's copy of the model and its rows."""
+    """A site's copy of the model, and its encoded rows."""
 
     base: "Base"
     tokenizer: Any
     examples: Examples
-    texts: np.ndarray  # the names of the texts that they are of, by `site_noise.text_names`
+    texts: np.ndarray  # int64 [texts], their identifiers by `site_noise.text_names`
 
 
 def load_site(path: Path) -> Site:
-    """The site that a `fedspine-site.toml`, or a folder that holds one, describes; its paths are
-    relative to the file.
+    """The site that a `fedspine-site.toml`, or a folder that holds one, describes. Paths in the
+    file are relative to it.
 
-    Raises BadInput for a file that cannot be read, an unknown or missing key, and a value that
-    cannot be.
+    Raises BadInput for a file that cannot be read, an unknown or missing key, and an invalid value.
     """
     path = path / SITE_FILE if path.is_dir() else path
     tables = read_toml(
@@ -135,7 +134,7 @@ def load_site(path: Path) -> Site:
 
 def open_site(site: Site, terms: RunTerms) -> Holding:
     """Check the terms, then load model and rows; raises Refused if the site cannot join."""
-    # torch, which reading a site's file does without
+    # these import torch, which reading a site's file does not need
     from fedspine.lm.content import content_sha256
     from fedspine.lm.load import load as load_model
 
@@ -163,9 +162,7 @@ def open_site(site: Site, terms: RunTerms) -> Holding:
 
 
 def site_examples(site: Site, terms: RunTerms, tokenizer: Any) -> Examples:
-    """All of the site's rows, encoded as a simulation over the same rows would encode them; raises
-    as `site_rows`.
-    """
+    """All of the site's rows, encoded as a simulation encodes them; raises as `site_rows` does."""
     bi_encoder = terms.pooling == "bi-encoder"
     return _encoded(site, terms, tokenizer, site_rows(site, terms), bi_encoder=bi_encoder)
 

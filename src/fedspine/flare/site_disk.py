@@ -1,4 +1,4 @@
-"""What runs leave on a site's disk, and the bounds on it: memories, kept activations, tokens."""
+"""The files that runs leave on a site's disk, and their limits: memories, activations, tokens."""
 
 import os
 import shutil
@@ -26,8 +26,8 @@ def used(folder: Path, cache: Path) -> dict[str, int]:
 
 
 def room(folder: Path, cache: Path, run: str, most: int, needed: int) -> int:
-    """Bytes that are free within `most`, after what can be made again or belongs to other runs made
-    way for the `needed` ones: first kept activations, then tokens, then memories, the oldest first.
+    """The free bytes within the quota `most`, after files were removed until `needed` bytes are
+    free: first kept activations, then tokens, then memories of other runs, each the oldest first.
     """
     free = most - sum(used(folder, cache).values())
     for place in (folder / PREFIXES, cache / TOKENS, folder / MEMORY):
@@ -42,7 +42,7 @@ def room(folder: Path, cache: Path, run: str, most: int, needed: int) -> int:
 
 
 def shorten(log: Path) -> None:
-    """Keep the last half of a log beyond `LOG_BYTES`; its writer has to append."""
+    """Cut a log of more than `LOG_BYTES` to its last half of that; its writer must append."""
     if log.exists() and log.stat().st_size > LOG_BYTES:
         with open(log, "r+b") as file:
             file.seek(-LOG_BYTES // 2, os.SEEK_END)

@@ -1,7 +1,7 @@
-"""The noise of a site's answers, and how often its rows have been used in answers, over all runs.
+"""The noise of a site's answers, and the counts of answers about each of its texts, over all runs.
 
-The counts are kept in the site's folder by the rows' texts, so that neither another run nor another
-name, model, rank, seed or length of text resets them.
+The counts are kept in the site's folder by the texts themselves, so another run, name, model, rank,
+seed or length of text does not reset them.
 """
 
 import hashlib
@@ -39,17 +39,18 @@ def text_names(texts: Sequence[str]) -> np.ndarray:
 def site_noise(
     folder: Path, secret: bytes, allow: AllowSection, opened: str, texts: np.ndarray, call: Call
 ) -> GrowingNoise | None:
-    """The noise of a call's answer at the site in `folder`, None if its terms have none.
+    """The noise of a call's answer at the site in `folder`; None if its terms have none.
 
-    `texts` are the names of all texts of the site.
+    `texts` are the identifiers of all texts of the site, and `opened` is the digest of the run's
+    terms and rows.
 
     The draws depend on the site's `secret`, with which the answer can be replayed, and on all that
-    the answer depends on, the site's terms among it, but not on the run that asks. If the secret is
-    empty, the site's key replaces it.
+    the answer depends on, including the site's terms, but not on the name of the run. If the secret
+    is empty, the site's key replaces it.
     """
     if not allow.noise:
         return None
-    terms = allow.model_dump_json().encode()  # once changed, another share of the same would tell
+    terms = allow.model_dump_json().encode()  # the same draws with another share would reveal them
     asked = hashlib.sha256(b"noise" + asked_sha256("", opened, call) + terms).digest()
     own = secret or key(folder / FOLDER)
 
@@ -63,9 +64,9 @@ def site_noise(
 
 @message
 class SiteCount:
-    """The number of answers about each text, by name, and the counts returned for recent orders."""
+    """The number of answers about each text, and the counts returned for recent orders."""
 
-    texts: np.ndarray  # int64 [texts], ascending
+    texts: np.ndarray  # int64 [texts], identifiers, ascending
     answers: np.ndarray  # int64 [texts]
     orders: dict[str, float]  # by digest, latest last
 
@@ -74,7 +75,8 @@ class SiteCount:
 class SiteAnswerCounter:
     """The counter of a site for one order; it is written before the answer is computed.
 
-    An order that is served again gives the same answer and is not counted again.
+    An order that is served again gives the same answer and is not counted again, if it is among the
+    last `ORDERS_KEPT`.
     """
 
     path: Path

@@ -1,7 +1,7 @@
-"""What a site demands of a run's privacy, and what it has spent of its own budget over all runs.
+"""A site's demands on a run's privacy, and its ledger of what it has spent over all runs.
 
-The server cannot set any of it back: ledger and key lie in the site's folder, and neither follows
-from the versions of memory that orders name.
+The server cannot reset the ledger: ledger and key lie in the site's folder, and neither depends on
+the memory versions that orders name.
 """
 
 import hashlib
@@ -38,9 +38,7 @@ KEY_BYTES = 32
 
 
 class SitePrivacySection(Section):
-    """The least that a run must promise, and the site's own budget over all runs that promise
-    anything; None: nothing is demanded.
-    """
+    """What a run must promise, and the site's own budget over all private runs; None: no demand."""
 
     level: Level | None = None  # "rows": a promise of either level will do
     epsilon: float | None = pydantic.Field(None, gt=0)
@@ -75,7 +73,9 @@ def check_promise(site: str, section: SitePrivacySection, terms: RunTerms) -> No
 
 
 def check_rows(site: str, privacy: Privacy | None, rows: int) -> None:
-    """Raise Refused for a delta with which one of the site's rows might be published whole."""
+    """Raise Refused if level "rows" has a delta of 1 over the site's rows or more, which allows one
+    of them to be published whole.
+    """
     if privacy is not None and privacy.level == "rows" and privacy.delta >= 1 / rows:
         raise Refused(
             f"site {site} does not take part: the run's delta is {privacy.delta:g}, and it has "
@@ -86,7 +86,7 @@ def check_rows(site: str, privacy: Privacy | None, rows: int) -> None:
 
 @message
 class RunSpent:
-    """What a site has spent in one run; `answers` are the digests of the orders it was spent on."""
+    """What a site has spent in one run; `answers` are the digests of the counted orders."""
 
     entries: tuple[Spending, ...]
     epsilon: float
@@ -102,9 +102,9 @@ class SiteSpent:
 
 @dataclass
 class SiteLedger:
-    """The ledger of a site for one order, on disk before the order's answer exists.
+    """The ledger of a site for one order; it is on disk before the order's answer exists.
 
-    An order that is served again draws what it drew before and gives the same answer, so it spends
+    An order that is served again makes the same draws and gives the same answer, so it spends
     nothing.
     """
 
@@ -134,7 +134,7 @@ class SiteLedger:
         write_atomically(self.path, sealed(written))
 
     def _check_site(self, others: list[RunSpent], after: Spent) -> None:
-        """Raise BudgetExceeded where all runs together exceed the site's own budget."""
+        """Raise BudgetExceeded if all runs together exceed the site's own budget."""
         epsilon, delta = self.section.epsilon, self.section.delta
         if epsilon is None or delta is None:
             return
@@ -158,7 +158,7 @@ class SiteLedger:
 
 
 def opened_sha256(terms: RunTerms, rows: Examples) -> str:
-    """A digest of all that answers depend on besides the orders: the terms and the rows."""
+    """A digest of the terms and the rows: what answers depend on besides the orders."""
     arrays = (rows.ids, rows.offsets, rows.labels, rows.segments)
     held = hashlib.sha256(pack(terms).payload)
     for array in arrays:
@@ -169,10 +169,10 @@ def opened_sha256(terms: RunTerms, rows: Examples) -> str:
 def site_guard(
     folder: Path, section: SitePrivacySection, run: str, opened: str, call: Call
 ) -> Guard | None:
-    """What keeps the promise of a call's run at the site in `folder`; None where there is none.
+    """The guard of a call at the site in `folder`; None if its run promises nothing.
 
-    The draws follow from the site's key and from all that the answer depends on, `opened` being the
-    digest of what no order says: so noise is never drawn twice for answers that differ.
+    The draws follow from the site's key and from all that the answer depends on, where `opened` is
+    the digest of terms and rows. So two different answers never have the same noise.
     """
     if call.privacy is None:
         return None
@@ -186,16 +186,19 @@ def site_guard(
 
 
 def asked_sha256(run: str, opened: str, call: Call) -> bytes:
-    """A digest of all that the answer to a call depends on."""
+    """A digest of all that the answer to a call depends on; with an empty `run`, whichever run
+    asks.
+    """
     named = pack((run, opened, call.device, call.work, call.seed, call.round)).payload
     parts = (named, call.order, call.memory or b"")
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
 
 def key(home: Path) -> bytes:
-    """The key of a site's noise, made once in the folder `home`; only its owner may read it.
+    """The key of a site's noise, 32 random bytes, made once in the folder `home`; only its owner
+    may read it. Raises BadInput for a damaged file.
 
-    Without it nobody can take the noise out of an answer, so it must never be empty or known.
+    Whoever has the key can remove the noise from an answer, so it must never be empty or known.
     """
     home.mkdir(parents=True, exist_ok=True)
     path = home / KEY
@@ -218,7 +221,7 @@ def key(home: Path) -> bytes:
 
 
 def _short_of(section: SitePrivacySection, privacy: Privacy | None) -> str | None:
-    """What a run lacks of the site's demands; None where it lacks nothing."""
+    """Which demand of the site a run does not meet; None if it meets all."""
     if privacy is None or privacy.epsilon is None:
         return "the run promises no privacy, which its [privacy] demands"
     if section.level == "devices" and privacy.level == "rows":

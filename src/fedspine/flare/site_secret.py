@@ -1,8 +1,9 @@
-"""The secret of a site, which decides with the order's seed what its work draws: rows among others.
+"""The secret of a site, which together with the order determines the random draws of its work, such
+as the rows of a step.
 
-A server that chose the seed alone would choose the rows of every step. The secret is made once and
-kept in the site's folder, so that the site can replay its own work. An empty file makes the draws
-those of a simulation, for a comparison of the two.
+If only the order's seed determined them, the server could choose the rows of every step. The secret
+is made once and kept in the site's folder, so that the site can replay its own work. An empty file
+makes the draws those of a simulation, for a comparison of the two.
 """
 
 import hashlib
@@ -20,9 +21,10 @@ BYTES = 32
 
 
 def site_secret(folder: Path) -> bytes:
-    """The secret of the site in this folder, made now if there is none; only its owner may read it.
+    """The secret of the site in this folder, 32 random bytes, made now if there is none; only its
+    owner may read it.
 
-    Raises BadInput for a file that holds something else.
+    Raises BadInput for a file that is not hexadecimal digits.
     """
     path = folder / SECRET
     try:
@@ -45,10 +47,10 @@ def site_secret(folder: Path) -> bytes:
 
 
 def seed_of(secret: bytes, asked: SiteOrder) -> tuple[int, ...]:
-    """The seed of what the work of an order draws: the order's own where the secret is empty.
+    """The seed of an order's random draws; the order's own seed if the secret is empty.
 
-    All of the order decides, so that two orders that differ in one setting do not draw the same
-    rows, of which their answers would tell apart.
+    It depends on the whole order, so that two orders that differ in one setting do not draw the
+    same rows. Otherwise their answers could be compared row by row.
     """
     if not secret:
         return asked.seed

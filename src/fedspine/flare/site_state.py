@@ -1,4 +1,4 @@
-"""The state of a run's sites and of its orders to them, and the link it needs to reach them."""
+"""The state of a run's sites and of its orders to them, and the protocol of the link to them."""
 
 import time
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from fedspine.core.message import message
 
 
 class RelayLost(ConnectionError):
-    """The relay does not answer: its job, the server, or the connection is gone."""
+    """The relay does not answer, because its job, the server or the connection is gone."""
 
 
 class Link(Protocol):
@@ -51,13 +51,13 @@ class Link(Protocol):
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Limits on how long a run waits for its sites, and the quorum it needs."""
+    """How long a run waits for its sites, and how many replies it needs."""
 
     sites: int = 1  # to wait for at the start of a run
     quorum: int = 1  # fewer replies to an ask stop the run, which can be resumed
     within: float = 600.0  # seconds for an ask without a limit of its own
     outage: float = 300.0  # seconds to wait for a quorum of sites, or for the server
-    # of the weights of an average: what one site of three or more counts for at most
+    # of the weights of an average: the most that one site of three or more may have
     largest_share: float = 0.5
 
 
@@ -100,7 +100,7 @@ class FlareSnapshot:
 
 @message
 class ServedFlareSnapshot(FlareSnapshot):
-    """That of a fleet whose server remembers something."""
+    """The saved state of a fleet whose server remembers something."""
 
     server: dict[str, Any]  # as `core.server_optimiser.Server` gives it
 
@@ -127,32 +127,32 @@ class SiteState:
 
 
 class TimeLimit:
-    """The time limit of an order; it is extended when the link was lost meanwhile."""
+    """The time limit of an order; an outage of the link extends it."""
 
     def __init__(self, seconds: float) -> None:
         self.at = time.monotonic() + seconds
 
     @property
     def left(self) -> float:
-        """Seconds until then."""
+        """Seconds until the limit; negative after it."""
         return self.at - time.monotonic()
 
 
 @dataclass(frozen=True)
 class AskResult:
-    """The result of one order: a value, or why it is missing."""
+    """The outcome of one order: a value, or the reason why it is missing."""
 
     cost: Cost
     value: Any = None
     samples: int = 0
     missing: str | None = None
     epsilon: float | None = None  # spent by the site in this run
-    noise: float | None = None  # share that the site added beside the change of weights
+    noise: float | None = None  # that the site added, relative to the change of weights
 
 
 @dataclass(eq=False)
 class InFlight:
-    """An order that was sent and whose reply nobody has taken yet."""
+    """A pending order: its reply has not been taken yet."""
 
     device: DeviceId
     round: int  # in which it was sent

@@ -1,7 +1,7 @@
-"""What a site lets a run ask: `[allow]` of its file, and the checks of runs and orders against it.
+"""The terms of a site, `[allow]` of its file, and the checks of runs and orders against them.
 
-All of them come before any row is read, but for the number of distinct rows behind an answer, which
-is checked again when the work has noted the rows that it used.
+Runs and orders are checked before any row is read. The number of distinct rows behind an answer and
+the presence of noise are checked again before the answer leaves.
 """
 
 from collections.abc import Collection
@@ -20,22 +20,22 @@ Bounds: TypeAlias = tuple[float, float]  # the least and the most
 
 
 class AllowSection(Section):
-    """What a run may ask; of lists, None stands for all that comes with fedspine."""
+    """What a run may ask; a list that is None stands for everything that comes with fedspine."""
 
     kinds: tuple[TaskKind, ...] | None = None
-    # split methods and those of other packages only by name
+    # split methods and methods of other packages must be named
     methods: tuple[str, ...] | None = None
-    # distinct rows behind each answer; of fewer, a reply could reveal one
+    # distinct rows behind each answer; an answer about fewer could reveal a single row
     fewest_rows: int = pydantic.Field(32, ge=1)
     fewest_of_class: int = pydantic.Field(8, ge=1)  # rows of a class behind its mean and its count
-    # blocks that features have passed which leave; in none, they are embeddings of the tokens
+    # blocks that features have passed before they leave; at 0 they are embeddings of the tokens
     lowest_cut: int = pydantic.Field(1, ge=0)
     most_steps: int = pydantic.Field(1000, ge=1)  # of an order
     largest_batch: int = pydantic.Field(256, ge=1)  # rows of a step
-    # of adapters; those as wide as a layer could undo the blocks under a cut
+    # of adapters; one as wide as its layer could undo the blocks under a cut
     largest_rank: int = pydantic.Field(32, ge=1)
-    # Of training of which weights leave. One step tells more than several that move on, and AdamW
-    # says how large a gradient is only where it is far below 1e-8. SGD says it always.
+    # This and the next five bound training whose weights leave. One step reveals more than several.
+    # AdamW reveals the size of a gradient only if it is far below 1e-8, SGD always.
     fewest_steps: int = pydantic.Field(8, ge=1)
     optimisers: tuple[Literal["adamw", "sgd"], ...] = ("adamw",)
     lowest_clip: float = pydantic.Field(0.5, ge=0)  # of the gradient's norm
@@ -45,14 +45,14 @@ class AllowSection(Section):
     scales: Bounds = (0.25, 16.0)  # of the adapter's product
     # of the weights of the head, and of each direction of A and of B, where B is not zero
     norms: Bounds = (1e-3, 1000.0)
-    # nats by which the head's bias may prefer a class whatever the features are
+    # nats by which the head's bias may prefer a class beyond what features can outweigh
     largest_bias: float = pydantic.Field(4.0, ge=0)
-    # that it adds to the weights that leave, as a share of what training changed in a first answer
-    # about 32 rows, and to other numbers, as a multiple of what one row changes: `core.noise`
+    # noise on weights that leave, relative to what training changed, in a first answer about 32
+    # rows; on other numbers, a multiple of what one row changes: `core.noise`
     noise: float = pydantic.Field(8.0, ge=0)
-    # about the same 32 rows, over all runs, that have this noise, and in proportion more about more
-    # rows; noise of later ones grows in proportion to their number, so that all together never tell
-    # more than twice as many; 0: all have it
+    # answers about the same 32 rows, over all runs, that have this noise; more rows get
+    # proportionally more. The noise of later answers grows with their number, so that all together
+    # reveal at most as much as twice `answers` plain ones. 0: it does not grow
     answers: float = pydantic.Field(PLAIN_ANSWERS, ge=0)
     most_tokens: int = pydantic.Field(2048, ge=4)  # of a row
     orders_per_minute: int = pydantic.Field(6000, ge=1)  # openings included
@@ -61,9 +61,10 @@ class AllowSection(Section):
 def check_run(site: str, allow: AllowSection, models: Collection[str], terms: RunTerms) -> None:
     """Raise Refused if `site` does not allow a run of these terms, or the reads that it predicts.
 
-    A method of another package must be named, and is not imported before this check.
+    A method of another package must be named in `allow.methods`; its package is not imported before
+    that is checked.
     """
-    from fedspine.methods import comes_with_fedspine, find, sends_features  # torch, likewise
+    from fedspine.methods import comes_with_fedspine, find, sends_features  # imports torch
 
     with refusing("terms"):
         terms.check()
@@ -93,7 +94,7 @@ def check_run(site: str, allow: AllowSection, models: Collection[str], terms: Ru
 
 
 def check_order(site: str, allow: AllowSection, terms: RunTerms, order: Any) -> None:
-    """Raise Refused if `site` does not allow what this order reads, or what would leave for it."""
+    """Raise Refused if `site` does not allow what this order reads, or the answer to it."""
     declared = list(reads_of(order))
     if not declared and terms.method not in (allow.methods or ()):
         _refuse(site, "the order does not declare what it reads", "order")
@@ -102,17 +103,17 @@ def check_order(site: str, allow: AllowSection, terms: RunTerms, order: Any) -> 
 
 
 def check_training(site: str, allow: AllowSection, order: Any, *, learnt: bool = True) -> None:
-    """Raise Refused if `site` does not allow how this order trains what would leave for it; unless
-    weights are `learnt`, only a loss leaves, which may be of few steps.
+    """Raise Refused if `site` does not allow how this order trains. If no `learnt` weights leave,
+    but only a loss, there may be fewer steps than `fewest_steps`.
     """
     for reads in reads_of(order):
         _check_training(site, allow, reads, learnt)
 
 
 def check_used(site: str, allow: AllowSection, rows: int) -> None:
-    """Raise Refused if an answer rests on fewer distinct rows than `site` answers about.
+    """Raise Refused if an answer depends on fewer distinct `rows` than `allow.fewest_rows`.
 
-    Work that notes no rows passes, since only methods that the site names may bring it.
+    An answer without noted rows passes, since only methods that the site names may note none.
     """
     if rows:
         require(
@@ -121,8 +122,8 @@ def check_used(site: str, allow: AllowSection, rows: int) -> None:
 
 
 def check_noise(site: str, allow: AllowSection, order: Any, share: float | None) -> None:
-    """Raise Refused if an answer to this order, with noise of this share, lacks the noise of
-    `site`: its work does not let `lm.tune` or `split.whole_model` train.
+    """Raise Refused if an order declares training and its answer has no noise (`share` is None),
+    although `site` demands noise: its work does not train with `lm.tune` or `split.whole_model`.
     """
     if not allow.noise or share is not None:
         return
@@ -150,12 +151,12 @@ def _check_part(site: str, allow: AllowSection, terms: RunTerms, reads: Reads) -
 
 
 def _shown(reads: Reads) -> int:
-    """The steps that show in an answer."""
+    """The number of steps that show in an answer."""
     return reads.steps if reads.lasting is None else min(reads.lasting, reads.steps)
 
 
 def _check_training(site: str, allow: AllowSection, reads: Reads, learnt: bool = True) -> None:
-    """What makes a step show the gradient and not its signs, or one part of the rows alone."""
+    """Refuse training whose answer reveals the gradient itself or is about too few steps."""
     if (how := reads.descent) is None:
         return
     what = "steps behind an answer"
@@ -196,7 +197,9 @@ def _check_features(site: str, allow: AllowSection, terms: RunTerms, reads: Read
 def require(
     site: str, key: str, got: float, what: str, *, least: float = 0, most: float | None = None
 ) -> None:
-    """Refuse a number beyond a term of the site. The server learns the term, which is no secret."""
+    """Raise Refused for a number outside `least` to `most`. The server learns the term, which is no
+    secret.
+    """
     if least <= got and (most is None or got <= most):
         return
     above = most is not None and got > most

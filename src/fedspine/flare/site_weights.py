@@ -1,5 +1,5 @@
-"""The weights that an order brings to a site: those of its model only, no larger, and of such
-magnitudes as training gives.
+"""Checks of the weights in an order: they must belong to the site's model, be no larger, and have
+magnitudes that training gives.
 """
 
 from dataclasses import fields, is_dataclass
@@ -21,10 +21,10 @@ WIDEST = 4096  # side of weights that are not the model's own, such as a decoder
 
 
 def check_weights(site: str, allow: AllowSection, order: Any, base: Base) -> None:
-    """Raise Refused for weights whose name or size is none of this model's, wherever in the order,
-    and for adapters beyond the site's rank.
+    """Raise Refused for weights, anywhere in the order, whose name or size does not belong to this
+    model, and for adapters beyond the site's rank.
 
-    Weights of other names have to be declared by the order's messages.
+    Weights with other names must be declared by the order's messages.
     """
     largest = _largest(base, allow.largest_rank)
     extra = {name for reads in reads_of(order) for name in reads.names}
@@ -38,8 +38,8 @@ def check_weights(site: str, allow: AllowSection, order: Any, base: Base) -> Non
 
 
 def check_magnitudes(site: str, allow: AllowSection, order: Any, base: Base) -> None:
-    """Raise Refused for finite weights of a magnitude beyond the site's terms, wherever in the
-    order.
+    """Raise Refused for weights, anywhere in the order, of a magnitude beyond the site's terms; the
+    weights must be finite.
     """
     for tensors in _weights(order):
         _check_factors(site, allow, tensors)
@@ -47,10 +47,11 @@ def check_magnitudes(site: str, allow: AllowSection, order: Any, base: Base) -> 
 
 
 def _check_factors(site: str, allow: AllowSection, tensors: Tensors) -> None:
-    """Refuse directions of A or B that are next to nothing beside others, or far more than them.
+    """Refuse directions of A or B with a norm outside `allow.norms`.
 
-    The gradient of a direction of A has the size of that of B, and the other way round, and that of
-    all together is clipped: where one is far smaller, AdamW's step shows it as it is.
+    The gradient of a direction of A is proportional to the same direction of B, and vice versa, and
+    the joint gradient is clipped. If one direction is far smaller than the others, AdamW's step
+    reveals its gradient exactly.
     """
     least, most = allow.norms
     for name, tensor in tensors.items():
@@ -65,10 +66,10 @@ def _check_factors(site: str, allow: AllowSection, tensors: Tensors) -> None:
 
 
 def _check_head(site: str, allow: AllowSection, tensors: Tensors, base: Base) -> None:
-    """Refuse a head that is next to nothing, far more than that, or sure of a class.
+    """Refuse a head that is almost zero, very large, or certain of a class.
 
-    Features have a norm of about sqrt(width), of some models a few times that. What the weights
-    could not make up for on such features is preferred whatever the text says.
+    Features have a norm of about sqrt(width), for some models a few times that. If the weights
+    cannot outweigh the bias on such features, the head prefers a class whatever the text.
     """
     least, most = allow.norms
     for layer in base.head:
@@ -100,7 +101,7 @@ def _weights(part: Any) -> list[Tensors]:
 
 
 def _largest(base: Base, rank: int) -> dict[str, tuple[int, ...]]:
-    """The largest shape of each weight that methods train, by name."""
+    """The largest allowed shape of each weight that methods train, by name."""
     shapes: dict[str, tuple[int, ...]] = {}
     for at in base.layout.sites:
         shapes |= {a_name(at.path): (rank, at.columns), b_name(at.path): (at.rows, rank)}

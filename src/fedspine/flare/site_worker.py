@@ -1,7 +1,7 @@
-"""The worker's side of a run at a site: open it by the site's rules, serve its orders, keep its
-memory.
+"""The worker's side of a run at a site: it opens the run by the site's rules, serves its orders and
+keeps its memory.
 
-No failure here ends the worker; the server gets a fixed reason, and the site's log the details.
+A failure does not end the worker: the server gets a fixed reason, and the site's log the details.
 """
 
 import importlib
@@ -64,7 +64,7 @@ MOST_VERSION = 10**9  # of a memory, whose file's name has so many digits
 NEEDED = 2  # versions that an order may keep beside those that it reads and writes
 MINUTE = 60.0
 LINE = 2000  # characters of an error in the log
-FEATURES = "fedspine.split.device"  # its works send features, so they are for split methods only
+FEATURES = "fedspine.split.device"  # its works send features, so only split methods may use them
 # packages whose works a site may serve
 OFFERED = ("fedspine.methods.", "fedspine.pruning.", "fedspine.split.")
 
@@ -79,13 +79,13 @@ class Open:
     works: frozenset[str]
     task: Terms  # of orders and rows
     privacy: Privacy | None  # what the run promises
-    content: str  # a digest of terms and rows, on which draws of noise depend
+    content: str  # the digest of terms and rows, on which draws of noise depend
 
 
 class SiteWorker:
-    """Serves the messages of a run at a site; `folder` holds the site's file, memory and secret.
+    """Serves the messages of a run at a site; `folder` holds the site's memory and secret.
 
-    A `secret` may be given where the folder is another one, to replay the site's work.
+    Pass a `secret` to replay a site's work in another folder.
     """
 
     def __init__(
@@ -217,14 +217,14 @@ class SiteWorker:
         )
 
     def _check(self, here: Open, order: Any) -> None:
-        """Raise Refused for an order that the site's terms do not allow; no row is read."""
+        """Raise Refused for an order that the site's terms do not allow; reads no row."""
         site, allow = self._site.name, self._site.allow
         check_order(site, allow, here.terms, order)
         check_weights(site, allow, order, here.holding.base)
 
     def _check_training(self, here: Open, order: Any, work: Work[Any, Any]) -> None:
-        """Raise Refused for an order that makes its answer show more than the site's terms allow;
-        its numbers are sound, and no row is read.
+        """Raise Refused for an order whose answer would reveal more than the site's terms allow;
+        its numbers were checked before, and no row is read.
         """
         site, allow = self._site.name, self._site.allow
         check_training(site, allow, order, learnt=returns_learnt(work))
@@ -246,7 +246,7 @@ class SiteWorker:
         return pack(NotDone(reason=reason, detail=detail)).payload
 
     def _room(self, run: str, needed: int) -> int:
-        """Bytes of the site's quota that are free; raises Refused for fewer than `needed`."""
+        """The free bytes of the site's quota; raises Refused if there are fewer than `needed`."""
         cache, most = Path(self._site.caches.folder), self._site.limits.disk_bytes
         free = site_disk.room(self._folder, cache, run, most, needed)
         if free < needed:
@@ -256,7 +256,7 @@ class SiteWorker:
         return free
 
     def _room_of_prefixes(self, run: str) -> int:
-        """Bytes that kept activations may take in all."""
+        """The bytes that all kept activations may take."""
         free = self._room(run, needed=0)
         there = site_disk.used(self._folder, Path(self._site.caches.folder))[PREFIXES]
         return min(free + there, MOST_BYTES)
@@ -280,13 +280,13 @@ def _terms(asked: Opening, holding: Holding) -> Terms:
 
 
 def _check_form(here: Open, order: Any, work: Work[Any, Any]) -> None:
-    """Raise Unusable for an order that no device could serve; its line tells of the order alone."""
+    """Raise Unusable for an order that no device could serve; its line is about the order only."""
     asked = Asked(here.task, rows=len(here.holding.examples))
     need(not (why := why_unusable(order, work_kinds(work)[0], asked)), str(why))
 
 
 def open_site_worker(folder: Path) -> SiteWorker:
-    """The worker of the site in this folder, within the limits of its file."""
+    """The worker of the site in this folder, with the limits of its file."""
     site = load_site(folder)
     os.environ.update(site.environment)
     torch.set_num_threads(site.limits.threads)
@@ -308,7 +308,7 @@ def _check_versions(asked: SiteOrder) -> None:
 
 
 def _keeping(works: frozenset[str], terms: RunTerms) -> frozenset[str]:
-    """Of these works, those that keep the run's promise."""
+    """The works among these that keep the run's privacy promise."""
     if terms.privacy is None:
         return works
     return frozenset(name for name in works if keeps(find_work(name)))
@@ -316,8 +316,8 @@ def _keeping(works: frozenset[str], terms: RunTerms) -> frozenset[str]:
 
 @cache
 def works_of(method: str) -> frozenset[str]:
-    """The names of the works that a method may ask for: those of its module and of the offered ones
-    that it uses.
+    """The names of the works that a method may ask for: those in its module and in the modules of
+    `OFFERED` packages that it uses.
 
     Raises Refused for a method that is not installed here.
     """

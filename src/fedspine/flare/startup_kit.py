@@ -1,4 +1,4 @@
-"""A start-up kit: its owner, the check against its server, the process it starts, and the
+"""A start-up kit: its owner, the check against its server, the process that it starts, and the
 operator's session.
 """
 
@@ -37,7 +37,7 @@ OVER = (
 )  # prefixes of the states of a job that has ended
 REACH_SECONDS, LOGIN_SECONDS = 5.0, 15.0
 SETTLE_SECONDS = 5.0  # for a process to end on its own
-TRIES, WITHIN_SECONDS = 5, 300.0  # failed starts within so many seconds, before giving up
+TRIES, WITHIN_SECONDS = 5, 300.0  # gives up after so many deaths within so many seconds
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class StartupKit:
     role: Literal["server", "site", "admin"]
     name: str
     project: str
-    host: str  # of the server; of a server's own kit empty
+    host: str  # of the server; empty in the server's own kit
     port: int
 
     @property
@@ -72,15 +72,13 @@ class StartupKit:
 
 
 def needs_flare() -> None:
-    """Raise BadInput where NVIDIA FLARE is not installed."""
+    """Raise BadInput if NVIDIA FLARE is not installed."""
     if importlib.util.find_spec("nvflare") is None:
         raise BadInput("a fleet of real machines needs NVIDIA FLARE: pip install 'fedspine[flare]'")
 
 
 def kit_at(folder: Path, role: str | None = None) -> StartupKit:
-    """The kit in `folder`, of the given role; raises BadInput for a folder that holds none or
-    another.
-    """
+    """The kit in `folder`; raises BadInput if there is none, or one of another role than `role`."""
     for found, file in STARTUP.items():
         path = folder / "startup" / file
         if path.is_file():
@@ -136,7 +134,7 @@ def check_site(kit: StartupKit) -> None:
 
 
 def check_reach(kit: StartupKit) -> str | None:
-    """Try a TLS handshake with the server, by the kit's certificates.
+    """Try a TLS handshake with the server, with the kit's certificates.
 
     Returns why the server is unreachable at the moment, or None; raises BadInput if the kit and the
     server belong to different projects, which waiting does not fix.
@@ -188,7 +186,7 @@ def only_one(kit: StartupKit) -> Iterator[None]:
 def serve(kit: StartupKit, log: IO[bytes]) -> int:
     """Run the kit's process until FLARE or a signal stops it; restart it if it dies.
 
-    Returns 0, or 1 if it died too often. Its output goes to `log`.
+    Returns 0, or 1 if it died TRIES times within WITHIN_SECONDS. Its output goes to `log`.
     """
     own_storage(kit)
     failures: list[float] = []

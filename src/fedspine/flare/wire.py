@@ -1,8 +1,7 @@
-"""The messages between a run and a site, which wrap those of the method: the only types that either
-side decodes.
+"""The messages between a run and a site, which wrap those of the method.
 
-A site sends only `Opened`, `NotDone`, and `SiteAnswer` with the result of the work it was asked
-for. The size of a message is checked before it is decoded, and its types before it is used.
+A site sends only `Opened`, `NotDone`, and `SiteAnswer` with the result of the work that was asked.
+The size of a message is checked before it is decoded, and its types before it is used.
 """
 
 import re
@@ -31,7 +30,7 @@ FailureReason: TypeAlias = Literal[
 
 @message
 class Opening:
-    """Opens a run at a site, which loads what the terms ask for, or refuses."""
+    """Opens a run at a site, which loads what the terms name, or refuses."""
 
     run: str  # as RUN
     terms: RunTerms
@@ -39,7 +38,7 @@ class Opening:
 
 @message
 class Opened:
-    """The site has joined, and declares its `Profile`."""
+    """The site has joined; it declares the numbers of its `Profile`."""
 
     examples: int
     memory_bytes: int
@@ -49,9 +48,8 @@ class Opened:
 class SiteOrder:
     """One ask of a site: everything its result depends on, except for data, base and memory.
 
-    The site works from the memory that it wrote as version `memory` (None: it has none yet) and
-    writes `version`. So an ask can be repeated, with the same result. Versions other than these and
-    `needed` are removed.
+    The site reads the memory version `memory` (None: it has none yet) and writes `version`, so an
+    ask can be repeated with the same result. It removes versions other than these and `needed`.
     """
 
     run: str
@@ -68,7 +66,7 @@ class SiteOrder:
 class SiteAnswer:
     """The packed result of an order and the resources that the work used.
 
-    Where the run promises privacy these are 0, since they tell of the rows.
+    In a private run the resources are 0, since they reveal something about the rows.
     """
 
     result: np.ndarray  # uint8
@@ -76,8 +74,8 @@ class SiteAnswer:
     launches: int
     samples: int
     peak_memory_bytes: int
-    epsilon: float | None = None  # spent by the site in this run, where it promises privacy
-    noise: float | None = None  # share of it beside the change of weights; None: none was added
+    epsilon: float | None = None  # spent by the site in this run, if it promises privacy
+    noise: float | None = None  # relative to the change of weights; None: none was added
 
 
 @message
@@ -91,10 +89,10 @@ class NotDone:
 
 
 def decoded(payload: bytes | np.ndarray, *kinds: Any) -> Any:
-    """The message in `payload`, bytes or an array of them, which must be of one of these types.
+    """The message in `payload`, bytes or uint8 [bytes], which must have one of these types.
 
-    Raises NotAMessage for a payload that is too large, no message, or of another type, or whose
-    fields do not conform.
+    Raises NotAMessage for a payload of more than MOST_BYTES, one that is no message or has another
+    type, and one whose fields do not have their declared types.
     """
     size = payload.nbytes if isinstance(payload, np.ndarray) else len(payload)
     if size > MOST_BYTES:
@@ -109,5 +107,5 @@ def decoded(payload: bytes | np.ndarray, *kinds: Any) -> Any:
 
 
 def as_array(payload: bytes) -> np.ndarray:
-    """Bytes as a field of another message."""
+    """Bytes as a uint8 array, the form in which a message holds another one."""
     return np.frombuffer(payload, np.uint8)

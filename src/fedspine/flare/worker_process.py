@@ -1,10 +1,10 @@
-"""The worker process of a site: torch, the base, the site's rows and its memory live in a process
-that may die.
+"""The worker process of a site, which holds torch, the base, the site's rows and its memory. It may
+die.
 
-`WorkerProcess` runs in the process that FLARE started and imports none of them. It passes packed
-messages over a socket, kills a worker that does not answer in time, and replaces one that ended for
-any reason, the kernel's out-of-memory killer included. A worker writes its memory to disk before it
-replies.
+`WorkerProcess` runs in the process that FLARE started and imports no torch. It passes packed
+messages over a socket, kills a worker that does not answer in time, and replaces one that died for
+any reason, including the kernel's out-of-memory killer. A worker writes its memory to disk before
+it replies.
 """
 
 import os
@@ -26,7 +26,7 @@ ExchangeStatus: TypeAlias = Literal["done", "died", "late"]
 
 
 class WorkerProcess:
-    """The worker of the site in `folder`, restarted when it ends; `pid` is the current one's."""
+    """The worker of the site in `folder`, replaced when it dies; `pid` is the current one's."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -38,11 +38,11 @@ class WorkerProcess:
         return self._process.pid
 
     def exchange(self, payload: bytes, seconds: float) -> tuple[ExchangeStatus, bytes]:
-        """The worker's reply to a packed message.
+        """A status, and the worker's reply to a packed message, empty unless "done".
 
-        "late": there was none within `seconds`, including the wait for a busy worker, and a worker
-        that was on this message was killed. "died": it ended before it replied. Either way a new
-        one is starting.
+        "late": there was no reply within `seconds`, which includes the wait for a busy or starting
+        worker; a worker that was at this message was killed and replaced. "died": the worker ended
+        before it replied and was replaced.
         """
         end = time.monotonic() + seconds
         if not self._turn.acquire(timeout=seconds):
@@ -64,7 +64,9 @@ class WorkerProcess:
             self._turn.release()
 
     def _ready(self, end: float) -> bool:
-        """Whether the worker is up by `end`; one that is still starting is not killed."""
+        """Whether the worker is up by `end`; one that is still starting is not killed, and raises
+        TimeoutError only after START_SECONDS.
+        """
         if not self._up:
             try:
                 receive(self._socket, min(end, self._started + START_SECONDS))

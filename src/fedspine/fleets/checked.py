@@ -16,18 +16,19 @@ from fedspine.fleets.wrapper import FleetWrapper
 
 @dataclass
 class Exchanges:
-    """What is known of the exchanges under way, for all rounds of a run."""
+    """What is known of pending exchanges, across the rounds of a run."""
 
     works: dict[DeviceId, Work[Any, Any]] = field(default_factory=dict)  # of what was sent
     agreed: dict[DeviceId, Any] = field(default_factory=dict)  # see `core.checks.Agreeing`
 
 
 class Checked(FleetWrapper):
-    """A fleet whose replies are checked as `core.checks` says. One that cannot be used is noted and
-    absent, as if it had been lost; `unusable` says why.
+    """A fleet whose replies are checked by `core.checks`. A reply that cannot be used is noted and
+    left out, as if it had been lost; `unusable` has the reason.
 
-    `everyone` are the devices of the whole fleet, whose replies may be pending. Fewer usable
-    replies to an ask than the `quorum` raise AllLost; where there is none, the method decides.
+    `everyone` are the devices of the whole fleet, whose replies may be pending. An ask raises
+    AllLost if some replies cannot be used and fewer than the `quorum`, but at least one, can; if
+    none can, the method decides.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Checked(FleetWrapper):
             self._unusable.pop(device, None)
 
     def _checked(self, work: Work[Any, Any] | None, reply: Reply[R]) -> Reply[R] | None:
-        """The reply with its weight, or None where it cannot be used, which is noted."""
+        """The reply with its weight; None, with a note, if it cannot be used."""
         device, order, agreed = reply.device, reply.order, self._exchanges.agreed
         before = agreed.get(device)
         if isinstance(order, Agreeing):

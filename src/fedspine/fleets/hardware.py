@@ -1,10 +1,11 @@
 """The true speeds of simulated devices, computing and communicating, which no method may see.
 
 Section 5.1 of the FedSpine reconstruction: 30 Jetson TX2, 40 NX and 10 AGX by default. Peaks by
-power mode follow NVIDIA's mode tables; the modes that change every 20 rounds and the four Wi-Fi
-groups follow the 80-device papers of the same group. A link has a mean for each round, about which
-every exchange is drawn anew, and so is the factor on compute. Every draw is a pure function of
-(seed, purpose, device, round, number of the exchange): nothing depends on the order of calls.
+power mode follow NVIDIA's mode tables. The modes, which change every 20 rounds, and the four Wi-Fi
+groups follow the 80-device papers of FedSpine's authors. A link has a mean for each round. Every
+exchange draws its bandwidth around that mean, and a factor on its compute. Every draw is a pure
+function of (seed, purpose, device, round, number of the exchange), so nothing depends on the order
+of calls.
 """
 
 from collections.abc import Mapping
@@ -74,13 +75,18 @@ class Timing(NamedTuple):
 class Hardware:
     """The devices of one simulated fleet, by index: `kinds` names each one's kind (`fleet_mix`).
 
-    spread stretches slowness: a peak becomes best * (peak/best)**spread, with the best peak of the
-    fleet's kinds; 1.0 gives a ratio of 13 between the fastest and the slowest mode of the default
-    fleet, 1.8 about 100. compute_jitter: sigma of the log-normal factor on the compute of an
-    exchange, with median 1. link_jitter: the same for its bandwidth about the link's mean of the
-    round, at most LINK_SIGMA; the rest of LINK_SIGMA's variance is that of the means about their
-    group's. round_trip_seconds: added to every exchange, for each Wi-Fi group. Raises BadInput for
-    an unknown kind, an empty fleet, or a spread, jitter or round trip out of range.
+    - `spread` stretches slowness: a peak becomes best * (peak / best) ** spread, where best is the
+      best peak of the fleet's kinds. 1.0 gives a ratio of 13 between the fastest and the slowest
+      mode of the default fleet, 1.8 about 100.
+    - `compute_jitter` is the sigma of the log-normal factor on the compute of an exchange, whose
+      median is 1.
+    - `link_jitter` is the sigma of the bandwidth of an exchange around the link's mean of the
+      round, at most LINK_SIGMA. The rest of LINK_SIGMA's variance is that of the means around their
+      group's mean.
+    - `round_trip_seconds` is added to every exchange, by Wi-Fi group.
+
+    Raises BadInput for an unknown kind, an empty fleet, or a spread, jitter or round trip out of
+    range.
 
     >>> fleet = Hardware(seed=0, kinds=("tx2", "agx"))
     >>> slow, fast = (
@@ -125,15 +131,15 @@ class Hardware:
         return 1e12 * self._best_tflops * (peak / self._best_tflops) ** self.spread
 
     def mean_mbps(self, device: int, *, round: int) -> float:
-        """The mean bandwidth of a device's link in a round, in Mb/s: log-normal about its group's,
-        in [1, 30].
+        """The mean bandwidth of a device's link in a round, in Mb/s: log-normal around its group's
+        mean, in [1, 30].
         """
         (drawn,) = _normals(1, self.seed, MEANS, device, round)
         sigma = max(0.0, LINK_SIGMA**2 - self.link_jitter**2) ** 0.5
         return _about(GROUP_MBPS[self.link_groups[device]], sigma, drawn)
 
     def bandwidth_mbps(self, device: int, *, round: int, ask: int) -> float:
-        """Bandwidth of one exchange in Mb/s, the same down and up: log-normal about the round's
+        """Bandwidth of one exchange in Mb/s, the same down and up: log-normal around the round's
         mean, in [1, 30].
         """
         link, _ = _normals(2, self.seed, EXCHANGES, device, round, ask)
@@ -150,11 +156,10 @@ class Hardware:
         bytes_down: int,
         bytes_up: int,
     ) -> Timing:
-        """Seconds of an exchange of a device that has served `ask` exchanges before it in the whole
-        run.
+        """Seconds of an exchange of a device that served `ask` exchanges before it in the run.
 
-        With None it is an exchange on the round's mean link without jitter, which is all that can
-        be known beforehand. One launch is one layer in one training step.
+        If `ask` is None, the link has the round's mean bandwidth and there is no jitter, which is
+        all that can be known beforehand. One launch is one layer in one training step.
         """
         if ask is None:
             mbps, jitter = self.mean_mbps(device, round=round), 1.0
@@ -208,11 +213,11 @@ def _normals(count: int, *where: int) -> tuple[float, ...]:
 
 
 def fleet_mix(mix: Mapping[str, int] | None, devices: int) -> list[str]:
-    """Each device's kind, in the order of `mix`; None scales 30 TX2 : 40 NX : 10 AGX by the largest
-    remainder.
+    """Each device's kind, in the order of `mix`; None scales 30 TX2 : 40 NX : 10 AGX to `devices`,
+    by the largest remainder.
 
-    Raises BadInput for an unknown kind, a negative count, or counts that do not sum to `devices`,
-    which is positive.
+    Raises BadInput for an unknown kind, a negative count, fewer than one device, or counts that do
+    not sum to `devices`.
 
     >>> fleet_mix(None, 3), fleet_mix({"agx": 1, "tx2": 1}, 2)
     (['tx2', 'nx', 'nx'], ['agx', 'tx2'])

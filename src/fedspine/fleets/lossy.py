@@ -15,11 +15,11 @@ from fedspine.fleets.wrapper import FleetWrapper
 
 
 class Lossy(FleetWrapper):
-    """Loses each exchange with probability `drop`: half of them before the order arrives, half
-    after the work is done.
+    """A fleet that loses each exchange with probability `drop`: half of them before the order
+    arrives, half after the work is done.
 
-    `delay_seconds` is the mean of an exponential delay added to every reply to `ask`; replies to
-    `send` keep the fleet's own order. Losses depend on `seed`, the fleet's clock and this wrapper's
+    `delay_seconds` is the mean of an exponential delay that is added to every reply to `ask`;
+    replies to `send` are not delayed. Losses depend on `seed`, the fleet's clock and this wrapper's
     earlier asks, so a new wrapper for a round loses the same replies after a resume.
     """
 
@@ -99,7 +99,7 @@ class Lossy(FleetWrapper):
         return part
 
     def _luck(self, device: DeviceId) -> tuple[float, float]:
-        """A uniform and a unit exponential draw for one exchange, whatever the others draw."""
+        """A uniform and a unit exponential draw for one exchange, independent of the others."""
         self._draws[device] += 1
         key = [
             self._seed,

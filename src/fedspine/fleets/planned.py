@@ -1,7 +1,9 @@
-"""A fleet of simulated devices that are charged but do not train: one round of it is a plan.
+"""A fleet of simulated devices that are charged but do not train; `fedspine plan` runs one round on
+it.
 
-A method cannot distinguish it from the simulated fleet. It prices each order (`execution.pricing`)
-and times it by the same `Hardware`. Orders before training are answered; training ends the plan.
+A method cannot distinguish it from the simulated fleet up to its first training. The fleet prices
+each order (`execution.pricing`) and times it by the same `Hardware`. It answers orders that do not
+train; the first that do raise Planned.
 """
 
 from collections.abc import Mapping
@@ -56,8 +58,8 @@ class PlannedExchange:
 
 @dataclass
 class Prices:
-    """Known prices, by work and outline of the order, on which alone they depend for devices
-    without a memory.
+    """Known prices by work and outline of the order; for devices without a memory, a price depends
+    on nothing else.
     """
 
     base: Any
@@ -80,9 +82,10 @@ class Prices:
 
 @dataclass
 class PlannedFleet:
-    """The devices that the first round asks, of `ids` in the order of `hardware`.
+    """The devices that the first round asks; `ids` are those of the whole fleet, in the order of
+    `hardware`.
 
-    Raises Planned where the method sends the orders that train.
+    `ask` raises Planned when the method sends orders that train.
     """
 
     devices: tuple[Profile, ...]
@@ -139,7 +142,7 @@ class PlannedFleet:
         ).total
 
     def timing(self, device: DeviceId, quote: Quote, *, round: int, ask: int | None) -> Timing:
-        """Seconds of an exchange of this cost, given how many the device served before; None:
+        """Seconds of an exchange of this cost, if the device served `ask` exchanges before; None:
         without jitter.
         """
         return self.hardware.seconds(

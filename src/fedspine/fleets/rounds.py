@@ -1,4 +1,4 @@
-"""What the run loop needs of a fleet besides asking: rounds, totals, snapshots."""
+"""The run loop's interface to a fleet, besides asking: rounds, totals, snapshots."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from fedspine.core.fleet import Fleet
 
 @dataclass
 class Totals:
-    """The sums over the exchanges of a round, or of a run."""
+    """Sums over the exchanges of a round or of a run; `peak_memory_bytes` is their maximum."""
 
     exchanges: int = 0
     lost: int = 0
@@ -23,7 +23,7 @@ class Totals:
     bytes_up: int = 0
     bytes_down: int = 0
     peak_memory_bytes: int = 0
-    # the method's own work, which the virtual clock does not count
+    # wall seconds of the server's own work, which the virtual clock does not count
     server_wall_seconds: float = 0.0
 
     def add(self, other: "Totals") -> None:
@@ -44,8 +44,8 @@ class Devices:
 
     @contextmanager
     def served(self) -> Iterator[None]:
-        """Count the time in this context, except for that in `not_theirs`, in which orders are
-        built.
+        """Count the time in this context, except the time in `not_theirs`, which wraps the building
+        of orders.
         """
         started = time.perf_counter()
         try:
@@ -65,7 +65,7 @@ class Devices:
 
 @dataclass
 class Waits:
-    """Idle time in a round of the devices that got orders by `send`; `ask` measures its own."""
+    """Idle time, in a round, of devices that got orders by `send`; for `ask`, see `mean_wait`."""
 
     # the end of each one's last exchange
     since: dict[DeviceId, float] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Waits:
         self.since[device] = end
 
     def asked(self, devices: Iterable[DeviceId], start: float, end: float) -> None:
-        """Add a joint ask of devices; those sent nothing in this round do not count."""
+        """Add a joint ask of devices; devices that were sent nothing in this round do not count."""
         for device in devices:  # in this order, which rounding depends on
             if device in self.since:
                 self.busy(device, start, end)
@@ -114,7 +114,7 @@ def round_row(
 
 
 class RoundFleet(Fleet, Protocol):
-    """A whole fleet as the run loop uses it, simulated or real."""
+    """The run loop's view of a whole fleet, simulated or real."""
 
     @property
     def clock(self) -> str:
@@ -125,7 +125,7 @@ class RoundFleet(Fleet, Protocol):
 
     @property
     def quorum(self) -> int:
-        """The fewest usable replies to an ask with which a round goes on."""
+        """The fewest usable replies to an ask with which a round continues."""
         ...
 
     def cohort(self, ids: Iterable[DeviceId]) -> Fleet:
@@ -136,8 +136,8 @@ class RoundFleet(Fleet, Protocol):
 
     @property
     def in_flight(self) -> Mapping[DeviceId, int]:
-        """How many rounds ago each device was sent its last order of those to which `next` has
-        returned no reply.
+        """By device with a pending order: how many rounds ago the last such order was sent. An
+        order is pending until `next` returns its reply.
         """
         ...
 
@@ -150,7 +150,7 @@ class RoundFleet(Fleet, Protocol):
         ...
 
     def snapshot(self) -> Any:
-        """A message with the fleet's state for a resume, without `memories`."""
+        """A message with the fleet's state for a resume, without the devices' memories."""
         ...
 
     def restore(self, snapshot: Any, memories: Mapping[DeviceId, str]) -> None:

@@ -1,9 +1,9 @@
 """A wrapper of a fleet that ends a round at a quorum of its replies, so that it does not wait for
 stragglers.
 
-What comes later is not lost, but delivered in the round in which it arrives. A method counts it as
-a change (`core.method.on_todays`), as FedBuff does (Nguyen et al. 2022, arXiv:2106.06639); a quorum
-of each round in the place of a buffer, and no discount for staleness, are ours.
+A late reply is not lost, but delivered in the round in which it arrives. A method merges it as a
+change (`core.method.on_todays`), as FedBuff does (Nguyen et al. 2022, arXiv:2106.06639). Ours: a
+quorum of each round in place of a buffer, and no discount for staleness.
 """
 
 from collections.abc import Mapping
@@ -15,21 +15,22 @@ from fedspine.core.device import DeviceId, O, R, Work, name_of
 from fedspine.core.fleet import Fleet, Idle, Profile, Reply
 from fedspine.fleets.wrapper import FleetWrapper
 
-GIVEN_UP = 3  # rounds after which a reply is not waited for, and its device may be asked again
-TINY = 1e-9  # 0.28 of 25 replies are seven, whatever the last bit says
+GIVEN_UP = 3  # rounds after which a reply is given up and its device may be asked again
+TINY = 1e-9  # guards against rounding: 0.28 of 25 replies are seven
 
 
 class SemiAsync(FleetWrapper):
     """The part of a fleet that one round asks; `ask` returns once a share `quorum` has replied.
 
-    This holds for the work named `late_work`, whose replies the method can merge in a later round:
-    they come from that round's `ask`, `late` by so many rounds, in the order of arrival. Until then
-    the device is busy and not among `devices`. After three rounds a reply is given up: its device
-    is asked again, and the reply is noted and left out. Any other work, an ask with a limit of its
-    own, and parts (`only`, `together`) wait for all.
+    This holds for the work named `late_work`, whose late replies the method can merge. They come
+    from the `ask` of a later round, in the order of arrival, with `late` set to the number of
+    rounds. Until then the device is busy and not among `devices`. After three rounds a reply is
+    given up: its device may be asked again, and the reply, if it still comes, is noted and left
+    out. Any other work, an ask with a time limit, and parts (`only`, `together`) wait for all
+    replies.
 
-    `in_flight` says how many rounds ago devices were sent orders to which no reply has come. All
-    the rest is the fleet's own state, so a new wrapper for a round goes on after a resume.
+    `in_flight` says how many rounds ago each device was sent an order to which no reply has come.
+    All other state is the fleet's own, so a new wrapper for a round continues after a resume.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """The default fleet: any number of unequal devices on one machine, on a virtual clock.
 
-The work is real, only its duration is simulated: every order and result is packed and charged by
-its bytes, every operation by the speeds in `hardware`, which methods cannot see. All devices share
-one frozen base.
+The work is real; only its duration is simulated. Every order and result is packed and charged by
+its bytes, and every operation by the speeds in `hardware`, which methods cannot see. All devices
+share one frozen base.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -170,7 +170,7 @@ class SimulatedFleet:
     ) -> float | None:
         """The true seconds of an exchange of this cost in this round, for the oracle controller.
 
-        They follow from the power mode and the link's mean, without the jitter of the exchange.
+        They follow from the power mode and the link's mean bandwidth, without jitter.
         """
         self._check((device,))
         spent = {
@@ -194,9 +194,10 @@ class SimulatedFleet:
         return {entry.device: self._world.round - entry.round for entry in self._world.pending}
 
     def begin_round(self, round: int) -> Totals:
-        """Move modes and links on to `round`; returns its totals, which the fleet updates.
+        """Set power modes and links to those of `round`; returns its totals, which the fleet
+        updates.
 
-        The first one is charged with the exchanges before it.
+        The first round is charged for the exchanges before it.
         """
         self._world.round = self._world.records.round = round
         self._world.totals, self._world.waits, self._world.devices_wall = (
@@ -238,7 +239,7 @@ class SimulatedFleet:
 
     @property
     def memories(self) -> Mapping[DeviceId, str]:
-        """The file of every device's memory, for the store; what changed since the last save is
+        """The store's file of every device's memory; memories that changed since the last save are
         written first.
         """
         self._world.keep_memories()

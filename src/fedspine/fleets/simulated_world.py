@@ -1,5 +1,5 @@
-"""What all views of a simulated fleet share: the devices' hardware and memories, the workers that
-serve them, what is under way, and the round's totals.
+"""The state that all views of a simulated fleet share: the devices' hardware and memories, the
+workers that serve them, pending replies, and the round's totals.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,7 +32,7 @@ class Snapshot:
 
 @message
 class ServedSnapshot(Snapshot):
-    """That of a fleet whose server remembers something."""
+    """The saved state of a fleet whose server remembers something."""
 
     server: dict[str, Any]  # as `core.server_optimiser.Server` gives it
 
@@ -88,7 +88,7 @@ class World:
     def exchange(
         self, work: Work[Any, Any], orders: Mapping[DeviceId, Any]
     ) -> Iterator[tuple[DeviceId, Any, Served, Cost]]:
-        """Serve every order, and yield it with its result, one after another; the caller moves the
+        """Serve every order and yield it with its result, in their order; the caller advances the
         clock.
         """
         name, bytes_down, built = name_of(work), {}, {}
@@ -127,8 +127,8 @@ class World:
             )
 
     def timing(self, device: DeviceId, ask: int | None, **cost: Any) -> Timing:
-        """Seconds of an exchange of this `cost`, given how many the device served before; None:
-        without jitter.
+        """Seconds of an exchange of this `cost`, if the device served so many before; None: without
+        jitter.
         """
         return self.hardware.seconds(self.index[device], round=self.round, ask=ask, **cost)
 
@@ -147,8 +147,8 @@ class World:
         )
 
     def _memory(self, device: DeviceId) -> bytes | None:
-        """A device's memory; only its last version of a round is written, since a round may ask it
-        forty times.
+        """A device's packed memory. Only the last version of a round is written to disk, since a
+        round may ask a device forty times.
         """
         if device in self.changed:
             return self.changed[device]

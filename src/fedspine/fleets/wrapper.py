@@ -1,4 +1,4 @@
-"""What every wrapper of a fleet passes on."""
+"""The base of fleet wrappers, which passes calls on."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -10,8 +10,9 @@ from fedspine.core.server_optimiser import Server
 
 
 class FleetWrapper:
-    """Passes on all of a fleet but `ask`, `send` and `next`, which each wrapper defines; parts of
-    the fleet are not wrapped unless the wrapper says so.
+    """Passes on everything of a fleet except `ask`, `send`, `next` and `unusable`, which each
+    wrapper defines. Parts of the fleet (`only`, `together`) are not wrapped unless the wrapper
+    overrides that.
     """
 
     def __init__(self, fleet: Fleet) -> None:

@@ -1,1 +1,1 @@
-"""The state and the records of a run on disk."""
+"""A run's state and records on disk."""

@@ -14,7 +14,8 @@ CHUNK = 1 << 20  # bytes that are read at a time
 
 
 class Records:
-    """An append-only file of rows; `position` is a byte offset to which a resumed run cuts it back.
+    """An append-only file of rows. It is first truncated to `position`, the byte offset of a
+    resumed run.
 
     Raises BadInput for a file shorter than that.
     """
@@ -31,17 +32,17 @@ class Records:
 
     @property
     def sha256(self) -> str:
-        """Of all bytes written so far."""
+        """The SHA-256 of all bytes written so far, in hexadecimal digits."""
         return self._digest.hexdigest()
 
     def write(self, row: str, **values: Any) -> None:
-        """Append one row of this kind."""
+        """Append one row of the kind `row` with the current round."""
         line = json.dumps({"row": row, "round": self.round, **plain(values)}).encode() + b"\n"
         self._file.write(line)
         self._digest.update(line)
 
     def flush(self) -> int:
-        """Flush everything to disk; returns the position."""
+        """Flush everything to disk; returns the position in bytes."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
@@ -51,7 +52,7 @@ class Records:
 
 
 def flaw(path: Path, position: int, sha256: str | None) -> str | None:
-    """What is wrong with the first `position` bytes of a file of records, None where nothing is.
+    """What is wrong with the first `position` bytes of a file of records; None if nothing is.
 
     Without a digest, which older versions did not keep, every line must be a row.
     """
@@ -75,7 +76,7 @@ def flaw(path: Path, position: int, sha256: str | None) -> str | None:
 
 
 def has_rounds(path: Path) -> bool:
-    """Whether a file of records tells of a round that was done."""
+    """Whether a file of records has the row of a finished round."""
     if not path.exists():
         return False
     with open(path, "rb") as file:
@@ -87,7 +88,7 @@ def _lost(position: int) -> str:
 
 
 def _digest(path: Path, position: int) -> Any:
-    """The SHA-256 of a file's first `position` bytes, which goes on with what is written then."""
+    """A hash object, SHA-256, of a file's first `position` bytes."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while position and (chunk := file.read(min(position, CHUNK))):
@@ -97,7 +98,7 @@ def _digest(path: Path, position: int) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """The value with null in place of every number that is not finite, for which JSON has no name.
+    """The value with None in place of every number that is not finite, which JSON cannot express.
 
     >>> plain({"loss": float("nan"), "ranks": (4, 8)})
     {'loss': None, 'ranks': [4, 8]}

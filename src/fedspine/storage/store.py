@@ -2,11 +2,10 @@
 nothing.
 
 `state/` holds one file for each of the last two saved rounds, the devices' memories in files that
-are never written twice, and two lists of what belongs together with the SHA-256 of each file:
-`current.json` for the last round and `previous.json` for the one before. Whatever they do not name
-is left over from a kill and is swept. A digest is checked whenever its file is read, and all of
-them when a run goes on; where one is wrong, the run can go back to the round before, or to its
-start.
+are never overwritten, and two lists of the files of a round with their SHA-256: `current.json` for
+the last round and `previous.json` for the one before. Files that neither list names are left over
+from a kill and are removed. A digest is checked whenever its file is read, and all digests when a
+run resumes. If one is wrong, the run can go back to the round before, or to its start.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ from fedspine.core.message import pack, unpack
 from fedspine.storage.records import RECORDS, flaw, has_rounds
 
 CURRENT, PREVIOUS, LOCK = "current.json", "previous.json", "lock"
-STATE_SPARE_BYTES = 8 << 30  # that decoding a state may take, whose digest holds
+STATE_SPARE_BYTES = 8 << 30  # that decoding a state may take; its digest was checked
 DIGEST = "digest"  # of the rest of a list
 SHA256_BYTES = 32
 
@@ -30,7 +29,7 @@ SHA256_BYTES = 32
 @dataclass(frozen=True)
 class Saved:
     """All that a resume needs: the method's state after `round` rounds, the fleet's snapshot, the
-    records' length and their digest.
+    files of device memories, the length of the records in bytes and their SHA-256.
     """
 
     round: int
@@ -42,9 +41,9 @@ class Saved:
 
 
 class Store:
-    """The folder `state/` of one run, which also vouches for the records beside it.
+    """The folder `state/` of one run, which also has the digest of the records beside it.
 
-    `undigested` says that an older version saved the state, without digests to check it by.
+    `undigested` says that an older version saved the state, without digests.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,11 +54,11 @@ class Store:
         self.undigested = False
 
     def open(self) -> Saved | None:
-        """Make the folder ready for writing and return the current state, None if no round was
-        saved; leftovers of a kill are removed.
+        """Lock the folder for writing and return the current state, None if no round was saved;
+        leftovers of a kill are removed.
 
-        Raises BadInput where another process has it open, and where the state, a device's memory
-        or a record is damaged.
+        Raises BadInput if another process has it open, or if the state, a device's memory or a
+        record is damaged.
         """
         self._lock_folder()
         entry = self._entry()
@@ -83,8 +82,8 @@ class Store:
             self._lock = None
 
     def save(self, saved: Saved) -> None:
-        """Make `saved` the current state. Raises OSError, with the last state intact, if it cannot
-        be written.
+        """Make `saved` the current state; raises OSError if it cannot be written, and then leaves
+        the last state intact.
         """
         name = _name(saved.round)
         payload = pack({"state": saved.state, "fleet": saved.fleet}).payload
@@ -143,8 +142,8 @@ class Store:
         return name
 
     def get_memory(self, name: str) -> bytes:
-        """The bytes that `put_memory` wrote under this name; raises BadInput if they are missing or
-        others.
+        """The bytes that `put_memory` wrote under this name; raises BadInput if the file is missing
+        or damaged.
         """
         try:
             payload = (self._folder / name).read_bytes()
@@ -157,11 +156,11 @@ class Store:
     # --- going back ---
 
     def go_back(self, round: int, undone: Iterable[Path] = ()) -> None:
-        """Make `round` the current one, 0 for the start; what came later is removed, and before it
-        the files `undone`.
+        """Make `round` the current one, 0 for the start; first the files `undone` are removed, then
+        all that belongs to later rounds.
 
-        Raises BadInput, with nothing changed, unless it is 0 or a round that is kept whole, and
-        where another process has the folder open.
+        Raises BadInput, and changes nothing, unless `round` is 0 or an undamaged saved round, or if
+        another process has the folder open.
         """
         self._lock_folder()
         earlier = self._earlier()
@@ -177,7 +176,7 @@ class Store:
         self._sweep()
 
     def _earlier(self) -> int:
-        """The round before the current one, if it is kept and whole; else 0."""
+        """The round before the current one, if it is saved and undamaged; else 0."""
         entry = self._earlier_list()
         try:
             return 0 if entry is None or self._flaw(entry) else entry["round"]
@@ -191,7 +190,7 @@ class Store:
             return None
 
     def _keep_previous(self) -> None:
-        """Let `previous.json` name what `current.json` names, in one step."""
+        """Make `previous.json` a copy of `current.json`, atomically."""
         current, previous = self._folder / CURRENT, self._folder / PREVIOUS
         partial = previous.with_name(previous.name + ".part")
         try:
@@ -204,7 +203,7 @@ class Store:
     # --- what is there ---
 
     def _entry(self) -> dict[str, Any] | None:
-        """The current list; None in a new folder. Raises BadInput where it is damaged or lost."""
+        """The current list; None in a new folder. Raises BadInput if it is damaged or missing."""
         try:
             entry = self._read(CURRENT)
         except (ValueError, KeyError, TypeError) as error:
@@ -225,7 +224,7 @@ class Store:
         return entry
 
     def _was_saved(self) -> bool:
-        """Whether a round was done here, of which `current.json` should tell."""
+        """Whether there are traces of a saved round, so that `current.json` should exist."""
         states = self._folder.glob(_name(0).replace("000000", "*"))
         return (
             (self._folder / PREVIOUS).exists()
@@ -234,7 +233,7 @@ class Store:
         )
 
     def _flaw(self, entry: Mapping[str, Any]) -> str | None:
-        """What is wrong with a file that this list names, None where nothing is."""
+        """What is wrong with a file that this list names; None if nothing is."""
         if not entry["round"]:
             return None
         sha256 = entry.get("sha256", {})
@@ -260,7 +259,7 @@ class Store:
             self._lock = lock(self._folder / LOCK, f"the run in {self._folder.parent}")
 
     def _sweep(self) -> None:
-        """Remove what neither list names."""
+        """Remove files that neither list names."""
         wanted = {CURRENT, PREVIOUS, LOCK, *_files(self._current), *_files(self._before)}
         for found in os.scandir(self._folder):
             if found.name not in wanted:
@@ -275,7 +274,7 @@ def _entry_of(
     records: int,
     sha256: Mapping[str, str],
 ) -> dict[str, Any]:
-    """A list of what belongs to a round."""
+    """The list of a round's files."""
     return {
         "round": round,
         "state": state,
@@ -307,15 +306,15 @@ def _sha256(payload: bytes) -> str:
 
 
 def sealed(payload: bytes) -> bytes:
-    """A packed message with its SHA-256 behind it, for a file that no list vouches for."""
+    """A packed message followed by its SHA-256, for a file whose digest is in no list."""
     return payload + hashlib.sha256(payload).digest()
 
 
 def unsealed(stored: bytes) -> bytes:
-    """The message that `sealed` got; raises NotAMessage where a bit of it changed.
+    """The message that was given to `sealed`; raises NotAMessage if any bit of it changed.
 
-    A message without a digest, as older versions wrote it, is taken as it is: it ends where its
-    header says, which one with a digest does not.
+    A message without a digest, as older versions wrote it, is returned as it is. It is recognised
+    because it ends where its header says.
     """
     payload, digest = stored[:-SHA256_BYTES], stored[-SHA256_BYTES:]
     if hashlib.sha256(payload).digest() == digest:
@@ -329,10 +328,10 @@ def _name(round: int) -> str:
 
 
 def lock(path: Path, what: str) -> BinaryIO:
-    """An open file that no other process can lock; however this process ends, the lock ends with
-    it.
+    """An open file on which this process holds a lock, which ends with the process at the latest.
 
-    Raises BadInput, which names `what` is being worked on, where another process holds it.
+    Raises BadInput, which names `what` is being worked on, if another process holds the lock. On a
+    system without locks, the file is not locked.
     """
     file = open(path, "wb")  # noqa: SIM115 - held for as long as the work takes
     try:
@@ -352,8 +351,8 @@ def lock(path: Path, what: str) -> BinaryIO:
 
 
 def write_atomically(path: Path, payload: bytes, *, sync: bool = True) -> None:
-    """Write a file so that its name holds either the old bytes or all of the new ones, after a kill
-    of the process and, with `sync`, which takes milliseconds, after a power failure too.
+    """Write a file so that it has either the old bytes or all of the new ones after a kill of the
+    process and, with `sync`, which takes milliseconds, after a power failure. Raises OSError.
     """
     partial = path.with_name(path.name + ".part")
     try:
