@@ -232,7 +232,9 @@ def bench(
     from fedspine.storage.records import plain
 
     if against is not None and (len(folders) > 1 or rows is not None):
-        raise BadInput("--against takes one folder and no --rows; name all folders without it")
+        raise BadInput(
+            "--against takes one folder and no --rows; leave it out and name all folders"
+        )
     if len(folders) > 1 or rows is not None:
         measured = benches.bench_all(folders, tokens=tokens, threads=threads, rows=rows)
         entries = [
