@@ -90,7 +90,7 @@ def test_momentum_of_zero_at_rate_one_is_the_mean_but_for_rounding(lab):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_methods_that_cannot_say_so_in_one_line(name):
-    with pytest.raises(BadInput, match=f"fedadam, but {name} takes no step") as refused:
+    with pytest.raises(BadInput, match=f"fedadam, but {name} does not support") as refused:
         Recipe(method=name, server_optimiser="fedadam")
     assert "\n" not in str(refused.value)
 

@@ -151,7 +151,7 @@ def test_prompts_that_fill_the_window_are_counted(place):
     ("changed", "said"),
     [
         ({"method": find("mergesfl").toy()}, "task.pack is for methods that tune adapters"),
-        ({"loss_on": "texts"}, r"run.answers is 3, but the rows of \S+ are no prompts"),
+        ({"loss_on": "texts"}, r"run.answers is 3, but the rows of \S+ are not prompts"),
         ({"devices": 36}, r"device \S+ has no row whose prompt leaves room .* = 32; raise it"),
     ],
     ids=["split", "no answers", "no room"],

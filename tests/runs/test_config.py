@@ -192,7 +192,7 @@ def test_a_part_that_cannot_be_is_refused(settings, says) -> None:
 @pytest.mark.parametrize(
     ("key", "says"),
     [
-        ("choice=bandit", 'write controller.name; for the form that it had before write name = "f'),
+        ("choice=bandit", 'write controller.name; for its earlier form write name = "f'),
         ("caution=0.3", "write controller.latency_margin"),
         ("score_every=2", "write importance.every"),
         ("head_speed=3.0", "write head_lr_multiplier"),

@@ -63,7 +63,7 @@ def test_the_least_work_is_where_a_round_begins_to_ask(name, task, model, monkey
         if fits:
             check_memory(method, task, [memory, 1])
         else:
-            with pytest.raises(BadInput, match=rf"least that {name} trains.*lower method.batch, "):
+            with pytest.raises(BadInput, match=rf"memory for {name}, .*lower method.batch, "):
                 check_memory(method, task, [memory, 1])
 
 
@@ -89,7 +89,7 @@ def test_real_sites_are_judged_by_what_they_report(task, monkeypatch):
     monkeypatch.setattr(FlareFleet, "join", join)
     sites = backend.RealSites(Path("kit"))
     sites._link = SimpleNamespace(sites=["a", "b"])
-    with pytest.raises(BadInput, match="no device has the memory for the least that legend"):
+    with pytest.raises(BadInput, match="no device has enough memory for legend"):
         sites.assemble(recipe)
 
 
@@ -107,6 +107,6 @@ def test_a_run_is_refused_before_its_folder_is_made(name, model, tmp_path, monke
         monkeypatch, capsys, "run", *job, *other, "--out", tmp_path / "run"
     )
     assert (status, out) == (2, "")
-    refused = [line for line in err if line.startswith("fedspine: no device has the memory")]
+    refused = [line for line in err if line.startswith("fedspine: no device has enough memory")]
     assert err[-1:] == refused and len(refused) == 1
     assert not (tmp_path / "run").exists()

@@ -103,11 +103,11 @@ PRIVATE = {"epsilon": 8.0, "delta": 1e-5}
             {"rounds": 5},
             "warmup_rounds is 5, but run.rounds is 5",
         ),
-        (FedLora(drift=FedProx()), PRIVATE, "method.drift.name = fedprox, whose effect"),
-        (FedLora(keep_optimiser=True), PRIVATE, "method.keep_optimiser, whose effect"),
-        (FedLora(personal_head=True), PRIVATE, "method.personal_head, whose effect"),
+        (FedLora(drift=FedProx()), PRIVATE, "does not account for method.drift.name = fedprox"),
+        (FedLora(keep_optimiser=True), PRIVATE, "does not account for method.keep_optimiser"),
+        (FedLora(personal_head=True), PRIVATE, "does not account for method.personal_head"),
         (FedLora(), {"held_out": 1.0}, "fleet.held_out"),
-        (FedLora(), {"held_out": 0.1, "kind": "causal-lm"}, "which language modelling has none of"),
+        (FedLora(), {"held_out": 0.1, "kind": "causal-lm"}, "and language modelling has none"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(method, settings, line):

@@ -43,7 +43,7 @@ def test_a_promise_that_cannot_be_is_one_line(given, said):
 def test_a_method_that_cannot_keep_it_is_refused_with_those_that_can():
     with pytest.raises(BadInput) as error:
         Recipe(method="fedspine-plus", **PROMISE)
-    assert "method 'fedspine-plus' cannot keep [privacy]" in str(error.value)
+    assert "method 'fedspine-plus' does not support [privacy]" in str(error.value)
     assert "choose one of fedlora, ffa-lora, linear_probe" in str(error.value)
 
 

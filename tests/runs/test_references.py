@@ -69,7 +69,7 @@ def test_it_is_asked_once_at_the_first_check_after_a_fifth(every, rounds, first)
 def test_no_better_than_the_commonest_class_is_said_with_what_to_change() -> None:
     for accuracy in (0.3, 0.64, 0.66):  # the last within a standard error of chance
         line = doubt(RECIPE, Recorded(scores=(score(8, accuracy),)), SEEN, 8)
-        assert "commonest class would be in 64.0 %" in line
+        assert "most common class is 64.0 %" in line
         assert "lower method.learning_rate from 0.003 to 0.00075" in line
         assert "run.rounds = 48" in line and line.startswith("after 8 of 24 rounds")
     assert doubt(RECIPE, Recorded(scores=(score(8, 0.67),)), SEEN, 8) is None

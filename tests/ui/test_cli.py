@@ -261,7 +261,7 @@ def test_bad_command(place, command, name) -> None:
     assert set(os.listdir(place)) == before
 
 
-DASH = "a text that begins with a dash comes after --, as in: fedspine predict DIR -- TEXT"
+DASH = "put -- before a text that begins with a dash, as in: fedspine predict DIR -- TEXT"
 WRONG_USAGE = {  # arguments, and what the line must say
     "option": (["run", "--nonsense"], ["unknown option '--nonsense'", "fedspine run --help"]),
     "misspelt option": (["run", "--sed", "1"], ["'--sed'", "did you mean '--seed'?"]),

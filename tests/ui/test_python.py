@@ -125,7 +125,7 @@ def test_sections_may_be_given_whole_and_names_lie_over_them() -> None:
         ({"method": FedLora}, "method is the class FedLora; write FedLora()"),
         ({"method": FedLora(rank="4")}, "method.rank is '4'"),
         ({"method": "fedlor"}, "unknown method 'fedlor'; did you mean 'fedlora'?"),
-        ({"method": 3}, "method is 3, which is no instance of a registered method"),
+        ({"method": 3}, "method is 3, which is not an instance of a registered method"),
         ({"model": "cnn-h", "text": "words"}, "task.text is for texts"),
     ],
 )

@@ -281,6 +281,10 @@ BAD = {  # what is added to the good file, or another file, and what the line mu
         "steps = 3\n[grid]\nmethod.steps = [1]\n",
         ["steps is set in [methods.lora] and in [grid]"],
     ),
+    "own grid and grid": (
+        "[methods.lora.grid]\nsteps = [3, 4]\n[grid]\nmethod.steps = [1, 2]\n",
+        ["steps is set in [methods.lora.grid] and in [grid]"],
+    ),
     "own and grid": (
         "fleet.per_round = 3\n[grid]\nfleet.per_round = [2]\n",
         ["fleet.per_round is set in [methods.lora]"],

@@ -103,7 +103,7 @@ def assemble(recipe: Recipe, *, here: bool = True, begun: Path | None = None) ->
     noted = _without_room(data, task)
     if recipe.run.answers and (recipe.task.kind == "array" or data.test.dialogues is None):
         raise BadInput(
-            f"run.answers is {recipe.run.answers}, but the rows of {recipe.task.data} are no "
+            f"run.answers is {recipe.run.answers}, but the rows of {recipe.task.data} are not "
             "prompts with answers; set it to 0"
         )
     shares = share_out(recipe, data, task.train) if here else ()

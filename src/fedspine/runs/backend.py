@@ -200,8 +200,8 @@ def backend_of(run_dir: Path, named: RealSites | None = None) -> Backend:
     if not path.exists():
         if named is not None:
             raise BadInput(
-                f"the run in {run_dir} is simulated, so no "
-                "sites can go on with it; leave --fleet out"
+                f"the run in {run_dir} is simulated, so it "
+                "cannot be resumed at real sites; leave --fleet out"
             )
         return Simulation()
     try:

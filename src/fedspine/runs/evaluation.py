@@ -85,7 +85,7 @@ def last_doubts(context: RunContext, point: Point) -> list[str]:
     if last := current_doubt(context, point):
         context.records.write("warning", line=last)
         return [*said, last]
-    return [f"{line} (in the end it was better)" for line in said]
+    return [f"{line} (the run recovered later)" for line in said]
 
 
 def recorded(context: RunContext) -> RunRows:

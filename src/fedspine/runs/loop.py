@@ -55,7 +55,7 @@ def new_run(
     if run_dir.exists():
         raise BadInput(
             f"output folder {run_dir} exists; choose another "
-            f"with --out, or go on with --resume {run_dir}"
+            f"with --out, or resume it with --resume {run_dir}"
         )
     backend = backend or Simulation()
     try:

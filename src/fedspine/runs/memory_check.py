@@ -23,7 +23,7 @@ def check_memory(method: Any, task: Task, memories: Iterable[int]) -> None:
         return
     *others, last = least.settings
     raise BadInput(
-        f"no device has the memory for the least that {method.name} trains: "
+        f"no device has enough memory for {method.name}, which needs at least "
         f"{least.memory_bytes / 2**30:.3g} GiB; at most {USABLE_MEMORY:.0%} of the largest memory, "
         f"{most / 2**30:.3g} GiB, may be used; lower {', '.join(others)} or {last}"
     )

@@ -27,8 +27,8 @@ def method_of(given: Any) -> Any:
             raise BadInput(f"method is the class {given.__name__}; write {given.__name__}()")
         case _:
             raise BadInput(
-                f"method is {given!r}, which is no instance of a registered method; decorate its "
-                "class with @method(NAME), or give the name of a method"
+                f"method is {given!r}, which is not an instance of a registered method; decorate "
+                "its class with @method(NAME), or give the name of a method"
             )
     name = table.pop("name", "fedspine")
     if not isinstance(name, str):
@@ -78,7 +78,7 @@ def _refuse_moved(name: str, cls: type[Any], key: str) -> None:
             of_key = "" if " for " in now else f" for {key}"
             also = f" and {now}{of_key}" if other != name and now != key else ""
             if other == name and extended and key in MOVED:  # which is what it was by default
-                also = f'; for the form that it had before write name = "{next(iter(extended))}"'
+                also = f'; for its earlier form write name = "{next(iter(extended))}"'
             raise BadInput(f"method.{key} is no longer a setting of {name}; {write}{also}")
     if key in GONE:
         raise BadInput(f"method.{key} is no longer a setting of methods; leave it out")

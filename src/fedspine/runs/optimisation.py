@@ -18,8 +18,8 @@ def check_optimisation(method: Any, fleet: FleetSection, rounds: int, *, private
     how.check()
     if how != NoOptimiser() and not method.server_optimiser:
         raise BadInput(
-            f"fleet.server_optimiser is {how.name}, but {method.name} takes no step by a merged "
-            f"change; leave it out, or choose one of {_able('server_optimiser')}"
+            f"fleet.server_optimiser is {how.name}, but {method.name} does not support server "
+            f"optimisers; leave it out, or choose one of {_able('server_optimiser')}"
         )
     if not isinstance(method, HeadTraining):
         return
@@ -35,11 +35,14 @@ def check_optimisation(method: Any, fleet: FleetSection, rounds: int, *, private
             f"method.drift is feddyn, which has a server step of its own, and "
             f"fleet.server_optimiser is {how.name}; leave one of them out"
         )
-    for name, asked in (("drift is feddyn", dynamic), ("keep_optimiser", method.keep_optimiser)):
+    for name, asked in (
+        ('drift.name = "feddyn"', dynamic),
+        ("keep_optimiser", method.keep_optimiser),
+    ):
         if asked and not method.same_shapes:
             raise BadInput(
-                f"method.{name}, which needs the same tensors on a device in every round, but "
-                f"those of {method.name} change; leave it out, or choose one of "
+                f"method.{name} needs the same tensors on a device in every round, but those of "
+                f"{method.name} change; leave it out, or choose one of "
                 f"{_able('same_shapes')}"
             )
     if private:
@@ -50,8 +53,8 @@ def check_held_out(task: TaskSection, fleet: FleetSection) -> None:
     """Raise BadInput for rows that are held out where they cannot be scored."""
     if fleet.held_out is not None and task.kind == "causal-lm":
         raise BadInput(
-            f"fleet.held_out is {fleet.held_out:g}, but devices are scored on rows with labels, "
-            "which language modelling has none of; leave it out"
+            f"fleet.held_out is {fleet.held_out:g}, but devices are scored on labels, and language "
+            "modelling has none; leave it out"
         )
 
 
@@ -71,8 +74,7 @@ def _check_private(method: HeadTraining) -> None:
     for setting, asked in kept.items():
         if asked:
             raise BadInput(
-                f"method.{setting}, whose effect on what leaves a device [privacy] does not count; "
-                "leave it out, or [privacy]"
+                f"[privacy] does not account for method.{setting}; leave one of them out"
             )
 
 

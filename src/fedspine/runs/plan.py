@@ -340,7 +340,7 @@ def _remarks(recipe: Recipe, rounds: Rounds) -> list[str]:
             f"{section.quorum:g} ends them sooner"
         )
     if section.drop or section.delay_seconds:
-        lines.append("fleet.drop and fleet.delay_seconds are left out")
+        lines.append("fleet.drop and fleet.delay_seconds are not planned")
     if recipe.run.seconds:
         lines.append("run.seconds ends the run by its clock, so there is no total of the run")
     if not method.same_shapes:

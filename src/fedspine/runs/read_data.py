@@ -70,7 +70,7 @@ def modelled(recipe: Recipe) -> tuple[Recipe, str | None]:
         return recipe.with_net(net), f"model: {net}, for rows of shape {list(shape)}"
     if task.kind == "causal-lm":
         raise BadInput(
-            "a language model is to be tuned, and none is chosen for you; name a decoder as "
+            'task.kind "causal-lm" has no default model; name a decoder as '
             "task.model: smollm2, a .gguf file, a folder, or a Hub id such as "
             "HuggingFaceTB/SmolLM2-135M"
         )

@@ -30,8 +30,8 @@ def check_privacy(privacy: PrivacySection, method: Any) -> None:
     if privacy.level not in method.privacy:
         able = [name for name, cls in all_methods().items() if privacy.level in cls.privacy]
         raise BadInput(
-            f"method {method.name!r} cannot keep [privacy], since more leaves its devices than "
-            f"clipped updates with noise; choose one of {listed(able)}, or leave [privacy] out"
+            f"method {method.name!r} does not support [privacy] with level {privacy.level!r}; "
+            f"choose one of {listed(able)}, or leave [privacy] out"
         )
 
 
@@ -66,8 +66,8 @@ def check_vocabulary(task: TaskSection, privacy: PrivacySection) -> None:
         )
     if section.epsilon is not None and section.epsilon < LEAST_EPSILON:
         raise BadInput(
-            f"task.vocabulary.epsilon is {section.epsilon:g}, with which counts would be "
-            f"nothing but noise; give at least {LEAST_EPSILON:g}"
+            f"task.vocabulary.epsilon is {section.epsilon:g}, at which the counts would be pure "
+            f"noise; give at least {LEAST_EPSILON:g}"
         )
     if section.texts == FLEET and privacy.promised:
         raise BadInput(

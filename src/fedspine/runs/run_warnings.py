@@ -61,8 +61,8 @@ def _one_answer(rows: RunRows, seen: CheckContext) -> str | None:
     if max(last.accuracy, last.accuracy_dense or 0.0) >= seen.commonest + error:
         return None
     return (
-        f"the models are right in {percent(last.accuracy)} of the test rows, and always answering "
-        f"the commonest class would be in {percent(seen.commonest)}"
+        f"the accuracy of the models is {percent(last.accuracy)}, and that of always predicting "
+        f"the most common class is {percent(seen.commonest)}"
     )
 
 

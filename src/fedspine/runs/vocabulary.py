@@ -130,8 +130,8 @@ def _of_text(path: Path, tokenizer: Any, tokens: int) -> np.ndarray:
         counts += open_counts(_ids(tokenizer, part)["input_ids"], tokens)
     if not counts.any():
         raise BadInput(
-            f"task.vocabulary.texts is {str(path)!r}, which holds no text; name a text file of "
-            "the kind that the model is for"
+            f"task.vocabulary.texts is {str(path)!r}, which contains no text; name a text file "
+            "that resembles the data"
         )
     return counts
 

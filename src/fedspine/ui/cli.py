@@ -102,16 +102,14 @@ def _fail_usage(error: Any) -> NoReturn:
         line += f"; did you mean {guess[0]!r}?"
     if command.endswith(" predict"):
         line += (
-            "; a text that begins with a dash comes after --, as in: fedspine predict DIR -- TEXT"
+            "; put -- before a text that begins with a dash, as in: fedspine predict DIR -- TEXT"
         )
     _fail(f"{line}; see: {command} --help", error.exit_code)
 
 
 @app.callback(invoke_without_command=True)
 def about(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and leave.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
         print(fedspine.__version__)

@@ -36,7 +36,7 @@ def data(
         typer.Option(
             "--set",
             metavar="SECTION.KEY=VALUE",
-            help="Change one value of the embedded job; one of [fleet] also shows the devices.",
+            help="Change one value of the recipe; a key of [fleet] also shows each device's rows.",
         ),
     ] = None,
     json: Json = False,

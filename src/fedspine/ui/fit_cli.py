@@ -35,22 +35,22 @@ def fit(
     batch: Annotated[int, typer.Option(help="Rows per call.", min=1)] = 1,
     formats: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help="Such as onnx,gguf; default: all that a model supports."),
+        typer.Option(metavar="LIST", help="Formats to try, such as onnx,gguf; default: all."),
     ] = None,
     device_kind: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Predict the latency for this kind of `fedspine devices`."
+            metavar="NAME", help="Predict the latency on this kind (see `fedspine devices`)."
         ),
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens per row; default: 128, or fewer if it reads fewer.", min=1),
+        typer.Option(help="Tokens per row; default: 128, or the model's maximum.", min=1),
     ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
     rows: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="Rows to score on; default: the run's test rows."),
+        typer.Option(metavar="DATA", help="Data to score on; default: the run's test rows."),
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="Path of the runs' base, if it has moved.")
@@ -61,8 +61,8 @@ def fit(
     ] = None,
     json: Json = False,
 ) -> None:
-    """The most accurate deployed model, format and quantisation that fit a device, from one or more
-    runs; exit code 2 if nothing fits.
+    """Find the most accurate deployed model, format and quantisation that fit a device, from one or
+    more runs; exit code 2 if nothing fits.
     """
     from fedspine.exports.fit import FitQuery
     from fedspine.exports.fit import fit as find

@@ -61,9 +61,9 @@ def create(
 
 @app.command()
 def start(
-    name: Annotated[str, typer.Argument(metavar="server|SITE", help="Whose process to run.")],
+    name: Annotated[str, typer.Argument(metavar="server|SITE", help="Process to run.")],
     kit: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Its kit; default: the folder of that name.")
+        Path | None, typer.Option(metavar="DIR", help="Start-up kit; default: ./NAME.")
     ] = None,
 ) -> None:
     """Run the server or a site until Ctrl-C or `fedspine fleet stop`, and restart it when it
@@ -89,7 +89,7 @@ def start(
         print(f"{name} was stopped by the operator")
     else:
         print(
-            f"fedspine: {name} ended {kits.TRIES} times within minutes; {log} says why",
+            f"fedspine: {name} ended {kits.TRIES} times within minutes; see {log}",
             file=sys.stderr,
         )
         raise typer.Exit(1)
@@ -99,17 +99,15 @@ def start(
 def status(
     site: Annotated[
         str | None,
-        typer.Argument(metavar="SITE", help="On a site: what runs have left on its disk."),
+        typer.Argument(metavar="SITE", help="Show the disk use of this site, on its machine."),
     ] = None,
     kit: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="The operator's kit (admin), or that of the site."),
+        typer.Option(metavar="DIR", help="Start-up kit; default: ./admin, with SITE ./SITE."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show which sites are connected and which jobs run; on a site, what runs have left on its
-    disk.
-    """
+    """Show the connected sites and running jobs; with SITE, the disk use of runs on that site."""
     from fedspine.flare import startup_kit as kits
 
     if site is not None:
@@ -128,7 +126,7 @@ def status(
     for job in found["jobs"]:
         print(f"job {job['id']}: {job['status']}, submitted {job['submitted']}")
     if not found["jobs"]:
-        print("no job runs")
+        print("no job is running")
 
 
 def _show_disk(found: dict[str, Any], json: bool) -> None:
@@ -137,7 +135,7 @@ def _show_disk(found: dict[str, Any], json: bool) -> None:
         return
     parts = ", ".join(f"{kind} {_mb(size)}" for kind, size in found["by_kind"].items())
     share = f"{_mb(found['used_bytes'])} of {_mb(found['disk_bytes'])} MB"
-    print(f"{found['site']}: runs have left {share} on its disk ({parts})")
+    print(f"{found['site']}: runs use {share} of disk space ({parts})")
 
 
 def _mb(size: int) -> str:
@@ -149,12 +147,12 @@ def stop(
     name: Annotated[str, typer.Argument(metavar="all|server|SITE", help="What to stop.")] = "all",
     kit: Operator = Path("admin"),
 ) -> None:
-    """Stop the whole fleet, the server, or one site, from wherever the operator's kit is."""
+    """Stop the whole fleet, the server, or one site, from any machine with the operator's kit."""
     from fedspine.flare import startup_kit as kits
 
     with kits.session(kits.kit_at(kit, "admin")) as session:
         stopped = kits.stop(session, name)
-    print(f"told to stop: {', '.join(stopped) or 'nothing was connected'}")
+    print(f"stop requested: {', '.join(stopped) or 'none, nothing is connected'}")
 
 
 @app.command()
@@ -165,8 +163,8 @@ def demo(
         Path | None, typer.Option(metavar="DIR", help="New folder; default: runs/fleet-demo-N.")
     ] = None,
 ) -> None:
-    """All of it on this machine: share the embedded data over sites, make kits, start, run FedLoRA,
-    stop.
+    """Run a whole fleet on this machine: partition the embedded data, make kits, start, run
+    FedLoRA, stop.
     """
     from fedspine.ui.fleet_demo import demo as run_demo
 

@@ -33,7 +33,7 @@ def export(
     with_base: Annotated[
         bool,
         typer.Option(
-            "--with-base", help="With --format peft: also write the model that the adapter fits."
+            "--with-base", help="With --format peft: also write the base that the adapter fits."
         ),
     ] = False,
     base: Annotated[
@@ -110,8 +110,8 @@ def predict(
         typer.Argument(
             metavar="TEXT...",
             help="Texts to label, to continue or to answer; put -- before one that begins with a "
-            "dash. Without any, a model that was tuned on dialogues reads one message a line and "
-            "keeps the dialogue.",
+            "dash. Without texts, a model tuned on dialogues reads one message per line from stdin "
+            "and keeps the dialogue.",
             show_default=False,
         ),
     ] = None,
@@ -121,17 +121,19 @@ def predict(
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens that are written at most; default: 40, of an answer 256.", min=1),
+        typer.Option(
+            help="Maximum number of new tokens; default: 40, or 256 for an answer.", min=1
+        ),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(help="Of the tokens that are written; 0: the likeliest.", min=0)
+        float, typer.Option(help="Sampling temperature; 0: greedy decoding.", min=0)
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of what is drawn at a temperature.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0)] = 0,
     rows: Annotated[
         str | None,
         typer.Option(
             metavar="DATA",
-            help="Of a net on arrays: an .npy or .npz file or a folder, or a run's folder for its "
+            help="For a net on arrays: an .npy or .npz file, a folder, or a run's folder for its "
             "test rows.",
         ),
     ] = None,
@@ -145,7 +147,7 @@ def predict(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Label texts, continue them, or answer them, with an exported model; label rows of arrays."""
+    """Label, continue or answer texts with an exported model, or label rows of arrays."""
     from fedspine.exports.hf import load_model
     from fedspine.exports.loaded import READ_BACK, LoadedNet
     from fedspine.exports.predict import decoding_for
@@ -200,12 +202,12 @@ def predict(
 def bench(
     folders: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR...", help="What `fedspine export` wrote, in any format."),
+        typer.Argument(metavar="DIR...", help="Folders that `fedspine export` made."),
     ],
     against: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Another exported model; the two are measured in alternation."
+            metavar="DIR", help="Another exported model; the two are measured alternately."
         ),
     ] = None,
     tokens: Annotated[
@@ -216,21 +218,23 @@ def bench(
         str | None,
         typer.Option(
             metavar="DATA",
-            help="Data that all of them predict, or a run's folder for its test rows; default: "
+            help="Data that all models predict, or a run's folder for its test rows; default: "
             "random words or numbers.",
         ),
     ] = None,
     json: Json = False,
 ) -> None:
     """Measure exported models on this machine: latency at batch 1 and 32, file size, peak memory,
-    parameters. Several are measured in turns and predict the same rows, in one table.
+    parameters. Several models are measured alternately and predict the same rows, in one table.
     """
     from fedspine.exports import bench as benches
     from fedspine.report.bench_tables import bench_table, benches_table
     from fedspine.storage.records import plain
 
     if against is not None and (len(folders) > 1 or rows is not None):
-        raise BadInput("--against takes one folder and no --rows; name all folders without it")
+        raise BadInput(
+            "--against takes one folder and no --rows; leave it out and name all folders"
+        )
     if len(folders) > 1 or rows is not None:
         measured = benches.bench_all(folders, tokens=tokens, threads=threads, rows=rows)
         entries = [
@@ -262,14 +266,14 @@ def lm_eval(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Folder with task files of your own; the tasks that come with lm_eval are then "
-            "left out.",
+            help="Folder with your own task files; the tasks that come with lm_eval are then "
+            "unavailable.",
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="First rows of each task; default: all.", min=1)
+        int | None, typer.Option(help="Number of rows of each task; default: all.", min=1)
     ] = None,
-    batch: Annotated[int, typer.Option(help="Rows of a pass.", min=1)] = 1,
+    batch: Annotated[int, typer.Option(help="Rows per batch.", min=1)] = 1,
     json: Json = False,
 ) -> None:
     """Score an exported language model with EleutherAI's lm_eval, on its tasks or your own."""

@@ -28,7 +28,7 @@ def show(
     """Show a run's summary, or its progress."""
     if everyone:
         if reference is not None:
-            raise BadInput("--all takes no unpruned run; leave --reference or --all out")
+            raise BadInput("--all cannot be combined with --reference; leave one of them out")
         _show_everyone(folder, json)
         return
     from fedspine.report.tables import print_table, summary_table, unpruned_table

@@ -122,9 +122,12 @@ def _wanted(recipe: Path | None, settings: list[str] | None, seed: int | None, f
 @ends_on_signal()
 def sweep(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE.toml", help="Methods, settings, data and seeds to run.")
+        Path,
+        typer.Argument(
+            metavar="FILE.toml", help="File with methods, settings, data sets and seeds."
+        ),
     ],
-    jobs: Annotated[int, typer.Option(help="Runs at once; they share the cores.", min=1)] = 1,
+    jobs: Annotated[int, typer.Option(help="Runs at a time; they share the cores.", min=1)] = 1,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the sweep; default: sweeps/ and the file's name.")
     ] = None,
@@ -132,12 +135,12 @@ def sweep(
         bool, typer.Option("--list", help="Show the status of all runs; run nothing.")
     ] = False,
     retry: Annotated[
-        bool, typer.Option("--retry", help="Run those again that failed before.")
+        bool, typer.Option("--retry", help="Also run those that failed before.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Run every method under every setting, data set and seed of a file; finished runs are not
-    repeated.
+    """Run every combination of the methods, settings, data sets and seeds in a file; finished runs
+    are not repeated.
 
     docs/sweeps.md explains the file. Exit code 1: at least one run failed; all others are done.
     """

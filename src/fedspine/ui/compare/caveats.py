@@ -19,19 +19,19 @@ def caveats(report: ComparisonReport) -> list[str]:
         "on the way, on a part of the test rows and fewer models, for every "
         "method alike; a final score never counts as reaching the target.",
         "Time to target is the simulated time of the first check that is as good as the target, so "
-        "its grain is the distance between two checks. A speed-up is given only where both methods "
-        "reach the target in all common seeds.",
+        "its resolution is the distance between two checks. A speed-up is given only where both "
+        "methods reach the target in all common seeds.",
         (
-            "Along time and bytes a seed's value holds until its "
-            "next check, and its last one to the end of the others."
+            "Over time and bytes a seed's value holds until its "
+            "next check, and its last one until the end of the others."
         ),
         "Intervals are paired over common seeds: Student's t on the "
-        "seeds' differences, on their logarithms for ratios. They speak "
-        "of the seeds that were run, not of other data or devices.",
+        "seeds' differences, for ratios on logarithms. They cover the "
+        "seeds that were run, not other data or devices.",
         *_quorums(report),
         *_correction(report),
-        "Waiting is what the mean asked device waits for the slowest of its round, summed over "
-        "rounds, over the simulated time."
+        "Waiting is the mean time that an asked device waits for the slowest of its round, summed "
+        "over rounds, as a share of the simulated time."
         + _unseen_waiting(any(fleet.drop or fleet.delay_seconds for fleet in fleets)),
     ]
     return [*lines, *_latency(report), *report.notes]
@@ -64,15 +64,15 @@ def _correction(report: ComparisonReport) -> list[str]:
                 name, tests = section.comparison.quality.name, counted(pair.final.tests, "pair")
                 return [
                     "p is that of a paired t-test, before and after Holm's correction for the "
-                    f"number of pairs on this page, each measure apart ({tests} for the final "
-                    f'{name}). "Beyond noise" means that p is below 0.05 after the correction. '
-                    "Intervals are not corrected."
+                    f"number of pairs on this page, separately for each measure ({tests} for the "
+                    f'final {name}). "Beyond noise" means that p is below 0.05 after the '
+                    "correction. Intervals are not corrected."
                 ]
     return []
 
 
 def _unseen_waiting(lossy: bool) -> str:
-    return " What fleet.drop and fleet.delay_seconds add is not in it." if lossy else ""
+    return " It excludes the time that fleet.drop and fleet.delay_seconds add." if lossy else ""
 
 
 def _latency(report: ComparisonReport) -> list[str]:

@@ -22,7 +22,7 @@ from fedspine.ui.compare.numbers import (
 from fedspine.ui.compare.render_text import verdict
 from fedspine.ui.compare.runs import LeftOut, select
 
-CORRECTION = "Holm, for all pairs of all comparisons here, each measure apart"
+CORRECTION = "Holm, for all pairs of all comparisons here, separately for each measure"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from fedspine.ui.compare.numbers import Comparison, MethodResult, OverSeeds
 CAPTIONS: Mapping[Along, str] = {
     "seconds": "Simulated time of the whole fleet",
     "bytes": "Bytes of all devices together, down and up",
-    "rounds": "Rounds done, whatever they took",
+    "rounds": "Rounds done",
 }
 SHOWN = "mean and standard deviation over seeds; large marks are the final scores on all test rows."
 

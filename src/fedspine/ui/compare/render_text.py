@@ -202,7 +202,7 @@ def methods_sheet(comparison: Comparison, latencies: Mapping[str, Latency]) -> S
         ("Time to target", "simulated seconds"),
         ("Bytes to target", "down and up, all devices"),
         ("Whole run", "simulated seconds"),
-        ("Waiting", "of the simulated time, mean asked device"),
+        ("Waiting", "share of the simulated time, mean over asked devices"),
         ("Peak memory", "simulated, fullest device"),
     ]
     head += [("Latency", "measured, batch 1, 1 thread")] if latencies else []

@@ -55,6 +55,12 @@ class _MethodTable:
     # laid over the recipe, for this method alone
     overlay: Settings = dataclasses.field(default_factory=dict)
 
+    def place_of(self, key: str) -> str | None:
+        """The table of the method's own that sets this field; None if none does."""
+        if key in self.own:
+            return f"[methods.{self.label}]"
+        return f"[methods.{self.label}.grid]" if f"grid.{key}" in self.own else None
+
 
 @dataclasses.dataclass(frozen=True)
 class _Condition:
@@ -205,10 +211,8 @@ def _check_key(key: str, where: str, methods: list[_MethodTable]) -> None:
         raise BadInput(f"{where} cannot set {key}; {ELSEWHERE[key]}")
     if section == "method":
         _check_field(name, methods, where)
-        if twice := [method.label for method in methods if name in method.own]:
-            raise BadInput(
-                f"{name} is set in [methods.{twice[0]}] and in {where}; keep one of the two"
-            )
+        if twice := [place for method in methods if (place := method.place_of(name))]:
+            raise BadInput(f"{name} is set in {twice[0]} and in {where}; keep one of the two")
     elif section not in SECTIONS:
         raise unknown(f"section in {where}", section, {*SECTIONS, "method"})
     elif twice := [method.label for method in methods if key in method.overlay]:
