@@ -168,7 +168,7 @@ def test_nothing_is_unpickled():
     ("package", "file"),
     [
         *(("datasets", "data/hub.py"), ("matplotlib", "report/drawing.py")),
-        ("peft", "exports/peft.py"),
+        *(("peft", "exports/peft.py"), ("executorch", "exports/executorch_program.py")),
     ],
 )
 def test_heavy_packages_have_one_door(package, file):

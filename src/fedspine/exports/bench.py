@@ -282,6 +282,8 @@ def peak_memory_bytes(
     format, weights = format_of(Path(folder)), weights_of(Path(folder))
     if format == "onnx":  # without PyTorch, which a device does not need for it
         arguments = ["fedspine.exports.onnx_graph", weights, tokens, threads, *batches]
+    elif format == "executorch":
+        arguments = ["fedspine.exports.executorch_program", weights, tokens, threads, *batches]
     elif format == "gguf" and llama_cpp.installed():
         arguments = ["fedspine.exports.llama_cpp", weights, tokens, threads, *batches]
     else:

@@ -17,6 +17,7 @@ from fedspine.lm.vocabulary import VocabularyCut
 FORMAT = 2
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ONNX = "model.onnx"  # instead of WEIGHTS in a folder for ONNX Runtime
+EXECUTORCH = "model.pte"  # in a folder for ExecuTorch
 GGUF = "model.gguf"  # in a folder for llama.cpp
 TOKENIZER = "tokenizer"  # in a folder for llama.cpp: configuration, card and tokenizer of the model
 ADAPTER = "adapter_config.json"  # in a folder for PEFT
@@ -62,12 +63,14 @@ class Card:
 OPTIONAL = ("chat", "structure", "provenance", "vocabulary")
 
 
-def format_of(place: Path) -> Literal["hf", "onnx", "gguf", "peft"]:
+def format_of(place: Path) -> Literal["hf", "onnx", "executorch", "gguf", "peft"]:
     """The format of an exported folder, or of a `.gguf` file."""
     if gguf_in(place) is not None:
         return "gguf"
     if (place / ADAPTER).is_file():
         return "peft"
+    if (place / EXECUTORCH).is_file():
+        return "executorch"
     return "onnx" if (place / ONNX).is_file() else "hf"
 
 
@@ -101,6 +104,8 @@ def weights_of(place: Path) -> Path:
             return place / BASE / WEIGHTS
         case "onnx":
             return place / ONNX
+        case "executorch":
+            return place / EXECUTORCH
     return place / WEIGHTS
 
 

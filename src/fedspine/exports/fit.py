@@ -22,7 +22,7 @@ from fedspine.exports.load import load_model
 from fedspine.exports.of_run import QUANTISATIONS
 from fedspine.fleets.hardware import KINDS, LAUNCH_SECONDS, UTILISATION
 
-FORMATS = ("hf", "onnx", "gguf")  # an adapter alone is not a deployed model
+FORMATS = ("hf", "onnx", "executorch", "gguf")  # an adapter alone is not a deployed model
 TOKENS = 128  # of the rows that are timed, or as many as the models were trained to read
 REPEATS = 5
 CALLS_OF_ONE = 8  # per repeat at batch 1, as in `bench`

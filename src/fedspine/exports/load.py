@@ -1,5 +1,5 @@
 """Load an exported folder of any format: the stock class with linear layers of the stored sizes, an
-ONNX graph, or a GGUF file. No remote code, no pickle.
+ONNX graph, an ExecuTorch program, or a GGUF file. No remote code, no pickle.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from fedspine.core.errors import BadInput
 from fedspine.exports.card import (
     BASE,
     CONFIG,
-    ONNX,
+    EXECUTORCH,
     WEIGHTS,
     Card,
     format_of,
@@ -28,6 +28,7 @@ from fedspine.exports.card import (
     read_card,
     weights_of,
 )
+from fedspine.exports.graph_module import GraphModule
 from fedspine.exports.loaded import Loaded, LoadedNet
 from fedspine.lm.gguf_files import EXTRA
 from fedspine.lm.pooling import CLASSES, built, reading
@@ -35,13 +36,17 @@ from fedspine.lm.prunable_layout import PrunableSite, layout_of
 
 __all__ = ["Loaded", "LoadedNet", "load_model"]
 
+# what computes a graph, by format
+RUNTIMES = {"onnx": "ONNX Runtime", "executorch": "ExecuTorch"}
+
 
 def load_model(folder: str | Path, *, threads: int | None = None) -> Any:
     """The model that `fedspine.export` wrote to `folder`, in any format: a `Loaded`, or of a run on
     arrays a `LoadedNet`. For GGUF, the file itself also works.
 
     A PEFT adapter needs its base in the folder (`with_base`), into which it is merged. `threads`
-    is for ONNX Runtime and llama.cpp (None: their default); PyTorch uses the process's setting.
+    is for ONNX Runtime, ExecuTorch and llama.cpp (None: their default); PyTorch uses the process's
+    setting.
     Raises BadInput for a missing folder, one that is not an export, weights that are damaged or
     incomplete, and a format whose package is missing.
     """
@@ -59,16 +64,13 @@ def load_model(folder: str | Path, *, threads: int | None = None) -> Any:
     card = read_card(folder)
     config = _read(folder, AutoConfig)
     tokenizer = _read(folder, AutoTokenizer)
-    graph = weights_of(folder).name == ONNX
+    format = format_of(folder)
+    graph = format in RUNTIMES
     # for a graph, only the sizes of the module that it was made from are needed
     with torch.device("meta") if graph else nullcontext():
         module = _module(folder, card, config)
     if graph:
-        from fedspine.exports import onnx_module  # needs fedspine[onnx]
-
-        of_tokens = card.pooling is None
-        kind = onnx_module.OnnxDecoder if of_tokens else onnx_module.OnnxModule
-        running = kind(folder / ONNX, config, threads)
+        running = _of_graph(weights_of(folder), config, threads, decoder=card.pooling is None)
     else:
         _fill(module, folder / WEIGHTS)
         if adapter is not None:
@@ -90,8 +92,23 @@ def load_model(folder: str | Path, *, threads: int | None = None) -> Any:
         ),
         chat=card.chat,
         bi_encoder=card.pooling == "bi-encoder",
-        runtime="ONNX Runtime" if graph else "PyTorch",
+        runtime=RUNTIMES.get(format, "PyTorch"),
     )
+
+
+def _of_graph(file: Path, config: Any, threads: int | None, *, decoder: bool) -> nn.Module:
+    """The module that another runtime computes from this file."""
+    if file.name == EXECUTORCH:
+        from fedspine.exports.executorch_program import Program  # needs fedspine[executorch]
+
+        return GraphModule(Program(file, threads), config)
+    from fedspine.exports.onnx_graph import Graph  # needs fedspine[onnx]
+
+    if decoder:
+        from fedspine.exports.onnx_module import OnnxDecoder
+
+        return OnnxDecoder(file, config, threads)
+    return GraphModule(Graph(file, threads), config)
 
 
 def _of_gguf(file: Path, threads: int | None) -> Loaded:

@@ -33,9 +33,10 @@ from fedspine.runs.config import Recipe
 from fedspine.runs.run_dir import recipe_of
 from fedspine.runs.task_record import TaskRecord
 
-FORMATS = ("hf", "onnx", "gguf", "peft")
+FORMATS = ("hf", "onnx", "executorch", "gguf", "peft")
 QUANTISATIONS = {  # by format, the default first; other formats have none
     "onnx": ("none", "fp16", "int8", "int8-static"),
+    "executorch": ("none",),
     "gguf": ("f16", "q8_0", "q4_k_m"),
 }
 
@@ -103,7 +104,8 @@ def export_model(
     `with_base` writes the model that a PEFT adapter fits beside it; `base` is where the run's base
     is now. `quantize` is one of the format's `QUANTISATIONS` (None: the first). What was written
     is compared with the run's model on `rows`, data with the run's columns (None: its test rows),
-    which `parity=False` leaves out for hf and peft. Nets on arrays have the format onnx alone.
+    which `parity=False` leaves out for hf and peft. Nets on arrays have the format onnx alone, and
+    language models not executorch.
     Raises BadInput for an unknown format, device or quantisation, a folder that is no run, one that
     exists where `to` should be, an adapter that fits no model that stock tools could load, a model
     that has no such format, and an export outside its tolerance.
@@ -261,11 +263,9 @@ def check_options(
             "already, so leave it out"
         )
     known = QUANTISATIONS.get(format)
-    if known is None and quantize not in (None, "none"):
-        raise BadInput(
-            f"--quantize is for --format {' and '.join(QUANTISATIONS)}, not {format}; leave one of "
-            "them out"
-        )
+    if known in (None, ("none",)) and quantize not in (None, "none"):
+        able = " and ".join(name for name, ways in QUANTISATIONS.items() if len(ways) > 1)
+        raise BadInput(f"--quantize is for --format {able}, not {format}; leave one of them out")
     if not parity and known is not None:
         raise BadInput(
             f"--no-parity is for --format hf and peft; a {format} export is always compared, so "
@@ -299,6 +299,11 @@ def _other_runtime(format: str, kind: TaskKind) -> Any:
 
             onnx_graph.check_installed()
             return onnx_decoder if kind == "causal-lm" else onnx
+        case "executorch":
+            from fedspine.exports import executorch, executorch_program
+
+            executorch_program.check_installed()
+            return executorch
         case "gguf":
             from fedspine.exports import gguf
 
@@ -309,6 +314,11 @@ def _other_runtime(format: str, kind: TaskKind) -> Any:
 def check_kind(format: str, run: RunModel) -> None:
     """Raise BadInput for a model that a format does not support."""
     decoder, architecture = run.base.layout.decoder, run.base.config.model_type
+    if format == "executorch" and run.record.kind == "causal-lm":
+        raise BadInput(
+            f"--format executorch is for classifiers of texts, and this {architecture} is a "
+            "language model; use --format hf, --format onnx, --format gguf or --format peft"
+        )
     if format == "gguf" and not decoder:
         raise BadInput(
             f"--format gguf is for language models on decoders, and {architecture} is an encoder; "

@@ -8,25 +8,31 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Examples
 from fedspine.exports import onnx_graph
-from fedspine.exports.card import CONFIG, ONNX, Card, copy_beside, read_card
+from fedspine.exports.card import ONNX, Card
 from fedspine.exports.classifier_parity import ROWS, ClassifierParity, parity_of
-from fedspine.exports.load import Loaded, load_model
-from fedspine.exports.onnx_graph import IDS, LOGITS, MASK, SEGMENTS, Graph, Signature
+from fedspine.exports.graph_folder import (
+    TOKENIZER,
+    FromTokens,
+    classifier_signature,
+    copy_as_graph,
+    facts_table,
+    opened,
+    set_up_tokenizer,
+)
+from fedspine.exports.loaded import Loaded
+from fedspine.exports.onnx_graph import Graph
 from fedspine.exports.onnx_numbers import Feeds, quantise
 from fedspine.exports.parity import write_parity
 from fedspine.exports.provenance import front_matter, rows_of
-from fedspine.exports.whole_folder import check_new, whole_folder
+from fedspine.exports.whole_folder import whole_folder
 
 __all__ = ["ROWS", "export", "write_graph"]
 
-TOKENIZER = "tokenizer.json"
 BATCH = 32  # rows at a time
 
 # the code for a device; examples/onnx-classify has the same
@@ -76,20 +82,6 @@ for text, other, label in zip(texts[::2], texts[1::2], logits.argmax(1), strict=
 """
 
 
-class _Logits(nn.Module):
-    """The module that is traced: from token ids, mask and, for pairs, segments to logits."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> Tensor:
-        segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        return self.module(input_ids=input_ids, attention_mask=attention_mask, **segments).logits
-
-
 def export(
     source: str | Path,
     folder: str | Path,
@@ -109,10 +101,10 @@ def export(
     accuracy lost.
     """
     source, folder = Path(source), Path(folder)
-    loaded, card = opened(source, folder)
+    loaded, card = opened_for_onnx(source, folder)
     with whole_folder(folder) as partial:
         copy_as_graph(source, partial)
-        _set_up_tokenizer(partial / TOKENIZER, loaded)
+        set_up_tokenizer(partial / TOKENIZER, loaded)
         segments = examples.segments is not None
         write_graph(loaded.module, partial / ONNX, segments=segments, facts=facts_of(card))
         quantise(partial / ONNX, quantize, calibration_feeds(partial / ONNX, calibration))
@@ -128,32 +120,20 @@ def write_graph(
     """Write a stock classifier, or a module with its interface, as an fp32 graph; with `segments`
     the graph reads these, too. Raises BadInput for a module that cannot be exported.
     """
-    names = (IDS, MASK, SEGMENTS) if segments else (IDS, MASK)
-    signature = Signature(
-        inputs=names,
-        outputs=(LOGITS,),
-        example={name: torch.ones(2, 8, dtype=torch.int64) for name in names},
-        free={name: {0: "rows", 1: "tokens"} for name in names},
-    )
-    onnx_graph.write(_Logits(module), path, signature, facts)
+    onnx_graph.write(FromTokens(module), path, classifier_signature(segments=segments), facts)
 
 
 # --- shared by all graphs of transformers ---
 
 
-def opened(source: Path, folder: Path) -> tuple[Loaded, Card]:
+def opened_for_onnx(source: Path, folder: Path) -> tuple[Loaded, Card]:
     """The model in `source`, to be exported to the new `folder`; raises what `export` raises."""
     onnx_graph.check_installed()
-    check_new(folder)
-    loaded, card = load_model(source), read_card(source)
+    loaded, card = opened(source, folder)
     if 4 * loaded.parameters > onnx_graph.MOST_BYTES:
         raise BadInput(
             f"{loaded.parameters:,} parameters in fp32 exceed the 2 GB of an ONNX file; use "
             "--format hf"
-        )
-    if not (source / TOKENIZER).is_file():
-        raise BadInput(
-            f"the tokenizer of this model has no {TOKENIZER}, which a device needs; use --format hf"
         )
     return loaded, card
 
@@ -175,25 +155,6 @@ def calibration_feeds(graph: Path, rows: Examples | None) -> Feeds:
     return feeds
 
 
-def copy_as_graph(source: Path, partial: Path) -> None:
-    """Copy everything but the weights, and mark the configuration as unusable by stock tools."""
-    copy_beside(source, partial)
-    config = partial / CONFIG
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    settings["fedspine"]["stock"] = False
-    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _set_up_tokenizer(path: Path, loaded: Loaded) -> None:
-    """Make the stored tokenizer truncate and pad rows as the model needs it."""
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.enable_truncation(loaded.max_tokens)
-    tokenizer.enable_padding(
-        pad_id=loaded.tokenizer.pad_token_id, pad_token=loaded.tokenizer.pad_token
-    )
-    tokenizer.save(str(path))
-
-
 def _readme(card: Card, quantize: str, measured: str) -> str:
     code = CODE
     if card.kind == "pair":
@@ -209,13 +170,7 @@ out.
 | | |
 |---|---|
 | task | {card.kind}: {", ".join(card.labels)} |
-{rows_of(card.provenance)}| numbers | {"fp32" if quantize == "none" else quantize} |
-| share of the blocks' weights pruned | {card.sparsity:.1%} |
-| heads kept, by layer | {", ".join(map(str, card.heads))} |
-| channels kept, by layer | {", ".join(map(str, card.channels))} |
-| vocabulary | {card.vocabulary_line} |
-| longest input, in tokens | {card.max_tokens} |
-
+{rows_of(card.provenance)}{facts_table(card, "fp32" if quantize == "none" else quantize)}
 {measured}`{TOKENIZER}` cuts and fills rows by itself. With `onnxruntime` and `tokenizers` alone:
 
 ```python

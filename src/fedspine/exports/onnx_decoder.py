@@ -18,11 +18,13 @@ from fedspine.core.task import Examples
 from fedspine.exports import onnx_graph
 from fedspine.exports.card import ONNX, Card
 from fedspine.exports.decoder_parity import ROWS, DecoderParity, ends_in, parity_of
-from fedspine.exports.onnx import calibration_feeds, copy_as_graph, facts_of, opened
-from fedspine.exports.onnx_graph import FREE, IDS, LOGITS, MASK, PAST, PRESENT, Signature
+from fedspine.exports.graph_folder import copy_as_graph
+from fedspine.exports.onnx import calibration_feeds, facts_of, opened_for_onnx
+from fedspine.exports.onnx_graph import FREE, PAST, PRESENT
 from fedspine.exports.onnx_numbers import quantise
 from fedspine.exports.parity import write_parity
 from fedspine.exports.provenance import front_matter, rows_of
+from fedspine.exports.signature import IDS, LOGITS, MASK, Signature
 from fedspine.exports.whole_folder import whole_folder
 
 __all__ = ["ROWS", "export"]
@@ -79,7 +81,7 @@ def export(
     tokens equal; otherwise 99.5 % of the greedy tokens equal, or a perplexity at most 5 % higher.
     """
     source, folder = Path(source), Path(folder)
-    loaded, card = opened(source, folder)
+    loaded, card = opened_for_onnx(source, folder)
     ends = ends_in(loaded)
     with whole_folder(folder) as partial:
         copy_as_graph(source, partial)

@@ -10,15 +10,15 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedspine.core.errors import BadInput
 from fedspine.core.process import peak_memory_bytes
+from fedspine.exports.signature import IDS, LOGITS, MASK, SEGMENTS, Signature
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,26 +31,9 @@ except ModuleNotFoundError:
     raise BadInput(MISSING) from None
 
 ROWS_IN = "input"  # of a net: uint8 or fp32 [rows, ...]
-IDS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"  # int64 [rows, tokens]
-LOGITS = "logits"  # fp32 [rows, classes], of decoders [rows, tokens, vocabulary]
 PAST, PRESENT = "past_key_values", "present"  # of a decoder: PAST.0.key, PRESENT.0.value, ...
 FREE = "past"  # the dimension of a cache that grows
 MOST_BYTES = 2_000_000_000  # a protobuf file holds less than 2 GiB
-
-
-@dataclass(frozen=True)
-class Signature:
-    """Inputs and outputs of a graph, and the arguments it is traced with.
-
-    `example` are the module's arguments, and `free` the names of their dynamic dimensions, as
-    `torch.export` takes them. In the example a dynamic dimension is above 1 and no two are equal,
-    else it would become a constant.
-    """
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    example: Mapping[str, Any]
-    free: Mapping[str, Any]
 
 
 def check_installed() -> None:

@@ -1,4 +1,4 @@
-"""An ONNX graph as a module with the interface of an export's stock module."""
+"""A language model's ONNX graph as a module with the interface of an export's stock module."""
 
 import copy
 from pathlib import Path
@@ -8,32 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fedspine.exports.onnx_graph import IDS, LOGITS, MASK, PAST, PRESENT, Graph
-
-
-class OnnxModule(nn.Module):
-    """The graph in `path`, run by ONNX Runtime; without parameters, since the graph holds them.
-
-    Raises BadInput for a file that is not a graph.
-    """
-
-    def __init__(self, path: Path, config: Any, threads: int | None = None) -> None:
-        super().__init__()
-        self.graph, self.config = Graph(path, threads), config
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor
-    ) -> SequenceClassifierOutput:
-        """`logits` fp32 [rows, classes], of int64 [rows, tokens].
-
-        Without a mask all tokens count.
-        """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        given = {IDS: input_ids, MASK: mask} | inputs
-        found = self.graph.logits({name: tensor.numpy() for name, tensor in given.items()})
-        return SequenceClassifierOutput(logits=torch.from_numpy(found))
+from fedspine.exports.onnx_graph import PAST, PRESENT, Graph
+from fedspine.exports.signature import IDS, LOGITS, MASK
 
 
 class OnnxDecoder(PreTrainedModel, GenerationMixin):

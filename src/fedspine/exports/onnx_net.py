@@ -25,9 +25,10 @@ from fedspine.exports import bench, onnx_graph
 from fedspine.exports.card import ONNX
 from fedspine.exports.classifier_parity import ClassifierParity, agreement
 from fedspine.exports.given_rows import array_rows, spread
-from fedspine.exports.onnx_graph import LOGITS, ROWS_IN, Graph, Signature
+from fedspine.exports.onnx_graph import ROWS_IN, Graph
 from fedspine.exports.onnx_numbers import CALIBRATION_ROWS, quantise
 from fedspine.exports.parity import write_parity
+from fedspine.exports.signature import LOGITS, Signature
 from fedspine.exports.whole_folder import check_new, whole_folder
 from fedspine.nets.load import channels_at, load, scale_of, stored
 from fedspine.nets.net import NetModel

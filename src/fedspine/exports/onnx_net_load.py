@@ -10,7 +10,8 @@ from fedspine.core.errors import BadInput
 from fedspine.data.array_rows import RowShape
 from fedspine.exports.card import ONNX
 from fedspine.exports.loaded import LoadedNet
-from fedspine.exports.onnx_graph import LOGITS, ROWS_IN, Graph
+from fedspine.exports.onnx_graph import ROWS_IN, Graph
+from fedspine.exports.signature import LOGITS
 from fedspine.nets.load import empty
 
 TYPES = {name: np.dtype(name) for name in ("uint8", "float32")}

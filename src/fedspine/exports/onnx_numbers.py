@@ -13,8 +13,9 @@ import numpy as np
 
 from fedspine.core.errors import BadInput
 from fedspine.exports import onnx_wide
-from fedspine.exports.onnx_graph import LOGITS, PAST, quiet
+from fedspine.exports.onnx_graph import PAST, quiet
 from fedspine.exports.onnx_wide import Feeds
+from fedspine.exports.signature import LOGITS
 
 if TYPE_CHECKING:
     import onnx

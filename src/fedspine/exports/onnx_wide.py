@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from fedspine.exports.onnx_graph import IDS, MASK, PAST
+from fedspine.exports.onnx_graph import PAST
+from fedspine.exports.signature import IDS, MASK
 
 if TYPE_CHECKING:
     import onnx

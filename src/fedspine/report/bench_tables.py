@@ -9,7 +9,13 @@ from rich.text import Text
 
 from fedspine.report.tables import bytes_text, counted, decimal, percent
 
-USUAL = {"hf": "PyTorch", "peft": "PyTorch", "onnx": "ONNX", "gguf": "llama.cpp"}  # runtimes
+USUAL = {
+    "hf": "PyTorch",
+    "peft": "PyTorch",
+    "onnx": "ONNX",
+    "executorch": "ExecuTorch",
+    "gguf": "llama.cpp",
+}  # runtimes
 FP32 = (None, "none")  # what a report calls numbers that are stored as they are
 
 

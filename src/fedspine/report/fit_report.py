@@ -10,7 +10,7 @@ from rich.text import Text
 from fedspine.report.drawing import Panel, blank, legend_below, percent_ticks, styled
 from fedspine.report.tables import bytes_text, decimal, percent
 
-COLOURS = {"hf": "#2563eb", "onnx": "#ea580c", "gguf": "#16a34a"}
+COLOURS = {"hf": "#2563eb", "onnx": "#ea580c", "executorch": "#9333ea", "gguf": "#16a34a"}
 
 
 def fit_table(found: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> Table:

@@ -26,8 +26,8 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="hf (merged model), onnx (the same as a graph; nets on arrays, too), gguf (the "
-            "same for llama.cpp) or peft (adapter and base name)."
+            help="hf (merged model), onnx (the same as a graph; nets on arrays, too), executorch "
+            "(classifiers of texts), gguf (the same for llama.cpp) or peft (adapter and base name)."
         ),
     ] = "hf",
     with_base: Annotated[

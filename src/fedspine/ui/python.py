@@ -243,14 +243,15 @@ def export(
     """Write one deployed model of a run to the new folder `to`; returns what it is.
 
     `device` is a device's id, `global` or `dense`; `format` is `hf`, a merged model, `onnx`, the
-    same for ONNX Runtime, `gguf`, the same for llama.cpp, or `peft`, an adapter, and `with_base`
-    adds the model that it fits; `base` says where the run's base is now. `quantize` is `none`
-    (the default), `fp16`, `int8` or `int8-static` (calibrated on the run's training rows) for ONNX,
-    and `f16` (the default), `q8_0` or `q4_k_m` for GGUF. What was written is compared with the
-    run's model on `rows` (None: the run's test rows), which `parity=False` leaves out for `hf` and
-    `peft`. `push_to_hub` is a repository of the Hugging Face Hub that gets the folder, too, made
-    `private` where it is new. Raises BadInput for an unknown device, format or quantisation, for a
-    folder that exists, for an export outside its tolerance, and where the Hub refuses.
+    same for ONNX Runtime, `executorch`, a classifier of texts for ExecuTorch, `gguf`, a language
+    model for llama.cpp, or `peft`, an adapter, and `with_base` adds the model that it fits; `base`
+    says where the run's base is now. `quantize` is `none` (the default), `fp16`, `int8` or
+    `int8-static` (calibrated on the run's training rows) for ONNX, and `f16` (the default), `q8_0`
+    or `q4_k_m` for GGUF. What was written is compared with the run's model on `rows` (None: the
+    run's test rows), which `parity=False` leaves out for `hf` and `peft`. `push_to_hub` is a
+    repository of the Hugging Face Hub that gets the folder, too, made `private` where it is new.
+    Raises BadInput for an unknown device, format or quantisation, for a folder that exists, for an
+    export outside its tolerance, and where the Hub refuses.
 
     >>> from fedspine import export, load_model, predict
     >>> export("runs/fedlora-1", "models/nx", device="nx-01")["sparsity"]
