@@ -57,6 +57,12 @@ class HeadLayer:
     bias: Tensor | None
     fresh: bool
 
+    @property
+    def tensors(self) -> Tensors:
+        """Weight and bias by name."""
+        own = {"weight": self.weight, "bias": self.bias}
+        return {f"{self.path}.{part}": each for part, each in own.items() if each is not None}
+
 
 class Base:
     """A frozen transformer for one task, in one precision.
